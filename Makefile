@@ -1,0 +1,36 @@
+# From nothing: `make demo` samples from the bundled weights, `make test` runs the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: setup demo test lint benchmark figures clean
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/jacobiflow sample --model fashion-p2 --num 20 --compare --tolerance 1e-3 --out out/demo
+	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels 9 --compare --tolerance 1e-3 --out out/demo-one
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/pre-commit run --all-files
+
+# Regenerates docs/results/sampling.json and the table in docs/benchmarks.md (about 15 minutes on two cores).
+benchmark: setup
+	$(BIN)/python benchmarks/sampling.py
+
+# Redraws the figures of docs/solvers.md.
+figures: setup
+	$(BIN)/python benchmarks/figures.py
+
+clean:
+	rm -rf $(VENV) out build dist

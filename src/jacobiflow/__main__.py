@@ -1,0 +1,5 @@
+"""`python -m jacobiflow`."""
+
+from jacobiflow.cli import main
+
+main()

@@ -1,0 +1,59 @@
+"""The application, and how its errors reach the user: one line and exit 2."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import typer
+from typer.exceptions import TyperException
+
+from jacobiflow.cli import convert, info, sample, train
+
+app = typer.Typer(
+    name="jacobiflow",
+    help="Fast, certified sampling from autoregressive normalizing flows.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "sample": sample.sample, "train": train.train, "convert": convert.convert, "info": info.info,
+}  # fmt: skip
+for _name, _command in _COMMANDS.items():
+    app.command(_name)(_command)
+_INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line. Exits 0 on success, 2 with one line on bad input, 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
+            code = app(args=arguments or ["--help"], standalone_mode=False)
+        if code == _INTERRUPTED:  # which typer makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
+    except TyperException as error:
+        context = getattr(error, "ctx", None)
+        mend = "" if context is None else f"; see {context.command_path} --help"
+        _fail(error.format_message().rstrip(".") + mend)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    except (MemoryError, torch.OutOfMemoryError):
+        _fail("out of memory; give a smaller --batch-size")
+    except (typer.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,33 @@
+"""`jacobiflow convert`: a `.pth` file of the original TarFlow code as a model folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jacobiflow.cli import options
+from jacobiflow.flows.checkpoints import convert as convert_file
+from jacobiflow.flows.checkpoints import infer_config, read_original
+
+
+def convert(
+    file: Annotated[Path, typer.Argument(help="A state dict (.pth) that the original TarFlow code saved.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for config.json and model.safetensors.")],
+    patch_size: Annotated[int, typer.Option("--patch-size", help="Side of a patch in pixels.")],
+    noise_std: Annotated[
+        float, typer.Option("--noise-std", help="Gaussian noise of its training, which denoising needs; 0: none.")
+    ],
+    json: options.Json = None,
+) -> None:
+    """Turn published TarFlow weights into a model folder; everything but the two options is read from the shapes.
+
+    Example: jacobiflow convert afhq_model_8_768_8_8_0.07.pth --patch-size 8 --noise-std 0.07 --out afhq
+    """
+    options.check_writable(out, json)
+    config = replace(infer_config(read_original(file), patch_size=patch_size), noise_std=noise_std)
+    convert_file(file, out, config)
+    options.report(json, {"model": str(out), **asdict(config)})
+    print(f"wrote the model folder {out}")

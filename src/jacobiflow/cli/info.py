@@ -1,0 +1,34 @@
+"""`jacobiflow info`: what a model is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from jacobiflow.cli import options
+
+
+def info(model: options.Model = "fashion-p2", json: options.Json = None) -> None:
+    """Print a model's shape and size.
+
+    Example: jacobiflow info --model digits-p1
+    """
+    options.check_writable(None, json)
+    flow = options.load_model(model, "cpu")
+    config = flow.config
+    figures = {
+        "model": model,
+        **asdict(config),
+        "num_tokens": config.num_tokens,
+        "token_channels": config.token_channels,
+        "parameters": sum(p.numel() for p in flow.parameters()),
+    }
+    table = Table(show_header=False)
+    for name, value in figures.items():
+        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        table.add_row(name, escape(shown))
+    Console().print(table)
+    options.report(json, figures)

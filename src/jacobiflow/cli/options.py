@@ -1,0 +1,97 @@
+"""Options that mean the same in every command, and what they stand for."""
+
+from __future__ import annotations
+
+import platform
+import re
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from jaxtyping import Int
+from torch import Tensor
+
+from jacobiflow.data import balanced_labels
+from jacobiflow.files import write_json
+from jacobiflow.flows.checkpoints import load
+from jacobiflow.flows.tarflow import TarFlow
+from jacobiflow.sampling import draw_labels
+
+Model = Annotated[str, typer.Option("--model", help="A bundled name, a model folder, or a hub id.")]
+Images = Annotated[
+    str, typer.Option("--images", help="fashion-512, fashion-mnist, digits, or a folder of images or IDX files.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Fixes all that is drawn at random.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+
+
+def parse_device(name: str) -> torch.device:
+    """The device of that name. **Raises** `ValueError` where there is none here."""
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("holds no values")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: not available here; give cpu") from error
+    return device
+
+
+def load_model(name: str, device: str, dtype: str = "float32") -> TarFlow:
+    """The flow that `--model`, `--device` and `--dtype` name."""
+    return load(name, parse_device(device), dtype)
+
+
+def parse_labels(text: str, num: int, flow: TarFlow, seed: int) -> Int[Tensor, " n"] | None:
+    """Labels for `num` samples: "balanced", "random", "none", or numbers such as "3" or "0,1,2", repeated in order.
+
+    **Raises** `ValueError` where the text is none of these.
+    """
+    if text == "none" or (text in ("balanced", "random") and not flow.config.num_classes):
+        return None
+    if text == "balanced":
+        return balanced_labels(num, flow.config.num_classes)
+    if text == "random":
+        return draw_labels(num, flow.config.num_classes, seed)
+    if not re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*", text):
+        raise ValueError(f"--labels {text}: give balanced, random, none, or whole numbers with commas between")
+    numbers = [int(part) for part in text.split(",")]
+    return torch.tensor([numbers[i % len(numbers)] for i in range(num)])
+
+
+def check_writable(out: Path | None, json: Path | None) -> None:
+    """Check `--out` and `--json` before long work starts, and leave nothing behind.
+
+    **Raises** `ValueError` where nothing can be written there.
+    """
+    if json is not None and (json.is_dir() or not json.parent.is_dir()):
+        raise ValueError(f"--json {json}: give a file in a folder that exists")
+    for option, path, folder in (("--out", out, out), ("--json", json, json and json.parent)):
+        if folder is None:
+            continue
+        try:
+            nearest = next(place for place in (folder, *folder.parents) if place.exists())
+            tempfile.TemporaryFile(dir=nearest).close()
+        except OSError as error:
+            raise ValueError(f"{option} {path}: cannot write there ({error.strerror}); give another folder") from error
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a timing depends on."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else str(device),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def report(path: Path | None, figures: dict[str, Any]) -> None:
+    """Write the figures of `--json`, if asked for."""
+    if path is not None:
+        write_json(path, figures)

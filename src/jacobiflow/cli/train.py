@@ -1,0 +1,111 @@
+"""`jacobiflow train`: fit a TarFlow to images."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jacobiflow import sampling
+from jacobiflow.cli import options
+from jacobiflow.data import load_images
+from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
+from jacobiflow.plots import image_grid, save_png
+from jacobiflow.training import Noise, StepReport, TrainConfig, read_metrics
+from jacobiflow.training import train as fit
+
+
+def train(
+    images: options.Images,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the model, its checkpoint, metrics and samples.")],
+    steps: Annotated[int, typer.Option("--steps", help="Optimiser steps in all, those of earlier runs included.")],
+    patch_size: Annotated[int, typer.Option("--patch-size", help="Side of a patch in pixels.")] = 2,
+    channels: Annotated[int, typer.Option("--channels", help="Width of the transformers.")] = 128,
+    blocks: Annotated[int, typer.Option("--blocks", help="Number of flow blocks.")] = 8,
+    layers: Annotated[int, typer.Option("--layers", help="Transformer layers in a block.")] = 2,
+    head_dim: Annotated[int, typer.Option("--head-dim", help="Width of an attention head.")] = 64,
+    volume_preserving: Annotated[
+        bool, typer.Option("--volume-preserving", help="Shifts only, and a learned prior variance.")
+    ] = False,
+    image_size: Annotated[int, typer.Option("--image-size", help="Side of the images in pixels.")] = 28,
+    image_channels: Annotated[int, typer.Option("--image-channels", help="1 for grey, 3 for colour.")] = 1,
+    unconditional: Annotated[bool, typer.Option("--unconditional", help="Do not use the images' labels.")] = False,
+    noise: Annotated[str, typer.Option("--noise", help="gaussian, or uniform for dequantisation.")] = "gaussian",
+    noise_std: Annotated[float, typer.Option("--noise-std", help="Standard deviation of gaussian noise.")] = 0.1,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images in a step.")] = 64,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Peak rate of AdamW.")] = 1e-3,
+    warmup: Annotated[int, typer.Option("--warmup", help="Steps of linear warm-up.")] = 200,
+    ema: Annotated[float, typer.Option("--ema", help="Decay of the averaged weights.")] = 0.999,
+    clip: Annotated[float, typer.Option("--clip", help="Largest gradient norm.")] = 1.0,
+    drop_label: Annotated[float, typer.Option("--drop-label", help="Share of labels dropped.")] = 0.1,
+    bf16: Annotated[bool, typer.Option(help="Autocast to bfloat16.")] = True,
+    checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", help="Steps between checkpoints.")] = 100,
+    sample_every: Annotated[int, typer.Option("--sample-every", help="Steps between sheets of samples.")] = 500,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    json: options.Json = None,
+) -> None:
+    """Train a TarFlow; started again with the same --out, it goes on where it stopped.
+
+    Example: jacobiflow train --images fashion-mnist --out runs/fashion --steps 6000
+    """
+    data = load_images(images, image_size, image_channels)
+    classes = 0 if unconditional or data.labels is None else int(data.labels.max()) + 1
+    gaussian = noise == "gaussian"
+    config = TarFlowConfig(
+        in_channels=image_channels, image_size=image_size, patch_size=patch_size, channels=channels, num_blocks=blocks,
+        layers_per_block=layers, num_classes=classes, nvp=not volume_preserving, head_dim=head_dim,
+        noise_std=noise_std if gaussian else 0.0,
+    )  # fmt: skip
+    settings = TrainConfig(
+        steps=steps, noise=Noise(noise, config.noise_std),  # type: ignore[arg-type]
+        batch_size=batch_size, learning_rate=learning_rate, warmup=warmup, ema=ema, clip=clip, drop_label=drop_label,
+        bf16=bf16, seed=seed, checkpoint_every=checkpoint_every, sample_every=sample_every,
+    )  # fmt: skip
+    place = options.parse_device(device)
+    options.check_writable(out, json)
+    torch.manual_seed(seed)
+    flow = TarFlow(config).to(place)
+
+    console = Console(stderr=True)
+    columns = (TextColumn("training"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
+    with (
+        _sigterm_interrupts(),
+        Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar,
+    ):
+        task = bar.add_task("training", total=steps, figures="")
+
+        def on_step(step: StepReport) -> None:
+            figures = f"loss {step.loss:+.4f}  {step.bits_per_dim:.3f} bits/dim"
+            bar.update(task, completed=step.step, figures=figures)
+            if not console.is_terminal and step.step % 50 == 0:
+                print(f"step {step.step}/{steps}  {figures}  {step.seconds:.0f} s", file=sys.stderr)
+
+        def on_sample(average: TarFlow, step: int) -> None:
+            labels = options.parse_labels("balanced", 20, average, seed)
+            drawn = sampling.sample(average, num=20, labels=labels, seed=seed, progress=False)
+            save_png(image_grid(drawn.images, columns=10), out / f"samples-{step:06d}.png")
+
+        fit(flow, data, settings, out, on_step, on_sample)
+    figures = {"model": str(out), "images": len(data), **asdict(config), "training": asdict(settings)}
+    options.report(json, figures | {"last_step": read_metrics(out)[-1], **options.machine(place)})
+    print(f"wrote the model folder {out}")
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """A scheduler's SIGTERM ends training as Ctrl-C does: with a checkpoint."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

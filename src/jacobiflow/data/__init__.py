@@ -1,0 +1,21 @@
+"""Labelled images in memory."""
+
+from jacobiflow.data.dataset import (
+    FASHION_MNIST_CLASSES,
+    DataError,
+    ImageDataset,
+    balanced_labels,
+    bundled_fashion,
+    digits,
+    fashion_mnist,
+    image_folder,
+    load_images,
+    quantize,
+    read_idx,
+    scale,
+)
+
+__all__ = [
+    "FASHION_MNIST_CLASSES", "DataError", "ImageDataset", "balanced_labels", "bundled_fashion", "digits",
+    "fashion_mnist", "image_folder", "load_images", "quantize", "read_idx", "scale",
+]  # fmt: skip

@@ -1,0 +1,57 @@
+"""What a solver asks of a block: the fixed-point map g, evaluated on any run of tokens against a cache."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@runtime_checkable
+class Block(Protocol):
+    """An autoregressive map g whose fixed point x = g(x) is the inverse of a block at `z`.
+
+    Entry t of g(x) depends on x[:, :t] only; the block itself owns that shift by one. Tokens `x` and `z` are
+    (B, T, C) in the block's causal order.
+    """
+
+    def init_cache(self, z: Float[Tensor, "b t c"], context: Tensor | None = None) -> Any:
+        """A fresh cache, of any type, for solving the rows of `z` under `context` (one row each, or `None`)."""
+        ...
+
+    def update(
+        self, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], start: int, stop: int, cache: Any
+    ) -> Float[Tensor, "b n c"]:
+        """g(x)[:, start:stop], given that the cache holds positions before start-1.
+
+        Positions start-1 .. stop-2 are read from `x` and written to the cache in place; `x` and `z` are not changed.
+        """
+        ...
+
+
+class AffineBlock:
+    """A block whose map is affine in z: g(x) = exp(log_scale(x)) z + shift(x), eq. (3) of the GS-Jacobi paper."""
+
+    def init_cache(
+        self,
+        z: Float[Tensor, "b t c"],
+        context: Tensor | None = None,
+        attn_temperature: Float[Tensor, " b"] | None = None,
+    ) -> Any:
+        """A fresh cache; `attn_temperature` divides the attention logits of each row, where the block has any."""
+        raise TypeError(f"{type(self).__name__} must define init_cache")
+
+    def affine(
+        self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: Any
+    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
+        """Log-scale and shift of entries start .. stop-1; reads and caches positions start-1 .. stop-2."""
+        raise TypeError(f"{type(self).__name__} must define affine")
+
+    def update(
+        self, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], start: int, stop: int, cache: Any
+    ) -> Float[Tensor, "b n c"]:
+        """g(x)[:, start:stop] = exp(log_scale) z + shift."""
+        log_scale, shift = self.affine(x, start, stop, cache)
+        return torch.addcmul(shift, log_scale.exp(), z[:, start:stop])

@@ -1,0 +1,306 @@
+"""TarFlow (arXiv 2412.06329): an autoregressive normalizing flow of causal transformer blocks over image patches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jacobiflow.flows.attention import AttentionBlock, KeyValues, causal_mask
+from jacobiflow.flows.base import AffineBlock
+from jacobiflow.flows.permutation import Permutation
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class TarFlowConfig:
+    """Shape of a TarFlow.
+
+    `noise_std` records the Gaussian noise that the training images carried (0: uniform dequantisation); denoising
+    needs it. `nvp` is the non-volume-preserving mode (per-token scales); without it the flow has shifts only and a
+    learned prior variance.
+
+    **Raises** `ValueError` where sizes do not divide or are not positive.
+    """
+
+    in_channels: int
+    image_size: int
+    patch_size: int
+    channels: int
+    num_blocks: int
+    layers_per_block: int
+    num_classes: int = 0
+    nvp: bool = True
+    head_dim: int = 64
+    expansion: int = 4
+    noise_std: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "in_channels",
+            "image_size",
+            "patch_size",
+            "channels",
+            "num_blocks",
+            "layers_per_block",
+            "head_dim",
+            "expansion",
+        ):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: give a positive whole number")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
+        if self.channels % self.head_dim:
+            raise ValueError(f"head_dim={self.head_dim} does not divide channels={self.channels}")
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes={self.num_classes}: give 0 for an unconditional flow, or the class count")
+        if not 0 <= self.noise_std < math.inf:
+            raise ValueError(f"noise_std={self.noise_std}: give 0 or a positive standard deviation")
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the number of patches."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def token_channels(self) -> int:
+        """C, the number of values in one patch."""
+        return self.in_channels * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class TarFlowCache:
+    """What a block keeps while its tokens are solved: one `KeyValues` a layer, and its embeddings in causal order."""
+
+    layers: tuple[KeyValues, ...]
+    pos_embedding: Float[Tensor, "t c"]
+    class_embedding: Float[Tensor, "b 1 c"] | None
+
+
+class TarFlowBlock(AffineBlock, nn.Module):
+    """One causal affine block: z_t = exp(-s(x_<t)) (x_t - u(x_<t)), eq. (1) of the GS-Jacobi paper.
+
+    `s` (log-scale) and `u` (shift) come from a causal transformer; its output at position t-1 belongs to entry t, and
+    entry 0 has s = u = 0. Tokens are in the block's own causal order throughout: the flow permutes.
+    """
+
+    attn_blocks: Sequence[AttentionBlock]
+
+    def __init__(self, config: TarFlowConfig, permutation: Permutation) -> None:
+        super().__init__()
+        self.num_tokens = config.num_tokens
+        self.nvp = config.nvp
+        self.permutation = permutation
+        self.proj_in = nn.Linear(config.token_channels, config.channels)
+        self.pos_embed = nn.Parameter(torch.randn(config.num_tokens, config.channels) * 1e-2)
+        self.class_embed = (
+            nn.Parameter(torch.randn(config.num_classes, 1, config.channels) * 1e-2) if config.num_classes else None
+        )
+        self.attn_blocks = nn.ModuleList(  # type: ignore[assignment]
+            AttentionBlock(config.channels, config.head_dim, config.expansion) for _ in range(config.layers_per_block)
+        )
+        self.proj_out = nn.Linear(config.channels, config.token_channels * (2 if config.nvp else 1))
+        nn.init.zeros_(self.proj_out.weight)
+
+    def embed_classes(self, labels: Int[Tensor, " b"] | None) -> Float[Tensor, "#b 1 c"] | None:
+        """Class embedding per row; the mean over classes for a row without a label (`None`, or below 0)."""
+        if self.class_embed is None:
+            return None
+        mean = self.class_embed.mean(dim=0, keepdim=True)
+        if labels is None:
+            return mean
+        return torch.where((labels < 0).view(-1, 1, 1), mean, self.class_embed[labels.clamp(min=0)])
+
+    def forward(
+        self, x: Float[Tensor, "b t c"], labels: Int[Tensor, " b"] | None = None
+    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b t c"]]:
+        """Log-scale and shift of every entry, from one parallel pass over `x`."""
+        h = self._embed(x[:, :-1], self.permutation(self.pos_embed, dim=0)[:-1], self.embed_classes(labels))
+        for layer in self.attn_blocks:
+            h = layer(h)
+        return self._read_out(h, x, first=True)
+
+    def init_cache(
+        self,
+        z: Float[Tensor, "b t c"],
+        context: Int[Tensor, " b"] | None = None,
+        attn_temperature: Float[Tensor, " b"] | None = None,
+    ) -> TarFlowCache:
+        """An empty cache for the rows of `z` under labels `context`; see `AffineBlock.init_cache`."""
+        attention = self.attn_blocks[0].attention
+        weight = attention.qkv.weight
+        shape = (z.shape[0], attention.num_heads, self.num_tokens, weight.shape[1] // attention.num_heads)
+        mask = causal_mask(self.num_tokens, weight)
+        query_scale = None if attn_temperature is None else attn_temperature.to(weight).reciprocal().view(-1, 1, 1, 1)
+        layers = tuple(
+            KeyValues(weight.new_zeros(shape), weight.new_zeros(shape), mask, query_scale) for _ in self.attn_blocks
+        )
+        return TarFlowCache(layers, self.permutation(self.pos_embed, dim=0), self.embed_classes(context))
+
+    def affine(
+        self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: TarFlowCache
+    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
+        """Log-scale and shift of entries [start, stop); feeds positions start-1 .. stop-2 and stores their keys."""
+        if stop == 1:  # entry 0 has no token before it
+            return torch.zeros_like(x[:, :1]), torch.zeros_like(x[:, :1])
+        first = max(start - 1, 0)
+        h = self._embed(x[:, first : stop - 1], cache.pos_embedding[first : stop - 1], cache.class_embedding)
+        for layer, key_values in zip(self.attn_blocks, cache.layers, strict=True):
+            h = layer(h, key_values, first)
+        return self._read_out(h, x, first=start == 0)
+
+    def _embed(self, x: Tensor, pos_embedding: Tensor, class_embedding: Tensor | None) -> Tensor:
+        h = self.proj_in(x.to(self.proj_in.weight.dtype)) + pos_embedding
+        return h if class_embedding is None else h + class_embedding
+
+    def _read_out(self, h: Tensor, x: Tensor, first: bool) -> tuple[Tensor, Tensor]:
+        out = self.proj_out(h).to(x.dtype)
+        if first:
+            out = F.pad(out, (0, 0, 1, 0))
+        if self.nvp:
+            log_scale, shift = out.chunk(2, dim=-1)
+            return log_scale, shift
+        return torch.zeros_like(out), out
+
+
+_MODEL_CARD = """\
+---
+{{ card_data }}
+---
+
+# TarFlow
+
+A normalizing flow of causal transformer blocks ([arXiv 2412.06329](https://arxiv.org/abs/2412.06329)).
+`jacobiflow.load` takes this folder, or its id on the hub.
+"""
+
+
+class TarFlow(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="jacobiflow",
+    tags=["normalizing-flow", "tarflow"],
+    model_card_template=_MODEL_CARD,
+):
+    """Stack of causal affine blocks over patches of an image, alternately in raster and in reverse order.
+
+    **Arguments:**
+
+    - `config`: the shape, a `TarFlowConfig`.
+
+    Reference: Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329.
+    """
+
+    blocks: Sequence[TarFlowBlock]
+    var: Tensor
+
+    def __init__(self, config: TarFlowConfig) -> None:
+        super().__init__()
+        self.config = config
+        kinds = (Permutation("identity"), Permutation("flip"))
+        self.blocks = nn.ModuleList(  # type: ignore[assignment]
+            TarFlowBlock(config, kinds[i % 2]) for i in range(config.num_blocks)
+        )
+        self.register_buffer("var", torch.ones(config.num_tokens, config.token_channels))
+
+    @classmethod
+    def from_original(cls, path: str | Path, config: TarFlowConfig) -> Self:
+        """The flow in a `.pth` state dict of the original TarFlow code, in eval mode; float16 becomes float32.
+
+        **Raises** `CheckpointError`, a `ValueError`, that lists all that does not fit `config`.
+        """
+        from jacobiflow.flows import checkpoints
+
+        return checkpoints.load_original(cls, path, config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> Self:
+        """The flow that `save_pretrained` or `push_to_hub` wrote, in eval mode, its parameters with gradients.
+
+        **Arguments:**
+
+        - `pretrained_model_name_or_path`: a bundled model's name, a folder, or a hub id "owner/name".
+        - `hub`: for a hub id, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+        **Raises** `CheckpointError`, a `ValueError`, where that is no model or a broken one.
+        """
+        from jacobiflow.flows import checkpoints
+
+        return checkpoints.read(cls, pretrained_model_name_or_path, **hub)
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        config: TarFlowConfig | None = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Write a model folder as `checkpoints.save` does, with a model card where it has no README.md.
+
+        `push_to_hub` calls this with `config`, which can only be the flow's own.
+
+        **Raises** `CheckpointError`, a `ValueError`, where a weight is not finite or the folder cannot be written.
+        """
+        from jacobiflow.flows import checkpoints
+
+        if config not in (None, self.config):
+            raise ValueError(f"config={config}: leave it out, the flow's own is saved")
+        checkpoints.save(self, save_directory, dtype)
+        readme = Path(save_directory) / "README.md"
+        if not readme.exists():
+            with checkpoints.write_beside(readme) as partial:
+                self.generate_model_card(**(model_card_kwargs or {})).save(partial)
+
+    def patchify(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n t d"]:
+        """Images as sequences of patches in raster order."""
+        size = self.config.patch_size
+        return F.unfold(images, size, stride=size).transpose(1, 2)
+
+    def unpatchify(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n c h w"]:
+        """Inverse of `patchify`."""
+        side, size = self.config.image_size, self.config.patch_size
+        return F.fold(x.transpose(1, 2), (side, side), size, stride=size)
+
+    def normalize(
+        self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None
+    ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
+        """Tokens after all blocks, before the prior's scale, and log|det| in nats, summed over dimensions."""
+        x = self.patchify(images)
+        log_det = x.new_zeros(x.shape[0])
+        for block in self.blocks:
+            x = block.permutation(x)
+            log_scale, shift = block(x, labels)
+            x = block.permutation((x - shift) * torch.exp(-log_scale))
+            log_det = log_det - log_scale.sum(dim=(1, 2))
+        return x, log_det
+
+    def encode(
+        self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None
+    ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
+        """Latents z = f(images), standard normal under the model, and log|det df/dx| in nats; prior included."""
+        z, log_det = self.normalize(images, labels)
+        return z / self.var.sqrt(), log_det - 0.5 * self.var.log().sum()
+
+    def log_prob(
+        self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, " n"]:
+        """Log-density in nats: log N(z; 0, I) + log|det df/dx|."""
+        z, log_det = self.encode(images, labels)
+        return log_det - 0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=(1, 2))
+
+    def bits_per_dim(
+        self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, " n"]:
+        """-log2 p(images) / D + log2(128): in units of 8-bit pixels, whose [0, 256) the images hold as [-1, 1)."""
+        return -self.log_prob(images, labels) / (images[0].numel() * math.log(2)) + 7

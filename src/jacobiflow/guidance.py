@@ -1,0 +1,82 @@
+"""Classifier-free guidance as a wrapper round a block."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from jacobiflow.flows.base import AffineBlock
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance of every block's parameters.
+
+    Entry t (from 0) gets `log_scale + w_t (log_scale - log_scale_uncond)`, and the same for the shift, where the
+    unconditional row has no label and attention logits divided by `attn_temperature`. `w_t` is `weight`, or with
+    `annealed` it is `weight * t / (T - 1)`. `on` names the parameters that are guided.
+
+    An unconditional flow is guided too, away from itself at another temperature.
+
+    Reference: section 3 and the guidance of the original sampler of TarFlow, arXiv 2412.06329.
+    """
+
+    weight: float
+    annealed: bool = True
+    on: Literal["both", "scale", "shift"] = "both"
+    attn_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"guidance weight {self.weight}: give 0 (off) or a positive number")
+        if not 0 < self.attn_temperature < math.inf:
+            raise ValueError(f"attn_temperature {self.attn_temperature}: give a positive number")
+        if self.on not in ("both", "scale", "shift"):
+            raise ValueError(f"guidance on {self.on!r}: give 'both', 'scale' or 'shift'")
+
+
+@dataclass(frozen=True)
+class GuidedBlock(AffineBlock):
+    """`block` under guidance: conditional and unconditional rows go through the network as one batch."""
+
+    block: AffineBlock
+    guidance: Guidance
+
+    def init_cache(
+        self,
+        z: Float[Tensor, "b t c"],
+        context: Int[Tensor, " b"] | None = None,
+        attn_temperature: Float[Tensor, " b"] | None = None,
+    ) -> Any:
+        if attn_temperature is not None:
+            raise ValueError("attn_temperature: a guided block takes it from its guidance")
+        rows = z.new_ones(z.shape[0])
+        temperature = torch.cat((rows, rows * self.guidance.attn_temperature))
+        labels = None if context is None else torch.cat((context, torch.full_like(context, -1)))
+        return self.block.init_cache(
+            torch.cat((z, z)), labels, None if self.guidance.attn_temperature == 1 else temperature
+        )
+
+    def affine(
+        self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: Any
+    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
+        log_scale, shift = self.block.affine(torch.cat((x, x)), start, stop, cache)
+        weight: float | Tensor = self.guidance.weight
+        if self.guidance.annealed:
+            last = max(x.shape[1] - 1, 1)
+            weight = weight * torch.arange(start, stop, device=x.device, dtype=x.dtype).div(last).view(1, -1, 1)
+        on = self.guidance.on
+        return (
+            _guided(log_scale, weight if on != "shift" else 0.0),
+            _guided(shift, weight if on != "scale" else 0.0),
+        )
+
+
+def _guided(both: Tensor, weight: float | Tensor) -> Tensor:
+    conditional, unconditional = both.chunk(2)
+    return conditional + weight * (conditional - unconditional)

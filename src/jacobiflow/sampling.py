@@ -1,0 +1,288 @@
+"""Draw images: latents through the blocks of a flow, each solved as a strategy says."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from torch import Tensor
+
+from jacobiflow.denoising import denoise as denoise_images
+from jacobiflow.flows.base import AffineBlock
+from jacobiflow.flows.tarflow import TarFlow
+from jacobiflow.guidance import Guidance, GuidedBlock
+from jacobiflow.solvers import Solution, Status, solve_certified
+from jacobiflow.strategy import Strategy, resolve
+
+
+@dataclass(frozen=True)
+class BlockStats:
+    """What one block cost and how it ended, over all batches of a run.
+
+    `residual`, `status` and `resolved_sequentially` are per sample (N,); the rest are sums over batches, as in
+    `jacobiflow.solvers.Solution`. Under guidance a network call evaluates two rows per sample.
+    """
+
+    sweeps: int
+    network_calls: int
+    token_evaluations: int
+    seconds: float
+    residual: Float[Tensor, " n"]
+    status: Int[Tensor, " n"]
+    resolved_sequentially: Bool[Tensor, " n"]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images and how they came about.
+
+    **Attributes:**
+
+    - `images`: (N, C, H, W), nominally in [-1, 1], not clipped; NaN where the exact inverse overflows.
+    - `latents`: (N, T, C), standard normal, before the prior's scale.
+    - `labels`: (N,) or `None`.
+    - `stats`: a `BlockStats` per block, in encoding order.
+    - `certificate`: per sample (N,) the largest |g(x) - x| over tokens, channels and blocks, guidance included, before
+        denoising; `None` where it was not asked for.
+    - `trace`: the noise, the image after each block in sampling order, and the denoised image; `None` unless asked for.
+    - `seconds`: wall-clock time of solving all blocks; `denoise_seconds`: of denoising.
+    """
+
+    images: Float[Tensor, "n c h w"]
+    latents: Float[Tensor, "n t d"]
+    labels: Int[Tensor, " n"] | None
+    stats: tuple[BlockStats, ...]
+    certificate: Float[Tensor, " n"] | None
+    trace: tuple[Float[Tensor, "n c h w"], ...] | None
+    seconds: float
+    denoise_seconds: float
+
+    @property
+    def network_calls(self) -> int:
+        """Network calls over all blocks."""
+        return sum(block.network_calls for block in self.stats)
+
+    @property
+    def token_evaluations(self) -> int:
+        """Token evaluations over all blocks."""
+        return sum(block.token_evaluations for block in self.stats)
+
+    @property
+    def resolved_sequentially(self) -> int:
+        """How many samples some block solved again token by token."""
+        return int(torch.stack([block.resolved_sequentially for block in self.stats]).any(dim=0).sum())
+
+    @property
+    def status(self) -> Int[Tensor, " n"]:
+        """The worst `Status` of each sample over its blocks."""
+        return torch.stack([block.status for block in self.stats]).amax(dim=0)
+
+
+def draw_latents(
+    num: int, num_tokens: int, token_channels: int, seed: int = 0, start: int = 0
+) -> Float[Tensor, "n t d"]:
+    """Standard normal latents of samples start .. start+num-1; sample i depends on `seed` and i only.
+
+    Each sample has its own counter in the Philox generator keyed by the seed.
+    """
+    draws = [
+        np.random.Generator(np.random.Philox(key=seed, counter=(0, 0, 0, i))).standard_normal(
+            (num_tokens, token_channels), np.float32
+        )
+        for i in range(start, start + num)
+    ]
+    return torch.from_numpy(np.stack(draws))
+
+
+def draw_labels(num: int, num_classes: int, seed: int = 0, start: int = 0) -> Int[Tensor, " n"]:
+    """Uniform labels of samples start .. start+num-1; that of sample i depends on `seed` and i only."""
+    return torch.tensor(
+        [
+            int(np.random.Generator(np.random.Philox(key=seed, counter=(0, 0, 1, i))).integers(num_classes))
+            for i in range(start, start + num)
+        ]
+    )
+
+
+def sample(
+    flow: TarFlow,
+    num: int | None = None,
+    labels: Int[Tensor, " n"] | None = None,
+    seed: int = 0,
+    *,
+    latents: Float[Tensor, "n t d"] | None = None,
+    strategy: str | Path | Strategy = "auto",
+    guidance: Guidance | None = None,
+    denoise: float = 0.0,
+    tolerance: float | None = None,
+    certify: bool = True,
+    batch_size: int | None = None,
+    return_trace: bool = False,
+    progress: bool = True,
+) -> Samples:
+    """Sample images x = f^-1(z): the inverse of every block, last first, each to its tolerance.
+
+    **Arguments:**
+
+    - `flow`: the model; its device is used.
+    - `num`: how many; or give `latents` (N, T, C), standard normal, before the prior's scale.
+    - `labels`: (N,) classes; a label below 0, or `None`, takes the unconditional row.
+    - `seed`: fixes the latent of sample i, whatever the batch size.
+    - `strategy`: a name (see `jacobiflow.strategy.resolve`), a `Strategy`, or the path of its JSON file.
+    - `guidance`: a `Guidance`, or `None`.
+    - `denoise`: rate of one denoising step; 0 is off.
+    - `tolerance`: largest |g(x) - x| allowed in any block. `None`: 1e-3 for a named strategy, its own for any other.
+    - `certify`: measure the residual of every sample in every block, one parallel pass each, and solve again what is
+        above the tolerance.
+    - `batch_size`: samples solved together; all by default.
+    - `return_trace`: keep the image after every block.
+    - `progress`: show a bar on a terminal.
+
+    **Returns:** `Samples`. A sample that missed its tolerance or overflowed was solved again sequentially and is
+    counted there; none is redrawn. One that overflows in the exact inverse too is NaN, with a warning.
+
+    **Raises:** `ValueError` for labels, latents, strategies or settings that do not fit the flow.
+    """
+    config = flow.config
+    if (num is None) == (latents is None):
+        raise ValueError("give either num or latents")
+    if latents is None:
+        if num is None or num < 1:
+            raise ValueError(f"num={num}: give a positive number of samples")
+        latents = draw_latents(num, config.num_tokens, config.token_channels, seed)
+    _check(flow, latents, labels)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: give a positive number")
+    if guidance is not None and labels is None and guidance.attn_temperature == 1:
+        warnings.warn("guidance without labels at attn_temperature 1 changes nothing", stacklevel=2)
+    plan = resolve(strategy, config.num_blocks, config.num_tokens, tolerance)
+    blocks = [_guided(block, guidance) for block in flow.blocks]
+    latents = latents.to(flow.var.device, torch.float64 if flow.var.dtype == torch.float64 else torch.float32)
+    labels = None if labels is None else labels.to(flow.var.device)
+    batches = list(_spans(len(latents), batch_size or len(latents)))
+
+    started = time.perf_counter()
+    solved: list[_Batch] = []
+    with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:
+        task = bar.add_task("sampling", total=len(batches) * config.num_blocks)
+        for span in batches:
+            rows = None if labels is None else labels[span]
+            solved.append(_solve_batch(flow, blocks, plan, latents[span], rows, certify, return_trace, bar, task))
+    seconds = time.perf_counter() - started
+
+    images = torch.cat([batch.images for batch in solved])
+    stats = tuple(_stats([batch.solutions[i] for batch in solved]) for i in range(config.num_blocks))
+    trace = [torch.cat(images) for images in zip(*(batch.trace for batch in solved), strict=True)]
+    started = time.perf_counter()
+    if denoise:
+        images = denoise_images(flow, images, labels, denoise, batch_size or 64)
+        trace.append(images)
+    lost = int((torch.stack([block.status for block in stats]) == Status.NONFINITE).any(dim=0).sum())
+    if lost:
+        warnings.warn(f"{lost} of {len(images)} samples: {Status.NONFINITE.message}; they are NaN", stacklevel=2)
+    return Samples(
+        images=images,
+        latents=latents,
+        labels=labels,
+        stats=stats,
+        certificate=torch.stack([block.residual for block in stats]).amax(dim=0) if certify else None,
+        trace=tuple(trace) if return_trace else None,
+        seconds=seconds,
+        denoise_seconds=time.perf_counter() - started,
+    )
+
+
+def decode(
+    flow: TarFlow,
+    z: Float[Tensor, "n t d"],
+    labels: Int[Tensor, " n"] | None = None,
+    *,
+    strategy: str | Path | Strategy = "auto",
+    tolerance: float | None = None,
+    certify: bool = True,
+) -> Samples:
+    """The inverse of `flow.encode`: images whose latents are `z`, without guidance or denoising. See `sample`."""
+    return sample(
+        flow, labels=labels, latents=z, strategy=strategy, tolerance=tolerance, certify=certify, progress=False
+    )
+
+
+@dataclass(frozen=True)
+class _Batch:
+    images: Tensor
+    solutions: list[Solution]
+    trace: list[Tensor]
+
+
+def _solve_batch(
+    flow: TarFlow, blocks: list[AffineBlock], plan: Strategy, latents: Tensor, labels: Tensor | None, certify: bool,
+    return_trace: bool, bar: Progress, task: TaskID,
+) -> _Batch:  # fmt: skip
+    x = latents * flow.var.sqrt().to(latents.dtype)
+    lost = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    solutions: list[Solution] = []
+    trace = [flow.unpatchify(x)] if return_trace else []
+    for i in reversed(range(len(blocks))):
+        permutation = flow.blocks[i].permutation
+        # A sample lost in an earlier block goes on as zeros, so that the rest of its batch can be solved.
+        z = permutation(x.masked_fill(lost.view(-1, 1, 1), 0))
+        solution = solve_certified(blocks[i], z, plan.solvers[i], labels, certify)
+        lost |= solution.status == Status.NONFINITE
+        x = permutation(solution.x)
+        solutions.append(solution)
+        if return_trace:
+            trace.append(flow.unpatchify(x))
+        bar.advance(task)
+    images = flow.unpatchify(x.masked_fill(lost.view(-1, 1, 1), torch.nan))
+    return _Batch(images, solutions[::-1], trace)
+
+
+def _stats(solutions: Iterable[Solution]) -> BlockStats:
+    solutions = list(solutions)
+    return BlockStats(
+        sweeps=sum(s.sweeps for s in solutions),
+        network_calls=sum(s.network_calls for s in solutions),
+        token_evaluations=sum(s.token_evaluations for s in solutions),
+        seconds=sum(s.seconds for s in solutions),
+        residual=torch.cat([s.residual for s in solutions]),
+        status=torch.cat([s.status for s in solutions]),
+        resolved_sequentially=torch.cat([s.resolved_sequentially for s in solutions]),
+    )
+
+
+def _guided(block: AffineBlock, guidance: Guidance | None) -> AffineBlock:
+    return block if guidance is None or guidance.weight == 0 else GuidedBlock(block, guidance)
+
+
+def _spans(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+
+
+def _check(flow: TarFlow, latents: Tensor, labels: Tensor | None) -> None:
+    config = flow.config
+    want = (config.num_tokens, config.token_channels)
+    if latents.ndim != 3 or latents.shape[1:] != want or not len(latents):
+        raise ValueError(f"latents of shape {tuple(latents.shape)}: this flow takes (N, {want[0]}, {want[1]})")
+    if not torch.isfinite(latents).all():
+        raise ValueError("latents hold a NaN or an infinity: give finite values")
+    if labels is None:
+        return
+    if not config.num_classes:
+        raise ValueError("labels given, but this flow is unconditional: leave them out")
+    if labels.dtype not in (torch.int64, torch.int32) or labels.shape != latents.shape[:1]:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} and dtype {labels.dtype}: give {len(latents)} whole numbers"
+        )
+    if (labels >= config.num_classes).any():
+        raise ValueError(
+            f"label {int(labels.max())}: this flow has classes 0 to {config.num_classes - 1} (below 0: no class)"
+        )

@@ -1,0 +1,59 @@
+"""What a solver returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Status(IntEnum):
+    """How a sample's solve ended."""
+
+    CONVERGED = 0
+    MAX_SWEEPS = 1
+    ROUNDING = 2
+    NONFINITE = 3
+
+    @property
+    def message(self) -> str:
+        """What it means, and the remedy."""
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    Status.CONVERGED: "every token is within its tolerance, or exact",
+    Status.MAX_SWEEPS: "stopped by MaxSweeps; raise it, or use a Tolerance, for a smaller residual",
+    Status.ROUNDING: "solved sequentially, yet its residual is above the tolerance: this is the rounding of the "
+    "network's dtype; raise the tolerance or use a wider dtype",
+    Status.NONFINITE: "the exact inverse itself overflows at this latent; lower the guidance, or use a wider dtype",
+}
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The solved tokens of one block and what they cost.
+
+    **Attributes:**
+
+    - `x`: the answer (B, T, C), in the block's causal order.
+    - `status`: a `Status` per sample (B,).
+    - `residual`: per sample (B,), the largest |g(x) - x|: of the answer where it was certified, else the largest change
+        that a token's last sweep made (0 for a token that is exact by Proposition 1).
+    - `resolved_sequentially`: samples (B,) that were solved again token by token.
+    - `sweeps`: passes of the loop, those of later attempts included.
+    - `network_calls`: evaluations of the block, certificates included.
+    - `token_evaluations`: tokens times samples over these calls.
+    - `seconds`: wall-clock time.
+    """
+
+    x: Float[Tensor, "b t c"]
+    status: Int[Tensor, " b"]
+    residual: Float[Tensor, " b"]
+    resolved_sequentially: Bool[Tensor, " b"]
+    sweeps: int
+    network_calls: int
+    token_evaluations: int
+    seconds: float

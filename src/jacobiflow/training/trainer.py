@@ -1,0 +1,256 @@
+"""Maximum-likelihood training of a TarFlow, with checkpoints from which it goes on as if never stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jacobiflow.data import ImageDataset
+from jacobiflow.files import write_atomically
+from jacobiflow.flows.tarflow import TarFlow
+from jacobiflow.training.noise import Noise, add_noise, keyed_generator
+
+CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
+_MIN_RATE = 1e-6
+_PRIOR_RATE = 0.1
+_ORDER, _NOISE = 0, 1  # streams of random numbers
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train; counts are optimiser steps.
+
+    The learning rate warms up linearly over `warmup` steps, then falls to 1e-6 by a cosine. `drop_label` is the share
+    of labels replaced by "none", `ema` the decay of the averaged weights, `clip` the largest gradient norm.
+
+    **Raises** `ValueError` where a value is out of its range.
+    """
+
+    steps: int
+    noise: Noise = field(default_factory=lambda: Noise("gaussian", 0.1))
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    warmup: int = 200
+    ema: float = 0.999
+    clip: float = 1.0
+    drop_label: float = 0.1
+    bf16: bool = True
+    seed: int = 0
+    checkpoint_every: int = 100
+    sample_every: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every", "sample_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give a positive whole number")
+        for name in ("drop_label", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give a number from 0 to below 1")
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: give a positive number")
+        for name in ("weight_decay", "warmup"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: give 0 or a positive number")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of `step`, counted from 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        return _MIN_RATE + 0.5 * (self.learning_rate - _MIN_RATE) * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimiser step did; `seconds` of training so far, over all runs.
+
+    `bits_per_dim` is that of the noisy (or dequantised) training batch, under a standard normal prior.
+    """
+
+    step: int
+    loss: float
+    bits_per_dim: float
+    grad_norm: float
+    rate: float
+    seconds: float
+
+
+def train(
+    flow: TarFlow,
+    data: ImageDataset,
+    config: TrainConfig,
+    out: str | Path,
+    on_step: Callable[[StepReport], None] | None = None,
+    on_sample: Callable[[TarFlow, int], None] | None = None,
+) -> TarFlow:
+    """Minimise mean(z^2) / 2 - log-det / D over noisy images; returns the averaged weights.
+
+    `out` receives `checkpoint.pt` every `checkpoint_every` steps and when interrupted (unless in the middle of an
+    update), `metrics.jsonl`, and at the end the model folder of the averaged weights. Started again with the same
+    `out`, training goes on from the checkpoint; images, noise and dropped labels of a step depend on the seed and the
+    step only. A flow without scales also learns its prior variance, as a moving average of z^2.
+
+    **Arguments:** `on_step` hears of every step, `on_sample` gets the averaged flow every `sample_every` steps.
+
+    **Raises** `ValueError` where the data do not fit the flow, the checkpoint in `out` is of another flow or broken,
+    or the loss is no longer finite; the last checkpoint stays.
+    """
+    out = Path(out)
+    shape = (flow.config.in_channels, flow.config.image_size, flow.config.image_size)
+    if tuple(data.images.shape[1:]) != shape:
+        raise ValueError(f"images are {tuple(data.images.shape[1:])}, the flow takes {shape}")
+    if flow.config.num_classes and data.labels is not None and int(data.labels.max()) >= flow.config.num_classes:
+        raise ValueError(f"label {int(data.labels.max())}: the flow has classes 0 to {flow.config.num_classes - 1}")
+    if len(data) < config.batch_size:
+        raise ValueError(f"batch_size={config.batch_size}: there are only {len(data)} images")
+    if config.noise.std != flow.config.noise_std:
+        raise ValueError(
+            f"noise of std {config.noise.std}, but the flow's config has noise_std={flow.config.noise_std}"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    run = _Run(flow, config, out)
+    run.resume()
+    per_epoch = len(data) // config.batch_size
+    order, epoch = torch.empty(0), -1
+    try:
+        while run.step < config.steps:
+            started = time.perf_counter()
+            if run.step // per_epoch != epoch:
+                epoch = run.step // per_epoch
+                order = torch.randperm(len(data), generator=keyed_generator(config.seed, _ORDER, epoch))
+            at = run.step % per_epoch * config.batch_size
+            report = run.advance(*data.batch(order[at : at + config.batch_size]), started)
+            if on_step is not None:
+                on_step(report)
+            if run.step % config.checkpoint_every == 0:
+                run.save()
+            if on_sample is not None and run.step % config.sample_every == 0:
+                on_sample(run.average, run.step)
+    finally:
+        if run.whole:
+            run.save()
+    run.average.save_pretrained(out)
+    return run.average
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The figures of every step that the `metrics.jsonl` in `folder` holds; without lines that a kill tore."""
+    steps: dict[int, dict[str, Any]] = {}
+    for line in (Path(folder) / METRICS).read_text().splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            figures = json.loads(line)
+            steps[figures["step"]] = figures
+    return list(steps.values())
+
+
+class _Run:
+    """The state of a training: what a checkpoint holds, and the metrics not yet written."""
+
+    def __init__(self, flow: TarFlow, config: TrainConfig, out: Path) -> None:
+        self.flow, self.config, self.out = flow, config, out
+        self.average = type(flow)(flow.config).to(flow.var.device)
+        self.average.load_state_dict(flow.state_dict())
+        self.average.requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            flow.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
+        )
+        self.step = 0
+        self.seconds = 0.0
+        self.metrics: list[str] = []
+        self.whole = True  # False while a step is half done
+
+    def advance(self, images: Tensor, labels: Tensor | None, started: float) -> StepReport:
+        """One optimiser step on a batch."""
+        config, device, rate = self.config, self.flow.var.device, self.config.rate(self.step)
+        generator = keyed_generator(config.seed, _NOISE, self.step)
+        images = add_noise(images, config.noise, generator).to(device)
+        if labels is not None and self.flow.config.num_classes:
+            dropped = torch.rand(labels.shape, generator=generator) < config.drop_label
+            labels = labels.masked_fill(dropped, -1).to(device)
+        else:
+            labels = None
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            z, log_det = self.flow.normalize(images, labels)
+        loss = 0.5 * z.square().mean() - log_det.mean() / z[0].numel()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.flow.parameters(), config.clip)
+        self.whole = False
+        self.optimizer.step()
+        if not self.flow.config.nvp:
+            self.flow.var.lerp_(z.detach().square().mean(dim=0), _PRIOR_RATE)
+        self._update_average()
+        self.step += 1
+        value = loss.item()
+        if not math.isfinite(value) or not math.isfinite(norm):
+            raise ValueError(
+                f"step {self.step}: loss {value}, gradient norm {norm.item()}; go on from the last checkpoint with a "
+                "smaller learning rate"
+            )
+        self.seconds += time.perf_counter() - started
+        bits = (value + 0.5 * math.log(2 * math.pi)) / math.log(2) + 7
+        report = StepReport(self.step, value, bits, norm.item(), rate, self.seconds)
+        self.metrics.append(json.dumps({name: round(x, 6) for name, x in asdict(report).items()}) + "\n")
+        self.whole = True
+        return report
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # The decay rises to `ema`, so that the first steps do not linger.
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.flow.parameters()), 1 - decay)
+        self.average.var.copy_(self.flow.var)
+
+    def save(self) -> None:
+        """Write metrics, then the checkpoint."""
+        with (self.out / METRICS).open("a") as log:
+            log.writelines(self.metrics)
+        self.metrics.clear()
+        state = {
+            "step": self.step, "seconds": self.seconds, "flow_config": asdict(self.flow.config),
+            "flow": self.flow.state_dict(), "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }  # fmt: skip
+        data = io.BytesIO()
+        torch.save(state, data)
+        write_atomically(self.out / CHECKPOINT, data.getvalue())
+
+    def resume(self) -> None:
+        """Take up the checkpoint, if there is one; drop metrics of later steps, and what a kill left half-written."""
+        path, log = self.out / CHECKPOINT, self.out / METRICS
+        for partial in self.out.glob(f".{CHECKPOINT}.*.partial"):
+            partial.unlink()
+        if path.exists():
+            self._load(path)
+        if log.exists():
+            kept = [json.dumps(figures) + "\n" for figures in read_metrics(self.out) if figures["step"] <= self.step]
+            write_atomically(log, "".join(kept).encode())
+
+    def _load(self, path: Path) -> None:
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            have, wanted = state["flow_config"], asdict(self.flow.config)
+            others = [f"{name}={have[name]}, not {wanted[name]}" for name in wanted if have[name] != wanted[name]]
+            if not others:
+                self.step, self.seconds = state["step"], state["seconds"]
+                self.flow.load_state_dict(state["flow"])
+                self.average.load_state_dict(state["average"])
+                self.optimizer.load_state_dict(state["optimizer"])
+        except Exception as error:  # torch.load names no exceptions, and damage raises nearly any
+            raise ValueError(f"{path}: not a checkpoint of this trainer; remove it or give another folder") from error
+        if others:
+            raise ValueError(f"{path}: of another flow ({'; '.join(others)}); give its settings, or another folder")

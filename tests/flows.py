@@ -1,0 +1,137 @@
+"""Small random flows and hand-made blocks that are hard enough to test solvers on."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import oracle
+import torch
+from torch import Tensor
+
+import jacobiflow as jf
+
+# An error that counts as a solver's answer being there, where the tests count sweeps.
+REACHED = 1e-6
+
+
+@cache
+def make_flow(
+    image_size: int = 8,
+    patch_size: int = 2,
+    in_channels: int = 1,
+    num_classes: int = 0,
+    nvp: bool = True,
+    num_blocks: int = 2,
+    seed: int = 0,
+    noise_std: float = 0.0,
+) -> jf.TarFlow:
+    """A float64 TarFlow, not to be changed, in which every block needs more than T/4 plain sweeps from z.
+
+    A fresh TarFlow is the identity. Here the output layers are redrawn, attention and embeddings are made to matter,
+    and the prior of a volume-preserving flow has variances between 1/2 and 2.
+    """
+    config = jf.TarFlowConfig(
+        in_channels, image_size, patch_size, channels=32, num_blocks=num_blocks, layers_per_block=2,
+        num_classes=num_classes, nvp=nvp, head_dim=16, expansion=2, noise_std=noise_std,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        flow = jf.TarFlow(config).double().eval()
+        size = config.token_channels
+        for block in flow.blocks:
+            block.pos_embed.mul_(30)
+            if block.class_embed is not None:
+                block.class_embed.mul_(50)
+            for layer in block.attn_blocks:
+                layer.attention.qkv.weight.mul_(2)
+                layer.attention.proj.weight.mul_(2)
+            block.proj_out.weight.normal_(std=0.15 / size**0.25)
+            if nvp:
+                block.proj_out.weight[:size].normal_(std=0.03)
+        if not nvp:
+            flow.var.uniform_(0.5, 2)
+    assert_hard(flow)
+    return flow
+
+
+def assert_hard(flow: jf.TarFlow) -> None:
+    """Plain Jacobi from z needs more than T/4 sweeps in every block, and values stay moderate."""
+    reference = oracle.Oracle(flow)
+    length = flow.config.num_tokens
+    labels = torch.tensor([0, flow.config.num_classes - 1, -1]) if flow.config.num_classes else None
+    x = latents(flow, 3, seed=7) * reference.var.sqrt()
+    for i in reversed(range(reference.num_blocks)):
+        z = reference.flip(i, x)
+
+        def g(x: Tensor, i: int = i, z: Tensor = z) -> Tensor:
+            return reference.g(i, x, z, labels)
+
+        answer = oracle.sequential(g, z)
+        sweeps = oracle.sweeps_needed(g, z, answer, REACHED)
+        assert sweeps > length / 4, f"block {i} is too easy: {sweeps} sweeps for {length} tokens"
+        assert answer.abs().max() < 100, f"block {i}: values up to {answer.abs().max():.0f}"
+        x = reference.flip(i, answer)
+
+
+def latents(flow: jf.TarFlow, num: int, seed: int = 0) -> Tensor:
+    """Standard normal latents in the flow's dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num, flow.config.num_tokens, flow.config.token_channels)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(flow.var.dtype)
+
+
+def to_float32(flow: jf.TarFlow) -> jf.TarFlow:
+    """A float32 copy."""
+    copy = jf.TarFlow(flow.config).eval()
+    copy.load_state_dict(flow.state_dict())
+    return copy
+
+
+class MixingBlock(jf.AffineBlock):
+    """An affine block for any T whose first entry is learned, as in a masked autoregressive flow; without a cache."""
+
+    def __init__(self, length: int, channels: int, seed: int = 0, strength: float = 0.5) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        # Entry t hears token t-1 most, and every earlier one.
+        age = torch.arange(length).view(-1, 1) - torch.arange(length)
+        decay = torch.where(age > 0, 0.5 ** (age - 1).clamp(min=0).double(), 0.0)
+        self.scale_weight = 0.3 * strength * decay[:, :, None, None] * draw(length, length, channels, channels)
+        self.shift_weight = strength * decay[:, :, None, None] * draw(length, length, channels, channels)
+        self.scale_bias, self.shift_bias = 0.2 * draw(length, channels), 0.5 * draw(length, channels)
+
+    def init_cache(self, z: Tensor, context: Tensor | None = None, attn_temperature: Tensor | None = None) -> None:
+        return None
+
+    def affine(self, x: Tensor, start: int, stop: int, cache: None) -> tuple[Tensor, Tensor]:
+        log_scale = torch.einsum("tscd,bsd->btc", self.scale_weight[start:stop], x.tanh())
+        shift = torch.einsum("tscd,bsd->btc", self.shift_weight[start:stop], x.sin())
+        return log_scale + self.scale_bias[start:stop], shift + self.shift_bias[start:stop]
+
+    def g(self, x: Tensor, z: Tensor) -> Tensor:
+        """The whole map, for the oracle's solvers."""
+        return self.update(x, z, 0, z.shape[1], None)
+
+
+class Ledger:
+    """Wraps a block; fails where a solver relies on a cached position that was not fed with its present value."""
+
+    def __init__(self, block: jf.Block) -> None:
+        self.block = block
+        self.calls: list[tuple[int, int]] = []
+
+    def init_cache(self, z: Tensor, context: Tensor | None = None) -> Any:
+        return SimpleNamespace(inner=self.block.init_cache(z, context), fed=torch.full_like(z, torch.nan))
+
+    def update(self, x: Tensor, z: Tensor, start: int, stop: int, cache: Any) -> Tensor:
+        assert 0 <= start < stop <= z.shape[1], f"update of entries {start} to {stop}"
+        before, after = max(start - 1, 0), stop - 1
+        assert torch.equal(cache.fed[:, :before], x[:, :before]), f"stale keys before position {before}"
+        cache.fed[:, before:after] = x[:, before:after]
+        self.calls.append((start, stop))
+        return self.block.update(x, z, start, stop, cache.inner)

@@ -1,0 +1,188 @@
+"""A TarFlow and its solvers once more, from the state dict alone: no cache, no code of the library, float64.
+
+Everything is recomputed from the current tokens whenever anything is needed. Tokens of a block are in its own causal
+order, blocks are numbered in encoding order, and odd blocks read the patches in reverse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Guide:
+    """Guidance: weight, annealed or not, the guided parameters, and the temperature of the unconditional row."""
+
+    weight: float
+    annealed: bool
+    on: str
+    temperature: float
+
+
+class Oracle:
+    """Reads a flow's state dict and sizes; computes as the papers' formulas say."""
+
+    def __init__(self, flow: Any) -> None:
+        self.state = {name: value.detach().double() for name, value in flow.state_dict().items()}
+        config = flow.config
+        self.nvp, self.patch, self.in_channels = config.nvp, config.patch_size, config.in_channels
+        self.side = config.image_size // config.patch_size
+        self.heads = config.channels // config.head_dim
+        self.layers, self.num_blocks = config.layers_per_block, config.num_blocks
+        self.var = self.state["var"]
+
+    def patches(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, T, C p p): patches in raster order, inside a patch channel, row, column."""
+        x = images.reshape(len(images), self.in_channels, self.side, self.patch, self.side, self.patch)
+        return x.permute(0, 2, 4, 1, 3, 5).reshape(len(images), self.side**2, -1)
+
+    def images(self, tokens: Tensor) -> Tensor:
+        x = tokens.reshape(len(tokens), self.side, self.side, self.in_channels, self.patch, self.patch)
+        size = self.side * self.patch
+        return x.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), self.in_channels, size, size)
+
+    def flip(self, i: int, x: Tensor) -> Tensor:
+        return x[:, torch.arange(x.shape[1] - 1, -1, -1)] if i % 2 else x
+
+    def parameters(self, i: int, x: Tensor, labels: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-scale and shift of all entries of block i."""
+        w = {n.removeprefix(f"blocks.{i}."): v for n, v in self.state.items() if n.startswith(f"blocks.{i}.")}
+        batch, length, _ = x.shape
+        h = x.double() @ w["proj_in.weight"].T + w["proj_in.bias"] + self.flip(i, w["pos_embed"][None])
+        if "class_embed" in w:
+            table = w["class_embed"][:, 0]
+            chosen = [-1] * batch if labels is None else labels.tolist()
+            h = h + torch.stack([table.mean(dim=0) if y < 0 else table[y] for y in chosen])[:, None]
+        past = torch.ones(length, length, dtype=torch.float64).tril()
+        for layer in range(self.layers):
+            a, m = f"attn_blocks.{layer}.attention.", f"attn_blocks.{layer}.mlp."
+            n = _layer_norm(h, w[a + "norm.weight"], w[a + "norm.bias"])
+            q, k, v = (n @ w[a + "qkv.weight"].T + w[a + "qkv.bias"]).split(h.shape[2], dim=2)
+            q, k, v = (y.reshape(batch, length, self.heads, -1) for y in (q, k, v))
+            logits = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[3]) / temperature
+            weights = (logits - logits.amax(dim=3, keepdim=True)).exp() * past
+            weights = weights / weights.sum(dim=3, keepdim=True)
+            mixed = torch.einsum("bhij,bjhd->bihd", weights, v).reshape(batch, length, -1)
+            h = h + mixed @ w[a + "proj.weight"].T + w[a + "proj.bias"]
+            n = _layer_norm(h, w[m + "norm.weight"], w[m + "norm.bias"])
+            n = n @ w[m + "main.0.weight"].T + w[m + "main.0.bias"]
+            n = 0.5 * n * (1 + torch.erf(n / math.sqrt(2)))
+            h = h + n @ w[m + "main.2.weight"].T + w[m + "main.2.bias"]
+        out = h @ w["proj_out.weight"].T + w["proj_out.bias"]
+        out = torch.cat((torch.zeros_like(out[:, :1]), out[:, :-1]), dim=1)
+        channels = x.shape[2]
+        return (out[..., :channels], out[..., channels:]) if self.nvp else (torch.zeros_like(out), out)
+
+    def g(self, i: int, x: Tensor, z: Tensor, labels: Tensor | None = None, guide: Guide | None = None) -> Tensor:
+        """The map whose fixed point is the inverse of block i at z."""
+        log_scale, shift = self.parameters(i, x, labels)
+        if guide is not None:
+            free_log_scale, free_shift = self.parameters(i, x, None, guide.temperature)
+            for t in range(x.shape[1]):
+                weight = guide.weight * (t / (x.shape[1] - 1) if guide.annealed else 1.0)
+                if guide.on in ("both", "scale"):
+                    log_scale[:, t] = log_scale[:, t] + weight * (log_scale[:, t] - free_log_scale[:, t])
+                if guide.on in ("both", "shift"):
+                    shift[:, t] = shift[:, t] + weight * (shift[:, t] - free_shift[:, t])
+        return log_scale.exp() * z + shift
+
+    def invert_block(self, i: int, z: Tensor, labels: Tensor | None = None, guide: Guide | None = None) -> Tensor:
+        return sequential(lambda x: self.g(i, x, z, labels, guide), z)
+
+    def decode(self, latents: Tensor, labels: Tensor | None = None, guide: Guide | None = None) -> Tensor:
+        """Images at standard normal latents, token after token."""
+        x = latents.double() * self.var.sqrt()
+        for i in reversed(range(self.num_blocks)):
+            x = self.flip(i, self.invert_block(i, self.flip(i, x), labels, guide))
+        return self.images(x)
+
+    def encode(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Latents and log-determinant, prior's scale included."""
+        x, log_det = self.patches(images.double()), torch.zeros(len(images), dtype=torch.float64)
+        for i in range(self.num_blocks):
+            x = self.flip(i, x)
+            log_scale, shift = self.parameters(i, x, labels)
+            x = self.flip(i, (x - shift) / log_scale.exp())
+            log_det = log_det - log_scale.flatten(1).sum(dim=1)
+        return x / self.var.sqrt(), log_det - self.var.sqrt().log().sum()
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    centred = x - x.mean(dim=-1, keepdim=True)
+    return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+
+
+Map = Callable[[Tensor], Tensor]
+
+
+def sequential(g: Map, z: Tensor) -> Tensor:
+    """The fixed point of g, one token after another; a token that is not known yet is 0."""
+    x = torch.zeros_like(z, dtype=torch.float64)
+    for t in range(z.shape[1]):
+        x[:, t] = g(x)[:, t]
+    return x
+
+
+def jacobi(g: Map, guess: Tensor, sweeps: int) -> Tensor:
+    """`sweeps` plain sweeps over all tokens."""
+    x = guess.double().clone()
+    for _ in range(sweeps):
+        x = g(x)
+    return x
+
+
+def gs_jacobi(g: Map, guess: Tensor, ends: list[int], sweeps: int) -> Tensor:
+    """Segments that end at `ends`, `sweeps` plain sweeps each, one segment after another."""
+    x = guess.double().clone()
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        for _ in range(sweeps):
+            x[:, start:end] = g(x)[:, start:end]
+    return x
+
+
+def window_jacobi(g: Map, guess: Tensor, size: int, sweeps: int) -> Tensor:
+    """A window of `size` tokens; its first token is final after each sweep, as is one that had `sweeps` sweeps."""
+    x, had, front = guess.double().clone(), [0] * guess.shape[1], 0
+    while front < len(had):
+        stop = min(front + size, len(had))
+        x[:, front:stop] = g(x)[:, front:stop]
+        for t in range(front, stop):
+            had[t] += 1
+        had[front] = sweeps
+        while front < len(had) and had[front] >= sweeps:
+            front += 1
+    return x
+
+
+def sweeps_needed(g: Map, guess: Tensor, answer: Tensor, error: float) -> int:
+    """Plain sweeps until every entry of every sample is within `error` of `answer`."""
+    x, count = guess.double(), 0
+    while not ((x - answer).abs() <= error).all():
+        x, count = g(x), count + 1
+        assert count <= guess.shape[1], "plain sweeps do not reach the answer"
+    return count
+
+
+def to_tolerance(g: Map, guess: Tensor, stop_of: Callable[[int], int], atol: float) -> tuple[Tensor, int]:
+    """Sweeps of [front, stop_of(front)) and their count. Leading tokens that would move by `atol` at most keep still.
+
+    The front passes those that all samples have in common, and one more.
+    """
+    x, front, count = guess.double().clone(), 0, 0
+    while front < x.shape[1]:
+        stop, new, count = stop_of(front), g(x), count + 1
+        still = []
+        for n in range(len(x)):
+            t = front
+            while t < stop and (new[n, t] - x[n, t]).abs().max() <= atol:
+                t += 1
+            x[n, t:stop] = new[n, t:stop]
+            still.append(t)
+        front = min(min(still) + 1, stop)
+    return x, count
