@@ -25,7 +25,7 @@ EASY, TOUGH, INK = "#56b4e9", "#d55e00", "#222222"
 class Recorder:
     """A block that notes which tokens each call evaluates."""
 
-    def __init__(self, block: jf.TarFlow | Any) -> None:
+    def __init__(self, block: jf.Block) -> None:
         self.block = block
         self.runs: list[tuple[int, int]] = []
 

@@ -55,7 +55,7 @@ class _Stream:
         self.position_embedding = block.permutation(block.pos_embed, dim=0)
         self.class_embedding = block.embed_classes(labels)
         self.temperature = temperature
-        self.layers = [_Layer(cast(AttentionBlock, module)) for module in block.attn_blocks]
+        self.layers = [_Layer(layer) for layer in block.attn_blocks]
 
     def feed(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Log-scale and shift (N, C) of the entry that follows `position`."""
@@ -117,8 +117,7 @@ def growing_cache_sample(
     **Returns:** images (N, C, H, W), not clipped.
     """
     x = z * flow.var.sqrt()
-    for module in reversed(flow.blocks):
-        block = cast(TarFlowBlock, module)
+    for block in reversed(flow.blocks):
         solved = _invert_block(block, block.permutation(x), labels, guidance_weight, annealed, attn_temperature)
         x = block.permutation(solved)
     return flow.unpatchify(x)

@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def measure(flow: jf.TarFlow, batch: int, guidance: jf.Guidance | None, paper: s
     rows: dict[str, dict[str, Any]] = {}
     runs: dict[str, Callable[[], Any]] = {"growing cache": lambda: growing(flow, z, labels, guidance)}
     for name, strategy in methods(flow, paper).items():
-        runs[name] = lambda strategy=strategy: draw(flow, z, labels, strategy, guidance)
+        runs[name] = partial(draw, flow, z, labels, strategy, guidance)
     runs["auto, certified"] = lambda: draw(flow, z, labels, "auto", guidance, certify=True)
     with torch.no_grad():
         runs["encoding pass"] = lambda: flow.encode(exact, labels)

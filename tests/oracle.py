@@ -169,20 +169,25 @@ def sweeps_needed(g: Map, guess: Tensor, answer: Tensor, error: float) -> int:
     return count
 
 
-def to_tolerance(g: Map, guess: Tensor, stop_of: Callable[[int], int], atol: float) -> tuple[Tensor, int]:
-    """Sweeps of [front, stop_of(front)) and their count. Leading tokens that would move by `atol` at most keep still.
+def to_tolerance(g: Map, guess: Tensor, stop_of: Callable[[int], int], atol: float) -> tuple[Tensor, int, Tensor]:
+    """Sweeps of [front, stop_of(front)), their count, and per sample the largest change of a token that it settled.
 
-    The front passes those that all samples have in common, and one more.
+    A sweep settles the leading tokens that it changes by at most `atol`. The front passes those that all samples have
+    settled, and one more. Later sweeps read the settled tokens as the sweep that settled them did: before that change.
     """
-    x, front, count = guess.double().clone(), 0, 0
+    x, read = guess.double().clone(), guess.double().clone()
+    front, count, largest = 0, 0, torch.zeros(len(x), dtype=torch.float64)
     while front < x.shape[1]:
-        stop, new, count = stop_of(front), g(x), count + 1
-        still = []
+        stop, count = stop_of(front), count + 1
+        read[:, max(front - 1, 0) :] = x[:, max(front - 1, 0) :]
+        new = g(read)
+        settled = []
         for n in range(len(x)):
             t = front
-            while t < stop and (new[n, t] - x[n, t]).abs().max() <= atol:
+            while t < stop and stop - front > 1 and (new[n, t] - x[n, t]).abs().max() <= atol:
+                largest[n] = max(largest[n], (new[n, t] - x[n, t]).abs().max())
                 t += 1
-            x[n, t:stop] = new[n, t:stop]
-            still.append(t)
-        front = min(min(still) + 1, stop)
-    return x, count
+            settled.append(t)
+        x[:, front:stop] = new[:, front:stop]
+        front = min(min(settled) + 1, stop)
+    return x, count, largest

@@ -136,15 +136,11 @@ class TestModelFolder:
 
         assert type(Special.from_pretrained(folder)) is Special
 
-    def test_folder_without_marks(self, folder: Path) -> None:
-        (folder / "config.json").write_text(json.dumps(asdict(SMALL)))
-        assert_same(checkpoints.load(folder).state_dict(), make().state_dict())
-
     def test_save_replaces_as_a_whole(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(*_: object, **__: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(checkpoints, "save_file", full)
+        monkeypatch.setattr(checkpoints, "serialize", full)
         assert "No space left" in error_of(make(seed=1).save_pretrained, folder)
         assert_same(TarFlow.from_pretrained(folder).state_dict(), make().state_dict())
         assert not list(folder.glob("*.partial"))

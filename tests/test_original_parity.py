@@ -130,7 +130,6 @@ def test_samples_as_the_original(name: str, case: str, strategy: str) -> None:
     guidance = settings["guidance"]
     images = jf.sample(
         recording.flow,
-        num=len(latents),
         latents=latents.clone(),
         labels=recording.tensors["labels"] if settings["labelled"] else None,
         strategy=strategy,

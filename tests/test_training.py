@@ -195,16 +195,16 @@ def test_signals_lose_at_most_the_steps_since_the_last_checkpoint(tmp_path: Path
 
     with start(terminated) as first, start(killed) as second:
         pending = {terminated: (first, signal.SIGTERM), killed: (second, signal.SIGKILL)}
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while pending:
             for out, (process, by) in list(pending.items()):
                 if (out / "checkpoint.pt").exists() or process.poll() is not None:
                     process.send_signal(by)
                     del pending[out]
-            assert time.monotonic() < deadline, "no checkpoint within a minute"
+            assert time.monotonic() < deadline, "no checkpoint within ten minutes"
             time.sleep(0.005)
-        stderr = first.communicate(timeout=60)[1]
-        second.communicate(timeout=60)
+        stderr = first.communicate(timeout=600)[1]
+        second.communicate(timeout=600)
     assert first.returncode == 130, stderr
     assert stderr.splitlines()[-1] == "interrupted"
     assert "Traceback" not in stderr

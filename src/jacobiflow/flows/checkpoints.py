@@ -18,7 +18,8 @@ from typing import Any, TypeVar, get_type_hints
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
@@ -67,7 +68,7 @@ def save(flow: TarFlow, folder: str | Path, dtype: torch.dtype | str | None = No
     document = {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, **asdict(flow.config)}
     with write_beside(folder / CONFIG) as config, write_beside(folder / WEIGHTS) as weights:
         config.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        save_file(state, weights, metadata={"format": "pt"})
+        weights.write_bytes(serialize(state, metadata={"format": "pt"}))
         # A stop between the two renames must not leave new weights beside an old config.
         (folder / CONFIG).unlink(missing_ok=True)
 

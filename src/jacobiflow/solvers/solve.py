@@ -33,7 +33,6 @@ class Solver:
     correction: Correction = field(default_factory=Plain)
 
 
-@torch.no_grad()
 def solve(block: Block, z: Float[Tensor, "b t c"], solver: Solver, context: Tensor | None = None) -> Solution:
     """Solve x = g(x) for the inverse of `block` at `z`, by sweeps x <- g(x) over runs of tokens.
 
@@ -55,11 +54,26 @@ def solve(block: Block, z: Float[Tensor, "b t c"], solver: Solver, context: Tens
     """
     if z.ndim != 3 or not torch.isfinite(z).all():
         raise ValueError(f"z of shape {tuple(z.shape)}: give finite values (batch, tokens, channels)")
-    batch, length, _ = z.shape
-    solver.partition.check(length)
-    atol, max_sweeps = solver.stopping.atol, solver.stopping.max_sweeps
+    solver.partition.check(z.shape[1])
     started = time.perf_counter()
+    with torch.inference_mode():  # a tenth faster than no_grad where a step is small
+        x, status, residual, sweeps, token_evaluations = _sweep(block, z, solver, context)
+        status.tolist()  # waits for the device, so that the time is the work's
+    return Solution(
+        x=x.clone(),  # outside inference mode, so that autograd takes it
+        status=status.clone(),
+        residual=residual.clone(),
+        resolved_sequentially=torch.zeros(len(z), dtype=torch.bool, device=z.device),
+        sweeps=sweeps,
+        network_calls=sweeps,
+        token_evaluations=token_evaluations,
+        seconds=time.perf_counter() - started,
+    )
 
+
+def _sweep(block: Block, z: Tensor, solver: Solver, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    batch, length, _ = z.shape
+    atol, max_sweeps = solver.stopping.atol, solver.stopping.max_sweeps
     cache = block.init_cache(z, context)
     guess = solver.guess(z)
     x = guess.clone()
@@ -107,8 +121,4 @@ def solve(block: Block, z: Float[Tensor, "b t c"], solver: Solver, context: Tens
 
     failed |= ~torch.isfinite(x).all(dim=(1, 2))
     status = torch.where(missed, int(Status.MAX_SWEEPS), int(Status.CONVERGED)).masked_fill(failed, Status.NONFINITE)
-    _ = status.tolist()  # waits for the device, so that the time is the work's
-    return Solution(
-        x, status, residual.masked_fill(failed, torch.inf), torch.zeros_like(failed), sweeps, sweeps,
-        token_evaluations, time.perf_counter() - started,
-    )  # fmt: skip
+    return x, status, residual.masked_fill(failed, torch.inf), sweeps, token_evaluations

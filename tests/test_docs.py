@@ -1,0 +1,34 @@
+"""The examples in README and docs run, and print what they say they print."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = [
+    (path, match.group(1))
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for match in re.finditer(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+]
+
+
+@pytest.mark.parametrize(("path", "code"), EXAMPLES, ids=[path.name for path, _ in EXAMPLES])
+def test_example_prints_what_it_says(path, code, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, path.name, "exec"), {"__name__": "example"})
+    expected = re.findall(r"^# (.*)$", code.split("print(")[-1], re.MULTILINE)
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_there_are_examples():
+    assert {path.name for path, _ in EXAMPLES} >= {"README.md", "your_own_block.md"}
+
+
+def test_links_and_pictures_exist():
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "src").rglob("README.md")):
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+            if "://" not in target:
+                assert (path.parent / target).exists(), f"{path}: {target}"

@@ -1,0 +1,116 @@
+"""The package as users get it: a wheel, in an environment of its own, away from the sources."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ("digits-p1", "fashion-p2")
+
+PROGRAM = """
+import json, pathlib, sys
+import jacobiflow as jf
+from jacobiflow.data import bundled_fashion
+from jacobiflow.flows.checkpoints import bundled
+
+data = bundled_fashion()
+report = {"file": jf.__file__, "images": list(data.images.shape), "models": {}}
+for name in bundled():
+    flow = jf.load(name)
+    out = jf.sample(flow, 2, progress=False)
+    report["models"][name] = {
+        "finite": bool(out.images.isfinite().all()),
+        "shape": list(out.images.shape),
+        "config": [flow.config.in_channels, flow.config.image_size],
+        "spread": float(out.images.std()),
+        "certificate": float(out.certificate.max()),
+    }
+print(json.dumps(report))
+"""
+
+
+def check_output(command: list[str | Path], folder: Path) -> str:
+    """What the command prints; where it fails, its errors. It does not see this environment's settings for Python."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    result = subprocess.run(
+        list(map(str, command)), cwd=folder, env=env | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, f"{command}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    return result.stdout
+
+
+def copy_sources(to: Path) -> Path:
+    """What a clone of the project holds: every file that git does not ignore."""
+    if (ROOT / ".git").exists():
+        listed = check_output(["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], ROOT)
+        for name in filter(None, listed.split("\0")):
+            if (ROOT / name).is_file():  # not deleted since
+                (to / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, to / name)
+    else:
+        shutil.copytree(ROOT, to, ignore=shutil.ignore_patterns(".*", "__pycache__", "out", "dist", "build", "runs"))
+    return to
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("build")
+    folder = tmp_path_factory.mktemp("build")
+    sources = copy_sources(folder / "sources")
+    check_output([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, sources], folder)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def test_the_wheel_holds_the_package_its_data_and_its_licences(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+        metadata = next(name for name in sizes if name.endswith(".dist-info/METADATA"))
+        text = archive.read(metadata).decode()
+    tops = {name.split("/")[0] for name in sizes}
+    assert tops == {"jacobiflow", metadata.split("/")[0]}, "something beside the package"
+    assert "jacobiflow/py.typed" in sizes
+    assert "jacobiflow/data/fashion512.npz" in sizes
+    for name in MODELS:
+        for file in ("config.json", "model.safetensors", "README.md"):
+            assert sizes.get(f"jacobiflow/models/{name}/{file}"), f"no {file} of {name}"
+    licences = sorted(name.split("/", 2)[2] for name in sizes if ".dist-info/licenses/" in name)
+    assert licences == ["LICENSE", "src/jacobiflow/data/FASHION_MNIST_LICENSE"]
+    assert "License-Expression: Apache-2.0" in text
+    assert not any("test" in part for name in sizes for part in name.split("/"))
+    assert sum(sizes.values()) < 24e6
+
+
+def test_the_wheel_alone_draws_samples_from_every_bundled_model(wheel: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "env", symlinks=os.name != "nt")
+    scripts = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin")
+    pip = [sys.executable, "-m", "pip", "--python", scripts / "python"]
+    check_output([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel], tmp_path)
+    (site,) = (tmp_path / "env").rglob("site-packages")
+    # The dependencies come from this environment. Its own .pth files, an editable install's too, are not read there.
+    (site / "dependencies.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+
+    report = json.loads(check_output([scripts / "python", "-c", PROGRAM], tmp_path))
+    assert Path(report["file"]).is_relative_to(site), "that is not the wheel's package"
+    assert report["images"] == [512, 1, 28, 28]
+    assert set(report["models"]) >= set(MODELS)
+    for name, drawn in report["models"].items():
+        channels, size = drawn["config"]
+        assert drawn["shape"] == [2, channels, size, size]
+        assert drawn["finite"], name
+        assert drawn["certificate"] <= 1e-3, name
+        assert 0.3 < drawn["spread"] < 1.5, f"{name}: no images"
+
+    command = [scripts / "jacobiflow", "sample", "--model", "digits-p1", "--num", "2", "--out", "drawn"]
+    assert "wrote drawn/samples.png" in check_output(command, tmp_path)
+    assert sorted(os.listdir(tmp_path / "drawn")) == ["samples.npz", "samples.png"]
