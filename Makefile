@@ -15,8 +15,8 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/jacobiflow sample --model fashion-p2 --num 20 --compare --tolerance 1e-3 --out out/demo
-	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels 9 --compare --tolerance 1e-3 --out out/demo-one
+	$(BIN)/jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo
+	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels 9 --strategy jacobi --compare --out out/demo-one
 
 test: setup
 	$(BIN)/python -m pytest
@@ -24,9 +24,13 @@ test: setup
 lint: setup
 	$(BIN)/pre-commit run --all-files
 
-# Regenerates docs/results/sampling.json and the table in docs/benchmarks.md (about 15 minutes on two cores).
+# Regenerates docs/results, the table in docs/benchmarks.md and the demo's picture (10 minutes on two idle cores).
 benchmark: setup
 	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo --json docs/results/demo.json
+	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels 9 --strategy jacobi --compare --out out/demo-one \
+		--json docs/results/demo-one.json
+	cp out/demo/samples.png docs/figures/demo.png
 
 # Redraws the figures of docs/solvers.md.
 figures: setup

@@ -32,3 +32,8 @@ def test_links_and_pictures_exist():
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
             if "://" not in target:
                 assert (path.parent / target).exists(), f"{path}: {target}"
+
+
+def test_the_benchmark_page_shows_the_result_file():
+    table = (ROOT / "docs" / "results" / "sampling.md").read_text()
+    assert table.strip() in (ROOT / "docs" / "benchmarks.md").read_text()

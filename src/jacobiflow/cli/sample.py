@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
 from rich import box
 from rich.console import Console
@@ -101,13 +102,15 @@ def sample(
         "guidance": guidance, "denoise": denoise, **options.machine(flow.var.device),
         "runs": {name: _figures(result) for name, result in results.items()},
     }  # fmt: skip
+    zoom = max(2, 64 // flow.config.image_size)
     if compare:
-        error = (drawn.images - results["sequential"].images).abs()
-        error = error if error.isnan().all() else error[~error.isnan()]  # a lost sample is NaN in both
+        exact = results["sequential"].images
+        lost = drawn.images.isnan() & exact.isnan()
+        error = (drawn.images - exact).abs().masked_fill(lost, 0).nan_to_num(nan=torch.inf)
         figures["error"] = {"max": float(error.max()), "mean": float(error.mean())}
-        sheet = comparison_sheet(results["sequential"].images, drawn.images, ("sequential", strategy))
+        sheet = comparison_sheet(exact, drawn.images, ("sequential", strategy), zoom)
     else:
-        sheet = image_grid(drawn.images, columns=min(10, num))
+        sheet = image_grid(drawn.images, min(10, num), zoom)
     out.mkdir(parents=True, exist_ok=True)
     save_png(sheet, out / "samples.png")
     _save_npz(drawn, out / "samples.npz")
