@@ -33,13 +33,13 @@ def test_decoding_an_encoded_image_returns_it(model, strategy):
 @pytest.mark.parametrize("guidance", [None, jf.Guidance(1.0), jf.Guidance(0.5, annealed=False, attn_temperature=0.8)])
 def test_samples_are_certified_and_near_the_sequential_ones(model, guidance):
     flow, _, labels = model
-    settings = dict(num=8, labels=labels, seed=3, guidance=guidance, progress=False)
+    settings = {"num": 8, "labels": labels, "seed": 3, "guidance": guidance, "progress": False}
     exact = jf.sample(flow, strategy="sequential", **settings)
     for strategy in ("jacobi", "window:32"):
         out = jf.sample(flow, strategy=strategy, tolerance=1e-3, **settings)
         assert (out.certificate <= 1e-3).all()
         assert max(float(block.residual.max()) for block in out.stats) == float(out.certificate.max())
-        # Residuals are amplified by (I - Gamma)^-1 and by later blocks: measured at 2 to 15 times on these models.
+        # Residuals are amplified by (I - Gamma)^-1 and by later blocks: measured at up to 20 times on these models.
         assert (out.images - exact.images).abs().max() <= 5e-2
         assert out.network_calls < exact.network_calls
 

@@ -322,6 +322,16 @@ def test_inputs_and_weights_stay() -> None:
     assert all(parameter.grad is None for parameter in flow.parameters())
 
 
+def test_images_are_ordinary_tensors_without_a_history() -> None:
+    flow = make_flow(**CLASSES)
+    z = latents(flow, 2).requires_grad_()
+    out = quiet(flow, latents=z)
+    assert not out.images.requires_grad
+    images = out.images.requires_grad_()
+    (score,) = torch.autograd.grad(flow.log_prob(images).sum(), images)
+    assert score.isfinite().all()
+
+
 # ----------------------------------------------------------------------------------------------------------- overflow
 
 
@@ -394,7 +404,6 @@ def test_an_image_that_overflows_exactly_is_nan_with_a_warning(strategy: str, ba
     assert (alone.status != jf.Status.NONFINITE).all()
 
 
-@pytest.mark.xfail(strict=True, reason="the trace shows the image of zeros that a lost sample goes on as")
 def test_the_trace_of_a_lost_image_is_nan_too() -> None:
     flow = to_float32(make_flow(**CLASSES))
     z = latents(flow, 3)
@@ -403,6 +412,17 @@ def test_the_trace_of_a_lost_image_is_nan_too() -> None:
         out = quiet(flow, latents=z, return_trace=True)
     assert out.trace is not None
     assert torch.equal(out.trace[-1].isnan(), out.images.isnan())
+
+
+def test_latents_that_overflow_in_the_prior_are_lost_images_too() -> None:
+    flow = to_float32(make_flow(**FLOWS["vp"]))
+    z = latents(flow, 3)
+    z[1] = 3.4e38
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = quiet(flow, latents=z)
+    assert out.images[1].isnan().all()
+    assert out.images[[0, 2]].isfinite().all()
 
 
 def test_a_lost_image_does_not_spoil_the_denoising_of_the_others() -> None:
@@ -456,6 +476,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_input_is_a_value_error_that_names_it(arguments: dict[str, Any], names: str) -> None:
     with pytest.raises(ValueError, match=names):
         quiet(make_flow(**CLASSES), **arguments)
+
+
+def test_a_tolerance_is_checked_whatever_the_strategy() -> None:
+    strategy = jf.Strategy.uniform(jf.Solver(stopping=jf.MaxSweeps(2)), 3)
+    with pytest.raises(ValueError, match=r"-0\.5"):
+        quiet(make_flow(**CLASSES), num=2, strategy=strategy, tolerance=-0.5)
 
 
 def test_an_unconditional_flow_takes_no_labels() -> None:

@@ -288,16 +288,18 @@ def test_without_scales_the_prior_variance_is_a_moving_average(tmp_path: Path, m
     assert torch.equal(fit(tmp_path / "nvp").var, torch.ones(16, 4))
 
 
-def test_each_epoch_has_every_image_once_with_its_label_or_none(
+def test_each_epoch_has_every_image_once_with_its_label_or_none_and_new_noise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches: list[tuple[Tensor, Tensor]] = []
+    noises: set[float] = set()
     normalize = jf.TarFlow.normalize
 
     def recorded(self: jf.TarFlow, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         assert labels is not None
         levels = ((images.mean(dim=(1, 2, 3)) + 1) * 127.5).round()
         batches.append((levels.long(), labels))
+        noises.add(float(images[0, 0, 0, 0] - images[0, 0, 0, 1]))
         return normalize(self, images, labels)
 
     monkeypatch.setattr(jf.TarFlow, "normalize", recorded)
@@ -308,6 +310,7 @@ def test_each_epoch_has_every_image_once_with_its_label_or_none(
     for order in orders:
         assert order.sort().values.tolist() == list(range(40))
     assert len({tuple(order.tolist()) for order in orders}) == len(orders), "every epoch has its own order"
+    assert len(noises) > 50, "steps share their noise"
     seen, labels = (torch.cat(column) for column in zip(*batches, strict=True))
     dropped = labels < 0
     assert torch.equal(labels[~dropped], seen[~dropped] % 10)

@@ -24,11 +24,8 @@ def denoise(
 
     **Raises** `ValueError` where `rate` is negative, or the flow records no Gaussian noise to remove.
     """
+    check_rate(flow, rate)
     sigma = flow.config.noise_std
-    if not 0 <= rate < math.inf:
-        raise ValueError(f"denoise={rate}: give 0 (off) or a positive rate")
-    if rate and not sigma:
-        raise ValueError(f"denoise={rate}: this flow's noise_std is 0, there is no Gaussian noise to remove; give 0")
     steps = []
     for start in range(0, len(images), batch_size):
         x = images[start : start + batch_size].detach().requires_grad_()
@@ -37,3 +34,11 @@ def denoise(
             (score,) = torch.autograd.grad(flow.log_prob(x, y).sum(), x)
         steps.append(x.detach() + rate * sigma**2 * score)
     return torch.cat(steps)
+
+
+def check_rate(flow: TarFlow, rate: float) -> None:
+    """**Raises** `ValueError` where `denoise` would."""
+    if not 0 <= rate < math.inf:
+        raise ValueError(f"denoise={rate}: give 0 (off) or a positive rate")
+    if rate and not flow.config.noise_std:
+        raise ValueError(f"denoise={rate}: this flow's noise_std is 0, there is no Gaussian noise to remove; give 0")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from torch import Tensor
 
+from jacobiflow.denoising import check_rate
 from jacobiflow.denoising import denoise as denoise_images
 from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.tarflow import TarFlow
@@ -159,6 +160,7 @@ def sample(
             raise ValueError(f"num={num}: give a positive number of samples")
         latents = draw_latents(num, config.num_tokens, config.token_channels, seed)
     _check(flow, latents, labels)
+    check_rate(flow, denoise)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: give a positive number")
     if guidance is not None and labels is None and guidance.attn_temperature == 1:
@@ -171,7 +173,8 @@ def sample(
 
     started = time.perf_counter()
     solved: list[_Batch] = []
-    with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as bar:
         task = bar.add_task("sampling", total=len(batches) * config.num_blocks)
         for span in batches:
             rows = None if labels is None else labels[span]
@@ -227,7 +230,7 @@ def _solve_batch(
     return_trace: bool, bar: Progress, task: TaskID,
 ) -> _Batch:  # fmt: skip
     x = latents * flow.var.sqrt().to(latents.dtype)
-    lost = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    lost = ~torch.isfinite(x).all(dim=(1, 2))
     solutions: list[Solution] = []
     trace = [flow.unpatchify(x)] if return_trace else []
     for i in reversed(range(len(blocks))):
@@ -236,13 +239,13 @@ def _solve_batch(
         z = permutation(x.masked_fill(lost.view(-1, 1, 1), 0))
         solution = solve_certified(blocks[i], z, plan.solvers[i], labels, certify)
         lost |= solution.status == Status.NONFINITE
-        x = permutation(solution.x)
-        solutions.append(solution)
+        x = permutation(solution.x).masked_fill(lost.view(-1, 1, 1), torch.nan)
+        status = solution.status.masked_fill(lost, Status.NONFINITE)
+        solutions.append(replace(solution, status=status, residual=solution.residual.masked_fill(lost, torch.inf)))
         if return_trace:
             trace.append(flow.unpatchify(x))
         bar.advance(task)
-    images = flow.unpatchify(x.masked_fill(lost.view(-1, 1, 1), torch.nan))
-    return _Batch(images, solutions[::-1], trace)
+    return _Batch(flow.unpatchify(x), solutions[::-1], trace)
 
 
 def _stats(solutions: Iterable[Solution]) -> BlockStats:

@@ -73,14 +73,15 @@ def solve(block: Block, z: Float[Tensor, "b t c"], solver: Solver, context: Tens
 
 def _sweep(block: Block, z: Tensor, solver: Solver, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int, int]:
     batch, length, _ = z.shape
-    atol, max_sweeps = solver.stopping.atol, solver.stopping.max_sweeps
+    atol = solver.stopping.atol
+    max_sweeps = length if solver.stopping.max_sweeps is None else min(solver.stopping.max_sweeps, length)
     cache = block.init_cache(z, context)
     guess = solver.guess(z)
     x = guess.clone()
     failed = torch.zeros(batch, dtype=torch.bool, device=z.device)
     missed = torch.zeros_like(failed)
     residual = z.new_zeros(batch)
-    recent_stops: deque[int] = deque(maxlen=max_sweeps or 1)
+    recent_stops: deque[int] = deque(maxlen=max_sweeps)
     front = 0  # tokens before it are final
     known = 0  # the cache holds the keys of the tokens before known - 1, to within the tolerance
     sweeps = token_evaluations = 0
@@ -110,12 +111,12 @@ def _sweep(block: Block, z: Tensor, solver: Solver, context: Tensor | None) -> t
         known = front + advance
 
         recent_stops.append(stop)
-        if max_sweeps is not None and len(recent_stops) == max_sweeps and recent_stops[0] > known:
+        if len(recent_stops) == max_sweeps and recent_stops[0] > known:
             advance = recent_stops[0] - front
             final = F.pad(settled[:, :-1], (1, 0), value=True)  # all tokens before it are settled
             left = change.masked_fill(final, 0)[:, :advance]
             residual = torch.maximum(residual, left.nan_to_num(nan=torch.inf).amax(dim=1))
-            missed |= (left > (atol or 0)).any(dim=1)
+            missed |= ~(final | settled)[:, :advance].all(dim=1)
         failed |= ~finite[:, :advance].all(dim=1)
         front += advance
 

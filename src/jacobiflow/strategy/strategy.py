@@ -16,6 +16,7 @@ from jacobiflow.solvers import (
     Sequential,
     Solver,
     Stopping,
+    Tolerance,
     Whole,
     Window,
     Zeros,
@@ -42,6 +43,7 @@ class Strategy:
 
     def with_tolerance(self, atol: float) -> Strategy:
         """This strategy with `atol` in place of every tolerance that it has; sweep counts stay."""
+        Tolerance(atol)  # refuses what is no tolerance, whether or not a block has one
         return Strategy(
             tuple(
                 s if s.stopping.atol is None else replace(s, stopping=replace(s.stopping, atol=atol))
