@@ -523,6 +523,10 @@ def test_a_token_behind_one_that_moves_is_not_converged(start: list[float], stop
     solution = jf.solve(LateBlock(), z, solver)
     assert jf.certify(LateBlock(), z, solution.x) >= 2
     assert solution.status == jf.Status.MAX_SWEEPS
+    if stopping.atol is not None:
+        mended = solve_certified(LateBlock(), z, solver, certificate=False)
+        assert mended.resolved_sequentially.all()
+        assert mended.x.flatten().tolist() == [1, 5, 2]
 
 
 def test_only_the_samples_that_miss_are_solved_again() -> None:
@@ -800,6 +804,33 @@ def test_what_counts_as_a_block() -> None:
         assert isinstance(block, jf.Block)
     assert isinstance(flow.blocks[0], jf.AffineBlock)
     assert not isinstance(torch.nn.Linear(2, 2), jf.Block)
+
+
+class LazyBlock(torch.nn.Module):
+    """Builds a mask at its first use and keeps it, as many modules do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+        self.mask: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mask is None:
+            self.mask = torch.ones(x.shape[1], x.shape[1], dtype=x.dtype).tril(-1)
+        return (self.mask * self.weight) @ x.sin()
+
+    def init_cache(self, z: Tensor, context: Tensor | None = None) -> None:
+        return None
+
+    def update(self, x: Tensor, z: Tensor, start: int, stop: int, cache: None) -> Tensor:
+        return (z + self(x))[:, start:stop]
+
+
+def test_a_block_can_be_trained_after_it_was_solved() -> None:
+    block = LazyBlock()
+    assert jf.solve(block, normal(2, 6, 1), jf.Solver()).x.isfinite().all()
+    block(normal(2, 6, 1)).sum().backward()
+    assert block.weight.grad is not None
 
 
 def test_an_affine_block_must_say_what_it_is() -> None:

@@ -47,6 +47,11 @@ class GuidedBlock(AffineBlock):
     block: AffineBlock
     guidance: Guidance
 
+    @property
+    def keeps_nothing(self) -> bool:
+        """Whether the wrapped block says that it keeps no tensor; see `jacobiflow.solvers.solve.no_gradients`."""
+        return getattr(self.block, "keeps_nothing", False)
+
     def init_cache(
         self,
         z: Float[Tensor, "b t c"],

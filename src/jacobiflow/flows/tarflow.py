@@ -95,6 +95,7 @@ class TarFlowBlock(AffineBlock, nn.Module):
     """
 
     attn_blocks: Sequence[AttentionBlock]
+    keeps_nothing = True
 
     def __init__(self, config: TarFlowConfig, permutation: Permutation) -> None:
         super().__init__()

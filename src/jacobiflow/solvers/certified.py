@@ -13,7 +13,7 @@ from jacobiflow.flows.base import Block
 from jacobiflow.solvers.guess import Given
 from jacobiflow.solvers.partition import Sequential
 from jacobiflow.solvers.solution import Solution, Status
-from jacobiflow.solvers.solve import Solver, solve
+from jacobiflow.solvers.solve import Solver, no_gradients, solve
 from jacobiflow.solvers.stopping import Tolerance
 
 
@@ -21,7 +21,7 @@ def certify(
     block: Block, z: Float[Tensor, "b t c"], x: Float[Tensor, "b t c"], context: Tensor | None = None
 ) -> Float[Tensor, " b"]:
     """Largest |g(x) - x| per sample, over tokens and channels, from one parallel pass; inf where it is not finite."""
-    with torch.inference_mode():
+    with no_gradients(block):
         g = block.update(x, z, 0, z.shape[1], block.init_cache(z, context))
         residual = (g - x).abs().nan_to_num(nan=torch.inf).amax(dim=(1, 2))
     return residual.clone()

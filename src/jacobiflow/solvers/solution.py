@@ -24,7 +24,8 @@ class Status(IntEnum):
 
 
 _MESSAGES = {
-    Status.CONVERGED: "every token is within its tolerance, or exact",
+    Status.CONVERGED: "every token changed by at most its tolerance in its last sweep, or is exact; "
+    "the certificate tells the residual",
     Status.MAX_SWEEPS: "stopped by MaxSweeps; raise it, or use a Tolerance, for a smaller residual",
     Status.ROUNDING: "solved sequentially, yet its residual is above the tolerance: this is the rounding of the "
     "network's dtype; raise the tolerance or use a wider dtype",
