@@ -31,6 +31,7 @@ benchmark: setup
 	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels 9 --strategy jacobi --compare --out out/demo-one \
 		--json docs/results/demo-one.json
 	cp out/demo/samples.png docs/figures/demo.png
+	$(BIN)/python benchmarks/readme.py
 
 # Redraws the figures of docs/solvers.md.
 figures: setup

@@ -361,7 +361,7 @@ ERRORS = {
     f"{SAMPLE} --num 0": "--num 0: give a positive number",
     f"{SAMPLE} --num -3": "--num -3: give a positive number",
     f"{SAMPLE} --num many": "'--num'",
-    f"{SAMPLE} --batch-size 0": "batch_size=0: give a positive number",
+    f"{SAMPLE} --batch-size 0": "batch_size=0: give a positive whole number",
     f"{SAMPLE} --seed -1": "'--seed'",
     f"{SAMPLE} --seed 99999999999999999999": "'--seed'",
     f"{SAMPLE} --strategy gs-jacobi:17": "Segments(count=17): there are only 16 tokens",

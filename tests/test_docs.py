@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,11 @@ def test_links_and_pictures_exist():
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
             if "://" not in target:
                 assert (path.parent / target).exists(), f"{path}: {target}"
+
+
+def test_the_readme_shows_the_result_files():
+    page = (ROOT / "README.md").read_text()
+    assert runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))["filled"](page) == page
 
 
 def test_the_benchmark_page_shows_the_result_file():

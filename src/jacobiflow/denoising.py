@@ -28,9 +28,9 @@ def denoise(
     sigma = flow.config.noise_std
     steps = []
     for start in range(0, len(images), batch_size):
-        x = images[start : start + batch_size].detach().requires_grad_()
-        y = None if labels is None else labels[start : start + batch_size]
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():  # also where the caller has either off
+            x = images[start : start + batch_size].detach().clone().requires_grad_()
+            y = None if labels is None else labels[start : start + batch_size].clone()
             (score,) = torch.autograd.grad(flow.log_prob(x, y).sum(), x)
         steps.append(x.detach() + rate * sigma**2 * score)
     return torch.cat(steps)

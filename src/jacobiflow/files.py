@@ -5,19 +5,32 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write beside `path`, then rename. **Raises** `OSError` where that is not possible; nothing is left behind."""
+@contextmanager
+def write_beside(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write to, renamed to it where the block ends well; nothing is left behind otherwise.
+
+    **Raises** `OSError` where that is not possible.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(data)
+        yield partial
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path` as a whole or not at all. **Raises** `OSError` where that is not possible."""
+    with write_beside(path) as partial:
+        partial.write_bytes(data)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -23,6 +23,8 @@ from jacobiflow.guidance import Guidance, GuidedBlock
 from jacobiflow.solvers import Solution, Status, solve_certified
 from jacobiflow.strategy import Strategy, resolve
 
+_OVERFLOW = "the exact inverse itself overflows at this latent; lower the guidance, or use a wider dtype"
+
 
 @dataclass(frozen=True)
 class BlockStats:
@@ -140,9 +142,11 @@ def sample(
     - `strategy`: a name (see `jacobiflow.strategy.resolve`), a `Strategy`, or the path of its JSON file.
     - `guidance`: a `Guidance`, or `None`.
     - `denoise`: rate of one denoising step; 0 is off.
-    - `tolerance`: largest |g(x) - x| allowed in any block. `None`: 1e-3 for a named strategy, its own for any other.
+    - `tolerance`: largest |g(x) - x| allowed in any block that stops on a tolerance; refused where none does. `None`:
+        1e-3 for a named strategy, its own for any other.
     - `certify`: measure the residual of every sample in every block, one parallel pass each, and solve again what is
-        above the tolerance.
+        above the tolerance. Without it a token is taken when its last sweep changed it by at most the tolerance; the
+        residual of what is returned is then not known, and can be above it.
     - `batch_size`: samples solved together; all by default.
     - `return_trace`: keep the image after every block.
     - `progress`: show a bar on a terminal.
@@ -155,14 +159,18 @@ def sample(
     config = flow.config
     if (num is None) == (latents is None):
         raise ValueError("give either num or latents")
+    for name, value in (("num", num), ("batch_size", batch_size)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value!r}: give a positive whole number")
+    for name, tensor in (("latents", latents), ("labels", labels)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} of type {type(tensor).__name__}: give a torch.Tensor")
+    if guidance is not None and not isinstance(guidance, Guidance):
+        raise ValueError(f"guidance={guidance!r}: give a Guidance, such as Guidance({guidance!r})")
     if latents is None:
-        if num is None or num < 1:
-            raise ValueError(f"num={num}: give a positive number of samples")
-        latents = draw_latents(num, config.num_tokens, config.token_channels, seed)
+        latents = draw_latents(num or 0, config.num_tokens, config.token_channels, seed)
     _check(flow, latents, labels)
     check_rate(flow, denoise)
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: give a positive number")
     if guidance is not None and labels is None and guidance.attn_temperature == 1:
         warnings.warn("guidance without labels at attn_temperature 1 changes nothing", stacklevel=2)
     plan = resolve(strategy, config.num_blocks, config.num_tokens, tolerance)
@@ -190,7 +198,7 @@ def sample(
         trace.append(images)
     lost = int((torch.stack([block.status for block in stats]) == Status.NONFINITE).any(dim=0).sum())
     if lost:
-        warnings.warn(f"{lost} of {len(images)} samples: {Status.NONFINITE.message}; they are NaN", stacklevel=2)
+        warnings.warn(f"{lost} of {len(images)} samples: {_OVERFLOW}; they are NaN", stacklevel=2)
     return Samples(
         images=images,
         latents=latents,

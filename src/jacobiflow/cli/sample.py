@@ -84,11 +84,11 @@ def sample(
     guide = Guidance(guidance, not constant_guidance, guidance_on, attn_temperature)  # type: ignore[arg-type]
     options.check_writable(out, json)
 
-    def draw(strategy: str, count: int = num, progress: bool = sys.stderr.isatty()) -> Samples:
+    def draw(strategy: str, count: int = num, tolerance: float | None = tolerance) -> Samples:
         return sampling.sample(
             flow, num=count, labels=None if classes is None else classes[:count], seed=seed, strategy=strategy,
             guidance=guide if guidance else None, denoise=denoise, tolerance=tolerance, certify=certify,
-            batch_size=batch_size, progress=progress,
+            batch_size=batch_size, progress=sys.stderr.isatty(),
         )  # fmt: skip
 
     if compare:
@@ -119,7 +119,7 @@ def sample(
 
 
 def _timed_fairly(draw: Callable[..., Samples], strategy: str, batch: int) -> dict[str, Samples]:
-    draw("jacobi-2", batch, False)  # so that neither run pays for the first use of the machine
+    draw("jacobi-2", batch, None)  # so that neither run pays for the first use of the machine
     return {"sequential": draw("sequential"), strategy: draw(strategy)}
 
 

@@ -6,7 +6,6 @@ import functools
 import importlib.resources
 import json
 import math
-import os
 import pickle
 import re
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from jacobiflow.files import write_beside
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
 
 CONFIG = "config.json"
@@ -66,7 +66,7 @@ def save(flow: TarFlow, folder: str | Path, dtype: torch.dtype | str | None = No
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in flow.state_dict().items()}
     _check_values(state, f"{folder}: not written")
     document = {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, **asdict(flow.config)}
-    with write_beside(folder / CONFIG) as config, write_beside(folder / WEIGHTS) as weights:
+    with writing(folder / CONFIG) as config, writing(folder / WEIGHTS) as weights:
         config.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         weights.write_bytes(serialize(state, metadata={"format": "pt"}))
         # A stop between the two renames must not leave new weights beside an old config.
@@ -152,7 +152,7 @@ def export_original(flow: TarFlow, path: str | Path) -> None:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in flow.state_dict().items()}
     _check_values(state, f"{path}: not written")
     state |= dict.fromkeys(_mask_names(config), torch.ones(config.num_tokens, config.num_tokens).tril())
-    with write_beside(Path(path)) as partial, partial.open("wb") as file:
+    with writing(Path(path)) as partial, partial.open("wb") as file:
         torch.save(state, file)
 
 
@@ -226,21 +226,14 @@ def convert(path: str | Path, out: str | Path, config: TarFlowConfig) -> None:
 
 
 @contextmanager
-def write_beside(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, renamed to it where the block ends well; its folder is made.
-
-    **Raises** `CheckpointError` where that cannot be written.
-    """
-    partial = path.parent / f"{path.name}.partial"
+def writing(path: Path) -> Iterator[Path]:
+    """`files.write_beside` in a folder that is made if need be. **Raises** `CheckpointError` where it fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
+        with write_beside(path) as partial:
+            yield partial
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be written ({_first_line(error)})") from error
-    finally:
-        if partial.is_file():
-            partial.unlink()
+        raise CheckpointError(f"{path}: cannot be written ({_first_line(error)})") from None
 
 
 def _download(name: str, hub: dict[str, Any]) -> Path:

@@ -260,7 +260,7 @@ class TarFlow(
         checkpoints.save(self, save_directory, dtype)
         readme = Path(save_directory) / "README.md"
         if not readme.exists():
-            with checkpoints.write_beside(readme) as partial:
+            with checkpoints.writing(readme) as partial:
                 self.generate_model_card(**(model_card_kwargs or {})).save(partial)
 
     def patchify(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n t d"]:

@@ -29,7 +29,8 @@ _MESSAGES = {
     Status.MAX_SWEEPS: "stopped by MaxSweeps; raise it, or use a Tolerance, for a smaller residual",
     Status.ROUNDING: "solved sequentially, yet its residual is above the tolerance: this is the rounding of the "
     "network's dtype; raise the tolerance or use a wider dtype",
-    Status.NONFINITE: "the exact inverse itself overflows at this latent; lower the guidance, or use a wider dtype",
+    Status.NONFINITE: "a value overflowed; solve_certified tells whether it does in the exact inverse too, which "
+    "lower guidance or a wider dtype may mend",
 }
 
 

@@ -38,10 +38,10 @@ def solve(block: Block, z: Float[Tensor, "b t c"], solver: Solver, context: Tens
     """Solve x = g(x) for the inverse of `block` at `z`, by sweeps x <- g(x) over runs of tokens.
 
     A sweep evaluates g on the run [front, stop) that the partition chooses, and sets the run to it. Then the front goes
-    past the leading tokens that the sweep changed by at most the tolerance, and past one more: it was computed from
-    tokens that are final, so it is too (Proposition 1). T sweeps always suffice. A token that has had `max_sweeps`
-    sweeps is passed as it is; keys in the cache that this leaves a sweep behind are computed again by the next sweep.
-    Keys of tokens passed by tolerance are those of the value before the last sweep, so within it.
+    past the leading tokens that the sweep changed by at most the tolerance, and past one more: all tokens that it was
+    computed from are final, to within the tolerance, so it is too (Proposition 1). T sweeps always suffice. A token
+    that has had `max_sweeps` sweeps is passed as it is; keys in the cache that this leaves a sweep behind are computed
+    again by the next sweep. Keys of tokens passed by tolerance are those of the value before the last sweep.
 
     A value that overflows is set back to the guess. A sample that had one when the front passed it ends as
     `Status.NONFINITE`; nothing here hides that, and `solve_certified` acts on it.
@@ -110,12 +110,14 @@ def _sweep(block: Block, z: Tensor, solver: Solver, context: Tensor | None) -> t
         new = solver.correction(old, g, front)
         finite = torch.isfinite(new).all(dim=-1) & torch.isfinite(change)
         x[:, front:stop] = torch.where(finite.unsqueeze(-1), new, guess[:, front:stop])
+        failed |= ~finite[:, 0]
         if atol is None:
             settled, lead = torch.zeros_like(finite), 0
         else:
             settled = (change <= atol).cumprod(dim=1).bool()
             residual = torch.maximum(residual, change.masked_fill(~settled, 0).amax(dim=1))
-            lead = int(settled.sum(dim=1).min())
+            # A sample that has failed is to be solved again: the others do not wait for it.
+            lead = int(settled.sum(dim=1).masked_fill(failed, stop - front).min())
         advance = min(lead + 1, stop - front)
         known = front + advance
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from jacobiflow.solvers import MaxSweeps, Segments, Sequential, Solver, Tolerance, Whole, Window
+from jacobiflow.solvers import MaxSweeps, Segments, Sequential, Solver, Stopping, Tolerance, Whole, Window
 from jacobiflow.strategy.strategy import Strategy
 
 DEFAULT_TOLERANCE = 1e-3
@@ -19,20 +19,27 @@ FORMS = (
 def resolve(strategy: str | Path | Strategy, num_blocks: int, num_tokens: int, tolerance: float | None) -> Strategy:
     """The strategy that `strategy` names, for a flow of `num_blocks` blocks of `num_tokens` tokens.
 
-    **Arguments:** `tolerance` replaces every tolerance that the strategy has; `None` leaves a `Strategy` or file its
-    own and gives a name 1e-3. Names: "auto" (for now `Window(32)` in every block), "sequential", "jacobi" (to the
-    tolerance), "jacobi-30" (30 sweeps: the paper's Jacobi-30), "gs-jacobi:8" (8 segments, to the tolerance),
-    "gs-jacobi:8-32" (8 segments of 32 sweeps), "window:24", and the paper's notation [Stack-GS-J-Else], where several
-    stacked blocks, and several GS and J, are separated by slashes: "[0/7-256/8-1/13-6]".
+    **Arguments:** `tolerance` replaces every tolerance that the strategy has, and is refused where it has none; `None`
+    leaves a `Strategy` or file its own and gives a name 1e-3. Names: "auto" (for now `Window(32)` in every block),
+    "sequential", "jacobi" (to the tolerance), "jacobi-30" (30 sweeps: the paper's Jacobi-30), "gs-jacobi:8" (8
+    segments, to the tolerance), "gs-jacobi:8-32" (8 segments of 32 sweeps), "window:24", and the paper's notation
+    [Stack-GS-J-Else], where several stacked blocks, and several GS and J, are separated by slashes:
+    "[0/7-256/8-1/13-6]".
 
     **Raises** `ValueError` that quotes the part at fault.
     """
     if isinstance(strategy, str) and not strategy.endswith(".json"):
-        found = _parse(strategy.strip(), num_blocks, DEFAULT_TOLERANCE if tolerance is None else tolerance)
+        stopping = Tolerance(DEFAULT_TOLERANCE if tolerance is None else tolerance)
+        found = _parse(strategy.strip(), num_blocks, stopping)
     else:
         found = strategy if isinstance(strategy, Strategy) else Strategy.load(strategy)
         if tolerance is not None:
             found = found.with_tolerance(tolerance)
+    if tolerance is not None and all(solver.stopping.atol is None for solver in found.solvers):
+        raise ValueError(
+            f"tolerance {tolerance}: strategy {strategy!r} stops after a number of sweeps and would not heed it; "
+            "leave the tolerance out, or give a strategy that has one"
+        )
     if len(found.solvers) != num_blocks:
         raise ValueError(f"strategy for {len(found.solvers)} blocks, but the flow has {num_blocks}")
     for solver in found.solvers:
@@ -40,9 +47,8 @@ def resolve(strategy: str | Path | Strategy, num_blocks: int, num_tokens: int, t
     return found
 
 
-def _parse(text: str, num_blocks: int, tolerance: float) -> Strategy:
+def _parse(text: str, num_blocks: int, to_tolerance: Stopping) -> Strategy:
     name = text.lower()
-    to_tolerance = Tolerance(tolerance)
     if name.startswith("["):
         return _parse_paper(text, num_blocks)
     if name in ("sequential", "original"):

@@ -43,7 +43,7 @@ class Strategy:
 
     def with_tolerance(self, atol: float) -> Strategy:
         """This strategy with `atol` in place of every tolerance that it has; sweep counts stay."""
-        Tolerance(atol)  # refuses what is no tolerance, whether or not a block has one
+        Tolerance(atol)  # refuses what is no tolerance
         return Strategy(
             tuple(
                 s if s.stopping.atol is None else replace(s, stopping=replace(s.stopping, atol=atol))
