@@ -15,7 +15,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.sampling import draw_latents
+from jacobiflow.latents import draw_latents
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "figures"
 WAITING, SWEPT, FINAL = "#f2f2f2", "#e69f00", "#0072b2"

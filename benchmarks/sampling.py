@@ -22,7 +22,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.files import write_atomically, write_json
-from jacobiflow.sampling import draw_latents
+from jacobiflow.latents import draw_latents
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 BATCHES = (1, 4, 16, 64)

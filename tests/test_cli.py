@@ -24,6 +24,7 @@ from jacobiflow import sampling
 from jacobiflow.cli import main
 from jacobiflow.data import quantize
 from jacobiflow.flows.checkpoints import export_original
+from jacobiflow.latents import draw_labels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -225,7 +226,7 @@ def test_guidance_and_denoising_reach_the_library(run: Any, tmp_path: Path) -> N
 def test_labels(run: Any, tmp_path: Path) -> None:
     for given, want in {
         "balanced": [0, 1, 2, 0], "1": [1, 1, 1, 1], "0,-1": [0, -1, 0, -1], "-1": [-1] * 4, "2,1,0,0,1": [2, 1, 0, 0],
-        "random": sampling.draw_labels(4, 3, 9).tolist(), "none": None,
+        "random": draw_labels(4, 3, 9).tolist(), "none": None,
     }.items():  # fmt: skip
         result = run(f"sample --model model --num 4 --seed 9 --strategy jacobi-1 --labels {given} --out {tmp_path}")
         assert (result.code, result.err) == (0, "")
@@ -364,10 +365,10 @@ ERRORS = {
     f"{SAMPLE} --batch-size 0": "batch_size=0: give a positive whole number",
     f"{SAMPLE} --seed -1": "'--seed'",
     f"{SAMPLE} --seed 99999999999999999999": "'--seed'",
-    f"{SAMPLE} --strategy gs-jacobi:17": "Segments(count=17): there are only 16 tokens",
-    f"{SAMPLE} --strategy gs-jacobi:0": "Segments(count=0)",
-    f"{SAMPLE} --strategy window:0": "Window(size=0): give a positive",
-    f"{SAMPLE} --strategy jacobi-0": "sweeps 0: give a positive",
+    f"{SAMPLE} --strategy gs-jacobi:17": "'gs-jacobi:17': G 17 asks for more segments than there are tokens, 16",
+    f"{SAMPLE} --strategy gs-jacobi:0": "'gs-jacobi:0': G 0",
+    f"{SAMPLE} --strategy window:0": "'window:0': N 0: give a positive",
+    f"{SAMPLE} --strategy jacobi-0": "'jacobi-0': J 0: give a positive",
     f"{SAMPLE} --strategy quickest": "strategy 'quickest': unknown; give auto, sequential",
     f"{SAMPLE} --strategy quickest --compare": "strategy 'quickest': unknown",
     f"{SAMPLE} --strategy [1-4-3": "strategy '[1-4-3': give four fields",

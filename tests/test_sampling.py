@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.sampling import draw_labels, draw_latents
+from jacobiflow.latents import draw_labels, draw_latents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,5 +1,6 @@
 """Fast, certified sampling from autoregressive normalizing flows."""
 
+from jacobiflow.calibration import Report, calibrate
 from jacobiflow.denoising import denoise
 from jacobiflow.flows.base import AffineBlock, Block
 from jacobiflow.flows.checkpoints import CheckpointError, load
@@ -10,6 +11,7 @@ from jacobiflow.sampling import Samples, decode, sample
 from jacobiflow.solvers import (
     Latent,
     MaxSweeps,
+    MeanAffine,
     Plain,
     Segments,
     Sequential,
@@ -36,8 +38,10 @@ __all__ = [
     "Guidance",
     "Latent",
     "MaxSweeps",
+    "MeanAffine",
     "Plain",
     "Preset",
+    "Report",
     "Samples",
     "Segments",
     "Sequential",
@@ -51,6 +55,7 @@ __all__ = [
     "Whole",
     "Window",
     "Zeros",
+    "calibrate",
     "certify",
     "decode",
     "denoise",

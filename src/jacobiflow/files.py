@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -9,6 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -44,3 +49,20 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def tensor_to_json(values: Tensor) -> dict[str, Any]:
+    """A JSON value that `tensor_from_json` turns back into the same float32 values: shape, and bytes in base64."""
+    array = values.detach().cpu().numpy().astype("<f4")
+    return {"shape": list(array.shape), "float32": base64.b64encode(array.tobytes()).decode()}
+
+
+def tensor_from_json(value: Any) -> Tensor:
+    """Inverse of `tensor_to_json`. **Raises** `ValueError` where the value is none of its kind, or not finite."""
+    try:
+        array = np.frombuffer(base64.b64decode(value["float32"], validate=True), "<f4").reshape(value["shape"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not an array of float32 values with its shape ({error})") from error
+    if not np.isfinite(array).all():
+        raise ValueError("an array that holds a NaN or an infinity")
+    return torch.from_numpy(array.astype(np.float32))

@@ -67,6 +67,10 @@ class GuidedBlock(AffineBlock):
             torch.cat((z, z)), labels, None if self.guidance.attn_temperature == 1 else temperature
         )
 
+    def output_weights(self) -> tuple[Float[Tensor, "c d"] | None, Float[Tensor, "c d"]] | None:
+        """Those of the wrapped block."""
+        return self.block.output_weights()
+
     def affine(
         self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: Any
     ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
@@ -77,11 +81,16 @@ class GuidedBlock(AffineBlock):
             weight = weight * torch.arange(start, stop, device=x.device, dtype=x.dtype).div(last).view(1, -1, 1)
         on = self.guidance.on
         return (
-            _guided(log_scale, weight if on != "shift" else 0.0),
-            _guided(shift, weight if on != "scale" else 0.0),
+            _extrapolate(log_scale, weight if on != "shift" else 0.0),
+            _extrapolate(shift, weight if on != "scale" else 0.0),
         )
 
 
-def _guided(both: Tensor, weight: float | Tensor) -> Tensor:
+def guided(block: AffineBlock, guidance: Guidance | None) -> AffineBlock:
+    """`block` under `guidance`; the block itself where that is `None` or of weight 0."""
+    return block if guidance is None or guidance.weight == 0 else GuidedBlock(block, guidance)
+
+
+def _extrapolate(both: Tensor, weight: float | Tensor) -> Tensor:
     conditional, unconditional = both.chunk(2)
     return conditional + weight * (conditional - unconditional)

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from rich.console import Console
@@ -19,7 +18,8 @@ from jacobiflow.denoising import check_rate
 from jacobiflow.denoising import denoise as denoise_images
 from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.tarflow import TarFlow
-from jacobiflow.guidance import Guidance, GuidedBlock
+from jacobiflow.guidance import Guidance, guided
+from jacobiflow.latents import draw_latents
 from jacobiflow.solvers import Solution, Status, solve_certified
 from jacobiflow.strategy import Strategy, resolve
 
@@ -89,32 +89,6 @@ class Samples:
         return torch.stack([block.status for block in self.stats]).amax(dim=0)
 
 
-def draw_latents(
-    num: int, num_tokens: int, token_channels: int, seed: int = 0, start: int = 0
-) -> Float[Tensor, "n t d"]:
-    """Standard normal latents of samples start .. start+num-1; sample i depends on `seed` and i only.
-
-    Each sample has its own counter in the Philox generator keyed by the seed.
-    """
-    draws = [
-        np.random.Generator(np.random.Philox(key=seed, counter=(0, 0, 0, i))).standard_normal(
-            (num_tokens, token_channels), np.float32
-        )
-        for i in range(start, start + num)
-    ]
-    return torch.from_numpy(np.stack(draws))
-
-
-def draw_labels(num: int, num_classes: int, seed: int = 0, start: int = 0) -> Int[Tensor, " n"]:
-    """Uniform labels of samples start .. start+num-1; that of sample i depends on `seed` and i only."""
-    return torch.tensor(
-        [
-            int(np.random.Generator(np.random.Philox(key=seed, counter=(0, 0, 1, i))).integers(num_classes))
-            for i in range(start, start + num)
-        ]
-    )
-
-
 def sample(
     flow: TarFlow,
     num: int | None = None,
@@ -174,7 +148,7 @@ def sample(
     if guidance is not None and labels is None and guidance.attn_temperature == 1:
         warnings.warn("guidance without labels at attn_temperature 1 changes nothing", stacklevel=2)
     plan = resolve(strategy, config.num_blocks, config.num_tokens, tolerance)
-    blocks = [_guided(block, guidance) for block in flow.blocks]
+    blocks = [guided(block, guidance) for block in flow.blocks]
     latents = latents.to(flow.var.device, torch.float64 if flow.var.dtype == torch.float64 else torch.float32)
     labels = None if labels is None else labels.to(flow.var.device)
     batches = list(_spans(len(latents), batch_size or len(latents)))
@@ -269,10 +243,6 @@ def _stats(solutions: Iterable[Solution]) -> BlockStats:
     )
 
 
-def _guided(block: AffineBlock, guidance: Guidance | None) -> AffineBlock:
-    return block if guidance is None or guidance.weight == 0 else GuidedBlock(block, guidance)
-
-
 def _spans(total: int, size: int) -> Iterator[slice]:
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
@@ -285,15 +255,5 @@ def _check(flow: TarFlow, latents: Tensor, labels: Tensor | None) -> None:
         raise ValueError(f"latents of shape {tuple(latents.shape)}: this flow takes (N, {want[0]}, {want[1]})")
     if not torch.isfinite(latents).all():
         raise ValueError("latents hold a NaN or an infinity: give finite values")
-    if labels is None:
-        return
-    if not config.num_classes:
-        raise ValueError("labels given, but this flow is unconditional: leave them out")
-    if labels.dtype not in (torch.int64, torch.int32) or labels.shape != latents.shape[:1]:
-        raise ValueError(
-            f"labels of shape {tuple(labels.shape)} and dtype {labels.dtype}: give {len(latents)} whole numbers"
-        )
-    if (labels >= config.num_classes).any():
-        raise ValueError(
-            f"label {int(labels.max())}: this flow has classes 0 to {config.num_classes - 1} (below 0: no class)"
-        )
+    if labels is not None:
+        flow.check_labels(labels, len(latents))

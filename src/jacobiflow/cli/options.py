@@ -17,7 +17,7 @@ from jacobiflow.data import balanced_labels
 from jacobiflow.files import write_json
 from jacobiflow.flows.checkpoints import load
 from jacobiflow.flows.tarflow import TarFlow
-from jacobiflow.sampling import draw_labels
+from jacobiflow.latents import draw_labels
 
 Model = Annotated[str, typer.Option("--model", help="A bundled name, a model folder, or a hub id.")]
 Images = Annotated[

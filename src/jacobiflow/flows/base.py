@@ -49,6 +49,13 @@ class AffineBlock:
         """Log-scale and shift of entries start .. stop-1; reads and caches positions start-1 .. stop-2."""
         raise TypeError(f"{type(self).__name__} must define affine")
 
+    def output_weights(self) -> tuple[Float[Tensor, "c d"] | None, Float[Tensor, "c d"]] | None:
+        """W_s and W_u of the linear layer that ends in `log_scale` = W_s h + b_s and `shift` = W_u h + b_u.
+
+        W_s is `None` where the scale is fixed (volume-preserving); `None` for both where there is no such layer.
+        """
+        return None
+
     def update(
         self, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], start: int, stop: int, cache: Any
     ) -> Float[Tensor, "b n c"]:

@@ -160,6 +160,14 @@ class TarFlowBlock(AffineBlock, nn.Module):
             h = layer(h, key_values, first)
         return self._read_out(h, x, first=start == 0)
 
+    def output_weights(self) -> tuple[Float[Tensor, "c d"] | None, Float[Tensor, "c d"]]:
+        """The halves of `proj_out`'s weight; see `AffineBlock.output_weights`."""
+        weight = self.proj_out.weight.detach()
+        if not self.nvp:
+            return None, weight
+        scale, shift = weight.chunk(2)
+        return scale, shift
+
     def _embed(self, x: Tensor, pos_embedding: Tensor, class_embedding: Tensor | None) -> Tensor:
         h = self.proj_in(x.to(self.proj_in.weight.dtype)) + pos_embedding
         return h if class_embedding is None else h + class_embedding
@@ -262,6 +270,18 @@ class TarFlow(
         if not readme.exists():
             with checkpoints.writing(readme) as partial:
                 self.generate_model_card(**(model_card_kwargs or {})).save(partial)
+
+    def check_labels(self, labels: Int[Tensor, " n"], num: int) -> None:
+        """**Raises** `ValueError` where `labels` are no classes of this flow for `num` samples."""
+        if not self.config.num_classes:
+            raise ValueError("labels given, but this flow is unconditional: leave them out")
+        if labels.dtype not in (torch.int64, torch.int32) or labels.shape != (num,):
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} and dtype {labels.dtype}: give {num} whole numbers"
+            )
+        if (labels >= self.config.num_classes).any():
+            last = self.config.num_classes - 1
+            raise ValueError(f"label {int(labels.max())}: this flow has classes 0 to {last} (below 0: no class)")
 
     def patchify(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n t d"]:
         """Images as sequences of patches in raster order."""

@@ -36,6 +36,37 @@ class Zeros:
         return x
 
 
+@dataclass(frozen=True, eq=False)
+class MeanAffine:
+    """X^(0) = exp(log_scale) Z + shift: the mean parameters of the block over calibration images, (T, C) each.
+
+    One guess per position; `jacobiflow.calibrate` measures the means. **Raises** `ValueError` where the two differ in
+    shape, or do not fit Z.
+    """
+
+    log_scale: Float[Tensor, "t c"]
+    shift: Float[Tensor, "t c"]
+
+    def __post_init__(self) -> None:
+        if self.log_scale.ndim != 2 or self.log_scale.shape != self.shift.shape:
+            have = f"{tuple(self.log_scale.shape)} and {tuple(self.shift.shape)}"
+            raise ValueError(f"MeanAffine: log_scale and shift of shapes {have}; give both as (tokens, channels)")
+
+    def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
+        if z.shape[1:] != self.shift.shape:
+            have, want = tuple(self.shift.shape), tuple(z.shape[1:])
+            raise ValueError(f"MeanAffine of shape {have}, but the tokens are {want}: calibrate this flow")
+        return torch.addcmul(self.shift.to(z), self.log_scale.to(z).exp(), z)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, MeanAffine):
+            return NotImplemented
+        return torch.equal(self.log_scale, other.log_scale) and torch.equal(self.shift, other.shift)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.shift.flatten().tolist()))
+
+
 @dataclass(frozen=True)
 class Given:
     """X^(0) = `value`, an approximate answer that is to be improved."""

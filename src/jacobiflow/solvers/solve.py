@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from jacobiflow.flows.base import Block
 from jacobiflow.solvers.correction import Correction, Plain
 from jacobiflow.solvers.guess import Guess, Latent
-from jacobiflow.solvers.partition import Partition, Whole
+from jacobiflow.solvers.partition import Partition, Segments, Whole
 from jacobiflow.solvers.solution import Solution, Status
 from jacobiflow.solvers.stopping import Stopping, Tolerance
 
@@ -32,6 +31,13 @@ class Solver:
     guess: Guess = field(default_factory=Latent)
     stopping: Stopping = field(default_factory=lambda: Tolerance(1e-3))
     correction: Correction = field(default_factory=Plain)
+
+    def __post_init__(self) -> None:
+        counts = self.stopping.max_sweeps
+        if isinstance(counts, tuple) and not (
+            isinstance(self.partition, Segments) and self.partition.count == len(counts)
+        ):
+            raise ValueError(f"{len(counts)} sweep counts for {self.partition}: give one for each of its Segments")
 
 
 def solve(block: Block, z: Float[Tensor, "b t c"], solver: Solver, context: Tensor | None = None) -> Solution:
@@ -83,20 +89,23 @@ def no_gradients(block: Block) -> AbstractContextManager[None]:
 def _sweep(block: Block, z: Tensor, solver: Solver, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int, int]:
     batch, length, _ = z.shape
     atol = solver.stopping.atol
-    max_sweeps = length if solver.stopping.max_sweeps is None else min(solver.stopping.max_sweeps, length)
+    max_sweeps = length if solver.stopping.max_sweeps is None else solver.stopping.max_sweeps
     cache = block.init_cache(z, context)
     guess = solver.guess(z)
     x = guess.clone()
     failed = torch.zeros(batch, dtype=torch.bool, device=z.device)
     missed = torch.zeros_like(failed)
     residual = z.new_zeros(batch)
-    recent_stops: deque[int] = deque(maxlen=max_sweeps)
+    stops = [0]  # where each sweep's run ended
+    segment = -1
     front = 0  # tokens before it are final
     known = 0  # the cache holds the keys of the tokens before known - 1, to within the tolerance
     sweeps = token_evaluations = 0
 
     while front < length:
         stop = solver.partition.stop(front, length)
+        segment += stop > stops[-1]  # which one of `Segments` this is: their ends differ
+        stops.append(stop)
         g = block.update(x, z, known, stop, cache)[:, front - known :]
         sweeps += 1
         token_evaluations += batch * (stop - known)
@@ -121,9 +130,9 @@ def _sweep(block: Block, z: Tensor, solver: Solver, context: Tensor | None) -> t
         advance = min(lead + 1, stop - front)
         known = front + advance
 
-        recent_stops.append(stop)
-        if len(recent_stops) == max_sweeps and recent_stops[0] > known:
-            advance = recent_stops[0] - front
+        limit = max_sweeps[segment] if isinstance(max_sweeps, tuple) else max_sweeps
+        if len(stops) > limit and stops[-limit] > known:
+            advance = stops[-limit] - front
             final = F.pad(settled[:, :-1], (1, 0), value=True)  # all tokens before it are settled
             left = change.masked_fill(final, 0)[:, :advance]
             residual = torch.maximum(residual, left.nan_to_num(nan=torch.inf).amax(dim=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -10,19 +11,21 @@ from dataclasses import dataclass
 class Stopping:
     """Done at a residual of at most `atol`, or after `max_sweeps` sweeps, whichever comes first; `None`: no such end.
 
-    Build one by `Tolerance(atol)`, `MaxSweeps(count)`, or `Tolerance(atol) | MaxSweeps(count)`.
+    `max_sweeps` is one number, or one for each segment of a `Segments` partition. Build one by `Tolerance(atol)`,
+    `MaxSweeps(count)`, or `Tolerance(atol) | MaxSweeps(count)`.
     """
 
     atol: float | None = None
-    max_sweeps: int | None = None
+    max_sweeps: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.atol is None and self.max_sweeps is None:
             raise ValueError("Stopping: give a tolerance, a number of sweeps, or both")
         if self.atol is not None and not 0 <= self.atol < math.inf:
             raise ValueError(f"tolerance {self.atol}: give 0 (down to rounding) or a positive number")
-        if self.max_sweeps is not None and (not isinstance(self.max_sweeps, int) or self.max_sweeps < 1):
-            raise ValueError(f"sweeps {self.max_sweeps!r}: give a positive whole number of sweeps")
+        counts = self.max_sweeps if isinstance(self.max_sweeps, tuple) else (self.max_sweeps,)
+        if self.max_sweeps is not None and not all(isinstance(count, int) and count > 0 for count in counts or (0,)):
+            raise ValueError(f"sweeps {self.max_sweeps!r}: give a positive whole number of sweeps, or one per segment")
 
     def __or__(self, other: Stopping) -> Stopping:
         for name in ("atol", "max_sweeps"):
@@ -43,6 +46,10 @@ def Tolerance(atol: float) -> Stopping:
     return Stopping(atol=atol)
 
 
-def MaxSweeps(count: int) -> Stopping:
-    """A token is done after `count` sweeps, converged or not: the paper's J."""
-    return Stopping(max_sweeps=count)
+def MaxSweeps(count: int | Sequence[int]) -> Stopping:
+    """A token is done after `count` sweeps, converged or not: the paper's J.
+
+    A sequence has a count for each segment of a `Segments` partition: more sweeps where a block is tough (end of
+    section 3.4 of the paper).
+    """
+    return Stopping(max_sweeps=tuple(count) if isinstance(count, Sequence) else count)

@@ -1,6 +1,5 @@
 """Which solver each block gets."""
 
-from jacobiflow.strategy.notation import resolve
-from jacobiflow.strategy.strategy import Strategy
+from jacobiflow.strategy.strategy import Strategy, resolve
 
 __all__ = ["Strategy", "resolve"]

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from jacobiflow.files import write_json
+from torch import Tensor
+
+from jacobiflow.calibration.convergence import Trace
+from jacobiflow.calibration.report import Report
+from jacobiflow.files import tensor_from_json, tensor_to_json, write_json
 from jacobiflow.solvers import (
     Latent,
+    MaxSweeps,
+    MeanAffine,
     Plain,
     Segments,
     Sequential,
@@ -21,12 +27,14 @@ from jacobiflow.solvers import (
     Window,
     Zeros,
 )
+from jacobiflow.strategy import notation
+from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
 
 FORMAT_VERSION = 1
 _PARTITIONS: Mapping[str, Callable[..., Any]] = {
     "sequential": Sequential, "whole": Whole, "segments": Segments, "window": Window,
 }  # fmt: skip
-_GUESSES: Mapping[str, Callable[..., Any]] = {"latent": Latent, "zeros": Zeros}
+_GUESSES: Mapping[str, Callable[..., Any]] = {"latent": Latent, "zeros": Zeros, "mean_affine": MeanAffine}
 _CORRECTIONS: Mapping[str, Callable[..., Any]] = {"plain": Plain}
 
 
@@ -40,6 +48,73 @@ class Strategy:
     def uniform(cls, solver: Solver, num_blocks: int) -> Strategy:
         """The same solver for every block."""
         return cls((solver,) * num_blocks)
+
+    @classmethod
+    def parse(
+        cls, text: str, report: Report | None = None, *, num_blocks: int | None = None, num_tokens: int | None = None,
+        tolerance: float = DEFAULT_TOLERANCE,
+    ) -> Strategy:  # fmt: skip
+        """The strategy that `text` names.
+
+        The paper's notation [Stack-GS-J-Else] (section 3.4): blocks in Stack are cut into GS segments of J sweeps each,
+        the others are swept Else times; several stacked blocks, and several GS and J, have slashes between them,
+        "[0/7-256/8-1/13-6]". "Jacobi-30" sweeps all tokens of every block 30 times, "Original" (or "sequential") solves
+        token by token. The notation leaves the guesses to IGM.
+
+        To `tolerance`: "auto" (for now `Window(32)` in every block), "jacobi", "gs-jacobi:8" (8 segments) and
+        "window:24"; "gs-jacobi:8-32" takes 32 sweeps a segment.
+
+        **Arguments:** `report` gives each block the guess with the smallest IGM, and the sizes of the flow. Without it
+        every guess is `Latent`, and `num_blocks` and `num_tokens` must be given.
+
+        **Raises** `ValueError` that quotes the part at fault.
+        """
+        blocks = _size(text, "num_blocks", num_blocks, report.num_blocks if report else None)
+        tokens = _size(text, "num_tokens", num_tokens, report.num_tokens if report else None)
+        solvers = notation.parse(text, blocks, tokens, tolerance)
+        return cls(solvers) if report is None else cls(solvers)._with_guesses(report)
+
+    @classmethod
+    def from_report(
+        cls, report: Report, tolerance: float = 1e-2, *, per_segment: bool = False, call_cost: float = 32.0
+    ) -> Strategy:
+        """The strategy that the paper's Algorithm 1 proposes: tough blocks by CRM, guesses by IGM, counts as measured.
+
+        A tough block is cut into G segments of J sweeps. J is what the slowest sample traced needed in its slowest
+        segment to come within `tolerance` of the solution, the segments before it being solved. Of the G measured with
+        J <= T // G, and of G = T with J = 1, which is the sequential loop, it takes the one with the least
+        J (T + G call_cost): tokens swept, and calls. The other blocks are swept whole, as often as the slowest of them
+        needed.
+
+        **Arguments:** `tolerance` is one that was measured: 1e-1, 1e-2, 1e-3, 1e-4. `per_segment` gives each segment
+        the J that it needed itself. `call_cost` is the fixed cost of a network call, in tokens: about 32 for a batch of
+        1 on a CPU, more on a GPU, less for a larger batch.
+
+        **Raises** `ValueError` where CRM is not defined or the tolerance was not measured.
+        """
+        length, tough = report.num_tokens, report.tough_blocks
+        needed = [
+            _sweeps(row[report.best_guess(block)], tolerance, length)
+            for block, row in enumerate(report.traces["noise"])
+        ]
+        easy = max((count for block, count in enumerate(needed) if block not in tough), default=1)
+        solvers = [Solver(Whole(), stopping=MaxSweeps(easy))] * report.num_blocks
+        for block in tough:
+            cost, solvers[block] = length * (1 + call_cost), Solver(Segments(length), stopping=MaxSweeps(1))
+            for count, traces in report.segment_traces[block].items():
+                each = tuple(_sweeps(trace, tolerance, length) for trace in traces)
+                total = sum(each) if per_segment else count * max(each)
+                if max(each) <= length // count and total * (length / count + call_cost) < cost:
+                    cost = total * (length / count + call_cost)
+                    solvers[block] = Solver(Segments(count), stopping=MaxSweeps(each if per_segment else max(each)))
+        return cls(tuple(solvers))._with_guesses(report)
+
+    def _with_guesses(self, report: Report) -> Strategy:
+        return Strategy(tuple(replace(s, guess=report.guess(block)) for block, s in enumerate(self.solvers)))
+
+    def __str__(self) -> str:
+        """A text that `parse`, given the report of the guesses, turns back into this strategy; else its solvers."""
+        return notation.show(self.solvers) or "\n".join(f"block {i}: {s}" for i, s in enumerate(self.solvers))
 
     def with_tolerance(self, atol: float) -> Strategy:
         """This strategy with `atol` in place of every tolerance that it has; sweep counts stay."""
@@ -60,7 +135,7 @@ class Strategy:
                     "partition": _name(_PARTITIONS, s.partition),
                     "guess": _name(_GUESSES, s.guess),
                     "correction": _name(_CORRECTIONS, s.correction),
-                    "stopping": asdict(s.stopping),
+                    "stopping": _fields(s.stopping),
                 }
                 for s in self.solvers
             ],
@@ -91,11 +166,49 @@ class Strategy:
             raise ValueError(f"strategy {path}: {error}") from error
 
 
+def _size(text: str, name: str, given: int | None, reported: int | None) -> int:
+    if given is None and reported is None:
+        raise ValueError(f"strategy {text!r}: give a report, or {name} of the flow")
+    if given is not None and reported is not None and given != reported:
+        raise ValueError(f"strategy {text!r}: {name}={given}, but the report is of a flow with {reported}")
+    return given or reported or 0
+
+
+def _sweeps(trace: Trace, tolerance: float, most: int) -> int:
+    """Sweeps of the slowest sample, between 1 and `most`."""
+    count = trace.slowest(tolerance)
+    return most if count is None else max(1, min(count, most))
+
+
 def _name(kinds: Mapping[str, Callable[..., Any]], piece: Any) -> dict[str, Any]:
     for name, kind in kinds.items():
         if type(piece) is kind:
-            return {"kind": name, **asdict(piece)}
+            return {"kind": name, **_fields(piece)}
     raise ValueError(f"strategy: {piece!r} has no JSON form (known: {', '.join(kinds)})")
+
+
+def _fields(piece: Any) -> dict[str, Any]:
+    values = {field.name: getattr(piece, field.name) for field in fields(piece)}
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tensor_to_json(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _values(fields: Any) -> dict[str, Any]:
+    """Inverse of `_fields`."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{fields!r}: give an object")
+    return {name: _rich(value) for name, value in fields.items()}
+
+
+def _rich(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tensor_from_json(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _solver(block: Any, index: int) -> Solver:
@@ -107,7 +220,7 @@ def _solver(block: Any, index: int) -> Solver:
             partition=_piece(_PARTITIONS, block["partition"]),
             guess=_piece(_GUESSES, block["guess"]),
             correction=_piece(_CORRECTIONS, block["correction"]),
-            stopping=Stopping(**block["stopping"]),
+            stopping=Stopping(**_values(block["stopping"])),
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
@@ -116,4 +229,32 @@ def _solver(block: Any, index: int) -> Solver:
 def _piece(kinds: Mapping[str, Callable[..., Any]], value: Any) -> Any:
     if not isinstance(value, dict) or value.get("kind") not in kinds:
         raise ValueError(f"{value!r}: 'kind' must be one of {', '.join(kinds)}")
-    return kinds[value["kind"]](**{k: v for k, v in value.items() if k != "kind"})
+    values = _values(value)
+    return kinds[values.pop("kind")](**values)
+
+
+def resolve(strategy: str | Path | Strategy, num_blocks: int, num_tokens: int, tolerance: float | None) -> Strategy:
+    """The strategy for a flow of `num_blocks` blocks of `num_tokens` tokens: a text (see `Strategy.parse`), or a file.
+
+    **Arguments:** `tolerance` replaces every tolerance that the strategy has, and is refused where it has none; `None`
+    leaves a `Strategy` or file its own and gives a text 1e-3.
+
+    **Raises** `ValueError` that quotes the part at fault.
+    """
+    if isinstance(strategy, str) and not strategy.endswith(".json"):
+        given = DEFAULT_TOLERANCE if tolerance is None else tolerance
+        found = Strategy.parse(strategy, num_blocks=num_blocks, num_tokens=num_tokens, tolerance=given)
+    else:
+        found = strategy if isinstance(strategy, Strategy) else Strategy.load(strategy)
+        if tolerance is not None:
+            found = found.with_tolerance(tolerance)
+    if tolerance is not None and all(solver.stopping.atol is None for solver in found.solvers):
+        raise ValueError(
+            f"tolerance {tolerance}: strategy {strategy!r} stops after a number of sweeps and would not heed it; "
+            "leave the tolerance out, or give a strategy that has one"
+        )
+    if len(found.solvers) != num_blocks:
+        raise ValueError(f"strategy for {len(found.solvers)} blocks, but the flow has {num_blocks}")
+    for solver in found.solvers:
+        solver.partition.check(num_tokens)
+    return found

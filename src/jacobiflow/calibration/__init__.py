@@ -1,0 +1,20 @@
+"""What a flow is like to invert: metrics, measured sweeps, and the report that holds them."""
+
+from jacobiflow.calibration.calibrate import calibrate
+from jacobiflow.calibration.convergence import Trace, distances
+from jacobiflow.calibration.error_matrix import gamma_norm, gamma_products
+from jacobiflow.calibration.metrics import (
+    DOMINANCE,
+    Components,
+    Metrics,
+    initial_residual,
+    matrix_norm,
+    rank_correlation,
+    tough_blocks,
+)
+from jacobiflow.calibration.report import ClassSpread, Report, Settings, Spread
+
+__all__ = [
+    "DOMINANCE", "ClassSpread", "Components", "Metrics", "Report", "Settings", "Spread", "Trace", "calibrate",
+    "distances", "gamma_norm", "gamma_products", "initial_residual", "matrix_norm", "rank_correlation", "tough_blocks",
+]  # fmt: skip

@@ -1,0 +1,99 @@
+"""The measured truth beside the metrics: how far plain sweeps are from the solution, sweep by sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from jacobiflow.calibration.metrics import segment_runs
+from jacobiflow.flows.base import Block
+from jacobiflow.solvers import Guess
+from jacobiflow.solvers.solve import no_gradients
+
+TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
+_FLOOR = 1e-5  # a trace ends here: the curve below the last tolerance is rounding
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Distance to X*, the largest |X^(k) - X*| over tokens and channels, after k = 0, 1, ... plain sweeps.
+
+    **Attributes:** `median` and `largest`, of the samples' distances, entry k after k sweeps; `sweeps`, for each of
+    `TOLERANCES` and each sample the number of sweeps after which the distance stays within it, or `None` where
+    rounding keeps it above.
+    """
+
+    median: tuple[float, ...]
+    largest: tuple[float, ...]
+    sweeps: Mapping[float, tuple[int | None, ...]]
+
+    def slowest(self, tolerance: float) -> int | None:
+        """Sweeps of the slowest sample, `None` where one does not get there. **Raises** as `reach` does."""
+        counts = self.reach(tolerance)
+        return None if None in counts else max(count for count in counts if count is not None)
+
+    def reach(self, tolerance: float) -> tuple[int | None, ...]:
+        """`sweeps[tolerance]`. **Raises** `ValueError` where that was not measured."""
+        if tolerance not in self.sweeps:
+            raise ValueError(f"tolerance {tolerance}: measured are {', '.join(f'{t:g}' for t in self.sweeps)}")
+        return self.sweeps[tolerance]
+
+    @classmethod
+    def of(cls, distances: Float[Tensor, "k b"]) -> Trace:
+        """What `distances`, sweeps by samples, amount to."""
+        return cls(
+            median=tuple(distances.median(dim=1).values.tolist()),
+            largest=tuple(distances.amax(dim=1).tolist()),
+            sweeps={tolerance: tuple(_reached(row, tolerance) for row in distances.T) for tolerance in TOLERANCES},
+        )
+
+
+def distances(
+    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess, context: Tensor | None = None,
+    count: int = 1,
+) -> list[Float[Tensor, "k b"]]:  # fmt: skip
+    """Per segment, the largest |X^(k) - X*| of each sample after k = 0, 1, ... plain sweeps of the segment's tokens.
+
+    `x` is X*, the solution at `z`. Each of the `count` segments starts from the guess, those before it being solved
+    (Figure 5 of the paper; one segment is Figure 2). It ends within 1e-5 for all samples, where a sweep changes
+    nothing, or after as many sweeps as the segment has tokens, which make it exact (Proposition 1). As in `solve`, a
+    token that overflows goes back to the guess; the distance after such a sweep is infinite.
+    """
+    curves = []
+    with no_gradients(block):
+        cache = block.init_cache(z, context)
+        started = guess(z)
+        for run in segment_runs(z.shape[1], count):
+            current = torch.cat((x[:, : run.start], started[:, run.start :]), dim=1)
+            curve = [_distance(current[:, run], x[:, run])]
+            for _ in range(run.start, run.stop):
+                g = block.update(current, z, run.start, run.stop, cache)
+                curve.append(_distance(g, x[:, run]))
+                if bool((curve[-1] <= _FLOOR).all()) or torch.equal(g, current[:, run]):
+                    break
+                current[:, run] = torch.where(torch.isfinite(g).all(dim=-1, keepdim=True), g, started[:, run])
+            curves.append(torch.stack(curve))
+            if run.stop < z.shape[1]:
+                block.update(x, z, run.start, run.stop, cache)  # the keys of the solution, for the next segment
+    return [curve.clone() for curve in curves]  # outside inference mode, ordinary tensors
+
+
+def joined(parts: Iterable[Float[Tensor, "k b"]]) -> Float[Tensor, "k n"]:
+    """Curves of several batches side by side; a shorter one stays at its last distance."""
+    parts = list(parts)
+    longest = max(len(part) for part in parts)
+    return torch.cat([torch.cat((part, part[-1:].expand(longest - len(part), -1))) for part in parts], dim=1)
+
+
+def _distance(x: Tensor, answer: Tensor) -> Float[Tensor, " b"]:
+    return (x - answer).abs().nan_to_num(nan=torch.inf).amax(dim=(1, 2))
+
+
+def _reached(curve: Float[Tensor, " k"], tolerance: float) -> int | None:
+    above = (curve > tolerance).nonzero()
+    sweeps = int(above[-1]) + 1 if len(above) else 0
+    return sweeps if sweeps < len(curve) else None

@@ -1,0 +1,162 @@
+"""The paper's two metrics: IGM tells where to start (eq. 4), CRM which blocks are tough (eq. 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from jacobiflow.flows.base import Block
+from jacobiflow.solvers import Guess, Segments
+from jacobiflow.solvers.solve import no_gradients
+
+Norm = Literal[2, "fro", 1]
+NORMS: tuple[Norm, ...] = (2, "fro", 1)
+DOMINANCE = 0.35
+
+
+class Components(NamedTuple):
+    """The parts of CRM = |Sigma^-1 X| |W_s| + |W_u| (Appendix C of the paper)."""
+
+    scaled_input: float
+    scale_weight: float
+    shift_weight: float
+
+    @property
+    def crm(self) -> float:
+        """Eq. (5)."""
+        return self.scaled_input * self.scale_weight + self.shift_weight
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """IGM and CRM of the blocks of a flow in encoding order, or of the segments of one block in causal order.
+
+    **Attributes:** `igm`, per block a number for each guess; `components`, per block those of CRM, or `None` where the
+    flow has no linear output layer, for which CRM is not defined.
+    """
+
+    igm: tuple[Mapping[str, float], ...]
+    components: tuple[Components, ...] | None
+
+    @property
+    def crm(self) -> tuple[float, ...]:
+        """Eq. (5). **Raises** `ValueError` where it is not defined."""
+        if self.components is None:
+            raise ValueError("CRM is not defined: the flow's scale and shift do not end in a linear layer; use IGM")
+        return tuple(part.crm for part in self.components)
+
+    @property
+    def crm_percent(self) -> tuple[float, ...]:
+        """Each block's share of the sum of CRM, in percent (Table 2 of the paper). **Raises** as `crm` does."""
+        total = sum(self.crm)
+        return tuple(100 * crm / total if total else 0.0 for crm in self.crm)
+
+    @property
+    def tough_blocks(self) -> tuple[int, ...]:
+        """`tough_blocks` of `crm`. **Raises** as `crm` does."""
+        return tough_blocks(self.crm)
+
+    def best_guess(self, block: int) -> str:
+        """The name of the guess with the smallest IGM; of equals, the first of `igm[block]`."""
+        return min(self.igm[block], key=lambda name: self.igm[block][name])
+
+
+def tough_blocks(crm: Sequence[float], dominance: float = DOMINANCE) -> tuple[int, ...]:
+    """Blocks whose CRM dominates, in ascending order: the ones to stack (end of section 3.4 of the paper).
+
+    The block with the largest CRM is taken out, again and again, while its share of the sum over the blocks that remain
+    is above `dominance`. The paper gives no number; any between 0.33 and 0.41 picks the blocks that it picks from its
+    Table 2. Of one or two remaining blocks none dominates: the larger one's share is above 0.5 whatever they are.
+    """
+    remaining = dict(enumerate(crm))
+    tough = []
+    while len(remaining) > 2:
+        block = max(remaining, key=lambda i: remaining[i])
+        if not remaining[block] > dominance * sum(remaining.values()):
+            break
+        tough.append(block)
+        del remaining[block]
+    return tuple(sorted(tough))
+
+
+def matrix_norm(matrix: Float[Tensor, "t c"], norm: Norm) -> float:
+    """Spectral norm (2), Frobenius norm ("fro") or largest column sum of absolute values (1), in float64.
+
+    Infinite where an entry is not finite: a guess that overflows is as bad as can be.
+    """
+    if not torch.isfinite(matrix).all():
+        return float("inf")
+    return float(torch.linalg.matrix_norm(matrix.double(), ord=norm))
+
+
+def segment_runs(length: int, count: int) -> list[slice]:
+    """The `count` runs of tokens of `Segments(count)`."""
+    partition = Segments(count)
+    stops = [0]
+    while stops[-1] < length:
+        stops.append(partition.stop(stops[-1], length))
+    return [slice(start, stop) for start, stop in pairwise(stops)]
+
+
+def initial_residual(
+    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess, context: Tensor | None = None,
+    count: int = 1,
+) -> Float[Tensor, "b t c"]:  # fmt: skip
+    """g(X^(0)) - X*, the residual in IGM (eq. 4), for X* = `x`, the solution at `z`.
+
+    With `count` > 1 it is that of Gauss-Seidel-Jacobi: each of the `count` segments is swept once from the guess, the
+    segments before it being solved.
+    """
+    with no_gradients(block):
+        cache = block.init_cache(z, context)
+        started = guess(z)
+        residual = torch.empty_like(x)
+        for run in segment_runs(z.shape[1], count):
+            mixed = torch.cat((x[:, : run.start], started[:, run.start :]), dim=1)
+            residual[:, run] = block.update(mixed, z, run.start, run.stop, cache) - x[:, run]
+            if run.stop < z.shape[1]:
+                block.update(x, z, run.start, run.stop, cache)  # the keys of the solution, for the next segment
+    return residual.clone()  # outside inference mode, an ordinary tensor
+
+
+class RunningMean:
+    """The mean over the batch of tensors that come in batches, in float64."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._total: Tensor | None = None
+
+    def add(self, values: Tensor) -> None:
+        """Take in the rows of `values`."""
+        total = values.double().sum(dim=0)
+        self._total = total if self._total is None else self._total + total
+        self._count += len(values)
+
+    @property
+    def value(self) -> Tensor:
+        """The mean of all rows so far. **Raises** `ValueError` where there are none."""
+        if self._total is None:
+            raise ValueError("no rows to take the mean of")
+        return self._total / self._count
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's rank correlation, equals sharing their mean rank; NaN where one side is constant."""
+    a, b = (_ranks(np.asarray(values, float)) for values in (first, second))
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / scale if scale else float("nan")
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, the mean of those that equals share."""
+    below = (values[None] < values[:, None]).sum(axis=1)
+    equal = (values[None] == values[:, None]).sum(axis=1)
+    return below + (equal + 1) / 2

@@ -1,0 +1,304 @@
+"""What calibration found, as data with a JSON form."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from torch import nn
+
+from jacobiflow.calibration.convergence import Trace
+from jacobiflow.calibration.metrics import Components, Metrics, Norm, rank_correlation
+from jacobiflow.files import tensor_from_json, tensor_to_json, write_json
+from jacobiflow.flows.fingerprint import fingerprint
+from jacobiflow.guidance import Guidance
+from jacobiflow.solvers import Guess, Latent, MeanAffine, Zeros
+
+SCHEMA_VERSION = 1
+GUESS_NAMES = ("latent", "zeros", "mean_affine")
+Start = Literal["images", "noise"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a calibration was made with; see `jacobiflow.calibrate`."""
+
+    num_images: int
+    labelled: bool
+    norm: Norm
+    guidance: Guidance | None
+    segments: int
+    traced: int
+    seed: int
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation over classes."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class ClassSpread:
+    """How one block's metrics vary over classes (Appendix E of the paper, Tables 8 and 9).
+
+    **Attributes:** `rank` of its CRM among the blocks (1 is the smallest) and its `percent`, or `None` where CRM is not
+    defined; `igm` for each guess; `wins`, in how many classes each guess has the smallest IGM.
+    """
+
+    rank: Spread | None
+    percent: Spread | None
+    igm: Mapping[str, Spread]
+    wins: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `jacobiflow.calibrate` measured of a flow. Blocks are numbered in encoding order.
+
+    **Attributes:**
+
+    - `fingerprint`: of the flow, see `check`; `num_tokens` T and `token_channels` C are its sizes.
+    - `settings`: what it was made with.
+    - `metrics`: IGM and CRM in each norm; `igm`, `crm`, `crm_percent`, `components` and `tough_blocks` are those in the
+        norm of the settings.
+    - `segment_metrics`: per block, the metrics of its `settings.segments` segments.
+    - `class_metrics`: per class of the images, the metrics over its images alone; empty unless asked for.
+    - `mean_affine`: per block the calibrated guess.
+    - `traces`: from "images" (latents that encode them) and "noise" (fresh latents), per block, for each guess the
+        distance to the solution sweep by sweep. Under guidance only "noise".
+    - `segment_traces`: for each tough block and each number of segments tried, a trace per segment: from fresh noise
+        and the block's best guess, the segments before it being solved.
+    - `gamma`: per block, for each sample traced the spectral norm of the error matrix at its solution.
+    """
+
+    fingerprint: str
+    num_tokens: int
+    token_channels: int
+    settings: Settings
+    metrics: Mapping[Norm, Metrics]
+    segment_metrics: tuple[Metrics, ...]
+    class_metrics: Mapping[int, Metrics]
+    mean_affine: tuple[MeanAffine, ...]
+    traces: Mapping[Start, tuple[Mapping[str, Trace], ...]]
+    segment_traces: Mapping[int, Mapping[int, tuple[Trace, ...]]]
+    gamma: tuple[tuple[float, ...], ...]
+
+    @property
+    def num_blocks(self) -> int:
+        """L."""
+        return len(self.mean_affine)
+
+    @property
+    def igm(self) -> tuple[Mapping[str, float], ...]:
+        """Per block, the IGM of each guess: "latent", "zeros", "mean_affine" (eq. 4, Table 1 of the paper)."""
+        return self.metrics[self.settings.norm].igm
+
+    @property
+    def crm(self) -> tuple[float, ...]:
+        """Per block, CRM (eq. 5, Table 2 of the paper). **Raises** `ValueError` where it is not defined."""
+        return self.metrics[self.settings.norm].crm
+
+    @property
+    def crm_percent(self) -> tuple[float, ...]:
+        """Per block, the share in the sum of CRM, in percent. **Raises** as `crm` does."""
+        return self.metrics[self.settings.norm].crm_percent
+
+    @property
+    def components(self) -> tuple[Components, ...] | None:
+        """Per block |Sigma^-1 X|, |W_s| and |W_u| (Table 6 of the paper); `None` where CRM is not defined."""
+        return self.metrics[self.settings.norm].components
+
+    @property
+    def tough_blocks(self) -> tuple[int, ...]:
+        """Blocks whose CRM dominates, see `jacobiflow.calibration.tough_blocks`. **Raises** as `crm` does."""
+        return self.metrics[self.settings.norm].tough_blocks
+
+    def best_guess(self, block: int) -> str:
+        """The name of the guess with the smallest IGM in `block` (section 3.2 of the paper)."""
+        return self.metrics[self.settings.norm].best_guess(block)
+
+    def guess(self, block: int) -> Guess:
+        """The guess that `best_guess` names."""
+        return self.guesses(block)[self.best_guess(block)]
+
+    def guesses(self, block: int) -> Mapping[str, Guess]:
+        """The guesses of `block` by the names that `igm` uses."""
+        return dict(zip(GUESS_NAMES, (Latent(), Zeros(), self.mean_affine[block]), strict=True))
+
+    def mean_sweeps(self, start: Start, tolerance: float, guess: str | None = None) -> tuple[float, ...]:
+        """Per block, the samples' mean number of plain sweeps to `tolerance`, from `guess` or the best one by IGM.
+
+        A sample that rounding keeps above the tolerance counts T sweeps. **Raises** `ValueError` where that was not
+        measured.
+        """
+        if start not in self.traces:
+            raise ValueError(f"sweeps from {start!r}: measured are those from {', '.join(self.traces)}")
+        counts = [row[guess or self.best_guess(block)].reach(tolerance) for block, row in enumerate(self.traces[start])]
+        return tuple(float(np.mean([self.num_tokens if c is None else c for c in row])) for row in counts)
+
+    def rank_correlation(
+        self, metric: Literal["crm", "gamma"], start: Start = "noise", tolerance: float = 1e-3
+    ) -> float:
+        """How well a metric ranks the blocks: Spearman's correlation with `mean_sweeps`. NaN where one is constant.
+
+        "gamma" is the mean over samples of the error matrix's spectral norm, of which CRM is a proxy (Appendix B of
+        the paper). **Raises** as `crm` and `mean_sweeps` do.
+        """
+        values = self.crm if metric == "crm" else tuple(float(np.mean(norms)) for norms in self.gamma)
+        return rank_correlation(values, self.mean_sweeps(start, tolerance))
+
+    def class_spread(self) -> tuple[ClassSpread, ...]:
+        """Per block, mean and (population) standard deviation of the metrics over classes.
+
+        **Raises** `ValueError` where `calibrate` was not asked for them (`per_class`).
+        """
+        if not self.class_metrics:
+            raise ValueError("no metrics per class in this report: calibrate with per_class=True and labels")
+        return tuple(_class_spread(list(self.class_metrics.values()), block) for block in range(self.num_blocks))
+
+    def check(self, flow: nn.Module) -> None:
+        """**Raises** `ValueError` where the report is of another flow: other weights, not just another dtype."""
+        have = fingerprint(flow)
+        if have != self.fingerprint:
+            raise ValueError(
+                f"the report is of another flow (weights {self.fingerprint[:12]}, this flow's {have[:12]}): "
+                "calibrate this one"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value that `from_json` turns back into an equal report."""
+        settings = asdict(self.settings)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": self.fingerprint,
+            "num_tokens": self.num_tokens,
+            "token_channels": self.token_channels,
+            "settings": settings,
+            "metrics": {str(norm): _metrics_to_json(metrics) for norm, metrics in self.metrics.items()},
+            "segment_metrics": [_metrics_to_json(metrics) for metrics in self.segment_metrics],
+            "class_metrics": {str(label): _metrics_to_json(metrics) for label, metrics in self.class_metrics.items()},
+            "mean_affine": [
+                {"log_scale": tensor_to_json(guess.log_scale), "shift": tensor_to_json(guess.shift)}
+                for guess in self.mean_affine
+            ],
+            "traces": {
+                start: [{guess: _trace_to_json(trace) for guess, trace in row.items()} for row in rows]
+                for start, rows in self.traces.items()
+            },
+            "segment_traces": {
+                str(block): {str(count): [_trace_to_json(trace) for trace in row] for count, row in rows.items()}
+                for block, rows in self.segment_traces.items()
+            },
+            "gamma": self.gamma,
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> Report:
+        """Inverse of `to_json`. **Raises** `ValueError` where the value is none of its kind."""
+        if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(f"not a calibration report of schema_version {SCHEMA_VERSION}")
+        try:
+            return _report_from_json(value)
+        except KeyError as error:
+            raise ValueError(f"entry {error} is missing") from error
+        except (TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"an entry is of the wrong kind ({error})") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON; the file appears whole or not at all."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read what `save` wrote. **Raises** `ValueError` where the file is missing or not a report."""
+        try:
+            return cls.from_json(json.loads(Path(path).read_text()))
+        except OSError as error:
+            raise ValueError(f"report {path}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise ValueError(f"report {path}: {error}; make it anew with jacobiflow calibrate") from error
+
+
+def _class_spread(classes: Sequence[Metrics], block: int) -> ClassSpread:
+    def spread(value: Callable[[Metrics], float]) -> Spread:
+        values = [value(metrics) for metrics in classes]
+        return Spread(float(np.mean(values)), float(np.std(values)))
+
+    defined = classes[0].components is not None
+    names = list(classes[0].igm[block])
+    best = [metrics.best_guess(block) for metrics in classes]
+    return ClassSpread(
+        rank=spread(lambda m: 1 + sum(crm < m.crm[block] for crm in m.crm)) if defined else None,
+        percent=spread(lambda m: m.crm_percent[block]) if defined else None,
+        igm={name: spread(lambda m, name=name: m.igm[block][name]) for name in names},  # type: ignore[misc]
+        wins={name: best.count(name) for name in names},
+    )
+
+
+def _metrics_to_json(metrics: Metrics) -> dict[str, Any]:
+    components = metrics.components
+    return {"igm": metrics.igm, "components": None if components is None else [part._asdict() for part in components]}
+
+
+def _metrics_from_json(value: Any) -> Metrics:
+    components = value["components"]
+    return Metrics(
+        igm=tuple({name: _number(igm) for name, igm in row.items()} for row in value["igm"]),
+        components=None if components is None else tuple(Components(**part) for part in components),
+    )
+
+
+def _trace_to_json(trace: Trace) -> dict[str, Any]:
+    sweeps = {str(tolerance): counts for tolerance, counts in trace.sweeps.items()}
+    return {"median": trace.median, "largest": trace.largest, "sweeps": sweeps}
+
+
+def _trace_from_json(value: Any) -> Trace:
+    return Trace(
+        median=tuple(_number(distance) for distance in value["median"]),
+        largest=tuple(_number(distance) for distance in value["largest"]),
+        sweeps={float(tolerance): tuple(counts) for tolerance, counts in value["sweeps"].items()},
+    )
+
+
+def _number(value: float | None) -> float:
+    """JSON has no infinity: what overflowed is null there."""
+    return math.inf if value is None else value
+
+
+def _norm(name: str) -> Norm:
+    return "fro" if name == "fro" else 2 if name == "2" else 1
+
+
+def _report_from_json(value: Mapping[str, Any]) -> Report:
+    settings, traces = dict(value["settings"]), value["traces"]
+    guidance = settings.pop("guidance")
+    return Report(
+        fingerprint=value["fingerprint"],
+        num_tokens=value["num_tokens"],
+        token_channels=value["token_channels"],
+        settings=Settings(**settings, guidance=None if guidance is None else Guidance(**guidance)),
+        metrics={_norm(name): _metrics_from_json(metrics) for name, metrics in value["metrics"].items()},
+        segment_metrics=tuple(_metrics_from_json(metrics) for metrics in value["segment_metrics"]),
+        class_metrics={int(label): _metrics_from_json(metrics) for label, metrics in value["class_metrics"].items()},
+        mean_affine=tuple(
+            MeanAffine(tensor_from_json(guess["log_scale"]), tensor_from_json(guess["shift"]))
+            for guess in value["mean_affine"]
+        ),
+        traces={
+            start: tuple({guess: _trace_from_json(trace) for guess, trace in row.items()} for row in rows)
+            for start, rows in traces.items()
+        },
+        segment_traces={
+            int(block): {int(count): tuple(map(_trace_from_json, row)) for count, row in rows.items()}
+            for block, rows in value["segment_traces"].items()
+        },
+        gamma=tuple(tuple(_number(norm) for norm in norms) for norms in value["gamma"]),
+    )
