@@ -1,17 +1,31 @@
-"""Pictures of samples."""
+"""Pictures: sheets of samples, and curves of a calibration report."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import numpy as np
+import torch
 from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from jacobiflow.calibration import Report
 from jacobiflow.data import quantize
 from jacobiflow.files import write_atomically
+
+# Okabe and Ito's colours, told apart by colour-blind readers.
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#b8a800")
+ORDERED = matplotlib.colormaps["viridis"]
+_CAPTION = 22  # pixels
+_LEAST = 1e-5  # below it, a distance is rounding
+_STARTS = {"images": "latents that encode images", "noise": "fresh latents"}
 
 
 def image_grid(images: Float[Tensor, "n c h w"], columns: int, zoom: int = 2, gap: int = 2) -> Image.Image:
@@ -29,7 +43,7 @@ def image_grid(images: Float[Tensor, "n c h w"], columns: int, zoom: int = 2, ga
 def comparison_sheet(
     reference: Float[Tensor, "n c h w"], images: Float[Tensor, "n c h w"], names: tuple[str, str], zoom: int = 2
 ) -> Image.Image:
-    """Three panels: `reference`, `images`, and their difference, its largest entry drawn white.
+    """Three panels: `reference`, `images`, and their difference, its largest entry drawn white (Figure 7 of the paper).
 
     `names` are the captions of the first two; the third's gives the largest difference. Rows hold at most 20 images.
     """
@@ -37,21 +51,102 @@ def comparison_sheet(
     largest = float(difference.nan_to_num().max())
     shown = difference / max(largest, 1e-30) * 2 - 1
     captions = (*names, f"difference; white is {largest:.1e}")
-    grids = [image_grid(panel, min(len(panel), 20), zoom) for panel in (reference, images, shown)]
+    return rows_sheet(list(zip(captions, (reference, images, shown), strict=True)), zoom)
+
+
+def rows_sheet(rows: Sequence[tuple[str, Float[Tensor, "n c h w"]]], zoom: int = 2) -> Image.Image:
+    """Rows of images under each other, each below its caption (Figure 4 of the paper); at most 20 images a line."""
+    grids = [image_grid(images, min(len(images), 20), zoom) for _, images in rows]
     font = ImageFont.load_default(size=14)
-    caption_height = 22
-    width = max(grids[0].width, *(int(font.getlength(caption)) + 8 for caption in captions))
-    sheet = Image.new("RGB", (width, sum(grid.height + caption_height for grid in grids)), "white")
+    width = max(*(grid.width for grid in grids), *(int(font.getlength(caption)) + 8 for caption, _ in rows))
+    sheet = Image.new("RGB", (width, sum(grid.height + _CAPTION for grid in grids)), "white")
     draw, top = ImageDraw.Draw(sheet), 0
-    for grid, caption in zip(grids, captions, strict=True):
+    for grid, (caption, _) in zip(grids, rows, strict=True):
         draw.text((4, top + 3), caption, fill="black", font=font)
-        sheet.paste(grid, (0, top + caption_height))
-        top += grid.height + caption_height
+        sheet.paste(grid, (0, top + _CAPTION))
+        top += grid.height + _CAPTION
     return sheet
 
 
-def save_png(image: Image.Image, path: str | Path) -> None:
+def trace_sheet(trace: Sequence[Float[Tensor, "n c h w"]], denoised: bool, zoom: int = 2) -> Image.Image:
+    """A sample a line: noise, the image after each block in sampling order, and `denoised` (Figure 3 of the paper).
+
+    `trace` is `Samples.trace`.
+    """
+    blocks = len(trace) - 1 - denoised
+    captions = ["noise", *(f"block {i}" for i in reversed(range(blocks))), *["denoised"] * denoised]
+    grid = image_grid(torch.stack(list(trace), dim=1).flatten(0, 1), len(trace), zoom)
+    sheet = Image.new("RGB", (grid.width, grid.height + _CAPTION), "white")
+    sheet.paste(grid, (0, _CAPTION))
+    draw, step = ImageDraw.Draw(sheet), grid.width / len(trace)
+    font = ImageFont.load_default(size=min(14, step / 5.5))
+    for column, caption in enumerate(captions):
+        draw.text(((column + 0.5) * step, _CAPTION / 2), caption, fill="black", font=font, anchor="mm")
+    return sheet
+
+
+def convergence_figure(report: Report) -> Figure:
+    """Distance to X* sweep by sweep, all blocks, from each block's best guess by IGM (Figure 2 of the paper).
+
+    Lines are the median sample; the slowest one of a tough block is dotted. One panel for each start in the report.
+    """
+    figure = Figure(figsize=(5.6 * len(report.traces), 4.0), layout="constrained")
+    panels = figure.subplots(1, len(report.traces), sharey=True, squeeze=False)[0]
+    tough = report.tough_blocks if report.components else ()
+    for axis, (start, rows) in zip(panels, report.traces.items(), strict=True):
+        for block, row in enumerate(rows):
+            trace, heavy, color = row[report.best_guess(block)], block in tough, COLORS[block % len(COLORS)]
+            label = f"block {block}{' (tough)' if heavy else ''}"
+            _curve(axis, trace.median, color, label, width=2.6 if heavy else 1.4)
+            if heavy:
+                _curve(axis, trace.largest, color, f"block {block}, slowest sample", width=1.6, style=":")
+        title = f"from {_STARTS[start]}{', guided' if report.settings.guidance else ''}"
+        _dress(axis, f"{title}: {report.settings.traced} samples")
+    panels[0].set_ylabel("largest |X$^{(k)}$ − X*| of the median sample")
+    panels[-1].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def segments_figure(report: Report) -> Figure:
+    """Distance to X* sweep by sweep in each segment of the tough blocks (Figure 5 of the paper).
+
+    The segments before it are solved; fresh latents, median sample, from the block's best guess by IGM.
+
+    **Raises** `ValueError` where no block is tough.
+    """
+    if not report.segment_traces:
+        raise ValueError("no block of this report is tough: there are no segments to draw")
+    figure = Figure(figsize=(5.6 * len(report.segment_traces), 4.0), layout="constrained")
+    panels = figure.subplots(1, len(report.segment_traces), sharey=True, squeeze=False)[0]
+    for axis, (block, counts) in zip(panels, report.segment_traces.items(), strict=True):
+        traces = counts[report.settings.segments]
+        for i, trace in enumerate(traces):
+            _curve(axis, trace.median, ORDERED(i / len(traces)), f"segment {i + 1}", width=1.6)
+        whole = report.traces["noise"][block][report.best_guess(block)]
+        _curve(axis, whole.median, "black", "all tokens at once", width=1.6, style=":")
+        _dress(axis, f"block {block} in {len(traces)} segments of some {report.num_tokens // len(traces)} tokens")
+        axis.legend(frameon=False, fontsize=8)
+    panels[0].set_ylabel("largest |X$^{(k)}$ − X*| of the median sample")
+    return figure
+
+
+def save_png(image: Image.Image | Figure, path: str | Path) -> None:
     """Write a PNG; the file appears whole or not at all."""
     data = io.BytesIO()
-    image.save(data, "PNG")
+    if isinstance(image, Figure):
+        image.savefig(data, format="png", dpi=130)
+    else:
+        image.save(data, "PNG")
     write_atomically(path, data.getvalue())
+
+
+def _curve(axis: Axes, distances: Sequence[float], color: Any, label: str, width: float, style: str = "-") -> None:
+    end = next((k for k, distance in enumerate(distances) if distance < _LEAST), len(distances) - 1)
+    axis.plot(distances[: end + 1], style, color=color, label=label, linewidth=width)
+
+
+def _dress(axis: Axes, title: str) -> None:
+    axis.set(yscale="log", xlabel="sweeps", xlim=(0, None), ylim=(_LEAST, None))
+    axis.set_title(title, fontsize=10)
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)

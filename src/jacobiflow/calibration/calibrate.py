@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -38,9 +38,17 @@ _FEWEST_TOKENS = 4  # in a segment: with fewer, the sequential loop is the bette
 _FIRST_LATENT = 2**40  # calibration must not see the latents that samples are drawn from
 
 
+class Images(Protocol):
+    """Images that an index tensor reads: a tensor (N, C, H, W), or a data set on disk."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Int[Tensor, " b"], /) -> Float[Tensor, "b c h w"]: ...
+
+
 def calibrate(
     flow: TarFlow,
-    images: Float[Tensor, "n c h w"],
+    images: Images,
     labels: Int[Tensor, " n"] | None = None,
     norm: Norm = 2,
     guidance: Guidance | None = None,
@@ -61,8 +69,7 @@ def calibrate(
     **Arguments:**
 
     - `images`: (N, C, H, W), two or more, such as the flow was trained on, its noise included; a tensor, or anything
-        with a length that gives such tensors when indexed by one (a data set on disk, say). `batch_size` of them are
-        in memory at a time.
+        with a length that an index tensor reads. `batch_size` of them are read at a time.
     - `labels`: (N,) their classes; `None`, or a label below 0, takes the unconditional row.
     - `norm`: the one of `report.igm` and `report.crm`: 2, "fro" or 1. `report.metrics` has them all.
     - `guidance`: the guidance that is to be sampled with. The map, its parameters and hence the metrics are then the
@@ -152,7 +159,7 @@ class _Data:
 
     flow: TarFlow
     blocks: Sequence[AffineBlock]
-    images: Any
+    images: Images
     labels: Int[Tensor, " n"] | None
     batch_size: int
     bar: Progress

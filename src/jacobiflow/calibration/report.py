@@ -138,10 +138,17 @@ class Report:
         A sample that rounding keeps above the tolerance counts T sweeps. **Raises** `ValueError` where that was not
         measured.
         """
+        return tuple(float(np.mean(row)) for row in self._sweeps(start, tolerance, guess))
+
+    def slowest_sweeps(self, start: Start, tolerance: float, guess: str | None = None) -> tuple[int, ...]:
+        """As `mean_sweeps`, of the slowest sample."""
+        return tuple(max(row) for row in self._sweeps(start, tolerance, guess))
+
+    def _sweeps(self, start: Start, tolerance: float, guess: str | None) -> list[list[int]]:
         if start not in self.traces:
             raise ValueError(f"sweeps from {start!r}: measured are those from {', '.join(self.traces)}")
         counts = [row[guess or self.best_guess(block)].reach(tolerance) for block, row in enumerate(self.traces[start])]
-        return tuple(float(np.mean([self.num_tokens if c is None else c for c in row])) for row in counts)
+        return [[self.num_tokens if count is None else count for count in row] for row in counts]
 
     def rank_correlation(
         self, metric: Literal["crm", "gamma"], start: Start = "noise", tolerance: float = 1e-3

@@ -13,18 +13,34 @@ import typer
 from jaxtyping import Int
 from torch import Tensor
 
+from jacobiflow.calibration import Report
 from jacobiflow.data import balanced_labels
 from jacobiflow.files import write_json
 from jacobiflow.flows.checkpoints import load
 from jacobiflow.flows.tarflow import TarFlow
+from jacobiflow.guidance import Guidance
 from jacobiflow.latents import draw_labels
 
 Model = Annotated[str, typer.Option("--model", help="A bundled name, a model folder, or a hub id.")]
 Images = Annotated[
     str, typer.Option("--images", help="fashion-512, fashion-mnist, digits, or a folder of images or IDX files.")
 ]
+Labels = Annotated[str, typer.Option("--labels", help="balanced, random, none, or numbers such as 0,1,2 (repeated).")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Fixes all that is drawn at random.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option("--report", help="A report of jacobiflow calibrate: where to start in each block, by IGM."),
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, float64, bfloat16 or float16.")]
+GuidanceWeight = Annotated[float, typer.Option("--guidance", help="Weight of classifier-free guidance; 0 is off.")]
+GuidanceOn = Annotated[str, typer.Option("--guidance-on", help="Guide both, only the scale, or only the shift.")]
+ConstantGuidance = Annotated[
+    bool, typer.Option("--constant-guidance", help="The same weight for every token, not rising along them.")
+]
+AttnTemperature = Annotated[
+    float, typer.Option("--attn-temperature", help="Attention temperature of guidance's unconditional row.")
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 
 
@@ -60,6 +76,19 @@ def parse_labels(text: str, num: int, flow: TarFlow, seed: int) -> Int[Tensor, "
         raise ValueError(f"--labels {text}: give balanced, random, none, or whole numbers with commas between")
     numbers = [int(part) for part in text.split(",")]
     return torch.tensor([numbers[i % len(numbers)] for i in range(num)])
+
+
+def parse_guidance(weight: float, on: str, constant: bool, attn_temperature: float) -> Guidance | None:
+    """The guidance that the options ask for; `None` where it is off. **Raises** `ValueError` as `Guidance` does."""
+    guidance = Guidance(weight, not constant, on, attn_temperature)  # type: ignore[arg-type]
+    return guidance if weight else None
+
+
+def load_report(path: Path, flow: TarFlow) -> Report:
+    """The report in a file. **Raises** `ValueError` where it is none, or of another flow."""
+    report = Report.load(path)
+    report.check(flow)
+    return report
 
 
 def check_writable(out: Path | None, json: Path | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,19 +19,16 @@ from jacobiflow import sampling
 from jacobiflow.cli import options
 from jacobiflow.data import quantize
 from jacobiflow.files import write_atomically
-from jacobiflow.guidance import Guidance
 from jacobiflow.plots import comparison_sheet, image_grid, save_png
 from jacobiflow.sampling import Samples
 from jacobiflow.solvers import Status
-from jacobiflow.strategy import resolve
+from jacobiflow.strategy import Strategy, resolve
 
 
 def sample(
     model: options.Model = "fashion-p2",
     num: Annotated[int, typer.Option("--num", help="How many images.")] = 16,
-    labels: Annotated[
-        str, typer.Option("--labels", help="balanced, random, none, or numbers such as 0,1,2 (repeated).")
-    ] = "balanced",
+    labels: options.Labels = "balanced",
     seed: options.Seed = 0,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Images solved together; default: all.")
@@ -49,16 +45,11 @@ def sample(
         float | None,
         typer.Option("--tolerance", help="Largest residual |g(x) - x| in any block; default 1e-3, or the file's own."),
     ] = None,
-    guidance: Annotated[float, typer.Option("--guidance", help="Weight of classifier-free guidance; 0 is off.")] = 0.0,
-    guidance_on: Annotated[
-        str, typer.Option("--guidance-on", help="Guide both, only the scale, or only the shift.")
-    ] = "both",
-    constant_guidance: Annotated[
-        bool, typer.Option("--constant-guidance", help="The same weight for every token, not rising along them.")
-    ] = False,
-    attn_temperature: Annotated[
-        float, typer.Option("--attn-temperature", help="Attention temperature of guidance's unconditional row.")
-    ] = 1.0,
+    report: options.ReportFile = None,
+    guidance: options.GuidanceWeight = 0.0,
+    guidance_on: options.GuidanceOn = "both",
+    constant_guidance: options.ConstantGuidance = False,
+    attn_temperature: options.AttnTemperature = 1.0,
     denoise: Annotated[
         float, typer.Option("--denoise", help="Rate of one denoising step; 0 is off, 1 the norm.")
     ] = 0.0,
@@ -69,7 +60,7 @@ def sample(
         bool, typer.Option("--compare", help="Also sample by the sequential loop at the same latents, and compare.")
     ] = False,
     device: options.Device = "cpu",
-    dtype: Annotated[str, typer.Option("--dtype", help="float32, float64, bfloat16 or float16.")] = "float32",
+    dtype: options.Dtype = "float32",
     out: Annotated[Path, typer.Option("--out", help="Folder for samples.png, samples.npz.")] = Path("out/samples"),
     json: options.Json = None,
 ) -> None:
@@ -81,21 +72,30 @@ def sample(
         raise ValueError(f"--num {num}: give a positive number of images")
     flow = options.load_model(model, device, dtype)
     classes = options.parse_labels(labels, num, flow, seed)
-    guide = Guidance(guidance, not constant_guidance, guidance_on, attn_temperature)  # type: ignore[arg-type]
+    guide = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
+    plan: str | Strategy = strategy
+    if report is not None:
+        if strategy.endswith(".json"):
+            raise ValueError(
+                f"--report {report}: the strategy in {strategy} has its own guesses; leave one of them out"
+            )
+        plan = Strategy.parse(strategy, options.load_report(report, flow))
     options.check_writable(out, json)
 
-    def draw(strategy: str, count: int = num, tolerance: float | None = tolerance) -> Samples:
+    def draw(strategy: str | Strategy, count: int = num, tolerance: float | None = tolerance) -> Samples:
         return sampling.sample(
             flow, num=count, labels=None if classes is None else classes[:count], seed=seed, strategy=strategy,
-            guidance=guide if guidance else None, denoise=denoise, tolerance=tolerance, certify=certify,
+            guidance=guide, denoise=denoise, tolerance=tolerance, certify=certify,
             batch_size=batch_size, progress=sys.stderr.isatty(),
         )  # fmt: skip
 
     if compare:
-        resolve(strategy, flow.config.num_blocks, flow.config.num_tokens, tolerance)  # before the long sequential run
-        results = _timed_fairly(draw, strategy, min(num, batch_size or num))
+        resolve(plan, flow.config.num_blocks, flow.config.num_tokens, tolerance)  # before the long sequential run
+        draw("jacobi-2", min(num, batch_size or num), None)  # so that neither run pays for first use
+        results = {"sequential": draw("sequential")}
     else:
-        results = {strategy: draw(strategy)}
+        results = {}
+    results[strategy] = draw(plan)
     drawn = results[strategy]
     figures = {
         "model": model, "num": num, "batch_size": batch_size or num, "seed": seed, "strategy": strategy,
@@ -116,11 +116,6 @@ def sample(
     _save_npz(drawn, out / "samples.npz")
     options.report(json, figures)
     _print(figures, out)
-
-
-def _timed_fairly(draw: Callable[..., Samples], strategy: str, batch: int) -> dict[str, Samples]:
-    draw("jacobi-2", batch, None)  # so that neither run pays for the first use of the machine
-    return {"sequential": draw("sequential"), strategy: draw(strategy)}
 
 
 def _figures(result: Samples) -> dict[str, Any]:

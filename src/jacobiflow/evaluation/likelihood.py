@@ -10,9 +10,7 @@ from torch import Tensor
 
 from jacobiflow.data import ImageDataset
 from jacobiflow.flows.tarflow import TarFlow
-from jacobiflow.training.noise import Noise, add_noise, keyed_generator
-
-_EVALUATION = 2  # stream of random numbers, beside those of training
+from jacobiflow.training.noise import Noise, noisy_images
 
 
 @torch.no_grad()
@@ -74,10 +72,6 @@ def _noisy_batch(
     flow: TarFlow, data: ImageDataset, noise: Noise, seed: int, start: int, batch_size: int
 ) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"] | None]:
     """Images with their noise and labels, where the flow takes labels, on the flow's device."""
-    images, labels = data.batch(slice(start, start + batch_size))
-    rows = [
-        add_noise(image.unsqueeze(0), noise, keyed_generator(seed, _EVALUATION, i))
-        for i, image in enumerate(images, start)
-    ]
-    labels = None if labels is None or not flow.config.num_classes else labels.to(flow.var.device)
-    return torch.cat(rows).to(flow.var), labels
+    index = torch.arange(start, min(start + batch_size, len(data)))
+    labels = None if data.labels is None or not flow.config.num_classes else data.labels[index].to(flow.var.device)
+    return noisy_images(data, index, noise, seed).to(flow.var), labels

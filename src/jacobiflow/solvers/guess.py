@@ -36,7 +36,7 @@ class Zeros:
         return x
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MeanAffine:
     """X^(0) = exp(log_scale) Z + shift: the mean parameters of the block over calibration images, (T, C) each.
 
@@ -57,6 +57,10 @@ class MeanAffine:
             have, want = tuple(self.shift.shape), tuple(z.shape[1:])
             raise ValueError(f"MeanAffine of shape {have}, but the tokens are {want}: calibrate this flow")
         return torch.addcmul(self.shift.to(z), self.log_scale.to(z).exp(), z)
+
+    def __repr__(self) -> str:
+        tokens, channels = self.shift.shape
+        return f"MeanAffine({tokens} tokens, {channels} channels)"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, MeanAffine):

@@ -93,12 +93,9 @@ class Strategy:
         **Raises** `ValueError` where CRM is not defined or the tolerance was not measured.
         """
         length, tough = report.num_tokens, report.tough_blocks
-        needed = [
-            _sweeps(row[report.best_guess(block)], tolerance, length)
-            for block, row in enumerate(report.traces["noise"])
-        ]
+        needed = report.slowest_sweeps("noise", tolerance)
         easy = max((count for block, count in enumerate(needed) if block not in tough), default=1)
-        solvers = [Solver(Whole(), stopping=MaxSweeps(easy))] * report.num_blocks
+        solvers = [Solver(Whole(), stopping=MaxSweeps(max(easy, 1)))] * report.num_blocks
         for block in tough:
             cost, solvers[block] = length * (1 + call_cost), Solver(Segments(length), stopping=MaxSweeps(1))
             for count, traces in report.segment_traces[block].items():
@@ -250,7 +247,7 @@ def resolve(strategy: str | Path | Strategy, num_blocks: int, num_tokens: int, t
             found = found.with_tolerance(tolerance)
     if tolerance is not None and all(solver.stopping.atol is None for solver in found.solvers):
         raise ValueError(
-            f"tolerance {tolerance}: strategy {strategy!r} stops after a number of sweeps and would not heed it; "
+            f"tolerance {tolerance}: strategy {str(strategy)!r} stops after a number of sweeps and would not heed it; "
             "leave the tolerance out, or give a strategy that has one"
         )
     if len(found.solvers) != num_blocks:

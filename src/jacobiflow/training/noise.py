@@ -8,8 +8,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+
+from jacobiflow.data import ImageDataset
+
+_EVALUATION = 2  # stream of random numbers, beside those of training
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,16 @@ def add_noise(images: Float[Tensor, "n c h w"], noise: Noise, generator: torch.G
     # In steps of 2^-16, which float32 holds beside 255: 255 + torch.rand() may round to 256.
     share = torch.randint(1 << 16, images.shape, generator=generator) / (1 << 16)
     return (levels + share) / 128 - 1
+
+
+def noisy_images(data: ImageDataset, index: Int[Tensor, " b"], noise: Noise, seed: int = 0) -> Float[Tensor, "b c h w"]:
+    """The images of `data` at `index` with `noise`; that of image i depends on `seed` and i only."""
+    images, _ = data.batch(index)
+    rows = [
+        add_noise(image.unsqueeze(0), noise, keyed_generator(seed, _EVALUATION, i))
+        for i, image in zip(index.tolist(), images, strict=True)
+    ]
+    return torch.cat(rows)
 
 
 def keyed_generator(seed: int, stream: int, index: int) -> torch.Generator:

@@ -1,0 +1,205 @@
+"""`jacobiflow calibrate`: which blocks are tough, where to start, how long to sweep."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from jaxtyping import Float, Int
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from jacobiflow.calibration import Report
+from jacobiflow.calibration import calibrate as measure
+from jacobiflow.calibration.convergence import TOLERANCES
+from jacobiflow.calibration.report import GUESS_NAMES
+from jacobiflow.cli import options
+from jacobiflow.data import ImageDataset, load_images
+from jacobiflow.strategy import Strategy
+from jacobiflow.training import Noise, noisy_images
+
+_SHOWN = 1e-3  # the tolerance whose sweeps the tables show
+
+
+def calibrate(
+    images: options.Images,
+    out: Annotated[Path, typer.Option("--out", help="File for the report (JSON).")],
+    model: options.Model = "fashion-p2",
+    num: Annotated[
+        int, typer.Option("--num", help="How many images, drawn by the seed; all where there are fewer.")
+    ] = 512,
+    clean: Annotated[
+        bool,
+        typer.Option("--clean", help="Images without the noise of the flow's training, as the paper's code has it."),
+    ] = False,
+    unconditional: Annotated[bool, typer.Option("--unconditional", help="Do not use the images' labels.")] = False,
+    norm: Annotated[str, typer.Option("--norm", help="Norm of IGM and CRM: 2 (spectral), fro, 1.")] = "2",
+    segments: Annotated[int, typer.Option("--segments", help="Segments of a block with metrics of their own.")] = 8,
+    traced: Annotated[int, typer.Option("--traced", help="Images, and fresh latents, whose sweeps are measured.")] = 32,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Also each class by itself (Appendix E).")] = False,
+    guidance: options.GuidanceWeight = 0.0,
+    guidance_on: options.GuidanceOn = "both",
+    constant_guidance: options.ConstantGuidance = False,
+    attn_temperature: options.AttnTemperature = 1.0,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images in memory at a time.")] = 64,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+    json: options.Json = None,
+) -> None:
+    """Measure a flow's blocks: the metrics IGM and CRM, the sweeps they really need, and a strategy from both.
+
+    Example: jacobiflow calibrate --model fashion-p2 --images fashion-512 --per-class --out out/report.json
+    """
+    if norm not in ("2", "fro", "1"):
+        raise ValueError(f"--norm {norm}: give 2, fro or 1")
+    if num < 2:
+        raise ValueError(f"--num {num}: give at least 2 images, to take means over")
+    if out.is_dir():
+        raise ValueError(f"--out {out}: a folder; give a file")
+    options.check_writable(out.parent, json)
+    flow = options.load_model(model, device, dtype)
+    data = load_images(images, flow.config.image_size, flow.config.in_channels)
+    chosen = _choose(len(data), num, seed)
+    labels = None if unconditional or data.labels is None or not flow.config.num_classes else data.labels[chosen]
+    report = measure(
+        flow, _Images(data, chosen, None if clean else _noise(flow.config.noise_std), seed), labels,
+        norm="fro" if norm == "fro" else 2 if norm == "2" else 1,
+        guidance=options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature),
+        segments=segments, traced=traced, per_class=per_class, batch_size=batch_size, seed=seed,
+        progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    report.save(out)
+    figures = _figures(report) | {"model": model, "images": images, "clean": clean, "report": str(out)}
+    options.report(json, figures)
+    _print(report, figures)
+    print(f"wrote {out}")
+    if figures["proposed"]:
+        print(f'use it: jacobiflow sample --model {model} --strategy "{figures["proposed"]["0.01"]}" --report {out}')
+
+
+class _Images:
+    """Images of a data set with their noise, made when they are asked for."""
+
+    def __init__(self, data: ImageDataset, chosen: Int[Tensor, " n"], noise: Noise | None, seed: int) -> None:
+        self.data, self.chosen, self.noise, self.seed = data, chosen, noise, seed
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: Int[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
+        if self.noise is None:
+            return self.data.batch(self.chosen[index])[0]
+        return noisy_images(self.data, self.chosen[index], self.noise, self.seed)
+
+
+def _choose(available: int, num: int, seed: int) -> Int[Tensor, " n"]:
+    if num >= available:
+        return torch.arange(available)
+    return torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:num].sort().values
+
+
+def _noise(std: float) -> Noise:
+    return Noise("gaussian", std) if std else Noise("uniform")
+
+
+def _figures(report: Report) -> dict[str, Any]:
+    """The numbers of the tables."""
+    defined = report.components is not None
+    starts = tuple(report.traces)
+    return {
+        "num_images": report.settings.num_images,
+        "norm": report.settings.norm,
+        "igm": report.igm,
+        "guess": [report.best_guess(block) for block in range(report.num_blocks)],
+        "components": [part._asdict() for part in report.components] if report.components else None,
+        "crm": report.crm if defined else None,
+        "crm_percent": report.crm_percent if defined else None,
+        "tough_blocks": report.tough_blocks if defined else None,
+        "gamma": [sum(norms) / len(norms) for norms in report.gamma],
+        "mean_sweeps": {
+            start: {guess: {f"{t:g}": report.mean_sweeps(start, t, guess) for t in TOLERANCES} for guess in GUESS_NAMES}
+            for start in starts
+        },
+        "rank_correlation": {
+            metric: {s: {f"{t:g}": report.rank_correlation(metric, s, t) for t in TOLERANCES} for s in starts}
+            for metric in (("crm", "gamma") if defined else ("gamma",))
+        },
+        "proposed": {f"{t:g}": str(Strategy.from_report(report, t)) for t in TOLERANCES} if defined else None,
+    }  # fmt: skip
+
+
+def _print(report: Report, figures: dict[str, Any]) -> None:
+    guided = " (guided)" if report.settings.guidance else ""
+    print(f"{report.settings.num_images} images{guided}")
+    print(f"sweeps: until within {_SHOWN:g} of the solution, mean of {report.settings.traced} fresh latents\n")
+    _table(
+        "Where to start: IGM, and sweeps from there",
+        ("block", *(f"IGM\n{name}" for name in GUESS_NAMES), *(f"sweeps\n{name}" for name in GUESS_NAMES), "guess"),
+        [
+            (
+                str(i), *(f"{row[name]:.2f}" for name in GUESS_NAMES),
+                *(f"{figures['mean_sweeps']['noise'][name][f'{_SHOWN:g}'][i]:.1f}" for name in GUESS_NAMES),
+                figures["guess"][i],
+            )
+            for i, row in enumerate(report.igm)
+        ],
+    )  # fmt: skip
+    sweeps = report.mean_sweeps("noise", _SHOWN)
+    if report.components is None:
+        print("CRM is not defined: the flow's scale and shift do not end in a linear layer\n")
+        rows = [(str(i), f"{sweeps[i]:.1f}", f"{norm:.2f}") for i, norm in enumerate(figures["gamma"])]
+        _table("Which blocks are tough", ("block", "sweeps", "|Gamma|"), rows)
+    else:
+        _table(
+            "Which blocks are tough: CRM, and what it stands for",
+            ("block", "|S^-1 X|", "|W_s|", "|W_u|", "CRM", "percent", "tough", "sweeps", "|Gamma|"),
+            [
+                (
+                    str(i), *(f"{value:.2f}" for value in part), f"{report.crm[i]:.2f}", f"{report.crm_percent[i]:.2f}",
+                    "yes" if i in report.tough_blocks else "", f"{sweeps[i]:.1f}", f"{figures['gamma'][i]:.2f}",
+                )
+                for i, part in enumerate(report.components)
+            ],
+        )  # fmt: skip
+    for metric, by_start in figures["rank_correlation"].items():
+        print(f"rank correlation of {metric} with the sweeps: {by_start['noise'][f'{_SHOWN:g}']:.2f}")
+    if report.class_metrics:
+        _print_classes(report)
+    for tolerance, notation in (figures["proposed"] or {}).items():
+        print(f"proposed to {tolerance}: {notation}")
+
+
+def _print_classes(report: Report) -> None:
+    def shown(spread: Any) -> str:
+        return "" if spread is None else f"{spread.mean:.2f}±{spread.std:.2f}"
+
+    _table(
+        f"Over {len(report.class_metrics)} classes: mean ± standard deviation, and how often a guess wins",
+        ("block", "CRM rank", "percent", *(f"IGM\n{name}" for name in GUESS_NAMES), "wins"),
+        [
+            (
+                str(i), shown(row.rank), shown(row.percent), *(shown(row.igm[name]) for name in GUESS_NAMES),
+                "/".join(str(row.wins[name]) for name in GUESS_NAMES),
+            )
+            for i, row in enumerate(report.class_spread())
+        ],
+    )  # fmt: skip
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    print(title)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column.replace("mean_affine", "mean affine"), justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell.replace("mean_affine", "mean affine") for cell in row))
+    Console().print(table)
+    print()

@@ -1,0 +1,109 @@
+"""`jacobiflow trace`: how sampling converges, in pictures."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from jacobiflow.calibration import Report
+from jacobiflow.cli import options
+from jacobiflow.plots import (
+    comparison_sheet,
+    convergence_figure,
+    rows_sheet,
+    save_png,
+    segments_figure,
+    trace_sheet,
+)
+from jacobiflow.sampling import Samples, sample
+from jacobiflow.solvers import Latent, MaxSweeps, Solver, Whole, Zeros
+from jacobiflow.strategy import Strategy
+
+_TOLERANCE = 1e-2
+
+
+def trace(
+    report: Annotated[Path, typer.Option("--report", help="A report of jacobiflow calibrate.")],
+    model: options.Model = "fashion-p2",
+    num: Annotated[int, typer.Option("--num", help="Images in a row of a sheet.")] = 10,
+    labels: options.Labels = "balanced",
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", help="What is compared with the sequential loop; default: as proposed.")
+    ] = None,
+    denoise: Annotated[
+        float | None, typer.Option("--denoise", help="Rate of one denoising step; default: 1 where it can be done.")
+    ] = None,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("out/trace"),
+    json: options.Json = None,
+) -> None:
+    """Draw how a flow's blocks converge, from a report: the paper's Figures 2, 5, 3, 4 and 7.
+
+    Writes convergence.png (distance to the solution by sweep, all blocks), segments.png (in the segments of tough
+    blocks), sampling.png (from noise through the blocks to the image), guesses.png (the effect of guess and sweeps) and
+    comparison.png (a strategy beside the sequential loop). Samples are guided as the report is.
+
+    Example: jacobiflow trace --model fashion-p2 --report out/report.json --out out/trace
+    """
+    if not 1 <= num <= 20:
+        raise ValueError(f"--num {num}: give 1 to 20 images")
+    flow = options.load_model(model, device, dtype)
+    found = options.load_report(report, flow)
+    plan = Strategy.from_report(found, _TOLERANCE) if strategy is None else Strategy.parse(strategy, found)
+    options.check_writable(out, json)
+    rate = float(flow.config.noise_std > 0) if denoise is None else denoise
+    classes = options.parse_labels(labels, num, flow, seed)
+    draw = partial(
+        sample, flow, num, classes, seed, guidance=found.settings.guidance, certify=False, progress=sys.stderr.isatty()
+    )
+
+    traced = draw(strategy="sequential", denoise=rate, return_trace=True)
+    steps = traced.trace or ()
+    exact = steps[-2] if rate else traced.images
+    rows = [_row(name, draw(strategy=choice), exact) for name, choice in _choices(found, plan).items()]
+    compared = draw(strategy=plan, denoise=rate)
+    zoom = max(2, 64 // flow.config.image_size)
+    pictures: dict[str, Image.Image | Figure] = {
+        "convergence": convergence_figure(found),
+        "sampling": trace_sheet([images[:4] for images in steps], rate > 0, zoom),
+        "guesses": rows_sheet([(row["caption"], row.pop("images")) for row in rows] + [("sequential", exact)], zoom),
+        "comparison": comparison_sheet(traced.images, compared.images, ("sequential", str(plan)), zoom),
+    }
+    if found.segment_traces:
+        pictures["segments"] = segments_figure(found)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        save_png(picture, out / f"{name}.png")
+    options.report(json, {"model": model, "num": num, "seed": seed, "strategy": str(plan), "guesses": rows})
+    for row in rows:
+        print(row["caption"])
+    print(f"wrote {', '.join(f'{name}.png' for name in pictures)} to {out}")
+
+
+def _choices(report: Report, plan: Strategy) -> dict[str, Strategy]:
+    """Guesses and sweeps to compare: every guess at a third of the sweeps that the slowest block takes, then more."""
+    most = max(report.slowest_sweeps("noise", _TOLERANCE))
+    few, more = max(1, most // 3), max(1, 2 * most // 3)
+    by_igm = {f"guess by IGM, Jacobi-{j}": Strategy.parse(f"Jacobi-{j}", report) for j in (few, more, most)}
+    return {
+        f"guess 0, Jacobi-{few}": Strategy.uniform(Solver(Whole(), Zeros(), MaxSweeps(few)), report.num_blocks),
+        f"guess z, Jacobi-{few}": Strategy.uniform(Solver(Whole(), Latent(), MaxSweeps(few)), report.num_blocks),
+        **by_igm,
+        f"guess by IGM, {plan}": plan,
+    }
+
+
+def _row(name: str, drawn: Samples, exact: Tensor) -> dict[str, Any]:
+    error = (drawn.images - exact).abs()
+    figures = {"name": name, "max_error": float(error.max()), "mean_error": float(error.mean())}
+    caption = f"{name}: error max {figures['max_error']:.1e}, mean {figures['mean_error']:.1e}"
+    return {"caption": caption, "images": drawn.images, **figures}
