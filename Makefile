@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test lint benchmark figures clean
+.PHONY: setup demo test lint benchmark calibration figures clean
 
 setup: $(INSTALLED)
 
@@ -32,6 +32,16 @@ benchmark: setup
 		--json docs/results/demo-one.json
 	cp out/demo/samples.png docs/figures/demo.png
 	$(BIN)/python benchmarks/readme.py
+
+# Regenerates the tables and figures of docs/calibration.md (15 minutes on two idle cores).
+CALIBRATE := $(BIN)/jacobiflow calibrate --model fashion-p2 --images fashion-512
+calibration: setup
+	$(CALIBRATE) --per-class --out docs/results/calibration-report.json --json docs/results/calibration.json
+	$(CALIBRATE) --guidance 1 --out out/guided.json --json docs/results/calibration-guided.json
+	$(BIN)/jacobiflow trace --report docs/results/calibration-report.json --strategy "[7-8-14-10]" --out out/trace
+	cp out/trace/*.png docs/figures/
+	$(BIN)/python benchmarks/strategies.py
+	$(BIN)/python benchmarks/calibration_page.py
 
 # Redraws the figures of docs/solvers.md.
 figures: setup

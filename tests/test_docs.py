@@ -43,3 +43,8 @@ def test_the_readme_shows_the_result_files():
 def test_the_benchmark_page_shows_the_result_file():
     table = (ROOT / "docs" / "results" / "sampling.md").read_text()
     assert table.strip() in (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def test_the_calibration_page_shows_the_result_files():
+    page = (ROOT / "docs" / "calibration.md").read_text()
+    assert runpy.run_path(str(ROOT / "benchmarks" / "calibration_page.py"))["filled"](page) == page

@@ -53,14 +53,17 @@ def _finite(value: Any) -> Any:
 
 def tensor_to_json(values: Tensor) -> dict[str, Any]:
     """A JSON value that `tensor_from_json` turns back into the same float32 values: shape, and bytes in base64."""
-    array = values.detach().cpu().numpy().astype("<f4")
+    array = values.detach().float().cpu().numpy().astype("<f4")
     return {"shape": list(array.shape), "float32": base64.b64encode(array.tobytes()).decode()}
 
 
 def tensor_from_json(value: Any) -> Tensor:
     """Inverse of `tensor_to_json`. **Raises** `ValueError` where the value is none of its kind, or not finite."""
     try:
-        array = np.frombuffer(base64.b64decode(value["float32"], validate=True), "<f4").reshape(value["shape"])
+        shape = value["shape"]
+        if set(value) != {"shape", "float32"} or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"shape {shape!r}, entries {', '.join(value)}")
+        array = np.frombuffer(base64.b64decode(value["float32"], validate=True), "<f4").reshape(shape)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not an array of float32 values with its shape ({error})") from error
     if not np.isfinite(array).all():

@@ -15,6 +15,8 @@ def draw_latents(
 
     Each sample has its own counter in the Philox generator keyed by the seed.
     """
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed={seed!r}: give a whole number of at least 0")
     draws = [
         np.random.Generator(np.random.Philox(key=seed, counter=(0, 0, 0, i))).standard_normal(
             (num_tokens, token_channels), np.float32

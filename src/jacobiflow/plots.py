@@ -141,11 +141,12 @@ def save_png(image: Image.Image | Figure, path: str | Path) -> None:
 
 
 def _curve(axis: Axes, distances: Sequence[float], color: Any, label: str, width: float, style: str = "-") -> None:
-    end = next((k for k, distance in enumerate(distances) if distance < _LEAST), len(distances) - 1)
-    axis.plot(distances[: end + 1], style, color=color, label=label, linewidth=width)
+    last = max((k for k, distance in enumerate(distances) if distance >= _LEAST), default=-1)
+    axis.plot(distances[: last + 2], style, color=color, label=label, linewidth=width)
 
 
 def _dress(axis: Axes, title: str) -> None:
+    axis.update_datalim([(0, 1)])  # a logarithmic axis needs a positive number: curves may be 0 throughout
     axis.set(yscale="log", xlabel="sweeps", xlim=(0, None), ylim=(_LEAST, None))
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.25, linewidth=0.6)

@@ -148,6 +148,7 @@ def sample(
     if guidance is not None and labels is None and guidance.attn_temperature == 1:
         warnings.warn("guidance without labels at attn_temperature 1 changes nothing", stacklevel=2)
     plan = resolve(strategy, config.num_blocks, config.num_tokens, tolerance)
+    plan.check(flow)
     blocks = [guided(block, guidance) for block in flow.blocks]
     latents = latents.to(flow.var.device, torch.float64 if flow.var.dtype == torch.float64 else torch.float32)
     labels = None if labels is None else labels.to(flow.var.device)

@@ -90,10 +90,14 @@ def calibrate(
     for name, value in (("traced", traced), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: give a positive whole number")
+    if guidance is not None and not isinstance(guidance, Guidance):
+        raise ValueError(f"guidance={guidance!r}: give a Guidance, such as Guidance({guidance!r})")
     Segments(segments).check(config.num_tokens)
     if len(images) < 2:
         raise ValueError(f"images: {len(images)} of them; give at least 2, better 128, to take means over")
     if labels is not None:
+        if not isinstance(labels, Tensor):
+            raise ValueError(f"labels of type {type(labels).__name__}: give a torch.Tensor")
         flow.check_labels(labels, len(images))
     elif per_class:
         raise ValueError("per_class: give the labels of the images")
@@ -171,7 +175,11 @@ class _Data:
             for i, (_, log_scale, shift) in enumerate(self._walk(x, labels)):
                 scales[i].add(log_scale)
                 shifts[i].add(shift)
-        return [MeanAffine(s.value.float().cpu(), u.value.float().cpu()) for s, u in zip(scales, shifts, strict=True)]
+        means = [(s.value.float().cpu(), u.value.float().cpu()) for s, u in zip(scales, shifts, strict=True)]
+        for i, parameters in enumerate(means):
+            if not all(torch.isfinite(mean).all() for mean in parameters):
+                raise ValueError(f"images overflow in block {i} when they are encoded; are they in [-1, 1]?")
+        return [MeanAffine(*parameters) for parameters in means]
 
     def metrics(
         self, index: Int[Tensor, " m"], guesses: Sequence[Mapping[str, Guess]], count: int | None, norm: Norm
@@ -250,16 +258,21 @@ class _Data:
 
     def gamma(self, i: int, at: _Solution) -> tuple[float, ...]:
         """The norm of block `i`'s error matrix at the first few solutions."""
-        few = slice(min(_GAMMA_SAMPLES, self.batch_size))
-        labels = None if at.labels is None else at.labels[few]
-        return tuple(gamma_norm(self.blocks[i], at.x[few], at.z[few], labels).tolist())
+        few, labels = slice(_GAMMA_SAMPLES), None if at.labels is None else at.labels[:_GAMMA_SAMPLES]
+        chunks = zip(at.x[few].split(self.batch_size), self._chunks(at.z[few], labels), strict=True)
+        return tuple(torch.cat([gamma_norm(self.blocks[i], x, z, rows) for x, (z, rows) in chunks]).tolist())
 
     def _batches(self, index: Int[Tensor, " m"], what: str) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Tokens in raster order and labels of the images at `index`, on the flow's device."""
         config, var = self.flow.config, self.flow.var
         want = (config.in_channels, config.image_size, config.image_size)
         for part in self.bar.track(index.split(self.batch_size), description=what):
-            images = torch.as_tensor(self.images[part])
+            try:
+                images = torch.as_tensor(self.images[part]).detach()
+            except TypeError as error:
+                raise ValueError(
+                    f"images of type {type(self.images).__name__}: give a tensor, or what an index tensor reads"
+                ) from error
             if not images.is_floating_point() or images.shape != (len(part), *want):
                 have = f"{images.dtype} of shape {tuple(images.shape)}"
                 raise ValueError(f"images: {have}; this flow takes floating-point numbers of shape (N, {want[0]}, "

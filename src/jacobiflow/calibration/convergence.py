@@ -15,7 +15,6 @@ from jacobiflow.solvers import Guess
 from jacobiflow.solvers.solve import no_gradients
 
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
-_FLOOR = 1e-5  # a trace ends here: the curve below the last tolerance is rounding
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,10 @@ def distances(
     """Per segment, the largest |X^(k) - X*| of each sample after k = 0, 1, ... plain sweeps of the segment's tokens.
 
     `x` is X*, the solution at `z`. Each of the `count` segments starts from the guess, those before it being solved
-    (Figure 5 of the paper; one segment is Figure 2). It ends within 1e-5 for all samples, where a sweep changes
-    nothing, or after as many sweeps as the segment has tokens, which make it exact (Proposition 1). As in `solve`, a
-    token that overflows goes back to the guess; the distance after such a sweep is infinite.
+    (Figure 5 of the paper; one segment is Figure 2). It ends where a sweep changes nothing any more, no sooner, for an
+    error may grow again before it dies; at the latest after as many sweeps as the segment has tokens, which make it
+    exact (Proposition 1). As in `solve`, a token that overflows goes back to the guess; the distance after such a sweep
+    is infinite.
     """
     curves = []
     with no_gradients(block):
@@ -72,9 +72,9 @@ def distances(
             curve = [_distance(current[:, run], x[:, run])]
             for _ in range(run.start, run.stop):
                 g = block.update(current, z, run.start, run.stop, cache)
-                curve.append(_distance(g, x[:, run]))
-                if bool((curve[-1] <= _FLOOR).all()) or torch.equal(g, current[:, run]):
+                if torch.equal(g, current[:, run]):
                     break
+                curve.append(_distance(g, x[:, run]))
                 current[:, run] = torch.where(torch.isfinite(g).all(dim=-1, keepdim=True), g, started[:, run])
             curves.append(torch.stack(curve))
             if run.stop < z.shape[1]:
@@ -90,7 +90,7 @@ def joined(parts: Iterable[Float[Tensor, "k b"]]) -> Float[Tensor, "k n"]:
 
 
 def _distance(x: Tensor, answer: Tensor) -> Float[Tensor, " b"]:
-    return (x - answer).abs().nan_to_num(nan=torch.inf).amax(dim=(1, 2))
+    return (x - answer).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).amax(dim=(1, 2))
 
 
 def _reached(curve: Float[Tensor, " k"], tolerance: float) -> int | None:

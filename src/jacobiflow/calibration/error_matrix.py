@@ -27,6 +27,8 @@ def gamma_products(
     with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         x, z = x.clone().requires_grad_(), z.clone()
         g = block.update(x, z, 0, z.shape[1], block.init_cache(z, context))
+        if not g.requires_grad:  # g does not depend on x: a single token, or constant parameters
+            return torch.zeros_like, torch.zeros_like
         cotangent = torch.zeros_like(g).requires_grad_()
         (pulled,) = torch.autograd.grad(g, x, cotangent, create_graph=True, materialize_grads=True)
 

@@ -79,7 +79,7 @@ def tough_blocks(crm: Sequence[float], dominance: float = DOMINANCE) -> tuple[in
     tough = []
     while len(remaining) > 2:
         block = max(remaining, key=lambda i: remaining[i])
-        if not remaining[block] > dominance * sum(remaining.values()):
+        if not remaining[block] > dominance * sum(remaining.values()) and remaining[block] < float("inf"):
             break
         tough.append(block)
         del remaining[block]

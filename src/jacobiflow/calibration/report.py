@@ -15,7 +15,7 @@ from torch import nn
 from jacobiflow.calibration.convergence import Trace
 from jacobiflow.calibration.metrics import Components, Metrics, Norm, rank_correlation
 from jacobiflow.files import tensor_from_json, tensor_to_json, write_json
-from jacobiflow.flows.fingerprint import fingerprint
+from jacobiflow.flows.fingerprint import check_fingerprint
 from jacobiflow.guidance import Guidance
 from jacobiflow.solvers import Guess, Latent, MeanAffine, Zeros
 
@@ -75,7 +75,10 @@ class Report:
         distance to the solution sweep by sweep. Under guidance only "noise".
     - `segment_traces`: for each tough block and each number of segments tried, a trace per segment: from fresh noise
         and the block's best guess, the segments before it being solved.
-    - `gamma`: per block, for each sample traced the spectral norm of the error matrix at its solution.
+    - `gamma`: per block, the spectral norms of the error matrix at the solutions of the first eight samples traced: of
+        images, under guidance of fresh noise.
+
+    **Raises** `ValueError` where the parts are not of equally many blocks, or one that the settings name is missing.
     """
 
     fingerprint: str
@@ -89,6 +92,22 @@ class Report:
     traces: Mapping[Start, tuple[Mapping[str, Trace], ...]]
     segment_traces: Mapping[int, Mapping[int, tuple[Trace, ...]]]
     gamma: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        wanted = len(self.mean_affine)
+        of_blocks = [*self.metrics.values(), *self.class_metrics.values()]
+        counts = [len(m.igm) for m in of_blocks] + [len(m.components) for m in of_blocks if m.components is not None]
+        counts += [len(self.segment_metrics), len(self.gamma), *map(len, self.traces.values())]
+        if set(counts) != {wanted}:
+            raise ValueError(f"report of {wanted} blocks, but with parts of {sorted(set(counts) - {wanted})} blocks")
+        if self.settings.norm not in self.metrics or "noise" not in self.traces:
+            raise ValueError(f"report without metrics in norm {self.settings.norm!r}, or without sweeps from noise")
+        named = [row for m in (*of_blocks, *self.segment_metrics) for row in m.igm]
+        named += [row for rows in self.traces.values() for row in rows]  # type: ignore[misc]
+        if any(set(row) != set(GUESS_NAMES) for row in named):
+            raise ValueError(f"report without one of the guesses {', '.join(GUESS_NAMES)}")
+        if any(guess.shift.shape != (self.num_tokens, self.token_channels) for guess in self.mean_affine):
+            raise ValueError(f"report whose mean parameters are not ({self.num_tokens}, {self.token_channels})")
 
     @property
     def num_blocks(self) -> int:
@@ -172,12 +191,7 @@ class Report:
 
     def check(self, flow: nn.Module) -> None:
         """**Raises** `ValueError` where the report is of another flow: other weights, not just another dtype."""
-        have = fingerprint(flow)
-        if have != self.fingerprint:
-            raise ValueError(
-                f"the report is of another flow (weights {self.fingerprint[:12]}, this flow's {have[:12]}): "
-                "calibrate this one"
-            )
+        check_fingerprint(self.fingerprint, flow, "the report is of")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value that `from_json` turns back into an equal report."""
@@ -215,7 +229,7 @@ class Report:
             return _report_from_json(value)
         except KeyError as error:
             raise ValueError(f"entry {error} is missing") from error
-        except (TypeError, AttributeError, IndexError) as error:
+        except (TypeError, AttributeError, IndexError, OverflowError) as error:
             raise ValueError(f"an entry is of the wrong kind ({error})") from error
 
     def save(self, path: str | Path) -> None:
@@ -229,14 +243,15 @@ class Report:
             return cls.from_json(json.loads(Path(path).read_text()))
         except OSError as error:
             raise ValueError(f"report {path}: cannot be read ({error.strerror})") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"report {path}: {error}; make it anew with jacobiflow calibrate") from error
 
 
 def _class_spread(classes: Sequence[Metrics], block: int) -> ClassSpread:
     def spread(value: Callable[[Metrics], float]) -> Spread:
         values = [value(metrics) for metrics in classes]
-        return Spread(float(np.mean(values)), float(np.std(values)))
+        with np.errstate(invalid="ignore"):  # of an infinity there is no standard deviation: NaN
+            return Spread(float(np.mean(values)), float(np.std(values)))
 
     defined = classes[0].components is not None
     names = list(classes[0].igm[block])
@@ -257,8 +272,8 @@ def _metrics_to_json(metrics: Metrics) -> dict[str, Any]:
 def _metrics_from_json(value: Any) -> Metrics:
     components = value["components"]
     return Metrics(
-        igm=tuple({name: _number(igm) for name, igm in row.items()} for row in value["igm"]),
-        components=None if components is None else tuple(Components(**part) for part in components),
+        igm=tuple(_numbers(row) for row in value["igm"]),
+        components=None if components is None else tuple(Components(**_numbers(part)) for part in components),
     )
 
 
@@ -275,9 +290,15 @@ def _trace_from_json(value: Any) -> Trace:
     )
 
 
-def _number(value: float | None) -> float:
+def _number(value: Any) -> float:
     """JSON has no infinity: what overflowed is null there."""
-    return math.inf if value is None else value
+    if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
+        raise ValueError(f"{value!r} where a number must be")
+    return math.inf if value is None else float(value)
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    return {name: _number(value) for name, value in values.items()}
 
 
 def _norm(name: str) -> Norm:

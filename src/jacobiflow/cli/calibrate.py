@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,7 +57,7 @@ def calibrate(
 ) -> None:
     """Measure a flow's blocks: the metrics IGM and CRM, the sweeps they really need, and a strategy from both.
 
-    Example: jacobiflow calibrate --model fashion-p2 --images fashion-512 --per-class --out out/report.json
+    Example: jacobiflow calibrate --per-class --images fashion-512 --out out/report.json
     """
     if norm not in ("2", "fro", "1"):
         raise ValueError(f"--norm {norm}: give 2, fro or 1")
@@ -63,15 +65,23 @@ def calibrate(
         raise ValueError(f"--num {num}: give at least 2 images, to take means over")
     if out.is_dir():
         raise ValueError(f"--out {out}: a folder; give a file")
-    options.check_writable(out.parent, json)
+    if json is not None and json.resolve() == out.resolve():
+        raise ValueError(f"--json {json}: is --out too; give two files")
+    options.check_writable(None, json, out_file=out)
     flow = options.load_model(model, device, dtype)
     data = load_images(images, flow.config.image_size, flow.config.in_channels)
     chosen = _choose(len(data), num, seed)
     labels = None if unconditional or data.labels is None or not flow.config.num_classes else data.labels[chosen]
+    if labels is not None and labels.max() >= flow.config.num_classes:
+        have, takes = int(labels.max()) + 1, flow.config.num_classes
+        raise ValueError(f"--images {images}: {have} classes, the model has {takes}; give its own, or --unconditional")
+    if per_class and labels is None:
+        raise ValueError("--per-class: needs a model with classes and labelled images, without --unconditional")
+    guide = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
     report = measure(
         flow, _Images(data, chosen, None if clean else _noise(flow.config.noise_std), seed), labels,
         norm="fro" if norm == "fro" else 2 if norm == "2" else 1,
-        guidance=options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature),
+        guidance=guide,
         segments=segments, traced=traced, per_class=per_class, batch_size=batch_size, seed=seed,
         progress=sys.stderr.isatty(),
     )  # fmt: skip
@@ -82,7 +92,19 @@ def calibrate(
     _print(report, figures)
     print(f"wrote {out}")
     if figures["proposed"]:
-        print(f'use it: jacobiflow sample --model {model} --strategy "{figures["proposed"]["0.01"]}" --report {out}')
+        words = [
+            "jacobiflow",
+            "sample",
+            "--model",
+            model,
+            "--strategy",
+            figures["proposed"]["0.01"],
+            "--report",
+            str(out),
+        ]
+        words += ["--labels", "none"] if labels is None and flow.config.num_classes else []
+        words += options.guidance_words(guide)
+        print(f"use it: {shlex.join(words)}")
 
 
 class _Images:
@@ -132,8 +154,13 @@ def _figures(report: Report) -> dict[str, Any]:
             metric: {s: {f"{t:g}": report.rank_correlation(metric, s, t) for t in TOLERANCES} for s in starts}
             for metric in (("crm", "gamma") if defined else ("gamma",))
         },
+        "classes": [asdict(row) for row in report.class_spread()] if report.class_metrics else None,
         "proposed": {f"{t:g}": str(Strategy.from_report(report, t)) for t in TOLERANCES} if defined else None,
     }  # fmt: skip
+
+
+def _shown(value: float) -> str:
+    return f"{value:.1e}" if 1e4 <= value < float("inf") else f"{value:.2f}"
 
 
 def _print(report: Report, figures: dict[str, Any]) -> None:
@@ -145,7 +172,7 @@ def _print(report: Report, figures: dict[str, Any]) -> None:
         ("block", *(f"IGM\n{name}" for name in GUESS_NAMES), *(f"sweeps\n{name}" for name in GUESS_NAMES), "guess"),
         [
             (
-                str(i), *(f"{row[name]:.2f}" for name in GUESS_NAMES),
+                str(i), *(_shown(row[name]) for name in GUESS_NAMES),
                 *(f"{figures['mean_sweeps']['noise'][name][f'{_SHOWN:g}'][i]:.1f}" for name in GUESS_NAMES),
                 figures["guess"][i],
             )
@@ -155,7 +182,7 @@ def _print(report: Report, figures: dict[str, Any]) -> None:
     sweeps = report.mean_sweeps("noise", _SHOWN)
     if report.components is None:
         print("CRM is not defined: the flow's scale and shift do not end in a linear layer\n")
-        rows = [(str(i), f"{sweeps[i]:.1f}", f"{norm:.2f}") for i, norm in enumerate(figures["gamma"])]
+        rows = [(str(i), f"{sweeps[i]:.1f}", _shown(norm)) for i, norm in enumerate(figures["gamma"])]
         _table("Which blocks are tough", ("block", "sweeps", "|Gamma|"), rows)
     else:
         _table(
@@ -163,8 +190,8 @@ def _print(report: Report, figures: dict[str, Any]) -> None:
             ("block", "|S^-1 X|", "|W_s|", "|W_u|", "CRM", "percent", "tough", "sweeps", "|Gamma|"),
             [
                 (
-                    str(i), *(f"{value:.2f}" for value in part), f"{report.crm[i]:.2f}", f"{report.crm_percent[i]:.2f}",
-                    "yes" if i in report.tough_blocks else "", f"{sweeps[i]:.1f}", f"{figures['gamma'][i]:.2f}",
+                    str(i), *(_shown(value) for value in part), _shown(report.crm[i]), f"{report.crm_percent[i]:.2f}",
+                    "yes" if i in report.tough_blocks else "", f"{sweeps[i]:.1f}", _shown(figures["gamma"][i]),
                 )
                 for i, part in enumerate(report.components)
             ],
@@ -179,7 +206,7 @@ def _print(report: Report, figures: dict[str, Any]) -> None:
 
 def _print_classes(report: Report) -> None:
     def shown(spread: Any) -> str:
-        return "" if spread is None else f"{spread.mean:.2f}±{spread.std:.2f}"
+        return "" if spread is None else f"{_shown(spread.mean)}±{_shown(spread.std)}"
 
     _table(
         f"Over {len(report.class_metrics)} classes: mean ± standard deviation, and how often a guess wins",

@@ -91,14 +91,27 @@ def load_report(path: Path, flow: TarFlow) -> Report:
     return report
 
 
-def check_writable(out: Path | None, json: Path | None) -> None:
-    """Check `--out` and `--json` before long work starts, and leave nothing behind.
+def guidance_words(guidance: Guidance | None) -> list[str]:
+    """The options that `parse_guidance` turns into `guidance`."""
+    if guidance is None:
+        return []
+    words = ["--guidance", f"{guidance.weight:g}", "--guidance-on", guidance.on]
+    words += [] if guidance.annealed else ["--constant-guidance"]
+    return [*words, "--attn-temperature", f"{guidance.attn_temperature:g}"]
+
+
+def check_writable(out: Path | None, json: Path | None, out_file: Path | None = None) -> None:
+    """Check `--out`, a folder or a file, and `--json` before long work starts, and leave nothing behind.
 
     **Raises** `ValueError` where nothing can be written there.
     """
     if json is not None and (json.is_dir() or not json.parent.is_dir()):
         raise ValueError(f"--json {json}: give a file in a folder that exists")
-    for option, path, folder in (("--out", out, out), ("--json", json, json and json.parent)):
+    for option, path, folder in (
+        ("--out", out, out),
+        ("--out", out_file, out_file and out_file.parent),
+        ("--json", json, json and json.parent),
+    ):
         if folder is None:
             continue
         try:

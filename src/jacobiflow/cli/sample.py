@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,7 +80,10 @@ def sample(
             raise ValueError(
                 f"--report {report}: the strategy in {strategy} has its own guesses; leave one of them out"
             )
-        plan = Strategy.parse(strategy, options.load_report(report, flow))
+        found = options.load_report(report, flow)
+        if found.settings.guidance != guide:
+            warnings.warn(f"--report {report}: calibrated under other guidance; it may start far off", stacklevel=2)
+        plan = Strategy.parse(strategy, found)
     options.check_writable(out, json)
 
     def draw(strategy: str | Strategy, count: int = num, tolerance: float | None = tolerance) -> Samples:

@@ -58,7 +58,10 @@ def trace(
         raise ValueError(f"--num {num}: give 1 to 20 images")
     flow = options.load_model(model, device, dtype)
     found = options.load_report(report, flow)
-    plan = Strategy.from_report(found, _TOLERANCE) if strategy is None else Strategy.parse(strategy, found)
+    if strategy is None:
+        plan = Strategy.from_report(found, _TOLERANCE)
+    else:
+        plan = Strategy.load(strategy) if strategy.endswith(".json") else Strategy.parse(strategy, found)
     options.check_writable(out, json)
     rate = float(flow.config.noise_std > 0) if denoise is None else denoise
     classes = options.parse_labels(labels, num, flow, seed)
@@ -81,6 +84,8 @@ def trace(
     if found.segment_traces:
         pictures["segments"] = segments_figure(found)
     out.mkdir(parents=True, exist_ok=True)
+    if "segments" not in pictures:
+        (out / "segments.png").unlink(missing_ok=True)  # it would be that of another report
     for name, picture in pictures.items():
         save_png(picture, out / f"{name}.png")
     options.report(json, {"model": model, "num": num, "seed": seed, "strategy": str(plan), "guesses": rows})

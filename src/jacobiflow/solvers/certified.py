@@ -23,7 +23,7 @@ def certify(
     """Largest |g(x) - x| per sample, over tokens and channels, from one parallel pass; inf where it is not finite."""
     with no_gradients(block):
         g = block.update(x, z, 0, z.shape[1], block.init_cache(z, context))
-        residual = (g - x).abs().nan_to_num(nan=torch.inf).amax(dim=(1, 2))
+        residual = (g - x).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).amax(dim=(1, 2))
     return residual.clone()
 
 

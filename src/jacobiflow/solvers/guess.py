@@ -48,6 +48,9 @@ class MeanAffine:
     shift: Float[Tensor, "t c"]
 
     def __post_init__(self) -> None:
+        for name in ("log_scale", "shift"):
+            if not isinstance(getattr(self, name), Tensor):
+                raise ValueError(f"MeanAffine: {name} {getattr(self, name)!r}: give a tensor (tokens, channels)")
         if self.log_scale.ndim != 2 or self.log_scale.shape != self.shift.shape:
             have = f"{tuple(self.log_scale.shape)} and {tuple(self.shift.shape)}"
             raise ValueError(f"MeanAffine: log_scale and shift of shapes {have}; give both as (tokens, channels)")

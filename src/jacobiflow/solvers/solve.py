@@ -135,7 +135,7 @@ def _sweep(block: Block, z: Tensor, solver: Solver, context: Tensor | None) -> t
             advance = stops[-limit] - front
             final = F.pad(settled[:, :-1], (1, 0), value=True)  # all tokens before it are settled
             left = change.masked_fill(final, 0)[:, :advance]
-            residual = torch.maximum(residual, left.nan_to_num(nan=torch.inf).amax(dim=1))
+            residual = torch.maximum(residual, left.nan_to_num(nan=torch.inf, posinf=torch.inf).amax(dim=1))
             missed |= ~(final | settled)[:, :advance].all(dim=1)
         failed |= ~finite[:, :advance].all(dim=1)
         front += advance

@@ -21,10 +21,10 @@ class Stopping:
     def __post_init__(self) -> None:
         if self.atol is None and self.max_sweeps is None:
             raise ValueError("Stopping: give a tolerance, a number of sweeps, or both")
-        if self.atol is not None and not 0 <= self.atol < math.inf:
+        if self.atol is not None and not (isinstance(self.atol, int | float) and 0 <= self.atol < math.inf):
             raise ValueError(f"tolerance {self.atol}: give 0 (down to rounding) or a positive number")
         counts = self.max_sweeps if isinstance(self.max_sweeps, tuple) else (self.max_sweeps,)
-        if self.max_sweeps is not None and not all(isinstance(count, int) and count > 0 for count in counts or (0,)):
+        if self.max_sweeps is not None and not all(type(count) is int and count > 0 for count in counts or (0,)):
             raise ValueError(f"sweeps {self.max_sweeps!r}: give a positive whole number of sweeps, or one per segment")
 
     def __or__(self, other: Stopping) -> Stopping:

@@ -12,67 +12,65 @@ from jacobiflow.solvers import Latent, MaxSweeps, Segments, Sequential, Solver, 
 AUTO_WINDOW = 32
 DEFAULT_TOLERANCE = 1e-3
 FORMS = (
-    "auto, sequential, jacobi, jacobi-J, gs-jacobi:G, gs-jacobi:G-J, window:N, [Stack-GS-J-Else] such as [7-8-32-10], "
-    "or a .json file"
+    "auto, sequential, jacobi, jacobi-J, gs-jacobi:G, gs-jacobi:G-J, window:N, or [Stack-GS-J-Else] such as [7-8-32-10]"
 )
 
 
 def parse(text: str, num_blocks: int, num_tokens: int, tolerance: float) -> tuple[Solver, ...]:
     """The solvers that `text` names, one per block, each from the `Latent` guess; see `Strategy.parse`."""
-    name = text.strip().lower()
-    if name.startswith("["):
+    if text.strip().startswith("["):
         return _parse_paper(text.strip(), num_blocks, num_tokens)
-    to_tolerance = Tolerance(tolerance)
-    if name in ("sequential", "original"):
-        solver = Solver(Sequential(), stopping=to_tolerance)
-    elif name == "auto":
-        solver = Solver(Window(AUTO_WINDOW), stopping=to_tolerance)
-    elif name == "jacobi":
-        solver = Solver(Whole(), stopping=to_tolerance)
-    elif match := re.fullmatch(r"jacobi-(\d+)", name):
-        solver = Solver(Whole(), stopping=_sweeps(text, match[1], "J"))
-    elif match := re.fullmatch(r"gs-jacobi:(\d+)", name):
-        solver = Solver(_segments(text, match[1], "G", num_tokens), stopping=to_tolerance)
-    elif match := re.fullmatch(r"gs-jacobi:(\d+)-(\d+)", name):
-        solver = Solver(_segments(text, match[1], "G", num_tokens), stopping=_sweeps(text, match[2], "J"))
-    elif match := re.fullmatch(r"window:(\d+)", name):
-        solver = Solver(Window(_positive(text, match[1], "N")), stopping=to_tolerance)
-    else:
+    solver = _named(text, num_tokens, tolerance)
+    if solver is None:
         raise ValueError(f"strategy {text!r}: unknown; give {FORMS}")
     return (solver,) * num_blocks
 
 
+def _named(text: str, num_tokens: int | None = None, tolerance: float = DEFAULT_TOLERANCE) -> Solver | None:
+    """The solver that a name gives every block, or `None` where it is no name."""
+    name, to_tolerance = text.strip().lower(), Tolerance(tolerance)
+    if name in ("sequential", "original"):
+        return Solver(Sequential(), stopping=to_tolerance)
+    if name == "auto":
+        return Solver(Window(AUTO_WINDOW), stopping=to_tolerance)
+    if name == "jacobi":
+        return Solver(Whole(), stopping=to_tolerance)
+    if match := re.fullmatch(r"jacobi-([0-9]{1,9})", name):
+        return Solver(Whole(), stopping=_sweeps(text, match[1], "J"))
+    if match := re.fullmatch(r"gs-jacobi:([0-9]{1,9})", name):
+        return Solver(_segments(text, match[1], "G", num_tokens), stopping=to_tolerance)
+    if match := re.fullmatch(r"gs-jacobi:([0-9]{1,9})-([0-9]{1,9})", name):
+        return Solver(_segments(text, match[1], "G", num_tokens), stopping=_sweeps(text, match[2], "J"))
+    if match := re.fullmatch(r"window:([0-9]{1,9})", name):
+        return Solver(Window(_positive(text, match[1], "N")), stopping=to_tolerance)
+    return None
+
+
 def show(solvers: Sequence[Solver]) -> str | None:
     """A text that `parse` turns into `solvers`, but for their guesses; `None` where there is none."""
-    plain = [replace(solver, guess=Latent()) for solver in solvers]
+    plain = tuple(replace(solver, guess=Latent()) for solver in solvers)
     if len(set(plain)) == 1 and (name := _name(plain[0])):
         return name
     stack = {i: solver.partition.count for i, solver in enumerate(plain) if isinstance(solver.partition, Segments)}
-    if any(isinstance(solver.partition, Sequential | Window) or solver.stopping.atol is not None for solver in plain):
-        return None
     counts = [solver.stopping.max_sweeps for solver in plain]
-    other = {counts[i] for i in range(len(plain)) if i not in stack} or {1}
-    if any(isinstance(count, tuple) for count in counts) or len(other) > 1:
+    other = next((count for i, count in enumerate(counts) if i not in stack), 1)
+    fields = (list(stack), _shared(list(stack.values())), _shared([counts[i] for i in stack]), [other])
+    text = f"[{'-'.join('/'.join(map(str, field)) for field in fields)}]"
+    try:  # what there is no notation for comes back as something else, or not at all
+        return text if _parse_paper(text, len(plain), max(stack.values(), default=1)) == plain else None
+    except ValueError:
         return None
-    fields = (list(stack), _shared(list(stack.values())), _shared([counts[i] for i in stack]))
-    return f"[{'-'.join('/'.join(map(str, field)) for field in fields)}-{other.pop()}]"
 
 
 def _name(solver: Solver) -> str | None:
     """The name of a strategy that treats all blocks alike."""
-    partition, sweeps = solver.partition, solver.stopping.max_sweeps
-    if solver.stopping == Tolerance(DEFAULT_TOLERANCE):
-        if isinstance(partition, Sequential):
-            return "Original"
-        if isinstance(partition, Whole):
-            return "jacobi"
-        if isinstance(partition, Segments):
-            return f"gs-jacobi:{partition.count}"
-        if isinstance(partition, Window):
-            return f"window:{partition.size}"
-    if solver.stopping.atol is None and isinstance(sweeps, int) and isinstance(partition, Whole):
-        return f"Jacobi-{sweeps}"
-    return None
+    partition = solver.partition
+    names = ["Original", "jacobi", f"Jacobi-{solver.stopping.max_sweeps}"]
+    if isinstance(partition, Segments):
+        names.append(f"gs-jacobi:{partition.count}")
+    if isinstance(partition, Window):
+        names.append(f"window:{partition.size}")
+    return next((name for name in names if _named(name) == solver), None)
 
 
 def _shared(values: list[Any]) -> list[Any]:
@@ -104,14 +102,14 @@ def _parse_paper(text: str, num_blocks: int, num_tokens: int) -> tuple[Solver, .
 
 
 def _numbers(text: str, field: str, name: str) -> list[str]:
-    if not re.fullmatch(r"\d{1,9}(/\d{1,9})*", field, re.ASCII):
+    if not re.fullmatch(r"[0-9]{1,9}(/[0-9]{1,9})*", field):
         raise ValueError(f"strategy {text!r}: {name} {field!r} is not a whole number, or several with slashes between")
     return field.split("/")
 
 
-def _segments(text: str, number: str, name: str, num_tokens: int) -> Segments:
+def _segments(text: str, number: str, name: str, num_tokens: int | None) -> Segments:
     count = _positive(text, number, name)
-    if count > num_tokens:
+    if num_tokens is not None and count > num_tokens:
         raise ValueError(
             f"strategy {text!r}: {name} {number} asks for more segments than there are tokens, {num_tokens}"
         )

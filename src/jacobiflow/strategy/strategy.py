@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from jacobiflow.calibration.convergence import Trace
 from jacobiflow.calibration.report import Report
 from jacobiflow.files import tensor_from_json, tensor_to_json, write_json
+from jacobiflow.flows.fingerprint import check_fingerprint
 from jacobiflow.solvers import (
     Latent,
     MaxSweeps,
@@ -40,9 +41,14 @@ _CORRECTIONS: Mapping[str, Callable[..., Any]] = {"plain": Plain}
 
 @dataclass(frozen=True)
 class Strategy:
-    """One `Solver` per block, in encoding order: entry 0 is for the block that touches the image."""
+    """One `Solver` per block, in encoding order: entry 0 is for the block that touches the image.
+
+    `fingerprint` is that of the flow whose report it was made with, `None` where it is for any flow; see `check`.
+    Strategies are equal when their solvers are.
+    """
 
     solvers: tuple[Solver, ...]
+    fingerprint: str | None = field(default=None, compare=False)
 
     @classmethod
     def uniform(cls, solver: Solver, num_blocks: int) -> Strategy:
@@ -107,7 +113,8 @@ class Strategy:
         return cls(tuple(solvers))._with_guesses(report)
 
     def _with_guesses(self, report: Report) -> Strategy:
-        return Strategy(tuple(replace(s, guess=report.guess(block)) for block, s in enumerate(self.solvers)))
+        solvers = (replace(s, guess=report.guess(block)) for block, s in enumerate(self.solvers))
+        return Strategy(tuple(solvers), report.fingerprint)
 
     def __str__(self) -> str:
         """A text that `parse`, given the report of the guesses, turns back into this strategy; else its solvers."""
@@ -116,17 +123,21 @@ class Strategy:
     def with_tolerance(self, atol: float) -> Strategy:
         """This strategy with `atol` in place of every tolerance that it has; sweep counts stay."""
         Tolerance(atol)  # refuses what is no tolerance
-        return Strategy(
-            tuple(
-                s if s.stopping.atol is None else replace(s, stopping=replace(s.stopping, atol=atol))
-                for s in self.solvers
-            )
+        solvers = (
+            s if s.stopping.atol is None else replace(s, stopping=replace(s.stopping, atol=atol)) for s in self.solvers
         )
+        return replace(self, solvers=tuple(solvers))
+
+    def check(self, flow: nn.Module) -> None:
+        """**Raises** `ValueError` where the strategy was made with the report of another flow."""
+        if self.fingerprint is not None:
+            check_fingerprint(self.fingerprint, flow, "the strategy was made for")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value that `from_json` turns back into an equal strategy."""
         return {
             "format_version": FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
             "blocks": [
                 {
                     "partition": _name(_PARTITIONS, s.partition),
@@ -143,10 +154,12 @@ class Strategy:
         """Inverse of `to_json`. **Raises** `ValueError` that names the block and the entry at fault."""
         if not isinstance(value, dict) or value.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"strategy: not a JSON object with format_version {FORMAT_VERSION}")
-        blocks = value.get("blocks")
+        blocks, made_for = value.get("blocks"), value.get("fingerprint")
+        if made_for is not None and not isinstance(made_for, str):
+            raise ValueError(f"strategy: fingerprint {made_for!r}: give a text, or null for any flow")
         if not isinstance(blocks, list) or not blocks:
             raise ValueError("strategy: 'blocks' must list one solver per block")
-        return cls(tuple(_solver(block, i) for i, block in enumerate(blocks)))
+        return cls(tuple(_solver(block, i) for i, block in enumerate(blocks)), made_for)
 
     def save(self, path: str | Path) -> None:
         """Write as JSON; the file appears whole or not at all."""
@@ -159,7 +172,7 @@ class Strategy:
             return cls.from_json(json.loads(Path(path).read_text()))
         except OSError as error:
             raise ValueError(f"strategy {path}: cannot be read ({error.strerror})") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"strategy {path}: {error}") from error
 
 
@@ -168,7 +181,10 @@ def _size(text: str, name: str, given: int | None, reported: int | None) -> int:
         raise ValueError(f"strategy {text!r}: give a report, or {name} of the flow")
     if given is not None and reported is not None and given != reported:
         raise ValueError(f"strategy {text!r}: {name}={given}, but the report is of a flow with {reported}")
-    return given or reported or 0
+    size = reported if given is None else given
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"strategy {text!r}: {name}={size!r}: give a positive whole number")
+    return size
 
 
 def _sweeps(trace: Trace, tolerance: float, most: int) -> int:
@@ -185,7 +201,7 @@ def _name(kinds: Mapping[str, Callable[..., Any]], piece: Any) -> dict[str, Any]
 
 
 def _fields(piece: Any) -> dict[str, Any]:
-    values = {field.name: getattr(piece, field.name) for field in fields(piece)}
+    values = {entry.name: getattr(piece, entry.name) for entry in fields(piece)}
     return {name: _plain(value) for name, value in values.items()}
 
 
@@ -195,11 +211,11 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _values(fields: Any) -> dict[str, Any]:
+def _values(entries: Any) -> dict[str, Any]:
     """Inverse of `_fields`."""
-    if not isinstance(fields, dict):
-        raise ValueError(f"{fields!r}: give an object")
-    return {name: _rich(value) for name, value in fields.items()}
+    if not isinstance(entries, dict):
+        raise ValueError(f"{entries!r}: give an object")
+    return {name: _rich(value) for name, value in entries.items()}
 
 
 def _rich(value: Any) -> Any:
