@@ -288,9 +288,9 @@ def lines_of(axis: Axes) -> Mapping[str, Line2D]:
 
 
 def assert_drawn(line: Line2D, distances: Sequence[float]) -> None:
-    """The line is the distances by sweep, up to the one from which on all are below 1e-5, which is rounding."""
-    end = max((k + 1 for k, distance in enumerate(distances) if distance >= 1e-5), default=0)
-    end = min(end, len(distances) - 1)
+    """The line is the distances by sweep, up to the first below 1e-5 from which on all are below 3e-5: rounding."""
+    ends = [k for k in range(len(distances)) if distances[k] < 1e-5 and np.all(np.less(distances[k:], 3e-5))]
+    end = ends[0] if ends else len(distances) - 1
     assert np.array_equal(line.get_ydata(), distances[: end + 1])
     assert np.array_equal(line.get_xdata(), range(end + 1))
 

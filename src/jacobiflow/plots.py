@@ -141,8 +141,10 @@ def save_png(image: Image.Image | Figure, path: str | Path) -> None:
 
 
 def _curve(axis: Axes, distances: Sequence[float], color: Any, label: str, width: float, style: str = "-") -> None:
-    last = max((k for k, distance in enumerate(distances) if distance >= _LEAST), default=-1)
-    axis.plot(distances[: last + 2], style, color=color, label=label, linewidth=width)
+    # rounding may leap above the axis once more, which is no reason to draw a hundred sweeps of it
+    high = max((k for k, distance in enumerate(distances) if distance >= 3 * _LEAST), default=0)
+    end = next((k for k in range(high, len(distances)) if distances[k] < _LEAST), len(distances) - 1)
+    axis.plot(distances[: end + 1], style, color=color, label=label, linewidth=width)
 
 
 def _dress(axis: Axes, title: str) -> None:
