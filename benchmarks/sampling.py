@@ -1,26 +1,22 @@
 """Times every way to sample from `fashion-p2` in one interleaved run: `python benchmarks/sampling.py`.
 
 Writes docs/results/sampling.json and .md and the table in docs/benchmarks.md. Needs an otherwise idle machine and
-about 10 minutes on two cores. The baseline is the original sampler's growing-cache loop, benchmarks/growing_cache.py.
+about 10 minutes on two cores. The baseline is the original sampler's growing-cache loop.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from growing_cache import growing_cache_sample
 from torch import Tensor
 
 import jacobiflow as jf
+from jacobiflow.benchmarking import ENCODING_PASS, GROWING_CACHE, Row, compare, machine, paired_error
 from jacobiflow.files import write_atomically, write_json
 from jacobiflow.latents import draw_latents
 
@@ -42,10 +38,9 @@ def window_strategy(flow: jf.TarFlow, size: int, rest: jf.Solver, tolerance: flo
 
 
 def methods(flow: jf.TarFlow, paper: str) -> dict[str, str | jf.Strategy]:
-    """What is compared, beside the growing-cache loop and the encoding pass."""
+    """What is compared, beside the two baselines and the encoding pass."""
     tolerance = jf.Tolerance(1e-3)
     return {
-        "sequential": "sequential",
         f"GS-Jacobi {paper}": paper,
         "jacobi": "jacobi",
         "auto": "auto",
@@ -60,7 +55,7 @@ def choose_paper_setting(flow: jf.TarFlow, guidance: jf.Guidance | None) -> tupl
     rows: list[dict[str, Any]] = []
     for setting in PAPER_GRID:
         result = draw(flow, z, labels, setting, guidance)
-        error = float((result.images - exact).abs().nan_to_num(nan=torch.inf).max())
+        error = paired_error(result.images, exact).max
         rows.append({"setting": setting, "error": error, "calls": result.network_calls, "seconds": result.seconds})
         print(f"  {setting}: error {error:.1e}, {result.network_calls} calls, {result.seconds:.2f} s", flush=True)
     good = [row for row in rows if row["error"] < ERROR_BOUND] or sorted(rows, key=lambda row: row["error"])[:1]
@@ -86,45 +81,32 @@ def draw(
 def measure(flow: jf.TarFlow, batch: int, guidance: jf.Guidance | None, paper: str) -> list[dict[str, Any]]:
     """Rows of seconds, calls, token evaluations and error, every method run in turn, `REPEATS` times."""
     z, labels = latents(flow, batch)
-    exact = growing(flow, z, labels, guidance)
-    rows: dict[str, dict[str, Any]] = {}
-    runs: dict[str, Callable[[], Any]] = {"growing cache": lambda: growing(flow, z, labels, guidance)}
-    for name, strategy in methods(flow, paper).items():
-        runs[name] = partial(draw, flow, z, labels, strategy, guidance)
-    runs["auto, certified"] = lambda: draw(flow, z, labels, "auto", guidance, certify=True)
-    with torch.no_grad():
-        runs["encoding pass"] = lambda: flow.encode(exact, labels)
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for repeat in range(REPEATS[batch] + 1):  # the first is a warm-up
-            for name, run in runs.items():
-                started = time.perf_counter()
-                result = run()
-                if repeat:
-                    seconds[name].append(time.perf_counter() - started)
-                elif isinstance(result, jf.Samples):
-                    error = (result.images - exact).abs().nan_to_num(nan=torch.inf)
-                    rows[name] = {
-                        "network_calls": result.network_calls, "token_evaluations": result.token_evaluations,
-                        "max_error": float(error.max()), "mean_error": float(error.mean()),
-                        "resolved_sequentially": result.resolved_sequentially,
-                        "sweeps": [block.sweeps for block in result.stats],
-                    }  # fmt: skip
-    baseline = statistics.median(seconds["growing cache"])
+    runs = {name: partial(draw, flow, z, labels, plan, guidance) for name, plan in methods(flow, paper).items()}
+    runs["auto, certified"] = partial(draw, flow, z, labels, "auto", guidance, certify=True)
+    found = compare(flow, z, labels, runs, guidance=guidance, repeats=REPEATS[batch])
+    baseline = found.row(GROWING_CACHE).seconds.median
+    timings = {row.strategy: row.seconds for row in found.rows} | {ENCODING_PASS: found.floor}
+    answers = {row.strategy: answer(row) for row in found.rows}
     return [
         {
             "batch": batch, "guidance": guidance is not None, "method": name,
-            "seconds": statistics.median(times), "seconds_min": min(times), "seconds_max": max(times),
-            "speed_up": baseline / statistics.median(times), **rows.get(name, {}),
+            "seconds": seconds.median, "seconds_min": seconds.min, "seconds_max": seconds.max,
+            "speed_up": baseline / seconds.median, **answers.get(name, {}),
         }
-        for name, times in seconds.items()
+        for name, seconds in timings.items()
     ]  # fmt: skip
 
 
-def growing(flow: jf.TarFlow, z: Tensor, labels: Tensor, guidance: jf.Guidance | None) -> Tensor:
-    """The baseline."""
-    if guidance is None:
-        return growing_cache_sample(flow, z, labels)
-    return growing_cache_sample(flow, z, labels, guidance.weight, guidance.annealed, guidance.attn_temperature)
+def answer(row: Row) -> dict[str, Any]:
+    """How far from the sequential answer a method is, and what it computed, which the growing-cache loop cannot say."""
+    error = {"max_error": row.error.max, "mean_error": row.error.mean}
+    if row.samples is None:
+        return error
+    return error | {
+        "network_calls": row.network_calls, "token_evaluations": row.token_evaluations,
+        "resolved_sequentially": row.samples.resolved_sequentially,
+        "sweeps": [block.sweeps for block in row.samples.stats],
+    }  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -146,12 +128,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def embed(rows: str, machine: dict[str, Any]) -> None:
+def embed(rows: str, measured_on: dict[str, Any]) -> None:
     """Put the table and the machine between the marks in docs/benchmarks.md."""
     page = RESULTS.parent / "benchmarks.md"
     before, _, rest = page.read_text().partition("<!-- results -->")
     _, _, after = rest.partition("<!-- end of results -->")
-    where = f"{machine['processor']}, {machine['threads']} threads, PyTorch {machine['torch']}."
+    processor = f"{measured_on['cores']} cores of {measured_on['processor']}"
+    where = f"{processor}, {measured_on['threads']} threads, PyTorch {measured_on['torch']}."
     text = f"{before}<!-- results -->\n\nMeasured on {where}\n{rows}\n<!-- end of results -->{after}"
     write_atomically(page, text.encode())
 
@@ -176,28 +159,14 @@ def main() -> None:
                     f"  {row['batch']:3d} {row['method']:34s} {row['seconds']:.3f} s  {row['speed_up']:.2f}x",
                     flush=True,
                 )
-    machine = {
-        "processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "python": platform.python_version(), "jacobiflow": jf.__version__,
-    }  # fmt: skip
+    measured_on = machine(flow.var.device)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    result = {"command": "python benchmarks/sampling.py", "model": arguments.model, "machine": machine,
+    result = {"command": "python benchmarks/sampling.py", "model": arguments.model, "machine": measured_on,
               "tolerance": 1e-3, "rows": rows, "paper_settings": grids}  # fmt: skip
     write_json(arguments.out / "sampling.json", json.loads(json.dumps(result)))
     write_atomically(arguments.out / "sampling.md", table(rows).encode())
     if arguments.out == RESULTS:
-        embed(table(rows), machine)
-
-
-def processor() -> str:
-    """The processor's model name."""
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return platform.processor()
-    lines = path.read_text().splitlines()
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    extensions = " with AVX512-BF16 and AMX" if any("amx_bf16" in line for line in lines) else ""
-    return f"{sum(line.startswith('processor') for line in lines)} cores of {name}{extensions}"
+        embed(table(rows), measured_on)
 
 
 if __name__ == "__main__":

@@ -6,30 +6,27 @@ Writes docs/results/strategies.json, from one interleaved run per batch size. Gu
 
 from __future__ import annotations
 
-import platform
-import statistics
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from sampling import draw, growing, latents, processor
+from sampling import draw, latents
 
 import jacobiflow as jf
+from jacobiflow.benchmarking import GROWING_CACHE, SEQUENTIAL, compare, machine
 from jacobiflow.files import write_json
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 BATCHES = (1, 4, 16)
 REPEATS = {1: 7, 4: 5, 16: 3}
-BASELINE = "Original, growing cache"
+NAMES = {GROWING_CACHE: "Original, growing cache", SEQUENTIAL: "Original"}
 
 
 def settings(report: jf.Report) -> dict[str, jf.Strategy]:
     """The paper's grid in the proportions of its tables, T = 1024 there and 196 here, and what the report proposes."""
     tough, length = report.tough_blocks[0], report.num_tokens
     rest = max(count for block, count in enumerate(report.slowest_sweeps("noise", 1e-2)) if block != tough)
-    names = ["Original", "Jacobi-30", "Jacobi-60"]
+    names = ["Jacobi-30", "Jacobi-60"]
     names += [f"[{tough}-{length}-1-{other}]" for other in (rest - 2, rest, 2 * rest)]
     for sweeps in (length // 4, length // 2, length):  # G x J, as 128 and 256 of 1024 in the paper, and as many as T
         names += [f"[{tough}-{count}-{sweeps // count}-{rest}]" for count in (1, 2, 4, 8, 16)]
@@ -48,31 +45,19 @@ def settings(report: jf.Report) -> dict[str, jf.Strategy]:
 def measure(flow: jf.TarFlow, plans: dict[str, jf.Strategy], batch: int) -> list[dict[str, Any]]:
     """A row per strategy: seconds, rate, network calls, and the error paired with the sequential loop's images."""
     z, labels = latents(flow, batch)
-    exact = growing(flow, z, labels, None)
-    runs: dict[str, Any] = {BASELINE: lambda: growing(flow, z, labels, None)}
-    runs |= {name: partial(draw, flow, z, labels, plan, None) for name, plan in plans.items()}
-    rows: dict[str, dict[str, Any]] = {name: {} for name in runs}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(REPEATS[batch] + 1):  # the first is a warm-up
-        for name, run in runs.items():
-            started = time.perf_counter()
-            result = run()
-            if repeat:
-                seconds[name].append(time.perf_counter() - started)
-            elif isinstance(result, jf.Samples):
-                error = (result.images - exact).abs().nan_to_num(nan=torch.inf)
-                rows[name] = {
-                    "network_calls": result.network_calls, "token_evaluations": result.token_evaluations,
-                    "max_error": float(error.max()), "mean_error": float(error.mean()),
-                }  # fmt: skip
-    baseline = statistics.median(seconds[BASELINE])
-    return [
-        {
-            "batch": batch, "strategy": name, "seconds": statistics.median(times), "seconds_min": min(times),
-            "seconds_max": max(times), "rate": baseline / statistics.median(times), **rows[name],
-        }
-        for name, times in seconds.items()
-    ]  # fmt: skip
+    runs = {name: partial(draw, flow, z, labels, plan, None) for name, plan in plans.items()}
+    found = compare(flow, z, labels, runs, repeats=REPEATS[batch])
+    rows = []
+    for row in found.rows:
+        entry = {
+            "batch": batch, "strategy": NAMES.get(row.strategy, row.strategy), "seconds": row.seconds.median,
+            "seconds_min": row.seconds.min, "seconds_max": row.seconds.max,
+            "rate": found.speed_up(row, GROWING_CACHE), "max_error": row.error.max, "mean_error": row.error.mean,
+        }  # fmt: skip
+        if row.samples is not None:
+            entry |= {"network_calls": row.network_calls, "token_evaluations": row.token_evaluations}
+        rows.append(entry)
+    return rows
 
 
 def main() -> None:
@@ -82,15 +67,11 @@ def main() -> None:
     plans, rows = settings(report), []
     for batch in BATCHES:
         rows += measure(flow, plans, batch)
-        for row in rows[-len(plans) - 1 :]:
-            error = f"{row['max_error']:.1e}" if "max_error" in row else ""
-            print(f"  {batch:3d} {row['strategy']:60s} {row['seconds']:.3f} s  {row['rate']:.2f}x  {error}", flush=True)
-    machine = {
-        "processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "python": platform.python_version(), "jacobiflow": jf.__version__,
-    }  # fmt: skip
+        for row in rows[-len(plans) - len(NAMES) :]:
+            cost = f"{row['seconds']:.3f} s  {row['rate']:.2f}x"
+            print(f"  {batch:3d} {row['strategy']:60s} {cost}  {row['max_error']:.1e}", flush=True)
     write_json(RESULTS / "strategies.json", {"command": "python benchmarks/strategies.py", "model": "fashion-p2",
-                                             "machine": machine, "rows": rows})  # fmt: skip
+                                             "machine": machine(), "rows": rows})  # fmt: skip
 
 
 if __name__ == "__main__":

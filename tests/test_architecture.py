@@ -30,7 +30,12 @@ FORBIDDEN: dict[str, set[str]] = {
         "strategy", "training",
     },
     "strategy": {"cli", "evaluation", "plots", "sampling", "training"},
-    "sampling": {"cli", "evaluation", "plots", "training"},
+    "sampling": {"benchmarking", "cli", "evaluation", "growing_cache", "plots", "training"},
+    "growing_cache": {
+        "benchmarking", "calibration", "cli", "denoising", "evaluation", "plots", "sampling", "solvers", "strategy",
+        "training",
+    },
+    "benchmarking": {"calibration", "cli", "evaluation", "plots", "training"},
     "data": {"calibration", "cli", "evaluation", "flows", "plots", "sampling", "solvers", "strategy", "training"},
     "training": {"calibration", "cli", "evaluation", "plots", "sampling", "solvers", "strategy"},
     "evaluation": {"cli", "plots"},

@@ -35,7 +35,7 @@ from jacobiflow.training import Noise, noisy_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-COMMANDS = ("sample", "calibrate", "trace", "train", "convert", "info")
+COMMANDS = ("sample", "calibrate", "trace", "bench", "train", "convert", "info")
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 GUESSES = ("latent", "zeros", "mean_affine")
 GUIDANCE = jf.Guidance(0.4, annealed=False, on="shift", attn_temperature=0.9)

@@ -24,9 +24,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import jacobiflow as jf
+from jacobiflow.benchmarking import Comparison, Error, Row, Timing
 from jacobiflow.calibration import Components, Metrics, Trace
 from jacobiflow.calibration.report import Settings
 from jacobiflow.plots import (
+    bench_figure,
     comparison_sheet,
     convergence_figure,
     image_grid,
@@ -428,6 +430,101 @@ def test_many_blocks_repeat_colours_and_keep_their_labels() -> None:
     )
     for axis in convergence_figure(twelve).axes:
         assert set(lines_of(axis)) == {f"block {i}" for i in range(12)}
+
+
+def make_comparison(batch_size: int, points: Mapping[str, tuple[float, float]]) -> Comparison:
+    """Baselines, and strategies by name with seconds and largest error."""
+    points = {"growing cache": (8.0, 1e-6), "sequential": (4.0, 0.0), **points}
+    rows = (
+        Row(name, Timing(seconds, seconds / 2, seconds * 3), Error(error, 0.0, 0.0), None)
+        for name, (seconds, error) in points.items()
+    )
+    return Comparison(batch_size, tuple(rows), Timing(0.02, 0.01, 0.03))
+
+
+def markers_of(axis: Axes) -> list[tuple[float, float, float, float]]:
+    """Seconds, error, and the ends of the bar of each marker."""
+    found = []
+    for container in axis.containers:
+        line, _, (bar,) = container
+        (start, end) = bar.get_segments()[0]
+        found.append((line.get_xdata()[0], line.get_ydata()[0], start[0], end[0]))
+    return found
+
+
+def test_bench_draws_a_marker_for_every_strategy_in_every_panel() -> None:
+    points = {"auto": (1.0, 1e-3), "[7-8-14-10]": (0.5, 2e-1), "jacobi": (2.0, 4e-3)}
+    comparisons = [make_comparison(size, {n: (x * size, y) for n, (x, y) in points.items()}) for size in (1, 16)]
+    figure = bench_figure(comparisons)
+    figure.draw_without_rendering()
+    for axis, comparison in zip(figure.axes, comparisons, strict=True):
+        size = comparison.batch_size
+        assert axis.get_title() == f"batch size {size}"
+        assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
+        want = [(x * size, y, x * size / 2, x * size * 3) for x, y in points.values()]
+        assert markers_of(axis) == [pytest.approx(values) for values in want]
+        lines = [line for line in axis.get_lines() if len(line.get_xdata()) == 2]
+        assert [line.get_xdata()[0] for line in lines] == [0.02, 4.0, 8.0]
+        assert len({line.get_linestyle() for line in lines}) == 3
+        (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+        assert left < 0.02 and right > max(8.0, 6.0 * size)
+        assert bottom < 1e-3 and top > 2e-1
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "encoding pass", "sequential", "growing cache", *points
+    ]  # fmt: skip
+    assert "seconds" in figure.get_supxlabel() and "error" in figure.get_supylabel()
+    assert "0" not in edge_labels(figure) and "not finite" not in edge_labels(figure)
+
+
+def edge_labels(figure: Figure) -> list[str]:
+    axis = figure.axes[0]
+    bottom, top = axis.get_ylim()
+    return [t.get_text() for t, y in zip(axis.get_yticklabels(), axis.get_yticks(), strict=True) if y in (bottom, top)]
+
+
+def test_errors_of_zero_and_infinite_ones_are_at_the_edges_which_say_so() -> None:
+    figure = bench_figure([make_comparison(1, {"a": (1.0, 0.0), "b": (2.0, 1e-2), "c": (3.0, float("inf"))})])
+    figure.draw_without_rendering()
+    (axis,) = figure.axes
+    bottom, top = axis.get_ylim()
+    assert [y for _, y, _, _ in markers_of(axis)] == [bottom, 1e-2, top]
+    assert bottom < 1e-2 < top
+    assert edge_labels(figure) == ["0", "not finite"]
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_bench_panels_are_in_rows_and_spare_ones_are_empty(count: int, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = bench_figure([make_comparison(size + 1, {"auto": (1.0, 1e-3)}) for size in range(count)])
+        save_png(figure, tmp_path / "a.png")
+    drawn = [axis for axis in figure.axes if axis.axison]
+    assert [axis.get_title() for axis in drawn] == [f"batch size {size + 1}" for size in range(count)]
+    titles = [axis.title.get_window_extent() for axis in drawn]
+    assert not any(one.overlaps(other) for i, one in enumerate(titles) for other in titles[:i])
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_bench_labels_do_not_overlap(scale: float) -> None:
+    names = [f"folder_{i}/plan-of-a-very-long-name-$x$-{i}.json" for i in range(20)]
+    points = {name: (scale * 1.4**i, 1e-12 * 10**i) for i, name in enumerate(names)}
+    figure = bench_figure([make_comparison(1, points), make_comparison(4, points), make_comparison(16, points)])
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        (left, right), shown = axis.get_xlim(), []
+        for label, x in zip(axis.get_xticklabels(), axis.get_xticks(), strict=True):
+            if left <= x <= right:
+                shown.append(label.get_window_extent())
+        assert len(shown) >= 2
+        assert all(one.x1 < other.x0 for one, other in pairwise(shown))
+    handles = [container.lines[0] for container in figure.axes[0].containers]
+    assert len({(to_hex(line.get_color()), line.get_marker()) for line in handles}) == 20
+    (legend,) = figure.legends
+    for text in legend.get_texts():
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
+    assert legend.get_texts()[3].get_text().replace("\n", "").replace("\\$", "$") == names[0]
 
 
 def test_figures_stay_out_of_pyplot_and_leave_its_settings(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -40,12 +41,24 @@ class Guidance:
             raise ValueError(f"guidance on {self.on!r}: give 'both', 'scale' or 'shift'")
 
 
+class GuidedCache(NamedTuple):
+    """The wrapped block's cache, of the conditional rows and then the unconditional ones of so many samples."""
+
+    inner: Any
+    samples: int
+
+
 @dataclass(frozen=True)
 class GuidedBlock(AffineBlock):
     """`block` under guidance: conditional and unconditional rows go through the network as one batch."""
 
     block: AffineBlock
     guidance: Guidance
+
+    @property
+    def ragged(self) -> bool:  # type: ignore[override]
+        """As the wrapped block."""
+        return self.block.ragged
 
     @property
     def keeps_nothing(self) -> bool:
@@ -57,32 +70,59 @@ class GuidedBlock(AffineBlock):
         z: Float[Tensor, "b t c"],
         context: Int[Tensor, " b"] | None = None,
         attn_temperature: Float[Tensor, " b"] | None = None,
-    ) -> Any:
+    ) -> GuidedCache:
         if attn_temperature is not None:
             raise ValueError("attn_temperature: a guided block takes it from its guidance")
         rows = z.new_ones(z.shape[0])
         temperature = torch.cat((rows, rows * self.guidance.attn_temperature))
         labels = None if context is None else torch.cat((context, torch.full_like(context, -1)))
-        return self.block.init_cache(
+        inner = self.block.init_cache(
             torch.cat((z, z)), labels, None if self.guidance.attn_temperature == 1 else temperature
         )
+        return GuidedCache(inner, len(z))
 
     def output_weights(self) -> tuple[Float[Tensor, "c d"] | None, Float[Tensor, "c d"]] | None:
         """Those of the wrapped block."""
         return self.block.output_weights()
 
     def affine(
-        self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: Any
+        self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: GuidedCache
     ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
-        log_scale, shift = self.block.affine(torch.cat((x, x)), start, stop, cache)
+        both = self.block.affine(torch.cat((x, x)), start, stop, cache.inner)
+        return self._extrapolate(both, x, torch.arange(start, stop, device=x.device).view(1, -1))
+
+    def affine_at(
+        self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: GuidedCache
+    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
+        both = self.block.affine_at(torch.cat((x, x)), torch.cat((start, start)), size, end, cache.inner)
+        return self._extrapolate(both, x, start.view(-1, 1) + torch.arange(size, device=x.device))
+
+    def take(self, cache: GuidedCache, rows: Int[Tensor, " m"]) -> GuidedCache:
+        """The cache of the samples `rows`, both rows of each."""
+        both = torch.cat((rows, rows + cache.samples))
+        return GuidedCache(self.block.take(cache.inner, both), len(rows))
+
+    def join(self, caches: Sequence[GuidedCache]) -> GuidedCache:
+        """One cache for the samples of all, conditional rows first."""
+        halves = [
+            self.block.take(cache.inner, torch.arange(cache.samples) + first)
+            for conditional in (True, False)
+            for cache in caches
+            for first in [0 if conditional else cache.samples]
+        ]
+        return GuidedCache(self.block.join(halves), sum(cache.samples for cache in caches))
+
+    def _extrapolate(
+        self, both: tuple[Tensor, Tensor], x: Tensor, position: Int[Tensor, "#b n"]
+    ) -> tuple[Tensor, Tensor]:
+        """Parameters that move away from the unconditional ones, as far as the weight at `position` says."""
         weight: float | Tensor = self.guidance.weight
         if self.guidance.annealed:
-            last = max(x.shape[1] - 1, 1)
-            weight = weight * torch.arange(start, stop, device=x.device, dtype=x.dtype).div(last).view(1, -1, 1)
+            weight = weight * position.to(x.dtype).div(max(x.shape[1] - 1, 1)).unsqueeze(-1)
         on = self.guidance.on
         return (
-            _extrapolate(log_scale, weight if on != "shift" else 0.0),
-            _extrapolate(shift, weight if on != "scale" else 0.0),
+            _extrapolate(both[0], weight if on != "shift" else 0.0),
+            _extrapolate(both[1], weight if on != "scale" else 0.0),
         )
 
 

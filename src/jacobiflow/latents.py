@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+FIRST_CALIBRATION_LATENT = 2**40  # calibration must not see the latents that samples are drawn from
+
 
 def draw_latents(
     num: int, num_tokens: int, token_channels: int, seed: int = 0, start: int = 0

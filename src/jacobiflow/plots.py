@@ -1,8 +1,10 @@
-"""Pictures: sheets of samples, and curves of a calibration report."""
+"""Pictures: sheets of samples, curves of a calibration report, and timings."""
 
 from __future__ import annotations
 
 import io
+import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from jacobiflow.benchmarking import ENCODING_PASS, GROWING_CACHE, SEQUENTIAL, Comparison
 from jacobiflow.calibration import Report
 from jacobiflow.data import quantize
 from jacobiflow.files import write_atomically
@@ -23,6 +27,8 @@ from jacobiflow.files import write_atomically
 # Okabe and Ito's colours, told apart by colour-blind readers.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#b8a800")
 ORDERED = matplotlib.colormaps["viridis"]
+_MARKERS = "osD^vP*X"
+_LINES = {ENCODING_PASS: ":", SEQUENTIAL: "--", GROWING_CACHE: "-."}
 _CAPTION = 22  # pixels
 _LEAST = 1e-5  # below it, a distance is rounding
 _STARTS = {"images": "latents that encode images", "noise": "fresh latents"}
@@ -127,6 +133,60 @@ def segments_figure(report: Report) -> Figure:
         _dress(axis, f"block {block} in {len(traces)} segments of some {report.num_tokens // len(traces)} tokens")
         axis.legend(frameon=False, fontsize=8)
     panels[0].set_ylabel("largest |X$^{(k)}$ − X*| of the median sample")
+    return figure
+
+
+def bench_figure(comparisons: Sequence[Comparison]) -> Figure:
+    """Largest error against seconds, a panel for each batch size, a marker for each strategy, both axes logarithmic.
+
+    A bar goes from the fastest to the slowest round. Vertical lines are the encoding pass, which is the floor, and the
+    two baselines, which are exact. Errors of 0, and those that are not finite, are drawn at the edges, which say so.
+    """
+    columns = 2 if len(comparisons) == 4 else min(len(comparisons), 3)
+    lines = -(-len(comparisons) // columns)
+    names = list(dict.fromkeys(row.strategy for comparison in comparisons for row in comparison.rows[2:]))
+    captions = [textwrap.fill(name.replace("$", r"\$"), 28) for name in (*_LINES, *names)]
+    legend = 0.3 + 0.2 * sum(caption.count("\n") + 1 for caption in captions)  # inches
+    figure = Figure(figsize=(3.6 * columns + 2.4, max(3.6 * lines, legend)), layout="constrained")
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+    errors = [row.error.max for comparison in comparisons for row in comparison.rows[2:]]
+    decades = [math.log10(error) for error in errors if 0 < error < math.inf] or [-3.0]
+    low, high = math.floor(min(decades)) - 1, math.ceil(max(decades)) + 1
+    powers = [low, *range(low + 1, high, -(-(high - low) // 8)), high]
+    ticks = {10.0**power: f"$10^{{{power}}}$" for power in powers}
+    ticks[10.0**low] = "0" if 0.0 in errors else ticks[10.0**low]
+    ticks[10.0**high] = ticks[10.0**high] if all(map(math.isfinite, errors)) else "not finite"
+    shown: dict[str, Any] = {}
+    for axis, comparison in zip(panels, comparisons, strict=False):
+        for name, style in _LINES.items():
+            seconds = comparison.floor if name == ENCODING_PASS else comparison.row(name).seconds
+            shown[name] = axis.axvline(seconds.median, color="black", linestyle=style, linewidth=1.2)
+        for row in comparison.rows[2:]:
+            i, seconds = names.index(row.strategy), row.seconds
+            shown[row.strategy] = axis.errorbar(
+                seconds.median, min(max(row.error.max, 10.0**low), 10.0**high),
+                xerr=[[seconds.median - seconds.min], [seconds.max - seconds.median]],
+                color=COLORS[i % len(COLORS)], marker=_MARKERS[(i + i // len(COLORS)) % len(_MARKERS)],
+                linestyle="", markersize=7, elinewidth=1.2, clip_on=False,
+            )  # fmt: skip
+        axis.set(xscale="log", yscale="log", ylim=(10.0**low, 10.0**high))
+        axis.margins(x=0.08)
+        left, right = axis.get_xlim()
+        between = (2, 5) if right < 30 * left else (3,) if right < 1000 * left else ()
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, *between)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_locator(FixedLocator(list(ticks)))
+        axis.yaxis.set_major_formatter(FixedFormatter(list(ticks.values())))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.set_title(f"batch size {comparison.batch_size}", fontsize=10)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in panels[len(comparisons) :]:
+        axis.set_axis_off()
+    figure.supxlabel("seconds for the batch: median, fastest and slowest round", fontsize=10)
+    figure.supylabel("largest error of an entry of the images", fontsize=10)
+    figure.legend(list(shown.values()), captions, loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 

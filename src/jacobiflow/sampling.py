@@ -23,14 +23,15 @@ from jacobiflow.latents import draw_latents
 from jacobiflow.solvers import Solution, Status, solve_certified
 from jacobiflow.strategy import Strategy, resolve
 
+_GROUP = 16  # batches that go through a block before the next block: a progress bar's step, and bounded memory
 _OVERFLOW = "the exact inverse itself overflows at this latent; lower the guidance, or use a wider dtype"
 
 
 @dataclass(frozen=True)
 class BlockStats:
-    """What one block cost and how it ended, over all batches of a run.
+    """What one block cost and how it ended, over all samples of a run.
 
-    `residual`, `status` and `resolved_sequentially` are per sample (N,); the rest are sums over batches, as in
+    `residual`, `status` and `resolved_sequentially` are per sample (N,); the rest are sums, as in
     `jacobiflow.solvers.Solution`. Under guidance a network call evaluates two rows per sample.
     """
 
@@ -121,7 +122,8 @@ def sample(
     - `certify`: measure the residual of every sample in every block, one parallel pass each, and solve again what is
         above the tolerance. Without it a token is taken when its last sweep changed it by at most the tolerance; the
         residual of what is returned is then not known, and can be above it.
-    - `batch_size`: samples solved together; all by default.
+    - `batch_size`: samples in the network at a time, all by default. Where samples have fronts of their own (see
+        `jacobiflow.solve`), the next ones take the places of those that have finished.
     - `return_trace`: keep the image after every block.
     - `progress`: show a bar on a terminal.
 
@@ -152,21 +154,23 @@ def sample(
     blocks = [guided(block, guidance) for block in flow.blocks]
     latents = latents.to(flow.var.device, torch.float64 if flow.var.dtype == torch.float64 else torch.float32)
     labels = None if labels is None else labels.to(flow.var.device)
-    batches = list(_spans(len(latents), batch_size or len(latents)))
+    slots = batch_size or len(latents)
+    groups = list(_spans(len(latents), slots * _GROUP))
 
     started = time.perf_counter()
-    solved: list[_Batch] = []
+    solved: list[_Group] = []
     console = Console(stderr=True)
     with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as bar:
-        task = bar.add_task("sampling", total=len(batches) * config.num_blocks)
-        for span in batches:
+        task = bar.add_task("sampling", total=len(groups) * config.num_blocks)
+        for span in groups:
             rows = None if labels is None else labels[span]
-            solved.append(_solve_batch(flow, blocks, plan, latents[span], rows, certify, return_trace, bar, task))
+            group = _solve_group(flow, blocks, plan, latents[span], rows, certify, slots, return_trace, bar, task)
+            solved.append(group)
     seconds = time.perf_counter() - started
 
-    images = torch.cat([batch.images for batch in solved])
-    stats = tuple(_stats([batch.solutions[i] for batch in solved]) for i in range(config.num_blocks))
-    trace = [torch.cat(images) for images in zip(*(batch.trace for batch in solved), strict=True)]
+    images = torch.cat([group.images for group in solved])
+    stats = tuple(_stats([group.solutions[i] for group in solved]) for i in range(config.num_blocks))
+    trace = [torch.cat(images) for images in zip(*(group.trace for group in solved), strict=True)]
     started = time.perf_counter()
     if denoise:
         images = denoise_images(flow, images, labels, denoise, batch_size or 64)
@@ -202,25 +206,25 @@ def decode(
 
 
 @dataclass(frozen=True)
-class _Batch:
+class _Group:
     images: Tensor
     solutions: list[Solution]
     trace: list[Tensor]
 
 
-def _solve_batch(
+def _solve_group(
     flow: TarFlow, blocks: list[AffineBlock], plan: Strategy, latents: Tensor, labels: Tensor | None, certify: bool,
-    return_trace: bool, bar: Progress, task: TaskID,
-) -> _Batch:  # fmt: skip
+    slots: int, return_trace: bool, bar: Progress, task: TaskID,
+) -> _Group:  # fmt: skip
     x = latents * flow.var.sqrt().to(latents.dtype)
     lost = ~torch.isfinite(x).all(dim=(1, 2))
     solutions: list[Solution] = []
     trace = [flow.unpatchify(x)] if return_trace else []
     for i in reversed(range(len(blocks))):
         permutation = flow.blocks[i].permutation
-        # A sample lost in an earlier block goes on as zeros, so that the rest of its batch can be solved.
+        # A sample lost in an earlier block goes on as zeros, so that the rest of its group can be solved.
         z = permutation(x.masked_fill(lost.view(-1, 1, 1), 0))
-        solution = solve_certified(blocks[i], z, plan.solvers[i], labels, certify)
+        solution = solve_certified(blocks[i], z, plan.solvers[i], labels, certify, slots)
         lost |= solution.status == Status.NONFINITE
         x = permutation(solution.x).masked_fill(lost.view(-1, 1, 1), torch.nan)
         status = solution.status.masked_fill(lost, Status.NONFINITE)
@@ -228,7 +232,7 @@ def _solve_batch(
         if return_trace:
             trace.append(flow.unpatchify(x))
         bar.advance(task)
-    return _Batch(flow.unpatchify(x), solutions[::-1], trace)
+    return _Group(flow.unpatchify(x), solutions[::-1], trace)
 
 
 def _stats(solutions: Iterable[Solution]) -> BlockStats:

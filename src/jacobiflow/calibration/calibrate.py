@@ -29,13 +29,12 @@ from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.tarflow import TarFlow
 from jacobiflow.guidance import Guidance, guided
-from jacobiflow.latents import draw_latents
+from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
 from jacobiflow.solvers import Guess, Latent, MeanAffine, Segments, Sequential, Solver, Zeros, solve
 from jacobiflow.solvers.solve import no_gradients
 
 _GAMMA_SAMPLES = 8  # each costs some fifty backward passes a block
 _FEWEST_TOKENS = 4  # in a segment: with fewer, the sequential loop is the better plan
-_FIRST_LATENT = 2**40  # calibration must not see the latents that samples are drawn from
 
 
 class Images(Protocol):
@@ -227,7 +226,7 @@ class _Data:
         """Per block, its sequential solutions for fresh latents under the labels at `index`."""
         config, var = self.flow.config, self.flow.var
         labels = None if self.labels is None else self.labels[index.to(self.labels.device)].to(var.device)
-        z = draw_latents(len(index), config.num_tokens, config.token_channels, seed, _FIRST_LATENT)
+        z = draw_latents(len(index), config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
         z = z.to(var.device, _state_dtype(var)) * var.sqrt().to(_state_dtype(var))
         found: list[_Solution] = []
         for i in self.bar.track(range(len(self.blocks) - 1, -1, -1), description="sampling"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import re
 import tempfile
 from pathlib import Path
@@ -119,18 +118,6 @@ def check_writable(out: Path | None, json: Path | None, out_file: Path | None = 
             tempfile.TemporaryFile(dir=nearest).close()
         except OSError as error:
             raise ValueError(f"{option} {path}: cannot write there ({error.strerror}); give another folder") from error
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What a timing depends on."""
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else str(device),
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def report(path: Path | None, figures: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jacobiflow import sampling
+from jacobiflow.benchmarking import machine
 from jacobiflow.cli import options
 from jacobiflow.data import quantize
 from jacobiflow.files import write_atomically
@@ -103,7 +104,7 @@ def sample(
     drawn = results[strategy]
     figures = {
         "model": model, "num": num, "batch_size": batch_size or num, "seed": seed, "strategy": strategy,
-        "guidance": guidance, "denoise": denoise, **options.machine(flow.var.device),
+        "guidance": guidance, "denoise": denoise, **machine(flow.var.device),
         "runs": {name: _figures(result) for name, result in results.items()},
     }  # fmt: skip
     zoom = max(2, 64 // flow.config.image_size)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jacobiflow import sampling
+from jacobiflow.benchmarking import machine
 from jacobiflow.cli import options
 from jacobiflow.data import load_images
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
@@ -97,7 +98,7 @@ def train(
 
         fit(flow, data, settings, out, on_step, on_sample)
     figures = {"model": str(out), "images": len(data), **asdict(config), "training": asdict(settings)}
-    options.report(json, figures | {"last_step": read_metrics(out)[-1], **options.machine(place)})
+    options.report(json, figures | {"last_step": read_metrics(out)[-1], **machine(place)})
     print(f"wrote the model folder {out}")
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -31,8 +32,31 @@ class Block(Protocol):
         ...
 
 
+class RaggedBlock(Block, Protocol):
+    """A block whose samples may each stand at a token of their own, and come and go, as its attribute `ragged` says."""
+
+    ragged: bool
+
+    def update_at(
+        self, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int,
+        cache: Any,
+    ) -> Float[Tensor, "b n c"]:  # fmt: skip
+        """`update` of start_b .. start_b + size - 1 in sample b; `end`, on the host, is the largest stop."""
+        ...
+
+    def take(self, cache: Any, rows: Int[Tensor, " m"]) -> Any:
+        """The cache of the samples `rows`."""
+        ...
+
+    def join(self, caches: Sequence[Any]) -> Any:
+        """One cache for the samples of all."""
+        ...
+
+
 class AffineBlock:
     """A block whose map is affine in z: g(x) = exp(log_scale(x)) z + shift(x), eq. (3) of the GS-Jacobi paper."""
+
+    ragged = False
 
     def init_cache(
         self,
@@ -49,6 +73,20 @@ class AffineBlock:
         """Log-scale and shift of entries start .. stop-1; reads and caches positions start-1 .. stop-2."""
         raise TypeError(f"{type(self).__name__} must define affine")
 
+    def affine_at(
+        self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: Any
+    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
+        """`affine` of `size` entries from start_b on in sample b, where the block is `ragged`; see `RaggedBlock`."""
+        raise TypeError(f"{type(self).__name__} must define affine_at")
+
+    def take(self, cache: Any, rows: Int[Tensor, " m"]) -> Any:
+        """The cache of the samples `rows`, where the block is `ragged`."""
+        raise TypeError(f"{type(self).__name__} must define take")
+
+    def join(self, caches: Sequence[Any]) -> Any:
+        """One cache for the samples of all, where the block is `ragged`."""
+        raise TypeError(f"{type(self).__name__} must define join")
+
     def output_weights(self) -> tuple[Float[Tensor, "c d"] | None, Float[Tensor, "c d"]] | None:
         """W_s and W_u of the linear layer that ends in `log_scale` = W_s h + b_s and `shift` = W_u h + b_u.
 
@@ -62,3 +100,31 @@ class AffineBlock:
         """g(x)[:, start:stop] = exp(log_scale) z + shift."""
         log_scale, shift = self.affine(x, start, stop, cache)
         return torch.addcmul(shift, log_scale.exp(), z[:, start:stop])
+
+    def update_at(
+        self, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int,
+        cache: Any,
+    ) -> Float[Tensor, "b n c"]:  # fmt: skip
+        """`update` with a start per sample; see `RaggedBlock`."""
+        log_scale, shift = self.affine_at(x, start, size, end, cache)
+        return torch.addcmul(shift, log_scale.exp(), run_of(z, start, size))
+
+
+def run_of(x: Float[Tensor, "b t c"], start: int | Int[Tensor, " b"], size: int) -> Float[Tensor, "b n c"]:
+    """x[b, start_b : start_b + size] for every sample b; a view where `start` is common to all."""
+    if isinstance(start, int):
+        return x[:, start : start + size]
+    return x.gather(1, _places(start, size, x.shape[2]))
+
+
+def put_run(x: Float[Tensor, "b t c"], run: Float[Tensor, "b n c"], start: int | Int[Tensor, " b"]) -> None:
+    """Write what `run_of` reads, in place."""
+    if isinstance(start, int):
+        x[:, start : start + run.shape[1]] = run
+    else:
+        x.scatter_(1, _places(start, run.shape[1], x.shape[2]), run)
+
+
+def _places(start: Int[Tensor, " b"], size: int, channels: int) -> Int[Tensor, "b n c"]:
+    places = start.view(-1, 1) + torch.arange(size, device=start.device)
+    return places.unsqueeze(-1).expand(-1, -1, channels)

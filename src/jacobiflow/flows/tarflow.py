@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.flows.attention import AttentionBlock, KeyValues, causal_mask
+from jacobiflow.flows.attention import AttentionBlock, Fed, KeyValues, causal_mask
 from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.permutation import Permutation
 
@@ -80,11 +80,25 @@ class TarFlowConfig:
 
 @dataclass(frozen=True)
 class TarFlowCache:
-    """What a block keeps while its tokens are solved: one `KeyValues` a layer, and its embeddings in causal order."""
+    """What a block keeps while its tokens are solved: one `KeyValues` a layer, and what does not change meanwhile.
+
+    `pos_embedding` is in causal order, `mask` the additive causal mask, `query_scale` see `Fed`.
+    """
 
     layers: tuple[KeyValues, ...]
     pos_embedding: Float[Tensor, "t c"]
     class_embedding: Float[Tensor, "b 1 c"] | None
+    mask: Float[Tensor, "t t"]
+    query_scale: Float[Tensor, "b 1 1 1"] | None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> TarFlowCache:
+        """With `change` made to every tensor that has a row per sample."""
+        return replace(
+            self,
+            layers=tuple(KeyValues(change(kv.keys), change(kv.values)) for kv in self.layers),
+            class_embedding=None if self.class_embedding is None else change(self.class_embedding),
+            query_scale=None if self.query_scale is None else change(self.query_scale),
+        )
 
 
 class TarFlowBlock(AffineBlock, nn.Module):
@@ -96,6 +110,7 @@ class TarFlowBlock(AffineBlock, nn.Module):
 
     attn_blocks: Sequence[AttentionBlock]
     keeps_nothing = True
+    ragged = True
 
     def __init__(self, config: TarFlowConfig, permutation: Permutation) -> None:
         super().__init__()
@@ -141,12 +156,16 @@ class TarFlowBlock(AffineBlock, nn.Module):
         attention = self.attn_blocks[0].attention
         weight = attention.qkv.weight
         shape = (z.shape[0], attention.num_heads, self.num_tokens, weight.shape[1] // attention.num_heads)
-        mask = causal_mask(self.num_tokens, weight)
         query_scale = None if attn_temperature is None else attn_temperature.to(weight).reciprocal().view(-1, 1, 1, 1)
-        layers = tuple(
-            KeyValues(weight.new_zeros(shape), weight.new_zeros(shape), mask, query_scale) for _ in self.attn_blocks
+        layers = tuple(KeyValues(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.attn_blocks)
+        classes = self.embed_classes(context)
+        return TarFlowCache(
+            layers,
+            self.permutation(self.pos_embed, dim=0),
+            None if classes is None else classes.expand(z.shape[0], -1, -1),
+            causal_mask(self.num_tokens, weight),
+            query_scale,
         )
-        return TarFlowCache(layers, self.permutation(self.pos_embed, dim=0), self.embed_classes(context))
 
     def affine(
         self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: TarFlowCache
@@ -154,11 +173,44 @@ class TarFlowBlock(AffineBlock, nn.Module):
         """Log-scale and shift of entries [start, stop); feeds positions start-1 .. stop-2 and stores their keys."""
         if stop == 1:  # entry 0 has no token before it
             return torch.zeros_like(x[:, :1]), torch.zeros_like(x[:, :1])
-        first = max(start - 1, 0)
-        h = self._embed(x[:, first : stop - 1], cache.pos_embedding[first : stop - 1], cache.class_embedding)
+        feed = slice(max(start - 1, 0), stop - 1)
+        h = self._embed(x[:, feed], cache.pos_embedding[feed], cache.class_embedding)
+        fed = Fed.of(feed, stop - 1, cache.mask, cache.query_scale)
         for layer, key_values in zip(self.attn_blocks, cache.layers, strict=True):
-            h = layer(h, key_values, first)
+            h = layer(h, key_values, fed)
         return self._read_out(h, x, first=start == 0)
+
+    def affine_at(
+        self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: TarFlowCache
+    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
+        """`affine` with a start per sample; see `jacobiflow.flows.base.RaggedBlock`."""
+        before = start.view(-1, 1) + torch.arange(-1, size - 1, device=x.device)
+        positions = before.clamp(min=0)  # entry 0 has no token before it: it is computed from token 0, and set to zero
+        tokens = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+        h = self._embed(tokens, cache.pos_embedding[positions], cache.class_embedding)
+        fed = Fed.of(positions, end - 1, cache.mask, cache.query_scale)
+        for layer, key_values in zip(self.attn_blocks, cache.layers, strict=True):
+            h = layer(h, key_values, fed)
+        log_scale, shift = self._read_out(h, x, first=False)
+        first = (before < 0).unsqueeze(-1)
+        return log_scale.masked_fill(first, 0), shift.masked_fill(first, 0)
+
+    def take(self, cache: TarFlowCache, rows: Int[Tensor, " m"]) -> TarFlowCache:
+        """The cache of the samples `rows`."""
+        return cache.each(lambda tensor: tensor[rows])
+
+    def join(self, caches: Sequence[TarFlowCache]) -> TarFlowCache:
+        """One cache for the samples of all."""
+        layers = zip(*(cache.layers for cache in caches), strict=True)
+        return replace(
+            caches[0],
+            layers=tuple(
+                KeyValues(torch.cat([kv.keys for kv in parts]), torch.cat([kv.values for kv in parts]))
+                for parts in layers
+            ),
+            class_embedding=_cat([cache.class_embedding for cache in caches]),
+            query_scale=_cat([cache.query_scale for cache in caches]),
+        )
 
     def output_weights(self) -> tuple[Float[Tensor, "c d"] | None, Float[Tensor, "c d"]]:
         """The halves of `proj_out`'s weight; see `AffineBlock.output_weights`."""
@@ -180,6 +232,11 @@ class TarFlowBlock(AffineBlock, nn.Module):
             log_scale, shift = out.chunk(2, dim=-1)
             return log_scale, shift
         return torch.zeros_like(out), out
+
+
+def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(present) if present else None
 
 
 _MODEL_CARD = """\

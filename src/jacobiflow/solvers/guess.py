@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from jacobiflow.solvers.convolution import causal_convolution, check_kernel, filter_of
 
 
 class Guess(Protocol):
@@ -69,6 +72,50 @@ class MeanAffine:
         if not isinstance(other, MeanAffine):
             return NotImplemented
         return torch.equal(self.log_scale, other.log_scale) and torch.equal(self.shift, other.shift)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.shift.flatten().tolist()))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CausalLinear:
+    """X^(0)_t = shift_t + sum over d = 0..w-1 of kernel[d] Z_(t-d): a linear autoregressive guess.
+
+    The least-squares estimate of the solution from the latents of a token and of those before it, one kernel for all
+    positions: `jacobiflow.calibrate` fits it. It is what sweeps from `MeanAffine` would mostly find out first.
+
+    **Arguments:** `kernel` (w, C, C), `shift` (T, C). **Raises** `ValueError` where they do not fit each other, or Z.
+    """
+
+    kernel: Float[Tensor, "w c c"]
+    shift: Float[Tensor, "t c"]
+
+    def __post_init__(self) -> None:
+        check_kernel("CausalLinear", self.kernel)
+        if not isinstance(self.shift, Tensor) or self.shift.ndim != 2 or self.shift.shape[1] != self.kernel.shape[1]:
+            have = f"shape {tuple(self.shift.shape)}" if isinstance(self.shift, Tensor) else repr(self.shift)
+            raise ValueError(f"CausalLinear: shift of {have}; give a tensor (tokens, {self.kernel.shape[1]})")
+        if not torch.isfinite(self.shift).all():
+            raise ValueError("CausalLinear: shift holds a NaN or an infinity; calibrate again")
+
+    def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
+        if z.shape[1:] != self.shift.shape:
+            have, want = tuple(self.shift.shape), tuple(z.shape[1:])
+            raise ValueError(f"CausalLinear of shape {have}, but the tokens are {want}: calibrate this flow")
+        return causal_convolution(z, self._filter.to(z)) + self.shift.to(z)
+
+    @cached_property
+    def _filter(self) -> Tensor:
+        return filter_of(self.kernel)
+
+    def __repr__(self) -> str:
+        tokens, channels = self.shift.shape
+        return f"CausalLinear({tokens} tokens, {channels} channels, from {len(self.kernel)} latents)"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, CausalLinear):
+            return NotImplemented
+        return torch.equal(self.kernel, other.kernel) and torch.equal(self.shift, other.shift)
 
     def __hash__(self) -> int:
         return hash(tuple(self.shift.flatten().tolist()))

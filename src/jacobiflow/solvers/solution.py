@@ -45,6 +45,7 @@ class Solution:
     - `residual`: per sample (B,), the largest |g(x) - x|: of the answer where it was certified, else the largest change
         that a token's last sweep made (0 for a token that is exact by Proposition 1).
     - `resolved_sequentially`: samples (B,) that were solved again token by token.
+    - `sample_sweeps`: sweeps that each sample (B,) was part of until it was done, those of later attempts included.
     - `sweeps`: passes of the loop, those of later attempts included.
     - `network_calls`: evaluations of the block, certificates included.
     - `token_evaluations`: tokens times samples over these calls.
@@ -55,6 +56,7 @@ class Solution:
     status: Int[Tensor, " b"]
     residual: Float[Tensor, " b"]
     resolved_sequentially: Bool[Tensor, " b"]
+    sample_sweeps: Int[Tensor, " b"]
     sweeps: int
     network_calls: int
     token_evaluations: int

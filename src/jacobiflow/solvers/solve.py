@@ -5,18 +5,23 @@ from __future__ import annotations
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
-from jacobiflow.flows.base import Block
+from jacobiflow.flows.base import Block, put_run, run_of
 from jacobiflow.solvers.correction import Correction, Plain
 from jacobiflow.solvers.guess import Guess, Latent
-from jacobiflow.solvers.partition import Partition, Segments, Whole
+from jacobiflow.solvers.partition import Partition, Segments, Whole, Window
 from jacobiflow.solvers.solution import Solution, Status
 from jacobiflow.solvers.stopping import Stopping, Tolerance
+
+_GROWTH = 4.0  # a residual that many times the least so far ...
+_PATIENCE = 3  # ... for so many sweeps in a row: the correction does not fit this sample
+_LEAVING = 0.25  # share of finished samples at which the batch is made anew: copying its keys costs about a sweep
 
 
 @dataclass(frozen=True)
@@ -40,20 +45,28 @@ class Solver:
             raise ValueError(f"{len(counts)} sweep counts for {self.partition}: give one for each of its Segments")
 
 
-def solve(block: Block, z: Float[Tensor, "b t c"], solver: Solver, context: Tensor | None = None) -> Solution:
+def solve(
+    block: Block, z: Float[Tensor, "b t c"], solver: Solver, context: Tensor | None = None, slots: int | None = None
+) -> Solution:
     """Solve x = g(x) for the inverse of `block` at `z`, by sweeps x <- g(x) over runs of tokens.
 
-    A sweep evaluates g on the run [front, stop) that the partition chooses, and sets the run to it. Then the front goes
-    past the leading tokens that the sweep changed by at most the tolerance, and past one more: all tokens that it was
-    computed from are final, to within the tolerance, so it is too (Proposition 1). T sweeps always suffice. A token
-    that has had `max_sweeps` sweeps is passed as it is; keys in the cache that this leaves a sweep behind are computed
-    again by the next sweep. Keys of tokens passed by tolerance are those of the value before the last sweep.
+    A sweep evaluates g on the run [front, stop) that the partition chooses, and sets the run to it, or to what the
+    correction makes of it. Then the front goes past the leading tokens that the sweep changed by at most the
+    tolerance, and past one more: all tokens that it was computed from are final, to within the tolerance, so it is too
+    (Proposition 1). T sweeps always suffice. A token that has had `max_sweeps` sweeps is passed as it is; keys in the
+    cache that this leaves a sweep behind are computed again by the next sweep. Keys of tokens passed by tolerance are
+    those of the value before the last sweep.
+
+    Where a `Whole` or a `Window` stops on a tolerance and the block is `ragged`, each sample has its own front, and
+    samples that have finished leave the batch; else the batch shares one front, which waits for the slowest.
 
     A value that overflows is set back to the guess. A sample that had one when the front passed it ends as
-    `Status.NONFINITE`; nothing here hides that, and `solve_certified` acts on it.
+    `Status.NONFINITE`; nothing here hides that, and `solve_certified` acts on it. A sample whose residual keeps growing
+    under a correction is swept plainly from there on.
 
     **Arguments:** `block` gives g, `z` (B, T, C) is its input in its own causal order, `context` has a row per sample
-    (labels, say) or is `None`.
+    (labels, say) or is `None`. At most `slots` samples are swept at a time, all by default; the next ones enter as
+    others finish (continuous batching).
 
     **Returns:** a `Solution`, uncertified.
 
@@ -64,16 +77,20 @@ def solve(block: Block, z: Float[Tensor, "b t c"], solver: Solver, context: Tens
     solver.partition.check(z.shape[1])
     started = time.perf_counter()
     with no_gradients(block):
-        x, status, residual, sweeps, token_evaluations = _sweep(block, z, solver, context)
-        status.tolist()  # waits for the device, so that the time is the work's
+        loop = _Loop(block, z, solver, context, slots or len(z))
+        loop.run()
+        failed = loop.failed | ~torch.isfinite(loop.x).all(dim=(1, 2)).cpu().numpy()
+    status = np.where(failed, Status.NONFINITE, np.where(loop.missed, Status.MAX_SWEEPS, Status.CONVERGED))
+    residual = np.where(failed, np.inf, loop.residual)
     return Solution(
-        x=x.clone(),  # outside inference mode, so that autograd takes it
-        status=status.clone(),
-        residual=residual.clone(),
+        x=loop.x.clone(),  # outside inference mode, so that autograd takes it
+        status=torch.from_numpy(status.astype(np.int64)).to(z.device),
+        residual=torch.from_numpy(residual).to(z),
         resolved_sequentially=torch.zeros(len(z), dtype=torch.bool, device=z.device),
-        sweeps=sweeps,
-        network_calls=sweeps,
-        token_evaluations=token_evaluations,
+        sample_sweeps=torch.from_numpy(loop.sample_sweeps).to(z.device),
+        sweeps=loop.sweeps,
+        network_calls=loop.sweeps,
+        token_evaluations=loop.token_evaluations,
         seconds=time.perf_counter() - started,
     )
 
@@ -86,60 +103,172 @@ def no_gradients(block: Block) -> AbstractContextManager[None]:
     return torch.inference_mode() if getattr(block, "keeps_nothing", False) else torch.no_grad()
 
 
-def _sweep(block: Block, z: Tensor, solver: Solver, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    batch, length, _ = z.shape
-    atol = solver.stopping.atol
-    max_sweeps = length if solver.stopping.max_sweeps is None else solver.stopping.max_sweeps
-    cache = block.init_cache(z, context)
-    guess = solver.guess(z)
-    x = guess.clone()
-    failed = torch.zeros(batch, dtype=torch.bool, device=z.device)
-    missed = torch.zeros_like(failed)
-    residual = z.new_zeros(batch)
-    stops = [0]  # where each sweep's run ended
-    segment = -1
-    front = 0  # tokens before it are final
-    known = 0  # the cache holds the keys of the tokens before known - 1, to within the tolerance
-    sweeps = token_evaluations = 0
+@dataclass
+class _Batch:
+    """The samples that are swept together. Arrays are on the host, where the loop decides; tensors on the device."""
 
-    while front < length:
-        stop = solver.partition.stop(front, length)
-        segment += stop > stops[-1]  # which one of `Segments` this is: their ends differ
-        stops.append(stop)
-        g = block.update(x, z, known, stop, cache)[:, front - known :]
-        sweeps += 1
-        token_evaluations += batch * (stop - known)
-        if stop - front == 1:
-            x[:, front:stop] = g
-            front = known = stop
-            continue
+    sample: np.ndarray  # which ones they are
+    x: Tensor
+    z: Tensor
+    guess: Tensor
+    cache: Any
+    front: np.ndarray  # tokens before it are final
+    least: np.ndarray  # the smallest residual so far
+    growing: np.ndarray  # sweeps in a row in which it was far above
+    known: int = 0  # the cache holds the keys of the tokens before known - 1, to within the tolerance
+    stops: list[int] = field(default_factory=lambda: [0])  # where each sweep's run ended
+    segment: int = -1  # which one of `Segments` is swept
 
-        old = x[:, front:stop]
-        change = (g - old).abs().amax(dim=-1)
-        new = solver.correction(old, g, front)
-        finite = torch.isfinite(new).all(dim=-1) & torch.isfinite(change)
-        x[:, front:stop] = torch.where(finite.unsqueeze(-1), new, guess[:, front:stop])
-        failed |= ~finite[:, 0]
-        if atol is None:
-            settled, lead = torch.zeros_like(finite), 0
+
+class _Loop:
+    """Samples enter, are swept, and leave; what is known of each is kept at its place in the caller's order."""
+
+    def __init__(self, block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int) -> None:
+        self.block, self.z, self.solver, self.context, self.slots = block, z, solver, context, slots
+        self.length = z.shape[1]
+        self.guess = solver.guess(z)
+        self.x = torch.empty_like(self.guess)
+        self.residual = np.zeros(len(z))
+        self.failed = np.zeros(len(z), dtype=bool)  # overflowed where the front passed
+        self.missed = np.zeros(len(z), dtype=bool)  # passed by the number of sweeps, not by the tolerance
+        self.sample_sweeps = np.zeros(len(z), dtype=np.int64)
+        self.sweeps = self.token_evaluations = 0
+        self.entered = 0
+        follows = isinstance(solver.partition, Whole | Window) and solver.stopping.max_sweeps is None
+        self.ragged: Any = block if follows and getattr(block, "ragged", False) else None
+
+    def run(self) -> None:
+        batch = self._exchange(None)
+        while batch is not None:
+            self._sweep(batch)
+            batch = self._exchange(batch)
+
+    def _exchange(self, batch: _Batch | None) -> _Batch | None:
+        """The batch without those that have finished, and with those that were waiting for their slots."""
+        if batch is not None:
+            if self.ragged is None and batch.front[0] < self.length:
+                return batch
+            done = batch.front >= self.length
+            if not done.all() and done.sum() < _LEAVING * len(done):
+                return batch
+            self.x[self._index(batch.sample[done])] = batch.x[self._index(done.nonzero()[0])]
+            batch = None if done.all() else self._take(batch, (~done).nonzero()[0])
+        free = self.slots - (0 if batch is None else len(batch.sample))
+        entering = np.arange(self.entered, min(self.entered + free, len(self.z)))
+        if len(entering) == 0:
+            return batch
+        self.entered += len(entering)
+        rows = slice(entering[0], entering[-1] + 1)
+        z, guess, count = self.z[rows], self.guess[rows], len(entering)
+        cache = self.block.init_cache(z, None if self.context is None else self.context[rows])
+        new = _Batch(entering, guess.clone(), z, guess, cache, np.zeros(count, dtype=np.int64),
+                     np.full(count, np.inf), np.zeros(count, dtype=np.int64))  # fmt: skip
+        return new if batch is None else self._join(batch, new)
+
+    def _take(self, batch: _Batch, rows: np.ndarray) -> _Batch:
+        index = self._index(rows)
+        return _Batch(
+            batch.sample[rows], batch.x[index], batch.z[index], batch.guess[index],
+            self.ragged.take(batch.cache, index), batch.front[rows], batch.least[rows], batch.growing[rows],
+        )  # fmt: skip
+
+    def _join(self, old: _Batch, new: _Batch) -> _Batch:
+        x, z, guess = (torch.cat((getattr(old, name), getattr(new, name))) for name in ("x", "z", "guess"))
+        sample, front, least, growing = (
+            np.concatenate((getattr(old, name), getattr(new, name))) for name in ("sample", "front", "least", "growing")
+        )
+        return _Batch(sample, x, z, guess, self.ragged.join((old.cache, new.cache)), front, least, growing)
+
+    def _index(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(rows).to(self.z.device)
+
+    def _sweep(self, batch: _Batch) -> None:
+        length = self.length
+        first = int(batch.front[0] if self.ragged is None else batch.front.min())
+        stop = self.solver.partition.stop(first, length)
+        size, apart = stop - first, None
+        batch.segment += stop > batch.stops[-1]  # the ends of `Segments` differ
+        batch.stops.append(stop)
+        self.sweeps += 1
+        self.sample_sweeps[batch.sample] += batch.front < length
+        if self.ragged is not None:
+            # A run that would leave the sequence starts earlier: all are of one length, and what is final stays so.
+            start = np.minimum(batch.front, length - size)
+            apart = None if (start == first).all() else self._index(start)
+        if apart is None:
+            self.token_evaluations += len(batch.front) * (stop - batch.known)
+            g = self.block.update(batch.x, batch.z, batch.known, stop, batch.cache)[:, first - batch.known :]
         else:
-            settled = (change <= atol).cumprod(dim=1).bool()
-            residual = torch.maximum(residual, change.masked_fill(~settled, 0).amax(dim=1))
-            # A sample that has failed is to be solved again: the others do not wait for it.
-            lead = int(settled.sum(dim=1).masked_fill(failed, stop - front).min())
-        advance = min(lead + 1, stop - front)
-        known = front + advance
+            self.token_evaluations += len(batch.front) * size
+            g = self.ragged.update_at(batch.x, batch.z, apart, size, int(start.max()) + size, batch.cache)
+        if size == 1:
+            put_run(batch.x, g, first if apart is None else apart)
+            batch.front = start + 1 if apart is not None else np.full(len(batch.front), stop)
+            batch.known = int(batch.front.min())
+            return
 
-        limit = max_sweeps[segment] if isinstance(max_sweeps, tuple) else max_sweeps
-        if len(stops) > limit and stops[-limit] > known:
-            advance = stops[-limit] - front
-            final = F.pad(settled[:, :-1], (1, 0), value=True)  # all tokens before it are settled
-            left = change.masked_fill(final, 0)[:, :advance]
-            residual = torch.maximum(residual, left.nan_to_num(nan=torch.inf, posinf=torch.inf).amax(dim=1))
-            missed |= ~(final | settled)[:, :advance].all(dim=1)
-        failed |= ~finite[:, :advance].all(dim=1)
-        front += advance
+        if apart is None:
+            start = np.full(len(batch.front), first)
+        at = first if apart is None else apart
+        old = run_of(batch.x, at, size)
+        final = batch.front - start  # so many leading tokens of a run
+        if final.any():
+            g = torch.where(self._index(final[:, None] <= np.arange(size)).unsqueeze(-1), g, old)
+        new = self.solver.correction(old, g)
+        change, step = self._sizes(old, g, new)
+        finite = np.isfinite(step)
+        if new is not g:
+            residual = np.where(finite, change, np.inf).max(axis=1)
+            batch.growing = np.where(residual > _GROWTH * batch.least, batch.growing + 1, batch.growing)
+            batch.least = np.minimum(batch.least, residual)
+            distrusted = batch.growing >= _PATIENCE
+            if distrusted.any():
+                new = torch.where(self._index(distrusted).view(-1, 1, 1), g, new)
+        if not finite.all():
+            new = torch.where(torch.isfinite(new).all(dim=-1, keepdim=True), new, run_of(batch.guess, at, size))
+        put_run(batch.x, new, at)
+        self._pass(batch, start, size, change, step, finite)
 
-    failed |= ~torch.isfinite(x).all(dim=(1, 2))
-    status = torch.where(missed, int(Status.MAX_SWEEPS), int(Status.CONVERGED)).masked_fill(failed, Status.NONFINITE)
-    return x, status, residual.masked_fill(failed, torch.inf), sweeps, token_evaluations
+    @staticmethod
+    def _sizes(old: Tensor, g: Tensor, new: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Per token on the host, the largest |g(x) - x|, and the larger of it and the step that was made."""
+        change = (g - old).abs().amax(dim=-1)
+        if new is g:
+            host = change.cpu().numpy()
+            return host, host
+        host = torch.stack((change, (new - old).abs().amax(dim=-1))).cpu().numpy()
+        return host[0], host.max(axis=0)
+
+    def _pass(
+        self, batch: _Batch, start: np.ndarray, size: int, change: np.ndarray, step: np.ndarray, finite: np.ndarray
+    ) -> None:
+        """Move the fronts past what is done, and note how it was."""
+        count, sample, stopping = len(start), batch.sample, self.solver.stopping
+        failed = self.failed[sample] | ~finite[np.arange(count), np.minimum(batch.front - start, size - 1)]
+        if stopping.atol is None:
+            settled, lead = np.zeros((count, size), dtype=bool), np.zeros(count, dtype=np.int64)
+        else:
+            settled = np.logical_and.accumulate(step <= stopping.atol, axis=1)
+            self._residual(sample, np.where(settled, change, 0))
+            lead = np.where(failed, size, settled.sum(axis=1))  # the others do not wait for one that is to be redone
+        if self.ragged is None:
+            lead[:] = lead.min()
+        advance = np.minimum(lead + 1, size)
+        batch.known = int((start + advance).min())
+
+        counts = stopping.max_sweeps
+        if counts is not None:
+            limit = counts[batch.segment] if isinstance(counts, tuple) else counts
+            if len(batch.stops) > limit and batch.stops[-limit] > batch.known:
+                advance[:] = batch.stops[-limit] - start
+                exact = np.concatenate((np.ones((count, 1), dtype=bool), settled[:, :-1]), axis=1)[:, : advance[0]]
+                self._residual(sample, np.where(exact, 0, np.where(finite, change, np.inf)[:, : advance[0]]))
+                self.missed[sample] |= ~(exact | settled[:, : advance[0]]).all(axis=1)
+        failed |= (~finite & (np.arange(size) < advance[:, None])).any(axis=1)
+        self.failed[sample] = failed
+        batch.front = start + advance
+        if self.ragged is not None:
+            batch.front[failed] = self.length
+
+    def _residual(self, sample: np.ndarray, sizes: np.ndarray) -> None:
+        self.residual[sample] = np.maximum(self.residual[sample], sizes.max(axis=1))
