@@ -327,7 +327,7 @@ def test_bench_measures_a_bundled_model_end_to_end(run: Any, tmp_path: Path) -> 
     shown = figures(out / "bench.json")
     assert set(shown) == {
         "model", "num_tokens", "num_blocks", "dtype", "seed", "labels", "guidance", "tolerance", "report", "certify",
-        "repeats", "machine", "comparisons",
+        "repeats", "machine", "comparisons", "predictions",
     }  # fmt: skip
     assert (shown["model"], shown["num_tokens"], shown["num_blocks"], shown["dtype"]) == ("digits-p1", 64, 4, "float32")
     assert (shown["seed"], shown["labels"], shown["certify"], shown["repeats"]) == (3, "balanced", True, 1)

@@ -326,7 +326,7 @@ def test_a_warning_is_one_line_and_warnings_of_the_caller_are_left_alone(run: An
 
 @pytest.mark.parametrize(
     "strategy",
-    ["auto", "sequential", "Original", "jacobi", "Jacobi-5", "gs-jacobi:4-3", "window:5", "[2-4-3-5]", "[0/2-4/2-3-5]"],
+    ["sequential", "Original", "jacobi", "Jacobi-5", "gs-jacobi:4-3", "window:5", "[2-4-3-5]", "[0/2-4/2-3-5]"],
 )
 def test_sample_takes_its_guesses_from_a_report(strategy: str, run: Any, tmp_path: Path) -> None:
     result = run(
@@ -945,6 +945,7 @@ ERRORS = {
     f"{REPORTED} --strategy [0-2-3-4-5]": "strategy '[0-2-3-4-5]': give four fields",
     f"{REPORTED} --strategy []": "strategy '[]': give four fields",
     f"{REPORTED} --strategy [---]": "strategy '[---]': Stack '' is not a whole number",
+    REPORTED: "this report has no tuning: calibrate with chord=True (--chord)",
     f"{REPORTED} --strategy ''": "strategy '': unknown; give auto",
     f"{REPORTED} --strategy jacobi-0": "strategy 'jacobi-0': J 0: give a positive whole number",
     f"{REPORTED} --strategy jacobi--1": "strategy 'jacobi--1': unknown; give auto",

@@ -360,9 +360,9 @@ def test_else_is_its_own_number() -> None:
     assert resolve("[0/7-256/8-1/13-6]", 8, 256, None).solvers[1] == jf.Solver(stopping=jf.MaxSweeps(6))
 
 
-def test_auto_is_some_strategy_to_the_tolerance() -> None:
-    assert all(solver.stopping == jf.Tolerance(1e-5) for solver in resolve("auto", 3, 16, 1e-5).solvers)
-    assert all(solver.stopping == jf.Tolerance(DEFAULT) for solver in resolve("auto", 3, 1, None).solvers)
+def test_auto_is_no_text_for_any_flow() -> None:
+    with pytest.raises(ValueError, match="'auto' is planned for a flow, a device and a batch"):
+        resolve("auto", 3, 16, 1e-5)
 
 
 def test_a_tolerance_reaches_names_and_strategies_that_have_one() -> None:
@@ -466,7 +466,7 @@ def test_case_does_not_matter(text: str) -> None:
 
 
 def test_the_tolerance_of_a_text() -> None:
-    for text in ("original", "jacobi", "gs-jacobi:3", "window:3", "auto"):
+    for text in ("original", "jacobi", "gs-jacobi:3", "window:3"):
         found = jf.Strategy.parse(text, num_blocks=2, num_tokens=16, tolerance=1e-5)
         assert {solver.stopping for solver in found.solvers} == {jf.Tolerance(1e-5)}
         with pytest.raises(ValueError, match="-1"):
@@ -829,7 +829,7 @@ def make_report(
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("text", ["[0/5-4-3-2]", "jacobi", "Original", "Jacobi-3", "window:4", "gs-jacobi:4", "auto"])
+@pytest.mark.parametrize("text", ["[0/5-4-3-2]", "jacobi", "Original", "Jacobi-3", "window:4", "gs-jacobi:4"])
 def test_a_report_gives_each_block_the_guess_of_the_smallest_igm(text: str, norm: Any) -> None:
     report = make_report(igm=IGM_6, norm=norm)
     found = jf.Strategy.parse(text, report)

@@ -1,6 +1,6 @@
 """Fast, certified sampling from autoregressive normalizing flows."""
 
-from jacobiflow.calibration import Report, calibrate
+from jacobiflow.calibration import Report, Tuning, calibrate, tune
 from jacobiflow.denoising import denoise
 from jacobiflow.flows.base import AffineBlock, Block
 from jacobiflow.flows.checkpoints import CheckpointError, load
@@ -9,6 +9,8 @@ from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
 from jacobiflow.guidance import Guidance
 from jacobiflow.sampling import Samples, decode, sample
 from jacobiflow.solvers import (
+    CausalLinear,
+    Chord,
     Latent,
     MaxSweeps,
     MeanAffine,
@@ -26,7 +28,7 @@ from jacobiflow.solvers import (
     solve,
     solve_certified,
 )
-from jacobiflow.strategy import Strategy
+from jacobiflow.strategy import Strategy, plan
 
 __version__ = "0.1.0"
 
@@ -34,7 +36,9 @@ __all__ = [
     "PRESETS",
     "AffineBlock",
     "Block",
+    "CausalLinear",
     "CheckpointError",
+    "Chord",
     "Guidance",
     "Latent",
     "MaxSweeps",
@@ -52,6 +56,7 @@ __all__ = [
     "TarFlow",
     "TarFlowConfig",
     "Tolerance",
+    "Tuning",
     "Whole",
     "Window",
     "Zeros",
@@ -60,7 +65,9 @@ __all__ = [
     "decode",
     "denoise",
     "load",
+    "plan",
     "sample",
     "solve",
     "solve_certified",
+    "tune",
 ]

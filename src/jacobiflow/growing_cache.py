@@ -35,7 +35,8 @@ class _Layer:
     def feed(self, h: Tensor, temperature: float) -> Tensor:
         """Pass one token (N, 1, channels) through the layer, attending to all tokens fed so far."""
         h = h + self._attend(self.module.attention, h, temperature)
-        return cast(Tensor, h + self.module.mlp(h))
+        mlp = self.module.mlp
+        return cast(Tensor, h + mlp.main(mlp.norm(h)))
 
     def _attend(self, attention: Attention, h: Tensor, temperature: float) -> Tensor:
         packed = attention.qkv(attention.norm(h))

@@ -61,6 +61,11 @@ class GuidedBlock(AffineBlock):
         return self.block.ragged
 
     @property
+    def low_precision(self) -> bool:  # type: ignore[override]
+        """As the wrapped block."""
+        return self.block.low_precision
+
+    @property
     def keeps_nothing(self) -> bool:
         """Whether the wrapped block says that it keeps no tensor; see `jacobiflow.solvers.solve.no_gradients`."""
         return getattr(self.block, "keeps_nothing", False)
@@ -111,6 +116,10 @@ class GuidedBlock(AffineBlock):
             for first in [0 if conditional else cache.samples]
         ]
         return GuidedCache(self.block.join(halves), sum(cache.samples for cache in caches))
+
+    def lower(self, cache: GuidedCache) -> GuidedCache:
+        """The cache with which the wrapped block's network runs in bfloat16."""
+        return GuidedCache(self.block.lower(cache.inner), cache.samples)
 
     def _extrapolate(
         self, both: tuple[Tensor, Tensor], x: Tensor, position: Int[Tensor, "#b n"]

@@ -21,7 +21,7 @@ from jacobiflow.flows.tarflow import TarFlow
 from jacobiflow.guidance import Guidance, guided
 from jacobiflow.latents import draw_latents
 from jacobiflow.solvers import Solution, Status, solve_certified
-from jacobiflow.strategy import Strategy, resolve
+from jacobiflow.strategy import Strategy, auto, resolve
 
 _GROUP = 16  # batches that go through a block before the next block: a progress bar's step, and bounded memory
 _OVERFLOW = "the exact inverse itself overflows at this latent; lower the guidance, or use a wider dtype"
@@ -149,18 +149,24 @@ def sample(
     check_rate(flow, denoise)
     if guidance is not None and labels is None and guidance.attn_temperature == 1:
         warnings.warn("guidance without labels at attn_temperature 1 changes nothing", stacklevel=2)
-    plan = resolve(strategy, config.num_blocks, config.num_tokens, tolerance)
-    plan.check(flow)
+    console = Console(stderr=True)
+    shown = progress and console.is_terminal
+    slots = batch_size or len(latents)
+    if strategy == "auto":
+        say = console.print if shown else lambda text: None
+        plan = auto(flow, min(slots, len(latents)), tolerance, guidance, say)
+    else:
+        plan = resolve(strategy, config.num_blocks, config.num_tokens, tolerance)
+        plan.check(flow)
+        plan.check_use(flow.var.device, slots, guidance)
     blocks = [guided(block, guidance) for block in flow.blocks]
     latents = latents.to(flow.var.device, torch.float64 if flow.var.dtype == torch.float64 else torch.float32)
     labels = None if labels is None else labels.to(flow.var.device)
-    slots = batch_size or len(latents)
     groups = list(_spans(len(latents), slots * _GROUP))
 
     started = time.perf_counter()
     solved: list[_Group] = []
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as bar:
+    with Progress(console=console, disable=not shown, transient=True) as bar:
         task = bar.add_task("sampling", total=len(groups) * config.num_blocks)
         for span in groups:
             rows = None if labels is None else labels[span]
@@ -224,7 +230,7 @@ def _solve_group(
         permutation = flow.blocks[i].permutation
         # A sample lost in an earlier block goes on as zeros, so that the rest of its group can be solved.
         z = permutation(x.masked_fill(lost.view(-1, 1, 1), 0))
-        solution = solve_certified(blocks[i], z, plan.solvers[i], labels, certify, slots)
+        solution = solve_certified(blocks[i], z, plan.solvers[i], labels, certify, slots, plan.tolerance)
         lost |= solution.status == Status.NONFINITE
         x = permutation(solution.x).masked_fill(lost.view(-1, 1, 1), torch.nan)
         status = solution.status.masked_fill(lost, Status.NONFINITE)

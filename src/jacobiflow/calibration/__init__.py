@@ -13,8 +13,10 @@ from jacobiflow.calibration.metrics import (
     tough_blocks,
 )
 from jacobiflow.calibration.report import ClassSpread, Report, Settings, Spread
+from jacobiflow.calibration.tuning import Tuning, tune
 
 __all__ = [
-    "DOMINANCE", "ClassSpread", "Components", "Metrics", "Report", "Settings", "Spread", "Trace", "calibrate",
+    "DOMINANCE", "ClassSpread", "Components", "Metrics", "Report", "Settings", "Spread", "Trace", "Tuning", "calibrate",
     "distances", "gamma_norm", "gamma_products", "initial_residual", "matrix_norm", "rank_correlation", "tough_blocks",
+    "tune",
 ]  # fmt: skip

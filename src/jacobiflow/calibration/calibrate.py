@@ -25,6 +25,7 @@ from jacobiflow.calibration.metrics import (
     segment_runs,
 )
 from jacobiflow.calibration.report import GUESS_NAMES, Report, Settings, Start
+from jacobiflow.calibration.tuning import tune
 from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.tarflow import TarFlow
@@ -55,6 +56,7 @@ def calibrate(
     segments: int = 8,
     traced: int = 32,
     per_class: bool = False,
+    chord: bool = False,
     batch_size: int = 64,
     seed: int = 0,
     progress: bool = True,
@@ -77,6 +79,8 @@ def calibrate(
     - `traced`: samples whose sweeps are measured: as many of the images, evenly spaced, and as many fresh latents under
         their labels.
     - `per_class`: also measure the metrics over the images of each class alone (Appendix E).
+    - `chord`: also fit a guess and a chord correction to every block, and count the sweeps that they take, for
+        `jacobiflow.plan`: `report.tuning`, by `jacobiflow.tune` on `traced` fresh latents.
     - `seed`: fixes the fresh latents, which are none of those that `jacobiflow.sample` draws.
     - `progress`: show bars on a terminal.
 
@@ -133,6 +137,10 @@ def calibrate(
         at = solutions["noise" if guidance else "images"]
         blocks = bar.track(range(config.num_blocks), description="error matrix")
         gamma = tuple(data.gamma(i, at[i]) for i in blocks)
+    tuning = None
+    if chord:
+        classes = None if labels is None else labels[chosen.to(labels.device)]
+        tuning = tune(flow, classes, guidance, samples=len(chosen), batch_size=batch_size, seed=seed, progress=progress)
     return Report(
         fingerprint=fingerprint(flow),
         num_tokens=config.num_tokens,
@@ -145,6 +153,7 @@ def calibrate(
         traces=traces,
         segment_traces=segment_traces,
         gamma=gamma,
+        tuning=tuning,
     )
 
 

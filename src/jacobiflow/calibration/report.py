@@ -14,6 +14,7 @@ from torch import nn
 
 from jacobiflow.calibration.convergence import Trace
 from jacobiflow.calibration.metrics import Components, Metrics, Norm, rank_correlation
+from jacobiflow.calibration.tuning import Tuning
 from jacobiflow.files import tensor_from_json, tensor_to_json, write_json
 from jacobiflow.flows.fingerprint import check_fingerprint
 from jacobiflow.guidance import Guidance
@@ -77,6 +78,7 @@ class Report:
         and the block's best guess, the segments before it being solved.
     - `gamma`: per block, the spectral norms of the error matrix at the solutions of the first eight samples traced: of
         images, under guidance of fresh noise.
+    - `tuning`: what `jacobiflow.plan` needs, see `jacobiflow.calibration.tune`; `None` unless asked for.
 
     **Raises** `ValueError` where the parts are not of equally many blocks, or one that the settings name is missing.
     """
@@ -92,6 +94,7 @@ class Report:
     traces: Mapping[Start, tuple[Mapping[str, Trace], ...]]
     segment_traces: Mapping[int, Mapping[int, tuple[Trace, ...]]]
     gamma: tuple[tuple[float, ...], ...]
+    tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
         wanted = len(self.mean_affine)
@@ -218,6 +221,7 @@ class Report:
                 for block, rows in self.segment_traces.items()
             },
             "gamma": self.gamma,
+            "tuning": None if self.tuning is None else self.tuning.to_json(),
         }
 
     @classmethod
@@ -329,4 +333,5 @@ def _report_from_json(value: Mapping[str, Any]) -> Report:
             for block, rows in value["segment_traces"].items()
         },
         gamma=tuple(tuple(_number(norm) for norm in norms) for norms in value["gamma"]),
+        tuning=None if value.get("tuning") is None else Tuning.from_json(value["tuning"]),
     )

@@ -26,6 +26,7 @@ from jacobiflow.solvers import (
     CausalLinear,
     Chord,
     Correction,
+    MaxSweeps,
     Plain,
     Sequential,
     Solution,
@@ -40,6 +41,9 @@ from jacobiflow.solvers import (
 SCHEMA_VERSION = 1
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)
 _SMALLEST_WINDOW = 8
+_COARSE = (2, 3, 4, 5, 6)  # sweeps in bfloat16, whose rounding leaves nothing for more to find
+_FINE_AFTER_COARSE = (1, 2, 3, 4)
+_FINE = (2, 3, 4, 5, 6, 7, 8)
 _TYPICAL = 1e-3  # the tolerance at which corrections are compared, and errors followed through later blocks
 
 
@@ -59,9 +63,20 @@ class Run:
 
 
 @dataclass(frozen=True)
+class CountedRun:
+    """As `Run`, all tokens being swept `coarse` times in bfloat16 and then `fine` times in full precision."""
+
+    coarse: int
+    fine: int
+    residual: float
+    error: float
+
+
+@dataclass(frozen=True)
 class BlockTuning:
     """The `guess` and `correction` fitted to a block, what `runs` with them took, and its `amplification`.
 
+    `counted` are runs of given numbers of sweeps, without coarse ones where the block has no bfloat16 network.
     Amplification is the largest error of an image over the largest error of the block's solution that caused it, all
     later blocks being solved exactly.
     """
@@ -69,6 +84,7 @@ class BlockTuning:
     guess: CausalLinear
     correction: Correction
     runs: tuple[Run, ...]
+    counted: tuple[CountedRun, ...]
     amplification: float
 
 
@@ -116,6 +132,7 @@ class Tuning:
                     "chord": tensor_to_json(block.correction.kernel) if isinstance(block.correction, Chord) else None,
                     "amplification": block.amplification,
                     "runs": [asdict(run) for run in block.runs],
+                    "counted": [asdict(run) for run in block.counted],
                 }
                 for block in self.blocks
             ],
@@ -189,7 +206,7 @@ def tune(
     tokens = z.to(var.device, dtype) * var.sqrt().to(dtype)
 
     console = Console(stderr=True)
-    found: dict[int, tuple[CausalLinear, Correction, tuple[Run, ...], float]] = {}
+    found: dict[int, tuple[CausalLinear, Correction, tuple[Run, ...], tuple[CountedRun, ...], float]] = {}
     followed: dict[int, Tensor] = {}  # tokens after the latest block, had block i been solved to a typical tolerance
     with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as bar:
         for i in bar.track(range(config.num_blocks - 1, -1, -1), description="tuning"):
@@ -208,7 +225,8 @@ def tune(
             guess = fit_guess(x, z)
             correction = _best_correction(block, x, z, guess, labels, batch_size)
             runs, typical = _runs(block, x, z, guess, correction, labels, batch_size)
-            found[i] = (guess, correction, runs, float((typical - x).abs().max()))
+            counted = _counted_runs(block, x, z, guess, correction, labels, batch_size)
+            found[i] = (guess, correction, runs, counted, float((typical - x).abs().max()))
             followed[i] = permutation(typical)
             tokens = permutation(x)
     return Tuning(
@@ -218,7 +236,7 @@ def tune(
         samples=samples,
         seed=seed,
         blocks=tuple(
-            BlockTuning(*found[i][:3], _ratio(float((followed[i] - tokens).abs().max()), found[i][3]))
+            BlockTuning(*found[i][:4], _ratio(float((followed[i] - tokens).abs().max()), found[i][4]))
             for i in range(config.num_blocks)
         ),
     )
@@ -254,6 +272,23 @@ def _runs(
     return tuple(runs), typical
 
 
+def _counted_runs(
+    block: AffineBlock, x: Tensor, z: Tensor, guess: CausalLinear, correction: Correction, labels: Tensor | None,
+    batch_size: int,
+) -> tuple[CountedRun, ...]:  # fmt: skip
+    """Those of the numbers of sweeps tried that come within the largest tolerance."""
+    tried = [(0, fine) for fine in _FINE]
+    if block.low_precision:
+        tried += [(coarse, fine) for coarse in _COARSE for fine in _FINE_AFTER_COARSE]
+    found = []
+    for coarse, fine in tried:
+        solution = solve(block, z, Solver(Whole(), guess, MaxSweeps(fine), correction, coarse), labels, batch_size)
+        residual = float(certify(block, z, solution.x, labels, batch_size).max())
+        if residual <= max(TOLERANCES):
+            found.append(CountedRun(coarse, fine, residual, float((solution.x - x).abs().max())))
+    return tuple(found)
+
+
 def window_sizes(length: int) -> list[int]:
     """8, 16, 32 .. below T, and T."""
     doublings = range(math.ceil(math.log2(max(length / _SMALLEST_WINDOW, 1))))
@@ -275,5 +310,6 @@ def _block_from_json(value: Mapping[str, Any]) -> BlockTuning:
             )
             for run in value["runs"]
         ),
+        counted=tuple(CountedRun(**run) for run in value["counted"]),
         amplification=float(value["amplification"]),
     )  # fmt: skip

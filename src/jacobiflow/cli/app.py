@@ -11,7 +11,7 @@ import torch
 import typer
 from typer.exceptions import TyperException
 
-from jacobiflow.cli import bench, calibrate, convert, info, sample, trace, train
+from jacobiflow.cli import bench, calibrate, convert, info, plan, sample, trace, train
 
 app = typer.Typer(
     name="jacobiflow",
@@ -21,8 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _COMMANDS: dict[str, Callable[..., None]] = {
-    "sample": sample.sample, "calibrate": calibrate.calibrate, "trace": trace.trace, "bench": bench.bench,
-    "train": train.train, "convert": convert.convert, "info": info.info,
+    "sample": sample.sample, "calibrate": calibrate.calibrate, "plan": plan.plan, "trace": trace.trace,
+    "bench": bench.bench, "train": train.train, "convert": convert.convert, "info": info.info,
 }  # fmt: skip
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -25,9 +25,10 @@ from jacobiflow.flows.tarflow import TarFlow
 from jacobiflow.latents import draw_latents
 from jacobiflow.plots import bench_figure, save_png
 from jacobiflow.sampling import sample
-from jacobiflow.strategy import Strategy, resolve
+from jacobiflow.strategy import Prediction, Strategy, auto, resolve
 
-_STRATEGIES = ("auto", "jacobi")
+AUTO = "auto"
+_STRATEGIES = (AUTO, "jacobi")
 _BATCH_SIZES = (1, 4, 16)
 _BASELINES = 3  # runs beside the strategies: growing cache, sequential, encoding pass
 
@@ -83,7 +84,8 @@ def bench(
     found = None if report is None else options.load_report(report, flow)
     if found is not None and found.settings.guidance != guide:
         warnings.warn(f"--report {report}: calibrated under other guidance; it may start far off", stacklevel=2)
-    plans = _plans(strategy or _STRATEGIES, flow, found, tolerance)
+    names = list(dict.fromkeys(strategy or _STRATEGIES))
+    plans = _plans(names, flow, found, tolerance)
     classes = {size: options.parse_labels(labels, size, flow, seed) for size in sizes}
     options.check_writable(out, json)
     where = machine(flow.var.device)
@@ -93,20 +95,27 @@ def bench(
     )
 
     comparisons = []
+    predictions: dict[int, Prediction] = {}
     for size in sizes:
         z = draw_latents(size, flow.config.num_tokens, flow.config.token_channels, seed)
+        if AUTO in names:
+            plans[AUTO] = auto(flow, size, tolerance, guide)
         runs = {
             name: partial(
-                sample, flow, labels=classes[size], latents=z, strategy=plan, guidance=guide, certify=certify,
+                sample, flow, labels=classes[size], latents=z, strategy=plans[name], guidance=guide, certify=certify,
                 progress=False,
             )
-            for name, plan in plans.items()
+            for name in names
+            if name != SEQUENTIAL
         }  # fmt: skip
-        with _progress(f"batch size {size}", (repeats + 1) * (len(plans) + _BASELINES)) as advance:
+        with _progress(f"batch size {size}", (repeats + 1) * (len(runs) + _BASELINES)) as advance:
             comparisons.append(
                 compare(flow, z, classes[size], runs, guidance=guide, repeats=repeats, after_each=advance)
             )
         _print(comparisons[-1])
+        if AUTO in names and (prediction := plans[AUTO].prediction) is not None:
+            predictions[size] = prediction
+            print(f"auto: predicted {prediction.seconds:.3f} s, without its certificates")
     print("over cache, over seq.: speed-up over the original code's growing-cache loop, and over the sequential loop")
     print("evals/token: how often a token of a block was evaluated; residual: the certificate, largest |g(x) - x|")
     figures = {
@@ -114,6 +123,7 @@ def bench(
         "seed": seed, "labels": labels, "guidance": None if guide is None else asdict(guide), "tolerance": tolerance,
         "report": None if report is None else str(report), "certify": certify, "repeats": repeats, "machine": where,
         "comparisons": [comparison.to_json() for comparison in comparisons],
+        "predictions": {size: asdict(prediction) for size, prediction in predictions.items()},
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     save_png(bench_figure(comparisons), out / "bench.png")
@@ -122,25 +132,25 @@ def bench(
     print(f"wrote {out / 'bench.png'} and {out / 'bench.json'}")
 
 
-def _plans(
-    names: Sequence[str], flow: TarFlow, report: Report | None, tolerance: float | None
-) -> Mapping[str, Strategy]:
-    """The strategies by name, less the sequential loop, which is a baseline; a file keeps its own guesses.
+def _plans(names: Sequence[str], flow: TarFlow, report: Report | None, tolerance: float | None) -> dict[str, Strategy]:
+    """The strategies by name, less "auto", which is planned for a batch size; a file keeps its own guesses.
 
     **Raises** `ValueError` for a name that is none, a strategy that does not fit, or a tolerance that nothing heeds.
     """
     config = flow.config
     plans: dict[str, Strategy] = {}
     for name in names:
+        if name == AUTO:
+            continue
         if report is None or name.endswith(".json"):
             plan = resolve(name, config.num_blocks, config.num_tokens, None)
         else:
             plan = Strategy.parse(name, report)
         plan.check(flow)
         plans[name] = plan if tolerance is None else plan.with_tolerance(tolerance)
-    if tolerance is not None and all(s.stopping.atol is None for plan in plans.values() for s in plan.solvers):
+    heeded = AUTO in names or any(s.stopping.atol is not None for plan in plans.values() for s in plan.solvers)
+    if tolerance is not None and not heeded:
         raise ValueError(f"--tolerance {tolerance:g}: every strategy stops after a number of sweeps; leave it out")
-    plans.pop(SEQUENTIAL, None)
     return plans
 
 

@@ -21,8 +21,10 @@ from jacobiflow.calibration import Report
 from jacobiflow.calibration import calibrate as measure
 from jacobiflow.calibration.convergence import TOLERANCES
 from jacobiflow.calibration.report import GUESS_NAMES
+from jacobiflow.calibration.tuning import BlockTuning
 from jacobiflow.cli import options
 from jacobiflow.data import ImageDataset, load_images
+from jacobiflow.flows.checkpoints import REPORT
 from jacobiflow.strategy import Strategy
 from jacobiflow.training import Noise, noisy_images
 
@@ -45,6 +47,14 @@ def calibrate(
     segments: Annotated[int, typer.Option("--segments", help="Segments of a block with metrics of their own.")] = 8,
     traced: Annotated[int, typer.Option("--traced", help="Images, and fresh latents, whose sweeps are measured.")] = 32,
     per_class: Annotated[bool, typer.Option("--per-class", help="Also each class by itself (Appendix E).")] = False,
+    chord: Annotated[
+        bool,
+        typer.Option(
+            "--chord",
+            help="Also fit guesses and corrections, and count their sweeps, for jacobiflow plan. With --out "
+            f"{REPORT} in the model's folder, the strategy auto plans by it.",
+        ),
+    ] = False,
     guidance: options.GuidanceWeight = 0.0,
     guidance_on: options.GuidanceOn = "both",
     constant_guidance: options.ConstantGuidance = False,
@@ -82,7 +92,7 @@ def calibrate(
         flow, _Images(data, chosen, None if clean else _noise(flow.config.noise_std), seed), labels,
         norm="fro" if norm == "fro" else 2 if norm == "2" else 1,
         guidance=guide,
-        segments=segments, traced=traced, per_class=per_class, batch_size=batch_size, seed=seed,
+        segments=segments, traced=traced, per_class=per_class, chord=chord, batch_size=batch_size, seed=seed,
         progress=sys.stderr.isatty(),
     )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -200,8 +210,20 @@ def _print(report: Report, figures: dict[str, Any]) -> None:
         print(f"rank correlation of {metric} with the sweeps: {by_start['noise'][f'{_SHOWN:g}']:.2f}")
     if report.class_metrics:
         _print_classes(report)
+    if report.tuning is not None:
+        fitted = [(str(i), *_fitted(block, report.num_tokens)) for i, block in enumerate(report.tuning.blocks)]
+        columns = ("block", "correction", "mean", "slowest", "error over\nresidual", "error of\nimage over it")
+        _table(f"With a fitted guess and correction: sweeps of all tokens to {_SHOWN:g}", columns, fitted)
     for tolerance, notation in (figures["proposed"] or {}).items():
         print(f"proposed to {tolerance}: {notation}")
+
+
+def _fitted(block: BlockTuning, num_tokens: int) -> tuple[str, ...]:
+    run = next(run for run in block.runs if (run.window, run.tolerance) == (num_tokens, _SHOWN))
+    return (
+        type(block.correction).__name__.lower(), f"{sum(run.sweeps) / len(run.sweeps):.1f}", str(max(run.sweeps)),
+        _shown(run.error / run.residual) if run.residual else "", _shown(block.amplification),
+    )  # fmt: skip
 
 
 def _print_classes(report: Report) -> None:

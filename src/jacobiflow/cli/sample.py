@@ -25,6 +25,8 @@ from jacobiflow.plots import comparison_sheet, image_grid, save_png
 from jacobiflow.sampling import Samples
 from jacobiflow.solvers import Status
 from jacobiflow.strategy import Strategy, resolve
+from jacobiflow.strategy import plan as make_plan
+from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
 
 
 def sample(
@@ -39,8 +41,8 @@ def sample(
         str,
         typer.Option(
             "--strategy",
-            help="auto (for now window:32 in every block), sequential, jacobi, jacobi-J, gs-jacobi:G, gs-jacobi:G-J, "
-            "window:N, the paper's [Stack-GS-J-Else], or a .json file.",
+            help="auto (planned for this model, machine and batch size; see jacobiflow plan), sequential, jacobi, "
+            "jacobi-J, gs-jacobi:G, gs-jacobi:G-J, window:N, the paper's [Stack-GS-J-Else], or a .json file.",
         ),
     ] = "auto",
     tolerance: Annotated[
@@ -84,7 +86,11 @@ def sample(
         found = options.load_report(report, flow)
         if found.settings.guidance != guide:
             warnings.warn(f"--report {report}: calibrated under other guidance; it may start far off", stacklevel=2)
-        plan = Strategy.parse(strategy, found)
+        if strategy == "auto":
+            given = DEFAULT_TOLERANCE if tolerance is None else tolerance
+            plan = make_plan(flow, found, min(batch_size or num, num), given, guidance=guide)
+        else:
+            plan = Strategy.parse(strategy, found)
     options.check_writable(out, json)
 
     def draw(strategy: str | Strategy, count: int = num, tolerance: float | None = tolerance) -> Samples:
@@ -95,7 +101,8 @@ def sample(
         )  # fmt: skip
 
     if compare:
-        resolve(plan, flow.config.num_blocks, flow.config.num_tokens, tolerance)  # before the long sequential run
+        if plan != "auto":  # refuse what does not fit before the long sequential run
+            resolve(plan, flow.config.num_blocks, flow.config.num_tokens, tolerance)
         draw("jacobi-2", min(num, batch_size or num), None)  # so that neither run pays for first use
         results = {"sequential": draw("sequential")}
     else:

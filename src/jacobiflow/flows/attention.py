@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -53,8 +54,69 @@ def causal_mask(length: int, like: Tensor) -> Float[Tensor, "t t"]:
     return torch.full((length, length), -torch.inf, dtype=like.dtype, device=like.device).triu(1)
 
 
+Parameters = tuple[Tensor, Tensor]  # weight and bias
+
+
+class LayerWeights(NamedTuple):
+    """The parameters of one transformer layer, at hand without a module in between: a step over a few tokens is short.
+
+    Weights and biases of the norm before attention, the packed projections of queries, keys and values, the projection
+    of its output, the norm before the perceptron, and its two layers.
+    """
+
+    norm: Parameters
+    qkv: Parameters
+    proj: Parameters
+    mlp_norm: Parameters
+    up: Parameters
+    down: Parameters
+    num_heads: int
+
+    def to(self, dtype: torch.dtype) -> LayerWeights:
+        """In `dtype`."""
+        norm, qkv, proj, mlp_norm, up, down = (in_dtype(pair, dtype) for pair in self[:-1])
+        return LayerWeights(norm, qkv, proj, mlp_norm, up, down, self.num_heads)
+
+
+def in_dtype(parameters: Parameters, dtype: torch.dtype) -> Parameters:
+    """Weight and bias in `dtype`."""
+    weight, bias = parameters
+    return weight.to(dtype), bias.to(dtype)
+
+
+def transformer_layer(
+    x: Float[Tensor, "b n c"], weights: LayerWeights, cache: KeyValues | None = None, fed: Fed | None = None
+) -> Float[Tensor, "b n c"]:
+    """Pre-norm attention, then a perceptron with GELU, each added to its input.
+
+    Attention is causal over `x` alone, or as `fed` says over `cache`, which takes the keys and values of `x`.
+    """
+    batch, length, channels = x.shape
+    size = (channels,)
+    normed = F.layer_norm(x, size, *weights.norm)
+    qkv = F.linear(normed, *weights.qkv).view(batch, length, 3, weights.num_heads, -1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    if cache is None or fed is None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        if isinstance(fed.positions, slice):
+            cache.keys[:, :, fed.positions] = k
+            cache.values[:, :, fed.positions] = v
+        else:
+            rows = torch.arange(batch, device=x.device).view(-1, 1)
+            cache.keys[rows, :, fed.positions] = k.transpose(1, 2)
+            cache.values[rows, :, fed.positions] = v.transpose(1, 2)
+        if fed.query_scale is not None:
+            q = q * fed.query_scale
+        keys, values = cache.keys[:, :, : fed.end], cache.values[:, :, : fed.end]
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=fed.mask)
+    x = x + F.linear(out.transpose(1, 2).reshape(batch, length, channels), *weights.proj)
+    hidden = F.linear(F.layer_norm(x, size, *weights.mlp_norm), *weights.up)
+    return x + F.linear(F.gelu(hidden), *weights.down)
+
+
 class Attention(nn.Module):
-    """Pre-norm causal multi-head self-attention: softmax(q k^T / sqrt(head_dim)) v."""
+    """Parameters of multi-head self-attention, under the original's names; see `transformer_layer`."""
 
     def __init__(self, channels: int, head_dim: int) -> None:
         super().__init__()
@@ -63,32 +125,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(channels, channels)
         self.num_heads = channels // head_dim
 
-    def forward(
-        self, x: Float[Tensor, "b n c"], cache: KeyValues | None = None, fed: Fed | None = None
-    ) -> Float[Tensor, "b n c"]:
-        """Attend over `x` alone, or as `fed` says over `cache`, which takes the keys and values of `x`."""
-        batch, length, _ = x.shape
-        qkv = self.qkv(self.norm(x)).view(batch, length, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if cache is None or fed is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            if isinstance(fed.positions, slice):
-                cache.keys[:, :, fed.positions] = k
-                cache.values[:, :, fed.positions] = v
-            else:
-                rows = torch.arange(batch, device=x.device).view(-1, 1)
-                cache.keys[rows, :, fed.positions] = k.transpose(1, 2)
-                cache.values[rows, :, fed.positions] = v.transpose(1, 2)
-            if fed.query_scale is not None:
-                q = q * fed.query_scale
-            keys, values = cache.keys[:, :, : fed.end], cache.values[:, :, : fed.end]
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=fed.mask)
-        return self.proj(out.transpose(1, 2).reshape(batch, length, -1))
-
 
 class MLP(nn.Module):
-    """Pre-norm two-layer perceptron with GELU."""
+    """Parameters of the two-layer perceptron, under the original's names; see `transformer_layer`."""
 
     def __init__(self, channels: int, expansion: int) -> None:
         super().__init__()
@@ -96,9 +135,6 @@ class MLP(nn.Module):
         self.main = nn.Sequential(
             nn.Linear(channels, channels * expansion), nn.GELU(), nn.Linear(channels * expansion, channels)
         )
-
-    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        return self.main(self.norm(x))
 
 
 class AttentionBlock(nn.Module):
@@ -109,8 +145,14 @@ class AttentionBlock(nn.Module):
         self.attention = Attention(channels, head_dim)
         self.mlp = MLP(channels, expansion)
 
-    def forward(
-        self, x: Float[Tensor, "b n c"], cache: KeyValues | None = None, fed: Fed | None = None
-    ) -> Float[Tensor, "b n c"]:
-        x = x + self.attention(x, cache, fed)
-        return x + self.mlp(x)
+    def weights(self) -> LayerWeights:
+        """The parameters as `transformer_layer` takes them."""
+        attention, mlp = self.attention, self.mlp
+        norm, qkv, proj, mlp_norm, up, down = (
+            (module.weight, module.bias)
+            for module in (attention.norm, attention.qkv, attention.proj, mlp.norm, mlp.main[0], mlp.main[2])
+        )
+        return LayerWeights(norm, qkv, proj, mlp_norm, up, down, attention.num_heads)  # type: ignore[arg-type]
+
+    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        return transformer_layer(x, self.weights())

@@ -53,10 +53,21 @@ class RaggedBlock(Block, Protocol):
         ...
 
 
+class LowPrecisionBlock(Block, Protocol):
+    """A block whose network can also run in bfloat16, on the same float32 state, as its attribute says."""
+
+    low_precision: bool
+
+    def lower(self, cache: Any) -> Any:
+        """The cache with which `update` runs the network in bfloat16."""
+        ...
+
+
 class AffineBlock:
     """A block whose map is affine in z: g(x) = exp(log_scale(x)) z + shift(x), eq. (3) of the GS-Jacobi paper."""
 
     ragged = False
+    low_precision = False
 
     def init_cache(
         self,
@@ -86,6 +97,10 @@ class AffineBlock:
     def join(self, caches: Sequence[Any]) -> Any:
         """One cache for the samples of all, where the block is `ragged`."""
         raise TypeError(f"{type(self).__name__} must define join")
+
+    def lower(self, cache: Any) -> Any:
+        """The cache with which the network runs in bfloat16, where the block has `low_precision`."""
+        raise TypeError(f"{type(self).__name__} must define lower")
 
     def output_weights(self) -> tuple[Float[Tensor, "c d"] | None, Float[Tensor, "c d"]] | None:
         """W_s and W_u of the linear layer that ends in `log_scale` = W_s h + b_s and `shift` = W_u h + b_u.

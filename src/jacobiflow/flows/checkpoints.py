@@ -26,6 +26,7 @@ from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+REPORT = "report.json"
 MODEL_TYPE = "tarflow"
 FORMAT_VERSION = 1
 
@@ -88,7 +89,9 @@ def read(kind: type[AnyFlow], name: str | Path, **hub: Any) -> AnyFlow:
         state = load_file(weights)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{weights}: cut short or damaged ({_first_line(error)}); copy it again") from error
-    return _build(kind, config, state, str(weights), masks={})
+    flow = _build(kind, config, state, str(weights), masks={})
+    flow.report_file = folder / REPORT if (folder / REPORT).is_file() else None
+    return flow
 
 
 def bundled() -> dict[str, Path]:

@@ -38,20 +38,21 @@ def certify(
 
 def solve_certified(
     block: Block, z: Float[Tensor, "b t c"], solver: Solver, context: Tensor | None = None, certificate: bool = True,
-    slots: int | None = None,
+    slots: int | None = None, tolerance: float | None = None,
 ) -> Solution:  # fmt: skip
     """`solve`, then its certificate, then a second and third attempt for the samples that fell short.
 
-    A sample whose certificate is above the solver's tolerance is resumed from where it stands; one that is still
-    above it, that missed its tolerance by `MaxSweeps`, or that is not finite, is solved token by token and counted.
-    What remains above the tolerance then is the rounding of the network (`Status.ROUNDING`); what remains non-finite
-    is so in the exact inverse too (`Status.NONFINITE`). Stopping on `MaxSweeps` without a tolerance is a legitimate
-    end. With `certificate=False` the pass that measures is left out, and the swept residuals stand. At most `slots`
-    samples are in the network at a time, all by default.
+    A sample whose certificate is above `tolerance`, by default the solver's own, is resumed from where it stands. One
+    that is still above it, that missed the solver's own tolerance by `MaxSweeps`, or that is not finite, is solved
+    token by token and counted. What remains above the tolerance then is the rounding of the network
+    (`Status.ROUNDING`); what remains non-finite is so in the exact inverse too (`Status.NONFINITE`). Stopping on
+    `MaxSweeps` without a tolerance is a legitimate end. With `certificate=False` the pass that measures is left out,
+    and the swept residuals stand. At most `slots` samples are in the network at a time, all by default.
     """
     started = time.perf_counter()
     solution = solve(block, z, solver, context, slots)
-    atol = solver.stopping.atol
+    own = solver.stopping.atol
+    atol = tolerance if certificate and tolerance is not None else own
     exact = isinstance(solver.partition, Sequential)
 
     if certificate:
@@ -60,8 +61,9 @@ def solve_certified(
             within = (solution.status == Status.MAX_SWEEPS) & (solution.residual <= atol)
             solution = replace(solution, status=solution.status.masked_fill(within, Status.CONVERGED))
     if atol is not None and certificate and not exact:
-        short = (solution.residual > atol) & (solution.status == Status.CONVERGED)
-        resumed = replace(solver, guess=Given(solution.x[short]), stopping=Tolerance(atol))
+        ended = (solution.status == Status.CONVERGED) | ((solution.status == Status.MAX_SWEEPS) & (own is None))
+        short = (solution.residual > atol) & ended
+        resumed = replace(solver, guess=Given(solution.x[short]), stopping=Tolerance(atol), coarse=0)
         solution = _again(block, z, solution, short, resumed, context, certificate, slots)
     wrong = solution.status == Status.NONFINITE
     if atol is not None:

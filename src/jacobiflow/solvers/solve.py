@@ -4,40 +4,45 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.flows.base import Block, put_run, run_of
+from jacobiflow.flows.base import Block, LowPrecisionBlock, put_run, run_of
 from jacobiflow.solvers.correction import Correction, Plain
-from jacobiflow.solvers.guess import Guess, Latent
+from jacobiflow.solvers.guess import Given, Guess, Latent
 from jacobiflow.solvers.partition import Partition, Segments, Whole, Window
 from jacobiflow.solvers.solution import Solution, Status
-from jacobiflow.solvers.stopping import Stopping, Tolerance
+from jacobiflow.solvers.stopping import MaxSweeps, Stopping, Tolerance
 
 _GROWTH = 4.0  # a residual that many times the least so far ...
 _PATIENCE = 3  # ... for so many sweeps in a row: the correction does not fit this sample
-_LEAVING = 0.25  # share of finished samples at which the batch is made anew: copying its keys costs about a sweep
+LEAVING = 0.25  # share of finished samples at which the batch is made anew: copying its keys costs about a sweep
 
 
 @dataclass(frozen=True)
 class Solver:
-    """How to solve a block: four independent pieces.
+    """How to solve a block: four independent pieces, and sweeps in bfloat16 that come first.
 
     `Solver(Sequential())` is the exact loop, `Solver(Whole())` Jacobi, `Solver(Segments(G), stopping=MaxSweeps(J))`
-    the paper's GS-Jacobi, `Solver(Window(n))` a sliding window.
+    the paper's GS-Jacobi, `Solver(Window(n))` a sliding window. With `coarse`, so many sweeps of all tokens are made
+    from the guess by the network in bfloat16, whose answer is then the guess: where that is several times as fast, the
+    pieces have only the last digits to find.
     """
 
     partition: Partition = field(default_factory=Whole)
     guess: Guess = field(default_factory=Latent)
     stopping: Stopping = field(default_factory=lambda: Tolerance(1e-3))
     correction: Correction = field(default_factory=Plain)
+    coarse: int = 0
 
     def __post_init__(self) -> None:
+        if type(self.coarse) is not int or self.coarse < 0:
+            raise ValueError(f"coarse={self.coarse!r}: give a number of sweeps, 0 for none")
         counts = self.stopping.max_sweeps
         if isinstance(counts, tuple) and not (
             isinstance(self.partition, Segments) and self.partition.count == len(counts)
@@ -70,14 +75,25 @@ def solve(
 
     **Returns:** a `Solution`, uncertified.
 
-    **Raises:** `ValueError` where `z` is not finite or not (B, T, C), or the partition does not fit T.
+    **Raises:** `ValueError` where `z` is not finite or not (B, T, C), the partition does not fit T, or the block has no
+    bfloat16 network (`low_precision`) for coarse sweeps.
     """
     if z.ndim != 3 or not torch.isfinite(z).all():
         raise ValueError(f"z of shape {tuple(z.shape)}: give finite values (batch, tokens, channels)")
     solver.partition.check(z.shape[1])
+    if solver.coarse and not getattr(block, "low_precision", False):
+        raise ValueError(f"coarse={solver.coarse}: {type(block).__name__} has no bfloat16 network; give 0")
     started = time.perf_counter()
+    slots = slots or len(z)
+    sweeps, token_evaluations, fine = 0, 0, solver
     with no_gradients(block):
-        loop = _Loop(block, z, solver, context, slots or len(z))
+        if solver.coarse:
+            coarse = replace(solver, partition=Whole(), stopping=MaxSweeps(solver.coarse))
+            first = _Loop(block, z, coarse, context, slots, low_precision=True)
+            first.run()
+            sweeps, token_evaluations = first.sweeps, first.token_evaluations
+            fine = replace(solver, guess=Given(first.x))
+        loop = _Loop(block, z, fine, context, slots)
         loop.run()
         failed = loop.failed | ~torch.isfinite(loop.x).all(dim=(1, 2)).cpu().numpy()
     status = np.where(failed, Status.NONFINITE, np.where(loop.missed, Status.MAX_SWEEPS, Status.CONVERGED))
@@ -87,10 +103,10 @@ def solve(
         status=torch.from_numpy(status.astype(np.int64)).to(z.device),
         residual=torch.from_numpy(residual).to(z),
         resolved_sequentially=torch.zeros(len(z), dtype=torch.bool, device=z.device),
-        sample_sweeps=torch.from_numpy(loop.sample_sweeps).to(z.device),
-        sweeps=loop.sweeps,
-        network_calls=loop.sweeps,
-        token_evaluations=loop.token_evaluations,
+        sample_sweeps=torch.from_numpy(loop.sample_sweeps + solver.coarse).to(z.device),
+        sweeps=sweeps + loop.sweeps,
+        network_calls=sweeps + loop.sweeps,
+        token_evaluations=token_evaluations + loop.token_evaluations,
         seconds=time.perf_counter() - started,
     )
 
@@ -123,8 +139,11 @@ class _Batch:
 class _Loop:
     """Samples enter, are swept, and leave; what is known of each is kept at its place in the caller's order."""
 
-    def __init__(self, block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int) -> None:
+    def __init__(
+        self, block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int, low_precision: bool = False
+    ) -> None:
         self.block, self.z, self.solver, self.context, self.slots = block, z, solver, context, slots
+        self.low_precision = low_precision
         self.length = z.shape[1]
         self.guess = solver.guess(z)
         self.x = torch.empty_like(self.guess)
@@ -148,8 +167,10 @@ class _Loop:
         if batch is not None:
             if self.ragged is None and batch.front[0] < self.length:
                 return batch
+            if self.ragged is None:
+                self.sample_sweeps[batch.sample] = len(batch.stops) - 1
             done = batch.front >= self.length
-            if not done.all() and done.sum() < _LEAVING * len(done):
+            if not done.all() and done.sum() < LEAVING * len(done):
                 return batch
             self.x[self._index(batch.sample[done])] = batch.x[self._index(done.nonzero()[0])]
             batch = None if done.all() else self._take(batch, (~done).nonzero()[0])
@@ -161,6 +182,8 @@ class _Loop:
         rows = slice(entering[0], entering[-1] + 1)
         z, guess, count = self.z[rows], self.guess[rows], len(entering)
         cache = self.block.init_cache(z, None if self.context is None else self.context[rows])
+        if self.low_precision:
+            cache = cast(LowPrecisionBlock, self.block).lower(cache)
         new = _Batch(entering, guess.clone(), z, guess, cache, np.zeros(count, dtype=np.int64),
                      np.full(count, np.inf), np.zeros(count, dtype=np.int64))  # fmt: skip
         return new if batch is None else self._join(batch, new)
@@ -190,8 +213,8 @@ class _Loop:
         batch.segment += stop > batch.stops[-1]  # the ends of `Segments` differ
         batch.stops.append(stop)
         self.sweeps += 1
-        self.sample_sweeps[batch.sample] += batch.front < length
         if self.ragged is not None:
+            self.sample_sweeps[batch.sample] += batch.front < length
             # A run that would leave the sequence starts earlier: all are of one length, and what is final stays so.
             start = np.minimum(batch.front, length - size)
             apart = None if (start == first).all() else self._index(start)
@@ -203,54 +226,58 @@ class _Loop:
             g = self.ragged.update_at(batch.x, batch.z, apart, size, int(start.max()) + size, batch.cache)
         if size == 1:
             put_run(batch.x, g, first if apart is None else apart)
-            batch.front = start + 1 if apart is not None else np.full(len(batch.front), stop)
-            batch.known = int(batch.front.min())
+            batch.front += 1
+            batch.known = stop if apart is None else int(batch.front.min())
             return
 
-        if apart is None:
-            start = np.full(len(batch.front), first)
+        if self.ragged is None:
+            start = batch.front
         at = first if apart is None else apart
         old = run_of(batch.x, at, size)
-        final = batch.front - start  # so many leading tokens of a run
-        if final.any():
+        if self.ragged is not None and (final := batch.front - start).any():  # so many leading tokens of a run
             g = torch.where(self._index(final[:, None] <= np.arange(size)).unsqueeze(-1), g, old)
         new = self.solver.correction(old, g)
         change, step = self._sizes(old, g, new)
-        finite = np.isfinite(step)
         if new is not g:
-            residual = np.where(finite, change, np.inf).max(axis=1)
-            batch.growing = np.where(residual > _GROWTH * batch.least, batch.growing + 1, batch.growing)
-            batch.least = np.minimum(batch.least, residual)
-            distrusted = batch.growing >= _PATIENCE
-            if distrusted.any():
-                new = torch.where(self._index(distrusted).view(-1, 1, 1), g, new)
-        if not finite.all():
-            new = torch.where(torch.isfinite(new).all(dim=-1, keepdim=True), new, run_of(batch.guess, at, size))
-        put_run(batch.x, new, at)
-        self._pass(batch, start, size, change, step, finite)
+            residual = change.max(axis=1)
+            batch.growing = np.where(residual <= _GROWTH * batch.least, batch.growing, batch.growing + 1)
+            batch.least = np.fmin(batch.least, residual)
+            if (batch.growing >= _PATIENCE).any():
+                new = torch.where(self._index(batch.growing >= _PATIENCE).view(-1, 1, 1), g, new)
+        finite = np.isfinite(step)
+        if finite.all():
+            put_run(batch.x, new, at)
+            self._pass(batch, start, size, change, step, None)
+        else:
+            kept = torch.isfinite(new).all(dim=-1, keepdim=True)
+            put_run(batch.x, torch.where(kept, new, run_of(batch.guess, at, size)), at)
+            self._pass(batch, start, size, change, step, ~finite)
 
     @staticmethod
     def _sizes(old: Tensor, g: Tensor, new: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Per token on the host, the largest |g(x) - x|, and the larger of it and the step that was made."""
-        change = (g - old).abs().amax(dim=-1)
         if new is g:
-            host = change.cpu().numpy()
+            host = (g - old).abs_().amax(dim=-1).cpu().numpy()
             return host, host
-        host = torch.stack((change, (new - old).abs().amax(dim=-1))).cpu().numpy()
+        host = (torch.stack((g, new)) - old).abs_().amax(dim=-1).cpu().numpy()
         return host[0], host.max(axis=0)
 
     def _pass(
-        self, batch: _Batch, start: np.ndarray, size: int, change: np.ndarray, step: np.ndarray, finite: np.ndarray
-    ) -> None:
+        self, batch: _Batch, start: np.ndarray, size: int, change: np.ndarray, step: np.ndarray,
+        overflowed: np.ndarray | None,
+    ) -> None:  # fmt: skip
         """Move the fronts past what is done, and note how it was."""
-        count, sample, stopping = len(start), batch.sample, self.solver.stopping
-        failed = self.failed[sample] | ~finite[np.arange(count), np.minimum(batch.front - start, size - 1)]
+        sample, stopping = batch.sample, self.solver.stopping
+        if overflowed is not None:
+            at_front = np.minimum(batch.front - start, size - 1)
+            self.failed[sample] |= overflowed[np.arange(len(sample)), at_front]
         if stopping.atol is None:
-            settled, lead = np.zeros((count, size), dtype=bool), np.zeros(count, dtype=np.int64)
+            settled = np.zeros(change.shape, dtype=bool)
         else:
             settled = np.logical_and.accumulate(step <= stopping.atol, axis=1)
-            self._residual(sample, np.where(settled, change, 0))
-            lead = np.where(failed, size, settled.sum(axis=1))  # the others do not wait for one that is to be redone
+            self._residual(sample, change * settled if overflowed is None else np.where(settled, change, 0))
+        lead = settled.sum(axis=1)
+        lead[self.failed[sample]] = size  # the others do not wait for one that is to be redone
         if self.ragged is None:
             lead[:] = lead.min()
         advance = np.minimum(lead + 1, size)
@@ -261,14 +288,15 @@ class _Loop:
             limit = counts[batch.segment] if isinstance(counts, tuple) else counts
             if len(batch.stops) > limit and batch.stops[-limit] > batch.known:
                 advance[:] = batch.stops[-limit] - start
-                exact = np.concatenate((np.ones((count, 1), dtype=bool), settled[:, :-1]), axis=1)[:, : advance[0]]
-                self._residual(sample, np.where(exact, 0, np.where(finite, change, np.inf)[:, : advance[0]]))
-                self.missed[sample] |= ~(exact | settled[:, : advance[0]]).all(axis=1)
-        failed |= (~finite & (np.arange(size) < advance[:, None])).any(axis=1)
-        self.failed[sample] = failed
+                exact = np.concatenate((np.ones((len(sample), 1), dtype=bool), settled[:, :-1]), axis=1)
+                left = np.where(exact, 0, np.nan_to_num(change, nan=np.inf))[:, : advance[0]]
+                self._residual(sample, left)
+                self.missed[sample] |= ~(exact | settled)[:, : advance[0]].all(axis=1)
+        if overflowed is not None:
+            self.failed[sample] |= (overflowed & (np.arange(size) < advance[:, None])).any(axis=1)
         batch.front = start + advance
         if self.ragged is not None:
-            batch.front[failed] = self.length
+            batch.front[self.failed[sample]] = self.length
 
     def _residual(self, sample: np.ndarray, sizes: np.ndarray) -> None:
         self.residual[sample] = np.maximum(self.residual[sample], sizes.max(axis=1))

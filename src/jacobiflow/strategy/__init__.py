@@ -1,5 +1,6 @@
 """Which solver each block gets."""
 
-from jacobiflow.strategy.strategy import Strategy, resolve
+from jacobiflow.strategy.planner import auto, plan
+from jacobiflow.strategy.strategy import Prediction, Strategy, resolve
 
-__all__ = ["Strategy", "resolve"]
+__all__ = ["Prediction", "Strategy", "auto", "plan", "resolve"]

@@ -9,7 +9,6 @@ from typing import Any
 
 from jacobiflow.solvers import Latent, MaxSweeps, Segments, Sequential, Solver, Stopping, Tolerance, Whole, Window
 
-AUTO_WINDOW = 32
 DEFAULT_TOLERANCE = 1e-3
 FORMS = (
     "auto, sequential, jacobi, jacobi-J, gs-jacobi:G, gs-jacobi:G-J, window:N, or [Stack-GS-J-Else] such as [7-8-32-10]"
@@ -21,6 +20,8 @@ def parse(text: str, num_blocks: int, num_tokens: int, tolerance: float) -> tupl
     if text.strip().startswith("["):
         return _parse_paper(text.strip(), num_blocks, num_tokens)
     solver = _named(text, num_tokens, tolerance)
+    if text.strip().lower() == "auto":
+        raise ValueError("strategy 'auto' is planned for a flow, a device and a batch: give it to sample, or use plan")
     if solver is None:
         raise ValueError(f"strategy {text!r}: unknown; give {FORMS}")
     return (solver,) * num_blocks
@@ -31,8 +32,6 @@ def _named(text: str, num_tokens: int | None = None, tolerance: float = DEFAULT_
     name, to_tolerance = text.strip().lower(), Tolerance(tolerance)
     if name in ("sequential", "original"):
         return Solver(Sequential(), stopping=to_tolerance)
-    if name == "auto":
-        return Solver(Window(AUTO_WINDOW), stopping=to_tolerance)
     if name == "jacobi":
         return Solver(Whole(), stopping=to_tolerance)
     if match := re.fullmatch(r"jacobi-([0-9]{1,9})", name):

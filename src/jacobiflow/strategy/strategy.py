@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from jacobiflow.calibration.convergence import Trace
 from jacobiflow.calibration.report import Report
 from jacobiflow.files import tensor_from_json, tensor_to_json, write_json
 from jacobiflow.flows.fingerprint import check_fingerprint
+from jacobiflow.guidance import Guidance
 from jacobiflow.solvers import (
+    CausalLinear,
+    Chord,
     Latent,
     MaxSweeps,
     MeanAffine,
@@ -35,8 +39,27 @@ FORMAT_VERSION = 1
 _PARTITIONS: Mapping[str, Callable[..., Any]] = {
     "sequential": Sequential, "whole": Whole, "segments": Segments, "window": Window,
 }  # fmt: skip
-_GUESSES: Mapping[str, Callable[..., Any]] = {"latent": Latent, "zeros": Zeros, "mean_affine": MeanAffine}
-_CORRECTIONS: Mapping[str, Callable[..., Any]] = {"plain": Plain}
+_GUESSES: Mapping[str, Callable[..., Any]] = {
+    "latent": Latent, "zeros": Zeros, "mean_affine": MeanAffine, "causal_linear": CausalLinear,
+}  # fmt: skip
+_CORRECTIONS: Mapping[str, Callable[..., Any]] = {"plain": Plain, "chord": Chord}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a planned strategy is for, and what it should cost.
+
+    **Attributes:** `device`, its name, and a CPU's threads; `batch_size`; `guidance`; `seconds` for a batch, without
+    its certificates, and `sequential_seconds` by the sequential loop; `error`, the largest of an image against the
+    exact inverse.
+    """
+
+    device: str
+    batch_size: int
+    guidance: Guidance | None
+    seconds: float
+    sequential_seconds: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -44,11 +67,14 @@ class Strategy:
     """One `Solver` per block, in encoding order: entry 0 is for the block that touches the image.
 
     `fingerprint` is that of the flow whose report it was made with, `None` where it is for any flow; see `check`.
-    Strategies are equal when their solvers are.
+    `tolerance` is what samples are certified to, `None` for each solver's own; `prediction` is there where
+    `jacobiflow.plan` made it. Strategies are equal when their solvers and their tolerance are.
     """
 
     solvers: tuple[Solver, ...]
     fingerprint: str | None = field(default=None, compare=False)
+    tolerance: float | None = None
+    prediction: Prediction | None = field(default=None, compare=False)
 
     @classmethod
     def uniform(cls, solver: Solver, num_blocks: int) -> Strategy:
@@ -67,8 +93,7 @@ class Strategy:
         "[0/7-256/8-1/13-6]". "Jacobi-30" sweeps all tokens of every block 30 times, "Original" (or "sequential") solves
         token by token. The notation leaves the guesses to IGM.
 
-        To `tolerance`: "auto" (for now `Window(32)` in every block), "jacobi", "gs-jacobi:8" (8 segments) and
-        "window:24"; "gs-jacobi:8-32" takes 32 sweeps a segment.
+        To `tolerance`: "jacobi", "gs-jacobi:8" (8 segments), "window:24". "gs-jacobi:8-32": 32 sweeps a segment.
 
         **Arguments:** `report` gives each block the guess with the smallest IGM, and the sizes of the flow. Without it
         every guess is `Latent`, and `num_blocks` and `num_tokens` must be given.
@@ -123,6 +148,10 @@ class Strategy:
     def with_tolerance(self, atol: float) -> Strategy:
         """This strategy with `atol` in place of every tolerance that it has; sweep counts stay."""
         Tolerance(atol)  # refuses what is no tolerance
+        if self.tolerance is not None and atol != self.tolerance:
+            raise ValueError(f"tolerance {atol}: the strategy was planned for {self.tolerance:g}; plan again")
+        if self.tolerance is not None:
+            return self
         solvers = (
             s if s.stopping.atol is None else replace(s, stopping=replace(s.stopping, atol=atol)) for s in self.solvers
         )
@@ -133,17 +162,32 @@ class Strategy:
         if self.fingerprint is not None:
             check_fingerprint(self.fingerprint, flow, "the strategy was made for")
 
+    def check_use(self, device: torch.device, batch_size: int, guidance: Guidance | None) -> None:
+        """**Raises** `ValueError` where the strategy was planned for another device, batch size or guidance."""
+        if self.prediction is None:
+            return
+        for name, planned, have in (
+            ("device", self.prediction.device, device_name(device)),
+            ("batch size", self.prediction.batch_size, batch_size),
+            ("guidance", self.prediction.guidance, guidance),
+        ):
+            if planned != have:
+                raise ValueError(f"the strategy was planned for {name} {planned}, not {have}: plan again")
+
     def to_json(self) -> dict[str, Any]:
         """A JSON value that `from_json` turns back into an equal strategy."""
         return {
             "format_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
+            "tolerance": self.tolerance,
+            "prediction": None if self.prediction is None else asdict(self.prediction),
             "blocks": [
                 {
                     "partition": _name(_PARTITIONS, s.partition),
                     "guess": _name(_GUESSES, s.guess),
                     "correction": _name(_CORRECTIONS, s.correction),
                     "stopping": _fields(s.stopping),
+                    "coarse": s.coarse,
                 }
                 for s in self.solvers
             ],
@@ -159,7 +203,11 @@ class Strategy:
             raise ValueError(f"strategy: fingerprint {made_for!r}: give a text, or null for any flow")
         if not isinstance(blocks, list) or not blocks:
             raise ValueError("strategy: 'blocks' must list one solver per block")
-        return cls(tuple(_solver(block, i) for i, block in enumerate(blocks)), made_for)
+        tolerance = value.get("tolerance")
+        if tolerance is not None:
+            Tolerance(tolerance)
+        solvers = tuple(_solver(block, i) for i, block in enumerate(blocks))
+        return cls(solvers, made_for, tolerance, _prediction(value.get("prediction")))
 
     def save(self, path: str | Path) -> None:
         """Write as JSON; the file appears whole or not at all."""
@@ -174,6 +222,23 @@ class Strategy:
             raise ValueError(f"strategy {path}: cannot be read ({error.strerror})") from error
         except (ValueError, RecursionError) as error:
             raise ValueError(f"strategy {path}: {error}") from error
+
+
+def _prediction(value: Any) -> Prediction | None:
+    if value is None:
+        return None
+    try:
+        guidance = value["guidance"]
+        return Prediction(**value | {"guidance": None if guidance is None else Guidance(**guidance)})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"strategy: prediction {value!r} is none ({error}); plan again") from error
+
+
+def device_name(device: torch.device) -> str:
+    """What timings depend on: the device's name, and for a CPU the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} with {torch.get_num_threads()} threads"
 
 
 def _size(text: str, name: str, given: int | None, reported: int | None) -> int:
@@ -226,14 +291,15 @@ def _rich(value: Any) -> Any:
 
 def _solver(block: Any, index: int) -> Solver:
     where = f"block {index}"
-    if not isinstance(block, dict) or set(block) != {"partition", "guess", "correction", "stopping"}:
-        raise ValueError(f"{where}: give partition, guess, correction and stopping, and nothing else")
+    if not isinstance(block, dict) or set(block) - {"coarse"} != {"partition", "guess", "correction", "stopping"}:
+        raise ValueError(f"{where}: give partition, guess, correction, stopping, and coarse or not, and nothing else")
     try:
         return Solver(
             partition=_piece(_PARTITIONS, block["partition"]),
             guess=_piece(_GUESSES, block["guess"]),
             correction=_piece(_CORRECTIONS, block["correction"]),
             stopping=Stopping(**_values(block["stopping"])),
+            coarse=block.get("coarse", 0),
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
@@ -261,7 +327,7 @@ def resolve(strategy: str | Path | Strategy, num_blocks: int, num_tokens: int, t
         found = strategy if isinstance(strategy, Strategy) else Strategy.load(strategy)
         if tolerance is not None:
             found = found.with_tolerance(tolerance)
-    if tolerance is not None and all(solver.stopping.atol is None for solver in found.solvers):
+    if tolerance is not None and found.tolerance is None and all(s.stopping.atol is None for s in found.solvers):
         raise ValueError(
             f"tolerance {tolerance}: strategy {str(strategy)!r} stops after a number of sweeps and would not heed it; "
             "leave the tolerance out, or give a strategy that has one"

@@ -1,0 +1,268 @@
+"""Every way to sample from `fashion-p2`, ours and others', in interleaved runs: `python benchmarks/performance.py`.
+
+Writes docs/results/performance.json. Needs an otherwise idle machine and about 30 minutes on two cores; started again
+it goes on with what the file lacks.
+
+1. Grid: every setting of every sampler, at batch 1, 4 and 16: seconds (the faster of two runs), error, calls.
+2. Final: of each sampler the fastest setting whose error is at most 1e-3, the most accurate where none is, and the
+   published one, all in turn with `auto` and the two baselines. Batch 64 takes the settings that are best at 16.
+3. Tough: block 7 alone, by plain windows and by windows with the fitted guess and chord.
+4. Counts: network calls and token evaluations at a tolerance of 1e-2.
+5. Guided: `auto` and the baselines under guidance of weight 1, annealed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import GRIDS, PEERS, gs_jacobi_grid
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.benchmarking import compare, interleave, machine, paired_error
+from jacobiflow.files import write_json
+from jacobiflow.latents import draw_latents
+from jacobiflow.strategy import auto
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+MODEL = "fashion-p2"
+BATCHES = (1, 4, 16, 64)
+GRID_BATCHES = (1, 4, 16)
+REPEATS = {1: 9, 4: 7, 16: 5, 64: 3}
+TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+ERROR = 1e-3
+TOUGH = 7
+GUIDANCE = jf.Guidance(1.0)
+WINDOWS = (8, 16, 24, 32, 48, 64, 96, 196)
+
+Run = Callable[[Tensor, Tensor], Any]  # of latents and labels; gives images, network_calls, token_evaluations
+
+
+def latents(flow: jf.TarFlow, batch: int) -> tuple[Tensor, Tensor]:
+    """Latents and balanced labels."""
+    z = draw_latents(batch, flow.config.num_tokens, flow.config.token_channels, seed=1)
+    return z, torch.arange(batch) % flow.config.num_classes
+
+
+def draw(
+    flow: jf.TarFlow, z: Tensor, labels: Tensor, strategy: str | jf.Strategy, guidance: jf.Guidance | None = None,
+    certify: bool = False,
+) -> jf.Samples:  # fmt: skip
+    """One run of the library."""
+    return jf.sample(
+        flow, latents=z, labels=labels, strategy=strategy, guidance=guidance, certify=certify, progress=False
+    )
+
+
+def settings(flow: jf.TarFlow, report: jf.Report) -> dict[str, dict[str, Run]]:
+    """By sampler and setting, the published setting first."""
+    found: dict[str, dict[str, Run]] = {
+        name: {
+            ", ".join(f"{key} {value}" for key, value in setting.items()): partial(_peer, flow, PEERS[name], setting)
+            for setting in grid
+        }
+        for name, grid in GRIDS.items()
+    }
+    found["GS-Jacobi"] = {
+        text: partial(_ours, flow, plan) for text, plan in gs_jacobi_grid(replace(report, tuning=None)).items()
+    }
+    found["window"] = {
+        f"window:{size} to {tolerance:g}": partial(
+            _ours, flow, jf.Strategy.uniform(jf.Solver(jf.Window(size), stopping=jf.Tolerance(tolerance)), 8)
+        )
+        for size in (32, flow.config.num_tokens)
+        for tolerance in TOLERANCES
+    }
+    return found
+
+
+def _peer(flow: jf.TarFlow, sampler: Callable[..., Any], setting: Mapping[str, Any], z: Tensor, labels: Tensor) -> Any:
+    return sampler(flow, z, labels, **setting)
+
+
+def _ours(flow: jf.TarFlow, strategy: str | jf.Strategy, z: Tensor, labels: Tensor) -> jf.Samples:
+    return draw(flow, z, labels, strategy)
+
+
+def grid(flow: jf.TarFlow, every: Mapping[str, Mapping[str, Run]], batch: int) -> list[dict[str, Any]]:
+    """A row per setting, and one per tolerance of `auto`."""
+    z, labels = latents(flow, batch)
+    exact = draw(flow, z, labels, "sequential").images
+    runs = {(name, setting): run for name, row in every.items() for setting, run in row.items()}
+    plans = {tolerance: auto(flow, batch, tolerance) for tolerance in TOLERANCES}
+    runs |= {("auto", f"to {tolerance:g}"): partial(_ours, flow, plan) for tolerance, plan in plans.items()}
+    rows = []
+    for (name, setting), run in runs.items():
+        seconds = []
+        for _ in range(2):
+            started = time.perf_counter()
+            answer = run(z, labels)
+            seconds.append(time.perf_counter() - started)
+        rows.append({"sampler": name, "setting": setting, "seconds": min(seconds), **_answer(answer, exact)})
+        print(f"  {batch:3d} {name} {setting}: {min(seconds):.3f} s, error {rows[-1]['max_error']:.1e}", flush=True)
+    return rows
+
+
+def best(rows: list[dict[str, Any]], name: str) -> str:
+    """The fastest setting of a sampler within the error; the most accurate where none is."""
+    own = [row for row in rows if row["sampler"] == name]
+    within = [row for row in own if row["max_error"] <= ERROR]
+    chosen = min(within, key=lambda row: row["seconds"]) if within else min(own, key=lambda row: row["max_error"])
+    return str(chosen["setting"])
+
+
+def final(
+    flow: jf.TarFlow, every: Mapping[str, Mapping[str, Run]], rows: list[dict[str, Any]], batch: int
+) -> dict[str, Any]:
+    """One interleaved run of the best and the published settings with `auto` and the baselines."""
+    z, labels = latents(flow, batch)
+    plan = auto(flow, batch)
+    runs: dict[str, Callable[[], Any]] = {
+        "auto": partial(draw, flow, z, labels, plan),
+        "auto, certified": partial(draw, flow, z, labels, plan, None, True),
+    }
+    for name, row in every.items():
+        names = {best(rows, name)} | ({next(iter(row))} if name != "window" else set())
+        runs |= {f"{name} | {setting}": partial(_images, row[setting], z, labels) for setting in sorted(names)}
+    found = compare(flow, z, labels, runs, repeats=REPEATS[batch]).to_json()
+    exact = draw(flow, z, labels, "sequential").images
+    for entry in found["rows"]:
+        name, _, setting = entry["strategy"].partition(" | ")
+        if setting:
+            entry |= _answer(every[name][setting](z, labels), exact)
+    prediction = None if plan.prediction is None else asdict(plan.prediction)
+    certified = partial(draw, flow, z, labels, "sequential", None, True)
+    seconds, _ = interleave({"sequential, certified": certified}, REPEATS[batch])
+    return found | {
+        "prediction": prediction,
+        "plan": plan.to_json(),
+        "sequential_certified": asdict(seconds.popitem()[1]),
+    }
+
+
+def _images(run: Run, z: Tensor, labels: Tensor) -> Tensor:
+    images: Tensor = run(z, labels).images
+    return images
+
+
+def _answer(answer: Any, exact: Tensor) -> dict[str, Any]:
+    error = paired_error(answer.images, exact)
+    return {
+        "max_error": error.max, "mean_error": error.mean,
+        "network_calls": answer.network_calls, "token_evaluations": answer.token_evaluations,
+    }  # fmt: skip
+
+
+def tough(flow: jf.TarFlow, report: jf.Report, batch: int) -> list[dict[str, Any]]:
+    """Seconds of block 7 by windows, plain and tuned, each at its largest tolerance that gives the same error."""
+    z, labels = latents(flow, batch)
+    block, tuned = flow.blocks[TOUGH], _tuning(report).blocks[TOUGH]
+    z = block.permutation(z * flow.var.sqrt())
+    exact = jf.solve(block, z, jf.Solver(jf.Sequential()), labels).x
+    solvers: dict[tuple[str, int], jf.Solver] = {}
+    for size in WINDOWS:
+        for kind, guess, correction in (
+            ("plain", report.guess(TOUGH), jf.Plain()), ("chord", tuned.guess, tuned.correction),
+        ):  # fmt: skip
+            for tolerance in (1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6):
+                solver = jf.Solver(jf.Window(size), guess, jf.Tolerance(tolerance), correction)
+                if float((jf.solve(block, z, solver, labels).x - exact).abs().max()) <= ERROR:
+                    solvers[kind, size] = solver
+                    break
+    runs = {f"{kind} {size}": partial(jf.solve, block, z, solver, labels) for (kind, size), solver in solvers.items()}
+    runs["sequential"] = partial(jf.solve, block, z, jf.Solver(jf.Sequential()), labels)
+    seconds, answers = interleave(runs, REPEATS[batch])
+    return [
+        {
+            "batch": batch, "solver": name, "seconds": seconds[name].median,
+            "mean_sweeps": float(answer.sample_sweeps.float().mean()), "slowest": int(answer.sample_sweeps.max()),
+            "error": float((answer.x - exact).abs().max()),
+        }
+        for name, answer in answers.items()
+    ]  # fmt: skip
+
+
+def counts(flow: jf.TarFlow, report: jf.Report, batch: int) -> list[dict[str, Any]]:
+    """Calls and token evaluations to 1e-2: plain windows, and tuned ones, whole elsewhere than in the tough block."""
+    z, labels = latents(flow, batch)
+    exact = draw(flow, z, labels, "sequential").images
+    blocks, length = _tuning(report).blocks, flow.config.num_tokens
+    rows = []
+    for size in (32, 64, length):
+        for kind in ("plain", "tuned"):
+            solvers = [
+                jf.Solver(
+                    jf.Window(size if i == TOUGH else length),
+                    block.guess if kind == "tuned" else report.guess(i),
+                    jf.Tolerance(1e-2),
+                    block.correction if kind == "tuned" else jf.Plain(),
+                )
+                for i, block in enumerate(blocks)
+            ]
+            answer = draw(flow, z, labels, jf.Strategy(tuple(solvers)))
+            calls = length * len(blocks)
+            rows.append({"batch": batch, "kind": kind, "tough_window": size, **_answer(answer, exact),
+                         "calls_of_sequential": calls / answer.network_calls,
+                         "evaluations_per_token": answer.token_evaluations / (batch * calls)})  # fmt: skip
+    return rows
+
+
+def guided(flow: jf.TarFlow, batch: int) -> dict[str, Any]:
+    """`auto` and the baselines under guidance."""
+    z, labels = latents(flow, batch)
+    plan = auto(flow, batch, guidance=GUIDANCE)
+    runs = {
+        "auto": partial(draw, flow, z, labels, plan, GUIDANCE),
+        "auto, certified": partial(draw, flow, z, labels, plan, GUIDANCE, True),
+        "jacobi": partial(draw, flow, z, labels, "jacobi", GUIDANCE),
+    }
+    found = compare(flow, z, labels, runs, guidance=GUIDANCE, repeats=REPEATS[batch]).to_json()
+    return found | {"prediction": None if plan.prediction is None else asdict(plan.prediction)}
+
+
+def _tuning(report: jf.Report) -> jf.Tuning:
+    if report.tuning is None:
+        raise ValueError("the report has no tuning: make calibration")
+    return report.tuning
+
+
+def main() -> None:
+    """Measure, writing after every part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS / "performance.json")
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    arguments = parser.parse_args()
+    flow = jf.load(MODEL)
+    if flow.report_file is None:
+        raise ValueError(f"{MODEL} has no report: make calibration")
+    report = jf.Report.load(flow.report_file)
+    every = settings(flow, report)
+    parts: dict[str, Callable[[int], Any]] = {
+        "grid": lambda batch: grid(flow, every, batch) if batch in GRID_BATCHES else None,
+        "final": lambda batch: final(flow, every, result["grid"][str(min(batch, max(GRID_BATCHES)))], batch),
+        "tough": lambda batch: tough(flow, report, batch) if batch in GRID_BATCHES else None,
+        "counts": lambda batch: counts(flow, report, batch) if batch in GRID_BATCHES else None,
+        "guided": lambda batch: guided(flow, batch),
+    }
+    head = {"command": "python benchmarks/performance.py", "model": MODEL, "machine": machine()}
+    result: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    if result.get("machine") != head["machine"]:
+        result = head | {part: {} for part in parts}
+    for batch in arguments.batches:
+        for part, measure in parts.items():
+            if str(batch) not in result[part]:
+                result[part][str(batch)] = measure(batch)
+                write_json(arguments.out, result)
+                print(f"batch {batch}: {part} done", flush=True)
+
+
+if __name__ == "__main__":
+    main()

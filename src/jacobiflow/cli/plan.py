@@ -1,0 +1,85 @@
+"""`jacobiflow plan`: the cheapest way to solve every block on this machine."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from jacobiflow.cli import options
+from jacobiflow.flows.checkpoints import REPORT
+from jacobiflow.solvers import Sequential, Solver, Window
+from jacobiflow.strategy import plan as make
+from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
+
+
+def plan(
+    out: Annotated[Path, typer.Option("--out", help="File for the strategy (JSON).")],
+    model: options.Model = "fashion-p2",
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", help=f"By jacobiflow calibrate --chord; default: the model folder's {REPORT}."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images solved together.")] = 1,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="Largest residual in any block, and largest error of an image.")
+    ] = DEFAULT_TOLERANCE,
+    guidance: options.GuidanceWeight = 0.0,
+    guidance_on: options.GuidanceOn = "both",
+    constant_guidance: options.ConstantGuidance = False,
+    attn_temperature: options.AttnTemperature = 1.0,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+    json: options.Json = None,
+) -> None:
+    """Time sweeps on this machine, and find the cheapest strategy for a model, a batch size and a tolerance.
+
+    What the strategy "auto" does by itself, as a file to look at, to keep and to give to sample.
+
+    Example: jacobiflow plan --model fashion-p2 --batch-size 4 --out out/plan.json
+    """
+    if out.is_dir() or out.suffix != ".json":
+        raise ValueError(f"--out {out}: give a file that ends in .json")
+    options.check_writable(None, json, out_file=out)
+    flow = options.load_model(model, device, dtype)
+    guide = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
+    path = report or flow.report_file
+    if path is None:
+        raise ValueError(f"--model {model}: has no {REPORT}; give --report, by jacobiflow calibrate --chord")
+    found = make(flow, options.load_report(path, flow), batch_size, tolerance, guidance=guide)
+    prediction = found.prediction
+    assert prediction is not None  # plan makes it
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found.save(out)
+    options.report(json, found.to_json() | {"model": model, "report": str(path)})
+
+    print(f"{model}, batch size {batch_size}, {prediction.device}")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for column in ("block", "tokens at a time", "until"):
+        table.add_column(column)
+    for i, solver in enumerate(found.solvers):
+        table.add_row(str(i), *_words(solver, flow.config.num_tokens))
+    Console().print(table)
+    print(
+        f"predicted: {prediction.seconds:.3f} s a batch, the sequential loop {prediction.sequential_seconds:.3f} s; "
+        f"largest error of an image {prediction.error:.1e}"
+    )
+    print(f"wrote {out}")
+    words = ["jacobiflow", "sample", "--model", model, "--strategy", str(out), "--batch-size", str(batch_size)]
+    words += ["--num", str(batch_size), *options.guidance_words(guide)]
+    print(f"use it: {shlex.join(words)}")
+
+
+def _words(solver: Solver, num_tokens: int) -> tuple[str, str]:
+    if isinstance(solver.partition, Sequential):
+        return "1", "exact"
+    tokens = str(min(solver.partition.size, num_tokens) if isinstance(solver.partition, Window) else num_tokens)
+    if solver.stopping.atol is not None:
+        return tokens, f"changes are below {solver.stopping.atol:.1e}"
+    coarse = f"{solver.coarse} sweeps in bfloat16, then " if solver.coarse else ""
+    return tokens, f"{coarse}{solver.stopping.max_sweeps} sweeps"
