@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml
 
 demo: setup
 	$(BIN)/jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo
-	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels 9 --strategy jacobi --compare --out out/demo-one
+	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels 9 --compare --out out/demo-one
 
 test: setup
 	$(BIN)/python -m pytest
@@ -24,11 +24,12 @@ test: setup
 lint: setup
 	$(BIN)/pre-commit run --all-files
 
-# Regenerates docs/results, the table in docs/benchmarks.md and the demo's picture (10 minutes on two idle cores).
+# Regenerates docs/performance.md, the tables in README.md and the demo's picture (35 minutes on two idle cores).
 benchmark: setup
-	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/performance.py
+	$(BIN)/python benchmarks/performance_page.py
 	$(BIN)/jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo --json docs/results/demo.json
-	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels 9 --strategy jacobi --compare --out out/demo-one \
+	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels 9 --compare --out out/demo-one \
 		--json docs/results/demo-one.json
 	cp out/demo/samples.png docs/figures/demo.png
 	$(BIN)/python benchmarks/readme.py
@@ -36,9 +37,10 @@ benchmark: setup
 # Regenerates the tables and figures of docs/calibration.md (15 minutes on two idle cores).
 CALIBRATE := $(BIN)/jacobiflow calibrate --model fashion-p2 --images fashion-512
 calibration: setup
-	$(CALIBRATE) --per-class --out docs/results/calibration-report.json --json docs/results/calibration.json
+	$(CALIBRATE) --per-class --chord --out src/jacobiflow/models/fashion-p2/report.json --json docs/results/calibration.json
+	$(BIN)/jacobiflow calibrate --model digits-p1 --images digits --chord --out src/jacobiflow/models/digits-p1/report.json
 	$(CALIBRATE) --guidance 1 --out out/guided.json --json docs/results/calibration-guided.json
-	$(BIN)/jacobiflow trace --report docs/results/calibration-report.json --strategy "[7-8-14-10]" --out out/trace
+	$(BIN)/jacobiflow trace --report src/jacobiflow/models/fashion-p2/report.json --strategy "[7-8-14-10]" --out out/trace
 	cp out/trace/*.png docs/figures/
 	$(BIN)/python benchmarks/strategies.py
 	$(BIN)/python benchmarks/calibration_page.py

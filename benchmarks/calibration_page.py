@@ -15,6 +15,7 @@ from jacobiflow.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
+REPORT = ROOT / "src" / "jacobiflow" / "models" / "fashion-p2" / "report.json"
 GUESSES = ("z", "0", "mean affine")  # as GUESS_NAMES has them
 BOUND = 1e-2
 
@@ -188,13 +189,14 @@ def strategies(result: dict[str, Any]) -> str:
     for batch in batches:
         columns += [f"batch {batch}: error max, mean", "time (rate)"]
     machine = result["machine"]
-    where = f"{machine['processor']}, {machine['threads']} threads, PyTorch {machine['torch']}"
+    processor = f"{machine['cores']} cores of {machine['processor']}"
+    where = f"{processor}, {machine['threads']} threads, PyTorch {machine['torch']}"
     return f"{table([*columns, 'calls'], lines)}\n\nMeasured on {where}."
 
 
 def filled(page: str) -> str:
     """`page` with the text between its marks replaced by what the result files say."""
-    report = jf.Report.load(RESULTS / "calibration-report.json")
+    report = jf.Report.load(REPORT)
     under_guidance = json.loads((RESULTS / "calibration-guided.json").read_text())
     timed = json.loads((RESULTS / "strategies.json").read_text())
     parts = {

@@ -10,13 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sampling import draw, latents
+from performance import draw, latents
 
 import jacobiflow as jf
 from jacobiflow.benchmarking import GROWING_CACHE, SEQUENTIAL, compare, machine
 from jacobiflow.files import write_json
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, REPORT = ROOT / "docs" / "results", ROOT / "src" / "jacobiflow" / "models" / "fashion-p2" / "report.json"
 BATCHES = (1, 4, 16)
 REPEATS = {1: 7, 4: 5, 16: 3}
 NAMES = {GROWING_CACHE: "Original, growing cache", SEQUENTIAL: "Original"}
@@ -62,7 +63,7 @@ def measure(flow: jf.TarFlow, plans: dict[str, jf.Strategy], batch: int) -> list
 
 def main() -> None:
     """Measure, write."""
-    flow, report = jf.load("fashion-p2"), jf.Report.load(RESULTS / "calibration-report.json")
+    flow, report = jf.load("fashion-p2"), jf.Report.load(REPORT)
     report.check(flow)
     plans, rows = settings(report), []
     for batch in BATCHES:

@@ -227,7 +227,9 @@ def test_published_settings_of_the_bundled_model(guidance: jf.Guidance | None) -
 
 
 def test_the_grid_of_gs_jacobi_is_of_the_report() -> None:
-    flow, report = jf.load("fashion-p2"), jf.Report.load(ROOT / "docs" / "results" / "calibration-report.json")
+    flow = jf.load("fashion-p2")
+    assert flow.report_file is not None
+    report = jf.Report.load(flow.report_file)
     grid = peers.gs_jacobi_grid(report)
     assert {"Jacobi-30", "Jacobi-60", "[7-196-1-10]", "[7-8-32-10]", "[7-4-32-10]", "[7-8-6-10]"} <= set(grid)
     for text, strategy in grid.items():

@@ -93,6 +93,8 @@ def calibrate(
     for name, value in (("traced", traced), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: give a positive whole number")
+    if chord and traced < 2:
+        raise ValueError(f"traced={traced}: give at least 2, to fit a chord to")
     if guidance is not None and not isinstance(guidance, Guidance):
         raise ValueError(f"guidance={guidance!r}: give a Guidance, such as Guidance({guidance!r})")
     Segments(segments).check(config.num_tokens)

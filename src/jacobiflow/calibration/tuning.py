@@ -61,6 +61,11 @@ class Run:
     residual: float
     error: float
 
+    def __post_init__(self) -> None:
+        _check_count("window", self.window, 1)
+        for count in self.sweeps:
+            _check_count("sweeps", count, 0)
+
 
 @dataclass(frozen=True)
 class CountedRun:
@@ -70,6 +75,13 @@ class CountedRun:
     fine: int
     residual: float
     error: float
+
+    def __post_init__(self) -> None:
+        _check_count("coarse", self.coarse, 0)
+        _check_count("fine", self.fine, 1)
+        for name in ("residual", "error"):
+            if not isinstance(getattr(self, name), float):
+                raise ValueError(f"tuning: {name} {getattr(self, name)!r}: give a number")
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,8 @@ class Tuning:
     blocks: tuple[BlockTuning, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.fingerprint, str):
+            raise ValueError(f"tuning: fingerprint {self.fingerprint!r}: give a text")
         for i, block in enumerate(self.blocks):
             if not block.runs or any(len(run.sweeps) != self.samples for run in block.runs):
                 raise ValueError(f"tuning: block {i} lacks runs of {self.samples} samples")
@@ -155,7 +169,7 @@ class Tuning:
             )
         except KeyError as error:
             raise ValueError(f"entry {error} is missing") from error
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"an entry is of the wrong kind ({error})") from error
 
     def save(self, path: str | Path) -> None:
@@ -196,6 +210,12 @@ def tune(
     for name, value in (("samples", samples), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: give a positive whole number")
+    if samples < 2:
+        raise ValueError(f"samples={samples}: give at least 2, to fit to")
+    if guidance is not None and not isinstance(guidance, Guidance):
+        raise ValueError(f"guidance={guidance!r}: give a Guidance, such as Guidance({guidance!r})")
+    if labels is not None and (not isinstance(labels, Tensor) or not labels.numel()):
+        raise ValueError(f"labels {labels!r}: give a tensor of one class or more")
     if labels is None and config.num_classes:
         labels = torch.arange(config.num_classes)
     if labels is not None:
@@ -293,6 +313,11 @@ def window_sizes(length: int) -> list[int]:
     """8, 16, 32 .. below T, and T."""
     doublings = range(math.ceil(math.log2(max(length / _SMALLEST_WINDOW, 1))))
     return [*(_SMALLEST_WINDOW * 2**k for k in doublings), length]
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(f"tuning: {name} {value!r}: give a whole number, {least} or more")
 
 
 def _ratio(error: float, cause: float) -> float:

@@ -88,7 +88,7 @@ def sample(
             warnings.warn(f"--report {report}: calibrated under other guidance; it may start far off", stacklevel=2)
         if strategy == "auto":
             given = DEFAULT_TOLERANCE if tolerance is None else tolerance
-            plan = make_plan(flow, found, min(batch_size or num, num), given, guidance=guide)
+            plan = make_plan(flow, found, batch_size or num, given, guidance=guide)
         else:
             plan = Strategy.parse(strategy, found)
     options.check_writable(out, json)

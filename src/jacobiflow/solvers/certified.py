@@ -26,9 +26,10 @@ def certify(
     `slots` samples are passed at a time, all by default.
     """
     found = []
+    size = slots or max(len(z), 1)
     with no_gradients(block):
-        for first in range(0, len(z), slots or len(z)):
-            rows = slice(first, first + (slots or len(z)))
+        for first in range(0, max(len(z), 1), size):
+            rows = slice(first, first + size)
             cache = block.init_cache(z[rows], None if context is None else context[rows])
             g = block.update(x[rows], z[rows], 0, z.shape[1], cache)
             found.append((g - x[rows]).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).amax(dim=(1, 2)))
@@ -82,7 +83,7 @@ def _certified(block: Block, z: Tensor, solution: Solution, context: Tensor | No
     return replace(
         solution,
         residual=certify(block, z, solution.x, context, slots),
-        network_calls=solution.network_calls + -(-batch // (slots or batch)),
+        network_calls=solution.network_calls + -(-batch // (slots or max(batch, 1))),
         token_evaluations=solution.token_evaluations + batch * length,
     )
 

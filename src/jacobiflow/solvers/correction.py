@@ -55,6 +55,8 @@ class Chord:
         check_kernel("Chord", self.kernel)
 
     def __call__(self, x: Float[Tensor, "b n c"], g: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        if x.shape[-1] != self.kernel.shape[1]:
+            raise ValueError(f"{self!r}, but the tokens have {x.shape[-1]}: calibrate this flow")
         residual = (g - x).nan_to_num(0.0, 0.0, 0.0)  # what overflowed says nothing of its successors
         return g + causal_convolution(residual, self._filter.to(g), delay=1)
 

@@ -80,6 +80,8 @@ def solve(
     """
     if z.ndim != 3 or not torch.isfinite(z).all():
         raise ValueError(f"z of shape {tuple(z.shape)}: give finite values (batch, tokens, channels)")
+    if slots is not None and slots < 1:
+        raise ValueError(f"slots={slots}: give a positive number of samples, or None for all")
     solver.partition.check(z.shape[1])
     if solver.coarse and not getattr(block, "low_precision", False):
         raise ValueError(f"coarse={solver.coarse}: {type(block).__name__} has no bfloat16 network; give 0")
@@ -129,8 +131,9 @@ class _Batch:
     guess: Tensor
     cache: Any
     front: np.ndarray  # tokens before it are final
-    least: np.ndarray  # the smallest residual so far
+    least: np.ndarray  # the smallest residual since the run last took in new tokens
     growing: np.ndarray  # sweeps in a row in which it was far above
+    reached: np.ndarray  # where the latest run ended
     known: int = 0  # the cache holds the keys of the tokens before known - 1, to within the tolerance
     stops: list[int] = field(default_factory=lambda: [0])  # where each sweep's run ended
     segment: int = -1  # which one of `Segments` is swept
@@ -184,8 +187,8 @@ class _Loop:
         cache = self.block.init_cache(z, None if self.context is None else self.context[rows])
         if self.low_precision:
             cache = cast(LowPrecisionBlock, self.block).lower(cache)
-        new = _Batch(entering, guess.clone(), z, guess, cache, np.zeros(count, dtype=np.int64),
-                     np.full(count, np.inf), np.zeros(count, dtype=np.int64))  # fmt: skip
+        front, growing, reached = (np.zeros(count, dtype=np.int64) for _ in range(3))
+        new = _Batch(entering, guess.clone(), z, guess, cache, front, np.full(count, np.inf), growing, reached)
         return new if batch is None else self._join(batch, new)
 
     def _take(self, batch: _Batch, rows: np.ndarray) -> _Batch:
@@ -193,14 +196,16 @@ class _Loop:
         return _Batch(
             batch.sample[rows], batch.x[index], batch.z[index], batch.guess[index],
             self.ragged.take(batch.cache, index), batch.front[rows], batch.least[rows], batch.growing[rows],
+            batch.reached[rows], known=int(batch.front[rows].min()),
         )  # fmt: skip
 
     def _join(self, old: _Batch, new: _Batch) -> _Batch:
         x, z, guess = (torch.cat((getattr(old, name), getattr(new, name))) for name in ("x", "z", "guess"))
-        sample, front, least, growing = (
-            np.concatenate((getattr(old, name), getattr(new, name))) for name in ("sample", "front", "least", "growing")
+        sample, front, least, growing, reached = (
+            np.concatenate((getattr(old, name), getattr(new, name)))
+            for name in ("sample", "front", "least", "growing", "reached")
         )
-        return _Batch(sample, x, z, guess, self.ragged.join((old.cache, new.cache)), front, least, growing)
+        return _Batch(sample, x, z, guess, self.ragged.join((old.cache, new.cache)), front, least, growing, reached)
 
     def _index(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(rows).to(self.z.device)
@@ -239,11 +244,9 @@ class _Loop:
         new = self.solver.correction(old, g)
         change, step = self._sizes(old, g, new)
         if new is not g:
-            residual = change.max(axis=1)
-            batch.growing = np.where(residual <= _GROWTH * batch.least, batch.growing, batch.growing + 1)
-            batch.least = np.fmin(batch.least, residual)
-            if (batch.growing >= _PATIENCE).any():
-                new = torch.where(self._index(batch.growing >= _PATIENCE).view(-1, 1, 1), g, new)
+            distrusted = self._distrusted(batch, start, size, change)
+            if distrusted.any():
+                new = torch.where(self._index(distrusted).view(-1, 1, 1), g, new)
         finite = np.isfinite(step)
         if finite.all():
             put_run(batch.x, new, at)
@@ -252,6 +255,22 @@ class _Loop:
             kept = torch.isfinite(new).all(dim=-1, keepdim=True)
             put_run(batch.x, torch.where(kept, new, run_of(batch.guess, at, size)), at)
             self._pass(batch, start, size, change, step, ~finite)
+
+    @staticmethod
+    def _distrusted(batch: _Batch, start: np.ndarray, size: int, change: np.ndarray) -> np.ndarray:
+        """The samples whose correction is given up: for so many sweeps in a row residuals were far above the least.
+
+        Only tokens are judged that the latest sweep had too: residuals of new ones say nothing of the correction.
+        """
+        stop = start + size
+        swept = np.arange(size) < (batch.reached - start)[:, None]
+        grew = ~(np.where(swept, change, 0).max(axis=1) <= _GROWTH * batch.least)
+        given_up = batch.growing >= _PATIENCE
+        batch.growing = np.where(given_up, batch.growing, np.where(grew, batch.growing + 1, 0))
+        residual = change.max(axis=1)
+        batch.least = np.where(stop > batch.reached, residual, np.fmin(batch.least, residual))
+        batch.reached = stop
+        return batch.growing >= _PATIENCE
 
     @staticmethod
     def _sizes(old: Tensor, g: Tensor, new: Tensor) -> tuple[np.ndarray, np.ndarray]:

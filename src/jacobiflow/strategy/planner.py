@@ -31,6 +31,8 @@ from jacobiflow.strategy.strategy import Prediction, Strategy, device_name
 _MARGIN = 0.05  # least predicted gain over the sequential loop, beside the timings' own spread
 _REPEATS = 3
 _COUNT_MARGIN = 1.5
+_POWER = 4  # see `combined`
+_BUSY = 0.3  # a plan by timings that differ by more is not kept
 _WINDOW = 32  # of a flow without a tuning
 _SETTLED = 1e30  # a tolerance that every sweep meets
 
@@ -81,9 +83,10 @@ def plan(
 
     Seconds of a sweep are measured on the device, for the windows of the tuning and a few numbers of rows. A batch of B
     samples, whose sweeps are distributed as the tuning found them, takes the sum of its sweeps' seconds, finished
-    samples having left. An image's error is the root of the sum of squares over blocks of error times amplification.
+    samples having left. An image's error is made of the blocks' errors, times amplification; see `combined`.
     Of all combinations of a way per block, token by token included, the cheapest within the tolerance is found exactly.
-    It is the sequential loop unless the gain exceeds what the timings vary by.
+    It is the sequential loop unless the gain exceeds what the timings vary by. Under another guidance than the
+    tuning's, sweeps are taken to be as many, and only what stops on a tolerance is chosen.
 
     **Arguments:** `report` of `jacobiflow.calibrate(..., chord=True)`, or the `Tuning` itself; `device` as a check: the
     flow must be on it.
@@ -97,13 +100,16 @@ def plan(
         raise ValueError(f"batch_size={batch_size!r}: give a positive whole number")
     if not isinstance(tolerance, int | float) or not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance {tolerance!r}: give a positive number; at 0 use strategy 'sequential'")
+    if guidance is not None and not isinstance(guidance, Guidance):
+        raise ValueError(f"guidance={guidance!r}: give a Guidance, such as Guidance({guidance!r})")
     if device is not None and torch.device(device).type != flow.var.device.type:
         raise ValueError(f"device {device}: the flow is on {flow.var.device}; move it there first")
     tuning.check(flow)
     if len(tuning.blocks) != flow.config.num_blocks:
         raise ValueError(f"tuning of {len(tuning.blocks)} blocks, but the flow has {flow.config.num_blocks}")
     costs = measure(guided(flow.blocks[0], guidance), tuning, batch_size, flow)
-    options = [block_options(block, costs, batch_size, tolerance) for block in tuning.blocks]
+    counted = tuning.guidance == guidance
+    options = [block_options(block, costs, batch_size, tolerance, counted) for block in tuning.blocks]
     sequential = Option(Solver(Sequential()), costs.sequential, 0.0)
     chosen = cheapest([[sequential, *found] for found in options], tolerance)
     loop = sequential.seconds * len(options)
@@ -119,15 +125,19 @@ def plan(
             guidance=guidance,
             seconds=sum(option.seconds for option in chosen),
             sequential_seconds=loop,
-            error=math.sqrt(sum(option.error**2 for option in chosen)),
+            error=combined([option.error for option in chosen]),
+            spread=costs.spread,
         ),
     )
 
 
-def block_options(block: BlockTuning, costs: Costs, batch_size: int, tolerance: float) -> list[Option]:
+def block_options(
+    block: BlockTuning, costs: Costs, batch_size: int, tolerance: float, counted: bool = True
+) -> list[Option]:
     """Every window of a block's tuning at every tolerance, those between two that were tried included, and its counts.
 
-    Counts of sweeps adapt to no sample, so their residuals and errors are given a margin.
+    Counts of sweeps adapt to no sample: their residuals and errors are given a margin, and without `counted` they are
+    left out.
     """
     length, fixed = len(block.guess.shift), costs.fixed[batch_size]
     found = []
@@ -136,14 +146,13 @@ def block_options(block: BlockTuning, costs: Costs, batch_size: int, tolerance: 
             solver = Solver(Window(run.window), block.guess, Tolerance(run.tolerance), block.correction)
             seconds = batch_seconds(run.sweeps, batch_size, lambda rows, n=run.window: costs.of_sweep(rows, n))  # type: ignore[misc]
             found.append(Option(solver, fixed + seconds, run.error * block.amplification))
-    for counted in block.counted:
-        if _COUNT_MARGIN * counted.residual <= tolerance:
-            stopping = MaxSweeps(counted.fine)
-            solver = Solver(Whole(), block.guess, stopping, block.correction, counted.coarse)
-            seconds = fixed + counted.fine * costs.of_sweep(batch_size, length)
-            if counted.coarse:
-                seconds += costs.coarse_fixed + counted.coarse * costs.coarse
-            found.append(Option(solver, seconds, _COUNT_MARGIN * counted.error * block.amplification))
+    for count in block.counted if counted else ():
+        if _COUNT_MARGIN * count.residual <= tolerance:
+            solver = Solver(Whole(), block.guess, MaxSweeps(count.fine), block.correction, count.coarse)
+            seconds = fixed + count.fine * costs.of_sweep(batch_size, length)
+            if count.coarse:
+                seconds += costs.coarse_fixed + count.coarse * costs.coarse
+            found.append(Option(solver, seconds, _COUNT_MARGIN * count.error * block.amplification))
     return found
 
 
@@ -165,8 +174,19 @@ def batch_seconds(sweeps: Sequence[int], batch_size: int, seconds: Callable[[int
     return total
 
 
+def combined(errors: Sequence[float]) -> float:
+    """The largest error of an image from those that its blocks cause: the fourth root of the sum of fourth powers.
+
+    Each is the largest over many entries, and they seldom meet in one: squares would say twice what is measured.
+    """
+    largest = max(errors, default=0.0)
+    if not 0 < largest < math.inf:
+        return largest
+    return largest * math.pow(sum((error / largest) ** _POWER for error in errors), 1 / _POWER)
+
+
 def cheapest(options: Sequence[Sequence[Option]], tolerance: float) -> list[Option]:
-    """One option per block: the least sum of seconds whose errors' root of the sum of squares is within `tolerance`.
+    """One option per block: the least sum of seconds whose `combined` error is within `tolerance`.
 
     Exact: blocks are added one by one, and of partial choices only those are kept that no other beats in both seconds
     and error.
@@ -174,10 +194,10 @@ def cheapest(options: Sequence[Sequence[Option]], tolerance: float) -> list[Opti
     kept: list[tuple[float, float, tuple[Option, ...]]] = [(0.0, 0.0, ())]
     for block in options:
         grown = [
-            (seconds + option.seconds, squares + option.error**2, (*path, option))
-            for seconds, squares, path in kept
+            (seconds + option.seconds, errors + option.error**_POWER, (*path, option))
+            for seconds, errors, path in kept
             for option in block
-            if squares + option.error**2 <= tolerance**2
+            if option.error <= tolerance and errors + option.error**_POWER <= tolerance**_POWER
         ]
         grown.sort(key=lambda choice: choice[:2])
         kept, least = [], math.inf
@@ -200,7 +220,7 @@ def measure(block: AffineBlock, tuning: Tuning, batch_size: int, flow: TarFlow) 
     tuned = tuning.blocks[0]
     chord = next((b.correction for b in tuning.blocks if isinstance(b.correction, Chord)), tuned.correction)
     dtype = torch.float64 if flow.var.dtype == torch.float64 else torch.float32
-    rows = sorted({max(batch_size >> k, 1) for k in range(batch_size.bit_length())})
+    rows = sorted({1, *(-(-batch_size // part) for part in (1, 2, 4, 8))})
     labels = torch.zeros(batch_size, dtype=torch.long, device=flow.var.device) if flow.config.num_classes else None
     z = torch.zeros(batch_size, length, channels, dtype=dtype, device=flow.var.device)
     spreads: list[float] = []
@@ -218,16 +238,17 @@ def measure(block: AffineBlock, tuning: Tuning, batch_size: int, flow: TarFlow) 
     sweep, fixed = {}, {}
     for count in rows:
         one, three = (timed(Solver(Whole(), tuned.guess, MaxSweeps(k), chord), count) for k in (1, 3))
-        sweep[count, length] = (three - one) / 2
+        sweep[count, length] = max((three - one) / 2, 0.0)
         fixed[count] = max(one - sweep[count, length], 0.0)
         for window in sorted({run.window for run in tuned.runs} - {length}):
             solver = Solver(Window(window), tuned.guess, Tolerance(_SETTLED), chord)
             apart = _apart(block, z[:count], None if labels is None else labels[:count], window)
-            sweep[count, window] = (timed(solver, count) - fixed[count]) / math.ceil(length / window) + apart
+            together = (timed(solver, count) - fixed[count]) / math.ceil(length / window)
+            sweep[count, window] = max(together, 0.0) + apart
     coarse, coarse_fixed = math.inf, math.inf
     if block.low_precision:
         two, four = (timed(Solver(Whole(), tuned.guess, MaxSweeps(1), chord, k), batch_size) for k in (2, 4))
-        coarse = (four - two) / 2
+        coarse = max((four - two) / 2, 0.0)
         coarse_fixed = max(two - 2 * coarse - fixed[batch_size] - sweep[batch_size, length], 0.0)
     sequential = timed(Solver(Sequential()), batch_size)
     return Costs(sweep, fixed, coarse, coarse_fixed, sequential, statistics.median(spreads))
@@ -288,23 +309,26 @@ def auto(
     tolerance = DEFAULT_TOLERANCE if tolerance is None else tolerance
     print_ = fingerprint(flow)
     device = device_name(flow.var.device)
-    words = (print_, device, flow.var.dtype, batch_size, tolerance, guidance, torch.__version__)
+    words = (print_, device, flow.var.dtype, batch_size, tolerance, guidance, flow.report_file, torch.__version__)
     key = hashlib.sha256(repr(words).encode()).hexdigest()[:32]
     if key not in _plans:
-        _plans[key] = _kept(key, print_) or _made(flow, batch_size, tolerance, guidance, key, say)
+        _plans[key] = _kept(key, print_, flow.config.num_blocks) or _made(
+            flow, batch_size, tolerance, guidance, key, say
+        )
     return _plans[key]
 
 
 _plans: dict[str, Strategy] = {}
 
 
-def _kept(key: str, expected: str) -> Strategy | None:
+def _kept(key: str, expected: str, num_blocks: int) -> Strategy | None:
     """The plan in the cache folder, unless there is none that can be read."""
     try:
         found = Strategy.load(_folder() / f"{key}.json")
     except ValueError:
         return None
-    return found if found.fingerprint == expected else None
+    fits = found.fingerprint == expected and len(found.solvers) == num_blocks and found.prediction is not None
+    return found if fits else None
 
 
 def _made(
@@ -317,6 +341,9 @@ def _made(
         return Strategy.uniform(Solver(Window(_WINDOW), stopping=Tolerance(tolerance)), flow.config.num_blocks)
     say(f"auto: planning for batches of {batch_size} on {device_name(flow.var.device)}, once")
     made = plan(flow, report, batch_size, tolerance, guidance=guidance)
+    if made.prediction is not None and made.prediction.spread > _BUSY:
+        say(f"auto: timings differ by {made.prediction.spread:.0%}, the machine is busy; planning anew next time")
+        return made
     with suppress(OSError):  # a plan that cannot be kept is made again next time
         _folder().mkdir(parents=True, exist_ok=True)
         made.save(_folder() / f"{key}.json")

@@ -51,7 +51,7 @@ class Prediction:
 
     **Attributes:** `device`, its name, and a CPU's threads; `batch_size`; `guidance`; `seconds` for a batch, without
     its certificates, and `sequential_seconds` by the sequential loop; `error`, the largest of an image against the
-    exact inverse.
+    exact inverse; `spread`, by how much the timings differed, as a share.
     """
 
     device: str
@@ -60,6 +60,7 @@ class Prediction:
     seconds: float
     sequential_seconds: float
     error: float
+    spread: float
 
 
 @dataclass(frozen=True)

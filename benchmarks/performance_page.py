@@ -1,0 +1,211 @@
+"""Puts docs/results/performance.json into docs/performance.md: `python benchmarks/performance_page.py`.
+
+Also draws docs/figures/error-against-time.png.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from jacobiflow.files import write_atomically
+from jacobiflow.plots import COLORS, save_png
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+SAMPLERS = ("auto", "window", "GS-Jacobi", "Selective Jacobi Decoding", "STARFlow")
+TARGETS: dict[str, dict[str, float]] = {
+    "growing cache": {"1": 12, "4": 7, "16": 5, "64": 5},
+    "sequential": {"1": 6, "4": 3, "16": 1.3, "64": 0.97},
+}
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown, all but the first column to the right."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def row(found: dict[str, Any], name: str) -> dict[str, Any]:
+    """The row of a sampler in the final run of a batch size."""
+    return next(entry for entry in found["rows"] if entry["strategy"] == name)
+
+
+def headline(result: dict[str, Any]) -> str:
+    """`auto` beside the targets, and its prediction beside what was measured."""
+    lines = []
+    for batch, found in result["final"].items():
+        auto, certified = row(found, "auto"), row(found, "auto, certified")
+        seconds, predicted = auto["seconds"]["median"], found["prediction"]["seconds"]
+        cells = [batch, f"{seconds:.3f}", f"{certified['seconds']['median']:.3f}"]
+        for baseline, targets in TARGETS.items():
+            ratios = [auto["speed_up"][baseline], certified["speed_up"][baseline]]
+            cells.append(f"{ratios[0]:.2f}x, {ratios[1]:.2f}x ({targets[batch]:g}x)")
+        over = found["sequential_certified"]["median"] / certified["seconds"]["median"]
+        cells += [f"{over:.2f}x", f"{predicted:.3f} ({predicted / seconds - 1:+.0%})", f"{auto['error']['max']:.1e}"]
+        lines.append(cells)
+    return table(
+        ["batch", "`auto`, s", "certified, s", "over the growing cache (target)", "over sequential (target)",
+         "certified over certified sequential", "predicted, s", "max error"], lines,
+    )  # fmt: skip
+
+
+def peers(result: dict[str, Any]) -> str:
+    """Every row of the final runs."""
+    parts = []
+    for batch, found in result["final"].items():
+        lines = []
+        for entry in sorted(found["rows"], key=lambda entry: entry["seconds"]["median"]):
+            seconds, calls = entry["seconds"], entry["network_calls"]
+            lines.append([
+                entry["strategy"].replace(" | ", ": "), f"{seconds['median']:.3f}",
+                f"{seconds['min']:.3f} to {seconds['max']:.3f}", f"{entry['speed_up']['growing cache']:.2f}x",
+                f"{entry['speed_up']['sequential']:.2f}x", "" if calls is None else f"{calls:,}",
+                f"{entry['error']['max']:.1e}",
+            ])  # fmt: skip
+        lines.append(["encoding pass", f"{found['encoding_pass']['median']:.3f}", "", "", "", "", ""])
+        columns = [
+            "sampler",
+            "seconds",
+            "least to most",
+            "over the growing cache",
+            "over sequential",
+            "calls",
+            "max error",
+        ]
+        parts.append(f"Batch {batch}:\n\n{table(columns, lines)}")
+    return "\n\n".join(parts)
+
+
+def tough(result: dict[str, Any]) -> str:
+    """Block 7 by its best windows, plain and with guess and chord."""
+    lines = []
+    for batch, rows in result["tough"].items():
+        best = {
+            kind: min((entry for entry in rows if entry["solver"].startswith(kind)), key=lambda entry: entry["seconds"])
+            for kind in ("plain", "chord", "sequential")
+        }
+        saved = 1 - best["chord"]["seconds"] / best["plain"]["seconds"]
+        cells = [
+            f"{entry['solver'].split()[-1]}: {entry['seconds'] * 1e3:.1f} ms, {entry['mean_sweeps']:.1f} sweeps"
+            for entry in (best["plain"], best["chord"])
+        ]
+        lines.append([batch, *cells, f"{saved:.0%}", f"{best['sequential']['seconds'] * 1e3:.1f} ms"])
+    return table(["batch", "best plain window", "best window with guess and chord", "saved", "sequential"], lines)
+
+
+def counts(result: dict[str, Any]) -> str:
+    """Calls and work to 1e-2, of the window of block 7 with the fewest calls."""
+    lines = []
+    for batch, rows in result["counts"].items():
+        for kind in ("plain", "tuned"):
+            for entry in (entry for entry in rows if entry["kind"] == kind):
+                lines.append([
+                    batch, "guess and chord" if kind == "tuned" else "plain", str(entry["tough_window"]),
+                    str(entry["network_calls"]), f"1/{entry['calls_of_sequential']:.0f}",
+                    f"{entry['evaluations_per_token']:.2f}", f"{entry['max_error']:.1e}",
+                ])  # fmt: skip
+    columns = [
+        "batch",
+        "sweeps",
+        "window in block 7",
+        "calls",
+        "of sequential's",
+        "evaluations of a token",
+        "max error",
+    ]
+    return table(columns, lines)
+
+
+def guided(result: dict[str, Any]) -> str:
+    """`auto` and the baselines under guidance."""
+    lines = []
+    for batch, found in result["guided"].items():
+        cells = [batch]
+        for name in ("growing cache", "sequential", "jacobi", "auto", "auto, certified"):
+            entry = row(found, name)
+            ratio = "" if name == "growing cache" else f" ({entry['speed_up']['growing cache']:.1f}x)"
+            cells.append(f"{entry['seconds']['median']:.3f} s{ratio}")
+        lines.append([*cells, f"{row(found, 'auto')['error']['max']:.1e}"])
+    return table(
+        ["batch", "growing cache", "sequential", "jacobi", "auto", "auto, certified", "max error of auto"], lines
+    )
+
+
+def profile(result: dict[str, Any]) -> str:
+    """Where the seconds go."""
+    lines = []
+    for batch, found in result["profile"].items():
+        for name, kinds in found.items():
+            if name != "gigaflops_of_products":
+                lines.append([batch, name, *(f"{seconds:.3f}" for seconds in kinds.values())])
+    kinds = next(iter(next(iter(result["profile"].values())).values()))
+    rates = "; ".join(
+        f"batch {batch} {found['gigaflops_of_products']['float32']:.0f} and "
+        f"{found['gigaflops_of_products']['bfloat16']:.0f}"
+        for batch, found in result["profile"].items()
+    )
+    return (
+        f"{table(['batch', 'sampler', *kinds], lines)}\n\nGFLOP/s of the perceptron's first product over a whole "
+        f"batch, float32 and bfloat16: {rates}."
+    )
+
+
+def figure(result: dict[str, Any]) -> Figure:
+    """Error against time, a panel per batch: of each sampler the settings that none of its own beats in both."""
+    drawn = Figure(figsize=(4.4 * len(result["grid"]), 4.2), layout="constrained")
+    panels = drawn.subplots(1, len(result["grid"]), sharey=True, squeeze=False)[0]
+    for axis, (batch, rows) in zip(panels, result["grid"].items(), strict=True):
+        for sampler, color in zip(SAMPLERS, COLORS, strict=False):
+            own = sorted((entry for entry in rows if entry["sampler"] == sampler), key=lambda entry: entry["seconds"])
+            front: list[dict[str, Any]] = []
+            for entry in own:
+                if not front or entry["max_error"] < front[-1]["max_error"]:
+                    front.append(entry)
+            points = [(entry["seconds"], max(entry["max_error"], 1e-6)) for entry in front]
+            axis.plot(*zip(*points, strict=True), "o-", color=color, label=sampler, markersize=4, linewidth=1.5)
+        for name, style in (("sequential", "--"), ("growing cache", "-.")):
+            seconds = row(result["final"][batch], name)["seconds"]["median"]
+            axis.axvline(seconds, color="black", linestyle=style, linewidth=1, label=name)
+        axis.set(xscale="log", yscale="log", xlabel="seconds for the batch", title=f"batch {batch}")
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("largest error of an entry")
+    panels[-1].legend(frameon=False, fontsize=8)
+    return drawn
+
+
+def filled(page: str, parts: dict[str, str]) -> str:
+    """`page` with the text between its marks replaced."""
+    for name, text in parts.items():
+        before, _, rest = page.partition(f"<!-- {name} -->")
+        _, _, after = rest.partition(f"<!-- end of {name} -->")
+        page = f"{before}<!-- {name} -->\n\n{text}\n\n<!-- end of {name} -->{after}"
+    return page
+
+
+def parts() -> dict[str, str]:
+    """What the page shows of the result files, by its marks."""
+    result = json.loads((RESULTS / "performance.json").read_text())
+    machine = result["machine"]
+    processor = f"{machine['cores']} cores of {machine['processor']}"
+    found = {"machine": f"Measured on {processor}, {machine['threads']} threads, PyTorch {machine['torch']}."}
+    for part in (headline, peers, tough, counts, guided, profile):
+        found[part.__name__] = part(result)
+    return found
+
+
+def main() -> None:
+    """Fill the page, draw the figure."""
+    page = ROOT / "docs" / "performance.md"
+    write_atomically(page, filled(page.read_text(), parts()).encode())
+    result = json.loads((RESULTS / "performance.json").read_text())
+    save_png(figure(result), ROOT / "docs" / "figures" / "error-against-time.png")
+
+
+if __name__ == "__main__":
+    main()
