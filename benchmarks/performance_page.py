@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from jacobiflow.files import write_atomically
 from jacobiflow.plots import COLORS, save_png
@@ -172,10 +173,13 @@ def figure(result: dict[str, Any]) -> Figure:
             seconds = row(result["final"][batch], name)["seconds"]["median"]
             axis.axvline(seconds, color="black", linestyle=style, linewidth=1, label=name)
         axis.set(xscale="log", yscale="log", xlabel="seconds for the batch", title=f"batch {batch}")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("largest error of an entry")
-    panels[-1].legend(frameon=False, fontsize=8)
+    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     return drawn
 
 
