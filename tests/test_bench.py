@@ -5,29 +5,26 @@ No test here asserts how long anything takes.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import shlex
 import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from flows import make_flow, to_float32
 from PIL import Image
+from running import figures, run_line
 
 import jacobiflow as jf
 from jacobiflow import benchmarking
 from jacobiflow.benchmarking import Comparison, Error, Row, Timing, compare, interleave, machine, paired_error
-from jacobiflow.cli import main
 from jacobiflow.growing_cache import growing_cache_sample
 from jacobiflow.latents import draw_latents
 
@@ -271,24 +268,7 @@ def _work_there(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 def run(capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs `jacobiflow bench` in this process; gives its exit code, stdout and stderr."""
 
-    def run(line: str) -> SimpleNamespace:
-        code: Any = 0
-        try:
-            main(["bench", *shlex.split(line)])
-        except SystemExit as stop:
-            code = stop.code
-        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
-
-    return run
-
-
-def figures(path: Path) -> Any:
-    """The JSON in a file; NaN and infinity, which are not JSON, fail."""
-
-    def no_json(name: str) -> None:
-        raise AssertionError(f"{path}: {name} is not JSON")
-
-    return json.loads(path.read_text(), parse_constant=no_json)
+    return lambda line: run_line(f"bench {line}", capsys)
 
 
 def test_help_has_an_example_whose_options_exist(run: Any) -> None:

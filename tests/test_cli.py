@@ -12,9 +12,8 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,11 @@ import pytest
 import torch
 from flows import make_flow, to_float32
 from PIL import Image
+from running import figures, run_line
 
 import jacobiflow as jf
 from jacobiflow import sampling
 from jacobiflow.calibration import Components, Metrics
-from jacobiflow.cli import main
 from jacobiflow.data import digits, load_images, quantize
 from jacobiflow.flows.checkpoints import export_original
 from jacobiflow.latents import draw_labels
@@ -99,24 +98,7 @@ def _work_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def run(capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs a command line in this process; gives its exit code, stdout and stderr."""
 
-    def run(line: str) -> SimpleNamespace:
-        code: Any = 0
-        try:
-            main(shlex.split(line))
-        except SystemExit as stop:
-            code = stop.code
-        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
-
-    return run
-
-
-def figures(path: str) -> Any:
-    """The JSON in a file; NaN and infinity, which are not JSON, fail."""
-
-    def no_json(name: str) -> None:
-        raise AssertionError(f"{path}: {name} is not JSON")
-
-    return json.loads(Path(path).read_text(), parse_constant=no_json)
+    return partial(run_line, capsys=capsys)
 
 
 def files() -> dict[str, bytes]:

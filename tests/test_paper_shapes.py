@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from flows import latents, make_flow
+from running import load_script
 from torch import Tensor
 
 import jacobiflow as jf
@@ -32,18 +30,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def load_script() -> ModuleType:
-    """benchmarks/paper_shapes.py, whose folder is no package."""
-    spec = importlib.util.spec_from_file_location("paper_shapes", ROOT / "benchmarks" / "paper_shapes.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["paper_shapes"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("paper_shapes")
 
 
 def tiny_shape(num_classes: int = 3, attn_temperature: float = 1.0) -> Any:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import oracle
 import pytest
 import torch
 from flows import Ledger, latents, make_flow
+from running import load_script
 from torch import Tensor
 
 import jacobiflow as jf
@@ -34,18 +32,7 @@ GUIDES = {
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def load_peers() -> ModuleType:
-    """benchmarks/peers.py, whose folder is no package."""
-    spec = importlib.util.spec_from_file_location("peers", ROOT / "benchmarks" / "peers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["peers"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-peers = load_peers()
+peers = load_script("peers")
 
 
 def class_flow() -> jf.TarFlow:

@@ -11,10 +11,9 @@ import itertools
 import json
 import math
 import re
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,12 +26,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Guide, Oracle, sequential
 from PIL import Image
+from running import figures, run_line
 from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.calibration import tuning as tuning_module
 from jacobiflow.calibration.tuning import BlockTuning, CountedRun, Run
-from jacobiflow.cli import main
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.guidance import guided
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
@@ -1588,19 +1587,7 @@ def run(capsys: pytest.CaptureFixture[str], work: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(work)
     monkeypatch.setenv("COLUMNS", "80")
 
-    def run(line: str) -> SimpleNamespace:
-        code: Any = 0
-        try:
-            main(shlex.split(line))
-        except SystemExit as stop:
-            code = stop.code
-        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
-
-    return run
-
-
-def figures(path: Path) -> Any:
-    return json.loads(path.read_text(), parse_constant=pytest.fail)
+    return partial(run_line, capsys=capsys)
 
 
 @pytest.mark.parametrize("guide", ["", "--guidance 0.4 --guidance-on shift --constant-guidance --attn-temperature 0.9"])

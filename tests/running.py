@@ -1,0 +1,47 @@
+"""Running what users run: command lines, in this process, and the scripts of benchmarks/."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from jacobiflow.cli.app import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_line(line: str, capsys: pytest.CaptureFixture[str]) -> SimpleNamespace:
+    """Exit code, stdout and stderr of a command line."""
+    code: Any = 0
+    try:
+        main(shlex.split(line))
+    except SystemExit as stop:
+        code = stop.code
+    return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+
+
+def figures(path: str | Path) -> Any:
+    """The JSON in a file; NaN and infinity, which are not JSON, fail."""
+
+    def no_json(name: str) -> None:
+        raise AssertionError(f"{path}: {name} is not JSON")
+
+    return json.loads(Path(path).read_text(), parse_constant=no_json)
+
+
+def load_script(name: str) -> ModuleType:
+    """benchmarks/`name`.py, whose folder is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
