@@ -42,6 +42,7 @@ SCHEMA_VERSION = 1
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)
 _SMALLEST_WINDOW = 8
 _COARSE = (2, 3, 4, 5, 6)  # sweeps in bfloat16, whose rounding leaves nothing for more to find
+_COARSE_TO_TOLERANCE = (2, 3, 4)
 _FINE_AFTER_COARSE = (1, 2, 3, 4)
 _FINE = (2, 3, 4, 5, 6, 7, 8)
 _TYPICAL = 1e-3  # the tolerance at which corrections are compared, and errors followed through later blocks
@@ -52,7 +53,8 @@ class Run:
     """One way to solve a block, tried on the samples of a tuning.
 
     **Attributes:** `window`, its size (T: all tokens); `tolerance`, at which its sweeps stopped; `sweeps`, of each
-    sample; `residual` and `error`, the largest |g(x) - x| and |x - X*| of what came out.
+    sample, after `coarse` ones of all tokens in bfloat16; `residual` and `error`, the largest |g(x) - x| and |x - X*|
+    of what came out.
     """
 
     window: int
@@ -60,9 +62,11 @@ class Run:
     sweeps: tuple[int, ...]
     residual: float
     error: float
+    coarse: int = 0
 
     def __post_init__(self) -> None:
         _check_count("window", self.window, 1)
+        _check_count("coarse", self.coarse, 0)
         for count in self.sweeps:
             _check_count("sweeps", count, 0)
 
@@ -278,16 +282,23 @@ def _runs(
     block: AffineBlock, x: Tensor, z: Tensor, guess: CausalLinear, correction: Correction, labels: Tensor | None,
     batch_size: int,
 ) -> tuple[tuple[Run, ...], Float[Tensor, "b t c"]]:  # fmt: skip
-    """What each window takes to each tolerance, and what all tokens at once give at the typical one."""
+    """What each window takes to each tolerance, and what all tokens at once give at the typical one.
+
+    The larger windows are tried after sweeps in bfloat16 too, which save small ones little.
+    """
     length, runs, typical = z.shape[1], [], x
-    for window in window_sizes(length):
+    tried = [(window, 0) for window in window_sizes(length)]
+    if block.low_precision:
+        tried += [(window, coarse) for window, _ in tried if 4 * window >= length for coarse in _COARSE_TO_TOLERANCE]
+    for window, coarse in tried:
         for tolerance in TOLERANCES:
-            solver = Solver(Window(window), guess, Tolerance(tolerance), correction)
+            solver = Solver(Window(window), guess, Tolerance(tolerance), correction, coarse)
             solution: Solution = solve(block, z, solver, labels, batch_size)
             residual = certify(block, z, solution.x, labels, batch_size).max()
             error = (solution.x - x).abs().max()
-            runs.append(Run(window, tolerance, tuple(solution.sample_sweeps.tolist()), float(residual), float(error)))
-            if (window, tolerance) == (length, _TYPICAL):
+            sweeps = tuple((solution.sample_sweeps - coarse).tolist())
+            runs.append(Run(window, tolerance, sweeps, float(residual), float(error), coarse))
+            if (window, tolerance, coarse) == (length, _TYPICAL, 0):
                 typical = solution.x
     return tuple(runs), typical
 
@@ -330,8 +341,8 @@ def _block_from_json(value: Mapping[str, Any]) -> BlockTuning:
         correction=Plain() if value["chord"] is None else Chord(tensor_from_json(value["chord"])),
         runs=tuple(
             Run(
-                run["window"], float(run["tolerance"]), tuple(run["sweeps"]),
-                *(math.inf if run[name] is None else float(run[name]) for name in ("residual", "error")),
+                run["window"], float(run["tolerance"]), tuple(run["sweeps"]), coarse=run.get("coarse", 0),
+                **{name: math.inf if run[name] is None else float(run[name]) for name in ("residual", "error")},
             )
             for run in value["runs"]
         ),

