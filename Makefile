@@ -24,9 +24,11 @@ test: setup
 lint: setup
 	$(BIN)/pre-commit run --all-files
 
-# Regenerates docs/performance.md, the tables in README.md and the demo's picture (35 minutes on two idle cores).
+# Regenerates docs/performance.md, the tables in README.md and the demo's picture (an hour on two idle cores, and an hour of
+# training three small models the first time).
 benchmark: setup
 	$(BIN)/python benchmarks/performance.py
+	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/performance_page.py
 	$(BIN)/jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo --json docs/results/demo.json
 	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels 9 --compare --out out/demo-one \

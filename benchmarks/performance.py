@@ -11,6 +11,7 @@ it goes on with what the file lacks.
 4. Counts: network calls and token evaluations at a tolerance of 1e-2.
 5. Guided: `auto` and the baselines under guidance of weight 1, annealed.
 6. Profile: seconds by kind of operation, of the two baselines and `auto`; the rate of the machine's matrix products.
+7. Compiled: a sweep of all tokens as it is and by `torch.compile`, and the seconds that compiling took.
 """
 
 from __future__ import annotations
@@ -277,6 +278,28 @@ def profile(flow: jf.TarFlow, batch: int) -> dict[str, Any]:
     return found | {"gigaflops_of_products": rates}
 
 
+def compiled(flow: jf.TarFlow, batch: int) -> dict[str, Any]:
+    """A sweep of all tokens of one block, as it is and compiled for these shapes."""
+    z, labels = latents(flow, batch)
+    block, length = flow.blocks[0], flow.config.num_tokens
+    cache = block.init_cache(z, labels)
+    found: dict[str, Any] = {}
+    for name, kept in (("float32", cache), ("bfloat16", block.lower(cache))):
+        torch._dynamo.reset()
+
+        def sweep(kept: Any = kept) -> Tensor:
+            return block.update(z, z, 0, length, kept)
+
+        faster = torch.compile(sweep)
+        with torch.inference_mode():
+            started = time.perf_counter()
+            faster()
+            compiling = time.perf_counter() - started
+            seconds, _ = interleave({"as it is": sweep, "compiled": faster}, 30)
+        found[name] = {kind: timing.median for kind, timing in seconds.items()} | {"compiling": compiling}
+    return found
+
+
 def _tuning(report: jf.Report) -> jf.Tuning:
     if report.tuning is None:
         raise ValueError("the report has no tuning: make calibration")
@@ -301,6 +324,7 @@ def main() -> None:
         "counts": lambda batch: counts(flow, report, batch),
         "guided": lambda batch: guided(flow, batch),
         "profile": lambda batch: profile(flow, batch),
+        "compiled": lambda batch: compiled(flow, batch),
     }
 
     def near(batch: int) -> Mapping[str, Mapping[str, Run]]:

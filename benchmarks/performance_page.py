@@ -1,4 +1,4 @@
-"""Puts docs/results/performance.json into docs/performance.md: `python benchmarks/performance_page.py`.
+"""Puts docs/results/performance.json and growth.json into docs/performance.md: `python benchmarks/performance_page.py`.
 
 Also draws docs/figures/error-against-time.png.
 """
@@ -156,6 +156,27 @@ def profile(result: dict[str, Any]) -> str:
     )
 
 
+def compiled(result: dict[str, Any]) -> str:
+    """A sweep of all tokens of one block, as it is and compiled."""
+    lines = [
+        [batch, dtype, *(f"{timing[kind] * 1e3:.2f} ms" for kind in ("as it is", "compiled")),
+         f"{timing['compiling']:.0f} s"]
+        for batch, found in result["compiled"].items()
+        for dtype, timing in found.items()
+    ]  # fmt: skip
+    return table(["batch", "network", "as it is", "compiled", "compiling"], lines)
+
+
+def growth(result: dict[str, Any]) -> str:
+    """The exponents fitted to tokens, batch and tolerance, by sampler."""
+    lines = []
+    for by in ("tokens", "batch", "tolerance"):
+        for sampler, fitted in result[f"by_{by}"]["exponents"].items():
+            measures = ("network_calls", "evaluations_per_token", "seconds")
+            lines.append([by, sampler, *(f"{fitted[name]:.2f}" if name in fitted else "" for name in measures)])
+    return table(["by", "sampler", "network calls", "evaluations of a token", "seconds"], lines)
+
+
 def figure(result: dict[str, Any]) -> Figure:
     """Error against time, a panel per batch: of each sampler the settings that none of its own beats in both."""
     drawn = Figure(figsize=(4.4 * len(result["grid"]), 4.2), layout="constrained")
@@ -198,8 +219,9 @@ def parts() -> dict[str, str]:
     machine = result["machine"]
     processor = f"{machine['cores']} cores of {machine['processor']}"
     found = {"machine": f"Measured on {processor}, {machine['threads']} threads, PyTorch {machine['torch']}."}
-    for part in (headline, peers, tough, counts, guided, profile):
+    for part in (headline, peers, tough, counts, guided, profile, compiled):
         found[part.__name__] = part(result)
+    found["growth"] = growth(json.loads((RESULTS / "growth.json").read_text()))
     return found
 
 

@@ -1260,3 +1260,24 @@ def test_without_a_certificate_there_is_nothing_to_hold_against_it() -> None:
         assert torch.equal(same.status, swept.status)
         assert torch.equal(same.residual, swept.residual)
         assert not same.resolved_sequentially.any()
+
+
+@pytest.mark.parametrize(("low", "most"), [(False, 1e-4), (True, 5e-2)])
+def test_a_batch_that_goes_through_in_parts_is_as_one_by_one(low: bool, most: float) -> None:
+    """More tokens than are taken at a time, of the trained model, and keys that all parts have left in one cache."""
+    flow, num = jf.load("fashion-p2"), 40
+    block, length = flow.blocks[3], flow.config.num_tokens
+    z, x = (normal(num, length, 4, seed=seed).float() for seed in (0, 1))
+    labels = torch.arange(num) % 10
+
+    def fresh(rows: slice) -> Any:
+        cache = block.init_cache(z[rows], labels[rows])
+        return block.lower(cache) if low else cache
+
+    with torch.no_grad():
+        cache = fresh(slice(num))
+        together = block.update(x, z, 0, length, cache)
+        alone = [block.update(x[i : i + 1], z[i : i + 1], 0, length, fresh(slice(i, i + 1))) for i in range(num)]
+        after = block.update(x, z, 150, length, cache)
+    assert error(together, torch.cat(alone)) <= most
+    assert error(after, together[:, 150:]) <= most

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import runpy
+import statistics
 from pathlib import Path
 
 import pytest
@@ -44,6 +47,19 @@ def test_the_performance_page_shows_the_result_files():
     page = (ROOT / "docs" / "performance.md").read_text()
     module = runpy.run_path(str(ROOT / "benchmarks" / "performance_page.py"))
     assert module["filled"](page, module["parts"]()) == page
+
+
+@pytest.mark.parametrize("by", ["tokens", "batch", "tolerance"])
+def test_exponents_of_growth_are_slopes_of_logarithms(by):
+    found = json.loads((ROOT / "docs" / "results" / "growth.json").read_text())[f"by_{by}"]
+    assert set(found["exponents"]) == {row["sampler"] for row in found["rows"]}
+    for sampler, fitted in found["exponents"].items():
+        own = [row for row in found["rows"] if row["sampler"] == sampler]
+        assert len({row[by] for row in own}) == len(own) >= 3
+        x = [math.log(row[by]) for row in own]
+        for measure, exponent in fitted.items():
+            slope, _ = statistics.linear_regression(x, [math.log(row[measure]) for row in own])
+            assert exponent == pytest.approx(slope, abs=1e-9)
 
 
 def test_the_calibration_page_shows_the_result_files():

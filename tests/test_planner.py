@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -1355,6 +1356,27 @@ def test_a_kept_plan_that_is_damaged_is_made_anew(damage: Callable[[str], str], 
     assert jf.Strategy.load(file) == first
 
 
+def test_a_report_that_was_made_anew_is_planned_by(tmp_path: Path, work: Path, plans: Plans) -> None:
+    shutil.copytree(work / "model", tmp_path / "model")
+    flow = jf.load(tmp_path / "model")
+    auto(flow, 4)
+    auto(flow, 4)
+    assert plans.made == 1
+    report().save(tmp_path / "model" / "report.json")
+    auto(flow, 4)
+    assert (plans.made, len(plans.files)) == (2, 2)
+
+
+def test_guidance_of_weight_0_is_none(work: Path, plans: Plans) -> None:
+    flow = jf.load(work / "model")
+    off = jf.Guidance(0.0)
+    plan = jf.plan(flow, report(), 2, guidance=off)
+    assert plan == jf.plan(flow, report(), 2)
+    for strategy in (plan, jf.plan(flow, report(), 2)):
+        for guidance in (None, off):
+            assert quiet(flow, 2, strategy, guidance=guidance).resolved_sequentially == 0
+
+
 def test_a_plan_of_a_busy_machine_is_not_kept(work: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "measure", lambda *_, **__: replace(cheap_costs(), spread=planner._BUSY + 0.01))
     said: list[str] = []
@@ -1802,6 +1824,7 @@ ERRORS = {
     f"{PLAN_LINE} --dtype int8": "dtype='int8'",
     f"{PLAN_LINE} --json missing/f.json": "--json missing/f.json: give a file in a folder that exists",
     f"{PLAN_LINE} --json pets": "--json pets: give a file",
+    "plan --model ./model --out p.json --json ./p.json": "--json p.json: is the file of --out too; give another",
     f"{PLAN_LINE} --quickly": "No such option: --quickly",
     "sample --model ./model --num 1 --out out-x --report untuned/report.json": "this report has no tuning",
     "sample --model ./stale --num 1 --out out-x": "the tuning is of another flow",

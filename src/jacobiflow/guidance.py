@@ -135,9 +135,15 @@ class GuidedBlock(AffineBlock):
         )
 
 
+def in_force(guidance: Guidance | None) -> Guidance | None:
+    """`guidance`, or `None` where its weight is 0."""
+    return None if guidance is None or guidance.weight == 0 else guidance
+
+
 def guided(block: AffineBlock, guidance: Guidance | None) -> AffineBlock:
-    """`block` under `guidance`; the block itself where that is `None` or of weight 0."""
-    return block if guidance is None or guidance.weight == 0 else GuidedBlock(block, guidance)
+    """`block` under `guidance`; the block itself where that is not in force."""
+    guidance = in_force(guidance)
+    return block if guidance is None else GuidedBlock(block, guidance)
 
 
 def _extrapolate(both: Tensor, weight: float | Tensor) -> Tensor:

@@ -106,6 +106,8 @@ def check_writable(out: Path | None, json: Path | None, out_file: Path | None = 
     """
     if json is not None and (json.is_dir() or not json.parent.is_dir()):
         raise ValueError(f"--json {json}: give a file in a folder that exists")
+    if json is not None and out_file is not None and json.resolve() == out_file.resolve():
+        raise ValueError(f"--json {json}: is the file of --out too; give another")
     for option, path, folder in (
         ("--out", out, out),
         ("--out", out_file, out_file and out_file.parent),

@@ -79,7 +79,7 @@ def _words(solver: Solver, num_tokens: int) -> tuple[str, str]:
     if isinstance(solver.partition, Sequential):
         return "1", "exact"
     tokens = str(min(solver.partition.size, num_tokens) if isinstance(solver.partition, Window) else num_tokens)
-    if solver.stopping.atol is not None:
-        return tokens, f"changes are below {solver.stopping.atol:.1e}"
     coarse = f"{solver.coarse} sweeps in bfloat16, then " if solver.coarse else ""
+    if solver.stopping.atol is not None:
+        return tokens, f"{coarse}changes are below {solver.stopping.atol:.1e}"
     return tokens, f"{coarse}{solver.stopping.max_sweeps} sweeps"

@@ -22,7 +22,7 @@ from jacobiflow.calibration.tuning import BlockTuning, Run, Tuning
 from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.tarflow import TarFlow
-from jacobiflow.guidance import Guidance, guided
+from jacobiflow.guidance import Guidance, guided, in_force
 from jacobiflow.latents import draw_latents
 from jacobiflow.solvers import Chord, MaxSweeps, Sequential, Solver, Tolerance, Whole, Window, solve
 from jacobiflow.solvers.solve import LEAVING
@@ -121,7 +121,7 @@ def plan(
     if len(tuning.blocks) != flow.config.num_blocks:
         raise ValueError(f"tuning of {len(tuning.blocks)} blocks, but the flow has {flow.config.num_blocks}")
     costs = measure(guided(flow.blocks[0], guidance), tuning, batch_size, flow)
-    counted = tuning.guidance == guidance
+    counted = in_force(tuning.guidance) == in_force(guidance)
     options = [block_options(block, costs, batch_size, tolerance, counted) for block in tuning.blocks]
     chosen, loop = _choose(flow, options, costs, batch_size, tolerance, guidance)
     return Strategy(
@@ -376,7 +376,8 @@ def auto(
     tolerance = DEFAULT_TOLERANCE if tolerance is None else tolerance
     print_ = fingerprint(flow)
     device = device_name(flow.var.device)
-    words = (print_, device, flow.var.dtype, batch_size, tolerance, guidance, flow.report_file, torch.__version__)
+    report = _stamp(flow.report_file)
+    words = (print_, device, flow.var.dtype, batch_size, tolerance, guidance, report, torch.__version__)
     key = hashlib.sha256(repr(words).encode()).hexdigest()[:32]
     if key not in _plans:
         _plans[key] = _kept(key, print_, flow.config.num_blocks) or _made(
@@ -386,6 +387,11 @@ def auto(
 
 
 _plans: dict[str, Strategy] = {}
+
+
+def _stamp(path: Path | None) -> tuple[Path, int] | None:
+    """A file and when it was written: a report that was made anew asks for a new plan."""
+    return None if path is None or not path.is_file() else (path, path.stat().st_mtime_ns)
 
 
 def _kept(key: str, expected: str, num_blocks: int) -> Strategy | None:

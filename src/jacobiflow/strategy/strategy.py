@@ -15,7 +15,7 @@ from jacobiflow.calibration.convergence import Trace
 from jacobiflow.calibration.report import Report
 from jacobiflow.files import tensor_from_json, tensor_to_json, write_json
 from jacobiflow.flows.fingerprint import check_fingerprint
-from jacobiflow.guidance import Guidance
+from jacobiflow.guidance import Guidance, in_force
 from jacobiflow.solvers import (
     CausalLinear,
     Chord,
@@ -170,7 +170,7 @@ class Strategy:
         for name, planned, have in (
             ("device", self.prediction.device, device_name(device)),
             ("batch size", self.prediction.batch_size, batch_size),
-            ("guidance", self.prediction.guidance, guidance),
+            ("guidance", in_force(self.prediction.guidance), in_force(guidance)),
         ):
             if planned != have:
                 raise ValueError(f"the strategy was planned for {name} {planned}, not {have}: plan again")
