@@ -88,6 +88,17 @@ def test_a_chord_adds_its_convolution_of_the_residual(given: Tokens) -> None:
     assert np.allclose(in_float32.numpy(), expected, rtol=0, atol=1e-3)
 
 
+def test_a_convolution_of_many_numbers_is_made_in_parts() -> None:
+    """At the width of the paper's largest tokens a few samples go through at a time; each is what it is alone."""
+    chord = jf.Chord(normal(24, 192, 192, seed=1) / 100)
+    x, g = normal(2, 5, 700, 192).unbind()
+    alone = [chord(x[i : i + 1], g[i : i + 1]) for i in range(5)]
+    assert error(chord(x, g), torch.cat(alone)) < 1e-12
+    window = slice(100, 160)
+    expected = g[:, window].numpy() + convolved(chord.kernel.numpy(), (g - x)[:, window].numpy(), delay=1)
+    assert np.allclose(chord(x[:, window], g[:, window]).numpy(), expected, rtol=0, atol=1e-12)
+
+
 @given(tokens())
 @plans
 def test_a_causal_linear_guess_is_its_convolution_and_its_shift(given: Tokens) -> None:

@@ -457,3 +457,14 @@ def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_last_checkpoint(t
     state = checkpoint(tmp_path)
     assert message.startswith(f"step {state['step'] + 1}: loss ")
     assert all(torch.isfinite(tensor).all() for tensor in state["flow"].values())
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_sums_stay_in_float32_where_products_are_in_bfloat16(gradients: bool) -> None:
+    """What a layer adds to its input is rounded under autocast; the sum is not."""
+    layer = jf.load("fashion-p2").blocks[0].attn_blocks[0]
+    x = torch.randn((2, 16, 128), generator=torch.Generator().manual_seed(0))
+    with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.float32
+    assert (out - layer(x)).abs().max() < 5e-2

@@ -91,12 +91,12 @@ def transformer_layer(
 
     Attention is causal over `x` alone, or as `fed` says over `cache`, which takes the keys and values of `x`.
     """
-    x = _attend(x, weights, cache, fed).add_(x)
-    return _perceive(x, weights).add_(x)
+    x = x + _attend(x, weights, cache, fed)
+    return x + _perceive(x, weights)
 
 
 # What these two make on the way is freed where they end, and GELU is in place where no gradient is wanted: less memory
-# at a time stays in the caches, 5 per cent of a sweep.
+# at a time stays in the processor's caches, 5 per cent of a sweep.
 
 
 def _attend(x: Tensor, weights: LayerWeights, cache: KeyValues | None, fed: Fed | None) -> Tensor:

@@ -19,9 +19,9 @@ def fingerprint(flow: nn.Module) -> str:
     for name, value in sorted(flow.state_dict().items()):
         digest.update(f"{name}{tuple(value.shape)}".encode())
         flat = value.reshape(-1)
-        values.append(flat[:: max(1, len(flat) // _VALUES)].to(torch.bfloat16))
+        values.append(flat[:: max(1, len(flat) // _VALUES)])
     if values:
-        digest.update(torch.cat(values).cpu().view(torch.int16).numpy().tobytes())
+        digest.update(torch.cat(values).to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 

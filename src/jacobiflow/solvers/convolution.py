@@ -7,6 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+_NUMBERS = 2**22  # written out at a time
+
 
 def check_kernel(owner: str, kernel: object) -> None:
     """**Raises** `ValueError` where `kernel` is no finite tensor (w, C, C)."""
@@ -27,11 +29,16 @@ def causal_convolution(
 ) -> Float[Tensor, "b n c"]:
     """y_t = add_t + sum over d = 0..w-1 of kernel[d] x_(t - d - delay), `weights` being `stacked(kernel)`; 0 before.
 
-    One product of matrices: a tenth of the time that `conv1d` takes for a few tokens.
+    A product of matrices, in a third of the time that `conv1d` takes for a few tokens. The windows that it multiplies
+    are written out, for a few samples at a time where they are many.
     """
-    batch, length, channels = x.shape
-    width = len(weights) // channels
+    length, channels = x.shape[1:]
+    width, rows = len(weights) // channels, max(_NUMBERS // (length * len(weights)), 1)
     padded = F.pad(x, (0, 0, width - 1 + delay, -delay)).contiguous()
-    windows = padded.as_strided((batch, length, len(weights)), (padded.stride(0), channels, 1))
-    out = torch.addmm(add.reshape(-1, channels), windows.reshape(-1, len(weights)), weights)
-    return out.view(batch, length, channels)
+    parts = []
+    for part, added in zip(padded.split(rows), add.split(rows), strict=True):
+        shape, strides = (len(part), length, len(weights)), (part.stride(0), channels, 1)
+        windows = part.as_strided(shape, strides, part.storage_offset()).reshape(-1, len(weights))
+        out = torch.addmm(added.reshape(-1, channels), windows, weights)
+        parts.append(out.view(len(part), length, channels))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
