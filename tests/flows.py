@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,21 @@ import jacobiflow as jf
 
 # An error that counts as a solver's answer being there, where the tests count sweeps.
 REACHED = 1e-6
+
+
+@dataclass(frozen=True)
+class BlockProblem:
+    """One block of a flow to invert at `z`: the library's block, the oracle's map, and that map's fixed point."""
+
+    block: Any
+    g: Callable[[Tensor], Tensor]
+    z: Tensor
+    labels: Tensor | None
+    answer: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.z.shape[1]
 
 
 @cache

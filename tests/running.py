@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -34,6 +36,16 @@ def figures(path: str | Path) -> Any:
         raise AssertionError(f"{path}: {name} is not JSON")
 
     return json.loads(Path(path).read_text(), parse_constant=no_json)
+
+
+def put(value: Any, path: Sequence[Any], new: Any) -> Any:
+    """A copy of a JSON value with another entry at `path`."""
+    value = copy.deepcopy(value)
+    place = value
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = new
+    return value
 
 
 def load_script(name: str) -> ModuleType:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flows import Ledger, latents, make_flow
+from flows import BlockProblem, Ledger, latents, make_flow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Guide, Oracle, jacobi, sequential
@@ -237,18 +237,8 @@ def test_linear_guesses_are_equal_where_kernels_and_shifts_are() -> None:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One block to invert at `z`, the oracle's map, and the fixed point of that map."""
-
-    block: Any
-    g: Callable[[Tensor], Tensor]
-    z: Tensor
-    labels: Tensor | None
-    answer: Tensor
-
-    @property
-    def length(self) -> int:
-        return self.z.shape[1]
+class Problem(BlockProblem):
+    """One block to invert, and what is asked of its answers."""
 
     def residual(self, x: Tensor) -> float:
         """By the oracle."""

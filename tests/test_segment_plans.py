@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from flows import REACHED, Ledger, MixingBlock, latents, make_flow, to_float32
+from flows import REACHED, BlockProblem, Ledger, MixingBlock, latents, make_flow, to_float32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Guide, Oracle, jacobi, sequential, sweeps_needed, window_jacobi
@@ -41,23 +41,8 @@ SETUPS: dict[str, tuple[dict[str, Any], Guide | None]] = {
 }
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One block to invert at `z`: the library's block, the oracle's map, and the oracle's answer."""
-
-    block: Any
-    g: Callable[[Tensor], Tensor]
-    z: Tensor
-    labels: Tensor | None
-    answer: Tensor
-
-    @property
-    def length(self) -> int:
-        return self.z.shape[1]
-
-
 @cache
-def problems(setup: str) -> tuple[Problem, ...]:
+def problems(setup: str) -> tuple[BlockProblem, ...]:
     """Both blocks of a setup, each at three samples; either permutation."""
     config, guide = SETUPS[setup]
     flow = make_flow(**config)
@@ -68,7 +53,7 @@ def problems(setup: str) -> tuple[Problem, ...]:
         z = latents(flow, 3, seed=i)
         g = partial(_oracle_g, oracle, i, z, labels, guide)
         guidance = jf.Guidance(guide.weight, guide.annealed, guide.on, guide.temperature) if guide else None
-        found.append(Problem(GuidedBlock(block, guidance) if guidance else block, g, z, labels, sequential(g, z)))
+        found.append(BlockProblem(GuidedBlock(block, guidance) if guidance else block, g, z, labels, sequential(g, z)))
     return tuple(found)
 
 
@@ -77,11 +62,11 @@ def _oracle_g(oracle: Oracle, i: int, z: Tensor, labels: Tensor | None, guide: G
 
 
 @cache
-def mixing(length: int = 17) -> Problem:
+def mixing(length: int = 17) -> BlockProblem:
     """A block without attention whose first entry is learned: its token 0 is not z_1."""
     block, z = MixingBlock(length, 2), normal(3, length, 2, seed=1)
     g = partial(block.g, z=z)
-    return Problem(block, g, z, None, sequential(g, z))
+    return BlockProblem(block, g, z, None, sequential(g, z))
 
 
 def normal(*shape: int, seed: int = 5) -> Tensor:
@@ -408,7 +393,7 @@ def test_more_counts_than_tokens_are_refused_with_their_segments() -> None:
 # ---------------------------------------------------------------------------------------------- the calibrated guess
 
 
-def mean_affine(problem: Problem, seed: int = 3) -> jf.MeanAffine:
+def mean_affine(problem: BlockProblem, seed: int = 3) -> jf.MeanAffine:
     shape = problem.z.shape[1:]
     return jf.MeanAffine(0.3 * normal(*shape, seed=seed), 0.5 * normal(*shape, seed=seed + 1))
 

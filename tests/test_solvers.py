@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from flows import REACHED, Ledger, MixingBlock, latents, make_flow, to_float32
+from flows import REACHED, BlockProblem, Ledger, MixingBlock, latents, make_flow, to_float32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Guide, Oracle, gs_jacobi, jacobi, sequential, sweeps_needed, to_tolerance, window_jacobi
@@ -56,18 +56,8 @@ SETUPS: dict[str, tuple[dict[str, Any], Guide | None]] = {
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One block of a flow to invert at `z`: the library's block, the oracle's map, and the oracle's answer."""
-
-    block: Any
-    g: Callable[[Tensor], Tensor]
-    z: Tensor
-    labels: Tensor | None
-    answer: Tensor
-
-    @property
-    def length(self) -> int:
-        return self.z.shape[1]
+class Problem(BlockProblem):
+    """One block to invert, and its map for some of the samples."""
 
     def g_of(self, rows: slice) -> Callable[[Tensor], Tensor]:
         """The map of some of the samples."""

@@ -19,6 +19,7 @@ from flows import latents, make_flow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle, sequential
+from running import put
 from torch import Tensor
 
 import jacobiflow as jf
@@ -247,15 +248,6 @@ WRONG: list[tuple[list[Any], Any, str]] = [
     (["blocks", 0, "stopping", "atol"], array_json([0.1]), "block 0"),
     (["blocks", 0, "stopping", "atol"], array_json(0.1), "block 0"),
 ]
-
-
-def put(value: Any, path: list[Any], new: Any) -> Any:
-    value = copy.deepcopy(value)
-    place = value
-    for step in path[:-1]:
-        place = place[step]
-    place[path[-1]] = new
-    return value
 
 
 @pytest.mark.parametrize(("path", "new", "names"), WRONG, ids=[f"{path}={new}"[:100] for path, new, _ in WRONG])

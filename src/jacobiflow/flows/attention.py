@@ -91,15 +91,15 @@ def transformer_layer(
 
     Attention is causal over `x` alone, or as `fed` says over `cache`, which takes the keys and values of `x`.
     """
-    x = x + _attend(x, weights, cache, fed)
-    return x + _perceive(x, weights)
+    x = x + _self_attention(x, weights, cache, fed)
+    return x + _feed_forward(x, weights)
 
 
 # What these two make on the way is freed where they end, and GELU is in place where no gradient is wanted: less memory
 # at a time stays in the processor's caches, 5 per cent of a sweep.
 
 
-def _attend(x: Tensor, weights: LayerWeights, cache: KeyValues | None, fed: Fed | None) -> Tensor:
+def _self_attention(x: Tensor, weights: LayerWeights, cache: KeyValues | None, fed: Fed | None) -> Tensor:
     batch, length, channels = x.shape
     qkv = F.linear(F.layer_norm(x, (channels,), *weights.norm), *weights.qkv)
     q, k, v = qkv.view(batch, length, 3, weights.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
@@ -120,7 +120,7 @@ def _attend(x: Tensor, weights: LayerWeights, cache: KeyValues | None, fed: Fed 
     return F.linear(out.transpose(1, 2).reshape(batch, length, channels), *weights.proj)
 
 
-def _perceive(x: Tensor, weights: LayerWeights) -> Tensor:
+def _feed_forward(x: Tensor, weights: LayerWeights) -> Tensor:
     hidden = F.linear(F.layer_norm(x, x.shape[-1:], *weights.mlp_norm), *weights.up)
     hidden = F.gelu(hidden) if torch.is_grad_enabled() else torch.ops.aten.gelu_(hidden)
     return F.linear(hidden, *weights.down)

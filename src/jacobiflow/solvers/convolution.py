@@ -19,20 +19,34 @@ def check_kernel(owner: str, kernel: object) -> None:
         raise ValueError(f"{owner}: kernel holds a NaN or an infinity; calibrate again")
 
 
-def stacked(kernel: Float[Tensor, "w c c"]) -> Float[Tensor, "f c"]:
-    """`kernel` as `causal_convolution` takes it: a row per channel of each of the w tokens, the oldest first."""
-    return kernel.flip(0).transpose(1, 2).flatten(0, 1).contiguous()
+class StackedKernel:
+    """`kernel` (w, C, C) as `causal_convolution` takes it, kept on every device that it was asked for on.
+
+    A row per channel of each of the w tokens, the oldest first.
+    """
+
+    def __init__(self, kernel: Float[Tensor, "w c c"]) -> None:
+        self._stacked = kernel.flip(0).transpose(1, 2).flatten(0, 1).contiguous()
+        self._kept: dict[tuple[torch.device, torch.dtype], Float[Tensor, "f c"]] = {}
+
+    def like(self, x: Tensor) -> Float[Tensor, "f c"]:
+        """In the dtype and on the device of `x`."""
+        key = x.device, x.dtype
+        if key not in self._kept:
+            self._kept[key] = self._stacked.to(x)
+        return self._kept[key]
 
 
 def causal_convolution(
-    x: Float[Tensor, "b n c"], weights: Float[Tensor, "f c"], add: Float[Tensor, "b n c"], delay: int = 0
+    x: Float[Tensor, "b n c"], kernel: StackedKernel, add: Float[Tensor, "b n c"], delay: int = 0
 ) -> Float[Tensor, "b n c"]:
-    """y_t = add_t + sum over d = 0..w-1 of kernel[d] x_(t - d - delay), `weights` being `stacked(kernel)`; 0 before.
+    """y_t = add_t + sum over d = 0..w-1 of kernel[d] x_(t - d - delay), x being 0 before its first token.
 
     A product of matrices, in a third of the time that `conv1d` takes for a few tokens. The windows that it multiplies
     are written out, for a few samples at a time where they are many.
     """
     length, channels = x.shape[1:]
+    weights = kernel.like(x)
     width, rows = len(weights) // channels, max(_NUMBERS // (length * len(weights)), 1)
     padded = F.pad(x, (0, 0, width - 1 + delay, -delay)).contiguous()
     parts = []

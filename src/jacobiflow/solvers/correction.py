@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.solvers.convolution import causal_convolution, check_kernel, stacked
+from jacobiflow.solvers.convolution import StackedKernel, causal_convolution, check_kernel
 
 
 class Correction(Protocol):
@@ -58,11 +58,11 @@ class Chord:
         if x.shape[-1] != self.kernel.shape[1]:
             raise ValueError(f"{self!r}, but the tokens have {x.shape[-1]}: calibrate this flow")
         residual = (g - x).nan_to_num_(0.0, 0.0, 0.0)  # what overflowed says nothing of its successors
-        return causal_convolution(residual, self._weights.to(g), add=g, delay=1)
+        return causal_convolution(residual, self._stacked, add=g, delay=1)
 
     @cached_property
-    def _weights(self) -> Tensor:
-        return stacked(self.kernel)
+    def _stacked(self) -> StackedKernel:
+        return StackedKernel(self.kernel)
 
     def __repr__(self) -> str:
         width, channels, _ = self.kernel.shape

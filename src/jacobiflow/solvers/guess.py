@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.solvers.convolution import causal_convolution, check_kernel, stacked
+from jacobiflow.solvers.convolution import StackedKernel, causal_convolution, check_kernel
 
 
 class Guess(Protocol):
@@ -102,11 +102,11 @@ class CausalLinear:
         if z.shape[1:] != self.shift.shape:
             have, want = tuple(self.shift.shape), tuple(z.shape[1:])
             raise ValueError(f"CausalLinear of shape {have}, but the tokens are {want}: calibrate this flow")
-        return causal_convolution(z, self._weights.to(z), add=self.shift.to(z).expand_as(z))
+        return causal_convolution(z, self._stacked, add=self.shift.to(z).expand_as(z))
 
     @cached_property
-    def _weights(self) -> Tensor:
-        return stacked(self.kernel)
+    def _stacked(self) -> StackedKernel:
+        return StackedKernel(self.kernel)
 
     def __repr__(self) -> str:
         tokens, channels = self.shift.shape
