@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test lint benchmark calibration figures clean
+.PHONY: setup demo test lint benchmark calibration flows figures clean
 
 setup: $(INSTALLED)
 
@@ -41,11 +41,20 @@ CALIBRATE := $(BIN)/jacobiflow calibrate --model fashion-p2 --images fashion-512
 calibration: setup
 	$(CALIBRATE) --per-class --chord --out src/jacobiflow/models/fashion-p2/report.json --json docs/results/calibration.json
 	$(BIN)/jacobiflow calibrate --model digits-p1 --images digits --chord --out src/jacobiflow/models/digits-p1/report.json
+	$(BIN)/jacobiflow calibrate --model digits-maf --images digits --chord \
+		--out src/jacobiflow/models/digits-maf/report.json
 	$(CALIBRATE) --guidance 1 --out out/guided.json --json docs/results/calibration-guided.json
 	$(BIN)/jacobiflow trace --report src/jacobiflow/models/fashion-p2/report.json --strategy "[7-8-14-10]" --out out/trace
 	cp out/trace/*.png docs/figures/
 	$(BIN)/python benchmarks/strategies.py
 	$(BIN)/python benchmarks/calibration_page.py
+
+# Regenerates the tables of docs/flows.md (an hour on two idle cores, and an hour of training the first time).
+flows: setup
+	$(BIN)/python benchmarks/drop_in.py
+	$(BIN)/python benchmarks/maf.py
+	$(BIN)/python benchmarks/flows_page.py
+	$(BIN)/python benchmarks/readme.py
 
 # Redraws the figures of docs/solvers.md.
 figures: setup

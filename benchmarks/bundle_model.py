@@ -23,43 +23,65 @@ from jacobiflow.data import ImageDataset, load_images
 from jacobiflow.evaluation import bayes_accuracy, bits_per_dim
 from jacobiflow.files import write_atomically, write_json
 from jacobiflow.flows.checkpoints import save
+from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.plots import image_grid, save_png
 from jacobiflow.training import Noise
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDANCE = jf.Guidance(1.0)
+BITS = {"gaussian": "bits_per_dim_noisy", "uniform": "bits_per_dim"}
 
 CARD = """# {name}
 
-A TarFlow of {images} ({license}), class-conditional over {num_classes} classes. `jacobiflow.load("{name}")`.
+A {kind} of {images} ({license}), class-conditional over {num_classes} classes. `jacobiflow.load("{name}")`.
 
 | | |
 | --- | --- |
-| images | {size}x{size}, {in_channels} channel, in [-1, 1], Gaussian noise of standard deviation {noise_std} |
-| shape | patch {patch_size} (T = {num_tokens}, C = {token_channels}), {num_blocks} blocks x {layers} layers x \
-{channels} channels, {parameters:,} parameters, float16, {megabytes:.1f} MB |
-| training | `{command}`: {steps:,} steps in {hours:.2f} h on {machine} |
-| bits per dimension of noisy images | {bpd:.3f} ({test_name}, Gaussian noise {noise_std}, their labels) |
+| images | {size}x{size}, {in_channels} channel, in [-1, 1], {noise} |
+| shape | {shape}, {parameters:,} parameters, float16, {megabytes:.1f} MB |
+| training | `{command}`: {steps:,} steps in {hours} on {machine} |
+| bits per dimension of {measured} images | {bpd:.3f} ({test_name}, {noise}, their labels) |
 | class accuracy by Bayes' rule | {accuracy:.1%} ({accuracy_images:,} of them, the same noise) |
 
-Bits per dimension are in units of 8-bit pixels (-log2 p / D + log2 128) and belong to the *noisy* images that the
-model was trained on; they do not compare with figures of dequantised images.
+{units}
 
 Training loss (mean of 50 steps):
 
 ![loss curve](../../../../docs/figures/{name}-loss.png)
 
-Samples, two a class: as drawn, and with guidance of weight 1 (annealed) and one denoising step.
+Samples, two a class: as drawn, and with guidance of weight 1 (annealed){denoised}.
 
 ![samples](../../../../docs/figures/{name}-samples.png)
 
 Limits: {limits} Figures: docs/results/{name}.json, by `python benchmarks/bundle_model.py`.
 """
+NOISY_UNITS = """\
+Bits per dimension are in units of 8-bit pixels (-log2 p / D + log2 128) and belong to the *noisy* images that the
+model was trained on; they do not compare with figures of dequantised images."""
+DEQUANTISED_UNITS = """\
+Bits per dimension are in units of 8-bit pixels (-log2 p / D + log2 128) of uniformly dequantised images: they bound the
+code length of the 8-bit data from above."""
 
 
-def measure(flow: jf.TarFlow, test: ImageDataset, accuracy_images: int) -> dict[str, float]:
+def noise_of(flow: ImageFlow) -> Noise:
+    """The noise of the flow's training."""
+    return Noise("gaussian", flow.config.noise_std) if flow.config.noise_std else Noise("uniform")
+
+
+def shape_of(flow: ImageFlow) -> str:
+    """The flow's shape, for the card."""
+    config = flow.config
+    size = f"(T = {config.num_tokens}, C = {config.token_channels}), {config.num_blocks} blocks x"
+    if isinstance(config, jf.TarFlowConfig):
+        return f"patch {config.patch_size} {size} {config.layers_per_block} layers x {config.channels} channels"
+    if isinstance(config, jf.MAFConfig):
+        return f"pixels {size} {config.hidden_layers} hidden layers x {config.hidden_features} units"
+    raise ValueError(f"{type(flow).__name__}: no TarFlow or MAF")
+
+
+def measure(flow: ImageFlow, test: ImageDataset, accuracy_images: int) -> dict[str, float]:
     """Bits per dimension of all of `test`, class accuracy of its first images."""
-    noise = Noise("gaussian", flow.config.noise_std)
+    noise = noise_of(flow)
     labels = test.labels
     if labels is None:
         raise ValueError("the test images have no labels")
@@ -69,10 +91,10 @@ def measure(flow: jf.TarFlow, test: ImageDataset, accuracy_images: int) -> dict[
         bpd = bits_per_dim(flow, test, noise, on_batch=lambda n: bar.advance(task, n))
         task = bar.add_task("class accuracy", total=len(few))
         accuracy = bayes_accuracy(flow, few, noise, on_batch=lambda n: bar.advance(task, n))
-    return {"bits_per_dim_noisy": bpd, "bayes_accuracy": accuracy, "accuracy_images": len(few)}
+    return {BITS[noise.kind]: bpd, "bayes_accuracy": accuracy, "accuracy_images": len(few)}
 
 
-def draw_pictures(flow: jf.TarFlow, name: str, metrics: list[dict[str, float]]) -> None:
+def draw_pictures(flow: ImageFlow, name: str, metrics: list[dict[str, float]]) -> None:
     """The loss curve and the sheet of samples."""
     figures = ROOT / "docs" / "figures"
     figures.mkdir(parents=True, exist_ok=True)
@@ -86,7 +108,7 @@ def draw_pictures(flow: jf.TarFlow, name: str, metrics: list[dict[str, float]]) 
     plt.close(figure)
     labels = torch.arange(20) % flow.config.num_classes
     plain = jf.sample(flow, num=20, labels=labels, seed=0)
-    guided = jf.sample(flow, num=20, labels=labels, seed=0, guidance=GUIDANCE, denoise=1.0)
+    guided = jf.sample(flow, num=20, labels=labels, seed=0, guidance=GUIDANCE, denoise=float(flow.config.noise_std > 0))
     zoom = 2 if flow.config.image_size >= 28 else 6
     order = labels.argsort(stable=True)
     sheet = torch.cat((plain.images[order], guided.images[order]))
@@ -130,18 +152,22 @@ def main() -> None:
     }
     draw_pictures(flow, arguments.name, metrics)
     write_json(ROOT / "docs" / "results" / f"{arguments.name}.json", figures)
+    noise, bits = noise_of(flow), figures[BITS[noise_of(flow).kind]]
+    gaussian, seconds = noise.kind == "gaussian", figures["training_seconds"]
     card = CARD.format(
-        name=arguments.name, images=arguments.images_name, license=arguments.license, num_classes=config.num_classes,
-        size=config.image_size, in_channels=config.in_channels, noise_std=config.noise_std,
-        patch_size=config.patch_size, num_tokens=config.num_tokens, token_channels=config.token_channels,
-        num_blocks=config.num_blocks, layers=config.layers_per_block, channels=config.channels,
-        parameters=figures["parameters"], megabytes=figures["bytes"] / 1e6, command=arguments.command,
-        steps=figures["steps"], hours=figures["training_seconds"] / 3600, machine=arguments.machine,
-        bpd=figures["bits_per_dim_noisy"], test_name=arguments.test_name, accuracy=figures["bayes_accuracy"],
-        accuracy_images=figures["accuracy_images"], limits=arguments.limits,
+        name=arguments.name, kind=type(flow).__name__, images=arguments.images_name, license=arguments.license,
+        num_classes=config.num_classes, size=config.image_size, in_channels=config.in_channels,
+        noise=f"Gaussian noise of standard deviation {noise.std}" if gaussian else "uniformly dequantised",
+        shape=shape_of(flow), parameters=figures["parameters"], megabytes=figures["bytes"] / 1e6,
+        command=arguments.command, steps=figures["steps"],
+        hours=f"{seconds / 3600:.2f} h" if seconds >= 360 else f"{seconds:.0f} s", machine=arguments.machine,
+        measured="noisy" if gaussian else "dequantised", bpd=bits, test_name=arguments.test_name,
+        accuracy=figures["bayes_accuracy"], accuracy_images=figures["accuracy_images"],
+        units=NOISY_UNITS if gaussian else DEQUANTISED_UNITS,
+        denoised=" and one denoising step" if gaussian else "", limits=arguments.limits,
     )  # fmt: skip
     write_atomically(folder / "README.md", card.encode())
-    print(f"bundled {folder}: {figures['bits_per_dim_noisy']:.3f} bits/dim, accuracy {figures['bayes_accuracy']:.1%}")
+    print(f"bundled {folder}: {bits:.3f} bits/dim, accuracy {figures['bayes_accuracy']:.1%}")
 
 
 if __name__ == "__main__":

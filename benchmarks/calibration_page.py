@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filling import fill
+
 import jacobiflow as jf
 from jacobiflow.calibration import rank_correlation
 from jacobiflow.calibration.convergence import TOLERANCES
 from jacobiflow.calibration.report import GUESS_NAMES, Spread
-from jacobiflow.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -194,23 +195,17 @@ def strategies(result: dict[str, Any]) -> str:
     return f"{table([*columns, 'calls'], lines)}\n\nMeasured on {where}."
 
 
-def filled(page: str) -> str:
-    """`page` with the text between its marks replaced by what the result files say."""
+def parts() -> dict[str, str]:
+    """What the page shows of the result files, by its marks."""
     report = jf.Report.load(REPORT)
     under_guidance = json.loads((RESULTS / "calibration-guided.json").read_text())
     timed = json.loads((RESULTS / "strategies.json").read_text())
-    parts = {
+    return {
         "igm": igm(report), "crm": crm(report), "sweeps": sweeps(report), "ranking": ranking(report),
         "norms": norms(report), "classes": classes(report), "segments": segments(report),
         "guided": guided(under_guidance), "strategies": strategies(timed),
     }  # fmt: skip
-    for name, text in parts.items():
-        before, _, rest = page.partition(f"<!-- {name} -->")
-        _, _, after = rest.partition(f"<!-- end of {name} -->")
-        page = f"{before}<!-- {name} -->\n\n{text}\n\n<!-- end of {name} -->{after}"
-    return page
 
 
 if __name__ == "__main__":
-    page = ROOT / "docs" / "calibration.md"
-    write_atomically(page, filled(page.read_text()).encode())
+    fill(ROOT / "docs" / "calibration.md", parts())

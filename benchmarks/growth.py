@@ -66,7 +66,7 @@ def by_tokens(folders: dict[int, Path]) -> list[dict[str, Any]]:
     """A plan and plain sweeps to 1e-3, by the number of tokens. The plans are by tunings of 8 latents."""
     found = []
     for folder in folders.values():
-        flow = jf.load(folder)
+        flow = jf.TarFlow.from_pretrained(folder).requires_grad_(False)
         z, labels = latents(flow, BATCH)
         runs: dict[str, Callable[[], jf.Samples]] = {
             name: partial(draw, flow, z, labels, name) for name in ("jacobi", "window:32")
@@ -160,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=ROOT / "out" / "growth")
     arguments = parser.parse_args()
-    path, flow = RESULTS / "growth.json", jf.load("fashion-p2")
+    path, flow = RESULTS / "growth.json", jf.TarFlow.from_pretrained("fashion-p2").requires_grad_(False)
     head = {"command": "python benchmarks/growth.py", "machine": machine(), "batch": BATCH}
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     result = result if result.get("machine") == head["machine"] else head

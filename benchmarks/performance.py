@@ -312,7 +312,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "performance.json")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     arguments = parser.parse_args()
-    flow = jf.load(MODEL)
+    flow = jf.TarFlow.from_pretrained(MODEL).requires_grad_(False)
     if flow.report_file is None:
         raise ValueError(f"{MODEL} has no report: make calibration")
     report = jf.Report.load(flow.report_file)

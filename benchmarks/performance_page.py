@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from filling import fill
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from jacobiflow.files import write_atomically
 from jacobiflow.plots import COLORS, save_png
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,15 +204,6 @@ def figure(result: dict[str, Any]) -> Figure:
     return drawn
 
 
-def filled(page: str, parts: dict[str, str]) -> str:
-    """`page` with the text between its marks replaced."""
-    for name, text in parts.items():
-        before, _, rest = page.partition(f"<!-- {name} -->")
-        _, _, after = rest.partition(f"<!-- end of {name} -->")
-        page = f"{before}<!-- {name} -->\n\n{text}\n\n<!-- end of {name} -->{after}"
-    return page
-
-
 def parts() -> dict[str, str]:
     """What the page shows of the result files, by its marks."""
     result = json.loads((RESULTS / "performance.json").read_text())
@@ -227,8 +218,7 @@ def parts() -> dict[str, str]:
 
 def main() -> None:
     """Fill the page, draw the figure."""
-    page = ROOT / "docs" / "performance.md"
-    write_atomically(page, filled(page.read_text(), parts()).encode())
+    fill(ROOT / "docs" / "performance.md", parts())
     result = json.loads((RESULTS / "performance.json").read_text())
     save_png(figure(result), ROOT / "docs" / "figures" / "error-against-time.png")
 

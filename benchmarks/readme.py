@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jacobiflow.files import write_atomically
+from filling import fill
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLERS = ("GS-Jacobi", "Selective Jacobi Decoding", "STARFlow")
@@ -62,17 +62,32 @@ def speed(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def filled(page: str) -> str:
-    """`page` with the text between its marks replaced by what the result files say."""
-    result = json.loads((ROOT / "docs" / "results" / "performance.json").read_text())
-    parts = {"demo": demo("demo.json") + "\n\n" + demo("demo-one.json"), "speed": speed(result)}
-    for name, text in parts.items():
-        before, _, rest = page.partition(f"<!-- {name} -->")
-        _, _, after = rest.partition(f"<!-- end of {name} -->")
-        page = f"{before}<!-- {name} -->\n\n{text}\n\n<!-- end of {name} -->{after}"
-    return page
+def drop_in(result: dict[str, Any]) -> str:
+    """The libraries' inverses of 64 samples, and how many times as fast they are accelerated."""
+    machine = result["machine"]
+    lines = [
+        f"Seconds to invert 64 samples, on {machine['cores']} cores of {machine['processor']}; flows trained on real "
+        "images.\n",
+        f"| flow | features | the library | identical bits | to {result['tolerance']:g} |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in result["rows"]:
+        if row["batch"] == 64:
+            seconds = {name: timing["median"] for name, timing in row["seconds"].items()}
+            cells = [f"{seconds[name]:.3g} ({row['ratio'][name]:.1f}x)" for name in ("identical bits", "tolerance")]
+            lines.append(f"| {row['flow']} | {row['features']} | {seconds['library']:.3g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def parts() -> dict[str, str]:
+    """What the page shows of the result files, by its marks."""
+    demos = "\n\n".join(demo(name) for name in ("demo.json", "demo-one.json"))
+    return {"demo": demos, "drop-in": drop_in(_result("drop-in")), "speed": speed(_result("performance"))}
+
+
+def _result(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    write_atomically(readme, filled(readme.read_text()).encode())
+    fill(ROOT / "README.md", parts())

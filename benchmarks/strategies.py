@@ -63,7 +63,8 @@ def measure(flow: jf.TarFlow, plans: dict[str, jf.Strategy], batch: int) -> list
 
 def main() -> None:
     """Measure, write."""
-    flow, report = jf.load("fashion-p2"), jf.Report.load(REPORT)
+    flow = jf.TarFlow.from_pretrained("fashion-p2").requires_grad_(False)
+    report = jf.Report.load(REPORT)
     report.check(flow)
     plans, rows = settings(report), []
     for batch in BATCHES:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-import runpy
 import statistics
 from pathlib import Path
 
 import pytest
+from running import load_script
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = [
@@ -38,15 +38,23 @@ def test_links_and_pictures_exist():
                 assert (path.parent / target).exists(), f"{path}: {target}"
 
 
-def test_the_readme_shows_the_result_files():
-    page = (ROOT / "README.md").read_text()
-    assert runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))["filled"](page) == page
-
-
-def test_the_performance_page_shows_the_result_files():
-    page = (ROOT / "docs" / "performance.md").read_text()
-    module = runpy.run_path(str(ROOT / "benchmarks" / "performance_page.py"))
-    assert module["filled"](page, module["parts"]()) == page
+@pytest.mark.parametrize(
+    ("page", "script"),
+    [
+        ("README.md", "readme"),
+        ("docs/performance.md", "performance_page"),
+        ("docs/calibration.md", "calibration_page"),
+        ("docs/flows.md", "flows_page"),
+    ],
+)
+def test_pages_show_the_result_files(page, script):
+    text = (ROOT / page).read_text()
+    parts = load_script(script).parts()
+    assert parts
+    for name, part in parts.items():
+        marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        assert [text.count(mark) for mark in marks] == [1, 1]
+        assert text.partition(marks[0])[2].partition(marks[1])[0].strip() == part.strip()
 
 
 @pytest.mark.parametrize("by", ["tokens", "batch", "tolerance"])
@@ -60,8 +68,3 @@ def test_exponents_of_growth_are_slopes_of_logarithms(by):
         for measure, exponent in fitted.items():
             slope, _ = statistics.linear_regression(x, [math.log(row[measure]) for row in own])
             assert exponent == pytest.approx(slope, abs=1e-9)
-
-
-def test_the_calibration_page_shows_the_result_files():
-    page = (ROOT / "docs" / "calibration.md").read_text()
-    assert runpy.run_path(str(ROOT / "benchmarks" / "calibration_page.py"))["filled"](page) == page

@@ -2,8 +2,10 @@
 
 from jacobiflow.calibration import Report, Tuning, calibrate, tune
 from jacobiflow.denoising import denoise
+from jacobiflow.flows.adapters import Acceleration, accelerate
 from jacobiflow.flows.base import AffineBlock, Block
 from jacobiflow.flows.checkpoints import CheckpointError, load
+from jacobiflow.flows.maf import MAF, MAFConfig
 from jacobiflow.flows.presets import PRESETS, Preset
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
 from jacobiflow.guidance import Guidance
@@ -33,7 +35,9 @@ from jacobiflow.strategy import Strategy, plan
 __version__ = "0.1.0"
 
 __all__ = [
+    "MAF",
     "PRESETS",
+    "Acceleration",
     "AffineBlock",
     "Block",
     "CausalLinear",
@@ -41,6 +45,7 @@ __all__ = [
     "Chord",
     "Guidance",
     "Latent",
+    "MAFConfig",
     "MaxSweeps",
     "MeanAffine",
     "Plain",
@@ -60,6 +65,7 @@ __all__ = [
     "Whole",
     "Window",
     "Zeros",
+    "accelerate",
     "calibrate",
     "certify",
     "decode",

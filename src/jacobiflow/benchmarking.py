@@ -17,12 +17,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.maf import MAF
 from jacobiflow.flows.tarflow import TarFlow
+from jacobiflow.full_passes import full_passes_sample
 from jacobiflow.growing_cache import growing_cache_sample
 from jacobiflow.guidance import Guidance
 from jacobiflow.sampling import Samples, sample
 
-GROWING_CACHE = "growing cache"
+GROWING_CACHE, FULL_PASSES = "growing cache", "full passes"
 SEQUENTIAL = "sequential"
 ENCODING_PASS = "encoding pass"
 
@@ -54,7 +57,7 @@ class Row:
     - `strategy`: its name.
     - `seconds`: a `Timing` of the whole batch.
     - `error`: an `Error` against the sequential answer.
-    - `samples`: the `Samples` of its warm-up; `None` for the growing-cache loop, which counts and certifies nothing.
+    - `samples`: the `Samples` of its warm-up; `None` for the original loop, which counts and certifies nothing.
     """
 
     strategy: str
@@ -110,13 +113,18 @@ class Comparison:
     **Attributes:**
 
     - `batch_size`: samples drawn together.
-    - `rows`: a `Row` each: the growing-cache loop, the sequential loop, then those that were given.
+    - `rows`: a `Row` each: the loop of the flow's original code, the sequential loop, then those that were given.
     - `floor`: a `Timing` of one encoding pass of the batch, each block evaluated once, unguided: what no solver beats.
     """
 
     batch_size: int
     rows: tuple[Row, ...]
     floor: Timing
+
+    @property
+    def original(self) -> str:
+        """The name of the original code's loop; see `original_loop`."""
+        return self.rows[0].strategy
 
     def row(self, strategy: str) -> Row:
         """The row of that name. **Raises** `KeyError` where there is none."""
@@ -131,7 +139,7 @@ class Comparison:
         return {
             "batch_size": self.batch_size,
             "rows": [
-                row.to_json() | {"speed_up": {name: self.speed_up(row, name) for name in (GROWING_CACHE, SEQUENTIAL)}}
+                row.to_json() | {"speed_up": {name: self.speed_up(row, name) for name in (self.original, SEQUENTIAL)}}
                 for row in self.rows
             ],
             "encoding_pass": asdict(self.floor),
@@ -188,8 +196,21 @@ def paired_error(actual: Float[Tensor, "n c h w"], exact: Float[Tensor, "n c h w
     return Error(float(difference.max()), float(difference.mean()), float(difference.square().mean().sqrt()))
 
 
+def original_loop(flow: ImageFlow) -> tuple[str, Callable[..., Tensor]]:
+    """The loop by which the flow's original code samples, and its name: "growing cache", or "full passes" for a MAF.
+
+    It is called with the flow, latents, labels and guidance, and gives images. **Raises** `ValueError` for a flow of
+    another kind, which has none here.
+    """
+    if isinstance(flow, TarFlow):
+        return GROWING_CACHE, growing_cache_sample
+    if isinstance(flow, MAF):
+        return FULL_PASSES, full_passes_sample
+    raise ValueError(f"{type(flow).__name__}: has no original loop to compare with; give a TarFlow or a MAF")
+
+
 def compare(
-    flow: TarFlow,
+    flow: ImageFlow,
     latents: Float[Tensor, "n t c"],
     labels: Int[Tensor, " n"] | None,
     runs: Mapping[str, Callable[[], Samples]],
@@ -198,7 +219,7 @@ def compare(
     repeats: int = 5,
     after_each: Callable[[str], None] | None = None,
 ) -> Comparison:
-    """Time samplers beside the growing-cache loop, the sequential loop and an encoding pass, in one interleaved run.
+    """Time samplers beside the original code's loop, the sequential loop and an encoding pass, in one interleaved run.
 
     The sequential loop is not certified: it is exact, and a baseline must not be slowed down.
 
@@ -207,8 +228,8 @@ def compare(
     - `flow`: the model; its device is used.
     - `latents`: (N, T, C), standard normal, before the prior's scale.
     - `labels`: (N,) classes, or `None`.
-    - `runs`: by name, what draws from the same latents, labels and guidance. None may be called "growing cache",
-        "sequential" or "encoding pass".
+    - `runs`: by name, what draws from the same latents, labels and guidance. None may be called "sequential",
+        "encoding pass", or as `original_loop` is.
     - `guidance`: a `Guidance` for both baselines, or `None`.
     - `repeats`: rounds that count.
     - `after_each`: see `interleave`, whose runs are `len(runs) + 3`.
@@ -217,7 +238,8 @@ def compare(
 
     **Raises:** `ValueError` for a name that is taken, `repeats` below 1, latents or labels that do not fit the flow.
     """
-    for name in (GROWING_CACHE, SEQUENTIAL, ENCODING_PASS):
+    original, loop = original_loop(flow)
+    for name in (original, SEQUENTIAL, ENCODING_PASS):
         if name in runs:
             raise ValueError(f"run {name!r}: timed in any case; give it another name, or leave it out")
     sequential = partial(
@@ -226,14 +248,14 @@ def compare(
     )  # fmt: skip
     exact = sequential()
     every: dict[str, Callable[[], Any]] = {
-        GROWING_CACHE: partial(growing_cache_sample, flow, exact.latents, exact.labels, guidance),
+        original: partial(loop, flow, exact.latents, exact.labels, guidance),
         SEQUENTIAL: sequential,
         **runs,
         ENCODING_PASS: partial(_encode, flow, exact.images, exact.labels),
     }
     seconds, results = interleave(every, repeats, flow.var.device, after_each)
     rows = []
-    for name in (GROWING_CACHE, SEQUENTIAL, *runs):
+    for name in (original, SEQUENTIAL, *runs):
         samples = results[name] if isinstance(results[name], Samples) else None
         images = results[name] if samples is None else samples.images
         rows.append(Row(name, seconds[name], paired_error(images, exact.images), samples))
@@ -262,7 +284,7 @@ def _processor() -> str:
     return f"{name} with AVX512-BF16 and AMX" if any("amx_bf16" in line for line in lines) else name
 
 
-def _encode(flow: TarFlow, images: Tensor, labels: Tensor | None) -> None:
+def _encode(flow: ImageFlow, images: Tensor, labels: Tensor | None) -> None:
     with torch.no_grad():
         flow.encode(images, labels)
 

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.flows.tarflow import TarFlow
+from jacobiflow.flows.image_flow import ImageFlow
 
 
 def denoise(
-    flow: TarFlow,
+    flow: ImageFlow,
     images: Float[Tensor, "n c h w"],
     labels: Int[Tensor, " n"] | None = None,
     rate: float = 1.0,
@@ -36,7 +36,7 @@ def denoise(
     return torch.cat(steps)
 
 
-def check_rate(flow: TarFlow, rate: float) -> None:
+def check_rate(flow: ImageFlow, rate: float) -> None:
     """**Raises** `ValueError` where `denoise` would."""
     if not 0 <= rate < math.inf:
         raise ValueError(f"denoise={rate}: give 0 (off) or a positive rate")

@@ -86,7 +86,7 @@ class GuidedBlock(AffineBlock):
         )
         return GuidedCache(inner, len(z))
 
-    def output_weights(self) -> tuple[Float[Tensor, "c d"] | None, Float[Tensor, "c d"]] | None:
+    def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:
         """Those of the wrapped block."""
         return self.block.output_weights()
 

@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLo
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from jacobiflow.benchmarking import ENCODING_PASS, GROWING_CACHE, SEQUENTIAL, Comparison
+from jacobiflow.benchmarking import ENCODING_PASS, SEQUENTIAL, Comparison
 from jacobiflow.calibration import Report
 from jacobiflow.data import quantize
 from jacobiflow.files import write_atomically
@@ -28,7 +28,6 @@ from jacobiflow.files import write_atomically
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#b8a800")
 ORDERED = matplotlib.colormaps["viridis"]
 _MARKERS = "osD^vP*X"
-_LINES = {ENCODING_PASS: ":", SEQUENTIAL: "--", GROWING_CACHE: "-."}
 _CAPTION = 22  # pixels
 _LEAST = 1e-5  # below it, a distance is rounding
 _STARTS = {"images": "latents that encode images", "noise": "fresh latents"}
@@ -145,7 +144,8 @@ def bench_figure(comparisons: Sequence[Comparison]) -> Figure:
     columns = 2 if len(comparisons) == 4 else min(len(comparisons), 3)
     lines = -(-len(comparisons) // columns)
     names = list(dict.fromkeys(row.strategy for comparison in comparisons for row in comparison.rows[2:]))
-    captions = [textwrap.fill(name.replace("$", r"\$"), 28) for name in (*_LINES, *names)]
+    styles = {ENCODING_PASS: ":", SEQUENTIAL: "--", comparisons[0].original: "-."}
+    captions = [textwrap.fill(name.replace("$", r"\$"), 28) for name in (*styles, *names)]
     legend = 0.3 + 0.2 * sum(caption.count("\n") + 1 for caption in captions)  # inches
     figure = Figure(figsize=(3.6 * columns + 2.4, max(3.6 * lines, legend)), layout="constrained")
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
@@ -158,7 +158,7 @@ def bench_figure(comparisons: Sequence[Comparison]) -> Figure:
     ticks[10.0**high] = ticks[10.0**high] if all(map(math.isfinite, errors)) else "not finite"
     shown: dict[str, Any] = {}
     for axis, comparison in zip(panels, comparisons, strict=False):
-        for name, style in _LINES.items():
+        for name, style in styles.items():
             seconds = comparison.floor if name == ENCODING_PASS else comparison.row(name).seconds
             shown[name] = axis.axvline(seconds.median, color="black", linestyle=style, linewidth=1.2)
         for row in comparison.rows[2:]:

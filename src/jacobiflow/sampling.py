@@ -17,7 +17,7 @@ from torch import Tensor
 from jacobiflow.denoising import check_rate
 from jacobiflow.denoising import denoise as denoise_images
 from jacobiflow.flows.base import AffineBlock
-from jacobiflow.flows.tarflow import TarFlow
+from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance, guided
 from jacobiflow.latents import draw_latents
 from jacobiflow.solvers import Solution, Status, solve_certified
@@ -91,7 +91,7 @@ class Samples:
 
 
 def sample(
-    flow: TarFlow,
+    flow: ImageFlow,
     num: int | None = None,
     labels: Int[Tensor, " n"] | None = None,
     seed: int = 0,
@@ -197,7 +197,7 @@ def sample(
 
 
 def decode(
-    flow: TarFlow,
+    flow: ImageFlow,
     z: Float[Tensor, "n t d"],
     labels: Int[Tensor, " n"] | None = None,
     *,
@@ -219,13 +219,13 @@ class _Group:
 
 
 def _solve_group(
-    flow: TarFlow, blocks: list[AffineBlock], plan: Strategy, latents: Tensor, labels: Tensor | None, certify: bool,
+    flow: ImageFlow, blocks: list[AffineBlock], plan: Strategy, latents: Tensor, labels: Tensor | None, certify: bool,
     slots: int, return_trace: bool, bar: Progress, task: TaskID,
 ) -> _Group:  # fmt: skip
     x = latents * flow.var.sqrt().to(latents.dtype)
     lost = ~torch.isfinite(x).all(dim=(1, 2))
     solutions: list[Solution] = []
-    trace = [flow.unpatchify(x)] if return_trace else []
+    trace = [flow.to_images(x)] if return_trace else []
     for i in reversed(range(len(blocks))):
         permutation = flow.blocks[i].permutation
         # A sample lost in an earlier block goes on as zeros, so that the rest of its group can be solved.
@@ -236,9 +236,9 @@ def _solve_group(
         status = solution.status.masked_fill(lost, Status.NONFINITE)
         solutions.append(replace(solution, status=status, residual=solution.residual.masked_fill(lost, torch.inf)))
         if return_trace:
-            trace.append(flow.unpatchify(x))
+            trace.append(flow.to_images(x))
         bar.advance(task)
-    return _Group(flow.unpatchify(x), solutions[::-1], trace)
+    return _Group(flow.to_images(x), solutions[::-1], trace)
 
 
 def _stats(solutions: Iterable[Solution]) -> BlockStats:
@@ -259,7 +259,7 @@ def _spans(total: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
-def _check(flow: TarFlow, latents: Tensor, labels: Tensor | None) -> None:
+def _check(flow: ImageFlow, latents: Tensor, labels: Tensor | None) -> None:
     config = flow.config
     want = (config.num_tokens, config.token_channels)
     if latents.ndim != 3 or latents.shape[1:] != want or not len(latents):

@@ -28,7 +28,7 @@ from jacobiflow.calibration.report import GUESS_NAMES, Report, Settings, Start
 from jacobiflow.calibration.tuning import tune
 from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.fingerprint import fingerprint
-from jacobiflow.flows.tarflow import TarFlow
+from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance, guided
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
 from jacobiflow.solvers import Guess, Latent, MeanAffine, Segments, Sequential, Solver, Zeros, solve
@@ -47,7 +47,7 @@ class Images(Protocol):
 
 
 def calibrate(
-    flow: TarFlow,
+    flow: ImageFlow,
     images: Images,
     labels: Int[Tensor, " n"] | None = None,
     norm: Norm = 2,
@@ -171,7 +171,7 @@ class _Solution(NamedTuple):
 class _Data:
     """Images in batches, and what passes over them give."""
 
-    flow: TarFlow
+    flow: ImageFlow
     blocks: Sequence[AffineBlock]
     images: Images
     labels: Int[Tensor, " n"] | None
@@ -291,7 +291,8 @@ class _Data:
             if wrong.any():
                 raise ValueError(f"images: number {int(part[wrong.cpu()][0])} holds a NaN or an infinity; leave it out")
             labels = None if self.labels is None else self.labels[part.to(self.labels.device)].to(var.device)
-            yield self.flow.patchify(images.to(var.device, _state_dtype(var))), labels
+            tokens, _ = self.flow.to_tokens(images.to(var.device, _state_dtype(var)))
+            yield tokens, labels
 
     def _walk(self, x: Tensor, labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Per block in encoding order, its solution X* and there its parameters, guided; X* goes on unguided."""

@@ -19,7 +19,7 @@ from jacobiflow.calibration.fit import fit_chord, fit_guess
 from jacobiflow.files import tensor_from_json, tensor_to_json, write_json
 from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.fingerprint import check_fingerprint, fingerprint
-from jacobiflow.flows.tarflow import TarFlow
+from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance, guided
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
 from jacobiflow.solvers import (
@@ -192,7 +192,7 @@ class Tuning:
 
 
 def tune(
-    flow: TarFlow, labels: Int[Tensor, " n"] | None = None, guidance: Guidance | None = None, *, samples: int = 32,
+    flow: ImageFlow, labels: Int[Tensor, " n"] | None = None, guidance: Guidance | None = None, *, samples: int = 32,
     batch_size: int = 64, seed: int = 0, progress: bool = True,
 ) -> Tuning:  # fmt: skip
     """Fit a guess and a correction to every block, and count the sweeps that they take, on fresh latents.

@@ -16,7 +16,7 @@ from jacobiflow.calibration import Report
 from jacobiflow.data import balanced_labels
 from jacobiflow.files import write_json
 from jacobiflow.flows.checkpoints import load
-from jacobiflow.flows.tarflow import TarFlow
+from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance
 from jacobiflow.latents import draw_labels
 
@@ -55,12 +55,12 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def load_model(name: str, device: str, dtype: str = "float32") -> TarFlow:
+def load_model(name: str, device: str, dtype: str = "float32") -> ImageFlow:
     """The flow that `--model`, `--device` and `--dtype` name."""
     return load(name, parse_device(device), dtype)
 
 
-def parse_labels(text: str, num: int, flow: TarFlow, seed: int) -> Int[Tensor, " n"] | None:
+def parse_labels(text: str, num: int, flow: ImageFlow, seed: int) -> Int[Tensor, " n"] | None:
     """Labels for `num` samples: "balanced", "random", "none", or numbers such as "3" or "0,1,2", repeated in order.
 
     **Raises** `ValueError` where the text is none of these.
@@ -83,7 +83,7 @@ def parse_guidance(weight: float, on: str, constant: bool, attn_temperature: flo
     return guidance if weight else None
 
 
-def load_report(path: Path, flow: TarFlow) -> Report:
+def load_report(path: Path, flow: ImageFlow) -> Report:
     """The report in a file. **Raises** `ValueError` where it is none, or of another flow."""
     report = Report.load(path)
     report.check(flow)

@@ -1,4 +1,4 @@
-"""`jacobiflow train`: fit a TarFlow to images."""
+"""`jacobiflow train`: fit a flow to images."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from jacobiflow import sampling
 from jacobiflow.benchmarking import machine
 from jacobiflow.cli import options
 from jacobiflow.data import load_images
+from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.maf import MAF, MAFConfig
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
 from jacobiflow.plots import image_grid, save_png
 from jacobiflow.training import Noise, StepReport, TrainConfig, read_metrics
@@ -29,19 +31,31 @@ def train(
     images: options.Images,
     out: Annotated[Path, typer.Option("--out", help="Folder of the model, its checkpoint, metrics and samples.")],
     steps: Annotated[int, typer.Option("--steps", help="Optimiser steps in all, those of earlier runs included.")],
-    patch_size: Annotated[int, typer.Option("--patch-size", help="Side of a patch in pixels.")] = 2,
-    channels: Annotated[int, typer.Option("--channels", help="Width of the transformers.")] = 128,
+    flow: Annotated[str, typer.Option("--flow", help="tarflow, or maf: a masked autoregressive flow.")] = "tarflow",
+    patch_size: Annotated[
+        int | None, typer.Option("--patch-size", help="tarflow: side of a patch in pixels; default 2.")
+    ] = None,
+    channels: Annotated[
+        int, typer.Option("--channels", help="Width of the transformers; maf: of the hidden layers.")
+    ] = 128,
     blocks: Annotated[int, typer.Option("--blocks", help="Number of flow blocks.")] = 8,
-    layers: Annotated[int, typer.Option("--layers", help="Transformer layers in a block.")] = 2,
-    head_dim: Annotated[int, typer.Option("--head-dim", help="Width of an attention head.")] = 64,
+    layers: Annotated[int, typer.Option("--layers", help="Transformer layers in a block; maf: hidden layers.")] = 2,
+    head_dim: Annotated[
+        int | None, typer.Option("--head-dim", help="tarflow: width of an attention head; default 64.")
+    ] = None,
     volume_preserving: Annotated[
-        bool, typer.Option("--volume-preserving", help="Shifts only, and a learned prior variance.")
+        bool, typer.Option("--volume-preserving", help="tarflow: shifts only, and a learned prior variance.")
     ] = False,
     image_size: Annotated[int, typer.Option("--image-size", help="Side of the images in pixels.")] = 28,
     image_channels: Annotated[int, typer.Option("--image-channels", help="1 for grey, 3 for colour.")] = 1,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="Do not use the images' labels.")] = False,
-    noise: Annotated[str, typer.Option("--noise", help="gaussian, or uniform for dequantisation.")] = "gaussian",
-    noise_std: Annotated[float, typer.Option("--noise-std", help="Standard deviation of gaussian noise.")] = 0.1,
+    noise: Annotated[
+        str | None,
+        typer.Option("--noise", help="gaussian, or uniform for dequantisation. Default: gaussian; maf: uniform."),
+    ] = None,
+    noise_std: Annotated[
+        float | None, typer.Option("--noise-std", help="Standard deviation of gaussian noise; default 0.1.")
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images in a step.")] = 64,
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="Peak rate of AdamW.")] = 1e-3,
     warmup: Annotated[int, typer.Option("--warmup", help="Steps of linear warm-up.")] = 200,
@@ -55,18 +69,32 @@ def train(
     device: options.Device = "cpu",
     json: options.Json = None,
 ) -> None:
-    """Train a TarFlow; started again with the same --out, it goes on where it stopped.
+    """Train a TarFlow or a MAF; started again with the same --out, it goes on where it stopped.
 
     Example: jacobiflow train --images fashion-mnist --out runs/fashion --steps 6000
     """
+    if flow not in ("tarflow", "maf"):
+        raise ValueError(f"--flow {flow}: give tarflow or maf")
     data = load_images(images, image_size, image_channels)
     classes = 0 if unconditional or data.labels is None else int(data.labels.max()) + 1
-    gaussian = noise == "gaussian"
-    config = TarFlowConfig(
-        in_channels=image_channels, image_size=image_size, patch_size=patch_size, channels=channels, num_blocks=blocks,
-        layers_per_block=layers, num_classes=classes, nvp=not volume_preserving, head_dim=head_dim,
-        noise_std=noise_std if gaussian else 0.0,
-    )  # fmt: skip
+    config: TarFlowConfig | MAFConfig
+    if flow == "maf":
+        _refuse(patch_size=patch_size, head_dim=head_dim, volume_preserving=volume_preserving or None,
+                noise_std=noise_std, noise=None if noise == "uniform" else noise)  # fmt: skip
+        noise = "uniform"
+        config = MAFConfig(
+            in_channels=image_channels, image_size=image_size, hidden_features=channels, num_blocks=blocks,
+            hidden_layers=layers, num_classes=classes,
+        )  # fmt: skip
+    else:
+        noise = noise or "gaussian"
+        std = 0.1 if noise_std is None else noise_std
+        config = TarFlowConfig(
+            in_channels=image_channels, image_size=image_size, patch_size=2 if patch_size is None else patch_size,
+            channels=channels, num_blocks=blocks, layers_per_block=layers, num_classes=classes,
+            nvp=not volume_preserving, head_dim=64 if head_dim is None else head_dim,
+            noise_std=std if noise == "gaussian" else 0.0,
+        )  # fmt: skip
     settings = TrainConfig(
         steps=steps, noise=Noise(noise, config.noise_std),  # type: ignore[arg-type]
         batch_size=batch_size, learning_rate=learning_rate, warmup=warmup, ema=ema, clip=clip, drop_label=drop_label,
@@ -75,7 +103,7 @@ def train(
     place = options.parse_device(device)
     options.check_writable(out, json)
     torch.manual_seed(seed)
-    flow = TarFlow(config).to(place)
+    model: ImageFlow = MAF(config) if isinstance(config, MAFConfig) else TarFlow(config)
 
     console = Console(stderr=True)
     columns = (TextColumn("training"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
@@ -91,15 +119,29 @@ def train(
             if not console.is_terminal and step.step % 50 == 0:
                 print(f"step {step.step}/{steps}  {figures}  {step.seconds:.0f} s", file=sys.stderr)
 
-        def on_sample(average: TarFlow, step: int) -> None:
+        def on_sample(average: ImageFlow, step: int) -> None:
             labels = options.parse_labels("balanced", 20, average, seed)
             drawn = sampling.sample(average, num=20, labels=labels, seed=seed, progress=False)
             save_png(image_grid(drawn.images, columns=10), out / f"samples-{step:06d}.png")
 
-        fit(flow, data, settings, out, on_step, on_sample)
-    figures = {"model": str(out), "images": len(data), **asdict(config), "training": asdict(settings)}
+        fit(model.to(place), data, settings, out, on_step, on_sample)
+    figures = {"model": str(out), "flow": flow, "images": len(data), **asdict(config), "training": asdict(settings)}
     options.report(json, figures | {"last_step": read_metrics(out)[-1], **machine(place)})
     print(f"wrote the model folder {out}")
+
+
+def _refuse(**given: object) -> None:
+    """**Raises** `ValueError` for the options of a TarFlow alone that are not `None`."""
+    words = [
+        f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}"
+        for name, value in given.items()
+        if value is not None
+    ]
+    if words:
+        raise ValueError(
+            f"{', '.join(words)}: of a TarFlow; leave it out with --flow maf, whose tokens are pixels, dequantised by "
+            "uniform noise"
+        )
 
 
 @contextmanager

@@ -9,13 +9,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from jacobiflow.data import ImageDataset
-from jacobiflow.flows.tarflow import TarFlow
+from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.training.noise import Noise, noisy_images
 
 
 @torch.no_grad()
 def bits_per_dim(
-    flow: TarFlow,
+    flow: ImageFlow,
     data: ImageDataset,
     noise: Noise,
     seed: int = 0,
@@ -40,7 +40,7 @@ def bits_per_dim(
 
 @torch.no_grad()
 def bayes_accuracy(
-    flow: TarFlow,
+    flow: ImageFlow,
     data: ImageDataset,
     noise: Noise,
     seed: int = 0,
@@ -69,7 +69,7 @@ def bayes_accuracy(
 
 
 def _noisy_batch(
-    flow: TarFlow, data: ImageDataset, noise: Noise, seed: int, start: int, batch_size: int
+    flow: ImageFlow, data: ImageDataset, noise: Noise, seed: int, start: int, batch_size: int
 ) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"] | None]:
     """Images with their noise and labels, where the flow takes labels, on the flow's device."""
     index = torch.arange(start, min(start + batch_size, len(data)))

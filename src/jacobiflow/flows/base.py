@@ -102,10 +102,11 @@ class AffineBlock:
         """The cache with which the network runs in bfloat16, where the block has `low_precision`."""
         raise TypeError(f"{type(self).__name__} must define lower")
 
-    def output_weights(self) -> tuple[Float[Tensor, "c d"] | None, Float[Tensor, "c d"]] | None:
+    def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:
         """W_s and W_u of the linear layer that ends in `log_scale` = W_s h + b_s and `shift` = W_u h + b_u.
 
-        W_s is `None` where the scale is fixed (volume-preserving); `None` for both where there is no such layer.
+        Their rows are channels where the layer acts on each token, and entries where it acts on all at once. W_s is
+        `None` where the scale is fixed (volume-preserving); `None` for both where there is no such layer.
         """
         return None
 

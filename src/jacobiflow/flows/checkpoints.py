@@ -22,27 +22,33 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from jacobiflow.files import write_beside
+from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.maf import MAF, MAFConfig
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 REPORT = "report.json"
-MODEL_TYPE = "tarflow"
 FORMAT_VERSION = 1
 
+_KINDS: dict[str, tuple[type[ImageFlow], type[TarFlowConfig] | type[MAFConfig]]] = {
+    TarFlow.model_type: (TarFlow, TarFlowConfig),
+    MAF.model_type: (MAF, MAFConfig),
+}
 _MODELS = importlib.resources.files("jacobiflow") / "models"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-AnyFlow = TypeVar("AnyFlow", bound=TarFlow)
+AnyFlow = TypeVar("AnyFlow", bound=ImageFlow)
+AnyTarFlow = TypeVar("AnyTarFlow", bound=TarFlow)
 
 
 class CheckpointError(ValueError):
     """A model folder or file that cannot serve; the message names it, what is wrong, and the mend."""
 
 
-def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None) -> TarFlow:
-    """A flow ready to sample: in eval mode, its parameters without gradients.
+def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None) -> ImageFlow:
+    """A flow ready to sample, a `TarFlow` or a `MAF` as stored: in eval mode, its parameters without gradients.
 
     **Arguments:**
 
@@ -55,10 +61,10 @@ def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     **Raises** `CheckpointError` for an unknown name or a folder that does not fit, `ValueError` for another dtype.
     """
     dtype = _floating(dtype)
-    return read(TarFlow, name).requires_grad_(False).to(device=device, dtype=dtype)
+    return read(ImageFlow, name).requires_grad_(False).to(device=device, dtype=dtype)
 
 
-def save(flow: TarFlow, folder: str | Path, dtype: torch.dtype | str | None = None) -> None:
+def save(flow: ImageFlow, folder: str | Path, dtype: torch.dtype | str | None = None) -> None:
     """Write `flow` as a model folder, in `dtype` (by default the flow's own); what `folder` held stays until then.
 
     **Raises** `CheckpointError` where a weight is not finite in `dtype`, or `folder` cannot be written.
@@ -66,7 +72,7 @@ def save(flow: TarFlow, folder: str | Path, dtype: torch.dtype | str | None = No
     dtype, folder = _floating(dtype), Path(folder)
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in flow.state_dict().items()}
     _check_values(state, f"{folder}: not written")
-    document = {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, **asdict(flow.config)}
+    document = {"model_type": flow.model_type, "format_version": FORMAT_VERSION, **asdict(flow.config)}
     with writing(folder / CONFIG) as config, writing(folder / WEIGHTS) as weights:
         config.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         weights.write_bytes(serialize(state, metadata={"format": "pt"}))
@@ -75,14 +81,23 @@ def save(flow: TarFlow, folder: str | Path, dtype: torch.dtype | str | None = No
 
 
 def read(kind: type[AnyFlow], name: str | Path, **hub: Any) -> AnyFlow:
-    """The flow, of class `kind`, that `name` (as for `load`) holds, in eval mode; `hub` is for `snapshot_download`.
+    """The flow that `name` (as for `load`) holds, in eval mode; `hub` is for `snapshot_download`.
+
+    It is of class `kind`, or for `ImageFlow` of the class that the folder names.
 
     **Raises** `CheckpointError`.
     """
     folder = bundled().get(name, Path(name)) if isinstance(name, str) else name
     if not folder.is_dir():
         folder = _download(str(name), hub)
-    config, weights = _read_config(folder / CONFIG), folder / WEIGHTS
+    (found, config), weights = _read_config(folder / CONFIG), folder / WEIGHTS
+    if issubclass(found, kind):
+        kind = found
+    elif not issubclass(kind, found):
+        raise CheckpointError(
+            f"{folder / CONFIG}: model_type {found.model_type!r}, which is no {kind.__name__}; read it with "
+            f"{found.__name__}, or with jacobiflow.load"
+        )
     if not weights.is_file():
         raise CheckpointError(f"{weights}: missing; a model folder holds {CONFIG} and {WEIGHTS}")
     try:
@@ -129,7 +144,7 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def load_original(kind: type[AnyFlow], path: str | Path, config: TarFlowConfig) -> AnyFlow:
+def load_original(kind: type[AnyTarFlow], path: str | Path, config: TarFlowConfig) -> AnyTarFlow:
     """The flow, of class `kind` and in eval mode, whose weights `read_original` finds in `path`, key for key.
 
     float16 and bfloat16 become float32. The original code has heads of 64; shapes do not tell another `head_dim`.
@@ -174,10 +189,7 @@ def infer_config(
         outputs, _ = state["blocks.0.proj_out.weight"].shape
         hidden, _ = state["blocks.0.attn_blocks.0.mlp.main.0.weight"].shape
         num_classes = len(state["blocks.0.class_embed"]) if "blocks.0.class_embed" in state else 0
-        counts = [
-            1 + max(int(found[1]) for name in state if (found := re.match(pattern, name)))
-            for pattern in (r"blocks\.(\d+)\.", r"blocks\.0\.attn_blocks\.(\d+)\.")
-        ]
+        counts = [_count(state, pattern) for pattern in (r"blocks\.(\d+)\.", r"blocks\.0\.attn_blocks\.(\d+)\.")]
     except KeyError as error:
         raise CheckpointError(f"not the state dict of a TarFlow: no {error}") from None
     except (ValueError, TypeError) as error:
@@ -254,7 +266,7 @@ def _download(name: str, hub: dict[str, Any]) -> Path:
         ) from error
 
 
-def _read_config(path: Path) -> TarFlowConfig:
+def _read_config(path: Path) -> tuple[type[ImageFlow], TarFlowConfig | MAFConfig]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -264,11 +276,13 @@ def _read_config(path: Path) -> TarFlowConfig:
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: holds a {type(document).__name__}; an object with the config's fields wanted")
     kind, version = document.pop("model_type", None), document.pop("format_version", None)
-    if kind != MODEL_TYPE or version != FORMAT_VERSION:
+    if not isinstance(kind, str) or kind not in _KINDS or version != FORMAT_VERSION:
+        known = ", ".join(map(repr, _KINDS))
         raise CheckpointError(
-            f"{path}: model_type {kind!r} in format {version!r}; this release reads {MODEL_TYPE!r} in {FORMAT_VERSION}"
+            f"{path}: model_type {kind!r} in format {version!r}; this release reads {known} in {FORMAT_VERSION}"
         )
-    types = get_type_hints(TarFlowConfig)
+    flow, config = _KINDS[kind]
+    types = get_type_hints(config)
     problems = [f"unknown field {name!r}" for name in document if name not in types]
     for name, wanted in types.items():
         if name not in document:
@@ -278,22 +292,23 @@ def _read_config(path: Path) -> TarFlowConfig:
     if problems:
         raise CheckpointError(f"{path}: {'; '.join(problems)}")
     try:
-        return TarFlowConfig(**document)
+        return flow, config(**document)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
 def _build(
     kind: type[AnyFlow],
-    config: TarFlowConfig,
+    config: TarFlowConfig | MAFConfig,
     state: dict[str, Tensor],
     source: str,
     masks: dict[str, tuple[int, int]],
 ) -> AnyFlow:
     """A flow with exactly the tensors of `state`, less the causal masks (`masks`: name to shape); empties `state`."""
-    if config.num_blocks * config.layers_per_block > len(state):  # before a config of a million blocks is built
+    layers = config.hidden_layers if isinstance(config, MAFConfig) else config.layers_per_block
+    if config.num_blocks * layers > len(state):  # before a config of a million blocks is built
         raise CheckpointError(
-            f"{source}: {config.num_blocks} blocks of {config.layers_per_block} layers in the config, but only "
+            f"{source}: {config.num_blocks} blocks of {layers} layers in the config, but only "
             f"{len(state)} tensors{_mend(config, state)}"
         )
     try:
@@ -329,21 +344,46 @@ def _mask_names(config: TarFlowConfig) -> list[str]:
     return [f"blocks.{i}.attn_mask" for i in range(config.num_blocks)]
 
 
-def _mend(config: TarFlowConfig, state: dict[str, Tensor]) -> str:
+def _mend(config: TarFlowConfig | MAFConfig, state: dict[str, Tensor]) -> str:
     """What the shapes of `state` say against `config`, in words; "" where they say nothing."""
+    told = _maf_told(config, state) if isinstance(config, MAFConfig) else _tarflow_told(config, state)
+    differing = [] if told is None else [
+        f"{field.name}={getattr(told, field.name)} rather than {getattr(config, field.name)}"
+        for field in fields(config)
+        if getattr(told, field.name) != getattr(config, field.name)
+    ]  # fmt: skip
+    return f" (the shapes say {', '.join(differing)})" if differing else ""
+
+
+def _tarflow_told(config: TarFlowConfig, state: dict[str, Tensor]) -> TarFlowConfig | None:
+    """The config that the shapes of `state` tell, `config` telling what they do not; `None` where they are of none."""
     for known in ({"in_channels": config.in_channels}, {"patch_size": config.patch_size}):
         try:
-            told = infer_config(state, head_dim=config.head_dim, **known)
+            return replace(infer_config(state, head_dim=config.head_dim, **known), noise_std=config.noise_std)
         except ValueError:
             continue
-        told = replace(told, noise_std=config.noise_std)
-        differing = [
-            f"{field.name}={getattr(told, field.name)} rather than {getattr(config, field.name)}"
-            for field in fields(config)
-            if getattr(told, field.name) != getattr(config, field.name)
-        ]
-        return f" (the shapes say {', '.join(differing)})" if differing else ""
-    return ""
+    return None
+
+
+def _maf_told(config: MAFConfig, state: dict[str, Tensor]) -> MAFConfig | None:
+    """As `_tarflow_told`, of a MAF."""
+    try:
+        hidden, num_tokens = state["blocks.0.layers.0.weight"].shape
+        return replace(
+            config,
+            image_size=math.isqrt(num_tokens // config.in_channels),
+            hidden_features=hidden,
+            num_blocks=_count(state, r"blocks\.(\d+)\."),
+            hidden_layers=_count(state, r"blocks\.0\.layers\.(\d+)\.") - 1,
+            num_classes=len(state["blocks.0.layers.0.class_embed"]) if "blocks.0.layers.0.class_embed" in state else 0,
+        )
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def _count(state: dict[str, Tensor], pattern: str) -> int:
+    """One more than the largest number that `pattern` finds at the start of a name."""
+    return 1 + max(int(found[1]) for name in state if (found := re.match(pattern, name)))
 
 
 def _check_values(state: dict[str, Tensor], source: str) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,7 +23,8 @@ from jacobiflow.flows.attention import (
     in_dtype,
     transformer_layer,
 )
-from jacobiflow.flows.base import AffineBlock
+from jacobiflow.flows.image_flow import FlowBlock, ImageFlow, check_sizes, embed_classes
+from jacobiflow.flows.memory import keep_freed_memory
 from jacobiflow.flows.permutation import Permutation
 
 if TYPE_CHECKING:
@@ -59,24 +58,12 @@ class TarFlowConfig:
     noise_std: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in (
-            "in_channels",
-            "image_size",
-            "patch_size",
-            "channels",
-            "num_blocks",
-            "layers_per_block",
-            "head_dim",
-            "expansion",
-        ):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: give a positive whole number")
+        sizes = ("in_channels", "image_size", "patch_size", "channels", "num_blocks", "layers_per_block")
+        check_sizes(self, (*sizes, "head_dim", "expansion"))
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
         if self.channels % self.head_dim:
             raise ValueError(f"head_dim={self.head_dim} does not divide channels={self.channels}")
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes={self.num_classes}: give 0 for an unconditional flow, or the class count")
         if not 0 <= self.noise_std < math.inf:
             raise ValueError(f"noise_std={self.noise_std}: give 0 or a positive standard deviation")
 
@@ -129,7 +116,7 @@ class TarFlowCache:
         )
 
 
-class TarFlowBlock(AffineBlock, nn.Module):
+class TarFlowBlock(FlowBlock):
     """One causal affine block: z_t = exp(-s(x_<t)) (x_t - u(x_<t)), eq. (1) of the GS-Jacobi paper.
 
     `s` (log-scale) and `u` (shift) come from a causal transformer; its output at position t-1 belongs to entry t, and
@@ -159,12 +146,7 @@ class TarFlowBlock(AffineBlock, nn.Module):
 
     def embed_classes(self, labels: Int[Tensor, " b"] | None) -> Float[Tensor, "#b 1 c"] | None:
         """Class embedding per row; the mean over classes for a row without a label (`None`, or below 0)."""
-        if self.class_embed is None:
-            return None
-        mean = self.class_embed.mean(dim=0, keepdim=True)
-        if labels is None:
-            return mean
-        return torch.where((labels < 0).view(-1, 1, 1), mean, self.class_embed[labels.clamp(min=0)])
+        return embed_classes(self.class_embed, labels)
 
     def forward(
         self, x: Float[Tensor, "b t c"], labels: Int[Tensor, " b"] | None = None
@@ -185,8 +167,7 @@ class TarFlowBlock(AffineBlock, nn.Module):
         """An empty cache for the rows of `z` under labels `context`; see `AffineBlock.init_cache`."""
         attention = self.attn_blocks[0].attention
         weight = attention.qkv.weight
-        if weight.device.type == "cpu":
-            _keep_freed_memory()
+        keep_freed_memory(weight.device)
         shape = (z.shape[0], attention.num_heads, self.num_tokens, weight.shape[1] // attention.num_heads)
         query_scale = None if attn_temperature is None else attn_temperature.to(weight).reciprocal().view(-1, 1, 1, 1)
         layers = tuple(KeyValues(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.attn_blocks)
@@ -275,20 +256,10 @@ class TarFlowBlock(AffineBlock, nn.Module):
         return torch.zeros_like(out), out
 
 
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Let the process keep what it frees, which sweeps of 16 samples would else spend a quarter of their time on.
-
-    glibc returns memory to the system above twice the size of the largest block that was freed so far, and gets it
-    anew, to be cleared, at the next layer. The largest size that counts is 32 MB; nothing is written to this one.
-    """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
-
-
 def _rows_at_a_time(x: Tensor, size: int, cache: TarFlowCache) -> int:
     """How many samples go through the network together: on a CPU no more than have their activations in reused memory.
 
-    It is a fifth of the time at 64 samples; see `_keep_freed_memory`.
+    It is a fifth of the time at 64 samples; see `keep_freed_memory`.
     """
     if x.device.type != "cpu":
         return len(x)
@@ -317,36 +288,23 @@ A normalizing flow of causal transformer blocks ([arXiv 2412.06329](https://arxi
 """
 
 
-class TarFlow(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="jacobiflow",
-    tags=["normalizing-flow", "tarflow"],
-    model_card_template=_MODEL_CARD,
-):
+class TarFlow(ImageFlow, tags=["tarflow"], model_card_template=_MODEL_CARD):
     """Stack of causal affine blocks over patches of an image, alternately in raster and in reverse order.
 
     **Arguments:**
 
     - `config`: the shape, a `TarFlowConfig`.
 
-    `report_file` is the report.json of the model folder that it was read from, where it has one: "auto" plans by it.
-
     Reference: Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329.
     """
 
+    model_type = "tarflow"
+    block_type = TarFlowBlock
+    config: TarFlowConfig
     blocks: Sequence[TarFlowBlock]
-    var: Tensor
-    report_file: Path | None = None
 
     def __init__(self, config: TarFlowConfig) -> None:
-        super().__init__()
-        self.config = config
-        kinds = (Permutation("identity"), Permutation("flip"))
-        self.blocks = nn.ModuleList(  # type: ignore[assignment]
-            TarFlowBlock(config, kinds[i % 2]) for i in range(config.num_blocks)
-        )
-        self.register_buffer("var", torch.ones(config.num_tokens, config.token_channels))
+        super().__init__(config)
 
     @classmethod
     def from_original(cls, path: str | Path, config: TarFlowConfig) -> Self:
@@ -358,56 +316,18 @@ class TarFlow(
 
         return checkpoints.load_original(cls, path, config)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> Self:
-        """The flow that `save_pretrained` or `push_to_hub` wrote, in eval mode, its parameters with gradients.
+    @property
+    def learns_prior(self) -> bool:
+        """Whether the flow has shifts only: then the prior's variance is learned."""
+        return not self.config.nvp
 
-        **Arguments:**
+    def to_tokens(self, images: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
+        """The patches of `patchify`, and zeros: values only change their places."""
+        return self.patchify(images), images.new_zeros(len(images))
 
-        - `pretrained_model_name_or_path`: a bundled model's name, a folder, or a hub id "owner/name".
-        - `hub`: for a hub id, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
-
-        **Raises** `CheckpointError`, a `ValueError`, where that is no model or a broken one.
-        """
-        from jacobiflow.flows import checkpoints
-
-        return checkpoints.read(cls, pretrained_model_name_or_path, **hub)
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | Path,
-        *,
-        dtype: torch.dtype | str | None = None,
-        config: TarFlowConfig | None = None,
-        model_card_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        """Write a model folder as `checkpoints.save` does, with a model card where it has no README.md.
-
-        `push_to_hub` calls this with `config`, which can only be the flow's own.
-
-        **Raises** `CheckpointError`, a `ValueError`, where a weight is not finite or the folder cannot be written.
-        """
-        from jacobiflow.flows import checkpoints
-
-        if config not in (None, self.config):
-            raise ValueError(f"config={config}: leave it out, the flow's own is saved")
-        checkpoints.save(self, save_directory, dtype)
-        readme = Path(save_directory) / "README.md"
-        if not readme.exists():
-            with checkpoints.writing(readme) as partial:
-                self.generate_model_card(**(model_card_kwargs or {})).save(partial)
-
-    def check_labels(self, labels: Int[Tensor, " n"], num: int) -> None:
-        """**Raises** `ValueError` where `labels` are no classes of this flow for `num` samples."""
-        if not self.config.num_classes:
-            raise ValueError("labels given, but this flow is unconditional: leave them out")
-        if labels.dtype not in (torch.int64, torch.int32) or labels.shape != (num,):
-            raise ValueError(
-                f"labels of shape {tuple(labels.shape)} and dtype {labels.dtype}: give {num} whole numbers"
-            )
-        if (labels >= self.config.num_classes).any():
-            last = self.config.num_classes - 1
-            raise ValueError(f"label {int(labels.max())}: this flow has classes 0 to {last} (below 0: no class)")
+    def to_images(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n c h w"]:
+        """`unpatchify`."""
+        return self.unpatchify(x)
 
     def patchify(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n t d"]:
         """Images as sequences of patches in raster order."""
@@ -418,36 +338,3 @@ class TarFlow(
         """Inverse of `patchify`."""
         side, size = self.config.image_size, self.config.patch_size
         return F.fold(x.transpose(1, 2), (side, side), size, stride=size)
-
-    def normalize(
-        self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None
-    ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
-        """Tokens after all blocks, before the prior's scale, and log|det| in nats, summed over dimensions."""
-        x = self.patchify(images)
-        log_det = x.new_zeros(x.shape[0])
-        for block in self.blocks:
-            x = block.permutation(x)
-            log_scale, shift = block(x, labels)
-            x = block.permutation((x - shift) * torch.exp(-log_scale))
-            log_det = log_det - log_scale.sum(dim=(1, 2))
-        return x, log_det
-
-    def encode(
-        self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None
-    ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
-        """Latents z = f(images), standard normal under the model, and log|det df/dx| in nats; prior included."""
-        z, log_det = self.normalize(images, labels)
-        return z / self.var.sqrt(), log_det - 0.5 * self.var.log().sum()
-
-    def log_prob(
-        self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None
-    ) -> Float[Tensor, " n"]:
-        """Log-density in nats: log N(z; 0, I) + log|det df/dx|."""
-        z, log_det = self.encode(images, labels)
-        return log_det - 0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=(1, 2))
-
-    def bits_per_dim(
-        self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None
-    ) -> Float[Tensor, " n"]:
-        """-log2 p(images) / D + log2(128): in units of 8-bit pixels, whose [0, 256) the images hold as [-1, 1)."""
-        return -self.log_prob(images, labels) / (images[0].numel() * math.log(2)) + 7

@@ -21,7 +21,7 @@ from jacobiflow.calibration.report import Report
 from jacobiflow.calibration.tuning import BlockTuning, Run, Tuning
 from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.fingerprint import fingerprint
-from jacobiflow.flows.tarflow import TarFlow
+from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance, guided, in_force
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
 from jacobiflow.solvers import Chord, MaxSweeps, Sequential, Solver, Tolerance, Whole, Window, solve
@@ -84,7 +84,7 @@ class Costs:
 
 
 def plan(
-    flow: TarFlow, report: Report | Tuning, batch_size: int = 1, tolerance: float = 1e-3,
+    flow: ImageFlow, report: Report | Tuning, batch_size: int = 1, tolerance: float = 1e-3,
     device: torch.device | str | None = None, guidance: Guidance | None = None,
 ) -> Strategy:  # fmt: skip
     """The strategy with the least predicted time for a batch whose images are to be within `tolerance`.
@@ -175,13 +175,13 @@ class Trial(NamedTuple):
     error: float
 
 
-def _fresh(tuning: Tuning, flow: TarFlow, batch_size: int) -> Tensor:
+def _fresh(tuning: Tuning, flow: ImageFlow, batch_size: int) -> Tensor:
     """Latents that follow those of the tuning: it has not seen them, and `sample` does not draw them."""
     start = FIRST_CALIBRATION_LATENT + tuning.samples
     return draw_latents(batch_size, flow.config.num_tokens, flow.config.token_channels, tuning.seed, start)
 
 
-def trial(flow: TarFlow, chosen: Sequence[Option], latents: Tensor, guidance: Guidance | None) -> Trial:
+def trial(flow: ImageFlow, chosen: Sequence[Option], latents: Tensor, guidance: Guidance | None) -> Trial:
     """Solve one batch of latents both ways: the options' median of a few runs, and the loop's one run.
 
     The error is infinite where the options lose a sample in the last block that the loop does not; one that they lost
@@ -282,7 +282,7 @@ def cheapest(options: Sequence[Sequence[Option]], tolerance: float) -> list[Opti
     return list(kept[0][2])
 
 
-def measure(block: AffineBlock, tuning: Tuning, batch_size: int, flow: TarFlow) -> Costs:
+def measure(block: AffineBlock, tuning: Tuning, batch_size: int, flow: ImageFlow) -> Costs:
     """Time what plans are made of, on the block's device: a second or two.
 
     A sweep over n tokens is timed as a solve whose every sweep meets its tolerance, which takes T / n of them: contexts
@@ -370,7 +370,7 @@ def _between(runs: Sequence[Run]) -> list[Run]:
 
 
 def auto(
-    flow: TarFlow, batch_size: int, tolerance: float | None = None, guidance: Guidance | None = None,
+    flow: ImageFlow, batch_size: int, tolerance: float | None = None, guidance: Guidance | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Strategy:  # fmt: skip
     """What `strategy="auto"` stands for: the plan for this flow, device, batch size and tolerance (1e-3 by default).
@@ -411,7 +411,7 @@ def _kept(key: str, expected: str, num_blocks: int) -> Strategy | None:
 
 
 def _made(
-    flow: TarFlow, batch_size: int, tolerance: float, guidance: Guidance | None, key: str, say: Callable[[str], None]
+    flow: ImageFlow, batch_size: int, tolerance: float, guidance: Guidance | None, key: str, say: Callable[[str], None]
 ) -> Strategy:
     report = None if flow.report_file is None or tolerance == 0 else Report.load(flow.report_file)
     if report is None or report.tuning is None:

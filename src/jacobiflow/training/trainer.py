@@ -1,4 +1,4 @@
-"""Maximum-likelihood training of a TarFlow, with checkpoints from which it goes on as if never stopped."""
+"""Maximum-likelihood training of a flow over images, with checkpoints from which it goes on as if never stopped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from jacobiflow.data import ImageDataset
 from jacobiflow.files import write_atomically
-from jacobiflow.flows.tarflow import TarFlow
+from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.training.noise import Noise, add_noise, keyed_generator
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
@@ -88,19 +88,20 @@ class StepReport:
 
 
 def train(
-    flow: TarFlow,
+    flow: ImageFlow,
     data: ImageDataset,
     config: TrainConfig,
     out: str | Path,
     on_step: Callable[[StepReport], None] | None = None,
-    on_sample: Callable[[TarFlow, int], None] | None = None,
-) -> TarFlow:
-    """Minimise mean(z^2) / 2 - log-det / D over noisy images; returns the averaged weights.
+    on_sample: Callable[[ImageFlow, int], None] | None = None,
+) -> ImageFlow:
+    """Minimise mean(z^2) / 2 - log-det / D over images with their noise; returns the averaged weights.
 
     `out` receives `checkpoint.pt` every `checkpoint_every` steps and when interrupted (unless in the middle of an
     update), `metrics.jsonl`, and at the end the model folder of the averaged weights. Started again with the same
     `out`, training goes on from the checkpoint; images, noise and dropped labels of a step depend on the seed and the
-    step only. A flow without scales also learns its prior variance, as a moving average of z^2.
+    step only. A flow without scales also learns its prior variance, as a moving average of z^2; one that is set by its
+    first batch (see `ImageFlow.initialize`) is set by that of step 0.
 
     **Arguments:** `on_step` hears of every step, `on_sample` gets the averaged flow every `sample_every` steps.
 
@@ -158,7 +159,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 class _Run:
     """The state of a training: what a checkpoint holds, and the metrics not yet written."""
 
-    def __init__(self, flow: TarFlow, config: TrainConfig, out: Path) -> None:
+    def __init__(self, flow: ImageFlow, config: TrainConfig, out: Path) -> None:
         self.flow, self.config, self.out = flow, config, out
         self.average = type(flow)(flow.config).to(flow.var.device)
         self.average.load_state_dict(flow.state_dict())
@@ -181,6 +182,10 @@ class _Run:
             labels = labels.masked_fill(dropped, -1).to(device)
         else:
             labels = None
+        if self.step == 0:
+            self.whole = False  # it must not be done twice
+            self.flow.initialize(images, labels)
+            self.average.load_state_dict(self.flow.state_dict())
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -191,7 +196,7 @@ class _Run:
         norm = nn.utils.clip_grad_norm_(self.flow.parameters(), config.clip)
         self.whole = False
         self.optimizer.step()
-        if not self.flow.config.nvp:
+        if self.flow.learns_prior:
             self.flow.var.lerp_(z.detach().square().mean(dim=0), _PRIOR_RATE)
         self._update_average()
         self.step += 1

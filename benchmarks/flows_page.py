@@ -1,0 +1,75 @@
+"""Puts the figures of docs/results into docs/flows.md, between its marks: `python benchmarks/flows_page.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from filling import fill
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+PAPER = (  # method, seconds, ratio, MAE
+    ("For loop", 4903, 1.0, "0.000"),
+    ("10 sweeps", 563, 8.73, "0.043"),
+    ("20 sweeps", 772, 6.35, "0.019"),
+    ("30 sweeps", 1114, 4.40, "0.007"),
+)
+
+
+def drop_in(result: dict[str, Any]) -> str:
+    """The page's table."""
+    machine = result["machine"]
+    lines = [
+        f"Seconds of an inverse of all transforms, {machine['cores']} cores of {machine['processor']}, PyTorch "
+        f"{machine['torch']}; versions: {', '.join(f'{k} {v}' for k, v in result['versions'].items())}.\n",
+        "| flow | features | batch | library (s) | passes | identical bits (s) | passes | ratio | bits | "
+        f"to {result['tolerance']:g} (s) | passes | ratio | largest error |",
+        f"| --- |{' ---: |' * 12}",
+    ]
+    for row in result["rows"]:
+        seconds = {name: f"{timing['median']:.3g}" for name, timing in row["seconds"].items()}
+        where = f"{row['flow']} | {row['features']} | {row['batch']}"
+        passes = {name: sum(found) for name, found in row["passes"].items()}
+        lines.append(
+            f"| {where} | {seconds['library']} | {row['library_passes']:,} | "
+            f"{seconds['identical bits']} | {passes['identical bits']} | {row['ratio']['identical bits']:.1f}x | "
+            f"{'identical' if row['identical'] else 'DIFFER'} | {seconds['tolerance']} | {passes['tolerance']} | "
+            f"{row['ratio']['tolerance']:.1f}x | {row['max_error']:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def maf(result: dict[str, Any]) -> str:
+    """Table 5 of the paper, and the same for the other libraries."""
+    machine, count, batch = result["machine"], result["images"], result["batch_size"]
+    loop = result["rows"]["jacobiflow"][0]
+    lines = [
+        f"Table 5 of the paper, on {count:,} images of Fashion-MNIST in batches of {batch}: seconds to invert their "
+        "latents, and the mean absolute error of a pixel in [0, 1]. A time in italics is extrapolated from "
+        f"{loop['batches']} batches. On {machine['cores']} cores of {machine['processor']}.\n",
+        "| method | seconds | ratio | MAE | largest error |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        *(f"| paper: {name} | {seconds:,} | {ratio:.2f}x | {mae} | |" for name, seconds, ratio, mae in PAPER),
+    ]
+    for rows in result["rows"].values():
+        for row in rows:
+            seconds = f"{row['seconds_of_all']:,.0f}"
+            shown = seconds if row["batches"] * batch == count else f"*{seconds}*"
+            ratio = rows[0]["seconds_of_all"] / row["seconds_of_all"]
+            lines.append(f"| {row['method']} | {shown} | {ratio:.1f}x | {row['mae']:.1e} | {row['max_error']:.1e} |")
+    return "\n".join(lines)
+
+
+def parts() -> dict[str, str]:
+    """What the page shows of the result files, by its marks."""
+    return {part.__name__.replace("_", "-"): part(_result(part.__name__)) for part in (drop_in, maf)}
+
+
+def _result(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name.replace('_', '-')}.json").read_text())
+
+
+if __name__ == "__main__":
+    fill(ROOT / "docs" / "flows.md", parts())

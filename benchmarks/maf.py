@@ -1,0 +1,159 @@
+"""The paper's experiment on another flow (section 4.4, Table 5): `python benchmarks/maf.py`.
+
+Writes docs/results/maf.json. A MAF of 5 blocks is trained on Fashion-MNIST (MNIST's IDX files in another folder are
+read by the same code, `--images FOLDER`), 50,000 images are encoded, and their latents are inverted: by the "For" loop
+of one full pass per pixel, by sweeps, and to a tolerance; beside it zuko's and nflows' MAFs of the same size, from
+benchmarks/drop_in.py, by their own inverse and accelerated. Loops of full passes take hours for all images: they are
+timed on the first batches, and the time for all is extrapolated from these. Training takes half an hour on two cores
+and goes on where it stopped; then the script needs an otherwise idle machine and half an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import drop_in
+import torch
+from rich.progress import track
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.benchmarking import machine
+from jacobiflow.data import load_images
+from jacobiflow.files import write_json
+from jacobiflow.full_passes import full_passes_sample
+from jacobiflow.training import Noise
+from jacobiflow.training.noise import add_noise, keyed_generator
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT, KEPT = ROOT / "docs" / "results" / "maf.json", ROOT / "out" / "maf" / "rows.json"
+TRAINING = "--flow maf --channels 512 --layers 2 --blocks 5 --unconditional --batch-size 128 --steps 3000"
+IMAGES, BATCH, LOOP_BATCHES = 50_000, 500, 2
+TOLERANCE = 1e-3
+
+Inverse = Callable[[Tensor], Tensor]
+
+
+def trained(images: str, folder: Path) -> jf.MAF:
+    """The MAF, trained where it is not yet."""
+    line = [*f"--images {images} {TRAINING} --sample-every 1000".split(), "--out", str(folder)]
+    subprocess.run([sys.executable, "-m", "jacobiflow", "train", *line], check=True)
+    return jf.MAF.from_pretrained(folder).requires_grad_(False)
+
+
+def invert(flow: jf.MAF, strategy: jf.Strategy | str, certify: bool, z: Tensor) -> Tensor:
+    """Images (B, D) from latents by a strategy of the library."""
+    return jf.decode(flow, z, strategy=strategy, certify=certify).images.flatten(1)
+
+
+def strategies(flow: jf.MAF) -> dict[str, Inverse]:
+    """What inverts all images: the table's sweeps, and to a tolerance."""
+    count = flow.config.num_blocks
+    found: dict[str, Inverse] = {}
+    for sweeps in (10, 20, 30):
+        solver = jf.Solver(jf.Whole(), stopping=jf.MaxSweeps(sweeps))
+        found[f"{sweeps} sweeps"] = partial(invert, flow, jf.Strategy.uniform(solver, count), False)
+    whole = jf.Solver(jf.Whole(), stopping=jf.Tolerance(TOLERANCE))
+    found[f"sweeps to {TOLERANCE:g}"] = partial(invert, flow, jf.Strategy.uniform(whole, count), False)
+    window = jf.Strategy.uniform(jf.Solver(jf.Window(64), stopping=jf.Tolerance(TOLERANCE)), count)
+    found[f"window of 64 to {TOLERANCE:g}"] = partial(invert, flow, window, False)
+    found[f"window of 64 to {TOLERANCE:g}, certified"] = partial(invert, flow, window, True)
+    return found | {"sequential, cached": partial(invert, flow, "sequential", False)}
+
+
+def batches(images: Tensor) -> Iterator[Tensor]:
+    """Dequantised images in [-1, 1), batch by batch."""
+    for k, start in enumerate(range(0, len(images), BATCH)):
+        yield add_noise(images[start : start + BATCH], Noise("uniform"), keyed_generator(0, 3, k))
+
+
+def timed(name: str, inverse: Inverse, latents: list[Tensor], images: list[Tensor], total: int) -> dict[str, Any]:
+    """Seconds for `total` batches, of which `latents` are timed, and the mean absolute error of a pixel in [0, 1].
+
+    A row that an interrupted run has measured is kept in out/maf/rows.json.
+    """
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    if name in kept:
+        return kept[name]
+    errors, seconds = [], []
+    inverse(latents[0][:8])  # the first call is slower
+    for z, x in track(zip(latents, images, strict=True), name, len(latents), transient=True):
+        started = perf_counter()
+        answer = inverse(z)
+        seconds.append(perf_counter() - started)
+        errors.append((answer - x).abs() / 2)
+    error = torch.cat(errors)
+    row = {
+        "method": name, "batches": len(latents), "seconds": sum(seconds),
+        "seconds_of_all": sum(seconds) / len(latents) * total,
+        "spread": max(seconds) / min(seconds), "mae": float(error.mean()), "max_error": float(error.max()),
+    }  # fmt: skip
+    print(f"{name}: {row['seconds_of_all']:.0f} s, MAE {row['mae']:.1e}", file=sys.stderr)
+    write_json(KEPT, kept | {name: row})
+    return row
+
+
+def ours(flow: jf.MAF, images: Tensor) -> list[dict[str, Any]]:
+    """The rows of Table 5."""
+    exact = list(batches(images))
+    latents = [flow.encode(x)[0] for x in exact]
+    pixels = [x.flatten(1) for x in exact]
+    loop = timed("For loop", lambda z: full_passes_sample(flow, z).flatten(1), latents[:LOOP_BATCHES],
+                 pixels[:LOOP_BATCHES], len(latents))  # fmt: skip
+    return [loop, *(timed(name, f, latents, pixels, len(latents)) for name, f in strategies(flow).items())]
+
+
+def library(case: drop_in.Case, images: Tensor, folder: Path) -> list[dict[str, Any]]:
+    """The same images through another library's MAF: its own inverse, and accelerated."""
+    flow, data = drop_in.trained(case, folder), case.data()
+    mean, std = drop_in.moments(data)
+    exact = [x.flatten(1) for x in batches(images)]
+    tokens = [(torch.logit(1e-6 + (1 - 2e-6) * (x + 1) / 2) - mean) / std for x in exact]
+    latents = [drop_in.to_latents(flow, x) for x in tokens]
+
+    def inverse(z: Tensor, tolerance: float | None = None) -> Tensor:
+        done = None if tolerance is None else jf.accelerate(flow, tolerance)
+        logits = drop_in.from_latents(flow, z) * std + mean
+        if done is not None:
+            done.restore()
+        return (torch.sigmoid(logits) - 1e-6) / (1 - 2e-6) * 2 - 1
+
+    own = timed(f"{case.name}, its own inverse", inverse, latents[:LOOP_BATCHES], exact[:LOOP_BATCHES], len(latents))
+    rows = [own]
+    for tolerance in (0.0, TOLERANCE):
+        to = "identical bits" if tolerance == 0 else f"to {tolerance:g}"
+        name = f"{case.name}, accelerated {to}"
+        rows.append(timed(name, partial(inverse, tolerance=tolerance), latents, exact, len(latents)))
+    return rows
+
+
+def main() -> None:
+    """Train, encode, invert, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", default="fashion-mnist", help="fashion-mnist, or a folder of IDX files")
+    images = parser.parse_args().images
+    (ROOT / "out" / "drop-in").mkdir(parents=True, exist_ok=True)
+    flow = trained(images, ROOT / "out" / "maf")
+    chosen, _ = load_images(images, flow.config.image_size, 1).batch(slice(0, IMAGES))
+    with torch.no_grad():
+        rows = {"jacobiflow": ours(flow, chosen)}
+        if images == "fashion-mnist":
+            for case in drop_in.CASES[:2]:
+                rows[case.name] = library(case, chosen, ROOT / "out" / "drop-in")
+    write_json(RESULT, {
+        "command": "python benchmarks/maf.py", "machine": machine(), "images": len(chosen), "batch_size": BATCH,
+        "training": TRAINING, "tolerance": TOLERANCE, "rows": rows,
+    })  # fmt: skip
+    KEPT.unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""A library's own passes to the inverse of a masked autoregressive transform, until they change nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
+
+Pass = Callable[[Tensor], Sequence[Tensor]]
+"""x -> (g(x), ...): the next iterate, and what else the library computes of x, with a row per row of x."""
+
+_LEAVING = 0.25  # share of rows within the tolerance at which the others go on alone: it costs a copy of these
+
+
+def invert(
+    pass_of: Callable[[Int[Tensor, " m"] | None], Pass],
+    start: Float[Tensor, "*batch d"],
+    passes: int,
+    tolerance: float,
+    differentiable: bool,
+) -> tuple[Sequence[Tensor], int]:
+    """The last of at most `passes` passes x <- g(x) from `start`, and how many there were.
+
+    At tolerance 0 they end when one returns its argument bit for bit: g is a function, so all later ones would return
+    it too, and the answer is that of `passes` of them. Above 0 a row ends when a pass changes none of its entries by
+    more than the tolerance, and keeps what that pass made of it; rows that have ended leave the batch.
+
+    **Arguments:** `pass_of(rows)` is the pass for these rows of a batch (B, D), or with `None` for all; only a
+    tolerance above 0 asks for rows. With `differentiable` the result has a graph, see `_Implicit`: the last pass is
+    made with it, and is one of the `passes`.
+    """
+    everything = pass_of(None)
+    outputs: Sequence[Tensor] = (start,)
+    count, most = 0, passes - differentiable
+    with torch.no_grad():
+        if most and tolerance == 0:
+            outputs, count = _until_equal(everything, start, most)
+        elif most:
+            outputs, count = _until_close(pass_of, start, most, tolerance)
+    if not differentiable:
+        return outputs, count
+    with torch.enable_grad():
+        x = outputs[0].detach().requires_grad_()
+        return _Implicit.apply(x, passes, tolerance, *everything(x)), count + 1
+
+
+def _until_equal(step: Pass, x: Tensor, passes: int) -> tuple[Sequence[Tensor], int]:
+    count, outputs = 1, step(x)
+    while count < passes and not _same_bits(outputs[0], x):
+        x = outputs[0]
+        count, outputs = count + 1, step(x)
+    return outputs, count
+
+
+def _until_close(
+    pass_of: Callable[[Tensor | None], Pass], x: Tensor, passes: int, tolerance: float
+) -> tuple[Sequence[Tensor], int]:
+    step, rows = pass_of(None), torch.arange(len(x), device=x.device)
+    found: list[Tensor] | None = None
+    count, outputs = 1, step(x)
+    while count < passes:
+        done = (outputs[0] - x).abs().flatten(1).amax(dim=1) <= tolerance  # never where it is NaN
+        share = float(done.float().mean())
+        if share == 1:
+            break
+        x = outputs[0]
+        if share >= _LEAVING:
+            found = found or [output.new_empty(len(rows), *output.shape[1:]) for output in outputs]
+            _put(found, rows[done], [output[done] for output in outputs])
+            rows, x = rows[~done], x[~done]
+            step = pass_of(rows)
+        count, outputs = count + 1, step(x)
+    if found is None:
+        return outputs, count
+    _put(found, rows, outputs)
+    return found, count
+
+
+def _put(found: Sequence[Tensor], rows: Tensor, outputs: Sequence[Tensor]) -> None:
+    for whole, part in zip(found, outputs, strict=True):
+        whole[rows] = part
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same, bit for bit: a NaN equals itself, and 0 is not -0."""
+    if a.dtype != b.dtype or a.shape != b.shape:  # the first iterate, before a library broadcasts or promotes it
+        return False
+    return torch.equal(a.view(_BITS[a.itemsize]), b.view(_BITS[b.itemsize]))
+
+
+class _Implicit(torch.autograd.Function):
+    """Gives the graph of one pass at a solution x = g(x, theta) the gradient of the solution.
+
+    From the cotangents u of x and w of the other outputs h(x, theta) follows v = u + J^T v + (dh/dx)^T w, J = dg/dx at
+    the solution, by the implicit function theorem. J is nilpotent, so iterating v from u ends after at most as many
+    vector-Jacobian products as the inverse has passes. The gradient in theta is then that of one pass at (v, w).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, passes: int, tolerance: float, *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *outputs)
+        ctx.passes, ctx.tolerance = passes, tolerance
+        ctx.set_materialize_grads(False)
+        results = tuple(output.view_as(output) for output in outputs)
+        ctx.mark_non_differentiable(*(r for r, o in zip(results, outputs, strict=True) if not o.requires_grad))
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # the graph of the solution's own dependence on theta is not there
+            raise RuntimeError(
+                "create_graph=True: an accelerated inverse has no second derivatives; restore() the flow first"
+            )
+        x, *outputs = ctx.saved_tensors
+        u = torch.zeros_like(outputs[0]) if cotangents[0] is None else cotangents[0]
+        others = [pair for pair in zip(outputs[1:], cotangents[1:], strict=True) if pair[1] is not None]
+        batched = is_legacy_batchedtensor(u)  # many cotangents at once, by a vmap that has no values to look at
+        v = u
+        for _ in range(ctx.passes):
+            pairs = [(outputs[0], v), *others]
+            (change,) = torch.autograd.grad(
+                [output for output, _ in pairs], x, [w for _, w in pairs], retain_graph=True, allow_unused=True
+            )
+            old, v = v, u if change is None else u + change
+            if not batched and _at_rest(v, old, ctx.tolerance):
+                break
+        return (None, None, None, v, *cotangents[1:])
+
+
+def _at_rest(new: Tensor, old: Tensor, tolerance: float) -> bool:
+    """Whether cotangents (B, D) stay: bit for bit, or in each row within the tolerance times its largest."""
+    if tolerance == 0:
+        return _same_bits(new, old)
+    change, size = (part.abs().flatten(1).amax(dim=1) for part in (new - old, new))
+    return bool((change <= tolerance * size).all())

@@ -1,0 +1,294 @@
+"""MAF (arXiv 1705.07057): an autoregressive normalizing flow of masked dense networks over the pixels of an image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jacobiflow.flows.image_flow import FlowBlock, ImageFlow, check_sizes, embed_classes
+from jacobiflow.flows.memory import keep_freed_memory
+from jacobiflow.flows.permutation import Permutation
+
+_CONSTANT = 1e-3  # an entry whose standard deviation over the first batch is below it keeps its scale
+
+
+@dataclass(frozen=True)
+class MAFConfig:
+    """Shape of a MAF.
+
+    Each block has `hidden_layers` layers of `hidden_features` units. Pixels p in [0, 1] enter as the logit of
+    `logit_alpha` + (1 - 2 `logit_alpha`) p, which keeps the ends finite.
+
+    **Raises** `ValueError` where sizes are not positive, or `logit_alpha` is not between 0 and 1/2.
+    """
+
+    in_channels: int
+    image_size: int
+    hidden_features: int
+    num_blocks: int
+    hidden_layers: int = 2
+    num_classes: int = 0
+    logit_alpha: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_sizes(self, ("in_channels", "image_size", "hidden_features", "num_blocks", "hidden_layers"))
+        if not 0 < self.logit_alpha < 0.5:
+            raise ValueError(f"logit_alpha={self.logit_alpha}: give a small positive number, below 0.5")
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the number of pixels, in all channels."""
+        return self.in_channels * self.image_size**2
+
+    @property
+    def token_channels(self) -> int:
+        """C: a token is one value."""
+        return 1
+
+    @property
+    def noise_std(self) -> float:
+        """0: a MAF is trained on uniformly dequantised images, which carry no Gaussian noise."""
+        return 0.0
+
+
+class MaskedLayer(NamedTuple):
+    """A masked layer with all that does not change while tokens do: h -> h weight^T + offset.
+
+    `weight` (outputs, inputs) is 0 where the mask is, `offset` (B or 1, outputs) the bias plus the class's part.
+    """
+
+    weight: Float[Tensor, "o i"]
+    offset: Float[Tensor, "#b o"]
+
+
+class MaskedLinear(nn.Module):
+    """A dense layer in which an output of degree d sees the inputs of degree d and below, with a bias per class.
+
+    The mask follows from the degrees, and is made where it is needed: there is no buffer to store.
+    """
+
+    def __init__(self, in_degrees: np.ndarray, out_degrees: np.ndarray, num_classes: int) -> None:
+        super().__init__()
+        self.in_degrees, self.out_degrees = in_degrees, out_degrees
+        dense = nn.Linear(len(in_degrees), len(out_degrees))
+        self.weight, self.bias = dense.weight, dense.bias
+        self.class_embed = nn.Parameter(torch.zeros(num_classes, len(out_degrees))) if num_classes else None
+
+    def masked(self, labels: Int[Tensor, " b"] | None) -> MaskedLayer:
+        """The layer for rows of these labels; `None`, or one below 0, takes the mean over classes."""
+        classes = embed_classes(self.class_embed, labels)
+        offset = self.bias.unsqueeze(0) if classes is None else self.bias + classes
+        return MaskedLayer(self.masked_weight(), offset)
+
+    def masked_weight(self) -> Float[Tensor, "o i"]:
+        """The weight, 0 where the mask is."""
+        seen, by = (torch.from_numpy(d).to(self.weight.device) for d in (self.in_degrees, self.out_degrees))
+        return self.weight.masked_fill(by.unsqueeze(1) < seen, 0)
+
+
+@dataclass(frozen=True)
+class MAFCache:
+    """What a block keeps while its tokens are solved: the tokens that were fed, and what the units made of them.
+
+    Units are in the order of their degrees, so that those which a run of tokens adds to are a slice of each layer.
+    The network runs in the dtype of all these.
+    """
+
+    tokens: Float[Tensor, "b t"]
+    hidden: tuple[Float[Tensor, "b h"], ...]
+    layers: tuple[MaskedLayer, ...]
+
+
+class MAFBlock(FlowBlock):
+    """One masked affine block: z_t = exp(-s(x_<t)) (x_t - u(x_<t)), eq. (1) of the GS-Jacobi paper.
+
+    `s` (log-scale) and `u` (shift) come from a masked dense network (MADE) with sorted degrees. Token i has degree i,
+    unit k of H in a hidden layer has degree floor(k (T-1) / H), and a unit sees tokens, and units of the layer before,
+    up to its own degree. Entry t reads units of degrees below t, in rows 2t (`s`) and 2t + 1 (`u`) of the last layer;
+    entry 0 has biases only. So tokens a .. b - 1 can be fed alone, given what those before made of the units of lower
+    degree: a MADE has a cache, as attention has, and T tokens one by one cost about one pass.
+
+    References: Papamakarios et al., Masked Autoregressive Flow for Density Estimation, arXiv 1705.07057; Germain et
+    al., MADE, arXiv 1502.03509.
+    """
+
+    layers: Sequence[MaskedLinear]
+    keeps_nothing = True
+
+    def __init__(self, config: MAFConfig, permutation: Permutation) -> None:
+        super().__init__()
+        self.num_tokens, self.hidden_features = config.num_tokens, config.hidden_features
+        self.permutation = permutation
+        tokens = np.arange(self.num_tokens)
+        units = np.arange(self.hidden_features) * (self.num_tokens - 1) // self.hidden_features
+        entries = (tokens - 1).repeat(2)  # entry t reads what a unit of token t - 1 may
+        degrees = [tokens, *[units] * config.hidden_layers, entries]
+        self.layers = nn.ModuleList(  # type: ignore[assignment]
+            MaskedLinear(seen, by, config.num_classes) for seen, by in pairwise(degrees)
+        )
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def masked_layers(self, labels: Int[Tensor, " b"] | None = None) -> tuple[MaskedLayer, ...]:
+        """The masked layers, first to last, for rows of these labels."""
+        return tuple(layer.masked(labels) for layer in self.layers)
+
+    def forward(
+        self, x: Float[Tensor, "b t 1"], labels: Int[Tensor, " b"] | None = None
+    ) -> tuple[Float[Tensor, "b t 1"], Float[Tensor, "b t 1"]]:
+        """Log-scale and shift of every entry, from one parallel pass over `x`."""
+        return full_pass(x, self.masked_layers(labels))
+
+    def init_cache(
+        self,
+        z: Float[Tensor, "b t 1"],
+        context: Int[Tensor, " b"] | None = None,
+        attn_temperature: Float[Tensor, " b"] | None = None,
+    ) -> MAFCache:
+        """An empty cache for the rows of `z` under labels `context`.
+
+        **Raises** `ValueError` where `attn_temperature` is given: there is no attention here.
+        """
+        if attn_temperature is not None:
+            raise ValueError("attn_temperature: a MAF has no attention; leave it at 1")
+        keep_freed_memory(z.device)
+        # A row of offsets for each sample, or every step would spread the one.
+        layers = tuple(
+            MaskedLayer(layer.weight, layer.offset.expand(len(z), -1).contiguous())
+            for layer in self.masked_layers(context)
+        )
+        weight = layers[0].weight
+        return MAFCache(
+            tokens=weight.new_zeros(len(z), self.num_tokens),
+            hidden=tuple(weight.new_zeros(len(z), self.hidden_features) for _ in layers[:-1]),
+            layers=layers,
+        )
+
+    def affine(
+        self, x: Float[Tensor, "b t 1"], start: int, stop: int, cache: MAFCache
+    ) -> tuple[Float[Tensor, "b n 1"], Float[Tensor, "b n 1"]]:
+        """Log-scale and shift of entries [start, stop); feeds tokens start-1 .. stop-2 and stores their units."""
+        first, last = max(start - 1, 0), stop - 1
+        cache.tokens[:, first:last] = x[:, first:last, 0]
+        known, new = cache.tokens[:, :last], slice(self._units_below(first), self._units_below(last))
+        *inner, final = cache.layers
+        for layer, hidden in zip(inner, cache.hidden, strict=True):
+            hidden[:, new] = F.relu(_rows(layer, new, known))
+            known = hidden[:, : new.stop]
+        out = _rows(final, slice(2 * start, 2 * stop), known)
+        return _read_out(out, x.dtype)
+
+    def output_weights(self) -> tuple[Float[Tensor, "t h"], Float[Tensor, "t h"]]:
+        """The masked rows of the last layer for `s` and for `u`; see `AffineBlock.output_weights`."""
+        weight = self.layers[-1].masked_weight().detach()
+        return weight[0::2], weight[1::2]
+
+    @torch.no_grad()
+    def normalize_outputs(self, x: Float[Tensor, "b t 1"], labels: Int[Tensor, " b"] | None) -> None:
+        """Set the output biases so that every entry of z has mean 0 and standard deviation 1 over the rows of `x`.
+
+        As activation normalisation after the block would (Kingma and Dhariwal, Glow, arXiv 1807.03039), in biases that
+        the block has anyway. An entry that hardly varies keeps its scale.
+        """
+        log_scale, shift = self(x, labels)
+        inverse = torch.exp(-log_scale)
+        moved = (inverse * (x - shift)).mean(dim=0) / inverse.mean(dim=0)
+        spread = (inverse * (x - shift - moved)).std(dim=0, correction=0)
+        grown = torch.where(spread > _CONSTANT, spread, 1).log()
+        self.layers[-1].bias.add_(torch.stack((grown, moved), dim=1).flatten())
+
+    def _units_below(self, degree: int) -> int:
+        """How many units of a hidden layer have a degree below `degree`; they are its first ones."""
+        return -(-degree * self.hidden_features // max(self.num_tokens - 1, 1))
+
+
+def full_pass(
+    x: Float[Tensor, "b t 1"], layers: Sequence[MaskedLayer]
+) -> tuple[Float[Tensor, "b t 1"], Float[Tensor, "b t 1"]]:
+    """Log-scale and shift of every entry, by the whole network."""
+    h = x.squeeze(-1).to(layers[0].weight.dtype)
+    for layer in layers[:-1]:
+        h = F.relu(F.linear(h, layer.weight) + layer.offset)
+    return _read_out(F.linear(h, layers[-1].weight) + layers[-1].offset, x.dtype)
+
+
+def _rows(layer: MaskedLayer, rows: slice, known: Float[Tensor, "b i"]) -> Float[Tensor, "b n"]:
+    """So many rows of a layer, whose first inputs are `known`; the mask makes them blind to the others."""
+    return torch.addmm(layer.offset[:, rows], known, layer.weight[rows, : known.shape[1]].T)
+
+
+def _read_out(out: Float[Tensor, "b n2"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    log_scale, shift = out.to(dtype).unflatten(1, (-1, 2)).chunk(2, dim=-1)
+    return log_scale, shift
+
+
+_MODEL_CARD = """\
+---
+{{ card_data }}
+---
+
+# MAF
+
+A masked autoregressive flow over pixels ([arXiv 1705.07057](https://arxiv.org/abs/1705.07057)).
+`jacobiflow.load` takes this folder, or its id on the hub.
+"""
+
+
+class MAF(ImageFlow, tags=["maf"], model_card_template=_MODEL_CARD):
+    """Stack of masked affine blocks over the logits of an image's pixels, alternately in raster and in reverse order.
+
+    Images are uniformly dequantised, in [-1, 1].
+
+    **Arguments:**
+
+    - `config`: the shape, a `MAFConfig`.
+
+    Reference: Papamakarios et al., Masked Autoregressive Flow for Density Estimation, arXiv 1705.07057.
+    """
+
+    model_type = "maf"
+    block_type = MAFBlock
+    config: MAFConfig
+    blocks: Sequence[MAFBlock]
+
+    def __init__(self, config: MAFConfig) -> None:
+        super().__init__(config)
+
+    def to_tokens(self, images: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n t 1"], Float[Tensor, " n"]]:
+        """y = logit(alpha + (1 - 2 alpha) p) of the pixels p = (image + 1) / 2 in raster order, and log|dy/d image|.
+
+        **Raises** `ValueError` where a pixel is outside [-1, 1] by more than alpha, so that it has no logit.
+        """
+        pixels, alpha = images.flatten(1).unsqueeze(-1), self.config.logit_alpha
+        # Both from the image itself: 1 - p would lose the digits of a p near 1.
+        log_p, log_rest = (torch.log(alpha + (0.5 - alpha) * (1 + sign * pixels)) for sign in (1, -1))
+        finite = torch.isfinite(log_p) & torch.isfinite(log_rest)
+        if not finite.all():
+            raise ValueError(f"image value {float(pixels[~finite][0]):.7g}: a MAF takes images in [-1, 1]")
+        log_det = pixels[0].numel() * math.log(0.5 - alpha) - (log_p + log_rest).sum(dim=(1, 2))
+        return log_p - log_rest, log_det
+
+    def to_images(self, x: Float[Tensor, "n t 1"]) -> Float[Tensor, "n c h w"]:
+        """Inverse of `to_tokens`; within `2 logit_alpha` of [-1, 1]."""
+        config = self.config
+        images = torch.tanh(x / 2) / (1 - 2 * config.logit_alpha)
+        return images.reshape(-1, config.in_channels, config.image_size, config.image_size)
+
+    @torch.no_grad()
+    def initialize(self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None) -> None:
+        """Normalise what each block makes of `images`, one after another; see `MAFBlock.normalize_outputs`."""
+        x, _ = self.to_tokens(images)
+        for block in self.blocks:
+            x = block.permutation(x)
+            block.normalize_outputs(x, labels)
+            log_scale, shift = block(x, labels)
+            x = block.permutation((x - shift) * torch.exp(-log_scale))
