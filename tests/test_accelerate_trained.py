@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import nflows.distributions
@@ -138,6 +139,12 @@ def test_samples_of_images_are_the_same_bits(flow: nn.Module) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- sbi
+
+
+@pytest.fixture(autouse=True)
+def folder_for_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbi logs its training in the folder that it runs in."""
+    monkeypatch.chdir(tmp_path)
 
 
 def _posterior(estimator: str, seed: int = 0) -> Any:

@@ -163,5 +163,6 @@ def _roots(flow: Any, name: str, depth: int) -> Iterator[tuple[str, nn.Module]]:
         yield name, flow
     elif depth:
         parts = enumerate(flow) if isinstance(flow, list | tuple) else getattr(flow, "__dict__", {}).items()
-        for key, part in parts:
+        # What an attribute holds itself comes first: it has the shorter name.
+        for key, part in sorted(parts, key=lambda item: not isinstance(item[1], nn.Module)):
             yield from _roots(part, f"{name}.{key}".lstrip("."), depth - 1)
