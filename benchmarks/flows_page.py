@@ -38,7 +38,22 @@ def drop_in(result: dict[str, Any]) -> str:
             f"{'identical' if row['identical'] else 'DIFFER'} | {seconds['tolerance']} | {passes['tolerance']} | "
             f"{row['ratio']['tolerance']:.1f}x | {row['max_error']:.1e} |"
         )
+    lines.append("")
+    for features in dict.fromkeys(row["features"] for row in result["rows"]):
+        for kind in ("MAF", "NSF"):
+            rows = [row for row in result["rows"] if row["features"] == features and kind in row["flow"]]
+            if rows:
+                lines.append(
+                    f"- {kind}, {features} features: {_range(rows, 'identical bits')} with identical bits, "
+                    f"{_range(rows, 'tolerance')} to {result['tolerance']:g}, where the largest error is "
+                    f"{max(row['max_error'] for row in rows):.1e}."
+                )
     return "\n".join(lines)
+
+
+def _range(rows: list[dict[str, Any]], name: str) -> str:
+    ratios = [row["ratio"][name] for row in rows]
+    return f"{min(ratios):.2f}x to {max(ratios):.2f}x"
 
 
 def maf(result: dict[str, Any]) -> str:
