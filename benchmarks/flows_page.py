@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from calibration_page import crm, igm
 from filling import fill
+
+import jacobiflow as jf
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
+REPORT = ROOT / "src" / "jacobiflow" / "models" / "digits-maf" / "report.json"
 PAPER = (  # method, seconds, ratio, MAE
     ("For loop", 4903, 1.0, "0.000"),
     ("10 sweeps", 563, 8.73, "0.043"),
@@ -79,11 +83,9 @@ def maf(result: dict[str, Any]) -> str:
 
 def parts() -> dict[str, str]:
     """What the page shows of the result files, by its marks."""
-    return {part.__name__.replace("_", "-"): part(_result(part.__name__)) for part in (drop_in, maf)}
-
-
-def _result(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name.replace('_', '-')}.json").read_text())
+    report = jf.Report.load(REPORT)
+    results = {part: json.loads((RESULTS / f"{part}.json").read_text()) for part in ("drop-in", "maf")}
+    return {"drop-in": drop_in(results["drop-in"]), "maf": maf(results["maf"]), "igm": igm(report), "crm": crm(report)}
 
 
 if __name__ == "__main__":

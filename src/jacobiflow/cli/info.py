@@ -21,6 +21,7 @@ def info(model: options.Model = "fashion-p2", json: options.Json = None) -> None
     config = flow.config
     figures = {
         "model": model,
+        "flow": flow.model_type,
         **asdict(config),
         "num_tokens": config.num_tokens,
         "token_channels": config.token_channels,
