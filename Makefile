@@ -49,7 +49,7 @@ calibration: setup
 	$(BIN)/python benchmarks/strategies.py
 	$(BIN)/python benchmarks/calibration_page.py
 
-# Regenerates the tables of docs/flows.md (an hour on two idle cores, and an hour of training the first time).
+# Regenerates the tables of docs/flows.md (20 minutes on two idle cores, and half an hour of training the first time).
 flows: setup
 	$(BIN)/python benchmarks/drop_in.py
 	$(BIN)/python benchmarks/maf.py

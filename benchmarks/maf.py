@@ -4,8 +4,8 @@ Writes docs/results/maf.json. A MAF of 5 blocks is trained on Fashion-MNIST (MNI
 read by the same code, `--images FOLDER`), 50,000 images are encoded, and their latents are inverted: by the "For" loop
 of one full pass per pixel, by sweeps, and to a tolerance; beside it zuko's and nflows' MAFs of the same size, from
 benchmarks/drop_in.py, by their own inverse and accelerated. Loops of full passes take hours for all images: they are
-timed on the first batches, and the time for all is extrapolated from these. Training takes half an hour on two cores
-and goes on where it stopped; then the script needs an otherwise idle machine and half an hour.
+timed on the first batches, and the time for all is extrapolated from these. Training takes ten minutes on two cores and
+goes on where it stopped; then the script needs an otherwise idle machine and a quarter of an hour.
 """
 
 from __future__ import annotations
