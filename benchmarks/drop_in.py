@@ -1,8 +1,8 @@
 """`jf.accelerate` beside the libraries' own inverses, on trained flows: `python benchmarks/drop_in.py`.
 
-Writes docs/results/drop-in.json. It first trains the flows, in out/drop-in, on
-Fashion-MNIST, digits, and the leading 8 principal components of digits, which takes a quarter of an hour on two cores
-and goes on where it stopped; then it needs an otherwise idle machine and about ten minutes.
+Writes docs/results/drop-in.json. It first trains the flows, in out/drop-in, on Fashion-MNIST, digits, and the leading 8
+principal components of digits, which takes a quarter of an hour on two cores and goes on where it stopped; then it
+needs an otherwise idle machine and about ten minutes.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ _masked_weights: ContextVar[dict[nn.Module, Tensor] | None] = ContextVar("masked
 class MaskedOnce(Swapped):
     """A masked linear layer, F.linear(x, mask * weight, bias), that multiplies once per inverse and not in each pass.
 
-    At 784 features and one sample the product is four fifths of a pass.
+    At 784 features and one sample the product is most of a pass.
     """
 
     mask: Tensor
