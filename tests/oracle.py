@@ -83,13 +83,7 @@ class Oracle:
         """The map whose fixed point is the inverse of block i at z."""
         log_scale, shift = self.parameters(i, x, labels)
         if guide is not None:
-            free_log_scale, free_shift = self.parameters(i, x, None, guide.temperature)
-            for t in range(x.shape[1]):
-                weight = guide.weight * (t / (x.shape[1] - 1) if guide.annealed else 1.0)
-                if guide.on in ("both", "scale"):
-                    log_scale[:, t] = log_scale[:, t] + weight * (log_scale[:, t] - free_log_scale[:, t])
-                if guide.on in ("both", "shift"):
-                    shift[:, t] = shift[:, t] + weight * (shift[:, t] - free_shift[:, t])
+            guide_away(guide, log_scale, shift, *self.parameters(i, x, None, guide.temperature))
         return log_scale.exp() * z + shift
 
     def invert_block(self, i: int, z: Tensor, labels: Tensor | None = None, guide: Guide | None = None) -> Tensor:
@@ -111,6 +105,17 @@ class Oracle:
             x = self.flip(i, (x - shift) / log_scale.exp())
             log_det = log_det - log_scale.flatten(1).sum(dim=1)
         return x / self.var.sqrt(), log_det - self.var.sqrt().log().sum()
+
+
+def guide_away(guide: Guide, log_scale: Tensor, shift: Tensor, free_log_scale: Tensor, free_shift: Tensor) -> None:
+    """Move parameters (B, T, C) away from the free ones, in place, entry by entry."""
+    length = log_scale.shape[1]
+    for t in range(length):
+        weight = guide.weight * (t / (length - 1) if guide.annealed else 1.0)
+        if guide.on in ("both", "scale"):
+            log_scale[:, t] = log_scale[:, t] + weight * (log_scale[:, t] - free_log_scale[:, t])
+        if guide.on in ("both", "shift"):
+            shift[:, t] = shift[:, t] + weight * (shift[:, t] - free_shift[:, t])
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -100,13 +100,7 @@ class MAFOracle:
     def g(self, i: int, x: Tensor, z: Tensor, labels: Tensor | None = None, guide: Guide | None = None) -> Tensor:
         log_scale, shift = self.parameters(i, x, labels)
         if guide is not None:
-            free_log_scale, free_shift = self.parameters(i, x, None)
-            for t in range(x.shape[1]):
-                weight = guide.weight * (t / (x.shape[1] - 1) if guide.annealed else 1.0)
-                if guide.on in ("both", "scale"):
-                    log_scale[:, t] = log_scale[:, t] + weight * (log_scale[:, t] - free_log_scale[:, t])
-                if guide.on in ("both", "shift"):
-                    shift[:, t] = shift[:, t] + weight * (shift[:, t] - free_shift[:, t])
+            oracle.guide_away(guide, log_scale, shift, *self.parameters(i, x, None))
         return log_scale.exp() * z + shift
 
     def flip(self, i: int, x: Tensor) -> Tensor:
