@@ -35,14 +35,24 @@ from jacobiflow.training.noise import add_noise, keyed_generator
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "docs" / "results" / "drop-in.json"
 TOLERANCE = 1e-3
+ALPHA = 1e-6  # of the logit
 RATE, BATCH, KEEP = 1e-3, 128, 250
 
 
+def to_logits(images: Tensor) -> Tensor:
+    """Images in [-1, 1) as logits of their pixels (B, D), as the MAF paper has them."""
+    return torch.logit(ALPHA + (1 - 2 * ALPHA) * (images.flatten(1) + 1) / 2)
+
+
+def from_logits(logits: Tensor) -> Tensor:
+    """The inverse of `to_logits`: images (B, D)."""
+    return (torch.sigmoid(logits) - ALPHA) / (1 - 2 * ALPHA) * 2 - 1
+
+
 def logits(data: ImageDataset, index: Tensor, step: int) -> Tensor:
-    """Dequantised images as logits of their pixels (B, D), as the MAF paper has them."""
+    """Dequantised images as logits."""
     images, _ = data.batch(index)
-    unit = (add_noise(images, Noise("uniform"), keyed_generator(0, 0, step)).flatten(1) + 1) / 2
-    return torch.logit(1e-6 + (1 - 2e-6) * unit)
+    return to_logits(add_noise(images, Noise("uniform"), keyed_generator(0, 0, step)))
 
 
 @cache

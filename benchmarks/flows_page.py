@@ -67,7 +67,8 @@ def maf(result: dict[str, Any]) -> str:
     lines = [
         f"Table 5 of the paper, on {count:,} images of Fashion-MNIST in batches of {batch}: seconds to invert their "
         "latents, and the mean absolute error of a pixel in [0, 1]. A time in italics is extrapolated from "
-        f"{loop['batches']} batches. On {machine['cores']} cores of {machine['processor']}.\n",
+        f"{loop['batches']} batches, which took {_spread(result)} of each other. On {machine['cores']} cores of "
+        f"{machine['processor']}.\n",
         "| method | seconds | ratio | MAE | largest error |",
         "| --- | ---: | ---: | ---: | ---: |",
         *(f"| paper: {name} | {seconds:,} | {ratio:.2f}x | {mae} | |" for name, seconds, ratio, mae in PAPER),
@@ -79,6 +80,12 @@ def maf(result: dict[str, Any]) -> str:
             ratio = rows[0]["seconds_of_all"] / row["seconds_of_all"]
             lines.append(f"| {row['method']} | {shown} | {ratio:.1f}x | {row['mae']:.1e} | {row['max_error']:.1e} |")
     return "\n".join(lines)
+
+
+def _spread(result: dict[str, Any]) -> str:
+    """How near the times of batches were where all were not timed."""
+    worst = max(rows[0]["spread"] for rows in result["rows"].values())
+    return f"times within {worst - 1:.0%}"
 
 
 def parts() -> dict[str, str]:

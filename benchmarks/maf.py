@@ -1,11 +1,12 @@
 """The paper's experiment on another flow (section 4.4, Table 5): `python benchmarks/maf.py`.
 
-Writes docs/results/maf.json. A MAF of 5 blocks is trained on Fashion-MNIST (MNIST's IDX files in another folder are
-read by the same code, `--images FOLDER`), 50,000 images are encoded, and their latents are inverted: by the "For" loop
-of one full pass per pixel, by sweeps, and to a tolerance; beside it zuko's and nflows' MAFs of the same size, from
-benchmarks/drop_in.py, by their own inverse and accelerated. Loops of full passes take hours for all images: they are
-timed on the first batches, and the time for all is extrapolated from these. Training takes ten minutes on two cores and
-goes on where it stopped; then the script needs an otherwise idle machine and a quarter of an hour.
+Writes docs/results/maf.json. A MAF of 5 blocks is trained on Fashion-MNIST, 50,000 images are encoded, and their
+latents are inverted: by the "For" loop of one full pass per pixel, by sweeps, and to a tolerance; beside it zuko's and
+nflows' MAFs of the same size, from benchmarks/drop_in.py, by their own inverse and accelerated. Loops of full passes
+take hours for all images: they are timed on the first batches, and the time for all is extrapolated from these.
+Training takes ten minutes on two cores and goes on where it stopped; then the script needs an otherwise idle machine
+and a quarter of an hour. With `--images FOLDER` it reads MNIST's IDX files instead, and all that it makes stays in
+out/maf-FOLDER.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import drop_in
 import torch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 import jacobiflow as jf
 from jacobiflow.benchmarking import machine
@@ -34,7 +35,8 @@ from jacobiflow.training import Noise
 from jacobiflow.training.noise import add_noise, keyed_generator
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT, KEPT = ROOT / "docs" / "results" / "maf.json", ROOT / "out" / "maf" / "rows.json"
+RESULT, ROWS = ROOT / "docs" / "results" / "maf.json", "rows.json"
+FASHION = "fashion-mnist"
 TRAINING = "--flow maf --channels 512 --layers 2 --blocks 5 --unconditional --batch-size 128 --steps 3000"
 IMAGES, BATCH, LOOP_BATCHES = 50_000, 500, 2
 TOLERANCE = 1e-3
@@ -75,12 +77,15 @@ def batches(images: Tensor) -> Iterator[Tensor]:
         yield add_noise(images[start : start + BATCH], Noise("uniform"), keyed_generator(0, 3, k))
 
 
-def timed(name: str, inverse: Inverse, latents: list[Tensor], images: list[Tensor], total: int) -> dict[str, Any]:
+def timed(
+    folder: Path, name: str, inverse: Inverse, latents: list[Tensor], images: list[Tensor], total: int
+) -> dict[str, Any]:
     """Seconds for `total` batches, of which `latents` are timed, and the mean absolute error of a pixel in [0, 1].
 
-    A row that an interrupted run has measured is kept in out/maf/rows.json.
+    A row that an interrupted run has measured is kept in the folder's rows.json.
     """
-    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    path = folder / ROWS
+    kept = json.loads(path.read_text()) if path.exists() else {}
     if name in kept:
         return kept[name]
     errors, seconds = [], []
@@ -97,62 +102,62 @@ def timed(name: str, inverse: Inverse, latents: list[Tensor], images: list[Tenso
         "spread": max(seconds) / min(seconds), "mae": float(error.mean()), "max_error": float(error.max()),
     }  # fmt: skip
     print(f"{name}: {row['seconds_of_all']:.0f} s, MAE {row['mae']:.1e}", file=sys.stderr)
-    write_json(KEPT, kept | {name: row})
+    write_json(path, kept | {name: row})
     return row
 
 
-def ours(flow: jf.MAF, images: Tensor) -> list[dict[str, Any]]:
+def ours(flow: jf.MAF, images: Tensor, folder: Path) -> list[dict[str, Any]]:
     """The rows of Table 5."""
     exact = list(batches(images))
     latents = [flow.encode(x)[0] for x in exact]
     pixels = [x.flatten(1) for x in exact]
-    loop = timed("For loop", lambda z: full_passes_sample(flow, z).flatten(1), latents[:LOOP_BATCHES],
-                 pixels[:LOOP_BATCHES], len(latents))  # fmt: skip
-    return [loop, *(timed(name, f, latents, pixels, len(latents)) for name, f in strategies(flow).items())]
+    total = len(latents)
+
+    def loop(z: Tensor) -> Tensor:
+        return full_passes_sample(flow, z).flatten(1)
+
+    first = timed(folder, "For loop", loop, latents[:LOOP_BATCHES], pixels[:LOOP_BATCHES], total)
+    return [first, *(timed(folder, name, f, latents, pixels, total) for name, f in strategies(flow).items())]
 
 
 def library(case: drop_in.Case, images: Tensor, folder: Path) -> list[dict[str, Any]]:
     """The same images through another library's MAF: its own inverse, and accelerated."""
-    flow, data = drop_in.trained(case, folder), case.data()
-    mean, std = drop_in.moments(data)
+    flow = drop_in.trained(case, ROOT / "out" / "drop-in")
+    mean, std = drop_in.moments(case.data())
     exact = [x.flatten(1) for x in batches(images)]
-    tokens = [(torch.logit(1e-6 + (1 - 2e-6) * (x + 1) / 2) - mean) / std for x in exact]
-    latents = [drop_in.to_latents(flow, x) for x in tokens]
+    latents = [drop_in.to_latents(flow, (drop_in.to_logits(x) - mean) / std) for x in exact]
+    total = len(latents)
 
-    def inverse(z: Tensor, tolerance: float | None = None) -> Tensor:
-        done = None if tolerance is None else jf.accelerate(flow, tolerance)
-        logits = drop_in.from_latents(flow, z) * std + mean
-        if done is not None:
-            done.restore()
-        return (torch.sigmoid(logits) - 1e-6) / (1 - 2e-6) * 2 - 1
+    def inverse(flow: nn.Module, z: Tensor) -> Tensor:
+        return drop_in.from_logits(drop_in.from_latents(flow, z) * std + mean)
 
-    own = timed(f"{case.name}, its own inverse", inverse, latents[:LOOP_BATCHES], exact[:LOOP_BATCHES], len(latents))
-    rows = [own]
-    for tolerance in (0.0, TOLERANCE):
-        to = "identical bits" if tolerance == 0 else f"to {tolerance:g}"
-        name = f"{case.name}, accelerated {to}"
-        rows.append(timed(name, partial(inverse, tolerance=tolerance), latents, exact, len(latents)))
+    own = partial(inverse, flow)
+    rows = [timed(folder, f"{case.name}, its own inverse", own, latents[:LOOP_BATCHES], exact[:LOOP_BATCHES], total)]
+    for tolerance, to in ((0.0, "identical bits"), (TOLERANCE, f"to {TOLERANCE:g}")):
+        with jf.accelerate(flow, tolerance):
+            rows.append(timed(folder, f"{case.name}, accelerated {to}", own, latents, exact, total))
     return rows
 
 
 def main() -> None:
     """Train, encode, invert, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", default="fashion-mnist", help="fashion-mnist, or a folder of IDX files")
+    parser.add_argument("--images", default=FASHION, help="fashion-mnist, or a folder of IDX files")
     images = parser.parse_args().images
+    folder = ROOT / "out" / f"maf-{Path(images).name}"  # a model, and rows, of these images
     (ROOT / "out" / "drop-in").mkdir(parents=True, exist_ok=True)
-    flow = trained(images, ROOT / "out" / "maf")
+    flow = trained(images, folder)
     chosen, _ = load_images(images, flow.config.image_size, 1).batch(slice(0, IMAGES))
     with torch.no_grad():
-        rows = {"jacobiflow": ours(flow, chosen)}
-        if images == "fashion-mnist":
+        rows = {"jacobiflow": ours(flow, chosen, folder)}
+        if images == FASHION:
             for case in drop_in.CASES[:2]:
-                rows[case.name] = library(case, chosen, ROOT / "out" / "drop-in")
-    write_json(RESULT, {
-        "command": "python benchmarks/maf.py", "machine": machine(), "images": len(chosen), "batch_size": BATCH,
-        "training": TRAINING, "tolerance": TOLERANCE, "rows": rows,
+                rows[case.name] = library(case, chosen, folder)
+    write_json(RESULT if images == FASHION else folder / RESULT.name, {
+        "command": f"python benchmarks/maf.py --images {images}", "machine": machine(), "images": len(chosen),
+        "batch_size": BATCH, "training": TRAINING, "tolerance": TOLERANCE, "rows": rows,
     })  # fmt: skip
-    KEPT.unlink()
+    (folder / ROWS).unlink()
 
 
 if __name__ == "__main__":

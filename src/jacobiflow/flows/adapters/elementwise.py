@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.flows.adapters.fixed_point import Pass, invert
+from jacobiflow.flows.adapters.fixed_point import invert
 from jacobiflow.flows.adapters.modules import Swapped, by_library, masked_once, needs_graph
 
 
@@ -26,15 +25,11 @@ class Accelerated(Swapped):
             self.acceleration.count(self, passes)
             return super().inverse(inputs, context)  # type: ignore[misc]
 
-        def pass_of(rows: Int[Tensor, " m"] | None) -> Pass:
-            some_inputs = inputs if rows is None else inputs[rows]
-            some_context = context if rows is None or context is None else context[rows]
-            return lambda x: self._elementwise_inverse(some_inputs, self.autoregressive_net(x, some_context))
+        def step(x: Tensor, inputs: Tensor, context: Tensor | None) -> Sequence[Tensor]:
+            return self._elementwise_inverse(inputs, self.autoregressive_net(x, context))
 
+        tolerance = self.acceleration.tolerance
         with masked_once():
-            outputs, passes = invert(
-                pass_of, torch.zeros_like(inputs), passes, self.acceleration.tolerance,
-                needs_graph(self, inputs, context),
-            )  # fmt: skip
+            outputs, passes = invert(step, inputs, context, passes, tolerance, needs_graph(self, inputs, context))
         self.acceleration.count(self, passes)
         return tuple(outputs)

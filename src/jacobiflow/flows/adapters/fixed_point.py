@@ -6,62 +6,62 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-Pass = Callable[[Tensor], Sequence[Tensor]]
-"""x -> (g(x), ...): the next iterate, and what else the library computes of x, with a row per row of x."""
+Pass = Callable[[Tensor, Tensor, Tensor | None], Sequence[Tensor]]
+"""x, y, context -> (g(x), ...): the next iterate, and what else the library computes, with a row per row of x."""
 
 _LEAVING = 0.25  # share of rows within the tolerance at which the others go on alone: it costs a copy of these
 
 
 def invert(
-    pass_of: Callable[[Int[Tensor, " m"] | None], Pass],
-    start: Float[Tensor, "*batch d"],
+    step: Pass,
+    y: Float[Tensor, "*batch d"],
+    context: Float[Tensor, "*batch c"] | None,
     passes: int,
     tolerance: float,
     differentiable: bool,
 ) -> tuple[Sequence[Tensor], int]:
-    """The last of at most `passes` passes x <- g(x) from `start`, and how many there were.
+    """The last of at most `passes` passes x <- g(x) from x = 0, and how many there were.
 
     At tolerance 0 they end when one returns its argument bit for bit: g is a function, so all later ones would return
     it too, and the answer is that of `passes` of them. Above 0 a row ends when a pass changes none of its entries by
     more than the tolerance, and keeps what that pass made of it; rows that have ended leave the batch.
 
-    **Arguments:** `pass_of(rows)` is the pass for these rows of a batch (B, D), or with `None` for all; only a
-    tolerance above 0 asks for rows. With `differentiable` the result has a graph, see `_Implicit`: the last pass is
-    made with it, and is one of the `passes`.
+    **Arguments:** `y` and `context` are what `step` takes beside x; for a tolerance above 0 they have a row for each
+    sample, (B, D) and (B, C). With `differentiable` the result has a graph, see `_Implicit`: the last pass is made with
+    it, and is one of the `passes`.
     """
-    everything = pass_of(None)
-    outputs: Sequence[Tensor] = (start,)
+    outputs: Sequence[Tensor] = (torch.zeros_like(y),)
     count, most = 0, passes - differentiable
     with torch.no_grad():
         if most and tolerance == 0:
-            outputs, count = _until_equal(everything, start, most)
+            outputs, count = _until_equal(step, outputs[0], y, context, most)
         elif most:
-            outputs, count = _until_close(pass_of, start, most, tolerance)
+            outputs, count = _until_close(step, outputs[0], y, context, most, tolerance)
     if not differentiable:
         return outputs, count
     with torch.enable_grad():
         x = outputs[0].detach().requires_grad_()
-        return _Implicit.apply(x, passes, tolerance, *everything(x)), count + 1
+        return _Implicit.apply(x, passes, tolerance, *step(x, y, context)), count + 1
 
 
-def _until_equal(step: Pass, x: Tensor, passes: int) -> tuple[Sequence[Tensor], int]:
-    count, outputs = 1, step(x)
+def _until_equal(step: Pass, x: Tensor, y: Tensor, context: Tensor | None, passes: int) -> tuple[Sequence[Tensor], int]:
+    count, outputs = 1, step(x, y, context)
     while count < passes and not _same_bits(outputs[0], x):
         x = outputs[0]
-        count, outputs = count + 1, step(x)
+        count, outputs = count + 1, step(x, y, context)
     return outputs, count
 
 
 def _until_close(
-    pass_of: Callable[[Tensor | None], Pass], x: Tensor, passes: int, tolerance: float
+    step: Pass, x: Tensor, y: Tensor, context: Tensor | None, passes: int, tolerance: float
 ) -> tuple[Sequence[Tensor], int]:
-    step, rows = pass_of(None), torch.arange(len(x), device=x.device)
+    rows = torch.arange(len(x), device=x.device)
     found: list[Tensor] | None = None
-    count, outputs = 1, step(x)
+    count, outputs = 1, step(x, y, context)
     while count < passes:
         done = (outputs[0] - x).abs().flatten(1).amax(dim=1) <= tolerance  # never where it is NaN
         share = float(done.float().mean())
@@ -71,9 +71,9 @@ def _until_close(
         if share >= _LEAVING:
             found = found or [output.new_empty(len(rows), *output.shape[1:]) for output in outputs]
             _put(found, rows[done], [output[done] for output in outputs])
-            rows, x = rows[~done], x[~done]
-            step = pass_of(rows)
-        count, outputs = count + 1, step(x)
+            rows, x, y = rows[~done], x[~done], y[~done]
+            context = None if context is None else context[~done]
+        count, outputs = count + 1, step(x, y, context)
     if found is None:
         return outputs, count
     _put(found, rows, outputs)

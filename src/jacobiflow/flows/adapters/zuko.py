@@ -6,13 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 from zuko.nn import MaskedLinear
 from zuko.transforms import AutoregressiveTransform
 
-from jacobiflow.flows.adapters.fixed_point import Pass, invert
+from jacobiflow.flows.adapters.fixed_point import invert
 from jacobiflow.flows.adapters.modules import Adapter, Swapped, by_library, masked_once, needs_graph
 
 
@@ -38,21 +38,15 @@ class ParallelInverse(AutoregressiveTransform):  # type: ignore[misc]
         if by_library(module, self.passes):
             self.acceleration.count(module, self.passes)
             return super()._inverse(y)
-        shape, rows_of_y = y.shape, y
+        shape = y.shape[:-1] if context is None else torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
         if tolerance > 0:  # rows of one batch, which may leave it
-            shape = y.shape[:-1] if context is None else torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
-            rows_of_y = _rows(y, shape)
-            context = None if context is None else _rows(context, shape)
+            y, context = _rows(y, shape), None if context is None else _rows(context, shape)
 
-        def pass_of(rows: Int[Tensor, " m"] | None) -> Pass:
-            some_y = rows_of_y if rows is None else rows_of_y[rows]
-            some_context = context if rows is None or context is None else context[rows]
-            return lambda x: (module.meta(some_context, x).inv(some_y),)
+        def step(x: Tensor, y: Tensor, context: Tensor | None) -> tuple[Tensor]:
+            return (module.meta(context, x).inv(y),)
 
         with masked_once():
-            (x,), passes = invert(
-                pass_of, torch.zeros_like(rows_of_y), self.passes, tolerance, needs_graph(module, y, context)
-            )
+            (x,), passes = invert(step, y, context, self.passes, tolerance, needs_graph(module, y, context))
         self.acceleration.count(module, passes)
         return x if tolerance == 0 else x.reshape(*shape, x.shape[-1])
 
