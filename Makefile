@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test lint benchmark calibration flows figures clean
+.PHONY: setup demo test lint benchmark calibration flows evaluation figures clean
 
 setup: $(INSTALLED)
 
@@ -15,8 +15,8 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo
-	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels 9 --compare --out out/demo-one
+	$(BIN)/jacobiflow sample --model fashion-p2 --num 20 --compare --overwrite --out out/demo
+	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels 9 --compare --overwrite --out out/demo-one
 
 test: setup
 	$(BIN)/python -m pytest
@@ -30,8 +30,8 @@ benchmark: setup
 	$(BIN)/python benchmarks/performance.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/performance_page.py
-	$(BIN)/jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo --json docs/results/demo.json
-	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels 9 --compare --out out/demo-one \
+	$(BIN)/jacobiflow sample --model fashion-p2 --num 20 --compare --overwrite --out out/demo --json docs/results/demo.json
+	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels 9 --compare --overwrite --out out/demo-one \
 		--json docs/results/demo-one.json
 	cp out/demo/samples.png docs/figures/demo.png
 	$(BIN)/python benchmarks/readme.py
@@ -55,6 +55,19 @@ flows: setup
 	$(BIN)/python benchmarks/maf.py
 	$(BIN)/python benchmarks/flows_page.py
 	$(BIN)/python benchmarks/readme.py
+
+# Regenerates the tables and figures of docs/evaluation.md (hours on two cores; it goes on where it was stopped).
+TUNED := --guidance 3 --denoise 1
+evaluation: setup
+	$(BIN)/python benchmarks/search_guidance.py
+	$(BIN)/python benchmarks/crash_test.py
+	$(BIN)/jacobiflow compare --model fashion-p2 $(TUNED) --shard-size 400 --repeats 2 --final 10000 --out out/comparison \
+		--json docs/results/comparison.json
+	cp out/comparison/comparison.png docs/figures/
+	$(BIN)/jacobiflow evaluate --model fashion-p2 --samples out/comparison/rows/auto-1e-2 --images fashion-mnist \
+		--out out/evaluation --json docs/results/evaluation.json
+	cp out/evaluation/certificates.png docs/figures/
+	$(BIN)/python benchmarks/evaluation_page.py
 
 # Redraws the figures of docs/solvers.md.
 figures: setup

@@ -42,7 +42,7 @@ A {kind} of {images} ({license}), class-conditional over {num_classes} classes. 
 | training | `{command}`: {steps:,} steps in {hours} on {machine} |
 | bits per dimension of {measured} images | {bpd:.3f} ({test_name}, {noise}, their labels) |
 | class accuracy by Bayes' rule | {accuracy:.1%} ({accuracy_images:,} of them, the same noise) |
-
+{setting}
 {units}
 
 Training loss (mean of 50 steps):
@@ -77,6 +77,23 @@ def shape_of(flow: ImageFlow) -> str:
     if isinstance(config, jf.MAFConfig):
         return f"pixels {size} {config.hidden_layers} hidden layers x {config.hidden_features} units"
     raise ValueError(f"{type(flow).__name__}: no TarFlow or MAF")
+
+
+def setting_of(name: str) -> str:
+    """The card's row of the best setting for sampling, by search_guidance.py; nothing for a model that has none."""
+    path = ROOT / "docs" / "results" / f"{name}-search.json"
+    if not path.is_file():
+        return ""
+    result = json.loads(path.read_text())
+    best = result["best"]
+    plain = next(row for row in result["rows"] if row["weight"] == row["denoise"] == 0)
+    options = f"--guidance {best['weight']:g} --denoise {best['denoise']:g}"
+    if best["attn_temperature"] != 1:
+        options += f" --attn-temperature {best['attn_temperature']:g}"
+    return (
+        f"| best setting | `{options}`: fashion-FID {best['fashion_fid']:.3f} of {result['num']:,} samples, "
+        f"{plain['fashion_fid']:.3f} as drawn (docs/evaluation.md) |\n"
+    )
 
 
 def measure(flow: ImageFlow, test: ImageDataset, accuracy_images: int) -> dict[str, float]:
@@ -162,7 +179,8 @@ def main() -> None:
         command=arguments.command, steps=figures["steps"],
         hours=f"{seconds / 3600:.2f} h" if seconds >= 360 else f"{seconds:.0f} s", machine=arguments.machine,
         measured="noisy" if gaussian else "dequantised", bpd=bits, test_name=arguments.test_name,
-        accuracy=figures["bayes_accuracy"], accuracy_images=figures["accuracy_images"],
+        setting=setting_of(arguments.name), accuracy=figures["bayes_accuracy"],
+        accuracy_images=figures["accuracy_images"],
         units=NOISY_UNITS if gaussian else DEQUANTISED_UNITS,
         denoised=" and one denoising step" if gaussian else "", limits=arguments.limits,
     )  # fmt: skip

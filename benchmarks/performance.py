@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import GRIDS, PEERS, gs_jacobi_grid
 from torch import Tensor
 
 import jacobiflow as jf
@@ -35,6 +34,7 @@ from jacobiflow.benchmarking import GROWING_CACHE, SEQUENTIAL, compare, interlea
 from jacobiflow.files import write_json
 from jacobiflow.growing_cache import growing_cache_sample
 from jacobiflow.latents import draw_latents
+from jacobiflow.peers import GRIDS, PEERS, gs_jacobi_grid
 from jacobiflow.strategy import auto
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"

@@ -30,7 +30,11 @@ FORBIDDEN: dict[str, set[str]] = {
         "strategy", "training",
     },
     "strategy": {"cli", "evaluation", "plots", "sampling", "training"},
-    "sampling": {"benchmarking", "cli", "evaluation", "full_passes", "growing_cache", "plots", "training"},
+    "sampling": {
+        "benchmarking", "cli", "evaluation", "full_passes", "generation", "growing_cache", "peers", "plots", "training",
+    },
+    "peers": {"benchmarking", "cli", "evaluation", "generation", "plots", "sampling", "training"},
+    "generation": {"cli", "evaluation", "peers", "plots", "training"},
     "full_passes": {
         "benchmarking", "calibration", "cli", "denoising", "evaluation", "plots", "sampling", "solvers", "strategy",
         "training",

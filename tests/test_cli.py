@@ -39,6 +39,9 @@ TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 GUESSES = ("latent", "zeros", "mean_affine")
 GUIDANCE = jf.Guidance(0.4, annealed=False, on="shift", attn_temperature=0.9)
 GUIDED = "--guidance 0.4 --guidance-on shift --constant-guidance --attn-temperature 0.9"
+FOLDER = [".lock", "manifest.json", "samples.png", "shards", "strategy.json"]
+SHARD = "shards/00000.npz"
+WROTE = "1 shard, manifest.json, strategy.json, samples.png\n"
 TINY = "--patch-size 7 --channels 32 --head-dim 16 --blocks 2 --layers 1 --batch-size 8 --no-bf16"
 
 
@@ -162,12 +165,13 @@ def test_sample_writes_what_the_library_draws(strategy: str, run: Any, tmp_path:
         f"--json {tmp_path}/f.json"
     )
     assert (result.code, result.err) == (0, "")
-    assert sorted(os.listdir(out)) == ["samples.npz", "samples.png"]
+    assert sorted(os.listdir(out)) == FOLDER
+    assert sorted(os.listdir(out / "shards")) == ["00000.json", "00000.npz"]
 
     want = jf.sample(
         jf.load("./model"), 5, torch.tensor([0, 2, 0, 2, 0]), 4, strategy=strategy, batch_size=3, progress=False
     )
-    with np.load(out / "samples.npz") as arrays:
+    with np.load(out / SHARD) as arrays:
         assert sorted(arrays) == ["arr_0", "labels"]
         assert arrays["arr_0"].dtype == np.uint8
         assert np.array_equal(arrays["arr_0"], quantize(want.images).permute(0, 2, 3, 1).numpy())
@@ -193,7 +197,7 @@ def test_sample_writes_what_the_library_draws(strategy: str, run: Any, tmp_path:
     else:
         assert figure["status"]["converged"] == 5
         assert figure["certificate"] <= (1e-4 if strategy == "window.json" else 1e-3)
-    assert f"wrote {out}/samples.png and {out}/samples.npz\n" in result.out
+    assert f"wrote {out}: {WROTE}" in result.out
 
 
 @pytest.mark.parametrize("strategy", ["window:5", "[1-4-3-5]"])
@@ -212,13 +216,13 @@ def test_compare_prints_both_rows_and_the_error(strategy: str, run: Any, tmp_pat
     one, other = (jf.sample(flow, 4, labels, strategy=name, progress=False).images for name in ("sequential", strategy))
     error = (one - other).abs()
     assert error.max() > 0
-    assert shown["error"] == {"max": float(error.max()), "mean": float(error.mean())}
+    assert shown["error"] == {"max": float(error.max()), "mean": pytest.approx(float(error.mean()))}
     speed = shown["runs"]["sequential"]["seconds"] / shown["runs"][strategy]["seconds"]
     assert (
         f"speed-up {speed:.2f}x over the sequential loop; error max {error.max():.1e}, mean {error.mean():.1e}\n"
         in result.out
     )
-    with np.load(tmp_path / "samples.npz") as arrays:
+    with np.load(tmp_path / SHARD) as arrays:
         assert np.array_equal(arrays["arr_0"], quantize(other).permute(0, 2, 3, 1).numpy())
     with Image.open(tmp_path / "samples.png") as sheet:
         assert sheet.size[1] == 3 * (22 + 8 * 8 + 4)
@@ -236,7 +240,7 @@ def test_guidance_and_denoising_reach_the_library(run: Any, tmp_path: Path) -> N
         jf.load("./model"), 3, torch.arange(3), guidance=guidance, denoise=0.9, tolerance=1e-5, batch_size=2,
         progress=False,
     )  # fmt: skip
-    with np.load(tmp_path / "samples.npz") as arrays:
+    with np.load(tmp_path / SHARD) as arrays:
         assert np.array_equal(arrays["arr_0"], quantize(want.images).permute(0, 2, 3, 1).numpy())
     shown = figures(f"{tmp_path}/f")
     assert (shown["guidance"], shown["denoise"]) == (0.7, 0.9)
@@ -249,12 +253,13 @@ def test_labels(run: Any, tmp_path: Path) -> None:
         "balanced": [0, 1, 2, 0], "1": [1, 1, 1, 1], "0,-1": [0, -1, 0, -1], "-1": [-1] * 4, "2,1,0,0,1": [2, 1, 0, 0],
         "random": draw_labels(4, 3, 9).tolist(), "none": None,
     }.items():  # fmt: skip
-        result = run(f"sample --model model --num 4 --seed 9 --strategy jacobi-1 --labels {given} --out {tmp_path}")
+        line = f"sample --model model --num 4 --seed 9 --strategy jacobi-1 --labels {given} --out {tmp_path}"
+        result = run(f"{line} --overwrite")
         assert (result.code, result.err) == (0, "")
-        with np.load(tmp_path / "samples.npz") as arrays:
+        with np.load(tmp_path / SHARD) as arrays:
             assert (arrays["labels"].tolist() if "labels" in arrays else None) == want
-    assert run(f"sample --model plain --num 2 --strategy jacobi-1 --out {tmp_path}").code == 0
-    with np.load(tmp_path / "samples.npz") as arrays:
+    assert run(f"sample --model plain --num 2 --strategy jacobi-1 --overwrite --out {tmp_path}").code == 0
+    with np.load(tmp_path / SHARD) as arrays:
         assert list(arrays) == ["arr_0"]
 
 
@@ -271,7 +276,7 @@ def test_names_in_square_brackets_are_no_markup(run: Any, tmp_path: Path, monkey
     result = run("sample --model './[/red]' --num 1 --strategy jacobi-1 --out '[bold]/[/red]'")
     assert result.code == 0
     assert "./[/red]: 1 image, batch size 1\n" in result.out
-    assert "wrote [bold]/[/red]/samples.png and [bold]/[/red]/samples.npz\n" in result.out
+    assert f"wrote [bold]/[/red]: {WROTE}" in result.out
     assert "./[/red]" in run("info --model './[/red]'").out
 
 
@@ -289,7 +294,7 @@ def test_lost_samples_are_black_and_said_and_json_stays_json(run: Any, tmp_path:
     assert shown["runs"]["auto"]["status"]["nonfinite"] == 2
     assert shown["runs"]["auto"]["certificate"] is None
     assert shown["error"] == {"max": 0, "mean": 0}  # both answers say that there is none
-    with np.load(tmp_path / "samples.npz") as arrays:
+    with np.load(tmp_path / SHARD) as arrays:
         assert not arrays["arr_0"].any()
 
 
@@ -319,7 +324,7 @@ def test_sample_takes_its_guesses_from_a_report(strategy: str, run: Any, tmp_pat
     plan = jf.Strategy.parse(strategy, jf.Report.load("report.json"))
     assert [type(solver.guess) for solver in plan.solvers] == [jf.Zeros, jf.MeanAffine, jf.MeanAffine]
     want = jf.sample(flow, 4, labels, strategy=plan, progress=False)
-    with np.load(tmp_path / "samples.npz") as arrays:
+    with np.load(tmp_path / SHARD) as arrays:
         assert np.array_equal(arrays["arr_0"], quantize(want.images).permute(0, 2, 3, 1).numpy())
         without = jf.sample(flow, 4, labels, strategy=strategy, progress=False)
         if strategy in ("Jacobi-5", "[2-4-3-5]"):  # few sweeps do not forget where they started
@@ -468,7 +473,7 @@ def test_the_proposed_command_samples_as_the_report_says(model: str, run: Any, t
     flow, plan = jf.load(f"./{model}"), jf.Strategy.from_report(jf.Report.load(tmp_path / "r.json"), 1e-2)
     labels = torch.arange(3) if flow.config.num_classes else None
     want = jf.sample(flow, 3, labels, strategy=plan, progress=False)
-    with np.load(tmp_path / "samples.npz") as arrays:
+    with np.load(tmp_path / SHARD) as arrays:
         assert np.array_equal(arrays["arr_0"], quantize(want.images).permute(0, 2, 3, 1).numpy())
     exact = jf.sample(flow, 3, labels, strategy="sequential", progress=False)
     assert (want.images - exact.images).abs().max() < 0.3
@@ -483,7 +488,7 @@ def test_the_proposed_command_samples_under_what_was_calibrated(option: str, run
     guidance, labels = (GUIDANCE, torch.arange(3)) if option == GUIDED else (None, None)
     plan = jf.Strategy.from_report(jf.Report.load(tmp_path / "r.json"), 1e-2)
     want = jf.sample(jf.load("./tough"), 3, labels, strategy=plan, guidance=guidance, progress=False)
-    with np.load(tmp_path / "samples.npz") as arrays:
+    with np.load(tmp_path / SHARD) as arrays:
         assert np.array_equal(arrays["arr_0"], quantize(want.images).permute(0, 2, 3, 1).numpy())
 
 
@@ -800,7 +805,7 @@ def test_convert_then_sample(run: Any, tmp_path: Path) -> None:
     assert (shown["model"], shown["in_channels"], shown["num_classes"]) == (f"{tmp_path}/folder", 3, 2)
 
     assert run(f"sample --model {tmp_path}/folder --num 2 --denoise 1 --out {tmp_path}/out").code == 0
-    with np.load(tmp_path / "out" / "samples.npz") as arrays:
+    with np.load(tmp_path / "out" / SHARD) as arrays:
         assert arrays["arr_0"].shape == (2, 4, 4, 3)
 
 
@@ -855,13 +860,13 @@ MEASURE = "calibrate --model tough --images pets --segments 4 --traced 2 --out o
 TRACE = "trace --model tough --num 2 --out out-x"
 ERRORS = {
     f"{SAMPLE} --labels 99": "label 99: this flow has classes 0 to 2",
-    f"{SAMPLE} --labels -0x": "--labels -0x: give balanced, random, none, or whole numbers",
+    f"{SAMPLE} --labels -0x": "--labels -0x: give balanced, random, none, whole numbers with commas between",
     f"{SAMPLE} --labels abc": "--labels abc: give balanced",
     f"{SAMPLE} --labels 1,,2": "--labels 1,,2: give balanced",
     f"{SAMPLE} --num 0": "--num 0: give a positive number",
     f"{SAMPLE} --num -3": "--num -3: give a positive number",
     f"{SAMPLE} --num many": "'--num'",
-    f"{SAMPLE} --batch-size 0": "batch_size=0: give a positive whole number",
+    f"{SAMPLE} --batch-size 0": "--batch-size 0: give a positive number",
     f"{SAMPLE} --seed -1": "'--seed'",
     f"{SAMPLE} --seed 99999999999999999999": "'--seed'",
     f"{SAMPLE} --strategy gs-jacobi:17": "'gs-jacobi:17': G 17 asks for more segments than there are tokens, 16",
@@ -1026,8 +1031,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(
 
     monkeypatch.setattr(os, "replace", no_space)
     result = run(f"sample --model model --num 1 --strategy jacobi-1 --out {tmp_path}")
-    assert (result.code, result.err) == (2, "error: [Errno 28] No space left on device\n")
-    assert os.listdir(tmp_path) == []
+    assert (result.code, result.out, result.err) == (2, "", "error: [Errno 28] No space left on device\n")
+    assert set(os.listdir(tmp_path)) <= {".lock"}
 
 
 @pytest.mark.parametrize(
@@ -1049,21 +1054,43 @@ def test_a_full_disk_leaves_no_half_report_and_no_half_picture(
     assert os.listdir(tmp_path) == []
 
 
-def test_an_exhausted_memory_is_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exhausted_memory_is_one_line(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(sampling, "sample", exhausted)
-    result = run(SAMPLE)
-    assert (result.code, result.err) == (2, "error: out of memory; give a smaller --batch-size\n")
+    monkeypatch.setattr(importlib.import_module("jacobiflow.generation.generate"), "sample", exhausted)
+    result = run(f"{SAMPLE} --out {tmp_path}")
+    assert (result.code, result.out, result.err) == (2, "", "error: out of memory; give a smaller --batch-size\n")
 
 
-def test_an_interruption_is_exit_130(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_is_exit_130_and_the_same_command_goes_on(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if "batch_size" not in options:  # the check of the settings, which draws a sample too
+            return jf.sample(*arguments, **options)
+        raise KeyboardInterrupt
+
+    line = f"sample --model model --num 2 --strategy jacobi-1 --out {tmp_path}"
+    before = files()
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("jacobiflow.generation.generate"), "sample", interrupted)
+        result = run(line)
+    assert (result.code, result.out, result.err) == (130, "", "interrupted\n")
+    assert files() == before
+    assert sorted(os.listdir(tmp_path)) == [".lock", "manifest.json", "strategy.json"]
+    assert run(line).code == 0
+    want = jf.sample(jf.load("./model"), 2, torch.arange(2), strategy="jacobi-1", progress=False)
+    with np.load(tmp_path / SHARD) as arrays:
+        assert np.array_equal(arrays["arr_0"], quantize(want.images).permute(0, 2, 3, 1).numpy())
+
+
+def test_an_interruption_before_the_first_sample_leaves_nothing(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sampling, "sample", interrupted)
     before = files()
-    result = run(SAMPLE)
+    result = run(f"{SAMPLE} --compare")
     assert (result.code, result.out, result.err) == (130, "", "interrupted\n")
     assert files() == before

@@ -692,7 +692,7 @@ def test_every_command_takes_a_maf(
     assert "CRM" in ran(calibrate)
     assert all(math.isfinite(x) for x in figures("c.json")["crm"])
     assert "predicted" in ran("plan --model ./model --report r.json --batch-size 2 --out p.json")
-    ran("sample --model ./model --num 2 --strategy p.json --out s")
+    ran("sample --model ./model --num 2 --strategy p.json --overwrite --out s")
     ran("trace --model ./model --report r.json --num 3 --out t")
     assert (trained / "t/sampling.png").exists()
     said = ran("bench --model ./model --strategy jacobi --batch-size 2 --repeats 1 --out b")

@@ -1,4 +1,4 @@
-"""The samplers of others in benchmarks/peers.py, against their rules written out over the oracle, in float64."""
+"""The samplers of others in jacobiflow.peers, against their rules written out over the oracle, in float64."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import oracle
 import pytest
 import torch
 from flows import Ledger, latents, make_flow
-from running import load_script
 from torch import Tensor
 
 import jacobiflow as jf
+from jacobiflow import peers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,9 +30,6 @@ GUIDES = {
 }
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-peers = load_script("peers")
 
 
 def class_flow() -> jf.TarFlow:

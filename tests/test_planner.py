@@ -1735,8 +1735,9 @@ def test_a_plan_that_is_written_is_one_that_sample_takes(guide: str, run: Any, t
     drawn = figures(tmp_path / "s.json")["runs"][str(out)]
     assert drawn["certificate"] <= 1e-3
     assert drawn["status"]["converged"] == 3
-    assert np.load(tmp_path / "s" / "samples.npz")["arr_0"].shape == (3, 8, 8, 1)
-    result = run(f"sample --model ./model --strategy {out} --batch-size 3 --num 5 {guide} --out {tmp_path}/s --compare")
+    assert np.load(tmp_path / "s" / "shards" / "00000.npz")["arr_0"].shape == (3, 8, 8, 1)
+    line = f"sample --model ./model --strategy {out} --batch-size 3 --num 5 {guide} --out {tmp_path}/s"
+    result = run(f"{line} --compare --overwrite")
     assert (result.code, result.err) == (0, "")
 
 

@@ -112,5 +112,8 @@ def test_the_wheel_alone_draws_samples_from_every_bundled_model(wheel: Path, tmp
         assert 0.3 < drawn["spread"] < 1.5, f"{name}: no images"
 
     command = [scripts / "jacobiflow", "sample", "--model", "digits-p1", "--num", "2", "--out", "drawn"]
-    assert "wrote drawn/samples.png" in check_output(command, tmp_path)
-    assert sorted(os.listdir(tmp_path / "drawn")) == ["samples.npz", "samples.png"]
+    said = check_output(command, tmp_path)
+    assert "wrote drawn: 1 shard, manifest.json, strategy.json, samples.png\n" in said
+    written = [".lock", "manifest.json", "samples.png", "shards", "strategy.json"]
+    assert sorted(os.listdir(tmp_path / "drawn")) == written
+    assert sorted(os.listdir(tmp_path / "drawn" / "shards")) == ["00000.json", "00000.npz"]

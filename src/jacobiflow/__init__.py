@@ -8,6 +8,7 @@ from jacobiflow.flows.checkpoints import CheckpointError, load
 from jacobiflow.flows.maf import MAF, MAFConfig
 from jacobiflow.flows.presets import PRESETS, Preset
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
+from jacobiflow.generation import SampleFolder, processes, sample_to_folder
 from jacobiflow.guidance import Guidance
 from jacobiflow.sampling import Samples, decode, sample
 from jacobiflow.solvers import (
@@ -51,6 +52,7 @@ __all__ = [
     "Plain",
     "Preset",
     "Report",
+    "SampleFolder",
     "Samples",
     "Segments",
     "Sequential",
@@ -72,7 +74,9 @@ __all__ = [
     "denoise",
     "load",
     "plan",
+    "processes",
     "sample",
+    "sample_to_folder",
     "solve",
     "solve_certified",
     "tune",

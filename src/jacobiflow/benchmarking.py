@@ -192,7 +192,7 @@ def paired_error(actual: Float[Tensor, "n c h w"], exact: Float[Tensor, "n c h w
     overflows there, and both say so.
     """
     lost = actual.isnan() & exact.isnan()
-    difference = (actual.double() - exact.double()).abs().masked_fill(lost, 0).nan_to_num(nan=torch.inf)
+    difference = (actual.double() - exact.double()).abs().masked_fill(lost, 0).nan_to_num(torch.inf, torch.inf)
     return Error(float(difference.max()), float(difference.mean()), float(difference.square().mean().sqrt()))
 
 

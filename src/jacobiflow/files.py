@@ -40,14 +40,20 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically; NaN and infinity, which JSON lacks, as null."""
-    write_atomically(path, (json.dumps(_finite(value), indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(path, json_bytes(value))
 
 
-def _finite(value: Any) -> Any:
+def json_bytes(value: Any) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode()
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with null for NaN and infinity."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from jacobiflow.benchmarking import ENCODING_PASS, SEQUENTIAL, Comparison
 from jacobiflow.calibration import Report
 from jacobiflow.data import quantize
+from jacobiflow.evaluation.comparison import WITHIN, Row
 from jacobiflow.files import write_atomically
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
@@ -187,6 +188,65 @@ def bench_figure(comparisons: Sequence[Comparison]) -> Figure:
     figure.supxlabel("seconds for the batch: median, fastest and slowest round", fontsize=10)
     figure.supylabel("largest error of an entry of the images", fontsize=10)
     figure.legend(list(shown.values()), captions, loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+def certificate_figure(histogram: Mapping[str, Any], tolerance: float | None) -> Figure:
+    """Samples by the decade of their certificate, from `jacobiflow.evaluation.certificate_histogram`."""
+    counts, edges = list(histogram["counts"]), histogram["edges"]
+    names = [f"$10^{{{round(math.log10(edge))}}}$ to $10^{{{round(math.log10(edge)) + 1}}}$" for edge in edges[:-1]]
+    if histogram["zero"]:
+        names, counts = ["0", *names], [histogram["zero"], *counts]
+    if histogram["infinite"]:
+        names, counts = [*names, "lost"], [*counts, histogram["infinite"]]
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axis = figure.subplots()
+    bars = axis.bar(names, counts, color=COLORS[0], width=0.7)
+    axis.bar_label(bars, labels=[f"{count:,}" for count in counts], fontsize=8)
+    asked = "" if tolerance is None else f"; tolerance asked for: {tolerance:g}"
+    axis.set(ylabel="samples", xlabel=f"certificate, the largest residual |g(x) - x| of a sample{asked}")
+    axis.tick_params(axis="x", labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def comparison_figure(rows: Sequence[Row], distance: str) -> Figure:
+    """How far each strategy's distance is from the original's, against how many times it is as fast.
+
+    `distance` is its name. Below 0.1% the axis is linear; what is within 1% is filled.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    within = 100 * WITHIN
+    axis.axhspan(-within, within, color="#009e73", alpha=0.12, linewidth=0)
+    axis.axhline(0, color="black", linewidth=0.6)
+    for row in rows:
+        color = (
+            COLORS[0]
+            if row.name.startswith("auto")
+            else COLORS[1]
+            if row.name.startswith(("[", "Jacobi"))
+            else COLORS[6]
+        )
+        axis.plot(row.rate, 100 * row.relative, "o", color=color, fillstyle="full" if row.within else "none")
+        axis.annotate(
+            row.name.replace("$", r"\$"),
+            (row.rate, 100 * row.relative),
+            xytext=(5, 3),
+            textcoords="offset points",
+            fontsize=7,
+            color=color,
+        )
+    axis.set_yscale("symlog", linthresh=0.1)
+    axis.set_xscale("log")
+    axis.margins(x=0.15)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
+    axis.set(xlabel="times as fast as the original's loop", ylabel=f"{distance} above the original's")
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 

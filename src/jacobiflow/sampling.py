@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
 from rich.console import Console
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 from torch import Tensor
 
 from jacobiflow.denoising import check_rate
@@ -104,7 +104,7 @@ def sample(
     certify: bool = True,
     batch_size: int | None = None,
     return_trace: bool = False,
-    progress: bool = True,
+    progress: bool | Callable[[float], None] = True,
 ) -> Samples:
     """Sample images x = f^-1(z): the inverse of every block, last first, each to its tolerance.
 
@@ -125,7 +125,7 @@ def sample(
     - `batch_size`: samples in the network at a time, all by default. Where samples have fronts of their own (see
         `jacobiflow.solve`), the next ones take the places of those that have finished.
     - `return_trace`: keep the image after every block.
-    - `progress`: show a bar on a terminal.
+    - `progress`: show a bar on a terminal; or a function, which is told the share that is solved, from 0 to 1.
 
     **Returns:** `Samples`. A sample that missed its tolerance or overflowed was solved again sequentially and is
     counted there; none is redrawn. One that overflows in the exact inverse too is NaN, with a warning.
@@ -150,7 +150,7 @@ def sample(
     if guidance is not None and labels is None and guidance.attn_temperature == 1:
         warnings.warn("guidance without labels at attn_temperature 1 changes nothing", stacklevel=2)
     console = Console(stderr=True)
-    shown = progress and console.is_terminal
+    shown = progress is True and console.is_terminal
     slots = batch_size or len(latents)
     if strategy == "auto":
         say = console.print if shown else lambda text: None
@@ -167,10 +167,17 @@ def sample(
     started = time.perf_counter()
     solved: list[_Group] = []
     with Progress(console=console, disable=not shown, transient=True) as bar:
-        task = bar.add_task("sampling", total=len(groups) * config.num_blocks)
+        total = len(groups) * config.num_blocks
+        task = bar.add_task("sampling", total=total)
+
+        def advance() -> None:
+            bar.advance(task)
+            if callable(progress):
+                progress(bar.tasks[task].completed / total)
+
         for span in groups:
             rows = None if labels is None else labels[span]
-            group = _solve_group(flow, blocks, plan, latents[span], rows, certify, slots, return_trace, bar, task)
+            group = _solve_group(flow, blocks, plan, latents[span], rows, certify, slots, return_trace, advance)
             solved.append(group)
     seconds = time.perf_counter() - started
 
@@ -220,7 +227,7 @@ class _Group:
 
 def _solve_group(
     flow: ImageFlow, blocks: list[AffineBlock], plan: Strategy, latents: Tensor, labels: Tensor | None, certify: bool,
-    slots: int, return_trace: bool, bar: Progress, task: TaskID,
+    slots: int, return_trace: bool, advance: Callable[[], None],
 ) -> _Group:  # fmt: skip
     x = latents * flow.var.sqrt().to(latents.dtype)
     lost = ~torch.isfinite(x).all(dim=(1, 2))
@@ -237,7 +244,7 @@ def _solve_group(
         solutions.append(replace(solution, status=status, residual=solution.residual.masked_fill(lost, torch.inf)))
         if return_trace:
             trace.append(flow.to_images(x))
-        bar.advance(task)
+        advance()
     return _Group(flow.to_images(x), solutions[::-1], trace)
 
 

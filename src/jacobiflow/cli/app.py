@@ -11,7 +11,8 @@ import torch
 import typer
 from typer.exceptions import TyperException
 
-from jacobiflow.cli import bench, calibrate, convert, info, plan, sample, trace, train
+from jacobiflow.cli import bench, calibrate, compare, convert, evaluate, info, plan, sample, trace, train
+from jacobiflow.generation import FirstProcessFailed
 
 app = typer.Typer(
     name="jacobiflow",
@@ -21,12 +22,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _COMMANDS: dict[str, Callable[..., None]] = {
-    "sample": sample.sample, "calibrate": calibrate.calibrate, "plan": plan.plan, "trace": trace.trace,
-    "bench": bench.bench, "train": train.train, "convert": convert.convert, "info": info.info,
+    "sample": sample.sample, "evaluate": evaluate.evaluate, "compare": compare.compare,
+    "calibrate": calibrate.calibrate, "plan": plan.plan, "trace": trace.trace, "bench": bench.bench,
+    "train": train.train, "convert": convert.convert, "info": info.info,
 }  # fmt: skip
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
-_INTERRUPTED = 130
+_BAD_INPUT, _INTERRUPTED = 2, 130
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -42,6 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
         context = getattr(error, "ctx", None)
         mend = "" if context is None else f"; see {context.command_path} --help"
         _fail(error.format_message().rstrip(".") + mend)
+    except FirstProcessFailed:
+        sys.exit(_BAD_INPUT)  # the first process says why
     except (ValueError, OSError) as error:
         _fail(str(error))
     except (MemoryError, torch.OutOfMemoryError):
@@ -53,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _fail(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(_BAD_INPUT)
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:

@@ -6,7 +6,9 @@ import re
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
 import typer
 from jaxtyping import Int
@@ -16,7 +18,9 @@ from jacobiflow.calibration import Report
 from jacobiflow.data import balanced_labels
 from jacobiflow.files import write_json
 from jacobiflow.flows.checkpoints import load
+from jacobiflow.flows.fingerprint import check_fingerprint
 from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.generation import SampleFolder
 from jacobiflow.guidance import Guidance
 from jacobiflow.latents import draw_labels
 
@@ -24,7 +28,13 @@ Model = Annotated[str, typer.Option("--model", help="A bundled name, a model fol
 Images = Annotated[
     str, typer.Option("--images", help="fashion-512, fashion-mnist, digits, or a folder of images or IDX files.")
 ]
-Labels = Annotated[str, typer.Option("--labels", help="balanced, random, none, or numbers such as 0,1,2 (repeated).")]
+Labels = Annotated[
+    str,
+    typer.Option(
+        "--labels",
+        help="balanced, random, none, numbers such as 0,1,2 (repeated), or a .txt or .npy file with one per image.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Fixes all that is drawn at random.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")]
 ReportFile = Annotated[
@@ -39,6 +49,25 @@ ConstantGuidance = Annotated[
 ]
 AttnTemperature = Annotated[
     float, typer.Option("--attn-temperature", help="Attention temperature of guidance's unconditional row.")
+]
+SamplesFolder = Annotated[Path | None, typer.Option("--samples", help="A folder that jacobiflow sample wrote.")]
+Denoise = Annotated[float, typer.Option("--denoise", help="Rate of one denoising step; 0 is off, 1 the norm.")]
+Features = Annotated[
+    str, typer.Option("--features", help="fashion (fashion-FID, of 28x28 grey images) or inception (FID).")
+]
+Inception = Annotated[
+    Path | None, typer.Option("--inception", help="File of Inception's weights; fetched where it is not given.")
+]
+RealImages = Annotated[
+    str | None,
+    typer.Option(
+        "--images",
+        help="Real images to compare with: fashion-512, fashion-mnist, digits, or a folder. Default for fashion-FID: "
+        "Fashion-MNIST's training images, of which statistics are bundled.",
+    ),
+]
+Stats = Annotated[
+    Path | None, typer.Option("--stats", help="Statistics of real images to compare with, such as *_fid_stats.pth.")
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 
@@ -60,8 +89,17 @@ def load_model(name: str, device: str, dtype: str = "float32") -> ImageFlow:
     return load(name, parse_device(device), dtype)
 
 
+def open_samples(path: Path, flow: ImageFlow) -> SampleFolder:
+    """The samples in a folder, whole and of this flow. **Raises** `ValueError` where they are not."""
+    folder = SampleFolder.open(path)
+    check_fingerprint(folder.manifest.fingerprint, flow, f"--samples {path}: drawn from", "give that one as --model")
+    folder.check()
+    return folder
+
+
 def parse_labels(text: str, num: int, flow: ImageFlow, seed: int) -> Int[Tensor, " n"] | None:
-    """Labels for `num` samples: "balanced", "random", "none", or numbers such as "3" or "0,1,2", repeated in order.
+    """Labels for `num` samples: "balanced", "random", "none", numbers such as "3" or "0,1,2", repeated in order, or a
+    file of `num` numbers.
 
     **Raises** `ValueError` where the text is none of these.
     """
@@ -71,10 +109,32 @@ def parse_labels(text: str, num: int, flow: ImageFlow, seed: int) -> Int[Tensor,
         return balanced_labels(num, flow.config.num_classes)
     if text == "random":
         return draw_labels(num, flow.config.num_classes, seed)
+    if text.endswith((".txt", ".npy")):
+        return _read_labels(Path(text), num)
     if not re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*", text):
-        raise ValueError(f"--labels {text}: give balanced, random, none, or whole numbers with commas between")
+        raise ValueError(
+            f"--labels {text}: give balanced, random, none, whole numbers with commas between, or a .txt or .npy file"
+        )
     numbers = [int(part) for part in text.split(",")]
     return torch.tensor([numbers[i % len(numbers)] for i in range(num)])
+
+
+def _read_labels(path: Path, num: int) -> Int[Tensor, " n"]:
+    """The whole numbers in a text file, or in an array of NumPy."""
+    try:
+        if path.suffix == ".npy":
+            labels = np.load(path, allow_pickle=False)
+        else:
+            labels = np.array([int(word) for word in re.split(r"[\s,]+", path.read_text().strip())])
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"--labels {path}: cannot be read as whole numbers ({reason})") from error
+    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or labels.shape != (num,):
+        have = f"{labels.dtype} of shape {labels.shape}" if isinstance(labels, np.ndarray) else "several arrays"
+        raise ValueError(f"--labels {path}: {have}; give {num:,} whole numbers, one per image")
+    if int(labels.max()) > np.iinfo(np.int64).max:
+        raise ValueError(f"--labels {path}: label {labels.max()}; give a class of the model")
+    return torch.from_numpy(labels.astype(np.int64))
 
 
 def parse_guidance(weight: float, on: str, constant: bool, attn_temperature: float) -> Guidance | None:
@@ -99,11 +159,17 @@ def guidance_words(guidance: Guidance | None) -> list[str]:
     return [*words, "--attn-temperature", f"{guidance.attn_temperature:g}"]
 
 
-def check_writable(out: Path | None, json: Path | None, out_file: Path | None = None) -> None:
-    """Check `--out`, a folder or a file, and `--json` before long work starts, and leave nothing behind.
+def check_writable(
+    out: Path | None, json: Path | None, out_file: Path | None = None, save_stats: Path | None = None
+) -> None:
+    """Check `--out`, a folder or a file, `--json` and `--save-stats` before long work starts, and leave nothing behind.
 
     **Raises** `ValueError` where nothing can be written there.
     """
+    if save_stats is not None and save_stats.is_dir():
+        raise ValueError(f"--save-stats {save_stats}: is a folder; give a file, such as mine_fid_stats.pth")
+    if json is not None and save_stats is not None and json.resolve() == save_stats.resolve():
+        raise ValueError(f"--json {json}: is the file of --save-stats too; give another")
     if json is not None and (json.is_dir() or not json.parent.is_dir()):
         raise ValueError(f"--json {json}: give a file in a folder that exists")
     if json is not None and out_file is not None and json.resolve() == out_file.resolve():
@@ -111,6 +177,7 @@ def check_writable(out: Path | None, json: Path | None, out_file: Path | None = 
     for option, path, folder in (
         ("--out", out, out),
         ("--out", out_file, out_file and out_file.parent),
+        ("--save-stats", save_stats, save_stats and save_stats.parent),
         ("--json", json, json and json.parent),
     ):
         if folder is None:

@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-import io
-import sys
+import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from jacobiflow import sampling
-from jacobiflow.benchmarking import machine
+from jacobiflow.benchmarking import SEQUENTIAL, Error, machine, paired_error
 from jacobiflow.cli import options
-from jacobiflow.data import quantize
-from jacobiflow.files import write_atomically
+from jacobiflow.data import scale
+from jacobiflow.generation import (
+    DEFAULT_BATCH,
+    FILES,
+    MANIFEST,
+    SHARDS,
+    STRATEGY,
+    Drawn,
+    SampleFolder,
+    figures_of,
+    processes,
+    sample_to_folder,
+    total,
+)
 from jacobiflow.plots import comparison_sheet, image_grid, save_png
 from jacobiflow.sampling import Samples
-from jacobiflow.solvers import Status
-from jacobiflow.strategy import Strategy, resolve
-from jacobiflow.strategy import plan as make_plan
-from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
+
+SHEET, _SHEET_IMAGES = "samples.png", 100
 
 
 def sample(
@@ -35,8 +46,15 @@ def sample(
     labels: options.Labels = "balanced",
     seed: options.Seed = 0,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="Images solved together; default: all.")
+        int | None, typer.Option("--batch-size", help="Images solved together; default: all, at most 64.")
     ] = None,
+    shard_size: Annotated[
+        int | None,
+        typer.Option("--shard-size", help="Images per shard, which is what a stopped run loses; default: about 1,024."),
+    ] = None,
+    files: Annotated[
+        str, typer.Option("--files", help="npz: a file per shard. png: a file per image, by class.")
+    ] = "npz",
     strategy: Annotated[
         str,
         typer.Option(
@@ -54,9 +72,7 @@ def sample(
     guidance_on: options.GuidanceOn = "both",
     constant_guidance: options.ConstantGuidance = False,
     attn_temperature: options.AttnTemperature = 1.0,
-    denoise: Annotated[
-        float, typer.Option("--denoise", help="Rate of one denoising step; 0 is off, 1 the norm.")
-    ] = 0.0,
+    denoise: options.Denoise = 0.0,
     certify: Annotated[
         bool, typer.Option(help="Measure every sample's residual in every block, and mend what is above the tolerance.")
     ] = True,
@@ -65,101 +81,136 @@ def sample(
     ] = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
-    out: Annotated[Path, typer.Option("--out", help="Folder for samples.png, samples.npz.")] = Path("out/samples"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove the samples that are in the folder, and draw all anew.")
+    ] = False,
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for shards/, manifest.json, strategy.json, samples.png.")
+    ] = Path("out/samples"),
     json: options.Json = None,
 ) -> None:
-    """Draw images from a flow, in parallel, each certified to a tolerance.
+    """Draw images from a flow, in parallel, each certified to a tolerance, into a folder.
+
+    The same command again goes on where it was stopped. Several processes share the work, and write the same bytes:
+    torchrun --nproc-per-node 2 -m -- jacobiflow sample ...
 
     Example: jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo
     """
-    if num < 1:
-        raise ValueError(f"--num {num}: give a positive number of images")
-    flow = options.load_model(model, device, dtype)
-    classes = options.parse_labels(labels, num, flow, seed)
-    guide = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
-    plan: str | Strategy = strategy
-    if report is not None:
-        if strategy.endswith(".json"):
-            raise ValueError(
-                f"--report {report}: the strategy in {strategy} has its own guesses; leave one of them out"
-            )
-        found = options.load_report(report, flow)
-        if found.settings.guidance != guide:
+    for option, value in (("--num", num), ("--batch-size", batch_size), ("--shard-size", shard_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{option} {value}: give a positive number of images")
+    if files not in FILES:
+        raise ValueError(f"--files {files}: give {' or '.join(FILES)}")
+    if report is not None and strategy.endswith(".json"):
+        raise ValueError(f"--report {report}: the strategy in {strategy} has its own guesses; leave one of them out")
+    if compare and not overwrite and (out / MANIFEST).exists():
+        raise ValueError(
+            f"--compare: {out} holds samples already; give --overwrite to draw them anew, or another --out"
+        )
+    batch_size = min(num, DEFAULT_BATCH) if batch_size is None else batch_size
+    own = [out.resolve() / name for name in (MANIFEST, STRATEGY, SHEET, SHARDS)]
+    if json is not None and any(path in (json.resolve(), *json.resolve().parents) for path in own):
+        raise ValueError(f"--json {json}: is a file of the samples' own; give another")
+    with processes() as among:
+        if compare and among.count > 1:
+            raise ValueError("--compare: is for one process; leave it out, or start without torchrun")
+        flow = options.load_model(model, among.device(device), dtype)
+        classes = options.parse_labels(labels, num, flow, seed)
+        guide = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
+        found = None if report is None else options.load_report(report, flow)
+        if found is not None and found.settings.guidance != guide:
             warnings.warn(f"--report {report}: calibrated under other guidance; it may start far off", stacklevel=2)
-        if strategy == "auto":
-            given = DEFAULT_TOLERANCE if tolerance is None else tolerance
-            plan = make_plan(flow, found, batch_size or num, given, guidance=guide)
-        else:
-            plan = Strategy.parse(strategy, found)
-    options.check_writable(out, json)
-
-    def draw(strategy: str | Strategy, count: int = num, tolerance: float | None = tolerance) -> Samples:
-        return sampling.sample(
-            flow, num=count, labels=None if classes is None else classes[:count], seed=seed, strategy=strategy,
-            guidance=guide, denoise=denoise, tolerance=tolerance, certify=certify,
-            batch_size=batch_size, progress=sys.stderr.isatty(),
+        options.check_writable(out, json)
+        drawing = partial(
+            sampling.sample, flow, guidance=guide, denoise=denoise, certify=certify, batch_size=batch_size
+        )
+        if compare:  # so that neither run pays for first use
+            few = min(num, batch_size)
+            drawing(few, None if classes is None else classes[:few], seed, strategy="jacobi-2", progress=False)
+        beside = _Beside(drawing) if compare else None
+        started = time.perf_counter()
+        folder = sample_to_folder(
+            flow, num, out, classes, seed, strategy=strategy, guidance=guide, denoise=denoise, tolerance=tolerance,
+            certify=certify, batch_size=batch_size, shard_size=shard_size, files=files,  # type: ignore[arg-type]
+            model=model, report=found, overwrite=overwrite, among=among, on_shard=beside,
         )  # fmt: skip
-
-    if compare:
-        if plan != "auto":  # refuse what does not fit before the long sequential run
-            resolve(plan, flow.config.num_blocks, flow.config.num_tokens, tolerance)
-        draw("jacobi-2", min(num, batch_size or num), None)  # so that neither run pays for first use
-        results = {"sequential": draw("sequential")}
-    else:
-        results = {}
-    results[strategy] = draw(plan)
-    drawn = results[strategy]
-    figures = {
-        "model": model, "num": num, "batch_size": batch_size or num, "seed": seed, "strategy": strategy,
-        "guidance": guidance, "denoise": denoise, **machine(flow.var.device),
-        "runs": {name: _figures(result) for name, result in results.items()},
-    }  # fmt: skip
+        wall = time.perf_counter() - started
+        if among.rank:
+            return
+    figures = _figures(folder, beside, flow.var.device)
+    figures |= {"processes": among.count, "wall_seconds": wall, "drawn": folder.drawn}
     zoom = max(2, 64 // flow.config.image_size)
-    if compare:
-        exact = results["sequential"].images
-        lost = drawn.images.isnan() & exact.isnan()
-        error = (drawn.images - exact).abs().masked_fill(lost, 0).nan_to_num(nan=torch.inf)
-        figures["error"] = {"max": float(error.max()), "mean": float(error.mean())}
-        sheet = comparison_sheet(exact, drawn.images, ("sequential", strategy), zoom)
+    if beside is None:
+        sheet = image_grid(_first(folder), min(10, num), zoom)
     else:
-        sheet = image_grid(drawn.images, min(10, num), zoom)
-    out.mkdir(parents=True, exist_ok=True)
-    save_png(sheet, out / "samples.png")
-    _save_npz(drawn, out / "samples.npz")
+        sheet = comparison_sheet(torch.cat(beside.exact), torch.cat(beside.drawn), (SEQUENTIAL, strategy), zoom)
+    save_png(sheet, out / SHEET)
     options.report(json, figures)
     _print(figures, out)
 
 
-def _figures(result: Samples) -> dict[str, Any]:
-    status = result.status
+class _Beside:
+    """The sequential loop's images of the shards that are drawn, as far as `--compare` needs them."""
+
+    def __init__(self, drawing: Callable[..., Samples]) -> None:
+        self._drawing = drawing
+        self.exact: list[Tensor] = []
+        self.drawn: list[Tensor] = []
+        self.figures: list[dict[str, Any]] = []
+        self.certificates: list[Tensor] = []
+        self._errors: list[tuple[int, Error]] = []
+
+    def __call__(self, start: int, latents: Tensor, labels: Tensor | None, shard: Drawn) -> None:
+        """Solve a shard again, token by token."""
+        result = self._drawing(latents=latents, labels=labels, strategy=SEQUENTIAL, progress=False)
+        self._errors.append((len(latents), paired_error(shard.images, result.images)))
+        self.figures.append(figures_of(result))
+        self.certificates += [] if result.certificate is None else [result.certificate]
+        self.exact.append(result.images[: max(_SHEET_IMAGES - start, 0)])
+        self.drawn.append(shard.images[: max(_SHEET_IMAGES - start, 0)])
+
+    def error(self) -> dict[str, float]:
+        """The largest and the mean difference of an entry."""
+        num = sum(n for n, _ in self._errors)
+        return {"max": max(e.max for _, e in self._errors), "mean": sum(n * e.mean for n, e in self._errors) / num}
+
+
+def _figures(folder: SampleFolder, beside: _Beside | None, device: torch.device) -> dict[str, Any]:
+    manifest = folder.manifest
+    runs = {}
+    if beside is not None:
+        runs[SEQUENTIAL] = total(beside.figures) | _largest(
+            torch.cat(beside.certificates) if beside.certificates else None
+        )
+    runs[manifest.strategy] = total([record.figures for record in folder.records()]) | _largest(folder.certificate())
+    for run in runs.values():
+        run["images_per_second"] = manifest.num / run["seconds"]
     return {
-        "seconds": result.seconds,
-        "denoise_seconds": result.denoise_seconds,
-        "images_per_second": len(result.images) / result.seconds,
-        "network_calls": result.network_calls,
-        "token_evaluations": result.token_evaluations,
-        "certificate": None if result.certificate is None else float(result.certificate.max()),
-        "status": {state.name.lower(): int((status == state).sum()) for state in Status},
-        "resolved_sequentially": result.resolved_sequentially,
-        "sweeps": [block.sweeps for block in result.stats],
-        "block_seconds": [block.seconds for block in result.stats],
-    }
+        "model": manifest.model, "num": manifest.num, "batch_size": manifest.batch_size, "seed": manifest.seed,
+        "strategy": manifest.strategy, "guidance": 0.0 if manifest.guidance is None else manifest.guidance["weight"],
+        "denoise": manifest.denoise, "shards": len(manifest.spans()), **machine(device), "runs": runs,
+        **({} if beside is None else {"error": beside.error()}),
+    }  # fmt: skip
 
 
-def _save_npz(result: Samples, path: Path) -> None:
-    pixels = quantize(result.images.nan_to_num(nan=-1.0)).permute(0, 2, 3, 1).cpu().numpy()
-    arrays: dict[str, Any] = {"arr_0": pixels}
-    if result.labels is not None:
-        arrays["labels"] = result.labels.cpu().numpy()
-    data = io.BytesIO()
-    np.savez_compressed(data, **arrays)
-    write_atomically(path, data.getvalue())
+def _largest(certificate: Tensor | None) -> dict[str, float | None]:
+    return {"certificate": None if certificate is None else float(certificate.max())}
+
+
+def _first(folder: SampleFolder) -> Tensor:
+    """The images of the sheet."""
+    found: list[Tensor] = []
+    for images in folder.batches():
+        found.append(scale(images))
+        if sum(map(len, found)) >= _SHEET_IMAGES:
+            break
+    return torch.cat(found)[:_SHEET_IMAGES]
 
 
 def _print(figures: dict[str, Any], out: Path) -> None:
     console = Console()
-    num, batch_size = figures["num"], figures["batch_size"]
-    print(f"{figures['model']}: {num} image{'s' * (num > 1)}, batch size {batch_size}")
+    num, batch_size, shards = figures["num"], figures["batch_size"], figures["shards"]
+    print(f"{figures['model']}: {num:,} image{'s' * (num > 1)}, batch size {batch_size}")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("strategy", overflow="fold")
     for column in ("seconds", "images/s", "network\ncalls", "token\nevaluations", "certificate", "re-solved"):
@@ -173,9 +224,19 @@ def _print(figures: dict[str, Any], out: Path) -> None:
         )  # fmt: skip
     console.print(table)
     if "error" in figures:
-        sequential, parallel = (figures["runs"][name]["seconds"] for name in ("sequential", figures["strategy"]))
+        sequential, parallel = (figures["runs"][name]["seconds"] for name in (SEQUENTIAL, figures["strategy"]))
         print(
             f"speed-up {sequential / parallel:.2f}x over the sequential loop; "
             f"error max {figures['error']['max']:.1e}, mean {figures['error']['mean']:.1e}"
         )
-    print(f"wrote {out / 'samples.png'} and {out / 'samples.npz'}")
+    if not figures["drawn"]:
+        print(f"all {num:,} were in {out} already, and match their checksums; --overwrite draws them anew")
+        return
+    if figures["shards"] > 1:
+        resolved = figures["runs"][figures["strategy"]]["resolved_sequentially"]
+        print(
+            f"drew {figures['drawn']:,} in {figures['wall_seconds']:,.0f} s by {figures['processes']} "
+            f"process{'es' * (figures['processes'] > 1)}: {figures['drawn'] / figures['wall_seconds']:.1f} images a "
+            f"second; {resolved / num:.2%} of all were solved again sequentially"
+        )
+    print(f"wrote {out}: {shards} shard{'s' * (shards > 1)}, manifest.json, strategy.json, samples.png")

@@ -1,5 +1,32 @@
-"""How good a flow is."""
+"""How good a flow and its samples are."""
 
+from jacobiflow.evaluation.distances import Statistics, frechet_distance, kernel_distance, precision_recall
+from jacobiflow.evaluation.fashion import FashionFeatures
+from jacobiflow.evaluation.features import NAMES, InceptionFeatures, extract, load_features
+from jacobiflow.evaluation.fidelity import (
+    Fidelity,
+    PixelDifference,
+    certificate_histogram,
+    fidelity,
+    pixel_difference,
+)
 from jacobiflow.evaluation.likelihood import bayes_accuracy, bits_per_dim
 
-__all__ = ["bayes_accuracy", "bits_per_dim"]
+__all__ = [
+    "NAMES",
+    "FashionFeatures",
+    "Fidelity",
+    "InceptionFeatures",
+    "PixelDifference",
+    "Statistics",
+    "bayes_accuracy",
+    "bits_per_dim",
+    "certificate_histogram",
+    "extract",
+    "fidelity",
+    "frechet_distance",
+    "kernel_distance",
+    "load_features",
+    "pixel_difference",
+    "precision_recall",
+]

@@ -25,8 +25,8 @@ def fingerprint(flow: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check_fingerprint(expected: str, flow: nn.Module, what: str) -> None:
+def check_fingerprint(expected: str, flow: nn.Module, what: str, mend: str = "calibrate this one") -> None:
     """**Raises** `ValueError` where `flow` has other weights than those of the fingerprint `expected`."""
     have = fingerprint(flow)
     if have != expected:
-        raise ValueError(f"{what} another flow (weights {expected[:12]}, this one's {have[:12]}): calibrate this one")
+        raise ValueError(f"{what} another flow (weights {expected[:12]}, this one's {have[:12]}): {mend}")

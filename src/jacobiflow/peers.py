@@ -1,6 +1,6 @@
 """Samplers that compete with this library's, from their papers, and the grids of settings to try them at.
 
-`selective_jacobi` and `starflow` decode the weights of a `jacobiflow.TarFlow` under the stopping rules of others, over
+`selective_jacobi` and `starflow` decode the weights of a flow under the stopping rules of others, over
 the same caches as the library's own solvers, so that a comparison is of the rules alone. Both stop on a change that is
 taken over the whole batch, and return what they have: no residual is measured, nothing is solved again, and a value
 that overflows stays. GS-Jacobi is a strategy of this library: `gs_jacobi_grid`.
@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import jacobiflow as jf
+from jacobiflow.calibration import Report
 from jacobiflow.flows.base import AffineBlock
-from jacobiflow.guidance import guided
+from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.guidance import Guidance, guided
+from jacobiflow.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class _Map:
 
 
 def selective_jacobi(
-    flow: jf.TarFlow, z: Tensor, labels: Tensor | None = None, guidance: jf.Guidance | None = None, *,
+    flow: ImageFlow, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None, *,
     threshold: float = 0.5,
 ) -> PeerSamples:  # fmt: skip
     """Selective Jacobi Decoding: the block that is sampled first token by token, the others by sweeps x <- g(x).
@@ -74,7 +76,7 @@ def selective_jacobi(
 
 
 def starflow(
-    flow: jf.TarFlow, z: Tensor, labels: Tensor | None = None, guidance: jf.Guidance | None = None, *,
+    flow: ImageFlow, z: Tensor, labels: Tensor | None = None, guidance: Guidance | None = None, *,
     run_length: int = 16, threshold: float = 1e-3, max_sweeps: int = 32, fresh_keys: bool = True,
 ) -> PeerSamples:  # fmt: skip
     """Block-wise Jacobi iteration of STARFlow: in every block, runs of `run_length` tokens, one after another.
@@ -102,7 +104,7 @@ def starflow(
     return _sample(flow, z, labels, guidance, [runs] * len(flow.blocks))
 
 
-def gs_jacobi_grid(report: jf.Report) -> dict[str, jf.Strategy]:
+def gs_jacobi_grid(report: Report) -> dict[str, Strategy]:
     """The settings of the GS-Jacobi paper's Tables 3 and 4, by their notation, for the tough blocks of a report.
 
     Segments and sweeps multiply to 128 and 256 as published, and to T/8 and T/4, which these are where T is 1024. Every
@@ -126,7 +128,7 @@ def gs_jacobi_grid(report: jf.Report) -> dict[str, jf.Strategy]:
         for count, sweeps in ((1, 64), (2, 32), (4, 16), (8, 8), (4, 24), (8, 13)):
             texts.append(f"[{stack}-{length}/{count}-1/{sweeps}-6]")
         texts += [f"[{stack}-16/8-{sweeps}/13-6]" for sweeps in (8, 10, 12)]
-    return {text: jf.Strategy.parse(text, report) for text in texts}
+    return {text: Strategy.parse(text, report) for text in texts}
 
 
 PEERS: Mapping[str, Callable[..., PeerSamples]] = {
@@ -147,7 +149,7 @@ GRIDS: Mapping[str, Sequence[Mapping[str, Any]]] = {
 
 
 def _sample(
-    flow: jf.TarFlow, z: Tensor, labels: Tensor | None, guidance: jf.Guidance | None,
+    flow: ImageFlow, z: Tensor, labels: Tensor | None, guidance: Guidance | None,
     solvers: Sequence[Callable[[_Map], Tensor]],
 ) -> PeerSamples:  # fmt: skip
     """Decode `z` with a solver per block, in encoding order."""
@@ -162,7 +164,7 @@ def _sample(
         for block, solve in zip(reversed(flow.blocks), reversed(solvers), strict=True):
             maps.append(_Map(guided(block, guidance), block.permutation(x), labels))
             x = block.permutation(solve(maps[-1]))
-        images = flow.unpatchify(x)
+        images = flow.to_images(x)
     return PeerSamples(images, sum(g.network_calls for g in maps), sum(g.token_evaluations for g in maps))
 
 

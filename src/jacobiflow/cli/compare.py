@@ -1,0 +1,211 @@
+"""`jacobiflow compare`: the quality of each strategy's samples beside its time, as in the paper's Tables 3 and 4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from jacobiflow.benchmarking import SEQUENTIAL
+from jacobiflow.calibration import Report
+from jacobiflow.cli import options
+from jacobiflow.cli.evaluate import real_images
+from jacobiflow.evaluation import NAMES
+from jacobiflow.evaluation.comparison import FIGURES, ORIGINAL, Comparing, Row, finalists
+from jacobiflow.evaluation.features import need_torchmetrics
+from jacobiflow.files import write_json
+from jacobiflow.generation import Processes, SampleFolder, processes
+from jacobiflow.peers import PEERS
+from jacobiflow.plots import comparison_figure, save_png
+
+_AUTOS = ("auto:1e-1", "auto:1e-2", "auto")
+
+
+def compare(
+    model: options.Model = "fashion-p2",
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--strategy",
+            help="A row; give it again for each. As in jacobiflow sample, auto:1e-2 for a tolerance, or "
+            f"{', '.join(PEERS)}. Default: the paper's grid for the model's tough blocks, both, and auto at 1e-1, 1e-2 "
+            "and 1e-3. Original and sequential are there in any case.",
+        ),
+    ] = None,
+    num: Annotated[int, typer.Option("--num", help="Samples per row.")] = 2000,
+    final: Annotated[
+        int | None,
+        typer.Option(
+            "--final", help="Then also so many of Original, and of the fastest row and the fastest auto within 1%."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images solved together.")] = 16,
+    shard_size: Annotated[
+        int | None, typer.Option("--shard-size", help="Images per shard, which is what a stopped run loses.")
+    ] = None,
+    repeats: Annotated[
+        int, typer.Option("--repeats", help="Rounds of timing that count, after one that does not.")
+    ] = 3,
+    report: options.ReportFile = None,
+    labels: options.Labels = "balanced",
+    seed: options.Seed = 0,
+    guidance: options.GuidanceWeight = 0.0,
+    guidance_on: options.GuidanceOn = "both",
+    constant_guidance: options.ConstantGuidance = False,
+    attn_temperature: options.AttnTemperature = 1.0,
+    denoise: options.Denoise = 0.0,
+    features: options.Features = "fashion",
+    inception: options.Inception = None,
+    images: options.RealImages = None,
+    stats: options.Stats = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove the comparison that is in the folder, and begin anew.")
+    ] = False,
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for comparison.json, comparison.png, and the samples.")
+    ] = Path("out/comparison"),
+    json: options.Json = None,
+) -> None:
+    """Compare strategies by the distance of their samples to real images, by their error, and by their time.
+
+    All rows are timed first, in turn, and the time of the whole run is told; the same command again goes on where it
+    was stopped. Under torchrun, processes share the drawing, as for jacobiflow sample.
+
+    Example: jacobiflow compare --model fashion-p2 --strategy "[7-8-32-10]" --strategy auto --num 200 --out out/compare
+    """
+    for option, value in (
+        ("--num", num), ("--batch-size", batch_size), ("--repeats", repeats), ("--shard-size", shard_size),
+        ("--final", final),
+    ):  # fmt: skip
+        if value is not None and value < 1:
+            raise ValueError(f"{option} {value}: give a positive number")
+    if num < 2:
+        raise ValueError(f"--num {num}: give at least 2, or there is no distance")
+    if final is not None and final < num:
+        raise ValueError(f"--final {final}: give at least --num, {num}")
+    shard_size = shard_size or max(512 // batch_size, 1) * batch_size
+    if shard_size % batch_size:
+        raise ValueError(f"--shard-size {shard_size}: give a multiple of --batch-size, {batch_size}")
+    if features not in NAMES:
+        raise ValueError(f"--features {features}: give {' or '.join(NAMES)}")
+    need_torchmetrics("compare")
+    with processes() as among:
+        flow = options.load_model(model, among.device(device), dtype)
+        path = report or flow.report_file
+        found = None if path is None else options.load_report(path, flow)
+        most = max(num, final or 0)
+        comparing = Comparing(
+            flow, out, tuple(dict.fromkeys((ORIGINAL, SEQUENTIAL, *(strategy or _rows(found))))),
+            options.parse_labels(labels, most, flow, seed), seed,
+            options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature), denoise, found,
+            batch_size, shard_size, model,
+        )  # fmt: skip
+        options.check_writable(out, json)
+        real = real_images(flow, features, inception, images, stats)
+        timings = among.once(lambda: _timed(comparing, repeats, overwrite))
+
+        def table(names: Sequence[str], count: int, drawn: int) -> list[Row]:
+            """Draw rows, and score them in the first process, which waits for the others' shards."""
+            if among.rank == 0:
+                _estimate(names, timings, count - drawn)
+            folders = _draw(comparing, names, count, timings, among)
+            rows = among.once(lambda: comparing.rows(folders, count, real.extractor, real.statistics, timings))
+            if among.rank == 0:
+                _print(rows, NAMES[features])
+            return rows
+
+        rows = table(comparing.names, num, 0)
+        last = None if final is None else table(finalists(rows), final, num)
+        if among.rank:
+            return
+    figures: dict[str, Any] = {
+        "model": model, "distance": NAMES[features], "against": real.source, "seed": seed, "denoise": denoise,
+        "guidance": None if comparing.guidance is None else asdict(comparing.guidance), "timings": timings,
+        "rows": [asdict(row) for row in rows], "final": None if last is None else [asdict(row) for row in last],
+    }  # fmt: skip
+    table_file, picture = (out / name for name in FIGURES)
+    write_json(table_file, figures)
+    save_png(comparison_figure(rows, NAMES[features]), picture)
+    options.report(json, figures)
+    print(f"wrote {table_file} and {picture}")
+
+
+def _rows(report: Report | None) -> list[str]:
+    """The paper's grid for a report's tough blocks, the peers, and auto."""
+    grid = [] if report is None or report.crm is None else paper_grid(report)
+    return ["Jacobi-30", "Jacobi-60", *grid, *PEERS, *_AUTOS]
+
+
+def paper_grid(report: Report) -> list[str]:
+    """Settings like those of Tables 3 and 4: tough blocks token by token, and GS x J = T / 8 and T / 4."""
+    length = report.num_tokens
+    stack = "/".join(map(str, sorted(report.tough_blocks)))
+    pairs = [(count, total // count) for total in (length // 8, length // 4) for count in (1, 4, 8)]
+    return [
+        *(f"[{stack}-{length}-1-{rest}]" for rest in (6, 10)),
+        *(f"[{stack}-{count}-{sweeps}-6]" for count, sweeps in pairs if sweeps),
+    ]
+
+
+def _timed(comparing: Comparing, repeats: int, overwrite: bool) -> dict[str, Any]:
+    comparing.begin(overwrite)
+    names = set(comparing.names)
+    with _bar("timing", (repeats + 1) * len(names)) as advance:
+        return comparing.timings(repeats, advance)
+
+
+def _draw(
+    comparing: Comparing, names: Sequence[str], num: int, timings: dict[str, Any], among: Processes
+) -> dict[str, SampleFolder]:
+    """The samples of all rows: the exact ones first, with which all others are compared, then by their time."""
+    order = sorted(names, key=lambda name: (name not in (ORIGINAL, SEQUENTIAL), timings["rows"][name]["median"]))
+    folders = {}
+    for name in order:
+        if among.rank == 0:
+            print(f"drawing {name}", flush=True)
+        folders[name] = comparing.draw(name, num, among)
+    return {name: folders[name] for name in names}
+
+
+def _estimate(names: Sequence[str], timings: dict[str, Any], num: int) -> None:
+    """Say how long drawing takes by the timings, what is there already not counted off."""
+    batches = -(-num // timings["batch_size"])
+    drawn = {SEQUENTIAL if name == ORIGINAL else name for name in names}  # which have their images in common
+    seconds = sum(timings["rows"][name]["median"] + timings["denoise_seconds"] for name in drawn)
+    print(f"{num:,} samples of each of {len(names)} rows: about {batches * seconds / 60:.0f} minutes by one process")
+
+
+@contextmanager
+def _bar(description: str, total: int) -> Iterator[Callable[[str], None]]:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda _: bar.advance(task)
+
+
+def _print(rows: Sequence[Row], distance: str) -> None:
+    print(f"\n{rows[0].num:,} samples a row; * within 1% of {ORIGINAL}")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    table.add_column("strategy", overflow="fold")
+    for column in (distance.replace("-", "-\n"), "above\noriginal", "max\nerror", "RMS\nerror", "8-bit\npixels",
+                   "re-\nsolved", "seconds\na batch", "rate"):  # fmt: skip
+        table.add_column(column, justify="right", no_wrap=True, min_width=max(map(len, column.split("\n"))))
+    for row in rows:
+        table.add_row(
+            escape(row.name), f"{row.distance:.4f}", f"{100 * row.relative:+.2f}%{'*' if row.within else ' '}",
+            f"{row.max:.1e}", f"{row.rms:.1e}", f"{row.pixels.share:.2%}", f"{row.resolved:.1%}",
+            f"{row.seconds.median:.3f}", f"{row.rate:.2f}x",
+        )  # fmt: skip
+    Console().print(table)

@@ -1,0 +1,80 @@
+"""How near samples are to the exact inverse at the same latents, and what their certificates say."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from jacobiflow.benchmarking import paired_error
+from jacobiflow.data import quantize
+
+_PEAK = 2.0  # images span [-1, 1]
+
+
+@dataclass(frozen=True)
+class PixelDifference:
+    """8-bit images against others: `share` of the pixels that differ, and the most `levels` that one is apart."""
+
+    share: float
+    levels: int
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Images against the exact ones of the same latents.
+
+    **Attributes:** `num` images; `max` and `rms`, the largest and the root-mean-square difference of an entry, in the
+    images' units ([-1, 1], not clipped); `psnr`, 20 log10(2 / rms), in dB, infinite where they are equal, minus
+    infinity where one is not finite; `pixels`, a `PixelDifference` after rounding to 8 bits.
+    """
+
+    num: int
+    max: float
+    rms: float
+    psnr: float
+    pixels: PixelDifference
+
+
+def fidelity(images: Float[Tensor, "n c h w"], exact: Float[Tensor, "n c h w"]) -> Fidelity:
+    """`Fidelity` of images; what is NaN on both sides counts as equal, see `jacobiflow.benchmarking.paired_error`."""
+    error = paired_error(images, exact)
+    psnr = 20 * (math.log10(_PEAK) - math.log10(error.rms)) if error.rms else math.inf
+    rounded = [quantize(side.nan_to_num(nan=-1.0)) for side in (images, exact)]
+    return Fidelity(len(images), error.max, error.rms, psnr, pixel_difference(*rounded))
+
+
+def pixel_difference(images: UInt8[Tensor, "n c h w"], exact: UInt8[Tensor, "n c h w"]) -> PixelDifference:
+    """`PixelDifference` of 8-bit images."""
+    apart = (images.short() - exact.short()).abs()
+    return PixelDifference(float(apart.ne(0).double().mean()), int(apart.max()))
+
+
+def certificate_histogram(certificate: Float[Tensor, " n"]) -> dict[str, Any]:
+    """Samples by the decade of their certificate.
+
+    **Returns** a JSON value: `edges`, powers of ten that hold all finite positive certificates between them; `counts`
+    from each up to the next; `zero` and `infinite`, those that are; `median` and `max`.
+    """
+    value = certificate.double()
+    finite = value[torch.isfinite(value) & (value > 0)]
+    low, high = (math.floor(math.log10(v)) for v in (finite.min(), finite.max())) if len(finite) else (0, -1)
+    edges = [10.0**k for k in range(low - 1, min(high + 3, 309))]  # a logarithm may round across a power
+    bins = torch.bucketize(finite, torch.tensor(edges, dtype=torch.float64), right=True)
+    counts = torch.bincount(bins, minlength=len(edges) + 1).tolist()[1:-1]
+    while counts and not counts[0]:
+        edges, counts = edges[1:], counts[1:]
+    while counts and not counts[-1]:
+        edges, counts = edges[:-1], counts[:-1]
+    return {
+        "edges": edges if counts else [],
+        "counts": counts,
+        "zero": int((value == 0).sum()),
+        "infinite": int((~torch.isfinite(value)).sum()),
+        "median": float(value.median()),
+        "max": float(value.max()),
+    }
