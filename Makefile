@@ -63,8 +63,8 @@ evaluation: setup
 	$(BIN)/python benchmarks/crash_test.py
 	$(BIN)/jacobiflow compare --model fashion-p2 $(TUNED) --shard-size 400 --repeats 2 --final 10000 --out out/comparison \
 		--json docs/results/comparison.json
-	cp out/comparison/comparison.png docs/figures/
-	$(BIN)/jacobiflow evaluate --model fashion-p2 --samples out/comparison/rows/auto-1e-2 --images fashion-mnist \
+	cp out/comparison/comparison.png docs/figures/quality.png
+	$(BIN)/jacobiflow evaluate --model fashion-p2 --samples out/comparison/rows/auto-1e-1 --images fashion-mnist \
 		--out out/evaluation --json docs/results/evaluation.json
 	cp out/evaluation/certificates.png docs/figures/
 	$(BIN)/python benchmarks/evaluation_page.py

@@ -95,6 +95,15 @@ def compare_line(out: str | Path, rows: Sequence[str] = ROWS, sizes: str = SIZES
     return f"compare --model {model} {sizes} --repeats 1 {shlex.join(words)} --out {out}"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _threads() -> Iterator[None]:
+    """One thread for what all tests of this module share, as for themselves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder to work in: models, real images, samples; shared by all tests, which add no more than `out-*`."""
@@ -538,7 +547,6 @@ ERRORS = {
     f"{EVALUATE} --samples samples --save-stats s": "--save-stats s: give --images, whose statistics they are",
     f"{EVALUATE} --samples samples --images nowhere": "--images nowhere: neither a folder nor one of fashion-512",
     f"{EVALUATE} --samples samples --images digits": "--images digits: images are 1x8x8, the flow takes 1x28x28",
-    f"{EVALUATE} --images real --save-stats text/s": "text/s: cannot write there (Not a directory)",
     f"{EVALUATE} --samples samples --paired -1": "--paired -1: give 0 or a positive number",
     f"{EVALUATE} --images test --test-images -1": "--test-images -1: give 0 or a positive number",
     f"{EVALUATE} --samples samples --batch-size 0": "--batch-size 0: give a positive number",
@@ -588,8 +596,6 @@ ERRORS = {
     f"{COMPARED} --strategy auto:-1": "tolerance -1.0: give 0",
     f"{COMPARED} --strategy AUTO": "strategy 'auto' is planned for a flow, a device and a batch",
     "compare --model plain --num 8 --strategy jacobi-2 --labels 0 --out out-x": "this flow is unconditional",
-}
-LATE = {
     f"{EVALUATE} --images real --save-stats text/s": "--save-stats text/s: cannot write there (Not a directory)",
     f"{EVALUATE} --images one --test-images 0 --save-stats out-x/deep/s": "statistics of 1 images: give at least 2",
     f"{EVALUATE} --samples samples --images real --test-images 0 --stats seven.pth --save-stats out-x/s": (
@@ -617,11 +623,6 @@ def assert_refused(line: str, message: str, run: Any) -> None:
 @pytest.mark.parametrize("line", ERRORS)
 def test_bad_input_is_one_line_and_leaves_nothing(line: str, run: Any) -> None:
     assert_refused(line, ERRORS[line], run)
-
-
-@pytest.mark.parametrize("line", LATE)
-def test_bad_input_is_found_before_anything_is_done(line: str, run: Any) -> None:
-    assert_refused(line, LATE[line], run)
 
 
 def test_samples_of_another_model_have_a_mend(run: Any) -> None:
@@ -987,6 +988,18 @@ def test_overwrite_of_a_folder_without_settings(copied: Path, run: Any) -> None:
     assert run(f"{compare_line(copied, ROWS[:1])} --seed 5 --overwrite").code == 0
 
 
+@pytest.mark.parametrize("option", ["", " --seed 5"])
+def test_a_folder_without_settings_is_given_none(option: str, copied: Path, run: Any) -> None:
+    lost = (copied / "settings.json").rename(copied / "lost")
+    before = sorted(copied.rglob("*"))
+    result = run(f"{compare_line(copied, ROWS[:1])}{option}")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.endswith(": has rows but no settings.json; restore it, or begin anew with --overwrite\n")
+    assert sorted(copied.rglob("*")) == before
+    lost.rename(copied / "settings.json")
+    assert run(compare_line(copied, ROWS[:1])).code == 0
+
+
 def test_overwrite_removes_the_former_figures(
     compared: SimpleNamespace, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1052,6 +1065,14 @@ def test_a_strategys_file_that_was_changed_is_not_overlooked(run: Any, tmp_path:
     assert stamps(tmp_path / "out") == before
 
 
+def test_timings_of_other_labels_are_not_taken(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Comparing, "draw", stopped)
+    assert run(f"{FEW} --strategy jacobi-2 --labels 0 --out {tmp_path}").code == 130
+    before = figures(tmp_path / "timings.json")["rows"]["jacobi-2"]["error"]
+    code = run(f"{FEW} --strategy jacobi-2 --labels 1 --out {tmp_path}").code
+    assert code == 2 or figures(tmp_path / "timings.json")["rows"]["jacobi-2"]["error"] != before
+
+
 def test_timings_of_a_strategys_former_file_are_not_taken(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1114,17 +1135,16 @@ def test_final_again_goes_on_and_then_draws_nothing(
             del begun[path]
     assert len(on_disk(row_folder(copied, ORIGINAL))) == 28
     assert run(line).code == 0
-    before, shown = stamps(copied), figures(tmp_path / "f")
+    before, final = stamps(copied), figures(tmp_path / "f")["final"]
     assert {path: before[path] for path in begun} == begun
-    assert [row["num"] for row in shown["final"]] == [28] * len(shown["final"])
+    assert [row["num"] for row in final] == [28] * len(final)
+    assert run(line).code == 0
+    shown = figures(tmp_path / "f")  # its rows are of the shards that have grown
+    assert shown["final"] == final
     result = run(line)
     assert (result.code, result.err) == (0, "")
     assert stamps(copied) == before
-    again = figures(tmp_path / "f")
-    assert again["final"] == shown["final"]
-    for row in (*again["rows"], *shown["rows"]):  # see the next test
-        del row["max"], row["rms"]
-    assert again == shown
+    assert figures(tmp_path / "f") == shown
     for option in ("", " --final 24"):
         result = run(f"{compare_line(copied)}{option}")
         assert result.code == 2
@@ -1243,6 +1263,12 @@ def test_fewer_samples_than_a_batch(run: Any, tmp_path: Path) -> None:
     assert figures(tmp_path / "timings.json")["batch_size"] == 16
     images, _ = draw_row(jf.load("./model"), "jacobi-2", 3)
     assert np.array_equal(on_disk(tmp_path / "rows" / "jacobi-2"), levels(images))
+
+
+def test_fewer_samples_than_a_batch_may_become_more(run: Any, tmp_path: Path) -> None:
+    line = f"compare --model model --batch-size 8 --repeats 1 --strategy jacobi-2 --out {tmp_path}"
+    assert run(f"{line} --num 4").code == 0
+    assert run(f"{line} --num 12").code == 0
 
 
 def test_fewer_labels_in_a_file_than_a_batch(run: Any, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def test_links_and_pictures_exist():
         ("docs/performance.md", "performance_page"),
         ("docs/calibration.md", "calibration_page"),
         ("docs/flows.md", "flows_page"),
+        ("docs/evaluation.md", "evaluation_page"),
     ],
 )
 def test_pages_show_the_result_files(page, script):

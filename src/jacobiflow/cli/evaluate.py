@@ -121,6 +121,7 @@ def evaluate(
     if test is not None:
         figures |= _likelihood(flow, test, added, f"of {images}", seed, batch_size, rows)
     out.mkdir(parents=True, exist_ok=True)
+    (out / "certificates.png").unlink(missing_ok=True)
     if histogram is not None and folder is not None:
         save_png(certificate_figure(histogram, folder.manifest.tolerance), out / "certificates.png")
     write_json(out / "evaluation.json", figures)

@@ -151,7 +151,7 @@ class Comparing:
         """SHA-256 of a row's strategy; `None` where it is drawn by no strategy."""
         if self._sampler(name) != "strategy":
             return None
-        return hashlib.sha256(json_bytes(self._plan(name).to_json())).hexdigest()
+        return _sha256(self._plan(name).to_json())
 
     def _run(self, name: str) -> Callable[[Tensor, Tensor | None], Any]:
         """What is timed of a row: a batch from its latents and labels to its images, not denoised."""
@@ -178,6 +178,7 @@ class Comparing:
             "fingerprint": fingerprint(self.flow), "dtype": str(self.flow.var.dtype), "seed": self.seed,
             "guidance": None if self.guidance is None else asdict(self.guidance), "denoise": float(self.denoise),
             "batch_size": self.batch_size, "shard_size": self.shard_size,
+            "report": None if self.report is None else _sha256(self.report.to_json()),
         }  # fmt: skip
         path, manifests = self.out / _SETTINGS, list((self.out / _ROWS).glob(f"*/{MANIFEST}"))
         if overwrite and (path.is_file() or manifests):
@@ -196,6 +197,8 @@ class Comparing:
                         f"{self.out}: holds a comparison of {name} {held.get(name)}, not {value}; give another --out, "
                         "or --overwrite to lose it"
                     )
+        elif manifests:
+            raise ValueError(f"{self.out}: has rows but no {_SETTINGS}; restore it, or begin anew with --overwrite")
         for row in (manifest.parent for manifest in manifests):
             manifest = SampleFolder.open(row).manifest
             self._check_labels(manifest.num, row)
@@ -226,17 +229,13 @@ class Comparing:
         which all rows have in common; and what they were measured on. Rows are timed anew where one has not been, and
         on another machine.
         """
-        config, device = self.flow.config, self.flow.var.device
-        path, here = self.out / _TIMINGS, machine(device)
-        kept = _read_json(path) or {"rows": {}}
-        wanted = {name: self._digest(name) for name in self.names}
-        # Drawing may go on with other threads: seconds are those of the machine that the file names.
-        same = all(kept.get("machine", {}).get(name) == here[name] for name in ("processor", "device", "torch"))
-        timed = {name: row.get("strategy_sha256") for name, row in kept["rows"].items()}
-        if same and kept.get("repeats") == repeats and timed.items() >= wanted.items():
+        config, device, first = self.flow.config, self.flow.var.device, self._first_labels()
+        path = self.out / _TIMINGS
+        here = {"machine": machine(device), "repeats": repeats, "labels_sha256": labels_sha256(first)}
+        kept = _read_json(path)
+        if kept is not None and _same_timing(kept, here, {name: self._digest(name) for name in self.names}):
             return kept
         z = draw_latents(self.batch_size, config.num_tokens, config.token_channels, self.seed)
-        first = self._first_labels()
         labels = None if first is None else first.to(device)
         z = z.to(self.flow.var)
         runs = {
@@ -248,7 +247,7 @@ class Comparing:
         if self.denoise:
             denoise(self.flow, exact, labels, self.denoise)
         found = {
-            "batch_size": self.batch_size, "repeats": repeats, "machine": here,
+            **here, "batch_size": self.batch_size,
             "denoise_seconds": time.perf_counter() - started,
             "rows": {
                 name: asdict(seconds[name])
@@ -377,6 +376,23 @@ def _read(path: Path) -> Tensor | None:
         return torch.from_numpy(np.load(path, allow_pickle=False))
     except (OSError, ValueError, EOFError):
         return None
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json_bytes(value)).hexdigest()
+
+
+def _same_timing(kept: Mapping[str, Any], here: Mapping[str, Any], strategies: Mapping[str, str | None]) -> bool:
+    """Whether kept timings are of these rows, on this machine; drawing may go on with other threads."""
+    try:
+        timed = {name: row["strategy_sha256"] for name, row in kept["rows"].items()}
+        return (
+            all(kept["machine"][name] == here["machine"][name] for name in ("processor", "device", "torch"))
+            and all(kept[name] == here[name] for name in ("repeats", "labels_sha256"))
+            and timed.items() >= strategies.items()
+        )
+    except (AttributeError, KeyError, TypeError):
+        return False
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

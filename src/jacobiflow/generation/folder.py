@@ -273,7 +273,8 @@ class SampleFolder:
     def strategy(self) -> Strategy:
         """How the samples were solved, anywhere and in any batch size. **Raises** `ValueError` where it is not kept."""
         if self.manifest.strategy_sha256 is None:
-            raise SampleFolderError(f"{self.path}: drawn by {self.manifest.strategy}, which is no strategy")
+            text = f"{self.path}: drawn by {self.manifest.strategy}, which is no strategy"
+            raise SampleFolderError(f"{text}; give --paired 0")
         return replace(Strategy.load(self.path / STRATEGY), prediction=None)
 
     def batches(self) -> Iterator[UInt8[Tensor, "n c h w"]]:

@@ -305,16 +305,13 @@ def _begin(
     else:
         kept = b"" if plan is None else json_bytes(plan().to_json())
         digest = hashlib.sha256(kept).hexdigest() if kept else None
-    manifest = replace(manifest, strategy_sha256=digest)
+    manifest, now = replace(manifest, strategy_sha256=digest), manifest.machine
     if earlier is not None:
         earlier.check_same_run(manifest, path)
         if labels_sha256(None if labels is None else labels[: earlier.num]) != earlier.labels_sha256:
             raise SampleFolderError(f"{path}: holds samples of other labels; give another --out, or --overwrite")
         if digest is not None and _digest(path / STRATEGY) != digest:
             raise SampleFolderError(f"{path / STRATEGY}: not as its run left it; restore it, or --overwrite")
-        then, now = (f"{m.get('device')} with {m.get('threads')} threads" for m in (earlier.machine, manifest.machine))
-        if then != now:
-            warnings.warn(f"{path}: begun on {then}, goes on on {now}: equal to rounding, not to the bit", stacklevel=2)
         manifest = replace(manifest, machine=earlier.machine)
     folder, shards = replace(folder, manifest=manifest), range(len(manifest.spans()))
     todo = list(shards) if earlier is None else [index for index in shards if not folder.verify(index)]
@@ -327,6 +324,12 @@ def _begin(
             f"{spoilt[0]:05} for one; drawn again",
             stacklevel=2,
         )
+    if earlier is not None and todo:
+        then, here = (f"{m.get('device')} with {m.get('threads')} threads" for m in (earlier.machine, now))
+        if then != here:
+            warnings.warn(
+                f"{path}: begun on {then}, goes on on {here}: equal to rounding, not to the bit", stacklevel=2
+            )
     _check_room(folder, todo, folder.size() if begun and overwrite else 0)
     # Nothing was changed so far.
     if begun and overwrite:

@@ -1,0 +1,136 @@
+"""Puts figures of docs/results into docs/evaluation.md, between its marks: `python benchmarks/evaluation_page.py`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from filling import fill
+
+from jacobiflow.evaluation.comparison import WITHIN
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+
+
+def setting(result: dict[str, Any]) -> str:
+    """What all rows of a comparison have in common, and what they were measured on."""
+    timings, guidance = result["timings"], result["guidance"]
+    machine = timings["machine"]
+    guided = "no guidance"
+    if guidance is not None:
+        kind = "annealed" if guidance["annealed"] else "constant"
+        guided = f"{kind} guidance of weight {guidance['weight']:g}"
+        if guidance["attn_temperature"] != 1:
+            guided += f" at attention temperature {guidance['attn_temperature']:g}"
+    return (
+        f"`{result['model']}`, {guided}, denoising rate {result['denoise']:g}, batches of {timings['batch_size']}; "
+        f"{result['distance']} against {result['against']}. Seconds are medians of {timings['repeats']} rounds in "
+        f"turn, of a batch that is not denoised yet; denoising takes another {timings['denoise_seconds']:.2f} s in "
+        f"every row. {machine['cores']} cores of {machine['processor']}, {machine['threads']} threads, PyTorch "
+        f"{machine['torch']}."
+    )
+
+
+def strategies(rows: list[dict[str, Any]]) -> str:
+    """A table of rows; bold is within 1%."""
+    lines = [
+        f"{rows[0]['num']:,} samples a row; bold: at most {WITHIN:.0%} above Original.\n",
+        "| strategy | fashion-FID | relative | largest error | RMS error | 8-bit pixels that differ | re-solved | "
+        "seconds a batch | rate |",
+        f"| --- |{' ---: |' * 8}",
+    ]
+    for row in rows:
+        rate = f"{row['rate']:.2f}x"
+        lines.append(
+            f"| {row['name']} | {row['distance']:.4f} | {row['relative']:+.2%} | {row['max']:.1e} | {row['rms']:.1e} | "
+            f"{row['pixels']['share']:.2%}, by {row['pixels']['levels']} at most | {row['resolved']:.2%} | "
+            f"{row['seconds']['median']:.3g} | {f'**{rate}**' if row['relative'] <= WITHIN else rate} |"
+        )
+    return "\n".join(lines)
+
+
+def search(result: dict[str, Any]) -> str:
+    """A line per guidance, a column per denoising rate."""
+    rows, best = result["rows"], result["best"]
+    rates = sorted({row["denoise"] for row in rows})
+    lines = [
+        f"fashion-FID of {result['num']:,} samples, by guidance and denoising rate.\n",
+        f"| guidance weight | attention temperature |{''.join(f' rate {rate:g} |' for rate in rates)}",
+        f"| ---: | ---: |{' ---: |' * len(rates)}",
+    ]
+    for weight, temperature in sorted({(row["weight"], row["attn_temperature"]) for row in rows}):
+        found = {r["denoise"]: r for r in rows if (r["weight"], r["attn_temperature"]) == (weight, temperature)}
+        cells = (
+            f"**{v}**" if found[rate] == best else v for rate in rates for v in [f"{found[rate]['fashion_fid']:.3f}"]
+        )
+        lines.append(f"| {weight:g} | {temperature:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def crash(result: dict[str, Any]) -> str:
+    """What the crash test did and found."""
+    log = result["log"]
+    whom = Counter(entry["killed"] for entry in log)
+    kept = all(entry["shards_after"] >= entry["shards_before"] for entry in log)
+    added = [entry["shards_after"] - entry["shards_before"] for entry in log]
+    after = sorted(entry["seconds"] for entry in log)
+    victims = ", ".join(f"{count} of a {name}" for name, count in sorted(whom.items()))
+    lines = [
+        f"{result['kills']} kills ({victims}), {after[0]:.2f} to {after[-1]:.2f} s after the first new shard. Shards "
+        f"finished per attempt: {min(added)} to {max(added)}; they {'were all kept' if kept else 'WERE NOT KEPT'}. "
+        f"Half-written files beside them: {sum(entry['half'] for entry in log)} over all attempts, removed by the next "
+        f"one. After the last run: {'identical bytes' if result['identical_bytes'] else 'DIFFERENT BYTES'} in all "
+        f"{result['shards']} shards.\n",
+        "| kill | of a | after, s | shards before | shards after | half-written |",
+        "| ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {i} | {e['killed']} | {e['seconds']:.2f} | {e['shards_before']} | {e['shards_after']} | {e['half']} |"
+        for i, e in enumerate(log, 1)
+    ]
+    return "\n".join(lines)
+
+
+def scores(result: dict[str, Any]) -> str:
+    """What `jacobiflow evaluate` says of the samples of auto."""
+    histogram, paired, stored = result["certificates"], result["paired"], result["stored"]
+    return "\n".join(
+        (
+            "| measure | value |",
+            "| --- | ---: |",
+            f"| fashion-FID, {result['num']:,} samples | {result['frechet_distance']:.4f} |",
+            f"| fashion-KID | {result['kernel_distance']:.5f} +- {result['kernel_distance_std']:.5f} |",
+            f"| precision, recall | {result['precision']:.3f}, {result['recall']:.3f} |",
+            f"| certificate, largest (median) | {histogram['max']:.1e} ({histogram['median']:.1e}) |",
+            f"| re-solved sequentially; lost | {result['resolved_sequentially']}; {result['lost']} |",
+            f"| error against the sequential loop, {paired['num']} samples: largest, RMS | {paired['max']:.1e}, "
+            f"{paired['rms']:.1e} |",
+            f"| PSNR | {paired['psnr']:.1f} dB |",
+            f"| stored 8-bit pixels that differ | {stored['share']:.3%}, by {stored['levels']} at most |",
+            f"| bits per dimension, {result['test_images']:,} noisy test images | {result['bits_per_dim_noisy']:.3f} |",
+            f"| class accuracy by Bayes' rule, the same images | {result['bayes_accuracy']:.1%} |",
+        )
+    )
+
+
+def _result(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def parts() -> dict[str, str]:
+    """The page's parts, by their marks."""
+    comparison = _result("comparison")
+    return {
+        "setting": setting(comparison),
+        "strategies": "\n\n".join(strategies(comparison[name]) for name in ("rows", "final") if comparison[name]),
+        "search": search(_result("fashion-p2-search")),
+        "scores": scores(_result("evaluation")),
+        "crash": crash(_result("crash-test")),
+    }
+
+
+if __name__ == "__main__":
+    fill(ROOT / "docs" / "evaluation.md", parts())
