@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jacobiflow.benchmarking import machine
 from jacobiflow.data import fashion_mnist
-from jacobiflow.evaluation import FashionFeatures, Statistics, extract
+from jacobiflow.evaluation import FashionFeatures, Statistics, extract, frechet_distance
 from jacobiflow.evaluation.fashion import STATISTICS, WEIGHTS
 from jacobiflow.files import write_atomically, write_json
 
@@ -78,10 +78,14 @@ def main() -> None:
             print(f"epoch {epoch + 1}: test accuracy {accuracy(network, test.images, test.labels):.4f}", flush=True)
     data = save({name: value.contiguous() for name, value in network.state_dict().items()})
     write_atomically(FOLDER / WEIGHTS, data)
-    Statistics.of(extract(network, [train.images])).save(FOLDER / STATISTICS)
+    features = extract(network, [train.images])
+    real = Statistics.of(features)
+    real.save(FOLDER / STATISTICS)
     figures = {
         "epochs": epochs, "seconds": time.perf_counter() - started, "bytes": len(data),
         "parameters": sum(p.numel() for p in network.parameters()), "features": network.num_features,
+        "distance_of_test_images": frechet_distance(real, Statistics.of(extract(network, [test.images]))),
+        "distance_of_2000_training_images": frechet_distance(real, Statistics.of(features[:2000])),
         "test_accuracy": accuracy(network, test.images, test.labels), "machine": machine(),
     }  # fmt: skip
     write_json(ROOT / "docs" / "results" / "fashion-features.json", figures)

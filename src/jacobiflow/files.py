@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 import os
@@ -46,6 +47,14 @@ def write_json(path: str | Path, value: Any) -> None:
 def json_bytes(value: Any) -> bytes:
     """What `write_json` writes."""
     return (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode()
+
+
+def sha256(*parts: bytes) -> str:
+    """SHA-256 of bytes, one part after another, in hexadecimal."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def finite(value: Any) -> Any:

@@ -221,13 +221,7 @@ def comparison_figure(rows: Sequence[Row], distance: str) -> Figure:
     axis.axhspan(-within, within, color="#009e73", alpha=0.12, linewidth=0)
     axis.axhline(0, color="black", linewidth=0.6)
     for row in rows:
-        color = (
-            COLORS[0]
-            if row.name.startswith("auto")
-            else COLORS[1]
-            if row.name.startswith(("[", "Jacobi"))
-            else COLORS[6]
-        )
+        color = _color(row.name)
         axis.plot(row.rate, 100 * row.relative, "o", color=color, fillstyle="full" if row.within else "none")
         axis.annotate(
             row.name.replace("$", r"\$"),
@@ -248,6 +242,13 @@ def comparison_figure(rows: Sequence[Row], distance: str) -> Figure:
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _color(name: str) -> str:
+    """One for auto, one for the paper's strategies, one for all others."""
+    if name.startswith("auto"):
+        return COLORS[0]
+    return COLORS[1] if name.startswith(("[", "Jacobi")) else COLORS[6]
 
 
 def save_png(image: Image.Image | Figure, path: str | Path) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,6 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from jacobiflow.benchmarking import (
@@ -29,6 +27,7 @@ from jacobiflow.benchmarking import (
 )
 from jacobiflow.calibration import Report
 from jacobiflow.cli import options
+from jacobiflow.cli.progress import progress
 from jacobiflow.files import write_json
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.latents import draw_latents
@@ -123,9 +122,9 @@ def bench(
             for name in names
             if name != SEQUENTIAL
         }  # fmt: skip
-        with _progress(f"batch size {size}", (repeats + 1) * (len(runs) + _BASELINES)) as advance:
+        with progress(f"batch size {size}", (repeats + 1) * (len(runs) + _BASELINES)) as advance:
             comparisons.append(
-                compare(flow, z, classes[size], runs, guidance=guide, repeats=repeats, after_each=advance)
+                compare(flow, z, classes[size], runs, guidance=guide, repeats=repeats, after_each=lambda _: advance(1))
             )
         _print(comparisons[-1])
         if AUTO in names and (prediction := plans[AUTO].prediction) is not None:
@@ -170,16 +169,6 @@ def _plans(
     if tolerance is not None and not heeded:
         raise ValueError(f"--tolerance {tolerance:g}: every strategy stops after a number of sweeps; leave it out")
     return plans
-
-
-@contextmanager
-def _progress(description: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal, gone at the end; gives what moves it on by one run."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda _: bar.advance(task)
 
 
 def _print(comparison: Comparison) -> None:

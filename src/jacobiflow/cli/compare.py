@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,13 +11,13 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from jacobiflow.benchmarking import SEQUENTIAL
 from jacobiflow.calibration import Report
 from jacobiflow.cli import options
 from jacobiflow.cli.evaluate import real_images
+from jacobiflow.cli.progress import progress
 from jacobiflow.evaluation import NAMES
 from jacobiflow.evaluation.comparison import FIGURES, ORIGINAL, Comparing, Row, finalists
 from jacobiflow.evaluation.features import need_torchmetrics
@@ -161,8 +160,8 @@ def paper_grid(report: Report) -> list[str]:
 def _timed(comparing: Comparing, repeats: int, overwrite: bool) -> dict[str, Any]:
     comparing.begin(overwrite)
     names = set(comparing.names)
-    with _bar("timing", (repeats + 1) * len(names)) as advance:
-        return comparing.timings(repeats, advance)
+    with progress("timing", (repeats + 1) * len(names)) as advance:
+        return comparing.timings(repeats, lambda _: advance(1))
 
 
 def _draw(
@@ -184,15 +183,6 @@ def _estimate(names: Sequence[str], timings: dict[str, Any], num: int) -> None:
     drawn = {SEQUENTIAL if name == ORIGINAL else name for name in names}  # which have their images in common
     seconds = sum(timings["rows"][name]["median"] + timings["denoise_seconds"] for name in drawn)
     print(f"{num:,} samples of each of {len(names)} rows: about {batches * seconds / 60:.0f} minutes by one process")
-
-
-@contextmanager
-def _bar(description: str, total: int) -> Iterator[Callable[[str], None]]:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda _: bar.advance(task)
 
 
 def _print(rows: Sequence[Row], distance: str) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,11 +12,11 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 from jacobiflow.cli import options
+from jacobiflow.cli.progress import progress
 from jacobiflow.data import ImageDataset, load_images, quantize
 from jacobiflow.evaluation import (
     NAMES,
@@ -172,7 +171,7 @@ def real_images(
             raise ValueError(f"--images {images}: statistics of {len(training)} images: give at least 2")
         if kind == "inception":
             training = _half_mirrored(training)  # as the original's data loader does
-        with _bar(f"features of {images}", len(training)) as advance:
+        with progress(f"features of {images}", len(training)) as advance:
             features = extract(extractor, [training], advance)
     if given is not None:
         return RealImages(extractor, given, str(stats), features)
@@ -194,7 +193,7 @@ def _distances(
         rows.append(("statistics", f"{len(real.features):,} images", f"written to {save_stats}"))
     if folder is None:
         return {}
-    with _bar("features of samples", folder.manifest.num) as advance:
+    with progress("features of samples", folder.manifest.num) as advance:
         fake = extract(real.extractor, folder.batches(), advance)
     found: dict[str, Any] = {"features": kind, "against": real.source, "num": len(fake)}
     found["frechet_distance"] = frechet_distance(real.statistics, Statistics.of(fake))
@@ -293,13 +292,13 @@ def _likelihood(
     words = f"noisy images, noise {noise.std:g}" if gaussian else "uniformly dequantised images"
     of = f"{len(test):,} {words}, {source}"
     name = "bits_per_dim_noisy" if gaussian else "bits_per_dim"
-    with _bar("bits per dimension", len(test)) as advance:
+    with progress("bits per dimension", len(test)) as advance:
         found: dict[str, Any] = {
             name: bits_per_dim(flow, test, noise, seed, batch_size, advance), "test_images": len(test)
         }  # fmt: skip
     rows.append(("bits per dimension", f"{found[name]:.3f}", of))
     if flow.config.num_classes and test.labels is not None:
-        with _bar("class accuracy", len(test)) as advance:
+        with progress("class accuracy", len(test)) as advance:
             found["bayes_accuracy"] = bayes_accuracy(flow, test, noise, seed, batch_size, advance)
         rows.append(("class accuracy", f"{found['bayes_accuracy']:.1%}", f"by Bayes' rule; {of}"))
     return found
@@ -309,11 +308,3 @@ def _half_mirrored(images: Tensor) -> Tensor:
     """The images, half of them, drawn at random once and for all, mirrored."""
     mirrored = torch.rand(len(images), generator=torch.Generator().manual_seed(0)) < 0.5
     return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
-
-
-@contextmanager
-def _bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda count: bar.advance(task, count)

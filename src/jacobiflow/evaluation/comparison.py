@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -26,7 +25,7 @@ from jacobiflow.denoising import check_rate, denoise
 from jacobiflow.evaluation.distances import Statistics, frechet_distance
 from jacobiflow.evaluation.features import extract
 from jacobiflow.evaluation.fidelity import PixelDifference, pixel_difference
-from jacobiflow.files import json_bytes, write_atomically, write_json
+from jacobiflow.files import json_bytes, sha256, write_atomically, write_json
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.generation import MANIFEST, Draw, Drawn, Manifest, Processes, SampleFolder, draw_by_strategy, generate
@@ -151,7 +150,7 @@ class Comparing:
         """SHA-256 of a row's strategy; `None` where it is drawn by no strategy."""
         if self._sampler(name) != "strategy":
             return None
-        return _sha256(self._plan(name).to_json())
+        return sha256(json_bytes(self._plan(name).to_json()))
 
     def _run(self, name: str) -> Callable[[Tensor, Tensor | None], Any]:
         """What is timed of a row: a batch from its latents and labels to its images, not denoised."""
@@ -178,7 +177,7 @@ class Comparing:
             "fingerprint": fingerprint(self.flow), "dtype": str(self.flow.var.dtype), "seed": self.seed,
             "guidance": None if self.guidance is None else asdict(self.guidance), "denoise": float(self.denoise),
             "batch_size": self.batch_size, "shard_size": self.shard_size,
-            "report": None if self.report is None else _sha256(self.report.to_json()),
+            "report": None if self.report is None else sha256(json_bytes(self.report.to_json())),
         }  # fmt: skip
         path, manifests = self.out / _SETTINGS, list((self.out / _ROWS).glob(f"*/{MANIFEST}"))
         if overwrite and (path.is_file() or manifests):
@@ -376,10 +375,6 @@ def _read(path: Path) -> Tensor | None:
         return torch.from_numpy(np.load(path, allow_pickle=False))
     except (OSError, ValueError, EOFError):
         return None
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json_bytes(value)).hexdigest()
 
 
 def _same_timing(kept: Mapping[str, Any], here: Mapping[str, Any], strategies: Mapping[str, str | None]) -> bool:

@@ -9,11 +9,10 @@ images/3/00000017.png instead of .npz files where PNGs were asked for: class, an
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from jacobiflow.benchmarking import machine
-from jacobiflow.files import finite, write_atomically, write_json
+from jacobiflow.files import finite, sha256, write_atomically, write_json
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance, in_force
@@ -240,7 +239,7 @@ class SampleFolder:
         """Whether a shard is there, with the checksum of its record."""
         record = self.record(index)
         try:
-            return record is not None and record.sha256 == _sha256(path.read_bytes() for path in self._files(index))
+            return record is not None and record.sha256 == sha256(*(path.read_bytes() for path in self._files(index)))
         except OSError:
             return False
 
@@ -311,7 +310,7 @@ class SampleFolder:
         for path, data in zip(self._files(index, record), contents, strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, data)
-        record = replace(record, sha256=_sha256(contents))
+        record = replace(record, sha256=sha256(*contents))
         value = json.loads(json.dumps(finite(asdict(record))))
         write_json(self._record_file(index), value | {"record_sha256": _record_sha256(value)})
         return record
@@ -361,18 +360,11 @@ class SampleFolder:
 
 def labels_sha256(labels: Int[Tensor, " n"] | None) -> str | None:
     """SHA-256 of labels as little-endian int64."""
-    return None if labels is None else hashlib.sha256(labels.cpu().numpy().astype("<i8").tobytes()).hexdigest()
+    return None if labels is None else sha256(labels.cpu().numpy().astype("<i8").tobytes())
 
 
 def _record_sha256(value: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+    return sha256(json.dumps(value, sort_keys=True).encode())
 
 
 def _npz(pixels: NDArray[np.uint8], labels: Sequence[int] | None) -> bytes:

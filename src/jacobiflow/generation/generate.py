@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sys
 import time
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from jacobiflow.calibration import Report
 from jacobiflow.data import quantize
-from jacobiflow.files import json_bytes, write_atomically
+from jacobiflow.files import json_bytes, sha256, write_atomically
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.generation.folder import (
     FILES,
@@ -304,7 +303,7 @@ def _begin(
         kept, digest = b"", earlier.strategy_sha256
     else:
         kept = b"" if plan is None else json_bytes(plan().to_json())
-        digest = hashlib.sha256(kept).hexdigest() if kept else None
+        digest = sha256(kept) if kept else None
     manifest, now = replace(manifest, strategy_sha256=digest), manifest.machine
     if earlier is not None:
         earlier.check_same_run(manifest, path)
@@ -346,7 +345,7 @@ def _begin(
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return sha256(path.read_bytes()) if path.is_file() else ""
 
 
 def _check_room(folder: SampleFolder, todo: Sequence[int], freed: int) -> None:
