@@ -57,12 +57,14 @@ flows: setup
 	$(BIN)/python benchmarks/readme.py
 
 # Regenerates the tables and figures of docs/evaluation.md (hours on two cores; it goes on where it was stopped).
-TUNED := --guidance 3 --denoise 1
+GUIDED := --guidance 3 --attn-temperature 1.4
 evaluation: setup
 	$(BIN)/python benchmarks/search_guidance.py
 	$(BIN)/python benchmarks/crash_test.py
-	$(BIN)/jacobiflow compare --model fashion-p2 $(TUNED) --shard-size 400 --repeats 2 --final 10000 --out out/comparison \
-		--json docs/results/comparison.json
+	$(BIN)/python benchmarks/batch_sizes.py
+	$(CALIBRATE) $(GUIDED) --chord --out out/guided-3.json
+	$(BIN)/jacobiflow compare --model fashion-p2 $(GUIDED) --denoise 1 --report out/guided-3.json \
+		--repeats 2 --final 10000 --out out/comparison --json docs/results/comparison.json
 	cp out/comparison/comparison.png docs/figures/quality.png
 	$(BIN)/jacobiflow evaluate --model fashion-p2 --samples out/comparison/rows/auto-1e-1 --images fashion-mnist \
 		--out out/evaluation --json docs/results/evaluation.json

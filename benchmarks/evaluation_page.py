@@ -94,6 +94,18 @@ def crash(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def batches(result: dict[str, Any]) -> str:
+    """How far images drawn by another number at a time are."""
+    lines = [
+        f"`{result['model']}`, {result['num']} samples of each strategy, at its default tolerance.\n",
+        "| strategy | 8-bit pixels that differ | by, at most |",
+        "| --- | ---: | ---: |",
+    ]
+    for row in result["rows"]:
+        lines.append(f"| {row['strategy']} | {row['share']:.4%} | {row['levels']} |")
+    return "\n".join(lines)
+
+
 def scores(result: dict[str, Any]) -> str:
     """What `jacobiflow evaluate` says of the samples of auto."""
     histogram, paired, stored = result["certificates"], result["paired"], result["stored"]
@@ -129,6 +141,7 @@ def parts() -> dict[str, str]:
         "search": search(_result("fashion-p2-search")),
         "scores": scores(_result("evaluation")),
         "crash": crash(_result("crash-test")),
+        "batches": batches(_result("batch-sizes")),
     }
 
 

@@ -30,7 +30,7 @@ RESULT = Path(__file__).resolve().parent.parent / "docs" / "results" / "fashion-
 MODEL, NUM, SEED, BATCH = "fashion-p2", 2000, 10, 64
 RATES = (0.0, 0.6, 0.8, 1.0, 1.2, 1.4)
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0)
-TEMPERATURES = (0.7, 1.4)
+TEMPERATURES = (0.7, 1.2, 1.4, 2.0)
 
 
 def point(flow: ImageFlow, weight: float, temperature: float) -> list[dict[str, float]]:

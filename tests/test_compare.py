@@ -1300,8 +1300,8 @@ def test_a_row_that_overflows_is_infinitely_far(
 @pytest.mark.parametrize("name", ["a$_$b.json", "$.json", "$x^2$", "a$$b$.json"])
 def test_a_name_with_dollars_is_drawn_as_it_is(name: str, tmp_path: Path) -> None:
     drawn = [comparison_figure([made_up(name, 0.0, 2.0)], "FID") for _ in range(2)]
-    (text,) = drawn[1].axes[0].texts
-    text.set_text(name)
+    (text,) = drawn[1].legends[0].texts
+    text.set_text(f"1  {name}")
     text.set_parse_math(False)
     for figure, file in zip(drawn, ("found.png", "want.png"), strict=True):
         save_png(figure, tmp_path / file)
@@ -1409,7 +1409,11 @@ def test_comparisons_are_drawn(points: dict[str, tuple[float, float]], tmp_path:
     with Image.open(tmp_path / "a.png") as read:
         assert read.width > read.height > 300
     (axis,) = figure.axes
-    assert [text.get_text() for text in axis.texts] == list(points)
+    numbers = [str(i) for i in range(1, len(points) + 1)]
+    assert [text.get_text() for text in axis.texts] == numbers
+    assert [text.get_text() for text in figure.legends[0].texts] == [
+        f"{i}  {name}" for i, name in zip(numbers, points, strict=True)
+    ]
     dots = [line for line in axis.lines if line.get_marker() == "o"]
     for dot, (name, (relative, rate)) in zip(dots, points.items(), strict=True):
         assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (rate, pytest.approx(100 * relative))

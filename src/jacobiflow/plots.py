@@ -213,24 +213,20 @@ def certificate_figure(histogram: Mapping[str, Any], tolerance: float | None) ->
 def comparison_figure(rows: Sequence[Row], distance: str) -> Figure:
     """How far each strategy's distance is from the original's, against how many times it is as fast.
 
-    `distance` is its name. Below 0.1% the axis is linear; what is within 1% is filled.
+    `distance` is its name. Rows are numbered, in their order. Below 0.1% the axis is linear; what is within 1% is
+    filled.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
     within = 100 * WITHIN
     axis.axhspan(-within, within, color="#009e73", alpha=0.12, linewidth=0)
     axis.axhline(0, color="black", linewidth=0.6)
-    for row in rows:
-        color = _color(row.name)
-        axis.plot(row.rate, 100 * row.relative, "o", color=color, fillstyle="full" if row.within else "none")
-        axis.annotate(
-            row.name.replace("$", r"\$"),
-            (row.rate, 100 * row.relative),
-            xytext=(5, 3),
-            textcoords="offset points",
-            fontsize=7,
-            color=color,
-        )
+    for number, row in enumerate(rows, 1):
+        point, color = (row.rate, 100 * row.relative), _color(row.name)
+        style = "full" if row.within else "none"
+        axis.plot(*point, "o", color=color, fillstyle=style, label=f"{number}  {row.name}".replace("$", r"\$"))
+        axis.annotate(str(number), point, xytext=(4, 3), textcoords="offset points", fontsize=7, color=color)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=7)
     axis.set_yscale("symlog", linthresh=0.1)
     axis.set_xscale("log")
     axis.margins(x=0.15)

@@ -39,7 +39,7 @@ from jacobiflow.solvers import (
 )
 
 SCHEMA_VERSION = 1
-TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)
+TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 _SMALLEST_WINDOW = 8
 _COARSE = (2, 3, 4, 5, 6)  # sweeps in bfloat16, whose rounding leaves nothing for more to find
 _COARSE_TO_TOLERANCE = (2, 3, 4)

@@ -16,7 +16,7 @@ from rich.table import Table
 from jacobiflow.benchmarking import SEQUENTIAL
 from jacobiflow.calibration import Report
 from jacobiflow.cli import options
-from jacobiflow.cli.evaluate import real_images
+from jacobiflow.cli.evaluate import RealImages, real_images
 from jacobiflow.cli.progress import progress
 from jacobiflow.evaluation import NAMES
 from jacobiflow.evaluation.comparison import FIGURES, ORIGINAL, Comparing, Row, finalists
@@ -111,7 +111,8 @@ def compare(
             batch_size, shard_size, model,
         )  # fmt: skip
         options.check_writable(out, json)
-        real = real_images(flow, features, inception, images, stats)
+        real: list[RealImages] = []  # in the first process, which alone scores
+        among.once(lambda: real.append(real_images(flow, features, inception, images, stats)))
         timings = among.once(lambda: _timed(comparing, repeats, overwrite))
 
         def table(names: Sequence[str], count: int, drawn: int) -> list[Row]:
@@ -119,7 +120,7 @@ def compare(
             if among.rank == 0:
                 _estimate(names, timings, count - drawn)
             folders = _draw(comparing, names, count, timings, among)
-            rows = among.once(lambda: comparing.rows(folders, count, real.extractor, real.statistics, timings))
+            rows = among.once(lambda: comparing.rows(folders, count, real[0].extractor, real[0].statistics, timings))
             if among.rank == 0:
                 _print(rows, NAMES[features])
             return rows
@@ -129,7 +130,7 @@ def compare(
         if among.rank:
             return
     figures: dict[str, Any] = {
-        "model": model, "distance": NAMES[features], "against": real.source, "seed": seed, "denoise": denoise,
+        "model": model, "distance": NAMES[features], "against": real[0].source, "seed": seed, "denoise": denoise,
         "guidance": None if comparing.guidance is None else asdict(comparing.guidance), "timings": timings,
         "rows": [asdict(row) for row in rows], "final": None if last is None else [asdict(row) for row in last],
     }  # fmt: skip
