@@ -70,6 +70,7 @@ evaluation: setup
 		--out out/evaluation --json docs/results/evaluation.json
 	cp out/evaluation/certificates.png docs/figures/
 	$(BIN)/python benchmarks/evaluation_page.py
+	$(BIN)/python benchmarks/readme.py
 
 # Redraws the figures of docs/solvers.md.
 figures: setup

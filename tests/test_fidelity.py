@@ -141,8 +141,10 @@ def assert_histogram(found: dict[str, Any], values: np.ndarray) -> None:
         assert len(edges) <= 1
     else:
         assert len(edges) == len(counts) + 1
-        assert all(edge == 10.0 ** round(math.log10(edge)) for edge in edges)
-        assert np.allclose(np.diff(np.log10(edges)), 1)
+        digits, powers = zip(*(f"{edge:.0e}".split("e") for edge in edges), strict=True)
+        assert edges == [float(f"{digit}e{power}") for digit, power in zip(digits, powers, strict=True)]
+        assert all(pair in {("1", "2"), ("2", "5"), ("5", "1")} for pair in pairwise(digits))
+        assert all(1.9 < high / low < 2.6 for low, high in pairwise(edges))
         assert edges[0] <= finite.min()
         assert finite.max() < edges[-1]
         assert counts[0] and counts[-1]
@@ -184,9 +186,9 @@ def test_every_float64_certificate_lies_in_its_bin(power: int) -> None:
 @pytest.mark.parametrize(
     ("values", "names", "heights"),
     [
-        ([2e-4, 5e-4, 3e-3], ["$10^{-4}$ to $10^{-3}$", "$10^{-3}$ to $10^{-2}$"], [2, 1]),
-        ([2e-5, 3e-3], [f"$10^{{{k}}}$ to $10^{{{k + 1}}}$" for k in (-5, -4, -3)], [1, 0, 1]),
-        ([0.0, 0.0, 5.0, INF], ["0", "$10^{0}$ to $10^{1}$", "lost"], [2, 1, 1]),
+        ([1.5e-4, 3e-4, 4e-4], ["0.0001 to 0.0002", "0.0002 to 0.0005"], [1, 2]),
+        ([3e-3, 3e-2], ["0.002 to 0.005", "0.005 to 0.01", "0.01 to 0.02", "0.02 to 0.05"], [1, 0, 0, 1]),
+        ([0.0, 0.0, 5.0, INF], ["0", "5 to 10", "lost"], [2, 1, 1]),
         ([0.0], ["0"], [1]),
         ([INF] * 1500, ["lost"], [1500]),
         ([0.0, INF], ["0", "lost"], [1, 1]),
@@ -206,10 +208,10 @@ def test_certificates_are_drawn(
     assert axis.get_xlabel().endswith("of a sample" if tolerance is None else "tolerance asked for: 0.001")
 
 
-def test_labels_of_the_usual_decades_do_not_touch() -> None:
-    values = torch.tensor([0.0, *(2.0 * 10.0**k for k in range(-7, -2))])
-    figure = certificate_figure(certificate_histogram(values), 1e-2)
+@pytest.mark.parametrize(("least", "bars"), [(1.5e-7, 16), (3e-4, 6), (7e-4, 5), (3e-3, 3)])
+def test_labels_do_not_touch(least: float, bars: int) -> None:
+    figure = certificate_figure(certificate_histogram(torch.tensor([0.0, least, 7e-3])), 1e-2)
     figure.draw_without_rendering()
     boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
-    assert len(boxes) == 6
+    assert len(boxes) == bars
     assert all(one.x1 < other.x0 for one, other in pairwise(boxes))

@@ -122,7 +122,10 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
     (out / "certificates.png").unlink(missing_ok=True)
     if histogram is not None and folder is not None:
-        save_png(certificate_figure(histogram, folder.manifest.tolerance), out / "certificates.png")
+        asked = folder.manifest.tolerance
+        if asked is None and exact is not None:
+            asked = exact.tolerance  # what a plan was made for
+        save_png(certificate_figure(histogram, asked), out / "certificates.png")
     write_json(out / "evaluation.json", figures)
     options.report(json, figures)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))

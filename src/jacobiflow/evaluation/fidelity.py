@@ -55,15 +55,16 @@ def pixel_difference(images: UInt8[Tensor, "n c h w"], exact: UInt8[Tensor, "n c
 
 
 def certificate_histogram(certificate: Float[Tensor, " n"]) -> dict[str, Any]:
-    """Samples by the decade of their certificate.
+    """Samples by the size of their certificate.
 
-    **Returns** a JSON value: `edges`, powers of ten that hold all finite positive certificates between them; `counts`
-    from each up to the next; `zero` and `infinite`, those that are; `median` and `max`.
+    **Returns** a JSON value: `edges`, 1, 2 and 5 times powers of ten, that hold all finite positive certificates
+    between them; `counts` from each up to the next; `zero` and `infinite`, those that are; `median` and `max`.
     """
     value = certificate.double()
     finite = value[torch.isfinite(value) & (value > 0)]
     low, high = (math.floor(math.log10(v)) for v in (finite.min(), finite.max())) if len(finite) else (0, -1)
-    edges = [10.0**k for k in range(low - 1, min(high + 3, 309))]  # a logarithm may round across a power
+    powers = range(low - 1, high + 3)  # a logarithm may round across a power
+    edges = [edge for k in powers for m in (1, 2, 5) if math.isfinite(edge := float(f"{m}e{k}"))]
     bins = torch.bucketize(finite, torch.tensor(edges, dtype=torch.float64), right=True)
     counts = torch.bincount(bins, minlength=len(edges) + 1).tolist()[1:-1]
     while counts and not counts[0]:
