@@ -48,7 +48,7 @@ from jacobiflow.evaluation.comparison import ORIGINAL, WITHIN, Comparing, Row, f
 from jacobiflow.generation import sample_to_folder
 from jacobiflow.latents import draw_latents
 from jacobiflow.peers import GRIDS, PEERS
-from jacobiflow.plots import COLORS, comparison_figure, save_png
+from jacobiflow.plots import COLORS, certificate_figure, comparison_figure, save_png
 from jacobiflow.strategy import Prediction
 from jacobiflow.training import Noise, noisy_images
 
@@ -61,6 +61,7 @@ Pixels = NDArray[np.uint8]
 
 GENERATE: Any = importlib.import_module("jacobiflow.generation.generate")
 COMPARISON: Any = importlib.import_module("jacobiflow.evaluation.comparison")
+EVALUATION: Any = importlib.import_module("jacobiflow.cli.evaluate")
 COMPARE: Any = importlib.import_module("jacobiflow.cli.compare")
 
 GUIDANCE = jf.Guidance(0.6, annealed=False, on="shift", attn_temperature=0.9)
@@ -375,6 +376,29 @@ def test_certificates_are_those_of_the_shards(samples: str, run: Any, tmp_path: 
     assert "lost" not in out
     with Image.open(tmp_path / "new" / "out" / "certificates.png") as picture:
         assert picture.width > 300
+
+
+@pytest.mark.parametrize(
+    ("samples", "asked"), [("samples", None), ("resolved", 1e-7), ("planned", 2e-2), ("planned --paired 0", None)]
+)
+def test_the_picture_of_certificates_names_the_tolerance(
+    samples: str, asked: float | None, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[float | None] = []
+
+    def drawn(histogram: dict[str, Any], tolerance: float | None) -> Any:
+        shown.append(tolerance)
+        return certificate_figure(histogram, tolerance)
+
+    monkeypatch.setattr(EVALUATION, "certificate_figure", drawn)
+    if samples.startswith("planned"):
+        window = jf.Solver(jf.Window(4), stopping=jf.Tolerance(1e-2))
+        made = replace(jf.Strategy.uniform(window, 2), tolerance=2e-2)
+        labels = torch.arange(4) % 3
+        jf.sample_to_folder(jf.load("./model"), 4, tmp_path / "planned", labels, strategy=made, progress=False)
+        samples = f"{tmp_path}/{samples}"
+    assert run(f"evaluate --model model --features none --samples {samples} --out {tmp_path}/out").code == 0
+    assert shown == [asked]
 
 
 def test_lost_samples_are_said(run: Any, tmp_path: Path) -> None:

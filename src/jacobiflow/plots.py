@@ -31,7 +31,7 @@ COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#00
 ORDERED = matplotlib.colormaps["viridis"]
 _MARKERS = "osD^vP*X"
 _CAPTION = 22  # pixels
-_LEVEL_LABELS = 5  # more bars have theirs upright
+_MOST_FLAT_LABELS = 5  # more bars have theirs upright
 _LEAST = 1e-5  # below it, a distance is rounding
 _STARTS = {"images": "latents that encode images", "noise": "fresh latents"}
 
@@ -207,7 +207,7 @@ def certificate_figure(histogram: Mapping[str, Any], tolerance: float | None) ->
     axis.bar_label(bars, labels=[f"{count:,}" for count in counts], fontsize=8)
     asked = "" if tolerance is None else f"; tolerance asked for: {tolerance:g}"
     axis.set(ylabel="samples", xlabel=f"certificate, the largest residual |g(x) - x| of a sample{asked}")
-    axis.tick_params(axis="x", labelsize=8, rotation=0 if len(names) <= _LEVEL_LABELS else 90)
+    axis.tick_params(axis="x", labelsize=8, rotation=0 if len(names) <= _MOST_FLAT_LABELS else 90)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
