@@ -1,7 +1,7 @@
-"""How far samples drawn by 7 are from those drawn by 64: `python benchmarks/batch_sizes.py`, a minute on two cores.
+"""How far samples drawn 7 at a time are from those drawn 64 at a time: `python benchmarks/batch_sizes.py`.
 
-A network rounds a batch of another size otherwise, and a solver stops a sweep sooner or later for it. Writes
-docs/results/batch-sizes.json.
+Two minutes on two cores. A network rounds a batch of another size otherwise, a solver stops a sweep sooner or later
+for it, and "auto" is planned anew. Writes docs/results/batch-sizes.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jacobiflow.flows.image_flow import ImageFlow
 
 RESULT = Path(__file__).resolve().parent.parent / "docs" / "results" / "batch-sizes.json"
 MODEL, NUM, SIZES = "fashion-p2", 128, (7, 64)
-STRATEGIES = ("sequential", "jacobi")
+STRATEGIES = ("sequential", "jacobi", "auto")
 
 
 def images(flow: ImageFlow, strategy: str, batch_size: int) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from rich.progress import Progress
 
 import jacobiflow as jf
+from jacobiflow.cli.options import guidance_words
 from jacobiflow.data import ImageDataset, load_images
 from jacobiflow.evaluation import bayes_accuracy, bits_per_dim
 from jacobiflow.files import write_atomically, write_json
@@ -87,11 +88,10 @@ def setting_of(name: str) -> str:
     result = json.loads(path.read_text())
     best = result["best"]
     plain = next(row for row in result["rows"] if row["weight"] == row["denoise"] == 0)
-    options = f"--guidance {best['weight']:g} --denoise {best['denoise']:g}"
-    if best["attn_temperature"] != 1:
-        options += f" --attn-temperature {best['attn_temperature']:g}"
+    guidance = jf.Guidance(best["weight"], attn_temperature=best["attn_temperature"]) if best["weight"] else None
+    words = [*guidance_words(guidance), "--denoise", f"{best['denoise']:g}"]
     return (
-        f"| best setting | `{options}`: fashion-FID {best['fashion_fid']:.3f} of {result['num']:,} samples, "
+        f"| best setting | `{' '.join(words)}`: fashion-FID {best['fashion_fid']:.3f} of {result['num']:,} samples, "
         f"{plain['fashion_fid']:.3f} as drawn (docs/evaluation.md) |\n"
     )
 

@@ -96,8 +96,10 @@ def crash(result: dict[str, Any]) -> str:
 
 def batches(result: dict[str, Any]) -> str:
     """How far images drawn by another number at a time are."""
+    few, many = result["batch_sizes"]
     lines = [
-        f"`{result['model']}`, {result['num']} samples of each strategy, at its default tolerance.\n",
+        f"{result['num']} images of `{result['model']}` drawn {few} at a time against the same drawn {many} at a time, "
+        "at the strategies' default tolerance.\n",
         "| strategy | 8-bit pixels that differ | by, at most |",
         "| --- | ---: | ---: |",
     ]

@@ -58,6 +58,13 @@ def test_pages_show_the_result_files(page, script):
         assert text.partition(marks[0])[2].partition(marks[1])[0].strip() == part.strip()
 
 
+def test_the_model_card_has_the_best_setting_of_the_search():
+    card = (ROOT / "src" / "jacobiflow" / "models" / "fashion-p2" / "README.md").read_text()
+    row = load_script("bundle_model").setting_of("fashion-p2")
+    assert row.startswith("| best setting |")
+    assert card.count(row) == 1
+
+
 @pytest.mark.parametrize("by", ["tokens", "batch", "tolerance"])
 def test_exponents_of_growth_are_slopes_of_logarithms(by):
     found = json.loads((ROOT / "docs" / "results" / "growth.json").read_text())[f"by_{by}"]

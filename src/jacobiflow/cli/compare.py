@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from rich.table import Table
 from jacobiflow.benchmarking import SEQUENTIAL
 from jacobiflow.calibration import Report
 from jacobiflow.cli import options
-from jacobiflow.cli.evaluate import RealImages, real_images
+from jacobiflow.cli.evaluate import real_images
 from jacobiflow.cli.progress import progress
 from jacobiflow.evaluation import NAMES
 from jacobiflow.evaluation.comparison import FIGURES, ORIGINAL, Comparing, Row, finalists
@@ -111,16 +112,20 @@ def compare(
             batch_size, shard_size, model,
         )  # fmt: skip
         options.check_writable(out, json)
-        real: list[RealImages] = []  # in the first process, which alone scores
-        among.once(lambda: real.append(real_images(flow, features, inception, images, stats)))
-        timings = among.once(lambda: _timed(comparing, repeats, overwrite))
+        real = cache(lambda: real_images(flow, features, inception, images, stats))  # the first process alone scores
+
+        def begin() -> dict[str, Any]:
+            real()  # what is amiss is said before anything is timed
+            return _timed(comparing, repeats, overwrite)
+
+        timings = among.once(begin)
 
         def table(names: Sequence[str], count: int, drawn: int) -> list[Row]:
             """Draw rows, and score them in the first process, which waits for the others' shards."""
             if among.rank == 0:
                 _estimate(names, timings, count - drawn)
             folders = _draw(comparing, names, count, timings, among)
-            rows = among.once(lambda: comparing.rows(folders, count, real[0].extractor, real[0].statistics, timings))
+            rows = among.once(lambda: comparing.rows(folders, count, real().extractor, real().statistics, timings))
             if among.rank == 0:
                 _print(rows, NAMES[features])
             return rows
@@ -130,7 +135,7 @@ def compare(
         if among.rank:
             return
     figures: dict[str, Any] = {
-        "model": model, "distance": NAMES[features], "against": real[0].source, "seed": seed, "denoise": denoise,
+        "model": model, "distance": NAMES[features], "against": real().source, "seed": seed, "denoise": denoise,
         "guidance": None if comparing.guidance is None else asdict(comparing.guidance), "timings": timings,
         "rows": [asdict(row) for row in rows], "final": None if last is None else [asdict(row) for row in last],
     }  # fmt: skip

@@ -151,12 +151,13 @@ def load_report(path: Path, flow: ImageFlow) -> Report:
 
 
 def guidance_words(guidance: Guidance | None) -> list[str]:
-    """The options that `parse_guidance` turns into `guidance`."""
+    """The options that `parse_guidance` turns into `guidance`, without those that are as by default."""
     if guidance is None:
         return []
-    words = ["--guidance", f"{guidance.weight:g}", "--guidance-on", guidance.on]
+    words = ["--guidance", f"{guidance.weight:g}"]
+    words += [] if guidance.on == "both" else ["--guidance-on", guidance.on]
     words += [] if guidance.annealed else ["--constant-guidance"]
-    return [*words, "--attn-temperature", f"{guidance.attn_temperature:g}"]
+    return words if guidance.attn_temperature == 1 else [*words, "--attn-temperature", f"{guidance.attn_temperature:g}"]
 
 
 def check_writable(
