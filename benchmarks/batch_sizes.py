@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.benchmarking import machine
 from jacobiflow.evaluation.fidelity import pixel_difference
 from jacobiflow.files import write_json
 from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.measuring import machine
 
 RESULT = Path(__file__).resolve().parent.parent / "docs" / "results" / "batch-sizes.json"
 MODEL, NUM, SIZES = "fashion-p2", 128, (7, 64)

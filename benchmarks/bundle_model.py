@@ -20,13 +20,12 @@ from rich.progress import Progress
 
 import jacobiflow as jf
 from jacobiflow.cli.options import guidance_words
-from jacobiflow.data import ImageDataset, load_images
+from jacobiflow.data import ImageDataset, Noise, load_images
 from jacobiflow.evaluation import bayes_accuracy, bits_per_dim
 from jacobiflow.files import write_atomically, write_json
-from jacobiflow.flows.checkpoints import save
+from jacobiflow.flows.folder import save
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.plots import image_grid, save_png
-from jacobiflow.training import Noise
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDANCE = jf.Guidance(1.0)

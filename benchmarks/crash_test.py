@@ -20,8 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jacobiflow.benchmarking import machine
 from jacobiflow.files import write_json
+from jacobiflow.measuring import machine
 
 RESULT = Path(__file__).resolve().parent.parent / "docs" / "results" / "crash-test.json"
 KILLS, NUM, SHARD, BATCH, LONGEST = 20, 4096, 32, 32, 2.0

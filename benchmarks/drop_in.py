@@ -26,11 +26,10 @@ import zuko
 from torch import Tensor, nn
 
 import jacobiflow as jf
-from jacobiflow.benchmarking import Timing, interleave, machine
-from jacobiflow.data import ImageDataset, digits, fashion_mnist
+from jacobiflow.data import ImageDataset, Noise, digits, fashion_mnist
+from jacobiflow.data.noise import add_noise, keyed_generator
 from jacobiflow.files import write_atomically, write_json
-from jacobiflow.training import Noise
-from jacobiflow.training.noise import add_noise, keyed_generator
+from jacobiflow.measuring import Timing, interleave, machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "docs" / "results" / "drop-in.json"

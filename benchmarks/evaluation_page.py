@@ -9,7 +9,7 @@ from typing import Any
 
 from filling import fill
 
-from jacobiflow.evaluation.comparison import WITHIN
+from jacobiflow.experiments.quality import WITHIN
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"

@@ -16,11 +16,11 @@ from rich.progress import Progress
 from safetensors.torch import save
 from torch import Tensor
 
-from jacobiflow.benchmarking import machine
 from jacobiflow.data import fashion_mnist
 from jacobiflow.evaluation import FashionFeatures, Statistics, extract, frechet_distance
 from jacobiflow.evaluation.fashion import STATISTICS, WEIGHTS
 from jacobiflow.files import write_atomically, write_json
+from jacobiflow.measuring import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "src" / "jacobiflow" / "evaluation"

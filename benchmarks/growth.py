@@ -23,8 +23,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from performance import draw, latents
 
 import jacobiflow as jf
-from jacobiflow.benchmarking import GROWING_CACHE, SEQUENTIAL, Comparison, compare, machine
+from jacobiflow.experiments.speed import GROWING_CACHE, SEQUENTIAL, Comparison, compare
 from jacobiflow.files import write_json
+from jacobiflow.measuring import machine
 from jacobiflow.plots import COLORS, save_png
 from jacobiflow.strategy import auto
 

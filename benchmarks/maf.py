@@ -27,12 +27,11 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import jacobiflow as jf
-from jacobiflow.benchmarking import machine
-from jacobiflow.data import load_images
+from jacobiflow.baselines.full_passes import full_passes_sample
+from jacobiflow.data import Noise, load_images
+from jacobiflow.data.noise import add_noise, keyed_generator
 from jacobiflow.files import write_json
-from jacobiflow.full_passes import full_passes_sample
-from jacobiflow.training import Noise
-from jacobiflow.training.noise import add_noise, keyed_generator
+from jacobiflow.measuring import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT, ROWS = ROOT / "docs" / "results" / "maf.json", "rows.json"

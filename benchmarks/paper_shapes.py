@@ -36,12 +36,13 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.benchmarking import ENCODING_PASS, GROWING_CACHE, SEQUENTIAL, Timing, compare, interleave, machine
+from jacobiflow.baselines.growing_cache import growing_cache_sample
+from jacobiflow.experiments.speed import ENCODING_PASS, GROWING_CACHE, SEQUENTIAL, compare
 from jacobiflow.files import write_json
 from jacobiflow.flows.base import put_run
-from jacobiflow.growing_cache import growing_cache_sample
 from jacobiflow.guidance import guided
 from jacobiflow.latents import draw_latents
+from jacobiflow.measuring import Timing, interleave, machine
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "paper-shapes.json"
 BATCH_SIZES = (1, 16, 64)

@@ -30,11 +30,12 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.benchmarking import GROWING_CACHE, SEQUENTIAL, compare, interleave, machine, paired_error
+from jacobiflow.baselines.growing_cache import growing_cache_sample
+from jacobiflow.baselines.peers import GRIDS, PEERS, gs_jacobi_grid
+from jacobiflow.experiments.speed import GROWING_CACHE, SEQUENTIAL, compare
 from jacobiflow.files import write_json
-from jacobiflow.growing_cache import growing_cache_sample
 from jacobiflow.latents import draw_latents
-from jacobiflow.peers import GRIDS, PEERS, gs_jacobi_grid
+from jacobiflow.measuring import interleave, machine, paired_error
 from jacobiflow.strategy import auto
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import jacobiflow as jf
-from jacobiflow.benchmarking import machine
 from jacobiflow.data import balanced_labels, quantize
 from jacobiflow.evaluation import FashionFeatures, Statistics, extract, frechet_distance
 from jacobiflow.files import write_json
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.latents import draw_latents
+from jacobiflow.measuring import machine
 
 RESULT = Path(__file__).resolve().parent.parent / "docs" / "results" / "fashion-p2-search.json"
 MODEL, NUM, SEED, BATCH = "fashion-p2", 2000, 10, 64

@@ -13,8 +13,9 @@ from typing import Any
 from performance import draw, latents
 
 import jacobiflow as jf
-from jacobiflow.benchmarking import GROWING_CACHE, SEQUENTIAL, compare, machine
+from jacobiflow.experiments.speed import GROWING_CACHE, SEQUENTIAL, compare
 from jacobiflow.files import write_json
+from jacobiflow.measuring import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, REPORT = ROOT / "docs" / "results", ROOT / "src" / "jacobiflow" / "models" / "fashion-p2" / "report.json"

@@ -9,9 +9,9 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from flows import latents, make_flow
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import latents, make_flow
 from torch import Tensor
 
 import jacobiflow as jf

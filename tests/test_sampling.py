@@ -11,9 +11,9 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from flows import latents, make_flow, to_float32
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import latents, make_flow, to_float32
 from torch import Tensor
 
 import jacobiflow as jf

@@ -21,7 +21,7 @@ PROGRAM = """
 import json, pathlib, sys
 import jacobiflow as jf
 from jacobiflow.data import bundled_fashion
-from jacobiflow.flows.checkpoints import bundled
+from jacobiflow.flows.folder import bundled
 
 data = bundled_fashion()
 report = {"file": jf.__file__, "images": list(data.images.shape), "models": {}}

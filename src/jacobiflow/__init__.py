@@ -1,14 +1,13 @@
 """Fast, certified sampling from autoregressive normalizing flows."""
 
+from jacobiflow.adapters import Acceleration, accelerate
 from jacobiflow.calibration import Report, Tuning, calibrate, tune
 from jacobiflow.denoising import denoise
-from jacobiflow.flows.adapters import Acceleration, accelerate
 from jacobiflow.flows.base import AffineBlock, Block
-from jacobiflow.flows.checkpoints import CheckpointError, load
+from jacobiflow.flows.folder import CheckpointError, load
 from jacobiflow.flows.maf import MAF, MAFConfig
 from jacobiflow.flows.presets import PRESETS, Preset
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
-from jacobiflow.generation import SampleFolder, processes, sample_to_folder
 from jacobiflow.guidance import Guidance
 from jacobiflow.sampling import Samples, decode, sample
 from jacobiflow.solvers import (
@@ -31,6 +30,7 @@ from jacobiflow.solvers import (
     solve,
     solve_certified,
 )
+from jacobiflow.storage import SampleFolder, processes, sample_to_folder
 from jacobiflow.strategy import Strategy, plan
 
 __version__ = "0.1.0"

@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from jacobiflow.cli import bench, calibrate, compare, convert, evaluate, info, plan, sample, trace, train
-from jacobiflow.generation import FirstProcessFailed
+from jacobiflow.storage import FirstProcessFailed
 
 app = typer.Typer(
     name="jacobiflow",

@@ -15,22 +15,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jacobiflow.benchmarking import (
-    ENCODING_PASS,
-    FULL_PASSES,
-    GROWING_CACHE,
-    SEQUENTIAL,
-    Comparison,
-    Timing,
-    compare,
-    machine,
-)
 from jacobiflow.calibration import Report
 from jacobiflow.cli import options
 from jacobiflow.cli.progress import progress
+from jacobiflow.experiments.speed import ENCODING_PASS, FULL_PASSES, GROWING_CACHE, SEQUENTIAL, Comparison, compare
 from jacobiflow.files import write_json
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.latents import draw_latents
+from jacobiflow.measuring import Timing, machine
 from jacobiflow.plots import bench_figure, save_png
 from jacobiflow.sampling import sample
 from jacobiflow.strategy import Prediction, Strategy, auto, resolve

@@ -23,10 +23,9 @@ from jacobiflow.calibration.convergence import TOLERANCES
 from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.calibration.tuning import BlockTuning
 from jacobiflow.cli import options
-from jacobiflow.data import ImageDataset, load_images
-from jacobiflow.flows.checkpoints import REPORT
+from jacobiflow.data import ImageDataset, Noise, load_images, noisy_images
+from jacobiflow.flows.folder import REPORT
 from jacobiflow.strategy import Strategy
-from jacobiflow.training import Noise, noisy_images
 
 _SHOWN = 1e-3  # the tolerance whose sweeps the tables show
 

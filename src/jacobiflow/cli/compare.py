@@ -14,18 +14,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jacobiflow.benchmarking import SEQUENTIAL
+from jacobiflow.baselines.peers import PEERS
 from jacobiflow.calibration import Report
 from jacobiflow.cli import options
 from jacobiflow.cli.evaluate import real_images
 from jacobiflow.cli.progress import progress
 from jacobiflow.evaluation import NAMES
-from jacobiflow.evaluation.comparison import FIGURES, ORIGINAL, Comparing, Row, finalists
 from jacobiflow.evaluation.features import need_torchmetrics
+from jacobiflow.experiments.quality import FIGURES, ORIGINAL, Comparing, Row, finalists
+from jacobiflow.experiments.speed import SEQUENTIAL
 from jacobiflow.files import write_json
-from jacobiflow.generation import Processes, SampleFolder, processes
-from jacobiflow.peers import PEERS
 from jacobiflow.plots import comparison_figure, save_png
+from jacobiflow.storage import Processes, SampleFolder, processes
 
 _AUTOS = ("auto:1e-1", "auto:1e-2", "auto")
 

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from jacobiflow.cli import options
-from jacobiflow.flows.checkpoints import convert as convert_file
-from jacobiflow.flows.checkpoints import infer_config, read_original
+from jacobiflow.flows.folder import convert as convert_file
+from jacobiflow.flows.folder import infer_config, read_original
 
 
 def convert(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from jacobiflow.cli import options
 from jacobiflow.cli.progress import progress
-from jacobiflow.data import ImageDataset, load_images, quantize
+from jacobiflow.data import ImageDataset, Noise, load_images, quantize
 from jacobiflow.evaluation import (
     NAMES,
     FashionFeatures,
@@ -38,13 +38,12 @@ from jacobiflow.evaluation.distances import LEAST
 from jacobiflow.evaluation.fashion import SIZE
 from jacobiflow.files import write_json
 from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.generation import SampleFolder
 from jacobiflow.guidance import Guidance
 from jacobiflow.latents import draw_latents
 from jacobiflow.plots import certificate_figure, save_png
 from jacobiflow.sampling import sample
+from jacobiflow.storage import SampleFolder
 from jacobiflow.strategy import Strategy
-from jacobiflow.training import Noise
 
 _FEW = 10_000  # images on either side of what compares each with each
 _KINDS = ("gaussian", "uniform")

@@ -17,12 +17,12 @@ from torch import Tensor
 from jacobiflow.calibration import Report
 from jacobiflow.data import balanced_labels
 from jacobiflow.files import write_json
-from jacobiflow.flows.checkpoints import load
 from jacobiflow.flows.fingerprint import check_fingerprint
+from jacobiflow.flows.folder import load
 from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.generation import SampleFolder
 from jacobiflow.guidance import Guidance
 from jacobiflow.latents import draw_labels
+from jacobiflow.storage import SampleFolder
 
 Model = Annotated[str, typer.Option("--model", help="A bundled name, a model folder, or a hub id.")]
 Images = Annotated[

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jacobiflow.cli import options
-from jacobiflow.flows.checkpoints import REPORT
+from jacobiflow.flows.folder import REPORT
 from jacobiflow.solvers import Sequential, Solver, Window
 from jacobiflow.strategy import plan as make
 from jacobiflow.strategy.notation import DEFAULT_TOLERANCE

@@ -18,10 +18,13 @@ from rich.table import Table
 from torch import Tensor
 
 from jacobiflow import sampling
-from jacobiflow.benchmarking import SEQUENTIAL, Error, machine, paired_error
 from jacobiflow.cli import options
 from jacobiflow.data import scale
-from jacobiflow.generation import (
+from jacobiflow.experiments.speed import SEQUENTIAL
+from jacobiflow.measuring import Error, machine, paired_error
+from jacobiflow.plots import comparison_sheet, image_grid, save_png
+from jacobiflow.sampling import Samples
+from jacobiflow.storage import (
     DEFAULT_BATCH,
     FILES,
     MANIFEST,
@@ -34,8 +37,6 @@ from jacobiflow.generation import (
     sample_to_folder,
     total,
 )
-from jacobiflow.plots import comparison_sheet, image_grid, save_png
-from jacobiflow.sampling import Samples
 
 SHEET, _SHEET_IMAGES = "samples.png", 100
 

@@ -16,14 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jacobiflow import sampling
-from jacobiflow.benchmarking import machine
 from jacobiflow.cli import options
-from jacobiflow.data import load_images
+from jacobiflow.data import Noise, load_images
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.maf import MAF, MAFConfig
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
+from jacobiflow.measuring import machine
 from jacobiflow.plots import image_grid, save_png
-from jacobiflow.training import Noise, StepReport, TrainConfig, read_metrics
+from jacobiflow.training import StepReport, TrainConfig, read_metrics
 from jacobiflow.training import train as fit
 
 

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from jacobiflow.benchmarking import paired_error
 from jacobiflow.data import quantize
+from jacobiflow.measuring import paired_error
 
 _PEAK = 2.0  # images span [-1, 1]
 
@@ -41,7 +41,7 @@ class Fidelity:
 
 
 def fidelity(images: Float[Tensor, "n c h w"], exact: Float[Tensor, "n c h w"]) -> Fidelity:
-    """`Fidelity` of images; what is NaN on both sides counts as equal, see `jacobiflow.benchmarking.paired_error`."""
+    """`Fidelity` of images; what is NaN on both sides counts as equal, see `jacobiflow.measuring.paired_error`."""
     error = paired_error(images, exact)
     psnr = 20 * (math.log10(_PEAK) - math.log10(error.rms)) if error.rms else math.inf
     rounded = [quantize(side.nan_to_num(nan=-1.0)) for side in (images, exact)]

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from jacobiflow.data import ImageDataset
+from jacobiflow.data.noise import Noise, noisy_images
 from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.training.noise import Noise, noisy_images
 
 
 @torch.no_grad()

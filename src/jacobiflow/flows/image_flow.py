@@ -85,7 +85,7 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, library_name="jacobiflow", tags
 
         **Raises** `CheckpointError`, a `ValueError`, where that is no model, one of another kind, or a broken one.
         """
-        from jacobiflow.flows import checkpoints
+        from jacobiflow.flows import folder as checkpoints
 
         return checkpoints.read(cls, pretrained_model_name_or_path, **hub)
 
@@ -103,7 +103,7 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, library_name="jacobiflow", tags
 
         **Raises** `CheckpointError`, a `ValueError`, where a weight is not finite or the folder cannot be written.
         """
-        from jacobiflow.flows import checkpoints
+        from jacobiflow.flows import folder as checkpoints
 
         if config not in (None, self.config):
             raise ValueError(f"config={config}: leave it out, the flow's own is saved")

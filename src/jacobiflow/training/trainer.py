@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from jacobiflow.data import ImageDataset
+from jacobiflow.data.noise import Noise, add_noise, keyed_generator
 from jacobiflow.files import write_atomically
 from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.training.noise import Noise, add_noise, keyed_generator
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 _MIN_RATE = 1e-6

@@ -1,0 +1,5 @@
+"""Drop-in speed for the masked autoregressive flows of zuko, nflows and normflows; needs none of them installed."""
+
+from jacobiflow.adapters.accelerate import Acceleration, accelerate
+
+__all__ = ["Acceleration", "accelerate"]

@@ -1,0 +1,168 @@
+"""`accelerate`: the user's own zuko, nflows or normflows flow, made fast where it is."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from jacobiflow.adapters.modules import Adapter, MaskedOnce, Swapped
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_SUPPORTED = {"zuko": ((1, 2), (2,)), "nflows": ((0, 14), (0, 15)), "normflows": ((1, 7), (2,))}  # from, to below
+_DEPTH = 3  # an ensemble of posteriors holds a list of posteriors, which hold modules
+
+
+class Acceleration:
+    """What `accelerate` did to a flow, and the way back: leaving its `with` block, or `restore()`.
+
+    **Attributes:**
+
+    - `tolerance`: at which passes end; 0 for identical bits.
+    - `transforms`: the accelerated transforms: name of the module in the flow to "library class".
+    - `untouched`: the masked autoregressive transforms that were left alone: name to the reason.
+    - `passes`: of the latest inverse of each accelerated transform that had one: name to the number of network passes,
+      where the library makes one for each feature. That many too where the inverse was left to the library.
+    """
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self.transforms: dict[str, str] = {}
+        self.untouched: dict[str, str] = {}
+        self._modules: list[nn.Module] = []
+        self._names: dict[int, str] = {}
+        self._passes: dict[str, int] = {}
+
+    @property
+    def passes(self) -> dict[str, int]:
+        """See the class."""
+        return {name: self._passes[name] for name in self.transforms if name in self._passes}
+
+    def restore(self) -> None:
+        """Give every module the library's own class back, whatever was accelerated since."""
+        for module in self._modules:
+            if (own := Swapped.library_class_of(module)) is not None:
+                module.__class__ = own
+
+    def count(self, module: Any, passes: int) -> None:
+        """Note the passes of an inverse; those of a copy of the flow are not noted."""
+        if id(module) in self._names:
+            self._passes[self._names[id(module)]] = passes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
+    def __repr__(self) -> str:
+        to = "identical bits" if self.tolerance == 0 else f"a tolerance of {self.tolerance:g}"
+        lines = [f"accelerated to {to}: {len(self.transforms)} masked autoregressive transforms"]
+        lines += [f"  {name}: {what}" for name, what in self.transforms.items()]
+        lines += [f"  {name}: left alone, {why}" for name, why in self.untouched.items()]
+        return "\n".join(lines)
+
+
+def accelerate(flow: Any, tolerance: float = 0.0) -> Acceleration:
+    """Make the slow side of a zuko, nflows or normflows flow fast, in place: its own methods are called as before.
+
+    These libraries invert a masked autoregressive transform of D features by D passes x <- g(x) of its network, from
+    x = 0. The passes reach the answer after far fewer, and are ended there: at tolerance 0 when one returns its
+    argument bit for bit, so that the answer has the very bits that D passes give. Above 0 a row ends when a pass
+    changes it by at most `tolerance`: that is the residual |g(x) - x| of the value before, and not the error, which is
+    it amplified by (I - dg/dx)^-1 and later transforms. No inverse makes more passes than the library's own.
+
+    Gradients are those of the inverse, by the implicit function theorem at the solution (first derivatives only). Left
+    to the library's own loop, at each call, are transforms of fewer than 6 features, where nothing is to be gained,
+    networks in training mode with batch normalisation or dropout, and calls under `torch.func` transforms or
+    forward-mode derivatives.
+
+    **Arguments:**
+
+    - `flow`: any module with masked autoregressive transforms of these libraries in it, or an sbi posterior or another
+        object whose attributes (or lists of them) hold such modules. Accelerated a second time, the latest tolerance
+        counts.
+    - `tolerance`: in the units of each transform's input; 0 for identical bits.
+
+    **Returns:** an `Acceleration`, which says what was sped up, counts passes, and undoes it.
+
+    **Raises:** `ValueError` where nothing in `flow` can be accelerated, a library's version is not supported, or the
+    tolerance is negative or not finite; then nothing was changed.
+    """
+    if not isinstance(tolerance, int | float) or isinstance(tolerance, bool) or not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance={tolerance!r}: give 0, for identical bits, or a positive number")
+    adapters = {library: adapter for library in _SUPPORTED if (adapter := _adapter(library, flow)) is not None}
+    done = Acceleration(float(tolerance))
+    swaps: list[tuple[nn.Module, tuple[type[Swapped], type[nn.Module]]]] = []
+    for name, module in _named_modules(flow):
+        for library, adapter in adapters.items():
+            own = Swapped.library_class_of(module) or type(module)
+            if own is adapter.linear:
+                swaps.append((module, (MaskedOnce, own)))
+            if not issubclass(own, adapter.transform):
+                continue
+            if getattr(own, adapter.entry) is not getattr(adapter.transform, adapter.entry):
+                done.untouched[name] = f"{own.__name__} overrides {library}'s {adapter.entry}"
+            elif adapter.entry in vars(module):
+                done.untouched[name] = f"its {adapter.entry} was replaced"
+            else:
+                done.transforms[name] = f"{library} {own.__name__}"
+                done._names[id(module)] = name
+                swaps.append((module, (adapter.accelerated, own)))
+    if not done.transforms:
+        reasons = "".join(f"; {name}: {why}" for name, why in done.untouched.items())
+        raise ValueError(
+            f"{type(flow).__name__}: no masked autoregressive transform of {', '.join(_SUPPORTED)} in it to accelerate"
+            f"{reasons}; nothing was changed"
+        )
+    classes = {pair: pair[0].of(pair[1], done) for _, pair in swaps}
+    for module, pair in swaps:
+        module.__class__ = classes[pair]
+        done._modules.append(module)
+    return done
+
+
+def _adapter(library: str, flow: Any) -> Adapter | None:
+    """The library's adapter, where a module of it is in the flow. **Raises** `ValueError` for another version."""
+    if library not in sys.modules or not any(
+        kind.__module__.split(".")[0] == library for _, module in _named_modules(flow) for kind in type(module).__mro__
+    ):
+        return None
+    have, (least, below) = version(library), _SUPPORTED[library]
+    numbers = tuple(int(part) for part in have.split(".")[:2] if part.isdigit())
+    if not least <= numbers < below:
+        raise ValueError(
+            f"{library} {have}: supported are {_dotted(least)} to below {_dotted(below)}; nothing was changed"
+        )
+    return importlib.import_module(f"jacobiflow.adapters.{library}").ADAPTER
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
+
+
+def _named_modules(flow: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The modules in a module, or in the attributes of another object, each once, with dotted names."""
+    seen: set[int] = set()
+    for name, module in _roots(flow, "", _DEPTH):
+        for inner, part in module.named_modules(prefix=name):
+            if id(part) not in seen:
+                seen.add(id(part))
+                yield inner, part
+
+
+def _roots(flow: Any, name: str, depth: int) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(flow, nn.Module):
+        yield name, flow
+    elif depth:
+        parts = enumerate(flow) if isinstance(flow, list | tuple) else getattr(flow, "__dict__", {}).items()
+        # What an attribute holds itself comes first: it has the shorter name.
+        for key, part in sorted(parts, key=lambda item: not isinstance(item[1], nn.Module)):
+            yield from _roots(part, f"{name}.{key}".lstrip("."), depth - 1)

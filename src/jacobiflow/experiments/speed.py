@@ -1,0 +1,194 @@
+"""Timings that can be compared: every sampler in turn on the same latents, beside two baselines and a floor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from jacobiflow.baselines.full_passes import full_passes_sample
+from jacobiflow.baselines.growing_cache import growing_cache_sample
+from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.maf import MAF
+from jacobiflow.flows.tarflow import TarFlow
+from jacobiflow.guidance import Guidance
+from jacobiflow.measuring import Error, Timing, interleave, paired_error
+from jacobiflow.sampling import Samples, sample
+
+GROWING_CACHE, FULL_PASSES = "growing cache", "full passes"
+SEQUENTIAL = "sequential"
+ENCODING_PASS = "encoding pass"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sampler at one batch size.
+
+    **Attributes:**
+
+    - `strategy`: its name.
+    - `seconds`: a `Timing` of the whole batch.
+    - `error`: an `Error` against the sequential answer.
+    - `samples`: the `Samples` of its warm-up; `None` for the original loop, which counts and certifies nothing.
+    """
+
+    strategy: str
+    seconds: Timing
+    error: Error
+    samples: Samples | None
+
+    @property
+    def network_calls(self) -> int | None:
+        """Network calls over all blocks, those of the certificate included."""
+        return None if self.samples is None else self.samples.network_calls
+
+    @property
+    def token_evaluations(self) -> int | None:
+        """Tokens times samples over these calls."""
+        return None if self.samples is None else self.samples.token_evaluations
+
+    @property
+    def evaluations_per_token(self) -> float | None:
+        """Token evaluations over samples, blocks and tokens: 1 for the sequential loop."""
+        if self.samples is None:
+            return None
+        num, length, _ = self.samples.latents.shape
+        return self.samples.token_evaluations / (num * length * len(self.samples.stats))
+
+    @property
+    def certificate(self) -> float | None:
+        """The largest residual |g(x) - x| of any sample in any block; `None` where it was not asked for."""
+        if self.samples is None or self.samples.certificate is None:
+            return None
+        return float(self.samples.certificate.max())
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value: the attributes and properties, sweeps by block, and samples that were solved again."""
+        samples = self.samples
+        return {
+            "strategy": self.strategy,
+            "seconds": asdict(self.seconds),
+            "error": asdict(self.error),
+            "network_calls": self.network_calls,
+            "token_evaluations": self.token_evaluations,
+            "evaluations_per_token": self.evaluations_per_token,
+            "certificate": self.certificate,
+            "resolved_sequentially": None if samples is None else samples.resolved_sequentially,
+            "sweeps": None if samples is None else [block.sweeps for block in samples.stats],
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Samplers at one batch size, from one interleaved run.
+
+    **Attributes:**
+
+    - `batch_size`: samples drawn together.
+    - `rows`: a `Row` each: the loop of the flow's original code, the sequential loop, then those that were given.
+    - `floor`: a `Timing` of one encoding pass of the batch, each block evaluated once, unguided: what no solver beats.
+    """
+
+    batch_size: int
+    rows: tuple[Row, ...]
+    floor: Timing
+
+    @property
+    def original(self) -> str:
+        """The name of the original code's loop; see `original_loop`."""
+        return self.rows[0].strategy
+
+    def row(self, strategy: str) -> Row:
+        """The row of that name. **Raises** `KeyError` where there is none."""
+        return {row.strategy: row for row in self.rows}[strategy]
+
+    def speed_up(self, row: Row, baseline: str) -> float:
+        """How many times `row` is faster than the row that `baseline` names, by medians."""
+        return self.row(baseline).seconds.median / row.seconds.median
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value: rows with their speed-ups, and the floor."""
+        return {
+            "batch_size": self.batch_size,
+            "rows": [
+                row.to_json() | {"speed_up": {name: self.speed_up(row, name) for name in (self.original, SEQUENTIAL)}}
+                for row in self.rows
+            ],
+            "encoding_pass": asdict(self.floor),
+        }
+
+
+def original_loop(flow: ImageFlow) -> tuple[str, Callable[..., Tensor]]:
+    """The loop by which the flow's original code samples, and its name: "growing cache", or "full passes" for a MAF.
+
+    It is called with the flow, latents, labels and guidance, and gives images. **Raises** `ValueError` for a flow of
+    another kind, which has none here.
+    """
+    if isinstance(flow, TarFlow):
+        return GROWING_CACHE, growing_cache_sample
+    if isinstance(flow, MAF):
+        return FULL_PASSES, full_passes_sample
+    raise ValueError(f"{type(flow).__name__}: has no original loop to compare with; give a TarFlow or a MAF")
+
+
+def compare(
+    flow: ImageFlow,
+    latents: Float[Tensor, "n t c"],
+    labels: Int[Tensor, " n"] | None,
+    runs: Mapping[str, Callable[[], Samples]],
+    *,
+    guidance: Guidance | None = None,
+    repeats: int = 5,
+    after_each: Callable[[str], None] | None = None,
+) -> Comparison:
+    """Time samplers beside the original code's loop, the sequential loop and an encoding pass, in one interleaved run.
+
+    The sequential loop is not certified: it is exact, and a baseline must not be slowed down.
+
+    **Arguments:**
+
+    - `flow`: the model; its device is used.
+    - `latents`: (N, T, C), standard normal, before the prior's scale.
+    - `labels`: (N,) classes, or `None`.
+    - `runs`: by name, what draws from the same latents, labels and guidance. None may be called "sequential",
+        "encoding pass", or as `original_loop` is.
+    - `guidance`: a `Guidance` for both baselines, or `None`.
+    - `repeats`: rounds that count.
+    - `after_each`: see `interleave`, whose runs are `len(runs) + 3`.
+
+    **Returns:** a `Comparison`.
+
+    **Raises:** `ValueError` for a name that is taken, `repeats` below 1, latents or labels that do not fit the flow.
+    """
+    original, loop = original_loop(flow)
+    for name in (original, SEQUENTIAL, ENCODING_PASS):
+        if name in runs:
+            raise ValueError(f"run {name!r}: timed in any case; give it another name, or leave it out")
+    sequential = partial(
+        sample, flow, labels=labels, latents=latents, strategy="sequential", guidance=guidance, certify=False,
+        progress=False,
+    )  # fmt: skip
+    exact = sequential()
+    every: dict[str, Callable[[], Any]] = {
+        original: partial(loop, flow, exact.latents, exact.labels, guidance),
+        SEQUENTIAL: sequential,
+        **runs,
+        ENCODING_PASS: partial(_encode, flow, exact.images, exact.labels),
+    }
+    seconds, results = interleave(every, repeats, flow.var.device, after_each)
+    rows = []
+    for name in (original, SEQUENTIAL, *runs):
+        samples = results[name] if isinstance(results[name], Samples) else None
+        images = results[name] if samples is None else samples.images
+        rows.append(Row(name, seconds[name], paired_error(images, exact.images), samples))
+    return Comparison(len(latents), tuple(rows), seconds[ENCODING_PASS])
+
+
+def _encode(flow: ImageFlow, images: Tensor, labels: Tensor | None) -> None:
+    with torch.no_grad():
+        flow.encode(images, labels)

@@ -1,5 +1,0 @@
-"""Drop-in speed for the masked autoregressive flows of zuko, nflows and normflows; needs none of them installed."""
-
-from jacobiflow.flows.adapters.accelerate import Acceleration, accelerate
-
-__all__ = ["Acceleration", "accelerate"]

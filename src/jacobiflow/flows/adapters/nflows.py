@@ -1,9 +1,0 @@
-"""nflows: `AutoregressiveTransform`, affine, spline or one's own, whose slow side is `inverse`, hence `sample`."""
-
-from nflows.transforms.autoregressive import AutoregressiveTransform
-from nflows.transforms.made import MaskedLinear
-
-from jacobiflow.flows.adapters.elementwise import Accelerated
-from jacobiflow.flows.adapters.modules import Adapter
-
-ADAPTER = Adapter(AutoregressiveTransform, "inverse", Accelerated, MaskedLinear)

@@ -1,0 +1,340 @@
+"""TarFlow (arXiv 2412.06329): an autoregressive normalizing flow of causal transformer blocks over image patches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jacobiflow.flows.image_flow import FlowBlock, ImageFlow, check_sizes, embed_classes
+from jacobiflow.flows.memory import keep_freed_memory
+from jacobiflow.flows.permutation import Permutation
+from jacobiflow.flows.tarflow.attention import (
+    AttentionBlock,
+    Fed,
+    KeyValues,
+    LayerWeights,
+    Parameters,
+    causal_mask,
+    in_dtype,
+    transformer_layer,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+_TOKENS_AT_A_TIME = 3200
+
+
+@dataclass(frozen=True)
+class TarFlowConfig:
+    """Shape of a TarFlow.
+
+    `noise_std` records the Gaussian noise that the training images carried (0: uniform dequantisation); denoising
+    needs it. `nvp` is the non-volume-preserving mode (per-token scales); without it the flow has shifts only and a
+    learned prior variance.
+
+    **Raises** `ValueError` where sizes do not divide or are not positive.
+    """
+
+    in_channels: int
+    image_size: int
+    patch_size: int
+    channels: int
+    num_blocks: int
+    layers_per_block: int
+    num_classes: int = 0
+    nvp: bool = True
+    head_dim: int = 64
+    expansion: int = 4
+    noise_std: float = 0.0
+
+    def __post_init__(self) -> None:
+        sizes = ("in_channels", "image_size", "patch_size", "channels", "num_blocks", "layers_per_block")
+        check_sizes(self, (*sizes, "head_dim", "expansion"))
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
+        if self.channels % self.head_dim:
+            raise ValueError(f"head_dim={self.head_dim} does not divide channels={self.channels}")
+        if not 0 <= self.noise_std < math.inf:
+            raise ValueError(f"noise_std={self.noise_std}: give 0 or a positive standard deviation")
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the number of patches."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def token_channels(self) -> int:
+        """C, the number of values in one patch."""
+        return self.in_channels * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class TarFlowCache:
+    """What a block keeps while its tokens are solved: one `KeyValues` a layer, and what does not change meanwhile.
+
+    `pos_embedding` is in causal order, `mask` the additive causal mask, `query_scale` see `Fed`; `proj_in` and
+    `proj_out` are weight and bias of these projections. The network runs in the dtype of all these.
+    """
+
+    layers: tuple[KeyValues, ...]
+    weights: tuple[LayerWeights, ...]
+    proj_in: Parameters
+    proj_out: Parameters
+    pos_embedding: Float[Tensor, "t c"]
+    class_embedding: Float[Tensor, "b 1 c"] | None
+    mask: Float[Tensor, "t t"]
+    query_scale: Float[Tensor, "b 1 1 1"] | None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> TarFlowCache:
+        """With `change` made to every tensor that has a row per sample."""
+        return replace(
+            self,
+            layers=tuple(KeyValues(change(kv.keys), change(kv.values)) for kv in self.layers),
+            class_embedding=None if self.class_embedding is None else change(self.class_embedding),
+            query_scale=None if self.query_scale is None else change(self.query_scale),
+        )
+
+    def to(self, dtype: torch.dtype) -> TarFlowCache:
+        """With all tensors in `dtype`."""
+        return replace(
+            self.each(lambda tensor: tensor.to(dtype)),
+            weights=tuple(layer.to(dtype) for layer in self.weights),
+            proj_in=in_dtype(self.proj_in, dtype),
+            proj_out=in_dtype(self.proj_out, dtype),
+            pos_embedding=self.pos_embedding.to(dtype),
+            mask=self.mask.to(dtype),
+        )
+
+
+class TarFlowBlock(FlowBlock):
+    """One causal affine block: z_t = exp(-s(x_<t)) (x_t - u(x_<t)), eq. (1) of the GS-Jacobi paper.
+
+    `s` (log-scale) and `u` (shift) come from a causal transformer; its output at position t-1 belongs to entry t, and
+    entry 0 has s = u = 0. Tokens are in the block's own causal order throughout: the flow permutes.
+    """
+
+    attn_blocks: Sequence[AttentionBlock]
+    keeps_nothing = True
+    ragged = True
+    low_precision = True
+
+    def __init__(self, config: TarFlowConfig, permutation: Permutation) -> None:
+        super().__init__()
+        self.num_tokens = config.num_tokens
+        self.nvp = config.nvp
+        self.permutation = permutation
+        self.proj_in = nn.Linear(config.token_channels, config.channels)
+        self.pos_embed = nn.Parameter(torch.randn(config.num_tokens, config.channels) * 1e-2)
+        self.class_embed = (
+            nn.Parameter(torch.randn(config.num_classes, 1, config.channels) * 1e-2) if config.num_classes else None
+        )
+        self.attn_blocks = nn.ModuleList(  # type: ignore[assignment]
+            AttentionBlock(config.channels, config.head_dim, config.expansion) for _ in range(config.layers_per_block)
+        )
+        self.proj_out = nn.Linear(config.channels, config.token_channels * (2 if config.nvp else 1))
+        nn.init.zeros_(self.proj_out.weight)
+
+    def embed_classes(self, labels: Int[Tensor, " b"] | None) -> Float[Tensor, "#b 1 c"] | None:
+        """Class embedding per row; the mean over classes for a row without a label (`None`, or below 0)."""
+        return embed_classes(self.class_embed, labels)
+
+    def forward(
+        self, x: Float[Tensor, "b t c"], labels: Int[Tensor, " b"] | None = None
+    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b t c"]]:
+        """Log-scale and shift of every entry, from one parallel pass over `x`."""
+        proj_in, proj_out = (self.proj_in.weight, self.proj_in.bias), (self.proj_out.weight, self.proj_out.bias)
+        h = _embed(x[:, :-1], proj_in, self.permutation(self.pos_embed, dim=0)[:-1], self.embed_classes(labels))
+        for layer in self.attn_blocks:
+            h = layer(h)
+        return self._read_out(h, x, proj_out, first=True)
+
+    def init_cache(
+        self,
+        z: Float[Tensor, "b t c"],
+        context: Int[Tensor, " b"] | None = None,
+        attn_temperature: Float[Tensor, " b"] | None = None,
+    ) -> TarFlowCache:
+        """An empty cache for the rows of `z` under labels `context`; see `AffineBlock.init_cache`."""
+        attention = self.attn_blocks[0].attention
+        weight = attention.qkv.weight
+        keep_freed_memory(weight.device)
+        shape = (z.shape[0], attention.num_heads, self.num_tokens, weight.shape[1] // attention.num_heads)
+        query_scale = None if attn_temperature is None else attn_temperature.to(weight).reciprocal().view(-1, 1, 1, 1)
+        layers = tuple(KeyValues(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.attn_blocks)
+        classes = self.embed_classes(context)
+        return TarFlowCache(
+            layers,
+            tuple(layer.weights() for layer in self.attn_blocks),
+            (self.proj_in.weight, self.proj_in.bias),
+            (self.proj_out.weight, self.proj_out.bias),
+            self.permutation(self.pos_embed, dim=0),
+            None if classes is None else classes.expand(z.shape[0], -1, -1),
+            causal_mask(self.num_tokens, weight),
+            query_scale,
+        )
+
+    def affine(
+        self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: TarFlowCache
+    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
+        """Log-scale and shift of entries [start, stop); feeds positions start-1 .. stop-2 and stores their keys."""
+        rows = _rows_at_a_time(x, stop - start, cache)
+        if rows < len(x):
+            parts = [slice(first, first + rows) for first in range(0, len(x), rows)]
+            found = [self.affine(x[part], start, stop, cache.each(lambda t, p=part: t[p])) for part in parts]  # type: ignore[misc]
+            log_scales, shifts = zip(*found, strict=True)
+            return torch.cat(log_scales), torch.cat(shifts)
+        if stop == 1:  # entry 0 has no token before it
+            return torch.zeros_like(x[:, :1]), torch.zeros_like(x[:, :1])
+        feed = slice(max(start - 1, 0), stop - 1)
+        h = _embed(x[:, feed], cache.proj_in, cache.pos_embedding[feed], cache.class_embedding)
+        fed = Fed.of(feed, stop - 1, cache.mask, cache.query_scale)
+        for weights, key_values in zip(cache.weights, cache.layers, strict=True):
+            h = transformer_layer(h, weights, key_values, fed)
+        return self._read_out(h, x, cache.proj_out, first=start == 0)
+
+    def affine_at(
+        self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: TarFlowCache
+    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
+        """`affine` with a start per sample; see `jacobiflow.flows.base.RaggedBlock`."""
+        before = start.view(-1, 1) + torch.arange(-1, size - 1, device=x.device)
+        positions = before.clamp(min=0)  # entry 0 has no token before it: it is computed from token 0, and set to zero
+        tokens = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+        h = _embed(tokens, cache.proj_in, cache.pos_embedding[positions], cache.class_embedding)
+        fed = Fed.of(positions, end - 1, cache.mask, cache.query_scale)
+        for weights, key_values in zip(cache.weights, cache.layers, strict=True):
+            h = transformer_layer(h, weights, key_values, fed)
+        log_scale, shift = self._read_out(h, x, cache.proj_out, first=False)
+        first = (before < 0).unsqueeze(-1)
+        return log_scale.masked_fill(first, 0), shift.masked_fill(first, 0)
+
+    def take(self, cache: TarFlowCache, rows: Int[Tensor, " m"]) -> TarFlowCache:
+        """The cache of the samples `rows`."""
+        return cache.each(lambda tensor: tensor[rows])
+
+    def join(self, caches: Sequence[TarFlowCache]) -> TarFlowCache:
+        """One cache for the samples of all."""
+        layers = zip(*(cache.layers for cache in caches), strict=True)
+        return replace(
+            caches[0],
+            layers=tuple(
+                KeyValues(torch.cat([kv.keys for kv in parts]), torch.cat([kv.values for kv in parts]))
+                for parts in layers
+            ),
+            class_embedding=_cat([cache.class_embedding for cache in caches]),
+            query_scale=_cat([cache.query_scale for cache in caches]),
+        )
+
+    def output_weights(self) -> tuple[Float[Tensor, "c d"] | None, Float[Tensor, "c d"]]:
+        """The halves of `proj_out`'s weight; see `AffineBlock.output_weights`."""
+        weight = self.proj_out.weight.detach()
+        if not self.nvp:
+            return None, weight
+        scale, shift = weight.chunk(2)
+        return scale, shift
+
+    def lower(self, cache: TarFlowCache) -> TarFlowCache:
+        """The cache with which the network runs in bfloat16."""
+        return cache.to(torch.bfloat16)
+
+    def _read_out(self, h: Tensor, x: Tensor, proj_out: Parameters, first: bool) -> tuple[Tensor, Tensor]:
+        out = F.linear(h, *proj_out).to(x.dtype)
+        if first:
+            out = F.pad(out, (0, 0, 1, 0))
+        if self.nvp:
+            log_scale, shift = out.chunk(2, dim=-1)
+            return log_scale, shift
+        return torch.zeros_like(out), out
+
+
+def _rows_at_a_time(x: Tensor, size: int, cache: TarFlowCache) -> int:
+    """How many samples go through the network together: on a CPU no more than have their activations in reused memory.
+
+    It is a fifth of the time at 64 samples; see `keep_freed_memory`.
+    """
+    if x.device.type != "cpu":
+        return len(x)
+    return max(_TOKENS_AT_A_TIME // size, 1)
+
+
+def _embed(x: Tensor, proj_in: Parameters, pos_embedding: Tensor, class_embedding: Tensor | None) -> Tensor:
+    h = F.linear(x.to(pos_embedding.dtype), *proj_in) + pos_embedding
+    return h if class_embedding is None else h + class_embedding
+
+
+def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(present) if present else None
+
+
+_MODEL_CARD = """\
+---
+{{ card_data }}
+---
+
+# TarFlow
+
+A normalizing flow of causal transformer blocks ([arXiv 2412.06329](https://arxiv.org/abs/2412.06329)).
+`jacobiflow.load` takes this folder, or its id on the hub.
+"""
+
+
+class TarFlow(ImageFlow, tags=["tarflow"], model_card_template=_MODEL_CARD):
+    """Stack of causal affine blocks over patches of an image, alternately in raster and in reverse order.
+
+    **Arguments:**
+
+    - `config`: the shape, a `TarFlowConfig`.
+
+    Reference: Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329.
+    """
+
+    model_type = "tarflow"
+    block_type = TarFlowBlock
+    config: TarFlowConfig
+    blocks: Sequence[TarFlowBlock]
+
+    def __init__(self, config: TarFlowConfig) -> None:
+        super().__init__(config)
+
+    @classmethod
+    def from_original(cls, path: str | Path, config: TarFlowConfig) -> Self:
+        """The flow in a `.pth` state dict of the original TarFlow code, in eval mode; float16 becomes float32.
+
+        **Raises** `CheckpointError`, a `ValueError`, that lists all that does not fit `config`.
+        """
+        from jacobiflow.flows import folder as checkpoints
+
+        return checkpoints.load_original(cls, path, config)
+
+    @property
+    def learns_prior(self) -> bool:
+        """Whether the flow has shifts only: then the prior's variance is learned."""
+        return not self.config.nvp
+
+    def to_tokens(self, images: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
+        """The patches of `patchify`, and zeros: values only change their places."""
+        return self.patchify(images), images.new_zeros(len(images))
+
+    def to_images(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n c h w"]:
+        """`unpatchify`."""
+        return self.unpatchify(x)
+
+    def patchify(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n t d"]:
+        """Images as sequences of patches in raster order."""
+        size = self.config.patch_size
+        return F.unfold(images, size, stride=size).transpose(1, 2)
+
+    def unpatchify(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n c h w"]:
+        """Inverse of `patchify`."""
+        side, size = self.config.image_size, self.config.patch_size
+        return F.fold(x.transpose(1, 2), (side, side), size, stride=size)

@@ -1,0 +1,116 @@
+"""Measuring: timings that can be compared, differences between answers, and the machine that they were taken on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one run: `median`, `min` and `max` over the rounds that count."""
+
+    median: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Error:
+    """Largest, mean and root-mean-square difference between entries of two answers; see `paired_error`."""
+
+    max: float
+    mean: float
+    rms: float
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    device: torch.device | str = "cpu",
+    after_each: Callable[[str], None] | None = None,
+) -> tuple[dict[str, Timing], dict[str, Any]]:
+    """Time callables in turn: a warm-up round, which does not count, then `repeats` rounds over all of them.
+
+    Taking turns lets what slows the machine down for a while slow all of them. Work queued on `device` is waited for
+    before the clock is read.
+
+    **Arguments:** `runs` by name, in their order; `after_each` is called with the name after each of the
+    `(repeats + 1) * len(runs)` runs, while no clock runs.
+
+    **Returns:** a `Timing` by name, and what each run returned in the warm-up.
+
+    **Raises:** `ValueError` where `repeats` is below 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: give a positive number of rounds")
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    results: dict[str, Any] = {}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            _synchronize(device)
+            started = perf_counter()
+            result = run()
+            _synchronize(device)
+            elapsed = perf_counter() - started
+            if repeat:
+                seconds[name].append(elapsed)
+            else:
+                results[name] = result
+            del result  # or a second answer would be in memory beside the next run
+            if after_each is not None:
+                after_each(name)
+    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}, results
+
+
+def paired_error(actual: Float[Tensor, "n c h w"], exact: Float[Tensor, "n c h w"]) -> Error:
+    """Differences between images of the same latents, entry by entry, in the images' units.
+
+    An entry that is NaN in one of them only counts as infinite. One that is NaN in both counts as 0: the exact inverse
+    overflows there, and both say so.
+    """
+    lost = actual.isnan() & exact.isnan()
+    difference = (actual.double() - exact.double()).abs().masked_fill(lost, 0).nan_to_num(torch.inf, torch.inf)
+    return Error(float(difference.max()), float(difference.mean()), float(difference.square().mean().sqrt()))
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a timing depends on: processor, its cores, PyTorch's threads, the device's name, and versions."""
+    device = torch.device(device)
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "jacobiflow": version("jacobiflow"),
+    }
+
+
+def _processor() -> str:
+    """The processor's model name, and its bfloat16 units, which the name hides in a virtual machine."""
+    name, path = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name} with AVX512-BF16 and AMX" if any("amx_bf16" in line for line in lines) else name
+
+
+def _synchronize(device: torch.device | str) -> None:
+    """Wait for the work queued on a device that works on its own."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,140 @@
+"""Agreement with the original TarFlow code, on numbers that it gave.
+
+`fixtures/original_*.safetensors` hold small random flows whose output layers are away from zero: each block needs
+at least eight plain Jacobi sweeps over its 16 tokens to 1e-5. Beside the original's state dict lie images with what it
+encoded them to, and latents with what its `reverse` made of them. Encodings are the original's `z` before the prior's
+scale and its log-determinant, a mean over dimensions. Images are not clipped.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.baselines.growing_cache import growing_cache_sample
+from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
+
+HERE = Path(__file__).resolve().parents[1]
+
+# Both sides are float32 and differ in the order of additions only: by 2e-6 of the largest value at most where measured.
+ROUNDING = 1e-4
+# A solver that stops on a tolerance leaves a residual of up to 1e-3 in each of three blocks. Plain Jacobi stopped
+# there differs from the original's image by 5e-4 of its largest value at most. Guidance left out, without its
+# temperature, or annealed one token early or late differs by 0.04 or more.
+SOLVED = 2e-3
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One file: the flow with the original's weights, all tensors, and the settings of each `reverse`."""
+
+    flow: TarFlow
+    tensors: dict[str, Tensor]
+    reverse: dict[str, dict[str, Any]]
+
+
+def read(path: Path) -> Recording:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    flow = TarFlow(TarFlowConfig(**json.loads(metadata["config"])))
+    state = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
+    flow.load_state_dict({key: value for key, value in state.items() if not key.endswith(".attn_mask")})
+    return Recording(flow.eval(), tensors, json.loads(metadata["reverse"]))
+
+
+RECORDINGS = {
+    path.stem.removeprefix("original_"): read(path) for path in sorted(HERE.glob("fixtures/original_*.safetensors"))
+}
+ENCODINGS = [
+    (name, key.split(".")[1])
+    for name, recording in RECORDINGS.items()
+    for key in recording.tensors
+    if key.startswith("encode.") and key.endswith(".z")
+]
+REVERSES = [(name, case) for name, recording in RECORDINGS.items() for case in recording.reverse]
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Largest difference within `tolerance` of the largest expected value (of 1 where that is smaller)."""
+    assert actual.shape == expected.shape
+    assert actual.isfinite().all()
+    error = (actual - expected).abs().max().item() / max(1.0, expected.abs().max().item())
+    assert error <= tolerance, f"largest relative difference {error:.2e}, allowed {tolerance:.0e}"
+
+
+def test_recordings_are_complete() -> None:
+    assert set(RECORDINGS) == {"nvp", "vp", "classless"}
+    assert len(ENCODINGS) == 7
+    assert len(REVERSES) == 10
+
+
+@pytest.mark.parametrize(("name", "rows"), ENCODINGS)
+def test_encodes_as_the_original(name: str, rows: str) -> None:
+    recording = RECORDINGS[name]
+    flow, tensors = recording.flow, recording.tensors
+    labels = tensors.get(f"encode.{rows}.labels")
+    with torch.no_grad():
+        z, log_det = flow.normalize(tensors["images"], labels)
+        z_scaled, log_det_scaled = flow.encode(tensors["images"], labels)
+
+    assert_close(z, tensors[f"encode.{rows}.z"], ROUNDING)
+    # The original takes the mean of the log-determinant over dimensions, ours is their sum in nats.
+    dimensions = flow.config.num_tokens * flow.config.token_channels
+    assert_close(log_det, tensors[f"encode.{rows}.log_det"] * dimensions, ROUNDING)
+    # The original leaves the prior's variance to its loss and its sampling.
+    assert_close(z_scaled * flow.var.sqrt(), tensors[f"encode.{rows}.z"], ROUNDING)
+    assert_close(log_det_scaled + 0.5 * flow.var.log().sum(), tensors[f"encode.{rows}.log_det"] * dimensions, ROUNDING)
+
+
+@pytest.mark.parametrize("name", [name for name, rows in ENCODINGS if rows == "dropped"])
+def test_a_negative_label_encodes_as_no_label(name: str) -> None:
+    """Of the recorded numbers themselves: rows with label -1 equal those without labels, other rows do not."""
+    tensors = RECORDINGS[name].tensors
+    dropped = tensors["encode.dropped.labels"] < 0
+    difference = (tensors["encode.dropped.z"] - tensors["encode.none.z"]).abs().amax(dim=(1, 2))
+    assert dropped.any()
+    assert not dropped.all()
+    assert (difference[dropped] < 1e-5).all()
+    assert (difference[~dropped] > 0.1).all()
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "jacobi", "window:4"])
+@pytest.mark.parametrize(("name", "case"), REVERSES)
+def test_samples_as_the_original(name: str, case: str, strategy: str) -> None:
+    recording = RECORDINGS[name]
+    latents, settings = recording.tensors["latents"], recording.reverse[case]
+    guidance = settings["guidance"]
+    images = jf.sample(
+        recording.flow,
+        latents=latents.clone(),
+        labels=recording.tensors["labels"] if settings["labelled"] else None,
+        strategy=strategy,
+        guidance=None if guidance is None else jf.Guidance(**guidance),
+        denoise=0.0,
+        progress=False,
+    ).images
+    assert_close(images, recording.tensors[f"reverse.{case}"], ROUNDING if strategy == "sequential" else SOLVED)
+
+
+@pytest.mark.parametrize(("name", "case"), REVERSES)
+def test_growing_cache_baseline_samples_as_the_original(name: str, case: str) -> None:
+    recording = RECORDINGS[name]
+    settings = recording.reverse[case]
+    latents = recording.tensors["latents"].clone()
+    images = growing_cache_sample(
+        recording.flow,
+        latents,
+        recording.tensors["labels"] if settings["labelled"] else None,
+        None if settings["guidance"] is None else jf.Guidance(**settings["guidance"]),
+    )
+    assert torch.equal(latents, recording.tensors["latents"])
+    assert_close(images, recording.tensors[f"reverse.{case}"], ROUNDING)
