@@ -21,7 +21,7 @@ from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance, guided
 from jacobiflow.latents import draw_latents
 from jacobiflow.solvers import Solution, Status, solve_certified
-from jacobiflow.strategy import Strategy, auto, resolve
+from jacobiflow.strategy import Strategy, choose
 
 _GROUP = 16  # batches that go through a block before the next block: a progress bar's step, and bounded memory
 _OVERFLOW = "the exact inverse itself overflows at this latent; lower the guidance, or use a wider dtype"
@@ -152,13 +152,8 @@ def sample(
     console = Console(stderr=True)
     shown = progress is True and console.is_terminal
     slots = batch_size or len(latents)
-    if strategy == "auto":
-        say = console.print if shown else lambda text: None
-        plan = auto(flow, min(slots, len(latents)), tolerance, guidance, say)
-    else:
-        plan = resolve(strategy, config.num_blocks, config.num_tokens, tolerance)
-        plan.check(flow)
-        plan.check_use(flow.var.device, slots, guidance)
+    say = console.print if shown else lambda text: None
+    plan = choose(flow, strategy, min(slots, len(latents)), tolerance=tolerance, guidance=guidance, say=say)
     blocks = [guided(block, guidance) for block in flow.blocks]
     latents = latents.to(flow.var.device, torch.float64 if flow.var.dtype == torch.float64 else torch.float32)
     labels = None if labels is None else labels.to(flow.var.device)

@@ -174,6 +174,11 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, library_name="jacobiflow", tags
         return -self.log_prob(images, labels) / (images[0].numel() * math.log(2)) + 7
 
 
+def state_dtype(flow: ImageFlow) -> torch.dtype:
+    """The dtype of tokens and residuals: float64 where the flow's weights are, else float32."""
+    return torch.float64 if flow.var.dtype == torch.float64 else torch.float32
+
+
 def check_sizes(config: FlowConfig, names: Sequence[str]) -> None:
     """**Raises** `ValueError` where a field of those `names` is not a positive whole number, or num_classes below 0."""
     for name in names:

@@ -1,6 +1,8 @@
 """Which solver each block gets."""
 
-from jacobiflow.strategy.planner import auto, plan
-from jacobiflow.strategy.strategy import Prediction, Strategy, resolve
+from jacobiflow.strategy.cache import auto
+from jacobiflow.strategy.choose import choose, is_auto
+from jacobiflow.strategy.planner import plan
+from jacobiflow.strategy.strategy import Prediction, Strategy
 
-__all__ = ["Prediction", "Strategy", "auto", "plan", "resolve"]
+__all__ = ["Prediction", "Strategy", "auto", "choose", "is_auto", "plan"]

@@ -146,6 +146,11 @@ class Strategy:
         """A text that `parse`, given the report of the guesses, turns back into this strategy; else its solvers."""
         return notation.show(self.solvers) or "\n".join(f"block {i}: {s}" for i, s in enumerate(self.solvers))
 
+    @property
+    def has_tolerance(self) -> bool:
+        """Whether a block stops on a tolerance, or samples are certified to one."""
+        return self.tolerance is not None or any(s.stopping.atol is not None for s in self.solvers)
+
     def with_tolerance(self, atol: float) -> Strategy:
         """This strategy with `atol` in place of every tolerance that it has; sweep counts stay."""
         Tolerance(atol)  # refuses what is no tolerance
@@ -311,30 +316,3 @@ def _piece(kinds: Mapping[str, Callable[..., Any]], value: Any) -> Any:
         raise ValueError(f"{value!r}: 'kind' must be one of {', '.join(kinds)}")
     values = _values(value)
     return kinds[values.pop("kind")](**values)
-
-
-def resolve(strategy: str | Path | Strategy, num_blocks: int, num_tokens: int, tolerance: float | None) -> Strategy:
-    """The strategy for a flow of `num_blocks` blocks of `num_tokens` tokens: a text (see `Strategy.parse`), or a file.
-
-    **Arguments:** `tolerance` replaces every tolerance that the strategy has, and is refused where it has none; `None`
-    leaves a `Strategy` or file its own and gives a text 1e-3.
-
-    **Raises** `ValueError` that quotes the part at fault.
-    """
-    if isinstance(strategy, str) and not strategy.endswith(".json"):
-        given = DEFAULT_TOLERANCE if tolerance is None else tolerance
-        found = Strategy.parse(strategy, num_blocks=num_blocks, num_tokens=num_tokens, tolerance=given)
-    else:
-        found = strategy if isinstance(strategy, Strategy) else Strategy.load(strategy)
-        if tolerance is not None:
-            found = found.with_tolerance(tolerance)
-    if tolerance is not None and found.tolerance is None and all(s.stopping.atol is None for s in found.solvers):
-        raise ValueError(
-            f"tolerance {tolerance}: strategy {str(strategy)!r} stops after a number of sweeps and would not heed it; "
-            "leave the tolerance out, or give a strategy that has one"
-        )
-    if len(found.solvers) != num_blocks:
-        raise ValueError(f"strategy for {len(found.solvers)} blocks, but the flow has {num_blocks}")
-    for solver in found.solvers:
-        solver.partition.check(num_tokens)
-    return found
