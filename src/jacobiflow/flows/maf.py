@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jacobiflow.flows.base import KeepsNothing
 from jacobiflow.flows.image_flow import FlowBlock, ImageFlow, check_sizes, embed_classes
 from jacobiflow.flows.memory import keep_freed_memory
 from jacobiflow.flows.permutation import Permutation
@@ -108,7 +109,7 @@ class MAFCache:
     layers: tuple[MaskedLayer, ...]
 
 
-class MAFBlock(FlowBlock):
+class MAFBlock(FlowBlock, KeepsNothing):
     """One masked affine block: z_t = exp(-s(x_<t)) (x_t - u(x_<t)), eq. (1) of the GS-Jacobi paper.
 
     `s` (log-scale) and `u` (shift) come from a masked dense network (MADE) with sorted degrees. Token i has degree i,
@@ -122,7 +123,6 @@ class MAFBlock(FlowBlock):
     """
 
     layers: Sequence[MaskedLinear]
-    keeps_nothing = True
 
     def __init__(self, config: MAFConfig, permutation: Permutation) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jacobiflow.flows.base import AffineFrontPerSample, KeepsNothing, LowPrecision
 from jacobiflow.flows.image_flow import FlowBlock, ImageFlow, check_sizes, embed_classes
 from jacobiflow.flows.memory import keep_freed_memory
 from jacobiflow.flows.permutation import Permutation
@@ -116,7 +117,7 @@ class TarFlowCache:
         )
 
 
-class TarFlowBlock(FlowBlock):
+class TarFlowBlock(FlowBlock, AffineFrontPerSample, LowPrecision, KeepsNothing):
     """One causal affine block: z_t = exp(-s(x_<t)) (x_t - u(x_<t)), eq. (1) of the GS-Jacobi paper.
 
     `s` (log-scale) and `u` (shift) come from a causal transformer; its output at position t-1 belongs to entry t, and
@@ -124,9 +125,6 @@ class TarFlowBlock(FlowBlock):
     """
 
     attn_blocks: Sequence[AttentionBlock]
-    keeps_nothing = True
-    ragged = True
-    low_precision = True
 
     def __init__(self, config: TarFlowConfig, permutation: Permutation) -> None:
         super().__init__()
@@ -205,7 +203,7 @@ class TarFlowBlock(FlowBlock):
     def affine_at(
         self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: TarFlowCache
     ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
-        """`affine` with a start per sample; see `jacobiflow.flows.base.RaggedBlock`."""
+        """`affine` with a start per sample; see `jacobiflow.flows.base.FrontPerSample`."""
         before = start.view(-1, 1) + torch.arange(-1, size - 1, device=x.device)
         positions = before.clamp(min=0)  # entry 0 has no token before it: it is computed from token 0, and set to zero
         tokens = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[2]))
