@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from jacobiflow.calibration.fit import fit_chord, fit_guess
 from jacobiflow.files import tensor_from_json, tensor_to_json, write_json
-from jacobiflow.flows.base import AffineBlock
+from jacobiflow.flows.base import AffineBlock, LowPrecision
 from jacobiflow.flows.fingerprint import check_fingerprint, fingerprint
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance, guided
@@ -288,7 +288,7 @@ def _runs(
     """
     length, runs, typical = z.shape[1], [], x
     tried = [(window, 0) for window in window_sizes(length)]
-    if block.low_precision:
+    if isinstance(block, LowPrecision):
         tried += [(window, coarse) for window, _ in tried if 4 * window >= length for coarse in _COARSE_TO_TOLERANCE]
     for window, coarse in tried:
         for tolerance in TOLERANCES:
@@ -309,7 +309,7 @@ def _counted_runs(
 ) -> tuple[CountedRun, ...]:  # fmt: skip
     """Those of the numbers of sweeps tried that come within the largest tolerance."""
     tried = [(0, fine) for fine in _FINE]
-    if block.low_precision:
+    if isinstance(block, LowPrecision):
         tried += [(coarse, fine) for coarse in _COARSE for fine in _FINE_AFTER_COARSE]
     found = []
     for coarse, fine in tried:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.flows.base import Block, LowPrecisionBlock, put_run, run_of
+from jacobiflow.flows.base import Block, FrontPerSample, KeepsNothing, LowPrecision, put_run, run_of
 from jacobiflow.solvers.correction import Correction, Plain
 from jacobiflow.solvers.guess import Given, Guess, Latent
 from jacobiflow.solvers.partition import Partition, Segments, Whole, Window
@@ -62,8 +62,8 @@ def solve(
     cache that this leaves a sweep behind are computed again by the next sweep. Keys of tokens passed by tolerance are
     those of the value before the last sweep.
 
-    Where a `Whole` or a `Window` stops on a tolerance and the block is `ragged`, each sample has its own front, and
-    samples that have finished leave the batch; else the batch shares one front, which waits for the slowest.
+    Where a `Whole` or a `Window` stops on a tolerance and the block is a `FrontPerSample`, each sample has its own
+    front, and samples that have finished leave the batch; else the batch shares one front, which waits for the slowest.
 
     A value that overflows is set back to the guess. A sample that had one when the front passed it ends as
     `Status.NONFINITE`; nothing here hides that, and `solve_certified` acts on it. A sample whose residual keeps growing
@@ -76,14 +76,14 @@ def solve(
     **Returns:** a `Solution`, uncertified.
 
     **Raises:** `ValueError` where `z` is not finite or not (B, T, C), the partition does not fit T, or the block has no
-    bfloat16 network (`low_precision`) for coarse sweeps.
+    bfloat16 network (`LowPrecision`) for coarse sweeps.
     """
     if z.ndim != 3 or not torch.isfinite(z).all():
         raise ValueError(f"z of shape {tuple(z.shape)}: give finite values (batch, tokens, channels)")
     if slots is not None and slots < 1:
         raise ValueError(f"slots={slots}: give a positive number of samples, or None for all")
     solver.partition.check(z.shape[1])
-    if solver.coarse and not getattr(block, "low_precision", False):
+    if solver.coarse and not isinstance(block, LowPrecision):
         raise ValueError(f"coarse={solver.coarse}: {type(block).__name__} has no bfloat16 network; give 0")
     started = time.perf_counter()
     slots = slots or len(z)
@@ -118,7 +118,7 @@ def no_gradients(block: Block) -> AbstractContextManager[None]:
 
     A tensor that a block keeps from inference mode (a mask made on first use, say) could not be trained with later.
     """
-    return torch.inference_mode() if getattr(block, "keeps_nothing", False) else torch.no_grad()
+    return torch.inference_mode() if isinstance(block, KeepsNothing) else torch.no_grad()
 
 
 @dataclass
@@ -157,7 +157,7 @@ class _Loop:
         self.sweeps = self.token_evaluations = 0
         self.entered = 0
         follows = isinstance(solver.partition, Whole | Window) and solver.stopping.max_sweeps is None
-        self.ragged: Any = block if follows and getattr(block, "ragged", False) else None
+        self.ragged: Any = block if follows and isinstance(block, FrontPerSample) else None
 
     def run(self) -> None:
         batch = self._exchange(None)
@@ -186,7 +186,7 @@ class _Loop:
         z, guess, count = self.z[rows], self.guess[rows], len(entering)
         cache = self.block.init_cache(z, None if self.context is None else self.context[rows])
         if self.low_precision:
-            cache = cast(LowPrecisionBlock, self.block).lower(cache)
+            cache = cast(LowPrecision, self.block).lower(cache)
         front, growing, reached = (np.zeros(count, dtype=np.int64) for _ in range(3))
         new = _Batch(entering, guess.clone(), z, guess, cache, front, np.full(count, np.inf), growing, reached)
         return new if batch is None else self._join(batch, new)

@@ -12,14 +12,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from jacobiflow.calibration.report import Report
 from jacobiflow.calibration.tuning import BlockTuning, Run, Tuning
-from jacobiflow.flows.base import AffineBlock
+from jacobiflow.flows.base import AffineBlock, FrontPerSample, LowPrecision
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance, guided, in_force
@@ -318,7 +318,7 @@ def measure(block: AffineBlock, tuning: Tuning, batch_size: int, flow: ImageFlow
             together = (timed(solver, count) - fixed[count]) / math.ceil(length / window)
             sweep[count, window] = max(together, 0.0) + apart
     coarse, coarse_fixed = math.inf, math.inf
-    if block.low_precision:
+    if isinstance(block, LowPrecision):
         two, four = (timed(Solver(Whole(), tuned.guess, MaxSweeps(1), chord, k), batch_size) for k in (2, 4))
         coarse = max((four - two) / 2, 0.0)
         coarse_fixed = max(two - 2 * coarse - fixed[batch_size] - sweep[batch_size, length], 0.0)
@@ -326,9 +326,9 @@ def measure(block: AffineBlock, tuning: Tuning, batch_size: int, flow: ImageFlow
     return Costs(sweep, fixed, coarse, coarse_fixed, sequential, statistics.median(spreads))
 
 
-def _apart(block: Any, z: Tensor, labels: Tensor | None, window: int) -> float:
+def _apart(block: AffineBlock, z: Tensor, labels: Tensor | None, window: int) -> float:
     """What it costs more to sweep a window where samples stand at different tokens."""
-    if len(z) == 1 or not block.ragged:
+    if len(z) == 1 or not isinstance(block, FrontPerSample):
         return 0.0
     start = (z.shape[1] - window) // 2
     starts = torch.full((len(z),), start, device=z.device)
