@@ -5,10 +5,11 @@ from jacobiflow.calibration import Report, Tuning, calibrate, tune
 from jacobiflow.codec import register
 from jacobiflow.denoising import denoise
 from jacobiflow.flows.base import AffineBlock, Block
-from jacobiflow.flows.folder import CheckpointError, load
+from jacobiflow.flows.folder import load
 from jacobiflow.flows.maf import MAF, MAFConfig
 from jacobiflow.flows.presets import PRESETS, Preset
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
+from jacobiflow.flows.weights import CheckpointError
 from jacobiflow.guidance import Guidance
 from jacobiflow.sampling import Samples, decode, sample
 from jacobiflow.solvers import (

@@ -150,7 +150,7 @@ def _decode_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     return decode(kinds[0], value, where)
 
 
-def _decode_scalar(declared: type, value: Any, where: str) -> Any:
+def _decode_scalar(declared: Any, value: Any, where: str) -> Any:
     if declared is float and value is None:
         return math.inf  # which JSON does not have
     if type(value) is declared or (declared is float and type(value) is int):
