@@ -2,6 +2,7 @@
 
 from jacobiflow.adapters import Acceleration, accelerate
 from jacobiflow.calibration import Report, Tuning, calibrate, tune
+from jacobiflow.codec import register
 from jacobiflow.denoising import denoise
 from jacobiflow.flows.base import AffineBlock, Block
 from jacobiflow.flows.folder import load
@@ -14,12 +15,17 @@ from jacobiflow.sampling import Samples, decode, sample
 from jacobiflow.solvers import (
     CausalLinear,
     Chord,
+    Correction,
+    EarlyStop,
+    Guess,
     Latent,
     MaxSweeps,
     MeanAffine,
+    Partition,
     Plain,
     Segments,
     Sequential,
+    SlidingRun,
     Solution,
     Solver,
     Status,
@@ -45,11 +51,15 @@ __all__ = [
     "CausalLinear",
     "CheckpointError",
     "Chord",
+    "Correction",
+    "EarlyStop",
+    "Guess",
     "Guidance",
     "Latent",
     "MAFConfig",
     "MaxSweeps",
     "MeanAffine",
+    "Partition",
     "Plain",
     "Preset",
     "Report",
@@ -57,6 +67,7 @@ __all__ = [
     "Samples",
     "Segments",
     "Sequential",
+    "SlidingRun",
     "Solution",
     "Solver",
     "Status",
@@ -76,6 +87,7 @@ __all__ = [
     "load",
     "plan",
     "processes",
+    "register",
     "sample",
     "sample_to_folder",
     "solve",

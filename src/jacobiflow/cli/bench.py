@@ -25,7 +25,7 @@ from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import Timing, machine
 from jacobiflow.plots import bench_figure, save_png
 from jacobiflow.sampling import sample
-from jacobiflow.strategy import Prediction, Strategy, auto, resolve
+from jacobiflow.strategy import Prediction, Strategy, auto, choose
 
 AUTO = "auto"
 _STRATEGIES = (AUTO, "jacobi")
@@ -146,18 +146,12 @@ def _plans(
 
     **Raises** `ValueError` for a name that is none, a strategy that does not fit, or a tolerance that nothing heeds.
     """
-    config = flow.config
     plans: dict[str, Strategy] = {}
     for name in names:
-        if name == AUTO:
-            continue
-        if report is None or name.endswith(".json"):
-            plan = resolve(name, config.num_blocks, config.num_tokens, None)
-        else:
-            plan = Strategy.parse(name, report)
-        plan.check(flow)
-        plans[name] = plan if tolerance is None else plan.with_tolerance(tolerance)
-    heeded = AUTO in names or any(s.stopping.atol is not None for plan in plans.values() for s in plan.solvers)
+        if name != AUTO:
+            plan = choose(flow, name, 1, report=report)
+            plans[name] = plan if tolerance is None else plan.with_tolerance(tolerance)
+    heeded = AUTO in names or any(plan.has_tolerance for plan in plans.values())
     if tolerance is not None and not heeded:
         raise ValueError(f"--tolerance {tolerance:g}: every strategy stops after a number of sweeps; leave it out")
     return plans

@@ -36,7 +36,7 @@ from jacobiflow.sampling import sample
 from jacobiflow.solvers import Tolerance
 from jacobiflow.storage import MANIFEST, Draw, Drawn, Manifest, Processes, SampleFolder, draw_by_strategy, generate
 from jacobiflow.storage.folder import labels_sha256
-from jacobiflow.strategy import Strategy, auto, plan, resolve
+from jacobiflow.strategy import Strategy, choose, is_auto
 from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
 
 ORIGINAL, AUTO = "Original", "auto"
@@ -116,35 +116,21 @@ class Comparing:
             return "original"
         if name in PEERS:
             return "peer"
-        if _is_auto(name):
+        if is_auto(name):
             Tolerance(_tolerance(name) or DEFAULT_TOLERANCE)
         elif name != SEQUENTIAL:
-            self._named(name)
+            self._plan(name)
         return "strategy"
-
-    def _named(self, name: str) -> Strategy:
-        config = self.flow.config
-        if self.report is not None and not name.endswith(".json"):
-            return Strategy.parse(name, self.report)
-        found = resolve(name, config.num_blocks, config.num_tokens, None)
-        found.check(self.flow)
-        found.check_use(self.flow.var.device, self.batch_size, self.guidance)
-        return replace(found, prediction=None)
 
     def _plan(self, name: str) -> Strategy:
         """The strategy of a row. "auto" is planned by timings, so its plan is made once and kept in the folder."""
-        if not _is_auto(name):
-            return self._named(name)
+        chosen = partial(choose, self.flow, name, self.batch_size, guidance=self.guidance, report=self.report)
+        if not is_auto(name):
+            return replace(chosen(), prediction=None)
         path = self.out / _PLANS / f"{_slug(name)}.json"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            tolerance = _tolerance(name)
-            if self.report is None or self.report.tuning is None:
-                made = auto(self.flow, self.batch_size, tolerance, self.guidance)
-            else:
-                tolerance = DEFAULT_TOLERANCE if tolerance is None else tolerance
-                made = plan(self.flow, self.report, self.batch_size, tolerance, guidance=self.guidance)
-            made.save(path)
+            chosen().save(path)
         return replace(Strategy.load(path), prediction=None)
 
     def _digest(self, name: str) -> str | None:
@@ -163,7 +149,7 @@ class Comparing:
             return lambda z, labels: PEERS[name](self.flow, z, labels, self.guidance, **GRIDS[name][0])
         made = self._plan(name)
         return lambda z, labels: sample(
-            self.flow, latents=z, labels=labels, strategy=made, guidance=self.guidance, certify=_is_auto(name),
+            self.flow, latents=z, labels=labels, strategy=made, guidance=self.guidance, certify=is_auto(name),
             progress=False,
         )  # fmt: skip
 
@@ -278,12 +264,12 @@ class Comparing:
             Manifest.of(
                 self.flow, num, labels, self.seed, batch_size=self.batch_size, shard_size=self.shard_size,
                 model=self.model, strategy=name, guidance=self.guidance, denoise=self.denoise,
-                certify=kind == "strategy" and _is_auto(name),
+                certify=kind == "strategy" and is_auto(name),
             ),
         )  # fmt: skip
 
         def drawing(folder: SampleFolder) -> Draw:
-            by_strategy = partial(self._by_strategy, certify=_is_auto(name))
+            by_strategy = partial(self._by_strategy, certify=is_auto(name))
             inner = self._by_peer(name) if kind == "peer" else by_strategy(folder.strategy())
             return partial(self._beside_exact, inner, name == SEQUENTIAL)
 
@@ -366,7 +352,7 @@ class Comparing:
 def finalists(rows: Sequence[Row]) -> list[str]:
     """The original, and the fastest within 1% of it among the other rows and among those of "auto"."""
     close = sorted((row for row in rows if row.within and row.name != ORIGINAL), key=lambda row: -row.rate)
-    best = [next((row.name for row in close if _is_auto(row.name) == planned), None) for planned in (False, True)]
+    best = [next((row.name for row in close if is_auto(row.name) == planned), None) for planned in (False, True)]
     return [ORIGINAL, *(name for name in best if name is not None)]
 
 
@@ -398,10 +384,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _is_auto(name: str) -> bool:
-    return name.partition(":")[0] == AUTO
 
 
 def _tolerance(name: str) -> float | None:

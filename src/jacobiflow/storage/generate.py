@@ -42,9 +42,7 @@ from jacobiflow.storage.folder import (
     labels_sha256,
 )
 from jacobiflow.storage.processes import Processes
-from jacobiflow.strategy import Strategy, auto, resolve
-from jacobiflow.strategy import plan as make_plan
-from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
+from jacobiflow.strategy import Strategy, choose
 
 DEFAULT_BATCH = 64
 _SHARD = 1024  # samples, or about so many: what a killed process loses
@@ -141,16 +139,8 @@ def sample_to_folder(
         raise ValueError(f"files={files!r}: give npz; or png, for images of 1 or 3 channels, not {config.in_channels}")
 
     def make() -> Strategy:
-        if strategy == "auto" and report is not None:
-            return make_plan(flow, report, batch_size, DEFAULT_TOLERANCE if tolerance is None else tolerance,
-                             guidance=guidance)  # fmt: skip
-        if strategy == "auto":
-            return auto(flow, batch_size, tolerance, guidance, _say if Console(stderr=True).is_terminal else _quiet)
-        asked = strategy if report is None or isinstance(strategy, Strategy) else Strategy.parse(str(strategy), report)
-        found = resolve(asked, config.num_blocks, config.num_tokens, tolerance)
-        found.check(flow)
-        found.check_use(flow.var.device, batch_size, guidance)
-        return found
+        say = _say if Console(stderr=True).is_terminal else _quiet
+        return choose(flow, strategy, batch_size, tolerance=tolerance, guidance=guidance, report=report, say=say)
 
     planned = strategy == "auto"  # by timings, so in the first process only
     plan = make if planned else partial(_as_it_is, make())
