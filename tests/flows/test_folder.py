@@ -179,7 +179,7 @@ def test_an_unknown_name_is_told_what_there_is(models: Path, name: str, monkeypa
     assert "none here" in error_of(jf.load, name)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "add", "no", torch.int64])
+@pytest.mark.parametrize("dtype", ["int8", "add", torch.int64])
 def test_another_dtype_is_refused(saved: Path, dtype: Any) -> None:
     with pytest.raises(ValueError, match="float16, bfloat16, float32, float64"):
         jf.load(saved, dtype=dtype)
@@ -265,17 +265,13 @@ def with_config(place: Path, change: dict[str, Any]) -> Path:
     [
         ({"heads": 3, "width": 1}, "unknown field 'heads'; unknown field 'width'"),
         ({"channels": None, "nvp": 1}, "channels=None is no int; nvp=1 is no bool"),
-        ({"channels": 8.0, "noise_std": "0"}, "channels=8.0 is no int; noise_std='0' is no float"),
-        ({"num_blocks": True}, "num_blocks=True is no int"),
+        ({"num_blocks": True, "noise_std": "0"}, "num_blocks=True is no int; noise_std='0' is no float"),
         ({"channels": "left out", "noise_std": "left out"}, "config.json: channels missing"),
-        ({"noise_std": float("nan")}, "noise_std=nan"),
         ({"patch_size": 3}, "patch_size=3 does not divide image_size=4"),
         ({"model_type": "bert"}, "model_type 'bert' in format 1; readable are 'maf', "),
-        ({"model_type": ["tarflow"]}, "model_type ['tarflow']"),
         ({"model_type": "maf"}, "unknown field 'patch_size'"),
         ({"format_version": 2}, "format 2"),
         ({"num_blocks": 10**9}, "the shapes say num_blocks=2 rather than 1000000000"),
-        ({"in_channels": 10**30}, "the shapes say in_channels=1 rather than"),
         ({"channels": 4 * 10**18}, "the shapes say channels=8 rather than"),
     ],
 )
@@ -289,10 +285,9 @@ def test_a_config_that_does_not_fit(saved: Path, change: dict[str, Any], words: 
     ("change", "words"),
     [
         ({"logit_alpha": 0.7}, "logit_alpha=0.7: give a small positive number"),
-        ({"hidden_features": 24}, "the shapes say hidden_features=20 rather than 24"),
         ({"image_size": 10**6}, "the shapes say image_size=4 rather than 1000000"),
-        ({"num_classes": 0}, "the shapes say num_classes=3 rather than 0"),
-        ({"hidden_layers": 1, "num_blocks": 10**9}, "say num_blocks=2 rather than 1000000000, hidden_layers=2 rather"),
+        ({"hidden_layers": 1, "num_classes": 0}, "hidden_layers=2 rather than 1, num_classes=3 rather than 0"),
+        ({"hidden_features": 24, "num_blocks": 10**9}, "hidden_features=20 rather than 24, num_blocks=2 rather than"),
     ],
 )
 def test_the_config_of_a_maf_that_does_not_fit(tmp_path: Path, change: dict[str, Any], words: str) -> None:
@@ -306,40 +301,24 @@ def test_a_config_may_leave_out_what_has_a_default(saved: Path) -> None:
     assert jf.TarFlow.from_pretrained(with_config(saved, {"noise_std": 1})).config.noise_std == 1
 
 
-@pytest.mark.parametrize(
-    ("tensors", "words"),
-    [
-        (
-            {
-                "blocks.0.proj_in.bias": None,
-                "blocks.0.extra": torch.zeros(2),
-                "blocks.1.pos_embed": torch.zeros(4, 9),
-                "blocks.1.proj_out.bias": torch.zeros(8, dtype=torch.int64),
-            },
-            [
-                "blocks.0.proj_in.bias (8,): missing",
-                "blocks.0.extra (2,): unknown",
-                "blocks.1.pos_embed (4, 9): expected (4, 8)",
-                "blocks.1.proj_out.bias torch.int64",
-            ],
-        ),
-        ({"blocks.1.pos_embed": torch.full((4, 8), torch.inf)}, ["blocks.1.pos_embed has non-finite values"]),
-        ({"var": torch.zeros(4, 4)}, ["var has values that are not positive"]),
-        ({"blocks.0.proj_in.weight": None}, ["not the state dict of a TarFlow: no 'blocks.0.proj_in.weight'"]),
-    ],
-)
-def test_every_tensor_that_does_not_fit_is_named(
-    saved: Path, tensors: dict[str, Tensor | None], words: list[str]
-) -> None:
-    state = load_file(saved / "model.safetensors") | tensors
-    save_file({name: t for name, t in state.items() if t is not None}, saved / "model.safetensors")
-    message = error_of(jf.load, saved)
-    assert all(part in message for part in words), message
+def test_every_tensor_that_does_not_fit_is_named(saved: Path) -> None:
+    def said_of(**changed: Tensor) -> str:
+        save_file(state | {name.replace("__", "."): t for name, t in changed.items()}, saved / "model.safetensors")
+        return error_of(jf.load, saved)
 
-
-def test_a_maf_without_its_first_layer(tmp_path: Path) -> None:
-    make_maf().save_pretrained(tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
-    del state["blocks.0.layers.0.weight"]
-    save_file(state, tmp_path / "model.safetensors")
-    assert "not the weights of a MAF: no matrix blocks.0.layers.0.weight" in error_of(jf.load, tmp_path)
+    state = load_file(saved / "model.safetensors")
+    del state["blocks.0.proj_in.bias"]
+    integers = torch.zeros(8, dtype=torch.int64)
+    message = said_of(extra=torch.zeros(2), blocks__1__pos_embed=torch.zeros(4, 9), blocks__1__proj_out__bias=integers)
+    for words in (
+        "blocks.0.proj_in.bias (8,): missing",
+        "extra (2,): unknown",
+        "blocks.1.pos_embed (4, 9): expected (4, 8)",
+        "blocks.1.proj_out.bias torch.int64",
+    ):
+        assert words in message
+    state = make().state_dict()
+    message = said_of(blocks__1__pos_embed=torch.full((4, 8), torch.inf), var=torch.zeros(4, 4))
+    assert "blocks.1.pos_embed has non-finite values; var has values that are not positive" in message
+    del state["blocks.0.proj_in.weight"]
+    assert "not the state dict of a TarFlow: no 'blocks.0.proj_in.weight'" in said_of()
