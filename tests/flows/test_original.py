@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
-from jacobiflow.flows.tarflow.original import export_original, infer_config, read_original
+from jacobiflow.flows.tarflow.original import infer_config, read_original
 
 ORIGINAL = replace(SMALL, channels=64, head_dim=64, expansion=4)
 
@@ -38,7 +38,7 @@ def pth(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("change", [{"nvp": True}, {"nvp": False, "num_classes": 0}])
 def test_round_trip(tmp_path: Path, change: dict[str, Any]) -> None:
     flow = make(replace(ORIGINAL, **change))
-    export_original(flow, tmp_path / "out.pth")
+    flow.to_original(tmp_path / "out.pth")
     assert_same(torch.load(tmp_path / "out.pth", weights_only=True), original_state(flow))
     loaded = TarFlow.from_original(tmp_path / "out.pth", flow.config)
     assert_same(loaded.state_dict(), flow.state_dict())
@@ -153,11 +153,11 @@ def test_what_is_no_state_dict(tmp_path: Path) -> None:
 
 
 def test_export_refuses(tmp_path: Path) -> None:
-    assert "head_dim=4, expansion=2" in error_of(export_original, make(), tmp_path / "x.pth")
+    assert "head_dim=4, expansion=2" in error_of(make().to_original, tmp_path / "x.pth")
     flow = make(ORIGINAL)
-    assert "cannot be written" in error_of(export_original, flow, tmp_path)
+    assert "cannot be written" in error_of(flow.to_original, tmp_path)
     flow.var[0, 0] = torch.inf
-    assert "not written: var" in error_of(export_original, flow, tmp_path / "x.pth")
+    assert "not written: var" in error_of(flow.to_original, tmp_path / "x.pth")
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
 
 
