@@ -1,7 +1,7 @@
 """Every way to sample from `fashion-p2`, ours and others', in interleaved runs: `python benchmarks/performance.py`.
 
 Writes docs/results/performance.json. Needs an otherwise idle machine and about 45 minutes on two cores; started again
-it goes on with what the file lacks.
+it measures what the file lacks.
 
 1. Grid: every setting of every sampler: seconds (the faster of two runs; at 64 of one), error, calls. At 16 and 64
    settings are left out that are wrong by more than 1e-2 at the batch size before.

@@ -45,11 +45,11 @@ def frechet(real: tuple[Array, Array], fake: tuple[Array, Array]) -> float:
 
 def difference(images: Tensor, exact: Tensor) -> tuple[float, float]:
     """The largest and the root-mean-square difference of an entry."""
-    apart = images.double().numpy() - exact.double().numpy()
-    return float(np.abs(apart).max()), float(np.sqrt((apart**2).mean()))
+    off = images.double().numpy() - exact.double().numpy()
+    return float(np.abs(off).max()), float(np.sqrt((off**2).mean()))
 
 
 def pixel_figures(pixels: Pixels, exact: Pixels) -> dict[str, Any]:
     """The share of 8-bit pixels that differ, and by how many levels at most."""
-    apart = np.abs(pixels.astype(int) - exact.astype(int))
-    return {"share": pytest.approx((apart > 0).mean()), "levels": apart.max()}
+    off = np.abs(pixels.astype(int) - exact.astype(int))
+    return {"share": pytest.approx((off > 0).mean()), "levels": off.max()}

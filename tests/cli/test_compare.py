@@ -127,8 +127,8 @@ def test_a_row_of_the_bundled_model(run: Any, tmp_path: Path) -> None:
     row = figures(tmp_path / "comparison.json")["rows"][2]
     real = Statistics.bundled()
     mean = real.sum.numpy() / real.num
-    known = mean, (real.outer.numpy() - real.num * np.outer(mean, mean)) / (real.num - 1)
-    assert row["distance"] == pytest.approx(frechet(known, moments(features(pixels))), rel=1e-6)
+    of_images = mean, (real.outer.numpy() - real.num * np.outer(mean, mean)) / (real.num - 1)
+    assert row["distance"] == pytest.approx(frechet(of_images, moments(features(pixels))), rel=1e-6)
     exact = torch.from_numpy(np.load(tmp_path / "exact" / "00000000.npy"))
     assert np.array_equal(original, levels(exact))
     assert (row["max"], row["rms"]) == pytest.approx(difference(want.images, exact), rel=1e-6)

@@ -54,7 +54,8 @@ def compare(
     final: Annotated[
         int | None,
         typer.Option(
-            "--final", help="Then also so many of Original, and of the fastest row and the fastest auto within 1%."
+            "--final",
+            help="Then draw this many of Original, and of the fastest row and the fastest auto within 1% of it.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images solved together.")] = 16,

@@ -70,7 +70,7 @@ def _labels(experiment: Experiment) -> Int[Tensor, " n"] | None:
 
 
 def _is_same(kept: Mapping[str, Any], here: Mapping[str, Any], digests: Mapping[str, str | None]) -> bool:
-    """Whether kept timings are of these rows, on this machine. Drawing may go on with other threads."""
+    """Whether kept timings are of these rows, on this machine. A run may be resumed with other threads."""
     try:
         timed = {name: row["strategy_sha256"] for name, row in kept["rows"].items()}
         return (
