@@ -64,7 +64,9 @@ def test_every_setting_is_a_strategy(model: str) -> None:
         tough = [int(block) for block in text[1:].partition("-")[0].split("/")] if text[0] == "[" else []
         assert set(tough) == (set(report.tough_blocks) if tough else set())
         strategy = jf.Strategy.parse(text, report)
-        assert all(solver.guess == report.guess(block) for block, solver in enumerate(strategy.solvers))
+        for block, solver in enumerate(strategy.solvers):
+            assert solver.guess == report.guess(block)
+            assert solver.stopping.ebound == 1e-8  # the early stop of the paper's Algorithm 1
 
 
 def test_without_a_tough_block_plain_sweeps_are_left() -> None:

@@ -25,6 +25,7 @@ class Outside(ImageFlow):
     model_type, block_type = "outside", TarFlowBlock
     to_tokens, to_images = jf.TarFlow.to_tokens, jf.TarFlow.to_images
     patchify, unpatchify = jf.TarFlow.patchify, jf.TarFlow.unpatchify
+    config_type, config_from_options = jf.TarFlowConfig, jf.TarFlow.config_from_options
 
 
 def outside() -> Outside:

@@ -96,8 +96,9 @@ def copied(compared: SimpleNamespace, tmp_path: Path) -> Experiment:
     return replace(compared.of, out=Path(shutil.copytree(compared.out, tmp_path / "copied")))
 
 
-def draw_row(name: str, num: int = NUM, rate: float = 0.8) -> tuple[Tensor, float]:
+def draw_row(of: Experiment, name: str, num: int = NUM, rate: float = 0.8) -> tuple[Tensor, float]:
     """The images of a row of `compared`, drawn by the library's samplers, and the share that was solved again."""
+    plan = replace(jf.Strategy.load(of.out / "plans" / "auto-1e-2.json"), prediction=None)
     images, resolved, auto = [], 0, name.startswith("auto")
     size = 8 if auto else 4  # samples of a shard take turns in its batches, where they have fronts of their own
     for start in range(0, num, size):
@@ -108,9 +109,8 @@ def draw_row(name: str, num: int = NUM, rate: float = 0.8) -> tuple[Tensor, floa
             images.append(denoise(FLOW, found, labels, rate) if rate else found)
             continue
         drawn = jf.sample(
-            FLOW, latents=z, labels=labels, strategy={ORIGINAL: SEQUENTIAL, "auto:1e-2": "window:32"}.get(name, name),
-            tolerance=1e-2 if auto else None, guidance=GUIDANCE, denoise=rate, certify=auto, batch_size=4,
-            progress=False,
+            FLOW, latents=z, labels=labels, strategy=plan if auto else SEQUENTIAL if name == ORIGINAL else name,
+            guidance=GUIDANCE, denoise=rate, certify=auto, batch_size=4, progress=False,
         )  # fmt: skip
         images.append(drawn.images)
         resolved += drawn.resolved_sequentially
@@ -134,12 +134,12 @@ def stamps(out: Path) -> dict[str, int]:
 
 def test_rows_are_what_their_samples_say(compared: SimpleNamespace) -> None:
     assert [row.name for row in compared.rows] == list(NAMES)
-    exact, _ = draw_row(ORIGINAL)
+    exact, _ = draw_row(compared.of, ORIGINAL)
     original = on_disk(folder_of(compared.of, ORIGINAL))
     real = moments(features(REAL.numpy()))
     base = frechet(real, moments(features(original)))
     for row in compared.rows:
-        images, resolved = draw_row(row.name)
+        images, resolved = draw_row(compared.of, row.name)
         pixels = on_disk(folder_of(compared.of, row.name))
         assert np.array_equal(pixels, levels(images))
         distance = frechet(real, moments(features(pixels)))
@@ -164,10 +164,10 @@ def test_timings_are_of_the_first_batch(compared: SimpleNamespace) -> None:
     assert set(compared.timings["rows"]) == set(NAMES)
     assert (compared.timings["batch_size"], compared.timings["repeats"]) == (4, 1)
     assert compared.timings["denoise_seconds"] > 0
-    exact, _ = draw_row(ORIGINAL, 4, rate=0)
+    exact, _ = draw_row(compared.of, ORIGINAL, 4, rate=0)
     for name, found in compared.timings["rows"].items():
         assert found["min"] == found["median"] == found["max"] > 0
-        want = difference(draw_row(name, 4, rate=0)[0], exact)[0]
+        want = difference(draw_row(compared.of, name, 4, rate=0)[0], exact)[0]
         # The loop of the original code differs by rounding.
         assert found["error"] == pytest.approx(want, rel=1e-4) if name != ORIGINAL else 0 < found["error"] < 1e-4
     assert figures(compared.out / "timings.json") == compared.timings

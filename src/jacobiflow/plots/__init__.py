@@ -20,7 +20,6 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLo
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from jacobiflow.baselines import SEQUENTIAL
 from jacobiflow.calibration import Report
 from jacobiflow.data import quantize
 from jacobiflow.experiments.quality import WITHIN, Row
@@ -148,7 +147,8 @@ def bench_figure(comparisons: Sequence[Comparison]) -> Figure:
     columns = 2 if len(comparisons) == 4 else min(len(comparisons), 3)
     lines = -(-len(comparisons) // columns)
     names = list(dict.fromkeys(row.strategy for comparison in comparisons for row in comparison.others))
-    styles = {ENCODING_PASS: ":", SEQUENTIAL: "--", comparisons[0].original: "-."}
+    lines_of = (ENCODING_PASS, *reversed(comparisons[0].baselines))
+    styles = dict(zip(lines_of, (":", "--", "-."), strict=False))
     captions = [textwrap.fill(name.replace("$", r"\$"), 28) for name in (*styles, *names)]
     legend = 0.3 + 0.2 * sum(caption.count("\n") + 1 for caption in captions)  # inches
     figure = Figure(figsize=(3.6 * columns + 2.4, max(3.6 * lines, legend)), layout="constrained")
