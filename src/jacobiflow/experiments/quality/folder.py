@@ -101,7 +101,7 @@ def _check_ours(out: Path, rows: list[SampleFolder], overwrite: bool) -> None:
 
 def _check_same(experiment: Experiment, settings: dict[str, Any], rows: Iterable[SampleFolder]) -> None:
     """**Raises** `ValueError` that names a setting, or a row's labels, in which the folder differs."""
-    remedy = "give another folder, or overwrite=True to lose them"
+    remedy = "give another folder, or overwrite=True to replace them"
     held = read_object(experiment.out / SETTINGS) or {}
     for name, value in settings.items():
         if held.get(name) != value:
