@@ -281,7 +281,7 @@ def test_auto_keeps_its_plan(copied: Experiment) -> None:
     plan.save(copied.out / "plans" / "auto-1e-2.json")
     begin(copied)
     assert copied.strategy("auto:1e-2") == plan
-    with pytest.raises(ValueError, match="holds samples of .*strategy"):
+    with pytest.raises(ValueError, match=r"holds samples of .*strategy"):
         silent(copied, "auto:1e-2", NUM)
 
 
