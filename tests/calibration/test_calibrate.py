@@ -1,0 +1,301 @@
+"""`calibrate`: metrics, sweeps and error matrices of small float64 flows, recomputed from the oracle's parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from calibration_problems import (
+    GUESSES,
+    dense_gamma,
+    errors_of,
+    fresh_latents,
+    guide_of,
+    linear_flow,
+    oracle_of,
+    randn,
+    runs_of,
+    way_back,
+)
+from problems import make_flow, make_maf
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.calibration import Metrics, Report, Settings, Trace
+from jacobiflow.calibration.convergence import TOLERANCES
+from jacobiflow.data import Noise, add_noise, digits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CHOSEN = torch.tensor([0, 3])  # of 7 images, the two that are traced: evenly spaced
+CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "colours": (make_flow, {"image_size": 6, "in_channels": 3}, {"norm": 1, "segments": 9}),
+    "classes": (make_flow, {"num_classes": 3}, {"norm": "fro", "segments": 3, "labels": True}),
+    "tough": (linear_flow, {"slopes": [0.15, 0.15, 2.0, 0.15, 0.15], "nvp": False}, {"segments": 4}),
+    "guided": (make_flow, {"image_size": 6, "num_classes": 2}, {
+        "segments": 4, "labels": True, "guidance": jf.Guidance(1.5, True, "both", 0.8)}),
+    "guided shift": (make_flow, {"image_size": 6}, {"segments": 1, "guidance": jf.Guidance(1.0, False, "shift", 0.6)}),
+    "MAF": (make_maf, {}, {"segments": 2, "labels": True}),
+}  # fmt: skip
+
+
+def images_of(flow: Any) -> Tensor:
+    config = flow.config
+    return randn(7, config.in_channels, config.image_size, config.image_size, seed=2).tanh()
+
+
+class Case:
+    """A flow, its report, and what the oracle says of both."""
+
+    def __init__(self, name: str) -> None:
+        make, config, settings = CASES[name]
+        self.flow, self.guidance = make(**config), settings.get("guidance")
+        self.images, self.labels = images_of(self.flow), None
+        if settings.get("labels"):  # all classes, and some images without one
+            self.labels = torch.tensor([-1, 1, 0, 0, 1, -1, self.flow.config.num_classes - 1])
+        defaults = {"norm": 2, "traced": 2, "per_class": self.labels is not None, "batch_size": 4}
+        self.settings = defaults | settings | {"labels": self.labels}
+        self.reference = oracle_of(self.flow)
+        self.report = self.calibrate()
+
+    def calibrate(self, images: Any = None, **changed: Any) -> Report:
+        return jf.calibrate(self.flow, self.images if images is None else images, **self.settings | changed)
+
+    def walk(self, rows: Any = slice(None)) -> Iterator[tuple[oracle.Map, Tensor, Tensor, Tensor, Tensor]]:
+        """Per block its map, X*, its latent, scale and shift there: guided, but the images go on unguided."""
+        labels, x = None if self.labels is None else self.labels[rows], self.flow.to_tokens(self.images[rows])[0]
+
+        def g(x: Tensor, i: int, z: Tensor, guide: oracle.Guide | None) -> Tensor:
+            return self.reference.g(i, x, z, labels, guide)
+
+        def affine(x: Tensor, i: int, guide: oracle.Guide | None) -> tuple[Tensor, Tensor]:
+            shift = g(x, i, torch.zeros_like(x), guide)
+            return g(x, i, torch.ones_like(x), guide) - shift, shift
+
+        for i in range(self.reference.num_blocks):
+            x = self.reference.flip(i, x)
+            scale, shift = affine(x, i, guide := guide_of(self.guidance))
+            z = (x - shift) / scale
+            yield partial(g, i=i, z=z, guide=guide), x, z, scale, shift
+            scale, shift = affine(x, i, None)
+            x = self.reference.flip(i, (x - shift) / scale)
+
+    def weights(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """W_s, 0 in a volume-preserving flow, and W_u."""
+        if isinstance(self.reference, oracle.MAFOracle):
+            weight = self.reference.weights[f"blocks.{i}.layers.{self.reference.layers}.weight"].numpy()
+            return weight[0::2], weight[1::2]
+        weight, size = self.reference.state[f"blocks.{i}.proj_out.weight"].numpy(), self.flow.config.token_channels
+        return (weight[:size], weight[size:]) if self.reference.nvp else (np.zeros_like(weight), weight)
+
+    def guess(self, i: int, name: str, z: Tensor) -> Tensor:
+        mean = self.report.mean_affine[i]
+        zeros = torch.cat((z[:, :1], torch.zeros_like(z[:, 1:])), dim=1)
+        return {"latent": z, "zeros": zeros, "mean_affine": mean.log_scale.double().exp() * z + mean.shift}[name]
+
+    def metrics(self, rows: Any, norm: Any, count: int = 1) -> list[Any]:
+        """Per block and segment, IGM of each guess and the components of CRM."""
+        found = []
+        for i, (g, x, z, scale, _) in enumerate(self.walk(rows)):
+            for run in runs_of(x.shape[1], count):
+                first = {name: errors_of(g, x, self.guess(i, name, z), run, 1)[1].mean(dim=0) for name in GUESSES}
+                igm = {name: np.linalg.norm(matrix.numpy(), norm) for name, matrix in first.items()}
+                scaled = (x / scale).mean(dim=0)[run].numpy()
+                found.append((igm, [np.linalg.norm(matrix, norm) for matrix in (scaled, *self.weights(i))]))
+        return found
+
+    def assert_solution(self, i: int, start: Any, g: oracle.Map, x: Tensor, z: Tensor) -> None:
+        """What the report says of block i from `start` is that of the map g, its solution and latent."""
+        for name in GUESSES:
+            errors = errors_of(g, x, self.guess(i, name, z), slice(0, x.shape[1]))
+            assert_trace(self.report.traces[start][i][name], errors)
+        if start == "images" or self.guidance:
+            norms = [np.linalg.norm(gamma, 2) for gamma in dense_gamma(g, x)]
+            assert self.report.gamma[i] == pytest.approx(norms, rel=0.03)
+
+
+def assert_metrics(metrics: Metrics, expected: list[Any]) -> None:
+    assert len(metrics.igm) == len(expected)
+    for igm, (row, _) in zip(metrics.igm, expected, strict=True):
+        assert igm == pytest.approx(row, rel=1e-8, abs=1e-12)  # absolute: one sweep may make a token exact
+    assert metrics.components is not None
+    assert np.array(metrics.components) == pytest.approx(np.array([parts for _, parts in expected]), rel=1e-9)
+
+
+def assert_trace(trace: Trace, errors: Tensor) -> None:
+    """`trace` is of these errors, up to where all of them are rounding."""
+    curve, length = errors.abs().amax(dim=(2, 3)), len(trace.largest)
+    assert trace.largest == pytest.approx(curve[:length].amax(dim=1).tolist(), rel=1e-6, abs=1e-6)
+    assert trace.median == pytest.approx(curve[:length].median(dim=1).values.tolist(), rel=1e-6, abs=1e-6)
+    assert curve[length - 1].max() <= 1e-5 or length == len(curve)
+    for tolerance in TOLERANCES:
+        needed = (next(k for k in range(len(curve)) if (row[k:] <= tolerance).all()) for row in curve.T)
+        assert trace.sweeps[tolerance] == tuple(needed)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(request.param)
+
+
+@pytest.fixture(scope="module")
+def classes() -> Case:
+    return Case("classes")
+
+
+def test_igm_crm_and_mean_parameters(case: Case) -> None:
+    """In every norm; of segments, those before being solved; of a class's images, with the guess of all images."""
+    report, everything, norm, count = case.report, slice(None), case.settings["norm"], case.settings["segments"]
+    for each in (2, "fro", 1):
+        assert_metrics(report.metrics[each], case.metrics(everything, each))
+    segments = case.metrics(everything, norm, count)
+    for i, (_, _, _, scale, shift) in enumerate(case.walk()):
+        assert_metrics(report.segment_metrics[i], segments[i * count : (i + 1) * count])
+        assert report.mean_affine[i].log_scale.double().allclose(scale.log().mean(dim=0), 1e-6, 1e-6)
+        assert report.mean_affine[i].shift.double().allclose(shift.mean(dim=0), 1e-6, 1e-6)
+    assert list(report.class_metrics) == ([] if case.labels is None else sorted(set(case.labels.tolist())))
+    for label, metrics in report.class_metrics.items():
+        assert_metrics(metrics, case.metrics((case.labels == label).nonzero()[:, 0], norm))
+    assert report.settings == Settings(7, case.labels is not None, norm, case.guidance, count, 2, 0)
+
+
+def test_sweeps_from_noise_are_of_fresh_latents_under_the_labels_of_the_traced_images(case: Case) -> None:
+    """Tough blocks have those of segments too: of one, of as many as asked for, of powers of two."""
+    report, tokens = case.report, fresh_latents(case.flow, 2) * case.flow.var.sqrt()
+    assert tuple(report.segment_traces) == report.tough_blocks
+    labels = None if case.labels is None else case.labels[CHOSEN]
+    for i, p in enumerate(way_back(case.flow, tokens, labels, case.guidance)):
+        case.assert_solution(i, "noise", p.g, p.answer, p.z)
+        for count, traces in report.segment_traces.get(i, {}).items():
+            for trace, run in zip(traces, runs_of(p.length, count), strict=True):
+                assert_trace(trace, errors_of(p.g, p.answer, case.guess(i, report.best_guess(i), p.z), run))
+    if report.tough_blocks:
+        assert {i: list(traces) for i, traces in report.segment_traces.items()} == {2: [1, 2, 4]}
+
+
+def test_sweeps_from_images_are_of_evenly_spaced_ones(case: Case) -> None:
+    if case.guidance:
+        assert list(case.report.traces) == ["noise"]
+        return
+    for i, (g, x, z, _, _) in enumerate(case.walk(CHOSEN)):
+        case.assert_solution(i, "images", g, x, z)
+
+
+def test_an_identity_needs_no_sweep_and_crm_may_be_undefined() -> None:
+    """One sweep from a wrong guess. A block without a linear output layer leaves CRM undefined for all."""
+    flow = linear_flow([0.0, 0.0], num_classes=2)
+    report = jf.calibrate(flow, images_of(flow), torch.tensor([0, 1, 1, -1, 0, 0, 0]), traced=2)
+    assert report.crm == report.crm_percent == (0.0, 0.0)
+    assert (report.tough_blocks, report.segment_traces, report.gamma) == ((), {}, ((0.0, 0.0),) * 2)
+    assert report.mean_sweeps("noise", 1e-3) == report.mean_sweeps("images", 1e-3, "latent") == (0.0, 0.0)
+    assert report.slowest_sweeps("noise", 1e-3, "zeros") == (1, 1)
+    block: Any = flow.blocks[1]
+    block.output_weights = lambda: None
+    undefined = jf.calibrate(flow, images_of(flow), torch.tensor([0, 1, 1, -1, 0, 0, 0]), traced=2)
+    assert (undefined.components, undefined.igm, undefined.traces) == (None, report.igm, report.traces)
+    assert Report.from_json(undefined.to_json()) == undefined
+
+
+def test_batches_and_seeds(classes: Case) -> None:
+    """Batches change rounding only, and images may be on disk. A seed changes the noise, a weight of 0 nothing."""
+    sizes = []
+
+    class OnDisk:
+        __len__ = classes.images.__len__
+
+        def __getitem__(self, index: Tensor) -> Tensor:
+            sizes.append(len(index))
+            return classes.images[index]
+
+    a, b, other = classes.report, classes.calibrate(OnDisk(), batch_size=1), classes.calibrate(seed=1)
+    assert set(sizes) == {1}
+    assert b.crm == pytest.approx(a.crm, rel=1e-9)
+    assert [t["zeros"].sweeps for t in b.traces["noise"]] == [t["zeros"].sweeps for t in a.traces["noise"]]
+    assert np.array(b.gamma) == pytest.approx(np.array(a.gamma), rel=0.03)
+    assert classes.calibrate(classes.images.numpy()) == a
+    assert (other.metrics, other.traces["images"]) == (a.metrics, a.traces["images"])
+    assert other.traces["noise"] != a.traces["noise"]
+    assert classes.calibrate(guidance=jf.Guidance(0.0)).metrics == a.metrics
+    drawn = jf.sample(classes.flow, 64, seed=0, strategy="jacobi", certify=False, progress=False).latents.double()
+    assert torch.cdist(fresh_latents(classes.flow, 8).flatten(1), drawn.flatten(1)).min() > 0.1
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_calibrating_changes_nothing_else_in_any_mode_of_autograd(classes: Case, mode: Callable[[], Any]) -> None:
+    flow, images = copy.deepcopy(classes.flow).train().requires_grad_(True), classes.images.clone().requires_grad_()
+    state, numpy_state = torch.get_rng_state(), repr(np.random.get_state())
+    with mode():
+        assert jf.calibrate(flow, images, **classes.settings) == classes.report
+    assert torch.equal(images, classes.images)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (flow.training, repr(np.random.get_state())) == (True, numpy_state)
+    assert all(torch.equal(value, classes.flow.state_dict()[name]) for name, value in flow.state_dict().items())
+    assert all(tensor.grad is None for tensor in (images, *flow.parameters()))
+    (-flow.log_prob(images, classes.labels).mean()).backward()  # nothing of inference mode was kept
+
+
+def test_bfloat16_weights_give_nearly_the_same_metrics(classes: Case) -> None:
+    report = jf.calibrate(copy.deepcopy(classes.flow).bfloat16(), classes.images.float(), **classes.settings)
+    assert report.crm == pytest.approx(classes.report.crm, rel=0.1)
+    assert np.array(report.gamma) == pytest.approx(np.array(classes.report.gamma), rel=0.1)
+
+
+FLOW = make_flow(num_classes=3)
+IMAGES = images_of(FLOW)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"images": IMAGES[:, :, :, :7]}, r"images: torch.float64 of shape \(4, 1, 8, 7\).*\(N, 1, 8, 8\)"),
+        ({"images": [1, 2]}, "images of type list: give a tensor"),
+        ({"images": IMAGES / (torch.arange(7) != 5).view(-1, 1, 1, 1)}, "images: number 5 holds a NaN or an infinity"),
+        ({"labels": torch.arange(7)}, "label 6: this flow has classes 0 to 2"),
+        ({"labels": torch.tensor([0, 1, 2])}, r"labels of shape \(3,\).*give 7 whole numbers"),
+        ({"labels": [0] * 7}, "labels of type list"),
+        ({"norm": "2"}, "norm='2': give 2, 'fro' or 1"),
+        ({"guidance": 1.5}, "guidance=1.5: give a Guidance"),
+        ({"guidance": jf.Guidance(1e200), "labels": torch.arange(7) % 3}, "parameters of block 0 overflow"),
+        ({"segments": 17}, "count=17.*only 16 tokens"),
+        ({"traced": 1, "chord": True}, "traced=1: give at least 2"),
+        ({"batch_size": 1.5}, "batch_size=1.5: give a positive whole number"),
+        ({"per_class": True}, "per_class: give the labels"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+    ids=range(14),
+)
+def test_what_does_not_fit_is_refused_by_name(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        jf.calibrate(FLOW, **{"images": IMAGES, "batch_size": 4, "traced": 1, "segments": 2, **changed})
+
+
+@pytest.mark.parametrize("i", [0, 1])
+def test_what_overflows_in_encoding_or_in_the_exact_inverse_is_refused(i: int) -> None:
+    flow = linear_flow([0.1, 0.1])
+    with torch.no_grad():
+        flow.blocks[i].proj_out.weight[0, 0] = -5000
+    with pytest.raises(ValueError, match=f"images overflow in block {i} when they are encoded"):
+        jf.calibrate(flow, torch.ones(2, 1, 3, 3).double())
+    with pytest.raises(ValueError, match=f"of 2 fresh latents overflow in the exact inverse of block {i}; lower"):
+        jf.calibrate(flow, torch.full((2, 1, 3, 3), 0.01).double())
+
+
+def test_real_weights_and_images() -> None:
+    """16 digits say much the same as the 512 of the bundled report; Figure 5 of the paper beside Figure 2."""
+    flow, (images, labels) = jf.load("digits-p1"), digits().batch(slice(0, 16))
+    images = add_noise(images, Noise("gaussian", 0.1), torch.Generator().manual_seed(0))
+    assert flow.report_file is not None
+    report, bundled = jf.calibrate(flow, images, labels, traced=2, progress=False), Report.load(flow.report_file)
+    assert report.tough_blocks == bundled.tough_blocks
+    assert report.crm == pytest.approx(bundled.crm, rel=0.15)
+    sweeps = report.mean_sweeps("noise", 1e-3)
+    assert sweeps[3] == max(sweeps) > 1.5 * min(sweeps)
+    whole, eighths = (report.segment_traces[3][count] for count in (1, 8))
+    assert np.mean([trace.slowest(1e-3) for trace in eighths]) < 0.75 * (whole[0].slowest(1e-3) or 0)
+    report.check(flow)
