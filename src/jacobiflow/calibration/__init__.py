@@ -1,4 +1,4 @@
-"""What a flow is like to invert: metrics, measured sweeps, and the report that holds them."""
+"""How hard each block of a flow is to invert: metrics, measured sweeps, and a report of them."""
 
 from jacobiflow.calibration.calibrate import calibrate
 from jacobiflow.calibration.convergence import Trace, distances

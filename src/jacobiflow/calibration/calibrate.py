@@ -1,4 +1,4 @@
-"""Calibrate a flow: its metrics over images, and the sweeps that it really takes."""
+"""`calibrate`: the metrics of a flow over images, and the sweeps that its blocks take."""
 
 from __future__ import annotations
 
@@ -41,24 +41,25 @@ def calibrate(
     """Measure which blocks of `flow` are tough, where to start in each, and how long to sweep.
 
     Per block, over the images: IGM = |g(X^(0)) - X*| for each guess (eq. 4 of the paper) and CRM = |Sigma^-1 X| |W_s| +
-    |W_u| (eq. 5), norms of (T, C) matrices that are means over the images. Beside them the truth that they stand for,
-    on `traced` samples: the distance to the solution sweep by sweep, and the norm of the error matrix (Appendix A).
+    |W_u| (eq. 5), norms of (T, C) matrices that are means over the images. And what these predict, measured on `traced`
+    samples: the distance to the solution sweep by sweep, and the norm of the error matrix (Appendix A).
 
     **Arguments:**
 
-    - `images`: (N, C, H, W), two or more, such as the flow was trained on, its noise included; a tensor, or anything
-        with a length that an index tensor reads. `batch_size` of them are read at a time.
+    - `images`: (N, C, H, W), two or more, like those that the flow was trained on, with the same noise: a tensor, a
+        NumPy array, or anything with a length that a tensor of indices can index. `batch_size` are read at a time.
     - `labels`: (N,) their classes; `None`, or a label below 0, takes the unconditional row.
-    - `norm`: the one of `report.igm` and `report.crm`: 2, "fro" or 1. `report.metrics` has them all.
-    - `guidance`: the guidance that is to be sampled with. The map, its parameters and hence the metrics are then the
-        guided ones, at the images' own tokens; sweeps are measured from fresh noise only.
-    - `segments`: into how many segments blocks are cut for the metrics per segment.
+    - `norm`: that of `report.igm` and `report.crm`: 2, "fro" or 1. `report.metrics` has all three.
+    - `guidance`: the guidance to sample with. The map, its parameters and so the metrics are then the guided ones, at
+        the images' own tokens; sweeps are measured from fresh noise only.
+    - `segments`: how many segments a block is cut into for the metrics per segment.
     - `traced`: samples whose sweeps are measured: as many of the images, evenly spaced, and as many fresh latents under
         their labels.
     - `per_class`: also measure the metrics over the images of each class alone (Appendix E).
     - `chord`: also fit a guess and a chord correction to every block, and count the sweeps that they take, for
-        `jacobiflow.plan`: `report.tuning`, by `jacobiflow.tune` on `traced` fresh latents.
-    - `seed`: fixes the fresh latents, which are none of those that `jacobiflow.sample` draws.
+        `jacobiflow.plan`: `report.tuning`, by `jacobiflow.tune` on `traced` fresh latents (of all classes, where
+        `labels` is `None`).
+    - `seed`: fixes the fresh latents. `jacobiflow.sample` never draws the same ones.
     - `progress`: show bars on a terminal.
 
     **Raises:** `ValueError` for images, labels or settings that do not fit the flow, and where a fresh latent overflows

@@ -1,4 +1,4 @@
-"""The measured truth beside the metrics: how far plain sweeps are from the solution, sweep by sweep."""
+"""How far plain sweeps are from the solution, sweep by sweep."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 class Trace:
     """Distance to X*, the largest |X^(k) - X*| over tokens and channels, after k = 0, 1, ... plain sweeps.
 
-    **Attributes:** `median` and `largest`, of the samples' distances, entry k after k sweeps; `sweeps`, for each of
-    `TOLERANCES` and each sample the number of sweeps after which the distance stays within it, or `None` where
-    rounding keeps it above.
+    **Attributes:** `median` and `largest` of the samples' distances, entry k after k sweeps; `sweeps`, for each of
+    `TOLERANCES`, how many sweeps each sample takes until its distance stays within it, or `None` where rounding keeps
+    the distance above.
     """
 
     median: tuple[float, ...]
@@ -30,7 +30,7 @@ class Trace:
     sweeps: Mapping[float, tuple[int | None, ...]]
 
     def slowest(self, tolerance: float) -> int | None:
-        """Sweeps of the slowest sample, `None` where one does not get there. **Raises** as `reach` does."""
+        """The sweeps of the slowest sample; `None` where a sample stays above. **Raises** as `reach` does."""
         counts = self.reach(tolerance)
         return None if None in counts else max(count for count in counts if count is not None)
 
@@ -42,7 +42,7 @@ class Trace:
 
     @classmethod
     def of(cls, distances: Float[Tensor, "k b"]) -> Trace:
-        """What `distances`, sweeps by samples, amount to."""
+        """The trace of `distances`: a row for each number of sweeps, a column for each sample."""
         return cls(
             median=tuple(distances.median(dim=1).values.tolist()),
             largest=tuple(distances.amax(dim=1).tolist()),
@@ -57,10 +57,10 @@ def distances(
     """Per segment, the largest |X^(k) - X*| of each sample after k = 0, 1, ... plain sweeps of the segment's tokens.
 
     `x` is X*, the solution at `z`. Each of the `count` segments starts from the guess, those before it being solved
-    (Figure 5 of the paper; one segment is Figure 2). It ends where a sweep changes nothing any more, no sooner, for an
-    error may grow again before it dies; at the latest after as many sweeps as the segment has tokens, which make it
-    exact (Proposition 1). As in `solve`, a token that overflows goes back to the guess; the distance after such a sweep
-    is infinite.
+    (Figure 5 of the paper; one segment is Figure 2). It ends where a sweep changes nothing any more, and no sooner,
+    because an error may grow again before it dies; at the latest after as many sweeps as the segment has tokens, which
+    make it exact (Proposition 1). As in `solve`, a token that overflows is set back to the guess; the distance after
+    such a sweep is infinite.
     """
     curves = []
     with no_gradients(block):

@@ -73,7 +73,8 @@ def tough_blocks(crm: Sequence[float], dominance: float = DOMINANCE) -> tuple[in
     The block with the largest CRM is taken out, again and again, while its share of the sum over the blocks that remain
     is above `dominance`: by default a third, where it weighs half as much as all others together. The paper gives no
     number; any between 0.33 and 0.41 picks the blocks that it picks from its Table 2. Of one or two remaining blocks
-    none dominates: the larger one's share is above 0.5 whatever they are.
+    none dominates: the larger one's share is at least 0.5 whatever they are. (Of three, it is more than a third unless
+    they are equal: in a flow of three or four blocks the rule says little.)
     """
     remaining = dict(enumerate(crm))
     tough = []
@@ -127,14 +128,14 @@ def initial_residual(
 
 
 class RunningMean:
-    """The mean over the batch of tensors that come in batches, in float64."""
+    """The mean, in float64, over rows that come in batches."""
 
     def __init__(self) -> None:
         self._count = 0
         self._total: Tensor | None = None
 
     def add(self, values: Tensor) -> None:
-        """Take in the rows of `values`."""
+        """Add the rows of `values`."""
         total = values.double().sum(dim=0)
         self._total = total if self._total is None else self._total + total
         self._count += len(values)

@@ -1,4 +1,4 @@
-"""Passes over calibration images: mean parameters, metrics, solutions of the blocks, and how sweeps get there."""
+"""Passes over calibration images: mean parameters, metrics, solutions of the blocks, and sweeps towards them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _GAMMA_SAMPLES = 8  # each costs some fifty backward passes a block
 
 
 class Images(Protocol):
-    """Images that an index tensor reads: a tensor (N, C, H, W), or a data set on disk."""
+    """Images that a tensor of indices can index: a tensor (N, C, H, W), or a data set on disk."""
 
     def __len__(self) -> int: ...
 
@@ -53,7 +53,7 @@ class BlockSolution(NamedTuple):
 
 @dataclass(frozen=True)
 class Passes:
-    """Images in batches, and what passes over them give. `blocks` are those of the flow, guided where that is asked."""
+    """Images in batches, and what passes over them give. `blocks` are the flow's, under guidance where that is on."""
 
     flow: ImageFlow
     blocks: Sequence[AffineBlock]
@@ -159,7 +159,7 @@ class Passes:
                 images = torch.as_tensor(rows).detach()
             except TypeError as error:
                 raise ValueError(
-                    f"images of type {type(self.images).__name__}: give a tensor, or what an index tensor reads"
+                    f"images of type {type(self.images).__name__}: give a tensor, or what a tensor can index"
                 ) from error
             self.flow.check_images(images)
             wrong = ~torch.isfinite(images).all(dim=(1, 2, 3))
@@ -170,7 +170,7 @@ class Passes:
             yield tokens, labels
 
     def _walk(self, x: Tensor, labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Per block in encoding order, its solution X* and there its parameters, guided; X* goes on unguided."""
+        """Per block in encoding order, X* and the guided parameters at it; the images are encoded without guidance."""
         for step in self.flow.walk(x, labels, lambda i, x: _affine(self.flow.blocks[i], x, labels)):
             if not torch.isfinite(step.z).all():
                 raise ValueError(f"images overflow in block {step.block} when they are encoded; are they in [-1, 1]?")

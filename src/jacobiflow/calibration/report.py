@@ -71,12 +71,12 @@ class Report:
     - `segment_metrics`: per block, the metrics of its `settings.segments` segments.
     - `class_metrics`: per class of the images, the metrics over its images alone; empty unless asked for.
     - `mean_affine`: per block the calibrated guess.
-    - `traces`: from "images" (latents that encode them) and "noise" (fresh latents), per block, for each guess the
-        distance to the solution sweep by sweep. Under guidance only "noise".
+    - `traces`: from "images" (the latents that encode them) and from "noise" (fresh latents), per block and guess the
+        distance to the solution sweep by sweep. Under guidance from "noise" only.
     - `segment_traces`: for each tough block and each number of segments tried, a trace per segment: from fresh noise
         and the block's best guess, the segments before it being solved.
-    - `gamma`: per block, the spectral norms of the error matrix at the solutions of the first eight samples traced: of
-        images, under guidance of fresh noise.
+    - `gamma`: per block, the spectral norm of the error matrix at the solution of each of the first eight traced
+        images, or under guidance of the first eight fresh latents.
     - `tuning`: what `jacobiflow.plan` needs, see `jacobiflow.calibration.tune`; `None` unless asked for.
 
     **Raises** `ValueError` where the parts are not of equally many blocks, or one that the settings name is missing.

@@ -43,14 +43,16 @@ class TuneSettings:
     **Attributes:**
 
     - `tolerances`: a planner chooses among them, and takes the geometric means of neighbours.
-    - `typical`: of them, the one at which guesses and corrections are compared, and errors are followed to the image.
-    - `fit`: whether guesses and corrections are fitted; without, every block has `Latent` and `Plain`.
-    - `partitions`: those that are tried; `None` for the candidates of all that are registered.
-    - `fine`: numbers of sweeps that are tried without a tolerance.
-    - `coarse`: numbers of sweeps in bfloat16 before them; its rounding leaves nothing for more of them to find.
-    - `fine_after_coarse`: numbers of sweeps that are tried after those.
-    - `coarse_to_tolerance`: numbers of sweeps in bfloat16 before sweeps to a tolerance.
-    - `coarse_from`: smallest share of the tokens in a run for which these are tried; they save small runs little.
+    - `typical`: the tolerance at which guesses and corrections are compared, and errors are followed to the image.
+    - `fit`: whether guesses and corrections are fitted; otherwise every block has `Latent` and `Plain`.
+    - `partitions`: those to try; `None` for the candidates of all that are registered.
+    - `fine`: numbers of sweeps to try without a tolerance.
+    - `coarse`: numbers of sweeps in bfloat16 to try; more of them change nothing but its rounding.
+    - `fine_after_coarse`: numbers of sweeps to try after each of those.
+    - `coarse_to_tolerance`: numbers of sweeps in bfloat16 to try before sweeps to a tolerance.
+    - `coarse_from`: the least share of the tokens in a run for which these are tried; a small run gains little.
+
+    **Raises** `ValueError` where there is no tolerance or no partition.
     """
 
     tolerances: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
@@ -82,9 +84,9 @@ def tune(
     **Arguments:**
 
     - `labels`: classes, taken in turn; `None` takes all classes in turn, where the flow has any.
-    - `guidance`: the guidance that is to be sampled with.
+    - `guidance`: the guidance to sample with.
     - `samples`: how many latents; `batch_size` of them are in the network at a time.
-    - `seed`: fixes them; they are none of those that `jacobiflow.sample` draws.
+    - `seed`: fixes them. `jacobiflow.sample` never draws the same ones.
     - `settings`: what is tried.
 
     **Raises** `ValueError` for arguments that do not fit, and where a latent overflows in the exact inverse.

@@ -56,8 +56,8 @@ class BlockTuning:
     """The `guess` and `correction` fitted to a block, what `runs` with them took, and its `amplification`.
 
     `counted` are runs of given numbers of sweeps, without coarse ones where the block has no bfloat16 network.
-    Amplification is the largest error of an image over the largest error of the block's solution that caused it, all
-    later blocks being solved exactly.
+    Amplification is the largest error of the final tokens over the largest error of this block's solution that caused
+    it, all later blocks being solved exactly.
     """
 
     guess: Guess
