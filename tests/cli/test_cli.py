@@ -1057,7 +1057,7 @@ def test_an_exhausted_memory_is_one_line(run: Any, tmp_path: Path, monkeypatch: 
     def exhausted(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(importlib.import_module("jacobiflow.storage.generate"), "sample", exhausted)
+    monkeypatch.setattr(importlib.import_module("jacobiflow.storage.sample"), "sample", exhausted)
     result = run(f"{SAMPLE} --out {tmp_path}")
     assert (result.code, result.out, result.err) == (2, "", "error: out of memory; give a smaller --batch-size\n")
 
@@ -1073,7 +1073,7 @@ def test_an_interruption_is_exit_130_and_the_same_command_goes_on(
     line = f"sample --model model --num 2 --strategy jacobi-1 --out {tmp_path}"
     before = files()
     with monkeypatch.context() as patch:
-        patch.setattr(importlib.import_module("jacobiflow.storage.generate"), "sample", interrupted)
+        patch.setattr(importlib.import_module("jacobiflow.storage.sample"), "sample", interrupted)
         result = run(line)
     assert (result.code, result.out, result.err) == (130, "", "interrupted\n")
     assert files() == before

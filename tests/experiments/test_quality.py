@@ -59,7 +59,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 Array = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
 
-GENERATE: Any = importlib.import_module("jacobiflow.storage.generate")
+GENERATE: Any = importlib.import_module("jacobiflow.storage.sample")
 COMPARISON: Any = importlib.import_module("jacobiflow.experiments.quality")
 EVALUATION: Any = importlib.import_module("jacobiflow.cli.evaluate")
 COMPARE: Any = importlib.import_module("jacobiflow.cli.compare")
@@ -1085,7 +1085,7 @@ def test_a_strategys_file_that_was_changed_is_not_overlooked(run: Any, tmp_path:
     jf.Strategy.uniform(sweeps(16), 2).save(path)
     result = run(line)
     assert result.code == 2
-    assert re.fullmatch(r"error: \S+: holds samples of strategy_sha256 [^\n]+\n", result.err)
+    assert re.fullmatch(r"error: \S+: holds samples of another strategy of this name[^\n]+\n", result.err)
     assert stamps(tmp_path / "out") == before
 
 

@@ -1,4 +1,4 @@
-"""The application, and how its errors reach the user: one line and exit 2."""
+"""The application, and how errors reach the user: one line, in the command line's words, and exit 2."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 import typer
+from typer.core import TyperGroup
 from typer.exceptions import TyperException
+from typer.main import get_command
 
 from jacobiflow.cli import bench, calibrate, compare, convert, evaluate, info, plan, sample, trace, train
+from jacobiflow.cli.words import in_options
 from jacobiflow.storage import FirstProcessFailed
 
 app = typer.Typer(
@@ -42,12 +45,12 @@ def main(arguments: list[str] | None = None) -> None:
             raise KeyboardInterrupt
     except TyperException as error:
         context = getattr(error, "ctx", None)
-        mend = "" if context is None else f"; see {context.command_path} --help"
-        _fail(error.format_message().rstrip(".") + mend)
+        remedy = "" if context is None else f"; see {context.command_path} --help"
+        _fail(error.format_message().rstrip(".") + remedy)
     except FirstProcessFailed:
         sys.exit(_BAD_INPUT)  # the first process says why
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        _fail(_in_options(str(error)))
     except (MemoryError, torch.OutOfMemoryError):
         _fail("out of memory; give a smaller --batch-size")
     except (typer.Abort, KeyboardInterrupt):
@@ -61,4 +64,10 @@ def _fail(message: str) -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {_in_options(str(message))}", file=sys.stderr)
+
+
+def _in_options(message: str) -> str:
+    commands = get_command(app)
+    assert isinstance(commands, TyperGroup)  # as it has several
+    return in_options(message, commands)

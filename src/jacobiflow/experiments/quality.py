@@ -34,8 +34,17 @@ from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import Timing, interleave, machine, paired_error
 from jacobiflow.sampling import sample
 from jacobiflow.solvers import Tolerance
-from jacobiflow.storage import MANIFEST, Draw, Drawn, Manifest, Processes, SampleFolder, draw_by_strategy, generate
-from jacobiflow.storage.folder import labels_sha256
+from jacobiflow.storage import (
+    MANIFEST,
+    Draw,
+    Drawn,
+    Manifest,
+    Processes,
+    SampleFolder,
+    draw_by_strategy,
+    generate,
+    labels_sha256,
+)
 from jacobiflow.strategy import Strategy, choose, is_auto
 from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
 
