@@ -17,8 +17,9 @@ from torch import Tensor
 from jacobiflow.denoising import check_rate
 from jacobiflow.denoising import denoise as denoise_images
 from jacobiflow.flows.base import AffineBlock
-from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.image_flow import ImageFlow, state_dtype
 from jacobiflow.guidance import Guidance, guided
+from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.latents import draw_latents
 from jacobiflow.solvers import Solution, Status, solve_certified
 from jacobiflow.strategy import Strategy, choose
@@ -155,7 +156,7 @@ def sample(
     say = console.print if shown else lambda text: None
     plan = choose(flow, strategy, min(slots, len(latents)), tolerance=tolerance, guidance=guidance, say=say)
     blocks = [guided(block, guidance) for block in flow.blocks]
-    latents = latents.to(flow.var.device, torch.float64 if flow.var.dtype == torch.float64 else torch.float32)
+    latents = latents.to(flow.var.device, state_dtype(flow))
     labels = None if labels is None else labels.to(flow.var.device)
     groups = list(_spans(len(latents), slots * _GROUP))
 
@@ -224,23 +225,30 @@ def _solve_group(
     flow: ImageFlow, blocks: list[AffineBlock], plan: Strategy, latents: Tensor, labels: Tensor | None, certify: bool,
     slots: int, return_trace: bool, advance: Callable[[], None],
 ) -> _Group:  # fmt: skip
-    x = latents * flow.var.sqrt().to(latents.dtype)
+    x = prior_tokens(flow, latents)
     lost = ~torch.isfinite(x).all(dim=(1, 2))
-    solutions: list[Solution] = []
+    solutions: dict[int, Solution] = {}
     trace = [flow.to_images(x)] if return_trace else []
-    for i in reversed(range(len(blocks))):
-        permutation = flow.blocks[i].permutation
+    rounding = 0.0
+
+    def solve_block(i: int, z: Tensor) -> Tensor:
+        nonlocal lost, rounding
         # A sample lost in an earlier block goes on as zeros, so that the rest of its group can be solved.
-        z = permutation(x.masked_fill(lost.view(-1, 1, 1), 0))
-        solution = solve_certified(blocks[i], z, plan.solvers[i], labels, certify, slots, plan.tolerance)
-        lost |= solution.status == Status.NONFINITE
-        x = permutation(solution.x).masked_fill(lost.view(-1, 1, 1), torch.nan)
+        z = z.masked_fill(lost.view(-1, 1, 1), 0)
+        solution = solve_certified(blocks[i], z, plan.solvers[i], labels, certify, slots, plan.tolerance, rounding)
+        rounding = solution.rounding
+        lost = lost | (solution.status == Status.NONFINITE)
         status = solution.status.masked_fill(lost, Status.NONFINITE)
-        solutions.append(replace(solution, status=status, residual=solution.residual.masked_fill(lost, torch.inf)))
+        solutions[i] = replace(solution, status=status, residual=solution.residual.masked_fill(lost, torch.inf))
+        return solution.x.masked_fill(lost.view(-1, 1, 1), torch.nan)
+
+    def after(i: int, x: Tensor) -> None:
         if return_trace:
             trace.append(flow.to_images(x))
         advance()
-    return _Group(flow.to_images(x), solutions[::-1], trace)
+
+    x = invert(flow, x, solve_block, after)
+    return _Group(flow.to_images(x), [solutions[i] for i in range(len(blocks))], trace)
 
 
 def _stats(solutions: Iterable[Solution]) -> BlockStats:

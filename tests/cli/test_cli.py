@@ -27,7 +27,7 @@ import jacobiflow as jf
 from jacobiflow import sampling
 from jacobiflow.calibration import Components, Metrics
 from jacobiflow.data import Noise, digits, load_images, noisy_images, quantize
-from jacobiflow.flows.folder import export_original
+from jacobiflow.flows.tarflow.original import export_original
 from jacobiflow.latents import draw_labels
 from jacobiflow.plots import image_grid
 

@@ -1,1 +1,11 @@
-"""Flows, the blocks they are made of, and the files they are stored in."""
+"""Flows, the blocks they are made of, and the files they are stored in.
+
+`TarFlow` and `MAF` are registered here; any other flow over images is where its module is imported.
+"""
+
+from jacobiflow.flows.image_flow import FlowBlock, FlowConfig, ImageFlow
+from jacobiflow.flows.maf import MAF
+from jacobiflow.flows.registry import register
+from jacobiflow.flows.tarflow import TarFlow
+
+__all__ = ["MAF", "FlowBlock", "FlowConfig", "ImageFlow", "TarFlow", "register"]

@@ -1,0 +1,48 @@
+"""Flows by name: what is registered here can be saved, loaded, trained, and used by every command."""
+
+from __future__ import annotations
+
+from dataclasses import is_dataclass
+from typing import TYPE_CHECKING, TypeVar, get_type_hints
+
+if TYPE_CHECKING:
+    from jacobiflow.flows.image_flow import ImageFlow
+
+    Flow = TypeVar("Flow", bound=type[ImageFlow])
+else:
+    Flow = TypeVar("Flow")
+
+_FLOWS: dict[str, type[ImageFlow]] = {}
+_FIELDS = (int, float, bool, str)  # what config.json holds
+
+
+def register(flow: Flow) -> Flow:
+    """Register a subclass of `ImageFlow` under its `model_type`; a class decorator.
+
+    **Raises** `ValueError` where another flow has that name, `TypeError` where its `config_type` is no dataclass of
+    numbers and strings.
+    """
+    name, config = flow.model_type, flow.config_type
+    types = get_type_hints(config) if is_dataclass(config) else {}
+    others = [field for field in config.__dataclass_fields__ if types[field] not in _FIELDS] if types else []
+    if not types or others:
+        raise TypeError(
+            f"{flow.__name__}: config_type {config.__name__}{f' with fields {others}' if others else ''}; give a "
+            "dataclass whose fields are int, float, bool or str"
+        )
+    before = _FLOWS.get(name)
+    # The same class again is a module that was reloaded, or a notebook's cell.
+    if before is not None and (before.__module__, before.__qualname__) != (flow.__module__, flow.__qualname__):
+        raise ValueError(f"model_type {name!r}: taken by {before.__module__}.{before.__qualname__}; give another name")
+    _FLOWS[name] = flow
+    return flow
+
+
+def find_flow(name: str) -> type[ImageFlow] | None:
+    """The flow that is registered under `name`, or `None`."""
+    return _FLOWS.get(name)
+
+
+def flow_names() -> tuple[str, ...]:
+    """The names of all registered flows, in alphabetical order."""
+    return tuple(sorted(_FLOWS))
