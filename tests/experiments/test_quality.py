@@ -530,7 +530,7 @@ def test_only_test_images_need_the_models_classes(run: Any, tmp_path: Path) -> N
 def test_samples_of_no_strategy(compared: SimpleNamespace, run: Any, tmp_path: Path) -> None:
     """Pairs need one; all else is had without."""
     line = f"evaluate --model model --samples {row_folder(compared.path, 'STARFlow')} --images real --test-images 0"
-    assert_refused(f"{line} --out out-x --save-stats out-x/s", "starflow: drawn by STARFlow, which is no strategy", run)
+    assert_refused(f"{line} --out out-x --save-stats out-x/s", "starflow was drawn by STARFlow, not a strategy", run)
     shown, _ = evaluated(run, tmp_path, f"{line.removeprefix('evaluate ')} --paired 0")
     want = frechet(moments(real_features()), moments(features(on_disk(row_folder(compared.path, "STARFlow")))))
     assert shown["frechet_distance"] == pytest.approx(want, rel=1e-6)
@@ -555,11 +555,11 @@ COMPARED = "compare --model model --num 8 --batch-size 4 --repeats 1 --out out-x
 ERRORS = {
     EVALUATE: "nothing to evaluate: give --samples, a folder that jacobiflow sample wrote, or --images",
     "evaluate --model plain --samples samples --out out-x": "--samples samples: drawn from another flow (weights ",
-    f"{EVALUATE} --samples no-manifest": "no-manifest: no manifest.json in it; give a folder that jacobiflow sample",
-    f"{EVALUATE} --samples nowhere": "nowhere: no manifest.json in it; give a folder that jacobiflow sample wrote",
+    f"{EVALUATE} --samples no-manifest": "no-manifest: no manifest.json in it; give a folder of samples",
+    f"{EVALUATE} --samples nowhere": "nowhere: no manifest.json in it; give a folder of samples",
     f"{EVALUATE} --samples text": "text/manifest.json: cannot be read (Not a directory)",
-    f"{EVALUATE} --samples missing": "missing: 1 of 2 shards are missing, 00001.json for one; give the same",
-    f"{EVALUATE} --samples corrupt": "corrupt/shards/00001.npz: does not match its checksum; give the same",
+    f"{EVALUATE} --samples missing": "missing: 1 of 2 shards are missing, 00001.json for one; sample into it again",
+    f"{EVALUATE} --samples corrupt": "corrupt/shards/00001.npz: does not match its checksum; sample into the folder again",
     f"{EVALUATE} --samples samples --features nonsense": "--features nonsense: give fashion or inception, or none",
     f"{EVALUATE} --images real --features none --save-stats s": "--features none: give fashion or inception",
     "evaluate --model small --samples tiny --out out-x": (
@@ -614,7 +614,7 @@ ERRORS = {
     f"{COMPARED} --strategy auto:x": "row 'auto:x': give auto, or auto:TOLERANCE such as auto:1e-2",
     f"{COMPARED} --strategy auto:nan": "tolerance nan: give 0",
     f"{COMPARED} --labels 99": "label 99: this flow has classes 0 to 2",
-    f"{COMPARED} --denoise -1": "denoise=-1.0: give 0 (off) or a positive rate",
+    f"{COMPARED} --denoise -1": "--denoise -1.0: give 0 (off) or a positive rate",
     COMPARED.replace("model model", "model plain") + " --denoise 1": "this flow's noise_std is 0",
     f"{COMPARED} --num 1 --batch-size 1": "give at least 2",
     f"{COMPARED} --strategy auto:-1": "tolerance -1.0: give 0",

@@ -1805,7 +1805,7 @@ ERRORS = {
     "plan --model ./model --out file/p.json": "--out file/p.json: cannot write there",
     "plan --model ./model": "Missing option '--out'; see ",
     "plan --model ./bare --out new/p.json": "--model ./bare: has no report.json; give --report, by jacobiflow",
-    "plan --model ./untuned --out new/p.json": "this report has no tuning: calibrate with chord=True (--chord)",
+    "plan --model ./untuned --out new/p.json": "this report has no tuning: calibrate with --chord",
     "plan --model ./stale --out new/p.json": "the report is of another flow",
     "plan --model nothing --out new/p.json": "'nothing': no such model",
     f"{PLAN_LINE} --report missing.json": "report missing.json: cannot be read (No such file or directory)",

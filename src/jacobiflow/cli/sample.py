@@ -154,7 +154,7 @@ def _check_options(strategy: str, report: Path | None, new: bool, out: Path, jso
 def _load_report(path: Path | None, flow: ImageFlow, guidance: Guidance | None) -> Report | None:
     report = None if path is None else options.load_report(path, flow)
     if report is not None and report.settings.guidance != guidance:
-        warnings.warn(f"--report {path}: calibrated under other guidance; its guesses may be poor", stacklevel=2)
+        warnings.warn(f"--report {path}: calibrated under other guidance; its guesses may be poor", stacklevel=3)
     return report
 
 

@@ -83,7 +83,7 @@ def _check(
 ) -> Tuning:  # fmt: skip
     tuning = report if isinstance(report, Tuning) else report.tuning
     if tuning is None:
-        raise ValueError("this report has no tuning: calibrate with chord=True (--chord)")
+        raise ValueError("this report has no tuning: calibrate with chord=True")
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: give a positive whole number")
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 < tolerance < math.inf:
