@@ -153,8 +153,10 @@ def _decode_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
 def _decode_scalar(declared: Any, value: Any, where: str) -> Any:
     if declared is float and value is None:
         return math.inf  # which JSON does not have
-    if type(value) is declared or (declared is float and type(value) is int):
-        return float(value) if declared is float else value
+    if declared is float and type(value) is int and abs(value) < 2**53:
+        return float(value)
+    if type(value) is declared:
+        return value
     raise _error(where, f"{value!r} is no {declared.__name__}")
 
 

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jacobiflow.flows import FlowBlock, ImageFlow, register
-from jacobiflow.flows.base import KeepsNothing
-from jacobiflow.flows.permutation import Permutation
+from jacobiflow.flows import FlowBlock, ImageFlow, KeepsNothing, Permutation, register
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,8 @@ class RecurrentBlock(FlowBlock, KeepsNothing):
     def affine(self, x: Tensor, start: int, stop: int, cache: Tensor) -> tuple[Tensor, Tensor]:
         first = max(start - 1, 0)
         if stop - 1 > first:
-            known = cache[:, first].unsqueeze(0).contiguous()
-            cache[:, first + 1 : stop] = self.network(x[:, first : stop - 1].to(cache.dtype), known)[0]
+            state = cache[:, first].unsqueeze(0).contiguous()
+            cache[:, first + 1 : stop] = self.network(x[:, first : stop - 1].to(cache.dtype), state)[0]
         scale, shift = self.out(cache[:, start:stop]).to(x.dtype).chunk(2, dim=-1)
         return scale.tanh(), shift
 

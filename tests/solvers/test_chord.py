@@ -19,12 +19,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jacobiflow.calibration.fit import fit_chord, fit_guess
 from oracle import Guide, Oracle, jacobi, sequential
 from problems import BlockProblem, Ledger, latents, make_flow
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.calibration.fit import fit_chord, fit_guess
 from jacobiflow.flows.base import FrontPerSample
 from jacobiflow.guidance import guided as under
 from jacobiflow.solvers import Given

@@ -24,6 +24,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jacobiflow.strategy.planner import Costs, Option, batch_seconds, block_options, cheapest, combined
 from oracle import Guide, Oracle, sequential
 from PIL import Image
 from problems import MixingBlock, latents, make_flow, to_float32
@@ -39,7 +40,6 @@ from jacobiflow.guidance import guided
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
 from jacobiflow.solvers import Given
 from jacobiflow.strategy import Prediction, auto, planner
-from jacobiflow.strategy.planner import Costs, Option, batch_seconds, block_options, cheapest, combined
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

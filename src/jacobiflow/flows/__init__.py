@@ -3,9 +3,14 @@
 `TarFlow` and `MAF` are registered here; any other flow over images is where its module is imported.
 """
 
+from jacobiflow.flows.base import AffineFrontPerSample, FrontPerSample, KeepsNothing, LowPrecision
 from jacobiflow.flows.image_flow import FlowBlock, FlowConfig, ImageFlow
 from jacobiflow.flows.maf import MAF
+from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.registry import register
 from jacobiflow.flows.tarflow import TarFlow
 
-__all__ = ["MAF", "FlowBlock", "FlowConfig", "ImageFlow", "TarFlow", "register"]
+__all__ = [
+    "MAF", "AffineFrontPerSample", "FlowBlock", "FlowConfig", "FrontPerSample", "ImageFlow", "KeepsNothing",
+    "LowPrecision", "Permutation", "TarFlow", "register",
+]  # fmt: skip

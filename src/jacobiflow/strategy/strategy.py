@@ -113,7 +113,9 @@ class Strategy:
         for block in tough:
             cost = length * (1 + call_cost)
             solvers[block] = Solver(Segments(length), stopping=MaxSweeps(1) | EarlyStop())
-            for count, traces in report.segment_traces[block].items():
+            whole = report.traces["noise"][block][report.best_guess(block)]
+            # A report by an older rule may call fewer blocks tough, and have their sweeps of all tokens only.
+            for count, traces in report.segment_traces.get(block, {1: (whole,)}).items():
                 each = tuple(_sweeps(trace, tolerance, length) for trace in traces)
                 total = sum(each) if per_segment else count * max(each)
                 if max(each) <= length // count and total * (length / count + call_cost) < cost:
