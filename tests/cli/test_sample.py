@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import warnings
 from functools import partial
@@ -13,9 +14,10 @@ import pytest
 import torch
 from problems import make_flow, to_float32
 from running import figures, run_line
-from sample_folders import eight_bit, everything, pictures, read
+from sample_folders import eight_bit, everything, read
 
 import jacobiflow as jf
+from jacobiflow.storage import FirstProcessFailed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,7 +38,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_same_command_again_has_nothing_to_draw(run: Any, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     line = f"sample --model {model} --num 10 --strategy jacobi-3 --batch-size 2 --shard-size 4 --out {out}"
-    first, before = run(f"{line} --json {tmp_path}/1.json"), pictures(out)
+    first = run(f"{line} --json {tmp_path}/1.json")
+    before = (out / "shards" / "00001.npz").read_bytes()
     assert (first.code, first.err) == (0, "")
     assert re.search(r"drew 10 in \d+ s by 1 process: [\d.]+ images a second; 0\.00% of all were solved", first.out)
     assert f"wrote {out}: 3 shards, manifest.json, strategy.json, samples.png\n" in first.out
@@ -54,7 +57,7 @@ def test_the_same_command_again_has_nothing_to_draw(run: Any, model: Path, tmp_p
         resumed = run(line)
     assert resumed.code == 0
     assert re.fullmatch(r"warning: .* 00001 for one; drawn again\n.*: resumed, 1 of 3 shards to draw\n", resumed.err)
-    assert pictures(out) == before
+    assert (out / "shards" / "00001.npz").read_bytes() == before
 
 
 REFUSED = {
@@ -82,6 +85,17 @@ def test_a_line_that_is_refused_loses_nothing(options: str, run: Any, model: Pat
     assert re.fullmatch(r"error: [^\n]+\n", result.err)
     assert REFUSED[options] in result.err
     assert everything(tmp_path) == before
+
+
+def test_other_processes_than_the_first_are_silent_where_it_failed(
+    run: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failed(*_: Any, **__: Any) -> None:
+        raise FirstProcessFailed("no room")
+
+    monkeypatch.setattr(importlib.import_module("jacobiflow.cli.sample"), "sample_to_folder", failed)
+    result = run(f"sample --model {model} --num 2 --out {tmp_path}/out")
+    assert (result.code, result.out, result.err) == (2, "", "")
 
 
 def test_comparing_draws_both_in_the_same_batches(run: Any, model: Path, tmp_path: Path) -> None:
@@ -125,7 +139,8 @@ def test_labels_from_files(run: Any, model: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "big-endian.npy", np.array([2, 0, -1, 1], ">i4"))
     want = jf.sample(jf.load(str(model)), 4, torch.tensor([2, 0, -1, 1]), strategy="jacobi-1", progress=False)
     for name in ("lines.txt", "commas.txt", "big-endian.npy"):
-        result = run(f"sample --model {model} --num 4 --strategy jacobi-1 --labels {tmp_path / name} --out {tmp_path}/{name}-out")
+        line = f"sample --model {model} --num 4 --strategy jacobi-1 --labels {tmp_path / name}"
+        result = run(f"{line} --out {tmp_path}/{name}-out")
         assert (result.code, result.err) == (0, "")
         with np.load(tmp_path / f"{name}-out" / "shards" / "00000.npz") as arrays:
             assert arrays["labels"].tolist() == [2, 0, -1, 1]

@@ -16,7 +16,10 @@ from jacobiflow.cli.words import in_options
         ("batch_size=0: give a positive number", "--batch-size 0: give a positive number"),
         ("files='bmp': give npz or png", "--files bmp: give npz or png"),
         ("denoise=-1.0, seed=5 (num=3)", "--denoise -1.0, --seed 5 (--num 3)"),
-        ("give another folder, or overwrite=True to replace them", "give another folder, or --overwrite to replace them"),
+        (
+            "give another folder, or overwrite=True to replace them",
+            "give another folder, or --overwrite to replace them",
+        ),
         ("certify=False; bf16=True", "--no-certify; --bf16"),
         ("num_blocks=3 and layers_per_block=2", "--blocks 3 and --layers 2"),
         # What is not an argument that an option sets.

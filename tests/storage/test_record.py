@@ -21,29 +21,26 @@ def test_json_gives_it_back_in_any_order() -> None:
     ):
         value = json.loads(json.dumps(record.to_json(), allow_nan=False))
         assert value == signed(value)
-        assert Record.from_json(value) == record
-        assert Record.from_json(dict(reversed(value.items()))) == record
+        assert Record.from_json(value) == Record.from_json(dict(reversed(value.items()))) == record
 
 
-CHANGED: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "lost": lambda value: value | {"lost": []},
-    "certificate": lambda value: value | {"certificate": [0.0] * 4},
-    "figures": lambda value: value | {"figures": value["figures"] | {"seconds": 1.0}},
-    "its checksum": lambda value: value | {"record_sha256": "0" * 64},
-    "without its checksum": lambda value: {key: entry for key, entry in value.items() if key != "record_sha256"},
-    "without a field": lambda value: signed({key: entry for key, entry in value.items() if key != "figures"}),
-    "with another field": lambda value: signed(value | {"colour": 1}),
-    "a number of labels": lambda value: signed(value | {"labels": 4}),
-    "a list": lambda _: [],
-    "null": lambda _: None,
-    "empty": lambda _: {},
-}
+CHANGED: list[Callable[[dict[str, Any]], Any]] = [
+    lambda value: value | {"lost": []},
+    lambda value: value | {"figures": {"seconds": 1.0}},
+    lambda value: value | {"record_sha256": "0" * 64},
+    lambda value: {key: entry for key, entry in value.items() if key != "record_sha256"},
+    lambda value: signed({key: entry for key, entry in value.items() if key != "figures"}),
+    lambda value: signed(value | {"colour": 1}),
+    lambda value: signed(value | {"labels": 4}),
+    lambda _: [],
+    lambda _: {},
+]
 
 
-@pytest.mark.parametrize("name", CHANGED)
-def test_a_changed_record_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="not a record|does not match its own checksum"):
-        Record.from_json(CHANGED[name](record_of().to_json()))
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_changed_record_is_refused(change: Callable[[dict[str, Any]], Any]) -> None:
+    with pytest.raises(ValueError, match=r"^not a record \(|^does not match its own checksum$"):
+        Record.from_json(change(record_of().to_json()))
 
 
 def test_no_flipped_bit_is_believed() -> None:
