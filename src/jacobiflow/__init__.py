@@ -5,9 +5,9 @@ from jacobiflow.calibration import Report, Tuning, calibrate, tune
 from jacobiflow.codec import register
 from jacobiflow.denoising import denoise
 from jacobiflow.flows.base import AffineBlock, Block
-from jacobiflow.flows.folder import load
 from jacobiflow.flows.maf import MAF, MAFConfig
 from jacobiflow.flows.presets import PRESETS, Preset
+from jacobiflow.flows.registry import load
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
 from jacobiflow.flows.weights import CheckpointError
 from jacobiflow.guidance import Guidance

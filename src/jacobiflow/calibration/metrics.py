@@ -1,4 +1,4 @@
-"""The paper's two metrics: IGM tells where to start (eq. 4), CRM which blocks are tough (eq. 5)."""
+"""The paper's two metrics: IGM says where to start (eq. 4), CRM which blocks are tough (eq. 5)."""
 
 from __future__ import annotations
 

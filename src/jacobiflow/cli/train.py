@@ -123,7 +123,7 @@ def _flow_class(name: str) -> type[ImageFlow]:
     """The flow that is registered under `--flow`. **Raises** `ValueError` where there is none."""
     found = find_flow(name)
     if found is None:
-        raise ValueError(f"--flow {name}: give {' or '.join(flow_names())}")
+        raise ValueError(f"--flow {name}: give one of {', '.join(flow_names())}")
     return found
 
 

@@ -4,7 +4,8 @@
 """
 
 from jacobiflow.flows.base import AffineFrontPerSample, FrontPerSample, KeepsNothing, LowPrecision
-from jacobiflow.flows.image_flow import FlowBlock, FlowConfig, ImageFlow
+from jacobiflow.flows.config import FlowConfig
+from jacobiflow.flows.image_flow import FlowBlock, ImageFlow
 from jacobiflow.flows.maf import MAF
 from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.registry import register

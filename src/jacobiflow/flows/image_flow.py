@@ -5,44 +5,24 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jacobiflow.flows import folder
 from jacobiflow.flows.base import AffineBlock
+from jacobiflow.flows.config import FlowConfig
+from jacobiflow.flows.folder import ModelFolder, write_folder, writing
 from jacobiflow.flows.permutation import Permutation
+from jacobiflow.flows.weights import CheckpointError, build, floating
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class FlowConfig(Protocol):
-    """What every config says of its flow: a frozen dataclass of numbers and strings with these among its values.
-
-    `noise_std` is the Gaussian noise of the training images, 0 where they were dequantised uniformly.
-    """
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def in_channels(self) -> int: ...
-    @property
-    def image_size(self) -> int: ...
-    @property
-    def num_blocks(self) -> int: ...
-    @property
-    def num_classes(self) -> int: ...
-    @property
-    def noise_std(self) -> float: ...
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def token_channels(self) -> int: ...
 
 
 class FlowBlock(AffineBlock, nn.Module):
@@ -81,7 +61,7 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
     was read from, or `None`: the strategy "auto" plans by it.
     """
 
-    model_type: ClassVar[str]
+    model_type: ClassVar[str] = ""
     config_type: ClassVar[type[FlowConfig]]
     block_type: ClassVar[type[FlowBlock]]
     config: FlowConfig
@@ -130,7 +110,38 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
 
         **Raises** `CheckpointError`, a `ValueError`, where that is no model, one of another class, or a broken one.
         """
-        return folder.read(cls, pretrained_model_name_or_path, **hub)
+        return cls.from_folder(ModelFolder.open(pretrained_model_name_or_path, **hub))
+
+    @classmethod
+    def from_folder(cls, folder: ModelFolder) -> Self:
+        """The flow in a model folder; see `from_pretrained`."""
+        if folder.model_type != cls.model_type:
+            raise CheckpointError(
+                f"{folder.path}: model_type {folder.model_type!r}, which is no {cls.__name__}; jacobiflow.load finds "
+                "the class"
+            )
+        flow = cls.from_state(folder.config(cls.config_type), folder.state(), str(folder.path))
+        flow.report_file = folder.report_file
+        return flow
+
+    @classmethod
+    def from_state(cls, config: FlowConfig, state: dict[str, Tensor], source: str) -> Self:
+        """The flow with exactly the tensors of `state`, which is emptied, in eval mode; half becomes float32.
+
+        **Raises** `CheckpointError` that names `source` where they do not fit `config`.
+        """
+        try:
+            found = cls.config_from_shapes(state, config)
+        except ValueError as error:
+            raise CheckpointError(f"{source}: {error}") from None
+        differing = [
+            f"{field.name}={getattr(found, field.name)} rather than {getattr(config, field.name)}"
+            for field in fields(config)
+            if getattr(found, field.name) != getattr(config, field.name)
+        ]
+        if differing:  # before anything is built by the config: it may ask for far too much
+            raise CheckpointError(f"{source}: does not fit the config: the shapes say {', '.join(differing)}")
+        return build(partial(cls, config), state, source)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -140,19 +151,21 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
         config: FlowConfig | None = None,
         model_card_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """Write a model folder as `jacobiflow.flows.folder.save` does, with a model card where it has no README.md.
+        """Write a model folder, in `dtype` (by default the flow's own); what was there stays until then.
 
-        `push_to_hub` calls this with `config`, which can only be the flow's own.
+        The flow's report is copied where it is of the weights that are written, and a model card is made where there
+        is no README.md. `push_to_hub` calls this with `config`, which can only be the flow's own.
 
         **Raises** `CheckpointError`, a `ValueError`, where a weight is not finite or the folder cannot be written.
         """
         if config not in (None, self.config):
             raise ValueError(f"config={config}: leave it out, the flow's own is saved")
-        folder.save(self, save_directory, dtype)
-        readme = Path(save_directory) / "README.md"
-        if not readme.exists():
-            with folder.writing(readme) as partial:
-                self.generate_model_card(**(model_card_kwargs or {})).save(partial)
+        folder, dtype = Path(save_directory), floating(dtype)
+        state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
+        write_folder(folder, self.model_type, asdict(self.config), state, self.report_file)
+        if not (folder / "README.md").exists():
+            with writing(folder / "README.md") as partial_file:
+                self.generate_model_card(**(model_card_kwargs or {})).save(partial_file)
 
     @property
     def learns_prior(self) -> bool:
@@ -252,16 +265,6 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
 def state_dtype(flow: ImageFlow) -> torch.dtype:
     """The dtype of tokens and residuals: float64 where the flow's weights are, else float32."""
     return torch.float64 if flow.var.dtype == torch.float64 else torch.float32
-
-
-def check_sizes(config: FlowConfig, names: Sequence[str]) -> None:
-    """**Raises** `ValueError` where a field of those `names` is not a positive whole number, or num_classes below 0."""
-    for name in names:
-        value = getattr(config, name)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name}={value!r}: give a positive whole number")
-    if type(config.num_classes) is not int or config.num_classes < 0:
-        raise ValueError(f"num_classes={config.num_classes!r}: give 0 for an unconditional flow, or the class count")
 
 
 def embed_classes(table: Float[Tensor, "k ..."] | None, labels: Int[Tensor, " b"] | None) -> Tensor | None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import is_dataclass
-from typing import TYPE_CHECKING, TypeVar, get_type_hints
+from pathlib import Path
+from typing import TypeVar, get_type_hints
 
-if TYPE_CHECKING:
-    from jacobiflow.flows.image_flow import ImageFlow
+import torch
 
-    Flow = TypeVar("Flow", bound=type[ImageFlow])
-else:
-    Flow = TypeVar("Flow")
+from jacobiflow.flows.folder import CONFIG, ModelFolder
+from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.weights import CheckpointError, floating
+
+Flow = TypeVar("Flow", bound=type[ImageFlow])
 
 _FLOWS: dict[str, type[ImageFlow]] = {}
 _FIELDS = (int, float, bool, str)  # what config.json holds
@@ -46,3 +48,27 @@ def find_flow(name: str) -> type[ImageFlow] | None:
 def flow_names() -> tuple[str, ...]:
     """The names of all registered flows, in alphabetical order."""
     return tuple(sorted(_FLOWS))
+
+
+def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None) -> ImageFlow:
+    """A flow ready to sample, of the class that its folder names: in eval mode, its parameters without gradients.
+
+    **Arguments:**
+
+    - `name`: a bundled model's name, else a local folder, else a hub id "owner/name". A bundled name comes before a
+      folder of that name; write "./name", or give a `Path`, for the folder.
+    - `device`: where the flow goes.
+    - `dtype`: of the flow, as `torch.float64` or "float64". By default as stored, float16 and bfloat16 widened to
+      float32.
+
+    **Raises** `CheckpointError` for an unknown name or a folder that does not fit, `ValueError` for another dtype.
+    """
+    dtype = floating(dtype)
+    folder = ModelFolder.open(name)
+    flow_class = find_flow(folder.model_type)
+    if flow_class is None:
+        raise CheckpointError(
+            f"{folder.path / CONFIG}: model_type {folder.model_type!r}; there are {', '.join(flow_names())}: import "
+            "the module that registers another"
+        )
+    return flow_class.from_folder(folder).requires_grad_(False).to(device=device, dtype=dtype)

@@ -1,25 +1,21 @@
-"""A flow from its weights: every tensor is checked against the config before any is used."""
+"""A module from its weights: every tensor is checked before any is used."""
 
 from __future__ import annotations
 
 import functools
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-if TYPE_CHECKING:
-    from jacobiflow.flows.image_flow import FlowConfig, ImageFlow
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
-    AnyFlow = TypeVar("AnyFlow", bound=ImageFlow)
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REGISTRATIONS = 8  # of a tensor: a module may take its parameters from another
 
 
@@ -27,22 +23,21 @@ class CheckpointError(ValueError):
     """A model folder or file that cannot be used; the message names it, what is wrong, and what to do."""
 
 
-def build(flow_class: type[AnyFlow], config: FlowConfig, state: dict[str, Tensor], source: str) -> AnyFlow:
-    """A flow in eval mode with exactly the tensors of `state`, which is emptied; half precision becomes float32.
+def build(make: Callable[[], AnyModule], state: dict[str, Tensor], source: str) -> AnyModule:
+    """What `make` makes, in eval mode and with exactly the tensors of `state`, which is emptied.
 
-    **Raises** `CheckpointError` that names `source`, and all that does not fit.
+    Half precision becomes float32. No random numbers are drawn.
+
+    **Raises** `CheckpointError` that names `source`, and every tensor that does not fit.
     """
-    _check_config(flow_class, config, state, source)
     try:
         with torch.device("meta"), _at_most(_REGISTRATIONS * len(state)):
-            flow = flow_class(config)
+            module = make()
     except _TooManyError:
-        raise CheckpointError(
-            f"{source}: {config} has more weights than the {len(state)} tensors that are there"
-        ) from None
+        raise CheckpointError(f"{source}: the config has more weights than the {len(state)} tensors here") from None
     except (RuntimeError, TypeError, ValueError, OverflowError, MemoryError) as error:
-        raise CheckpointError(f"{source}: no flow has the sizes of {config} ({first_line(error)})") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in flow.state_dict().items()}
+        raise CheckpointError(f"{source}: nothing has the sizes in the config ({first_line(error)})") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     problems = [f"{name} {shape}: missing" for name, shape in expected.items() if name not in state]
     for name, tensor in state.items():
         shape = tuple(tensor.shape)
@@ -50,7 +45,7 @@ def build(flow_class: type[AnyFlow], config: FlowConfig, state: dict[str, Tensor
             problems.append(f"{name} {shape}: unknown")
         elif shape != expected[name]:
             problems.append(f"{name} {shape}: expected {expected[name]}")
-        elif tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
+        elif tensor.dtype not in _FLOATS or tensor.layout != torch.strided or tensor.is_meta:
             problems.append(f"{name} {tensor.dtype}, {tensor.layout}: expected dense floating-point values")
     if problems:
         raise CheckpointError(f"{source}: does not fit the config: {'; '.join(problems)}")
@@ -58,8 +53,8 @@ def build(flow_class: type[AnyFlow], config: FlowConfig, state: dict[str, Tensor
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in state.values()), torch.float32)
     # Copied, so that no tensor stays mapped to the file or lies at an odd address; popped, to free what is copied.
     copies = {name: state.pop(name).to(dtype, copy=True, memory_format=torch.contiguous_format) for name in expected}
-    flow.load_state_dict(copies, assign=True)
-    return flow.eval()
+    module.load_state_dict(copies, assign=True)
+    return module.eval()
 
 
 def check_values(state: Mapping[str, Tensor], source: str) -> None:
@@ -80,24 +75,18 @@ def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
     return len(numbers)
 
 
+def floating(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype of that name. **Raises** `ValueError` where it is not a floating-point one."""
+    found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if found is None or found in _FLOATS:
+        return found
+    names = ", ".join(str(name).removeprefix("torch.") for name in _FLOATS)
+    raise ValueError(f"dtype={dtype!r}: give one of {names}")
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its class where it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _check_config(flow_class: type[ImageFlow], config: FlowConfig, state: Mapping[str, Tensor], source: str) -> None:
-    """**Raises** `CheckpointError` where the shapes of `state` say another config, before anything is built by it."""
-    try:
-        found = flow_class.config_from_shapes(state, config)
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from None
-    differing = [
-        f"{field.name}={getattr(found, field.name)} rather than {getattr(config, field.name)}"
-        for field in fields(config)
-        if getattr(found, field.name) != getattr(config, field.name)
-    ]
-    if differing:
-        raise CheckpointError(f"{source}: does not fit the config: the shapes say {', '.join(differing)}")
 
 
 class _TooManyError(Exception):

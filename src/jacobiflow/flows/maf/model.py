@@ -108,12 +108,12 @@ class MAFBlock(FlowBlock, KeepsNothing):
         """Log-scale and shift of entries [start, stop); feeds tokens start-1 .. stop-2 and stores their units."""
         first, last = max(start - 1, 0), stop - 1
         cache.tokens[:, first:last] = x[:, first:last, 0]
-        known, new = cache.tokens[:, :last], slice(self._units_below(first), self._units_below(last))
+        inputs, new = cache.tokens[:, :last], slice(self._units_below(first), self._units_below(last))
         *inner, final = cache.layers
         for layer, hidden in zip(inner, cache.hidden, strict=True):
-            hidden[:, new] = F.relu(_rows(layer, new, known))
-            known = hidden[:, : new.stop]
-        out = _rows(final, slice(2 * start, 2 * stop), known)
+            hidden[:, new] = F.relu(_rows(layer, new, inputs))
+            inputs = hidden[:, : new.stop]
+        out = _rows(final, slice(2 * start, 2 * stop), inputs)
         return _read_out(out, x.dtype)
 
     def output_weights(self) -> tuple[Float[Tensor, "t h"], Float[Tensor, "t h"]]:
@@ -150,9 +150,9 @@ def full_pass(
     return _read_out(F.linear(h, layers[-1].weight) + layers[-1].offset, x.dtype)
 
 
-def _rows(layer: MaskedLayer, rows: slice, known: Float[Tensor, "b i"]) -> Float[Tensor, "b n"]:
-    """So many rows of a layer, whose first inputs are `known`; the mask makes them blind to the others."""
-    return torch.addmm(layer.offset[:, rows], known, layer.weight[rows, : known.shape[1]].T)
+def _rows(layer: MaskedLayer, rows: slice, inputs: Float[Tensor, "b i"]) -> Float[Tensor, "b n"]:
+    """Outputs `rows` of a layer from its first `inputs`; the mask hides all others from them."""
+    return torch.addmm(layer.offset[:, rows], inputs, layer.weight[rows, : inputs.shape[1]].T)
 
 
 def _read_out(out: Float[Tensor, "b n2"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jacobiflow.flows.image_flow import check_sizes
+from jacobiflow.flows.config import check_sizes
 
 
 @dataclass(frozen=True)

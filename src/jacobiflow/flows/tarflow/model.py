@@ -27,7 +27,7 @@ from jacobiflow.flows.tarflow.attention import (
 )
 from jacobiflow.flows.tarflow.cache import TarFlowCache
 from jacobiflow.flows.tarflow.config import TarFlowConfig
-from jacobiflow.flows.tarflow.original import infer_config, load_original
+from jacobiflow.flows.tarflow.original import check_masks, infer_config, read_original, take_masks, write_original
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -236,9 +236,23 @@ class TarFlow(ImageFlow, tags=["tarflow"], model_card_template=_MODEL_CARD):
     def from_original(cls, path: str | Path, config: TarFlowConfig) -> Self:
         """The flow in a `.pth` state dict of the original TarFlow code, in eval mode; float16 becomes float32.
 
-        **Raises** `CheckpointError`, a `ValueError`, that lists all that does not fit `config`.
+        The original code has heads of 64; shapes do not say another `head_dim`.
+
+        **Raises** `CheckpointError`, a `ValueError`, where the file is not readable or does not fit `config`.
         """
-        return load_original(cls, path, config)
+        state = read_original(path)
+        masks = take_masks(state)
+        flow = cls.from_state(config, state, str(path))
+        check_masks(masks, config, str(path))
+        return flow
+
+    def to_original(self, path: str | Path) -> None:
+        """Write a `.pth` state dict that the original TarFlow code loads strictly, causal masks included.
+
+        **Raises** `CheckpointError`, a `ValueError`, where the original code has no such flow, a weight is not finite,
+        or `path` cannot be written.
+        """
+        write_original(self.state_dict(), self.config, path)
 
     @property
     def learns_prior(self) -> bool:

@@ -7,21 +7,13 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from jacobiflow.flows.folder import writing
 from jacobiflow.flows.tarflow.config import TarFlowConfig
-from jacobiflow.flows.weights import CheckpointError, build, check_values, count_layers, first_line
-
-if TYPE_CHECKING:
-    from typing import TypeVar
-
-    from jacobiflow.flows.tarflow.model import TarFlow
-
-    AnyTarFlow = TypeVar("AnyTarFlow", bound=TarFlow)
+from jacobiflow.flows.weights import CheckpointError, check_values, count_layers, first_line
 
 _MASK = re.compile(r"blocks\.\d+\.attn_mask")
 
@@ -53,16 +45,13 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def load_original(flow_class: type[AnyTarFlow], path: str | Path, config: TarFlowConfig) -> AnyTarFlow:
-    """The flow, of `flow_class` and in eval mode, whose weights `read_original` finds in `path`, name for name.
+def take_masks(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The causal masks, which are taken out of `state`."""
+    return {name: state.pop(name) for name in list(state) if _MASK.fullmatch(name)}
 
-    float16 and bfloat16 become float32. The original code has heads of 64; shapes do not say another `head_dim`.
 
-    **Raises** `CheckpointError` where the file is not readable, or a tensor does not fit `config`.
-    """
-    state = read_original(path)
-    masks = {name: state.pop(name) for name in list(state) if _MASK.fullmatch(name)}
-    flow = build(flow_class, config, state, str(path))
+def check_masks(masks: Mapping[str, Tensor], config: TarFlowConfig, source: str) -> None:
+    """**Raises** `CheckpointError` where `masks` are not the causal masks of a TarFlow of this `config`."""
     expected = _masks(config)
     problems = [
         f"{name}: expected ones on and below the diagonal of ({config.num_tokens}, {config.num_tokens}), zeros above"
@@ -71,23 +60,21 @@ def load_original(flow_class: type[AnyTarFlow], path: str | Path, config: TarFlo
     ]
     problems += [f"{name}: unknown" for name in masks if name not in expected]
     if problems:
-        raise CheckpointError(f"{path}: {'; '.join(problems)}")
-    return flow
+        raise CheckpointError(f"{source}: {'; '.join(problems)}")
 
 
-def export_original(flow: TarFlow, path: str | Path) -> None:
-    """Write `flow` as a `.pth` state dict that the original TarFlow code loads strictly, causal masks included.
+def write_original(state: Mapping[str, Tensor], config: TarFlowConfig, path: str | Path) -> None:
+    """Write a `.pth` state dict that the original code loads strictly: `state`, and the causal masks.
 
     **Raises** `CheckpointError` where the original code has no such flow, a weight is not finite, or `path` cannot
     be written.
     """
-    config = flow.config
     if (config.head_dim, config.expansion) != (64, 4):
         raise CheckpointError(
             f"head_dim={config.head_dim}, expansion={config.expansion}: the original code has 64 and 4 only; "
             "save a model folder instead"
         )
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in flow.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     check_values(state, f"{path}: not written")
     with writing(Path(path)) as partial, partial.open("wb") as file:
         torch.save(state | _masks(config), file)
