@@ -69,6 +69,7 @@ def test_json_is_indented_and_without_infinities(tmp_path: Path) -> None:
     assert finite(value) == want
     write_json(tmp_path / "f", value)
     assert (tmp_path / "f").read_bytes() == json_bytes(value) == (json.dumps(want, indent=1) + "\n").encode()
+    assert json_bytes({"a": [1, 2.5]}, indent=None) == b'{"a":[1,2.5]}\n'
 
 
 def test_sha256_is_of_the_parts_one_after_another() -> None:

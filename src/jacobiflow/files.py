@@ -17,8 +17,8 @@ from typing import Any
 def write_beside(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to, renamed to `path` at the end of the block; after an error nothing is left.
 
-    Its name, `.NAME.*.partial`, is another one each time, so that threads, processes and machines that share a disk do
-    not meet.
+    Its name, `.NAME.*.partial`, is another one each time, so that no two threads, processes or machines on a shared
+    disk write to the same file.
 
     **Raises** `OSError` where that is not possible.
     """

@@ -559,7 +559,7 @@ ERRORS = {
     f"{EVALUATE} --samples nowhere": "nowhere: no manifest.json in it; give a folder of samples",
     f"{EVALUATE} --samples text": "text/manifest.json: cannot be read (Not a directory)",
     f"{EVALUATE} --samples missing": "missing: 1 of 2 shards are missing, 00001.json for one; sample into it again",
-    f"{EVALUATE} --samples corrupt": "corrupt/shards/00001.npz: does not match its checksum; sample into the folder again",
+    f"{EVALUATE} --samples corrupt": "corrupt/shards/00001.npz: does not match its checksum; sample into",
     f"{EVALUATE} --samples samples --features nonsense": "--features nonsense: give fashion or inception, or none",
     f"{EVALUATE} --images real --features none --save-stats s": "--features none: give fashion or inception",
     "evaluate --model small --samples tiny --out out-x": (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from running import figures
 from sample_folders import facts, times
 
@@ -85,33 +85,31 @@ def test_two_processes_that_are_killed_write_what_one_does(tmp_path: Path) -> No
 
 def test_the_first_process_works_and_the_others_get_its_result_or_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[list[Any]] = []
-    first, second = Processes(0, 2), Processes(1, 2)
 
-    def once(process: Processes, work: Callable[[], Any]) -> Any:
-        def broadcast(values: list[Any], src: int) -> None:
-            assert src == 0
-            if process is first:
-                sent.append(list(values))
-            else:
-                values[:] = sent.pop()
+    def first(work: Callable[[], Any]) -> Any:
+        monkeypatch.setattr(dist, "broadcast_object_list", lambda values, src: sent.append([*values, src]))
+        return Processes(0, 2).once(work)
 
-        monkeypatch.setattr(importlib.import_module("torch.distributed"), "broadcast_object_list", broadcast)
-        return process.once(work)
+    def second() -> Any:
+        result, error, src = sent.pop()
+        assert src == 0
+        monkeypatch.setattr(
+            dist, "broadcast_object_list", lambda values, src: values.__setitem__(slice(2), [result, error])
+        )
+        return Processes(1, 2).once(lambda: pytest.fail("called twice"))
 
     for result in ((7, [1, 2]), None):
-        assert once(first, lambda result=result: result) == result
-        assert once(second, lambda: pytest.fail("called twice")) == result
+        assert first(lambda result=result: result) == second() == result
     for error in (OSError(13, "denied"), SampleFolderError("no room"), KeyError()):
 
         def fail(error: Exception = error) -> None:
             raise error
 
         with pytest.raises(type(error)) as caught:
-            once(first, fail)
+            first(fail)
         assert caught.value is error
         with pytest.raises(FirstProcessFailed, match=f"^{re.escape(str(error) or type(error).__name__)}$"):
-            once(second, fail)
-    assert not sent
+            second()
 
 
 def test_a_process_alone_and_its_devices() -> None:

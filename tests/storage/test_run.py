@@ -160,7 +160,7 @@ def test_a_damaged_shard_is_drawn_again_and_named(
     assert facts(tmp_path) == facts(reference[files])
 
 
-def test_a_manifest_that_was_edited_is_refused_or_mended(reference: dict[str, Path], out: Path) -> None:
+def test_a_manifest_that_was_edited_is_refused_or_corrected(reference: dict[str, Path], out: Path) -> None:
     path, good = out / "manifest.json", (out / "manifest.json").read_text()
     path.write_text(good.replace(read(path)["checksums"][1], "0" * 64))
     assert run(out).drawn == 0
