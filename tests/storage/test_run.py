@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -353,6 +354,26 @@ def test_a_new_folder_in_which_nothing_began_is_removed(error: type[BaseExceptio
     assert os.listdir(tmp_path) == []
 
 
+class First(Processes):
+    def once(self, work: Any) -> Any:
+        return work()
+
+
+def test_the_first_process_waits_for_the_shards_of_the_others(reference: dict[str, Path], out: Path) -> None:
+    theirs, seen = out / "shards" / "00001.json", []
+    record = theirs.read_bytes()
+    for path in (theirs, out / "shards" / "00000.json"):
+        path.unlink()
+
+    def on_shard(start: int, *_: Any) -> None:
+        seen.append(start)
+        threading.Timer(0.3, theirs.write_bytes, [record]).start()
+
+    assert run(out, among=First(0, 2), on_shard=on_shard).drawn == 8
+    assert seen == [0]
+    assert facts(out) == facts(reference["npz"])
+
+
 def test_a_folder_that_a_process_does_not_see_is_refused(tmp_path: Path) -> None:
     class Elsewhere(Processes):
         def once(self, work: Any) -> Any:
@@ -360,5 +381,5 @@ def test_a_folder_that_a_process_does_not_see_is_refused(tmp_path: Path) -> None
             (tmp_path / "manifest.json").unlink()
             return begun
 
-    with pytest.raises(SampleFolderError, match=r": process 0 does not see it; give a folder on a shared disk$"):
-        run(tmp_path, among=Elsewhere())
+    with pytest.raises(SampleFolderError, match=r": process 1 does not see it; give a folder on a shared disk$"):
+        run(tmp_path, among=Elsewhere(1, 2))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -140,11 +140,11 @@ class SampleFolder:
 
     def resolved(self) -> Bool[Tensor, " n"]:
         """Which samples were solved again sequentially."""
-        return self._marks([record.resolved for record in self.records()])
+        return self._marks(lambda record: record.resolved)
 
     def lost(self) -> Bool[Tensor, " n"]:
         """Which samples are black because their exact inverse overflows."""
-        return self._marks([record.lost for record in self.records()])
+        return self._marks(lambda record: record.lost)
 
     # ------------------------------------------------------------------------------------------------------- writing
 
@@ -207,8 +207,8 @@ class SampleFolder:
             )
         return record
 
-    def _marks(self, marked: Sequence[tuple[int, ...]]) -> Bool[Tensor, " n"]:
+    def _marks(self, marked: Callable[[Record], tuple[int, ...]]) -> Bool[Tensor, " n"]:
         marks = torch.zeros(self.manifest.num, dtype=torch.bool)
-        for (start, _), indices in zip(self.manifest.spans(), marked, strict=True):
-            marks[[start + i for i in indices]] = True
+        for record in self.records():
+            marks[[record.start + i for i in marked(record)]] = True
         return marks

@@ -68,4 +68,4 @@ class _Count:
 
 def say(text: str) -> None:
     """Print a line to standard error."""
-    print(text, file=sys.stderr, flush=True)
+    print(text, file=sys.stderr)
