@@ -19,10 +19,10 @@ from rich.table import Table
 from torch import Tensor
 
 from jacobiflow import sampling
+from jacobiflow.baselines import SEQUENTIAL
 from jacobiflow.calibration import Report
 from jacobiflow.cli import options
 from jacobiflow.data import scale
-from jacobiflow.experiments.speed import SEQUENTIAL
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance
 from jacobiflow.measuring import Error, machine, paired_error
