@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jacobiflow import sampling
 from jacobiflow.cli import options
-from jacobiflow.data import Noise, load_images
+from jacobiflow.data import Noise
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.maf import MAF, MAFConfig
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
@@ -75,7 +75,7 @@ def train(
     """
     if flow not in ("tarflow", "maf"):
         raise ValueError(f"--flow {flow}: give tarflow or maf")
-    data = load_images(images, image_size, image_channels)
+    data = options.read_images(images, image_size, image_channels)
     classes = 0 if unconditional or data.labels is None else int(data.labels.max()) + 1
     config: TarFlowConfig | MAFConfig
     if flow == "maf":
@@ -121,7 +121,7 @@ def train(
 
         def on_sample(average: ImageFlow, step: int) -> None:
             labels = options.parse_labels("balanced", 20, average, seed)
-            drawn = sampling.sample(average, num=20, labels=labels, seed=seed, progress=False)
+            drawn = sampling.sample(average, num=20, labels=labels, seed=seed, strategy="sequential", progress=False)
             save_png(image_grid(drawn.images, columns=10), out / f"samples-{step:06d}.png")
 
         fit(model.to(place), data, settings, out, on_step, on_sample)
