@@ -158,7 +158,8 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, library_name="jacobiflow", tags
     ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
         """Latents z = f(images), standard normal under the model, and log|det df/dx| in nats; prior included."""
         z, log_det = self.normalize(images, labels)
-        return z / self.var.sqrt(), log_det - 0.5 * self.var.log().sum()
+        var = self.var.to(z.dtype)
+        return z / var.sqrt(), log_det - 0.5 * var.log().sum()
 
     def log_prob(
         self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None
