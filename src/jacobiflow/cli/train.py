@@ -126,7 +126,8 @@ def train(
 
         fit(model.to(place), data, settings, out, on_step, on_sample)
     figures = {"model": str(out), "flow": flow, "images": len(data), **asdict(config), "training": asdict(settings)}
-    options.report(json, figures | {"last_step": read_metrics(out)[-1], **machine(place)})
+    metrics = read_metrics(out)  # empty where no step was left to do and the file was deleted
+    options.report(json, figures | {"last_step": metrics[-1] if metrics else None, **machine(place)})
     print(f"wrote the model folder {out}")
 
 
