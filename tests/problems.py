@@ -73,6 +73,34 @@ def make_flow(
     return flow
 
 
+@cache
+def make_maf(
+    image_size: int = 4,
+    in_channels: int = 1,
+    hidden_features: int = 20,
+    hidden_layers: int = 2,
+    num_classes: int = 3,
+    num_blocks: int = 2,
+    seed: int = 0,
+) -> jf.MAF:
+    """A float64 MAF, not to be changed, whose every weight matters; a fresh one is the identity."""
+    config = jf.MAFConfig(in_channels, image_size, hidden_features, num_blocks, hidden_layers, num_classes)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        flow = jf.MAF(config).double().eval()
+        for block in flow.blocks:
+            *hidden, last = block.layers
+            for layer in hidden:
+                layer.weight.mul_(2)
+            last.weight.normal_(std=0.5)
+            last.weight[0::2].mul_(0.3)
+            last.bias.normal_(std=0.2)
+            for layer in block.layers if config.num_classes else ():
+                layer.class_embed.normal_(std=0.3)
+        flow.var.uniform_(0.5, 2)
+    return flow
+
+
 def assert_hard(flow: jf.TarFlow) -> None:
     """Plain Jacobi from z needs more than T/4 sweeps in every block, and values stay moderate."""
     reference = oracle.Oracle(flow)

@@ -27,7 +27,6 @@ import jacobiflow as jf
 from jacobiflow import sampling
 from jacobiflow.calibration import Components, Metrics
 from jacobiflow.data import Noise, digits, load_images, noisy_images, quantize
-from jacobiflow.flows.folder import export_original
 from jacobiflow.latents import draw_labels
 from jacobiflow.plots import image_grid
 
@@ -791,7 +790,7 @@ def test_convert_then_sample(run: Any, tmp_path: Path) -> None:
     flow = jf.TarFlow(config)
     for block in flow.blocks:
         torch.nn.init.normal_(block.proj_out.weight, std=0.02)
-    export_original(flow, tmp_path / "original.pth")
+    flow.to_original(tmp_path / "original.pth")
     result = run(
         f"convert {tmp_path}/original.pth --patch-size 2 --noise-std 0.2 --out {tmp_path}/folder --json {tmp_path}/f"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
@@ -32,9 +33,15 @@ _BAD_INPUT, _INTERRUPTED = 2, 130
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. Exits 0 on success, 2 with one line on bad input, 130 when interrupted."""
+    """Run the command line. Exits 0 on success, 2 with one line on bad input, 130 when interrupted.
+
+    Modules that installed packages name as entry points of the group "jacobiflow" are imported first: what they
+    register (see docs/extending.md), all commands take.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        for extension in entry_points(group="jacobiflow"):
+            extension.load()
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             code = app(args=arguments or ["--help"], standalone_mode=False)

@@ -19,8 +19,8 @@ from jacobiflow.data import SOURCES, DataError, ImageDataset, balanced_labels, l
 from jacobiflow.data.idx import Split
 from jacobiflow.files import write_json
 from jacobiflow.flows.fingerprint import check_fingerprint
-from jacobiflow.flows.folder import load
 from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.registry import load
 from jacobiflow.guidance import Guidance
 from jacobiflow.latents import draw_labels
 from jacobiflow.storage import SampleFolder

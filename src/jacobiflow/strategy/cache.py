@@ -1,9 +1,11 @@
-"""Plans that "auto" makes once, and keeps in the user's cache folder."""
+"""The strategy "auto": planned once for a flow, a machine, a batch size and a tolerance, and kept in a cache folder."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -11,16 +13,23 @@ from pathlib import Path
 import torch
 
 from jacobiflow.calibration.report import Report
+from jacobiflow.calibration.tune import TuneSettings, tune
+from jacobiflow.calibration.tuning import Tuning
+from jacobiflow.files import json_bytes, sha256
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.guidance import Guidance
-from jacobiflow.solvers import Solver, Tolerance, Window
+from jacobiflow.guidance import Guidance, in_force
+from jacobiflow.measuring import machine
+from jacobiflow.solvers import Sequential, Solver, Tolerance, Whole, Window
 from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
-from jacobiflow.strategy.planner import plan
+from jacobiflow.strategy.options import PlanSettings
+from jacobiflow.strategy.plan import plan
 from jacobiflow.strategy.strategy import Strategy, device_name
 
-_BUSY = 0.3  # a plan by timings that differ by more is not kept
-_WINDOW = 32  # of a flow without a tuning
+_SAMPLES = 4  # that a flow without a report is tuned on
+_WINDOW = 32  # tokens, tried on such a flow beside all of them
+
+_plans: dict[str, Strategy] = {}
 
 
 def auto(
@@ -29,69 +38,100 @@ def auto(
 ) -> Strategy:  # fmt: skip
     """What `strategy="auto"` stands for: the plan for this flow, device, batch size and tolerance (1e-3 by default).
 
-    Plans are made once, from the report.json in the flow's model folder, and kept in the user's cache folder. Without
-    a report that has a tuning, all blocks are swept by windows of 32 tokens. `say` is told what takes long, or is
-    missing.
+    A plan is made once, for the next power of two of the batch size, by the tuning of `report`, by default that of the
+    report.json in the flow's model folder. It is kept in the user's cache folder. A flow without a tuning of its own
+    is tuned on four fresh latents, without fits: which blocks the sequential loop should solve, and where sweeps save
+    time. At a tolerance of 0 all blocks are left to the loop. `say` is called with a line of text before what takes
+    long.
     """
     tolerance = DEFAULT_TOLERANCE if tolerance is None else tolerance
-    print_ = fingerprint(flow)
-    device = device_name(flow.var.device)
-    if report is not None and report.tuning is not None:
-        return plan(flow, report, batch_size, tolerance, guidance=guidance)
-    words = (
-        print_,
-        device,
-        flow.var.dtype,
-        batch_size,
-        tolerance,
-        guidance,
-        _stamp(flow.report_file),
-        torch.__version__,
-    )
-    key = hashlib.sha256(repr(words).encode()).hexdigest()[:32]
+    if Tolerance(tolerance).atol == 0:
+        return Strategy.uniform(Solver(Sequential(), stopping=Tolerance(0)), flow.config.num_blocks)
+    batch_size = 1 << (batch_size - 1).bit_length()
+    weights = fingerprint(flow)
+    key = _key(flow, weights, batch_size, tolerance, guidance, report)
     if key not in _plans:
-        _plans[key] = _kept(key, print_, flow.config.num_blocks) or _made(
-            flow, batch_size, tolerance, guidance, key, say
-        )
-    return _plans[key]
+        found = _read(key, weights, flow.config.num_blocks)
+        _plans[key] = _make(flow, batch_size, tolerance, guidance, report, key, say) if found is None else found
+    found = _plans[key]
+    if found.tolerance is not None and found.tolerance > tolerance:
+        say(f"auto: planned for a tolerance of {found.tolerance:.1e}, the rounding of the network")
+    return found
 
 
-_plans: dict[str, Strategy] = {}
+def _key(
+    flow: ImageFlow, weights: str, batch_size: int, tolerance: float, guidance: Guidance | None, report: Report | None
+) -> str:
+    """A hash of all that a plan depends on."""
+    if report is not None:
+        by = sha256(json_bytes(report.to_json()))
+    elif flow.report_file is not None and flow.report_file.is_file():
+        by = sha256(flow.report_file.read_bytes())
+    else:
+        by = ""
+    device = flow.var.device
+    precision = (flow.var.dtype, torch.get_float32_matmul_precision(), torch.is_autocast_enabled(device.type))
+    where = json.dumps(machine(device), sort_keys=True)
+    words = (weights, where, precision, batch_size, tolerance, in_force(guidance), by)
+    return hashlib.sha256(repr(words).encode()).hexdigest()[:32]
 
 
-def _stamp(path: Path | None) -> tuple[Path, int] | None:
-    """A file and when it was written: a report that was made anew asks for a new plan."""
-    return None if path is None or not path.is_file() else (path, path.stat().st_mtime_ns)
-
-
-def _kept(key: str, expected: str, num_blocks: int) -> Strategy | None:
+def _read(key: str, weights: str, num_blocks: int) -> Strategy | None:
     """The plan in the cache folder, unless there is none that can be read."""
+    folder = _folder()
+    if folder is None:
+        return None
     try:
-        found = Strategy.load(_folder() / f"{key}.json")
+        found = Strategy.load(folder / f"{key}.json")
     except ValueError:
         return None
-    fits = found.fingerprint == expected and len(found.solvers) == num_blocks and found.prediction is not None
+    fits = found.fingerprint == weights and len(found.solvers) == num_blocks and found.prediction is not None
     return found if fits else None
 
 
-def _made(
-    flow: ImageFlow, batch_size: int, tolerance: float, guidance: Guidance | None, key: str, say: Callable[[str], None]
-) -> Strategy:
-    report = None if flow.report_file is None or tolerance == 0 else Report.load(flow.report_file)
-    if report is None or report.tuning is None:
-        say("auto: windows of 32 tokens; a plan needs a tolerance above 0, and a report.json in the model's folder by "
-            "jacobiflow calibrate --chord")  # fmt: skip
-        return Strategy.uniform(Solver(Window(_WINDOW), stopping=Tolerance(tolerance)), flow.config.num_blocks)
-    say(f"auto: planning for batches of {batch_size} on {device_name(flow.var.device)}, once")
-    made = plan(flow, report, batch_size, tolerance, guidance=guidance)
-    if made.prediction is not None and made.prediction.spread > _BUSY:
+def _make(
+    flow: ImageFlow, batch_size: int, tolerance: float, guidance: Guidance | None, report: Report | None, key: str,
+    say: Callable[[str], None],
+) -> Strategy:  # fmt: skip
+    tuning = _tuning(flow, report)
+    say(f"auto: planning for batches of up to {batch_size} on {device_name(flow.var.device)}, once")
+    if tuning is None:
+        say("auto: without a report of jacobiflow calibrate --chord, by a short trial; with one, plans are faster")
+        tuning = tune(
+            flow, guidance=guidance, samples=_SAMPLES, progress=False,
+            settings=TuneSettings(
+                tolerances=(tolerance, tolerance / 10, tolerance / 100), typical=tolerance, fit=False,
+                partitions=(Window(_WINDOW), Whole()), fine=(), coarse=(), coarse_to_tolerance=(),
+            ),
+        )  # fmt: skip
+    made = plan(flow, tuning, batch_size, tolerance, guidance=guidance)
+    folder = _folder()
+    if made.prediction is not None and made.prediction.spread > PlanSettings().busy:
         say(f"auto: timings differ by {made.prediction.spread:.0%}, the machine is busy; planning anew next time")
-        return made
-    with suppress(OSError):  # a plan that cannot be kept is made again next time
-        _folder().mkdir(parents=True, exist_ok=True)
-        made.save(_folder() / f"{key}.json")
+    elif folder is not None:
+        with suppress(OSError):  # a plan that cannot be kept is made again next time
+            folder.mkdir(parents=True, exist_ok=True)
+            made.save(folder / f"{key}.json")
     return made
 
 
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jacobiflow" / "plans"
+def _tuning(flow: ImageFlow, report: Report | None) -> Tuning | None:
+    """That of the report, or of the flow's own; `None` where there is none of these weights."""
+    if report is None and flow.report_file is not None:
+        report = Report.load(flow.report_file)
+    if report is None or report.tuning is None:
+        return None
+    if report.tuning.fingerprint != fingerprint(flow):
+        warnings.warn(
+            "the report in the flow's folder is of other weights: planned without it; calibrate this flow", stacklevel=2
+        )
+        return None
+    return report.tuning
+
+
+def _folder() -> Path | None:
+    """Where plans are kept; `None` where the user has no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jacobiflow" / "plans"
+    except RuntimeError:
+        return None

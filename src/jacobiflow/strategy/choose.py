@@ -57,8 +57,8 @@ def choose(
         found = found.with_tolerance(tolerance)
         if not found.has_tolerance:
             raise ValueError(
-                f"tolerance {tolerance}: strategy {str(strategy)!r} stops after a number of sweeps and would ignore it; leave "
-                "the tolerance out, or give a strategy that has one"
+                f"tolerance {tolerance}: strategy {str(strategy)!r} stops after a number of sweeps and ignores it; "
+                "leave the tolerance out, or give a strategy with one"
             )
     if len(found.solvers) != config.num_blocks:
         raise ValueError(f"strategy for {len(found.solvers)} blocks, but the flow has {config.num_blocks}")
