@@ -34,40 +34,36 @@ def noise(*shape: int) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-@settings(deadline=None, max_examples=30)
-@given(array=byte_arrays, packed=st.booleans())
-def test_round_trip(scratch: Path, array: NDArray[np.uint8], packed: bool) -> None:
-    scratch.write_bytes(gzip.compress(idx_bytes(array)) if packed else idx_bytes(array))
-    read = read_idx(scratch)
-    assert (read.dtype, read.shape) == (np.uint8, array.shape)
-    assert np.array_equal(read, array)
-
-
 @st.composite
-def damaged(draw: st.DrawFn) -> bytes:
-    """Any bytes, or an IDX file, perhaps gzipped, cut short and with a byte changed."""
+def files(draw: st.DrawFn) -> tuple[bytes, NDArray[np.uint8] | None]:
+    """Any bytes; or the IDX file of an array, perhaps gzipped: with the array, or damaged."""
     if draw(st.booleans()):
-        return draw(st.binary(max_size=64))
-    content = bytearray(idx_bytes(draw(byte_arrays)))
-    content = bytearray(gzip.compress(content, mtime=0)) if draw(st.booleans()) else content
+        return draw(st.binary(max_size=64)), None
+    array = draw(byte_arrays)
+    content = bytearray(gzip.compress(idx_bytes(array), mtime=0) if draw(st.booleans()) else idx_bytes(array))
+    if draw(st.booleans()):
+        return bytes(content), array
     content[draw(st.integers(0, min(len(content), 32) - 1))] ^= draw(st.integers(0, 255))
-    return bytes(content[: draw(st.integers(0, len(content)))])
+    return bytes(content[: draw(st.integers(0, len(content)))]), None
 
 
 @settings(deadline=None, max_examples=100)
-@given(content=damaged())
-@example(b"\0\0\x08\xff" + bytes(4 * 255))  # more axes than NumPy has
-@example(b"\0\0\x08\x04" + bytes(4) + b"\xff" * 12)  # empty, but too large for an array's strides
-@example(b"\0\0\x08\x02" + b"\x80\0\0\0" * 2)  # 2^62 bytes
-@example(b"\x1f\x8b\x08\x00" + bytes(6) + b"\xff" * 8)  # zlib.error
-def test_any_bytes_are_refused_or_are_what_they_say(scratch: Path, content: bytes) -> None:
+@given(file=files())
+@example((b"\0\0\x08\xff" + bytes(4 * 255), None))  # more axes than NumPy has
+@example((b"\0\0\x08\x04" + bytes(4) + b"\xff" * 12, None))  # empty, but too large for an array's strides
+@example((b"\0\0\x08\x02" + b"\x80\0\0\0" * 2, None))  # 2^62 bytes
+@example((b"\x1f\x8b\x08\x00" + bytes(6) + b"\xff" * 8, None))  # zlib.error
+def test_files_are_read_and_damaged_ones_refused(scratch: Path, file: tuple[bytes, NDArray[np.uint8] | None]) -> None:
+    content, array = file
     scratch.write_bytes(content)
     try:
         read = read_idx(scratch)
     except DataError as error:
-        assert str(scratch) in str(error)
-    else:
+        assert array is None and str(scratch) in str(error)
+    else:  # damage may be harmless
+        assert read.dtype == np.uint8
         assert idx_bytes(read) == (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
+        assert array is None or np.array_equal(read, array)
 
 
 @pytest.mark.parametrize(
@@ -76,30 +72,24 @@ def test_any_bytes_are_refused_or_are_what_they_say(scratch: Path, content: byte
         (b"\0\0\x0d\x01\0\0\0\0", "starts with 00 00 0d 01, not as an IDX file of unsigned bytes"),
         (b"\0\0\x08\x03\0\0", "truncated inside its header of 16 bytes; fetch"),
         (idx_bytes(noise(3, 2))[:-1], r"header \(3, 2\) asks for 6 bytes, it holds 5; fetch"),
-        (idx_bytes(noise(3, 2)) + b"!", r"header \(3, 2\) asks for 6 bytes, it holds more; fetch"),
         (gzip.compress(idx_bytes(noise(3, 2)))[:-2], "broken gzip data .*; fetch"),
         (None, "cannot be read .No such file or directory.; check the path"),
     ],
 )
-def test_errors_say_what_is_wrong(tmp_path: Path, content: bytes | None, message: str) -> None:
-    path = tmp_path / "some-idx"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(DataError, match=f"some-idx: .*{message}"):
-        read_idx(path)
+def test_errors_say_what_is_wrong(scratch: Path, content: bytes | None, message: str) -> None:
+    scratch.unlink(missing_ok=True) if content is None else scratch.write_bytes(content)
+    with pytest.raises(DataError, match=f"{scratch}: .*{message}"):
+        read_idx(scratch)
 
 
-def test_neither_headers_nor_archives_make_it_allocate(tmp_path: Path) -> None:
-    """A header of 2 GB without data, and 2 GB of zeros in a small archive that promises 3 bytes."""
-    (tmp_path / "header").write_bytes(b"\0\0\x08\x02" + b"\0\0\x80\0" * 2)
-    (tmp_path / "bomb").write_bytes(gzip.compress(idx_bytes(noise(3)) + bytes(1 << 25), compresslevel=1))
+def test_an_archive_is_not_unpacked_beyond_what_its_header_says(scratch: Path) -> None:
+    scratch.write_bytes(gzip.compress(idx_bytes(noise(3)) + bytes(1 << 25), compresslevel=1))
     tracemalloc.start()
-    for name in ("header", "bomb"):
-        with pytest.raises(DataError, match="asks for"):
-            read_idx(tmp_path / name)
+    with pytest.raises(DataError, match="asks for 3 bytes, it holds more"):
+        read_idx(scratch)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 1 << 24
+    assert peak < 1 << 23
 
 
 def write_folder(folder: Path, images: NDArray[np.uint8], labels: NDArray[np.uint8], stem: str = "train") -> None:
@@ -129,7 +119,6 @@ def test_a_folder_of_idx_files(tmp_path: Path) -> None:
     [
         (noise(5, 4, 4), np.zeros(4, np.uint8), r"labels-idx1-ubyte: shape \(4,\), but .* holds 5 images; fetch both"),
         (noise(5, 16), np.zeros(5, np.uint8), r"images-idx3-ubyte.gz: shape \(5, 16\); give"),
-        (noise(0, 4, 4), np.zeros(0, np.uint8), "images-idx3-ubyte.gz: shape .*, none of them 0"),
         (noise(2, 4, 4), np.array([0, 10], np.uint8), "labels-idx1-ubyte: has label 10; give labels 0 to 9"),
     ],
 )

@@ -65,18 +65,7 @@ def test_uniform_noise_spreads_each_level_over_its_share() -> None:
     assert (share.var(dim=(1, 2, 3)) - 1 / 12).abs().max() < 5 * math.sqrt(1 / 180 / 2500)
 
 
-def test_gaussian_noise_has_its_deviation() -> None:
-    images = torch.linspace(-1, 1, 400 * 100).view(400, 1, 10, 10)
-    kept = images.clone()
-    noise = add_noise(images, Noise("gaussian", 0.3), torch.Generator().manual_seed(0)) - images
-    assert noise.mean() == pytest.approx(0, abs=5 * 0.3 / 200)
-    assert noise.std() == pytest.approx(0.3, rel=5 / math.sqrt(2 * 40_000))
-    assert torch.equal(images, kept)
-
-
-@pytest.mark.parametrize(
-    ("kind", "std"), [("gaussian", 0.0), ("gaussian", -1.0), ("gaussian", math.nan), ("uniform", 0.1), ("laplace", 0.1)]
-)
+@pytest.mark.parametrize(("kind", "std"), [("gaussian", 0.0), ("gaussian", math.nan), ("uniform", 0.1), ("pink", 0.1)])
 def test_noise_out_of_range_is_refused(kind: Any, std: float) -> None:
     with pytest.raises(ValueError, match=f"^noise '{kind}'"):
         Noise(kind, std)

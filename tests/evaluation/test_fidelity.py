@@ -14,7 +14,6 @@ from torch import Tensor
 
 from jacobiflow.evaluation import Fidelity, PixelDifference, certificate_histogram, fidelity, pixel_difference
 
-SAME = PixelDifference(0.0, 0)
 NAN, INF = math.nan, math.inf
 
 
@@ -57,10 +56,8 @@ def test_one_entry_off_by_the_whole_range() -> None:
 
 def test_nan_on_both_sides_counts_as_equal_and_on_one_side_as_infinitely_far() -> None:
     exact = random_images(0).double()
-    assert fidelity(exact, exact.clone()) == Fidelity(5, 0.0, 0.0, INF, SAME)
     exact[1] = NAN
-    assert fidelity(exact.float(), exact) == Fidelity(5, 0.0, 0.0, INF, SAME)
-    kept = exact.clone()
+    assert fidelity(exact.float(), exact) == Fidelity(5, 0.0, 0.0, INF, PixelDifference(0.0, 0))
     found = fidelity(exact + 0.25, exact)
     assert (found.max, found.rms) == (pytest.approx(0.25), pytest.approx(0.25 * math.sqrt(4 / 5)))
     for value in (NAN, INF):
@@ -70,13 +67,12 @@ def test_nan_on_both_sides_counts_as_equal_and_on_one_side_as_infinitely_far() -
             assert (found.max, found.rms, found.psnr) == (INF, INF, -INF)
             shown = lost.nan_to_num(nan=-1.0, posinf=1.0)
             assert found.pixels.share == pytest.approx((levels(shown) != levels(exact)).mean())
-    assert torch.equal(exact.nan_to_num(nan=9), kept.nan_to_num(nan=9))
 
 
 def around(power: int, dtype: type = np.float32) -> list[float]:
     """A power of ten and its neighbours."""
     value = dtype(10.0**power)
-    return [float(np.nextafter(value, dtype(0))), float(value), float(np.nextafter(value, dtype(INF)))]
+    return [float(x) for x in (np.nextafter(value, dtype(0)), value, np.nextafter(value, dtype(INF)))]
 
 
 def assert_histogram(values: np.ndarray) -> None:
