@@ -36,8 +36,9 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
+from jacobiflow.baselines import GROWING_CACHE, SEQUENTIAL
 from jacobiflow.baselines.growing_cache import growing_cache_sample
-from jacobiflow.experiments.speed import ENCODING_PASS, GROWING_CACHE, SEQUENTIAL, compare
+from jacobiflow.experiments.speed import ENCODING_PASS, compare
 from jacobiflow.files import write_json
 from jacobiflow.flows.base import AffineFrontPerSample, KeepsNothing, put_run
 from jacobiflow.guidance import guided

@@ -134,6 +134,16 @@ def to_float32(flow: jf.TarFlow) -> jf.TarFlow:
     return copy
 
 
+def make_identity(dtype: torch.dtype) -> jf.TarFlow:
+    """A TarFlow of 16 tokens and 2 blocks whose blocks are the identity, with a prior of variance 1/2."""
+    flow = jf.TarFlow(jf.TarFlowConfig(1, 8, 2, 32, 2, 1, head_dim=16)).eval().requires_grad_(False)
+    for block in flow.blocks:
+        block.proj_out.weight.zero_()
+        block.proj_out.bias.zero_()
+    flow.var.fill_(0.5)
+    return flow.to(dtype)
+
+
 class MixingBlock(jf.AffineBlock):
     """An affine block for any T whose first entry is learned, as in a masked autoregressive flow; without a cache."""
 

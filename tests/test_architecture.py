@@ -36,12 +36,12 @@ ALLOWED: dict[str, set[str]] = {
     "storage": {
         "calibration", "data", "files", "flows", "guidance", "latents", "measuring", "sampling", "solvers", "strategy",
     },
-    "baselines": {"calibration", "flows", "guidance", "inversion", "strategy"},
+    "baselines": {"calibration", "flows", "guidance", "inversion", "sampling"},
     "evaluation": {"data", "files", "flows", "measuring"},
     "training": {"data", "files", "flows"},
     "experiments": {
         "baselines", "calibration", "denoising", "evaluation", "files", "flows", "guidance", "latents", "measuring",
-        "sampling", "solvers", "storage", "strategy",
+        "sampling", "storage", "strategy",
     },
     "plots": {"calibration", "data", "evaluation", "experiments", "files", "measuring"},
 }  # fmt: skip

@@ -18,7 +18,7 @@ def prior_tokens(flow: ImageFlow, latents: Float[Tensor, "n t c"]) -> Float[Tens
     On the flow's device, in the dtype of the state, see `state_dtype`.
     """
     dtype = state_dtype(flow)
-    return latents.to(flow.var.device, dtype) * flow.var.sqrt().to(dtype)
+    return latents.to(flow.var.device, dtype) * flow.var.to(dtype).sqrt()
 
 
 def invert(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -152,20 +154,19 @@ def test_arguments_that_fit_no_image(tmp_path: Path) -> None:
 
 
 def test_deep_folders_and_many_files(tmp_path: Path) -> None:
-    """Deeper than Python's stack, and more files than a process may open."""
+    """Deeper than Python's stack allows, and more files than the process may open."""
     inner, descriptor = tmp_path / "a", os.open(tmp_path, os.O_RDONLY)
     inner.mkdir()
     for i in range(40):
         write_image(inner / f"{i:02d}.png", noise(4, 4, seed=i))
-    for _ in range(1100):
-        inner = inner / "a"
-        inner.mkdir()
-    write_image(inner / "last.png", noise(4, 4))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    write_image(inner.joinpath(*["a"] * 150) / "last.png", noise(4, 4))
+    (soft, hard), depth = resource.getrlimit(resource.RLIMIT_NOFILE), sys.getrecursionlimit()
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptor + 10, hard))
+    sys.setrecursionlimit(len(inspect.stack()) + 100)
     try:
         assert len(image_folder(tmp_path, 4)) == 41
     finally:
+        sys.setrecursionlimit(depth)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         os.close(descriptor)
 

@@ -50,6 +50,7 @@ def test_its_samples_encode_to_their_latents(model: Path) -> None:
         "plan --model {model} --batch-size 2 --out {out}.json",
         "sample --model {model} --num 3 --denoise 1 --strategy auto --out {out}",
         "trace --model {model} --num 2 --report {model}/report.json --strategy Jacobi-5 --out {out}",
+        "bench --model {model} --strategy jacobi --batch-size 2 --repeats 1 --out {out}",
     ],
 )  # in this order: later ones plan by the report
 def test_every_command_takes_it(line: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,8 @@ from running import load_script
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.experiments.speed import ENCODING_PASS, GROWING_CACHE, SEQUENTIAL
+from jacobiflow.baselines import GROWING_CACHE, SEQUENTIAL
+from jacobiflow.experiments.speed import ENCODING_PASS
 from jacobiflow.guidance import guided
 
 pytestmark = pytest.mark.usefixtures("one_thread")

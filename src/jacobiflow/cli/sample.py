@@ -18,9 +18,9 @@ from rich.table import Table
 from torch import Tensor
 
 from jacobiflow import sampling
+from jacobiflow.baselines import SEQUENTIAL
 from jacobiflow.cli import options
 from jacobiflow.data import scale
-from jacobiflow.experiments.speed import SEQUENTIAL
 from jacobiflow.measuring import Error, machine, paired_error
 from jacobiflow.plots import comparison_sheet, image_grid, save_png
 from jacobiflow.sampling import Samples

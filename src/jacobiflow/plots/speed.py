@@ -11,10 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from jacobiflow.experiments.speed import ENCODING_PASS, SEQUENTIAL, Comparison
+from jacobiflow.experiments.speed import ENCODING_PASS, Comparison
 from jacobiflow.plots.style import BLACK, Style, clear, distinct_styles, escape, plain_ticks, sampler_style
 
-_BASELINES = 2  # the first rows of a comparison
 _CAPTION = 28  # characters on a line of the legend
 
 
@@ -22,20 +21,20 @@ def bench_figure(comparisons: Sequence[Comparison]) -> Figure:
     """Largest error against seconds, a panel for each batch size, a marker for each strategy, both axes logarithmic.
 
     A bar goes from the fastest to the slowest round. Vertical lines are the encoding pass, which no solver beats, and
-    the two baselines, which are exact. Errors of 0, and those that are not finite, are at the edges, which say so.
+    the baselines, which are exact. Errors of 0, and those that are not finite, are at the edges, which say so.
     """
-    baselines = (ENCODING_PASS, SEQUENTIAL, comparisons[0].original)
-    styles = distinct_styles(row.strategy for comparison in comparisons for row in comparison.rows[_BASELINES:])
+    baselines = (ENCODING_PASS, *reversed(comparisons[0].baselines))
+    styles = distinct_styles(row.strategy for comparison in comparisons for row in comparison.others)
     captions = [textwrap.fill(escape(name), _CAPTION) for name in (*baselines, *styles)]
     columns = 2 if len(comparisons) == 4 else min(len(comparisons), 3)
     lines = -(-len(comparisons) // columns)
     legend = 0.3 + 0.2 * sum(caption.count("\n") + 1 for caption in captions)  # inches
     figure = Figure(figsize=(3.6 * columns + 2.4, max(3.6 * lines, legend)), layout="constrained")
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
-    ticks = _error_ticks([row.error.max for comparison in comparisons for row in comparison.rows[_BASELINES:]])
+    ticks = _error_ticks([row.error.max for comparison in comparisons for row in comparison.others])
     shown: dict[str, Any] = {}
     for axis, comparison in zip(panels, comparisons, strict=False):
-        for name, line in zip(baselines, (":", "--", "-."), strict=True):
+        for name, line in zip(baselines, (":", "--", "-."), strict=False):
             seconds = comparison.floor if name == ENCODING_PASS else comparison.row(name).seconds
             color = BLACK if name == ENCODING_PASS else sampler_style(name).color
             shown[name] = axis.axvline(seconds.median, color=color, linestyle=line, linewidth=1.2)
@@ -65,7 +64,7 @@ def _error_ticks(errors: Sequence[float]) -> dict[float, str]:
 def _markers(axis: Axes, comparison: Comparison, styles: dict[str, Style], low: float, high: float) -> dict[str, Any]:
     """Draw the strategies, their errors limited to [low, high]."""
     shown = {}
-    for row in comparison.rows[_BASELINES:]:
+    for row in comparison.others:
         style, seconds = styles[row.strategy], row.seconds
         shown[row.strategy] = axis.errorbar(
             seconds.median, min(max(row.error.max, low), high),

@@ -9,6 +9,7 @@ from jacobiflow.storage.folder import (
     Record,
     SampleFolder,
     SampleFolderError,
+    labels_sha256,
 )
 from jacobiflow.storage.generate import (
     DEFAULT_BATCH,
@@ -39,6 +40,7 @@ __all__ = [
     "draw_by_strategy",
     "figures_of",
     "generate",
+    "labels_sha256",
     "processes",
     "sample_to_folder",
     "total",
