@@ -17,7 +17,7 @@ from torch import Tensor
 
 from jacobiflow.cli import options
 from jacobiflow.cli.progress import progress
-from jacobiflow.data import ImageDataset, Noise, load_images, quantize
+from jacobiflow.data import ImageDataset, Noise, quantize
 from jacobiflow.evaluation import (
     NAMES,
     FashionFeatures,
@@ -171,7 +171,7 @@ def real_images(
         )
     features = None
     if images is not None:
-        training = load_images(images, config.image_size, config.in_channels).images
+        training = options.read_images(images, config.image_size, config.in_channels).images
         if len(training) < 2:
             raise ValueError(f"--images {images}: statistics of {len(training)} images: give at least 2")
         if kind == "inception":
@@ -280,7 +280,7 @@ def _noise(flow: ImageFlow, kind: str | None) -> Noise:
 def _test_images(flow: ImageFlow, images: str, num: int) -> ImageDataset:
     """The first `num` test images. **Raises** `ValueError` for classes that the flow does not have."""
     config = flow.config
-    data = load_images(images, config.image_size, config.in_channels, "test")
+    data = options.read_images(images, config.image_size, config.in_channels, "test")
     if config.num_classes and data.labels is not None and int(data.labels.max()) >= config.num_classes:
         raise ValueError(
             f"--images {images}: has classes up to {int(data.labels.max())}, the model {config.num_classes} classes; "
