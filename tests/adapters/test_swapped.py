@@ -13,7 +13,7 @@ import pytest
 import torch
 from library_flows import MAIN, Case, counted, made, same_bits
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations
 
 import jacobiflow as jf
 
@@ -95,9 +95,10 @@ def test_a_class_that_was_changed_meanwhile_stays() -> None:
         expected = case.invert(flow, y, c)
         done = jf.accelerate(flow)
         flow.register_parameter("extra", nn.Parameter(torch.ones(2, 2)))
-        parametrizations.weight_norm(flow, "extra")  # by a subclass
+        parametrizations.weight_norm(flow, "extra")
+        kind = type(flow)
         done.restore()
-        assert parametrize.is_parametrized(flow, "extra")
+        assert type(flow) is kind
         assert same_bits(expected, case.invert(flow, y, c))
 
 

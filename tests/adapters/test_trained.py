@@ -7,9 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import nflows.distributions
-import nflows.flows
-import nflows.transforms
 import pytest
 import torch
 import zuko
@@ -34,62 +31,25 @@ def pixels(x: Tensor) -> Tensor:
     return ((torch.sigmoid(x) - 1e-2) / 0.98 * 17).floor()
 
 
-class Zuko(nn.Module):
-    """A MAF of three transforms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flow = zuko.flows.MAF(64, transforms=3, hidden_features=(64, 64))
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self.flow().log_prob(x)
-
-    def encode(self, x: Tensor) -> Tensor:
-        return self.flow().transform(x)
-
-    def decode(self, z: Tensor) -> Tensor:
-        return self.flow().transform.inv(z)
-
-
-class NFlows(nflows.flows.Flow):
-    """The same in nflows."""
-
-    def __init__(self) -> None:
-        layers: list[nn.Module] = []
-        for _ in range(3):
-            affine = nflows.transforms.MaskedAffineAutoregressiveTransform(64, 64, use_residual_blocks=False)
-            layers += [affine, nflows.transforms.ReversePermutation(64)]
-        base = nflows.distributions.StandardNormal([64])
-        super().__init__(nflows.transforms.CompositeTransform(layers), base)
-
-    def encode(self, x: Tensor) -> Tensor:
-        return self.transform_to_noise(x)
-
-    def decode(self, z: Tensor) -> Tensor:
-        return self._transform.inverse(z)[0]
-
-
-@pytest.mark.parametrize("kind", [Zuko, NFlows])
-def test_images(kind: Any) -> None:
+def test_images_of_digits() -> None:
     images = torch.tensor(load_digits().data, dtype=torch.float32)  # 1797 of 64 pixels, 0 to 16
     torch.manual_seed(0)
-    flow, x = kind(), logits(images)
+    flow, x = zuko.flows.MAF(64, transforms=3, hidden_features=(64, 64)), logits(images)
     optimizer = torch.optim.Adam(flow.parameters(), 2e-3)
-    before = float(flow.log_prob(x).mean())
+    before = float(flow().log_prob(x).mean())
     for _ in range(200):
         optimizer.zero_grad()
-        (-flow.log_prob(x[torch.randint(len(x), (100,))]).mean()).backward()
+        (-flow().log_prob(x[torch.randint(len(x), (100,))]).mean()).backward()
         nn.utils.clip_grad_norm_(flow.parameters(), 5.0)
         optimizer.step()
     flow.eval().requires_grad_(False)
-    assert float(flow.log_prob(x).mean()) > before + 20  # it has learnt something
-
+    assert float(flow().log_prob(x).mean()) > before + 20  # it has learnt something
     for dtype, atol in ((torch.float32, 1e-2), (torch.float64, 1e-9)):
         flow, x = flow.to(dtype), logits(images[:64]).to(dtype)
-        z = flow.encode(x)
-        expected = flow.decode(z)
+        z = flow().transform(x)
+        expected = flow().transform.inv(z)
         with jf.accelerate(flow) as done, counted(flow) as calls:
-            found = flow.decode(z)
+            found = flow().transform.inv(z)
         assert same_bits(expected, found)
         assert done.passes == calls
         assert len(calls) == 3
@@ -98,7 +58,7 @@ def test_images(kind: Any) -> None:
         torch.testing.assert_close(found, x, rtol=0, atol=atol)
     for tolerance in (1e-3, 1e-5):
         with jf.accelerate(flow, tolerance) as close:
-            error = (flow.decode(z) - x).abs()
+            error = (flow().transform.inv(z) - x).abs()
         assert sum(close.passes.values()) < sum(done.passes.values())
         assert error.max() < 1e3 * tolerance
         assert error.mean() < tolerance
@@ -127,7 +87,7 @@ def test_posteriors_of_sbi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     from sbi.inference.posteriors import EnsemblePosterior
 
     monkeypatch.chdir(tmp_path)  # sbi logs its training in the folder that it runs in
-    parts = [posterior(estimator, seed) for seed, estimator in enumerate(("maf", "maf_rqs", "zuko_nsf"))]
+    parts = [posterior(estimator, seed) for seed, estimator in enumerate(("maf", "zuko_nsf"))]
     ensemble = EnsemblePosterior(parts).set_default_x(torch.zeros(1, PARAMETERS))
     counts = []
     for held in (*parts, ensemble):

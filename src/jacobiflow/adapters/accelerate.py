@@ -105,7 +105,7 @@ def accelerate(flow: Any, tolerance: float = 0.0) -> Acceleration:
         raise ValueError(f"tolerance={tolerance!r}: give 0, for identical bits, or a positive number")
     adapters = {library: adapter for library in _SUPPORTED if (adapter := _adapter(library, flow)) is not None}
     done = Acceleration(float(tolerance))
-    classes: dict[type[nn.Module], type[nn.Module]] = {}  # the library's -> the accelerated
+    classes: dict[nn.Module, type[nn.Module]] = {}
     for name, module in _named_modules(flow):
         own = Swapped.library_class_of(module) or type(module)
         for library, adapter in adapters.items():
@@ -116,16 +116,15 @@ def accelerate(flow: Any, tolerance: float = 0.0) -> Acceleration:
             else:
                 done.transforms[name] = f"{library} {own.__name__}"
                 done._names[module] = name
-                if own not in classes:
-                    classes[own] = adapter.accelerated.of(own, done)
+                classes[module] = adapter.accelerated.of(own, done)
     if not done.transforms:
         reasons = "".join(f"; {name}: {why}" for name, why in done.untouched.items())
         raise ValueError(
             f"{type(flow).__name__}: no masked autoregressive transform of {', '.join(_SUPPORTED)} in it to accelerate"
             f"{reasons}; nothing was changed"
         )
-    for module in done._names:
-        module.__class__ = classes[Swapped.library_class_of(module) or type(module)]
+    for module, accelerated in classes.items():
+        module.__class__ = accelerated
     return done
 
 
