@@ -23,7 +23,6 @@ from jacobiflow.cli.options import guidance_words
 from jacobiflow.data import ImageDataset, Noise, load_images
 from jacobiflow.evaluation import bayes_accuracy, bits_per_dim
 from jacobiflow.files import write_atomically, write_json
-from jacobiflow.flows.folder import save
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.plots import image_grid, save_png
 
@@ -148,7 +147,7 @@ def main() -> None:
     matplotlib.use("Agg")
 
     folder = ROOT / "src" / "jacobiflow" / "models" / arguments.name
-    save(jf.load(arguments.run), folder, torch.float16)
+    jf.load(arguments.run).save_pretrained(folder, dtype=torch.float16)
     flow = jf.load(arguments.name)
     config = flow.config
     metrics = [json.loads(line) for line in (arguments.run / "metrics.jsonl").read_text().splitlines()]

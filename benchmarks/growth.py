@@ -23,7 +23,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from performance import draw, latents
 
 import jacobiflow as jf
-from jacobiflow.experiments.speed import GROWING_CACHE, SEQUENTIAL, Comparison, compare
+from jacobiflow.baselines import GROWING_CACHE, SEQUENTIAL
+from jacobiflow.experiments.speed import Comparison, compare
 from jacobiflow.files import write_json
 from jacobiflow.measuring import machine
 from jacobiflow.plots import COLORS, save_png

@@ -30,16 +30,17 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 import jacobiflow as jf
+from jacobiflow.baselines import GROWING_CACHE, SEQUENTIAL
 from jacobiflow.baselines.growing_cache import growing_cache_sample
-from jacobiflow.experiments.speed import ENCODING_PASS, GROWING_CACHE, SEQUENTIAL, compare
+from jacobiflow.experiments.speed import ENCODING_PASS, compare
 from jacobiflow.files import write_json
-from jacobiflow.flows.base import put_run
+from jacobiflow.flows.base import AffineFrontPerSample, KeepsNothing, put_run
 from jacobiflow.guidance import guided
 from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import Timing, interleave, machine
@@ -74,10 +75,10 @@ class Shape:
 
     @property
     def solvers(self) -> Counter[jf.Solver]:
-        """The solvers of the paper's strategy, and how many blocks each solves."""
+        """The solvers of the paper's strategy, and how many blocks each solves; all sweeps, none is stopped early."""
         config = self.preset.config
         plan = jf.Strategy.parse(self.preset.strategy, num_blocks=config.num_blocks, num_tokens=config.num_tokens)
-        return Counter(plan.solvers)
+        return Counter(replace(s, stopping=replace(s.stopping, ebound=None)) for s in plan.solvers)
 
 
 RATES = {"img128cond": 4.53, "afhq": 5.32, "img64uncond": 2.96, "img64cond": 2.51}
@@ -123,11 +124,10 @@ def name_of(solver: jf.Solver) -> str:
 
 
 @dataclass(frozen=True)
-class FrontPerSample:
+class FrontPerSample(KeepsNothing):
     """`block`, evaluated as where every sample has a front of its own, as a window's samples have under a tolerance."""
 
-    block: jf.AffineBlock
-    keeps_nothing = True
+    block: AffineFrontPerSample
 
     def init_cache(self, z: Tensor, context: Tensor | None = None) -> Any:
         """That of `block`."""
@@ -146,10 +146,10 @@ class GraphedSequential:
     a multiple of `bucket` positions, the causal mask hiding the last of them: one graph for each such length. On other
     devices the same steps run without graphs.
 
-    **Arguments:** `block`, a `ragged` one, `z` (B, T, C) as later calls will have it, `context` a row per sample.
+    **Arguments:** `block`, `z` (B, T, C) as later calls will have it, `context` a row per sample.
     """
 
-    def __init__(self, block: jf.AffineBlock, z: Tensor, context: Tensor | None, bucket: int = 64) -> None:
+    def __init__(self, block: AffineFrontPerSample, z: Tensor, context: Tensor | None, bucket: int = 64) -> None:
         self.block, self.bucket = block, bucket
         self.z, self.x = z.clone(), z.clone()
         self.entry = torch.zeros(len(z), dtype=torch.int64, device=z.device)
@@ -246,9 +246,9 @@ class Problem:
         return cls(flow.to(dtype), z, labels, shape.guidance)
 
     @property
-    def block(self) -> jf.AffineBlock:
+    def block(self) -> AffineFrontPerSample:
         """The block, under guidance."""
-        return guided(self.flow.blocks[0], self.guidance)
+        return cast(AffineFrontPerSample, guided(self.flow.blocks[0], self.guidance))
 
     def solve(self, solver: jf.Solver) -> Part:
         """The block solved; to warm up, a sweep of every run."""

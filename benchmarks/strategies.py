@@ -13,7 +13,8 @@ from typing import Any
 from performance import draw, latents
 
 import jacobiflow as jf
-from jacobiflow.experiments.speed import GROWING_CACHE, SEQUENTIAL, compare
+from jacobiflow.baselines import GROWING_CACHE, SEQUENTIAL
+from jacobiflow.experiments.speed import compare
 from jacobiflow.files import write_json
 from jacobiflow.measuring import machine
 

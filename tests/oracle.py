@@ -1,4 +1,4 @@
-"""A TarFlow and its solvers once more, from the state dict alone: no cache, no code of the library, float64.
+"""TarFlow, MAF and their solvers once more, from the state dict alone: no cache, no code of the library, float64.
 
 Everything is recomputed from the current tokens whenever anything is needed. Tokens of a block are in its own causal
 order, blocks are numbered in encoding order, and odd blocks read the patches in reverse.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -105,6 +106,79 @@ class Oracle:
             x = self.flip(i, (x - shift) / log_scale.exp())
             log_det = log_det - log_scale.flatten(1).sum(dim=1)
         return x / self.var.sqrt(), log_det - self.var.sqrt().log().sum()
+
+
+class MAFOracle:
+    """A MAF; its masks are written entry by entry from the definition of the degrees."""
+
+    def __init__(self, flow: Any) -> None:
+        self.state = {name: value.detach().double() for name, value in flow.state_dict().items()}
+        config = flow.config
+        self.shape = (config.in_channels, config.image_size, config.image_size)
+        self.length = math.prod(self.shape)
+        self.layers, self.num_blocks, self.alpha = config.hidden_layers, config.num_blocks, config.logit_alpha
+        self.var = self.state["var"]
+
+    def mask(self, layer: int, rows: int, columns: int) -> Tensor:
+        """1 where an output may see an input: units see degrees up to their own, entry t sees degrees below t."""
+
+        def sees(row: int, column: int) -> bool:
+            seen = column if layer == 0 else column * (self.length - 1) // columns
+            if layer == self.layers:
+                return seen < row // 2
+            return seen <= row * (self.length - 1) // rows
+
+        return torch.tensor([[float(sees(row, column)) for column in range(columns)] for row in range(rows)]).double()
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """All masked weights."""
+        names = [name for name in self.state if name.endswith(".weight")]
+        return {name: w * self.mask(int(name.split(".")[3]), *w.shape) for name in names for w in [self.state[name]]}
+
+    def flip(self, i: int, x: Tensor) -> Tensor:
+        return x[:, torch.arange(x.shape[1] - 1, -1, -1)] if i % 2 else x
+
+    def parameters(self, i: int, x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Log-scale and shift of all entries of block i; `x` is in its causal order."""
+        h = x.double().flatten(1)
+        for layer in range(self.layers + 1):
+            name = f"blocks.{i}.layers.{layer}."
+            h = h @ self.weights[name + "weight"].T + self.state[name + "bias"]
+            if name + "class_embed" in self.state:
+                table = self.state[name + "class_embed"]
+                chosen = [-1] * len(x) if labels is None else labels.tolist()
+                h = h + torch.stack([table.mean(dim=0) if y < 0 else table[y] for y in chosen])
+            if layer < self.layers:
+                h = h.clamp(min=0)
+        return h[:, 0::2].unsqueeze(-1), h[:, 1::2].unsqueeze(-1)
+
+    def g(self, i: int, x: Tensor, z: Tensor, labels: Tensor | None = None, guide: Guide | None = None) -> Tensor:
+        log_scale, shift = self.parameters(i, x, labels)
+        if guide is not None:
+            guide_away(guide, log_scale, shift, *self.parameters(i, x, None))
+        return log_scale.exp() * z + shift
+
+    def encode(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Latents and log-determinant, prior's scale included."""
+        p = (images.double().flatten(1) + 1) / 2
+        s = self.alpha + (1 - 2 * self.alpha) * p
+        x = (s.log() - (1 - s).log()).unsqueeze(-1)
+        log_det = (math.log(0.5 - self.alpha) - s.log() - (1 - s).log()).sum(dim=1)
+        for i in range(self.num_blocks):
+            x = self.flip(i, x)
+            log_scale, shift = self.parameters(i, x, labels)
+            x = self.flip(i, (x - shift) / log_scale.exp())
+            log_det = log_det - log_scale.flatten(1).sum(dim=1)
+        return x / self.var.sqrt(), log_det - self.var.sqrt().log().sum()
+
+    def decode(self, latents: Tensor, labels: Tensor | None = None, guide: Guide | None = None) -> Tensor:
+        x = latents.double() * self.var.sqrt()
+        for i in reversed(range(self.num_blocks)):
+            z = self.flip(i, x)
+            x = self.flip(i, sequential(lambda x, i=i, z=z: self.g(i, x, z, labels, guide), z))  # type: ignore[misc]
+        p = (1 / (1 + (-x).exp()) - self.alpha) / (1 - 2 * self.alpha)
+        return (2 * p - 1).reshape(-1, *self.shape)
 
 
 def guide_away(guide: Guide, log_scale: Tensor, shift: Tensor, free_log_scale: Tensor, free_shift: Tensor) -> None:

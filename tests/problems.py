@@ -73,6 +73,34 @@ def make_flow(
     return flow
 
 
+@cache
+def make_maf(
+    image_size: int = 4,
+    in_channels: int = 1,
+    hidden_features: int = 20,
+    hidden_layers: int = 2,
+    num_classes: int = 3,
+    num_blocks: int = 2,
+    seed: int = 0,
+) -> jf.MAF:
+    """A float64 MAF, not to be changed, whose every weight matters; a fresh one is the identity."""
+    config = jf.MAFConfig(in_channels, image_size, hidden_features, num_blocks, hidden_layers, num_classes)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        flow = jf.MAF(config).double().eval()
+        for block in flow.blocks:
+            *hidden, last = block.layers
+            for layer in hidden:
+                layer.weight.mul_(2)
+            last.weight.normal_(std=0.5)
+            last.weight[0::2].mul_(0.3)
+            last.bias.normal_(std=0.2)
+            for layer in block.layers if config.num_classes else ():
+                layer.class_embed.normal_(std=0.3)
+        flow.var.uniform_(0.5, 2)
+    return flow
+
+
 def assert_hard(flow: jf.TarFlow) -> None:
     """Plain Jacobi from z needs more than T/4 sweeps in every block, and values stay moderate."""
     reference = oracle.Oracle(flow)
@@ -104,6 +132,16 @@ def to_float32(flow: jf.TarFlow) -> jf.TarFlow:
     copy = jf.TarFlow(flow.config).eval()
     copy.load_state_dict(flow.state_dict())
     return copy
+
+
+def make_identity(dtype: torch.dtype) -> jf.TarFlow:
+    """A TarFlow of 16 tokens and 2 blocks whose blocks are the identity, with a prior of variance 1/2."""
+    flow = jf.TarFlow(jf.TarFlowConfig(1, 8, 2, 32, 2, 1, head_dim=16)).eval().requires_grad_(False)
+    for block in flow.blocks:
+        block.proj_out.weight.zero_()
+        block.proj_out.bias.zero_()
+    flow.var.fill_(0.5)
+    return flow.to(dtype)
 
 
 class MixingBlock(jf.AffineBlock):

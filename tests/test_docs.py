@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = [
     (path, match.group(1))
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if path.name != "extending.md"
     for match in re.finditer(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 ]
 
@@ -29,6 +30,13 @@ def test_example_prints_what_it_says(path, code, capsys, tmp_path, monkeypatch):
 
 def test_there_are_examples():
     assert {path.name for path, _ in EXAMPLES} >= {"README.md", "your_own_block.md"}
+
+
+def test_the_extensions_are_those_that_the_tests_run():
+    shown = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
+    files = sorted((ROOT / "tests" / "extending").glob("[!t]*.py"))
+    assert sorted(shown) == sorted(path.read_text() for path in files)
+    assert all(len(text.splitlines()) < 80 for text in shown)
 
 
 def test_links_and_pictures_exist():

@@ -2,26 +2,34 @@
 
 from jacobiflow.adapters import Acceleration, accelerate
 from jacobiflow.calibration import Report, Tuning, calibrate, tune
+from jacobiflow.codec import register
 from jacobiflow.denoising import denoise
 from jacobiflow.flows.base import AffineBlock, Block
-from jacobiflow.flows.folder import CheckpointError, load
 from jacobiflow.flows.maf import MAF, MAFConfig
 from jacobiflow.flows.presets import PRESETS, Preset
+from jacobiflow.flows.registry import load
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
+from jacobiflow.flows.weights import CheckpointError
 from jacobiflow.guidance import Guidance
 from jacobiflow.sampling import Samples, decode, sample
 from jacobiflow.solvers import (
     CausalLinear,
     Chord,
+    Correction,
+    EarlyStop,
+    Guess,
     Latent,
     MaxSweeps,
     MeanAffine,
+    Partition,
     Plain,
     Segments,
     Sequential,
+    SlidingRun,
     Solution,
     Solver,
     Status,
+    Sweep,
     Tolerance,
     Whole,
     Window,
@@ -44,11 +52,15 @@ __all__ = [
     "CausalLinear",
     "CheckpointError",
     "Chord",
+    "Correction",
+    "EarlyStop",
+    "Guess",
     "Guidance",
     "Latent",
     "MAFConfig",
     "MaxSweeps",
     "MeanAffine",
+    "Partition",
     "Plain",
     "Preset",
     "Report",
@@ -56,10 +68,12 @@ __all__ = [
     "Samples",
     "Segments",
     "Sequential",
+    "SlidingRun",
     "Solution",
     "Solver",
     "Status",
     "Strategy",
+    "Sweep",
     "TarFlow",
     "TarFlowConfig",
     "Tolerance",
@@ -75,6 +89,7 @@ __all__ = [
     "load",
     "plan",
     "processes",
+    "register",
     "sample",
     "sample_to_folder",
     "solve",

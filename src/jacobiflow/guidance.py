@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.flows.base import AffineBlock
+from jacobiflow.flows.base import AffineBlock, AffineFrontPerSample, KeepsNothing, LowPrecision
 
 
 @dataclass(frozen=True)
@@ -42,33 +43,24 @@ class Guidance:
 
 
 class GuidedCache(NamedTuple):
-    """The wrapped block's cache, of the conditional rows and then the unconditional ones of so many samples."""
+    """The wrapped block's cache, of the conditional rows and then the unconditional ones.
+
+    `rows` are the indices 0 .. B-1 of the conditional rows, on the cache's device.
+    """
 
     inner: Any
-    samples: int
+    rows: Int[Tensor, " b"]
 
 
 @dataclass(frozen=True)
 class GuidedBlock(AffineBlock):
-    """`block` under guidance: conditional and unconditional rows go through the network as one batch."""
+    """`block` under guidance: conditional and unconditional rows go through the network as one batch.
+
+    Made by `guided`, which adds what else the wrapped block can do.
+    """
 
     block: AffineBlock
     guidance: Guidance
-
-    @property
-    def ragged(self) -> bool:  # type: ignore[override]
-        """As the wrapped block."""
-        return self.block.ragged
-
-    @property
-    def low_precision(self) -> bool:  # type: ignore[override]
-        """As the wrapped block."""
-        return self.block.low_precision
-
-    @property
-    def keeps_nothing(self) -> bool:
-        """Whether the wrapped block says that it keeps no tensor; see `jacobiflow.solvers.solve.no_gradients`."""
-        return getattr(self.block, "keeps_nothing", False)
 
     def init_cache(
         self,
@@ -76,50 +68,27 @@ class GuidedBlock(AffineBlock):
         context: Int[Tensor, " b"] | None = None,
         attn_temperature: Float[Tensor, " b"] | None = None,
     ) -> GuidedCache:
+        """That of the wrapped block for twice the rows of `z`: under labels `context`, then without."""
         if attn_temperature is not None:
             raise ValueError("attn_temperature: a guided block takes it from its guidance")
-        rows = z.new_ones(z.shape[0])
-        temperature = torch.cat((rows, rows * self.guidance.attn_temperature))
+        temperature = None
+        if self.guidance.attn_temperature != 1:
+            rows = z.new_ones(len(z))
+            temperature = torch.cat((rows, rows * self.guidance.attn_temperature))
         labels = None if context is None else torch.cat((context, torch.full_like(context, -1)))
-        inner = self.block.init_cache(
-            torch.cat((z, z)), labels, None if self.guidance.attn_temperature == 1 else temperature
-        )
-        return GuidedCache(inner, len(z))
-
-    def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:
-        """Those of the wrapped block."""
-        return self.block.output_weights()
+        inner = self.block.init_cache(torch.cat((z, z)), labels, temperature)
+        return GuidedCache(inner, torch.arange(len(z), device=z.device))
 
     def affine(
         self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: GuidedCache
     ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
+        """The guided log-scale and shift; see `AffineBlock.affine`."""
         both = self.block.affine(torch.cat((x, x)), start, stop, cache.inner)
         return self._extrapolate(both, x, torch.arange(start, stop, device=x.device).view(1, -1))
 
-    def affine_at(
-        self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: GuidedCache
-    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
-        both = self.block.affine_at(torch.cat((x, x)), torch.cat((start, start)), size, end, cache.inner)
-        return self._extrapolate(both, x, start.view(-1, 1) + torch.arange(size, device=x.device))
-
-    def take(self, cache: GuidedCache, rows: Int[Tensor, " m"]) -> GuidedCache:
-        """The cache of the samples `rows`, both rows of each."""
-        both = torch.cat((rows, rows + cache.samples))
-        return GuidedCache(self.block.take(cache.inner, both), len(rows))
-
-    def join(self, caches: Sequence[GuidedCache]) -> GuidedCache:
-        """One cache for the samples of all, conditional rows first."""
-        halves = [
-            self.block.take(cache.inner, torch.arange(cache.samples) + first)
-            for conditional in (True, False)
-            for cache in caches
-            for first in [0 if conditional else cache.samples]
-        ]
-        return GuidedCache(self.block.join(halves), sum(cache.samples for cache in caches))
-
-    def lower(self, cache: GuidedCache) -> GuidedCache:
-        """The cache with which the wrapped block's network runs in bfloat16."""
-        return GuidedCache(self.block.lower(cache.inner), cache.samples)
+    def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:
+        """Those of the wrapped block."""
+        return self.block.output_weights()
 
     def _extrapolate(
         self, both: tuple[Tensor, Tensor], x: Tensor, position: Int[Tensor, "#b n"]
@@ -135,15 +104,64 @@ class GuidedBlock(AffineBlock):
         )
 
 
+class _GuidedFront(GuidedBlock, AffineFrontPerSample):
+    """With a front per sample, at which both rows of the sample stand."""
+
+    block: AffineFrontPerSample
+
+    def affine_at(
+        self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: GuidedCache
+    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
+        both = self.block.affine_at(torch.cat((x, x)), torch.cat((start, start)), size, end, cache.inner)
+        return self._extrapolate(both, x, start.view(-1, 1) + torch.arange(size, device=x.device))
+
+    def take(self, cache: GuidedCache, rows: Int[Tensor, " m"]) -> GuidedCache:
+        both = torch.cat((rows, rows + len(cache.rows)))
+        return GuidedCache(self.block.take(cache.inner, both), torch.arange(len(rows), device=rows.device))
+
+    def join(self, caches: Sequence[GuidedCache]) -> GuidedCache:
+        conditional = [self.block.take(cache.inner, cache.rows) for cache in caches]
+        unconditional = [self.block.take(cache.inner, cache.rows + len(cache.rows)) for cache in caches]
+        num = sum(len(cache.rows) for cache in caches)
+        rows = torch.arange(num, device=caches[0].rows.device)
+        return GuidedCache(self.block.join([*conditional, *unconditional]), rows)
+
+
+class _GuidedLow(GuidedBlock, LowPrecision):
+    """With a network in bfloat16."""
+
+    def lower(self, cache: GuidedCache) -> GuidedCache:
+        return GuidedCache(cast(LowPrecision, self.block).lower(cache.inner), cache.rows)
+
+
+class _GuidedKeepsNothing(GuidedBlock, KeepsNothing):
+    """With nothing kept between calls."""
+
+
+_GUIDED: dict[type, type[GuidedBlock]] = {
+    AffineFrontPerSample: _GuidedFront,
+    LowPrecision: _GuidedLow,
+    KeepsNothing: _GuidedKeepsNothing,
+}
+
+
+@functools.cache
+def _guided_class(*capabilities: type) -> type[GuidedBlock]:
+    """A `GuidedBlock` with the `capabilities`, so that a solver finds at it what it finds at the wrapped block."""
+    return type("GuidedBlock", (*(_GUIDED[capability] for capability in capabilities), GuidedBlock), {})
+
+
 def in_force(guidance: Guidance | None) -> Guidance | None:
     """`guidance`, or `None` where its weight is 0."""
     return None if guidance is None or guidance.weight == 0 else guidance
 
 
 def guided(block: AffineBlock, guidance: Guidance | None) -> AffineBlock:
-    """`block` under `guidance`; the block itself where that is not in force."""
+    """`block` under `guidance`, with all that `block` can do; the block itself where guidance is off."""
     guidance = in_force(guidance)
-    return block if guidance is None else GuidedBlock(block, guidance)
+    if guidance is None:
+        return block
+    return _guided_class(*(capability for capability in _GUIDED if isinstance(block, capability)))(block, guidance)
 
 
 def _extrapolate(both: Tensor, weight: float | Tensor) -> Tensor:

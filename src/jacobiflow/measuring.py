@@ -77,7 +77,7 @@ def interleave(
 def paired_error(actual: Float[Tensor, "n c h w"], exact: Float[Tensor, "n c h w"]) -> Error:
     """Differences between images of the same latents, entry by entry, in the images' units.
 
-    An entry that is NaN in one of them only counts as infinite. One that is NaN in both counts as 0: the exact inverse
+    An entry that is NaN in only one of them counts as infinite. One that is NaN in both counts as 0: the exact inverse
     overflows there, and both say so.
     """
     lost = actual.isnan() & exact.isnan()

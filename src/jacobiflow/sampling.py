@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,11 +18,12 @@ from torch import Tensor
 from jacobiflow.denoising import check_rate
 from jacobiflow.denoising import denoise as denoise_images
 from jacobiflow.flows.base import AffineBlock
-from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.image_flow import ImageFlow, state_dtype
 from jacobiflow.guidance import Guidance, guided
+from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.latents import draw_latents
 from jacobiflow.solvers import Solution, Status, solve_certified
-from jacobiflow.strategy import Strategy, auto, resolve
+from jacobiflow.strategy import Strategy, choose
 
 _GROUP = 16  # batches that go through a block before the next block: a progress bar's step, and bounded memory
 _OVERFLOW = "the exact inverse itself overflows at this latent; lower the guidance, or use a wider dtype"
@@ -114,7 +116,7 @@ def sample(
     - `num`: how many; or give `latents` (N, T, C), standard normal, before the prior's scale.
     - `labels`: (N,) classes; a label below 0, or `None`, takes the unconditional row.
     - `seed`: fixes the latent of sample i, whatever the batch size.
-    - `strategy`: a name (see `jacobiflow.strategy.resolve`), a `Strategy`, or the path of its JSON file.
+    - `strategy`: a name (see `jacobiflow.strategy.choose`), a `Strategy`, or the path of its JSON file.
     - `guidance`: a `Guidance`, or `None`.
     - `denoise`: rate of one denoising step; 0 is off.
     - `tolerance`: largest |g(x) - x| allowed in any block that stops on a tolerance; refused where none does. `None`:
@@ -125,65 +127,40 @@ def sample(
     - `batch_size`: samples in the network at a time, all by default. Where samples have fronts of their own (see
         `jacobiflow.solve`), the next ones take the places of those that have finished.
     - `return_trace`: keep the image after every block.
-    - `progress`: show a bar on a terminal; or a function, which is told the share that is solved, from 0 to 1.
+    - `progress`: show a bar on a terminal; or a function, which is called with the share that is solved, from 0 to 1.
 
     **Returns:** `Samples`. A sample that missed its tolerance or overflowed was solved again sequentially and is
     counted there; none is redrawn. One that overflows in the exact inverse too is NaN, with a warning.
 
     **Raises:** `ValueError` for labels, latents, strategies or settings that do not fit the flow.
     """
-    config = flow.config
-    if (num is None) == (latents is None):
-        raise ValueError("give either num or latents")
-    for name, value in (("num", num), ("batch_size", batch_size)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}={value!r}: give a positive whole number")
-    for name, tensor in (("latents", latents), ("labels", labels)):
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} of type {type(tensor).__name__}: give a torch.Tensor")
-    if guidance is not None and not isinstance(guidance, Guidance):
-        raise ValueError(f"guidance={guidance!r}: give a Guidance, such as Guidance({guidance!r})")
-    if latents is None:
-        latents = draw_latents(num or 0, config.num_tokens, config.token_channels, seed)
-    _check(flow, latents, labels)
-    check_rate(flow, denoise)
-    if guidance is not None and labels is None and guidance.attn_temperature == 1:
-        warnings.warn("guidance without labels at attn_temperature 1 changes nothing", stacklevel=2)
+    latents = _checked_latents(flow, num, latents, labels, seed, batch_size, guidance, denoise)
     console = Console(stderr=True)
     shown = progress is True and console.is_terminal
     slots = batch_size or len(latents)
-    if strategy == "auto":
-        say = console.print if shown else lambda text: None
-        plan = auto(flow, min(slots, len(latents)), tolerance, guidance, say)
-    else:
-        plan = resolve(strategy, config.num_blocks, config.num_tokens, tolerance)
-        plan.check(flow)
-        plan.check_use(flow.var.device, slots, guidance)
-    blocks = [guided(block, guidance) for block in flow.blocks]
-    latents = latents.to(flow.var.device, torch.float64 if flow.var.dtype == torch.float64 else torch.float32)
+    say = console.print if shown else lambda text: None
+    plan = choose(flow, strategy, min(slots, len(latents)), tolerance=tolerance, guidance=guidance, say=say)
+    latents = latents.to(flow.var.device, state_dtype(flow))
     labels = None if labels is None else labels.to(flow.var.device)
-    groups = list(_spans(len(latents), slots * _GROUP))
+    blocks = [guided(block, guidance) for block in flow.blocks]
 
     started = time.perf_counter()
-    solved: list[_Group] = []
     with Progress(console=console, disable=not shown, transient=True) as bar:
-        total = len(groups) * config.num_blocks
-        task = bar.add_task("sampling", total=total)
+        spans = list(_spans(len(latents), slots * _GROUP))
+        task = bar.add_task("sampling", total=len(spans) * len(blocks))
 
         def advance() -> None:
             bar.advance(task)
             if callable(progress):
-                progress(bar.tasks[task].completed / total)
+                progress(bar.tasks[task].completed / (len(spans) * len(blocks)))
 
-        for span in groups:
-            rows = None if labels is None else labels[span]
-            group = _solve_group(flow, blocks, plan, latents[span], rows, certify, slots, return_trace, advance)
-            solved.append(group)
+        solving = partial(_solve_group, flow, blocks, plan, certify, slots, return_trace, advance)
+        solved = [solving(latents[span], None if labels is None else labels[span]) for span in spans]
     seconds = time.perf_counter() - started
 
     images = torch.cat([group.images for group in solved])
-    stats = tuple(_stats([group.solutions[i] for group in solved]) for i in range(config.num_blocks))
-    trace = [torch.cat(images) for images in zip(*(group.trace for group in solved), strict=True)]
+    stats = tuple(_stats([group.solutions[i] for group in solved]) for i in range(len(blocks)))
+    trace = [torch.cat(steps) for steps in zip(*(group.trace for group in solved), strict=True)]
     started = time.perf_counter()
     if denoise:
         images = denoise_images(flow, images, labels, denoise, batch_size or 64)
@@ -226,26 +203,33 @@ class _Group:
 
 
 def _solve_group(
-    flow: ImageFlow, blocks: list[AffineBlock], plan: Strategy, latents: Tensor, labels: Tensor | None, certify: bool,
-    slots: int, return_trace: bool, advance: Callable[[], None],
+    flow: ImageFlow, blocks: list[AffineBlock], plan: Strategy, certify: bool, slots: int, return_trace: bool,
+    advance: Callable[[], None], latents: Tensor, labels: Tensor | None,
 ) -> _Group:  # fmt: skip
-    x = latents * flow.var.sqrt().to(latents.dtype)
+    x = prior_tokens(flow, latents)
     lost = ~torch.isfinite(x).all(dim=(1, 2))
-    solutions: list[Solution] = []
+    solutions: dict[int, Solution] = {}
     trace = [flow.to_images(x)] if return_trace else []
-    for i in reversed(range(len(blocks))):
-        permutation = flow.blocks[i].permutation
+    rounding = 0.0
+
+    def solve_block(i: int, z: Tensor) -> Tensor:
+        nonlocal lost, rounding
         # A sample lost in an earlier block goes on as zeros, so that the rest of its group can be solved.
-        z = permutation(x.masked_fill(lost.view(-1, 1, 1), 0))
-        solution = solve_certified(blocks[i], z, plan.solvers[i], labels, certify, slots, plan.tolerance)
-        lost |= solution.status == Status.NONFINITE
-        x = permutation(solution.x).masked_fill(lost.view(-1, 1, 1), torch.nan)
+        z = z.masked_fill(lost.view(-1, 1, 1), 0)
+        solution = solve_certified(blocks[i], z, plan.solvers[i], labels, certify, slots, plan.tolerance, rounding)
+        rounding = solution.rounding
+        lost = lost | (solution.status == Status.NONFINITE)
         status = solution.status.masked_fill(lost, Status.NONFINITE)
-        solutions.append(replace(solution, status=status, residual=solution.residual.masked_fill(lost, torch.inf)))
+        solutions[i] = replace(solution, status=status, residual=solution.residual.masked_fill(lost, torch.inf))
+        return solution.x.masked_fill(lost.view(-1, 1, 1), torch.nan)
+
+    def after(i: int, x: Tensor) -> None:
         if return_trace:
             trace.append(flow.to_images(x))
         advance()
-    return _Group(flow.to_images(x), solutions[::-1], trace)
+
+    x = invert(flow, x, solve_block, after)
+    return _Group(flow.to_images(x), [solutions[i] for i in range(len(blocks))], trace)
 
 
 def _stats(solutions: Iterable[Solution]) -> BlockStats:
@@ -266,8 +250,24 @@ def _spans(total: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
-def _check(flow: ImageFlow, latents: Tensor, labels: Tensor | None) -> None:
+def _checked_latents(
+    flow: ImageFlow, num: int | None, latents: Tensor | None, labels: Tensor | None, seed: int, batch_size: int | None,
+    guidance: Guidance | None, denoise: float,
+) -> Float[Tensor, "n t d"]:  # fmt: skip
+    """The latents that are given, or else drawn. **Raises** `ValueError` where an argument does not fit the flow."""
     config = flow.config
+    if (num is None) == (latents is None):
+        raise ValueError("give either num or latents")
+    for name, value in (("num", num), ("batch_size", batch_size)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name}={value!r}: give a positive whole number")
+    for name, tensor in (("latents", latents), ("labels", labels)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} of type {type(tensor).__name__}: give a torch.Tensor")
+    if guidance is not None and not isinstance(guidance, Guidance):
+        raise ValueError(f"guidance={guidance!r}: give a Guidance, such as Guidance({guidance!r})")
+    if latents is None:
+        latents = draw_latents(num or 0, config.num_tokens, config.token_channels, seed)
     want = (config.num_tokens, config.token_channels)
     if latents.ndim != 3 or latents.shape[1:] != want or not len(latents):
         raise ValueError(f"latents of shape {tuple(latents.shape)}: this flow takes (N, {want[0]}, {want[1]})")
@@ -275,3 +275,7 @@ def _check(flow: ImageFlow, latents: Tensor, labels: Tensor | None) -> None:
         raise ValueError("latents hold a NaN or an infinity: give finite values")
     if labels is not None:
         flow.check_labels(labels, len(latents))
+    check_rate(flow, denoise)
+    if guidance is not None and labels is None and guidance.attn_temperature == 1:
+        warnings.warn("guidance without labels at attn_temperature 1 changes nothing", stacklevel=3)
+    return latents

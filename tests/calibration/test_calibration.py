@@ -41,7 +41,7 @@ from jacobiflow.calibration import (
 from jacobiflow.calibration.convergence import TOLERANCES, joined
 from jacobiflow.calibration.metrics import RunningMean, segment_runs
 from jacobiflow.data import Noise, add_noise, bundled_fashion, digits
-from jacobiflow.guidance import GuidedBlock
+from jacobiflow.guidance import guided
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -684,7 +684,7 @@ def problem(name: str, num: int = 3) -> Problem:
 
     block: jf.Block = flow.blocks[i]
     if guide is not None:
-        block = GuidedBlock(
+        block = guided(
             flow.blocks[i],
             jf.Guidance(guide.weight, guide.annealed, guide.on, guide.temperature),
         )
@@ -1524,7 +1524,7 @@ def test_crm_is_not_defined_without_a_linear_output_layer(
 def test_guided_block_has_the_output_layer_of_its_block() -> None:
     block = make_flow(num_classes=3).blocks[0]
     for mine, weight in zip(
-        GuidedBlock(block, jf.Guidance(1.0)).output_weights() or (), block.proj_out.weight.chunk(2), strict=True
+        guided(block, jf.Guidance(1.0)).output_weights() or (), block.proj_out.weight.chunk(2), strict=True
     ):
         assert mine is not None
         assert torch.equal(mine, weight)

@@ -27,7 +27,6 @@ import jacobiflow as jf
 from jacobiflow import sampling
 from jacobiflow.calibration import Components, Metrics
 from jacobiflow.data import Noise, digits, load_images, noisy_images, quantize
-from jacobiflow.flows.folder import export_original
 from jacobiflow.latents import draw_labels
 from jacobiflow.plots import image_grid
 
@@ -791,7 +790,7 @@ def test_convert_then_sample(run: Any, tmp_path: Path) -> None:
     flow = jf.TarFlow(config)
     for block in flow.blocks:
         torch.nn.init.normal_(block.proj_out.weight, std=0.02)
-    export_original(flow, tmp_path / "original.pth")
+    flow.to_original(tmp_path / "original.pth")
     result = run(
         f"convert {tmp_path}/original.pth --patch-size 2 --noise-std 0.2 --out {tmp_path}/folder --json {tmp_path}/f"
     )
@@ -862,10 +861,10 @@ ERRORS = {
     f"{SAMPLE} --labels -0x": "--labels -0x: give balanced, random, none, whole numbers with commas between",
     f"{SAMPLE} --labels abc": "--labels abc: give balanced",
     f"{SAMPLE} --labels 1,,2": "--labels 1,,2: give balanced",
-    f"{SAMPLE} --num 0": "--num 0: give a positive number",
-    f"{SAMPLE} --num -3": "--num -3: give a positive number",
+    f"{SAMPLE} --num 0": "'--num'",
+    f"{SAMPLE} --num -3": "'--num'",
     f"{SAMPLE} --num many": "'--num'",
-    f"{SAMPLE} --batch-size 0": "--batch-size 0: give a positive number",
+    f"{SAMPLE} --batch-size 0": "'--batch-size'",
     f"{SAMPLE} --seed -1": "'--seed'",
     f"{SAMPLE} --seed 99999999999999999999": "'--seed'",
     f"{SAMPLE} --strategy gs-jacobi:17": "'gs-jacobi:17': G 17 asks for more segments than there are tokens, 16",
@@ -887,10 +886,10 @@ ERRORS = {
     f"{SAMPLE} --guidance 1 --guidance-on colour": "guidance on 'colour': give 'both', 'scale' or 'shift'",
     f"{SAMPLE} --guidance-on colour": "guidance on 'colour'",
     f"{SAMPLE} --guidance 1 --attn-temperature 0": "attn_temperature 0.0: give a positive",
-    f"{SAMPLE} --denoise -1": "denoise=-1.0: give 0",
+    f"{SAMPLE} --denoise -1": "--denoise -1.0: give 0",
     f"{SAMPLE} --device abacus": "--device abacus: not available here; give cpu",
     f"{SAMPLE} --device meta": "--device meta: not available here; give cpu",
-    f"{SAMPLE} --dtype int8": "dtype='int8': give one of float16",
+    f"{SAMPLE} --dtype int8": "--dtype int8: give one of float16",
     f"{SAMPLE} --json missing/f.json": "--json missing/f.json: give a file in a folder that exists",
     f"{SAMPLE} --json good": "--json good: give a file",
     f"{SAMPLE} --json file/f.json": "--json file/f.json: give a file",
@@ -914,14 +913,14 @@ ERRORS = {
     f"{TRAIN} --images fashion-512": "images are 1x28x28, the flow takes 1x8x8",
     f"{TRAIN} --images nowhere": "--images nowhere: neither a folder nor one of",
     f"{TRAIN} --images good --image-size 16": "8x8 pixels, smaller than 16x16",
-    f"{TRAIN} --images good --batch-size 4": "batch_size=4: there are only 3 images",
-    f"{TRAIN} --images good --patch-size 3": "patch_size=3 does not divide image_size=8",
+    f"{TRAIN} --images good --batch-size 4": "--batch-size 4: there are only 3 images",
+    f"{TRAIN} --images good --patch-size 3": "--patch-size 3 does not divide --image-size 8",
     f"{TRAIN} --images good --noise pink": "noise 'pink': give 'gaussian' or 'uniform'",
     f"{TRAIN} --images good --noise-std 0": "gaussian needs one above 0",
-    f"{TRAIN} --images good --drop-label 1.5": "drop_label=1.5: give a number from 0 to below 1",
+    f"{TRAIN} --images good --drop-label 1.5": "--drop-label 1.5: give a number from 0 to below 1",
     f"{TRAIN} --images good --device abacus": "--device abacus: not available here",
     f"{TRAIN} --images good --json missing/f.json": "--json missing/f.json: give a file",
-    "train --images good --image-size 8 --steps 0 --out out-x": "steps=0: give a positive whole number",
+    "train --images good --image-size 8 --steps 0 --out out-x": "--steps 0: give a positive whole number",
     "train --images good --image-size 8 --steps 2 --batch-size 3 --out file/out": "--out file/out: cannot write there",
     f"{REPORTED} --strategy [7-0-3-2]": "strategy '[7-0-3-2]': Stack names block 7, the flow has 0 to 2",
     f"{REPORTED} --strategy [2-0-3-2]": "strategy '[2-0-3-2]': GS 0: give a positive whole number",
@@ -931,7 +930,7 @@ ERRORS = {
     f"{REPORTED} --strategy [0-2-3-4-5]": "strategy '[0-2-3-4-5]': give four fields",
     f"{REPORTED} --strategy []": "strategy '[]': give four fields",
     f"{REPORTED} --strategy [---]": "strategy '[---]': Stack '' is not a whole number",
-    REPORTED: "this report has no tuning: calibrate with chord=True (--chord)",
+    REPORTED: "this report has no tuning: calibrate with --chord",
     f"{REPORTED} --strategy ''": "strategy '': unknown; give auto",
     f"{REPORTED} --strategy jacobi-0": "strategy 'jacobi-0': J 0: give a positive whole number",
     f"{REPORTED} --strategy jacobi--1": "strategy 'jacobi--1': unknown; give auto",
@@ -970,9 +969,9 @@ ERRORS = {
     f"{MEASURE} --segments 0": "count=0): give a positive whole number of segments",
     f"{MEASURE} --segments -2": "count=-2): give a positive whole number of segments",
     f"{MEASURE} --segments 17": "count=17): there are only 16 tokens; give at most 16 segments",
-    f"{MEASURE} --traced 0": "traced=0: give a positive whole number",
-    f"{MEASURE} --traced -1": "traced=-1: give a positive whole number",
-    f"{MEASURE} --batch-size 0": "batch_size=0: give a positive whole number",
+    f"{MEASURE} --traced 0": "--traced 0: give a positive whole number",
+    f"{MEASURE} --traced -1": "--traced -1: give a positive whole number",
+    f"{MEASURE} --batch-size 0": "--batch-size 0: give a positive whole number",
     f"{MEASURE} --seed -1": "'--seed'",
     f"{MEASURE} --per-class --unconditional": "--per-class: needs a model with classes and labelled images",
     f"{MEASURE} --model free --per-class": "--per-class: needs a model with classes and labelled images",
@@ -988,7 +987,7 @@ ERRORS = {
     f"{MEASURE} --json good": "--json good: give a file",
     f"{MEASURE} --model nothing": "'nothing': no such model; give a bundled name",
     f"{MEASURE} --device abacus": "--device abacus: not available here; give cpu",
-    f"{MEASURE} --dtype int8": "dtype='int8': give one of float16",
+    f"{MEASURE} --dtype int8": "--dtype int8: give one of float16",
     f"{MEASURE} --quickly": "No such option: --quickly",
     TRACE: "Missing option '--report'; see ",
     f"{TRACE} --report other.json": "the report is of another flow (weights 000000000000, this ",
@@ -1002,8 +1001,8 @@ ERRORS = {
     f"{TRACE} --report report.json --strategy [7-2-3-2]": "Stack names block 7, the flow has 0 to 2",
     f"{TRACE} --report report.json --labels 9": "label 9: this flow has classes 0 to 2",
     f"{TRACE} --report report.json --labels x": "--labels x: give balanced",
-    f"{TRACE} --report report.json --denoise -1": "denoise=-1.0: give 0 (off) or a positive rate",
-    f"{TRACE} --report report.json --denoise nan": "denoise=nan: give 0 (off) or a positive rate",
+    f"{TRACE} --report report.json --denoise -1": "--denoise -1.0: give 0 (off) or a positive rate",
+    f"{TRACE} --report report.json --denoise nan": "--denoise nan: give 0 (off) or a positive rate",
     f"{TRACE} --report report.json --out file": "--out file: cannot write there (Not a directory)",
     f"{TRACE} --report report.json --json missing/f": "--json missing/f: give a file in a folder that exists",
     f"{TRACE} --report report.json --device abacus": "--device abacus: not available here",
@@ -1057,7 +1056,7 @@ def test_an_exhausted_memory_is_one_line(run: Any, tmp_path: Path, monkeypatch: 
     def exhausted(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(importlib.import_module("jacobiflow.storage.generate"), "sample", exhausted)
+    monkeypatch.setattr(importlib.import_module("jacobiflow.storage.sample"), "sample", exhausted)
     result = run(f"{SAMPLE} --out {tmp_path}")
     assert (result.code, result.out, result.err) == (2, "", "error: out of memory; give a smaller --batch-size\n")
 
@@ -1073,7 +1072,7 @@ def test_an_interruption_is_exit_130_and_the_same_command_goes_on(
     line = f"sample --model model --num 2 --strategy jacobi-1 --out {tmp_path}"
     before = files()
     with monkeypatch.context() as patch:
-        patch.setattr(importlib.import_module("jacobiflow.storage.generate"), "sample", interrupted)
+        patch.setattr(importlib.import_module("jacobiflow.storage.sample"), "sample", interrupted)
         result = run(line)
     assert (result.code, result.out, result.err) == (130, "", "interrupted\n")
     assert files() == before

@@ -19,13 +19,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jacobiflow.calibration.fit import fit_chord, fit_guess
 from oracle import Guide, Oracle, jacobi, sequential
 from problems import BlockProblem, Ledger, latents, make_flow
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.calibration.fit import fit_chord, fit_guess
-from jacobiflow.guidance import GuidedBlock
+from jacobiflow.flows.base import FrontPerSample
+from jacobiflow.guidance import guided as under
 from jacobiflow.solvers import Given
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -272,7 +273,7 @@ def problem_of(
     block: Any = flow.blocks[i]
     if guide is not None:
         on: Any = guide.on
-        block = GuidedBlock(block, jf.Guidance(guide.weight, guide.annealed, on, guide.temperature))
+        block = under(block, jf.Guidance(guide.weight, guide.annealed, on, guide.temperature))
     return Problem(block, g, z, labels, answer)
 
 
@@ -513,10 +514,8 @@ class EchoBlock:
         return self.whole(x, z, cache)[:, start:stop]
 
 
-class RaggedEchoBlock(EchoBlock):
+class RaggedEchoBlock(EchoBlock, FrontPerSample):
     """The same, with a front per sample."""
-
-    ragged = True
 
     def update_at(self, x: Tensor, z: Tensor, start: Tensor, size: int, end: int, cache: Tensor) -> Tensor:
         assert start.min() >= 0
@@ -681,9 +680,7 @@ def test_samples_that_have_finished_leave() -> None:
 def ragged_ledger(block: Any, slack: float) -> Any:
     """`flows.Ledger` for a block whose samples have fronts of their own."""
 
-    class RaggedLedger(Ledger):
-        ragged = True
-
+    class RaggedLedger(Ledger, FrontPerSample):
         def update_at(self, x: Tensor, z: Tensor, start: Tensor, size: int, end: int, cache: Any) -> Tensor:
             assert start.max() + size == end <= z.shape[1]
             for n, first in enumerate(start.tolist()):
@@ -740,7 +737,6 @@ class AtMost:
 
     def __init__(self, block: Any, most: int) -> None:
         self.block, self.most, self.seen = block, most, 0
-        self.ragged = getattr(block, "ragged", False)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
@@ -750,10 +746,24 @@ class AtMost:
         self.seen = max(self.seen, len(x))
         return self.block.update(x, z, start, stop, cache)
 
+
+class AtMostWithFronts(AtMost, FrontPerSample):
+    """The same for a block with a front per sample."""
+
     def update_at(self, x: Tensor, z: Tensor, start: Tensor, size: int, end: int, cache: Any) -> Tensor:
         assert len(x) <= self.most
         self.seen = max(self.seen, len(x))
         return self.block.update_at(x, z, start, size, end, cache)
+
+    def take(self, cache: Any, rows: Tensor) -> Any:
+        return self.block.take(cache, rows)
+
+    def join(self, caches: Sequence[Any]) -> Any:
+        return self.block.join(caches)
+
+
+def at_most(block: Any, most: int) -> AtMost:
+    return (AtMostWithFronts if isinstance(block, FrontPerSample) else AtMost)(block, most)
 
 
 def batched(name: str) -> Problem:
@@ -794,7 +804,7 @@ def test_slots_do_not_change_the_answers(name: str, solver_name: str) -> None:
     if solver.stopping.max_sweeps is None:
         assert error(at_once.x, problem.answer) < 1e-9
     for slots in (1, 2, 3, num, num + 3):
-        block = AtMost(problem.block, slots)
+        block = at_most(problem.block, slots)
         solution = jf.solve(block, problem.z, solver, problem.labels, slots)
         assert block.seen == min(slots, num)
         assert error(solution.x, at_once.x) < 1e-9
@@ -846,7 +856,7 @@ def test_certificates_by_slots_are_the_same(name: str) -> None:
     x[2, 1, 0] = math.nan
     expected[2] = math.inf
     for slots in (None, 1, 2, 3, num, num + 3):
-        block = AtMost(problem.block, slots or num)
+        block = at_most(problem.block, slots or num)
         certificate = jf.certify(block, problem.z, x, problem.labels, slots)
         assert torch.allclose(certificate, expected, rtol=1e-9, atol=1e-13)
 
@@ -858,7 +868,7 @@ def test_certified_solutions_by_slots_are_the_same(name: str, solver: jf.Solver)
     num = len(problem.z)
     at_once = jf.solve_certified(problem.block, problem.z, solver, problem.labels)
     for slots in (1, 2, 3, num, num + 3):
-        block = AtMost(problem.block, slots)
+        block = at_most(problem.block, slots)
         solution = jf.solve_certified(block, problem.z, solver, problem.labels, slots=slots)
         assert error(solution.x, at_once.x) < 1e-9
         assert torch.equal(solution.status, at_once.status)

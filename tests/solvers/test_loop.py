@@ -22,7 +22,7 @@ from problems import REACHED, BlockProblem, Ledger, MixingBlock, latents, make_f
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.guidance import GuidedBlock
+from jacobiflow.guidance import guided
 from jacobiflow.solvers import Given, Stopping, solve_certified
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,7 +92,7 @@ def _oracle_g(oracle: Oracle, i: int, z: Tensor, labels: Tensor | None, guide: G
 def _guided(block: Any, guide: Guide | None) -> Any:
     if guide is None:
         return block
-    return GuidedBlock(block, jf.Guidance(guide.weight, guide.annealed, guide.on, guide.temperature))
+    return guided(block, jf.Guidance(guide.weight, guide.annealed, guide.on, guide.temperature))
 
 
 @cache

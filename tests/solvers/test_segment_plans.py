@@ -22,7 +22,7 @@ from problems import REACHED, BlockProblem, Ledger, MixingBlock, latents, make_f
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.guidance import GuidedBlock
+from jacobiflow.guidance import guided
 from jacobiflow.solvers import Given, Stopping, solve_certified
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,7 +53,7 @@ def problems(setup: str) -> tuple[BlockProblem, ...]:
         z = latents(flow, 3, seed=i)
         g = partial(_oracle_g, oracle, i, z, labels, guide)
         guidance = jf.Guidance(guide.weight, guide.annealed, guide.on, guide.temperature) if guide else None
-        found.append(BlockProblem(GuidedBlock(block, guidance) if guidance else block, g, z, labels, sequential(g, z)))
+        found.append(BlockProblem(guided(block, guidance), g, z, labels, sequential(g, z)))
     return tuple(found)
 
 

@@ -24,6 +24,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jacobiflow.strategy.planner import Costs, Option, batch_seconds, block_options, cheapest, combined
 from oracle import Guide, Oracle, sequential
 from PIL import Image
 from problems import MixingBlock, latents, make_flow, to_float32
@@ -33,12 +34,12 @@ from torch import Tensor
 import jacobiflow as jf
 from jacobiflow.calibration import tuning as tuning_module
 from jacobiflow.calibration.tuning import BlockTuning, CountedRun, Run
+from jacobiflow.flows.base import LowPrecision
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.guidance import guided
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
 from jacobiflow.solvers import Given
 from jacobiflow.strategy import Prediction, auto, planner
-from jacobiflow.strategy.planner import Costs, Option, batch_seconds, block_options, cheapest, combined
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -1554,10 +1555,8 @@ def test_coarse_sweeps_are_those_of_a_copy_in_bfloat16(name: str, coarse: int, f
     assert (x - by_hand).abs().max() < 0.1 * (x - full).abs().max()
 
 
-class Counting:
+class Counting(LowPrecision):
     """Counts what a block is asked for, in full precision and in bfloat16."""
-
-    low_precision = True
 
     def __init__(self, block: Any) -> None:
         self.block, self.calls, self.tokens, self.low = block, 0, 0, 0
@@ -1806,7 +1805,7 @@ ERRORS = {
     "plan --model ./model --out file/p.json": "--out file/p.json: cannot write there",
     "plan --model ./model": "Missing option '--out'; see ",
     "plan --model ./bare --out new/p.json": "--model ./bare: has no report.json; give --report, by jacobiflow",
-    "plan --model ./untuned --out new/p.json": "this report has no tuning: calibrate with chord=True (--chord)",
+    "plan --model ./untuned --out new/p.json": "this report has no tuning: calibrate with --chord",
     "plan --model ./stale --out new/p.json": "the report is of another flow",
     "plan --model nothing --out new/p.json": "'nothing': no such model",
     f"{PLAN_LINE} --report missing.json": "report missing.json: cannot be read (No such file or directory)",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from jacobiflow.flows.maf import MAF, MAFBlock, full_pass
 from jacobiflow.guidance import Guidance, in_force
+from jacobiflow.inversion import invert, prior_tokens
 
 
 def _invert_block(
@@ -50,8 +51,7 @@ def full_passes_sample(
     **Arguments:**
 
     - `flow`: the MAF whose weights are used, in their dtype and on their device.
-    - `z`: standard normal latents (N, T, 1) on that device, before the prior's scale. Left as they are; the recurrence
-        runs in their dtype.
+    - `z`: standard normal latents (N, T, 1), before the prior's scale. Not changed.
     - `labels`: a class per row (N,) on that device, or `None` for rows without a class.
     - `guidance`: a `Guidance` with `attn_temperature` 1, or `None`; that or a weight of 0 makes no second pass.
 
@@ -62,7 +62,8 @@ def full_passes_sample(
     guidance = in_force(guidance)
     if guidance is not None and guidance.attn_temperature != 1:
         raise ValueError(f"attn_temperature {guidance.attn_temperature}: a MAF has no attention; leave it at 1")
-    x = z * flow.var.sqrt().to(z.dtype)
-    for block in reversed(flow.blocks):
-        x = block.permutation(_invert_block(block, block.permutation(x), labels, guidance))
-    return flow.to_images(x)
+
+    def solve(i: int, x: Tensor) -> Tensor:
+        return _invert_block(flow.blocks[i], x, labels, guidance)
+
+    return flow.to_images(invert(flow, prior_tokens(flow, z), solve))

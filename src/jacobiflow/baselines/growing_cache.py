@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from jacobiflow.flows.tarflow import TarFlow, TarFlowBlock
 from jacobiflow.flows.tarflow.attention import Attention, AttentionBlock
-from jacobiflow.guidance import Guidance
+from jacobiflow.guidance import Guidance, in_force
+from jacobiflow.inversion import invert, prior_tokens
 
 
 @dataclass
@@ -104,15 +105,15 @@ def growing_cache_sample(
     **Arguments:**
 
     - `flow`: the TarFlow whose weights are used, in their dtype and on their device.
-    - `z`: standard normal latents (N, T, C) on that device, before the prior's scale. Left as they are; the recurrence
-        runs in their dtype.
+    - `z`: standard normal latents (N, T, C), before the prior's scale. Not changed.
     - `labels`: a class per row (N,) on that device, or `None` for rows without a class.
     - `guidance`: a `Guidance`, or `None`; that or a weight of 0 makes no second call.
 
     **Returns:** images (N, C, H, W), not clipped.
     """
-    guidance = guidance if guidance is not None and guidance.weight else None
-    x = z * flow.var.sqrt().to(z.dtype)
-    for block in reversed(flow.blocks):
-        x = block.permutation(_invert_block(block, block.permutation(x), labels, guidance))
-    return flow.unpatchify(x)
+    guidance = in_force(guidance)
+
+    def solve(i: int, x: Tensor) -> Tensor:
+        return _invert_block(flow.blocks[i], x, labels, guidance)
+
+    return flow.to_images(invert(flow, prior_tokens(flow, z), solve))

@@ -13,10 +13,11 @@ from jacobiflow.calibration.metrics import (
     tough_blocks,
 )
 from jacobiflow.calibration.report import ClassSpread, Report, Settings, Spread
-from jacobiflow.calibration.tuning import Tuning, tune
+from jacobiflow.calibration.tune import TuneSettings, tune
+from jacobiflow.calibration.tuning import BlockTuning, Run, Tuning
 
 __all__ = [
-    "DOMINANCE", "ClassSpread", "Components", "Metrics", "Report", "Settings", "Spread", "Trace", "Tuning", "calibrate",
-    "distances", "gamma_norm", "gamma_products", "initial_residual", "matrix_norm", "rank_correlation", "tough_blocks",
-    "tune",
+    "DOMINANCE", "BlockTuning", "ClassSpread", "Components", "Metrics", "Report", "Run", "Settings", "Spread", "Trace",
+    "TuneSettings", "Tuning", "calibrate", "distances", "gamma_norm", "gamma_products", "initial_residual",
+    "matrix_norm", "rank_correlation", "tough_blocks", "tune",
 ]  # fmt: skip

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from jacobiflow.calibration.metrics import segment_runs
 from jacobiflow.flows.base import Block
-from jacobiflow.solvers import Guess
-from jacobiflow.solvers.solve import no_gradients
+from jacobiflow.solvers import Guess, no_gradients
 
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 

@@ -1,4 +1,4 @@
-"""The paper's two metrics: IGM tells where to start (eq. 4), CRM which blocks are tough (eq. 5)."""
+"""The paper's two metrics: IGM says where to start (eq. 4), CRM which blocks are tough (eq. 5)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jacobiflow.flows.base import Block
-from jacobiflow.solvers import Guess, Segments
-from jacobiflow.solvers.solve import no_gradients
+from jacobiflow.solvers import Guess, Segments, no_gradients
 
 Norm = Literal[2, "fro", 1]
 NORMS: tuple[Norm, ...] = (2, "fro", 1)
-DOMINANCE = 0.35
+DOMINANCE = 1 / 3
 
 
 class Components(NamedTuple):
@@ -72,8 +71,9 @@ def tough_blocks(crm: Sequence[float], dominance: float = DOMINANCE) -> tuple[in
     """Blocks whose CRM dominates, in ascending order: the ones to stack (end of section 3.4 of the paper).
 
     The block with the largest CRM is taken out, again and again, while its share of the sum over the blocks that remain
-    is above `dominance`. The paper gives no number; any between 0.33 and 0.41 picks the blocks that it picks from its
-    Table 2. Of one or two remaining blocks none dominates: the larger one's share is above 0.5 whatever they are.
+    is above `dominance`: by default a third, where it weighs half as much as all others together. The paper gives no
+    number; any between 0.33 and 0.41 picks the blocks that it picks from its Table 2. Of one or two remaining blocks
+    none dominates: the larger one's share is above 0.5 whatever they are.
     """
     remaining = dict(enumerate(crm))
     tough = []

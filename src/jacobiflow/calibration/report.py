@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from torch import nn
 
+from jacobiflow import codec
 from jacobiflow.calibration.convergence import Trace
 from jacobiflow.calibration.metrics import Components, Metrics, Norm, rank_correlation
 from jacobiflow.calibration.tuning import Tuning
-from jacobiflow.files import tensor_from_json, tensor_to_json, write_json
+from jacobiflow.files import write_json
 from jacobiflow.flows.fingerprint import check_fingerprint
 from jacobiflow.guidance import Guidance
 from jacobiflow.solvers import Guess, Latent, MeanAffine, Zeros
@@ -198,57 +197,27 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value that `from_json` turns back into an equal report."""
-        settings = asdict(self.settings)
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "fingerprint": self.fingerprint,
-            "num_tokens": self.num_tokens,
-            "token_channels": self.token_channels,
-            "settings": settings,
-            "metrics": {str(norm): _metrics_to_json(metrics) for norm, metrics in self.metrics.items()},
-            "segment_metrics": [_metrics_to_json(metrics) for metrics in self.segment_metrics],
-            "class_metrics": {str(label): _metrics_to_json(metrics) for label, metrics in self.class_metrics.items()},
-            "mean_affine": [
-                {"log_scale": tensor_to_json(guess.log_scale), "shift": tensor_to_json(guess.shift)}
-                for guess in self.mean_affine
-            ],
-            "traces": {
-                start: [{guess: _trace_to_json(trace) for guess, trace in row.items()} for row in rows]
-                for start, rows in self.traces.items()
-            },
-            "segment_traces": {
-                str(block): {str(count): [_trace_to_json(trace) for trace in row] for count, row in rows.items()}
-                for block, rows in self.segment_traces.items()
-            },
-            "gamma": self.gamma,
-            "tuning": None if self.tuning is None else self.tuning.to_json(),
-        }
+        tuning = None if self.tuning is None else self.tuning.to_json()
+        return {"schema_version": SCHEMA_VERSION, **codec.encode(self), "tuning": tuning}
 
     @classmethod
     def from_json(cls, value: Any) -> Report:
-        """Inverse of `to_json`. **Raises** `ValueError` where the value is none of its kind."""
+        """Inverse of `to_json`. **Raises** `ValueError` that names the entry at fault."""
         if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(f"not a calibration report of schema_version {SCHEMA_VERSION}")
-        try:
-            return _report_from_json(value)
-        except KeyError as error:
-            raise ValueError(f"entry {error} is missing") from error
-        except (TypeError, AttributeError, IndexError, OverflowError) as error:
-            raise ValueError(f"an entry is of the wrong kind ({error})") from error
+        tuning = value.get("tuning")
+        entries = {name: entry for name, entry in value.items() if name not in ("schema_version", "tuning")}
+        found: Report = codec.decode(cls, entries)
+        return replace(found, tuning=None if tuning is None else Tuning.from_json(tuning))
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON; the file appears whole or not at all."""
-        write_json(path, self.to_json())
+        """Write as JSON, on one line; the file appears whole or not at all."""
+        write_json(path, self.to_json(), indent=None)
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
         """Read what `save` wrote. **Raises** `ValueError` where the file is missing or not a report."""
-        try:
-            return cls.from_json(json.loads(Path(path).read_text()))
-        except OSError as error:
-            raise ValueError(f"report {path}: cannot be read ({error.strerror})") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"report {path}: {error}; make it anew with jacobiflow calibrate") from error
+        return codec.load(path, "report", cls.from_json, remedy="; make it anew with jacobiflow calibrate")
 
 
 def _class_spread(classes: Sequence[Metrics], block: int) -> ClassSpread:
@@ -265,73 +234,4 @@ def _class_spread(classes: Sequence[Metrics], block: int) -> ClassSpread:
         percent=spread(lambda m: m.crm_percent[block]) if defined else None,
         igm={name: spread(lambda m, name=name: m.igm[block][name]) for name in names},  # type: ignore[misc]
         wins={name: best.count(name) for name in names},
-    )
-
-
-def _metrics_to_json(metrics: Metrics) -> dict[str, Any]:
-    components = metrics.components
-    return {"igm": metrics.igm, "components": None if components is None else [part._asdict() for part in components]}
-
-
-def _metrics_from_json(value: Any) -> Metrics:
-    components = value["components"]
-    return Metrics(
-        igm=tuple(_numbers(row) for row in value["igm"]),
-        components=None if components is None else tuple(Components(**_numbers(part)) for part in components),
-    )
-
-
-def _trace_to_json(trace: Trace) -> dict[str, Any]:
-    sweeps = {str(tolerance): counts for tolerance, counts in trace.sweeps.items()}
-    return {"median": trace.median, "largest": trace.largest, "sweeps": sweeps}
-
-
-def _trace_from_json(value: Any) -> Trace:
-    return Trace(
-        median=tuple(_number(distance) for distance in value["median"]),
-        largest=tuple(_number(distance) for distance in value["largest"]),
-        sweeps={float(tolerance): tuple(counts) for tolerance, counts in value["sweeps"].items()},
-    )
-
-
-def _number(value: Any) -> float:
-    """JSON has no infinity: what overflowed is null there."""
-    if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
-        raise ValueError(f"{value!r} where a number must be")
-    return math.inf if value is None else float(value)
-
-
-def _numbers(values: Any) -> dict[str, float]:
-    return {name: _number(value) for name, value in values.items()}
-
-
-def _norm(name: str) -> Norm:
-    return "fro" if name == "fro" else 2 if name == "2" else 1
-
-
-def _report_from_json(value: Mapping[str, Any]) -> Report:
-    settings, traces = dict(value["settings"]), value["traces"]
-    guidance = settings.pop("guidance")
-    return Report(
-        fingerprint=value["fingerprint"],
-        num_tokens=value["num_tokens"],
-        token_channels=value["token_channels"],
-        settings=Settings(**settings, guidance=None if guidance is None else Guidance(**guidance)),
-        metrics={_norm(name): _metrics_from_json(metrics) for name, metrics in value["metrics"].items()},
-        segment_metrics=tuple(_metrics_from_json(metrics) for metrics in value["segment_metrics"]),
-        class_metrics={int(label): _metrics_from_json(metrics) for label, metrics in value["class_metrics"].items()},
-        mean_affine=tuple(
-            MeanAffine(tensor_from_json(guess["log_scale"]), tensor_from_json(guess["shift"]))
-            for guess in value["mean_affine"]
-        ),
-        traces={
-            start: tuple({guess: _trace_from_json(trace) for guess, trace in row.items()} for row in rows)
-            for start, rows in traces.items()
-        },
-        segment_traces={
-            int(block): {int(count): tuple(map(_trace_from_json, row)) for count, row in rows.items()}
-            for block, rows in value["segment_traces"].items()
-        },
-        gamma=tuple(tuple(_number(norm) for norm in norms) for norms in value["gamma"]),
-        tuning=None if value.get("tuning") is None else Tuning.from_json(value["tuning"]),
     )

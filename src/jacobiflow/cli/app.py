@@ -1,17 +1,21 @@
-"""The application, and how its errors reach the user: one line and exit 2."""
+"""The application, and how errors reach the user: one line, in the command line's words, and exit 2."""
 
 from __future__ import annotations
 
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
 import typer
+from typer.core import TyperGroup
 from typer.exceptions import TyperException
+from typer.main import get_command
 
 from jacobiflow.cli import bench, calibrate, compare, convert, evaluate, info, plan, sample, trace, train
+from jacobiflow.cli.words import in_options
 from jacobiflow.storage import FirstProcessFailed
 
 app = typer.Typer(
@@ -32,9 +36,15 @@ _BAD_INPUT, _INTERRUPTED = 2, 130
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. Exits 0 on success, 2 with one line on bad input, 130 when interrupted."""
+    """Run the command line. Exits 0 on success, 2 with one line on bad input, 130 when interrupted.
+
+    Modules that installed packages name as entry points of the group "jacobiflow" are imported first: what they
+    register (see docs/extending.md), all commands take.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        for extension in entry_points(group="jacobiflow"):
+            extension.load()
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             code = app(args=arguments or ["--help"], standalone_mode=False)
@@ -42,12 +52,12 @@ def main(arguments: list[str] | None = None) -> None:
             raise KeyboardInterrupt
     except TyperException as error:
         context = getattr(error, "ctx", None)
-        mend = "" if context is None else f"; see {context.command_path} --help"
-        _fail(error.format_message().rstrip(".") + mend)
+        remedy = "" if context is None else f"; see {context.command_path} --help"
+        _fail(error.format_message().rstrip(".") + remedy)
     except FirstProcessFailed:
         sys.exit(_BAD_INPUT)  # the first process says why
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        _fail(_in_options(str(error)))
     except (MemoryError, torch.OutOfMemoryError):
         _fail("out of memory; give a smaller --batch-size")
     except (typer.Abort, KeyboardInterrupt):
@@ -61,4 +71,10 @@ def _fail(message: str) -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {_in_options(str(message))}", file=sys.stderr)
+
+
+def _in_options(message: str) -> str:
+    commands = get_command(app)
+    assert isinstance(commands, TyperGroup)  # as it has several
+    return in_options(message, commands)

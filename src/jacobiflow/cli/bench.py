@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -15,27 +15,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jacobiflow.calibration import Report
+from jacobiflow.baselines import SEQUENTIAL
 from jacobiflow.cli import options
 from jacobiflow.cli.progress import progress
-from jacobiflow.experiments.speed import ENCODING_PASS, FULL_PASSES, GROWING_CACHE, SEQUENTIAL, Comparison, compare
+from jacobiflow.experiments.speed import ENCODING_PASS, Comparison, compare, timed_anyway
 from jacobiflow.files import write_json
-from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import Timing, machine
 from jacobiflow.plots import bench_figure, save_png
 from jacobiflow.sampling import sample
-from jacobiflow.strategy import Prediction, Strategy, auto, resolve
+from jacobiflow.strategy import Strategy, choose, is_auto
 
-AUTO = "auto"
-_STRATEGIES = (AUTO, "jacobi")
+_STRATEGIES = ("auto", "jacobi")
 _BATCH_SIZES = (1, 4, 16)
-_BASELINES = 3  # runs beside the strategies: the original loop, sequential, encoding pass
-# In a heading, and in a sentence.
-_ORIGINALS = {
-    GROWING_CACHE: ("cache", "the original code's growing-cache loop"),
-    FULL_PASSES: ("passes", "the usual loop of full passes"),
-}
 
 
 def bench(
@@ -44,9 +36,8 @@ def bench(
         list[str] | None,
         typer.Option(
             "--strategy",
-            help="As in jacobiflow sample; give it again for each strategy. Default: auto and jacobi. The original "
-            "code's loop (growing-cache, or for a MAF of full passes), the sequential loop and an encoding pass are "
-            "timed in any case.",
+            help="As in jacobiflow sample; give it again for each strategy. Default: auto and jacobi. The loop of the "
+            "flow's original code, the sequential loop and an encoding pass are timed in any case.",
         ),
     ] = None,
     batch_size: Annotated[
@@ -69,7 +60,10 @@ def bench(
     constant_guidance: options.ConstantGuidance = False,
     attn_temperature: options.AttnTemperature = 1.0,
     certify: Annotated[
-        bool, typer.Option(help="Strategies measure and mend their residuals, in their time; the baselines do not.")
+        bool,
+        typer.Option(
+            help="Strategies measure their residuals, and solve again what is above the tolerance, within their time."
+        ),
     ] = True,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
@@ -90,8 +84,9 @@ def bench(
     found = None if report is None else options.load_report(report, flow)
     if found is not None and found.settings.guidance != guide:
         warnings.warn(f"--report {report}: calibrated under other guidance; it may start far off", stacklevel=2)
-    names = list(dict.fromkeys(strategy or _STRATEGIES))
-    plans = _plans(names, flow, found, tolerance)
+    names = [name for name in dict.fromkeys(strategy or _STRATEGIES) if name != SEQUENTIAL]
+    choosing = partial(choose, flow, guidance=guide, report=found)
+    fixed = {size: _fixed(names, size, choosing, tolerance) for size in sizes}
     classes = {size: options.parse_labels(labels, size, flow, seed) for size in sizes}
     options.check_writable(out, json)
     where = machine(flow.var.device)
@@ -100,37 +95,27 @@ def bench(
         f"device {where['device']}, PyTorch {where['torch']}"
     )
 
-    comparisons = []
-    predictions: dict[int, Prediction] = {}
+    comparisons, predictions = [], {}
     for size in sizes:
         z = draw_latents(size, flow.config.num_tokens, flow.config.token_channels, seed)
-        if AUTO in names:
-            plans[AUTO] = auto(flow, size, tolerance, guide)
-        runs = {
-            name: partial(
-                sample, flow, labels=classes[size], latents=z, strategy=plans[name], guidance=guide, certify=certify,
-                progress=False,
+        plans = {name: fixed[size].get(name) or choosing(name, size, tolerance=tolerance) for name in names}
+        drawing = partial(
+            sample, flow, labels=classes[size], latents=z, guidance=guide, certify=certify, progress=False
+        )
+        runs = {name: partial(drawing, strategy=plan) for name, plan in plans.items()}
+        with progress(f"batch size {size}", (repeats + 1) * (len(runs) + len(timed_anyway(flow)))) as advance:
+            comparison = compare(
+                flow, z, classes[size], runs, guidance=guide, repeats=repeats, after_each=lambda _: advance(1)
             )
-            for name in names
-            if name != SEQUENTIAL
-        }  # fmt: skip
-        with progress(f"batch size {size}", (repeats + 1) * (len(runs) + _BASELINES)) as advance:
-            comparisons.append(
-                compare(flow, z, classes[size], runs, guidance=guide, repeats=repeats, after_each=lambda _: advance(1))
-            )
-        _print(comparisons[-1])
-        if AUTO in names and (prediction := plans[AUTO].prediction) is not None:
-            predictions[size] = prediction
-            print(f"auto: predicted {prediction.seconds:.3f} s, without its certificates")
-    heading, loop = _ORIGINALS[comparisons[0].original]
-    print(f"over {heading}, over seq.: speed-up over {loop}, and over the sequential loop")
-    print("evals/token: how often a token of a block was evaluated; residual: the certificate, largest |g(x) - x|")
+        _print(comparison)
+        comparisons.append(comparison)
+        predictions[size] = _predictions(plans)
+    _print_legend(comparisons[0])
     figures = {
         "model": model, "num_tokens": flow.config.num_tokens, "num_blocks": flow.config.num_blocks, "dtype": dtype,
         "seed": seed, "labels": labels, "guidance": None if guide is None else asdict(guide), "tolerance": tolerance,
         "report": None if report is None else str(report), "certify": certify, "repeats": repeats, "machine": where,
-        "comparisons": [comparison.to_json() for comparison in comparisons],
-        "predictions": {size: asdict(prediction) for size, prediction in predictions.items()},
+        "comparisons": [comparison.to_json() for comparison in comparisons], "predictions": predictions,
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     save_png(bench_figure(comparisons), out / "bench.png")
@@ -139,49 +124,62 @@ def bench(
     print(f"wrote {out / 'bench.png'} and {out / 'bench.json'}")
 
 
-def _plans(
-    names: Sequence[str], flow: ImageFlow, report: Report | None, tolerance: float | None
+def _fixed(
+    names: Sequence[str], size: int, choosing: Callable[..., Strategy], tolerance: float | None
 ) -> dict[str, Strategy]:
-    """The strategies by name, less "auto", which is planned for a batch size; a file keeps its own guesses.
+    """The strategies that need no plan, by name, to `tolerance` where they have one.
 
-    **Raises** `ValueError` for a name that is none, a strategy that does not fit, or a tolerance that nothing heeds.
+    **Raises** `ValueError` for a strategy that does not fit, or a tolerance that all of them would ignore.
     """
-    config = flow.config
-    plans: dict[str, Strategy] = {}
-    for name in names:
-        if name == AUTO:
-            continue
-        if report is None or name.endswith(".json"):
-            plan = resolve(name, config.num_blocks, config.num_tokens, None)
-        else:
-            plan = Strategy.parse(name, report)
-        plan.check(flow)
-        plans[name] = plan if tolerance is None else plan.with_tolerance(tolerance)
-    heeded = AUTO in names or any(s.stopping.atol is not None for plan in plans.values() for s in plan.solvers)
-    if tolerance is not None and not heeded:
+    found = {name: choosing(name, size) for name in names if not is_auto(name)}
+    if tolerance is None:
+        return found
+    if found and len(found) == len(names) and not any(plan.has_tolerance for plan in found.values()):
         raise ValueError(f"--tolerance {tolerance:g}: every strategy stops after a number of sweeps; leave it out")
-    return plans
+    return {name: plan.with_tolerance(tolerance) for name, plan in found.items()}
+
+
+def _predictions(plans: Mapping[str, Strategy]) -> dict[str, Any]:
+    """Print and return what was predicted for the plans that were made here."""
+    found = {}
+    for name, plan in plans.items():
+        if is_auto(name) and plan.prediction is not None:
+            print(f"{name}: predicted {plan.prediction.seconds:.3f} s, without its certificates")
+            found[name] = asdict(plan.prediction)
+    return found
 
 
 def _print(comparison: Comparison) -> None:
     print(f"\nbatch size {comparison.batch_size}")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     table.add_column("strategy", overflow="fold")
-    for column in (
-        "median\nseconds", "min to\nmax", f"over\n{_ORIGINALS[comparison.original][0]}", "over\nseq.", "network\ncalls",
-        "evals/\ntoken", "max\nerror", "residual",
-    ):  # fmt: skip
+    over = [f"over\n{_heading(name)}" for name in comparison.baselines]
+    columns = (
+        "median\nseconds", "min to\nmax", *over, "network\ncalls", "evals/\ntoken", "max\nerror", "residual",
+    )  # fmt: skip
+    for column in columns:
         table.add_column(column, justify="right", min_width=max(map(len, column.split())), no_wrap=True)
     for row in comparison.rows:
         calls, evaluations, residual = row.network_calls, row.evaluations_per_token, row.certificate
         table.add_row(
             escape(row.strategy), *_seconds(row.seconds),
-            f"{comparison.speed_up(row, comparison.original):.2f}", f"{comparison.speed_up(row, SEQUENTIAL):.2f}",
+            *(f"{comparison.speed_up(row, name):.2f}" for name in comparison.baselines),
             "" if calls is None else f"{calls:,}", "" if evaluations is None else f"{evaluations:.2f}",
             f"{row.error.max:.1e}" if row.error.max else "0", "" if residual is None else f"{residual:.1e}",
         )  # fmt: skip
     table.add_row(ENCODING_PASS, *_seconds(comparison.floor))
     Console().print(table)
+
+
+def _print_legend(comparison: Comparison) -> None:
+    for name in comparison.baselines:
+        loop = "the sequential loop" if name == SEQUENTIAL else f"the loop of the original code, {name}"
+        print(f"over {_heading(name)}: times as fast as {loop}")
+    print("evals/token: how often a token of a block was evaluated; residual: the certificate, largest |g(x) - x|")
+
+
+def _heading(baseline: str) -> str:
+    return "seq." if baseline == SEQUENTIAL else "orig."
 
 
 def _seconds(timing: Timing) -> tuple[str, str]:

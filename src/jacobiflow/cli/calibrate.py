@@ -218,7 +218,8 @@ def _print(report: Report, figures: dict[str, Any]) -> None:
 
 
 def _fitted(block: BlockTuning, num_tokens: int) -> tuple[str, ...]:
-    run = next(run for run in block.runs if (run.window, run.tolerance) == (num_tokens, _SHOWN))
+    whole = [run for run in block.runs if run.partition.stop(0, num_tokens) == num_tokens and not run.coarse]
+    run = next(run for run in whole if run.tolerance == _SHOWN)
     return (
         type(block.correction).__name__.lower(), f"{sum(run.sweeps) / len(run.sweeps):.1f}", str(max(run.sweeps)),
         _shown(run.error / run.residual) if run.residual else "", _shown(block.amplification),

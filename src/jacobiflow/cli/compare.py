@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,15 +14,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jacobiflow.baselines.peers import PEERS
-from jacobiflow.calibration import Report
+from jacobiflow.baselines import PEERS, SEQUENTIAL, gs_jacobi_grid
 from jacobiflow.cli import options
-from jacobiflow.cli.evaluate import real_images
+from jacobiflow.cli.evaluate import RealImages, real_images
 from jacobiflow.cli.progress import progress
 from jacobiflow.evaluation import NAMES
 from jacobiflow.evaluation.features import need_torchmetrics
-from jacobiflow.experiments.quality import FIGURES, ORIGINAL, Comparing, Row, finalists
-from jacobiflow.experiments.speed import SEQUENTIAL
+from jacobiflow.experiments.quality import (
+    FIGURES,
+    ORIGINAL,
+    Experiment,
+    Row,
+    begin,
+    draw,
+    finalists,
+    largest_row,
+    score,
+    timings,
+)
 from jacobiflow.files import write_json
 from jacobiflow.plots import comparison_figure, save_png
 from jacobiflow.storage import Processes, SampleFolder, processes
@@ -37,15 +46,16 @@ def compare(
         typer.Option(
             "--strategy",
             help="A row; give it again for each. As in jacobiflow sample, auto:1e-2 for a tolerance, or "
-            f"{', '.join(PEERS)}. Default: the paper's grid for the model's tough blocks, both, and auto at 1e-1, 1e-2 "
-            "and 1e-3. Original and sequential are there in any case.",
+            f"{', '.join(PEERS)}. Default: the paper's grid for the model's tough blocks, both samplers, and auto at "
+            "1e-1, 1e-2 and 1e-3. Original and sequential are there in any case.",
         ),
     ] = None,
     num: Annotated[int, typer.Option("--num", help="Samples per row.")] = 2000,
     final: Annotated[
         int | None,
         typer.Option(
-            "--final", help="Then also so many of Original, and of the fastest row and the fastest auto within 1%."
+            "--final",
+            help="Then draw this many of Original, and of the fastest row and the fastest auto within 1% of it.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images solved together.")] = 16,
@@ -79,11 +89,48 @@ def compare(
 ) -> None:
     """Compare strategies by the distance of their samples to real images, by their error, and by their time.
 
-    All rows are timed first, in turn, and the time of the whole run is told; the same command again goes on where it
-    was stopped. Under torchrun, processes share the drawing, as for jacobiflow sample.
+    All rows are timed first, in turn, and the time of the whole run is estimated. The same command again resumes a run
+    that was stopped. Under torchrun, processes share the drawing, as for jacobiflow sample.
 
     Example: jacobiflow compare --model fashion-p2 --strategy "[7-8-32-10]" --strategy auto --num 200 --out out/compare
     """
+    _check(num, final, batch_size, shard_size, repeats, features)
+    shard_size = shard_size or max(512 // batch_size, 1) * batch_size
+    with processes() as among:
+        flow = options.load_model(model, among.device(device), dtype)
+        path = report or flow.report_file
+        found = None if path is None else options.load_report(path, flow)
+        rows = strategy or [*gs_jacobi_grid(found, short=True), *PEERS, *_AUTOS]
+        most = max(num, final or 0, 0 if overwrite else largest_row(out))
+        experiment = Experiment(
+            flow, out, tuple(dict.fromkeys((ORIGINAL, SEQUENTIAL, *rows))),
+            options.parse_labels(labels, most, flow, seed), seed,
+            options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature), denoise, found,
+            batch_size, shard_size, model,
+        )  # fmt: skip
+        options.check_writable(out, json)
+        run = _Run(
+            experiment, among, cache(lambda: real_images(flow, features, inception, images, stats)), NAMES[features]
+        )
+        run.begin(repeats, overwrite)
+        scored = run.table(experiment.names, num, 0)
+        last = None if final is None else run.table(finalists(scored), final, num)
+        if among.rank:
+            return
+    figures: dict[str, Any] = {
+        "model": model, "distance": NAMES[features], "against": run.real().source, "seed": seed, "denoise": denoise,
+        "guidance": None if experiment.guidance is None else asdict(experiment.guidance), "timings": run.timings,
+        "rows": [asdict(row) for row in scored], "final": None if last is None else [asdict(row) for row in last],
+    }  # fmt: skip
+    table_file, picture = (out / name for name in FIGURES)
+    write_json(table_file, figures)
+    save_png(comparison_figure(scored, NAMES[features]), picture)
+    options.report(json, figures)
+    print(f"wrote {table_file} and {picture}")
+
+
+def _check(num: int, final: int | None, batch_size: int, shard_size: int | None, repeats: int, features: str) -> None:
+    """**Raises** `ValueError` for numbers that do not go together, or features that nothing measures."""
     for option, value in (
         ("--num", num), ("--batch-size", batch_size), ("--repeats", repeats), ("--shard-size", shard_size),
         ("--final", final),
@@ -94,97 +141,61 @@ def compare(
         raise ValueError(f"--num {num}: give at least 2, or there is no distance")
     if final is not None and final < num:
         raise ValueError(f"--final {final}: give at least --num, {num}")
-    shard_size = shard_size or max(512 // batch_size, 1) * batch_size
-    if shard_size % batch_size:
+    if shard_size is not None and shard_size % batch_size:
         raise ValueError(f"--shard-size {shard_size}: give a multiple of --batch-size, {batch_size}")
     if features not in NAMES:
         raise ValueError(f"--features {features}: give {' or '.join(NAMES)}")
     need_torchmetrics("compare")
-    with processes() as among:
-        flow = options.load_model(model, among.device(device), dtype)
-        path = report or flow.report_file
-        found = None if path is None else options.load_report(path, flow)
-        most = max(num, final or 0)
-        comparing = Comparing(
-            flow, out, tuple(dict.fromkeys((ORIGINAL, SEQUENTIAL, *(strategy or _rows(found))))),
-            options.parse_labels(labels, most, flow, seed), seed,
-            options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature), denoise, found,
-            batch_size, shard_size, model,
-        )  # fmt: skip
-        options.check_writable(out, json)
-        real = cache(lambda: real_images(flow, features, inception, images, stats))  # the first process alone scores
-
-        def begin() -> dict[str, Any]:
-            real()  # what is amiss is said before anything is timed
-            return _timed(comparing, repeats, overwrite)
-
-        timings = among.once(begin)
-
-        def table(names: Sequence[str], count: int, drawn: int) -> list[Row]:
-            """Draw rows, and score them in the first process, which waits for the others' shards."""
-            if among.rank == 0:
-                _estimate(names, timings, count - drawn)
-            folders = _draw(comparing, names, count, timings, among)
-            rows = among.once(lambda: comparing.rows(folders, count, real().extractor, real().statistics, timings))
-            if among.rank == 0:
-                _print(rows, NAMES[features])
-            return rows
-
-        rows = table(comparing.names, num, 0)
-        last = None if final is None else table(finalists(rows), final, num)
-        if among.rank:
-            return
-    figures: dict[str, Any] = {
-        "model": model, "distance": NAMES[features], "against": real().source, "seed": seed, "denoise": denoise,
-        "guidance": None if comparing.guidance is None else asdict(comparing.guidance), "timings": timings,
-        "rows": [asdict(row) for row in rows], "final": None if last is None else [asdict(row) for row in last],
-    }  # fmt: skip
-    table_file, picture = (out / name for name in FIGURES)
-    write_json(table_file, figures)
-    save_png(comparison_figure(rows, NAMES[features]), picture)
-    options.report(json, figures)
-    print(f"wrote {table_file} and {picture}")
 
 
-def _rows(report: Report | None) -> list[str]:
-    """The paper's grid for a report's tough blocks, the peers, and auto."""
-    grid = [] if report is None or report.crm is None else paper_grid(report)
-    return ["Jacobi-30", "Jacobi-60", *grid, *PEERS, *_AUTOS]
+@dataclass
+class _Run:
+    """The steps of an experiment, by the processes of one command; the first one times, scores and prints."""
+
+    experiment: Experiment
+    among: Processes
+    real: Callable[[], RealImages]
+    distance: str
+    timings: dict[str, Any] = field(default_factory=dict)
+
+    def begin(self, repeats: int, overwrite: bool) -> None:
+        """Begin or resume in the folder, and time all rows."""
+
+        def work() -> dict[str, Any]:
+            self.real()  # refuse bad input before anything is timed
+            begin(self.experiment, overwrite)
+            with progress("timing", (repeats + 1) * len(self.experiment.names)) as advance:
+                return timings(self.experiment, repeats, lambda _: advance(1))
+
+        self.timings = self.among.once(work)
+
+    def table(self, names: Sequence[str], num: int, drawn: int) -> list[Row]:
+        """Draw `num` samples of each row, of which `drawn` are there already, and score them."""
+        first = self.among.rank == 0
+        if first:
+            _estimate(names, self.timings, num - drawn)
+        folders = {}
+        # The exact images first, with which all others are compared, then the fastest rows.
+        for name in sorted(names, key=lambda name: (name not in (ORIGINAL, SEQUENTIAL), self._seconds(name))):
+            if first:
+                print(f"drawing {name}", flush=True)
+            folders[name] = draw(self.experiment, name, num, self.among)
+        folders = {name: folders[name] for name in names}
+        rows = self.among.once(lambda: self._scored(folders, num))
+        if first:
+            _print(rows, self.distance)
+        return rows
+
+    def _scored(self, folders: Mapping[str, SampleFolder], num: int) -> list[Row]:
+        real = self.real()
+        return score(folders, num, real.extractor, real.statistics, self.timings)
+
+    def _seconds(self, name: str) -> float:
+        return self.timings["rows"][name]["median"]
 
 
-def paper_grid(report: Report) -> list[str]:
-    """Settings like those of Tables 3 and 4: tough blocks token by token, and GS x J = T / 8 and T / 4."""
-    length = report.num_tokens
-    stack = "/".join(map(str, sorted(report.tough_blocks)))
-    pairs = [(count, total // count) for total in (length // 8, length // 4) for count in (1, 4, 8)]
-    return [
-        *(f"[{stack}-{length}-1-{rest}]" for rest in (6, 10)),
-        *(f"[{stack}-{count}-{sweeps}-6]" for count, sweeps in pairs if sweeps),
-    ]
-
-
-def _timed(comparing: Comparing, repeats: int, overwrite: bool) -> dict[str, Any]:
-    comparing.begin(overwrite)
-    names = set(comparing.names)
-    with progress("timing", (repeats + 1) * len(names)) as advance:
-        return comparing.timings(repeats, lambda _: advance(1))
-
-
-def _draw(
-    comparing: Comparing, names: Sequence[str], num: int, timings: dict[str, Any], among: Processes
-) -> dict[str, SampleFolder]:
-    """The samples of all rows: the exact ones first, with which all others are compared, then by their time."""
-    order = sorted(names, key=lambda name: (name not in (ORIGINAL, SEQUENTIAL), timings["rows"][name]["median"]))
-    folders = {}
-    for name in order:
-        if among.rank == 0:
-            print(f"drawing {name}", flush=True)
-        folders[name] = comparing.draw(name, num, among)
-    return {name: folders[name] for name in names}
-
-
-def _estimate(names: Sequence[str], timings: dict[str, Any], num: int) -> None:
-    """Say how long drawing takes by the timings, what is there already not counted off."""
+def _estimate(names: Sequence[str], timings: Mapping[str, Any], num: int) -> None:
+    """Print how long drawing takes by the timings; what is there already is not subtracted."""
     batches = -(-num // timings["batch_size"])
     drawn = {SEQUENTIAL if name == ORIGINAL else name for name in names}  # which have their images in common
     seconds = sum(timings["rows"][name]["median"] + timings["denoise_seconds"] for name in drawn)

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from jacobiflow.cli import options
-from jacobiflow.flows.folder import convert as convert_file
-from jacobiflow.flows.folder import infer_config, read_original
+from jacobiflow.flows.tarflow import TarFlow
+from jacobiflow.flows.tarflow.original import infer_config, read_original
 
 
 def convert(
@@ -28,6 +28,6 @@ def convert(
     """
     options.check_writable(out, json)
     config = replace(infer_config(read_original(file), patch_size=patch_size), noise_std=noise_std)
-    convert_file(file, out, config)
+    TarFlow.from_original(file, config).save_pretrained(out)
     options.report(json, {"model": str(out), **asdict(config)})
     print(f"wrote the model folder {out}")

@@ -102,6 +102,9 @@ def evaluate(
         raise ValueError(f"--save-stats {save_stats}: give --images, whose statistics they are")
     flow = options.load_model(model, device, dtype)
     folder = None if samples is None else options.open_samples(samples, flow)
+    if folder is not None and paired and folder.manifest.strategy_sha256 is None:
+        drawn_by = folder.manifest.strategy
+        raise ValueError(f"--paired {paired}: {samples} was drawn by {drawn_by}, not a strategy; give --paired 0")
     exact = None if folder is None or not paired else folder.strategy()
     test = None if images is None or not test_images else _test_images(flow, images, test_images)
     added = _noise(flow, noise)

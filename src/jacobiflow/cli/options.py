@@ -18,8 +18,8 @@ from jacobiflow.calibration import Report
 from jacobiflow.data import balanced_labels
 from jacobiflow.files import write_json
 from jacobiflow.flows.fingerprint import check_fingerprint
-from jacobiflow.flows.folder import load
 from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.registry import load
 from jacobiflow.guidance import Guidance
 from jacobiflow.latents import draw_labels
 from jacobiflow.storage import SampleFolder

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from jacobiflow.cli import options
 from jacobiflow.flows.folder import REPORT
-from jacobiflow.solvers import Sequential, Solver, Window
+from jacobiflow.solvers import Solver
 from jacobiflow.strategy import plan as make
 from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
 
@@ -76,9 +76,9 @@ def plan(
 
 
 def _words(solver: Solver, num_tokens: int) -> tuple[str, str]:
-    if isinstance(solver.partition, Sequential):
-        return "1", "exact"
-    tokens = str(min(solver.partition.size, num_tokens) if isinstance(solver.partition, Window) else num_tokens)
+    tokens = str(solver.partition.stop(0, num_tokens))
+    if tokens == "1":
+        return tokens, "exact"
     coarse = f"{solver.coarse} sweeps in bfloat16, then " if solver.coarse else ""
     if solver.stopping.atol is not None:
         return tokens, f"{coarse}changes are below {solver.stopping.atol:.1e}"

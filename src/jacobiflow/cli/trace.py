@@ -24,7 +24,7 @@ from jacobiflow.plots import (
 )
 from jacobiflow.sampling import Samples, sample
 from jacobiflow.solvers import Latent, MaxSweeps, Solver, Whole, Zeros
-from jacobiflow.strategy import Strategy
+from jacobiflow.strategy import Strategy, choose
 
 _TOLERANCE = 1e-2
 
@@ -61,7 +61,7 @@ def trace(
     if strategy is None:
         plan = Strategy.from_report(found, _TOLERANCE)
     else:
-        plan = Strategy.load(strategy) if strategy.endswith(".json") else Strategy.parse(strategy, found)
+        plan = choose(flow, strategy, num, guidance=found.settings.guidance, report=found)
     options.check_writable(out, json)
     rate = float(flow.config.noise_std > 0) if denoise is None else denoise
     classes = options.parse_labels(labels, num, flow, seed)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -19,8 +20,7 @@ from jacobiflow import sampling
 from jacobiflow.cli import options
 from jacobiflow.data import Noise, load_images
 from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.flows.maf import MAF, MAFConfig
-from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
+from jacobiflow.flows.registry import find_flow, flow_names
 from jacobiflow.measuring import machine
 from jacobiflow.plots import image_grid, save_png
 from jacobiflow.training import StepReport, TrainConfig, read_metrics
@@ -73,28 +73,17 @@ def train(
 
     Example: jacobiflow train --images fashion-mnist --out runs/fashion --steps 6000
     """
-    if flow not in ("tarflow", "maf"):
-        raise ValueError(f"--flow {flow}: give tarflow or maf")
+    flow_class = _flow_class(flow)
     data = load_images(images, image_size, image_channels)
-    classes = 0 if unconditional or data.labels is None else int(data.labels.max()) + 1
-    config: TarFlowConfig | MAFConfig
-    if flow == "maf":
-        _refuse(patch_size=patch_size, head_dim=head_dim, volume_preserving=volume_preserving or None,
-                noise_std=noise_std, noise=None if noise == "uniform" else noise)  # fmt: skip
-        noise = "uniform"
-        config = MAFConfig(
-            in_channels=image_channels, image_size=image_size, hidden_features=channels, num_blocks=blocks,
-            hidden_layers=layers, num_classes=classes,
-        )  # fmt: skip
-    else:
-        noise = noise or "gaussian"
-        std = 0.1 if noise_std is None else noise_std
-        config = TarFlowConfig(
-            in_channels=image_channels, image_size=image_size, patch_size=2 if patch_size is None else patch_size,
-            channels=channels, num_blocks=blocks, layers_per_block=layers, num_classes=classes,
-            nvp=not volume_preserving, head_dim=64 if head_dim is None else head_dim,
-            noise_std=std if noise == "gaussian" else 0.0,
-        )  # fmt: skip
+    noise = noise or ("gaussian" if "noise_std" in _parameters(flow_class) else "uniform")
+    choices = _choices(
+        flow_class, noise, patch_size=patch_size, head_dim=head_dim, volume_preserving=volume_preserving or None,
+        noise_std=noise_std,
+    )  # fmt: skip
+    config = flow_class.config_from_options(
+        in_channels=image_channels, image_size=image_size, channels=channels, blocks=blocks, layers=layers,
+        num_classes=0 if unconditional or data.labels is None else int(data.labels.max()) + 1, **choices,
+    )  # fmt: skip
     settings = TrainConfig(
         steps=steps, noise=Noise(noise, config.noise_std),  # type: ignore[arg-type]
         batch_size=batch_size, learning_rate=learning_rate, warmup=warmup, ema=ema, clip=clip, drop_label=drop_label,
@@ -103,7 +92,7 @@ def train(
     place = options.parse_device(device)
     options.check_writable(out, json)
     torch.manual_seed(seed)
-    model: ImageFlow = MAF(config) if isinstance(config, MAFConfig) else TarFlow(config)
+    model = flow_class(config)
 
     console = Console(stderr=True)
     columns = (TextColumn("training"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
@@ -130,18 +119,35 @@ def train(
     print(f"wrote the model folder {out}")
 
 
-def _refuse(**given: object) -> None:
-    """**Raises** `ValueError` for the options of a TarFlow alone that are not `None`."""
-    words = [
-        f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}"
-        for name, value in given.items()
-        if value is not None
-    ]
-    if words:
-        raise ValueError(
-            f"{', '.join(words)}: of a TarFlow; leave it out with --flow maf, whose tokens are pixels, dequantised by "
-            "uniform noise"
-        )
+def _flow_class(name: str) -> type[ImageFlow]:
+    """The flow that is registered under `--flow`. **Raises** `ValueError` where there is none."""
+    found = find_flow(name)
+    if found is None:
+        raise ValueError(f"--flow {name}: give one of {', '.join(flow_names())}")
+    return found
+
+
+def _parameters(flow_class: type[ImageFlow]) -> Mapping[str, object]:
+    """The options that the flow has, by the signature of its `config_from_options`."""
+    return inspect.signature(flow_class.config_from_options).parameters
+
+
+def _choices(flow_class: type[ImageFlow], noise: str, **given: Any) -> dict[str, Any]:
+    """The options that are not `None`, of those that not every flow has, as arguments of `config_from_options`.
+
+    **Raises** `ValueError` for those that this flow has not. One without `noise_std` takes uniform noise only.
+    """
+    chosen = {name: value for name, value in given.items() if value is not None}
+    has_std = "noise_std" in _parameters(flow_class)
+    others = {name: value for name, value in chosen.items() if name not in _parameters(flow_class)}
+    if noise != "uniform" and not has_std:
+        others["noise"] = noise
+    if others:
+        words = [f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}" for name, value in others.items()]
+        raise ValueError(f"{', '.join(words)}: not an option of --flow {flow_class.model_type}; leave it out")
+    if has_std and noise != "gaussian":
+        chosen["noise_std"] = 0.0
+    return chosen
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Timings that can be compared: every sampler in turn on the same latents, beside two baselines and a floor."""
+"""Timings that can be compared: samplers in turn on the same latents, beside two baselines and a floor."""
 
 from __future__ import annotations
 
@@ -11,17 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.baselines.full_passes import full_passes_sample
-from jacobiflow.baselines.growing_cache import growing_cache_sample
+from jacobiflow.baselines import SEQUENTIAL, original_loop
 from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.flows.maf import MAF
-from jacobiflow.flows.tarflow import TarFlow
 from jacobiflow.guidance import Guidance
 from jacobiflow.measuring import Error, Timing, interleave, paired_error
 from jacobiflow.sampling import Samples, sample
 
-GROWING_CACHE, FULL_PASSES = "growing cache", "full passes"
-SEQUENTIAL = "sequential"
 ENCODING_PASS = "encoding pass"
 
 
@@ -34,7 +29,7 @@ class Row:
     - `strategy`: its name.
     - `seconds`: a `Timing` of the whole batch.
     - `error`: an `Error` against the sequential answer.
-    - `samples`: the `Samples` of its warm-up; `None` for the original loop, which counts and certifies nothing.
+    - `samples`: the `Samples` of its warm-up; `None` where it gives images only, as an original code's loop does.
     """
 
     strategy: str
@@ -90,7 +85,7 @@ class Comparison:
     **Attributes:**
 
     - `batch_size`: samples drawn together.
-    - `rows`: a `Row` each: the loop of the flow's original code, the sequential loop, then those that were given.
+    - `rows`: a `Row` each: the loop of the flow's original code where it has one, the sequential loop, then `others`.
     - `floor`: a `Timing` of one encoding pass of the batch, each block evaluated once, unguided: what no solver beats.
     """
 
@@ -100,8 +95,18 @@ class Comparison:
 
     @property
     def original(self) -> str:
-        """The name of the original code's loop; see `original_loop`."""
+        """The name of the original code's loop, see `jacobiflow.baselines.original_loop`."""
         return self.rows[0].strategy
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """The names of the original code's loop and of the sequential loop; one where they are the same."""
+        return tuple(dict.fromkeys((self.original, SEQUENTIAL)))
+
+    @property
+    def others(self) -> tuple[Row, ...]:
+        """The rows that are no baselines."""
+        return self.rows[len(self.baselines) :]
 
     def row(self, strategy: str) -> Row:
         """The row of that name. **Raises** `KeyError` where there is none."""
@@ -116,24 +121,11 @@ class Comparison:
         return {
             "batch_size": self.batch_size,
             "rows": [
-                row.to_json() | {"speed_up": {name: self.speed_up(row, name) for name in (self.original, SEQUENTIAL)}}
+                row.to_json() | {"speed_up": {name: self.speed_up(row, name) for name in self.baselines}}
                 for row in self.rows
             ],
             "encoding_pass": asdict(self.floor),
         }
-
-
-def original_loop(flow: ImageFlow) -> tuple[str, Callable[..., Tensor]]:
-    """The loop by which the flow's original code samples, and its name: "growing cache", or "full passes" for a MAF.
-
-    It is called with the flow, latents, labels and guidance, and gives images. **Raises** `ValueError` for a flow of
-    another kind, which has none here.
-    """
-    if isinstance(flow, TarFlow):
-        return GROWING_CACHE, growing_cache_sample
-    if isinstance(flow, MAF):
-        return FULL_PASSES, full_passes_sample
-    raise ValueError(f"{type(flow).__name__}: has no original loop to compare with; give a TarFlow or a MAF")
 
 
 def compare(
@@ -155,20 +147,19 @@ def compare(
     - `flow`: the model; its device is used.
     - `latents`: (N, T, C), standard normal, before the prior's scale.
     - `labels`: (N,) classes, or `None`.
-    - `runs`: by name, what draws from the same latents, labels and guidance. None may be called "sequential",
-        "encoding pass", or as `original_loop` is.
+    - `runs`: by name, what draws from the same latents, labels and guidance. The names in `timed_anyway` are taken.
     - `guidance`: a `Guidance` for both baselines, or `None`.
     - `repeats`: rounds that count.
-    - `after_each`: see `interleave`, whose runs are `len(runs) + 3`.
+    - `after_each`: see `interleave`, whose runs are those in `timed_anyway` and in `runs`.
 
     **Returns:** a `Comparison`.
 
     **Raises:** `ValueError` for a name that is taken, `repeats` below 1, latents or labels that do not fit the flow.
     """
-    original, loop = original_loop(flow)
-    for name in (original, SEQUENTIAL, ENCODING_PASS):
+    for name in timed_anyway(flow):
         if name in runs:
             raise ValueError(f"run {name!r}: timed in any case; give it another name, or leave it out")
+    original, loop = original_loop(flow)
     sequential = partial(
         sample, flow, labels=labels, latents=latents, strategy="sequential", guidance=guidance, certify=False,
         progress=False,
@@ -176,17 +167,22 @@ def compare(
     exact = sequential()
     every: dict[str, Callable[[], Any]] = {
         original: partial(loop, flow, exact.latents, exact.labels, guidance),
-        SEQUENTIAL: sequential,
+        SEQUENTIAL: sequential,  # in place of the original loop where the flow has none of its own
         **runs,
         ENCODING_PASS: partial(_encode, flow, exact.images, exact.labels),
     }
     seconds, results = interleave(every, repeats, flow.var.device, after_each)
     rows = []
-    for name in (original, SEQUENTIAL, *runs):
+    for name in dict.fromkeys((original, SEQUENTIAL, *runs)):
         samples = results[name] if isinstance(results[name], Samples) else None
         images = results[name] if samples is None else samples.images
         rows.append(Row(name, seconds[name], paired_error(images, exact.images), samples))
     return Comparison(len(latents), tuple(rows), seconds[ENCODING_PASS])
+
+
+def timed_anyway(flow: ImageFlow) -> tuple[str, ...]:
+    """The names of what `compare` times beside its `runs`: the baselines, and an encoding pass."""
+    return tuple(dict.fromkeys((original_loop(flow)[0], SEQUENTIAL, ENCODING_PASS)))
 
 
 def _encode(flow: ImageFlow, images: Tensor, labels: Tensor | None) -> None:

@@ -1,1 +1,17 @@
-"""Flows, the blocks they are made of, and the files they are stored in."""
+"""Flows, the blocks they are made of, and the files they are stored in.
+
+`TarFlow` and `MAF` are registered here; any other flow over images is where its module is imported.
+"""
+
+from jacobiflow.flows.base import AffineFrontPerSample, FrontPerSample, KeepsNothing, LowPrecision
+from jacobiflow.flows.config import FlowConfig
+from jacobiflow.flows.image_flow import FlowBlock, ImageFlow
+from jacobiflow.flows.maf import MAF
+from jacobiflow.flows.permutation import Permutation
+from jacobiflow.flows.registry import register
+from jacobiflow.flows.tarflow import TarFlow
+
+__all__ = [
+    "MAF", "AffineFrontPerSample", "FlowBlock", "FlowConfig", "FrontPerSample", "ImageFlow", "KeepsNothing",
+    "LowPrecision", "Permutation", "TarFlow", "register",
+]  # fmt: skip

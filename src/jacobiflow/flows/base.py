@@ -1,7 +1,11 @@
-"""What a solver asks of a block: the fixed-point map g, evaluated on any run of tokens against a cache."""
+"""What a solver asks of a block: the fixed-point map g, evaluated on any run of tokens against a cache.
+
+What else a block can do it declares by type: solvers ask `isinstance(block, FrontPerSample)`, and so on.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -32,43 +36,47 @@ class Block(Protocol):
         ...
 
 
-class RaggedBlock(Block, Protocol):
-    """A block whose samples may each stand at a token of their own, and come and go, as its attribute `ragged` says."""
+class FrontPerSample(ABC):
+    """A block for which the samples of a batch may each stand at a token of their own, and leave and enter."""
 
-    ragged: bool
-
+    @abstractmethod
     def update_at(
         self, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int,
         cache: Any,
     ) -> Float[Tensor, "b n c"]:  # fmt: skip
-        """`update` of start_b .. start_b + size - 1 in sample b; `end`, on the host, is the largest stop."""
-        ...
+        """`update` of entries start_b .. start_b + size - 1 in sample b.
 
+        `end` is the largest of the stops start_b + size, as a number on the host.
+        """
+
+    @abstractmethod
     def take(self, cache: Any, rows: Int[Tensor, " m"]) -> Any:
         """The cache of the samples `rows`."""
-        ...
 
+    @abstractmethod
     def join(self, caches: Sequence[Any]) -> Any:
-        """One cache for the samples of all."""
-        ...
+        """One cache for the samples of all `caches`, in order."""
 
 
-class LowPrecisionBlock(Block, Protocol):
-    """A block whose network can also run in bfloat16, on the same float32 state, as its attribute says."""
+class LowPrecision(ABC):
+    """A block whose network can also run in bfloat16, on the same float32 state."""
 
-    low_precision: bool
-
+    @abstractmethod
     def lower(self, cache: Any) -> Any:
-        """The cache with which `update` runs the network in bfloat16."""
-        ...
+        """A copy of the cache with which `update` runs the network in bfloat16."""
 
 
-class AffineBlock:
+class KeepsNothing:
+    """A block that keeps no tensor between calls, so that solvers may run it in inference mode, a tenth faster.
+
+    A tensor that a block keeps from inference mode (a mask made on first use, say) could not be trained with later.
+    """
+
+
+class AffineBlock(ABC):
     """A block whose map is affine in z: g(x) = exp(log_scale(x)) z + shift(x), eq. (3) of the GS-Jacobi paper."""
 
-    ragged = False
-    low_precision = False
-
+    @abstractmethod
     def init_cache(
         self,
         z: Float[Tensor, "b t c"],
@@ -76,39 +84,12 @@ class AffineBlock:
         attn_temperature: Float[Tensor, " b"] | None = None,
     ) -> Any:
         """A fresh cache; `attn_temperature` divides the attention logits of each row, where the block has any."""
-        raise TypeError(f"{type(self).__name__} must define init_cache")
 
+    @abstractmethod
     def affine(
         self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: Any
     ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
         """Log-scale and shift of entries start .. stop-1; reads and caches positions start-1 .. stop-2."""
-        raise TypeError(f"{type(self).__name__} must define affine")
-
-    def affine_at(
-        self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: Any
-    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
-        """`affine` of `size` entries from start_b on in sample b, where the block is `ragged`; see `RaggedBlock`."""
-        raise TypeError(f"{type(self).__name__} must define affine_at")
-
-    def take(self, cache: Any, rows: Int[Tensor, " m"]) -> Any:
-        """The cache of the samples `rows`, where the block is `ragged`."""
-        raise TypeError(f"{type(self).__name__} must define take")
-
-    def join(self, caches: Sequence[Any]) -> Any:
-        """One cache for the samples of all, where the block is `ragged`."""
-        raise TypeError(f"{type(self).__name__} must define join")
-
-    def lower(self, cache: Any) -> Any:
-        """The cache with which the network runs in bfloat16, where the block has `low_precision`."""
-        raise TypeError(f"{type(self).__name__} must define lower")
-
-    def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:
-        """W_s and W_u of the linear layer that ends in `log_scale` = W_s h + b_s and `shift` = W_u h + b_u.
-
-        Their rows are channels where the layer acts on each token, and entries where it acts on all at once. W_s is
-        `None` where the scale is fixed (volume-preserving); `None` for both where there is no such layer.
-        """
-        return None
 
     def update(
         self, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], start: int, stop: int, cache: Any
@@ -117,11 +98,29 @@ class AffineBlock:
         log_scale, shift = self.affine(x, start, stop, cache)
         return torch.addcmul(shift, log_scale.exp(), z[:, start:stop])
 
+    def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:
+        """W_s and W_u of the linear layer that ends in `log_scale` = W_s h + b_s and `shift` = W_u h + b_u.
+
+        Their rows are channels where the layer acts on each token, and entries where it acts on all at once. W_s is
+        `None` where the scale is fixed (volume-preserving). By default `None`: the block has no such layer.
+        """
+        return None
+
+
+class AffineFrontPerSample(AffineBlock, FrontPerSample):
+    """An affine block with a front per sample."""
+
+    @abstractmethod
+    def affine_at(
+        self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: Any
+    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
+        """`affine` of `size` entries from start_b on in sample b; see `FrontPerSample.update_at`."""
+
     def update_at(
         self, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int,
         cache: Any,
     ) -> Float[Tensor, "b n c"]:  # fmt: skip
-        """`update` with a start per sample; see `RaggedBlock`."""
+        """`update` with a start per sample; see `FrontPerSample.update_at`."""
         log_scale, shift = self.affine_at(x, start, size, end, cache)
         return torch.addcmul(shift, log_scale.exp(), run_of(z, start, size))
 

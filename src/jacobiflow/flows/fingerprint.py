@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _VALUES = 1024  # of each tensor: any step of training changes nearly all of them
 
@@ -15,8 +16,13 @@ def fingerprint(flow: nn.Module) -> str:
 
     Values are rounded to bfloat16: it is the same for a flow in float64, float32 and bfloat16, on every device.
     """
+    return fingerprint_of(flow.state_dict())
+
+
+def fingerprint_of(state: Mapping[str, Tensor]) -> str:
+    """The `fingerprint` of the flow with this state dict."""
     digest, values = hashlib.sha256(), []
-    for name, value in sorted(flow.state_dict().items()):
+    for name, value in sorted(state.items()):
         digest.update(f"{name}{tuple(value.shape)}".encode())
         flat = value.reshape(-1)
         values.append(flat[:: max(1, len(flat) // _VALUES)])
@@ -25,8 +31,8 @@ def fingerprint(flow: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check_fingerprint(expected: str, flow: nn.Module, what: str, mend: str = "calibrate this one") -> None:
+def check_fingerprint(expected: str, flow: nn.Module, what: str, remedy: str = "calibrate this one") -> None:
     """**Raises** `ValueError` where `flow` has other weights than those of the fingerprint `expected`."""
-    have = fingerprint(flow)
-    if have != expected:
-        raise ValueError(f"{what} another flow (weights {expected[:12]}, this one's {have[:12]}): {mend}")
+    actual = fingerprint(flow)
+    if actual != expected:
+        raise ValueError(f"{what} another flow (weights {expected[:12]}, this one's {actual[:12]}): {remedy}")

@@ -1,11 +1,14 @@
-"""What flows over images share: a stack of affine blocks over tokens, its likelihood, and its folder on disk."""
+"""What flows over images share: a stack of affine blocks over tokens, its likelihood, and its model folder."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -13,31 +16,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jacobiflow.flows.base import AffineBlock
+from jacobiflow.flows.config import FlowConfig
+from jacobiflow.flows.folder import ModelFolder, write_folder, writing
 from jacobiflow.flows.permutation import Permutation
+from jacobiflow.flows.weights import CheckpointError, build, floating
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class FlowConfig(Protocol):
-    """What every config tells of its flow: a frozen dataclass with, in part, these fields and properties."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def in_channels(self) -> int: ...
-    @property
-    def image_size(self) -> int: ...
-    @property
-    def num_blocks(self) -> int: ...
-    @property
-    def num_classes(self) -> int: ...
-    @property
-    def noise_std(self) -> float: ...
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def token_channels(self) -> int: ...
 
 
 class FlowBlock(AffineBlock, nn.Module):
@@ -49,16 +34,35 @@ class FlowBlock(AffineBlock, nn.Module):
     permutation: Permutation
 
 
-class ImageFlow(nn.Module, PyTorchModelHubMixin, library_name="jacobiflow", tags=["normalizing-flow"]):
-    """A stack of affine blocks over the tokens of an image, alternately in raster and in reverse order.
+class Step(NamedTuple):
+    """What a block does to the tokens in an encoding pass; tensors (N, T, C) are in the block's causal order.
 
-    A flow over images derives from it: it has a `model_type`, the name in its model folders, a `block_type`, which is
-    called with the config and an order, and says with `to_tokens` and `to_images` what a token is. `var` is the prior's
-    variance (T, C). `report_file` is the report.json of the model folder that it was read from, where it has one:
-    "auto" plans by it.
+    z = (x - shift) exp(-log_scale), so that `x` is the exact inverse of `block` at `z`.
     """
 
-    model_type: ClassVar[str]
+    block: int
+    x: Float[Tensor, "n t d"]
+    log_scale: Float[Tensor, "n t d"]
+    shift: Float[Tensor, "n t d"]
+    z: Float[Tensor, "n t d"]
+
+
+class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow", tags=["normalizing-flow"]):
+    """A stack of affine blocks over the tokens of an image, alternately in raster and in reverse order.
+
+    A flow derives from it and is registered by `jacobiflow.flows.register`. It has:
+
+    - `model_type`: its name in model folders and on the command line.
+    - `config_type`: the class of its config.
+    - `block_type`: the class of its blocks, called with the config and a `Permutation`.
+    - `to_tokens` and `to_images`, which say what a token is, and `config_from_options`.
+
+    Every flow has `var`, the prior's variance (T, C), and `report_file`, the report.json of the model folder that it
+    was read from, or `None`: the strategy "auto" plans by it.
+    """
+
+    model_type: ClassVar[str] = ""
+    config_type: ClassVar[type[FlowConfig]]
     block_type: ClassVar[type[FlowBlock]]
     config: FlowConfig
     blocks: Sequence[FlowBlock]
@@ -75,6 +79,27 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, library_name="jacobiflow", tags
         self.register_buffer("var", torch.ones(config.num_tokens, config.token_channels))
 
     @classmethod
+    @abstractmethod
+    def config_from_options(
+        cls, *, in_channels: int, image_size: int, num_classes: int, channels: int, blocks: int, layers: int
+    ) -> FlowConfig:
+        """A config from what `jacobiflow train` lets a user choose of any flow.
+
+        A flow may have more of its options as keyword arguments with a default: `patch_size`, `head_dim`,
+        `volume_preserving`, and `noise_std` where it can be trained on images with Gaussian noise.
+        """
+
+    @classmethod
+    def config_from_shapes(cls, state: Mapping[str, Tensor], config: Any) -> FlowConfig:
+        """The config that the shapes of a state dict say, with the values of `config` for what they do not.
+
+        By default they say nothing. A flow that overrides this gives better errors for weights that do not fit.
+
+        **Raises** `ValueError` where `state` is of no such flow.
+        """
+        return config
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> Self:
         """The flow that `save_pretrained` or `push_to_hub` wrote, in eval mode, its parameters with gradients.
 
@@ -83,11 +108,40 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, library_name="jacobiflow", tags
         - `pretrained_model_name_or_path`: a bundled model's name, a folder, or a hub id "owner/name".
         - `hub`: for a hub id, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
-        **Raises** `CheckpointError`, a `ValueError`, where that is no model, one of another kind, or a broken one.
+        **Raises** `CheckpointError`, a `ValueError`, where that is no model, one of another class, or a broken one.
         """
-        from jacobiflow.flows import folder as checkpoints
+        return cls.from_folder(ModelFolder.open(pretrained_model_name_or_path, **hub))
 
-        return checkpoints.read(cls, pretrained_model_name_or_path, **hub)
+    @classmethod
+    def from_folder(cls, folder: ModelFolder) -> Self:
+        """The flow in a model folder; see `from_pretrained`."""
+        if folder.model_type != cls.model_type:
+            raise CheckpointError(
+                f"{folder.path}: model_type {folder.model_type!r}, which is no {cls.__name__}; jacobiflow.load finds "
+                "the class"
+            )
+        flow = cls.from_state(folder.config(cls.config_type), folder.state(), str(folder.path))
+        flow.report_file = folder.report_file
+        return flow
+
+    @classmethod
+    def from_state(cls, config: FlowConfig, state: dict[str, Tensor], source: str) -> Self:
+        """The flow with exactly the tensors of `state`, which is emptied, in eval mode; half becomes float32.
+
+        **Raises** `CheckpointError` that names `source` where they do not fit `config`.
+        """
+        try:
+            found = cls.config_from_shapes(state, config)
+        except ValueError as error:
+            raise CheckpointError(f"{source}: {error}") from None
+        differing = [
+            f"{field.name}={getattr(found, field.name)} rather than {getattr(config, field.name)}"
+            for field in fields(config)
+            if getattr(found, field.name) != getattr(config, field.name)
+        ]
+        if differing:  # before anything is built by the config: it may ask for far too much
+            raise CheckpointError(f"{source}: does not fit the config: the shapes say {', '.join(differing)}")
+        return build(partial(cls, config), state, source)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -97,34 +151,34 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, library_name="jacobiflow", tags
         config: FlowConfig | None = None,
         model_card_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """Write a model folder as `checkpoints.save` does, with a model card where it has no README.md.
+        """Write a model folder, in `dtype` (by default the flow's own); what was there stays until then.
 
-        `push_to_hub` calls this with `config`, which can only be the flow's own.
+        The flow's report is copied where it is of the weights that are written, and a model card is made where there
+        is no README.md. `push_to_hub` calls this with `config`, which can only be the flow's own.
 
         **Raises** `CheckpointError`, a `ValueError`, where a weight is not finite or the folder cannot be written.
         """
-        from jacobiflow.flows import folder as checkpoints
-
         if config not in (None, self.config):
             raise ValueError(f"config={config}: leave it out, the flow's own is saved")
-        checkpoints.save(self, save_directory, dtype)
-        readme = Path(save_directory) / "README.md"
-        if not readme.exists():
-            with checkpoints.writing(readme) as partial:
-                self.generate_model_card(**(model_card_kwargs or {})).save(partial)
+        folder, dtype = Path(save_directory), floating(dtype)
+        state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
+        write_folder(folder, self.model_type, asdict(self.config), state, self.report_file)
+        if not (folder / "README.md").exists():
+            with writing(folder / "README.md") as partial_file:
+                self.generate_model_card(**(model_card_kwargs or {})).save(partial_file)
 
     @property
     def learns_prior(self) -> bool:
         """Whether training also moves the prior's variance `var`, towards the mean of z^2."""
         return False
 
+    @abstractmethod
     def to_tokens(self, images: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
         """Images as tokens in raster order, and log|det| of that map in nats."""
-        raise TypeError(f"{type(self).__name__} must define to_tokens")
 
+    @abstractmethod
     def to_images(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n c h w"]:
         """Inverse of `to_tokens`."""
-        raise TypeError(f"{type(self).__name__} must define to_images")
 
     def initialize(self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None) -> None:
         """Set what a flow sets by its first training batch, in place; here nothing."""
@@ -141,16 +195,49 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, library_name="jacobiflow", tags
             last = self.config.num_classes - 1
             raise ValueError(f"label {int(labels.max())}: this flow has classes 0 to {last} (below 0: no class)")
 
+    def check_images(self, images: Float[Tensor, "n c h w"]) -> None:
+        """**Raises** `ValueError` where `images` are not floating-point numbers of the shape that this flow takes."""
+        channels, size = self.config.in_channels, self.config.image_size
+        if not images.is_floating_point() or images.ndim != 4 or images.shape[1:] != (channels, size, size):
+            raise ValueError(
+                f"images: {images.dtype} of shape {tuple(images.shape)}; this flow takes floating-point numbers of "
+                f"shape (N, {channels}, {size}, {size}), nominally in [-1, 1]"
+            )
+
+    def walk(
+        self,
+        x: Float[Tensor, "n t d"],
+        labels: Int[Tensor, " n"] | None = None,
+        parameters: Callable[[int, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Iterator[Step]:
+        """Encode tokens `x` in raster order block by block: what each one does, in encoding order.
+
+        `parameters(i, x)` gives the log-scale and shift of block i at tokens in its causal order; by default it is
+        `blocks[i](x, labels)`.
+        """
+        for i, block in enumerate(self.blocks):
+            x = block.permutation(x)
+            log_scale, shift = block(x, labels) if parameters is None else parameters(i, x)
+            z = (x - shift) * torch.exp(-log_scale)
+            yield Step(i, x, log_scale, shift, z)
+            x = block.permutation(z)
+
     def normalize(
         self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None
     ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
-        """Tokens after all blocks, before the prior's scale, and log|det| in nats, summed over dimensions."""
-        x, log_det = self.to_tokens(images)
-        for block in self.blocks:
-            x = block.permutation(x)
-            log_scale, shift = block(x, labels)
-            x = block.permutation((x - shift) * torch.exp(-log_scale))
-            log_det = log_det - log_scale.sum(dim=(1, 2))
+        """Tokens after all blocks, before the prior's scale, and log|det| in nats, summed over dimensions.
+
+        They are at least float32, in whatever dtype the network runs; see `state_dtype`.
+
+        **Raises** `ValueError` where images or labels are not of this flow's shape, or a label is no class.
+        """
+        self.check_images(images)
+        if labels is not None and self.config.num_classes:
+            self.check_labels(labels, len(images))
+        x, log_det = self.to_tokens(images.to(torch.promote_types(images.dtype, state_dtype(self))))
+        for step in self.walk(x, labels):
+            x = self.blocks[step.block].permutation(step.z)
+            log_det = log_det - step.log_scale.sum(dim=(1, 2))
         return x, log_det
 
     def encode(
@@ -158,7 +245,8 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, library_name="jacobiflow", tags
     ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
         """Latents z = f(images), standard normal under the model, and log|det df/dx| in nats; prior included."""
         z, log_det = self.normalize(images, labels)
-        return z / self.var.sqrt(), log_det - 0.5 * self.var.log().sum()
+        var = self.var.to(z.dtype)
+        return z / var.sqrt(), log_det - 0.5 * var.log().sum()
 
     def log_prob(
         self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None
@@ -174,13 +262,9 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, library_name="jacobiflow", tags
         return -self.log_prob(images, labels) / (images[0].numel() * math.log(2)) + 7
 
 
-def check_sizes(config: FlowConfig, names: Sequence[str]) -> None:
-    """**Raises** `ValueError` where a field of those `names` is not a positive whole number, or num_classes below 0."""
-    for name in names:
-        if not isinstance(getattr(config, name), int) or getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)!r}: give a positive whole number")
-    if config.num_classes < 0:
-        raise ValueError(f"num_classes={config.num_classes}: give 0 for an unconditional flow, or the class count")
+def state_dtype(flow: ImageFlow) -> torch.dtype:
+    """The dtype of tokens and residuals: float64 where the flow's weights are, else float32."""
+    return torch.float64 if flow.var.dtype == torch.float64 else torch.float32
 
 
 def embed_classes(table: Float[Tensor, "k ..."] | None, labels: Int[Tensor, " b"] | None) -> Tensor | None:

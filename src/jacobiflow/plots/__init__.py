@@ -23,7 +23,7 @@ from torch import Tensor
 from jacobiflow.calibration import Report
 from jacobiflow.data import quantize
 from jacobiflow.experiments.quality import WITHIN, Row
-from jacobiflow.experiments.speed import ENCODING_PASS, SEQUENTIAL, Comparison
+from jacobiflow.experiments.speed import ENCODING_PASS, Comparison
 from jacobiflow.files import write_atomically
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
@@ -146,13 +146,14 @@ def bench_figure(comparisons: Sequence[Comparison]) -> Figure:
     """
     columns = 2 if len(comparisons) == 4 else min(len(comparisons), 3)
     lines = -(-len(comparisons) // columns)
-    names = list(dict.fromkeys(row.strategy for comparison in comparisons for row in comparison.rows[2:]))
-    styles = {ENCODING_PASS: ":", SEQUENTIAL: "--", comparisons[0].original: "-."}
+    names = list(dict.fromkeys(row.strategy for comparison in comparisons for row in comparison.others))
+    lines_of = (ENCODING_PASS, *reversed(comparisons[0].baselines))
+    styles = dict(zip(lines_of, (":", "--", "-."), strict=False))
     captions = [textwrap.fill(name.replace("$", r"\$"), 28) for name in (*styles, *names)]
     legend = 0.3 + 0.2 * sum(caption.count("\n") + 1 for caption in captions)  # inches
     figure = Figure(figsize=(3.6 * columns + 2.4, max(3.6 * lines, legend)), layout="constrained")
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
-    errors = [row.error.max for comparison in comparisons for row in comparison.rows[2:]]
+    errors = [row.error.max for comparison in comparisons for row in comparison.others]
     decades = [math.log10(error) for error in errors if 0 < error < math.inf] or [-3.0]
     low, high = math.floor(min(decades)) - 1, math.ceil(max(decades)) + 1
     powers = [low, *range(low + 1, high, -(-(high - low) // 8)), high]
@@ -164,7 +165,7 @@ def bench_figure(comparisons: Sequence[Comparison]) -> Figure:
         for name, style in styles.items():
             seconds = comparison.floor if name == ENCODING_PASS else comparison.row(name).seconds
             shown[name] = axis.axvline(seconds.median, color="black", linestyle=style, linewidth=1.2)
-        for row in comparison.rows[2:]:
+        for row in comparison.others:
             i, seconds = names.index(row.strategy), row.seconds
             shown[row.strategy] = axis.errorbar(
                 seconds.median, min(max(row.error.max, 10.0**low), 10.0**high),

@@ -1,15 +1,18 @@
 """Parallel and sequential solvers of x = g(x), four independent pieces and one loop."""
 
+from jacobiflow.solvers.causal_linear import CausalLinear
 from jacobiflow.solvers.certified import certify, solve_certified
-from jacobiflow.solvers.correction import Chord, Correction, Plain
-from jacobiflow.solvers.guess import CausalLinear, Given, Guess, Latent, MeanAffine, Zeros
-from jacobiflow.solvers.partition import Partition, Segments, Sequential, Whole, Window
+from jacobiflow.solvers.chord import Chord
+from jacobiflow.solvers.correction import Correction, Plain
+from jacobiflow.solvers.guess import Given, Guess, Latent, MeanAffine, Zeros
+from jacobiflow.solvers.partition import Partition, Segments, Sequential, SlidingRun, Sweep, Whole, Window
 from jacobiflow.solvers.solution import Solution, Status
-from jacobiflow.solvers.solve import Solver, solve
-from jacobiflow.solvers.stopping import MaxSweeps, Stopping, Tolerance
+from jacobiflow.solvers.solve import no_gradients, solve
+from jacobiflow.solvers.solver import Solver
+from jacobiflow.solvers.stopping import EarlyStop, MaxSweeps, Stopping, Tolerance
 
 __all__ = [
-    "CausalLinear", "Chord", "Correction", "Given", "Guess", "Latent", "MaxSweeps", "MeanAffine", "Partition", "Plain",
-    "Segments", "Sequential", "Solution", "Solver", "Status", "Stopping", "Tolerance", "Whole", "Window", "Zeros",
-    "certify", "solve", "solve_certified",
+    "CausalLinear", "Chord", "Correction", "EarlyStop", "Given", "Guess", "Latent", "MaxSweeps", "MeanAffine",
+    "Partition", "Plain", "Segments", "Sequential", "SlidingRun", "Solution", "Solver", "Status", "Stopping", "Sweep",
+    "Tolerance", "Whole", "Window", "Zeros", "certify", "no_gradients", "solve", "solve_certified",
 ]  # fmt: skip

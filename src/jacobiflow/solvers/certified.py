@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,8 +13,13 @@ from jacobiflow.flows.base import Block
 from jacobiflow.solvers.guess import Given
 from jacobiflow.solvers.partition import Sequential
 from jacobiflow.solvers.solution import Solution, Status
-from jacobiflow.solvers.solve import Solver, no_gradients, solve
+from jacobiflow.solvers.solve import no_gradients, solve
+from jacobiflow.solvers.solver import Solver
 from jacobiflow.solvers.stopping import Tolerance
+
+_CLOSER = 0.5  # a sample that is resumed stops at so much of the tolerance: at the tolerance it would often miss again
+_NEAR = 2.0  # residuals up to so many tolerances are the loop's own, not rounding: fronts leave up to 1.5
+_SPREAD = 4.0  # the rounding of one sample is taken to be within this factor of another's
 
 
 def certify(
@@ -39,73 +44,114 @@ def certify(
 
 def solve_certified(
     block: Block, z: Float[Tensor, "b t c"], solver: Solver, context: Tensor | None = None, certificate: bool = True,
-    slots: int | None = None, tolerance: float | None = None,
+    slots: int | None = None, tolerance: float | None = None, rounding: float = 0.0,
 ) -> Solution:  # fmt: skip
     """`solve`, then its certificate, then a second and third attempt for the samples that fell short.
 
-    A sample whose certificate is above `tolerance`, by default the solver's own, is resumed from where it stands. One
-    that is still above it, that missed the solver's own tolerance by `MaxSweeps`, or that is not finite, is solved
-    token by token and counted. What remains above the tolerance then is the rounding of the network
-    (`Status.ROUNDING`); what remains non-finite is so in the exact inverse too (`Status.NONFINITE`). Stopping on
-    `MaxSweeps` without a tolerance is a legitimate end. With `certificate=False` the pass that measures is left out,
-    and the swept residuals stand. At most `slots` samples are in the network at a time, all by default.
+    A sample whose certificate is above `tolerance`, by default the solver's own, is resumed from where it stands, to
+    half of it. One that is still above it, that missed the solver's own tolerance by `MaxSweeps`, or that is not
+    finite, is solved token by token and counted. The worst of them goes first: what its exact solve leaves above the
+    tolerance is the rounding of the network, and all others that are no worse end as `Status.ROUNDING` where they
+    stand. What remains non-finite is so in the exact inverse too (`Status.NONFINITE`). Stopping on `MaxSweeps` or
+    `EarlyStop` without a tolerance is a legitimate end.
+
+    With `certificate=False` the pass that measures is left out, and the swept residuals stand. At most `slots` samples
+    are in the network at a time, all by default. `rounding` is the residual that rounding left in an earlier block, if
+    any: `Solution.rounding` passes it on, so that it is found once.
     """
     started = time.perf_counter()
-    solution = solve(block, z, solver, context, slots)
     own = solver.stopping.atol
     atol = tolerance if certificate and tolerance is not None else own
-    exact = isinstance(solver.partition, Sequential)
-
-    if certificate:
-        solution = _certified(block, z, solution, context, slots)
-        if atol is not None:  # what ran out of sweeps but came within the tolerance by its last one is no miss
-            within = (solution.status == Status.MAX_SWEEPS) & (solution.residual <= atol)
-            solution = replace(solution, status=solution.status.masked_fill(within, Status.CONVERGED))
-    if atol is not None and certificate and not exact:
+    attempts = _Attempts(block, z, context, slots, certificate)
+    solution = attempts.first(solver)
+    if certificate and atol is not None:
+        # What ran out of sweeps but came within the tolerance by its last one is no miss.
+        within = (solution.status == Status.MAX_SWEEPS) & (solution.residual <= atol)
+        solution = replace(solution, status=solution.status.masked_fill(within, Status.CONVERGED))
         ended = (solution.status == Status.CONVERGED) | ((solution.status == Status.MAX_SWEEPS) & (own is None))
-        short = (solution.residual > atol) & ended
-        resumed = replace(solver, guess=Given(solution.x[short]), stopping=Tolerance(atol), coarse=0)
-        solution = _again(block, z, solution, short, resumed, context, certificate, slots)
-    wrong = solution.status == Status.NONFINITE
-    if atol is not None:
-        wrong |= (solution.residual > atol) | (solution.status == Status.MAX_SWEEPS)
-    if not exact:
-        solution = _again(block, z, solution, wrong, Solver(Sequential()), context, certificate, slots)
-        solution = replace(solution, resolved_sequentially=wrong)
+        short = (solution.residual > atol) & ended & ~solution.exact & ~_is_rounding(solution.residual, atol, rounding)
+        resumed = replace(solver, guess=Given(solution.x[short]), stopping=Tolerance(_CLOSER * atol), coarse=0)
+        solution = attempts.again(solution, short, resumed)
+    solution = _solve_sequentially(attempts, solution, atol, rounding)
     status = solution.status
     if atol is not None:
         status = status.masked_fill((solution.residual > atol) & (status == Status.CONVERGED), Status.ROUNDING)
     return replace(solution, status=status, seconds=time.perf_counter() - started)
 
 
-def _certified(block: Block, z: Tensor, solution: Solution, context: Tensor | None, slots: int | None) -> Solution:
-    batch, length, _ = z.shape
-    return replace(
-        solution,
-        residual=certify(block, z, solution.x, context, slots),
-        network_calls=solution.network_calls + -(-batch // (slots or max(batch, 1))),
-        token_evaluations=solution.token_evaluations + batch * length,
-    )
+def _solve_sequentially(attempts: _Attempts, solution: Solution, atol: float | None, rounding: float) -> Solution:
+    """Token by token, the samples that sweeps have not solved; but not those that rounding keeps from it."""
+    lost = (solution.status == Status.NONFINITE) & ~solution.exact
+    short = torch.zeros_like(lost)
+    if atol is not None:
+        missed = solution.status == Status.MAX_SWEEPS
+        short = (missed | (solution.residual > atol)) & ~lost & ~solution.exact
+        short &= missed | ~_is_rounding(solution.residual, atol, rounding)
+        if attempts.certificate and int(short.sum()) > 1:
+            worst = torch.zeros_like(short)
+            worst[solution.residual.masked_fill(~short, -1.0).argmax()] = True
+            solution = attempts.again(solution, worst, Solver(Sequential()))
+            solution = replace(solution, resolved_sequentially=solution.resolved_sequentially | worst)
+            left = float(solution.residual[worst].max())
+            if atol < left < torch.inf:
+                rounding = max(rounding, left)
+            missed &= ~worst
+            short &= ~worst & (missed | ~_is_rounding(solution.residual, atol, rounding))
+    again = lost | short
+    solution = attempts.again(solution, again, Solver(Sequential()))
+    resolved = solution.resolved_sequentially | again
+    if atol is not None and attempts.certificate:
+        floor = solution.residual[
+            (resolved | solution.exact) & (solution.residual > atol) & solution.residual.isfinite()
+        ]
+        rounding = max([rounding, *floor.tolist()])
+    return replace(solution, resolved_sequentially=resolved, rounding=rounding)
 
 
-def _again(
-    block: Block, z: Tensor, solution: Solution, which: Bool[Tensor, " b"], solver: Solver, context: Tensor | None,
-    certificate: bool, slots: int | None,
-) -> Solution:  # fmt: skip
-    """`solution` with the samples `which` replaced by what `solver` makes of them."""
-    if not which.any():
-        return solution
-    rows = None if context is None else context[which]
-    better = solve(block, z[which], solver, rows, slots)
-    if certificate:
-        better = _certified(block, z[which], better, rows, slots)
-    return replace(
-        solution,
-        x=solution.x.index_put((which,), better.x),
-        status=solution.status.index_put((which,), better.status),
-        residual=solution.residual.index_put((which,), better.residual),
-        sample_sweeps=solution.sample_sweeps.index_put((which,), better.sample_sweeps, accumulate=True),
-        sweeps=solution.sweeps + better.sweeps,
-        network_calls=solution.network_calls + better.network_calls,
-        token_evaluations=solution.token_evaluations + better.token_evaluations,
-    )
+def _is_rounding(residual: Float[Tensor, " b"], atol: float, rounding: float) -> Bool[Tensor, " b"]:
+    return (residual > _NEAR * atol) & (residual <= _SPREAD * rounding)
+
+
+@dataclass(frozen=True)
+class _Attempts:
+    """Solves of one block at `z`, each certified where certificates are asked for."""
+
+    block: Block
+    z: Tensor
+    context: Tensor | None
+    slots: int | None
+    certificate: bool
+
+    def first(self, solver: Solver) -> Solution:
+        """All samples."""
+        return self._certified(self.z, solve(self.block, self.z, solver, self.context, self.slots), self.context)
+
+    def again(self, solution: Solution, which: Bool[Tensor, " b"], solver: Solver) -> Solution:
+        """`solution` with the samples `which` replaced by what `solver` makes of them."""
+        if not which.any():
+            return solution
+        z, context = self.z[which], None if self.context is None else self.context[which]
+        better = self._certified(z, solve(self.block, z, solver, context, self.slots), context)
+        replaced = {
+            name: getattr(solution, name).index_put((which,), getattr(better, name))
+            for name in ("x", "status", "residual", "exact")
+        }
+        return replace(
+            solution,
+            **replaced,
+            sample_sweeps=solution.sample_sweeps.index_put((which,), better.sample_sweeps, accumulate=True),
+            sweeps=solution.sweeps + better.sweeps,
+            network_calls=solution.network_calls + better.network_calls,
+            token_evaluations=solution.token_evaluations + better.token_evaluations,
+        )
+
+    def _certified(self, z: Tensor, solution: Solution, context: Tensor | None) -> Solution:
+        if not self.certificate:
+            return solution
+        batch, length, _ = z.shape
+        return replace(
+            solution,
+            residual=certify(self.block, z, solution.x, context, self.slots),
+            network_calls=solution.network_calls + -(-batch // (self.slots or max(batch, 1))),
+            token_evaluations=solution.token_evaluations + batch * length,
+        )

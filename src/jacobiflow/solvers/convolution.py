@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _NUMBERS = 2**22  # written out at a time
+FIT_WIDTH = 24  # tokens before one that a fit sees; twice as many brought 3 per cent
 
 
 def check_kernel(owner: str, kernel: object) -> None:
@@ -56,3 +57,17 @@ def causal_convolution(
         out = torch.addmm(added.reshape(-1, channels), windows, weights)
         parts.append(out.view(len(part), length, channels))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def rows_before(x: Float[Tensor, "b t c"], width: int) -> Float[Tensor, "n f"]:
+    """What a fit of a kernel regresses on: per token, in float64, itself and the `width` - 1 tokens before it.
+
+    The oldest comes first; zeros stand for what is before token 0.
+    """
+    padded = F.pad(x.double(), (0, 0, width - 1, 0))
+    return padded.unfold(1, width, 1).transpose(2, 3).flatten(2).flatten(0, 1)
+
+
+def as_kernel(weights: Float[Tensor, "f c"], width: int) -> Float[Tensor, "w c c"]:
+    """Regression weights of the rows of `rows_before` as a kernel: entry d is for the token d places before."""
+    return weights.view(width, -1, weights.shape[1]).flip(0).transpose(1, 2).contiguous()

@@ -6,46 +6,75 @@ the front ends.
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
+
+from jacobiflow.codec import family, register
+
+_SMALLEST = 8  # tokens in a window that is tried: below it, the sequential loop is as fast
 
 
-class Partition(Protocol):
+@family
+class Partition(ABC):
     """Chooses the swept run [front, stop)."""
 
+    @abstractmethod
     def stop(self, front: int, num_tokens: int) -> int:
         """End of the run that starts at `front`; front < stop <= num_tokens."""
-        ...
 
-    def check(self, num_tokens: int) -> None:
+    def check(self, num_tokens: int) -> None:  # noqa: B027  most fit any sequence
         """**Raises** `ValueError` where the partition does not fit a sequence of `num_tokens`."""
-        ...
+
+    @classmethod
+    def candidates(cls, num_tokens: int) -> tuple[Partition, ...]:
+        """Those that `jacobiflow.tune` tries on a sequence of `num_tokens`, for `jacobiflow.plan` to choose from."""
+        return ()
 
 
+class Sweep(NamedTuple):
+    """The latest sweep: the `size` of its run, and by how many tokens the slowest front moved on."""
+
+    size: int
+    passed: int
+
+
+class SlidingRun(Partition):
+    """A partition whose run slides with the front: it has a size, wherever it starts.
+
+    Each sample of a batch can then have a front of its own, where the block allows it; see `jacobiflow.solve`.
+    """
+
+    @abstractmethod
+    def run_size(self, num_tokens: int, last: Sweep | None) -> int:
+        """The size of the next run, at least 1, by the `last` sweep; `None` before the first one."""
+
+    def stop(self, front: int, num_tokens: int) -> int:
+        return min(front + self.run_size(num_tokens, None), num_tokens)
+
+
+@register("sequential")
 @dataclass(frozen=True)
-class Sequential:
+class Sequential(Partition):
     """One token at a time: T network calls on one token each. Exact."""
 
     def stop(self, front: int, num_tokens: int) -> int:
         return front + 1
 
-    def check(self, num_tokens: int) -> None:
-        pass
 
-
+@register("whole")
 @dataclass(frozen=True)
-class Whole:
+class Whole(SlidingRun):
     """All tokens at once: Jacobi iteration (section 3.1 of the paper)."""
 
-    def stop(self, front: int, num_tokens: int) -> int:
+    def run_size(self, num_tokens: int, last: Sweep | None) -> int:
         return num_tokens
 
-    def check(self, num_tokens: int) -> None:
-        pass
 
-
+@register("segments")
 @dataclass(frozen=True)
-class Segments:
+class Segments(Partition):
     """`count` runs of equal length, solved one after the other: Gauss-Seidel-Jacobi (section 3.4 of the paper).
 
     Where `count` does not divide T, segment g ends at round-down((g + 1) T / count): lengths differ by at most one.
@@ -54,7 +83,7 @@ class Segments:
     count: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.count, int) or self.count < 1:
+        if type(self.count) is not int or self.count < 1:
             raise ValueError(f"Segments(count={self.count!r}): give a positive whole number of segments")
 
     def stop(self, front: int, num_tokens: int) -> int:
@@ -68,21 +97,25 @@ class Segments:
             )
 
 
+@register("window")
 @dataclass(frozen=True)
-class Window:
+class Window(SlidingRun):
     """The `size` tokens behind the front, which slides past the leading converged tokens after each sweep.
 
-    Suits blocks in which convergence is a front that moves along the sequence. The window is shared by the batch.
+    Suits blocks in which convergence is a front that moves along the sequence.
     """
 
     size: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.size, int) or self.size < 1:
+        if type(self.size) is not int or self.size < 1:
             raise ValueError(f"Window(size={self.size!r}): give a positive whole number of tokens")
 
-    def stop(self, front: int, num_tokens: int) -> int:
-        return min(front + self.size, num_tokens)
+    def run_size(self, num_tokens: int, last: Sweep | None) -> int:
+        return min(self.size, num_tokens)
 
-    def check(self, num_tokens: int) -> None:
-        pass
+    @classmethod
+    def candidates(cls, num_tokens: int) -> tuple[Partition, ...]:
+        """Windows of 8, 16, 32 .. tokens, and of all."""
+        doublings = range(math.ceil(math.log2(max(num_tokens / _SMALLEST, 1))))
+        return tuple(cls(size) for size in (*(_SMALLEST * 2**k for k in doublings), num_tokens))

@@ -25,12 +25,12 @@ class Status(IntEnum):
 
 _MESSAGES = {
     Status.CONVERGED: "every token changed by at most its tolerance in its last sweep, or is exact; "
-    "the certificate tells the residual",
+    "the certificate is the residual",
     Status.MAX_SWEEPS: "stopped by MaxSweeps; raise it, or use a Tolerance, for a smaller residual",
-    Status.ROUNDING: "solved sequentially, yet its residual is above the tolerance: this is the rounding of the "
-    "network's dtype; raise the tolerance or use a wider dtype",
-    Status.NONFINITE: "a value overflowed; solve_certified tells whether it does in the exact inverse too, which "
-    "lower guidance or a wider dtype may mend",
+    Status.ROUNDING: "its residual is above the tolerance, and no larger than that of an exact solve: this is the "
+    "rounding of the network's dtype; raise the tolerance or use a wider dtype",
+    Status.NONFINITE: "a value overflowed; solve_certified finds out whether it does in the exact inverse too, which "
+    "lower guidance or a wider dtype may cure",
 }
 
 
@@ -44,20 +44,24 @@ class Solution:
     - `status`: a `Status` per sample (B,).
     - `residual`: per sample (B,), the largest |g(x) - x|: of the answer where it was certified, else the largest change
         that a token's last sweep made (0 for a token that is exact by Proposition 1).
+    - `exact`: samples (B,) all of whose tokens were computed from final ones, one at a time.
     - `resolved_sequentially`: samples (B,) that were solved again token by token.
     - `sample_sweeps`: sweeps that each sample (B,) was part of until it was done, those of later attempts included.
     - `sweeps`: passes of the loop, those of later attempts included.
     - `network_calls`: evaluations of the block, certificates included.
     - `token_evaluations`: tokens times samples over these calls.
     - `seconds`: wall-clock time.
+    - `rounding`: the largest residual that an exact solve left, where one was above the tolerance; else 0.
     """
 
     x: Float[Tensor, "b t c"]
     status: Int[Tensor, " b"]
     residual: Float[Tensor, " b"]
+    exact: Bool[Tensor, " b"]
     resolved_sequentially: Bool[Tensor, " b"]
     sample_sweeps: Int[Tensor, " b"]
     sweeps: int
     network_calls: int
     token_evaluations: int
     seconds: float
+    rounding: float = 0.0

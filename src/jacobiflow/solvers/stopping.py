@@ -4,45 +4,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+
+from jacobiflow.codec import OMIT_DEFAULT
 
 
 @dataclass(frozen=True)
 class Stopping:
-    """Done at a residual of at most `atol`, or after `max_sweeps` sweeps, whichever comes first; `None`: no such end.
+    """Rules of which the first that holds ends the sweeps; `None`: no such rule.
 
-    `max_sweeps` is one number, or one for each segment of a `Segments` partition. Build one by `Tolerance(atol)`,
-    `MaxSweeps(count)`, or `Tolerance(atol) | MaxSweeps(count)`.
+    Build one by `Tolerance(atol)`, `MaxSweeps(count)`, `EarlyStop(ebound)`, or several of them joined by `|`.
+
+    **Attributes:** `atol`, see `Tolerance`; `max_sweeps`, see `MaxSweeps`: one number, or one for each segment of a
+    `Segments` partition; `ebound`, see `EarlyStop`.
+
+    **Raises** `ValueError` where a value is out of its range, or no rule is given.
     """
 
     atol: float | None = None
     max_sweeps: int | tuple[int, ...] | None = None
+    ebound: float | None = field(default=None, metadata=OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
-        if self.atol is None and self.max_sweeps is None:
-            raise ValueError("Stopping: give a tolerance, a number of sweeps, or both")
-        if self.atol is not None and not (isinstance(self.atol, int | float) and 0 <= self.atol < math.inf):
-            raise ValueError(f"tolerance {self.atol}: give 0 (down to rounding) or a positive number")
+        for name, value in (("tolerance", self.atol), ("ebound", self.ebound)):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf
+            ):
+                raise ValueError(f"{name} {value!r}: give 0 (down to rounding) or a positive number")
         counts = self.max_sweeps if isinstance(self.max_sweeps, tuple) else (self.max_sweeps,)
         if self.max_sweeps is not None and not all(type(count) is int and count > 0 for count in counts or (0,)):
             raise ValueError(f"sweeps {self.max_sweeps!r}: give a positive whole number of sweeps, or one per segment")
+        if all(getattr(self, entry.name) is None for entry in fields(self)):
+            raise ValueError("Stopping: give a tolerance, a number of sweeps, or both")
 
     def __or__(self, other: Stopping) -> Stopping:
-        for name in ("atol", "max_sweeps"):
-            if getattr(self, name) is not None and getattr(other, name) is not None:
+        joined = {}
+        for name in (entry.name for entry in fields(self)):
+            mine, others = getattr(self, name), getattr(other, name)
+            if mine is not None and others is not None:
                 raise ValueError(f"{self} | {other}: both give {name}; give it once")
-        return Stopping(
-            self.atol if other.atol is None else other.atol,
-            self.max_sweeps if other.max_sweeps is None else other.max_sweeps,
-        )
+            joined[name] = others if mine is None else mine
+        return Stopping(**joined)
 
 
 def Tolerance(atol: float) -> Stopping:
-    """A token is done, per sample, when a sweep changed it and all tokens before it by at most `atol`.
-
-    The paper's error bound ebound on ||X^(k+1) - X^(k)|| / (B T C) depends on the batch; a batch whose every entry
-    moves by `atol` has ebound = atol / sqrt(B T C).
-    """
+    """A token is done, per sample, when a sweep changed it and all tokens before it by at most `atol`."""
     return Stopping(atol=atol)
 
 
@@ -53,3 +59,12 @@ def MaxSweeps(count: int | Sequence[int]) -> Stopping:
     section 3.4 of the paper).
     """
     return Stopping(max_sweeps=tuple(count) if isinstance(count, Sequence) else count)
+
+
+def EarlyStop(ebound: float = 1e-8) -> Stopping:
+    """All tokens of a run are done when a sweep changed it little: ||X^(k+1) - X^(k)|| / (B n C) < `ebound`.
+
+    The norm is over the batch of B samples and the n tokens of the run, so that the rule depends on the batch. It is
+    line 6 of the paper's Algorithm 1, which has 1e-8. A run whose every entry moves by d has d / sqrt(B n C).
+    """
+    return Stopping(ebound=ebound)

@@ -1,6 +1,9 @@
 """Which solver each block gets."""
 
-from jacobiflow.strategy.planner import auto, plan
-from jacobiflow.strategy.strategy import Prediction, Strategy, resolve
+from jacobiflow.strategy.cache import auto
+from jacobiflow.strategy.choose import choose, is_auto
+from jacobiflow.strategy.options import PlanSettings
+from jacobiflow.strategy.plan import plan
+from jacobiflow.strategy.strategy import Prediction, Strategy
 
-__all__ = ["Prediction", "Strategy", "auto", "plan", "resolve"]
+__all__ = ["PlanSettings", "Prediction", "Strategy", "auto", "choose", "is_auto", "plan"]

@@ -4,106 +4,168 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
-from jacobiflow.solvers import Latent, MaxSweeps, Segments, Sequential, Solver, Stopping, Tolerance, Whole, Window
+from jacobiflow.codec import name_of, registered
+from jacobiflow.solvers import (
+    Correction,
+    EarlyStop,
+    Guess,
+    Latent,
+    MaxSweeps,
+    Partition,
+    Plain,
+    Segments,
+    Sequential,
+    Solver,
+    Stopping,
+    Tolerance,
+    Whole,
+)
 
 DEFAULT_TOLERANCE = 1e-3
 FORMS = (
     "auto, sequential, jacobi, jacobi-J, gs-jacobi:G, gs-jacobi:G-J, window:N, or [Stack-GS-J-Else] such as [7-8-32-10]"
 )
+_NUMBER = "[0-9]{1,9}"
 
 
 def parse(text: str, num_blocks: int, num_tokens: int, tolerance: float) -> tuple[Solver, ...]:
-    """The solvers that `text` names, one per block, each from the `Latent` guess; see `Strategy.parse`."""
+    """The solvers that `text` names, one per block; see `Strategy.parse`."""
     if text.strip().startswith("["):
         return _parse_paper(text.strip(), num_blocks, num_tokens)
     solver = _named(text, num_tokens, tolerance)
-    if text.strip().lower() == "auto":
+    if text.strip().lower().partition(":")[0] == "auto":
         raise ValueError("strategy 'auto' is planned for a flow, a device and a batch: give it to sample, or use plan")
     if solver is None:
         raise ValueError(f"strategy {text!r}: unknown; give {FORMS}")
     return (solver,) * num_blocks
 
 
-def _named(text: str, num_tokens: int | None = None, tolerance: float = DEFAULT_TOLERANCE) -> Solver | None:
-    """The solver that a name gives every block, or `None` where it is no name."""
-    name, to_tolerance = text.strip().lower(), Tolerance(tolerance)
-    if name in ("sequential", "original"):
-        return Solver(Sequential(), stopping=to_tolerance)
-    if name == "jacobi":
-        return Solver(Whole(), stopping=to_tolerance)
-    if match := re.fullmatch(r"jacobi-([0-9]{1,9})", name):
-        return Solver(Whole(), stopping=_sweeps(text, match[1], "J"))
-    if match := re.fullmatch(r"gs-jacobi:([0-9]{1,9})", name):
-        return Solver(_segments(text, match[1], "G", num_tokens), stopping=to_tolerance)
-    if match := re.fullmatch(r"gs-jacobi:([0-9]{1,9})-([0-9]{1,9})", name):
-        return Solver(_segments(text, match[1], "G", num_tokens), stopping=_sweeps(text, match[2], "J"))
-    if match := re.fullmatch(r"window:([0-9]{1,9})", name):
-        return Solver(Window(_positive(text, match[1], "N")), stopping=to_tolerance)
-    return None
-
-
 def show(solvers: Sequence[Solver]) -> str | None:
-    """A text that `parse` turns into `solvers`, but for their guesses; `None` where there is none."""
+    """A text that `parse` turns into `solvers`, but for guesses that a report gives; `None` where there is none."""
+    if len(set(solvers)) == 1 and (name := _name(solvers[0])):
+        return name
     plain = tuple(replace(solver, guess=Latent()) for solver in solvers)
     if len(set(plain)) == 1 and (name := _name(plain[0])):
         return name
     stack = {i: solver.partition.count for i, solver in enumerate(plain) if isinstance(solver.partition, Segments)}
     counts = [solver.stopping.max_sweeps for solver in plain]
     other = next((count for i, count in enumerate(counts) if i not in stack), 1)
-    fields = (list(stack), _shared(list(stack.values())), _shared([counts[i] for i in stack]), [other])
-    text = f"[{'-'.join('/'.join(map(str, field)) for field in fields)}]"
+    sweeps = [",".join(map(str, count)) if isinstance(count, tuple) else count for count in counts]
+    parts = (list(stack), _shared(list(stack.values())), _shared([sweeps[i] for i in stack]), [other])
+    text = f"[{'-'.join('/'.join(map(str, part)) for part in parts)}]"
     try:  # what there is no notation for comes back as something else, or not at all
         return text if _parse_paper(text, len(plain), max(stack.values(), default=1)) == plain else None
     except ValueError:
         return None
 
 
+# --------------------------------------------------------------------------------------------- the same for all blocks
+
+
+def _named(text: str, num_tokens: int | None = None, tolerance: float = DEFAULT_TOLERANCE) -> Solver | None:
+    """The solver that a name gives every block, or `None` where it is no name."""
+    name, *pieces = text.strip().lower().split("+")
+    to_tolerance, early = Tolerance(tolerance), EarlyStop()
+    if name == "original":
+        solver = Solver(Sequential(), stopping=to_tolerance)
+    elif name == "jacobi":
+        solver = Solver(Whole(), stopping=to_tolerance)
+    elif match := re.fullmatch(rf"jacobi-({_NUMBER})", name):
+        solver = Solver(Whole(), stopping=_sweeps(text, match[1], "J") | early)
+    elif match := re.fullmatch(rf"gs-jacobi:({_NUMBER})(?:-({_NUMBER}))?", name):
+        stopping = to_tolerance if match[2] is None else _sweeps(text, match[2], "J") | early
+        solver = Solver(_segments(text, match[1], "G", num_tokens), stopping=stopping)
+    else:
+        partition = _piece(Partition, name, text)
+        if not isinstance(partition, Partition):
+            return None
+        if num_tokens is not None:
+            partition.check(num_tokens)
+        solver = Solver(partition, stopping=to_tolerance)
+    for piece in pieces:
+        guess, correction = _piece(Guess, piece, text), _piece(Correction, piece, text)
+        if guess is None and correction is None:
+            return None
+        solver = replace(solver, correction=correction) if guess is None else replace(solver, guess=guess)
+    return solver
+
+
+def _piece(base: type, text: str, whole: str) -> Any:
+    """The registered piece that "name" or "name:1-2" means, the numbers being its fields; `None` where it is none."""
+    name, _, numbers = text.partition(":")
+    cls: Any = registered(base).get(name)
+    if cls is None or not re.fullmatch(rf"|{_NUMBER}(-{_NUMBER})*", numbers):
+        return None
+    values = [int(number) for number in numbers.split("-") if number]
+    needed = [entry for entry in fields(cls) if entry.default is MISSING and entry.default_factory is MISSING]
+    if not len(needed) <= len(values) <= len(fields(cls)) or any(
+        entry.type not in ("int", int) for entry in fields(cls)
+    ):
+        return None
+    try:
+        return cls(*values)
+    except ValueError as error:
+        raise ValueError(f"strategy {whole!r}: {error}") from error
+
+
 def _name(solver: Solver) -> str | None:
     """The name of a strategy that treats all blocks alike."""
-    partition = solver.partition
     names = ["Original", "jacobi", f"Jacobi-{solver.stopping.max_sweeps}"]
-    if isinstance(partition, Segments):
-        names.append(f"gs-jacobi:{partition.count}")
-    if isinstance(partition, Window):
-        names.append(f"window:{partition.size}")
-    return next((name for name in names if _named(name) == solver), None)
+    if isinstance(solver.partition, Segments):
+        count = solver.partition.count
+        names += [f"gs-jacobi:{count}", f"gs-jacobi:{count}-{solver.stopping.max_sweeps}"]
+    names.append(_piece_name(solver.partition))
+    others = [piece for piece in (solver.guess, solver.correction) if piece not in (Latent(), Plain())]
+    suffix = "".join(f"+{_piece_name(piece)}" for piece in others)
+    return next((name + suffix for name in names if _named(name + suffix) == solver), None)
 
 
-def _shared(values: list[Any]) -> list[Any]:
-    return values[:1] if len(set(values)) == 1 else values
+def _piece_name(piece: Any) -> str:
+    """What `_piece` reads; no such name where a field is no number."""
+    numbers = "-".join(str(getattr(piece, entry.name)) for entry in fields(piece))
+    return f"{name_of(type(piece))}{':' * bool(numbers)}{numbers}"
+
+
+# ------------------------------------------------------------------------------------------------- the paper's notation
 
 
 def _parse_paper(text: str, num_blocks: int, num_tokens: int) -> tuple[Solver, ...]:
-    fields = text[1:-1].split("-") if text.endswith("]") else []
-    if len(fields) != 4:
+    parts = text[1:-1].split("-") if text.endswith("]") else []
+    if len(parts) != 4:
         raise ValueError(f"strategy {text!r}: give four fields, [Stack-GS-J-Else], such as [7-8-32-10]")
     stack, counts, sweeps, other = (
-        _numbers(text, field, name) for field, name in zip(fields, ("Stack", "GS", "J", "Else"), strict=True)
+        _numbers(text, part, name) for part, name in zip(parts, ("Stack", "GS", "J", "Else"), strict=True)
     )
     if len(other) != 1:
-        raise ValueError(f"strategy {text!r}: Else is one number, not {fields[3]!r}")
-    for values, name, field in ((counts, "GS", fields[1]), (sweeps, "J", fields[2])):
+        raise ValueError(f"strategy {text!r}: Else is one number, not {parts[3]!r}")
+    for values, name, part in ((counts, "GS", parts[1]), (sweeps, "J", parts[2])):
         if len(values) not in (1, len(stack)):
-            raise ValueError(f"strategy {text!r}: give {name} {field!r} one number, or one for each of {fields[0]!r}")
+            raise ValueError(f"strategy {text!r}: give {name} {part!r} one number, or one for each of {parts[0]!r}")
     blocks = [int(block) for block in stack]
     if len(set(blocks)) < len(blocks):
-        raise ValueError(f"strategy {text!r}: Stack {fields[0]!r} names a block twice")
-    solvers = [Solver(Whole(), stopping=_sweeps(text, other[0], "Else"))] * num_blocks
+        raise ValueError(f"strategy {text!r}: Stack {parts[0]!r} names a block twice")
+    solvers = [Solver(Whole(), stopping=_sweeps(text, other[0], "Else") | EarlyStop())] * num_blocks
     for i, block in enumerate(blocks):
         if block >= num_blocks:
             raise ValueError(f"strategy {text!r}: Stack names block {block}, the flow has 0 to {num_blocks - 1}")
         partition = _segments(text, counts[i % len(counts)], "GS", num_tokens)
-        solvers[block] = Solver(partition, stopping=_sweeps(text, sweeps[i % len(sweeps)], "J"))
+        stopping = _sweeps(text, sweeps[i % len(sweeps)], "J", partition.count) | EarlyStop()
+        solvers[block] = Solver(partition, stopping=stopping)
     return tuple(solvers)
 
 
-def _numbers(text: str, field: str, name: str) -> list[str]:
-    if not re.fullmatch(r"[0-9]{1,9}(/[0-9]{1,9})*", field):
-        raise ValueError(f"strategy {text!r}: {name} {field!r} is not a whole number, or several with slashes between")
-    return field.split("/")
+def _numbers(text: str, part: str, name: str) -> list[str]:
+    number = f"{_NUMBER}(,{_NUMBER})*" if name == "J" else _NUMBER
+    if not re.fullmatch(f"{number}(/{number})*", part):
+        raise ValueError(f"strategy {text!r}: {name} {part!r} is not a whole number, or several with slashes between")
+    return part.split("/")
+
+
+def _shared(values: list[Any]) -> list[Any]:
+    return values[:1] if len(set(values)) == 1 else values
 
 
 def _segments(text: str, number: str, name: str, num_tokens: int | None) -> Segments:
@@ -115,8 +177,12 @@ def _segments(text: str, number: str, name: str, num_tokens: int | None) -> Segm
     return Segments(count)
 
 
-def _sweeps(text: str, number: str, name: str) -> Stopping:
-    return MaxSweeps(_positive(text, number, name))
+def _sweeps(text: str, numbers: str, name: str, segments: int = 1) -> Stopping:
+    """One number, or with commas between one for each segment."""
+    counts = [_positive(text, number, name) for number in numbers.split(",")]
+    if len(counts) not in (1, segments):
+        raise ValueError(f"strategy {text!r}: {name} {numbers} has {len(counts)} counts for {segments} segments")
+    return MaxSweeps(counts[0] if len(counts) == 1 else counts)
 
 
 def _positive(text: str, number: str, name: str) -> int:

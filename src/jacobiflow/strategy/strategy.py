@@ -2,47 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from jacobiflow import codec
 from jacobiflow.calibration.convergence import Trace
 from jacobiflow.calibration.report import Report
-from jacobiflow.files import tensor_from_json, tensor_to_json, write_json
+from jacobiflow.files import write_json
 from jacobiflow.flows.fingerprint import check_fingerprint
 from jacobiflow.guidance import Guidance, in_force
-from jacobiflow.solvers import (
-    CausalLinear,
-    Chord,
-    Latent,
-    MaxSweeps,
-    MeanAffine,
-    Plain,
-    Segments,
-    Sequential,
-    Solver,
-    Stopping,
-    Tolerance,
-    Whole,
-    Window,
-    Zeros,
-)
+from jacobiflow.solvers import EarlyStop, Latent, MaxSweeps, Segments, Solver, Tolerance, Whole
 from jacobiflow.strategy import notation
 from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
 
 FORMAT_VERSION = 1
-_PARTITIONS: Mapping[str, Callable[..., Any]] = {
-    "sequential": Sequential, "whole": Whole, "segments": Segments, "window": Window,
-}  # fmt: skip
-_GUESSES: Mapping[str, Callable[..., Any]] = {
-    "latent": Latent, "zeros": Zeros, "mean_affine": MeanAffine, "causal_linear": CausalLinear,
-}  # fmt: skip
-_CORRECTIONS: Mapping[str, Callable[..., Any]] = {"plain": Plain, "chord": Chord}
+_ENTRIES = ("partition", "guess", "correction", "stopping", "coarse")  # of a block, in the order of the files
 
 
 @dataclass(frozen=True)
@@ -91,10 +69,14 @@ class Strategy:
 
         The paper's notation [Stack-GS-J-Else] (section 3.4): blocks in Stack are cut into GS segments of J sweeps each,
         the others are swept Else times; several stacked blocks, and several GS and J, have slashes between them,
-        "[0/7-256/8-1/13-6]". "Jacobi-30" sweeps all tokens of every block 30 times, "Original" (or "sequential") solves
-        token by token. The notation leaves the guesses to IGM.
+        "[0/7-256/8-1/13-6]"; a J with commas has a number for each segment, "[7-4-25,13,12,11-10]". "Jacobi-30" sweeps
+        all tokens of every block 30 times, "Original" (or "sequential") solves token by token. The notation leaves the
+        guesses to IGM.
 
-        To `tolerance`: "jacobi", "gs-jacobi:8" (8 segments), "window:24". "gs-jacobi:8-32": 32 sweeps a segment.
+        To `tolerance`: "jacobi", "gs-jacobi:8" (8 segments), "window:24", and any partition that is registered, its
+        name followed by its numbers. "gs-jacobi:8-32": 32 sweeps a segment. Registered guesses and corrections are
+        added by their names: "jacobi+zeros". Where sweeps are counted, the paper's early stop is on
+        (`jacobiflow.EarlyStop`).
 
         **Arguments:** `report` gives each block the guess with the smallest IGM, and the sizes of the flow. Without it
         every guess is `Latent`, and `num_blocks` and `num_tokens` must be given.
@@ -127,24 +109,36 @@ class Strategy:
         length, tough = report.num_tokens, report.tough_blocks
         needed = report.slowest_sweeps("noise", tolerance)
         easy = max((count for block, count in enumerate(needed) if block not in tough), default=1)
-        solvers = [Solver(Whole(), stopping=MaxSweeps(max(easy, 1)))] * report.num_blocks
+        solvers = [Solver(Whole(), stopping=MaxSweeps(max(easy, 1)) | EarlyStop())] * report.num_blocks
         for block in tough:
-            cost, solvers[block] = length * (1 + call_cost), Solver(Segments(length), stopping=MaxSweeps(1))
-            for count, traces in report.segment_traces[block].items():
+            cost = length * (1 + call_cost)
+            solvers[block] = Solver(Segments(length), stopping=MaxSweeps(1) | EarlyStop())
+            whole = report.traces["noise"][block][report.best_guess(block)]
+            # A report by an older rule may call fewer blocks tough, and have their sweeps of all tokens only.
+            for count, traces in report.segment_traces.get(block, {1: (whole,)}).items():
                 each = tuple(_sweeps(trace, tolerance, length) for trace in traces)
                 total = sum(each) if per_segment else count * max(each)
                 if max(each) <= length // count and total * (length / count + call_cost) < cost:
                     cost = total * (length / count + call_cost)
-                    solvers[block] = Solver(Segments(count), stopping=MaxSweeps(each if per_segment else max(each)))
+                    sweeps = MaxSweeps(each if per_segment else max(each))
+                    solvers[block] = Solver(Segments(count), stopping=sweeps | EarlyStop())
         return cls(tuple(solvers))._with_guesses(report)
 
     def _with_guesses(self, report: Report) -> Strategy:
-        solvers = (replace(s, guess=report.guess(block)) for block, s in enumerate(self.solvers))
+        """Those with the smallest IGM, where the text named none."""
+        solvers = (
+            replace(s, guess=report.guess(block)) if s.guess == Latent() else s for block, s in enumerate(self.solvers)
+        )
         return Strategy(tuple(solvers), report.fingerprint)
 
     def __str__(self) -> str:
         """A text that `parse`, given the report of the guesses, turns back into this strategy; else its solvers."""
         return notation.show(self.solvers) or "\n".join(f"block {i}: {s}" for i, s in enumerate(self.solvers))
+
+    @property
+    def has_tolerance(self) -> bool:
+        """Whether a block stops on a tolerance, or samples are certified to one."""
+        return self.tolerance is not None or any(s.stopping.atol is not None for s in self.solvers)
 
     def with_tolerance(self, atol: float) -> Strategy:
         """This strategy with `atol` in place of every tolerance that it has; sweep counts stay."""
@@ -164,16 +158,23 @@ class Strategy:
             check_fingerprint(self.fingerprint, flow, "the strategy was made for")
 
     def check_use(self, device: torch.device, batch_size: int, guidance: Guidance | None) -> None:
-        """**Raises** `ValueError` where the strategy was planned for another device, batch size or guidance."""
+        """**Raises** `ValueError` where the strategy was planned for another device, other guidance or fewer samples.
+
+        A smaller batch is solved as well, if not as fast as one that was planned for.
+        """
         if self.prediction is None:
             return
         for name, planned, have in (
             ("device", self.prediction.device, device_name(device)),
-            ("batch size", self.prediction.batch_size, batch_size),
             ("guidance", in_force(self.prediction.guidance), in_force(guidance)),
         ):
             if planned != have:
                 raise ValueError(f"the strategy was planned for {name} {planned}, not {have}: plan again")
+        if batch_size > self.prediction.batch_size:
+            raise ValueError(
+                f"the strategy was planned for batches of up to {self.prediction.batch_size}, not {batch_size}: plan "
+                "again, or give a smaller batch_size"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value that `from_json` turns back into an equal strategy."""
@@ -181,17 +182,8 @@ class Strategy:
             "format_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
             "tolerance": self.tolerance,
-            "prediction": None if self.prediction is None else asdict(self.prediction),
-            "blocks": [
-                {
-                    "partition": _name(_PARTITIONS, s.partition),
-                    "guess": _name(_GUESSES, s.guess),
-                    "correction": _name(_CORRECTIONS, s.correction),
-                    "stopping": _fields(s.stopping),
-                    "coarse": s.coarse,
-                }
-                for s in self.solvers
-            ],
+            "prediction": codec.encode(self.prediction),
+            "blocks": [{name: codec.encode(getattr(s, name)) for name in _ENTRIES} for s in self.solvers],
         }
 
     @classmethod
@@ -199,16 +191,18 @@ class Strategy:
         """Inverse of `to_json`. **Raises** `ValueError` that names the block and the entry at fault."""
         if not isinstance(value, dict) or value.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"strategy: not a JSON object with format_version {FORMAT_VERSION}")
-        blocks, made_for = value.get("blocks"), value.get("fingerprint")
-        if made_for is not None and not isinstance(made_for, str):
-            raise ValueError(f"strategy: fingerprint {made_for!r}: give a text, or null for any flow")
+        blocks = value.get("blocks")
         if not isinstance(blocks, list) or not blocks:
             raise ValueError("strategy: 'blocks' must list one solver per block")
-        tolerance = value.get("tolerance")
+        tolerance = codec.decode(float | None, value.get("tolerance"), "tolerance")
         if tolerance is not None:
             Tolerance(tolerance)
-        solvers = tuple(_solver(block, i) for i, block in enumerate(blocks))
-        return cls(solvers, made_for, tolerance, _prediction(value.get("prediction")))
+        return cls(
+            solvers=tuple(codec.decode(Solver, block, f"block {i}") for i, block in enumerate(blocks)),
+            fingerprint=codec.decode(str | None, value.get("fingerprint"), "fingerprint"),
+            tolerance=tolerance,
+            prediction=codec.decode(Prediction | None, value.get("prediction"), "prediction"),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write as JSON; the file appears whole or not at all."""
@@ -217,22 +211,7 @@ class Strategy:
     @classmethod
     def load(cls, path: str | Path) -> Strategy:
         """Read what `save` wrote. **Raises** `ValueError` where the file is missing or not a strategy."""
-        try:
-            return cls.from_json(json.loads(Path(path).read_text()))
-        except OSError as error:
-            raise ValueError(f"strategy {path}: cannot be read ({error.strerror})") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"strategy {path}: {error}") from error
-
-
-def _prediction(value: Any) -> Prediction | None:
-    if value is None:
-        return None
-    try:
-        guidance = value["guidance"]
-        return Prediction(**value | {"guidance": None if guidance is None else Guidance(**guidance)})
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"strategy: prediction {value!r} is none ({error}); plan again") from error
+        return codec.load(path, "strategy", cls.from_json)
 
 
 def device_name(device: torch.device) -> str:
@@ -257,84 +236,3 @@ def _sweeps(trace: Trace, tolerance: float, most: int) -> int:
     """Sweeps of the slowest sample, between 1 and `most`."""
     count = trace.slowest(tolerance)
     return most if count is None else max(1, min(count, most))
-
-
-def _name(kinds: Mapping[str, Callable[..., Any]], piece: Any) -> dict[str, Any]:
-    for name, kind in kinds.items():
-        if type(piece) is kind:
-            return {"kind": name, **_fields(piece)}
-    raise ValueError(f"strategy: {piece!r} has no JSON form (known: {', '.join(kinds)})")
-
-
-def _fields(piece: Any) -> dict[str, Any]:
-    values = {entry.name: getattr(piece, entry.name) for entry in fields(piece)}
-    return {name: _plain(value) for name, value in values.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return tensor_to_json(value)
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _values(entries: Any) -> dict[str, Any]:
-    """Inverse of `_fields`."""
-    if not isinstance(entries, dict):
-        raise ValueError(f"{entries!r}: give an object")
-    return {name: _rich(value) for name, value in entries.items()}
-
-
-def _rich(value: Any) -> Any:
-    if isinstance(value, dict):
-        return tensor_from_json(value)
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _solver(block: Any, index: int) -> Solver:
-    where = f"block {index}"
-    if not isinstance(block, dict) or set(block) - {"coarse"} != {"partition", "guess", "correction", "stopping"}:
-        raise ValueError(f"{where}: give partition, guess, correction, stopping, and coarse or not, and nothing else")
-    try:
-        return Solver(
-            partition=_piece(_PARTITIONS, block["partition"]),
-            guess=_piece(_GUESSES, block["guess"]),
-            correction=_piece(_CORRECTIONS, block["correction"]),
-            stopping=Stopping(**_values(block["stopping"])),
-            coarse=block.get("coarse", 0),
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _piece(kinds: Mapping[str, Callable[..., Any]], value: Any) -> Any:
-    if not isinstance(value, dict) or value.get("kind") not in kinds:
-        raise ValueError(f"{value!r}: 'kind' must be one of {', '.join(kinds)}")
-    values = _values(value)
-    return kinds[values.pop("kind")](**values)
-
-
-def resolve(strategy: str | Path | Strategy, num_blocks: int, num_tokens: int, tolerance: float | None) -> Strategy:
-    """The strategy for a flow of `num_blocks` blocks of `num_tokens` tokens: a text (see `Strategy.parse`), or a file.
-
-    **Arguments:** `tolerance` replaces every tolerance that the strategy has, and is refused where it has none; `None`
-    leaves a `Strategy` or file its own and gives a text 1e-3.
-
-    **Raises** `ValueError` that quotes the part at fault.
-    """
-    if isinstance(strategy, str) and not strategy.endswith(".json"):
-        given = DEFAULT_TOLERANCE if tolerance is None else tolerance
-        found = Strategy.parse(strategy, num_blocks=num_blocks, num_tokens=num_tokens, tolerance=given)
-    else:
-        found = strategy if isinstance(strategy, Strategy) else Strategy.load(strategy)
-        if tolerance is not None:
-            found = found.with_tolerance(tolerance)
-    if tolerance is not None and found.tolerance is None and all(s.stopping.atol is None for s in found.solvers):
-        raise ValueError(
-            f"tolerance {tolerance}: strategy {str(strategy)!r} stops after a number of sweeps and would not heed it; "
-            "leave the tolerance out, or give a strategy that has one"
-        )
-    if len(found.solvers) != num_blocks:
-        raise ValueError(f"strategy for {len(found.solvers)} blocks, but the flow has {num_blocks}")
-    for solver in found.solvers:
-        solver.partition.check(num_tokens)
-    return found

@@ -1,5 +1,7 @@
-"""TarFlow: the model, its attention over a cache, and the checkpoints of its original code."""
+"""TarFlow: its config, the model, its attention over a cache, and the checkpoints of its original code."""
 
-from jacobiflow.flows.tarflow.model import TarFlow, TarFlowBlock, TarFlowCache, TarFlowConfig
+from jacobiflow.flows.tarflow.cache import TarFlowCache
+from jacobiflow.flows.tarflow.config import TarFlowConfig
+from jacobiflow.flows.tarflow.model import TarFlow, TarFlowBlock
 
 __all__ = ["TarFlow", "TarFlowBlock", "TarFlowCache", "TarFlowConfig"]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,110 +12,30 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.flows.image_flow import FlowBlock, ImageFlow, check_sizes, embed_classes
+from jacobiflow.flows.base import AffineFrontPerSample, KeepsNothing, LowPrecision
+from jacobiflow.flows.image_flow import FlowBlock, ImageFlow, embed_classes
 from jacobiflow.flows.memory import keep_freed_memory
 from jacobiflow.flows.permutation import Permutation
+from jacobiflow.flows.registry import register
 from jacobiflow.flows.tarflow.attention import (
     AttentionBlock,
     Fed,
     KeyValues,
-    LayerWeights,
     Parameters,
     causal_mask,
-    in_dtype,
     transformer_layer,
 )
+from jacobiflow.flows.tarflow.cache import TarFlowCache
+from jacobiflow.flows.tarflow.config import TarFlowConfig
+from jacobiflow.flows.tarflow.original import check_masks, infer_config, read_original, take_masks, write_original
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-
 _TOKENS_AT_A_TIME = 3200
 
 
-@dataclass(frozen=True)
-class TarFlowConfig:
-    """Shape of a TarFlow.
-
-    `noise_std` records the Gaussian noise that the training images carried (0: uniform dequantisation); denoising
-    needs it. `nvp` is the non-volume-preserving mode (per-token scales); without it the flow has shifts only and a
-    learned prior variance.
-
-    **Raises** `ValueError` where sizes do not divide or are not positive.
-    """
-
-    in_channels: int
-    image_size: int
-    patch_size: int
-    channels: int
-    num_blocks: int
-    layers_per_block: int
-    num_classes: int = 0
-    nvp: bool = True
-    head_dim: int = 64
-    expansion: int = 4
-    noise_std: float = 0.0
-
-    def __post_init__(self) -> None:
-        sizes = ("in_channels", "image_size", "patch_size", "channels", "num_blocks", "layers_per_block")
-        check_sizes(self, (*sizes, "head_dim", "expansion"))
-        if self.image_size % self.patch_size:
-            raise ValueError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
-        if self.channels % self.head_dim:
-            raise ValueError(f"head_dim={self.head_dim} does not divide channels={self.channels}")
-        if not 0 <= self.noise_std < math.inf:
-            raise ValueError(f"noise_std={self.noise_std}: give 0 or a positive standard deviation")
-
-    @property
-    def num_tokens(self) -> int:
-        """T, the number of patches."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def token_channels(self) -> int:
-        """C, the number of values in one patch."""
-        return self.in_channels * self.patch_size**2
-
-
-@dataclass(frozen=True)
-class TarFlowCache:
-    """What a block keeps while its tokens are solved: one `KeyValues` a layer, and what does not change meanwhile.
-
-    `pos_embedding` is in causal order, `mask` the additive causal mask, `query_scale` see `Fed`; `proj_in` and
-    `proj_out` are weight and bias of these projections. The network runs in the dtype of all these.
-    """
-
-    layers: tuple[KeyValues, ...]
-    weights: tuple[LayerWeights, ...]
-    proj_in: Parameters
-    proj_out: Parameters
-    pos_embedding: Float[Tensor, "t c"]
-    class_embedding: Float[Tensor, "b 1 c"] | None
-    mask: Float[Tensor, "t t"]
-    query_scale: Float[Tensor, "b 1 1 1"] | None
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> TarFlowCache:
-        """With `change` made to every tensor that has a row per sample."""
-        return replace(
-            self,
-            layers=tuple(KeyValues(change(kv.keys), change(kv.values)) for kv in self.layers),
-            class_embedding=None if self.class_embedding is None else change(self.class_embedding),
-            query_scale=None if self.query_scale is None else change(self.query_scale),
-        )
-
-    def to(self, dtype: torch.dtype) -> TarFlowCache:
-        """With all tensors in `dtype`."""
-        return replace(
-            self.each(lambda tensor: tensor.to(dtype)),
-            weights=tuple(layer.to(dtype) for layer in self.weights),
-            proj_in=in_dtype(self.proj_in, dtype),
-            proj_out=in_dtype(self.proj_out, dtype),
-            pos_embedding=self.pos_embedding.to(dtype),
-            mask=self.mask.to(dtype),
-        )
-
-
-class TarFlowBlock(FlowBlock):
+class TarFlowBlock(FlowBlock, AffineFrontPerSample, LowPrecision, KeepsNothing):
     """One causal affine block: z_t = exp(-s(x_<t)) (x_t - u(x_<t)), eq. (1) of the GS-Jacobi paper.
 
     `s` (log-scale) and `u` (shift) come from a causal transformer; its output at position t-1 belongs to entry t, and
@@ -124,9 +43,6 @@ class TarFlowBlock(FlowBlock):
     """
 
     attn_blocks: Sequence[AttentionBlock]
-    keeps_nothing = True
-    ragged = True
-    low_precision = True
 
     def __init__(self, config: TarFlowConfig, permutation: Permutation) -> None:
         super().__init__()
@@ -195,25 +111,18 @@ class TarFlowBlock(FlowBlock):
             return torch.cat(log_scales), torch.cat(shifts)
         if stop == 1:  # entry 0 has no token before it
             return torch.zeros_like(x[:, :1]), torch.zeros_like(x[:, :1])
-        feed = slice(max(start - 1, 0), stop - 1)
-        h = _embed(x[:, feed], cache.proj_in, cache.pos_embedding[feed], cache.class_embedding)
-        fed = Fed.of(feed, stop - 1, cache.mask, cache.query_scale)
-        for weights, key_values in zip(cache.weights, cache.layers, strict=True):
-            h = transformer_layer(h, weights, key_values, fed)
+        positions = slice(max(start - 1, 0), stop - 1)
+        h = _hidden(x[:, positions], positions, stop - 1, cache)
         return self._read_out(h, x, cache.proj_out, first=start == 0)
 
     def affine_at(
         self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: TarFlowCache
     ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
-        """`affine` with a start per sample; see `jacobiflow.flows.base.RaggedBlock`."""
+        """`affine` with a start per sample; see `jacobiflow.flows.base.FrontPerSample`."""
         before = start.view(-1, 1) + torch.arange(-1, size - 1, device=x.device)
         positions = before.clamp(min=0)  # entry 0 has no token before it: it is computed from token 0, and set to zero
         tokens = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[2]))
-        h = _embed(tokens, cache.proj_in, cache.pos_embedding[positions], cache.class_embedding)
-        fed = Fed.of(positions, end - 1, cache.mask, cache.query_scale)
-        for weights, key_values in zip(cache.weights, cache.layers, strict=True):
-            h = transformer_layer(h, weights, key_values, fed)
-        log_scale, shift = self._read_out(h, x, cache.proj_out, first=False)
+        log_scale, shift = self._read_out(_hidden(tokens, positions, end - 1, cache), x, cache.proj_out, first=False)
         first = (before < 0).unsqueeze(-1)
         return log_scale.masked_fill(first, 0), shift.masked_fill(first, 0)
 
@@ -222,17 +131,8 @@ class TarFlowBlock(FlowBlock):
         return cache.each(lambda tensor: tensor[rows])
 
     def join(self, caches: Sequence[TarFlowCache]) -> TarFlowCache:
-        """One cache for the samples of all."""
-        layers = zip(*(cache.layers for cache in caches), strict=True)
-        return replace(
-            caches[0],
-            layers=tuple(
-                KeyValues(torch.cat([kv.keys for kv in parts]), torch.cat([kv.values for kv in parts]))
-                for parts in layers
-            ),
-            class_embedding=_cat([cache.class_embedding for cache in caches]),
-            query_scale=_cat([cache.query_scale for cache in caches]),
-        )
+        """One cache for the samples of all `caches`, in order."""
+        return TarFlowCache.join(caches)
 
     def output_weights(self) -> tuple[Float[Tensor, "c d"] | None, Float[Tensor, "c d"]]:
         """The halves of `proj_out`'s weight; see `AffineBlock.output_weights`."""
@@ -271,9 +171,13 @@ def _embed(x: Tensor, proj_in: Parameters, pos_embedding: Tensor, class_embeddin
     return h if class_embedding is None else h + class_embedding
 
 
-def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    present = [tensor for tensor in tensors if tensor is not None]
-    return torch.cat(present) if present else None
+def _hidden(tokens: Tensor, positions: slice | Tensor, end: int, cache: TarFlowCache) -> Tensor:
+    """What the transformer makes of `tokens` at `positions`, which attend to the positions before `end`."""
+    h = _embed(tokens, cache.proj_in, cache.pos_embedding[positions], cache.class_embedding)
+    fed = Fed.of(positions, end, cache.mask, cache.query_scale)
+    for weights, key_values in zip(cache.weights, cache.layers, strict=True):
+        h = transformer_layer(h, weights, key_values, fed)
+    return h
 
 
 _MODEL_CARD = """\
@@ -288,6 +192,7 @@ A normalizing flow of causal transformer blocks ([arXiv 2412.06329](https://arxi
 """
 
 
+@register
 class TarFlow(ImageFlow, tags=["tarflow"], model_card_template=_MODEL_CARD):
     """Stack of causal affine blocks over patches of an image, alternately in raster and in reverse order.
 
@@ -299,6 +204,7 @@ class TarFlow(ImageFlow, tags=["tarflow"], model_card_template=_MODEL_CARD):
     """
 
     model_type = "tarflow"
+    config_type = TarFlowConfig
     block_type = TarFlowBlock
     config: TarFlowConfig
     blocks: Sequence[TarFlowBlock]
@@ -307,14 +213,46 @@ class TarFlow(ImageFlow, tags=["tarflow"], model_card_template=_MODEL_CARD):
         super().__init__(config)
 
     @classmethod
+    def config_from_options(
+        cls, *, in_channels: int, image_size: int, num_classes: int, channels: int, blocks: int, layers: int,
+        patch_size: int = 2, head_dim: int = 64, volume_preserving: bool = False, noise_std: float = 0.1,
+    ) -> TarFlowConfig:  # fmt: skip
+        """A config from the options of `jacobiflow train`; `channels` is the transformers' width."""
+        return TarFlowConfig(
+            in_channels, image_size, patch_size, channels, num_blocks=blocks, layers_per_block=layers,
+            num_classes=num_classes, nvp=not volume_preserving, head_dim=head_dim, noise_std=noise_std,
+        )  # fmt: skip
+
+    @classmethod
+    def config_from_shapes(cls, state: Mapping[str, Tensor], config: TarFlowConfig) -> TarFlowConfig:
+        """See `ImageFlow.config_from_shapes`; what a token holds is read by `in_channels` or else `patch_size`."""
+        try:
+            found = infer_config(state, head_dim=config.head_dim, in_channels=config.in_channels)
+        except ValueError:
+            found = infer_config(state, head_dim=config.head_dim, patch_size=config.patch_size)
+        return replace(found, noise_std=config.noise_std)
+
+    @classmethod
     def from_original(cls, path: str | Path, config: TarFlowConfig) -> Self:
         """The flow in a `.pth` state dict of the original TarFlow code, in eval mode; float16 becomes float32.
 
-        **Raises** `CheckpointError`, a `ValueError`, that lists all that does not fit `config`.
-        """
-        from jacobiflow.flows import folder as checkpoints
+        The original code has heads of 64; shapes do not say another `head_dim`.
 
-        return checkpoints.load_original(cls, path, config)
+        **Raises** `CheckpointError`, a `ValueError`, where the file is not readable or does not fit `config`.
+        """
+        state = read_original(path)
+        masks = take_masks(state)
+        flow = cls.from_state(config, state, str(path))
+        check_masks(masks, config, str(path))
+        return flow
+
+    def to_original(self, path: str | Path) -> None:
+        """Write a `.pth` state dict that the original TarFlow code loads strictly, causal masks included.
+
+        **Raises** `CheckpointError`, a `ValueError`, where the original code has no such flow, a weight is not finite,
+        or `path` cannot be written.
+        """
+        write_original(self.state_dict(), self.config, path)
 
     @property
     def learns_prior(self) -> bool:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,85 +13,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.flows.image_flow import FlowBlock, ImageFlow, check_sizes, embed_classes
+from jacobiflow.flows.base import KeepsNothing
+from jacobiflow.flows.image_flow import FlowBlock, ImageFlow
+from jacobiflow.flows.maf.config import MAFConfig
+from jacobiflow.flows.maf.masked import MaskedLayer, MaskedLinear
 from jacobiflow.flows.memory import keep_freed_memory
 from jacobiflow.flows.permutation import Permutation
+from jacobiflow.flows.registry import register
+from jacobiflow.flows.weights import count_layers
 
 _CONSTANT = 1e-3  # an entry whose standard deviation over the first batch is below it keeps its scale
-
-
-@dataclass(frozen=True)
-class MAFConfig:
-    """Shape of a MAF.
-
-    Each block has `hidden_layers` layers of `hidden_features` units. Pixels p in [0, 1] enter as the logit of
-    `logit_alpha` + (1 - 2 `logit_alpha`) p, which keeps the ends finite.
-
-    **Raises** `ValueError` where sizes are not positive, or `logit_alpha` is not between 0 and 1/2.
-    """
-
-    in_channels: int
-    image_size: int
-    hidden_features: int
-    num_blocks: int
-    hidden_layers: int = 2
-    num_classes: int = 0
-    logit_alpha: float = 1e-6
-
-    def __post_init__(self) -> None:
-        check_sizes(self, ("in_channels", "image_size", "hidden_features", "num_blocks", "hidden_layers"))
-        if not 0 < self.logit_alpha < 0.5:
-            raise ValueError(f"logit_alpha={self.logit_alpha}: give a small positive number, below 0.5")
-
-    @property
-    def num_tokens(self) -> int:
-        """T, the number of pixels, in all channels."""
-        return self.in_channels * self.image_size**2
-
-    @property
-    def token_channels(self) -> int:
-        """C: a token is one value."""
-        return 1
-
-    @property
-    def noise_std(self) -> float:
-        """0: a MAF is trained on uniformly dequantised images, which carry no Gaussian noise."""
-        return 0.0
-
-
-class MaskedLayer(NamedTuple):
-    """A masked layer with all that does not change while tokens do: h -> h weight^T + offset.
-
-    `weight` (outputs, inputs) is 0 where the mask is, `offset` (B or 1, outputs) the bias plus the class's part.
-    """
-
-    weight: Float[Tensor, "o i"]
-    offset: Float[Tensor, "#b o"]
-
-
-class MaskedLinear(nn.Module):
-    """A dense layer in which an output of degree d sees the inputs of degree d and below, with a bias per class.
-
-    The mask follows from the degrees, and is made where it is needed: there is no buffer to store.
-    """
-
-    def __init__(self, in_degrees: np.ndarray, out_degrees: np.ndarray, num_classes: int) -> None:
-        super().__init__()
-        self.in_degrees, self.out_degrees = in_degrees, out_degrees
-        dense = nn.Linear(len(in_degrees), len(out_degrees))
-        self.weight, self.bias = dense.weight, dense.bias
-        self.class_embed = nn.Parameter(torch.zeros(num_classes, len(out_degrees))) if num_classes else None
-
-    def masked(self, labels: Int[Tensor, " b"] | None) -> MaskedLayer:
-        """The layer for rows of these labels; `None`, or one below 0, takes the mean over classes."""
-        classes = embed_classes(self.class_embed, labels)
-        offset = self.bias.unsqueeze(0) if classes is None else self.bias + classes
-        return MaskedLayer(self.masked_weight(), offset)
-
-    def masked_weight(self) -> Float[Tensor, "o i"]:
-        """The weight, 0 where the mask is."""
-        seen, by = (torch.from_numpy(d).to(self.weight.device) for d in (self.in_degrees, self.out_degrees))
-        return self.weight.masked_fill(by.unsqueeze(1) < seen, 0)
 
 
 @dataclass(frozen=True)
@@ -108,7 +38,7 @@ class MAFCache:
     layers: tuple[MaskedLayer, ...]
 
 
-class MAFBlock(FlowBlock):
+class MAFBlock(FlowBlock, KeepsNothing):
     """One masked affine block: z_t = exp(-s(x_<t)) (x_t - u(x_<t)), eq. (1) of the GS-Jacobi paper.
 
     `s` (log-scale) and `u` (shift) come from a masked dense network (MADE) with sorted degrees. Token i has degree i,
@@ -122,7 +52,6 @@ class MAFBlock(FlowBlock):
     """
 
     layers: Sequence[MaskedLinear]
-    keeps_nothing = True
 
     def __init__(self, config: MAFConfig, permutation: Permutation) -> None:
         super().__init__()
@@ -179,12 +108,12 @@ class MAFBlock(FlowBlock):
         """Log-scale and shift of entries [start, stop); feeds tokens start-1 .. stop-2 and stores their units."""
         first, last = max(start - 1, 0), stop - 1
         cache.tokens[:, first:last] = x[:, first:last, 0]
-        known, new = cache.tokens[:, :last], slice(self._units_below(first), self._units_below(last))
+        inputs, new = cache.tokens[:, :last], slice(self._units_below(first), self._units_below(last))
         *inner, final = cache.layers
         for layer, hidden in zip(inner, cache.hidden, strict=True):
-            hidden[:, new] = F.relu(_rows(layer, new, known))
-            known = hidden[:, : new.stop]
-        out = _rows(final, slice(2 * start, 2 * stop), known)
+            hidden[:, new] = F.relu(_rows(layer, new, inputs))
+            inputs = hidden[:, : new.stop]
+        out = _rows(final, slice(2 * start, 2 * stop), inputs)
         return _read_out(out, x.dtype)
 
     def output_weights(self) -> tuple[Float[Tensor, "t h"], Float[Tensor, "t h"]]:
@@ -221,9 +150,9 @@ def full_pass(
     return _read_out(F.linear(h, layers[-1].weight) + layers[-1].offset, x.dtype)
 
 
-def _rows(layer: MaskedLayer, rows: slice, known: Float[Tensor, "b i"]) -> Float[Tensor, "b n"]:
-    """So many rows of a layer, whose first inputs are `known`; the mask makes them blind to the others."""
-    return torch.addmm(layer.offset[:, rows], known, layer.weight[rows, : known.shape[1]].T)
+def _rows(layer: MaskedLayer, rows: slice, inputs: Float[Tensor, "b i"]) -> Float[Tensor, "b n"]:
+    """Outputs `rows` of a layer from its first `inputs`; the mask hides all others from them."""
+    return torch.addmm(layer.offset[:, rows], inputs, layer.weight[rows, : inputs.shape[1]].T)
 
 
 def _read_out(out: Float[Tensor, "b n2"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -243,6 +172,7 @@ A masked autoregressive flow over pixels ([arXiv 1705.07057](https://arxiv.org/a
 """
 
 
+@register
 class MAF(ImageFlow, tags=["maf"], model_card_template=_MODEL_CARD):
     """Stack of masked affine blocks over the logits of an image's pixels, alternately in raster and in reverse order.
 
@@ -256,12 +186,37 @@ class MAF(ImageFlow, tags=["maf"], model_card_template=_MODEL_CARD):
     """
 
     model_type = "maf"
+    config_type = MAFConfig
     block_type = MAFBlock
     config: MAFConfig
     blocks: Sequence[MAFBlock]
 
     def __init__(self, config: MAFConfig) -> None:
         super().__init__(config)
+
+    @classmethod
+    def config_from_options(
+        cls, *, in_channels: int, image_size: int, num_classes: int, channels: int, blocks: int, layers: int
+    ) -> MAFConfig:
+        """A config from the options of `jacobiflow train`; `channels` and `layers` are of the hidden layers."""
+        return MAFConfig(in_channels, image_size, channels, blocks, layers, num_classes)
+
+    @classmethod
+    def config_from_shapes(cls, state: Mapping[str, Tensor], config: MAFConfig) -> MAFConfig:
+        """See `ImageFlow.config_from_shapes`; a token count is read by the channels of `config`."""
+        first = "blocks.0.layers.0."
+        try:
+            hidden_features, num_tokens = state[f"{first}weight"].shape
+        except (KeyError, ValueError):
+            raise ValueError(f"not the weights of a MAF: no matrix {first}weight") from None
+        return replace(
+            config,
+            image_size=math.isqrt(num_tokens // config.in_channels),
+            hidden_features=hidden_features,
+            num_blocks=count_layers(state, "blocks."),
+            hidden_layers=count_layers(state, "blocks.0.layers.") - 1,
+            num_classes=len(state[f"{first}class_embed"]) if f"{first}class_embed" in state else 0,
+        )
 
     def to_tokens(self, images: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n t 1"], Float[Tensor, " n"]]:
         """y = logit(alpha + (1 - 2 alpha) p) of the pixels p = (image + 1) / 2 in raster order, and log|dy/d image|.
@@ -286,9 +241,11 @@ class MAF(ImageFlow, tags=["maf"], model_card_template=_MODEL_CARD):
     @torch.no_grad()
     def initialize(self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None) -> None:
         """Normalise what each block makes of `images`, one after another; see `MAFBlock.normalize_outputs`."""
-        x, _ = self.to_tokens(images)
-        for block in self.blocks:
-            x = block.permutation(x)
-            block.normalize_outputs(x, labels)
-            log_scale, shift = block(x, labels)
-            x = block.permutation((x - shift) * torch.exp(-log_scale))
+
+        def normalized(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+            self.blocks[i].normalize_outputs(x, labels)
+            return self.blocks[i](x, labels)
+
+        tokens, _ = self.to_tokens(images)
+        for _ in self.walk(tokens, parameters=normalized):
+            pass

@@ -1,0 +1,195 @@
+"""Passes over calibration images: mean parameters, metrics, solutions of the blocks, and how sweeps get there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from rich.progress import Progress
+from torch import Tensor
+
+from jacobiflow.calibration.convergence import Trace, distances, joined
+from jacobiflow.calibration.error_matrix import gamma_norm
+from jacobiflow.calibration.metrics import (
+    NORMS,
+    Components,
+    Metrics,
+    Norm,
+    RunningMean,
+    initial_residual,
+    matrix_norm,
+    segment_runs,
+)
+from jacobiflow.calibration.report import GUESS_NAMES
+from jacobiflow.calibration.tune import check_finite
+from jacobiflow.flows.base import AffineBlock
+from jacobiflow.flows.image_flow import ImageFlow, state_dtype
+from jacobiflow.inversion import invert, prior_tokens
+from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
+from jacobiflow.solvers import Guess, MeanAffine, Sequential, Solver, no_gradients, solve
+
+_GAMMA_SAMPLES = 8  # each costs some fifty backward passes a block
+
+
+class Images(Protocol):
+    """Images that an index tensor reads: a tensor (N, C, H, W), or a data set on disk."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Int[Tensor, " b"], /) -> Float[Tensor, "b c h w"]: ...
+
+
+class BlockSolution(NamedTuple):
+    """Pairs X* and z of one block in its causal order, and their labels."""
+
+    x: Float[Tensor, "b t c"]
+    z: Float[Tensor, "b t c"]
+    labels: Int[Tensor, " b"] | None
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Images in batches, and what passes over them give. `blocks` are those of the flow, guided where that is asked."""
+
+    flow: ImageFlow
+    blocks: Sequence[AffineBlock]
+    images: Images
+    labels: Int[Tensor, " n"] | None
+    batch_size: int
+    bar: Progress
+
+    def mean_affine(self, index: Int[Tensor, " m"]) -> list[MeanAffine]:
+        """Per block, the mean log-scale and shift over the images at `index`."""
+        scales, shifts = ([RunningMean() for _ in self.blocks] for _ in range(2))
+        for x, labels in self._batches(index, "mean parameters"):
+            for i, (_, log_scale, shift) in enumerate(self._walk(x, labels)):
+                scales[i].add(log_scale)
+                shifts[i].add(shift)
+        means = [(s.value.float().cpu(), u.value.float().cpu()) for s, u in zip(scales, shifts, strict=True)]
+        for i, parameters in enumerate(means):
+            if not all(torch.isfinite(mean).all() for mean in parameters):
+                raise ValueError(f"images overflow in block {i} when they are encoded; are they in [-1, 1]?")
+        return [MeanAffine(*parameters) for parameters in means]
+
+    def metrics(
+        self, index: Int[Tensor, " m"], guesses: Sequence[Mapping[str, Guess]], count: int | None, norm: Norm
+    ) -> tuple[dict[Norm, Metrics], tuple[Metrics, ...]]:
+        """The blocks' metrics in each norm, and with `count` those of each block's segments in `norm`."""
+        scaled = [RunningMean() for _ in self.blocks]
+        residuals = [{(name, k): RunningMean() for name in GUESS_NAMES for k in (1, count) if k} for _ in self.blocks]
+        for tokens, labels in self._batches(index, "metrics"):
+            for i, (x, log_scale, shift) in enumerate(self._walk(tokens, labels)):
+                z = (x - shift) * torch.exp(-log_scale)
+                scaled[i].add(torch.exp(-log_scale) * x)
+                for (name, k), mean in residuals[i].items():
+                    mean.add(initial_residual(self.blocks[i], x, z, guesses[i][name], labels, k))
+
+        def of(i: int, run: slice, k: int, norm: Norm) -> tuple[dict[str, float], Components | None]:
+            igm = {name: matrix_norm(residuals[i][name, k].value[run], norm) for name in GUESS_NAMES}
+            weights = self.blocks[i].output_weights()
+            if weights is None:
+                return igm, None
+            w_s, w_u = weights
+            return igm, Components(
+                matrix_norm(scaled[i].value[run], norm),
+                0.0 if w_s is None else matrix_norm(w_s, norm),
+                matrix_norm(w_u, norm),
+            )
+
+        everything, num_blocks = slice(0, self.flow.config.num_tokens), range(len(self.blocks))
+        whole = {norm: _joined_metrics([of(i, everything, 1, norm) for i in num_blocks]) for norm in NORMS}
+        runs = segment_runs(self.flow.config.num_tokens, count) if count else ()
+        return whole, tuple(_joined_metrics([of(i, run, count or 1, norm) for run in runs]) for i in num_blocks)
+
+    def encoded(self, index: Int[Tensor, " m"]) -> list[BlockSolution]:
+        """Per block, the images at `index` as its solutions: X* with the z that it encodes to."""
+        parts = [
+            [(x, (x - shift) * torch.exp(-log_scale)) for x, log_scale, shift in self._walk(tokens, labels)]
+            for tokens, labels in self._batches(index, "encoding")
+        ]
+        labels = None if self.labels is None else self.labels[index.to(self.labels.device)].to(self.flow.var.device)
+        return [
+            BlockSolution(torch.cat([x for x, _ in batch]), torch.cat([z for _, z in batch]), labels)
+            for batch in zip(*parts, strict=True)
+        ]
+
+    def sampled(self, index: Int[Tensor, " m"], seed: int) -> list[BlockSolution]:
+        """Per block, its sequential solutions for fresh latents under the labels at `index`."""
+        config, device = self.flow.config, self.flow.var.device
+        labels = None if self.labels is None else self.labels[index.to(self.labels.device)].to(device)
+        latents = draw_latents(len(index), config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
+        found: dict[int, BlockSolution] = {}
+        task = self.bar.add_task("sampling", total=len(self.blocks))
+
+        def solve_block(i: int, z: Tensor) -> Tensor:
+            x = solve(self.blocks[i], z, Solver(Sequential()), labels, self.batch_size).x
+            check_finite(x, f"fresh latents overflow in the exact inverse of block {i}")
+            found[i] = BlockSolution(x, z, labels)
+            self.bar.advance(task)
+            return x
+
+        invert(self.flow, prior_tokens(self.flow, latents), solve_block)
+        return [found[i] for i in range(len(self.blocks))]
+
+    def traces(self, i: int, at: BlockSolution, guess: Guess, count: int) -> tuple[Trace, ...]:
+        """A trace for each of the `count` segments of block `i`."""
+        curves = [
+            distances(self.blocks[i], x, z, guess, labels, count)
+            for x, (z, labels) in zip(at.x.split(self.batch_size), self._chunks(at.z, at.labels), strict=True)
+        ]
+        return tuple(Trace.of(joined(parts)) for parts in zip(*curves, strict=True))
+
+    def gamma(self, i: int, at: BlockSolution) -> tuple[float, ...]:
+        """The norm of block `i`'s error matrix at the first few solutions."""
+        few, labels = slice(_GAMMA_SAMPLES), None if at.labels is None else at.labels[:_GAMMA_SAMPLES]
+        chunks = zip(at.x[few].split(self.batch_size), self._chunks(at.z[few], labels), strict=True)
+        return tuple(torch.cat([gamma_norm(self.blocks[i], x, z, rows) for x, (z, rows) in chunks]).tolist())
+
+    def _batches(self, index: Int[Tensor, " m"], what: str) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Tokens in raster order and labels of the images at `index`, on the flow's device."""
+        config, var = self.flow.config, self.flow.var
+        want = (config.in_channels, config.image_size, config.image_size)
+        for part in self.bar.track(index.split(self.batch_size), description=what):
+            try:
+                images = torch.as_tensor(self.images[part]).detach()
+            except TypeError as error:
+                raise ValueError(
+                    f"images of type {type(self.images).__name__}: give a tensor, or what an index tensor reads"
+                ) from error
+            if not images.is_floating_point() or images.shape != (len(part), *want):
+                have = f"{images.dtype} of shape {tuple(images.shape)}"
+                raise ValueError(f"images: {have}; this flow takes floating-point numbers of shape (N, {want[0]}, "
+                                 f"{want[1]}, {want[2]}), nominally in [-1, 1]")  # fmt: skip
+            wrong = ~torch.isfinite(images).all(dim=(1, 2, 3))
+            if wrong.any():
+                raise ValueError(f"images: number {int(part[wrong.cpu()][0])} holds a NaN or an infinity; leave it out")
+            labels = None if self.labels is None else self.labels[part.to(self.labels.device)].to(var.device)
+            tokens, _ = self.flow.to_tokens(images.to(var.device, state_dtype(self.flow)))
+            yield tokens, labels
+
+    def _walk(self, x: Tensor, labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Per block in encoding order, its solution X* and there its parameters, guided; X* goes on unguided."""
+        for step in self.flow.walk(x, labels, lambda i, x: _affine(self.flow.blocks[i], x, labels)):
+            block = self.blocks[step.block]
+            if block is self.flow.blocks[step.block]:
+                yield step.x, step.log_scale, step.shift
+            else:
+                yield step.x, *_affine(block, step.x, labels)
+
+    def _chunks(self, z: Tensor, labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        rows = z.split(self.batch_size)
+        yield from zip(rows, [None] * len(rows) if labels is None else labels.split(self.batch_size), strict=True)
+
+
+def _joined_metrics(rows: Sequence[tuple[dict[str, float], Components | None]]) -> Metrics:
+    components = [part for _, part in rows if part is not None]
+    return Metrics(tuple(igm for igm, _ in rows), tuple(components) if len(components) == len(rows) else None)
+
+
+def _affine(block: AffineBlock, x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    with no_gradients(block):
+        log_scale, shift = block.affine(x, 0, x.shape[1], block.init_cache(x, labels))
+    return log_scale.clone(), shift.clone()

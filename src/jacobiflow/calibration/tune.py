@@ -1,0 +1,233 @@
+"""Fit a guess and a correction to every block, and count the sweeps that these then take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from jacobiflow.calibration.tuning import BlockTuning, CountedRun, Run, Tuning
+from jacobiflow.codec import registered
+from jacobiflow.flows.base import AffineBlock, LowPrecision
+from jacobiflow.flows.fingerprint import fingerprint
+from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.guidance import Guidance, guided
+from jacobiflow.inversion import invert, prior_tokens
+from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
+from jacobiflow.solvers import (
+    Correction,
+    Guess,
+    Latent,
+    MaxSweeps,
+    Partition,
+    Plain,
+    Sequential,
+    Solution,
+    Solver,
+    Tolerance,
+    Whole,
+    certify,
+    solve,
+)
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """What `tune` tries at each block.
+
+    **Attributes:**
+
+    - `tolerances`: a planner chooses among them, and takes the geometric means of neighbours.
+    - `typical`: of them, the one at which guesses and corrections are compared, and errors are followed to the image.
+    - `fit`: whether guesses and corrections are fitted; without, every block has `Latent` and `Plain`.
+    - `partitions`: those that are tried; `None` for the candidates of all that are registered.
+    - `fine`: numbers of sweeps that are tried without a tolerance.
+    - `coarse`: numbers of sweeps in bfloat16 before them; its rounding leaves nothing for more of them to find.
+    - `fine_after_coarse`: numbers of sweeps that are tried after those.
+    - `coarse_to_tolerance`: numbers of sweeps in bfloat16 before sweeps to a tolerance.
+    - `coarse_from`: smallest share of the tokens in a run for which these are tried; they save small runs little.
+    """
+
+    tolerances: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+    typical: float = 1e-3
+    fit: bool = True
+    partitions: tuple[Partition, ...] | None = None
+    fine: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    coarse: tuple[int, ...] = (2, 3, 4, 5, 6)
+    fine_after_coarse: tuple[int, ...] = (1, 2, 3, 4)
+    coarse_to_tolerance: tuple[int, ...] = (2, 3, 4)
+    coarse_from: float = 0.25
+
+
+def tune(
+    flow: ImageFlow, labels: Int[Tensor, " n"] | None = None, guidance: Guidance | None = None, *, samples: int = 32,
+    batch_size: int = 64, seed: int = 0, progress: bool = True, settings: TuneSettings = TuneSettings(),
+) -> Tuning:  # fmt: skip
+    """Fit a guess and a correction to every block, and count the sweeps that they take, on fresh latents.
+
+    The latents go through the exact inverse, block by block. At each block the registered guesses and corrections that
+    can be fitted are fitted to its solutions (`CausalLinear` and `Chord`), and the candidates of the registered
+    partitions (`Window`s of 8, 16, 32 .. tokens, and of all) are solved with the best of them to each of a few
+    tolerances. A correction that does not save sweeps is left out.
+
+    **Arguments:**
+
+    - `labels`: classes, taken in turn; `None` takes all classes in turn, where the flow has any.
+    - `guidance`: the guidance that is to be sampled with.
+    - `samples`: how many latents; `batch_size` of them are in the network at a time.
+    - `seed`: fixes them; they are none of those that `jacobiflow.sample` draws.
+    - `settings`: what is tried.
+
+    **Raises** `ValueError` for arguments that do not fit, and where a latent overflows in the exact inverse.
+    """
+    _check(flow, labels, guidance, samples, batch_size)
+    config = flow.config
+    if labels is None and config.num_classes:
+        labels = torch.arange(config.num_classes)
+    if labels is not None:
+        labels = labels.to(flow.var.device)[torch.arange(samples, device=flow.var.device) % len(labels)]
+    latents = draw_latents(samples, config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
+    console = Console(stderr=True)
+    found: dict[int, _Tried] = {}
+    with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as bar:
+        task = bar.add_task("tuning", total=config.num_blocks)
+
+        def solve_block(i: int, z: Float[Tensor, "r t c"]) -> Float[Tensor, "r t c"]:
+            """The exact rows, then those that follow an earlier block's typical error, then this block's own."""
+            block = guided(flow.blocks[i], guidance)
+            repeated = None if labels is None else labels.repeat(len(z) // samples)
+            x = solve(block, z, Solver(Sequential()), repeated, batch_size).x
+            check_finite(x[:samples], f"fresh latents overflow in the exact inverse of block {i}")
+            found[i] = _Trials(block, x[:samples], z[:samples], labels, batch_size, settings).run()
+            bar.advance(task)
+            return torch.cat((x, found[i].typical))
+
+        x = invert(flow, prior_tokens(flow, latents), solve_block)
+    exact, *followed = x.split(samples)
+    errors = {
+        i: float((rows - exact).abs().max())
+        for i, rows in zip(reversed(range(config.num_blocks)), followed, strict=True)
+    }
+    return Tuning(
+        fingerprint=fingerprint(flow),
+        num_tokens=config.num_tokens,
+        guidance=guidance,
+        samples=samples,
+        seed=seed,
+        blocks=tuple(found[i].tuning(errors[i]) for i in range(config.num_blocks)),
+    )
+
+
+def check_finite(x: Float[Tensor, "b t c"], what: str) -> None:
+    """**Raises** `ValueError` that counts the samples in which an entry is not finite, and says `what` they are."""
+    lost = int((~torch.isfinite(x).all(dim=(1, 2))).sum())
+    if lost:
+        raise ValueError(f"{lost} of {len(x)} {what}; lower the guidance, or use a wider dtype")
+
+
+def _check(flow: ImageFlow, labels: Tensor | None, guidance: Guidance | None, samples: int, batch_size: int) -> None:
+    for name, value, least in (("samples", samples, 2), ("batch_size", batch_size, 1)):
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name}={value!r}: give a whole number, at least {least}")
+    if guidance is not None and not isinstance(guidance, Guidance):
+        raise ValueError(f"guidance={guidance!r}: give a Guidance, such as Guidance({guidance!r})")
+    if labels is not None and (not isinstance(labels, Tensor) or not labels.numel()):
+        raise ValueError(f"labels {labels!r}: give a tensor of one class or more")
+    if labels is not None:
+        flow.check_labels(labels, len(labels))
+
+
+class _Tried(NamedTuple):
+    """What was tried at a block. `typical` is an answer to the typical tolerance, and `error` that of it."""
+
+    guess: Guess
+    correction: Correction
+    runs: tuple[Run, ...]
+    counted: tuple[CountedRun, ...]
+    typical: Float[Tensor, "b t c"]
+    error: float
+
+    def tuning(self, image_error: float) -> BlockTuning:
+        """The block's tuning, where the typical answer caused an error of `image_error`."""
+        amplification = image_error / self.error if self.error > 0 else 1.0
+        return BlockTuning(self.guess, self.correction, self.runs, self.counted, amplification)
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """A block with its solutions `x` at `z`, to try solvers on."""
+
+    block: AffineBlock
+    x: Float[Tensor, "b t c"]
+    z: Float[Tensor, "b t c"]
+    labels: Int[Tensor, " b"] | None
+    batch_size: int
+    settings: TuneSettings
+
+    def run(self) -> _Tried:
+        """Fit, and try all that the settings name."""
+        guess = self._best_guess() if self.settings.fit else Latent()
+        correction = self._best_correction(guess) if self.settings.fit else Plain()
+        runs, typical = self._runs(guess, correction)
+        counted = self._counted_runs(guess, correction)
+        return _Tried(guess, correction, runs, counted, typical, self._error(typical))
+
+    def _solve(self, solver: Solver) -> Solution:
+        return solve(self.block, self.z, solver, self.labels, self.batch_size)
+
+    def _sweeps(self, guess: Guess, correction: Correction) -> int:
+        """Of all samples together, to the typical tolerance."""
+        solver = Solver(Whole(), guess, Tolerance(self.settings.typical), correction)
+        return int(self._solve(solver).sample_sweeps.sum())
+
+    def _residual(self, x: Tensor) -> float:
+        return float(certify(self.block, self.z, x, self.labels, self.batch_size).max())
+
+    def _error(self, x: Tensor) -> float:
+        return float((x - self.x).abs().max())
+
+    def _best_guess(self) -> Guess:
+        fitted = [guess for kind in registered(Guess).values() if (guess := kind.fit(self.x, self.z)) is not None]
+        return fitted[0] if len(fitted) == 1 else min(fitted, key=lambda guess: self._sweeps(guess, Plain()))
+
+    def _best_correction(self, guess: Guess) -> Correction:
+        fitted = [kind.fit(self.block, self.x, self.z, guess, self.labels) for kind in registered(Correction).values()]
+        candidates = [Plain(), *(correction for correction in fitted if correction is not None)]
+        return min(candidates, key=lambda correction: self._sweeps(guess, correction))
+
+    def _runs(self, guess: Guess, correction: Correction) -> tuple[tuple[Run, ...], Float[Tensor, "b t c"]]:
+        """What each partition takes to each tolerance; and what all tokens at once give at the typical one."""
+        settings, length, runs = self.settings, self.z.shape[1], []
+        partitions = settings.partitions
+        if partitions is None:
+            partitions = tuple(p for kind in registered(Partition).values() for p in kind.candidates(length))
+        tried = [(partition, 0) for partition in partitions]
+        if isinstance(self.block, LowPrecision):
+            large = [partition for partition, _ in tried if partition.stop(0, length) >= settings.coarse_from * length]
+            tried += [(partition, coarse) for partition in large for coarse in settings.coarse_to_tolerance]
+        for partition, coarse in tried:
+            for tolerance in settings.tolerances:
+                solution = self._solve(Solver(partition, guess, Tolerance(tolerance), correction, coarse))
+                sweeps = tuple((solution.sample_sweeps - coarse).tolist())
+                residual, error = self._residual(solution.x), self._error(solution.x)
+                runs.append(Run(partition, tolerance, sweeps, residual, error, coarse))
+        typical = self._solve(Solver(Whole(), guess, Tolerance(settings.typical), correction)).x
+        return tuple(runs), typical
+
+    def _counted_runs(self, guess: Guess, correction: Correction) -> tuple[CountedRun, ...]:
+        """Those of the numbers of sweeps tried that come within the largest tolerance."""
+        settings, found = self.settings, []
+        tried = [(0, fine) for fine in settings.fine]
+        if isinstance(self.block, LowPrecision):
+            tried += [(coarse, fine) for coarse in settings.coarse for fine in settings.fine_after_coarse]
+        for coarse, fine in tried:
+            x = self._solve(Solver(Whole(), guess, MaxSweeps(fine), correction, coarse)).x
+            residual = self._residual(x)
+            if residual <= max(settings.tolerances):
+                found.append(CountedRun(coarse, fine, residual, self._error(x)))
+        return tuple(found)

@@ -1,0 +1,256 @@
+"""One JSON codec: dataclasses with their field types, tensors, and classes that are registered under a name."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import math
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+OMIT_DEFAULT = {"omit_default": True}
+"""Metadata of a field that was added to a format: left out at its default, so that older files keep their bytes."""
+
+_families: dict[type, dict[str, type]] = {}
+
+
+def family(base: type[T]) -> type[T]:
+    """Class decorator: the subclasses of `base` may be registered under a name, which their JSON carries as "kind"."""
+    _families[base] = {}
+    return base
+
+
+def register(name: str) -> Callable[[type[T]], type[T]]:
+    """Class decorator: `name` stands for this class, a dataclass, in JSON, in the notation and in the planner.
+
+    The class derives from `Partition`, `Guess` or `Correction`.
+
+    **Raises** `ValueError` where the name is taken, and `TypeError` where the class has no such base.
+    """
+
+    def add(cls: type[T]) -> type[T]:
+        names = _families[_base_of(cls)]
+        if names.setdefault(name, cls).__qualname__ != cls.__qualname__:
+            raise ValueError(f"{name!r}: the name of {names[name].__name__}; give {cls.__name__} another")
+        names[name] = cls
+        return cls
+
+    return add
+
+
+def registered(base: type) -> Mapping[str, Any]:
+    """The classes of a family by their names."""
+    return types.MappingProxyType(_families[base])
+
+
+def name_of(cls: type) -> str | None:
+    """The name under which a class is registered; `None` where it is not."""
+    base = next((base for base in cls.__mro__ if base in _families), None)
+    return None if base is None else next((name for name, kind in _families[base].items() if kind is cls), None)
+
+
+def _base_of(cls: type) -> type:
+    base = next((base for base in cls.__mro__ if base in _families), None)
+    if base is None:
+        bases = ", ".join(base.__name__ for base in _families)
+        raise TypeError(f"{cls.__name__}: derive it from one of {bases} to register it")
+    return base
+
+
+# ------------------------------------------------------------------------------------------------------------ encoding
+
+
+def encode(value: Any) -> Any:
+    """A JSON value that `decode` turns back into `value`. Infinity becomes null, tensors float32 values in base64.
+
+    **Raises** `ValueError` for an object of a family that is not registered, and for what has no JSON form.
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Tensor):
+        return _encode_tensor(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return _encode_dataclass(value)
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {name: encode(entry) for name, entry in value._asdict().items()}
+    if isinstance(value, Mapping):
+        return {str(key): encode(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [encode(entry) for entry in value]
+    raise ValueError(f"{value!r} has no JSON form")
+
+
+def _encode_dataclass(value: Any) -> dict[str, Any]:
+    name = name_of(type(value))
+    if name is None and any(base in _families for base in type(value).__mro__):
+        raise ValueError(f"{value!r} has no JSON form: register its class under a name (jacobiflow.register)")
+    entries = {
+        entry.name: encode(getattr(value, entry.name))
+        for entry in fields(value)
+        if not (entry.metadata.get("omit_default") and getattr(value, entry.name) == entry.default)
+    }
+    return entries if name is None else {"kind": name, **entries}
+
+
+def _encode_tensor(values: Tensor) -> dict[str, Any]:
+    array = values.detach().float().cpu().numpy().astype("<f4")
+    return {"shape": list(array.shape), "float32": base64.b64encode(array.tobytes()).decode()}
+
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+
+def decode(declared: Any, value: Any, where: str = "") -> Any:
+    """The object of the type `declared` that `encode` made `value` of.
+
+    **Raises** `ValueError` that names the entry at fault (`where` is the name of the whole).
+    """
+    origin = get_origin(declared)
+    if declared is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _decode_union(get_args(declared), value, where)
+    if origin is Literal:
+        choices = get_args(declared)
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            raise _error(where, f"{value!r}: one of {', '.join(map(repr, choices))} wanted")
+        return value
+    if declared in (bool, int, float, str):
+        return _decode_scalar(declared, value, where)
+    if declared is Tensor or getattr(declared, "array_type", None) is Tensor:
+        return _decode_tensor(value, where)
+    if origin is tuple:
+        return _decode_tuple(get_args(declared), value, where)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        key, inner = get_args(declared)
+        items = _object(value, where).items()
+        return {_decode_key(key, k, where): decode(inner, entry, f"{where}.{k}".lstrip(".")) for k, entry in items}
+    if declared in _families:
+        return _decode_registered(declared, value, where)
+    return _decode_record(declared, value, where)
+
+
+def _decode_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    kinds = tuple(kind for kind in kinds if kind is not type(None))
+    if len(kinds) > 1:  # such as int | tuple[int, ...]
+        kinds = tuple(kind for kind in kinds if (get_origin(kind) is tuple) == isinstance(value, list)) or kinds
+    return decode(kinds[0], value, where)
+
+
+def _decode_scalar(declared: Any, value: Any, where: str) -> Any:
+    if declared is float and value is None:
+        return math.inf  # which JSON does not have
+    if declared is float and type(value) is int and abs(value) < 2**53:
+        return float(value)
+    if type(value) is declared:
+        return value
+    raise _error(where, f"{value!r} is no {declared.__name__}")
+
+
+def _decode_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise _error(where, f"{value!r} is no list")
+    if kinds[-1] is not Ellipsis and len(kinds) != len(value):
+        raise _error(where, f"{len(value)} entries, {len(kinds)} wanted")
+    each = [kinds[0]] * len(value) if kinds[-1] is Ellipsis else kinds
+    return tuple(decode(kind, entry, f"{where}[{i}]") for i, (kind, entry) in enumerate(zip(each, value, strict=True)))
+
+
+def _decode_key(declared: Any, key: str, where: str) -> Any:
+    if get_origin(declared) is Literal:
+        found = next((choice for choice in get_args(declared) if str(choice) == key), None)
+        if found is None:
+            raise _error(where, f"{key!r}: one of {', '.join(map(str, get_args(declared)))} wanted")
+        return found
+    try:
+        return declared(key)
+    except ValueError as error:
+        raise _error(where, f"{key!r} is no {declared.__name__}") from error
+
+
+def _decode_registered(base: type, value: Any, where: str) -> Any:
+    kind = _object(value, where).get("kind")
+    if not isinstance(kind, str) or kind not in _families[base]:
+        raise _error(where, f"kind {kind!r}: one of {', '.join(_families[base])} wanted")
+    return _decode_record(_families[base][kind], value, where)
+
+
+def _decode_record(cls: Any, value: Any, where: str) -> Any:
+    """A dataclass or named tuple. Entries that are missing take their defaults."""
+    entries = {name: entry for name, entry in _object(value, where).items() if name != "kind"}
+    hints, required = _hints(cls)
+    unknown = ", ".join(map(repr, entries.keys() - hints.keys()))
+    missing = ", ".join(map(repr, required - entries.keys()))
+    if unknown or missing:
+        raise _error(where, f"{unknown} unknown" if unknown else f"{missing} missing")
+    found = {name: decode(hints[name], entry, f"{where}.{name}".lstrip(".")) for name, entry in entries.items()}
+    try:
+        return cls(**found)
+    except (TypeError, ValueError) as error:
+        raise _error(where, str(error)) from error
+
+
+@functools.cache
+def _hints(cls: Any) -> tuple[dict[str, Any], frozenset[str]]:
+    """The types of a record's fields, and the names of those without a default."""
+    hints = get_type_hints(cls)
+    if not is_dataclass(cls):
+        return hints, frozenset(hints.keys() - cls._field_defaults.keys())
+
+    def has_default(entry: Field[Any]) -> bool:
+        return entry.default is not MISSING or entry.default_factory is not MISSING
+
+    names = {entry.name: hints[entry.name] for entry in fields(cls)}
+    return names, frozenset(entry.name for entry in fields(cls) if not has_default(entry))
+
+
+def _decode_tensor(value: Any, where: str) -> Tensor:
+    try:
+        shape = value["shape"]
+        if set(value) != {"shape", "float32"} or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"shape {shape!r}, entries {', '.join(value)}")
+        array = np.frombuffer(base64.b64decode(value["float32"], validate=True), "<f4").reshape(shape)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _error(where, f"not an array of float32 values with its shape ({error})") from error
+    if not np.isfinite(array).all():
+        raise _error(where, "an array that holds a NaN or an infinity")
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _error(where, f"{value!r} is no object")
+    return value
+
+
+def _error(where: str, text: str) -> ValueError:
+    return ValueError(f"{where}: {text}" if where else text)
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def load(path: str | Path, what: str, from_json: Callable[[Any], T], remedy: str = "") -> T:
+    """What `from_json` makes of the JSON in a file, called `what` in errors.
+
+    **Raises** `ValueError` where the file cannot be read, holds no JSON, or `from_json` refuses it.
+    """
+    try:
+        return from_json(json.loads(Path(path).read_text()))
+    except OSError as error:
+        raise ValueError(f"{what} {path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} {path}: {error}{remedy}") from error

@@ -1,0 +1,41 @@
+"""The chain of blocks, walked backwards: where latents become images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from jacobiflow.flows.image_flow import ImageFlow, state_dtype
+
+Solve = Callable[[int, Tensor], Tensor]
+
+
+def prior_tokens(flow: ImageFlow, latents: Float[Tensor, "n t c"]) -> Float[Tensor, "n t c"]:
+    """sqrt(var) times the standard normal `latents`: what the last block is inverted at.
+
+    On the flow's device, in the dtype of the state, see `state_dtype`.
+    """
+    dtype = state_dtype(flow)
+    return latents.to(flow.var.device, dtype) * flow.var.to(dtype).sqrt()
+
+
+def invert(
+    flow: ImageFlow, x: Float[Tensor, "n t c"], solve: Solve, after: Callable[[int, Tensor], None] | None = None
+) -> Float[Tensor, "n t c"]:
+    """The tokens x = f_0^-1(... f_{L-1}^-1(x)) in raster order, before `flow.to_images`.
+
+    **Arguments:**
+
+    - `x`: tokens in raster order, as `prior_tokens` gives them.
+    - `solve(i, z)` inverts block `i` at `z`, both in the block's causal order. It may return other rows than it was
+        given, more of them for instance: the blocks that follow are inverted at what it returns.
+    - `after(i, x)` is called with the tokens after block `i`, in raster order.
+    """
+    for i in reversed(range(flow.config.num_blocks)):
+        permutation = flow.blocks[i].permutation
+        x = permutation(solve(i, permutation(x)))
+        if after is not None:
+            after(i, x)
+    return x

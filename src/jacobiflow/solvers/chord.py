@@ -1,0 +1,110 @@
+"""A simplified Newton step with a banded inverse Jacobian that is fitted to a block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from jacobiflow.codec import register
+from jacobiflow.flows.base import Block
+from jacobiflow.solvers.convolution import (
+    FIT_WIDTH,
+    StackedKernel,
+    as_kernel,
+    causal_convolution,
+    check_kernel,
+    rows_before,
+)
+from jacobiflow.solvers.correction import Correction
+from jacobiflow.solvers.guess import Guess
+from jacobiflow.solvers.solve import no_gradients
+
+_RIDGE = 2e-2  # of the residuals' mean square, which is scaled to 1
+_FIT_SWEEPS = 24  # more of them show nothing new
+_ROUNDING = 3e-5  # residuals below it teach nothing
+
+
+@register("chord")
+@dataclass(frozen=True, eq=False, repr=False)
+class Chord(Correction):
+    """A chord (simplified Newton) step with a calibrated, banded estimate of the inverse Jacobian:
+
+        X^(k+1) = X^(k) + (I + B) r,    r = g(X^(k)) - X^(k),    (B r)_t = sum over d = 1..w of kernel[d-1] r_(t-d).
+
+    Newton's step is (I - Gamma)^-1 r with Gamma = dg/dx strictly lower triangular (Appendix A of the paper), so its
+    inverse is I plus a strictly lower triangular matrix. B is that matrix, one for all samples and positions, cut to
+    the w tokens before each: `jacobiflow.calibrate` fits it to the errors that sweeps meet. Its cost is a convolution
+    over the run, w C^2 multiplications a token; its size w C^2 numbers.
+
+    **Arguments:** `kernel` (w, C, C): how the residual of the token d places before adds to a token's step,
+    `kernel[d - 1] @ r`.
+
+    **Raises** `ValueError` where `kernel` is not such a tensor, or is not finite.
+    """
+
+    kernel: Float[Tensor, "w c c"]
+
+    def __post_init__(self) -> None:
+        check_kernel("Chord", self.kernel)
+
+    def __call__(self, x: Float[Tensor, "b n c"], g: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        if x.shape[-1] != self.kernel.shape[1]:
+            raise ValueError(f"{self!r}, but the tokens have {x.shape[-1]}: calibrate this flow")
+        residual = (g - x).nan_to_num_(0.0, 0.0, 0.0)  # what overflowed says nothing of its successors
+        return causal_convolution(residual, self._stacked, add=g, delay=1)
+
+    @classmethod
+    def fit(
+        cls, block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess,
+        context: Tensor | None = None, width: int = FIT_WIDTH,
+    ) -> Chord:  # fmt: skip
+        """That of `width` tokens which best predicts the errors X* - X^(k) from the residuals, by ridge regression.
+
+        `x` is X*, the solution at `z`. The errors are those met by sweeping all tokens from `guess` with the chord
+        fitted to the sweeps so far. Each token counts alike, whatever the size of its residuals.
+        """
+        _, length, channels = x.shape
+        features = width * channels
+        gram = torch.zeros(features, features, dtype=torch.float64, device=x.device)
+        cross = torch.zeros(features, channels, dtype=torch.float64, device=x.device)
+        chord = cls(torch.zeros(1, channels, channels))
+        ridge = _RIDGE * torch.eye(features).to(gram)
+        start = guess(z)
+        current, count = start.clone(), 0
+        with no_gradients(block):
+            for _ in range(min(_FIT_SWEEPS, length)):
+                g = block.update(current, z, 0, length, block.init_cache(z, context))
+                residual = (g - current).nan_to_num(0.0, 0.0, 0.0)
+                rows = rows_before(F.pad(residual, (0, 0, 1, 0))[:, :-1], width)
+                size = (rows.square().mean(dim=1) + residual.flatten(0, 1).double().square().mean(dim=1)).sqrt()
+                used = (size > _ROUNDING) & torch.isfinite(current).all(dim=2).flatten()
+                if not used.any():
+                    break
+                weight = torch.where(used, size.clamp(min=_ROUNDING).reciprocal(), 0).unsqueeze(1)
+                rows = rows * weight
+                gram += rows.T @ rows
+                cross += rows.T @ ((x - current - residual).nan_to_num(0.0, 0.0, 0.0).flatten(0, 1) * weight)
+                count += int(used.sum())
+                chord = cls(as_kernel(torch.linalg.solve(gram + count * ridge, cross), width).to(x))
+                current = chord(current, g)
+                current = torch.where(torch.isfinite(current).all(dim=2, keepdim=True), current, start)
+        return cls(chord.kernel.clone().cpu())
+
+    @cached_property
+    def _stacked(self) -> StackedKernel:
+        return StackedKernel(self.kernel)
+
+    def __repr__(self) -> str:
+        width, channels, _ = self.kernel.shape
+        return f"Chord({width} tokens, {channels} channels)"
+
+    def __eq__(self, other: object) -> bool:
+        return torch.equal(self.kernel, other.kernel) if isinstance(other, Chord) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.kernel.flatten().tolist()))

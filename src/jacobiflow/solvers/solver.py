@@ -1,0 +1,48 @@
+"""How to solve a block, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from jacobiflow.solvers.correction import Correction, Plain
+from jacobiflow.solvers.guess import Guess, Latent
+from jacobiflow.solvers.partition import Partition, Segments, Whole
+from jacobiflow.solvers.stopping import Stopping, Tolerance
+
+_KINDS = {"partition": Partition, "guess": Guess, "stopping": Stopping, "correction": Correction}
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How to solve a block: four independent pieces, and sweeps in bfloat16 that come first.
+
+    `Solver(Sequential())` is the exact loop, `Solver(Whole())` Jacobi, `Solver(Segments(G), stopping=MaxSweeps(J))`
+    the paper's GS-Jacobi, `Solver(Window(n))` a sliding window. With `coarse`, so many sweeps of all tokens are made
+    from the guess by the network in bfloat16, whose answer is then the guess: where that is several times as fast, the
+    pieces have only the last digits to find.
+
+    **Raises** `TypeError` where a piece is of the wrong kind, `ValueError` where the pieces do not go together.
+    """
+
+    partition: Partition = field(default_factory=Whole)
+    guess: Guess = field(default_factory=Latent)
+    stopping: Stopping = field(default_factory=lambda: Tolerance(1e-3))
+    correction: Correction = field(default_factory=Plain)
+    coarse: int = 0
+
+    def __post_init__(self) -> None:
+        for name, kind in (
+            ("partition", Partition),
+            ("guess", Guess),
+            ("correction", Correction),
+            ("stopping", Stopping),
+        ):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name}={getattr(self, name)!r}: give a {kind.__name__}")
+        if type(self.coarse) is not int or self.coarse < 0:
+            raise ValueError(f"coarse={self.coarse!r}: give a number of sweeps, 0 for none")
+        counts = self.stopping.max_sweeps
+        if isinstance(counts, tuple) and not (
+            isinstance(self.partition, Segments) and self.partition.count == len(counts)
+        ):
+            raise ValueError(f"{len(counts)} sweep counts for {self.partition}: give one for each of its Segments")

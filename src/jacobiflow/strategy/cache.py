@@ -1,0 +1,137 @@
+"""The strategy "auto": planned once for a flow, a machine, a batch size and a tolerance, and kept in a cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from jacobiflow.calibration.report import Report
+from jacobiflow.calibration.tune import TuneSettings, tune
+from jacobiflow.calibration.tuning import Tuning
+from jacobiflow.files import json_bytes, sha256
+from jacobiflow.flows.fingerprint import fingerprint
+from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.guidance import Guidance, in_force
+from jacobiflow.measuring import machine
+from jacobiflow.solvers import Sequential, Solver, Tolerance, Whole, Window
+from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
+from jacobiflow.strategy.options import PlanSettings
+from jacobiflow.strategy.plan import plan
+from jacobiflow.strategy.strategy import Strategy, device_name
+
+_SAMPLES = 4  # that a flow without a report is tuned on
+_WINDOW = 32  # tokens, tried on such a flow beside all of them
+
+_plans: dict[str, Strategy] = {}
+
+
+def auto(
+    flow: ImageFlow, batch_size: int, tolerance: float | None = None, guidance: Guidance | None = None,
+    report: Report | None = None, say: Callable[[str], None] = lambda text: None,
+) -> Strategy:  # fmt: skip
+    """What `strategy="auto"` stands for: the plan for this flow, device, batch size and tolerance (1e-3 by default).
+
+    A plan is made once, for the next power of two of the batch size, by the tuning of `report`, by default that of the
+    report.json in the flow's model folder. It is kept in the user's cache folder. A flow without a tuning of its own
+    is tuned on four fresh latents, without fits: which blocks the sequential loop should solve, and where sweeps save
+    time. At a tolerance of 0 all blocks are left to the loop. `say` is called with a line of text before what takes
+    long.
+    """
+    tolerance = DEFAULT_TOLERANCE if tolerance is None else tolerance
+    if Tolerance(tolerance).atol == 0:
+        return Strategy.uniform(Solver(Sequential(), stopping=Tolerance(0)), flow.config.num_blocks)
+    batch_size = 1 << (batch_size - 1).bit_length()
+    weights = fingerprint(flow)
+    key = _key(flow, weights, batch_size, tolerance, guidance, report)
+    if key not in _plans:
+        found = _read(key, weights, flow.config.num_blocks)
+        _plans[key] = _make(flow, batch_size, tolerance, guidance, report, key, say) if found is None else found
+    found = _plans[key]
+    if found.tolerance is not None and found.tolerance > tolerance:
+        say(f"auto: planned for a tolerance of {found.tolerance:.1e}, the rounding of the network")
+    return found
+
+
+def _key(
+    flow: ImageFlow, weights: str, batch_size: int, tolerance: float, guidance: Guidance | None, report: Report | None
+) -> str:
+    """A hash of all that a plan depends on."""
+    if report is not None:
+        by = sha256(json_bytes(report.to_json()))
+    elif flow.report_file is not None and flow.report_file.is_file():
+        by = sha256(flow.report_file.read_bytes())
+    else:
+        by = ""
+    device = flow.var.device
+    precision = (flow.var.dtype, torch.get_float32_matmul_precision(), torch.is_autocast_enabled(device.type))
+    where = json.dumps(machine(device), sort_keys=True)
+    words = (weights, where, precision, batch_size, tolerance, in_force(guidance), by)
+    return hashlib.sha256(repr(words).encode()).hexdigest()[:32]
+
+
+def _read(key: str, weights: str, num_blocks: int) -> Strategy | None:
+    """The plan in the cache folder, unless there is none that can be read."""
+    folder = _folder()
+    if folder is None:
+        return None
+    try:
+        found = Strategy.load(folder / f"{key}.json")
+    except ValueError:
+        return None
+    fits = found.fingerprint == weights and len(found.solvers) == num_blocks and found.prediction is not None
+    return found if fits else None
+
+
+def _make(
+    flow: ImageFlow, batch_size: int, tolerance: float, guidance: Guidance | None, report: Report | None, key: str,
+    say: Callable[[str], None],
+) -> Strategy:  # fmt: skip
+    tuning = _tuning(flow, report)
+    say(f"auto: planning for batches of up to {batch_size} on {device_name(flow.var.device)}, once")
+    if tuning is None:
+        say("auto: without a report of jacobiflow calibrate --chord, by a short trial; with one, plans are faster")
+        tuning = tune(
+            flow, guidance=guidance, samples=_SAMPLES, progress=False,
+            settings=TuneSettings(
+                tolerances=(tolerance, tolerance / 10, tolerance / 100), typical=tolerance, fit=False,
+                partitions=(Window(_WINDOW), Whole()), fine=(), coarse=(), coarse_to_tolerance=(),
+            ),
+        )  # fmt: skip
+    made = plan(flow, tuning, batch_size, tolerance, guidance=guidance)
+    folder = _folder()
+    if made.prediction is not None and made.prediction.spread > PlanSettings().busy:
+        say(f"auto: timings differ by {made.prediction.spread:.0%}, the machine is busy; planning anew next time")
+    elif folder is not None:
+        with suppress(OSError):  # a plan that cannot be kept is made again next time
+            folder.mkdir(parents=True, exist_ok=True)
+            made.save(folder / f"{key}.json")
+    return made
+
+
+def _tuning(flow: ImageFlow, report: Report | None) -> Tuning | None:
+    """That of the report, or of the flow's own; `None` where there is none of these weights."""
+    if report is None and flow.report_file is not None:
+        report = Report.load(flow.report_file)
+    if report is None or report.tuning is None:
+        return None
+    if report.tuning.fingerprint != fingerprint(flow):
+        warnings.warn(
+            "the report in the flow's folder is of other weights: planned without it; calibrate this flow", stacklevel=2
+        )
+        return None
+    return report.tuning
+
+
+def _folder() -> Path | None:
+    """Where plans are kept; `None` where the user has no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jacobiflow" / "plans"
+    except RuntimeError:
+        return None

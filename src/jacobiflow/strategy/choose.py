@@ -1,0 +1,87 @@
+"""The strategy that a name, a file or a `Strategy` stands for: the one place where commands and functions choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from jacobiflow.calibration.report import Report
+from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.guidance import Guidance
+from jacobiflow.strategy.cache import auto
+from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
+from jacobiflow.strategy.strategy import Strategy
+
+AUTO = "auto"
+
+
+def choose(
+    flow: ImageFlow,
+    strategy: str | Path | Strategy,
+    batch_size: int,
+    *,
+    tolerance: float | None = None,
+    guidance: Guidance | None = None,
+    report: Report | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Strategy:
+    """The `Strategy` to solve batches of `batch_size` with.
+
+    **Arguments:**
+
+    - `strategy`: "auto", planned for this flow, device and batch size, or "auto:1e-2", to that tolerance; another name
+        (see `Strategy.parse`); the path of a JSON file; or a `Strategy`.
+    - `tolerance`: replaces every tolerance that the strategy has. `None` leaves a `Strategy` or a file its own, and
+        gives a name 1e-3.
+    - `guidance`: the guidance that is sampled with.
+    - `report`: of `jacobiflow.calibrate`. "auto" plans by it, by default by the one in the flow's folder; other names
+        take their guesses from it; a `Strategy` or a file keeps its own.
+    - `say`: is called with a line of text before something that takes long.
+
+    **Raises** `ValueError` that quotes what is wrong: an unknown name, a strategy that does not fit the flow, the
+    device or the guidance, or a tolerance that the strategy would ignore.
+    """
+    if isinstance(strategy, str) and is_auto(strategy):
+        return auto(flow, batch_size, _tolerance_of(strategy, tolerance), guidance, report, say)
+    config = flow.config
+    if isinstance(strategy, Strategy):
+        found = strategy
+    elif str(strategy).endswith(".json"):
+        found = Strategy.load(strategy)
+    else:
+        found = Strategy.parse(
+            str(strategy), report, num_blocks=config.num_blocks, num_tokens=config.num_tokens,
+            tolerance=DEFAULT_TOLERANCE if tolerance is None else tolerance,
+        )  # fmt: skip
+    if tolerance is not None:
+        found = found.with_tolerance(tolerance)
+        if not found.has_tolerance:
+            raise ValueError(
+                f"tolerance {tolerance}: strategy {str(strategy)!r} stops after a number of sweeps and ignores it; "
+                "leave the tolerance out, or give a strategy with one"
+            )
+    if len(found.solvers) != config.num_blocks:
+        raise ValueError(f"strategy for {len(found.solvers)} blocks, but the flow has {config.num_blocks}")
+    for solver in found.solvers:
+        solver.partition.check(config.num_tokens)
+    found.check(flow)
+    found.check_use(flow.var.device, batch_size, guidance)
+    return found
+
+
+def is_auto(name: str) -> bool:
+    """Whether `name` is "auto" or "auto:TOLERANCE"."""
+    return name.strip().lower().partition(":")[0] == AUTO
+
+
+def _tolerance_of(name: str, tolerance: float | None) -> float | None:
+    _, colon, text = name.partition(":")
+    if not colon:
+        return tolerance
+    try:
+        found = float(text)
+    except ValueError as error:
+        raise ValueError(f"strategy {name!r}: give auto, or auto:TOLERANCE such as auto:1e-2") from error
+    if tolerance not in (None, found):
+        raise ValueError(f"strategy {name!r} with tolerance {tolerance:g}: give the tolerance once")
+    return found

@@ -1,0 +1,151 @@
+"""What solving a block costs on a device, measured by real solves."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jacobiflow.calibration.tuning import Tuning
+from jacobiflow.flows.base import AffineBlock, FrontPerSample, LowPrecision
+from jacobiflow.flows.image_flow import ImageFlow, state_dtype
+from jacobiflow.solvers import MaxSweeps, Partition, Plain, Sequential, SlidingRun, Solver, Tolerance, Whole, solve
+
+REPEATS = 3  # timings of one thing, whose least or median counts
+_LEAST_SECONDS = 0.1  # of repeating what is short, in which the loop's own work is as large as differences are
+_SETTLED = 1e30  # a tolerance that every sweep meets
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds on a device.
+
+    **Attributes:** `sweep[rows, partition]`, for one sweep of so many samples over a run of the partition;
+    `fixed[rows]`, for starting a block; `coarse`, for one sweep of the whole batch over all tokens in bfloat16, and
+    `coarse_fixed`, for starting these; `sequential`, for a block solved token by token by the whole batch; `spread`,
+    how far repeated timings differ, as a share.
+    """
+
+    sweep: Mapping[tuple[int, Partition], float]
+    fixed: Mapping[int, float]
+    coarse: float
+    coarse_fixed: float
+    sequential: float
+    spread: float
+
+    def of_sweep(self, rows: int, partition: Partition) -> float:
+        """Seconds of a sweep, linear between the numbers of rows that were timed."""
+        timed = sorted(r for r, p in self.sweep if p == partition)
+        if rows <= timed[0]:
+            return self.sweep[timed[0], partition]
+        high = next((r for r in timed if r >= rows), timed[-1])
+        low = max((r for r in timed if r < high), default=high)
+        if high == low:
+            return self.sweep[high, partition]
+        share = (min(rows, high) - low) / (high - low)
+        return (1 - share) * self.sweep[low, partition] + share * self.sweep[high, partition]
+
+    def of_coarse(self, count: int) -> float:
+        """Seconds of so many sweeps in bfloat16."""
+        return self.coarse_fixed + count * self.coarse if count else 0.0
+
+
+def measure(block: AffineBlock, tuning: Tuning, batch_size: int, flow: ImageFlow) -> Costs:
+    """Time what plans are made of, on the block's device: a second or two.
+
+    A sweep over a run is timed as a solve whose every sweep meets its tolerance: contexts of all lengths, and the
+    loop's own work, are in the mean.
+    """
+    clock = _Clock(block, tuning, batch_size, flow)
+    partitions = {run.partition: None for tuned in tuning.blocks for run in tuned.runs}
+    sweep: dict[tuple[int, Partition], float] = {}
+    fixed: dict[int, float] = {}
+    for rows in sorted({1, *(-(-batch_size // part) for part in (1, 2, 4, 8))}):
+        one, three = (clock.seconds(Whole(), rows, sweeps=k) for k in (1, 3))
+        sweep[rows, Whole()] = max((three - one) / 2, 0.0)
+        fixed[rows] = max(one - sweep[rows, Whole()], 0.0)
+        for partition in partitions:
+            if partition.stop(0, tuning.num_tokens) == tuning.num_tokens:
+                sweep[rows, partition] = sweep[rows, Whole()]
+                continue
+            passes = _runs(partition, tuning.num_tokens)
+            shared = max((clock.seconds(partition, rows) - fixed[rows]) / passes, 0.0)
+            sweep[rows, partition] = shared + clock.own_fronts(partition, rows)
+    coarse = coarse_fixed = math.inf
+    if isinstance(block, LowPrecision):
+        two, four = (clock.seconds(Whole(), batch_size, sweeps=1, coarse=k) for k in (2, 4))
+        coarse = max((four - two) / 2, 0.0)
+        coarse_fixed = max(two - 2 * coarse - fixed[batch_size] - sweep[batch_size, Whole()], 0.0)
+    sequential = clock.seconds(Sequential(), batch_size)
+    return Costs(sweep, fixed, coarse, coarse_fixed, sequential, statistics.median(clock.spreads))
+
+
+def _runs(partition: Partition, num_tokens: int) -> int:
+    """How many runs there are where each passes all its tokens."""
+    count = front = 0
+    while front < num_tokens:
+        front = partition.stop(front, num_tokens)
+        count += 1
+    return count
+
+
+@dataclass
+class _Clock:
+    """Times solves of one block from zeros; `spreads` collects how far repeated timings differ."""
+
+    block: Any
+    tuning: Tuning
+    batch_size: int
+    flow: ImageFlow
+    spreads: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        config, device = self.flow.config, self.flow.var.device
+        shape = (self.batch_size, self.tuning.num_tokens, config.token_channels)
+        self.z = torch.zeros(shape, dtype=state_dtype(self.flow), device=device)
+        self.labels = torch.zeros(self.batch_size, dtype=torch.long, device=device) if config.num_classes else None
+        corrections = (tuned.correction for tuned in self.tuning.blocks)
+        self.correction = next((c for c in corrections if c != Plain()), self.tuning.blocks[0].correction)
+
+    def seconds(self, partition: Partition, rows: int, sweeps: int | None = None, coarse: int = 0) -> float:
+        """The least of a few solves of so many rows: so many sweeps of each token, or one where `None`."""
+        stopping = Tolerance(_SETTLED) if sweeps is None else MaxSweeps(sweeps)
+        solver = Solver(partition, self.tuning.blocks[0].guess, stopping, self.correction, coarse)
+        seconds: list[float] = []
+        while len(seconds) <= REPEATS or sum(seconds) < _LEAST_SECONDS:
+            started = time.perf_counter()
+            solve(self.block, self.z[:rows], solver, self._labels(rows))
+            seconds.append(time.perf_counter() - started)
+        self.spreads.append(statistics.median(seconds[1:]) / min(seconds[1:]) - 1)
+        return min(seconds)
+
+    def own_fronts(self, partition: Partition, rows: int) -> float:
+        """What it costs more to sweep a run where each sample stands at another token."""
+        if rows == 1 or not isinstance(self.block, FrontPerSample) or not isinstance(partition, SlidingRun):
+            return 0.0
+        block: Any = self.block
+        z, size = self.z[:rows], partition.stop(0, self.tuning.num_tokens)
+        start = (z.shape[1] - size) // 2
+        starts = torch.full((rows,), start, device=z.device)
+        cache = block.init_cache(z, self._labels(rows))
+        shared: list[float] = []
+        own: list[float] = []
+        with torch.inference_mode():
+            for _ in range(2 * REPEATS):
+                for seconds, call in (
+                    (shared, lambda: block.update(z, z, start, start + size, cache)),
+                    (own, lambda: block.update_at(z, z, starts, size, start + size, cache)),
+                ):
+                    began = time.perf_counter()
+                    call().sum().item()  # waits for the device
+                    seconds.append(time.perf_counter() - began)
+        return max(statistics.median(own) - statistics.median(shared), 0.0)
+
+    def _labels(self, rows: int) -> Tensor | None:
+        return None if self.labels is None else self.labels[:rows]

@@ -1,0 +1,214 @@
+"""Choose, for a device, a batch size and a tolerance, the cheapest way to solve every block."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from jacobiflow.calibration.report import Report
+from jacobiflow.calibration.tuning import Tuning
+from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.guidance import Guidance, guided, in_force
+from jacobiflow.inversion import invert, prior_tokens
+from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
+from jacobiflow.solvers import Sequential, Solver, Tolerance, Whole, certify, solve
+from jacobiflow.strategy.costs import REPEATS, Costs, measure
+from jacobiflow.strategy.options import Option, PlanSettings, block_options, cheapest, combined
+from jacobiflow.strategy.strategy import Prediction, Strategy, device_name
+
+_ROUNDING = 2.0  # the rounding of one sample is taken to be within this factor of a batch's
+
+
+def plan(
+    flow: ImageFlow, report: Report | Tuning, batch_size: int = 1, tolerance: float = 1e-3,
+    device: torch.device | str | None = None, guidance: Guidance | None = None, *,
+    settings: PlanSettings = PlanSettings(),  # noqa: B008  frozen
+) -> Strategy:  # fmt: skip
+    """The strategy with the least predicted time for a batch whose images are to be within `tolerance`.
+
+    Seconds of a sweep are measured on the device, for the partitions of the tuning and a few numbers of rows. A batch
+    of B samples, whose sweeps are distributed as the tuning found them, takes the sum of its sweeps' seconds, finished
+    samples having left. An image's error is made of the blocks' errors, times amplification; see `combined`.
+    Of all combinations of a way per block, token by token included, the cheapest within the tolerance is found exactly.
+    Under another guidance than the tuning's, sweeps are taken to be as many, and only what stops on a tolerance is
+    chosen.
+
+    The choice is then tried, beside the sequential loop, on a batch that the tuning has not seen. If its images are not
+    within the tolerance, the choice is made again for a smaller one; blocks that the loop solves sooner are left to the
+    loop. The plan predicts what the trial took. It is the loop throughout unless it gains more than timings vary by.
+
+    A network in bfloat16 or float16, or with TF32 products, rounds coarsely. A tolerance below its rounding, which is
+    measured on one sample, is raised to it, with a warning; `Strategy.tolerance` is the raised one.
+
+    **Arguments:** `report` of `jacobiflow.calibrate(..., chord=True)`, or the `Tuning` itself; `device` as a check: the
+    flow must be on it; `settings`, see `PlanSettings`.
+
+    **Raises** `ValueError` for another flow's report, one without a tuning, or settings that do not fit.
+    """
+    tuning = _check(flow, report, batch_size, tolerance, device, guidance)
+    start = FIRST_CALIBRATION_LATENT + tuning.samples  # the tuning has not seen them, and `sample` does not draw them
+    latents = draw_latents(batch_size, flow.config.num_tokens, flow.config.token_channels, tuning.seed, start)
+    if _rounds_coarsely(flow):
+        tolerance = _above_rounding(flow, latents[:1], guidance, tolerance)
+    costs = measure(guided(flow.blocks[0], guidance), tuning, batch_size, flow)
+    counted = in_force(tuning.guidance) == in_force(guidance)
+    options = [block_options(block, costs, batch_size, tolerance, settings, counted) for block in tuning.blocks]
+    chosen, loop = _choose(options, costs, tolerance, settings, lambda chosen: trial(flow, chosen, latents, guidance))
+    return Strategy(
+        solvers=tuple(option.solver for option in chosen),
+        fingerprint=tuning.fingerprint,
+        tolerance=float(tolerance),
+        prediction=Prediction(
+            device=device_name(flow.var.device),
+            batch_size=batch_size,
+            guidance=guidance,
+            seconds=_seconds(chosen),
+            sequential_seconds=_seconds(loop),
+            error=combined([option.error for option in chosen]),
+            spread=costs.spread,
+        ),
+    )
+
+
+def _check(
+    flow: ImageFlow, report: Report | Tuning, batch_size: int, tolerance: float, device: torch.device | str | None,
+    guidance: Guidance | None,
+) -> Tuning:  # fmt: skip
+    tuning = report if isinstance(report, Tuning) else report.tuning
+    if tuning is None:
+        raise ValueError("this report has no tuning: calibrate with chord=True")
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r}: give a positive whole number")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance {tolerance!r}: give a positive number; at 0 use strategy 'sequential'")
+    if guidance is not None and not isinstance(guidance, Guidance):
+        raise ValueError(f"guidance={guidance!r}: give a Guidance, such as Guidance({guidance!r})")
+    if device is not None and torch.device(device).type != flow.var.device.type:
+        raise ValueError(f"device {device}: the flow is on {flow.var.device}; move it there first")
+    tuning.check(flow)
+    if len(tuning.blocks) != flow.config.num_blocks:
+        raise ValueError(f"tuning of {len(tuning.blocks)} blocks, but the flow has {flow.config.num_blocks}")
+    return tuning
+
+
+# ------------------------------------------------------------------------------------------------------------ rounding
+
+
+def _rounds_coarsely(flow: ImageFlow) -> bool:
+    """Whether the network's products have fewer digits than float32."""
+    device = flow.var.device.type
+    tf32 = device == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    return flow.var.dtype.itemsize < 4 or torch.is_autocast_enabled(device) or tf32
+
+
+def _above_rounding(
+    flow: ImageFlow, latents: Float[Tensor, "1 t c"], guidance: Guidance | None, tolerance: float
+) -> float:
+    """The tolerance, or twice what rounding leaves of one sample, if that is more; then with a warning."""
+    least = _ROUNDING * rounding_floor(flow, latents, guidance)
+    if least <= tolerance:
+        return tolerance
+    warnings.warn(
+        f"tolerance {tolerance:g} is below the rounding of this flow's network: planned for {least:.1e}; a wider dtype "
+        "allows a smaller one",
+        stacklevel=3,
+    )
+    return least
+
+
+def rounding_floor(flow: ImageFlow, latents: Float[Tensor, "1 t c"], guidance: Guidance | None) -> float:
+    """What rounding leaves of one sample, however it is solved.
+
+    The larger of the residual |g(x) - x| of the sequential loop's answers, over the blocks, and the difference between
+    its image and that of sweeps which stop at this residual.
+    """
+    labels, largest = _labels(flow, 1), 0.0
+
+    def solve_block(i: int, z: Tensor) -> Tensor:
+        nonlocal largest
+        block = guided(flow.blocks[i], guidance)
+        exact = solve(block, z[:1], Solver(Sequential()), labels).x
+        largest = max(largest, float(certify(block, z[:1], exact, labels).max()))
+        swept = solve(block, z[1:], Solver(Whole(), stopping=Tolerance(largest)), labels).x
+        return torch.cat((exact, swept))
+
+    exact, swept = invert(flow, prior_tokens(flow, latents).repeat(2, 1, 1), solve_block)
+    return max(largest, float((exact - swept).abs().max()))
+
+
+# -------------------------------------------------------------------------------------------------- choosing and trying
+
+
+class Trial(NamedTuple):
+    """Seconds that each block took as planned and by the sequential loop, and the largest error of an image."""
+
+    seconds: tuple[float, ...]
+    sequential: tuple[float, ...]
+    error: float
+
+
+def _choose(
+    options: Sequence[Sequence[Option]], costs: Costs, tolerance: float, settings: PlanSettings,
+    attempt: Callable[[Sequence[Option]], Trial],
+) -> tuple[list[Option], list[Option]]:  # fmt: skip
+    """An option per block, and the sequential loop's, with the seconds that they took where they were tried."""
+    alone = Option(Solver(Sequential()), costs.sequential, 0.0)
+    loop = [alone] * len(options)
+    enough = 1 - settings.margin - costs.spread
+    budget = tolerance
+    for _ in range(settings.trials):
+        chosen = cheapest([[alone, *found] for found in options], budget)
+        if _seconds(chosen) > enough * _seconds(loop):
+            break
+        tried = attempt(chosen)
+        if tried.error <= tolerance:
+            loop = [alone._replace(seconds=seconds) for seconds in tried.sequential]
+            timed = [option._replace(seconds=seconds) for option, seconds in zip(chosen, tried.seconds, strict=True)]
+            best = [min(pair, key=lambda option: option.seconds) for pair in zip(timed, loop, strict=True)]
+            return (best if _seconds(best) <= enough * _seconds(loop) else loop), loop
+        budget *= settings.stricter
+    return loop, loop
+
+
+def _seconds(options: Sequence[Option]) -> float:
+    return sum(option.seconds for option in options)
+
+
+def trial(
+    flow: ImageFlow, chosen: Sequence[Option], latents: Float[Tensor, "b t c"], guidance: Guidance | None
+) -> Trial:
+    """Solve one batch of latents both ways: the options' median of a few runs, and the loop's one run.
+
+    The error is infinite where the options lose a sample in the last block that the loop does not; one that they lost
+    before goes on as zeros.
+    """
+    num, labels = len(latents), _labels(flow, len(latents))
+    seconds, sequential = {}, {}
+
+    def solve_block(i: int, x: Tensor) -> Tensor:
+        """The rows as planned, and then the same by the loop."""
+        block, z = guided(flow.blocks[i], guidance), x.nan_to_num(0.0, 0.0, 0.0)
+        runs = [solve(block, z[:num], chosen[i].solver, labels) for _ in range(REPEATS)]
+        alone = solve(block, z[num:], Solver(Sequential()), labels)
+        seconds[i] = statistics.median(run.seconds for run in runs)
+        sequential[i] = alone.seconds
+        return torch.cat((runs[0].x, alone.x))
+
+    planned, exact = invert(flow, prior_tokens(flow, latents).repeat(2, 1, 1), solve_block).chunk(2)
+    error = (planned - exact)[torch.isfinite(exact)].abs().nan_to_num(torch.inf)
+    largest = float(error.max()) if len(error) else math.inf
+    blocks = range(flow.config.num_blocks)
+    return Trial(tuple(seconds[i] for i in blocks), tuple(sequential[i] for i in blocks), largest)
+
+
+def _labels(flow: ImageFlow, num: int) -> Int[Tensor, " n"] | None:
+    """All classes in turn."""
+    classes = flow.config.num_classes
+    return torch.arange(num, device=flow.var.device) % classes if classes else None

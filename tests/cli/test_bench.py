@@ -1,0 +1,162 @@
+"""`jacobiflow bench`: it writes what the library measures."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from problems import make_flow, to_float32
+from running import figures, run_line
+
+import jacobiflow as jf
+from jacobiflow.measuring import machine, paired_error
+from jacobiflow.strategy import Prediction
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+GUIDANCE = jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8)
+GUIDED = "--guidance 0.7 --guidance-on shift --constant-guidance --attn-temperature 0.8"
+BASELINES = ["growing cache", "sequential"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its report, and strategies."""
+    folder = tmp_path_factory.mktemp("work")
+    flow = to_float32(make_flow(num_classes=3))
+    flow.save_pretrained(folder / "model")
+    window = jf.Strategy.uniform(jf.Solver(jf.Window(4), stopping=jf.Tolerance(1e-2)), 2)
+    window.save(folder / "window.json")
+    prediction = Prediction("cpu with 1 threads", 2, None, 1.0, 2.0, 0.0, 0.0)
+    replace(window, prediction=prediction).save(folder / "planned.json")
+    images = torch.randn(9, 1, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    jf.calibrate(flow, images, torch.arange(9) % 3, segments=4, traced=3, progress=False).save(folder / "report.json")
+    (folder / "file").write_text("a regular file")
+    return folder
+
+
+@pytest.fixture
+def run(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "80")
+    return lambda line: run_line(f"bench {line}", capsys)
+
+
+def rows_of(out: Path) -> dict[str, Any]:
+    (entry,) = figures(out / "bench.json")["comparisons"]
+    return {row["strategy"]: row for row in entry["rows"]}
+
+
+def test_a_bundled_model_end_to_end(run: Any, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "folder"
+    result = run(
+        "--model digits-p1 --strategy auto --strategy '[2-4-5-6]' --strategy sequential --batch-size 2 --batch-size 1 "
+        f"--batch-size 2 --repeats 1 --seed 3 --out {out} --json {tmp_path}/copy.json"
+    )
+    assert (result.code, result.err) == (0, "")
+    assert sorted(os.listdir(out)) == ["bench.json", "bench.png"]
+    assert (out / "bench.json").read_bytes() == (tmp_path / "copy.json").read_bytes()
+    with Image.open(out / "bench.png") as picture:
+        assert picture.width > 900
+    shown, flow = figures(out / "bench.json"), jf.load("digits-p1")
+    want = {
+        "model": "digits-p1", "num_tokens": 64, "num_blocks": 4, "dtype": "float32", "seed": 3, "labels": "balanced",
+        "certify": True, "repeats": 1, "guidance": None, "tolerance": None, "report": None, "machine": machine(),
+    }  # fmt: skip
+    assert {name: shown[name] for name in want} == want
+    assert [entry["batch_size"] for entry in shown["comparisons"]] == [2, 1]
+    assert all(list(found) == ["auto"] for found in shown["predictions"].values())
+    for entry in shown["comparisons"]:
+        size = entry["batch_size"]
+        assert [row["strategy"] for row in entry["rows"]] == [*BASELINES, "auto", "[2-4-5-6]"]
+        draw = partial(jf.sample, flow, size, torch.arange(size), 3, progress=False)
+        for row in entry["rows"][2:]:
+            found = draw(strategy=row["strategy"])
+            assert found.certificate is not None
+            assert row["error"] == asdict(paired_error(found.images, draw(strategy="sequential").images))
+            assert row["network_calls"] == found.network_calls
+            assert row["certificate"] == float(found.certificate.max())
+        table = result.out.partition(f"\nbatch size {size}\n")[2].partition("predicted")[0].splitlines()
+        assert max(map(len, table)) <= 80
+        lines = [re.split(r" {2,}| (?=\d)", line) for line in table[3 : 3 + len(entry["rows"])]]
+        for row, cells in zip(entry["rows"], lines, strict=True):
+            assert cells[:2] == [row["strategy"], f"{row['seconds']['median']:.3f}"]
+            assert cells[3:5] == [f"{row['speed_up'][name]:.2f}" for name in BASELINES]
+    assert "\nover orig.: times as fast as the loop of the original code, growing cache\n" in result.out
+    assert result.out.endswith(f"wrote {out}/bench.png and {out}/bench.json\n")
+
+
+def test_settings_reach_the_library(run: Any, tmp_path: Path) -> None:
+    line = f"--labels 0,2 {GUIDED} --dtype float64 --tolerance 1e-6 --report report.json"
+    result = run(f"--model model --strategy jacobi --batch-size 3 --repeats 1 {line} --out {tmp_path}")
+    assert result.code == 0
+    assert result.err == "warning: --report report.json: calibrated under other guidance; it may start far off\n"
+    shown, flow = figures(tmp_path / "bench.json"), jf.load("./model", dtype="float64")
+    assert (shown["guidance"], shown["tolerance"], shown["report"]) == (asdict(GUIDANCE), 1e-6, "report.json")
+    draw = partial(jf.sample, flow, 3, torch.tensor([0, 2, 0]), guidance=GUIDANCE, progress=False)
+    plan = jf.Strategy.parse("jacobi", jf.Report.load("report.json"), tolerance=1e-6)
+    rows, exact = rows_of(tmp_path), draw(strategy="sequential").images
+    assert rows["jacobi"]["error"] == asdict(paired_error(draw(strategy=plan).images, exact))
+    assert 0 < rows["jacobi"]["certificate"] <= 1e-6
+    assert rows["growing cache"]["error"]["max"] < 1e-10
+
+
+def test_a_tolerance_is_for_the_strategies_that_have_one(run: Any, tmp_path: Path) -> None:
+    line = "--model model --batch-size 2 --repeats 1 --strategy window.json"
+    assert run(f"{line} --strategy jacobi-2 --strategy window:4 --tolerance 1e-5 --out {tmp_path}").code == 0
+    rows = rows_of(tmp_path)
+    assert rows["window:4"]["certificate"] <= 1e-5
+    assert rows["window.json"]["certificate"] <= 1e-5 < rows["jacobi-2"]["certificate"]
+    assert run(f"{line} --out {tmp_path}").code == 0
+    assert 1e-5 < rows_of(tmp_path)["window.json"]["certificate"] <= 1e-2
+    assert run(f"{line} --strategy planned.json --strategy auto:1e-1 --no-certify --out {tmp_path}").code == 0
+    rows = rows_of(tmp_path)
+    assert list(rows) == [*BASELINES, "window.json", "planned.json", "auto:1e-1"]
+    assert rows["auto:1e-1"]["certificate"] is None
+    assert list(figures(tmp_path / "bench.json")["predictions"]["2"]) == ["auto:1e-1"]
+
+
+def test_lost_samples_stay_json_and_are_drawn(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = jf.load("./model")
+    flow.blocks[0].proj_out.bias[:4] = 200  # exp(200) overflows float32: so does the exact inverse
+    monkeypatch.chdir(tmp_path)
+    flow.save_pretrained("[/red]")  # no markup
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        result = run("--model './[/red]' --strategy jacobi --batch-size 2 --repeats 1 --out '[bold]'")
+    assert result.code == 0
+    assert all("the exact inverse itself overflows" in line for line in result.err.splitlines())
+    assert result.out.startswith("./[/red] on ")
+    assert "wrote [bold]/bench.png and [bold]/bench.json\n" in result.out
+    rows = rows_of(tmp_path / "[bold]")
+    assert rows["jacobi"]["error"]["max"] == 0  # both answers say that there is none
+    assert rows["growing cache"]["error"]["max"] is None  # it does not say so
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("--repeats 0", "--repeats 0: give a positive number of rounds"),
+        ("--batch-size 4 --batch-size 0", "--batch-size 0: give a positive number of images"),
+        ("--strategy auto --strategy '[7-4-5-6]'", r"strategy '\[7-4-5-6\]': Stack names block 7, the flow has 0 to 1"),
+        ("--strategy planned.json --batch-size 4", "the strategy was planned for batch.* 2, not 4: plan again.*"),
+        ("--strategy jacobi-3 --tolerance 1e-4", "--tolerance 0.0001: every strategy stops .*; leave it out"),
+        ("--strategy jacobi --tolerance nan", ".*nan.*"),
+        ("--strategy jacobi --labels 3", r"label 3: this flow has classes 0 to 2 \(below 0: no class\)"),
+        ("--strategy jacobi --out file", "--out file: cannot write there .*"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(line: str, error: str, run: Any, folder: Path) -> None:
+    before = sorted(str(path) for path in folder.rglob("*"))
+    result = run(f"--model model {line}")
+    assert result.code == 2
+    assert re.fullmatch(rf"error: {error}\n", result.err), result.err
+    assert sorted(str(path) for path in folder.rglob("*")) == before

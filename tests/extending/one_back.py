@@ -1,0 +1,33 @@
+"""A correction from outside the package: the residual of the token before adds to a token's step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+import jacobiflow as jf
+
+
+@jf.register("one_back")
+@dataclass(frozen=True)
+class OneBack(jf.Correction):
+    """X^(k+1)_t = g_t + gain r_(t-1), where r = g(X^(k)) - X^(k)."""
+
+    gain: float
+
+    def __call__(self, x: Tensor, g: Tensor) -> Tensor:
+        return g + self.gain * _before((g - x).nan_to_num(0.0, 0.0, 0.0))
+
+    @classmethod
+    def fit(cls, block: jf.Block, x: Tensor, z: Tensor, guess: jf.Guess, context: Tensor | None) -> jf.Correction:
+        """The gain that best predicts what is left after a plain sweep from the guess, by least squares."""
+        start = guess(z)
+        residual = block.update(start, z, 0, z.shape[1], block.init_cache(z, context)) - start
+        before, left = _before(residual), x - start - residual
+        return cls(float((before * left).sum() / before.square().sum()))
+
+
+def _before(residual: Tensor) -> Tensor:
+    return F.pad(residual, (0, 0, 1, 0))[:, :-1]

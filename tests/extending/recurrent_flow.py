@@ -1,0 +1,78 @@
+"""A flow from outside the package: rows of an image as tokens, read by a gated recurrent network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jacobiflow.flows import FlowBlock, ImageFlow, KeepsNothing, Permutation, register
+
+
+@dataclass(frozen=True)
+class RecurrentConfig:
+    """Shape of a `RecurrentFlow`, whose networks have so many `channels`."""
+
+    in_channels: int
+    image_size: int
+    channels: int
+    num_blocks: int
+    num_classes: int = 0
+    noise_std: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.image_size
+
+    @property
+    def token_channels(self) -> int:
+        return self.in_channels * self.image_size
+
+
+class RecurrentBlock(FlowBlock, KeepsNothing):
+    """Log-scale and shift of row t from the state after row t-1; the cache holds that state for every row."""
+
+    def __init__(self, config: RecurrentConfig, permutation: Permutation) -> None:
+        super().__init__()
+        self.permutation = permutation
+        self.start = nn.Parameter(torch.zeros(config.num_classes + 1, config.channels))  # the last: no class
+        self.network = nn.GRU(config.token_channels, config.channels, batch_first=True)
+        self.out = nn.Linear(config.channels, 2 * config.token_channels)
+        nn.init.zeros_(self.out.weight)
+
+    def init_cache(self, z: Tensor, context: Tensor | None = None, attn_temperature: Tensor | None = None) -> Tensor:
+        states = self.start.new_zeros(len(z), z.shape[1], self.start.shape[1])
+        states[:, 0] = self.start[-1 if context is None else context.clamp(min=-1)]
+        return states
+
+    def affine(self, x: Tensor, start: int, stop: int, cache: Tensor) -> tuple[Tensor, Tensor]:
+        first = max(start - 1, 0)
+        if stop - 1 > first:
+            state = cache[:, first].unsqueeze(0).contiguous()
+            cache[:, first + 1 : stop] = self.network(x[:, first : stop - 1].to(cache.dtype), state)[0]
+        scale, shift = self.out(cache[:, start:stop]).to(x.dtype).chunk(2, dim=-1)
+        return scale.tanh(), shift
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.affine(x, 0, x.shape[1], self.init_cache(x, labels))
+
+
+@register
+class RecurrentFlow(ImageFlow):
+    """A stack of recurrent blocks over the rows of an image."""
+
+    model_type, config_type, block_type = "recurrent", RecurrentConfig, RecurrentBlock
+
+    @classmethod
+    def config_from_options(
+        cls, *, channels: int, blocks: int, layers: int, noise_std: float = 0.1, **sizes: Any
+    ) -> Any:
+        return RecurrentConfig(channels=channels, num_blocks=blocks, noise_std=noise_std, **sizes)
+
+    def to_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images.transpose(1, 2).flatten(2), images.new_zeros(len(images))
+
+    def to_images(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.config.in_channels, -1)).transpose(1, 2)

@@ -1,0 +1,105 @@
+"""Pieces that are registered from outside the package go through every command, as an installed extension."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from problems import make_flow, to_float32
+
+import jacobiflow as jf
+
+HERE = Path(__file__).resolve().parent
+PIECES = ("breathing_window", "scaled_latent", "one_back")
+COMMANDS = """
+calibrate --model tiny --images images --num 8 --traced 4 --chord --out tiny/report.json
+plan --model tiny --batch-size 2 --out plan.json
+sample --model digits-p1 --num 4 --compare --strategy breathing:4-32 --out real
+sample --model tiny --num 4 --strategy made.json --shard-size 2 --batch-size 2 --out samples
+sample --model tiny --num 6 --strategy made.json --shard-size 2 --batch-size 2 --out samples --json resumed.json
+sample --model tiny --num 2 --strategy auto --out auto
+evaluate --model tiny --samples samples --features none --paired 4 --out evaluated
+bench --model tiny --strategy breathing:2-8 --strategy auto --batch-size 2 --repeats 1 --out bench
+compare --model fashion-p2 --strategy breathing:16-64 --num 2 --batch-size 2 --repeats 1 --out compared
+trace --model tiny --report tiny/report.json --num 2 --strategy breathing:2-8 --out traced
+"""
+RUN = """
+import shlex, sys
+from jacobiflow.cli import main
+for line in sys.stdin.read().strip().splitlines():
+    try:
+        main(shlex.split(line))
+    except SystemExit as stop:
+        assert not stop.code, line
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The commands' working folder, after they ran with the pieces installed: modules behind an entry point."""
+    import numpy as np
+    from PIL import Image
+
+    home = tmp_path_factory.mktemp("pieces")
+    to_float32(make_flow(num_classes=3)).save_pretrained(home / "tiny")
+    rng = np.random.default_rng(0)
+    for i in range(9):
+        path = home / "images" / str(i % 3) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(path)
+    solver = {
+        "partition": {"kind": "breathing", "least": 2, "most": 8},
+        "guess": {"kind": "scaled_latent", "scale": [0.5, 0.5, 0.5, 0.5]},
+        "correction": {"kind": "one_back", "gain": 0.25},
+        "stopping": {"atol": 1e-4, "max_sweeps": None},
+    }
+    (home / "made.json").write_text(json.dumps({"format_version": 1, "blocks": [solver] * 2}))
+    installed = home / "site" / "pieces-1.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: pieces\nVersion: 1\n")
+    (installed / "entry_points.txt").write_text("[jacobiflow]\n" + "".join(f"{name} = {name}\n" for name in PIECES))
+    paths = os.pathsep.join([str(home / "site"), str(HERE), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": paths, "XDG_CACHE_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-c", RUN], input=COMMANDS, env=env, cwd=home, capture_output=True, text=True
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return home
+
+
+def test_calibration_tries_and_keeps_them(folder: Path) -> None:
+    """In the report: runs of the partition, and what each fitted piece is, by its registered name."""
+    blocks = json.loads((folder / "tiny" / "report.json").read_text())["tuning"]["blocks"]
+    for block in blocks:
+        kinds = {run["partition"]["kind"] for run in block["runs"]}
+        assert kinds == {"window", "breathing"}
+        assert block["guess"]["kind"] in ("causal_linear", "scaled_latent")
+        assert block["correction"]["kind"] in ("plain", "chord", "one_back")
+
+
+def test_the_partition_solves_a_trained_model(folder: Path) -> None:
+    figures = json.loads((folder / "real" / "manifest.json").read_text())
+    assert figures["strategy"] == "breathing:4-32"
+    certificate = jf.SampleFolder.open(folder / "real").certificate()
+    assert certificate is not None
+    assert certificate.max() <= 1e-3
+
+
+def test_samples_go_on_and_are_those_of_the_loop(folder: Path) -> None:
+    assert json.loads((folder / "resumed.json").read_text())["drawn"] == 2
+    evaluated = json.loads((folder / "evaluated" / "evaluation.json").read_text())
+    assert evaluated["certificates"]["max"] <= 1e-4
+    assert evaluated["paired"]["max"] < 1e-2
+
+
+def test_bench_compare_and_trace_have_their_row(folder: Path) -> None:
+    rows = json.loads((folder / "bench" / "bench.json").read_text())["comparisons"][0]["rows"]
+    assert [row["strategy"] for row in rows][2:] == ["breathing:2-8", "auto"]
+    assert next(row for row in rows if row["strategy"] == "breathing:2-8")["error"]["max"] < 1e-2
+    rows = json.loads((folder / "compared" / "comparison.json").read_text())["rows"]
+    assert next(row for row in rows if row["name"] == "breathing:16-64")["max"] < 1e-2
+    assert (folder / "traced" / "comparison.png").is_file()

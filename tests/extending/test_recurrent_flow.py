@@ -1,0 +1,75 @@
+"""A flow that is registered from outside goes wherever TarFlow and MAF go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from recurrent_flow import RecurrentConfig, RecurrentFlow
+from running import figures, run_line
+
+import jacobiflow as jf
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of a few training steps on digits, by the command line."""
+    from jacobiflow.cli.app import main
+
+    out = tmp_path_factory.mktemp("recurrent") / "model"
+    line = "train --flow recurrent --images digits --image-size 8 --channels 16 --blocks 2 --batch-size 32 --warmup 5"
+    main([*line.split(), "--noise-std", "0.2", "--learning-rate", "0.01", "--steps", "40", "--out", str(out)])
+    return out
+
+
+def test_it_is_trained_saved_and_loaded(model: Path) -> None:
+    flow = jf.load(model)
+    assert type(flow) is RecurrentFlow
+    assert flow.config == RecurrentConfig(1, 8, channels=16, num_blocks=2, num_classes=10, noise_std=0.2)
+    assert (flow.blocks[0].out.weight != 0).any()
+    flow.save_pretrained(model.parent / "copy")
+    assert (model.parent / "copy/model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+
+
+def test_its_samples_encode_to_their_latents(model: Path) -> None:
+    flow, labels = jf.load(model, dtype="float64"), torch.tensor([0, 9, -1, 4])
+    for strategy in ("sequential", "jacobi", "window:3", "auto"):
+        guidance = jf.Guidance(0.5) if strategy == "jacobi" else None
+        out = jf.sample(flow, 4, labels, strategy=strategy, guidance=guidance, denoise=0.0, progress=False)
+        assert out.certificate.max() <= 1e-3
+        if guidance is None:
+            assert (flow.encode(out.images, labels)[0] - out.latents).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "info --model {model} --json {out}.json",
+        "calibrate --model {model} --images digits --num 32 --traced 4 --chord --out {model}/report.json",
+        "plan --model {model} --batch-size 2 --out {out}.json",
+        "sample --model {model} --num 3 --denoise 1 --strategy auto --out {out}",
+        "trace --model {model} --num 2 --report {model}/report.json --strategy Jacobi-5 --out {out}",
+        "bench --model {model} --strategy jacobi --batch-size 2 --repeats 1 --out {out}",
+    ],
+)  # in this order: later ones plan by the report
+def test_every_command_takes_it(line: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = line.split()[0]
+    result = run_line(line.format(model=model, out=model.parent / name), capsys)
+    assert result.code == 0, result.err
+    if name == "sample":
+        assert jf.SampleFolder.open(model.parent / name).certificate().max() <= 1e-3
+
+
+def test_training_goes_on_where_it_stopped(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "train --flow recurrent --images digits --image-size 8 --channels 16 --blocks 2 --batch-size 32 --warmup 5"
+    result = run_line(f"{line} --noise-std 0.2 --steps 42 --out {model} --json {model.parent}/t.json", capsys)
+    assert result.code == 0, result.err
+    assert figures(model.parent / "t.json")["last_step"]["step"] == 42
+
+
+def test_an_option_that_it_has_not_is_refused(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"train --flow recurrent --images digits --image-size 8 --steps 1 --patch-size 2 --out {model.parent}/no"
+    result = run_line(line, capsys)
+    assert result.code == 2
+    assert "--patch-size 2: not an option of --flow recurrent; leave it out" in result.err

@@ -1,0 +1,205 @@
+"""The original code's `.pth` files: round trips, and one clear line for all that is broken."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import SMALL, assert_same, error_of, make
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
+from jacobiflow.flows.tarflow.original import infer_config, read_original
+
+ORIGINAL = replace(SMALL, channels=64, head_dim=64, expansion=4)
+
+
+def original_state(flow: TarFlow) -> dict[str, Any]:
+    """The state dict that the original code would have, written out from its list of keys."""
+    tokens = flow.config.num_tokens
+    masks = {f"blocks.{i}.attn_mask": torch.tril(torch.ones(tokens, tokens)) for i in range(flow.config.num_blocks)}
+    return {name: tensor.clone() for name, tensor in (flow.state_dict() | masks).items()}
+
+
+@pytest.fixture
+def pth(tmp_path: Path) -> Path:
+    path = tmp_path / "model.pth"
+    torch.save(original_state(make()), path)
+    return path
+
+
+@pytest.mark.parametrize("change", [{"nvp": True}, {"nvp": False, "num_classes": 0}])
+def test_round_trip(tmp_path: Path, change: dict[str, Any]) -> None:
+    flow = make(replace(ORIGINAL, **change))
+    flow.to_original(tmp_path / "out.pth")
+    assert_same(torch.load(tmp_path / "out.pth", weights_only=True), original_state(flow))
+    loaded = TarFlow.from_original(tmp_path / "out.pth", flow.config)
+    assert_same(loaded.state_dict(), flow.state_dict())
+    assert loaded.config == flow.config
+    assert not loaded.training
+
+
+def test_half_precision_becomes_float32(pth: Path) -> None:
+    half = {name: tensor.bfloat16() for name, tensor in original_state(make()).items()}
+    torch.save(half, pth)
+    wanted = {name: tensor.float() for name, tensor in half.items() if not name.endswith("attn_mask")}
+    assert_same(TarFlow.from_original(pth, SMALL).state_dict(), wanted)
+
+
+def test_the_prefix_of_parallel_training_is_taken_off(pth: Path) -> None:
+    prefixed = {f"module.{name}": tensor for name, tensor in original_state(make()).items()}
+    torch.save(prefixed, pth)
+    assert_same(TarFlow.from_original(pth, SMALL).state_dict(), make().state_dict())
+    prefixed["var"] = prefixed.pop("module.var")  # of some names only
+    torch.save(prefixed, pth)
+    assert "no 'blocks.0.proj_in.weight'" in error_of(TarFlow.from_original, pth, SMALL)
+
+
+def test_the_old_format_and_strides(pth: Path) -> None:
+    state = original_state(make())
+    state["var"] = state["var"].T.contiguous().T
+    torch.save(state, pth, _use_new_zipfile_serialization=False)
+    loaded = TarFlow.from_original(pth, SMALL)
+    assert_same(loaded.state_dict(), make().state_dict())
+    assert loaded.var.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ({"channels": 16, "num_blocks": 1}, "channels=8 rather than 16, num_blocks=2 rather than 1"),
+        ({"num_blocks": 10**9}, "num_blocks=2 rather than 1000000000"),
+        ({"layers_per_block": 2, "num_classes": 0}, "layers_per_block=1 rather than 2, num_classes=3 rather than 0"),
+        ({"nvp": False, "expansion": 4}, "nvp=True rather than False, expansion=2 rather than 4"),
+        ({"image_size": 4096, "patch_size": 1}, "image_size=4 rather than 4096, patch_size=2 rather than 1"),
+        ({"in_channels": 3}, "in_channels=1 rather than 3"),
+    ],
+)
+def test_a_config_that_the_shapes_contradict_is_told_what_they_say(
+    pth: Path, change: dict[str, Any], remedy: str
+) -> None:
+    message = error_of(TarFlow.from_original, pth, replace(SMALL, **change))
+    assert message == f"{pth}: does not fit the config: the shapes say {remedy}"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "words"),
+    [
+        ("blocks.0.attn_mask", torch.ones(4, 4), "expected ones on and below the diagonal of (4, 4), zeros above"),
+        ("blocks.1.attn_mask", None, "blocks.1.attn_mask: expected ones"),
+        ("blocks.1.attn_mask", torch.ones(4, 4).tril().to_sparse(), "blocks.1.attn_mask: expected ones"),
+        ("blocks.0.proj_in.bias", torch.ones(8).bool(), "blocks.0.proj_in.bias torch.bool"),
+        ("blocks.0.proj_in.bias", torch.ones(8).to_sparse(), "expected dense floating-point values"),
+        ("blocks.0.proj_in.bias", torch.ones(8, device="meta"), "expected dense floating-point values"),
+        ("blocks.0.proj_in.bias", torch.full((8,), torch.nan), "blocks.0.proj_in.bias has non-finite values"),
+        ("blocks.999999999.x", torch.ones(1), "one is numbered 999999999"),
+        ("blocks.0.attn_mask.x", torch.ones(1), "blocks.0.attn_mask.x (1,): unknown"),
+    ],
+)  # fmt: skip
+def test_a_tensor_that_does_not_fit_is_named(pth: Path, name: str, tensor: Tensor | None, words: str) -> None:
+    state = original_state(make()) | {name: tensor}
+    torch.save({key: value for key, value in state.items() if value is not None}, pth)
+    assert words in error_of(TarFlow.from_original, pth, SMALL)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
+@given(share=st.floats(0, 1, exclude_max=True), legacy=st.booleans())
+def test_a_file_that_was_cut_short(tmp_path: Path, share: float, legacy: bool) -> None:
+    path = tmp_path / "cut.pth"
+    torch.save(original_state(make()), path, _use_new_zipfile_serialization=not legacy)
+    os.truncate(path, int(share * path.stat().st_size))
+    assert str(path) in error_of(TarFlow.from_original, path, SMALL)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_code_does_not_run(tmp_path: Path, zipped: bool) -> None:
+    path, sentinel = tmp_path / "evil.pth", tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(sentinel),)
+
+    if zipped:
+        torch.save({**original_state(make()), "extra": Evil()}, path)
+    else:
+        path.write_bytes(pickle.dumps(Evil(), protocol=2))
+    assert "was not run; give a file that torch.save" in error_of(TarFlow.from_original, path, SMALL)
+    assert not sentinel.exists()
+    if not zipped:  # the trap works
+        pickle.loads(path.read_bytes())
+        assert sentinel.exists()
+
+
+def test_what_is_no_state_dict(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    assert "No such file" in error_of(TarFlow.from_original, path, SMALL)
+    assert "Is a directory" in error_of(TarFlow.from_original, tmp_path, SMALL)
+    path.write_text("once upon a time")
+    assert "no PyTorch file" in error_of(TarFlow.from_original, path, SMALL)
+    for content, words in (
+        ([torch.ones(2)], "holds a list, not a dict"),
+        ({"model": {}, "step": 3, 4: torch.ones(1)}, "entries other than tensors: 'model', 'step', 4;"),
+        ({}, "not the state dict of a TarFlow: no 'blocks.0.proj_in.weight'"),
+    ):
+        torch.save(content, path)
+        assert words in error_of(TarFlow.from_original, path, SMALL)
+
+
+def test_export_refuses(tmp_path: Path) -> None:
+    assert "head_dim=4, expansion=2" in error_of(make().to_original, tmp_path / "x.pth")
+    flow = make(ORIGINAL)
+    assert "cannot be written" in error_of(flow.to_original, tmp_path)
+    flow.var[0, 0] = torch.inf
+    assert "not written: var" in error_of(flow.to_original, tmp_path / "x.pth")
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    in_channels=st.integers(1, 4),
+    side=st.integers(1, 4),
+    patch_size=st.integers(1, 3),
+    heads=st.integers(1, 2),
+    num_blocks=st.integers(1, 3),
+    layers_per_block=st.integers(1, 2),
+    num_classes=st.integers(0, 3),
+    nvp=st.booleans(),
+    expansion=st.integers(1, 3),
+)
+def test_shapes_say_the_config(side: int, patch_size: int, heads: int, **sizes: int) -> None:
+    config = TarFlowConfig(image_size=side * patch_size, patch_size=patch_size, channels=heads * 64, **sizes)
+    with torch.device("meta"):
+        state = TarFlow(config).state_dict()
+    assert infer_config(state, patch_size=patch_size) == config
+    assert infer_config(state, in_channels=config.in_channels) == config
+
+
+def test_what_shapes_do_not_say(pth: Path) -> None:
+    state = read_original(pth)
+    assert replace(infer_config(state, patch_size=2, head_dim=4), noise_std=0.1) == SMALL
+    assert "in_channels * patch_size² = 4" in error_of(infer_config, state)
+    for given_sizes in ({"patch_size": 3}, {"in_channels": 2}, {"in_channels": 2, "patch_size": 2}):
+        assert "must be 4" in error_of(infer_config, state, **given_sizes)
+    assert "patch_size=0" in error_of(infer_config, state, patch_size=0)
+    with pytest.raises(ValueError, match="head_dim=64"):
+        infer_config(state, patch_size=2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"blocks.0.pos_embed": torch.ones(5, 8)},
+        {"blocks.0.proj_out.weight": torch.ones(5, 8)},
+        {"blocks.0.proj_in.weight": torch.ones(0, 4)},
+    ],
+)
+def test_shapes_of_another_model(change: dict[str, Tensor]) -> None:
+    message = error_of(infer_config, make().state_dict() | change, patch_size=2)
+    assert "not the state dict of a TarFlow" in message

@@ -1,0 +1,120 @@
+"""The blocks of a TarFlow against the oracle, in float64: runs over a cache, temperatures, bfloat16."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import Oracle
+from problems import latents, make_flow
+
+import jacobiflow as jf
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FLOWS: list[dict[str, Any]] = [
+    {"image_size": 6, "num_classes": 3},
+    {"image_size": 6, "in_channels": 3, "nvp": False},
+]
+LABELS = torch.tensor([0, -1, 2, 1])
+CONFIG = jf.TarFlowConfig(1, 8, 2, channels=32, num_blocks=2, layers_per_block=1, head_dim=16)
+
+
+def close(actual: Any, expected: Any) -> None:
+    for have, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-10, atol=1e-10)
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_a_run_after_its_prefix_is_the_full_pass(data: st.DataObject) -> None:
+    flow = make_flow(**data.draw(st.sampled_from(FLOWS)))
+    i = data.draw(st.integers(0, 1))
+    block, labels, length = flow.blocks[i], LABELS if flow.config.num_classes else None, 9
+    x, wrong = latents(flow, 4), latents(flow, 4, seed=1)
+    temperature = data.draw(st.sampled_from([None, torch.tensor([1.0, 0.5, 2.0, 1.0])]))
+    full = Oracle(flow).parameters(i, x, labels, 1.0 if temperature is None else temperature.view(-1, 1, 1, 1))
+    kept = x.clone()
+    stops = sorted({*data.draw(st.lists(st.integers(1, length), max_size=5)), length})
+    cache = block.init_cache(x, labels, temperature)
+    with torch.no_grad():
+        for start, stop in zip([0, *stops[:-1]], stops, strict=True):
+            if data.draw(st.booleans()):  # what a run was swept with before is written over
+                swept = torch.cat((x[:, : max(start - 1, 0)], wrong[:, max(start - 1, 0) :]), dim=1)
+                block.affine(swept, start, stop, cache)
+            close(block.affine(x, start, stop, cache), [p[:, start:stop] for p in full])
+        starts = data.draw(st.lists(st.integers(0, length - 3), min_size=2, max_size=2))
+        rows = torch.tensor([3, 1])
+        cache = block.join([block.take(cache, rows[:1]), block.take(cache, rows[1:])])
+        run = block.affine_at(x[rows], torch.tensor(starts), 3, max(starts) + 3, cache)
+    close(run, [torch.stack([p[n, a : a + 3] for n, a in zip([3, 1], starts, strict=True)]) for p in full])
+    assert torch.equal(x, kept)
+
+
+def test_a_large_batch_is_as_each_of_its_samples() -> None:
+    """It goes through the network in parts."""
+    flow = make_flow(**FLOWS[0])
+    x, labels = latents(flow, 800), torch.arange(800) % 3
+    block = flow.blocks[1]
+    whole = block.affine(x, 0, 9, block.init_cache(x, labels))
+    few = torch.tensor([0, 354, 355, 356, 711, 799])
+    close([p[few] for p in whole], Oracle(flow).parameters(1, x[few], labels[few]))
+    close([p[few] for p in block(x, labels)], [p[few] for p in whole])
+
+
+def test_a_lowered_cache_runs_the_network_in_bfloat16() -> None:
+    flow = make_flow(**FLOWS[0])
+    x, block = latents(flow, 4), flow.blocks[0]
+    cache = block.init_cache(x, LABELS)
+    full, low = (block.affine(x, 0, 9, c) for c in (cache, block.lower(cache)))
+    for exact, rounded in zip(full, low, strict=True):
+        assert rounded.dtype == torch.float64
+        assert torch.equal(rounded, rounded.bfloat16().double())  # by a network in bfloat16
+        assert 0 < (rounded - exact).abs().max() < 0.1 * exact.abs().max()
+    assert cache.layers[0].keys.dtype == torch.float64  # the other cache is as it was
+
+
+@pytest.mark.parametrize("flow", [make_flow(**config) for config in FLOWS], ids=["scales", "shifts"])
+def test_output_weights_are_the_rows_of_scale_and_shift(flow: jf.TarFlow) -> None:
+    weight = flow.state_dict()["blocks.1.proj_out.weight"]
+    w_s, w_u = flow.blocks[1].output_weights()
+    if flow.config.nvp:
+        assert torch.equal(w_s, weight[: len(weight) // 2])
+        weight = weight[len(weight) // 2 :]
+    else:
+        assert w_s is None
+    assert torch.equal(w_u, weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"channels": 0}, "channels=0: give a positive whole number"),
+        ({"num_blocks": True}, "num_blocks=True: give a positive whole number"),
+        ({"num_classes": 1.5}, "num_classes=1.5: give 0"),
+        ({"num_classes": -1}, "num_classes=-1: give 0"),
+        ({"patch_size": 3}, "patch_size=3 does not divide image_size=8"),
+        ({"head_dim": 64}, "head_dim=64 does not divide channels=32"),
+        ({"noise_std": -0.1}, "noise_std=-0.1"),
+        ({"noise_std": math.nan}, "noise_std=nan"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        replace(CONFIG, **change)
+
+
+def test_a_config_from_the_options_of_training() -> None:
+    sizes = {"in_channels": 1, "image_size": 8, "num_classes": 10, "channels": 32, "blocks": 2, "layers": 3}
+    found = jf.TarFlow.config_from_options(**sizes, head_dim=16, volume_preserving=True, noise_std=0.0)
+    assert found == replace(CONFIG, layers_per_block=3, num_classes=10, nvp=False)
+    assert jf.TarFlow.config_from_options(**{**sizes, "channels": 64}).noise_std == 0.1
+
+
+def test_the_prior_is_learned_where_there_are_no_scales() -> None:
+    assert [jf.TarFlow(replace(CONFIG, nvp=nvp)).learns_prior for nvp in (True, False)] == [False, True]

@@ -1,0 +1,79 @@
+"""Denoising against the score of the oracle's log-density, in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from problems import make_flow
+from torch import Tensor
+
+import jacobiflow as jf
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FLOWS: dict[str, dict[str, Any]] = {
+    "scales": {"image_size": 4, "patch_size": 2, "num_classes": 3, "noise_std": 0.1},
+    "no classes": {"image_size": 3, "patch_size": 1, "noise_std": 0.3},
+    "shifts only": {"image_size": 4, "patch_size": 2, "num_classes": 3, "nvp": False, "noise_std": 0.2},
+}
+
+
+def images_of(flow: jf.TarFlow, num: int) -> Tensor:
+    shape = (num, flow.config.in_channels, flow.config.image_size, flow.config.image_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_denoising_is_a_step_along_the_score(name: str) -> None:
+    """The score by central differences of the oracle's log-density, whose error is about 1e-8 of its size."""
+    flow, rate, step = make_flow(**FLOWS[name]), 0.4, 1e-5
+    images, labels = images_of(flow, 2), torch.tensor([2, -1]) if flow.config.num_classes else None
+    reference, size = oracle.Oracle(flow), images[0].numel()
+
+    def log_density(x: Tensor) -> Tensor:
+        z, log_det = reference.encode(x, None if labels is None else labels.repeat_interleave(size))
+        return log_det - 0.5 * z.square().flatten(1).sum(dim=1)
+
+    moves = step * torch.eye(size, dtype=torch.float64).view(1, size, *images.shape[1:])
+    up, down = (log_density((images[:, None] + sign * moves).flatten(0, 1)) for sign in (1, -1))
+    score = ((up - down) / (2 * step)).view_as(images)
+    kept = images.clone()
+    denoised = jf.denoise(flow, images, labels, rate)
+    assert (denoised - images).abs().max() > 1e-3
+    torch.testing.assert_close(denoised, images + rate * flow.config.noise_std**2 * score, rtol=1e-6, atol=1e-6)
+    assert torch.equal(images, kept)
+    assert not denoised.requires_grad
+    assert all(parameter.grad is None for parameter in flow.parameters())
+
+
+def test_an_image_s_step_depends_on_no_batch_and_no_gradient_mode() -> None:
+    flow = make_flow(**FLOWS["scales"])
+    images, labels = images_of(flow, 5), torch.tensor([0, 1, 2, -1, 0])
+    all_at_once = jf.denoise(flow, images, labels)
+    with torch.no_grad():
+        in_twos = jf.denoise(flow, images, labels, batch_size=2)
+    torch.testing.assert_close(in_twos, all_at_once, rtol=0, atol=1e-10)
+    with torch.inference_mode():
+        images[2] = torch.nan
+        beside_a_lost_one = jf.denoise(flow, images, labels)
+    others = [0, 1, 3, 4]
+    torch.testing.assert_close(beside_a_lost_one[others], all_at_once[others], rtol=0, atol=1e-10)
+    assert beside_a_lost_one[2].isnan().all()
+
+
+@pytest.mark.parametrize("rate", [-0.5, math.nan, math.inf])
+def test_a_rate_that_makes_no_sense_is_refused(rate: float) -> None:
+    flow = make_flow(**FLOWS["scales"])
+    with pytest.raises(ValueError, match=str(rate)):
+        jf.denoise(flow, images_of(flow, 1), rate=rate)
+
+
+def test_denoising_needs_the_noise_that_was_trained_on() -> None:
+    flow = make_flow(image_size=4)
+    with pytest.raises(ValueError, match="noise_std"):
+        jf.denoise(flow, images_of(flow, 1))
+    assert torch.equal(jf.denoise(flow, images_of(flow, 1), rate=0.0), images_of(flow, 1))

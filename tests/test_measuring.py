@@ -1,0 +1,108 @@
+"""Measuring: runs take turns, medians and errors are what they say. No test here asserts how long anything takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import jacobiflow as jf
+from jacobiflow import measuring
+from jacobiflow.measuring import Error, Timing, interleave, machine, paired_error
+
+
+class Clock:
+    """A clock that only moves when a run says so; reading it is noted, and so is waiting for the device."""
+
+    def __init__(self) -> None:
+        self.now, self.log = 100.0, list[str]()
+
+    def read(self) -> float:
+        self.log.append("read")
+        return self.now
+
+    def run(self, name: str, durations: list[float]) -> Callable[[], str]:
+        """A callable that takes `durations` in turn, and returns its name and how often it has run."""
+        left = iter(enumerate(durations))
+
+        def run() -> str:
+            count, duration = next(left)
+            self.log.append(name)
+            self.now += duration
+            return f"{name} {count}"
+
+        return run
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(measuring, "perf_counter", clock.read)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: clock.log.append(f"wait for {device}"))
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: clock.log.append("wait for mps"))
+    return clock
+
+
+@pytest.mark.parametrize(("device", "wait"), [("cpu", []), ("cuda:1", ["wait for cuda:1"]), ("mps", ["wait for mps"])])
+def test_runs_take_turns_and_the_device_is_waited_for(device: str, wait: list[str], clock: Clock) -> None:
+    runs = {name: clock.run(name, [1.0] * 3) for name in ("a", "b", "c")}
+    interleave(runs, 2, device, lambda name: clock.log.append(f"after {name}"))
+    assert clock.log == [x for name in "abc" * 3 for x in (*wait, "read", name, *wait, "read", f"after {name}")]
+
+
+def test_medians_and_extremes_are_of_the_rounds_that_count(clock: Clock) -> None:
+    runs = {"odd": clock.run("odd", [999.0, 5.0, 1.0, 2.0]), "even": clock.run("even", [0.0, 8.0, 8.0, 64.0])}
+    timings, results = interleave(runs, 3)
+    assert timings == {"odd": Timing(2.0, 1.0, 5.0), "even": Timing(8.0, 8.0, 64.0)}
+    assert results == {"odd": "odd 0", "even": "even 0"}  # of the warm-up
+    timings, _ = interleave({"two": clock.run("two", [999.0, 1.0, 4.0])}, 2)
+    assert timings == {"two": Timing(2.5, 1.0, 4.0)}
+
+
+def test_no_round_is_refused_before_anything_runs(clock: Clock) -> None:
+    with pytest.raises(ValueError, match="repeats=0: give a positive number of rounds"):
+        interleave({"a": clock.run("a", [])}, 0)
+    assert clock.log == []
+
+
+def test_errors_are_max_mean_and_rms_over_entries() -> None:
+    exact = torch.zeros(2, 1, 1, 2)
+    assert paired_error(torch.tensor([3.0, -4.0, 0.0, 0.0]).view_as(exact), exact) == Error(4.0, 7 / 4, 2.5)
+    assert paired_error(exact, exact) == Error(0.0, 0.0, 0.0)
+    many = torch.zeros(1, 1, 2000, 2000)  # summed in float64
+    assert paired_error(many + 0.1, many).mean == pytest.approx(float(torch.tensor(0.1)), rel=1e-12)
+
+
+def test_a_nan_in_one_answer_is_infinite_and_in_both_it_is_none() -> None:
+    whole, lost = torch.ones(1, 1, 1, 3), torch.tensor([1.0, torch.nan, 1.5]).view(1, 1, 1, 3)
+    infinite = Error(math.inf, math.inf, math.inf)
+    assert paired_error(whole, lost) == paired_error(lost, whole) == infinite
+    assert paired_error(torch.full_like(whole, torch.inf), lost) == infinite
+    assert paired_error(lost, lost) == Error(0.0, 0.0, 0.0)
+
+
+def test_machine_says_what_a_timing_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = machine()
+    assert list(here) == ["processor", "cores", "threads", "device", "torch", "python", "jacobiflow"]
+    assert here["processor"] and here["cores"] >= 1 and here["threads"] == torch.get_num_threads()
+    assert (here["device"], here["torch"], here["jacobiflow"]) == ("cpu", torch.__version__, jf.__version__)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the name of {device}")
+    assert machine("cuda:1")["device"] == "the name of cuda:1"
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("model name\t: Fast (R): CPU\nflags : fpu\nmodel name\t: other\n", "Fast (R): CPU"),
+        ("model name\t: Fast\nflags\t\t: fpu amx_bf16\n", "Fast with AVX512-BF16 and AMX"), (None, "arm64"),
+    ],
+)  # fmt: skip
+def test_the_processor_is_named(text: str | None, want: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(measuring, "Path", lambda _: tmp_path / "cpuinfo")
+    monkeypatch.setattr(measuring.platform, "processor", lambda: "arm64")
+    assert machine()["processor"] == want
