@@ -7,66 +7,14 @@ import math
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from jacobiflow.adapters.swapped import Adapter, Swapped
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from jacobiflow.adapters.swapped import Acceleration, Adapter, Swapped
 
 _SUPPORTED = {"zuko": ((1, 2), (2,)), "nflows": ((0, 14), (0, 15)), "normflows": ((1, 7), (2,))}  # from, to below
 _DEPTH = 3  # an ensemble of posteriors holds a list of posteriors, which hold modules
-
-
-class Acceleration:
-    """What `accelerate` did to a flow, and the way back: leaving its `with` block, or `restore()`.
-
-    **Attributes:**
-
-    - `tolerance`: at which passes end; 0 for identical bits.
-    - `transforms`: the accelerated transforms: name of the module in the flow to "library class".
-    - `untouched`: the masked autoregressive transforms that were left alone: name to the reason.
-    - `passes`: name to the number of network passes in the latest inverse, for each accelerated transform that had one.
-      The library makes one pass for each feature, and so does an inverse that is left to its own loop.
-    """
-
-    def __init__(self, tolerance: float) -> None:
-        self.tolerance = tolerance
-        self.transforms: dict[str, str] = {}
-        self.untouched: dict[str, str] = {}
-        self._names: dict[nn.Module, str] = {}
-        self._passes: dict[str, int] = {}
-
-    @property
-    def passes(self) -> dict[str, int]:
-        """See the class."""
-        return {name: self._passes[name] for name in self.transforms if name in self._passes}
-
-    def restore(self) -> None:
-        """Give every module the library's own class back, even if it was accelerated again since."""
-        for module in self._names:
-            if (own := Swapped.library_class_of(module)) is not None:
-                module.__class__ = own
-
-    def count(self, module: nn.Module, passes: int) -> None:
-        """Note the passes of an inverse; those of a copy of the flow are not reported."""
-        if module in self._names:
-            self._passes[self._names[module]] = passes
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.restore()
-
-    def __repr__(self) -> str:
-        to = "identical bits" if self.tolerance == 0 else f"a tolerance of {self.tolerance:g}"
-        lines = [f"accelerated to {to}: {len(self.transforms)} masked autoregressive transforms"]
-        lines += [f"  {name}: {what}" for name, what in self.transforms.items()]
-        lines += [f"  {name}: left alone, {why}" for name, why in self.untouched.items()]
-        return "\n".join(lines)
 
 
 def accelerate(flow: Any, tolerance: float = 0.0) -> Acceleration:
@@ -114,8 +62,7 @@ def accelerate(flow: Any, tolerance: float = 0.0) -> Acceleration:
             if (why := adapter.obstacle(module, own)) is not None:
                 done.untouched[name] = why
             else:
-                done.transforms[name] = f"{library} {own.__name__}"
-                done._names[module] = name
+                done.note(name, module, f"{library} {own.__name__}")
                 classes[module] = adapter.accelerated.of(own, done)
     if not done.transforms:
         reasons = "".join(f"; {name}: {why}" for name, why in done.untouched.items())

@@ -1,4 +1,4 @@
-"""What an accelerated module is: an object of the library's class whose class is, for now, a subclass of it."""
+"""An accelerated module is an object of the library's class whose class is, for now, a subclass; and the way back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 if TYPE_CHECKING:
-    from jacobiflow.adapters.accelerate import Acceleration
+    from typing_extensions import Self
 
 
 class Swapped(nn.Module):
@@ -41,6 +41,60 @@ class Swapped(nn.Module):
         """The subclass of `library_class` that works as `acceleration` says; it has the library's name."""
         names = {"library_class": library_class, "acceleration": acceleration, "__module__": library_class.__module__}
         return type(library_class.__name__, (cls, library_class), names)
+
+
+class Acceleration:
+    """What `accelerate` did to a flow, and the way back: leaving its `with` block, or `restore()`.
+
+    **Attributes:**
+
+    - `tolerance`: at which passes end; 0 for identical bits.
+    - `transforms`: the accelerated transforms: name of the module in the flow to "library class".
+    - `untouched`: the masked autoregressive transforms that were left alone: name to the reason.
+    - `passes`: name to the number of network passes in the latest inverse, for each accelerated transform that had one.
+      The library makes one pass for each feature, and so does an inverse that is left to its own loop.
+    """
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self.transforms: dict[str, str] = {}
+        self.untouched: dict[str, str] = {}
+        self._names: dict[nn.Module, str] = {}
+        self._passes: dict[str, int] = {}
+
+    @property
+    def passes(self) -> dict[str, int]:
+        """See the class."""
+        return {name: self._passes[name] for name in self.transforms if name in self._passes}
+
+    def note(self, name: str, module: nn.Module, what: str) -> None:
+        """Add a transform to those that are accelerated."""
+        self.transforms[name] = what
+        self._names[module] = name
+
+    def restore(self) -> None:
+        """Give every module the library's own class back, even if it was accelerated again since."""
+        for module in self._names:
+            if (own := Swapped.library_class_of(module)) is not None:
+                module.__class__ = own
+
+    def count(self, module: nn.Module, passes: int) -> None:
+        """Note the passes of an inverse; those of a copy of the flow are not reported."""
+        if module in self._names:
+            self._passes[self._names[module]] = passes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
+    def __repr__(self) -> str:
+        to = "identical bits" if self.tolerance == 0 else f"a tolerance of {self.tolerance:g}"
+        lines = [f"accelerated to {to}: {len(self.transforms)} masked autoregressive transforms"]
+        lines += [f"  {name}: {what}" for name, what in self.transforms.items()]
+        lines += [f"  {name}: left alone, {why}" for name, why in self.untouched.items()]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
