@@ -142,17 +142,19 @@ def test_gradients_where_zuko_broadcasts(batch: tuple[int, ...], context: tuple[
             assert gap(expected, gradients(case, flow, y, c)) < 1e-9
 
 
-def test_each_row_is_iterated_to_the_tolerance() -> None:
+@pytest.mark.parametrize(("coefficient", "fewest", "most"), [(0.8, 40, 42), (0.3, 10, 16)])
+def test_each_row_is_iterated_to_the_tolerance(coefficient: float, fewest: int, most: int) -> None:
     # Of x_i = y_i + c x_(i-1) the gradient of the sum of x in y_j is 1 + c + c^2 + ..., with D - j terms. The first row
-    # is easy and its cotangents large, the others hard and small.
-    coefficients, scales = torch.tensor([[0.0], [0.8], [0.8]]).double(), torch.tensor([[1e8], [1.0], [1e-8]]).double()
-    flow, y = Additive(40, network=Carry()), normal(3, 40, dtype=torch.float64).requires_grad_()
+    # is easy and its cotangents large, the second hard and small.
+    coefficients, scales = torch.tensor([[0.0], [coefficient]]).double(), torch.tensor([[1e8], [1e-8]]).double()
+    flow, y, calls = Additive(40, network=Carry()), normal(2, 40, dtype=torch.float64).requires_grad_(), []
+    flow.autoregressive_net.register_full_backward_hook(lambda *_: calls.append(1))
     jf.accelerate(flow, 1e-6)
     (gradient,) = torch.autograd.grad((flow.inverse(y, coefficients)[0] * scales).sum(), y)
     terms = torch.arange(40, 0, -1).double()
-    hard = (1 - 0.8**terms) / (1 - 0.8)
-    expected = torch.stack([torch.ones(40).double(), hard, hard])
+    expected = torch.stack([torch.ones(40).double(), (1 - coefficient**terms) / (1 - coefficient)])
     torch.testing.assert_close(gradient / scales, expected, rtol=1e-4, atol=0)
+    assert fewest <= len(calls) <= most
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 1e-6])
