@@ -163,6 +163,7 @@ class Loop:
             failing = batch.fronts.correction_fails(start, residual)
             if failing.any():
                 new = torch.where(self._index(failing).view(-1, 1, 1), g, new)
+                change = np.where(failing[:, None], residual, change)
         ebound = self.solver.stopping.ebound
         early = ebound is not None and bool((new - old).norm() < ebound * new.numel())
         if not np.isfinite(change).all():
