@@ -135,8 +135,12 @@ class Loop:
     def _stop(self, batch: _Batch, first: int) -> int:
         partition = self.solver.partition
         if isinstance(partition, SlidingRun):
-            return min(first + partition.run_size(self.length, batch.last), self.length)
-        return partition.stop(first, self.length)
+            stop = min(first + partition.run_size(self.length, batch.last), self.length)
+        else:
+            stop = partition.stop(first, self.length)
+        if not first < stop <= self.length:
+            raise ValueError(f"{partition!r}: a run from token {first} to {stop}, of {self.length} tokens")
+        return stop
 
     def _evaluate(self, batch: _Batch, at: int | Tensor, start: np.ndarray, size: int) -> Tensor:
         """g on the run of each sample."""
