@@ -165,7 +165,7 @@ class Loop:
                 new = torch.where(self._index(failing).view(-1, 1, 1), g, new)
                 change = np.where(failing[:, None], residual, change)
         ebound = self.solver.stopping.ebound
-        early = ebound is not None and bool((new - old).norm() < ebound * new.numel())
+        early = ebound is not None and bool((new - old).norm() <= ebound * batch.x.numel())
         if not np.isfinite(change).all():
             finite = torch.isfinite(new).all(dim=-1, keepdim=True)
             new = torch.where(finite, new, run_of(batch.guess, at, size))
