@@ -39,8 +39,10 @@ def register(name: str) -> Callable[[type[T]], type[T]]:
 
     def add(cls: type[T]) -> type[T]:
         names = _families[_base_of(cls)]
-        if names.setdefault(name, cls).__qualname__ != cls.__qualname__:
-            raise ValueError(f"{name!r}: the name of {names[name].__name__}; give {cls.__name__} another")
+        taken = names.get(name, cls)
+        # The same class once more is a module that was loaded again.
+        if (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"{name!r} is the name of {taken.__module__}.{taken.__qualname__}; choose another")
         names[name] = cls
         return cls
 
