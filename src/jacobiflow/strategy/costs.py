@@ -15,7 +15,18 @@ from torch import Tensor
 from jacobiflow.calibration.tuning import Tuning
 from jacobiflow.flows.base import AffineBlock, FrontPerSample, LowPrecision
 from jacobiflow.flows.image_flow import ImageFlow, state_dtype
-from jacobiflow.solvers import MaxSweeps, Partition, Plain, Sequential, SlidingRun, Solver, Tolerance, Whole, solve
+from jacobiflow.solvers import (
+    MaxSweeps,
+    Partition,
+    Plain,
+    Sequential,
+    SlidingRun,
+    Solver,
+    Tolerance,
+    Whole,
+    no_gradients,
+    solve,
+)
 
 REPEATS = 3  # timings of one thing, whose least or median counts
 _LEAST_SECONDS = 0.1  # of repeating what is short, in which the loop's own work is as large as differences are
@@ -136,7 +147,7 @@ class _Clock:
         cache = block.init_cache(z, self._labels(rows))
         shared: list[float] = []
         own: list[float] = []
-        with torch.inference_mode():
+        with no_gradients(block):
             for _ in range(2 * REPEATS):
                 for seconds, call in (
                     (shared, lambda: block.update(z, z, start, start + size, cache)),

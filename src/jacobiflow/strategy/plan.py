@@ -81,20 +81,23 @@ def _check(
     flow: ImageFlow, report: Report | Tuning, batch_size: int, tolerance: float, device: torch.device | str | None,
     guidance: Guidance | None,
 ) -> Tuning:  # fmt: skip
+    if not isinstance(report, Report | Tuning):
+        raise TypeError(f"report of type {type(report).__name__}: give a Report or a Tuning")
     tuning = report if isinstance(report, Tuning) else report.tuning
     if tuning is None:
-        raise ValueError("this report has no tuning: calibrate with chord=True (--chord)")
+        raise ValueError("this report has no tuning: calibrate with chord=True")
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: give a positive whole number")
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance {tolerance!r}: give a positive number; at 0 use strategy 'sequential'")
     if guidance is not None and not isinstance(guidance, Guidance):
         raise ValueError(f"guidance={guidance!r}: give a Guidance, such as Guidance({guidance!r})")
-    if device is not None and torch.device(device).type != flow.var.device.type:
+    if device is not None and str(device).partition(":")[0] != flow.var.device.type:
         raise ValueError(f"device {device}: the flow is on {flow.var.device}; move it there first")
     tuning.check(flow)
-    if len(tuning.blocks) != flow.config.num_blocks:
-        raise ValueError(f"tuning of {len(tuning.blocks)} blocks, but the flow has {flow.config.num_blocks}")
+    have, want = (len(tuning.blocks), tuning.num_tokens), (flow.config.num_blocks, flow.config.num_tokens)
+    if have != want:
+        raise ValueError(f"tuning of {have[0]} blocks of {have[1]} tokens, but the flow has {want[0]} of {want[1]}")
     return tuning
 
 
@@ -127,20 +130,21 @@ def rounding_floor(flow: ImageFlow, latents: Float[Tensor, "1 t c"], guidance: G
     """What rounding leaves of one sample, however it is solved.
 
     The larger of the residual |g(x) - x| of the sequential loop's answers, over the blocks, and the difference between
-    its image and that of sweeps which stop at this residual.
+    its image and that of sweeps which stop at this residual. A sample that overflows tells nothing: 0.
     """
     labels, largest = _labels(flow, 1), 0.0
 
     def solve_block(i: int, z: Tensor) -> Tensor:
         nonlocal largest
-        block = guided(flow.blocks[i], guidance)
+        block, z = guided(flow.blocks[i], guidance), z.nan_to_num(0.0, 0.0, 0.0)
         exact = solve(block, z[:1], Solver(Sequential()), labels).x
-        largest = max(largest, float(certify(block, z[:1], exact, labels).max()))
+        residual = float(certify(block, z[:1], exact, labels))
+        largest = max(largest, residual if math.isfinite(residual) else 0.0)
         swept = solve(block, z[1:], Solver(Whole(), stopping=Tolerance(largest)), labels).x
         return torch.cat((exact, swept))
 
     exact, swept = invert(flow, prior_tokens(flow, latents).repeat(2, 1, 1), solve_block)
-    return max(largest, float((exact - swept).abs().max()))
+    return max(largest, float((exact - swept).nan_to_num(0.0, 0.0, 0.0).abs().max()))
 
 
 # -------------------------------------------------------------------------------------------------- choosing and trying
