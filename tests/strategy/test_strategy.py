@@ -1,0 +1,260 @@
+"""Strategies as data, and the one that the paper's Algorithm 1 makes of a report."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from invented import GUIDANCE, Counts, counted, igm, make_report, same, small, trace
+from running import put
+
+import jacobiflow as jf
+from jacobiflow.calibration.convergence import TOLERANCES, Trace
+from jacobiflow.calibration.metrics import NORMS, Metrics
+from jacobiflow.calibration.report import GUESS_NAMES
+from jacobiflow.flows.folder import bundled
+from jacobiflow.solvers import Stopping
+from jacobiflow.strategy import Prediction
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+some = settings(max_examples=50, deadline=None, derandomize=True)
+
+# ---------------------------------------------------------------------------------------------------------- as data
+
+PLAN = jf.Strategy(
+    (jf.Solver(jf.Segments(2), jf.Zeros(), jf.MaxSweeps((7, 4)), coarse=3), jf.Solver(stopping=jf.EarlyStop(0.5))),
+    "f" * 64, 1e-3, Prediction("cpu", 4, GUIDANCE, 1.0, 2.0, 1e-4, 0.0),
+)  # fmt: skip
+
+
+def test_the_file_of_a_strategy(tmp_path: Path) -> None:
+    """Older ones lack coarse sweeps, and they may hold more entries."""
+    PLAN.save(tmp_path / "plan.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    for path in (tmp_path / "plan.json", str(tmp_path / "plan.json")):
+        back = jf.Strategy.load(path)
+        assert (back, back.fingerprint, back.prediction) == (PLAN, PLAN.fingerprint, PLAN.prediction)
+        assert hash(back) == hash(PLAN)
+    value = json.loads((tmp_path / "plan.json").read_text())
+    assert (value["format_version"], value["fingerprint"], value["tolerance"]) == (1, "f" * 64, 1e-3)
+    del value["blocks"][0]["coarse"]
+    assert [solver.coarse for solver in jf.Strategy.from_json({**value, "model": "mine"}).solvers] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("path", "new", "message"),
+    [
+        (["format_version"], 2, "not a JSON object with format_version 1"),
+        (["blocks"], [], "'blocks' must list one solver per block"),
+        (["blocks"], {"0": 1}, "'blocks' must list"),
+        (["blocks", 1], {}, "block 1: partition, guess, correction, stopping missing"),
+        (["blocks", 0, "partition", "count"], 0, "block 0.*0"),
+        (["prediction"], {}, "prediction: .* missing"),
+        (["tolerance"], -1, "tolerance -1"),
+        (["tolerance"], "small", "tolerance: 'small' is no float"),
+        (["fingerprint"], 7, "fingerprint: 7 is no str"),
+    ],
+    ids=str,
+)
+def test_a_broken_file_is_one_error_that_names_the_place(path: Any, new: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(put(PLAN.to_json(), path, new)))
+    with pytest.raises(ValueError, match=r"^strategy .*plan\.json: .*" + message):
+        jf.Strategy.load(tmp_path / "plan.json")
+
+
+def test_a_file_that_holds_no_strategy_is_an_error_that_names_it(tmp_path: Path) -> None:
+    for content in (b"", b"{", b"[1]", b"\xff\xfe\x00", b"null", b"[" * 10**5, b"[" + b"9" * 5000):
+        (tmp_path / "plan.json").write_bytes(content)
+        for path in (tmp_path / "plan.json", tmp_path, tmp_path / "absent.json"):
+            with pytest.raises(ValueError, match=f"^strategy .*{path.name}: "):
+                jf.Strategy.load(path)
+
+
+def test_a_new_tolerance_replaces_those_that_there_are() -> None:
+    several = jf.Strategy((jf.Solver(), jf.Solver(stopping=Stopping(0.5, 3, 0.1)), jf.Solver(stopping=jf.MaxSweeps(2))))
+    found = several.with_tolerance(1e-6)
+    assert [s.stopping for s in found.solvers] == [Stopping(1e-6), Stopping(1e-6, 3, 0.1), Stopping(None, 2)]
+    assert [jf.Strategy((solver,)).has_tolerance for solver in several.solvers] == [True, True, False]
+    assert PLAN.has_tolerance
+    assert PLAN.with_tolerance(1e-3) is PLAN
+    assert replace(PLAN, tolerance=None) != PLAN == replace(PLAN, fingerprint=None)
+    with pytest.raises(ValueError, match=r"tolerance 0\.01: the strategy was planned for 0\.001; plan again"):
+        PLAN.with_tolerance(1e-2)
+    for none in (-1, math.nan, "small"):
+        with pytest.raises(ValueError, match=f"tolerance '?{none}"):
+            several.with_tolerance(none)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------------- with a report
+
+IGM_6 = [igm(5e5, 9.9, 12), igm(7.2, 6.9, 0.1), igm(3, 5, 4), igm(math.inf, math.inf, 8), igm(1, 1, 1), igm(2, 1, 1)]
+LATENT = jf.Latent()
+BEST_6 = ["zeros", "mean_affine", "latent", "mean_affine", "latent", "zeros"]  # of equals, the first
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_report_gives_each_block_the_guess_of_the_smallest_igm(norm: Any) -> None:
+    report = make_report([1] * 6, IGM_6, norm=norm)
+    named = [{"latent": LATENT, "zeros": jf.Zeros()}.get(name) for name in BEST_6]
+    want = [guess or report.mean_affine[block] for block, guess in enumerate(named)]
+    for text in ("[0/5-4-3-2]", "jacobi", "Original", "Jacobi-3", "window:4", "gs-jacobi:4"):
+        found, plain = jf.Strategy.parse(text, report), jf.Strategy.parse(text, num_blocks=6, num_tokens=16)
+        assert [solver.guess for solver in found.solvers] == want
+        assert [replace(solver, guess=LATENT) for solver in found.solvers] == list(plain.solvers)
+        assert (found.fingerprint, plain.fingerprint) == (report.fingerprint, None)
+        assert str(found) == str(plain)
+    for text, guess in (("jacobi+zeros", jf.Zeros()), ("jacobi+latent", LATENT)):  # named ones are kept
+        assert {solver.guess for solver in jf.Strategy.parse(text, report).solvers} == {guess}
+
+
+def test_sizes_are_those_of_the_report_or_given() -> None:
+    report = make_report([1] * 6, IGM_6)
+    assert jf.Strategy.parse("jacobi", report, num_blocks=6, num_tokens=16) == jf.Strategy.parse("jacobi", report)
+    rows: list[tuple[jf.Report | None, dict[str, Any], str]] = [
+        (report, {"num_blocks": 5}, "num_blocks=5, but the report is of a flow with 6"),
+        (report, {"num_tokens": 8}, "num_tokens=8, but the report is of a flow with 16"),
+        (None, {}, "give a report, or num_blocks"),
+        (None, {"num_blocks": 8}, "num_tokens of the flow"),
+        (None, {"num_blocks": 0, "num_tokens": 1}, "num_blocks=0: give a positive whole number"),
+        (None, {"num_blocks": 1, "num_tokens": 1.5}, r"num_tokens=1\.5: give"),
+    ]
+    for given_, sizes, message in rows:
+        with pytest.raises(ValueError, match=message):
+            jf.Strategy.parse("jacobi", given_, **sizes)
+
+
+def test_a_strategy_by_the_report_of_another_flow_is_refused() -> None:
+    found = jf.Strategy.parse("Jacobi-3", make_report([1, 1]))
+    found.check(small())
+    jf.Strategy.parse("Jacobi-3", num_blocks=2, num_tokens=16).check(small(1))
+    for other in (found, found.with_tolerance(1e-2), jf.Strategy.from_report(make_report([1, 1]))):
+        with pytest.raises(ValueError, match=r"the strategy was made for another flow.*calibrate this one"):
+            other.check(small(1))
+
+
+# ---------------------------------------------------------------------------------------- Algorithm 1, invented numbers
+
+IMG64COND = (141.22, 9.25, 1.36, 1.82, 7.68, 5.08, 3.08, 19.81)  # CRM, Table 2 of the paper
+
+
+def test_the_strategy_that_a_report_proposes() -> None:
+    """Block 7: G = 8 is the cheapest. Block 0: what is within T // G costs more than the loop. Else: block 5's 6."""
+    block_0 = {1: [same(200, 9)], 8: [same(33, 2), *[same(1, 1)] * 7], 16: [same(3, 15)] * 16}
+    block_7 = {1: [same(64, 1)], 8: [same(4, 13), *[same(12, 3)] * 7], 16: [same(12, 12)] * 16}
+    noise = [
+        {"latent": same(2, 1 + block % 6), "zeros": same(50, 60), "mean_affine": same(None, 1)} for block in range(8)
+    ]
+    noise[0] = noise[7] = dict.fromkeys(GUESS_NAMES, same(3, 200))
+    report = make_report(IMG64COND, noise=noise, segments={0: block_0, 7: block_7}, num_tokens=256)
+    found = jf.Strategy.from_report(report)
+    assert str(found) == "[0/7-256/8-1/13-6]"
+    assert found == jf.Strategy.parse("[0/7-256/8-1/13-6]", report)
+    assert found.fingerprint == report.fingerprint
+    each = jf.Strategy.from_report(report, per_segment=True)
+    assert str(each) == "[0/7-256/8-1/13,12,12,12,12,12,12,12-6]"
+    assert each.solvers[:7] == found.solvers[:7]
+    untraced = replace(report, segment_traces={7: report.segment_traces[7]})  # by an older rule for tough blocks
+    assert jf.Strategy.from_report(untraced) == found
+
+
+def test_else_is_what_the_slowest_easy_block_needed_from_its_own_guess() -> None:
+    """Of its best guess alone, and at least a sweep; T sweeps where a sample never got there; by the tolerance."""
+    easy = {"latent": same(9, 9), "zeros": same(3, 7), "mean_affine": same(8, 8)}
+    tough, never = dict.fromkeys(GUESS_NAMES, same(16, 16)), {**easy, "zeros": same(1, None)}
+    igms = [igm(1, 2, 3), igm(2, 1, 3), igm(2, 1, 3)]
+
+    def other(*noise: Mapping[str, Trace], tolerance: float = 1e-2) -> set[Any]:
+        report = make_report([90, 1, 1], igms, [tough, *noise], {0: {1: [same(16, 16)]}})
+        found = jf.Strategy.from_report(report, tolerance).solvers
+        assert found[0] == counted(jf.Segments(16), 1)
+        assert [solver.guess for solver in found[1:]] == [jf.Zeros()] * 2
+        return {solver.stopping.max_sweeps for solver in found[1:]}
+
+    assert other(easy, {**easy, "zeros": same(2, 5)}) == {7}
+    assert other({**easy, "zeros": same(0, 0)}, {**easy, "zeros": same(0, 0)}) == {1}
+    assert other(never, easy) == {16}
+    slow = {**easy, "zeros": trace({1e-1: (2, 1), 1e-2: (3, 4), 1e-3: (5, 5), 1e-4: (None, 2)})}
+    for tolerance, want in ((1e-1, 2), (1e-2, 4), (1e-3, 5), (1e-4, 16)):
+        assert other(slow, slow, tolerance=tolerance) == {want}
+
+
+def test_what_a_report_cannot_tell_is_refused() -> None:
+    for report in (make_report([90, 1, 1]), make_report([1, 1, 1])):
+        for tolerance in (0.05, 0, math.nan):
+            with pytest.raises(ValueError, match=rf"tolerance {tolerance}: measured are 0\.1, 0\.01, 0\.001, 0\.0001"):
+                jf.Strategy.from_report(report, tolerance)
+    undefined = replace(report, metrics={norm: Metrics(m.igm, None) for norm, m in report.metrics.items()})
+    with pytest.raises(ValueError, match="CRM is not defined"):
+        jf.Strategy.from_report(undefined)
+    assert jf.Strategy.parse("jacobi", undefined).solvers[0].guess == LATENT  # IGM alone is enough for a text
+
+
+Way = tuple[float, int, int | tuple[int, ...]]  # to solve a tough block: its cost in tokens, segments, sweeps
+
+
+def affordable(length: int, call_cost: float, measured: Mapping[int, Sequence[Counts]], per_segment: bool) -> list[Way]:
+    """Every way that the measurements allow: those of at most T // G sweeps that all samples need, and the loop."""
+    ways: list[Way] = [(length * (1 + call_cost), length, 1)]
+    for count, rows in measured.items():
+        each = [length + 1 if None in row else max(1, *(sweeps or 0 for sweeps in row)) for row in rows]
+        if max(each) <= length // count:
+            sweeps = each if per_segment else [max(each)] * count
+            cost = sum(j * length / count + j * call_cost for j in sweeps)
+            ways.append((cost, count, tuple(each) if per_segment else max(each)))
+    return ways
+
+
+def assert_cheapest(report: jf.Report, block: int, tolerance: float, call_cost: float, per_segment: bool) -> int:
+    """The tough block of a report gets the cheapest of the ways that its own numbers allow; how many segments?"""
+    rows = {g: [row.sweeps[tolerance] for row in traces] for g, traces in report.segment_traces[block].items()}
+    found = jf.Strategy.from_report(report, tolerance, per_segment=per_segment, call_cost=call_cost)
+    assert [solver.guess for solver in found.solvers] == [report.guess(i) for i in range(report.num_blocks)]
+    ways, solver = (
+        affordable(report.num_tokens, call_cost, rows, per_segment),
+        replace(found.solvers[block], guess=LATENT),
+    )
+    (way,) = {way for way in ways if counted(jf.Segments(way[1]), way[2]) == solver}
+    assert way[0] == pytest.approx(min(way[0] for way in ways))
+    return way[1]
+
+
+@given(
+    power=st.integers(0, 8), call_cost=st.sampled_from([0.0, 1.0, 32.0, 1000.0]), per_segment=st.booleans(),
+    hard=st.floats(0, 1.3), data=st.data(),
+)  # fmt: skip
+@some
+def test_a_tough_block_gets_the_cheapest_of_what_was_measured(
+    power: int, call_cost: float, per_segment: bool, hard: float, data: st.DataObject
+) -> None:
+    length, segments = 2**power, {}
+    for count in sorted(data.draw(st.sets(st.sampled_from([2**k for k in range(power + 1)])))):
+        most = max(1, math.ceil(hard * length / count))
+        one = st.integers(0, most) | (st.none() if data.draw(st.integers(0, 5)) == 0 else st.nothing())
+        rows = data.draw(st.lists(st.tuples(one, one), min_size=min(count, 16), max_size=min(count, 16)))
+        segments[count] = [same(*rows[i % len(rows)]) for i in range(count)]
+    report = make_report((1.0, 90.0, 1.0), segments={1: segments}, num_tokens=length)
+    assert_cheapest(report, 1, 1e-2, call_cost, per_segment)
+
+
+# ---------------------------------------------------------------------------------------- Algorithm 1, a real report
+
+
+def test_a_real_report_gives_the_cheapest_way_too() -> None:
+    """That of the bundled flow of fashion images: in one piece where calls are dear, else token by token."""
+    report = jf.Report.load(bundled()["fashion-p2"] / "report.json")
+    (tough,) = report.tough_blocks
+    chosen = {
+        assert_cheapest(report, tough, tolerance, call_cost, per_segment)
+        for tolerance, per_segment in zip(TOLERANCES, (False, True, False, True), strict=True)
+        for call_cost in (0.0, 4.0, 32.0, 1e4)
+    }
+    assert len(chosen) > 2
+    assert chosen >= {1, report.num_tokens}
