@@ -49,25 +49,45 @@ def test_the_file_of_a_strategy(tmp_path: Path) -> None:
     assert [solver.coarse for solver in jf.Strategy.from_json({**value, "model": "mine"}).solvers] == [0, 0]
 
 
-@pytest.mark.parametrize(
-    ("path", "new", "message"),
-    [
-        (["format_version"], 2, "not a JSON object with format_version 1"),
-        (["blocks"], [], "'blocks' must list one solver per block"),
-        (["blocks"], {"0": 1}, "'blocks' must list"),
-        (["blocks", 1], {}, "block 1: partition, guess, correction, stopping missing"),
-        (["blocks", 0, "partition", "count"], 0, "block 0.*0"),
-        (["prediction"], {}, "prediction: .* missing"),
-        (["tolerance"], -1, "tolerance -1"),
-        (["tolerance"], "small", "tolerance: 'small' is no float"),
-        (["fingerprint"], 7, "fingerprint: 7 is no str"),
-    ],
-    ids=str,
-)
+BROKEN: list[tuple[list[Any], Any, str]] = [
+    (["format_version"], 2, "not a JSON object with format_version 1"),
+    (["blocks"], [], "'blocks' must list one solver per block"),
+    (["blocks"], {"0": 1}, "'blocks' must list"),
+    (["blocks", 1], {}, "block 1: partition, guess, correction, stopping missing"),
+    (["blocks", 1], "window", "block 1: 'window' is no object"),
+    (["blocks", 0, "partition", "count"], 0, "block 0.*0"),
+    (["blocks", 0, "stopping", "kind"], "x", r"block 0\.stopping: 'kind' unknown"),
+    (["blocks", 0, "coarse"], -1, "block 0: coarse=-1"),
+    (["prediction"], {}, "prediction: .* missing"),
+    (["tolerance"], -1, "tolerance -1"),
+    (["tolerance"], "small", "tolerance: 'small' is no float"),
+    (["fingerprint"], 7, "fingerprint: 7 is no str"),
+]
+
+
+@pytest.mark.parametrize(("path", "new", "message"), BROKEN, ids=str)
 def test_a_broken_file_is_one_error_that_names_the_place(path: Any, new: Any, message: str, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(put(PLAN.to_json(), path, new)))
     with pytest.raises(ValueError, match=r"^strategy .*plan\.json: .*" + message):
         jf.Strategy.load(tmp_path / "plan.json")
+
+
+any_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.just("kind"), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(place=st.sampled_from([[], *(path for path, _, _ in BROKEN)]), new=any_json)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_json_of_any_kind_is_read_as_it_stands_or_refused(place: list[Any], new: Any) -> None:
+    value = put(PLAN.to_json(), place, new) if place else new
+    try:
+        strategy = jf.Strategy.from_json(value)
+    except ValueError:
+        return
+    assert strategy.to_json() == json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def test_a_file_that_holds_no_strategy_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -163,6 +183,7 @@ def test_the_strategy_that_a_report_proposes() -> None:
     assert each.solvers[:7] == found.solvers[:7]
     untraced = replace(report, segment_traces={7: report.segment_traces[7]})  # by an older rule for tough blocks
     assert jf.Strategy.from_report(untraced) == found
+    assert str(jf.Strategy.from_report(make_report([90, 1, 1]))) == "[0-1-6-6]"
 
 
 def test_else_is_what_the_slowest_easy_block_needed_from_its_own_guess() -> None:
