@@ -244,9 +244,13 @@ def test_a_tolerance_that_was_raised_to_the_rounding_is_said(model: Path, plans:
     assert plans.made == 1
 
 
-def test_real_weights_by_the_real_clock(plans: Plans) -> None:
-    """The bundled flow of digits: with its report, and without one."""
-    flow = jf.load("digits-p1")
-    for folder in (flow.report_file, None):
-        flow.report_file = folder
-        assert_near_the_loop(flow, 1e-2, 1)
+def test_real_weights(plans: Plans) -> None:
+    """The bundled flow of digits: by its report and the real clock; and without, where a tough block gets a window."""
+    digits = jf.load("digits-p1")
+    assert_near_the_loop(digits, 1e-2, 1)
+    digits.report_file, plans.machine = None, Machine(1.0, 0.03)
+    flow = plans.machine.carry(digits, plans.monkeypatch)  # type: ignore[arg-type]
+    found = plans.auto(flow, 2, 1e-2)
+    assert {solver.partition for solver in found.solvers} == {jf.Whole(), jf.Window(32)}
+    assert all(1e-4 <= (solver.stopping.atol or 0) <= 1e-2 for solver in found.solvers)
+    assert_near_the_loop(flow, 1e-2, 2)

@@ -6,11 +6,25 @@ import copy
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from invented import GUIDANCE, SAMPLES, TOKENS, Machine, claiming, draw, make_report, run, small, tuned
+from invented import (
+    GUIDANCE,
+    SAMPLES,
+    TOKENS,
+    Halfway,
+    Machine,
+    Stretched,
+    claiming,
+    draw,
+    make_report,
+    run,
+    small,
+    tuned,
+)  # fmt: skip
 
 import jacobiflow as jf
 from jacobiflow.calibration.tuning import BlockTuning, CountedRun
@@ -45,7 +59,7 @@ def test_a_plan_is_the_cheapest_within_the_tolerance_and_takes_what_it_predicts(
     machine, tuning = replace(MACHINES[name]), replace(tuned(), guidance=guidance)
     flow = machine.carry(small(), monkeypatch)
     found = jf.plan(flow, tuning, 4, 2e-3, guidance=guidance)
-    made = found.prediction
+    made, planning = found.prediction, machine.now
     assert made is not None
     assert (found.tolerance, found.fingerprint) == (2e-3, fingerprint(small()))
     assert (made.device, made.batch_size, made.guidance) == ("cpu with 1 threads", 4, guidance)
@@ -56,7 +70,9 @@ def test_a_plan_is_the_cheapest_within_the_tolerance_and_takes_what_it_predicts(
     assert (drawn.images - exact.images).abs().max() <= 2e-3
     assert is_loop(*found.solvers) == (name == "dear tokens")
     # At what this machine takes, the enumeration's best of those whose trial is within the tolerance.
-    costs = measure(guided(flow.blocks[0], guidance), tuning, 4, flow)
+    started, costs = machine.now, measure(guided(flow.blocks[0], guidance), tuning, 4, flow)
+    if name == "dear tokens":  # where nothing is worth a trial
+        assert planning == pytest.approx(machine.now - started)
     alone = Option(jf.Solver(jf.Sequential()), costs.sequential, 0.0)
     options = [[alone, *block_options(block, costs, 4, 2e-3, PlanSettings())] for block in tuning.blocks]
     ways = sorted(itertools.product(*options), key=lambda way: sum(one.seconds for one in way))
@@ -86,6 +102,16 @@ def test_a_plan_whose_images_are_off_is_made_for_less(monkeypatch: pytest.Monkey
     for settings in (PlanSettings(trials=2), PlanSettings(stricter=0.95), PlanSettings(trials=2, stricter=0.4)):
         partitions = {solver.partition for solver in jf.plan(flow, tuning, 2, 1e-3, settings=settings).solvers}
         assert partitions == {jf.Segments(1) if settings.stricter == 0.4 else jf.Sequential()}
+
+
+def test_pieces_of_a_reader_s_own_are_planned_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a file too, in which no correction turns into another."""
+    flow, tuning = Machine(1.0).carry(small(), monkeypatch), claiming(run(Stretched(TOKENS), 1e-5, 9, 1e-5))
+    blocks = (replace(block, guess=jf.Zeros(), correction=Halfway(100)) for block in tuning.blocks)
+    replace(tuning, blocks=tuple(blocks)).save(tmp_path / "tuning.json")
+    found = jf.plan(flow, jf.Tuning.load(tmp_path / "tuning.json"), 2)
+    solver = jf.Solver(Stretched(TOKENS), jf.Zeros(), jf.Tolerance(1e-5), Halfway(100))
+    assert found.solvers == (solver, solver)
 
 
 def test_a_gain_that_timings_do_not_tell_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
