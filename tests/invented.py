@@ -192,13 +192,13 @@ class Machine:
     def carry(self, flow: jf.TarFlow, monkeypatch: pytest.MonkeyPatch) -> jf.TarFlow:
         """A copy of the flow that this machine runs; its clock is Python's from now on."""
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
-        self._moods, self._mood, self._lowered = itertools.cycle(self.moods), 1.0, []
+        self._moods, self._mood, self._lowered = itertools.cycle(self.moods), 1.0, None
         flow = copy.deepcopy(flow)
         for i, block in enumerate(flow.blocks):
             self._take(block, self.slower.get(i, 1.0))
         return flow
 
-    def seconds(self, rows: int, *sizes: int) -> float:
+    def seconds(self, rows: int, *sizes: float) -> float:
         """Of calls on so many tokens each."""
         return sum(self.call + self.token * rows * size for size in sizes)
 
@@ -206,7 +206,7 @@ class Machine:
         affine, affine_at, init_cache, lower = block.affine, block.affine_at, block.init_cache, block.lower
 
         def spend(rows: int, size: int, cache: Any) -> None:
-            low = self.low if any(cache is lowered for lowered in self._lowered) else 1.0
+            low = 1.0 if self._lowered is None or cache is not self._lowered else self.low
             self.now += self.seconds(rows, size) * low * (slower if size > 1 else 1.0) * self._mood
 
         def timed(x: Any, start: int, stop: int, cache: Any) -> Any:
@@ -223,7 +223,7 @@ class Machine:
             return init_cache(*arguments, **named)
 
         def lowered(cache: Any) -> Any:
-            self._lowered.append(lower(cache))
-            return self._lowered[-1]
+            self._lowered = lower(cache)
+            return self._lowered
 
         block.affine, block.affine_at, block.init_cache, block.lower = timed, timed_at, started, lowered

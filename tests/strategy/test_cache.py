@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from invented import GUIDANCE, Machine, claiming, draw, make_report, run, small
-from running import put
+from invented import GUIDANCE, TOKENS, Halfway, Machine, Stretched, claiming, draw, make_report, run, small
 
 import jacobiflow as jf
 import jacobiflow.strategy.cache as cache_module
@@ -128,24 +127,18 @@ def test_what_a_plan_depends_on(model: Path, plans: Plans, monkeypatch: pytest.M
     assert plans.made == 10
 
 
-@pytest.mark.parametrize(
-    ("place", "new"),
-    [
-        ([], None), (["format_version"], 0), (["prediction"], None), (["fingerprint"], "0" * 64),
-        (["blocks"], jf.Strategy((jf.Solver(),)).to_json()["blocks"]),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_a_kept_plan_that_is_damaged_is_made_anew(place: list[Any], new: Any, model: Path, plans: Plans) -> None:
+def test_a_kept_plan_that_is_damaged_is_made_anew(model: Path, plans: Plans) -> None:
     flow = plans.load(model)
-    first = plans.auto(flow)
+    first, short = plans.auto(flow), jf.Strategy((jf.Solver(),)).to_json()["blocks"]
     (file,) = plans.files
-    value = json.loads(file.read_text())
-    file.write_text(json.dumps(put(value, place, new) if place else new))
-    plans.forget()
-    assert plans.auto(flow) == first
-    assert plans.made == 2
-    assert jf.Strategy.load(file) == first
+    good = json.loads(file.read_text())
+    for place, new in (("format_version", 0), ("prediction", None), ("fingerprint", "0" * 64), ("blocks", short)):
+        made = plans.made
+        file.write_text(json.dumps({**good, place: new}))
+        plans.forget()
+        assert plans.auto(flow) == first
+        assert plans.made == made + 1
+        assert jf.Strategy.load(file) == first
 
 
 def test_a_plan_of_a_busy_machine_is_used_but_not_kept(model: Path, plans: Plans) -> None:
@@ -174,6 +167,17 @@ def test_where_plans_are_kept(place: str, model: Path, plans: Plans, monkeypatch
 
 
 # ---------------------------------------------------------------------------------------------- without a plan's report
+
+
+def test_pieces_of_a_reader_s_own_are_planned_with(model: Path, plans: Plans) -> None:
+    """From files, in which no correction turns into another."""
+    tuning = claiming(run(Stretched(TOKENS), 1e-5, 9, 1e-5))
+    blocks = (replace(block, guess=jf.Zeros(), correction=Halfway(100)) for block in tuning.blocks)
+    replace(report(), tuning=replace(tuning, blocks=tuple(blocks))).save(model / "report.json")
+    for _ in range(2):
+        solvers = set(plans.auto(plans.load(model)).solvers)
+        assert solvers == {jf.Solver(Stretched(TOKENS), jf.Zeros(), jf.Tolerance(1e-5), Halfway(100))}
+        plans.forget()
 
 
 def test_without_a_report_a_flow_is_tuned_by_a_short_trial(model: Path, plans: Plans) -> None:

@@ -70,24 +70,21 @@ def test_a_tolerance_replaces_those_that_there_are() -> None:
         choose(small(), planned(), 16, tolerance=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "named", "message"),
-    [
-        (None, {}, "strategy 'None': unknown"),
-        ("plan.txt", {}, "strategy 'plan.txt': unknown"),
-        ("missing.json", {}, "strategy missing.json: cannot be read"),
-        ("jacobi", {"tolerance": math.nan}, "tolerance nan"),
-        ("jacobi-3", {"report": make_report([1, 1, 1])}, "num_blocks=2, but the report is of a flow with 3"),
-        (jf.Strategy((COUNTED,) * 3), {}, "strategy for 3 blocks, but the flow has 2"),
-        (jf.Strategy.uniform(jf.Solver(jf.Segments(17)), 2), {}, "only 16 tokens"),
-        (jf.Strategy.parse("jacobi", replace(REPORT, fingerprint="0" * 64)), {}, "the strategy was made for another"),
-        (planned(), {"batch_size": 17}, "planned for batches of up to 16, not 17: plan again, or give a smaller batch"),
-        (planned(), {"guidance": GUIDANCE}, "planned for guidance None, not Guidance.*plan again"),
-        (planned(guidance=GUIDANCE), {}, "planned for guidance Guidance.*not None: plan again"),
-        (planned("Abacus"), {}, "planned for device Abacus, not cpu with 1 threads: plan again"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
+REFUSED: list[tuple[Any, dict[str, Any], str]] = [
+    (None, {}, "strategy 'None': unknown"), ("plan.txt", {}, "strategy 'plan.txt': unknown"),
+    ("missing.json", {}, "strategy missing.json: cannot be read"), ("jacobi", {"tolerance": math.nan}, "tolerance nan"),
+    ("jacobi-3", {"report": make_report([1, 1, 1])}, "num_blocks=2, but the report is of a flow with 3"),
+    (jf.Strategy((COUNTED,) * 3), {}, "strategy for 3 blocks, but the flow has 2"),
+    (jf.Strategy.uniform(jf.Solver(jf.Segments(17)), 2), {}, "only 16 tokens"),
+    (jf.Strategy.parse("jacobi", replace(REPORT, fingerprint="0" * 64)), {}, "the strategy was made for another"),
+    (planned(), {"batch_size": 17}, "planned for batches of up to 16, not 17: plan again, or give a smaller batch"),
+    (planned(), {"guidance": GUIDANCE}, "planned for guidance None, not Guidance.*plan again"),
+    (planned(guidance=GUIDANCE), {}, "planned for guidance Guidance.*not None: plan again"),
+    (planned("Abacus"), {}, "planned for device Abacus, not cpu with 1 threads: plan again"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("strategy", "named", "message"), REFUSED, ids=lambda value: str(value)[:40])
 def test_what_does_not_fit_is_refused(strategy: Any, named: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose(small(), strategy, **{"batch_size": 16, **named})

@@ -75,17 +75,13 @@ def test_the_notations_of_the_paper_s_tables(text: str, tokens: int) -> None:
 
 def test_what_is_printed_is_short() -> None:
     """Numbers are shared where they can be, blocks come in order, and what changes nothing is left out."""
-    for text in ("[0/2-8-3-5]", "[0/2-8-3/4-5]", "[0/2-8/7-3-5]", "[0/2-8/7-3/4-5]", "[0/2-2-3,4-5]", "[1-16-1-1]"):
-        assert str(parse(text, 3, 16)) == text
     for text, short in (
-        ("[2/0-8/8-3/4-5]", "[0/2-8-4/3-5]"), ("[2/0/1-5/8/8-3/3/4-77]", "[0/1/2-8/8/5-3/4/3-1]"),
-        ("gs-jacobi:8-3", "gs-jacobi:8-3"), ("segments:8", "gs-jacobi:8"), ("sequential", "Original"),
-        ("whole+zeros+halfway:50", "jacobi+zeros+halfway:50"), ("window:3+latent+plain", "window:3"),
+        ("[0/2-8/8-3/3-5]", "[0/2-8-3-5]"), ("[2/0-8/8-3/4-5]", "[0/2-8-4/3-5]"), ("segments:8", "gs-jacobi:8"),
+        ("[2/0/1-5/8/8-3/3/4-77]", "[0/1/2-8/8/5-3/4/3-1]"), ("gs-jacobi:8-3", "gs-jacobi:8-3"),
+        ("sequential", "Original"), ("whole+zeros+halfway:50+latent", "jacobi+halfway:50"),
     ):  # fmt: skip
         assert str(parse(text, 3, 16)) == short
 
-
-# --------------------------------------------------------------------------------------------------------- round trips
 
 sweep_counts = st.integers(1, 40) | st.integers(1, 10**9 - 1)
 per_segment = st.lists(sweep_counts, min_size=2, max_size=T).map(lambda each: gs(len(each), tuple(each)))
@@ -115,11 +111,9 @@ AFFINE = jf.MeanAffine(torch.zeros(16, 3), torch.zeros(16, 3))
 NO_NOTATION: dict[str, tuple[jf.Solver, ...]] = {
     "counts without an early stop": (jf.Solver(jf.Segments(2), stopping=jf.MaxSweeps(3)),) * 2,
     "a count for a single segment": (gs(1, (3,)), counted(jf.Whole(), 4)),
-    "another tolerance": (jf.Solver(jf.Sequential(), stopping=jf.Tolerance(0)),) * 2,
     "a tolerance and a count": (jf.Solver(stopping=Stopping(1e-3, 4)),) * 2,
     "two numbers of plain sweeps": (counted(jf.Whole(), 3), counted(jf.Whole(), 4), gs(2, 3)),
     "windows of few sweeps": (counted(jf.Window(3), 4),) * 2,
-    "a window and a stack": (jf.Solver(jf.Window(3)), gs(2, 3), counted(jf.Whole(), 3)),
     "a calibrated guess": (jf.Solver(jf.Window(3), AFFINE), jf.Solver(jf.Window(4), AFFINE)),
     "a partition that is not registered": (jf.Solver(Private()),) * 2,
     "a correction in a stack": (replace(gs(2, 3), correction=Halfway(3)), counted(jf.Whole(), 4)),
@@ -136,8 +130,6 @@ def test_a_strategy_without_a_notation_lists_its_blocks(solvers: tuple[jf.Solver
     with pytest.raises(ValueError, match="strategy"):
         parse(text, len(solvers), 16)
 
-
-# ------------------------------------------------------------------------------------------------------------- refusals
 
 UNKNOWN = [
     "", "newton", "7-8-32-10", "jacobi-", "jacobi-1.5", "jacobi-3-4", "Jacobi-٣", "jacobi-" + "9" * 99, "gs-jacobi:8/4",

@@ -6,25 +6,11 @@ import copy
 import itertools
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from invented import (
-    GUIDANCE,
-    SAMPLES,
-    TOKENS,
-    Halfway,
-    Machine,
-    Stretched,
-    claiming,
-    draw,
-    make_report,
-    run,
-    small,
-    tuned,
-)  # fmt: skip
+from invented import GUIDANCE, TOKENS, Machine, claiming, draw, make_report, run, small, tuned
 
 import jacobiflow as jf
 from jacobiflow.calibration.tuning import BlockTuning, CountedRun
@@ -38,13 +24,9 @@ from jacobiflow.strategy.plan import rounding_floor, trial
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Four of those that a plan is tried on: the first that the tuning has not seen.
-TRIED = draw_latents(4, TOKENS, 4, 0, FIRST_CALIBRATION_LATENT + SAMPLES)
-MACHINES = {
-    "dear calls": Machine(1.0, 0.01),
-    "bfloat16": Machine(1.0, 0.01, low=0.01),
-    "dear tokens": Machine(0.1, 0.1),
-}
+# Four of those that a plan is tried on: the first that a tuning of four samples has not seen.
+TRIED = draw_latents(4, TOKENS, 4, 0, FIRST_CALIBRATION_LATENT + 4)
+MACHINES = {"dear calls": Machine(1.0, 0.01), "bfloat16": Machine(1.0, 0.01, 0.01), "dear tokens": Machine(0.1, 0.1)}
 
 
 def is_loop(*solvers: jf.Solver) -> bool:
@@ -102,16 +84,6 @@ def test_a_plan_whose_images_are_off_is_made_for_less(monkeypatch: pytest.Monkey
     for settings in (PlanSettings(trials=2), PlanSettings(stricter=0.95), PlanSettings(trials=2, stricter=0.4)):
         partitions = {solver.partition for solver in jf.plan(flow, tuning, 2, 1e-3, settings=settings).solvers}
         assert partitions == {jf.Segments(1) if settings.stricter == 0.4 else jf.Sequential()}
-
-
-def test_pieces_of_a_reader_s_own_are_planned_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a file too, in which no correction turns into another."""
-    flow, tuning = Machine(1.0).carry(small(), monkeypatch), claiming(run(Stretched(TOKENS), 1e-5, 9, 1e-5))
-    blocks = (replace(block, guess=jf.Zeros(), correction=Halfway(100)) for block in tuning.blocks)
-    replace(tuning, blocks=tuple(blocks)).save(tmp_path / "tuning.json")
-    found = jf.plan(flow, jf.Tuning.load(tmp_path / "tuning.json"), 2)
-    solver = jf.Solver(Stretched(TOKENS), jf.Zeros(), jf.Tolerance(1e-5), Halfway(100))
-    assert found.solvers == (solver, solver)
 
 
 def test_a_gain_that_timings_do_not_tell_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,27 +163,24 @@ def test_a_tolerance_below_the_network_s_rounding_is_raised_to_it(monkeypatch: p
         jf.plan(digits, tuning, 1, 1e-4, settings=PlanSettings(trials=0))
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"batch_size": 0}, "batch_size=0: give a positive whole number"), ({"batch_size": 1.5}, r"batch_size=1\.5"),
+    ({"tolerance": 0}, "tolerance 0: give a positive number; at 0 use strategy 'sequential'"),
+    ({"tolerance": math.inf}, "tolerance inf"), ({"tolerance": True}, "tolerance True"),
+    ({"device": "cuda:0"}, "device cuda:0: the flow is on cpu"), ({"guidance": 0.5}, r"guidance=0\.5: give a Guidance"),
+    ({"flow": small(1)}, r"the tuning is of another flow.*calibrate this one"),
+    ({"report": make_report([1, 1])}, "this report has no tuning: calibrate with chord=True"),
+    ({"report": "a report"}, "report of type str: give a Report or a Tuning"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("named", "message"),
-    [
-        ({"batch_size": 0}, "batch_size=0: give a positive whole number"),
-        ({"batch_size": 1.5}, r"batch_size=1\.5"),
-        ({"tolerance": 0}, "tolerance 0: give a positive number; at 0 use strategy 'sequential'"),
-        ({"tolerance": math.inf}, "tolerance inf"),
-        ({"tolerance": True}, "tolerance True"),
-        ({"device": "cuda:0"}, "device cuda:0: the flow is on cpu"),
-        ({"guidance": 0.5}, r"guidance=0\.5: give a Guidance"),
-        ({"flow": small(1)}, r"the tuning is of another flow.*calibrate this one"),
-        ({"report": make_report([1, 1])}, "this report has no tuning: calibrate with chord=True"),
-        ({"report": replace(tuned(), num_tokens=9)}, "tuning of 2 blocks of 9 tokens, but the flow has 2 of 16"),
-        ({"report": replace(tuned(), blocks=tuned().blocks[:1])}, "tuning of 1 blocks of 16 tokens, but"),
-        ({"report": None}, "report of type NoneType: give a Report or a Tuning"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
+@pytest.mark.parametrize(("named", "message"), REFUSED, ids=lambda value: str(value)[:40])
 def test_what_does_not_fit_is_refused(named: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         jf.plan(**{"flow": small(), "report": tuned(), **named})
+
+
+def test_a_tuning_of_other_blocks_or_tokens_is_refused() -> None:
+    for tuning in (replace(tuned(), num_tokens=9), replace(tuned(), blocks=tuned().blocks[:1])):
+        with pytest.raises(ValueError, match=r"tuning of [12] blocks of (9|16) tokens, but the flow has 2 of 16"):
+            jf.plan(small(), tuning)

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from invented import GUIDANCE, Counts, counted, igm, make_report, same, small, trace
+from invented import GUIDANCE, Counts, counted, igm, make_report, same, trace
 from running import put
 
 import jacobiflow as jf
-from jacobiflow.calibration.convergence import TOLERANCES, Trace
+from jacobiflow.calibration.convergence import TOLERANCES
 from jacobiflow.calibration.metrics import NORMS, Metrics
 from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.flows.folder import bundled
@@ -27,26 +27,25 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 some = settings(max_examples=50, deadline=None, derandomize=True)
 
-# ---------------------------------------------------------------------------------------------------------- as data
-
 PLAN = jf.Strategy(
     (jf.Solver(jf.Segments(2), jf.Zeros(), jf.MaxSweeps((7, 4)), coarse=3), jf.Solver(stopping=jf.EarlyStop(0.5))),
     "f" * 64, 1e-3, Prediction("cpu", 4, GUIDANCE, 1.0, 2.0, 1e-4, 0.0),
 )  # fmt: skip
 
 
-def test_the_file_of_a_strategy(tmp_path: Path) -> None:
-    """Older ones lack coarse sweeps, and they may hold more entries."""
+def test_a_strategy_comes_back_from_its_file(tmp_path: Path) -> None:
+    """Older files lack coarse sweeps, and there may be more entries."""
     PLAN.save(tmp_path / "plan.json")
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
     for path in (tmp_path / "plan.json", str(tmp_path / "plan.json")):
         back = jf.Strategy.load(path)
         assert (back, back.fingerprint, back.prediction) == (PLAN, PLAN.fingerprint, PLAN.prediction)
-        assert hash(back) == hash(PLAN)
     value = json.loads((tmp_path / "plan.json").read_text())
     assert (value["format_version"], value["fingerprint"], value["tolerance"]) == (1, "f" * 64, 1e-3)
     del value["blocks"][0]["coarse"]
     assert [solver.coarse for solver in jf.Strategy.from_json({**value, "model": "mine"}).solvers] == [0, 0]
+    assert hash(back) == hash(PLAN) == hash(replace(PLAN, fingerprint=None))
+    assert replace(PLAN, tolerance=None) != PLAN == replace(PLAN, fingerprint=None)
 
 
 BROKEN: list[tuple[list[Any], Any, str]] = [
@@ -55,12 +54,10 @@ BROKEN: list[tuple[list[Any], Any, str]] = [
     (["blocks"], {"0": 1}, "'blocks' must list"),
     (["blocks", 1], {}, "block 1: partition, guess, correction, stopping missing"),
     (["blocks", 1], "window", "block 1: 'window' is no object"),
-    (["blocks", 0, "partition", "count"], 0, "block 0.*0"),
     (["blocks", 0, "stopping", "kind"], "x", r"block 0\.stopping: 'kind' unknown"),
     (["blocks", 0, "coarse"], -1, "block 0: coarse=-1"),
     (["prediction"], {}, "prediction: .* missing"),
     (["tolerance"], -1, "tolerance -1"),
-    (["tolerance"], "small", "tolerance: 'small' is no float"),
     (["fingerprint"], 7, "fingerprint: 7 is no str"),
 ]
 
@@ -72,48 +69,24 @@ def test_a_broken_file_is_one_error_that_names_the_place(path: Any, new: Any, me
         jf.Strategy.load(tmp_path / "plan.json")
 
 
-any_json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.just("kind"), inner, max_size=3),
-    max_leaves=5,
-)
-
-
-@given(place=st.sampled_from([[], *(path for path, _, _ in BROKEN)]), new=any_json)
-@settings(max_examples=100, deadline=None, derandomize=True)
-def test_json_of_any_kind_is_read_as_it_stands_or_refused(place: list[Any], new: Any) -> None:
-    value = put(PLAN.to_json(), place, new) if place else new
-    try:
-        strategy = jf.Strategy.from_json(value)
-    except ValueError:
-        return
-    assert strategy.to_json() == json.loads(json.dumps(value), parse_constant=lambda name: None)
-
-
 def test_a_file_that_holds_no_strategy_is_an_error_that_names_it(tmp_path: Path) -> None:
-    for content in (b"", b"{", b"[1]", b"\xff\xfe\x00", b"null", b"[" * 10**5, b"[" + b"9" * 5000):
+    for content in (b"", b"[1]", b"\xff\xfe\x00", b"[" * 10**5):
         (tmp_path / "plan.json").write_bytes(content)
         for path in (tmp_path / "plan.json", tmp_path, tmp_path / "absent.json"):
             with pytest.raises(ValueError, match=f"^strategy .*{path.name}: "):
                 jf.Strategy.load(path)
 
 
-def test_a_new_tolerance_replaces_those_that_there_are() -> None:
-    several = jf.Strategy((jf.Solver(), jf.Solver(stopping=Stopping(0.5, 3, 0.1)), jf.Solver(stopping=jf.MaxSweeps(2))))
-    found = several.with_tolerance(1e-6)
-    assert [s.stopping for s in found.solvers] == [Stopping(1e-6), Stopping(1e-6, 3, 0.1), Stopping(None, 2)]
-    assert [jf.Strategy((solver,)).has_tolerance for solver in several.solvers] == [True, True, False]
+def test_the_tolerance_that_a_plan_was_made_for_stays() -> None:
+    stopping = (jf.Tolerance(1), Stopping(0.5, 3, 0.1), jf.MaxSweeps(2))
+    assert [jf.Strategy((jf.Solver(stopping=each),)).has_tolerance for each in stopping] == [True, True, False]
     assert PLAN.has_tolerance
     assert PLAN.with_tolerance(1e-3) is PLAN
-    assert replace(PLAN, tolerance=None) != PLAN == replace(PLAN, fingerprint=None)
     with pytest.raises(ValueError, match=r"tolerance 0\.01: the strategy was planned for 0\.001; plan again"):
         PLAN.with_tolerance(1e-2)
-    for none in (-1, math.nan, "small"):
-        with pytest.raises(ValueError, match=f"tolerance '?{none}"):
-            several.with_tolerance(none)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tolerance -1"):
+        jf.Strategy.uniform(jf.Solver(), 2).with_tolerance(-1)
 
-
-# ------------------------------------------------------------------------------------------------------- with a report
 
 IGM_6 = [igm(5e5, 9.9, 12), igm(7.2, 6.9, 0.1), igm(3, 5, 4), igm(math.inf, math.inf, 8), igm(1, 1, 1), igm(2, 1, 1)]
 LATENT = jf.Latent()
@@ -135,29 +108,20 @@ def test_a_report_gives_each_block_the_guess_of_the_smallest_igm(norm: Any) -> N
         assert {solver.guess for solver in jf.Strategy.parse(text, report).solvers} == {guess}
 
 
-def test_sizes_are_those_of_the_report_or_given() -> None:
-    report = make_report([1] * 6, IGM_6)
-    assert jf.Strategy.parse("jacobi", report, num_blocks=6, num_tokens=16) == jf.Strategy.parse("jacobi", report)
-    rows: list[tuple[jf.Report | None, dict[str, Any], str]] = [
-        (report, {"num_blocks": 5}, "num_blocks=5, but the report is of a flow with 6"),
-        (report, {"num_tokens": 8}, "num_tokens=8, but the report is of a flow with 16"),
-        (None, {}, "give a report, or num_blocks"),
-        (None, {"num_blocks": 8}, "num_tokens of the flow"),
-        (None, {"num_blocks": 0, "num_tokens": 1}, "num_blocks=0: give a positive whole number"),
-        (None, {"num_blocks": 1, "num_tokens": 1.5}, r"num_tokens=1\.5: give"),
-    ]
-    for given_, sizes, message in rows:
-        with pytest.raises(ValueError, match=message):
-            jf.Strategy.parse("jacobi", given_, **sizes)
-
-
-def test_a_strategy_by_the_report_of_another_flow_is_refused() -> None:
-    found = jf.Strategy.parse("Jacobi-3", make_report([1, 1]))
-    found.check(small())
-    jf.Strategy.parse("Jacobi-3", num_blocks=2, num_tokens=16).check(small(1))
-    for other in (found, found.with_tolerance(1e-2), jf.Strategy.from_report(make_report([1, 1]))):
-        with pytest.raises(ValueError, match=r"the strategy was made for another flow.*calibrate this one"):
-            other.check(small(1))
+@pytest.mark.parametrize(
+    ("with_report", "sizes", "message"),
+    [
+        (True, {"num_blocks": 5}, "num_blocks=5, but the report is of a flow with 6"),
+        (True, {"num_blocks": 6, "num_tokens": 8}, "num_tokens=8, but the report is of a flow with 16"),
+        (False, {}, "give a report, or num_blocks"),
+        (False, {"num_blocks": 8}, "num_tokens of the flow"),
+        (False, {"num_blocks": 0, "num_tokens": 1}, "num_blocks=0: give a positive whole number"),
+        (False, {"num_blocks": 1, "num_tokens": 1.5}, r"num_tokens=1\.5: give"),
+    ],
+)
+def test_sizes_are_those_of_the_report_or_given(with_report: bool, sizes: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        jf.Strategy.parse("jacobi", make_report([1] * 6, IGM_6) if with_report else None, **sizes)
 
 
 # ---------------------------------------------------------------------------------------- Algorithm 1, invented numbers
@@ -188,23 +152,16 @@ def test_the_strategy_that_a_report_proposes() -> None:
 
 def test_else_is_what_the_slowest_easy_block_needed_from_its_own_guess() -> None:
     """Of its best guess alone, and at least a sweep; T sweeps where a sample never got there; by the tolerance."""
-    easy = {"latent": same(9, 9), "zeros": same(3, 7), "mean_affine": same(8, 8)}
-    tough, never = dict.fromkeys(GUESS_NAMES, same(16, 16)), {**easy, "zeros": same(1, None)}
-    igms = [igm(1, 2, 3), igm(2, 1, 3), igm(2, 1, 3)]
-
-    def other(*noise: Mapping[str, Trace], tolerance: float = 1e-2) -> set[Any]:
-        report = make_report([90, 1, 1], igms, [tough, *noise], {0: {1: [same(16, 16)]}})
+    igms, slow = [igm(1, 2, 3), igm(2, 1, 3), igm(2, 1, 3)], {1e-1: (2, 1), 1e-2: (3, 4), 1e-3: (5, 5), 1e-4: (None, 2)}
+    rows = [(same(3, 7), same(2, 5), 1e-2, 7), (same(0, 0), same(0, 0), 1e-2, 1), (same(1, None), same(3, 7), 1e-2, 16)]
+    rows += [(trace(slow), trace(slow), atol, sweeps) for atol, sweeps in ((1e-1, 2), (1e-2, 4), (1e-3, 5), (1e-4, 16))]
+    for first, second, tolerance, sweeps in rows:
+        easy = [{"latent": same(9, 9), "zeros": each, "mean_affine": same(8, 8)} for each in (first, second)]
+        noise = [dict.fromkeys(GUESS_NAMES, same(16, 16)), *easy]
+        report = make_report([90, 1, 1], igms, noise, {0: {1: [same(16, 16)]}})
         found = jf.Strategy.from_report(report, tolerance).solvers
         assert found[0] == counted(jf.Segments(16), 1)
-        assert [solver.guess for solver in found[1:]] == [jf.Zeros()] * 2
-        return {solver.stopping.max_sweeps for solver in found[1:]}
-
-    assert other(easy, {**easy, "zeros": same(2, 5)}) == {7}
-    assert other({**easy, "zeros": same(0, 0)}, {**easy, "zeros": same(0, 0)}) == {1}
-    assert other(never, easy) == {16}
-    slow = {**easy, "zeros": trace({1e-1: (2, 1), 1e-2: (3, 4), 1e-3: (5, 5), 1e-4: (None, 2)})}
-    for tolerance, want in ((1e-1, 2), (1e-2, 4), (1e-3, 5), (1e-4, 16)):
-        assert other(slow, slow, tolerance=tolerance) == {want}
+        assert found[1:] == (replace(counted(jf.Whole(), sweeps), guess=jf.Zeros()),) * 2
 
 
 def test_what_a_report_cannot_tell_is_refused() -> None:
@@ -263,9 +220,6 @@ def test_a_tough_block_gets_the_cheapest_of_what_was_measured(
         segments[count] = [same(*rows[i % len(rows)]) for i in range(count)]
     report = make_report((1.0, 90.0, 1.0), segments={1: segments}, num_tokens=length)
     assert_cheapest(report, 1, 1e-2, call_cost, per_segment)
-
-
-# ---------------------------------------------------------------------------------------- Algorithm 1, a real report
 
 
 def test_a_real_report_gives_the_cheapest_way_too() -> None:
