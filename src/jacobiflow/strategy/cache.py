@@ -39,10 +39,10 @@ def auto(
     """What `strategy="auto"` stands for: the plan for this flow, device, batch size and tolerance (1e-3 by default).
 
     A plan is made once, for the next power of two of the batch size, by the tuning of `report`, by default that of the
-    report.json in the flow's model folder. It is kept in the user's cache folder. A flow without a tuning of its own
-    is tuned on four fresh latents, without fits: which blocks the sequential loop should solve, and where sweeps save
-    time. At a tolerance of 0 all blocks are left to the loop, and so they are where one of these latents overflows.
-    `say` is called with a line of text before what takes long.
+    report.json in the flow's model folder. It is kept in the user's cache folder. A flow without such a tuning is
+    tuned on four fresh latents, with nothing fitted: enough to tell which blocks sweeps solve sooner than the
+    sequential loop. The loop solves all blocks at a tolerance of 0, and where one of these latents overflows. `say` is
+    called with a line of text before something that takes long.
 
     **Raises** `ValueError` where `report` is of another flow. A report.json of other weights only warns.
     """
@@ -66,20 +66,20 @@ def _key(
 ) -> str:
     """A hash of all that a plan depends on."""
     if report is not None:
-        by = sha256(json_bytes(report.to_json()))
+        made_by = sha256(json_bytes(report.to_json()))
     elif flow.report_file is not None and flow.report_file.is_file():
-        by = sha256(flow.report_file.read_bytes())
+        made_by = sha256(flow.report_file.read_bytes())
     else:
-        by = ""
+        made_by = ""
     device = flow.var.device
     precision = (flow.var.dtype, torch.get_float32_matmul_precision(), torch.is_autocast_enabled(device.type))
     where = json.dumps(machine(device), sort_keys=True)
-    words = (weights, where, precision, batch_size, tolerance, in_force(guidance), by)
+    words = (weights, where, precision, batch_size, tolerance, in_force(guidance), made_by)
     return hashlib.sha256(repr(words).encode()).hexdigest()[:32]
 
 
 def _read(key: str, weights: str, num_blocks: int) -> Strategy | None:
-    """The plan in the cache folder, unless there is none that can be read."""
+    """The plan in the cache folder; `None` where there is none, or it cannot be read."""
     folder = _folder()
     if folder is None:
         return None
@@ -128,7 +128,7 @@ def _short_trial(flow: ImageFlow, tolerance: float, guidance: Guidance | None) -
 
 
 def _tuning(flow: ImageFlow, report: Report | None) -> Tuning | None:
-    """That of `report`, or of the flow's own; `None` where there is none of these weights."""
+    """The tuning in `report`, by default in the flow's own; `None` where there is none for these weights."""
     if report is not None:
         report.check(flow)
         return report.tuning

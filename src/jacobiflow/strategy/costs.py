@@ -63,12 +63,12 @@ class Costs:
         return (1 - share) * self.sweep[low, partition] + share * self.sweep[high, partition]
 
     def of_coarse(self, count: int) -> float:
-        """Seconds of so many sweeps in bfloat16."""
+        """Seconds of `count` sweeps in bfloat16, with what starting them takes."""
         return self.coarse_fixed + count * self.coarse if count else 0.0
 
 
 def measure(block: AffineBlock, tuning: Tuning, batch_size: int, flow: ImageFlow) -> Costs:
-    """Time what plans are made of, on the block's device: a second or two.
+    """Measure the seconds that a plan is made of, on the block's device. It takes a second or two.
 
     A sweep over a run is timed as a solve whose every sweep meets its tolerance: contexts of all lengths, and the
     loop's own work, are in the mean.
@@ -98,7 +98,7 @@ def measure(block: AffineBlock, tuning: Tuning, batch_size: int, flow: ImageFlow
 
 
 def _runs(partition: Partition, num_tokens: int) -> int:
-    """How many runs there are where each passes all its tokens."""
+    """The number of runs from the first token to the last, where the front passes all tokens of a run."""
     count = front = 0
     while front < num_tokens:
         front = partition.stop(front, num_tokens)
@@ -125,7 +125,7 @@ class _Clock:
         self.correction = next((c for c in corrections if c != Plain()), self.tuning.blocks[0].correction)
 
     def seconds(self, partition: Partition, rows: int, sweeps: int | None = None, coarse: int = 0) -> float:
-        """The least of a few solves of so many rows: so many sweeps of each token, or one where `None`."""
+        """The least of a few solves of so many rows, `sweeps` of each token; `None` is one sweep of each run."""
         stopping = Tolerance(_SETTLED) if sweeps is None else MaxSweeps(sweeps)
         solver = Solver(partition, self.tuning.blocks[0].guess, stopping, self.correction, coarse)
         seconds: list[float] = []
@@ -137,7 +137,7 @@ class _Clock:
         return min(seconds)
 
     def own_fronts(self, partition: Partition, rows: int) -> float:
-        """What it costs more to sweep a run where each sample stands at another token."""
+        """Extra seconds of a sweep whose samples each start at a token of their own."""
         if rows == 1 or not isinstance(self.block, FrontPerSample) or not isinstance(partition, SlidingRun):
             return 0.0
         block: Any = self.block
