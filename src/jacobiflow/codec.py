@@ -192,7 +192,9 @@ def _decode_registered(base: type, value: Any, where: str) -> Any:
 
 def _decode_record(cls: Any, value: Any, where: str) -> Any:
     """A dataclass or named tuple. Entries that are missing take their defaults."""
-    entries = {name: entry for name, entry in _object(value, where).items() if name != "kind"}
+    entries, name = dict(_object(value, where)), name_of(cls)
+    if name is not None and entries.pop("kind", name) != name:
+        raise _error(where, f"kind {value['kind']!r}: {name} wanted")
     hints, required = _hints(cls)
     unknown = ", ".join(map(repr, entries.keys() - hints.keys()))
     missing = ", ".join(map(repr, required - entries.keys()))
