@@ -122,7 +122,7 @@ class _Clock:
         self.z = torch.zeros(shape, dtype=state_dtype(self.flow), device=device)
         self.labels = torch.zeros(self.batch_size, dtype=torch.long, device=device) if config.num_classes else None
         corrections = (tuned.correction for tuned in self.tuning.blocks)
-        self.correction = next((c for c in corrections if c != Plain()), self.tuning.blocks[0].correction)
+        self.correction = next((c for c in corrections if c != Plain()), Plain())
 
     def seconds(self, partition: Partition, rows: int, sweeps: int | None = None, coarse: int = 0) -> float:
         """The least of a few solves of so many rows, `sweeps` of each token; `None` is one sweep of each run."""
