@@ -68,9 +68,6 @@ PARTS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------- running tests
-
-
 @dataclass(eq=False)
 class Order:
     """A pytest plugin: sorts tests by file and by what is known of them, and keeps what it sees."""
@@ -168,9 +165,6 @@ class Slot:
     def seen(self) -> dict[str, Any]:
         """What the last run has seen, unless it was stopped: the tests that failed, and the seconds of each."""
         return json.loads((self.folder / "seen").read_text())
-
-
-# ------------------------------------------------------------------------------------------------------------ result
 
 
 def unmutated(slot: Slot, part: Part, limit: int) -> dict[str, Any]:
