@@ -47,6 +47,7 @@ HEAVY = (
     "sklearn.datasets", "torchmetrics", "zuko", "nflows", "normflows", "sbi.inference", "typer", "rich.progress",
 )  # fmt: skip
 MEMORY = 8 << 30  # bytes that the tests of a mutant may take: a fault may make an array, or a list, without bound
+FAST = 0.1  # seconds of a test; nearly all are below
 NOT_RUN = 70  # an exit code that pytest does not use
 LEFT_BEHIND = (".git", ".venv", "out", "runs", "build", "dist", "__pycache__", ".*_cache", ".hypothesis")
 
@@ -80,11 +81,14 @@ class Order:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Tests that killed most mutants, then those of the file that mirrors the mutated one, then fast ones."""
+        """Tests that killed most mutants, then fast ones; of these those of the file that mirrors the mutated one.
 
-        def key(item: pytest.Item) -> tuple[int, bool, str, float]:
-            mirrors = self.first in item.path.stem
-            return -self.kills[item.nodeid], not mirrors, item.path.name, self.seconds.get(item.nodeid, 0.0)
+        Tests of a file stay together, for the sake of the fixtures that they share.
+        """
+
+        def key(item: pytest.Item) -> tuple[int, bool, bool, str, float]:
+            seconds, mirrors = self.seconds.get(item.nodeid, 0.0), self.first in item.path.stem
+            return -self.kills[item.nodeid], seconds > FAST, not mirrors, item.path.name, seconds
 
         items.sort(key=key)
 
