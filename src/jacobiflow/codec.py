@@ -74,7 +74,9 @@ def _base_of(cls: type) -> type:
 
 
 def encode(value: Any) -> Any:
-    """A JSON value that `decode` turns back into `value`. Infinity becomes null, tensors their values in base64.
+    """A JSON value that `decode` turns back into `value`.
+
+    Tensors become their values in base64. A number that is not finite becomes null, which is read as infinity.
 
     **Raises** `ValueError` for an object of a family that is not registered, and for what has no JSON form.
     """

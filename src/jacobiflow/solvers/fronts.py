@@ -34,11 +34,11 @@ class Fronts:
         return cls(sample, front, np.full(len(sample), np.inf), growing, reached)
 
     def take(self, rows: np.ndarray) -> Fronts:
-        """Those of the rows."""
+        """The samples at `rows`."""
         return Fronts(*(getattr(self, entry.name)[rows] for entry in fields(self)))
 
     def join(self, other: Fronts) -> Fronts:
-        """These and then the others."""
+        """These samples and then the others."""
         return Fronts(*(np.concatenate((getattr(self, e.name), getattr(other, e.name))) for e in fields(self)))
 
     def correction_fails(self, start: np.ndarray, residual: np.ndarray) -> np.ndarray:
