@@ -63,6 +63,10 @@ class TuneSettings:
     coarse_to_tolerance: tuple[int, ...] = (2, 3, 4)
     coarse_from: float = 0.25
 
+    def __post_init__(self) -> None:
+        if not self.tolerances or self.partitions == ():
+            raise ValueError("TuneSettings: give one tolerance and one partition or more; None tries all partitions")
+
 
 def tune(
     flow: ImageFlow, labels: Int[Tensor, " n"] | None = None, guidance: Guidance | None = None, *, samples: int = 32,
@@ -136,8 +140,8 @@ def _check(flow: ImageFlow, labels: Tensor | None, guidance: Guidance | None, sa
             raise ValueError(f"{name}={value!r}: give a whole number, at least {least}")
     if guidance is not None and not isinstance(guidance, Guidance):
         raise ValueError(f"guidance={guidance!r}: give a Guidance, such as Guidance({guidance!r})")
-    if labels is not None and (not isinstance(labels, Tensor) or not labels.numel()):
-        raise ValueError(f"labels {labels!r}: give a tensor of one class or more")
+    if labels is not None and (not isinstance(labels, Tensor) or not labels.numel() or not labels.ndim):
+        raise ValueError(f"labels {labels!r}: give a tensor (n,) of one class or more")
     if labels is not None:
         flow.check_labels(labels, len(labels))
 

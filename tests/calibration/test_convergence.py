@@ -1,0 +1,83 @@
+"""Distances to the solution, sweep by sweep, against plain sweeps of the oracle without a cache."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from calibration_problems import PROBLEMS, errors_of, linear_flow, problem, randn, runs_of
+
+import jacobiflow as jf
+from jacobiflow.calibration import Trace, distances
+from jacobiflow.calibration.convergence import joined
+from jacobiflow.solvers import Given
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_distances_are_those_of_plain_sweeps(name: str, count: int) -> None:
+    """Of each segment, those before it being solved, until a sweep changes nothing.
+
+    `near` is close at once, so that its sweeps end with an error: the next segment must read the solution instead.
+    """
+    p = problem(name)
+    near = p.answer + 1e-6 * randn(*p.answer.shape)
+    near[:, p.length // 2 :] = 0
+    for guess in (jf.Latent(), jf.Zeros(), Given(near)):
+        curves = distances(p.block, p.answer, p.z, guess, p.labels, count)
+        assert len(curves) == count
+        for curve, run in zip(curves, runs_of(p.length, count), strict=True):
+            expected = errors_of(p.g, p.answer, guess(p.z), run).abs().amax(dim=(2, 3))
+            torch.testing.assert_close(curve, expected[: len(curve)], rtol=1e-9, atol=1e-10)
+            assert curve[-1].max() <= 1e-9
+            assert not curve.is_inference()
+
+
+def test_plain_sweeps_are_exact_after_as_many_as_tokens() -> None:
+    """Proposition 1, of a block x_t = z_t + 3 x_(t-1) that amplifies errors as long as there are any."""
+    x = torch.ones(2, 9, 1, dtype=torch.float64)
+    z = x.clone()
+    z[:, 1:] -= 3 * x[:, :-1]
+    (curve,) = distances(linear_flow([3.0]).blocks[0], x, z, jf.Zeros())
+    assert curve[:, 0].tolist() == pytest.approx([3.0**k for k in range(8)] + [0.0], abs=1e-9)
+    (curve,) = distances(linear_flow([3.0]).blocks[0], x, z, Given(x))
+    assert torch.equal(curve, torch.zeros(1, 2, dtype=torch.float64))
+
+
+def test_a_token_that_overflows_goes_back_to_the_guess_and_is_exact_in_the_end() -> None:
+    """x_t = z_t + exp(x_(t-1) - 1) from a guess far above the solution; a token less overflows in each sweep."""
+
+    def update(x: torch.Tensor, z: torch.Tensor, start: int, stop: int, cache: None) -> torch.Tensor:
+        return z[:, start:stop] + torch.cat((torch.zeros_like(x[:, :1]), (x[:, :-1] - 1).exp()), dim=1)[:, start:stop]
+
+    block: Any = SimpleNamespace(init_cache=lambda z, context: None, update=update)
+    z, x = torch.full((2, 6, 1), -0.3, dtype=torch.float64), torch.zeros(2, 6, 1, dtype=torch.float64)
+    for _ in range(6):
+        x = update(x, z, 0, 6, None)
+    trace = Trace.of(distances(block, x, z, Given(torch.full_like(z, 1000.0)))[0])
+    assert trace.largest == trace.median == (pytest.approx(1000, rel=1e-2), *(math.inf,) * 5, 0.0)
+    assert set(trace.sweeps.values()) == {(6, 6)}
+
+
+def test_a_trace_counts_the_sweeps_after_which_the_distance_stays_small() -> None:
+    """A distance that grows again has not got there yet; one that ends above the tolerance never does."""
+    curve = torch.tensor([[1.0, 5e-4, 0.5], [5e-2, 1e-4, 2.0], [0.2, 0.0, 5e-3], [5e-3, 0.0, 5e-4], [0.0, 0.0, 5e-4]])
+    trace = Trace.of(curve.double())
+    assert trace.largest == pytest.approx((1.0, 2.0, 0.2, 5e-3, 5e-4))
+    assert trace.median == pytest.approx((0.5, 5e-2, 5e-3, 5e-4, 0.0))
+    assert trace.sweeps == {1e-1: (3, 0, 2), 1e-2: (3, 0, 2), 1e-3: (4, 0, 3), 1e-4: (4, 1, None)}
+    assert (trace.slowest(1e-1), trace.slowest(1e-4), trace.reach(1e-4)) == (3, None, (4, 1, None))
+    for measure in (trace.reach, trace.slowest):
+        with pytest.raises(ValueError, match=r"tolerance 0\.5: measured are 0\.1, 0\.01, 0\.001, 0\.0001"):
+            measure(0.5)
+
+
+def test_joined_curves_stay_where_they_ended() -> None:
+    short, long = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[2.0], [1.0], [0.5], [0.0]])
+    expected = torch.tensor([[3.0, 4.0, 2.0], [1.0, 0.0, 1.0], [1.0, 0.0, 0.5], [1.0, 0.0, 0.0]])
+    assert torch.equal(joined([short, long]), expected)

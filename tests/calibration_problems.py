@@ -1,0 +1,92 @@
+"""What the tests of calibration share: blocks beside the oracle's maps, a flow with closed forms, fresh latents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import oracle
+import torch
+from problems import BlockProblem, MixingBlock, latents, make_flow
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.guidance import guided
+
+GUESSES = ("latent", "zeros", "mean_affine")
+PROBLEMS: dict[str, tuple[dict[str, Any], int, jf.Guidance | None]] = {
+    "reversed": ({"image_size": 6, "in_channels": 3}, 1, None),
+    "classes": ({"num_classes": 3}, 0, None),
+    "guided": ({"image_size": 6, "num_classes": 2}, 0, jf.Guidance(1.2, True, "both", 0.7)),
+    "mixing": ({}, -1, None),
+}
+
+
+def randn(*shape: int, seed: int = 9) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def guide_of(guidance: jf.Guidance | None) -> oracle.Guide | None:
+    return guidance and oracle.Guide(guidance.weight, guidance.annealed, guidance.on, guidance.attn_temperature)
+
+
+def problem(name: str) -> BlockProblem:
+    """One of `PROBLEMS`: a block of a small flow, or `MixingBlock`, at three random latents."""
+    config, i, guidance = PROBLEMS[name]
+    if i < 0:
+        block, z = MixingBlock(9, 2), randn(3, 9, 2)
+        return BlockProblem(block, lambda x: block.g(x, z), z, None, oracle.sequential(lambda x: block.g(x, z), z))
+    flow = make_flow(**config)
+    reference, z = oracle.Oracle(flow), latents(flow, 3, seed=5)
+    labels = torch.tensor([0, -1, 1]) if flow.config.num_classes else None
+
+    def g(x: Tensor) -> Tensor:
+        return reference.g(i, x, z, labels, guide_of(guidance))
+
+    return BlockProblem(guided(flow.blocks[i], guidance), g, z, labels, oracle.sequential(g, z))
+
+
+def runs_of(length: int, count: int) -> list[slice]:
+    return [slice(k * length // count, (k + 1) * length // count) for k in range(count)]
+
+
+def errors_of(g: oracle.Map, answer: Tensor, guess: Tensor, run: slice, sweeps: int | None = None) -> Tensor:
+    """X^(k) - X* of a run of tokens, k = 0, 1, ...: plain sweeps from the guess, the tokens before being solved."""
+    x = torch.cat((answer[:, : run.start], guess[:, run.start :]), dim=1)
+    errors = [(x - answer)[:, run]]
+    for _ in range(run.stop - run.start if sweeps is None else sweeps):
+        x[:, run] = g(x)[:, run]
+        errors.append((x - answer)[:, run])
+    return torch.stack(errors)
+
+
+def dense_gamma(g: oracle.Map, x: Tensor) -> np.ndarray:
+    """dg/dx at each sample of `x`, (B, TC, TC), by automatic differentiation of the oracle's map."""
+    jacobian: Any = torch.autograd.functional.jacobian(g, x)
+    size = x[0].numel()
+    return np.stack([jacobian[n, :, :, n].reshape(size, size).numpy() for n in range(len(x))])
+
+
+def linear_flow(slopes: list[float], log_scale: float = 0.0, num_classes: int = 0, nvp: bool = True) -> jf.TarFlow:
+    """Blocks x_t = exp(log_scale) z_t + slope x_{t-1} on 9 tokens of one number; |W_u| = slope, |W_s| = log_scale.
+
+    All layers are the identity. Channel 0 of the hidden state is the token, channel 1 is 1.
+    """
+    config = jf.TarFlowConfig(1, 3, 1, 16, len(slopes), 1, num_classes=num_classes, nvp=nvp, head_dim=16, expansion=1)
+    flow = jf.TarFlow(config).double().eval()
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.zero_()
+        for block, slope in zip(flow.blocks, slopes, strict=True):
+            block.proj_in.weight[0, 0] = block.proj_in.bias[1] = 1
+            block.proj_out.weight[-1, 0] = slope
+            if nvp:
+                block.proj_out.weight[0, 1] = log_scale
+    return flow
+
+
+def fresh_latents(flow: Any, num: int, seed: int = 0) -> Tensor:
+    """The latents that calibration draws: Philox by seed and index, as those of samples, but from index 2^40 on."""
+    shape = flow.config.num_tokens, flow.config.token_channels
+    generators = (np.random.Generator(np.random.Philox(key=seed, counter=(0, 0, 0, 2**40 + i))) for i in range(num))
+    return torch.from_numpy(np.stack([each.standard_normal(shape, np.float32) for each in generators])).double()
