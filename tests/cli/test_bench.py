@@ -14,13 +14,11 @@ import pytest
 import torch
 from PIL import Image
 from problems import make_flow, to_float32
-from running import figures, run_line
+from running import figures
 
 import jacobiflow as jf
 from jacobiflow.measuring import machine, paired_error
 from jacobiflow.strategy import Prediction
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 GUIDANCE = jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8)
 GUIDED = "--guidance 0.7 --guidance-on shift --constant-guidance --attn-temperature 0.8"
@@ -28,7 +26,7 @@ BASELINES = ["growing cache", "sequential"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, its report, and strategies."""
     folder = tmp_path_factory.mktemp("work")
     flow = to_float32(make_flow(num_classes=3))
@@ -39,15 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     replace(window, prediction=prediction).save(folder / "planned.json")
     images = torch.randn(9, 1, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     jf.calibrate(flow, images, torch.arange(9) % 3, segments=4, traced=3, progress=False).save(folder / "report.json")
-    (folder / "file").write_text("a regular file")
     return folder
-
-
-@pytest.fixture
-def run(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("COLUMNS", "80")
-    return lambda line: run_line(f"bench {line}", capsys)
 
 
 def rows_of(out: Path) -> dict[str, Any]:
@@ -58,7 +48,7 @@ def rows_of(out: Path) -> dict[str, Any]:
 def test_a_bundled_model_end_to_end(run: Any, tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
     result = run(
-        "--model digits-p1 --strategy auto --strategy '[2-4-5-6]' --strategy sequential --batch-size 2 --batch-size 1 "
+        "bench --model digits-p1 --strategy auto --strategy '[2-4-5-6]' --strategy sequential --batch-size 2 --batch-size 1 "
         f"--batch-size 2 --repeats 1 --seed 3 --out {out} --json {tmp_path}/copy.json"
     )
     assert (result.code, result.err) == (0, "")
@@ -96,7 +86,7 @@ def test_a_bundled_model_end_to_end(run: Any, tmp_path: Path) -> None:
 
 def test_settings_reach_the_library(run: Any, tmp_path: Path) -> None:
     line = f"--labels 0,2 {GUIDED} --dtype float64 --tolerance 1e-6 --report report.json"
-    result = run(f"--model model --strategy jacobi --batch-size 3 --repeats 1 {line} --out {tmp_path}")
+    result = run(f"bench --model model --strategy jacobi --batch-size 3 --repeats 1 {line} --out {tmp_path}")
     assert result.code == 0
     assert result.err == "warning: --report report.json: calibrated under other guidance; it may start far off\n"
     shown, flow = figures(tmp_path / "bench.json"), jf.load("./model", dtype="float64")
@@ -110,7 +100,7 @@ def test_settings_reach_the_library(run: Any, tmp_path: Path) -> None:
 
 
 def test_a_tolerance_is_for_the_strategies_that_have_one(run: Any, tmp_path: Path) -> None:
-    line = "--model model --batch-size 2 --repeats 1 --strategy window.json"
+    line = "bench --model model --batch-size 2 --repeats 1 --strategy window.json"
     assert run(f"{line} --strategy jacobi-2 --strategy window:4 --tolerance 1e-5 --out {tmp_path}").code == 0
     rows = rows_of(tmp_path)
     assert rows["window:4"]["certificate"] <= 1e-5
@@ -131,7 +121,7 @@ def test_lost_samples_stay_json_and_are_drawn(run: Any, tmp_path: Path, monkeypa
     flow.save_pretrained("[/red]")  # no markup
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        result = run("--model './[/red]' --strategy jacobi --batch-size 2 --repeats 1 --out '[bold]'")
+        result = run("bench --model './[/red]' --strategy jacobi --batch-size 2 --repeats 1 --out '[bold]'")
     assert result.code == 0
     assert all("the exact inverse itself overflows" in line for line in result.err.splitlines())
     assert result.out.startswith("./[/red] on ")
@@ -142,21 +132,14 @@ def test_lost_samples_stay_json_and_are_drawn(run: Any, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("line", "error"),
+    ("line", "message"),
     [
         ("--repeats 0", "--repeats 0: give a positive number of rounds"),
         ("--batch-size 4 --batch-size 0", "--batch-size 0: give a positive number of images"),
-        ("--strategy auto --strategy '[7-4-5-6]'", r"strategy '\[7-4-5-6\]': Stack names block 7, the flow has 0 to 1"),
-        ("--strategy planned.json --batch-size 4", "the strategy was planned for batch.* 2, not 4: plan again.*"),
-        ("--strategy jacobi-3 --tolerance 1e-4", "--tolerance 0.0001: every strategy stops .*; leave it out"),
-        ("--strategy jacobi --tolerance nan", ".*nan.*"),
-        ("--strategy jacobi --labels 3", r"label 3: this flow has classes 0 to 2 \(below 0: no class\)"),
-        ("--strategy jacobi --out file", "--out file: cannot write there .*"),
+        ("--strategy auto --strategy [7-4-5-6]", "strategy '[7-4-5-6]': Stack names block 7, the flow has 0 to 1"),
+        ("--strategy planned.json --batch-size 4", "the strategy was planned for batch"),
+        ("--strategy jacobi-3 --tolerance 1e-4", "--tolerance 0.0001: every strategy stops after"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(line: str, error: str, run: Any, folder: Path) -> None:
-    before = sorted(str(path) for path in folder.rglob("*"))
-    result = run(f"--model model {line}")
-    assert result.code == 2
-    assert re.fullmatch(rf"error: {error}\n", result.err), result.err
-    assert sorted(str(path) for path in folder.rglob("*")) == before
+def test_bad_input_is_one_line_and_leaves_nothing(line: str, message: str, refuse: Any) -> None:
+    refuse(f"bench --model model {line} --out out-x", message)
