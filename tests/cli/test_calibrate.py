@@ -66,7 +66,8 @@ def assert_figures(shown: Any, report: jf.Report) -> None:
     """The figures are the report's; a NaN is null."""
     assert report.components is not None
     want = {
-        "num_images": report.settings.num_images, "norm": report.settings.norm, "igm": [dict(row) for row in report.igm],
+        "num_images": report.settings.num_images, "norm": report.settings.norm,
+        "igm": [dict(row) for row in report.igm],
         "guess": [report.best_guess(i) for i in range(report.num_blocks)], "crm": list(report.crm),
         "components": [part._asdict() for part in report.components], "crm_percent": list(report.crm_percent),
         "tough_blocks": list(report.tough_blocks),

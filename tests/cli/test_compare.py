@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from problems import make_flow, to_float32
 from running import figures
-from scoring import difference, frechet, levels, moments, on_disk, pixel_figures
+from scoring import difference, fashion_features, frechet, levels, moments, on_disk, pixel_figures
 
 import jacobiflow as jf
 from jacobiflow.baselines import PEERS
 from jacobiflow.data import bundled_fashion
-from jacobiflow.evaluation import FashionFeatures, Statistics
+from jacobiflow.evaluation import Statistics
 
 pytest.importorskip("torchmetrics")
 
@@ -44,11 +44,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "real").mkdir(exist_ok=True)
         Image.fromarray(data[i, 0].numpy()).save(folder / "real" / f"{i}.png")
     return folder
-
-
-def features(pixels: Any) -> Any:
-    with torch.no_grad():
-        return FashionFeatures.bundled()(torch.from_numpy(pixels).permute(0, 3, 1, 2)).double().numpy()
 
 
 def stamps(out: Path) -> dict[str, int]:
@@ -118,7 +113,7 @@ def test_a_row_of_the_bundled_model(run: Any, tmp_path: Path) -> None:
     real = Statistics.bundled()
     mean = real.sum.numpy() / real.num
     of_images = mean, (real.outer.numpy() - real.num * np.outer(mean, mean)) / (real.num - 1)
-    assert row["distance"] == pytest.approx(frechet(of_images, moments(features(pixels))), rel=1e-6)
+    assert row["distance"] == pytest.approx(frechet(of_images, moments(fashion_features(pixels))), rel=1e-6)
     exact = torch.from_numpy(np.load(tmp_path / "exact" / "00000000.npy"))
     assert np.array_equal(original, levels(exact))
     assert (row["max"], row["rms"]) == pytest.approx(difference(want.images, exact), rel=1e-6)

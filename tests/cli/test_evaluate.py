@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 from problems import make_flow, to_float32
 from running import figures
-from scoring import difference, frechet, levels, moments, on_disk, pixel_figures
+from scoring import difference, fashion_features, frechet, levels, moments, on_disk, pixel_figures
 
 import jacobiflow as jf
 from jacobiflow.data import Noise, bundled_fashion, load_images
-from jacobiflow.evaluation import FashionFeatures, bayes_accuracy, bits_per_dim, kernel_distance, precision_recall
+from jacobiflow.evaluation import bayes_accuracy, bits_per_dim, kernel_distance, precision_recall
 from jacobiflow.storage import sample_to_folder
 
 pytest.importorskip("torchmetrics")
@@ -74,13 +74,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def features(pixels: Any) -> Any:
-    with torch.no_grad():
-        return FashionFeatures.bundled()(torch.from_numpy(pixels).permute(0, 3, 1, 2)).double().numpy()
-
-
 def real_features(source: str) -> Any:
-    return features(load_images(source, 28, 1).images.permute(0, 2, 3, 1).numpy())
+    return fashion_features(load_images(source, 28, 1).images.permute(0, 2, 3, 1).numpy())
 
 
 def evaluated(run: Any, out: Path, words: str) -> tuple[dict[str, Any], str]:
@@ -97,7 +92,7 @@ def evaluated(run: Any, out: Path, words: str) -> tuple[dict[str, Any], str]:
 @pytest.mark.parametrize("samples", ["samples", "guided"])
 def test_distances_to_images(samples: str, run: Any, tmp_path: Path) -> None:
     shown, out = evaluated(run, tmp_path, f"model --samples {samples} --images [red]x --paired 0 --test-images 0")
-    real, fake = real_features("[red]x"), features(on_disk(samples))
+    real, fake = real_features("[red]x"), fashion_features(on_disk(samples))
     assert shown["frechet_distance"] == pytest.approx(frechet(moments(real), moments(fake)), rel=1e-6)
     assert shown["kernel_distance"] == pytest.approx(
         kernel_distance(torch.from_numpy(real), torch.from_numpy(fake))[0], rel=1e-6
