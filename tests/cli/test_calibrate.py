@@ -142,7 +142,7 @@ def test_the_proposed_command_samples_as_the_report_says(options: str, run: Any,
         assert np.array_equal(arrays["arr_0"], eight_bit(want.images))
 
 
-def test_fitted_guesses_and_corrections_have_a_table(run: Any, tmp_path: Path) -> None:
+def test_fitted_guesses_and_corrections_have_a_table_and_are_planned_by(run: Any, tmp_path: Path) -> None:
     line = "calibrate --model plain --images pets --segments 2 --traced 3 --chord"
     result = run(f"{line} --out {tmp_path}/r.json")
     assert (result.code, result.err) == (0, "")
@@ -154,6 +154,8 @@ def test_fitted_guesses_and_corrections_have_a_table(run: Any, tmp_path: Path) -
         cells = next(row.split() for row in table.splitlines() if re.match(rf"\s*{i}\s+(chord|plain)", row))
         assert cells[1] == type(block.correction).__name__.lower()
         assert cells[2:4] == [f"{np.mean(whole[0].sweeps):.1f}", str(max(whole[0].sweeps))]
+    assert run(f"plan --model plain --report {tmp_path}/r.json --tolerance 1e-2 --out {tmp_path}/p.json").code == 0
+    assert jf.Strategy.load(tmp_path / "p.json").tolerance == 1e-2
 
 
 def test_num_draws_some_images_by_the_seed(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

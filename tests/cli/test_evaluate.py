@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shutil
-import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +25,8 @@ from jacobiflow.storage import sample_to_folder
 
 pytest.importorskip("torchmetrics")
 
+pytestmark = pytest.mark.filterwarnings("always")  # of samples that are lost
+
 NUM = 12
 GUIDANCE = jf.Guidance(0.6, annealed=False, on="shift", attn_temperature=0.9)
 SAMPLES: dict[str, dict[str, Any]] = {
@@ -35,14 +34,6 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "guided": {"guidance": GUIDANCE, "denoise": 0.8, "files": "png", "strategy": "jacobi-2", "certify": False},
     "lost": {"model": "overflowing"},
 }
-
-
-@contextlib.contextmanager
-def said_always() -> Iterator[None]:
-    """No warning is an error here, or left out because it was said before."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +55,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(data.images[i, 0].numpy()).save(place / f"{i:03}.png")
     for name, settings in SAMPLES.items():
         settings = {"strategy": "window:4", "model": "model", **settings}
-        with said_always():
-            sample_to_folder(
-                jf.load(folder / settings["model"]), NUM, folder / name, torch.arange(NUM) % 3, batch_size=4,
-                shard_size=8, progress=False, **settings,
-            )  # fmt: skip
+        flow, labels = jf.load(folder / settings["model"]), torch.arange(NUM) % 3
+        sample_to_folder(flow, NUM, folder / name, labels, batch_size=4, shard_size=8, progress=False, **settings)
     shutil.copytree(folder / "samples", folder / "missing")
     (folder / "missing" / "shards" / "00001.json").unlink()
     return folder
@@ -80,8 +68,7 @@ def real_features(source: str) -> Any:
 
 def evaluated(run: Any, out: Path, words: str) -> tuple[dict[str, Any], str]:
     """The figures of `--json`, which evaluation.json repeats, and what was printed, in one line."""
-    with said_always():
-        result = run(f"evaluate --model {words} --out {out}/new/out --json {out}/f.json")
+    result = run(f"evaluate --model {words} --out {out}/new/out --json {out}/f.json")
     assert result.code == 0, result.err
     assert max(map(len, result.out.splitlines()[:-1])) <= 80
     shown = figures(out / "f.json")
