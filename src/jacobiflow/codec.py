@@ -20,6 +20,8 @@ T = TypeVar("T")
 OMIT_DEFAULT = {"omit_default": True}
 """Metadata of a field that was added to a format: left out at its default, so that older files keep their bytes."""
 
+_STORED = {"float32": "<f4", "float64": "<f8"}  # how a tensor's values are stored, by the name of its entry
+
 _families: dict[type, dict[str, type]] = {}
 
 
@@ -39,8 +41,10 @@ def register(name: str) -> Callable[[type[T]], type[T]]:
 
     def add(cls: type[T]) -> type[T]:
         names = _families[_base_of(cls)]
-        if names.setdefault(name, cls).__qualname__ != cls.__qualname__:
-            raise ValueError(f"{name!r}: the name of {names[name].__name__}; give {cls.__name__} another")
+        taken = names.get(name, cls)
+        # The same class once more is a module that was loaded again.
+        if (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"{name!r} is the name of {taken.__module__}.{taken.__qualname__}; choose another")
         names[name] = cls
         return cls
 
@@ -70,7 +74,7 @@ def _base_of(cls: type) -> type:
 
 
 def encode(value: Any) -> Any:
-    """A JSON value that `decode` turns back into `value`. Infinity becomes null, tensors float32 values in base64.
+    """A JSON value that `decode` turns back into `value`. Infinity becomes null, tensors their values in base64.
 
     **Raises** `ValueError` for an object of a family that is not registered, and for what has no JSON form.
     """
@@ -104,8 +108,9 @@ def _encode_dataclass(value: Any) -> dict[str, Any]:
 
 
 def _encode_tensor(values: Tensor) -> dict[str, Any]:
-    array = values.detach().float().cpu().numpy().astype("<f4")
-    return {"shape": list(array.shape), "float32": base64.b64encode(array.tobytes()).decode()}
+    name = "float64" if values.dtype == torch.float64 else "float32"
+    array = values.detach().to(getattr(torch, name)).cpu().numpy().astype(_STORED[name])
+    return {"shape": list(array.shape), name: base64.b64encode(array.tobytes()).decode()}
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding
@@ -190,7 +195,9 @@ def _decode_registered(base: type, value: Any, where: str) -> Any:
 
 def _decode_record(cls: Any, value: Any, where: str) -> Any:
     """A dataclass or named tuple. Entries that are missing take their defaults."""
-    entries = {name: entry for name, entry in _object(value, where).items() if name != "kind"}
+    entries, name = dict(_object(value, where)), name_of(cls)
+    if name is not None and entries.pop("kind", name) != name:
+        raise _error(where, f"kind {value['kind']!r}: {name} wanted")
     hints, required = _hints(cls)
     unknown = ", ".join(map(repr, entries.keys() - hints.keys()))
     missing = ", ".join(map(repr, required - entries.keys()))
@@ -220,14 +227,15 @@ def _hints(cls: Any) -> tuple[dict[str, Any], frozenset[str]]:
 def _decode_tensor(value: Any, where: str) -> Tensor:
     try:
         shape = value["shape"]
-        if set(value) != {"shape", "float32"} or not all(type(size) is int and size >= 0 for size in shape):
+        (name,) = value.keys() - {"shape"}
+        if name not in _STORED or not all(type(size) is int and size >= 0 for size in shape):
             raise ValueError(f"shape {shape!r}, entries {', '.join(value)}")
-        array = np.frombuffer(base64.b64decode(value["float32"], validate=True), "<f4").reshape(shape)
-    except (KeyError, TypeError, ValueError) as error:
-        raise _error(where, f"not an array of float32 values with its shape ({error})") from error
+        array = np.frombuffer(base64.b64decode(value[name], validate=True), _STORED[name]).reshape(shape)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _error(where, f"not an array of float32 values, or float64, with its shape ({error})") from error
     if not np.isfinite(array).all():
         raise _error(where, "an array that holds a NaN or an infinity")
-    return torch.from_numpy(array.astype(np.float32))
+    return torch.from_numpy(array.astype(name))
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:

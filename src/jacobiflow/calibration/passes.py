@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from rich.progress import Progress
@@ -71,7 +72,7 @@ class Passes:
         means = [(s.value.float().cpu(), u.value.float().cpu()) for s, u in zip(scales, shifts, strict=True)]
         for i, parameters in enumerate(means):
             if not all(torch.isfinite(mean).all() for mean in parameters):
-                raise ValueError(f"images overflow in block {i} when they are encoded; are they in [-1, 1]?")
+                raise ValueError(f"the parameters of block {i} overflow at the images; lower the guidance")
         return [MeanAffine(*parameters) for parameters in means]
 
     def metrics(
@@ -150,19 +151,17 @@ class Passes:
 
     def _batches(self, index: Int[Tensor, " m"], what: str) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Tokens in raster order and labels of the images at `index`, on the flow's device."""
-        config, var = self.flow.config, self.flow.var
-        want = (config.in_channels, config.image_size, config.image_size)
+        var = self.flow.var
         for part in self.bar.track(index.split(self.batch_size), description=what):
             try:
-                images = torch.as_tensor(self.images[part]).detach()
+                # NumPy takes a tensor of one index for a number, and would leave out the first axis.
+                rows = self.images[part.numpy() if isinstance(self.images, np.ndarray) else part]
+                images = torch.as_tensor(rows).detach()
             except TypeError as error:
                 raise ValueError(
                     f"images of type {type(self.images).__name__}: give a tensor, or what an index tensor reads"
                 ) from error
-            if not images.is_floating_point() or images.shape != (len(part), *want):
-                have = f"{images.dtype} of shape {tuple(images.shape)}"
-                raise ValueError(f"images: {have}; this flow takes floating-point numbers of shape (N, {want[0]}, "
-                                 f"{want[1]}, {want[2]}), nominally in [-1, 1]")  # fmt: skip
+            self.flow.check_images(images)
             wrong = ~torch.isfinite(images).all(dim=(1, 2, 3))
             if wrong.any():
                 raise ValueError(f"images: number {int(part[wrong.cpu()][0])} holds a NaN or an infinity; leave it out")
@@ -173,6 +172,8 @@ class Passes:
     def _walk(self, x: Tensor, labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Per block in encoding order, its solution X* and there its parameters, guided; X* goes on unguided."""
         for step in self.flow.walk(x, labels, lambda i, x: _affine(self.flow.blocks[i], x, labels)):
+            if not torch.isfinite(step.z).all():
+                raise ValueError(f"images overflow in block {step.block} when they are encoded; are they in [-1, 1]?")
             block = self.blocks[step.block]
             if block is self.flow.blocks[step.block]:
                 yield step.x, step.log_scale, step.shift
