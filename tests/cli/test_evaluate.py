@@ -118,7 +118,7 @@ def test_certificates_are_those_of_the_shards(run: Any, tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "new" / "out") == ["evaluation.json"]
 
 
-def test_lost_samples_are_said(run: Any, tmp_path: Path) -> None:
+def test_lost_samples_are_reported(run: Any, tmp_path: Path) -> None:
     shown, out = evaluated(run, tmp_path, "overflowing --samples lost --features none")
     assert (shown["lost"], shown["certificates"]["infinite"], shown["certificates"]["max"]) == (NUM, NUM, None)
     assert "lost 100.00% the exact inverse overflows" in out
