@@ -15,7 +15,7 @@ from typer.exceptions import TyperException
 from typer.main import get_command
 
 from jacobiflow.cli import bench, calibrate, compare, convert, evaluate, info, plan, sample, trace, train
-from jacobiflow.cli.words import in_options
+from jacobiflow.cli.words import in_options, one_line
 from jacobiflow.storage import FirstProcessFailed
 
 app = typer.Typer(
@@ -38,13 +38,12 @@ _BAD_INPUT, _INTERRUPTED = 2, 130
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Exits 0 on success, 2 with one line on bad input, 130 when interrupted.
 
-    Modules that installed packages name as entry points of the group "jacobiflow" are imported first: what they
-    register (see docs/extending.md), all commands take.
+    Modules that installed packages name as entry points of the group "jacobiflow" are imported first. All commands
+    take what they register, see docs/extending.md.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        for extension in entry_points(group="jacobiflow"):
-            extension.load()
+        _load_extensions()
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             code = app(args=arguments or ["--help"], standalone_mode=False)
@@ -65,16 +64,27 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_INTERRUPTED)
 
 
+def _load_extensions() -> None:
+    for extension in entry_points(group="jacobiflow"):
+        try:
+            extension.load()
+        except Exception as error:  # whatever a module does when it is imported
+            raise ValueError(
+                f"extension {extension.name}: cannot import {extension.value} ({type(error).__name__}: {error}); "
+                "correct or uninstall the package that it is in"
+            ) from error
+
+
 def _fail(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(_BAD_INPUT)
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    print(f"warning: {_in_options(str(message))}", file=sys.stderr)
+    print(f"warning: {one_line(_in_options(str(message)))}", file=sys.stderr)
 
 
 def _in_options(message: str) -> str:
     commands = get_command(app)
-    assert isinstance(commands, TyperGroup)  # as it has several
+    assert isinstance(commands, TyperGroup)  # which typer makes of several commands
     return in_options(message, commands)

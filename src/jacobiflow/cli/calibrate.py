@@ -101,23 +101,15 @@ def calibrate(
     _print(report, figures)
     print(f"wrote {out}")
     if figures["proposed"]:
-        words = [
-            "jacobiflow",
-            "sample",
-            "--model",
-            model,
-            "--strategy",
-            figures["proposed"]["0.01"],
-            "--report",
-            str(out),
-        ]
+        words = ["jacobiflow", "sample", "--model", model, "--strategy", figures["proposed"]["0.01"]]
+        words += ["--report", str(out)]
         words += ["--labels", "none"] if labels is None and flow.config.num_classes else []
         words += options.guidance_words(guide)
         print(f"use it: {shlex.join(words)}")
 
 
 class _Images:
-    """Images of a data set with their noise, made when they are asked for."""
+    """Images of a data set with their noise, made on access."""
 
     def __init__(self, data: ImageDataset, chosen: Int[Tensor, " n"], noise: Noise | None, seed: int) -> None:
         self.data, self.chosen, self.noise, self.seed = data, chosen, noise, seed

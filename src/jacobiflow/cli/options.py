@@ -100,7 +100,7 @@ def parse_labels(text: str, num: int, flow: ImageFlow, seed: int) -> Int[Tensor,
     """Labels for `num` samples: "balanced", "random", "none", numbers such as "3" or "0,1,2", repeated in order, or a
     file of `num` numbers.
 
-    **Raises** `ValueError` where the text is none of these.
+    **Raises** `ValueError` for any other text.
     """
     if text == "none" or (text in ("balanced", "random") and not flow.config.num_classes):
         return None

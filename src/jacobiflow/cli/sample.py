@@ -87,7 +87,7 @@ def sample(
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove the samples that are in the folder, and draw all anew.")
+        bool, typer.Option("--overwrite", help="Remove the samples that are in the folder, and draw all again.")
     ] = False,
     out: Annotated[
         Path, typer.Option("--out", help="Folder for shards/, manifest.json, strategy.json, samples.png.")
@@ -118,9 +118,8 @@ def sample(
                 progress=False,
             )  # fmt: skip
             few = min(num, batch_size)
-            draw(
-                few, None if classes is None else classes[:few], seed, strategy="jacobi-2"
-            )  # neither pays for first use
+            # A first run, so that neither timing includes it.
+            draw(few, None if classes is None else classes[:few], seed, strategy="jacobi-2")
             comparison = _Comparison(draw)
         started = time.perf_counter()
         folder = sample_to_folder(
@@ -144,7 +143,7 @@ def _check_options(strategy: str, report: Path | None, new: bool, out: Path, jso
         raise ValueError(f"--report {report}: the strategy in {strategy} has its own guesses; leave one of them out")
     if new and (out / MANIFEST).exists():
         raise ValueError(
-            f"--compare: {out} holds samples already; give --overwrite to draw them anew, or another folder as --out"
+            f"--compare: {out} holds samples already; give --overwrite to draw them again, or another folder as --out"
         )
     own = [out.resolve() / name for name in (*CONTENTS, _SHEET)]
     if json is not None and any(path in (json.resolve(), *json.resolve().parents) for path in own):
@@ -242,7 +241,7 @@ def _print(figures: dict[str, Any], out: Path) -> None:
             f"error max {figures['error']['max']:.1e}, mean {figures['error']['mean']:.1e}"
         )
     if not figures["drawn"]:
-        print(f"all {num:,} were in {out} already, and match their checksums; --overwrite draws them anew")
+        print(f"all {num:,} were in {out} already, and match their checksums; --overwrite draws them again")
         return
     if figures["shards"] > 1:
         resolved = figures["runs"][figures["strategy"]]["resolved_sequentially"]

@@ -11,7 +11,17 @@ import re
 from typer.core import TyperGroup, TyperOption
 
 _ARGUMENT = re.compile(r"(?<![^\s(])([a-z_0-9]+)=('[^']*'|[^\s;:,)]+)")
+_LONGEST = 300  # characters of a message
 _OTHER_NAMES = {"num_blocks": "blocks", "layers_per_block": "layers", "in_channels": "image_channels"}
+
+
+def one_line(message: str) -> str:
+    """`message` in one line; a long one is cut in the middle, as the remedy stands at its end."""
+    line = " ".join(message.split())
+    if len(line) <= _LONGEST:
+        return line
+    half = (_LONGEST - len(" ... ")) // 2
+    return f"{line[:half]} ... {line[-half:]}"
 
 
 def in_options(message: str, commands: TyperGroup) -> str:
