@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test lint benchmark calibration flows evaluation figures clean
+.PHONY: setup demo test lint mutants benchmark calibration flows evaluation figures clean
 
 setup: $(INSTALLED)
 
@@ -18,11 +18,17 @@ demo: setup
 	$(BIN)/jacobiflow sample --model fashion-p2 --num 20 --compare --overwrite --out out/demo
 	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels 9 --compare --overwrite --out out/demo-one
 
+# A file of tests at a time on each core; a thread each, so that they do not wait for each other.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: setup
 	$(BIN)/pre-commit run --all-files
+
+# Mutation testing: the share of small faults that the tests catch, docs/results/mutants.json (about an hour on two cores;
+# it goes on where it was stopped).
+mutants: setup
+	$(BIN)/python benchmarks/mutants.py
 
 # Regenerates docs/performance.md, the tables in README.md and the demo's picture (an hour on two idle cores, and an hour of
 # training three small models the first time).

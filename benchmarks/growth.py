@@ -27,7 +27,7 @@ from jacobiflow.baselines import GROWING_CACHE, SEQUENTIAL
 from jacobiflow.experiments.speed import Comparison, compare
 from jacobiflow.files import write_json
 from jacobiflow.measuring import machine
-from jacobiflow.plots import COLORS, save_png
+from jacobiflow.plots import sampler_style, save_png
 from jacobiflow.strategy import auto
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,11 +139,14 @@ def figure(result: dict[str, Any]) -> Figure:
 
 
 def _panel(axis: Axes, found: Sequence[dict[str, Any]], by: str, measure: str) -> None:
-    names = (GROWING_CACHE, SEQUENTIAL, "jacobi", "window:32", "auto")
-    for name, color in zip(names, ("0.6", "black", *COLORS), strict=False):
+    for name in (GROWING_CACHE, SEQUENTIAL, "jacobi", "window:32", "auto"):
         points = [(row[by], row[measure]) for row in found if row["sampler"] == name and row[measure] is not None]
         if points:
-            axis.plot(*zip(*points, strict=True), "o-", color=color, label=name, markersize=4, linewidth=1.5)
+            style = sampler_style(name)
+            axis.plot(
+                *zip(*points, strict=True), color=style.color, marker=style.marker, label=name, markersize=5,
+                linewidth=1.5,
+            )  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel=by if by != "batch" else "batch size")
     values = sorted({row[by] for row in found})
     axis.set_xticks(values, [f"{value:g}" for value in values])

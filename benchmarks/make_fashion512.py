@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jacobiflow.data.dataset import FASHION_MNIST_CLASSES, FASHION_MNIST_FOLDER, fashion_mnist
+from jacobiflow.data.sources import FASHION_MNIST_CLASSES, FASHION_MNIST_FOLDER, fashion_mnist
 from jacobiflow.files import write_atomically
 
 TARGET = Path(__file__).parents[1] / "src" / "jacobiflow" / "data" / "fashion512.npz"

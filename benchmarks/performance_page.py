@@ -14,7 +14,7 @@ from filling import fill
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from jacobiflow.plots import COLORS, save_png
+from jacobiflow.plots import sampler_style, save_png
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -182,17 +182,21 @@ def figure(result: dict[str, Any]) -> Figure:
     drawn = Figure(figsize=(4.4 * len(result["grid"]), 4.2), layout="constrained")
     panels = drawn.subplots(1, len(result["grid"]), sharey=True, squeeze=False)[0]
     for axis, (batch, rows) in zip(panels, result["grid"].items(), strict=True):
-        for sampler, color in zip(SAMPLERS, COLORS, strict=False):
+        for sampler in SAMPLERS:
             own = sorted((entry for entry in rows if entry["sampler"] == sampler), key=lambda entry: entry["seconds"])
             front: list[dict[str, Any]] = []
             for entry in own:
                 if not front or entry["max_error"] < front[-1]["max_error"]:
                     front.append(entry)
             points = [(entry["seconds"], max(entry["max_error"], 1e-6)) for entry in front]
-            axis.plot(*zip(*points, strict=True), "o-", color=color, label=sampler, markersize=4, linewidth=1.5)
-        for name, style in (("sequential", "--"), ("growing cache", "-.")):
+            style = sampler_style(sampler)
+            axis.plot(
+                *zip(*points, strict=True), color=style.color, marker=style.marker, label=sampler, markersize=5,
+                linewidth=1.5,
+            )  # fmt: skip
+        for name, line in (("sequential", "--"), ("growing cache", "-.")):
             seconds = row(result["final"][batch], name)["seconds"]["median"]
-            axis.axvline(seconds, color="black", linestyle=style, linewidth=1, label=name)
+            axis.axvline(seconds, color=sampler_style(name).color, linestyle=line, linewidth=1, label=name)
         axis.set(xscale="log", yscale="log", xlabel="seconds for the batch", title=f"batch {batch}")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -225,20 +225,6 @@ def gs_jacobi(g: Map, guess: Tensor, ends: list[int], sweeps: int) -> Tensor:
     return x
 
 
-def window_jacobi(g: Map, guess: Tensor, size: int, sweeps: int) -> Tensor:
-    """A window of `size` tokens; its first token is final after each sweep, as is one that had `sweeps` sweeps."""
-    x, had, front = guess.double().clone(), [0] * guess.shape[1], 0
-    while front < len(had):
-        stop = min(front + size, len(had))
-        x[:, front:stop] = g(x)[:, front:stop]
-        for t in range(front, stop):
-            had[t] += 1
-        had[front] = sweeps
-        while front < len(had) and had[front] >= sweeps:
-            front += 1
-    return x
-
-
 def sweeps_needed(g: Map, guess: Tensor, answer: Tensor, error: float) -> int:
     """Plain sweeps until every entry of every sample is within `error` of `answer`."""
     x, count = guess.double(), 0
@@ -248,25 +234,75 @@ def sweeps_needed(g: Map, guess: Tensor, answer: Tensor, error: float) -> int:
     return count
 
 
-def to_tolerance(g: Map, guess: Tensor, stop_of: Callable[[int], int], atol: float) -> tuple[Tensor, int, Tensor]:
-    """Sweeps of [front, stop_of(front)), their count, and per sample the largest change of a token that it settled.
+def convolved(kernel: Tensor, x: Tensor, delay: int) -> Tensor:
+    """y_t = sum over d of kernel[d] x_(t - d - delay), tokens before the first being 0."""
+    y = torch.zeros_like(x)
+    for t in range(x.shape[1]):
+        for d in range(min(len(kernel), t - delay + 1)):
+            y[:, t] += x[:, t - d - delay] @ kernel[d].to(x).T
+    return y
 
-    A sweep settles the leading tokens that it changes by at most `atol`. The front passes those that all samples have
-    settled, and one more. Later sweeps read the settled tokens as the sweep that settled them did: before that change.
+
+@dataclass(frozen=True)
+class Swept:
+    """What `swept` ends at: tokens, sweeps, tokens times samples over them, and what became of each sample.
+
+    `residual` is the largest move of a token in the sweep that settled it or was its last; `missed`, whether a token
+    ran out of sweeps; `fronts`, where the front stood after each sweep.
+    """
+
+    x: Tensor
+    sweeps: int
+    evaluations: int
+    residual: Tensor
+    missed: Tensor
+    fronts: list[int]
+
+
+def swept(
+    g: Map, guess: Tensor, stop_of: Callable[[int, tuple[int, int] | None], int], *, atol: float | None = None,
+    limits: list[int] | None = None, ebound: float = -1.0, kernel: Tensor | None = None, keys: bool = True,
+) -> Swept:  # fmt: skip
+    """Sweeps of [front, stop_of(front, last)) by a batch with one front, `last` being the last run's size and advance.
+
+    A sweep settles the leading tokens of a sample that it changes by at most `atol`. The front passes those that all
+    samples have settled and one more, those that had their number of sweeps (`limits`, one per token), and all of a run
+    whose change has a norm of at most `ebound` times the entries of x. Later sweeps read tokens that were settled or
+    stopped early as that sweep read them, before its change, or with `keys=False` as they are. `kernel` is a chord's.
     """
     x, read = guess.double().clone(), guess.double().clone()
-    front, count, largest = 0, 0, torch.zeros(len(x), dtype=torch.float64)
-    while front < x.shape[1]:
-        stop, count = stop_of(front), count + 1
-        read[:, max(front - 1, 0) :] = x[:, max(front - 1, 0) :]
-        new = g(read)
-        settled = []
-        for n in range(len(x)):
-            t = front
-            while t < stop and stop - front > 1 and (new[n, t] - x[n, t]).abs().max() <= atol:
-                largest[n] = max(largest[n], (new[n, t] - x[n, t]).abs().max())
-                t += 1
-            settled.append(t)
-        x[:, front:stop] = new[:, front:stop]
-        front = min(min(settled) + 1, stop)
-    return x, count, largest
+    batch, length, _ = x.shape
+    had, fronts, last = [0] * length, [0], None
+    residual, missed = torch.zeros(batch, dtype=torch.float64), torch.zeros(batch, dtype=torch.bool)
+    cached = evaluations = 0
+    while (front := fronts[-1]) < length:
+        stop = stop_of(front, last)
+        first_read = max(cached - 1, 0) if keys else 0
+        read[:, first_read:] = x[:, first_read:]
+        evaluations += batch * (stop - cached)
+        moves = g(read)[:, front:stop] - x[:, front:stop]
+        steps = moves if kernel is None else moves + convolved(kernel, moves, delay=1)
+        x[:, front:stop] += steps
+        size = stop - front
+        settled = [0] * batch  # leading tokens
+        for n in range(batch):
+            while size > 1 and settled[n] < size:
+                t = settled[n]
+                if max(moves[n, t].abs().max(), steps[n, t].abs().max()) > (-1 if atol is None else atol):
+                    break
+                residual[n] = max(residual[n], moves[n, t].abs().max())
+                settled[n] += 1
+        passed = cached = front + min(min(settled) + 1, size)
+        for t in range(front, stop):
+            had[t] += 1
+        while limits is not None and passed < stop and had[passed] >= limits[passed]:
+            passed += 1
+        if steps.norm() <= ebound * x.numel():
+            passed = cached = stop
+        for n in range(batch) if passed > front + min(settled) + 1 else ():
+            beyond = moves[n, settled[n] + 1 : passed - front]
+            residual[n] = max(residual[n], beyond.abs().max() if len(beyond) else 0)
+            missed[n] |= len(beyond) > 0 and cached < stop
+        last = (size, passed - front)
+        fronts.append(passed)
+    return Swept(x, len(fronts) - 1, evaluations, residual, missed, fronts)

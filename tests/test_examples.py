@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jacobiflow.adapters.modules import Swapped
+from jacobiflow.adapters.swapped import Swapped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -41,8 +41,10 @@ def register(name: str) -> Callable[[type[T]], type[T]]:
 
     def add(cls: type[T]) -> type[T]:
         names = _families[_base_of(cls)]
-        if names.setdefault(name, cls).__qualname__ != cls.__qualname__:
-            raise ValueError(f"{name!r}: the name of {names[name].__name__}; give {cls.__name__} another")
+        taken = names.get(name, cls)
+        # The same class once more is a module that was loaded again.
+        if (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"{name!r} is the name of {taken.__module__}.{taken.__qualname__}; choose another")
         names[name] = cls
         return cls
 
@@ -72,7 +74,9 @@ def _base_of(cls: type) -> type:
 
 
 def encode(value: Any) -> Any:
-    """A JSON value that `decode` turns back into `value`. Infinity becomes null, tensors their values in base64.
+    """A JSON value that `decode` turns back into `value`.
+
+    Tensors become their values in base64. A number that is not finite becomes null, which is read as infinity.
 
     **Raises** `ValueError` for an object of a family that is not registered, and for what has no JSON form.
     """
@@ -193,7 +197,9 @@ def _decode_registered(base: type, value: Any, where: str) -> Any:
 
 def _decode_record(cls: Any, value: Any, where: str) -> Any:
     """A dataclass or named tuple. Entries that are missing take their defaults."""
-    entries = {name: entry for name, entry in _object(value, where).items() if name != "kind"}
+    entries, name = dict(_object(value, where)), name_of(cls)
+    if name is not None and entries.pop("kind", name) != name:
+        raise _error(where, f"kind {value['kind']!r}: {name} wanted")
     hints, required = _hints(cls)
     unknown = ", ".join(map(repr, entries.keys() - hints.keys()))
     missing = ", ".join(map(repr, required - entries.keys()))

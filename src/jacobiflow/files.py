@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,12 +15,15 @@ from typing import Any
 
 @contextmanager
 def write_beside(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to write to, renamed to it where the block ends well; nothing is left behind otherwise.
+    """A path beside `path` to write to, renamed to `path` at the end of the block; after an error nothing is left.
+
+    Its name, `.NAME.*.partial`, is another one each time, so that no two threads, processes or machines on a shared
+    disk write to the same file.
 
     **Raises** `OSError` where that is not possible.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         yield partial
         os.replace(partial, path)

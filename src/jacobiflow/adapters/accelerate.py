@@ -7,88 +7,41 @@ import math
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from jacobiflow.adapters.modules import Adapter, MaskedOnce, Swapped
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from jacobiflow.adapters.swapped import Acceleration, Adapter, Swapped
 
 _SUPPORTED = {"zuko": ((1, 2), (2,)), "nflows": ((0, 14), (0, 15)), "normflows": ((1, 7), (2,))}  # from, to below
 _DEPTH = 3  # an ensemble of posteriors holds a list of posteriors, which hold modules
-
-
-class Acceleration:
-    """What `accelerate` did to a flow, and the way back: leaving its `with` block, or `restore()`.
-
-    **Attributes:**
-
-    - `tolerance`: at which passes end; 0 for identical bits.
-    - `transforms`: the accelerated transforms: name of the module in the flow to "library class".
-    - `untouched`: the masked autoregressive transforms that were left alone: name to the reason.
-    - `passes`: of the latest inverse of each accelerated transform that had one: name to the number of network passes,
-      where the library makes one for each feature. That many too where the inverse was left to the library.
-    """
-
-    def __init__(self, tolerance: float) -> None:
-        self.tolerance = tolerance
-        self.transforms: dict[str, str] = {}
-        self.untouched: dict[str, str] = {}
-        self._modules: list[nn.Module] = []
-        self._names: dict[int, str] = {}
-        self._passes: dict[str, int] = {}
-
-    @property
-    def passes(self) -> dict[str, int]:
-        """See the class."""
-        return {name: self._passes[name] for name in self.transforms if name in self._passes}
-
-    def restore(self) -> None:
-        """Give every module the library's own class back, whatever was accelerated since."""
-        for module in self._modules:
-            if (own := Swapped.library_class_of(module)) is not None:
-                module.__class__ = own
-
-    def count(self, module: Any, passes: int) -> None:
-        """Note the passes of an inverse; those of a copy of the flow are not noted."""
-        if id(module) in self._names:
-            self._passes[self._names[id(module)]] = passes
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.restore()
-
-    def __repr__(self) -> str:
-        to = "identical bits" if self.tolerance == 0 else f"a tolerance of {self.tolerance:g}"
-        lines = [f"accelerated to {to}: {len(self.transforms)} masked autoregressive transforms"]
-        lines += [f"  {name}: {what}" for name, what in self.transforms.items()]
-        lines += [f"  {name}: left alone, {why}" for name, why in self.untouched.items()]
-        return "\n".join(lines)
 
 
 def accelerate(flow: Any, tolerance: float = 0.0) -> Acceleration:
     """Make the slow side of a zuko, nflows or normflows flow fast, in place: its own methods are called as before.
 
     These libraries invert a masked autoregressive transform of D features by D passes x <- g(x) of its network, from
-    x = 0. The passes reach the answer after far fewer, and are ended there: at tolerance 0 when one returns its
-    argument bit for bit, so that the answer has the very bits that D passes give. Above 0 a row ends when a pass
-    changes it by at most `tolerance`: that is the residual |g(x) - x| of the value before, and not the error, which is
-    it amplified by (I - dg/dx)^-1 and later transforms. No inverse makes more passes than the library's own.
+    x = 0. The passes reach the answer much earlier, and are ended there: at tolerance 0 when one returns its argument
+    bit for bit, so that the answer has the very bits that D passes give. Above 0 a row ends when a pass changes it by
+    at most `tolerance`. That bounds the residual |g(x) - x| of the iterate before, not the error: the error is this
+    residual amplified by (I - dg/dx)^-1 and by later transforms. No inverse makes more passes than the library's own.
 
-    Gradients are those of the inverse, by the implicit function theorem at the solution (first derivatives only). Left
-    to the library's own loop, at each call, are transforms of fewer than 6 features, where nothing is to be gained,
-    networks in training mode with batch normalisation or dropout, and calls under `torch.func` transforms or
-    forward-mode derivatives.
+    Gradients are those of the inverse, by the implicit function theorem at the solution (first derivatives only).
+
+    These inverses are left to the library's own loop, at each call:
+
+    - of fewer than 6 features, where nothing is to be gained;
+    - of networks in training mode with batch or spectral normalisation, dropout or hooks, and of networks in which a
+        `forward` was replaced on an object: a pass may draw random numbers or change the network;
+    - under `torch.func` transforms and forward-mode derivatives, `torch.jit.trace` and `torch.export`, and on the meta
+        device;
+    - with a gradient, of a batch of several dimensions that is not contiguous: PyTorch rounds it differently then.
 
     **Arguments:**
 
     - `flow`: any module with masked autoregressive transforms of these libraries in it, or an sbi posterior or another
-        object whose attributes (or lists of them) hold such modules. Accelerated a second time, the latest tolerance
-        counts.
+        object whose attributes (or lists of them) hold such modules. If it is accelerated a second time, the latest
+        tolerance counts.
     - `tolerance`: in the units of each transform's input; 0 for identical bits.
 
     **Returns:** an `Acceleration`, which says what was sped up, counts passes, and undoes it.
@@ -100,32 +53,25 @@ def accelerate(flow: Any, tolerance: float = 0.0) -> Acceleration:
         raise ValueError(f"tolerance={tolerance!r}: give 0, for identical bits, or a positive number")
     adapters = {library: adapter for library in _SUPPORTED if (adapter := _adapter(library, flow)) is not None}
     done = Acceleration(float(tolerance))
-    swaps: list[tuple[nn.Module, tuple[type[Swapped], type[nn.Module]]]] = []
+    classes: dict[nn.Module, type[nn.Module]] = {}
     for name, module in _named_modules(flow):
+        own = Swapped.library_class_of(module) or type(module)
         for library, adapter in adapters.items():
-            own = Swapped.library_class_of(module) or type(module)
-            if own is adapter.linear:
-                swaps.append((module, (MaskedOnce, own)))
             if not issubclass(own, adapter.transform):
                 continue
-            if getattr(own, adapter.entry) is not getattr(adapter.transform, adapter.entry):
-                done.untouched[name] = f"{own.__name__} overrides {library}'s {adapter.entry}"
-            elif adapter.entry in vars(module):
-                done.untouched[name] = f"its {adapter.entry} was replaced"
+            if (why := adapter.obstacle(module, own)) is not None:
+                done.untouched[name] = why
             else:
-                done.transforms[name] = f"{library} {own.__name__}"
-                done._names[id(module)] = name
-                swaps.append((module, (adapter.accelerated, own)))
+                done.note(name, module, f"{library} {own.__name__}")
+                classes[module] = adapter.accelerated.of(own, done)
     if not done.transforms:
         reasons = "".join(f"; {name}: {why}" for name, why in done.untouched.items())
         raise ValueError(
             f"{type(flow).__name__}: no masked autoregressive transform of {', '.join(_SUPPORTED)} in it to accelerate"
             f"{reasons}; nothing was changed"
         )
-    classes = {pair: pair[0].of(pair[1], done) for _, pair in swaps}
-    for module, pair in swaps:
-        module.__class__ = classes[pair]
-        done._modules.append(module)
+    for module, accelerated in classes.items():
+        module.__class__ = accelerated
     return done
 
 

@@ -1,4 +1,4 @@
-"""A library's own passes to the inverse of a masked autoregressive transform, until they change nothing more."""
+"""A library's own passes to the inverse of a masked autoregressive transform, until they change nothing."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 Pass = Callable[[Tensor, Tensor, Tensor | None], Sequence[Tensor]]
-"""x, y, context -> (g(x), ...): the next iterate, and what else the library computes, with a row per row of x."""
+"""x, y, context -> (g(x), ...): the next iterate, and the library's other results, with a row for each row of x."""
 
-_LEAVING = 0.25  # share of rows within the tolerance at which the others go on alone: it costs a copy of these
+_LEAVING = 0.25  # share of the batch that must be within the tolerance for these rows to leave, as the rest is copied
 
 
 def invert(
@@ -27,20 +27,20 @@ def invert(
     """The last of at most `passes` passes x <- g(x) from x = 0, and how many there were.
 
     At tolerance 0 they end when one returns its argument bit for bit: g is a function, so all later ones would return
-    it too, and the answer is that of `passes` of them. Above 0 a row ends when a pass changes none of its entries by
-    more than the tolerance, and keeps what that pass made of it; rows that have ended leave the batch.
+    it too, and the answer is that of all `passes`. Above 0 a row ends when a pass changes none of its entries by more
+    than the tolerance, and keeps the result of that pass. Rows that have ended leave the batch together, when they are
+    a quarter of it.
 
-    **Arguments:** `y` and `context` are what `step` takes beside x; for a tolerance above 0 they have a row for each
-    sample, (B, D) and (B, C). With `differentiable` the result has a graph, see `_Implicit`: the last pass is made with
-    it, and is one of the `passes`.
+    **Arguments:** `step` takes `y` and `context` beside x. For a tolerance above 0 these have a row for each sample,
+    (B, D) and (B, C). `passes` is at least 2. With `differentiable` the last pass is made with a graph, and the result
+    has that of the solution, see `_Implicit`.
     """
-    outputs: Sequence[Tensor] = (torch.zeros_like(y),)
-    count, most = 0, passes - differentiable
+    x, most = torch.zeros_like(y), passes - differentiable
     with torch.no_grad():
-        if most and tolerance == 0:
-            outputs, count = _until_equal(step, outputs[0], y, context, most)
-        elif most:
-            outputs, count = _until_close(step, outputs[0], y, context, most, tolerance)
+        if tolerance == 0:
+            outputs, count = _until_equal(step, x, y, context, most)
+        else:
+            outputs, count = _until_close(step, x, y, context, most, tolerance)
     if not differentiable:
         return outputs, count
     with torch.enable_grad():
@@ -70,17 +70,17 @@ def _until_close(
         x = outputs[0]
         if share >= _LEAVING:
             found = found or [output.new_empty(len(rows), *output.shape[1:]) for output in outputs]
-            _put(found, rows[done], [output[done] for output in outputs])
+            _write(found, rows[done], [output[done] for output in outputs])
             rows, x, y = rows[~done], x[~done], y[~done]
             context = None if context is None else context[~done]
         count, outputs = count + 1, step(x, y, context)
     if found is None:
         return outputs, count
-    _put(found, rows, outputs)
+    _write(found, rows, outputs)
     return found, count
 
 
-def _put(found: Sequence[Tensor], rows: Tensor, outputs: Sequence[Tensor]) -> None:
+def _write(found: Sequence[Tensor], rows: Tensor, outputs: Sequence[Tensor]) -> None:
     for whole, part in zip(found, outputs, strict=True):
         whole[rows] = part
 
@@ -90,7 +90,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same, bit for bit: a NaN equals itself, and 0 is not -0."""
-    if a.dtype != b.dtype or a.shape != b.shape:  # the first iterate, before a library broadcasts or promotes it
+    if a.dtype != b.dtype:  # the first iterate, where the library promotes it
         return False
     return torch.equal(a.view(_BITS[a.itemsize]), b.view(_BITS[b.itemsize]))
 
@@ -98,9 +98,10 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 class _Implicit(torch.autograd.Function):
     """Gives the graph of one pass at a solution x = g(x, theta) the gradient of the solution.
 
-    From the cotangents u of x and w of the other outputs h(x, theta) follows v = u + J^T v + (dh/dx)^T w, J = dg/dx at
-    the solution, by the implicit function theorem. J is nilpotent, so iterating v from u ends after at most as many
-    vector-Jacobian products as the inverse has passes. The gradient in theta is then that of one pass at (v, w).
+    By the implicit function theorem, cotangents u of x and w of the other outputs h(x, theta) give
+    v = u + J^T v + (dh/dx)^T w, with J = dg/dx at the solution. J is nilpotent, so that iterating v from u ends after
+    at most as many vector-Jacobian products as the inverse has passes. The gradient in theta is that of one pass, of
+    the cotangents v and w.
     """
 
     @staticmethod
@@ -114,14 +115,14 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():  # the graph of the solution's own dependence on theta is not there
+        if torch.is_grad_enabled():  # there is no graph of how the solution itself depends on theta
             raise RuntimeError(
                 "create_graph=True: an accelerated inverse has no second derivatives; restore() the flow first"
             )
         x, *outputs = ctx.saved_tensors
         u = torch.zeros_like(outputs[0]) if cotangents[0] is None else cotangents[0]
         others = [pair for pair in zip(outputs[1:], cotangents[1:], strict=True) if pair[1] is not None]
-        batched = is_legacy_batchedtensor(u)  # many cotangents at once, by a vmap that has no values to look at
+        batched = is_legacy_batchedtensor(u)  # many cotangents at once, by a vmap whose values cannot be compared
         v = u
         for _ in range(ctx.passes):
             pairs = [(outputs[0], v), *others]
@@ -129,14 +130,12 @@ class _Implicit(torch.autograd.Function):
                 [output for output, _ in pairs], x, [w for _, w in pairs], retain_graph=True, allow_unused=True
             )
             old, v = v, u if change is None else u + change
-            if not batched and _at_rest(v, old, ctx.tolerance):
+            if not batched and _converged(v, old, ctx.tolerance):
                 break
         return (None, None, None, v, *cotangents[1:])
 
 
-def _at_rest(new: Tensor, old: Tensor, tolerance: float) -> bool:
-    """Whether cotangents (B, D) stay: bit for bit, or in each row within the tolerance times its largest."""
-    if tolerance == 0:
-        return _same_bits(new, old)
+def _converged(new: Tensor, old: Tensor, tolerance: float) -> bool:
+    """Whether no row of the cotangents (B, D) changed by more than the tolerance times its largest entry."""
     change, size = (part.abs().flatten(1).amax(dim=1) for part in (new - old, new))
     return bool((change <= tolerance * size).all())

@@ -3,7 +3,14 @@
 from nflows.transforms.autoregressive import AutoregressiveTransform
 from nflows.transforms.made import MaskedLinear
 
-from jacobiflow.adapters.elementwise import Accelerated
-from jacobiflow.adapters.modules import Adapter
+from jacobiflow.adapters.elementwise import AcceleratedInverse
+from jacobiflow.adapters.swapped import Adapter
 
-ADAPTER = Adapter(AutoregressiveTransform, "inverse", Accelerated, MaskedLinear)
+
+class Accelerated(AcceleratedInverse):
+    """With nflows's masked linear layers."""
+
+    masked_linear = MaskedLinear
+
+
+ADAPTER = Adapter(AutoregressiveTransform, "inverse", Accelerated)

@@ -3,7 +3,14 @@
 from normflows.flows.affine.autoregressive import Autoregressive
 from normflows.nets.made import MaskedLinear
 
-from jacobiflow.adapters.elementwise import Accelerated
-from jacobiflow.adapters.modules import Adapter
+from jacobiflow.adapters.elementwise import AcceleratedInverse
+from jacobiflow.adapters.swapped import Adapter
 
-ADAPTER = Adapter(Autoregressive, "inverse", Accelerated, MaskedLinear)
+
+class Accelerated(AcceleratedInverse):
+    """With normflows's masked linear layers."""
+
+    masked_linear = MaskedLinear
+
+
+ADAPTER = Adapter(Autoregressive, "inverse", Accelerated)

@@ -13,7 +13,8 @@ from zuko.nn import MaskedLinear
 from zuko.transforms import AutoregressiveTransform
 
 from jacobiflow.adapters.fixed_point import invert
-from jacobiflow.adapters.modules import Adapter, Swapped, by_library, masked_once, needs_graph
+from jacobiflow.adapters.network import needs_all_passes, needs_graph, premasked
+from jacobiflow.adapters.swapped import Adapter, Swapped
 
 
 class Accelerated(Swapped):
@@ -27,7 +28,7 @@ class Accelerated(Swapped):
 
 
 class ParallelInverse(AutoregressiveTransform):  # type: ignore[misc]
-    """zuko's transform x -> y at a context, whose inverse ends where zuko's own passes change nothing more."""
+    """zuko's transform x -> y at a context, whose inverse ends where further passes would change nothing."""
 
     def __init__(self, module: Accelerated, context: Float[Tensor, "*batch c"] | None) -> None:
         super().__init__(partial(module.meta, context), module.passes)
@@ -35,18 +36,20 @@ class ParallelInverse(AutoregressiveTransform):  # type: ignore[misc]
 
     def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         module, context, tolerance = self.module, self.context, self.acceleration.tolerance
-        if by_library(module, self.passes):
+        graph = needs_graph(module, y, context)
+        if needs_all_passes(module, y, self.passes, graph):
             self.acceleration.count(module, self.passes)
             return super()._inverse(y)
         shape = y.shape[:-1] if context is None else torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
         if tolerance > 0:  # rows of one batch, which may leave it
             y, context = _rows(y, shape), None if context is None else _rows(context, shape)
+        cheaper = premasked(module, MaskedLinear)
 
         def step(x: Tensor, y: Tensor, context: Tensor | None) -> tuple[Tensor]:
-            return (module.meta(context, x).inv(y),)
+            transform = module if torch.is_grad_enabled() else cheaper
+            return (transform.meta(context, x).inv(y),)
 
-        with masked_once():
-            (x,), passes = invert(step, y, context, self.passes, tolerance, needs_graph(module, y, context))
+        (x,), passes = invert(step, y, context, self.passes, tolerance, graph)
         self.acceleration.count(module, passes)
         return x if tolerance == 0 else x.reshape(*shape, x.shape[-1])
 
@@ -56,4 +59,4 @@ def _rows(x: Float[Tensor, "*batch d"], shape: torch.Size) -> Float[Tensor, "b d
     return x.expand(*shape, x.shape[-1]).reshape(shape.numel(), x.shape[-1])
 
 
-ADAPTER = Adapter(MaskedAutoregressiveTransform, "forward", Accelerated, MaskedLinear)
+ADAPTER = Adapter(MaskedAutoregressiveTransform, "forward", Accelerated)

@@ -12,7 +12,7 @@ from jacobiflow import codec
 from jacobiflow.files import write_json
 from jacobiflow.flows.fingerprint import check_fingerprint
 from jacobiflow.guidance import Guidance
-from jacobiflow.solvers import Correction, Guess, Partition
+from jacobiflow.solvers import Correction, Guess, Partition, Tolerance
 
 SCHEMA_VERSION = 2
 
@@ -33,6 +33,7 @@ class Run:
     coarse: int = 0
 
     def __post_init__(self) -> None:
+        Tolerance(self.tolerance)  # refuses what is no tolerance
         if min(self.coarse, *self.sweeps, 0) < 0:
             raise ValueError(f"sweeps {self.sweeps}, coarse={self.coarse}: give whole numbers, 0 or more")
 
@@ -119,7 +120,7 @@ class Tuning:
     @classmethod
     def load(cls, path: str | Path) -> Tuning:
         """Read what `save` wrote. **Raises** `ValueError` where the file is missing or no tuning."""
-        return codec.load(path, "tuning", cls.from_json, remedy="; make it anew with jacobiflow calibrate --chord")
+        return codec.load(path, "tuning", cls.from_json, remedy="; make it anew with calibrate(..., chord=True)")
 
 
 def _from_version_1(block: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The application, and how its errors reach the user: one line and exit 2."""
+"""The application, and how errors reach the user: one line, in the command line's words, and exit 2."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 import typer
+from typer.core import TyperGroup
 from typer.exceptions import TyperException
+from typer.main import get_command
 
 from jacobiflow.cli import bench, calibrate, compare, convert, evaluate, info, plan, sample, trace, train
+from jacobiflow.cli.words import in_options, one_line
 from jacobiflow.storage import FirstProcessFailed
 
 app = typer.Typer(
@@ -35,13 +38,12 @@ _BAD_INPUT, _INTERRUPTED = 2, 130
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Exits 0 on success, 2 with one line on bad input, 130 when interrupted.
 
-    Modules that installed packages name as entry points of the group "jacobiflow" are imported first: what they
-    register (see docs/extending.md), all commands take.
+    Modules that installed packages name as entry points of the group "jacobiflow" are imported first. All commands
+    take what they register, see docs/extending.md.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        for extension in entry_points(group="jacobiflow"):
-            extension.load()
+        _load_extensions()
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             code = app(args=arguments or ["--help"], standalone_mode=False)
@@ -49,12 +51,12 @@ def main(arguments: list[str] | None = None) -> None:
             raise KeyboardInterrupt
     except TyperException as error:
         context = getattr(error, "ctx", None)
-        mend = "" if context is None else f"; see {context.command_path} --help"
-        _fail(error.format_message().rstrip(".") + mend)
+        remedy = "" if context is None else f"; see {context.command_path} --help"
+        _fail(error.format_message().rstrip(".") + remedy)
     except FirstProcessFailed:
         sys.exit(_BAD_INPUT)  # the first process says why
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        _fail(_in_options(str(error)))
     except (MemoryError, torch.OutOfMemoryError):
         _fail("out of memory; give a smaller --batch-size")
     except (typer.Abort, KeyboardInterrupt):
@@ -62,10 +64,27 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_INTERRUPTED)
 
 
+def _load_extensions() -> None:
+    for extension in entry_points(group="jacobiflow"):
+        try:
+            extension.load()
+        except Exception as error:  # whatever a module does when it is imported
+            raise ValueError(
+                f"extension {extension.name}: cannot import {extension.value} ({type(error).__name__}: {error}); "
+                "correct or uninstall the package that it is in"
+            ) from error
+
+
 def _fail(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(_BAD_INPUT)
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {one_line(_in_options(str(message)))}", file=sys.stderr)
+
+
+def _in_options(message: str) -> str:
+    commands = get_command(app)
+    assert isinstance(commands, TyperGroup)  # which typer makes of several commands
+    return in_options(message, commands)

@@ -23,7 +23,7 @@ from jacobiflow.calibration.convergence import TOLERANCES
 from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.calibration.tuning import BlockTuning
 from jacobiflow.cli import options
-from jacobiflow.data import ImageDataset, Noise, load_images, noisy_images
+from jacobiflow.data import ImageDataset, Noise, noisy_images
 from jacobiflow.flows.folder import REPORT
 from jacobiflow.strategy import Strategy
 
@@ -78,7 +78,7 @@ def calibrate(
         raise ValueError(f"--json {json}: is --out too; give two files")
     options.check_writable(None, json, out_file=out)
     flow = options.load_model(model, device, dtype)
-    data = load_images(images, flow.config.image_size, flow.config.in_channels)
+    data = options.read_images(images, flow.config.image_size, flow.config.in_channels)
     chosen = _choose(len(data), num, seed)
     labels = None if unconditional or data.labels is None or not flow.config.num_classes else data.labels[chosen]
     if labels is not None and labels.max() >= flow.config.num_classes:
@@ -101,23 +101,15 @@ def calibrate(
     _print(report, figures)
     print(f"wrote {out}")
     if figures["proposed"]:
-        words = [
-            "jacobiflow",
-            "sample",
-            "--model",
-            model,
-            "--strategy",
-            figures["proposed"]["0.01"],
-            "--report",
-            str(out),
-        ]
+        words = ["jacobiflow", "sample", "--model", model, "--strategy", figures["proposed"]["0.01"]]
+        words += ["--report", str(out)]
         words += ["--labels", "none"] if labels is None and flow.config.num_classes else []
         words += options.guidance_words(guide)
         print(f"use it: {shlex.join(words)}")
 
 
 class _Images:
-    """Images of a data set with their noise, made when they are asked for."""
+    """Images of a data set with their noise, made on access."""
 
     def __init__(self, data: ImageDataset, chosen: Int[Tensor, " n"], noise: Noise | None, seed: int) -> None:
         self.data, self.chosen, self.noise, self.seed = data, chosen, noise, seed

@@ -16,8 +16,8 @@ from rich.table import Table
 
 from jacobiflow.baselines import PEERS, SEQUENTIAL, gs_jacobi_grid
 from jacobiflow.cli import options
-from jacobiflow.cli.evaluate import RealImages, real_images
 from jacobiflow.cli.progress import progress
+from jacobiflow.cli.real_images import RealImages, real_images
 from jacobiflow.evaluation import NAMES
 from jacobiflow.evaluation.features import need_torchmetrics
 from jacobiflow.experiments.quality import (
@@ -80,7 +80,7 @@ def compare(
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove the comparison that is in the folder, and begin anew.")
+        bool, typer.Option("--overwrite", help="Remove the comparison that is in the folder, and start again.")
     ] = False,
     out: Annotated[
         Path, typer.Option("--out", help="Folder for comparison.json, comparison.png, and the samples.")

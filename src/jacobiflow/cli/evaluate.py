@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from jacobiflow.cli import options
 from jacobiflow.cli.progress import progress
-from jacobiflow.data import ImageDataset, Noise, load_images, quantize
+from jacobiflow.cli.real_images import real_images
+from jacobiflow.data import ImageDataset, Noise, quantize
 from jacobiflow.evaluation import (
     NAMES,
-    FashionFeatures,
     InceptionFeatures,
     Statistics,
     bayes_accuracy,
@@ -30,12 +30,10 @@ from jacobiflow.evaluation import (
     fidelity,
     frechet_distance,
     kernel_distance,
-    load_features,
     pixel_difference,
     precision_recall,
 )
 from jacobiflow.evaluation.distances import LEAST
-from jacobiflow.evaluation.fashion import SIZE
 from jacobiflow.files import write_json
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance
@@ -87,21 +85,16 @@ def evaluate(
 
     Example: jacobiflow evaluate --model fashion-p2 --samples out/demo --images fashion-512 --out out/evaluation
     """
-    if features not in (*NAMES, "none") or (features == "none" and save_stats is not None):
-        raise ValueError(f"--features {features}: give {' or '.join(NAMES)}" + ("" if save_stats else ", or none"))
-    if noise not in (None, *_KINDS):
-        raise ValueError(f"--noise {noise}: give {' or '.join(_KINDS)}")
-    for option, value, least in (
-        ("--paired", paired, 0), ("--test-images", test_images, 0), ("--batch-size", batch_size, 1),
-    ):  # fmt: skip
-        if value < least:
-            raise ValueError(f"{option} {value}: give {'a positive number' if least else '0 or a positive number'}")
     if samples is None and images is None:
         raise ValueError("nothing to evaluate: give --samples, a folder that jacobiflow sample wrote, or --images")
     if save_stats is not None and images is None:
         raise ValueError(f"--save-stats {save_stats}: give --images, whose statistics they are")
+    _check(features, noise, save_stats, paired, test_images, batch_size)
     flow = options.load_model(model, device, dtype)
     folder = None if samples is None else options.open_samples(samples, flow)
+    if folder is not None and paired and folder.manifest.strategy_sha256 is None:
+        drawn_by = folder.manifest.strategy
+        raise ValueError(f"--paired {paired}: {samples} was drawn by {drawn_by}, not a strategy; give --paired 0")
     exact = None if folder is None or not paired else folder.strategy()
     test = None if images is None or not test_images else _test_images(flow, images, test_images)
     added = _noise(flow, noise)
@@ -136,50 +129,19 @@ def evaluate(
     print(f"wrote {out / 'evaluation.json'}" + ("" if histogram is None else f" and {out / 'certificates.png'}"))
 
 
-@dataclass(frozen=True)
-class RealImages:
-    """What samples are compared with: `statistics` of real images, from `source`; their `features` where at hand."""
-
-    extractor: FashionFeatures | InceptionFeatures
-    statistics: Statistics
-    source: str
-    features: Tensor | None
-
-
-def real_images(
-    flow: ImageFlow, kind: str, inception: Path | None, images: str | None, stats: Path | None
-) -> RealImages:
-    """What the options of the command line say that samples are compared with.
-
-    **Raises** `ValueError` where they do not say, or what they name is not to be had.
-    """
-    config = flow.config
-    if kind == "fashion" and (config.in_channels, config.image_size) != (1, SIZE):
-        have = "x".join(map(str, (config.in_channels, config.image_size, config.image_size)))
-        raise ValueError(f"--features fashion: is of 1x{SIZE}x{SIZE} images, this model's are {have}; give inception")
-    if kind == "inception" and images is None and stats is None:
-        raise ValueError("--features inception: give --images or --stats, to compare with")
-    extractor = load_features(kind, inception).to(flow.var.device)  # type: ignore[arg-type]
-    given = None if stats is None else Statistics.load(stats)
-    if given is not None and len(given.sum) != extractor.num_features:
-        raise ValueError(
-            f"--stats {stats}: statistics of {len(given.sum)} features against {extractor.num_features}: give "
-            "statistics of the same features"
-        )
-    features = None
-    if images is not None:
-        training = load_images(images, config.image_size, config.in_channels).images
-        if len(training) < 2:
-            raise ValueError(f"--images {images}: statistics of {len(training)} images: give at least 2")
-        if kind == "inception":
-            training = _half_mirrored(training)  # as the original's data loader does
-        with progress(f"features of {images}", len(training)) as advance:
-            features = extract(extractor, [training], advance)
-    if given is not None:
-        return RealImages(extractor, given, str(stats), features)
-    if features is not None:
-        return RealImages(extractor, Statistics.of(features), f"the training split of {images}", features)
-    return RealImages(extractor, Statistics.bundled(), "the 60,000 training images of Fashion-MNIST", None)
+def _check(
+    features: str, noise: str | None, save_stats: Path | None, paired: int, test_images: int, batch_size: int
+) -> None:
+    """**Raises** `ValueError` for an unknown name or a number that is too small."""
+    if features not in (*NAMES, "none") or (features == "none" and save_stats is not None):
+        raise ValueError(f"--features {features}: give {' or '.join(NAMES)}" + ("" if save_stats else ", or none"))
+    if noise not in (None, *_KINDS):
+        raise ValueError(f"--noise {noise}: give {' or '.join(_KINDS)}")
+    for option, value, least in (
+        ("--paired", paired, 0), ("--test-images", test_images, 0), ("--batch-size", batch_size, 1),
+    ):  # fmt: skip
+        if value < least:
+            raise ValueError(f"{option} {value}: give {'a positive number' if least else '0 or a positive number'}")
 
 
 def _distances(
@@ -277,7 +239,7 @@ def _noise(flow: ImageFlow, kind: str | None) -> Noise:
 def _test_images(flow: ImageFlow, images: str, num: int) -> ImageDataset:
     """The first `num` test images. **Raises** `ValueError` for classes that the flow does not have."""
     config = flow.config
-    data = load_images(images, config.image_size, config.in_channels, "test")
+    data = options.read_images(images, config.image_size, config.in_channels, "test")
     if config.num_classes and data.labels is not None and int(data.labels.max()) >= config.num_classes:
         raise ValueError(
             f"--images {images}: has classes up to {int(data.labels.max())}, the model {config.num_classes} classes; "
@@ -304,9 +266,3 @@ def _likelihood(
             found["bayes_accuracy"] = bayes_accuracy(flow, test, noise, seed, batch_size, advance)
         rows.append(("class accuracy", f"{found['bayes_accuracy']:.1%}", f"by Bayes' rule; {of}"))
     return found
-
-
-def _half_mirrored(images: Tensor) -> Tensor:
-    """The images, half of them, drawn at random once and for all, mirrored."""
-    mirrored = torch.rand(len(images), generator=torch.Generator().manual_seed(0)) < 0.5
-    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)

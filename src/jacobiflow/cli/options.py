@@ -15,7 +15,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from jacobiflow.calibration import Report
-from jacobiflow.data import balanced_labels
+from jacobiflow.data import SOURCES, DataError, ImageDataset, balanced_labels, load_images
+from jacobiflow.data.idx import Split
 from jacobiflow.files import write_json
 from jacobiflow.flows.fingerprint import check_fingerprint
 from jacobiflow.flows.image_flow import ImageFlow
@@ -25,9 +26,7 @@ from jacobiflow.latents import draw_labels
 from jacobiflow.storage import SampleFolder
 
 Model = Annotated[str, typer.Option("--model", help="A bundled name, a model folder, or a hub id.")]
-Images = Annotated[
-    str, typer.Option("--images", help="fashion-512, fashion-mnist, digits, or a folder of images or IDX files.")
-]
+Images = Annotated[str, typer.Option("--images", help=f"{', '.join(SOURCES)}, or a folder of images or IDX files.")]
 Labels = Annotated[
     str,
     typer.Option(
@@ -62,7 +61,7 @@ RealImages = Annotated[
     str | None,
     typer.Option(
         "--images",
-        help="Real images to compare with: fashion-512, fashion-mnist, digits, or a folder. Default for fashion-FID: "
+        help=f"Real images to compare with: {', '.join(SOURCES)}, or a folder. Default for fashion-FID: "
         "Fashion-MNIST's training images, of which statistics are bundled.",
     ),
 ]
@@ -101,7 +100,7 @@ def parse_labels(text: str, num: int, flow: ImageFlow, seed: int) -> Int[Tensor,
     """Labels for `num` samples: "balanced", "random", "none", numbers such as "3" or "0,1,2", repeated in order, or a
     file of `num` numbers.
 
-    **Raises** `ValueError` where the text is none of these.
+    **Raises** `ValueError` for any other text.
     """
     if text == "none" or (text in ("balanced", "random") and not flow.config.num_classes):
         return None
@@ -141,6 +140,14 @@ def parse_guidance(weight: float, on: str, constant: bool, attn_temperature: flo
     """The guidance that the options ask for; `None` where it is off. **Raises** `ValueError` as `Guidance` does."""
     guidance = Guidance(weight, not constant, on, attn_temperature)  # type: ignore[arg-type]
     return guidance if weight else None
+
+
+def read_images(source: str, size: int, channels: int, split: Split = "train") -> ImageDataset:
+    """`jacobiflow.data.load_images` of what `--images` names. **Raises** `ValueError`, which names the option too."""
+    try:
+        return load_images(source, size, channels, split)
+    except DataError as error:
+        raise ValueError(f"--images {source}: {str(error).removeprefix(f'{source}: ')}") from error
 
 
 def load_report(path: Path, flow: ImageFlow) -> Report:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -19,17 +20,18 @@ from torch import Tensor
 
 from jacobiflow import sampling
 from jacobiflow.baselines import SEQUENTIAL
+from jacobiflow.calibration import Report
 from jacobiflow.cli import options
 from jacobiflow.data import scale
+from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.guidance import Guidance
 from jacobiflow.measuring import Error, machine, paired_error
 from jacobiflow.plots import comparison_sheet, image_grid, save_png
 from jacobiflow.sampling import Samples
 from jacobiflow.storage import (
+    CONTENTS,
     DEFAULT_BATCH,
-    FILES,
     MANIFEST,
-    SHARDS,
-    STRATEGY,
     Drawn,
     SampleFolder,
     figures_of,
@@ -38,20 +40,22 @@ from jacobiflow.storage import (
     total,
 )
 
-SHEET, _SHEET_IMAGES = "samples.png", 100
+_SHEET, _SHEET_IMAGES = "samples.png", 100
 
 
 def sample(
     model: options.Model = "fashion-p2",
-    num: Annotated[int, typer.Option("--num", help="How many images.")] = 16,
+    num: Annotated[int, typer.Option("--num", min=1, help="How many images.")] = 16,
     labels: options.Labels = "balanced",
     seed: options.Seed = 0,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="Images solved together; default: all, at most 64.")
+        int | None, typer.Option("--batch-size", min=1, help="Images solved together; default: all, at most 64.")
     ] = None,
     shard_size: Annotated[
         int | None,
-        typer.Option("--shard-size", help="Images per shard, which is what a stopped run loses; default: about 1,024."),
+        typer.Option(
+            "--shard-size", min=1, help="Images per shard, which is what a stopped run loses; default: about 1,024."
+        ),
     ] = None,
     files: Annotated[
         str, typer.Option("--files", help="npz: a file per shard. png: a file per image, by class.")
@@ -75,7 +79,7 @@ def sample(
     attn_temperature: options.AttnTemperature = 1.0,
     denoise: options.Denoise = 0.0,
     certify: Annotated[
-        bool, typer.Option(help="Measure every sample's residual in every block, and mend what is above the tolerance.")
+        bool, typer.Option(help="Measure every sample's residual in every block, and solve again above the tolerance.")
     ] = True,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also sample by the sequential loop at the same latents, and compare.")
@@ -83,7 +87,7 @@ def sample(
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove the samples that are in the folder, and draw all anew.")
+        bool, typer.Option("--overwrite", help="Remove the samples that are in the folder, and draw all again.")
     ] = False,
     out: Annotated[
         Path, typer.Option("--out", help="Folder for shards/, manifest.json, strategy.json, samples.png.")
@@ -92,69 +96,72 @@ def sample(
 ) -> None:
     """Draw images from a flow, in parallel, each certified to a tolerance, into a folder.
 
-    The same command again goes on where it was stopped. Several processes share the work, and write the same bytes:
+    The same command again resumes a run that was stopped. Several processes share the work, and write the same bytes:
     torchrun --nproc-per-node 2 -m -- jacobiflow sample ...
 
     Example: jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo
     """
-    for option, value in (("--num", num), ("--batch-size", batch_size), ("--shard-size", shard_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{option} {value}: give a positive number of images")
-    if files not in FILES:
-        raise ValueError(f"--files {files}: give {' or '.join(FILES)}")
-    if report is not None and strategy.endswith(".json"):
-        raise ValueError(f"--report {report}: the strategy in {strategy} has its own guesses; leave one of them out")
-    if compare and not overwrite and (out / MANIFEST).exists():
-        raise ValueError(
-            f"--compare: {out} holds samples already; give --overwrite to draw them anew, or another --out"
-        )
+    _check_options(strategy, report, compare and not overwrite, out, json)
     batch_size = min(num, DEFAULT_BATCH) if batch_size is None else batch_size
-    own = [out.resolve() / name for name in (MANIFEST, STRATEGY, SHEET, SHARDS)]
-    if json is not None and any(path in (json.resolve(), *json.resolve().parents) for path in own):
-        raise ValueError(f"--json {json}: is a file of the samples' own; give another")
     with processes() as among:
         if compare and among.count > 1:
             raise ValueError("--compare: is for one process; leave it out, or start without torchrun")
         flow = options.load_model(model, among.device(device), dtype)
         classes = options.parse_labels(labels, num, flow, seed)
         guide = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
-        found = None if report is None else options.load_report(report, flow)
-        if found is not None and found.settings.guidance != guide:
-            warnings.warn(f"--report {report}: calibrated under other guidance; it may start far off", stacklevel=2)
+        found = _load_report(report, flow, guide)
         options.check_writable(out, json)
-        drawing = partial(
-            sampling.sample, flow, guidance=guide, denoise=denoise, certify=certify, batch_size=batch_size
-        )
-        if compare:  # so that neither run pays for first use
+        comparison = None
+        if compare:
+            draw = partial(
+                sampling.sample, flow, guidance=guide, denoise=denoise, certify=certify, batch_size=batch_size,
+                progress=False,
+            )  # fmt: skip
             few = min(num, batch_size)
-            drawing(few, None if classes is None else classes[:few], seed, strategy="jacobi-2", progress=False)
-        beside = _Beside(drawing) if compare else None
+            # A first run, so that neither timing includes it.
+            draw(few, None if classes is None else classes[:few], seed, strategy="jacobi-2")
+            comparison = _Comparison(draw)
         started = time.perf_counter()
         folder = sample_to_folder(
             flow, num, out, classes, seed, strategy=strategy, guidance=guide, denoise=denoise, tolerance=tolerance,
             certify=certify, batch_size=batch_size, shard_size=shard_size, files=files,  # type: ignore[arg-type]
-            model=model, report=found, overwrite=overwrite, among=among, on_shard=beside,
+            model=model, report=found, overwrite=overwrite, among=among, on_shard=comparison,
         )  # fmt: skip
         wall = time.perf_counter() - started
         if among.rank:
             return
-    figures = _figures(folder, beside, flow.var.device)
+    figures = _figures(folder, comparison, flow.var.device)
     figures |= {"processes": among.count, "wall_seconds": wall, "drawn": folder.drawn}
-    zoom = max(2, 64 // flow.config.image_size)
-    if beside is None:
-        sheet = image_grid(_first(folder), min(10, num), zoom)
-    else:
-        sheet = comparison_sheet(torch.cat(beside.exact), torch.cat(beside.drawn), (SEQUENTIAL, strategy), zoom)
-    save_png(sheet, out / SHEET)
+    save_png(_sheet(folder, comparison, flow.config.image_size), out / _SHEET)
     options.report(json, figures)
     _print(figures, out)
 
 
-class _Beside:
-    """The sequential loop's images of the shards that are drawn, as far as `--compare` needs them."""
+def _check_options(strategy: str, report: Path | None, new: bool, out: Path, json: Path | None) -> None:
+    """**Raises** `ValueError` for options that exclude each other; `new` where `out` must not hold samples yet."""
+    if report is not None and strategy.endswith(".json"):
+        raise ValueError(f"--report {report}: the strategy in {strategy} has its own guesses; leave one of them out")
+    if new and (out / MANIFEST).exists():
+        raise ValueError(
+            f"--compare: {out} holds samples already; give --overwrite to draw them again, or another folder as --out"
+        )
+    own = [out.resolve() / name for name in (*CONTENTS, _SHEET)]
+    if json is not None and any(path in (json.resolve(), *json.resolve().parents) for path in own):
+        raise ValueError(f"--json {json}: is one of the samples' own files; give another")
 
-    def __init__(self, drawing: Callable[..., Samples]) -> None:
-        self._drawing = drawing
+
+def _load_report(path: Path | None, flow: ImageFlow, guidance: Guidance | None) -> Report | None:
+    report = None if path is None else options.load_report(path, flow)
+    if report is not None and report.settings.guidance != guidance:
+        warnings.warn(f"--report {path}: calibrated under other guidance; its guesses may be poor", stacklevel=3)
+    return report
+
+
+class _Comparison:
+    """Draws every shard again by the sequential loop, for `--compare`."""
+
+    def __init__(self, draw: Callable[..., Samples]) -> None:
+        self._draw = draw
         self.exact: list[Tensor] = []
         self.drawn: list[Tensor] = []
         self.figures: list[dict[str, Any]] = []
@@ -162,8 +169,8 @@ class _Beside:
         self._errors: list[tuple[int, Error]] = []
 
     def __call__(self, start: int, latents: Tensor, labels: Tensor | None, shard: Drawn) -> None:
-        """Solve a shard again, token by token."""
-        result = self._drawing(latents=latents, labels=labels, strategy=SEQUENTIAL, progress=False)
+        """Draw a shard again, token by token."""
+        result = self._draw(latents=latents, labels=labels, strategy=SEQUENTIAL)
         self._errors.append((len(latents), paired_error(shard.images, result.images)))
         self.figures.append(figures_of(result))
         self.certificates += [] if result.certificate is None else [result.certificate]
@@ -176,13 +183,12 @@ class _Beside:
         return {"max": max(e.max for _, e in self._errors), "mean": sum(n * e.mean for n, e in self._errors) / num}
 
 
-def _figures(folder: SampleFolder, beside: _Beside | None, device: torch.device) -> dict[str, Any]:
+def _figures(folder: SampleFolder, comparison: _Comparison | None, device: torch.device) -> dict[str, Any]:
     manifest = folder.manifest
     runs = {}
-    if beside is not None:
-        runs[SEQUENTIAL] = total(beside.figures) | _largest(
-            torch.cat(beside.certificates) if beside.certificates else None
-        )
+    if comparison is not None:
+        certificates = comparison.certificates
+        runs[SEQUENTIAL] = total(comparison.figures) | _largest(torch.cat(certificates) if certificates else None)
     runs[manifest.strategy] = total([record.figures for record in folder.records()]) | _largest(folder.certificate())
     for run in runs.values():
         run["images_per_second"] = manifest.num / run["seconds"]
@@ -190,7 +196,7 @@ def _figures(folder: SampleFolder, beside: _Beside | None, device: torch.device)
         "model": manifest.model, "num": manifest.num, "batch_size": manifest.batch_size, "seed": manifest.seed,
         "strategy": manifest.strategy, "guidance": 0.0 if manifest.guidance is None else manifest.guidance["weight"],
         "denoise": manifest.denoise, "shards": len(manifest.spans()), **machine(device), "runs": runs,
-        **({} if beside is None else {"error": beside.error()}),
+        **({} if comparison is None else {"error": comparison.error()}),
     }  # fmt: skip
 
 
@@ -198,14 +204,18 @@ def _largest(certificate: Tensor | None) -> dict[str, float | None]:
     return {"certificate": None if certificate is None else float(certificate.max())}
 
 
-def _first(folder: SampleFolder) -> Tensor:
-    """The images of the sheet."""
+def _sheet(folder: SampleFolder, comparison: _Comparison | None, image_size: int) -> Image.Image:
+    """A picture of the first samples; beside those of the sequential loop where both were drawn."""
+    zoom = max(2, 64 // image_size)
+    if comparison is not None:
+        names = (SEQUENTIAL, folder.manifest.strategy)
+        return comparison_sheet(torch.cat(comparison.exact), torch.cat(comparison.drawn), names, zoom)
     found: list[Tensor] = []
     for images in folder.batches():
         found.append(scale(images))
         if sum(map(len, found)) >= _SHEET_IMAGES:
             break
-    return torch.cat(found)[:_SHEET_IMAGES]
+    return image_grid(torch.cat(found)[:_SHEET_IMAGES], min(10, folder.manifest.num), zoom)
 
 
 def _print(figures: dict[str, Any], out: Path) -> None:
@@ -231,7 +241,7 @@ def _print(figures: dict[str, Any], out: Path) -> None:
             f"error max {figures['error']['max']:.1e}, mean {figures['error']['mean']:.1e}"
         )
     if not figures["drawn"]:
-        print(f"all {num:,} were in {out} already, and match their checksums; --overwrite draws them anew")
+        print(f"all {num:,} were in {out} already, and match their checksums; --overwrite draws them again")
         return
     if figures["shards"] > 1:
         resolved = figures["runs"][figures["strategy"]]["resolved_sequentially"]

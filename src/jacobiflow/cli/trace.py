@@ -35,7 +35,11 @@ def trace(
     num: Annotated[int, typer.Option("--num", help="Images in a row of a sheet.")] = 10,
     labels: options.Labels = "balanced",
     strategy: Annotated[
-        str | None, typer.Option("--strategy", help="What is compared with the sequential loop; default: as proposed.")
+        str | None,
+        typer.Option(
+            "--strategy",
+            help="Compared with the sequential loop. Default: the report's proposal, or Jacobi where it has no CRM.",
+        ),
     ] = None,
     denoise: Annotated[
         float | None, typer.Option("--denoise", help="Rate of one denoising step; default: 1 where it can be done.")
@@ -58,10 +62,12 @@ def trace(
         raise ValueError(f"--num {num}: give 1 to 20 images")
     flow = options.load_model(model, device, dtype)
     found = options.load_report(report, flow)
-    if strategy is None:
+    if strategy is not None:
+        plan = choose(flow, strategy, num, guidance=found.settings.guidance, report=found)
+    elif found.components is not None:
         plan = Strategy.from_report(found, _TOLERANCE)
     else:
-        plan = choose(flow, strategy, num, guidance=found.settings.guidance, report=found)
+        plan = Strategy.parse(f"Jacobi-{_most_sweeps(found)}", found)
     options.check_writable(out, json)
     rate = float(flow.config.noise_std > 0) if denoise is None else denoise
     classes = options.parse_labels(labels, num, flow, seed)
@@ -94,9 +100,14 @@ def trace(
     print(f"wrote {', '.join(f'{name}.png' for name in pictures)} to {out}")
 
 
+def _most_sweeps(report: Report) -> int:
+    """What the slowest block takes; 1 where even its guess is within the tolerance."""
+    return max(1, *report.slowest_sweeps("noise", _TOLERANCE))
+
+
 def _choices(report: Report, plan: Strategy) -> dict[str, Strategy]:
     """Guesses and sweeps to compare: every guess at a third of the sweeps that the slowest block takes, then more."""
-    most = max(report.slowest_sweeps("noise", _TOLERANCE))
+    most = _most_sweeps(report)
     few, more = max(1, most // 3), max(1, 2 * most // 3)
     by_igm = {f"guess by IGM, Jacobi-{j}": Strategy.parse(f"Jacobi-{j}", report) for j in (few, more, most)}
     return {

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jacobiflow import sampling
 from jacobiflow.cli import options
-from jacobiflow.data import Noise, load_images
+from jacobiflow.data import Noise
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.registry import find_flow, flow_names
 from jacobiflow.measuring import machine
@@ -74,7 +74,7 @@ def train(
     Example: jacobiflow train --images fashion-mnist --out runs/fashion --steps 6000
     """
     flow_class = _flow_class(flow)
-    data = load_images(images, image_size, image_channels)
+    data = options.read_images(images, image_size, image_channels)
     noise = noise or ("gaussian" if "noise_std" in _parameters(flow_class) else "uniform")
     choices = _choices(
         flow_class, noise, patch_size=patch_size, head_dim=head_dim, volume_preserving=volume_preserving or None,
@@ -110,12 +110,13 @@ def train(
 
         def on_sample(average: ImageFlow, step: int) -> None:
             labels = options.parse_labels("balanced", 20, average, seed)
-            drawn = sampling.sample(average, num=20, labels=labels, seed=seed, progress=False)
+            drawn = sampling.sample(average, num=20, labels=labels, seed=seed, strategy="sequential", progress=False)
             save_png(image_grid(drawn.images, columns=10), out / f"samples-{step:06d}.png")
 
         fit(model.to(place), data, settings, out, on_step, on_sample)
     figures = {"model": str(out), "flow": flow, "images": len(data), **asdict(config), "training": asdict(settings)}
-    options.report(json, figures | {"last_step": read_metrics(out)[-1], **machine(place)})
+    metrics = read_metrics(out)  # empty where no step was left to do and the file was deleted
+    options.report(json, figures | {"last_step": metrics[-1] if metrics else None, **machine(place)})
     print(f"wrote the model folder {out}")
 
 

@@ -19,16 +19,20 @@ from jacobiflow.evaluation.features import InceptionFeatures, load_tensors, need
 from jacobiflow.files import write_atomically
 
 _NEIGHBOURS = 3
-LEAST = _NEIGHBOURS + 1  # images for precision and recall
+LEAST = _NEIGHBOURS + 1
+"""The smallest set that precision and recall take."""
+
 _SUBSETS, _SUBSET = 100, 1000
+_ROUNDING = 1e-6  # of the largest mean square of a feature: rounding makes no eigenvalue more negative
+_EXPECTED = "a file that Statistics.save wrote, or a *_fid_stats.pth of the original TarFlow code"
 
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Sums over the features of a set: `num` of them, `sum` (d,) and `outer` (d, d), that of f f^T; float64.
+    """Sums over the features f (d,) of `num` images: `sum` (d,) of f, and `outer` (d, d) of f f^T; float64.
 
-    They are the state of torchmetrics' `FrechetInceptionDistance`, and files of them are state dicts of it, as the
-    original TarFlow code writes and reads.
+    They are the state of torchmetrics' `FrechetInceptionDistance`. Their files are its state dicts, which the original
+    TarFlow code writes and reads too.
     """
 
     num: int
@@ -55,15 +59,16 @@ class Statistics:
     def load(cls, path: str | Path) -> Statistics:
         """Those of the real images in a file: a state dict of `FrechetInceptionDistance`, such as `*_fid_stats.pth`.
 
-        **Raises** `DataError` where it is none.
+        **Raises** `DataError` where the file is not one, or its sums cannot be those of a set.
         """
-        mend = "a file by jacobiflow evaluate --save-stats, or of the original's *_fid_stats.pth"
-        state = load_tensors(Path(path), mend)
+        state = load_tensors(Path(path), _EXPECTED)
         try:
             return cls._of_state(state)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             reason = f"no entry {error}" if isinstance(error, KeyError) else error
-            raise DataError(f"{path}: no statistics of FrechetInceptionDistance ({reason}); give {mend}") from error
+            raise DataError(
+                f"{path}: no statistics of FrechetInceptionDistance ({reason}); give {_EXPECTED}"
+            ) from error
 
     @classmethod
     def bundled(cls) -> Statistics:
@@ -80,18 +85,23 @@ class Statistics:
             raise TypeError(f"of types {total.dtype}, {outer.dtype}, {num.dtype}")
         if total.ndim != 1 or not len(total) or outer.shape != (len(total), len(total)) or int(num) < 2:
             raise ValueError(f"shapes {tuple(total.shape)} and {tuple(outer.shape)}, of {int(num)} images")
-        if not (torch.isfinite(total).all() and torch.isfinite(outer).all()):
+        found = cls(int(num), total.double(), outer.double())
+        covariance = found.covariance()
+        if not torch.isfinite(covariance).all():
             raise ValueError("a NaN or an infinity")
-        if not torch.allclose(outer, outer.T):
+        if not torch.allclose(found.outer, found.outer.T):
             raise ValueError("covariances that are not symmetric")
-        return cls(int(num), total.double(), outer.double())
+        slack = _ROUNDING * float(found.outer.diagonal().max()) / found.num or 1.0  # 1 where all features are 0
+        if torch.linalg.cholesky_ex(covariance + slack * torch.eye(len(covariance)).double()).info:
+            raise ValueError("covariances with a negative eigenvalue")
+        return found
 
     def save(self, path: str | Path, inception: InceptionFeatures | None = None) -> None:
         """Write a state dict of `FrechetInceptionDistance`, whole or not at all.
 
-        With `inception` its weights are in it too: the original code loads such a file, and no other.
+        With `inception` the file also has its weights: the original code loads no file without them.
 
-        **Raises** `DataError` where they are of fewer than 2 images, `OSError` where it cannot be written.
+        **Raises** `DataError` for fewer than 2 images, `OSError` where the file cannot be written.
         """
         if self.num < 2:
             raise DataError(f"statistics of {self.num} images: give at least 2")
@@ -111,8 +121,8 @@ class Statistics:
 def frechet_distance(real: Statistics, fake: Statistics) -> float:
     """|mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2)), of means and covariances: FID where the features are Inception's.
 
-    Computed by torchmetrics, in float64. **Raises** `DataError` where the features' numbers differ, a set has fewer
-    than 2, or means or covariances are not finite.
+    Computed by torchmetrics, in float64. **Raises** `DataError` where the numbers of features differ, a set has fewer
+    than 2 images, or means or covariances are not finite.
 
     Reference: Heusel et al., arXiv 1706.08500.
     """
@@ -132,15 +142,15 @@ def frechet_distance(real: Statistics, fake: Statistics) -> float:
         setattr(metric, f"{name}_features_num_samples", torch.tensor(side.num))
     metric.orig_dtype = torch.float64
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the states were not made by `update`
+        warnings.simplefilter("ignore")  # the warning that `update` was not called
         return float(metric.compute())
 
 
 def kernel_distance(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"], seed: int = 0) -> tuple[float, float]:
     """Squared maximum mean discrepancy of random subsets, mean and standard deviation over 100 of them: KID.
 
-    By torchmetrics. Subsets are of 1,000, or of the smaller set's size. **Raises** `DataError` where a set has fewer
-    than 2, their numbers of features differ, or one is not finite.
+    Computed by torchmetrics. Subsets have 1,000 images, or as many as the smaller set. **Raises** `DataError` where a
+    set has fewer than 2, the numbers of features differ, or a feature is not finite.
 
     Reference: Binkowski et al., arXiv 1801.01401.
     """
@@ -149,10 +159,10 @@ def kernel_distance(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"], seed
     from torchmetrics.image.kid import KernelInceptionDistance
 
     with warnings.catch_warnings(), torch.random.fork_rng():
-        warnings.simplefilter("ignore")  # that it keeps all features
+        warnings.simplefilter("ignore")  # the warning that it keeps all features
         torch.manual_seed(seed)
         metric = KernelInceptionDistance(
-            _AsTheyAre(real.shape[1]),
+            _Identity(real.shape[1]),
             subsets=_SUBSETS,
             subset_size=min(_SUBSET, len(real), len(fake)),
             sync_on_compute=False,
@@ -164,10 +174,10 @@ def kernel_distance(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"], seed
 
 
 def precision_recall(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"]) -> tuple[float, float]:
-    """Share of the fake within a real one's distance to its third neighbour, and of the real within a fake one's.
+    """Share of fakes that lie within some real one's distance to its third neighbour, and the same with roles swapped.
 
-    By torch-fidelity. Both depend on how many there are of each. **Raises** `DataError` where a set has fewer than 4,
-    their numbers of features differ, or one is not finite.
+    Computed by torch-fidelity. Both depend on the sizes of the sets. **Raises** `DataError` where a set has fewer than
+    4 images, the numbers of features differ, or a feature is not finite.
 
     Reference: Kynkäänniemi et al., arXiv 1904.06991.
     """
@@ -191,8 +201,8 @@ def _check(real: Tensor, fake: Tensor, least: int) -> None:
         raise DataError("features that are not finite: check the images")
 
 
-class _AsTheyAre(nn.Module):
-    """Hands features that are there already to a metric of torchmetrics."""
+class _Identity(nn.Module):
+    """Stands in for torchmetrics' network: the features are at hand already."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -206,5 +216,5 @@ def _metric(num_features: int) -> Any:
     need_torchmetrics("the Fréchet distance")
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    # Under torchrun it would add up what every process has.
-    return FrechetInceptionDistance(_AsTheyAre(num_features), sync_on_compute=False)
+    # By default it would add up the statistics of all processes under torchrun.
+    return FrechetInceptionDistance(_Identity(num_features), sync_on_compute=False)

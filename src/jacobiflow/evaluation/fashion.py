@@ -1,4 +1,4 @@
-"""Features of Fashion-MNIST images, for a Fréchet distance where Inception's weights are not to be had."""
+"""Features of Fashion-MNIST images, for a Fréchet distance that needs no download."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class FashionFeatures(nn.Module):
     """A convolutional classifier of Fashion-MNIST; called, it gives the features before its last layer.
 
     Five convolutions with batch normalisation, the mean over pixels, and a layer of 64 units. It takes 8-bit images
-    (N, 1, 28, 28), as torchmetrics hands them to a `feature` module. It never leaves evaluation mode; whoever trains it
-    puts `convolutions` into training mode, which holds all that differs.
+    (N, 1, 28, 28), as torchmetrics gives them to a `feature` module. It stays in evaluation mode; to train it, put its
+    `convolutions` into training mode.
     """
 
     num_features = 64
@@ -42,11 +42,11 @@ class FashionFeatures(nn.Module):
         return features.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> FashionFeatures:
-        """Evaluation mode, in any case: a metric that is trained with would change its own measure."""
+        """Evaluation mode, whatever `mode`: training mode would change what a metric measures."""
         return super().train(False)
 
     def forward(self, images: UInt8[Tensor, "n 1 28 28"]) -> Float[Tensor, "n 64"]:
-        """The 64 features, none below 0. **Raises** `ValueError` for images of another type or shape."""
+        """The 64 features, at least 0. **Raises** `ValueError` for images of another type or shape."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (1, SIZE, SIZE):
             have = f"{images.dtype} of shape {tuple(images.shape)}"
             raise ValueError(f"images: {have}; fashion features take torch.uint8 of shape (N, 1, {SIZE}, {SIZE})")

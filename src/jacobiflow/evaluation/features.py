@@ -19,19 +19,21 @@ from jacobiflow.evaluation.fashion import FashionFeatures
 
 Kind = Literal["fashion", "inception"]
 NAMES: dict[str, str] = {"fashion": "fashion-FID", "inception": "FID"}
+"""Kinds of features, and what the Fréchet distance between them is called."""
+
 _POOL = 2048
 _WEIGHTS = "weights-inception-2015-12-05-6726825d.pth, of torch-fidelity's releases"
 
 
 class InceptionFeatures(nn.Module):
-    """The 2,048 features of the Inception network that FID is defined by, as torchmetrics has it.
+    """The 2,048 features of the Inception network that defines FID, as torchmetrics has it.
 
     It takes 8-bit images (N, 1 or 3, H, W), grey ones as three equal channels, and resizes them itself.
 
-    **Arguments:** `weights`, a file of the network's weights; `None` has torch-fidelity fetch them, or find them in
-    PyTorch's hub folder.
+    **Arguments:** `weights`, a file of the network's weights. With `None` they are read from PyTorch's hub folder, or
+    downloaded into it.
 
-    **Raises** `DataError` where torchmetrics and torch-fidelity are not installed, or the weights are not to be had.
+    **Raises** `DataError` where torchmetrics and torch-fidelity are not installed, or there are no such weights.
 
     Reference: Heusel et al., GANs Trained by a Two Time-Scale Update Rule, arXiv 1706.08500.
     """
@@ -43,7 +45,7 @@ class InceptionFeatures(nn.Module):
         need_torchmetrics("FID")
         from torchmetrics.image.fid import NoTrainInceptionV3
 
-        state = _fetched() if weights is None else load_tensors(weights, _WEIGHTS)
+        state = _download() if weights is None else load_tensors(weights, _WEIGHTS)
         with tempfile.TemporaryDirectory() as folder:  # torch-fidelity reads a file, and would run what else it holds
             path = Path(folder) / "weights.pth"
             torch.save(state, path)
@@ -60,18 +62,18 @@ class InceptionFeatures(nn.Module):
         return self.network(images.expand(-1, 3, -1, -1))
 
 
-def _fetched() -> Any:
-    """Inception's weights from PyTorch's hub folder, fetched into it where they are not there."""
+def _download() -> Any:
+    """Inception's weights from PyTorch's hub folder, downloaded into it where they are missing."""
     from torch_fidelity import feature_extractor_inceptionv3 as network
 
     try:
         return network.load_state_dict_from_url(network.URL_INCEPTION_V3, map_location="cpu", weights_only=True)
     except URLError as error:
         raise DataError(
-            f"Inception's weights: not at {_hub_file()}, and cannot be fetched ({error.reason}); give the file "
-            f"{_WEIGHTS}, by --inception, or use --features fashion, which needs none"
+            f"Inception's weights: not at {_hub_file()}, and the download failed ({error.reason}); give the file "
+            f"{_WEIGHTS}, or use fashion features, whose weights are bundled"
         ) from error
-    except Exception as error:  # torch.load raises of all kinds
+    except Exception as error:  # torch.load raises many kinds
         raise DataError(f"{_hub_file()}: not Inception's weights ({_reason(error)}); remove it") from error
 
 
@@ -79,27 +81,29 @@ def _hub_file() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / _WEIGHTS.partition(",")[0]
 
 
-def load_tensors(path: Path, mend: str) -> Any:
-    """What `torch.save` wrote, of tensors only: nothing that a file holds is run.
+def load_tensors(path: Path, expected: str) -> Any:
+    """What `torch.save` wrote, tensors only: no code in the file is run.
 
-    **Raises** `DataError` that names the file, and says to give `mend`.
+    **Raises** `DataError` that names the file and says to give the `expected` one.
     """
     try:
         return torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give {mend}") from error
-    except Exception as error:  # torch.load raises of all kinds
-        raise DataError(f"{path}: no file of tensors ({_reason(error)}); give {mend}") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give {expected}") from error
+    except Exception as error:  # torch.load raises many kinds
+        raise DataError(f"{path}: no file of tensors ({_reason(error)}); give {expected}") from error
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
-        return "it is no file of PyTorch, or holds more than tensors, which is not run"
+        return "not a file of PyTorch, or one that holds more than tensors, which is not run"
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def load_features(kind: Kind, inception: Path | None = None) -> FashionFeatures | InceptionFeatures:
-    """The extractor of a kind, its weights in evaluation mode. **Raises** `DataError` where they are not to be had."""
+    """The network of a kind, in evaluation mode; see `InceptionFeatures` for `inception`, its file, and for errors."""
+    if kind not in NAMES:
+        raise ValueError(f"kind={kind!r}: give {' or '.join(map(repr, NAMES))}")
     return FashionFeatures.bundled() if kind == "fashion" else InceptionFeatures(inception)
 
 
@@ -110,9 +114,9 @@ def extract(
     on_batch: Callable[[int], None] | None = None,
     batch_size: int = 250,
 ) -> Float[Tensor, "n d"]:
-    """Features (N, d), on the CPU, of all images in `batches`; `on_batch` hears how many were done.
+    """Features (N, d), on the CPU, of all images in `batches`, `batch_size` at a time.
 
-    **Raises** `DataError` where there are none.
+    `on_batch` is called with the number of images each time. **Raises** `DataError` where there are no images.
     """
     device = next(features.parameters()).device
     found = []
@@ -122,7 +126,7 @@ def extract(
             if on_batch is not None:
                 on_batch(len(part))
     if not found:
-        raise DataError("features: of no images; give at least one")
+        raise DataError("features of no images: give at least one")
     return torch.cat(found)
 
 

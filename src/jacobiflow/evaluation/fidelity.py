@@ -1,4 +1,4 @@
-"""How near samples are to the exact inverse at the same latents, and what their certificates say."""
+"""How close samples are to the exact inverse of the same latents, and how large their certificates are."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PEAK = 2.0  # images span [-1, 1]
 
 @dataclass(frozen=True)
 class PixelDifference:
-    """8-bit images against others: `share` of the pixels that differ, and the most `levels` that one is apart."""
+    """Two sets of 8-bit images: the `share` of pixels that differ, and the largest difference, in `levels`."""
 
     share: float
     levels: int
@@ -26,11 +26,11 @@ class PixelDifference:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Images against the exact ones of the same latents.
+    """Images compared with the exact ones of the same latents.
 
     **Attributes:** `num` images; `max` and `rms`, the largest and the root-mean-square difference of an entry, in the
-    images' units ([-1, 1], not clipped); `psnr`, 20 log10(2 / rms), in dB, infinite where they are equal, minus
-    infinity where one is not finite; `pixels`, a `PixelDifference` after rounding to 8 bits.
+    images' units ([-1, 1], not clipped); `psnr`, 20 log10(2 / rms), in dB, infinity where all are equal, minus infinity
+    where one is not finite; `pixels`, a `PixelDifference` after rounding to 8 bits.
     """
 
     num: int
@@ -41,7 +41,7 @@ class Fidelity:
 
 
 def fidelity(images: Float[Tensor, "n c h w"], exact: Float[Tensor, "n c h w"]) -> Fidelity:
-    """`Fidelity` of images; what is NaN on both sides counts as equal, see `jacobiflow.measuring.paired_error`."""
+    """`Fidelity` of images; entries that are NaN in both count as equal, see `jacobiflow.measuring.paired_error`."""
     error = paired_error(images, exact)
     psnr = 20 * (math.log10(_PEAK) - math.log10(error.rms)) if error.rms else math.inf
     rounded = [quantize(side.nan_to_num(nan=-1.0)) for side in (images, exact)]
@@ -50,15 +50,15 @@ def fidelity(images: Float[Tensor, "n c h w"], exact: Float[Tensor, "n c h w"]) 
 
 def pixel_difference(images: UInt8[Tensor, "n c h w"], exact: UInt8[Tensor, "n c h w"]) -> PixelDifference:
     """`PixelDifference` of 8-bit images."""
-    apart = (images.short() - exact.short()).abs()
-    return PixelDifference(float(apart.ne(0).double().mean()), int(apart.max()))
+    levels = (images.short() - exact.short()).abs()
+    return PixelDifference(float(levels.ne(0).double().mean()), int(levels.max()))
 
 
 def certificate_histogram(certificate: Float[Tensor, " n"]) -> dict[str, Any]:
-    """Samples by the size of their certificate.
+    """A histogram of certificates.
 
-    **Returns** a JSON value: `edges`, 1, 2 and 5 times powers of ten, that hold all finite positive certificates
-    between them; `counts` from each up to the next; `zero` and `infinite`, those that are; `median` and `max`.
+    **Returns** a JSON value: `edges`, which are 1, 2 and 5 times powers of ten around all finite positive certificates;
+    `counts` from each edge up to the next; `zero` and `infinite`, how many are 0 or not finite; `median` and `max`.
     """
     value = certificate.double()
     finite = value[torch.isfinite(value) & (value > 0)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jacobiflow.data import ImageDataset
 from jacobiflow.data.noise import Noise, noisy_images
-from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.image_flow import ImageFlow, state_dtype
 
 
 @torch.no_grad()
@@ -26,8 +26,8 @@ def bits_per_dim(
 
     With `Noise("uniform")` the images are uniformly dequantised, and the figure bounds the code length of the 8-bit
     data. With `Noise("gaussian", std)` it is that of the *noisy* images, which a flow trained on such is a model of;
-    report it as such. The noise of image i depends on `seed` and i only. `on_batch` hears of the number of images after
-    each batch.
+    report it as such. The noise of image i depends on `seed` and i only. `on_batch` is called with the number of
+    images of each batch.
     """
     total = 0.0
     for start in range(0, len(data), batch_size):
@@ -71,7 +71,8 @@ def bayes_accuracy(
 def _noisy_batch(
     flow: ImageFlow, data: ImageDataset, noise: Noise, seed: int, start: int, batch_size: int
 ) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"] | None]:
-    """Images with their noise and labels, where the flow takes labels, on the flow's device."""
+    """Images with their noise, in the dtype of the state, and labels where the flow takes any, on its device."""
     index = torch.arange(start, min(start + batch_size, len(data)))
-    labels = None if data.labels is None or not flow.config.num_classes else data.labels[index].to(flow.var.device)
-    return noisy_images(data, index, noise, seed).to(flow.var), labels
+    device = flow.var.device
+    labels = None if data.labels is None or not flow.config.num_classes else data.labels[index].to(device)
+    return noisy_images(data, index, noise, seed).to(device, state_dtype(flow)), labels

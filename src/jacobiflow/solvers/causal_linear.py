@@ -29,7 +29,7 @@ class CausalLinear(Guess):
     """X^(0)_t = shift_t + sum over d = 0..w-1 of kernel[d] Z_(t-d): a linear autoregressive guess.
 
     The least-squares estimate of the solution from the latents of a token and of those before it, one kernel for all
-    positions: `jacobiflow.calibrate` fits it. It is what sweeps from `MeanAffine` would mostly find out first.
+    positions: `jacobiflow.calibrate` fits it. Sweeps from `MeanAffine` would find most of it first.
 
     **Arguments:** `kernel` (w, C, C), `shift` (T, C). **Raises** `ValueError` where they do not fit each other, or Z.
     """
@@ -53,7 +53,7 @@ class CausalLinear(Guess):
 
     @classmethod
     def fit(cls, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], width: int = FIT_WIDTH) -> CausalLinear:
-        """That of `width` + 1 latents which is nearest to the solutions `x` at `z`, by ridge regression."""
+        """The guess from `width` + 1 latents that comes nearest to the solutions `x` at `z`, by ridge regression."""
         rows = rows_before(z - z.mean(dim=0), width + 1)
         gram = rows.T @ rows
         ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)

@@ -30,16 +30,15 @@ def certify(
 
     `slots` samples are passed at a time, all by default.
     """
-    found = []
+    residual = z.new_empty(len(z))
     size = slots or max(len(z), 1)
     with no_gradients(block):
-        for first in range(0, max(len(z), 1), size):
+        for first in range(0, len(z), size):
             rows = slice(first, first + size)
             cache = block.init_cache(z[rows], None if context is None else context[rows])
             g = block.update(x[rows], z[rows], 0, z.shape[1], cache)
-            found.append((g - x[rows]).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).amax(dim=(1, 2)))
-        residual = torch.cat(found)
-    return residual.clone()
+            residual[rows] = (g - x[rows]).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).amax(dim=(1, 2))
+    return residual
 
 
 def solve_certified(
@@ -49,11 +48,11 @@ def solve_certified(
     """`solve`, then its certificate, then a second and third attempt for the samples that fell short.
 
     A sample whose certificate is above `tolerance`, by default the solver's own, is resumed from where it stands, to
-    half of it. One that is still above it, that missed the solver's own tolerance by `MaxSweeps`, or that is not
-    finite, is solved token by token and counted. The worst of them goes first: what its exact solve leaves above the
-    tolerance is the rounding of the network, and all others that are no worse end as `Status.ROUNDING` where they
-    stand. What remains non-finite is so in the exact inverse too (`Status.NONFINITE`). Stopping on `MaxSweeps` or
-    `EarlyStop` without a tolerance is a legitimate end.
+    half of it. One that is still above it, that ran out of sweeps before the solver's own tolerance, or that is not
+    finite, is solved token by token and counted. The worst of them goes first: the residual that its exact solve leaves
+    above the tolerance is the rounding of the network, and the others whose residuals are about that large end as
+    `Status.ROUNDING` where they stand. What remains non-finite is so in the exact inverse too (`Status.NONFINITE`).
+    Stopping on `MaxSweeps` or `EarlyStop` without a tolerance is a legitimate end.
 
     With `certificate=False` the pass that measures is left out, and the swept residuals stand. At most `slots` samples
     are in the network at a time, all by default. `rounding` is the residual that rounding left in an earlier block, if
@@ -75,18 +74,17 @@ def solve_certified(
     solution = _solve_sequentially(attempts, solution, atol, rounding)
     status = solution.status
     if atol is not None:
-        status = status.masked_fill((solution.residual > atol) & (status == Status.CONVERGED), Status.ROUNDING)
+        status = status.masked_fill((solution.residual > atol) & (status != Status.NONFINITE), Status.ROUNDING)
     return replace(solution, status=status, seconds=time.perf_counter() - started)
 
 
 def _solve_sequentially(attempts: _Attempts, solution: Solution, atol: float | None, rounding: float) -> Solution:
-    """Token by token, the samples that sweeps have not solved; but not those that rounding keeps from it."""
+    """Token by token, the samples that sweeps have not solved, except those whose residual is rounding."""
     lost = (solution.status == Status.NONFINITE) & ~solution.exact
     short = torch.zeros_like(lost)
     if atol is not None:
-        missed = solution.status == Status.MAX_SWEEPS
-        short = (missed | (solution.residual > atol)) & ~lost & ~solution.exact
-        short &= missed | ~_is_rounding(solution.residual, atol, rounding)
+        short = (solution.status == Status.MAX_SWEEPS) | (solution.residual > atol)
+        short &= ~lost & ~solution.exact & ~_is_rounding(solution.residual, atol, rounding)
         if attempts.certificate and int(short.sum()) > 1:
             worst = torch.zeros_like(short)
             worst[solution.residual.masked_fill(~short, -1.0).argmax()] = True
@@ -95,16 +93,13 @@ def _solve_sequentially(attempts: _Attempts, solution: Solution, atol: float | N
             left = float(solution.residual[worst].max())
             if atol < left < torch.inf:
                 rounding = max(rounding, left)
-            missed &= ~worst
-            short &= ~worst & (missed | ~_is_rounding(solution.residual, atol, rounding))
+            short &= ~worst & ~_is_rounding(solution.residual, atol, rounding)
     again = lost | short
     solution = attempts.again(solution, again, Solver(Sequential()))
     resolved = solution.resolved_sequentially | again
     if atol is not None and attempts.certificate:
-        floor = solution.residual[
-            (resolved | solution.exact) & (solution.residual > atol) & solution.residual.isfinite()
-        ]
-        rounding = max([rounding, *floor.tolist()])
+        above = (resolved | solution.exact) & (solution.residual > atol) & solution.residual.isfinite()
+        rounding = max([rounding, *solution.residual[above].tolist()])
     return replace(solution, resolved_sequentially=resolved, rounding=rounding)
 
 

@@ -63,10 +63,10 @@ class Chord(Correction):
         cls, block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess,
         context: Tensor | None = None, width: int = FIT_WIDTH,
     ) -> Chord:  # fmt: skip
-        """That of `width` tokens which best predicts the errors X* - X^(k) from the residuals, by ridge regression.
+        """The chord over `width` tokens that best predicts the errors X* - X^(k) from residuals, by ridge regression.
 
         `x` is X*, the solution at `z`. The errors are those met by sweeping all tokens from `guess` with the chord
-        fitted to the sweeps so far. Each token counts alike, whatever the size of its residuals.
+        fitted to the sweeps so far. Each token has the same weight, whatever the size of its residuals.
         """
         _, length, channels = x.shape
         features = width * channels

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-_NUMBERS = 2**22  # written out at a time
+_NUMBERS = 2**22  # at most so many numbers are written out at a time
 FIT_WIDTH = 24  # tokens before one that a fit sees; twice as many brought 3 per cent
 
 
@@ -21,7 +21,7 @@ def check_kernel(owner: str, kernel: object) -> None:
 
 
 class StackedKernel:
-    """`kernel` (w, C, C) as `causal_convolution` takes it, kept on every device that it was asked for on.
+    """`kernel` (w, C, C) as `causal_convolution` takes it, kept on each device where it was used.
 
     A row per channel of each of the w tokens, the oldest first.
     """

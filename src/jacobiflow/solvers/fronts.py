@@ -34,11 +34,11 @@ class Fronts:
         return cls(sample, front, np.full(len(sample), np.inf), growing, reached)
 
     def take(self, rows: np.ndarray) -> Fronts:
-        """Those of the rows."""
+        """The samples at `rows`."""
         return Fronts(*(getattr(self, entry.name)[rows] for entry in fields(self)))
 
     def join(self, other: Fronts) -> Fronts:
-        """These and then the others."""
+        """These samples and then the others."""
         return Fronts(*(np.concatenate((getattr(self, e.name), getattr(other, e.name))) for e in fields(self)))
 
     def correction_fails(self, start: np.ndarray, residual: np.ndarray) -> np.ndarray:
@@ -84,14 +84,14 @@ class Swept:
 
     **Attributes:** `start` of each sample's run; `residual`, |g(x) - x|; `change`, the larger of it and the step that
     was made; `early`, the change of the whole run met the early stop's bound; `counted`, the end of the tokens that
-    have had their number of sweeps, `None` where there are none such.
+    have had their number of sweeps, 0 where there is no such number.
     """
 
     start: np.ndarray
     residual: np.ndarray
     change: np.ndarray
     early: bool
-    counted: int | None
+    counted: int
 
 
 def advance(fronts: Fronts, tally: Tally, stopping: Stopping, swept: Swept, shared: bool) -> tuple[np.ndarray, int]:
@@ -120,7 +120,7 @@ def advance(fronts: Fronts, tally: Tally, stopping: Stopping, swept: Swept, shar
     passed = np.minimum(lead + 1, size)
     cached = int((swept.start + passed).min())
     stop = int(swept.start[0]) + size if swept.early else swept.counted
-    if stop is not None and stop > cached:
+    if stop > cached:
         passed[:] = stop - swept.start
         exact = np.concatenate((np.ones((len(sample), 1), dtype=bool), settled[:, :-1]), axis=1)
         left = np.where(exact, 0, np.nan_to_num(swept.residual, nan=np.inf))[:, : passed[0]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -21,8 +21,8 @@ LEAVING = 0.25  # share of finished samples at which the batch is made anew: cop
 class _Batch:
     """The samples that are swept together: their tensors on the device, and their fronts on the host.
 
-    The cache holds the keys of the tokens before `cached` - 1, to within the tolerance. `stops` has where each sweep's
-    run ended, `last` is the latest sweep, `segment` the one of `Segments` that is swept.
+    The cache holds the keys of the tokens before `cached` - 1, to within the tolerance. `swept` has how many sweeps
+    each token has had from the shared front, `last` is the latest sweep.
     """
 
     fronts: Fronts
@@ -30,10 +30,9 @@ class _Batch:
     z: Tensor
     guess: Tensor
     cache: Any
+    swept: np.ndarray
     cached: int = 0
-    stops: list[int] = field(default_factory=lambda: [0])
     last: Sweep | None = None
-    segment: int = -1
 
 
 class Loop:
@@ -52,6 +51,7 @@ class Loop:
         self.x = torch.empty_like(self.guess)
         self.tally = Tally(len(z))
         self.sweeps = self.token_evaluations = 0
+        self._limits = _sweep_limits(solver, self.length)
         self._entered = 0
         only_tolerance = solver.stopping.max_sweeps is None and solver.stopping.ebound is None
         own = only_tolerance and isinstance(solver.partition, SlidingRun) and isinstance(block, FrontPerSample)
@@ -72,8 +72,6 @@ class Loop:
             done = batch.fronts.front >= self.length
             if not done.all() and (self._own_fronts is None or done.sum() < LEAVING * len(done)):
                 return batch
-            if self._own_fronts is None:
-                self.tally.sweeps[batch.fronts.sample] = len(batch.stops) - 1
             self.x[self._index(batch.fronts.sample[done])] = batch.x[self._index(done.nonzero()[0])]
             batch = None if done.all() else self._take(batch, (~done).nonzero()[0])
         free = self.slots - (0 if batch is None else len(batch.fronts.sample))
@@ -86,20 +84,19 @@ class Loop:
         cache = self.block.init_cache(z, None if self.context is None else self.context[rows])
         if self.low_precision:
             cache = cast(LowPrecision, self.block).lower(cache)
-        new = _Batch(Fronts.enter(entering), guess.clone(), z, guess, cache)
+        new = _Batch(Fronts.enter(entering), guess.clone(), z, guess, cache, np.zeros(self.length, dtype=np.int64))
         return new if batch is None else self._join(batch, new)
 
     def _take(self, batch: _Batch, rows: np.ndarray) -> _Batch:
         index, fronts = self._index(rows), batch.fronts.take(rows)
         cache = self._own_fronts.take(batch.cache, index)
-        return _Batch(
-            fronts, batch.x[index], batch.z[index], batch.guess[index], cache, int(fronts.front.min()), last=batch.last
-        )
+        x, z, guess = (getattr(batch, name)[index] for name in ("x", "z", "guess"))
+        return replace(batch, fronts=fronts, x=x, z=z, guess=guess, cache=cache, cached=int(fronts.front.min()))
 
     def _join(self, old: _Batch, new: _Batch) -> _Batch:
         x, z, guess = (torch.cat((getattr(old, name), getattr(new, name))) for name in ("x", "z", "guess"))
         cache = self._own_fronts.join((old.cache, new.cache))
-        return _Batch(old.fronts.join(new.fronts), x, z, guess, cache, last=old.last)
+        return replace(old, fronts=old.fronts.join(new.fronts), x=x, z=z, guess=guess, cache=cache, cached=0)
 
     def _index(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(rows).to(self.z.device)
@@ -111,12 +108,10 @@ class Loop:
         first = int(fronts.front.min())
         stop = self._stop(batch, first)
         size = stop - first
-        batch.segment += stop > batch.stops[-1]  # the ends of `Segments` differ
-        batch.stops.append(stop)
         self.sweeps += 1
+        self.tally.sweeps[sample] += fronts.front < self.length
         start, at = np.full(len(sample), first), cast("int | Tensor", first)
         if self._own_fronts is not None:
-            self.tally.sweeps[sample] += fronts.front < self.length
             # A run that would leave the sequence starts earlier: all are of one size, and what is final stays so.
             start = np.minimum(fronts.front, self.length - size)
             at = first if (start == first).all() else self._index(start)
@@ -129,6 +124,7 @@ class Loop:
         self.tally.exact[sample] = False
         if (final := fronts.front - start).any():  # so many leading tokens of a run
             g = torch.where(self._index(final[:, None] <= np.arange(size)).unsqueeze(-1), g, run_of(batch.x, at, size))
+        batch.swept[first:stop] += 1
         swept = self._step(batch, at, start, g)
         passed, batch.cached = advance(fronts, self.tally, self.solver.stopping, swept, self._own_fronts is None)
         fronts.front = start + passed
@@ -139,8 +135,12 @@ class Loop:
     def _stop(self, batch: _Batch, first: int) -> int:
         partition = self.solver.partition
         if isinstance(partition, SlidingRun):
-            return min(first + partition.run_size(self.length, batch.last), self.length)
-        return partition.stop(first, self.length)
+            stop = min(first + partition.run_size(self.length, batch.last), self.length)
+        else:
+            stop = partition.stop(first, self.length)
+        if not first < stop <= self.length:
+            raise ValueError(f"{partition!r}: a run from token {first} to {stop}, of {self.length} tokens")
+        return stop
 
     def _evaluate(self, batch: _Batch, at: int | Tensor, start: np.ndarray, size: int) -> Tensor:
         """g on the run of each sample."""
@@ -163,21 +163,30 @@ class Loop:
             failing = batch.fronts.correction_fails(start, residual)
             if failing.any():
                 new = torch.where(self._index(failing).view(-1, 1, 1), g, new)
+                change = np.where(failing[:, None], residual, change)
         ebound = self.solver.stopping.ebound
-        early = ebound is not None and bool((new - old).norm() < ebound * new.numel())
+        early = ebound is not None and bool((new - old).norm() <= ebound * batch.x.numel())
         if not np.isfinite(change).all():
             finite = torch.isfinite(new).all(dim=-1, keepdim=True)
             new = torch.where(finite, new, run_of(batch.guess, at, size))
         put_run(batch.x, new, at)
-        return Swept(start, residual, change, early, self._counted(batch))
+        return Swept(start, residual, change, early, self._counted(batch, int(start[0]), size))
 
-    def _counted(self, batch: _Batch) -> int | None:
-        """The end of the tokens that have had their number of sweeps."""
-        counts = self.solver.stopping.max_sweeps
-        if counts is None:
-            return None
-        limit = counts[batch.segment] if isinstance(counts, tuple) else counts
-        return min(batch.stops[-limit:]) if len(batch.stops) > limit else None
+    def _counted(self, batch: _Batch, first: int, size: int) -> int:
+        """The end of the tokens, from `first` on, that have had their number of sweeps; 0 where there is no such."""
+        if self._limits is None:
+            return 0
+        run = slice(first, first + size)
+        return first + int(np.logical_and.accumulate(batch.swept[run] >= self._limits[run]).sum())
+
+
+def _sweep_limits(solver: Solver, length: int) -> np.ndarray | None:
+    """How many sweeps each token gets at most; `None` where nothing limits them."""
+    counts = solver.stopping.max_sweeps
+    if not isinstance(counts, tuple):
+        return None if counts is None else np.full(length, min(counts, length))
+    _, segment = np.unique([solver.partition.stop(t, length) for t in range(length)], return_inverse=True)
+    return np.array([min(count, length) for count in counts])[segment]
 
 
 def _sizes(old: Tensor, g: Tensor, new: Tensor) -> tuple[np.ndarray, np.ndarray]:

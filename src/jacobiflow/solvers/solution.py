@@ -24,11 +24,11 @@ class Status(IntEnum):
 
 
 _MESSAGES = {
-    Status.CONVERGED: "every token changed by at most its tolerance in its last sweep, or is exact; "
+    Status.CONVERGED: "every token changed by at most the tolerance in its last sweep, was stopped early, or is exact; "
     "the certificate is the residual",
     Status.MAX_SWEEPS: "stopped by MaxSweeps; raise it, or use a Tolerance, for a smaller residual",
-    Status.ROUNDING: "its residual is above the tolerance, and no larger than that of an exact solve: this is the "
-    "rounding of the network's dtype; raise the tolerance or use a wider dtype",
+    Status.ROUNDING: "its residual is above the tolerance, as is that of an exact solve: this is the rounding of the "
+    "network's dtype; raise the tolerance or use a wider dtype",
     Status.NONFINITE: "a value overflowed; solve_certified finds out whether it does in the exact inverse too, which "
     "lower guidance or a wider dtype may cure",
 }

@@ -49,6 +49,33 @@ def solve(
     **Raises:** `ValueError` where `z` is not finite or not (B, T, C), is of a dtype that the state cannot have, the
     partition does not fit T, or the block has no bfloat16 network (`LowPrecision`) for coarse sweeps.
     """
+    _check(block, z, solver, slots)
+    started = time.perf_counter()
+    with no_gradients(block):
+        loops = _run(block, z, solver, context, slots or len(z))
+        x, tally = loops[-1].x, loops[-1].tally
+        failed = tally.failed | ~torch.isfinite(x).all(dim=(1, 2)).cpu().numpy()
+    status = np.where(failed, Status.NONFINITE, np.where(tally.missed, Status.MAX_SWEEPS, Status.CONVERGED))
+    sweeps = sum(loop.sweeps for loop in loops)
+
+    def on_device(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(z.device)
+
+    return Solution(
+        x=x.clone(),  # outside inference mode, so that autograd takes it
+        status=on_device(status.astype(np.int64)),
+        residual=on_device(np.where(failed, np.inf, tally.residual)).to(z),
+        exact=on_device(tally.exact),
+        resolved_sequentially=torch.zeros(len(z), dtype=torch.bool, device=z.device),
+        sample_sweeps=on_device(np.sum([loop.tally.sweeps for loop in loops], axis=0)),
+        sweeps=sweeps,
+        network_calls=sweeps,
+        token_evaluations=sum(loop.token_evaluations for loop in loops),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check(block: Block, z: Tensor, solver: Solver, slots: int | None) -> None:
     if z.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"z of dtype {z.dtype}: give float32 or float64, whatever the network runs in")
     if z.ndim != 3 or not torch.isfinite(z).all():
@@ -58,37 +85,19 @@ def solve(
     solver.partition.check(z.shape[1])
     if solver.coarse and not isinstance(block, LowPrecision):
         raise ValueError(f"coarse={solver.coarse}: {type(block).__name__} has no bfloat16 network; give 0")
-    started = time.perf_counter()
-    slots = slots or len(z)
-    sweeps, token_evaluations, fine = 0, 0, solver
-    with no_gradients(block):
-        if solver.coarse:
-            coarse = replace(solver, partition=Whole(), stopping=MaxSweeps(solver.coarse))
-            first = Loop(block, z, coarse, context, slots, low_precision=True)
-            first.run()
-            sweeps, token_evaluations = first.sweeps, first.token_evaluations
-            fine = replace(solver, guess=Given(first.x))
-        loop = Loop(block, z, fine, context, slots)
-        loop.run()
-        tally = loop.tally
-        failed = tally.failed | ~torch.isfinite(loop.x).all(dim=(1, 2)).cpu().numpy()
-    status = np.where(failed, Status.NONFINITE, np.where(tally.missed, Status.MAX_SWEEPS, Status.CONVERGED))
 
-    def on_device(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(z.device)
 
-    return Solution(
-        x=loop.x.clone(),  # outside inference mode, so that autograd takes it
-        status=on_device(status.astype(np.int64)),
-        residual=on_device(np.where(failed, np.inf, tally.residual)).to(z),
-        exact=on_device(tally.exact),
-        resolved_sequentially=torch.zeros(len(z), dtype=torch.bool, device=z.device),
-        sample_sweeps=on_device(tally.sweeps + solver.coarse),
-        sweeps=sweeps + loop.sweeps,
-        network_calls=sweeps + loop.sweeps,
-        token_evaluations=token_evaluations + loop.token_evaluations,
-        seconds=time.perf_counter() - started,
-    )
+def _run(block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int) -> list[Loop]:
+    """The loops that `solver` asks for, run: coarse sweeps if any, then those from their answer."""
+    loops = []
+    if solver.coarse:
+        coarse = replace(solver, partition=Whole(), stopping=MaxSweeps(solver.coarse))
+        loops.append(Loop(block, z, coarse, context, slots, low_precision=True))
+        loops[0].run()
+        solver = replace(solver, guess=Given(loops[0].x))
+    loops.append(Loop(block, z, solver, context, slots))
+    loops[-1].run()
+    return loops
 
 
 def no_gradients(block: Block) -> AbstractContextManager[None]:

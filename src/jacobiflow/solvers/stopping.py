@@ -35,7 +35,7 @@ class Stopping:
         if self.max_sweeps is not None and not all(type(count) is int and count > 0 for count in counts or (0,)):
             raise ValueError(f"sweeps {self.max_sweeps!r}: give a positive whole number of sweeps, or one per segment")
         if all(getattr(self, entry.name) is None for entry in fields(self)):
-            raise ValueError("Stopping: give a tolerance, a number of sweeps, or both")
+            raise ValueError("Stopping: give a tolerance, a number of sweeps, or a bound of an early stop")
 
     def __or__(self, other: Stopping) -> Stopping:
         joined = {}
@@ -62,9 +62,10 @@ def MaxSweeps(count: int | Sequence[int]) -> Stopping:
 
 
 def EarlyStop(ebound: float = 1e-8) -> Stopping:
-    """All tokens of a run are done when a sweep changed it little: ||X^(k+1) - X^(k)|| / (B n C) < `ebound`.
+    """All tokens of a run are done when a sweep changed it little: ||X^(k+1) - X^(k)|| / (B T C) <= `ebound`.
 
-    The norm is over the batch of B samples and the n tokens of the run, so that the rule depends on the batch. It is
-    line 6 of the paper's Algorithm 1, which has 1e-8. A run whose every entry moves by d has d / sqrt(B n C).
+    The norm is over the tokens of the run and the whole batch, so that the rule depends on the batch; T counts all
+    tokens of the sequence. It is line 6 of the paper's Algorithm 1, where `ebound` is 1e-8. Where every entry of the
+    sequence moves by d, the left side is d / sqrt(B T C).
     """
     return Stopping(ebound=ebound)

@@ -1,40 +1,21 @@
-"""Many samples, to disk: by as many processes as there are, and over interruptions."""
+"""Many samples, to disk: drawn by as many processes as there are, and resumed after interruptions."""
 
-from jacobiflow.storage.folder import (
-    FILES,
-    MANIFEST,
-    SHARDS,
-    STRATEGY,
-    Manifest,
-    Record,
-    SampleFolder,
-    SampleFolderError,
-    labels_sha256,
-)
-from jacobiflow.storage.generate import (
-    DEFAULT_BATCH,
-    Draw,
-    Drawn,
-    draw_by_strategy,
-    figures_of,
-    generate,
-    sample_to_folder,
-    total,
-)
+from jacobiflow.storage.figures import figures_of, total
+from jacobiflow.storage.folder import CONTENTS, MANIFEST, SampleFolder
+from jacobiflow.storage.manifest import Manifest, SampleFolderError, labels_sha256
 from jacobiflow.storage.processes import FirstProcessFailed, Processes, processes
+from jacobiflow.storage.run import Draw, Drawn, generate
+from jacobiflow.storage.sample import DEFAULT_BATCH, draw_by_strategy, sample_to_folder
 
 __all__ = [
+    "CONTENTS",
     "DEFAULT_BATCH",
-    "FILES",
     "MANIFEST",
-    "SHARDS",
-    "STRATEGY",
     "Draw",
     "Drawn",
     "FirstProcessFailed",
     "Manifest",
     "Processes",
-    "Record",
     "SampleFolder",
     "SampleFolderError",
     "draw_by_strategy",

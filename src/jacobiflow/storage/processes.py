@@ -1,4 +1,4 @@
-"""The processes of one run: those that torchrun started, or this one alone."""
+"""The processes that share one run: those that torchrun started, or this one alone."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-_WAIT = timedelta(hours=12)  # for the first process, which may have a strategy to plan and many checksums to take
+_WAIT = timedelta(hours=12)  # for the first process, which may have a strategy to plan and many checksums to compute
 
 
-class FirstProcessFailed(ValueError):  # noqa: N818  it names the one at fault
-    """In the other processes, where the first one raised an error, which it tells."""
+class FirstProcessFailed(ValueError):  # noqa: N818  names the process at fault
+    """Raised in the other processes where the first one raised an error, with that error's message."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Processes:
     local_rank: int = 0
 
     def once(self, work: Callable[[], T]) -> T:
-        """What `work` gives in the first process, in all of them.
+        """Calls `work` in the first process, and returns its result in all of them.
 
         **Raises** what `work` raises, in the first process; `FirstProcessFailed` in the others.
         """
         if self.count == 1:
             return work()
-        answer: list[Any] = [None, None]
+        answer: list[Any] = [None, None]  # the result, and the message of an error
         if self.rank == 0:
             try:
                 answer[0] = work()
@@ -54,7 +54,7 @@ class Processes:
 
 @contextmanager
 def processes() -> Iterator[Processes]:
-    """This process among those that `torchrun` started; see `torch.distributed`. Alone, where it did not.
+    """This process among those that `torchrun` started (see `torch.distributed`), or alone where it did not.
 
     Only lists of shards go between processes, over gloo; images go to the folder.
     """

@@ -39,14 +39,16 @@ def auto(
     """What `strategy="auto"` stands for: the plan for this flow, device, batch size and tolerance (1e-3 by default).
 
     A plan is made once, for the next power of two of the batch size, by the tuning of `report`, by default that of the
-    report.json in the flow's model folder. It is kept in the user's cache folder. A flow without a tuning of its own
-    is tuned on four fresh latents, without fits: which blocks the sequential loop should solve, and where sweeps save
-    time. At a tolerance of 0 all blocks are left to the loop. `say` is called with a line of text before what takes
-    long.
+    report.json in the flow's model folder. It is kept in the user's cache folder. A flow without such a tuning is
+    tuned on four fresh latents, with nothing fitted: enough to tell which blocks sweeps solve sooner than the
+    sequential loop. The loop solves all blocks at a tolerance of 0, and where one of these latents overflows. `say` is
+    called with a line of text before something that takes long.
+
+    **Raises** `ValueError` where `report` is of another flow. A report.json of other weights only warns.
     """
     tolerance = DEFAULT_TOLERANCE if tolerance is None else tolerance
     if Tolerance(tolerance).atol == 0:
-        return Strategy.uniform(Solver(Sequential(), stopping=Tolerance(0)), flow.config.num_blocks)
+        return _loop(flow, tolerance)
     batch_size = 1 << (batch_size - 1).bit_length()
     weights = fingerprint(flow)
     key = _key(flow, weights, batch_size, tolerance, guidance, report)
@@ -64,20 +66,20 @@ def _key(
 ) -> str:
     """A hash of all that a plan depends on."""
     if report is not None:
-        by = sha256(json_bytes(report.to_json()))
+        made_by = sha256(json_bytes(report.to_json()))
     elif flow.report_file is not None and flow.report_file.is_file():
-        by = sha256(flow.report_file.read_bytes())
+        made_by = sha256(flow.report_file.read_bytes())
     else:
-        by = ""
+        made_by = ""
     device = flow.var.device
     precision = (flow.var.dtype, torch.get_float32_matmul_precision(), torch.is_autocast_enabled(device.type))
     where = json.dumps(machine(device), sort_keys=True)
-    words = (weights, where, precision, batch_size, tolerance, in_force(guidance), by)
+    words = (weights, where, precision, batch_size, tolerance, in_force(guidance), made_by)
     return hashlib.sha256(repr(words).encode()).hexdigest()[:32]
 
 
 def _read(key: str, weights: str, num_blocks: int) -> Strategy | None:
-    """The plan in the cache folder, unless there is none that can be read."""
+    """The plan in the cache folder; `None` where there is none, or it cannot be read."""
     folder = _folder()
     if folder is None:
         return None
@@ -96,14 +98,12 @@ def _make(
     tuning = _tuning(flow, report)
     say(f"auto: planning for batches of up to {batch_size} on {device_name(flow.var.device)}, once")
     if tuning is None:
-        say("auto: without a report of jacobiflow calibrate --chord, by a short trial; with one, plans are faster")
-        tuning = tune(
-            flow, guidance=guidance, samples=_SAMPLES, progress=False,
-            settings=TuneSettings(
-                tolerances=(tolerance, tolerance / 10, tolerance / 100), typical=tolerance, fit=False,
-                partitions=(Window(_WINDOW), Whole()), fine=(), coarse=(), coarse_to_tolerance=(),
-            ),
-        )  # fmt: skip
+        say("auto: by a short trial; plans by a report of calibrate(..., chord=True) are faster")
+        try:
+            tuning = _short_trial(flow, tolerance, guidance)
+        except ValueError as error:  # a latent overflows
+            say(f"auto: the sequential loop, since {error}")
+            return _loop(flow, tolerance)
     made = plan(flow, tuning, batch_size, tolerance, guidance=guidance)
     folder = _folder()
     if made.prediction is not None and made.prediction.spread > PlanSettings().busy:
@@ -115,11 +115,27 @@ def _make(
     return made
 
 
+def _loop(flow: ImageFlow, tolerance: float) -> Strategy:
+    return Strategy.uniform(Solver(Sequential(), stopping=Tolerance(tolerance)), flow.config.num_blocks)
+
+
+def _short_trial(flow: ImageFlow, tolerance: float, guidance: Guidance | None) -> Tuning:
+    settings = TuneSettings(
+        tolerances=(tolerance, tolerance / 10, tolerance / 100), typical=tolerance, fit=False,
+        partitions=(Window(_WINDOW), Whole()), fine=(), coarse=(), coarse_to_tolerance=(),
+    )  # fmt: skip
+    return tune(flow, guidance=guidance, samples=_SAMPLES, progress=False, settings=settings)
+
+
 def _tuning(flow: ImageFlow, report: Report | None) -> Tuning | None:
-    """That of the report, or of the flow's own; `None` where there is none of these weights."""
-    if report is None and flow.report_file is not None:
-        report = Report.load(flow.report_file)
-    if report is None or report.tuning is None:
+    """The tuning in `report`, by default in the flow's own; `None` where there is none for these weights."""
+    if report is not None:
+        report.check(flow)
+        return report.tuning
+    if flow.report_file is None:
+        return None
+    report = Report.load(flow.report_file)
+    if report.tuning is None:
         return None
     if report.tuning.fingerprint != fingerprint(flow):
         warnings.warn(

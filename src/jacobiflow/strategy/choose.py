@@ -83,5 +83,5 @@ def _tolerance_of(name: str, tolerance: float | None) -> float | None:
     except ValueError as error:
         raise ValueError(f"strategy {name!r}: give auto, or auto:TOLERANCE such as auto:1e-2") from error
     if tolerance not in (None, found):
-        raise ValueError(f"strategy {name!r} with tolerance {tolerance:g}: give the tolerance once")
+        raise ValueError(f"strategy {name!r} with tolerance {tolerance!r}: give the tolerance once")
     return found

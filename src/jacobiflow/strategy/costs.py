@@ -15,7 +15,18 @@ from torch import Tensor
 from jacobiflow.calibration.tuning import Tuning
 from jacobiflow.flows.base import AffineBlock, FrontPerSample, LowPrecision
 from jacobiflow.flows.image_flow import ImageFlow, state_dtype
-from jacobiflow.solvers import MaxSweeps, Partition, Plain, Sequential, SlidingRun, Solver, Tolerance, Whole, solve
+from jacobiflow.solvers import (
+    MaxSweeps,
+    Partition,
+    Plain,
+    Sequential,
+    SlidingRun,
+    Solver,
+    Tolerance,
+    Whole,
+    no_gradients,
+    solve,
+)
 
 REPEATS = 3  # timings of one thing, whose least or median counts
 _LEAST_SECONDS = 0.1  # of repeating what is short, in which the loop's own work is as large as differences are
@@ -52,12 +63,12 @@ class Costs:
         return (1 - share) * self.sweep[low, partition] + share * self.sweep[high, partition]
 
     def of_coarse(self, count: int) -> float:
-        """Seconds of so many sweeps in bfloat16."""
+        """Seconds of `count` sweeps in bfloat16, with what starting them takes."""
         return self.coarse_fixed + count * self.coarse if count else 0.0
 
 
 def measure(block: AffineBlock, tuning: Tuning, batch_size: int, flow: ImageFlow) -> Costs:
-    """Time what plans are made of, on the block's device: a second or two.
+    """Measure the seconds that a plan is made of, on the block's device. It takes a second or two.
 
     A sweep over a run is timed as a solve whose every sweep meets its tolerance: contexts of all lengths, and the
     loop's own work, are in the mean.
@@ -87,7 +98,7 @@ def measure(block: AffineBlock, tuning: Tuning, batch_size: int, flow: ImageFlow
 
 
 def _runs(partition: Partition, num_tokens: int) -> int:
-    """How many runs there are where each passes all its tokens."""
+    """The number of runs from the first token to the last, where the front passes all tokens of a run."""
     count = front = 0
     while front < num_tokens:
         front = partition.stop(front, num_tokens)
@@ -111,10 +122,10 @@ class _Clock:
         self.z = torch.zeros(shape, dtype=state_dtype(self.flow), device=device)
         self.labels = torch.zeros(self.batch_size, dtype=torch.long, device=device) if config.num_classes else None
         corrections = (tuned.correction for tuned in self.tuning.blocks)
-        self.correction = next((c for c in corrections if c != Plain()), self.tuning.blocks[0].correction)
+        self.correction = next((c for c in corrections if c != Plain()), Plain())
 
     def seconds(self, partition: Partition, rows: int, sweeps: int | None = None, coarse: int = 0) -> float:
-        """The least of a few solves of so many rows: so many sweeps of each token, or one where `None`."""
+        """The least of a few solves of so many rows, `sweeps` of each token; `None` is one sweep of each run."""
         stopping = Tolerance(_SETTLED) if sweeps is None else MaxSweeps(sweeps)
         solver = Solver(partition, self.tuning.blocks[0].guess, stopping, self.correction, coarse)
         seconds: list[float] = []
@@ -126,7 +137,7 @@ class _Clock:
         return min(seconds)
 
     def own_fronts(self, partition: Partition, rows: int) -> float:
-        """What it costs more to sweep a run where each sample stands at another token."""
+        """Extra seconds of a sweep whose samples each start at a token of their own."""
         if rows == 1 or not isinstance(self.block, FrontPerSample) or not isinstance(partition, SlidingRun):
             return 0.0
         block: Any = self.block
@@ -136,7 +147,7 @@ class _Clock:
         cache = block.init_cache(z, self._labels(rows))
         shared: list[float] = []
         own: list[float] = []
-        with torch.inference_mode():
+        with no_gradients(block):
             for _ in range(2 * REPEATS):
                 for seconds, call in (
                     (shared, lambda: block.update(z, z, start, start + size, cache)),

@@ -31,16 +31,19 @@ FORMS = (
 _NUMBER = "[0-9]{1,9}"
 
 
-def parse(text: str, num_blocks: int, num_tokens: int, tolerance: float) -> tuple[Solver, ...]:
-    """The solvers that `text` names, one per block; see `Strategy.parse`."""
+def parse(text: str, guesses: Sequence[Guess], num_tokens: int, tolerance: float) -> tuple[Solver, ...]:
+    """The solvers that `text` names, one per block, with these `guesses` where it names none; see `Strategy.parse`."""
     if text.strip().startswith("["):
-        return _parse_paper(text.strip(), num_blocks, num_tokens)
+        stack = _parse_paper(text.strip(), len(guesses), num_tokens)
+        return tuple(replace(solver, guess=guess) for solver, guess in zip(stack, guesses, strict=True))
     solver = _named(text, num_tokens, tolerance)
     if text.strip().lower().partition(":")[0] == "auto":
         raise ValueError("strategy 'auto' is planned for a flow, a device and a batch: give it to sample, or use plan")
     if solver is None:
         raise ValueError(f"strategy {text!r}: unknown; give {FORMS}")
-    return (solver,) * num_blocks
+    if any(_piece(Guess, piece, text) for piece in _words(text)[1:]):
+        return (solver,) * len(guesses)
+    return tuple(replace(solver, guess=guess) for guess in guesses)
 
 
 def show(solvers: Sequence[Solver]) -> str | None:
@@ -67,7 +70,7 @@ def show(solvers: Sequence[Solver]) -> str | None:
 
 def _named(text: str, num_tokens: int | None = None, tolerance: float = DEFAULT_TOLERANCE) -> Solver | None:
     """The solver that a name gives every block, or `None` where it is no name."""
-    name, *pieces = text.strip().lower().split("+")
+    name, *pieces = _words(text)
     to_tolerance, early = Tolerance(tolerance), EarlyStop()
     if name == "original":
         solver = Solver(Sequential(), stopping=to_tolerance)
@@ -93,10 +96,15 @@ def _named(text: str, num_tokens: int | None = None, tolerance: float = DEFAULT_
     return solver
 
 
+def _words(text: str) -> list[str]:
+    """The name, and the guesses and corrections that are added to it."""
+    return text.strip().lower().split("+")
+
+
 def _piece(base: type, text: str, whole: str) -> Any:
     """The registered piece that "name" or "name:1-2" means, the numbers being its fields; `None` where it is none."""
     name, _, numbers = text.partition(":")
-    cls: Any = registered(base).get(name)
+    cls: Any = {key.lower(): cls for key, cls in registered(base).items()}.get(name)
     if cls is None or not re.fullmatch(rf"|{_NUMBER}(-{_NUMBER})*", numbers):
         return None
     values = [int(number) for number in numbers.split("-") if number]
@@ -124,9 +132,10 @@ def _name(solver: Solver) -> str | None:
 
 
 def _piece_name(piece: Any) -> str:
-    """What `_piece` reads; no such name where a field is no number."""
-    numbers = "-".join(str(getattr(piece, entry.name)) for entry in fields(piece))
-    return f"{name_of(type(piece))}{':' * bool(numbers)}{numbers}"
+    """What `_piece` reads; no such name where a field is no number, or the class is not registered."""
+    name = name_of(type(piece))
+    numbers = "-".join(str(getattr(piece, entry.name)) for entry in fields(piece)) if name else ""
+    return f"{name}{':' * bool(numbers)}{numbers}"
 
 
 # ------------------------------------------------------------------------------------------------- the paper's notation

@@ -22,9 +22,9 @@ class PlanSettings:
 
     - `margin`: least predicted gain over the sequential loop, as a share, beside the timings' own spread: a plan that
         gains less is not worth its certificates.
-    - `trials`: how often a choice is tried; each takes as long as sampling a batch both ways.
+    - `trials`: how often a choice is tried at most; a trial takes as long as sampling a batch both ways.
     - `stricter`: after a trial whose images were beyond the tolerance, the next choice is for so much of it.
-    - `count_margin`: residuals and errors of counted sweeps are taken so much larger: counts adapt to no sample.
+    - `count_margin`: factor on the residuals and errors of counted sweeps, since a count adapts to no sample.
     - `busy`: a plan by timings that differ by more than this share is used, but not kept.
     """
 

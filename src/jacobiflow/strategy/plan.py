@@ -23,7 +23,8 @@ from jacobiflow.strategy.costs import REPEATS, Costs, measure
 from jacobiflow.strategy.options import Option, PlanSettings, block_options, cheapest, combined
 from jacobiflow.strategy.strategy import Prediction, Strategy, device_name
 
-_ROUNDING = 2.0  # the rounding of one sample is taken to be within this factor of a batch's
+_ROUNDING = 2.0  # the rounding of a few samples is taken to be within this factor of a batch's
+_FEW = 4  # of them: that of one may be a quarter of another's, or none
 
 
 def plan(
@@ -45,7 +46,7 @@ def plan(
     loop. The plan predicts what the trial took. It is the loop throughout unless it gains more than timings vary by.
 
     A network in bfloat16 or float16, or with TF32 products, rounds coarsely. A tolerance below its rounding, which is
-    measured on one sample, is raised to it, with a warning; `Strategy.tolerance` is the raised one.
+    measured on four samples, is raised to it, with a warning; `Strategy.tolerance` is the raised one.
 
     **Arguments:** `report` of `jacobiflow.calibrate(..., chord=True)`, or the `Tuning` itself; `device` as a check: the
     flow must be on it; `settings`, see `PlanSettings`.
@@ -54,9 +55,11 @@ def plan(
     """
     tuning = _check(flow, report, batch_size, tolerance, device, guidance)
     start = FIRST_CALIBRATION_LATENT + tuning.samples  # the tuning has not seen them, and `sample` does not draw them
-    latents = draw_latents(batch_size, flow.config.num_tokens, flow.config.token_channels, tuning.seed, start)
+    num, config = max(batch_size, _FEW), flow.config
+    latents = draw_latents(num, config.num_tokens, config.token_channels, tuning.seed, start)
     if _rounds_coarsely(flow):
-        tolerance = _above_rounding(flow, latents[:1], guidance, tolerance)
+        tolerance = _above_rounding(flow, latents[:_FEW], guidance, tolerance)
+    latents = latents[:batch_size]
     costs = measure(guided(flow.blocks[0], guidance), tuning, batch_size, flow)
     counted = in_force(tuning.guidance) == in_force(guidance)
     options = [block_options(block, costs, batch_size, tolerance, settings, counted) for block in tuning.blocks]
@@ -81,20 +84,23 @@ def _check(
     flow: ImageFlow, report: Report | Tuning, batch_size: int, tolerance: float, device: torch.device | str | None,
     guidance: Guidance | None,
 ) -> Tuning:  # fmt: skip
+    if not isinstance(report, Report | Tuning):
+        raise TypeError(f"report of type {type(report).__name__}: give a Report or a Tuning")
     tuning = report if isinstance(report, Tuning) else report.tuning
     if tuning is None:
-        raise ValueError("this report has no tuning: calibrate with chord=True (--chord)")
+        raise ValueError("this report has no tuning: calibrate with chord=True")
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: give a positive whole number")
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance {tolerance!r}: give a positive number; at 0 use strategy 'sequential'")
     if guidance is not None and not isinstance(guidance, Guidance):
         raise ValueError(f"guidance={guidance!r}: give a Guidance, such as Guidance({guidance!r})")
-    if device is not None and torch.device(device).type != flow.var.device.type:
+    if device is not None and str(device).partition(":")[0] != flow.var.device.type:
         raise ValueError(f"device {device}: the flow is on {flow.var.device}; move it there first")
     tuning.check(flow)
-    if len(tuning.blocks) != flow.config.num_blocks:
-        raise ValueError(f"tuning of {len(tuning.blocks)} blocks, but the flow has {flow.config.num_blocks}")
+    have, want = (len(tuning.blocks), tuning.num_tokens), (flow.config.num_blocks, flow.config.num_tokens)
+    if have != want:
+        raise ValueError(f"tuning of {have[0]} blocks of {have[1]} tokens, but the flow has {want[0]} of {want[1]}")
     return tuning
 
 
@@ -109,9 +115,9 @@ def _rounds_coarsely(flow: ImageFlow) -> bool:
 
 
 def _above_rounding(
-    flow: ImageFlow, latents: Float[Tensor, "1 t c"], guidance: Guidance | None, tolerance: float
+    flow: ImageFlow, latents: Float[Tensor, "b t c"], guidance: Guidance | None, tolerance: float
 ) -> float:
-    """The tolerance, or twice what rounding leaves of one sample, if that is more; then with a warning."""
+    """The tolerance, or twice what rounding leaves of these samples, if that is more; then with a warning."""
     least = _ROUNDING * rounding_floor(flow, latents, guidance)
     if least <= tolerance:
         return tolerance
@@ -123,24 +129,26 @@ def _above_rounding(
     return least
 
 
-def rounding_floor(flow: ImageFlow, latents: Float[Tensor, "1 t c"], guidance: Guidance | None) -> float:
-    """What rounding leaves of one sample, however it is solved.
+def rounding_floor(flow: ImageFlow, latents: Float[Tensor, "b t c"], guidance: Guidance | None) -> float:
+    """What rounding leaves of samples, however they are solved.
 
-    The larger of the residual |g(x) - x| of the sequential loop's answers, over the blocks, and the difference between
-    its image and that of sweeps which stop at this residual.
+    The larger of the largest residual |g(x) - x| of the sequential loop's answers, over the blocks, and the largest
+    difference between its images and those of sweeps that stop at this residual. Samples that overflow do not count.
     """
-    labels, largest = _labels(flow, 1), 0.0
+    num, largest = len(latents), 0.0
+    labels = _labels(flow, num)
 
     def solve_block(i: int, z: Tensor) -> Tensor:
         nonlocal largest
-        block = guided(flow.blocks[i], guidance)
-        exact = solve(block, z[:1], Solver(Sequential()), labels).x
-        largest = max(largest, float(certify(block, z[:1], exact, labels).max()))
-        swept = solve(block, z[1:], Solver(Whole(), stopping=Tolerance(largest)), labels).x
+        block, z = guided(flow.blocks[i], guidance), z.nan_to_num(0.0, 0.0, 0.0)
+        exact = solve(block, z[:num], Solver(Sequential()), labels).x
+        residual = certify(block, z[:num], exact, labels)
+        largest = max([largest, *residual[residual.isfinite()].tolist()])
+        swept = solve(block, z[num:], Solver(Whole(), stopping=Tolerance(largest)), labels).x
         return torch.cat((exact, swept))
 
-    exact, swept = invert(flow, prior_tokens(flow, latents).repeat(2, 1, 1), solve_block)
-    return max(largest, float((exact - swept).abs().max()))
+    exact, swept = invert(flow, prior_tokens(flow, latents).repeat(2, 1, 1), solve_block).chunk(2)
+    return max(largest, float((exact - swept).nan_to_num(0.0, 0.0, 0.0).abs().max()))
 
 
 # -------------------------------------------------------------------------------------------------- choosing and trying
@@ -202,7 +210,7 @@ def trial(
         return torch.cat((runs[0].x, alone.x))
 
     planned, exact = invert(flow, prior_tokens(flow, latents).repeat(2, 1, 1), solve_block).chunk(2)
-    error = (planned - exact)[torch.isfinite(exact)].abs().nan_to_num(torch.inf)
+    error = (planned - exact)[torch.isfinite(exact)].abs().nan_to_num(torch.inf, torch.inf)
     largest = float(error.max()) if len(error) else math.inf
     blocks = range(flow.config.num_blocks)
     return Trial(tuple(seconds[i] for i in blocks), tuple(sequential[i] for i in blocks), largest)

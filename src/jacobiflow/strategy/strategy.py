@@ -85,8 +85,8 @@ class Strategy:
         """
         blocks = _size(text, "num_blocks", num_blocks, report.num_blocks if report else None)
         tokens = _size(text, "num_tokens", num_tokens, report.num_tokens if report else None)
-        solvers = notation.parse(text, blocks, tokens, tolerance)
-        return cls(solvers) if report is None else cls(solvers)._with_guesses(report)
+        guesses = [report.guess(block) if report else Latent() for block in range(blocks)]
+        return cls(notation.parse(text, guesses, tokens, tolerance), report.fingerprint if report else None)
 
     @classmethod
     def from_report(
@@ -122,14 +122,7 @@ class Strategy:
                     cost = total * (length / count + call_cost)
                     sweeps = MaxSweeps(each if per_segment else max(each))
                     solvers[block] = Solver(Segments(count), stopping=sweeps | EarlyStop())
-        return cls(tuple(solvers))._with_guesses(report)
-
-    def _with_guesses(self, report: Report) -> Strategy:
-        """Those with the smallest IGM, where the text named none."""
-        solvers = (
-            replace(s, guess=report.guess(block)) if s.guess == Latent() else s for block, s in enumerate(self.solvers)
-        )
-        return Strategy(tuple(solvers), report.fingerprint)
+        return cls(tuple(replace(s, guess=report.guess(i)) for i, s in enumerate(solvers)), report.fingerprint)
 
     def __str__(self) -> str:
         """A text that `parse`, given the report of the guesses, turns back into this strategy; else its solvers."""
@@ -198,7 +191,7 @@ class Strategy:
         if tolerance is not None:
             Tolerance(tolerance)
         return cls(
-            solvers=tuple(codec.decode(Solver, block, f"block {i}") for i, block in enumerate(blocks)),
+            solvers=tuple(_solver(block, f"block {i}") for i, block in enumerate(blocks)),
             fingerprint=codec.decode(str | None, value.get("fingerprint"), "fingerprint"),
             tolerance=tolerance,
             prediction=codec.decode(Prediction | None, value.get("prediction"), "prediction"),
@@ -219,6 +212,14 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} with {torch.get_num_threads()} threads"
+
+
+def _solver(block: Any, where: str) -> Solver:
+    """The solver of a block; only `coarse`, which older files lack, may be missing."""
+    missing = [name for name in _ENTRIES if name != "coarse" and isinstance(block, dict) and name not in block]
+    if missing:
+        raise ValueError(f"{where}: {', '.join(missing)} missing")
+    return codec.decode(Solver, block, where)
 
 
 def _size(text: str, name: str, given: int | None, reported: int | None) -> int:

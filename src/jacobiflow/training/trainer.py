@@ -1,4 +1,4 @@
-"""Maximum-likelihood training of a flow over images, with checkpoints from which it goes on as if never stopped."""
+"""Maximum-likelihood training of a flow over images; a run that was stopped resumes as if it had not been."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ _ORDER, _NOISE = 0, 1  # streams of random numbers
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train; counts are optimiser steps.
+    """How to train.
 
-    The learning rate warms up linearly over `warmup` steps, then falls to 1e-6 by a cosine. `drop_label` is the share
-    of labels replaced by "none", `ema` the decay of the averaged weights, `clip` the largest gradient norm.
+    `steps`, `warmup`, `checkpoint_every` and `sample_every` count optimiser steps. The learning rate rises linearly
+    over `warmup` steps, then falls to 1e-6 by a cosine. `drop_label` is the share of labels replaced by "none", `ema`
+    the decay of the averaged weights, `clip` the largest gradient norm, `bf16` autocasts to bfloat16.
 
-    **Raises** `ValueError` where a value is out of its range.
+    **Raises** `ValueError` where a value is out of range.
     """
 
     steps: int
@@ -74,9 +75,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimiser step did; `seconds` of training so far, over all runs.
+    """One optimiser step, counted from 1.
 
-    `bits_per_dim` is that of the noisy (or dequantised) training batch, under a standard normal prior.
+    `bits_per_dim` is of the noisy (or dequantised) training batch, under a standard normal prior. `grad_norm` is before
+    clipping. `seconds` are those of training so far, over all runs.
     """
 
     step: int
@@ -97,29 +99,20 @@ def train(
 ) -> ImageFlow:
     """Minimise mean(z^2) / 2 - log-det / D over images with their noise; returns the averaged weights.
 
-    `out` receives `checkpoint.pt` every `checkpoint_every` steps and when interrupted (unless in the middle of an
-    update), `metrics.jsonl`, and at the end the model folder of the averaged weights. Started again with the same
-    `out`, training goes on from the checkpoint; images, noise and dropped labels of a step depend on the seed and the
-    step only. A flow without scales also learns its prior variance, as a moving average of z^2; one that is set by its
-    first batch (see `ImageFlow.initialize`) is set by that of step 0.
+    `out` gets `checkpoint.pt` every `checkpoint_every` steps and on an interruption (unless in the middle of an
+    update), `metrics.jsonl`, and at the end the model folder of the averaged weights. With the same `out` again,
+    training resumes from the checkpoint. The images, noise and dropped labels of a step depend only on the seed and the
+    step. A flow without scales also learns its prior variance, as a moving average of z^2. The first batch initialises
+    the flow, see `ImageFlow.initialize`.
 
-    **Arguments:** `on_step` hears of every step, `on_sample` gets the averaged flow every `sample_every` steps.
+    **Arguments:** `on_step` is called with the report of every step, `on_sample` with the averaged flow and the step,
+    every `sample_every` steps.
 
-    **Raises** `ValueError` where the data do not fit the flow, the checkpoint in `out` is of another flow or broken,
-    or the loss is no longer finite; the last checkpoint stays.
+    **Raises** `ValueError` where the data do not fit the flow, the checkpoint in `out` is broken or of another flow, or
+    the loss is not finite; the last checkpoint is kept.
     """
+    _check(flow, data, config)
     out = Path(out)
-    shape = (flow.config.in_channels, flow.config.image_size, flow.config.image_size)
-    if tuple(data.images.shape[1:]) != shape:
-        raise ValueError(f"images are {tuple(data.images.shape[1:])}, the flow takes {shape}")
-    if flow.config.num_classes and data.labels is not None and int(data.labels.max()) >= flow.config.num_classes:
-        raise ValueError(f"label {int(data.labels.max())}: the flow has classes 0 to {flow.config.num_classes - 1}")
-    if len(data) < config.batch_size:
-        raise ValueError(f"batch_size={config.batch_size}: there are only {len(data)} images")
-    if config.noise.std != flow.config.noise_std:
-        raise ValueError(
-            f"noise of std {config.noise.std}, but the flow's config has noise_std={flow.config.noise_std}"
-        )
     out.mkdir(parents=True, exist_ok=True)
     run = _Run(flow, config, out)
     run.resume()
@@ -146,8 +139,23 @@ def train(
     return run.average
 
 
+def _check(flow: ImageFlow, data: ImageDataset, config: TrainConfig) -> None:
+    """**Raises** `ValueError` where the flow, the data and the configuration do not fit each other."""
+    shape = (flow.config.in_channels, flow.config.image_size, flow.config.image_size)
+    if tuple(data.images.shape[1:]) != shape:
+        raise ValueError(f"images are {tuple(data.images.shape[1:])}, the flow takes {shape}")
+    if flow.config.num_classes and data.labels is not None and int(data.labels.max()) >= flow.config.num_classes:
+        raise ValueError(f"label {int(data.labels.max())}: the flow has classes 0 to {flow.config.num_classes - 1}")
+    if len(data) < config.batch_size:
+        raise ValueError(f"batch_size={config.batch_size}: there are only {len(data)} images")
+    if config.noise.std != flow.config.noise_std:
+        raise ValueError(
+            f"noise of std {config.noise.std}, but the flow's config has noise_std={flow.config.noise_std}"
+        )
+
+
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The figures of every step that the `metrics.jsonl` in `folder` holds; without lines that a kill tore."""
+    """The `StepReport`s in the `metrics.jsonl` of `folder`, as dicts; lines that a kill cut short are left out."""
     steps: dict[int, dict[str, Any]] = {}
     for line in (Path(folder) / METRICS).read_text().splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):
@@ -157,7 +165,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 class _Run:
-    """The state of a training: what a checkpoint holds, and the metrics not yet written."""
+    """The state of a training run: what a checkpoint holds, and the metrics not yet written."""
 
     def __init__(self, flow: ImageFlow, config: TrainConfig, out: Path) -> None:
         self.flow, self.config, self.out = flow, config, out
@@ -170,7 +178,7 @@ class _Run:
         self.step = 0
         self.seconds = 0.0
         self.metrics: list[str] = []
-        self.whole = True  # False while a step is half done
+        self.whole = True  # False while a step is half done: then no checkpoint may be written
 
     def advance(self, images: Tensor, labels: Tensor | None, started: float) -> StepReport:
         """One optimiser step on a batch."""
@@ -203,7 +211,7 @@ class _Run:
         value = loss.item()
         if not math.isfinite(value) or not math.isfinite(norm):
             raise ValueError(
-                f"step {self.step}: loss {value}, gradient norm {norm.item()}; go on from the last checkpoint with a "
+                f"step {self.step}: loss {value}, gradient norm {norm.item()}; resume from the last checkpoint with a "
                 "smaller learning rate"
             )
         self.seconds += time.perf_counter() - started
@@ -215,7 +223,7 @@ class _Run:
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        # The decay rises to `ema`, so that the first steps do not linger.
+        # The decay rises to `ema`, so that the average soon forgets the initial weights.
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.flow.parameters()), 1 - decay)
         self.average.var.copy_(self.flow.var)
@@ -235,7 +243,7 @@ class _Run:
         write_atomically(self.out / CHECKPOINT, data.getvalue())
 
     def resume(self) -> None:
-        """Take up the checkpoint, if there is one; drop metrics of later steps, and what a kill left half-written."""
+        """Read the checkpoint, if there is one; drop metrics of later steps, and files that a kill left incomplete."""
         path, log = self.out / CHECKPOINT, self.out / METRICS
         for partial in self.out.glob(f".{CHECKPOINT}.*.partial"):
             partial.unlink()
@@ -251,11 +259,19 @@ class _Run:
             have, wanted = state["flow_config"], asdict(self.flow.config)
             others = [f"{name}={have[name]}, not {wanted[name]}" for name in wanted if have[name] != wanted[name]]
             if not others:
-                self.step, self.seconds = state["step"], state["seconds"]
+                self.step, self.seconds = _counts(state)
                 self.flow.load_state_dict(state["flow"])
                 self.average.load_state_dict(state["average"])
                 self.optimizer.load_state_dict(state["optimizer"])
-        except Exception as error:  # torch.load names no exceptions, and damage raises nearly any
+        except Exception as error:  # torch.load documents none, and damage can raise nearly any
             raise ValueError(f"{path}: not a checkpoint of this trainer; remove it or give another folder") from error
         if others:
             raise ValueError(f"{path}: of another flow ({'; '.join(others)}); give its settings, or another folder")
+
+
+def _counts(state: dict[str, Any]) -> tuple[int, float]:
+    """Step and seconds of a checkpoint. **Raises** `ValueError` where they are no counts."""
+    step, seconds = state["step"], state["seconds"]
+    if type(step) is not int or step < 0 or not 0 <= seconds < math.inf:
+        raise ValueError(f"step {step!r}, seconds {seconds!r}")
+    return step, seconds

@@ -1,0 +1,87 @@
+"""The network that a masked autoregressive transform calls in each pass: may passes be left out, and made cheaper?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+_FEWEST_PASSES = 6  # below, no pass is saved, and comparing iterates costs more than it gains
+_CONTAINERS = nn.Sequential.__module__
+_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # PyTorch before 2.7 has only this
+
+
+def needs_all_passes(module: nn.Module, y: Tensor, passes: int, graph: bool) -> bool:
+    """Whether the inverse of `y` by the transform `module` is left to the library's own loop of `passes` passes.
+
+    So it is where there are too few to save any; where iterates have no values to compare (`torch.jit.trace`,
+    `torch.export`, meta tensors); where tangents need more passes than values (`torch.func` transforms, forward-mode
+    derivatives); where PyTorch multiplies a batch by a matrix in another order with a `graph` than without; and where
+    a pass may be no function of its argument, see `_may_draw_or_move`.
+    """
+    if passes < _FEWEST_PASSES:
+        return True
+    if y.is_meta or _exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return True
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    if graph and y.ndim > 2 and not y.is_contiguous():
+        return True
+    return any(_may_draw_or_move(part) for part in module.modules())
+
+
+def _may_draw_or_move(module: nn.Module) -> bool:
+    """Whether a call of `module` may draw random numbers or change its state.
+
+    In training mode dropout draws, and batch and spectral normalisation move their estimates; hooks may do anything
+    (the older spectral normalisation is one). So may a `forward` that was replaced on the object, in any mode.
+    """
+    forward = vars(module).get("forward")
+    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+        return True
+    if not module.training:
+        return False
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    moving = (nn.modules.batchnorm._NormBase, nn.utils.parametrizations._SpectralNorm, nn.RReLU)
+    return isinstance(module, moving) or _has_hooks(module)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def needs_graph(module: nn.Module, *tensors: Tensor | None) -> bool:
+    """Whether the inverse is to have a gradient in any of these tensors, or in a parameter of `module`."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in (*tensors, *module.parameters()))
+
+
+def premasked(network: Any, masked_linear: type[nn.Module]) -> Any:
+    """A network that gives the values of `network`, bit for bit, with mask * weight of its layers formed already.
+
+    At 784 features and one sample this product is most of a pass. Each layer of the class `masked_linear`, which
+    computes F.linear(x, mask * weight, bias), becomes a linear layer of the product, and each module around it a
+    shallow copy. The network itself is only read: threads may share it, and nobody else sees a change. A module that is
+    not the library's own, or has hooks or a `forward` of its own, may refer to itself, so it is used as it is, with all
+    that it holds. The result gives no gradient in the weights.
+    """
+    kind, library = type(network), masked_linear.__module__.split(".")[0]
+    if kind.__module__ != _CONTAINERS and kind.__module__.split(".")[0] != library:
+        return network
+    if not isinstance(network, nn.Module) or "forward" in vars(network) or _has_hooks(network):
+        return network
+    if kind is masked_linear:
+        product = network._buffers["mask"] * network._parameters["weight"].detach()  # type: ignore[union-attr, operator]
+        return _shallow_copy(network, nn.Linear, _parameters=network._parameters | {"weight": product})
+    parts = {name: premasked(part, masked_linear) for name, part in network._modules.items()}
+    return network if parts == network._modules else _shallow_copy(network, kind, _modules=parts)
+
+
+def _shallow_copy(module: nn.Module, kind: type[nn.Module], **changed: Any) -> nn.Module:
+    copied = object.__new__(kind)
+    copied.__dict__.update(vars(module) | changed)
+    return copied

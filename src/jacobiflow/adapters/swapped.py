@@ -1,0 +1,118 @@
+"""An accelerated module is an object of the library's class whose class is, for now, a subclass; and the way back."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Swapped(nn.Module):
+    """Mixed in before a library's class. No attribute of the module changes, so its weights and state dict do not.
+
+    A deep copy is accelerated too. A pickle is of the library's own class, so that it loads where this package is not
+    installed, and is not accelerated there.
+    """
+
+    library_class: ClassVar[type[nn.Module]]
+    acceleration: ClassVar[Acceleration]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        state: Any = super().__reduce_ex__(protocol)[2:]
+        return (object.__new__, (self.library_class,), *state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = copied = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    @staticmethod
+    def library_class_of(module: nn.Module) -> type[nn.Module] | None:
+        """The library's class of an accelerated module; `None` for others, and where its class was changed since."""
+        return vars(type(module)).get("library_class")
+
+    @classmethod
+    def of(cls, library_class: type[nn.Module], acceleration: Acceleration) -> type[nn.Module]:
+        """The subclass of `library_class` that works as `acceleration` says; it has the library's name."""
+        names = {"library_class": library_class, "acceleration": acceleration, "__module__": library_class.__module__}
+        return type(library_class.__name__, (cls, library_class), names)
+
+
+class Acceleration:
+    """What `accelerate` did to a flow, and the way back: leaving its `with` block, or `restore()`.
+
+    **Attributes:**
+
+    - `tolerance`: at which passes end; 0 for identical bits.
+    - `transforms`: the accelerated transforms: name of the module in the flow to "library class".
+    - `untouched`: the masked autoregressive transforms that were left alone: name to the reason.
+    - `passes`: name to the number of network passes in the latest inverse, for each accelerated transform that had one.
+      The library makes one pass for each feature, and so does an inverse that is left to its own loop.
+    """
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self.transforms: dict[str, str] = {}
+        self.untouched: dict[str, str] = {}
+        self._names: dict[nn.Module, str] = {}
+        self._passes: dict[str, int] = {}
+
+    @property
+    def passes(self) -> dict[str, int]:
+        """See the class."""
+        return {name: self._passes[name] for name in self.transforms if name in self._passes}
+
+    def note(self, name: str, module: nn.Module, what: str) -> None:
+        """Add a transform to those that are accelerated."""
+        self.transforms[name] = what
+        self._names[module] = name
+
+    def restore(self) -> None:
+        """Give every module the library's own class back, even if it was accelerated again since."""
+        for module in self._names:
+            if (own := Swapped.library_class_of(module)) is not None:
+                module.__class__ = own
+
+    def count(self, module: nn.Module, passes: int) -> None:
+        """Note the passes of an inverse; those of a copy of the flow are not reported."""
+        if module in self._names:
+            self._passes[self._names[module]] = passes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
+    def __repr__(self) -> str:
+        to = "identical bits" if self.tolerance == 0 else f"a tolerance of {self.tolerance:g}"
+        lines = [f"accelerated to {to}: {len(self.transforms)} masked autoregressive transforms"]
+        lines += [f"  {name}: {what}" for name, what in self.transforms.items()]
+        lines += [f"  {name}: left alone, {why}" for name, why in self.untouched.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How a library's autoregressive transforms are found and accelerated.
+
+    `transform` is the class that owns the slow loop, which its method `entry` starts. `accelerated` is mixed in before
+    it, or before a subclass that leaves that method unchanged.
+    """
+
+    transform: type[nn.Module]
+    entry: str
+    accelerated: type[Swapped]
+
+    def obstacle(self, module: nn.Module, own: type[nn.Module]) -> str | None:
+        """Why a transform of the library's class `own` cannot be accelerated; `None` where it can."""
+        if getattr(own, self.entry) is not getattr(self.transform, self.entry):
+            return f"{own.__name__} overrides {self.transform.__module__.split('.')[0]}'s {self.entry}"
+        if self.entry in vars(module):
+            return f"its {self.entry} was replaced"
+        return None

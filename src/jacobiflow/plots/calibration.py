@@ -1,0 +1,76 @@
+"""Curves of a calibration report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from jacobiflow.calibration import Report
+from jacobiflow.plots.style import COLORS, ORDERED, clear
+
+_LEAST = 1e-5  # smaller distances are rounding
+_STARTS = {"images": "latents that encode images", "noise": "fresh latents"}
+_DISTANCE = "largest |X$^{(k)}$ − X*| of the median sample"
+
+
+def convergence_figure(report: Report) -> Figure:
+    """Distance to the solution X* sweep by sweep, from each block's best guess by IGM (Figure 2 of the paper).
+
+    Lines are the median sample; the slowest one of a tough block is dotted. One panel for each start in the report.
+    """
+    figure = Figure(figsize=(5.6 * len(report.traces), 4.0), layout="constrained")
+    panels = figure.subplots(1, len(report.traces), sharey=True, squeeze=False)[0]
+    tough = report.tough_blocks if report.components else ()
+    for axis, (start, rows) in zip(panels, report.traces.items(), strict=True):
+        for block, row in enumerate(rows):
+            trace, heavy, color = row[report.best_guess(block)], block in tough, COLORS[block % len(COLORS)]
+            label = f"block {block}{' (tough)' if heavy else ''}"
+            _curve(axis, trace.median, color, label, width=2.6 if heavy else 1.4)
+            if heavy:
+                _curve(axis, trace.largest, color, f"block {block}, slowest sample", width=1.6, style=":")
+        title = f"from {_STARTS[start]}{', guided' if report.settings.guidance else ''}"
+        _dress(axis, f"{title}: {report.settings.traced} samples")
+    panels[0].set_ylabel(_DISTANCE)
+    panels[-1].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def segments_figure(report: Report) -> Figure:
+    """Distance to the solution X* sweep by sweep in each segment of the tough blocks (Figure 5 of the paper).
+
+    Fresh latents, median sample, from the block's best guess by IGM; the segments before are solved.
+
+    **Raises** `ValueError` where no block is tough.
+    """
+    if not report.segment_traces:
+        raise ValueError("no block of this report is tough: there are no segments to draw")
+    figure = Figure(figsize=(5.6 * len(report.segment_traces), 4.0), layout="constrained")
+    panels = figure.subplots(1, len(report.segment_traces), sharey=True, squeeze=False)[0]
+    for axis, (block, counts) in zip(panels, report.segment_traces.items(), strict=True):
+        traces = counts[report.settings.segments]
+        for i, trace in enumerate(traces):
+            _curve(axis, trace.median, ORDERED(i / len(traces)), f"segment {i + 1}", width=1.6)
+        whole = report.traces["noise"][block][report.best_guess(block)]
+        _curve(axis, whole.median, "black", "all tokens at once", width=1.6, style=":")
+        _dress(axis, f"block {block} in {len(traces)} segments of about {report.num_tokens // len(traces)} tokens")
+        axis.legend(frameon=False, fontsize=8)
+    panels[0].set_ylabel(_DISTANCE)
+    return figure
+
+
+def _curve(axis: Axes, distances: Sequence[float], color: Any, label: str, width: float, style: str = "-") -> None:
+    """Draw distances by sweep, up to where only rounding is left."""
+    # Rounding may rise above the axis once more; that is no reason to draw a hundred sweeps of it.
+    high = max((k for k, distance in enumerate(distances) if distance >= 3 * _LEAST), default=0)
+    end = next((k for k in range(high, len(distances)) if distances[k] < _LEAST), len(distances) - 1)
+    axis.plot(distances[: end + 1], style, color=color, label=label, linewidth=width)
+
+
+def _dress(axis: Axes, title: str) -> None:
+    axis.update_datalim([(0, 1)])  # a logarithmic axis needs a positive number: curves may be 0 throughout
+    axis.set(yscale="log", xlabel="sweeps", xlim=(0, None), ylim=(_LEAST, None))
+    axis.set_title(title, fontsize=10)
+    clear(axis)

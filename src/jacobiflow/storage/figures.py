@@ -1,0 +1,41 @@
+"""What drawing cost and how it ended, as JSON values."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from jacobiflow.sampling import Samples
+from jacobiflow.solvers import Status
+
+_SUMS = ("seconds", "denoise_seconds", "network_calls", "token_evaluations", "resolved_sequentially")
+_BY_BLOCK = ("sweeps", "block_seconds")
+
+
+def figures_of(result: Samples) -> dict[str, Any]:
+    """Seconds, network calls, token evaluations, how many samples ended with which status, and sweeps by block."""
+    status = result.status
+    return {
+        "seconds": result.seconds,
+        "denoise_seconds": result.denoise_seconds,
+        "network_calls": result.network_calls,
+        "token_evaluations": result.token_evaluations,
+        "resolved_sequentially": result.resolved_sequentially,
+        "status": {state.name.lower(): int((status == state).sum()) for state in Status},
+        "sweeps": [block.sweeps for block in result.stats],
+        "block_seconds": [block.seconds for block in result.stats],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def total(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The sum of `figures_of` over several shards; seconds are those of all processes together."""
+    status = sum((Counter(each["status"]) for each in shards), Counter())
+    return {
+        **{name: sum(each[name] for each in shards) for name in _SUMS},
+        "status": {state.name.lower(): status[state.name.lower()] for state in Status},
+        **{name: [sum(column) for column in zip(*(each[name] for each in shards), strict=True)] for name in _BY_BLOCK},
+    }

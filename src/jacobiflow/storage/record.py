@@ -1,0 +1,59 @@
+"""What is kept of a shard beside its images."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jacobiflow.files import finite, sha256
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a shard holds, how its samples ended, and what it cost.
+
+    **Attributes:**
+
+    - `start`: its first sample; `num`: how many it holds.
+    - `sha256`: of its file, or of its PNGs one after another.
+    - `labels`: one per sample, `None` without.
+    - `certificate`: the largest residual |g(x) - x| of each sample, `None` where none was asked for.
+    - `resolved`: the samples that were solved again sequentially; `lost`: those whose exact inverse overflows, drawn
+        black. Both are counted from the shard's first sample.
+    - `figures`: its cost, see `jacobiflow.storage.figures`.
+    """
+
+    start: int
+    num: int
+    sha256: str
+    labels: tuple[int, ...] | None
+    certificate: tuple[float, ...] | None
+    resolved: tuple[int, ...]
+    lost: tuple[int, ...]
+    figures: dict[str, Any]
+
+    @classmethod
+    def from_json(cls, value: Any) -> Record:
+        """Inverse of `to_json`. **Raises** `ValueError` where `value` is not a record, or was changed."""
+        try:
+            entries = {name: entry for name, entry in value.items() if name != "record_sha256"}
+            if value["record_sha256"] != _sha256(entries):
+                raise ValueError("does not match its own checksum")
+            for name in ("labels", "certificate", "resolved", "lost"):
+                entries[name] = None if entries[name] is None else tuple(entries[name])
+            if entries["certificate"] is not None:
+                entries["certificate"] = tuple(math.inf if v is None else v for v in entries["certificate"])
+            return cls(**entries)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"not a record ({error})") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value with the checksum of all other entries; an infinite certificate, which JSON lacks, is null."""
+        entries = finite(asdict(self))
+        return {**entries, "record_sha256": _sha256(entries)}
+
+
+def _sha256(entries: dict[str, Any]) -> str:
+    return sha256(json.dumps(entries, sort_keys=True).encode())

@@ -1,0 +1,151 @@
+"""Draw many samples of a flow to a folder: sample i depends on the seed and i only."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from rich.console import Console
+from torch import Tensor
+
+from jacobiflow.calibration import Report
+from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.guidance import Guidance
+from jacobiflow.latents import draw_latents
+from jacobiflow.sampling import sample
+from jacobiflow.storage.figures import figures_of
+from jacobiflow.storage.folder import SampleFolder
+from jacobiflow.storage.manifest import FILES, Manifest
+from jacobiflow.storage.processes import Processes
+from jacobiflow.storage.progress import say
+from jacobiflow.storage.run import Draw, Drawn, OnShard, generate
+from jacobiflow.strategy import Strategy, choose, is_auto
+
+DEFAULT_BATCH = 64
+_SHARD = 1024  # samples, or about as many: what a killed process loses
+
+
+def sample_to_folder(
+    flow: ImageFlow,
+    num: int,
+    out: str | Path,
+    labels: Int[Tensor, " n"] | None = None,
+    seed: int = 0,
+    *,
+    strategy: str | Path | Strategy = "auto",
+    guidance: Guidance | None = None,
+    denoise: float = 0.0,
+    tolerance: float | None = None,
+    certify: bool = True,
+    batch_size: int | None = None,
+    shard_size: int | None = None,
+    files: Literal["npz", "png"] = "npz",
+    model: str = "",
+    report: Report | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    among: Processes = Processes(),  # noqa: B008  frozen
+    on_shard: OnShard | None = None,
+) -> SampleFolder:
+    """Draw `num` samples into the folder `out`, as `sample` draws them, or resume there what an earlier run began.
+
+    The latent of sample i depends on `seed` and i only. Samples of a shard are solved together, in batches, so that its
+    bytes do not depend on how many processes there are or on interruptions; on another thread count, device or batch
+    size they do, by rounding: at most one 8-bit level, for strategies to a tolerance below half of one (4e-3). A shard
+    counts once its record is written; one that is missing, or does not match its checksum, is drawn again. The strategy
+    is kept in the folder, so "auto" is planned once.
+
+    **Arguments:** as `sample` takes them, and
+
+    - `batch_size`: 64 by default, or `num` where that is less.
+    - `shard_size`: samples per shard, a multiple of `batch_size`; about 1,024 by default.
+    - `files`: "npz" for a file per shard with `arr_0` (n, H, W, C) and `labels`, or "png" for a file per sample, in
+        folders by class.
+    - `model`: a name for the manifest.
+    - `report`: of `calibrate`: "auto" plans from it, other names take their guesses from it; a `Strategy` or a file
+        keeps its own.
+    - `overwrite`: remove what an earlier run wrote into `out` first.
+    - `progress`: a bar on a terminal, a line every half minute elsewhere.
+    - `among`: the processes that share the work, each of which calls this function; see `processes`.
+    - `on_shard`: is called after every shard that this process draws, see `OnShard`.
+
+    **Returns** the `SampleFolder`; complete in the first process.
+
+    **Raises:** `ValueError` for settings that do not fit the flow. `SampleFolderError`, a `ValueError`, where `out`
+    holds other samples, its disk is too small, or another run is writing to it. `OSError` where a file cannot be
+    written; the shards before it stay.
+    """
+    batch_size, shard_size = _sizes(num, batch_size, shard_size)
+    _check(flow, num, labels, seed, guidance, denoise, files)
+    plan = partial(
+        choose, flow, strategy, batch_size, tolerance=tolerance, guidance=guidance, report=report,
+        say=say if Console(stderr=True).is_terminal else lambda text: None,
+    )  # fmt: skip
+    timed = isinstance(strategy, str) and is_auto(strategy)
+    chosen = None if timed else plan()  # a plan by timings is made in the first process only
+    manifest = Manifest.of(
+        flow, num, labels, seed, batch_size=batch_size, shard_size=shard_size, files=files, model=model,
+        strategy="a Strategy" if isinstance(strategy, Strategy) else str(strategy), guidance=guidance, denoise=denoise,
+        tolerance=tolerance, certify=certify,
+    )  # fmt: skip
+
+    def drawing(folder: SampleFolder) -> Draw:
+        return draw_by_strategy(flow, folder.strategy(), guidance, denoise, certify, batch_size)
+
+    return generate(
+        SampleFolder(Path(out), manifest), labels, drawing, (flow.config.num_tokens, flow.config.token_channels),
+        lambda: plan() if chosen is None else chosen, keep_plan=timed, overwrite=overwrite, progress=progress,
+        among=among, on_shard=on_shard,
+    )  # fmt: skip
+
+
+def draw_by_strategy(
+    flow: ImageFlow, strategy: str | Strategy, guidance: Guidance | None, denoise: float, certify: bool, batch_size: int
+) -> Draw:
+    """Draws shards by `sample`."""
+
+    def draw(start: int, latents: Tensor, labels: Tensor | None, advance: Callable[[float], None]) -> Drawn:
+        result = sample(
+            flow, latents=latents, labels=labels, strategy=strategy, guidance=guidance, denoise=denoise,
+            certify=certify, batch_size=batch_size, progress=advance,
+        )  # fmt: skip
+        resolved = torch.stack([block.resolved_sequentially for block in result.stats]).any(dim=0)
+        return Drawn(result.images, result.certificate, resolved, figures_of(result))
+
+    return draw
+
+
+def _sizes(num: int, batch_size: int | None, shard_size: int | None) -> tuple[int, int]:
+    """The batch size and the shard size. **Raises** `ValueError` for sizes that do not go together."""
+    for name, value in (("num", num), ("batch_size", batch_size), ("shard_size", shard_size)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name}={value!r}: give a positive whole number")
+    batch_size = min(num, DEFAULT_BATCH) if batch_size is None else batch_size
+    shard_size = max(_SHARD // batch_size, 1) * batch_size if shard_size is None else shard_size
+    if shard_size % batch_size:
+        raise ValueError(f"shard_size={shard_size}: give a multiple of the batch size, {batch_size}")
+    return batch_size, shard_size
+
+
+def _check(
+    flow: ImageFlow, num: int, labels: Tensor | None, seed: int, guidance: Guidance | None, denoise: float, files: str
+) -> None:
+    """**Raises** `ValueError` for settings that do not fit the flow: one sweep of the first sample finds most."""
+    config = flow.config
+    if isinstance(labels, Tensor):
+        flow.check_labels(labels, num)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        z = draw_latents(1, config.num_tokens, config.token_channels, seed)
+        first = labels[:1] if isinstance(labels, Tensor) else labels
+        sample(flow, latents=z, labels=first, strategy="jacobi-1", guidance=guidance, denoise=denoise, certify=False,
+               progress=False)  # fmt: skip
+    if files not in FILES:
+        raise ValueError(f"files={files!r}: give {' or '.join(FILES)}")
+    if files == "png" and config.in_channels not in (1, 3):
+        raise ValueError(f"files={files!r}: holds images of 1 or 3 channels, not {config.in_channels}; give npz")

@@ -1,0 +1,212 @@
+"""`jacobiflow calibrate`: the report is the library's, and tables and figures are the report's."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import re
+import shlex
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from running import figures
+from sample_folders import eight_bit
+
+import jacobiflow as jf
+from jacobiflow.calibration import Components
+from jacobiflow.data import Noise, load_images, noisy_images
+
+TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
+GUESSES = ("latent", "zeros", "mean_affine")
+GUIDANCE = jf.Guidance(0.4, annealed=False, on="shift", attn_temperature=0.9)
+GUIDED = "--guidance 0.4 --guidance-on shift --constant-guidance --attn-temperature 0.9"
+
+
+def assert_tables(out: str, report: jf.Report) -> None:
+    """Every block's row is there, each number whole and in its place, and no line is wider than the terminal."""
+
+    def cells(values: Any) -> list[str]:
+        return [f"{value:.2f}" for value in values]
+
+    screen = out[: out.index("wrote ")].splitlines()
+    assert max(map(len, screen)) <= 80, "a table does not fit a terminal"
+    rows = [line.replace("mean affine", "mean_affine").split() for line in screen]
+    for i in range(report.num_blocks):
+        sweeps = [report.mean_sweeps("noise", 1e-3, guess)[i] for guess in GUESSES]
+        start = [*cells(report.igm[i][guess] for guess in GUESSES), *(f"{count:.1f}" for count in sweeps)]
+        assert [str(i), *start, report.best_guess(i)] in rows
+        best, gamma = f"{report.mean_sweeps('noise', 1e-3)[i]:.1f}", f"{np.mean(report.gamma[i]):.2f}"
+        assert report.components is not None
+        part, tough = report.components[i], ["yes"] * (i in report.tough_blocks)
+        crm = cells([part.scaled_input, part.scale_weight, part.shift_weight, report.crm[i], report.crm_percent[i]])
+        assert [str(i), *crm, *tough, best, gamma] in rows
+        if report.class_metrics:
+            spread = report.class_spread()[i]
+            assert spread.rank is not None and spread.percent is not None
+            columns = [spread.rank, spread.percent, *(spread.igm[guess] for guess in GUESSES)]
+            wins = "/".join(str(spread.wins[guess]) for guess in GUESSES)
+            assert [str(i), *(f"{column.mean:.2f}±{column.std:.2f}" for column in columns), wins] in rows
+    for metric in ("crm", "gamma"):
+        value = report.rank_correlation(metric)  # type: ignore[arg-type]
+        assert f"rank correlation of {metric} with the sweeps: {value:.2f}" in screen
+    for tolerance in TOLERANCES:
+        assert f"proposed to {tolerance:g}: {jf.Strategy.from_report(report, tolerance)}" in screen
+    assert ("over 3 classes" in out.lower()) == bool(report.class_metrics)
+    assert screen[0] == f"{report.settings.num_images} images" + " (guided)" * (report.settings.guidance is not None)
+
+
+def assert_figures(shown: Any, report: jf.Report) -> None:
+    """The figures are the report's; a NaN is null."""
+    assert report.components is not None
+    want = {
+        "num_images": report.settings.num_images, "norm": report.settings.norm,
+        "igm": [dict(row) for row in report.igm],
+        "guess": [report.best_guess(i) for i in range(report.num_blocks)], "crm": list(report.crm),
+        "components": [part._asdict() for part in report.components], "crm_percent": list(report.crm_percent),
+        "tough_blocks": list(report.tough_blocks),
+        "gamma": pytest.approx([np.mean(norms) for norms in report.gamma]),
+        "proposed": {f"{t:g}": str(jf.Strategy.from_report(report, t)) for t in TOLERANCES},
+    }  # fmt: skip
+    assert {name: shown[name] for name in want} == want
+    assert set(shown["mean_sweeps"]) == set(report.traces)
+    for start, tolerance in itertools.product(report.traces, TOLERANCES):
+        for guess in GUESSES:
+            sweeps = shown["mean_sweeps"][start][guess][f"{tolerance:g}"]
+            assert sweeps == list(report.mean_sweeps(start, tolerance, guess))
+        value = report.rank_correlation("crm", start, tolerance)
+        assert shown["rank_correlation"]["crm"][start][f"{tolerance:g}"] == (None if np.isnan(value) else value)
+
+
+CALIBRATIONS: dict[str, dict[str, Any]] = {
+    "--model model --segments 4 --traced 3": {},
+    "--model model --segments 4 --traced 3 --per-class --norm fro": {"norm": "fro", "per_class": True},
+    f"--model model --segments 4 --traced 3 --norm 1 --batch-size 4 --seed 5 {GUIDED}": {
+        "norm": 1, "batch_size": 4, "seed": 5, "guidance": GUIDANCE,
+    },
+    "--model model --segments 16 --traced 1 --clean --unconditional": {
+        "segments": 16, "traced": 1, "clean": True, "labels": None,
+    },
+    "--model plain --segments 1 --traced 100": {"segments": 1, "traced": 100},  # no classes, uniform noise
+}  # fmt: skip
+
+
+@cache
+def calibrated(options: str) -> jf.Report:
+    """What the library measures under these options, of images with the noise of the flow's training."""
+    flow, settings = jf.load(f"./{options.split()[1]}"), dict(CALIBRATIONS[options])
+    data, every = load_images("pets", 8, 1), torch.arange(9)
+    noise = Noise("gaussian", 0.1) if flow.config.noise_std else Noise("uniform")
+    clean, seed = settings.pop("clean", False), settings.get("seed", 0)
+    images = data.batch(every)[0] if clean else noisy_images(data, every, noise, seed)
+    given = {"labels": data.labels if flow.config.num_classes else None, "segments": 4, "traced": 3, **settings}
+    return jf.calibrate(flow, images, progress=False, **given)
+
+
+@pytest.mark.parametrize("options", CALIBRATIONS)
+def test_it_writes_and_prints_what_the_library_measures(options: str, run: Any, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "report.json"
+    result = run(f"calibrate --images pets {options} --out {path} --json {tmp_path}/f")
+    assert (result.code, result.err) == (0, "")
+    assert os.listdir(path.parent) == ["report.json"]
+    want, model = calibrated(options), options.split()[1]
+    assert jf.Report.load(path).to_json() == want.to_json()
+    assert_tables(result.out, want)
+    shown = figures(tmp_path / "f")
+    assert_figures(shown, want)
+    assert (shown["model"], shown["images"], shown["clean"]) == (model, "pets", "--clean" in options)
+    assert shown["report"] == str(path)
+    assert f"wrote {path}\n" in result.out
+    assert len({json.dumps(calibrated(other).to_json()) for other in CALIBRATIONS}) == len(CALIBRATIONS)
+
+
+@pytest.mark.parametrize("options", ["--model model", f"--model model {GUIDED}", "--model model --unconditional"])
+def test_the_proposed_command_samples_as_the_report_says(options: str, run: Any, tmp_path: Path) -> None:
+    """Its sweeps and guesses are those of the guided map, and of the labels, that the report is of."""
+    line = f"calibrate --images pets {options} --segments 4 --traced 3 --out '{tmp_path}/my $1 r.json'"
+    proposed = re.search(r"^use it: jacobiflow (sample .*)$", run(line).out, re.MULTILINE)
+    assert proposed is not None
+    assert f"{tmp_path}/my $1 r.json" in shlex.split(proposed[1])
+    result = run(f"{proposed[1]} --num 3 --out {tmp_path}")
+    assert (result.code, result.err) == (0, "")
+    plan = jf.Strategy.from_report(jf.Report.load(tmp_path / "my $1 r.json"), 1e-2)
+    guidance, labels = GUIDANCE if GUIDED in options else None, None if "--un" in options else torch.arange(3)
+    want = jf.sample(jf.load("./model"), 3, labels, strategy=plan, guidance=guidance, progress=False)
+    with np.load(tmp_path / "shards" / "00000.npz") as arrays:
+        assert np.array_equal(arrays["arr_0"], eight_bit(want.images))
+
+
+def test_fitted_guesses_and_corrections_have_a_table_and_are_planned_by(run: Any, tmp_path: Path) -> None:
+    line = "calibrate --model plain --images pets --segments 2 --traced 3 --chord"
+    result = run(f"{line} --out {tmp_path}/r.json")
+    assert (result.code, result.err) == (0, "")
+    found = jf.Report.load(tmp_path / "r.json").tuning
+    assert found is not None
+    table = result.out.split("With a fitted guess and correction: sweeps of all tokens to 0.001")[1]
+    for i, block in enumerate(found.blocks):
+        whole = [r for r in block.runs if r.partition.stop(0, 16) == 16 and r.tolerance == 1e-3 and not r.coarse]
+        cells = next(row.split() for row in table.splitlines() if re.match(rf"\s*{i}\s+(chord|plain)", row))
+        assert cells[1] == type(block.correction).__name__.lower()
+        assert cells[2:4] == [f"{np.mean(whole[0].sweeps):.1f}", str(max(whole[0].sweeps))]
+    assert run(f"plan --model plain --report {tmp_path}/r.json --tolerance 1e-2 --out {tmp_path}/p.json").code == 0
+    assert jf.Strategy.load(tmp_path / "p.json").tolerance == 1e-2
+
+
+def test_num_draws_some_images_by_the_seed(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = importlib.import_module("jacobiflow.cli.calibrate")
+    measure, seen = module.measure, []
+
+    def look(flow: Any, images: Any, labels: torch.Tensor, **settings: Any) -> jf.Report:
+        seen.append((images[torch.arange(len(images))], labels))
+        return measure(flow, images, labels, **settings)
+
+    monkeypatch.setattr(module, "measure", look)
+    data = load_images("pets", 8, 1)
+    assert data.labels is not None
+    drawn = []
+    for num, seed in ((4, 0), (4, 0), (4, 1), (1000, 0)):
+        line = f"--segments 2 --traced 1 --num {num} --seed {seed} --out {tmp_path}/{len(drawn)}.json"
+        assert run(f"calibrate --model model --images pets {line}").code == 0
+        noisy = noisy_images(data, torch.arange(9), Noise("gaussian", 0.1), seed)
+        images, labels = seen[-1]
+        places = [next(i for i in range(9) if torch.equal(noisy[i], image)) for image in images]
+        assert len(set(places)) == len(places) == min(num, 9), "an image is drawn twice"
+        assert labels.tolist() == data.labels[places].tolist()
+        drawn.append(tuple(places))
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert (tmp_path / "0.json").read_bytes() == (tmp_path / "1.json").read_bytes()
+
+
+def test_the_bundled_digits(run: Any, tmp_path: Path) -> None:
+    line = f"--images digits --num 4 --segments 2 --traced 1 --out {tmp_path}/r.json --json {tmp_path}/f"
+    result = run(f"calibrate --model digits-p1 {line}")
+    assert (result.code, result.err) == (0, "")
+    report = jf.Report.load(tmp_path / "r.json")
+    report.check(jf.load("digits-p1"))
+    assert (report.num_tokens, report.num_blocks) == (64, 4)
+    assert_tables(result.out, report)
+    assert_figures(figures(tmp_path / "f"), report)
+
+
+@pytest.mark.parametrize("igm", [5.4e5, 3.2e37, float("inf")])  # the first is Img64cond's in the paper's Table 1
+def test_huge_numbers_stay_on_their_line(igm: float, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = tuple(Components(10.0**i, 123.4, 22.3) for i in (1, 2, 4))
+    igms = tuple(dict(zip(GUESSES, (igm, 9.89, 9.12), strict=True)) for _ in parts)
+    report = jf.Report.load("report.json")
+    worst = replace(report.metrics["2" if "2" in report.metrics else 2], igm=igms, components=parts)
+    report = replace(report, metrics=dict.fromkeys(report.metrics, worst), class_metrics=dict.fromkeys(range(3), worst))
+    monkeypatch.setattr(importlib.import_module("jacobiflow.cli.calibrate"), "measure", lambda *_, **__: report)
+    result = run(f"calibrate --model model --images pets --out {tmp_path}/r.json --json {tmp_path}/f")
+    assert (result.code, result.err) == (0, "")
+    screen = result.out[: result.out.index("proposed")].splitlines()
+    assert max(map(len, screen)) <= 80
+    for line in screen:  # a folded cell goes on in a line that has no block number
+        assert not re.match(r"\s+\S+(\s|$)", line) or re.match(r"\s+([0-2] |IGM)", line), f"folded: {line}"
+    assert figures(tmp_path / "f")["igm"][0]["latent"] == (igm if np.isfinite(igm) else None)
+    assert jf.Report.load(tmp_path / "r.json").igm[0]["latent"] == igm

@@ -1,0 +1,191 @@
+"""Folders of images: the right pixels, in order, from every format; every broken file is named."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import os
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from jacobiflow.data import DataError, image_folder
+
+
+def noise(*shape: int, seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_image(path: Path, pixels: NDArray[np.uint8]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_a_class_for_each_subfolder_in_order_of_name(tmp_path: Path) -> None:
+    folder, elsewhere, pixels = tmp_path / "images", tmp_path / "elsewhere", noise(6, 4, 4, 3)
+    write_image(folder / "b" / "2.png", pixels[2])
+    write_image(folder / "b" / "1.PNG", pixels[1])
+    write_image(folder / "a" / "0.png", pixels[0])
+    write_image(folder / "b" / "inner" / "0.bmp", pixels[3])
+    write_image(elsewhere / "x.png", pixels[4])
+    (folder / "c").symlink_to(elsewhere, target_is_directory=True)
+    (folder / "a" / "1.png").symlink_to(write_image(tmp_path / "y.png", pixels[5]))
+    write_image(folder / ".cache" / "0.png", pixels[0])
+    (folder / "a" / "._0.png").write_bytes(b"\0\5\x16\7")
+    (folder / "a" / "readme.txt").write_text("not an image")
+    (folder / "b" / "link.csv").symlink_to(folder / "a" / "readme.txt")
+    data = image_folder(folder, 4)
+    assert data.classes == ("a", "b", "c")
+    assert data.labels is not None
+    assert data.labels.tolist() == [0, 0, 1, 1, 1, 2]
+    assert np.array_equal(data.images.permute(0, 2, 3, 1), pixels[[0, 5, 1, 2, 3, 4]])
+    (folder / "b" / "inner" / "0.bmp").unlink()
+    flat = image_folder(folder / "b", 4)  # a folder without classes
+    assert (flat.labels, flat.classes) == (None, ())
+    assert np.array_equal(flat.images.permute(0, 2, 3, 1), pixels[1:3])
+
+
+def bicubic(length: int, size: int) -> NDArray[np.float64]:
+    """Weights (size, length) of bicubic resampling (a = -1/2), widened where it shrinks."""
+    ratio = length / size
+    x = np.abs((np.arange(length) + 0.5 - (np.arange(size)[:, None] + 0.5) * ratio) / ratio)
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    return np.asarray(weights / weights.sum(1, keepdims=True))
+
+
+@pytest.mark.parametrize(("height", "width", "resized"), [(7, 10, (7, 10)), (13, 20, (7, 11)), (31, 8, (27, 7))])
+def test_the_shorter_side_is_resized_and_the_centre_cropped(
+    tmp_path: Path, height: int, width: int, resized: tuple[int, int]
+) -> None:
+    pixels = noise(height, width)
+    write_image(tmp_path / "0.png", pixels)
+    rows = np.clip(np.rint(pixels @ bicubic(width, resized[1]).T), 0, 255)
+    both = np.clip(np.rint(bicubic(height, resized[0]) @ rows), 0, 255)
+    top, left = (resized[0] - 7) // 2, (resized[1] - 7) // 2
+    found = image_folder(tmp_path, 7, 1).images[0, 0].double().numpy()
+    assert np.abs(found - both[top : top + 7, left : left + 7]).max() <= 1  # Pillow's weights are fixed-point
+
+
+def test_every_mode_becomes_grey_or_colour(tmp_path: Path) -> None:
+    grey, colour, clear = noise(16, 16), noise(16, 16, 3), noise(16, 16, 4)
+    clear[..., 3] = 51
+    for i, pixels in enumerate((grey, colour, clear)):
+        write_image(tmp_path / f"{i}.png", pixels)
+    levels = np.arange(256).reshape(16, 16)
+    for i, offset in enumerate((0, 128, -128)):  # 16-bit values that all round to the same level
+        wide = (levels * 257 + offset).clip(0, 65535).astype(np.uint16)
+        Image.fromarray(wide).save(tmp_path / f"{3 + i}.png")
+    images = image_folder(tmp_path, 16).images.permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(images[0], np.repeat(grey[..., None], 3, -1))
+    assert np.array_equal(images[1], colour)
+    assert np.abs(images[2] - (0.2 * clear[..., :3] + 0.8 * 255)).max() <= 1  # blended onto white
+    assert np.array_equal(images[3:], np.broadcast_to(levels[..., None], (3, 16, 16, 3)))
+    found = image_folder(tmp_path, 16, 1).images[:, 0].double().numpy()
+    assert np.abs(found[1] - colour @ [0.299, 0.587, 0.114]).max() < 1
+    assert np.array_equal(found[3:], np.broadcast_to(levels, (3, 16, 16)))
+
+
+def save_gif(path: Path, frames: int) -> None:
+    first, *rest = (Image.fromarray(noise(8, 8, 3, seed=i)) for i in range(frames))
+    first.save(path, save_all=True, append_images=rest)
+
+
+def truncated_jpeg(folder: Path) -> None:
+    path = write_image(folder / "bad.jpg", noise(32, 32, 3))
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def beside_a_class(build: Callable[[Path], object]) -> Callable[[Path], object]:
+    """First a class with an image, then `build`."""
+    return lambda folder: (write_image(folder / "a" / "0.png", noise(8, 8)), build(folder))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda folder: (folder / "a.txt").write_text(""), r"no image in it \(looked for .bmp, .*\)"),
+        (
+            beside_a_class(lambda folder: (folder / "b" / "c").mkdir(parents=True)),
+            "/b: class folder without an image; add some, or remove it",
+        ),
+        (
+            beside_a_class(lambda folder: write_image(folder / "loose.png", noise(8, 8))),
+            "loose.png lies beside class folders; move it into one",
+        ),
+        (truncated_jpeg, r"/bad.jpg: not a usable image \(.*truncated.*\); replace or remove it"),
+        (lambda folder: (folder / "bad.png").write_text("text"), r"/bad.png: not a usable image \(cannot identify"),
+        (lambda folder: save_gif(folder / "bad.gif", 3), "/bad.gif: not a usable image .an animation .* of 3 frames.;"),
+        (lambda folder: write_image(folder / "0.png", noise(7, 20)), "/0.png: 20x7 pixels, smaller than 8x8; remove"),
+        (lambda folder: (folder / "lost").symlink_to("gone"), "/lost: neither a file nor a folder .*remove it"),
+        (lambda folder: os.mkfifo(folder / "bad.png"), "/bad.png: neither a file nor a folder"),
+        (
+            beside_a_class(lambda folder: (folder / "a" / "loop").symlink_to(folder)),
+            "Too many levels of symbolic links.; check its permissions and links",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, build: Callable[[Path], object], message: str) -> None:
+    build(tmp_path)
+    with pytest.raises(DataError, match=message) as caught:
+        image_folder(tmp_path, 8)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_arguments_that_fit_no_image(tmp_path: Path) -> None:
+    write_image(tmp_path / "0.png", noise(8, 8))
+    for folder, size, channels, message in (
+        ("gone", 8, 3, "gone: no such folder"),
+        (".", 0, 3, "size=0, channels=3: give"),
+        (".", 8, 2, "size=8, channels=2: give"),
+        (".", 1_000_000, 3, r"0\.png: 8x8 pixels, smaller than 1000000x1000000"),  # 3 TB are not allocated first
+    ):
+        with pytest.raises(DataError, match=message):
+            image_folder(tmp_path / folder, size, channels)
+
+
+def test_deep_folders_and_many_files(tmp_path: Path) -> None:
+    """Deeper than Python's stack allows, and more files than the process may open."""
+    inner, descriptor = tmp_path / "a", os.open(tmp_path, os.O_RDONLY)
+    inner.mkdir()
+    for i in range(40):
+        write_image(inner / f"{i:02d}.png", noise(4, 4, seed=i))
+    write_image(inner.joinpath(*["a"] * 150) / "last.png", noise(4, 4))
+    (soft, hard), depth = resource.getrlimit(resource.RLIMIT_NOFILE), sys.getrecursionlimit()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptor + 10, hard))
+    sys.setrecursionlimit(len(inspect.stack()) + 100)
+    try:
+        assert len(image_folder(tmp_path, 4)) == 41
+    finally:
+        sys.setrecursionlimit(depth)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.close(descriptor)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of odd metadata
+@settings(deadline=None, max_examples=50)
+@given(format=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"]), data=st.data())
+def test_damaged_images_are_refused_or_read(
+    tmp_path_factory: pytest.TempPathFactory, format: str, data: st.DataObject
+) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(noise(8, 8, 3)).save(buffer, format)
+    content = bytearray(buffer.getvalue())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(0, 255))
+    folder = tmp_path_factory.mktemp("damaged")
+    (folder / "0.png").write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Image, "MAX_IMAGE_PIXELS", 1 << 20)
+            assert image_folder(folder, 8).images.shape == (1, 3, 8, 8)
+    except DataError as error:
+        assert str(folder / "0.png") in str(error)

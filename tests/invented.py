@@ -1,0 +1,229 @@
+"""Hand-made pieces, reports and tunings, and a machine whose clock only the network moves."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from problems import make_flow, to_float32
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.calibration.convergence import TOLERANCES, Trace
+from jacobiflow.calibration.metrics import NORMS, Components, Metrics
+from jacobiflow.calibration.report import GUESS_NAMES, Settings
+from jacobiflow.calibration.tuning import BlockTuning, CountedRun, Run
+from jacobiflow.flows.fingerprint import fingerprint
+from jacobiflow.solvers import Stopping
+
+TOKENS, CHANNELS, SAMPLES = 16, 4, 4  # of `small`, and of its tunings
+GUIDANCE = jf.Guidance(0.4, annealed=False, on="shift", attn_temperature=0.9)
+
+
+@cache
+def small(seed: int = 0) -> jf.TarFlow:
+    """A float32 flow of three classes and two blocks; not to be changed."""
+    return to_float32(make_flow(num_classes=3, seed=seed))
+
+
+# --------------------------------------------------------------------------------------------------------------- pieces
+
+
+@jf.register("Stretched")
+@dataclass(frozen=True)
+class Stretched(jf.Partition):
+    """A partition of a reader's own."""
+
+    first: int
+    then: int = 2
+
+    def __post_init__(self) -> None:
+        if self.first < 1:
+            raise ValueError(f"Stretched: first={self.first}: give 1 or more")
+
+    def stop(self, front: int, num_tokens: int) -> int:
+        return min(front + (self.then if front else self.first), num_tokens)
+
+
+@jf.register("halfway")
+@dataclass(frozen=True)
+class Halfway(jf.Correction):
+    """A correction of a reader's own."""
+
+    percent: int
+
+    def __call__(self, x: Tensor, g: Tensor) -> Tensor:
+        return x + self.percent / 100 * (g - x)
+
+
+def counted(partition: jf.Partition, sweeps: int | tuple[int, ...]) -> jf.Solver:
+    """So many sweeps, or fewer by the early stop of the paper's Algorithm 1."""
+    return jf.Solver(partition, stopping=Stopping(None, sweeps, 1e-8))
+
+
+# -------------------------------------------------------------------------------------------------------------- reports
+
+Counts = Sequence[int | None]
+
+
+def trace(counts: Mapping[float, Counts]) -> Trace:
+    """A trace that reaches the tolerances after these numbers of sweeps, one for each sample."""
+    return Trace((1.0, 0.0), (1.0, 0.0), {tolerance: tuple(each) for tolerance, each in counts.items()})
+
+
+def same(*counts: int | None) -> Trace:
+    """The same numbers for every tolerance."""
+    return trace(dict.fromkeys(TOLERANCES, counts))
+
+
+def igm(latent: float, zeros: float, affine: float) -> dict[str, float]:
+    return dict(zip(GUESS_NAMES, (latent, zeros, affine), strict=True))
+
+
+def make_report(
+    crm: Sequence[float], igms: Sequence[Mapping[str, float]] = (), noise: Sequence[Mapping[str, Trace]] = (),
+    segments: Mapping[int, Mapping[int, Sequence[Trace]]] | None = None, num_tokens: int = 16, norm: Any = 2,
+) -> jf.Report:  # fmt: skip
+    """A report with what a strategy needs of one, and other numbers in the norms that its settings do not name."""
+    igms = igms or [igm(1, 2, 3)] * len(crm)
+    metrics = Metrics(tuple(igms), tuple(Components(value, 1.0, 0.0) for value in crm))
+    others = Metrics((igm(3, 2, 1),) * len(crm), None)
+    noise = noise or [dict.fromkeys(GUESS_NAMES, same(min(4, num_tokens), min(6, num_tokens)))] * len(crm)
+    affine = torch.ones(num_tokens, CHANNELS)
+    return jf.Report(
+        fingerprint=fingerprint(small()), num_tokens=num_tokens, token_channels=CHANNELS,
+        settings=Settings(8, False, norm, None, 8, 2, 0),
+        metrics={name: metrics if name == norm else others for name in NORMS},
+        segment_metrics=(metrics,) * len(crm), class_metrics={},
+        mean_affine=tuple(jf.MeanAffine(0.1 * i * affine, affine) for i in range(len(crm))),
+        traces={"noise": tuple(noise)},
+        segment_traces={block: {g: tuple(row) for g, row in rows.items()} for block, rows in (segments or {}).items()},
+        gamma=((1.0,),) * len(crm),
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------------- tunings
+
+
+def invented_block(seed: int) -> BlockTuning:
+    """A guess and a correction of random numbers, and runs as they might be."""
+    noise = np.random.default_rng(seed)
+
+    def run(partition: jf.Partition, coarse: int, tolerance: float) -> Run:
+        residual = tolerance * noise.uniform(0.05, 1.5)
+        sweeps = tuple(noise.integers(1, 12, SAMPLES).tolist())
+        return Run(partition, tolerance, sweeps, residual, residual * noise.uniform(0.5, 2), coarse)
+
+    def counted(coarse: int, fine: int) -> CountedRun:
+        residual = float(10 ** noise.uniform(-5, -2))
+        return CountedRun(coarse, fine, residual, residual * noise.uniform(0.5, 2))
+
+    kernel = torch.from_numpy(0.1 * noise.standard_normal((3, CHANNELS, CHANNELS))).float()
+    ways = ((jf.Window(8), 0), (jf.Whole(), 0), (jf.Whole(), 2))
+    return BlockTuning(
+        jf.CausalLinear(kernel, torch.zeros(TOKENS, CHANNELS)),
+        jf.Chord(kernel / 2) if noise.integers(2) else jf.Plain(),
+        tuple(run(*way, atol) for way in ways for atol in (1e-3, 1e-2, 1e-4)),
+        tuple(counted(coarse, fine) for coarse, fine in ((0, 3), (0, 6), (2, 2), (4, 3))),
+        float(noise.uniform(0.5, 3)),
+    )
+
+
+def make_tuning(*blocks: BlockTuning, guidance: jf.Guidance | None = None) -> jf.Tuning:
+    """A tuning of `small`."""
+    return jf.Tuning(fingerprint(small()), TOKENS, guidance, SAMPLES, 0, blocks)
+
+
+@cache
+def tuned() -> jf.Tuning:
+    """What `jacobiflow.tune` finds for `small`, at settings that take little time."""
+    settings = jf.calibration.TuneSettings(
+        tolerances=(1e-2, 1e-3, 1e-4, 1e-5), partitions=(jf.Window(8), jf.Whole()), fine=(4, 8), coarse=(3,),
+        fine_after_coarse=(2,), coarse_to_tolerance=(2,),
+    )  # fmt: skip
+    return jf.tune(small(), samples=SAMPLES, progress=False, settings=settings)
+
+
+def claiming(*runs: Run, counted: tuple[CountedRun, ...] = ()) -> jf.Tuning:
+    """A tuning that says so of the sweeps from the guesses and corrections of `tuned`, true or not."""
+    blocks = (replace(block, runs=runs, counted=counted, amplification=1.0) for block in tuned().blocks)
+    return replace(tuned(), blocks=tuple(blocks))
+
+
+def run(partition: jf.Partition, tolerance: float, sweeps: int, error: float) -> Run:
+    return Run(partition, tolerance, (sweeps,) * SAMPLES, min(tolerance, 1e-3), error)
+
+
+def draw(flow: jf.TarFlow, strategy: Any, latents: int | Tensor, **named: Any) -> jf.Samples:
+    """Samples of all classes in turn."""
+    num, given = (latents, {}) if isinstance(latents, int) else (len(latents), {"latents": latents})
+    labels = torch.arange(num) % flow.config.num_classes
+    return jf.sample(flow, None if given else num, labels, strategy=strategy, progress=False, **given, **named)
+
+
+# -------------------------------------------------------------------------------------------------------------- machine
+
+
+@dataclass
+class Machine:
+    """A device whose time passes in calls of a block's network only.
+
+    One takes `call` seconds, and `token` more for each token of each sample; in bfloat16 `low` times as long; with a
+    front per sample `own` seconds more. Several tokens at once take `slower[i]` times as long in block i. What starts
+    with an empty cache is as fast as the next of `moods`, in turn, says.
+    """
+
+    call: float = 1.0
+    token: float = 0.0
+    low: float = 1e3
+    own: float = 0.0
+    slower: Mapping[int, float] = field(default_factory=dict)
+    moods: Sequence[float] = (1.0,)
+    now: float = 0.0
+
+    def carry(self, flow: jf.TarFlow, monkeypatch: pytest.MonkeyPatch) -> jf.TarFlow:
+        """A copy of the flow that this machine runs; its clock is Python's from now on."""
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        self._moods, self._mood, self._lowered = itertools.cycle(self.moods), 1.0, None
+        flow = copy.deepcopy(flow)
+        for i, block in enumerate(flow.blocks):
+            self._take(block, self.slower.get(i, 1.0))
+        return flow
+
+    def seconds(self, rows: int, *sizes: float) -> float:
+        """Of calls on so many tokens each."""
+        return sum(self.call + self.token * rows * size for size in sizes)
+
+    def _take(self, block: Any, slower: float) -> None:
+        affine, affine_at, init_cache, lower = block.affine, block.affine_at, block.init_cache, block.lower
+
+        def spend(rows: int, size: int, cache: Any) -> None:
+            low = 1.0 if self._lowered is None or cache is not self._lowered else self.low
+            self.now += self.seconds(rows, size) * low * (slower if size > 1 else 1.0) * self._mood
+
+        def timed(x: Any, start: int, stop: int, cache: Any) -> Any:
+            spend(len(x), stop - start, cache)
+            return affine(x, start, stop, cache)
+
+        def timed_at(x: Any, start: Any, size: int, end: int, cache: Any) -> Any:
+            spend(len(x), size, cache)
+            self.now += self.own * self._mood
+            return affine_at(x, start, size, end, cache)
+
+        def started(*arguments: Any, **named: Any) -> Any:
+            self._mood = next(self._moods)
+            return init_cache(*arguments, **named)
+
+        def lowered(cache: Any) -> Any:
+            self._lowered = lower(cache)
+            return self._lowered
+
+        block.affine, block.affine_at, block.init_cache, block.lower = timed, timed_at, started, lowered

@@ -1,0 +1,300 @@
+"""Figures: the data that they promise, at their places, in their colours, and labels that can be read."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from PIL import Image
+
+import jacobiflow as jf
+from jacobiflow.calibration import Report, Trace
+from jacobiflow.evaluation import PixelDifference, certificate_histogram
+from jacobiflow.experiments.quality import Row as QualityRow
+from jacobiflow.experiments.speed import Comparison, Row
+from jacobiflow.measuring import Error, Timing
+from jacobiflow.plots import (
+    bench_figure,
+    certificate_figure,
+    comparison_figure,
+    convergence_figure,
+    sampler_style,
+    save_png,
+    segments_figure,
+)
+
+LEAST = 1e-5  # smaller distances are rounding
+
+
+def texts_fit(figure: Figure, texts: Sequence[Text]) -> bool:
+    """Whether no text leaves the figure or overlaps another."""
+    boxes = [text.get_window_extent() for text in texts if text.get_text() and text.get_visible()]
+    inside = all(0 <= box.x0 <= box.x1 <= figure.bbox.x1 and 0 <= box.y0 <= box.y1 <= figure.bbox.y1 for box in boxes)
+    return inside and not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+
+
+# ------------------------------------------------------------------------------------------- curves of a report
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    """The bundled one of digits-p1, whose blocks 2 and 3 are tough."""
+    file = jf.load("digits-p1").report_file
+    assert file is not None
+    return Report.load(file)
+
+
+def lines_of(axis: Axes) -> Mapping[str, Line2D]:
+    """The lines of a panel by label."""
+    lines = {str(line.get_label()): line for line in axis.get_lines()}
+    assert len(lines) == len(axis.get_lines()), "two lines of one label"
+    return lines
+
+
+def assert_drawn(line: Line2D, distances: Sequence[float]) -> None:
+    """The line is the distances by sweep, up to the first below 1e-5 from which on all are below 3e-5."""
+    ends = [k for k in range(len(distances)) if distances[k] < LEAST and np.all(np.less(distances[k:], 3 * LEAST))]
+    end = ends[0] if ends else len(distances) - 1
+    assert np.array_equal(line.get_ydata(), distances[: end + 1])
+    assert np.array_equal(line.get_xdata(), range(end + 1))
+
+
+def assert_readable(figure: Figure) -> None:
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        assert (axis.get_yscale(), axis.get_xlabel(), axis.get_xlim()[0]) == ("log", "sweeps", 0)
+        assert axis.get_ylim()[0] == LEAST
+    assert texts_fit(figure, [axis.title for axis in figure.axes])
+    assert texts_fit(figure, figure.axes[-1].get_legend().get_texts())
+
+
+def test_convergence_draws_the_curves_of_the_report(report: Report) -> None:
+    figure = convergence_figure(report)
+    for axis, start in zip(figure.axes, ("images", "noise"), strict=True):
+        lines = lines_of(axis)
+        for block in range(4):
+            tough = block in (2, 3)
+            median = lines.pop(f"block {block}{' (tough)' if tough else ''}")
+            trace = report.traces[start][block][report.best_guess(block)]
+            assert_drawn(median, trace.median)
+            assert (median.get_linestyle(), median.get_linewidth() > 2) == ("-", tough)
+            if tough:
+                slowest = lines.pop(f"block {block}, slowest sample")
+                assert_drawn(slowest, trace.largest)
+                assert (slowest.get_linestyle(), slowest.get_color()) == (":", median.get_color())
+        assert not lines
+        assert start in axis.get_title() or "fresh latents" in axis.get_title()
+        assert len({to_hex(line.get_color()) for line in axis.get_lines()}) == 4
+    assert "median" in figure.axes[0].get_ylabel()
+    assert_readable(figure)
+
+
+def test_segments_are_drawn_with_the_whole_block_beside_them(report: Report) -> None:
+    figure, count = segments_figure(report), report.settings.segments
+    for axis, block in zip(figure.axes, (2, 3), strict=True):
+        lines = lines_of(axis)
+        for i, trace in enumerate(report.segment_traces[block][count], 1):
+            assert_drawn(lines.pop(f"segment {i}"), trace.median)
+        whole = report.traces["noise"][block][report.best_guess(block)]
+        assert_drawn(lines.pop("all tokens at once"), whole.median)
+        assert not lines
+        assert re.search(rf"block {block}\b.*\b{count} segments\b.*\b{64 // count} tokens", axis.get_title())
+    assert_readable(figure)
+    with pytest.raises(ValueError, match="no block of this report is tough"):
+        segments_figure(replace(report, segment_traces={}))
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [(5.0, math.inf, 1e30, 1e-2, 0.0), (0.0,), (5.0, 4.0, 3.0), (5.0, 1e-6, 0.0, 0.5, 2e-5, 1e-6, 1e-7)],
+    ids=["overflows", "solved at once", "never solved", "grows again"],
+)
+def test_odd_curves_are_drawn_without_a_warning(curve: tuple[float, ...], report: Report) -> None:
+    odd = Trace(curve, curve, {1e-2: (None,)})
+    odd_report = replace(report, traces={"noise": tuple(dict.fromkeys(row, odd) for row in report.igm)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = convergence_figure(odd_report)
+        figure.draw_without_rendering()
+    for line in figure.axes[0].get_lines():
+        assert_drawn(line, curve)
+
+
+# ------------------------------------------------------------------------------------------- samplers
+
+
+def test_a_sampler_has_one_style_in_all_figures() -> None:
+    families = [
+        ["auto", "auto:1e-1", "auto, certified"], ["sequential"], ["Original", "growing cache", "full passes"],
+        ["jacobi", "Jacobi-30"], ["[7-8-14-10]", "GS-Jacobi", "gs-jacobi:4-8"], ["window", "window:32"],
+        ["Selective Jacobi Decoding", "Selective Jacobi Decoding | threshold 0.5"], ["STARFlow"],
+        ["plan.json", "auto.json", "automatic"],
+    ]  # fmt: skip
+    styles = [{sampler_style(name) for name in family} for family in families]
+    assert [len(family) for family in styles] == [1] * len(families)
+    shown = [style for family in styles for style in family]
+    assert len({style.color for style in shown}) == len({style.marker for style in shown}) == len(families)
+
+
+def make_comparison(batch_size: int, points: Mapping[str, tuple[float, float]]) -> Comparison:
+    """Baselines, and strategies by name with seconds and largest error."""
+    points = {"growing cache": (8.0, 1e-6), "sequential": (4.0, 0.0), **points}
+    rows = (
+        Row(name, Timing(seconds, seconds / 2, seconds * 3), Error(error, 0.0, 0.0), None)
+        for name, (seconds, error) in points.items()
+    )
+    return Comparison(batch_size, tuple(rows), Timing(0.02, 0.01, 0.03))
+
+
+def markers_of(axis: Axes) -> list[tuple[float, float, float, float]]:
+    """Seconds, error, and the ends of the bar of each marker."""
+    found = []
+    for container in axis.containers:
+        line, _, (bar,) = container
+        (start, end) = bar.get_segments()[0]
+        found.append((line.get_xdata()[0], line.get_ydata()[0], start[0], end[0]))
+    return found
+
+
+def test_bench_draws_a_marker_for_every_strategy_in_every_panel() -> None:
+    points = {"auto": (1.0, 1e-3), "[7-8-14-10]": (0.5, 2e-1), "jacobi": (2.0, 4e-3)}
+    comparisons = [make_comparison(size, {n: (x * size, y) for n, (x, y) in points.items()}) for size in (1, 4, 16, 64)]
+    figure = bench_figure(comparisons)
+    figure.draw_without_rendering()
+    for axis, comparison in zip(figure.axes, comparisons, strict=True):
+        size = comparison.batch_size
+        assert (axis.get_title(), axis.get_xscale(), axis.get_yscale()) == (f"batch size {size}", "log", "log")
+        want = [(x * size, y, x * size / 2, x * size * 3) for x, y in points.values()]
+        assert markers_of(axis) == [pytest.approx(values) for values in want]
+        styles = [(container.lines[0].get_color(), container.lines[0].get_marker()) for container in axis.containers]
+        assert styles == [(sampler_style(name).color, sampler_style(name).marker) for name in points]
+        lines = [line for line in axis.get_lines() if len(line.get_xdata()) == 2]
+        assert [line.get_xdata()[0] for line in lines] == [0.02, 4.0, 8.0]
+        (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+        assert left < 0.02 and right > max(8.0, 6.0 * size) and bottom < 1e-3 and top > 2e-1
+    captions = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert captions == ["encoding pass", "sequential", "growing cache", *points]
+    assert texts_fit(figure, [axis.title for axis in figure.axes])
+
+
+def test_errors_of_zero_and_infinite_ones_are_at_the_edges_which_say_so() -> None:
+    comparison = make_comparison(1, {"a": (1.0, 0.0), "b": (2.0, 1e-2), "c": (3.0, math.inf)})
+    figure = bench_figure([replace(comparison, rows=comparison.rows[1:])] * 5)  # of a flow without an original loop
+    figure.draw_without_rendering()
+    *axes, spare = figure.axes
+    assert not spare.axison
+    for axis in axes:
+        bottom, top = axis.get_ylim()
+        assert [y for _, y, _, _ in markers_of(axis)] == [bottom, 1e-2, top]
+    labels = dict(zip(axes[0].get_yticks(), axes[0].get_yticklabels(), strict=True))
+    assert [labels[y].get_text() for y in axes[0].get_ylim()] == ["0", "not finite"]
+
+
+def test_bench_labels_do_not_overlap_and_no_two_strategies_look_alike() -> None:
+    names = [f"folder_{i}/plan-of-a-very-long-name-$x$-{i}.json" for i in range(16)]
+    points = {name: (1e-4 * 1.4**i, 1e-12 * 10**i) for i, name in enumerate(names)}
+    figure = bench_figure([make_comparison(size, points) for size in (1, 4, 16)])
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        left, right = axis.get_xlim()
+        shown = [t for t, x in zip(axis.get_xticklabels(), axis.get_xticks(), strict=True) if left <= x <= right]
+        assert len(shown) >= 2 and texts_fit(figure, shown)
+    handles = [container.lines[0] for container in figure.axes[0].containers]
+    assert len({(line.get_color(), line.get_marker(), line.get_fillstyle()) for line in handles}) == 16
+    legend = figure.legends[0].get_texts()
+    assert texts_fit(figure, legend)
+    assert legend[3].get_text().replace("\n", "").replace("\\$", "$") == names[0]
+
+
+# ------------------------------------------------------------------------------------------- quality
+
+
+@pytest.mark.parametrize(
+    ("values", "bars", "beside"),
+    [
+        ([1.5e-4, 3e-4, 4e-4], [(1e-4, 2e-4, 1), (2e-4, 5e-4, 2)], {}),
+        ([3e-3, 3e-2], [(2e-3, 5e-3, 1), (5e-3, 1e-2, 0), (1e-2, 2e-2, 0), (2e-2, 5e-2, 1)], {}),
+        ([0.0, 0.0, 5.0, math.inf], [(5, 10, 1)], {"0": 2, "not finite": 1}),
+        ([math.inf] * 1500, [], {"not finite": 1500}),
+    ],
+)
+def test_certificates_are_bars_on_a_logarithmic_axis(
+    values: list[float], bars: list[tuple[float, float, int]], beside: dict[str, int]
+) -> None:
+    figure = certificate_figure(certificate_histogram(torch.tensor(values)), 1e-3)
+    figure.draw_without_rendering()
+    (axis,) = figure.axes
+    drawn = [(patch.get_x(), patch.get_x() + patch.get_width(), patch.get_height()) for patch in axis.patches]
+    assert axis.get_xscale() == "log"
+    assert drawn[: len(bars)] == [pytest.approx(bar) for bar in bars]
+    ticks = dict(zip((text.get_text() for text in axis.get_xticklabels()), axis.get_xticks(), strict=True))
+    for (low, high, count), (name, want) in zip(drawn[len(bars) :], beside.items(), strict=True):
+        assert count == want and low < ticks[name] < high
+        assert all(high < bar[0] if name == "0" else low > bar[1] for bar in bars)
+    for text, (low, high, count) in zip(axis.texts, drawn, strict=True):
+        assert text.get_text() == f"{count:,}"
+        assert text.xy[0] == pytest.approx(math.sqrt(low * high))  # type: ignore[attr-defined]
+    assert [line.get_xdata()[0] for line in axis.get_lines()] == [1e-3]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["tolerance 0.001"]
+
+
+@pytest.mark.parametrize("least", [1e-9, 3e-4, 3e-3])
+def test_labels_of_certificates_do_not_touch(least: float) -> None:
+    figure = certificate_figure(certificate_histogram(torch.tensor([0.0, least, 7e-3, math.inf])), None)
+    figure.draw_without_rendering()
+    assert not figure.legends and len(figure.axes[0].get_xticklabels()) >= 4
+    assert texts_fit(figure, figure.axes[0].get_xticklabels())
+
+
+def quality_row(name: str, relative: float, rate: float) -> QualityRow:
+    timing = Timing(1.0, 1.0, 1.0)
+    return QualityRow(name, 10, 5 * (1 + relative), relative, 0.1, 0.01, PixelDifference(0.1, 3), 0.0, timing, rate)
+
+
+def test_qualities_are_drawn_at_their_places() -> None:
+    points = {
+        "Original": (0.0, 1.0), "[7-8-32-10]": (-0.4, 2.5), "Jacobi-30": (-1e-5, 7.0), "STARFlow": (900.0, 400.0),
+        "auto:1e-1": (0.01, 0.02), "auto": (0.0101, 3.0), "a$_$b % & a very long name of a strategy.json": (1e-9, 1.5),
+    }  # fmt: skip
+    figure = comparison_figure([quality_row(name, *point) for name, point in points.items()], "fashion-FID")
+    figure.draw_without_rendering()
+    (axis,) = figure.axes
+    dots = axis.get_lines()[1:]
+    for i, (dot, (name, (relative, rate))) in enumerate(zip(dots, points.items(), strict=True), 1):
+        assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (rate, pytest.approx(100 * relative))
+        assert dot.get_fillstyle() == ("full" if relative <= 0.01 else "none")
+        assert (dot.get_color(), dot.get_marker()) == (sampler_style(name).color, sampler_style(name).marker)
+        assert axis.texts[i - 1].get_text() == str(i)
+        assert figure.legends[0].get_texts()[i - 1].get_text().replace("\\$", "$") == f"{i}  {name}"
+        (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
+        assert left <= rate <= right and low <= 100 * relative <= high
+    assert axis.get_ylabel() == "fashion-FID above the original's"
+    assert texts_fit(figure, figure.legends[0].get_texts())
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def test_figures_are_files_and_stay_out_of_pyplot(tmp_path: Path) -> None:
+    before, settings = plt.get_fignums(), dict(plt.rcParams)
+    save_png(comparison_figure([quality_row("auto", 0.0, 2.0)], "FID"), tmp_path / "a.png")
+    assert plt.get_fignums() == before
+    assert dict(plt.rcParams) == settings
+    with Image.open(tmp_path / "a.png") as read:
+        assert read.format == "PNG"
+        assert read.width > read.height > 300
+        colors = {color for _, color in read.convert("RGB").getcolors(1 << 16) or ()}
+    assert tuple(bytes.fromhex(sampler_style("auto").color[1:])) in colors

@@ -1,0 +1,107 @@
+"""Folders of samples for tests: runs that need no flow, and what two runs must have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.storage import Drawn, Manifest, generate
+from jacobiflow.storage.record import Record
+
+
+def manifest_of(num: int = 10, **changed: Any) -> Manifest:
+    """The manifest of a run that needs no flow: 4x4 images in shards of 4, 4 and 2."""
+    entries: dict[str, Any] = {
+        "image_shape": (1, 4, 4), "seed": 0, "labels_sha256": None, "num_classes": 3, "batch_size": 2,
+        "shard_size": 4, "files": "npz", "model": "none", "fingerprint": "f", "dtype": "float32",
+        "strategy": "invented", "strategy_sha256": None, "guidance": None, "denoise": 0.0, "tolerance": None,
+        "certify": True, "machine": {"device": "cpu", "threads": 1},
+    }  # fmt: skip
+    return Manifest(num=num, **{**entries, **changed})
+
+
+def record_of(start: int = 4, num: int = 4, **changed: Any) -> Record:
+    record = Record(
+        start=start, num=num, sha256="", labels=tuple(i % 3 for i in range(start, start + num)),
+        certificate=tuple(1e-4 * i for i in range(num)), resolved=(1,), lost=(0,), figures={"seconds": 1.5},
+    )  # fmt: skip
+    return replace(record, **changed)
+
+
+def run(out: Path, num: int = 10, labels: bool = True, **changed: Any) -> jf.SampleFolder:
+    """A run without a flow; `changed` are entries of its manifest, or arguments of `generate`."""
+    arguments = {name: changed.pop(name) for name in list(changed) if name not in Manifest.__dataclass_fields__}
+    given = torch.arange(num) % 3 if labels else None
+    digest = None if given is None else hashlib.sha256(given.numpy().astype("<i8").tobytes()).hexdigest()
+    manifest = manifest_of(num, **{"labels_sha256": digest, **changed})
+    drawing = arguments.pop("drawing", lambda _: invented)
+    return generate(jf.SampleFolder(out, manifest), given, drawing, (4, 4), **{"progress": False, **arguments})
+
+
+def invented(start: int, latents: Tensor, labels: Tensor | None, advance: Callable[[float], None]) -> Drawn:
+    """The latents as images. Sample 5 is lost, sample 6 was solved again."""
+    index = torch.arange(start, start + len(latents))
+    images, certificate = latents.view(-1, 1, 4, 4).clone(), 1e-4 * index
+    images[index == 5], certificate[index == 5] = torch.nan, torch.inf
+    return Drawn(images, certificate, index == 6, {"first": start})
+
+
+def eight_bit(images: Tensor) -> Any:
+    """Pixels (n, h, w, c) of images, black where they are lost."""
+    pixels = np.nan_to_num(images.float().numpy().transpose(0, 2, 3, 1), nan=-1.0, posinf=-1.0, neginf=-1.0)
+    return np.round((pixels.clip(-1, 1) + np.float32(1)) * np.float32(127.5)).astype(np.uint8)
+
+
+def pixels_in(folder: jf.SampleFolder) -> Any:
+    """Pixels (n, h, w, c) of all samples in a folder."""
+    return torch.cat(list(folder.batches())).permute(0, 2, 3, 1).numpy()
+
+
+def signed(value: dict[str, Any]) -> dict[str, Any]:
+    """A record as JSON, with the checksum of its entries."""
+    value = {key: entry for key, entry in value.items() if key != "record_sha256"}
+    return value | {"record_sha256": hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()}
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def everything(out: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name != ".lock"
+    }
+
+
+def facts(out: Path) -> Any:
+    """All that two runs of the same samples must share: every file, but not what the shards cost."""
+    files = everything(out)
+    records = {
+        name: json.loads(files.pop(name)) for name in list(files) if name.startswith("shards") and "json" in name
+    }
+    for value in records.values():
+        assert value == signed(value)
+        del value["figures"], value["record_sha256"]
+    return {name: data for name, data in files.items() if name != "samples.png"}, records
+
+
+def times(out: Path) -> dict[str, int]:
+    """When the files of the shards that have a record were written."""
+    done = [path.stem for path in (out / "shards").glob("*.json")]
+    return {p.name: p.stat().st_mtime_ns for p in (out / "shards").glob("*") if p.stem in done}
+
+
+def flip(path: Path) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)

@@ -1,0 +1,185 @@
+"""Maps to solve, as blocks that watch what a solver does with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from oracle import Guide, Oracle, sequential
+from problems import BlockProblem, MixingBlock, latents, make_flow
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.flows.base import FrontPerSample
+from jacobiflow.guidance import guided
+
+Map = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def error(x: Tensor, answer: Tensor) -> float:
+    """Largest difference."""
+    assert x.shape == answer.shape
+    return float((x - answer).abs().max()) if x.numel() else 0.0
+
+
+class Watched:
+    """A map g(x, z, context) of whole sequences as a block whose cache is the tokens that it was fed.
+
+    With `keys` it reads those, stale or not, and fails where one is staler than `slack`; else the present tokens.
+    `calls` has the start, the stop and the samples of every call.
+    """
+
+    def __init__(self, g: Map, keys: bool = True, slack: float = math.inf) -> None:
+        self.g, self.keys, self.slack = g, keys, slack
+        self.calls: list[tuple[Any, int, int]] = []
+
+    def init_cache(self, z: Tensor, context: Tensor | None = None) -> Any:
+        return SimpleNamespace(fed=torch.full_like(z, torch.nan), context=context)
+
+    def update(self, x: Tensor, z: Tensor, start: int, stop: int, cache: Any) -> Tensor:
+        assert 0 <= start < stop <= z.shape[1], f"entries {start} to {stop}"
+        self.calls.append((start, stop, len(x)))
+        return self._read(x, z, torch.full((len(x),), start), stop - start, cache)
+
+    def _read(self, x: Tensor, z: Tensor, start: Tensor, size: int, cache: Any) -> Tensor:
+        for n, first in enumerate(start.tolist()):
+            before, after = max(first - 1, 0), first + size - 1
+            fed, now = cache.fed[n, :before], x[n, :before]
+            stale = ~((fed - now).abs() <= self.slack) & (fed != now)  # true where it was never fed
+            assert not stale.any(), f"stale keys before token {before} of sample {n}"
+            cache.fed[n, before:after] = x[n, before:after]
+        read = torch.where(cache.fed.isnan(), 0, cache.fed) if self.keys else x
+        g = self.g(read, z, cache.context)
+        return torch.stack([row[first : first + size] for row, first in zip(g, start.tolist(), strict=True)])
+
+
+class WatchedFronts(Watched, FrontPerSample):
+    """With a front per sample."""
+
+    def update_at(self, x: Tensor, z: Tensor, start: Tensor, size: int, end: int, cache: Any) -> Tensor:
+        assert start.min() >= 0
+        assert start.max() + size == end <= z.shape[1]
+        self.calls.append((start.tolist(), end, len(x)))
+        return self._read(x, z, start, size, cache)
+
+    def take(self, cache: Any, rows: Tensor) -> Any:
+        return SimpleNamespace(fed=cache.fed[rows], context=None if cache.context is None else cache.context[rows])
+
+    def join(self, caches: Sequence[Any]) -> Any:
+        context = None if caches[0].context is None else torch.cat([cache.context for cache in caches])
+        return SimpleNamespace(fed=torch.cat([cache.fed for cache in caches]), context=context)
+
+
+@dataclass(frozen=True)
+class Problem(BlockProblem):
+    """One block to invert, and what is asked of its answers."""
+
+    def residual(self, x: Tensor) -> Tensor:
+        """Per sample, by the oracle."""
+        return (self.g(x) - x).abs().amax(dim=(1, 2))
+
+    def of(self, rows: slice) -> Problem:
+        """The same for some of the samples."""
+
+        def g(x: Tensor) -> Tensor:
+            full = self.answer.clone()
+            full[rows] = x
+            return self.g(full)[rows]
+
+        return Problem(
+            self.block, g, self.z[rows], None if self.labels is None else self.labels[rows], self.answer[rows]
+        )
+
+
+def problem_of(g: Map, z: Tensor, context: Tensor | None = None, fronts: bool = False, **watch: Any) -> Problem:
+    block = (WatchedFronts if fronts else Watched)(g, **watch)
+    return Problem(block, lambda x: g(x, z, context), z, context, sequential(lambda x: g(x, z, context), z))
+
+
+def mixing(length: int = 17, **watch: Any) -> Problem:
+    """Three samples of a map whose first entry is learned: it is not z_1."""
+    block = MixingBlock(length, 2)
+    return problem_of(lambda x, z, _: block.g(x, z), normal(3, length, 2, seed=1), **watch)
+
+
+def echo(x: Tensor, z: Tensor, strength: Tensor) -> Tensor:
+    """x_t = z_t + strength sin(sum over s < t of 0.8^(t-s-1) x_s), a strength per sample."""
+    age = torch.arange(x.shape[1]).view(-1, 1) - torch.arange(x.shape[1]) - 1
+    heard = torch.where(age >= 0, 0.8 ** age.clamp(min=0).double(), 0.0)
+    return z + strength.view(-1, 1, 1) * (heard @ x).sin()
+
+
+STRENGTHS = torch.tensor([0.1, 1.5, 0.5, 0.9, 0.0, 1.2, 0.3], dtype=torch.float64)
+
+
+def echoes(fronts: bool = True, **watch: Any) -> Problem:
+    """Seven samples that need from 1 to 21 sweeps."""
+    return problem_of(echo, normal(len(STRENGTHS), 24, 2, seed=2), STRENGTHS, fronts, **watch)
+
+
+def steep(x: Tensor, z: Tensor, kind: Tensor) -> Tensor:
+    """A map for each kind of sample. 0: `echo` with a strength of 0.9.
+
+    1: the answer is 1 everywhere; entries grow as exp(40 distance) of earlier tokens from it, and plain sweeps from z
+    overflow. 2: the exact inverse is infinite from token 4 on.
+    """
+    kind, g = kind.view(-1, 1, 1), echo(x, z, torch.full((len(z),), 0.9, dtype=torch.float64))
+    distance = 40 * (x - 1).abs().sum(dim=2, keepdim=True).cumsum(dim=1).roll(1, dims=1)
+    distance[:, 0] = 0
+    lost = (torch.arange(x.shape[1]) >= 4).view(1, -1, 1) & (kind == 2)
+    return torch.where(kind == 1, distance.exp() * (z - 1), torch.where(lost, torch.inf, g))
+
+
+def steep_problem(kinds: list[int], fronts: bool = False) -> Problem:
+    kind = torch.tensor(kinds, dtype=torch.float64)
+    z = torch.where(kind.view(-1, 1, 1) == 1, 2.0, normal(len(kinds), 17, 2))
+    problem = problem_of(steep, z, kind, fronts)
+    assert (problem.answer[kind == 1] == 1).all()
+    assert not problem.g(problem.g(z))[kind > 0].isfinite().all()
+    return problem
+
+
+OVERFLOWING = [
+    jf.Solver(jf.Whole(), stopping=jf.Tolerance(1e-9)), jf.Solver(jf.Whole(), stopping=jf.MaxSweeps(3)),
+    jf.Solver(jf.Segments(3), stopping=jf.Tolerance(1e-9)), jf.Solver(jf.Segments(3), jf.Zeros(), jf.MaxSweeps(3)),
+    jf.Solver(jf.Window(6), jf.Zeros(), jf.Tolerance(1e-9)),
+    jf.Solver(jf.Whole(), stopping=jf.Tolerance(1e-9), correction=jf.Chord(0.1 * normal(3, 2, 2))),
+    jf.Solver(jf.Window(6), stopping=jf.Tolerance(1e-9) | jf.MaxSweeps(2)),
+]  # fmt: skip
+
+
+FLOWS: dict[str, tuple[dict[str, Any], Guide | None]] = {
+    "nvp 25x4": ({"image_size": 10, "patch_size": 2}, None),
+    "vp 16x1": ({"image_size": 4, "patch_size": 1, "nvp": False}, None),
+    "nvp 9x4, guided": (
+        {"image_size": 6, "patch_size": 2, "num_classes": 3},
+        Guide(1.0, annealed=True, on="both", temperature=0.7),
+    ),
+}
+
+
+@cache
+def flow_problem(name: str, i: int = 1) -> Problem:
+    """Block `i` of a TarFlow, at three samples: of two classes and of none, where it has classes."""
+    config, guide = FLOWS[name]
+    flow = make_flow(**config)
+    reference, z = Oracle(flow), latents(flow, 3, seed=i)
+    labels = torch.tensor([0, 2, -1]) if flow.config.num_classes else None
+    block: Any = flow.blocks[i]
+    if guide is not None:
+        on: Any = guide.on
+        block = guided(block, jf.Guidance(guide.weight, guide.annealed, on, guide.temperature))
+
+    def g(x: Tensor) -> Tensor:
+        return reference.g(i, x, z, labels, guide)
+
+    return Problem(block, g, z, labels, sequential(g, z))

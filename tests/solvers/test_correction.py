@@ -1,0 +1,235 @@
+"""How a residual is applied: convolutions against plain loops, fits to linear maps, and chords that do not fit."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import convolved, sequential
+from problems import latents
+from solver_problems import Watched, error, normal
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.solvers import Given
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+examples = settings(max_examples=30, deadline=None)
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
+    """A kernel, which may be longer than the run, tokens, and their images."""
+    batch, length, channels, width = (draw(st.integers(1, most)) for most in (3, 8, 4, 12))
+    seed = draw(st.integers(0, 10**6))
+    x, g = normal(2, batch, length, channels, seed=seed).unbind()
+    return normal(width, channels, channels, seed=seed + 1), x, g
+
+
+@given(steps())
+@examples
+def test_a_chord_adds_its_convolution_of_the_residual(given: tuple[Tensor, Tensor, Tensor]) -> None:
+    kernel, x, g = given
+    kept = x.clone(), g.clone()
+    stepped = jf.Chord(kernel)(x, g)
+    assert error(stepped, g + convolved(kernel, g - x, delay=1)) < 1e-12
+    assert torch.equal(x, kept[0])
+    assert torch.equal(g, kept[1])
+    in_float32 = jf.Chord(kernel)(x.float(), g.float())
+    assert in_float32.dtype == torch.float32
+    assert error(in_float32.double(), stepped) < 1e-3
+    assert torch.equal(jf.Plain()(x, g), g)
+
+
+@given(steps(), st.data())
+@examples
+def test_a_token_behind_no_residual_becomes_g(given: tuple[Tensor, Tensor, Tensor], data: st.DataObject) -> None:
+    """Bit for bit: Proposition 1 rests on it."""
+    kernel, x, g = given
+    t = data.draw(st.integers(0, x.shape[1] - 1))
+    x[:, :t] = g[:, :t]
+    assert torch.equal(jf.Chord(kernel)(x, g)[:, : t + 1], g[:, : t + 1])
+
+
+@given(steps(), st.data())
+@examples
+def test_a_residual_that_overflowed_says_nothing_of_other_tokens(
+    given: tuple[Tensor, Tensor, Tensor], data: st.DataObject
+) -> None:
+    kernel, x, g = given
+    places = st.tuples(*(st.integers(0, size - 1) for size in x.shape))
+    for tensor in (x, g):
+        for place in data.draw(st.lists(places, max_size=3)):
+            tensor[place] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
+    residual = torch.where((g - x).isfinite(), g - x, 0)
+    stepped, finite = jf.Chord(kernel)(x, g), torch.isfinite(g)
+    assert error(stepped[finite], (g + convolved(kernel, residual, delay=1))[finite]) < 1e-12
+
+
+def test_a_convolution_of_many_numbers_is_made_in_parts() -> None:
+    """At the paper's largest tokens one sample goes through at a time; each is what it is alone, a run of it too."""
+    chord = jf.Chord(normal(24, 192, 192, seed=1) / 100)
+    x, g = normal(2, 3, 700, 192).unbind()
+    whole = chord(x, g)
+    assert error(whole, torch.cat([chord(x[i : i + 1], g[i : i + 1]) for i in range(3)])) < 1e-12
+    run = slice(100, 160)
+    assert error(chord(x[:, run], g[:, run]), g[:, run] + convolved(chord.kernel, (g - x)[:, run], delay=1)) < 1e-12
+
+
+def test_a_chord_that_does_not_fit_is_refused() -> None:
+    kernel = normal(3, 2, 2)
+    with pytest.raises(ValueError, match=r"Chord\(3 tokens, 2 channels\).*tokens have 3"):
+        jf.Chord(kernel)(normal(1, 5, 3), normal(1, 5, 3))
+    for wrong in (kernel[0], None, torch.full((1, 2, 2), math.nan)):
+        with pytest.raises(ValueError, match="Chord: kernel"):
+            jf.Chord(wrong)  # type: ignore[arg-type]
+
+
+# ----------------------------------------------------------------------------------------------------------- fits
+
+BAND = torch.stack((0.35 * normal(2, 2, seed=1), 0.15 * normal(2, 2, seed=2)))
+
+
+def linear(x: Tensor, z: Tensor, _: Any = None) -> Tensor:
+    """x_t = z_t + BAND[0] x_(t-1) + BAND[1] x_(t-2)."""
+    return z + convolved(BAND, x, delay=1)
+
+
+def solution(z: Tensor) -> Tensor:
+    return sequential(lambda x: linear(x, z), z)
+
+
+def inverse(width: int) -> Tensor:
+    """The first entries of (I - Gamma)^-1 after its identity: answers to impulses."""
+    impulses = torch.zeros(2, width + 1, 2, dtype=torch.float64)
+    impulses[:, 0] = torch.eye(2)
+    return solution(impulses)[:, 1:].permute(1, 2, 0)
+
+
+def test_the_chord_of_a_linear_map_is_its_inverse() -> None:
+    """One step solves it from anywhere, a second sees that nothing moves; in each of several runs too."""
+    z = normal(3, 48, 2, seed=5)
+    start = torch.zeros_like(z)
+    start[:, :16] = solution(z)[:, :16]
+    for partition, guess, most in (
+        (jf.Whole(), jf.Zeros(), 2), (jf.Segments(6), jf.Zeros(), 12), (jf.Segments(6), Given(start), 10),
+        (jf.Window(8), Given(start), 12),
+    ):  # fmt: skip
+        solver = jf.Solver(partition, guess, jf.Tolerance(1e-11), jf.Chord(inverse(47)))
+        found = jf.solve(Watched(linear), z, solver)
+        assert error(found.x, solution(z)) < 1e-10
+        assert found.sweeps <= most
+
+
+def test_a_fit_solves_a_banded_linear_map_in_few_sweeps() -> None:
+    z, held_out = normal(16, 48, 2, seed=6), normal(4, 48, 2, seed=7)
+    x, answer, block = solution(z), solution(held_out), Watched(linear)
+    kept = x.clone(), z.clone()
+    for guess in (jf.Latent(), jf.CausalLinear.fit(x, z, 4)):
+        block.calls.clear()
+        chord = jf.Chord.fit(block, x, z, guess)
+        assert len(block.calls) <= 24
+        assert chord.kernel.shape == (24, 2, 2)
+        assert error(chord.kernel[:3], inverse(3)) < 0.1
+        assert chord == jf.Chord.fit(block, x, z, guess)
+        plain, corrected = (
+            error(jf.solve(block, held_out, jf.Solver(jf.Whole(), guess, jf.MaxSweeps(5), correction)).x, answer)
+            for correction in (jf.Plain(), chord)
+        )
+        assert corrected < min(1e-4, plain / 100)
+    assert torch.equal(x, kept[0])
+    assert torch.equal(z, kept[1])
+    fitted = jf.Chord.fit(block, x.float(), z.float(), jf.Latent(), width=3).kernel
+    assert fitted.dtype == torch.float32
+    assert error(fitted.double(), inverse(3)) < 0.1
+
+
+def test_nothing_to_fit() -> None:
+    z = normal(4, 12, 2)
+    silent = Watched(lambda x, z, _: z)
+    assert not jf.Chord.fit(silent, z, z, jf.Latent(), width=5).kernel.any()
+    assert jf.Chord.fit(silent, z, z, jf.Zeros(), width=5).kernel.abs().max() < 1e-12
+    assert jf.Plain.fit(silent, z, z, jf.Latent(), None) is None
+
+
+def test_a_fitted_chord_and_guess_save_sweeps_of_a_real_tough_block() -> None:
+    """At latents that they were not fitted to."""
+    flow = jf.load("fashion-p2")
+    block, labels = flow.blocks[7], torch.arange(6)
+    fit_z, z = (latents(flow, 6, seed) * flow.var.sqrt() for seed in (100, 200))
+    x = jf.solve(block, fit_z, jf.Solver(jf.Sequential()), labels).x
+    guess = jf.CausalLinear.fit(x, fit_z)
+    chord = jf.Chord.fit(block, x, fit_z, guess, labels)
+    sweeps = {}
+    for name, start in (("latent", jf.Latent()), ("linear", guess)):
+        for correction in (jf.Plain(), chord):
+            found = jf.solve(block, z, jf.Solver(jf.Whole(), start, correction=correction), labels)
+            assert (found.status == jf.Status.CONVERGED).all()
+            sweeps[name, correction] = int(found.sample_sweeps.sum())
+    assert sweeps["linear", jf.Plain()] < sweeps["latent", jf.Plain()]
+    assert sweeps["latent", chord] < 0.9 * sweeps["latent", jf.Plain()]
+    assert sweeps["linear", chord] < 0.9 * sweeps["linear", jf.Plain()]
+
+
+# -------------------------------------------------------------------------------------- corrections that are given up
+
+
+class Scripted:
+    """Call k moves every token by residuals[k], sample by sample."""
+
+    def __init__(self, residuals: list[tuple[float, ...]]) -> None:
+        self.residuals = iter(residuals)
+        self.seen: list[Tensor] = []
+
+    def init_cache(self, z: Tensor, context: Tensor | None = None) -> None:
+        return None
+
+    def update(self, x: Tensor, z: Tensor, start: int, stop: int, cache: None) -> Tensor:
+        self.seen.append(x[:, -1, 0].clone())
+        return (x + torch.tensor(next(self.residuals)).view(-1, 1, 1))[:, start:stop]
+
+
+class Marked(jf.Correction):
+    """Adds 1000, so that a step shows whether it was corrected."""
+
+    def __call__(self, x: Tensor, g: Tensor) -> Tensor:
+        return g + 1000
+
+
+GROWTH: dict[str, tuple[list[float], str]] = {  # residuals sweep by sweep, and which steps are corrected
+    "four times the least": ([1, 4, 4, 4, 4, 4, 4], "yyyyyyy"),
+    "above it three times": ([1, 4.1, 4.1, 4.1, 0.1, 0.1, 0.1], "yyynnnn"),
+    "above it twice": ([1, 5, 5, 1, 5, 5, 1], "yyyyyyy"),
+    "above a later least": ([1, 0.1, 0.5, 0.3, 0.5, 0.5, 0.5], "yyyyyyn"),
+    "above an earlier least": ([0.1, 1, 0.5, 0.5, 0.5, 0.5, 0.5], "yyynnnn"),
+    "overflow": ([1, math.inf, math.inf, math.inf, 1, 1, 1], "yyynnnn"),
+}
+
+
+def test_a_correction_is_given_up_where_residuals_stay_far_above_the_least() -> None:
+    """More than four times, for three sweeps in a row; each sample for itself, from that sweep on."""
+    residuals = list(zip(*(row for row, _ in GROWTH.values()), strict=True))
+    block = Scripted([*residuals, [0.0] * len(GROWTH)])
+    solver = jf.Solver(jf.Whole(), jf.Zeros(), jf.MaxSweeps(7), Marked())
+    x = jf.solve(block, torch.zeros(len(GROWTH), 12, 1, dtype=torch.float64), solver).x
+    for n, (row, corrected) in enumerate(GROWTH.values()):
+        at = 0.0
+        for k, (residual, mark) in enumerate(zip(row, corrected, strict=True)):
+            assert block.seen[k][n] == pytest.approx(at), (list(GROWTH)[n], k)
+            at = at + residual + (1000 if mark == "y" else 0)
+            at = at if math.isfinite(at) else 0.0  # back to the guess
+        assert x[n, -1] == pytest.approx(at)
+
+
+def test_a_correction_that_was_given_up_does_not_judge_the_step() -> None:
+    """The sweep that moves tokens by at most the tolerance is the last, whatever the correction would have done."""
+    z = torch.zeros(1, 12, 1, dtype=torch.float64)
+    solver = jf.Solver(jf.Whole(), stopping=jf.Tolerance(0.5), correction=Marked())
+    found = jf.solve(Scripted([(r,) for r in (1, 5, 5, 5, 0.25, 0.25)]), z, solver)
+    assert found.sweeps == 5
+    assert found.residual.tolist() == [0.25]
+    assert found.status.tolist() == [jf.Status.CONVERGED]

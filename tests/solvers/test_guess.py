@@ -1,0 +1,133 @@
+"""Where an iteration starts: formulas, fits, and what does not fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import convolved
+from solver_problems import error, normal
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.solvers import Given
+
+KERNEL, SHIFT = normal(3, 2, 2), normal(5, 2, seed=1)
+
+
+@st.composite
+def tokens(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """A kernel, which may be longer than the sequence, and tokens."""
+    batch, length, channels, width = (draw(st.integers(1, most)) for most in (3, 8, 4, 12))
+    seed = draw(st.integers(0, 10**6))
+    return normal(width, channels, channels, seed=seed), normal(batch, length, channels, seed=seed + 1)
+
+
+def test_plain_guesses() -> None:
+    z = normal(2, 4, 3)
+    answer = normal(2, 4, 3, seed=1)
+    kept = z.clone(), answer.clone()
+    zeros = torch.cat((z[:, :1], torch.zeros(2, 3, 3)), dim=1)
+    for guess, expected in ((jf.Latent(), z), (jf.Zeros(), zeros), (Given(answer), answer)):
+        start = guess(z)
+        assert torch.equal(start, expected)
+        start.fill_(7.0)  # a tensor of its own
+        assert torch.equal(z, kept[0])
+        assert torch.equal(answer, kept[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_mean_affine_is_affine_in_z_and_of_its_dtype(dtype: torch.dtype) -> None:
+    log_scale, shift, z = normal(6, 3), normal(6, 3, seed=1), normal(4, 6, 3, seed=2)
+    x = jf.MeanAffine(log_scale, shift.float())(z.to(dtype))
+    assert x.dtype == dtype
+    assert error(x.double(), log_scale.exp() * z + shift) < 1e-5
+
+
+@given(tokens())
+@settings(max_examples=30, deadline=None)
+def test_a_causal_linear_guess_is_its_convolution_and_its_shift(given: tuple[Tensor, Tensor]) -> None:
+    kernel, z = given
+    shift, kept = normal(*z.shape[1:], seed=3), z.clone()
+    guess = jf.CausalLinear(kernel, shift)
+    assert error(guess(z), convolved(kernel, z, delay=0) + shift) < 1e-12
+    assert torch.equal(z, kept)
+    in_float32 = guess(z.float())
+    assert in_float32.dtype == torch.float32
+    assert error(in_float32.double(), guess(z)) < 1e-3
+
+
+def test_a_fit_finds_a_causal_linear_map() -> None:
+    kernel, shift = 0.5 * normal(4, 2, 2, seed=1), normal(20, 2, seed=2)
+    z = normal(200, 20, 2, seed=3) + normal(20, 2, seed=4)
+    x, kept = convolved(kernel, z, delay=0) + shift, z.clone()
+    for width in (3, 6):
+        guess = jf.CausalLinear.fit(x, z, width)
+        assert guess.kernel.shape == (width + 1, 2, 2)
+        assert error(guess.kernel[:4], kernel) < 3e-3
+        assert width == 3 or guess.kernel[4:].abs().max() < 3e-3
+        # Ridge regression shrinks: the fit is not exact, and its shift makes up for the mean.
+        assert 1e-5 < error(guess(z), x) < 2e-2
+        assert error(guess(z).mean(dim=0), x.mean(dim=0)) < 1e-12
+    fewer = jf.CausalLinear.fit(x, z, 1)
+    assert error(fewer.kernel, kernel[:2]) < 0.2
+    assert (fewer(z) - x).square().mean() > 100 * (guess(z) - x).square().mean()
+    assert torch.equal(z, kept)
+    assert jf.CausalLinear.fit(x, z).kernel.shape == (25, 2, 2)
+    assert jf.CausalLinear.fit(x.float(), z.float()).kernel.dtype == torch.float32
+
+
+def test_other_guesses_have_nothing_to_fit() -> None:
+    assert all(kind.fit(normal(2, 5, 1), normal(2, 5, 1)) is None for kind in (jf.Latent, jf.Zeros, jf.MeanAffine))
+
+
+@pytest.mark.parametrize(
+    ("piece", "others", "text"),
+    [
+        (
+            jf.MeanAffine(SHIFT, SHIFT + 1), [jf.MeanAffine(SHIFT, SHIFT), jf.MeanAffine(SHIFT + 1, SHIFT + 1)],
+            "MeanAffine(5 tokens, 2 channels)",
+        ),
+        (
+            jf.CausalLinear(KERNEL, SHIFT), [jf.CausalLinear(KERNEL[:2], SHIFT), jf.CausalLinear(KERNEL, SHIFT + 1)],
+            "CausalLinear(5 tokens, 2 channels, from 3 latents)",
+        ),
+        (jf.Chord(KERNEL), [jf.Chord(KERNEL[:2]), jf.Chord(KERNEL + 1)], "Chord(3 tokens, 2 channels)"),
+    ],
+    ids=["mean affine", "causal linear", "chord"],
+)  # fmt: skip
+def test_fitted_pieces_are_equal_where_their_values_are(piece: Any, others: list[Any], text: str) -> None:
+    same = type(piece)(*(value.clone() for value in vars(piece).values()))
+    assert piece == same
+    assert hash(piece) == hash(same)
+    assert all(piece != other for other in (*others, jf.Latent(), None))
+    assert len({piece, same, *others}) == 3
+    assert len({hash(piece), *map(hash, others)}) > 1
+    assert repr(piece) == text
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (lambda: jf.MeanAffine(SHIFT, SHIFT[:, :1]), r"MeanAffine.*\(5, 2\) and \(5, 1\)"),
+        (lambda: jf.MeanAffine(0.5, SHIFT), "MeanAffine: log_scale 0.5"),
+        (lambda: jf.MeanAffine(SHIFT, SHIFT)(normal(1, 4, 2)), r"MeanAffine.*\(5, 2\).*\(4, 2\)"),
+        (lambda: jf.MeanAffine(SHIFT[:1], SHIFT[:1])(normal(1, 5, 2)), r"MeanAffine.*\(1, 2\)"),
+        (lambda: jf.CausalLinear(KERNEL[0], SHIFT), r"CausalLinear: kernel of shape \(2, 2\)"),
+        (lambda: jf.CausalLinear(torch.ones(3, 2, 4), SHIFT), r"kernel of shape \(3, 2, 4\)"),
+        (lambda: jf.CausalLinear(KERNEL[:0], SHIFT), r"kernel of shape \(0, 2, 2\)"),
+        (lambda: jf.CausalLinear(KERNEL * math.nan, SHIFT), "CausalLinear: kernel holds a NaN"),
+        (lambda: jf.CausalLinear(KERNEL, SHIFT[0]), r"shift of shape \(2,\)"),
+        (lambda: jf.CausalLinear(KERNEL, torch.zeros(5, 3)), r"shift of shape \(5, 3\)"),
+        (lambda: jf.CausalLinear(KERNEL, SHIFT * math.inf), "CausalLinear: shift holds a NaN"),
+        (lambda: jf.CausalLinear(KERNEL, SHIFT)(normal(1, 6, 2)), r"CausalLinear.*\(5, 2\).*\(6, 2\)"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(build: Callable[[], Any], names: str) -> None:
+    with pytest.raises(ValueError, match=names):
+        build()

@@ -1,0 +1,67 @@
+"""Which tokens are swept together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jacobiflow as jf
+from jacobiflow.solvers import Sweep
+
+
+@given(length=st.integers(1, 60), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_segments_tile_the_sequence_in_nearly_equal_lengths(length: int, data: st.DataObject) -> None:
+    partition = jf.Segments(data.draw(st.integers(1, length)))
+    partition.check(length)
+    stops = [partition.stop(front, length) for front in range(length)]
+    assert all(front < stop <= length for front, stop in enumerate(stops))
+    assert sorted(set(stops)) == [(i + 1) * length // partition.count for i in range(partition.count)]
+    lengths = [stops.count(stop) for stop in set(stops)]
+    assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize(
+    ("partition", "stops"),
+    [
+        (jf.Sequential(), [1, 2, 3, 4, 5]), (jf.Whole(), [5] * 5), (jf.Segments(2), [2, 2, 5, 5, 5]),
+        (jf.Window(1), [1, 2, 3, 4, 5]), (jf.Window(3), [3, 4, 5, 5, 5]), (jf.Window(9), [5] * 5),
+    ],
+)  # fmt: skip
+def test_where_the_run_from_each_front_ends(partition: jf.Partition, stops: list[int]) -> None:
+    assert [partition.stop(front, 5) for front in range(5)] == stops
+
+
+def test_a_sliding_run_has_a_size_wherever_it_starts() -> None:
+    for last in (None, Sweep(4, 1)):
+        assert [jf.Window(4).run_size(length, last) for length in (3, 4, 5)] == [3, 4, 4]
+        assert jf.Whole().run_size(7, last) == 7
+
+
+def test_which_windows_are_tried() -> None:
+    """Windows of 8, 16, 32 .. tokens, and of all."""
+    sizes = {1: [1], 8: [8], 9: [8, 9], 16: [8, 16], 17: [8, 16, 17], 196: [8, 16, 32, 64, 128, 196]}
+    for length, tried in sizes.items():
+        assert jf.Window.candidates(length) == tuple(jf.Window(size) for size in tried)
+    assert jf.Whole.candidates(64) == jf.Segments.candidates(64) == jf.Sequential.candidates(64) == ()
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (lambda: jf.Segments(0), "count=0"),
+        (lambda: jf.Segments(2.5), "count=2.5"),  # type: ignore[arg-type]
+        (lambda: jf.Segments(True), "count=True"),
+        (lambda: jf.Window(0), "size=0"),
+        (lambda: jf.Window(-3), "size=-3"),
+        (lambda: jf.Window(2.0), "size=2.0"),  # type: ignore[arg-type]
+        (lambda: jf.Segments(17).check(16), "17.*only 16 tokens.*at most 16"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(build: Callable[[], Any], names: str) -> None:
+    with pytest.raises(ValueError, match=names):
+        build()

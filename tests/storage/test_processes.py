@@ -1,0 +1,121 @@
+"""Several processes: who works, who fails, and that they write what one alone writes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from running import figures
+from sample_folders import facts, times
+
+import jacobiflow as jf
+from jacobiflow.storage import FirstProcessFailed, Processes, SampleFolderError
+
+NUM = 12
+# Forks two processes that find each other as those of torchrun do, twice. In the first run the second process kills
+# itself before its sixth file gets its name: its third shard has images, but no record.
+DRIVER = """
+import itertools, os, shutil, signal, socket, sys
+import jacobiflow as jf
+from jacobiflow.cli import main
+
+jf.sample(jf.load("digits-p1"), 1, strategy="jacobi-1", progress=False)  # so that no process pays for first use
+rename = os.replace
+
+def start(rank, port, last):
+    child = os.fork()
+    if child:
+        return child
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update(TORCHELASTIC_RUN_ID="test")
+    sys.stdout, sys.stderr = (open(name + rank, "w", buffering=1) for name in ("out", "err"))
+    count = itertools.count(1)
+    os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL) if next(count) == last else rename(*names)
+    try:
+        main(sys.argv[1:])
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+for last in (6, None):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    first, second = start("0", port, None), start("1", port, last)
+    ended = os.waitpid(second, 0)[1]
+    if last:
+        os.kill(first, signal.SIGKILL)  # as torchrun does
+    print(os.waitstatus_to_exitcode(ended), os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]))
+    shutil.copytree("samples", "killed" if last else "resumed")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_two_processes_that_are_killed_write_what_one_does(tmp_path: Path) -> None:
+    options = ["sample", "--model", "digits-p1", "--num", str(NUM), "--strategy", "jacobi-3", "--batch-size", "1"]
+    options += ["--shard-size", "1", "--out", "samples", "--json", "f.json"]
+    driver = subprocess.run(
+        [sys.executable, "-c", DRIVER, *options], env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert (driver.stdout, driver.stderr) == ("-9 -9\n0 0\n", "")
+    before, after = times(tmp_path / "killed"), times(tmp_path / "resumed")
+    left = NUM - len(before) // 2
+    assert 0 < left <= NUM - 2, "the kill did not hit in the middle"
+    assert before.items() <= after.items(), "a finished shard was drawn again"
+    given: dict[str, Any] = {"strategy": "jacobi-3", "batch_size": 1, "shard_size": 1, "model": "digits-p1"}
+    want = jf.sample_to_folder(
+        jf.load("digits-p1"), NUM, tmp_path / "want", torch.arange(NUM) % 10, progress=False, **given
+    )
+    assert facts(tmp_path / "samples") == facts(want.path)
+    first, *others = ((tmp_path / name).read_text() for name in ("out0", "err0", "out1", "err1"))
+    assert f"wrote samples: {NUM} shards" in first
+    assert others == [f"samples: resumed, {left} of {NUM} shards to draw\n", "", ""]
+    shown = figures(tmp_path / "f.json")
+    assert (shown["processes"], shown["shards"], shown["drawn"]) == (2, NUM, left)
+
+
+def test_the_first_process_works_and_the_others_get_its_result_or_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[list[Any]] = []
+
+    def first(work: Callable[[], Any]) -> Any:
+        monkeypatch.setattr(dist, "broadcast_object_list", lambda values, src: sent.append([*values, src]))
+        return Processes(0, 2).once(work)
+
+    def second() -> Any:
+        result, error, src = sent.pop()
+        assert src == 0
+        monkeypatch.setattr(
+            dist, "broadcast_object_list", lambda values, src: values.__setitem__(slice(2), [result, error])
+        )
+        return Processes(1, 2).once(lambda: pytest.fail("called twice"))
+
+    for result in ((7, [1, 2]), None):
+        assert first(lambda result=result: result) == second() == result
+    for error in (OSError(13, "denied"), SampleFolderError("no room"), KeyError()):
+
+        def fail(error: Exception = error) -> None:
+            raise error
+
+        with pytest.raises(type(error)) as caught:
+            first(fail)
+        assert caught.value is error
+        with pytest.raises(FirstProcessFailed, match=f"^{re.escape(str(error) or type(error).__name__)}$"):
+            second()
+
+
+def test_a_process_alone_and_its_devices() -> None:
+    with jf.processes() as among:
+        assert among == Processes(0, 1, 0)
+        assert among.once(lambda: 7) == 7
+    assert [among.device(name) for name in ("cpu", "cuda", "cuda:3", "mps")] == ["cpu", "cuda", "cuda:3", "mps"]
+    third = Processes(rank=5, count=8, local_rank=1)
+    assert [third.device(name) for name in ("cpu", "cuda", "cuda:3", "mps")] == ["cpu", "cuda:1", "cuda:3", "mps"]

@@ -1,0 +1,385 @@
+"""Runs: the same bytes however often one is stopped, and nothing lost or drawn twice.
+
+They need no flow: latents are taken for images.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from sample_folders import eight_bit, everything, facts, flip, pixels_in, read, run, signed, times
+
+import jacobiflow as jf
+from jacobiflow.latents import draw_latents
+from jacobiflow.storage import Drawn, Processes, SampleFolderError
+
+WINDOW, OTHER = (jf.Strategy.uniform(jf.Solver(jf.Window(size)), 2) for size in (4, 5))
+REPLACE = "give another folder, or overwrite=True to replace them"
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def damaged(few: str, shard: str) -> str:
+    return rf": {few} shards lack their images or do not match their checksums, {shard} for one; drawn again$"
+
+
+@pytest.fixture
+def out(reference: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the undisturbed run."""
+    shutil.copytree(reference["npz"], tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("files", ["npz", "png"])
+def test_every_shard_is_kept_with_what_was_said_of_it(files: str, tmp_path: Path) -> None:
+    seen: dict[int, Any] = {}
+    out = tmp_path / "new" / "out"
+    folder = run(out, files=files, on_shard=lambda start, *rest: seen.setdefault(start, rest))
+    all_latents = draw_latents(10, 4, 4)
+    lost = all_latents.view(10, 1, 4, 4).clone()
+    lost[5] = torch.nan
+    assert folder.drawn == 10
+    assert np.array_equal(pixels_in(folder), eight_bit(lost))
+    for i, (start, stop) in enumerate(((0, 4), (4, 8), (8, 10))):
+        latents, labels, drawn = seen.pop(start)
+        assert torch.equal(latents, all_latents[start:stop])
+        assert labels.tolist() == [j % 3 for j in range(start, stop)]
+        assert isinstance(drawn, Drawn)
+        found = read(out / "shards" / f"{i:05}.json")
+        certificate = [None if j == 5 else pytest.approx(1e-4 * j) for j in range(start, stop)]
+        assert found == signed(found)
+        assert found == {
+            "start": start, "num": stop - start, "labels": labels.tolist(), "certificate": certificate,
+            "resolved": [2] if i == 1 else [], "lost": [1] if i == 1 else [], "figures": {"first": start},
+            "sha256": read(out / "manifest.json")["checksums"][i], "record_sha256": found["record_sha256"],
+        }  # fmt: skip
+    assert not seen
+    jf.SampleFolder.open(out).check()
+
+
+# ------------------------------------------------------------------------------------------------------ interruptions
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_stopped_after_a_shard_and_resumed(
+    after: int, reference: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[int] = []
+
+    def stop(start: int, *_: Any) -> None:
+        seen.append(start)
+        if len(seen) == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, on_shard=stop)
+    before, unfinished = times(tmp_path), jf.SampleFolder.open(tmp_path)
+    assert unfinished.manifest.checksums is None
+    assert [unfinished.has(i) for i in range(3)] == [i < after for i in range(3)]
+    with FileLock(tmp_path / ".lock", timeout=0):
+        pass  # it was released
+    folder = run(tmp_path, on_shard=lambda start, *_: seen.append(start), progress=True)
+    assert (seen, folder.drawn) == ([0, 4, 8], 10 - min(4 * after, 10))
+    said = f"{tmp_path}: resumed, {3 - after} of 3 shards to draw\n" if after < 3 else ""
+    assert capsys.readouterr() == ("", said)
+    assert before.items() <= times(tmp_path).items(), "a finished shard was drawn again"
+    assert facts(tmp_path) == facts(reference["npz"])
+
+
+@pytest.mark.parametrize("fault", ["before", "after", "full"])
+@pytest.mark.parametrize("files, writes", [("npz", 9), ("png", 11)])
+def test_stopped_at_any_write_and_resumed(
+    files: str, writes: int, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before or after a file gets its name, or with half of it on a full disk."""
+    given: dict[str, Any] = {"files": files, "shard_size": 2, "plan": lambda: WINDOW}
+    run(tmp_path / "want", 5, **given)
+    rename, write_bytes = os.replace, Path.write_bytes
+    for place in range(writes):
+        out, left = tmp_path / str(place), [place]
+
+        def reached(left: list[int] = left) -> bool:
+            left[0] -= 1
+            return left[0] == -1
+
+        def replacing(*names: Any) -> None:
+            now = reached()
+            if not now or fault == "after":
+                rename(*names)
+            if now:
+                raise KeyboardInterrupt
+
+        def writing(path: Path, data: bytes) -> int:
+            if reached():
+                write_bytes(path, data[: len(data) // 2])
+                raise OSError(errno.ENOSPC, "No space left", str(path))
+            return write_bytes(path, data)
+
+        with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, OSError)) as stopped:
+            patch.setattr(*((Path, "write_bytes", writing) if fault == "full" else (os, "replace", replacing)))
+            run(out, 5, **given)
+        if fault == "full" and 2 <= place < writes - 1:  # not the manifest or the strategy
+            words = r"(shards|images)/.*: No space left; the finished shards are kept: make room, then sample into the"
+            assert re.search(words, str(stopped.value))
+        assert not list(out.rglob("*.partial"))
+        before = times(out)
+        run(out, 5, **given)
+        assert before.items() <= times(out).items()
+        assert facts(out) == facts(tmp_path / "want")
+
+
+# ---------------------------------------------------------------------------------------------------- what is damaged
+
+
+@pytest.mark.parametrize("files, place", [("npz", "shards/00001.npz"), ("png", "images/2/00000005.png")])
+def test_a_damaged_shard_is_drawn_again_and_named(
+    files: str, place: str, reference: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(reference[files], tmp_path, dirs_exist_ok=True)
+    flip(tmp_path / place)
+    (tmp_path / "shards" / ".00001.npz.77.partial").write_bytes(b"half")  # of a killed process
+    before = {name: when for name, when in times(tmp_path).items() if "00001" not in name}
+    with pytest.warns(UserWarning, match=damaged("1 of 3", "00001")):
+        assert run(tmp_path, files=files).drawn == 4
+    assert before.items() <= times(tmp_path).items()
+    assert facts(tmp_path) == facts(reference[files])
+    (tmp_path / "shards" / "00000.json").unlink()  # what an interruption leaves, not damage
+    assert run(tmp_path, files=files).drawn == 4
+    assert facts(tmp_path) == facts(reference[files])
+
+
+def test_a_manifest_that_was_edited_is_refused_or_corrected(reference: dict[str, Path], out: Path) -> None:
+    path, good = out / "manifest.json", (out / "manifest.json").read_text()
+    path.write_text(good.replace(read(path)["checksums"][1], "0" * 64))
+    assert run(out).drawn == 0
+    assert facts(out) == facts(reference["npz"])
+    path.write_text('{"format_version": 1,')
+    before = everything(out)
+    with pytest.raises(SampleFolderError, match="not a manifest of samples"):
+        run(out)
+    assert everything(out) == before
+    run(out, overwrite=True)
+    assert facts(out) == facts(reference["npz"])
+
+
+@pytest.mark.parametrize("name", ["shards", "images", "strategy.json"])
+def test_samples_without_a_manifest_are_not_touched(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "00000.npz").write_text("mine")
+    before = everything(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(
+            SampleFolderError, match=rf": has {name} but no manifest\.json; give another folder, or rem"
+        ):
+            run(tmp_path, overwrite=overwrite)
+        assert everything(tmp_path) == before
+        assert os.listdir(tmp_path) == [name]
+
+
+# ------------------------------------------------------------------------------------------------------ other settings
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"seed": 5}, "holds samples of seed 0, not 5; "),
+        ({"num": 9}, "holds a run of 10 samples, more than 9; give num=10; or "),
+        ({"labels": False}, "holds samples of other labels; "),
+        ({"plan": lambda: WINDOW}, "holds samples of another strategy of this name; "),
+    ],
+)
+def test_other_settings_are_refused_before_anything_is_changed(changed: Any, words: str, out: Path) -> None:
+    before = everything(out)
+    with pytest.raises(SampleFolderError, match=f"^{re.escape(str(out))}: {words}{REPLACE}$"):
+        run(out, **changed)
+    assert everything(out) == before
+    assert run(out).drawn == 0
+
+
+def test_the_strategy_is_kept_and_compared(tmp_path: Path) -> None:
+    run(tmp_path, plan=lambda: WINDOW)
+    path = tmp_path / "strategy.json"
+    good = path.read_bytes()
+    assert run(tmp_path, plan=lambda: WINDOW).drawn == 0
+    for plan in (lambda: OTHER, None):
+        with pytest.raises(SampleFolderError, match=f"another strategy of this name; {REPLACE}"):
+            run(tmp_path, plan=plan)
+    for harm in (OTHER.save, flip, Path.unlink):
+        path.write_bytes(good)
+        harm(path)
+        before = everything(tmp_path)
+        for keep_plan in (False, True):
+            with pytest.raises(
+                SampleFolderError, match=r"strategy\.json: has changed since its run wrote it; restore i"
+            ):
+                run(tmp_path, plan=lambda: WINDOW, keep_plan=keep_plan)
+        assert everything(tmp_path) == before
+
+
+def test_a_plan_that_is_kept_is_made_once(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, plan=lambda: WINDOW, keep_plan=True, on_shard=interrupt)
+    folder = run(tmp_path, plan=lambda: pytest.fail("planned again"), keep_plan=True)
+    assert (folder.drawn, folder.strategy()) == (6, WINDOW)
+    with pytest.raises(SampleFolderError, match="strategy invented, not auto"):  # at once, as planning takes long
+        run(tmp_path, strategy="auto", plan=lambda: pytest.fail("planned"), keep_plan=True)
+
+
+def test_a_run_that_was_stopped_before_its_first_shard_has_settled_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, plan=lambda: WINDOW, drawing=interrupt)
+    assert run(tmp_path, seed=3, plan=lambda: OTHER).strategy() == OTHER
+
+
+@pytest.mark.parametrize("files", ["npz", "png"])
+def test_a_run_may_grow(files: str, reference: dict[str, Path], tmp_path: Path) -> None:
+    out, want = tmp_path / "out", tmp_path / "want"
+    shutil.copytree(reference[files], out)
+    before = {name: when for name, when in times(out).items() if "00002" not in name}
+    with pytest.raises(KeyboardInterrupt):
+        run(out, 17, files=files, on_shard=interrupt)
+    assert run(out, 17, files=files).drawn == 17 - 8 - 4  # two shards were whole, one was drawn before
+    run(want, 17, files=files)
+    assert facts(out) == facts(want)
+    assert before.items() <= times(out).items()
+
+
+@pytest.mark.parametrize("num, shard", [(10, 0), (8, 0), (8, 1)])
+def test_a_damaged_shard_is_named_where_the_run_grows(num: int, shard: int, tmp_path: Path) -> None:
+    """But the last one only where it was full."""
+    run(tmp_path, num)
+    flip(tmp_path / "shards" / f"{shard:05}.npz")
+    with pytest.warns(UserWarning, match=damaged("1 of 5", f"{shard:05}")):
+        assert run(tmp_path, 17).drawn == 17 - 4
+
+
+def test_another_machine_is_said_and_the_first_one_stays_in_the_manifest(out: Path) -> None:
+    machine = {"device": "cuda", "threads": 2}
+    assert run(out, machine=machine).drawn == 0  # nothing to say
+    (out / "shards" / "00001.json").unlink()
+    words = "begun on cpu with 1 threads, resumed on cuda with 2 threads: equal to rounding, not to the bit"
+    with pytest.warns(UserWarning, match=words):
+        assert run(out, machine=machine).drawn == 4
+    assert read(out / "manifest.json")["machine"] == {"device": "cpu", "threads": 1}
+
+
+def test_overwriting_draws_anew(reference: dict[str, Path], tmp_path: Path) -> None:
+    run(tmp_path, 12, files="png", seed=3, plan=lambda: WINDOW)
+    (tmp_path / "mine.txt").write_text("not of the run")
+    before = everything(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, plan=interrupt, overwrite=True)
+    assert everything(tmp_path) == before, "lost before the new run began"
+    assert run(tmp_path, overwrite=True).drawn == 10
+    assert sorted(os.listdir(tmp_path)) == [".lock", "manifest.json", "mine.txt", "shards"]
+    (tmp_path / "mine.txt").unlink()
+    assert facts(tmp_path) == facts(reference["npz"])
+
+
+# -------------------------------------------------------------------------------------------------------- room and lock
+
+
+def disk(patch: pytest.MonkeyPatch, free: int) -> None:
+    patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+
+
+@pytest.mark.parametrize("place", ["new/and/deep", "there"])
+def test_more_than_the_disk_holds_is_refused(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").mkdir()
+    disk(monkeypatch, 3_000_000)
+    words = r": the samples to draw take 3\.2 MB, 3\.0 MB are free; make room, or give another folder$"
+    with pytest.raises(SampleFolderError, match=words):
+        run(tmp_path / place, 200_000, shard_size=200_000, on_shard=lambda *_: pytest.fail("drawn"))
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["there"]
+
+
+def test_room_is_needed_for_what_is_missing_less_what_is_overwritten(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, before = jf.SampleFolder.open(out).size(), everything(out)
+    disk(monkeypatch, 0)
+    assert run(out).drawn == 0
+    for num, overwrite in ((11, False), (size // 16 + 1, True)):
+        with pytest.raises(SampleFolderError, match="are free; make room"):
+            run(out, num, overwrite=overwrite)
+        assert everything(out) == before
+    (out / "shards" / "00001.json").unlink()
+    disk(monkeypatch, 4 * 16 - 1)
+    with pytest.raises(SampleFolderError, match="are free; make room"):
+        run(out)
+    disk(monkeypatch, 4 * 16)
+    assert run(out).drawn == 4
+    disk(monkeypatch, 0)
+    assert run(out, size // 16, overwrite=True).drawn == size // 16
+
+
+def test_a_second_run_into_the_folder_is_refused(reference: dict[str, Path], tmp_path: Path) -> None:
+    refused: list[int] = []
+
+    def another(start: int, *_: Any) -> None:
+        before = everything(tmp_path)
+        for overwrite in (False, True):
+            with pytest.raises(
+                SampleFolderError, match=r": another run is writing to it; wait for it, stop it, or give"
+            ):
+                run(tmp_path, overwrite=overwrite)
+        assert everything(tmp_path) == before
+        refused.append(start)
+
+    run(tmp_path, on_shard=another)
+    assert refused == [0, 4, 8]
+    assert facts(tmp_path) == facts(reference["npz"])
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_new_folder_in_which_nothing_began_is_removed(error: type[BaseException], tmp_path: Path) -> None:
+    def plan() -> jf.Strategy:
+        raise error
+
+    with pytest.raises(error):
+        run(tmp_path / "new" / "deep", plan=plan)
+    assert os.listdir(tmp_path) == []
+
+
+class First(Processes):
+    def once(self, work: Any) -> Any:
+        return work()
+
+
+def test_the_first_process_waits_for_the_shards_of_the_others(reference: dict[str, Path], out: Path) -> None:
+    theirs, seen = out / "shards" / "00001.json", []
+    record = theirs.read_bytes()
+    for path in (theirs, out / "shards" / "00000.json"):
+        path.unlink()
+
+    def on_shard(start: int, *_: Any) -> None:
+        seen.append(start)
+        threading.Timer(0.3, theirs.write_bytes, [record]).start()
+
+    assert run(out, among=First(0, 2), on_shard=on_shard).drawn == 8
+    assert seen == [0]
+    assert facts(out) == facts(reference["npz"])
+
+
+def test_a_folder_that_a_process_does_not_see_is_refused(tmp_path: Path) -> None:
+    class Elsewhere(Processes):
+        def once(self, work: Any) -> Any:
+            begun = work()
+            (tmp_path / "manifest.json").unlink()
+            return begun
+
+    with pytest.raises(SampleFolderError, match=r": process 1 does not see it; give a folder on a shared disk$"):
+        run(tmp_path, among=Elsewhere(1, 2))

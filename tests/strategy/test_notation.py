@@ -1,0 +1,191 @@
+"""Strategies as text: names, added pieces, and the paper's [Stack-GS-J-Else]; to solvers and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from invented import Halfway, Stretched, counted, igm, make_report
+
+import jacobiflow as jf
+from jacobiflow.solvers import Stopping
+
+some = settings(max_examples=50, deadline=None, derandomize=True)
+T, L = 24, 6  # tokens and blocks where a test needs some
+DEFAULT = jf.Tolerance(1e-3)
+
+
+class Private(jf.Partition):
+    """A partition that is neither registered nor a dataclass."""
+
+    def stop(self, front: int, num_tokens: int) -> int:
+        return num_tokens
+
+
+def gs(count: int, sweeps: int | tuple[int, ...]) -> jf.Solver:
+    return counted(jf.Segments(count), sweeps)
+
+
+def parse(text: str, blocks: int = L, tokens: int = T) -> jf.Strategy:
+    return jf.Strategy.parse(text, num_blocks=blocks, num_tokens=tokens)
+
+
+NAMES: dict[str, jf.Solver] = {
+    "sequential": jf.Solver(jf.Sequential(), stopping=DEFAULT),
+    "Original": jf.Solver(jf.Sequential(), stopping=DEFAULT),
+    "jacobi": jf.Solver(jf.Whole(), stopping=DEFAULT),
+    "JACOBI-30": counted(jf.Whole(), 30),
+    "gs-jacobi:8": jf.Solver(jf.Segments(8), stopping=DEFAULT),
+    "GS-Jacobi:8-32": gs(8, 32),
+    " window:1000\n": jf.Solver(jf.Window(1000), stopping=DEFAULT),
+    "stretched:3": jf.Solver(Stretched(3, 2), stopping=DEFAULT),
+    "Stretched:3-5": jf.Solver(Stretched(3, 5), stopping=DEFAULT),
+    "jacobi+zeros": jf.Solver(jf.Whole(), jf.Zeros(), DEFAULT),
+    "jacobi-9+zeros+halfway:50": replace(counted(jf.Whole(), 9), guess=jf.Zeros(), correction=Halfway(50)),
+    "window:8+Halfway:50+latent": jf.Solver(jf.Window(8), jf.Latent(), DEFAULT, Halfway(50)),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names(name: str) -> None:
+    assert parse(name) == jf.Strategy((NAMES[name],) * L)
+
+
+TABLES: dict[int, str] = {
+    1024: "Jacobi-30 [6-1024-1-8] [6-1-128-10] [0/6-1024-1-30] [0/6-16-8-20] [7-4-64-10]",
+    256: "[0/7-256-1-6] [0/7-256/8-1/13-6] [0/7-16/8-12/13-6] [7-4-25,13,12,11-10] [0/7-1/2-9/8,7-6]",
+}  # forms of Tables 3 and 4 of the paper, by T, and counts per segment; the flows have 8 blocks
+
+
+@pytest.mark.parametrize(("text", "tokens"), [(text, t) for t, texts in TABLES.items() for text in texts.split()])
+def test_the_notations_of_the_paper_s_tables(text: str, tokens: int) -> None:
+    """Section 3.4: stacked blocks get GS segments of at most J sweeps, the others at most Else; printed as they are."""
+    want = [counted(jf.Whole(), int(text.strip("[]").split("-")[-1]))] * 8
+    if text.startswith("["):
+        stack, segments, sweeps, _ = (field.split("/") for field in text.strip("[]").split("-"))
+        for i, block in enumerate(stack):
+            each = tuple(map(int, sweeps[i % len(sweeps)].split(",")))
+            want[int(block)] = gs(int(segments[i % len(segments)]), each if len(each) > 1 else each[0])
+    assert parse(text, 8, tokens) == jf.Strategy(tuple(want))
+    assert str(parse(text, 8, tokens)) == text
+
+
+def test_what_is_printed_is_short() -> None:
+    """Numbers are shared where they can be, blocks come in order, and what changes nothing is left out."""
+    for text, short in (
+        ("[0/2-8/8-3/3-5]", "[0/2-8-3-5]"), ("[2/0-8/8-3/4-5]", "[0/2-8-4/3-5]"), ("segments:8", "gs-jacobi:8"),
+        ("[2/0/1-5/8/8-3/3/4-77]", "[0/1/2-8/8/5-3/4/3-1]"), ("gs-jacobi:8-3", "gs-jacobi:8-3"),
+        ("sequential", "Original"), ("whole+zeros+halfway:50+latent", "jacobi+halfway:50"),
+    ):  # fmt: skip
+        assert str(parse(text, 3, 16)) == short
+
+
+sweep_counts = st.integers(1, 40) | st.integers(1, 10**9 - 1)
+per_segment = st.lists(sweep_counts, min_size=2, max_size=T).map(lambda each: gs(len(each), tuple(each)))
+stacked = st.builds(gs, st.integers(1, T), sweep_counts) | per_segment
+partitions = st.sampled_from([jf.Sequential(), jf.Whole(), jf.Segments(5), jf.Window(7), Stretched(3, 1)])
+guesses, corrections = st.sampled_from([jf.Latent(), jf.Zeros()]), st.sampled_from([jf.Plain(), Halfway(30)])
+alike = st.builds(jf.Solver, partitions, guesses, st.just(DEFAULT), corrections)
+
+
+@st.composite
+def with_notation(draw: st.DrawFn) -> tuple[jf.Solver, ...]:
+    """Solvers of every form that has a notation."""
+    if draw(st.booleans()):
+        return (draw(alike | st.builds(counted, st.just(jf.Whole()), sweep_counts)),) * L
+    blocks, other = draw(st.dictionaries(st.integers(0, L - 1), stacked)), counted(jf.Whole(), draw(sweep_counts))
+    return tuple(blocks.get(block, other) for block in range(L))
+
+
+@given(with_notation())
+@some
+def test_a_strategy_that_has_a_notation_prints_it(solvers: tuple[jf.Solver, ...]) -> None:
+    assert len(str(jf.Strategy(solvers)).splitlines()) == 1
+    assert parse(str(jf.Strategy(solvers))) == jf.Strategy(solvers)
+
+
+AFFINE = jf.MeanAffine(torch.zeros(16, 3), torch.zeros(16, 3))
+NO_NOTATION: dict[str, tuple[jf.Solver, ...]] = {
+    "counts without an early stop": (jf.Solver(jf.Segments(2), stopping=jf.MaxSweeps(3)),) * 2,
+    "a count for a single segment": (gs(1, (3,)), counted(jf.Whole(), 4)),
+    "a tolerance and a count": (jf.Solver(stopping=Stopping(1e-3, 4)),) * 2,
+    "two numbers of plain sweeps": (counted(jf.Whole(), 3), counted(jf.Whole(), 4), gs(2, 3)),
+    "windows of few sweeps": (counted(jf.Window(3), 4),) * 2,
+    "a calibrated guess": (jf.Solver(jf.Window(3), AFFINE), jf.Solver(jf.Window(4), AFFINE)),
+    "a partition that is not registered": (jf.Solver(Private()),) * 2,
+    "a correction in a stack": (replace(gs(2, 3), correction=Halfway(3)), counted(jf.Whole(), 4)),
+    "sweeps in bfloat16": (jf.Solver(coarse=2),) * 2,
+    "more sweeps than the notation takes": (gs(2, 10**9), counted(jf.Whole(), 4)),
+}
+
+
+@pytest.mark.parametrize("solvers", NO_NOTATION.values(), ids=NO_NOTATION)
+def test_a_strategy_without_a_notation_lists_its_blocks(solvers: tuple[jf.Solver, ...]) -> None:
+    """Which is no notation, and is not taken for one."""
+    text = str(jf.Strategy(solvers))
+    assert text.splitlines() == [f"block {block}: {solver}" for block, solver in enumerate(solvers)]
+    with pytest.raises(ValueError, match="strategy"):
+        parse(text, len(solvers), 16)
+
+
+UNKNOWN = [
+    "", "newton", "7-8-32-10", "jacobi-", "jacobi-1.5", "jacobi-3-4", "Jacobi-٣", "jacobi-" + "9" * 99, "gs-jacobi:8/4",
+    "window", "window:3-4", "window:³", "jacobi+", "jacobi+window:3", "jacobi+zeros:1", "jacobi+chord", "halfway:3",
+    "mean_affine", "auto+zeros",
+]  # fmt: skip
+MALFORMED: list[tuple[str, str]] = [
+    *((text, f"strategy {text!r}: unknown; give auto, sequential") for text in UNKNOWN),
+    ("AUTO:1e-2 ", "is planned for a flow, a device and a batch"),
+    *((text, "give four fields, [Stack-GS-J-Else]") for text in ("[]", "[7-8-32]", "[7-8-32-10", "[7-8-32--10]")),
+    ("[x-8-32-10]", "Stack 'x' is not a whole number"), ("[7/-8-32-10]", "Stack '7/'"), ("[7-8,8-32-10]", "GS '8,8'"),
+    ("[7-8-3²-10]", "J '3²'"), ("[7-8-32-10\n]", "Else '10\\n'"), ("[7-8-32-10/20]", "Else is one number, not '10/20'"),
+    ("[8-8-32-10]", "block 8, the flow has 0 to 7"), ("[0/7/00-8-32-10]", "Stack '0/7/00' names a block twice"),
+    ("[0/1/2-1/2-32-10]", "GS '1/2' one number, or one"), ("[0/7-8-1/2/3-10]", "J '1/2/3' one number, or one"),
+    ("[7-4-3,2-1]", "J 3,2 has 2 counts for 4 segments"), ("[7-2-3,0-1]", "J 0: give a positive whole number"),
+    ("[7-8-32-0]", "Else 0"), ("[7-17-1-10]", "GS 17 asks for more segments than there are tokens, 16"),
+    ("jacobi-0", "J 0"), ("gs-jacobi:0", "G 0"), ("gs-jacobi:17", "G 17 asks for more"), ("gs-jacobi:8-0", "J 0"),
+    ("segments:17", "only 16 tokens"), ("window:0", "'window:0': Window(size=0)"), ("stretched:0-3", "first=0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "at"), MALFORMED)
+def test_malformed_text_is_refused_with_the_part_at_fault(text: str, at: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse(text, 8, 16)
+    assert at in str(caught.value)
+
+
+IGM = [igm(5e5, 9, 12), igm(7, 6.9, 0.1), igm(3, 5, 4), igm(2, 2, 1), igm(1, 1, 1), igm(2, 1, 1)]
+parts = st.sampled_from(
+    ["[", "]", "-", "/", ",", "7", "0", "12", "jacobi", "gs-jacobi", "window", ":", "auto", "original", "+", "zeros",
+     "halfway:9", "stretched", " ", "x", "²", "٣", "\n", "[5-8-32-10]", ".", "９" * 20, "9" * 20, "\0", "K"]
+)  # fmt: skip
+any_text = st.one_of(
+    st.text(),
+    st.lists(parts, max_size=9).map("".join),
+    st.from_regex(
+        r"\[[0-7](/[0-7]){0,2}-[0-9]{1,2}(/[0-9]{1,2}){0,2}-[0-9]{1,2}(,[0-9])?-[0-9]{1,2}\]", fullmatch=True
+    ),
+    st.from_regex(r"(jacobi-|gs-jacobi:|window:)\d{1,3}(-\d{1,3})?(\+zeros)?", fullmatch=True),
+)
+
+
+@given(text=any_text)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_any_text_is_parsed_or_refused(text: str) -> None:
+    """Numbers are those of ASCII; what was parsed prints a text that says the same; a report only adds guesses."""
+    report = make_report([1] * 6, IGM)
+    try:
+        found = parse(text, 6, 16)
+    except ValueError:
+        with pytest.raises(ValueError, match="strategy"):
+            jf.Strategy.parse(text, report)
+        return
+    assert not any(char.isdigit() and not char.isascii() for char in text)
+    assert parse(str(found), 6, 16) == found
+    for block, (mine, plain) in enumerate(zip(jf.Strategy.parse(text, report).solvers, found.solvers, strict=True)):
+        assert mine.guess in (report.guess(block), plain.guess)
+        assert replace(mine, guess=plain.guess) == plain

@@ -1,0 +1,362 @@
+"""Training: a run that was interrupted, killed or resumed ends bit for bit as one that was not."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import figures, run_line
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.data import ImageDataset, Noise, digits
+from jacobiflow.training import StepReport, TrainConfig, read_metrics, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONFIG = jf.TarFlowConfig(
+    in_channels=1, image_size=8, patch_size=2, channels=32, num_blocks=2, layers_per_block=1, num_classes=10,
+    head_dim=16, expansion=2, noise_std=0.1,
+)  # fmt: skip
+SHIFTS_ONLY = replace(CONFIG, nvp=False)
+# 5 batches an epoch, so that 12 steps see three orders.
+SETTINGS = TrainConfig(steps=12, batch_size=8, warmup=4, bf16=False, checkpoint_every=5, sample_every=6)
+
+
+def some_digits(num: int = 43) -> ImageDataset:
+    data = digits()
+    assert data.labels is not None
+    return ImageDataset(data.images[:num], data.labels[:num])
+
+
+def fresh(config: jf.TarFlowConfig = CONFIG) -> jf.TarFlow:
+    torch.manual_seed(3)
+    return jf.TarFlow(config)
+
+
+def fit(out: Path, settings: TrainConfig = SETTINGS, config: jf.TarFlowConfig = CONFIG, **calls: Any) -> jf.TarFlow:
+    return train(fresh(config), some_digits(), settings, out, **calls)
+
+
+def interrupt_at(*steps: int) -> Callable[[StepReport], None]:
+    def on_step(report: StepReport) -> None:
+        if report.step in steps:
+            raise KeyboardInterrupt
+
+    return on_step
+
+
+def checkpoint(out: Path) -> dict[str, Any]:
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def assert_same(have: Any, want: Any, where: str = "") -> None:
+    """Equal bit for bit, but for the seconds that it took."""
+    assert type(have) is type(want), where
+    if isinstance(want, Tensor):
+        assert torch.equal(have, want), where
+    elif isinstance(want, dict):
+        assert have.keys() == want.keys(), where
+        for key in want.keys() - {"seconds"}:
+            assert_same(have[key], want[key], f"{where}.{key}")
+    elif isinstance(want, list):
+        assert len(have) == len(want), where
+        for i, (one, other) in enumerate(zip(have, want, strict=True)):
+            assert_same(one, other, f"{where}.{i}")
+    else:
+        assert have == want, where
+
+
+def assert_same_run(have: Path, want: Path) -> None:
+    """Parameters, averaged weights, optimiser state and metrics."""
+    assert_same(checkpoint(have), checkpoint(want))
+    assert_same([json.loads(line) for line in (have / "metrics.jsonl").read_text().splitlines()], read_metrics(want))
+    assert (have / "model.safetensors").read_bytes() == (want / "model.safetensors").read_bytes()
+    assert sorted(os.listdir(have)) == sorted(os.listdir(want))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """A run to the end, by whether the flow has scales."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    outs = {config.nvp: tmp_path_factory.mktemp("undisturbed") for config in (CONFIG, SHIFTS_ONLY)}
+    for config in (CONFIG, SHIFTS_ONLY):
+        fit(outs[config.nvp], config=config)
+    torch.set_num_threads(threads)
+    return outs
+
+
+# -------------------------------------------------------------------------------------------------------- interruption
+
+
+@pytest.mark.parametrize(("config", "steps"), [(CONFIG, (1, 8)), (SHIFTS_ONLY, (5,))])
+def test_a_resumed_run_ends_as_an_undisturbed_one(
+    config: jf.TarFlowConfig, steps: tuple[int, ...], undisturbed: dict[bool, Path], tmp_path: Path
+) -> None:
+    for step in steps:
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path, config=config, on_step=interrupt_at(step))
+        assert checkpoint(tmp_path)["step"] == step, "the interruption lost steps"
+        assert not (tmp_path / "model.safetensors").exists()
+    fit(tmp_path, config=config)
+    fit(tmp_path, config=config, on_step=interrupt_at(*range(14)))  # no step is left to do
+    assert_same_run(tmp_path, undisturbed[config.nvp])
+
+
+@pytest.mark.parametrize("within", ["forward pass", "update", "metrics"])
+def test_an_interruption_within_a_step_saves_no_half_step(
+    within: str, undisturbed: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, name = {
+        "forward pass": (jf.TarFlow, "normalize"),
+        "update": (torch.optim.AdamW, "step"),
+        "metrics": (json, "dumps"),  # after the update, before the step is whole
+    }[within]
+    call, calls = getattr(kind, name), 0
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = call(*args, **kwargs)
+        if calls == 8:
+            raise KeyboardInterrupt
+        return result
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(kind, name, interrupted)
+        fit(tmp_path)
+    assert checkpoint(tmp_path)["step"] == (7 if within == "forward pass" else 5)
+    fit(tmp_path)
+    assert_same_run(tmp_path, undisturbed[True])
+
+
+def test_a_kill_between_metrics_and_checkpoint_leaves_no_trace(undisturbed: dict[bool, Path], tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, on_step=interrupt_at(6))
+    log = tmp_path / "metrics.jsonl"
+    lines = log.read_text()
+    log.write_text(lines + (undisturbed[True] / "metrics.jsonl").read_text()[len(lines) :][:200])
+    assert not log.read_text().endswith("\n")
+    (tmp_path / ".checkpoint.pt.4321.partial").write_bytes(b"half")
+    fit(tmp_path)
+    assert_same_run(tmp_path, undisturbed[True])
+
+
+def test_a_terminated_command_leaves_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ended = threading.Event()
+
+    def terminate() -> None:
+        while not (ended.is_set() or (tmp_path / "checkpoint.pt").exists()):
+            time.sleep(0.01)
+        if not ended.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(terminate)
+        try:
+            shown = run_line(
+                "train --images digits --image-size 8 --channels 16 --head-dim 8 --blocks 2 --layers 1 --no-bf16 "
+                f"--checkpoint-every 5 --steps 100000 --sample-every 100000 --out {tmp_path}", capsys
+            )  # fmt: skip
+        finally:
+            ended.set()
+    assert (shown.code, shown.err.splitlines()[-1]) == (130, "interrupted")
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, checkpoint(tmp_path)["step"] + 1))
+
+
+def test_a_finished_command_needs_no_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = "--image-size 8 --channels 16 --head-dim 8 --blocks 1 --layers 1"
+    for last in (1, None):
+        assert (
+            run_line(f"train --images digits {size} --steps 1 --out {tmp_path} --json {tmp_path}/f", capsys).code == 0
+        )
+        step = figures(tmp_path / "f")["last_step"]
+        assert (step and step["step"]) == last
+        (tmp_path / "metrics.jsonl").unlink()
+
+
+# ------------------------------------------------------------------------------------------------------- what it learns
+
+
+def test_the_loss_falls_and_the_averaged_flow_is_the_model_folder(tmp_path: Path) -> None:
+    reports: list[StepReport] = []
+    sheets: list[tuple[int, Tensor]] = []
+    settings = replace(SETTINGS, steps=80, learning_rate=5e-3, ema=0.9, bf16=True, sample_every=40)
+    average = fit(
+        tmp_path, settings, on_step=reports.append,
+        on_sample=lambda flow, step: sheets.append((step, flow.blocks[0].proj_in.weight.clone())),
+    )  # fmt: skip
+    losses = [report.loss for report in reports]
+    assert sum(losses[-8:]) / 8 < sum(losses[:8]) / 8 - 0.5
+    for report in reports:  # the loss leaves out the constant of the normal density
+        nats = report.loss + 0.5 * math.log(2 * math.pi)
+        assert report.bits_per_dim == pytest.approx(nats / math.log(2) + math.log2(128))
+        assert math.isfinite(report.grad_norm) and report.grad_norm > 0
+    assert [line["loss"] for line in read_metrics(tmp_path)] == pytest.approx(losses, abs=1e-6)
+
+    assert [step for step, _ in sheets] == [40, 80]
+    assert torch.equal(sheets[-1][1], average.blocks[0].proj_in.weight)
+    assert_same(dict(jf.load(tmp_path).state_dict()), dict(average.state_dict()))
+    images, labels = some_digits().batch(slice(None))
+    with torch.no_grad():
+        before, after = (flow.bits_per_dim(images, labels).mean() for flow in (fresh(), average))
+    assert after < before - 0.5
+
+
+@pytest.mark.parametrize("config", [CONFIG, SHIFTS_ONLY])
+def test_every_parameter_is_trained_and_the_average_follows(config: jf.TarFlowConfig, tmp_path: Path) -> None:
+    flow = fresh(config)
+    before = {name: parameter.detach().clone() for name, parameter in flow.named_parameters()}
+    want = dict(before)
+
+    def on_step(report: StepReport) -> None:
+        decay = min(0.5, report.step / (9 + report.step))
+        for name, parameter in flow.named_parameters():
+            want[name] = decay * want[name] + (1 - decay) * parameter.detach()
+
+    average = train(flow, some_digits(), replace(SETTINGS, ema=0.5, weight_decay=0.0), tmp_path, on_step)
+    for name, parameter in average.named_parameters():
+        assert torch.allclose(parameter, want[name], atol=1e-6), name
+        assert not torch.equal(parameter, before[name]), name
+        assert not parameter.requires_grad
+    for block in flow.blocks:
+        assert block.proj_out.weight.ne(0).all(), "an output that starts at 0 stays there"
+
+
+def test_steps_are_of_new_orders_noise_and_dropped_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An epoch has every image once; without scales, the prior's variance is the moving average of z^2."""
+    batches: list[tuple[Tensor, Tensor]] = []
+    noises: set[float] = set()
+    want = torch.ones(16, 4)
+    normalize = jf.TarFlow.normalize
+
+    def recorded(self: jf.TarFlow, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert labels is not None
+        batches.append((((images.mean(dim=(1, 2, 3)) + 1) * 127.5).round().long(), labels))
+        noises.add(float(images[0, 0, 0, 0] - images[0, 0, 0, 1]))
+        z, log_det = normalize(self, images, labels)
+        want.mul_(0.9).add_(0.1 * z.detach().square().mean(dim=0))
+        return z, log_det
+
+    monkeypatch.setattr(jf.TarFlow, "normalize", recorded)
+    grey = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(40, 1, 8, 8).contiguous()
+    config = replace(SHIFTS_ONLY, noise_std=1e-3)
+    settings = replace(SETTINGS, steps=60, drop_label=0.25, noise=Noise("gaussian", 1e-3))
+    average = train(fresh(config), ImageDataset(grey, torch.arange(40) % 10), settings, tmp_path)
+    orders = [torch.cat([level for level, _ in batches[start : start + 5]]) for start in range(0, 60, 5)]
+    for order in orders:
+        assert order.sort().values.tolist() == list(range(40))
+    assert len({tuple(order.tolist()) for order in orders}) == len(orders), "every epoch has its own order"
+    assert len(noises) > 50, "steps share their noise"
+    seen, labels = (torch.cat(column) for column in zip(*batches, strict=True))
+    dropped = labels < 0
+    assert torch.equal(labels[~dropped], seen[~dropped] % 10)
+    assert dropped.double().mean() == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / len(labels)))
+    assert torch.allclose(average.var, want, rtol=1e-5)
+    assert not torch.allclose(average.var, torch.ones(()), atol=0.2)
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def test_the_learning_rate_warms_up_and_falls_by_a_cosine(undisturbed: dict[bool, Path]) -> None:
+    settings = TrainConfig(steps=110, learning_rate=0.02, warmup=10)
+    assert settings.rate(0) == pytest.approx(0.002)
+    assert settings.rate(9) == settings.rate(10) == pytest.approx(0.02)
+    assert settings.rate(35) == pytest.approx(1e-6 + (0.02 - 1e-6) * (2 + math.sqrt(2)) / 4)
+    assert settings.rate(110) == settings.rate(1000) == pytest.approx(1e-6)
+    assert replace(settings, warmup=0).rate(0) == pytest.approx(0.02)
+    rates = [line["rate"] for line in read_metrics(undisturbed[True])]
+    assert rates == pytest.approx([SETTINGS.rate(step) for step in range(12)], abs=1e-6)
+    assert checkpoint(undisturbed[True])["optimizer"]["param_groups"][0]["lr"] == SETTINGS.rate(11)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("steps", 0), ("drop_label", 1.0), ("ema", math.nan), ("learning_rate", math.inf), ("clip", 0.0), ("warmup", -1)],
+)
+def test_settings_out_of_range_are_refused(setting: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^{setting}={value}: give "):
+        replace(SETTINGS, **{setting: value})  # type: ignore[arg-type]
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def error_of(call: Callable[[], object]) -> str:
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_checkpoint_of_another_flow_is_refused_and_kept(undisturbed: dict[bool, Path]) -> None:
+    before = (undisturbed[True] / "checkpoint.pt").read_bytes()
+    message = error_of(lambda: fit(undisturbed[True], config=replace(CONFIG, channels=64, num_classes=11)))
+    assert "another flow (channels=32, not 64; num_classes=10, not 11)" in message
+    assert (undisturbed[True] / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"hello", {"step": "x"}, {"step": -5}, {"seconds": math.nan}, {"average": {"var": torch.zeros(3)}}, {"flow": {}}],
+)
+def test_a_broken_checkpoint_is_one_error_and_kept(
+    damage: bytes | dict[str, Any], undisturbed: dict[bool, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    if isinstance(damage, bytes):
+        path.write_bytes(damage)
+    else:
+        torch.save(checkpoint(undisturbed[True]) | damage, path)
+    before = path.read_bytes()
+    message = error_of(lambda: fit(tmp_path))
+    assert message == f"{path}: not a checkpoint of this trainer; remove it or give another folder"
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_data_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    out, data = tmp_path / "out", some_digits()
+    colour = ImageDataset(data.images.expand(-1, 3, -1, -1).contiguous(), data.labels)
+    for message, call in {
+        "images are (3, 8, 8), the flow takes (1, 8, 8)": lambda: train(fresh(), colour, SETTINGS, out),
+        "batch_size=44: there are only 43 images": lambda: fit(out, replace(SETTINGS, batch_size=44)),
+        "noise of std 0.2, but the flow's config has noise_std=0.1": lambda: fit(
+            out, replace(SETTINGS, noise=Noise("gaussian", 0.2))
+        ),
+        "label 9: the flow has classes 0 to 2": lambda: fit(out, config=replace(CONFIG, num_classes=3)),
+    }.items():
+        assert error_of(call) == message
+    assert not out.exists()
+
+
+def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, steps=50, learning_rate=1e6, clip=1e6, warmup=0, checkpoint_every=1)
+    message = error_of(lambda: fit(tmp_path, settings))
+    assert "smaller learning rate" in message
+    state = checkpoint(tmp_path)
+    assert message.startswith(f"step {state['step'] + 1}: loss ")
+    assert all(torch.isfinite(tensor).all() for tensor in state["flow"].values())
+
+
+def test_sums_stay_in_float32_where_products_are_in_bfloat16() -> None:
+    """What a layer adds to its input is rounded under autocast; the sum is not."""
+    layer = jf.load("fashion-p2").blocks[0].attn_blocks[0]
+    x = torch.randn((2, 16, 128), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.float32
+    assert (out - layer(x)).abs().max() < 5e-2
