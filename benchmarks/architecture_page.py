@@ -1,4 +1,4 @@
-"""Puts figures of docs/results into docs/architecture.md, between its marks: `python benchmarks/architecture_page.py`."""
+"""Puts figures of docs/results into docs/architecture.md: `python benchmarks/architecture_page.py`."""
 
 from __future__ import annotations
 
