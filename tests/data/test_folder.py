@@ -45,8 +45,7 @@ def test_a_class_for_each_subfolder_in_order_of_name(tmp_path: Path) -> None:
     (folder / "b" / "link.csv").symlink_to(folder / "a" / "readme.txt")
     data = image_folder(folder, 4)
     assert data.classes == ("a", "b", "c")
-    assert data.labels is not None
-    assert data.labels.tolist() == [0, 0, 1, 1, 1, 2]
+    assert data.labels is not None and data.labels.tolist() == [0, 0, 1, 1, 1, 2]
     assert np.array_equal(data.images.permute(0, 2, 3, 1), pixels[[0, 5, 1, 2, 3, 4]])
     (folder / "b" / "inner" / "0.bmp").unlink()
     flat = image_folder(folder / "b", 4)  # a folder without classes
@@ -95,62 +94,50 @@ def test_every_mode_becomes_grey_or_colour(tmp_path: Path) -> None:
     assert np.array_equal(found[3:], np.broadcast_to(levels, (3, 16, 16)))
 
 
-def save_gif(path: Path, frames: int) -> None:
-    first, *rest = (Image.fromarray(noise(8, 8, 3, seed=i)) for i in range(frames))
-    first.save(path, save_all=True, append_images=rest)
-
-
-def truncated_jpeg(folder: Path) -> None:
-    path = write_image(folder / "bad.jpg", noise(32, 32, 3))
-    path.write_bytes(path.read_bytes()[:-200])
-
-
-def beside_a_class(build: Callable[[Path], object]) -> Callable[[Path], object]:
-    """First a class with an image, then `build`."""
-    return lambda folder: (write_image(folder / "a" / "0.png", noise(8, 8)), build(folder))
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda folder: (folder / "a.txt").write_text(""), r"no image in it \(looked for .bmp, .*\)"),
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    cut, animation = io.BytesIO(), io.BytesIO()
+    Image.fromarray(noise(32, 32, 3)).save(cut, "JPEG")
+    frames = [Image.fromarray(noise(8, 8, 3, seed=i)) for i in range(3)]
+    frames[0].save(animation, "GIF", save_all=True, append_images=frames[1:])
+    cases: list[tuple[Callable[[Path], object], str]] = [
+        (lambda path: (path / "a.txt").write_text(""), r"no image in it \(looked for .bmp, .*\)"),
         (
-            beside_a_class(lambda folder: (folder / "b" / "c").mkdir(parents=True)),
-            "/b: class folder without an image; add some, or remove it",
+            lambda path: (path / "a.jpg").write_bytes(cut.getvalue()[:-200]),
+            r"/a.jpg: not a usable image \(.*truncated.*\);",
         ),
         (
-            beside_a_class(lambda folder: write_image(folder / "loose.png", noise(8, 8))),
-            "loose.png lies beside class folders; move it into one",
+            lambda path: (path / "a.png").write_text("text"),
+            r"/a.png: not a usable image \(cannot identify.*; replace or",
         ),
-        (truncated_jpeg, r"/bad.jpg: not a usable image \(.*truncated.*\); replace or remove it"),
-        (lambda folder: (folder / "bad.png").write_text("text"), r"/bad.png: not a usable image \(cannot identify"),
-        (lambda folder: save_gif(folder / "bad.gif", 3), "/bad.gif: not a usable image .an animation .* of 3 frames.;"),
-        (lambda folder: write_image(folder / "0.png", noise(7, 20)), "/0.png: 20x7 pixels, smaller than 8x8; remove"),
-        (lambda folder: (folder / "lost").symlink_to("gone"), "/lost: neither a file nor a folder .*remove it"),
-        (lambda folder: os.mkfifo(folder / "bad.png"), "/bad.png: neither a file nor a folder"),
+        (lambda path: (path / "a.gif").write_bytes(animation.getvalue()), "/a.gif: .*an animation .* of 3 frames.;"),
+        (lambda path: write_image(path / "0.png", noise(7, 20)), "/0.png: 20x7 pixels, smaller than 8x8; remove"),
+        (lambda path: (path / "lost").symlink_to("gone"), "/lost: neither a file nor a folder .*remove it"),
+        (lambda path: os.mkfifo(path / "bad.png"), "/bad.png: neither a file nor a folder"),
+        (lambda path: (path / "b/c").mkdir(parents=True), "/b: class folder without an image; add some, or remove it"),
         (
-            beside_a_class(lambda folder: (folder / "a" / "loop").symlink_to(folder)),
-            "Too many levels of symbolic links.; check its permissions and links",
+            lambda path: write_image(path / "loose.png", noise(8, 8)),
+            "loose.png lies beside class folders; move it into",
         ),
-    ],
-)
-def test_what_cannot_be_read_is_named(tmp_path: Path, build: Callable[[Path], object], message: str) -> None:
-    build(tmp_path)
-    with pytest.raises(DataError, match=message) as caught:
-        image_folder(tmp_path, 8)
-    assert str(tmp_path) in str(caught.value)
-
-
-def test_arguments_that_fit_no_image(tmp_path: Path) -> None:
-    write_image(tmp_path / "0.png", noise(8, 8))
-    for folder, size, channels, message in (
+        (lambda path: (path / "a/loop").symlink_to(path), "Too many levels of symbolic links.; check its permissions"),
+    ]
+    for i, (build, message) in enumerate(cases):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        if i >= 7:  # beside a class
+            write_image(folder / "a" / "0.png", noise(8, 8))
+        build(folder)
+        with pytest.raises(DataError, match=message) as caught:
+            image_folder(folder, 8)
+        assert str(folder) in str(caught.value)
+    write_image(tmp_path / "a" / "0.png", noise(8, 8))
+    for name, size, channels, message in (
         ("gone", 8, 3, "gone: no such folder"),
         (".", 0, 3, "size=0, channels=3: give"),
         (".", 8, 2, "size=8, channels=2: give"),
-        (".", 1_000_000, 3, r"0\.png: 8x8 pixels, smaller than 1000000x1000000"),  # 3 TB are not allocated first
+        ("a", 1_000_000, 3, r"0\.png: 8x8 pixels, smaller than 1000000x1000000"),  # 3 TB are not allocated first
     ):
         with pytest.raises(DataError, match=message):
-            image_folder(tmp_path / folder, size, channels)
+            image_folder(tmp_path / name, size, channels)
 
 
 def test_deep_folders_and_many_files(tmp_path: Path) -> None:

@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 
 from jacobiflow.data import DataError, fashion_mnist, idx_folder, load_images, read_idx
 
-byte_arrays = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))
-
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -39,7 +37,7 @@ def files(draw: st.DrawFn) -> tuple[bytes, NDArray[np.uint8] | None]:
     """Any bytes; or the IDX file of an array, perhaps gzipped: with the array, or damaged."""
     if draw(st.booleans()):
         return draw(st.binary(max_size=64)), None
-    array = draw(byte_arrays)
+    array = draw(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5)))
     content = bytearray(gzip.compress(idx_bytes(array), mtime=0) if draw(st.booleans()) else idx_bytes(array))
     if draw(st.booleans()):
         return bytes(content), array
@@ -92,19 +90,17 @@ def test_an_archive_is_not_unpacked_beyond_what_its_header_says(scratch: Path) -
     assert peak < 1 << 23
 
 
-def write_folder(folder: Path, images: NDArray[np.uint8], labels: NDArray[np.uint8], stem: str = "train") -> None:
-    """`images` gzipped and `labels` plain, as both are allowed."""
-    (folder / f"{stem}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx_bytes(images)))
-    (folder / f"{stem}-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
-
-
 def test_a_folder_of_idx_files(tmp_path: Path) -> None:
-    images, labels = noise(5, 28, 28), np.array([9, 0, 3, 3, 1], np.uint8)
-    write_folder(tmp_path, images, labels, "t10k")
+    def write(images: NDArray[np.uint8], labels: list[int], stem: str = "train") -> None:
+        """`images` gzipped and `labels` plain, as both are allowed."""
+        (tmp_path / f"{stem}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx_bytes(images)))
+        (tmp_path / f"{stem}-labels-idx1-ubyte").write_bytes(idx_bytes(np.array(labels, np.uint8)))
+
+    images, labels = noise(5, 28, 28), [9, 0, 3, 3, 1]
+    write(images, labels, "t10k")
     data = idx_folder(tmp_path, "test")
     assert np.array_equal(data.images[:, 0], images)
-    assert data.labels is not None
-    assert data.labels.tolist() == labels.tolist()
+    assert data.labels is not None and data.labels.tolist() == labels
     assert data.classes == tuple("0123456789")
     assert torch.equal(load_images(str(tmp_path), 28, 1, "test").images, data.images)
     assert fashion_mnist("test", tmp_path).classes[9] == "Ankle boot"
@@ -112,19 +108,11 @@ def test_a_folder_of_idx_files(tmp_path: Path) -> None:
         idx_folder(tmp_path, "train")
     with pytest.raises(DataError, match="split='valid': give 'train' or 'test'"):
         idx_folder(tmp_path, "valid")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("images", "labels", "message"),
-    [
-        (noise(5, 4, 4), np.zeros(4, np.uint8), r"labels-idx1-ubyte: shape \(4,\), but .* holds 5 images; fetch both"),
-        (noise(5, 16), np.zeros(5, np.uint8), r"images-idx3-ubyte.gz: shape \(5, 16\); give"),
-        (noise(2, 4, 4), np.array([0, 10], np.uint8), "labels-idx1-ubyte: has label 10; give labels 0 to 9"),
-    ],
-)
-def test_files_that_do_not_fit_are_refused(
-    tmp_path: Path, images: NDArray[np.uint8], labels: NDArray[np.uint8], message: str
-) -> None:
-    write_folder(tmp_path, images, labels)
-    with pytest.raises(DataError, match=message):
-        idx_folder(tmp_path)
+    for shape, wrong, message in (
+        ((5, 4, 4), [0] * 4, r"labels-idx1-ubyte: shape \(4,\), but .* holds 5 images; fetch both"),
+        ((5, 16), [0] * 5, r"images-idx3-ubyte.gz: shape \(5, 16\); give"),
+        ((2, 4, 4), [0, 10], "labels-idx1-ubyte: has label 10; give labels 0 to 9"),
+    ):
+        write(noise(*shape), wrong)
+        with pytest.raises(DataError, match=message):
+            idx_folder(tmp_path)

@@ -92,13 +92,9 @@ def test_figures_are_of_the_noisy_images_whatever_the_batch_size(noise: Noise) -
         assert bits_per_dim(flow, data, noise, 5, size, seen.append) == pytest.approx(want, rel=1e-9)
         assert bayes_accuracy(flow, data, noise, 5, size, seen.append) == pytest.approx(share)
         assert seen == 2 * counts
-
-
-def test_class_accuracy_needs_classes_and_labels() -> None:
-    data = some_images()
-    for flow, given in ((make_flow(6), data), (make_flow(6, num_classes=3), ImageDataset(data.images, None))):
+    for other, given in ((make_flow(6), data), (flow, ImageDataset(data.images, None))):
         with pytest.raises(ValueError, match=r"^class accuracy: needs a class-conditional flow and labelled images$"):
-            bayes_accuracy(flow, given, FAINT)
+            bayes_accuracy(other, given, noise)
 
 
 def test_a_bfloat16_network_keeps_images_and_latents_in_float32() -> None:
@@ -113,12 +109,3 @@ def test_a_bfloat16_network_keeps_images_and_latents_in_float32() -> None:
     assert found.dtype == torch.float32
     assert (found - want).abs().mean() < 1.2
     assert bayes_accuracy(low, data, noise) == 1
-
-
-def test_a_prior_in_bfloat16_is_summed_in_float32() -> None:
-    flow = make_flow(image_size=6, nvp=False)
-    low, images = jf.TarFlow(flow.config).bfloat16(), torch.zeros(1, 1, 6, 6)
-    low.var.copy_(flow.var)
-    with torch.no_grad():
-        log_det = low.encode(images)[1] - low.normalize(images)[1]
-    assert float(log_det) == pytest.approx(float(-0.5 * low.var.double().log().sum()), abs=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,10 +25,8 @@ FLOWS: dict[str, Callable[[], Any]] = {
     "TarFlow of shifts": lambda: make_flow(image_size=4, num_classes=2, nvp=False),
     "TarFlow of pixels": lambda: make_flow(image_size=3, patch_size=1),
     "MAF": make_maf,
-    "MAF of few units": lambda: make_maf(hidden_features=7, num_classes=0),
     "MAF in colour": lambda: make_maf(in_channels=3, image_size=2, hidden_features=33, hidden_layers=3),
-    "MAF of one layer": lambda: make_maf(hidden_features=16, hidden_layers=1, num_blocks=3),
-    "MAF of one token": lambda: make_maf(image_size=1),
+    "MAF of one layer and few units": lambda: make_maf(hidden_features=7, hidden_layers=1, num_blocks=3, num_classes=0),
 }
 
 
@@ -53,8 +52,7 @@ def oracle_of(flow: ImageFlow) -> Any:
 
 def test_images_are_encoded_as_by_the_oracle_and_decoded_again(flow: Any) -> None:
     images, labels = images_of(flow), labels_of(flow)
-    kept = images.clone()
-    z, log_det = flow.encode(images, labels)
+    kept, (z, log_det) = images.clone(), flow.encode(images, labels)
     expected_z, expected_log_det = oracle_of(flow).encode(images, labels)
     torch.testing.assert_close(z, expected_z, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(log_det, expected_log_det, rtol=1e-10, atol=1e-9)
@@ -93,7 +91,7 @@ def test_no_label_is_a_label_below_0(name: str) -> None:
     assert (none - flow.encode(images, torch.tensor([0, 1, 2]))[0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["TarFlow", "MAF of one layer"])
+@pytest.mark.parametrize("name", ["TarFlow", "MAF"])
 def test_a_walk_gives_every_block_its_solution(name: str) -> None:
     flow = FLOWS[name]()
     labels, reference = labels_of(flow), oracle_of(flow)
@@ -121,14 +119,10 @@ def test_a_walk_takes_other_parameters() -> None:
 @pytest.mark.parametrize("name", ["TarFlow of shifts", "TarFlow", "MAF"])
 def test_a_network_in_bfloat16_keeps_tokens_in_float32(name: str) -> None:
     wide = FLOWS[name]()
-    low = type(wide)(wide.config).eval()
-    low.load_state_dict(wide.state_dict())
-    low.bfloat16()
+    low = copy.deepcopy(wide).bfloat16()
     assert (state_dtype(wide), state_dtype(low)) == (torch.float64, torch.float32)
     images, labels = images_of(wide), labels_of(wide)
-    same = low.state_dict()
-    wide = type(wide)(wide.config).double().eval()
-    wide.load_state_dict(same)  # the rounded weights
+    wide.load_state_dict(low.state_dict())  # the rounded weights
     for given in (images.float(), images.bfloat16()):
         z, log_det = low.encode(given, labels)
         assert z.dtype == log_det.dtype == torch.float32
@@ -145,9 +139,7 @@ def test_a_network_in_bfloat16_keeps_tokens_in_float32(name: str) -> None:
     ("images", "labels", "words"),
     [
         (torch.zeros(2, 1, 4, 5), None, r"shape \(2, 1, 4, 5\); this flow takes .* \(N, 1, 4, 4\)"),
-        (torch.zeros(1, 4, 4), None, r"shape \(1, 4, 4\)"),
         (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), None, "torch.uint8"),
-        (torch.zeros(2, 1, 4, 4), torch.tensor([0]), "give 2 whole numbers"),
         (torch.zeros(2, 1, 4, 4), torch.tensor([0.0, 1.0]), "give 2 whole numbers"),
         (torch.zeros(2, 1, 4, 4), torch.tensor([0, 3]), "label 3: this flow has classes 0 to 2"),
     ],

@@ -81,12 +81,12 @@ def test_encodes_as_the_original(name: str, rows: str) -> None:
         z, log_det = flow.normalize(tensors["images"], labels)
         z_scaled, log_det_scaled = flow.encode(tensors["images"], labels)
 
-    assert_close(z, tensors[f"encode.{rows}.z"], ROUNDING)
     # The original takes the mean of the log-determinant over dimensions, ours is their sum in nats.
     dimensions = flow.config.num_tokens * flow.config.token_channels
     assert_close(log_det, tensors[f"encode.{rows}.log_det"] * dimensions, ROUNDING)
     # The original leaves the prior's variance to its loss and its sampling.
-    assert_close(z_scaled * flow.var.sqrt(), tensors[f"encode.{rows}.z"], ROUNDING)
+    for have in (z, z_scaled * flow.var.sqrt()):
+        assert_close(have, tensors[f"encode.{rows}.z"], ROUNDING)
     assert_close(log_det_scaled + 0.5 * flow.var.log().sum(), tensors[f"encode.{rows}.log_det"] * dimensions, ROUNDING)
 
 
