@@ -7,8 +7,8 @@ import io
 import os
 import resource
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,11 +62,9 @@ def bicubic(length: int, size: int) -> NDArray[np.float64]:
     return np.asarray(weights / weights.sum(1, keepdims=True))
 
 
-@pytest.mark.parametrize(("height", "width", "resized"), [(7, 10, (7, 10)), (13, 20, (7, 11)), (31, 8, (27, 7))])
-def test_the_shorter_side_is_resized_and_the_centre_cropped(
-    tmp_path: Path, height: int, width: int, resized: tuple[int, int]
-) -> None:
-    pixels = noise(height, width)
+@pytest.mark.parametrize(("shape", "resized"), [((7, 10), (7, 10)), ((13, 20), (7, 11)), ((31, 8), (27, 7))])
+def test_the_shorter_side_is_resized_and_the_centre_cropped(tmp_path: Path, shape: Any, resized: Any) -> None:
+    (height, width), pixels = shape, noise(*shape)
     write_image(tmp_path / "0.png", pixels)
     rows = np.clip(np.rint(pixels @ bicubic(width, resized[1]).T), 0, 255)
     both = np.clip(np.rint(bicubic(height, resized[0]) @ rows), 0, 255)
@@ -99,33 +97,24 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     Image.fromarray(noise(32, 32, 3)).save(cut, "JPEG")
     frames = [Image.fromarray(noise(8, 8, 3, seed=i)) for i in range(3)]
     frames[0].save(animation, "GIF", save_all=True, append_images=frames[1:])
-    cases: list[tuple[Callable[[Path], object], str]] = [
-        (lambda path: (path / "a.txt").write_text(""), r"no image in it \(looked for .bmp, .*\)"),
-        (
-            lambda path: (path / "a.jpg").write_bytes(cut.getvalue()[:-200]),
-            r"/a.jpg: not a usable image \(.*truncated.*\);",
-        ),
-        (
-            lambda path: (path / "a.png").write_text("text"),
-            r"/a.png: not a usable image \(cannot identify.*; replace or",
-        ),
-        (lambda path: (path / "a.gif").write_bytes(animation.getvalue()), "/a.gif: .*an animation .* of 3 frames.;"),
-        (lambda path: write_image(path / "0.png", noise(7, 20)), "/0.png: 20x7 pixels, smaller than 8x8; remove"),
-        (lambda path: (path / "lost").symlink_to("gone"), "/lost: neither a file nor a folder .*remove it"),
-        (lambda path: os.mkfifo(path / "bad.png"), "/bad.png: neither a file nor a folder"),
-        (lambda path: (path / "b/c").mkdir(parents=True), "/b: class folder without an image; add some, or remove it"),
-        (
-            lambda path: write_image(path / "loose.png", noise(8, 8)),
-            "loose.png lies beside class folders; move it into",
-        ),
-        (lambda path: (path / "a/loop").symlink_to(path), "Too many levels of symbolic links.; check its permissions"),
+    cases: list[tuple[Any, str, str]] = [  # a file's content or how it is made, its path, the message
+        (b"", "a.txt", r"no image in it \(looked for .bmp, .*\)"),
+        (cut.getvalue()[:-200], "a.jpg", r"/a.jpg: not a usable image \(.*truncated.*\); replace or remove it"),
+        (b"text", "a.png", r"/a.png: not a usable image \(cannot identify"),
+        (animation.getvalue(), "a.gif", "/a.gif: not a usable image .an animation .* of 3 frames.;"),
+        (lambda path: write_image(path, noise(7, 20)), "0.png", "/0.png: 20x7 pixels, smaller than 8x8; remove"),
+        (lambda path: path.symlink_to("gone"), "lost", "/lost: neither a file nor a folder .*remove it"),
+        (os.mkfifo, "bad.png", "/bad.png: neither a file nor a folder"),
+        (lambda path: path.mkdir(parents=True), "b/c", "/b: class folder without an image; add some, or remove it"),
+        (lambda path: write_image(path, noise(8, 8)), "0.png", "0.png lies beside class folders; move it into one"),
+        (lambda path: path.symlink_to(".."), "a/loop", "Too many levels of symbolic links.; check its permissions"),
     ]
-    for i, (build, message) in enumerate(cases):
+    for i, (made, name, message) in enumerate(cases):
         folder = tmp_path / str(i)
         folder.mkdir()
         if i >= 7:  # beside a class
             write_image(folder / "a" / "0.png", noise(8, 8))
-        build(folder)
+        made(folder / name) if callable(made) else (folder / name).write_bytes(made)
         with pytest.raises(DataError, match=message) as caught:
             image_folder(folder, 8)
         assert str(folder) in str(caught.value)
@@ -142,20 +131,17 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_deep_folders_and_many_files(tmp_path: Path) -> None:
     """Deeper than Python's stack allows, and more files than the process may open."""
-    inner, descriptor = tmp_path / "a", os.open(tmp_path, os.O_RDONLY)
-    inner.mkdir()
     for i in range(40):
-        write_image(inner / f"{i:02d}.png", noise(4, 4, seed=i))
-    write_image(inner.joinpath(*["a"] * 150) / "last.png", noise(4, 4))
+        write_image(tmp_path / "a" / f"{i:02d}.png", noise(4, 4))
+    write_image(tmp_path.joinpath(*["a"] * 150) / "last.png", noise(4, 4))
     (soft, hard), depth = resource.getrlimit(resource.RLIMIT_NOFILE), sys.getrecursionlimit()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptor + 10, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 10, hard))
     sys.setrecursionlimit(len(inspect.stack()) + 100)
     try:
         assert len(image_folder(tmp_path, 4)) == 41
     finally:
         sys.setrecursionlimit(depth)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        os.close(descriptor)
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of odd metadata

@@ -64,30 +64,25 @@ def test_files_are_read_and_damaged_ones_refused(scratch: Path, file: tuple[byte
         assert array is None or np.array_equal(read, array)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_errors_say_what_is_wrong_and_an_archive_is_not_unpacked_beyond_its_header(scratch: Path) -> None:
+    whole = idx_bytes(noise(3, 2))
+    scratch.unlink(missing_ok=True)
+    with pytest.raises(DataError, match=f"{scratch}: cannot be read .No such file or directory.; check the path"):
+        read_idx(scratch)
+    for content, message in (
         (b"\0\0\x0d\x01\0\0\0\0", "starts with 00 00 0d 01, not as an IDX file of unsigned bytes"),
         (b"\0\0\x08\x03\0\0", "truncated inside its header of 16 bytes; fetch"),
-        (idx_bytes(noise(3, 2))[:-1], r"header \(3, 2\) asks for 6 bytes, it holds 5; fetch"),
-        (gzip.compress(idx_bytes(noise(3, 2)))[:-2], "broken gzip data .*; fetch"),
-        (None, "cannot be read .No such file or directory.; check the path"),
-    ],
-)
-def test_errors_say_what_is_wrong(scratch: Path, content: bytes | None, message: str) -> None:
-    scratch.unlink(missing_ok=True) if content is None else scratch.write_bytes(content)
-    with pytest.raises(DataError, match=f"{scratch}: .*{message}"):
-        read_idx(scratch)
-
-
-def test_an_archive_is_not_unpacked_beyond_what_its_header_says(scratch: Path) -> None:
-    scratch.write_bytes(gzip.compress(idx_bytes(noise(3)) + bytes(1 << 25), compresslevel=1))
-    tracemalloc.start()
-    with pytest.raises(DataError, match="asks for 3 bytes, it holds more"):
-        read_idx(scratch)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1 << 23
+        (whole[:-1], r"header \(3, 2\) asks for 6 bytes, it holds 5; fetch"),
+        (gzip.compress(whole)[:-2], "broken gzip data .*; fetch"),
+        (gzip.compress(whole + bytes(1 << 25), compresslevel=1), "asks for 6 bytes, it holds more"),
+    ):
+        scratch.write_bytes(content)
+        tracemalloc.start()
+        with pytest.raises(DataError, match=f"{scratch}: .*{message}"):
+            read_idx(scratch)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1 << 23
 
 
 def test_a_folder_of_idx_files(tmp_path: Path) -> None:

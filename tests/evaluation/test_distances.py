@@ -48,13 +48,8 @@ def between(real: Tensor, fake: Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def network() -> FashionFeatures:
-    return FashionFeatures.bundled()
-
-
-@pytest.fixture(scope="module")
-def features(network: FashionFeatures) -> Tensor:
-    return extract(network, [bundled_fashion().images[:300]])
+def features() -> Tensor:
+    return extract(FashionFeatures.bundled(), [bundled_fashion().images[:300]])
 
 
 @pytest.mark.parametrize(("num", "other", "dim"), [(9, 12, 1), (300, 200, 17), (2, 2, 3), (5, 100, 32), (100, 5, 32)])
@@ -68,8 +63,8 @@ def test_frechet_distance_is_numpys(num: int, other: int, dim: int) -> None:
     assert between(real, real + v) == pytest.approx(float(v.square().sum()), rel=1e-6)
 
 
-def test_fashion_fid_is_that_of_torchmetrics(network: FashionFeatures, features: Tensor) -> None:
-    images = bundled_fashion().images[:300]
+def test_fashion_fid_is_that_of_torchmetrics(features: Tensor) -> None:
+    network, images = FashionFeatures.bundled(), bundled_fashion().images[:300]
     noise = 40 * torch.randn(images[:200].shape, generator=torch.Generator().manual_seed(0))
     noisy = (images[:200] + noise).round().clamp(0, 255).to(torch.uint8)
     metric = FrechetInceptionDistance(feature=network)
@@ -176,20 +171,16 @@ def unbiased_mmd(real: Tensor, fake: Tensor) -> float:
     return float(sum(k[~np.eye(len(k), dtype=bool)].mean() for k in (xx, yy)) - 2 * xy.mean())
 
 
-@pytest.mark.parametrize(("num", "dim"), [(2, 3), (30, 1), (100, 64)])
-def test_kernel_distance_of_whole_sets_is_numpys(num: int, dim: int) -> None:
-    real, fake = normal(num, dim), normal(num, dim, seed=1)
-    mean, std = kernel_distance(real, fake)
-    assert mean == pytest.approx(unbiased_mmd(real, fake), rel=1e-9)
-    assert std == pytest.approx(0, abs=1e-9 * abs(mean))
-
-
-def test_kernel_distance_of_subsets_follows_its_seed_and_no_other() -> None:
+def test_kernel_distance_is_numpys_and_of_subsets_follows_its_seed_alone() -> None:
+    for num, dim in ((2, 3), (30, 1), (100, 64)):
+        real, fake = normal(num, dim), normal(num, dim, seed=1)
+        mean, std = kernel_distance(real, fake)
+        assert mean == pytest.approx(unbiased_mmd(real, fake), rel=1e-9)
+        assert std == pytest.approx(0, abs=1e-9 * abs(mean))
     real, fake, before = normal(90, 4), normal(50, 4, seed=1), torch.get_rng_state()
     mean, std = kernel_distance(real, fake, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
-    assert kernel_distance(real, fake, seed=3) == (mean, std)
-    assert kernel_distance(real, fake, seed=1) != (mean, std)
+    assert kernel_distance(real, fake, seed=3) == (mean, std) != kernel_distance(real, fake, seed=1)
     assert std > 0
     assert mean == pytest.approx(unbiased_mmd(real, fake), abs=5 * std / 100**0.5)
 
@@ -204,12 +195,11 @@ def covered(centres: Tensor, points: Tensor) -> float:
     return float(hit.mean())
 
 
-@pytest.mark.parametrize("sizes", [(4, 4, 2), (60, 90, 2), (50, 200, 64), None])
-def test_precision_and_recall_are_numpys(sizes: tuple[int, int, int] | None, features: Tensor) -> None:
-    if sizes is None:
-        real, fake = features[:200], 1.1 * features[200:]
-    else:
-        real, fake = normal(sizes[0], sizes[2]), normal(sizes[1], sizes[2], seed=1)
-    assert precision_recall(real, fake) == pytest.approx((covered(real, fake), covered(fake, real)), abs=1e-6)
-    assert precision_recall(real, real) == (1, 1)
-    assert precision_recall(real, real + 1000) == (0, 0)
+def test_precision_and_recall_are_numpys(features: Tensor) -> None:
+    drawn = [
+        (normal(real, dim), normal(fake, dim, seed=1)) for real, fake, dim in ((4, 4, 2), (60, 90, 2), (50, 200, 64))
+    ]
+    for real, fake in (*drawn, (features[:200], 1.1 * features[200:])):
+        assert precision_recall(real, fake) == pytest.approx((covered(real, fake), covered(fake, real)), abs=1e-6)
+        assert precision_recall(real, real) == (1, 1)
+        assert precision_recall(real, real + 1000) == (0, 0)

@@ -55,18 +55,6 @@ def test_bits_are_those_under_the_labels(labelled: bool) -> None:
     assert bits_per_dim(class_flow(), given, FAINT) == pytest.approx(float(-nats / math.log(2) + 7), abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("noise", "centre", "variance"),
-    [(Noise("uniform"), 200.5 / 128 - 1, 1 / 128**2 / 12), (Noise("gaussian", 0.3), 200 / 127.5 - 1, 0.3**2)],
-)
-def test_bits_of_dequantised_and_of_noisy_images(noise: Noise, centre: float, variance: float) -> None:
-    """Under the identity flow a pixel costs E[x^2] / 2 nats and a constant; 200 x 36 pixels are drawn."""
-    grey = ImageDataset(torch.full((200, 1, 6, 6), 200, dtype=torch.uint8), None)
-    want = (0.5 * (centre**2 + variance) + 0.5 * math.log(2 * math.pi)) / math.log(2) + 7
-    deviation = 0.5 * math.sqrt(4 * centre**2 * variance + 2 * variance**2) / math.sqrt(200 * 36) / math.log(2)
-    assert bits_per_dim(class_flow(0 * MEANS), grey, noise) == pytest.approx(want, abs=5 * deviation)
-
-
 def test_bayes_accuracy_is_that_of_the_nearest_mean() -> None:
     grey = torch.tensor([-0.9, -0.5, -0.3, 0.0, 0.3, 0.45, 0.9, 1.0])
     nearest = [0, 0, 1, 1, 1, 2, 2, 2]

@@ -13,7 +13,6 @@ import torch
 from checkpoints import SMALL, assert_same, error_of, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
 from jacobiflow.flows.tarflow.original import infer_config, read_original
@@ -66,38 +65,33 @@ def test_half_precision_strides_the_old_format_and_the_prefix_of_parallel_traini
     assert "no 'blocks.0.proj_in.weight'" in error_of(TarFlow.from_original, pth, SMALL)
 
 
-@pytest.mark.parametrize(
-    ("change", "remedy"),
-    [
+def test_a_config_that_the_shapes_contradict_is_refused(pth: Path) -> None:
+    for change, remedy in (
         ({"channels": 16, "num_blocks": 10**9}, "channels=8 rather than 16, num_blocks=2 rather than 1000000000"),
         ({"layers_per_block": 2, "num_classes": 0}, "layers_per_block=1 rather than 2, num_classes=3 rather than 0"),
         ({"nvp": False, "expansion": 4}, "nvp=True rather than False, expansion=2 rather than 4"),
         ({"image_size": 4096, "patch_size": 1}, "image_size=4 rather than 4096, patch_size=2 rather than 1"),
         ({"in_channels": 3}, "in_channels=1 rather than 3"),
-    ],
-)
-def test_a_config_that_the_shapes_contradict_is_refused(pth: Path, change: dict[str, Any], remedy: str) -> None:
-    message = error_of(TarFlow.from_original, pth, replace(SMALL, **change))
-    assert message == f"{pth}: does not fit the config: the shapes say {remedy}"
+    ):
+        message = error_of(TarFlow.from_original, pth, replace(SMALL, **change))  # type: ignore[arg-type]
+        assert message == f"{pth}: does not fit the config: the shapes say {remedy}"
 
 
-@pytest.mark.parametrize(
-    ("name", "tensor", "words"),
-    [
-        ("blocks.0.attn_mask", torch.ones(4, 4), "expected ones on and below the diagonal of (4, 4), zeros above"),
+def test_a_tensor_that_does_not_fit_is_named(pth: Path) -> None:
+    bias, ones = "blocks.0.proj_in.bias", torch.ones(8)
+    for name, tensor, words in (
+        ("blocks.0.attn_mask", torch.ones(4, 4), ": expected ones on and below the diagonal of (4, 4), zeros above"),
         ("blocks.1.attn_mask", None, "blocks.1.attn_mask: expected ones"),
         ("blocks.1.attn_mask", torch.ones(4, 4).tril().to_sparse(), "blocks.1.attn_mask: expected ones"),
-        ("blocks.0.proj_in.bias", torch.ones(8).bool(), "blocks.0.proj_in.bias torch.bool"),
-        ("blocks.0.proj_in.bias", torch.ones(8).to_sparse(), "expected dense floating-point values"),
-        ("blocks.0.proj_in.bias", torch.full((8,), torch.nan), "blocks.0.proj_in.bias has non-finite values"),
-        ("blocks.999999999.x", torch.ones(1), "one is numbered 999999999"),
-        ("blocks.0.attn_mask.x", torch.ones(1), "blocks.0.attn_mask.x (1,): unknown"),
-    ],
-)  # fmt: skip
-def test_a_tensor_that_does_not_fit_is_named(pth: Path, name: str, tensor: Tensor | None, words: str) -> None:
-    state = original_state(make()) | {name: tensor}
-    torch.save({key: value for key, value in state.items() if value is not None}, pth)
-    assert words in error_of(TarFlow.from_original, pth, SMALL)
+        (bias, ones.bool(), "blocks.0.proj_in.bias torch.bool"),
+        (bias, ones.to_sparse(), "expected dense floating-point values"),
+        (bias, torch.nan * ones, "blocks.0.proj_in.bias has non-finite values"),
+        ("blocks.999999999.x", ones, "one is numbered 999999999"),
+        ("blocks.0.attn_mask.x", ones, "blocks.0.attn_mask.x (8,): unknown"),
+    ):
+        state = original_state(make()) | {name: tensor}
+        torch.save({key: value for key, value in state.items() if value is not None}, pth)
+        assert words in error_of(TarFlow.from_original, pth, SMALL)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
