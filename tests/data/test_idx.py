@@ -20,7 +20,6 @@ from jacobiflow.data import DataError, fashion_mnist, idx_folder, load_images, r
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One file, written anew for each of Hypothesis's examples."""
     return tmp_path_factory.mktemp("scratch") / "file"
 
 

@@ -14,8 +14,6 @@ from jacobiflow.data import ImageDataset, Noise, noisy_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-EVERY = torch.arange(11)
-
 
 def some_data() -> ImageDataset:
     levels = torch.randint(256, (11, 1, 6, 6), generator=torch.Generator().manual_seed(0))
@@ -38,7 +36,7 @@ def by_hand(data: ImageDataset, noise: Noise, seed: int) -> Tensor:
 @pytest.mark.parametrize(("noise", "seed"), [(Noise("gaussian", 0.3), 2**63 - 1), (Noise("uniform"), 0)])
 def test_images_get_the_noise_of_their_seed_and_place(noise: Noise, seed: int) -> None:
     data = some_data()
-    whole = noisy_images(data, EVERY, noise, seed)
+    whole = noisy_images(data, torch.arange(11), noise, seed)
     assert whole.dtype == torch.float32
     assert (whole - by_hand(data, noise, seed)).abs().max() < 1e-6
     assert torch.equal(data.images, some_data().images)
@@ -46,7 +44,7 @@ def test_images_get_the_noise_of_their_seed_and_place(noise: Noise, seed: int) -
     for index in ([10, 0, 3], [2, 2]):
         assert torch.equal(noisy_images(data, torch.tensor(index), noise, seed), whole[index])
     assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(noisy_images(data, EVERY, noise, seed=1), whole)
+    assert not torch.equal(noisy_images(data, torch.arange(11), noise, seed=1), whole)
 
 
 @pytest.mark.parametrize(("kind", "std"), [("gaussian", 0.0), ("gaussian", math.nan), ("uniform", 0.1), ("pink", 0.1)])

@@ -32,21 +32,15 @@ from jacobiflow.data import (
 PACKAGE = Path(sources.__file__).parent
 
 
-def test_bundled_images() -> None:
-    data = bundled_fashion()
-    assert data.images.shape == (512, 1, 28, 28)
-    assert data.labels is not None and data.labels.bincount().tolist() == [52, 52] + [51] * 8
-    assert data.classes == FASHION_MNIST_CLASSES
-    assert len(data.images.flatten(1).unique(dim=0)) == 512
+def test_bundled_images_and_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    fashion, data = bundled_fashion(), digits()
+    assert (fashion.images.shape, data.images.shape) == ((512, 1, 28, 28), (1797, 1, 8, 8))
+    assert fashion.labels is not None and fashion.labels.bincount().tolist() == [52, 52] + [51] * 8
+    assert (fashion.classes, data.classes) == (FASHION_MNIST_CLASSES, tuple("0123456789"))
+    assert len(fashion.images.flatten(1).unique(dim=0)) == 512
     assert "Copyright (c) 2017 Zalando SE" in (PACKAGE / "FASHION_MNIST_LICENSE").read_text()
-
-
-def test_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = digits()
-    assert data.images.shape == (1797, 1, 8, 8)
     assert data.images.unique().tolist() == [math.floor(k * 255 / 16 + 0.5) for k in range(17)]
     assert data.labels is not None and data.labels.unique().tolist() == list(range(10))
-    assert data.classes == tuple("0123456789")
     images, labels = data.batch(torch.tensor([5, 3]))
     assert torch.equal(images, scale(data.images[[5, 3]]))
     assert labels is not None and labels.tolist() == [5, 3]

@@ -29,7 +29,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def normal(num: int, dim: int, seed: int = 0) -> Tensor:
-    """Correlated features whose mean is not 0."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(dim, dim, generator=generator, dtype=torch.float64) / dim**0.5
     return torch.randn(num, dim, generator=generator, dtype=torch.float64) @ mixing + mixing[0]

@@ -23,9 +23,8 @@ MEANS = torch.tensor([-0.8, 0.1, 0.7])
 def class_flow(means: Tensor = MEANS) -> jf.TarFlow:
     """A flow under which every pixel of class y, outside the first token, is of N(means[y], 1)."""
     config = jf.TarFlowConfig(
-        in_channels=1, image_size=6, patch_size=2, channels=4, num_blocks=1, layers_per_block=1, num_classes=3,
-        nvp=False, head_dim=4,
-    )  # fmt: skip
+        1, 6, 2, channels=4, num_blocks=1, layers_per_block=1, num_classes=3, nvp=False, head_dim=4
+    )
     flow = jf.TarFlow(config).double()
     block = flow.blocks[0]
     for parameter in block.parameters():

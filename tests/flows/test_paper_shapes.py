@@ -62,9 +62,8 @@ def test_steps_at_rounded_contexts_are_the_sequential_loop(guidance: jf.Guidance
         torch.testing.assert_close(runner(z), exact, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", script.SHAPES)
-def test_windows_evaluate_tokens_as_often_as_the_papers_segments(name: str) -> None:
-    shape = script.SHAPES[name]
+@pytest.mark.parametrize("shape", script.SHAPES.values())
+def test_windows_evaluate_tokens_as_often_as_the_papers_segments(shape: Any) -> None:
     length = shape.preset.config.num_tokens
     assert sum(shape.solvers.values()) == shape.preset.config.num_blocks == 8
     for solver in shape.solvers:

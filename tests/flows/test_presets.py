@@ -20,27 +20,16 @@ import jacobiflow as jf
     ],
 )
 def test_presets_are_those_of_the_tables(name: str, sizes: tuple[Any, ...], settings: tuple[Any, ...]) -> None:
-    """Also every tensor of the original's checkpoints, but the masks, by its name."""
     preset, (tokens, token_channels, channels, classes, noise) = jf.PRESETS[name], sizes
     config = preset.config
-    assert (
-        preset.guidance_weight,
-        preset.denoise,
-        preset.attn_temperature,
-        preset.strategy,
-        preset.annealed,
-    ) == settings
+    given = (preset.guidance_weight, preset.denoise, preset.attn_temperature, preset.strategy, preset.annealed)
+    assert given == settings
     assert (config.num_tokens, config.token_channels) == (tokens, token_channels)
     assert (config.channels, config.num_classes, config.noise_std) == (channels, classes, noise)
     with torch.device("meta"):
         state = jf.TarFlow(config).state_dict()
-    layer = [f"attention.{name}" for name in ("norm", "qkv", "proj")] + ["mlp.norm", "mlp.main.0", "mlp.main.2"]
-    modules = ["proj_in", "proj_out"] + [f"attn_blocks.{m}.{part}" for m in range(8) for part in layer]
-    tensors = ["pos_embed"] + [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
-    if classes:
-        tensors.append("class_embed")
-        assert state["blocks.7.class_embed"].shape == (classes, 1, channels)
-    assert set(state) == {"var"} | {f"blocks.{n}.{tensor}" for n in range(8) for tensor in tensors}
+    assert len(state) == 1 + 8 * (5 + bool(classes) + 8 * 12)
+    assert not classes or state["blocks.7.class_embed"].shape == (classes, 1, channels)
     assert state["blocks.0.proj_out.weight"].shape == (2 * token_channels, channels)
     assert state["var"].shape == (tokens, token_channels)
     assert len(jf.PRESETS) == 4
