@@ -11,10 +11,8 @@ from torch import Tensor
 
 import jacobiflow as jf
 
-SMALL = jf.TarFlowConfig(
-    in_channels=1, image_size=4, patch_size=2, channels=8, num_blocks=2, layers_per_block=1, num_classes=3,
-    head_dim=4, expansion=2, noise_std=0.1,
-)  # fmt: skip
+SIZES = {"channels": 8, "num_blocks": 2, "layers_per_block": 1, "num_classes": 3, "head_dim": 4, "expansion": 2}
+SMALL = jf.TarFlowConfig(1, 4, 2, **SIZES, noise_std=0.1)
 
 
 def make(config: jf.TarFlowConfig = SMALL, seed: int = 0) -> jf.TarFlow:

@@ -7,8 +7,8 @@ import io
 import os
 import resource
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,8 +45,7 @@ def test_a_class_for_each_subfolder_in_order_of_name(tmp_path: Path) -> None:
     (folder / "b" / "link.csv").symlink_to(folder / "a" / "readme.txt")
     data = image_folder(folder, 4)
     assert data.classes == ("a", "b", "c")
-    assert data.labels is not None
-    assert data.labels.tolist() == [0, 0, 1, 1, 1, 2]
+    assert data.labels is not None and data.labels.tolist() == [0, 0, 1, 1, 1, 2]
     assert np.array_equal(data.images.permute(0, 2, 3, 1), pixels[[0, 5, 1, 2, 3, 4]])
     (folder / "b" / "inner" / "0.bmp").unlink()
     flat = image_folder(folder / "b", 4)  # a folder without classes
@@ -63,11 +62,9 @@ def bicubic(length: int, size: int) -> NDArray[np.float64]:
     return np.asarray(weights / weights.sum(1, keepdims=True))
 
 
-@pytest.mark.parametrize(("height", "width", "resized"), [(7, 10, (7, 10)), (13, 20, (7, 11)), (31, 8, (27, 7))])
-def test_the_shorter_side_is_resized_and_the_centre_cropped(
-    tmp_path: Path, height: int, width: int, resized: tuple[int, int]
-) -> None:
-    pixels = noise(height, width)
+@pytest.mark.parametrize(("shape", "resized"), [((7, 10), (7, 10)), ((13, 20), (7, 11)), ((31, 8), (27, 7))])
+def test_the_shorter_side_is_resized_and_the_centre_cropped(tmp_path: Path, shape: Any, resized: Any) -> None:
+    (height, width), pixels = shape, noise(*shape)
     write_image(tmp_path / "0.png", pixels)
     rows = np.clip(np.rint(pixels @ bicubic(width, resized[1]).T), 0, 255)
     both = np.clip(np.rint(bicubic(height, resized[0]) @ rows), 0, 255)
@@ -95,80 +92,56 @@ def test_every_mode_becomes_grey_or_colour(tmp_path: Path) -> None:
     assert np.array_equal(found[3:], np.broadcast_to(levels, (3, 16, 16)))
 
 
-def save_gif(path: Path, frames: int) -> None:
-    first, *rest = (Image.fromarray(noise(8, 8, 3, seed=i)) for i in range(frames))
-    first.save(path, save_all=True, append_images=rest)
-
-
-def truncated_jpeg(folder: Path) -> None:
-    path = write_image(folder / "bad.jpg", noise(32, 32, 3))
-    path.write_bytes(path.read_bytes()[:-200])
-
-
-def beside_a_class(build: Callable[[Path], object]) -> Callable[[Path], object]:
-    """First a class with an image, then `build`."""
-    return lambda folder: (write_image(folder / "a" / "0.png", noise(8, 8)), build(folder))
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda folder: (folder / "a.txt").write_text(""), r"no image in it \(looked for .bmp, .*\)"),
-        (
-            beside_a_class(lambda folder: (folder / "b" / "c").mkdir(parents=True)),
-            "/b: class folder without an image; add some, or remove it",
-        ),
-        (
-            beside_a_class(lambda folder: write_image(folder / "loose.png", noise(8, 8))),
-            "loose.png lies beside class folders; move it into one",
-        ),
-        (truncated_jpeg, r"/bad.jpg: not a usable image \(.*truncated.*\); replace or remove it"),
-        (lambda folder: (folder / "bad.png").write_text("text"), r"/bad.png: not a usable image \(cannot identify"),
-        (lambda folder: save_gif(folder / "bad.gif", 3), "/bad.gif: not a usable image .an animation .* of 3 frames.;"),
-        (lambda folder: write_image(folder / "0.png", noise(7, 20)), "/0.png: 20x7 pixels, smaller than 8x8; remove"),
-        (lambda folder: (folder / "lost").symlink_to("gone"), "/lost: neither a file nor a folder .*remove it"),
-        (lambda folder: os.mkfifo(folder / "bad.png"), "/bad.png: neither a file nor a folder"),
-        (
-            beside_a_class(lambda folder: (folder / "a" / "loop").symlink_to(folder)),
-            "Too many levels of symbolic links.; check its permissions and links",
-        ),
-    ],
-)
-def test_what_cannot_be_read_is_named(tmp_path: Path, build: Callable[[Path], object], message: str) -> None:
-    build(tmp_path)
-    with pytest.raises(DataError, match=message) as caught:
-        image_folder(tmp_path, 8)
-    assert str(tmp_path) in str(caught.value)
-
-
-def test_arguments_that_fit_no_image(tmp_path: Path) -> None:
-    write_image(tmp_path / "0.png", noise(8, 8))
-    for folder, size, channels, message in (
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    cut, animation = io.BytesIO(), io.BytesIO()
+    Image.fromarray(noise(32, 32, 3)).save(cut, "JPEG")
+    frames = [Image.fromarray(noise(8, 8, 3, seed=i)) for i in range(3)]
+    frames[0].save(animation, "GIF", save_all=True, append_images=frames[1:])
+    cases: list[tuple[Any, str, str]] = [  # a file's content or how it is made, its path, the message
+        (b"", "a.txt", r"no image in it \(looked for .bmp, .*\)"),
+        (cut.getvalue()[:-200], "a.jpg", r"/a.jpg: not a usable image \(.*truncated.*\); replace or remove it"),
+        (b"text", "a.png", r"/a.png: not a usable image \(cannot identify"),
+        (animation.getvalue(), "a.gif", "/a.gif: not a usable image .an animation .* of 3 frames.;"),
+        (lambda path: write_image(path, noise(7, 20)), "0.png", "/0.png: 20x7 pixels, smaller than 8x8; remove"),
+        (lambda path: path.symlink_to("gone"), "lost", "/lost: neither a file nor a folder .*remove it"),
+        (os.mkfifo, "bad.png", "/bad.png: neither a file nor a folder"),
+        (lambda path: path.mkdir(parents=True), "b/c", "/b: class folder without an image; add some, or remove it"),
+        (lambda path: write_image(path, noise(8, 8)), "0.png", "0.png lies beside class folders; move it into one"),
+        (lambda path: path.symlink_to(".."), "a/loop", "Too many levels of symbolic links.; check its permissions"),
+    ]
+    for i, (made, name, message) in enumerate(cases):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        if i >= 7:  # beside a class
+            write_image(folder / "a" / "0.png", noise(8, 8))
+        made(folder / name) if callable(made) else (folder / name).write_bytes(made)
+        with pytest.raises(DataError, match=message) as caught:
+            image_folder(folder, 8)
+        assert str(folder) in str(caught.value)
+    write_image(tmp_path / "a" / "0.png", noise(8, 8))
+    for name, size, channels, message in (
         ("gone", 8, 3, "gone: no such folder"),
         (".", 0, 3, "size=0, channels=3: give"),
         (".", 8, 2, "size=8, channels=2: give"),
-        (".", 1_000_000, 3, r"0\.png: 8x8 pixels, smaller than 1000000x1000000"),  # 3 TB are not allocated first
+        ("a", 1_000_000, 3, r"0\.png: 8x8 pixels, smaller than 1000000x1000000"),  # 3 TB are not allocated first
     ):
         with pytest.raises(DataError, match=message):
-            image_folder(tmp_path / folder, size, channels)
+            image_folder(tmp_path / name, size, channels)
 
 
 def test_deep_folders_and_many_files(tmp_path: Path) -> None:
     """Deeper than Python's stack allows, and more files than the process may open."""
-    inner, descriptor = tmp_path / "a", os.open(tmp_path, os.O_RDONLY)
-    inner.mkdir()
     for i in range(40):
-        write_image(inner / f"{i:02d}.png", noise(4, 4, seed=i))
-    write_image(inner.joinpath(*["a"] * 150) / "last.png", noise(4, 4))
+        write_image(tmp_path / "a" / f"{i:02d}.png", noise(4, 4))
+    write_image(tmp_path.joinpath(*["a"] * 150) / "last.png", noise(4, 4))
     (soft, hard), depth = resource.getrlimit(resource.RLIMIT_NOFILE), sys.getrecursionlimit()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptor + 10, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 10, hard))
     sys.setrecursionlimit(len(inspect.stack()) + 100)
     try:
         assert len(image_folder(tmp_path, 4)) == 41
     finally:
         sys.setrecursionlimit(depth)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        os.close(descriptor)
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of odd metadata

@@ -17,12 +17,9 @@ from numpy.typing import NDArray
 
 from jacobiflow.data import DataError, fashion_mnist, idx_folder, load_images, read_idx
 
-byte_arrays = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))
-
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One file, written anew for each of Hypothesis's examples."""
     return tmp_path_factory.mktemp("scratch") / "file"
 
 
@@ -39,7 +36,7 @@ def files(draw: st.DrawFn) -> tuple[bytes, NDArray[np.uint8] | None]:
     """Any bytes; or the IDX file of an array, perhaps gzipped: with the array, or damaged."""
     if draw(st.booleans()):
         return draw(st.binary(max_size=64)), None
-    array = draw(byte_arrays)
+    array = draw(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5)))
     content = bytearray(gzip.compress(idx_bytes(array), mtime=0) if draw(st.booleans()) else idx_bytes(array))
     if draw(st.booleans()):
         return bytes(content), array
@@ -66,45 +63,38 @@ def test_files_are_read_and_damaged_ones_refused(scratch: Path, file: tuple[byte
         assert array is None or np.array_equal(read, array)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_errors_say_what_is_wrong_and_an_archive_is_not_unpacked_beyond_its_header(scratch: Path) -> None:
+    whole = idx_bytes(noise(3, 2))
+    scratch.unlink(missing_ok=True)
+    with pytest.raises(DataError, match=f"{scratch}: cannot be read .No such file or directory.; check the path"):
+        read_idx(scratch)
+    for content, message in (
         (b"\0\0\x0d\x01\0\0\0\0", "starts with 00 00 0d 01, not as an IDX file of unsigned bytes"),
         (b"\0\0\x08\x03\0\0", "truncated inside its header of 16 bytes; fetch"),
-        (idx_bytes(noise(3, 2))[:-1], r"header \(3, 2\) asks for 6 bytes, it holds 5; fetch"),
-        (gzip.compress(idx_bytes(noise(3, 2)))[:-2], "broken gzip data .*; fetch"),
-        (None, "cannot be read .No such file or directory.; check the path"),
-    ],
-)
-def test_errors_say_what_is_wrong(scratch: Path, content: bytes | None, message: str) -> None:
-    scratch.unlink(missing_ok=True) if content is None else scratch.write_bytes(content)
-    with pytest.raises(DataError, match=f"{scratch}: .*{message}"):
-        read_idx(scratch)
-
-
-def test_an_archive_is_not_unpacked_beyond_what_its_header_says(scratch: Path) -> None:
-    scratch.write_bytes(gzip.compress(idx_bytes(noise(3)) + bytes(1 << 25), compresslevel=1))
-    tracemalloc.start()
-    with pytest.raises(DataError, match="asks for 3 bytes, it holds more"):
-        read_idx(scratch)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1 << 23
-
-
-def write_folder(folder: Path, images: NDArray[np.uint8], labels: NDArray[np.uint8], stem: str = "train") -> None:
-    """`images` gzipped and `labels` plain, as both are allowed."""
-    (folder / f"{stem}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx_bytes(images)))
-    (folder / f"{stem}-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
+        (whole[:-1], r"header \(3, 2\) asks for 6 bytes, it holds 5; fetch"),
+        (gzip.compress(whole)[:-2], "broken gzip data .*; fetch"),
+        (gzip.compress(whole + bytes(1 << 25), compresslevel=1), "asks for 6 bytes, it holds more"),
+    ):
+        scratch.write_bytes(content)
+        tracemalloc.start()
+        with pytest.raises(DataError, match=f"{scratch}: .*{message}"):
+            read_idx(scratch)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1 << 23
 
 
 def test_a_folder_of_idx_files(tmp_path: Path) -> None:
-    images, labels = noise(5, 28, 28), np.array([9, 0, 3, 3, 1], np.uint8)
-    write_folder(tmp_path, images, labels, "t10k")
+    def write(images: NDArray[np.uint8], labels: list[int], stem: str = "train") -> None:
+        """`images` gzipped and `labels` plain, as both are allowed."""
+        (tmp_path / f"{stem}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx_bytes(images)))
+        (tmp_path / f"{stem}-labels-idx1-ubyte").write_bytes(idx_bytes(np.array(labels, np.uint8)))
+
+    images, labels = noise(5, 28, 28), [9, 0, 3, 3, 1]
+    write(images, labels, "t10k")
     data = idx_folder(tmp_path, "test")
     assert np.array_equal(data.images[:, 0], images)
-    assert data.labels is not None
-    assert data.labels.tolist() == labels.tolist()
+    assert data.labels is not None and data.labels.tolist() == labels
     assert data.classes == tuple("0123456789")
     assert torch.equal(load_images(str(tmp_path), 28, 1, "test").images, data.images)
     assert fashion_mnist("test", tmp_path).classes[9] == "Ankle boot"
@@ -112,19 +102,11 @@ def test_a_folder_of_idx_files(tmp_path: Path) -> None:
         idx_folder(tmp_path, "train")
     with pytest.raises(DataError, match="split='valid': give 'train' or 'test'"):
         idx_folder(tmp_path, "valid")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("images", "labels", "message"),
-    [
-        (noise(5, 4, 4), np.zeros(4, np.uint8), r"labels-idx1-ubyte: shape \(4,\), but .* holds 5 images; fetch both"),
-        (noise(5, 16), np.zeros(5, np.uint8), r"images-idx3-ubyte.gz: shape \(5, 16\); give"),
-        (noise(2, 4, 4), np.array([0, 10], np.uint8), "labels-idx1-ubyte: has label 10; give labels 0 to 9"),
-    ],
-)
-def test_files_that_do_not_fit_are_refused(
-    tmp_path: Path, images: NDArray[np.uint8], labels: NDArray[np.uint8], message: str
-) -> None:
-    write_folder(tmp_path, images, labels)
-    with pytest.raises(DataError, match=message):
-        idx_folder(tmp_path)
+    for shape, wrong, message in (
+        ((5, 4, 4), [0] * 4, r"labels-idx1-ubyte: shape \(4,\), but .* holds 5 images; fetch both"),
+        ((5, 16), [0] * 5, r"images-idx3-ubyte.gz: shape \(5, 16\); give"),
+        ((2, 4, 4), [0, 10], "labels-idx1-ubyte: has label 10; give labels 0 to 9"),
+    ):
+        write(noise(*shape), wrong)
+        with pytest.raises(DataError, match=message):
+            idx_folder(tmp_path)

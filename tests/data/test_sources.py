@@ -32,27 +32,18 @@ from jacobiflow.data import (
 PACKAGE = Path(sources.__file__).parent
 
 
-def test_bundled_images() -> None:
-    data = bundled_fashion()
-    assert data.images.shape == (512, 1, 28, 28)
-    assert data.labels is not None
-    assert data.labels.bincount().tolist() == [52, 52] + [51] * 8
-    assert data.classes == FASHION_MNIST_CLASSES
-    assert len(data.images.flatten(1).unique(dim=0)) == 512
+def test_bundled_images_and_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    fashion, data = bundled_fashion(), digits()
+    assert (fashion.images.shape, data.images.shape) == ((512, 1, 28, 28), (1797, 1, 8, 8))
+    assert fashion.labels is not None and fashion.labels.bincount().tolist() == [52, 52] + [51] * 8
+    assert (fashion.classes, data.classes) == (FASHION_MNIST_CLASSES, tuple("0123456789"))
+    assert len(fashion.images.flatten(1).unique(dim=0)) == 512
     assert "Copyright (c) 2017 Zalando SE" in (PACKAGE / "FASHION_MNIST_LICENSE").read_text()
-
-
-def test_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = digits()
-    assert data.images.shape == (1797, 1, 8, 8)
     assert data.images.unique().tolist() == [math.floor(k * 255 / 16 + 0.5) for k in range(17)]
-    assert data.labels is not None
-    assert data.labels.unique().tolist() == list(range(10))
-    assert data.classes == tuple("0123456789")
+    assert data.labels is not None and data.labels.unique().tolist() == list(range(10))
     images, labels = data.batch(torch.tensor([5, 3]))
     assert torch.equal(images, scale(data.images[[5, 3]]))
-    assert labels is not None
-    assert labels.tolist() == [5, 3]
+    assert labels is not None and labels.tolist() == [5, 3]
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(DataError, match="digits: needs scikit-learn; pip install"):
         digits()
@@ -74,23 +65,18 @@ def test_images_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert load_images("mine", 4, 1, "test") is test
 
 
-def test_all_levels_round_trip() -> None:
-    levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(quantize(scale(levels)), levels)
-    torch.testing.assert_close(scale(levels), torch.linspace(-1, 1, 256))
-    assert scale(levels)[[0, 255]].tolist() == [-1, 1]
-
-
 @settings(deadline=None, max_examples=50)
 @given(hnp.arrays(np.float32, hnp.array_shapes(max_side=4), elements=st.floats(-3, 3, width=32)))
-def test_quantize_rounds_to_the_nearest_level(values: NDArray[np.float32]) -> None:
-    images = torch.from_numpy(values)
-    before = images.clone()
+def test_levels_round_trip_and_values_are_rounded_to_the_nearest(values: NDArray[np.float32]) -> None:
+    images, every = torch.from_numpy(values.copy()), torch.arange(256, dtype=torch.uint8)
     levels = quantize(images)
     assert levels.dtype == torch.uint8
-    assert torch.equal(images, before)
+    assert np.array_equal(images, values)
     assert (scale(levels) - images.clamp(-1, 1)).abs().max() <= 1 / 255 + 1e-6
     assert torch.equal(quantize(images.double()), levels)
+    assert torch.equal(quantize(scale(every)), every)
+    torch.testing.assert_close(scale(every), torch.linspace(-1, 1, 256))
+    assert scale(every)[[0, 255]].tolist() == [-1, 1]
 
 
 def test_balanced_labels() -> None:
@@ -101,15 +87,13 @@ def test_balanced_labels() -> None:
             balanced_labels(num, num_classes)
 
 
-@pytest.mark.parametrize(
-    ("images", "labels", "message"),
-    [
-        (torch.zeros(2, 1, 4, 4), None, r"images: torch.float32 of shape \(2, 1, 4, 4\); give torch.uint8"),
-        (torch.zeros(0, 1, 4, 4, dtype=torch.uint8), None, "none of them 0"),
-        (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), r"labels: .*of shape \(2,\)"),
-        (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(2), "labels: torch.float32 .*give torch.int64"),
-    ],
-)
-def test_a_data_set_is_of_bytes(images: torch.Tensor, labels: torch.Tensor | None, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        ImageDataset(images, labels)
+def test_a_data_set_is_of_bytes() -> None:
+    images = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    for wrong, labels, message in (
+        (images.float(), None, r"images: torch.float32 of shape \(2, 1, 4, 4\); give torch.uint8"),
+        (images[:0], None, "none of them 0"),
+        (images, torch.zeros(3, dtype=torch.int64), r"labels: .*of shape \(2,\)"),
+        (images, torch.zeros(2), "labels: torch.float32 .*give torch.int64"),
+    ):
+        with pytest.raises(DataError, match=message):
+            ImageDataset(wrong, labels)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from jacobiflow.data import DataError, bundled_fashion
@@ -28,11 +27,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Array = NDArray[np.float64]
-
 
 def normal(num: int, dim: int, seed: int = 0) -> Tensor:
-    """Correlated features whose mean is not 0."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(dim, dim, generator=generator, dtype=torch.float64) / dim**0.5
     return torch.randn(num, dim, generator=generator, dtype=torch.float64) @ mixing + mixing[0]
@@ -50,31 +46,12 @@ def between(real: Tensor, fake: Tensor) -> float:
     return frechet_distance(Statistics.of(real), Statistics.of(fake))
 
 
-def same(one: Statistics, two: Statistics) -> bool:
-    return one.num == two.num and torch.equal(one.sum, two.sum) and torch.equal(one.outer, two.outer)
-
-
 @pytest.fixture(scope="module")
-def network() -> FashionFeatures:
-    return FashionFeatures.bundled()
+def features() -> Tensor:
+    return extract(FashionFeatures.bundled(), [bundled_fashion().images[:300]])
 
 
-@pytest.fixture(scope="module")
-def images() -> Tensor:
-    return bundled_fashion().images[:300]
-
-
-@pytest.fixture(scope="module")
-def features(network: FashionFeatures, images: Tensor) -> Tensor:
-    return extract(network, [images])
-
-
-# The Fréchet distance.
-
-
-@pytest.mark.parametrize(
-    ("num", "other", "dim"), [(9, 12, 1), (40, 25, 3), (300, 200, 17), (2, 2, 3), (5, 100, 32), (100, 5, 32)]
-)
+@pytest.mark.parametrize(("num", "other", "dim"), [(9, 12, 1), (300, 200, 17), (2, 2, 3), (5, 100, 32), (100, 5, 32)])
 def test_frechet_distance_is_numpys(num: int, other: int, dim: int) -> None:
     real, fake = normal(num, dim), normal(other, dim, seed=1)
     # Eigenvalues that are 0 but for rounding have square roots near 1e-8 of the largest's.
@@ -85,7 +62,8 @@ def test_frechet_distance_is_numpys(num: int, other: int, dim: int) -> None:
     assert between(real, real + v) == pytest.approx(float(v.square().sum()), rel=1e-6)
 
 
-def test_fashion_fid_is_that_of_torchmetrics(network: FashionFeatures, images: Tensor, features: Tensor) -> None:
+def test_fashion_fid_is_that_of_torchmetrics(features: Tensor) -> None:
+    network, images = FashionFeatures.bundled(), bundled_fashion().images[:300]
     noise = 40 * torch.randn(images[:200].shape, generator=torch.Generator().manual_seed(0))
     noisy = (images[:200] + noise).round().clamp(0, 255).to(torch.uint8)
     metric = FrechetInceptionDistance(feature=network)
@@ -122,9 +100,6 @@ def test_sets_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# Files of statistics.
-
-
 def test_statistics_are_sums_and_round_trip(tmp_path: Path) -> None:
     one, two, x = tmp_path / "one_fid_stats.pth", tmp_path / "two_fid_stats.pth", normal(50, 5)
     statistics = Statistics.of(x)
@@ -133,15 +108,15 @@ def test_statistics_are_sums_and_round_trip(tmp_path: Path) -> None:
     torch.testing.assert_close(statistics.sum, x.sum(dim=0))
     torch.testing.assert_close(statistics.outer, x.T @ x)
     torch.testing.assert_close(statistics.covariance(), torch.cov(x.T))
-    (tmp_path / "zeros").write_bytes(saved(state(sum=torch.zeros(3), cov_sum=torch.zeros(3, 3))))
-    assert not Statistics.load(tmp_path / "zeros").covariance().any()
-    (tmp_path / "zeros").unlink()
     two.write_bytes(b"is replaced")
     statistics.save(one)
     Statistics.load(str(one)).save(str(two))
-    assert same(Statistics.load(two), statistics)
+    read = Statistics.load(two)
+    assert read.num == 50 and torch.equal(read.sum, statistics.sum) and torch.equal(read.outer, statistics.outer)
     assert one.read_bytes() == two.read_bytes()
     assert sorted(tmp_path.iterdir()) == [one, two]
+    one.write_bytes(saved(state(sum=torch.zeros(3), cov_sum=torch.zeros(3, 3))))
+    assert not Statistics.load(one).covariance().any()
 
 
 def state(**changes: Any) -> dict[str, Any]:
@@ -157,75 +132,56 @@ def saved(value: Any) -> bytes:
 
 EXPECTED = "give a file that Statistics.save wrote, or a *_fid_stats.pth of the original TarFlow code"
 BROKEN = {
-    "text": (b"no statistics\n", "no file of tensors"),
-    "no sum": (saved(state(sum=None)), "no entry 'real_features_sum'"),
-    "no tensor": (saved(state(sum=[1.0, 1.0, 1.0])), "is_floating_point"),
-    "a NaN": (saved(state(sum=torch.full((3,), torch.nan))), "a NaN or an infinity"),
-    "overflow": (saved(state(sum=1e200 * torch.ones(3).double())), "a NaN or an infinity"),
-    "one image": (saved(state(num_samples=torch.tensor(1))), "of 1 images"),
-    "no symmetry": (saved(state(cov_sum=torch.ones(3, 3).triu())), "not symmetric"),
-    "no covariance": (saved(state(cov_sum=-torch.eye(3))), "a negative eigenvalue"),
-    "folder": (None, "cannot be read"),
+    "no file of tensors": b"no statistics\n",
+    "no entry 'real_features_sum'": saved(state(sum=None)),
+    "is_floating_point": saved(state(sum=[1.0, 1.0, 1.0])),
+    "a NaN or an infinity": saved(state(sum=torch.full((3,), torch.nan))),
+    "an infinity": saved(state(sum=1e200 * torch.ones(3).double())),  # overflows in the covariance
+    "of 1 images": saved(state(num_samples=torch.tensor(1))),
+    "not symmetric": saved(state(cov_sum=torch.ones(3, 3).triu())),
+    "a negative eigenvalue": saved(state(cov_sum=-torch.eye(3))),
 }
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_of_statistics_is_named_with_the_remedy(name: str, tmp_path: Path) -> None:
-    content, reason = BROKEN[name]
-    path = tmp_path if content is None else tmp_path / "stats.pth"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(DataError, match=reason) as caught:
-        Statistics.load(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert str(caught.value).endswith(EXPECTED)
-    assert "\n" not in str(caught.value)
+def test_a_broken_file_of_statistics_is_named_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for reason, content in {"cannot be read": None, **BROKEN}.items():
+        path = tmp_path / ("stats.pth" if content else "folder")
+        if content:
+            path.write_bytes(content)
+        with pytest.raises(DataError, match=reason) as caught:
+            Statistics.load(path)
+        assert str(caught.value).startswith(f"{path}: ") and str(caught.value).endswith(EXPECTED)
+        assert "\n" not in str(caught.value)
 
 
 def test_bundled_statistics_are_of_the_training_images(features: Tensor) -> None:
-    statistics = Statistics.bundled()
-    assert statistics.num == 60_000
+    statistics, found = Statistics.bundled(), features.double()  # of 300 of them
     deviation = statistics.covariance().diagonal().sqrt()
-    found = features.double()  # of 300 of them
+    assert statistics.num == 60_000
     assert ((found.mean(dim=0) - statistics.sum / 60_000).abs() <= 5 * deviation / 300**0.5 + 1e-6).all()
     torch.testing.assert_close(found.std(dim=0), deviation, rtol=0.4, atol=1e-3)
-
-
-# The kernel distance.
 
 
 def unbiased_mmd(real: Tensor, fake: Tensor) -> float:
     """That of the kernel (x . y / d + 1)^3, a mean over pairs of different elements."""
     x, y = real.double().numpy(), fake.double().numpy()
-
-    def kernel(a: Array, b: Array) -> Array:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def within(a: Array) -> float:
-        return float(kernel(a, a)[~np.eye(len(a), dtype=bool)].mean())
-
-    return within(x) + within(y) - 2 * float(kernel(x, y).mean())
+    xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    return float(sum(k[~np.eye(len(k), dtype=bool)].mean() for k in (xx, yy)) - 2 * xy.mean())
 
 
-@pytest.mark.parametrize(("num", "dim"), [(2, 3), (30, 1), (100, 64)])
-def test_kernel_distance_of_whole_sets_is_numpys(num: int, dim: int) -> None:
-    real, fake = normal(num, dim), normal(num, dim, seed=1)
-    mean, std = kernel_distance(real, fake)
-    assert mean == pytest.approx(unbiased_mmd(real, fake), rel=1e-9)
-    assert std == pytest.approx(0, abs=1e-9 * abs(mean))
-
-
-def test_kernel_distance_of_subsets_follows_its_seed_and_no_other() -> None:
+def test_kernel_distance_is_numpys_and_of_subsets_follows_its_seed_alone() -> None:
+    for num, dim in ((2, 3), (30, 1), (100, 64)):
+        real, fake = normal(num, dim), normal(num, dim, seed=1)
+        mean, std = kernel_distance(real, fake)
+        assert mean == pytest.approx(unbiased_mmd(real, fake), rel=1e-9)
+        assert std == pytest.approx(0, abs=1e-9 * abs(mean))
     real, fake, before = normal(90, 4), normal(50, 4, seed=1), torch.get_rng_state()
     mean, std = kernel_distance(real, fake, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
-    assert kernel_distance(real, fake, seed=3) == (mean, std)
-    assert kernel_distance(real, fake, seed=1) != (mean, std)
+    assert kernel_distance(real, fake, seed=3) == (mean, std) != kernel_distance(real, fake, seed=1)
     assert std > 0
     assert mean == pytest.approx(unbiased_mmd(real, fake), abs=5 * std / 100**0.5)
-
-
-# Precision and recall.
 
 
 def covered(centres: Tensor, points: Tensor) -> float:
@@ -238,12 +194,11 @@ def covered(centres: Tensor, points: Tensor) -> float:
     return float(hit.mean())
 
 
-@pytest.mark.parametrize("sizes", [(4, 4, 2), (60, 90, 2), (50, 200, 64), None])
-def test_precision_and_recall_are_numpys(sizes: tuple[int, int, int] | None, features: Tensor) -> None:
-    if sizes is None:
-        real, fake = features[:200], 1.1 * features[200:]
-    else:
-        real, fake = normal(sizes[0], sizes[2]), normal(sizes[1], sizes[2], seed=1)
-    assert precision_recall(real, fake) == pytest.approx((covered(real, fake), covered(fake, real)), abs=1e-6)
-    assert precision_recall(real, real) == (1, 1)
-    assert precision_recall(real, real + 1000) == (0, 0)
+def test_precision_and_recall_are_numpys(features: Tensor) -> None:
+    drawn = [
+        (normal(real, dim), normal(fake, dim, seed=1)) for real, fake, dim in ((4, 4, 2), (60, 90, 2), (50, 200, 64))
+    ]
+    for real, fake in (*drawn, (features[:200], 1.1 * features[200:])):
+        assert precision_recall(real, fake) == pytest.approx((covered(real, fake), covered(fake, real)), abs=1e-6)
+        assert precision_recall(real, real) == (1, 1)
+        assert precision_recall(real, real + 1000) == (0, 0)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import pickle
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from urllib.error import URLError
 
 import pytest
@@ -38,84 +38,6 @@ RESULT = Path(__file__).resolve().parents[2] / "docs" / "results" / "fashion-fea
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 
 
-@pytest.fixture(scope="module")
-def network() -> FashionFeatures:
-    return FashionFeatures.bundled()
-
-
-@pytest.fixture(scope="module")
-def images() -> Tensor:
-    return bundled_fashion().images
-
-
-@pytest.fixture(scope="module")
-def weights() -> Iterator[Path]:
-    """A file of 95 MB: an Inception network's weights, drawn so that activations keep their size."""
-
-    class Random(inception_module.FeatureExtractorInceptionV3):  # type: ignore[misc]
-        def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
-            pass
-
-    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(inception_module, "load_state_dict_from_url", lambda *_, **__: {})
-            drawn = Random("inception-v3-compat", ["2048"])
-        for module in drawn.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        path = Path(folder) / "inception.pth"
-        torch.save(drawn.state_dict(), path)
-        yield path
-
-
-# Fashion features.
-
-
-def test_images_are_classified(network: FashionFeatures, images: Tensor) -> None:
-    with torch.inference_mode():
-        found = network.classify(images).argmax(dim=1)
-    assert (found == bundled_fashion().labels).double().mean() >= 0.92
-
-
-def test_features_are_fixed(network: FashionFeatures, images: Tensor) -> None:
-    found = network(images[:60])
-    assert (found.shape, found.dtype) == ((60, 64), torch.float32)
-    assert (found >= 0).all() and found.any(dim=1).all()
-    assert not any(p.requires_grad for p in network.parameters())
-    metric = FrechetInceptionDistance(network).train()  # in training mode, a batch would change the network
-    metric.update(images[:60], real=True)
-    assert torch.equal(network(images[:60]), found)
-    torch.testing.assert_close(torch.cat([network(part) for part in images[:60].split(7)]), found)
-    for wrong in (torch.zeros(2, 1, 28, 28), torch.zeros(2, 3, 28, 28, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match=r"of shape .*; fashion features take torch\.uint8 of shape"):
-            network(wrong)
-    figures = json.loads(RESULT.read_text())
-    assert figures["parameters"] == sum(p.numel() for p in network.parameters())
-    assert figures["features"] == network.num_features
-
-
-def test_extract_keeps_the_order_and_counts() -> None:
-    class Pixels(nn.Linear):
-        """Three pixels of an image."""
-
-        def forward(self, images: Tensor) -> Tensor:
-            return self.weight * images.flatten(1)[:, :3]
-
-    network, counts = Pixels(1, 1, bias=False), list[int]()
-    nn.init.ones_(network.weight)
-    images = torch.arange(84, dtype=torch.uint8).view(21, 1, 2, 2)
-    found = extract(network, iter(images.split([7, 10, 1, 3])), counts.append, batch_size=4)
-    assert torch.equal(found, images.flatten(1)[:, :3].float())
-    assert not found.requires_grad
-    assert counts == [4, 3, 4, 4, 2, 1, 3]
-    with pytest.raises(DataError, match="features of no images"):
-        extract(network, [])
-
-
-# Inception's features.
-
-
 class FID(FrechetInceptionDistance):
     """States as buffers, as the original TarFlow code has them."""
 
@@ -123,15 +45,65 @@ class FID(FrechetInceptionDistance):
         self.register_buffer(name, default)
 
 
-def test_files_of_the_original_code_are_read(network: FashionFeatures, images: Tensor, tmp_path: Path) -> None:
-    metric = FID(feature=network)
-    metric.update(images[:60], real=True)
-    metric.update(images[60:90], real=False)
-    torch.save(metric.state_dict(), tmp_path / "fid_stats.pth")
-    found = Statistics.load(tmp_path / "fid_stats.pth")
-    assert found.num == 60
-    assert torch.equal(found.sum, metric.real_features_sum)
-    assert torch.equal(found.outer, metric.real_features_cov_sum)
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 95 MB: an Inception network's weights, drawn so that activations keep their size."""
+
+    class Random(inception_module.FeatureExtractorInceptionV3):  # type: ignore[misc]
+        def load_state_dict(self, *args: Any, **kwargs: Any) -> None: ...
+
+    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
+        torch.manual_seed(0)
+        patch.setattr(inception_module, "load_state_dict_from_url", lambda *_, **__: {})
+        drawn = Random("inception-v3-compat", ["2048"])
+        for module in drawn.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(drawn.state_dict(), path)
+    return path
+
+
+def test_features_are_fixed_and_the_original_code_s_statistics_of_them_are_read(tmp_path: Path) -> None:
+    network, data = FashionFeatures.bundled(), bundled_fashion()
+    images = data.images[:60]
+    found = network(images)
+    assert (found.shape, found.dtype) == ((60, 64), torch.float32)
+    assert (found >= 0).all() and found.any(dim=1).all()
+    assert not any(p.requires_grad for p in network.parameters())
+    metric = FID(network).train()  # in training mode, a batch would change the network
+    metric.update(images, real=True)
+    metric.update(data.images[60:90], real=False)
+    assert torch.equal(network(images), found)
+    torch.testing.assert_close(torch.cat([network(part) for part in images.split(7)]), found)
+    with torch.inference_mode():
+        assert (network.classify(data.images).argmax(dim=1) == data.labels).double().mean() >= 0.92
+    for wrong in (torch.zeros(2, 1, 28, 28), torch.zeros(2, 3, 28, 28, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"of shape .*; fashion features take torch\.uint8 of shape"):
+            network(wrong)
+    figures = json.loads(RESULT.read_text())
+    assert figures["parameters"] == sum(p.numel() for p in network.parameters())
+    assert figures["features"] == network.num_features
+    torch.save(metric.state_dict(), tmp_path / "fid_stats.pth")  # as the original code does
+    statistics = Statistics.load(tmp_path / "fid_stats.pth")
+    assert statistics.num == 60
+    assert torch.equal(statistics.sum, metric.real_features_sum)
+    assert torch.equal(statistics.outer, metric.real_features_cov_sum)
+
+
+def test_extract_keeps_the_order_and_counts() -> None:
+    class Pixels(nn.Linear):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.flatten(1)[:, :3] + 0 * self.weight
+
+    network, counts = Pixels(1, 1, bias=False), list[int]()
+    images = torch.arange(84, dtype=torch.uint8).view(21, 1, 2, 2)
+    found = extract(network, iter(images.split([7, 10, 1, 3])), counts.append, batch_size=4)
+    assert torch.equal(found, images.flatten(1)[:, :3].float())
+    assert not found.requires_grad
+    assert counts == [4, 3, 4, 4, 2, 1, 3]
+    with pytest.raises(DataError, match="features of no images"):
+        extract(network, [])
 
 
 def test_the_original_code_reads_statistics_with_inception(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,13 +134,10 @@ def test_the_original_code_reads_statistics_with_inception(weights: Path, monkey
 
 
 def test_without_weights_and_network_the_remedies_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_network(*_: Any, **__: Any) -> None:
-        raise URLError("no network")
-
     with pytest.raises(ValueError, match="kind='clip': give 'fashion' or 'inception'"):
         load_features("clip")  # type: ignore[arg-type]
     with monkeypatch.context() as patch:
-        patch.setattr(inception_module, "load_state_dict_from_url", no_network)
+        patch.setattr(inception_module, "load_state_dict_from_url", Mock(side_effect=URLError("no network")))
         with pytest.raises(DataError, match=f"failed .no network.; give the file {INCEPTION}.*, or use fashion"):
             load_features("inception")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -177,46 +146,31 @@ def test_without_weights_and_network_the_remedies_are_named(tmp_path: Path, monk
     path.write_bytes(b"<html>no weights</html>")
     with pytest.raises(DataError, match=f"^{path}: not Inception's weights .*; remove it"):
         load_features("inception")
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"), [(None, "cannot be read"), ({"conv": torch.zeros(2)}, "weights of another network")]
-)
-def test_a_file_that_is_not_inceptions_is_named(content: Any, reason: str, tmp_path: Path) -> None:
-    path = tmp_path / "weights.pth"
-    if content is not None:
-        torch.save(content, path)
-    with pytest.raises(DataError, match=f"^{path}: {reason}.*give {INCEPTION}"):
+    with pytest.raises(DataError, match=f"^{tmp_path}/gone: cannot be read.*give {INCEPTION}"):
+        InceptionFeatures(tmp_path / "gone")
+    torch.save({"conv": torch.zeros(2)}, path)
+    with pytest.raises(DataError, match=f"^{path}: weights of another network.*give {INCEPTION}"):
         InceptionFeatures(path)
 
 
-class RunsCode:
-    """Unpickled, it writes a file."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.mark,)
-
-
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("save", [torch.save, lambda code, path: path.write_bytes(pickle.dumps(code, protocol=2))])
 @pytest.mark.parametrize("read", [Statistics.load, InceptionFeatures])
-def test_code_in_a_file_is_not_run(read: Callable[[Path], Any], packed: bool, tmp_path: Path) -> None:
+def test_code_in_a_file_is_not_run(read: Callable[[Path], Any], save: Any, tmp_path: Path) -> None:
     mark, path = tmp_path / "mark", tmp_path / "stats.pth"
-    content = {"real_features_sum": RunsCode(mark)}
-    if packed:
-        torch.save(content, path)
-    else:
-        path.write_bytes(pickle.dumps(content, protocol=2))
+
+    class RunsCode:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (mark,)
+
+    save({"real_features_sum": RunsCode()}, path)
     with pytest.raises(DataError, match=str(path)):
         read(path)
     assert not mark.exists()
 
 
-def test_without_torchmetrics_the_extra_is_named(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchmetrics_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    found = extract(load_features("fashion"), [images[:9]])  # needs neither
+    found = extract(load_features("fashion"), [bundled_fashion().images[:9]])  # needs neither
     bundled = Statistics.bundled()
     for call in (
         InceptionFeatures, partial(Statistics.of, found), partial(frechet_distance, bundled, bundled),

@@ -41,15 +41,6 @@ def test_fidelity_is_numpys(scale: float) -> None:
     assert found.psnr == pytest.approx(20 * math.log10(2 / rms), rel=1e-12)
     steps = np.abs(levels(images) - levels(exact))
     assert found.pixels == PixelDifference(pytest.approx((steps > 0).mean()), steps.max())  # type: ignore[arg-type]
-
-
-def test_one_entry_off_by_the_whole_range() -> None:
-    exact = torch.full((1, 1, 10, 10), -1.0)
-    images = exact.clone()
-    images[0, 0, 3, 4] = 1.0
-    found = fidelity(images, exact)
-    assert (found.max, found.rms, found.psnr) == (2.0, pytest.approx(0.2), pytest.approx(20.0))
-    assert found.pixels == PixelDifference(0.01, 255)  # unsigned bytes would wrap
     white, black = (torch.full((1, 1, 2, 2), value, dtype=torch.uint8) for value in (255, 0))
     assert pixel_difference(black, white) == pixel_difference(white, black) == PixelDifference(1.0, 255)
 
@@ -85,9 +76,8 @@ def assert_histogram(values: np.ndarray) -> None:
     assert found["infinite"] == np.isinf(values).sum()
     assert len(edges) == (len(counts) + 1 if len(finite) else 0)
     if len(finite):
-        digits, powers = zip(*(f"{edge:.0e}".split("e") for edge in edges), strict=True)
-        assert edges == [float(f"{digit}e{power}") for digit, power in zip(digits, powers, strict=True)]
-        assert all(pair in {("1", "2"), ("2", "5"), ("5", "1")} for pair in pairwise(digits))
+        assert edges == [float(f"{edge:.0e}") for edge in edges]
+        assert {f"{edge:.0e}"[0] for edge in edges} <= set("125")
         assert all(1.9 < high / low < 2.6 for low, high in pairwise(edges))
         assert edges[0] <= finite.min() and finite.max() < edges[-1]
         assert counts[0] and counts[-1]
@@ -104,16 +94,12 @@ CERTIFICATES = st.one_of(
 
 
 @given(st.lists(CERTIFICATES, min_size=1, max_size=12))
-@example([0.0])
 @example([0.0, INF, INF])
-@example([around(-3)[0]])
-@example([around(-3)[1], around(-3)[2]])
+@example(around(-3)[:1])
+@example(around(-3)[1:])
 @example([1e-45, 3.4e38])
 @settings(max_examples=50, deadline=None)
 def test_every_certificate_lies_in_its_bin(values: list[float]) -> None:
     assert_histogram(np.array(values, np.float32))
-
-
-@pytest.mark.parametrize("power", [-300, 23, 307])
-def test_every_float64_certificate_lies_in_its_bin(power: int) -> None:
-    assert_histogram(np.array([*around(power, np.float64), 1.0]))
+    for power in (-300, 23, 307):
+        assert_histogram(np.array([*around(power, np.float64), 1.0]))

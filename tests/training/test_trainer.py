@@ -7,10 +7,10 @@ import math
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,10 @@ from jacobiflow.training import StepReport, TrainConfig, read_metrics, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CONFIG = jf.TarFlowConfig(
-    in_channels=1, image_size=8, patch_size=2, channels=32, num_blocks=2, layers_per_block=1, num_classes=10,
-    head_dim=16, expansion=2, noise_std=0.1,
-)  # fmt: skip
+SIZES = {"channels": 32, "num_blocks": 2, "layers_per_block": 1, "num_classes": 10, "head_dim": 16, "expansion": 2}
+CONFIG = jf.TarFlowConfig(1, 8, 2, **SIZES, noise_std=0.1)
 SHIFTS_ONLY = replace(CONFIG, nvp=False)
+SIZE = "--images digits --image-size 8 --channels 16 --head-dim 8 --blocks 1 --layers 1"
 # 5 batches an epoch, so that 12 steps see three orders.
 SETTINGS = TrainConfig(steps=12, batch_size=8, warmup=4, bf16=False, checkpoint_every=5, sample_every=6)
 
@@ -66,14 +65,12 @@ def assert_same(have: Any, want: Any, where: str = "") -> None:
     assert type(have) is type(want), where
     if isinstance(want, Tensor):
         assert torch.equal(have, want), where
+    elif isinstance(want, list):
+        assert_same(dict(enumerate(have)), dict(enumerate(want)), where)
     elif isinstance(want, dict):
         assert have.keys() == want.keys(), where
         for key in want.keys() - {"seconds"}:
             assert_same(have[key], want[key], f"{where}.{key}")
-    elif isinstance(want, list):
-        assert len(have) == len(want), where
-        for i, (one, other) in enumerate(zip(have, want, strict=True)):
-            assert_same(one, other, f"{where}.{i}")
     else:
         assert have == want, where
 
@@ -98,9 +95,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     return outs
 
 
-# -------------------------------------------------------------------------------------------------------- interruption
-
-
 @pytest.mark.parametrize(("config", "steps"), [(CONFIG, (1, 8)), (SHIFTS_ONLY, (5,))])
 def test_a_resumed_run_ends_as_an_undisturbed_one(
     config: jf.TarFlowConfig, steps: tuple[int, ...], undisturbed: dict[bool, Path], tmp_path: Path
@@ -108,36 +102,33 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(
     for step in steps:
         with pytest.raises(KeyboardInterrupt):
             fit(tmp_path, config=config, on_step=interrupt_at(step))
-        assert checkpoint(tmp_path)["step"] == step, "the interruption lost steps"
+        assert checkpoint(tmp_path)["step"] == step
         assert not (tmp_path / "model.safetensors").exists()
     fit(tmp_path, config=config)
     fit(tmp_path, config=config, on_step=interrupt_at(*range(14)))  # no step is left to do
     assert_same_run(tmp_path, undisturbed[config.nvp])
 
 
-@pytest.mark.parametrize("within", ["forward pass", "update", "metrics"])
+@pytest.mark.parametrize(
+    ("kind", "name", "step"),
+    # The last is after the update, before the step is whole.
+    [(jf.TarFlow, "normalize", 7), (torch.optim.AdamW, "step", 5), (json, "dumps", 5)],
+)
 def test_an_interruption_within_a_step_saves_no_half_step(
-    within: str, undisturbed: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: Any, name: str, step: int, undisturbed: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind, name = {
-        "forward pass": (jf.TarFlow, "normalize"),
-        "update": (torch.optim.AdamW, "step"),
-        "metrics": (json, "dumps"),  # after the update, before the step is whole
-    }[within]
-    call, calls = getattr(kind, name), 0
+    call, calls = getattr(kind, name), count(1)
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
         result = call(*args, **kwargs)
-        if calls == 8:
+        if next(calls) == 8:
             raise KeyboardInterrupt
         return result
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(kind, name, interrupted)
         fit(tmp_path)
-    assert checkpoint(tmp_path)["step"] == (7 if within == "forward pass" else 5)
+    assert checkpoint(tmp_path)["step"] == step
     fit(tmp_path)
     assert_same_run(tmp_path, undisturbed[True])
 
@@ -147,8 +138,7 @@ def test_a_kill_between_metrics_and_checkpoint_leaves_no_trace(undisturbed: dict
         fit(tmp_path, on_step=interrupt_at(6))
     log = tmp_path / "metrics.jsonl"
     lines = log.read_text()
-    log.write_text(lines + (undisturbed[True] / "metrics.jsonl").read_text()[len(lines) :][:200])
-    assert not log.read_text().endswith("\n")
+    log.write_text(lines + (undisturbed[True] / "metrics.jsonl").read_text()[len(lines) :][:200])  # a line and a half
     (tmp_path / ".checkpoint.pt.4321.partial").write_bytes(b"half")
     fit(tmp_path)
     assert_same_run(tmp_path, undisturbed[True])
@@ -158,46 +148,40 @@ def test_a_terminated_command_leaves_a_checkpoint(tmp_path: Path, capsys: pytest
     ended = threading.Event()
 
     def terminate() -> None:
-        while not (ended.is_set() or (tmp_path / "checkpoint.pt").exists()):
-            time.sleep(0.01)
-        if not ended.is_set():
-            os.kill(os.getpid(), signal.SIGTERM)
+        while not (tmp_path / "checkpoint.pt").exists():
+            if ended.wait(0.01):
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(terminate)
-        try:
-            shown = run_line(
-                "train --images digits --image-size 8 --channels 16 --head-dim 8 --blocks 2 --layers 1 --no-bf16 "
-                f"--checkpoint-every 5 --steps 100000 --sample-every 100000 --out {tmp_path}", capsys
-            )  # fmt: skip
-        finally:
-            ended.set()
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    try:
+        line = f"train {SIZE} --no-bf16 --checkpoint-every 5 --steps 100000 --sample-every 100000 --out {tmp_path}"
+        shown = run_line(line, capsys)
+    finally:
+        ended.set()
+        thread.join()
     assert (shown.code, shown.err.splitlines()[-1]) == (130, "interrupted")
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, checkpoint(tmp_path)["step"] + 1))
 
 
 def test_a_finished_command_needs_no_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    size = "--image-size 8 --channels 16 --head-dim 8 --blocks 1 --layers 1"
     for last in (1, None):
-        assert (
-            run_line(f"train --images digits {size} --steps 1 --out {tmp_path} --json {tmp_path}/f", capsys).code == 0
-        )
+        assert run_line(f"train {SIZE} --steps 1 --out {tmp_path} --json {tmp_path}/f", capsys).code == 0
         step = figures(tmp_path / "f")["last_step"]
         assert (step and step["step"]) == last
         (tmp_path / "metrics.jsonl").unlink()
-
-
-# ------------------------------------------------------------------------------------------------------- what it learns
 
 
 def test_the_loss_falls_and_the_averaged_flow_is_the_model_folder(tmp_path: Path) -> None:
     reports: list[StepReport] = []
     sheets: list[tuple[int, Tensor]] = []
     settings = replace(SETTINGS, steps=80, learning_rate=5e-3, ema=0.9, bf16=True, sample_every=40)
-    average = fit(
-        tmp_path, settings, on_step=reports.append,
-        on_sample=lambda flow, step: sheets.append((step, flow.blocks[0].proj_in.weight.clone())),
-    )  # fmt: skip
+
+    def on_sample(flow: jf.TarFlow, step: int) -> None:
+        sheets.append((step, flow.blocks[0].proj_in.weight.clone()))
+
+    average = fit(tmp_path, settings, on_step=reports.append, on_sample=on_sample)
     losses = [report.loss for report in reports]
     assert sum(losses[-8:]) / 8 < sum(losses[:8]) / 8 - 0.5
     for report in reports:  # the loss leaves out the constant of the normal density
@@ -255,20 +239,16 @@ def test_steps_are_of_new_orders_noise_and_dropped_labels(tmp_path: Path, monkey
     config = replace(SHIFTS_ONLY, noise_std=1e-3)
     settings = replace(SETTINGS, steps=60, drop_label=0.25, noise=Noise("gaussian", 1e-3))
     average = train(fresh(config), ImageDataset(grey, torch.arange(40) % 10), settings, tmp_path)
-    orders = [torch.cat([level for level, _ in batches[start : start + 5]]) for start in range(0, 60, 5)]
-    for order in orders:
-        assert order.sort().values.tolist() == list(range(40))
-    assert len({tuple(order.tolist()) for order in orders}) == len(orders), "every epoch has its own order"
-    assert len(noises) > 50, "steps share their noise"
     seen, labels = (torch.cat(column) for column in zip(*batches, strict=True))
+    orders = seen.view(12, 40)
+    assert (orders.sort().values == torch.arange(40)).all()
+    assert len(orders.unique(dim=0)) == 12, "epochs share their order"
+    assert len(noises) > 50, "steps share their noise"
     dropped = labels < 0
     assert torch.equal(labels[~dropped], seen[~dropped] % 10)
     assert dropped.double().mean() == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / len(labels)))
     assert torch.allclose(average.var, want, rtol=1e-5)
     assert not torch.allclose(average.var, torch.ones(()), atol=0.2)
-
-
-# ------------------------------------------------------------------------------------------------------------ settings
 
 
 def test_the_learning_rate_warms_up_and_falls_by_a_cosine(undisturbed: dict[bool, Path]) -> None:
@@ -283,16 +263,11 @@ def test_the_learning_rate_warms_up_and_falls_by_a_cosine(undisturbed: dict[bool
     assert checkpoint(undisturbed[True])["optimizer"]["param_groups"][0]["lr"] == SETTINGS.rate(11)
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [("steps", 0), ("drop_label", 1.0), ("ema", math.nan), ("learning_rate", math.inf), ("clip", 0.0), ("warmup", -1)],
-)
-def test_settings_out_of_range_are_refused(setting: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"^{setting}={value}: give "):
-        replace(SETTINGS, **{setting: value})  # type: ignore[arg-type]
-
-
-# -------------------------------------------------------------------------------------------------------------- errors
+def test_settings_out_of_range_are_refused() -> None:
+    wrong = {"steps": 0, "drop_label": 1.0, "ema": math.nan, "learning_rate": math.inf, "clip": 0.0, "warmup": -1}
+    for setting, value in wrong.items():
+        with pytest.raises(ValueError, match=rf"^{setting}={value}: give "):
+            replace(SETTINGS, **{setting: value})  # type: ignore[arg-type]
 
 
 def error_of(call: Callable[[], object]) -> str:
@@ -302,41 +277,31 @@ def error_of(call: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-def test_a_checkpoint_of_another_flow_is_refused_and_kept(undisturbed: dict[bool, Path]) -> None:
-    before = (undisturbed[True] / "checkpoint.pt").read_bytes()
-    message = error_of(lambda: fit(undisturbed[True], config=replace(CONFIG, channels=64, num_classes=11)))
-    assert "another flow (channels=32, not 64; num_classes=10, not 11)" in message
-    assert (undisturbed[True] / "checkpoint.pt").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [b"hello", {"step": "x"}, {"step": -5}, {"seconds": math.nan}, {"average": {"var": torch.zeros(3)}}, {"flow": {}}],
-)
-def test_a_broken_checkpoint_is_one_error_and_kept(
-    damage: bytes | dict[str, Any], undisturbed: dict[bool, Path], tmp_path: Path
+def test_a_checkpoint_that_is_broken_or_of_another_flow_is_one_error_and_kept(
+    undisturbed: dict[bool, Path], tmp_path: Path
 ) -> None:
-    path = tmp_path / "checkpoint.pt"
-    if isinstance(damage, bytes):
-        path.write_bytes(damage)
-    else:
-        torch.save(checkpoint(undisturbed[True]) | damage, path)
-    before = path.read_bytes()
-    message = error_of(lambda: fit(tmp_path))
-    assert message == f"{path}: not a checkpoint of this trainer; remove it or give another folder"
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+    path, state = tmp_path / "checkpoint.pt", checkpoint(undisturbed[True])
+    damages = ({"step": "x"}, {"step": -5}, {"seconds": math.nan}, {"average": {"var": torch.zeros(3)}}, {"flow": {}})
+    wrong = f"{path}: not a checkpoint of this trainer; remove it or give another folder"
+    for content, config, message in (
+        *((state | damage, CONFIG, wrong) for damage in damages),
+        ("hello", CONFIG, wrong),
+        (state, replace(CONFIG, channels=64, num_classes=11), "flow (channels=32, not 64; num_classes=10, not 11)"),
+    ):
+        path.write_text(content) if isinstance(content, str) else torch.save(content, path)
+        before = path.read_bytes()
+        assert message in error_of(partial(fit, tmp_path, config=config))
+        assert path.read_bytes() == before
+        assert os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
 def test_data_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     out, data = tmp_path / "out", some_digits()
-    colour = ImageDataset(data.images.expand(-1, 3, -1, -1).contiguous(), data.labels)
+    colour, noise = ImageDataset(data.images.expand(-1, 3, -1, -1).contiguous(), data.labels), Noise("gaussian", 0.2)
     for message, call in {
         "images are (3, 8, 8), the flow takes (1, 8, 8)": lambda: train(fresh(), colour, SETTINGS, out),
         "batch_size=44: there are only 43 images": lambda: fit(out, replace(SETTINGS, batch_size=44)),
-        "noise of std 0.2, but the flow's config has noise_std=0.1": lambda: fit(
-            out, replace(SETTINGS, noise=Noise("gaussian", 0.2))
-        ),
+        "noise of std 0.2, but the flow's config has noise_std=0.1": lambda: fit(out, replace(SETTINGS, noise=noise)),
         "label 9: the flow has classes 0 to 2": lambda: fit(out, config=replace(CONFIG, num_classes=3)),
     }.items():
         assert error_of(call) == message
@@ -346,17 +311,7 @@ def test_data_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: P
 def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     settings = replace(SETTINGS, steps=50, learning_rate=1e6, clip=1e6, warmup=0, checkpoint_every=1)
     message = error_of(lambda: fit(tmp_path, settings))
-    assert "smaller learning rate" in message
     state = checkpoint(tmp_path)
+    assert "smaller learning rate" in message
     assert message.startswith(f"step {state['step'] + 1}: loss ")
     assert all(torch.isfinite(tensor).all() for tensor in state["flow"].values())
-
-
-def test_sums_stay_in_float32_where_products_are_in_bfloat16() -> None:
-    """What a layer adds to its input is rounded under autocast; the sum is not."""
-    layer = jf.load("fashion-p2").blocks[0].attn_blocks[0]
-    x = torch.randn((2, 16, 128), generator=torch.Generator().manual_seed(0))
-    with torch.autocast("cpu", torch.bfloat16):
-        out = layer(x)
-    assert out.dtype == torch.float32
-    assert (out - layer(x)).abs().max() < 5e-2
