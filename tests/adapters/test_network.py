@@ -19,7 +19,7 @@ from zuko.bayesian import BayesianModel
 
 import jacobiflow as jf
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
 FEATURES = 24
 
@@ -75,13 +75,11 @@ def test_networks_that_draw_or_move_are_left_to_the_library(kind: str, tolerance
 
 
 @pytest.mark.parametrize("kind", [*NETWORKS, *STILL, "dropout of 0"])
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_networks_in_evaluation_mode_are_fast(kind: str) -> None:
     torch.manual_seed(0)
-    y = normal(6, FEATURES)
     flow = affine().train() if kind == "dropout of 0" else (NETWORKS | STILL)[kind]().eval()
     with torch.no_grad():
-        expected = flow.inverse(y)
+        expected = flow.inverse(y := normal(6, FEATURES))
         with jf.accelerate(flow) as done:
             assert same_bits(expected, flow.inverse(y))
     assert 2 <= done.passes[""] < FEATURES
@@ -112,10 +110,8 @@ def test_function_transforms_and_dual_numbers_are_left_to_the_library(name: str)
     case = CASES[name]
     flow, y = case.make(features=8, dtype=torch.float64), normal(3, 8, dtype=torch.float64)
 
-    def inverse(y: Tensor) -> Tensor:
-        return case.invert(flow, y[None])[0][0]
-
     def derived() -> list[Tensor]:
+        inverse = lambda y: case.invert(flow, y[None])[0][0]  # noqa: E731
         with forward_ad.dual_level():
             dual = forward_ad.unpack_dual(inverse(forward_ad.make_dual(y[0], y[1])))
         return [*dual, torch.func.vmap(inverse)(y), *torch.func.jvp(inverse, (y[0],), (y[1],))]
@@ -126,20 +122,18 @@ def test_function_transforms_and_dual_numbers_are_left_to_the_library(name: str)
 
 
 @pytest.mark.parametrize("name", ["zuko MAF", "nflows feed-forward"])
-@pytest.mark.filterwarnings("ignore")
 def test_traces_exports_compiled_callers_and_meta_tensors(name: str) -> None:
-    case = CASES[name]
-    flow, y, other = case.make(features=6), normal(3, 6), normal(3, 6, seed=1)
+    case, y, other = CASES[name], normal(3, 6), normal(3, 6, seed=1)
 
     class Inverse(nn.Module):
         def forward(self, y: Tensor) -> Tensor:
             return case.invert(self.flow, y)[0]
 
     module = Inverse()
-    module.flow = flow
+    module.flow = case.make(features=6)
     with torch.no_grad():
         expected = module(other)
-        jf.accelerate(flow)
+        jf.accelerate(module)
         traced = torch.jit.trace(module, (y,))
         exported = torch.export.export(module, (y,), strict=False).module()
         compiled = torch.compile(module, backend="eager")
@@ -154,7 +148,7 @@ class Products(TorchDispatchMode):
         super().__init__()
         self.shapes, self.count = {layer.weight.shape for layer in layers}, 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
         self.count += func is torch.ops.aten.mul.Tensor and args[0].shape in self.shapes
         return func(*args, **(kwargs or {}))
 

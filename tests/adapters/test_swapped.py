@@ -13,7 +13,6 @@ import pytest
 import torch
 from library_flows import MAIN, Case, counted, made, same_bits
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
 import jacobiflow as jf
 
@@ -37,8 +36,8 @@ def test_nothing_changes_but_the_class_of_transforms(name: str) -> None:
 
     def look() -> list[Any]:
         weights = flow.state_dict(keep_vars=True)
-        return [str([vars(module) for module in flow.modules()]), {key: id(w) for key, w in weights.items()},
-                [w.sum().item() for w in weights.values()], repr(flow)]  # fmt: skip
+        everything = str([vars(module) for module in flow.modules()])
+        return [everything, repr(flow), {key: (id(w), w.sum().item()) for key, w in weights.items()}]
 
     before, kinds = look(), classes(flow)
     with pytest.raises(KeyError), jf.accelerate(flow) as done:
@@ -70,16 +69,6 @@ def test_accelerated_again_the_latest_tolerance_counts() -> None:
     assert classes(flow) == kinds
 
 
-def test_a_class_that_was_changed_meanwhile_stays() -> None:
-    _, flow, *_ = made("nflows affine")
-    done = jf.accelerate(flow)
-    flow.register_parameter("extra", nn.Parameter(torch.ones(2, 2)))
-    parametrizations.weight_norm(flow, "extra")
-    kind = type(flow)
-    done.restore()
-    assert type(flow) is kind
-
-
 def test_deep_copies_are_accelerated_and_independent() -> None:
     case, flow, y, c = made("zuko MAF")
     kinds = classes(flow)
@@ -96,7 +85,7 @@ def test_deep_copies_are_accelerated_and_independent() -> None:
     done.restore()
     assert classes(flow) == kinds
     assert is_fast(case, copied, y, c)
-    jf.accelerate(copied, 1e-3).restore()
+    jf.accelerate(copied).restore()
     assert classes(copied) == kinds
 
 
@@ -104,17 +93,14 @@ def test_deep_copies_are_accelerated_and_independent() -> None:
 def test_pickles_hold_the_library_s_own_class(protocol: int) -> None:
     case, flow, y, c = made("zuko NSF")
     kinds = classes(flow)
+    jf.accelerate(flow)
+    pickled = pickle.dumps(flow, protocol)
+    assert b"jacobiflow" not in pickled  # it loads where this package is not installed
+    loaded = pickle.loads(pickled)
+    assert classes(loaded) == kinds
+    assert is_fast(case, flow, y, c)
     with torch.no_grad():
-        expected = case.invert(flow, y, c)
-        jf.accelerate(flow)
-        pickled = pickle.dumps(flow, protocol)
-        assert b"jacobiflow" not in pickled  # it loads where this package is not installed
-        loaded = pickle.loads(pickled)
-        assert classes(loaded) == kinds
-        assert same_bits(expected, case.invert(loaded, y, c))
-        assert is_fast(case, flow, y, c)
-        with jf.accelerate(loaded):
-            assert same_bits(expected, case.invert(loaded, y, c))
+        assert same_bits(case.invert(loaded, y, c), case.invert(flow, y, c))
 
 
 def test_one_library_is_enough_and_importing_takes_none() -> None:
@@ -126,9 +112,8 @@ def test_one_library_is_enough_and_importing_takes_none() -> None:
         sys.modules |= {"zuko": None, "normflows": None}
         from nflows.transforms import MaskedAffineAutoregressiveTransform
         flow, y = MaskedAffineAutoregressiveTransform(8, 16), torch.randn(3, 8)
-        expected = flow.inverse(y)[0]
-        with jf.accelerate(flow) as done:
-            assert torch.equal(expected, flow.inverse(y)[0])
+        expected, done = flow.inverse(y)[0], jf.accelerate(flow)
+        assert torch.equal(expected, flow.inverse(y)[0])
         assert done.passes
     """
     done = subprocess.run([sys.executable, "-c", dedent(script)], capture_output=True, text=True, timeout=120)
