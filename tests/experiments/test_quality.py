@@ -112,19 +112,15 @@ def draw_row(of: Experiment, name: str, num: int = NUM, rate: float = 0.8) -> tu
     return torch.cat(images), resolved / num
 
 
-def folder_of(found: Experiment, name: str) -> Path:
-    return found.row_folder(SEQUENTIAL if name == ORIGINAL else name)
-
-
 def test_rows_are_what_their_samples_say(compared: SimpleNamespace) -> None:
     assert [row.name for row in compared.rows] == list(NAMES)
     exact, _ = draw_row(compared.of, ORIGINAL)
-    original = on_disk(folder_of(compared.of, ORIGINAL))
+    original = on_disk(compared.of.row_folder(SEQUENTIAL))
     real = moments(features(REAL.numpy()))
     base = frechet(real, moments(features(original)))
     for row in compared.rows:
         images, resolved = draw_row(compared.of, row.name)
-        pixels = on_disk(folder_of(compared.of, row.name))
+        pixels = on_disk(compared.of.row_folder(SEQUENTIAL if row.name == ORIGINAL else row.name))
         assert np.array_equal(pixels, levels(images))
         distance = frechet(real, moments(features(pixels)))
         assert (row.num, row.resolved) == (NUM, resolved)
@@ -137,11 +133,11 @@ def test_rows_are_what_their_samples_say(compared: SimpleNamespace) -> None:
         assert row.rate == compared.timings["rows"][ORIGINAL]["median"] / seconds["median"]
     assert (compared.rows[0].relative, compared.rows[0].max, compared.rows[1].max) == (0, 0, 0)
     assert compared.rows[2].max > 0.1
-    kept = np.concatenate([np.load(path) for path in sorted((compared.out / "exact").iterdir())])
-    assert np.array_equal(kept, exact.numpy())
-    manifest = figures(folder_of(compared.of, "STARFlow") / "manifest.json")
+    kept = [np.load(path) for path in sorted((compared.out / "exact").iterdir())]
+    assert np.array_equal(np.concatenate(kept), exact.numpy())
+    manifest = figures(compared.of.row_folder("STARFlow") / "manifest.json")
     assert (manifest["guidance"], manifest["denoise"], manifest["certify"]) == (asdict(GUIDANCE), 0.8, False)
-    assert figures(folder_of(compared.of, "auto:1e-2") / "manifest.json")["certify"]
+    assert figures(compared.of.row_folder("auto:1e-2") / "manifest.json")["certify"]
 
 
 def test_timings_are_of_the_first_batch(compared: SimpleNamespace) -> None:
@@ -174,8 +170,8 @@ def test_rows_and_samples_are_added(copied: Experiment) -> None:
     more = replace(copied, names=(*NAMES, "window:3"), labels=torch.arange(28) % 3)
     begin(more)
     assert timings(more, 1)["rows"].keys() == {*NAMES, "window:3"}
-    for name in (ORIGINAL, "STARFlow"):
-        pixels = on_disk(folder_of(copied, name))
+    for name in (SEQUENTIAL, "STARFlow"):
+        pixels = on_disk(copied.row_folder(name))
         assert np.array_equal(on_disk(draw(more, name, 28, progress=False).path)[:NUM], pixels)
     assert largest_row(copied.out) == 28
     assert draw(more, "STARFlow", NUM, progress=False).manifest.num == 28  # what was begun for more stays
@@ -188,7 +184,7 @@ def test_lost_exact_images_are_drawn_again(compared: SimpleNamespace, copied: Ex
     want = path.read_bytes()
     for damage in (path.unlink, lambda: np.save(path, np.load(path)[:5]), lambda: path.write_bytes(want[:100])):
         damage()
-        (folder_of(copied, "STARFlow") / "shards" / "00001.json").unlink()
+        (copied.row_folder("STARFlow") / "shards" / "00001.json").unlink()
         assert scored(copied)[4] == compared.rows[4]
         assert path.read_bytes() == want
 

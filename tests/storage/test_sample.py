@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,7 @@ GUIDANCE = jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8)
 SOMETIMES = jf.Strategy.uniform(jf.Solver(stopping=jf.Tolerance(1e-4) | jf.MaxSweeps(12)), 2)
 
 
-@cache
-def small() -> jf.TarFlow:
-    """A flow of three classes and 8x8 grey images."""
-    return to_float32(make_flow(num_classes=3, noise_std=0.1))
+SMALL = to_float32(make_flow(num_classes=3, noise_std=0.1))  # of 8x8 grey images
 
 
 def classes(num: int) -> Tensor:
@@ -39,9 +35,9 @@ def classes(num: int) -> Tensor:
 
 
 def draw(out: Path, num: int = NUM, **changed: Any) -> jf.SampleFolder:
-    """Samples of `small`."""
+    """Samples of `SMALL`."""
     given = {"labels": classes(num), "progress": False, **SETTINGS, **changed}
-    return jf.sample_to_folder(small(), num, out, **given)
+    return jf.sample_to_folder(SMALL, num, out, **given)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +81,7 @@ def test_every_shard_is_what_sample_draws_of_its_latents(name: str, tmp_path: Pa
     folder = draw(tmp_path, on_shard=on_shard, **given)
     size, labels = given.pop("shard_size"), given.pop("labels")
     assert (folder.manifest.batch_size, folder.manifest.shard_size, folder.drawn) == (2, 4, NUM)
-    for i, samples in enumerate(by_sample(small(), NUM, size, labels, **given)):
+    for i, samples in enumerate(by_sample(SMALL, NUM, size, labels, **given)):
         assert torch.equal(images[size * i], samples.images)
         assert np.array_equal(folder.images(i).permute(0, 2, 3, 1).numpy(), levels(samples.images))
         record = folder.records()[i]
@@ -117,7 +113,7 @@ def test_sizes_by_default(tmp_path: Path) -> None:
 
 
 def test_auto_is_planned_once_for_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert draw(tmp_path / "auto", 4, strategy="auto").strategy() == jf.strategy.auto(small(), 2)
+    assert draw(tmp_path / "auto", 4, strategy="auto").strategy() == jf.strategy.auto(SMALL, 2)
     plans, out = [jf.Strategy.uniform(jf.Solver(jf.Window(size)), 2) for size in (4, 5)], tmp_path / "to a tolerance"
     monkeypatch.setattr(module, "choose", lambda *_, **__: plans.pop(0))
     with pytest.raises(KeyboardInterrupt):
@@ -126,7 +122,7 @@ def test_auto_is_planned_once_for_the_batch(tmp_path: Path, monkeypatch: pytest.
     folder = draw(out, 17, strategy="auto:1e-2")
     assert len(plans) == 1
     assert (folder.manifest.strategy, folder.manifest.tolerance) == ("auto:1e-2", None)
-    want = by_sample(small(), 17, 4, classes(17), strategy="window:4", batch_size=2)
+    want = by_sample(SMALL, 17, 4, classes(17), strategy="window:4", batch_size=2)
     assert np.array_equal(pixels_in(folder), levels(torch.cat([samples.images for samples in want])))
 
 
@@ -186,7 +182,7 @@ def test_figures_are_those_of_the_samples_and_add_up() -> None:
     sums = ("seconds", "denoise_seconds", "network_calls", "token_evaluations", "resolved_sequentially")
     figures = []
     for seed in (0, 1):
-        samples = jf.sample(small(), 3, classes(3), seed, strategy=SOMETIMES, denoise=0.5, progress=False)
+        samples = jf.sample(SMALL, 3, classes(3), seed, strategy=SOMETIMES, denoise=0.5, progress=False)
         figures.append(figures_of(samples))
         assert figures[-1] == {name: getattr(samples, name) for name in sums} | {
             "status": {state.name.lower(): samples.status.tolist().count(state) for state in jf.Status},
