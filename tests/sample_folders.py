@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +40,7 @@ def run(out: Path, num: int = 10, labels: bool = True, **changed: Any) -> jf.Sam
     """A run without a flow; `changed` are entries of its manifest, or arguments of `generate`."""
     arguments = {name: changed.pop(name) for name in list(changed) if name not in Manifest.__dataclass_fields__}
     given = torch.arange(num) % 3 if labels else None
-    digest = None if given is None else hashlib.sha256(given.numpy().astype("<i8").tobytes()).hexdigest()
+    digest = None if given is None else sha256(given.numpy().astype("<i8").tobytes()).hexdigest()
     manifest = manifest_of(num, **{"labels_sha256": digest, **changed})
     drawing = arguments.pop("drawing", lambda _: invented)
     return generate(jf.SampleFolder(out, manifest), given, drawing, (4, 4), **{"progress": False, **arguments})
@@ -55,21 +54,15 @@ def invented(start: int, latents: Tensor, labels: Tensor | None, advance: Callab
     return Drawn(images, certificate, index == 6, {"first": start})
 
 
-def eight_bit(images: Tensor) -> Any:
-    """Pixels (n, h, w, c) of images, black where they are lost."""
-    pixels = np.nan_to_num(images.float().numpy().transpose(0, 2, 3, 1), nan=-1.0, posinf=-1.0, neginf=-1.0)
-    return np.round((pixels.clip(-1, 1) + np.float32(1)) * np.float32(127.5)).astype(np.uint8)
-
-
 def pixels_in(folder: jf.SampleFolder) -> Any:
-    """Pixels (n, h, w, c) of all samples in a folder."""
+    """Pixels (n, h, w, c) of all samples, as the folder reads them."""
     return torch.cat(list(folder.batches())).permute(0, 2, 3, 1).numpy()
 
 
 def signed(value: dict[str, Any]) -> dict[str, Any]:
     """A record as JSON, with the checksum of its entries."""
     value = {key: entry for key, entry in value.items() if key != "record_sha256"}
-    return value | {"record_sha256": hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()}
+    return value | {"record_sha256": sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()}
 
 
 def read(path: Path) -> Any:
@@ -77,21 +70,20 @@ def read(path: Path) -> Any:
 
 
 def everything(out: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name != ".lock"
-    }
+    """The files in a folder, without its lock."""
+    files = (path for path in sorted(out.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 def facts(out: Path) -> Any:
     """All that two runs of the same samples must share: every file, but not what the shards cost."""
     files = everything(out)
-    records = {
-        name: json.loads(files.pop(name)) for name in list(files) if name.startswith("shards") and "json" in name
-    }
+    files.pop("samples.png", None)
+    records = {name: json.loads(files.pop(name)) for name in list(files) if name.endswith(".json") and "/" in name}
     for value in records.values():
         assert value == signed(value)
         del value["figures"], value["record_sha256"]
-    return {name: data for name, data in files.items() if name != "samples.png"}, records
+    return files, records
 
 
 def times(out: Path) -> dict[str, int]:

@@ -19,8 +19,8 @@ Pixels = NDArray[np.uint8]
 
 
 def levels(images: Tensor) -> Pixels:
-    """8-bit pixels (N, H, W, C); what is NaN is black."""
-    x = np.nan_to_num(images.numpy().astype(np.float32), nan=-1.0).transpose(0, 2, 3, 1)
+    """8-bit pixels (N, H, W, C); what is NaN or infinite is black."""
+    x = np.nan_to_num(images.float().numpy(), nan=-1.0, posinf=-1.0, neginf=-1.0).transpose(0, 2, 3, 1)
     return np.round((np.clip(x, -1, 1) + 1) * np.float32(127.5)).astype(np.uint8)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sample_folders import eight_bit
+from scoring import levels
 
 import jacobiflow as jf
 
@@ -140,7 +140,7 @@ def test_the_same_command_goes_on_where_it_was_interrupted(
         jf.load("./model"), 4, torch.tensor([0, 1, 2, 0]), strategy="jacobi-1", batch_size=2, progress=False
     )
     with np.load(shards / "00001.npz") as arrays:
-        assert np.array_equal(arrays["arr_0"], eight_bit(want.images)[2:])
+        assert np.array_equal(arrays["arr_0"], levels(want.images)[2:])
 
 
 def test_names_in_square_brackets_are_no_markup_and_a_warning_is_one_line(

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from running import figures
-from sample_folders import eight_bit
+from scoring import levels
 
 import jacobiflow as jf
 from jacobiflow.calibration import Components
@@ -139,7 +139,7 @@ def test_the_proposed_command_samples_as_the_report_says(options: str, run: Any,
     guidance, labels = GUIDANCE if GUIDED in options else None, None if "--un" in options else torch.arange(3)
     want = jf.sample(jf.load("./model"), 3, labels, strategy=plan, guidance=guidance, progress=False)
     with np.load(tmp_path / "shards" / "00000.npz") as arrays:
-        assert np.array_equal(arrays["arr_0"], eight_bit(want.images))
+        assert np.array_equal(arrays["arr_0"], levels(want.images))
 
 
 def test_fitted_guesses_and_corrections_have_a_table_and_are_planned_by(run: Any, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 from running import figures
-from sample_folders import eight_bit, read
+from sample_folders import read
+from scoring import levels
 
 import jacobiflow as jf
 from jacobiflow.latents import draw_labels
@@ -38,7 +39,7 @@ def test_it_writes_what_the_library_draws(strategy: str, run: Any, tmp_path: Pat
     want = jf.sample(jf.load("./model"), 5, labels, 4, strategy=strategy, batch_size=3, progress=False)
     assert want.certificate is not None
     found = drawn(out)
-    assert np.array_equal(found.pop("arr_0"), eight_bit(want.images))
+    assert np.array_equal(found.pop("arr_0"), levels(want.images))
     assert found.pop("labels").tolist() == labels.tolist()
     assert not found
     with Image.open(out / "samples.png") as sheet:
@@ -78,7 +79,7 @@ def test_compare_prints_both_rows_and_the_error(run: Any, tmp_path: Path) -> Non
     speed = shown["runs"]["sequential"]["seconds"] / shown["runs"][strategy]["seconds"]
     line = f"speed-up {speed:.2f}x over the sequential loop; error max {error.max():.1e}, mean {error.mean():.1e}\n"
     assert line in result.out
-    assert np.array_equal(drawn(tmp_path)["arr_0"], eight_bit(other))
+    assert np.array_equal(drawn(tmp_path)["arr_0"], levels(other))
     with Image.open(tmp_path / "samples.png") as sheet:
         assert sheet.size[1] == 3 * (22 + 8 * 8 + 4)
     assert max(map(len, result.out.splitlines()[:-1])) <= 80, "the table does not fit a terminal"
@@ -93,7 +94,7 @@ def test_guidance_and_denoising_reach_the_library(run: Any, tmp_path: Path) -> N
         jf.load("./model"), 3, torch.arange(3), strategy="jacobi", guidance=guidance, denoise=0.9, tolerance=1e-5,
         progress=False,
     )  # fmt: skip
-    assert np.array_equal(drawn(tmp_path)["arr_0"], eight_bit(want.images))
+    assert np.array_equal(drawn(tmp_path)["arr_0"], levels(want.images))
     shown = figures(tmp_path / "f")
     assert (shown["guidance"], shown["denoise"]) == (0.7, 0.9)
     assert shown["runs"]["jacobi"]["certificate"] <= 1e-5
@@ -111,7 +112,7 @@ def test_guesses_come_from_a_report(strategy: str, run: Any, tmp_path: Path) -> 
     plan = jf.Strategy.parse(strategy, jf.Report.load("report.json"))
     assert plan != jf.Strategy.parse(strategy, num_blocks=3, num_tokens=16)
     want = jf.sample(flow, 4, labels, strategy=plan, progress=False)
-    assert np.array_equal(drawn(tmp_path)["arr_0"], eight_bit(want.images))
+    assert np.array_equal(drawn(tmp_path)["arr_0"], levels(want.images))
     result = run(f"{line} --guidance 0.4 --overwrite")
     assert result.err == "warning: --report report.json: calibrated under other guidance; its guesses may be poor\n"
 
@@ -190,7 +191,7 @@ def test_labels(run: Any, tmp_path: Path) -> None:
         assert (arrays["labels"].tolist() if "labels" in arrays else None) == want
         ids = None if want is None else torch.tensor(want)
         images = jf.sample(jf.load("./model"), 4, ids, 9, strategy="jacobi-1", progress=False).images
-        assert np.array_equal(arrays["arr_0"], eight_bit(images))
+        assert np.array_equal(arrays["arr_0"], levels(images))
 
 
 def test_a_bad_file_of_labels_is_one_line(refuse: Any, tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
-"""A folder of samples: the files it consists of, what is read back, and which damage is noticed."""
+"""A folder of samples: its manifest, its records, its files, what is read back, and which damage is noticed."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sample_folders import flip, manifest_of, pixels_in, read, record_of
+from problems import make_flow
+from sample_folders import everything, flip, manifest_of, pixels_in, read, record_of, signed
 
 import jacobiflow as jf
-from jacobiflow.storage import SampleFolderError
+from jacobiflow.measuring import machine
+from jacobiflow.storage import Manifest, SampleFolderError
+from jacobiflow.storage.record import Record
 from jacobiflow.strategy import Prediction
 
+GUIDANCE = jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8)
+NAMES = [entry.name for entry in fields(Manifest)]
 LABELS = (0, 1, 2, 0, 1, -1, 2, 2, 1, 0)
 SPANS = ((0, 4), (4, 8), (8, 10))
 
@@ -35,52 +43,42 @@ def folder_of(
     """A whole folder of random images."""
     folder = jf.SampleFolder(path, manifest_of(image_shape=(channels, 4, 4), **changed))
     for i, (start, stop) in enumerate(SPANS):
-        part = None if labels is None else labels[start:stop]
-        folder.write(i, images_of(channels)[start:stop], record_of(start, stop - start, labels=part))
+        record = record_of(start, stop - start, labels=None if labels is None else labels[start:stop])
+        folder.write(i, images_of(channels)[start:stop], record)
     folder = folder.with_checksums()
     folder.save_manifest()
     return folder
 
 
-def files(path: Path) -> list[str]:
-    return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
-
-
 @pytest.mark.parametrize("kind", ["npz", "png"])
 @pytest.mark.parametrize("channels, labels", [(1, LABELS), (3, None)])
-def test_what_was_written_is_read_back(
-    kind: str, channels: int, labels: tuple[int, ...] | None, tmp_path: Path
-) -> None:
+def test_what_was_written_is_read_back(kind: str, channels: int, labels: Any, tmp_path: Path) -> None:
     want = folder_of(tmp_path, labels, channels, files=kind)
     folder = jf.SampleFolder.open(str(tmp_path))
     folder.check()
     assert folder == want
     assert np.array_equal(pixels_in(folder), images_of(channels).permute(0, 2, 3, 1).numpy())
-    assert folder.images(0).is_contiguous()
-    found = [folder.labels(i) for i in range(3)]
-    assert [None if part is None else part.tolist() for part in found] == (
-        [None] * 3 if labels is None else [[0, 1, 2, 0], [1, -1, 2, 2], [1, 0]]
-    )
+    found = [None if part is None else tuple(part.tolist()) for part in map(folder.labels, range(3))]
+    assert found == [None if labels is None else labels[start:stop] for start, stop in SPANS]
     certificate = folder.certificate()
     assert certificate is not None
     assert certificate.tolist() == pytest.approx([0, 1e-4, 2e-4, 3e-4, 0, 1e-4, 2e-4, 3e-4, 0, 1e-4])
     assert folder.lost().tolist() == [i in (0, 4, 8) for i in range(10)]
     assert folder.resolved().tolist() == [i in (1, 5, 9) for i in range(10)]
     assert folder.manifest.checksums == tuple(record.sha256 for record in folder.records())
-    assert folder.size() == sum((tmp_path / name).stat().st_size for name in files(tmp_path) if name != "manifest.json")
-    folder.write(
-        1, images_of(channels)[4:8], record_of(certificate=None, labels=None if labels is None else labels[4:8])
-    )
+    assert folder.size() == sum(len(data) for name, data in everything(tmp_path).items() if name != "manifest.json")
+    folder.write(1, images_of(channels)[4:8], record_of(certificate=None, labels=found[1]))
     assert folder.certificate() is None
 
 
 def test_an_npz_file_is_the_same_for_the_same_images_and_labels(tmp_path: Path) -> None:
     """So that its checksum depends on no clock and no version of zlib."""
-    folder_of(tmp_path)
+    folder_of(tmp_path / "labelled")
     folder_of(tmp_path / "none", None)
-    assert files(tmp_path / "shards") == [f"{i:05}.{kind}" for i in range(3) for kind in ("json", "npz")]
+    names = [f"shards/{i:05}.{kind}" for i in range(3) for kind in ("json", "npz")]
+    assert list(everything(tmp_path / "labelled")) == ["manifest.json", *names]
     for i, (start, stop) in enumerate(SPANS):
-        path = tmp_path / "shards" / f"{i:05}.npz"
+        path = tmp_path / "labelled" / "shards" / f"{i:05}.npz"
         with np.load(path, allow_pickle=False) as arrays:
             assert (set(arrays), arrays["arr_0"].dtype, arrays["labels"].dtype) == ({"arr_0", "labels"}, "u1", "i8")
             assert np.array_equal(arrays["arr_0"], images_of().permute(0, 2, 3, 1).numpy()[start:stop])
@@ -94,49 +92,40 @@ def test_an_npz_file_is_the_same_for_the_same_images_and_labels(tmp_path: Path) 
 
 
 def test_pngs_lie_by_class_and_index(tmp_path: Path) -> None:
-    folder_of(tmp_path, files="png")
-    paths = [f"{label if label >= 0 else 'none'}/{i:08}.png" for i, label in enumerate(LABELS)]
-    assert files(tmp_path / "images") == sorted(paths)
-    assert files(tmp_path / "shards") == [f"{i:05}.json" for i in range(3)]
+    out = folder_of(tmp_path / "grey", files="png").path
+    paths = [f"images/{label if label >= 0 else 'none'}/{i:08}.png" for i, label in enumerate(LABELS)]
+    assert sorted(everything(out)) == [*sorted(paths), "manifest.json", *(f"shards/{i:05}.json" for i in range(3))]
     for path, want in zip(paths, images_of(), strict=True):
-        with Image.open(tmp_path / "images" / path) as image:
+        with Image.open(out / path) as image:
             assert (image.format, image.mode) == ("PNG", "L")
             assert np.array_equal(np.asarray(image), want[0].numpy())
-    joined = b"".join((tmp_path / "images" / path).read_bytes() for path in paths[4:8])
-    assert read(tmp_path / "shards" / "00001.json")["sha256"] == hashlib.sha256(joined).hexdigest()
+    joined = b"".join((out / path).read_bytes() for path in paths[4:8])
+    assert read(out / "shards" / "00001.json")["sha256"] == hashlib.sha256(joined).hexdigest()
     for num_classes, names in ((10, ["0", "9"]), (11, ["00", "09"]), (101, ["000", "009"])):  # so that they sort
         folder_of(tmp_path / str(num_classes), (0, 9) * 5, files="png", num_classes=num_classes)
         assert sorted(os.listdir(tmp_path / str(num_classes) / "images")) == names
     folder_of(tmp_path / "colour", None, channels=3, files="png")
-    assert files(tmp_path / "colour" / "images") == [f"{i:08}.png" for i in range(10)]
     with Image.open(tmp_path / "colour" / "images" / "00000007.png") as image:
         assert np.array_equal(np.asarray(image), images_of(3)[7].permute(1, 2, 0).numpy())
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-@pytest.mark.parametrize("harm", [flip, truncate, Path.unlink])
+@pytest.mark.parametrize("harm", [flip, Path.unlink])
 @pytest.mark.parametrize("kind, place", [("npz", "shards/00001.npz"), ("png", "images/none/00000005.png")])
 def test_a_damaged_shard_is_named(harm: Callable[[Path], None], kind: str, place: str, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, files=kind)
+    one, two, three = folder.manifest.checksums or ()
+    replace(folder, manifest=replace(folder.manifest, checksums=None)).check()
+    another = replace(folder, manifest=replace(folder.manifest, checksums=(one, three, two)))
+    words = rf"{place if kind == 'npz' else 'images/1/00000004.png'}: does not match its checksum; sample into the fol"
+    with pytest.raises(SampleFolderError, match=words):
+        another.check()
     harm(tmp_path / place)
     assert [folder.verify(i) for i in range(3)] == [True, False, True]
-    first = place if kind == "npz" else "images/1/00000004.png"
-    with pytest.raises(SampleFolderError, match=rf"{first}: does not match its checksum; sample into the folder again"):
+    with pytest.raises(SampleFolderError, match=words):
         folder.check()
 
 
-def test_a_shard_other_than_the_one_in_the_manifest_is_named(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path)
-    one, two, three = folder.manifest.checksums or ()
-    replace(folder, manifest=replace(folder.manifest, checksums=None)).check()
-    with pytest.raises(SampleFolderError, match=r"00001\.npz: does not match its checksum"):
-        replace(folder, manifest=replace(folder.manifest, checksums=(one, three, two))).check()
-
-
-@pytest.mark.parametrize("text", ["missing", "", '{"start": 4, "num"', "[" * 100_000, "\udcff", "another", "fewer"])
+@pytest.mark.parametrize("text", ["missing", '{"start": 4, "num"', "[" * 100_000, "another", "fewer"])
 def test_a_shard_without_its_record_does_not_count(text: str, tmp_path: Path) -> None:
     folder, path = folder_of(tmp_path), tmp_path / "shards" / "00001.json"
     if text == "missing":
@@ -147,37 +136,31 @@ def test_a_shard_without_its_record_does_not_count(text: str, tmp_path: Path) ->
     elif text == "fewer":
         folder.write(1, images_of()[4:7], record_of(4, 3))
     else:
-        path.write_text(text, errors="surrogateescape")
+        path.write_text(text)
     assert folder.record(1) is None
     assert not folder.verify(1)
     assert [folder.has(i) for i in range(3)] == [True, text != "missing", True]
+    words = r": 1 of 3 shards are missing, 00001\.json for one; sample into it"
     for look in (folder.check, folder.records, folder.certificate, folder.lost, folder.resolved, folder.with_checksums):
-        with pytest.raises(
-            SampleFolderError, match=r": 1 of 3 shards are missing, 00001\.json for one; sample into it"
-        ):
+        with pytest.raises(SampleFolderError, match=words):
             look()
     for look_at in (folder.labels, folder.images):
         with pytest.raises(SampleFolderError, match=r"00001\.json: missing; sample into the folder again"):
             look_at(1)
 
 
-NOT_ONE = r"manifest\.json: not a manifest of samples \(.+\); restore it, or draw anew with overwrite=True$"
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("missing", r": no manifest\.json in it; give a folder of samples$"),
-        ("a folder", r"manifest\.json: cannot be read \(Is a directory\)$"),
-        ('{"format_version": 1,', NOT_ONE), ("[" * 100_000, NOT_ONE), ("\udcff", NOT_ONE), ("{}", NOT_ONE),
-    ],
-)  # fmt: skip
-def test_what_is_not_a_folder_of_samples_cannot_be_opened(text: str, words: str, tmp_path: Path) -> None:
-    if text == "a folder":
-        (tmp_path / "manifest.json").mkdir()
-    elif text != "missing":
-        (tmp_path / "manifest.json").write_text(text, errors="surrogateescape")
-    with pytest.raises(SampleFolderError, match=words):
+def test_what_is_not_a_folder_of_samples_cannot_be_opened(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    with pytest.raises(SampleFolderError, match=r": no manifest\.json in it; give a folder of samples$"):
+        jf.SampleFolder.open(tmp_path)
+    words = r"manifest\.json: not a manifest of samples \(.+\); restore it, or draw anew with overwrite=True$"
+    for text in ('{"format_version": 1,', "[" * 100_000, "{}"):
+        path.write_text(text)
+        with pytest.raises(SampleFolderError, match=words):
+            jf.SampleFolder.open(tmp_path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(SampleFolderError, match=r"manifest\.json: cannot be read \(Is a directory\)$"):
         jf.SampleFolder.open(tmp_path)
 
 
@@ -195,7 +178,7 @@ def test_the_strategy_is_read_without_its_prediction(tmp_path: Path) -> None:
 def test_sweeping_and_clearing_remove_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, files="png")
     (tmp_path / "strategy.json").write_text("{}")
-    whole = files(tmp_path)
+    whole = list(everything(tmp_path))
     ours = [".manifest.json.a1.partial", "shards/.00001.json.77.partial", "images/.00000001.png.1.partial",
             "images/2/.00000002.png.77.partial"]  # fmt: skip
     others = ["downloads/.film.mp4.partial", "inside/shards/.00001.npz.77.partial", "mine.txt"]
@@ -203,8 +186,96 @@ def test_sweeping_and_clearing_remove_what_a_run_wrote_and_nothing_else(tmp_path
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"half")
     folder.sweep()
-    assert files(tmp_path) == sorted([*others, *whole])
+    assert sorted(everything(tmp_path)) == sorted([*others, *whole])
     folder.clear()
     folder.clear()
-    assert files(tmp_path) == others
+    assert sorted(everything(tmp_path)) == others
     assert sorted(os.listdir(tmp_path)) == ["downloads", "inside", "mine.txt"]
+
+
+def test_a_manifest_says_what_is_drawn() -> None:
+    flow, labels = make_flow(in_channels=3, image_size=4, num_classes=5), torch.tensor([1, -1, 4])
+    given: dict[str, Any] = {"batch_size": 2, "shard_size": 4, "strategy": "jacobi", "certify": False, "model": "mine"}
+    manifest = Manifest.of(flow, 3, labels, 9, guidance=GUIDANCE, denoise=1, tolerance=1e-4, files="png", **given)
+    digest = hashlib.sha256(b"".join(i.to_bytes(8, "little", signed=True) for i in (1, -1, 4))).hexdigest()
+    assert asdict(manifest) == given | {
+        "num": 3, "image_shape": (3, 4, 4), "seed": 9, "labels_sha256": digest, "num_classes": 5, "files": "png",
+        "fingerprint": manifest.fingerprint, "dtype": "float64", "strategy_sha256": None, "guidance": asdict(GUIDANCE),
+        "denoise": 1.0, "tolerance": 1e-4, "machine": machine("cpu"), "checksums": None,
+    }  # fmt: skip
+    assert len(manifest.fingerprint) == 64
+    off = Manifest.of(flow, 3, None, 9, guidance=jf.Guidance(0.0), denoise=0.0, **given)
+    assert (off.guidance, off.labels_sha256, off.tolerance, off.files) == (None, None, None, "npz")
+
+
+def test_json_gives_a_manifest_back() -> None:
+    for manifest in (
+        manifest_of(1, batch_size=1, shard_size=1, image_shape=(1, 1, 1), num_classes=0, denoise=1, checksums=("a",)),
+        manifest_of(files="png", guidance=asdict(GUIDANCE), checksums=("a", "b", "c")),
+    ):
+        value = json.loads(json.dumps(manifest.to_json()))
+        assert next(iter(value.items())) == ("format_version", 1)
+        assert list(value)[1:] == NAMES
+        assert Manifest.from_json(value) == manifest
+    assert manifest.spans() == [(0, 4), (4, 8), (8, 10)]
+    assert [manifest.num_in(some) for some in ([], [2], (0, 2))] == [0, 2, 6]
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"format_version": 2}, "format_version is 2, not 1"), ({"num": 0}, "num is 0"), ({"num": "10"}, "num is '10'"),
+    ({"batch_size": True}, "batch_size is True"), ({"shard_size": 2.0}, "shard_size is 2.0"),
+    ({"image_shape": [1, 8]}, "image_shape is (1, 8)"), ({"image_shape": [1, 0, 8]}, "image_shape is (1, 0, 8)"),
+    ({"image_shape": 8}, "image_shape is 8"), ({"seed": -1}, "seed is -1"), ({"num_classes": -1}, "num_classes is -1"),
+    ({"files": "bmp"}, "files is 'bmp'"), ({"guidance": 0.5}, "guidance is 0.5"), ({"denoise": "0"}, "denoise is '0'"),
+    ({"machine": None}, "machine is None"), ({"checksums": "abc"}, "checksums is 'abc'"),
+    ({"checksums": [1]}, "checksums is (1,)"), ({"checksums": ["a", "b"]}, "2 checksums of 3 shards"),
+    ({"colour": 1}, "colour is unknown"), ({"seed": ...}, "seed is missing"),
+    ({"format_version": ...}, "format_version is None, not 1"),
+]  # fmt: skip
+
+
+def test_a_wrong_manifest_is_refused() -> None:
+    for changed, words in WRONG:
+        value = {name: entry for name, entry in (manifest_of().to_json() | changed).items() if entry is not ...}
+        with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+            Manifest.from_json(value)
+    with pytest.raises(ValueError, match=r"^\[\] is not a JSON object$"):
+        Manifest.from_json([])
+
+
+def test_a_run_resumes_with_the_same_settings_only() -> None:
+    free: dict[str, Any] = {
+        "num": 11, "labels_sha256": "l", "model": "other", "strategy_sha256": "s", "machine": {}, "checksums": ("c",),
+    }  # fmt: skip
+    begun, out = manifest_of(), Path("out")
+    begun.check_resumes(replace(begun, **free), out)
+    for name in set(NAMES) - set(free):
+        with pytest.raises(SampleFolderError) as error:
+            begun.check_resumes(replace(begun, **{name: "another"}), out)
+        words = f"out: holds samples of {name} {getattr(begun, name)}, not another; "
+        assert str(error.value) == f"{words}give another folder, or overwrite=True to replace them"
+    with pytest.raises(SampleFolderError, match=r"^out: holds a run of 10 samples, more than 9; give num=10; or gi"):
+        begun.check_resumes(manifest_of(9), out)
+    for length, shown in ((60, "x" * 60), (61, "x" * 57 + "...")):  # long values are cut
+        with pytest.raises(SampleFolderError, match=f"strategy {shown}, not invented"):
+            manifest_of(strategy="x" * length).check_resumes(begun, out)
+
+
+def test_json_gives_a_record_back_in_any_order() -> None:
+    for record in (
+        record_of(labels=None, certificate=None, resolved=(), lost=(), figures={}),
+        record_of(labels=(-1, 0, 1, 2), certificate=(1e-5, math.inf, 0.5, math.inf)),
+    ):
+        value = json.loads(json.dumps(record.to_json(), allow_nan=False))
+        assert value == signed(value)
+        assert Record.from_json(value) == Record.from_json(dict(reversed(value.items()))) == record
+
+
+def test_a_changed_record_is_refused() -> None:
+    good = record_of().to_json()
+    unsigned, fewer = ({key: good[key] for key in good if key != name} for name in ("record_sha256", "figures"))
+    for value in (
+        good | {"lost": []}, unsigned, signed(fewer), signed(good | {"colour": 1}), signed(good | {"labels": 4}), [],
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"^not a record \(|^does not match its own checksum$"):
+            Record.from_json(value)

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from sample_folders import facts, times
 import jacobiflow as jf
 from jacobiflow.storage import FirstProcessFailed, Processes, SampleFolderError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NUM = 12
 # Forks two processes that find each other as those of torchrun do, twice. In the first run the second process kills
 # itself before its sixth file gets its name: its third shard has images, but no record.
@@ -71,11 +71,11 @@ def test_two_processes_that_are_killed_write_what_one_does(tmp_path: Path) -> No
     left = NUM - len(before) // 2
     assert 0 < left <= NUM - 2, "the kill did not hit in the middle"
     assert before.items() <= after.items(), "a finished shard was drawn again"
-    given: dict[str, Any] = {"strategy": "jacobi-3", "batch_size": 1, "shard_size": 1, "model": "digits-p1"}
-    want = jf.sample_to_folder(
-        jf.load("digits-p1"), NUM, tmp_path / "want", torch.arange(NUM) % 10, progress=False, **given
-    )
-    assert facts(tmp_path / "samples") == facts(want.path)
+    jf.sample_to_folder(
+        jf.load("digits-p1"), NUM, tmp_path / "want", torch.arange(NUM) % 10, strategy="jacobi-3", batch_size=1,
+        shard_size=1, model="digits-p1", progress=False,
+    )  # fmt: skip
+    assert facts(tmp_path / "samples") == facts(tmp_path / "want")
     first, *others = ((tmp_path / name).read_text() for name in ("out0", "err0", "out1", "err1"))
     assert f"wrote samples: {NUM} shards" in first
     assert others == [f"samples: resumed, {left} of {NUM} shards to draw\n", "", ""]
@@ -86,30 +86,26 @@ def test_two_processes_that_are_killed_write_what_one_does(tmp_path: Path) -> No
 def test_the_first_process_works_and_the_others_get_its_result_or_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[list[Any]] = []
 
-    def first(work: Callable[[], Any]) -> Any:
-        monkeypatch.setattr(dist, "broadcast_object_list", lambda values, src: sent.append([*values, src]))
-        return Processes(0, 2).once(work)
-
-    def second() -> Any:
-        result, error, src = sent.pop()
+    def broadcast(values: list[Any], src: int) -> None:
+        """The first call sends, the second one receives."""
         assert src == 0
-        monkeypatch.setattr(
-            dist, "broadcast_object_list", lambda values, src: values.__setitem__(slice(2), [result, error])
-        )
-        return Processes(1, 2).once(lambda: pytest.fail("called twice"))
+        values[:] = sent.pop() if sent else sent.append(list(values)) or values
 
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    first, second = Processes(0, 2), Processes(1, 2)
     for result in ((7, [1, 2]), None):
-        assert first(lambda result=result: result) == second() == result
-    for error in (OSError(13, "denied"), SampleFolderError("no room"), KeyError()):
+        assert first.once(lambda result=result: result) == result
+        assert second.once(lambda: pytest.fail("called twice")) == result
+    for error in (SampleFolderError("no room"), KeyError()):
 
         def fail(error: Exception = error) -> None:
             raise error
 
         with pytest.raises(type(error)) as caught:
-            first(fail)
+            first.once(fail)
         assert caught.value is error
         with pytest.raises(FirstProcessFailed, match=f"^{re.escape(str(error) or type(error).__name__)}$"):
-            second()
+            second.once(lambda: pytest.fail("called twice"))
 
 
 def test_a_process_alone_and_its_devices() -> None:

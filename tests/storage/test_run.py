@@ -1,7 +1,4 @@
-"""Runs: the same bytes however often one is stopped, and nothing lost or drawn twice.
-
-They need no flow: latents are taken for images.
-"""
+"""Runs that need no flow: the same bytes however often one is stopped, and nothing lost or drawn twice."""
 
 from __future__ import annotations
 
@@ -18,12 +15,15 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from sample_folders import eight_bit, everything, facts, flip, pixels_in, read, run, signed, times
+from sample_folders import everything, facts, flip, manifest_of, pixels_in, read, record_of, run, signed, times
+from scoring import levels
 
 import jacobiflow as jf
 from jacobiflow.latents import draw_latents
 from jacobiflow.storage import Drawn, Processes, SampleFolderError
+from jacobiflow.storage.progress import run_progress
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOW, OTHER = (jf.Strategy.uniform(jf.Solver(jf.Window(size)), 2) for size in (4, 5))
 REPLACE = "give another folder, or overwrite=True to replace them"
 
@@ -32,71 +32,55 @@ def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def damaged(few: str, shard: str) -> str:
-    return rf": {few} shards lack their images or do not match their checksums, {shard} for one; drawn again$"
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Undisturbed runs, by the kind of their files."""
+    folder = tmp_path_factory.mktemp("reference")
+    return {files: run(folder / files, files=files).path for files in ("npz", "png")}
 
 
 @pytest.fixture
 def out(reference: dict[str, Path], tmp_path: Path) -> Path:
     """A copy of the undisturbed run."""
-    shutil.copytree(reference["npz"], tmp_path / "out")
-    return tmp_path / "out"
+    return Path(shutil.copytree(reference["npz"], tmp_path / "out"))
 
 
-@pytest.mark.parametrize("files", ["npz", "png"])
-def test_every_shard_is_kept_with_what_was_said_of_it(files: str, tmp_path: Path) -> None:
-    seen: dict[int, Any] = {}
-    out = tmp_path / "new" / "out"
-    folder = run(out, files=files, on_shard=lambda start, *rest: seen.setdefault(start, rest))
-    all_latents = draw_latents(10, 4, 4)
-    lost = all_latents.view(10, 1, 4, 4).clone()
+def test_every_shard_is_kept_with_what_was_said_of_it(tmp_path: Path) -> None:
+    seen: list[Any] = []
+    folder, latents = run(tmp_path, on_shard=lambda *given: seen.append(given)), draw_latents(10, 4, 4)
+    lost = latents.view(10, 1, 4, 4).clone()
     lost[5] = torch.nan
     assert folder.drawn == 10
-    assert np.array_equal(pixels_in(folder), eight_bit(lost))
+    assert np.array_equal(pixels_in(folder), levels(lost))
     for i, (start, stop) in enumerate(((0, 4), (4, 8), (8, 10))):
-        latents, labels, drawn = seen.pop(start)
-        assert torch.equal(latents, all_latents[start:stop])
-        assert labels.tolist() == [j % 3 for j in range(start, stop)]
-        assert isinstance(drawn, Drawn)
-        found = read(out / "shards" / f"{i:05}.json")
+        first, shard, labels, drawn = seen[i]
+        assert (first, labels.tolist(), type(drawn)) == (start, [j % 3 for j in range(start, stop)], Drawn)
+        assert torch.equal(shard, latents[start:stop])
+        found = read(tmp_path / "shards" / f"{i:05}.json")
         certificate = [None if j == 5 else pytest.approx(1e-4 * j) for j in range(start, stop)]
-        assert found == signed(found)
-        assert found == {
+        assert found == signed(found) == {
             "start": start, "num": stop - start, "labels": labels.tolist(), "certificate": certificate,
             "resolved": [2] if i == 1 else [], "lost": [1] if i == 1 else [], "figures": {"first": start},
-            "sha256": read(out / "manifest.json")["checksums"][i], "record_sha256": found["record_sha256"],
+            "sha256": read(tmp_path / "manifest.json")["checksums"][i], "record_sha256": found["record_sha256"],
         }  # fmt: skip
-    assert not seen
-    jf.SampleFolder.open(out).check()
+    jf.SampleFolder.open(tmp_path).check()
 
 
-# ------------------------------------------------------------------------------------------------------ interruptions
-
-
-@pytest.mark.parametrize("after", [1, 2, 3])
 def test_stopped_after_a_shard_and_resumed(
-    after: int, reference: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    reference: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen: list[int] = []
-
-    def stop(start: int, *_: Any) -> None:
-        seen.append(start)
-        if len(seen) == after:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, on_shard=stop)
-    before, unfinished = times(tmp_path), jf.SampleFolder.open(tmp_path)
-    assert unfinished.manifest.checksums is None
-    assert [unfinished.has(i) for i in range(3)] == [i < after for i in range(3)]
+        run(tmp_path, on_shard=interrupt)
+    seen = list[int]()
+    assert jf.SampleFolder.open(tmp_path).manifest.checksums is None
     with FileLock(tmp_path / ".lock", timeout=0):
         pass  # it was released
     folder = run(tmp_path, on_shard=lambda start, *_: seen.append(start), progress=True)
-    assert (seen, folder.drawn) == ([0, 4, 8], 10 - min(4 * after, 10))
-    said = f"{tmp_path}: resumed, {3 - after} of 3 shards to draw\n" if after < 3 else ""
-    assert capsys.readouterr() == ("", said)
-    assert before.items() <= times(tmp_path).items(), "a finished shard was drawn again"
+    assert (seen, folder.drawn) == ([4, 8], 6)
+    assert capsys.readouterr() == ("", f"{tmp_path}: resumed, 2 of 3 shards to draw\n")
     assert facts(tmp_path) == facts(reference["npz"])
+    assert run(tmp_path, progress=True).drawn == 0
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("fault", ["before", "after", "full"])
@@ -141,9 +125,6 @@ def test_stopped_at_any_write_and_resumed(
         assert facts(out) == facts(tmp_path / "want")
 
 
-# ---------------------------------------------------------------------------------------------------- what is damaged
-
-
 @pytest.mark.parametrize("files, place", [("npz", "shards/00001.npz"), ("png", "images/2/00000005.png")])
 def test_a_damaged_shard_is_drawn_again_and_named(
     files: str, place: str, reference: dict[str, Path], tmp_path: Path
@@ -152,12 +133,9 @@ def test_a_damaged_shard_is_drawn_again_and_named(
     flip(tmp_path / place)
     (tmp_path / "shards" / ".00001.npz.77.partial").write_bytes(b"half")  # of a killed process
     before = {name: when for name, when in times(tmp_path).items() if "00001" not in name}
-    with pytest.warns(UserWarning, match=damaged("1 of 3", "00001")):
+    with pytest.warns(UserWarning, match=r": 1 of 3 shards lack their images .*, 00001 for one; drawn again$"):
         assert run(tmp_path, files=files).drawn == 4
     assert before.items() <= times(tmp_path).items()
-    assert facts(tmp_path) == facts(reference[files])
-    (tmp_path / "shards" / "00000.json").unlink()  # what an interruption leaves, not damage
-    assert run(tmp_path, files=files).drawn == 4
     assert facts(tmp_path) == facts(reference[files])
 
 
@@ -179,66 +157,46 @@ def test_a_manifest_that_was_edited_is_refused_or_corrected(reference: dict[str,
 def test_samples_without_a_manifest_are_not_touched(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "00000.npz").write_text("mine")
-    before = everything(tmp_path)
     for overwrite in (False, True):
-        with pytest.raises(
-            SampleFolderError, match=rf": has {name} but no manifest\.json; give another folder, or rem"
-        ):
+        with pytest.raises(SampleFolderError, match=rf": has {name} but no manifest\.json; give another folder, or"):
             run(tmp_path, overwrite=overwrite)
-        assert everything(tmp_path) == before
+        assert everything(tmp_path) == {f"{name}/00000.npz": b"mine"}
         assert os.listdir(tmp_path) == [name]
 
 
-# ------------------------------------------------------------------------------------------------------ other settings
-
-
-@pytest.mark.parametrize(
-    "changed, words",
-    [
-        ({"seed": 5}, "holds samples of seed 0, not 5; "),
-        ({"num": 9}, "holds a run of 10 samples, more than 9; give num=10; or "),
-        ({"labels": False}, "holds samples of other labels; "),
-        ({"plan": lambda: WINDOW}, "holds samples of another strategy of this name; "),
-    ],
-)
-def test_other_settings_are_refused_before_anything_is_changed(changed: Any, words: str, out: Path) -> None:
+def test_other_settings_are_refused_before_anything_is_changed(out: Path) -> None:
     before = everything(out)
-    with pytest.raises(SampleFolderError, match=f"^{re.escape(str(out))}: {words}{REPLACE}$"):
-        run(out, **changed)
-    assert everything(out) == before
+    changes: dict[str, dict[str, Any]] = {
+        "holds a run of 10 samples, more than 9; give num=10; or ": {"num": 9},
+        "holds samples of other labels; ": {"labels": False},
+        "holds samples of another strategy of this name; ": {"plan": lambda: WINDOW},
+    }
+    for words, changed in changes.items():
+        with pytest.raises(SampleFolderError, match=f"^{re.escape(str(out))}: {words}{REPLACE}$"):
+            run(out, **changed)
+        assert everything(out) == before
     assert run(out).drawn == 0
 
 
 def test_the_strategy_is_kept_and_compared(tmp_path: Path) -> None:
     run(tmp_path, plan=lambda: WINDOW)
-    path = tmp_path / "strategy.json"
-    good = path.read_bytes()
     assert run(tmp_path, plan=lambda: WINDOW).drawn == 0
     for plan in (lambda: OTHER, None):
         with pytest.raises(SampleFolderError, match=f"another strategy of this name; {REPLACE}"):
             run(tmp_path, plan=plan)
-    for harm in (OTHER.save, flip, Path.unlink):
-        path.write_bytes(good)
-        harm(path)
+    for harm in (OTHER.save, Path.unlink):
+        harm(tmp_path / "strategy.json")
         before = everything(tmp_path)
         for keep_plan in (False, True):
-            with pytest.raises(
-                SampleFolderError, match=r"strategy\.json: has changed since its run wrote it; restore i"
-            ):
+            with pytest.raises(SampleFolderError, match=r"strategy\.json: has changed since its run wrote it; restore"):
                 run(tmp_path, plan=lambda: WINDOW, keep_plan=keep_plan)
         assert everything(tmp_path) == before
 
 
-def test_a_plan_that_is_kept_is_made_once(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, plan=lambda: WINDOW, keep_plan=True, on_shard=interrupt)
-    folder = run(tmp_path, plan=lambda: pytest.fail("planned again"), keep_plan=True)
-    assert (folder.drawn, folder.strategy()) == (6, WINDOW)
-    with pytest.raises(SampleFolderError, match="strategy invented, not auto"):  # at once, as planning takes long
-        run(tmp_path, strategy="auto", plan=lambda: pytest.fail("planned"), keep_plan=True)
-
-
 def test_a_run_that_was_stopped_before_its_first_shard_has_settled_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "new" / "deep", plan=interrupt)
+    assert os.listdir(tmp_path) == []
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, plan=lambda: WINDOW, drawing=interrupt)
     assert run(tmp_path, seed=3, plan=lambda: OTHER).strategy() == OTHER
@@ -262,7 +220,7 @@ def test_a_damaged_shard_is_named_where_the_run_grows(num: int, shard: int, tmp_
     """But the last one only where it was full."""
     run(tmp_path, num)
     flip(tmp_path / "shards" / f"{shard:05}.npz")
-    with pytest.warns(UserWarning, match=damaged("1 of 5", f"{shard:05}")):
+    with pytest.warns(UserWarning, match=f"1 of 5 shards .*, {shard:05} for one; drawn"):
         assert run(tmp_path, 17).drawn == 17 - 4
 
 
@@ -278,88 +236,45 @@ def test_another_machine_is_said_and_the_first_one_stays_in_the_manifest(out: Pa
 
 def test_overwriting_draws_anew(reference: dict[str, Path], tmp_path: Path) -> None:
     run(tmp_path, 12, files="png", seed=3, plan=lambda: WINDOW)
-    (tmp_path / "mine.txt").write_text("not of the run")
     before = everything(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, plan=interrupt, overwrite=True)
     assert everything(tmp_path) == before, "lost before the new run began"
     assert run(tmp_path, overwrite=True).drawn == 10
-    assert sorted(os.listdir(tmp_path)) == [".lock", "manifest.json", "mine.txt", "shards"]
-    (tmp_path / "mine.txt").unlink()
     assert facts(tmp_path) == facts(reference["npz"])
-
-
-# -------------------------------------------------------------------------------------------------------- room and lock
-
-
-def disk(patch: pytest.MonkeyPatch, free: int) -> None:
-    patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-
-
-@pytest.mark.parametrize("place", ["new/and/deep", "there"])
-def test_more_than_the_disk_holds_is_refused(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "there").mkdir()
-    disk(monkeypatch, 3_000_000)
-    words = r": the samples to draw take 3\.2 MB, 3\.0 MB are free; make room, or give another folder$"
-    with pytest.raises(SampleFolderError, match=words):
-        run(tmp_path / place, 200_000, shard_size=200_000, on_shard=lambda *_: pytest.fail("drawn"))
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["there"]
 
 
 def test_room_is_needed_for_what_is_missing_less_what_is_overwritten(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    size, before = jf.SampleFolder.open(out).size(), everything(out)
-    disk(monkeypatch, 0)
+    free, size, before = [0], jf.SampleFolder.open(out).size(), everything(out)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
     assert run(out).drawn == 0
     for num, overwrite in ((11, False), (size // 16 + 1, True)):
         with pytest.raises(SampleFolderError, match="are free; make room"):
             run(out, num, overwrite=overwrite)
         assert everything(out) == before
-    (out / "shards" / "00001.json").unlink()
-    disk(monkeypatch, 4 * 16 - 1)
-    with pytest.raises(SampleFolderError, match="are free; make room"):
-        run(out)
-    disk(monkeypatch, 4 * 16)
-    assert run(out).drawn == 4
-    disk(monkeypatch, 0)
     assert run(out, size // 16, overwrite=True).drawn == size // 16
+    free[0] = 3_000_000
+    words = r": the samples to draw take 3\.2 MB, 3\.0 MB are free; make room, or give another folder$"
+    with pytest.raises(SampleFolderError, match=words):
+        run(out.parent / "new" / "deep", 200_000, shard_size=200_000)
+    assert os.listdir(out.parent) == ["out"]
 
 
 def test_a_second_run_into_the_folder_is_refused(reference: dict[str, Path], tmp_path: Path) -> None:
-    refused: list[int] = []
-
-    def another(start: int, *_: Any) -> None:
-        before = everything(tmp_path)
-        for overwrite in (False, True):
-            with pytest.raises(
-                SampleFolderError, match=r": another run is writing to it; wait for it, stop it, or give"
-            ):
-                run(tmp_path, overwrite=overwrite)
-        assert everything(tmp_path) == before
-        refused.append(start)
+    def another(*_: Any) -> None:
+        with pytest.raises(SampleFolderError, match=r": another run is writing to it; wait for it, stop it, or give"):
+            run(tmp_path, overwrite=True)
 
     run(tmp_path, on_shard=another)
-    assert refused == [0, 4, 8]
     assert facts(tmp_path) == facts(reference["npz"])
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_new_folder_in_which_nothing_began_is_removed(error: type[BaseException], tmp_path: Path) -> None:
-    def plan() -> jf.Strategy:
-        raise error
-
-    with pytest.raises(error):
-        run(tmp_path / "new" / "deep", plan=plan)
-    assert os.listdir(tmp_path) == []
-
-
-class First(Processes):
-    def once(self, work: Any) -> Any:
-        return work()
-
-
-def test_the_first_process_waits_for_the_shards_of_the_others(reference: dict[str, Path], out: Path) -> None:
+def test_the_first_process_waits_for_the_shards_of_the_others(
+    reference: dict[str, Path], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Processes, "once", lambda self, work: work())
     theirs, seen = out / "shards" / "00001.json", []
     record = theirs.read_bytes()
     for path in (theirs, out / "shards" / "00000.json"):
@@ -369,17 +284,50 @@ def test_the_first_process_waits_for_the_shards_of_the_others(reference: dict[st
         seen.append(start)
         threading.Timer(0.3, theirs.write_bytes, [record]).start()
 
-    assert run(out, among=First(0, 2), on_shard=on_shard).drawn == 8
+    assert run(out, among=Processes(0, 2), on_shard=on_shard).drawn == 8
     assert seen == [0]
     assert facts(out) == facts(reference["npz"])
 
 
-def test_a_folder_that_a_process_does_not_see_is_refused(tmp_path: Path) -> None:
-    class Elsewhere(Processes):
-        def once(self, work: Any) -> Any:
-            begun = work()
-            (tmp_path / "manifest.json").unlink()
-            return begun
-
+def test_a_folder_that_a_process_does_not_see_is_refused(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Processes, "once", lambda self, work: [work(), (out / "manifest.json").unlink()][0])
     with pytest.raises(SampleFolderError, match=r": process 1 does not see it; give a folder on a shared disk$"):
-        run(tmp_path, among=Elsewhere(1, 2))
+        run(out, among=Processes(1, 2))
+
+
+def test_a_line_every_half_minute_counts_the_samples_of_all_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, folder = [100.0], jf.SampleFolder(tmp_path, manifest_of(1400, shard_size=500))
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    steps = (
+        (20, 1, None),
+        (30, 1, None),
+        (30.5, 250.7, None),
+        (60.5, 1, 0),
+        (61, 399, None),
+        (92, 400, 2),
+        (125, 0, 1),
+    )
+    with run_progress(folder, [0, 2]) as update:
+        for seconds, samples, done in steps:
+            if done is not None:  # as any process finishes a shard
+                start, stop = folder.manifest.spans()[done]
+                record = record_of(start, stop - start, labels=None, resolved=tuple(range(0, stop - start, 4)))
+                folder.write(done, torch.zeros(record.num, 1, 4, 4, dtype=torch.uint8), record)
+            now[0] = 100 + seconds
+            update(samples)
+    assert capsys.readouterr().err.splitlines() == [
+        "250 of 900 samples, 8.2 a second, none finished yet",
+        "899 of 900 samples, 14.7 a second, 25.00% re-solved",
+        "900 of 900 samples, 9.8 a second, 25.00% re-solved",  # never more than there are
+        "900 of 900 samples, 7.2 a second, 25.00% re-solved",
+    ]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with run_progress(jf.SampleFolder(tmp_path / "new", folder.manifest), [0], every=0) as update:
+        update(125)  # a bar on a terminal
+    assert re.search(r"\x1b\[.*125 of 500 samples", capsys.readouterr().err, re.DOTALL)
+    for shown, todo in ((False, [0]), (True, [])):
+        with run_progress(folder, todo, shown, every=0) as update:
+            update(5)
+    assert capsys.readouterr() == ("", "")
