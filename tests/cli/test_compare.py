@@ -140,8 +140,8 @@ def test_two_processes_give_the_samples_of_one(run: Any, work: Path, tmp_path: P
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode().count("samples a row") == 2  # by the first process only
-    for name in ("jacobi-2", "sequential"):
-        one, two = (on_disk(tmp_path / run / "rows" / name).astype(int) for run in ("one", "two"))
+    for name in ("jacobi-2", "sequential"):  # which of them goes on to 12 is a matter of timings
+        one, two = (on_disk(tmp_path / run / "rows" / name)[:8].astype(int) for run in ("one", "two"))
         assert np.abs(one - two).max() <= 1
     rows = (figures(tmp_path / out / "comparison.json")["rows"][2] for out in ("one", "two"))
     one, two = ({key: row[key] for key in ("num", "distance", "max")} for row in rows)
