@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any
 
 import nflows.transforms as nf
-import normflows
 import torch
 import zuko
 from nflows.transforms import autoregressive as nfa
 from nflows.transforms.made import MADE
+from normflows.flows import AutoregressiveRationalQuadraticSpline, MaskedAffineAutoregressive
 from torch import Tensor, nn
 
 import jacobiflow as jf
@@ -143,7 +143,7 @@ def _nflows(kind: Callable[..., nn.Module], gain: float, **settings: Any) -> Cas
 
 
 _affine, _rational = nf.MaskedAffineAutoregressiveTransform, nf.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
-_spline = partial(normflows.flows.AutoregressiveRationalQuadraticSpline, init_identity=False)
+_spline = partial(AutoregressiveRationalQuadraticSpline, init_identity=False)
 
 CASES = {
     "zuko MAF": _zuko(zuko.flows.MAF, 2.0),
@@ -155,9 +155,7 @@ CASES = {
     "nflows feed-forward": _nflows(_affine, 2.5, use_residual_blocks=False),
     "nflows rational": _nflows(_rational, 4.0, num_bins=5, tails="linear", tail_bound=3.0),
     "nflows user's own": Case("nflows", lambda d, c: Additive(d, c or None), 2.5),
-    "normflows affine": Case(
-        "normflows", lambda d, c: normflows.flows.MaskedAffineAutoregressive(d, 32, c or None), 1.5
-    ),
+    "normflows affine": Case("normflows", lambda d, c: MaskedAffineAutoregressive(d, 32, c or None), 1.5),
     "normflows spline": Case("normflows", lambda d, c: _spline(d, 2, 32, c or None), 4.0, slow="forward"),
 }
 MAIN = ("zuko MAF", "zuko NSF", "nflows feed-forward", "nflows rational", "normflows affine", "normflows spline")
