@@ -236,3 +236,15 @@ def test_posteriors_of_sbi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert same_bits(expected, drawn(copied))
     assert all(count <= 7 for count in done.passes.values())
     assert {what.split()[0] for what in done.transforms.values()} == {"zuko", "nflows"}
+
+
+@pytest.mark.parametrize("kind", [zuko.flows.NCSF, zuko.flows.SOSPF, zuko.flows.BPF, zuko.flows.UNAF])
+def test_other_flows_of_zuko_have_identical_bits(kind: Any) -> None:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        flow = kind(features=7, transforms=1, hidden_features=(32,)).eval()
+        y = flow().transform(normal(5, 7).tanh())
+        expected = flow().transform.inv(y)
+        with jf.accelerate(flow) as done:
+            assert same_bits(flow().transform.inv(y), expected)
+    assert max(done.passes.values()) <= 7
