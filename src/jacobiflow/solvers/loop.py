@@ -14,6 +14,7 @@ from jacobiflow.solvers.fronts import Fronts, Swept, Tally, advance
 from jacobiflow.solvers.partition import SlidingRun, Sweep
 from jacobiflow.solvers.solver import Solver
 
+_STEP = Sweep(1, 1)
 LEAVING = 0.25  # share of finished samples at which the batch is made anew: copying its keys costs about a sweep
 
 
@@ -22,7 +23,7 @@ class _Batch:
     """The samples that are swept together: their tensors on the device, and their fronts on the host.
 
     The cache holds the keys of the tokens before `cached` - 1, to within the tolerance. `swept` has how many sweeps
-    each token has had from the shared front, `last` is the latest sweep.
+    each token has had from the shared front, `sweeps` all of them, and `last` is the latest.
     """
 
     fronts: Fronts
@@ -32,6 +33,7 @@ class _Batch:
     cache: Any
     swept: np.ndarray
     cached: int = 0
+    sweeps: int = 0
     last: Sweep | None = None
 
 
@@ -54,7 +56,8 @@ class Loop:
         self._limits = _sweep_limits(solver, self.length)
         self._entered = 0
         only_tolerance = solver.stopping.max_sweeps is None and solver.stopping.ebound is None
-        own = only_tolerance and isinstance(solver.partition, SlidingRun) and isinstance(block, FrontPerSample)
+        self._slides = isinstance(solver.partition, SlidingRun)
+        own = only_tolerance and self._slides and isinstance(block, FrontPerSample)
         self._own_fronts: Any = block if own else None  # the block, where each sample has a front of its own
 
     def run(self) -> None:
@@ -69,8 +72,12 @@ class Loop:
     def _exchange(self, batch: _Batch | None) -> _Batch | None:
         """The batch without the samples that have finished, and with those that were waiting for their slots."""
         if batch is not None:
+            if self._own_fronts is None:
+                if batch.fronts.front[0] < self.length:
+                    return batch
+                self.tally.sweeps[batch.fronts.sample] = batch.sweeps
             done = batch.fronts.front >= self.length
-            if not done.all() and (self._own_fronts is None or done.sum() < LEAVING * len(done)):
+            if not done.all() and done.sum() < LEAVING * len(done):
                 return batch
             self.x[self._index(batch.fronts.sample[done])] = batch.x[self._index(done.nonzero()[0])]
             batch = None if done.all() else self._take(batch, (~done).nonzero()[0])
@@ -105,13 +112,13 @@ class Loop:
 
     def _sweep(self, batch: _Batch) -> None:
         fronts, sample = batch.fronts, batch.fronts.sample
-        first = int(fronts.front.min())
+        first = int(fronts.front[0] if self._own_fronts is None else fronts.front.min())
         stop = self._stop(batch, first)
-        size = stop - first
+        size, start, at = stop - first, fronts.front, cast("int | Tensor", first)
         self.sweeps += 1
-        self.tally.sweeps[sample] += fronts.front < self.length
-        start, at = np.full(len(sample), first), cast("int | Tensor", first)
+        batch.sweeps += 1
         if self._own_fronts is not None:
+            self.tally.sweeps[sample] += fronts.front < self.length
             # A run that would leave the sequence starts earlier: all are of one size, and what is final stays so.
             start = np.minimum(fronts.front, self.length - size)
             at = first if (start == first).all() else self._index(start)
@@ -119,10 +126,10 @@ class Loop:
         if size == 1:
             put_run(batch.x, g, at)
             fronts.front += 1
-            batch.cached, batch.last = (stop if isinstance(at, int) else int(fronts.front.min())), Sweep(1, 1)
+            batch.cached, batch.last = (stop if isinstance(at, int) else int(fronts.front.min())), _STEP
             return
         self.tally.exact[sample] = False
-        if (final := fronts.front - start).any():  # so many leading tokens of a run
+        if start is not fronts.front and (final := fronts.front - start).any():  # so many leading tokens of a run
             g = torch.where(self._index(final[:, None] <= np.arange(size)).unsqueeze(-1), g, run_of(batch.x, at, size))
         batch.swept[first:stop] += 1
         swept = self._step(batch, at, start, g)
@@ -133,8 +140,8 @@ class Loop:
         batch.last = Sweep(size, int(passed.min()))
 
     def _stop(self, batch: _Batch, first: int) -> int:
-        partition = self.solver.partition
-        if isinstance(partition, SlidingRun):
+        partition: Any = self.solver.partition
+        if self._slides:
             stop = min(first + partition.run_size(self.length, batch.last), self.length)
         else:
             stop = partition.stop(first, self.length)
