@@ -83,13 +83,15 @@ class Swept:
     """What a sweep of a run did, per sample and token: on the host.
 
     **Attributes:** `start` of each sample's run; `residual`, |g(x) - x|; `change`, the larger of it and the step that
-    was made; `early`, the change of the whole run met the early stop's bound; `counted`, the end of the tokens that
-    have had their number of sweeps, 0 where there is no such number.
+    was made; `overflowed`, where that is not finite, `None` where all is finite; `early`, the change of the whole run
+    met the early stop's bound; `counted`, the end of the tokens that have had their number of sweeps, 0 where there is
+    no such number.
     """
 
     start: np.ndarray
     residual: np.ndarray
     change: np.ndarray
+    overflowed: np.ndarray | None
     early: bool
     counted: int
 
@@ -105,9 +107,9 @@ def advance(fronts: Fronts, tally: Tally, stopping: Stopping, swept: Swept, shar
     tolerance: tokens that a number of sweeps passes have keys that are a sweep behind.
     """
     sample, size = fronts.sample, swept.change.shape[1]
-    overflowed = ~np.isfinite(swept.change)
-    at_front = np.minimum(fronts.front - swept.start, size - 1)
-    tally.failed[sample] |= overflowed[np.arange(len(sample)), at_front]
+    if swept.overflowed is not None:
+        at_front = np.minimum(fronts.front - swept.start, size - 1)
+        tally.failed[sample] |= swept.overflowed[np.arange(len(sample)), at_front]
     if stopping.atol is None:
         settled = np.zeros(swept.change.shape, dtype=bool)
     else:
@@ -129,5 +131,6 @@ def advance(fronts: Fronts, tally: Tally, stopping: Stopping, swept: Swept, shar
             cached = stop
         else:
             tally.missed[sample] |= ~(exact | settled)[:, : passed[0]].all(axis=1)
-    tally.failed[sample] |= (overflowed & (np.arange(size) < passed[:, None])).any(axis=1)
+    if swept.overflowed is not None:
+        tally.failed[sample] |= (swept.overflowed & (np.arange(size) < passed[:, None])).any(axis=1)
     return passed, cached

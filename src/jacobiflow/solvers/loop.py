@@ -173,11 +173,13 @@ class Loop:
                 change = np.where(failing[:, None], residual, change)
         ebound = self.solver.stopping.ebound
         early = ebound is not None and bool((new - old).norm() <= ebound * batch.x.numel())
-        if not np.isfinite(change).all():
-            finite = torch.isfinite(new).all(dim=-1, keepdim=True)
-            new = torch.where(finite, new, run_of(batch.guess, at, size))
+        finite, overflowed = np.isfinite(change), None
+        if not finite.all():
+            overflowed = ~finite
+            kept = torch.isfinite(new).all(dim=-1, keepdim=True)
+            new = torch.where(kept, new, run_of(batch.guess, at, size))
         put_run(batch.x, new, at)
-        return Swept(start, residual, change, early, self._counted(batch, int(start[0]), size))
+        return Swept(start, residual, change, overflowed, early, self._counted(batch, int(start[0]), size))
 
     def _counted(self, batch: _Batch, first: int, size: int) -> int:
         """The end of the tokens, from `first` on, that have had their number of sweeps; 0 where there is no such."""
