@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,15 @@ def test_an_exhausted_memory_is_one_line(refuse: Any, monkeypatch: pytest.Monkey
     refuse(SAMPLE, "error: out of memory; give a smaller --batch-size\n")
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT interrupts, also where the tests were started in the background, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("line", [f"{SAMPLE} --compare", MEASURE, TRACE])
 def test_an_interruption_is_exit_130_and_leaves_nothing(
     line: str, run: Any, files: Any, monkeypatch: pytest.MonkeyPatch
@@ -119,6 +129,7 @@ def test_an_interruption_is_exit_130_and_leaves_nothing(
     assert files() == before
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_the_same_command_goes_on_where_it_was_interrupted(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
