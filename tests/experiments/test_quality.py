@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import make_flow, to_float32
+from problems import make_flow, make_identity, to_float32
 from running import figures
 from sample_folders import everything
 from scoring import difference, frechet, levels, moments, on_disk, pixel_figures
@@ -151,6 +151,16 @@ def test_timings_are_of_the_first_batch(compared: SimpleNamespace) -> None:
         want = difference(draw_row(compared.of, name, 4, rate=0)[0], exact)[0]
         # The loop of the original code differs by rounding.
         assert found["error"] == pytest.approx(want, rel=1e-4) if name != ORIGINAL else 0 < found["error"] < 1e-4
+
+
+def test_a_network_in_bfloat16_keeps_the_state_of_a_peer_in_float32(tmp_path: Path) -> None:
+    """Of the identity: what is left is the rounding of the state."""
+    flow = make_identity(torch.bfloat16)
+    flow.var.fill_(0.25)
+    found = experiment(tmp_path, (ORIGINAL, *PEERS), flow=flow, labels=None)
+    begin(found)
+    assert [row["error"] for row in timings(found, 1)["rows"].values()] == [0] * 4
+    assert [row.max for row in scored(found, 8)] == [0] * 3
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
