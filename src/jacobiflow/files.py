@@ -49,6 +49,14 @@ def json_bytes(value: Any, indent: int | None = 1) -> bytes:
     return (json.dumps(finite(value), indent=indent, separators=separators, allow_nan=False) + "\n").encode()
 
 
+def cache_folder() -> Path | None:
+    """Where what can be made again is kept for this user; `None` where the user has no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jacobiflow"
+    except RuntimeError:
+        return None
+
+
 def sha256(*parts: bytes) -> str:
     """SHA-256 of bytes, one part after another, in hexadecimal."""
     digest = hashlib.sha256()

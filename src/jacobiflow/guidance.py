@@ -12,7 +12,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.flows.base import AffineBlock, AffineFrontPerSample, KeepsNothing, LowPrecision
+from jacobiflow.flows.base import (
+    AffineBlock,
+    AffineFrontPerSample,
+    ExactInverse,
+    Extrapolation,
+    KeepsNothing,
+    LowPrecision,
+)
 
 
 @dataclass(frozen=True)
@@ -41,15 +48,27 @@ class Guidance:
         if self.on not in ("both", "scale", "shift"):
             raise ValueError(f"guidance on {self.on!r}: give 'both', 'scale' or 'shift'")
 
+    def extrapolation(self, z: Float[Tensor, "b t c"]) -> Extrapolation:
+        """The weights of all entries of `z`, in its dtype and on its device."""
+        weights = z.new_full((z.shape[1],), self.weight)
+        if self.annealed:
+            weights *= torch.arange(z.shape[1], device=z.device).to(z.dtype) / max(z.shape[1] - 1, 1)
+        off = torch.zeros_like(weights)
+        return Extrapolation(
+            off if self.on == "shift" else weights, off if self.on == "scale" else weights, self.attn_temperature
+        )
+
 
 class GuidedCache(NamedTuple):
     """The wrapped block's cache, of the conditional rows and then the unconditional ones.
 
-    `rows` are the indices 0 .. B-1 of the conditional rows, on the cache's device.
+    `rows` are the indices 0 .. B-1 of the conditional rows, on the cache's device, as are the weights of
+    `extrapolation`.
     """
 
     inner: Any
     rows: Int[Tensor, " b"]
+    extrapolation: Extrapolation
 
 
 @dataclass(frozen=True)
@@ -77,31 +96,18 @@ class GuidedBlock(AffineBlock):
             temperature = torch.cat((rows, rows * self.guidance.attn_temperature))
         labels = None if context is None else torch.cat((context, torch.full_like(context, -1)))
         inner = self.block.init_cache(torch.cat((z, z)), labels, temperature)
-        return GuidedCache(inner, torch.arange(len(z), device=z.device))
+        return GuidedCache(inner, torch.arange(len(z), device=z.device), self.guidance.extrapolation(z))
 
     def affine(
         self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: GuidedCache
     ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
         """The guided log-scale and shift; see `AffineBlock.affine`."""
         both = self.block.affine(torch.cat((x, x)), start, stop, cache.inner)
-        return self._extrapolate(both, x, torch.arange(start, stop, device=x.device).view(1, -1))
+        return _extrapolate(both, cache.extrapolation, slice(start, stop))
 
     def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:
         """Those of the wrapped block."""
         return self.block.output_weights()
-
-    def _extrapolate(
-        self, both: tuple[Tensor, Tensor], x: Tensor, position: Int[Tensor, "#b n"]
-    ) -> tuple[Tensor, Tensor]:
-        """Parameters that move away from the unconditional ones, as far as the weight at `position` says."""
-        weight: float | Tensor = self.guidance.weight
-        if self.guidance.annealed:
-            weight = weight * position.to(x.dtype).div(max(x.shape[1] - 1, 1)).unsqueeze(-1)
-        on = self.guidance.on
-        return (
-            _extrapolate(both[0], weight if on != "shift" else 0.0),
-            _extrapolate(both[1], weight if on != "scale" else 0.0),
-        )
 
 
 class _GuidedFront(GuidedBlock, AffineFrontPerSample):
@@ -113,25 +119,35 @@ class _GuidedFront(GuidedBlock, AffineFrontPerSample):
         self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: GuidedCache
     ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
         both = self.block.affine_at(torch.cat((x, x)), torch.cat((start, start)), size, end, cache.inner)
-        return self._extrapolate(both, x, start.view(-1, 1) + torch.arange(size, device=x.device))
+        return _extrapolate(both, cache.extrapolation, start.view(-1, 1) + torch.arange(size, device=x.device))
 
     def take(self, cache: GuidedCache, rows: Int[Tensor, " m"]) -> GuidedCache:
         both = torch.cat((rows, rows + len(cache.rows)))
-        return GuidedCache(self.block.take(cache.inner, both), torch.arange(len(rows), device=rows.device))
+        inner = self.block.take(cache.inner, both)
+        return cache._replace(inner=inner, rows=torch.arange(len(rows), device=rows.device))
 
     def join(self, caches: Sequence[GuidedCache]) -> GuidedCache:
         conditional = [self.block.take(cache.inner, cache.rows) for cache in caches]
         unconditional = [self.block.take(cache.inner, cache.rows + len(cache.rows)) for cache in caches]
         num = sum(len(cache.rows) for cache in caches)
         rows = torch.arange(num, device=caches[0].rows.device)
-        return GuidedCache(self.block.join([*conditional, *unconditional]), rows)
+        return caches[0]._replace(inner=self.block.join([*conditional, *unconditional]), rows=rows)
 
 
 class _GuidedLow(GuidedBlock, LowPrecision):
     """With a network in bfloat16."""
 
     def lower(self, cache: GuidedCache) -> GuidedCache:
-        return GuidedCache(cast(LowPrecision, self.block).lower(cache.inner), cache.rows)
+        return cache._replace(inner=cast(LowPrecision, self.block).lower(cache.inner))
+
+
+class _GuidedExact(GuidedBlock, ExactInverse):
+    """With a recurrence of its own."""
+
+    def exact_inverse(
+        self, z: Float[Tensor, "b t c"], context: Tensor | None = None, extrapolation: Extrapolation | None = None
+    ) -> Float[Tensor, "b t c"] | None:
+        return cast(ExactInverse, self.block).exact_inverse(z, context, self.guidance.extrapolation(z))
 
 
 class _GuidedKeepsNothing(GuidedBlock, KeepsNothing):
@@ -141,6 +157,7 @@ class _GuidedKeepsNothing(GuidedBlock, KeepsNothing):
 _GUIDED: dict[type, type[GuidedBlock]] = {
     AffineFrontPerSample: _GuidedFront,
     LowPrecision: _GuidedLow,
+    ExactInverse: _GuidedExact,
     KeepsNothing: _GuidedKeepsNothing,
 }
 
@@ -164,6 +181,12 @@ def guided(block: AffineBlock, guidance: Guidance | None) -> AffineBlock:
     return _guided_class(*(capability for capability in _GUIDED if isinstance(block, capability)))(block, guidance)
 
 
-def _extrapolate(both: Tensor, weight: float | Tensor) -> Tensor:
-    conditional, unconditional = both.chunk(2)
-    return conditional + weight * (conditional - unconditional)
+def _extrapolate(
+    both: tuple[Tensor, Tensor], extrapolation: Extrapolation, entries: slice | Int[Tensor, "b n"]
+) -> tuple[Tensor, Tensor]:
+    """The parameters of `entries`, of which `both` have the conditional rows and then the unconditional ones."""
+    log_scale, shift = (parameters.chunk(2) for parameters in both)
+    return (
+        log_scale[0] + extrapolation.log_scale[entries].unsqueeze(-1) * (log_scale[0] - log_scale[1]),
+        shift[0] + extrapolation.shift[entries].unsqueeze(-1) * (shift[0] - shift[1]),
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -64,6 +65,32 @@ class LowPrecision(ABC):
     @abstractmethod
     def lower(self, cache: Any) -> Any:
         """A copy of the cache with which `update` runs the network in bfloat16."""
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """Parameters that move away from those of an unconditional row: entry t gets p + w_t (p - p_unconditional).
+
+    **Attributes:** the weights w (T,) of `log_scale` and of `shift`; `attn_temperature` divides the attention logits of
+    the unconditional row.
+    """
+
+    log_scale: Float[Tensor, " t"]
+    shift: Float[Tensor, " t"]
+    attn_temperature: float
+
+
+class ExactInverse(ABC):
+    """A block that can run its own recurrence, all T tokens in one call, where PyTorch would take several a token."""
+
+    @abstractmethod
+    def exact_inverse(
+        self, z: Float[Tensor, "b t c"], context: Tensor | None = None, extrapolation: Extrapolation | None = None
+    ) -> Float[Tensor, "b t c"] | None:
+        """The x with x_t = g(x)_t, token by token; `None` where this device, dtype or installation has no such call.
+
+        With `extrapolation` g is that of the guided block.
+        """
 
 
 class KeepsNothing:

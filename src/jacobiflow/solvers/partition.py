@@ -27,6 +27,10 @@ class Partition(ABC):
     def check(self, num_tokens: int) -> None:  # noqa: B027  most fit any sequence
         """**Raises** `ValueError` where the partition does not fit a sequence of `num_tokens`."""
 
+    def token_by_token(self, num_tokens: int) -> bool:
+        """Whether every run is one token, so that a solve is the exact recurrence."""
+        return False
+
     @classmethod
     def candidates(cls, num_tokens: int) -> tuple[Partition, ...]:
         """Those that `jacobiflow.tune` tries on a sequence of `num_tokens`, for `jacobiflow.plan` to choose from."""
@@ -57,10 +61,16 @@ class SlidingRun(Partition):
 @register("sequential")
 @dataclass(frozen=True)
 class Sequential(Partition):
-    """One token at a time: T network calls on one token each. Exact."""
+    """One token at a time, exact: the recurrence x_t = g(x)_t.
+
+    T network calls on one token each, which a block with an `ExactInverse` makes in one piece.
+    """
 
     def stop(self, front: int, num_tokens: int) -> int:
         return front + 1
+
+    def token_by_token(self, num_tokens: int) -> bool:
+        return True
 
 
 @register("whole")
@@ -90,6 +100,9 @@ class Segments(Partition):
         segment = ((front + 1) * self.count - 1) // num_tokens
         return (segment + 1) * num_tokens // self.count
 
+    def token_by_token(self, num_tokens: int) -> bool:
+        return self.count == num_tokens
+
     def check(self, num_tokens: int) -> None:
         if self.count > num_tokens:
             raise ValueError(
@@ -113,6 +126,9 @@ class Window(SlidingRun):
 
     def run_size(self, num_tokens: int, last: Sweep | None) -> int:
         return min(self.size, num_tokens)
+
+    def token_by_token(self, num_tokens: int) -> bool:
+        return self.size == 1
 
     @classmethod
     def candidates(cls, num_tokens: int) -> tuple[Partition, ...]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.flows.base import Block, KeepsNothing, LowPrecision
+from jacobiflow.flows.base import Block, ExactInverse, KeepsNothing, LowPrecision
+from jacobiflow.solvers.fronts import Tally
 from jacobiflow.solvers.guess import Given
 from jacobiflow.solvers.loop import Loop
 from jacobiflow.solvers.partition import Whole
@@ -36,6 +38,8 @@ def solve(
     (`FrontPerSample`), each sample has a front of its own, and samples that have finished leave the batch; else the
     batch shares one front, which waits for the slowest.
 
+    Where every run is one token and the block has a recurrence of its own (`ExactInverse`), that is called instead.
+
     A value that overflows is set back to the guess. A sample that had one when the front passed it ends as
     `Status.NONFINITE`; nothing here hides that, and `solve_certified` acts on it. A sample whose residual keeps growing
     under a correction is swept plainly from there on.
@@ -51,26 +55,25 @@ def solve(
     """
     _check(block, z, solver, slots)
     started = time.perf_counter()
+    slots = slots or max(len(z), 1)
     with no_gradients(block):
-        loops = _run(block, z, solver, context, slots or len(z))
-        x, tally = loops[-1].x, loops[-1].tally
-        failed = tally.failed | ~torch.isfinite(x).all(dim=(1, 2)).cpu().numpy()
-    status = np.where(failed, Status.NONFINITE, np.where(tally.missed, Status.MAX_SWEEPS, Status.CONVERGED))
-    sweeps = sum(loop.sweeps for loop in loops)
+        done = _recurrence(block, z, solver, context, slots) or _sweeps(block, z, solver, context, slots)
+        failed = done.tally.failed | ~torch.isfinite(done.x).all(dim=(1, 2)).cpu().numpy()
+    status = np.where(failed, Status.NONFINITE, np.where(done.tally.missed, Status.MAX_SWEEPS, Status.CONVERGED))
 
     def on_device(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(z.device)
 
     return Solution(
-        x=x.clone(),  # outside inference mode, so that autograd takes it
+        x=done.x.clone(),  # outside inference mode, so that autograd takes it
         status=on_device(status.astype(np.int64)),
-        residual=on_device(np.where(failed, np.inf, tally.residual)).to(z),
-        exact=on_device(tally.exact),
+        residual=on_device(np.where(failed, np.inf, done.tally.residual)).to(z),
+        exact=on_device(done.tally.exact),
         resolved_sequentially=torch.zeros(len(z), dtype=torch.bool, device=z.device),
-        sample_sweeps=on_device(np.sum([loop.tally.sweeps for loop in loops], axis=0)),
-        sweeps=sweeps,
-        network_calls=sweeps,
-        token_evaluations=sum(loop.token_evaluations for loop in loops),
+        sample_sweeps=on_device(done.tally.sweeps),
+        sweeps=done.sweeps,
+        network_calls=done.sweeps,
+        token_evaluations=done.token_evaluations,
         seconds=time.perf_counter() - started,
     )
 
@@ -87,8 +90,34 @@ def _check(block: Block, z: Tensor, solver: Solver, slots: int | None) -> None:
         raise ValueError(f"coarse={solver.coarse}: {type(block).__name__} has no bfloat16 network; give 0")
 
 
-def _run(block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int) -> list[Loop]:
-    """The loops that `solver` asks for, run: coarse sweeps if any, then those from their answer."""
+class _Done(NamedTuple):
+    """The answer, what became of each sample, and what it cost."""
+
+    x: Tensor
+    tally: Tally
+    sweeps: int
+    token_evaluations: int
+
+
+def _recurrence(block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int) -> _Done | None:
+    """The block's own recurrence, where `solver` is one and the block has it; it counts as the sweeps that it replaces."""
+    length = z.shape[1]
+    if solver.coarse or not isinstance(block, ExactInverse) or not solver.partition.token_by_token(length):
+        return None
+    parts = []
+    for first in range(0, len(z), slots):
+        rows = slice(first, first + slots)
+        part = block.exact_inverse(z[rows], None if context is None else context[rows])
+        if part is None:
+            return None
+        parts.append(part)
+    tally = Tally(len(z))
+    tally.sweeps += length
+    return _Done(torch.cat(parts), tally, length * len(parts), length * len(z)) if parts else None
+
+
+def _sweeps(block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int) -> _Done:
+    """Sweeps in bfloat16 if `solver` has any, then those from their answer."""
     loops = []
     if solver.coarse:
         coarse = replace(solver, partition=Whole(), stopping=MaxSweeps(solver.coarse))
@@ -97,7 +126,9 @@ def _run(block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots:
         solver = replace(solver, guess=Given(loops[0].x))
     loops.append(Loop(block, z, solver, context, slots))
     loops[-1].run()
-    return loops
+    x, tally = loops[-1].x, loops[-1].tally
+    tally.sweeps = np.sum([loop.tally.sweeps for loop in loops], axis=0)
+    return _Done(x, tally, sum(loop.sweeps for loop in loops), sum(loop.token_evaluations for loop in loops))
 
 
 def no_gradients(block: Block) -> AbstractContextManager[None]:

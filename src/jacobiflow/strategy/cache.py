@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +14,7 @@ import torch
 from jacobiflow.calibration.report import Report
 from jacobiflow.calibration.tune import TuneSettings, tune
 from jacobiflow.calibration.tuning import Tuning
-from jacobiflow.files import json_bytes, sha256
+from jacobiflow.files import cache_folder, json_bytes, sha256
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance, in_force
@@ -147,7 +146,5 @@ def _tuning(flow: ImageFlow, report: Report | None) -> Tuning | None:
 
 def _folder() -> Path | None:
     """Where plans are kept; `None` where the user has no home."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jacobiflow" / "plans"
-    except RuntimeError:
-        return None
+    folder = cache_folder()
+    return None if folder is None else folder / "plans"

@@ -37,9 +37,12 @@ class MaskedLinear(nn.Module):
 
     def masked(self, labels: Int[Tensor, " b"] | None) -> MaskedLayer:
         """The layer for rows of these labels; `None`, or one below 0, takes the mean over classes."""
+        return MaskedLayer(self.masked_weight(), self.offset(labels))
+
+    def offset(self, labels: Int[Tensor, " b"] | None) -> Float[Tensor, "#b o"]:
+        """The bias plus the class's part."""
         classes = embed_classes(self.class_embed, labels)
-        offset = self.bias.unsqueeze(0) if classes is None else self.bias + classes
-        return MaskedLayer(self.masked_weight(), offset)
+        return self.bias.unsqueeze(0) if classes is None else self.bias + classes
 
     def masked_weight(self) -> Float[Tensor, "o i"]:
         """The weight, 0 where the mask is."""

@@ -13,14 +13,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.flows.base import KeepsNothing
+from jacobiflow.flows.base import ExactInverse, Extrapolation, KeepsNothing
 from jacobiflow.flows.image_flow import FlowBlock, ImageFlow
 from jacobiflow.flows.maf.config import MAFConfig
 from jacobiflow.flows.maf.masked import MaskedLayer, MaskedLinear
+from jacobiflow.flows.maf.recurrence import ROWS, solve_rows
 from jacobiflow.flows.memory import keep_freed_memory
 from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.registry import register
 from jacobiflow.flows.weights import count_layers
+from jacobiflow.native import usable
 
 _CONSTANT = 1e-3  # an entry whose standard deviation over the first batch is below it keeps its scale
 
@@ -38,7 +40,7 @@ class MAFCache:
     layers: tuple[MaskedLayer, ...]
 
 
-class MAFBlock(FlowBlock, KeepsNothing):
+class MAFBlock(FlowBlock, ExactInverse, KeepsNothing):
     """One masked affine block: z_t = exp(-s(x_<t)) (x_t - u(x_<t)), eq. (1) of the GS-Jacobi paper.
 
     `s` (log-scale) and `u` (shift) come from a masked dense network (MADE) with sorted degrees. Token i has degree i,
@@ -87,8 +89,7 @@ class MAFBlock(FlowBlock, KeepsNothing):
 
         **Raises** `ValueError` where `attn_temperature` is given: there is no attention here.
         """
-        if attn_temperature is not None:
-            raise ValueError("attn_temperature: a MAF has no attention; leave it at 1")
+        _check_temperature(attn_temperature)
         keep_freed_memory(z.device)
         # A row of offsets for each sample, or every step would spread the one.
         layers = tuple(
@@ -116,6 +117,37 @@ class MAFBlock(FlowBlock, KeepsNothing):
         out = _rows(final, slice(2 * start, 2 * stop), inputs)
         return _read_out(out, x.dtype)
 
+    def exact_inverse(
+        self,
+        z: Float[Tensor, "b t 1"],
+        context: Int[Tensor, " b"] | None = None,
+        extrapolation: Extrapolation | None = None,
+    ) -> Float[Tensor, "b t 1"] | None:
+        """By native code; see `jacobiflow.flows.base.ExactInverse`.
+
+        **Raises** `ValueError` where the extrapolation has an attention temperature: there is no attention here.
+        """
+        if extrapolation is not None:
+            _check_temperature(None if extrapolation.attn_temperature == 1 else extrapolation.attn_temperature)
+        native = usable(z, *self.parameters())
+        if native is None:
+            return None
+        keep_freed_memory(z.device)
+        weights = [layer.masked_weight().detach() for layer in self.layers]
+        below = [self._units_below(degree) for degree in range(self.num_tokens + 1)]
+        size, solved = ROWS * torch.get_num_threads(), torch.empty_like(z)
+        for first in range(0, len(z), size):
+            rows = slice(first, first + size)
+            labels = None if context is None else context[rows]
+            networks = [[layer.offset(labels).detach() for layer in self.layers]]
+            if extrapolation is not None:
+                networks.append([layer.offset(None).detach() for layer in self.layers])
+            x = solve_rows(native, z[rows, :, 0], weights, networks, extrapolation, below)
+            if x is None:
+                return None
+            solved[rows, :, 0] = x
+        return solved
+
     def output_weights(self) -> tuple[Float[Tensor, "t h"], Float[Tensor, "t h"]]:
         """The masked rows of the last layer for `s` and for `u`; see `AffineBlock.output_weights`."""
         weight = self.layers[-1].masked_weight().detach()
@@ -138,6 +170,11 @@ class MAFBlock(FlowBlock, KeepsNothing):
     def _units_below(self, degree: int) -> int:
         """How many units of a hidden layer have a degree below `degree`; they are its first ones."""
         return -(-degree * self.hidden_features // max(self.num_tokens - 1, 1))
+
+
+def _check_temperature(attn_temperature: object) -> None:
+    if attn_temperature is not None:
+        raise ValueError("attn_temperature: a MAF has no attention; leave it at 1")
 
 
 def full_pass(

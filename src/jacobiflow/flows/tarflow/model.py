@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.flows.base import AffineFrontPerSample, KeepsNothing, LowPrecision
+from jacobiflow.flows.base import AffineFrontPerSample, ExactInverse, Extrapolation, KeepsNothing, LowPrecision
 from jacobiflow.flows.image_flow import FlowBlock, ImageFlow, embed_classes
 from jacobiflow.flows.memory import keep_freed_memory
 from jacobiflow.flows.permutation import Permutation
@@ -27,6 +27,7 @@ from jacobiflow.flows.tarflow.attention import (
 )
 from jacobiflow.flows.tarflow.cache import TarFlowCache
 from jacobiflow.flows.tarflow.config import TarFlowConfig
+from jacobiflow.flows.tarflow import recurrence
 from jacobiflow.flows.tarflow.original import check_masks, infer_config, read_original, take_masks, write_original
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 _TOKENS_AT_A_TIME = 3200
 
 
-class TarFlowBlock(FlowBlock, AffineFrontPerSample, LowPrecision, KeepsNothing):
+class TarFlowBlock(FlowBlock, AffineFrontPerSample, LowPrecision, ExactInverse, KeepsNothing):
     """One causal affine block: z_t = exp(-s(x_<t)) (x_t - u(x_<t)), eq. (1) of the GS-Jacobi paper.
 
     `s` (log-scale) and `u` (shift) come from a causal transformer; its output at position t-1 belongs to entry t, and
@@ -145,6 +146,15 @@ class TarFlowBlock(FlowBlock, AffineFrontPerSample, LowPrecision, KeepsNothing):
     def lower(self, cache: TarFlowCache) -> TarFlowCache:
         """The cache with which the network runs in bfloat16."""
         return cache.to(torch.bfloat16)
+
+    def exact_inverse(
+        self,
+        z: Float[Tensor, "b t c"],
+        context: Int[Tensor, " b"] | None = None,
+        extrapolation: Extrapolation | None = None,
+    ) -> Float[Tensor, "b t c"] | None:
+        """By native code; see `jacobiflow.flows.base.ExactInverse`."""
+        return recurrence.exact_inverse(self, z, context, extrapolation)
 
     def _read_out(self, h: Tensor, x: Tensor, proj_out: Parameters, first: bool) -> tuple[Tensor, Tensor]:
         out = F.linear(h, *proj_out).to(x.dtype)

@@ -1,0 +1,138 @@
+"""The recurrence of a TarFlow block in native code, for float32 on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from jacobiflow.flows.base import Extrapolation
+from jacobiflow.flows.memory import keep_freed_memory
+from jacobiflow.native import pointers, usable
+
+if TYPE_CHECKING:
+    from jacobiflow.flows.tarflow.model import TarFlowBlock
+
+_ROWS = 32  # of the network for each thread, solved together: more of them leave the processor's cache
+_ROWS_A_TEAM = 16  # at which threads that share no rows, and so never wait, are faster
+_SHARED = 2**22  # weights of a block above which threads always share rows: each reads its part of every layer
+_WORK = 2e9  # multiplications of a call, about a tenth of a second, after which Ctrl-C is heard
+
+
+class _Arguments(ctypes.Structure):
+    """`TarFlow` of native/tarflow.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (
+            "z", "position", "classes", "query_scale", "proj_in", "proj_out", "out_bias", "weight_scale",
+            "weight_shift", "layers", "x", "keys_values",
+        )),
+        *((name, ctypes.c_int32) for name in (
+            "samples", "networks", "tokens", "values", "channels", "hidden", "heads", "depth", "scales", "threads",
+            "teams", "start", "stop",
+        )),
+    )  # fmt: skip
+
+
+def exact_inverse(
+    block: TarFlowBlock, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None,
+    extrapolation: Extrapolation | None,
+) -> Float[Tensor, "b t c"] | None:  # fmt: skip
+    """See `jacobiflow.flows.base.ExactInverse`. Weights are packed anew each time, since they may change: a few steps."""
+    native = usable(z, *block.parameters())
+    if native is None:
+        return None
+    keep_freed_memory(z.device)
+    weights = _Weights(native, block)
+    networks, threads = (1 if extrapolation is None else 2), torch.get_num_threads()
+    size = max(_ROWS * threads // networks, 1)
+    z, x = z.contiguous(), torch.empty(z.shape)
+    for first in range(0, len(z), size):
+        rows = slice(first, first + size)
+        labels = None if context is None else context[rows]
+        if not _solve(native, block, weights, z[rows], x[rows], labels, extrapolation):
+            return None
+    return x
+
+
+class _Weights:
+    """The weights of a block, in the order and the layout of the native code."""
+
+    def __init__(self, native: ctypes.CDLL, block: TarFlowBlock) -> None:
+        def packed(weight: Tensor) -> Tensor:
+            outputs, inputs = weight.shape
+            out = torch.empty(_rounded_up(outputs, lanes) * inputs)
+            native.jacobiflow_pack(_address(weight.detach().contiguous()), outputs, inputs, _address(out))
+            return out
+
+        def padded(bias: Tensor) -> Tensor:
+            return torch.nn.functional.pad(bias.detach(), (0, _rounded_up(len(bias), lanes) - len(bias)))
+
+        lanes = native.jacobiflow_lanes()
+        self.layers: list[Tensor] = []
+        for layer in block.attn_blocks:
+            norm, qkv, proj, mlp_norm, up, down, self.heads = layer.weights()
+            for normalisation, linears in ((norm, (qkv, proj)), (mlp_norm, (up, down))):
+                self.layers += [parameter.detach().contiguous() for parameter in normalisation]
+                for weight, bias in linears:
+                    self.layers += [packed(weight), padded(bias)]
+        self.hidden, self.channels = up[0].shape
+        self.depth, self.lanes = len(block.attn_blocks), lanes
+        self.count = sum(map(torch.numel, self.layers))
+        self.proj_in, self.proj_out = packed(block.proj_in.weight), packed(block.proj_out.weight)
+        self.out_bias = padded(block.proj_out.bias)
+        self.position = (block.permutation(block.pos_embed, dim=0) + block.proj_in.bias).detach().contiguous()
+
+
+def _solve(
+    native: ctypes.CDLL, block: TarFlowBlock, weights: _Weights, z: Tensor, x: Tensor, labels: Tensor | None,
+    extrapolation: Extrapolation | None,
+) -> bool:  # fmt: skip
+    """Write the rows of `x`; whether there were memory and threads for it."""
+    (samples, tokens, values), networks = z.shape, 1 if extrapolation is None else 2
+    classes = block.embed_classes(labels)
+    scales: Sequence[Tensor | None] = (None, None, None)  # of queries, and the weights of the extrapolation
+    if extrapolation is not None:
+        unconditional = block.embed_classes(None)
+        if classes is not None and unconditional is not None:
+            classes = torch.cat((classes.expand(samples, -1, -1), unconditional.expand(samples, -1, -1)))
+        query = torch.ones(2, samples)
+        query[1] /= extrapolation.attn_temperature
+        scales = (query, extrapolation.log_scale.contiguous(), extrapolation.shift.contiguous())
+    if classes is not None:
+        classes = classes.detach().expand(samples * networks, -1, -1).contiguous()
+    head, rows = weights.channels // weights.heads, samples * networks
+    each = head * _rounded_up(tokens, weights.lanes) + _rounded_up(head, weights.lanes) * tokens
+    keys_values = torch.empty(weights.depth * rows * weights.heads * each)
+    layers, threads = pointers(weights.layers), torch.get_num_threads()
+    arguments = _Arguments(
+        _address(z), _address(weights.position), _address(classes), _address(scales[0]), _address(weights.proj_in),
+        _address(weights.proj_out), _address(weights.out_bias), _address(scales[1]), _address(scales[2]),
+        ctypes.addressof(layers), _address(x), _address(keys_values), samples, networks, tokens, values,
+        weights.channels, weights.hidden, weights.heads, weights.depth, int(block.nvp), threads,
+        _teams(samples, rows, threads, weights.count),
+    )  # fmt: skip
+    step = max(int(_WORK / (weights.count * rows)), 1)
+    for start in range(0, tokens, step):
+        arguments.start, arguments.stop = start, min(start + step, tokens)
+        if native.jacobiflow_tarflow(ctypes.byref(arguments)):
+            return False
+    return True
+
+
+def _teams(samples: int, rows: int, threads: int, weights: int) -> int:
+    """How many teams the threads form. Each takes its samples through all tokens; the threads of one share layers."""
+    most = 1 if weights > _SHARED else min(rows // _ROWS_A_TEAM, samples, threads)
+    return max(team for team in range(1, max(most, 1) + 1) if threads % team == 0)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

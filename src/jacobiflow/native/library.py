@@ -1,0 +1,128 @@
+"""The library of native recurrences: compiled at first use, kept in the user's cache folder, and loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from jacobiflow.files import cache_folder, sha256, write_beside
+
+SWITCH = "JACOBIFLOW_NATIVE"  # environment variable: 0 leaves all recurrences to PyTorch
+_SOURCES = ("tarflow.cpp", "maf.cpp", "simd.h", "team.h")
+_FLAGS = (
+    "-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread",
+)  # fmt: skip
+_COMPILERS = ("c++", "g++", "clang++")
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """The library, or `None`; and a line about it."""
+
+    library: ctypes.CDLL | None
+    line: str
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled library; `None` where there is no compiler, it fails, or the environment has JACOBIFLOW_NATIVE=0.
+
+    The first call on a machine compiles it, which takes a few seconds. The result is kept in the user's cache folder
+    under a name that stands for the sources, the compiler and the processor's instructions, so that neither a new
+    version nor another machine finds it. Processes that compile at the same time each write a file of their own, and
+    rename it. A folder or file that others could have written to is not used.
+    """
+    return None if _is_off() else _loaded().library
+
+
+def describe() -> str:
+    """A line about the native recurrences: what they were compiled for, or why there are none and what to do."""
+    return f"off, by {SWITCH}=0" if _is_off() else _loaded().line
+
+
+def compile_library(path: Path, target: tuple[str, ...] | None = None) -> None:
+    """Compile the sources to `path`, for the instructions of the flags `target`, by default those of this machine.
+
+    **Raises** `OSError` or `subprocess.SubprocessError` where there is no compiler, or it fails.
+    """
+    sources = [str(_HERE / name) for name in _SOURCES if name.endswith(".cpp")]
+    _run(_compiler(), *_FLAGS, *(_machine() if target is None else target), *sources, "-o", str(path))
+
+
+def _is_off() -> bool:
+    return os.environ.get(SWITCH) == "0"
+
+
+@functools.cache
+def _loaded() -> _Loaded:
+    if os.name != "posix":
+        return _Loaded(None, "none: they are for Linux and macOS")
+    try:
+        macros = _run(_compiler(), *_machine(), "-x", "c++", "-E", "-dM", os.devnull)
+        found = ctypes.CDLL(str(_binary(macros)))
+    except (OSError, subprocess.SubprocessError) as error:
+        # A message of a compiler is long, and says what is wrong in its first line.
+        reason = str(getattr(error, "stderr", None) or error).strip().partition("\n")[0]
+        return _Loaded(None, f"none: {reason}; install a C++ compiler, or name it in CXX, for faster exact loops")
+    found.jacobiflow_pack.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
+    width = {16: "AVX-512", 8: "AVX2"}.get(found.jacobiflow_lanes(), "128-bit vectors")
+    return _Loaded(found, f"compiled by {Path(_compiler()).name} for {width}")
+
+
+def _compiler() -> str:
+    """**Raises** `FileNotFoundError` where there is none."""
+    for name in filter(None, (os.environ.get("CXX"), *_COMPILERS)):
+        if (path := shutil.which(name)) is not None:
+            return path
+    raise FileNotFoundError("no C++ compiler found")
+
+
+def _machine() -> tuple[str, ...]:
+    """The flag for all instructions of this machine's processor."""
+    return ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native",)
+
+
+def _run(*command: str) -> str:
+    """What the command prints."""
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+
+
+def _binary(macros: str) -> Path:
+    """The compiled library for a compiler and processor with these predefined macros."""
+    sources = [(_HERE / name).read_bytes() for name in _SOURCES]
+    name = f"recurrences-{sha256(' '.join(_FLAGS).encode(), macros.encode(), *sources)[:32]}.so"
+    folder = cache_folder()
+    if folder is not None:
+        with suppress(OSError):
+            folder = folder / "native"
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path = folder / name
+            if _is_ours(folder):
+                if not (path.is_file() and _is_ours(path)):
+                    with write_beside(path) as partial:
+                        compile_library(partial)
+                return path
+    path = Path(_private_folder().name) / name
+    compile_library(path)
+    return path
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether this user alone can write to it."""
+    found = path.stat()
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+@functools.cache
+def _private_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder of this process, removed at its end."""
+    return tempfile.TemporaryDirectory(prefix="jacobiflow-")

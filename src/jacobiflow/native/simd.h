@@ -1,0 +1,195 @@
+// Vectors as wide as the processor's, by the vector types of GCC and Clang, and the loops over them that the recurrences
+// share: dense layers on packed weights, layer normalisation, softmax and GELU. All in float32; a NaN stays a NaN.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+
+namespace jacobiflow {
+
+#if defined(__AVX512F__)
+constexpr int lanes = 16, panel_vectors = 4;
+#elif defined(__AVX__)
+constexpr int lanes = 8, panel_vectors = 2;  // its 16 registers hold 6 x 2 sums
+#else
+constexpr int lanes = 4, panel_vectors = 4;
+#endif
+constexpr int panel = lanes * panel_vectors;  // columns of a weight that lie side by side
+constexpr int tile_rows = 6;
+
+typedef float Vector __attribute__((vector_size(4 * lanes)));
+typedef int32_t Integers __attribute__((vector_size(4 * lanes)));
+
+inline Vector load(const float* from) {
+  Vector v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
+
+inline Vector spread(float value) { return value - Vector{}; }
+
+inline float sum(Vector v) {
+  float total = 0;
+  for (int i = 0; i < lanes; i++) total += v[i];
+  return total;
+}
+
+inline int rounded_up(int n) { return (n + lanes - 1) / lanes * lanes; }
+
+// n, the whole number next to y, and 2^(y - n), to 2e-9 before rounding. Coefficients are minimax fits in float64.
+struct PowerOfTwo {
+  Integers whole;
+  Vector fraction;
+
+  explicit PowerOfTwo(Vector y) {
+    const Vector shift = spread(12582912.0f);  // 1.5 * 2^23: floats of this size have no fraction
+    const Vector rounded = y + shift;
+    whole = (Integers)rounded - (Integers)shift;
+    const Vector f = y - (rounded - shift);
+    fraction = spread(1.5353361e-4f);
+    for (float c : {1.3398875e-3f, 9.6184374e-3f, 5.5503325e-2f, 2.4022648e-1f, 6.9314720e-1f, 1.0f})
+      fraction = fraction * f + c;
+  }
+
+  static Vector scale(Integers n) { return (Vector)((n + 127) << 23); }
+};
+
+// 2^y for y <= 0, at least 2^-126.
+inline Vector exp2_of_negative(Vector y) {
+  const PowerOfTwo power(y < -126.0f ? spread(-126.0f) : y);
+  return power.fraction * PowerOfTwo::scale(power.whole);
+}
+
+// e^v, infinite above 88.7 and 0 below -103.
+inline Vector exponential(Vector v) {
+  v = v < -104.0f ? spread(-104.0f) : v;
+  v = v > 89.0f ? spread(89.0f) : v;
+  const Vector shift = spread(12582912.0f);
+  const Vector n = (v * 1.44269504f + shift) - shift;
+  // v - n ln 2, with ln 2 in two parts of which the first has few digits.
+  const PowerOfTwo power(((v - n * 0.693359375f) + n * 2.12194440e-4f) * 1.44269504f);
+  const Integers whole = power.whole + ((Integers)(n + shift) - (Integers)shift), half = whole >> 1;
+  return power.fraction * PowerOfTwo::scale(half) * PowerOfTwo::scale(whole - half);
+}
+
+// v Phi(v), to 2e-9 before rounding. Phi(-t) = 2^(-1 - q(t)), with a polynomial q up to t = 6, where Phi(-t) is 1e-9.
+inline Vector gelu(Vector v) {
+  Vector t = v < 0.0f ? -v : v;
+  const Integers far = t > 6.0f;
+  t = far ? spread(6.0f) : t;
+  Vector q = spread(-4.0072768e-7f);
+  for (float c : {7.9270631e-6f, -6.5241548e-5f, 2.5360741e-4f, 4.0717510e-5f, -6.9896374e-3f, 5.2468930e-2f,
+                  4.5921157e-1f, 1.1511053f, 0.0f})
+    q = q * t + c;
+  const Vector tail = far ? spread(0.0f) : 0.5f * exp2_of_negative(-q);
+  return v < 0.0f ? v * tail : v - v * tail;
+}
+
+// weight (outputs, inputs) as panels of columns, each (inputs, panel), the last one as wide as it needs to be.
+inline void pack(const float* weight, int outputs, int inputs, float* packed) {
+  for (int first = 0; first < outputs; first += panel) {
+    const int width = outputs - first < panel ? rounded_up(outputs - first) : panel;
+    for (int j = 0; j < width; j++)
+      for (int k = 0; k < inputs; k++)
+        packed[k * width + j] = first + j < outputs ? weight[(int64_t)(first + j) * inputs + k] : 0.0f;
+    packed += (int64_t)width * inputs;
+  }
+}
+
+// Sums of `rows` rows and `vectors` vectors of columns, in registers. Few rows leave registers free: then even and odd
+// inputs have sums of their own, so that additions do not wait for each other.
+template <int rows, int vectors>
+inline void tile(const float* x, int stride, const float* weight, int width, int inputs, Vector (&out)[rows][vectors]) {
+  constexpr int ways = rows <= 2 ? 2 : 1;
+  Vector sums[ways][rows][vectors] = {};
+  int k = 0;
+  for (; k + ways <= inputs; k += ways)
+    for (int way = 0; way < ways; way++) {
+      const float* w = weight + (int64_t)(k + way) * width;
+      Vector columns[vectors];
+      for (int v = 0; v < vectors; v++) columns[v] = load(w + v * lanes);
+      for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) sums[way][r][v] += x[(int64_t)r * stride + k + way] * columns[v];
+    }
+  for (; k < inputs; k++)
+    for (int r = 0; r < rows; r++)
+      for (int v = 0; v < vectors; v++)
+        sums[0][r][v] += x[(int64_t)r * stride + k] * load(weight + (int64_t)k * width + v * lanes);
+  for (int r = 0; r < rows; r++)
+    for (int v = 0; v < vectors; v++) out[r][v] = ways == 1 ? sums[0][r][v] : sums[0][r][v] + sums[ways - 1][r][v];
+}
+
+// For the columns [first, last) of x (rows, inputs) times a packed weight: use(row, column, vector of sums).
+template <int rows, int vectors, typename Use>
+inline void dense_tile(const float* x, int stride, const float* weight, int width, int inputs, int row, int column,
+                       const Use& use) {
+  Vector out[rows][vectors];
+  tile<rows, vectors>(x + (int64_t)row * stride, stride, weight, width, inputs, out);
+  for (int r = 0; r < rows; r++)
+    for (int v = 0; v < vectors; v++) use(row + r, column + v * lanes, out[r][v]);
+}
+
+template <int vectors, typename Use>
+inline void dense_rows(const float* x, int stride, const float* weight, int width, int inputs, int rows, int column,
+                       const Use& use) {
+  const int tiles = (rows + tile_rows - 1) / tile_rows;
+  for (int i = 0; i < tiles; i++) {
+    const int row = rows * i / tiles;
+    switch (rows * (i + 1) / tiles - row) {
+      case 1: dense_tile<1, vectors>(x, stride, weight, width, inputs, row, column, use); break;
+      case 2: dense_tile<2, vectors>(x, stride, weight, width, inputs, row, column, use); break;
+      case 3: dense_tile<3, vectors>(x, stride, weight, width, inputs, row, column, use); break;
+      case 4: dense_tile<4, vectors>(x, stride, weight, width, inputs, row, column, use); break;
+      case 5: dense_tile<5, vectors>(x, stride, weight, width, inputs, row, column, use); break;
+      default: dense_tile<6, vectors>(x, stride, weight, width, inputs, row, column, use);
+    }
+  }
+}
+
+struct Columns {
+  int first, last;  // multiples of `lanes`, but for the end of the last vector
+};
+
+template <typename Use>
+inline void dense(const float* x, int stride, const float* packed, int inputs, int outputs, int rows, Columns columns,
+                  const Use& use) {
+  for (int column = columns.first; column < columns.last;) {
+    const int start = column / panel * panel;
+    const int width = outputs - start < panel ? rounded_up(outputs - start) : panel;
+    const int last = start + width < columns.last ? start + width : columns.last;
+    const float* weight = packed + (int64_t)start * inputs + (column - start);
+    const int vectors = (last - column + lanes - 1) / lanes;
+    switch (vectors) {
+      case 1: dense_rows<1>(x, stride, weight, width, inputs, rows, column, use); break;
+      case 2: dense_rows<2>(x, stride, weight, width, inputs, rows, column, use); break;
+#if !defined(__AVX__) || defined(__AVX512F__)
+      case 3: dense_rows<3>(x, stride, weight, width, inputs, rows, column, use); break;
+      default: dense_rows<4>(x, stride, weight, width, inputs, rows, column, use);
+#endif
+    }
+    column += vectors * lanes;
+  }
+}
+
+inline void layer_norm(const float* x, int size, const float* weight, const float* bias, float* out) {
+  const int whole = size / lanes * lanes;
+  Vector part{};
+  for (int k = 0; k < whole; k += lanes) part += load(x + k);
+  float mean = sum(part);
+  for (int k = whole; k < size; k++) mean += x[k];
+  mean /= size;
+  part = Vector{};
+  for (int k = 0; k < whole; k += lanes) part += (load(x + k) - mean) * (load(x + k) - mean);
+  float variance = sum(part);
+  for (int k = whole; k < size; k++) variance += (x[k] - mean) * (x[k] - mean);
+  const float scale = 1.0f / std::sqrt(variance / size + 1e-5f);
+  for (int k = 0; k < whole; k += lanes)
+    store(out + k, (load(x + k) - mean) * scale * load(weight + k) + load(bias + k));
+  for (int k = whole; k < size; k++) out[k] = (x[k] - mean) * scale * weight[k] + bias[k];
+}
+
+}  // namespace jacobiflow

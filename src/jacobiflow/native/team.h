@@ -1,0 +1,71 @@
+// Threads that share a piece of work, and wait for each other between its steps.
+#pragma once
+
+#include <atomic>
+#include <thread>
+#include <vector>
+
+namespace jacobiflow {
+
+// All `size` threads of a team arrive, then all go on. They spin, since steps take microseconds, and yield when another
+// program has the core of the one that is missing.
+class Barrier {
+ public:
+  explicit Barrier(int size) : size_(size) {}
+
+  void wait() {
+    if (size_ == 1) return;
+    const int phase = phase_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; spins++)
+      if (spins > 4096) std::this_thread::yield();
+  }
+
+ private:
+  const int size_;
+  std::atomic<int> arrived_{0}, phase_{0};
+};
+
+struct Range {
+  int first, last;
+};
+
+// The part of `total` that falls to member `rank` of `size`, in multiples of `unit`.
+inline Range share(int total, int rank, int size, int unit = 1) {
+  const long units = (total + unit - 1) / unit;
+  const int first = (int)(units * rank / size) * unit, last = (int)(units * (rank + 1) / size) * unit;
+  return {first < total ? first : total, last < total ? last : total};
+}
+
+// Calls run(rank) for each rank below `size`, each in a thread of its own, once all threads are there: they may wait for
+// each other. Where one cannot be had, none runs, and std::system_error is thrown. Threads are made anew, in some 20
+// microseconds, so that nothing is left that a fork could break.
+template <typename Run>
+void in_threads(int size, const Run& run) {
+  enum { waiting, going, given_up };
+  std::atomic<int> state{waiting};
+  std::vector<std::thread> others;
+  const auto join = [&](int now) {
+    state.store(now, std::memory_order_release);
+    if (now == going) run(0);
+    for (std::thread& other : others) other.join();
+  };
+  try {
+    others.reserve(size - 1);
+    for (int rank = 1; rank < size; rank++)
+      others.emplace_back([&, rank] {
+        while (state.load(std::memory_order_acquire) == waiting) std::this_thread::yield();
+        if (state.load(std::memory_order_relaxed) == going) run(rank);
+      });
+  } catch (...) {
+    join(given_up);
+    throw;
+  }
+  join(going);
+}
+
+}  // namespace jacobiflow
