@@ -22,7 +22,7 @@ from jacobiflow.flows.image_flow import ImageFlow, state_dtype
 from jacobiflow.guidance import Guidance, guided
 from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.latents import draw_latents
-from jacobiflow.solvers import Solution, Status, solve_certified
+from jacobiflow.solvers import Certificate, Solution, Status, solve_certified
 from jacobiflow.strategy import Strategy, choose
 
 _GROUP = 16  # batches that go through a block before the next block: a progress bar's step, and bounded memory
@@ -33,7 +33,7 @@ _OVERFLOW = "the exact inverse itself overflows at this latent; lower the guidan
 class BlockStats:
     """What one block cost and how it ended, over all samples of a run.
 
-    `residual`, `status` and `resolved_sequentially` are per sample (N,); the rest are sums, as in
+    `residual`, `status`, `exact` and `resolved_sequentially` are per sample (N,); the rest are sums, as in
     `jacobiflow.solvers.Solution`. Under guidance a network call evaluates two rows per sample.
     """
 
@@ -43,6 +43,7 @@ class BlockStats:
     seconds: float
     residual: Float[Tensor, " n"]
     status: Int[Tensor, " n"]
+    exact: Bool[Tensor, " n"]
     resolved_sequentially: Bool[Tensor, " n"]
 
 
@@ -57,7 +58,8 @@ class Samples:
     - `labels`: (N,) or `None`.
     - `stats`: a `BlockStats` per block, in encoding order.
     - `certificate`: per sample (N,) the largest |g(x) - x| over tokens, channels and blocks, guidance included, before
-        denoising; `None` where it was not asked for.
+        denoising; `None` where it was not asked for. A block that was solved token by token is exact by construction
+        and counts as 0, unless it was asked to be measured too.
     - `trace`: the noise, the image after each block in sampling order, and the denoised image; `None` unless asked for.
     - `seconds`: wall-clock time of solving all blocks; `denoise_seconds`: of denoising.
     """
@@ -87,6 +89,11 @@ class Samples:
         return int(torch.stack([block.resolved_sequentially for block in self.stats]).any(dim=0).sum())
 
     @property
+    def exact(self) -> Bool[Tensor, " n"]:
+        """Which samples are exact by construction: every block was solved token by token."""
+        return torch.stack([block.exact for block in self.stats]).all(dim=0)
+
+    @property
     def status(self) -> Int[Tensor, " n"]:
         """The worst `Status` of each sample over its blocks."""
         return torch.stack([block.status for block in self.stats]).amax(dim=0)
@@ -103,7 +110,7 @@ def sample(
     guidance: Guidance | None = None,
     denoise: float = 0.0,
     tolerance: float | None = None,
-    certify: bool = True,
+    certify: Certificate = True,
     batch_size: int | None = None,
     return_trace: bool = False,
     progress: bool | Callable[[float], None] = True,
@@ -122,8 +129,9 @@ def sample(
     - `tolerance`: largest |g(x) - x| allowed in any block that stops on a tolerance; refused where none does. `None`:
         1e-3 for a named strategy, its own for any other.
     - `certify`: measure the residual of every sample in every block, one parallel pass each, and solve again what is
-        above the tolerance. Without it a token is taken when its last sweep changed it by at most the tolerance; the
-        residual of what is returned is then not known, and can be above it.
+        above the tolerance. Blocks that are solved token by token are exact by construction and need no such pass;
+        "always" measures them too. Without certificates a token is taken when its last sweep changed it by at most the
+        tolerance; the residual of what is returned is then not known, and can be above it.
     - `batch_size`: samples in the network at a time, all by default. Where samples have fronts of their own (see
         `jacobiflow.solve`), the next ones take the places of those that have finished.
     - `return_trace`: keep the image after every block.
@@ -135,6 +143,8 @@ def sample(
     **Raises:** `ValueError` for labels, latents, strategies or settings that do not fit the flow.
     """
     latents = _checked_latents(flow, num, latents, labels, seed, batch_size, guidance, denoise)
+    if certify not in (True, False, "always"):
+        raise ValueError(f"certify={certify!r}: give True, False or 'always'")
     console = Console(stderr=True)
     shown = progress is True and console.is_terminal
     slots = batch_size or len(latents)
@@ -187,7 +197,7 @@ def decode(
     *,
     strategy: str | Path | Strategy = "auto",
     tolerance: float | None = None,
-    certify: bool = True,
+    certify: Certificate = True,
 ) -> Samples:
     """The inverse of `flow.encode`: images whose latents are `z`, without guidance or denoising. See `sample`."""
     return sample(
@@ -203,7 +213,7 @@ class _Group:
 
 
 def _solve_group(
-    flow: ImageFlow, blocks: list[AffineBlock], plan: Strategy, certify: bool, slots: int, return_trace: bool,
+    flow: ImageFlow, blocks: list[AffineBlock], plan: Strategy, certify: Certificate, slots: int, return_trace: bool,
     advance: Callable[[], None], latents: Tensor, labels: Tensor | None,
 ) -> _Group:  # fmt: skip
     x = prior_tokens(flow, latents)
@@ -241,6 +251,7 @@ def _stats(solutions: Iterable[Solution]) -> BlockStats:
         seconds=sum(s.seconds for s in solutions),
         residual=torch.cat([s.residual for s in solutions]),
         status=torch.cat([s.status for s in solutions]),
+        exact=torch.cat([s.exact for s in solutions]),
         resolved_sequentially=torch.cat([s.resolved_sequentially for s in solutions]),
     )
 

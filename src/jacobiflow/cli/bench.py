@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from jacobiflow import native
 from jacobiflow.baselines import SEQUENTIAL
 from jacobiflow.cli import options
 from jacobiflow.cli.progress import progress
@@ -94,6 +95,7 @@ def bench(
         f"{model} on {where['processor']}, {where['cores']} cores, {where['threads']} threads, "
         f"device {where['device']}, PyTorch {where['torch']}"
     )
+    print(f"native exact loops: {native.describe()}")
 
     comparisons, predictions = [], {}
     for size in sizes:
@@ -165,7 +167,8 @@ def _print(comparison: Comparison) -> None:
             escape(row.strategy), *_seconds(row.seconds),
             *(f"{comparison.speed_up(row, name):.2f}" for name in comparison.baselines),
             "" if calls is None else f"{calls:,}", "" if evaluations is None else f"{evaluations:.2f}",
-            f"{row.error.max:.1e}" if row.error.max else "0", "" if residual is None else f"{residual:.1e}",
+            f"{row.error.max:.1e}" if row.error.max else "0",
+            "exact" if row.exact else "" if residual is None else f"{residual:.1e}",
         )  # fmt: skip
     table.add_row(ENCODING_PASS, *_seconds(comparison.floor))
     Console().print(table)
@@ -175,7 +178,10 @@ def _print_legend(comparison: Comparison) -> None:
     for name in comparison.baselines:
         loop = "the sequential loop" if name == SEQUENTIAL else f"the loop of the original code, {name}"
         print(f"over {_heading(name)}: times as fast as {loop}")
-    print("evals/token: how often a token of a block was evaluated; residual: the certificate, largest |g(x) - x|")
+    print(
+        "evals/token: how often a token of a block was evaluated; residual: the certificate, largest |g(x) - x|, or "
+        "exact where every block was solved token by token"
+    )
 
 
 def _heading(baseline: str) -> str:

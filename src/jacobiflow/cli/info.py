@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from jacobiflow import native
 from jacobiflow.cli import options
 
 
 def info(model: options.Model = "fashion-p2", json: options.Json = None) -> None:
-    """Print a model's shape and size.
+    """Print a model's shape and size, and how its exact loops run on this machine.
 
     Example: jacobiflow info --model digits-p1
     """
@@ -26,6 +27,7 @@ def info(model: options.Model = "fashion-p2", json: options.Json = None) -> None
         "num_tokens": config.num_tokens,
         "token_channels": config.token_channels,
         "parameters": sum(p.numel() for p in flow.parameters()),
+        "native_loops": native.describe(),
     }
     table = Table(show_header=False)
     for name, value in figures.items():

@@ -28,6 +28,7 @@ from jacobiflow.guidance import Guidance
 from jacobiflow.measuring import Error, machine, paired_error
 from jacobiflow.plots import comparison_sheet, image_grid, save_png
 from jacobiflow.sampling import Samples
+from jacobiflow.solvers import Certificate
 from jacobiflow.storage import (
     CONTENTS,
     DEFAULT_BATCH,
@@ -81,6 +82,12 @@ def sample(
     certify: Annotated[
         bool, typer.Option(help="Measure every sample's residual in every block, and solve again above the tolerance.")
     ] = True,
+    certify_always: Annotated[
+        bool,
+        typer.Option(
+            "--certify-always", help="Measure blocks that are solved token by token too, though exact by construction."
+        ),
+    ] = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also sample by the sequential loop at the same latents, and compare.")
     ] = False,
@@ -102,6 +109,9 @@ def sample(
     Example: jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo
     """
     _check_options(strategy, report, compare and not overwrite, out, json)
+    if certify_always and not certify:
+        raise ValueError("--certify-always: excludes --no-certify; leave one of them out")
+    certificate: Certificate = "always" if certify_always else certify
     batch_size = min(num, DEFAULT_BATCH) if batch_size is None else batch_size
     with processes() as among:
         if compare and among.count > 1:
@@ -114,7 +124,7 @@ def sample(
         comparison = None
         if compare:
             draw = partial(
-                sampling.sample, flow, guidance=guide, denoise=denoise, certify=certify, batch_size=batch_size,
+                sampling.sample, flow, guidance=guide, denoise=denoise, certify=certificate, batch_size=batch_size,
                 progress=False,
             )  # fmt: skip
             few = min(num, batch_size)
@@ -124,7 +134,7 @@ def sample(
         started = time.perf_counter()
         folder = sample_to_folder(
             flow, num, out, classes, seed, strategy=strategy, guidance=guide, denoise=denoise, tolerance=tolerance,
-            certify=certify, batch_size=batch_size, shard_size=shard_size, files=files,  # type: ignore[arg-type]
+            certify=certificate, batch_size=batch_size, shard_size=shard_size, files=files,  # type: ignore[arg-type]
             model=model, report=found, overwrite=overwrite, among=among, on_shard=comparison,
         )  # fmt: skip
         wall = time.perf_counter() - started
@@ -218,6 +228,13 @@ def _sheet(folder: SampleFolder, comparison: _Comparison | None, image_size: int
     return image_grid(torch.cat(found)[:_SHEET_IMAGES], min(10, folder.manifest.num), zoom)
 
 
+def _certificate(largest: float | None) -> str:
+    """The largest certificate in words; it is 0 where every block of every sample was solved token by token."""
+    if largest is None:
+        return "not asked"
+    return f"{largest:.1e}" if largest else "exact"
+
+
 def _print(figures: dict[str, Any], out: Path) -> None:
     console = Console()
     num, batch_size, shards = figures["num"], figures["batch_size"], figures["shards"]
@@ -227,7 +244,7 @@ def _print(figures: dict[str, Any], out: Path) -> None:
     for column in ("seconds", "images/s", "network\ncalls", "token\nevaluations", "certificate", "re-solved"):
         table.add_column(column, justify="right", min_width=max(map(len, column.split())))
     for name, run in figures["runs"].items():
-        certificate = "not asked" if run["certificate"] is None else f"{run['certificate']:.1e}"
+        certificate = _certificate(run["certificate"])
         table.add_row(
             escape(name), f"{run['seconds']:.3f}", f"{run['images_per_second']:.1f}",
             f"{run['network_calls']:,}", f"{run['token_evaluations']:,}", certificate,

@@ -62,6 +62,11 @@ class Row:
             return None
         return float(self.samples.certificate.max())
 
+    @property
+    def exact(self) -> bool:
+        """Whether every sample is exact by construction, each block solved token by token."""
+        return self.samples is not None and bool(self.samples.exact.all())
+
     def to_json(self) -> dict[str, Any]:
         """A JSON value: the attributes and properties, sweeps by block, and samples that were solved again."""
         samples = self.samples
@@ -73,6 +78,7 @@ class Row:
             "token_evaluations": self.token_evaluations,
             "evaluations_per_token": self.evaluations_per_token,
             "certificate": self.certificate,
+            "exact": self.exact,
             "resolved_sequentially": None if samples is None else samples.resolved_sequentially,
             "sweeps": None if samples is None else [block.sweeps for block in samples.stats],
         }

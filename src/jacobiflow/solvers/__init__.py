@@ -1,7 +1,7 @@
 """Parallel and sequential solvers of x = g(x), four independent pieces and one loop."""
 
 from jacobiflow.solvers.causal_linear import CausalLinear
-from jacobiflow.solvers.certified import certify, solve_certified
+from jacobiflow.solvers.certified import Certificate, certify, solve_certified
 from jacobiflow.solvers.chord import Chord
 from jacobiflow.solvers.correction import Correction, Plain
 from jacobiflow.solvers.guess import Given, Guess, Latent, MeanAffine, Zeros
@@ -12,7 +12,7 @@ from jacobiflow.solvers.solver import Solver
 from jacobiflow.solvers.stopping import EarlyStop, MaxSweeps, Stopping, Tolerance
 
 __all__ = [
-    "CausalLinear", "Chord", "Correction", "EarlyStop", "Given", "Guess", "Latent", "MaxSweeps", "MeanAffine",
-    "Partition", "Plain", "Segments", "Sequential", "SlidingRun", "Solution", "Solver", "Status", "Stopping", "Sweep",
-    "Tolerance", "Whole", "Window", "Zeros", "certify", "no_gradients", "solve", "solve_certified",
+    "CausalLinear", "Certificate", "Chord", "Correction", "EarlyStop", "Given", "Guess", "Latent", "MaxSweeps",
+    "MeanAffine", "Partition", "Plain", "Segments", "Sequential", "SlidingRun", "Solution", "Solver", "Status",
+    "Stopping", "Sweep", "Tolerance", "Whole", "Window", "Zeros", "certify", "no_gradients", "solve", "solve_certified",
 ]  # fmt: skip

@@ -100,7 +100,7 @@ class _Done(NamedTuple):
 
 
 def _recurrence(block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int) -> _Done | None:
-    """The block's own recurrence, where `solver` is one and the block has it; it counts as the sweeps that it replaces."""
+    """The block's own recurrence, where `solver` is one and the block has it; it counts as that many sweeps."""
     length = z.shape[1]
     if solver.coarse or not isinstance(block, ExactInverse) or not solver.partition.token_by_token(length):
         return None

@@ -15,6 +15,7 @@ from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance, in_force
 from jacobiflow.measuring import machine
+from jacobiflow.solvers import Certificate
 
 FORMAT_VERSION = 1
 FILES = ("npz", "png")
@@ -62,14 +63,14 @@ class Manifest:
     guidance: dict[str, Any] | None
     denoise: float
     tolerance: float | None
-    certify: bool
+    certify: Certificate
     machine: dict[str, Any]
     checksums: tuple[str, ...] | None = None
 
     @classmethod
     def of(
         cls, flow: ImageFlow, num: int, labels: Int[Tensor, " n"] | None, seed: int, *, batch_size: int,
-        shard_size: int, strategy: str, guidance: Guidance | None, denoise: float, certify: bool, model: str,
+        shard_size: int, strategy: str, guidance: Guidance | None, denoise: float, certify: Certificate, model: str,
         tolerance: float | None = None, files: Literal["npz", "png"] = "npz",
     ) -> Manifest:  # fmt: skip
         """The manifest of samples of `flow` that are to be drawn on this machine."""

@@ -18,6 +18,7 @@ from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance
 from jacobiflow.latents import draw_latents
 from jacobiflow.sampling import sample
+from jacobiflow.solvers import Certificate
 from jacobiflow.storage.figures import figures_of
 from jacobiflow.storage.folder import SampleFolder
 from jacobiflow.storage.manifest import FILES, Manifest
@@ -41,7 +42,7 @@ def sample_to_folder(
     guidance: Guidance | None = None,
     denoise: float = 0.0,
     tolerance: float | None = None,
-    certify: bool = True,
+    certify: Certificate = True,
     batch_size: int | None = None,
     shard_size: int | None = None,
     files: Literal["npz", "png"] = "npz",
@@ -105,7 +106,12 @@ def sample_to_folder(
 
 
 def draw_by_strategy(
-    flow: ImageFlow, strategy: str | Strategy, guidance: Guidance | None, denoise: float, certify: bool, batch_size: int
+    flow: ImageFlow,
+    strategy: str | Strategy,
+    guidance: Guidance | None,
+    denoise: float,
+    certify: Certificate,
+    batch_size: int,
 ) -> Draw:
     """Draws shards by `sample`."""
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jacobiflow.flows.base import Extrapolation
-from jacobiflow.flows.maf.masked import MaskedLayer
 from jacobiflow.native import pointers
 
 ROWS = 1024  # for each thread: more rows a call gain nothing, and their offsets take memory
@@ -30,7 +29,8 @@ class _Arguments(ctypes.Structure):
 
 def solve_rows(
     native: ctypes.CDLL, z: Float[Tensor, "b t"], weights: Sequence[Float[Tensor, "o i"]],
-    networks: Sequence[Sequence[Float[Tensor, "#b o"]]], extrapolation: Extrapolation | None, units_below: Sequence[int],
+    networks: Sequence[Sequence[Float[Tensor, "#b o"]]], extrapolation: Extrapolation | None,
+    units_below: Sequence[int],
 ) -> Float[Tensor, "b t"] | None:  # fmt: skip
     """The rows x (B, T) token by token; `None` where memory or threads are wanting.
 

@@ -17,6 +17,7 @@ from jacobiflow.flows.image_flow import FlowBlock, ImageFlow, embed_classes
 from jacobiflow.flows.memory import keep_freed_memory
 from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.registry import register
+from jacobiflow.flows.tarflow import recurrence
 from jacobiflow.flows.tarflow.attention import (
     AttentionBlock,
     Fed,
@@ -27,7 +28,6 @@ from jacobiflow.flows.tarflow.attention import (
 )
 from jacobiflow.flows.tarflow.cache import TarFlowCache
 from jacobiflow.flows.tarflow.config import TarFlowConfig
-from jacobiflow.flows.tarflow import recurrence
 from jacobiflow.flows.tarflow.original import check_masks, infer_config, read_original, take_masks, write_original
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ def exact_inverse(
     block: TarFlowBlock, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None,
     extrapolation: Extrapolation | None,
 ) -> Float[Tensor, "b t c"] | None:  # fmt: skip
-    """See `jacobiflow.flows.base.ExactInverse`. Weights are packed anew each time, since they may change: a few steps."""
+    """See `jacobiflow.flows.base.ExactInverse`. Weights may change between calls, and so are packed at each."""
     native = usable(z, *block.parameters())
     if native is None:
         return None
