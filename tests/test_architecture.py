@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "inversion": {"flows"},
     "calibration": {"codec", "files", "flows", "guidance", "inversion", "latents", "solvers"},
     "strategy": {
-        "calibration", "codec", "files", "flows", "guidance", "inversion", "latents", "measuring", "solvers",
+        "calibration", "codec", "files", "flows", "guidance", "inversion", "latents", "measuring", "native", "solvers",
     },
     "sampling": {"denoising", "flows", "guidance", "inversion", "latents", "solvers", "strategy"},
     "storage": {

@@ -146,7 +146,7 @@ def _predictions(plans: Mapping[str, Strategy]) -> dict[str, Any]:
     found = {}
     for name, plan in plans.items():
         if is_auto(name) and plan.prediction is not None:
-            print(f"{name}: predicted {plan.prediction.seconds:.3f} s, without its certificates")
+            print(f"{name}: predicted {plan.prediction.seconds:.3f} s")
             found[name] = asdict(plan.prediction)
     return found
 

@@ -19,10 +19,11 @@ from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance, in_force
 from jacobiflow.measuring import machine
+from jacobiflow.native import library
 from jacobiflow.solvers import Sequential, Solver, Tolerance, Whole, Window
 from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
 from jacobiflow.strategy.options import PlanSettings
-from jacobiflow.strategy.plan import plan
+from jacobiflow.strategy.plan import loop_plan, plan
 from jacobiflow.strategy.strategy import Strategy, device_name
 
 _SAMPLES = 4  # that a flow without a report is tuned on
@@ -38,10 +39,11 @@ def auto(
     """What `strategy="auto"` stands for: the plan for this flow, device, batch size and tolerance (1e-3 by default).
 
     A plan is made once, for the next power of two of the batch size, by the tuning of `report`, by default that of the
-    report.json in the flow's model folder. It is kept in the user's cache folder. A flow without such a tuning is
-    tuned on four fresh latents, with nothing fitted: enough to tell which blocks sweeps solve sooner than the
-    sequential loop. The loop solves all blocks at a tolerance of 0, and where one of these latents overflows. `say` is
-    called with a line of text before something that takes long.
+    report.json in the flow's model folder. It is kept in the user's cache folder. Where the sequential loop takes no
+    longer than any iteration must, it is the plan, and no tuning is needed. Else a flow without a tuning is tuned on
+    four fresh latents, with nothing fitted: enough to tell which blocks sweeps solve sooner than the loop. The loop
+    solves all blocks at a tolerance of 0, and where one of these latents overflows. `say` is called with a line of text
+    before something that takes long.
 
     **Raises** `ValueError` where `report` is of another flow. A report.json of other weights only warns.
     """
@@ -73,7 +75,8 @@ def _key(
     device = flow.var.device
     precision = (flow.var.dtype, torch.get_float32_matmul_precision(), torch.is_autocast_enabled(device.type))
     where = json.dumps(machine(device), sort_keys=True)
-    words = (weights, where, precision, batch_size, tolerance, in_force(guidance), made_by)
+    native = device.type == "cpu" and library() is not None
+    words = (weights, where, precision, native, batch_size, tolerance, in_force(guidance), made_by)
     return hashlib.sha256(repr(words).encode()).hexdigest()[:32]
 
 
@@ -96,6 +99,8 @@ def _make(
 ) -> Strategy:  # fmt: skip
     tuning = _tuning(flow, report)
     say(f"auto: planning for batches of up to {batch_size} on {device_name(flow.var.device)}, once")
+    if (loop := loop_plan(flow, batch_size, tolerance, guidance)) is not None:
+        return _kept(loop, key, say)
     if tuning is None:
         say("auto: by a short trial; plans by a report of calibrate(..., chord=True) are faster")
         try:
@@ -103,7 +108,11 @@ def _make(
         except ValueError as error:  # a latent overflows
             say(f"auto: the sequential loop, since {error}")
             return _loop(flow, tolerance)
-    made = plan(flow, tuning, batch_size, tolerance, guidance=guidance)
+    return _kept(plan(flow, tuning, batch_size, tolerance, guidance=guidance), key, say)
+
+
+def _kept(made: Strategy, key: str, say: Callable[[str], None]) -> Strategy:
+    """The plan, written to the cache folder unless its timings are in doubt."""
     folder = _folder()
     if made.prediction is not None and made.prediction.spread > PlanSettings().busy:
         say(f"auto: timings differ by {made.prediction.spread:.0%}, the machine is busy; planning anew next time")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,12 +24,14 @@ from jacobiflow.solvers import (
     Solver,
     Tolerance,
     Whole,
+    certify,
     no_gradients,
     solve,
 )
 
 REPEATS = 3  # timings of one thing, whose least or median counts
 _LEAST_SECONDS = 0.1  # of repeating what is short, in which the loop's own work is as large as differences are
+_MOST_SECONDS = 2.0  # of repeating what is long
 _SETTLED = 1e30  # a tolerance that every sweep meets
 
 
@@ -39,8 +41,9 @@ class Costs:
 
     **Attributes:** `sweep[rows, partition]`, for one sweep of so many samples over a run of the partition;
     `fixed[rows]`, for starting a block; `coarse`, for one sweep of the whole batch over all tokens in bfloat16, and
-    `coarse_fixed`, for starting these; `sequential`, for a block solved token by token by the whole batch; `spread`,
-    how far repeated timings differ, as a share.
+    `coarse_fixed`, for starting these; `sequential`, for a block solved token by token by the whole batch;
+    `certificate`, for the pass that measures the batch's residuals; `spread`, how far repeated timings differ, as a
+    share.
     """
 
     sweep: Mapping[tuple[int, Partition], float]
@@ -48,6 +51,7 @@ class Costs:
     coarse: float
     coarse_fixed: float
     sequential: float
+    certificate: float
     spread: float
 
     def of_sweep(self, rows: int, partition: Partition) -> float:
@@ -67,8 +71,10 @@ class Costs:
         return self.coarse_fixed + count * self.coarse if count else 0.0
 
 
-def measure(block: AffineBlock, tuning: Tuning, batch_size: int, flow: ImageFlow) -> Costs:
+def measure(block: AffineBlock, tuning: Tuning, batch_size: int, flow: ImageFlow, exact: tuple[float, float]) -> Costs:
     """Measure the seconds that a plan is made of, on the block's device. It takes a second or two.
+
+    `exact` are those of `exact_costs`.
 
     A sweep over a run is timed as a solve whose every sweep meets its tolerance: contexts of all lengths, and the
     loop's own work, are in the mean.
@@ -93,8 +99,31 @@ def measure(block: AffineBlock, tuning: Tuning, batch_size: int, flow: ImageFlow
         two, four = (clock.seconds(Whole(), batch_size, sweeps=1, coarse=k) for k in (2, 4))
         coarse = max((four - two) / 2, 0.0)
         coarse_fixed = max(two - 2 * coarse - fixed[batch_size] - sweep[batch_size, Whole()], 0.0)
-    sequential = clock.seconds(Sequential(), batch_size)
-    return Costs(sweep, fixed, coarse, coarse_fixed, sequential, statistics.median(clock.spreads))
+    return Costs(sweep, fixed, coarse, coarse_fixed, *exact, statistics.median(clock.spreads))
+
+
+def exact_costs(block: AffineBlock, batch_size: int, flow: ImageFlow) -> tuple[float, float]:
+    """Seconds for a block solved token by token by the whole batch, and for the pass that measures its residuals."""
+    z, labels = _zeros(batch_size, flow)
+    sequential = timings(lambda: solve(block, z, Solver(Sequential()), labels))
+    return min(sequential), min(timings(lambda: certify(block, z, z, labels)))
+
+
+def timings(run: Callable[[], object]) -> list[float]:
+    """Seconds of a few runs: the more, the shorter they are."""
+    seconds: list[float] = []
+    while (len(seconds) <= REPEATS and sum(seconds) < _MOST_SECONDS) or sum(seconds) < _LEAST_SECONDS:
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def _zeros(batch_size: int, flow: ImageFlow) -> tuple[Tensor, Tensor | None]:
+    """Latents for timings, and labels where the flow has classes."""
+    config, device = flow.config, flow.var.device
+    z = torch.zeros((batch_size, config.num_tokens, config.token_channels), dtype=state_dtype(flow), device=device)
+    return z, torch.zeros(batch_size, dtype=torch.long, device=device) if config.num_classes else None
 
 
 def _runs(partition: Partition, num_tokens: int) -> int:
@@ -117,10 +146,7 @@ class _Clock:
     spreads: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        config, device = self.flow.config, self.flow.var.device
-        shape = (self.batch_size, self.tuning.num_tokens, config.token_channels)
-        self.z = torch.zeros(shape, dtype=state_dtype(self.flow), device=device)
-        self.labels = torch.zeros(self.batch_size, dtype=torch.long, device=device) if config.num_classes else None
+        self.z, self.labels = _zeros(self.batch_size, self.flow)
         corrections = (tuned.correction for tuned in self.tuning.blocks)
         self.correction = next((c for c in corrections if c != Plain()), Plain())
 
@@ -128,12 +154,8 @@ class _Clock:
         """The least of a few solves of so many rows, `sweeps` of each token; `None` is one sweep of each run."""
         stopping = Tolerance(_SETTLED) if sweeps is None else MaxSweeps(sweeps)
         solver = Solver(partition, self.tuning.blocks[0].guess, stopping, self.correction, coarse)
-        seconds: list[float] = []
-        while len(seconds) <= REPEATS or sum(seconds) < _LEAST_SECONDS:
-            started = time.perf_counter()
-            solve(self.block, self.z[:rows], solver, self._labels(rows))
-            seconds.append(time.perf_counter() - started)
-        self.spreads.append(statistics.median(seconds[1:]) / min(seconds[1:]) - 1)
+        seconds = timings(lambda: solve(self.block, self.z[:rows], solver, self._labels(rows)))
+        self.spreads.append(statistics.median(seconds[1:]) / min(seconds[1:]) - 1 if seconds[2:] else 0.0)
         return min(seconds)
 
     def own_fronts(self, partition: Partition, rows: int) -> float:

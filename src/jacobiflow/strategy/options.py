@@ -20,15 +20,17 @@ class PlanSettings:
 
     **Attributes:**
 
-    - `margin`: least predicted gain over the sequential loop, as a share, beside the timings' own spread: a plan that
-        gains less is not worth its certificates.
+    - `margin`: least gain over the sequential loop, as a share: what gains less is left to the loop, which is exact.
+    - `least_passes`: the passes that an iteration takes at least, one sweep and the certificate: a loop that takes no
+        more is the plan, and nothing is tried.
     - `trials`: how often a choice is tried at most; a trial takes as long as sampling a batch both ways.
     - `stricter`: after a trial whose images were beyond the tolerance, the next choice is for so much of it.
     - `count_margin`: factor on the residuals and errors of counted sweeps, since a count adapts to no sample.
     - `busy`: a plan by timings that differ by more than this share is used, but not kept.
     """
 
-    margin: float = 0.05
+    margin: float = 0.03
+    least_passes: float = 2.0
     trials: int = 4
     stricter: float = 0.7
     count_margin: float = 1.5
@@ -39,7 +41,7 @@ _POWER = 4  # see `combined`
 
 
 class Option(NamedTuple):
-    """A way to solve a block: predicted seconds for the batch, and the error of the image that it causes."""
+    """A way to solve a block: predicted seconds for the batch, certificates included, and the image's error by it."""
 
     solver: Solver
     seconds: float
@@ -60,12 +62,13 @@ def block_options(
         if run.residual <= tolerance:
             solver = Solver(run.partition, block.guess, Tolerance(run.tolerance), block.correction, run.coarse)
             seconds = batch_seconds(run.sweeps, batch_size, _sweep_seconds(costs, run.partition))
-            seconds += fixed + costs.of_coarse(run.coarse)
+            seconds += fixed + costs.of_coarse(run.coarse) + costs.certificate
             found.append(Option(solver, seconds, run.error * block.amplification))
     for count in block.counted if counted else ():
         if settings.count_margin * count.residual <= tolerance:
             solver = Solver(Whole(), block.guess, MaxSweeps(count.fine), block.correction, count.coarse)
             seconds = fixed + count.fine * costs.of_sweep(batch_size, Whole()) + costs.of_coarse(count.coarse)
+            seconds += costs.certificate
             found.append(Option(solver, seconds, settings.count_margin * count.error * block.amplification))
     return found
 

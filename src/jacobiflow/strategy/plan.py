@@ -14,12 +14,13 @@ from torch import Tensor
 
 from jacobiflow.calibration.report import Report
 from jacobiflow.calibration.tuning import Tuning
+from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance, guided, in_force
 from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
 from jacobiflow.solvers import Sequential, Solver, Tolerance, Whole, certify, solve
-from jacobiflow.strategy.costs import REPEATS, Costs, measure
+from jacobiflow.strategy.costs import REPEATS, Costs, exact_costs, measure
 from jacobiflow.strategy.options import Option, PlanSettings, block_options, cheapest, combined
 from jacobiflow.strategy.strategy import Prediction, Strategy, device_name
 
@@ -36,14 +37,16 @@ def plan(
 
     Seconds of a sweep are measured on the device, for the partitions of the tuning and a few numbers of rows. A batch
     of B samples, whose sweeps are distributed as the tuning found them, takes the sum of its sweeps' seconds, finished
-    samples having left. An image's error is made of the blocks' errors, times amplification; see `combined`.
-    Of all combinations of a way per block, token by token included, the cheapest within the tolerance is found exactly.
-    Under another guidance than the tuning's, sweeps are taken to be as many, and only what stops on a tolerance is
+    samples having left, and a pass for its certificates, which the loop does not need. An image's error is made of the
+    blocks' errors, times amplification; see `combined`. Of all combinations of a way per block, token by token
+    included, the cheapest within the tolerance is found exactly. Under another guidance than the tuning's, sweeps are taken to be as many, and only what stops on a tolerance is
     chosen.
+
+    Where the loop of a block takes no longer than the two passes that any iteration needs, it is the plan at once.
 
     The choice is then tried, beside the sequential loop, on a batch that the tuning has not seen. If its images are not
     within the tolerance, the choice is made again for a smaller one; blocks that the loop solves sooner are left to the
-    loop. The plan predicts what the trial took. It is the loop throughout unless it gains more than timings vary by.
+    loop. The plan predicts what the trial took. It is the loop throughout unless it gains more than a few per cent.
 
     A network in bfloat16 or float16, or with TF32 products, rounds coarsely. A tolerance below its rounding, which is
     measured on four samples, is raised to it, with a warning; `Strategy.tolerance` is the raised one.
@@ -60,13 +63,47 @@ def plan(
     if _rounds_coarsely(flow):
         tolerance = _above_rounding(flow, latents[:_FEW], guidance, tolerance)
     latents = latents[:batch_size]
-    costs = measure(guided(flow.blocks[0], guidance), tuning, batch_size, flow)
+    exact = exact_costs(guided(flow.blocks[0], guidance), batch_size, flow)
+    if (loop := _loop_plan(flow, exact, batch_size, tolerance, guidance, settings)) is not None:
+        return loop
+    costs = measure(guided(flow.blocks[0], guidance), tuning, batch_size, flow, exact)
     counted = in_force(tuning.guidance) == in_force(guidance)
     options = [block_options(block, costs, batch_size, tolerance, settings, counted) for block in tuning.blocks]
-    chosen, loop = _choose(options, costs, tolerance, settings, lambda chosen: trial(flow, chosen, latents, guidance))
+    chosen, alone = _choose(options, costs, tolerance, settings, lambda chosen: trial(flow, chosen, latents, guidance))
+    return _planned(flow, chosen, alone, batch_size, tolerance, guidance, costs.spread)
+
+
+def loop_plan(
+    flow: ImageFlow, batch_size: int, tolerance: float, guidance: Guidance | None,
+    settings: PlanSettings = PlanSettings(),  # noqa: B008  frozen
+) -> Strategy | None:  # fmt: skip
+    """The sequential loop in every block, where no iteration can be faster; else `None`.
+
+    An iteration takes one sweep and the pass of its certificate at least. It takes a fraction of a second to find out,
+    and needs no tuning.
+    """
+    exact = exact_costs(guided(flow.blocks[0], guidance), batch_size, flow)
+    return _loop_plan(flow, exact, batch_size, tolerance, guidance, settings)
+
+
+def _loop_plan(
+    flow: ImageFlow, exact: tuple[float, float], batch_size: int, tolerance: float, guidance: Guidance | None,
+    settings: PlanSettings,
+) -> Strategy | None:  # fmt: skip
+    sequential, certificate = exact
+    if sequential > settings.least_passes * certificate:
+        return None
+    loop = [Option(Solver(Sequential()), sequential, 0.0)] * flow.config.num_blocks
+    return _planned(flow, loop, loop, batch_size, tolerance, guidance, 0.0)
+
+
+def _planned(
+    flow: ImageFlow, chosen: Sequence[Option], loop: Sequence[Option], batch_size: int, tolerance: float,
+    guidance: Guidance | None, spread: float,
+) -> Strategy:  # fmt: skip
     return Strategy(
         solvers=tuple(option.solver for option in chosen),
-        fingerprint=tuning.fingerprint,
+        fingerprint=fingerprint(flow),
         tolerance=float(tolerance),
         prediction=Prediction(
             device=device_name(flow.var.device),
@@ -75,7 +112,7 @@ def plan(
             seconds=_seconds(chosen),
             sequential_seconds=_seconds(loop),
             error=combined([option.error for option in chosen]),
-            spread=costs.spread,
+            spread=spread,
         ),
     )
 
@@ -169,7 +206,7 @@ def _choose(
     """An option per block, and the sequential loop's, with the seconds that they took where they were tried."""
     alone = Option(Solver(Sequential()), costs.sequential, 0.0)
     loop = [alone] * len(options)
-    enough = 1 - settings.margin - costs.spread
+    enough = 1 - settings.margin
     budget = tolerance
     for _ in range(settings.trials):
         chosen = cheapest([[alone, *found] for found in options], budget)
@@ -178,7 +215,10 @@ def _choose(
         tried = attempt(chosen)
         if tried.error <= tolerance:
             loop = [alone._replace(seconds=seconds) for seconds in tried.sequential]
-            timed = [option._replace(seconds=seconds) for option, seconds in zip(chosen, tried.seconds, strict=True)]
+            timed = [
+                option if option == alone else option._replace(seconds=seconds + costs.certificate)
+                for option, seconds in zip(chosen, tried.seconds, strict=True)
+            ]
             best = [min(pair, key=lambda option: option.seconds) for pair in zip(timed, loop, strict=True)]
             return (best if _seconds(best) <= enough * _seconds(loop) else loop), loop
         budget *= settings.stricter
@@ -192,7 +232,7 @@ def _seconds(options: Sequence[Option]) -> float:
 def trial(
     flow: ImageFlow, chosen: Sequence[Option], latents: Float[Tensor, "b t c"], guidance: Guidance | None
 ) -> Trial:
-    """Solve one batch of latents both ways: the options' median of a few runs, and the loop's one run.
+    """Solve one batch of latents both ways, without certificates: the medians of a few runs.
 
     The error is infinite where the options lose a sample in the last block that the loop does not; one that they lost
     before goes on as zeros.
@@ -203,11 +243,12 @@ def trial(
     def solve_block(i: int, x: Tensor) -> Tensor:
         """The rows as planned, and then the same by the loop."""
         block, z = guided(flow.blocks[i], guidance), x.nan_to_num(0.0, 0.0, 0.0)
-        runs = [solve(block, z[:num], chosen[i].solver, labels) for _ in range(REPEATS)]
-        alone = solve(block, z[num:], Solver(Sequential()), labels)
-        seconds[i] = statistics.median(run.seconds for run in runs)
-        sequential[i] = alone.seconds
-        return torch.cat((runs[0].x, alone.x))
+        runs, alone = [], []
+        for _ in range(REPEATS):
+            runs.append(solve(block, z[:num], chosen[i].solver, labels))
+            alone.append(solve(block, z[num:], Solver(Sequential()), labels))
+        seconds[i], sequential[i] = (statistics.median(run.seconds for run in each) for each in (runs, alone))
+        return torch.cat((runs[0].x, alone[0].x))
 
     planned, exact = invert(flow, prior_tokens(flow, latents).repeat(2, 1, 1), solve_block).chunk(2)
     error = (planned - exact)[torch.isfinite(exact)].abs().nan_to_num(torch.inf, torch.inf)

@@ -28,7 +28,7 @@ class Prediction:
     """What a planned strategy is for, and what it should cost.
 
     **Attributes:** `device`, its name, and a CPU's threads; `batch_size`; `guidance`; `seconds` for a batch, as it was
-    tried, without its certificates, and `sequential_seconds` by the sequential loop; `error`, the largest of an image
+    tried, certificates included, and `sequential_seconds` by the sequential loop; `error`, the largest of an image
     against the exact inverse; `spread`, by how much the timings differed, as a share.
     """
 
