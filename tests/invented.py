@@ -22,6 +22,7 @@ from jacobiflow.calibration.metrics import NORMS, Components, Metrics
 from jacobiflow.calibration.report import GUESS_NAMES, Settings
 from jacobiflow.calibration.tuning import BlockTuning, CountedRun, Run
 from jacobiflow.flows.fingerprint import fingerprint
+from jacobiflow.native import SWITCH
 from jacobiflow.solvers import Stopping
 
 TOKENS, CHANNELS, SAMPLES = 16, 4, 4  # of `small`, and of its tunings
@@ -190,7 +191,8 @@ class Machine:
     now: float = 0.0
 
     def carry(self, flow: jf.TarFlow, monkeypatch: pytest.MonkeyPatch) -> jf.TarFlow:
-        """A copy of the flow that this machine runs; its clock is Python's from now on."""
+        """A copy of the flow that this machine runs, call by call; its clock is Python's from now on."""
+        monkeypatch.setenv(SWITCH, "0")
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
         self._moods, self._mood, self._lowered = itertools.cycle(self.moods), 1.0, None
         flow = copy.deepcopy(flow)

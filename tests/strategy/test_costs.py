@@ -15,7 +15,7 @@ from problems import MixingBlock, make_flow
 
 import jacobiflow as jf
 from jacobiflow.guidance import guided
-from jacobiflow.strategy.costs import Costs, measure
+from jacobiflow.strategy.costs import Costs, exact_costs, measure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +27,7 @@ TUNING = make_tuning(invented_block(0), invented_block(1))
 @settings(max_examples=50, deadline=None, derandomize=True)
 def test_seconds_are_linear_between_numbers_of_rows(timed: dict[int, float], rows: int) -> None:
     sweep = {(count, WHOLE): seconds for count, seconds in timed.items()} | {(count, WINDOW): 9.0 for count in timed}
-    costs = Costs(sweep, {}, 0, 0, 0, 0)
+    costs = Costs(sweep, {}, 0, 0, 0, 0, 0)
     want = np.interp(rows, sorted(timed), [timed[count] for count in sorted(timed)])
     assert (costs.of_sweep(rows, WHOLE), costs.of_sweep(rows, WINDOW)) == pytest.approx((float(want), 9))
 
@@ -37,7 +37,8 @@ def test_what_a_machine_takes_is_measured(guidance: jf.Guidance | None, monkeypa
     """Of three sweeps of 16 tokens each passes one more: they read 16, 15 and 14. A window of 8 takes two of 8."""
     machine = Machine(call=1.0, token=0.01, low=0.5, own=0.25)
     flow, twice = machine.carry(small(), monkeypatch), 1 if guidance is None else 2
-    costs = measure(guided(flow.blocks[0], guidance), TUNING, 6, flow)
+    block = guided(flow.blocks[0], guidance)
+    costs = measure(block, TUNING, 6, flow, exact_costs(block, 6, flow))
     assert set(costs.fixed) == {1, 2, 3, 6}
     assert set(costs.sweep) == {(rows, partition) for rows in costs.fixed for partition in (WINDOW, WHOLE)}
     for rows, fixed in costs.fixed.items():
@@ -50,28 +51,29 @@ def test_what_a_machine_takes_is_measured(guidance: jf.Guidance | None, monkeypa
     assert costs.coarse == pytest.approx(low)
     assert costs.coarse_fixed == pytest.approx(machine.seconds(twice * 6, 16, 15) / 2 - 2 * low)
     assert costs.sequential == pytest.approx(machine.seconds(twice * 6, *[1] * TOKENS))
+    assert costs.certificate == pytest.approx(machine.seconds(twice * 6, TOKENS))
     assert costs.spread == 0
 
 
 def test_the_least_of_a_few_timings_counts_and_the_first_not_for_their_spread(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(call=1.0, token=0.01, moods=(9.0, 1.0, 1.5, 1.25))
+    machine = Machine(call=0.02, token=2e-4, moods=(2.0, 1.0, 1.5, 1.25))
     flow = machine.carry(small(), monkeypatch)
-    costs = measure(flow.blocks[0], TUNING, 1, flow)
+    costs = measure(flow.blocks[0], TUNING, 1, flow, exact_costs(flow.blocks[0], 1, flow))
     assert costs.sweep[1, WHOLE] == pytest.approx(machine.seconds(1, 14.5))
     assert (costs.sequential, costs.spread) == pytest.approx((machine.seconds(1, *[1] * TOKENS), 0.25))
     machine = Machine(call=5e-3, low=1.0)
     flow = machine.carry(small(), monkeypatch)
-    measure(flow.blocks[0], TUNING, 1, flow)
-    assert 0.6 < machine.now < 1  # what is short is timed for a tenth of a second, six things here
+    measure(flow.blocks[0], TUNING, 1, flow, (0, 0))
+    assert 0.5 < machine.now < 0.9  # what is short is timed for a tenth of a second, five things here
     machine = Machine(moods=[1 / (1 + n) for n in range(500)], low=1.0)  # ever less busy
     flow = machine.carry(small(), monkeypatch)
-    costs = measure(flow.blocks[0], TUNING, 2, flow)
+    costs = measure(flow.blocks[0], TUNING, 2, flow, (0, 0))
     assert min(*costs.sweep.values(), *costs.fixed.values(), costs.coarse, costs.coarse_fixed) >= 0
 
 
 def test_a_block_without_bfloat16_or_fronts_of_its_own_is_measured_without(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
-    costs = measure(MixingBlock(TOKENS, 4), TUNING, 2, make_flow(num_classes=3))
-    assert (costs.coarse, costs.coarse_fixed, costs.sequential) == (math.inf, math.inf, 3)
+    costs = measure(MixingBlock(TOKENS, 4), TUNING, 2, make_flow(num_classes=3), (0, 0))
+    assert (costs.coarse, costs.coarse_fixed) == (math.inf, math.inf)
     assert (set(costs.fixed.values()), set(costs.sweep.values())) == ({3}, {0})  # readings, two of them by the solver

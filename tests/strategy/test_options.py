@@ -81,7 +81,7 @@ def invented_costs(seed: int, batch_size: int) -> Costs:
     pairs = itertools.product(rows, (jf.Window(8), jf.Whole()))
     sweep = {(count, partition): 0.01 * (1 + 0.2 * count) * noise.uniform(0.5, 2) for count, partition in pairs}
     fixed = {count: float(noise.uniform(0, 0.02)) for count in rows}
-    return Costs(sweep, fixed, *noise.uniform((0.001, 0, 0.02, 0), (0.03, 0.02, 0.5, 0.2)).tolist())
+    return Costs(sweep, fixed, *noise.uniform((0.001, 0, 0.02, 0.01, 0), (0.03, 0.02, 0.5, 0.1, 0.2)).tolist())
 
 
 Way = tuple[str, float, int, int, float, float]  # partition, tolerance, coarse and fine sweeps, seconds, image's error
@@ -95,7 +95,8 @@ def expected_ways(block: BlockTuning, costs: Costs, batch_size: int, tolerance: 
         return lambda rows: float(np.interp(rows, sorted(timed), [timed[count] for count in sorted(timed)]))
 
     def start(coarse: int) -> float:
-        return costs.fixed[batch_size] + (costs.coarse_fixed + coarse * costs.coarse if coarse else 0)
+        certified = costs.fixed[batch_size] + costs.certificate
+        return certified + (costs.coarse_fixed + coarse * costs.coarse if coarse else 0)
 
     found: list[Way] = []
     for partition, coarse in {(run.partition, run.coarse) for run in block.runs}:

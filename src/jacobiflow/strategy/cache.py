@@ -27,7 +27,7 @@ from jacobiflow.strategy.plan import loop_plan, plan
 from jacobiflow.strategy.strategy import Strategy, device_name
 
 _SAMPLES = 4  # that a flow without a report is tuned on
-_WINDOW = 32  # tokens, tried on such a flow beside all of them
+_WINDOWS = (32, 64)  # tokens, tried on such a flow beside all of them
 
 _plans: dict[str, Strategy] = {}
 
@@ -128,9 +128,10 @@ def _loop(flow: ImageFlow, tolerance: float) -> Strategy:
 
 
 def _short_trial(flow: ImageFlow, tolerance: float, guidance: Guidance | None) -> Tuning:
+    sizes = (size for size in _WINDOWS if size < flow.config.num_tokens)
     settings = TuneSettings(
         tolerances=(tolerance, tolerance / 10, tolerance / 100), typical=tolerance, fit=False,
-        partitions=(Window(_WINDOW), Whole()), fine=(), coarse=(), coarse_to_tolerance=(),
+        partitions=(*map(Window, sizes), Whole()), fine=(), coarse=(), coarse_to_tolerance=(),
     )  # fmt: skip
     return tune(flow, guidance=guidance, samples=_SAMPLES, progress=False, settings=settings)
 
