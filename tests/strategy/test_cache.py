@@ -144,7 +144,7 @@ def test_a_kept_plan_that_is_damaged_is_made_anew(model: Path, plans: Plans) -> 
 
 def test_a_plan_of_a_busy_machine_is_used_but_not_kept(model: Path, plans: Plans) -> None:
     for spread, kept in ((0.31, 0), (0.29, 1)):
-        plans.machine.call, plans.machine.moods = 0.03, (1.0, 1.0, 1.0 + spread, 1.0 + spread)
+        plans.machine.call, plans.machine.low, plans.machine.moods = 0.03, 1.0, (1.0, 1.0, 1.0 + spread, 1.0 + spread)
         plans.forget()
         plans.auto(plans.load(model))
         assert len(plans.files) == kept
