@@ -44,13 +44,15 @@ def exact_inverse(
 ) -> Float[Tensor, "b t c"] | None:  # fmt: skip
     """See `jacobiflow.flows.base.ExactInverse`. Weights may change between calls, and so are packed at each."""
     native = usable(z, *block.parameters())
-    if native is None:
+    # Native code trusts the sizes: tokens of other ones are left to PyTorch, which checks them.
+    if native is None or z.shape[1:] != (block.num_tokens, block.proj_in.in_features):
         return None
     keep_freed_memory(z.device)
     weights = _Weights(native, block)
     networks, threads = (1 if extrapolation is None else 2), torch.get_num_threads()
     size = max(_ROWS * threads // networks, 1)
-    z, x = z.contiguous(), torch.empty(z.shape)
+    z = z.contiguous()
+    x = torch.empty_like(z)
     for first in range(0, len(z), size):
         rows = slice(first, first + size)
         labels = None if context is None else context[rows]
@@ -64,9 +66,9 @@ class _Weights:
 
     def __init__(self, native: ctypes.CDLL, block: TarFlowBlock) -> None:
         def packed(weight: Tensor) -> Tensor:
-            outputs, inputs = weight.shape
-            out = torch.empty(_rounded_up(outputs, lanes) * inputs)
-            native.jacobiflow_pack(_address(weight.detach().contiguous()), outputs, inputs, _address(out))
+            weight, (outputs, inputs) = weight.detach().contiguous(), weight.shape
+            out = weight.new_empty(_rounded_up(outputs, lanes) * inputs)
+            native.jacobiflow_pack(_address(weight), outputs, inputs, _address(out))
             return out
 
         def padded(bias: Tensor) -> Tensor:
@@ -100,14 +102,14 @@ def _solve(
         unconditional = block.embed_classes(None)
         if classes is not None and unconditional is not None:
             classes = torch.cat((classes.expand(samples, -1, -1), unconditional.expand(samples, -1, -1)))
-        query = torch.ones(2, samples)
+        query = z.new_ones(2, samples)
         query[1] /= extrapolation.attn_temperature
         scales = (query, extrapolation.log_scale.contiguous(), extrapolation.shift.contiguous())
     if classes is not None:
         classes = classes.detach().expand(samples * networks, -1, -1).contiguous()
     head, rows = weights.channels // weights.heads, samples * networks
     each = head * _rounded_up(tokens, weights.lanes) + _rounded_up(head, weights.lanes) * tokens
-    keys_values = torch.empty(weights.depth * rows * weights.heads * each)
+    keys_values = z.new_empty(weights.depth * rows * weights.heads * each)
     layers, threads = pointers(weights.layers), torch.get_num_threads()
     arguments = _Arguments(
         _address(z), _address(weights.position), _address(classes), _address(scales[0]), _address(weights.proj_in),
