@@ -23,7 +23,7 @@ from jacobiflow.flows.tarflow import recurrence
 
 pytestmark = pytest.mark.usefixtures("compiled", "threads_as_before")
 
-ROUNDING = 1e-5  # measured: 2e-6 at most
+ROUNDING = 3e-6  # measured: 4e-7 at most
 EXACT = jf.Solver(jf.Sequential())
 
 
