@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from jacobiflow.flows.base import Extrapolation
 from jacobiflow.flows.memory import keep_freed_memory
+from jacobiflow.flows.permutation import Permutation
+from jacobiflow.flows.tarflow.attention import AttentionBlock
 from jacobiflow.native import pointers, usable
-
-if TYPE_CHECKING:
-    from jacobiflow.flows.tarflow.model import TarFlowBlock
 
 _ROWS = 32  # of the network for each thread, solved together: more of them leave the processor's cache
 _ROWS_A_TEAM = 16  # at which threads that share no rows, and so never wait, are faster
 _SHARED = 2**22  # weights of a block above which threads always share rows: each reads its part of every layer
 _WORK = 2e9  # multiplications of a call, about a tenth of a second, after which Ctrl-C is heard
+
+
+class TransformerBlock(Protocol):
+    """What a `TarFlowBlock` is computed from."""
+
+    num_tokens: int
+    nvp: bool
+    permutation: Permutation
+    proj_in: nn.Linear
+    pos_embed: nn.Parameter
+    attn_blocks: Sequence[AttentionBlock]
+    proj_out: nn.Linear
+
+    def embed_classes(self, labels: Int[Tensor, " b"] | None) -> Float[Tensor, "#b 1 c"] | None: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 class _Arguments(ctypes.Structure):
@@ -39,7 +54,7 @@ class _Arguments(ctypes.Structure):
 
 
 def exact_inverse(
-    block: TarFlowBlock, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None,
+    block: TransformerBlock, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None,
     extrapolation: Extrapolation | None,
 ) -> Float[Tensor, "b t c"] | None:  # fmt: skip
     """See `jacobiflow.flows.base.ExactInverse`. Weights may change between calls, and so are packed at each."""
@@ -64,7 +79,7 @@ def exact_inverse(
 class _Weights:
     """The weights of a block, in the order and the layout of the native code."""
 
-    def __init__(self, native: ctypes.CDLL, block: TarFlowBlock) -> None:
+    def __init__(self, native: ctypes.CDLL, block: TransformerBlock) -> None:
         def packed(weight: Tensor) -> Tensor:
             weight, (outputs, inputs) = weight.detach().contiguous(), weight.shape
             out = weight.new_empty(_rounded_up(outputs, lanes) * inputs)
@@ -91,7 +106,7 @@ class _Weights:
 
 
 def _solve(
-    native: ctypes.CDLL, block: TarFlowBlock, weights: _Weights, z: Tensor, x: Tensor, labels: Tensor | None,
+    native: ctypes.CDLL, block: TransformerBlock, weights: _Weights, z: Tensor, x: Tensor, labels: Tensor | None,
     extrapolation: Extrapolation | None,
 ) -> bool:  # fmt: skip
     """Write the rows of `x`; whether there were memory and threads for it."""
