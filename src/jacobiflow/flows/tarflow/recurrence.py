@@ -125,13 +125,12 @@ def _solve(
     head, rows = weights.channels // weights.heads, samples * networks
     each = head * _rounded_up(tokens, weights.lanes) + _rounded_up(head, weights.lanes) * tokens
     keys_values = z.new_empty(weights.depth * rows * weights.heads * each)
-    layers, threads = pointers(weights.layers), torch.get_num_threads()
+    layers, (threads, teams) = pointers(weights.layers), _threads_and_teams(samples, rows, weights)
     arguments = _Arguments(
         _address(z), _address(weights.position), _address(classes), _address(scales[0]), _address(weights.proj_in),
         _address(weights.proj_out), _address(weights.out_bias), _address(scales[1]), _address(scales[2]),
         ctypes.addressof(layers), _address(x), _address(keys_values), samples, networks, tokens, values,
-        weights.channels, weights.hidden, weights.heads, weights.depth, int(block.nvp), threads,
-        _teams(samples, rows, threads, weights.count),
+        weights.channels, weights.hidden, weights.heads, weights.depth, int(block.nvp), threads, teams,
     )  # fmt: skip
     step = max(int(_WORK / (weights.count * rows)), 1)
     for start in range(0, tokens, step):
@@ -141,10 +140,16 @@ def _solve(
     return True
 
 
-def _teams(samples: int, rows: int, threads: int, weights: int) -> int:
-    """How many teams the threads form. Each takes its samples through all tokens; the threads of one share layers."""
-    most = 1 if weights > _SHARED else min(rows // _ROWS_A_TEAM, samples, threads)
-    return max(team for team in range(1, max(most, 1) + 1) if threads % team == 0)
+def _threads_and_teams(samples: int, rows: int, weights: _Weights) -> tuple[int, int]:
+    """How many threads compute, and how many teams they form.
+
+    Each team takes its samples through all tokens. The threads of one share layers, by columns: no more of them than
+    the narrowest layer has vectors, since all others would only be waited for.
+    """
+    threads = torch.get_num_threads()
+    most = 1 if weights.count > _SHARED else min(rows // _ROWS_A_TEAM, samples, threads)
+    teams = max(team for team in range(1, max(most, 1) + 1) if threads % team == 0)
+    return teams * min(threads // teams, _rounded_up(weights.channels, weights.lanes) // weights.lanes), teams
 
 
 def _address(tensor: Tensor | None) -> int | None:
