@@ -38,8 +38,9 @@ def library() -> ctypes.CDLL | None:
 
     The first call on a machine compiles it, which takes a few seconds. The result is kept in the user's cache folder
     under a name that stands for the sources, the compiler and the processor's instructions, so that neither a new
-    version nor another machine finds it. Processes that compile at the same time each write a file of their own, and
-    rename it. A folder or file that others could have written to is not used.
+    version nor another machine finds it, and for its own content, so that a damaged file is compiled anew. Processes
+    that compile at the same time each write a file of their own, and rename it. A folder or file that others could have
+    written to is not used.
     """
     return None if _is_off() else _loaded().library
 
@@ -58,6 +59,13 @@ def compile_library(path: Path, target: tuple[str, ...] | None = None) -> None:
     _run(_compiler(), *_FLAGS, *(_machine() if target is None else target), *sources, "-o", str(path))
 
 
+def load_library(path: Path) -> ctypes.CDLL:
+    """The library that `compile_library` wrote. **Raises** `OSError` where the system cannot load it."""
+    found = ctypes.CDLL(str(path))
+    found.jacobiflow_pack.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
+    return found
+
+
 def _is_off() -> bool:
     return os.environ.get(SWITCH) == "0"
 
@@ -67,15 +75,14 @@ def _loaded() -> _Loaded:
     if os.name != "posix":
         return _Loaded(None, "none: they are for Linux and macOS")
     try:
-        macros = _run(_compiler(), *_machine(), "-x", "c++", "-E", "-dM", os.devnull)
-        found = ctypes.CDLL(str(_binary(macros)))
+        compiler = Path(_compiler()).name
+        found = _found_or_compiled()
     except (OSError, subprocess.SubprocessError) as error:
         # A message of a compiler is long, and says what is wrong in its first line.
         reason = str(getattr(error, "stderr", None) or error).strip().partition("\n")[0]
         return _Loaded(None, f"none: {reason}; install a C++ compiler, or name it in CXX, for faster exact loops")
-    found.jacobiflow_pack.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
     width = {16: "AVX-512", 8: "AVX2"}.get(found.jacobiflow_lanes(), "128-bit vectors")
-    return _Loaded(found, f"compiled by {Path(_compiler()).name} for {width}")
+    return _Loaded(found, f"compiled by {compiler} for {width}")
 
 
 def _compiler() -> str:
@@ -93,36 +100,61 @@ def _machine() -> tuple[str, ...]:
 
 def _run(*command: str) -> str:
     """What the command prints."""
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+    done = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=300)
+    return done.stdout
 
 
-def _binary(macros: str) -> Path:
-    """The compiled library for a compiler and processor with these predefined macros."""
-    sources = [(_HERE / name).read_bytes() for name in _SOURCES]
-    name = f"recurrences-{sha256(' '.join(_FLAGS).encode(), macros.encode(), *sources)[:32]}.so"
-    folder = cache_folder()
+def _found_or_compiled() -> ctypes.CDLL:
+    """The library from the cache folder, or compiled, and then kept there if possible."""
+    folder, name = _folder(), _name()
     if folder is not None:
+        for path in folder.glob(f"{name}-*.so"):
+            with suppress(OSError):  # such as one that another version of the system's libraries was linked with
+                if _is_ours(path) and path == _path(folder, name, path.read_bytes()):
+                    return load_library(path)
+    with tempfile.TemporaryDirectory(prefix="jacobiflow-", ignore_cleanup_errors=True) as private:
+        path = Path(private) / f"{name}.so"
+        compile_library(path)
         with suppress(OSError):
-            folder = folder / "native"
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path = folder / name
-            if _is_ours(folder):
-                if not (path.is_file() and _is_ours(path)):
-                    with write_beside(path) as partial:
-                        compile_library(partial)
-                return path
-    path = Path(_private_folder().name) / name
-    compile_library(path)
+            if folder is not None:
+                return load_library(_keep(folder, name, path.read_bytes()))
+        return load_library(path)  # a loaded file may be removed
+
+
+def _name() -> str:
+    """A name for what this compiler makes of these sources for this processor, known by the macros it predefines."""
+    macros = _run(_compiler(), *_machine(), "-x", "c++", "-E", "-dM", os.devnull)
+    sources = [(_HERE / name).read_bytes() for name in _SOURCES]
+    return f"recurrences-{sha256(' '.join(_FLAGS).encode(), macros.encode(), *sources)[:32]}"
+
+
+def _path(folder: Path, name: str, content: bytes) -> Path:
+    return folder / f"{name}-{sha256(content)[:32]}.so"
+
+
+def _keep(folder: Path, name: str, content: bytes) -> Path:
+    """Write the library to the folder. **Raises** `OSError` where that is not possible."""
+    path = _path(folder, name, content)
+    with write_beside(path) as partial:
+        partial.touch(mode=0o600)  # or a file of a user with a umask of 002 could be written by others
+        partial.write_bytes(content)
     return path
+
+
+def _folder() -> Path | None:
+    """The folder of libraries, made if need be; `None` where there can be none that this user alone can write to."""
+    cache = cache_folder()
+    if cache is None:
+        return None
+    folder = cache / "native"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder if _is_ours(folder) else None
+    except OSError:
+        return None
 
 
 def _is_ours(path: Path) -> bool:
     """Whether this user alone can write to it."""
     found = path.stat()
     return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
-@functools.cache
-def _private_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder of this process, removed at its end."""
-    return tempfile.TemporaryDirectory(prefix="jacobiflow-")

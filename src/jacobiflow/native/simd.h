@@ -95,7 +95,7 @@ inline void pack(const float* weight, int outputs, int inputs, float* packed) {
     const int width = outputs - first < panel ? rounded_up(outputs - first) : panel;
     for (int j = 0; j < width; j++)
       for (int k = 0; k < inputs; k++)
-        packed[k * width + j] = first + j < outputs ? weight[(int64_t)(first + j) * inputs + k] : 0.0f;
+        packed[(int64_t)k * width + j] = first + j < outputs ? weight[(int64_t)(first + j) * inputs + k] : 0.0f;
     packed += (int64_t)width * inputs;
   }
 }
@@ -138,8 +138,8 @@ inline void dense_rows(const float* x, int stride, const float* weight, int widt
                        const Use& use) {
   const int tiles = (rows + tile_rows - 1) / tile_rows;
   for (int i = 0; i < tiles; i++) {
-    const int row = rows * i / tiles;
-    switch (rows * (i + 1) / tiles - row) {
+    const int row = (int)((int64_t)rows * i / tiles);
+    switch ((int)((int64_t)rows * (i + 1) / tiles) - row) {
       case 1: dense_tile<1, vectors>(x, stride, weight, width, inputs, row, column, use); break;
       case 2: dense_tile<2, vectors>(x, stride, weight, width, inputs, row, column, use); break;
       case 3: dense_tile<3, vectors>(x, stride, weight, width, inputs, row, column, use); break;

@@ -130,7 +130,8 @@ class MAFBlock(FlowBlock, ExactInverse, KeepsNothing):
         if extrapolation is not None:
             _check_temperature(None if extrapolation.attn_temperature == 1 else extrapolation.attn_temperature)
         native = usable(z, *self.parameters())
-        if native is None:
+        # Native code trusts the sizes: tokens of other ones are left to PyTorch, which checks them.
+        if native is None or z.shape[1:] != (self.num_tokens, 1):
             return None
         keep_freed_memory(z.device)
         weights = [layer.masked_weight().detach() for layer in self.layers]

@@ -44,7 +44,7 @@ def solve_rows(
     def columns(rows: Tensor) -> Tensor:
         return F.pad(rows.expand(samples, -1).T, (0, padding)).contiguous()
 
-    z, x, below = columns(z), torch.empty(tokens, padded), torch.tensor(units_below, dtype=torch.int32)
+    z, x, below = columns(z), z.new_empty(tokens, padded), (ctypes.c_int32 * len(units_below))(*units_below)
     offsets = [columns(offset) for layers in networks for offset in layers]
     scales = (None, None) if extrapolation is None else (extrapolation.log_scale, extrapolation.shift)
     held = [None if scale is None else scale.contiguous() for scale in scales]
@@ -52,8 +52,8 @@ def solve_rows(
     weight_table, offset_table = pointers(weights), pointers(offsets)
     arguments = _Arguments(
         z.data_ptr(), *(None if scale is None else scale.data_ptr() for scale in held),
-        ctypes.addressof(weight_table), ctypes.addressof(offset_table), below.data_ptr(), x.data_ptr(), padded,
-        len(networks), tokens, weights[0].shape[0], len(weights) - 1,
+        ctypes.addressof(weight_table), ctypes.addressof(offset_table), ctypes.addressof(below), x.data_ptr(),
+        padded, len(networks), tokens, weights[0].shape[0], len(weights) - 1,
         min(torch.get_num_threads(), padded // panel),
     )  # fmt: skip
     if native.jacobiflow_maf(ctypes.byref(arguments)):

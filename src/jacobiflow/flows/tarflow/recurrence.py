@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from jacobiflow.flows.base import Extrapolation
 from jacobiflow.flows.memory import keep_freed_memory
+from jacobiflow.flows.permutation import Permutation
+from jacobiflow.flows.tarflow.attention import AttentionBlock
 from jacobiflow.native import pointers, usable
-
-if TYPE_CHECKING:
-    from jacobiflow.flows.tarflow.model import TarFlowBlock
 
 _ROWS = 32  # of the network for each thread, solved together: more of them leave the processor's cache
 _ROWS_A_TEAM = 16  # at which threads that share no rows, and so never wait, are faster
 _SHARED = 2**22  # weights of a block above which threads always share rows: each reads its part of every layer
 _WORK = 2e9  # multiplications of a call, about a tenth of a second, after which Ctrl-C is heard
+
+
+class TransformerBlock(Protocol):
+    """What a `TarFlowBlock` is computed from."""
+
+    num_tokens: int
+    nvp: bool
+    permutation: Permutation
+    proj_in: nn.Linear
+    pos_embed: nn.Parameter
+    attn_blocks: Sequence[AttentionBlock]
+    proj_out: nn.Linear
+
+    def embed_classes(self, labels: Int[Tensor, " b"] | None) -> Float[Tensor, "#b 1 c"] | None: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 class _Arguments(ctypes.Structure):
@@ -39,18 +54,20 @@ class _Arguments(ctypes.Structure):
 
 
 def exact_inverse(
-    block: TarFlowBlock, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None,
+    block: TransformerBlock, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None,
     extrapolation: Extrapolation | None,
 ) -> Float[Tensor, "b t c"] | None:  # fmt: skip
     """See `jacobiflow.flows.base.ExactInverse`. Weights may change between calls, and so are packed at each."""
     native = usable(z, *block.parameters())
-    if native is None:
+    # Native code trusts the sizes: tokens of other ones are left to PyTorch, which checks them.
+    if native is None or z.shape[1:] != (block.num_tokens, block.proj_in.in_features):
         return None
     keep_freed_memory(z.device)
     weights = _Weights(native, block)
     networks, threads = (1 if extrapolation is None else 2), torch.get_num_threads()
     size = max(_ROWS * threads // networks, 1)
-    z, x = z.contiguous(), torch.empty(z.shape)
+    z = z.contiguous()
+    x = torch.empty_like(z)
     for first in range(0, len(z), size):
         rows = slice(first, first + size)
         labels = None if context is None else context[rows]
@@ -62,11 +79,11 @@ def exact_inverse(
 class _Weights:
     """The weights of a block, in the order and the layout of the native code."""
 
-    def __init__(self, native: ctypes.CDLL, block: TarFlowBlock) -> None:
+    def __init__(self, native: ctypes.CDLL, block: TransformerBlock) -> None:
         def packed(weight: Tensor) -> Tensor:
-            outputs, inputs = weight.shape
-            out = torch.empty(_rounded_up(outputs, lanes) * inputs)
-            native.jacobiflow_pack(_address(weight.detach().contiguous()), outputs, inputs, _address(out))
+            weight, (outputs, inputs) = weight.detach().contiguous(), weight.shape
+            out = weight.new_empty(_rounded_up(outputs, lanes) * inputs)
+            native.jacobiflow_pack(_address(weight), outputs, inputs, _address(out))
             return out
 
         def padded(bias: Tensor) -> Tensor:
@@ -89,7 +106,7 @@ class _Weights:
 
 
 def _solve(
-    native: ctypes.CDLL, block: TarFlowBlock, weights: _Weights, z: Tensor, x: Tensor, labels: Tensor | None,
+    native: ctypes.CDLL, block: TransformerBlock, weights: _Weights, z: Tensor, x: Tensor, labels: Tensor | None,
     extrapolation: Extrapolation | None,
 ) -> bool:  # fmt: skip
     """Write the rows of `x`; whether there were memory and threads for it."""
@@ -100,21 +117,20 @@ def _solve(
         unconditional = block.embed_classes(None)
         if classes is not None and unconditional is not None:
             classes = torch.cat((classes.expand(samples, -1, -1), unconditional.expand(samples, -1, -1)))
-        query = torch.ones(2, samples)
+        query = z.new_ones(2, samples)
         query[1] /= extrapolation.attn_temperature
         scales = (query, extrapolation.log_scale.contiguous(), extrapolation.shift.contiguous())
     if classes is not None:
         classes = classes.detach().expand(samples * networks, -1, -1).contiguous()
     head, rows = weights.channels // weights.heads, samples * networks
     each = head * _rounded_up(tokens, weights.lanes) + _rounded_up(head, weights.lanes) * tokens
-    keys_values = torch.empty(weights.depth * rows * weights.heads * each)
-    layers, threads = pointers(weights.layers), torch.get_num_threads()
+    keys_values = z.new_empty(weights.depth * rows * weights.heads * each)
+    layers, (threads, teams) = pointers(weights.layers), _threads_and_teams(samples, rows, weights)
     arguments = _Arguments(
         _address(z), _address(weights.position), _address(classes), _address(scales[0]), _address(weights.proj_in),
         _address(weights.proj_out), _address(weights.out_bias), _address(scales[1]), _address(scales[2]),
         ctypes.addressof(layers), _address(x), _address(keys_values), samples, networks, tokens, values,
-        weights.channels, weights.hidden, weights.heads, weights.depth, int(block.nvp), threads,
-        _teams(samples, rows, threads, weights.count),
+        weights.channels, weights.hidden, weights.heads, weights.depth, int(block.nvp), threads, teams,
     )  # fmt: skip
     step = max(int(_WORK / (weights.count * rows)), 1)
     for start in range(0, tokens, step):
@@ -124,10 +140,16 @@ def _solve(
     return True
 
 
-def _teams(samples: int, rows: int, threads: int, weights: int) -> int:
-    """How many teams the threads form. Each takes its samples through all tokens; the threads of one share layers."""
-    most = 1 if weights > _SHARED else min(rows // _ROWS_A_TEAM, samples, threads)
-    return max(team for team in range(1, max(most, 1) + 1) if threads % team == 0)
+def _threads_and_teams(samples: int, rows: int, weights: _Weights) -> tuple[int, int]:
+    """How many threads compute, and how many teams they form.
+
+    Each team takes its samples through all tokens. The threads of one share layers, by columns: no more of them than
+    the narrowest layer has vectors, since all others would only be waited for.
+    """
+    threads = torch.get_num_threads()
+    most = 1 if weights.count > _SHARED else min(rows // _ROWS_A_TEAM, samples, threads)
+    teams = max(team for team in range(1, max(most, 1) + 1) if threads % team == 0)
+    return teams * min(threads // teams, _rounded_up(weights.channels, weights.lanes) // weights.lanes), teams
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -1,0 +1,26 @@
+"""Prints the names of the cases that the library at the given path solves; run with the sanitizers' own libraries."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from native_problems import CASES
+
+from jacobiflow import native
+
+loaded = native.load_library(Path(sys.argv[1]))
+importlib.import_module("jacobiflow.native.library")._loaded = lambda: SimpleNamespace(library=loaded)
+for name, case in CASES.items():
+    flow = case.flow()
+    torch.set_num_threads(case.threads)
+    z = case.z(flow)
+    # Copies of weights that are not contiguous must live until they are used.
+    for parameter in flow.parameters():
+        if parameter.ndim == 2:
+            parameter.data = parameter.data.T.contiguous().T
+    if case.block(flow).exact_inverse(z, case.context()).isfinite().all():
+        print(name)

@@ -1,0 +1,219 @@
+"""Compiling, keeping and loading the native library."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import multiprocessing
+import os
+import pwd
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from native_problems import CASES, relative_error
+
+import jacobiflow as jf
+from jacobiflow import native
+
+library = importlib.import_module("jacobiflow.native.library")  # the name is also a function's
+
+
+@pytest.fixture(scope="module")
+def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library, compiled once."""
+    if shutil.which("c++") is None:
+        pytest.skip("there is no compiler here")
+    path = tmp_path_factory.mktemp("binary") / "recurrences.so"
+    native.compile_library(path, ("-O1",))
+    return path
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine where nothing was compiled yet, whose compiler gives the same library each time, at once."""
+
+    home: Path
+    calls: Path
+
+    def compiled(self) -> int:
+        return len(self.calls.read_text().split()) if self.calls.exists() else 0
+
+    def kept(self) -> list[Path]:
+        folder = self.home / "jacobiflow/native"
+        return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+    def restart(self) -> ctypes.CDLL | None:
+        """What a new process finds."""
+        library._loaded.cache_clear()
+        return native.library()
+
+
+@pytest.fixture
+def machine(tmp_path: Path, binary: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    compiler, calls = tmp_path / "compiler", tmp_path / "calls"
+    real, kept = shlex.quote(str(shutil.which("c++"))), shlex.quote(str(binary))
+    script = f"""#!/bin/sh
+case "$*" in *-dM*) exec {real} "$@";; esac
+while [ "$1" != -o ]; do shift; done
+echo compiled >> {shlex.quote(str(calls))}
+sleep 0.2
+cp {kept} "$2"
+"""
+    compiler.write_text(script)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    yield Machine(tmp_path / "home", calls)
+    library._loaded.cache_clear()
+
+
+def test_compiles_once_and_keeps_it_for_this_user_alone(machine: Machine) -> None:
+    umask = os.umask(0o002)
+    try:
+        assert machine.restart() is not None
+    finally:
+        os.umask(umask)
+    (path,) = machine.kept()
+    assert path.stat().st_mode & 0o077 == 0 and path.parent.stat().st_mode & 0o077 == 0
+    assert machine.restart() is not None and machine.compiled() == 1
+    assert native.describe().startswith("compiled by compiler for ")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "random", "empty", "one bit"])
+def test_a_damaged_library_is_compiled_anew(damage: str, machine: Machine) -> None:
+    machine.restart()
+    (path,) = machine.kept()
+    content = path.read_bytes()
+    flipped = bytes([content[len(content) // 2] ^ 1])
+    bad = {
+        "truncated": content[: len(content) // 3],
+        "random": os.urandom(len(content)),
+        "empty": b"",
+        "one bit": content[: len(content) // 2] + flipped + content[len(content) // 2 + 1 :],
+    }[damage]
+    path.unlink()  # it is mapped in this process
+    path.write_bytes(bad)
+    path.chmod(0o600)
+    assert machine.restart() is not None and machine.compiled() == 2
+    assert [path.read_bytes() for path in machine.kept()] == [content]
+
+
+def test_a_whole_file_that_is_no_library_is_not_fatal(machine: Machine) -> None:
+    """As where the system's own libraries are older than those of the machine that compiled it."""
+    machine.restart()
+    (path,) = machine.kept()
+    foreign = library._path(path.parent, path.name.rpartition("-")[0], b"not for this system")
+    foreign.write_bytes(b"not for this system")
+    foreign.chmod(0o600)
+    path.unlink()
+    assert machine.restart() is not None and machine.compiled() == 2
+
+
+def test_what_others_can_write_to_is_not_used(machine: Machine) -> None:
+    machine.restart()
+    (path,) = machine.kept()
+    path.chmod(0o666)
+    assert machine.restart() is not None and machine.compiled() == 2
+    assert [kept.stat().st_mode & 0o077 for kept in machine.kept()] == [0]
+    path.parent.chmod(0o777)
+    content = path.read_bytes()
+    assert machine.restart() is not None and machine.compiled() == 3
+    assert [kept.read_bytes() for kept in machine.kept()] == [content]
+
+
+def test_a_folder_that_cannot_be_written_to(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.restart()
+    (path,) = machine.kept()
+    path.unlink()
+    path.mkdir()  # in the way of the library, also for an administrator
+    assert machine.restart() is not None and machine.kept() == []
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    assert machine.restart() is not None and machine.compiled() == 3
+
+
+def test_a_user_without_a_home(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert machine.restart() is not None and machine.compiled() == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_processes_that_compile_at_the_same_time(machine: Machine) -> None:
+    fork = multiprocessing.get_context("fork")
+    start = fork.Barrier(3)
+
+    def work() -> None:
+        start.wait(30)
+        if machine.restart() is None:
+            sys.exit(native.describe())
+
+    processes = [fork.Process(target=work) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0] and machine.compiled() == 3
+    assert len(machine.kept()) == 1
+    assert machine.restart() is not None and machine.compiled() == 3
+
+
+def failing(tmp_path: Path, text: str) -> str:
+    compiler = tmp_path / "failing"
+    compiler.write_text(f"#!/bin/sh\nprintf '{text}' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    return str(compiler)
+
+
+@pytest.mark.parametrize("why", ["no compiler", "it fails", "it is none"])
+def test_without_a_compiler_pytorch_solves(
+    why: str, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {"no compiler": "no C++ compiler found", "it fails": "no room: \ufffd left", "it is none": "Exec format"}[
+        why
+    ]
+    if why == "no compiler":
+        monkeypatch.delenv("CXX")
+        monkeypatch.setenv("PATH", str(tmp_path))
+    elif why == "it fails":
+        monkeypatch.setenv("CXX", failing(tmp_path, r"no room: \377 left\nand much more\n"))
+    else:
+        (tmp_path / "text").write_bytes(b"\x7fELF, not")
+        (tmp_path / "text").chmod(0o755)
+        monkeypatch.setenv("CXX", str(tmp_path / "text"))
+    assert machine.restart() is None
+    line = native.describe()
+    assert line.startswith("none: ") and said in line and "install a C++ compiler, or name it in CXX" in line
+    assert "\n" not in line
+    case = CASES["heads of 32"]
+    flow = case.flow()
+    block, z, labels = case.block(flow), case.z(flow), case.context()
+    assert block.exact_inverse(z, labels) is None
+    solution = jf.solve(block, z, jf.Solver(jf.Sequential()), labels)
+    assert relative_error(solution.x, case.answer(flow, z)) < 1e-5
+
+
+def test_the_environment_turns_it_off_at_any_time(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JACOBIFLOW_NATIVE", "0")
+    assert machine.restart() is None and machine.compiled() == 0
+    assert native.describe() == "off, by JACOBIFLOW_NATIVE=0"
+    monkeypatch.setenv("JACOBIFLOW_NATIVE", "1")
+    assert native.library() is not None
+    monkeypatch.setenv("JACOBIFLOW_NATIVE", "0")
+    assert native.library() is None
+
+
+def test_takes_float32_on_a_cpu(machine: Machine) -> None:
+    machine.restart()
+    assert native.usable(torch.ones(2), torch.ones(3)) is native.library()
+    for other in (torch.ones(2, dtype=torch.float64), torch.ones(2, device="meta")):
+        assert native.usable(torch.ones(2), other) is None

@@ -1,0 +1,138 @@
+"""Small float32 flows of many shapes, whose recurrences are to be solved by native code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from oracle import Guide, MAFOracle, Oracle, sequential
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.guidance import guided
+
+
+@dataclass(frozen=True)
+class Case:
+    """A flow, a batch to invert, and the threads to do it with.
+
+    `size` is what distinguishes flows; `labels` are every class and -1, or `None`.
+    """
+
+    size: dict[str, int]
+    batch: int = 3
+    threads: int = 1
+    labels: bool = True
+    guide: Guide | None = None
+    kind: type[jf.TarFlow] | type[jf.MAF] = jf.TarFlow
+
+    def flow(self) -> Any:
+        """Two blocks of which every weight matters."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            return _tarflow(self.size) if self.kind is jf.TarFlow else _maf(self.size)
+
+    def z(self, flow: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        shape = (self.batch, flow.config.num_tokens, flow.config.token_channels)
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+    def context(self) -> Tensor | None:
+        classes = self.size.get("num_classes", 0)
+        return torch.arange(self.batch) % (classes + 1) - 1 if self.labels and classes else None
+
+    def block(self, flow: Any, i: int = 1) -> Any:
+        """Block `i`, the second of which reads its tokens in reverse; guided."""
+        return guided(flow.blocks[i], self.guidance())
+
+    def guidance(self) -> jf.Guidance | None:
+        guide = self.guide
+        return guide and jf.Guidance(guide.weight, guide.annealed, guide.on, guide.temperature)  # type: ignore[arg-type]
+
+    def answer(self, flow: Any, z: Tensor, i: int = 1) -> Tensor:
+        """The oracle's inverse, in float64."""
+        reference = (Oracle if self.kind is jf.TarFlow else MAFOracle)(flow)
+        return sequential(lambda x: reference.g(i, x, z.double(), self.context(), self.guide), z)
+
+
+def _tarflow(size: dict[str, int]) -> jf.TarFlow:
+    config = jf.TarFlowConfig(
+        in_channels=1, image_size=4, patch_size=1, channels=32, num_blocks=2, layers_per_block=1, head_dim=16
+    )
+    flow = jf.TarFlow(replace(config, **size)).eval()  # type: ignore[arg-type]
+    for block in flow.blocks:
+        block.pos_embed.mul_(30)
+        for name, parameter in block.named_parameters():
+            if name.endswith("bias") or "norm" in name or name == "class_embed":
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        values = flow.config.token_channels
+        block.proj_out.weight.normal_(std=0.5 / flow.config.channels**0.5)
+        if flow.config.nvp:
+            block.proj_out.weight[:values].mul_(0.3)
+    return flow
+
+
+def _maf(size: dict[str, int]) -> jf.MAF:
+    config = jf.MAFConfig(in_channels=1, image_size=4, hidden_features=20, num_blocks=2)
+    flow = jf.MAF(replace(config, **size)).eval()  # type: ignore[arg-type]
+    for block in flow.blocks:
+        last = block.layers[-1]
+        last.weight.normal_(std=0.6 / flow.config.hidden_features**0.5)
+        last.weight[0::2].mul_(0.3)
+        last.bias.normal_(std=0.2)
+        for layer in block.layers if flow.config.num_classes else ():
+            layer.class_embed.normal_(std=0.3)
+    return flow
+
+
+def _maf_case(*args: Any, **kwargs: Any) -> Case:
+    return Case(*args, kind=jf.MAF, **kwargs)
+
+
+# Together: heads and widths that are whole vectors and that are not, one token to several blocks of keys, batches that
+# are one team's and several teams', and several calls'.
+CASES = {
+    "one row": Case({}, batch=1, threads=2),
+    "one token": Case({"image_size": 1, "num_classes": 2}, batch=2),
+    "heads of 32": Case({"channels": 64, "head_dim": 32, "num_classes": 5}, batch=7, threads=2),
+    "heads of 48": Case(
+        {"image_size": 5, "channels": 48, "head_dim": 48, "layers_per_block": 2, "num_classes": 3},
+        threads=3, guide=Guide(1.5, True, "both", 1.3),
+    ),
+    "heads of 64, two teams": Case({"channels": 128, "head_dim": 64, "num_classes": 4}, batch=33, threads=2),
+    "one head of 128": Case(
+        {"image_size": 3, "channels": 128, "head_dim": 128, "nvp": False, "num_classes": 2},
+        batch=5, threads=2, guide=Guide(0.7, False, "shift", 1.0),
+    ),
+    "volume-preserving": Case({"image_size": 6, "nvp": False, "channels": 40, "head_dim": 20}, batch=6),
+    "no label": Case({"image_size": 2, "channels": 20, "head_dim": 10, "num_classes": 5}, batch=7, labels=False),
+    "7 channels": Case({"in_channels": 3, "patch_size": 2, "channels": 7, "head_dim": 7, "expansion": 1}, batch=17),
+    "heads of 17": Case(
+        {"channels": 51, "head_dim": 17, "layers_per_block": 3, "expansion": 3, "num_classes": 2},
+        batch=2, threads=3, guide=Guide(1.0, False, "scale", 0.8),
+    ),
+    "guided without classes": Case({"image_size": 3}, batch=17, threads=3, guide=Guide(2.0, True, "both", 1.5)),
+    "several calls": Case({"image_size": 2, "num_classes": 3}, batch=33, guide=Guide(1.0, True, "both", 1.0)),
+    "four teams": Case({"image_size": 3, "num_classes": 3}, batch=130, threads=4),
+    "a team of two and a team of two": Case({"image_size": 3, "channels": 33, "head_dim": 11}, batch=32, threads=4),
+    "MAF": _maf_case({"num_classes": 3}, batch=5, threads=2),
+    "MAF, one token": _maf_case({"image_size": 1}, batch=2),
+    "MAF, two tokens": _maf_case({"in_channels": 2, "image_size": 1, "hidden_features": 5}, batch=1),
+    "MAF, few units": _maf_case({"hidden_features": 7, "hidden_layers": 1, "num_classes": 2}, batch=3, labels=False),
+    "MAF, three layers": _maf_case(
+        {"in_channels": 17, "image_size": 1, "hidden_features": 33, "hidden_layers": 3, "num_classes": 4},
+        batch=33, threads=3, guide=Guide(0.8, True, "both", 1.0),
+    ),
+    "MAF, more tokens than units": _maf_case({"in_channels": 66, "image_size": 1, "hidden_features": 40}, batch=7),
+    "MAF, more units than tokens": _maf_case(
+        {"in_channels": 34, "image_size": 1, "hidden_features": 101, "num_classes": 2},
+        batch=17, guide=Guide(0.5, False, "shift", 1.0),
+    ),
+    "MAF, several panels": _maf_case({"num_classes": 3}, batch=130, threads=2, guide=Guide(1.0, False, "scale", 1.0)),
+}  # fmt: skip
+
+
+def relative_error(x: Tensor, answer: Tensor) -> float:
+    """Largest difference, in parts of the largest entry of the answer (of 1 where that is smaller); NaN for any NaN."""
+    return float((x - answer).abs().max() / answer.abs().max().clamp(min=1))
