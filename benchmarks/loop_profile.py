@@ -19,7 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from regimes import fused
+from regimes import fused, trained_flow
 from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
@@ -141,9 +141,7 @@ def measure(flow: jf.TarFlow, libraries: tuple[Profiled, Profiled], batch: int, 
     labels = torch.arange(batch) % config.num_classes
     whole, without_gelu = (library.solve(block, z, labels, repeats) for library in libraries)
     with torch.inference_mode():
-        timings, _ = interleave(
-            {"loop": lambda: fused(block, z, labels), **pass_pieces(block, z, labels)}, repeats
-        )
+        timings, _ = interleave({"loop": lambda: fused(block, z, labels), **pass_pieces(block, z, labels)}, repeats)
     one_pass = {name: timing.min for name, timing in timings.items()}
     return {
         "batch_size": batch,
@@ -161,8 +159,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
-    flow = jf.load(MODEL)
-    flow.requires_grad_(False)
+    flow = trained_flow(MODEL)
     flow.blocks[BLOCK].proj_out.weight.zero_()  # x is z then: without GELU nothing may grow
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -59,6 +59,14 @@ def random_flow(config: jf.TarFlowConfig) -> jf.TarFlow:
     return flow
 
 
+def trained_flow(name: str) -> jf.TarFlow:
+    """A trained model."""
+    flow = jf.load(name)
+    if not isinstance(flow, jf.TarFlow):
+        sys.exit(f"{name} is no TarFlow")
+    return flow.requires_grad_(False)
+
+
 def fused(block: TarFlowBlock, z: Tensor, labels: Tensor | None) -> Tensor:
     """The exact loop in native code."""
     return jf.solve(block, z, LOOP, labels).x
@@ -146,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for name in (*given.shapes, *given.models):
         trained = name in given.models
-        flow = jf.load(name) if trained else random_flow(config_of(*map(int, name.split("x"))))
+        flow = trained_flow(name) if trained else random_flow(config_of(*map(int, name.split("x"))))
         for batch in given.batch_sizes:
             key = {"name": name, "trained": trained, "batch_size": batch}
             if not any(key.items() <= run.items() for run in found["runs"]):
