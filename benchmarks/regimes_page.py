@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from filling import measured_on, table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from regimes import EAGER, FUSED, LOW, PASS
 
+import jacobiflow as jf
 from jacobiflow.plots.style import BLACK, BLUE, GREEN, ORANGE, RED, clear, plain_ticks
 
 EVALUATIONS = (3, 5, 10)
@@ -36,15 +39,17 @@ def regimes(result: dict[str, Any]) -> str:
     lines = []
     for run in sorted(result["runs"], key=lambda run: (run["trained"], run["weights_mb"], run["batch_size"])):
         seconds, best = seconds_of(run), best_loop(run)
-        name = run["name"] if run["trained"] else f"{run['channels']} x {run['layers']}"
+        name = f"{run['channels']} x {run['layers']}" + (f", {run['name']}" if run["trained"] else "")
         lines.append([
-            name, f"{run['weights_mb']:.1f} MB", str(run["batch_size"]),
+            name, f"{run['tokens']} x {run['values']}", f"{run['weights_mb']:.1f} MB", str(run["batch_size"]),
             *(f"{seconds[way] * 1e3:.1f}" for way in (PASS, LOW)),
             *(f"{seconds[way] * 1e3:,.1f} ({in_passes(run, way):.1f})" for way in (FUSED, EAGER)),
             f"{in_passes(run, best):.1f}", f"{seconds[best] / seconds[LOW]:.1f}",
         ])  # fmt: skip
-    columns = ["channels x layers", "weights of a block", "batch", "pass, ms", "in bfloat16", "fused loop, ms (passes)",
-               "eager loop, ms (passes)", "sweeps win below", "in bfloat16 below"]  # fmt: skip
+    columns = [
+        "channels x layers", "T x C", "weights of a block", "batch", "pass, ms", "in bfloat16",
+        "fused loop, ms (passes)", "eager loop, ms (passes)", "sweeps win below", "in bfloat16 below",
+    ]  # fmt: skip
     return table(columns, lines)
 
 
@@ -67,7 +72,16 @@ def summary(result: dict[str, Any]) -> str:
     lines.append(
         f"- The fused loop is slower than the eager one at {slower}. Their answers differ by at most {largest:.0e}."
     )
+    papers = [megabytes_of(preset.config) for preset in jf.PRESETS.values()]
+    lines.append(f"- A block of the GS-Jacobi paper's models has {min(papers):.0f} to {max(papers):.0f} MB of weights.")
     return "\n".join(lines)
+
+
+def megabytes_of(config: jf.TarFlowConfig) -> float:
+    """The weights of a block, which are not made."""
+    with torch.device("meta"):
+        flow = jf.TarFlow(replace(config, num_blocks=1))
+    return sum(parameter.nbytes for parameter in flow.blocks[0].parameters()) / 1e6
 
 
 def _shapes(runs: Iterable[dict[str, Any]], batch: bool = False) -> str:

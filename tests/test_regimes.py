@@ -19,10 +19,9 @@ script, page = load_script("regimes"), load_script("regimes_page")
 def made_up(name: str, megabytes: float, batch: int, seconds: tuple[float, ...]) -> dict[str, Any]:
     ways = dict(zip((script.PASS, script.LOW, script.FUSED, script.EAGER), seconds, strict=True))
     timings = {way: {"median": 2 * least, "min": least, "max": 3 * least} for way, least in ways.items()}
-    return {
-        "name": name, "trained": False, "batch_size": batch, "channels": 64, "layers": 1, "weights_mb": megabytes,
-        "seconds": timings, "max_difference": 1e-6,
-    }  # fmt: skip
+    shape = {"channels": 64, "layers": 1, "tokens": 4, "values": 1, "weights_mb": megabytes}
+    run = {"name": name, "trained": False, "batch_size": batch, "seconds": timings, "max_difference": 1e-6}
+    return run | shape
 
 
 @pytest.mark.skipif(native.library() is None, reason="no native loop")
