@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test lint mutants benchmark calibration flows evaluation figures clean
+.PHONY: setup demo test lint mutants benchmark regimes calibration flows evaluation figures clean
 
 setup: $(INSTALLED)
 
@@ -41,6 +41,12 @@ benchmark: setup
 		--json docs/results/demo-one.json
 	cp out/demo/samples.png docs/figures/demo.png
 	$(BIN)/python benchmarks/readme.py
+
+# Regenerates "Two regimes" in docs/performance.md (half an hour on two idle cores; it goes on where it was stopped).
+regimes: setup
+	$(BIN)/python benchmarks/regimes.py
+	$(BIN)/python benchmarks/loop_profile.py
+	$(BIN)/python benchmarks/performance_page.py
 
 # Regenerates the tables and figures of docs/calibration.md (15 minutes on two idle cores).
 CALIBRATE := $(BIN)/jacobiflow calibrate --model fashion-p2 --images fashion-512

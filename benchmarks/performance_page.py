@@ -1,16 +1,17 @@
-"""Puts docs/results/performance.json and growth.json into docs/performance.md: `python benchmarks/performance_page.py`.
+"""Puts results into docs/performance.md: `python benchmarks/performance_page.py`.
 
-Also draws docs/figures/error-against-time.png.
+They are performance.json, growth.json, regimes.json and loop-profile.json of docs/results. Also draws
+error-against-time.png and regimes.png in docs/figures.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filling import fill
+import regimes_page
+from filling import fill, measured_on, table
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -22,12 +23,6 @@ SAMPLERS = ("auto", "window", "GS-Jacobi", "Selective Jacobi Decoding", "STARFlo
 EAGER = "sequential, in PyTorch"
 RATIO: dict[str, float] = {"1": 14, "4": 14, "16": 8, "64": 6.5}  # targets, over the growing cache
 PASSES: dict[str, float] = {"1": 3.5, "4": 2.2, "16": 2.0, "64": 2.0}
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown, all but the first column to the right."""
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def row(found: dict[str, Any], name: str) -> dict[str, Any]:
@@ -210,23 +205,28 @@ def figure(result: dict[str, Any]) -> Figure:
     return drawn
 
 
-def parts() -> dict[str, str]:
-    """What the page shows of the result files, by its marks."""
-    result = json.loads((RESULTS / "performance.json").read_text())
-    machine = result["machine"]
-    processor = f"{machine['cores']} cores of {machine['processor']}"
-    found = {"machine": f"Measured on {processor}, {machine['threads']} threads, PyTorch {machine['torch']}."}
-    for part in (headline, peers, tough, counts, guided, profile, compiled):
-        found[part.__name__] = part(result)
-    found["growth"] = growth(json.loads((RESULTS / "growth.json").read_text()))
+def load(name: str) -> dict[str, Any]:
+    """A result file."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return found
 
 
+def parts() -> dict[str, str]:
+    """What the page shows of the result files, by its marks."""
+    result = load("performance")
+    found = {"machine": measured_on(result["machine"])}
+    for part in (headline, peers, tough, counts, guided, profile, compiled):
+        found[part.__name__] = part(result)
+    found["growth"] = growth(load("growth"))
+    return found | regimes_page.parts(load("regimes"), load("loop-profile"))
+
+
 def main() -> None:
-    """Fill the page, draw the figure."""
+    """Fill the page, draw the figures."""
     fill(ROOT / "docs" / "performance.md", parts())
-    result = json.loads((RESULTS / "performance.json").read_text())
-    save_png(figure(result), ROOT / "docs" / "figures" / "error-against-time.png")
+    figures = ROOT / "docs" / "figures"
+    save_png(figure(load("performance")), figures / "error-against-time.png")
+    save_png(regimes_page.figure(load("regimes")), figures / "regimes.png")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <thread>
 #include <vector>
 
 namespace jacobiflow {
 
-// All `size` threads of a team arrive, then all go on. They spin, since steps take microseconds, and yield when another
-// program has the core of the one that is missing.
+// All `size` threads of a team arrive, then all go on. They spin, since steps take microseconds. Where another program
+// has the core of the one that is missing they yield, and then sleep: threads that only yield can keep it from its turn for
+// seconds.
 class Barrier {
  public:
   explicit Barrier(int size) : size_(size) {}
@@ -21,8 +23,15 @@ class Barrier {
       phase_.store(phase + 1, std::memory_order_release);
       return;
     }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; spins++)
-      if (spins > 4096) std::this_thread::yield();
+    for (int spins = 0; spins < 4096; spins++)
+      if (phase_.load(std::memory_order_acquire) != phase) return;
+    const auto since = std::chrono::steady_clock::now();
+    while (phase_.load(std::memory_order_acquire) == phase) {
+      if (std::chrono::steady_clock::now() - since < std::chrono::microseconds(100))
+        std::this_thread::yield();
+      else
+        std::this_thread::sleep_for(std::chrono::microseconds(50));
+    }
   }
 
  private:
