@@ -126,7 +126,7 @@ def figure(result: dict[str, Any]) -> Figure:
         own = [run for run in result["runs"] if run["batch_size"] == batch]
         _panel(axis, sorted((run for run in own if not run["trained"]), key=lambda run: run["weights_mb"]))
         _models(axis, [run for run in own if run["trained"]])
-        axis.set(xscale="log", yscale="log", ylim=(0.8 * min(1, *values), 1.3 * max(10, *values)))
+        axis.set(xscale="log", yscale="log", ylim=(0.6 * min(1, *values), 1.3 * max(10, *values)))
         axis.set_title(f"batch {batch}", fontsize=11)
         axis.set_xlim(min(sizes) / 5, max(sizes) * 3)  # room for names and numbers
         plain_ticks(axis.xaxis, (1, 3))
@@ -172,6 +172,6 @@ def _models(axis: Axes, runs: Sequence[dict[str, Any]]) -> None:
             *place, color=GREEN, marker="*", markersize=14, markeredgecolor="white", linestyle="", zorder=5, label=label
         )  # fmt: skip
         axis.annotate(
-            run["name"], place, xytext=(-4, 9 if index % 2 else -16), textcoords="offset points", fontsize=9, color=GREEN, ha="right",
-            zorder=6,
+            run["name"], place, xytext=(0, 9 if index % 2 else -18), textcoords="offset points", fontsize=9, color=GREEN,
+            ha="center", zorder=6,
         )  # fmt: skip
