@@ -171,7 +171,8 @@ def _models(axis: Axes, runs: Sequence[dict[str, Any]]) -> None:
         axis.plot(
             *place, color=GREEN, marker="*", markersize=14, markeredgecolor="white", linestyle="", zorder=5, label=label
         )  # fmt: skip
+        offset = (0, 9 if index % 2 else -18)
         axis.annotate(
-            run["name"], place, xytext=(0, 9 if index % 2 else -18), textcoords="offset points", fontsize=9, color=GREEN,
-            ha="center", zorder=6,
+            run["name"], place, xytext=offset, textcoords="offset points", fontsize=9, color=GREEN, ha="center",
+            zorder=6,
         )  # fmt: skip
