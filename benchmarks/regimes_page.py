@@ -63,11 +63,11 @@ def summary(result: dict[str, Any]) -> str:
         won = {k: _shapes(run for run in own if in_passes(run, best_loop(run)) > k) for k in EVALUATIONS}
         lines.append(
             f"- Batch {batch}: the fused loop takes {in_passes(first, FUSED):.1f} passes at {first['name']}, and "
-            f"{in_passes(last, FUSED):.1f} at {last['name']}. Sweeps in float32 win with "
-            + "; ".join(f"{k} evaluations of a token at {where}" for k, where in won.items())
+            f"{in_passes(last, FUSED):.1f} at {last['name']}. Sweeps in float32 win at "
+            + ("; ".join(f"{where} with {k} evaluations of a token" for k, where in won.items() if where) or "no shape")
             + "."
         )
-    slower = _shapes((run for run in result["runs"] if best_loop(run) == EAGER), batch=True)
+    slower = _shapes((run for run in result["runs"] if best_loop(run) == EAGER), batch=True) or "no shape"
     largest = max(run["max_difference"] for run in result["runs"])
     lines.append(
         f"- The fused loop is slower than the eager one at {slower}. Their answers differ by at most {largest:.0e}."
@@ -86,7 +86,7 @@ def megabytes_of(config: jf.TarFlowConfig) -> float:
 
 def _shapes(runs: Iterable[dict[str, Any]], batch: bool = False) -> str:
     names = [run["name"] + (f" and batch {run['batch_size']}" if batch else "") for run in runs]
-    return ", ".join(names) or "no shape"
+    return ", ".join(names)
 
 
 def loop_profile(result: dict[str, Any]) -> str:
@@ -120,15 +120,15 @@ def figure(result: dict[str, Any]) -> Figure:
     batches = sorted({run["batch_size"] for run in result["runs"]})
     drawn = Figure(figsize=(9.5, 0.8 + 3.6 * -(-len(batches) // 2)), layout="constrained")
     panels = drawn.subplots(-(-len(batches) // 2), 2, sharex=True, sharey=True, squeeze=False).ravel()
+    sizes = [run["weights_mb"] for run in result["runs"]]
     values = [in_passes(run, way) for run in result["runs"] for way in (FUSED, EAGER)]
     for axis, batch in zip(panels, batches, strict=False):
         own = [run for run in result["runs"] if run["batch_size"] == batch]
         _panel(axis, sorted((run for run in own if not run["trained"]), key=lambda run: run["weights_mb"]))
         _models(axis, [run for run in own if run["trained"]])
-        axis.set(xscale="log", yscale="log", ylim=(0.8 * min(1, *values), 1.3 * max(10, *values)))
+        axis.set(xscale="log", yscale="log", ylim=(0.6 * min(1, *values), 1.3 * max(10, *values)))
         axis.set_title(f"batch {batch}", fontsize=11)
-        sizes = [run["weights_mb"] for run in own]
-        axis.set_xlim(min(sizes) / 5, max(sizes) * 1.7)  # room for names
+        axis.set_xlim(min(sizes) / 5, max(sizes) * 3)  # room for names and numbers
         plain_ticks(axis.xaxis, (1, 3))
         plain_ticks(axis.yaxis, (1, 3))
         clear(axis)
@@ -151,27 +151,28 @@ def _panel(axis: Axes, runs: Sequence[dict[str, Any]]) -> None:
             sizes, k, exact, where=[time > k for time in exact], interpolate=True, color=ORANGE, alpha=0.22,
             linewidth=0, label="sweeps in float32 beat both loops" if k == EVALUATIONS[0] else None,
         )  # fmt: skip
-        for way, name, color, line in ((PASS, "float32", ORANGE, "-"), (LOW, "bfloat16", RED, ":")):
+        for way, name, color, line, right in ((PASS, "float32", ORANGE, "-", 22), (LOW, "bfloat16", RED, ":", 5)):
             times = [k * in_passes(run, way) for run in runs]
             label = f"sweeps, {', '.join(map(str, EVALUATIONS))} evaluations a token, {name}"
             axis.plot(
                 sizes, times, color=color, linestyle=line, linewidth=1.3, label=label if k == EVALUATIONS[0] else None
             )  # fmt: skip
             axis.annotate(
-                str(k), (sizes[-1], times[-1]), xytext=(5, 0), textcoords="offset points", fontsize=9, color=color,
+                str(k), (sizes[-1], times[-1]), xytext=(right, 0), textcoords="offset points", fontsize=9, color=color,
                 va="center",
             )  # fmt: skip
 
 
 def _models(axis: Axes, runs: Sequence[dict[str, Any]]) -> None:
     """The fused loop in trained models, by name."""
-    for run in runs:
+    for index, run in enumerate(runs):
         place = run["weights_mb"], in_passes(run, FUSED)
         label = "fused loop, a trained model" if run is runs[0] else None
         axis.plot(
             *place, color=GREEN, marker="*", markersize=14, markeredgecolor="white", linestyle="", zorder=5, label=label
         )  # fmt: skip
+        offset = (0, 9 if index % 2 else -18)
         axis.annotate(
-            run["name"], place, xytext=(-4, 9), textcoords="offset points", fontsize=9, color=GREEN, ha="right",
+            run["name"], place, xytext=offset, textcoords="offset points", fontsize=9, color=GREEN, ha="center",
             zorder=6,
         )  # fmt: skip

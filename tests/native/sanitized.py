@@ -16,11 +16,11 @@ loaded = native.load_library(Path(sys.argv[1]))
 importlib.import_module("jacobiflow.native.library")._loaded = lambda: SimpleNamespace(library=loaded)
 for name, case in CASES.items():
     flow = case.flow()
-    torch.set_num_threads(case.threads)
     z = case.z(flow)
     # Copies of weights that are not contiguous must live until they are used.
     for parameter in flow.parameters():
         if parameter.ndim == 2:
             parameter.data = parameter.data.T.contiguous().T
+    torch.set_num_threads(case.threads)
     if case.block(flow).exact_inverse(z, case.context()).isfinite().all():
         print(name)
