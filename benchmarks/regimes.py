@@ -32,7 +32,7 @@ from jacobiflow.files import write_json
 from jacobiflow.flows.tarflow.model import TarFlowBlock
 from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import interleave, machine
-from jacobiflow.native.library import SWITCH
+from jacobiflow.native import SWITCH
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "regimes.json"
 BATCH_SIZES = (1, 4, 16, 64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +10,10 @@ import torch
 from native_problems import CASES
 
 from jacobiflow import native
+from jacobiflow.native import build
 
 loaded = native.load_library(Path(sys.argv[1]))
-importlib.import_module("jacobiflow.native.library")._loaded = lambda: SimpleNamespace(library=loaded)
+build._loaded = lambda: SimpleNamespace(library=loaded)
 for name, case in CASES.items():
     flow = case.flow()
     z = case.z(flow)

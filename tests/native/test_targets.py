@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import subprocess
@@ -16,6 +15,7 @@ import torch
 from native_problems import CASES, relative_error
 
 from jacobiflow import native
+from jacobiflow.native import build
 
 HERE = Path(__file__).parent
 CPU = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
@@ -43,7 +43,7 @@ def test_other_vectors_give_the_same(name: str, tmp_path: Path, monkeypatch: pyt
         pytest.skip("the processor has no such vectors")
     loaded = SimpleNamespace(library=native.load_library(compiled(tmp_path / "recurrences.so", TARGETS[name])))
     assert 32 * loaded.library.jacobiflow_lanes() == int(name.split()[0])
-    monkeypatch.setattr(importlib.import_module("jacobiflow.native.library"), "_loaded", lambda: loaded)
+    monkeypatch.setattr(build, "_loaded", lambda: loaded)
     assert native.library() is loaded.library
     for case in CASES.values():
         flow = case.flow()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jacobiflow.native.library import library
+from jacobiflow.native.build import library
 
 
 def usable(*tensors: Tensor) -> ctypes.CDLL | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import multiprocessing
 import os
 import pwd
@@ -20,8 +19,7 @@ from native_problems import CASES, relative_error
 
 import jacobiflow as jf
 from jacobiflow import native
-
-library = importlib.import_module("jacobiflow.native.library")  # the name is also a function's
+from jacobiflow.native import build
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +48,7 @@ class Machine:
 
     def restart(self) -> ctypes.CDLL | None:
         """What a new process finds."""
-        library._loaded.cache_clear()
+        build._loaded.cache_clear()
         return native.library()
 
 
@@ -70,7 +68,7 @@ cp {kept} "$2"
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     yield Machine(tmp_path / "home", calls)
-    library._loaded.cache_clear()
+    build._loaded.cache_clear()
 
 
 def test_compiles_once_and_keeps_it_for_this_user_alone(machine: Machine) -> None:
@@ -108,7 +106,7 @@ def test_a_whole_file_that_is_no_library_is_not_fatal(machine: Machine) -> None:
     """As where the system's own libraries are older than those of the machine that compiled it."""
     machine.restart()
     (path,) = machine.kept()
-    foreign = library._path(path.parent, path.name.rpartition("-")[0], b"not for this system")
+    foreign = build._path(path.parent, path.name.rpartition("-")[0], b"not for this system")
     foreign.write_bytes(b"not for this system")
     foreign.chmod(0o600)
     path.unlink()
