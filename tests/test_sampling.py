@@ -135,12 +135,30 @@ def test_statistics_add_up() -> None:
     assert out.network_calls == out.token_evaluations == 2 * 33 * 9
     assert out.certificate is out.trace is None
     assert shares == pytest.approx([k / 6 for k in range(1, 7)])  # three groups of up to 16 batches, two blocks
-    certified = sample(flow, num=33, strategy="sequential", batch_size=2)
+    certified = sample(flow, num=33, strategy="sequential", batch_size=2, certify="always")
     assert certified.network_calls == 2 * (17 * 9 + 17)
     assert certified.token_evaluations == 2 * out.token_evaluations
     assert (certified.images - out.images).abs().max() < EXACT
     assert certified.images.shape == (33, 3, 6, 6)
     assert certified.latents.shape == (33, 9, 12)
+
+
+def test_what_is_solved_token_by_token_is_exact_by_construction() -> None:
+    """No pass measures it, unless that is asked for; a block that sweeps solve is measured."""
+    flow = make_flow(**CLASSES)
+    exact, measured = (sample(flow, num=3, strategy="sequential", certify=certify) for certify in (True, "always"))
+    assert torch.equal(exact.images, measured.images)
+    assert exact.exact.all() and measured.exact.all()
+    assert (exact.certificate == 0).all()
+    assert (measured.certificate > 0).any() and measured.certificate.max() < EXACT
+    assert measured.network_calls == exact.network_calls + 3
+    mixed = jf.Strategy((jf.Solver(jf.Sequential()), jf.Solver(), jf.Solver(jf.Sequential())))
+    out = sample(flow, num=3, strategy=mixed)
+    assert [bool(block.exact.all()) for block in out.stats] == [True, False, True]
+    assert not out.exact.any()
+    assert torch.equal(out.certificate, out.stats[1].residual)
+    with pytest.raises(ValueError, match="certify='never': give True, False or 'always'"):
+        sample(flow, num=1, certify="never")
 
 
 def test_how_samples_end_is_said_and_counted() -> None:

@@ -219,8 +219,10 @@ def test_rounding_is_found_by_one_sample_too_and_by_no_uncertified_one() -> None
     assert (one.network_calls, one.status.tolist(), one.rounding) == (3 + 3 + 5, [ROUNDING], pytest.approx(9))
     swept = rounded(jf.Solver(HALVES, stopping=tolerance), certificate=False)
     assert (swept.network_calls, swept.status.tolist(), swept.rounding) == (2, [CONVERGED] * 7, 0)
-    # An exact loop is not repeated, and shows the rounding too; nothing is above a tolerance of 50.
+    # An exact loop is not repeated, and shows the rounding where it is measured; nothing is above a tolerance of 50.
     exact = rounded(jf.Solver(jf.Sequential(), stopping=tolerance))
+    assert (exact.network_calls, exact.rounding, exact.residual.max(), exact.exact.all()) == (4, 0, 0, True)
+    exact = rounded(jf.Solver(jf.Sequential(), stopping=tolerance), certificate="always")
     assert (exact.network_calls, exact.rounding) == (4 + 1, pytest.approx(41))
     assert exact.status.tolist() == [CONVERGED] + [ROUNDING] * 6
     assert not exact.resolved_sequentially.any()
