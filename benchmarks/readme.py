@@ -23,16 +23,15 @@ def demo(name: str) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for strategy, run in runs.items():
-        certificate = run["certificate"]  # 0 is exact by construction
-        lines.append(
-            f"| {strategy} | {run['seconds']:.3f} | {run['images_per_second']:.1f} | {run['network_calls']:,} | "
-            f"{run['token_evaluations']:,} | {f'{certificate:.1e}' if certificate else 'exact'} | "
-            f"{run['resolved_sequentially']} |"
-        )
-    ratio, error = runs["sequential"]["seconds"] / runs[figures["strategy"]]["seconds"], figures["error"]
-    lines.append(
-        f"\nSpeed-up {ratio:.2f}x over the sequential loop; error max {error['max']:.1e}, mean {error['mean']:.1e}."
-    )
+        cells = [strategy, f"{run['seconds']:.3f}", f"{run['images_per_second']:.1f}"]
+        if "certificate" in run:
+            certificate = f"{run['certificate']:.1e}" if run["certificate"] else "exact"  # 0 is exact by construction
+            cells += [f"{run['network_calls']:,}", f"{run['token_evaluations']:,}", certificate]
+            cells.append(str(run["resolved_sequentially"]))
+        lines.append(f"| {' | '.join(cells + [''] * (7 - len(cells)))} |")
+    (name, own), (_, ours) = ((name, run["seconds"]) for name, run in runs.items())
+    error = "error max {max:.1e}, mean {mean:.1e}".format(**figures["error"])
+    lines.append(f"\n{own / ours:.1f} times as fast as the original code's loop, {name}; {error}.")
     return "\n".join(lines)
 
 
