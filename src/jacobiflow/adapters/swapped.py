@@ -53,6 +53,9 @@ class Acceleration:
     - `untouched`: the masked autoregressive transforms that were left alone: name to the reason.
     - `passes`: name to the number of network passes in the latest inverse, for each accelerated transform that had one.
       The library makes one pass for each feature, and so does an inverse that is left to its own loop.
+    - `ways`: name to how that inverse was found: "library", its own loop; "passes", from 0; "units", passes from an
+      answer for which each hidden unit was computed once; "columns", from one for which each pass of the network served
+      the features that it makes final. The making of that answer does not count as passes.
     """
 
     def __init__(self, tolerance: float) -> None:
@@ -60,12 +63,17 @@ class Acceleration:
         self.transforms: dict[str, str] = {}
         self.untouched: dict[str, str] = {}
         self._names: dict[nn.Module, str] = {}
-        self._passes: dict[str, int] = {}
+        self._latest: dict[str, tuple[int, str]] = {}
 
     @property
     def passes(self) -> dict[str, int]:
         """See the class."""
-        return {name: self._passes[name] for name in self.transforms if name in self._passes}
+        return {name: self._latest[name][0] for name in self.transforms if name in self._latest}
+
+    @property
+    def ways(self) -> dict[str, str]:
+        """See the class."""
+        return {name: self._latest[name][1] for name in self.transforms if name in self._latest}
 
     def note(self, name: str, module: nn.Module, what: str) -> None:
         """Add a transform to those that are accelerated."""
@@ -78,10 +86,10 @@ class Acceleration:
             if (own := Swapped.library_class_of(module)) is not None:
                 module.__class__ = own
 
-    def count(self, module: nn.Module, passes: int) -> None:
-        """Note the passes of an inverse; those of a copy of the flow are not reported."""
+    def count(self, module: nn.Module, passes: int, way: str) -> None:
+        """Note the passes of an inverse and its way; those of a copy of the flow are not reported."""
         if module in self._names:
-            self._passes[self._names[module]] = passes
+            self._latest[self._names[module]] = passes, way
 
     def __enter__(self) -> Self:
         return self

@@ -7,24 +7,48 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
-from zuko.nn import MaskedLinear
+from zuko.nn import MaskedLinear, MaskedMLP, Residual
 from zuko.transforms import AutoregressiveTransform
+from zuko.utils import unpack
 
-from jacobiflow.adapters.fixed_point import invert
-from jacobiflow.adapters.network import needs_all_passes, needs_graph, premasked
-from jacobiflow.adapters.swapped import Adapter, Swapped
+from jacobiflow.adapters.masked import MaskedNetwork, chain
+from jacobiflow.adapters.network import needs_graph, premasked
+from jacobiflow.adapters.start import Solvable, solve
+from jacobiflow.adapters.swapped import Adapter
 
 
-class Accelerated(Swapped):
+class Accelerated(Solvable):
     """A lazy transformation whose transform, at a context, has the parallel inverse."""
 
     meta: Any
     passes: int
+    hyper: Any
+    univariate: Any
+    shapes: Any
+    total: int
 
     def forward(self, c: Tensor | None = None) -> ParallelInverse:
         return ParallelInverse(self, c)
+
+    def masked_network(self, features: int, conditional: bool) -> MaskedNetwork | None:
+        """Its network as operations; `None` where `meta` is a subclass's, or parts are none of zuko's or PyTorch's."""
+        if getattr(self.library_class, "meta", None) is not MaskedAutoregressiveTransform.meta or isinstance(
+            self.univariate, nn.Module
+        ):
+            return None
+        hyper = self.hyper
+        operations = chain(list(hyper), MaskedLinear, Residual) if type(hyper) is MaskedMLP else None
+        if operations is None:
+            return None
+        outputs = torch.arange(features * self.total).view(features, self.total)
+        return MaskedNetwork(tuple(operations), slice(0, features), outputs)
+
+    def columns(self, y: Float[Tensor, "b k"], parameters: Float[Tensor, "b kp"]) -> Float[Tensor, "b k"]:
+        """The inverse of the univariate transforms of k features."""
+        unpacked = unpack(parameters.unflatten(-1, (-1, self.total)), self.shapes)
+        return self.univariate(*unpacked).inv(y)
 
 
 class ParallelInverse(AutoregressiveTransform):  # type: ignore[misc]
@@ -37,21 +61,18 @@ class ParallelInverse(AutoregressiveTransform):  # type: ignore[misc]
     def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         module, context, tolerance = self.module, self.context, self.acceleration.tolerance
         graph = needs_graph(module, y, context)
-        if needs_all_passes(module, y, self.passes, graph):
-            self.acceleration.count(module, self.passes)
-            return super()._inverse(y)
         shape = y.shape[:-1] if context is None else torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
-        if tolerance > 0:  # rows of one batch, which may leave it
-            y, context = _rows(y, shape), None if context is None else _rows(context, shape)
+        rows = _rows(y, shape), None if context is None else _rows(context, shape)
         cheaper = premasked(module, MaskedLinear)
 
         def step(x: Tensor, y: Tensor, context: Tensor | None) -> tuple[Tensor]:
             transform = module if torch.is_grad_enabled() else cheaper
             return (transform.meta(context, x).inv(y),)
 
-        (x,), passes = invert(step, y, context, self.passes, tolerance, graph)
-        self.acceleration.count(module, passes)
-        return x if tolerance == 0 else x.reshape(*shape, x.shape[-1])
+        found = solve(module, step, (y, context), rows, self.passes, graph)
+        if found is None:
+            return super()._inverse(y)
+        return found[0] if tolerance == 0 else found[0].reshape(*shape, y.shape[-1])
 
 
 def _rows(x: Float[Tensor, "*batch d"], shape: torch.Size) -> Float[Tensor, "b d"]:
