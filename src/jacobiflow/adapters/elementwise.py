@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from jacobiflow.adapters.made import made_network
 from jacobiflow.adapters.masked import MaskedNetwork
 from jacobiflow.adapters.network import needs_graph, premasked
+from jacobiflow.adapters.retry import with_retry
 from jacobiflow.adapters.start import Solvable, solve
 
 
@@ -27,15 +29,18 @@ class AcceleratedInverse(Solvable):
 
     def inverse(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None = None) -> Sequence[Tensor]:
         """The x with forward(x) = `inputs`, and log|det dx/dinputs| (B,), as the library's."""
-        cheaper = premasked(self.autoregressive_net, self.made.MaskedLinear)
+        return tuple(with_retry(type(self)._solve, self, inputs, context))
+
+    def _solve(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None) -> Sequence[Tensor]:
+        cheaper = cache(partial(premasked, self.autoregressive_net, self.made.MaskedLinear))
 
         def step(x: Tensor, inputs: Tensor, context: Tensor | None) -> Sequence[Tensor]:
-            network = self.autoregressive_net if torch.is_grad_enabled() else cheaper
+            network = self.autoregressive_net if torch.is_grad_enabled() else cheaper()
             return self._elementwise_inverse(inputs, network(x, context))
 
-        given = inputs, context
-        found = solve(self, step, given, given, inputs.shape[1:].numel(), needs_graph(self, *given))
-        return super().inverse(inputs, context) if found is None else tuple(found)  # type: ignore[misc]
+        graph = needs_graph(self, inputs, context)
+        found = solve(self, step, (inputs, context), lambda *given: given, inputs.shape[1:].numel(), graph)
+        return super().inverse(inputs, context) if found is None else found  # type: ignore[misc]
 
     def masked_network(self, features: int, conditional: bool) -> MaskedNetwork | None:
         """See `Solvable`; `None` too where the elementwise transform is not the library's or differs by feature."""

@@ -13,4 +13,4 @@ class Accelerated(AcceleratedInverse):
     made = made
 
 
-ADAPTER = Adapter(AutoregressiveTransform, "inverse", Accelerated)
+ADAPTERS = (Adapter(AutoregressiveTransform, "inverse", Accelerated),)

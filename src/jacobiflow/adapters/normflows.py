@@ -13,4 +13,4 @@ class Accelerated(AcceleratedInverse):
     made = made
 
 
-ADAPTER = Adapter(Autoregressive, "inverse", Accelerated)
+ADAPTERS = (Adapter(Autoregressive, "inverse", Accelerated),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,6 +28,11 @@ _other_bits: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # way
 class Solvable(Swapped):
     """What a library's accelerated transform says of itself."""
 
+    @property
+    def owner(self) -> nn.Module:
+        """The module of the flow that holds its parameters: itself, unless that made it for a context."""
+        return vars(self).get("_owner", self)
+
     def masked_network(self, features: int, conditional: bool) -> MaskedNetwork | None:
         """Its network as operations, or `None` where it has others."""
         raise NotImplementedError
@@ -41,26 +46,27 @@ def solve(
     module: Solvable,
     step: Pass,
     inputs: tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch c"] | None],
-    rows: tuple[Float[Tensor, "b d"], Float[Tensor, "b c"] | None],
+    as_rows: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]],
     passes: int,
     graph: bool,
 ) -> Sequence[Tensor] | None:
     """What the last pass gives, by the way that costs least; `None` where that is the library's own loop.
 
-    `inputs` are y and the context as the library takes them, and `rows` are the same, with a row for each sample.
+    `inputs` are y and the context as the library takes them, of which `as_rows` makes (B, D) and (B, C).
     """
     exact = module.acceleration.tolerance == 0
     start, way = None, "library"
-    if not needs_all_passes(module, inputs[0], graph):
+    if not needs_all_passes(module.owner, inputs[0], graph):
+        rows = as_rows(*inputs)
         start, way = _start(module, *rows, exact=exact)
     if way == "library" or (way == "passes" and passes < _FEWEST_PASSES):
-        module.acceleration.count(module, passes, "library")
+        module.acceleration.count(module.owner, passes, "library")
         return None
     y, context = inputs if exact else rows
     outputs, count = invert(step, y, context, passes, module.acceleration.tolerance, graph, start)
     if exact and start is not None and count > 1 + graph:  # it is not worth trying again
-        _other_bits.setdefault(module, set()).add(way)
-    module.acceleration.count(module, count, way)
+        _other_bits.setdefault(module.owner, set()).add(way)
+    module.acceleration.count(module.owner, count, way)
     return outputs
 
 
@@ -70,13 +76,15 @@ def _start(
 ) -> tuple[Start | None, str]:
     """An answer to start from, where it costs less than the passes that it saves, and the way to it."""
     network = _network(module, y, context) if len(y) >= _FEWEST_ROWS else None
-    order = None if network is None else order_of(module, network)
+    order = None if network is None else order_of(module.owner, network)
     if network is None or order is None or len(order.features) == 1:
         return None, "passes"
-    ways = {"units": not exact or _same_products(network, y), "columns": exact}
-    way = next((way for way, fits in ways.items() if fits and way not in _other_bits.get(module, ())), None)
-    if way is None:
+    ways = ["units"] if not exact or _same_products(network, y) else []
+    if exact:
+        ways = [way for way in (*ways, "columns") if way not in _other_bits.get(module.owner, ())]
+    if not ways:
         return None, "passes"
+    way = ways[0]
     try:
         if way == "columns":
             x = solve_columns(network, order, y, context, module.columns)

@@ -28,7 +28,8 @@ class Swapped(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         memo[id(self)] = copied = object.__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        state = self.__reduce_ex__(2)[2]  # a library may leave out parts, as pyro does its reference to the inverse
+        copied.__dict__.update(copy.deepcopy(state, memo))
         return copied
 
     @staticmethod
@@ -49,6 +50,7 @@ class Acceleration:
     **Attributes:**
 
     - `tolerance`: at which passes end; 0 for identical bits.
+    - `retry_float64`: whether rows that failed in float32 are solved again in float64; `retried`: how many were.
     - `transforms`: the accelerated transforms: name of the module in the flow to "library class".
     - `untouched`: the masked autoregressive transforms that were left alone: name to the reason.
     - `passes`: name to the number of network passes in the latest inverse, for each accelerated transform that had one.
@@ -58,8 +60,9 @@ class Acceleration:
       the features that it makes final. The making of that answer does not count as passes.
     """
 
-    def __init__(self, tolerance: float) -> None:
-        self.tolerance = tolerance
+    def __init__(self, tolerance: float, retry_float64: bool = False) -> None:
+        self.tolerance, self.retry_float64 = tolerance, retry_float64
+        self.retried = 0
         self.transforms: dict[str, str] = {}
         self.untouched: dict[str, str] = {}
         self._names: dict[nn.Module, str] = {}
@@ -90,6 +93,10 @@ class Acceleration:
         """Note the passes of an inverse and its way; those of a copy of the flow are not reported."""
         if module in self._names:
             self._latest[self._names[module]] = passes, way
+
+    def count_retried(self, rows: int) -> None:
+        """Add rows that were solved again."""
+        self.retried += rows
 
     def __enter__(self) -> Self:
         return self

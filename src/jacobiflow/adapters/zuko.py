@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from zuko.utils import unpack
 
 from jacobiflow.adapters.masked import MaskedNetwork, chain
 from jacobiflow.adapters.network import needs_graph, premasked
+from jacobiflow.adapters.retry import with_retry
 from jacobiflow.adapters.start import Solvable, solve
 from jacobiflow.adapters.swapped import Adapter
 
@@ -59,25 +60,37 @@ class ParallelInverse(AutoregressiveTransform):  # type: ignore[misc]
         self.module, self.context, self.acceleration = module, context, module.acceleration
 
     def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        module, context, tolerance = self.module, self.context, self.acceleration.tolerance
-        graph = needs_graph(module, y, context)
-        shape = y.shape[:-1] if context is None else torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
-        rows = _rows(y, shape), None if context is None else _rows(context, shape)
-        cheaper = premasked(module, MaskedLinear)
+        if not self.acceleration.retry_float64:
+            return self._solve(y)
+        rows, context = _rows(y, self.context)
+        (x,) = with_retry(lambda module, y, c: (ParallelInverse(module, c)._solve(y),), self.module, rows, context)
+        return x.reshape(*_batch(y, self.context), y.shape[-1])
+
+    def _solve(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        module, context = self.module, self.context
+        cheaper = cache(partial(premasked, module, MaskedLinear))
 
         def step(x: Tensor, y: Tensor, context: Tensor | None) -> tuple[Tensor]:
-            transform = module if torch.is_grad_enabled() else cheaper
+            transform = module if torch.is_grad_enabled() else cheaper()
             return (transform.meta(context, x).inv(y),)
 
-        found = solve(module, step, (y, context), rows, self.passes, graph)
+        found = solve(module, step, (y, context), _rows, self.passes, needs_graph(module, y, context))
         if found is None:
             return super()._inverse(y)
-        return found[0] if tolerance == 0 else found[0].reshape(*shape, y.shape[-1])
+        return found[0] if self.acceleration.tolerance == 0 else found[0].reshape(*_batch(y, context), y.shape[-1])
 
 
-def _rows(x: Float[Tensor, "*batch d"], shape: torch.Size) -> Float[Tensor, "b d"]:
-    """`x` for a batch of that shape, as rows."""
-    return x.expand(*shape, x.shape[-1]).reshape(shape.numel(), x.shape[-1])
+def _batch(y: Tensor, context: Tensor | None) -> torch.Size:
+    return y.shape[:-1] if context is None else torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
 
 
-ADAPTER = Adapter(MaskedAutoregressiveTransform, "forward", Accelerated)
+def _rows(y: Tensor, context: Tensor | None) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b c"] | None]:
+    """The inputs with a row for each sample of the batch that they make together."""
+    batch = _batch(y, context)
+    tensors = (
+        None if t is None else t.expand(*batch, t.shape[-1]).reshape(batch.numel(), t.shape[-1]) for t in (y, context)
+    )
+    return tuple(tensors)  # type: ignore[return-value]
+
+
+ADAPTERS = (Adapter(MaskedAutoregressiveTransform, "forward", Accelerated),)
