@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import jacobiflow as jf
 
+torch.distributions.Distribution.set_default_validate_args(False)  # as zuko has it; importing pyro turns checks on
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 D, C = 7, 3
