@@ -91,9 +91,9 @@ def _machine(result: dict[str, Any]) -> str:
 
 
 def _ratios(row: dict[str, Any]) -> str:
-    ways = {name: ", ".join(found) for name, found in row["ways"].items()}
+    ways, seconds = {name: ", ".join(found) for name, found in row["ways"].items()}, row["seconds"]["library"]["median"]
     return (
-        f"{row['seconds']['library']['median']:.3g} | {row['ratio']['identical bits']:.2f}x | {ways['identical bits']} | "
+        f"{seconds:.3g} | {row['ratio']['identical bits']:.2f}x | {ways['identical bits']} | "
         f"{'identical' if row['identical'] else 'DIFFER'} | {row['ratio']['tolerance']:.2f}x | {ways['tolerance']} | "
         f"{row['max_error']:.1e} |"
     )

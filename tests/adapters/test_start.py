@@ -95,7 +95,7 @@ def test_masks_of_any_order(d: int, context: int, seed: int, kind: str) -> None:
 @pytest.mark.parametrize("name", ["zuko MAF", "nflows rational", "normflows affine"])
 def test_gradients_of_many_rows(name: str) -> None:
     case = CASES[name]
-    flow, y = case.make(CONTEXT, 5, DOUBLE), normal(ROWS, 5, dtype=DOUBLE).requires_grad_()
+    flow, y = case.make(CONTEXT, 6, DOUBLE), normal(ROWS, 6, dtype=DOUBLE).requires_grad_()
     c = normal(ROWS, CONTEXT, seed=1, dtype=DOUBLE).requires_grad_()
     expected = gradients(case, flow, y, c)
     for tolerance in (0.0, 1e-9):

@@ -75,9 +75,10 @@ class _Solve:
 
     def run(self) -> Float[Tensor, "b d"]:
         operations, layout, y = self.network.operations, self.layout, self.y.t().contiguous()
-        # What later steps read again is kept. A weight of 0 may meet what is not known yet, which has to be finite.
+        # What later steps read again is kept. Whole rows of weights read what is not known yet by a weight of 0.
         read = {operation.source for operation in operations if isinstance(operation, Linear)}
-        kept = {value: y.new_zeros(layout.sizes[value], y.shape[1]) for value in read}
+        new = y.new_zeros if layout.units is None else y.new_empty
+        kept = {value: new(layout.sizes[value], y.shape[1]) for value in read}
         if self.context is not None and self.network.width > len(y):
             kept[0][layout.context] = self.context.t()
         given = {
@@ -86,8 +87,11 @@ class _Solve:
             if isinstance(operation, Context)
         }
         x = torch.zeros_like(y)
+        # Without a context, or with one for all rows, what the first step computes is the same for all.
+        same = layout.units is not None and (self.context is None or len(self.context) == 1)
         for step, features in enumerate(layout.features[:-1]):
-            parameters = self._advance(step, kept, given).t()
+            rows = slice(0, 1) if same and step == 0 else slice(None)
+            parameters = self._advance(step, kept, given, rows).t().expand(y.shape[1], -1)
             if layout.units is None:
                 parameters = parameters.contiguous()  # as the library has them, as a sum may have another order else
             x[features] = kept[0][layout.inputs[step]] = self.columns(y[features].t(), parameters).t()
@@ -97,8 +101,10 @@ class _Solve:
         given = operation.function(operation.layer(self.context)).t()
         return given if self.layout.units is None else given[self.layout.units[value]]
 
-    def _advance(self, step: int, kept: dict[int, Tensor], given: dict[int, Tensor]) -> Float[Tensor, "kp b"]:
-        """Compute the units of all values that this step is the first to have; those of the last are returned."""
+    def _advance(
+        self, step: int, kept: dict[int, Tensor], given: dict[int, Tensor], rows: slice
+    ) -> Float[Tensor, "kp b"]:
+        """Compute the units of all values that this step is the first to have, for `rows`; those of the last return."""
         new: dict[int, Tensor] = {}
         for value, operation in enumerate(self.network.operations, start=1):
             block = self.layout.blocks[value][step]
@@ -107,7 +113,7 @@ class _Solve:
             source = operation.source
             if isinstance(operation, Linear):
                 weight, bias = self.weights[value]
-                product = torch.addmm(bias[block.take], weight[block.take, block.read], kept[source][block.read])
+                product = torch.addmm(bias[block.take], weight[block.take, block.read], kept[source][block.read, rows])
                 new[value] = product[: block.count]
             elif isinstance(operation, Activation):
                 new[value] = self.network.activation(value)(new[source])

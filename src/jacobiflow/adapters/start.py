@@ -18,6 +18,7 @@ from jacobiflow.adapters.once import solve_once
 from jacobiflow.adapters.swapped import Swapped
 
 _FEWEST_ROWS = 300  # below, calls take the time, of which passes from 0 make the fewest
+_COSTLY = 8  # parameters of an elementwise transform that takes more time than a network
 _TYPICAL_PASSES = 6  # from 0
 _FEWEST_PASSES = 6  # from 0: below, none is saved, and comparing iterates costs more than it gains
 _DTYPES = (torch.float32, torch.float64)
@@ -81,7 +82,8 @@ def _start(
         return None, "passes"
     ways = ["units"] if not exact or _same_products(network, y) else []
     if exact:
-        ways = [way for way in (*ways, "columns") if way not in _other_bits.get(module.owner, ())]
+        ways += ["columns"] if network.outputs.shape[1] >= _COSTLY else []
+        ways = [way for way in ways if way not in _other_bits.get(module.owner, ())]
     if not ways:
         return None, "passes"
     way = ways[0]
@@ -131,6 +133,6 @@ def _fewest_rows(network: MaskedNetwork, device: torch.device) -> float:
 
 def _one_row(context: Float[Tensor, "b c"] | None) -> Float[Tensor, "#b c"] | None:
     """One row of the context where all are the same, as where a posterior is sampled."""
-    if context is None or not torch.equal(context[0], context[-1]) or not (context == context[0]).all():
+    if context is None or (context.stride(0) > 0 and not (context == context[0]).all()):
         return context
     return context[:1]
