@@ -61,9 +61,10 @@ calibration: setup
 	$(BIN)/python benchmarks/strategies.py
 	$(BIN)/python benchmarks/calibration_page.py
 
-# Regenerates the tables of docs/flows.md (20 minutes on two idle cores, and half an hour of training the first time).
+# Regenerates the tables of docs/flows.md (half an hour on two idle cores, and half an hour of training the first time).
 flows: setup
 	$(BIN)/python benchmarks/drop_in.py
+	$(BIN)/python benchmarks/drop_in_sizes.py
 	$(BIN)/python benchmarks/maf.py
 	$(BIN)/python benchmarks/flows_page.py
 	$(BIN)/python benchmarks/readme.py

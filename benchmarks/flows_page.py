@@ -60,6 +60,45 @@ def _range(rows: list[dict[str, Any]], name: str) -> str:
     return f"{min(ratios):.2f}x to {max(ratios):.2f}x"
 
 
+def sizes(result: dict[str, Any]) -> str:
+    """Ratios to zuko's own inverse over features and rows."""
+    lines = [
+        f"Ratio of the time of zuko's own inverse to that of the accelerated one, of networks that are not trained, "
+        f"{_machine(result)}.\n",
+        "| flow | features | rows | library (s) | identical bits | way | bits | "
+        f"to {result['tolerance']:g} | way | largest error |",
+        f"| --- |{' ---: |' * 9}",
+    ]
+    lines += [f"| {row['flow']} | {row['features']} | {row['rows']:,} | {_ratios(row)}" for row in result["rows"]]
+    return "\n".join(lines)
+
+
+def sbi(result: dict[str, Any]) -> str:
+    """Ratios to sbi's posteriors as they are."""
+    lines = [
+        f"`posterior.sample(({result['samples']:,},))`, as it is and accelerated, {_machine(result)}.\n",
+        "| density estimator | parameters | library (s) | identical bits | way | bits | "
+        f"to {result['tolerance']:g} | way | largest error |",
+        f"| --- |{' ---: |' * 8}",
+    ]
+    lines += [f"| {row['estimator']} | {row['features']} | {_ratios(row)}" for row in result["rows"]]
+    return "\n".join(lines)
+
+
+def _machine(result: dict[str, Any]) -> str:
+    machine, versions = result["machine"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    return f"on {machine['cores']} cores of {machine['processor']}, PyTorch {machine['torch']}, {versions}"
+
+
+def _ratios(row: dict[str, Any]) -> str:
+    ways, seconds = {name: ", ".join(found) for name, found in row["ways"].items()}, row["seconds"]["library"]["median"]
+    return (
+        f"{seconds:.3g} | {row['ratio']['identical bits']:.2f}x | {ways['identical bits']} | "
+        f"{'identical' if row['identical'] else 'DIFFER'} | {row['ratio']['tolerance']:.2f}x | {ways['tolerance']} | "
+        f"{row['max_error']:.1e} |"
+    )
+
+
 def maf(result: dict[str, Any]) -> str:
     """Table 5 of the paper, and the same for the other libraries."""
     machine, count, batch = result["machine"], result["images"], result["batch_size"]
@@ -91,8 +130,9 @@ def _spread(result: dict[str, Any]) -> str:
 def parts() -> dict[str, str]:
     """What the page shows of the result files, by its marks."""
     report = jf.Report.load(REPORT)
-    results = {part: json.loads((RESULTS / f"{part}.json").read_text()) for part in ("drop-in", "maf")}
-    return {"drop-in": drop_in(results["drop-in"]), "maf": maf(results["maf"]), "igm": igm(report), "crm": crm(report)}
+    tables = {"drop-in": drop_in, "drop-in-sizes": sizes, "sbi": sbi, "maf": maf}
+    results = {part: json.loads((RESULTS / f"{part}.json").read_text()) for part in tables}
+    return {part: table(results[part]) for part, table in tables.items()} | {"igm": igm(report), "crm": crm(report)}
 
 
 if __name__ == "__main__":

@@ -142,7 +142,9 @@ def test_what_is_left_alone_is_said_and_why(why: str) -> None:
     if "replaced" in why:
         flow.inverse = lambda *args: args  # type: ignore[assignment]
     kind = type(flow)
-    with pytest.raises(ValueError, match=f"ModuleList: no masked .* of zuko, nflows, normflows.*; 0: {why}; nothing"):
+    with pytest.raises(
+        ValueError, match=f"ModuleList: no masked .* of zuko, nflows, normflows, pyro.*; 0: {why}; nothing"
+    ):
         jf.accelerate(nn.ModuleList([flow]))
     with jf.accelerate(nn.ModuleDict({"first": flow, "second": CASES["normflows affine"].make()})) as done:
         assert type(flow) is kind
@@ -154,7 +156,9 @@ def test_what_is_left_alone_is_said_and_why(why: str) -> None:
 def test_what_has_nothing_to_accelerate() -> None:
     coupling = nflows.transforms.AffineCouplingTransform(torch.arange(8) % 2, nn.Linear)
     for flow in (zuko.flows.MAF(1), coupling, None, zuko.flows.MAF, SimpleNamespace(a=1, b=[nn.Linear(2, 2)])):
-        with pytest.raises(ValueError, match="no masked autoregressive transform of zuko, nflows, normflows in it"):
+        with pytest.raises(
+            ValueError, match="no masked autoregressive transform of zuko, nflows, normflows, pyro in it"
+        ):
             jf.accelerate(flow)
 
 

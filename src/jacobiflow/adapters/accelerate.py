@@ -1,11 +1,11 @@
-"""`accelerate`: the user's own zuko, nflows or normflows flow, made fast where it is."""
+"""`accelerate`: the user's own zuko, nflows, normflows or pyro flow, made fast where it is."""
 
 from __future__ import annotations
 
 import importlib
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -13,24 +13,28 @@ from torch import nn
 
 from jacobiflow.adapters.swapped import Acceleration, Adapter, Swapped
 
-_SUPPORTED = {"zuko": ((1, 2), (2,)), "nflows": ((0, 14), (0, 15)), "normflows": ((1, 7), (2,))}  # from, to below
+_SUPPORTED = {"zuko": ((1, 2), (2,)), "nflows": ((0, 14), (0, 15)), "normflows": ((1, 7), (2,)),
+              "pyro": ((1, 9), (2,))}  # from, to below  # fmt: skip
+_DISTRIBUTIONS = {"pyro": "pyro-ppl"}  # where its name is not the package's
 _DEPTH = 3  # an ensemble of posteriors holds a list of posteriors, which hold modules
 
 
-def accelerate(flow: Any, tolerance: float = 0.0) -> Acceleration:
-    """Make the slow side of a zuko, nflows or normflows flow fast, in place: its own methods are called as before.
+def accelerate(flow: Any, tolerance: float = 0.0, retry_float64: bool = False) -> Acceleration:
+    """Make the slow side of a zuko, nflows, normflows or pyro flow fast, in place: its own methods are called.
 
     These libraries invert a masked autoregressive transform of D features by D passes x <- g(x) of its network, from
-    x = 0. The passes reach the answer much earlier, and are ended there: at tolerance 0 when one returns its argument
-    bit for bit, so that the answer has the very bits that D passes give. Above 0 a row ends when a pass changes it by
-    at most `tolerance`. That bounds the residual |g(x) - x| of the iterate before, not the error: the error is this
-    residual amplified by (I - dg/dx)^-1 and by later transforms. No inverse makes more passes than the library's own.
+    x = 0. Where there are few rows the passes reach the answer much earlier, and are ended there. Where there are many,
+    each hidden unit is computed once, which gives x to rounding, and passes start from that. At tolerance 0 they end
+    when one returns its argument bit for bit, so that the answer has the very bits that D passes give. Above 0 a row
+    ends when a pass changes it by at most `tolerance`. That bounds the residual |g(x) - x| of the iterate before, not
+    the error: the error is this residual amplified by (I - dg/dx)^-1 and by later transforms. No inverse makes more
+    passes than the library's own.
 
     Gradients are those of the inverse, by the implicit function theorem at the solution (first derivatives only).
 
     These inverses are left to the library's own loop, at each call:
 
-    - of fewer than 6 features, where nothing is to be gained;
+    - of fewer than 6 features and few rows, where nothing is to be gained;
     - of networks in training mode with batch or spectral normalisation, dropout or hooks, and of networks in which a
         `forward` was replaced on an object: a pass may draw random numbers or change the network;
     - under `torch.func` transforms and forward-mode derivatives, `torch.jit.trace` and `torch.export`, and on the meta
@@ -44,6 +48,10 @@ def accelerate(flow: Any, tolerance: float = 0.0) -> Acceleration:
         tolerance counts.
     - `tolerance`: in the units of each transform's input; 0 for identical bits.
 
+    - `retry_float64`: solve rows of zuko, nflows and normflows again in float64 whose inverse in float32 is not finite,
+      although they are, or all rows where it raises an error, as splines of nflows do when a discriminant rounds to
+      less than 0. The result is rounded to float32. Not for inverses with a gradient.
+
     **Returns:** an `Acceleration`, which says what was sped up, counts passes, and undoes it.
 
     **Raises:** `ValueError` where nothing in `flow` can be accelerated, a library's version is not supported, or the
@@ -51,12 +59,12 @@ def accelerate(flow: Any, tolerance: float = 0.0) -> Acceleration:
     """
     if not isinstance(tolerance, int | float) or isinstance(tolerance, bool) or not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance={tolerance!r}: give 0, for identical bits, or a positive number")
-    adapters = {library: adapter for library in _SUPPORTED if (adapter := _adapter(library, flow)) is not None}
-    done = Acceleration(float(tolerance))
+    adapters = [(library, adapter) for library in _SUPPORTED for adapter in _adapters(library, flow)]
+    done = Acceleration(float(tolerance), retry_float64)
     classes: dict[nn.Module, type[nn.Module]] = {}
     for name, module in _named_modules(flow):
         own = Swapped.library_class_of(module) or type(module)
-        for library, adapter in adapters.items():
+        for library, adapter in adapters:
             if not issubclass(own, adapter.transform):
                 continue
             if (why := adapter.obstacle(module, own)) is not None:
@@ -75,19 +83,19 @@ def accelerate(flow: Any, tolerance: float = 0.0) -> Acceleration:
     return done
 
 
-def _adapter(library: str, flow: Any) -> Adapter | None:
-    """The library's adapter, where a module of it is in the flow. **Raises** `ValueError` for another version."""
+def _adapters(library: str, flow: Any) -> Sequence[Adapter]:
+    """The library's adapters, where a module of it is in the flow. **Raises** `ValueError` for another version."""
     if library not in sys.modules or not any(
         kind.__module__.split(".")[0] == library for _, module in _named_modules(flow) for kind in type(module).__mro__
     ):
-        return None
-    have, (least, below) = version(library), _SUPPORTED[library]
+        return ()
+    have, (least, below) = version(_DISTRIBUTIONS.get(library, library)), _SUPPORTED[library]
     numbers = tuple(int(part) for part in have.split(".")[:2] if part.isdigit())
     if not least <= numbers < below:
         raise ValueError(
             f"{library} {have}: supported are {_dotted(least)} to below {_dotted(below)}; nothing was changed"
         )
-    return importlib.import_module(f"jacobiflow.adapters.{library}").ADAPTER
+    return importlib.import_module(f"jacobiflow.adapters.{library}").ADAPTERS
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:

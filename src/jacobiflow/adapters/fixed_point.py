@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +12,19 @@ from jaxtyping import Float
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
+Index = slice | Tensor
+
 Pass = Callable[[Tensor, Tensor, Tensor | None], Sequence[Tensor]]
 """x, y, context -> (g(x), ...): the next iterate, and the library's other results, with a row for each row of x."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Rows that are right to rounding, but for the features `missing`, which depend on the others only."""
+
+    x: Float[Tensor, "b d"]
+    missing: Index
+
 
 _LEAVING = 0.25  # share of the batch that must be within the tolerance for these rows to leave, as the rest is copied
 
@@ -23,6 +36,7 @@ def invert(
     passes: int,
     tolerance: float,
     differentiable: bool,
+    start: Start | None = None,
 ) -> tuple[Sequence[Tensor], int]:
     """The last of at most `passes` passes x <- g(x) from x = 0, and how many there were.
 
@@ -35,12 +49,13 @@ def invert(
     (B, D) and (B, C). `passes` is at least 2. With `differentiable` the last pass is made with a graph, and the result
     has that of the solution, see `_Implicit`.
     """
-    x, most = torch.zeros_like(y), passes - differentiable
+    most, until = (
+        passes - differentiable,
+        _until_equal if tolerance == 0 else partial(_until_close, tolerance=tolerance),
+    )
+    x = torch.zeros_like(y) if start is None else start.x.view(*_shape(y, context), y.shape[-1])
     with torch.no_grad():
-        if tolerance == 0:
-            outputs, count = _until_equal(step, x, y, context, most)
-        else:
-            outputs, count = _until_close(step, x, y, context, most, tolerance)
+        outputs, count = until(step, x, y, context, most, None if start is None else start.missing)
     if not differentiable:
         return outputs, count
     with torch.enable_grad():
@@ -48,8 +63,11 @@ def invert(
         return _Implicit.apply(x, passes, tolerance, *step(x, y, context)), count + 1
 
 
-def _until_equal(step: Pass, x: Tensor, y: Tensor, context: Tensor | None, passes: int) -> tuple[Sequence[Tensor], int]:
+def _until_equal(
+    step: Pass, x: Tensor, y: Tensor, context: Tensor | None, passes: int, missing: Index | None
+) -> tuple[Sequence[Tensor], int]:
     count, outputs = 1, step(x, y, context)
+    _fill(x, outputs[0], missing)
     while count < passes and not _same_bits(outputs[0], x):
         x = outputs[0]
         count, outputs = count + 1, step(x, y, context)
@@ -57,11 +75,18 @@ def _until_equal(step: Pass, x: Tensor, y: Tensor, context: Tensor | None, passe
 
 
 def _until_close(
-    step: Pass, x: Tensor, y: Tensor, context: Tensor | None, passes: int, tolerance: float
+    step: Pass,
+    x: Tensor,
+    y: Tensor,
+    context: Tensor | None,
+    passes: int,
+    missing: Index | None,
+    tolerance: float,
 ) -> tuple[Sequence[Tensor], int]:
     rows = torch.arange(len(x), device=x.device)
     found: list[Tensor] | None = None
     count, outputs = 1, step(x, y, context)
+    _fill(x, outputs[0], missing)
     while count < passes:
         done = (outputs[0] - x).abs().flatten(1).amax(dim=1) <= tolerance  # never where it is NaN
         share = float(done.float().mean())
@@ -78,6 +103,16 @@ def _until_close(
         return outputs, count
     _write(found, rows, outputs)
     return found, count
+
+
+def _shape(y: Tensor, context: Tensor | None) -> torch.Size:
+    return y.shape[:-1] if context is None else torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
+
+
+def _fill(x: Tensor, result: Tensor, features: Index | None) -> None:
+    """Take features of `x` from a pass, which they have no part in."""
+    if features is not None:
+        x[..., features] = result[..., features]
 
 
 def _write(found: Sequence[Tensor], rows: Tensor, outputs: Sequence[Tensor]) -> None:

@@ -8,21 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-_FEWEST_PASSES = 6  # below, no pass is saved, and comparing iterates costs more than it gains
 _CONTAINERS = nn.Sequential.__module__
 _exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # PyTorch before 2.7 has only this
 
 
-def needs_all_passes(module: nn.Module, y: Tensor, passes: int, graph: bool) -> bool:
-    """Whether the inverse of `y` by the transform `module` is left to the library's own loop of `passes` passes.
+def needs_all_passes(module: nn.Module, y: Tensor, graph: bool) -> bool:
+    """Whether the inverse of `y` by the transform `module` is left to the library's own loop.
 
-    So it is where there are too few to save any; where iterates have no values to compare (`torch.jit.trace`,
+    So it is where iterates have no values to compare (`torch.jit.trace`,
     `torch.export`, meta tensors); where tangents need more passes than values (`torch.func` transforms, forward-mode
     derivatives); where PyTorch multiplies a batch by a matrix in another order with a `graph` than without; and where
     a pass may be no function of its argument, see `_may_draw_or_move`.
     """
-    if passes < _FEWEST_PASSES:
-        return True
     if y.is_meta or _exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return True
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:

@@ -1,16 +1,16 @@
 """nflows: `AutoregressiveTransform`, affine, spline or one's own, whose slow side is `inverse`, hence `sample`."""
 
+from nflows.transforms import made
 from nflows.transforms.autoregressive import AutoregressiveTransform
-from nflows.transforms.made import MaskedLinear
 
 from jacobiflow.adapters.elementwise import AcceleratedInverse
 from jacobiflow.adapters.swapped import Adapter
 
 
 class Accelerated(AcceleratedInverse):
-    """With nflows's masked linear layers."""
+    """With nflows's MADE."""
 
-    masked_linear = MaskedLinear
+    made = made
 
 
-ADAPTER = Adapter(AutoregressiveTransform, "inverse", Accelerated)
+ADAPTERS = (Adapter(AutoregressiveTransform, "inverse", Accelerated),)

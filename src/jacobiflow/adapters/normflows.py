@@ -1,16 +1,16 @@
 """normflows: `Autoregressive`, whose slow side is `inverse`: `log_prob` of an affine one, `sample` of a spline."""
 
 from normflows.flows.affine.autoregressive import Autoregressive
-from normflows.nets.made import MaskedLinear
+from normflows.nets import made
 
 from jacobiflow.adapters.elementwise import AcceleratedInverse
 from jacobiflow.adapters.swapped import Adapter
 
 
 class Accelerated(AcceleratedInverse):
-    """With normflows's masked linear layers."""
+    """With normflows's MADE."""
 
-    masked_linear = MaskedLinear
+    made = made
 
 
-ADAPTER = Adapter(Autoregressive, "inverse", Accelerated)
+ADAPTERS = (Adapter(Autoregressive, "inverse", Accelerated),)

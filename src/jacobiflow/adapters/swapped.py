@@ -28,7 +28,8 @@ class Swapped(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         memo[id(self)] = copied = object.__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        state = self.__reduce_ex__(2)[2]  # a library may leave out parts, as pyro does its reference to the inverse
+        copied.__dict__.update(copy.deepcopy(state, memo))
         return copied
 
     @staticmethod
@@ -49,23 +50,33 @@ class Acceleration:
     **Attributes:**
 
     - `tolerance`: at which passes end; 0 for identical bits.
+    - `retry_float64`: whether rows that failed in float32 are solved again in float64; `retried`: how many were.
     - `transforms`: the accelerated transforms: name of the module in the flow to "library class".
     - `untouched`: the masked autoregressive transforms that were left alone: name to the reason.
     - `passes`: name to the number of network passes in the latest inverse, for each accelerated transform that had one.
       The library makes one pass for each feature, and so does an inverse that is left to its own loop.
+    - `ways`: name to how that inverse was found: "library", its own loop; "passes", from 0; "units", passes from an
+      answer for which each hidden unit was computed once; "columns", from one for which each pass of the network served
+      the features that it makes final. The making of that answer does not count as passes.
     """
 
-    def __init__(self, tolerance: float) -> None:
-        self.tolerance = tolerance
+    def __init__(self, tolerance: float, retry_float64: bool = False) -> None:
+        self.tolerance, self.retry_float64 = tolerance, retry_float64
+        self.retried = 0
         self.transforms: dict[str, str] = {}
         self.untouched: dict[str, str] = {}
         self._names: dict[nn.Module, str] = {}
-        self._passes: dict[str, int] = {}
+        self._latest: dict[str, tuple[int, str]] = {}
 
     @property
     def passes(self) -> dict[str, int]:
         """See the class."""
-        return {name: self._passes[name] for name in self.transforms if name in self._passes}
+        return {name: self._latest[name][0] for name in self.transforms if name in self._latest}
+
+    @property
+    def ways(self) -> dict[str, str]:
+        """See the class."""
+        return {name: self._latest[name][1] for name in self.transforms if name in self._latest}
 
     def note(self, name: str, module: nn.Module, what: str) -> None:
         """Add a transform to those that are accelerated."""
@@ -78,10 +89,14 @@ class Acceleration:
             if (own := Swapped.library_class_of(module)) is not None:
                 module.__class__ = own
 
-    def count(self, module: nn.Module, passes: int) -> None:
-        """Note the passes of an inverse; those of a copy of the flow are not reported."""
+    def count(self, module: nn.Module, passes: int, way: str) -> None:
+        """Note the passes of an inverse and its way; those of a copy of the flow are not reported."""
         if module in self._names:
-            self._passes[self._names[module]] = passes
+            self._latest[self._names[module]] = passes, way
+
+    def count_retried(self, rows: int) -> None:
+        """Add rows that were solved again."""
+        self.retried += rows
 
     def __enter__(self) -> Self:
         return self

@@ -2,29 +2,54 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
-from zuko.nn import MaskedLinear
+from zuko.nn import MaskedLinear, MaskedMLP, Residual
 from zuko.transforms import AutoregressiveTransform
+from zuko.utils import unpack
 
-from jacobiflow.adapters.fixed_point import invert
-from jacobiflow.adapters.network import needs_all_passes, needs_graph, premasked
-from jacobiflow.adapters.swapped import Adapter, Swapped
+from jacobiflow.adapters.masked import MaskedNetwork, chain
+from jacobiflow.adapters.network import needs_graph, premasked
+from jacobiflow.adapters.retry import with_retry
+from jacobiflow.adapters.start import Solvable, solve
+from jacobiflow.adapters.swapped import Adapter
 
 
-class Accelerated(Swapped):
+class Accelerated(Solvable):
     """A lazy transformation whose transform, at a context, has the parallel inverse."""
 
     meta: Any
     passes: int
+    hyper: Any
+    univariate: Any
+    shapes: Any
+    total: int
 
     def forward(self, c: Tensor | None = None) -> ParallelInverse:
         return ParallelInverse(self, c)
+
+    def masked_network(self, features: int, conditional: bool) -> MaskedNetwork | None:
+        """Its network as operations; `None` where `meta` is a subclass's, or parts are none of zuko's or PyTorch's."""
+        if getattr(self.library_class, "meta", None) is not MaskedAutoregressiveTransform.meta or isinstance(
+            self.univariate, nn.Module
+        ):
+            return None
+        hyper = self.hyper
+        operations = chain(list(hyper), MaskedLinear, Residual) if type(hyper) is MaskedMLP else None
+        if operations is None:
+            return None
+        outputs = torch.arange(features * self.total).view(features, self.total)
+        return MaskedNetwork(tuple(operations), slice(0, features), outputs)
+
+    def columns(self, y: Float[Tensor, "b k"], parameters: Float[Tensor, "b kp"]) -> Float[Tensor, "b k"]:
+        """The inverse of the univariate transforms of k features."""
+        unpacked = unpack(parameters.unflatten(-1, (-1, self.total)), self.shapes)
+        return self.univariate(*unpacked).inv(y)
 
 
 class ParallelInverse(AutoregressiveTransform):  # type: ignore[misc]
@@ -35,28 +60,37 @@ class ParallelInverse(AutoregressiveTransform):  # type: ignore[misc]
         self.module, self.context, self.acceleration = module, context, module.acceleration
 
     def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        module, context, tolerance = self.module, self.context, self.acceleration.tolerance
-        graph = needs_graph(module, y, context)
-        if needs_all_passes(module, y, self.passes, graph):
-            self.acceleration.count(module, self.passes)
-            return super()._inverse(y)
-        shape = y.shape[:-1] if context is None else torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
-        if tolerance > 0:  # rows of one batch, which may leave it
-            y, context = _rows(y, shape), None if context is None else _rows(context, shape)
-        cheaper = premasked(module, MaskedLinear)
+        if not self.acceleration.retry_float64:
+            return self._solve(y)
+        rows, context = _rows(y, self.context)
+        (x,) = with_retry(lambda module, y, c: (ParallelInverse(module, c)._solve(y),), self.module, rows, context)
+        return x.reshape(*_batch(y, self.context), y.shape[-1])
+
+    def _solve(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        module, context = self.module, self.context
+        cheaper = cache(partial(premasked, module, MaskedLinear))
 
         def step(x: Tensor, y: Tensor, context: Tensor | None) -> tuple[Tensor]:
-            transform = module if torch.is_grad_enabled() else cheaper
+            transform = module if torch.is_grad_enabled() else cheaper()
             return (transform.meta(context, x).inv(y),)
 
-        (x,), passes = invert(step, y, context, self.passes, tolerance, graph)
-        self.acceleration.count(module, passes)
-        return x if tolerance == 0 else x.reshape(*shape, x.shape[-1])
+        found = solve(module, step, (y, context), _rows, self.passes, needs_graph(module, y, context))
+        if found is None:
+            return super()._inverse(y)
+        return found[0] if self.acceleration.tolerance == 0 else found[0].reshape(*_batch(y, context), y.shape[-1])
 
 
-def _rows(x: Float[Tensor, "*batch d"], shape: torch.Size) -> Float[Tensor, "b d"]:
-    """`x` for a batch of that shape, as rows."""
-    return x.expand(*shape, x.shape[-1]).reshape(shape.numel(), x.shape[-1])
+def _batch(y: Tensor, context: Tensor | None) -> torch.Size:
+    return y.shape[:-1] if context is None else torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
 
 
-ADAPTER = Adapter(MaskedAutoregressiveTransform, "forward", Accelerated)
+def _rows(y: Tensor, context: Tensor | None) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b c"] | None]:
+    """The inputs with a row for each sample of the batch that they make together."""
+    batch = _batch(y, context)
+    tensors = (
+        None if t is None else t.expand(*batch, t.shape[-1]).reshape(batch.numel(), t.shape[-1]) for t in (y, context)
+    )
+    return tuple(tensors)  # type: ignore[return-value]
+
+
+ADAPTERS = (Adapter(MaskedAutoregressiveTransform, "forward", Accelerated),)
