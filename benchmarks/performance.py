@@ -4,7 +4,8 @@ Writes docs/results/performance.json. Needs an otherwise idle machine and about 
 it measures what the file lacks.
 
 1. Grid: every setting of every sampler: seconds (the faster of two runs; from 16 on of one), error, calls. At 16 and 64
-   settings are left out that are wrong by more than 1e-2 at the batch size before.
+   settings are left out that were wrong by more than 1e-2 at the batch size before, or took twice the seconds of their
+   sampler's fastest one within 1e-3.
 2. Final: of each sampler the fastest setting whose error is at most 1e-3, the most accurate where none is, and the
    published one, all in turn with `auto`, with its report and without, the loops, and the loop without native code.
 3. Tough: block 7 alone, by plain windows and by windows with the fitted guess and chord.
@@ -49,7 +50,7 @@ REPEATS = {1: 9, 4: 7, 16: 5, 64: 3}
 GRID_REPEATS = {1: 2, 4: 2, 16: 1, 64: 1}
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 ERROR = 1e-3
-WRONG = 1e-2
+WRONG, SLOW = 1e-2, 2.0
 TOUGH = 7
 GUIDANCE = jf.Guidance(1.0)
 EAGER = "sequential, in PyTorch"
@@ -129,6 +130,18 @@ def grid(flow: jf.TarFlow, every: Mapping[str, Mapping[str, Run]], batch: int) -
         rows.append({"sampler": name, "setting": setting, "seconds": min(seconds), **_answer(answer, exact)})
         print(f"  {batch:3d} {name} {setting}: {min(seconds):.3f} s, error {rows[-1]['max_error']:.1e}", flush=True)
     return rows
+
+
+def promising(name: str, settings: Mapping[str, Run], rows: list[dict[str, Any]]) -> dict[str, Run]:
+    """The published setting of a sampler, and those that were neither far off nor slow in `rows`, of a smaller batch."""
+    own = {row["setting"]: row for row in rows if row["sampler"] == name}
+    fastest = min((row["seconds"] for row in own.values() if row["max_error"] <= ERROR), default=math.inf)
+    return {
+        setting: run
+        for i, (setting, run) in enumerate(settings.items())
+        if i == 0
+        or (setting in own and own[setting]["max_error"] <= WRONG and own[setting]["seconds"] <= SLOW * fastest)
+    }
 
 
 def best(rows: list[dict[str, Any]], name: str) -> str:
@@ -344,16 +357,8 @@ def main() -> None:
 
     def near(batch: int) -> Mapping[str, Mapping[str, Run]]:
         """The settings that are near at the batch size before, where that was measured, and the published one."""
-        before = {16: "4", 64: "16"}.get(batch, "")
-        errors = {(row["sampler"], row["setting"]): row["max_error"] for row in result["grid"].get(before, ())}
-        return {
-            name: {
-                setting: run
-                for i, (setting, run) in enumerate(row.items())
-                if i == 0 or errors.get((name, setting), math.inf if errors else 0) <= WRONG
-            }
-            for name, row in every.items()
-        }
+        rows = result["grid"].get({16: "4", 64: "16"}.get(batch, ""))
+        return every if rows is None else {name: promising(name, own, rows) for name, own in every.items()}
 
     head = {"command": "python benchmarks/performance.py", "model": MODEL, "machine": machine()}
     result: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
