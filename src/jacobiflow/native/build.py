@@ -56,7 +56,11 @@ def compile_library(path: Path, target: tuple[str, ...] | None = None) -> None:
     **Raises** `OSError` or `subprocess.SubprocessError` where there is no compiler, or it fails.
     """
     sources = [str(_HERE / name) for name in _SOURCES if name.endswith(".cpp")]
-    _run(_compiler(), *_FLAGS, *(_machine() if target is None else target), *sources, "-o", str(path))
+    line = [_compiler(), *_FLAGS, *(_machine() if target is None else target), *sources, "-o", str(path)]
+    try:
+        _run(*line, "-fopenmp")
+    except subprocess.CalledProcessError:  # not every compiler has OpenMP
+        _run(*line)
 
 
 def load_library(path: Path) -> ctypes.CDLL:

@@ -1,6 +1,11 @@
 // Threads that share a piece of work, and wait for each other between its steps.
 #pragma once
 
+#ifdef _OPENMP
+#include <omp.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <chrono>
 #include <thread>
@@ -51,10 +56,9 @@ inline Range share(int total, int rank, int size, int unit = 1) {
 }
 
 // Calls run(rank) for each rank below `size`, each in a thread of its own, once all threads are there: they may wait for
-// each other. Where one cannot be had, none runs, and std::system_error is thrown. Threads are made anew, in some 20
-// microseconds, so that nothing is left that a fork could break.
+// each other. Where one cannot be had, none runs, and std::system_error is thrown.
 template <typename Run>
-void in_threads(int size, const Run& run) {
+void in_new_threads(int size, const Run& run) {
   enum { waiting, going, given_up };
   std::atomic<int> state{waiting};
   std::vector<std::thread> others;
@@ -75,6 +79,38 @@ void in_threads(int size, const Run& run) {
     throw;
   }
   join(going);
+}
+
+#ifdef _OPENMP
+const pid_t loaded_in = getpid();
+
+// The same by OpenMP, whose threads PyTorch uses too: they may still spin after its latest operation, and would take the
+// cores of new ones for some milliseconds. A fork leaves a pool without its threads, and a region inside another has one
+// thread only: false where it did not run.
+template <typename Run>
+bool in_pool(int size, const Run& run) {
+  bool ran = false;
+  if (getpid() != loaded_in) return false;
+#pragma omp parallel num_threads(size)
+  if (omp_get_num_threads() == size) {
+    if (omp_get_thread_num() == 0) ran = true;
+    run(omp_get_thread_num());
+  }
+  return ran;
+}
+#else
+template <typename Run>
+bool in_pool(int, const Run&) {
+  return false;
+}
+#endif
+
+template <typename Run>
+void in_threads(int size, const Run& run) {
+  if (size == 1)
+    run(0);
+  else if (!in_pool(size, run))
+    in_new_threads(size, run);
 }
 
 }  // namespace jacobiflow

@@ -17,7 +17,7 @@ from jacobiflow.flows.tarflow.attention import AttentionBlock
 from jacobiflow.native import pointers, usable
 
 _ROWS = 32  # of the network for each thread, solved together: more of them leave the processor's cache
-_ROWS_A_TEAM = 8  # at which threads that share no rows, and so never wait, are faster
+_ROWS_A_TEAM = 4  # at which threads that share no rows, and so never wait, are faster
 _SHARED = 2**22  # weights of a block above which threads always share rows: each reads its part of every layer
 _WORK = 2e9  # multiplications of a call, about a tenth of a second, after which Ctrl-C is heard
 
