@@ -3,7 +3,8 @@
 Compiles the sources of the loop once more, into a temporary folder, with `loop_profile.h` before them: clocks at the
 waits between a layer's steps, and around its normalisations. GELU is inside a step: it is what that step saves where
 GELU is left out. Packing weights is timed from outside. Beside them the same pieces of an encoding pass, each timed
-alone. Writes docs/results/loop-profile.json; seconds are the least of `--repeats` rounds.
+alone, and the loop compiled for processors with fewer instructions. Writes docs/results/loop-profile.json; seconds are
+the least of `--repeats` rounds.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -34,6 +37,7 @@ from jacobiflow.measuring import interleave, machine
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "docs" / "results" / "loop-profile.json"
 MODEL, BLOCK, BATCH_SIZES = "fashion-p2", 7, (1, 4, 16, 64)
+TARGETS = {"AVX2": ("-mavx2", "-mfma"), "128-bit vectors": ()}  # on x86-64
 STEPS = ("qkv", "attention", "projection", "up", "down", "ends", "norms", "waiting")  # `Piece` of loop_profile.h
 
 
@@ -134,18 +138,29 @@ def multiplications(block: TarFlowBlock, tokens: int) -> int:
     return tokens * sum(weight.numel() for weight, _ in pairs if weight.ndim == 2)
 
 
-def measure(flow: jf.TarFlow, libraries: tuple[Profiled, Profiled], batch: int, repeats: int) -> dict[str, Any]:
-    """The pieces of the loop and of a pass at a batch size."""
+def by_library(library: ctypes.CDLL, block: TarFlowBlock, z: Tensor, labels: Tensor) -> None:
+    """The loop by another build."""
+    with patch("jacobiflow.native.tensors.library", return_value=library):
+        fused(block, z, labels)
+
+
+def measure(
+    flow: jf.TarFlow, libraries: tuple[Profiled, Profiled], builds: Mapping[str, ctypes.CDLL], batch: int, repeats: int
+) -> dict[str, Any]:
+    """The pieces of the loop and of a pass at a batch size, and the loop by other builds."""
     config, block = flow.config, flow.blocks[BLOCK]
     z = draw_latents(batch, config.num_tokens, config.token_channels, seed=1)
     labels = torch.arange(batch) % config.num_classes
     whole, without_gelu = (library.solve(block, z, labels, repeats) for library in libraries)
     with torch.inference_mode():
-        timings, _ = interleave({"loop": lambda: fused(block, z, labels), **pass_pieces(block, z, labels)}, repeats)
+        others = {name: partial(by_library, library, block, z, labels) for name, library in builds.items()}
+        runs = {"loop": lambda: fused(block, z, labels), **others, **pass_pieces(block, z, labels)}
+        timings, _ = interleave(runs, repeats)
     one_pass = {name: timing.min for name, timing in timings.items()}
     return {
         "batch_size": batch,
         "loop": one_pass.pop("loop"),
+        "builds": {name: one_pass.pop(name) for name in builds},
         "with_clocks": whole["all"],
         "pieces": pieces(whole, without_gelu),
         "pass": one_pass,
@@ -164,8 +179,12 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         libraries = (Profiled(Path(folder) / "all.so"), Profiled(Path(folder) / "rest.so", "-DWITHOUT_GELU"))
+        builds = {}
+        for name, flags in TARGETS.items() if platform.machine() == "x86_64" else ():
+            native.compile_library(path := Path(folder) / f"{name}.so", flags)
+            builds[name] = native.load_library(path)
         for batch in track(BATCH_SIZES, description="profiling"):
-            rows.append(measure(flow, libraries, batch, given.repeats))
+            rows.append(measure(flow, libraries, builds, batch, given.repeats))
             write_json(given.out, {"model": MODEL, "block": BLOCK, "machine": machine(), "rows": rows})
     for row in rows:
         print(json.dumps(row))

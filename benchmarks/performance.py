@@ -133,7 +133,7 @@ def grid(flow: jf.TarFlow, every: Mapping[str, Mapping[str, Run]], batch: int) -
 
 
 def promising(name: str, settings: Mapping[str, Run], rows: list[dict[str, Any]]) -> dict[str, Run]:
-    """The published setting, and those of a sampler that were neither far off nor slow in `rows`, of a smaller batch."""
+    """The published setting of a sampler, and those that were neither far off nor slow in `rows`, of fewer samples."""
     own = {row["setting"]: row for row in rows if row["sampler"] == name}
     fastest = min((row["seconds"] for row in own.values() if row["max_error"] <= ERROR), default=math.inf)
     return {

@@ -8,6 +8,7 @@ from typing import Any
 
 from filling import fill
 
+_MANY = 64  # features from which few rows gain much too
 ROOT = Path(__file__).resolve().parent.parent
 EAGER = "sequential, in PyTorch"
 SAMPLERS = ("GS-Jacobi", "Selective Jacobi Decoding", "STARFlow")
@@ -75,10 +76,29 @@ def drop_in(result: dict[str, Any]) -> str:
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for row in result["rows"]:
-        if row["batch"] == 64:
+        if row["batch"] == 64 and row["features"] >= _MANY:
             seconds = {name: timing["median"] for name, timing in row["seconds"].items()}
             cells = [f"{seconds[name]:.3g} ({row['ratio'][name]:.1f}x)" for name in ("identical bits", "tolerance")]
             lines.append(f"| {row['flow']} | {row['features']} | {seconds['library']:.3g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def sizes(result: dict[str, Any]) -> str:
+    """How many times as fast zuko's inverses of many rows are accelerated, over features."""
+    machine, rows = result["machine"], max(row["rows"] for row in result["rows"])
+    many = [row for row in result["rows"] if row["rows"] == rows]
+    features = sorted({row["features"] for row in many})
+    lines = [
+        f"{rows:,} samples of zuko's flows by the number of features, times as fast as the library, on "
+        f"{machine['cores']} cores of {machine['processor']}:\n",
+        f"| flow | | {' | '.join(map(str, features))} |",
+        f"| --- | --- |{' ---: |' * len(features)}",
+    ]
+    for flow in dict.fromkeys(row["flow"] for row in many):
+        own = {row["features"]: row for row in many if row["flow"] == flow}
+        for name, text in (("identical bits", "identical bits"), ("tolerance", f"to {result['tolerance']:g}")):
+            cells = " | ".join(f"{own[count]['ratio'][name]:.1f}x" for count in features)
+            lines.append(f"| {flow} | {text} | {cells} |")
     return "\n".join(lines)
 
 
@@ -105,6 +125,7 @@ def parts() -> dict[str, str]:
     demos = "\n\n".join(demo(name) for name in ("demo.json", "demo-one.json"))
     return {
         "demo": demos, "drop-in": drop_in(_result("drop-in")), "speed": speed(_result("performance")),
+        "drop-in-sizes": sizes(_result("drop-in-sizes")),
         "quality": quality(_result("comparison")),
     }  # fmt: skip
 

@@ -106,11 +106,23 @@ def loop_profile(result: dict[str, Any]) -> str:
     return f"{table(columns, lines)}\n\nWith clocks over without, by batch size: {clocks}."
 
 
+def builds(result: dict[str, Any]) -> str:
+    """Milliseconds of the loop as it is compiled for other processors."""
+    names = list(result["rows"][0]["builds"])
+    lines = [
+        [str(row["batch_size"]), f"{row['loop'] * 1e3:.1f}",
+         *(f"{row['builds'][name] * 1e3:.1f} ({row['builds'][name] / row['loop']:.1f}x)" for name in names)]
+        for row in result["rows"]
+    ]  # fmt: skip
+    return table(["batch", "this processor, ms", *names], lines)
+
+
 def parts(found: dict[str, Any], profiled: dict[str, Any]) -> dict[str, str]:
     """The page's parts, by their marks, from the two result files."""
     return {
         "regimes": f"{measured_on(found['machine'])}\n\n{regimes(found)}",
         "regimes summary": summary(found),
+        "builds": builds(profiled),
         "loop profile": f"{measured_on(profiled['machine'])}\n\n{loop_profile(profiled)}",
     }
 

@@ -94,7 +94,10 @@ class _Solve:
             parameters = self._advance(step, kept, given, rows).t().expand(y.shape[1], -1)
             if layout.units is None:
                 parameters = parameters.contiguous()  # as the library has them, as a sum may have another order else
-            x[features] = kept[0][layout.inputs[step]] = self.columns(y[features].t(), parameters).t()
+            found = self.columns(y[features].t(), parameters)
+            # A single column that is transposed would be copied number by number.
+            found = found.reshape(1, -1) if found.shape[1] == 1 else found.t()
+            x[features] = kept[0][layout.inputs[step]] = found
         return x.t().contiguous()
 
     def _given(self, value: int, operation: Context) -> Float[Tensor, " units #b"]:

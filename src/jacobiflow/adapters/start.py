@@ -16,6 +16,7 @@ from jacobiflow.adapters.masked import MaskedNetwork
 from jacobiflow.adapters.network import needs_all_passes
 from jacobiflow.adapters.once import solve_once
 from jacobiflow.adapters.swapped import Swapped
+from jacobiflow.memory import keep_freed_memory
 
 _FEWEST_ROWS = 300  # below, calls take the time, of which passes from 0 make the fewest
 _COSTLY = 8  # parameters of an elementwise transform that takes more time than a network
@@ -57,12 +58,16 @@ def solve(
     """
     exact = module.acceleration.tolerance == 0
     start, way = None, "library"
-    if not needs_all_passes(module.owner, inputs[0], graph):
+    # Looking at all modules takes as long as a pass of few features and rows, for which nothing can be gained.
+    few = passes < _FEWEST_PASSES and all(t is None or t.shape[:-1].numel() < _FEWEST_ROWS for t in inputs)
+    if not few and not needs_all_passes(module.owner, inputs[0], graph):
         rows = as_rows(*inputs)
         start, way = _start(module, *rows, exact=exact)
     if way == "library" or (way == "passes" and passes < _FEWEST_PASSES):
+        keep_freed_memory(inputs[0].device)
         module.acceleration.count(module.owner, passes, "library")
         return None
+    keep_freed_memory(inputs[0].device)
     y, context = inputs if exact else rows
     outputs, count = invert(step, y, context, passes, module.acceleration.tolerance, graph, start)
     if exact and start is not None and count > 1 + graph:  # it is not worth trying again

@@ -3,7 +3,14 @@
 `TarFlow` and `MAF` are registered here; any other flow over images is where its module is imported.
 """
 
-from jacobiflow.flows.base import AffineFrontPerSample, FrontPerSample, KeepsNothing, LowPrecision
+from jacobiflow.flows.base import (
+    AffineFrontPerSample,
+    ExactInverse,
+    Extrapolation,
+    FrontPerSample,
+    KeepsNothing,
+    LowPrecision,
+)
 from jacobiflow.flows.config import FlowConfig
 from jacobiflow.flows.image_flow import FlowBlock, ImageFlow
 from jacobiflow.flows.maf import MAF
@@ -12,6 +19,6 @@ from jacobiflow.flows.registry import register
 from jacobiflow.flows.tarflow import TarFlow
 
 __all__ = [
-    "MAF", "AffineFrontPerSample", "FlowBlock", "FlowConfig", "FrontPerSample", "ImageFlow", "KeepsNothing",
-    "LowPrecision", "Permutation", "TarFlow", "register",
+    "MAF", "AffineFrontPerSample", "ExactInverse", "Extrapolation", "FlowBlock", "FlowConfig", "FrontPerSample",
+    "ImageFlow", "KeepsNothing", "LowPrecision", "Permutation", "TarFlow", "register",
 ]  # fmt: skip

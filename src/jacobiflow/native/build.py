@@ -57,10 +57,13 @@ def compile_library(path: Path, target: tuple[str, ...] | None = None) -> None:
     """
     sources = [str(_HERE / name) for name in _SOURCES if name.endswith(".cpp")]
     line = [_compiler(), *_FLAGS, *(_machine() if target is None else target), *sources, "-o", str(path)]
-    try:
-        _run(*line, "-fopenmp")
-    except subprocess.CalledProcessError:  # not every compiler has OpenMP
-        _run(*line)
+    if platform.system() == "Linux":  # elsewhere a second OpenMP beside PyTorch's may end the process
+        try:
+            _run(*line, "-fopenmp")
+            return
+        except subprocess.CalledProcessError:  # not every compiler has it
+            pass
+    _run(*line)
 
 
 def load_library(path: Path) -> ctypes.CDLL:

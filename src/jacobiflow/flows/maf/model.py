@@ -18,7 +18,7 @@ from jacobiflow.flows.image_flow import FlowBlock, ImageFlow
 from jacobiflow.flows.maf.config import MAFConfig
 from jacobiflow.flows.maf.masked import MaskedLayer, MaskedLinear
 from jacobiflow.flows.maf.recurrence import ROWS, solve_rows
-from jacobiflow.flows.memory import keep_freed_memory
+from jacobiflow.memory import keep_freed_memory
 from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.registry import register
 from jacobiflow.flows.weights import count_layers

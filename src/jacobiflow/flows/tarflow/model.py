@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from jacobiflow.flows.base import AffineFrontPerSample, ExactInverse, Extrapolation, KeepsNothing, LowPrecision
 from jacobiflow.flows.image_flow import FlowBlock, ImageFlow, embed_classes
-from jacobiflow.flows.memory import keep_freed_memory
+from jacobiflow.memory import keep_freed_memory
 from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.registry import register
 from jacobiflow.flows.tarflow import recurrence

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jacobiflow.flows.base import Extrapolation
-from jacobiflow.flows.memory import keep_freed_memory
+from jacobiflow.memory import keep_freed_memory
 from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.tarflow.attention import AttentionBlock
 from jacobiflow.native import pointers, usable
