@@ -47,8 +47,7 @@ class Profiled:
     def __init__(self, path: Path, *flags: str) -> None:
         include = ("-I", str(Path(native.__file__).parent), "-include", str(HERE / "loop_profile.h"))
         native.compile_library(path, ("-march=native", *include, *flags))
-        self.library = ctypes.CDLL(str(path))
-        self.library.jacobiflow_pack.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
+        self.library = native.load_library(path)
         self.jacobiflow_lanes, self.seconds = self.library.jacobiflow_lanes, dict[str, float]()
         self.depth = 0
 
@@ -56,11 +55,12 @@ class Profiled:
         """Count them."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
-    def jacobiflow_pack(self, *arguments: Any) -> None:
+    def jacobiflow_pack(self, *arguments: Any) -> int:
         """As the library has it."""
         started = perf_counter()
-        self.library.jacobiflow_pack(*arguments)
+        failed: int = self.library.jacobiflow_pack(*arguments)
         self.add("packing", perf_counter() - started)
+        return failed
 
     def jacobiflow_tarflow(self, arguments: Any) -> int:
         """As the library has it."""

@@ -69,7 +69,8 @@ def compile_library(path: Path, target: tuple[str, ...] | None = None) -> None:
 def load_library(path: Path) -> ctypes.CDLL:
     """The library that `compile_library` wrote. **Raises** `OSError` where the system cannot load it."""
     found = ctypes.CDLL(str(path))
-    found.jacobiflow_pack.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
+    number, address = ctypes.c_int32, ctypes.c_void_p
+    found.jacobiflow_pack.argtypes = (address, number, number, address, number)
     return found
 
 

@@ -89,15 +89,17 @@ inline Vector gelu(Vector v) {
   return v < 0.0f ? v * tail : v - v * tail;
 }
 
-// weight (outputs, inputs) as panels of columns, each (inputs, panel), the last one as wide as it needs to be.
-inline void pack(const float* weight, int outputs, int inputs, float* packed) {
-  for (int first = 0; first < outputs; first += panel) {
-    const int width = outputs - first < panel ? rounded_up(outputs - first) : panel;
-    for (int j = 0; j < width; j++)
-      for (int k = 0; k < inputs; k++)
-        packed[(int64_t)k * width + j] = first + j < outputs ? weight[(int64_t)(first + j) * inputs + k] : 0.0f;
-    packed += (int64_t)width * inputs;
-  }
+// Columns [first, first + panel) of weight (outputs, inputs) as a panel (inputs, panel), narrower where it is the last.
+inline void pack(const float* weight, int outputs, int inputs, int first, float* packed) {
+  constexpr int near = 64;  // inputs at a time: what they write stays in the cache until its lines are full
+  const int width = outputs - first < panel ? rounded_up(outputs - first) : panel;
+  packed += (int64_t)first * inputs;
+  for (int start = 0; start < inputs; start += near)
+    for (int j = 0; j < width; j++) {
+      const float* row = weight + (int64_t)(first + j) * inputs;
+      for (int k = start; k < inputs && k < start + near; k++)
+        packed[(int64_t)k * width + j] = first + j < outputs ? row[k] : 0.0f;
+    }
 }
 
 // Sums of `rows` rows and `vectors` vectors of columns, in registers. Few rows leave registers free: then even and odd

@@ -210,8 +210,17 @@ extern "C" {
 
 int32_t jacobiflow_lanes() { return lanes; }
 
-void jacobiflow_pack(const float* weight, int32_t outputs, int32_t inputs, float* packed) {
-  pack(weight, outputs, inputs, packed);
+// The panels of a weight, packed by so many threads.
+int32_t jacobiflow_pack(const float* weight, int32_t outputs, int32_t inputs, float* packed, int32_t threads) {
+  const int panels = (outputs + panel - 1) / panel;
+  try {
+    in_threads(threads < panels ? threads : panels, [&](int rank) {
+      for (int i = rank; i < panels; i += threads) pack(weight, outputs, inputs, i * panel, packed);
+    });
+    return 0;
+  } catch (const std::exception&) {
+    return 1;
+  }
 }
 
 // Entries [start, stop) of x; those before have been solved by calls with the same `keys_values`. Returns 0, or 1 where

@@ -18,10 +18,10 @@ from jacobiflow.flows.image_flow import FlowBlock, ImageFlow
 from jacobiflow.flows.maf.config import MAFConfig
 from jacobiflow.flows.maf.masked import MaskedLayer, MaskedLinear
 from jacobiflow.flows.maf.recurrence import ROWS, solve_rows
-from jacobiflow.memory import keep_freed_memory
 from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.registry import register
 from jacobiflow.flows.weights import count_layers
+from jacobiflow.memory import keep_freed_memory
 from jacobiflow.native import usable
 
 _CONSTANT = 1e-3  # an entry whose standard deviation over the first batch is below it keeps its scale

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from jacobiflow.flows.base import AffineFrontPerSample, ExactInverse, Extrapolation, KeepsNothing, LowPrecision
 from jacobiflow.flows.image_flow import FlowBlock, ImageFlow, embed_classes
-from jacobiflow.memory import keep_freed_memory
 from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.registry import register
 from jacobiflow.flows.tarflow import recurrence
@@ -29,6 +28,7 @@ from jacobiflow.flows.tarflow.attention import (
 from jacobiflow.flows.tarflow.cache import TarFlowCache
 from jacobiflow.flows.tarflow.config import TarFlowConfig
 from jacobiflow.flows.tarflow.original import check_masks, infer_config, read_original, take_masks, write_original
+from jacobiflow.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jacobiflow.flows.base import Extrapolation
-from jacobiflow.memory import keep_freed_memory
 from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.tarflow.attention import AttentionBlock
+from jacobiflow.memory import keep_freed_memory
 from jacobiflow.native import pointers, usable
 
 _ROWS = 32  # of the network for each thread, solved together: more of them leave the processor's cache
@@ -83,13 +83,15 @@ class _Weights:
         def packed(weight: Tensor) -> Tensor:
             weight, (outputs, inputs) = weight.detach().contiguous(), weight.shape
             out = weight.new_empty(_rounded_up(outputs, lanes) * inputs)
-            native.jacobiflow_pack(_address(weight), outputs, inputs, _address(out))
+            arguments = (_address(weight), outputs, inputs, _address(out))
+            if native.jacobiflow_pack(*arguments, threads):  # they cannot be had
+                native.jacobiflow_pack(*arguments, 1)
             return out
 
         def padded(bias: Tensor) -> Tensor:
             return torch.nn.functional.pad(bias.detach(), (0, _rounded_up(len(bias), lanes) - len(bias)))
 
-        lanes = native.jacobiflow_lanes()
+        lanes, threads = native.jacobiflow_lanes(), torch.get_num_threads()
         self.layers: list[Tensor] = []
         for layer in block.attn_blocks:
             norm, qkv, proj, mlp_norm, up, down, self.heads = layer.weights()
