@@ -369,6 +369,7 @@ def main() -> None:
             wanted = batch in SMALL_BATCHES or part in ("grid", "final", "guided", "profile")
             if wanted and str(batch) not in result[part]:
                 result[part][str(batch)] = measure(batch)
+                result[part] = dict(sorted(result[part].items(), key=lambda entry: int(entry[0])))
                 write_json(arguments.out, result)
                 print(f"batch {batch}: {part} done", flush=True)
 

@@ -35,7 +35,7 @@ from jacobiflow.measuring import interleave, machine
 from jacobiflow.native import SWITCH
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "regimes.json"
-BATCH_SIZES = (1, 4, 16, 64)
+BATCH_SIZES = (1, 4, 16)
 SHAPES = ((128, 2), (192, 4), (256, 2), (256, 4), (384, 4), (512, 4), (768, 8))
 TRAINED = ("fashion-p2", "digits-p1")
 FUSED, EAGER, PASS, LOW = "fused loop", "eager loop", "pass", "pass in bfloat16"
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="*", default=names, metavar="CHANNELSxLAYERS", help="of random weights")
     parser.add_argument("--models", nargs="*", default=TRAINED, help="trained")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES)
-    parser.add_argument("--repeats", type=int, default=7, help="rounds that count, after one that does not")
+    parser.add_argument("--repeats", type=int, default=2, help="rounds that count, after one that does not")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args(arguments)
     if native.library() is None:

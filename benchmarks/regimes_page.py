@@ -134,6 +134,8 @@ def figure(result: dict[str, Any]) -> Figure:
     panels = drawn.subplots(-(-len(batches) // 2), 2, sharex=True, sharey=True, squeeze=False).ravel()
     sizes = [run["weights_mb"] for run in result["runs"]]
     values = [in_passes(run, way) for run in result["runs"] for way in (FUSED, EAGER)]
+    for axis in panels[len(batches) :]:
+        axis.set_visible(False)
     for axis, batch in zip(panels, batches, strict=False):
         own = [run for run in result["runs"] if run["batch_size"] == batch]
         _panel(axis, sorted((run for run in own if not run["trained"]), key=lambda run: run["weights_mb"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,6 +30,9 @@ _other_bits: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # way
 
 class Solvable(Swapped):
     """What a library's accelerated transform says of itself."""
+
+    fewest_steps: ClassVar[tuple[int, int]] = (2, 2)
+    """From so many steps affine transforms gain by each unit once: to a tolerance, and with identical bits."""
 
     @property
     def owner(self) -> nn.Module:
@@ -84,6 +88,8 @@ def _start(
     network = _network(module, y, context) if len(y) >= _FEWEST_ROWS else None
     order = None if network is None else order_of(module.owner, network)
     if network is None or order is None or len(order.features) == 1:
+        return None, "passes"
+    if network.outputs.shape[1] < _COSTLY and len(order.features) < module.fewest_steps[exact]:
         return None, "passes"
     ways = ["units"] if not exact or _same_products(network, y) else []
     if exact:
