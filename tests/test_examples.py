@@ -26,7 +26,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def fewer(passes: Sequence[int], close_passes: Sequence[int], transforms: int, features: int) -> bool:
     """Whether every transform has fewer passes than features, and with a tolerance no more than without."""
     assert len(passes) == len(close_passes) == transforms
-    return all(1 < close <= exact < features for exact, close in zip(passes, close_passes, strict=True))
+    return all(1 <= close <= exact < features for exact, close in zip(passes, close_passes, strict=True))
 
 
 def restored(flow: nn.Module) -> bool:
