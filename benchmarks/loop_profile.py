@@ -154,7 +154,8 @@ def measure(
     whole, without_gelu = (library.solve(block, z, labels, repeats) for library in libraries)
     with torch.inference_mode():
         others = {name: partial(by_library, library, block, z, labels) for name, library in builds.items()}
-        runs = {"loop": lambda: fused(block, z, labels), **others, **pass_pieces(block, z, labels)}
+        runs: dict[str, Callable[[], Any]] = {"loop": lambda: fused(block, z, labels)}
+        runs |= {**others, **pass_pieces(block, z, labels)}
         timings, _ = interleave(runs, repeats)
     one_pass = {name: timing.min for name, timing in timings.items()}
     return {
