@@ -185,6 +185,7 @@ def test_figures_are_those_of_the_samples_and_add_up() -> None:
         samples = jf.sample(SMALL, 3, classes(3), seed, strategy=SOMETIMES, denoise=0.5, progress=False)
         figures.append(figures_of(samples))
         assert figures[-1] == {name: getattr(samples, name) for name in sums} | {
+            "exact": False,
             "status": {state.name.lower(): samples.status.tolist().count(state) for state in jf.Status},
             "sweeps": [block.sweeps for block in samples.stats],
             "block_seconds": [block.seconds for block in samples.stats],
@@ -192,7 +193,10 @@ def test_figures_are_those_of_the_samples_and_add_up() -> None:
         }
     one, two = figures
     assert total(figures) == {name: one[name] + two[name] for name in sums} | {
+        "exact": False,
         "status": {name: one["status"][name] + two["status"][name] for name in one["status"]},
         "sweeps": [a + b for a, b in zip(one["sweeps"], two["sweeps"], strict=True)],
         "block_seconds": [a + b for a, b in zip(one["block_seconds"], two["block_seconds"], strict=True)],
     }
+    exact = figures_of(jf.sample(SMALL, 3, classes(3), strategy="sequential", progress=False))
+    assert (exact["exact"], total([exact, exact])["exact"], total([exact, one])["exact"]) == (True, True, False)

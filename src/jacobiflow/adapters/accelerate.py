@@ -47,7 +47,6 @@ def accelerate(flow: Any, tolerance: float = 0.0, retry_float64: bool = False) -
         object whose attributes (or lists of them) hold such modules. If it is accelerated a second time, the latest
         tolerance counts.
     - `tolerance`: in the units of each transform's input; 0 for identical bits.
-
     - `retry_float64`: solve rows of zuko, nflows and normflows again in float64 whose inverse in float32 is not finite,
       although they are, or all rows where it raises an error, as splines of nflows do when a discriminant rounds to
       less than 0. The result is rounded to float32. Not for inverses with a gradient.

@@ -15,10 +15,10 @@ _exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling
 def needs_all_passes(module: nn.Module, y: Tensor, graph: bool) -> bool:
     """Whether the inverse of `y` by the transform `module` is left to the library's own loop.
 
-    So it is where iterates have no values to compare (`torch.jit.trace`,
-    `torch.export`, meta tensors); where tangents need more passes than values (`torch.func` transforms, forward-mode
-    derivatives); where PyTorch multiplies a batch by a matrix in another order with a `graph` than without; and where
-    a pass may be no function of its argument, see `_may_draw_or_move`.
+    So it is where iterates have no values to compare (`torch.jit.trace`, `torch.export`, meta tensors); where tangents
+    need more passes than values (`torch.func` transforms, forward-mode derivatives); where PyTorch multiplies a batch
+    by a matrix in another order with a `graph` than without; and where a pass may be no function of its argument, see
+    `_may_draw_or_move`.
     """
     if y.is_meta or _exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return True

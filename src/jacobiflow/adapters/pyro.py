@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
@@ -48,12 +49,13 @@ class _Accelerated(Solvable):
         """Its network, of which a conditional transform gives a partial call."""
         return getattr(self.arn, "func", self.arn)
 
+    @abstractmethod
     def _pass(self, y: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """The next iterate, and what the library keeps for the log-determinant, of what its network gives."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _remember(self, log_scale: Tensor) -> None:
-        raise NotImplementedError
+        """Keep it where the library does."""
 
     def masked_network(self, features: int, conditional: bool) -> MaskedNetwork | None:
         """See `Solvable`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 from weakref import WeakKeyDictionary
@@ -39,13 +40,13 @@ class Solvable(Swapped):
         """The module of the flow that holds its parameters: itself, unless that made it for a context."""
         return vars(self).get("_owner", self)
 
+    @abstractmethod
     def masked_network(self, features: int, conditional: bool) -> MaskedNetwork | None:
         """Its network as operations, or `None` where it has others."""
-        raise NotImplementedError
 
+    @abstractmethod
     def columns(self, y: Tensor, parameters: Tensor) -> Tensor:
         """See `once.Columns`."""
-        raise NotImplementedError
 
 
 def solve(
@@ -60,6 +61,7 @@ def solve(
 
     `inputs` are y and the context as the library takes them, of which `as_rows` makes (B, D) and (B, C).
     """
+    keep_freed_memory(inputs[0].device)
     exact = module.acceleration.tolerance == 0
     start, way = None, "library"
     # Looking at all modules takes as long as a pass of few features and rows, for which nothing can be gained.
@@ -68,10 +70,8 @@ def solve(
         rows = as_rows(*inputs)
         start, way = _start(module, *rows, exact=exact)
     if way == "library" or (way == "passes" and passes < _FEWEST_PASSES):
-        keep_freed_memory(inputs[0].device)
         module.acceleration.count(module.owner, passes, "library")
         return None
-    keep_freed_memory(inputs[0].device)
     y, context = inputs if exact else rows
     outputs, count = invert(step, y, context, passes, module.acceleration.tolerance, graph, start)
     if exact and start is not None and count > 1 + graph:  # it is not worth trying again

@@ -222,11 +222,11 @@ def _sheet(folder: SampleFolder, comparison: _Comparison | None, image_size: int
     return image_grid(torch.cat(found)[:_SHEET_IMAGES], min(10, folder.manifest.num), zoom)
 
 
-def _certificate(largest: float | None) -> str:
-    """The largest certificate in words; it is 0 where every block of every sample was solved token by token."""
-    if largest is None:
-        return "not asked"
-    return f"{largest:.1e}" if largest else "exact"
+def _certificate(run: dict[str, Any]) -> str:
+    """The largest certificate, or that every block of every sample was solved token by token and not measured."""
+    if run["exact"] and not run["certificate"]:
+        return "exact"
+    return "not asked" if run["certificate"] is None else f"{run['certificate']:.1e}"
 
 
 def _print(figures: dict[str, Any], out: Path) -> None:
@@ -239,7 +239,7 @@ def _print(figures: dict[str, Any], out: Path) -> None:
         table.add_column(column, justify="right", min_width=max(map(len, column.split())))
     for name, run in figures["runs"].items():
         counted = () if "network_calls" not in run else (
-            f"{run['network_calls']:,}", f"{run['token_evaluations']:,}", _certificate(run["certificate"]),
+            f"{run['network_calls']:,}", f"{run['token_evaluations']:,}", _certificate(run),
             str(run["resolved_sequentially"]),
         )  # fmt: skip
         table.add_row(escape(name), f"{run['seconds']:.3f}", f"{run['images_per_second']:.1f}", *counted)

@@ -1,7 +1,8 @@
 // The recurrence of a TarFlow block, token by token: x_t = exp(s(x_<t)) z_t + u(x_<t), by a causal transformer.
-#include "simd.h"
+#include <exception>
 #include <memory>
 
+#include "simd.h"
 #include "team.h"
 
 namespace jacobiflow {

@@ -16,7 +16,7 @@ _BY_BLOCK = ("sweeps", "block_seconds")
 
 
 def figures_of(result: Samples) -> dict[str, Any]:
-    """Seconds, network calls, token evaluations, how many samples ended with which status, and sweeps by block."""
+    """What a run cost, how many samples ended with which status, whether all are exact, and sweeps by block."""
     status = result.status
     return {
         "seconds": result.seconds,
@@ -24,6 +24,7 @@ def figures_of(result: Samples) -> dict[str, Any]:
         "network_calls": result.network_calls,
         "token_evaluations": result.token_evaluations,
         "resolved_sequentially": result.resolved_sequentially,
+        "exact": bool(result.exact.all()),
         "status": {state.name.lower(): int((status == state).sum()) for state in Status},
         "sweeps": [block.sweeps for block in result.stats],
         "block_seconds": [block.seconds for block in result.stats],
@@ -36,6 +37,7 @@ def total(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
     status = sum((Counter(each["status"]) for each in shards), Counter())
     return {
         **{name: sum(each[name] for each in shards) for name in _SUMS},
+        "exact": all(each.get("exact", False) for each in shards),  # shards of an older version do not say
         "status": {state.name.lower(): status[state.name.lower()] for state in Status},
         **{name: [sum(column) for column in zip(*(each[name] for each in shards), strict=True)] for name in _BY_BLOCK},
     }

@@ -40,8 +40,7 @@ def plan(
     samples having left, and a pass for its certificates, which the loop does not need. An image's error is made of the
     blocks' errors, times amplification; see `combined`. Of all combinations of a way per block, token by token
     included, the cheapest within the tolerance is found exactly. Under another guidance than the tuning's, sweeps are
-    taken to be as many, and only what stops on a tolerance is
-    chosen.
+    taken to be as many, and only what stops on a tolerance is chosen.
 
     Where the loop of a block takes no longer than the two passes that any iteration needs, it is the plan at once.
 
