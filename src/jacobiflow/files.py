@@ -6,11 +6,14 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial", re.DOTALL)
 
 
 @contextmanager
@@ -36,6 +39,22 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     """Write `data` to `path` as a whole or not at all. **Raises** `OSError` where that is not possible."""
     with write_beside(path) as partial:
         partial.write_bytes(data)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove the files that killed processes have left half-written in `folder`, by the names of `write_beside`."""
+    for path in folder.glob(".*.partial"):
+        if _PARTIAL.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def read_object(path: str | Path) -> dict[str, Any] | None:
+    """The JSON object in a file; `None` where there is none."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:

@@ -90,13 +90,18 @@ def test_a_trace_is_a_line_a_sample_and_a_column_a_block(denoised: bool, blocks:
         assert dark[left + 2 : right].any() and not dark[left : left + 2].any(), f"caption of column {column}"
 
 
-def test_a_png_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_png_is_written_whole_or_not_at_all_and_over_our_own_only(tmp_path: Path) -> None:
     image = image_grid(random_images(2, 3), 2)
+    image.save(tmp_path / "theirs.png")
+    theirs = (tmp_path / "theirs.png").read_bytes()
     save_png(image, tmp_path / "a.png")
+    for _ in range(2):
+        save_png(image, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as read:
         assert np.array_equal(np.asarray(read), np.asarray(image))
     (tmp_path / "folder.png").mkdir()
-    for place in (tmp_path / "folder.png", tmp_path / "missing" / "a.png"):
-        with pytest.raises(OSError):
+    for place in (tmp_path / "folder.png", tmp_path / "missing" / "a.png", tmp_path / "theirs.png"):
+        with pytest.raises((OSError, ValueError)):
             save_png(image, place)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.png", "folder.png"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.png", "folder.png", "theirs.png"]
+    assert (tmp_path / "theirs.png").read_bytes() == theirs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from jacobiflow.files import write_atomically
 
@@ -22,6 +24,7 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED, BLACK, OLIVE = COLORS = (
     "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#b8a800",
 )  # fmt: skip
 GREY = "#8c8c8c"
+_MARK = {"Software": "jacobiflow"}  # text in our PNGs, by which they are recognised
 ORDERED = matplotlib.colormaps["viridis"]
 
 
@@ -99,10 +102,30 @@ def plain_ticks(axis: Axis, subs: Sequence[float] = (1, 2, 5)) -> None:
 
 
 def save_png(image: Image.Image | Figure, path: str | Path) -> None:
-    """Write a PNG; the file appears whole or not at all."""
+    """Write a PNG that says it is ours, see `check_picture`; the file appears whole or not at all.
+
+    **Raises** `ValueError` where `path` holds something else.
+    """
+    check_picture(path)
     data = io.BytesIO()
     if isinstance(image, Figure):
-        image.savefig(data, format="png", dpi=130)
+        image.savefig(data, format="png", dpi=130, metadata=_MARK)
     else:
-        image.save(data, "PNG")
+        text = PngInfo()
+        for name, value in _MARK.items():
+            text.add_text(name, value)
+        image.save(data, "PNG", pnginfo=text)
     write_atomically(path, data.getvalue())
+
+
+def check_picture(path: str | Path) -> None:
+    """**Raises** `ValueError` where `path` is there, but is no picture that `save_png` wrote."""
+    if not os.path.lexists(path):
+        return
+    try:
+        with Image.open(path) as image:
+            ours = _MARK.items() <= getattr(image, "text", {}).items()
+    except (OSError, ValueError, Image.DecompressionBombError):
+        ours = False
+    if not ours:
+        raise ValueError(f"{path}: is not a picture that jacobiflow made; move it away, or give another folder")

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from jacobiflow.files import sha256, write_atomically, write_json
+from jacobiflow.files import remove_partials, sha256, write_atomically, write_json
 from jacobiflow.storage.image_files import from_npz, from_png, to_npz, to_png
 from jacobiflow.storage.manifest import Manifest, SampleFolderError
 from jacobiflow.storage.record import Record
@@ -180,8 +180,7 @@ class SampleFolder:
     def sweep(self) -> None:
         """Remove the partial files that killed processes have left."""
         for place in (self.path, self.path / SHARDS, self.path / IMAGES, *(self.path / IMAGES).glob("*/")):
-            for partial in place.glob(".*.partial"):
-                partial.unlink(missing_ok=True)
+            remove_partials(place)
 
     # ------------------------------------------------------------------------------------------------------------------
 

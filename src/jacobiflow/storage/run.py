@@ -13,9 +13,9 @@ from torch import Tensor
 
 from jacobiflow.data import quantize
 from jacobiflow.latents import draw_latents
+from jacobiflow.locking import locking
 from jacobiflow.storage.begin import Begun, begin
 from jacobiflow.storage.folder import MANIFEST, SampleFolder
-from jacobiflow.storage.lock import locking
 from jacobiflow.storage.manifest import SampleFolderError
 from jacobiflow.storage.processes import Processes
 from jacobiflow.storage.progress import run_progress, say

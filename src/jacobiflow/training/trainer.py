@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from jacobiflow.data import ImageDataset
 from jacobiflow.data.noise import Noise, add_noise, keyed_generator
-from jacobiflow.files import write_atomically
+from jacobiflow.files import remove_partials, write_atomically
 from jacobiflow.flows.image_flow import ImageFlow
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
@@ -245,8 +245,7 @@ class _Run:
     def resume(self) -> None:
         """Read the checkpoint, if there is one; drop metrics of later steps, and files that a kill left incomplete."""
         path, log = self.out / CHECKPOINT, self.out / METRICS
-        for partial in self.out.glob(f".{CHECKPOINT}.*.partial"):
-            partial.unlink()
+        remove_partials(self.out)
         if path.exists():
             self._load(path)
         if log.exists():

@@ -9,14 +9,13 @@ exact/00000000.npy the exact images of each shard, not rounded to 8 bits
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from jacobiflow.experiments.quality.experiment import Experiment
-from jacobiflow.files import json_bytes, sha256, write_json
+from jacobiflow.files import json_bytes, read_object, sha256, write_json
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.storage import MANIFEST, SampleFolder, labels_sha256
 from jacobiflow.strategy import is_auto
@@ -56,15 +55,6 @@ def begin(experiment: Experiment, overwrite: bool = False) -> None:
 def largest_row(out: Path) -> int:
     """How many samples the largest row in a folder has, or is to have; 0 where there is none."""
     return max((row.manifest.num for row in _rows(out)), default=0)
-
-
-def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; `None` where there is none."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:

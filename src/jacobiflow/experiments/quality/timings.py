@@ -15,8 +15,8 @@ from torch import Tensor
 from jacobiflow.baselines import SEQUENTIAL
 from jacobiflow.denoising import denoise
 from jacobiflow.experiments.quality.experiment import ORIGINAL, Experiment
-from jacobiflow.experiments.quality.folder import TIMINGS, read_object
-from jacobiflow.files import write_json
+from jacobiflow.experiments.quality.folder import TIMINGS
+from jacobiflow.files import read_object, write_json
 from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import interleave, machine, paired_error
 from jacobiflow.storage import labels_sha256
