@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "guidance": {"flows.base"},
     "denoising": {"flows"},
     "inversion": {"flows"},
-    "calibration": {"codec", "files", "flows", "guidance", "inversion", "latents", "solvers"},
+    "calibration": {"codec", "files", "flows", "guidance", "inversion", "latents", "locking", "solvers"},
     "strategy": {
         "calibration", "codec", "files", "flows", "guidance", "inversion", "latents", "measuring", "native", "solvers",
     },

@@ -201,7 +201,9 @@ def test_huge_numbers_stay_on_their_line(igm: float, run: Any, tmp_path: Path, m
     report = jf.Report.load("report.json")
     worst = replace(report.metrics["2" if "2" in report.metrics else 2], igm=igms, components=parts)
     report = replace(report, metrics=dict.fromkeys(report.metrics, worst), class_metrics=dict.fromkeys(range(3), worst))
-    monkeypatch.setattr(importlib.import_module("jacobiflow.cli.calibrate"), "measure", lambda *_, **__: report)
+    monkeypatch.setattr(
+        importlib.import_module("jacobiflow.cli.calibrate"), "measure", lambda *_, out, **__: report.save(out) or report
+    )
     result = run(f"calibrate --model model --images pets --out {tmp_path}/r.json --json {tmp_path}/f")
     assert (result.code, result.err) == (0, "")
     screen = result.out[: result.out.index("proposed")].splitlines()

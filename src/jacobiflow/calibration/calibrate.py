@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from jaxtyping import Int
@@ -11,6 +15,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from jacobiflow.calibration.convergence import Trace
+from jacobiflow.calibration.kept import keeping
 from jacobiflow.calibration.metrics import NORMS, Metrics, Norm
 from jacobiflow.calibration.passes import BlockSolution, Images, Passes
 from jacobiflow.calibration.report import GUESS_NAMES, Report, Settings, Start
@@ -37,6 +42,7 @@ def calibrate(
     batch_size: int = 64,
     seed: int = 0,
     progress: bool = True,
+    out: str | Path | None = None,
 ) -> Report:
     """Measure which blocks of `flow` are tough, where to start in each, and how long to sweep.
 
@@ -61,48 +67,80 @@ def calibrate(
         `labels` is `None`).
     - `seed`: fixes the fresh latents. `jacobiflow.sample` never draws the same ones.
     - `progress`: show bars on a terminal.
+    - `out`: write the report to this file. What is finished is kept in the folder `out`.partial until then, so that the
+        same call goes on where it was interrupted.
 
-    **Raises:** `ValueError` for images, labels or settings that do not fit the flow, and where a fresh latent overflows
-    in the exact inverse.
+    **Raises:** `ValueError` for images, labels or settings that do not fit the flow, where a fresh latent overflows in
+    the exact inverse, and where another process calibrates to `out`.
     """
     _check(flow, images, labels, norm, guidance, segments, traced, per_class, chord, batch_size)
-    config = flow.config
+    settings = Settings(len(images), labels is not None, norm, guidance, segments, min(traced, len(images)), seed)
     console = Console(stderr=True)
-    with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as bar:
-        passes = Passes(flow, [guided(block, guidance) for block in flow.blocks], images, labels, batch_size, bar)
-        mean_affine = passes.mean_affine(torch.arange(len(images)))
-        guesses = [_guesses(guess) for guess in mean_affine]
-        metrics, segment_metrics = passes.metrics(torch.arange(len(images)), guesses, segments, norm)
-        class_metrics = {}
-        for label in sorted(set(labels.tolist())) if per_class and labels is not None else ():
-            of_class, _ = passes.metrics((labels == label).nonzero()[:, 0].cpu(), guesses, None, norm)
-            class_metrics[label] = of_class[norm]
-        chosen = torch.arange(min(traced, len(images))) * len(images) // min(traced, len(images))
-        solutions: dict[Start, list[BlockSolution]] = {} if guidance else {"images": passes.encoded(chosen)}
-        solutions["noise"] = passes.sampled(chosen, seed)
-        traces = {start: _traces(passes, rows, guesses, start) for start, rows in solutions.items()}
-        segment_traces = _segment_traces(passes, solutions["noise"], guesses, metrics[norm], segments)
-        at = solutions["noise" if guidance else "images"]
-        blocks = bar.track(range(config.num_blocks), description="error matrix")
-        gamma = tuple(passes.gamma(i, at[i]) for i in blocks)
-    tuning = None
-    if chord:
-        classes = None if labels is None else labels[chosen.to(labels.device)]
-        tuning = tune(flow, classes, guidance, samples=len(chosen), batch_size=batch_size, seed=seed, progress=progress)
+    bar = Progress(console=console, disable=not (progress and console.is_terminal), transient=True)
+    passes = Passes(flow, [guided(block, guidance) for block in flow.blocks], images, labels, batch_size, bar)
+    place = None if out is None else Path(out)
+    with keeping(place, lambda: _key(passes, settings, per_class, chord)) as kept:
+        with bar:
+            report = kept.once("report", Report, partial(_measure, passes, settings, per_class))
+        if chord:
+            chosen = _traced(settings)
+            classes = None if labels is None else labels[chosen.to(labels.device)]
+            tuning = tune(
+                flow, classes, guidance, samples=len(chosen), batch_size=batch_size, seed=seed, progress=progress,
+                kept=kept,
+            )  # fmt: skip
+            report = replace(report, tuning=tuning)
+        if place is not None:
+            report.save(place)
+    return report
+
+
+def _measure(passes: Passes, settings: Settings, per_class: bool) -> Report:
+    """The report without a tuning."""
+    flow, labels, norm, segments = passes.flow, passes.labels, settings.norm, settings.segments
+    everything = torch.arange(settings.num_images)
+    mean_affine = passes.mean_affine(everything)
+    guesses = [_guesses(guess) for guess in mean_affine]
+    metrics, segment_metrics = passes.metrics(everything, guesses, segments, norm)
+    class_metrics = {}
+    for label in sorted(set(labels.tolist())) if per_class and labels is not None else ():
+        of_class, _ = passes.metrics((labels == label).nonzero()[:, 0].cpu(), guesses, None, norm)
+        class_metrics[label] = of_class[norm]
+    chosen = _traced(settings)
+    solutions: dict[Start, list[BlockSolution]] = {} if settings.guidance else {"images": passes.encoded(chosen)}
+    solutions["noise"] = passes.sampled(chosen, settings.seed)
+    at = solutions["noise" if settings.guidance else "images"]
     return Report(
         fingerprint=fingerprint(flow),
-        num_tokens=config.num_tokens,
-        token_channels=config.token_channels,
-        settings=Settings(len(images), labels is not None, norm, guidance, segments, len(chosen), seed),
+        num_tokens=flow.config.num_tokens,
+        token_channels=flow.config.token_channels,
+        settings=settings,
         metrics=metrics,
         segment_metrics=segment_metrics,
         class_metrics=class_metrics,
         mean_affine=tuple(mean_affine),
-        traces=traces,
-        segment_traces=segment_traces,
-        gamma=gamma,
-        tuning=tuning,
+        traces={start: _traces(passes, rows, guesses, start) for start, rows in solutions.items()},
+        segment_traces=_segment_traces(passes, solutions["noise"], guesses, metrics[norm], segments),
+        gamma=tuple(
+            passes.gamma(i, at[i]) for i in passes.bar.track(range(len(flow.blocks)), description="error matrix")
+        ),
     )
+
+
+def _traced(settings: Settings) -> Int[Tensor, " n"]:
+    """The images whose sweeps are measured, evenly spaced."""
+    return torch.arange(settings.traced) * settings.num_images // settings.traced
+
+
+def _key(passes: Passes, settings: Settings, per_class: bool, chord: bool) -> str:
+    """A checksum of all that the measurements depend on."""
+    digest = hashlib.sha256()
+    for rows in torch.arange(settings.num_images).split(passes.batch_size):
+        digest.update(passes.read(rows).cpu().numpy().tobytes())
+    labels = None if passes.labels is None else passes.labels.tolist()
+    words = (fingerprint(passes.flow), passes.flow.var.dtype, labels, settings, per_class, chord, passes.batch_size)
+    digest.update(repr(words).encode())
+    return digest.hexdigest()
 
 
 def _check(

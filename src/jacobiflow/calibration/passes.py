@@ -62,6 +62,22 @@ class Passes:
     batch_size: int
     bar: Progress
 
+    def read(self, index: Int[Tensor, " m"]) -> Float[Tensor, "m c h w"]:
+        """The images at `index`. **Raises** `ValueError` where they are none of this flow, or not finite."""
+        try:
+            # NumPy takes a tensor of one index for a number, and would leave out the first axis.
+            rows = self.images[index.numpy()] if isinstance(self.images, np.ndarray) else self.images[index]
+            images = torch.as_tensor(rows).detach()
+        except TypeError as error:
+            raise ValueError(
+                f"images of type {type(self.images).__name__}: give a tensor, or what a tensor can index"
+            ) from error
+        self.flow.check_images(images)
+        wrong = ~torch.isfinite(images).all(dim=(1, 2, 3))
+        if wrong.any():
+            raise ValueError(f"images: number {int(index[wrong.cpu()][0])} holds a NaN or an infinity; leave it out")
+        return images
+
     def mean_affine(self, index: Int[Tensor, " m"]) -> list[MeanAffine]:
         """Per block, the mean log-scale and shift over the images at `index`."""
         scales, shifts = ([RunningMean() for _ in self.blocks] for _ in range(2))
@@ -153,18 +169,7 @@ class Passes:
         """Tokens in raster order and labels of the images at `index`, on the flow's device."""
         var = self.flow.var
         for part in self.bar.track(index.split(self.batch_size), description=what):
-            try:
-                # NumPy takes a tensor of one index for a number, and would leave out the first axis.
-                rows = self.images[part.numpy() if isinstance(self.images, np.ndarray) else part]
-                images = torch.as_tensor(rows).detach()
-            except TypeError as error:
-                raise ValueError(
-                    f"images of type {type(self.images).__name__}: give a tensor, or what a tensor can index"
-                ) from error
-            self.flow.check_images(images)
-            wrong = ~torch.isfinite(images).all(dim=(1, 2, 3))
-            if wrong.any():
-                raise ValueError(f"images: number {int(part[wrong.cpu()][0])} holds a NaN or an infinity; leave it out")
+            images = self.read(part)
             labels = None if self.labels is None else self.labels[part.to(self.labels.device)].to(var.device)
             tokens, _ = self.flow.to_tokens(images.to(var.device, state_dtype(self.flow)))
             yield tokens, labels

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from jacobiflow.calibration.kept import Kept
 from jacobiflow.calibration.tuning import BlockTuning, CountedRun, Run, Tuning
 from jacobiflow.codec import registered
 from jacobiflow.flows.base import AffineBlock, LowPrecision
@@ -73,6 +73,7 @@ class TuneSettings:
 def tune(
     flow: ImageFlow, labels: Int[Tensor, " n"] | None = None, guidance: Guidance | None = None, *, samples: int = 32,
     batch_size: int = 64, seed: int = 0, progress: bool = True, settings: TuneSettings = TuneSettings(),
+    kept: Kept = Kept(),  # noqa: B008  frozen
 ) -> Tuning:  # fmt: skip
     """Fit a guess and a correction to every block, and count the sweeps that they take, on fresh latents.
 
@@ -88,6 +89,7 @@ def tune(
     - `samples`: how many latents; `batch_size` of them are in the network at a time.
     - `seed`: fixes them. `jacobiflow.sample` never draws the same ones.
     - `settings`: what is tried.
+    - `kept`: blocks that an interrupted `calibrate` has tuned are taken from there.
 
     **Raises** `ValueError` for arguments that do not fit, and where a latent overflows in the exact inverse.
     """
@@ -109,9 +111,10 @@ def tune(
             repeated = None if labels is None else labels.repeat(len(z) // samples)
             x = solve(block, z, Solver(Sequential()), repeated, batch_size).x
             check_finite(x[:samples], f"fresh latents overflow in the exact inverse of block {i}")
-            found[i] = _Trials(block, x[:samples], z[:samples], labels, batch_size, settings).run()
+            trials = _Trials(block, x[:samples], z[:samples], labels, batch_size, settings)
+            found[i] = kept.once(f"block-{i}", _Tried, trials.run)
             bar.advance(task)
-            return torch.cat((x, found[i].typical))
+            return torch.cat((x, found[i].typical.to(x)))
 
         x = invert(flow, prior_tokens(flow, latents), solve_block)
     exact, *followed = x.split(samples)
@@ -148,7 +151,8 @@ def _check(flow: ImageFlow, labels: Tensor | None, guidance: Guidance | None, sa
         flow.check_labels(labels, len(labels))
 
 
-class _Tried(NamedTuple):
+@dataclass(frozen=True)
+class _Tried:
     """What was tried at a block. `typical` is an answer to the typical tolerance, and `error` that of it."""
 
     guess: Guess

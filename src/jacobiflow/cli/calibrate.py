@@ -66,6 +66,8 @@ def calibrate(
 ) -> None:
     """Measure a flow's blocks: the metrics IGM and CRM, the sweeps they really need, and a strategy from both.
 
+    The same command again goes on where it was interrupted; what is finished is in OUT.partial until then.
+
     Example: jacobiflow calibrate --per-class --images fashion-512 --out out/report.json
     """
     if norm not in ("2", "fro", "1"):
@@ -92,10 +94,8 @@ def calibrate(
         norm="fro" if norm == "fro" else 2 if norm == "2" else 1,
         guidance=guide,
         segments=segments, traced=traced, per_class=per_class, chord=chord, batch_size=batch_size, seed=seed,
-        progress=sys.stderr.isatty(),
+        progress=sys.stderr.isatty(), out=out,
     )  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    report.save(out)
     figures = _figures(report) | {"model": model, "images": images, "clean": clean, "report": str(out)}
     options.report(json, figures)
     _print(report, figures)
