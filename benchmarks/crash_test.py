@@ -1,8 +1,9 @@
-"""Kills sampling 20 times, and compares what is left with an undisturbed run: `python benchmarks/crash_test.py`.
+"""Kills commands 20 times, and compares what is left with undisturbed runs: `python benchmarks/crash_test.py`.
 
-Two processes by torchrun draw 4,096 digits. One of them, or the launcher itself, is killed (SIGKILL) at a random moment
-after the first shard of the attempt, and the same command is given again; at the end the images must be those of a run
-by one process that nobody disturbed, byte for byte. Writes docs/results/crash-test.json; ten minutes on two cores.
+Sampling by two processes (torchrun), training, calibrating and comparing are each killed (SIGKILL) five times at a
+random moment, and the same command is given again; for sampling one of the processes, or the launcher, is killed. At
+the end, what the command promises to be the same must be that of a run that nobody disturbed, byte for byte. Writes
+docs/results/crash-test.json; a quarter of an hour on two cores.
 """
 
 from __future__ import annotations
@@ -16,29 +17,97 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 from jacobiflow.files import write_json
 from jacobiflow.measuring import machine
+from jacobiflow.training import read_metrics
 
 RESULT = Path(__file__).resolve().parent.parent / "docs" / "results" / "crash-test.json"
-KILLS, NUM, SHARD, BATCH, LONGEST = 20, 4096, 32, 32, 2.0
-SAMPLE = [
-    "jacobiflow", "sample", "--model", "digits-p1", "--num", str(NUM), "--batch-size", str(BATCH),
-    "--shard-size", str(SHARD), "--strategy", "jacobi", "--tolerance", "1e-3",
-]  # fmt: skip
-TORCHRUN = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--nproc-per-node",
-    "2",
-    "--standalone",
-    "-m",
-    "--",
-]
+KILLS = 5
+PYTHON = [sys.executable, "-m"]
+TORCHRUN = [*PYTHON, "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "--"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def shards(out: Path) -> dict[str, Any]:
+    """The images of every shard, in all folders of samples, that has its record."""
+    found = sorted(out.rglob("shards/*.json"))
+    return {str(path.relative_to(out)): path.with_suffix(".npz").read_bytes() for path in found}
+
+
+def training(out: Path) -> dict[str, Any]:
+    """The trained weights, and the metrics of every step without its seconds."""
+    steps = [{**step, "seconds": 0} for step in read_metrics(out)] if (out / "metrics.jsonl").is_file() else []
+    weights = {}
+    if (out / "model.safetensors").is_file():
+        weights = {name: tensor.numpy().tobytes() for name, tensor in load_file(out / "model.safetensors").items()}
+    return {**{f"step {step['step']}": step for step in steps}, **weights}
+
+
+def calibration(out: Path) -> dict[str, Any]:
+    """The report, or what is finished of it."""
+    report = out / "report.json"
+    if report.is_file():
+        return {report.name: report.read_bytes()}
+    return {path.name: path.read_bytes() for path in sorted((out / "report.json.partial").glob("*.json"))}
+
+
+def steps_of(out: Path) -> int:
+    """Steps that the checkpoint holds."""
+    file = out / "checkpoint.pt"
+    return torch.load(file, weights_only=True)["step"] if file.is_file() else 0
+
+
+def calibrated(out: Path) -> int:
+    """Parts of a calibration that are finished, of which the report has all."""
+    return 100 if (out / "report.json").is_file() else len(calibration(out))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command without its output: what it must end with, and how much of its work is finished."""
+
+    command: str
+    contents: Callable[[Path], dict[str, Any]]
+    finished: Callable[[Path], int]
+    out: str = ""  # the file to write, in the job's folder
+    shared: bool = False  # by two processes, when it is disturbed
+
+    def words(self, folder: Path, alone: bool = False) -> list[str]:
+        """What to run."""
+        return [*(TORCHRUN if self.shared and not alone else PYTHON), *self.command.split(),
+                "--out", str(folder / self.out)]  # fmt: skip
+
+
+JOBS = {
+    "sample": Job(
+        "jacobiflow sample --model digits-p1 --num 4096 --batch-size 32 --shard-size 32 --strategy jacobi "
+        "--tolerance 1e-3",
+        shards, lambda out: len(shards(out)), shared=True,
+    ),
+    "train": Job(
+        "jacobiflow train --images digits --image-size 8 --patch-size 1 --channels 64 --blocks 4 --steps 300 "
+        "--checkpoint-every 20",
+        training, steps_of,
+    ),
+    "calibrate": Job(
+        "jacobiflow calibrate --model digits-p1 --images digits --num 256 --chord", calibration, calibrated,
+        out="report.json",
+    ),
+    "compare": Job(
+        "jacobiflow compare --model fashion-p2 --strategy jacobi-5 --num 256 --batch-size 16 --shard-size 16 "
+        "--repeats 1",
+        shards, lambda out: len(shards(out)),
+    ),
+}  # fmt: skip
 
 
 def workers(launcher: int) -> list[int]:
@@ -54,65 +123,65 @@ def workers(launcher: int) -> list[int]:
     return sorted(found)
 
 
-def shards(out: Path) -> dict[str, bytes]:
-    """The images of a folder, shard by shard, that are there as a whole."""
-    return {path.stem: path.with_suffix(".npz").read_bytes() for path in sorted((out / "shards").glob("*.json"))}
-
-
-def attempt(out: Path, delay: float, rng: random.Random) -> dict[str, Any]:
-    """Start, or go on; kill after `delay` seconds from the first shard that this attempt adds."""
-    before = set(shards(out))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = subprocess.Popen(
-        [*TORCHRUN, *SAMPLE, "--out", str(out)], env=environment, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    while launcher.poll() is None and len(list((out / "shards").glob("*.json"))) <= len(before):
-        time.sleep(0.02)
-    time.sleep(delay)
-    started = workers(launcher.pid)
-    victim = rng.choice([launcher.pid, *started])
-    whom = "launcher" if victim == launcher.pid else "worker"
-    if launcher.poll() is None:
+def attempt(job: Job, out: Path, delay: float, rng: random.Random) -> dict[str, Any]:
+    """Start, or go on; kill after `delay` seconds, unless it has ended by itself."""
+    before = job.finished(out)
+    process = subprocess.Popen(
+        job.words(out), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(delay)
+    started = workers(process.pid) if job.shared else []
+    victim = rng.choice([process.pid, *started])
+    ended = process.poll() is not None
+    if not ended:
         os.kill(victim, signal.SIGKILL)
-    launcher.wait()
+    process.wait()
     for worker in started:  # which outlive a launcher that is killed, and would go on
         with suppress(ProcessLookupError):
             os.kill(worker, signal.SIGKILL)
-    after = shards(out)
-    left = [path.name for path in (out / "shards").glob("*") if f"{path.stem}.json" not in {f"{s}.json" for s in after}]
+    whom = "process" if not started else "launcher" if victim == process.pid else "worker"
     return {
-        "killed": whom,
-        "seconds": delay,
-        "shards_before": len(before),
-        "shards_after": len(after),
-        "half": len(left),
+        "killed": None if ended else whom, "seconds": delay, "finished_before": before,
+        "finished_after": job.finished(out),
+    }  # fmt: skip
+
+
+def disturbed(name: str, job: Job, place: Path, rng: random.Random) -> dict[str, Any]:
+    """An undisturbed run by one process; then runs that are killed at random moments, and finished."""
+    calm, storm = place / f"{name}-calm", place / f"{name}-storm"
+    began = time.perf_counter()
+    subprocess.run(job.words(calm, alone=True), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    seconds, expected = time.perf_counter() - began, job.contents(calm)
+    log: list[dict[str, Any]] = []
+    ends: list[dict[str, Any]] = []
+    while sum(entry["killed"] is not None for entry in log) < KILLS:
+        log.append(attempt(job, storm, rng.uniform(0.2, 0.7) * seconds, rng))
+        print(name, json.dumps(log[-1]), flush=True)
+        if log[-1]["killed"] is None:  # begun anew, or there is nothing left to kill
+            ends.append(job.contents(storm))
+            shutil.rmtree(storm)
+    subprocess.run(job.words(storm), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    ends.append(job.contents(storm))
+    return {
+        "command": job.command,
+        "undisturbed_seconds": seconds,
+        "kills": KILLS,
+        "runs": len(ends),
+        "nothing_lost": all(entry["finished_after"] >= entry["finished_before"] for entry in log),
+        "identical_bytes": all(end == expected for end in ends),
+        "log": log,
     }
 
 
 def main() -> None:
-    """Undisturbed, then killed 20 times, then finished."""
+    """All jobs, one after another."""
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
-        calm, storm = Path(folder) / "calm", Path(folder) / "storm"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, "-m", *SAMPLE, "--out", str(calm)], env=environment, check=True)
-        expected = shards(calm)
-        log = []
-        for _ in range(KILLS):
-            log.append(attempt(storm, rng.uniform(0, LONGEST), rng))
-            print(json.dumps(log[-1]), flush=True)
-            same = all(expected[name] == data for name, data in shards(storm).items())
-            log[-1]["finished_shards_are_right"] = same
-            if log[-1]["shards_after"] == len(expected):
-                shutil.move(storm, Path(folder) / f"full-{len(log)}")  # start anew, or there is nothing left to kill
-        subprocess.run([*TORCHRUN, *SAMPLE, "--out", str(storm)], env=environment, check=True)
-        figures = {
-            "command": " ".join(SAMPLE), "kills": len(log), "shards": len(expected), "machine": machine(),
-            "identical_bytes": shards(storm) == expected, "log": log,
-        }  # fmt: skip
-    write_json(RESULT, figures)
-    print(f"{len(log)} kills, identical bytes: {figures['identical_bytes']}")
+        found = {name: disturbed(name, job, Path(folder), rng) for name, job in JOBS.items()}
+    write_json(RESULT, {"machine": machine(), "jobs": found})
+    for name, job in found.items():
+        print(f"{name}: {job['kills']} kills, identical bytes: {job['identical_bytes']}")
 
 
 if __name__ == "__main__":
