@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test lint mutants benchmark regimes calibration flows evaluation figures clean
+.PHONY: setup demo test lint mutants benchmark regimes calibration flows reliability evaluation figures clean
 
 setup: $(INSTALLED)
 
@@ -69,11 +69,16 @@ flows: setup
 	$(BIN)/python benchmarks/flows_page.py
 	$(BIN)/python benchmarks/readme.py
 
+# Regenerates the tables of docs/reliability.md (a quarter of an hour on two idle cores).
+reliability: setup
+	$(BIN)/python benchmarks/crash_test.py
+	$(BIN)/python benchmarks/check_costs.py
+	$(BIN)/python benchmarks/reliability_page.py
+
 # Regenerates the tables and figures of docs/evaluation.md (hours on two cores; it goes on where it was stopped).
 GUIDED := --guidance 3 --attn-temperature 1.4
 evaluation: setup
 	$(BIN)/python benchmarks/search_guidance.py
-	$(BIN)/python benchmarks/crash_test.py
 	$(BIN)/python benchmarks/batch_sizes.py
 	$(CALIBRATE) $(GUIDED) --chord --out out/guided-3.json
 	$(BIN)/jacobiflow compare --model fashion-p2 $(GUIDED) --denoise 1 --report out/guided-3.json \

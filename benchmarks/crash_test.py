@@ -94,8 +94,8 @@ JOBS = {
         shards, lambda out: len(shards(out)), shared=True,
     ),
     "train": Job(
-        "jacobiflow train --images digits --image-size 8 --patch-size 1 --channels 64 --blocks 4 --steps 300 "
-        "--checkpoint-every 20",
+        "jacobiflow train --images digits --image-size 8 --patch-size 2 --channels 64 --blocks 4 --steps 400 "
+        "--batch-size 32 --no-bf16 --checkpoint-every 20",
         training, steps_of,
     ),
     "calibrate": Job(

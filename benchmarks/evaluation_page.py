@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -70,30 +69,6 @@ def search(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def crash(result: dict[str, Any]) -> str:
-    """What the crash test did and found."""
-    log = result["log"]
-    whom = Counter(entry["killed"] for entry in log)
-    kept = all(entry["shards_after"] >= entry["shards_before"] for entry in log)
-    added = [entry["shards_after"] - entry["shards_before"] for entry in log]
-    after = sorted(entry["seconds"] for entry in log)
-    victims = ", ".join(f"{count} of a {name}" for name, count in sorted(whom.items()))
-    lines = [
-        f"{result['kills']} kills ({victims}), {after[0]:.2f} to {after[-1]:.2f} s after the first new shard. Shards "
-        f"finished per attempt: {min(added)} to {max(added)}; they {'were all kept' if kept else 'WERE NOT KEPT'}. "
-        f"Half-written files beside them: {sum(entry['half'] for entry in log)} over all attempts, removed by the next "
-        f"one. After the last run: {'identical bytes' if result['identical_bytes'] else 'DIFFERENT BYTES'} in all "
-        f"{result['shards']} shards.\n",
-        "| kill | of a | after, s | shards before | shards after | half-written |",
-        "| ---: | --- | ---: | ---: | ---: | ---: |",
-    ]
-    lines += [
-        f"| {i} | {e['killed']} | {e['seconds']:.2f} | {e['shards_before']} | {e['shards_after']} | {e['half']} |"
-        for i, e in enumerate(log, 1)
-    ]
-    return "\n".join(lines)
-
-
 def batches(result: dict[str, Any]) -> str:
     """How far images drawn by another number at a time are."""
     few, many = result["batch_sizes"]
@@ -142,7 +117,6 @@ def parts() -> dict[str, str]:
         "strategies": "\n\n".join(strategies(comparison[name]) for name in ("rows", "final") if comparison[name]),
         "search": search(_result("fashion-p2-search")),
         "scores": scores(_result("evaluation")),
-        "crash": crash(_result("crash-test")),
         "batches": batches(_result("batch-sizes")),
     }
 

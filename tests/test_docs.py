@@ -54,6 +54,7 @@ def test_links_and_pictures_exist():
         ("docs/calibration.md", "calibration_page"),
         ("docs/flows.md", "flows_page"),
         ("docs/evaluation.md", "evaluation_page"),
+        ("docs/reliability.md", "reliability_page"),
         ("docs/architecture.md", "architecture_page"),
     ],
 )
