@@ -21,7 +21,7 @@ def manifest_of(num: int = 10, **changed: Any) -> Manifest:
     """The manifest of a run that needs no flow: 4x4 images in shards of 4, 4 and 2."""
     entries: dict[str, Any] = {
         "image_shape": (1, 4, 4), "seed": 0, "labels_sha256": None, "num_classes": 3, "batch_size": 2,
-        "shard_size": 4, "files": "npz", "model": "none", "fingerprint": "f", "dtype": "float32",
+        "shard_size": 4, "files": "npz", "model": "none", "fingerprint": 64 * "f", "dtype": "float32",
         "strategy": "invented", "strategy_sha256": None, "guidance": None, "denoise": 0.0, "tolerance": None,
         "certify": True, "machine": {"device": "cpu", "threads": 1},
     }  # fmt: skip
@@ -30,7 +30,7 @@ def manifest_of(num: int = 10, **changed: Any) -> Manifest:
 
 def record_of(start: int = 4, num: int = 4, **changed: Any) -> Record:
     record = Record(
-        start=start, num=num, sha256="", labels=tuple(i % 3 for i in range(start, start + num)),
+        start=start, num=num, sha256=64 * "0", labels=tuple(i % 3 for i in range(start, start + num)),
         certificate=tuple(1e-4 * i for i in range(num)), resolved=(1,), lost=(0,), figures={"seconds": 1.5},
     )  # fmt: skip
     return replace(record, **changed)
@@ -40,10 +40,14 @@ def run(out: Path, num: int = 10, labels: bool = True, **changed: Any) -> jf.Sam
     """A run without a flow; `changed` are entries of its manifest, or arguments of `generate`."""
     arguments = {name: changed.pop(name) for name in list(changed) if name not in Manifest.__dataclass_fields__}
     given = torch.arange(num) % 3 if labels else None
-    digest = None if given is None else sha256(given.numpy().astype("<i8").tobytes()).hexdigest()
-    manifest = manifest_of(num, **{"labels_sha256": digest, **changed})
+    manifest = manifest_of(num, **{"labels_sha256": digest_of(given), **changed})
     drawing = arguments.pop("drawing", lambda _: invented)
     return generate(jf.SampleFolder(out, manifest), given, drawing, (4, 4), **{"progress": False, **arguments})
+
+
+def digest_of(labels: Any) -> str | None:
+    """SHA-256 of labels as little-endian int64."""
+    return None if labels is None else sha256(b"".join(int(i).to_bytes(8, "little", signed=True) for i in labels)).hexdigest()
 
 
 def invented(start: int, latents: Tensor, labels: Tensor | None, advance: Callable[[float], None]) -> Drawn:
