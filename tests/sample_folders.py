@@ -47,7 +47,11 @@ def run(out: Path, num: int = 10, labels: bool = True, **changed: Any) -> jf.Sam
 
 def digest_of(labels: Any) -> str | None:
     """SHA-256 of labels as little-endian int64."""
-    return None if labels is None else sha256(b"".join(int(i).to_bytes(8, "little", signed=True) for i in labels)).hexdigest()
+    return (
+        None
+        if labels is None
+        else sha256(b"".join(int(i).to_bytes(8, "little", signed=True) for i in labels)).hexdigest()
+    )
 
 
 def invented(start: int, latents: Tensor, labels: Tensor | None, advance: Callable[[float], None]) -> Drawn:

@@ -207,8 +207,8 @@ def test_a_manifest_says_what_is_drawn() -> None:
     given: dict[str, Any] = {"batch_size": 2, "shard_size": 4, "strategy": "jacobi", "certify": False, "model": "mine"}
     manifest = Manifest.of(flow, 3, labels, 9, guidance=GUIDANCE, denoise=1, tolerance=1e-4, files="png", **given)
     assert asdict(manifest) == given | {
-        "num": 3, "image_shape": (3, 4, 4), "seed": 9, "labels_sha256": digest_of((1, -1, 4)), "num_classes": 5, "files": "png",
-        "fingerprint": manifest.fingerprint, "dtype": "float64", "strategy_sha256": None, "guidance": asdict(GUIDANCE),
+        "num": 3, "image_shape": (3, 4, 4), "seed": 9, "num_classes": 5, "files": "png",
+        "labels_sha256": digest_of((1, -1, 4)), "fingerprint": manifest.fingerprint, "dtype": "float64", "strategy_sha256": None, "guidance": asdict(GUIDANCE),
         "denoise": 1.0, "tolerance": 1e-4, "machine": machine("cpu"), "checksums": None,
     }  # fmt: skip
     assert len(manifest.fingerprint) == 64

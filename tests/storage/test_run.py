@@ -156,7 +156,9 @@ def test_a_manifest_that_is_not_ours_is_not_touched(kind: str, out: Path) -> Non
         shutil.rmtree(out / "shards")
     before = everything(out)
     for overwrite in (False, True):
-        with pytest.raises(SampleFolderError, match="not a manifest of samples .*; restore it, or move the folder away"):
+        with pytest.raises(
+            SampleFolderError, match=r"not a manifest of samples .*; restore it, or move the folder away"
+        ):
             run(out, overwrite=overwrite)
         assert everything(out) == before
         assert not (out / ".lock").exists()

@@ -1,8 +1,9 @@
 """Many samples, to disk: drawn by as many processes as there are, and resumed after interruptions."""
 
 from jacobiflow.storage.figures import figures_of, total
-from jacobiflow.storage.folder import CONTENTS, MANIFEST, SHEET, SampleFolder
+from jacobiflow.storage.folder import SampleFolder
 from jacobiflow.storage.manifest import Manifest, SampleFolderError, labels_sha256
+from jacobiflow.storage.names import CONTENTS, MANIFEST, SHEET
 from jacobiflow.storage.problems import problems
 from jacobiflow.storage.processes import FirstProcessFailed, Processes, processes
 from jacobiflow.storage.run import Draw, Drawn, generate

@@ -17,8 +17,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from jacobiflow.files import json_bytes, sha256, write_atomically
-from jacobiflow.storage.folder import IMAGES, MANIFEST, SHARDS, STRATEGY, SampleFolder
+from jacobiflow.storage.folder import SampleFolder
 from jacobiflow.storage.manifest import OTHER_FOLDER, Manifest, SampleFolderError, labels_sha256
+from jacobiflow.storage.names import IMAGES, MANIFEST, SHARDS, STRATEGY
 from jacobiflow.strategy import Strategy
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,16 +21,15 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from jacobiflow.files import files_sha256, partials, sha256, write_atomically, write_json
+from jacobiflow.files import files_sha256, remove_partials, sha256, write_atomically, write_json
 from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.storage import names
 from jacobiflow.storage.image_files import check_npz, check_png, from_npz, from_png, to_npz, to_png
 from jacobiflow.storage.manifest import Manifest, SampleFolderError
+from jacobiflow.storage.names import MANIFEST, STRATEGY
 from jacobiflow.storage.record import Record
 from jacobiflow.strategy import Strategy
 
-CONTENTS = MANIFEST, STRATEGY, SHARDS, IMAGES = ("manifest.json", "strategy.json", "shards", "images")
-SHEET = "samples.png"  # which the command line adds
-_NO_CLASS = "none"
 _AGAIN = "sample into the folder again with the same settings, which draws this shard anew"
 
 
@@ -117,7 +115,7 @@ class SampleFolder:
             complete = complete and record is not None and record.labels is not None
             labels.update(np.array(() if record is None else record.labels or (), "<i8").tobytes())
         if complete and labels.hexdigest() != self.manifest.labels_sha256:
-            yield f"{self.path / MANIFEST}: its labels are not those of the shards; restore both, or move the folder away"
+            yield f"{self.path / MANIFEST}: its labels are not those of the shards; restore it, or move the folder away"
 
     def check_flow(self, flow: ImageFlow) -> None:
         """**Raises** `SampleFolderError` where the samples have another shape, or other classes or blocks, than `flow`.
@@ -133,10 +131,12 @@ class SampleFolder:
             ("a strategy of blocks", blocks, config.num_blocks),
         ):
             if have != want:
-                raise SampleFolderError(f"{self.path}: has {what} {have}, the model {want}; give the model of the samples")
+                raise SampleFolderError(
+                    f"{self.path}: has {what} {have}, the model {want}; give the model of the samples"
+                )
 
     def images(self, index: int) -> UInt8[Tensor, "n c h w"]:
-        """The 8-bit images of a shard. **Raises** `SampleFolderError` where a file holds others than the manifest says."""
+        """The 8-bit images of a shard. **Raises** `SampleFolderError` where they have another shape or type."""
         record = self._record(index)
         files, shape = self._files(index, record), self._shape
         try:
@@ -218,71 +218,35 @@ class SampleFolder:
         for path in sorted(self.named(), key=lambda path: path.suffix != ".json"):
             path.unlink(missing_ok=True)
         (self.path / STRATEGY).unlink(missing_ok=True)
-        for folder in (*self._class_folders(), self.path / IMAGES, self.path / SHARDS):
+        for folder in reversed(names.places(self.path, self.manifest)[1:]):
             with suppress(OSError):  # it holds something else
                 folder.rmdir()
 
     def named(self) -> Iterator[Path]:
-        """The files of shards and images that are there, by the names that a run of this manifest gives."""
-        manifest = self.manifest
-        kinds = (".json", ".npz") if manifest.files == "npz" else (".json",)
-        for path in (self.path / SHARDS).glob("*"):
-            if path.suffix in kinds and _is_index(path.stem, 5, manifest.num_shards):
-                yield path
-        for folder in self._class_folders():
-            for path in folder.glob("*.png"):
-                if _is_index(path.stem, 8, manifest.num):
-                    yield path
+        """The files of shards and images that are there, by the names that a run of this manifest gives them."""
+        return names.named(self.path, self.manifest)
 
     def size(self) -> int:
         """Bytes of its images and records."""
         return sum(path.stat().st_size for path in self.named() if path.is_file())
 
-    def partials(self) -> list[Path]:
-        """The partial files that killed processes have left."""
-        places = (self.path, self.path / SHARDS, self.path / IMAGES, *self._class_folders())
-        return [path for place in dict.fromkeys(places) for path in partials(place)]
-
     def sweep(self) -> None:
-        """Remove these."""
-        for path in self.partials():
-            path.unlink(missing_ok=True)
+        """Remove the partial files that killed processes have left."""
+        for place in names.places(self.path, self.manifest):
+            remove_partials(place)
 
     # ------------------------------------------------------------------------------------------------------------------
 
     def _record_file(self, index: int) -> Path:
-        return self.path / SHARDS / f"{index:05}.json"
+        return names.record_file(self.path, index)
 
     def _files(self, index: int, record: Record) -> list[Path]:
-        """The files of a shard's images; PNGs lie in folders by class."""
-        if self.manifest.files == "npz":
-            return [self.path / SHARDS / f"{index:05}.npz"]
-        names = [f"{record.start + i:08}.png" for i in range(record.num)]
-        if record.labels is None:
-            return [self.path / IMAGES / name for name in names]
-        classes = [f"{label:0{self._digits}}" if label >= 0 else _NO_CLASS for label in record.labels]
-        return [self.path / IMAGES / label / name for label, name in zip(classes, names, strict=True)]
-
-    @property
-    def _digits(self) -> int:
-        return len(str(self.manifest.num_classes - 1))
+        return names.image_files(self.path, self.manifest, index, record)
 
     @property
     def _shape(self) -> tuple[int, int, int]:
         channels, height, width = self.manifest.image_shape
         return height, width, channels
-
-    def _class_folders(self) -> list[Path]:
-        """The folders of PNGs that are there."""
-        if self.manifest.files == "npz":
-            return []
-        if self.manifest.labels_sha256 is None:
-            return [self.path / IMAGES]
-        return [
-            folder
-            for folder in (self.path / IMAGES).glob("*/")
-            if folder.name == _NO_CLASS or _is_index(folder.name, self._digits, self.manifest.num_classes)
-        ]
 
     def _damage(self, index: int) -> Iterator[str]:
         """How a shard differs from what its run wrote."""
@@ -321,8 +285,3 @@ class SampleFolder:
         for record in self.records():
             marks[[record.start + i for i in marked(record)]] = True
         return marks
-
-
-def _is_index(text: str, digits: int, stop: int) -> bool:
-    """Whether a name is that of a number below `stop`, with so many digits at least."""
-    return re.fullmatch(r"[0-9]{1,9}", text) is not None and int(text) < stop and text == f"{int(text):0{digits}}"

@@ -171,11 +171,16 @@ class Manifest:
 
 
 def check_sizes(num: int, shard_size: int, image_shape: tuple[int, int, int]) -> None:
-    """**Raises** `ValueError` for more samples or shards than a folder holds, or a larger shard than is read at once."""
+    """**Raises** `ValueError` for more samples or shards than a folder holds, or too large a shard to be read."""
     for have, most, what, give in (
         (num, MOST_SAMPLES, "samples", "fewer"),
         (-(-num // shard_size), MOST_SHARDS, "shards", "a larger shard size"),
-        (min(num, shard_size) * math.prod(image_shape), MOST_BYTES, "bytes of images in a shard", "a smaller shard size"),
+        (
+            min(num, shard_size) * math.prod(image_shape),
+            MOST_BYTES,
+            "bytes of images in a shard",
+            "a smaller shard size",
+        ),
     ):
         if have > most:
             raise ValueError(f"{have:,} {what}: the limit is {most:,}; give {give}")

@@ -73,10 +73,8 @@ def processes() -> Iterator[Processes]:
         dist.init_process_group(backend, timeout=_WAIT)
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"MASTER_ADDR {environ['MASTER_ADDR']}, MASTER_PORT {environ['MASTER_PORT']}: the processes cannot meet there "
-            f"({reason}); {_START}, with a free port"
-        ) from error
+        where = f"MASTER_ADDR {environ['MASTER_ADDR']}, MASTER_PORT {environ['MASTER_PORT']}"
+        raise ValueError(f"{where}: the processes cannot meet there ({reason}); {_START}, with a free port") from error
     try:
         yield among
     finally:
@@ -84,7 +82,7 @@ def processes() -> Iterator[Processes]:
 
 
 def _launched() -> Processes:
-    """This process by the variables of `torchrun`. **Raises** `ValueError` that names the one that is missing or odd."""
+    """This process by the variables of `torchrun`. **Raises** `ValueError` that names one that is missing or odd."""
     count = _variable("WORLD_SIZE", 1)
     rank = _variable("RANK", 0, count - 1)
     local = _variable("LOCAL_RANK", 0, rank)

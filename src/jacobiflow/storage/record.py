@@ -64,7 +64,11 @@ class Record:
             "start": type(self.start) is int and self.start >= 0,
             "num": type(self.num) is int and self.num >= 1,
             "labels": self.labels is None
-            or (_are(int, self.labels) and len(self.labels) == self.num and all(-_MOST <= i < _MOST for i in self.labels)),
+            or (
+                _are(int, self.labels)
+                and len(self.labels) == self.num
+                and all(-_MOST <= i < _MOST for i in self.labels)
+            ),
             "certificate": self.certificate is None
             or (_are((int, float), self.certificate) and len(self.certificate) == self.num),
             "resolved": _are(int, self.resolved) and all(i in each for i in self.resolved),

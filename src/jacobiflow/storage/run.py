@@ -15,8 +15,9 @@ from jacobiflow.data import quantize
 from jacobiflow.latents import draw_latents
 from jacobiflow.locking import locking
 from jacobiflow.storage.begin import Begun, begin
-from jacobiflow.storage.folder import MANIFEST, SampleFolder
+from jacobiflow.storage.folder import SampleFolder
 from jacobiflow.storage.manifest import SampleFolderError
+from jacobiflow.storage.names import MANIFEST
 from jacobiflow.storage.processes import Processes
 from jacobiflow.storage.progress import run_progress, say
 from jacobiflow.storage.record import Record
