@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -22,8 +23,9 @@ from problems import make_flow
 from sample_folders import digest_of, everything, flip, manifest_of, pixels_in, read, record_of, signed
 
 import jacobiflow as jf
+from jacobiflow.locking import locked
 from jacobiflow.measuring import machine
-from jacobiflow.storage import Manifest, SampleFolderError
+from jacobiflow.storage import Manifest, SampleFolderError, problems
 from jacobiflow.storage.record import Record
 from jacobiflow.strategy import Prediction
 
@@ -207,9 +209,9 @@ def test_a_manifest_says_what_is_drawn() -> None:
     given: dict[str, Any] = {"batch_size": 2, "shard_size": 4, "strategy": "jacobi", "certify": False, "model": "mine"}
     manifest = Manifest.of(flow, 3, labels, 9, guidance=GUIDANCE, denoise=1, tolerance=1e-4, files="png", **given)
     assert asdict(manifest) == given | {
-        "num": 3, "image_shape": (3, 4, 4), "seed": 9, "num_classes": 5, "files": "png",
-        "labels_sha256": digest_of((1, -1, 4)), "fingerprint": manifest.fingerprint, "dtype": "float64", "strategy_sha256": None, "guidance": asdict(GUIDANCE),
-        "denoise": 1.0, "tolerance": 1e-4, "machine": machine("cpu"), "checksums": None,
+        "num": 3, "image_shape": (3, 4, 4), "seed": 9, "labels_sha256": digest_of((1, -1, 4)), "num_classes": 5,
+        "files": "png", "fingerprint": manifest.fingerprint, "dtype": "float64", "strategy_sha256": None,
+        "guidance": asdict(GUIDANCE), "denoise": 1.0, "tolerance": 1e-4, "machine": machine("cpu"), "checksums": None,
     }  # fmt: skip
     assert len(manifest.fingerprint) == 64
     off = Manifest.of(flow, 3, None, 9, guidance=jf.Guidance(0.0), denoise=0.0, **given)
@@ -303,3 +305,98 @@ def test_a_changed_record_is_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"^not a record \(|^does not match its own checksum$"):
             Record.from_json(value)
+
+
+def huge(path: Path) -> None:
+    """An .npz file whose header announces 2^60 images."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (2**60, 4, 4, 1)})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue())
+
+
+def wide(path: Path) -> None:
+    Image.new("L", (5000, 5000)).save(path, "png")
+
+
+def bad(path: Path) -> None:
+    path.write_bytes(b"x")
+
+
+REPLACED: dict[str, tuple[str, str, Callable[[Path], None], str]] = {
+    "a huge header": ("npz", "shards/00000.npz", huge, r"holds uint8 of shape \(1152921504606846976, 4, 4, 1\), not u"),
+    "other numbers": ("npz", "shards/00000.npz", lambda p: np.savez(p, np.zeros((4, 4, 4, 1))), "holds float64 of sh"),
+    "no array": ("npz", "shards/00000.npz", bad, "holds no images"),
+    "a large picture": ("png", "images/0/00000000.png", wide, "holds an image 5000x5000 L, not 4x4 L"),
+    "no picture": ("png", "images/0/00000000.png", bad, "holds no image"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_images_of_another_shape_are_refused_by_their_header(name: str, tmp_path: Path) -> None:
+    """Though all checksums are right."""
+    kind, place, replace_it, words = REPLACED[name]
+    folder = folder_of(tmp_path, files=kind)
+    replace_it(tmp_path / place)
+    paths = [tmp_path / place, *(tmp_path / f"images/{i % 3}/{i:08}.png" for i in (1, 2, 3) if kind == "png")]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    record = tmp_path / "shards" / "00000.json"
+    record.write_text(json.dumps(signed(read(record) | {"sha256": digest})))
+    folder = folder.with_checksums()
+    folder.save_manifest()
+    for look in (folder.check, lambda: folder.images(0)):
+        with pytest.raises(SampleFolderError, match=rf"{place}: {words}.*; sample into the folder again"):
+            look()
+    assert not folder.verify(0)
+
+
+def test_labels_and_flow_are_those_of_the_manifest(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    other = replace(folder, manifest=replace(folder.manifest, labels_sha256=SHA))
+    with pytest.raises(SampleFolderError, match=r"manifest\.json: its labels are not those of the shards; restore it"):
+        other.check()
+    for changed in ({"labels_sha256": None}, {"num_classes": 2}):
+        with pytest.raises(SampleFolderError, match=r"00000\.json: its labels are not those of manifest\.json; sample"):
+            replace(folder, manifest=replace(folder.manifest, **changed)).check()
+    folder.check_flow(make_flow(image_size=4, num_classes=3))
+    for given, words in (
+        ({"image_size": 8}, r"images of shape \(1, 4, 4\), the model \(1, 8, 8\)"),
+        ({"num_classes": 2}, "num_classes 3, the model 2"),
+    ):  # fmt: skip
+        with pytest.raises(SampleFolderError, match=f"has {words}; give the model of the samples"):
+            folder.check_flow(make_flow(**{"image_size": 4, "num_classes": 3, **given}))
+    jf.Strategy.uniform(jf.Solver(), 3).save(tmp_path / "strategy.json")
+    digest = hashlib.sha256((tmp_path / "strategy.json").read_bytes()).hexdigest()
+    with pytest.raises(SampleFolderError, match="has a strategy of blocks 3, the model 2"):
+        replace(folder, manifest=replace(folder.manifest, strategy_sha256=digest)).check_flow(
+            make_flow(image_size=4, num_classes=3)
+        )
+
+
+def test_all_problems_of_a_folder_are_found(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    folder = folder_of(out)
+    assert list(problems(out)) == []
+    strategy = replace(folder, manifest=replace(folder.manifest, strategy_sha256=SHA))
+    strategy.save_manifest()
+    for name in ("mine.txt", "images/a.png", f"shards/.00001.npz.{16 * 'a'}.partial", "samples.png"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("x")
+    flip(out / "shards" / "00000.npz")
+    (out / "shards" / "00001.json").write_text("{}")
+    (out / "shards" / "00002.json").unlink()
+    before = everything(out)
+    with locked(out):
+        found = [line.removeprefix(f"{out}").lstrip("/").partition(";")[0] for line in problems(out)]
+    assert found == [
+        ": a run is writing to it", "strategy.json: has changed since its run wrote it",
+        "shards/00000.npz: does not match its checksum", "shards/00001.json: damaged, or of other samples",
+        "shards/00002.json: missing", f"shards/.00001.npz.{16 * 'a'}.partial: half-written by a run that was stopped",
+        "mine.txt and 1 more: not of the run, which leaves them alone",
+    ]  # fmt: skip
+    assert everything(out) == before
+    (out / "manifest.json").write_text("{}")
+    (tmp_path / "loop").symlink_to("loop")
+    for path, words in ((out, "not a manifest"), (tmp_path / "loop", "cannot be read"), (tmp_path, "no manifest")):
+        (line,) = problems(path)
+        assert words in line

@@ -175,6 +175,45 @@ def test_samples_without_a_manifest_are_not_touched(name: str, tmp_path: Path) -
         assert os.listdir(tmp_path) == [name]
 
 
+@pytest.mark.parametrize("files, name", [("npz", "shards/00003.npz"), ("png", "images/1/00000010.png")])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_others_under_names_of_ours_are_not_overwritten(
+    files: str, name: str, overwrite: bool, reference: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(reference[files], tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    before = everything(tmp_path)
+    with pytest.raises(SampleFolderError, match=f"{name}: was not written by this run; move it away, or give another"):
+        run(tmp_path, 17, files=files, overwrite=overwrite)
+    assert everything(tmp_path) == before
+
+
+def test_a_shard_of_other_samples_is_drawn_again(reference: dict[str, Path], out: Path, tmp_path: Path) -> None:
+    """Though it is whole in itself."""
+    run(tmp_path / "other", seed=1)
+    for kind in ("npz", "json"):
+        shutil.copyfile(tmp_path / "other" / "shards" / f"00001.{kind}", out / "shards" / f"00001.{kind}")
+    with pytest.warns(UserWarning, match="00001 for one; drawn again"):
+        assert run(out).drawn == 4
+    assert facts(out) == facts(reference["npz"])
+
+
+def test_what_is_no_folder_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked" / ".lock").write_text("of another program")
+    before = everything(tmp_path)
+    for name, words in {
+        "file": "cannot be used as a folder (File exists)", "file/in": "cannot be used as a folder (Not a directory)",
+        "loop": "cannot be used as a folder (File exists)", "locked": "/.lock: is not a lock of jacobiflow; move",
+    }.items():  # fmt: skip
+        with pytest.raises((ValueError, OSError), match=re.escape(words)):
+            run(tmp_path / name)
+    assert everything(tmp_path) == before
+    assert (tmp_path / "locked" / ".lock").read_text() == "of another program"
+
+
 def test_other_settings_are_refused_before_anything_is_changed(out: Path) -> None:
     before = everything(out)
     changes: dict[str, dict[str, Any]] = {
