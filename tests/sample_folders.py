@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -98,6 +101,30 @@ def times(out: Path) -> dict[str, int]:
     """When the files of the shards that have a record were written."""
     done = [path.stem for path in (out / "shards").glob("*.json")]
     return {p.name: p.stat().st_mtime_ns for p in (out / "shards").glob("*") if p.stem in done}
+
+
+class Killed(BaseException):
+    """The end of a process."""
+
+
+@contextmanager
+def killed(after: int) -> Iterator[None]:
+    """So many files get or lose their names; the next one, and all that would be cleaned up, do not."""
+    left, rename, unlink = [after], os.replace, Path.unlink
+
+    def count(change: Callable[..., None]) -> Callable[..., None]:
+        def counted(*given: Any, **options: Any) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            change(*given, **options)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", count(rename))
+        patch.setattr(Path, "unlink", count(unlink))
+        yield
 
 
 def flip(path: Path) -> None:
