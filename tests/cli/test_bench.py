@@ -43,7 +43,7 @@ def test_a_bundled_model_end_to_end(run: Any, tmp_path: Path) -> None:
     line = f"bench --model digits-p1 {line} --repeats 1 --seed 3 --out {out} --json {tmp_path}/copy.json"
     result = run(line)
     assert (result.code, result.err) == (0, "")
-    assert sorted(os.listdir(out)) == ["bench.json", "bench.png"]
+    assert sorted(os.listdir(out)) == [".lock", "bench.json", "bench.png"]
     assert (out / "bench.json").read_bytes() == (tmp_path / "copy.json").read_bytes()
     with Image.open(out / "bench.png") as picture:
         assert picture.width > 900

@@ -111,11 +111,11 @@ def test_certificates_are_those_of_the_shards(run: Any, tmp_path: Path) -> None:
     assert (shown["resolved_sequentially"], shown["lost"]) == (resolved, 0)
     assert resolved > 0
     assert f"certificate {values.max():.1e} largest of 12 samples" in out
-    assert sorted(os.listdir(tmp_path / "new" / "out")) == ["certificates.png", "evaluation.json"]
+    assert sorted(os.listdir(tmp_path / "new" / "out")) == [".lock", "certificates.png", "evaluation.json"]
     shown, out = evaluated(run, tmp_path, "model --samples guided --features none --paired 0")
     assert shown["certificates"] is None
     assert "certificate none drawn with --no-certify" in out
-    assert os.listdir(tmp_path / "new" / "out") == ["evaluation.json"]
+    assert sorted(os.listdir(tmp_path / "new" / "out")) == [".lock", "evaluation.json"]
 
 
 def test_lost_samples_are_reported(run: Any, tmp_path: Path) -> None:

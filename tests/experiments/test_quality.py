@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -209,7 +210,7 @@ def test_timings_are_of_this_machine_and_these_rows(copied: Experiment) -> None:
         (row if entry in row else kept if entry in kept else kept["machine"])[entry] = "another"
         (copied.out / "timings.json").write_text(json.dumps(kept))
         assert (timings(copied, 1) == kept) == (entry == "threads")
-    (copied.out / "timings.json").write_text("{")
+    (copied.out / "timings.json").unlink()
     assert timings(copied, 1)["rows"]["jacobi-2"]["median"] < 1234.5
 
 
@@ -240,7 +241,11 @@ def test_another_experiments_folder_is_refused(copied: Experiment) -> None:
 
 
 def test_only_files_of_an_experiment_are_removed(copied: Experiment) -> None:
-    out, foreign = copied.out, {"notes.txt", "rows/jacobi-2/notes.txt", "exact/mine.npy", "plans/mine.json"}
+    out, foreign = copied.out, {
+        "notes.txt", "rows/jacobi-2/notes.txt", "exact/mine.npy", "plans/mine.json", "plans/auto-mine.json",
+        "plans/auto-1.json", "rows/mine/notes.txt",
+    }  # fmt: skip
+    (out / "rows" / "mine").mkdir()
     for name in foreign:
         (out / name).write_text("mine")
     begin(replace(copied, seed=5), overwrite=True)
@@ -249,23 +254,33 @@ def test_only_files_of_an_experiment_are_removed(copied: Experiment) -> None:
 
 
 def test_lost_settings_are_named(copied: Experiment) -> None:
-    settings = copied.out / "settings.json"
-    for lose in (settings.unlink, lambda: settings.write_text("{")):
-        lose()
-        before = everything(copied.out)
-        with pytest.raises(ValueError, match=r"settings.json is lost or broken; restore it, or .* overwrite=True"):
-            begin(copied)
-        assert everything(copied.out) == before
+    (copied.out / "settings.json").unlink()
+    before = everything(copied.out)
+    with pytest.raises(ValueError, match=r"holds rows, but settings\.json is lost; restore it, or .* overwrite=True"):
+        begin(copied)
+    assert everything(copied.out) == before
     begin(copied, overwrite=True)
     begin(copied)
 
 
-def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "settings.json").write_text('{"theme": "dark"}')
-    for overwrite in (False, True):
-        with pytest.raises(ValueError, match=r"was not written by an experiment, .*; give another folder"):
-            begin(experiment(tmp_path), overwrite)
-        assert everything(tmp_path) == {"settings.json": b'{"theme": "dark"}'}
+FOREIGN = {
+    "settings.json": '{"theme": "dark"}', "timings.json": "{", "comparison.json": "[]", "plans/auto-1e-2.json": "{}",
+    "exact/00000008.npy": "mine", "rows/jacobi-2/manifest.json": '{"name": "app"}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_others_are_left_alone(name: str, copied: Experiment, tmp_path: Path) -> None:
+    for out in (tmp_path / "new", copied.out):
+        if name.startswith("exact") and out == copied.out:
+            continue  # a damaged file of ours, which is drawn again
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(FOREIGN[name])
+        before = everything(out)
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match=re.escape(name)):
+                begin(replace(copied, out=out), overwrite)
+            assert everything(out) == before
 
 
 UNFIT: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
