@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "memory": set(),
     "adapters": {"memory"},
     "native": {"files"},
-    "data": {"files"},
+    "data": {"files", "memory"},
     "flows": {"files", "memory", "native"},
     "solvers": {"codec", "flows.base"},
     "guidance": {"flows.base"},
