@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "adapters": {"memory"},
     "native": {"files"},
     "data": {"files", "memory"},
-    "flows": {"files", "memory", "native"},
+    "flows": {"files", "locking", "memory", "native"},
     "solvers": {"codec", "flows.base"},
     "guidance": {"flows.base"},
     "denoising": {"flows"},

@@ -100,5 +100,5 @@ def test_a_data_set_is_of_bytes() -> None:
             ImageDataset(wrong, labels)
     with pytest.raises(DataError, match="labels from 0 to 2: give classes 0 to 1"):
         ImageDataset(images, torch.tensor([0, 2]), ("a", "b"))
-    with pytest.raises(TypeError, match="images=.* of type list: give a torch.Tensor"):
+    with pytest.raises(TypeError, match=r"images=.* of type list: give a torch.Tensor"):
         ImageDataset([1], None)  # type: ignore[arg-type]

@@ -26,8 +26,8 @@ DIGIT_CLASSES = tuple("0123456789")
 def read_idx(path: str | Path) -> NDArray[np.uint8]:
     """The array of unsigned bytes in an IDX file, plain or gzipped.
 
-    **Raises** `DataError` where the file is not IDX, is not of unsigned bytes, does not hold what its header says, or has
-    more entries than 10,000,000 along its first axis or than memory holds.
+    **Raises** `DataError` where the file is not IDX, is not of unsigned bytes, does not hold what its header says, or
+    has more than 10,000,000 entries along its first axis, or more than memory holds.
     """
     path = Path(path)
     try:
@@ -58,7 +58,9 @@ def _parse_idx(path: Path, file: io.BufferedIOBase, most: int) -> NDArray[np.uin
     shape = struct.unpack(f">{rank}I", sizes)
     want, data = math.prod(shape), bytearray()
     if want > most:
-        raise DataError(f"{path}: its header {shape} asks for {want} bytes, more than it can hold; fetch the file again")
+        raise DataError(
+            f"{path}: its header {shape} asks for {want} bytes, more than it can hold; fetch the file again"
+        )
     check_room(path, *(shape or (1,)))
     while len(data) <= want and (chunk := file.read(1 << 20)):  # never allocates what only the header promises
         data += chunk

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from jacobiflow.files import read_object, remove_partials, write_beside
+from jacobiflow.files import partials, read_object, remove_partials, write_beside
 from jacobiflow.flows.config import FlowConfig
 from jacobiflow.flows.fingerprint import fingerprint_of
 from jacobiflow.flows.weights import CheckpointError, check_values, first_line
@@ -102,7 +102,7 @@ def holding(path: Path) -> ModelFolder | None:
             return ModelFolder.open(path)
         except CheckpointError as error:
             raise CheckpointError(f"{path / CONFIG}: not of a model that jacobiflow wrote; {remedy}") from error
-    if os.path.lexists(path / WEIGHTS) and not any(map(_is_config, path.glob(f".{CONFIG}.*.partial"))):
+    if os.path.lexists(path / WEIGHTS) and not any(map(_is_config, partials(path, CONFIG))):
         raise CheckpointError(f"{path / WEIGHTS}: weights without a {CONFIG} that jacobiflow wrote; {remedy}")
     return None
 
@@ -136,8 +136,9 @@ def write_folder(
     check_values(state, f"{path}: not written")
     report = _report_of(report_file, fingerprint_of(state))
     holding(path)
-    if report is not None and os.path.lexists(path / REPORT) and "fingerprint" not in (read_object(path / REPORT) or {}):
-        raise CheckpointError(f"{path / REPORT}: not a report of jacobiflow; move it away, or give another folder")
+    place = path / REPORT
+    if report is not None and os.path.lexists(place) and "fingerprint" not in (read_object(place) or {}):
+        raise CheckpointError(f"{place}: not a report of jacobiflow; move it away, or give another folder")
     remove_half_written(path)
     document = {"model_type": model_type, "format_version": FORMAT_VERSION, **config}
     with writing(path / CONFIG) as new_config, writing(path / WEIGHTS) as new_weights:
