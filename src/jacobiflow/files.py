@@ -41,13 +41,13 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         partial.write_bytes(data)
 
 
-def partials(folder: Path) -> list[Path]:
-    """The files that killed processes have left half-written in `folder`, by the names of `write_beside`."""
-    return [path for path in folder.glob(".*.partial") if _PARTIAL.fullmatch(path.name)]
+def partials(folder: Path, name: str = "*") -> list[Path]:
+    """The files that killed processes have left half-written of `name` in `folder`, by the names of `write_beside`."""
+    return sorted(path for path in folder.glob(f".{name}.*.partial") if _PARTIAL.fullmatch(path.name))
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove those files."""
+    """Remove the files that killed processes have left half-written in `folder`."""
     for path in partials(folder):
         path.unlink(missing_ok=True)
 

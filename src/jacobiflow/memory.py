@@ -1,10 +1,21 @@
-"""Memory that sweeps free and need again."""
+"""How much memory there is, and what sweeps free and need again."""
 
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
+
+
+def shortage(needed: int) -> str | None:
+    """Words that say that `needed` bytes are more memory than this machine has; `None` where it has as much."""
+    try:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not on every system
+        return None
+    words = (f"{amount / 2**30:,.1f} GiB" for amount in (needed, have))
+    return f"{next(words)} of memory, and this machine has {next(words)}" if needed > have else None
 
 
 def keep_freed_memory(device: torch.device) -> None:

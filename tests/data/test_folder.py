@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from jacobiflow import memory
 from jacobiflow.data import DataError, image_folder
+from jacobiflow.data import folder as data_folder
 
 
 def noise(*shape: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -121,12 +123,28 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     write_image(tmp_path / "a" / "0.png", noise(8, 8))
     for name, size, channels, message in (
         ("gone", 8, 3, "gone: no such folder"),
-        (".", 0, 3, "size=0, channels=3: give"),
-        (".", 8, 2, "size=8, channels=2: give"),
+        (".", 0, 3, "size=0: give a positive"),
+        (".", 8, 2, "channels=2: give 1 or 3"),
         ("a", 1_000_000, 3, r"0\.png: 8x8 pixels, smaller than 1000000x1000000"),  # 3 TB are not allocated first
     ):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(ValueError, match=message):
             image_folder(tmp_path / name, size, channels)
+
+
+def test_what_is_too_large_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        write_image(tmp_path / "0" / f"{i}.png", noise(64, 64))
+    monkeypatch.setattr(memory.os, "sysconf", lambda name: 100)  # a machine of 10,000 bytes
+    with pytest.raises(DataError, match=r"0: 3 images of 1x64x64 need 0.0 GiB of memory, and this machine has 0.0"):
+        image_folder(tmp_path / "0", 64, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # a file that says that it is a "decompression bomb"
+        with pytest.raises(DataError, match=r"0\.png: not a usable image \(Image size \(4096 pixels\) exceeds limit"):
+            image_folder(tmp_path, 8)
+    monkeypatch.setattr(data_folder, "LIMIT", 2)
+    for place in (tmp_path, tmp_path / "0"):
+        with pytest.raises(DataError, match="0: the limit is 2 files and folders"):
+            image_folder(place, 8)
 
 
 def test_deep_folders_and_many_files(tmp_path: Path) -> None:
@@ -134,6 +152,9 @@ def test_deep_folders_and_many_files(tmp_path: Path) -> None:
     for i in range(40):
         write_image(tmp_path / "a" / f"{i:02d}.png", noise(4, 4))
     write_image(tmp_path.joinpath(*["a"] * 150) / "last.png", noise(4, 4))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="a: the limit is 100 levels of folders"):
+        patch.setattr(data_folder, "_DEEPEST", 100)
+        image_folder(tmp_path, 4)
     (soft, hard), depth = resource.getrlimit(resource.RLIMIT_NOFILE), sys.getrecursionlimit()
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 10, hard))
     sys.setrecursionlimit(len(inspect.stack()) + 100)

@@ -72,6 +72,8 @@ def test_errors_say_what_is_wrong_and_an_archive_is_not_unpacked_beyond_its_head
         (b"\0\0\x0d\x01\0\0\0\0", "starts with 00 00 0d 01, not as an IDX file of unsigned bytes"),
         (b"\0\0\x08\x03\0\0", "truncated inside its header of 16 bytes; fetch"),
         (whole[:-1], r"header \(3, 2\) asks for 6 bytes, it holds 5; fetch"),
+        (gzip.compress(b"\0\0\x08\2" + b"\0\x10\0\0" * 2), "asks for 1099511627776 bytes, more than it can hold"),
+        (b"\0\0\x08\2\0\x99\0\0" + bytes(4), "10,027,008 images; the limit is 10,000,000"),
         (gzip.compress(whole)[:-2], "broken gzip data .*; fetch"),
         (gzip.compress(whole + bytes(1 << 25), compresslevel=1), "asks for 6 bytes, it holds more"),
     ):

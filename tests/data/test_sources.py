@@ -94,6 +94,11 @@ def test_a_data_set_is_of_bytes() -> None:
         (images[:0], None, "none of them 0"),
         (images, torch.zeros(3, dtype=torch.int64), r"labels: .*of shape \(2,\)"),
         (images, torch.zeros(2), "labels: torch.float32 .*give torch.int64"),
+        (images, torch.tensor([-1, 2]), "labels from -1 to 2: give classes 0 and above"),
     ):
         with pytest.raises(DataError, match=message):
             ImageDataset(wrong, labels)
+    with pytest.raises(DataError, match="labels from 0 to 2: give classes 0 to 1"):
+        ImageDataset(images, torch.tensor([0, 2]), ("a", "b"))
+    with pytest.raises(TypeError, match=r"images=.* of type list: give a torch.Tensor"):
+        ImageDataset([1], None)  # type: ignore[arg-type]

@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -16,71 +15,29 @@ from typing import Any
 
 import pytest
 import torch
-from running import figures, run_line
+from running import figures, put, run_line
 from torch import Tensor
+from training_runs import (
+    CONFIG,
+    SETTINGS,
+    SHIFTS_ONLY,
+    assert_same,
+    assert_same_run,
+    checkpoint,
+    error_of,
+    fit,
+    fresh,
+    interrupt_at,
+    some_digits,
+)
 
 import jacobiflow as jf
-from jacobiflow.data import ImageDataset, Noise, digits
+from jacobiflow.data import ImageDataset, Noise
 from jacobiflow.training import StepReport, TrainConfig, read_metrics, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SIZES = {"channels": 32, "num_blocks": 2, "layers_per_block": 1, "num_classes": 10, "head_dim": 16, "expansion": 2}
-CONFIG = jf.TarFlowConfig(1, 8, 2, **SIZES, noise_std=0.1)
-SHIFTS_ONLY = replace(CONFIG, nvp=False)
 SIZE = "--images digits --image-size 8 --channels 16 --head-dim 8 --blocks 1 --layers 1"
-# 5 batches an epoch, so that 12 steps see three orders.
-SETTINGS = TrainConfig(steps=12, batch_size=8, warmup=4, bf16=False, checkpoint_every=5, sample_every=6)
-
-
-def some_digits(num: int = 43) -> ImageDataset:
-    data = digits()
-    assert data.labels is not None
-    return ImageDataset(data.images[:num], data.labels[:num])
-
-
-def fresh(config: jf.TarFlowConfig = CONFIG) -> jf.TarFlow:
-    torch.manual_seed(3)
-    return jf.TarFlow(config)
-
-
-def fit(out: Path, settings: TrainConfig = SETTINGS, config: jf.TarFlowConfig = CONFIG, **calls: Any) -> jf.TarFlow:
-    return train(fresh(config), some_digits(), settings, out, **calls)
-
-
-def interrupt_at(*steps: int) -> Callable[[StepReport], None]:
-    def on_step(report: StepReport) -> None:
-        if report.step in steps:
-            raise KeyboardInterrupt
-
-    return on_step
-
-
-def checkpoint(out: Path) -> dict[str, Any]:
-    return torch.load(out / "checkpoint.pt", weights_only=True)
-
-
-def assert_same(have: Any, want: Any, where: str = "") -> None:
-    """Equal bit for bit, but for the seconds that it took."""
-    assert type(have) is type(want), where
-    if isinstance(want, Tensor):
-        assert torch.equal(have, want), where
-    elif isinstance(want, list):
-        assert_same(dict(enumerate(have)), dict(enumerate(want)), where)
-    elif isinstance(want, dict):
-        assert have.keys() == want.keys(), where
-        for key in want.keys() - {"seconds"}:
-            assert_same(have[key], want[key], f"{where}.{key}")
-    else:
-        assert have == want, where
-
-
-def assert_same_run(have: Path, want: Path) -> None:
-    """Parameters, averaged weights, optimiser state and metrics."""
-    assert_same(checkpoint(have), checkpoint(want))
-    assert_same([json.loads(line) for line in (have / "metrics.jsonl").read_text().splitlines()], read_metrics(want))
-    assert (have / "model.safetensors").read_bytes() == (want / "model.safetensors").read_bytes()
-    assert sorted(os.listdir(have)) == sorted(os.listdir(want))
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +94,9 @@ def test_a_kill_between_metrics_and_checkpoint_leaves_no_trace(undisturbed: dict
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path, on_step=interrupt_at(6))
     log = tmp_path / "metrics.jsonl"
-    lines = log.read_text()
-    log.write_text(lines + (undisturbed[True] / "metrics.jsonl").read_text()[len(lines) :][:200])  # a line and a half
-    (tmp_path / ".checkpoint.pt.4321.partial").write_bytes(b"half")
+    more = (undisturbed[True] / "metrics.jsonl").read_text().splitlines(keepends=True)[6:]
+    log.write_text(log.read_text() + "".join(more)[:200])  # a line and a half
+    (tmp_path / f".checkpoint.pt.{'4' * 16}.partial").write_bytes(b"half")
     fit(tmp_path)
     assert_same_run(tmp_path, undisturbed[True])
 
@@ -170,7 +127,7 @@ def test_a_finished_command_needs_no_metrics(tmp_path: Path, capsys: pytest.Capt
         assert run_line(f"train {SIZE} --steps 1 --out {tmp_path} --json {tmp_path}/f", capsys).code == 0
         step = figures(tmp_path / "f")["last_step"]
         assert (step and step["step"]) == last
-        (tmp_path / "metrics.jsonl").unlink()
+        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
 
 
 def test_the_loss_falls_and_the_averaged_flow_is_the_model_folder(tmp_path: Path) -> None:
@@ -270,19 +227,20 @@ def test_settings_out_of_range_are_refused() -> None:
             replace(SETTINGS, **{setting: value})  # type: ignore[arg-type]
 
 
-def error_of(call: Callable[[], object]) -> str:
-    with pytest.raises(ValueError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 def test_a_checkpoint_that_is_broken_or_of_another_flow_is_one_error_and_kept(
     undisturbed: dict[bool, Path], tmp_path: Path
 ) -> None:
     path, state = tmp_path / "checkpoint.pt", checkpoint(undisturbed[True])
-    damages = ({"step": "x"}, {"step": -5}, {"seconds": math.nan}, {"average": {"var": torch.zeros(3)}}, {"flow": {}})
-    wrong = f"{path}: not a checkpoint of this trainer; remove it or give another folder"
+    damages: list[dict[str, Any]] = [
+        {"step": "x"}, {"step": -5}, {"step": math.nan}, {"step": True}, {"step": 10**12}, {"step": 0},
+        {"seconds": math.nan}, {"average": {"var": torch.zeros(3)}}, {"flow": {}}, {"flow_config": []},
+        {"flow": state["flow"] | {"var": torch.full((16, 4), math.inf)}}, {"optimizer": {"state": {0: {}}}},
+        {"optimizer": put(state["optimizer"], ("state", 0, "exp_avg_sq"), -torch.ones(32, 4))},
+        {"optimizer": put(state["optimizer"], ("state", 0, "exp_avg"), torch.ones(()).expand(10**6, 10**6))},
+        {name: {k: v[:1] for k, v in state[name].items()} for name in ("flow", "average")},
+        {"settings": {1: torch.ones(2)}},
+    ]  # fmt: skip
+    wrong = f"{path}: not a checkpoint of this trainer ("
     for content, config, message in (
         *((state | damage, CONFIG, wrong) for damage in damages),
         ("hello", CONFIG, wrong),

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from jacobiflow.cli import options
+from jacobiflow.flows.fingerprint import fingerprint, fingerprint_of
+from jacobiflow.flows.folder import holding, locked_folder
 from jacobiflow.flows.tarflow import TarFlow
 from jacobiflow.flows.tarflow.original import infer_config, read_original
 
@@ -28,6 +30,20 @@ def convert(
     """
     options.check_writable(out, json)
     config = replace(infer_config(read_original(file), patch_size=patch_size), noise_std=noise_std)
-    TarFlow.from_original(file, config).save_pretrained(out)
+    flow = TarFlow.from_original(file, config)
+    with locked_folder(out):
+        _check_free(out, flow)
+        flow.write(out)
     options.report(json, {"model": str(out), **asdict(config)})
     print(f"wrote the model folder {out}")
+
+
+def _check_free(out: Path, flow: TarFlow) -> None:
+    """**Raises** `ValueError` where the folder holds another model than `flow`."""
+    model = holding(out)
+    if model is not None and (
+        model.model_type != flow.model_type
+        or model.config(flow.config_type) != flow.config
+        or fingerprint_of(model.state()) != fingerprint(flow)
+    ):
+        raise ValueError(f"{out}: holds another model; give another folder, or move it away")

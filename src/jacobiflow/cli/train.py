@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -22,9 +23,12 @@ from jacobiflow.data import Noise
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.registry import find_flow, flow_names
 from jacobiflow.measuring import machine
-from jacobiflow.plots import image_grid, save_png
+from jacobiflow.memory import shortage
+from jacobiflow.plots import check_picture, image_grid, save_png
 from jacobiflow.training import StepReport, TrainConfig, read_metrics
 from jacobiflow.training import train as fit
+
+_SHEET = "samples-{:06d}.png"
 
 
 def train(
@@ -91,6 +95,7 @@ def train(
     )  # fmt: skip
     place = options.parse_device(device)
     options.check_writable(out, json)
+    _check_memory(flow_class, config, place)
     torch.manual_seed(seed)
     model = flow_class(config)
 
@@ -102,6 +107,10 @@ def train(
     ):
         task = bar.add_task("training", total=steps, figures="")
 
+        def on_start(done: int) -> None:
+            bar.update(task, completed=done)
+            _check_sheets(out, range(done + 1, steps + 1), sample_every)
+
         def on_step(step: StepReport) -> None:
             figures = f"loss {step.loss:+.4f}  {step.bits_per_dim:.3f} bits/dim"
             bar.update(task, completed=step.step, figures=figures)
@@ -111,9 +120,9 @@ def train(
         def on_sample(average: ImageFlow, step: int) -> None:
             labels = options.parse_labels("balanced", 20, average, seed)
             drawn = sampling.sample(average, num=20, labels=labels, seed=seed, strategy="sequential", progress=False)
-            save_png(image_grid(drawn.images, columns=10), out / f"samples-{step:06d}.png")
+            save_png(image_grid(drawn.images, columns=10), out / _SHEET.format(step))
 
-        fit(model.to(place), data, settings, out, on_step, on_sample)
+        fit(model.to(place), data, settings, out, on_step, on_sample, on_start)
     figures = {"model": str(out), "flow": flow, "images": len(data), **asdict(config), "training": asdict(settings)}
     metrics = read_metrics(out)  # empty where no step was left to do and the file was deleted
     options.report(json, figures | {"last_step": metrics[-1] if metrics else None, **machine(place)})
@@ -126,6 +135,26 @@ def _flow_class(name: str) -> type[ImageFlow]:
     if found is None:
         raise ValueError(f"--flow {name}: give one of {', '.join(flow_names())}")
     return found
+
+
+def _check_memory(flow_class: type[ImageFlow], config: Any, place: torch.device) -> None:
+    """**Raises** `ValueError` where training a flow of this `config` takes more memory than there is."""
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in flow_class(config).parameters())
+    copies = 5 if place.type == "cpu" else 1  # weights, gradients, their average, and two moments of AdamW
+    lacking = shortage(4 * copies * parameters)
+    if lacking:
+        raise ValueError(
+            f"a flow of {parameters:,} parameters needs {lacking}; give a smaller --channels, or fewer --blocks"
+        )
+
+
+def _check_sheets(out: Path, steps: range, every: int) -> None:
+    """**Raises** `ValueError` where a sheet of samples would replace a picture that is not one of ours."""
+    for path in sorted(out.glob("samples-*.png")):
+        number = re.fullmatch(r"samples-(\d{6,10})\.png", path.name)
+        if number and int(number[1]) in steps and int(number[1]) % every == 0:
+            check_picture(path)
 
 
 def _parameters(flow_class: type[ImageFlow]) -> Mapping[str, object]:

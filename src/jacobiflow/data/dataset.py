@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+
+from jacobiflow.checks import check_kind
+from jacobiflow.memory import shortage
+
+LIMIT = 10_000_000  # images, or files to look through
 
 
 class DataError(ValueError):
@@ -17,7 +23,8 @@ class DataError(ValueError):
 class ImageDataset:
     """8-bit images (N, C, H, W), a label (int64) per image or `None`, and the names of the classes.
 
-    **Raises** `DataError` for other types or shapes, and for a dataset without images.
+    **Raises** `TypeError` for what is no tensor, `DataError` for other types or shapes, a dataset without images, and
+    labels below 0 or without a class.
     """
 
     images: UInt8[Tensor, "n c h w"]
@@ -26,12 +33,17 @@ class ImageDataset:
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
+        check_kind("images", images, Tensor, "a torch.Tensor of 8-bit images (N, C, H, W)")
+        check_kind("labels", labels, (Tensor, type(None)), "a torch.Tensor with one whole number per image, or None")
         if images.dtype != torch.uint8 or images.ndim != 4 or not images.numel():
             have = f"{images.dtype} of shape {tuple(images.shape)}"
             raise DataError(f"images: {have}; give torch.uint8 of shape (N, C, H, W), none of them 0")
         if labels is not None and (labels.dtype != torch.int64 or labels.shape != images.shape[:1]):
             have = f"{labels.dtype} of shape {tuple(labels.shape)}"
             raise DataError(f"labels: {have}; give torch.int64 of shape ({len(images)},), one per image")
+        if labels is not None and (labels.min() < 0 or (self.classes and labels.max() >= len(self.classes))):
+            last = f"to {len(self.classes) - 1}" if self.classes else "and above"
+            raise DataError(f"labels from {labels.min()} to {labels.max()}: give classes 0 {last}")
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -39,6 +51,16 @@ class ImageDataset:
     def batch(self, index: Tensor | slice) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"] | None]:
         """Images scaled to [-1, 1] and labels at `index`."""
         return scale(self.images[index]), None if self.labels is None else self.labels[index]
+
+
+def check_room(source: object, num: int, *sizes: int) -> None:
+    """**Raises** `DataError` where `num` 8-bit images of `sizes` are too many, or more than memory holds."""
+    if num > LIMIT:
+        raise DataError(f"{source}: {num:,} images; the limit is {LIMIT:,}: give fewer")
+    lacking = shortage(num * math.prod(sizes))
+    if lacking:
+        have = "x".join(map(str, sizes))
+        raise DataError(f"{source}: {num:,} images of {have} need {lacking}; give fewer or smaller ones")
 
 
 def scale(images: UInt8[Tensor, "*n"]) -> Float[Tensor, "*n"]:

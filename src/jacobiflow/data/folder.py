@@ -11,9 +11,11 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from jacobiflow.data.dataset import DataError, ImageDataset
+from jacobiflow.checks import check_choice, check_count
+from jacobiflow.data.dataset import LIMIT, DataError, ImageDataset, check_room
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".pgm", ".ppm", ".tif", ".tiff"})
+_DEEPEST = 1000  # levels of folders
 
 
 def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDataset:
@@ -22,14 +24,14 @@ def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDatas
     Images directly in `folder` have no labels; a folder with both kinds is refused. Classes are the subfolders' names
     in sorted order. Links are followed; hidden files and folders are skipped, and files without an image's suffix.
     `channels` is 3 or 1 (grey). Transparent pixels are blended onto white, 16-bit greys rounded to 8 bits, and an
-    orientation in EXIF is not applied.
+    orientation in EXIF is not applied. There may be 10,000,000 files and folders, and 1,000 levels of folders.
 
-    **Raises** `DataError` where there is no image, a class has none, or an image is broken, animated, of 32-bit
-    pixels, or smaller than `size`.
+    **Raises** `DataError` where there is no image, a class has none, an image is broken, animated, of 32-bit pixels, or
+    smaller than `size`, or there are more than these limits or the memory allow.
     """
     root = Path(folder)
-    if size < 1 or channels not in (1, 3):
-        raise DataError(f"size={size}, channels={channels}: give a positive size, and 1 or 3 channels")
+    check_count("size", size)
+    check_choice("channels", channels, (1, 3))
     if not os.path.isdir(root):
         raise DataError(f"{root}: no such folder")
     try:
@@ -49,8 +51,9 @@ def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDatas
             raise DataError(f"{root / empty[0]}: class folder without an image; add some, or remove it")
         files = [path for paths in members.values() for path in paths]
         labels = torch.tensor([label for label, paths in enumerate(members.values()) for _ in paths])
-    # One image is read before memory is taken for all: it refuses a size that is far too large.
-    images = torch.empty(len(files), *_read_image(files[0], size, channels).shape, dtype=torch.uint8)
+    _read_image(files[0], size, channels)  # whose message is better where `size` is far too large
+    check_room(root, len(files), channels, size, size)
+    images = torch.empty(len(files), channels, size, size, dtype=torch.uint8)
     for image, path in zip(images, files, strict=True):
         image.copy_(_read_image(path, size, channels))
     return ImageDataset(images, labels, () if labels is None else tuple(members))
@@ -58,11 +61,14 @@ def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDatas
 
 def _list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
     """Subfolders and image files directly in `folder`, each in order of name."""
-    folders, files = [], []
+    folders: list[Path] = []
+    files: list[Path] = []
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
+            if len(folders) + len(files) == LIMIT:
+                raise DataError(f"{folder}: the limit is {LIMIT:,} files and folders; give fewer images")
             is_image = Path(entry.name).suffix.lower() in IMAGE_SUFFIXES
             if entry.is_dir():
                 folders.append(folder / entry.name)
@@ -76,29 +82,41 @@ def _list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
 def _files_below(folder: Path) -> list[Path]:
     """All image files below `folder`: its own, then those of its subfolders, each in order of name."""
     found: list[Path] = []
-    waiting = [folder]
+    waiting, looked = [(folder, 1)], 0
     while waiting:
-        folders, files = _list_folder(waiting.pop())
+        place, level = waiting.pop()
+        folders, files = _list_folder(place)
         found += files
-        waiting += reversed(folders)
+        looked += len(folders) + len(files)
+        if looked > LIMIT:
+            raise DataError(f"{folder}: the limit is {LIMIT:,} files and folders; give fewer images")
+        if folders and level == _DEEPEST:
+            raise DataError(f"{folder}: the limit is {_DEEPEST:,} levels of folders; move the images up")
+        waiting += ((inner, level + 1) for inner in reversed(folders))
     return found
 
 
 def _read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
     try:
         with Image.open(path) as file:
+            _check_side(path, file, size)  # before it is decoded
             image = _flatten(file).convert("L" if channels == 1 else "RGB")
+    except DataError:
+        raise
     except Exception as error:  # on broken files, Pillow's decoders raise nearly anything
         raise DataError(f"{path}: not a usable image ({error}); replace or remove it") from error
-    if min(image.size) < size:
-        have = f"{image.width}x{image.height} pixels"
-        raise DataError(f"{path}: {have}, smaller than {size}x{size}; remove it, or enlarge it first")
     if min(image.size) > size:
         width, height = (round(side * size / min(image.size)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     pixels = np.array(image.crop((left, top, left + size, top + size)))
     return torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1)
+
+
+def _check_side(path: Path, image: Image.Image, size: int) -> None:
+    if min(image.size) < size:
+        have = f"{image.width}x{image.height} pixels"
+        raise DataError(f"{path}: {have}, smaller than {size}x{size}; remove it, or enlarge it first")
 
 
 def _flatten(image: Image.Image) -> Image.Image:

@@ -15,30 +15,36 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from jacobiflow.data.dataset import DataError, ImageDataset
+from jacobiflow.data.dataset import DataError, ImageDataset, check_room
 
 Split: TypeAlias = Literal["train", "test"]
 
+_DEFLATED = 1100  # no byte of a gzip file stands for more
 DIGIT_CLASSES = tuple("0123456789")
 
 
 def read_idx(path: str | Path) -> NDArray[np.uint8]:
     """The array of unsigned bytes in an IDX file, plain or gzipped.
 
-    **Raises** `DataError` where the file is not IDX, is not of unsigned bytes, or does not hold what its header says.
+    **Raises** `DataError` where the file is not IDX, is not of unsigned bytes, does not hold what its header says, or
+    has more than 10,000,000 entries along its first axis, or more than memory holds.
     """
     path = Path(path)
     try:
         with open(path, "rb") as file:
             # The first bytes decide, not the name: a browser may unpack a file and keep its name.
-            return _parse_idx(path, gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file)
+            size = os.fstat(file.fileno()).st_size
+            if file.peek(2)[:2] == b"\x1f\x8b":
+                return _parse_idx(path, gzip.GzipFile(fileobj=file), _DEFLATED * size)
+            return _parse_idx(path, file, size)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: broken gzip data ({error}); fetch the file again") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
 
 
-def _parse_idx(path: Path, file: io.BufferedIOBase) -> NDArray[np.uint8]:
+def _parse_idx(path: Path, file: io.BufferedIOBase, most: int) -> NDArray[np.uint8]:
+    """The array in `file`, which holds no more than `most` bytes."""
     magic = file.read(4)
     if len(magic) < 4 or magic[:3] != b"\x00\x00\x08" or magic[3] > 8:
         start = magic.hex(" ") or "nothing"
@@ -51,6 +57,11 @@ def _parse_idx(path: Path, file: io.BufferedIOBase) -> NDArray[np.uint8]:
         raise DataError(f"{path}: truncated inside its header of {4 + 4 * rank} bytes; fetch the file again")
     shape = struct.unpack(f">{rank}I", sizes)
     want, data = math.prod(shape), bytearray()
+    if want > most:
+        raise DataError(
+            f"{path}: its header {shape} asks for {want} bytes, more than it can hold; fetch the file again"
+        )
+    check_room(path, *(shape or (1,)))
     while len(data) <= want and (chunk := file.read(1 << 20)):  # never allocates what only the header promises
         data += chunk
     if len(data) != want:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from jacobiflow.checks import check_count
 from jacobiflow.data.dataset import DataError, ImageDataset
 from jacobiflow.data.folder import image_folder
 from jacobiflow.data.idx import DIGIT_CLASSES, Split, idx_folder
@@ -65,6 +66,8 @@ def load_images(source: str, size: int, channels: int, split: Split = "train") -
 
     **Raises** `DataError` where the source does not exist, is broken, or has images of another shape.
     """
+    check_count("size", size)
+    check_count("channels", channels)
     if source in SOURCES:
         data = SOURCES[source](split)
     elif not os.path.isdir(source):

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from jacobiflow.checks import short
 from jacobiflow.data import DataError
 from jacobiflow.evaluation.fashion import STATISTICS
 from jacobiflow.evaluation.features import InceptionFeatures, load_tensors, need_torchmetrics
@@ -23,7 +24,8 @@ LEAST = _NEIGHBOURS + 1
 """The smallest set that precision and recall take."""
 
 _SUBSETS, _SUBSET = 100, 1000
-_ROUNDING = 1e-6  # of the largest mean square of a feature: rounding makes no eigenvalue more negative
+_ROUNDING = {torch.float64: 1e-8}  # of covariances, relative to their norm and the features' squares
+_COARSE = 1e-6  # where the sums are in single or half precision
 _EXPECTED = "a file that Statistics.save wrote, or a *_fid_stats.pth of the original TarFlow code"
 
 
@@ -83,16 +85,20 @@ class Statistics:
         num, total, outer = (state[f"real_features_{name}"] for name in ("num_samples", "sum", "cov_sum"))
         if not (total.is_floating_point() and outer.is_floating_point() and not num.is_floating_point()):
             raise TypeError(f"of types {total.dtype}, {outer.dtype}, {num.dtype}")
+        if num.dtype == torch.bool or num.numel() != 1:
+            raise TypeError(f"a number of images {short(num)}")
         if total.ndim != 1 or not len(total) or outer.shape != (len(total), len(total)) or int(num) < 2:
             raise ValueError(f"shapes {tuple(total.shape)} and {tuple(outer.shape)}, of {int(num)} images")
         found = cls(int(num), total.double(), outer.double())
         covariance = found.covariance()
         if not torch.isfinite(covariance).all():
             raise ValueError("a NaN or an infinity")
-        if not torch.allclose(found.outer, found.outer.T):
+        scale = float(found.outer.diagonal().abs().max()) / found.num + float(torch.linalg.matrix_norm(covariance))
+        slack = _ROUNDING.get(outer.dtype, _COARSE) * scale
+        if (covariance - covariance.T).abs().max() > slack:
             raise ValueError("covariances that are not symmetric")
-        slack = _ROUNDING * float(found.outer.diagonal().max()) / found.num or 1.0  # 1 where all features are 0
-        if torch.linalg.cholesky_ex(covariance + slack * torch.eye(len(covariance)).double()).info:
+        # Where all features are 0 there is nothing to factorise.
+        if slack and torch.linalg.cholesky_ex(covariance + slack * torch.eye(len(covariance)).double()).info:
             raise ValueError("covariances with a negative eigenvalue")
         return found
 

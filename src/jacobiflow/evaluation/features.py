@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import tempfile
 from collections.abc import Callable, Iterable
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from jacobiflow.data import DataError
 from jacobiflow.evaluation.fashion import FashionFeatures
+from jacobiflow.flows.weights import load_torch
 
 Kind = Literal["fashion", "inception"]
 NAMES: dict[str, str] = {"fashion": "fashion-FID", "inception": "FID"}
@@ -33,7 +33,8 @@ class InceptionFeatures(nn.Module):
     **Arguments:** `weights`, a file of the network's weights. With `None` they are read from PyTorch's hub folder, or
     downloaded into it.
 
-    **Raises** `DataError` where torchmetrics and torch-fidelity are not installed, or there are no such weights.
+    **Raises** `DataError` where torchmetrics and torch-fidelity are not installed, there are no such weights, or one is
+    not finite.
 
     Reference: Heusel et al., GANs Trained by a Two Time-Scale Update Rule, arXiv 1706.08500.
     """
@@ -53,6 +54,9 @@ class InceptionFeatures(nn.Module):
                 self.network = NoTrainInceptionV3("inception-v3-compat", [str(_POOL)], str(path))
             except (RuntimeError, AttributeError, TypeError) as error:
                 raise DataError(f"{weights or _hub_file()}: weights of another network; give {_WEIGHTS}") from error
+        broken = [name for name, value in self.network.state_dict().items() if not value.isfinite().all()]
+        if broken:
+            raise DataError(f"{weights or _hub_file()}: {broken[0]} has non-finite values; give {_WEIGHTS}")
 
     def forward(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n 2048"]:
         """The features. **Raises** `ValueError` for images of another type or number of channels."""
@@ -87,7 +91,7 @@ def load_tensors(path: Path, expected: str) -> Any:
     **Raises** `DataError` that names the file and says to give the `expected` one.
     """
     try:
-        return torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+        return load_torch(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give {expected}") from error
     except Exception as error:  # torch.load raises many kinds

@@ -13,6 +13,7 @@ from jacobiflow.flows.base import (
 )
 from jacobiflow.flows.config import FlowConfig
 from jacobiflow.flows.image_flow import FlowBlock, ImageFlow
+from jacobiflow.flows.inspection import problems
 from jacobiflow.flows.maf import MAF
 from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.registry import register
@@ -20,5 +21,6 @@ from jacobiflow.flows.tarflow import TarFlow
 
 __all__ = [
     "MAF", "AffineFrontPerSample", "ExactInverse", "Extrapolation", "FlowBlock", "FlowConfig", "FrontPerSample",
-    "ImageFlow", "KeepsNothing", "LowPrecision", "Permutation", "TarFlow", "register",
+    "ImageFlow", "KeepsNothing", "LowPrecision", "Permutation", "TarFlow", "problems",
+    "register",
 ]  # fmt: skip

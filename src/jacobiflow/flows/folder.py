@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -16,10 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from jacobiflow.files import write_beside
+from jacobiflow.files import partials, read_object, remove_partials, write_beside
 from jacobiflow.flows.config import FlowConfig
 from jacobiflow.flows.fingerprint import fingerprint_of
 from jacobiflow.flows.weights import CheckpointError, check_values, first_line
+from jacobiflow.locking import LOCK, locked
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -51,21 +53,7 @@ class ModelFolder:
         path = bundled().get(name, Path(name)) if isinstance(name, str) else name
         if not path.is_dir():
             path = _download(str(name), hub)
-        file = path / CONFIG
-        try:
-            document = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{file}: missing; a model folder holds {CONFIG} and {WEIGHTS}") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{file}: not JSON ({first_line(error)}); copy it again") from error
-        if not isinstance(document, dict):
-            raise CheckpointError(f"{file}: holds a {type(document).__name__}; expected an object with config fields")
-        model_type, version = document.pop("model_type", None), document.pop("format_version", None)
-        if not isinstance(model_type, str) or version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{file}: model_type {model_type!r} in format {version!r}; this release reads format {FORMAT_VERSION}"
-            )
-        return cls(path, model_type, document)
+        return cls(path, *_read_config(path / CONFIG))
 
     def config(self, config_type: type[AnyConfig]) -> AnyConfig:
         """The config; fields that are missing take their defaults.
@@ -103,17 +91,55 @@ class ModelFolder:
         return self.path / REPORT if (self.path / REPORT).is_file() else None
 
 
+def holding(path: Path) -> ModelFolder | None:
+    """The model in the folder `path`; `None` where there is none, or a half that a killed `write_folder` left.
+
+    **Raises** `CheckpointError` where there are files with the names of a model's that are not one of this library.
+    """
+    remedy = "move it away, or give another folder"
+    if os.path.lexists(path / CONFIG):
+        try:
+            return ModelFolder.open(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path / CONFIG}: not of a model that jacobiflow wrote; {remedy}") from error
+    if os.path.lexists(path / WEIGHTS) and not any(map(_is_config, partials(path, CONFIG))):
+        raise CheckpointError(f"{path / WEIGHTS}: weights without a {CONFIG} that jacobiflow wrote; {remedy}")
+    return None
+
+
+@contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """`locked`, for a folder that is to be copied and uploaded: the lock's file is removed at the end."""
+    with locked(path):
+        yield
+        with suppress(OSError):  # some systems remove no open file
+            (path / LOCK).unlink()
+
+
+def remove_half_written(path: Path) -> None:
+    """Remove what a killed write of a model has left in a folder that `holding` has checked."""
+    if not (path / CONFIG).exists():
+        (path / WEIGHTS).unlink(missing_ok=True)
+    remove_partials(path)
+
+
 def write_folder(
     path: Path, model_type: str, config: Mapping[str, Any], state: Mapping[str, Tensor], report_file: Path | None
 ) -> None:
-    """Write a model folder; what `path` held stays until then.
+    """Write a model folder, which the caller has locked; what `path` held stays until then.
 
     The report in `report_file` is copied where it is of the weights in `state`.
 
-    **Raises** `CheckpointError` where a weight is not finite, or `path` cannot be written.
+    **Raises** `CheckpointError` where a weight is not finite, `path` holds what is no model of this library, or it
+    cannot be written.
     """
     check_values(state, f"{path}: not written")
     report = _report_of(report_file, fingerprint_of(state))
+    holding(path)
+    place = path / REPORT
+    if report is not None and os.path.lexists(place) and "fingerprint" not in (read_object(place) or {}):
+        raise CheckpointError(f"{place}: not a report of jacobiflow; move it away, or give another folder")
+    remove_half_written(path)
     document = {"model_type": model_type, "format_version": FORMAT_VERSION, **config}
     with writing(path / CONFIG) as new_config, writing(path / WEIGHTS) as new_weights:
         new_config.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -142,6 +168,31 @@ def writing(path: Path) -> Iterator[Path]:
             yield partial
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be written ({first_line(error)})") from None
+
+
+def _read_config(file: Path) -> tuple[str, dict[str, Any]]:
+    """The model type and the other fields of a config.json."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: missing; a model folder holds {CONFIG} and {WEIGHTS}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not JSON ({first_line(error)}); copy it again") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{file}: holds a {type(document).__name__}; expected an object with config fields")
+    model_type, version = document.pop("model_type", None), document.pop("format_version", None)
+    if not isinstance(model_type, str) or version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file}: model_type {model_type!r} in format {version!r}; this release reads format {FORMAT_VERSION}"
+        )
+    return model_type, document
+
+
+def _is_config(file: Path) -> bool:
+    try:
+        return bool(_read_config(file))
+    except CheckpointError:
+        return False
 
 
 def _download(name: str, hub: dict[str, Any]) -> Path:

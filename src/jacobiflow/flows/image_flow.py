@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.config import FlowConfig
-from jacobiflow.flows.folder import ModelFolder, write_folder, writing
+from jacobiflow.flows.folder import ModelFolder, locked_folder, write_folder, writing
 from jacobiflow.flows.permutation import Permutation
-from jacobiflow.flows.weights import CheckpointError, build, floating
+from jacobiflow.flows.weights import CheckpointError, build, first_line, floating
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -156,11 +156,23 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
         The flow's report is copied where it is of the weights that are written, and a model card is made where there
         is no README.md. `push_to_hub` calls this with `config`, which can only be the flow's own.
 
-        **Raises** `CheckpointError`, a `ValueError`, where a weight is not finite or the folder cannot be written.
+        **Raises** `CheckpointError`, a `ValueError`, where a weight is not finite, the folder cannot be written, or it
+        has a config.json or weights that are not of a model of this library; `FolderInUseError`, a `ValueError`, where
+        another process writes to it.
         """
         if config not in (None, self.config):
             raise ValueError(f"config={config}: leave it out, the flow's own is saved")
-        folder, dtype = Path(save_directory), floating(dtype)
+        folder = Path(save_directory)
+        try:
+            with locked_folder(folder):
+                self.write(folder, floating(dtype), model_card_kwargs)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be written ({first_line(error)})") from None
+
+    def write(
+        self, folder: Path, dtype: torch.dtype | None = None, model_card_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """`save_pretrained` to a folder that the caller has locked."""
         state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
         write_folder(folder, self.model_type, asdict(self.config), state, self.report_file)
         if not (folder / "README.md").exists():

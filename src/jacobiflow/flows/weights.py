@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import threading
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +20,44 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REGISTRATIONS = 8  # of a tensor: a module may take its parameters from another
+_MOST = 1000  # blocks of a flow, layers of a block
 
 
 class CheckpointError(ValueError):
     """A model folder or file that cannot be used; the message names it, what is wrong, and what to do."""
+
+
+def load_torch(path: str | Path) -> Any:
+    """What `torch.save` wrote to a file, on the CPU; code in it is not run, and nothing is larger than the file.
+
+    **Raises** `OSError` where the file cannot be read; nearly any error, as `torch.load` does, where it is broken.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > size:
+                raise ValueError(f"a file of {size:,} bytes says that it holds {unpacked:,}")
+        file.seek(0)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    waiting, seen = [content], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            waiting += value
+        elif isinstance(value, Tensor) and value.layout == torch.strided and value.nbytes > _stored(value):
+            raise ValueError(f"a tensor {tuple(value.shape)} of {_stored(value):,} bytes")
+    return content
+
+
+def _stored(tensor: Tensor) -> int:
+    return 0 if tensor.is_meta else tensor.untyped_storage().nbytes()
 
 
 def build(make: Callable[[], AnyModule], state: dict[str, Tensor], source: str) -> AnyModule:
@@ -67,11 +104,16 @@ def check_values(state: Mapping[str, Tensor], source: str) -> None:
 
 
 def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
-    """How many n there are in names that start with "{prefix}{n}."; **raises** `ValueError` where one is left out."""
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    """How many n there are in names that start with "{prefix}{n}.".
+
+    **Raises** `ValueError` where one is left out, or there are more than 1,000.
+    """
+    pattern = re.compile(re.escape(prefix) + r"(\d{1,9})\.")  # no more digits: nothing has so many
     numbers = {int(found[1]) for name in state if (found := pattern.match(name))}
     if numbers != set(range(len(numbers))):
         raise ValueError(f"{len(numbers)} of {prefix}*, but one is numbered {max(numbers)}")
+    if len(numbers) > _MOST:
+        raise ValueError(f"{len(numbers):,} of {prefix}*; the limit is {_MOST:,}")
     return len(numbers)
 
 

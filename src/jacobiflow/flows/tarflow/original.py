@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from jacobiflow.flows.folder import writing
 from jacobiflow.flows.tarflow.config import TarFlowConfig
-from jacobiflow.flows.weights import CheckpointError, check_values, count_layers, first_line
+from jacobiflow.flows.weights import CheckpointError, check_values, count_layers, first_line, load_torch
 
 _MASK = re.compile(r"blocks\.\d+\.attn_mask")
 
@@ -21,13 +22,13 @@ _MASK = re.compile(r"blocks\.\d+\.attn_mask")
 def read_original(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a `.pth` file, less the prefix of DistributedDataParallel.
 
-    Only tensors are read: code in the file does not run.
+    Only tensors are read: code in the file does not run, and no tensor is larger than what the file has of it.
 
     **Raises** `CheckpointError` where the file is missing, damaged, or holds anything but a dict of tensors.
     """
     remedy = "give a file that torch.save(model.state_dict(), path) wrote"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_torch(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
     except pickle.UnpicklingError:
@@ -36,9 +37,18 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: cut short or damaged ({first_line(error)}); copy it again") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a dict of tensors; {remedy}")
-    others = [repr(key) for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+    others = [
+        repr(key) if isinstance(key, str | int) else f"a {type(key).__name__}"  # which may be far too long
+        for key, value in state.items()
+        if not (isinstance(key, str) and isinstance(value, Tensor))
+    ]
     if others:
         raise CheckpointError(f"{path}: entries other than tensors: {', '.join(others)}; {remedy}")
+    # Masks, which may share their memory, are not copied.
+    weights = (t for name, t in state.items() if t.layout == torch.strided and not _MASK.search(name))
+    needed = sum(tensor.nbytes for tensor in weights)
+    if needed > os.path.getsize(path):
+        raise CheckpointError(f"{path}: tensors of {needed:,} bytes that share their memory; {remedy}")
     prefix = "module."
     if all(name.startswith(prefix) for name in state):
         return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -52,11 +62,14 @@ def take_masks(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def check_masks(masks: Mapping[str, Tensor], config: TarFlowConfig, source: str) -> None:
     """**Raises** `CheckpointError` where `masks` are not the causal masks of a TarFlow of this `config`."""
-    expected = _masks(config)
+    size = (config.num_tokens, config.num_tokens)
+    expected = [f"blocks.{i}.attn_mask" for i in range(config.num_blocks)]
+    fits = {name for name in expected if name in masks and masks[name].shape == size}
+    mask = _mask(config) if fits else None  # not made where nothing here is as large
     problems = [
-        f"{name}: expected ones on and below the diagonal of ({config.num_tokens}, {config.num_tokens}), zeros above"
-        for name, mask in expected.items()
-        if name not in masks or not _equal(masks[name], mask)
+        f"{name}: expected ones on and below the diagonal of {size}, zeros above"
+        for name in expected
+        if mask is None or name not in fits or not _equal(masks[name], mask)
     ]
     problems += [f"{name}: unknown" for name in masks if name not in expected]
     if problems:
@@ -77,7 +90,8 @@ def write_original(state: Mapping[str, Tensor], config: TarFlowConfig, path: str
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     check_values(state, f"{path}: not written")
     with writing(Path(path)) as partial, partial.open("wb") as file:
-        torch.save(state | _masks(config), file)
+        mask = _mask(config)
+        torch.save(state | {f"blocks.{i}.attn_mask": mask for i in range(config.num_blocks)}, file)
 
 
 def infer_config(
@@ -97,6 +111,8 @@ def infer_config(
         num_classes = len(state["blocks.0.class_embed"]) if "blocks.0.class_embed" in state else 0
         num_blocks = count_layers(state, "blocks.")
         layers_per_block = count_layers(state, "blocks.0.attn_blocks.")
+        for i in range(num_blocks):  # nothing is built for names that stand alone
+            state[f"blocks.{i}.attn_blocks.{layers_per_block - 1}.mlp.main.0.weight"]
     except KeyError as error:
         raise CheckpointError(f"not the state dict of a TarFlow: no {error}") from None
     except (ValueError, TypeError) as error:
@@ -145,12 +161,11 @@ def _token_sizes(token_channels: int, in_channels: int | None, patch_size: int |
     return in_channels, patch_size
 
 
-def _masks(config: TarFlowConfig) -> dict[str, Tensor]:
-    """The buffers that only the original code has: every block's causal mask (T, T)."""
-    mask = torch.ones(config.num_tokens, config.num_tokens).tril()
-    return {f"blocks.{i}.attn_mask": mask for i in range(config.num_blocks)}
+def _mask(config: TarFlowConfig) -> Tensor:
+    """The buffer that only the original code has, in every block: the causal mask (T, T)."""
+    return torch.ones(config.num_tokens, config.num_tokens).tril()
 
 
 def _equal(tensor: Tensor, mask: Tensor) -> bool:
     dense = tensor.layout == torch.strided and not tensor.is_meta
-    return dense and tensor.shape == mask.shape and torch.equal(tensor.to(mask.dtype), mask)
+    return dense and torch.equal(tensor.to(mask.dtype), mask)

@@ -1,0 +1,185 @@
+"""Any sequence of runs, kills, damage and other people's files ends as an undisturbed run, or is refused as a whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from training_runs import assert_same, checkpoint, contents, error_of, fresh, some_digits
+
+import jacobiflow as jf
+from jacobiflow.training import StepReport, TrainConfig, read_metrics, train
+
+CONFIG = jf.TarFlowConfig(1, 8, 4, 8, num_blocks=1, layers_per_block=1, num_classes=10, head_dim=8, noise_std=0.1)
+SETTINGS = TrainConfig(steps=6, batch_size=4, warmup=2, bf16=False, checkpoint_every=2)
+OURS = ("checkpoint.pt", "metrics.jsonl", "config.json", "model.safetensors")
+
+
+class Killed(BaseException):
+    """The end of a process: nothing that it would do afterwards is done."""
+
+
+@contextmanager
+def killed_at(write: int) -> Iterator[None]:
+    """The process ends before its n-th change of a file, an appended line being half there."""
+    left = write
+
+    def wrap(kind: Any, name: str) -> Callable[..., Any]:
+        call = getattr(kind, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0 and args[1:] == ("a",):
+                with call(*args) as file:
+                    file.write('{"step": 3, "los')
+            if left <= 0:
+                raise Killed
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, name in ((os, "replace"), (Path, "unlink"), (Path, "open"), (Path, "rmdir")):
+            patch.setattr(kind, name, wrap(kind, name))
+        yield
+
+
+@cache
+def undisturbed() -> Path:
+    out = Path(tempfile.mkdtemp()) / "run"
+    train(fresh(CONFIG), some_digits(12), SETTINGS, out)
+    return out
+
+
+class Training(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.out = self.folder / "run"
+        self.foreign: dict[str, bytes] = {}
+        self.metrics_lost = False
+
+    def done(self) -> int:
+        return checkpoint(self.out)["step"] if (self.out / "checkpoint.pt").exists() else 0
+
+    def go(self, stop: int = 99, config: TrainConfig = SETTINGS, images: int = 12) -> None:
+        """A run, which is interrupted at step `stop`; steps that the checkpoint holds must not be done again."""
+        expected = self.done()
+
+        def on_step(report: StepReport) -> None:
+            nonlocal expected
+            expected += 1
+            assert report.step == expected
+            if report.step == stop:
+                raise KeyboardInterrupt
+
+        train(fresh(CONFIG), some_digits(images), config, self.out, on_step)
+
+    def refused(self, call: Callable[[], object], words: str) -> None:
+        before = contents(self.out)
+        message = error_of(call)
+        assert words in message and (" give " in message or "move " in message), message
+        assert contents(self.out) == before
+
+    @rule(stop=st.integers(1, 7))
+    def interrupt(self, stop: int) -> None:
+        done = self.done()
+        try:
+            self.go(stop)
+        except KeyboardInterrupt:
+            assert self.done() == stop
+        else:
+            assert stop <= done or stop > SETTINGS.steps
+            assert self.done() == SETTINGS.steps
+
+    @rule(write=st.integers(1, 40))
+    def kill(self, write: int) -> None:
+        done = self.done()
+        try:
+            with killed_at(write):
+                self.go()
+        except Killed:
+            assert self.done() >= done
+
+    @precondition(lambda self: self.done())
+    @rule(change=st.sampled_from([{"seed": 1}, {"batch_size": 3}, {"learning_rate": 0.1}, {"ema": 0.5}, None]))
+    def change_a_setting(self, change: dict[str, Any] | None) -> None:
+        if change is None:
+            self.refused(partial(self.go, images=13), "of a run on other images")
+        else:
+            self.refused(partial(self.go, config=replace(SETTINGS, **change)), next(iter(change)))
+
+    @rule(name=st.sampled_from(["notes.txt", "README.md", "samples-000004.png", "metrics.json", "sub/checkpoint.pt"]))
+    def put_a_foreign_file(self, name: str) -> None:
+        path = self.out / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"mine")
+            self.foreign[name] = b"mine"
+
+    @rule(name=st.sampled_from(OURS), how=st.sampled_from(["deleted", "cut", "foreign"]))
+    def damage(self, name: str, how: str) -> None:
+        """It is refused, until the file is back; or what is lost is made again."""
+        path = self.out / name
+        if not path.exists():
+            return
+        shutil.copy(path, self.folder / "copy")
+        if how == "deleted":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:-9] if how == "cut" else b"mine\n")
+        before = contents(self.out)
+        try:
+            self.go()
+        except ValueError as error:
+            assert name in str(error) or name == "checkpoint.pt"  # which a model or metrics now stand without
+            assert contents(self.out) == before
+            shutil.copy(self.folder / "copy", path)
+        else:
+            assert how != "foreign" or name == "model.safetensors"  # beside our config
+            self.metrics_lost |= name == "metrics.jsonl"
+
+    @precondition(lambda self: self.out.exists())
+    @rule()
+    def another_process_trains(self) -> None:
+        with FileLock(self.out / ".lock"):
+            self.refused(self.go, "another run is writing to it; wait for it, stop it, or give another folder")
+
+    @invariant()
+    def foreign_files_are_as_they_were(self) -> None:
+        assert {name: (self.out / name).read_bytes() for name in self.foreign} == self.foreign
+
+    def teardown(self) -> None:
+        self.go()
+        want = undisturbed()
+        files = {path.name for path in want.iterdir()} | {name.split("/")[0] for name in self.foreign}
+        assert {path.name for path in self.out.iterdir()} - {"metrics.jsonl"} == files - {"metrics.jsonl"}
+        assert_same(checkpoint(self.out), checkpoint(want))
+        assert (self.out / "model.safetensors").read_bytes() == (want / "model.safetensors").read_bytes()
+        if not self.metrics_lost:
+            assert_same(read_metrics(self.out), read_metrics(want))
+        self.foreign_files_are_as_they_were()
+        shutil.rmtree(self.folder)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_training_whatever_happens() -> None:
+    run_state_machine_as_test(
+        Training,
+        settings=settings(
+            max_examples=25, stateful_step_count=10, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )

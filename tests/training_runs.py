@@ -1,0 +1,88 @@
+"""What tests of training share: a small run, and what a run that was disturbed must have in common with it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.data import ImageDataset, digits
+from jacobiflow.training import StepReport, TrainConfig, read_metrics, train
+
+SIZES = {"channels": 32, "num_blocks": 2, "layers_per_block": 1, "num_classes": 10, "head_dim": 16, "expansion": 2}
+CONFIG = jf.TarFlowConfig(1, 8, 2, **SIZES, noise_std=0.1)
+SHIFTS_ONLY = replace(CONFIG, nvp=False)
+# 5 batches an epoch, so that 12 steps see three orders.
+SETTINGS = TrainConfig(steps=12, batch_size=8, warmup=4, bf16=False, checkpoint_every=5, sample_every=6)
+
+
+def some_digits(num: int = 43) -> ImageDataset:
+    data = digits()
+    assert data.labels is not None
+    return ImageDataset(data.images[:num], data.labels[:num])
+
+
+def fresh(config: jf.TarFlowConfig = CONFIG) -> jf.TarFlow:
+    torch.manual_seed(3)
+    return jf.TarFlow(config)
+
+
+def fit(out: Path, settings: TrainConfig = SETTINGS, config: jf.TarFlowConfig = CONFIG, **calls: Any) -> jf.TarFlow:
+    return train(fresh(config), some_digits(), settings, out, **calls)
+
+
+def interrupt_at(*steps: int) -> Callable[[StepReport], None]:
+    def on_step(report: StepReport) -> None:
+        if report.step in steps:
+            raise KeyboardInterrupt
+
+    return on_step
+
+
+def checkpoint(out: Path) -> dict[str, Any]:
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def assert_same(have: Any, want: Any, where: str = "") -> None:
+    """Equal bit for bit, but for the seconds that it took."""
+    assert type(have) is type(want), where
+    if isinstance(want, Tensor):
+        assert torch.equal(have, want), where
+    elif isinstance(want, list):
+        assert_same(dict(enumerate(have)), dict(enumerate(want)), where)
+    elif isinstance(want, dict):
+        assert have.keys() == want.keys(), where
+        for key in want.keys() - {"seconds"}:
+            assert_same(have[key], want[key], f"{where}.{key}")
+    else:
+        assert have == want, where
+
+
+def assert_same_run(have: Path, want: Path) -> None:
+    """Parameters, averaged weights, optimiser state and metrics."""
+    assert_same(checkpoint(have), checkpoint(want))
+    assert_same([json.loads(line) for line in (have / "metrics.jsonl").read_text().splitlines()], read_metrics(want))
+    assert (have / "model.safetensors").read_bytes() == (want / "model.safetensors").read_bytes()
+    assert sorted(os.listdir(have)) == sorted(os.listdir(want))
+
+
+def error_of(call: Callable[[], object]) -> str:
+    """The message of the `ValueError` that the call raises; one line."""
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """All that there is below a folder, but for the lock."""
+    paths = [path for path in folder.rglob("*") if path.name != ".lock"]
+    return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
