@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": set(),
     "locking": set(),
     "codec": set(),
+    "launch": set(),
     "latents": set(),
     "measuring": set(),
     "memory": set(),

@@ -1,5 +1,6 @@
 """Fast, certified sampling from autoregressive normalizing flows."""
 
+from jacobiflow import launch  # noqa: F401  before PyTorch, see there
 from jacobiflow.adapters import Acceleration, accelerate
 from jacobiflow.calibration import Report, Tuning, calibrate, tune
 from jacobiflow.codec import register

@@ -19,7 +19,19 @@ from scoring import levels
 
 import jacobiflow as jf
 
-COMMANDS = ("sample", "evaluate", "compare", "calibrate", "plan", "trace", "bench", "train", "convert", "info")
+COMMANDS = (
+    "sample",
+    "evaluate",
+    "compare",
+    "calibrate",
+    "plan",
+    "trace",
+    "bench",
+    "train",
+    "convert",
+    "info",
+    "doctor",
+)
 SAMPLE = "sample --model model --strategy jacobi-1 --num 2 --out out-x"
 MEASURE = "calibrate --model model --images pets --segments 2 --traced 1 --out out-x/r.json"
 TRACE = "trace --model model --report report.json --num 1 --out out-x"

@@ -159,7 +159,7 @@ REFUSED = {
     "--seed 4": "holds samples of seed 0, not 4; give another folder, or --overwrite to replace them",
     "--num 1 --batch-size 2": "holds a run of 2 samples, more than 1; give --num 2; or give another folder",
     "--strategy s.json --report r.json": "--report r.json: the strategy in s.json has its own guesses",
-    "--json {out}/images/x.json": "x.json: is one of the samples' own files; give another",
+    "--json {out}/images/x.json": "x.json: is one of the files that this command writes into --out ",
 }
 
 

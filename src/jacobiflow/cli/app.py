@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
-import torch
 import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 from typer.main import get_command
 
-from jacobiflow.cli import bench, calibrate, compare, convert, evaluate, info, plan, sample, trace, train
+from jacobiflow.cli import bench, calibrate, compare, convert, doctor, evaluate, info, plan, sample, trace, train
+from jacobiflow.cli.failures import message_of
+from jacobiflow.cli.options import Limited
+from jacobiflow.cli.streams import lenient_streams, silence
 from jacobiflow.cli.words import in_options, one_line
+from jacobiflow.launch import INTERRUPTED, interruptible
 from jacobiflow.storage import FirstProcessFailed
 
 app = typer.Typer(
@@ -29,39 +32,55 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "sample": sample.sample, "evaluate": evaluate.evaluate, "compare": compare.compare,
     "calibrate": calibrate.calibrate, "plan": plan.plan, "trace": trace.trace, "bench": bench.bench,
     "train": train.train, "convert": convert.convert, "info": info.info,
+    "doctor": doctor.doctor,
 }  # fmt: skip
 for _name, _command in _COMMANDS.items():
-    app.command(_name)(_command)
-_BAD_INPUT, _INTERRUPTED = 2, 130
+    app.command(_name, cls=Limited)(_command)
+_LOST_READER, _BAD_INPUT = 1, 2
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. Exits 0 on success, 2 with one line on bad input, 130 when interrupted.
+    """Run the command line. Exits 0 on success, 2 with one line on bad input, 130 with one when interrupted.
+
+    1 is for a reader of stdout that is gone, as in `jacobiflow info | true`.
 
     Modules that installed packages name as entry points of the group "jacobiflow" are imported first. All commands
     take what they register, see docs/extending.md.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    with lenient_streams():
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+    if code:
+        sys.exit(code)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """The exit code of a command line."""
     try:
-        _load_extensions()
-        with warnings.catch_warnings():
+        with interruptible(), warnings.catch_warnings():
+            _load_extensions()
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             code = app(args=arguments or ["--help"], standalone_mode=False)
-        if code == _INTERRUPTED:  # which typer makes of a KeyboardInterrupt
+            sys.stdout.flush()
+        if code == INTERRUPTED:  # which typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt
+        return code or 0
     except TyperException as error:
         context = getattr(error, "ctx", None)
         remedy = "" if context is None else f"; see {context.command_path} --help"
-        _fail(error.format_message().rstrip(".") + remedy)
+        return _failed(error.format_message().rstrip(".") + remedy)
     except FirstProcessFailed:
-        sys.exit(_BAD_INPUT)  # the first process says why
-    except (ValueError, OSError) as error:
-        _fail(_in_options(str(error)))
-    except (MemoryError, torch.OutOfMemoryError):
-        _fail("out of memory; give a smaller --batch-size")
+        return _BAD_INPUT  # the first process says why
+    except BrokenPipeError:
+        silence(sys.stdout)
+        return _LOST_READER
     except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-        sys.exit(_INTERRUPTED)
+        return INTERRUPTED
+    except Exception as error:
+        message = message_of(error, _is_batched(arguments))
+        if message is None:
+            raise
+        return _failed(_in_options(message))
 
 
 def _load_extensions() -> None:
@@ -75,9 +94,13 @@ def _load_extensions() -> None:
             ) from error
 
 
-def _fail(message: str) -> None:
+def _failed(message: str) -> int:
+    try:
+        sys.stdout.flush()
+    except OSError:  # full, which may be what the message says
+        silence(sys.stdout)
     print(f"error: {one_line(message)}", file=sys.stderr)
-    sys.exit(_BAD_INPUT)
+    return _BAD_INPUT
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
@@ -85,6 +108,16 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
 
 
 def _in_options(message: str) -> str:
+    return in_options(message, _commands())
+
+
+def _is_batched(arguments: Sequence[str]) -> bool:
+    """Whether the command that is asked for has `--batch-size`."""
+    command = _commands().commands.get(next(iter(arguments), ""))
+    return command is not None and any(parameter.name == "batch_size" for parameter in command.params)
+
+
+def _commands() -> TyperGroup:
     commands = get_command(app)
     assert isinstance(commands, TyperGroup)  # which typer makes of several commands
-    return in_options(message, commands)
+    return commands

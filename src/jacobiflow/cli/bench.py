@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jacobiflow import native
 from jacobiflow.baselines import SEQUENTIAL
-from jacobiflow.cli import options
+from jacobiflow.cli import options, paths
 from jacobiflow.cli.progress import progress
 from jacobiflow.experiments.speed import ENCODING_PASS, Comparison, compare, timed_anyway
 from jacobiflow.files import check_ours, write_json
@@ -80,6 +80,9 @@ def bench(
 
     Example: jacobiflow bench --model digits-p1 --strategy jacobi --strategy "[2-4-5-6]" --repeats 3 --out out/bench
     """
+    paths.check(
+        json, out, ("bench.png", "bench.json"), model=model, strategy=strategy, labels=labels, report=report
+    )  # fmt: skip
     if repeats < 1:
         raise ValueError(f"--repeats {repeats}: give a positive number of rounds")
     sizes = list(dict.fromkeys(batch_size or _BATCH_SIZES))
@@ -94,7 +97,6 @@ def bench(
     choosing = partial(choose, flow, guidance=guide, report=found)
     fixed = {size: _fixed(names, size, choosing, tolerance) for size in sizes}
     classes = {size: options.parse_labels(labels, size, flow, seed) for size in sizes}
-    options.check_writable(out, json)
     with locked(out):
         check_picture(out / _PICTURE)
         check_ours(out / _TABLE, ("model", "machine", "comparisons", "predictions"))

@@ -22,7 +22,7 @@ from jacobiflow.calibration import calibrate as measure
 from jacobiflow.calibration.convergence import TOLERANCES
 from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.calibration.tuning import BlockTuning
-from jacobiflow.cli import options
+from jacobiflow.cli import options, paths
 from jacobiflow.data import ImageDataset, Noise, noisy_images
 from jacobiflow.flows.folder import REPORT
 from jacobiflow.strategy import Strategy
@@ -70,15 +70,11 @@ def calibrate(
 
     Example: jacobiflow calibrate --per-class --images fashion-512 --out out/report.json
     """
+    paths.check(json, out_file=out, calibrates=True, model=model, images=images)
     if norm not in ("2", "fro", "1"):
         raise ValueError(f"--norm {norm}: give 2, fro or 1")
     if num < 2:
         raise ValueError(f"--num {num}: give at least 2 images, to take means over")
-    if out.is_dir():
-        raise ValueError(f"--out {out}: a folder; give a file")
-    if json is not None and json.resolve() == out.resolve():
-        raise ValueError(f"--json {json}: is --out too; give two files")
-    options.check_writable(None, json, out_file=out)
     flow = options.load_model(model, device, dtype)
     data = options.read_images(images, flow.config.image_size, flow.config.in_channels)
     chosen = _choose(len(data), num, seed)

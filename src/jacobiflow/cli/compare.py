@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jacobiflow.baselines import PEERS, SEQUENTIAL, gs_jacobi_grid
-from jacobiflow.cli import options
+from jacobiflow.cli import options, paths
 from jacobiflow.cli.progress import progress
 from jacobiflow.cli.real_images import RealImages, real_images
 from jacobiflow.evaluation import NAMES
@@ -95,6 +95,10 @@ def compare(
 
     Example: jacobiflow compare --model fashion-p2 --strategy "[7-8-32-10]" --strategy auto --num 200 --out out/compare
     """
+    paths.check(
+        json, out, (*FIGURES, "settings.json", "timings.json", "rows", "exact", "plans"), model=model,
+        strategy=strategy, labels=labels, report=report, images=images, stats=stats, inception=inception,
+    )  # fmt: skip
     _check(num, final, batch_size, shard_size, repeats, features)
     shard_size = shard_size or max(512 // batch_size, 1) * batch_size
     with processes() as among, locking(out) as acquire:
@@ -109,7 +113,6 @@ def compare(
             options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature), denoise, found,
             batch_size, shard_size, model,
         )  # fmt: skip
-        options.check_writable(out, json)
         run = _Run(
             experiment, among, cache(lambda: real_images(flow, features, inception, images, stats)), NAMES[features]
         )

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from jacobiflow.cli import options
+from jacobiflow.cli import options, paths
 from jacobiflow.cli.progress import progress
 from jacobiflow.cli.real_images import real_images
 from jacobiflow.data import ImageDataset, Noise, quantize
@@ -87,6 +87,10 @@ def evaluate(
 
     Example: jacobiflow evaluate --model fashion-p2 --samples out/demo --images fashion-512 --out out/evaluation
     """
+    paths.check(
+        json, out, ("evaluation.json", "certificates.png"), save_stats=save_stats, model=model, samples=samples,
+        images=images, stats=stats, inception=inception,
+    )  # fmt: skip
     if samples is None and images is None:
         raise ValueError("nothing to evaluate: give --samples, a folder that jacobiflow sample wrote, or --images")
     if save_stats is not None and images is None:
@@ -102,7 +106,6 @@ def evaluate(
     exact = None if folder is None or not paired else folder.strategy()
     test = None if images is None or not test_images else _test_images(flow, images, test_images)
     added = _noise(flow, noise)
-    options.check_writable(out, json, save_stats=save_stats)
     figures: dict[str, Any] = {"model": model, "samples": None if samples is None else str(samples)}
     rows: Rows = []
     with locked(out):

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jacobiflow import native
-from jacobiflow.cli import options
+from jacobiflow.cli import options, paths
 
 
 def info(model: options.Model = "fashion-p2", json: options.Json = None) -> None:
@@ -17,7 +17,7 @@ def info(model: options.Model = "fashion-p2", json: options.Json = None) -> None
 
     Example: jacobiflow info --model digits-p1
     """
-    options.check_writable(None, json)
+    paths.check(json, model=model)
     flow = options.load_model(model, "cpu")
     config = flow.config
     figures = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 from zipfile import BadZipFile
@@ -13,6 +12,7 @@ import torch
 import typer
 from jaxtyping import Int
 from torch import Tensor
+from typer.core import TyperCommand
 
 from jacobiflow.calibration import Report
 from jacobiflow.data import SOURCES, DataError, ImageDataset, balanced_labels, load_images
@@ -70,6 +70,29 @@ Stats = Annotated[
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 
+LABEL_FILES = (".txt", ".npy")
+
+# Far above what has been asked for, and far below what makes sums of bytes overflow: 100 million images are years of
+# work of one processor, and latents of a batch of 65,536 take 200 MB for images of 28x28.
+_MOST_IMAGES, _MOST_AT_ONCE = 100_000_000, 65_536
+LIMITS = {
+    **dict.fromkeys(("num", "final", "paired", "test_images", "shard_size"), _MOST_IMAGES),
+    **dict.fromkeys(("batch_size", "traced", "repeats", "image_size"), _MOST_AT_ONCE),
+}
+
+
+class Limited(TyperCommand):
+    """A command that refuses numbers above `LIMITS` before it starts."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. **Raises** `ValueError` for a number above its limit."""
+        for name, most in LIMITS.items():
+            value = ctx.params.get(name)
+            for number in value if isinstance(value, list) else [] if value is None else [value]:
+                if number > most:
+                    raise ValueError(f"{name}={number}: the limit is {most:,}; give less")
+        return super().invoke(ctx)
+
 
 def parse_device(name: str) -> torch.device:
     """The device of that name. **Raises** `ValueError` where there is none here."""
@@ -100,7 +123,7 @@ def parse_labels(text: str, num: int, flow: ImageFlow, seed: int) -> Int[Tensor,
     """Labels for `num` samples: "balanced", "random", "none", numbers such as "3" or "0,1,2", repeated in order, or a
     file of `num` numbers.
 
-    **Raises** `ValueError` for any other text.
+    **Raises** `ValueError` for any other text, and for a class that the flow does not have.
     """
     if text == "none" or (text in ("balanced", "random") and not flow.config.num_classes):
         return None
@@ -108,14 +131,17 @@ def parse_labels(text: str, num: int, flow: ImageFlow, seed: int) -> Int[Tensor,
         return balanced_labels(num, flow.config.num_classes)
     if text == "random":
         return draw_labels(num, flow.config.num_classes, seed)
-    if text.endswith((".txt", ".npy")):
-        return _read_labels(Path(text), num)
+    if text.endswith(LABEL_FILES):
+        labels = _read_labels(Path(text), num)
+        flow.check_labels(labels, num)
+        return labels
     if not re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*", text):
         raise ValueError(
             f"--labels {text}: give balanced, random, none, whole numbers with commas between, or a .txt or .npy file"
         )
-    numbers = [int(part) for part in text.split(",")]
-    return torch.tensor([numbers[i % len(numbers)] for i in range(num)])
+    numbers = torch.tensor([int(part) for part in text.split(",")])
+    flow.check_labels(numbers, len(numbers))  # all that are named, also where there are fewer samples
+    return numbers[torch.arange(num) % len(numbers)]
 
 
 def _read_labels(path: Path, num: int) -> Int[Tensor, " n"]:
@@ -165,36 +191,6 @@ def guidance_words(guidance: Guidance | None) -> list[str]:
     words += [] if guidance.on == "both" else ["--guidance-on", guidance.on]
     words += [] if guidance.annealed else ["--constant-guidance"]
     return words if guidance.attn_temperature == 1 else [*words, "--attn-temperature", f"{guidance.attn_temperature:g}"]
-
-
-def check_writable(
-    out: Path | None, json: Path | None, out_file: Path | None = None, save_stats: Path | None = None
-) -> None:
-    """Check `--out`, a folder or a file, `--json` and `--save-stats` before long work starts, and leave nothing behind.
-
-    **Raises** `ValueError` where nothing can be written there.
-    """
-    if save_stats is not None and save_stats.is_dir():
-        raise ValueError(f"--save-stats {save_stats}: is a folder; give a file, such as mine_fid_stats.pth")
-    if json is not None and save_stats is not None and json.resolve() == save_stats.resolve():
-        raise ValueError(f"--json {json}: is the file of --save-stats too; give another")
-    if json is not None and (json.is_dir() or not json.parent.is_dir()):
-        raise ValueError(f"--json {json}: give a file in a folder that exists")
-    if json is not None and out_file is not None and json.resolve() == out_file.resolve():
-        raise ValueError(f"--json {json}: is the file of --out too; give another")
-    for option, path, folder in (
-        ("--out", out, out),
-        ("--out", out_file, out_file and out_file.parent),
-        ("--save-stats", save_stats, save_stats and save_stats.parent),
-        ("--json", json, json and json.parent),
-    ):
-        if folder is None:
-            continue
-        try:
-            nearest = next(place for place in (folder, *folder.parents) if place.exists())
-            tempfile.TemporaryFile(dir=nearest).close()
-        except OSError as error:
-            raise ValueError(f"{option} {path}: cannot write there ({error.strerror}); give another folder") from error
 
 
 def report(path: Path | None, figures: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jacobiflow.cli import options
+from jacobiflow.cli import options, paths
 from jacobiflow.flows.folder import REPORT
 from jacobiflow.solvers import Solver
 from jacobiflow.strategy import plan as make
@@ -43,9 +43,9 @@ def plan(
 
     Example: jacobiflow plan --model fashion-p2 --batch-size 4 --out out/plan.json
     """
-    if out.is_dir() or out.suffix != ".json":
+    paths.check(json, out_file=out, model=model, report=report)
+    if out.suffix != ".json":
         raise ValueError(f"--out {out}: give a file that ends in .json")
-    options.check_writable(None, json, out_file=out)
     flow = options.load_model(model, device, dtype)
     guide = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
     path = report or flow.report_file
@@ -54,8 +54,8 @@ def plan(
     found = make(flow, options.load_report(path, flow), batch_size, tolerance, guidance=guide)
     prediction = found.prediction
     assert prediction is not None  # plan makes it
-    out.parent.mkdir(parents=True, exist_ok=True)
-    found.save(out)
+    with paths.making(out.parent):
+        found.save(out)
     options.report(json, found.to_json() | {"model": model, "report": str(path)})
 
     print(f"{model}, batch size {batch_size}, {prediction.device}")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jacobiflow.baselines import original_loop
 from jacobiflow.calibration import Report
-from jacobiflow.cli import options
+from jacobiflow.cli import options, paths
 from jacobiflow.data import scale
 from jacobiflow.denoising import denoise as denoise_images
 from jacobiflow.flows.image_flow import ImageFlow
@@ -106,7 +106,10 @@ def sample(
 
     Example: jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo
     """
-    _check_options(strategy, report, compare and not overwrite, out, json)
+    paths.check(
+        json, out, (*CONTENTS, SHEET), model=model, strategy=strategy, labels=labels, report=report
+    )  # fmt: skip
+    _check_options(strategy, report, compare and not overwrite, out)
     if certify_always and not certify:
         raise ValueError("--certify-always: excludes --no-certify; leave one of them out")
     certificate: Certificate = "always" if certify_always else certify
@@ -118,7 +121,6 @@ def sample(
         classes = options.parse_labels(labels, num, flow, seed)
         guide = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
         found = _load_report(report, flow, guide)
-        options.check_writable(out, json)
         comparison = _Comparison(flow, guide, denoise, batch_size) if compare else None
         started = time.perf_counter()
         folder = sample_to_folder(
@@ -136,7 +138,7 @@ def sample(
     _print(figures, out)
 
 
-def _check_options(strategy: str, report: Path | None, new: bool, out: Path, json: Path | None) -> None:
+def _check_options(strategy: str, report: Path | None, new: bool, out: Path) -> None:
     """**Raises** `ValueError` for options that exclude each other; `new` where `out` must not hold samples yet."""
     if report is not None and strategy.endswith(".json"):
         raise ValueError(f"--report {report}: the strategy in {strategy} has its own guesses; leave one of them out")
@@ -145,9 +147,6 @@ def _check_options(strategy: str, report: Path | None, new: bool, out: Path, jso
             f"--compare: {out} holds samples already; give --overwrite to draw them again, or another folder as --out"
         )
     check_picture(out / SHEET)
-    own = [out.resolve() / name for name in (*CONTENTS, SHEET)]
-    if json is not None and any(path in (json.resolve(), *json.resolve().parents) for path in own):
-        raise ValueError(f"--json {json}: is one of the samples' own files; give another")
 
 
 def _load_report(path: Path | None, flow: ImageFlow, guidance: Guidance | None) -> Report | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from jacobiflow.calibration import Report
-from jacobiflow.cli import options
+from jacobiflow.cli import options, paths
+from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.locking import locked
 from jacobiflow.plots import (
+    check_picture,
     comparison_sheet,
     convergence_figure,
     rows_sheet,
@@ -27,6 +31,7 @@ from jacobiflow.solvers import Latent, MaxSweeps, Solver, Whole, Zeros
 from jacobiflow.strategy import Strategy, choose
 
 _TOLERANCE = 1e-2
+_PICTURES = ("convergence.png", "segments.png", "sampling.png", "guesses.png", "comparison.png")
 
 
 def trace(
@@ -60,44 +65,60 @@ def trace(
     """
     if not 1 <= num <= 20:
         raise ValueError(f"--num {num}: give 1 to 20 images")
+    paths.check(json, out, _PICTURES, model=model, report=report, strategy=strategy, labels=labels)
+    for name in _PICTURES:
+        check_picture(out / name)
     flow = options.load_model(model, device, dtype)
     found = options.load_report(report, flow)
-    if strategy is not None:
-        plan = choose(flow, strategy, num, guidance=found.settings.guidance, report=found)
-    elif found.components is not None:
-        plan = Strategy.from_report(found, _TOLERANCE)
-    else:
-        plan = Strategy.parse(f"Jacobi-{_most_sweeps(found)}", found)
-    options.check_writable(out, json)
+    plan = _plan(flow, strategy, num, found)
     rate = float(flow.config.noise_std > 0) if denoise is None else denoise
     classes = options.parse_labels(labels, num, flow, seed)
     draw = partial(
         sample, flow, num, classes, seed, guidance=found.settings.guidance, certify=False, progress=sys.stderr.isatty()
     )
+    with locked(out):
+        pictures, rows = _draw(flow, found, plan, draw, rate)
+        for name in _PICTURES:
+            if name in pictures:
+                save_png(pictures[name], out / name)
+            else:
+                (out / name).unlink(missing_ok=True)  # it would be that of another report
+        options.report(json, {"model": model, "num": num, "seed": seed, "strategy": str(plan), "guesses": rows})
+    for row in rows:
+        print(row["caption"])
+    print(f"wrote {', '.join(pictures)} to {out}")
 
+
+def _plan(flow: ImageFlow, strategy: str | None, num: int, report: Report) -> Strategy:
+    """The strategy that `--strategy` names, or else the report's."""
+    if strategy is not None:
+        return choose(flow, strategy, num, guidance=report.settings.guidance, report=report)
+    if report.components is not None:
+        return Strategy.from_report(report, _TOLERANCE)
+    return Strategy.parse(f"Jacobi-{_most_sweeps(report)}", report)
+
+
+def _draw(
+    flow: ImageFlow, report: Report, plan: Strategy, draw: Callable[..., Samples], rate: float
+) -> tuple[dict[str, Image.Image | Figure], list[dict[str, Any]]]:
+    """The pictures by name, and the figures of the samples on guesses.png; `rate` is that of denoising."""
     traced = draw(strategy="sequential", denoise=rate, return_trace=True)
     steps = traced.trace or ()
     exact = steps[-2] if rate else traced.images
-    rows = [_row(name, draw(strategy=choice), exact) for name, choice in _choices(found, plan).items()]
+    rows = [_row(name, draw(strategy=choice), exact) for name, choice in _choices(report, plan).items()]
     compared = draw(strategy=plan, denoise=rate)
     zoom = max(2, 64 // flow.config.image_size)
     pictures: dict[str, Image.Image | Figure] = {
-        "convergence": convergence_figure(found),
-        "sampling": trace_sheet([images[:4] for images in steps], rate > 0, zoom),
-        "guesses": rows_sheet([(row["caption"], row.pop("images")) for row in rows] + [("sequential", exact)], zoom),
-        "comparison": comparison_sheet(traced.images, compared.images, ("sequential", str(plan)), zoom),
-    }
-    if found.segment_traces:
-        pictures["segments"] = segments_figure(found)
-    out.mkdir(parents=True, exist_ok=True)
-    if "segments" not in pictures:
-        (out / "segments.png").unlink(missing_ok=True)  # it would be that of another report
-    for name, picture in pictures.items():
-        save_png(picture, out / f"{name}.png")
-    options.report(json, {"model": model, "num": num, "seed": seed, "strategy": str(plan), "guesses": rows})
-    for row in rows:
-        print(row["caption"])
-    print(f"wrote {', '.join(f'{name}.png' for name in pictures)} to {out}")
+        "convergence.png": convergence_figure(report),
+        "sampling.png": trace_sheet([images[:4] for images in steps], rate > 0, zoom),
+        "guesses.png": rows_sheet(
+            [(row["caption"], row.pop("images")) for row in rows] + [("sequential", exact)], zoom
+        ),
+        "comparison.png": comparison_sheet(traced.images, compared.images, ("sequential", str(plan)), zoom),
+    }  # fmt: skip
+    if report.segment_traces:
+        pictures["segments.png"] = segments_figure(report)
+    return pictures, rows
 
 
 def _most_sweeps(report: Report) -> int:

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jacobiflow import sampling
-from jacobiflow.cli import options
+from jacobiflow.cli import options, paths
 from jacobiflow.data import Noise
+from jacobiflow.flows.folder import CONFIG, REPORT, WEIGHTS
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.registry import find_flow, flow_names
 from jacobiflow.measuring import machine
@@ -77,6 +78,9 @@ def train(
 
     Example: jacobiflow train --images fashion-mnist --out runs/fashion --steps 6000
     """
+    paths.check(
+        json, out, (CONFIG, WEIGHTS, REPORT, "checkpoint.pt", "metrics.jsonl", "samples-*.png"), images=images
+    )  # fmt: skip
     flow_class = _flow_class(flow)
     data = options.read_images(images, image_size, image_channels)
     noise = noise or ("gaussian" if "noise_std" in _parameters(flow_class) else "uniform")
@@ -94,7 +98,6 @@ def train(
         bf16=bf16, seed=seed, checkpoint_every=checkpoint_every, sample_every=sample_every,
     )  # fmt: skip
     place = options.parse_device(device)
-    options.check_writable(out, json)
     _check_memory(flow_class, config, place)
     torch.manual_seed(seed)
     model = flow_class(config)
