@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,13 @@ SHIFTS_ONLY = replace(CONFIG, nvp=False)
 SETTINGS = TrainConfig(steps=12, batch_size=8, warmup=4, bf16=False, checkpoint_every=5, sample_every=6)
 
 
+@cache
+def all_digits() -> ImageDataset:
+    return digits()
+
+
 def some_digits(num: int = 43) -> ImageDataset:
-    data = digits()
+    data = all_digits()
     assert data.labels is not None
     return ImageDataset(data.images[:num], data.labels[:num])
 

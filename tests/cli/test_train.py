@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 from running import figures
 
@@ -32,6 +33,34 @@ def test_it_writes_a_model_that_sample_takes(run: Any, tmp_path: Path) -> None:
     assert figures(tmp_path / "f")["last_step"] == shown["last_step"]
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
     assert run(f"sample --model {tmp_path}/run --strategy jacobi --num 2 --out {tmp_path}/out").code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--steps 0", "--steps 0: give a positive whole number"),
+        ("--steps 1000000000000", "the limit is 1,000,000,000"),
+        ("--batch-size 1000000", "--batch-size 1000000: there are only 512 images"),
+        ("--checkpoint-every 0", "--checkpoint-every 0: give a positive whole number"),
+        ("--channels 640000 --blocks 64", "of memory, and this machine has"),
+        ("--image-size 1000000", "images are 1x28x28, the flow takes 1x1000000x1000000"),
+    ],
+)
+def test_sizes_out_of_range_leave_no_folder(refuse: Any, tmp_path: Path, options: str, message: str) -> None:
+    refuse(f"train --images fashion-512 --head-dim 16 --steps 3 {options} --out {tmp_path}/a/b", message)
+
+
+def test_nothing_of_somebody_else_is_replaced(run: Any, refuse: Any, tmp_path: Path) -> None:
+    line = f"train --images pets --image-size 8 --patch-size 4 {TINY} --batch-size 3 --sample-every 1 --out {tmp_path}"
+    (tmp_path / "samples-000002.png").write_bytes(b"mine")
+    (tmp_path / "samples-mine.png").write_bytes(b"mine")
+    refuse(f"{line} --steps 2", "samples-000002.png: is not a picture that jacobiflow made; move it away")
+    assert run(f"{line} --steps 1").code == 0
+    refuse(f"{line} --steps 3", "samples-000002.png: is not a picture")
+    refuse(f"{line} --steps 1 --seed 1", "(--seed 0, not 1); give its settings")
+    (tmp_path / "samples-000002.png").unlink()
+    assert run(f"{line} --steps 3").code == 0
+    assert (tmp_path / "samples-mine.png").read_bytes() == b"mine"
 
 
 def test_options_become_the_model_s_config(run: Any, tmp_path: Path) -> None:

@@ -130,6 +130,15 @@ def saved(value: Any) -> bytes:
     return data.getvalue()
 
 
+def cancelling() -> dict[str, Tensor]:
+    """A covariance with an eigenvalue of -1 in 9, below means of a thousand."""
+    mean = torch.full((3,), 1e3).double()
+    return {
+        "sum": 9 * mean,
+        "cov_sum": 9 * torch.outer(mean, mean) + torch.diag(torch.tensor([9.0, 9.0, -1.0]).double()),
+    }
+
+
 EXPECTED = "give a file that Statistics.save wrote, or a *_fid_stats.pth of the original TarFlow code"
 BROKEN = {
     "no file of tensors": b"no statistics\n",
@@ -140,6 +149,11 @@ BROKEN = {
     "of 1 images": saved(state(num_samples=torch.tensor(1))),
     "not symmetric": saved(state(cov_sum=torch.ones(3, 3).triu())),
     "a negative eigenvalue": saved(state(cov_sum=-torch.eye(3))),
+    "with a negative eigenvalue": saved(state(sum=torch.zeros(3), cov_sum=torch.ones(3, 3).double().fill_diagonal_(0))),
+    "of 0 images|a number of images": saved(state(num_samples=torch.ones(2, dtype=torch.int64))),
+    "a number of images": saved(state(num_samples=torch.tensor(True))),
+    "covariances with a negative": saved(state(**cancelling())),
+    r"a tensor \(1000000, 1000000\) of 8 bytes": saved(state(cov_sum=torch.ones(()).double().expand(10**6, 10**6))),
 }
 
 

@@ -153,6 +153,14 @@ def test_without_weights_and_network_the_remedies_are_named(tmp_path: Path, monk
         InceptionFeatures(path)
 
 
+def test_weights_that_are_not_finite_are_refused(weights: Path, tmp_path: Path) -> None:
+    state = torch.load(weights)
+    state["Conv2d_1a_3x3.conv.weight"][0, 0, 0, 0] = torch.nan
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(DataError, match=r"nan\.pth: Conv2d_1a_3x3\.conv\.weight has non-finite values; give"):
+        InceptionFeatures(tmp_path / "nan.pth")
+
+
 @pytest.mark.parametrize("save", [torch.save, lambda code, path: path.write_bytes(pickle.dumps(code, protocol=2))])
 @pytest.mark.parametrize("read", [Statistics.load, InceptionFeatures])
 def test_code_in_a_file_is_not_run(read: Callable[[Path], Any], save: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,71 @@ def test_saving_replaces_the_folder_as_a_whole(saved: Path, monkeypatch: pytest.
     assert len(list(saved.iterdir())) == 3
     make(seed=1).save_pretrained(saved)
     assert_same(jf.load(saved).state_dict(), make(seed=1).state_dict())
+
+
+def snapshot(place: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in place.iterdir() if path.name != ".lock"}
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_save_that_was_killed_is_recognised_and_done_again(
+    saved: Path, renames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the old config was removed, with the new weights in place or not."""
+    left, replace_file = iter([True] * renames), os.replace
+
+    def killed(*paths: Any) -> None:
+        if not next(left, False):
+            raise KeyboardInterrupt
+        replace_file(*paths)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        patch.setattr(Path, "unlink", lambda path, **_: os.remove(path) if path.name == "config.json" else None)
+        make(seed=1).save_pretrained(saved)
+    assert not (saved / "config.json").exists()
+    assert len(snapshot(saved)) == 4 - renames
+    assert all("left by a process that was killed" in line or "missing" in line for line in jf.flows.problems(saved))
+    make(seed=1).save_pretrained(saved)
+    assert_same(jf.load(saved).state_dict(), make(seed=1).state_dict())
+    assert len(snapshot(saved)) == 3
+    assert list(jf.flows.problems(saved)) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"config.json": '{"model_type": "bert"}'}, "config.json: not of a model that jacobiflow wrote; move it away"),
+        ({"model.safetensors": "mine"}, "model.safetensors: weights without a config.json that jacobiflow wrote; move"),
+        ({"model.safetensors": "mine", f".config.json.{'0' * 16}.partial": "{}"}, "weights without a config.json"),
+        ({"report.json": "mine"}, "report.json: not a report of jacobiflow; move it away"),
+    ],
+)
+def test_saving_replaces_nothing_that_is_not_ours(
+    saved: Path, tmp_path: Path, files: dict[str, str], words: str
+) -> None:
+    flow, place = calibrated(saved), tmp_path / "other"
+    place.mkdir()
+    for name, content in files.items():
+        (place / name).write_text(content)
+    before = snapshot(place)
+    assert words in error_of(flow.save_pretrained, place)
+    assert snapshot(place) == before
+
+
+def test_all_problems_of_a_folder_are_named(saved: Path) -> None:
+    assert list(jf.flows.problems(saved)) == []
+    calibrated(saved)
+    assert list(jf.flows.problems(saved)) == []
+    make(seed=1).save_pretrained(saved)
+    assert "report.json: of other weights than model.safetensors" in "".join(jf.flows.problems(saved))
+    (saved / "report.json").write_text("mine")
+    (saved / "config.json").write_text("mine")
+    (saved / "model.safetensors").write_text("mine")
+    found = list(jf.flows.problems(saved))
+    for problem, words in zip(found, ("not JSON", "cut short or damaged", "no report that can be read"), strict=True):
+        assert problem.startswith(str(saved)) and words in problem
+    assert "no folder" in "".join(jf.flows.problems(saved / "none"))
 
 
 def test_saving_refuses(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,27 @@ def test_code_does_not_run(tmp_path: Path, save: Any) -> None:
     save({**original_state(make()), "extra": Evil()}, path)
     assert "was not run; give a file that torch.save" in error_of(TarFlow.from_original, path, SMALL)
     assert not sentinel.exists()
+
+
+def test_what_is_larger_than_its_file_is_refused(pth: Path, tmp_path: Path) -> None:
+    state, weight = original_state(make()), "blocks.0.proj_in.weight"
+    for change, words in (
+        ({"blocks.0.pos_embed": torch.zeros(()).expand(10**11, 8)}, "a tensor (100000000000, 8) of 4 bytes"),
+        ({f"blocks.{i}.x": state[weight] for i in range(3000)}, "that share their memory"),
+        (
+            dict.fromkeys((f"blocks.{i}.x" for i in range(3000)), torch.zeros(1)),
+            "3,000 of blocks.*; the limit is 1,000",
+        ),
+        (dict.fromkeys((f"blocks.{i}.x" for i in range(900)), torch.zeros(1)), "no 'blocks.2.attn_blocks.0.mlp.main"),
+        ({f"blocks.{'9' * 5000}.x": torch.zeros(1)}, ".x (1,): unknown"),
+    ):
+        torch.save(state | change, pth)
+        assert words in error_of(TarFlow.from_original, pth, SMALL)
+    bomb = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(pth) as archive, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in archive.namelist():
+            packed.writestr(name, bytes(10**6) if name.endswith("data/0") else archive.read(name))
+    assert "says that it holds" in error_of(TarFlow.from_original, bomb, SMALL)
 
 
 def test_what_is_no_state_dict(tmp_path: Path) -> None:
