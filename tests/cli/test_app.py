@@ -1,14 +1,16 @@
-"""What all commands have in common: help, errors of one line with exit 2, interruption, extensions."""
+"""What all commands have in common: help, errors of one line with exit 2, interruption, streams, extensions."""
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,15 @@ REFUSED = {
     f"{SAMPLE} --strategy missing.json": "strategy missing.json: cannot be read (No such file or directory)",
     f"{SAMPLE} --tolerance 1e-3": "tolerance 0.001: strategy 'jacobi-1' stops after",
     f"{SAMPLE} --denoise -1": "--denoise -1.0: give 0",
+    f"{SAMPLE} --num 1000000000000": "--num 1000000000000: the limit is 100,000,000; give less",
+    f"{SAMPLE} --num 1{'0' * 30}": ": the limit is 100,000,000; give less",
+    f"{PLAN} --batch-size 1000000000": "--batch-size 1000000000: the limit is 65,536; give less",
+    "bench --batch-size 1 --batch-size 1000000000": "--batch-size 1000000000: the limit is 65,536; give less",
+    f"{TRAIN} --image-size 1000000": "--image-size 1000000: the limit is 65,536; give less",
+    f"{SAMPLE} --labels 0,1,2,10": "label 10: this flow has classes 0 to 2",
+    f"{TRACE} --labels 0,10": "label 10: this flow has classes 0 to 2",
+    f"{MEASURE} --segments 0": "--segments 0: give a positive number",
+    f"{MEASURE} --batch-size 0": "--batch-size 0: give a positive whole number",
     f"{SAMPLE} --device abacus": "--device abacus: not available here; give cpu",
     f"{SAMPLE} --dtype int8": "--dtype int8: give one of float16",
     f"{SAMPLE} --json missing/f.json": "--json missing/f.json: give a file in a folder that exists",
@@ -102,24 +113,40 @@ def test_bad_input_is_one_line_and_leaves_nothing(line: str, refuse: Any) -> Non
 
 
 @pytest.mark.parametrize("line", [SAMPLE, MEASURE, TRACE])
-def test_a_full_disk_is_one_line_and_leaves_no_half_file(
+def test_a_full_disk_is_one_line_and_leaves_no_file_or_new_folder(
     line: str, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", no_space)
-    result = run(line.replace("out-x", str(tmp_path)))
+    result = run(line.replace("out-x", f"{tmp_path}/new/out"))
     assert (result.code, result.out, result.err) == (2, "", "error: [Errno 28] No space left on device\n")
-    assert set(os.listdir(tmp_path)) <= {".lock"}
+    assert os.listdir(tmp_path) == []
 
 
-def test_an_exhausted_memory_is_one_line(refuse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def exhausted(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+TOO_MUCH: dict[str, Callable[[], object]] = {
+    "out of memory; give a smaller --batch-size\n": lambda: torch.empty(1 << 55, dtype=torch.uint8),
+    "out of memory; give a smaller": lambda: np.empty(1 << 55, np.uint8),
+    "out of memory; give": lambda: exec("raise torch.OutOfMemoryError('CUDA out of memory')"),
+    "out of memory": lambda: exec("raise RuntimeError('CUDA error: out of memory')"),
+    "a number is too large (int too large to convert to float); give a smaller one": lambda: float(10**400),
+    "a number is too large (Storage size": lambda: torch.empty(1 << 62, dtype=torch.float64),
+    "folders or files are nested too deep": lambda: json.loads("[" * 100_000),
+    "Symlink loop from 'x'; remove the link": lambda: exec("raise RuntimeError(\"Symlink loop from 'x'\")"),
+}
 
-    monkeypatch.setattr(jf.Latent, "__call__", exhausted)
-    refuse(SAMPLE, "error: out of memory; give a smaller --batch-size\n")
+
+@pytest.mark.parametrize("message", TOO_MUCH)
+def test_what_is_too_much_is_one_line(message: str, refuse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jf.Latent, "__call__", lambda *_: TOO_MUCH[message]())
+    refuse(SAMPLE, f"error: {message}")
+
+
+def test_a_fault_of_the_program_is_no_message(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jf.Latent, "__call__", lambda *_: exec("raise RuntimeError('shapes differ')"))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run(f"{SAMPLE}-y")
 
 
 @pytest.fixture
@@ -128,6 +155,43 @@ def ctrl_c() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+# Run by Python before anything else: Ctrl-C where PyTorch is about to be imported.
+SITE = """
+import importlib.abc, os, signal, sys
+
+class Interrupt(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupt())
+"""
+
+
+@pytest.mark.parametrize("program", [["-m", "jacobiflow"], ["jacobiflow"]])
+def test_an_interruption_of_imports_is_one_line(program: list[str], tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SITE)
+    (tmp_path / "jacobiflow").write_text("from jacobiflow.cli import main\nmain()\n")  # as pip writes it
+    sources = str(Path(jf.__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), sources))}
+    line = [sys.executable, *program, "info"]
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_a_second_interruption_does_not_wait(tmp_path: Path) -> None:
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"sys.path.insert(0, {str(Path(jf.__file__).parent)!r}); import launch\n"
+        "with launch.interruptible():\n"
+        "    try: signal.raise_signal(signal.SIGINT)\n"
+        "    finally: signal.raise_signal(signal.SIGINT); print('cleaned up')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 @pytest.mark.usefixtures("ctrl_c")
@@ -164,6 +228,42 @@ def test_the_same_command_goes_on_where_it_was_interrupted(
     )
     with np.load(shards / "00001.npz") as arrays:
         assert np.array_equal(arrays["arr_0"], levels(want.images)[2:])
+
+
+def test_closed_streams_change_nothing(work: Path, tmp_path: Path) -> None:
+    """No message goes into a file that took the number of a closed stream."""
+    line = (
+        f"{sys.executable} -m jacobiflow sample --model plain --num 1 --guidance 1 --strategy jacobi-1 --out {tmp_path}"
+    )
+    done = subprocess.run(["sh", "-c", f"{line} --json {tmp_path}/f.json >&- 2>&-"], cwd=work, timeout=300)
+    assert done.returncode == 0
+    assert json.loads((tmp_path / "f.json").read_text())["num"] == 1
+
+
+def test_a_terminal_of_ascii_shows_all_that_it_can(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
+    monkeypatch.setattr(sys, "stdout", screen)
+    line = f"calibrate --model model --images pets --segments 2 --traced 1 --per-class --out {tmp_path}/\u2713.json"
+    assert run(line).code == 0
+    assert f"wrote {tmp_path}/?.json" in screen.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    assert screen.errors == "strict"
+
+
+@pytest.mark.filterwarnings("always")
+def test_messages_that_cannot_be_written_are_lost_and_nothing_else(run: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    with open("/dev/full", "w", buffering=1) as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", full)
+        assert run(f"sample --model plain --num 1 --guidance 1 --strategy jacobi-1 --out {tmp_path}").code == 0
+        assert run("info --model nothing").code == 2
+
+
+def test_a_reader_that_is_gone_is_no_error(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as broken, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", broken)
+        code = run("info --model plain").code
+    assert (code, run("info --model plain").err) == (1, "")
 
 
 def test_names_in_square_brackets_are_no_markup_and_a_warning_is_one_line(

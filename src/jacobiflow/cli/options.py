@@ -88,8 +88,8 @@ class Limited(TyperCommand):
         """Run the command. **Raises** `ValueError` for a number above its limit."""
         for name, most in LIMITS.items():
             value = ctx.params.get(name)
-            for number in value if isinstance(value, list) else [] if value is None else [value]:
-                if number > most:
+            for number in value if isinstance(value, list | tuple) else (value,):
+                if number is not None and number > most:
                     raise ValueError(f"{name}={number}: the limit is {most:,}; give less")
         return super().invoke(ctx)
 
