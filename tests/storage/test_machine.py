@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from sample_folders import Killed, everything, flip, killed, run
@@ -139,5 +139,5 @@ class Samples(RuleBasedStateMachine):
         (self.out / name).write_bytes(b"mine")
 
 
-Samples.TestCase.settings = settings(max_examples=12, stateful_step_count=12, deadline=None, derandomize=True)
+Samples.TestCase.settings = settings(max_examples=12, stateful_step_count=12, deadline=None, derandomize=True, phases=[Phase.generate])
 test_a_folder_of_samples = pytest.mark.filterwarnings("ignore")(Samples.TestCase)
