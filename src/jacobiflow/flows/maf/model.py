@@ -90,6 +90,7 @@ class MAFBlock(FlowBlock, ExactInverse, KeepsNothing):
         **Raises** `ValueError` where `attn_temperature` is given: there is no attention here.
         """
         _check_temperature(attn_temperature)
+        self.check_input(z, context)
         keep_freed_memory(z.device)
         # A row of offsets for each sample, or every step would spread the one.
         layers = tuple(
