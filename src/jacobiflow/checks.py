@@ -6,27 +6,37 @@ says what it is, which value it has, and what to give. `True` is no number.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+import re
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from os import PathLike
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+import torch
 from torch import Tensor
 
 _LONGEST = 60  # characters of a value that a message quotes
+_LARGEST_INT = 2**63 - 1  # that PyTorch takes
 
 
 def short(value: Any) -> str:
-    """`value` for a message: its `repr`, cut where it is long; of a tensor its shape and dtype."""
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)} of {value.dtype}"
-    text = repr(value)
+    """`value` for a message: its `repr` in one line, cut where it is long; of a tensor its shape and dtype."""
+    if isinstance(value, Tensor | np.ndarray):
+        kind = "a tensor" if isinstance(value, Tensor) else "an array"
+        return f"{kind} {tuple(value.shape)} of {value.dtype}"
+    text = " ".join(repr(value).split())
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
-def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], give: str) -> None:
+def check_kind(name: str, value: Any, kinds: Any, give: str) -> None:
     """**Raises** `TypeError` where `value` is no instance of `kinds`; `give` says what to give instead."""
     if not isinstance(value, kinds):
-        raise TypeError(f"{name}={short(value)} of type {type(value).__name__}: give {give}")
+        raise _wrong_kind(name, value, give)
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -38,24 +48,37 @@ def check_count(name: str, value: Any, least: int = 1, most: int | None = None) 
     """**Raises** `TypeError` where `value` is no whole number, `ValueError` where it is out of `least` .. `most`."""
     give = "a positive whole number" if least == 1 else f"a whole number, at least {least}"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={short(value)} of type {type(value).__name__}: give {give}")
+        raise _wrong_kind(name, value, give)
     if value < least:
         raise ValueError(f"{name}={short(value)}: give {give}")
     if most is not None and value > most:
         raise ValueError(f"{name}={short(value)}: the limit is {most:,}; give less")
 
 
+def check_seed(seed: Any) -> None:
+    """As `check_count`, for a seed: 0 .. 2^63 - 1."""
+    check_count("seed", seed, 0, _LARGEST_INT)
+
+
 def check_number(name: str, value: Any, least: float = 0.0, give: str = "0 or a positive number") -> None:
     """**Raises** `TypeError` where `value` is no number, `ValueError` where it is not finite or below `least`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}={short(value)} of type {type(value).__name__}: give {give}")
-    if not least <= value < math.inf:
+        raise _wrong_kind(name, value, give)
+    if not least <= value <= (_LARGEST_INT if isinstance(value, int) else sys.float_info.max):
         raise ValueError(f"{name}={short(value)}: give {give}")
 
 
-def check_positive(name: str, value: Any) -> None:
+def check_positive(name: str, value: Any, give: str = "a positive number") -> None:
     """As `check_number`, for a number above 0."""
-    check_number(name, value, math.ulp(0.0), "a positive number")
+    check_number(name, value, math.ulp(0.0), give)
+
+
+def check_numbers(name: str, values: Any) -> None:
+    """**Raises** `TypeError` where `values` is no sequence of numbers, `ValueError` where there are none."""
+    if not isinstance(values, Sequence) or not all(_fits(float, value) for value in values):
+        raise _wrong_kind(name, values, "a sequence of numbers")
+    if not values:
+        raise ValueError(f"{name}={short(values)}: give one number or more")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -66,6 +89,25 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
                          f"{name}={short(value)}: give {last}")  # fmt: skip
 
 
+def check_path(name: str, value: Any) -> None:
+    """**Raises** `TypeError` where `value` is no path."""
+    check_kind(name, value, str | PathLike, "a path")
+
+
+def check_device(value: Any, here: bool = False) -> torch.device:
+    """The device that `value` means. **Raises** `TypeError` for another kind, `ValueError` for a name of none, or with
+    `here` of one that this machine lacks.
+    """
+    check_kind("device", value, str | torch.device, "a device, such as 'cpu' or 'cuda'")
+    try:
+        device = torch.device(value)
+        if here:
+            torch.empty(0, device=device).sum().item()  # fails where a device holds no values
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device={short(str(value))}: no such device here; give 'cpu'") from error
+
+
 def check_floating(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
     """**Raises** `TypeError` where `value` is no tensor, or not one of floating-point numbers; `ValueError` where its
     shape is not `shape`, whose strings stand for any positive size.
@@ -74,11 +116,19 @@ def check_floating(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
     check_kind(name, value, Tensor, want)
     if not value.is_floating_point():
         raise TypeError(f"{name}={short(value)}: give {want}")
+    if value.is_meta:
+        raise ValueError(f"{name}={short(value)} on the meta device: give one with values")
     fits = value.ndim == len(shape) and all(
         have == size if isinstance(size, int) else have > 0 for have, size in zip(value.shape, shape, strict=True)
     )
     if not fits:
         raise ValueError(f"{name}={short(value)}: give {want}")
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """**Raises** `ValueError` where an entry of the tensor is not finite."""
+    if not torch.isfinite(value).all():
+        raise ValueError(f"{name}={short(value)} holds a NaN or an infinity: give finite values")
 
 
 def check_rows(name: str, value: Any, rows: int, of: str) -> None:
@@ -88,3 +138,50 @@ def check_rows(name: str, value: Any, rows: int, of: str) -> None:
     check_kind(name, value, Tensor, f"a torch.Tensor with a row for each of the {rows} {of}")
     if not value.ndim or len(value) != rows:
         raise ValueError(f"{name}={short(value)}: give a row for each of the {rows} {of}")
+
+
+def check_on(name: str, value: Tensor, device: torch.device) -> None:
+    """**Raises** `ValueError` where the tensor is not on `device`."""
+    if value.device != device:
+        raise ValueError(f"{name}: on {value.device}, but {device} is needed; move one of them")
+
+
+def check_fields(record: Any) -> None:
+    """**Raises** `TypeError` where a field of a dataclass has a value that its declared type does not allow.
+
+    Entries of tuples and mappings are checked too; an `int` is a `float`, and `True` is neither.
+    """
+    cls: Any = type(record)
+    for name, declared in _declared(cls):
+        value = getattr(record, name)
+        if not _fits(declared, value):
+            words = re.sub(r"[\w.]*\.(?=\w)", "", getattr(declared, "__name__", None) or str(declared))
+            raise _wrong_kind(name, value, words if get_args(declared) else f"a value of type {words}")
+
+
+@functools.cache
+def _declared(cls: type) -> tuple[tuple[str, Any], ...]:
+    hints = get_type_hints(cls)
+    return tuple((entry.name, hints[entry.name]) for entry in fields(cls))
+
+
+def _fits(declared: Any, value: Any) -> bool:
+    origin, inner = get_origin(declared), get_args(declared)
+    if origin in (Union, types.UnionType):
+        return any(_fits(kind, value) for kind in inner)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in inner)
+    if origin is tuple:
+        each = [inner[0]] * len(value) if inner[-1] is Ellipsis and isinstance(value, tuple) else inner
+        return isinstance(value, tuple) and len(each) == len(value) and all(map(_fits, each, value))
+    if origin is not None and issubclass(origin, Mapping):
+        key, entry = inner
+        return isinstance(value, Mapping) and all(_fits(key, k) and _fits(entry, v) for k, v in value.items())
+    if declared in (int, float):
+        return isinstance(value, int | declared) and not isinstance(value, bool)
+    kind = getattr(declared, "array_type", declared)  # of jaxtyping
+    return kind is Any or isinstance(value, kind)
+
+
+def _wrong_kind(name: str, value: Any, give: str) -> TypeError:
+    return TypeError(f"{name}={short(value)} of type {type(value).__name__}: give {give}")

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jacobiflow.checks import check_kind, check_path, short
+
 T = TypeVar("T")
 OMIT_DEFAULT = {"omit_default": True}
 """Metadata of a field that was added to a format: left out at its default, so that older files keep their bytes."""
@@ -36,11 +38,17 @@ def register(name: str) -> Callable[[type[T]], type[T]]:
 
     The class derives from `Partition`, `Guess` or `Correction`.
 
-    **Raises** `ValueError` where the name is taken, and `TypeError` where the class has no such base.
+    **Raises** `ValueError` where the name is taken, `TypeError` where the class has no such base or is no dataclass.
     """
+    check_kind("name", name, str, "the name that stands for the class")
+    if not name or set(name) & set("+: "):
+        raise ValueError(f"name={short(name)}: give a name without spaces, '+' and ':', which the notation reads")
 
     def add(cls: type[T]) -> type[T]:
+        check_kind("class", cls, type, "a dataclass")
         names = _families[_base_of(cls)]
+        if not is_dataclass(cls):
+            raise TypeError(f"{cls.__name__}: make it a dataclass to register it")
         taken = names.get(name, cls)
         # The same class once more is a module that was loaded again.
         if (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -94,13 +102,13 @@ def encode(value: Any) -> Any:
         return {str(key): encode(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [encode(entry) for entry in value]
-    raise ValueError(f"{value!r} has no JSON form")
+    raise ValueError(f"{short(value)} has no JSON form")
 
 
 def _encode_dataclass(value: Any) -> dict[str, Any]:
     name = name_of(type(value))
     if name is None and any(base in _families for base in type(value).__mro__):
-        raise ValueError(f"{value!r} has no JSON form: register its class under a name (jacobiflow.register)")
+        raise ValueError(f"{short(value)} has no JSON form: register its class under a name (jacobiflow.register)")
     entries = {
         entry.name: encode(getattr(value, entry.name))
         for entry in fields(value)
@@ -131,7 +139,7 @@ def decode(declared: Any, value: Any, where: str = "") -> Any:
     if origin is Literal:
         choices = get_args(declared)
         if not any(type(value) is type(choice) and value == choice for choice in choices):
-            raise _error(where, f"{value!r}: one of {', '.join(map(repr, choices))} wanted")
+            raise _error(where, f"{short(value)}: one of {', '.join(map(repr, choices))} wanted")
         return value
     if declared in (bool, int, float, str):
         return _decode_scalar(declared, value, where)
@@ -164,12 +172,12 @@ def _decode_scalar(declared: Any, value: Any, where: str) -> Any:
         return float(value)
     if type(value) is declared:
         return value
-    raise _error(where, f"{value!r} is no {declared.__name__}")
+    raise _error(where, f"{short(value)} is no {declared.__name__}")
 
 
 def _decode_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(value, list):
-        raise _error(where, f"{value!r} is no list")
+        raise _error(where, f"{short(value)} is no list")
     if kinds[-1] is not Ellipsis and len(kinds) != len(value):
         raise _error(where, f"{len(value)} entries, {len(kinds)} wanted")
     each = [kinds[0]] * len(value) if kinds[-1] is Ellipsis else kinds
@@ -180,18 +188,18 @@ def _decode_key(declared: Any, key: str, where: str) -> Any:
     if get_origin(declared) is Literal:
         found = next((choice for choice in get_args(declared) if str(choice) == key), None)
         if found is None:
-            raise _error(where, f"{key!r}: one of {', '.join(map(str, get_args(declared)))} wanted")
+            raise _error(where, f"{short(key)}: one of {', '.join(map(str, get_args(declared)))} wanted")
         return found
     try:
         return declared(key)
     except ValueError as error:
-        raise _error(where, f"{key!r} is no {declared.__name__}") from error
+        raise _error(where, f"{short(key)} is no {declared.__name__}") from error
 
 
 def _decode_registered(base: type, value: Any, where: str) -> Any:
     kind = _object(value, where).get("kind")
     if not isinstance(kind, str) or kind not in _families[base]:
-        raise _error(where, f"kind {kind!r}: one of {', '.join(_families[base])} wanted")
+        raise _error(where, f"kind {short(kind)}: one of {', '.join(_families[base])} wanted")
     return _decode_record(_families[base][kind], value, where)
 
 
@@ -199,7 +207,7 @@ def _decode_record(cls: Any, value: Any, where: str) -> Any:
     """A dataclass or named tuple. Entries that are missing take their defaults."""
     entries, name = dict(_object(value, where)), name_of(cls)
     if name is not None and entries.pop("kind", name) != name:
-        raise _error(where, f"kind {value['kind']!r}: {name} wanted")
+        raise _error(where, f"kind {short(value['kind'])}: {name} wanted")
     hints, required = _hints(cls)
     unknown = ", ".join(map(repr, entries.keys() - hints.keys()))
     missing = ", ".join(map(repr, required - entries.keys()))
@@ -231,7 +239,7 @@ def _decode_tensor(value: Any, where: str) -> Tensor:
         shape = value["shape"]
         (name,) = value.keys() - {"shape"}
         if name not in _STORED or not all(type(size) is int and size >= 0 for size in shape):
-            raise ValueError(f"shape {shape!r}, entries {', '.join(value)}")
+            raise ValueError(f"shape {short(shape)}, entries {', '.join(value)}")
         array = np.frombuffer(base64.b64decode(value[name], validate=True), _STORED[name]).reshape(shape)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _error(where, f"not an array of float32 values, or float64, with its shape ({error})") from error
@@ -242,7 +250,7 @@ def _decode_tensor(value: Any, where: str) -> Tensor:
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise _error(where, f"{value!r} is no object")
+        raise _error(where, f"{short(value)} is no object")
     return value
 
 
@@ -256,8 +264,10 @@ def _error(where: str, text: str) -> ValueError:
 def load(path: str | Path, what: str, from_json: Callable[[Any], T], remedy: str = "") -> T:
     """What `from_json` makes of the JSON in a file, called `what` in errors.
 
-    **Raises** `ValueError` where the file cannot be read, holds no JSON, or `from_json` refuses it.
+    **Raises** `ValueError` where the file cannot be read, holds no JSON, or `from_json` refuses it, `TypeError` where
+    `path` is none.
     """
+    check_path("path", path)
     try:
         return from_json(json.loads(Path(path).read_text()))
     except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from jacobiflow.checks import check_choice, check_flag, check_kind, check_number, check_positive
 from jacobiflow.flows.base import (
     AffineBlock,
     AffineFrontPerSample,
@@ -33,6 +33,8 @@ class Guidance:
     An unconditional flow is guided too, away from itself at another temperature.
 
     Reference: section 3 and the guidance of the original sampler of TarFlow, arXiv 2412.06329.
+
+    **Raises** `TypeError` for another kind of value, `ValueError` for one out of range.
     """
 
     weight: float
@@ -41,16 +43,14 @@ class Guidance:
     attn_temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight < math.inf:
-            raise ValueError(f"guidance weight {self.weight}: give 0 (off) or a positive number")
-        if not 0 < self.attn_temperature < math.inf:
-            raise ValueError(f"attn_temperature {self.attn_temperature}: give a positive number")
-        if self.on not in ("both", "scale", "shift"):
-            raise ValueError(f"guidance on {self.on!r}: give 'both', 'scale' or 'shift'")
+        check_number("guidance weight", self.weight, give="0 (off) or a positive number")
+        check_flag("annealed", self.annealed)
+        check_choice("guidance on", self.on, ("both", "scale", "shift"))
+        check_positive("attn_temperature", self.attn_temperature)
 
     def extrapolation(self, z: Float[Tensor, "b t c"]) -> Extrapolation:
         """The weights of all entries of `z`, in its dtype and on its device."""
-        weights = z.new_full((z.shape[1],), self.weight)
+        weights = torch.tensor(float(self.weight), dtype=torch.float64).to(z).repeat(z.shape[1])  # may overflow
         if self.annealed:
             weights *= torch.arange(z.shape[1], device=z.device).to(z.dtype) / max(z.shape[1] - 1, 1)
         off = torch.zeros_like(weights)
@@ -168,6 +168,11 @@ def _guided_class(*capabilities: type) -> type[GuidedBlock]:
     return type("GuidedBlock", (*(_GUIDED[capability] for capability in capabilities), GuidedBlock), {})
 
 
+def check_guidance(guidance: Any) -> None:
+    """**Raises** `TypeError` where `guidance` is neither a `Guidance` nor `None`."""
+    check_kind("guidance", guidance, Guidance | None, "a Guidance, such as Guidance(1.5), or None")
+
+
 def in_force(guidance: Guidance | None) -> Guidance | None:
     """`guidance`, or `None` where its weight is 0."""
     return None if guidance is None or guidance.weight == 0 else guidance
@@ -175,6 +180,8 @@ def in_force(guidance: Guidance | None) -> Guidance | None:
 
 def guided(block: AffineBlock, guidance: Guidance | None) -> AffineBlock:
     """`block` under `guidance`, with all that `block` can do; the block itself where guidance is off."""
+    check_guidance(guidance)
+    check_kind("block", block, AffineBlock, "an AffineBlock, such as flow.blocks[0]")
     guidance = in_force(guidance)
     if guidance is None:
         return block

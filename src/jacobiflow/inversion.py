@@ -7,7 +7,8 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.flows.image_flow import ImageFlow, state_dtype
+from jacobiflow.checks import check_floating
+from jacobiflow.flows.image_flow import ImageFlow, check_flow, state_dtype
 
 Solve = Callable[[int, Tensor], Tensor]
 
@@ -15,8 +16,11 @@ Solve = Callable[[int, Tensor], Tensor]
 def prior_tokens(flow: ImageFlow, latents: Float[Tensor, "n t c"]) -> Float[Tensor, "n t c"]:
     """sqrt(var) times the standard normal `latents`: what the last block is inverted at.
 
-    On the flow's device, in the dtype of the state, see `state_dtype`.
+    On the flow's device, in the dtype of the state, see `state_dtype`. **Raises** `TypeError` or `ValueError` where the
+    latents are no (N, T, C) of the flow.
     """
+    check_flow(flow)
+    check_floating("latents", latents, ("N", flow.config.num_tokens, flow.config.token_channels))
     dtype = state_dtype(flow)
     return latents.to(flow.var.device, dtype) * flow.var.to(dtype).sqrt()
 

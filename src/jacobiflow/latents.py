@@ -7,27 +7,50 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from jacobiflow.checks import check_count, check_seed
+
 FIRST_CALIBRATION_LATENT = 2**40  # calibration must not see the latents that samples are drawn from
+MOST_SAMPLES = FIRST_CALIBRATION_LATENT
 _LATENTS, _LABELS = 0, 1
+_LAST = 2**63 - 1  # sample
 
 
 def draw_latents(
     num: int, num_tokens: int, token_channels: int, seed: int = 0, start: int = 0
 ) -> Float[Tensor, "n t d"]:
-    """Standard normal latents of samples start .. start+num-1; sample i depends on `seed` and i only."""
-    shape = (num_tokens, token_channels)
-    samples = range(start, start + num)
-    draws = [_generator(seed, _LATENTS, i).standard_normal(shape, np.float32) for i in samples]
-    return torch.from_numpy(np.stack(draws))
+    """Standard normal latents of samples start .. start+num-1; sample i depends on `seed` and i only.
+
+    **Raises** `TypeError` or `ValueError` for sizes and a seed that are no whole numbers or out of range.
+    """
+    _check(num, seed, start)
+    check_count("num_tokens", num_tokens, most=MOST_SAMPLES)
+    check_count("token_channels", token_channels, most=MOST_SAMPLES)
+    # In one piece, so that what memory cannot hold fails before anything is drawn.
+    latents = np.empty((num, num_tokens, token_channels), np.float32)
+    for i, row in enumerate(latents):
+        _generator(seed, _LATENTS, start + i).standard_normal(dtype=np.float32, out=row)
+    return torch.from_numpy(latents)
 
 
 def draw_labels(num: int, num_classes: int, seed: int = 0, start: int = 0) -> Int[Tensor, " n"]:
-    """Uniform labels of samples start .. start+num-1; that of sample i depends on `seed` and i only."""
-    return torch.tensor([int(_generator(seed, _LABELS, i).integers(num_classes)) for i in range(start, start + num)])
+    """Uniform labels of samples start .. start+num-1; that of sample i depends on `seed` and i only.
+
+    **Raises** as `draw_latents` does.
+    """
+    _check(num, seed, start)
+    check_count("num_classes", num_classes, most=_LAST)
+    labels = np.empty(num, np.int64)
+    for i in range(num):
+        labels[i] = _generator(seed, _LABELS, start + i).integers(num_classes)
+    return torch.from_numpy(labels)
+
+
+def _check(num: int, seed: int, start: int) -> None:
+    check_count("num", num, most=MOST_SAMPLES)
+    check_seed(seed)
+    check_count("start", start, 0, _LAST - num)
 
 
 def _generator(seed: int, stream: int, sample: int) -> np.random.Generator:
     """The random numbers of one sample: Philox keyed by the seed, with a counter of this stream's and sample's own."""
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed={seed!r}: give a whole number of at least 0")
     return np.random.Generator(np.random.Philox(key=seed, counter=(0, 0, stream, sample)))

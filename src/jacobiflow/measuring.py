@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from jacobiflow.checks import check_count, check_device, check_floating, check_kind
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -51,10 +53,14 @@ def interleave(
 
     **Returns:** a `Timing` by name, and what each run returned in the warm-up.
 
-    **Raises:** `ValueError` where `repeats` is below 1.
+    **Raises:** `ValueError` where `repeats` is below 1 or there is no such device, `TypeError` for other kinds.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats}: give a positive number of rounds")
+    check_kind("runs", runs, Mapping, "a mapping of names to callables")
+    for run in runs.values():
+        check_kind("runs", run, Callable, "a mapping of names to callables")
+    check_count("repeats", repeats)
+    check_kind("after_each", after_each, Callable | None, "a function of a name, or None")
+    device = check_device(device)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     results: dict[str, Any] = {}
     for repeat in range(repeats + 1):
@@ -79,7 +85,11 @@ def paired_error(actual: Float[Tensor, "n c h w"], exact: Float[Tensor, "n c h w
 
     An entry that is NaN in only one of them counts as infinite. One that is NaN in both counts as 0: the exact inverse
     overflows there, and both say so.
+
+    **Raises** `TypeError` or `ValueError` where the two are not images of the same shape.
     """
+    check_floating("actual", actual, ("N", "C", "H", "W"))
+    check_floating("exact", exact, tuple(actual.shape))
     lost = actual.isnan() & exact.isnan()
     difference = (actual.double() - exact.double()).abs().masked_fill(lost, 0).nan_to_num(torch.inf, torch.inf)
     return Error(float(difference.max()), float(difference.mean()), float(difference.square().mean().sqrt()))
@@ -87,7 +97,7 @@ def paired_error(actual: Float[Tensor, "n c h w"], exact: Float[Tensor, "n c h w
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What a timing depends on: processor, its cores, PyTorch's threads, the device's name, and versions."""
-    device = torch.device(device)
+    device = check_device(device)
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),

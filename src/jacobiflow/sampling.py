@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from jacobiflow.denoising import check_rate
-from jacobiflow.denoising import denoise as denoise_images
+from jacobiflow.checks import check_count, check_finite, check_flag, check_floating, check_kind, check_seed
+from jacobiflow.denoising import check_rate, denoised
 from jacobiflow.flows.base import AffineBlock
-from jacobiflow.flows.image_flow import ImageFlow, state_dtype
-from jacobiflow.guidance import Guidance, guided
+from jacobiflow.flows.image_flow import ImageFlow, check_flow, state_dtype
+from jacobiflow.guidance import Guidance, check_guidance, guided
 from jacobiflow.inversion import invert, prior_tokens
-from jacobiflow.latents import draw_latents
-from jacobiflow.solvers import Certificate, Solution, Status, solve_certified
+from jacobiflow.latents import MOST_SAMPLES, draw_latents
+from jacobiflow.solvers import Certificate, Solution, Status, check_certificate, solve_certified
 from jacobiflow.strategy import Strategy, choose
 
 _GROUP = 16  # batches that go through a block before the next block: a progress bar's step, and bounded memory
@@ -140,11 +140,13 @@ def sample(
     **Returns:** `Samples`. A sample that missed its tolerance or overflowed was solved again sequentially and is
     counted there; none is redrawn. One that overflows in the exact inverse too is NaN, with a warning.
 
-    **Raises:** `ValueError` for labels, latents, strategies or settings that do not fit the flow.
+    **Raises:** `ValueError` for labels, latents, strategies or settings that do not fit the flow, `TypeError` for other
+    kinds of them.
     """
-    latents = _checked_latents(flow, num, latents, labels, seed, batch_size, guidance, denoise)
-    if certify not in (True, False, "always"):
-        raise ValueError(f"certify={certify!r}: give True, False or 'always'")
+    _check_settings(flow, batch_size, guidance, denoise, certify, return_trace, progress)
+    latents = _checked_latents(flow, num, latents, labels, seed)
+    if guidance is not None and labels is None and guidance.attn_temperature == 1:
+        warnings.warn("guidance without labels at attn_temperature 1 changes nothing", stacklevel=2)
     console = Console(stderr=True)
     shown = progress is True and console.is_terminal
     slots = batch_size or len(latents)
@@ -173,7 +175,7 @@ def sample(
     trace = [torch.cat(steps) for steps in zip(*(group.trace for group in solved), strict=True)]
     started = time.perf_counter()
     if denoise:
-        images = denoise_images(flow, images, labels, denoise, batch_size or 64)
+        images = denoised(flow, images, labels, denoise, batch_size or 64)
         trace.append(images)
     lost = int((torch.stack([block.status for block in stats]) == Status.NONFINITE).any(dim=0).sum())
     if lost:
@@ -200,6 +202,9 @@ def decode(
     certify: Certificate = True,
 ) -> Samples:
     """The inverse of `flow.encode`: images whose latents are `z`, without guidance or denoising. See `sample`."""
+    check_flow(flow)
+    check_floating("z", z, ("N", flow.config.num_tokens, flow.config.token_channels))
+    check_finite("z", z)
     return sample(
         flow, labels=labels, latents=z, strategy=strategy, tolerance=tolerance, certify=certify, progress=False
     )
@@ -261,32 +266,33 @@ def _spans(total: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
+def _check_settings(
+    flow: ImageFlow, batch_size: int | None, guidance: Guidance | None, denoise: float, certify: Certificate,
+    return_trace: bool, progress: bool | Callable[[float], None],
+) -> None:  # fmt: skip
+    check_flow(flow)
+    if batch_size is not None:
+        check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    check_guidance(guidance)
+    check_rate(flow, denoise)
+    check_certificate("certify", certify)
+    check_flag("return_trace", return_trace)
+    check_kind("progress", progress, bool | Callable, "True, False or a function of the share that is solved")
+
+
 def _checked_latents(
-    flow: ImageFlow, num: int | None, latents: Tensor | None, labels: Tensor | None, seed: int, batch_size: int | None,
-    guidance: Guidance | None, denoise: float,
-) -> Float[Tensor, "n t d"]:  # fmt: skip
-    """The latents that are given, or else drawn. **Raises** `ValueError` where an argument does not fit the flow."""
-    config = flow.config
+    flow: ImageFlow, num: int | None, latents: Tensor | None, labels: Tensor | None, seed: int
+) -> Float[Tensor, "n t d"]:
+    """The latents that are given, or else drawn, in case they and the labels fit the flow."""
     if (num is None) == (latents is None):
         raise ValueError("give either num or latents")
-    for name, value in (("num", num), ("batch_size", batch_size)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{name}={value!r}: give a positive whole number")
-    for name, tensor in (("latents", latents), ("labels", labels)):
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} of type {type(tensor).__name__}: give a torch.Tensor")
-    if guidance is not None and not isinstance(guidance, Guidance):
-        raise ValueError(f"guidance={guidance!r}: give a Guidance, such as Guidance({guidance!r})")
-    if latents is None:
-        latents = draw_latents(num or 0, config.num_tokens, config.token_channels, seed)
-    want = (config.num_tokens, config.token_channels)
-    if latents.ndim != 3 or latents.shape[1:] != want or not len(latents):
-        raise ValueError(f"latents of shape {tuple(latents.shape)}: this flow takes (N, {want[0]}, {want[1]})")
-    if not torch.isfinite(latents).all():
-        raise ValueError("latents hold a NaN or an infinity: give finite values")
+    shape = (flow.config.num_tokens, flow.config.token_channels)
+    check_seed(seed)
+    if latents is not None:
+        check_floating("latents", latents, ("N", *shape))
+        check_finite("latents", latents)
+        num = len(latents)
+    check_count("num", num, most=MOST_SAMPLES)
     if labels is not None:
-        flow.check_labels(labels, len(latents))
-    check_rate(flow, denoise)
-    if guidance is not None and labels is None and guidance.attn_temperature == 1:
-        warnings.warn("guidance without labels at attn_temperature 1 changes nothing", stacklevel=3)
-    return latents
+        flow.check_labels(labels, num or 0)
+    return draw_latents(num or 0, *shape, seed) if latents is None else latents

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from jacobiflow.adapters.swapped import Acceleration, Adapter, Swapped
+from jacobiflow.checks import check_flag, check_number
 
 _SUPPORTED = {"zuko": ((1, 2), (2,)), "nflows": ((0, 14), (0, 15)), "normflows": ((1, 7), (2,)),
               "pyro": ((1, 9), (2,))}  # from, to below  # fmt: skip
@@ -54,10 +54,10 @@ def accelerate(flow: Any, tolerance: float = 0.0, retry_float64: bool = False) -
     **Returns:** an `Acceleration`, which says what was sped up, counts passes, and undoes it.
 
     **Raises:** `ValueError` where nothing in `flow` can be accelerated, a library's version is not supported, or the
-    tolerance is negative or not finite; then nothing was changed.
+    tolerance is negative or not finite; `TypeError` for other kinds of them. Then nothing was changed.
     """
-    if not isinstance(tolerance, int | float) or isinstance(tolerance, bool) or not 0 <= tolerance < math.inf:
-        raise ValueError(f"tolerance={tolerance!r}: give 0, for identical bits, or a positive number")
+    check_number("tolerance", tolerance, give="0, for identical bits, or a positive number")
+    check_flag("retry_float64", retry_float64)
     adapters = [(library, adapter) for library in _SUPPORTED for adapter in _adapters(library, flow)]
     done = Acceleration(float(tolerance), retry_float64)
     classes: dict[nn.Module, type[nn.Module]] = {}

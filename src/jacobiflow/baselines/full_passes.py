@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from jacobiflow.baselines.peer import check_arguments
+from jacobiflow.checks import check_kind
 from jacobiflow.flows.maf import MAF, MAFBlock, full_pass
 from jacobiflow.guidance import Guidance, in_force
 from jacobiflow.inversion import invert, prior_tokens
@@ -57,8 +59,11 @@ def full_passes_sample(
 
     **Returns:** images (N, C, H, W), not clipped.
 
-    **Raises:** `ValueError` for an attention temperature.
+    **Raises:** `ValueError` for an attention temperature, or where `z` or `labels` do not fit the flow, `TypeError` for
+    other kinds of arguments.
     """
+    check_kind("flow", flow, MAF, "a MAF")
+    check_arguments(flow, z, labels, guidance)
     guidance = in_force(guidance)
     if guidance is not None and guidance.attn_temperature != 1:
         raise ValueError(f"attn_temperature {guidance.attn_temperature}: a MAF has no attention; leave it at 1")

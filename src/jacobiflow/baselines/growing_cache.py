@@ -19,6 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from jacobiflow.baselines.peer import check_arguments
+from jacobiflow.checks import check_kind
 from jacobiflow.flows.tarflow import TarFlow, TarFlowBlock
 from jacobiflow.flows.tarflow.attention import Attention, AttentionBlock
 from jacobiflow.guidance import Guidance, in_force
@@ -110,7 +112,11 @@ def growing_cache_sample(
     - `guidance`: a `Guidance`, or `None`; that or a weight of 0 makes no second call.
 
     **Returns:** images (N, C, H, W), not clipped.
+
+    **Raises:** `ValueError` where `z` or `labels` do not fit the flow, `TypeError` for other kinds of arguments.
     """
+    check_kind("flow", flow, TarFlow, "a TarFlow")
+    check_arguments(flow, z, labels, guidance)
     guidance = in_force(guidance)
 
     def solve(i: int, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Reference: Liu and Qin, Accelerate TarFlow Sampling with GS-Jacobi Iteration, ar
 from __future__ import annotations
 
 from jacobiflow.calibration import Report
+from jacobiflow.checks import check_flag, check_kind
 
 # Sweeps of the other blocks, Else: those of the tables, and 12, 14, 16, for models that need a few more than 10.
 _ELSE = (6, 8, 10, 12, 14, 16, 20, 30)
@@ -25,6 +26,8 @@ def gs_jacobi_grid(report: Report | None, short: bool = False) -> list[str]:
     **Arguments:** `short` leaves 8 settings at most beside these two, few enough to draw thousands of samples by each:
     T/8 and T/4 in 1, 4 or 8 segments, and 6 sweeps elsewhere.
     """
+    check_kind("report", report, Report | None, "a Report, as calibrate returns, or None")
+    check_flag("short", short)
     names = ["Jacobi-30", "Jacobi-60"]
     tough = () if report is None or report.components is None else report.tough_blocks
     if report is None or not tough:

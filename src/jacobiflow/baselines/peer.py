@@ -7,7 +7,6 @@ nothing is solved again, and a value that overflows stays.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,9 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from jacobiflow.checks import check_finite, check_floating, check_on, check_positive
 from jacobiflow.flows.base import AffineBlock
-from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.guidance import Guidance, guided
+from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.guidance import Guidance, check_guidance, guided
 from jacobiflow.inversion import invert, prior_tokens
 
 
@@ -59,13 +59,9 @@ def sample_by(
 ) -> PeerSamples:  # fmt: skip
     """Images from standard normal latents `z`, with a solver per block, in encoding order.
 
-    **Raises** `ValueError` where `z` or `labels` do not fit the flow.
+    **Raises** as `check_arguments` does.
     """
-    want = (flow.config.num_tokens, flow.config.token_channels)
-    if z.ndim != 3 or z.shape[1:] != want or not len(z):
-        raise ValueError(f"z of shape {tuple(z.shape)}: this flow takes (N, {want[0]}, {want[1]})")
-    if labels is not None:
-        flow.check_labels(labels, len(z))
+    check_arguments(flow, z, labels, guidance)
     calls = evaluations = 0
 
     def solve(i: int, z: Tensor) -> Tensor:
@@ -80,7 +76,17 @@ def sample_by(
     return PeerSamples(images, calls, evaluations)
 
 
+def check_arguments(flow: ImageFlow, z: Tensor, labels: Tensor | None, guidance: Guidance | None) -> None:
+    """**Raises** `ValueError` where `z` or `labels` do not fit the flow, `TypeError` for other kinds of arguments."""
+    check_flow(flow)
+    check_floating("z", z, ("N", flow.config.num_tokens, flow.config.token_channels))
+    check_finite("z", z)
+    if labels is not None:
+        flow.check_labels(labels, len(z))
+        check_on("labels", labels, flow.var.device)
+    check_guidance(guidance)
+
+
 def check_threshold(threshold: float) -> None:
-    """**Raises** `ValueError` where `threshold` is not a positive number."""
-    if not 0 < threshold < math.inf:
-        raise ValueError(f"threshold={threshold}: give a positive number")
+    """**Raises** `TypeError` or `ValueError` where `threshold` is not a positive number."""
+    check_positive("threshold", threshold)

@@ -15,7 +15,8 @@ from jacobiflow.baselines.selective_jacobi import GRID as SELECTIVE_GRID
 from jacobiflow.baselines.selective_jacobi import selective_jacobi
 from jacobiflow.baselines.starflow import GRID as STARFLOW_GRID
 from jacobiflow.baselines.starflow import starflow
-from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.checks import check_kind, short
+from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.flows.maf import MAF
 from jacobiflow.flows.tarflow import TarFlow
 from jacobiflow.guidance import Guidance
@@ -49,7 +50,13 @@ def register_original_loop(flow_type: type[ImageFlow], name: str, loop: Loop) ->
 
     `loop(flow, latents, labels, guidance)` takes latents (N, T, C) before the prior's scale and gives images
     (N, C, H, W); `labels` and `guidance` may be `None`. `name` is shown in tables.
+
+    **Raises** `TypeError` for other kinds of arguments.
     """
+    if not isinstance(flow_type, type) or not issubclass(flow_type, ImageFlow):
+        raise TypeError(f"flow_type={short(flow_type)}: give a class that derives from ImageFlow")
+    check_kind("name", name, str, "a name for tables")
+    check_kind("loop", loop, Callable, "a function of a flow, latents, labels and guidance")
     _LOOPS[flow_type] = (name, loop)
 
 
@@ -59,6 +66,7 @@ def original_loop(flow: ImageFlow) -> tuple[str, Loop]:
     "growing cache" for a TarFlow, "full passes" for a MAF, and what `register_original_loop` added. A flow that has
     none is compared with this library's sequential loop, "sequential".
     """
+    check_flow(flow)
     for flow_type in type(flow).__mro__:
         if flow_type in _LOOPS:
             return _LOOPS[flow_type]

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from jacobiflow.baselines.peer import CountedMap, PeerSamples, check_threshold, sample_by
-from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.guidance import Guidance
 
 GRID: Sequence[Mapping[str, Any]] = [
@@ -37,6 +37,7 @@ def selective_jacobi(
     **Raises** `ValueError` where `threshold` is not positive, or `z` or `labels` do not fit the flow.
     """
     check_threshold(threshold)
+    check_flow(flow)
     sweeps = partial(_whole_sweeps, threshold=threshold)
     return sample_by(flow, z, labels, guidance, [sweeps] * (flow.config.num_blocks - 1) + [_token_by_token])
 

@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from jacobiflow.baselines.peer import CountedMap, PeerSamples, check_threshold, sample_by
-from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.checks import check_count, check_flag
+from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.guidance import Guidance
 
 GRID: Sequence[Mapping[str, Any]] = [
@@ -45,9 +46,10 @@ def starflow(
     **Raises** `ValueError` where a setting is not positive, or `z` or `labels` do not fit the flow.
     """
     check_threshold(threshold)
-    for name, value in (("run_length", run_length), ("max_sweeps", max_sweeps)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: give a positive whole number")
+    check_count("run_length", run_length)
+    check_count("max_sweeps", max_sweeps)
+    check_flag("fresh_keys", fresh_keys)
+    check_flow(flow)
     runs = partial(_runs, run_length=run_length, threshold=threshold, max_sweeps=max_sweeps, fresh_keys=fresh_keys)
     return sample_by(flow, z, labels, guidance, [runs] * flow.config.num_blocks)
 

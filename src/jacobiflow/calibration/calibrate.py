@@ -20,10 +20,12 @@ from jacobiflow.calibration.metrics import NORMS, Metrics, Norm
 from jacobiflow.calibration.passes import BlockSolution, Images, Passes
 from jacobiflow.calibration.report import GUESS_NAMES, Report, Settings, Start
 from jacobiflow.calibration.tune import tune
+from jacobiflow.checks import check_choice, check_count, check_flag, check_path, check_seed
 from jacobiflow.flows.fingerprint import fingerprint
-from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.guidance import Guidance, guided
-from jacobiflow.solvers import Guess, Latent, MeanAffine, Segments, Zeros
+from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.guidance import Guidance, check_guidance, guided
+from jacobiflow.latents import MOST_SAMPLES
+from jacobiflow.solvers import Guess, Latent, MeanAffine, Zeros
 
 _FEWEST_TOKENS = 4  # in a segment: with fewer, the sequential loop is the better plan
 
@@ -71,9 +73,13 @@ def calibrate(
         same call goes on where it was interrupted.
 
     **Raises:** `ValueError` for images, labels or settings that do not fit the flow, where a fresh latent overflows in
-    the exact inverse, and where another process calibrates to `out`.
+    the exact inverse, and where another process calibrates to `out`. `TypeError` for other kinds of arguments.
     """
     _check(flow, images, labels, norm, guidance, segments, traced, per_class, chord, batch_size)
+    check_seed(seed)
+    check_flag("progress", progress)
+    if out is not None:
+        check_path("out", out)
     settings = Settings(len(images), labels is not None, norm, guidance, segments, min(traced, len(images)), seed)
     console = Console(stderr=True)
     bar = Progress(console=console, disable=not (progress and console.is_terminal), transient=True)
@@ -147,21 +153,22 @@ def _check(
     flow: ImageFlow, images: Images, labels: Tensor | None, norm: Norm, guidance: Guidance | None, segments: int,
     traced: int, per_class: bool, chord: bool, batch_size: int,
 ) -> None:  # fmt: skip
-    if norm not in NORMS:
-        raise ValueError(f"norm={norm!r}: give 2, 'fro' or 1")
-    for name, value in (("traced", traced), ("batch_size", batch_size)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name}={value!r}: give a positive whole number")
+    check_flow(flow)
+    check_choice("norm", norm, NORMS)
+    check_count("traced", traced, most=MOST_SAMPLES)
+    check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    check_flag("per_class", per_class)
+    check_flag("chord", chord)
     if chord and traced < 2:
         raise ValueError(f"traced={traced}: give at least 2, to fit a chord to")
-    if guidance is not None and not isinstance(guidance, Guidance):
-        raise ValueError(f"guidance={guidance!r}: give a Guidance, such as Guidance({guidance!r})")
-    Segments(segments).check(flow.config.num_tokens)
+    check_guidance(guidance)
+    check_count("segments", segments, most=flow.config.num_tokens)
+    indexable = hasattr(images, "__getitem__") and hasattr(images, "__len__")
+    if not indexable or isinstance(images, str | bytes | Mapping) or getattr(images, "shape", None) == ():
+        raise TypeError(f"images of type {type(images).__name__}: give a tensor, or what a tensor can index")
     if len(images) < 2:
         raise ValueError(f"images: {len(images)} of them; give at least 2, better 128, to take means over")
     if labels is not None:
-        if not isinstance(labels, Tensor):
-            raise ValueError(f"labels of type {type(labels).__name__}: give a torch.Tensor")
         flow.check_labels(labels, len(images))
     elif per_class:
         raise ValueError("per_class: give the labels of the images")

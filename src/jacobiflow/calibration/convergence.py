@@ -10,8 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jacobiflow.calibration.metrics import segment_runs
+from jacobiflow.checks import check_fields, check_kind
 from jacobiflow.flows.base import Block
 from jacobiflow.solvers import Guess, no_gradients
+from jacobiflow.solvers.solve import check_tokens
 
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 
@@ -23,11 +25,25 @@ class Trace:
     **Attributes:** `median` and `largest` of the samples' distances, entry k after k sweeps; `sweeps`, for each of
     `TOLERANCES`, how many sweeps each sample takes until its distance stays within it, or `None` where rounding keeps
     the distance above.
+
+    **Raises** `TypeError` for other kinds of values, `ValueError` for a distance or a count below 0, and where there
+    are no tolerances, or not a count of each sample for each of them.
     """
 
     median: tuple[float, ...]
     largest: tuple[float, ...]
     sweeps: Mapping[float, tuple[int | None, ...]]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        rows = list(self.sweeps.values())
+        if not self.median or len(self.median) != len(self.largest) or {len(row) for row in rows} in (set(), {0}):
+            raise ValueError("trace: give a median and a largest distance for each k, and tolerances with counts")
+        if any(len(row) != len(rows[0]) for row in rows):
+            raise ValueError("trace: not a count of each sample for each tolerance")
+        counts = [count for row in rows for count in row if count is not None]
+        if not all(value >= 0 for value in (*self.median, *self.largest, *self.sweeps, *counts)):
+            raise ValueError("trace: a distance, a tolerance or a count that is not 0 or positive")
 
     def slowest(self, tolerance: float) -> int | None:
         """The sweeps of the slowest sample; `None` where a sample stays above. **Raises** as `reach` does."""
@@ -62,6 +78,8 @@ def distances(
     make it exact (Proposition 1). As in `solve`, a token that overflows is set back to the guess; the distance after
     such a sweep is infinite.
     """
+    check_tokens(block, z, context, x=x)
+    check_kind("guess", guess, Guess, "a Guess, such as Latent()")
     curves = []
     with no_gradients(block):
         cache = block.init_cache(z, context)

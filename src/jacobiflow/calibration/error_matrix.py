@@ -9,7 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from jacobiflow.checks import check_count, check_positive, check_seed
 from jacobiflow.flows.base import Block
+from jacobiflow.solvers.solve import check_tokens
 
 Products = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
@@ -22,7 +24,11 @@ def gamma_products(
     Gamma carries the error from sweep to sweep near a solution: e^(k+1) = Gamma e^(k) (eq. 6 of the paper, where the
     sign is in its gamma_ti). It is strictly lower triangular in the tokens, so Gamma^T = 0. Both products are backward
     passes through graphs that are built once: Gamma v is the derivative of Gamma^T w along v, which is linear in w.
+
+    **Raises** `TypeError` or `ValueError` where `x` and `z` are no tokens of the block, or `context` has not a row for
+    each of theirs.
     """
+    check_tokens(block, z, context, x=x)
     # The other kernels of attention cannot be differentiated twice.
     with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         x, z = x.clone().requires_grad_(), z.clone()
@@ -53,8 +59,11 @@ def gamma_norm(
 
     Power iteration on Gamma itself would find nothing: it is nilpotent, all its eigenvalues are 0. The estimate grows
     towards the norm from below, and stops where an iteration adds less than a share `rtol` of it for every sample, or
-    after `max_iterations`. `seed` fixes where it starts.
+    after `max_iterations`. `seed` fixes where it starts. **Raises** as `gamma_products` does.
     """
+    check_positive("rtol", rtol)
+    check_count("max_iterations", max_iterations)
+    check_seed(seed)
     product, transposed_product = gamma_products(block, x, z, context)
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)

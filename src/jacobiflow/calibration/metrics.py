@@ -12,8 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from jacobiflow.checks import check_choice, check_fields, check_floating, check_kind, check_number, check_numbers
 from jacobiflow.flows.base import Block
 from jacobiflow.solvers import Guess, Segments, no_gradients
+from jacobiflow.solvers.solve import check_tokens
 
 Norm = Literal[2, "fro", 1]
 NORMS: tuple[Norm, ...] = (2, "fro", 1)
@@ -39,10 +41,22 @@ class Metrics:
 
     **Attributes:** `igm`, per block a number for each guess; `components`, per block those of CRM, or `None` where the
     flow has no linear output layer, for which CRM is not defined.
+
+    **Raises** `TypeError` for other kinds of values, `ValueError` for a number that is not 0 or positive, and for
+    another number of components.
     """
 
     igm: tuple[Mapping[str, float], ...]
     components: tuple[Components, ...] | None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        parts = self.components
+        if parts is not None and len(parts) != len(self.igm):
+            raise ValueError(f"metrics: components of {len(parts)} blocks or segments, IGM of {len(self.igm)}")
+        numbers = [value for row in self.igm for value in row.values()] + [v for part in parts or () for v in part]
+        if not all(value >= 0 for value in numbers):
+            raise ValueError("metrics: a norm that is not 0 or positive")
 
     @property
     def crm(self) -> tuple[float, ...]:
@@ -76,6 +90,8 @@ def tough_blocks(crm: Sequence[float], dominance: float = DOMINANCE) -> tuple[in
     none dominates: the larger one's share is at least 0.5 whatever they are. (Of three, it is more than a third unless
     they are equal: in a flow of three or four blocks the rule says little.)
     """
+    check_numbers("crm", crm)
+    check_number("dominance", dominance)
     remaining = dict(enumerate(crm))
     tough = []
     while len(remaining) > 2:
@@ -92,6 +108,8 @@ def matrix_norm(matrix: Float[Tensor, "t c"], norm: Norm) -> float:
 
     Infinite where an entry is not finite: a guess that overflows is as bad as can be.
     """
+    check_floating("matrix", matrix, ("rows", "columns"))
+    check_choice("norm", norm, NORMS)
     if not torch.isfinite(matrix).all():
         return float("inf")
     return float(torch.linalg.matrix_norm(matrix.double(), ord=norm))
@@ -100,6 +118,7 @@ def matrix_norm(matrix: Float[Tensor, "t c"], norm: Norm) -> float:
 def segment_runs(length: int, count: int) -> list[slice]:
     """The `count` runs of tokens of `Segments(count)`."""
     partition = Segments(count)
+    partition.check(length)
     stops = [0]
     while stops[-1] < length:
         stops.append(partition.stop(stops[-1], length))
@@ -115,6 +134,8 @@ def initial_residual(
     With `count` > 1 it is that of Gauss-Seidel-Jacobi: each of the `count` segments is swept once from the guess, the
     segments before it being solved.
     """
+    check_tokens(block, z, context, x=x)
+    check_kind("guess", guess, Guess, "a Guess, such as Latent()")
     with no_gradients(block):
         cache = block.init_cache(z, context)
         started = guess(z)
@@ -150,6 +171,10 @@ class RunningMean:
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Spearman's rank correlation, equals sharing their mean rank; NaN where one side is constant."""
+    check_numbers("first", first)
+    check_numbers("second", second)
+    if len(first) != len(second):
+        raise ValueError(f"first of {len(first)} numbers, second of {len(second)}: give as many")
     a, b = (_ranks(np.asarray(values, float)) for values in (first, second))
     a, b = a - a.mean(), b - b.mean()
     scale = float(np.sqrt((a @ a) * (b @ b)))

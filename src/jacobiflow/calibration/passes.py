@@ -69,7 +69,7 @@ class Passes:
             rows = self.images[index.numpy()] if isinstance(self.images, np.ndarray) else self.images[index]
             images = torch.as_tensor(rows).detach()
         except TypeError as error:
-            raise ValueError(
+            raise TypeError(
                 f"images of type {type(self.images).__name__}: give a tensor, or what a tensor can index"
             ) from error
         self.flow.check_images(images)

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from torch import nn
 
 from jacobiflow import codec
 from jacobiflow.calibration.convergence import Trace
 from jacobiflow.calibration.metrics import Components, Metrics, Norm, rank_correlation
 from jacobiflow.calibration.tuning import Tuning
+from jacobiflow.checks import check_choice, check_count, check_fields, check_number, check_path, check_seed
 from jacobiflow.files import write_json
+from jacobiflow.flows.config import MOST_BLOCKS, MOST_CHANNELS, MOST_TOKENS
 from jacobiflow.flows.fingerprint import check_fingerprint
+from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.guidance import Guidance
 from jacobiflow.solvers import Guess, Latent, MeanAffine, Zeros
 
@@ -35,6 +37,12 @@ class Settings:
     segments: int
     traced: int
     seed: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("num_images", "segments", "traced"):
+            check_count(name, getattr(self, name))
+        check_seed(self.seed)
 
 
 class Spread(NamedTuple):
@@ -79,7 +87,8 @@ class Report:
         images, or under guidance of the first eight fresh latents.
     - `tuning`: what `jacobiflow.plan` needs, see `jacobiflow.calibration.tune`; `None` unless asked for.
 
-    **Raises** `ValueError` where the parts are not of equally many blocks, or one that the settings name is missing.
+    **Raises** `TypeError` for other kinds of values, `ValueError` where the parts do not fit each other: numbers of
+    blocks, tokens, channels, segments and samples, the guesses, the tolerances, and what the settings name.
     """
 
     fingerprint: str
@@ -96,7 +105,11 @@ class Report:
     tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         wanted = len(self.mean_affine)
+        check_count("blocks", wanted, most=MOST_BLOCKS)
+        check_count("num_tokens", self.num_tokens, most=MOST_TOKENS)
+        check_count("token_channels", self.token_channels, most=MOST_CHANNELS)
         of_blocks = [*self.metrics.values(), *self.class_metrics.values()]
         counts = [len(m.igm) for m in of_blocks] + [len(m.components) for m in of_blocks if m.components is not None]
         counts += [len(self.segment_metrics), len(self.gamma), *map(len, self.traces.values())]
@@ -110,6 +123,29 @@ class Report:
             raise ValueError(f"report without one of the guesses {', '.join(GUESS_NAMES)}")
         if any(guess.shift.shape != (self.num_tokens, self.token_channels) for guess in self.mean_affine):
             raise ValueError(f"report whose mean parameters are not ({self.num_tokens}, {self.token_channels})")
+        if any(len(m.igm) != self.settings.segments for m in self.segment_metrics):
+            raise ValueError(f"report whose segment_metrics are not of {self.settings.segments} segments")
+        if any(not norms or min(norms) < 0 for norms in self.gamma):
+            raise ValueError("report whose gamma is not a norm for each sample of each block, 0 or positive")
+        self._check_traces()
+        if self.tuning is not None:
+            if self.tuning.fingerprint != self.fingerprint:
+                raise ValueError("report with a tuning of another flow")
+            self.tuning.check_sizes(wanted, self.num_tokens, self.token_channels)
+
+    def _check_traces(self) -> None:
+        segments = [(count, row) for rows in self.segment_traces.values() for count, row in rows.items()]
+        if not all(0 <= block < self.num_blocks for block in self.segment_traces) or any(
+            not 0 < count <= self.num_tokens or len(row) != count for count, row in segments
+        ):
+            raise ValueError("report whose segment_traces are not a trace for each segment of a block")
+        traces = [trace for rows in self.traces.values() for row in rows for trace in row.values()]
+        traces += [trace for _, row in segments for trace in row]
+        counts = [(each, trace.sweeps.keys()) for trace in traces for each in trace.sweeps.values()]
+        if any(len(each) != self.settings.traced or measured != counts[0][1] for each, measured in counts):
+            raise ValueError(f"report whose traces are not of {self.settings.traced} samples to the same tolerances")
+        if any(count is not None and count > self.num_tokens for each, _ in counts for count in each):
+            raise ValueError(f"report with a sample of more sweeps than there are tokens, {self.num_tokens}")
 
     @property
     def num_blocks(self) -> int:
@@ -143,6 +179,7 @@ class Report:
 
     def best_guess(self, block: int) -> str:
         """The name of the guess with the smallest IGM in `block` (section 3.2 of the paper)."""
+        check_count("block", block, 0, self.num_blocks - 1)
         return self.metrics[self.settings.norm].best_guess(block)
 
     def guess(self, block: int) -> Guess:
@@ -150,7 +187,8 @@ class Report:
         return self.guesses(block)[self.best_guess(block)]
 
     def guesses(self, block: int) -> Mapping[str, Guess]:
-        """The guesses of `block` by the names that `igm` uses."""
+        """The guesses of `block` by the names that `igm` uses. **Raises** where there is no such block."""
+        check_count("block", block, 0, self.num_blocks - 1)
         return dict(zip(GUESS_NAMES, (Latent(), Zeros(), self.mean_affine[block]), strict=True))
 
     def mean_sweeps(self, start: Start, tolerance: float, guess: str | None = None) -> tuple[float, ...]:
@@ -166,8 +204,10 @@ class Report:
         return tuple(max(row) for row in self._sweeps(start, tolerance, guess))
 
     def _sweeps(self, start: Start, tolerance: float, guess: str | None) -> list[list[int]]:
-        if start not in self.traces:
-            raise ValueError(f"sweeps from {start!r}: measured are those from {', '.join(self.traces)}")
+        check_choice("start", start, tuple(self.traces))
+        check_number("tolerance", tolerance)
+        if guess is not None:
+            check_choice("guess", guess, GUESS_NAMES)
         counts = [row[guess or self.best_guess(block)].reach(tolerance) for block, row in enumerate(self.traces[start])]
         return [[self.num_tokens if count is None else count for count in row] for row in counts]
 
@@ -179,6 +219,7 @@ class Report:
         "gamma" is the mean over samples of the error matrix's spectral norm, of which CRM is a proxy (Appendix B of
         the paper). **Raises** as `crm` and `mean_sweeps` do.
         """
+        check_choice("metric", metric, ("crm", "gamma"))
         values = self.crm if metric == "crm" else tuple(float(np.mean(norms)) for norms in self.gamma)
         return rank_correlation(values, self.mean_sweeps(start, tolerance))
 
@@ -191,9 +232,15 @@ class Report:
             raise ValueError("no metrics per class in this report: calibrate with per_class=True and labels")
         return tuple(_class_spread(list(self.class_metrics.values()), block) for block in range(self.num_blocks))
 
-    def check(self, flow: nn.Module) -> None:
+    def check(self, flow: ImageFlow) -> None:
         """**Raises** `ValueError` where the report is of another flow: other weights, not just another dtype."""
+        check_flow(flow)
         check_fingerprint(self.fingerprint, flow, "the report is of")
+        config = flow.config
+        have = (self.num_blocks, self.num_tokens, self.token_channels)
+        want = (config.num_blocks, config.num_tokens, config.token_channels)
+        if have != want:
+            raise ValueError(f"report of blocks, tokens, channels {have}, but the flow has {want}: calibrate this one")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value that `from_json` turns back into an equal report."""
@@ -212,6 +259,7 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, on one line; the file appears whole or not at all."""
+        check_path("path", path)
         write_json(path, self.to_json(), indent=None)
 
     @classmethod

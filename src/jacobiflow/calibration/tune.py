@@ -12,13 +12,23 @@ from torch import Tensor
 
 from jacobiflow.calibration.kept import Kept
 from jacobiflow.calibration.tuning import BlockTuning, CountedRun, Run, Tuning
+from jacobiflow.checks import (
+    check_count,
+    check_fields,
+    check_flag,
+    check_kind,
+    check_number,
+    check_positive,
+    check_seed,
+    short,
+)
 from jacobiflow.codec import registered
 from jacobiflow.flows.base import AffineBlock, LowPrecision
 from jacobiflow.flows.fingerprint import fingerprint
-from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.guidance import Guidance, guided
+from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.guidance import Guidance, check_guidance, guided
 from jacobiflow.inversion import invert, prior_tokens
-from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
+from jacobiflow.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
 from jacobiflow.solvers import (
     Correction,
     Guess,
@@ -66,6 +76,14 @@ class TuneSettings:
     coarse_from: float = 0.25
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        for tolerance in self.tolerances:
+            check_positive("tolerances", tolerance)
+        check_positive("typical", self.typical)
+        for name in ("fine", "coarse", "fine_after_coarse", "coarse_to_tolerance"):
+            for count in getattr(self, name):
+                check_count(name, count)
+        check_number("coarse_from", self.coarse_from)
         if not self.tolerances or self.partitions == ():
             raise ValueError("TuneSettings: give one tolerance and one partition or more; None tries all partitions")
 
@@ -91,15 +109,19 @@ def tune(
     - `settings`: what is tried.
     - `kept`: blocks that an interrupted `calibrate` has tuned are taken from there.
 
-    **Raises** `ValueError` for arguments that do not fit, and where a latent overflows in the exact inverse.
+    **Raises** `ValueError` for arguments that do not fit, and where a latent overflows in the exact inverse;
+    `TypeError` for other kinds of arguments.
     """
     _check(flow, labels, guidance, samples, batch_size)
+    check_seed(seed)
+    check_flag("progress", progress)
+    check_kind("settings", settings, TuneSettings, "TuneSettings")
     config = flow.config
+    latents = draw_latents(samples, config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
     if labels is None and config.num_classes:
         labels = torch.arange(config.num_classes)
     if labels is not None:
         labels = labels.to(flow.var.device)[torch.arange(samples, device=flow.var.device) % len(labels)]
-    latents = draw_latents(samples, config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
     console = Console(stderr=True)
     found: dict[int, _Tried] = {}
     with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as bar:
@@ -140,14 +162,14 @@ def check_finite(x: Float[Tensor, "b t c"], what: str) -> None:
 
 
 def _check(flow: ImageFlow, labels: Tensor | None, guidance: Guidance | None, samples: int, batch_size: int) -> None:
-    for name, value, least in (("samples", samples, 2), ("batch_size", batch_size, 1)):
-        if type(value) is not int or value < least:
-            raise ValueError(f"{name}={value!r}: give a whole number, at least {least}")
-    if guidance is not None and not isinstance(guidance, Guidance):
-        raise ValueError(f"guidance={guidance!r}: give a Guidance, such as Guidance({guidance!r})")
-    if labels is not None and (not isinstance(labels, Tensor) or not labels.numel() or not labels.ndim):
-        raise ValueError(f"labels {labels!r}: give a tensor (n,) of one class or more")
+    check_flow(flow)
+    check_count("samples", samples, 2, MOST_SAMPLES)
+    check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    check_guidance(guidance)
     if labels is not None:
+        check_kind("labels", labels, Tensor, "a torch.Tensor (n,) of one class or more")
+        if not labels.ndim or not len(labels):
+            raise ValueError(f"labels={short(labels)}: give a tensor (n,) of one class or more")
         flow.check_labels(labels, len(labels))
 
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from jacobiflow import codec
+from jacobiflow.checks import check_count, check_fields, check_path, check_positive, check_seed
 from jacobiflow.files import write_json
 from jacobiflow.flows.fingerprint import check_fingerprint
+from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.guidance import Guidance
-from jacobiflow.solvers import Correction, Guess, Partition, Tolerance
+from jacobiflow.solvers import Correction, Guess, Partition
 
 SCHEMA_VERSION = 2
 
@@ -33,9 +33,12 @@ class Run:
     coarse: int = 0
 
     def __post_init__(self) -> None:
-        Tolerance(self.tolerance)  # refuses what is no tolerance
-        if min(self.coarse, *self.sweeps, 0) < 0:
-            raise ValueError(f"sweeps {self.sweeps}, coarse={self.coarse}: give whole numbers, 0 or more")
+        check_fields(self)
+        check_positive("tolerance", self.tolerance)
+        check_count("coarse", self.coarse, 0)
+        for count in self.sweeps:
+            check_count("sweeps", count, 0)
+        _check_errors(self.residual, self.error)
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,16 @@ class CountedRun:
     error: float
 
     def __post_init__(self) -> None:
-        if self.coarse < 0 or self.fine < 1:
-            raise ValueError(f"coarse={self.coarse}, fine={self.fine}: give whole numbers from 0, and from 1")
+        check_fields(self)
+        check_count("coarse", self.coarse, 0)
+        check_count("fine", self.fine)
+        _check_errors(self.residual, self.error)
+
+
+def _check_errors(residual: float, error: float) -> None:
+    """Both may be infinite, and the error NaN, where an answer overflows."""
+    if residual < 0 or error < 0:
+        raise ValueError(f"residual={residual}, error={error}: give 0 or positive numbers")
 
 
 @dataclass(frozen=True)
@@ -67,12 +78,27 @@ class BlockTuning:
     counted: tuple[CountedRun, ...]
     amplification: float
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.runs:
+            raise ValueError("tuning of a block: no runs; give one or more")
+        if self.amplification < 0:
+            raise ValueError(f"amplification={self.amplification}: give 0 or a positive number")
+
+    def check(self, num_tokens: int, token_channels: int) -> None:
+        """**Raises** `ValueError` where a piece does not fit tokens (T, C)."""
+        self.guess.check(num_tokens, token_channels)
+        self.correction.check(token_channels)
+        for run in self.runs:
+            run.partition.check(num_tokens)
+
 
 @dataclass(frozen=True)
 class Tuning:
     """What `tune` found: a `BlockTuning` per block, in encoding order, and what it was made with.
 
-    **Raises** `ValueError` where there is no block, a block has no runs, or a run has not a count for each sample.
+    **Raises** `TypeError` for other kinds of values, `ValueError` where there is no block, a block has no runs, or a
+    run has not a count for each sample.
     """
 
     fingerprint: str
@@ -83,15 +109,32 @@ class Tuning:
     blocks: tuple[BlockTuning, ...]
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        check_count("num_tokens", self.num_tokens)
+        check_count("samples", self.samples)
+        check_seed(self.seed)
         if not self.blocks:
             raise ValueError("tuning: no blocks")
         for i, block in enumerate(self.blocks):
-            if not block.runs or any(len(run.sweeps) != self.samples for run in block.runs):
+            if any(len(run.sweeps) != self.samples for run in block.runs):
                 raise ValueError(f"tuning: block {i} lacks runs of {self.samples} samples")
 
-    def check(self, flow: nn.Module) -> None:
-        """**Raises** `ValueError` where the tuning is of another flow."""
+    def check(self, flow: ImageFlow) -> None:
+        """**Raises** `ValueError` where the tuning is of another flow, or does not fit its blocks and tokens."""
+        check_flow(flow)
         check_fingerprint(self.fingerprint, flow, "the tuning is of")
+        self.check_sizes(flow.config.num_blocks, flow.config.num_tokens, flow.config.token_channels)
+
+    def check_sizes(self, num_blocks: int, num_tokens: int, token_channels: int) -> None:
+        """**Raises** `ValueError` where the tuning does not fit so many blocks over tokens (T, C)."""
+        have, want = (f"{len(self.blocks)} blocks of {self.num_tokens} tokens", f"{num_blocks} of {num_tokens}")
+        if (len(self.blocks), self.num_tokens) != (num_blocks, num_tokens):
+            raise ValueError(f"tuning of {have}, but the flow has {want}")
+        for i, block in enumerate(self.blocks):
+            try:
+                block.check(num_tokens, token_channels)
+            except ValueError as error:
+                raise ValueError(f"tuning, block {i}: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value that `from_json` turns back into an equal tuning."""
@@ -115,6 +158,7 @@ class Tuning:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, on one line; the file appears whole or not at all."""
+        check_path("path", path)
         write_json(path, self.to_json(), indent=None)
 
     @classmethod

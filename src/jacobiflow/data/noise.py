@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from jacobiflow.checks import check_choice, check_count, check_floating, check_kind, check_number, check_seed, short
 from jacobiflow.data.dataset import ImageDataset
 
 _EVALUATION = 2  # stream of random numbers, beside those of training
@@ -28,14 +28,17 @@ class Noise:
     std: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("gaussian", "uniform"):
-            raise ValueError(f"noise {self.kind!r}: give 'gaussian' or 'uniform'")
-        if (self.kind == "gaussian") != (self.std > 0) or not math.isfinite(self.std):
+        check_choice("kind", self.kind, ("gaussian", "uniform"))
+        check_number("std", self.std)
+        if (self.kind == "gaussian") != (self.std > 0):
             raise ValueError(f"noise {self.kind!r} of std {self.std}: gaussian needs one above 0, uniform takes 0")
 
 
 def add_noise(images: Float[Tensor, "n c h w"], noise: Noise, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
     """`images` in [-1, 1] (on the CPU) with `noise` drawn from `generator`."""
+    check_floating("images", images, ("N", "C", "H", "W"))
+    check_kind("noise", noise, Noise, "a Noise, such as Noise('uniform')")
+    check_kind("generator", generator, torch.Generator, "a torch.Generator")
     if noise.kind == "gaussian":
         return images + noise.std * torch.randn(images.shape, generator=generator)
     levels = ((images + 1) * 127.5).round()
@@ -46,6 +49,12 @@ def add_noise(images: Float[Tensor, "n c h w"], noise: Noise, generator: torch.G
 
 def noisy_images(data: ImageDataset, index: Int[Tensor, " b"], noise: Noise, seed: int = 0) -> Float[Tensor, "b c h w"]:
     """The images of `data` at `index` with `noise`; that of image i depends on `seed` and i only."""
+    check_kind("data", data, ImageDataset, "an ImageDataset")
+    check_kind("index", index, Tensor, "a torch.Tensor of whole numbers")
+    if index.dtype != torch.int64 or index.ndim != 1 or not len(index):
+        raise TypeError(f"index={short(index)}: give a torch.Tensor (B,) of whole numbers")
+    if not 0 <= int(index.min()) <= int(index.max()) < len(data):
+        raise ValueError(f"index from {int(index.min())} to {int(index.max())}: there are images 0 to {len(data) - 1}")
     images, _ = data.batch(index)
     rows = [
         add_noise(image.unsqueeze(0), noise, keyed_generator(seed, _EVALUATION, i))
@@ -56,5 +65,8 @@ def noisy_images(data: ImageDataset, index: Int[Tensor, " b"], noise: Noise, see
 
 def keyed_generator(seed: int, stream: int, index: int) -> torch.Generator:
     """A generator for draw `index` of kind `stream`, independent of all others."""
+    check_seed(seed)
+    check_count("stream", stream, 0)
+    check_count("index", index, 0)
     state = np.random.SeedSequence((seed, stream, index)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))

@@ -7,12 +7,13 @@ from jacobiflow.flows.base import (
     AffineFrontPerSample,
     ExactInverse,
     Extrapolation,
+    FlowBlock,
     FrontPerSample,
     KeepsNothing,
     LowPrecision,
 )
 from jacobiflow.flows.config import FlowConfig
-from jacobiflow.flows.image_flow import FlowBlock, ImageFlow
+from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.inspection import problems
 from jacobiflow.flows.maf import MAF
 from jacobiflow.flows.permutation import Permutation

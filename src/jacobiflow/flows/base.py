@@ -12,7 +12,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+
+from jacobiflow.checks import check_rows, short
+from jacobiflow.flows.permutation import Permutation
 
 
 @runtime_checkable
@@ -170,3 +173,22 @@ def put_run(x: Float[Tensor, "b t c"], run: Float[Tensor, "b n c"], start: int |
 def _places(start: Int[Tensor, " b"], size: int, channels: int) -> Int[Tensor, "b n c"]:
     places = start.view(-1, 1) + torch.arange(size, device=start.device)
     return places.unsqueeze(-1).expand(-1, -1, channels)
+
+
+class FlowBlock(AffineBlock, nn.Module):
+    """An affine block of an image flow, called as `block(x, labels)` for the log-scale and shift of all its entries.
+
+    Tokens are in the block's own causal order, which `permutation` makes of the raster order and back.
+    """
+
+    permutation: Permutation
+    token_shape: tuple[int, int]  # (T, C), which its flow sets
+
+    def check_input(self, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None) -> None:
+        """What `init_cache` checks: **raises** `TypeError` or `ValueError` where `z` is not (B, T, C), or the labels in
+        `context` have not a row for each of its rows.
+        """
+        if z.ndim != 3 or z.shape[1:] != self.token_shape:
+            raise ValueError(f"z={short(z)}: this block takes (B, {self.token_shape[0]}, {self.token_shape[1]})")
+        if context is not None:
+            check_rows("context", context, len(z), "samples")

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from jacobiflow.checks import check_kind
+
 _VALUES = 1024  # of each tensor: any step of training changes nearly all of them
 
 
@@ -16,6 +18,7 @@ def fingerprint(flow: nn.Module) -> str:
 
     Values are rounded to bfloat16: it is the same for a flow in float64, float32 and bfloat16, on every device.
     """
+    check_kind("flow", flow, nn.Module, "a flow")
     return fingerprint_of(flow.state_dict())
 
 

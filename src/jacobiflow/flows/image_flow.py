@@ -15,23 +15,16 @@ from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jacobiflow.flows.base import AffineBlock
-from jacobiflow.flows.config import FlowConfig
+from jacobiflow.checks import check_count, check_floating, check_kind, check_on, check_path, check_rows, short
+from jacobiflow.flows.base import FlowBlock
+from jacobiflow.flows.config import MOST, MOST_CHANNELS, FlowConfig
 from jacobiflow.flows.folder import ModelFolder, locked_folder, write_folder, writing
+from jacobiflow.flows.labels import check_labels
 from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.weights import CheckpointError, build, first_line, floating
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class FlowBlock(AffineBlock, nn.Module):
-    """An affine block of an image flow, called as `block(x, labels)` for the log-scale and shift of all its entries.
-
-    Tokens are in the block's own causal order, which `permutation` makes of the raster order and back.
-    """
-
-    permutation: Permutation
 
 
 class Step(NamedTuple):
@@ -71,11 +64,16 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
+        check_kind("config", config, self.config_type, f"a {self.config_type.__name__}")
+        for name in ("in_channels", "image_size", "num_blocks", "num_tokens", "token_channels"):
+            check_count(name, getattr(config, name), most=MOST.get(name, MOST_CHANNELS))
         self.config = config
         orders = (Permutation("identity"), Permutation("flip"))
         self.blocks = nn.ModuleList(  # type: ignore[assignment]
             self.block_type(config, orders[i % 2]) for i in range(config.num_blocks)
         )
+        for block in self.blocks:
+            block.token_shape = (config.num_tokens, config.token_channels)
         self.register_buffer("var", torch.ones(config.num_tokens, config.token_channels))
 
     @classmethod
@@ -110,6 +108,7 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
 
         **Raises** `CheckpointError`, a `ValueError`, where that is no model, one of another class, or a broken one.
         """
+        check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         return cls.from_folder(ModelFolder.open(pretrained_model_name_or_path, **hub))
 
     @classmethod
@@ -160,8 +159,11 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
         has a config.json or weights that are not of a model of this library; `FolderInUseError`, a `ValueError`, where
         another process writes to it.
         """
-        if config not in (None, self.config):
-            raise ValueError(f"config={config}: leave it out, the flow's own is saved")
+        if config is not None and config != self.config:
+            raise ValueError(f"config={short(config)}: leave it out, the flow's own is saved")
+        check_path("save_directory", save_directory)
+        check_kind("dtype", dtype, str | torch.dtype | None, "a dtype, such as torch.float64, its name, or None")
+        check_kind("config", config, type(self.config) | None, "the flow's own, or None")
         folder = Path(save_directory)
         try:
             with locked_folder(folder):
@@ -196,25 +198,31 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
         """Set what a flow sets by its first training batch, in place; here nothing."""
 
     def check_labels(self, labels: Int[Tensor, " n"], num: int) -> None:
-        """**Raises** `ValueError` where `labels` are no classes of this flow for `num` samples."""
-        if not self.config.num_classes:
-            raise ValueError("labels given, but this flow is unconditional: leave them out")
-        if labels.dtype not in (torch.int64, torch.int32) or labels.shape != (num,):
-            raise ValueError(
-                f"labels of shape {tuple(labels.shape)} and dtype {labels.dtype}: give {num} whole numbers"
-            )
-        if (labels >= self.config.num_classes).any():
-            last = self.config.num_classes - 1
-            raise ValueError(f"label {int(labels.max())}: this flow has classes 0 to {last} (below 0: no class)")
+        """**Raises** `ValueError` where `labels` are no classes of this flow for `num` samples, `TypeError` where they
+        are no tensor of whole numbers.
+        """
+        check_count("num", num, 0)
+        check_labels(labels, num, self.config.num_classes)
 
     def check_images(self, images: Float[Tensor, "n c h w"]) -> None:
-        """**Raises** `ValueError` where `images` are not floating-point numbers of the shape that this flow takes."""
-        channels, size = self.config.in_channels, self.config.image_size
-        if not images.is_floating_point() or images.ndim != 4 or images.shape[1:] != (channels, size, size):
-            raise ValueError(
-                f"images: {images.dtype} of shape {tuple(images.shape)}; this flow takes floating-point numbers of "
-                f"shape (N, {channels}, {size}, {size}), nominally in [-1, 1]"
-            )
+        """**Raises** `TypeError` where `images` are no floating-point numbers, `ValueError` where they are not of the
+        shape that this flow takes.
+        """
+        size = self.config.image_size
+        check_floating("images", images, ("N", self.config.in_channels, size, size))
+
+    def check_batch(self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None) -> None:
+        """What `encode` and the like check: **raises** `TypeError` or `ValueError` where images do not fit the flow,
+        labels are none of its classes for them (of a flow without classes, not one for each image), or one of the two
+        is on another device.
+        """
+        self.check_images(images)
+        check_on("images", images, self.var.device)
+        if labels is not None:
+            check_rows("labels", labels, len(images), "images")
+            check_on("labels", labels, self.var.device)
+            if self.config.num_classes:
+                self.check_labels(labels, len(images))
 
     def walk(
         self,
@@ -241,11 +249,10 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
 
         They are at least float32, in whatever dtype the network runs; see `state_dtype`.
 
-        **Raises** `ValueError` where images or labels are not of this flow's shape, or a label is no class.
+        **Raises** `ValueError` where images or labels are not of this flow's shape, or a label is no class, and
+        `TypeError` where they are of another kind. A flow without classes ignores labels.
         """
-        self.check_images(images)
-        if labels is not None and self.config.num_classes:
-            self.check_labels(labels, len(images))
+        self.check_batch(images, labels)
         x, log_det = self.to_tokens(images.to(torch.promote_types(images.dtype, state_dtype(self))))
         for step in self.walk(x, labels):
             x = self.blocks[step.block].permutation(step.z)
@@ -274,19 +281,11 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
         return -self.log_prob(images, labels) / (images[0].numel() * math.log(2)) + 7
 
 
+def check_flow(flow: Any) -> None:
+    """**Raises** `TypeError` where `flow` is no flow over images."""
+    check_kind("flow", flow, ImageFlow, "a flow, such as jacobiflow.load(...) returns")
+
+
 def state_dtype(flow: ImageFlow) -> torch.dtype:
     """The dtype of tokens and residuals: float64 where the flow's weights are, else float32."""
     return torch.float64 if flow.var.dtype == torch.float64 else torch.float32
-
-
-def embed_classes(table: Float[Tensor, "k ..."] | None, labels: Int[Tensor, " b"] | None) -> Tensor | None:
-    """The row of `table` for each label; the mean over classes for one without a class (`None`, or below 0).
-
-    `None` where the flow has no classes, and so no table.
-    """
-    if table is None:
-        return None
-    mean = table.mean(dim=0, keepdim=True)
-    if labels is None:
-        return mean
-    return torch.where((labels < 0).view(-1, *[1] * (table.ndim - 1)), mean, table[labels.clamp(min=0)])

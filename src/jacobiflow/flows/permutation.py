@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from jacobiflow.checks import check_choice
+
 
 @dataclass(frozen=True)
 class Permutation:
@@ -16,6 +18,9 @@ class Permutation:
     """
 
     kind: Literal["identity", "flip"]
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, ("identity", "flip"))
 
     def __call__(self, x: Tensor, dim: int = 1) -> Tensor:
         return x.flip(dim) if self.kind == "flip" else x

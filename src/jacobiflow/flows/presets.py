@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jacobiflow.checks import check_fields, check_number, check_positive
 from jacobiflow.flows.tarflow import TarFlowConfig
 
 
@@ -13,7 +14,8 @@ class Preset:
 
     `strategy` is, in the paper's notation, the fastest of those whose FID is within 1% of sequential sampling's.
     `denoise` multiplies the denoising step. `source` is the hub repository and the file that the paper's authors name
-    for these weights; `TarFlow.from_original(file, config)` takes it.
+    for these weights; `TarFlow.from_original(file, config)` takes it. **Raises** `TypeError` or `ValueError` for values
+    of another kind or out of range.
     """
 
     description: str
@@ -24,6 +26,12 @@ class Preset:
     strategy: str
     annealed: bool = True
     attn_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_number("guidance_weight", self.guidance_weight)
+        check_number("denoise", self.denoise)
+        check_positive("attn_temperature", self.attn_temperature)
 
 
 _SOURCE = "encoreus/Transformer_Autoregressive_Flow"

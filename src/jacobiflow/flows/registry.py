@@ -8,6 +8,7 @@ from typing import TypeVar, get_type_hints
 
 import torch
 
+from jacobiflow.checks import check_device, check_kind, check_path, short
 from jacobiflow.flows.folder import CONFIG, ModelFolder
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.weights import CheckpointError, floating
@@ -24,7 +25,10 @@ def register(flow: Flow) -> Flow:
     **Raises** `ValueError` where another flow has that name, `TypeError` where its `config_type` is no dataclass of
     numbers and strings.
     """
+    if not isinstance(flow, type) or not issubclass(flow, ImageFlow):
+        raise TypeError(f"flow={short(flow)}: give a class that derives from ImageFlow")
     name, config = flow.model_type, flow.config_type
+    check_kind("model_type", name, str, "the name of the flow")
     types = get_type_hints(config) if is_dataclass(config) else {}
     others = [field for field in config.__dataclass_fields__ if types[field] not in _FIELDS] if types else []
     if not types or others:
@@ -61,8 +65,12 @@ def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     - `dtype`: of the flow, as `torch.float64` or "float64". By default as stored, float16 and bfloat16 widened to
       float32.
 
-    **Raises** `CheckpointError` for an unknown name or a folder that does not fit, `ValueError` for another dtype.
+    **Raises** `CheckpointError` for an unknown name or a folder that does not fit, `ValueError` for another dtype
+    or a device that is not there, `TypeError` for other kinds.
     """
+    check_path("name", name)
+    device = check_device(device, here=True)
+    check_kind("dtype", dtype, str | torch.dtype | None, "a dtype, such as torch.float64, its name, or None")
     dtype = floating(dtype)
     folder = ModelFolder.open(name)
     flow_class = find_flow(folder.model_type)

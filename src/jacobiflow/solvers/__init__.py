@@ -1,7 +1,7 @@
 """Parallel and sequential solvers of x = g(x), four independent pieces and one loop."""
 
 from jacobiflow.solvers.causal_linear import CausalLinear
-from jacobiflow.solvers.certified import Certificate, certify, solve_certified
+from jacobiflow.solvers.certified import Certificate, certify, check_certificate, solve_certified
 from jacobiflow.solvers.chord import Chord
 from jacobiflow.solvers.correction import Correction, Plain
 from jacobiflow.solvers.guess import Given, Guess, Latent, MeanAffine, Zeros
@@ -14,5 +14,6 @@ from jacobiflow.solvers.stopping import EarlyStop, MaxSweeps, Stopping, Toleranc
 __all__ = [
     "CausalLinear", "Certificate", "Chord", "Correction", "EarlyStop", "Given", "Guess", "Latent", "MaxSweeps",
     "MeanAffine", "Partition", "Plain", "Segments", "Sequential", "SlidingRun", "Solution", "Solver", "Status",
-    "Stopping", "Sweep", "Tolerance", "Whole", "Window", "Zeros", "certify", "no_gradients", "solve", "solve_certified",
+    "Stopping", "Sweep", "Tolerance", "Whole", "Window", "Zeros", "certify", "check_certificate", "no_gradients",
+    "solve", "solve_certified",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from jacobiflow.checks import check_finite, check_floating
 from jacobiflow.codec import register
 from jacobiflow.solvers.convolution import (
     FIT_WIDTH,
@@ -18,7 +19,7 @@ from jacobiflow.solvers.convolution import (
     check_kernel,
     rows_before,
 )
-from jacobiflow.solvers.guess import Guess
+from jacobiflow.solvers.guess import Guess, check_shape
 
 _RIDGE = 1e-3  # of the latents' variance
 
@@ -31,7 +32,8 @@ class CausalLinear(Guess):
     The least-squares estimate of the solution from the latents of a token and of those before it, one kernel for all
     positions: `jacobiflow.calibrate` fits it. Sweeps from `MeanAffine` would find most of it first.
 
-    **Arguments:** `kernel` (w, C, C), `shift` (T, C). **Raises** `ValueError` where they do not fit each other, or Z.
+    **Arguments:** `kernel` (w, C, C), `shift` (T, C). **Raises** `TypeError` where one is no tensor of
+    floating-point numbers, `ValueError` where they are not finite, or do not fit each other or Z.
     """
 
     kernel: Float[Tensor, "w c c"]
@@ -39,17 +41,15 @@ class CausalLinear(Guess):
 
     def __post_init__(self) -> None:
         check_kernel("CausalLinear", self.kernel)
-        if not isinstance(self.shift, Tensor) or self.shift.ndim != 2 or self.shift.shape[1] != self.kernel.shape[1]:
-            have = f"shape {tuple(self.shift.shape)}" if isinstance(self.shift, Tensor) else repr(self.shift)
-            raise ValueError(f"CausalLinear: shift of {have}; give a tensor (tokens, {self.kernel.shape[1]})")
-        if not torch.isfinite(self.shift).all():
-            raise ValueError("CausalLinear: shift holds a NaN or an infinity; calibrate again")
+        check_floating("CausalLinear: shift", self.shift, ("tokens", self.kernel.shape[1]))
+        check_finite("CausalLinear: shift", self.shift)
 
     def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
-        if z.shape[1:] != self.shift.shape:
-            have, want = tuple(self.shift.shape), tuple(z.shape[1:])
-            raise ValueError(f"CausalLinear of shape {have}, but the tokens are {want}: calibrate this flow")
+        self.check(*z.shape[1:])
         return causal_convolution(z, self._stacked, add=self.shift.to(z).expand_as(z))
+
+    def check(self, num_tokens: int, token_channels: int) -> None:
+        check_shape(self, self.shift, num_tokens, token_channels)
 
     @classmethod
     def fit(cls, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], width: int = FIT_WIDTH) -> CausalLinear:

@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from jacobiflow.checks import check_choice, check_count, check_kind, check_number
 from jacobiflow.flows.base import Block
 from jacobiflow.solvers.guess import Given
 from jacobiflow.solvers.partition import Sequential
 from jacobiflow.solvers.solution import Solution, Status
-from jacobiflow.solvers.solve import no_gradients, solve
+from jacobiflow.solvers.solve import check_tokens, no_gradients, solve
 from jacobiflow.solvers.solver import Solver
 from jacobiflow.solvers.stopping import Tolerance
 
@@ -31,8 +32,12 @@ def certify(
 ) -> Float[Tensor, " b"]:  # fmt: skip
     """Largest |g(x) - x| per sample, over tokens and channels, from one parallel pass; inf where it is not finite.
 
-    `slots` samples are passed at a time, all by default.
+    `slots` samples are passed at a time, all by default. **Raises** `TypeError` or `ValueError` where `x` and `z` are
+    no tokens of the block, or `context` has not a row for each of theirs.
     """
+    check_tokens(block, z, context, x=x)
+    if slots is not None:
+        check_count("slots", slots)
     residual = z.new_empty(len(z))
     size = slots or max(len(z), 1)
     with no_gradients(block):
@@ -63,7 +68,14 @@ def solve_certified(
     With `certificate=False` the pass that measures is left out, and the swept residuals stand. At most `slots` samples
     are in the network at a time, all by default. `rounding` is the residual that rounding left in an earlier block, if
     any: `Solution.rounding` passes it on, so that it is found once.
+
+    **Raises** as `solve` does, and for a `certificate`, `tolerance` or `rounding` that is none.
     """
+    check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
+    check_certificate("certificate", certificate)
+    if tolerance is not None:
+        check_number("tolerance", tolerance)
+    check_number("rounding", rounding)
     started = time.perf_counter()
     own = solver.stopping.atol
     atol = tolerance if certificate and tolerance is not None else own
@@ -82,6 +94,11 @@ def solve_certified(
     if atol is not None:
         status = status.masked_fill((solution.residual > atol) & (status != Status.NONFINITE), Status.ROUNDING)
     return replace(solution, status=status, seconds=time.perf_counter() - started)
+
+
+def check_certificate(name: str, certificate: Certificate) -> None:
+    """**Raises** `ValueError` where it is none."""
+    check_choice(name, certificate, (True, False, "always"))
 
 
 def _solve_sequentially(attempts: _Attempts, solution: Solution, atol: float | None, rounding: float) -> Solution:

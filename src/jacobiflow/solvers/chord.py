@@ -44,7 +44,8 @@ class Chord(Correction):
     **Arguments:** `kernel` (w, C, C): how the residual of the token d places before adds to a token's step,
     `kernel[d - 1] @ r`.
 
-    **Raises** `ValueError` where `kernel` is not such a tensor, or is not finite.
+    **Raises** `TypeError` where `kernel` is no tensor of floating-point numbers, `ValueError` where it has another
+    shape or is not finite.
     """
 
     kernel: Float[Tensor, "w c c"]
@@ -53,10 +54,13 @@ class Chord(Correction):
         check_kernel("Chord", self.kernel)
 
     def __call__(self, x: Float[Tensor, "b n c"], g: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        if x.shape[-1] != self.kernel.shape[1]:
-            raise ValueError(f"{self!r}, but the tokens have {x.shape[-1]}: calibrate this flow")
+        self.check(x.shape[-1])
         residual = (g - x).nan_to_num_(0.0, 0.0, 0.0)  # what overflowed says nothing of its successors
         return causal_convolution(residual, self._stacked, add=g, delay=1)
+
+    def check(self, token_channels: int) -> None:
+        if token_channels != self.kernel.shape[1]:
+            raise ValueError(f"{self!r}, but the tokens have {token_channels}: calibrate this flow")
 
     @classmethod
     def fit(

@@ -7,17 +7,19 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from jacobiflow.checks import check_finite, check_floating, short
+
 _NUMBERS = 2**22  # at most so many numbers are written out at a time
 FIT_WIDTH = 24  # tokens before one that a fit sees; twice as many brought 3 per cent
 
 
-def check_kernel(owner: str, kernel: object) -> None:
-    """**Raises** `ValueError` where `kernel` is no finite tensor (w, C, C)."""
-    if not isinstance(kernel, Tensor) or kernel.ndim != 3 or kernel.shape[1] != kernel.shape[2] or not len(kernel):
-        have = f"shape {tuple(kernel.shape)}" if isinstance(kernel, Tensor) else repr(kernel)
-        raise ValueError(f"{owner}: kernel of {have}; give a tensor (tokens, channels, channels)")
-    if not torch.isfinite(kernel).all():
-        raise ValueError(f"{owner}: kernel holds a NaN or an infinity; calibrate again")
+def check_kernel(owner: str, kernel: Tensor) -> None:
+    """**Raises** `TypeError` or `ValueError` where `kernel` is no finite tensor (w, C, C)."""
+    name, shape = f"{owner}: kernel", ("tokens", "channels", "channels")
+    check_floating(name, kernel, shape)
+    if kernel.shape[1] != kernel.shape[2]:
+        raise ValueError(f"{name}={short(kernel)}: give a tensor ({', '.join(shape)})")
+    check_finite(name, kernel)
 
 
 class StackedKernel:

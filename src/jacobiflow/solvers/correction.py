@@ -24,6 +24,9 @@ class Correction(ABC):
     def __call__(self, x: Float[Tensor, "b n c"], g: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         """The next iterate. Where the residual of all tokens before t is zero, entry t must be g_t."""
 
+    def check(self, token_channels: int) -> None:  # noqa: B027  most fit any tokens
+        """**Raises** `ValueError` where the correction does not fit tokens of that many channels."""
+
     @classmethod
     def fit(
         cls, block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess, context: Tensor | None

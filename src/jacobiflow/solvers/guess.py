@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from jacobiflow.checks import check_finite, check_floating, check_kind, short
 from jacobiflow.codec import family, register
 
 
@@ -19,6 +20,9 @@ class Guess(ABC):
     @abstractmethod
     def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
         """X^(0), a new tensor."""
+
+    def check(self, num_tokens: int, token_channels: int) -> None:  # noqa: B027  most fit any tokens
+        """**Raises** `ValueError` where the guess does not fit tokens (T, C)."""
 
     @classmethod
     def fit(cls, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"]) -> Guess | None:
@@ -54,26 +58,25 @@ class Zeros(Guess):
 class MeanAffine(Guess):
     """X^(0) = exp(log_scale) Z + shift: the mean parameters of the block over calibration images, (T, C) each.
 
-    One guess per position; `jacobiflow.calibrate` measures the means. **Raises** `ValueError` where the two differ in
-    shape, or do not fit Z.
+    One guess per position; `jacobiflow.calibrate` measures the means. **Raises** `TypeError` where one is no
+    tensor of floating-point numbers, `ValueError` where the two differ in shape, are not finite, or do not fit Z.
     """
 
     log_scale: Float[Tensor, "t c"]
     shift: Float[Tensor, "t c"]
 
     def __post_init__(self) -> None:
-        for name in ("log_scale", "shift"):
-            if not isinstance(getattr(self, name), Tensor):
-                raise ValueError(f"MeanAffine: {name} {getattr(self, name)!r}: give a tensor (tokens, channels)")
-        if self.log_scale.ndim != 2 or self.log_scale.shape != self.shift.shape:
-            have = f"{tuple(self.log_scale.shape)} and {tuple(self.shift.shape)}"
-            raise ValueError(f"MeanAffine: log_scale and shift of shapes {have}; give both as (tokens, channels)")
+        check_floating("MeanAffine: log_scale", self.log_scale, ("tokens", "channels"))
+        check_floating("MeanAffine: shift", self.shift, tuple(self.log_scale.shape))
+        check_finite("MeanAffine: log_scale", self.log_scale)
+        check_finite("MeanAffine: shift", self.shift)
 
     def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
-        if z.shape[1:] != self.shift.shape:
-            have, want = tuple(self.shift.shape), tuple(z.shape[1:])
-            raise ValueError(f"MeanAffine of shape {have}, but the tokens are {want}: calibrate this flow")
+        self.check(*z.shape[1:])
         return torch.addcmul(self.shift.to(z), self.log_scale.to(z).exp(), z)
+
+    def check(self, num_tokens: int, token_channels: int) -> None:
+        check_shape(self, self.shift, num_tokens, token_channels)
 
     def __repr__(self) -> str:
         tokens, channels = self.shift.shape
@@ -94,5 +97,22 @@ class Given(Guess):
 
     value: Float[Tensor, "b t c"]
 
+    def __post_init__(self) -> None:
+        give = "a torch.Tensor of floating-point numbers (B, T, C)"
+        check_kind("Given: value", self.value, Tensor, give)
+        if not self.value.is_floating_point() or self.value.ndim != 3:
+            raise TypeError(f"Given: value={short(self.value)}: give {give}")
+
     def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
+        if self.value.shape != z.shape:
+            raise ValueError(
+                f"Given: value of shape {tuple(self.value.shape)}, but z is {tuple(z.shape)}: give as many"
+            )
         return self.value.clone()
+
+
+def check_shape(guess: Guess, values: Float[Tensor, "t c"], num_tokens: int, token_channels: int) -> None:
+    """**Raises** `ValueError` where a guess has not one of its `values` for each entry of tokens (T, C)."""
+    have, want = tuple(values.shape), (num_tokens, token_channels)
+    if have != want:
+        raise ValueError(f"{type(guess).__name__} of shape {have}, but the tokens are {want}: calibrate this flow")

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from jacobiflow.checks import check_count
 from jacobiflow.codec import family, register
 
 _SMALLEST = 8  # tokens in a window that is tried: below it, the sequential loop is as fast
@@ -93,8 +94,7 @@ class Segments(Partition):
     count: int
 
     def __post_init__(self) -> None:
-        if type(self.count) is not int or self.count < 1:
-            raise ValueError(f"Segments(count={self.count!r}): give a positive whole number of segments")
+        check_count("Segments: count", self.count)
 
     def stop(self, front: int, num_tokens: int) -> int:
         segment = ((front + 1) * self.count - 1) // num_tokens
@@ -121,8 +121,7 @@ class Window(SlidingRun):
     size: int
 
     def __post_init__(self) -> None:
-        if type(self.size) is not int or self.size < 1:
-            raise ValueError(f"Window(size={self.size!r}): give a positive whole number of tokens")
+        check_count("Window: size", self.size)
 
     def run_size(self, num_tokens: int, last: Sweep | None) -> int:
         return min(self.size, num_tokens)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from jacobiflow.checks import check_count, check_finite, check_kind, check_on, check_rows, short
 from jacobiflow.flows.base import Block, ExactInverse, KeepsNothing, LowPrecision
 from jacobiflow.solvers.fronts import Tally
 from jacobiflow.solvers.guess import Given
@@ -50,10 +51,11 @@ def solve(
 
     **Returns:** a `Solution`, uncertified.
 
-    **Raises:** `ValueError` where `z` is not finite or not (B, T, C), is of a dtype that the state cannot have, the
-    partition does not fit T, or the block has no bfloat16 network (`LowPrecision`) for coarse sweeps.
+    **Raises:** `ValueError` where `z` is not finite or not (B, T, C), `context` has not a row for each of its rows, a
+    piece of the solver does not fit T and C, or the block has no bfloat16 network (`LowPrecision`) for coarse sweeps.
+    `TypeError` for other kinds, and where `z` is of a dtype that the state cannot have.
     """
-    _check(block, z, solver, slots)
+    _check(block, z, solver, context, slots)
     started = time.perf_counter()
     slots = slots or max(len(z), 1)
     with no_gradients(block):
@@ -78,14 +80,31 @@ def solve(
     )
 
 
-def _check(block: Block, z: Tensor, solver: Solver, slots: int | None) -> None:
-    if z.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"z of dtype {z.dtype}: give float32 or float64, whatever the network runs in")
-    if z.ndim != 3 or not torch.isfinite(z).all():
-        raise ValueError(f"z of shape {tuple(z.shape)}: give finite values (batch, tokens, channels)")
-    if slots is not None and slots < 1:
-        raise ValueError(f"slots={slots}: give a positive number of samples, or None for all")
-    solver.partition.check(z.shape[1])
+def check_tokens(block: Block, z: Tensor, context: Tensor | None, **others: Tensor) -> None:
+    """**Raises** `TypeError` or `ValueError` where `block` is none, `z` and `others` are no tokens (B, T, C) of one
+    shape in float32 or float64, or `context` has not a row for each of theirs.
+    """
+    check_kind("block", block, Block, "a block, such as flow.blocks[0]")
+    for name, tokens in {"z": z, **others}.items():
+        give = "float32 or float64 tokens (B, T, C), whatever the network runs in"
+        check_kind(name, tokens, Tensor, give)
+        if tokens.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name}={short(tokens)}: give {give}")
+        if tokens.ndim != 3 or tokens.shape != z.shape or not tokens.shape[1:].numel():
+            raise ValueError(f"{name}={short(tokens)}: give {give}{'' if tokens is z else ', as many as z'}")
+        check_on(name, tokens, z.device)
+    if context is not None:
+        check_rows("context", context, len(z), "rows of z")
+        check_on("context", context, z.device)
+
+
+def _check(block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int | None) -> None:
+    check_tokens(block, z, context)
+    check_finite("z", z)
+    check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
+    if slots is not None:
+        check_count("slots", slots)
+    solver.check(*z.shape[1:])
     if solver.coarse and not isinstance(block, LowPrecision):
         raise ValueError(f"coarse={solver.coarse}: {type(block).__name__} has no bfloat16 network; give 0")
 

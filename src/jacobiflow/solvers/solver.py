@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from jacobiflow.checks import check_count, check_fields
 from jacobiflow.solvers.correction import Correction, Plain
 from jacobiflow.solvers.guess import Guess, Latent
 from jacobiflow.solvers.partition import Partition, Segments, Whole
 from jacobiflow.solvers.stopping import Stopping, Tolerance
-
-_KINDS = {"partition": Partition, "guess": Guess, "stopping": Stopping, "correction": Correction}
 
 
 @dataclass(frozen=True)
@@ -31,18 +30,16 @@ class Solver:
     coarse: int = 0
 
     def __post_init__(self) -> None:
-        for name, kind in (
-            ("partition", Partition),
-            ("guess", Guess),
-            ("correction", Correction),
-            ("stopping", Stopping),
-        ):
-            if not isinstance(getattr(self, name), kind):
-                raise TypeError(f"{name}={getattr(self, name)!r}: give a {kind.__name__}")
-        if type(self.coarse) is not int or self.coarse < 0:
-            raise ValueError(f"coarse={self.coarse!r}: give a number of sweeps, 0 for none")
+        check_fields(self)
+        check_count("coarse", self.coarse, 0)
         counts = self.stopping.max_sweeps
         if isinstance(counts, tuple) and not (
             isinstance(self.partition, Segments) and self.partition.count == len(counts)
         ):
             raise ValueError(f"{len(counts)} sweep counts for {self.partition}: give one for each of its Segments")
+
+    def check(self, num_tokens: int, token_channels: int) -> None:
+        """**Raises** `ValueError` where a piece does not fit tokens (T, C)."""
+        self.partition.check(num_tokens)
+        self.guess.check(num_tokens, token_channels)
+        self.correction.check(token_channels)

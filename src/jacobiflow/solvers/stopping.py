@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
+from jacobiflow.checks import check_count, check_kind, check_number
 from jacobiflow.codec import OMIT_DEFAULT
 
 
@@ -18,7 +18,7 @@ class Stopping:
     **Attributes:** `atol`, see `Tolerance`; `max_sweeps`, see `MaxSweeps`: one number, or one for each segment of a
     `Segments` partition; `ebound`, see `EarlyStop`.
 
-    **Raises** `ValueError` where a value is out of its range, or no rule is given.
+    **Raises** `ValueError` where a value is out of its range, or no rule is given, `TypeError` where it is no number.
     """
 
     atol: float | None = None
@@ -27,17 +27,20 @@ class Stopping:
 
     def __post_init__(self) -> None:
         for name, value in (("tolerance", self.atol), ("ebound", self.ebound)):
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf
-            ):
-                raise ValueError(f"{name} {value!r}: give 0 (down to rounding) or a positive number")
-        counts = self.max_sweeps if isinstance(self.max_sweeps, tuple) else (self.max_sweeps,)
-        if self.max_sweeps is not None and not all(type(count) is int and count > 0 for count in counts or (0,)):
-            raise ValueError(f"sweeps {self.max_sweeps!r}: give a positive whole number of sweeps, or one per segment")
+            if value is not None:
+                check_number(name, value, give="0 (down to rounding) or a positive number")
+        give = "a positive whole number, or a tuple of one for each segment"
+        check_kind("sweeps", self.max_sweeps, int | tuple | None, give)
+        if self.max_sweeps == ():
+            raise ValueError(f"sweeps=(): give {give}")
+        for count in self.max_sweeps if isinstance(self.max_sweeps, tuple) else (self.max_sweeps,):
+            if self.max_sweeps is not None:
+                check_count("sweeps", count)
         if all(getattr(self, entry.name) is None for entry in fields(self)):
             raise ValueError("Stopping: give a tolerance, a number of sweeps, or a bound of an early stop")
 
     def __or__(self, other: Stopping) -> Stopping:
+        check_kind("stopping", other, Stopping, "a rule such as Tolerance(1e-3) or MaxSweeps(8)")
         joined = {}
         for name in (entry.name for entry in fields(self)):
             mine, others = getattr(self, name), getattr(other, name)
@@ -49,6 +52,7 @@ class Stopping:
 
 def Tolerance(atol: float) -> Stopping:
     """A token is done, per sample, when a sweep changed it and all tokens before it by at most `atol`."""
+    check_number("tolerance", atol, give="0 (down to rounding) or a positive number")
     return Stopping(atol=atol)
 
 
@@ -58,7 +62,8 @@ def MaxSweeps(count: int | Sequence[int]) -> Stopping:
     A sequence has a count for each segment of a `Segments` partition: more sweeps where a block is tough (end of
     section 3.4 of the paper).
     """
-    return Stopping(max_sweeps=tuple(count) if isinstance(count, Sequence) else count)
+    check_kind("sweeps", count, int | Sequence, "a positive whole number, or one for each segment")
+    return Stopping(max_sweeps=count if isinstance(count, int) else tuple(count))
 
 
 def EarlyStop(ebound: float = 1e-8) -> Stopping:
@@ -68,4 +73,5 @@ def EarlyStop(ebound: float = 1e-8) -> Stopping:
     tokens of the sequence. It is line 6 of the paper's Algorithm 1, where `ebound` is 1e-8. Where every entry of the
     sequence moves by d, the left side is d / sqrt(B T C).
     """
+    check_number("ebound", ebound)
     return Stopping(ebound=ebound)

@@ -14,10 +14,12 @@ import torch
 from jacobiflow.calibration.report import Report
 from jacobiflow.calibration.tune import TuneSettings, tune
 from jacobiflow.calibration.tuning import Tuning
+from jacobiflow.checks import check_count, check_kind, check_number
 from jacobiflow.files import cache_folder, json_bytes, sha256
 from jacobiflow.flows.fingerprint import fingerprint
-from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.guidance import Guidance, in_force
+from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.guidance import Guidance, check_guidance, in_force
+from jacobiflow.latents import MOST_SAMPLES
 from jacobiflow.measuring import machine
 from jacobiflow.native import library
 from jacobiflow.solvers import Sequential, Solver, Tolerance, Whole, Window
@@ -48,7 +50,15 @@ def auto(
     **Raises** `ValueError` where `report` is of another flow. A report.json of other weights only warns.
     """
     tolerance = DEFAULT_TOLERANCE if tolerance is None else tolerance
-    if Tolerance(tolerance).atol == 0:
+    check_flow(flow)
+    check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    check_number("tolerance", tolerance)
+    check_guidance(guidance)
+    check_kind("report", report, Report | None, "a Report, as calibrate returns, or None")
+    check_kind("say", say, Callable, "a function of a line of text")
+    if report is not None:
+        report.check(flow)
+    if tolerance == 0:
         return _loop(flow, tolerance)
     batch_size = 1 << (batch_size - 1).bit_length()
     weights = fingerprint(flow)
@@ -139,7 +149,6 @@ def _short_trial(flow: ImageFlow, tolerance: float, guidance: Guidance | None) -
 def _tuning(flow: ImageFlow, report: Report | None) -> Tuning | None:
     """The tuning in `report`, by default in the flow's own; `None` where there is none for these weights."""
     if report is not None:
-        report.check(flow)
         return report.tuning
     if flow.report_file is None:
         return None

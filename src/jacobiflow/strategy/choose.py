@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jacobiflow.calibration.report import Report
-from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.guidance import Guidance
+from jacobiflow.checks import check_count, check_kind, check_number, short
+from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.guidance import Guidance, check_guidance
+from jacobiflow.latents import MOST_SAMPLES
 from jacobiflow.strategy.cache import auto
 from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
 from jacobiflow.strategy.strategy import Strategy
@@ -39,8 +41,9 @@ def choose(
     - `say`: is called with a line of text before something that takes long.
 
     **Raises** `ValueError` that quotes what is wrong: an unknown name, a strategy that does not fit the flow, the
-    device or the guidance, or a tolerance that the strategy would ignore.
+    device or the guidance, or a tolerance that the strategy would ignore. `TypeError` for other kinds.
     """
+    _check(flow, strategy, batch_size, tolerance, guidance, report, say)
     if isinstance(strategy, str) and is_auto(strategy):
         return auto(flow, batch_size, _tolerance_of(strategy, tolerance), guidance, report, say)
     config = flow.config
@@ -57,20 +60,31 @@ def choose(
         found = found.with_tolerance(tolerance)
         if not found.has_tolerance:
             raise ValueError(
-                f"tolerance {tolerance}: strategy {str(strategy)!r} stops after a number of sweeps and ignores it; "
+                f"tolerance={tolerance}: strategy {short(strategy)} stops after a number of sweeps and ignores it; "
                 "leave the tolerance out, or give a strategy with one"
             )
-    if len(found.solvers) != config.num_blocks:
-        raise ValueError(f"strategy for {len(found.solvers)} blocks, but the flow has {config.num_blocks}")
-    for solver in found.solvers:
-        solver.partition.check(config.num_tokens)
     found.check(flow)
     found.check_use(flow.var.device, batch_size, guidance)
     return found
 
 
+def _check(
+    flow: ImageFlow, strategy: object, batch_size: int, tolerance: float | None, guidance: Guidance | None,
+    report: Report | None, say: Callable[[str], None],
+) -> None:  # fmt: skip
+    check_flow(flow)
+    check_kind("strategy", strategy, str | Path | Strategy, "a name, a Strategy, or the path of one's file")
+    check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    if tolerance is not None:
+        check_number("tolerance", tolerance)
+    check_guidance(guidance)
+    check_kind("report", report, Report | None, "a Report, as calibrate returns, or None")
+    check_kind("say", say, Callable, "a function of a line of text")
+
+
 def is_auto(name: str) -> bool:
-    """Whether `name` is "auto" or "auto:TOLERANCE"."""
+    """Whether `name` is "auto" or "auto:TOLERANCE". **Raises** `TypeError` where it is no text."""
+    check_kind("name", name, str, "a name")
     return name.strip().lower().partition(":")[0] == AUTO
 
 
@@ -81,7 +95,8 @@ def _tolerance_of(name: str, tolerance: float | None) -> float | None:
     try:
         found = float(text)
     except ValueError as error:
-        raise ValueError(f"strategy {name!r}: give auto, or auto:TOLERANCE such as auto:1e-2") from error
+        raise ValueError(f"strategy {short(name)}: give auto, or auto:TOLERANCE such as auto:1e-2") from error
     if tolerance not in (None, found):
         raise ValueError(f"strategy {name!r} with tolerance {tolerance!r}: give the tolerance once")
+    check_number("tolerance", found)
     return found

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from jacobiflow.calibration.tuning import BlockTuning, Run
+from jacobiflow.checks import check_count, check_fields, check_number
 from jacobiflow.solvers import MaxSweeps, Partition, Solver, Tolerance, Whole
 from jacobiflow.solvers.loop import LEAVING
 from jacobiflow.strategy.costs import Costs
@@ -27,6 +28,8 @@ class PlanSettings:
     - `stricter`: after a trial whose images were beyond the tolerance, the next choice is for so much of it.
     - `count_margin`: factor on the residuals and errors of counted sweeps, since a count adapts to no sample.
     - `busy`: a plan by timings that differ by more than this share is used, but not kept.
+
+    **Raises** `TypeError` or `ValueError` where one is no number of at least 0.
     """
 
     margin: float = 0.03
@@ -35,6 +38,12 @@ class PlanSettings:
     stricter: float = 0.7
     count_margin: float = 1.5
     busy: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_count("trials", self.trials, 0)
+        for name in ("margin", "least_passes", "stricter", "count_margin", "busy"):
+            check_number(name, getattr(self, name))
 
 
 _POWER = 4  # see `combined`

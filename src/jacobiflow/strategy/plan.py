@@ -14,11 +14,12 @@ from torch import Tensor
 
 from jacobiflow.calibration.report import Report
 from jacobiflow.calibration.tuning import Tuning
+from jacobiflow.checks import check_count, check_device, check_kind, check_positive
 from jacobiflow.flows.fingerprint import fingerprint
-from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.guidance import Guidance, guided, in_force
+from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.guidance import Guidance, check_guidance, guided, in_force
 from jacobiflow.inversion import invert, prior_tokens
-from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
+from jacobiflow.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
 from jacobiflow.solvers import Sequential, Solver, Tolerance, Whole, certify, solve
 from jacobiflow.strategy.costs import REPEATS, Costs, exact_costs, measure
 from jacobiflow.strategy.options import Option, PlanSettings, block_options, cheapest, combined
@@ -54,9 +55,11 @@ def plan(
     **Arguments:** `report` of `jacobiflow.calibrate(..., chord=True)`, or the `Tuning` itself; `device` as a check: the
     flow must be on it; `settings`, see `PlanSettings`.
 
-    **Raises** `ValueError` for another flow's report, one without a tuning, or settings that do not fit.
+    **Raises** `ValueError` for another flow's report, one without a tuning, or settings that do not fit, `TypeError`
+    for other kinds of arguments.
     """
     tuning = _check(flow, report, batch_size, tolerance, device, guidance)
+    check_kind("settings", settings, PlanSettings, "PlanSettings")
     start = FIRST_CALIBRATION_LATENT + tuning.samples  # the tuning has not seen them, and `sample` does not draw them
     num, config = max(batch_size, _FEW), flow.config
     latents = draw_latents(num, config.num_tokens, config.token_channels, tuning.seed, start)
@@ -121,23 +124,17 @@ def _check(
     flow: ImageFlow, report: Report | Tuning, batch_size: int, tolerance: float, device: torch.device | str | None,
     guidance: Guidance | None,
 ) -> Tuning:  # fmt: skip
-    if not isinstance(report, Report | Tuning):
-        raise TypeError(f"report of type {type(report).__name__}: give a Report or a Tuning")
+    check_flow(flow)
+    check_kind("report", report, Report | Tuning, "a Report or a Tuning")
     tuning = report if isinstance(report, Tuning) else report.tuning
     if tuning is None:
         raise ValueError("this report has no tuning: calibrate with chord=True")
-    if type(batch_size) is not int or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}: give a positive whole number")
-    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 < tolerance < math.inf:
-        raise ValueError(f"tolerance {tolerance!r}: give a positive number; at 0 use strategy 'sequential'")
-    if guidance is not None and not isinstance(guidance, Guidance):
-        raise ValueError(f"guidance={guidance!r}: give a Guidance, such as Guidance({guidance!r})")
-    if device is not None and str(device).partition(":")[0] != flow.var.device.type:
-        raise ValueError(f"device {device}: the flow is on {flow.var.device}; move it there first")
+    check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    check_positive("tolerance", tolerance, "a positive number; at 0 use strategy 'sequential'")
+    check_guidance(guidance)
+    if device is not None and check_device(device).type != flow.var.device.type:
+        raise ValueError(f"device={str(device)!r}: the flow is on {flow.var.device}; move it there first")
     tuning.check(flow)
-    have, want = (len(tuning.blocks), tuning.num_tokens), (flow.config.num_blocks, flow.config.num_tokens)
-    if have != want:
-        raise ValueError(f"tuning of {have[0]} blocks of {have[1]} tokens, but the flow has {want[0]} of {want[1]}")
     return tuning
 
 

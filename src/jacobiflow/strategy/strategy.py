@@ -7,14 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from jacobiflow import codec
 from jacobiflow.calibration.convergence import Trace
 from jacobiflow.calibration.report import Report
+from jacobiflow.checks import (
+    check_count,
+    check_fields,
+    check_flag,
+    check_kind,
+    check_number,
+    check_path,
+    short,
+)
 from jacobiflow.files import write_json
+from jacobiflow.flows.config import MOST_BLOCKS, MOST_TOKENS
 from jacobiflow.flows.fingerprint import check_fingerprint
-from jacobiflow.guidance import Guidance, in_force
+from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.guidance import Guidance, check_guidance, in_force
 from jacobiflow.solvers import EarlyStop, Latent, MaxSweeps, Segments, Solver, Tolerance, Whole
 from jacobiflow.strategy import notation
 from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
@@ -40,6 +50,13 @@ class Prediction:
     error: float
     spread: float
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_count("batch_size", self.batch_size)
+        for name in ("seconds", "sequential_seconds", "error", "spread"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"prediction: {name}={getattr(self, name)}: give 0 or a positive number")
+
 
 @dataclass(frozen=True)
 class Strategy:
@@ -48,6 +65,8 @@ class Strategy:
     `fingerprint` is that of the flow whose report it was made with, `None` where it is for any flow; see `check`.
     `tolerance` is what samples are certified to, `None` for each solver's own; `prediction` is there where
     `jacobiflow.plan` made it. Strategies are equal when their solvers and their tolerance are.
+
+    **Raises** `TypeError` for other kinds of values, `ValueError` where there is no solver, or there are too many.
     """
 
     solvers: tuple[Solver, ...]
@@ -55,9 +74,18 @@ class Strategy:
     tolerance: float | None = None
     prediction: Prediction | None = field(default=None, compare=False)
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 0 < len(self.solvers) <= MOST_BLOCKS:
+            raise ValueError(f"solvers: {len(self.solvers)} of them; give one for each block, at most {MOST_BLOCKS:,}")
+        if self.tolerance is not None:
+            check_number("tolerance", self.tolerance)
+
     @classmethod
     def uniform(cls, solver: Solver, num_blocks: int) -> Strategy:
-        """The same solver for every block."""
+        """The same solver for every block. **Raises** as `Strategy` does."""
+        check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
+        check_count("num_blocks", num_blocks, most=MOST_BLOCKS)
         return cls((solver,) * num_blocks)
 
     @classmethod
@@ -81,10 +109,13 @@ class Strategy:
         **Arguments:** `report` gives each block the guess with the smallest IGM, and the sizes of the flow. Without it
         every guess is `Latent`, and `num_blocks` and `num_tokens` must be given.
 
-        **Raises** `ValueError` that quotes the part at fault.
+        **Raises** `ValueError` that quotes the part at fault, `TypeError` for other kinds of arguments.
         """
-        blocks = _size(text, "num_blocks", num_blocks, report.num_blocks if report else None)
-        tokens = _size(text, "num_tokens", num_tokens, report.num_tokens if report else None)
+        check_kind("text", text, str, "the name of a strategy")
+        check_kind("report", report, Report | None, "a Report, as calibrate returns, or None")
+        check_number("tolerance", tolerance)
+        blocks = _size(text, "num_blocks", num_blocks, report.num_blocks if report else None, MOST_BLOCKS)
+        tokens = _size(text, "num_tokens", num_tokens, report.num_tokens if report else None, MOST_TOKENS)
         guesses = [report.guess(block) if report else Latent() for block in range(blocks)]
         return cls(notation.parse(text, guesses, tokens, tolerance), report.fingerprint if report else None)
 
@@ -104,8 +135,12 @@ class Strategy:
         the J that it needed itself. `call_cost` is the fixed cost of a network call, in tokens: about 32 for a batch of
         1 on a CPU, more on a GPU, less for a larger batch.
 
-        **Raises** `ValueError` where CRM is not defined or the tolerance was not measured.
+        **Raises** `ValueError` where CRM is not defined or the tolerance was not measured, `TypeError` for other kinds.
         """
+        check_kind("report", report, Report, "a Report, as calibrate returns")
+        check_number("tolerance", tolerance)
+        check_flag("per_segment", per_segment)
+        check_number("call_cost", call_cost)
         length, tough = report.num_tokens, report.tough_blocks
         needed = report.slowest_sweeps("noise", tolerance)
         easy = max((count for block, count in enumerate(needed) if block not in tough), default=1)
@@ -134,10 +169,13 @@ class Strategy:
         return self.tolerance is not None or any(s.stopping.atol is not None for s in self.solvers)
 
     def with_tolerance(self, atol: float) -> Strategy:
-        """This strategy with `atol` in place of every tolerance that it has; sweep counts stay."""
+        """This strategy with `atol` in place of every tolerance that it has; sweep counts stay.
+
+        **Raises** `ValueError` where that is none, or the strategy was planned for another.
+        """
         Tolerance(atol)  # refuses what is no tolerance
         if self.tolerance is not None and atol != self.tolerance:
-            raise ValueError(f"tolerance {atol}: the strategy was planned for {self.tolerance:g}; plan again")
+            raise ValueError(f"tolerance={atol}: the strategy was planned for {self.tolerance:g}; plan again")
         if self.tolerance is not None:
             return self
         solvers = (
@@ -145,8 +183,19 @@ class Strategy:
         )
         return replace(self, solvers=tuple(solvers))
 
-    def check(self, flow: nn.Module) -> None:
-        """**Raises** `ValueError` where the strategy was made with the report of another flow."""
+    def check(self, flow: ImageFlow) -> None:
+        """**Raises** `ValueError` where the strategy was made with the report of another flow, or does not fit its
+        blocks and tokens.
+        """
+        check_flow(flow)
+        config = flow.config
+        if len(self.solvers) != config.num_blocks:
+            raise ValueError(f"strategy for {len(self.solvers)} blocks, but the flow has {config.num_blocks}")
+        for i, solver in enumerate(self.solvers):
+            try:
+                solver.check(config.num_tokens, config.token_channels)
+            except ValueError as error:
+                raise ValueError(f"strategy, block {i}: {error}") from error
         if self.fingerprint is not None:
             check_fingerprint(self.fingerprint, flow, "the strategy was made for")
 
@@ -155,6 +204,9 @@ class Strategy:
 
         A smaller batch is solved as well, if not as fast as one that was planned for.
         """
+        check_kind("device", device, torch.device, "a torch.device")
+        check_count("batch_size", batch_size)
+        check_guidance(guidance)
         if self.prediction is None:
             return
         for name, planned, have in (
@@ -187,18 +239,18 @@ class Strategy:
         blocks = value.get("blocks")
         if not isinstance(blocks, list) or not blocks:
             raise ValueError("strategy: 'blocks' must list one solver per block")
-        tolerance = codec.decode(float | None, value.get("tolerance"), "tolerance")
-        if tolerance is not None:
-            Tolerance(tolerance)
+        if len(blocks) > MOST_BLOCKS:
+            raise ValueError(f"strategy for {len(blocks)} blocks: the limit is {MOST_BLOCKS:,}")
         return cls(
             solvers=tuple(_solver(block, f"block {i}") for i, block in enumerate(blocks)),
             fingerprint=codec.decode(str | None, value.get("fingerprint"), "fingerprint"),
-            tolerance=tolerance,
+            tolerance=codec.decode(float | None, value.get("tolerance"), "tolerance"),
             prediction=codec.decode(Prediction | None, value.get("prediction"), "prediction"),
         )
 
     def save(self, path: str | Path) -> None:
         """Write as JSON; the file appears whole or not at all."""
+        check_path("path", path)
         write_json(path, self.to_json())
 
     @classmethod
@@ -222,14 +274,13 @@ def _solver(block: Any, where: str) -> Solver:
     return codec.decode(Solver, block, where)
 
 
-def _size(text: str, name: str, given: int | None, reported: int | None) -> int:
-    if given is None and reported is None:
-        raise ValueError(f"strategy {text!r}: give a report, or {name} of the flow")
-    if given is not None and reported is not None and given != reported:
-        raise ValueError(f"strategy {text!r}: {name}={given}, but the report is of a flow with {reported}")
+def _size(text: str, name: str, given: int | None, reported: int | None, most: int) -> int:
     size = reported if given is None else given
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"strategy {text!r}: {name}={size!r}: give a positive whole number")
+    if size is None:
+        raise ValueError(f"strategy {short(text)}: give a report, or {name} of the flow")
+    check_count(name, size, most=most)
+    if reported is not None and size != reported:
+        raise ValueError(f"strategy {short(text)}: {name}={size}, but the report is of a flow with {reported}")
     return size
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from jacobiflow.flows.config import check_sizes
+from jacobiflow.checks import check_number
+from jacobiflow.flows.config import check_sizes, check_totals
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,8 @@ class MAFConfig:
     Each block has `hidden_layers` layers of `hidden_features` units. Pixels p in [0, 1] enter as the logit of
     `logit_alpha` + (1 - 2 `logit_alpha`) p, which keeps the ends finite.
 
-    **Raises** `ValueError` where sizes are not positive, or `logit_alpha` is not between 0 and 1/2.
+    **Raises** `TypeError` for other kinds of values, `ValueError` where sizes are not positive or above the limits of
+    `jacobiflow.flows.config`, or `logit_alpha` is not between 0 and 1/2.
     """
 
     in_channels: int
@@ -27,8 +30,11 @@ class MAFConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, ("in_channels", "image_size", "hidden_features", "num_blocks", "hidden_layers"))
-        if not 0 < self.logit_alpha < 0.5:
-            raise ValueError(f"logit_alpha={self.logit_alpha}: give a small positive number, below 0.5")
+        give = "a small positive number, below 0.5"
+        check_number("logit_alpha", self.logit_alpha, math.ulp(0.0), give)
+        if self.logit_alpha >= 0.5:
+            raise ValueError(f"logit_alpha={self.logit_alpha}: give {give}")
+        check_totals(self, self.num_blocks * self.hidden_layers)
 
     @property
     def num_tokens(self) -> int:

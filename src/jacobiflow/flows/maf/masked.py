@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jacobiflow.flows.image_flow import embed_classes
+from jacobiflow.flows.labels import embed_classes
 
 
 class MaskedLayer(NamedTuple):

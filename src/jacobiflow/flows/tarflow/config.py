@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from jacobiflow.flows.config import check_sizes
+from jacobiflow.checks import check_flag, check_number
+from jacobiflow.flows.config import check_sizes, check_totals
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class TarFlowConfig:
     needs it. `nvp` is the non-volume-preserving mode (per-token scales); without it the flow has shifts only and a
     learned prior variance.
 
-    **Raises** `ValueError` where sizes do not divide or are not positive.
+    **Raises** `TypeError` for other kinds of values, `ValueError` where sizes do not divide, are not positive, or are
+    above the limits of `jacobiflow.flows.config`.
     """
 
     in_channels: int
@@ -38,8 +39,9 @@ class TarFlowConfig:
             raise ValueError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
         if self.channels % self.head_dim:
             raise ValueError(f"head_dim={self.head_dim} does not divide channels={self.channels}")
-        if not 0 <= self.noise_std < math.inf:
-            raise ValueError(f"noise_std={self.noise_std}: give 0 or a positive standard deviation")
+        check_flag("nvp", self.nvp)
+        check_number("noise_std", self.noise_std, give="0 or a positive standard deviation")
+        check_totals(self, self.num_blocks * self.layers_per_block)
 
     @property
     def num_tokens(self) -> int:

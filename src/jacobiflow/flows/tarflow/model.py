@@ -12,8 +12,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.flows.base import AffineFrontPerSample, ExactInverse, Extrapolation, KeepsNothing, LowPrecision
-from jacobiflow.flows.image_flow import FlowBlock, ImageFlow, embed_classes
+from jacobiflow.checks import check_kind, check_path
+from jacobiflow.flows.base import (
+    AffineFrontPerSample,
+    ExactInverse,
+    Extrapolation,
+    FlowBlock,
+    KeepsNothing,
+    LowPrecision,
+)
+from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.labels import embed_classes
 from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.registry import register
 from jacobiflow.flows.tarflow import recurrence
@@ -82,6 +91,7 @@ class TarFlowBlock(FlowBlock, AffineFrontPerSample, LowPrecision, ExactInverse, 
         attn_temperature: Float[Tensor, " b"] | None = None,
     ) -> TarFlowCache:
         """An empty cache for the rows of `z` under labels `context`; see `AffineBlock.init_cache`."""
+        self.check_input(z, context)
         attention = self.attn_blocks[0].attention
         weight = attention.qkv.weight
         keep_freed_memory(weight.device)
@@ -250,6 +260,8 @@ class TarFlow(ImageFlow, tags=["tarflow"], model_card_template=_MODEL_CARD):
 
         **Raises** `CheckpointError`, a `ValueError`, where the file is not readable or does not fit `config`.
         """
+        check_path("path", path)
+        check_kind("config", config, TarFlowConfig, "a TarFlowConfig")
         state = read_original(path)
         masks = take_masks(state)
         flow = cls.from_state(config, state, str(path))
@@ -262,6 +274,7 @@ class TarFlow(ImageFlow, tags=["tarflow"], model_card_template=_MODEL_CARD):
         **Raises** `CheckpointError`, a `ValueError`, where the original code has no such flow, a weight is not finite,
         or `path` cannot be written.
         """
+        check_path("path", path)
         write_original(self.state_dict(), self.config, path)
 
     @property

@@ -1,0 +1,165 @@
+"""Every public function and class refuses what it cannot take: a kind by TypeError, a value by ValueError, by name."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from invented import invented_block, make_report, make_tuning
+from problems import make_flow, make_maf
+
+import jacobiflow as jf
+from jacobiflow import baselines, calibration, flows, guidance, inversion, latents, measuring, solvers, strategy
+from jacobiflow.baselines.full_passes import full_passes_sample
+from jacobiflow.baselines.growing_cache import growing_cache_sample
+from jacobiflow.calibration.tuning import CountedRun
+from jacobiflow.data.noise import Noise, keyed_generator
+
+FLOW, MAF, PLAN = make_flow(num_classes=3, noise_std=0.1), make_maf(), jf.Strategy.uniform(jf.Solver(), 2)
+REPORT, TUNING = make_report([1, 1]), make_tuning(invented_block(0), invented_block(1))
+IMAGES, LABELS, Z = torch.zeros(2, 1, 8, 8), torch.tensor([0, 2]), torch.zeros(2, 16, 4)
+SHIFT, KERNEL, THREE = torch.zeros(16, 4), torch.zeros(3, 4, 4), (1.0, 2.0, 9.0)
+
+# A valid value of an argument, wrong kinds, and wrong values. `None` is also wrong where it is not the default.
+Argument = tuple[Any, tuple[Any, ...], tuple[Any, ...]]
+KINDS, NUMBERS = ("2", 1.5, True, math.nan, torch.tensor(2)), ("1", True, torch.tensor(1.0), [])
+COUNT: Argument = (2, KINDS, (0, -1, 10**30))
+UNLIMITED: Argument = (2, KINDS, (0, -1))
+FROM_0: Argument = (0, KINDS, (-1,))
+NUMBER: Argument = (1.0, NUMBERS, (-1, math.nan, math.inf, -math.inf, 10**400))
+POSITIVE: Argument = (1.0, NUMBERS, (0, *NUMBER[2]))
+FLAG: Argument = (False, (0, 1, "no"), ())
+TOKENS: Argument = (Z, (7, [1], Z.numpy(), Z.long(), Z.bool(), Z.cfloat()), (Z[0], Z[:, :9], Z[..., :3]))
+FINITE: Argument = (Z, TOKENS[1], (*TOKENS[2], Z * math.nan))
+MEANS: Argument = (SHIFT, TOKENS[1], (Z, SHIFT / 0))
+PIXELS: Argument = (IMAGES, ([1], IMAGES.numpy(), IMAGES.byte(), IMAGES.cfloat()), (IMAGES[0], IMAGES[:0]))
+NO_LABELS = (7, [0, 1], LABELS.numpy(), LABELS.double(), LABELS.bool(), LABELS.byte())
+NO_ROWS = (LABELS[:1], LABELS.repeat(2), LABELS.view(1, 2), LABELS[0])
+
+
+def each(names: str, argument: Argument) -> dict[str, Argument]:
+    return dict.fromkeys(names.split(), argument)
+
+
+ARGUMENTS: dict[str, Argument] = {
+    **each("num batch_size samples traced segments num_tokens token_channels num_blocks in_channels image_size", COUNT),
+    **each("layers_per_block patch_size channels head_dim expansion hidden_features hidden_layers", COUNT),
+    **each("slots max_iterations count size run_length max_sweeps repeats fine", UNLIMITED),
+    **each("num_classes coarse stream index", FROM_0), **each("attn_temperature rtol", POSITIVE),
+    **each("tolerance denoise rate rounding dominance ebound noise_std std call_cost atol weight threshold", NUMBER),
+    **each("return_trace per_class chord annealed nvp per_segment retry_float64 short fresh_keys", FLAG),
+    **each("certify certificate", (True, (), ("x", 1))), "norm": (2, (), ("x", True)), "on": ("both", (), ("x", 7)),
+    "seed": (0, KINDS, (-1, 2**63)), "start": (0, KINDS, (-1, 2**63)), **each("residual error", (0.1, NUMBERS, (-1,))),
+    "progress": (False, (0, "no"), ()), **each("say loop", (print, (7, "f"), ())), "after_each": (None, (7, "f"), ()),
+    "flow": (FLOW, ("digits-p1", FLOW.config, jf.TarFlow), ()), "block": (FLOW.blocks[0], (FLOW, 7, jf.Solver()), ()),
+    "images": (*PIXELS[:2], (*PIXELS[2], IMAGES[..., :7])), "labels": (LABELS, NO_LABELS, (*NO_ROWS, LABELS + 1)),
+    "context": (LABELS, NO_LABELS, (*NO_ROWS, LABELS + 1)), **each("z latents", FINITE), "x": TOKENS,
+    "matrix": (SHIFT, TOKENS[1], (Z,)), "solver": (jf.Solver(), (PLAN, "jacobi"), ()),
+    "strategy": (PLAN, (7, b"auto", jf.Solver(), (jf.Solver(),)), ("x" * 999,)),
+    "guidance": (None, (1.5, True, "both"), ()), "report": (None, ("report.json", 7, PLAN), ()),
+    "device": ("cpu", (7, torch.float32), ("x", "cuda:x")), "dtype": (None, (7, []), ("int64",)),
+    "prediction": (None, ("x", PLAN), ()), "path": ("x", (7,), ()), "kind": ("gaussian", (), ("x", 7)),
+    **each("log_scale shift", MEANS), "kernel": (KERNEL, TOKENS[1], (SHIFT, KERNEL[:0], KERNEL[:, 1:], KERNEL / 0)),
+    "name": ("new", (7,), ()), "text": ("jacobi", (7,), ()), "fingerprint": (None, (7,), ()),
+    "crm": (THREE, (7, "x", ["1"]), ((),)), **each("first second", (THREE, (7, "x", [True]), ((), (1.0,)))),
+    "solvers": ((jf.Solver(),), (jf.Solver(), [jf.Solver()], ("x",)), ((),)), "runs": ({}, (7, [print], {"a": 7}), ()),
+    "settings": (calibration.TuneSettings(), (7, PLAN), ()), "exact": PIXELS, "actual": (*PIXELS[:2], (IMAGES[0],)),
+    "flow_type": (jf.TarFlow, (7, FLOW, int), ()), "logit_alpha": (1e-6, NUMBERS, (*POSITIVE[2], 0.5)),
+}  # fmt: skip
+NAMED = {"atol": "tolerance", "max_sweeps": "sweeps"}
+
+CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
+    (jf.sample, "flow num labels seed strategy guidance denoise tolerance certify batch_size return_trace", {}),
+    (jf.sample, "flow latents labels progress", {}), (jf.decode, "flow z labels strategy tolerance certify", {}),
+    (jf.denoise, "flow images labels rate batch_size", {}),
+    (jf.calibrate, "flow images labels norm guidance segments traced per_class chord batch_size seed progress",
+     {"images": (IMAGES, (7, "x", {}), (IMAGES[:1], IMAGES[:0]))}),
+    (jf.tune, "flow labels guidance samples batch_size seed progress settings",
+     {"labels": (LABELS, NO_LABELS, (LABELS[0], LABELS[:0], LABELS + 1))}),
+    (jf.plan, "flow report batch_size tolerance device guidance settings",
+     {"tolerance": POSITIVE, "report": (TUNING, (7,), (REPORT,)), "settings": (strategy.PlanSettings(), (PLAN,), ())}),
+    (strategy.auto, "flow batch_size tolerance guidance report say", {}),
+    (strategy.choose, "flow strategy batch_size tolerance guidance report say", {}),
+    (jf.load, "name device dtype", {}),
+    *((call, "images labels", {}) for call in (FLOW.encode, FLOW.normalize, FLOW.log_prob, FLOW.bits_per_dim)),
+    (make_flow().encode, "images labels", {"labels": (None, (7, [0, 1]), (LABELS[:1], LABELS[0]))}),
+    *((jf.solve, "block z solver context slots", {"solver": (jf.Solver(way), (PLAN, "jacobi"), ())})
+      for way in (jf.Whole(), jf.Sequential())),
+    (jf.solve, "block z solver context", {"block": (MAF.blocks[0], (MAF,), ()), "z": (Z[..., :1], *FINITE[1:])}),
+    (jf.solve_certified, "block z solver context certificate slots tolerance rounding", {}),
+    (jf.certify, "block z x context slots", {"z": TOKENS}),
+    *((call, "block x z guess context count", {"z": TOKENS, "count": COUNT, "guess": (jf.Latent(), (7, "latent"), ())})
+      for call in (calibration.distances, calibration.initial_residual)),
+    (calibration.gamma_norm, "block x z context rtol max_iterations seed", {"z": TOKENS}),
+    (calibration.matrix_norm, "matrix norm", {}), (calibration.tough_blocks, "crm dominance", {}),
+    (calibration.rank_correlation, "first second", {}), (jf.Segments, "count", {}), (jf.Window, "size", {}),
+    *((jf.Solver, name, {name: (getattr(jf.Solver(), name), ("jacobi", 7, jf.Whole), ())})
+      for name in ("partition", "guess", "stopping", "correction")),
+    (jf.Solver, "coarse", {}), (jf.Tolerance, "atol", {}), (jf.EarlyStop, "ebound", {}),
+    (solvers.Stopping, "atol max_sweeps ebound", {"max_sweeps": (2, KINDS, (0, (), (5, 0, 2)))}),
+    (jf.MeanAffine, "log_scale shift", {}), (jf.CausalLinear, "kernel shift", {}), (jf.Chord, "kernel", {}),
+    (jf.Guidance, "weight annealed on attn_temperature", {}), (guidance.guided, "block guidance", {}),
+    (jf.TarFlowConfig, "in_channels image_size patch_size channels num_blocks layers_per_block num_classes nvp "
+     "head_dim expansion noise_std", {}),
+    (jf.MAFConfig, "in_channels image_size hidden_features num_blocks hidden_layers num_classes logit_alpha", {}),
+    (jf.TarFlow, "config", {"config": (FLOW.config, ({}, MAF.config), ())}),
+    (jf.MAF, "config", {"config": (MAF.config, ({}, FLOW.config), ())}),
+    (jf.Strategy, "solvers fingerprint tolerance prediction", {}), (jf.Strategy.uniform, "solver num_blocks", {}),
+    (jf.Strategy.parse, "text report num_blocks num_tokens tolerance", {}), (PLAN.with_tolerance, "atol", {}),
+    (jf.Strategy.from_report, "report tolerance per_segment call_cost", {"report": (REPORT, (7, PLAN), ())}),
+    *((made.check, "flow", {}) for made in (PLAN, REPORT, TUNING)),
+    *((call, "path", {}) for made in (PLAN, REPORT, TUNING) for call in (made.save, made.load)),
+    (REPORT.mean_sweeps, "start tolerance guess", {"start": ("noise", (), ("x", 7)), "guess": (None, (), (7, "x"))}),
+    (REPORT.guess, "block", {"block": (0, KINDS, (-1, 2))}), (CountedRun, "coarse fine residual error", {}),
+    (latents.draw_latents, "num num_tokens token_channels seed start", {}),
+    (latents.draw_labels, "num num_classes seed start", {"num_classes": COUNT}),
+    (inversion.prior_tokens, "flow latents", {"latents": TOKENS}),
+    (jf.accelerate, "flow tolerance retry_float64", {"flow": (FLOW, (), ())}),
+    (jf.register, "name", {"name": ("new", (7,), ("", "a b", "a+b", "a:1"))}),
+    (flows.register, "flow", {"flow": (jf.TarFlow, (7, FLOW, int), ())}), (baselines.original_loop, "flow", {}),
+    *((call, "flow z labels guidance", {}) for call in (*baselines.PEERS.values(), growing_cache_sample)),
+    (full_passes_sample, "flow z labels guidance", {"flow": (MAF, (FLOW, 7), ()), "z": (Z[..., :1], *FINITE[1:])}),
+    (baselines.PEERS["STARFlow"], "flow z run_length max_sweeps threshold fresh_keys", {"threshold": POSITIVE}),
+    (baselines.gs_jacobi_grid, "report short", {}), (baselines.register_original_loop, "flow_type name loop", {}),
+    (measuring.interleave, "runs repeats device after_each", {}), (measuring.machine, "device", {}),
+    (measuring.paired_error, "actual exact", {}), (Noise, "kind std", {}), (keyed_generator, "seed stream index", {}),
+]  # fmt: skip
+CASES = [
+    pytest.param(call, names.split(), own, name, id=f"{i} {call.__qualname__} {name}")
+    for i, (call, names, own) in enumerate(CALLS)
+    for name in names.split()
+]
+
+
+@pytest.mark.parametrize(("call", "names", "own", "name"), CASES)
+def test_what_it_cannot_take_is_refused_by_name(
+    call: Callable[..., Any], names: list[str], own: dict[str, Argument], name: str
+) -> None:
+    arguments = {each: (ARGUMENTS | own)[each] for each in names}
+    parameter = inspect.signature(call).parameters[name]
+    valid, kinds, values = arguments[name]
+    if kinds and valid is not None and parameter.default is not None:
+        kinds += (None,)
+    for error, wrong in [(TypeError, kind) for kind in kinds] + [(ValueError, value) for value in values]:
+        with pytest.raises(error) as caught:
+            call(**{each: valid for each, (valid, *_) in arguments.items()} | {name: wrong})
+        assert NAMED.get(name, name).removesuffix("s") in (message := str(caught.value))
+        assert len(message) <= 300
+
+
+def test_sizes_that_no_flow_has_are_refused_before_anything_is_built() -> None:
+    for change, limit in (
+        ({"num_blocks": 1001}, "num_blocks=1001: the limit is 1,000"),
+        ({"channels": 2**21}, "channels=2097152: the limit is 1,048,576"),
+        ({"num_blocks": 100, "layers_per_block": 101}, "10,100 layers in all blocks: the limit is 10,000"),
+        ({"image_size": 1024}, "262,144 tokens: the limit is 65,536"),
+        ({"in_channels": 2**19}, "2,097,152 channels of a token: the limit is 1,048,576"),
+        ({"num_classes": 10**6 + 1}, "num_classes=1000001: the limit is 1,000,000"),
+    ):
+        with pytest.raises(ValueError, match=limit):
+            replace(FLOW.config, **change)  # type: ignore[arg-type]
