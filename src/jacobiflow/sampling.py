@@ -143,7 +143,9 @@ def sample(
     **Raises:** `ValueError` for labels, latents, strategies or settings that do not fit the flow, `TypeError` for other
     kinds of them.
     """
-    _check_settings(flow, batch_size, guidance, denoise, certify, return_trace, progress)
+    check_settings(flow, batch_size, guidance, denoise, certify)
+    check_flag("return_trace", return_trace)
+    check_kind("progress", progress, bool | Callable, "True, False or a function of the share that is solved")
     latents = _checked_latents(flow, num, latents, labels, seed)
     if guidance is not None and labels is None and guidance.attn_temperature == 1:
         warnings.warn("guidance without labels at attn_temperature 1 changes nothing", stacklevel=2)
@@ -266,18 +268,16 @@ def _spans(total: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
-def _check_settings(
-    flow: ImageFlow, batch_size: int | None, guidance: Guidance | None, denoise: float, certify: Certificate,
-    return_trace: bool, progress: bool | Callable[[float], None],
-) -> None:  # fmt: skip
+def check_settings(
+    flow: ImageFlow, batch_size: int | None, guidance: Guidance | None, denoise: float, certify: Certificate
+) -> None:
+    """**Raises** `TypeError` or `ValueError` for settings that `sample` does not take, or that do not fit the flow."""
     check_flow(flow)
     if batch_size is not None:
         check_count("batch_size", batch_size, most=MOST_SAMPLES)
     check_guidance(guidance)
     check_rate(flow, denoise)
     check_certificate("certify", certify)
-    check_flag("return_trace", return_trace)
-    check_kind("progress", progress, bool | Callable, "True, False or a function of the share that is solved")
 
 
 def _checked_latents(

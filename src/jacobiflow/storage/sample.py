@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,11 +13,10 @@ from rich.console import Console
 from torch import Tensor
 
 from jacobiflow.calibration import Report
-from jacobiflow.checks import check_choice, check_count
+from jacobiflow.checks import check_choice, check_count, check_seed
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance
-from jacobiflow.latents import draw_latents
-from jacobiflow.sampling import sample
+from jacobiflow.sampling import check_settings, sample
 from jacobiflow.solvers import Certificate
 from jacobiflow.storage.figures import figures_of
 from jacobiflow.storage.folder import SampleFolder
@@ -84,7 +82,8 @@ def sample_to_folder(
     it. `OSError` where a file cannot be written; the shards before it stay.
     """
     batch_size, shard_size = sizes(num, batch_size, shard_size)
-    _check(flow, num, shard_size, labels, seed, guidance, denoise, files)
+    check_settings(flow, batch_size, guidance, denoise, certify)
+    _check(flow, num, shard_size, labels, seed, files)
     plan = partial(
         choose, flow, strategy, batch_size, tolerance=tolerance, guidance=guidance, report=report,
         say=say if Console(stderr=True).is_terminal else lambda text: None,
@@ -144,21 +143,13 @@ def sizes(num: int, batch_size: int | None, shard_size: int | None) -> tuple[int
     return batch_size, shard_size
 
 
-def _check(
-    flow: ImageFlow, num: int, shard_size: int, labels: Tensor | None, seed: int, guidance: Guidance | None,
-    denoise: float, files: str,
-) -> None:  # fmt: skip
-    """**Raises** `ValueError` for settings that do not fit the flow: one sweep of the first sample finds most."""
+def _check(flow: ImageFlow, num: int, shard_size: int, labels: Tensor | None, seed: int, files: str) -> None:
+    """**Raises** `TypeError` or `ValueError` for samples that the flow, or a folder, cannot have."""
     config = flow.config
     check_sizes(num, shard_size, (config.in_channels, config.image_size, config.image_size))
-    if isinstance(labels, Tensor):
+    if labels is not None:
         flow.check_labels(labels, num)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        z = draw_latents(1, config.num_tokens, config.token_channels, seed)
-        first = labels[:1] if isinstance(labels, Tensor) else labels
-        sample(flow, latents=z, labels=first, strategy="jacobi-1", guidance=guidance, denoise=denoise, certify=False,
-               progress=False)  # fmt: skip
+    check_seed(seed)
     check_choice("files", files, FILES)
     if files == "png" and config.in_channels not in (1, 3):
         raise ValueError(f"files={files!r}: holds images of 1 or 3 channels, not {config.in_channels}; give npz")
