@@ -13,7 +13,7 @@ from jacobiflow.latents import draw_labels, draw_latents
 
 
 @given(
-    seed=st.integers(0, 2**64), first=st.integers(0, 10**9), num=st.integers(1, 5), skip=st.integers(0, 4),
+    seed=st.integers(0, 2**63 - 2), first=st.integers(0, 10**9), num=st.integers(1, 5), skip=st.integers(0, 4),
     classes=st.integers(1, 1000),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -51,8 +51,6 @@ def test_labels_are_uniform_and_do_not_follow_the_latents() -> None:
         assert abs(correlation) < 4 / math.sqrt(4000)
 
 
-@pytest.mark.parametrize("seed", [-1, 1.0, None])
-def test_a_seed_is_a_whole_number_of_at_least_0(seed: object) -> None:
-    for draw in (lambda: draw_latents(1, 2, 2, seed), lambda: draw_labels(1, 2, seed)):  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=f"^seed={seed!r}: give a whole number of at least 0$"):
-            draw()
+def test_what_memory_cannot_hold_fails_before_anything_is_drawn() -> None:
+    with pytest.raises(MemoryError):
+        draw_latents(2**40, 2**16, 48)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from functools import cache
 from pathlib import Path
@@ -157,8 +156,6 @@ def test_what_is_solved_token_by_token_is_exact_by_construction() -> None:
     assert [bool(block.exact.all()) for block in out.stats] == [True, False, True]
     assert not out.exact.any()
     assert torch.equal(out.certificate, out.stats[1].residual)
-    with pytest.raises(ValueError, match="certify='never': give True, False or 'always'"):
-        sample(flow, num=1, certify="never")
 
 
 def test_how_samples_end_is_said_and_counted() -> None:
@@ -250,26 +247,17 @@ def test_an_image_that_overflows_exactly_is_nan_with_a_warning(strategy: str, na
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
-        ({"num": 2, "labels": torch.tensor([0, 3])}, "label 3"),
-        ({"num": 2, "labels": [0, 1]}, "labels of type list"),
-        ({"latents": torch.zeros(2, 9, 4)}, r"latents of shape \(2, 9, 4\)"),
-        ({"latents": torch.zeros(0, 16, 4)}, r"\(0, 16, 4\)"),
-        ({"latents": torch.full((2, 16, 4), math.nan)}, "NaN"),
+        ({"num": 2, "labels": torch.tensor([0, 3])}, r"label 3 in labels: this flow has classes 0 to 2 .below 0: no"),
+        ({"latents": torch.zeros(0, 16, 4)}, r"latents=a tensor \(0, 16, 4\).*\(N, 16, 4\)"),
         ({}, "either num or latents"),
         ({"num": 2, "latents": torch.zeros(2, 16, 4)}, "either num or latents"),
-        ({"num": 0}, "num=0: give a positive"),
-        ({"num": 2.0}, "num=2.0"),
-        ({"num": 2, "batch_size": -3}, "batch_size=-3"),
-        ({"num": 2, "guidance": 1.5}, "guidance=1.5"),
-        ({"num": 2, "tolerance": -0.5}, "-0.5"),
-        ({"num": 2, "strategy": "jacobi-3", "tolerance": 1e-6}, "tolerance 1e-06: strategy 'jacobi-3'"),
+        ({"num": 2, "strategy": "jacobi-3", "tolerance": 1e-6}, "tolerance=1e-06: strategy 'jacobi-3'"),
         ({"num": 2, "strategy": "gs-jacobi:17"}, "17"),
         ({"num": 2, "strategy": Path("nowhere")}, "nowhere"),
         ({"num": 2, "strategy": jf.Strategy.uniform(jf.Solver(), 4)}, "4.*3"),
-        ({"num": 2, "denoise": -1.0}, "-1.0"),
     ],
 )
-def test_bad_input_is_a_value_error_that_names_it(arguments: dict[str, Any], names: str) -> None:
+def test_what_does_not_fit_the_flow_is_a_value_error_that_names_it(arguments: dict[str, Any], names: str) -> None:
     with pytest.raises(ValueError, match=names):
         sample(make_flow(**CLASSES), **arguments)
 

@@ -74,11 +74,9 @@ def check_positive(name: str, value: Any, give: str = "a positive number") -> No
 
 
 def check_numbers(name: str, values: Any) -> None:
-    """**Raises** `TypeError` where `values` is no sequence of numbers, `ValueError` where there are none."""
+    """**Raises** `TypeError` where `values` is no sequence of numbers."""
     if not isinstance(values, Sequence) or not all(_fits(float, value) for value in values):
         raise _wrong_kind(name, values, "a sequence of numbers")
-    if not values:
-        raise ValueError(f"{name}={short(values)}: give one number or more")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -17,14 +17,17 @@ import torch
 from calibration_problems import GUESSES, linear_flow, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from invented import make_report, small
 from running import figures, put
 
 import jacobiflow as jf
+from jacobiflow import codec
 from jacobiflow.calibration import Components, Metrics, Report, Trace, TuneSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FLOW = linear_flow([0.15, 0.15, 2.0, 0.15, 0.15], num_classes=2)  # in float64
+SHORT = jf.MeanAffine(torch.zeros(3, 1), torch.zeros(3, 1))
 COUNTS: dict[str, tuple[int | None, ...]] = {"latent": (2, 4, 3), "zeros": (2, None, 3), "mean_affine": (0, 1, 7)}
 
 
@@ -37,6 +40,7 @@ def report() -> Report:
     last = dict.fromkeys(GUESSES, Trace((1.0,), (1.0,), {1e-3: (1, 1, 1)}))
     return replace(
         found, settings=replace(found.settings, guidance=jf.Guidance(0.5)), traces={"noise": (*(row,) * 4, last)},
+        segment_traces={2: {2: (last["latent"],) * 2}},
         metrics=found.metrics | {1: Metrics(found.igm, (Components(math.inf, 1.0, 0.0),) * 5)},
         gamma=((math.inf, 1.0),) * 2 + ((1.0, 2.0),) * 3,
         tuning=jf.tune(FLOW, samples=3, settings=few, guidance=jf.Guidance(0.5), progress=False),
@@ -104,6 +108,8 @@ def test_a_report_comes_back_from_its_file_and_fits_its_flow_only(report: Report
     changed.var[3] = 2
     with pytest.raises(ValueError, match=r"the report is of another flow.*calibrate this one"):
         report.check(changed)
+    with pytest.raises(ValueError, match=r"report of blocks, tokens, channels \(3, 16, 4\), but the flow has \(2, 16"):
+        make_report([1, 1, 1]).check(small())
     for text in (b"", b'{"schema', b"[]", b"{}", b'{"schema_version": 2}', b"\xff\xfe\x00", b"[" * 100_000):
         path.write_bytes(text)
         with pytest.raises(ValueError, match=r"report .*report\.json: .*; make it anew with jacobiflow calibrate"):
@@ -120,14 +126,30 @@ def test_a_report_comes_back_from_its_file_and_fits_its_flow_only(report: Report
         (("metrics",), {}, "without metrics in norm 'fro'"),
         (("metrics", "2", "components"), [[1.0, 2.0, 3.0]] * 5, r"metrics\.2\.components\[0\]"),
         (("gamma",), [[1.0]], r"parts of \[1\] blocks"),
-        (("settings", "guidance"), {"weight": -1.0}, r"settings\.guidance: guidance weight -1"),
+        (("settings", "guidance"), {"weight": -1.0}, r"settings\.guidance: guidance weight=-1"),
         (("traces", "noise", 0), {}, "without one of the guesses"),
         (("traces", "noise", 0, "zeros", "sweeps", "0.001"), [1.5], r"noise\[0\]\.zeros\.sweeps\.0\.001\[0\]: 1\.5"),
         (("mean_affine", 0, "shift", "float32"), "AAAA", r"mean_affine\[0\]\.shift: not an array"),
         (("num_tokens",), 8, r"mean parameters are not \(8, 1\)"),
         (("tuning",), {}, "not a tuning"),
+        (("num_tokens",), 0, "num_tokens=0: give a positive"),
+        (("settings", "segments"), 3, "segment_metrics are not of 3 segments"),
+        (("settings", "traced"), 2, "traces are not of 2 samples"),
+        (("class_metrics", "0", "igm"), [], r"class_metrics\.0: metrics: components of 5 blocks or segments, IGM of 0"),
+        (("metrics", "2", "igm", 0, "zeros"), -1.0, r"metrics\.2: metrics: a norm that is not 0 or positive"),
+        (("traces", "noise", 0, "zeros", "sweeps"), {"0.5": [1, 1, 1]}, "of 3 samples to the same tolerances"),
+        (("traces", "noise", 0, "zeros", "sweeps"), {}, r"noise\[0\]\.zeros: trace: give"),
+        (("traces", "noise", 0, "zeros", "sweeps", "0.001"), [1, 2, 10], "more sweeps than there are tokens, 9"),
+        (("traces", "noise", 0, "zeros", "largest"), [1.0, -1.0], r"noise\[0\]\.zeros: trace: a distance"),
+        (("segment_traces",), {"7": {}}, "segment_traces are not a trace for each segment of a block"),
+        (("segment_traces", "2"), {"3": []}, "segment_traces are not a trace for each segment of a block"),
+        (("gamma", 0), [-1.0], "gamma is not a norm"),
+        (("tuning", "num_tokens"), 8, "tuning of 5 blocks of 8 tokens, but the flow has 5 of 9"),
+        (("tuning", "fingerprint"), "0", "tuning of another flow"),
+        (("tuning", "blocks", 1, "guess"), codec.encode(SHORT), r"tuning, block 1: MeanAffine .*\(3, 1\)"),
+        (("tuning", "blocks", 1, "runs", 0, "tolerance"), -1.0, r"runs\[0\]: tolerance=-1"),
     ],
-    ids=range(11),
+    ids=range(27),
 )
 def test_an_entry_that_does_not_fit_is_named(report: Report, path: tuple[Any, ...], entry: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -171,13 +171,6 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     overflowing.blocks[1].proj_out.bias.data[:4] = 1e4
     for flow, changed, message in (
         (conditional, {"samples": 1}, "samples=1: give a whole number, at least 2"),
-        (conditional, {"batch_size": 0.5}, r"batch_size=0\.5: give a whole number, at least 1"),
-        (conditional, {"seed": -1}, "seed=-1"),
-        (conditional, {"labels": torch.tensor([0, 3])}, "label 3"),
-        (conditional, {"labels": torch.tensor([])}, "give a tensor"),
-        (conditional, {"labels": torch.tensor(1)}, "give a tensor"),
-        (conditional, {"labels": [0, 1]}, "give a tensor"),
-        (conditional, {"guidance": 0.5}, "guidance=0.5: give a Guidance"),
         (unconditional, {"labels": torch.tensor([0])}, "unconditional"),
         (overflowing, {}, "2 of 2 fresh latents overflow in the exact inverse of block 1; lower"),
     ):
@@ -227,11 +220,12 @@ def test_a_tuning_comes_back_from_its_file_and_from_one_of_version_1(tmp_path: P
 def test_an_entry_that_does_not_fit_is_named_in_either_version() -> None:
     for path, entry, message in (
         (["schema_version"], 3, "not a tuning of schema_version 2"),
+        (["num_tokens"], 0, "num_tokens=0"),
         (["samples"], 3, "block 0 lacks runs of 3 samples"),
         (["blocks"], [], "no blocks"),
         (["blocks", 1], {}, "missing"),
         (["blocks", 1, "runs", 0], 3, r"runs\[0\]|wrong kind"),
-        (["blocks", 1, "runs", 0, "sweeps"], [1, -2], r"sweeps \(1, -2\)"),
+        (["blocks", 1, "runs", 0, "sweeps"], [1, -2], "sweeps=-2"),
         (["blocks", 0, "counted", 0, "fine"], 0, "fine=0"),
     ):
         for value in (MADE.to_json(), version_1()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -82,13 +81,8 @@ def test_a_lowered_cache_runs_the_network_in_bfloat16() -> None:
 
 def test_a_shape_that_cannot_be_is_refused() -> None:
     for name, value, remedy in (
-        ("channels", 0, ": give a positive whole number"),
-        ("num_blocks", True, ": give a positive whole number"),
-        ("num_classes", -1, ": give 0"),
         ("patch_size", 3, " does not divide image_size=8"),
         ("head_dim", 64, " does not divide channels=32"),
-        ("noise_std", -0.1, ""),
-        ("noise_std", math.nan, ""),
     ):
         with pytest.raises(ValueError, match=f"{name}={value}{remedy}"):
             replace(CONFIG, **{name: value})  # type: ignore[arg-type]

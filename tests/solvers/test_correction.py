@@ -81,12 +81,8 @@ def test_a_convolution_of_many_numbers_is_made_in_parts() -> None:
 
 
 def test_a_chord_that_does_not_fit_is_refused() -> None:
-    kernel = normal(3, 2, 2)
     with pytest.raises(ValueError, match=r"Chord\(3 tokens, 2 channels\).*tokens have 3"):
-        jf.Chord(kernel)(normal(1, 5, 3), normal(1, 5, 3))
-    for wrong in (kernel[0], None, torch.full((1, 2, 2), math.nan)):
-        with pytest.raises(ValueError, match="Chord: kernel"):
-            jf.Chord(wrong)  # type: ignore[arg-type]
+        jf.Chord(normal(3, 2, 2))(normal(1, 5, 3), normal(1, 5, 3))
 
 
 # ----------------------------------------------------------------------------------------------------------- fits

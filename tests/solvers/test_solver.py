@@ -26,12 +26,6 @@ def test_the_default_is_jacobi_to_a_thousandth() -> None:
     assert jf.Solver() == jf.Solver(jf.Whole(), jf.Latent(), jf.Tolerance(1e-3), jf.Plain(), 0)
 
 
-@pytest.mark.parametrize("piece", ["partition", "guess", "stopping", "correction"])
-def test_a_piece_of_the_wrong_kind_is_refused(piece: str) -> None:
-    with pytest.raises(TypeError, match=f"{piece}='jacobi': give a {piece.capitalize()}"):
-        jf.Solver(**{piece: "jacobi"})  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("kind", [jf.Partition, jf.SlidingRun, jf.Guess, jf.Correction])
 def test_a_piece_that_lacks_its_method_is_refused(kind: type) -> None:
     with pytest.raises(TypeError, match="abstract method"):
@@ -41,8 +35,6 @@ def test_a_piece_that_lacks_its_method_is_refused(kind: type) -> None:
 @pytest.mark.parametrize(
     ("build", "names"),
     [
-        (lambda: jf.Solver(coarse=-1), "coarse=-1"),
-        (lambda: jf.Solver(coarse=True), "coarse=True"),
         (lambda: jf.Solver(jf.Segments(3), stopping=jf.MaxSweeps((5, 3))), r"2 sweep counts.*Segments\(count=3\)"),
         (lambda: jf.Solver(stopping=jf.MaxSweeps((5,))), "1 sweep counts.*Whole"),
         (lambda: jf.Solver(jf.Window(2), stopping=Stopping(1.0, (5, 3))), "2 sweep counts.*Window"),

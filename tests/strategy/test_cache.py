@@ -221,9 +221,6 @@ def test_a_tolerance_of_0_is_the_loop(model: Path, plans: Plans) -> None:
     flow = plans.load(model)
     assert plans.auto(flow, 4, 0) == jf.Strategy.uniform(jf.Solver(LOOP, stopping=jf.Tolerance(0)), 2)
     assert torch.equal(draw(flow, "auto", 3, tolerance=0).images, draw(flow, "sequential", 3).images)
-    for none in (-1, float("nan"), "small"):
-        with pytest.raises(ValueError, match=f"tolerance '?{none}"):
-            plans.auto(flow, 4, none)
     assert (plans.said, plans.files) == ([], [])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,9 +35,8 @@ def test_auto_to_a_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(flow, "auto", 2, report=report).tolerance == 1e-3
     for name, tolerance, message in (
         ("auto:", None, "strategy 'auto:': give auto, or auto:TOLERANCE such as auto:1e-2"),
-        ("auto:nan", None, "tolerance nan"),
+        ("auto:nan", None, "tolerance=nan"),
         ("auto:1e-2", 1e-3, r"'auto:1e-2' with tolerance 0\.001: give the tolerance once"),
-        ("auto", -1, "tolerance -1"),
     ):
         with pytest.raises(ValueError, match=message):
             choose(flow, name, 2, tolerance=tolerance, report=report)
@@ -64,18 +62,20 @@ def test_a_tolerance_replaces_those_that_there_are() -> None:
         assert choose(small(), name, 1, tolerance=tolerance).solvers[1].stopping == jf.Tolerance(want)
     for ignores in ("gs-jacobi:3-2", jf.Strategy((COUNTED, COUNTED))):
         choose(small(), ignores, 1)
-        with pytest.raises(ValueError, match=r"tolerance 0\.01: .* stops after a number of sweeps and ignores it"):
+        with pytest.raises(ValueError, match=r"tolerance=0\.01: .* stops after a number of sweeps and ignores it"):
             choose(small(), ignores, 1, tolerance=1e-2)
     with pytest.raises(ValueError, match=r"planned for 0\.001; plan again"):
         choose(small(), planned(), 16, tolerance=1e-2)
 
 
+AFFINE, CHORD = jf.MeanAffine(torch.zeros(9, 4), torch.zeros(9, 4)), jf.Chord(torch.ones(2, 3, 3))
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
-    (None, {}, "strategy 'None': unknown"), ("plan.txt", {}, "strategy 'plan.txt': unknown"),
-    ("missing.json", {}, "strategy missing.json: cannot be read"), ("jacobi", {"tolerance": math.nan}, "tolerance nan"),
+    ("plan.txt", {}, "strategy 'plan.txt': unknown"), ("missing.json", {}, "strategy missing.json: cannot be read"),
     ("jacobi-3", {"report": make_report([1, 1, 1])}, "num_blocks=2, but the report is of a flow with 3"),
     (jf.Strategy((COUNTED,) * 3), {}, "strategy for 3 blocks, but the flow has 2"),
-    (jf.Strategy.uniform(jf.Solver(jf.Segments(17)), 2), {}, "only 16 tokens"),
+    (jf.Strategy.uniform(jf.Solver(jf.Segments(17)), 2), {}, "strategy, block 0: .*only 16 tokens"),
+    (jf.Strategy.uniform(jf.Solver(guess=AFFINE), 2), {}, r"strategy, block 0: MeanAffine of shape \(9, 4\)"),
+    (jf.Strategy.uniform(jf.Solver(correction=CHORD), 2), {}, "strategy, block 0: Chord.*3 channels.*have 4"),
     (jf.Strategy.parse("jacobi", replace(REPORT, fingerprint="0" * 64)), {}, "the strategy was made for another"),
     (planned(), {"batch_size": 17}, "planned for batches of up to 16, not 17: plan again, or give a smaller batch"),
     (planned(), {"guidance": GUIDANCE}, "planned for guidance None, not Guidance.*plan again"),

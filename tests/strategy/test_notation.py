@@ -137,7 +137,7 @@ UNKNOWN = [
     "mean_affine", "auto+zeros",
 ]  # fmt: skip
 MALFORMED: list[tuple[str, str]] = [
-    *((text, f"strategy {text!r}: unknown; give auto, sequential") for text in UNKNOWN),
+    *((text, f"strategy '{text[:40]}") for text in UNKNOWN), *((text, ": unknown; give auto") for text in UNKNOWN),
     ("AUTO:1e-2 ", "is planned for a flow, a device and a batch"),
     *((text, "give four fields, [Stack-GS-J-Else]") for text in ("[]", "[7-8-32]", "[7-8-32-10", "[7-8-32--10]")),
     ("[x-8-32-10]", "Stack 'x' is not a whole number"), ("[7/-8-32-10]", "Stack '7/'"), ("[7-8,8-32-10]", "GS '8,8'"),
@@ -147,7 +147,7 @@ MALFORMED: list[tuple[str, str]] = [
     ("[7-4-3,2-1]", "J 3,2 has 2 counts for 4 segments"), ("[7-2-3,0-1]", "J 0: give a positive whole number"),
     ("[7-8-32-0]", "Else 0"), ("[7-17-1-10]", "GS 17 asks for more segments than there are tokens, 16"),
     ("jacobi-0", "J 0"), ("gs-jacobi:0", "G 0"), ("gs-jacobi:17", "G 17 asks for more"), ("gs-jacobi:8-0", "J 0"),
-    ("segments:17", "only 16 tokens"), ("window:0", "'window:0': Window(size=0)"), ("stretched:0-3", "first=0"),
+    ("segments:17", "only 16 tokens"), ("window:0", "'window:0': Window: size=0"), ("stretched:0-3", "first=0"),
 ]  # fmt: skip
 
 

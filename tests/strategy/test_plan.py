@@ -172,19 +172,16 @@ def test_a_tolerance_below_the_network_s_rounding_is_raised_to_it(monkeypatch: p
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"batch_size": 0}, "batch_size=0: give a positive whole number"), ({"batch_size": 1.5}, r"batch_size=1\.5"),
-    ({"tolerance": 0}, "tolerance 0: give a positive number; at 0 use strategy 'sequential'"),
-    ({"tolerance": math.inf}, "tolerance inf"), ({"tolerance": True}, "tolerance True"),
-    ({"device": "cuda:0"}, "device cuda:0: the flow is on cpu"), ({"guidance": 0.5}, r"guidance=0\.5: give a Guidance"),
+    ({"tolerance": 0}, "tolerance=0: give a positive number; at 0 use strategy 'sequential'"),
+    ({"device": "cuda:0"}, "device='cuda:0': the flow is on cpu"),
     ({"flow": small(1)}, r"the tuning is of another flow.*calibrate this one"),
     ({"report": make_report([1, 1])}, "this report has no tuning: calibrate with chord=True"),
-    ({"report": "a report"}, "report of type str: give a Report or a Tuning"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("named", "message"), REFUSED, ids=lambda value: str(value)[:40])
 def test_what_does_not_fit_is_refused(named: dict[str, Any], message: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises(ValueError, match=message):
         jf.plan(**{"flow": small(), "report": tuned(), **named})
 
 
@@ -192,3 +189,6 @@ def test_a_tuning_of_other_blocks_or_tokens_is_refused() -> None:
     for tuning in (replace(tuned(), num_tokens=9), replace(tuned(), blocks=tuned().blocks[:1])):
         with pytest.raises(ValueError, match=r"tuning of [12] blocks of (9|16) tokens, but the flow has 2 of 16"):
             jf.plan(small(), tuning)
+    wrong = replace(tuned().blocks[1], guess=jf.MeanAffine(torch.zeros(16, 3), torch.zeros(16, 3)))
+    with pytest.raises(ValueError, match=r"tuning, block 1: MeanAffine of shape \(16, 3\), but.* \(16, 4\)"):
+        jf.plan(small(), replace(tuned(), blocks=(tuned().blocks[0], wrong)))

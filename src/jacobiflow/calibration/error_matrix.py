@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jacobiflow.checks import check_count, check_positive, check_seed
+from jacobiflow.checks import check_count, check_number, check_seed
 from jacobiflow.flows.base import Block
 from jacobiflow.solvers.solve import check_tokens
 
@@ -61,7 +61,7 @@ def gamma_norm(
     towards the norm from below, and stops where an iteration adds less than a share `rtol` of it for every sample, or
     after `max_iterations`. `seed` fixes where it starts. **Raises** as `gamma_products` does.
     """
-    check_positive("rtol", rtol)
+    check_number("rtol", rtol)
     check_count("max_iterations", max_iterations)
     check_seed(seed)
     product, transposed_product = gamma_products(block, x, z, context)

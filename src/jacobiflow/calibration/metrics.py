@@ -173,8 +173,8 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Spearman's rank correlation, equals sharing their mean rank; NaN where one side is constant."""
     check_numbers("first", first)
     check_numbers("second", second)
-    if len(first) != len(second):
-        raise ValueError(f"first of {len(first)} numbers, second of {len(second)}: give as many")
+    if len(first) != len(second) or not first:
+        raise ValueError(f"first of {len(first)} numbers, second of {len(second)}: give as many, at least one")
     a, b = (_ranks(np.asarray(values, float)) for values in (first, second))
     a, b = a - a.mean(), b - b.mean()
     scale = float(np.sqrt((a @ a) * (b @ b)))
