@@ -10,7 +10,7 @@ import typer
 
 from jacobiflow.cli import options, paths
 from jacobiflow.flows.fingerprint import fingerprint, fingerprint_of
-from jacobiflow.flows.folder import CONFIG, REPORT, WEIGHTS, holding, locked_folder
+from jacobiflow.flows.folder import CONFIG, REPORT, WEIGHTS, holding, locked_folder, write_model
 from jacobiflow.flows.tarflow import TarFlow
 from jacobiflow.flows.tarflow.original import infer_config, read_original
 
@@ -33,7 +33,7 @@ def convert(
     flow = TarFlow.from_original(file, config)
     with locked_folder(out):
         _check_free(out, flow)
-        flow.write(out)
+        write_model(flow, out)
     options.report(json, {"model": str(out), **asdict(config)})
     print(f"wrote the model folder {out}")
 

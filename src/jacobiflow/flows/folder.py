@@ -8,10 +8,11 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
 
+import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -26,6 +27,7 @@ from jacobiflow.locking import LOCK, locked
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 REPORT = "report.json"
+README = "README.md"
 FORMAT_VERSION = 1
 
 MODELS = importlib.resources.files("jacobiflow") / "models"
@@ -92,7 +94,7 @@ class ModelFolder:
 
 
 def holding(path: Path) -> ModelFolder | None:
-    """The model in the folder `path`; `None` where there is none, or a half that a killed `write_folder` left.
+    """The model in the folder `path`; `None` where there is none, or a half that a killed `write_model` left.
 
     **Raises** `CheckpointError` where there are files with the names of a model's that are not one of this library.
     """
@@ -123,32 +125,62 @@ def remove_half_written(path: Path) -> None:
     remove_partials(path)
 
 
-def write_folder(
-    path: Path, model_type: str, config: Mapping[str, Any], state: Mapping[str, Tensor], report_file: Path | None
+class Model(Protocol):
+    """What is written of a flow."""
+
+    model_type: ClassVar[str]
+    config: Any
+    report_file: Path | None
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+    def generate_model_card(self, **values: Any) -> Any: ...
+
+
+def save_model(
+    flow: Model, path: Path, dtype: torch.dtype | None = None, card: Mapping[str, Any] | None = None
+) -> None:
+    """`write_model`, in a folder that is locked meanwhile.
+
+    **Raises** `FolderInUseError` where another process writes to it.
+    """
+    try:
+        with locked_folder(path):
+            write_model(flow, path, dtype, card)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({first_line(error)})") from None
+
+
+def write_model(
+    flow: Model, path: Path, dtype: torch.dtype | None = None, card: Mapping[str, Any] | None = None
 ) -> None:
     """Write a model folder, which the caller has locked; what `path` held stays until then.
 
-    The report in `report_file` is copied where it is of the weights in `state`.
+    The flow's report is copied where it is of the weights that are written, and a model card with the values of `card`
+    is made where there is no README.md.
 
     **Raises** `CheckpointError` where a weight is not finite, `path` holds what is no model of this library, or it
     cannot be written.
     """
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in flow.state_dict().items()}
     check_values(state, f"{path}: not written")
-    report = _report_of(report_file, fingerprint_of(state))
+    report = _report_of(flow.report_file, fingerprint_of(state))
     holding(path)
     place = path / REPORT
     if report is not None and os.path.lexists(place) and "fingerprint" not in (read_object(place) or {}):
         raise CheckpointError(f"{place}: not a report of jacobiflow; move it away, or give another folder")
     remove_half_written(path)
-    document = {"model_type": model_type, "format_version": FORMAT_VERSION, **config}
+    document = {"model_type": flow.model_type, "format_version": FORMAT_VERSION, **asdict(flow.config)}
     with writing(path / CONFIG) as new_config, writing(path / WEIGHTS) as new_weights:
         new_config.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        new_weights.write_bytes(save(dict(state), metadata={"format": "pt"}))
+        new_weights.write_bytes(save(state, metadata={"format": "pt"}))
         # A stop between the two renames must not leave new weights beside an old config.
         (path / CONFIG).unlink(missing_ok=True)
     if report is not None:
-        with writing(path / REPORT) as new_report:
+        with writing(place) as new_report:
             new_report.write_bytes(report)
+    if not os.path.lexists(path / README):
+        with writing(path / README) as new_card:
+            flow.generate_model_card(**(card or {})).save(new_card)
 
 
 def bundled() -> dict[str, Path]:

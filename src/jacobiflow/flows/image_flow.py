@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from jacobiflow.checks import check_count, check_floating, check_kind, check_on, check_path, check_rows, short
 from jacobiflow.flows.base import FlowBlock
 from jacobiflow.flows.config import MOST, MOST_CHANNELS, FlowConfig
-from jacobiflow.flows.folder import ModelFolder, locked_folder, write_folder, writing
+from jacobiflow.flows.folder import ModelFolder, save_model
 from jacobiflow.flows.labels import check_labels
 from jacobiflow.flows.permutation import Permutation
-from jacobiflow.flows.weights import CheckpointError, build, first_line, floating
+from jacobiflow.flows.weights import CheckpointError, build, floating
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -164,22 +164,7 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
         check_path("save_directory", save_directory)
         check_kind("dtype", dtype, str | torch.dtype | None, "a dtype, such as torch.float64, its name, or None")
         check_kind("config", config, type(self.config) | None, "the flow's own, or None")
-        folder = Path(save_directory)
-        try:
-            with locked_folder(folder):
-                self.write(folder, floating(dtype), model_card_kwargs)
-        except OSError as error:
-            raise CheckpointError(f"{folder}: cannot be written ({first_line(error)})") from None
-
-    def write(
-        self, folder: Path, dtype: torch.dtype | None = None, model_card_kwargs: dict[str, Any] | None = None
-    ) -> None:
-        """`save_pretrained` to a folder that the caller has locked."""
-        state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
-        write_folder(folder, self.model_type, asdict(self.config), state, self.report_file)
-        if not (folder / "README.md").exists():
-            with writing(folder / "README.md") as partial_file:
-                self.generate_model_card(**(model_card_kwargs or {})).save(partial_file)
+        save_model(self, Path(save_directory), floating(dtype), model_card_kwargs)
 
     @property
     def learns_prior(self) -> bool:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from jacobiflow.files import partials, read_object
 from jacobiflow.flows.fingerprint import fingerprint
-from jacobiflow.flows.folder import CONFIG, REPORT, WEIGHTS, ModelFolder
+from jacobiflow.flows.folder import CONFIG, README, REPORT, WEIGHTS, ModelFolder
 from jacobiflow.flows.registry import load
 from jacobiflow.flows.weights import CheckpointError
 
@@ -35,7 +35,7 @@ def problems(path: Path) -> Iterator[str]:
             yield f"{report}: no report that can be read; calibrate again, or remove it"
         elif flow is not None and fingerprint(flow) != made_for:
             yield f"{report}: of other weights than {WEIGHTS}; calibrate again, or remove it"
-    for name in (CONFIG, WEIGHTS, REPORT, "README.md"):
+    for name in (CONFIG, WEIGHTS, REPORT, README):
         for left in partials(path, name):
             yield f"{left}: left by a process that was killed; write the model again, or remove it"
 

@@ -17,7 +17,7 @@ from jacobiflow.checks import check_kind
 from jacobiflow.data import ImageDataset
 from jacobiflow.data.noise import add_noise, keyed_generator
 from jacobiflow.files import write_atomically
-from jacobiflow.flows.folder import locked_folder, remove_half_written
+from jacobiflow.flows.folder import locked_folder, remove_half_written, write_model
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.training.checkpoint import CHECKPOINT, Checkpoint, describe
 from jacobiflow.training.config import TrainConfig
@@ -65,7 +65,7 @@ def train(
         finally:
             if run.whole:
                 run.save()
-        run.average.write(out)
+        write_model(run.average, out)
     return run.average
 
 
