@@ -139,5 +139,7 @@ class Samples(RuleBasedStateMachine):
         (self.out / name).write_bytes(b"mine")
 
 
-Samples.TestCase.settings = settings(max_examples=12, stateful_step_count=12, deadline=None, derandomize=True, phases=[Phase.generate])
+Samples.TestCase.settings = settings(
+    max_examples=12, stateful_step_count=12, deadline=None, derandomize=True, phases=[Phase.generate]
+)
 test_a_folder_of_samples = pytest.mark.filterwarnings("ignore")(Samples.TestCase)
