@@ -122,6 +122,12 @@ def test_lost_samples_stay_json_and_are_drawn(run: Any, tmp_path: Path, monkeypa
     assert rows["growing cache"]["error"]["max"] is None  # it does not say so
 
 
+@pytest.mark.parametrize("name", ["bench.json", "bench.png"])
+def test_files_of_others_are_refused(name: str, refuse: Any, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('{"model": "m"}')
+    refuse(f"bench --model model --strategy jacobi-1 --repeats 1 --out {tmp_path}", f"{name}: is not a ")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -32,10 +32,12 @@ from jacobiflow.experiments.quality import (
     draw,
     finalists,
     largest_row,
+    problems,
     score,
     timings,
 )
 from jacobiflow.latents import draw_latents
+from jacobiflow.locking import locked
 from jacobiflow.measuring import Timing
 from jacobiflow.strategy import Prediction
 
@@ -281,6 +283,30 @@ def test_files_of_others_are_left_alone(name: str, copied: Experiment, tmp_path:
             with pytest.raises(ValueError, match=re.escape(name)):
                 begin(replace(copied, out=out), overwrite)
             assert everything(out) == before
+
+
+def test_all_problems_of_a_comparison_are_found(copied: Experiment) -> None:
+    out, mine = copied.out, "mine"
+    assert list(problems(out)) == []
+    for name in ("timings.json", "plans/auto-1e-2.json", "exact/00000008.npy", "notes.txt"):
+        (out / name).write_text(mine)
+    (out / "exact" / f".00000000.npy.{16 * 'a'}.partial").write_text(mine)
+    (out / "rows" / "jacobi-2" / "shards" / "00001.json").unlink()
+    shutil.copytree(out / "rows" / "jacobi-2", out / "rows" / "window-9")
+    settings = figures(out / "settings.json")
+    (out / "settings.json").write_text(json.dumps(settings | {"seed": 5}))
+    before = everything(out)
+    with locked(out):
+        found = list(problems(out))
+    assert everything(out) == before
+    for words in (
+        f"{out}: a run is writing to it", "timings.json: is not a file that jacobiflow wrote", "auto-1e-2.json: ",
+        "00000008.npy: holds no images", "jacobi-2/shards/00001.json: missing", "notes.txt: not of the run",
+        "window-9: holds samples of jacobi-2, not of a row of this name", ".partial: half-written",
+        "starflow: holds samples of another seed",
+    ):  # fmt: skip
+        assert any(words in line for line in found), words
+    assert "no settings.json in it" in next(problems(out / "plans"))
 
 
 UNFIT: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
