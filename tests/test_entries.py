@@ -51,7 +51,7 @@ ARGUMENTS: dict[str, Argument] = {
     **each("layers_per_block patch_size channels head_dim expansion hidden_features hidden_layers", COUNT),
     **each("slots max_iterations count size run_length max_sweeps repeats fine", UNLIMITED),
     **each("num_classes coarse stream index", FROM_0), "attn_temperature": POSITIVE,
-    **each("tolerance denoise rate rtol rounding dominance ebound noise_std std call_cost atol weight threshold", NUMBER),
+    **each("tolerance denoise rate rtol rounding dominance ebound noise_std std call_cost atol weight", NUMBER), "threshold": NUMBER,
     **each("return_trace per_class chord annealed nvp per_segment retry_float64 short fresh_keys", FLAG),
     **each("certify certificate", (True, (), ("x", 1))), "norm": (2, (), ("x", True)), "on": ("both", (), ("x", 7)),
     "seed": (0, KINDS, (-1, 2**63)), "start": (0, KINDS, (-1, 2**63)), **each("residual error", (0.1, NUMBERS, (-1,))),
