@@ -10,7 +10,7 @@ from torch import Tensor
 from jacobiflow.checks import check_count, check_seed
 
 FIRST_CALIBRATION_LATENT = 2**40  # calibration must not see the latents that samples are drawn from
-MOST_SAMPLES = FIRST_CALIBRATION_LATENT
+MOST_SAMPLES = 100_000_000  # years of work of one processor, and sums of bytes do not overflow
 _LATENTS, _LABELS = 0, 1
 _LAST = 2**63 - 1  # sample
 

@@ -22,7 +22,7 @@ from jacobiflow.flows.fingerprint import check_fingerprint
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.registry import load
 from jacobiflow.guidance import Guidance
-from jacobiflow.latents import draw_labels
+from jacobiflow.latents import MOST_SAMPLES, draw_labels
 from jacobiflow.storage import SampleFolder
 
 Model = Annotated[str, typer.Option("--model", help="A bundled name, a model folder, or a hub id.")]
@@ -72,11 +72,9 @@ Json = Annotated[Path | None, typer.Option("--json", help="Also write the figure
 
 LABEL_FILES = (".txt", ".npy")
 
-# Far above what has been asked for, and far below what makes sums of bytes overflow: 100 million images are years of
-# work of one processor, and latents of a batch of 65,536 take 200 MB for images of 28x28.
-_MOST_IMAGES, _MOST_AT_ONCE = 100_000_000, 65_536
+_MOST_AT_ONCE = 65_536  # latents of a batch of so many take 200 MB for images of 28x28
 LIMITS = {
-    **dict.fromkeys(("num", "final", "paired", "test_images", "shard_size"), _MOST_IMAGES),
+    **dict.fromkeys(("num", "final", "paired", "test_images", "shard_size"), MOST_SAMPLES),
     **dict.fromkeys(("batch_size", "traced", "repeats", "image_size"), _MOST_AT_ONCE),
 }
 

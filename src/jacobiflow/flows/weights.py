@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from jacobiflow.flows.config import MOST_BLOCKS
+
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REGISTRATIONS = 8  # of a tensor: a module may take its parameters from another
-_MOST = 1000  # blocks of a flow, layers of a block
 
 
 class CheckpointError(ValueError):
@@ -112,8 +113,8 @@ def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
     numbers = {int(found[1]) for name in state if (found := pattern.match(name))}
     if numbers != set(range(len(numbers))):
         raise ValueError(f"{len(numbers)} of {prefix}*, but one is numbered {max(numbers)}")
-    if len(numbers) > _MOST:
-        raise ValueError(f"{len(numbers):,} of {prefix}*; the limit is {_MOST:,}")
+    if len(numbers) > MOST_BLOCKS:
+        raise ValueError(f"{len(numbers):,} of {prefix}*; the limit is {MOST_BLOCKS:,}")
     return len(numbers)
 
 

@@ -16,13 +16,14 @@ from jacobiflow.files import entries_sha256, sha256
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance, in_force
+from jacobiflow.latents import MOST_SAMPLES
 from jacobiflow.measuring import machine
 from jacobiflow.solvers import Certificate
 
 FORMAT_VERSION = 1
 FILES = ("npz", "png")
 CHECKSUM = "manifest_sha256"  # of all other entries; manifests of earlier versions lack it
-MOST_SAMPLES, MOST_SHARDS, MOST_BYTES = 100_000_000, 1_000_000, 2**32  # of a folder; of a shard's 8-bit images
+MOST_SHARDS, MOST_BYTES = 1_000_000, 2**32  # of a folder; of a shard's 8-bit images
 # What may change where a run is resumed: how many samples, and where it runs. Labels and strategy.json are compared by
 # `jacobiflow.storage.begin`, which has both at hand.
 _MAY_CHANGE = frozenset({"num", "model", "labels_sha256", "strategy_sha256", "machine", "checksums"})

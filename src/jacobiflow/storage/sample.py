@@ -16,11 +16,12 @@ from jacobiflow.calibration import Report
 from jacobiflow.checks import check_choice, check_count, check_seed
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance
+from jacobiflow.latents import MOST_SAMPLES
 from jacobiflow.sampling import check_settings, sample
 from jacobiflow.solvers import Certificate
 from jacobiflow.storage.figures import figures_of
 from jacobiflow.storage.folder import SampleFolder
-from jacobiflow.storage.manifest import FILES, MOST_SAMPLES, Manifest, check_sizes
+from jacobiflow.storage.manifest import FILES, Manifest, check_sizes
 from jacobiflow.storage.processes import Processes
 from jacobiflow.storage.progress import say
 from jacobiflow.storage.run import Draw, Drawn, OnShard, generate
