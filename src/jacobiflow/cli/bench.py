@@ -80,9 +80,7 @@ def bench(
 
     Example: jacobiflow bench --model digits-p1 --strategy jacobi --strategy "[2-4-5-6]" --repeats 3 --out out/bench
     """
-    paths.check(
-        json, out, ("bench.png", "bench.json"), model=model, strategy=strategy, labels=labels, report=report
-    )  # fmt: skip
+    paths.check(json, out, ("bench.png", "bench.json"), model=model, strategy=strategy, labels=labels, report=report)
     if repeats < 1:
         raise ValueError(f"--repeats {repeats}: give a positive number of rounds")
     sizes = list(dict.fromkeys(batch_size or _BATCH_SIZES))

@@ -78,9 +78,7 @@ def train(
 
     Example: jacobiflow train --images fashion-mnist --out runs/fashion --steps 6000
     """
-    paths.check(
-        json, out, (CONFIG, WEIGHTS, REPORT, "checkpoint.pt", "metrics.jsonl", "samples-*.png"), images=images
-    )  # fmt: skip
+    paths.check(json, out, (CONFIG, WEIGHTS, REPORT, "checkpoint.pt", "metrics.jsonl", "samples-*.png"), images=images)
     flow_class = _flow_class(flow)
     data = options.read_images(images, image_size, image_channels)
     noise = noise or ("gaussian" if "noise_std" in _parameters(flow_class) else "uniform")
