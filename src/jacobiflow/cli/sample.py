@@ -106,13 +106,7 @@ def sample(
 
     Example: jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo
     """
-<<<<<<< HEAD
-    paths.check(
-        json, out, (*CONTENTS, SHEET), model=model, strategy=strategy, labels=labels, report=report
-    )  # fmt: skip
-=======
-    paths.check(json, out, (*CONTENTS, _SHEET), model=model, strategy=strategy, labels=labels, report=report)
->>>>>>> cli
+    paths.check(json, out, (*CONTENTS, SHEET), model=model, strategy=strategy, labels=labels, report=report)
     _check_options(strategy, report, compare and not overwrite, out)
     if certify_always and not certify:
         raise ValueError("--certify-always: excludes --no-certify; leave one of them out")
