@@ -45,9 +45,9 @@ def leftovers(places: Iterable[Path]) -> Iterator[str]:
 
 def foreign(path: Path, ours: Iterable[Path], rows: Iterable[Path] = ()) -> Iterator[str]:
     """The files below a folder, but not below `rows`, that are not `ours`."""
-    known, apart, others = set(ours), set(rows), []
+    known, skipped, others = set(ours), set(rows), []
     for place, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if Path(place) / name not in apart]
+        folders[:] = [name for name in folders if Path(place) / name not in skipped]
         files = {Path(place) / name for name in names}
         others += sorted(files - known - set(partials(Path(place))))
     if others:
