@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -21,7 +24,7 @@ def manifest_of(num: int = 10, **changed: Any) -> Manifest:
     """The manifest of a run that needs no flow: 4x4 images in shards of 4, 4 and 2."""
     entries: dict[str, Any] = {
         "image_shape": (1, 4, 4), "seed": 0, "labels_sha256": None, "num_classes": 3, "batch_size": 2,
-        "shard_size": 4, "files": "npz", "model": "none", "fingerprint": "f", "dtype": "float32",
+        "shard_size": 4, "files": "npz", "model": "none", "fingerprint": 64 * "f", "dtype": "float32",
         "strategy": "invented", "strategy_sha256": None, "guidance": None, "denoise": 0.0, "tolerance": None,
         "certify": True, "machine": {"device": "cpu", "threads": 1},
     }  # fmt: skip
@@ -30,7 +33,7 @@ def manifest_of(num: int = 10, **changed: Any) -> Manifest:
 
 def record_of(start: int = 4, num: int = 4, **changed: Any) -> Record:
     record = Record(
-        start=start, num=num, sha256="", labels=tuple(i % 3 for i in range(start, start + num)),
+        start=start, num=num, sha256=64 * "0", labels=tuple(i % 3 for i in range(start, start + num)),
         certificate=tuple(1e-4 * i for i in range(num)), resolved=(1,), lost=(0,), figures={"seconds": 1.5},
     )  # fmt: skip
     return replace(record, **changed)
@@ -40,10 +43,18 @@ def run(out: Path, num: int = 10, labels: bool = True, **changed: Any) -> jf.Sam
     """A run without a flow; `changed` are entries of its manifest, or arguments of `generate`."""
     arguments = {name: changed.pop(name) for name in list(changed) if name not in Manifest.__dataclass_fields__}
     given = torch.arange(num) % 3 if labels else None
-    digest = None if given is None else sha256(given.numpy().astype("<i8").tobytes()).hexdigest()
-    manifest = manifest_of(num, **{"labels_sha256": digest, **changed})
+    manifest = manifest_of(num, **{"labels_sha256": digest_of(given), **changed})
     drawing = arguments.pop("drawing", lambda _: invented)
     return generate(jf.SampleFolder(out, manifest), given, drawing, (4, 4), **{"progress": False, **arguments})
+
+
+def digest_of(labels: Any) -> str | None:
+    """SHA-256 of labels as little-endian int64."""
+    return (
+        None
+        if labels is None
+        else sha256(b"".join(int(i).to_bytes(8, "little", signed=True) for i in labels)).hexdigest()
+    )
 
 
 def invented(start: int, latents: Tensor, labels: Tensor | None, advance: Callable[[float], None]) -> Drawn:
@@ -90,6 +101,30 @@ def times(out: Path) -> dict[str, int]:
     """When the files of the shards that have a record were written."""
     done = [path.stem for path in (out / "shards").glob("*.json")]
     return {p.name: p.stat().st_mtime_ns for p in (out / "shards").glob("*") if p.stem in done}
+
+
+class Killed(BaseException):
+    """The end of a process."""
+
+
+@contextmanager
+def killed(after: int) -> Iterator[None]:
+    """So many files get or lose their names; the next one, and all that would be cleaned up, do not."""
+    left, rename, unlink = [after], os.replace, Path.unlink
+
+    def count(change: Callable[..., None]) -> Callable[..., None]:
+        def counted(*given: Any, **options: Any) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            change(*given, **options)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", count(rename))
+        patch.setattr(Path, "unlink", count(unlink))
+        yield
 
 
 def flip(path: Path) -> None:

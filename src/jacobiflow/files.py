@@ -8,7 +8,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,15 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         partial.write_bytes(data)
 
 
+def partials(folder: Path) -> list[Path]:
+    """The files that killed processes have left half-written in `folder`, by the names of `write_beside`."""
+    return [path for path in folder.glob(".*.partial") if _PARTIAL.fullmatch(path.name)]
+
+
 def remove_partials(folder: Path) -> None:
-    """Remove the files that killed processes have left half-written in `folder`, by the names of `write_beside`."""
-    for path in folder.glob(".*.partial"):
-        if _PARTIAL.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+    """Remove those files."""
+    for path in partials(folder):
+        path.unlink(missing_ok=True)
 
 
 def read_object(path: str | Path) -> dict[str, Any] | None:
@@ -55,6 +59,12 @@ def read_object(path: str | Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def check_ours(path: str | Path, keys: Iterable[str]) -> None:
+    """**Raises** `ValueError` where `path` is there, but is no JSON object with all of `keys`, as ours have them."""
+    if os.path.lexists(path) and not set(keys) <= set(read_object(path) or ()):
+        raise ValueError(f"{path}: is not a file that jacobiflow wrote; move it away, or give another folder")
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
@@ -82,6 +92,21 @@ def sha256(*parts: bytes) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
+
+
+def files_sha256(paths: Iterable[Path]) -> str:
+    """SHA-256 of files, one after another, which may be larger than the memory. **Raises** `OSError`."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def entries_sha256(entries: dict[str, Any]) -> str:
+    """SHA-256 of the entries of a JSON object, whatever their order."""
+    return sha256(json.dumps(finite(entries), sort_keys=True).encode())
 
 
 def finite(value: Any) -> Any:

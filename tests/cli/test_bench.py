@@ -43,7 +43,7 @@ def test_a_bundled_model_end_to_end(run: Any, tmp_path: Path) -> None:
     line = f"bench --model digits-p1 {line} --repeats 1 --seed 3 --out {out} --json {tmp_path}/copy.json"
     result = run(line)
     assert (result.code, result.err) == (0, "")
-    assert sorted(os.listdir(out)) == ["bench.json", "bench.png"]
+    assert sorted(os.listdir(out)) == [".lock", "bench.json", "bench.png"]
     assert (out / "bench.json").read_bytes() == (tmp_path / "copy.json").read_bytes()
     with Image.open(out / "bench.png") as picture:
         assert picture.width > 900
@@ -120,6 +120,12 @@ def test_lost_samples_stay_json_and_are_drawn(run: Any, tmp_path: Path, monkeypa
     rows = rows_of(tmp_path / "[bold]")
     assert rows["jacobi"]["error"]["max"] == 0  # both answers say that there is none
     assert rows["growing cache"]["error"]["max"] is None  # it does not say so
+
+
+@pytest.mark.parametrize("name", ["bench.json", "bench.png"])
+def test_files_of_others_are_refused(name: str, refuse: Any, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('{"model": "m"}')
+    refuse(f"bench --model model --strategy jacobi-1 --repeats 1 --out {tmp_path}", f"{name}: is not a ")
 
 
 @pytest.mark.parametrize(

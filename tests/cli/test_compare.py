@@ -21,6 +21,7 @@ import jacobiflow as jf
 from jacobiflow.baselines import PEERS
 from jacobiflow.data import bundled_fashion
 from jacobiflow.evaluation import Statistics, frechet_distance
+from jacobiflow.locking import locked
 
 pytest.importorskip("torchmetrics")
 
@@ -146,6 +147,18 @@ def test_two_processes_give_the_samples_of_one(run: Any, work: Path, tmp_path: P
     rows = (figures(tmp_path / out / "comparison.json")["rows"][2] for out in ("one", "two"))
     one, two = ({key: row[key] for key in ("num", "distance", "max")} for row in rows)
     assert one == pytest.approx(two, rel=1e-2)
+
+
+@pytest.mark.parametrize("options", ["", "--overwrite"])
+@pytest.mark.parametrize("name", ["comparison.png", "comparison.json", "settings.json"])
+def test_files_of_others_are_refused(name: str, options: str, refuse: Any, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('{"model": "m"}')
+    refuse(f"{COMPARED} --images real --out {tmp_path} {options}", f"{name}: is not a ")
+
+
+def test_one_comparison_at_a_time(refuse: Any, tmp_path: Path) -> None:
+    with locked(tmp_path / "out"):
+        refuse(f"{COMPARED} --images real --out {tmp_path}/out", "another run is writing to it; wait for it")
 
 
 COMPARED = f"compare --model model {SIZES} --strategy jacobi-2"

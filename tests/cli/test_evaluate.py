@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -21,6 +22,7 @@ from scoring import difference, fashion_features, frechet, levels, moments, on_d
 import jacobiflow as jf
 from jacobiflow.data import Noise, bundled_fashion, load_images
 from jacobiflow.evaluation import bayes_accuracy, bits_per_dim, kernel_distance, precision_recall
+from jacobiflow.locking import locked
 from jacobiflow.storage import sample_to_folder
 
 pytest.importorskip("torchmetrics")
@@ -111,11 +113,11 @@ def test_certificates_are_those_of_the_shards(run: Any, tmp_path: Path) -> None:
     assert (shown["resolved_sequentially"], shown["lost"]) == (resolved, 0)
     assert resolved > 0
     assert f"certificate {values.max():.1e} largest of 12 samples" in out
-    assert sorted(os.listdir(tmp_path / "new" / "out")) == ["certificates.png", "evaluation.json"]
+    assert sorted(os.listdir(tmp_path / "new" / "out")) == [".lock", "certificates.png", "evaluation.json"]
     shown, out = evaluated(run, tmp_path, "model --samples guided --features none --paired 0")
     assert shown["certificates"] is None
     assert "certificate none drawn with --no-certify" in out
-    assert os.listdir(tmp_path / "new" / "out") == ["evaluation.json"]
+    assert sorted(os.listdir(tmp_path / "new" / "out")) == [".lock", "evaluation.json"]
 
 
 def test_lost_samples_are_reported(run: Any, tmp_path: Path) -> None:
@@ -164,6 +166,40 @@ def test_likelihood_is_of_the_first_test_images(
     if model == "model":
         assert shown["bayes_accuracy"] == bayes_accuracy(flow, data, noise, seed)
     assert (shown["samples"], shown["test_images"]) == (None, num)
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "certificates.png"])
+def test_files_of_others_are_refused(name: str, refuse: Any, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('{"model": "m"}')
+    refuse(f"evaluate --model model --samples samples --features none --out {tmp_path}", f"{name}: is not a ")
+
+
+ODD: dict[str, Any] = {
+    "image_shape": [1, 14, 56], "num_classes": 4, "seed": 1, "labels_sha256": None, "guidance": {"weight": "x"},
+    "denoise": None, "num": 10**12,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", ODD)
+def test_an_odd_manifest_is_one_line(entry: str, work: Path, refuse: Any, tmp_path: Path) -> None:
+    """One of an earlier version, which has no checksum of itself; without it, what it says is checked all the same."""
+    out = Path(shutil.copytree(work / "samples", tmp_path / "odd", ignore=shutil.ignore_patterns(".lock")))
+    manifest = figures(out / "manifest.json") | {entry: ODD[entry]}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    line = f"evaluate --model model --samples {out} --features none --out {tmp_path}/e"
+    refuse(line, "manifest.json: not a manifest of samples (")
+    del manifest["manifest_sha256"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    if entry != "seed":
+        refuse(line, f"{out}")
+
+
+def test_a_folder_in_use_is_refused(refuse: Any, tmp_path: Path) -> None:
+    with locked(tmp_path / "out"):
+        refuse(
+            f"evaluate --model model --samples samples --features none --out {tmp_path}/out",
+            "another run is writing to it; wait for it, stop it, or give another folder",
+        )
 
 
 @pytest.mark.parametrize(

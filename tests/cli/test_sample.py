@@ -170,6 +170,24 @@ def test_a_line_that_is_refused_loses_nothing(options: str, run: Any, refuse: An
     refuse(f"{line} {options.format(out=tmp_path / 'out')}", REFUSED[options])
 
 
+FOREIGN = {
+    "samples.png": "samples.png: is not a picture that jacobiflow made; move it away",
+    "manifest.json": "manifest.json: not a manifest of samples (format_version is None, not 1); restore it, or move",
+}
+
+
+@pytest.mark.parametrize("options", ["", "--overwrite"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_others_are_refused(name: str, options: str, refuse: Any, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('{"name": "app"}')
+    refuse(f"sample --model model --num 2 --strategy jacobi-1 --out {tmp_path} {options}", FOREIGN[name])
+
+
+def test_sizes_have_limits(refuse: Any, tmp_path: Path) -> None:
+    for num in (10**12, 10**30):
+        refuse(f"sample --model model --num {num} --out {tmp_path}/new", f"--num {num}: the limit is 100,000,000")
+
+
 def test_only_the_first_process_says_why_it_failed(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failed(*_: Any, **__: Any) -> None:
         raise FirstProcessFailed("no room")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,10 +32,12 @@ from jacobiflow.experiments.quality import (
     draw,
     finalists,
     largest_row,
+    problems,
     score,
     timings,
 )
 from jacobiflow.latents import draw_latents
+from jacobiflow.locking import locked
 from jacobiflow.measuring import Timing
 from jacobiflow.strategy import Prediction
 
@@ -209,7 +212,7 @@ def test_timings_are_of_this_machine_and_these_rows(copied: Experiment) -> None:
         (row if entry in row else kept if entry in kept else kept["machine"])[entry] = "another"
         (copied.out / "timings.json").write_text(json.dumps(kept))
         assert (timings(copied, 1) == kept) == (entry == "threads")
-    (copied.out / "timings.json").write_text("{")
+    (copied.out / "timings.json").unlink()
     assert timings(copied, 1)["rows"]["jacobi-2"]["median"] < 1234.5
 
 
@@ -240,7 +243,11 @@ def test_another_experiments_folder_is_refused(copied: Experiment) -> None:
 
 
 def test_only_files_of_an_experiment_are_removed(copied: Experiment) -> None:
-    out, foreign = copied.out, {"notes.txt", "rows/jacobi-2/notes.txt", "exact/mine.npy", "plans/mine.json"}
+    out, foreign = copied.out, {
+        "notes.txt", "rows/jacobi-2/notes.txt", "exact/mine.npy", "plans/mine.json", "plans/auto-mine.json",
+        "plans/auto-1.json", "rows/mine/notes.txt",
+    }  # fmt: skip
+    (out / "rows" / "mine").mkdir()
     for name in foreign:
         (out / name).write_text("mine")
     begin(replace(copied, seed=5), overwrite=True)
@@ -249,23 +256,57 @@ def test_only_files_of_an_experiment_are_removed(copied: Experiment) -> None:
 
 
 def test_lost_settings_are_named(copied: Experiment) -> None:
-    settings = copied.out / "settings.json"
-    for lose in (settings.unlink, lambda: settings.write_text("{")):
-        lose()
-        before = everything(copied.out)
-        with pytest.raises(ValueError, match=r"settings.json is lost or broken; restore it, or .* overwrite=True"):
-            begin(copied)
-        assert everything(copied.out) == before
+    (copied.out / "settings.json").unlink()
+    before = everything(copied.out)
+    with pytest.raises(ValueError, match=r"holds rows, but settings\.json is lost; restore it, or .* overwrite=True"):
+        begin(copied)
+    assert everything(copied.out) == before
     begin(copied, overwrite=True)
     begin(copied)
 
 
-def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "settings.json").write_text('{"theme": "dark"}')
-    for overwrite in (False, True):
-        with pytest.raises(ValueError, match=r"was not written by an experiment, .*; give another folder"):
-            begin(experiment(tmp_path), overwrite)
-        assert everything(tmp_path) == {"settings.json": b'{"theme": "dark"}'}
+FOREIGN = {
+    "settings.json": '{"theme": "dark"}', "timings.json": "{", "comparison.json": "[]", "plans/auto-1e-2.json": "{}",
+    "exact/00000008.npy": "mine", "rows/jacobi-2/manifest.json": '{"name": "app"}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_others_are_left_alone(name: str, copied: Experiment, tmp_path: Path) -> None:
+    for out in (tmp_path / "new", copied.out):
+        if name.startswith("exact") and out == copied.out:
+            continue  # a damaged file of ours, which is drawn again
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(FOREIGN[name])
+        before = everything(out)
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match=re.escape(name)):
+                begin(replace(copied, out=out), overwrite)
+            assert everything(out) == before
+
+
+def test_all_problems_of_a_comparison_are_found(copied: Experiment) -> None:
+    out, mine = copied.out, "mine"
+    assert list(problems(out)) == []
+    for name in ("timings.json", "plans/auto-1e-2.json", "exact/00000008.npy", "notes.txt"):
+        (out / name).write_text(mine)
+    (out / "exact" / f".00000000.npy.{16 * 'a'}.partial").write_text(mine)
+    (out / "rows" / "jacobi-2" / "shards" / "00001.json").unlink()
+    shutil.copytree(out / "rows" / "jacobi-2", out / "rows" / "window-9")
+    settings = figures(out / "settings.json")
+    (out / "settings.json").write_text(json.dumps(settings | {"seed": 5}))
+    before = everything(out)
+    with locked(out):
+        found = list(problems(out))
+    assert everything(out) == before
+    for words in (
+        f"{out}: a run is writing to it", "timings.json: is not a file that jacobiflow wrote", "auto-1e-2.json: ",
+        "00000008.npy: holds no images", "jacobi-2/shards/00001.json: missing", "notes.txt: not of the run",
+        "window-9: holds samples of jacobi-2, not of a row of this name", ".partial: half-written",
+        "starflow: holds samples of another seed",
+    ):  # fmt: skip
+        assert any(words in line for line in found), words
+    assert "no settings.json in it" in next(problems(out / "plans"))
 
 
 UNFIT: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {

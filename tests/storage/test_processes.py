@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -115,3 +116,33 @@ def test_a_process_alone_and_its_devices() -> None:
     assert [among.device(name) for name in ("cpu", "cuda", "cuda:3", "mps")] == ["cpu", "cuda", "cuda:3", "mps"]
     third = Processes(rank=5, count=8, local_rank=1)
     assert [third.device(name) for name in ("cpu", "cuda", "cuda:3", "mps")] == ["cpu", "cuda:1", "cuda:3", "mps"]
+
+
+LAUNCHED = {
+    "TORCHELASTIC_RUN_ID": "test",
+    "WORLD_SIZE": "2",
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "localhost",
+}
+ODD: dict[str, dict[str, str | None]] = {
+    "LOCAL_RANK is not set, though TORCHELASTIC_RUN_ID is; start with torchrun, or unset": {"LOCAL_RANK": None},
+    "RANK is not set": {"RANK": None}, "WORLD_SIZE is not set": {"WORLD_SIZE": None},
+    "MASTER_ADDR is not set": {"MASTER_ADDR": None}, "MASTER_PORT is not set": {"MASTER_PORT": None},
+    "RANK is '2', not a whole number from 0 to 1": {"RANK": "2"}, "LOCAL_RANK is 'x', not": {"LOCAL_RANK": "x"},
+    "WORLD_SIZE is '0', not": {"WORLD_SIZE": "0"}, "MASTER_PORT is '99999', not": {"MASTER_PORT": "99999"},
+    "MASTER_PORT {port}: the processes cannot meet there (": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", ODD)
+def test_odd_variables_of_a_launcher_are_named(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("localhost", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for name, value in {**LAUNCHED, "MASTER_PORT": port, **ODD[words]}.items():
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=re.escape(words.format(port=port))), jf.processes():
+            pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from scoring import levels
 
 import jacobiflow as jf
 from jacobiflow.latents import draw_latents
+from jacobiflow.locking import FolderInUseError
 from jacobiflow.storage import Drawn, Processes, SampleFolderError
 from jacobiflow.storage.progress import run_progress
 
@@ -42,7 +44,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def out(reference: dict[str, Path], tmp_path: Path) -> Path:
     """A copy of the undisturbed run."""
-    return Path(shutil.copytree(reference["npz"], tmp_path / "out"))
+    return Path(shutil.copytree(reference["npz"], tmp_path / "out", ignore=shutil.ignore_patterns(".lock")))
 
 
 def test_every_shard_is_kept_with_what_was_said_of_it(tmp_path: Path) -> None:
@@ -131,7 +133,7 @@ def test_a_damaged_shard_is_drawn_again_and_named(
 ) -> None:
     shutil.copytree(reference[files], tmp_path, dirs_exist_ok=True)
     flip(tmp_path / place)
-    (tmp_path / "shards" / ".00001.npz.77.partial").write_bytes(b"half")  # of a killed process
+    (tmp_path / "shards" / f".00001.npz.{16 * '7'}.partial").write_bytes(b"half")  # of a killed process
     before = {name: when for name, when in times(tmp_path).items() if "00001" not in name}
     with pytest.warns(UserWarning, match=r": 1 of 3 shards lack their images .*, 00001 for one; drawn again$"):
         assert run(tmp_path, files=files).drawn == 4
@@ -139,18 +141,27 @@ def test_a_damaged_shard_is_drawn_again_and_named(
     assert facts(tmp_path) == facts(reference[files])
 
 
-def test_a_manifest_that_was_edited_is_refused_or_corrected(reference: dict[str, Path], out: Path) -> None:
-    path, good = out / "manifest.json", (out / "manifest.json").read_text()
-    path.write_text(good.replace(read(path)["checksums"][1], "0" * 64))
-    assert run(out).drawn == 0
-    assert facts(out) == facts(reference["npz"])
-    path.write_text('{"format_version": 1,')
+FOREIGN = {
+    "of another program": '{"name": "app", "icons": []}', "cut off": '{"format_version": 1,', "a list": "[]",
+    "edited": None, "without an entry": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_manifest_that_is_not_ours_is_not_touched(kind: str, out: Path) -> None:
+    path, held = out / "manifest.json", read(out / "manifest.json")
+    changed = held | {"seed": 1} if kind == "edited" else {k: v for k, v in held.items() if k != "seed"}
+    path.write_text(FOREIGN[kind] or json.dumps(changed))
+    if kind == "of another program":
+        shutil.rmtree(out / "shards")
     before = everything(out)
-    with pytest.raises(SampleFolderError, match="not a manifest of samples"):
-        run(out)
-    assert everything(out) == before
-    run(out, overwrite=True)
-    assert facts(out) == facts(reference["npz"])
+    for overwrite in (False, True):
+        with pytest.raises(
+            SampleFolderError, match=r"not a manifest of samples .*; restore it, or move the folder away"
+        ):
+            run(out, overwrite=overwrite)
+        assert everything(out) == before
+        assert not (out / ".lock").exists()
 
 
 @pytest.mark.parametrize("name", ["shards", "images", "strategy.json"])
@@ -162,6 +173,45 @@ def test_samples_without_a_manifest_are_not_touched(name: str, tmp_path: Path) -
             run(tmp_path, overwrite=overwrite)
         assert everything(tmp_path) == {f"{name}/00000.npz": b"mine"}
         assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("files, name", [("npz", "shards/00003.npz"), ("png", "images/1/00000010.png")])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_others_under_names_of_ours_are_not_overwritten(
+    files: str, name: str, overwrite: bool, reference: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(reference[files], tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    before = everything(tmp_path)
+    with pytest.raises(SampleFolderError, match=f"{name}: was not written by this run; move it away, or give another"):
+        run(tmp_path, 17, files=files, overwrite=overwrite)
+    assert everything(tmp_path) == before
+
+
+def test_a_shard_of_other_samples_is_drawn_again(reference: dict[str, Path], out: Path, tmp_path: Path) -> None:
+    """Though it is whole in itself."""
+    run(tmp_path / "other", seed=1)
+    for kind in ("npz", "json"):
+        shutil.copyfile(tmp_path / "other" / "shards" / f"00001.{kind}", out / "shards" / f"00001.{kind}")
+    with pytest.warns(UserWarning, match="00001 for one; drawn again"):
+        assert run(out).drawn == 4
+    assert facts(out) == facts(reference["npz"])
+
+
+def test_what_is_no_folder_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked" / ".lock").write_text("of another program")
+    before = everything(tmp_path)
+    for name, words in {
+        "file": "cannot be used as a folder (File exists)", "file/in": "cannot be used as a folder (Not a directory)",
+        "loop": "cannot be used as a folder (File exists)", "locked": "/.lock: is not a lock of jacobiflow; move",
+    }.items():  # fmt: skip
+        with pytest.raises((ValueError, OSError), match=re.escape(words)):
+            run(tmp_path / name)
+    assert everything(tmp_path) == before
+    assert (tmp_path / "locked" / ".lock").read_text() == "of another program"
 
 
 def test_other_settings_are_refused_before_anything_is_changed(out: Path) -> None:
@@ -264,7 +314,7 @@ def test_room_is_needed_for_what_is_missing_less_what_is_overwritten(
 
 def test_a_second_run_into_the_folder_is_refused(reference: dict[str, Path], tmp_path: Path) -> None:
     def another(*_: Any) -> None:
-        with pytest.raises(SampleFolderError, match=r": another run is writing to it; wait for it, stop it, or give"):
+        with pytest.raises(FolderInUseError, match=r": another run is writing to it; wait for it, stop it, or give"):
             run(tmp_path, overwrite=True)
 
     run(tmp_path, on_shard=another)
@@ -312,7 +362,7 @@ def test_a_line_every_half_minute_counts_the_samples_of_all_processes(
     with run_progress(folder, [0, 2]) as update:
         for seconds, samples, done in steps:
             if done is not None:  # as any process finishes a shard
-                start, stop = folder.manifest.spans()[done]
+                start, stop = folder.manifest.span(done)
                 record = record_of(start, stop - start, labels=None, resolved=tuple(range(0, stop - start, 4)))
                 folder.write(done, torch.zeros(record.num, 1, 4, 4, dtype=torch.uint8), record)
             now[0] = 100 + seconds

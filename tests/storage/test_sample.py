@@ -36,7 +36,9 @@ def classes(num: int) -> Tensor:
 
 def draw(out: Path, num: int = NUM, **changed: Any) -> jf.SampleFolder:
     """Samples of `SMALL`."""
-    given = {"labels": classes(num), "progress": False, **SETTINGS, **changed}
+    given = {"progress": False, **SETTINGS, **changed}
+    if "labels" not in given:
+        given["labels"] = classes(num)
     return jf.sample_to_folder(SMALL, num, out, **given)
 
 
@@ -146,9 +148,22 @@ UNFIT: dict[str, dict[str, Any]] = {
     "strategy 'quickest': unknown": {"strategy": "quickest"},
     "num=0: give a positive whole number": {"num": 0, "labels": None},
     "batch_size=0: give a positive whole number": {"batch_size": 0},
-    "shard_size=True: give a positive whole number": {"shard_size": True},
+    "shard_size=0: give a positive whole number": {"shard_size": 0},
+    "1,000,001 shards: the limit is 1,000,000; give a larger": {
+        "num": 1_000_001,
+        "batch_size": 1,
+        "shard_size": 1,
+        "labels": None,
+    },
+    "num=1000000000000000000000000000000: the limit is 100,000,000; give less": {"num": 10**30, "labels": None},
+    "4,294,967,424 bytes of images in a shard": {
+        "num": 10**8,
+        "batch_size": 1,
+        "shard_size": 2**26 + 2,
+        "labels": None,
+    },
     "shard_size=3: give a multiple of the batch size, 2": {"shard_size": 3},
-    "files='bmp': give npz or png": {"files": "bmp"},
+    "files='bmp': give 'npz' or 'png'": {"files": "bmp"},
     "seed=-1: give a whole number of at least 0": {"seed": -1},
     "denoise=-1.0: give 0": {"denoise": -1.0},
     "label 9: this flow has classes 0 to 2": {"labels": torch.arange(NUM)},

@@ -14,21 +14,26 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from jacobiflow import native
 from jacobiflow.baselines import SEQUENTIAL
 from jacobiflow.cli import options
 from jacobiflow.cli.progress import progress
 from jacobiflow.experiments.speed import ENCODING_PASS, Comparison, compare, timed_anyway
-from jacobiflow.files import write_json
+from jacobiflow.files import check_ours, write_json
+from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.guidance import Guidance
 from jacobiflow.latents import draw_latents
+from jacobiflow.locking import locked
 from jacobiflow.measuring import Timing, machine
-from jacobiflow.plots import bench_figure, save_png
+from jacobiflow.plots import bench_figure, check_picture, save_png
 from jacobiflow.sampling import sample
 from jacobiflow.strategy import Strategy, choose, is_auto
 
 _STRATEGIES = ("auto", "jacobi")
 _BATCH_SIZES = (1, 4, 16)
+_PICTURE, _TABLE = "bench.png", "bench.json"
 
 
 def bench(
@@ -90,40 +95,45 @@ def bench(
     fixed = {size: _fixed(names, size, choosing, tolerance) for size in sizes}
     classes = {size: options.parse_labels(labels, size, flow, seed) for size in sizes}
     options.check_writable(out, json)
-    where = machine(flow.var.device)
-    print(
-        f"{model} on {where['processor']}, {where['cores']} cores, {where['threads']} threads, "
-        f"device {where['device']}, PyTorch {where['torch']}"
-    )
-    print(f"native exact loops: {native.describe()}")
-
-    comparisons, predictions = [], {}
-    for size in sizes:
-        z = draw_latents(size, flow.config.num_tokens, flow.config.token_channels, seed)
-        plans = {name: fixed[size].get(name) or choosing(name, size, tolerance=tolerance) for name in names}
-        drawing = partial(
-            sample, flow, labels=classes[size], latents=z, guidance=guide, certify=certify, progress=False
+    with locked(out):
+        check_picture(out / _PICTURE)
+        check_ours(out / _TABLE, ("model", "machine", "comparisons", "predictions"))
+        where = machine(flow.var.device)
+        print(
+            f"{model} on {where['processor']}, {where['cores']} cores, {where['threads']} threads, "
+            f"device {where['device']}, PyTorch {where['torch']}"
         )
-        runs = {name: partial(drawing, strategy=plan) for name, plan in plans.items()}
-        with progress(f"batch size {size}", (repeats + 1) * (len(runs) + len(timed_anyway(flow)))) as advance:
-            comparison = compare(
-                flow, z, classes[size], runs, guidance=guide, repeats=repeats, after_each=lambda _: advance(1)
-            )
-        _print(comparison)
-        comparisons.append(comparison)
-        predictions[size] = _predictions(plans)
-    _print_legend(comparisons[0])
-    figures = {
-        "model": model, "num_tokens": flow.config.num_tokens, "num_blocks": flow.config.num_blocks, "dtype": dtype,
-        "seed": seed, "labels": labels, "guidance": None if guide is None else asdict(guide), "tolerance": tolerance,
-        "report": None if report is None else str(report), "certify": certify, "repeats": repeats, "machine": where,
-        "comparisons": [comparison.to_json() for comparison in comparisons], "predictions": predictions,
-    }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    save_png(bench_figure(comparisons), out / "bench.png")
-    write_json(out / "bench.json", figures)
+        print(f"native exact loops: {native.describe()}")
+        comparisons, predictions = [], {}
+        for size in sizes:
+            plans = {name: fixed[size].get(name) or choosing(name, size, tolerance=tolerance) for name in names}
+            comparisons.append(_timed(flow, size, classes[size], seed, plans, guide, certify, repeats))
+            _print(comparisons[-1])
+            predictions[size] = _predictions(plans)
+        _print_legend(comparisons[0])
+        figures = {
+            "model": model, "num_tokens": flow.config.num_tokens, "num_blocks": flow.config.num_blocks, "dtype": dtype,
+            "seed": seed, "labels": labels, "guidance": None if guide is None else asdict(guide),
+            "tolerance": tolerance, "report": None if report is None else str(report), "certify": certify,
+            "repeats": repeats, "machine": where,
+            "comparisons": [comparison.to_json() for comparison in comparisons], "predictions": predictions,
+        }  # fmt: skip
+        save_png(bench_figure(comparisons), out / _PICTURE)
+        write_json(out / _TABLE, figures)
     options.report(json, figures)
-    print(f"wrote {out / 'bench.png'} and {out / 'bench.json'}")
+    print(f"wrote {out / _PICTURE} and {out / _TABLE}")
+
+
+def _timed(
+    flow: ImageFlow, size: int, labels: Tensor | None, seed: int, plans: Mapping[str, Strategy],
+    guidance: Guidance | None, certify: bool, repeats: int,
+) -> Comparison:  # fmt: skip
+    """All strategies at one batch size."""
+    z = draw_latents(size, flow.config.num_tokens, flow.config.token_channels, seed)
+    drawing = partial(sample, flow, labels=labels, latents=z, guidance=guidance, certify=certify, progress=False)
+    runs = {name: partial(drawing, strategy=plan) for name, plan in plans.items()}
+    with progress(f"batch size {size}", (repeats + 1) * (len(runs) + len(timed_anyway(flow)))) as advance:
+        return compare(flow, z, labels, runs, guidance=guidance, repeats=repeats, after_each=lambda _: advance(1))
 
 
 def _fixed(

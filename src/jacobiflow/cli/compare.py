@@ -33,8 +33,9 @@ from jacobiflow.experiments.quality import (
     timings,
 )
 from jacobiflow.files import write_json
-from jacobiflow.plots import comparison_figure, save_png
-from jacobiflow.storage import Processes, SampleFolder, processes
+from jacobiflow.locking import locking
+from jacobiflow.plots import check_picture, comparison_figure, save_png
+from jacobiflow.storage import Processes, SampleFolder, processes, sizes
 
 _AUTOS = ("auto:1e-1", "auto:1e-2", "auto")
 
@@ -96,7 +97,7 @@ def compare(
     """
     _check(num, final, batch_size, shard_size, repeats, features)
     shard_size = shard_size or max(512 // batch_size, 1) * batch_size
-    with processes() as among:
+    with processes() as among, locking(out) as acquire:
         flow = options.load_model(model, among.device(device), dtype)
         path = report or flow.report_file
         found = None if path is None else options.load_report(path, flow)
@@ -112,21 +113,11 @@ def compare(
         run = _Run(
             experiment, among, cache(lambda: real_images(flow, features, inception, images, stats)), NAMES[features]
         )
-        run.begin(repeats, overwrite)
+        run.begin(acquire, repeats, overwrite)
         scored = run.table(experiment.names, num, 0)
         last = None if final is None else run.table(finalists(scored), final, num)
-        if among.rank:
-            return
-    figures: dict[str, Any] = {
-        "model": model, "distance": NAMES[features], "against": run.real().source, "seed": seed, "denoise": denoise,
-        "guidance": None if experiment.guidance is None else asdict(experiment.guidance), "timings": run.timings,
-        "rows": [asdict(row) for row in scored], "final": None if last is None else [asdict(row) for row in last],
-    }  # fmt: skip
-    table_file, picture = (out / name for name in FIGURES)
-    write_json(table_file, figures)
-    save_png(comparison_figure(scored, NAMES[features]), picture)
-    options.report(json, figures)
-    print(f"wrote {table_file} and {picture}")
+        if not among.rank:
+            run.write(scored, last, json)
 
 
 def _check(num: int, final: int | None, batch_size: int, shard_size: int | None, repeats: int, features: str) -> None:
@@ -143,6 +134,7 @@ def _check(num: int, final: int | None, batch_size: int, shard_size: int | None,
         raise ValueError(f"--final {final}: give at least --num, {num}")
     if shard_size is not None and shard_size % batch_size:
         raise ValueError(f"--shard-size {shard_size}: give a multiple of --batch-size, {batch_size}")
+    sizes(final or num, batch_size, shard_size)
     if features not in NAMES:
         raise ValueError(f"--features {features}: give {' or '.join(NAMES)}")
     need_torchmetrics("compare")
@@ -158,12 +150,17 @@ class _Run:
     distance: str
     timings: dict[str, Any] = field(default_factory=dict)
 
-    def begin(self, repeats: int, overwrite: bool) -> None:
-        """Begin or resume in the folder, and time all rows."""
+    def begin(self, acquire: Callable[[], None], repeats: int, overwrite: bool) -> None:
+        """Lock the folder by `acquire`, begin or resume in it, and time all rows."""
 
         def work() -> dict[str, Any]:
+            picture = self.experiment.out / FIGURES[1]
+            acquire()
+            check_picture(picture)
             self.real()  # refuse bad input before anything is timed
             begin(self.experiment, overwrite)
+            if overwrite:
+                picture.unlink(missing_ok=True)
             with progress("timing", (repeats + 1) * len(self.experiment.names)) as advance:
                 return timings(self.experiment, repeats, lambda _: advance(1))
 
@@ -185,6 +182,21 @@ class _Run:
         if first:
             _print(rows, self.distance)
         return rows
+
+    def write(self, scored: Sequence[Row], final: Sequence[Row] | None, json: Path | None) -> None:
+        """Write what was found, as a table and as a picture."""
+        of = self.experiment
+        figures: dict[str, Any] = {
+            "model": of.model, "distance": self.distance, "against": self.real().source, "seed": of.seed,
+            "denoise": of.denoise, "guidance": None if of.guidance is None else asdict(of.guidance),
+            "timings": self.timings, "rows": [asdict(row) for row in scored],
+            "final": None if final is None else [asdict(row) for row in final],
+        }  # fmt: skip
+        table_file, picture = (of.out / name for name in FIGURES)
+        write_json(table_file, figures)
+        save_png(comparison_figure(scored, self.distance), picture)
+        options.report(json, figures)
+        print(f"wrote {table_file} and {picture}")
 
     def _scored(self, folders: Mapping[str, SampleFolder], num: int) -> list[Row]:
         real = self.real()

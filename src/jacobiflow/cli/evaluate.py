@@ -34,17 +34,19 @@ from jacobiflow.evaluation import (
     precision_recall,
 )
 from jacobiflow.evaluation.distances import LEAST
-from jacobiflow.files import write_json
+from jacobiflow.files import check_ours, write_json
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance
 from jacobiflow.latents import draw_latents
-from jacobiflow.plots import certificate_figure, save_png
+from jacobiflow.locking import locked
+from jacobiflow.plots import certificate_figure, check_picture, save_png
 from jacobiflow.sampling import sample
 from jacobiflow.storage import SampleFolder
 from jacobiflow.strategy import Strategy
 
 _FEW = 10_000  # images on either side of what compares each with each
 _KINDS = ("gaussian", "uniform")
+_PICTURE, _TABLE = "certificates.png", "evaluation.json"
 
 Rows = list[tuple[str, str, str]]
 
@@ -92,6 +94,8 @@ def evaluate(
     _check(features, noise, save_stats, paired, test_images, batch_size)
     flow = options.load_model(model, device, dtype)
     folder = None if samples is None else options.open_samples(samples, flow)
+    if folder is not None:
+        folder.check_flow(flow)
     if folder is not None and paired and folder.manifest.strategy_sha256 is None:
         drawn_by = folder.manifest.strategy
         raise ValueError(f"--paired {paired}: {samples} was drawn by {drawn_by}, not a strategy; give --paired 0")
@@ -101,32 +105,38 @@ def evaluate(
     options.check_writable(out, json, save_stats=save_stats)
     figures: dict[str, Any] = {"model": model, "samples": None if samples is None else str(samples)}
     rows: Rows = []
-    if features != "none" and (folder is not None or save_stats is not None):
-        figures |= _distances(folder, flow, features, inception, images, stats, save_stats, rows)
-    histogram = None
-    if folder is not None:
-        figures |= _certificates(folder, rows)
-        histogram = figures["certificates"]
-        if exact is not None:
-            figures |= _paired(folder, flow, exact, min(paired, folder.manifest.num), batch_size, rows)
-    if test is not None:
-        figures |= _likelihood(flow, test, added, f"of {images}", seed, batch_size, rows)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "certificates.png").unlink(missing_ok=True)
-    if histogram is not None and folder is not None:
-        asked = folder.manifest.tolerance
-        if asked is None and exact is not None:
-            asked = exact.tolerance  # what a plan was made for
-        save_png(certificate_figure(histogram, asked), out / "certificates.png")
-    write_json(out / "evaluation.json", figures)
+    with locked(out):
+        check_picture(out / _PICTURE)
+        check_ours(out / _TABLE, figures)
+        if features != "none" and (folder is not None or save_stats is not None):
+            figures |= _distances(folder, flow, features, inception, images, stats, save_stats, rows)
+        histogram = None
+        if folder is not None:
+            figures |= _certificates(folder, rows)
+            histogram = figures["certificates"]
+            if exact is not None:
+                figures |= _paired(folder, flow, exact, min(paired, folder.manifest.num), batch_size, rows)
+        if test is not None:
+            figures |= _likelihood(flow, test, added, f"of {images}", seed, batch_size, rows)
+        (out / _PICTURE).unlink(missing_ok=True)
+        if histogram is not None and folder is not None:
+            asked = folder.manifest.tolerance
+            if asked is None and exact is not None:
+                asked = exact.tolerance  # what a plan was made for
+            save_png(certificate_figure(histogram, asked), out / _PICTURE)
+        write_json(out / _TABLE, figures)
     options.report(json, figures)
+    _print(rows)
+    print(f"wrote {out / _TABLE}" + ("" if histogram is None else f" and {out / _PICTURE}"))
+
+
+def _print(rows: Rows) -> None:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for column in ("measure", "value", "of"):
         table.add_column(column, justify="right" if column == "value" else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
     Console().print(table)
-    print(f"wrote {out / 'evaluation.json'}" + ("" if histogram is None else f" and {out / 'certificates.png'}"))
 
 
 def _check(

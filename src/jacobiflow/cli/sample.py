@@ -24,20 +24,21 @@ from jacobiflow.denoising import denoise as denoise_images
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance
 from jacobiflow.measuring import Error, machine, paired_error
-from jacobiflow.plots import comparison_sheet, image_grid, save_png
+from jacobiflow.plots import check_picture, comparison_sheet, image_grid, save_png
 from jacobiflow.solvers import Certificate
 from jacobiflow.storage import (
     CONTENTS,
-    DEFAULT_BATCH,
     MANIFEST,
+    SHEET,
     Drawn,
     SampleFolder,
     processes,
     sample_to_folder,
+    sizes,
     total,
 )
 
-_SHEET, _SHEET_IMAGES = "samples.png", 100
+_SHEET_IMAGES = 100
 
 
 def sample(
@@ -109,7 +110,7 @@ def sample(
     if certify_always and not certify:
         raise ValueError("--certify-always: excludes --no-certify; leave one of them out")
     certificate: Certificate = "always" if certify_always else certify
-    batch_size = min(num, DEFAULT_BATCH) if batch_size is None else batch_size
+    batch_size, shard_size = sizes(num, batch_size, shard_size)
     with processes() as among:
         if compare and among.count > 1:
             raise ValueError("--compare: is for one process; leave it out, or start without torchrun")
@@ -130,7 +131,7 @@ def sample(
             return
     figures = _figures(folder, comparison, flow.var.device)
     figures |= {"processes": among.count, "wall_seconds": wall, "drawn": folder.drawn}
-    save_png(_sheet(folder, comparison, flow.config.image_size), out / _SHEET)
+    save_png(_sheet(folder, comparison, flow.config.image_size), out / SHEET)
     options.report(json, figures)
     _print(figures, out)
 
@@ -143,7 +144,8 @@ def _check_options(strategy: str, report: Path | None, new: bool, out: Path, jso
         raise ValueError(
             f"--compare: {out} holds samples already; give --overwrite to draw them again, or another folder as --out"
         )
-    own = [out.resolve() / name for name in (*CONTENTS, _SHEET)]
+    check_picture(out / SHEET)
+    own = [out.resolve() / name for name in (*CONTENTS, SHEET)]
     if json is not None and any(path in (json.resolve(), *json.resolve().parents) for path in own):
         raise ValueError(f"--json {json}: is one of the samples' own files; give another")
 
@@ -199,7 +201,7 @@ def _figures(folder: SampleFolder, comparison: _Comparison | None, device: torch
     return {
         "model": manifest.model, "num": manifest.num, "batch_size": manifest.batch_size, "seed": manifest.seed,
         "strategy": manifest.strategy, "guidance": 0.0 if manifest.guidance is None else manifest.guidance["weight"],
-        "denoise": manifest.denoise, "shards": len(manifest.spans()), **machine(device), "runs": runs,
+        "denoise": manifest.denoise, "shards": manifest.num_shards, **machine(device), "runs": runs,
         **({} if comparison is None else {"error": comparison.error()}),
     }  # fmt: skip
 

@@ -5,6 +5,7 @@ A run begins in an empty folder, or resumes there what an earlier run with the s
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,8 +17,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from jacobiflow.files import json_bytes, sha256, write_atomically
-from jacobiflow.storage.folder import IMAGES, MANIFEST, SHARDS, STRATEGY, SampleFolder
+from jacobiflow.storage.folder import SampleFolder
 from jacobiflow.storage.manifest import OTHER_FOLDER, Manifest, SampleFolderError, labels_sha256
+from jacobiflow.storage.names import IMAGES, MANIFEST, SHARDS, STRATEGY
 from jacobiflow.strategy import Strategy
 
 
@@ -41,33 +43,57 @@ def begin(
 
     **Raises** `SampleFolderError` where the folder holds other samples or its disk is too small, before any change.
     """
-    path, shards = requested.path, range(len(requested.manifest.spans()))
-    earlier = _earlier(path, overwrite)
+    path, shards = requested.path, range(requested.manifest.num_shards)
+    held = _held(path)
+    earlier = None if held is None or overwrite or not _has_begun(held) else held.manifest
+    _check_names(requested, held, plan is not None)
     if earlier is None:
         strategy = None if plan is None else json_bytes(plan().to_json())
         folder, todo = _with(requested, strategy_sha256=None if strategy is None else sha256(strategy)), list(shards)
     else:
         strategy = None  # it is in the folder
         folder = _resumed(requested, earlier, labels, plan, keep_plan)
-        todo = [index for index in shards if not folder.verify(index)]
+        todo = [index for index in shards if _lacks(_with(folder, checksums=earlier.checksums), index, labels)]
         if todo:
             _warn(folder, earlier, todo, here=requested.manifest.machine)
-    _check_room(folder, todo, freed=folder.size() if earlier is None else 0)
-    _prepare(folder, todo, overwrite, strategy)
+    replaced = held if earlier is None else None
+    _check_room(folder, todo, freed=0 if replaced is None else replaced.size())
+    _prepare(folder, todo, replaced, strategy)
     return Begun(folder, todo, resumed=earlier is not None)
 
 
-def _earlier(path: Path, overwrite: bool) -> Manifest | None:
-    """The manifest of the run to resume, if any. **Raises** `SampleFolderError` for shards without a manifest."""
-    if not (path / MANIFEST).exists():
-        for name in (SHARDS, IMAGES, STRATEGY):
-            if (path / name).exists():
-                raise SampleFolderError(f"{path}: has {name} but no {MANIFEST}; give another folder, or remove it")
-        return None
-    # A run that was killed before its first shard has left nothing to resume.
-    if overwrite or not any((path / SHARDS).glob("*.json")):
-        return None
-    return SampleFolder.open(path).manifest
+def _held(path: Path) -> SampleFolder | None:
+    """What is in the folder, if anything. **Raises** `SampleFolderError` where that is not ours."""
+    if os.path.lexists(path / MANIFEST):
+        return SampleFolder.open(path)
+    for name in (SHARDS, IMAGES, STRATEGY):
+        if os.path.lexists(path / name):
+            raise SampleFolderError(f"{path}: has {name} but no {MANIFEST}; give another folder, or move it away")
+    return None
+
+
+def _has_begun(held: SampleFolder) -> bool:
+    """Whether there is a record. A run that was killed before its first shard has left nothing to resume."""
+    return any(file.suffix == ".json" for file in held.named())
+
+
+def _check_names(requested: SampleFolder, held: SampleFolder | None, has_plan: bool) -> None:
+    """**Raises** `SampleFolderError` where a file that is to be written is there, but not by the run in the folder."""
+    if held is None:
+        return
+    ours = set(held.named())
+    foreign = [path for path in requested.named() if path not in ours]
+    if has_plan and held.manifest.strategy_sha256 is None and os.path.lexists(held.path / STRATEGY):
+        foreign.append(held.path / STRATEGY)
+    if foreign:
+        raise SampleFolderError(f"{min(foreign)}: was not written by this run; move it away, or give another folder")
+
+
+def _lacks(folder: SampleFolder, index: int, labels: Int[Tensor, " n"] | None) -> bool:
+    """Whether a shard is to be drawn: it is missing or damaged, or of other labels."""
+    record, (start, stop) = folder.record(index), folder.manifest.span(index)
+    want = None if labels is None else tuple(labels[start:stop].tolist())
+    return record is None or record.labels != want or not folder.verify(index)
 
 
 def _resumed(
@@ -78,15 +104,13 @@ def _resumed(
 
     **Raises** `SampleFolderError` where it would draw other samples than `earlier`.
     """
-    path, file, digest = requested.path, requested.path / STRATEGY, earlier.strategy_sha256
+    path, digest = requested.path, earlier.strategy_sha256
     earlier.check_resumes(requested.manifest, path)
     # The earlier run may have had fewer samples, so fewer labels.
     if labels_sha256(None if labels is None else labels[: earlier.num]) != earlier.labels_sha256:
         raise SampleFolderError(f"{path}: holds samples of other labels; {OTHER_FOLDER}")
-    if digest is not None and not (file.is_file() and sha256(file.read_bytes()) == digest):
-        raise SampleFolderError(f"{file}: has changed since its run wrote it; restore it, or give overwrite=True")
+    kept = None if digest is None else SampleFolder(path, earlier).planned()
     if not keep_plan:
-        kept = None if digest is None else Strategy.load(file)
         planned = None if plan is None else Strategy.from_json(plan().to_json())
         if kept != planned:
             raise SampleFolderError(f"{path}: holds samples of another strategy of this name; {OTHER_FOLDER}")
@@ -106,7 +130,7 @@ def _warn(folder: SampleFolder, earlier: Manifest, todo: Sequence[int], here: di
     damaged = [index for index in todo if folder.has(index) and index != partial]
     if damaged:
         warnings.warn(
-            f"{folder.path}: {len(damaged)} of {len(folder.manifest.spans())} shards lack their images or do not match "
+            f"{folder.path}: {len(damaged)} of {folder.manifest.num_shards} shards lack their images or do not match "
             f"their checksums, {damaged[0]:05} for one; drawn again",
             stacklevel=2,
         )
@@ -129,10 +153,10 @@ def _check_room(folder: SampleFolder, todo: Sequence[int], freed: int) -> None:
         )
 
 
-def _prepare(folder: SampleFolder, todo: Sequence[int], overwrite: bool, strategy: bytes | None) -> None:
+def _prepare(folder: SampleFolder, todo: Sequence[int], replaced: SampleFolder | None, strategy: bytes | None) -> None:
     """Remove what will be drawn again, and write down what will be drawn."""
-    if overwrite and (folder.path / MANIFEST).exists():
-        folder.clear()
+    if replaced is not None:
+        replaced.empty()
     folder.sweep()
     for index in todo:
         folder.remove(index)

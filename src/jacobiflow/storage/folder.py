@@ -9,9 +9,10 @@ images/3/00000017.png in place of .npz files where PNGs were asked for: class, a
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,13 +21,16 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from jacobiflow.files import remove_partials, sha256, write_atomically, write_json
-from jacobiflow.storage.image_files import from_npz, from_png, to_npz, to_png
+from jacobiflow.files import files_sha256, remove_partials, sha256, write_atomically, write_json
+from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.storage import names
+from jacobiflow.storage.image_files import check_npz, check_png, from_npz, from_png, to_npz, to_png
 from jacobiflow.storage.manifest import Manifest, SampleFolderError
+from jacobiflow.storage.names import MANIFEST, STRATEGY
 from jacobiflow.storage.record import Record
 from jacobiflow.strategy import Strategy
 
-CONTENTS = MANIFEST, STRATEGY, SHARDS, IMAGES = ("manifest.json", "strategy.json", "shards", "images")
+_AGAIN = "sample into the folder again with the same settings, which draws this shard anew"
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,14 @@ class SampleFolder:
         path = Path(path)
         file = path / MANIFEST
         try:
-            return cls(path, Manifest.from_json(json.loads(file.read_text())))
+            return cls(path, Manifest.from_json(json.loads(file.read_text(encoding="utf-8"))))
         except FileNotFoundError as error:
             raise SampleFolderError(f"{path}: no {MANIFEST} in it; give a folder of samples") from error
         except OSError as error:
             raise SampleFolderError(f"{file}: cannot be read ({error.strerror})") from error
         except (ValueError, RecursionError) as error:
             raise SampleFolderError(
-                f"{file}: not a manifest of samples ({error}); restore it, or draw anew with overwrite=True"
+                f"{file}: not a manifest of samples ({error}); restore it, or move the folder away"
             ) from error
 
     def save_manifest(self) -> None:
@@ -65,9 +69,9 @@ class SampleFolder:
 
     def record(self, index: int) -> Record | None:
         """The record of a shard; `None` where it is not there, cannot be read, or is of other samples."""
-        start, stop = self.manifest.spans()[index]
+        start, stop = self.manifest.span(index)
         try:
-            record = Record.from_json(json.loads(self._record_file(index).read_text()))
+            record = Record.from_json(json.loads(self._record_file(index).read_text(encoding="utf-8")))
         except (OSError, ValueError, RecursionError):
             return None
         return record if (record.start, record.num) == (start, stop - start) else None
@@ -78,7 +82,7 @@ class SampleFolder:
 
     def records(self) -> list[Record]:
         """Those of all shards. **Raises** `SampleFolderError` where one is missing."""
-        found = [self.record(i) for i in range(len(self.manifest.spans()))]
+        found = [self.record(i) for i in range(self.manifest.num_shards)]
         missing = [i for i, record in enumerate(found) if record is None]
         if missing:
             raise SampleFolderError(
@@ -88,30 +92,60 @@ class SampleFolder:
         return [record for record in found if record is not None]
 
     def verify(self, index: int) -> bool:
-        """Whether a shard is there, with the checksum of its record."""
-        record = self.record(index)
-        try:
-            return record is not None and record.sha256 == sha256(
-                *(path.read_bytes() for path in self._files(index, record))
-            )
-        except OSError:
-            return False
+        """Whether a shard is there as its run wrote it: its record, and images that match it and the manifest."""
+        return not any(self._damage(index))
 
     def check(self) -> None:
-        """**Raises** `SampleFolderError` where a shard is missing, or differs from its checksum."""
-        records = self.records()
-        for index, record in enumerate(records):
-            listed = self.manifest.checksums is None or self.manifest.checksums[index] == record.sha256
-            if not listed or not self.verify(index):
+        """**Raises** `SampleFolderError` where a file is missing, or differs from what the run wrote."""
+        self.records()
+        for problem in self.problems():
+            raise SampleFolderError(problem)
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with strategy.json and the shards, each with its remedy; nothing where all is as written."""
+        try:
+            if self.manifest.strategy_sha256 is not None:
+                self.strategy()
+        except ValueError as error:
+            yield str(error)
+        labels, complete = hashlib.sha256(), self.manifest.labels_sha256 is not None
+        for index in range(self.manifest.num_shards):
+            yield from (f"{words}; {_AGAIN}" for words in self._damage(index))
+            record = self.record(index)
+            complete = complete and record is not None and record.labels is not None
+            labels.update(np.array(() if record is None else record.labels or (), "<i8").tobytes())
+        if complete and labels.hexdigest() != self.manifest.labels_sha256:
+            yield f"{self.path / MANIFEST}: its labels are not those of the shards; restore it, or move the folder away"
+
+    def check_flow(self, flow: ImageFlow) -> None:
+        """**Raises** `SampleFolderError` where the samples have another shape, or other classes or blocks, than `flow`.
+
+        Whether it has the weights that they were drawn from, their manifest's `fingerprint` tells.
+        """
+        config, manifest = flow.config, self.manifest
+        shape = (config.in_channels, config.image_size, config.image_size)
+        blocks = config.num_blocks if manifest.strategy_sha256 is None else len(self.strategy().solvers)
+        for what, have, want in (
+            ("images of shape", manifest.image_shape, shape),
+            ("num_classes", manifest.num_classes, config.num_classes),
+            ("a strategy of blocks", blocks, config.num_blocks),
+        ):
+            if have != want:
                 raise SampleFolderError(
-                    f"{self._files(index, record)[0]}: does not match its checksum; sample into the folder again with "
-                    "the same settings, which draws this shard anew"
+                    f"{self.path}: has {what} {have}, the model {want}; give the model of the samples"
                 )
 
     def images(self, index: int) -> UInt8[Tensor, "n c h w"]:
-        """The 8-bit images of a shard."""
-        files = self._files(index, self._record(index))
-        pixels = from_npz(files[0]) if self.manifest.files == "npz" else np.stack([from_png(path) for path in files])
+        """The 8-bit images of a shard. **Raises** `SampleFolderError` where they have another shape or type."""
+        record = self._record(index)
+        files, shape = self._files(index, record), self._shape
+        try:
+            if self.manifest.files == "npz":
+                pixels = from_npz(files[0], (record.num, *shape))
+            else:
+                pixels = np.stack([from_png(path, shape) for path in files])
+        except ValueError as error:
+            raise SampleFolderError(f"{files[0]}: {error}; {_AGAIN}") from error
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
     def labels(self, index: int) -> Int[Tensor, " n"] | None:
@@ -122,15 +156,22 @@ class SampleFolder:
     def strategy(self) -> Strategy:
         """How the samples were solved, without the prediction that holds for one machine and batch size only.
 
-        **Raises** `SampleFolderError` where they were not drawn by a strategy.
+        **Raises** `SampleFolderError` where they were not drawn by a strategy, or it has changed.
         """
-        if self.manifest.strategy_sha256 is None:
+        return replace(self.planned(), prediction=None)
+
+    def planned(self) -> Strategy:
+        """The strategy with its prediction. **Raises** as `strategy` does."""
+        file, digest = self.path / STRATEGY, self.manifest.strategy_sha256
+        if digest is None:
             raise SampleFolderError(f"{self.path}: drawn by {self.manifest.strategy}, which is not a strategy")
-        return replace(Strategy.load(self.path / STRATEGY), prediction=None)
+        if not (file.is_file() and files_sha256([file]) == digest):
+            raise SampleFolderError(f"{file}: has changed since its run wrote it; restore it, or give overwrite=True")
+        return Strategy.load(file)
 
     def batches(self) -> Iterator[UInt8[Tensor, "n c h w"]]:
         """The images of all shards, one shard at a time."""
-        for index in range(len(self.manifest.spans())):
+        for index in range(self.manifest.num_shards):
             yield self.images(index)
 
     def certificate(self) -> Float[Tensor, " n"] | None:
@@ -167,36 +208,69 @@ class SampleFolder:
         self._record_file(index).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove all that a run wrote into the folder."""
-        for name in (MANIFEST, STRATEGY):
-            (self.path / name).unlink(missing_ok=True)
-        for name in (SHARDS, IMAGES):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        """Remove all that the run of the manifest wrote, the manifest last, and folders that are empty then."""
+        self.empty()
+        (self.path / MANIFEST).unlink(missing_ok=True)
+
+    def empty(self) -> None:
+        """Remove the strategy and all shards, records first: without these, a run begins anew."""
+        self.sweep()
+        for path in sorted(self.named(), key=lambda path: path.suffix != ".json"):
+            path.unlink(missing_ok=True)
+        (self.path / STRATEGY).unlink(missing_ok=True)
+        for folder in reversed(names.places(self.path, self.manifest)[1:]):
+            with suppress(OSError):  # it holds something else
+                folder.rmdir()
+
+    def named(self) -> Iterator[Path]:
+        """The files of shards and images that are there, by the names that a run of this manifest gives them."""
+        return names.named(self.path, self.manifest)
 
     def size(self) -> int:
         """Bytes of its images and records."""
-        return sum(f.stat().st_size for name in (SHARDS, IMAGES) for f in (self.path / name).rglob("*") if f.is_file())
+        return sum(path.stat().st_size for path in self.named() if path.is_file())
 
     def sweep(self) -> None:
         """Remove the partial files that killed processes have left."""
-        for place in (self.path, self.path / SHARDS, self.path / IMAGES, *(self.path / IMAGES).glob("*/")):
+        for place in names.places(self.path, self.manifest):
             remove_partials(place)
 
     # ------------------------------------------------------------------------------------------------------------------
 
     def _record_file(self, index: int) -> Path:
-        return self.path / SHARDS / f"{index:05}.json"
+        return names.record_file(self.path, index)
 
     def _files(self, index: int, record: Record) -> list[Path]:
-        """The files of a shard's images; PNGs lie in folders by class."""
-        if self.manifest.files == "npz":
-            return [self.path / SHARDS / f"{index:05}.npz"]
-        names = [f"{record.start + i:08}.png" for i in range(record.num)]
-        if record.labels is None:
-            return [self.path / IMAGES / name for name in names]
-        digits = len(str(self.manifest.num_classes - 1))
-        classes = [f"{label:0{digits}}" if label >= 0 else "none" for label in record.labels]
-        return [self.path / IMAGES / label / name for label, name in zip(classes, names, strict=True)]
+        return names.image_files(self.path, self.manifest, index, record)
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.manifest.image_shape
+        return height, width, channels
+
+    def _damage(self, index: int) -> Iterator[str]:
+        """How a shard differs from what its run wrote."""
+        file, record, manifest = self._record_file(index), self.record(index), self.manifest
+        if record is None:
+            yield f"{file}: {'damaged, or of other samples' if self.has(index) else 'missing'}"
+            return
+        has_labels = record.labels is not None
+        if has_labels != (manifest.labels_sha256 is not None) or max(record.labels or (-1,)) >= manifest.num_classes:
+            yield f"{file}: its labels are not those of {MANIFEST}"
+            return
+        files, listed = self._files(index, record), manifest.checksums or ()
+        try:
+            if {files_sha256(files)} != {record.sha256, *listed[index : index + 1]}:
+                yield f"{files[0]}: does not match its checksum"
+            elif manifest.files == "npz":
+                check_npz(files[0], (record.num, *self._shape))
+            else:
+                for path in files:
+                    check_png(path, self._shape)
+        except OSError:
+            yield f"{files[0]}: does not match its checksum"
+        except ValueError as error:
+            yield f"{files[0]}: {error}"
 
     def _record(self, index: int) -> Record:
         record = self.record(index)

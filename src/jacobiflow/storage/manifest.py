@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any, Literal
 from jaxtyping import Int
 from torch import Tensor
 
-from jacobiflow.files import sha256
+from jacobiflow.files import entries_sha256, sha256
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance, in_force
@@ -19,6 +21,8 @@ from jacobiflow.solvers import Certificate
 
 FORMAT_VERSION = 1
 FILES = ("npz", "png")
+CHECKSUM = "manifest_sha256"  # of all other entries; manifests of earlier versions lack it
+MOST_SAMPLES, MOST_SHARDS, MOST_BYTES = 100_000_000, 1_000_000, 2**32  # of a folder; of a shard's 8-bit images
 # What may change where a run is resumed: how many samples, and where it runs. Labels and strategy.json are compared by
 # `jacobiflow.storage.begin`, which has both at hand.
 _MAY_CHANGE = frozenset({"num", "model", "labels_sha256", "strategy_sha256", "machine", "checksums"})
@@ -91,7 +95,7 @@ class Manifest:
             raise ValueError(f"{_short(value)} is not a JSON object")
         if value.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"format_version is {value.get('format_version')!r}, not {FORMAT_VERSION}")
-        entries = {name: entry for name, entry in value.items() if name != "format_version"}
+        entries = {name: entry for name, entry in value.items() if name not in ("format_version", CHECKSUM)}
         odd = sorted({entry.name for entry in fields(cls)} ^ set(entries))
         if odd:
             raise ValueError(f"{odd[0]} is {'unknown' if odd[0] in entries else 'missing'}")
@@ -99,20 +103,28 @@ class Manifest:
             entries[name] = tuple(entries[name]) if isinstance(entries[name], list) else entries[name]
         manifest = cls(**entries)
         manifest._check()
+        if CHECKSUM in value and value[CHECKSUM] != manifest.to_json()[CHECKSUM]:
+            raise ValueError("does not match its own checksum: an entry was changed")
         return manifest
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value, in the order of the attributes."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        """A JSON value, in the order of the attributes, with the checksum of all that."""
+        entries = {"format_version": FORMAT_VERSION, **asdict(self)}
+        return {**entries, CHECKSUM: entries_sha256(entries)}
 
-    def spans(self) -> list[tuple[int, int]]:
-        """First sample and one past the last of every shard."""
-        return [(start, min(start + self.shard_size, self.num)) for start in range(0, self.num, self.shard_size)]
+    @property
+    def num_shards(self) -> int:
+        """How many shards there are."""
+        return -(-self.num // self.shard_size)
+
+    def span(self, index: int) -> tuple[int, int]:
+        """First sample and one past the last of a shard."""
+        start = index * self.shard_size
+        return start, min(start + self.shard_size, self.num)
 
     def num_in(self, shards: Iterable[int]) -> int:
         """How many samples these shards hold."""
-        spans = self.spans()
-        return sum(stop - start for start, stop in (spans[index] for index in shards))
+        return sum(stop - start for start, stop in map(self.span, shards))
 
     def check_resumes(self, other: Manifest, folder: Path) -> None:
         """**Raises** `SampleFolderError` where a run of `other` would not draw the samples that this one began."""
@@ -130,25 +142,48 @@ class Manifest:
 
     def _check(self) -> None:
         """**Raises** `ValueError` for an entry of a wrong type or out of range."""
-        positive = {name: _is_int(getattr(self, name), 1) for name in ("num", "batch_size", "shard_size")}
-        right = positive | {
+        sums = self.checksums
+        right = {
+            **{name: _is_int(getattr(self, name), 1) for name in ("num", "batch_size", "shard_size")},
+            **{name: _is_int(getattr(self, name), 0) for name in ("seed", "num_classes")},
+            **{name: isinstance(getattr(self, name), str) for name in ("model", "dtype", "strategy")},
+            **{name: _is_sha256(getattr(self, name), optional=True) for name in ("labels_sha256", "strategy_sha256")},
             "image_shape": isinstance(self.image_shape, tuple)
             and len(self.image_shape) == 3
             and all(_is_int(size, 1) for size in self.image_shape),
-            "seed": _is_int(self.seed, 0),
-            "num_classes": _is_int(self.num_classes, 0),
             "files": self.files in FILES,
-            "guidance": isinstance(self.guidance, dict | None),
-            "denoise": type(self.denoise) in (int, float),
+            "fingerprint": _is_sha256(self.fingerprint),
+            "guidance": self.guidance is None or _is_guidance(self.guidance),
+            "denoise": _is_number(self.denoise),
+            "tolerance": self.tolerance is None or (_is_number(self.tolerance) and self.tolerance > 0),
+            "certify": self.certify is True or self.certify is False or self.certify == "always",
             "machine": isinstance(self.machine, dict),
-            "checksums": self.checksums is None
-            or (isinstance(self.checksums, tuple) and all(isinstance(sha, str) for sha in self.checksums)),
+            "checksums": sums is None or (isinstance(sums, tuple) and all(map(_is_sha256, sums))),
         }
         for name, is_right in right.items():
             if not is_right:
                 raise ValueError(f"{name} is {_short(repr(getattr(self, name)))}")
-        if self.checksums is not None and len(self.checksums) != len(self.spans()):
-            raise ValueError(f"{len(self.checksums)} checksums of {len(self.spans())} shards")
+        if self.shard_size % self.batch_size:
+            raise ValueError(f"shard_size is {self.shard_size}, no multiple of batch_size, {self.batch_size}")
+        check_sizes(self.num, self.shard_size, self.image_shape)
+        if sums is not None and len(sums) != self.num_shards:
+            raise ValueError(f"{len(sums)} checksums of {self.num_shards} shards")
+
+
+def check_sizes(num: int, shard_size: int, image_shape: tuple[int, int, int]) -> None:
+    """**Raises** `ValueError` for more samples or shards than a folder holds, or too large a shard to be read."""
+    for have, most, what, give in (
+        (num, MOST_SAMPLES, "samples", "fewer"),
+        (-(-num // shard_size), MOST_SHARDS, "shards", "a larger shard size"),
+        (
+            min(num, shard_size) * math.prod(image_shape),
+            MOST_BYTES,
+            "bytes of images in a shard",
+            "a smaller shard size",
+        ),
+    ):
+        if have > most:
+            raise ValueError(f"{have:,} {what}: the limit is {most:,}; give {give}")
 
 
 def labels_sha256(labels: Int[Tensor, " n"] | None) -> str | None:
@@ -158,6 +193,21 @@ def labels_sha256(labels: Int[Tensor, " n"] | None) -> str | None:
 
 def _is_int(value: Any, least: int) -> bool:
     return type(value) is int and value >= least  # True is no number
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+def _is_sha256(value: Any, optional: bool = False) -> bool:
+    return (optional and value is None) or (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None)
+
+
+def _is_guidance(value: Any) -> bool:
+    try:
+        return asdict(Guidance(**value)) == value
+    except (TypeError, ValueError):
+        return False
 
 
 def _short(value: Any) -> str:

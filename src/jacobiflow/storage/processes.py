@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from jacobiflow.checks import short
+
 T = TypeVar("T")
+_START = "start with torchrun, or unset TORCHELASTIC_RUN_ID"
 _WAIT = timedelta(hours=12)  # for the first process, which may have a strategy to plan and many checksums to compute
 
 
@@ -57,13 +61,41 @@ def processes() -> Iterator[Processes]:
     """This process among those that `torchrun` started (see `torch.distributed`), or alone where it did not.
 
     Only lists of shards go between processes, over gloo; images go to the folder.
+
+    **Raises** `ValueError` where a variable that `torchrun` sets is missing or odd, or the processes cannot meet.
     """
     if not dist.is_torchelastic_launched():
         yield Processes()
         return
+    among = _launched()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, timeout=_WAIT)
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), int(environ["LOCAL_RANK"]))
+        dist.init_process_group(backend, timeout=_WAIT)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        where = f"MASTER_ADDR {environ['MASTER_ADDR']}, MASTER_PORT {environ['MASTER_PORT']}"
+        raise ValueError(f"{where}: the processes cannot meet there ({reason}); {_START}, with a free port") from error
+    try:
+        yield among
     finally:
         dist.destroy_process_group()
+
+
+def _launched() -> Processes:
+    """This process by the variables of `torchrun`. **Raises** `ValueError` that names one that is missing or odd."""
+    count = _variable("WORLD_SIZE", 1)
+    rank = _variable("RANK", 0, count - 1)
+    local = _variable("LOCAL_RANK", 0, rank)
+    _variable("MASTER_PORT", 0, 65535)
+    if not environ.get("MASTER_ADDR"):
+        raise ValueError(f"MASTER_ADDR is not set; {_START}")
+    return Processes(rank, count, local)
+
+
+def _variable(name: str, least: int, most: int = 2**31) -> int:
+    text = environ.get(name)
+    if text is None:
+        raise ValueError(f"{name} is not set, though TORCHELASTIC_RUN_ID is; {_START}")
+    if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
+        raise ValueError(f"{name} is {short(text)}, not a whole number from {least} to {most}; {_START}")
+    return int(text)

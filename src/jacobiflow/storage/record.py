@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jacobiflow.files import finite, sha256
+from jacobiflow.files import entries_sha256, finite
+
+_MOST = 2**63  # of a label, which is kept as int64
 
 
 @dataclass(frozen=True)
@@ -39,21 +40,45 @@ class Record:
         """Inverse of `to_json`. **Raises** `ValueError` where `value` is not a record, or was changed."""
         try:
             entries = {name: entry for name, entry in value.items() if name != "record_sha256"}
-            if value["record_sha256"] != _sha256(entries):
+            if value["record_sha256"] != entries_sha256(entries):
                 raise ValueError("does not match its own checksum")
             for name in ("labels", "certificate", "resolved", "lost"):
                 entries[name] = None if entries[name] is None else tuple(entries[name])
             if entries["certificate"] is not None:
                 entries["certificate"] = tuple(math.inf if v is None else v for v in entries["certificate"])
-            return cls(**entries)
+            record = cls(**entries)
+            record._check()
+            return record
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a record ({error})") from error
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value with the checksum of all other entries; an infinite certificate, which JSON lacks, is null."""
         entries = finite(asdict(self))
-        return {**entries, "record_sha256": _sha256(entries)}
+        return {**entries, "record_sha256": entries_sha256(entries)}
+
+    def _check(self) -> None:
+        """**Raises** `ValueError` for an entry of a wrong type or length."""
+        each = range(self.num)  # a TypeError where that is no number
+        right = {
+            "start": type(self.start) is int and self.start >= 0,
+            "num": type(self.num) is int and self.num >= 1,
+            "labels": self.labels is None
+            or (
+                _are(int, self.labels)
+                and len(self.labels) == self.num
+                and all(-_MOST <= i < _MOST for i in self.labels)
+            ),
+            "certificate": self.certificate is None
+            or (_are((int, float), self.certificate) and len(self.certificate) == self.num),
+            "resolved": _are(int, self.resolved) and all(i in each for i in self.resolved),
+            "lost": _are(int, self.lost) and all(i in each for i in self.lost),
+            "figures": isinstance(self.figures, dict),
+        }
+        for name, is_right in right.items():
+            if not is_right:
+                raise ValueError(f"not a record (its {name})")
 
 
-def _sha256(entries: dict[str, Any]) -> str:
-    return sha256(json.dumps(entries, sort_keys=True).encode())
+def _are(kinds: type | tuple[type, ...], values: Any) -> bool:
+    return all(isinstance(value, kinds) and not isinstance(value, bool) for value in values)

@@ -15,8 +15,9 @@ from jacobiflow.data import quantize
 from jacobiflow.latents import draw_latents
 from jacobiflow.locking import locking
 from jacobiflow.storage.begin import Begun, begin
-from jacobiflow.storage.folder import MANIFEST, SampleFolder
+from jacobiflow.storage.folder import SampleFolder
 from jacobiflow.storage.manifest import SampleFolderError
+from jacobiflow.storage.names import MANIFEST
 from jacobiflow.storage.processes import Processes
 from jacobiflow.storage.progress import run_progress, say
 from jacobiflow.storage.record import Record
@@ -81,7 +82,7 @@ def generate(
             )
         first = among.rank == 0
         if begun.resumed and todo and progress and first:
-            say(f"{folder.path}: resumed, {len(todo)} of {len(folder.manifest.spans())} shards to draw")
+            say(f"{folder.path}: resumed, {len(todo)} of {folder.manifest.num_shards} shards to draw")
         draw = drawing(folder)
         with run_progress(folder, todo, progress and first) as update:
             for index in todo[among.rank :: among.count]:
@@ -98,7 +99,7 @@ def _draw_shard(
     folder: SampleFolder, index: int, labels: Tensor | None, draw: Draw, latent_shape: tuple[int, int],
     update: Callable[[float], None], on_shard: OnShard | None,
 ) -> None:  # fmt: skip
-    start, stop = folder.manifest.spans()[index]
+    start, stop = folder.manifest.span(index)
     latents = draw_latents(stop - start, *latent_shape, folder.manifest.seed, start)
     classes = None if labels is None else labels[start:stop]
     drawn = draw(start, latents, classes, lambda share: update(share * (stop - start)))
@@ -112,7 +113,7 @@ def _write(folder: SampleFolder, index: int, drawn: Drawn, labels: Tensor | None
     """Write a shard, its lost samples black."""
     lost = ~torch.isfinite(drawn.images).flatten(1).all(dim=1)
     record = Record(
-        start=folder.manifest.spans()[index][0], num=len(drawn.images), sha256="",
+        start=folder.manifest.span(index)[0], num=len(drawn.images), sha256="",
         labels=None if labels is None else tuple(labels.tolist()),
         certificate=None if drawn.certificate is None else tuple(drawn.certificate.tolist()),
         resolved=tuple(drawn.resolved.nonzero().flatten().tolist()), lost=tuple(lost.nonzero().flatten().tolist()),

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from jacobiflow.calibration import Report
+from jacobiflow.checks import check_choice, check_count
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance
 from jacobiflow.latents import draw_latents
@@ -21,7 +22,7 @@ from jacobiflow.sampling import sample
 from jacobiflow.solvers import Certificate
 from jacobiflow.storage.figures import figures_of
 from jacobiflow.storage.folder import SampleFolder
-from jacobiflow.storage.manifest import FILES, Manifest
+from jacobiflow.storage.manifest import FILES, MOST_SAMPLES, Manifest, check_sizes
 from jacobiflow.storage.processes import Processes
 from jacobiflow.storage.progress import say
 from jacobiflow.storage.run import Draw, Drawn, OnShard, generate
@@ -70,19 +71,20 @@ def sample_to_folder(
     - `model`: a name for the manifest.
     - `report`: of `calibrate`: "auto" plans from it, other names take their guesses from it; a `Strategy` or a file
         keeps its own.
-    - `overwrite`: remove what an earlier run wrote into `out` first.
+    - `overwrite`: remove what an earlier run wrote into `out` first, and nothing else.
     - `progress`: a bar on a terminal, a line every half minute elsewhere.
     - `among`: the processes that share the work, each of which calls this function; see `processes`.
     - `on_shard`: is called after every shard that this process draws, see `OnShard`.
 
     **Returns** the `SampleFolder`; complete in the first process.
 
-    **Raises:** `ValueError` for settings that do not fit the flow. `SampleFolderError`, a `ValueError`, where `out`
-    holds other samples, its disk is too small, or another run is writing to it. `OSError` where a file cannot be
-    written; the shards before it stay.
+    **Raises:** `ValueError` for settings that do not fit the flow, and for more than 100,000,000 samples, 1,000,000
+    shards, or 4 GiB of 8-bit images in a shard. `SampleFolderError`, a `ValueError`, where `out` holds other samples or
+    files that are not ours, or its disk is too small; `FolderInUseError`, another one, where another run is writing to
+    it. `OSError` where a file cannot be written; the shards before it stay.
     """
-    batch_size, shard_size = _sizes(num, batch_size, shard_size)
-    _check(flow, num, labels, seed, guidance, denoise, files)
+    batch_size, shard_size = sizes(num, batch_size, shard_size)
+    _check(flow, num, shard_size, labels, seed, guidance, denoise, files)
     plan = partial(
         choose, flow, strategy, batch_size, tolerance=tolerance, guidance=guidance, report=report,
         say=say if Console(stderr=True).is_terminal else lambda text: None,
@@ -126,23 +128,29 @@ def draw_by_strategy(
     return draw
 
 
-def _sizes(num: int, batch_size: int | None, shard_size: int | None) -> tuple[int, int]:
-    """The batch size and the shard size. **Raises** `ValueError` for sizes that do not go together."""
-    for name, value in (("num", num), ("batch_size", batch_size), ("shard_size", shard_size)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{name}={value!r}: give a positive whole number")
+def sizes(num: int, batch_size: int | None, shard_size: int | None) -> tuple[int, int]:
+    """The batch size and the shard size, 64 and about 1,024 by default.
+
+    **Raises** `TypeError` for what is no number, `ValueError` for sizes that do not go together or are over the limits.
+    """
+    check_count("num", num, most=MOST_SAMPLES)
     batch_size = min(num, DEFAULT_BATCH) if batch_size is None else batch_size
+    check_count("batch_size", batch_size, most=MOST_SAMPLES)
     shard_size = max(_SHARD // batch_size, 1) * batch_size if shard_size is None else shard_size
+    check_count("shard_size", shard_size, most=MOST_SAMPLES)
     if shard_size % batch_size:
         raise ValueError(f"shard_size={shard_size}: give a multiple of the batch size, {batch_size}")
+    check_sizes(num, shard_size, (1, 1, 1))
     return batch_size, shard_size
 
 
 def _check(
-    flow: ImageFlow, num: int, labels: Tensor | None, seed: int, guidance: Guidance | None, denoise: float, files: str
-) -> None:
+    flow: ImageFlow, num: int, shard_size: int, labels: Tensor | None, seed: int, guidance: Guidance | None,
+    denoise: float, files: str,
+) -> None:  # fmt: skip
     """**Raises** `ValueError` for settings that do not fit the flow: one sweep of the first sample finds most."""
     config = flow.config
+    check_sizes(num, shard_size, (config.in_channels, config.image_size, config.image_size))
     if isinstance(labels, Tensor):
         flow.check_labels(labels, num)
     with warnings.catch_warnings():
@@ -151,7 +159,6 @@ def _check(
         first = labels[:1] if isinstance(labels, Tensor) else labels
         sample(flow, latents=z, labels=first, strategy="jacobi-1", guidance=guidance, denoise=denoise, certify=False,
                progress=False)  # fmt: skip
-    if files not in FILES:
-        raise ValueError(f"files={files!r}: give {' or '.join(FILES)}")
+    check_choice("files", files, FILES)
     if files == "png" and config.in_channels not in (1, 3):
         raise ValueError(f"files={files!r}: holds images of 1 or 3 channels, not {config.in_channels}; give npz")

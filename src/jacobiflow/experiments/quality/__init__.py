@@ -6,6 +6,7 @@ An `Experiment` is begun, timed, drawn row by row, and scored; each step resumes
 from jacobiflow.experiments.quality.draw import draw
 from jacobiflow.experiments.quality.experiment import ORIGINAL, Experiment
 from jacobiflow.experiments.quality.folder import FIGURES, begin, largest_row
+from jacobiflow.experiments.quality.problems import problems
 from jacobiflow.experiments.quality.score import WITHIN, Row, finalists, score
 from jacobiflow.experiments.quality.timings import timings
 
@@ -19,6 +20,7 @@ __all__ = [
     "draw",
     "finalists",
     "largest_row",
+    "problems",
     "score",
     "timings",
 ]

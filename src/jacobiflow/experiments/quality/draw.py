@@ -85,7 +85,7 @@ def _beside_exact(
     """A shard with its error against the exact images, which are kept, not rounded to 8 bits."""
     drawn = plain(start, latents, labels, advance)
     path = experiment.exact_file(start)
-    exact = None if is_exact else _read(path)
+    exact = None if is_exact else read_exact(path, tuple(drawn.images.shape[1:]))
     if exact is None or len(exact) < len(latents):
         sequential = _by_strategy(experiment, SEQUENTIAL, certify=False)
         exact = (drawn if is_exact else sequential(start, latents, labels, advance)).images.cpu()
@@ -101,9 +101,12 @@ def _write(path: Path, images: Tensor) -> None:
     write_atomically(path, data.getvalue())
 
 
-def _read(path: Path) -> Tensor | None:
-    """Images that `_write` wrote; `None` where they are missing or broken."""
+def read_exact(path: Path, shape: tuple[int, ...]) -> Tensor | None:
+    """Exact images of `shape`; `None` where they are missing, broken or others, by a header that is checked first."""
     try:
-        return torch.from_numpy(np.load(path, allow_pickle=False))
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
+    if not isinstance(images, np.ndarray) or images.shape[1:] != shape or images.dtype.kind != "f":
+        return None
+    return torch.from_numpy(np.array(images))

@@ -9,19 +9,29 @@ exact/00000000.npy the exact images of each shard, not rounded to 8 bits
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jacobiflow.experiments.quality.experiment import Experiment
-from jacobiflow.files import json_bytes, read_object, sha256, write_json
+from jacobiflow.experiments.quality.experiment import Experiment, slug
+from jacobiflow.files import check_ours, json_bytes, read_object, remove_partials, sha256, write_json
 from jacobiflow.flows.fingerprint import fingerprint
+from jacobiflow.locking import LOCK, locked
 from jacobiflow.storage import MANIFEST, SampleFolder, labels_sha256
-from jacobiflow.strategy import is_auto
+from jacobiflow.strategy import Strategy, is_auto
 
 FIGURES = ("comparison.json", "comparison.png")  # which the command line writes
 SETTINGS, TIMINGS = "settings.json", "timings.json"
+PLACES = ("", "plans", "exact")  # which hold files of the experiment itself
+# By what entries a file is known to be ours.
+KEYS = {
+    SETTINGS: {"fingerprint", "dtype", "seed", "guidance", "denoise", "batch_size", "shard_size", "report"},
+    TIMINGS: {"machine", "repeats", "labels_sha256", "batch_size", "denoise_seconds", "rows"},
+    FIGURES[0]: {"model", "distance", "against", "timings", "rows", "final"},
+}
 
 
 def begin(experiment: Experiment, overwrite: bool = False) -> None:
@@ -34,17 +44,22 @@ def begin(experiment: Experiment, overwrite: bool = False) -> None:
     planned; the folder is then as it was.
     """
     out, settings = experiment.out, _settings(experiment)
-    rows = _rows(out)
-    if (out / SETTINGS).exists() or rows:
-        _check_ours(out, rows, overwrite)
+    rows = rows_in(out)
+    _check_ours(out, rows, overwrite)
     resumed = (out / SETTINGS).exists() and not overwrite
     if resumed:
         _check_same(experiment, settings, rows)
-    new = [name for name in experiment.names if is_auto(name) and not (resumed and experiment.plan_file(name).exists())]
+    planned = [name for name in experiment.names if is_auto(name)]
+    for name in planned:
+        if experiment.plan_file(name).exists():
+            Strategy.load(experiment.plan_file(name))
+    new = [name for name in planned if not (resumed and experiment.plan_file(name).exists())]
     plans = {name: experiment.choose(name) for name in new}
     if overwrite:
         _remove(out, rows)
     out.mkdir(parents=True, exist_ok=True)
+    for place in PLACES:
+        remove_partials(out / place)
     if not resumed:
         write_json(out / SETTINGS, settings)
     for name, plan in plans.items():
@@ -54,7 +69,23 @@ def begin(experiment: Experiment, overwrite: bool = False) -> None:
 
 def largest_row(out: Path) -> int:
     """How many samples the largest row in a folder has, or is to have; 0 where there is none."""
-    return max((row.manifest.num for row in _rows(out)), default=0)
+    return max((row.manifest.num for row in rows_in(out)), default=0)
+
+
+def rows_in(out: Path) -> list[SampleFolder]:
+    """The rows of the experiment in a folder. **Raises** `ValueError` where one has a manifest that is not ours."""
+    rows = [SampleFolder.open(manifest.parent) for manifest in sorted(out.glob(f"rows/*/{MANIFEST}"))]
+    return [row for row in rows if row.path.name == slug(row.manifest.strategy)]
+
+
+def plans_in(out: Path) -> Iterator[Path]:
+    """The files in a folder that have the name of a plan."""
+    return (path for path in sorted(out.glob("plans/auto*.json")) if re.fullmatch(r"auto(-[-0-9.e]+)?", path.stem))
+
+
+def exact_in(out: Path) -> Iterator[Path]:
+    """The files in a folder that have the name of exact images."""
+    return (path for path in sorted(out.glob("exact/*.npy")) if re.fullmatch("[0-9]{8}", path.stem))
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:
@@ -71,22 +102,17 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _rows(out: Path) -> list[SampleFolder]:
-    """**Raises** `ValueError` for a manifest that `jacobiflow.storage` has not written."""
-    return [SampleFolder.open(manifest.parent) for manifest in sorted(out.glob(f"rows/*/{MANIFEST}"))]
-
-
 def _check_ours(out: Path, rows: list[SampleFolder], overwrite: bool) -> None:
     """**Raises** `ValueError` where the folder is of something else, or can only be begun anew."""
-    held = read_object(out / SETTINGS)
-    if held is not None and {"fingerprint", "shard_size"} <= set(held):
+    for name, keys in KEYS.items():
+        check_ours(out / name, keys)
+    if (out / SETTINGS).exists():
         return
-    if not rows:
-        raise ValueError(f"{out / SETTINGS}: was not written by an experiment, and is left alone; give another folder")
-    if not overwrite:
-        raise ValueError(
-            f"{out}: holds rows, but {SETTINGS} is lost or broken; restore it, or begin anew with overwrite=True"
-        )
+    if rows and not overwrite:
+        raise ValueError(f"{out}: holds rows, but {SETTINGS} is lost; restore it, or begin anew with overwrite=True")
+    held = [] if rows else [*plans_in(out), *exact_in(out)]
+    if held:
+        raise ValueError(f"{held[0]}: is there, but no {SETTINGS}; restore it, or give another folder")
 
 
 def _check_same(experiment: Experiment, settings: dict[str, Any], rows: Iterable[SampleFolder]) -> None:
@@ -102,9 +128,25 @@ def _check_same(experiment: Experiment, settings: dict[str, Any], rows: Iterable
             raise ValueError(f"{row.path}: holds samples of other labels; {remedy}")
 
 
-def _remove(out: Path, rows: Iterable[SampleFolder]) -> None:
-    for row in rows:
-        row.clear()
-    files = [out / name for name in (SETTINGS, TIMINGS, *FIGURES)]
-    for path in (*files, *out.glob("plans/auto*.json"), *out.glob("exact/" + 8 * "[0-9]" + ".npy")):
+def _remove(out: Path, rows: Sequence[SampleFolder]) -> None:
+    """Remove an experiment, its settings last: without these, what is left would not be known to be ours."""
+    with ExitStack() as stack:
+        for row in rows:  # all of them first: one that is in use keeps all
+            stack.enter_context(locked(row.path))
+        for row in rows:
+            row.clear()
+            (row.path / LOCK).unlink()
+    plans = (path for path in plans_in(out) if _is_strategy(path))
+    for path in (*plans, *exact_in(out), *(out / name for name in (TIMINGS, FIGURES[0], SETTINGS))):
         path.unlink(missing_ok=True)
+    for folder in (*(row.path for row in rows), *(out / name for name in ("rows", "plans", "exact"))):
+        with suppress(OSError):  # it holds something else
+            folder.rmdir()
+
+
+def _is_strategy(path: Path) -> bool:
+    try:
+        Strategy.load(path)
+    except ValueError:
+        return False
+    return True

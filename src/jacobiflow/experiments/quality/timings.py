@@ -15,8 +15,8 @@ from torch import Tensor
 from jacobiflow.baselines import SEQUENTIAL
 from jacobiflow.denoising import denoise
 from jacobiflow.experiments.quality.experiment import ORIGINAL, Experiment
-from jacobiflow.experiments.quality.folder import TIMINGS
-from jacobiflow.files import read_object, write_json
+from jacobiflow.experiments.quality.folder import KEYS, TIMINGS
+from jacobiflow.files import check_ours, read_object, write_json
 from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import interleave, machine, paired_error
 from jacobiflow.storage import labels_sha256
@@ -37,6 +37,7 @@ def timings(experiment: Experiment, repeats: int, after_each: Callable[[str], No
     here = {"machine": machine(device), "repeats": repeats, "labels_sha256": labels_sha256(labels)}
     names = tuple(dict.fromkeys((*experiment.names, ORIGINAL, SEQUENTIAL)))
     digests = {name: experiment.digest(name) for name in names}
+    check_ours(path, KEYS[TIMINGS])
     kept = read_object(path)
     if kept is not None and _is_same(kept, here, digests):
         return kept
