@@ -100,6 +100,8 @@ def test_a_name_belongs_to_one_class() -> None:
             codec.register("square")(wrong)
     with pytest.raises(TypeError, match=r"Record: derive it from one of .*Partition.* to register it"):
         codec.register("record")(Record)
+    with pytest.raises(TypeError, match="Circle: make it a dataclass to register it"):
+        codec.register("circle")(type("Circle", (Shape,), {}))
     with pytest.raises(ValueError, match=r"no JSON form: register its class under a name \(jacobiflow.register\)"):
         codec.encode(other())
     with pytest.raises(ValueError, match="has no JSON form"):

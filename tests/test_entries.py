@@ -50,9 +50,8 @@ ARGUMENTS: dict[str, Argument] = {
     **each("num batch_size samples traced segments num_tokens token_channels num_blocks in_channels image_size", COUNT),
     **each("layers_per_block patch_size channels head_dim expansion hidden_features hidden_layers", COUNT),
     **each("slots max_iterations count size run_length max_sweeps repeats fine", UNLIMITED),
-    **each("num_classes coarse stream index", FROM_0), "attn_temperature": POSITIVE,
+    **each("num_classes coarse stream index", FROM_0), **each("attn_temperature threshold", POSITIVE),
     **each("tolerance denoise rate rtol rounding dominance ebound noise_std std call_cost atol weight", NUMBER),
-    "threshold": NUMBER,
     **each("return_trace per_class chord annealed nvp per_segment retry_float64 short fresh_keys", FLAG),
     **each("certify certificate", (True, (), ("x", 1))), "norm": (2, (), ("x", True)), "on": ("both", (), ("x", 7)),
     "seed": (0, KINDS, (-1, 2**63)), "start": (0, KINDS, (-1, 2**63)), **each("residual error", (0.1, NUMBERS, (-1,))),
@@ -69,7 +68,7 @@ ARGUMENTS: dict[str, Argument] = {
     "name": ("new", (7,), ()), "text": ("jacobi", (7,), ()), "fingerprint": (None, (7,), ()),
     "crm": (THREE, (7, "x", ["1"]), ()), **each("first second", (THREE, (7, "x", [True]), ((), (1.0,)))),
     "solvers": ((jf.Solver(),), (jf.Solver(), [jf.Solver()], ("x",)), ((),)), "runs": ({}, (7, [print], {"a": 7}), ()),
-    "settings": (calibration.TuneSettings(), (7, PLAN), ()), "exact": PIXELS, "actual": (*PIXELS[:2], (IMAGES[0],)),
+    "settings": (calibration.TuneSettings(), (7, PLAN), ()), "exact": PIXELS, "actual": (*PIXELS[:2], (IMAGES[:0],)),
     "flow_type": (jf.TarFlow, (7, FLOW, int), ()), "logit_alpha": (1e-6, NUMBERS, (*POSITIVE[2], 0.5)),
 }  # fmt: skip
 NAMED = {"atol": "tolerance", "max_sweeps": "sweeps"}
@@ -125,7 +124,7 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (flows.register, "flow", {"flow": (jf.TarFlow, (7, FLOW, int), ())}), (baselines.original_loop, "flow", {}),
     *((call, "flow z labels guidance", {}) for call in (*baselines.PEERS.values(), growing_cache_sample)),
     (full_passes_sample, "flow z labels guidance", {"flow": (MAF, (FLOW, 7), ()), "z": (Z[..., :1], *FINITE[1:])}),
-    (baselines.PEERS["STARFlow"], "flow z run_length max_sweeps threshold fresh_keys", {"threshold": POSITIVE}),
+    (baselines.PEERS["STARFlow"], "flow z run_length max_sweeps threshold fresh_keys", {}),
     (baselines.gs_jacobi_grid, "report short", {}), (baselines.register_original_loop, "flow_type name loop", {}),
     (measuring.interleave, "runs repeats device after_each", {}), (measuring.machine, "device", {}),
     (measuring.paired_error, "actual exact", {}), (Noise, "kind std", {}), (keyed_generator, "seed stream index", {}),

@@ -47,12 +47,12 @@ def register(name: str) -> Callable[[type[T]], type[T]]:
     def add(cls: type[T]) -> type[T]:
         check_kind("class", cls, type, "a dataclass")
         names = _families[_base_of(cls)]
-        if not is_dataclass(cls):
-            raise TypeError(f"{cls.__name__}: make it a dataclass to register it")
         taken = names.get(name, cls)
         # The same class once more is a module that was loaded again.
         if (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"{name!r} is the name of {taken.__module__}.{taken.__qualname__}; choose another")
+        if not is_dataclass(cls):
+            raise TypeError(f"{cls.__name__}: make it a dataclass to register it")
         names[name] = cls
         return cls
 

@@ -86,9 +86,10 @@ def paired_error(actual: Float[Tensor, "n c h w"], exact: Float[Tensor, "n c h w
     An entry that is NaN in only one of them counts as infinite. One that is NaN in both counts as 0: the exact inverse
     overflows there, and both say so.
 
-    **Raises** `TypeError` or `ValueError` where the two are not images of the same shape.
+    **Raises** `TypeError` or `ValueError` where the two are no numbers of the same shape.
     """
-    check_floating("actual", actual, ("N", "C", "H", "W"))
+    check_kind("actual", actual, Tensor, "a torch.Tensor of images")
+    check_floating("actual", actual, ("any",) * actual.ndim)
     check_floating("exact", exact, tuple(actual.shape))
     lost = actual.isnan() & exact.isnan()
     difference = (actual.double() - exact.double()).abs().masked_fill(lost, 0).nan_to_num(torch.inf, torch.inf)

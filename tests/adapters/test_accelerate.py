@@ -162,8 +162,8 @@ def test_what_has_nothing_to_accelerate() -> None:
             jf.accelerate(flow)
 
 
-@pytest.mark.parametrize("tolerance", [-1e-9, math.nan, math.inf, True, "0", None])
-def test_a_bad_tolerance_changes_nothing(tolerance: Any) -> None:
+@pytest.mark.parametrize("tolerance", [-1e-9, math.nan, math.inf])
+def test_a_bad_tolerance_changes_nothing(tolerance: float) -> None:
     flow = Additive(8)
     with pytest.raises(ValueError, match=f"tolerance={tolerance!r}: give 0"):
         jf.accelerate(flow, tolerance)

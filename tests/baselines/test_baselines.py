@@ -132,23 +132,6 @@ def test_published_settings_of_the_bundled_model() -> None:
         assert out.network_calls < flow.config.num_blocks * flow.config.num_tokens / 2
 
 
-@pytest.mark.parametrize("name", PEERS)
-def test_what_does_not_fit_is_refused(name: str) -> None:
-    flow, peer = make_flow(num_classes=3), PEERS[name]
-    z = latents(flow, 3)
-    for wrong in (z[:, :-1], z[:0], z[0]):
-        with pytest.raises(ValueError, match="z of shape"):
-            peer(flow, wrong)
-    with pytest.raises(ValueError, match="label 3"):
-        peer(flow, z, torch.tensor([0, 1, 3]))
-    for value in (0.0, math.nan):
-        with pytest.raises(ValueError, match=f"threshold={value}: give a positive number"):
-            peer(flow, z, threshold=value)
-    for setting in ("run_length", "max_sweeps") if name == "STARFlow" else ():
-        with pytest.raises(ValueError, match=f"{setting}=0"):
-            peer(flow, z, **{setting: 0})
-
-
 @cache
 def report_of(model: str) -> jf.Report:
     return jf.Report.load(jf.load(model).report_file)  # type: ignore[arg-type]

@@ -313,7 +313,7 @@ UNFIT: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "row 'jacobi-2': given twice": (("jacobi-2", "Jacobi-2"), {}), "'quickest': unknown": (("quickest",), {}),
     "Stack names block 9": (("[9-1-1-1]",), {}), "planned for device an abacus": (("planned.json",), {}),
     "label 3": ((), {"labels": torch.tensor([3])}), "denoise=-1.0": ((), {"denoise": -1.0}),
-    "'auto:x': give auto, or auto:TOLERANCE": (("auto:x",), {}), "tolerance nan": (("auto", "auto:nan"), {}),
+    "'auto:x': give auto, or auto:TOLERANCE": (("auto:x",), {}), "tolerance=nan": (("auto", "auto:nan"), {}),
 }  # fmt: skip
 
 

@@ -293,7 +293,7 @@ def with_config(place: Path, change: dict[str, Any]) -> Path:
         (make, {"model_type": "maf"}, "unknown field 'patch_size'"),
         (make, {"format_version": 2}, "format 2"),
         (make, {"channels": 4 * 10**18}, "channels=4000000000000000000: the limit is 1,048,576"),
-        (make, {"channels": 64, "head_dim": 64}, "the shapes say channels=8 rather than 64"),
+        (make, {"channels": 16}, "the shapes say channels=8 rather than 16"),
         (make_maf, {"logit_alpha": 0.7}, "logit_alpha=0.7: give a small positive number"),
         (make_maf, {"image_size": 99}, "the shapes say image_size=4 rather than 99"),
         (make_maf, {"hidden_layers": 1, "num_classes": 0}, "hidden_layers=2 rather than 1, num_classes=3 rather than"),

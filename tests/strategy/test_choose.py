@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from invented import GUIDANCE, Machine, claiming, draw, igm, make_report, run, small
 
 import jacobiflow as jf

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.checks import check_kind, check_rows, short
+from jacobiflow.checks import check_kind, short
 
 
 def check_labels(labels: Any, num: int, num_classes: int) -> None:
@@ -18,9 +18,10 @@ def check_labels(labels: Any, num: int, num_classes: int) -> None:
     if not num_classes:
         raise ValueError("labels given, but this flow is unconditional: leave them out")
     _check_kind("labels", labels)
-    check_rows("labels", labels, num, "samples")
+    if len(labels) != num:
+        raise ValueError(f"labels={short(labels)}: give {num} whole numbers, one for each sample")
     if (labels >= num_classes).any():
-        raise _no_class("labels", labels, num_classes)
+        raise ValueError(_no_class(labels, num_classes))
 
 
 def embed_classes(table: Float[Tensor, "k ..."] | None, labels: Int[Tensor, " b"] | None) -> Tensor | None:
@@ -38,7 +39,7 @@ def embed_classes(table: Float[Tensor, "k ..."] | None, labels: Int[Tensor, " b"
     try:
         rows = table[labels.clamp(min=0)]
     except IndexError:
-        raise _no_class("context", labels, len(table)) from None
+        raise ValueError(f"context: {_no_class(labels, len(table))}") from None
     return torch.where((labels < 0).view(-1, *[1] * (table.ndim - 1)), mean, rows)
 
 
@@ -51,7 +52,5 @@ def _check_kind(name: str, labels: Any) -> None:
         raise ValueError(f"{name}={short(labels)}: give {want}")
 
 
-def _no_class(name: str, labels: Tensor, num_classes: int) -> ValueError:
-    return ValueError(
-        f"label {int(labels.max())} in {name}: this flow has classes 0 to {num_classes - 1} (below 0: no class)"
-    )
+def _no_class(labels: Tensor, num_classes: int) -> str:
+    return f"label {int(labels.max())}: this flow has classes 0 to {num_classes - 1} (below 0: no class)"
