@@ -50,7 +50,7 @@ class Guidance:
 
     def extrapolation(self, z: Float[Tensor, "b t c"]) -> Extrapolation:
         """The weights of all entries of `z`, in its dtype and on its device."""
-        weights = torch.tensor(float(self.weight), dtype=torch.float64).to(z).repeat(z.shape[1])  # may overflow
+        weights = z.new_full((z.shape[1],), min(self.weight, torch.finfo(z.dtype).max))
         if self.annealed:
             weights *= torch.arange(z.shape[1], device=z.device).to(z.dtype) / max(z.shape[1] - 1, 1)
         off = torch.zeros_like(weights)

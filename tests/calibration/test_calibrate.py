@@ -257,7 +257,7 @@ IMAGES = images_of(FLOW)
         ({"images": IMAGES / (torch.arange(7) != 5).view(-1, 1, 1, 1)}, "images: number 5 holds a NaN or an infinity"),
         ({"labels": torch.arange(7)}, "label 6: this flow has classes 0 to 2"),
         ({"guidance": jf.Guidance(1e200), "labels": torch.arange(7) % 3}, "parameters of block 0 overflow"),
-        ({"segments": 17}, "segments=17: the limit is 16"),
+        ({"segments": 17}, "there are only 16 tokens"),
         ({"traced": 1, "chord": True}, "traced=1: give at least 2"),
         ({"per_class": True}, "per_class: give the labels"),
     ],

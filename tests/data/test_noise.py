@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -47,7 +46,7 @@ def test_images_get_the_noise_of_their_seed_and_place(noise: Noise, seed: int) -
     assert not torch.equal(noisy_images(data, torch.arange(11), noise, seed=1), whole)
 
 
-@pytest.mark.parametrize(("kind", "std"), [("gaussian", 0.0), ("gaussian", math.nan), ("uniform", 0.1), ("pink", 0.1)])
+@pytest.mark.parametrize(("kind", "std"), [("gaussian", 0.0), ("uniform", 0.1)])
 def test_noise_out_of_range_is_refused(kind: Any, std: float) -> None:
     with pytest.raises(ValueError, match=f"^noise '{kind}'"):
         Noise(kind, std)

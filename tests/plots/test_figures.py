@@ -117,9 +117,9 @@ def test_segments_are_drawn_with_the_whole_block_beside_them(report: Report) -> 
 def test_odd_curves_are_drawn_without_a_warning(report: Report) -> None:
     overflows, grows_again = (5.0, math.inf, 1e30, 1e-2, 0.0), (5.0, 1e-6, 0.0, 0.5, 2e-5, 1e-6, 1e-7)
     for curve in (overflows, grows_again, (0.0,), (5.0, 4.0, 3.0)):
-        odd = Trace(curve, curve, {1e-2: (None,)})
+        odd = Trace(curve, curve, {1e-2: (None,) * report.settings.traced})
         traces = {"noise": tuple(dict.fromkeys(row, odd) for row in report.igm)}
-        figure = convergence_figure(replace(report, traces=traces))
+        figure = convergence_figure(replace(report, traces=traces, segment_traces={}))
         figure.draw_without_rendering()
         for line in figure.axes[0].get_lines():
             assert_drawn(line, curve)

@@ -25,7 +25,7 @@ from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.guidance import Guidance, check_guidance, guided
 from jacobiflow.latents import MOST_SAMPLES
-from jacobiflow.solvers import Guess, Latent, MeanAffine, Zeros
+from jacobiflow.solvers import Guess, Latent, MeanAffine, Segments, Zeros
 
 _FEWEST_TOKENS = 4  # in a segment: with fewer, the sequential loop is the better plan
 
@@ -162,7 +162,8 @@ def _check(
     if chord and traced < 2:
         raise ValueError(f"traced={traced}: give at least 2, to fit a chord to")
     check_guidance(guidance)
-    check_count("segments", segments, most=flow.config.num_tokens)
+    check_count("segments", segments)
+    Segments(segments).check(flow.config.num_tokens)
     indexable = hasattr(images, "__getitem__") and hasattr(images, "__len__")
     if not indexable or isinstance(images, str | bytes | Mapping) or getattr(images, "shape", None) == ():
         raise TypeError(f"images of type {type(images).__name__}: give a tensor, or what a tensor can index")

@@ -204,7 +204,9 @@ class Report:
         return tuple(max(row) for row in self._sweeps(start, tolerance, guess))
 
     def _sweeps(self, start: Start, tolerance: float, guess: str | None) -> list[list[int]]:
-        check_choice("start", start, tuple(self.traces))
+        check_choice("start", start, ("images", "noise"))
+        if start not in self.traces:
+            raise ValueError(f"sweeps from {start!r}: measured are those from {', '.join(self.traces)}")
         check_number("tolerance", tolerance)
         if guess is not None:
             check_choice("guess", guess, GUESS_NAMES)

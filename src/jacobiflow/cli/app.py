@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -59,7 +60,7 @@ def _run(arguments: Sequence[str]) -> int:
         with interruptible(), warnings.catch_warnings():
             _load_extensions()
             warnings.showwarning = _show_warning  # type: ignore[assignment]
-            code = app(args=arguments or ["--help"], standalone_mode=False)
+            code = _commands()(args=arguments or ["--help"], standalone_mode=False)
             sys.stdout.flush()
         if code == INTERRUPTED:  # which typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt
@@ -117,6 +118,7 @@ def _is_batched(arguments: Sequence[str]) -> bool:
     return command is not None and any(parameter.name == "batch_size" for parameter in command.params)
 
 
+@functools.cache  # they take half a second to build
 def _commands() -> TyperGroup:
     commands = get_command(app)
     assert isinstance(commands, TyperGroup)  # which typer makes of several commands

@@ -182,13 +182,13 @@ class FlowBlock(AffineBlock, nn.Module):
     """
 
     permutation: Permutation
-    token_shape: tuple[int, int]  # (T, C), which its flow sets
 
-    def check_input(self, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None) -> None:
-        """What `init_cache` checks: **raises** `TypeError` or `ValueError` where `z` is not (B, T, C), or the labels in
-        `context` have not a row for each of its rows.
-        """
-        if z.ndim != 3 or z.shape[1:] != self.token_shape:
-            raise ValueError(f"z={short(z)}: this block takes (B, {self.token_shape[0]}, {self.token_shape[1]})")
-        if context is not None:
-            check_rows("context", context, len(z), "samples")
+
+def check_input(z: Float[Tensor, "b t c"], context: Tensor | None, num_tokens: int, token_channels: int) -> None:
+    """What `init_cache` checks: **raises** `TypeError` or `ValueError` where `z` is not (B, T, C), or the labels in
+    `context` have not a row for each of its rows.
+    """
+    if z.ndim != 3 or z.shape[1:] != (num_tokens, token_channels):
+        raise ValueError(f"z={short(z)}: this block takes (B, {num_tokens}, {token_channels})")
+    if context is not None:
+        check_rows("context", context, len(z), "samples")

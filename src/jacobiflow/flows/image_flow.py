@@ -72,8 +72,6 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
         self.blocks = nn.ModuleList(  # type: ignore[assignment]
             self.block_type(config, orders[i % 2]) for i in range(config.num_blocks)
         )
-        for block in self.blocks:
-            block.token_shape = (config.num_tokens, config.token_channels)
         self.register_buffer("var", torch.ones(config.num_tokens, config.token_channels))
 
     @classmethod

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.flows.base import ExactInverse, Extrapolation, FlowBlock, KeepsNothing
+from jacobiflow.flows.base import ExactInverse, Extrapolation, FlowBlock, KeepsNothing, check_input
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.maf.config import MAFConfig
 from jacobiflow.flows.maf.masked import MaskedLayer, MaskedLinear
@@ -90,7 +90,7 @@ class MAFBlock(FlowBlock, ExactInverse, KeepsNothing):
         **Raises** `ValueError` where `attn_temperature` is given: there is no attention here.
         """
         _check_temperature(attn_temperature)
-        self.check_input(z, context)
+        check_input(z, context, self.num_tokens, 1)
         keep_freed_memory(z.device)
         # A row of offsets for each sample, or every step would spread the one.
         layers = tuple(

@@ -20,6 +20,7 @@ from jacobiflow.flows.base import (
     FlowBlock,
     KeepsNothing,
     LowPrecision,
+    check_input,
 )
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.labels import embed_classes
@@ -91,7 +92,7 @@ class TarFlowBlock(FlowBlock, AffineFrontPerSample, LowPrecision, ExactInverse, 
         attn_temperature: Float[Tensor, " b"] | None = None,
     ) -> TarFlowCache:
         """An empty cache for the rows of `z` under labels `context`; see `AffineBlock.init_cache`."""
-        self.check_input(z, context)
+        check_input(z, context, self.num_tokens, self.proj_in.in_features)
         attention = self.attn_blocks[0].attention
         weight = attention.qkv.weight
         keep_freed_memory(weight.device)
