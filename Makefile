@@ -69,7 +69,7 @@ flows: setup
 	$(BIN)/python benchmarks/flows_page.py
 	$(BIN)/python benchmarks/readme.py
 
-# Regenerates the tables of docs/reliability.md (a quarter of an hour on two idle cores).
+# Regenerates the tables of docs/reliability.md (ten minutes on two idle cores).
 reliability: setup
 	$(BIN)/python benchmarks/crash_test.py
 	$(BIN)/python benchmarks/check_costs.py

@@ -3,7 +3,7 @@
 Sampling by two processes (torchrun), training, calibrating and comparing are each killed (SIGKILL) five times at a
 random moment, and the same command is given again; for sampling one of the processes, or the launcher, is killed. At
 the end, what the command promises to be the same must be that of a run that nobody disturbed, byte for byte. Writes
-docs/results/crash-test.json; a quarter of an hour on two cores.
+docs/results/crash-test.json; ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ class Job:
 
 JOBS = {
     "sample": Job(
-        "jacobiflow sample --model digits-p1 --num 4096 --batch-size 32 --shard-size 32 --strategy jacobi "
+        "jacobiflow sample --model digits-p1 --num 2048 --batch-size 32 --shard-size 32 --strategy jacobi "
         "--tolerance 1e-3",
         shards, lambda out: len(shards(out)), shared=True,
     ),
     "train": Job(
-        "jacobiflow train --images digits --image-size 8 --patch-size 2 --channels 64 --blocks 4 --steps 400 "
+        "jacobiflow train --images digits --image-size 8 --patch-size 2 --channels 64 --blocks 4 --steps 200 "
         "--batch-size 32 --no-bf16 --checkpoint-every 20",
         training, steps_of,
     ),
@@ -103,7 +103,7 @@ JOBS = {
         out="report.json",
     ),
     "compare": Job(
-        "jacobiflow compare --model fashion-p2 --strategy jacobi-5 --num 256 --batch-size 16 --shard-size 16 "
+        "jacobiflow compare --model fashion-p2 --strategy jacobi-5 --num 128 --batch-size 16 --shard-size 16 "
         "--repeats 1",
         shards, lambda out: len(shards(out)),
     ),

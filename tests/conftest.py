@@ -16,7 +16,7 @@ def _plans_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """One thread: faster for the tiny float64 flows, and the same rounding on every machine."""
     threads = torch.get_num_threads()

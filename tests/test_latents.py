@@ -53,4 +53,4 @@ def test_labels_are_uniform_and_do_not_follow_the_latents() -> None:
 
 def test_what_memory_cannot_hold_fails_before_anything_is_drawn() -> None:
     with pytest.raises(MemoryError):
-        draw_latents(2**40, 2**16, 48)
+        draw_latents(10**8, 2**16, 48)

@@ -238,8 +238,6 @@ def test_tokens_that_do_not_fit_are_left_to_pytorch(name: str) -> None:
     block, z = flow.blocks[0], case.z(flow)
     long, wide, short = torch.cat((z, z), 1), torch.cat((z, z), 2), z[:, :-1]
     assert all(block.exact_inverse(other) is None for other in (long, wide, short))
-    solution = jf.solve(block, short, EXACT, case.context())
-    assert relative_error(solution.x, case.answer(flow, z, 0)[:, :-1]) < ROUNDING
     assert len(block.exact_inverse(z[:0])) == 0
 
 

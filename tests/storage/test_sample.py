@@ -164,11 +164,10 @@ UNFIT: dict[str, dict[str, Any]] = {
     },
     "shard_size=3: give a multiple of the batch size, 2": {"shard_size": 3},
     "files='bmp': give 'npz' or 'png'": {"files": "bmp"},
-    "seed=-1: give a whole number of at least 0": {"seed": -1},
+    "seed=-1: give a whole number, at least 0": {"seed": -1},
     "denoise=-1.0: give 0": {"denoise": -1.0},
     "label 9: this flow has classes 0 to 2": {"labels": torch.arange(NUM)},
     "give 10 whole numbers": {"labels": torch.zeros(9, dtype=torch.int64)},
-    "labels of type list: give a torch.Tensor": {"labels": [0] * NUM},
 }
 
 

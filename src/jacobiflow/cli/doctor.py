@@ -102,17 +102,17 @@ _KINDS = {
     "a model": _Kind((CONFIG, WEIGHTS), _model_problems, _describe_model),
     "samples": _Kind(
         (MANIFEST,),
-        storage.problems,
+        lambda folder: storage.problems(folder),
         _describe_samples,
     ),
     "a comparison": _Kind(
         ("settings.json", "rows"),
-        quality.problems,
+        lambda folder: quality.problems(folder),
         _describe_comparison,
     ),
     "a training run": _Kind(
         ("checkpoint.pt",),
-        training.problems,
+        lambda folder: training.problems(folder),
         lambda folder: "a checkpoint and its metrics",
     ),
 }

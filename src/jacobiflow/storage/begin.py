@@ -45,7 +45,7 @@ def begin(
     """
     path, shards = requested.path, range(requested.manifest.num_shards)
     held = _held(path)
-    earlier = None if held is None or overwrite or not _has_begun(held) else held.manifest
+    earlier = None if held is None or overwrite or not has_begun(held) else held.manifest
     _check_names(requested, held, plan is not None)
     if earlier is None:
         strategy = None if plan is None else json_bytes(plan().to_json())
@@ -72,7 +72,7 @@ def _held(path: Path) -> SampleFolder | None:
     return None
 
 
-def _has_begun(held: SampleFolder) -> bool:
+def has_begun(held: SampleFolder) -> bool:
     """Whether there is a record. A run that was killed before its first shard has left nothing to resume."""
     return any(file.suffix == ".json" for file in held.named())
 

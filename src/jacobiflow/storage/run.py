@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from jacobiflow.data import quantize
 from jacobiflow.latents import draw_latents
 from jacobiflow.locking import locking
-from jacobiflow.storage.begin import Begun, begin
+from jacobiflow.storage.begin import Begun, begin, has_begun
 from jacobiflow.storage.folder import SampleFolder
 from jacobiflow.storage.manifest import SampleFolderError
 from jacobiflow.storage.names import MANIFEST
@@ -83,8 +84,8 @@ def generate(
         first = among.rank == 0
         if begun.resumed and todo and progress and first:
             say(f"{folder.path}: resumed, {len(todo)} of {folder.manifest.num_shards} shards to draw")
-        draw = drawing(folder)
-        with run_progress(folder, todo, progress and first) as update:
+        with _withdrawn_if_nothing_is_drawn(begun, among), run_progress(folder, todo, progress and first) as update:
+            draw = drawing(folder)
             for index in todo[among.rank :: among.count]:
                 _draw_shard(folder, index, labels, draw, latent_shape, update, on_shard)
             if first:
@@ -93,6 +94,17 @@ def generate(
             folder = replace(folder.with_checksums(), drawn=folder.manifest.num_in(todo))
             folder.save_manifest()
     return folder
+
+
+@contextmanager
+def _withdrawn_if_nothing_is_drawn(begun: Begun, among: Processes) -> Iterator[None]:
+    """Where an error ends a new run before its first shard, remove what it wrote: there is nothing to resume."""
+    try:
+        yield
+    except BaseException:
+        if among.count == 1 and not begun.resumed and not has_begun(begun.folder):
+            begun.folder.clear()
+        raise
 
 
 def _draw_shard(
