@@ -16,6 +16,7 @@ from jacobiflow.experiments import quality
 from jacobiflow.storage import sample_to_folder
 
 PARTS = (flows, storage, training, quality)
+REAL = {part: part.problems for part in PARTS}
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +73,18 @@ def test_a_model_is_used(run: Any, tmp_path: Path) -> None:
 
 def test_what_is_no_folder_of_ours(refuse: Any) -> None:
     refuse("doctor pets", "pets: no model, samples, comparison or training run; give the folder of one, or a bundled ")
+
+
+def test_a_damaged_shard_is_found_by_the_parts_themselves(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = sample_to_folder(jf.load("plain"), 4, tmp_path, strategy="jacobi-1", batch_size=2, progress=False)
+    shard = folder.path / "shards" / "00000.npz"
+    with monkeypatch.context() as patch:
+        for part in PARTS:
+            patch.setattr(part, "problems", REAL[part])
+        assert run(f"doctor {tmp_path}").code == 0
+        shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+        result = run(f"doctor {tmp_path}")
+    assert (result.code, result.err) == (2, "")
+    assert result.out.startswith(f"{shard}: does not match its checksum; sample into the folder again")

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from jacobiflow.calibration import Report
-from jacobiflow.checks import check_choice, check_count, check_seed
+from jacobiflow.checks import check_choice, check_count, check_flag, check_seed
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance
 from jacobiflow.latents import MOST_SAMPLES
@@ -84,6 +84,8 @@ def sample_to_folder(
     """
     batch_size, shard_size = sizes(num, batch_size, shard_size)
     check_settings(flow, batch_size, guidance, denoise, certify)
+    check_flag("overwrite", overwrite)
+    check_flag("progress", progress)
     _check(flow, num, shard_size, labels, seed, files)
     plan = partial(
         choose, flow, strategy, batch_size, tolerance=tolerance, guidance=guidance, report=report,
