@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis.stateful import RuleBasedStateMachine, rule
 from torch import Tensor
 
 import jacobiflow as jf
@@ -132,3 +134,30 @@ def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+class FolderMachine(RuleBasedStateMachine):
+    """A folder `out` with `foreign` files, which must stay; `changed` are our own as they were before an edit."""
+
+    out: Path
+    foreign: dict[str, bytes]
+    changed: dict[str, bytes]
+
+    def begin(self) -> None:
+        """An empty folder."""
+        self.out, self.foreign, self.changed = Path(tempfile.mkdtemp()) / "out", {}, {}
+
+    def ours(self) -> dict[str, bytes]:
+        return {name: held for name, held in everything(self.out).items() if name not in self.foreign}
+
+    def put(self, name: str) -> None:
+        """Write a file that is not ours."""
+        (self.out / name).parent.mkdir(parents=True, exist_ok=True)
+        self.foreign[name] = b"mine"
+        (self.out / name).write_bytes(b"mine")
+
+    @rule()
+    def restore(self) -> None:
+        for name, held in self.changed.items():
+            (self.out / name).write_bytes(held)
+        self.changed = {}

@@ -3,27 +3,68 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from running import figures
+from training_runs import SETTINGS, fit
 
 import jacobiflow as jf
-from jacobiflow import flows, storage, training
-from jacobiflow.experiments import quality
+from jacobiflow.experiments.quality import ORIGINAL, Experiment, begin, draw
 from jacobiflow.storage import sample_to_folder
 
-PARTS = (flows, storage, training, quality)
-REAL = {part: part.problems for part in PARTS}
+
+def samples(out: Path) -> None:
+    sample_to_folder(
+        jf.load("./plain"), 4, out, strategy="jacobi-1", batch_size=1, shard_size=2, progress=False
+    )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def sound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No part finds anything wrong with its files."""
-    for part in PARTS:
-        monkeypatch.setattr(part, "problems", lambda path: [], raising=False)
+def comparison(out: Path) -> None:
+    experiment = Experiment(jf.load("./plain"), out, (ORIGINAL, "sequential", "jacobi-1"), batch_size=2, shard_size=2)
+    begin(experiment)
+    for name in experiment.names[1:]:
+        draw(experiment, name, 4, progress=False)
+
+
+def training(out: Path) -> None:
+    fit(out, replace(SETTINGS, steps=1))
+
+
+# What makes a folder, what is said of a sound one, what to damage, and what is then said of it.
+FOLDERS: dict[Callable[[Path], None], tuple[str, str, str]] = {
+    samples: ("samples of 4 images, shard by shard\n", "shards/00001.npz", "does not match its checksum; sample into"),
+    comparison: ("a comparison of the rows jacobi-1, sequential\n", "rows/jacobi-1/shards/00000.npz", "does not match"),
+    training: ("and a training run of a checkpoint and its metrics\n", "checkpoint.pt", "not a checkpoint of this"),
+}
+
+
+@pytest.mark.parametrize("make", FOLDERS)
+def test_a_folder_is_sound_until_a_file_is_damaged(make: Callable[[Path], None], run: Any, tmp_path: Path) -> None:
+    make(tmp_path / "out")
+    sound, damaged, words = FOLDERS[make]
+    result = run(f"doctor {tmp_path}/out")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.endswith(sound)
+    file = tmp_path / "out" / damaged
+    file.write_bytes(file.read_bytes()[:-9])
+    result = run(f"doctor {tmp_path}/out --json {tmp_path}/f")
+    assert (result.code, result.err) == (2, "")
+    assert f"{file}: {words}" in result.out
+    assert figures(tmp_path / "f")["problems"] == result.out.splitlines()
+    assert max(map(len, result.out.splitlines())) <= 300
+
+
+def test_every_problem_has_a_line(run: Any, tmp_path: Path) -> None:
+    samples(tmp_path)
+    for name in ("shards/00000.npz", "shards/00001.json", "strategy.json"):
+        (tmp_path / name).unlink()
+    lines = run(f"doctor {tmp_path}").out
+    assert all(name in lines for name in ("shards/00000.npz: ", "shards/00001.json: missing", "strategy.json: has"))
 
 
 def test_a_sound_model(run: Any, tmp_path: Path) -> None:
@@ -32,30 +73,6 @@ def test_a_sound_model(run: Any, tmp_path: Path) -> None:
     assert (result.code, result.err) == (0, "")
     assert result.out == f"digits-p1: no problem; checked a model of {weights:,} weights, by one image there and back\n"
     assert figures(tmp_path / "f")["problems"] == []
-
-
-def test_sound_folders_of_other_commands(run: Any, tmp_path: Path) -> None:
-    sample_to_folder(
-        jf.load("./plain"), 4, tmp_path / "rows/jacobi-1", strategy="jacobi-1", batch_size=1, shard_size=2,
-        progress=False,
-    )  # fmt: skip
-    assert "checked samples of 4 images in 2 shards\n" in run(f"doctor {tmp_path}/rows/jacobi-1").out
-    assert "checked a comparison of 1 rows of samples\n" in run(f"doctor {tmp_path}").out
-    (tmp_path / "checkpoint.pt").touch()
-    assert run(f"doctor {tmp_path}").out.endswith("and a training run of a checkpoint and its metrics\n")
-
-
-def test_all_problems_of_all_that_a_folder_is(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for part in PARTS:
-        found = [f"{part.__name__} x: restore it", "long\n" * 200]
-        monkeypatch.setattr(part, "problems", lambda path, found=found: iter(found))
-    for name in ("config.json", "manifest.json", "settings.json", "checkpoint.pt"):
-        (tmp_path / name).touch()
-    result, lines = run(f"doctor {tmp_path} --json {tmp_path}/f"), 2 * len(PARTS)
-    assert (result.code, result.err, result.out.count("\n")) == (2, "", lines)
-    assert all(f"{part.__name__} x: restore it\n" in result.out for part in PARTS)
-    assert max(map(len, result.out.splitlines())) <= 300
-    assert figures(tmp_path / "f")["problems"] == result.out.splitlines()
 
 
 def test_a_model_is_used(run: Any, tmp_path: Path) -> None:
@@ -73,18 +90,3 @@ def test_a_model_is_used(run: Any, tmp_path: Path) -> None:
 
 def test_what_is_no_folder_of_ours(refuse: Any) -> None:
     refuse("doctor pets", "pets: no model, samples, comparison or training run; give the folder of one, or a bundled ")
-
-
-def test_a_damaged_shard_is_found_by_the_parts_themselves(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = sample_to_folder(jf.load("plain"), 4, tmp_path, strategy="jacobi-1", batch_size=2, progress=False)
-    shard = folder.path / "shards" / "00000.npz"
-    with monkeypatch.context() as patch:
-        for part in PARTS:
-            patch.setattr(part, "problems", REAL[part])
-        assert run(f"doctor {tmp_path}").code == 0
-        shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-        result = run(f"doctor {tmp_path}")
-    assert (result.code, result.err) == (2, "")
-    assert result.out.startswith(f"{shard}: does not match its checksum; sample into the folder again")

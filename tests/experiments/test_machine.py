@@ -16,9 +16,9 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import initialize, precondition, rule
 from problems import make_flow, to_float32
-from sample_folders import Killed, everything, facts, flip, invented, killed
+from sample_folders import FolderMachine, Killed, everything, facts, flip, invented, killed
 
 from jacobiflow.baselines import SEQUENTIAL
 from jacobiflow.experiments.quality import Experiment, begin, draw, folder, problems
@@ -50,22 +50,23 @@ def result(out: Path) -> Any:
 
 
 @cache
-def undisturbed(num: int) -> Any:
+def undisturbed(num: int) -> tuple[Any, dict[str, bytes]]:
+    """The result, and the files of it that are the same each time."""
     with tempfile.TemporaryDirectory() as folder:
         compare(Path(folder), num)
         assert list(problems(Path(folder))) == []
-        return result(Path(folder))
+        files = everything(Path(folder))
+        return result(Path(folder)), {name: files[name] for name in files if name.endswith((".npz", *OWN))}
 
 
 @pytest.mark.usefixtures("one_thread")
-class Comparison(RuleBasedStateMachine):
+class Comparison(FolderMachine):
     """A comparison of two rows, in shards of 2, that many things happen to."""
 
     @initialize(num=st.integers(1, 3))
     def start(self, num: int) -> None:
-        self.out, self.num = Path(tempfile.mkdtemp()) / "out", num
-        self.foreign: dict[str, bytes] = {}
-        self.changed: dict[str, bytes] = {}
+        self.begin()
+        self.num = num
 
     def teardown(self) -> None:
         if hasattr(self, "out"):
@@ -83,12 +84,13 @@ class Comparison(RuleBasedStateMachine):
             assert after < 10**6
         except ValueError as error:
             assert self.changed, error
-            lost = {name: held for name, held in before.items() if everything(self.out).get(name) != held}
-            assert not any(name.endswith((".npz", *OWN)) for name in lost), "lost by a run that was refused"
+            now, whole = everything(self.out), undisturbed(num)[1]
+            kept = {name: held for name, held in whole.items() if before.get(name) == held}
+            assert {name: now.get(name) for name in kept} == kept, "lost by a run that was refused"
         else:
             for name in self.foreign:
                 (self.out / name).unlink()
-            assert result(self.out) == undisturbed(num)
+            assert result(self.out) == undisturbed(num)[0]
             for name, held in self.foreign.items():
                 (self.out / name).write_bytes(held)
         now = everything(self.out)
@@ -115,31 +117,25 @@ class Comparison(RuleBasedStateMachine):
     @rule()
     def second_process(self) -> None:
         before = everything(self.out)
-        with locked(self.out / "rows" / "jacobi-1"), pytest.raises((FolderInUseError, ValueError)):
+        with locked(self.out / "rows" / "jacobi-1"), pytest.raises(ValueError if self.changed else FolderInUseError):
             compare(self.out, self.num, overwrite=True)
         assert everything(self.out) == before
 
-    @precondition(lambda self: set(everything(self.out)) - set(self.foreign))
+    @precondition(FolderMachine.ours)
     @rule(data=st.data(), harm=st.sampled_from([flip, Path.unlink]))
     def damage(self, data: st.DataObject, harm: Any) -> None:
-        ours = {name: held for name, held in everything(self.out).items() if name not in self.foreign}
+        ours = self.ours()
         name = data.draw(st.sampled_from(sorted(name for name in ours if not name.endswith(".npy"))))
         if name.endswith(OWN):
             self.changed.setdefault(name, ours[name])
         harm(self.out / name)
 
-    @rule()
-    def restore(self) -> None:
-        for name, held in self.changed.items():
-            (self.out / name).write_bytes(held)
-        self.changed = {}
-
     @precondition(lambda self: (self.out / "settings.json").exists())
     @rule(name=st.sampled_from(PLACES))
     def another_program(self, name: str) -> None:
-        (self.out / name).parent.mkdir(parents=True, exist_ok=True)
-        self.foreign[name] = b"mine"
-        (self.out / name).write_bytes(b"mine")
+        row = self.out / "rows" / "jacobi-1"  # shards in a row that has not begun are refused
+        if name != PLACES[2] or (row / "manifest.json").exists():
+            self.put(name)
 
 
 Comparison.TestCase.settings = settings(

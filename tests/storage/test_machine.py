@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from sample_folders import Killed, everything, flip, killed, run
+from hypothesis.stateful import initialize, precondition, rule
+from sample_folders import FolderMachine, Killed, everything, flip, killed, run
 
 import jacobiflow as jf
 from jacobiflow.locking import FolderInUseError, locked
@@ -36,14 +36,13 @@ def undisturbed(num: int, files: str) -> dict[str, bytes]:
         return everything(Path(folder))
 
 
-class Samples(RuleBasedStateMachine):
+class Samples(FolderMachine):
     """A folder of samples, in shards of 2, that many things happen to."""
 
     @initialize(files=st.sampled_from(["npz", "png"]), num=st.integers(1, 5))
     def start(self, files: str, num: int) -> None:
-        self.out, self.files, self.num = Path(tempfile.mkdtemp()) / "out", files, num
-        self.foreign: dict[str, bytes] = {}
-        self.changed: dict[str, bytes] = {}  # manifest and strategy as they were, where they are not as written
+        self.begin()
+        self.files, self.num = files, num
 
     def teardown(self) -> None:
         if hasattr(self, "out"):
@@ -102,8 +101,8 @@ class Samples(RuleBasedStateMachine):
     @precondition(lambda self: any(self.finished(self.num)))
     @rule(changed=st.sampled_from([{"seed": 1}, {"labels": False}, {"num": 0}, {"plan": None}]))
     def other_settings(self, changed: dict[str, Any]) -> None:
-        with pytest.raises(ValueError), pytest.MonkeyPatch.context():
-            before = everything(self.out)
+        before = everything(self.out)
+        with pytest.raises(ValueError):
             run(self.out, **{"num": self.num, "files": self.files, "shard_size": 2, "plan": lambda: WINDOW, **changed})
         assert everything(self.out) == before
 
@@ -114,29 +113,21 @@ class Samples(RuleBasedStateMachine):
             draw(self.out, self.num, self.files, overwrite=True)
         assert everything(self.out) == before
 
-    @precondition(lambda self: set(everything(self.out)) - set(self.foreign))
+    @precondition(FolderMachine.ours)
     @rule(data=st.data(), harm=st.sampled_from([flip, Path.unlink]))
     def damage(self, data: st.DataObject, harm: Any) -> None:
-        ours = {name: held for name, held in everything(self.out).items() if name not in self.foreign}
+        ours = self.ours()
         name = data.draw(st.sampled_from(sorted(ours)))
         if "/" not in name and not name.endswith(".partial"):
             self.changed.setdefault(name, ours[name])
         harm(self.out / name)
-
-    @rule()
-    def restore(self) -> None:
-        for name, held in self.changed.items():
-            (self.out / name).write_bytes(held)
-        self.changed = {}
 
     @precondition(lambda self: (self.out / "manifest.json").exists())
     @rule(name=st.sampled_from(PLACES))
     def another_program(self, name: str) -> None:
         if name == "shards/00004.npz" and (self.num > 8 or self.files == "png"):
             return
-        (self.out / name).parent.mkdir(parents=True, exist_ok=True)
-        self.foreign[name] = b"mine"
-        (self.out / name).write_bytes(b"mine")
+        self.put(name)
 
 
 Samples.TestCase.settings = settings(

@@ -192,6 +192,7 @@ def test_training_whatever_happens() -> None:
             max_examples=12,
             stateful_step_count=8,
             deadline=None,
+            derandomize=True,
             suppress_health_check=list(HealthCheck),
         ),
     )

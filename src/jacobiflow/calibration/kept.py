@@ -6,6 +6,7 @@ OUT.partial/*.json         what is finished, each file whole
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from jacobiflow.locking import LOCK, locked
 
 T = TypeVar("T")
 _SETTINGS, _KEY = "settings.json", "calibration"
+_NAME = re.compile(r"(settings|report|block-[0-9]+)\.json")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ def keeping(out: Path | None, key: Callable[[], str]) -> Iterator[Kept]:
 
 
 def _empty(folder: Path) -> None:
+    """Remove what calibrations keep, and nothing else."""
     remove_partials(folder)
     for file in folder.glob("*.json"):
-        file.unlink()
+        if _NAME.fullmatch(file.name):
+            file.unlink()

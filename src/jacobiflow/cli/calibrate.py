@@ -75,8 +75,6 @@ def calibrate(
         raise ValueError(f"--norm {norm}: give 2, fro or 1")
     if num < 2:
         raise ValueError(f"--num {num}: give at least 2 images, to take means over")
-    if segments < 1:
-        raise ValueError(f"--segments {segments}: give a positive number")
     flow = options.load_model(model, device, dtype)
     data = options.read_images(images, flow.config.image_size, flow.config.in_channels)
     chosen = _choose(len(data), num, seed)

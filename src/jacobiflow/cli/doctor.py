@@ -62,11 +62,11 @@ def doctor(
 
 def _model_problems(folder: Path) -> Iterator[str]:
     """What is wrong with the files, else with the report, and with the way to images and back."""
-    broken = list(flows.problems(folder))
-    yield from broken
-    if broken:
-        return
-    flow = load(folder)
+    yield from flows.problems(folder)
+    try:
+        flow = load(folder)
+    except ValueError:
+        return  # they have said why
     if (folder / REPORT).exists():
         try:
             Report.load(folder / REPORT).check(flow)
@@ -91,28 +91,17 @@ def _describe_model(folder: Path) -> str:
 
 def _describe_samples(folder: Path) -> str:
     manifest = SampleFolder.open(folder).manifest
-    return f"{manifest.num:,} images in {manifest.num_shards:,} shards"
+    return f"{manifest.num:,} images, shard by shard"
 
 
 def _describe_comparison(folder: Path) -> str:
-    return f"{len(list(folder.glob(f'rows/*/{MANIFEST}'))):,} rows of samples"
+    rows = ", ".join(sorted(file.parent.name for file in folder.glob(f"rows/*/{MANIFEST}")))
+    return f"the rows {rows}" if rows else "no row yet"
 
 
 _KINDS = {
     "a model": _Kind((CONFIG, WEIGHTS), _model_problems, _describe_model),
-    "samples": _Kind(
-        (MANIFEST,),
-        lambda folder: storage.problems(folder),
-        _describe_samples,
-    ),
-    "a comparison": _Kind(
-        ("settings.json", "rows"),
-        lambda folder: quality.problems(folder),
-        _describe_comparison,
-    ),
-    "a training run": _Kind(
-        ("checkpoint.pt",),
-        lambda folder: training.problems(folder),
-        lambda folder: "a checkpoint and its metrics",
-    ),
+    "samples": _Kind((MANIFEST,), storage.problems, _describe_samples),
+    "a comparison": _Kind(("settings.json", "rows"), quality.problems, _describe_comparison),
+    "a training run": _Kind(("checkpoint.pt",), training.problems, lambda folder: "a checkpoint and its metrics"),
 }

@@ -92,21 +92,9 @@ class Limited(TyperCommand):
         return super().invoke(ctx)
 
 
-def parse_device(name: str) -> torch.device:
-    """The device of that name. **Raises** `ValueError` where there is none here."""
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("holds no values")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name}: not available here; give cpu") from error
-    return device
-
-
 def load_model(name: str, device: str, dtype: str = "float32") -> ImageFlow:
     """The flow that `--model`, `--device` and `--dtype` name."""
-    return load(name, parse_device(device), dtype)
+    return load(name, device, dtype)
 
 
 def open_samples(path: Path, flow: ImageFlow) -> SampleFolder:

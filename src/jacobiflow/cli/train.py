@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jacobiflow import sampling
+from jacobiflow.checks import check_device
 from jacobiflow.cli import options, paths
 from jacobiflow.data import Noise
 from jacobiflow.flows.folder import CONFIG, REPORT, WEIGHTS
@@ -95,7 +96,7 @@ def train(
         batch_size=batch_size, learning_rate=learning_rate, warmup=warmup, ema=ema, clip=clip, drop_label=drop_label,
         bf16=bf16, seed=seed, checkpoint_every=checkpoint_every, sample_every=sample_every,
     )  # fmt: skip
-    place = options.parse_device(device)
+    place = check_device(device, here=True)
     _check_memory(flow_class, config, place)
     torch.manual_seed(seed)
     model = flow_class(config)

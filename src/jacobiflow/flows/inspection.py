@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from jacobiflow.files import partials, read_object
-from jacobiflow.flows.fingerprint import fingerprint
+from jacobiflow.files import partials
 from jacobiflow.flows.folder import CONFIG, README, REPORT, WEIGHTS, ModelFolder
 from jacobiflow.flows.registry import load
 from jacobiflow.flows.weights import CheckpointError
@@ -19,22 +17,16 @@ _Read = TypeVar("_Read")
 def problems(path: Path) -> Iterator[str]:
     """What is wrong with the model in a folder, and what to do: a line each, none where `jacobiflow.load` takes it.
 
-    Of a report only whether it is of these weights; `jacobiflow.Report.load` has what else is wrong with it.
+    What is wrong with its report, `jacobiflow.Report` says.
     """
     if not path.is_dir():
         yield f"{path}: no folder; give one with {CONFIG} and {WEIGHTS}"
         return
     found: list[str] = []
     folder, weights = _try(lambda: ModelFolder.open(path), found), _try(ModelFolder(path, "", {}).state, found)
-    flow = None if folder is None or weights is None else _try(lambda: load(path), found)
+    if folder is not None and weights is not None:
+        _try(lambda: load(path), found)
     yield from found
-    report = path / REPORT
-    if os.path.lexists(report):
-        made_for = (read_object(report) or {}).get("fingerprint")
-        if made_for is None:
-            yield f"{report}: no report that can be read; calibrate again, or remove it"
-        elif flow is not None and fingerprint(flow) != made_for:
-            yield f"{report}: of other weights than {WEIGHTS}; calibrate again, or remove it"
     for name in (CONFIG, WEIGHTS, REPORT, README):
         for left in partials(path, name):
             yield f"{left}: left by a process that was killed; write the model again, or remove it"

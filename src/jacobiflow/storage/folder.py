@@ -208,9 +208,13 @@ class SampleFolder:
         self._record_file(index).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove all that the run of the manifest wrote, the manifest last, and folders that are empty then."""
+        """Remove all that the run of the manifest wrote, and folders that are empty then.
+
+        The manifest stays where others have put files into these: without it, all would be taken for theirs.
+        """
         self.empty()
-        (self.path / MANIFEST).unlink(missing_ok=True)
+        if not any((self.path / name).exists() for name in (names.SHARDS, names.IMAGES)):
+            (self.path / MANIFEST).unlink(missing_ok=True)
 
     def empty(self) -> None:
         """Remove the strategy and all shards, records first: without these, a run begins anew."""

@@ -44,7 +44,7 @@ class Checkpoint:
         """The checkpoint in a file. **Raises** `ValueError` where it is none."""
         try:
             state = load_torch(path)
-            check_kind("it", state, dict, "a dict")
+            check_kind("checkpoint", state, dict, "a dict")
             found = cls(**{
                 field.name: state[field.name] if field.default is MISSING else state.get(field.name)
                 for field in fields(cls)
