@@ -246,7 +246,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"checksums": ["a", "b", "c"]}, "checksums is ('a', 'b', 'c')"), ({"fingerprint": "f"}, "fingerprint is 'f'"),
     ({"labels_sha256": ""}, "labels_sha256 is ''"), ({"strategy_sha256": 1}, "strategy_sha256 is 1"),
     ({"guidance": {"weight": -1}}, "guidance is {'weight': -1}"), ({"denoise": math.nan}, "denoise is nan"),
-    ({"tolerance": 0}, "tolerance is 0"), ({"certify": 1}, "certify is 1"), ({"model": 1}, "model is 1"),
+    ({"tolerance": -1}, "tolerance is -1"), ({"certify": 1}, "certify is 1"), ({"model": 1}, "model is 1"),
     ({"shard_size": 3}, "shard_size is 3, no multiple of batch_size, 2"),
     ({"num": 10**12, "batch_size": 1, "shard_size": 1}, "1,000,000,000,000 samples: the limit is 100,000,000; give few"
      "er"),

@@ -106,6 +106,11 @@ def test_trained_digits_in_batches_of_two_sizes(tmp_path: Path) -> None:
     assert abs(found[0] - found[1]).max() <= 1, "more than a level apart"
 
 
+def test_a_run_down_to_rounding_goes_on(tmp_path: Path) -> None:
+    draw(tmp_path, tolerance=0.0, strategy="jacobi")
+    assert draw(tmp_path, tolerance=0.0, strategy="jacobi").drawn == 0
+
+
 def test_sizes_by_default(tmp_path: Path) -> None:
     flow = to_float32(make_flow(image_size=4))
     for num, batch_size, want in ((3, None, (3, 1023)), (65, None, (64, 1024)), (3, 2000, (2000, 2000))):

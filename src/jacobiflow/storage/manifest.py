@@ -156,7 +156,7 @@ class Manifest:
             "fingerprint": _is_sha256(self.fingerprint),
             "guidance": self.guidance is None or _is_guidance(self.guidance),
             "denoise": _is_number(self.denoise),
-            "tolerance": self.tolerance is None or (_is_number(self.tolerance) and self.tolerance > 0),
+            "tolerance": self.tolerance is None or _is_number(self.tolerance),
             "certify": self.certify is True or self.certify is False or self.certify == "always",
             "machine": isinstance(self.machine, dict),
             "checksums": sums is None or (isinstance(sums, tuple) and all(map(_is_sha256, sums))),
