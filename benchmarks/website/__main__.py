@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ _CONFIG = ROOT / "zensical.toml"
 
 def main() -> None:
     """Builds the site; exits 1 with what is wrong with it."""
+    listed = re.findall(r'= "([^"]+\.md)"', _CONFIG.read_text())
     project = tomllib.loads(_CONFIG.read_text())["project"]
     source, site = ROOT / project["docs_dir"], ROOT / project["site_dir"]
     for folder in (source, site):
@@ -37,6 +39,9 @@ def main() -> None:
         [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", str(_CONFIG)]
     )
     wrong = [] if built.returncode else problems(site)
+    wrong += [
+        f"{name} is not in the navigation of {_CONFIG.name}" for name in pages.names.values() if name not in listed
+    ]
     print(*wrong, sep="\n", end="\n" * bool(wrong), file=sys.stderr)
     sys.exit(built.returncode or bool(wrong))
 

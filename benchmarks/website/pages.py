@@ -55,7 +55,7 @@ class Pages:
         page.parent.mkdir(parents=True, exist_ok=True)
         moved = outside_code(text, lambda part: _LINK.sub(lambda link: self._moved(path, link), part))
         if "```mermaid" in text:  # which then is not fetched from elsewhere
-            moved += f'\n<script src="{"../" * (self.names[path].count("/") + 1)}{MERMAID}"></script>\n'
+            moved += f'\n<script src="{os.path.relpath(MERMAID, os.path.dirname(self.names[path]))}"></script>\n'
         page.write_text(moved)
 
     def _moved(self, path: str, link: re.Match[str]) -> str:
@@ -76,6 +76,8 @@ class Pages:
             (self.site / copy).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.root / linked, self.site / copy)
             return os.path.relpath(copy, here)
+        if not (self.root / linked).exists():
+            raise ValueError(f"{path} links to {target}, which is not there")
         return self._tree + linked
 
 

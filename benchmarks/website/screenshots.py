@@ -49,7 +49,10 @@ def chromium() -> Iterator[Browser]:
 
 
 def look(browser: Browser, address: str, names: Iterable[str], width: int, pictures: Path) -> list[str]:
-    """Takes a picture of each page; what is wrong: too wide for the window, a message in the console, a failed request."""
+    """Takes a picture of each page.
+
+    Returns what is wrong: too wide for the window, a message in the console, a failed request.
+    """
     wrong = []
     page = browser.new_page(viewport={"width": width, "height": 900})
     page.on("console", lambda message: wrong.append(f"{page.url}: {message.text}"))
