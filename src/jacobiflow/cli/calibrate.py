@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated, Any
 
 import torch
@@ -25,6 +26,7 @@ from jacobiflow.calibration.tuning import BlockTuning
 from jacobiflow.cli import options, paths
 from jacobiflow.data import ImageDataset, Noise, noisy_images
 from jacobiflow.flows.folder import REPORT
+from jacobiflow.measuring import machine
 from jacobiflow.strategy import Strategy
 
 _SHOWN = 1e-3  # the tolerance whose sweeps the tables show
@@ -85,6 +87,7 @@ def calibrate(
     if per_class and labels is None:
         raise ValueError("--per-class: needs a model with classes and labelled images, without --unconditional")
     guide = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
+    started = perf_counter()
     report = measure(
         flow, _Images(data, chosen, None if clean else _noise(flow.config.noise_std), seed), labels,
         norm="fro" if norm == "fro" else 2 if norm == "2" else 1,
@@ -92,7 +95,10 @@ def calibrate(
         segments=segments, traced=traced, per_class=per_class, chord=chord, batch_size=batch_size, seed=seed,
         progress=sys.stderr.isatty(), out=out,
     )  # fmt: skip
-    figures = _figures(report) | {"model": model, "images": images, "clean": clean, "report": str(out)}
+    figures = _figures(report) | {
+        "model": model, "images": images, "clean": clean, "report": str(out),
+        "machine": machine(flow.var.device), "seconds": perf_counter() - started,  # of this run, if it was interrupted
+    }  # fmt: skip
     options.report(json, figures)
     _print(report, figures)
     print(f"wrote {out}")

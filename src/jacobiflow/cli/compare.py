@@ -218,11 +218,11 @@ def _estimate(names: Sequence[str], timings: Mapping[str, Any], num: int) -> Non
 
 
 def _print(rows: Sequence[Row], distance: str) -> None:
-    print(f"\n{rows[0].num:,} samples a row; * within 1% of {ORIGINAL}")
+    print(f"\n{rows[0].num:,} samples a row; * within 1% of {ORIGINAL}; seconds include denoising")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     table.add_column("strategy", overflow="fold")
     for column in (distance.replace("-", "-\n"), "above\noriginal", "max\nerror", "RMS\nerror", "8-bit\npixels",
-                   "re-\nsolved", "seconds\na batch", "rate"):  # fmt: skip
+                   "re-\nsolved", "seconds\na batch", "times\nas fast"):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True, min_width=max(map(len, column.split("\n"))))
     for row in rows:
         table.add_row(

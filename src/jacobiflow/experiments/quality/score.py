@@ -28,7 +28,8 @@ class Row:
     **Attributes:** `name`; `num` samples; `distance`, Fréchet, to the real images; `relative`, by what share that is
     above the original's over the same latents (below 0: nearer); `max` and `rms`, the largest and the root-mean-square
     difference of an entry to the exact images; `pixels`, a `PixelDifference`; `resolved`, the share solved again
-    sequentially; `seconds`, a `Timing` of one batch, without denoising; `rate`, how many times as fast as the original.
+    sequentially; `seconds`, a `Timing` of one batch, denoising included; `rate`, how many times as fast that is as the
+    original, which is denoised as well.
     """
 
     name: str
@@ -62,7 +63,11 @@ def score(
 
     exact = first(folders[ORIGINAL])
     base = frechet_distance(real, Statistics.of(extract(features, [exact])))
-    seconds = {name: Timing(row["median"], row["min"], row["max"]) for name, row in timings["rows"].items()}
+    denoising = timings["denoise_seconds"]
+    seconds = {
+        name: Timing(*(row[entry] + denoising for entry in ("median", "min", "max")))
+        for name, row in timings["rows"].items()
+    }
     rows = []
     for name, folder in folders.items():
         images = first(folder)
