@@ -14,10 +14,10 @@ _SHA512 = "4113TdXeLAsMruJ79OpFL5O8+LTFXhQqZ260rF3tgUmiNAtRm4Uume04I+65PRN6yZ69J
 _FILE = "package/dist/mermaid.min.js"
 
 
-def vendor_mermaid(kept: Path) -> None:
-    """Writes the file `kept`, unless it is there. **Raises** `ValueError` where the registry sends something else."""
+def vendor_mermaid(kept: Path) -> Path:
+    """The file `kept`, fetched unless it is there. **Raises** `ValueError` where the registry sends something else."""
     if kept.exists():
-        return
+        return kept
     with urllib.request.urlopen(_PACKAGE, timeout=60) as answer:
         package = answer.read()
     if base64.b64encode(hashlib.sha512(package).digest()).decode() != _SHA512:
@@ -26,4 +26,6 @@ def vendor_mermaid(kept: Path) -> None:
         script = files.extractfile(_FILE)
         assert script is not None  # it is a file
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_bytes(script.read())
+        part = kept.with_suffix(".part")
+        part.write_bytes(script.read())
+        return part.replace(kept)
