@@ -75,7 +75,9 @@ def _run(arguments: Sequence[str]) -> int:
         with interruptible(), warnings.catch_warnings():
             _load_extensions()
             warnings.showwarning = _show_warning  # type: ignore[assignment]
-            code = _commands()(args=arguments or ["--help"], prog_name="jacobiflow", standalone_mode=False)
+            code = _commands()(
+                args=arguments or ["--help"], prog_name="jacobiflow", standalone_mode=False, obj=tuple(arguments)
+            )
             sys.stdout.flush()
         if code == INTERRUPTED:  # which typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt

@@ -16,6 +16,7 @@ from jacobiflow.cli.options import LABEL_FILES
 from jacobiflow.data.sources import FASHION_MNIST_FOLDER
 from jacobiflow.flows.folder import CONFIG, MODELS, REPORT, WEIGHTS, bundled
 from jacobiflow.locking import LOCK
+from jacobiflow.plots import check_page
 from jacobiflow.storage.names import IMAGES, MANIFEST, SHARDS, STRATEGY
 
 _ARGUMENTS = ("file", "path")  # inputs that are no options
@@ -65,6 +66,7 @@ def check(
     writes: Sequence[str] = (),
     out_file: Path | None = None,
     save_stats: Path | None = None,
+    html: Path | None = None,
     calibrates: bool = False,
     **inputs: Any,
 ) -> None:
@@ -72,7 +74,7 @@ def check(
 
     **Arguments:**
 
-    - `json`, `out_file` (an `--out` that is a file) and `save_stats`: files that the command writes.
+    - `json`, `out_file` (an `--out` that is a file), `save_stats` and `html`: files that the command writes.
     - `out`, `writes`: a folder that it writes, and what in it; a name without a suffix is a folder, and a name may have
       a wildcard.
     - `calibrates`: whether `out_file` may be the report in the model's folder.
@@ -80,9 +82,9 @@ def check(
       `labels` (text, or a file), `strategy` (names and files), and any other file or folder.
 
     **Raises** `ValueError` for an output that is an input too, or lies in a folder of images that is read; for two
-    outputs in one place; and where nothing can be written.
+    outputs in one place; where nothing can be written; and where `html` is there, but is no page of ours.
     """
-    named = (("--out", out_file), ("--save-stats", save_stats), ("--json", json))
+    named = (("--out", out_file), ("--save-stats", save_stats), ("--json", json), ("--html", html))
     files = [_Place.of(option, path) for option, path in named if path is not None]
     folder = None if out is None else _Place.of("--out", out)
     reads = [place for name, value in inputs.items() for place in _inputs(name, value)]
@@ -96,6 +98,8 @@ def check(
         _check_not_read(file, [place for place in reads if not own or place.path != report])
         if not own:
             _check_not_bundled(file)
+    if html is not None:
+        check_page(html)
 
 
 @contextmanager
@@ -123,7 +127,7 @@ def _check_distinct(file: _Place, others: Sequence[_Place]) -> None:
 def _check_file(file: _Place) -> None:
     if file.path.is_dir():
         file.refuse("is a folder; give a file")
-    if file.option == "--json" and not file.given.parent.is_dir():  # whose folder is not made
+    if file.option in ("--json", "--html") and not file.given.parent.is_dir():  # whose folder is not made
         file.refuse("give a file in a folder that exists")
     folder, name = Path(os.path.realpath(file.given.parent)), file.given.name
     _check_writable(file, folder, (name, _PARTIAL.format(name)))
