@@ -159,7 +159,7 @@ def final(
     z, labels = latents(flow, batch)
     plan = auto(flow, batch)
     bare = jf.TarFlow.from_pretrained(MODEL).requires_grad_(False)
-    bare.report_file = None
+    bare.report_files = ()
     runs: dict[str, Callable[[], Any]] = {
         "auto": partial(draw, flow, z, labels, plan),
         "auto, certified": partial(draw, flow, z, labels, plan, None, True),
@@ -341,9 +341,10 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     arguments = parser.parse_args()
     flow = jf.TarFlow.from_pretrained(MODEL).requires_grad_(False)
-    if flow.report_file is None:
+    file = jf.find_report(flow)
+    if file is None:
         raise ValueError(f"{MODEL} has no report: make calibration")
-    report = jf.Report.load(flow.report_file)
+    report = jf.Report.load(file)
     every = settings(flow, report)
     parts: dict[str, Callable[[int], Any]] = {
         "grid": lambda batch: grid(flow, near(batch), batch),

@@ -24,7 +24,7 @@ from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.calibration.tuning import BlockTuning
 from jacobiflow.cli import options, paths
 from jacobiflow.data import ImageDataset, Noise, noisy_images
-from jacobiflow.flows.folder import REPORT
+from jacobiflow.flows.folder import REPORTS
 from jacobiflow.strategy import Strategy
 
 _SHOWN = 1e-3  # the tolerance whose sweeps the tables show
@@ -51,7 +51,7 @@ def calibrate(
         typer.Option(
             "--chord",
             help="Also fit guesses and corrections, and count their sweeps, for jacobiflow plan. With --out "
-            f"{REPORT} in the model's folder, the strategy auto plans by it.",
+            f"{' or '.join(REPORTS)} in the model's folder, the strategy auto plans by it, under the same guidance.",
         ),
     ] = False,
     guidance: options.GuidanceWeight = 0.0,
