@@ -105,8 +105,7 @@ def test_a_row_of_the_bundled_model(run: Any, tmp_path: Path) -> None:
     line = "compare --model fashion-p2 --num 2 --batch-size 2 --repeats 1 --strategy [7-4-6-10]"
     assert run(f"{line} --out {tmp_path}").code == 0
     flow = jf.load("fashion-p2")
-    assert flow.report_file is not None
-    plan = jf.Strategy.parse("[7-4-6-10]", jf.Report.load(flow.report_file))
+    plan = jf.Strategy.parse("[7-4-6-10]", jf.Report.load(jf.find_report(flow)))  # type: ignore[arg-type]
     want = jf.sample(flow, 2, torch.arange(2), strategy=plan, certify=False, progress=False)
     pixels, original = (on_disk(tmp_path / "rows" / name) for name in ("7-4-6-10", "sequential"))
     assert np.array_equal(pixels, levels(want.images))

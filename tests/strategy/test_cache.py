@@ -250,7 +250,7 @@ def test_real_weights(plans: Plans) -> None:
     """The bundled flow of digits: by its report and the real clock; and without, where a tough block gets a window."""
     digits = jf.load("digits-p1")
     assert_near_the_loop(digits, 1e-2, 1)
-    digits.report_file, plans.machine = None, Machine(1.0, 0.03)
+    digits.report_files, plans.machine = (), Machine(1.0, 0.03)
     flow = plans.machine.carry(digits, plans.monkeypatch)  # type: ignore[arg-type]
     found = plans.auto(flow, 2, 1e-2)
     assert {solver.partition for solver in found.solvers} == {jf.Whole(), jf.Window(32)}

@@ -22,7 +22,7 @@ from jacobiflow.calibration.tuning import BlockTuning
 from jacobiflow.cli import options, pages, paths
 from jacobiflow.cli.tables import show
 from jacobiflow.data import ImageDataset, Noise, noisy_images
-from jacobiflow.flows.folder import REPORT
+from jacobiflow.flows.folder import REPORTS
 from jacobiflow.guidance import Guidance
 from jacobiflow.measuring import machine
 from jacobiflow.plots import Picture, Table, convergence_figure, segments_figure
@@ -57,7 +57,7 @@ def calibrate(
         typer.Option(
             "--chord",
             help="Also fit guesses and corrections, and count their sweeps, for jacobiflow plan. With --out "
-            f"{REPORT} in the model's folder, the strategy auto plans by it.",
+            f"{' or '.join(REPORTS)} in the model's folder, the strategy auto plans by it, under the same guidance.",
         ),
     ] = False,
     guidance: options.GuidanceWeight = 0.0,

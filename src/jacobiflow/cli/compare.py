@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from jacobiflow.baselines import PEERS, SEQUENTIAL, gs_jacobi_grid
+from jacobiflow.calibration import find_report
 from jacobiflow.cli import options, pages, paths
 from jacobiflow.cli.progress import progress
 from jacobiflow.cli.real_images import RealImages, real_images
@@ -104,15 +105,15 @@ def compare(
     shard_size = shard_size or max(512 // batch_size, 1) * batch_size
     with processes() as among, locking(out) as acquire:
         flow = options.load_model(model, among.device(device), dtype)
-        path = report or flow.report_file
+        guide = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
+        path = report or find_report(flow, guide)
         found = None if path is None else options.load_report(path, flow)
         rows = strategy or [*gs_jacobi_grid(found, short=True), *PEERS, *_AUTOS]
         most = max(num, final or 0, 0 if overwrite else largest_row(out))
         experiment = Experiment(
             flow, out, tuple(dict.fromkeys((ORIGINAL, SEQUENTIAL, *rows))),
             options.parse_labels(labels, most, flow, seed), seed,
-            options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature), denoise, found,
-            batch_size, shard_size, model,
+            guide, denoise, found, batch_size, shard_size, model,
         )  # fmt: skip
         run = _Run(
             experiment, among, cache(lambda: real_images(flow, features, inception, images, stats)), NAMES[features]

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from jacobiflow.cli.options import LABEL_FILES
 from jacobiflow.data.sources import FASHION_MNIST_FOLDER
-from jacobiflow.flows.folder import CONFIG, MODELS, REPORT, WEIGHTS, bundled
+from jacobiflow.flows.folder import CONFIG, MODELS, REPORT, WEIGHTS, bundled, is_report, reports_in
 from jacobiflow.locking import LOCK
 from jacobiflow.plots import check_page
 from jacobiflow.storage.names import IMAGES, MANIFEST, SHARDS, STRATEGY
@@ -77,7 +77,7 @@ def check(
     - `json`, `out_file` (an `--out` that is a file), `save_stats` and `html`: files that the command writes.
     - `out`, `writes`: a folder that it writes, and what in it; a name without a suffix is a folder, and a name may have
       a wildcard.
-    - `calibrates`: whether `out_file` may be the report in the model's folder.
+    - `calibrates`: whether `out_file` may be a report in the model's folder.
     - `inputs`: what the command reads, by the option's name: `model`, `samples`, `images` (a name, or a folder),
       `labels` (text, or a file), `strategy` (names and files), and any other file or folder.
 
@@ -88,14 +88,14 @@ def check(
     files = [_Place.of(option, path) for option, path in named if path is not None]
     folder = None if out is None else _Place.of("--out", out)
     reads = [place for name, value in inputs.items() for place in _inputs(name, value)]
-    report = _Place.of("--model", _model_folder(inputs["model"]) / REPORT).path if calibrates else None
+    model = _Place.of("--model", _model_folder(inputs["model"])).path if calibrates else None
     if folder is not None:
         _check_folder(folder, writes, files, reads)
     for i, file in enumerate(files):
         _check_distinct(file, files[:i])
         _check_file(file)
-        own = file.option == "--out" and file.path == report
-        _check_not_read(file, [place for place in reads if not own or place.path != report])
+        own = file.option == "--out" and file.path.parent == model and is_report(file.path.name)
+        _check_not_read(file, [place for place in reads if not own or place.path != file.path])
         if not own:
             _check_not_bundled(file)
     if html is not None:
@@ -213,7 +213,8 @@ def _inputs(name: str, value: Any) -> list[_Place]:
         value = FASHION_MNIST_FOLDER
     values: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
     if name == "model":
-        values = [_model_folder(value) / file for file in (CONFIG, WEIGHTS, REPORT)]
+        folder = _model_folder(value)
+        values = [folder / CONFIG, folder / WEIGHTS, folder / REPORT, *reports_in(folder)]
     elif name == "samples":
         values = [folder / part for folder in values for part in (MANIFEST, STRATEGY, SHARDS, IMAGES)]
     elif name == "images":
