@@ -137,5 +137,6 @@ def test_what_a_command_reads_or_writes_is_not_overwritten(
 def test_a_report_may_go_beside_its_model(run: Any, place: Path) -> None:
     """Where `auto` finds it; again too."""
     line = f"calibrate --model {place}/model --images {place}/pets --segments 1 --traced 1"
-    assert run(f"{line} --out {place}/model/report.json").code == 0
-    assert jf.Report.load(place / "model" / "report.json").settings.num_images == 3
+    for name in ("report.json", "report-guided.json"):
+        assert run(f"{line} --out {place}/model/{name}").code == 0
+        assert jf.Report.load(place / "model" / name).settings.num_images == 3
