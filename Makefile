@@ -2,19 +2,27 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The package with what it needs, and what the tests and the other targets need beside it.
+RUNTIME := $(VENV)/.runtime
 INSTALLED := $(VENV)/.installed
+# Bytecode is compiled when a module is imported, and of most of what is installed none ever is.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: setup demo test lint mutants benchmark regimes calibration flows reliability evaluation figures docs clean
 
 setup: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml
+$(RUNTIME): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(INSTALL) --upgrade pip
+	$(INSTALL) --editable .
 	touch $@
 
-demo: setup
+$(INSTALLED): $(RUNTIME)
+	$(INSTALL) --editable '.[dev]'
+	touch $@
+
+demo: $(RUNTIME)
 	$(BIN)/jacobiflow sample --model fashion-p2 --num 20 --compare --overwrite --out out/demo
 	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels 9 --compare --overwrite --out out/demo-one
 
