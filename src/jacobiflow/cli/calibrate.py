@@ -23,6 +23,7 @@ from jacobiflow.calibration.convergence import TOLERANCES
 from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.calibration.tuning import BlockTuning
 from jacobiflow.cli import options, paths
+from jacobiflow.cli.settings import guidance_words
 from jacobiflow.data import ImageDataset, Noise, noisy_images
 from jacobiflow.flows.folder import REPORTS
 from jacobiflow.strategy import Strategy
@@ -100,7 +101,7 @@ def calibrate(
         words = ["jacobiflow", "sample", "--model", model, "--strategy", figures["proposed"]["0.01"]]
         words += ["--report", str(out)]
         words += ["--labels", "none"] if labels is None and flow.config.num_classes else []
-        words += options.guidance_words(guide)
+        words += guidance_words(flow, guide)
         print(f"use it: {shlex.join(words)}")
 
 
