@@ -10,10 +10,12 @@ from rich.table import Table
 
 from jacobiflow import native
 from jacobiflow.cli import options, paths
+from jacobiflow.cli.settings import settings_words
+from jacobiflow.flows.settings import SamplingSettings
 
 
 def info(model: options.Model = "fashion-p2", json: options.Json = None) -> None:
-    """Print a model's shape and size, and how its exact loops run on this machine.
+    """Print a model's shape and size, the settings that it recommends, and how its exact loops run on this machine.
 
     Example: jacobiflow info --model digits-p1
     """
@@ -26,6 +28,7 @@ def info(model: options.Model = "fashion-p2", json: options.Json = None) -> None
         **asdict(config),
         "num_tokens": config.num_tokens,
         "token_channels": config.token_channels,
+        "recommended": "none" if flow.recommended == SamplingSettings() else " ".join(settings_words(flow.recommended)),
         "parameters": sum(p.numel() for p in flow.parameters()),
         "native_loops": native.describe(),
     }
