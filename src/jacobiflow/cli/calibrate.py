@@ -20,9 +20,11 @@ from jacobiflow.calibration.convergence import TOLERANCES
 from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.calibration.tuning import BlockTuning
 from jacobiflow.cli import options, pages, paths
+from jacobiflow.cli.settings import guidance_words
 from jacobiflow.cli.tables import show
 from jacobiflow.data import ImageDataset, Noise, noisy_images
 from jacobiflow.flows.folder import REPORTS
+from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance
 from jacobiflow.measuring import machine
 from jacobiflow.plots import Picture, Table, convergence_figure, segments_figure
@@ -105,7 +107,7 @@ def calibrate(
         "machine": machine(flow.var.device), "seconds": perf_counter() - started,  # of this run, if it was interrupted
     }  # fmt: skip
     options.report(json, figures)
-    use = _use_it(figures, guide, unconditional=flow.config.num_classes > 0 and labels is None)
+    use = _use_it(flow, figures, guide, unconditional=flow.config.num_classes > 0 and labels is None)
     said, tables = _said(report), _tables(report, figures)
     if html is not None:
         rows = [(tolerance, notation) for tolerance, notation in (figures["proposed"] or {}).items()]
@@ -175,12 +177,12 @@ def _figures(report: Report) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _use_it(figures: dict[str, Any], guidance: Guidance | None, unconditional: bool) -> str:
+def _use_it(flow: ImageFlow, figures: dict[str, Any], guidance: Guidance | None, unconditional: bool) -> str:
     """The command line that samples by the strategy proposed to 1e-2; empty where none is."""
     if not figures["proposed"]:
         return ""
     words = ["jacobiflow", "sample", "--model", figures["model"], "--strategy", figures["proposed"]["0.01"]]
-    words += ["--report", figures["report"], *["--labels", "none"] * unconditional, *options.guidance_words(guidance)]
+    words += ["--report", figures["report"], *["--labels", "none"] * unconditional, *guidance_words(flow, guidance)]
     return f"use it: {shlex.join(words)}"
 
 
