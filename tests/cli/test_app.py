@@ -36,7 +36,7 @@ COMMANDS = (
     "doctor",
 )
 SAMPLE = "sample --model model --strategy jacobi-1 --num 2 --out out-x"
-MEASURE = "calibrate --model model --images pets --segments 2 --traced 1 --out out-x/r.json"
+MEASURE = "calibrate --model model --images pets --segments 2 --traced 1 --out out-x/r.json --html out-x.html"
 TRACE = "trace --model model --report report.json --num 1 --out out-x"
 PLAN = "plan --model model --report report.json --out out-x/p.json"
 TRAIN = "train --images pets --image-size 8 --steps 2 --batch-size 4 --out out-x"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browsing import read_page
 from PIL import Image
 from problems import make_flow, to_float32
 from running import figures
@@ -53,7 +54,7 @@ def stamps(out: Path) -> dict[str, int]:
 
 def test_a_comparison_is_written_printed_and_resumed(run: Any, tmp_path: Path) -> None:
     line = f"compare --model model {SIZES} --strategy jacobi-2 --strategy auto:1e-2 --strategy auto --images real"
-    result = run(f"{line} --out {tmp_path}/o --json {tmp_path}/f --final 14")
+    result = run(f"{line} --out {tmp_path}/o --json {tmp_path}/f --final 14 --html {tmp_path}/p.html")
     assert result.code == 0
     shown = figures(tmp_path / "f")
     assert shown == figures(tmp_path / "o" / "comparison.json")
@@ -79,6 +80,12 @@ def test_a_comparison_is_written_printed_and_resumed(run: Any, tmp_path: Path) -
         for cell in (f"{row['distance']:.4f}", f"{100 * row['relative']:+.2f}%", f"{row['rms']:.1e}"):
             assert cell in found
         assert found.rstrip().endswith(f" {row['rate']:.2f}x")
+
+    page = read_page(tmp_path / "p.html")
+    assert page.figures == (tmp_path / "f").read_bytes()
+    for table, rows in zip(page.tables, (shown["rows"], shown["final"]), strict=True):
+        assert [(cells[0], cells[1]) for cells in table] == [(row["name"], f"{row['distance']:.4f}") for row in rows]
+    assert len(page.images) == 2
 
     before = stamps(tmp_path / "o")  # a shorter run is had from a longer one
     assert run(f"{line} --out {tmp_path}/o --json {tmp_path}/f").code == 0

@@ -69,6 +69,20 @@ def test_a_saved_flow_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert_same(loaded.state_dict(), flow.state_dict())  # which does not hang on its file
 
 
+def test_recommended_settings_are_kept_in_the_config(tmp_path: Path) -> None:
+    flow = make()
+    assert flow.recommended == jf.SamplingSettings()
+    flow.recommended = jf.SamplingSettings(jf.Guidance(3.0, attn_temperature=1.4), denoise=1.0)
+    flow.save_pretrained(tmp_path)
+    guidance = {"weight": 3.0, "annealed": True, "on": "both", "attn_temperature": 1.4}
+    found = json.loads((tmp_path / "config.json").read_text())["recommended"]
+    assert found == {"guidance": guidance, "denoise": 1.0}
+    assert jf.load(tmp_path).recommended == flow.recommended
+    flow.recommended = {"denoise": 1.0}  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="recommended="):
+        flow.save_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
 def test_half_precision_in_the_file_is_float32_in_memory(tmp_path: Path, stored: str) -> None:
     flow, half = make(), getattr(torch, stored)
@@ -294,6 +308,8 @@ def with_config(place: Path, change: dict[str, Any]) -> Path:
         (make, {"format_version": 2}, "format 2"),
         (make, {"channels": 4 * 10**18}, "channels=4000000000000000000: the limit is 1,048,576"),
         (make, {"channels": 16}, "the shapes say channels=8 rather than 16"),
+        (make, {"recommended": {"denoise": -1}}, "config.json: recommended settings: denoise rate=-1: give 0"),
+        (make_maf, {"recommended": {"denoise": 1}}, "a denoise rate of 1, but noise_std is 0: there is no Gaussian"),
         (make_maf, {"logit_alpha": 0.7}, "logit_alpha=0.7: give a small positive number"),
         (make_maf, {"image_size": 99}, "the shapes say image_size=4 rather than 99"),
         (make_maf, {"hidden_layers": 1, "num_classes": 0}, "hidden_layers=2 rather than 1, num_classes=3 rather than"),
