@@ -1,4 +1,4 @@
-"""The notebooks of docs/tutorials run, on smaller numbers, and what they print of themselves is so. Timings are not judged.
+"""The notebooks of docs/tutorials run, on smaller numbers, and print what they say. Timings are not judged.
 
 They run in this process: what a notebook promises it asserts itself.
 """
