@@ -1,8 +1,8 @@
 """Runs the notebooks of docs/tutorials/ and keeps their outputs: `python benchmarks/run_tutorials.py [NAME ...]`.
 
-Each is executed as it is, by a kernel of this Python in an empty folder, and written back whole or not at all. What differs
-from run to run for no reason is left out: warnings, progress bars, colours, versions and execution times of the kernel.
-Pictures are kept in 256 colours, a third of their bytes.
+Each is executed as it is, by a kernel of this Python in an empty folder, and written back whole or not at all. What
+differs from run to run for no reason is left out: warnings, progress bars, colours, versions and execution times of the
+kernel. Pictures are kept in 256 colours, a third of their bytes.
 """
 
 from __future__ import annotations
