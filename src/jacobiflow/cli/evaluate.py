@@ -43,7 +43,7 @@ from jacobiflow.strategy import Strategy
 
 _FEW = 10_000  # images on either side of what compares each with each
 _KINDS = ("gaussian", "uniform")
-_SAMPLES = 32  # on the page of --html
+_SAMPLES = 20  # on the page of --html
 _PICTURE, _TABLE = "certificates.png", "evaluation.json"
 
 Rows = list[tuple[str, str, str]]
