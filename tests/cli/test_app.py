@@ -36,7 +36,7 @@ COMMANDS = (
     "doctor",
 )
 SAMPLE = "sample --model model --strategy jacobi-1 --num 2 --out out-x"
-MEASURE = "calibrate --model model --images pets --segments 2 --traced 1 --out out-x/r.json --html out-x.html"
+MEASURE = "calibrate --model model --images pets --segments 2 --traced 1 --out out-x/r.json"
 TRACE = "trace --model model --report report.json --num 1 --out out-x"
 PLAN = "plan --model model --report report.json --out out-x/p.json"
 TRAIN = "train --images pets --image-size 8 --steps 2 --batch-size 4 --out out-x"
@@ -202,7 +202,7 @@ def test_a_second_interruption_does_not_wait(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ctrl_c")
-@pytest.mark.parametrize("line", [f"{SAMPLE} --compare", MEASURE, TRACE])
+@pytest.mark.parametrize("line", [f"{SAMPLE} --compare", f"{MEASURE} --html out-x.html", TRACE])
 def test_an_interruption_is_exit_130_and_leaves_nothing(
     line: str, run: Any, files: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,8 @@ from jacobiflow.strategy import Strategy
 _SHOWN = 1e-3  # the tolerance whose sweeps the tables show
 _NAMES = tuple(name.replace("_", " ") for name in GUESS_NAMES)
 _PURPOSE = (
-    "They choose how to sample: they promise nothing of a sample, whose certificate is measured when it is drawn."
+    "These figures help to choose a strategy. They promise nothing about a sample, whose certificate is measured when "
+    "it is drawn."
 )
 
 
@@ -205,7 +206,7 @@ def _tables(report: Report, figures: dict[str, Any]) -> list[Table]:
         fitted = [(str(i), *_fitted(block, report.num_tokens)) for i, block in enumerate(report.tuning.blocks)]
         columns = ("block", "correction", "mean", "slowest", "error over\nresidual", "error of\nimage over it")
         title = f"With a fitted guess and correction: sweeps of all tokens to {_SHOWN:g}"
-        tables.append(Table(title, columns, fitted, words=(0, 1)))
+        tables.append(Table(title, columns, fitted, words=(1,)))
     return tables
 
 
@@ -222,7 +223,7 @@ def _starts(report: Report, figures: dict[str, Any]) -> Table:
             )
             for i, row in enumerate(report.igm)
         ],
-        words=(0, 7),
+        words=(7,),
     )  # fmt: skip
 
 
@@ -235,7 +236,7 @@ def _tough(report: Report, figures: dict[str, Any]) -> Table:
     if report.components is None:
         note = ["CRM is not defined: the flow's scale and shift do not end in a linear layer", *note]
         rows = [(str(i), f"{sweeps[i]:.1f}", _shown(norm)) for i, norm in enumerate(figures["gamma"])]
-        return Table("Which blocks are tough", ("block", "sweeps", "|Gamma|"), rows, note="\n".join(note))
+        return Table("Which blocks are tough", ("block", "sweeps", "|Gamma|"), rows, (), "\n".join(note))
     return Table(
         "Which blocks are tough: CRM, and what it stands for",
         ("block", "|S^-1 X|", "|W_s|", "|W_u|", "CRM", "percent", "tough", "sweeps", "|Gamma|"),
@@ -246,7 +247,7 @@ def _tough(report: Report, figures: dict[str, Any]) -> Table:
             )
             for i, part in enumerate(report.components)
         ],
-        note="\n".join(note),
+        words=(), note="\n".join(note),
     )  # fmt: skip
 
 
@@ -273,6 +274,7 @@ def _classes(report: Report) -> Table:
             )
             for i, row in enumerate(report.class_spread())
         ],
+        words=(),
     )  # fmt: skip
 
 
