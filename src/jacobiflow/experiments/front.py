@@ -20,6 +20,7 @@ from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.solvers import Sequential, Solver, certify, solve
 
 _LOOP = Solver(Sequential())
+_MOST = 256  # states of a solve that are kept, and one: of longer sequences every second, third .. one
 _ROWS = 64  # states whose pictures are made together
 
 
@@ -30,16 +31,17 @@ class Course:
     **Attributes:**
 
     - `block`: its number in encoding order; `label`: the class, or `None`.
-    - `states`: (K + 1, T, C), the tokens before each of its K network calls, and at the end, in the block's causal
-      order.
+    - `after`: the numbers of network calls after which a state was kept: 0, each or every few, and all of them.
+    - `states`: (K, T, C), the tokens then, in the block's causal order.
     - `runs`: the tokens [start, stop) that each call evaluated.
-    - `images`: (K + 1, c, h, w), what the remaining blocks, solved exactly, make of each state; denoised where asked.
+    - `images`: (K, c, h, w), what the remaining blocks, solved exactly, make of each state; denoised where asked.
     - `positions`: (T,), where in raster order each token of the block lies.
     - `tolerance`: of the solve; `certificate`: the largest |g(x) - x| of the last state, measured by one more pass.
     """
 
     block: int
     label: int | None
+    after: tuple[int, ...]
     states: Float[Tensor, "k t c"]
     runs: tuple[tuple[int, int], ...]
     images: Float[Tensor, "k n h w"]
@@ -59,16 +61,16 @@ class Course:
 
     @cached_property
     def settled(self) -> Bool[Tensor, "k t"]:
-        """Which tokens stay within the tolerance of where they end, from each state on."""
+        """Which tokens stay within the tolerance of where they end, from each kept state on."""
         away = (self.states - self.states[-1]).abs().amax(dim=2) > self.tolerance
         return ~away.flip(0).cummax(dim=0).values.flip(0)
 
 
 class _Recorder:
-    """A block that keeps what each call read, and which tokens it evaluated."""
+    """A block that keeps what every `stride`-th call read, and which tokens each evaluated."""
 
-    def __init__(self, block: Block) -> None:
-        self._block = block
+    def __init__(self, block: Block, stride: int) -> None:
+        self._block, self._stride = block, stride
         self.states: list[Tensor] = []
         self.runs: list[tuple[int, int]] = []
 
@@ -78,7 +80,8 @@ class _Recorder:
 
     def update(self, x: Tensor, z: Tensor, start: int, stop: int, cache: Any) -> Tensor:
         """The block's own map."""
-        self.states.append(x.clone())
+        if len(self.runs) % self._stride == 0:
+            self.states.append(x.clone())
         self.runs.append((start, stop))
         return self._block.update(x, z, start, stop, cache)
 
@@ -88,6 +91,8 @@ def record(
     guidance: Guidance | None = None, denoise: float = 0.0, tolerance: float = 1e-3,
 ) -> dict[str, Course]:  # fmt: skip
     """A `Course` by each of `solvers`, of `block` at the solution of the blocks that are sampled before it.
+
+    Sequences of up to 256 tokens have a state kept for each call, longer ones for every second, third and so on.
 
     **Arguments:** `latent` (T, D) is standard normal, before the prior's scale; `label` its class, `None` for none. A
     token counts as settled within `tolerance`, and the solvers should stop on the same.
@@ -119,13 +124,15 @@ def _course(
     flow: ImageFlow, blocks: list[Any], i: int, z: Tensor, solver: Solver, context: Tensor | None, denoise: float,
     tolerance: float,
 ) -> Course:  # fmt: skip
-    recorder = _Recorder(blocks[i])
+    stride = -(-z.shape[1] // _MOST)
+    recorder = _Recorder(blocks[i], stride)
     x = solve(recorder, z, solver, context).x
     states = torch.cat((*recorder.states, x))
     images = torch.cat([_images(flow, blocks, i, part, context, denoise) for part in states.split(_ROWS)])
     tokens = torch.arange(x.shape[1], device=x.device).view(1, -1, 1)
     return Course(
-        i, None if context is None else int(context), states, tuple(recorder.runs), images,
+        i, None if context is None else int(context), (*range(0, len(recorder.runs), stride), len(recorder.runs)),
+        states, tuple(recorder.runs), images,
         flow.blocks[i].permutation(tokens).flatten(), tolerance, float(certify(blocks[i], z, x, context)),
     )  # fmt: skip
 

@@ -45,6 +45,7 @@ INK, FAINT, PAPER = "#222222", "#e6e6e6", "#ffffff"
 FINAL, WAITING = "#a9b5c4", "#f2f2f2"  # of tokens; those that are being swept have their sampler's colour
 TOUGH, EASY = "#3d4a5c", "#a9b5c4"  # of blocks
 ORDERED = matplotlib.colormaps["viridis"]  # of what comes in an order, such as segments
+_GIF_COLORS = 128
 _MARK = {"Software": "jacobiflow"}  # text in our PNGs, by which they are recognised
 
 P = ParamSpec("P")
@@ -175,13 +176,32 @@ def save_png(image: Image.Image | Figure, path: str | Path) -> None:
     write_atomically(path, data.getvalue())
 
 
+def save_gif(frames: Sequence[Image.Image], path: str | Path, milliseconds: int, hold: int) -> None:
+    """Write frames of `milliseconds` each as a GIF that starts again after the last one's `hold`; see `save_png`."""
+    check_picture(path)
+    # One palette for all: what differs between two frames is then what has changed. The last has most colours.
+    few = [frames[0], frames[len(frames) // 2], frames[-1]]
+    wide = Image.new("RGB", (frames[0].width, frames[0].height * len(few)))
+    for i, frame in enumerate(few):
+        wide.paste(frame, (0, i * frame.height))
+    palette = wide.quantize(_GIF_COLORS)
+    first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
+    data = io.BytesIO()
+    first.save(
+        data, "GIF", save_all=True, append_images=others, loop=0, comment=_MARK["Software"].encode(),
+        duration=[*[milliseconds] * len(others), hold],
+    )  # fmt: skip
+    write_atomically(path, data.getvalue())
+
+
 def check_picture(path: str | Path) -> None:
-    """**Raises** `ValueError` where `path` is there, but is no picture that `save_png` wrote."""
+    """**Raises** `ValueError` where `path` is there, but is no picture that `save_png` or `save_gif` wrote."""
     if not os.path.lexists(path):
         return
     try:
         with Image.open(path) as image:
-            ours = _MARK.items() <= getattr(image, "text", {}).items()
+            commented = image.info.get("comment") == _MARK["Software"].encode()
+            ours = commented or _MARK.items() <= getattr(image, "text", {}).items()
     except (OSError, ValueError, Image.DecompressionBombError):
         ours = False
     if not ours:
