@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from filling import fill
-from matplotlib.figure import Figure
 
 from jacobiflow.evaluation import PixelDifference
 from jacobiflow.experiments.quality import WITHIN, Row
@@ -81,13 +80,12 @@ def calibrating(report: dict[str, Any], result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def figure(result: dict[str, Any]) -> Figure:
-    """The rows of a comparison, as `jacobiflow compare` draws them."""
-    rows = [
+def rows_of(result: dict[str, Any]) -> list[Row]:
+    """The rows of a comparison."""
+    return [
         Row(**(row | {"pixels": PixelDifference(**row["pixels"]), "seconds": Timing(**row["seconds"])}))
         for row in result["rows"]
     ]
-    return comparison_figure(rows, result["distance"])
 
 
 def search(result: dict[str, Any]) -> str:
@@ -165,5 +163,6 @@ def parts() -> dict[str, str]:
 
 if __name__ == "__main__":
     fill(ROOT / "docs" / "evaluation.md", parts())
-    save_png(figure(_result("comparison")), ROOT / "docs" / "figures" / "quality.png")
-    save_png(figure(_result("comparison-in-pytorch")), ROOT / "docs" / "figures" / "quality-in-pytorch.png")
+    for name, picture in (("comparison", "quality"), ("comparison-in-pytorch", "quality-in-pytorch")):
+        drawn = comparison_figure(rows_of(_result(name)), _result(name)["distance"])
+        save_png(drawn, ROOT / "docs" / "figures" / f"{picture}.png")
