@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test lint mutants benchmark regimes calibration flows reliability evaluation figures clean
+.PHONY: setup demo test lint mutants benchmark regimes calibration flows reliability evaluation figures docs clean
 
 setup: $(INSTALLED)
 
@@ -93,6 +93,10 @@ evaluation: setup
 # Redraws the figures of docs/solvers.md.
 figures: setup
 	$(BIN)/python benchmarks/figures.py
+
+# The site, in out/site; fails on a warning and on a link that leads nowhere.
+docs: setup
+	PYTHONPATH=benchmarks $(BIN)/python -m website
 
 clean:
 	rm -rf $(VENV) out build dist

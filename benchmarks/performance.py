@@ -158,7 +158,7 @@ def final(
     """One interleaved run of the best and the published settings with `auto` and the baselines."""
     z, labels = latents(flow, batch)
     bare = jf.TarFlow.from_pretrained(MODEL).requires_grad_(False)
-    bare.report_file = None
+    bare.report_files = ()
     plan = auto(flow, batch)
     plans = {"auto": plan, "auto, certified": plan, "auto, without a report": auto(bare, batch)}
     runs: dict[str, Callable[[], Any]] = {
@@ -336,9 +336,10 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     arguments = parser.parse_args()
     flow = jf.TarFlow.from_pretrained(MODEL).requires_grad_(False)
-    if flow.report_file is None:
+    file = jf.find_report(flow)
+    if file is None:
         raise ValueError(f"{MODEL} has no report: make calibration")
-    report = jf.Report.load(flow.report_file)
+    report = jf.Report.load(file)
     every = settings(flow, report)
     parts: dict[str, Callable[[int], Any]] = {
         "grid": lambda batch: grid(flow, near(batch), batch),

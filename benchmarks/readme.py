@@ -12,10 +12,49 @@ from filling import fill
 from jacobiflow.experiments.quality import finalists
 
 _MANY = 64  # features from which few rows gain much too
+_FEW, _FEW_ROWS = 5, 100  # features and rows up to which nothing is gained
 ROOT = Path(__file__).resolve().parent.parent
 EAGER = "sequential, in PyTorch"
 BARE, CERTIFIED = "auto, without all three", "auto, certified"
 SAMPLERS = ("GS-Jacobi", "Selective Jacobi Decoding", "STARFlow")
+
+
+def three(result: dict[str, Any], drop_in: dict[str, Any], sizes: dict[str, Any]) -> str:
+    """A flow of a library, a TarFlow, and where nothing is gained."""
+    wide = max(drop_in["rows"], key=lambda row: (row["features"], row["batch"], -row["ratio"]["identical bits"]))
+    small = [row["ratio"] for row in sizes["rows"] if row["features"] <= _FEW and row["rows"] <= _FEW_ROWS]
+    none = sorted(ratio for row in small for ratio in row.values())
+    tarflow = [
+        row["speed_up"]["growing cache"]
+        for found in result["final"].values()
+        for row in found["rows"]
+        if row["strategy"] == "auto, certified"
+    ]
+    batches = list(result["final"])
+    return "\n".join(
+        [
+            "| on two CPU cores; no GPU was measured | times as fast |",
+            "| --- | ---: |",
+            f"| A {wide['flow']} of {wide['features']} features, {wide['batch']} samples, over the library's own inverse: "
+            f"identical bits, or to {drop_in['tolerance']:g} | {wide['ratio']['identical bits']:.0f}x, "
+            f"{wide['ratio']['tolerance']:.0f}x |",
+            f"| A TarFlow (`fashion-p2`), batches of {batches[0]} to {batches[-1]}, over the loop of the original code | "
+            f"{min(tarflow):.1f}x to {max(tarflow):.1f}x |",
+            f"| Where it does not pay: zuko's flows of at most {_FEW} features, at most {_FEW_ROWS} samples | "
+            f"{none[0]:.1f}x to {none[-1]:.1f}x |",
+        ]
+    )
+
+
+def commands(result: dict[str, Any]) -> str:
+    """The two commands of a clone, and how long they take with an empty cache."""
+    does = {"make demo": "samples from bundled weights, beside the original code's loop", "make test": "runs the tests"}
+    lines = [f"{name}    # {does[name]}: {_lasts(seconds)}" for name, seconds in result["seconds"].items()]
+    return "\n".join(["```", *lines, "```"])
+
+
+def _lasts(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"
 
 
 def demo(name: str) -> str:
@@ -137,7 +176,8 @@ def parts() -> dict[str, str]:
     """What the page shows of the result files, by its marks."""
     demos = "\n\n".join(demo(name) for name in ("demo.json", "demo-one.json"))
     return {
-        "demo": demos, "drop-in": drop_in(_result("drop-in")), "speed": speed(_result("performance")),
+        "three": three(_result("performance"), _result("drop-in"), _result("drop-in-sizes")),
+        "commands": commands(_result("fresh-clone")), "demo": demos, "drop-in": drop_in(_result("drop-in")), "speed": speed(_result("performance")),
         "drop-in-sizes": sizes(_result("drop-in-sizes")),
         "quality": quality(_result("comparison")),
     }  # fmt: skip

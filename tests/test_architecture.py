@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"files", "memory"},
     "flows": {"files", "locking", "memory", "native"},
     "solvers": {"codec", "flows.base"},
-    "guidance": {"flows.base"},
+    "guidance": {"flows.base", "flows.settings"},
     "denoising": {"flows"},
     "inversion": {"flows"},
     "calibration": {"codec", "files", "flows", "guidance", "inversion", "latents", "locking", "solvers"},

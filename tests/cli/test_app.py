@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ COMMANDS = (
     "doctor",
 )
 SAMPLE = "sample --model model --strategy jacobi-1 --num 2 --out out-x"
-MEASURE = "calibrate --model model --images pets --segments 2 --traced 1 --out out-x/r.json"
+MEASURE = "calibrate --model model --images pets --segments 2 --traced 1 --out out-x/r.json --html out-x.html"
 TRACE = "trace --model model --report report.json --num 1 --out out-x"
 PLAN = "plan --model model --report report.json --out out-x/p.json"
 TRAIN = "train --images pets --image-size 8 --steps 2 --batch-size 4 --out out-x"
@@ -57,6 +58,19 @@ def test_help_lists_the_commands_with_and_without_asking(run: Any) -> None:
     assert asked == unasked
     assert (asked.code, asked.err) == (0, "")
     assert all(re.search(rf"^  {command} +\w", asked.out, re.MULTILINE) for command in COMMANDS)
+
+
+def test_the_version_is_the_installed_one(run: Any) -> None:
+    assert run("--version").out == f"jacobiflow {metadata.version('jacobiflow')}\n"
+
+
+def test_a_shell_completes_commands_and_options(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "complete_bash" in run("--show-completion bash").out
+    for words, completed in (("jacobiflow cali", "calibrate"), ("jacobiflow sample --tol", "--tolerance")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+        monkeypatch.setenv("_JACOBIFLOW_COMPLETE", "complete_bash")
+        assert run("").out.split() == [completed]
 
 
 def test_the_module_is_the_same_program(work: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browsing import read_page
 from PIL import Image
 from problems import make_flow, to_float32
 from running import figures
@@ -53,7 +54,7 @@ def stamps(out: Path) -> dict[str, int]:
 
 def test_a_comparison_is_written_printed_and_resumed(run: Any, tmp_path: Path) -> None:
     line = f"compare --model model {SIZES} --strategy jacobi-2 --strategy auto:1e-2 --strategy auto --images real"
-    result = run(f"{line} --out {tmp_path}/o --json {tmp_path}/f --final 14")
+    result = run(f"{line} --out {tmp_path}/o --json {tmp_path}/f --final 14 --html {tmp_path}/p.html")
     assert result.code == 0
     shown = figures(tmp_path / "f")
     assert shown == figures(tmp_path / "o" / "comparison.json")
@@ -80,6 +81,12 @@ def test_a_comparison_is_written_printed_and_resumed(run: Any, tmp_path: Path) -
             assert cell in found
         assert found.rstrip().endswith(f" {row['rate']:.2f}x")
 
+    page = read_page(tmp_path / "p.html")
+    assert page.figures == (tmp_path / "f").read_bytes()
+    for table, rows in zip(page.tables, (shown["rows"], shown["final"]), strict=True):
+        assert [(cells[0], cells[1]) for cells in table] == [(row["name"], f"{row['distance']:.4f}") for row in rows]
+    assert len(page.images) == 2
+
     before = stamps(tmp_path / "o")  # a shorter run is had from a longer one
     assert run(f"{line} --out {tmp_path}/o --json {tmp_path}/f").code == 0
     assert stamps(tmp_path / "o") == before
@@ -105,8 +112,7 @@ def test_a_row_of_the_bundled_model(run: Any, tmp_path: Path) -> None:
     line = "compare --model fashion-p2 --num 2 --batch-size 2 --repeats 1 --strategy [7-4-6-10]"
     assert run(f"{line} --out {tmp_path}").code == 0
     flow = jf.load("fashion-p2")
-    assert flow.report_file is not None
-    plan = jf.Strategy.parse("[7-4-6-10]", jf.Report.load(flow.report_file))
+    plan = jf.Strategy.parse("[7-4-6-10]", jf.Report.load(jf.find_report(flow)))  # type: ignore[arg-type]
     want = jf.sample(flow, 2, torch.arange(2), strategy=plan, certify=False, progress=False)
     pixels, original = (on_disk(tmp_path / "rows" / name) for name in ("7-4-6-10", "sequential"))
     assert np.array_equal(pixels, levels(want.images))

@@ -7,13 +7,14 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 from typer.main import get_command
 
+from jacobiflow import __version__
 from jacobiflow.cli import bench, calibrate, compare, convert, doctor, evaluate, info, plan, sample, trace, train
 from jacobiflow.cli.failures import message_of
 from jacobiflow.cli.options import Limited
@@ -25,7 +26,6 @@ from jacobiflow.storage import FirstProcessFailed
 app = typer.Typer(
     name="jacobiflow",
     help="Fast, certified sampling from autoregressive normalizing flows.",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -38,6 +38,21 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 for _name, _command in _COMMANDS.items():
     app.command(_name, cls=Limited)(_command)
 _LOST_READER, _BAD_INPUT = 1, 2
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"jacobiflow {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -60,7 +75,9 @@ def _run(arguments: Sequence[str]) -> int:
         with interruptible(), warnings.catch_warnings():
             _load_extensions()
             warnings.showwarning = _show_warning  # type: ignore[assignment]
-            code = _commands()(args=arguments or ["--help"], standalone_mode=False)
+            code = _commands()(
+                args=arguments or ["--help"], prog_name="jacobiflow", standalone_mode=False, obj=tuple(arguments)
+            )
             sys.stdout.flush()
         if code == INTERRUPTED:  # which typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt

@@ -69,6 +69,13 @@ Stats = Annotated[
     Path | None, typer.Option("--stats", help="Statistics of real images to compare with, such as *_fid_stats.pth.")
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+Html = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        help="Also write tables, pictures, settings and figures to this file: one HTML page, which needs nothing else.",
+    ),
+]
 
 LABEL_FILES = (".txt", ".npy")
 

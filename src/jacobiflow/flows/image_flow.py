@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from jacobiflow.checks import check_count, check_floating, check_kind, check_on, check_path, check_rows, short
 from jacobiflow.flows.base import FlowBlock
 from jacobiflow.flows.config import MOST, MOST_CHANNELS, FlowConfig
-from jacobiflow.flows.folder import ModelFolder, save_model
+from jacobiflow.flows.folder import CONFIG, ModelFolder, save_model
 from jacobiflow.flows.labels import check_labels
 from jacobiflow.flows.permutation import Permutation
+from jacobiflow.flows.settings import SamplingSettings
 from jacobiflow.flows.weights import CheckpointError, build, floating
 
 if TYPE_CHECKING:
@@ -50,8 +51,9 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
     - `block_type`: the class of its blocks, called with the config and a `Permutation`.
     - `to_tokens` and `to_images`, which say what a token is, and `config_from_options`.
 
-    Every flow has `var`, the prior's variance (T, C), and `report_file`, the report.json of the model folder that it
-    was read from, or `None`: the strategy "auto" plans by it.
+    Every flow has `var`, the prior's variance (T, C); `recommended`, the `SamplingSettings` that suit it best, of
+    which there are none by default; and `report_files`, the reports in the model folder that it was read from: the
+    strategy "auto" plans by that of the guidance which is sampled with.
     """
 
     model_type: ClassVar[str] = ""
@@ -60,7 +62,8 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
     config: FlowConfig
     blocks: Sequence[FlowBlock]
     var: Tensor
-    report_file: Path | None = None
+    recommended: SamplingSettings = SamplingSettings()
+    report_files: tuple[Path, ...] = ()
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
@@ -118,7 +121,12 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
                 "the class"
             )
         flow = cls.from_state(folder.config(cls.config_type), folder.state(), str(folder.path))
-        flow.report_file = folder.report_file
+        if folder.recommended.denoise and not flow.config.noise_std:
+            raise CheckpointError(
+                f"{folder.path / CONFIG}: recommended settings: a denoise rate of {folder.recommended.denoise}, but "
+                "noise_std is 0: there is no Gaussian noise to remove; leave the rate out"
+            )
+        flow.recommended, flow.report_files = folder.recommended, folder.report_files
         return flow
 
     @classmethod
@@ -150,8 +158,9 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
     ) -> None:
         """Write a model folder, in `dtype` (by default the flow's own); what was there stays until then.
 
-        The flow's report is copied where it is of the weights that are written, and a model card is made where there
-        is no README.md. `push_to_hub` calls this with `config`, which can only be the flow's own.
+        The flow's `recommended` settings go into config.json. Its reports are copied where they are of the weights that
+        are written, and a model card is made where there is no README.md. `push_to_hub` calls this with `config`, which
+        can only be the flow's own.
 
         **Raises** `CheckpointError`, a `ValueError`, where a weight is not finite, the folder cannot be written, or it
         has a config.json or weights that are not of a model of this library; `FolderInUseError`, a `ValueError`, where
@@ -162,6 +171,7 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
         check_path("save_directory", save_directory)
         check_kind("dtype", dtype, str | torch.dtype | None, "a dtype, such as torch.float64, its name, or None")
         check_kind("config", config, type(self.config) | None, "the flow's own, or None")
+        check_kind("recommended", self.recommended, SamplingSettings, "SamplingSettings")
         save_model(self, Path(save_directory), floating(dtype), model_card_kwargs)
 
     @property
