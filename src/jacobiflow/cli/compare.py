@@ -57,7 +57,7 @@ def compare(
         int | None,
         typer.Option(
             "--final",
-            help="Then draw this many of Original, and of the fastest row and the fastest auto within 1% of it.",
+            help="Then draw this many of Original, and of the fastest auto and the fastest other row within 1% of it.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images solved together.")] = 16,
