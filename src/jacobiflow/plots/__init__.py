@@ -9,7 +9,7 @@ from jacobiflow.plots.speed import bench_figure
 from jacobiflow.plots.style import check_picture, sampler_style, save_gif, save_png
 
 __all__ = [
-    "Page", "Picture", "Table", "bench_figure", "certificate_figure", "check_page", "check_picture", "comparison_figure",
-    "comparison_sheet", "convergence_figure", "front_frames", "front_still", "image_grid", "rows_sheet", "sampler_style",
-    "save_gif", "save_page", "save_png", "segments_figure", "trace_sheet", "zoom_of",
+    "Page", "Picture", "Table", "bench_figure", "certificate_figure", "check_page", "check_picture",
+    "comparison_figure", "comparison_sheet", "convergence_figure", "front_frames", "front_still", "image_grid",
+    "rows_sheet", "sampler_style", "save_gif", "save_page", "save_png", "segments_figure", "trace_sheet", "zoom_of",
 ]  # fmt: skip
