@@ -1,4 +1,4 @@
-"""Pictures: sheets of samples, curves of a calibration report, timings, certificates and qualities."""
+"""Pictures: sheets of samples, curves of a calibration report, timings, certificates, qualities, and how tokens settle."""
 
 from jacobiflow.plots.calibration import convergence_figure, segments_figure
 from jacobiflow.plots.front import front_frames, front_still
@@ -8,7 +8,20 @@ from jacobiflow.plots.speed import bench_figure
 from jacobiflow.plots.style import check_picture, sampler_style, save_gif, save_png
 
 __all__ = [
-    "bench_figure", "certificate_figure", "check_picture", "comparison_figure", "comparison_sheet",
-    "convergence_figure", "front_frames", "front_still", "image_grid", "rows_sheet", "sampler_style", "save_gif", "save_png", "segments_figure", "trace_sheet",
+    "bench_figure",
+    "certificate_figure",
+    "check_picture",
+    "comparison_figure",
+    "comparison_sheet",
+    "convergence_figure",
+    "front_frames",
+    "front_still",
+    "image_grid",
+    "rows_sheet",
+    "sampler_style",
+    "save_gif",
+    "save_png",
+    "segments_figure",
+    "trace_sheet",
     "zoom_of",
-]  # fmt: skip
+]
