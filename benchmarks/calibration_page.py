@@ -188,7 +188,7 @@ def strategies(result: dict[str, Any]) -> str:
         lines.append([*cells, str(rows[batches[0]].get("network_calls", ""))])
     columns = ["strategy"]
     for batch in batches:
-        columns += [f"batch {batch}: error max, mean", "time (rate)"]
+        columns += [f"batch {batch}: error max, mean", "seconds (times as fast)"]
     machine = result["machine"]
     processor = f"{machine['cores']} cores of {machine['processor']}"
     where = f"{processor}, {machine['threads']} threads, PyTorch {machine['torch']}"

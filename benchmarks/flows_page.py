@@ -28,8 +28,8 @@ def drop_in(result: dict[str, Any]) -> str:
     lines = [
         f"Seconds of an inverse of all transforms, {machine['cores']} cores of {machine['processor']}, PyTorch "
         f"{machine['torch']}; versions: {', '.join(f'{k} {v}' for k, v in result['versions'].items())}.\n",
-        "| flow | features | batch | library (s) | passes | identical bits (s) | passes | ratio | bits | "
-        f"to {result['tolerance']:g} (s) | passes | ratio | largest error |",
+        "| flow | features | batch | library (s) | passes | identical bits (s) | passes | times as fast | bits | "
+        f"to {result['tolerance']:g} (s) | passes | times as fast | largest error |",
         f"| --- |{' ---: |' * 12}",
     ]
     for row in result["rows"]:
@@ -63,10 +63,10 @@ def _range(rows: list[dict[str, Any]], name: str) -> str:
 def sizes(result: dict[str, Any]) -> str:
     """Ratios to zuko's own inverse over features and rows."""
     lines = [
-        f"Ratio of the time of zuko's own inverse to that of the accelerated one, of networks that are not trained, "
+        f"How many times as fast as zuko's own inverse the accelerated one is, of networks that are not trained, "
         f"{_machine(result)}.\n",
-        "| flow | features | rows | library (s) | identical bits | way | bits | "
-        f"to {result['tolerance']:g} | way | largest error |",
+        "| flow | features | rows | library (s) | identical bits, times as fast | way | bits | "
+        f"to {result['tolerance']:g}, times as fast | way | largest error |",
         f"| --- |{' ---: |' * 9}",
     ]
     lines += [f"| {row['flow']} | {row['features']} | {row['rows']:,} | {_ratios(row)}" for row in result["rows"]]
@@ -77,8 +77,8 @@ def sbi(result: dict[str, Any]) -> str:
     """Ratios to sbi's posteriors as they are."""
     lines = [
         f"`posterior.sample(({result['samples']:,},))`, as it is and accelerated, {_machine(result)}.\n",
-        "| density estimator | parameters | library (s) | identical bits | way | bits | "
-        f"to {result['tolerance']:g} | way | largest error |",
+        "| density estimator | parameters | library (s) | identical bits, times as fast | way | bits | "
+        f"to {result['tolerance']:g}, times as fast | way | largest error |",
         f"| --- |{' ---: |' * 8}",
     ]
     lines += [f"| {row['estimator']} | {row['features']} | {_ratios(row)}" for row in result["rows"]]
@@ -108,7 +108,7 @@ def maf(result: dict[str, Any]) -> str:
         lines = [
             f"On {machine['cores']} cores of {machine['processor']}; the time in italics is extrapolated from "
             f"{first['batches']} batches, which took times within {first['spread'] - 1:.0%} of each other:\n",
-            "| method | seconds | ratio | MAE | largest error |",
+            "| method | seconds | times as fast | MAE | largest error |",
             "| --- | ---: | ---: | ---: | ---: |",
         ]
         if number == 0:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -31,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from without import ROWS, Without, pieces
 
 import jacobiflow as jf
 from jacobiflow.baselines import GRIDS, GROWING_CACHE, PEERS, gs_jacobi_grid
@@ -39,7 +39,6 @@ from jacobiflow.experiments.speed import compare
 from jacobiflow.files import write_json
 from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import interleave, machine, paired_error
-from jacobiflow.native import SWITCH
 from jacobiflow.strategy import auto
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
@@ -54,6 +53,7 @@ WRONG, SLOW = 1e-2, 2.0
 TOUGH = 7
 GUIDANCE = jf.Guidance(1.0)
 EAGER = "sequential, in PyTorch"
+IN_PYTORCH = Without(native=False)
 WINDOWS = (8, 16, 24, 32, 48, 64, 96, 196)
 
 KINDS = {
@@ -153,19 +153,21 @@ def best(rows: list[dict[str, Any]], name: str) -> str:
 
 
 def final(
-    flow: jf.TarFlow, every: Mapping[str, Mapping[str, Run]], rows: list[dict[str, Any]], batch: int
+    flow: jf.TarFlow, report: jf.Report, every: Mapping[str, Mapping[str, Run]], rows: list[dict[str, Any]], batch: int
 ) -> dict[str, Any]:
     """One interleaved run of the best and the published settings with `auto` and the baselines."""
     z, labels = latents(flow, batch)
-    plan = auto(flow, batch)
     bare = jf.TarFlow.from_pretrained(MODEL).requires_grad_(False)
-    bare.report_file = None
+    bare.report_files = ()
+    plan = auto(flow, batch)
+    plans = {"auto": plan, "auto, certified": plan, "auto, without a report": auto(bare, batch)}
     runs: dict[str, Callable[[], Any]] = {
-        "auto": partial(draw, flow, z, labels, plan),
-        "auto, certified": partial(draw, flow, z, labels, plan, None, True),
-        "auto, without a report": partial(draw, bare, z, labels, auto(bare, batch)),
-        EAGER: partial(in_pytorch, partial(draw, flow, z, labels, "sequential")),
+        name: partial(draw, flow, z, labels, made, None, name == "auto, certified") for name, made in plans.items()
     }
+    for name, less in ROWS.items():
+        plans[name] = less.plan(flow, report, batch)
+        runs[name] = partial(less.run, partial(draw, flow, z, labels, plans[name]))
+    runs[EAGER] = partial(IN_PYTORCH.run, partial(draw, flow, z, labels, "sequential"))
     for name, row in every.items():
         names = {best(rows, name)} | ({next(iter(row))} if name != "window" else set())
         runs |= {f"{name} | {setting}": partial(_images, row[setting], z, labels) for setting in sorted(names)}
@@ -173,19 +175,12 @@ def final(
     exact = draw(flow, z, labels, "sequential").images
     for entry in found["rows"]:
         name, _, setting = entry["strategy"].partition(" | ")
+        if name in plans:
+            entry["plan"] = pieces(plans[name])
         if setting:
             entry |= _answer(every[name][setting](z, labels), exact)
     prediction = None if plan.prediction is None else asdict(plan.prediction)
     return found | {"prediction": prediction, "plan": plan.to_json()}
-
-
-def in_pytorch(run: Callable[[], Any]) -> Any:
-    """The run without native code."""
-    os.environ[SWITCH] = "0"
-    try:
-        return run()
-    finally:
-        del os.environ[SWITCH]
 
 
 def _images(run: Run, z: Tensor, labels: Tensor) -> Tensor:
@@ -263,7 +258,7 @@ def guided(flow: jf.TarFlow, batch: int) -> dict[str, Any]:
         "auto": partial(draw, flow, z, labels, plan, GUIDANCE),
         "auto, certified": partial(draw, flow, z, labels, plan, GUIDANCE, True),
         "jacobi": partial(draw, flow, z, labels, "jacobi", GUIDANCE),
-        EAGER: partial(in_pytorch, partial(draw, flow, z, labels, "sequential", GUIDANCE)),
+        EAGER: partial(IN_PYTORCH.run, partial(draw, flow, z, labels, "sequential", GUIDANCE)),
     }
     found = compare(flow, z, labels, runs, guidance=GUIDANCE, repeats=REPEATS[batch]).to_json()
     return found | {"prediction": None if plan.prediction is None else asdict(plan.prediction)}
@@ -279,7 +274,7 @@ def profile(flow: jf.TarFlow, batch: int) -> dict[str, Any]:
     one.blocks[0].load_state_dict(flow.blocks[0].state_dict())
     runs: dict[str, Callable[[], Any]] = {
         f"{GROWING_CACHE}, one block": partial(growing_cache_sample, one, z, labels, None),
-        f"{EAGER}, one block": partial(in_pytorch, partial(draw, one, z, labels, "sequential")),
+        f"{EAGER}, one block": partial(IN_PYTORCH.run, partial(draw, one, z, labels, "sequential")),
         "jacobi": partial(draw, flow, z, labels, "jacobi"),
     }
     found: dict[str, Any] = {}
@@ -341,13 +336,14 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     arguments = parser.parse_args()
     flow = jf.TarFlow.from_pretrained(MODEL).requires_grad_(False)
-    if flow.report_file is None:
+    file = jf.find_report(flow)
+    if file is None:
         raise ValueError(f"{MODEL} has no report: make calibration")
-    report = jf.Report.load(flow.report_file)
+    report = jf.Report.load(file)
     every = settings(flow, report)
     parts: dict[str, Callable[[int], Any]] = {
         "grid": lambda batch: grid(flow, near(batch), batch),
-        "final": lambda batch: final(flow, every, result["grid"][str(batch)], batch),
+        "final": lambda batch: final(flow, report, every, result["grid"][str(batch)], batch),
         "tough": lambda batch: tough(flow, report, batch),
         "counts": lambda batch: counts(flow, report, batch),
         "guided": lambda batch: guided(flow, batch),

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"files", "memory"},
     "flows": {"files", "locking", "memory", "native"},
     "solvers": {"codec", "flows.base"},
-    "guidance": {"flows.base"},
+    "guidance": {"flows.base", "flows.settings"},
     "denoising": {"flows"},
     "inversion": {"flows"},
     "calibration": {"codec", "files", "flows", "guidance", "inversion", "latents", "locking", "solvers"},
@@ -44,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "baselines": {"calibration", "flows", "guidance", "inversion", "sampling"},
     "evaluation": {"data", "files", "flows", "measuring"},
+    "export": {"files", "flows", "guidance"},
     "training": {"data", "files", "flows", "locking"},
     "experiments": {
         "baselines", "calibration", "denoising", "evaluation", "files", "flows", "guidance", "latents", "locking",

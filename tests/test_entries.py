@@ -103,7 +103,8 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (jf.Solver, "coarse", {}), (jf.Tolerance, "atol", {}), (jf.EarlyStop, "ebound", {}),
     (solvers.Stopping, "atol max_sweeps ebound", {"max_sweeps": (2, KINDS, (0, (), (5, 0, 2)))}),
     (jf.MeanAffine, "log_scale shift", {}), (jf.CausalLinear, "kernel shift", {}), (jf.Chord, "kernel", {}),
-    (jf.Guidance, "weight annealed on attn_temperature", {}), (guidance.guided, "block guidance", {}),
+    (jf.Guidance, "weight annealed on attn_temperature", {}), (jf.SamplingSettings, "guidance denoise", {}),
+    (jf.find_report, "flow guidance", {}), (guidance.guided, "block guidance", {}),
     (jf.TarFlowConfig, "in_channels image_size patch_size channels num_blocks layers_per_block num_classes nvp "
      "head_dim expansion noise_std", {}),
     (jf.MAFConfig, "in_channels image_size hidden_features num_blocks hidden_layers num_classes logit_alpha", {}),

@@ -2,13 +2,14 @@
 
 from jacobiflow import launch  # noqa: F401  before PyTorch, see there
 from jacobiflow.adapters import Acceleration, accelerate
-from jacobiflow.calibration import Report, Tuning, calibrate, tune
+from jacobiflow.calibration import Report, Tuning, calibrate, find_report, tune
 from jacobiflow.codec import register
 from jacobiflow.denoising import denoise
 from jacobiflow.flows.base import AffineBlock, Block
 from jacobiflow.flows.maf import MAF, MAFConfig
 from jacobiflow.flows.presets import PRESETS, Preset
 from jacobiflow.flows.registry import load
+from jacobiflow.flows.settings import SamplingSettings
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
 from jacobiflow.flows.weights import CheckpointError
 from jacobiflow.guidance import Guidance
@@ -67,6 +68,7 @@ __all__ = [
     "Report",
     "SampleFolder",
     "Samples",
+    "SamplingSettings",
     "Segments",
     "Sequential",
     "SlidingRun",
@@ -87,6 +89,7 @@ __all__ = [
     "certify",
     "decode",
     "denoise",
+    "find_report",
     "load",
     "plan",
     "processes",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.checks import check_choice, check_flag, check_kind, check_number, check_positive
+from jacobiflow.checks import check_kind
 from jacobiflow.flows.base import (
     AffineBlock,
     AffineFrontPerSample,
@@ -20,43 +20,9 @@ from jacobiflow.flows.base import (
     KeepsNothing,
     LowPrecision,
 )
+from jacobiflow.flows.settings import Guidance
 
-
-@dataclass(frozen=True)
-class Guidance:
-    """Classifier-free guidance of every block's parameters.
-
-    Entry t (from 0) gets `log_scale + w_t (log_scale - log_scale_uncond)`, and the same for the shift, where the
-    unconditional row has no label and attention logits divided by `attn_temperature`. `w_t` is `weight`, or with
-    `annealed` it is `weight * t / (T - 1)`. `on` names the parameters that are guided.
-
-    An unconditional flow is guided too, away from itself at another temperature.
-
-    Reference: section 3 and the guidance of the original sampler of TarFlow, arXiv 2412.06329.
-
-    **Raises** `TypeError` for another kind of value, `ValueError` for one out of range.
-    """
-
-    weight: float
-    annealed: bool = True
-    on: Literal["both", "scale", "shift"] = "both"
-    attn_temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_number("guidance weight", self.weight, give="0 (off) or a positive number")
-        check_flag("annealed", self.annealed)
-        check_choice("guidance on", self.on, ("both", "scale", "shift"))
-        check_positive("attn_temperature", self.attn_temperature)
-
-    def extrapolation(self, z: Float[Tensor, "b t c"]) -> Extrapolation:
-        """The weights of all entries of `z`, in its dtype and on its device."""
-        weights = z.new_full((z.shape[1],), min(self.weight, torch.finfo(z.dtype).max))
-        if self.annealed:
-            weights *= torch.arange(z.shape[1], device=z.device).to(z.dtype) / max(z.shape[1] - 1, 1)
-        off = torch.zeros_like(weights)
-        return Extrapolation(
-            off if self.on == "shift" else weights, off if self.on == "scale" else weights, self.attn_temperature
-        )
+__all__ = ["Guidance", "GuidedBlock", "GuidedCache", "check_guidance", "guided", "in_force"]
 
 
 class GuidedCache(NamedTuple):

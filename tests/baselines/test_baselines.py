@@ -134,7 +134,7 @@ def test_published_settings_of_the_bundled_model() -> None:
 
 @cache
 def report_of(model: str) -> jf.Report:
-    return jf.Report.load(jf.load(model).report_file)  # type: ignore[arg-type]
+    return jf.Report.load(jf.find_report(jf.load(model)))  # type: ignore[arg-type]
 
 
 def test_one_tough_block() -> None:

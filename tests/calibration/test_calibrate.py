@@ -283,8 +283,7 @@ def test_real_weights_and_images() -> None:
     """16 digits say much the same as the 512 of the bundled report; Figure 5 of the paper beside Figure 2."""
     flow, (images, labels) = jf.load("digits-p1"), digits().batch(slice(0, 16))
     images = add_noise(images, Noise("gaussian", 0.1), torch.Generator().manual_seed(0))
-    assert flow.report_file is not None
-    report, bundled = jf.calibrate(flow, images, labels, traced=2, progress=False), Report.load(flow.report_file)
+    report, bundled = jf.calibrate(flow, images, labels, traced=2, progress=False), Report.load(flow.report_files[0])
     assert report.tough_blocks == bundled.tough_blocks
     assert report.crm == pytest.approx(bundled.crm, rel=0.15)
     sweeps = report.mean_sweeps("noise", 1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import warnings
 from dataclasses import asdict, replace
 from functools import partial
@@ -12,15 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from browsing import read_page
 from PIL import Image
 from running import figures
 
 import jacobiflow as jf
+from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.measuring import machine, paired_error
 from jacobiflow.strategy import Prediction
 
 GUIDANCE = jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8)
 GUIDED = "--guidance 0.7 --guidance-on shift --constant-guidance --attn-temperature 0.8"
+ODD = "[red]<script>alert(1)<img src=x onerror='alert(2)'>\" &amp; $x"  # no markup of any kind
 BASELINES = ["growing cache", "sequential"]
 
 
@@ -109,17 +113,27 @@ def test_lost_samples_stay_json_and_are_drawn(run: Any, tmp_path: Path, monkeypa
     flow = jf.load("./plain")
     flow.blocks[0].proj_out.bias[:4] = 200  # exp(200) overflows float32: so does the exact inverse
     monkeypatch.chdir(tmp_path)
-    flow.save_pretrained("[/red]")  # no markup
+    flow.save_pretrained(ODD)
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        result = run("bench --model './[/red]' --strategy jacobi --batch-size 2 --repeats 1 --out '[bold]'")
+        line = f"bench --model {shlex.quote(f'./{ODD}')} --strategy jacobi --batch-size 2 --repeats 1 --out '[bold]'"
+        result = run(f"{line} --html '<b>.html'")
     assert result.code == 0
     assert all("the exact inverse itself overflows" in line for line in result.err.splitlines())
-    assert result.out.startswith("./[/red] on ")
+    assert result.out.startswith(f"./{ODD} on ")
     assert "wrote [bold]/bench.png and [bold]/bench.json\n" in result.out
     rows = rows_of(tmp_path / "[bold]")
     assert rows["jacobi"]["error"]["max"] == 0  # both answers say that there is none
     assert rows["growing cache"]["error"]["max"] is None  # it does not say so
+    page = read_page(tmp_path / "<b>.html")
+    assert page.title == f"Speed of ./{ODD}"
+    assert shlex.split(page.command) == ["jacobiflow", *shlex.split(f"{line} --html '<b>.html'")]
+    assert (page.facts["name"], page.facts["fingerprint"]) == (f"./{ODD}", fingerprint(flow))
+    assert page.figures == (tmp_path / "[bold]" / "bench.json").read_bytes()
+    names = [row["strategy"] for row in figures(tmp_path / "[bold]" / "bench.json")["comparisons"][0]["rows"]]
+    assert [[cells[0] for cells in table] for table in page.tables] == [[*names, "encoding pass"]]
+    assert {name: page.facts[name] for name in machine()} == {name: str(value) for name, value in machine().items()}
+    assert (page.facts["--seed"], page.facts["--labels"], len(page.images)) == ("0", "balanced", 1)
 
 
 @pytest.mark.parametrize("name", ["bench.json", "bench.png"])

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browsing import read_page
 from running import figures
 from scoring import levels
 
 import jacobiflow as jf
-from jacobiflow.calibration import Components
+from jacobiflow.calibration import Components, kept
 from jacobiflow.data import Noise, load_images, noisy_images
+from jacobiflow.files import write_json
 
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 GUESSES = ("latent", "zeros", "mean_affine")
@@ -185,6 +187,7 @@ def test_num_draws_some_images_by_the_seed(run: Any, tmp_path: Path, monkeypatch
 
 def test_the_bundled_digits(run: Any, tmp_path: Path) -> None:
     line = f"--images digits --num 4 --segments 2 --traced 1 --out {tmp_path}/r.json --json {tmp_path}/f"
+    line = f"{line} --html {tmp_path}/p.html"
     result = run(f"calibrate --model digits-p1 {line}")
     assert (result.code, result.err) == (0, "")
     report = jf.Report.load(tmp_path / "r.json")
@@ -192,6 +195,38 @@ def test_the_bundled_digits(run: Any, tmp_path: Path) -> None:
     assert (report.num_tokens, report.num_blocks) == (64, 4)
     assert_tables(result.out, report)
     assert_figures(figures(tmp_path / "f"), report)
+    page = read_page(tmp_path / "p.html")
+    assert page.figures == (tmp_path / "f").read_bytes()
+    igm, crm, proposed = page.tables
+    assert [cells[:3] for cells in igm] == [
+        [str(i), f"{row['latent']:.2f}", f"{row['zeros']:.2f}"] for i, row in enumerate(report.igm)
+    ]
+    assert [cells[4] for cells in crm] == [f"{value:.2f}" for value in report.crm]
+    assert proposed == [[f"{t:g}", str(jf.Strategy.from_report(report, t))] for t in TOLERANCES]
+    assert len(page.images) == 2
+
+
+def test_interrupted_it_leaves_no_page_and_goes_on_to_the_same_one(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, report, writes = tmp_path / "p.html", tmp_path / "r.json", itertools.count()
+    line = f"calibrate --model plain --images pets --segments 2 --traced 2 --chord --out {report} --html {page}"
+
+    def interrupt(*arguments: Any, **settings: Any) -> None:
+        if next(writes) == 3:
+            raise KeyboardInterrupt
+        write_json(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "write_json", interrupt)
+        assert run(line).code == 130
+    assert sorted(os.listdir(tmp_path)) == ["r.json.partial"]
+    pages = []
+    for _ in range(2):  # with what is kept, and without
+        assert run(line).code == 0
+        pages.append(re.sub(r'href="data:[^"]*"', "", page.read_text()))  # figures, with the seconds that it took
+        report.unlink()
+    assert pages[0] == pages[1]
 
 
 @pytest.mark.parametrize("igm", [5.4e5, 3.2e37, float("inf")])  # the first is Img64cond's in the paper's Table 1

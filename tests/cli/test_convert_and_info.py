@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def test_info(run: Any, tmp_path: Path) -> None:
     shown, flow = figures(tmp_path / "f"), jf.load("./model")
     assert shown["parameters"] == sum(parameter.numel() for parameter in flow.parameters())
     assert (shown["num_tokens"], shown["token_channels"], shown["noise_std"]) == (16, 4, 0.1)
+    assert (shown["torch"], shown["zuko"]) == (torch.__version__, version("zuko"))
     for name, value in shown.items():
         assert name in result.out
         assert str(value) in result.out.replace(",", "")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browsing import read_page
 from PIL import Image
 from problems import make_flow, to_float32
 from running import figures
@@ -80,7 +81,8 @@ def evaluated(run: Any, out: Path, words: str) -> tuple[dict[str, Any], str]:
 
 @pytest.mark.parametrize("samples", ["samples", "guided"])
 def test_distances_to_images(samples: str, run: Any, tmp_path: Path) -> None:
-    shown, out = evaluated(run, tmp_path, f"model --samples {samples} --images [red]x --paired 0 --test-images 0")
+    line = f"model --samples {samples} --images [red]x --paired 0 --test-images 0"
+    shown, out = evaluated(run, tmp_path, f"{line} --html {tmp_path}/p.html")
     real, fake = real_features("[red]x"), fashion_features(on_disk(samples))
     assert shown["frechet_distance"] == pytest.approx(frechet(moments(real), moments(fake)), rel=1e-6)
     assert shown["kernel_distance"] == pytest.approx(
@@ -89,6 +91,12 @@ def test_distances_to_images(samples: str, run: Any, tmp_path: Path) -> None:
     want = precision_recall(torch.from_numpy(real), torch.from_numpy(fake))
     assert (shown["precision"], shown["recall"]) == pytest.approx(want)
     assert f"fashion-FID {shown['frechet_distance']:.4f} 12 samples, against the training split of [red]x" in out
+    page = read_page(tmp_path / "p.html")
+    assert page.figures == (tmp_path / "f.json").read_bytes()
+    names = ["fashion-FID", "fashion-KID", "precision", "recall", "certificate", "re-solved"]
+    assert [cells[0] for cells in page.tables[0]] == names
+    assert page.tables[0][0][1] == f"{shown['frechet_distance']:.4f}"
+    assert len(page.images) == 1 + (samples == "samples")  # of certificates, where there are some
     few, _ = evaluated(run, tmp_path, f"model --samples {samples} --images few --paired 0 --test-images 0")
     assert few["frechet_distance"] == pytest.approx(frechet(moments(real_features("few")), moments(fake)), rel=1e-6)
     assert not {"kernel_distance", "precision", "recall"} & set(few)

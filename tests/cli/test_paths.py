@@ -79,6 +79,11 @@ REFUSED = [
     (TRACE, "--out", f"{MODELS}/digits-p1/trace", "lies with the bundled models"),
     *[(BENCH, "--json", path, READ) for path in ("s.json", "r.json", "model/model.safetensors")],
     (BENCH, "--json", "new/bench.json", "is one of the files that this command writes into --out "),
+    *[(BENCH, "--html", path, READ) for path in ("s.json", "r.json", "model/model.safetensors")],
+    (BENCH, "--html", "new/bench.json", "is one of the files that this command writes into --out "),
+    (BENCH, "--html", "missing/p.html", "give a file in a folder that exists"),
+    (BENCH, "--html", "foreign/guesses.png", "is not a page that jacobiflow wrote; move it away, or give another file"),
+    (f"{COMPARE} --json {{w}}/p.html", "--html", "p.html", "is --json too; give two files"),
     (TRAIN, "--json", "pets/a/0.png", READ),
     (TRAIN, "--json", "new/samples-000500.png", "is one of the files that this command writes into --out "),
     (TRAIN, "--out", "pets/run", "is in --images "),
@@ -132,5 +137,6 @@ def test_what_a_command_reads_or_writes_is_not_overwritten(
 def test_a_report_may_go_beside_its_model(run: Any, place: Path) -> None:
     """Where `auto` finds it; again too."""
     line = f"calibrate --model {place}/model --images {place}/pets --segments 1 --traced 1"
-    assert run(f"{line} --out {place}/model/report.json").code == 0
-    assert jf.Report.load(place / "model" / "report.json").settings.num_images == 3
+    for name in ("report.json", "report-guided.json"):
+        assert run(f"{line} --out {place}/model/{name}").code == 0
+        assert jf.Report.load(place / "model" / name).settings.num_images == 3

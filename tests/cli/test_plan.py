@@ -20,7 +20,7 @@ def test_a_plan_is_one_that_sample_takes(run: Any, tmp_path: Path) -> None:
     assert (result.code, result.err) == (0, "")
     found, shown = jf.Strategy.load(out), figures(tmp_path / "f.json")
     assert jf.Strategy.from_json(shown) == found
-    assert (shown["model"], Path(shown["report"])) == ("digits-p1", flow.report_file)
+    assert (shown["model"], Path(shown["report"])) == ("digits-p1", jf.find_report(flow))
     found.check(flow)
     made_for = found.prediction
     assert made_for is not None

@@ -57,7 +57,7 @@ def test_a_saved_flow_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     document = {"model_type": flow.model_type, "format_version": 1, **asdict(flow.config)}
     assert json.loads((tmp_path / "config.json").read_text()) == document
     card = (tmp_path / "README.md").read_text()
-    assert "library_name: jacobiflow" in card and f"# {type(flow).__name__}" in card
+    assert "library_name: jacobiflow" in card and f"# {tmp_path.name}" in card
     before = torch.get_rng_state()
     for loaded in (type(flow).from_pretrained(tmp_path), jf.load(tmp_path)):
         assert (type(loaded), loaded.config, loaded.training) == (type(flow), flow.config, False)
@@ -67,6 +67,20 @@ def test_a_saved_flow_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(file.stat().st_size))
     assert_same(loaded.state_dict(), flow.state_dict())  # which does not hang on its file
+
+
+def test_recommended_settings_are_kept_in_the_config(tmp_path: Path) -> None:
+    flow = make()
+    assert flow.recommended == jf.SamplingSettings()
+    flow.recommended = jf.SamplingSettings(jf.Guidance(3.0, attn_temperature=1.4), denoise=1.0)
+    flow.save_pretrained(tmp_path)
+    guidance = {"weight": 3.0, "annealed": True, "on": "both", "attn_temperature": 1.4}
+    found = json.loads((tmp_path / "config.json").read_text())["recommended"]
+    assert found == {"guidance": guidance, "denoise": 1.0}
+    assert jf.load(tmp_path).recommended == flow.recommended
+    flow.recommended = {"denoise": 1.0}  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="recommended="):
+        flow.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
@@ -175,29 +189,34 @@ def test_saving_refuses(tmp_path: Path) -> None:
         flow.save_pretrained(tmp_path, config=replace(SMALL, channels=16))
 
 
+REPORTS = ("report.json", "report-guided.json")
+
+
 def calibrated(place: Path) -> jf.TarFlow:
-    """The flow that `place` holds, with a report beside it."""
-    (place / "report.json").write_text(json.dumps({"fingerprint": fingerprint(make()), "more": 1}))
+    """The flow that `place` holds, with two reports beside it."""
+    for name in REPORTS:
+        (place / name).write_text(json.dumps({"fingerprint": fingerprint(make()), "more": name}))
     return jf.TarFlow.from_pretrained(place)
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_a_saved_flow_keeps_its_report_but_no_other(saved: Path, tmp_path: Path, dtype: str | None) -> None:
+def test_a_saved_flow_keeps_its_reports_but_no_others(saved: Path, tmp_path: Path, dtype: str | None) -> None:
     flow = calibrated(saved)
     flow.save_pretrained(tmp_path / "copy", dtype=dtype)
     copy = jf.load(tmp_path / "copy")
-    assert copy.report_file == tmp_path / "copy/report.json"
-    assert copy.report_file.read_bytes() == (saved / "report.json").read_bytes()
+    assert copy.report_files == tuple(tmp_path / "copy" / name for name in REPORTS)
+    assert [file.read_bytes() for file in copy.report_files] == [(saved / name).read_bytes() for name in REPORTS]
     flow.save_pretrained(saved)  # over itself
-    assert jf.load(saved).report_file == saved / "report.json"
+    assert jf.load(saved).report_files == tuple(saved / name for name in REPORTS)
     with torch.no_grad():
         flow.blocks[0].proj_out.weight.add_(0.1)
     flow.save_pretrained(tmp_path / "other", dtype=dtype)  # other weights
-    assert jf.load(tmp_path / "other").report_file is None
+    assert jf.load(tmp_path / "other").report_files == ()
     for broken in ("{", "[]", "{}"):
-        (saved / "report.json").write_text(broken)
+        for name in REPORTS:
+            (saved / name).write_text(broken)
         jf.TarFlow.from_pretrained(saved).save_pretrained(tmp_path / "other")
-        assert jf.load(tmp_path / "other").report_file is None
+        assert jf.load(tmp_path / "other").report_files == ()
 
 
 def test_bundled_models_are_loaded_by_name(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,14 +237,14 @@ def test_bundled_models_are_loaded_by_name(models: Path, monkeypatch: pytest.Mon
     assert "none here" in error_of(jf.load, "tinny")
 
 
-def test_the_hub_is_asked_for_three_files(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_asked_for_the_model_and_its_reports(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calibrated(saved)
     download = Mock(return_value=str(saved))
     monkeypatch.setattr(folder, "snapshot_download", download)
     flow = jf.TarFlow.from_pretrained("me/flow", revision="v2")
     assert_same(flow.state_dict(), make().state_dict())
-    assert flow.report_file == saved / "report.json"
-    files = ["config.json", "model.safetensors", "report.json"]
+    assert flow.report_files == tuple(saved / name for name in REPORTS)
+    files = ["config.json", "model.safetensors", "report.json", "report-*.json"]
     download.assert_called_once_with("me/flow", revision="v2", allow_patterns=files)
     monkeypatch.undo()  # a hub that is not reached
     message = error_of(jf.TarFlow.from_pretrained, "me/flow", cache_dir=saved, local_files_only=True)
@@ -233,15 +252,30 @@ def test_the_hub_is_asked_for_three_files(saved: Path, monkeypatch: pytest.Monke
 
 
 def test_push_to_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model as it is, its reports and settings, and a card with front matter."""
+
     def upload(folder_path: Path, **_: object) -> None:
-        assert (folder_path / "README.md").is_file()
+        cards.append(huggingface_hub.ModelCard.load(folder_path / "README.md"))
         pushed.append(jf.load(folder_path))
 
-    pushed: list[Any] = []
+    pushed, cards = list[Any](), list[huggingface_hub.ModelCard]()
     calls = {"upload_folder": upload, "create_repo.return_value.repo_id": "me/flow"}
     monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", lambda **_: Mock(**calls))
-    calibrated(saved).push_to_hub("me/flow")
-    assert pushed[0].report_file is not None
+    flow = calibrated(saved)
+    flow.recommended = jf.SamplingSettings(jf.Guidance(2.0, on="scale", attn_temperature=1.4), denoise=1)
+    flow.push_to_hub(
+        "me/flow", model_card_kwargs={"license": "mit", "datasets": ["me/images"], "sections": "## Limits"}
+    )
+    assert pushed[0].recommended == flow.recommended
+    data, text = cards[0].data, cards[0].text
+    assert (data.library_name, data.license, data.datasets) == ("jacobiflow", "mit", ["me/images"])
+    assert (data.pipeline_tag, "normalizing-flow" in data.tags) == ("unconditional-image-generation", True)
+    assert "# me/flow\n" in text and text.endswith("## Limits\n") and 'jf.load("me/flow")' in text
+    settings = (
+        "annealed guidance of the scale of weight 2 at attention temperature 1.4 and one denoising step of rate 1"
+    )
+    assert f"Recommended settings: {settings}." in text
+    assert [file.name for file in pushed[0].report_files] == list(REPORTS)
     assert_same(pushed[0].state_dict(), make().state_dict())
 
 
@@ -289,6 +323,8 @@ def with_config(place: Path, change: dict[str, Any]) -> Path:
         (make, {"format_version": 2}, "format 2"),
         (make, {"channels": 4 * 10**18}, "channels=4000000000000000000: the limit is 1,048,576"),
         (make, {"channels": 16}, "the shapes say channels=8 rather than 16"),
+        (make, {"recommended": {"denoise": -1}}, "config.json: recommended settings: denoise rate=-1: give 0"),
+        (make_maf, {"recommended": {"denoise": 1}}, "a denoise rate of 1, but noise_std is 0: there is no Gaussian"),
         (make_maf, {"logit_alpha": 0.7}, "logit_alpha=0.7: give a small positive number"),
         (make_maf, {"image_size": 99}, "the shapes say image_size=4 rather than 99"),
         (make_maf, {"hidden_layers": 1, "num_classes": 0}, "hidden_layers=2 rather than 1, num_classes=3 rather than"),

@@ -50,7 +50,7 @@ def texts_fit(figure: Figure, texts: Sequence[Text]) -> bool:
 @pytest.fixture(scope="module")
 def report() -> Report:
     """The bundled one of digits-p1, whose blocks 2 and 3 are tough."""
-    file = jf.load("digits-p1").report_file
+    file = jf.find_report(jf.load("digits-p1"))
     assert file is not None
     return Report.load(file)
 

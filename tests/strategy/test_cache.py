@@ -13,7 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from invented import GUIDANCE, TOKENS, Halfway, Machine, Stretched, claiming, draw, make_report, run, small
+from invented import (
+    GUIDANCE,
+    TOKENS,
+    Halfway,
+    Machine,
+    Stretched,
+    claiming,
+    draw,
+    invented_block,
+    make_report,
+    make_tuning,
+    run,
+    small,
+)
 
 import jacobiflow as jf
 import jacobiflow.strategy.cache as cache_module
@@ -126,6 +139,17 @@ def test_what_a_plan_depends_on(model: Path, plans: Plans, monkeypatch: pytest.M
     with torch.autocast("cpu", torch.bfloat16):
         plans.auto(flow)
     assert plans.made == 11
+
+
+def test_a_plan_is_by_the_report_of_its_guidance(model: Path, plans: Plans) -> None:
+    """Sweeps of the folder's guided report are counted on where that guidance is sampled with, and nowhere else."""
+    guided = make_tuning(invented_block(0), invented_block(1), guidance=GUIDANCE)
+    made = report()
+    made = replace(made, settings=replace(made.settings, guidance=GUIDANCE), tuning=guided)
+    made.save(model / "report-guided.json")
+    flow = plans.load(model)
+    assert plans.auto(flow) == jf.plan(flow, report(), 1) != plans.auto(flow, 1, None, GUIDANCE)
+    assert plans.auto(flow, 1, None, GUIDANCE) == jf.plan(flow, guided, 1, guidance=GUIDANCE)
 
 
 def test_a_kept_plan_that_is_damaged_is_made_anew(model: Path, plans: Plans) -> None:
@@ -250,7 +274,7 @@ def test_real_weights(plans: Plans) -> None:
     """The bundled flow of digits: by its report and the real clock; and without, where a tough block gets a window."""
     digits = jf.load("digits-p1")
     assert_near_the_loop(digits, 1e-2, 1)
-    digits.report_file, plans.machine = None, Machine(1.0, 0.03)
+    digits.report_files, plans.machine = (), Machine(1.0, 0.03)
     flow = plans.machine.carry(digits, plans.monkeypatch)  # type: ignore[arg-type]
     found = plans.auto(flow, 2, 1e-2)
     assert {solver.partition for solver in found.solvers} == {jf.Whole(), jf.Window(32)}

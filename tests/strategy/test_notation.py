@@ -78,7 +78,7 @@ def test_what_is_printed_is_short() -> None:
     for text, short in (
         ("[0/2-8/8-3/3-5]", "[0/2-8-3-5]"), ("[2/0-8/8-3/4-5]", "[0/2-8-4/3-5]"), ("segments:8", "gs-jacobi:8"),
         ("[2/0/1-5/8/8-3/3/4-77]", "[0/1/2-8/8/5-3/4/3-1]"), ("gs-jacobi:8-3", "gs-jacobi:8-3"),
-        ("sequential", "Original"), ("whole+zeros+halfway:50+latent", "jacobi+halfway:50"),
+        ("Original", "sequential"), ("whole+zeros+halfway:50+latent", "jacobi+halfway:50"),
     ):  # fmt: skip
         assert str(parse(text, 3, 16)) == short
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -137,3 +138,5 @@ def test_ways_to_solve_a_block(seed: int, batch_size: int, tolerance: float, mar
     assert np.allclose([way[1:] for way in have], [way[1:] for way in want], rtol=1e-9, atol=0)
     uncounted = block_options(block, costs, batch_size, tolerance, caution, counted=False)
     assert uncounted == [option for option in options if option.solver.stopping.atol is not None]
+    fine = block_options(block, costs, batch_size, tolerance, replace(caution, low_precision=False))
+    assert fine == [option for option in options if option.solver.coarse == 0]

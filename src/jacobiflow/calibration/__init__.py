@@ -13,11 +13,12 @@ from jacobiflow.calibration.metrics import (
     tough_blocks,
 )
 from jacobiflow.calibration.report import ClassSpread, Report, Settings, Spread
+from jacobiflow.calibration.reports import find_report
 from jacobiflow.calibration.tune import TuneSettings, tune
 from jacobiflow.calibration.tuning import BlockTuning, Run, Tuning
 
 __all__ = [
     "DOMINANCE", "BlockTuning", "ClassSpread", "Components", "Metrics", "Report", "Run", "Settings", "Spread", "Trace",
-    "TuneSettings", "Tuning", "calibrate", "distances", "gamma_norm", "gamma_products", "initial_residual",
-    "matrix_norm", "rank_correlation", "tough_blocks", "tune",
+    "TuneSettings", "Tuning", "calibrate", "distances", "find_report", "gamma_norm", "gamma_products",
+    "initial_residual", "matrix_norm", "rank_correlation", "tough_blocks", "tune",
 ]  # fmt: skip

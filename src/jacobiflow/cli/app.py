@@ -7,14 +7,28 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 from typer.main import get_command
 
-from jacobiflow.cli import bench, calibrate, compare, convert, doctor, evaluate, info, plan, sample, trace, train
+from jacobiflow import __version__
+from jacobiflow.cli import (
+    bench,
+    calibrate,
+    compare,
+    convert,
+    doctor,
+    evaluate,
+    export,
+    info,
+    plan,
+    sample,
+    trace,
+    train,
+)
 from jacobiflow.cli.failures import message_of
 from jacobiflow.cli.options import Limited
 from jacobiflow.cli.streams import lenient_streams, silence
@@ -25,19 +39,33 @@ from jacobiflow.storage import FirstProcessFailed
 app = typer.Typer(
     name="jacobiflow",
     help="Fast, certified sampling from autoregressive normalizing flows.",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 _COMMANDS: dict[str, Callable[..., None]] = {
     "sample": sample.sample, "evaluate": evaluate.evaluate, "compare": compare.compare,
     "calibrate": calibrate.calibrate, "plan": plan.plan, "trace": trace.trace, "bench": bench.bench,
-    "train": train.train, "convert": convert.convert, "info": info.info,
-    "doctor": doctor.doctor,
+    "train": train.train, "convert": convert.convert, "export": export.export,
+    "info": info.info, "doctor": doctor.doctor,
 }  # fmt: skip
 for _name, _command in _COMMANDS.items():
     app.command(_name, cls=Limited)(_command)
 _LOST_READER, _BAD_INPUT = 1, 2
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"jacobiflow {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -60,7 +88,9 @@ def _run(arguments: Sequence[str]) -> int:
         with interruptible(), warnings.catch_warnings():
             _load_extensions()
             warnings.showwarning = _show_warning  # type: ignore[assignment]
-            code = _commands()(args=arguments or ["--help"], standalone_mode=False)
+            code = _commands()(
+                args=arguments or ["--help"], prog_name="jacobiflow", standalone_mode=False, obj=tuple(arguments)
+            )
             sys.stdout.flush()
         if code == INTERRUPTED:  # which typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
 from jacobiflow import native
 from jacobiflow.baselines import SEQUENTIAL
-from jacobiflow.cli import options, paths
+from jacobiflow.cli import options, pages, paths
 from jacobiflow.cli.progress import progress
+from jacobiflow.cli.tables import show
 from jacobiflow.experiments.speed import ENCODING_PASS, Comparison, compare, timed_anyway
 from jacobiflow.files import check_ours, write_json
 from jacobiflow.flows.image_flow import ImageFlow
@@ -27,7 +24,7 @@ from jacobiflow.guidance import Guidance
 from jacobiflow.latents import draw_latents
 from jacobiflow.locking import locked
 from jacobiflow.measuring import Timing, machine
-from jacobiflow.plots import bench_figure, check_picture, save_png
+from jacobiflow.plots import Picture, Table, bench_figure, check_picture, save_png
 from jacobiflow.sampling import sample
 from jacobiflow.strategy import Strategy, choose, is_auto
 
@@ -37,6 +34,7 @@ _PICTURE, _TABLE = "bench.png", "bench.json"
 
 
 def bench(
+    context: typer.Context,
     model: options.Model = "fashion-p2",
     strategy: Annotated[
         list[str] | None,
@@ -75,12 +73,13 @@ def bench(
     dtype: options.Dtype = "float32",
     out: Annotated[Path, typer.Option("--out", help="Folder for bench.png, bench.json.")] = Path("out/bench"),
     json: options.Json = None,
+    html: options.Html = None,
 ) -> None:
     """Time strategies on this machine, taking turns, and compare what they give with the sequential loop's images.
 
-    Example: jacobiflow bench --model digits-p1 --strategy jacobi --strategy "[2-4-5-6]" --repeats 3 --out out/bench
+    Example: jacobiflow bench --model digits-p1 --strategy jacobi --strategy "[2-4-5-6]" --repeats 3 --html bench.html
     """
-    paths.check(json, out, ("bench.png", "bench.json"), model=model, strategy=strategy, labels=labels, report=report)
+    paths.check(json, out, (_PICTURE, _TABLE), html=html, model=model, strategy=strategy, labels=labels, report=report)
     if repeats < 1:
         raise ValueError(f"--repeats {repeats}: give a positive number of rounds")
     sizes = list(dict.fromkeys(batch_size or _BATCH_SIZES))
@@ -99,18 +98,18 @@ def bench(
         check_picture(out / _PICTURE)
         check_ours(out / _TABLE, ("model", "machine", "comparisons", "predictions"))
         where = machine(flow.var.device)
-        print(
-            f"{model} on {where['processor']}, {where['cores']} cores, {where['threads']} threads, "
-            f"device {where['device']}, PyTorch {where['torch']}"
-        )
-        print(f"native exact loops: {native.describe()}")
-        comparisons, predictions = [], {}
+        said = _said(model, where)
+        print(*said, sep="\n")
+        comparisons, predictions, tables = [], {}, []
         for size in sizes:
             plans = {name: fixed[size].get(name) or choosing(name, size, tolerance=tolerance) for name in names}
             comparisons.append(_timed(flow, size, classes[size], seed, plans, guide, certify, repeats))
-            _print(comparisons[-1])
             predictions[size] = _predictions(plans)
-        _print_legend(comparisons[0])
+            tables.append(_table(comparisons[-1], predictions[size]))
+            print()
+            show(tables[-1])
+        legend = _legend(comparisons[0])
+        print(legend)
         figures = {
             "model": model, "num_tokens": flow.config.num_tokens, "num_blocks": flow.config.num_blocks, "dtype": dtype,
             "seed": seed, "labels": labels, "guidance": None if guide is None else asdict(guide),
@@ -118,10 +117,26 @@ def bench(
             "repeats": repeats, "machine": where,
             "comparisons": [comparison.to_json() for comparison in comparisons], "predictions": predictions,
         }  # fmt: skip
-        save_png(bench_figure(comparisons), out / _PICTURE)
+        picture = bench_figure(comparisons)
+        save_png(picture, out / _PICTURE)
         write_json(out / _TABLE, figures)
     options.report(json, figures)
+    if html is not None:
+        tables[-1] = replace(tables[-1], note="\n".join(filter(None, (tables[-1].note, legend))))
+        pages.write(
+            html, context, flow, f"Speed of {model}", f"{'; '.join(said)}.", figures, tables,
+            [Picture("Error against time: faster further left, nearer to the exact images further down", picture)],
+        )  # fmt: skip
     print(f"wrote {out / _PICTURE} and {out / _TABLE}")
+
+
+def _said(model: str, where: Mapping[str, Any]) -> tuple[str, str]:
+    """What is timed, and on what."""
+    return (
+        f"{model} on {where['processor']}, {where['cores']} cores, {where['threads']} threads, "
+        f"device {where['device']}, PyTorch {where['torch']}",
+        f"native exact loops: {native.describe()}",
+    )
 
 
 def _timed(
@@ -152,46 +167,41 @@ def _fixed(
 
 
 def _predictions(plans: Mapping[str, Strategy]) -> dict[str, Any]:
-    """Print and return what was predicted for the plans that were made here."""
-    found = {}
-    for name, plan in plans.items():
-        if is_auto(name) and plan.prediction is not None:
-            print(f"{name}: predicted {plan.prediction.seconds:.3f} s")
-            found[name] = asdict(plan.prediction)
-    return found
+    """What was predicted for the plans that were made here."""
+    return {name: asdict(p.prediction) for name, p in plans.items() if is_auto(name) and p.prediction is not None}
 
 
-def _print(comparison: Comparison) -> None:
-    print(f"\nbatch size {comparison.batch_size}")
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
-    table.add_column("strategy", overflow="fold")
+def _table(comparison: Comparison, predictions: Mapping[str, Any]) -> Table:
     over = [f"over\n{_heading(name)}" for name in comparison.baselines]
     columns = (
-        "median\nseconds", "min to\nmax", *over, "network\ncalls", "evals/\ntoken", "max\nerror", "residual",
+        "strategy", "median\nseconds", "min to\nmax", *over, "network\ncalls", "evals/\ntoken", "max\nerror",
+        "residual",
     )  # fmt: skip
-    for column in columns:
-        table.add_column(column, justify="right", min_width=max(map(len, column.split())), no_wrap=True)
+    rows = []
     for row in comparison.rows:
         calls, evaluations, residual = row.network_calls, row.evaluations_per_token, row.certificate
-        table.add_row(
-            escape(row.strategy), *_seconds(row.seconds),
+        rows.append((
+            row.strategy, *_seconds(row.seconds),
             *(f"{comparison.speed_up(row, name):.2f}" for name in comparison.baselines),
             "" if calls is None else f"{calls:,}", "" if evaluations is None else f"{evaluations:.2f}",
             f"{row.error.max:.1e}" if row.error.max else "0",
             "exact" if row.exact else "" if residual is None else f"{residual:.1e}",
-        )  # fmt: skip
-    table.add_row(ENCODING_PASS, *_seconds(comparison.floor))
-    Console().print(table)
+        ))  # fmt: skip
+    rows.append((ENCODING_PASS, *_seconds(comparison.floor), *[""] * (len(columns) - 3)))
+    said = [f"{name}: predicted {prediction['seconds']:.3f} s" for name, prediction in predictions.items()]
+    return Table(f"batch size {comparison.batch_size}", columns, rows, note="\n".join(said))
 
 
-def _print_legend(comparison: Comparison) -> None:
+def _legend(comparison: Comparison) -> str:
+    lines = []
     for name in comparison.baselines:
         loop = "the sequential loop" if name == SEQUENTIAL else f"the loop of the original code, {name}"
-        print(f"over {_heading(name)}: times as fast as {loop}")
-    print(
+        lines.append(f"over {_heading(name)}: times as fast as {loop}")
+    return "\n".join([
+        *lines,
         "evals/token: how often a token of a block was evaluated; residual: the certificate, largest |g(x) - x|, or "
-        "exact where every block was solved token by token"
-    )
+        "exact where every block was solved token by token",
+    ])  # fmt: skip
 
 
 def _heading(baseline: str) -> str:

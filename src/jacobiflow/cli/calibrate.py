@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated, Any
 
 import torch
 import typer
 from jaxtyping import Float, Int
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from jacobiflow.calibration import Report
@@ -22,15 +19,27 @@ from jacobiflow.calibration import calibrate as measure
 from jacobiflow.calibration.convergence import TOLERANCES
 from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.calibration.tuning import BlockTuning
-from jacobiflow.cli import options, paths
+from jacobiflow.cli import options, pages, paths
+from jacobiflow.cli.settings import guidance_words
+from jacobiflow.cli.tables import show
 from jacobiflow.data import ImageDataset, Noise, noisy_images
-from jacobiflow.flows.folder import REPORT
+from jacobiflow.flows.folder import REPORTS
+from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.guidance import Guidance
+from jacobiflow.measuring import machine
+from jacobiflow.plots import Picture, Table, convergence_figure, segments_figure
 from jacobiflow.strategy import Strategy
 
 _SHOWN = 1e-3  # the tolerance whose sweeps the tables show
+_NAMES = tuple(name.replace("_", " ") for name in GUESS_NAMES)
+_PURPOSE = (
+    "These figures help to choose a strategy. They promise nothing about a sample, whose certificate is measured when "
+    "it is drawn."
+)
 
 
 def calibrate(
+    context: typer.Context,
     images: options.Images,
     out: Annotated[Path, typer.Option("--out", help="File for the report (JSON).")],
     model: options.Model = "fashion-p2",
@@ -51,7 +60,7 @@ def calibrate(
         typer.Option(
             "--chord",
             help="Also fit guesses and corrections, and count their sweeps, for jacobiflow plan. With --out "
-            f"{REPORT} in the model's folder, the strategy auto plans by it.",
+            f"{' or '.join(REPORTS)} in the model's folder, the strategy auto plans by it, under the same guidance.",
         ),
     ] = False,
     guidance: options.GuidanceWeight = 0.0,
@@ -63,14 +72,15 @@ def calibrate(
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     json: options.Json = None,
+    html: options.Html = None,
 ) -> None:
     """Measure a flow's blocks: the metrics IGM and CRM, the sweeps they really need, and a strategy from both.
 
     The same command again goes on where it was interrupted; what is finished is in OUT.partial until then.
 
-    Example: jacobiflow calibrate --per-class --images fashion-512 --out out/report.json
+    Example: jacobiflow calibrate --per-class --images fashion-512 --out out/report.json --html page.html
     """
-    paths.check(json, out_file=out, calibrates=True, model=model, images=images)
+    paths.check(json, out_file=out, html=html, calibrates=True, model=model, images=images)
     if norm not in ("2", "fro", "1"):
         raise ValueError(f"--norm {norm}: give 2, fro or 1")
     if num < 2:
@@ -85,6 +95,7 @@ def calibrate(
     if per_class and labels is None:
         raise ValueError("--per-class: needs a model with classes and labelled images, without --unconditional")
     guide = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
+    started = perf_counter()
     report = measure(
         flow, _Images(data, chosen, None if clean else _noise(flow.config.noise_std), seed), labels,
         norm="fro" if norm == "fro" else 2 if norm == "2" else 1,
@@ -92,16 +103,27 @@ def calibrate(
         segments=segments, traced=traced, per_class=per_class, chord=chord, batch_size=batch_size, seed=seed,
         progress=sys.stderr.isatty(), out=out,
     )  # fmt: skip
-    figures = _figures(report) | {"model": model, "images": images, "clean": clean, "report": str(out)}
+    figures = _figures(report) | {
+        "model": model, "images": images, "clean": clean, "report": str(out),
+        "machine": machine(flow.var.device), "seconds": perf_counter() - started,  # of this run, if it was interrupted
+    }  # fmt: skip
     options.report(json, figures)
-    _print(report, figures)
-    print(f"wrote {out}")
-    if figures["proposed"]:
-        words = ["jacobiflow", "sample", "--model", model, "--strategy", figures["proposed"]["0.01"]]
-        words += ["--report", str(out)]
-        words += ["--labels", "none"] if labels is None and flow.config.num_classes else []
-        words += options.guidance_words(guide)
-        print(f"use it: {shlex.join(words)}")
+    use = _use_it(flow, figures, guide, unconditional=flow.config.num_classes > 0 and labels is None)
+    said, tables = _said(report), _tables(report, figures)
+    if html is not None:
+        rows = [(tolerance, notation) for tolerance, notation in (figures["proposed"] or {}).items()]
+        proposed = [Table("Proposed strategies", ("tolerance", "strategy"), rows, (1,), use)] * bool(rows)
+        pages.write(
+            html, context, flow, f"Calibration of {model}", f"{'; '.join(said)}. {_PURPOSE}", figures,
+            [*tables, *proposed], _pictures(report),
+        )  # fmt: skip
+    print(*said, "", sep="\n")
+    for table in tables:
+        show(table)
+        print()
+    for tolerance, notation in (figures["proposed"] or {}).items():
+        print(f"proposed to {tolerance}: {notation}")
+    print(f"wrote {out}", *[use] * bool(use), sep="\n")
 
 
 class _Images:
@@ -156,53 +178,77 @@ def _figures(report: Report) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _use_it(flow: ImageFlow, figures: dict[str, Any], guidance: Guidance | None, unconditional: bool) -> str:
+    """The command line that samples by the strategy proposed to 1e-2; empty where none is."""
+    if not figures["proposed"]:
+        return ""
+    words = ["jacobiflow", "sample", "--model", figures["model"], "--strategy", figures["proposed"]["0.01"]]
+    words += ["--report", figures["report"], *["--labels", "none"] * unconditional, *guidance_words(flow, guidance)]
+    return f"use it: {shlex.join(words)}"
+
+
+def _said(report: Report) -> tuple[str, str]:
+    guided = " (guided)" if report.settings.guidance else ""
+    of = f"mean of {report.settings.traced} fresh latents"
+    return f"{report.settings.num_images} images{guided}", f"sweeps: until within {_SHOWN:g} of the solution, {of}"
+
+
 def _shown(value: float) -> str:
     return f"{value:.1e}" if 1e4 <= value < float("inf") else f"{value:.2f}"
 
 
-def _print(report: Report, figures: dict[str, Any]) -> None:
-    guided = " (guided)" if report.settings.guidance else ""
-    print(f"{report.settings.num_images} images{guided}")
-    print(f"sweeps: until within {_SHOWN:g} of the solution, mean of {report.settings.traced} fresh latents\n")
-    _table(
-        "Where to start: IGM, and sweeps from there",
-        ("block", *(f"IGM\n{name}" for name in GUESS_NAMES), *(f"sweeps\n{name}" for name in GUESS_NAMES), "guess"),
-        [
-            (
-                str(i), *(_shown(row[name]) for name in GUESS_NAMES),
-                *(f"{figures['mean_sweeps']['noise'][name][f'{_SHOWN:g}'][i]:.1f}" for name in GUESS_NAMES),
-                figures["guess"][i],
-            )
-            for i, row in enumerate(report.igm)
-        ],
-    )  # fmt: skip
-    sweeps = report.mean_sweeps("noise", _SHOWN)
-    if report.components is None:
-        print("CRM is not defined: the flow's scale and shift do not end in a linear layer\n")
-        rows = [(str(i), f"{sweeps[i]:.1f}", _shown(norm)) for i, norm in enumerate(figures["gamma"])]
-        _table("Which blocks are tough", ("block", "sweeps", "|Gamma|"), rows)
-    else:
-        _table(
-            "Which blocks are tough: CRM, and what it stands for",
-            ("block", "|S^-1 X|", "|W_s|", "|W_u|", "CRM", "percent", "tough", "sweeps", "|Gamma|"),
-            [
-                (
-                    str(i), *(_shown(value) for value in part), _shown(report.crm[i]), f"{report.crm_percent[i]:.2f}",
-                    "yes" if i in report.tough_blocks else "", f"{sweeps[i]:.1f}", _shown(figures["gamma"][i]),
-                )
-                for i, part in enumerate(report.components)
-            ],
-        )  # fmt: skip
-    for metric, by_start in figures["rank_correlation"].items():
-        print(f"rank correlation of {metric} with the sweeps: {by_start['noise'][f'{_SHOWN:g}']:.2f}")
+def _tables(report: Report, figures: dict[str, Any]) -> list[Table]:
+    """What is printed, and what the page shows."""
+    tables = [_starts(report, figures), _tough(report, figures)]
     if report.class_metrics:
-        _print_classes(report)
+        tables.append(_classes(report))
     if report.tuning is not None:
         fitted = [(str(i), *_fitted(block, report.num_tokens)) for i, block in enumerate(report.tuning.blocks)]
         columns = ("block", "correction", "mean", "slowest", "error over\nresidual", "error of\nimage over it")
-        _table(f"With a fitted guess and correction: sweeps of all tokens to {_SHOWN:g}", columns, fitted)
-    for tolerance, notation in (figures["proposed"] or {}).items():
-        print(f"proposed to {tolerance}: {notation}")
+        title = f"With a fitted guess and correction: sweeps of all tokens to {_SHOWN:g}"
+        tables.append(Table(title, columns, fitted, words=(1,)))
+    return tables
+
+
+def _starts(report: Report, figures: dict[str, Any]) -> Table:
+    sweeps = figures["mean_sweeps"]["noise"]
+    return Table(
+        "Where to start: IGM, and sweeps from there",
+        ("block", *(f"IGM\n{name}" for name in _NAMES), *(f"sweeps\n{name}" for name in _NAMES), "guess"),
+        [
+            (
+                str(i), *(_shown(row[name]) for name in GUESS_NAMES),
+                *(f"{sweeps[name][f'{_SHOWN:g}'][i]:.1f}" for name in GUESS_NAMES),
+                figures["guess"][i].replace("_", " "),
+            )
+            for i, row in enumerate(report.igm)
+        ],
+        words=(7,),
+    )  # fmt: skip
+
+
+def _tough(report: Report, figures: dict[str, Any]) -> Table:
+    sweeps = report.mean_sweeps("noise", _SHOWN)
+    note = [
+        f"rank correlation of {metric} with the sweeps: {by_start['noise'][f'{_SHOWN:g}']:.2f}"
+        for metric, by_start in figures["rank_correlation"].items()
+    ]
+    if report.components is None:
+        note = ["CRM is not defined: the flow's scale and shift do not end in a linear layer", *note]
+        rows = [(str(i), f"{sweeps[i]:.1f}", _shown(norm)) for i, norm in enumerate(figures["gamma"])]
+        return Table("Which blocks are tough", ("block", "sweeps", "|Gamma|"), rows, (), "\n".join(note))
+    return Table(
+        "Which blocks are tough: CRM, and what it stands for",
+        ("block", "|S^-1 X|", "|W_s|", "|W_u|", "CRM", "percent", "tough", "sweeps", "|Gamma|"),
+        [
+            (
+                str(i), *(_shown(value) for value in part), _shown(report.crm[i]), f"{report.crm_percent[i]:.2f}",
+                "yes" if i in report.tough_blocks else "", f"{sweeps[i]:.1f}", _shown(figures["gamma"][i]),
+            )
+            for i, part in enumerate(report.components)
+        ],
+        words=(), note="\n".join(note),
+    )  # fmt: skip
 
 
 def _fitted(block: BlockTuning, num_tokens: int) -> tuple[str, ...]:
@@ -214,13 +260,13 @@ def _fitted(block: BlockTuning, num_tokens: int) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _print_classes(report: Report) -> None:
+def _classes(report: Report) -> Table:
     def shown(spread: Any) -> str:
         return "" if spread is None else f"{_shown(spread.mean)}±{_shown(spread.std)}"
 
-    _table(
+    return Table(
         f"Over {len(report.class_metrics)} classes: mean ± standard deviation, and how often a guess wins",
-        ("block", "CRM rank", "percent", *(f"IGM\n{name}" for name in GUESS_NAMES), "wins"),
+        ("block", "CRM rank", "percent", *(f"IGM\n{name}" for name in _NAMES), "wins"),
         [
             (
                 str(i), shown(row.rank), shown(row.percent), *(shown(row.igm[name]) for name in GUESS_NAMES),
@@ -228,15 +274,12 @@ def _print_classes(report: Report) -> None:
             )
             for i, row in enumerate(report.class_spread())
         ],
+        words=(),
     )  # fmt: skip
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    print(title)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for column in columns:
-        table.add_column(column.replace("mean_affine", "mean affine"), justify="right", overflow="fold")
-    for row in rows:
-        table.add_row(*(cell.replace("mean_affine", "mean affine") for cell in row))
-    Console().print(table)
-    print()
+def _pictures(report: Report) -> list[Picture]:
+    found = [Picture("Distance to the solution by sweep, from each block's best guess", convergence_figure(report))]
+    if report.segment_traces:
+        found.append(Picture("The same in the segments of the tough blocks, one by one", segments_figure(report)))
+    return found

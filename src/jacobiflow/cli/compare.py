@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from jacobiflow.baselines import PEERS, SEQUENTIAL, gs_jacobi_grid
-from jacobiflow.cli import options, paths
+from jacobiflow.calibration import find_report
+from jacobiflow.cli import options, pages, paths
 from jacobiflow.cli.progress import progress
 from jacobiflow.cli.real_images import RealImages, real_images
+from jacobiflow.cli.tables import show
+from jacobiflow.data import scale
 from jacobiflow.evaluation import NAMES
 from jacobiflow.evaluation.features import need_torchmetrics
 from jacobiflow.experiments.quality import (
@@ -34,13 +33,15 @@ from jacobiflow.experiments.quality import (
 )
 from jacobiflow.files import write_json
 from jacobiflow.locking import locking
-from jacobiflow.plots import check_picture, comparison_figure, save_png
+from jacobiflow.plots import Picture, Table, check_picture, comparison_figure, rows_sheet, save_png
 from jacobiflow.storage import Processes, SampleFolder, processes, sizes
 
+_SAMPLES = 10  # of each row, on the page of --html
 _AUTOS = ("auto:1e-1", "auto:1e-2", "auto")
 
 
 def compare(
+    context: typer.Context,
     model: options.Model = "fashion-p2",
     strategy: Annotated[
         list[str] | None,
@@ -56,7 +57,7 @@ def compare(
         int | None,
         typer.Option(
             "--final",
-            help="Then draw this many of Original, and of the fastest row and the fastest auto within 1% of it.",
+            help="Then draw this many of Original, and of the fastest auto and the fastest other row within 1% of it.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images solved together.")] = 16,
@@ -87,31 +88,32 @@ def compare(
         Path, typer.Option("--out", help="Folder for comparison.json, comparison.png, and the samples.")
     ] = Path("out/comparison"),
     json: options.Json = None,
+    html: options.Html = None,
 ) -> None:
     """Compare strategies by the distance of their samples to real images, by their error, and by their time.
 
     All rows are timed first, in turn, and the time of the whole run is estimated. The same command again resumes a run
     that was stopped. Under torchrun, processes share the drawing, as for jacobiflow sample.
 
-    Example: jacobiflow compare --model fashion-p2 --strategy "[7-8-32-10]" --strategy auto --num 200 --out out/compare
+    Example: jacobiflow compare --model fashion-p2 --strategy "[7-8-32-10]" --strategy auto --num 200 --html page.html
     """
     paths.check(
-        json, out, (*FIGURES, "settings.json", "timings.json", "rows", "exact", "plans"), model=model,
+        json, out, (*FIGURES, "settings.json", "timings.json", "rows", "exact", "plans"), html=html, model=model,
         strategy=strategy, labels=labels, report=report, images=images, stats=stats, inception=inception,
     )  # fmt: skip
     _check(num, final, batch_size, shard_size, repeats, features)
     shard_size = shard_size or max(512 // batch_size, 1) * batch_size
     with processes() as among, locking(out) as acquire:
         flow = options.load_model(model, among.device(device), dtype)
-        path = report or flow.report_file
+        guide = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
+        path = report or find_report(flow, guide)
         found = None if path is None else options.load_report(path, flow)
         rows = strategy or [*gs_jacobi_grid(found, short=True), *PEERS, *_AUTOS]
         most = max(num, final or 0, 0 if overwrite else largest_row(out))
         experiment = Experiment(
             flow, out, tuple(dict.fromkeys((ORIGINAL, SEQUENTIAL, *rows))),
             options.parse_labels(labels, most, flow, seed), seed,
-            options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature), denoise, found,
-            batch_size, shard_size, model,
+            guide, denoise, found, batch_size, shard_size, model,
         )  # fmt: skip
         run = _Run(
             experiment, among, cache(lambda: real_images(flow, features, inception, images, stats)), NAMES[features]
@@ -120,7 +122,7 @@ def compare(
         scored = run.table(experiment.names, num, 0)
         last = None if final is None else run.table(finalists(scored), final, num)
         if not among.rank:
-            run.write(scored, last, json)
+            run.write(scored, last, json, html, context)
 
 
 def _check(num: int, final: int | None, batch_size: int, shard_size: int | None, repeats: int, features: str) -> None:
@@ -183,11 +185,15 @@ class _Run:
         folders = {name: folders[name] for name in names}
         rows = self.among.once(lambda: self._scored(folders, num))
         if first:
-            _print(rows, self.distance)
+            print()
+            show(_table(rows, self.distance))
         return rows
 
-    def write(self, scored: Sequence[Row], final: Sequence[Row] | None, json: Path | None) -> None:
-        """Write what was found, as a table and as a picture."""
+    def write(
+        self, scored: Sequence[Row], final: Sequence[Row] | None, json: Path | None, html: Path | None,
+        context: typer.Context,
+    ) -> None:  # fmt: skip
+        """Write what was found, as a table, as a picture, and as a page."""
         of = self.experiment
         figures: dict[str, Any] = {
             "model": of.model, "distance": self.distance, "against": self.real().source, "seed": of.seed,
@@ -197,9 +203,25 @@ class _Run:
         }  # fmt: skip
         table_file, picture = (of.out / name for name in FIGURES)
         write_json(table_file, figures)
-        save_png(comparison_figure(scored, self.distance), picture)
+        drawn = comparison_figure(scored, self.distance)
+        save_png(drawn, picture)
         options.report(json, figures)
+        if html is not None:
+            pages.write(
+                html, context, of.flow, f"Strategies for {of.model} compared",
+                f"Samples of the same latents by {len(scored)} strategies, scored against {self.real().source}.",
+                figures, [_table(rows, self.distance) for rows in (scored, final) if rows is not None],
+                [Picture(f"{self.distance} above the original's, against speed", drawn), self._sheet(scored)],
+            )  # fmt: skip
         print(f"wrote {table_file} and {picture}")
+
+    def _sheet(self, rows: Sequence[Row]) -> Picture:
+        """The first samples of every row."""
+        folders = {
+            row.name: SampleFolder.open(self.experiment.row_folder(row.name)) for row in rows if row.name != ORIGINAL
+        }
+        shown = [(name, scale(folder.images(0))[:_SAMPLES]) for name, folder in folders.items()]
+        return Picture("The first samples of every strategy, from the same latents", rows_sheet(shown))
 
     def _scored(self, folders: Mapping[str, SampleFolder], num: int) -> list[Row]:
         real = self.real()
@@ -217,17 +239,18 @@ def _estimate(names: Sequence[str], timings: Mapping[str, Any], num: int) -> Non
     print(f"{num:,} samples of each of {len(names)} rows: about {batches * seconds / 60:.0f} minutes by one process")
 
 
-def _print(rows: Sequence[Row], distance: str) -> None:
-    print(f"\n{rows[0].num:,} samples a row; * within 1% of {ORIGINAL}")
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
-    table.add_column("strategy", overflow="fold")
-    for column in (distance.replace("-", "-\n"), "above\noriginal", "max\nerror", "RMS\nerror", "8-bit\npixels",
-                   "re-\nsolved", "seconds\na batch", "rate"):  # fmt: skip
-        table.add_column(column, justify="right", no_wrap=True, min_width=max(map(len, column.split("\n"))))
-    for row in rows:
-        table.add_row(
-            escape(row.name), f"{row.distance:.4f}", f"{100 * row.relative:+.2f}%{'*' if row.within else ' '}",
+def _table(rows: Sequence[Row], distance: str) -> Table:
+    columns = (
+        "strategy", distance.replace("-", "-\n"), "above\noriginal", "max\nerror", "RMS\nerror", "8-bit\npixels",
+        "re-\nsolved", "seconds\na batch", "times\nas fast",
+    )  # fmt: skip
+    cells = [
+        (
+            row.name, f"{row.distance:.4f}", f"{100 * row.relative:+.2f}%{'*' if row.within else ' '}",
             f"{row.max:.1e}", f"{row.rms:.1e}", f"{row.pixels.share:.2%}", f"{row.resolved:.1%}",
             f"{row.seconds.median:.3f}", f"{row.rate:.2f}x",
-        )  # fmt: skip
-    Console().print(table)
+        )
+        for row in rows
+    ]  # fmt: skip
+    note = f"*: {distance} at most 1% above that of {ORIGINAL}; seconds include denoising"
+    return Table(f"{rows[0].num:,} samples a row", columns, cells, note=note)

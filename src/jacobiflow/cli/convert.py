@@ -10,7 +10,7 @@ import typer
 
 from jacobiflow.cli import options, paths
 from jacobiflow.flows.fingerprint import fingerprint, fingerprint_of
-from jacobiflow.flows.folder import CONFIG, REPORT, WEIGHTS, holding, locked_folder, write_model
+from jacobiflow.flows.folder import CONFIG, REPORTS, WEIGHTS, holding, locked_folder, write_model
 from jacobiflow.flows.tarflow import TarFlow
 from jacobiflow.flows.tarflow.original import infer_config, read_original
 
@@ -28,7 +28,7 @@ def convert(
 
     Example: jacobiflow convert afhq_model_8_768_8_8_0.07.pth --patch-size 8 --noise-std 0.07 --out afhq
     """
-    paths.check(json, out, (CONFIG, WEIGHTS, REPORT), file=file)
+    paths.check(json, out, (CONFIG, WEIGHTS, *REPORTS), file=file)
     config = replace(infer_config(read_original(file), patch_size=patch_size), noise_std=noise_std)
     flow = TarFlow.from_original(file, config)
     with locked_folder(out):

@@ -15,7 +15,7 @@ from jacobiflow.calibration import Report
 from jacobiflow.cli import options, paths
 from jacobiflow.cli.words import one_line
 from jacobiflow.experiments import quality
-from jacobiflow.flows.folder import CONFIG, REPORT, WEIGHTS, bundled
+from jacobiflow.flows.folder import CONFIG, WEIGHTS, bundled
 from jacobiflow.flows.registry import load
 from jacobiflow.latents import draw_latents
 from jacobiflow.sampling import decode
@@ -61,15 +61,15 @@ def doctor(
 
 
 def _model_problems(folder: Path) -> Iterator[str]:
-    """What is wrong with the files, else with the report, and with the way to images and back."""
+    """What is wrong with the files, else with the reports, and with the way to images and back."""
     yield from flows.problems(folder)
     try:
         flow = load(folder)
     except ValueError:
         return  # they have said why
-    if (folder / REPORT).exists():
+    for file in flow.report_files:
         try:
-            Report.load(folder / REPORT).check(flow)
+            Report.load(file).check(flow)
         except ValueError as error:
             yield str(error)
     z = draw_latents(1, flow.config.num_tokens, flow.config.token_channels, seed=0)

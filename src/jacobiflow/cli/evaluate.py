@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,16 +10,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
-from jacobiflow.cli import options, paths
+from jacobiflow.cli import options, pages, paths
 from jacobiflow.cli.progress import progress
 from jacobiflow.cli.real_images import real_images
-from jacobiflow.data import ImageDataset, Noise, quantize
+from jacobiflow.cli.tables import show
+from jacobiflow.data import ImageDataset, Noise, quantize, scale
 from jacobiflow.evaluation import (
     NAMES,
     InceptionFeatures,
@@ -39,19 +37,21 @@ from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance
 from jacobiflow.latents import draw_latents
 from jacobiflow.locking import locked
-from jacobiflow.plots import certificate_figure, check_picture, save_png
+from jacobiflow.plots import Picture, Table, certificate_figure, check_picture, image_grid, save_png
 from jacobiflow.sampling import sample
 from jacobiflow.storage import SampleFolder
 from jacobiflow.strategy import Strategy
 
 _FEW = 10_000  # images on either side of what compares each with each
 _KINDS = ("gaussian", "uniform")
+_SAMPLES = 20  # on the page of --html
 _PICTURE, _TABLE = "certificates.png", "evaluation.json"
 
 Rows = list[tuple[str, str, str]]
 
 
 def evaluate(
+    context: typer.Context,
     model: options.Model = "fashion-p2",
     samples: options.SamplesFolder = None,
     images: options.RealImages = None,
@@ -82,14 +82,15 @@ def evaluate(
         "out/evaluation"
     ),
     json: options.Json = None,
+    html: options.Html = None,
 ) -> None:
     """Score a model: FID of its samples, their error and certificates, and its likelihood of test images.
 
-    Example: jacobiflow evaluate --model fashion-p2 --samples out/demo --images fashion-512 --out out/evaluation
+    Example: jacobiflow evaluate --model fashion-p2 --samples out/demo --images fashion-512 --html page.html
     """
     paths.check(
-        json, out, ("evaluation.json", "certificates.png"), save_stats=save_stats, model=model, samples=samples,
-        images=images, stats=stats, inception=inception,
+        json, out, ("evaluation.json", "certificates.png"), save_stats=save_stats, html=html, model=model,
+        samples=samples, images=images, stats=stats, inception=inception,
     )  # fmt: skip
     if samples is None and images is None:
         raise ValueError("nothing to evaluate: give --samples, a folder that jacobiflow sample wrote, or --images")
@@ -113,7 +114,7 @@ def evaluate(
         check_ours(out / _TABLE, figures)
         if features != "none" and (folder is not None or save_stats is not None):
             figures |= _distances(folder, flow, features, inception, images, stats, save_stats, rows)
-        histogram = None
+        histogram, pictures = None, []
         if folder is not None:
             figures |= _certificates(folder, rows)
             histogram = figures["certificates"]
@@ -123,23 +124,40 @@ def evaluate(
             figures |= _likelihood(flow, test, added, f"of {images}", seed, batch_size, rows)
         (out / _PICTURE).unlink(missing_ok=True)
         if histogram is not None and folder is not None:
-            asked = folder.manifest.tolerance
-            if asked is None and exact is not None:
-                asked = exact.tolerance  # what a plan was made for
-            save_png(certificate_figure(histogram, asked), out / _PICTURE)
+            pictures = [_histogram(histogram, folder, exact)]
+            save_png(pictures[0].image, out / _PICTURE)
         write_json(out / _TABLE, figures)
     options.report(json, figures)
-    _print(rows)
+    table = Table("What was measured", ("measure", "value", "of"), rows, words=(0, 2))
+    show(table)
+    if html is not None:
+        pages.write(
+            html, context, flow, f"Evaluation of {model}", _summary(folder, images), figures, [table],
+            [*pictures, *_sheet(folder)],
+        )  # fmt: skip
     print(f"wrote {out / _TABLE}" + ("" if histogram is None else f" and {out / _PICTURE}"))
 
 
-def _print(rows: Rows) -> None:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for column in ("measure", "value", "of"):
-        table.add_column(column, justify="right" if column == "value" else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    Console().print(table)
+def _summary(folder: SampleFolder | None, images: str | None) -> str:
+    of = [] if images is None else [f"images of {images}"]
+    if folder is not None:
+        of.insert(0, f"samples in {folder.path} (drawn with {shlex.join(options.sample_words(folder.manifest))})")
+    return f"How good the model is, by {' and '.join(of)}."
+
+
+def _histogram(histogram: dict[str, Any], folder: SampleFolder, strategy: Strategy | None) -> Picture:
+    asked = folder.manifest.tolerance
+    if asked is None and strategy is not None:
+        asked = strategy.tolerance  # what a plan was made for
+    return Picture("Certificates of the samples", certificate_figure(histogram, asked))
+
+
+def _sheet(folder: SampleFolder | None) -> list[Picture]:
+    """The first samples."""
+    if folder is None:
+        return []
+    images = scale(folder.images(0))[:_SAMPLES]
+    return [Picture(f"The first {len(images)} samples", image_grid(images, min(len(images), _SAMPLES // 2)))]
 
 
 def _check(

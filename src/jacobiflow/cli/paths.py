@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 
 from jacobiflow.cli.options import LABEL_FILES
 from jacobiflow.data.sources import FASHION_MNIST_FOLDER
-from jacobiflow.flows.folder import CONFIG, MODELS, REPORT, WEIGHTS, bundled
+from jacobiflow.flows.folder import CONFIG, MODELS, REPORT, WEIGHTS, bundled, is_report, reports_in
 from jacobiflow.locking import LOCK
+from jacobiflow.plots import check_page
 from jacobiflow.storage.names import IMAGES, MANIFEST, SHARDS, STRATEGY
 
 _ARGUMENTS = ("file", "path")  # inputs that are no options
@@ -65,6 +66,7 @@ def check(
     writes: Sequence[str] = (),
     out_file: Path | None = None,
     save_stats: Path | None = None,
+    html: Path | None = None,
     calibrates: bool = False,
     **inputs: Any,
 ) -> None:
@@ -72,30 +74,32 @@ def check(
 
     **Arguments:**
 
-    - `json`, `out_file` (an `--out` that is a file) and `save_stats`: files that the command writes.
+    - `json`, `out_file` (an `--out` that is a file), `save_stats` and `html`: files that the command writes.
     - `out`, `writes`: a folder that it writes, and what in it; a name without a suffix is a folder, and a name may have
       a wildcard.
-    - `calibrates`: whether `out_file` may be the report in the model's folder.
+    - `calibrates`: whether `out_file` may be a report in the model's folder.
     - `inputs`: what the command reads, by the option's name: `model`, `samples`, `images` (a name, or a folder),
       `labels` (text, or a file), `strategy` (names and files), and any other file or folder.
 
     **Raises** `ValueError` for an output that is an input too, or lies in a folder of images that is read; for two
-    outputs in one place; and where nothing can be written.
+    outputs in one place; where nothing can be written; and where `html` is there, but is no page of ours.
     """
-    named = (("--out", out_file), ("--save-stats", save_stats), ("--json", json))
+    named = (("--out", out_file), ("--save-stats", save_stats), ("--json", json), ("--html", html))
     files = [_Place.of(option, path) for option, path in named if path is not None]
     folder = None if out is None else _Place.of("--out", out)
     reads = [place for name, value in inputs.items() for place in _inputs(name, value)]
-    report = _Place.of("--model", _model_folder(inputs["model"]) / REPORT).path if calibrates else None
+    model = _Place.of("--model", _model_folder(inputs["model"])).path if calibrates else None
     if folder is not None:
         _check_folder(folder, writes, files, reads)
     for i, file in enumerate(files):
         _check_distinct(file, files[:i])
         _check_file(file)
-        own = file.option == "--out" and file.path == report
-        _check_not_read(file, [place for place in reads if not own or place.path != report])
+        own = file.option == "--out" and file.path.parent == model and is_report(file.path.name)
+        _check_not_read(file, [place for place in reads if not own or place.path != file.path])
         if not own:
             _check_not_bundled(file)
+    if html is not None:
+        check_page(html)
 
 
 @contextmanager
@@ -123,7 +127,7 @@ def _check_distinct(file: _Place, others: Sequence[_Place]) -> None:
 def _check_file(file: _Place) -> None:
     if file.path.is_dir():
         file.refuse("is a folder; give a file")
-    if file.option == "--json" and not file.given.parent.is_dir():  # whose folder is not made
+    if file.option in ("--json", "--html") and not file.given.parent.is_dir():  # whose folder is not made
         file.refuse("give a file in a folder that exists")
     folder, name = Path(os.path.realpath(file.given.parent)), file.given.name
     _check_writable(file, folder, (name, _PARTIAL.format(name)))
@@ -209,7 +213,8 @@ def _inputs(name: str, value: Any) -> list[_Place]:
         value = FASHION_MNIST_FOLDER
     values: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
     if name == "model":
-        values = [_model_folder(value) / file for file in (CONFIG, WEIGHTS, REPORT)]
+        folder = _model_folder(value)
+        values = [folder / CONFIG, folder / WEIGHTS, folder / REPORT, *reports_in(folder)]
     elif name == "samples":
         values = [folder / part for folder in values for part in (MANIFEST, STRATEGY, SHARDS, IMAGES)]
     elif name == "images":

@@ -11,7 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jacobiflow.calibration import find_report
 from jacobiflow.cli import options, paths
+from jacobiflow.cli.settings import guidance_words
 from jacobiflow.flows.folder import REPORT
 from jacobiflow.solvers import Solver
 from jacobiflow.strategy import plan as make
@@ -23,7 +25,9 @@ def plan(
     model: options.Model = "fashion-p2",
     report: Annotated[
         Path | None,
-        typer.Option("--report", help=f"By jacobiflow calibrate --chord; default: the model folder's {REPORT}."),
+        typer.Option(
+            "--report", help="By jacobiflow calibrate --chord; default: the one of this guidance in the model's folder."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images solved together.")] = 1,
     tolerance: Annotated[
@@ -48,7 +52,7 @@ def plan(
         raise ValueError(f"--out {out}: give a file that ends in .json")
     flow = options.load_model(model, device, dtype)
     guide = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
-    path = report or flow.report_file
+    path = report or find_report(flow, guide)
     if path is None:
         raise ValueError(f"--model {model}: has no {REPORT}; give --report, by jacobiflow calibrate --chord")
     found = make(flow, options.load_report(path, flow), batch_size, tolerance, guidance=guide)
@@ -71,7 +75,7 @@ def plan(
     )
     print(f"wrote {out}")
     words = ["jacobiflow", "sample", "--model", model, "--strategy", str(out), "--batch-size", str(batch_size)]
-    words += ["--num", str(batch_size), *options.guidance_words(guide)]
+    words += ["--num", str(batch_size), *guidance_words(flow, guide)]
     print(f"use it: {shlex.join(words)}")
 
 

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from jacobiflow.baselines import original_loop
 from jacobiflow.calibration import Report
-from jacobiflow.cli import options, paths
+from jacobiflow.cli import options, paths, settings
 from jacobiflow.data import scale
 from jacobiflow.denoising import denoise as denoise_images
 from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.settings import SamplingSettings
 from jacobiflow.guidance import Guidance
 from jacobiflow.measuring import Error, machine, paired_error
 from jacobiflow.plots import check_picture, comparison_sheet, image_grid, save_png
@@ -71,11 +72,12 @@ def sample(
         typer.Option("--tolerance", help="Largest residual |g(x) - x| in any block; default 1e-3, or the file's own."),
     ] = None,
     report: options.ReportFile = None,
-    guidance: options.GuidanceWeight = 0.0,
-    guidance_on: options.GuidanceOn = "both",
-    constant_guidance: options.ConstantGuidance = False,
-    attn_temperature: options.AttnTemperature = 1.0,
-    denoise: options.Denoise = 0.0,
+    plain: settings.Plain = False,
+    guidance: settings.GuidanceWeight = None,
+    guidance_on: settings.GuidanceOn = None,
+    constant_guidance: settings.ConstantGuidance = False,
+    attn_temperature: settings.AttnTemperature = None,
+    denoise: settings.Denoise = None,
     certify: Annotated[
         bool, typer.Option(help="Measure every sample's residual in every block, and solve again above the tolerance.")
     ] = True,
@@ -101,6 +103,9 @@ def sample(
 ) -> None:
     """Draw images from a flow, in parallel, each certified to a tolerance, into a folder.
 
+    Guidance and denoising are as the model recommends. --guidance replaces its guidance as a whole, --denoise its
+    denoising, each leaving the other as it is; --plain draws without both.
+
     The same command again resumes a run that was stopped. Several processes share the work, and write the same bytes:
     torchrun --nproc-per-node 2 -m -- jacobiflow sample ...
 
@@ -110,6 +115,8 @@ def sample(
     _check_options(strategy, report, compare and not overwrite, out)
     if certify_always and not certify:
         raise ValueError("--certify-always: excludes --no-certify; leave one of them out")
+    given = settings.Given(plain, guidance, guidance_on, constant_guidance, attn_temperature, denoise)
+    given.check()
     certificate: Certificate = "always" if certify_always else certify
     batch_size, shard_size = sizes(num, batch_size, shard_size)
     with processes() as among:
@@ -117,23 +124,30 @@ def sample(
             raise ValueError("--compare: is for one process; leave it out, or start without torchrun")
         flow = options.load_model(model, among.device(device), dtype)
         classes = options.parse_labels(labels, num, flow, seed)
-        guide = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
-        found = _load_report(report, flow, guide)
-        comparison = _Comparison(flow, guide, denoise, batch_size) if compare else None
+        chosen, said = settings.settle(flow, given, labelled=classes is not None)
+        if not overwrite:
+            among.once(lambda: settings.check_held(out, chosen))
+        found = _load_report(report, flow, chosen.guidance)
+        comparison = _Comparison(flow, chosen, batch_size) if compare else None
         started = time.perf_counter()
         folder = sample_to_folder(
-            flow, num, out, classes, seed, strategy=strategy, guidance=guide, denoise=denoise, tolerance=tolerance,
-            certify=certificate, batch_size=batch_size, shard_size=shard_size, files=files,  # type: ignore[arg-type]
+            flow, num, out, classes, seed, strategy=strategy, guidance=chosen.guidance, denoise=chosen.denoise,
+            tolerance=tolerance, certify=certificate, batch_size=batch_size, shard_size=shard_size, files=files,  # type: ignore[arg-type]
             model=model, report=found, overwrite=overwrite, among=among, on_shard=comparison,
         )  # fmt: skip
         wall = time.perf_counter() - started
         if among.rank:
             return
     figures = _figures(folder, comparison, flow.var.device)
-    figures |= {"processes": among.count, "wall_seconds": wall, "drawn": folder.drawn}
+    figures |= {
+        "settings": " ".join(settings.settings_words(chosen)),
+        "processes": among.count,
+        "wall_seconds": wall,
+        "drawn": folder.drawn,
+    }
     save_png(_sheet(folder, comparison), out / SHEET)
     options.report(json, figures)
-    _print(figures, out)
+    _print(figures, said, out)
 
 
 def _check_options(strategy: str, report: Path | None, new: bool, out: Path) -> None:
@@ -155,10 +169,12 @@ def _load_report(path: Path | None, flow: ImageFlow, guidance: Guidance | None) 
 
 
 class _Comparison:
-    """Draws every shard again by the loop of the flow's original code, for `--compare`; `name` is that of the loop."""
+    """Draws every shard again by the loop of the flow's original code, with the same guidance and denoising, for
+    `--compare`; `name` is that of the loop.
+    """
 
-    def __init__(self, flow: ImageFlow, guidance: Guidance | None, denoise: float, batch_size: int) -> None:
-        self._flow, self._guidance, self._denoise, self._batch_size = flow, guidance, denoise, batch_size
+    def __init__(self, flow: ImageFlow, settings: SamplingSettings, batch_size: int) -> None:
+        self._flow, self._settings, self._batch_size = flow, settings, batch_size
         self.name, self._loop = original_loop(flow)
         self.exact: list[Tensor] = []
         self.drawn: list[Tensor] = []
@@ -171,13 +187,13 @@ class _Comparison:
         began = time.perf_counter()
         batches = [slice(first, first + self._batch_size) for first in range(0, len(latents), self._batch_size)]
         images = torch.cat([
-            self._loop(self._flow, latents[rows], None if labels is None else labels[rows], self._guidance)
+            self._loop(self._flow, latents[rows], None if labels is None else labels[rows], self._settings.guidance)
             for rows in batches
         ])  # fmt: skip
         self.seconds += time.perf_counter() - began
         images = images.masked_fill(~images.isfinite().all(dim=(1, 2, 3)).view(-1, 1, 1, 1), torch.nan)
-        if self._denoise:
-            images = denoise_images(self._flow, images, labels, self._denoise, self._batch_size)
+        if self._settings.denoise:
+            images = denoise_images(self._flow, images, labels, self._settings.denoise, self._batch_size)
         self._errors.append((len(latents), paired_error(shard.images, images)))
         self.exact.append(images[: max(_SHEET_IMAGES - start, 0)])
         self.drawn.append(shard.images[: max(_SHEET_IMAGES - start, 0)])
@@ -233,10 +249,11 @@ def _certificate(run: dict[str, Any]) -> str:
     return "not asked" if run["certificate"] is None else f"{run['certificate']:.1e}"
 
 
-def _print(figures: dict[str, Any], out: Path) -> None:
+def _print(figures: dict[str, Any], said: str, out: Path) -> None:
     console = Console()
     num, batch_size, shards = figures["num"], figures["batch_size"], figures["shards"]
     print(f"{figures['model']}: {num:,} image{'s' * (num > 1)}, batch size {batch_size}")
+    print(said)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("strategy", overflow="fold")
     for column in ("seconds", "images/s", "network\ncalls", "token\nevaluations", "certificate", "re-solved"):
@@ -249,6 +266,9 @@ def _print(figures: dict[str, Any], out: Path) -> None:
         table.add_row(escape(name), f"{run['seconds']:.3f}", f"{run['images_per_second']:.1f}", *counted)
     console.print(table)
     if "error" in figures:
+        if figures["settings"] != "--plain":
+            before = "; seconds are before denoising" if figures["denoise"] else ""
+            print(f"both rows: {figures['settings']}{before}")
         (name, own), (_, ours) = ((name, run["seconds"]) for name, run in figures["runs"].items())
         print(
             f"{own / ours:.1f} times as fast as the original code's loop, {name}\n"

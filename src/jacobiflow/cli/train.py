@@ -21,7 +21,7 @@ from jacobiflow import sampling
 from jacobiflow.checks import check_device
 from jacobiflow.cli import options, paths
 from jacobiflow.data import Noise
-from jacobiflow.flows.folder import CONFIG, REPORT, WEIGHTS
+from jacobiflow.flows.folder import CONFIG, REPORTS, WEIGHTS
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.registry import find_flow, flow_names
 from jacobiflow.measuring import machine
@@ -79,7 +79,9 @@ def train(
 
     Example: jacobiflow train --images fashion-mnist --out runs/fashion --steps 6000
     """
-    paths.check(json, out, (CONFIG, WEIGHTS, REPORT, "checkpoint.pt", "metrics.jsonl", "samples-*.png"), images=images)
+    paths.check(
+        json, out, (CONFIG, WEIGHTS, *REPORTS, "checkpoint.pt", "metrics.jsonl", "samples-*.png"), images=images
+    )
     flow_class = _flow_class(flow)
     data = options.read_images(images, image_size, image_channels)
     noise = noise or ("gaussian" if "noise_std" in _parameters(flow_class) else "uniform")

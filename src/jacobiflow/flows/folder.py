@@ -1,4 +1,4 @@
-"""Model folders: `config.json`, `model.safetensors`, and `report.json` where the flow was calibrated."""
+"""Model folders: `config.json`, `model.safetensors`, and reports (`report.json`, `report-*.json`) of calibrations."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
 
@@ -21,14 +22,17 @@ from torch import Tensor
 from jacobiflow.files import partials, read_object, remove_partials, write_beside
 from jacobiflow.flows.config import FlowConfig
 from jacobiflow.flows.fingerprint import fingerprint_of
+from jacobiflow.flows.settings import SamplingSettings
 from jacobiflow.flows.weights import CheckpointError, check_values, first_line
 from jacobiflow.locking import LOCK, locked
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 REPORT = "report.json"
+REPORTS = (REPORT, "report-*.json")  # under other guidance, each has a name of its own
 README = "README.md"
 FORMAT_VERSION = 1
+RECOMMENDED = "recommended"  # in config.json, the settings to sample with
 
 MODELS = importlib.resources.files("jacobiflow") / "models"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -38,11 +42,14 @@ AnyConfig = TypeVar("AnyConfig", bound=FlowConfig)
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model folder whose config.json was read: the name of its flow, and the fields of its config."""
+    """A model folder whose config.json was read: the name of its flow, the fields of its config, and how it is best
+    sampled.
+    """
 
     path: Path
     model_type: str
     fields: Mapping[str, Any]
+    recommended: SamplingSettings = SamplingSettings()  # noqa: RUF009  frozen
 
     @classmethod
     def open(cls, name: str | Path, **hub: Any) -> ModelFolder:
@@ -60,7 +67,8 @@ class ModelFolder:
     def config(self, config_type: type[AnyConfig]) -> AnyConfig:
         """The config; fields that are missing take their defaults.
 
-        **Raises** `CheckpointError` for a field that is unknown, missing, or of another type or value.
+        **Raises** `CheckpointError` for a field that is unknown, missing, or of another type or value, and where the
+        recommended settings do not fit it.
         """
         types = get_type_hints(config_type)
         problems = [f"unknown field {name!r}" for name in self.fields if name not in types]
@@ -73,7 +81,13 @@ class ModelFolder:
         try:
             if problems:
                 raise ValueError("; ".join(problems))
-            return config_type(**self.fields)
+            config = config_type(**self.fields)
+            if self.recommended.denoise and not config.noise_std:
+                raise ValueError(
+                    f"recommended settings: a denoise rate of {self.recommended.denoise}, but noise_std is 0: there is "
+                    "no Gaussian noise to remove; leave the rate out"
+                )
+            return config
         except ValueError as error:
             raise CheckpointError(f"{self.path / CONFIG}: {error}") from None
 
@@ -88,9 +102,19 @@ class ModelFolder:
             raise CheckpointError(f"{file}: cut short or damaged ({first_line(error)}); copy it again") from error
 
     @property
-    def report_file(self) -> Path | None:
-        """The report, where there is one."""
-        return self.path / REPORT if (self.path / REPORT).is_file() else None
+    def report_files(self) -> tuple[Path, ...]:
+        """The reports: report.json first, and then the others by name."""
+        return reports_in(self.path)
+
+
+def reports_in(path: Path) -> tuple[Path, ...]:
+    """The reports in a model folder: report.json first, and then the others by name."""
+    return tuple(file for pattern in REPORTS for file in sorted(path.glob(pattern)) if file.is_file())
+
+
+def is_report(name: str) -> bool:
+    """Whether a file of this name in a model folder is taken for a report."""
+    return any(fnmatchcase(name, pattern) for pattern in REPORTS)
 
 
 def holding(path: Path) -> ModelFolder | None:
@@ -130,7 +154,8 @@ class Model(Protocol):
 
     model_type: ClassVar[str]
     config: Any
-    report_file: Path | None
+    recommended: SamplingSettings
+    report_files: tuple[Path, ...]
 
     def state_dict(self) -> Mapping[str, Tensor]: ...
     def generate_model_card(self, **values: Any) -> Any: ...
@@ -155,7 +180,7 @@ def write_model(
 ) -> None:
     """Write a model folder, which the caller has locked; what `path` held stays until then.
 
-    The flow's report is copied where it is of the weights that are written, and a model card with the values of `card`
+    The flow's reports that are of the weights that are written are copied, and a model card with the values of `card`
     is made where there is no README.md.
 
     **Raises** `CheckpointError` where a weight is not finite, `path` holds what is no model of this library, or it
@@ -163,24 +188,27 @@ def write_model(
     """
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in flow.state_dict().items()}
     check_values(state, f"{path}: not written")
-    report = _report_of(flow.report_file, fingerprint_of(state))
+    reports = {path / file.name: _report_of(file, fingerprint_of(state)) for file in flow.report_files}
     holding(path)
-    place = path / REPORT
-    if report is not None and os.path.lexists(place) and "fingerprint" not in (read_object(place) or {}):
-        raise CheckpointError(f"{place}: not a report of jacobiflow; move it away, or give another folder")
+    for place, report in reports.items():
+        if report is not None and os.path.lexists(place) and "fingerprint" not in (read_object(place) or {}):
+            raise CheckpointError(f"{place}: not a report of jacobiflow; move it away, or give another folder")
     remove_half_written(path)
     document = {"model_type": flow.model_type, "format_version": FORMAT_VERSION, **asdict(flow.config)}
+    if flow.recommended != SamplingSettings():
+        document[RECOMMENDED] = flow.recommended.to_json()
     with writing(path / CONFIG) as new_config, writing(path / WEIGHTS) as new_weights:
         new_config.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         new_weights.write_bytes(save(state, metadata={"format": "pt"}))
         # A stop between the two renames must not leave new weights beside an old config.
         (path / CONFIG).unlink(missing_ok=True)
-    if report is not None:
-        with writing(place) as new_report:
-            new_report.write_bytes(report)
+    for place, report in reports.items():
+        if report is not None:
+            with writing(place) as new_report:
+                new_report.write_bytes(report)
     if not os.path.lexists(path / README):
         with writing(path / README) as new_card:
-            flow.generate_model_card(**(card or {})).save(new_card)
+            flow.generate_model_card(**{"name": path.name, **(card or {})}).save(new_card)
 
 
 def bundled() -> dict[str, Path]:
@@ -202,8 +230,8 @@ def writing(path: Path) -> Iterator[Path]:
         raise CheckpointError(f"{path}: cannot be written ({first_line(error)})") from None
 
 
-def _read_config(file: Path) -> tuple[str, dict[str, Any]]:
-    """The model type and the other fields of a config.json."""
+def _read_config(file: Path) -> tuple[str, dict[str, Any], SamplingSettings]:
+    """The model type, the fields of the flow's config, and the recommended settings of a config.json."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -217,7 +245,11 @@ def _read_config(file: Path) -> tuple[str, dict[str, Any]]:
         raise CheckpointError(
             f"{file}: model_type {model_type!r} in format {version!r}; this release reads format {FORMAT_VERSION}"
         )
-    return model_type, document
+    try:
+        recommended = SamplingSettings.from_json(document.pop(RECOMMENDED, {}))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: recommended settings: {error}") from None
+    return model_type, document, recommended
 
 
 def _is_config(file: Path) -> bool:
@@ -235,7 +267,7 @@ def _download(name: str, hub: dict[str, Any]) -> Path:
             "'owner/name'; an original .pth is for TarFlow.from_original"
         )
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, REPORT], **hub))
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, *REPORTS], **hub))
     except Exception as error:  # the errors of its HTTP client change with its version
         raise CheckpointError(
             f"{name!r} is neither a bundled name ({here}) nor a folder here, and the hub gave none "
@@ -243,10 +275,10 @@ def _download(name: str, hub: dict[str, Any]) -> Path:
         ) from error
 
 
-def _report_of(file: Path | None, fingerprint: str) -> bytes | None:
+def _report_of(file: Path, fingerprint: str) -> bytes | None:
     """The bytes of the report in `file`, where it is of weights with that `fingerprint`."""
     try:
-        content = b"" if file is None else file.read_bytes()
+        content = file.read_bytes()
         return content if json.loads(content)["fingerprint"] == fingerprint else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

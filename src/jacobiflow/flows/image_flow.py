@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jacobiflow.checks import check_count, check_floating, check_kind, check_on, check_path, check_rows, short
 from jacobiflow.flows.base import FlowBlock
+from jacobiflow.flows.card import model_card
 from jacobiflow.flows.config import MOST, MOST_CHANNELS, FlowConfig
 from jacobiflow.flows.folder import ModelFolder, save_model
 from jacobiflow.flows.labels import check_labels
 from jacobiflow.flows.permutation import Permutation
+from jacobiflow.flows.settings import SamplingSettings
 from jacobiflow.flows.weights import CheckpointError, build, floating
 
 if TYPE_CHECKING:
@@ -40,7 +42,10 @@ class Step(NamedTuple):
     z: Float[Tensor, "n t d"]
 
 
-class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow", tags=["normalizing-flow"]):
+class ImageFlow(
+    nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow", tags=["normalizing-flow"],
+    pipeline_tag="unconditional-image-generation",
+):  # fmt: skip
     """A stack of affine blocks over the tokens of an image, alternately in raster and in reverse order.
 
     A flow derives from it and is registered by `jacobiflow.flows.register`. It has:
@@ -50,8 +55,9 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
     - `block_type`: the class of its blocks, called with the config and a `Permutation`.
     - `to_tokens` and `to_images`, which say what a token is, and `config_from_options`.
 
-    Every flow has `var`, the prior's variance (T, C), and `report_file`, the report.json of the model folder that it
-    was read from, or `None`: the strategy "auto" plans by it.
+    Every flow has `var`, the prior's variance (T, C); `recommended`, the `SamplingSettings` that suit it best, of
+    which there are none by default; and `report_files`, the reports in the model folder that it was read from: the
+    strategy "auto" plans by that of the guidance which is sampled with.
     """
 
     model_type: ClassVar[str] = ""
@@ -60,7 +66,8 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
     config: FlowConfig
     blocks: Sequence[FlowBlock]
     var: Tensor
-    report_file: Path | None = None
+    recommended: SamplingSettings = SamplingSettings()
+    report_files: tuple[Path, ...] = ()
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
@@ -118,7 +125,7 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
                 "the class"
             )
         flow = cls.from_state(folder.config(cls.config_type), folder.state(), str(folder.path))
-        flow.report_file = folder.report_file
+        flow.recommended, flow.report_files = folder.recommended, folder.report_files
         return flow
 
     @classmethod
@@ -150,8 +157,9 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
     ) -> None:
         """Write a model folder, in `dtype` (by default the flow's own); what was there stays until then.
 
-        The flow's report is copied where it is of the weights that are written, and a model card is made where there
-        is no README.md. `push_to_hub` calls this with `config`, which can only be the flow's own.
+        The flow's `recommended` settings go into config.json. Its reports are copied where they are of the weights that
+        are written, and a model card is made where there is no README.md. `push_to_hub` calls this with `config`, which
+        can only be the flow's own.
 
         **Raises** `CheckpointError`, a `ValueError`, where a weight is not finite, the folder cannot be written, or it
         has a config.json or weights that are not of a model of this library; `FolderInUseError`, a `ValueError`, where
@@ -162,7 +170,22 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
         check_path("save_directory", save_directory)
         check_kind("dtype", dtype, str | torch.dtype | None, "a dtype, such as torch.float64, its name, or None")
         check_kind("config", config, type(self.config) | None, "the flow's own, or None")
+        check_kind("recommended", self.recommended, SamplingSettings, "SamplingSettings")
         save_model(self, Path(save_directory), floating(dtype), model_card_kwargs)
+
+    def push_to_hub(self, repo_id: str, **hub: Any) -> str:
+        """Upload a model folder, as `save_pretrained` writes it, to the hub; `hub` as huggingface_hub takes it.
+
+        The card's values are in `model_card_kwargs`, see `generate_model_card`.
+        """
+        card = {"name": repo_id, **(hub.pop("model_card_kwargs", None) or {})}
+        return str(super().push_to_hub(repo_id, **hub, model_card_kwargs=card))
+
+    def generate_model_card(self, **values: Any) -> ModelCard:
+        """The card that is written beside the weights; `values` are those of `jacobiflow.flows.card.model_card`."""
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        data, kind = self._hub_mixin_info.model_card_data, type(self).__name__
+        return model_card(data, kind, self.config, self.recommended, parameters, **values)
 
     @property
     def learns_prior(self) -> bool:

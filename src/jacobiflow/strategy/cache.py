@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from jacobiflow.calibration.report import Report
+from jacobiflow.calibration.reports import find_report
 from jacobiflow.calibration.tune import TuneSettings, tune
 from jacobiflow.calibration.tuning import Tuning
 from jacobiflow.checks import check_count, check_kind, check_number
-from jacobiflow.files import cache_folder, json_bytes, sha256
+from jacobiflow.files import cache_folder, files_sha256, json_bytes, sha256
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.guidance import Guidance, check_guidance, in_force
@@ -41,13 +42,13 @@ def auto(
     """What `strategy="auto"` stands for: the plan for this flow, device, batch size and tolerance (1e-3 by default).
 
     A plan is made once, for the next power of two of the batch size, by the tuning of `report`, by default that of the
-    report.json in the flow's model folder. It is kept in the user's cache folder. Where the sequential loop takes no
-    longer than any iteration must, it is the plan, and no tuning is needed. Else a flow without a tuning is tuned on
-    four fresh latents, with nothing fitted: enough to tell which blocks sweeps solve sooner than the loop. The loop
-    solves all blocks at a tolerance of 0, and where one of these latents overflows. `say` is called with a line of text
-    before something that takes long.
+    report in the flow's model folder that `find_report` finds for the guidance. It is kept in the user's cache folder.
+    Where the sequential loop takes no longer than any iteration must, it is the plan, and no tuning is needed. Else a
+    flow without a tuning is tuned on four fresh latents, with nothing fitted: enough to tell which blocks sweeps solve
+    sooner than the loop. The loop solves all blocks at a tolerance of 0, and where one of these latents overflows.
+    `say` is called with a line of text before something that takes long.
 
-    **Raises** `ValueError` where `report` is of another flow. A report.json of other weights only warns.
+    **Raises** `ValueError` where `report` is of another flow. One of other weights in the model folder only warns.
     """
     tolerance = DEFAULT_TOLERANCE if tolerance is None else tolerance
     check_flow(flow)
@@ -78,10 +79,8 @@ def _key(
     """A hash of all that a plan depends on."""
     if report is not None:
         made_by = sha256(json_bytes(report.to_json()))
-    elif flow.report_file is not None and flow.report_file.is_file():
-        made_by = sha256(flow.report_file.read_bytes())
     else:
-        made_by = ""
+        made_by = files_sha256(file for file in flow.report_files if file.is_file())
     device = flow.var.device
     precision = (flow.var.dtype, torch.get_float32_matmul_precision(), torch.is_autocast_enabled(device.type))
     where = json.dumps(machine(device), sort_keys=True)
@@ -107,7 +106,7 @@ def _make(
     flow: ImageFlow, batch_size: int, tolerance: float, guidance: Guidance | None, report: Report | None, key: str,
     say: Callable[[str], None],
 ) -> Strategy:  # fmt: skip
-    tuning = _tuning(flow, report)
+    tuning = _tuning(flow, report, guidance)
     say(f"auto: planning for batches of up to {batch_size} on {device_name(flow.var.device)}, once")
     if (loop := loop_plan(flow, batch_size, tolerance, guidance)) is not None:
         return _kept(loop, key, say)
@@ -146,13 +145,14 @@ def _short_trial(flow: ImageFlow, tolerance: float, guidance: Guidance | None) -
     return tune(flow, guidance=guidance, samples=_SAMPLES, progress=False, settings=settings)
 
 
-def _tuning(flow: ImageFlow, report: Report | None) -> Tuning | None:
+def _tuning(flow: ImageFlow, report: Report | None, guidance: Guidance | None) -> Tuning | None:
     """The tuning in `report`, by default in the flow's own; `None` where there is none for these weights."""
     if report is not None:
         return report.tuning
-    if flow.report_file is None:
+    file = find_report(flow, guidance)
+    if file is None:
         return None
-    report = Report.load(flow.report_file)
+    report = Report.load(file)
     if report.tuning is None:
         return None
     if report.tuning.fingerprint != fingerprint(flow):

@@ -122,7 +122,7 @@ def _piece(base: type, text: str, whole: str) -> Any:
 
 def _name(solver: Solver) -> str | None:
     """The name of a strategy that treats all blocks alike."""
-    names = ["Original", "jacobi", f"Jacobi-{solver.stopping.max_sweeps}"]
+    names = ["jacobi", f"Jacobi-{solver.stopping.max_sweeps}"]
     if isinstance(solver.partition, Segments):
         count = solver.partition.count
         names += [f"gs-jacobi:{count}", f"gs-jacobi:{count}-{solver.stopping.max_sweeps}"]

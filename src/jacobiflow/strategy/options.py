@@ -17,7 +17,7 @@ from jacobiflow.strategy.costs import Costs
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What a plan is cautious about.
+    """What a plan is cautious about, and what it may use.
 
     **Attributes:**
 
@@ -28,8 +28,9 @@ class PlanSettings:
     - `stricter`: after a trial whose images were beyond the tolerance, the next choice is for so much of it.
     - `count_margin`: factor on the residuals and errors of counted sweeps, since a count adapts to no sample.
     - `busy`: a plan by timings that differ by more than this share is used, but not kept.
+    - `low_precision`: whether sweeps in bfloat16 may come first. `False` is for comparing with samplers that have none.
 
-    **Raises** `TypeError` or `ValueError` where one is no number of at least 0.
+    **Raises** `TypeError` or `ValueError` where a number is none of at least 0, or `low_precision` is no truth value.
     """
 
     margin: float = 0.03
@@ -38,6 +39,7 @@ class PlanSettings:
     stricter: float = 0.7
     count_margin: float = 1.5
     busy: float = 0.3
+    low_precision: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -63,18 +65,18 @@ def block_options(
     """Every run of a block's tuning within the tolerance, those between two that were tried included, and its counts.
 
     Counts of sweeps adapt to no sample: their residuals and errors are given a margin, and without `counted` they are
-    left out.
+    left out. So are sweeps in bfloat16 where the settings say so.
     """
-    fixed = costs.fixed[batch_size]
+    fixed, most_coarse = costs.fixed[batch_size], math.inf if settings.low_precision else 0
     found = []
     for run in _between(block.runs):
-        if run.residual <= tolerance:
+        if run.residual <= tolerance and run.coarse <= most_coarse:
             solver = Solver(run.partition, block.guess, Tolerance(run.tolerance), block.correction, run.coarse)
             seconds = batch_seconds(run.sweeps, batch_size, _sweep_seconds(costs, run.partition))
             seconds += fixed + costs.of_coarse(run.coarse) + costs.certificate
             found.append(Option(solver, seconds, run.error * block.amplification))
     for count in block.counted if counted else ():
-        if settings.count_margin * count.residual <= tolerance:
+        if settings.count_margin * count.residual <= tolerance and count.coarse <= most_coarse:
             solver = Solver(Whole(), block.guess, MaxSweeps(count.fine), block.correction, count.coarse)
             seconds = fixed + count.fine * costs.of_sweep(batch_size, Whole()) + costs.of_coarse(count.coarse)
             seconds += costs.certificate

@@ -98,8 +98,8 @@ class Strategy:
         The paper's notation [Stack-GS-J-Else] (section 3.4): blocks in Stack are cut into GS segments of J sweeps each,
         the others are swept Else times; several stacked blocks, and several GS and J, have slashes between them,
         "[0/7-256/8-1/13-6]"; a J with commas has a number for each segment, "[7-4-25,13,12,11-10]". "Jacobi-30" sweeps
-        all tokens of every block 30 times, "Original" (or "sequential") solves token by token. The notation leaves the
-        guesses to IGM.
+        all tokens of every block 30 times. The notation leaves the guesses to IGM. "sequential" solves token by token;
+        "Original", a row of the paper's tables, is read as "sequential".
 
         To `tolerance`: "jacobi", "gs-jacobi:8" (8 segments), "window:24", and any partition that is registered, its
         name followed by its numbers. "gs-jacobi:8-32": 32 sweeps a segment. Registered guesses and corrections are

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jacobiflow.files import partials
-from jacobiflow.flows.folder import CONFIG, REPORT, WEIGHTS, holding
+from jacobiflow.flows.folder import CONFIG, WEIGHTS, holding, reports_in
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.registry import find_flow
 from jacobiflow.training.checkpoint import CHECKPOINT, Checkpoint
@@ -36,9 +36,9 @@ def check_folder(out: Path, flow: ImageFlow, config: TrainConfig, data: dict[str
         if state is None and last > config.checkpoint_every:
             raise ValueError(f"{log}: of {last} steps, without their {CHECKPOINT}; bring it back, or {remedy}")
     if state is None:
-        for name in (CONFIG, WEIGHTS, REPORT):
-            if os.path.lexists(out / name):
-                raise ValueError(f"{out / name}: of a model, without the {CHECKPOINT} of its training; {remedy}")
+        for file in (out / CONFIG, out / WEIGHTS, *reports_in(out)):
+            if os.path.lexists(file):
+                raise ValueError(f"{file}: of a model, without the {CHECKPOINT} of its training; {remedy}")
     model = holding(out)
     if model is not None and (model.model_type != flow.model_type or model.config(type(flow.config)) != flow.config):
         raise ValueError(f"{out / CONFIG}: of another flow than this run's; {remedy}")

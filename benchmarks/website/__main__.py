@@ -1,0 +1,11 @@
+"""Builds the site into out/site: `PYTHONPATH=benchmarks python -m website`. Exits 1 with what is wrong with it."""
+
+import sys
+
+from website.build import build
+from website.pages import ROOT
+
+if __name__ == "__main__":
+    wrong = build(ROOT / "out")
+    print(*wrong, sep="\n", end="\n" * bool(wrong), file=sys.stderr)
+    sys.exit(bool(wrong))

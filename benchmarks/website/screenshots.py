@@ -1,0 +1,80 @@
+"""Pictures of every page of the built site, on a desktop and on a phone: `python benchmarks/website/screenshots.py`.
+
+They are written to out/screenshots. A page that is wider than its window is named.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Browser, sync_playwright
+
+ROOT = Path(__file__).resolve().parents[2]
+WIDTHS = (1280, 390)
+CHROMIUM = "/usr/bin/chromium"
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def served(site: Path) -> Iterator[str]:
+    """The address at which the folder `site` is served on this machine."""
+    handler = functools.partial(_Quiet, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """Chromium without a window."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+                  "--disable-sync", "--no-first-run"],
+        )  # fmt: skip
+        yield browser
+        browser.close()
+
+
+def look(browser: Browser, address: str, names: Iterable[str], width: int, pictures: Path) -> list[str]:
+    """Takes a picture of each page.
+
+    Returns what is wrong: too wide for the window, a message in the console, a failed request.
+    """
+    wrong = []
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.on("console", lambda message: wrong.append(f"{page.url}: {message.text}"))
+    page.on("requestfailed", lambda request: wrong.append(f"{page.url}: {request.url} failed"))
+    for name in names:
+        page.goto(f"{address}/{name}", wait_until="networkidle")
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        wrong += [f"{name} is {wide} pixels wide in a window of {width}"] * (wide > width)
+        picture = name.removesuffix("/index.html").removesuffix(".html").replace("/", "-")
+        page.screenshot(path=pictures / str(width) / f"{picture}.png", full_page=True)
+    page.close()
+    return wrong
+
+
+def main(site: Path = ROOT / "out/site", pictures: Path = ROOT / "out/screenshots") -> None:
+    """Takes the pictures; exits 1 with what is wrong."""
+    names = [str(file.relative_to(site)) for file in sorted(site.rglob("*.html"))]
+    with served(site) as address, chromium() as browser:
+        wrong = [line for width in WIDTHS for line in look(browser, address, names, width, pictures)]
+    print(*wrong, sep="\n", end="\n" * bool(wrong))
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
