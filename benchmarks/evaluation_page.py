@@ -88,20 +88,22 @@ def rows_of(result: dict[str, Any]) -> list[Row]:
     ]
 
 
+MEASURES = {"fashion_fid": "fashion-FID", "pixel_distance": "Fréchet distance of the pixels"}
+
+
 def search(result: dict[str, Any]) -> str:
     """A line per guidance, a column per denoising rate."""
     rows, best = result["rows"], result["best"]
+    (measure,) = MEASURES.keys() & best.keys()
     rates = sorted({row["denoise"] for row in rows})
     lines = [
-        f"fashion-FID of {result['num']:,} samples, by guidance and denoising rate.\n",
+        f"{MEASURES[measure]} of {result['num']:,} samples of `{result['model']}`, by guidance and denoising rate.\n",
         f"| guidance weight | attention temperature |{''.join(f' rate {rate:g} |' for rate in rates)}",
         f"| ---: | ---: |{' ---: |' * len(rates)}",
     ]
     for weight, temperature in sorted({(row["weight"], row["attn_temperature"]) for row in rows}):
         found = {r["denoise"]: r for r in rows if (r["weight"], r["attn_temperature"]) == (weight, temperature)}
-        cells = (
-            f"**{v}**" if found[rate] == best else v for rate in rates for v in [f"{found[rate]['fashion_fid']:.3f}"]
-        )
+        cells = (f"**{v}**" if found[rate] == best else v for rate in rates for v in [f"{found[rate][measure]:.3f}"])
         lines.append(f"| {weight:g} | {temperature:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -155,7 +157,7 @@ def parts() -> dict[str, str]:
         "setting in PyTorch": setting(pytorch),
         "strategies in PyTorch": tables(pytorch),
         "calibrating": calibrating(_result("calibration-guided-3"), pytorch),
-        "search": search(_result("fashion-p2-search")),
+        **{name: search(_result(name)) for name in ("fashion-p2-search", "digits-p1-search", "digits-maf-search")},
         "scores": scores(_result("evaluation")),
         "batches": batches(_result("batch-sizes")),
     }

@@ -94,7 +94,8 @@ def speed(result: dict[str, Any]) -> str:
         "is certified, and each has the fastest of its settings whose largest error is at most 1e-3; a dash where",
         "none that was tried comes that near (from batch 16 on, those that did well at the batch size before). They",
         "have no native code, no bfloat16 and nothing fitted to the model but GS-Jacobi's guess; the last column but",
-        f"one is `auto` without these, not certified either. The largest error of `auto`, certified, is {worst:.1e}.\n",
+        "one is `auto` without these, and not certified either. The largest error of `auto`, certified, is "
+        f"{worst:.1e}.\n",
         f"| batch | growing cache (original) | {EAGER} | {' | '.join((*SAMPLERS, 'auto without these', CERTIFIED))} |",
         f"| ---: |{' ---: |' * (len(SAMPLERS) + 4)}",
     ]
@@ -177,9 +178,9 @@ def parts() -> dict[str, str]:
     demos = "\n\n".join(demo(name) for name in ("demo.json", "demo-one.json"))
     return {
         "three": three(_result("performance"), _result("drop-in"), _result("drop-in-sizes")),
-        "commands": commands(_result("fresh-clone")), "demo": demos, "drop-in": drop_in(_result("drop-in")),
+        "commands": commands(_result("fresh-clone")), "demo": demos,
+        "drop-in": drop_in(_result("drop-in")), "drop-in-sizes": sizes(_result("drop-in-sizes")),
         "speed": speed(_result("performance")),
-        "drop-in-sizes": sizes(_result("drop-in-sizes")),
         "quality": quality(_result("comparison")),
     }  # fmt: skip
 

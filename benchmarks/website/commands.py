@@ -12,6 +12,7 @@ def markdown_of_commands() -> str:
     made = [sys.executable, "-m", "typer", "jacobiflow.cli.app", "utils", "docs", "--name", "jacobiflow"]
     text = subprocess.run(made, check=True, capture_output=True, text=True).stdout
     text = text.replace("# `jacobiflow`", "# Command line", 1)
+    text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", text)  # whose descriptions are cut; their sections follow
     text = re.sub(
         r"^(Example|Examples): (.*?)\n\n", r"\1:\n\n```console\n\2\n```\n\n", text, flags=re.DOTALL | re.MULTILINE
     )

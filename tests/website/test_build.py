@@ -33,7 +33,7 @@ def test_search_finds(site):
     with served(site) as address, chromium() as browser:
         page = browser.new_page()
         page.goto(address)
-        page.keyboard.press("Control+k")
-        page.keyboard.type("certificate")
-        page.locator("a[href*='solvers/#the-certificate']").click()
-        page.wait_for_url("**/solvers/#the-certificate")
+        page.locator(".md-search__button").click()
+        page.get_by_role("combobox", name="Search").fill("certificate")
+        page.get_by_role("option", name="The certificate", exact=True).click()
+        page.wait_for_url("**/solvers/*#the-certificate")

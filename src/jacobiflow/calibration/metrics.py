@@ -20,6 +20,7 @@ from jacobiflow.solvers.solve import check_tokens
 Norm = Literal[2, "fro", 1]
 NORMS: tuple[Norm, ...] = (2, "fro", 1)
 DOMINANCE = 1 / 3
+"""The share of the remaining blocks' CRM above which a block is tough by default, see `tough_blocks`."""
 
 
 class Components(NamedTuple):

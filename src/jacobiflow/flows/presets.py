@@ -83,3 +83,4 @@ PRESETS: dict[str, Preset] = {
         strategy="[0/7-16/8-10/13-6]",
     ),
 }  # fmt: skip
+"""The four models of the paper, by name: their configs, and the settings at which it samples them."""
