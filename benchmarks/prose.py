@@ -19,7 +19,7 @@ from jacobiflow.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "src" / "jacobiflow" / "models"
-NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?"
+NUMBER = r"[-+]?\d(?:[\d,]*\d)?(?:\.\d+)?(?:e[-+]?\d+)?"
 COUNT = rf"(?:{NUMBER}|\b(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|fifteen|twenty|thirty)\b)"
 UNIT = r"\s?(?:%|×|per cent\b|m?s\b)|x\b(?!\d)|\s(?:times|(?:milli)?seconds?|minutes?|hours?)\b"
 PART = r"\b(?:half|thirds?|quarters?|fifths?|tenths?) (?:of )?(?:the |its |an? )?"
