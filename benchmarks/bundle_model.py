@@ -1,7 +1,7 @@
 """Puts a trained model into the package: `python benchmarks/bundle_model.py --help`.
 
 Writes config.json, with the settings that docs/results/NAME-search.json recommends, and half-precision weights to
-src/jacobiflow/models/NAME, figures of the model to docs/results/NAME.json, and its pictures to docs/figures. Every
+src/jacobiflow/models/NAME, figures of the model to docs/results/NAME.json, and its loss curve to docs/figures. Every
 figure is measured on the bundled weights. `python benchmarks/model_cards.py --measure` writes the card.
 """
 
@@ -24,10 +24,8 @@ from jacobiflow.data import ImageDataset, Noise, load_images
 from jacobiflow.evaluation import bayes_accuracy, bits_per_dim
 from jacobiflow.files import write_json
 from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.plots import image_grid, save_png
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDANCE = jf.Guidance(1.0)
 BITS = {"gaussian": "bits_per_dim_noisy", "uniform": "bits_per_dim"}
 
 
@@ -51,8 +49,8 @@ def measure(flow: ImageFlow, test: ImageDataset, accuracy_images: int) -> dict[s
     return {BITS[noise.kind]: bpd, "bayes_accuracy": accuracy, "accuracy_images": len(few)}
 
 
-def draw_pictures(flow: ImageFlow, name: str, metrics: list[dict[str, float]]) -> None:
-    """The loss curve and the sheet of samples."""
+def draw_loss(name: str, metrics: list[dict[str, float]]) -> None:
+    """The loss curve."""
     figures = ROOT / "docs" / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     steps, losses = (np.array([row[key] for row in metrics]) for key in ("step", "loss"))
@@ -63,13 +61,6 @@ def draw_pictures(flow: ImageFlow, name: str, metrics: list[dict[str, float]]) -
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(figures / f"{name}-loss.png", dpi=110)
     plt.close(figure)
-    labels = torch.arange(20) % flow.config.num_classes
-    plain = jf.sample(flow, num=20, labels=labels, seed=0)
-    guided = jf.sample(flow, num=20, labels=labels, seed=0, guidance=GUIDANCE, denoise=float(flow.config.noise_std > 0))
-    zoom = 2 if flow.config.image_size >= 28 else 6
-    order = labels.argsort(stable=True)
-    sheet = torch.cat((plain.images[order], guided.images[order]))
-    save_png(image_grid(sheet, columns=20, zoom=zoom), figures / f"{name}-samples.png")
 
 
 def main() -> None:
@@ -115,7 +106,7 @@ def main() -> None:
         **measure(flow, test, arguments.accuracy_images),
         "loss": [[row["step"], row["loss"]] for row in metrics[49::50]],
     }
-    draw_pictures(flow, arguments.name, metrics)
+    draw_loss(arguments.name, metrics)
     write_json(ROOT / "docs" / "results" / f"{arguments.name}.json", figures)
     print(f"bundled {folder}: class accuracy {figures['bayes_accuracy']:.1%}")
 
