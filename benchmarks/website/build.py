@@ -11,6 +11,7 @@ from pathlib import Path
 import tomllib
 
 from website.commands import markdown_of_commands
+from website.formulas import typeset
 from website.links import problems
 from website.notebooks import markdown_of
 from website.pages import MERMAID, ROOT, Pages
@@ -31,6 +32,7 @@ def build(out: Path) -> list[str]:
     made = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", str(config)]
     if subprocess.run(made).returncode:
         return ["zensical found something wrong, see above"]
+    typeset(site)
     listed = re.findall(r'= "([^"]+\.md)"', _CONFIG.read_text())
     forgotten = [f"{_CONFIG.name} does not list {name}" for name in pages.names.values() if name not in listed]
     return problems(site) + forgotten

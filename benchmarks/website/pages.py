@@ -76,6 +76,8 @@ class Pages:
             (self.site / copy).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.root / linked, self.site / copy)
             return os.path.relpath(copy, here)
+        if (self.site / here / target).is_file():  # a picture of a notebook, written beside its page
+            return None
         if not (self.root / linked).exists():
             raise ValueError(f"{path} links to {target}, which is not there")
         return self._tree + linked
