@@ -2,19 +2,27 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The package with what it needs, and what the tests and the other targets need beside it.
+RUNTIME := $(VENV)/.runtime
 INSTALLED := $(VENV)/.installed
+# Bytecode is compiled when a module is imported, and of most of what is installed none ever is.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: setup demo test lint mutants benchmark regimes calibration flows reliability evaluation figures docs clean
 
 setup: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml
+$(RUNTIME): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(INSTALL) --upgrade pip
+	$(INSTALL) --editable .
 	touch $@
 
-demo: setup
+$(INSTALLED): $(RUNTIME)
+	$(INSTALL) --editable '.[dev]'
+	touch $@
+
+demo: $(RUNTIME)
 	$(BIN)/jacobiflow sample --model fashion-p2 --num 20 --compare --overwrite --out out/demo
 	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels 9 --compare --overwrite --out out/demo-one
 
@@ -48,10 +56,13 @@ regimes: setup
 	$(BIN)/python benchmarks/loop_profile.py
 	$(BIN)/python benchmarks/performance_page.py
 
-# Regenerates the tables and figures of docs/calibration.md (15 minutes on two idle cores).
+# Regenerates the tables and figures of docs/calibration.md, and the bundled reports (half an hour on two idle cores).
+# GUIDED is the guidance that fashion-p2 recommends.
+GUIDED := --guidance 3 --attn-temperature 1.4
 CALIBRATE := $(BIN)/jacobiflow calibrate --model fashion-p2 --images fashion-512
 calibration: setup
 	$(CALIBRATE) --per-class --chord --out src/jacobiflow/models/fashion-p2/report.json --json docs/results/calibration.json
+	$(CALIBRATE) $(GUIDED) --chord --out src/jacobiflow/models/fashion-p2/report-guided.json
 	$(BIN)/jacobiflow calibrate --model digits-p1 --images digits --chord --out src/jacobiflow/models/digits-p1/report.json
 	$(BIN)/jacobiflow calibrate --model digits-maf --images digits --chord \
 		--out src/jacobiflow/models/digits-maf/report.json
@@ -76,12 +87,12 @@ reliability: setup
 	$(BIN)/python benchmarks/reliability_page.py
 
 # Regenerates the tables and figures of docs/evaluation.md (hours on two cores; it goes on where it was stopped).
-GUIDED := --guidance 3 --attn-temperature 1.4
 evaluation: setup
 	$(BIN)/python benchmarks/search_guidance.py
+	$(BIN)/python benchmarks/search_guidance.py digits-p1
+	$(BIN)/python benchmarks/search_guidance.py digits-maf
 	$(BIN)/python benchmarks/batch_sizes.py
-	$(CALIBRATE) $(GUIDED) --chord --out out/guided-3.json
-	$(BIN)/jacobiflow compare --model fashion-p2 $(GUIDED) --denoise 1 --report out/guided-3.json \
+	$(BIN)/jacobiflow compare --model fashion-p2 $(GUIDED) --denoise 1 \
 		--repeats 2 --final 10000 --out out/comparison --json docs/results/comparison.json
 	cp out/comparison/comparison.png docs/figures/quality.png
 	$(BIN)/jacobiflow evaluate --model fashion-p2 --samples out/comparison/rows/auto-1e-1 --images fashion-mnist \

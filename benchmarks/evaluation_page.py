@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from filling import fill
 
-from jacobiflow.experiments.quality import WITHIN
+from jacobiflow.evaluation import PixelDifference
+from jacobiflow.experiments.quality import WITHIN, Row
+from jacobiflow.measuring import Timing
+from jacobiflow.plots import comparison_figure, save_png
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -33,6 +37,11 @@ def setting(result: dict[str, Any]) -> str:
     )
 
 
+def tables(result: dict[str, Any]) -> str:
+    """The rows of a comparison, and those of more samples."""
+    return "\n\n".join(strategies(result[name]) for name in ("rows", "final") if result[name])
+
+
 def strategies(rows: list[dict[str, Any]]) -> str:
     """A table of rows; bold is within 1%."""
     lines = [
@@ -51,20 +60,50 @@ def strategies(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def calibrating(report: dict[str, Any], result: dict[str, Any]) -> str:
+    """What the report of `auto` costs, and when it has paid for itself: without native code, and with it."""
+    machine, size = report["machine"], result["timings"]["batch_size"]
+    rows = {row["name"]: row["seconds"]["median"] for row in result["rows"]}
+    lines = [
+        f"The report took {report['seconds']:.0f} s to make, on {machine['cores']} cores of {machine['processor']}. No "
+        "time above includes that. It has paid for itself after so many images, by the seconds of the table above:\n",
+        "| strategy | compared with Original | compared with sequential, in PyTorch |",
+        "| --- | ---: | ---: |",
+    ]
+    for name in (name for name in rows if name.startswith("auto")):
+        cells = []
+        for other in ("Original", "sequential"):
+            saved = rows[other] - rows[name]
+            batches = math.ceil(report["seconds"] / saved) if saved > 0 else 0
+            cells.append(f"{batches * size:,} ({batches:,} batches)" if batches else "never")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def rows_of(result: dict[str, Any]) -> list[Row]:
+    """The rows of a comparison."""
+    return [
+        Row(**(row | {"pixels": PixelDifference(**row["pixels"]), "seconds": Timing(**row["seconds"])}))
+        for row in result["rows"]
+    ]
+
+
+MEASURES = {"fashion_fid": "fashion-FID", "pixel_distance": "Fréchet distance of the pixels"}
+
+
 def search(result: dict[str, Any]) -> str:
     """A line per guidance, a column per denoising rate."""
     rows, best = result["rows"], result["best"]
+    (measure,) = MEASURES.keys() & best.keys()
     rates = sorted({row["denoise"] for row in rows})
     lines = [
-        f"fashion-FID of {result['num']:,} samples, by guidance and denoising rate.\n",
+        f"{MEASURES[measure]} of {result['num']:,} samples of `{result['model']}`, by guidance and denoising rate.\n",
         f"| guidance weight | attention temperature |{''.join(f' rate {rate:g} |' for rate in rates)}",
         f"| ---: | ---: |{' ---: |' * len(rates)}",
     ]
     for weight, temperature in sorted({(row["weight"], row["attn_temperature"]) for row in rows}):
         found = {r["denoise"]: r for r in rows if (r["weight"], r["attn_temperature"]) == (weight, temperature)}
-        cells = (
-            f"**{v}**" if found[rate] == best else v for rate in rates for v in [f"{found[rate]['fashion_fid']:.3f}"]
-        )
+        cells = (f"**{v}**" if found[rate] == best else v for rate in rates for v in [f"{found[rate][measure]:.3f}"])
         lines.append(f"| {weight:g} | {temperature:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -111,11 +150,14 @@ def _result(name: str) -> Any:
 
 def parts() -> dict[str, str]:
     """The page's parts, by their marks."""
-    comparison = _result("comparison")
+    native, pytorch = _result("comparison"), _result("comparison-in-pytorch")
     return {
-        "setting": setting(comparison),
-        "strategies": "\n\n".join(strategies(comparison[name]) for name in ("rows", "final") if comparison[name]),
-        "search": search(_result("fashion-p2-search")),
+        "setting": setting(native),
+        "strategies": tables(native),
+        "setting in PyTorch": setting(pytorch),
+        "strategies in PyTorch": tables(pytorch),
+        "calibrating": calibrating(_result("calibration-guided-3"), pytorch),
+        **{name: search(_result(name)) for name in ("fashion-p2-search", "digits-p1-search", "digits-maf-search")},
         "scores": scores(_result("evaluation")),
         "batches": batches(_result("batch-sizes")),
     }
@@ -123,3 +165,6 @@ def parts() -> dict[str, str]:
 
 if __name__ == "__main__":
     fill(ROOT / "docs" / "evaluation.md", parts())
+    for name, picture in (("comparison", "quality"), ("comparison-in-pytorch", "quality-in-pytorch")):
+        drawn = comparison_figure(rows_of(_result(name)), _result(name)["distance"])
+        save_png(drawn, ROOT / "docs" / "figures" / f"{picture}.png")

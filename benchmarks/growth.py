@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import NullLocator
 from performance import draw, latents
 
 import jacobiflow as jf
@@ -28,6 +28,8 @@ from jacobiflow.experiments.speed import Comparison, compare
 from jacobiflow.files import write_json
 from jacobiflow.measuring import machine
 from jacobiflow.plots import sampler_style, save_png
+from jacobiflow.plots.labels import line_label, place_labels
+from jacobiflow.plots.style import clear, new_figure, plain_ticks, styled
 from jacobiflow.strategy import auto
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,16 +127,19 @@ def exponents(found: Sequence[dict[str, Any]], by: str) -> dict[str, dict[str, f
     return fitted
 
 
+@styled
 def figure(result: dict[str, Any]) -> Figure:
     """A row of panels for each of tokens, batch and tolerance; a column for each measure; both axes logarithmic."""
-    drawn = Figure(figsize=(12, 9), layout="constrained")
+    drawn = new_figure(8.4)
     panels = drawn.subplots(3, 3)
     for line, by in zip(panels, ("tokens", "batch", "tolerance"), strict=True):
         found = result[f"by_{by}"]["rows"]
-        for axis, (measure, label) in zip(line, MEASURES.items(), strict=True):
+        for axis, measure in zip(line, MEASURES, strict=True):
             _panel(axis, found, by, measure)
-            axis.set_ylabel(label)
-    drawn.legend(*panels[0][-1].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    for axis, name in zip(panels[0], MEASURES.values(), strict=True):
+        axis.set_title(name)
+    for axis in panels.ravel():
+        place_labels(axis, [line_label(line) for line in axis.get_lines()])
     return drawn
 
 
@@ -143,21 +148,17 @@ def _panel(axis: Axes, found: Sequence[dict[str, Any]], by: str, measure: str) -
         points = [(row[by], row[measure]) for row in found if row["sampler"] == name and row[measure] is not None]
         if points:
             style = sampler_style(name)
-            axis.plot(
-                *zip(*points, strict=True), color=style.color, marker=style.marker, label=name, markersize=5,
-                linewidth=1.5,
-            )  # fmt: skip
+            axis.plot(*zip(*points, strict=True), color=style.color, marker=style.marker, label=name)
     axis.set(xscale="log", yscale="log", xlabel=by if by != "batch" else "batch size")
+    plain_ticks(axis.yaxis)
     values = sorted({row[by] for row in found})
-    axis.set_xticks(values, [f"{value:g}" for value in values])
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    for axes in (axis.xaxis, axis.yaxis):
-        axes.set_minor_formatter(NullFormatter())
+    shown = values[::2] if len(values) > 4 else values
+    axis.set_xticks(shown, [f"{value:g}" for value in shown])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.margins(x=0.08, y=0.18)
     if by == "tolerance":
         axis.invert_xaxis()
-    axis.grid(alpha=0.25, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
+    clear(axis)
 
 
 def main() -> None:

@@ -7,19 +7,23 @@ error-against-time.png and regimes.png in docs/figures.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import regimes_page
 from filling import fill, measured_on, table
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from jacobiflow.plots import sampler_style, save_png
+from jacobiflow.plots.labels import line_label, place_labels
+from jacobiflow.plots.style import clear, new_figure, plain_ticks, readable, styled
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 SAMPLERS = ("auto", "window", "GS-Jacobi", "Selective Jacobi Decoding", "STARFlow")
+LOOPS = {"sequential": "--", "growing cache": "-."}
 EAGER = "sequential, in PyTorch"
 RATIO: dict[str, float] = {"1": 14, "4": 14, "16": 8, "64": 6.5}  # targets, over the growing cache
 PASSES: dict[str, float] = {"1": 3.5, "4": 2.2, "16": 2.0, "64": 2.0}
@@ -203,35 +207,43 @@ def growth(result: dict[str, Any]) -> str:
     return table(["by", "sampler", "network calls", "evaluations of a token", "seconds"], lines)
 
 
+@styled
 def figure(result: dict[str, Any]) -> Figure:
     """Error against time, a panel per batch: of each sampler the settings that none of its own beats in both."""
-    drawn = Figure(figsize=(4.4 * len(result["grid"]), 4.2), layout="constrained")
-    panels = drawn.subplots(1, len(result["grid"]), sharey=True, squeeze=False)[0]
+    drawn = new_figure(7.4)
+    panels = drawn.subplots(-(-len(result["grid"]) // 2), 2, sharey=True, squeeze=False).ravel()
     for axis, (batch, rows) in zip(panels, result["grid"].items(), strict=True):
-        for sampler in SAMPLERS:
-            own = sorted((entry for entry in rows if entry["sampler"] == sampler), key=lambda entry: entry["seconds"])
-            front: list[dict[str, Any]] = []
-            for entry in own:
-                if not front or entry["max_error"] < front[-1]["max_error"]:
-                    front.append(entry)
-            points = [(entry["seconds"], max(entry["max_error"], 1e-6)) for entry in front]
-            style = sampler_style(sampler)
-            axis.plot(
-                *zip(*points, strict=True), color=style.color, marker=style.marker, label=sampler, markersize=5,
-                linewidth=1.5,
-            )  # fmt: skip
-        for name, line in (("sequential", "--"), ("growing cache", "-.")):
-            seconds = row(result["final"][batch], name)["seconds"]["median"]
-            axis.axvline(seconds, color=sampler_style(name).color, linestyle=line, linewidth=1, label=name)
-        axis.set(xscale="log", yscale="log", xlabel="seconds for the batch", title=f"batch {batch}")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.grid(alpha=0.25, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("largest error of an entry")
-    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+        _panel(axis, rows, {name: row(result["final"][batch], name)["seconds"]["median"] for name in LOOPS})
+        axis.set_title(f"batch {batch}")
+    drawn.supxlabel("seconds for the batch")
+    drawn.supylabel("largest error of an entry")
+    for axis in panels:  # once all is drawn: the layout is the last to move it
+        place_labels(axis, [line_label(line) for line in axis.get_lines() if line.get_label() in SAMPLERS])
     return drawn
+
+
+def _panel(axis: Axes, rows: Sequence[dict[str, Any]], loops: Mapping[str, float]) -> None:
+    """A line for each sampler, and vertical ones at the seconds of the exact loops, with their names at the top."""
+    for sampler in SAMPLERS:
+        own = sorted((entry for entry in rows if entry["sampler"] == sampler), key=lambda entry: entry["seconds"])
+        front: list[dict[str, Any]] = []
+        for entry in own:
+            if not front or entry["max_error"] < front[-1]["max_error"]:
+                front.append(entry)
+        points = [(entry["seconds"], max(entry["max_error"], 1e-6)) for entry in front]
+        style = sampler_style(sampler)
+        axis.plot(*zip(*points, strict=True), color=style.color, marker=style.marker, label=sampler)
+    for name, line in LOOPS.items():
+        color = sampler_style(name).color
+        axis.axvline(loops[name], color=color, linestyle=line, linewidth=1.2, label=name)
+        axis.annotate(
+            name, (loops[name], 0.99), xycoords=axis.get_xaxis_transform(), xytext=(-3, 0), textcoords="offset points",
+            color=readable(color), rotation=90, ha="right", va="top",
+        )  # fmt: skip
+    axis.set(xscale="log", yscale="log", ylim=(4e-7, 10))
+    axis.margins(x=0.1)
+    plain_ticks(axis.xaxis)
+    clear(axis)
 
 
 def load(name: str) -> dict[str, Any]:

@@ -13,9 +13,13 @@ from matplotlib.figure import Figure
 from regimes import EAGER, FUSED, LOW, PASS
 
 import jacobiflow as jf
-from jacobiflow.plots.style import BLACK, BLUE, GREEN, ORANGE, RED, clear, plain_ticks
+from jacobiflow.plots import sampler_style
+from jacobiflow.plots.labels import Label, line_label, place_labels
+from jacobiflow.plots.style import clear, new_figure, plain_ticks, readable, styled
 
 EVALUATIONS = (3, 5, 10)
+LOOPS = {FUSED: sampler_style("sequential"), EAGER: replace(sampler_style("sequential"), filled=False)}
+SWEEPS = sampler_style("jacobi").color
 
 
 def seconds_of(run: dict[str, Any]) -> dict[str, float]:
@@ -127,10 +131,11 @@ def parts(found: dict[str, Any], profiled: dict[str, Any]) -> dict[str, str]:
     }
 
 
+@styled
 def figure(result: dict[str, Any]) -> Figure:
     """Exact loops in encoding passes against the weights of a block, a panel for each batch size."""
     batches = sorted({run["batch_size"] for run in result["runs"]})
-    drawn = Figure(figsize=(9.5, 0.8 + 3.6 * -(-len(batches) // 2)), layout="constrained")
+    drawn = new_figure(0.6 + 3.6 * -(-len(batches) // 2))
     panels = drawn.subplots(-(-len(batches) // 2), 2, sharex=True, sharey=True, squeeze=False).ravel()
     sizes = [run["weights_mb"] for run in result["runs"]]
     values = [in_passes(run, way) for run in result["runs"] for way in (FUSED, EAGER)]
@@ -139,17 +144,19 @@ def figure(result: dict[str, Any]) -> Figure:
     for axis, batch in zip(panels, batches, strict=False):
         own = [run for run in result["runs"] if run["batch_size"] == batch]
         _panel(axis, sorted((run for run in own if not run["trained"]), key=lambda run: run["weights_mb"]))
-        _models(axis, [run for run in own if run["trained"]])
         axis.set(xscale="log", yscale="log", ylim=(0.6 * min(1, *values), 1.3 * max(10, *values)))
-        axis.set_title(f"batch {batch}", fontsize=11)
-        axis.set_xlim(min(sizes) / 5, max(sizes) * 3)  # room for names and numbers
-        plain_ticks(axis.xaxis, (1, 3))
+        axis.set_xlim(min(sizes) / 5, max(sizes) * 14)  # room for names and numbers
+        axis.set_title(f"batch {batch}")
+        plain_ticks(axis.xaxis, (1,))
         plain_ticks(axis.yaxis, (1, 3))
+        axis.tick_params(labelbottom=True)
         clear(axis)
-    drawn.supxlabel("weights of a block, MB", fontsize=10)
-    drawn.supylabel("time of a block's inverse, in encoding passes of float32", fontsize=10)
-    shown, names = panels[0].get_legend_handles_labels()
-    drawn.legend(shown, names, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    drawn.supxlabel("weights of a block, MB")
+    drawn.supylabel("time of a block's inverse, in encoding passes of float32")
+    shown = {name: line for line, name in zip(*panels[0].get_legend_handles_labels(), strict=True) if name not in LOOPS}
+    drawn.legend(list(shown.values()), list(shown), loc="outside upper center", ncols=2)
+    for axis, batch in zip(panels, batches, strict=False):
+        _names(axis, [run for run in result["runs"] if run["batch_size"] == batch and run["trained"]])
     return drawn
 
 
@@ -157,36 +164,36 @@ def _panel(axis: Axes, runs: Sequence[dict[str, Any]]) -> None:
     """The loops over random weights, and what sweeps take at the least; where these take less is shaded."""
     sizes = [run["weights_mb"] for run in runs]
     exact = [in_passes(run, best_loop(run)) for run in runs]
-    for way, name, color, marker in ((FUSED, "fused loop", BLUE, "o"), (EAGER, "eager loop", BLACK, "s")):
+    for way, style in LOOPS.items():
         times = [in_passes(run, way) for run in runs]
-        axis.plot(sizes, times, color=color, marker=marker, markersize=5, linewidth=1.8, label=name, zorder=3)
+        axis.plot(
+            sizes, times, color=style.color, marker=style.marker, fillstyle=style.fillstyle,
+            linestyle="-" if style.filled else "--", label=way, zorder=3,
+        )  # fmt: skip
     for k in EVALUATIONS:
         axis.fill_between(
-            sizes, k, exact, where=[time > k for time in exact], interpolate=True, color=ORANGE, alpha=0.22,
+            sizes, k, exact, where=[time > k for time in exact], interpolate=True, color=SWEEPS, alpha=0.3,
             linewidth=0, label="sweeps in float32 beat both loops" if k == EVALUATIONS[0] else None,
         )  # fmt: skip
-        for way, name, color, line, right in ((PASS, "float32", ORANGE, "-", 22), (LOW, "bfloat16", RED, ":", 5)):
+        for way, name, line, right in ((PASS, "float32", "-", 26), (LOW, "bfloat16", ":", 4)):
             times = [k * in_passes(run, way) for run in runs]
-            label = f"sweeps, {', '.join(map(str, EVALUATIONS))} evaluations a token, {name}"
             axis.plot(
-                sizes, times, color=color, linestyle=line, linewidth=1.3, label=label if k == EVALUATIONS[0] else None
+                sizes, times, color=SWEEPS, linestyle=line, linewidth=1.4,
+                label=f"k evaluations of a token, {name}" if k == EVALUATIONS[0] else None,
             )  # fmt: skip
             axis.annotate(
-                str(k), (sizes[-1], times[-1]), xytext=(right, 0), textcoords="offset points", fontsize=9, color=color,
-                va="center",
+                f"k = {k}" if way == PASS else str(k), (sizes[-1], times[-1]), xytext=(right, 0),
+                textcoords="offset points", color=readable(SWEEPS), va="center",
             )  # fmt: skip
 
 
-def _models(axis: Axes, runs: Sequence[dict[str, Any]]) -> None:
-    """The fused loop in trained models, by name."""
-    for index, run in enumerate(runs):
+def _names(axis: Axes, runs: Sequence[dict[str, Any]]) -> None:
+    """The fused loop in trained models, by name, and the names of the loops."""
+    loops = [line for line in axis.get_lines() if line.get_label() in LOOPS]
+    labels = [line_label(line) for line in loops]
+    style = LOOPS[FUSED]
+    for run in runs:
         place = run["weights_mb"], in_passes(run, FUSED)
-        label = "fused loop, a trained model" if run is runs[0] else None
-        axis.plot(
-            *place, color=GREEN, marker="*", markersize=14, markeredgecolor="white", linestyle="", zorder=5, label=label
-        )  # fmt: skip
-        offset = (0, 9 if index % 2 else -18)
-        axis.annotate(
-            run["name"], place, xytext=offset, textcoords="offset points", fontsize=9, color=GREEN, ha="center",
-            zorder=6,
-        )  # fmt: skip
+        axis.plot(*place, color=style.color, marker="*", markersize=12, markeredgecolor="white", linestyle="", zorder=5)
+        labels.append(Label(run["name"], [place], style.color))
+    place_labels(axis, labels)

@@ -71,7 +71,7 @@ def nothing_fitted(flow: jf.TarFlow) -> jf.Tuning:
 
 
 def pieces(plan: jf.Strategy) -> dict[str, int]:
-    """How many blocks the loop solves and how many sweeps do; of these, how many in bfloat16, and with fitted pieces."""
+    """How many blocks the loop solves, and how many sweeps; of these, how many in bfloat16, and with fitted pieces."""
     swept = [solver for solver in plan.solvers if solver.partition != jf.Sequential()]
     return {
         "loop": len(plan.solvers) - len(swept),

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
 import torch
+from filelock import FileLock
+
+from jacobiflow import native
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _plans_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Plans that "auto" keeps go to a folder of the tests."""
+def _cache_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is kept between runs goes to a folder of the tests: plans to one of each process, which compile once."""
+    home = tmp_path_factory.mktemp("cache")
+    own = home / "jacobiflow" / "native"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            shared = tmp_path_factory.getbasetemp().parent / "native"
+            with FileLock(f"{shared}.lock"):
+                if shared.exists():
+                    shutil.copytree(shared, own)
+                if native.library() is not None and not shared.exists():
+                    shutil.copytree(own, shared)
         yield
 
 

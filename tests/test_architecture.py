@@ -44,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "baselines": {"calibration", "flows", "guidance", "inversion", "sampling"},
     "evaluation": {"data", "files", "flows", "measuring"},
+    "export": {"files", "flows", "guidance"},
     "training": {"data", "files", "flows", "locking"},
     "experiments": {
         "baselines", "calibration", "denoising", "evaluation", "files", "flows", "guidance", "latents", "locking",

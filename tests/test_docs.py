@@ -68,11 +68,22 @@ def test_pages_show_the_result_files(page, script):
         assert text.partition(marks[0])[2].partition(marks[1])[0].strip() == part.strip()
 
 
-def test_the_model_card_has_the_best_setting_of_the_search():
-    card = (ROOT / "src" / "jacobiflow" / "models" / "fashion-p2" / "README.md").read_text()
-    row = load_script("bundle_model").setting_of("fashion-p2")
-    assert row.startswith("| best setting |")
-    assert card.count(row) == 1
+@pytest.mark.parametrize("name", ["digits-maf", "digits-p1", "fashion-p2"])
+def test_model_cards_are_made_of_the_result_files_and_their_code_runs(name, capsys):
+    folder = ROOT / "src" / "jacobiflow" / "models" / name
+    text = (folder / "README.md").read_text()
+    assert text == load_script("model_cards").card(name)
+    _, front, body = text.split("---\n", 2)
+    for line in ("license: apache-2.0", "library_name: jacobiflow", "pipeline_tag: unconditional-image-generation"):
+        assert f"{line}\n" in front
+    assert all(f"\n## {title}\n" in body for title in ("Intended use", "Training and figures", "Speed", "Limits"))
+    (code,) = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
+    exec(compile(code, name, "exec"), {})
+    assert capsys.readouterr().out.strip() == re.findall(r"# (\(.*\)),", code)[0]
+    recommended = json.loads((ROOT / "docs" / "results" / f"{name}-search.json").read_text())["recommended"]
+    assert json.loads((folder / "config.json").read_text()).get("recommended", {"guidance": None, "denoise": 0.0}) == (
+        recommended
+    )
 
 
 @pytest.mark.parametrize("by", ["tokens", "batch", "tolerance"])

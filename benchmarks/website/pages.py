@@ -53,7 +53,7 @@ class Pages:
         """Writes the page of the file `path` of the repository, whose Markdown is `text`."""
         page = self.site / self.names[path]
         page.parent.mkdir(parents=True, exist_ok=True)
-        moved = outside_code(text, lambda part: _LINK.sub(lambda link: self._moved(path, link), part))
+        moved = outside_code(text, lambda part: _LINK.sub(lambda link: self._moved(path, link), _spaced(part)))
         if "```mermaid" in text:  # which then is not fetched from elsewhere
             moved += f'\n<script src="{os.path.relpath(MERMAID, os.path.dirname(self.names[path]))}"></script>\n'
         page.write_text(moved)
@@ -81,6 +81,11 @@ class Pages:
         if not (self.root / linked).exists():
             raise ValueError(f"{path} links to {target}, which is not there")
         return self._tree + linked
+
+
+def _spaced(part: str) -> str:
+    """Markdown with the empty line between a paragraph and a list that GitHub does not need."""
+    return re.sub(r"^(?!\s|[-*+] |[#|>])(.+\n)(?=[-*+] )", r"\1\n", part, flags=re.MULTILINE)
 
 
 def outside_code(text: str, change: Callable[[str], str]) -> str:

@@ -83,7 +83,7 @@ REFUSED = [
     (BENCH, "--html", "new/bench.json", "is one of the files that this command writes into --out "),
     (BENCH, "--html", "missing/p.html", "give a file in a folder that exists"),
     (BENCH, "--html", "foreign/guesses.png", "is not a page that jacobiflow wrote; move it away, or give another file"),
-    (f"{COMPARE} --html {{w}}/p.html", "--json", "p.html", "is --html too; give two files"),
+    (f"{COMPARE} --json {{w}}/p.html", "--html", "p.html", "is --json too; give two files"),
     (TRAIN, "--json", "pets/a/0.png", READ),
     (TRAIN, "--json", "new/samples-000500.png", "is one of the files that this command writes into --out "),
     (TRAIN, "--out", "pets/run", "is in --images "),

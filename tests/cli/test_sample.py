@@ -44,7 +44,7 @@ def test_it_writes_what_the_library_draws(strategy: str, run: Any, tmp_path: Pat
     assert found.pop("labels").tolist() == labels.tolist()
     assert not found
     with Image.open(out / "samples.png") as sheet:
-        assert sheet.size == (5 * (8 * 8 + 2) + 2, 8 * 8 + 4)  # 8 pixels are drawn as 64
+        assert sheet.size == (5 * (8 * 14 + 4) + 4, 8 * 14 + 8)  # 8 pixels are drawn as 112
 
     shown = figures(tmp_path / "f.json")
     assert (shown["model"], shown["num"], shown["batch_size"], shown["seed"]) == ("model", 5, 3, 4)
@@ -85,7 +85,7 @@ def test_compare_prints_both_rows_and_the_error(run: Any, tmp_path: Path) -> Non
     assert re.search(r"^sequential .* exact +0 *$", exact.out, re.MULTILINE)
     assert np.array_equal(drawn(tmp_path)["arr_0"], levels(other))
     with Image.open(tmp_path / "samples.png") as sheet:
-        assert sheet.size[1] == 3 * (22 + 8 * 8 + 4)
+        assert sheet.size[1] == 32 + 3 * (32 + 8 * 14 + 8)  # the classes, and three panels below their captions
     assert max(map(len, result.out.splitlines()[:-1])) <= 80, "the table does not fit a terminal"
 
 

@@ -339,7 +339,7 @@ def test_finalists() -> None:
         ([("a", 0.0, 2), ("b", 0.005, 3), ("auto", 0.0, 4), ("auto:1e-1", 0.009, 5)], ["b", "auto:1e-1"]),
         ([("a", 0.02, 9), ("b", -0.3, 3), ("auto", 0.02, 9), ("auto:1e-1", 0.0, 1)], ["b", "auto:1e-1"]),
         ([("a", 0.01, 2), ("b", 0.01 + 1e-9, 3)], ["a"]), ([("a", 0.5, 2), ("auto", 0.0, 0.5)], ["auto"]),
-        ([(SEQUENTIAL, 0.0, 1.2), ("a", 0.5, 2)], [SEQUENTIAL]), ([("a", math.nan, 9), ("auto", math.inf, 9)], []),
+        ([(SEQUENTIAL, 0.0, 9), ("a", 0.0, 2)], ["a"]), ([("a", math.nan, 9), ("auto", math.inf, 9)], []),
         ([("automatic.json", 0.0, 9), ("a", 0.0, 2)], ["automatic.json"]),
     ):  # fmt: skip
         made = [original, *(row(*figures) for figures in rows)]

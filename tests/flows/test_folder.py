@@ -57,7 +57,7 @@ def test_a_saved_flow_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     document = {"model_type": flow.model_type, "format_version": 1, **asdict(flow.config)}
     assert json.loads((tmp_path / "config.json").read_text()) == document
     card = (tmp_path / "README.md").read_text()
-    assert "library_name: jacobiflow" in card and f"# {type(flow).__name__}" in card
+    assert "library_name: jacobiflow" in card and f"# {tmp_path.name}" in card
     before = torch.get_rng_state()
     for loaded in (type(flow).from_pretrained(tmp_path), jf.load(tmp_path)):
         assert (type(loaded), loaded.config, loaded.training) == (type(flow), flow.config, False)
@@ -252,14 +252,29 @@ def test_the_hub_is_asked_for_the_model_and_its_reports(saved: Path, monkeypatch
 
 
 def test_push_to_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model as it is, its reports and settings, and a card with front matter."""
+
     def upload(folder_path: Path, **_: object) -> None:
-        assert (folder_path / "README.md").is_file()
+        cards.append(huggingface_hub.ModelCard.load(folder_path / "README.md"))
         pushed.append(jf.load(folder_path))
 
-    pushed: list[Any] = []
+    pushed, cards = list[Any](), list[huggingface_hub.ModelCard]()
     calls = {"upload_folder": upload, "create_repo.return_value.repo_id": "me/flow"}
     monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", lambda **_: Mock(**calls))
-    calibrated(saved).push_to_hub("me/flow")
+    flow = calibrated(saved)
+    flow.recommended = jf.SamplingSettings(jf.Guidance(2.0, on="scale", attn_temperature=1.4), denoise=1)
+    flow.push_to_hub(
+        "me/flow", model_card_kwargs={"license": "mit", "datasets": ["me/images"], "sections": "## Limits"}
+    )
+    assert pushed[0].recommended == flow.recommended
+    data, text = cards[0].data, cards[0].text
+    assert (data.library_name, data.license, data.datasets) == ("jacobiflow", "mit", ["me/images"])
+    assert (data.pipeline_tag, "normalizing-flow" in data.tags) == ("unconditional-image-generation", True)
+    assert "# me/flow\n" in text and text.endswith("## Limits\n") and 'jf.load("me/flow")' in text
+    settings = (
+        "annealed guidance of the scale of weight 2 at attention temperature 1.4 and one denoising step of rate 1"
+    )
+    assert f"Recommended settings: {settings}." in text
     assert [file.name for file in pushed[0].report_files] == list(REPORTS)
     assert_same(pushed[0].state_dict(), make().state_dict())
 

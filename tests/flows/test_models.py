@@ -52,6 +52,17 @@ def test_samples_are_certified_and_near_the_sequential_ones(name: str, weight: f
     assert out.network_calls < exact.network_calls
 
 
+@pytest.mark.parametrize("name", [*IMAGES, "digits-maf"])
+def test_recommended_settings_are_planned_by_a_bundled_report(name: str) -> None:
+    flow = jf.load(name)
+    file = jf.find_report(flow, flow.recommended.guidance)
+    assert file is not None
+    report = jf.Report.load(file)
+    report.check(flow)
+    assert report.tuning is not None
+    assert report.settings.guidance == report.tuning.guidance == flow.recommended.guidance
+
+
 @pytest.mark.parametrize("name", IMAGES)
 def test_denoising_moves_towards_the_data(name: str) -> None:
     flow, images, labels, clean = model(name)

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
@@ -40,7 +42,7 @@ LEAST = 1e-5  # smaller distances are rounding
 
 def texts_fit(figure: Figure, texts: Sequence[Text]) -> bool:
     """Whether no text leaves the figure or overlaps another."""
-    boxes = [text.get_window_extent() for text in texts if text.get_text() and text.get_visible()]
+    boxes = [Text.get_window_extent(text) for text in texts if text.get_text() and text.get_visible()]
     inside = all(0 <= box.x0 <= box.x1 <= figure.bbox.x1 and 0 <= box.y0 <= box.y1 <= figure.bbox.y1 for box in boxes)
     return inside and not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
 
@@ -68,13 +70,28 @@ def assert_drawn(line: Line2D, distances: Sequence[float]) -> None:
     assert np.array_equal(line.get_xdata(), range(end + 1))
 
 
+def assert_named(figure: Figure) -> None:
+    """Every line of every panel has its name in it, once, in the colour of the line or a darker one."""
+    for axis in figure.axes:
+        lines = {str(line.get_label()): line for line in axis.get_lines() if any(y >= LEAST for y in line.get_ydata())}
+        assert sorted(text.get_text() for text in axis.texts) == sorted(lines)
+        for text in axis.texts:
+            shown, written = (
+                np.array(to_rgb(color)) for color in (lines[text.get_text()].get_color(), text.get_color())
+            )
+            assert (
+                np.allclose(written * shown.max(), shown * written.max(), atol=0.01) and (written <= shown + 0.01).all()
+            )
+        assert texts_fit(figure, axis.texts)
+
+
 def assert_readable(figure: Figure) -> None:
     figure.draw_without_rendering()
     for axis in figure.axes:
         assert (axis.get_yscale(), axis.get_xlabel(), axis.get_xlim()[0]) == ("log", "sweeps", 0)
         assert axis.get_ylim()[0] == LEAST
     assert texts_fit(figure, [axis.title for axis in figure.axes])
-    assert texts_fit(figure, figure.axes[-1].get_legend().get_texts())
+    assert_named(figure)
 
 
 def test_convergence_draws_the_curves_of_the_report(report: Report) -> None:
@@ -134,7 +151,28 @@ def test_a_sampler_has_one_style_in_all_figures() -> None:
     ]  # fmt: skip
     assert all(sampler_style(name) == sampler_style(family[0]) for family in families for name in family)
     shown = [sampler_style(family[0]) for family in families]
-    assert len({style.color for style in shown}) == len({style.marker for style in shown}) == len(families)
+    assert len({style.marker for style in shown}) == len(families)
+    seen = [np.linalg.norm(a - b) for lab in lab_of([style.color for style in shown]) for a, b in combinations(lab, 2)]
+    assert min(seen) > 15, "two colours that a colour-blind reader takes for one"
+    lightness = np.sort(lab_of([style.color for style in shown])[0][:, 0])
+    assert np.diff(lightness).min() > 5 and lightness[-1] < 85, "two that are one grey in print, or one that is white"
+
+
+def lab_of(colors: Sequence[str]) -> list[np.ndarray]:
+    """CIELAB of colours as seen by all, and without red or green cones (Machado, Oliveira and Fernandes, 2009)."""
+    srgb = np.array([to_rgb(color) for color in colors])
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    protan = [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    deutan = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    to_xyz = np.array(
+        [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+    )
+    found = []
+    for seen in (np.eye(3), protan, deutan):
+        xyz = (linear @ np.array(seen).T).clip(0, 1) @ to_xyz.T / to_xyz.sum(axis=1)
+        f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+        found.append(np.stack((116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])), axis=1))
+    return found
 
 
 def make_comparison(batch_size: int, points: Mapping[str, tuple[float, float]]) -> Comparison:
@@ -216,22 +254,25 @@ def test_certificates_are_bars_on_a_logarithmic_axis(
     figure = certificate_figure(certificate_histogram(torch.tensor(values)), 1e-3)
     figure.draw_without_rendering()
     (axis,) = figure.axes
-    drawn = [(patch.get_x(), patch.get_x() + patch.get_width(), patch.get_height()) for patch in axis.patches]
+    ends = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in axis.patches]
+    areas = [patch.get_height() * math.log10(high / low) for patch, (low, high) in zip(axis.patches, ends, strict=True)]
+    drawn = [(low, high, area) for (low, high), area in zip(ends, areas, strict=True)]  # areas are numbers of samples
     assert axis.get_xscale() == "log"
     assert drawn[: len(bars)] == [pytest.approx(bar) for bar in bars]
     ticks = dict(zip((text.get_text() for text in axis.get_xticklabels()), axis.get_xticks(), strict=True))
     for (low, high, count), (name, want) in zip(drawn[len(bars) :], beside.items(), strict=True):
-        assert count == want and low < ticks[name] < high
+        assert count == pytest.approx(want) and low < ticks[name] < high
         assert all(high < bar[0] if name == "0" else low > bar[1] for bar in bars)
-    for text, (low, high, count) in zip(axis.texts, drawn, strict=True):
-        assert text.get_text() == f"{count:,}"
+    *counts, tolerance = axis.texts
+    for text, (low, high, count) in zip(counts, drawn, strict=True):
+        assert text.get_text() == f"{round(count):,}"
         assert text.xy[0] == pytest.approx(math.sqrt(low * high))  # type: ignore[attr-defined]
     assert [line.get_xdata()[0] for line in axis.get_lines()] == [1e-3]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["tolerance 0.001"]
-    assert texts_fit(figure, axis.get_xticklabels())
+    assert tolerance.get_text() == "tolerance 0.001" and tolerance.xy[0] == 1e-3  # type: ignore[attr-defined]
+    assert texts_fit(figure, [*axis.get_xticklabels(), *axis.texts])
     without = certificate_figure(certificate_histogram(torch.tensor([0.0, 1e-9, 7e-3, math.inf])), None)
     without.draw_without_rendering()
-    assert not without.legends and len(without.axes[0].get_xticklabels()) >= 4
+    assert not without.axes[0].get_lines() and len(without.axes[0].get_xticklabels()) >= 4
     assert texts_fit(without, without.axes[0].get_xticklabels())
 
 
@@ -249,16 +290,17 @@ def test_qualities_are_drawn_at_their_places() -> None:
     figure.draw_without_rendering()
     (axis,) = figure.axes
     dots = axis.get_lines()[1:]
-    for i, (dot, (name, (relative, rate))) in enumerate(zip(dots, points.items(), strict=True), 1):
+    for i, (dot, (name, (relative, rate))) in enumerate(zip(dots, points.items(), strict=True)):
         assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (rate, pytest.approx(100 * relative))
         assert dot.get_fillstyle() == ("full" if relative <= 0.01 else "none")
         assert (dot.get_color(), dot.get_marker()) == (sampler_style(name).color, sampler_style(name).marker)
-        assert axis.texts[i - 1].get_text() == str(i)
-        assert figure.legends[0].get_texts()[i - 1].get_text().replace("\\$", "$") == f"{i}  {name}"
+        assert axis.texts[i].get_text().replace("\\$", "$") == name
+        box, (x, y) = Text.get_window_extent(axis.texts[i]), axis.transData.transform((rate, 100 * relative))
+        assert math.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1)) < 0.5 * figure.dpi  # inches
         (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
         assert left <= rate <= right and low <= 100 * relative <= high
     assert axis.get_ylabel() == "fashion-FID above the original's"
-    assert texts_fit(figure, figure.legends[0].get_texts())
+    assert texts_fit(figure, axis.texts)
 
 
 def test_figures_are_files_and_stay_out_of_pyplot(tmp_path: Path) -> None:
@@ -266,6 +308,6 @@ def test_figures_are_files_and_stay_out_of_pyplot(tmp_path: Path) -> None:
     save_png(comparison_figure([quality_row("auto", 0.0, 2.0)], "FID"), tmp_path / "a.png")
     assert (plt.get_fignums(), dict(plt.rcParams)) == (before, settings)
     with Image.open(tmp_path / "a.png") as read:
-        assert read.format == "PNG" and read.width > read.height > 300
+        assert read.format == "PNG" and read.width == 1660
         colors = {color for _, color in read.convert("RGB").getcolors(1 << 16) or ()}
     assert tuple(bytes.fromhex(sampler_style("auto").color[1:])) in colors

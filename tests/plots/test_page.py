@@ -20,7 +20,7 @@ def page(text: str) -> Page:
     table = Table(text, (text, text), [(text, text)], note=text)
     pictures = [Picture(text, Figure()), Picture(text, Image.new("RGB", (2, 2)))]
     facts = {text: text}
-    return Page(text, text, text, facts, facts, {"jacobiflow": text, **facts}, {text: text}, [table], pictures)
+    return Page(text, text, [text], facts, facts, {"jacobiflow": text, **facts}, {text: text}, [table], pictures)
 
 
 class Reader(HTMLParser):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jacobiflow.plots import comparison_sheet, image_grid, rows_sheet, save_png, trace_sheet
 
-WHITE, CAPTION = 255, 22
+WHITE, CAPTION = 255, 32
 
 
 def random_images(num: int, channels: int = 1, height: int = 3, width: int = 4) -> Tensor:
@@ -21,7 +21,7 @@ def random_images(num: int, channels: int = 1, height: int = 3, width: int = 4) 
     return levels.float() / 127.5 - 1
 
 
-def assert_placed(sheet: NDArray[np.uint8], images: Tensor, columns: int, zoom: int, gap: int = 2) -> None:
+def assert_placed(sheet: NDArray[np.uint8], images: Tensor, columns: int, zoom: int, gap: int = 4) -> None:
     """The sheet is exactly the images in rows of `columns`, with white between and around them."""
     height, width = images.shape[2] * zoom, images.shape[3] * zoom
     rows = -(-len(images) // columns)
@@ -48,19 +48,32 @@ def test_a_grid_places_every_pixel(channels: int, columns: int, zoom: int, gap: 
 
 
 def test_rows_lie_under_their_captions() -> None:
-    zoom, counts, names = 2, (5, 23, 1), ("guess 0, Jacobi-3", "[6-8-32-10] (gypq)", "sequential")
+    zoom, counts, names = 2, (5, 13, 1), ("guess 0, Jacobi-3", "[6-8-32-10] (gypq)", "sequential")
     rows = list(zip(names, random_images(sum(counts), 3, 5, 7).split(counts), strict=True))
     pixels, top, captions = np.asarray(rows_sheet(rows, zoom)), 0, []
-    for (_, images), lines in zip(rows, (1, 2, 1), strict=True):  # at most 20 images a line
-        bottom = top + CAPTION + lines * (5 * zoom + 2) + 2
+    for (_, images), lines in zip(rows, (1, 2, 1), strict=True):  # at most 10 images a line
+        bottom = top + CAPTION + lines * (5 * zoom + 4) + 4
         captions.append(pixels[top : top + CAPTION])
         assert (captions[-1] < 128).any() and (captions[-1][:, -4:] == WHITE).all(), "no caption, or one cut off"
-        assert_placed(pixels[top + CAPTION : bottom], images, min(len(images), 20), zoom)
+        assert_placed(pixels[top + CAPTION : bottom], images, min(len(images), 10), zoom)
         top = bottom
     assert top == len(pixels)
     assert not any(np.array_equal(captions[i], captions[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
     narrow = np.asarray(rows_sheet([("a caption far wider than the image", random_images(1))]))
     assert narrow.shape[1] > 150 and (narrow[:CAPTION, -4:] == WHITE).all()
+
+
+def test_images_are_drawn_four_times_their_size_with_the_names_of_columns() -> None:
+    images = random_images(20, 1, 28, 28)
+    plain = np.asarray(rows_sheet([("a", images)]))
+    assert_placed(plain[CAPTION:], images, columns=10, zoom=4)
+    names = [f"class {i % 10}" for i in range(20)]
+    named = np.asarray(rows_sheet([("a", images)], columns=names))
+    assert np.array_equal(named[CAPTION:], plain)
+    dark = (named[:CAPTION] < 128).any(axis=(0, 2))
+    assert all(dark[116 * column + 8 : 116 * column + 112].any() for column in range(10))
+    assert not any(dark[116 * column - 2 : 116 * column + 6].any() for column in range(1, 10))
+    assert rows_sheet([("a", images)], columns=[*names[:10], *names[10:][::-1]]).size == Image.fromarray(plain).size
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -86,7 +99,7 @@ def test_a_trace_is_a_line_a_sample_and_a_column_a_block(denoised: bool, blocks:
     assert_placed(pixels[CAPTION:], images.transpose(0, 1).flatten(0, 1), columns, zoom)
     dark = (pixels[:CAPTION] < 128).any(axis=(0, 2))
     for column in range(columns):
-        left, right = column * (8 * zoom + 2), (column + 1) * (8 * zoom + 2)
+        left, right = column * (8 * zoom + 4), (column + 1) * (8 * zoom + 4)
         assert dark[left + 2 : right].any() and not dark[left : left + 2].any(), f"caption of column {column}"
 
 

@@ -15,7 +15,20 @@ from typer.exceptions import TyperException
 from typer.main import get_command
 
 from jacobiflow import __version__
-from jacobiflow.cli import bench, calibrate, compare, convert, doctor, evaluate, info, plan, sample, trace, train
+from jacobiflow.cli import (
+    bench,
+    calibrate,
+    compare,
+    convert,
+    doctor,
+    evaluate,
+    export,
+    info,
+    plan,
+    sample,
+    trace,
+    train,
+)
 from jacobiflow.cli.failures import message_of
 from jacobiflow.cli.options import Limited
 from jacobiflow.cli.streams import lenient_streams, silence
@@ -32,8 +45,8 @@ app = typer.Typer(
 _COMMANDS: dict[str, Callable[..., None]] = {
     "sample": sample.sample, "evaluate": evaluate.evaluate, "compare": compare.compare,
     "calibrate": calibrate.calibrate, "plan": plan.plan, "trace": trace.trace, "bench": bench.bench,
-    "train": train.train, "convert": convert.convert, "info": info.info,
-    "doctor": doctor.doctor,
+    "train": train.train, "convert": convert.convert, "export": export.export,
+    "info": info.info, "doctor": doctor.doctor,
 }  # fmt: skip
 for _name, _command in _COMMANDS.items():
     app.command(_name, cls=Limited)(_command)

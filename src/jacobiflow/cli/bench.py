@@ -98,11 +98,7 @@ def bench(
         check_picture(out / _PICTURE)
         check_ours(out / _TABLE, ("model", "machine", "comparisons", "predictions"))
         where = machine(flow.var.device)
-        said = (
-            f"{model} on {where['processor']}, {where['cores']} cores, {where['threads']} threads, "
-            f"device {where['device']}, PyTorch {where['torch']}",
-            f"native exact loops: {native.describe()}",
-        )
+        said = _said(model, where)
         print(*said, sep="\n")
         comparisons, predictions, tables = [], {}, []
         for size in sizes:
@@ -132,6 +128,15 @@ def bench(
             [Picture("Error against time: faster further left, nearer to the exact images further down", picture)],
         )  # fmt: skip
     print(f"wrote {out / _PICTURE} and {out / _TABLE}")
+
+
+def _said(model: str, where: Mapping[str, Any]) -> tuple[str, str]:
+    """What is timed, and on what."""
+    return (
+        f"{model} on {where['processor']}, {where['cores']} cores, {where['threads']} threads, "
+        f"device {where['device']}, PyTorch {where['torch']}",
+        f"native exact loops: {native.describe()}",
+    )
 
 
 def _timed(

@@ -20,9 +20,11 @@ from jacobiflow.calibration.convergence import TOLERANCES
 from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.calibration.tuning import BlockTuning
 from jacobiflow.cli import options, pages, paths
+from jacobiflow.cli.settings import guidance_words
 from jacobiflow.cli.tables import show
 from jacobiflow.data import ImageDataset, Noise, noisy_images
 from jacobiflow.flows.folder import REPORTS
+from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance
 from jacobiflow.measuring import machine
 from jacobiflow.plots import Picture, Table, convergence_figure, segments_figure
@@ -31,7 +33,8 @@ from jacobiflow.strategy import Strategy
 _SHOWN = 1e-3  # the tolerance whose sweeps the tables show
 _NAMES = tuple(name.replace("_", " ") for name in GUESS_NAMES)
 _PURPOSE = (
-    "They choose how to sample: they promise nothing of a sample, whose certificate is measured when it is drawn."
+    "These figures help to choose a strategy. They promise nothing about a sample, whose certificate is measured when "
+    "it is drawn."
 )
 
 
@@ -105,7 +108,7 @@ def calibrate(
         "machine": machine(flow.var.device), "seconds": perf_counter() - started,  # of this run, if it was interrupted
     }  # fmt: skip
     options.report(json, figures)
-    use = _use_it(figures, guide, unconditional=flow.config.num_classes > 0 and labels is None)
+    use = _use_it(flow, figures, guide, unconditional=flow.config.num_classes > 0 and labels is None)
     said, tables = _said(report), _tables(report, figures)
     if html is not None:
         rows = [(tolerance, notation) for tolerance, notation in (figures["proposed"] or {}).items()]
@@ -175,12 +178,12 @@ def _figures(report: Report) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _use_it(figures: dict[str, Any], guidance: Guidance | None, unconditional: bool) -> str:
+def _use_it(flow: ImageFlow, figures: dict[str, Any], guidance: Guidance | None, unconditional: bool) -> str:
     """The command line that samples by the strategy proposed to 1e-2; empty where none is."""
     if not figures["proposed"]:
         return ""
     words = ["jacobiflow", "sample", "--model", figures["model"], "--strategy", figures["proposed"]["0.01"]]
-    words += ["--report", figures["report"], *["--labels", "none"] * unconditional, *options.guidance_words(guidance)]
+    words += ["--report", figures["report"], *["--labels", "none"] * unconditional, *guidance_words(flow, guidance)]
     return f"use it: {shlex.join(words)}"
 
 
@@ -203,7 +206,7 @@ def _tables(report: Report, figures: dict[str, Any]) -> list[Table]:
         fitted = [(str(i), *_fitted(block, report.num_tokens)) for i, block in enumerate(report.tuning.blocks)]
         columns = ("block", "correction", "mean", "slowest", "error over\nresidual", "error of\nimage over it")
         title = f"With a fitted guess and correction: sweeps of all tokens to {_SHOWN:g}"
-        tables.append(Table(title, columns, fitted, words=(0, 1)))
+        tables.append(Table(title, columns, fitted, words=(1,)))
     return tables
 
 
@@ -220,7 +223,7 @@ def _starts(report: Report, figures: dict[str, Any]) -> Table:
             )
             for i, row in enumerate(report.igm)
         ],
-        words=(0, 7),
+        words=(7,),
     )  # fmt: skip
 
 
@@ -233,7 +236,7 @@ def _tough(report: Report, figures: dict[str, Any]) -> Table:
     if report.components is None:
         note = ["CRM is not defined: the flow's scale and shift do not end in a linear layer", *note]
         rows = [(str(i), f"{sweeps[i]:.1f}", _shown(norm)) for i, norm in enumerate(figures["gamma"])]
-        return Table("Which blocks are tough", ("block", "sweeps", "|Gamma|"), rows, note="\n".join(note))
+        return Table("Which blocks are tough", ("block", "sweeps", "|Gamma|"), rows, (), "\n".join(note))
     return Table(
         "Which blocks are tough: CRM, and what it stands for",
         ("block", "|S^-1 X|", "|W_s|", "|W_u|", "CRM", "percent", "tough", "sweeps", "|Gamma|"),
@@ -244,7 +247,7 @@ def _tough(report: Report, figures: dict[str, Any]) -> Table:
             )
             for i, part in enumerate(report.components)
         ],
-        note="\n".join(note),
+        words=(), note="\n".join(note),
     )  # fmt: skip
 
 
@@ -271,6 +274,7 @@ def _classes(report: Report) -> Table:
             )
             for i, row in enumerate(report.class_spread())
         ],
+        words=(),
     )  # fmt: skip
 
 

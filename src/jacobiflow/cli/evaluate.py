@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -43,7 +44,7 @@ from jacobiflow.strategy import Strategy
 
 _FEW = 10_000  # images on either side of what compares each with each
 _KINDS = ("gaussian", "uniform")
-_SAMPLES = 32  # on the page of --html
+_SAMPLES = 20  # on the page of --html
 _PICTURE, _TABLE = "certificates.png", "evaluation.json"
 
 Rows = list[tuple[str, str, str]]
@@ -123,10 +124,7 @@ def evaluate(
             figures |= _likelihood(flow, test, added, f"of {images}", seed, batch_size, rows)
         (out / _PICTURE).unlink(missing_ok=True)
         if histogram is not None and folder is not None:
-            asked = folder.manifest.tolerance
-            if asked is None and exact is not None:
-                asked = exact.tolerance  # what a plan was made for
-            pictures = [Picture("Certificates of the samples", certificate_figure(histogram, asked))]
+            pictures = [_histogram(histogram, folder, exact)]
             save_png(pictures[0].image, out / _PICTURE)
         write_json(out / _TABLE, figures)
     options.report(json, figures)
@@ -134,15 +132,24 @@ def evaluate(
     show(table)
     if html is not None:
         pages.write(
-            html, context, flow, f"Evaluation of {model}", _summary(samples, images), figures, [table],
+            html, context, flow, f"Evaluation of {model}", _summary(folder, images), figures, [table],
             [*pictures, *_sheet(folder)],
         )  # fmt: skip
     print(f"wrote {out / _TABLE}" + ("" if histogram is None else f" and {out / _PICTURE}"))
 
 
-def _summary(samples: Path | None, images: str | None) -> str:
-    of = [f"samples in {samples}"] * (samples is not None) + [f"images of {images}"] * (images is not None)
+def _summary(folder: SampleFolder | None, images: str | None) -> str:
+    of = [] if images is None else [f"images of {images}"]
+    if folder is not None:
+        of.insert(0, f"samples in {folder.path} (drawn with {shlex.join(options.sample_words(folder.manifest))})")
     return f"How good the model is, by {' and '.join(of)}."
+
+
+def _histogram(histogram: dict[str, Any], folder: SampleFolder, strategy: Strategy | None) -> Picture:
+    asked = folder.manifest.tolerance
+    if asked is None and strategy is not None:
+        asked = strategy.tolerance  # what a plan was made for
+    return Picture("Certificates of the samples", certificate_figure(histogram, asked))
 
 
 def _sheet(folder: SampleFolder | None) -> list[Picture]:

@@ -11,13 +11,15 @@ from rich.table import Table
 
 from jacobiflow import native
 from jacobiflow.cli import options, paths
+from jacobiflow.cli.settings import settings_words
+from jacobiflow.flows.settings import SamplingSettings
 from jacobiflow.measuring import machine
 
 _LIBRARIES = ("zuko", "nflows", "normflows", "pyro-ppl", "sbi")  # whose flows `accelerate` takes
 
 
 def info(model: options.Model = "fashion-p2", json: options.Json = None) -> None:
-    """Print a model's shape and size, how its exact loops run here, the machine and the versions.
+    """Print a model's shape and size, the settings that it recommends, how its exact loops run here, and the versions.
 
     Please add what --json writes to a report of a problem.
 
@@ -32,6 +34,7 @@ def info(model: options.Model = "fashion-p2", json: options.Json = None) -> None
         **asdict(config),
         "num_tokens": config.num_tokens,
         "token_channels": config.token_channels,
+        "recommended": "none" if flow.recommended == SamplingSettings() else " ".join(settings_words(flow.recommended)),
         "parameters": sum(p.numel() for p in flow.parameters()),
         "native_loops": native.describe(),
         **machine(),

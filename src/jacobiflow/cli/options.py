@@ -23,7 +23,7 @@ from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.registry import load
 from jacobiflow.guidance import Guidance
 from jacobiflow.latents import MOST_SAMPLES, draw_labels
-from jacobiflow.storage import SampleFolder
+from jacobiflow.storage import Manifest, SampleFolder
 
 Model = Annotated[str, typer.Option("--model", help="A bundled name, a model folder, or a hub id.")]
 Images = Annotated[str, typer.Option("--images", help=f"{', '.join(SOURCES)}, or a folder of images or IDX files.")]
@@ -184,6 +184,13 @@ def guidance_words(guidance: Guidance | None) -> list[str]:
     words += [] if guidance.on == "both" else ["--guidance-on", guidance.on]
     words += [] if guidance.annealed else ["--constant-guidance"]
     return words if guidance.attn_temperature == 1 else [*words, "--attn-temperature", f"{guidance.attn_temperature:g}"]
+
+
+def sample_words(drawn: Manifest) -> list[str]:
+    """The options of `jacobiflow sample` that tell what the samples of a manifest are."""
+    guidance = None if drawn.guidance is None else Guidance(**drawn.guidance)
+    words = ["--strategy", drawn.strategy, "--seed", str(drawn.seed), *guidance_words(guidance)]
+    return [*words, "--denoise", f"{drawn.denoise:g}"]
 
 
 def report(path: Path | None, figures: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ def write(
 ) -> None:  # fmt: skip
     """Write the page of the command that runs in `context` on `flow`; `figures` are those of `--json`."""
     page = Page(
-        title, summary, shlex.join(["jacobiflow", *context.obj]), _model(context.params["model"], flow),
+        title, summary, [*map(shlex.quote, ("jacobiflow", *context.obj))], _model(context.params["model"], flow),
         _settings(context), machine(flow.var.device), figures, tables, pictures,
     )  # fmt: skip
     save_page(page, path)

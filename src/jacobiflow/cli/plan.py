@@ -13,6 +13,7 @@ from rich.table import Table
 
 from jacobiflow.calibration import find_report
 from jacobiflow.cli import options, paths
+from jacobiflow.cli.settings import guidance_words
 from jacobiflow.flows.folder import REPORT
 from jacobiflow.solvers import Solver
 from jacobiflow.strategy import plan as make
@@ -74,7 +75,7 @@ def plan(
     )
     print(f"wrote {out}")
     words = ["jacobiflow", "sample", "--model", model, "--strategy", str(out), "--batch-size", str(batch_size)]
-    words += ["--num", str(batch_size), *options.guidance_words(guide)]
+    words += ["--num", str(batch_size), *guidance_words(flow, guide)]
     print(f"use it: {shlex.join(words)}")
 
 

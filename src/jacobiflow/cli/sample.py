@@ -145,7 +145,7 @@ def sample(
         "wall_seconds": wall,
         "drawn": folder.drawn,
     }
-    save_png(_sheet(folder, comparison, flow.config.image_size), out / SHEET)
+    save_png(_sheet(folder, comparison), out / SHEET)
     options.report(json, figures)
     _print(figures, said, out)
 
@@ -178,6 +178,7 @@ class _Comparison:
         self.name, self._loop = original_loop(flow)
         self.exact: list[Tensor] = []
         self.drawn: list[Tensor] = []
+        self.classes: list[str] = []  # of the images in `exact` and `drawn`
         self.seconds = 0.0
         self._errors: list[tuple[int, Error]] = []
 
@@ -196,6 +197,9 @@ class _Comparison:
         self._errors.append((len(latents), paired_error(shard.images, images)))
         self.exact.append(images[: max(_SHEET_IMAGES - start, 0)])
         self.drawn.append(shard.images[: max(_SHEET_IMAGES - start, 0)])
+        self.classes += [
+            f"class {label}" for label in (() if labels is None else labels[: len(self.exact[-1])].tolist())
+        ]
 
     def error(self) -> dict[str, float]:
         """The largest and the mean difference of an entry."""
@@ -223,18 +227,19 @@ def _largest(certificate: Tensor | None) -> dict[str, float | None]:
     return {"certificate": None if certificate is None else float(certificate.max())}
 
 
-def _sheet(folder: SampleFolder, comparison: _Comparison | None, image_size: int) -> Image.Image:
+def _sheet(folder: SampleFolder, comparison: _Comparison | None) -> Image.Image:
     """A picture of the first samples; beside those of the original code's loop where both were drawn."""
-    zoom = max(2, 64 // image_size)
     if comparison is not None:
         names = (comparison.name, folder.manifest.strategy)
-        return comparison_sheet(torch.cat(comparison.exact), torch.cat(comparison.drawn), names, zoom)
+        return comparison_sheet(
+            torch.cat(comparison.exact), torch.cat(comparison.drawn), names, columns=comparison.classes
+        )
     found: list[Tensor] = []
     for images in folder.batches():
         found.append(scale(images))
         if sum(map(len, found)) >= _SHEET_IMAGES:
             break
-    return image_grid(torch.cat(found)[:_SHEET_IMAGES], min(10, folder.manifest.num), zoom)
+    return image_grid(torch.cat(found)[:_SHEET_IMAGES], min(10, folder.manifest.num))
 
 
 def _certificate(run: dict[str, Any]) -> str:

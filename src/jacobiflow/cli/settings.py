@@ -112,6 +112,12 @@ def settings_words(settings: SamplingSettings) -> list[str]:
     return words or ["--plain"]
 
 
+def guidance_words(flow: ImageFlow, guidance: Guidance | None) -> list[str]:
+    """The options by which `jacobiflow sample` draws from `flow` under `guidance`."""
+    words = options.guidance_words(guidance)
+    return ["--guidance", "0"] if not words and flow.recommended.guidance is not None else words
+
+
 def check_held(out: Path, settings: SamplingSettings) -> None:
     """**Raises** `ValueError` where the folder `out` holds samples of other settings."""
     if not (out / MANIFEST).exists():

@@ -107,14 +107,16 @@ def _draw(
     exact = steps[-2] if rate else traced.images
     rows = [_row(name, draw(strategy=choice), exact) for name, choice in _choices(report, plan).items()]
     compared = draw(strategy=plan, denoise=rate)
-    zoom = max(2, 64 // flow.config.image_size)
+    columns = [] if traced.labels is None else [f"class {label}" for label in traced.labels.tolist()]
     pictures: dict[str, Image.Image | Figure] = {
         "convergence.png": convergence_figure(report),
-        "sampling.png": trace_sheet([images[:4] for images in steps], rate > 0, zoom),
+        "sampling.png": trace_sheet([images[:4] for images in steps], rate > 0),
         "guesses.png": rows_sheet(
-            [(row["caption"], row.pop("images")) for row in rows] + [("sequential", exact)], zoom
+            [(row["caption"], row.pop("images")) for row in rows] + [("sequential", exact)], columns=columns
         ),
-        "comparison.png": comparison_sheet(traced.images, compared.images, ("sequential", str(plan)), zoom),
+        "comparison.png": comparison_sheet(
+            traced.images, compared.images, ("sequential", str(plan)), columns=columns
+        ),
     }  # fmt: skip
     if report.segment_traces:
         pictures["segments.png"] = segments_figure(report)

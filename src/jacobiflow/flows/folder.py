@@ -67,7 +67,8 @@ class ModelFolder:
     def config(self, config_type: type[AnyConfig]) -> AnyConfig:
         """The config; fields that are missing take their defaults.
 
-        **Raises** `CheckpointError` for a field that is unknown, missing, or of another type or value.
+        **Raises** `CheckpointError` for a field that is unknown, missing, or of another type or value, and where the
+        recommended settings do not fit it.
         """
         types = get_type_hints(config_type)
         problems = [f"unknown field {name!r}" for name in self.fields if name not in types]
@@ -80,7 +81,13 @@ class ModelFolder:
         try:
             if problems:
                 raise ValueError("; ".join(problems))
-            return config_type(**self.fields)
+            config = config_type(**self.fields)
+            if self.recommended.denoise and not config.noise_std:
+                raise ValueError(
+                    f"recommended settings: a denoise rate of {self.recommended.denoise}, but noise_std is 0: there is "
+                    "no Gaussian noise to remove; leave the rate out"
+                )
+            return config
         except ValueError as error:
             raise CheckpointError(f"{self.path / CONFIG}: {error}") from None
 
@@ -201,7 +208,7 @@ def write_model(
                 new_report.write_bytes(report)
     if not os.path.lexists(path / README):
         with writing(path / README) as new_card:
-            flow.generate_model_card(**(card or {})).save(new_card)
+            flow.generate_model_card(**{"name": path.name, **(card or {})}).save(new_card)
 
 
 def bundled() -> dict[str, Path]:

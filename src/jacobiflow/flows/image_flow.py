@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jacobiflow.checks import check_count, check_floating, check_kind, check_on, check_path, check_rows, short
 from jacobiflow.flows.base import FlowBlock
+from jacobiflow.flows.card import model_card
 from jacobiflow.flows.config import MOST, MOST_CHANNELS, FlowConfig
-from jacobiflow.flows.folder import CONFIG, ModelFolder, save_model
+from jacobiflow.flows.folder import ModelFolder, save_model
 from jacobiflow.flows.labels import check_labels
 from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.settings import SamplingSettings
@@ -41,7 +42,10 @@ class Step(NamedTuple):
     z: Float[Tensor, "n t d"]
 
 
-class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow", tags=["normalizing-flow"]):
+class ImageFlow(
+    nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow", tags=["normalizing-flow"],
+    pipeline_tag="unconditional-image-generation",
+):  # fmt: skip
     """A stack of affine blocks over the tokens of an image, alternately in raster and in reverse order.
 
     A flow derives from it and is registered by `jacobiflow.flows.register`. It has:
@@ -121,11 +125,6 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
                 "the class"
             )
         flow = cls.from_state(folder.config(cls.config_type), folder.state(), str(folder.path))
-        if folder.recommended.denoise and not flow.config.noise_std:
-            raise CheckpointError(
-                f"{folder.path / CONFIG}: recommended settings: a denoise rate of {folder.recommended.denoise}, but "
-                "noise_std is 0: there is no Gaussian noise to remove; leave the rate out"
-            )
         flow.recommended, flow.report_files = folder.recommended, folder.report_files
         return flow
 
@@ -173,6 +172,20 @@ class ImageFlow(nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow",
         check_kind("config", config, type(self.config) | None, "the flow's own, or None")
         check_kind("recommended", self.recommended, SamplingSettings, "SamplingSettings")
         save_model(self, Path(save_directory), floating(dtype), model_card_kwargs)
+
+    def push_to_hub(self, repo_id: str, **hub: Any) -> str:
+        """Upload a model folder, as `save_pretrained` writes it, to the hub; `hub` as huggingface_hub takes it.
+
+        The card's values are in `model_card_kwargs`, see `generate_model_card`.
+        """
+        card = {"name": repo_id, **(hub.pop("model_card_kwargs", None) or {})}
+        return str(super().push_to_hub(repo_id, **hub, model_card_kwargs=card))
+
+    def generate_model_card(self, **values: Any) -> ModelCard:
+        """The card that is written beside the weights; `values` are those of `jacobiflow.flows.card.model_card`."""
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        data, kind = self._hub_mixin_info.model_card_data, type(self).__name__
+        return model_card(data, kind, self.config, self.recommended, parameters, **values)
 
     @property
     def learns_prior(self) -> bool:

@@ -6,27 +6,35 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from jacobiflow.calibration import Report
-from jacobiflow.plots.style import COLORS, ORDERED, clear
+from jacobiflow.plots.labels import line_label, place_labels
+from jacobiflow.plots.style import ORDERED, clear, new_figure, sampler_style, styled
 
+_HEIGHT = 3.8  # inches
 _LEAST = 1e-5  # smaller distances are rounding
 _STARTS = {"images": "latents that encode images", "noise": "fresh latents"}
 _DISTANCE = "largest |X$^{(k)}$ − X*| of the median sample"
 
 
+@styled
 def convergence_figure(report: Report) -> Figure:
     """Distance to the solution X* sweep by sweep, from each block's best guess by IGM (Figure 2 of the paper).
 
     Lines are the median sample; the slowest one of a tough block is dotted. One panel for each start in the report.
     """
-    figure = Figure(figsize=(5.6 * len(report.traces), 4.0), layout="constrained")
+    figure = new_figure(_HEIGHT)
     panels = figure.subplots(1, len(report.traces), sharey=True, squeeze=False)[0]
     tough = report.tough_blocks if report.components else ()
     for axis, (start, rows) in zip(panels, report.traces.items(), strict=True):
         for block, row in enumerate(rows):
-            trace, heavy, color = row[report.best_guess(block)], block in tough, COLORS[block % len(COLORS)]
+            trace, heavy, color = (
+                row[report.best_guess(block)],
+                block in tough,
+                _shade(len(rows) - 1 - block, len(rows)),
+            )
             label = f"block {block}{' (tough)' if heavy else ''}"
             _curve(axis, trace.median, color, label, width=2.6 if heavy else 1.4)
             if heavy:
@@ -34,10 +42,12 @@ def convergence_figure(report: Report) -> Figure:
         title = f"from {_STARTS[start]}{', guided' if report.settings.guidance else ''}"
         _dress(axis, f"{title}: {report.settings.traced} samples")
     panels[0].set_ylabel(_DISTANCE)
-    panels[-1].legend(frameon=False, fontsize=8)
+    for axis in panels:
+        _name(axis)
     return figure
 
 
+@styled
 def segments_figure(report: Report) -> Figure:
     """Distance to the solution X* sweep by sweep in each segment of the tough blocks (Figure 5 of the paper).
 
@@ -47,18 +57,30 @@ def segments_figure(report: Report) -> Figure:
     """
     if not report.segment_traces:
         raise ValueError("no block of this report is tough: there are no segments to draw")
-    figure = Figure(figsize=(5.6 * len(report.segment_traces), 4.0), layout="constrained")
+    figure = new_figure(_HEIGHT)
     panels = figure.subplots(1, len(report.segment_traces), sharey=True, squeeze=False)[0]
     for axis, (block, counts) in zip(panels, report.segment_traces.items(), strict=True):
         traces = counts[report.settings.segments]
         for i, trace in enumerate(traces):
-            _curve(axis, trace.median, ORDERED(i / len(traces)), f"segment {i + 1}", width=1.6)
+            _curve(axis, trace.median, _shade(i, len(traces)), f"segment {i + 1}", width=1.6)
         whole = report.traces["noise"][block][report.best_guess(block)]
-        _curve(axis, whole.median, "black", "all tokens at once", width=1.6, style=":")
+        _curve(axis, whole.median, sampler_style("jacobi").color, "all tokens at once", width=2.2, style=":")
         _dress(axis, f"block {block} in {len(traces)} segments of about {report.num_tokens // len(traces)} tokens")
-        axis.legend(frameon=False, fontsize=8)
     panels[0].set_ylabel(_DISTANCE)
+    for axis in panels:
+        _name(axis)
     return figure
+
+
+def _shade(number: int, count: int) -> str:
+    """The colour of one of `count` things in an order; the last is not so light that it vanishes on white."""
+    return str(to_hex(ORDERED(0.85 * number / max(count - 1, 1))))
+
+
+def _name(axis: Axes) -> None:
+    """Write each line's name at one of its points, those of the slow ones first: there is more room."""
+    labels = [line_label(line, _LEAST) for line in axis.get_lines()]
+    place_labels(axis, sorted((label for label in labels if label.points), key=lambda label: -len(label.points)))
 
 
 def _curve(axis: Axes, distances: Sequence[float], color: Any, label: str, width: float, style: str = "-") -> None:
@@ -72,5 +94,5 @@ def _curve(axis: Axes, distances: Sequence[float], color: Any, label: str, width
 def _dress(axis: Axes, title: str) -> None:
     axis.update_datalim([(0, 1)])  # a logarithmic axis needs a positive number: curves may be 0 throughout
     axis.set(yscale="log", xlabel="sweeps", xlim=(0, None), ylim=(_LEAST, None))
-    axis.set_title(title, fontsize=10)
+    axis.set_title(title)
     clear(axis)

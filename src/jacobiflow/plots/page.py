@@ -50,14 +50,14 @@ class Picture:
 class Page:
     """What a page shows. All of it is text, whatever characters it holds: nothing becomes markup.
 
-    **Attributes:** `title` and a `summary` of what was done; the `command` line that made it; facts of the `model`,
-    `settings` and `machine`, by name (of the last, "jacobiflow" is the version); `figures`, a JSON value to download;
-    `tables` and `pictures`, in their order.
+    **Attributes:** `title` and a `summary` of what was done; the words of the `command` line that made it, quoted as a
+    shell takes them; facts of the `model`, the `settings` and the `machine` by name, and with "jacobiflow" the version;
+    `figures`, a JSON value to download; `tables` and `pictures`, in their order.
     """
 
     title: str
     summary: str
-    command: str
+    command: Sequence[str]
     model: Mapping[str, Any]
     settings: Mapping[str, Any]
     machine: Mapping[str, Any]

@@ -7,17 +7,28 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from jacobiflow.data import quantize
+from jacobiflow.plots.style import INK, font
 
-_CAPTION = 22  # pixels
-_COLUMNS = 20
+_CAPTION, _LETTERS = 32, 20  # pixels: 14 of the latter where a page shows a sheet of 10 images 830 pixels wide
+_COLUMNS = 10
+_IMAGE = 112  # pixels that an image is drawn wide, or the nearest whole multiple of its own
 
 
-def image_grid(images: Float[Tensor, "n c h w"], columns: int, zoom: int = 2, gap: int = 2) -> Image.Image:
+def zoom_of(size: int) -> int:
+    """How many pixels wide and high a pixel of images of this `size` is drawn, where nothing else is asked for.
+
+    4 for 28 pixels; images of more than 75 are drawn as they are.
+    """
+    return max(1, round(_IMAGE / size))
+
+
+def image_grid(images: Float[Tensor, "n c h w"], columns: int, zoom: int | None = None, gap: int = 4) -> Image.Image:
     """Images, nominally in [-1, 1], in rows of `columns`, each pixel drawn `zoom` wide; a NaN is drawn black."""
+    zoom = zoom or zoom_of(images.shape[-1])
     pixels = quantize(images.nan_to_num(nan=-1.0)).permute(0, 2, 3, 1).cpu().numpy()
     rows = -(-len(pixels) // columns)
     height, width = pixels.shape[1] * zoom, pixels.shape[2] * zoom
@@ -29,34 +40,43 @@ def image_grid(images: Float[Tensor, "n c h w"], columns: int, zoom: int = 2, ga
 
 
 def comparison_sheet(
-    reference: Float[Tensor, "n c h w"], images: Float[Tensor, "n c h w"], names: tuple[str, str], zoom: int = 2
-) -> Image.Image:
+    reference: Float[Tensor, "n c h w"], images: Float[Tensor, "n c h w"], names: tuple[str, str],
+    zoom: int | None = None, columns: Sequence[str] = (),
+) -> Image.Image:  # fmt: skip
     """Three panels: `reference`, `images`, and their difference, its largest entry drawn white (Figure 7 of the paper).
 
-    `names` are the captions of the first two; the third's gives the largest difference. A line has at most 20 images.
+    `names` are the captions of the first two; the third's gives the largest difference. See `rows_sheet`.
     """
     difference = (images - reference).abs()
     largest = float(difference.nan_to_num().max())
     shown = difference / max(largest, 1e-30) * 2 - 1
     captions = (*names, f"difference; white is {largest:.1e}")
-    return rows_sheet(list(zip(captions, (reference, images, shown), strict=True)), zoom)
+    return rows_sheet(list(zip(captions, (reference, images, shown), strict=True)), zoom, columns)
 
 
-def rows_sheet(rows: Sequence[tuple[str, Float[Tensor, "n c h w"]]], zoom: int = 2) -> Image.Image:
-    """Rows of images under each other, each below its caption (Figure 4 of the paper); at most 20 images a line."""
+def rows_sheet(
+    rows: Sequence[tuple[str, Float[Tensor, "n c h w"]]], zoom: int | None = None, columns: Sequence[str] = ()
+) -> Image.Image:
+    """Rows of images under each other, each below its caption (Figure 4 of the paper); at most 10 images a line.
+
+    `columns` names the images of a row. The names are written above all rows, where they are the same in every line.
+    """
     grids = [image_grid(images, min(len(images), _COLUMNS), zoom) for _, images in rows]
-    font = ImageFont.load_default(size=14)
-    width = max(*(grid.width for grid in grids), *(int(font.getlength(caption)) + 8 for caption, _ in rows))
-    sheet = Image.new("RGB", (width, sum(grid.height + _CAPTION for grid in grids)), "white")
-    draw, top = ImageDraw.Draw(sheet), 0
+    width = max(*(grid.width for grid in grids), *(int(font(_LETTERS).getlength(caption)) + 12 for caption, _ in rows))
+    header = _header(columns, max(len(images) for _, images in rows), max(grid.width for grid in grids))
+    top = 0 if header is None else _CAPTION
+    sheet = Image.new("RGB", (width, top + sum(grid.height + _CAPTION for grid in grids)), "white")
+    if header is not None:
+        sheet.paste(header, (0, 0))
+    draw = ImageDraw.Draw(sheet)
     for grid, (caption, _) in zip(grids, rows, strict=True):
-        draw.text((4, top + 3), caption, fill="black", font=font)
+        draw.text((4, top + _CAPTION / 2), caption, fill=INK, font=font(_LETTERS), anchor="lm")
         sheet.paste(grid, (0, top + _CAPTION))
         top += grid.height + _CAPTION
     return sheet
 
 
-def trace_sheet(trace: Sequence[Float[Tensor, "n c h w"]], denoised: bool, zoom: int = 2) -> Image.Image:
+def trace_sheet(trace: Sequence[Float[Tensor, "n c h w"]], denoised: bool, zoom: int | None = None) -> Image.Image:
     """A sample a line: noise, the image after each block in sampling order, and `denoised` (Figure 3 of the paper).
 
     `trace` is `Samples.trace`.
@@ -66,8 +86,24 @@ def trace_sheet(trace: Sequence[Float[Tensor, "n c h w"]], denoised: bool, zoom:
     grid = image_grid(torch.stack(list(trace), dim=1).flatten(0, 1), len(trace), zoom)
     sheet = Image.new("RGB", (grid.width, grid.height + _CAPTION), "white")
     sheet.paste(grid, (0, _CAPTION))
-    draw, step = ImageDraw.Draw(sheet), grid.width / len(trace)
-    font = ImageFont.load_default(size=min(14, step / 5.5))
-    for column, caption in enumerate(captions):
-        draw.text(((column + 0.5) * step, _CAPTION / 2), caption, fill="black", font=font, anchor="mm")
+    sheet.paste(_names(captions, grid.width), (0, 0))
     return sheet
+
+
+def _header(columns: Sequence[str], count: int, width: int) -> Image.Image | None:
+    """The names of `count` images above the lines that they fill; `None` where lines differ in them."""
+    lines = [list(columns[first : first + _COLUMNS]) for first in range(0, min(count, len(columns)), _COLUMNS)]
+    if not lines or any(line != lines[0][: len(line)] for line in lines):
+        return None
+    return _names(lines[0], width)
+
+
+def _names(names: Sequence[str], width: int) -> Image.Image:
+    """Names, each in the middle of its column, in letters that fit."""
+    strip = Image.new("RGB", (width, _CAPTION), "white")
+    draw, step = ImageDraw.Draw(strip), width / len(names)
+    longest = max(font(_LETTERS).getlength(name) for name in names)
+    letters = font(max(int(_LETTERS * min(1.0, (step - 4) / max(longest, 1.0))), 6))
+    for column, name in enumerate(names):
+        draw.text(((column + 0.5) * step, _CAPTION / 2), name, fill=INK, font=letters, anchor="mm")
+    return strip

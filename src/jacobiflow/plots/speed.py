@@ -12,11 +12,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from jacobiflow.experiments.speed import ENCODING_PASS, Comparison
-from jacobiflow.plots.style import BLACK, Style, clear, distinct_styles, escape, plain_ticks, sampler_style
+from jacobiflow.plots.style import (
+    FONT_SIZE,
+    INK,
+    Style,
+    clear,
+    distinct_styles,
+    escape,
+    new_figure,
+    plain_ticks,
+    sampler_style,
+    styled,
+)
 
 _CAPTION = 28  # characters on a line of the legend
+_COLUMNS = 3  # of the legend
 
 
+@styled
 def bench_figure(comparisons: Sequence[Comparison]) -> Figure:
     """Largest error against seconds, a panel for each batch size, a marker for each strategy, both axes logarithmic.
 
@@ -28,23 +41,24 @@ def bench_figure(comparisons: Sequence[Comparison]) -> Figure:
     captions = [textwrap.fill(escape(name), _CAPTION) for name in (*baselines, *styles)]
     columns = 2 if len(comparisons) == 4 else min(len(comparisons), 3)
     lines = -(-len(comparisons) // columns)
-    legend = 0.3 + 0.2 * sum(caption.count("\n") + 1 for caption in captions)  # inches
-    figure = Figure(figsize=(3.6 * columns + 2.4, max(3.6 * lines, legend)), layout="constrained")
+    rows = -(-len(captions) // _COLUMNS)
+    most = max(caption.count("\n") + 1 for caption in captions)
+    figure = new_figure(2.8 * lines + 0.6 + rows * (most + 0.6) * FONT_SIZE / 60)
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
     ticks = _error_ticks([row.error.max for comparison in comparisons for row in comparison.others])
     shown: dict[str, Any] = {}
     for axis, comparison in zip(panels, comparisons, strict=False):
         for name, line in zip(baselines, (":", "--", "-."), strict=False):
             seconds = comparison.floor if name == ENCODING_PASS else comparison.row(name).seconds
-            color = BLACK if name == ENCODING_PASS else sampler_style(name).color
+            color = INK if name == ENCODING_PASS else sampler_style(name).color
             shown[name] = axis.axvline(seconds.median, color=color, linestyle=line, linewidth=1.2)
         shown |= _markers(axis, comparison, styles, min(ticks), max(ticks))
         _dress(axis, f"batch size {comparison.batch_size}", ticks)
     for axis in panels[len(comparisons) :]:
         axis.set_axis_off()
-    figure.supxlabel("seconds for the batch: median, fastest and slowest round", fontsize=10)
-    figure.supylabel("largest error of an entry of the images", fontsize=10)
-    figure.legend(list(shown.values()), captions, loc="outside right upper", frameon=False, fontsize=8)
+    figure.supxlabel("seconds for the batch: median, fastest and slowest round")
+    figure.supylabel("largest error of an entry of the images")
+    figure.legend(list(shown.values()), captions, loc="outside lower center", ncols=_COLUMNS)
     return figure
 
 
@@ -70,7 +84,7 @@ def _markers(axis: Axes, comparison: Comparison, styles: dict[str, Style], low: 
             seconds.median, min(max(row.error.max, low), high),
             xerr=[[seconds.median - seconds.min], [seconds.max - seconds.median]],
             color=style.color, marker=style.marker, fillstyle=style.fillstyle,
-            linestyle="", markersize=7, elinewidth=1.2, clip_on=False,
+            linestyle="", elinewidth=1.2, clip_on=False,
         )  # fmt: skip
     return shown
 
@@ -84,5 +98,5 @@ def _dress(axis: Axes, title: str, ticks: dict[float, str]) -> None:
     axis.yaxis.set_major_locator(FixedLocator(list(ticks)))
     axis.yaxis.set_major_formatter(FixedFormatter(list(ticks.values())))
     axis.yaxis.set_minor_locator(NullLocator())
-    axis.set_title(title, fontsize=10)
+    axis.set_title(title)
     clear(axis)

@@ -1,31 +1,55 @@
-"""What all pictures share: colours, the style of a sampler, axes, and files."""
+"""The style sheet of all pictures: sizes, the one font, the colour of every sampler, axes, and files."""
 
 from __future__ import annotations
 
 import io
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from PIL import Image
+from PIL import Image, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from jacobiflow.files import write_atomically
 
-# The colours of Okabe and Ito, which colour-blind readers can tell from each other.
-BLUE, ORANGE, GREEN, PINK, SKY, RED, BLACK, OLIVE = COLORS = (
-    "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#b8a800",
-)  # fmt: skip
-GREY = "#8c8c8c"
+WIDTH = 8.3  # inches: a page shows a figure 830 pixels wide, so that 10 points are 14 pixels there
+FONT_SIZE = 10  # points, of all text in figures
+DPI = 200
+SHEET = {
+    "font.family": "DejaVu Sans",
+    "font.size": FONT_SIZE,
+    "axes.titlesize": FONT_SIZE,
+    "axes.labelsize": FONT_SIZE,
+    "xtick.labelsize": FONT_SIZE,
+    "ytick.labelsize": FONT_SIZE,
+    "legend.fontsize": FONT_SIZE,
+    "legend.frameon": False,
+    "figure.titlesize": FONT_SIZE,
+    "figure.labelsize": FONT_SIZE,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 6,
+    "axes.linewidth": 0.8,
+}  # matplotlib's settings for every figure, see `styled`
+
+INK, FAINT, PAPER = "#222222", "#e6e6e6", "#ffffff"
+FINAL, WAITING = "#a9b5c4", "#f2f2f2"  # of tokens; those that are being swept have their sampler's colour
+TOUGH, EASY = "#3d4a5c", "#a9b5c4"  # of blocks
+ORDERED = matplotlib.colormaps["viridis"]  # of what comes in an order, such as segments
+_GIF_COLORS = 128
 _MARK = {"Software": "jacobiflow"}  # text in our PNGs, by which they are recognised
-ORDERED = matplotlib.colormaps["viridis"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -42,19 +66,20 @@ class Style:
         return "full" if self.filled else "none"
 
 
-# By the start of a sampler's name, in lower case.
-_STYLES = {
-    r"auto\b": Style(BLUE, "o"),
-    r"original|growing cache|full passes": Style(GREY, "D"),
-    r"sequential": Style(BLACK, "s"),
-    r"jacobi\b": Style(ORANGE, "v"),
-    r"gs-jacobi|\[": Style(RED, "P"),
-    r"window\b": Style(GREEN, "^"),
-    r"selective jacobi": Style(PINK, "X"),
-    r"starflow": Style(SKY, "*"),
+# By the start of a sampler's name, in lower case. The colours are of different lightness, for print in grey, and
+# colour-blind readers can tell all of them from each other.
+SAMPLERS = {
+    r"auto\b": Style("#00519e", "o"),
+    r"original|growing cache|full passes": Style("#959595", "D"),
+    r"sequential": Style("#000000", "s"),
+    r"jacobi\b": Style("#fba652", "v"),
+    r"gs-jacobi|\[": Style("#c13a0f", "P"),
+    r"window\b": Style("#1f8f54", "^"),
+    r"selective jacobi": Style("#580656", "X"),
+    r"starflow": Style("#57adf3", "*"),
 }
-_OTHER = Style(OLIVE, "p")
-_MARKERS = "".join(style.marker for style in (*_STYLES.values(), _OTHER))
+OTHER = Style("#e5cd07", "p")
+_MARKERS = "".join(style.marker for style in (*SAMPLERS.values(), OTHER))
 
 
 def sampler_style(name: str) -> Style:
@@ -63,8 +88,38 @@ def sampler_style(name: str) -> Style:
     Strategies that differ in settings only, such as "window:32" and "window:64", share a style.
     """
     if name.endswith(".json"):
-        return _OTHER
-    return next((style for start, style in _STYLES.items() if re.match(start, name.lower())), _OTHER)
+        return OTHER
+    return next((style for start, style in SAMPLERS.items() if re.match(start, name.lower())), OTHER)
+
+
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
+    """A function that draws, under the settings of the style sheet; those of the caller stay as they are."""
+
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
+        with matplotlib.rc_context(SHEET):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def new_figure(height: float) -> Figure:
+    """An empty figure of the one width, `height` in inches, whose parts make room for each other."""
+    return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+
+
+def readable(color: str) -> str:
+    """The colour, dark enough for text on white: a contrast of 4.5 at the least."""
+    red, green, blue = to_rgb(color)
+    light = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
+    factor = min(1.0, (0.17 / max(light, 1e-9)) ** (1 / 2.2))
+    return str(to_hex((factor * red, factor * green, factor * blue)))
+
+
+@cache
+def font(size: float) -> ImageFont.FreeTypeFont:
+    """The font of the figures, for sheets; `size` in pixels."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def distinct_styles(names: Iterable[str]) -> dict[str, Style]:
@@ -90,8 +145,10 @@ def escape(name: str) -> str:
 def clear(axis: Axes, grid: bool = True) -> None:
     """Draw no frame at the top and the right, and a faint grid."""
     if grid:
-        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.grid(color=FAINT, linewidth=0.6)
+        axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=FONT_SIZE)  # of ticks that are not made yet, too
 
 
 def plain_ticks(axis: Axis, subs: Sequence[float] = (1, 2, 5)) -> None:
@@ -109,7 +166,8 @@ def save_png(image: Image.Image | Figure, path: str | Path) -> None:
     check_picture(path)
     data = io.BytesIO()
     if isinstance(image, Figure):
-        image.savefig(data, format="png", dpi=130, metadata=_MARK)
+        with matplotlib.rc_context(SHEET):
+            image.savefig(data, format="png", dpi=DPI, metadata=_MARK)
     else:
         text = PngInfo()
         for name, value in _MARK.items():
@@ -118,13 +176,32 @@ def save_png(image: Image.Image | Figure, path: str | Path) -> None:
     write_atomically(path, data.getvalue())
 
 
+def save_gif(frames: Sequence[Image.Image], path: str | Path, milliseconds: int, hold: int) -> None:
+    """Write frames of `milliseconds` each as a GIF that starts again after the last one's `hold`; see `save_png`."""
+    check_picture(path)
+    # One palette for all: what differs between two frames is then what has changed. The last has most colours.
+    few = [frames[0], frames[len(frames) // 2], frames[-1]]
+    wide = Image.new("RGB", (frames[0].width, frames[0].height * len(few)))
+    for i, frame in enumerate(few):
+        wide.paste(frame, (0, i * frame.height))
+    palette = wide.quantize(_GIF_COLORS)
+    first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
+    data = io.BytesIO()
+    first.save(
+        data, "GIF", save_all=True, append_images=others, loop=0, comment=_MARK["Software"].encode(),
+        duration=[*[milliseconds] * len(others), hold],
+    )  # fmt: skip
+    write_atomically(path, data.getvalue())
+
+
 def check_picture(path: str | Path) -> None:
-    """**Raises** `ValueError` where `path` is there, but is no picture that `save_png` wrote."""
+    """**Raises** `ValueError` where `path` is there, but is no picture that `save_png` or `save_gif` wrote."""
     if not os.path.lexists(path):
         return
     try:
         with Image.open(path) as image:
-            ours = _MARK.items() <= getattr(image, "text", {}).items()
+            commented = image.info.get("comment") == _MARK["Software"].encode()
+            ours = commented or _MARK.items() <= getattr(image, "text", {}).items()
     except (OSError, ValueError, Image.DecompressionBombError):
         ours = False
     if not ours:

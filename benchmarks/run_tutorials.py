@@ -1,0 +1,94 @@
+"""Runs the notebooks of docs/tutorials/ and keeps their outputs: `python benchmarks/run_tutorials.py [NAME ...]`.
+
+Each is executed as it is, by a kernel of this Python in an empty folder, and written back whole or not at all. What
+differs from run to run for no reason is left out: warnings, progress bars, colours, versions and execution times of the
+kernel. Pictures are kept in 256 colours, a third of their bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+from PIL import Image
+
+from jacobiflow.files import write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+TUTORIALS = ROOT / "docs" / "tutorials"
+LARGEST = 400_000  # bytes of a notebook
+_TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\n]*\r(?!\n)")  # colours, and lines that were written over
+_PYTHON = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def main() -> None:
+    """Run the notebooks that are named, all by default."""
+    for path in [TUTORIALS / f"{name}.ipynb" for name in sys.argv[1:]] or sorted(TUTORIALS.glob("*.ipynb")):
+        started = time.perf_counter()
+        text = run(path)
+        write_atomically(path, text.encode())
+        print(f"{path.relative_to(ROOT)}: {time.perf_counter() - started:.0f} s, {len(text) / 1000:.0f} kB", flush=True)
+
+
+def run(path: Path) -> str:
+    """The notebook with the outputs of a run. **Raises** `CellExecutionError` where a cell fails."""
+    notebook: Any = nbformat.read(path, 4)
+    with tempfile.TemporaryDirectory() as folder:
+        commands = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+        # Without a terminal, commands show no progress bars; a cache of its own, so that nothing is planned already.
+        own = {"PATH": commands, "XDG_CACHE_HOME": str(Path(folder) / "cache"), "COLUMNS": "110", "TTY_COMPATIBLE": "0"}
+        work = Path(folder) / "work"
+        work.mkdir()
+        client: Any = NotebookClient(
+            notebook, timeout=3600, kernel_name="python3", record_timing=False, resources={"metadata": {"path": work}}
+        )
+        client.execute(env=os.environ | own)
+        for number, cell in enumerate(notebook.cells):
+            cell.id = f"cell-{number}"
+            if cell.cell_type == "code":
+                cell.outputs = [_without_noise(output, str(work)) for output in cell.outputs if _shown(output)]
+    notebook.metadata = nbformat.from_dict(_PYTHON)
+    nbformat.validate(notebook)
+    text = nbformat.writes(notebook) + "\n"
+    if len(text) > LARGEST:
+        raise ValueError(f"{path}: {len(text):,} bytes; make its pictures smaller: the limit is {LARGEST:,}")
+    return text
+
+
+def _shown(output: Any) -> bool:
+    return output.get("name") != "stderr"
+
+
+def _without_noise(output: Any, folder: str) -> Any:
+    if output.output_type == "stream":
+        output.text = _TERMINAL.sub("", output.text.replace("\r\n", "\n")).replace(f"{folder}/", "")
+        return output
+    output.metadata = {}
+    if "image/png" in output.data:
+        output.data = {"image/png": _in_256_colours(output.data["image/png"]), "text/plain": "a picture"}
+    return output
+
+
+def _in_256_colours(picture: str) -> str:
+    """A PNG in base64, with a palette."""
+    with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
+        small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    data = io.BytesIO()
+    small.save(data, "PNG", optimize=True)
+    return base64.b64encode(data.getvalue()).decode()
+
+
+if __name__ == "__main__":
+    main()

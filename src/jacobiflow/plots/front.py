@@ -1,0 +1,182 @@
+"""Tokens that settle, and the picture that appears: an animation and a still of one block's solves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from matplotlib.colors import to_rgb
+from PIL import Image, ImageDraw
+
+from jacobiflow.experiments.front import Course
+from jacobiflow.plots.sheets import image_grid
+from jacobiflow.plots.style import FAINT, INK, PAPER, WAITING, font, readable, sampler_style
+
+Color = tuple[int, int, int]
+
+_FRAME, _SIDE, _MARGIN = 800, 224, 24  # of an animation: its width, that of a picture, the space round it
+_STILL, _CELL, _CELLS, _NAMES = 1660, 168, 6, 330  # of a still: its width, a picture's, how many, and room for names
+_VEIL = 0.62  # how much of a token that is not settled its colour covers
+
+
+def front_frames(title: str, courses: Mapping[str, Course]) -> list[Image.Image]:
+    """A frame for each network call of the longest course, and one before the first: all courses side by side.
+
+    Above, the picture that the remaining blocks make of the tokens so far; below, the tokens: settled ones in their
+    sampler's colour, those that the next call evaluates in a light shade of it, waiting ones in grey. For long
+    sequences a frame stands for the calls between two states that were kept. 800 pixels wide for three courses.
+    """
+    longest = max(courses.values(), key=lambda course: course.calls)
+    return [_frame(title, courses, call) for call in longest.after]
+
+
+def front_still(title: str, courses: Mapping[str, Course]) -> Image.Image:
+    """A row for each course: its picture at six of its calls, a bar as long as its calls, and its certificate.
+
+    Tokens that are not settled lie under a veil, in the sampler's colour where the next call evaluates them. 1660
+    pixels wide.
+    """
+    most = max(course.calls for course in courses.values())
+    height = _CELL + 112
+    sheet = Image.new("RGB", (_STILL, 64 + len(courses) * height + 40), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((8, 32), title, fill=INK, font=font(28), anchor="lm")
+    for row, (name, course) in enumerate(courses.items()):
+        _row(sheet, 64 + row * height, name, course, most)
+    _key(draw, _NAMES, sheet.height - 24, 24, [sampler_style(name).color for name in courses])
+    return sheet
+
+
+def _frame(title: str, courses: Mapping[str, Course], call: int) -> Image.Image:
+    width = max(_FRAME, len(courses) * (_SIDE + _MARGIN) + _MARGIN)
+    step = width / len(courses)
+    top = 96
+    frame = Image.new("RGB", (width, top + 2 * _SIDE + 78), PAPER)
+    draw = ImageDraw.Draw(frame)
+    draw.text((width / 2, 20), title, fill=INK, font=font(17), anchor="mm")
+    for column, (name, course) in enumerate(courses.items()):
+        k, color = _state(course, call), sampler_style(name).color
+        middle = (column + 0.5) * step
+        left = round(middle - _SIDE / 2)
+        draw.text((middle, 52), name, fill=readable(color), font=font(19), anchor="mm")
+        draw.text((middle, 78), _count(course, call), fill=INK, font=font(15), anchor="mm")
+        frame.paste(_picture(course, k, _SIDE), (left, top))
+        frame.paste(_tokens(course, k, color, _SIDE), (left, top + _SIDE + 8))
+        settled = f"{int(course.settled[k].sum())} of {course.settled.shape[1]} tokens settled"
+        draw.text((middle, top + 2 * _SIDE + 24), settled, fill=INK, font=font(15), anchor="mm")
+    _key(draw, _MARGIN, frame.height - 22, 15, [sampler_style(name).color for name in courses])
+    return frame
+
+
+def _state(course: Course, call: int) -> int:
+    """The last state that was kept within `call` calls."""
+    return max(k for k, after in enumerate(course.after) if after <= call)
+
+
+def _count(course: Course, call: int) -> str:
+    if call < course.calls:
+        return f"call {call} of {course.calls}"
+    return f"done: {course.calls} calls, {_certificate(course)}"
+
+
+def _certificate(course: Course) -> str:
+    return "exact" if _largest_run(course) == 1 else f"residual {course.certificate:.0e}"
+
+
+def _largest_run(course: Course) -> int:
+    return max(stop - start for start, stop in course.runs)
+
+
+def _row(sheet: Image.Image, top: int, name: str, course: Course, most: int) -> None:
+    draw, color = ImageDraw.Draw(sheet), sampler_style(name).color
+    size, tokens = _largest_run(course), course.settled.shape[1]
+    many = "one token a call" if size == 1 else "all open tokens a call" if size == tokens else f"{size} tokens a call"
+    lines = ((name, readable(color), 30), (many, INK, 22), (f"{course.calls} calls", INK, 22),
+             (f"{course.token_evaluations:,} evaluations", INK, 22))  # fmt: skip
+    for i, (text, fill, letters) in enumerate(lines):
+        draw.text((8, top + 24 + 36 * i), text, fill=fill, font=font(letters), anchor="lm")
+    gap = (_STILL - _NAMES - 232 - _CELLS * _CELL) // (_CELLS - 1)
+    for cell in range(_CELLS):
+        k = round(cell * (len(course.after) - 1) / (_CELLS - 1))
+        left = _NAMES + cell * (_CELL + gap)
+        sheet.paste(_veiled(course, k, color), (left, top))
+        text = f"call {course.after[k]}"
+        draw.text((left + _CELL / 2, top + _CELL + 18), text, fill=INK, font=font(22), anchor="mm")
+    width, below = _CELLS * (_CELL + gap) - gap, top + _CELL + 44
+    end = _NAMES + width * course.calls / most
+    draw.rectangle((_NAMES, below, _NAMES + width, below + 18), fill=FAINT)
+    draw.rectangle((_NAMES, below, end, below + 18), fill=color)
+    if course.calls < most:
+        fewer = f"{most / course.calls:.1f} times fewer calls"
+        draw.text((end + 12, below + 9), fewer, fill=readable(color), font=font(22), anchor="lm")
+    exact = size == 1
+    promise = (
+        ("exact by", "construction") if exact else ("certificate", "max |g(x) − x|", f"= {course.certificate:.1e}")
+    )
+    for i, text in enumerate(promise):
+        fill = INK if i == 0 or exact else readable(color)
+        draw.text((_STILL - 214, top + 40 + 36 * i), text, fill=fill, font=font(24), anchor="lm")
+
+
+def _picture(course: Course, k: int, side: int) -> Image.Image:
+    return image_grid(course.images[k : k + 1], 1, 1, 0).resize((side, side), Image.Resampling.NEAREST)
+
+
+def _shades(course: Course, k: int, color: str) -> list[tuple[Color, bool]]:
+    """The colour of each token in raster order, and whether it is settled."""
+    full, light = _mixed(color, 0.0), _mixed(color, 0.6)
+    start, stop = course.runs[course.after[k]] if course.after[k] < course.calls else (0, 0)
+    shades = [(_mixed(WAITING, 0.0), False)] * len(course.positions)
+    for token, place in enumerate(course.positions.tolist()):
+        if course.settled[k, token]:
+            shades[place] = (full, True)
+        elif start <= token < stop:
+            shades[place] = (full if stop - start == 1 else light, False)
+    return shades
+
+
+def _tokens(course: Course, k: int, color: str, side: int) -> Image.Image:
+    """The tokens as squares in their colours."""
+    across = math.isqrt(len(course.positions) - 1) + 1
+    image = Image.new("RGB", (side, side), PAPER)
+    draw, step = ImageDraw.Draw(image), side / across
+    for place, (shade, _) in enumerate(_shades(course, k, color)):
+        left, top = place % across * step, place // across * step
+        draw.rectangle((left, top, left + step - 2, top + step - 2), fill=shade)
+    return image
+
+
+def _veiled(course: Course, k: int, color: str) -> Image.Image:
+    """The picture, with a veil over the tokens that are not settled."""
+    across = math.isqrt(len(course.positions) - 1) + 1
+    image, step = _picture(course, k, _CELL), _CELL / across
+    veil, mask = image.copy(), Image.new("L", image.size, 0)
+    for place, (shade, settled) in enumerate(_shades(course, k, color)):
+        if not settled:
+            box = tuple(
+                round(step * v) for v in (place % across, place // across, place % across + 1, place // across + 1)
+            )
+            veil.paste(shade, box)  # type: ignore[arg-type]
+            mask.paste(round(255 * _VEIL), box)  # type: ignore[arg-type]
+    return Image.composite(veil, image, mask)
+
+
+def _mixed(color: str, white: float) -> Color:
+    red, green, blue = (round(255 * (value + (1 - value) * white)) for value in to_rgb(color))
+    return red, green, blue
+
+
+def _key(draw: ImageDraw.ImageDraw, left: float, middle: float, letters: int, colors: Sequence[str]) -> None:
+    """What the colours of tokens mean."""
+    entries = (
+        ("settled", [_mixed(color, 0.0) for color in colors]),
+        ("in the next call", [_mixed(color, 0.6) for color in colors]),
+        ("waiting", [_mixed(WAITING, 0.0)]),
+    )
+    for text, shades in entries:
+        for shade in shades:
+            box = (left, middle - letters / 2, left + letters, middle + letters / 2)
+            draw.rectangle(box, fill=shade, outline=FAINT)
+            left += letters + 3
+        draw.text((left + 4, middle), text, fill=INK, font=font(letters), anchor="lm")
+        left += 4 + font(letters).getlength(text) + 2 * letters
