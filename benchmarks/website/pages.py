@@ -27,7 +27,6 @@ def page_names(root: Path = ROOT) -> dict[str, str]:
     for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY"):
         if (root / f"{name}.md").exists():
             pages[f"{name}.md"] = f"{name.lower()}.md"
-    pages["examples/README.md"] = "examples.md"
     for card in sorted((root / "src/jacobiflow/models").glob("*/README.md")):
         pages[str(card.relative_to(root))] = f"models/{card.parent.name}.md"
     docs = root / "docs"
