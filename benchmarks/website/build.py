@@ -22,7 +22,7 @@ _CONFIG = ROOT / "docs/zensical.toml"
 def build(out: Path) -> Path:
     """Builds the site of the pages into a folder of `out`, in place of what is there, and returns it.
 
-    **Raises** `CalledProcessError` where Zensical warns of something, `ValueError` where a page links to nothing, or is
+    **Raises** `CalledProcessError` where Zensical warns of something, `ValueError` where pages link to nothing or are
     not in the navigation.
     """
     project = tomllib.loads(_CONFIG.read_text())["project"]
@@ -30,10 +30,11 @@ def build(out: Path) -> Path:
     for folder in (source, site):
         shutil.rmtree(folder, ignore_errors=True)
     pages = Pages(source, project["extra"]["social"][0]["link"])
-    forgotten = set(pages.names.values()) - set(re.findall(r'= "([^"]+\.md)"', _CONFIG.read_text()))
-    if forgotten:
-        raise ValueError(f"the navigation of {_CONFIG} does not list {', '.join(sorted(forgotten))}")
     gather(pages)
+    listed = re.findall(r'= "([^"]+\.md)"', _CONFIG.read_text())
+    wrong = pages.missing + [f"{_CONFIG} does not list {name}" for name in pages.names.values() if name not in listed]
+    if wrong:
+        raise ValueError("\n".join(wrong))
     config = shutil.copyfile(_CONFIG, out / _CONFIG.name)
     made = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", str(config)]
     subprocess.run(made, check=True)

@@ -38,12 +38,13 @@ def page_names(root: Path = ROOT) -> dict[str, str]:
 class Pages:
     """The pages of a repository, written to the folder `site`.
 
-    `repository` is its address, for links that leave the site.
+    `repository` is its address, for links that leave the site. `missing` collects links to nothing.
     """
 
     def __init__(self, site: Path, repository: str, root: Path = ROOT) -> None:
         self.site, self.root = site, root
         self.names = page_names(root)
+        self.missing: list[str] = []
         self._tree = f"{repository}/blob/main/"
         raw = repository.replace("github.com", "raw.githubusercontent.com") + "/main/"
         self._own = re.compile("|".join(map(re.escape, (self._tree, f"{repository}/tree/main/", raw))))
@@ -78,7 +79,7 @@ class Pages:
         if (self.site / here / target).is_file():  # a picture of a notebook, written beside its page
             return None
         if not (self.root / linked).exists():
-            raise ValueError(f"{path} links to {target}, which is not there")
+            self.missing.append(f"{path} links to {target}, which is not there")
         return self._tree + linked
 
 
