@@ -131,7 +131,8 @@ def _segments(axis: Axes) -> None:
     axis.text(8.2, 1.3, "swept together until\nwithin the tolerance,\nor J times", ha="center", color=INK,
               va="center")  # fmt: skip
     axis.text(15.7, 1.3, "waiting", ha="center", color=INK, va="center")
-    axis.text(11, 0.35, "segments one after another (Gauss-Seidel); inside a segment all tokens at once (Jacobi)", ha="center", color=INK)  # fmt: skip
+    axis.text(11, 0.35, "segments one after another (Gauss-Seidel); inside a segment all tokens at once (Jacobi)",
+              ha="center", color=INK)  # fmt: skip
 
 
 def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
