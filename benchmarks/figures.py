@@ -1,6 +1,6 @@
 """Draws the figures of the method: `python benchmarks/figures.py` writes docs/figures/*.png and front.gif.
 
-overview.png and partitions.png are of docs/solvers.md, front.png and front.gif of README.md. A minute on two idle cores.
+overview.png and partitions.png are of docs/solvers.md, front.png and front.gif of README.md.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from torch import Tensor
 
@@ -25,7 +26,6 @@ from jacobiflow.plots.style import EASY, FINAL, INK, TOUGH, WAITING, new_figure,
 OUT = Path(__file__).resolve().parent.parent / "docs" / "figures"
 SWEPT = sampler_style("gs-jacobi").color
 SAMPLE, LABEL = 18, 8  # a bag of seed 0, whose number of sweeps is about the median of the first 20
-GUIDANCE = jf.Guidance(3.0, attn_temperature=1.4)  # with one denoising step the best of fashion-p2-search.json
 
 
 class Recorder:
@@ -60,7 +60,7 @@ def partitions() -> Figure:
         "window of 12": jf.Solver(jf.Window(12), stopping=tolerance),
     }
     colors = [sampler_style(name).color for name in solvers]
-    figure = new_figure(3.6)
+    figure = new_figure(3.2)
     axes = figure.subplots(1, 4, sharey=True)
     for axis, color, (name, solver) in zip(axes, colors, solvers.items(), strict=True):
         recorder = Recorder(block)
@@ -73,17 +73,20 @@ def partitions() -> Figure:
         axis.set_title(name, color=readable(color))
         axis.set_xlabel(f"token\n{solution.sweeps} sweeps,\n{solution.token_evaluations} evaluations")
     axes[0].set_ylabel("sweep")
-    handles = [Rectangle((0, 0), 1, 1, color=shade) for shade in (FINAL, *colors, WAITING)]
-    names = ["final", *[""] * (len(colors) - 1), "swept", "waiting"]
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), columnspacing=0.6, handlelength=1.2)
+    final, *swept, waiting = (Rectangle((0, 0), 1, 1, color=shade) for shade in (FINAL, *colors, WAITING))
+    figure.legend(
+        [final, tuple(swept), waiting], ["final", "swept", "waiting"], loc="outside lower center", ncols=3,
+        handlelength=4, handler_map={tuple: HandlerTuple(ndivide=None, pad=0.2)},
+    )  # fmt: skip
     return figure
 
 
 @styled
 def overview() -> Figure:
     """How a sample comes about: noise through the blocks, the tough one cut into segments (cf. Figures 1 and 6)."""
-    figure = new_figure(3.9)
-    axis = figure.subplots()
+    figure = new_figure(3.6)
+    figure.set_layout_engine("none")
+    axis = figure.add_axes((0.01, 0, 0.98, 1))
     axis.set(xlim=(0, 22), ylim=(0, 8.2))
     axis.axis("off")
     _chain(axis)
@@ -92,7 +95,7 @@ def overview() -> Figure:
 
 
 def _chain(axis: Axes) -> None:
-    axis.text(0.2, 6.75, "noise z", va="center", color=INK)
+    axis.text(-0.1, 6.75, "noise z", va="center", color=INK)
     left = 2.0
     for number in reversed(range(8)):
         color, ink = (TOUGH, "white") if number == 7 else (EASY, INK)
@@ -121,15 +124,15 @@ def _segments(axis: Axes) -> None:
             _arrow(axis, (left + 4.5, 2.92), (left + 4.95, 2.92))
         if i == 1:
             loop = FancyArrowPatch((left + 3.9, 3.4), (left + 0.4, 3.4), connectionstyle="arc3,rad=0.35",
-                                   arrowstyle="-|>", mutation_scale=12, color=TOUGH, lw=1.4)  # fmt: skip
+                                   arrowstyle="-|>", mutation_scale=12, color=SWEPT, lw=1.4)  # fmt: skip
             axis.add_patch(loop)
             axis.text(left + 2.2, 4.55, "sweeps: x ← g(x) for its tokens", ha="center", color=readable(SWEPT))
     axis.text(3.2, 1.3, "final: in the cache,\nnever evaluated again", ha="center", color=INK, va="center")
-    axis.text(8.2, 1.3, "swept together until\nwithin the tolerance, or J times", ha="center", color=INK,
+    axis.text(8.2, 1.3, "swept together until\nwithin the tolerance,\nor J times", ha="center", color=INK,
               va="center")  # fmt: skip
     axis.text(15.7, 1.3, "waiting", ha="center", color=INK, va="center")
-    axis.text(11, 0.35, "a segment's solution is passed on to the next one, in order (Gauss-Seidel); inside it all "
-              "tokens move at once (Jacobi)", ha="center", color=INK)  # fmt: skip
+    axis.text(11, 0.35, "segments one after another (Gauss-Seidel); inside a segment all tokens at once (Jacobi)",
+              ha="center", color=INK)  # fmt: skip
 
 
 def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
@@ -143,8 +146,10 @@ def main() -> None:
     flow = jf.load("fashion-p2")
     config = flow.requires_grad_(False).config
     latents = draw_latents(SAMPLE + 1, config.num_tokens, config.token_channels, seed=0)[-1:]
-    courses = record(flow, config.num_blocks - 1, latents, torch.tensor([LABEL]), GUIDANCE, denoise=1.0)
-    title = f"fashion-p2, block {config.num_blocks - 1}: one image of {config.num_tokens} tokens, call by call"
+    asked = flow.recommended
+    courses = record(flow, config.num_blocks - 1, latents, torch.tensor([LABEL]), asked.guidance, asked.denoise)
+    block = config.num_blocks - 1
+    title = f"fashion-p2: one image from the same noise, {config.num_tokens} tokens, through block {block}"
     save_png(front_still(title, courses), OUT / "front.png")
     save_gif(front_frames(title, courses), OUT / "front.gif")
     for name, course in courses.items():

@@ -39,7 +39,9 @@ def runtime() -> dict[str, bytes]:
             try:
                 subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=folder, check=True, capture_output=True)
             except (OSError, subprocess.CalledProcessError) as error:
-                raise RuntimeError(f"npm pack {PACKAGE}: {error}; install npm, and let it reach the registry") from error
+                raise RuntimeError(
+                    f"npm pack {PACKAGE}: {error}; install npm, and let it reach the registry"
+                ) from error
             (packed,) = Path(folder).glob("*.tgz")
             found = base64.b64encode(hashlib.sha512(packed.read_bytes()).digest()).decode()
             if found != SHA512:

@@ -116,7 +116,8 @@ def _front(
     block = max(range(flow.config.num_blocks), key=sweeps.__getitem__)
     latents = draw_latents(num, flow.config.num_tokens, flow.config.token_channels, seed)
     courses = record(flow, block, latents, labels, report.settings.guidance, rate)
-    return f"{Path(model).name}, block {block}: one image of {flow.config.num_tokens} tokens, call by call", courses
+    title = f"{Path(model).name}: one image from the same noise, {flow.config.num_tokens} tokens, through block {block}"
+    return title, courses
 
 
 def _plan(flow: ImageFlow, strategy: str | None, num: int, report: Report) -> Strategy:

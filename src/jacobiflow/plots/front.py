@@ -44,7 +44,7 @@ def front_still(title: str, courses: Mapping[str, Course]) -> Image.Image:
     for row, (name, course) in enumerate(courses.items()):
         _row(sheet, 64 + row * height, name, course, most)
     colors = [sampler_style(name).color for name in courses]
-    draw.text((_NAMES, sheet.height - 24), "settled: clear", fill=INK, font=font(24), anchor="lm")
+    draw.text((_NAMES, sheet.height - 24), "clear: settled", fill=INK, font=font(24), anchor="lm")
     _key(draw, _NAMES + 220, sheet.height - 24, 24, _meanings(colors)[1:])
     return sheet
 
@@ -82,19 +82,21 @@ def _count(course: Course, call: int) -> str:
 
 
 def _certificate(course: Course) -> str:
-    return "exact" if _largest_run(course) == 1 else f"certified {course.certificate:.0e}"
+    return "exact" if _first_run(course) == 1 else f"certified {course.certificate:.0e}"
 
 
-def _largest_run(course: Course) -> int:
-    return max(stop - start for start, stop in course.runs)
+def _first_run(course: Course) -> int:
+    """How many tokens the first call evaluates; the last one may certify all."""
+    start, stop = course.runs[0]
+    return stop - start
 
 
 def _row(sheet: Image.Image, top: int, name: str, course: Course, most: int) -> None:
     draw, color = ImageDraw.Draw(sheet), sampler_style(name).color
-    size, tokens = _largest_run(course), course.settled.shape[1]
+    size, tokens = _first_run(course), course.settled.shape[1]
     many = "one token a call" if size == 1 else "all open tokens a call" if size == tokens else f"{size} tokens a call"
     lines = ((name, readable(color), 30), (many, INK, 22), (f"{course.calls} calls", INK, 22),
-             (f"{course.token_evaluations:,} evaluations", INK, 22))  # fmt: skip
+             (f"{course.token_evaluations:,} token evaluations", INK, 22))  # fmt: skip
     for i, (text, fill, letters) in enumerate(lines):
         draw.text((8, top + 24 + 36 * i), text, fill=fill, font=font(letters), anchor="lm")
     gap = (_STILL - _NAMES - 232 - _CELLS * _CELL) // (_CELLS - 1)
