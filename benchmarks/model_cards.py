@@ -29,7 +29,7 @@ from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import interleave, machine
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
-SPEED, BATCHES, REPEATS = RESULTS / "model-speed.json", (1, 16, 64), 3
+SPEED, BATCHES, REPEATS = RESULTS / "model-speed.json", (1, 16), 3
 
 SECTIONS = """## Intended use
 
