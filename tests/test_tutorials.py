@@ -26,7 +26,7 @@ TUTORIALS = Path(__file__).resolve().parent.parent / "docs" / "tutorials"
 SMALL: dict[str, dict[str, Any]] = {
     "converge": {"drawn": 2, "samples": 8},
     "own_flow": {"steps": 40, "num": 20},
-    "sbi": {"epochs": 12, "checks": 10},
+    "sbi": {"simulations": 250, "checks": 10},
     "tarflow": {"num": 1024, "calibration": "--num 16 --traced 2"},
     "zuko": {"steps": 90},
 }

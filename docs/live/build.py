@@ -1,0 +1,71 @@
+"""Writes the page that solves in the browser, complete and static: `python docs/live/build.py OUT_FOLDER`.
+
+Beside the files of this folder it has the model, exported with the settings below, and ONNX Runtime Web, which is
+fetched once from the npm registry (npm is needed) and kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import jacobiflow as jf
+from jacobiflow.export import export
+from jacobiflow.files import cache_folder, write_beside
+
+HERE = Path(__file__).resolve().parent
+PAGE = ("index.html", "style.css", "page.js", "worker.js", "solver.js", "isolate.js")
+MODEL, GUIDANCE = "fashion-p2", jf.Guidance(3.0, attn_temperature=1.4)
+PACKAGE = "onnxruntime-web@1.30.0"
+SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
+RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+
+
+def runtime() -> dict[str, bytes]:
+    """The files of ONNX Runtime Web by name, from the cache or the registry.
+
+    **Raises** `RuntimeError` where the package cannot be fetched, or is not the one that is meant.
+    """
+    kept = (cache_folder() or Path(tempfile.gettempdir())) / "web" / PACKAGE
+    if not all((kept / name).is_file() for name in RUNTIME):
+        kept.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=folder, check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise RuntimeError(
+                    f"npm pack {PACKAGE}: {error}; install npm, and let it reach the registry"
+                ) from error
+            (packed,) = Path(folder).glob("*.tgz")
+            found = base64.b64encode(hashlib.sha512(packed.read_bytes()).digest()).decode()
+            if found != SHA512:
+                raise RuntimeError(f"{PACKAGE}: the registry gave another file (SHA-512 {found})")
+            with tarfile.open(packed) as package:
+                for name in RUNTIME:
+                    content = package.extractfile(f"package/dist/{name}")
+                    assert content is not None
+                    with write_beside(kept / name) as path:
+                        path.write_bytes(content.read())
+    return {name: (kept / name).read_bytes() for name in RUNTIME}
+
+
+def build(out: Path) -> None:
+    """Write the page to the folder `out`, over an older one. **Raises** as `runtime` and `export` do."""
+    (out / "ort").mkdir(parents=True, exist_ok=True)
+    for name in PAGE:
+        shutil.copyfile(HERE / name, out / name)
+    for name, content in runtime().items():
+        (out / "ort" / name).write_bytes(content)
+    flow = jf.load(MODEL)
+    assert isinstance(flow, jf.TarFlow)
+    export(flow, out / "model", GUIDANCE)
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]))
