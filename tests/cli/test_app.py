@@ -31,6 +31,7 @@ COMMANDS = (
     "bench",
     "train",
     "convert",
+    "export",
     "info",
     "doctor",
 )
