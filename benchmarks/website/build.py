@@ -11,7 +11,6 @@ from pathlib import Path
 import tomllib
 
 from website.commands import markdown_of_commands
-from website.formulas import typeset
 from website.notebooks import markdown_of
 from website.pages import MERMAID, ROOT, Pages
 from website.vendor import vendor_mermaid
@@ -38,7 +37,6 @@ def build(out: Path) -> Path:
     config = shutil.copyfile(_CONFIG, out / _CONFIG.name)
     made = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", str(config)]
     subprocess.run(made, check=True)
-    typeset(site)
     return site
 
 

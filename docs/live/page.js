@@ -47,7 +47,7 @@ function clear(loop) {
 function connect(worker) {
   let settle;
   const told = {
-    loading: ({ bytes }) => say(`Fetching the model: ${(bytes / 1e6).toFixed(1)} MB`),
+    loading: ({ bytes }) => $("stop").disabled || say(`Fetching the model: ${(bytes / 1e6).toFixed(1)} MB`),
     arrived: () => ((results.arrived = performance.now()), say("Starting the model …")),
     swept: ({ block, front, order, tokens }) => {
       const settled = (place) => (order === "identity" ? place : model.num_tokens - 1 - place) < front;

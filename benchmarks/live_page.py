@@ -1,7 +1,7 @@
-"""Writes the page that solves in the browser, complete and static: `python docs/live/build.py OUT_FOLDER`.
+"""Writes the page that solves in the browser, complete and static: `python benchmarks/live_page.py FOLDER`.
 
-Beside the files of this folder it has the model, exported with the settings below, and ONNX Runtime Web, which is
-fetched once from the npm registry (npm is needed) and kept in the user's cache folder.
+Beside the files of docs/live it has the model, exported with the settings below, and ONNX Runtime Web, which is
+fetched once from the npm registry (npm is needed) and kept in build/web.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from pathlib import Path
 
 import jacobiflow as jf
 from jacobiflow.export import export
-from jacobiflow.files import cache_folder, write_beside
+from jacobiflow.files import write_beside
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "build" / "web"
 PAGE = ("index.html", "style.css", "page.js", "worker.js", "solver.js", "isolate.js")
 MODEL, GUIDANCE = "fashion-p2", jf.Guidance(3.0, attn_temperature=1.4)
 PACKAGE = "onnxruntime-web@1.30.0"
@@ -28,11 +29,11 @@ RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-thre
 
 
 def runtime() -> dict[str, bytes]:
-    """The files of ONNX Runtime Web by name, from the cache or the registry.
+    """The files of ONNX Runtime Web by name, kept or from the registry.
 
     **Raises** `RuntimeError` where the package cannot be fetched, or is not the one that is meant.
     """
-    kept = (cache_folder() or Path(tempfile.gettempdir())) / "web" / PACKAGE
+    kept = KEPT / PACKAGE
     if not all((kept / name).is_file() for name in RUNTIME):
         kept.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -56,10 +57,10 @@ def runtime() -> dict[str, bytes]:
 
 
 def build(out: Path) -> None:
-    """Write the page to the folder `out`, over an older one. **Raises** as `runtime` and `export` do."""
+    """Write the page to the folder `out`, over an older one of it. **Raises** as `runtime` and `export` do."""
     (out / "ort").mkdir(parents=True, exist_ok=True)
     for name in PAGE:
-        shutil.copyfile(HERE / name, out / name)
+        shutil.copyfile(ROOT / "docs" / "live" / name, out / name)
     for name, content in runtime().items():
         (out / "ort" / name).write_bytes(content)
     flow = jf.load(MODEL)
