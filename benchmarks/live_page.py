@@ -7,13 +7,19 @@ fetched once from the npm registry (npm is needed) and kept in build/web.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
+import http.server
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jacobiflow as jf
 from jacobiflow.export import export
@@ -25,6 +31,8 @@ PAGE = ("index.html", "style.css", "page.js", "worker.js", "solver.js", "isolate
 MODEL, GUIDANCE = "fashion-p2", jf.Guidance(3.0, attn_temperature=1.4)
 PACKAGE = "onnxruntime-web@1.30.0"
 SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 
 
@@ -66,6 +74,20 @@ def build(out: Path) -> None:
     flow = jf.load(MODEL)
     assert isinstance(flow, jf.TarFlow)
     export(flow, out / "model", GUIDANCE)
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """The address of the page in `folder`, which a server on this machine has until the block ends."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Handler, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/index.html"
+        server.shutdown()
 
 
 if __name__ == "__main__":

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
-import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import live_page
 import pytest
@@ -18,39 +13,24 @@ from playwright.sync_api import Browser, Page, sync_playwright
 import jacobiflow as jf
 
 LIVE = Path(__file__).resolve().parent.parent / "docs" / "live"
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-QUIET = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--no-first-run",
-)
 DRAWN = "({ ...jacobiflow, latents: [...jacobiflow.latents], parallel: { ...jacobiflow.parallel, denoised: " \
     "[...jacobiflow.parallel.denoised] }, sequential: { ...jacobiflow.sequential, denoised: " \
     "[...jacobiflow.sequential.denoised] } })"  # fmt: skip
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-
-
-class _Handler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        pass
+pytestmark = pytest.mark.skipif(live_page.CHROMIUM is None, reason="no Chromium is installed")
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("live")
     live_page.build(folder)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Handler, directory=folder))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/index.html"
-    server.shutdown()
+    with live_page.serving(folder) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*QUIET])
+        browser = playwright.chromium.launch(executable_path=live_page.CHROMIUM, args=[*live_page.QUIET])
         yield browser
         browser.close()
 
