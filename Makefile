@@ -113,6 +113,7 @@ evaluation-in-pytorch: setup
 		--images fashion-mnist --out out/evaluation --json docs/results/evaluation.json
 	cp out/evaluation/certificates.png docs/figures/
 	$(BIN)/python benchmarks/evaluation_page.py
+	$(BIN)/python benchmarks/prose.py
 
 # Runs the notebooks of docs/tutorials, and keeps their outputs (five minutes on two idle cores).
 tutorials: setup
