@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import live_page
 import tomllib
 
 from website.commands import markdown_of_commands
@@ -52,5 +53,6 @@ def gather(pages: Pages) -> None:
 
 
 def complete(site: Path) -> None:
-    """Adds Mermaid."""
+    """Adds what needs a network or the library: Mermaid, and the page that solves in the browser."""
     shutil.copyfile(vendor_mermaid(ROOT / "out/vendor" / MERMAID), site / MERMAID)
+    live_page.build(site / "live")
