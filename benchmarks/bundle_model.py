@@ -1,7 +1,7 @@
 """Puts a trained model into the package: `python benchmarks/bundle_model.py --help`.
 
 Writes config.json, with the settings that docs/results/NAME-search.json recommends, and half-precision weights to
-src/jacobiflow/models/NAME, figures of the model to docs/results/NAME.json, and its pictures to docs/figures. Every
+src/jacobiflow/models/NAME, figures of the model to docs/results/NAME.json, and its loss curve to docs/figures. Every
 figure is measured on the bundled weights. `python benchmarks/model_cards.py --measure` writes the card.
 """
 
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL.Image import Image
 from rich.progress import Progress
 
 import jacobiflow as jf
@@ -24,11 +23,10 @@ from jacobiflow.data import ImageDataset, Noise, load_images
 from jacobiflow.evaluation import bayes_accuracy, bits_per_dim
 from jacobiflow.files import write_json
 from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.plots import rows_sheet, save_png
+from jacobiflow.plots import save_png
 from jacobiflow.plots.style import TOUGH, clear, new_figure, styled
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDANCE = jf.Guidance(1.0)
 BITS = {"gaussian": "bits_per_dim_noisy", "uniform": "bits_per_dim"}
 
 
@@ -63,17 +61,6 @@ def loss_figure(metrics: list[dict[str, float]]) -> Figure:
     axis.set(xlabel="step", ylabel="loss (nats per dimension)")
     clear(axis)
     return figure
-
-
-def samples_sheet(flow: ImageFlow) -> Image:
-    """Two samples a class: as drawn, and guided."""
-    labels = torch.arange(20) % flow.config.num_classes
-    plain = jf.sample(flow, num=20, labels=labels, seed=0)
-    denoise = float(flow.config.noise_std > 0)
-    guided = jf.sample(flow, num=20, labels=labels, seed=0, guidance=GUIDANCE, denoise=denoise)
-    caption = f"annealed guidance of weight {GUIDANCE.weight:g}{', one denoising step' if denoise else ''}"
-    columns = [f"class {label}" for label in labels.tolist()]
-    return rows_sheet([("as drawn", plain.images), (caption, guided.images)], columns=columns)
 
 
 def main() -> None:
@@ -118,9 +105,7 @@ def main() -> None:
         **measure(flow, test, arguments.accuracy_images),
         "loss": [[row["step"], row["loss"]] for row in metrics[49::50]],
     }
-    pictures = ROOT / "docs" / "figures"
-    save_png(loss_figure(metrics), pictures / f"{arguments.name}-loss.png")
-    save_png(samples_sheet(flow), pictures / f"{arguments.name}-samples.png")
+    save_png(loss_figure(metrics), ROOT / "docs" / "figures" / f"{arguments.name}-loss.png")
     write_json(ROOT / "docs" / "results" / f"{arguments.name}.json", figures)
     print(f"bundled {folder}: class accuracy {figures['bayes_accuracy']:.1%}")
 

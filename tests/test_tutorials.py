@@ -20,13 +20,14 @@ import pytest
 import torch
 
 from jacobiflow.cli.app import main
+from jacobiflow.flows import registry
 
 TUTORIALS = Path(__file__).resolve().parent.parent / "docs" / "tutorials"
 # In place of the numbers in the cell that is tagged "parameters".
 SMALL: dict[str, dict[str, Any]] = {
     "converge": {"drawn": 2, "samples": 8},
     "own_flow": {"steps": 40, "num": 20},
-    "sbi": {"epochs": 12, "checks": 10},
+    "sbi": {"simulations": 250, "checks": 10},
     "tarflow": {"num": 1024, "calibration": "--num 16 --traced 2"},
     "zuko": {"steps": 90},
 }
@@ -67,9 +68,10 @@ def printed(cell: Any) -> str:
 
 
 @pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No window is opened, and global settings are as before."""
+def on_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No window is opened, and random numbers and registered flows are as before."""
     plt.switch_backend("Agg")
+    monkeypatch.setattr(registry, "_FLOWS", dict(registry._FLOWS))
     monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
     with torch.random.fork_rng():
         yield
@@ -81,15 +83,15 @@ def test_every_tutorial_runs() -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_promises(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None) -> None:
+def test_promises(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_its_own: None) -> None:
     monkeypatch.chdir(tmp_path)
-    found: dict[str, Any] = {"__name__": name, "shell": shell}
+    found: dict[str, Any] = {"__name__": "__main__", "shell": shell}
     cells = [cell for cell in notebook(name).cells if cell.cell_type == "code"]
     assert sum(tagged(cell, "parameters") for cell in cells) == 1
     for cell in cells:
         output = io.StringIO()
         with redirect_stdout(output):
-            exec(compile(as_python(cell.source), f"{name}.ipynb", "exec"), found)
+            exec(compile(as_python(cell.source), f"{name}.ipynb", "exec", dont_inherit=True), found)
         if tagged(cell, "parameters"):
             assert SMALL[name].keys() <= found.keys()
             found |= SMALL[name]

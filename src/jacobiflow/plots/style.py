@@ -25,7 +25,7 @@ from jacobiflow.files import write_atomically
 WIDTH = 8.3  # inches: a page shows a figure 830 pixels wide, so that 10 points are 14 pixels there
 FONT_SIZE = 10  # points, of all text in figures
 DPI = 200
-SHEET: dict[Any, Any] = {
+SHEET: Any = {  # whose type would be matplotlib's, which lists every setting
     "font.family": "DejaVu Sans",
     "font.size": FONT_SIZE,
     "axes.titlesize": FONT_SIZE,
@@ -39,6 +39,7 @@ SHEET: dict[Any, Any] = {
     "lines.linewidth": 1.6,
     "lines.markersize": 6,
     "axes.linewidth": 0.8,
+    "svg.hashsalt": "jacobiflow",  # the same file each time
 }  # matplotlib's settings for every figure, see `styled`
 
 INK, FAINT, PAPER = "#222222", "#e6e6e6", "#ffffff"
