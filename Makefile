@@ -8,7 +8,8 @@ INSTALLED := $(VENV)/.installed
 # Bytecode is compiled when a module is imported, and of most of what is installed none ever is.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
-.PHONY: setup demo test lint mutants benchmark regimes calibration flows reliability evaluation figures docs clean
+.PHONY: setup demo test lint mutants benchmark regimes calibration flows reliability evaluation evaluation-in-pytorch \
+	tutorials figures docs clean
 
 setup: $(INSTALLED)
 
@@ -49,6 +50,7 @@ benchmark: setup
 		--json docs/results/demo-one.json
 	cp out/demo/samples.png docs/figures/demo.png
 	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/prose.py
 
 # Regenerates "Two regimes" in docs/performance.md (half an hour on two idle cores; it goes on where it was stopped).
 regimes: setup
@@ -62,7 +64,8 @@ GUIDED := --guidance 3 --attn-temperature 1.4
 CALIBRATE := $(BIN)/jacobiflow calibrate --model fashion-p2 --images fashion-512
 calibration: setup
 	$(CALIBRATE) --per-class --chord --out src/jacobiflow/models/fashion-p2/report.json --json docs/results/calibration.json
-	$(CALIBRATE) $(GUIDED) --chord --out src/jacobiflow/models/fashion-p2/report-guided.json
+	$(CALIBRATE) $(GUIDED) --chord --out src/jacobiflow/models/fashion-p2/report-guided.json \
+		--json docs/results/calibration-guided-3.json
 	$(BIN)/jacobiflow calibrate --model digits-p1 --images digits --chord --out src/jacobiflow/models/digits-p1/report.json
 	$(BIN)/jacobiflow calibrate --model digits-maf --images digits --chord \
 		--out src/jacobiflow/models/digits-maf/report.json
@@ -71,6 +74,7 @@ calibration: setup
 	cp out/trace/*.png docs/figures/
 	$(BIN)/python benchmarks/strategies.py
 	$(BIN)/python benchmarks/calibration_page.py
+	$(BIN)/python benchmarks/prose.py
 
 # Regenerates the tables of docs/flows.md (half an hour on two idle cores, and half an hour of training the first time).
 flows: setup
@@ -79,12 +83,14 @@ flows: setup
 	$(BIN)/python benchmarks/maf.py
 	$(BIN)/python benchmarks/flows_page.py
 	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/prose.py
 
 # Regenerates the tables of docs/reliability.md (ten minutes on two idle cores).
 reliability: setup
 	$(BIN)/python benchmarks/crash_test.py
 	$(BIN)/python benchmarks/check_costs.py
 	$(BIN)/python benchmarks/reliability_page.py
+	$(BIN)/python benchmarks/prose.py
 
 # Regenerates the tables and figures of docs/evaluation.md (hours on two cores; it goes on where it was stopped).
 evaluation: setup
@@ -92,14 +98,26 @@ evaluation: setup
 	$(BIN)/python benchmarks/search_guidance.py digits-p1
 	$(BIN)/python benchmarks/search_guidance.py digits-maf
 	$(BIN)/python benchmarks/batch_sizes.py
-	$(BIN)/jacobiflow compare --model fashion-p2 $(GUIDED) --denoise 1 \
-		--repeats 2 --final 10000 --out out/comparison --json docs/results/comparison.json
-	cp out/comparison/comparison.png docs/figures/quality.png
-	$(BIN)/jacobiflow evaluate --model fashion-p2 --samples out/comparison/rows/auto-1e-1 --images fashion-mnist \
-		--out out/evaluation --json docs/results/evaluation.json
-	cp out/evaluation/certificates.png docs/figures/
+	$(BIN)/jacobiflow compare --model fashion-p2 $(GUIDED) --denoise 1 --strategy auto \
+		--strategy "Selective Jacobi Decoding" --strategy STARFlow --repeats 3 --final 10000 --out out/comparison \
+		--json docs/results/comparison.json
 	$(BIN)/python benchmarks/evaluation_page.py
 	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/prose.py
+
+# The same without the exact loop in native code, with the strategies of the paper (hours on two cores).
+evaluation-in-pytorch: setup
+	JACOBIFLOW_NATIVE=0 $(BIN)/jacobiflow compare --model fashion-p2 $(GUIDED) --denoise 1 --repeats 2 --final 10000 \
+		--out out/comparison-in-pytorch --json docs/results/comparison-in-pytorch.json
+	$(BIN)/jacobiflow evaluate --model fashion-p2 --samples out/comparison-in-pytorch/rows/auto-1e-1 \
+		--images fashion-mnist --out out/evaluation --json docs/results/evaluation.json
+	cp out/evaluation/certificates.png docs/figures/
+	$(BIN)/python benchmarks/evaluation_page.py
+	$(BIN)/python benchmarks/prose.py
+
+# Runs the notebooks of docs/tutorials, and keeps their outputs (five minutes on two idle cores).
+tutorials: setup
+	$(BIN)/python benchmarks/run_tutorials.py
 
 # Redraws the figures of docs/solvers.md.
 figures: setup

@@ -1,7 +1,7 @@
 """Puts a trained model into the package: `python benchmarks/bundle_model.py --help`.
 
 Writes config.json, with the settings that docs/results/NAME-search.json recommends, and half-precision weights to
-src/jacobiflow/models/NAME, figures of the model to docs/results/NAME.json, and its pictures to docs/figures. Every
+src/jacobiflow/models/NAME, figures of the model to docs/results/NAME.json, and its loss curve to docs/figures. Every
 figure is measured on the bundled weights. `python benchmarks/model_cards.py --measure` writes the card.
 """
 
@@ -13,10 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from rich.progress import Progress
 
 import jacobiflow as jf
@@ -24,10 +23,10 @@ from jacobiflow.data import ImageDataset, Noise, load_images
 from jacobiflow.evaluation import bayes_accuracy, bits_per_dim
 from jacobiflow.files import write_json
 from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.plots import image_grid, save_png
+from jacobiflow.plots import save_png
+from jacobiflow.plots.style import TOUGH, clear, new_figure, styled
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDANCE = jf.Guidance(1.0)
 BITS = {"gaussian": "bits_per_dim_noisy", "uniform": "bits_per_dim"}
 
 
@@ -51,25 +50,17 @@ def measure(flow: ImageFlow, test: ImageDataset, accuracy_images: int) -> dict[s
     return {BITS[noise.kind]: bpd, "bayes_accuracy": accuracy, "accuracy_images": len(few)}
 
 
-def draw_pictures(flow: ImageFlow, name: str, metrics: list[dict[str, float]]) -> None:
-    """The loss curve and the sheet of samples."""
-    figures = ROOT / "docs" / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
+@styled
+def loss_figure(metrics: list[dict[str, float]]) -> Figure:
+    """The loss curve, each point the mean of 50 steps."""
     steps, losses = (np.array([row[key] for row in metrics]) for key in ("step", "loss"))
     usable = len(losses) // 50 * 50
-    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
-    axis.plot(steps[:usable].reshape(-1, 50).mean(1), losses[:usable].reshape(-1, 50).mean(1), color="#0072b2")
+    figure = new_figure(3.4)
+    axis = figure.subplots()
+    axis.plot(steps[:usable].reshape(-1, 50).mean(1), losses[:usable].reshape(-1, 50).mean(1), color=TOUGH)
     axis.set(xlabel="step", ylabel="loss (nats per dimension)")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(figures / f"{name}-loss.png", dpi=110)
-    plt.close(figure)
-    labels = torch.arange(20) % flow.config.num_classes
-    plain = jf.sample(flow, num=20, labels=labels, seed=0)
-    guided = jf.sample(flow, num=20, labels=labels, seed=0, guidance=GUIDANCE, denoise=float(flow.config.noise_std > 0))
-    zoom = 2 if flow.config.image_size >= 28 else 6
-    order = labels.argsort(stable=True)
-    sheet = torch.cat((plain.images[order], guided.images[order]))
-    save_png(image_grid(sheet, columns=20, zoom=zoom), figures / f"{name}-samples.png")
+    clear(axis)
+    return figure
 
 
 def main() -> None:
@@ -87,7 +78,6 @@ def main() -> None:
     parser.add_argument("--limits", required=True, help="one or two sentences, for the card")
     parser.add_argument("--accuracy-images", type=int, default=1000)
     arguments = parser.parse_args()
-    matplotlib.use("Agg")
 
     folder = ROOT / "src" / "jacobiflow" / "models" / arguments.name
     trained, search = jf.load(arguments.run), ROOT / "docs" / "results" / f"{arguments.name}-search.json"
@@ -115,7 +105,7 @@ def main() -> None:
         **measure(flow, test, arguments.accuracy_images),
         "loss": [[row["step"], row["loss"]] for row in metrics[49::50]],
     }
-    draw_pictures(flow, arguments.name, metrics)
+    save_png(loss_figure(metrics), ROOT / "docs" / "figures" / f"{arguments.name}-loss.png")
     write_json(ROOT / "docs" / "results" / f"{arguments.name}.json", figures)
     print(f"bundled {folder}: class accuracy {figures['bayes_accuracy']:.1%}")
 

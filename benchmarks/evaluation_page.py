@@ -12,10 +12,11 @@ from filling import fill
 from jacobiflow.evaluation import PixelDifference
 from jacobiflow.experiments.quality import WITHIN, Row
 from jacobiflow.measuring import Timing
-from jacobiflow.plots import comparison_figure, save_png
+from jacobiflow.plots import certificate_figure, comparison_figure, save_png
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "results"
+RESULTS, FIGURES = ROOT / "docs" / "results", ROOT / "docs" / "figures"
+TOLERANCE = 0.1  # of the samples of evaluation.json, auto:1e-1
 
 
 def setting(result: dict[str, Any]) -> str:
@@ -167,4 +168,5 @@ if __name__ == "__main__":
     fill(ROOT / "docs" / "evaluation.md", parts())
     for name, picture in (("comparison", "quality"), ("comparison-in-pytorch", "quality-in-pytorch")):
         drawn = comparison_figure(rows_of(_result(name)), _result(name)["distance"])
-        save_png(drawn, ROOT / "docs" / "figures" / f"{picture}.png")
+        save_png(drawn, FIGURES / f"{picture}.png")
+    save_png(certificate_figure(_result("evaluation")["certificates"], TOLERANCE), FIGURES / "certificates.png")

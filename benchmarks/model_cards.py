@@ -1,8 +1,8 @@
 """Writes the cards of the bundled models: `python benchmarks/model_cards.py`, src/jacobiflow/models/*/README.md.
 
-They are made of docs/results/NAME.json (bundle_model.py), NAME-search.json (search_guidance.py) and model-speed.json,
-which `python benchmarks/model_cards.py --measure` writes first (a minute on two idle cores): a batch by the loop of the
-flow's original code and by `auto`, certified, in turn, under the settings that the model recommends.
+They are made of docs/results/NAME.json (bundle_model.py), NAME-search.json (search_guidance.py) and model-speed.json.
+`python benchmarks/model_cards.py --measure` writes the last first, and the sheets of samples. It times a batch by the
+loop of the flow's original code and by `auto`, certified, in turn, with the guidance that the model recommends.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from evaluation_page import MEASURES
 from filling import measured_on, table
 
@@ -27,9 +28,11 @@ from jacobiflow.flows.folder import bundled
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import interleave, machine
+from jacobiflow.plots import rows_sheet, save_png
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
-SPEED, BATCHES, REPEATS = RESULTS / "model-speed.json", (1, 16, 64), 3
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+RESULTS, FIGURES = DOCS / "results", DOCS / "figures"
+SPEED, BATCHES, REPEATS = RESULTS / "model-speed.json", (1, 16), 3
 
 SECTIONS = """## Intended use
 
@@ -53,7 +56,7 @@ Training loss (mean of 50 steps):
 
 ![loss curve](../../../../docs/figures/{name}-loss.png)
 
-Samples, two a class: as drawn, and with guidance of weight 1 (annealed){denoised}.
+Samples, one a class{drawn}.
 
 ![samples](../../../../docs/figures/{name}-samples.png)
 
@@ -144,7 +147,8 @@ def card(name: str) -> str:
         hours=f"{seconds / 3600:.2f} h" if seconds >= 360 else f"{seconds:.0f} s",
         measured="noisy" if gaussian else "dequantised",
         bpd=figures["bits_per_dim_noisy" if gaussian else "bits_per_dim"], accuracy=figures["bayes_accuracy"],
-        units=NOISY_UNITS if gaussian else DEQUANTISED_UNITS, denoised=" and one denoising step" if gaussian else "",
+        units=NOISY_UNITS if gaussian else DEQUANTISED_UNITS,
+        drawn="" if flow.recommended == jf.SamplingSettings() else ": plain, and as recommended, of the same latents",
         **{key: figures[key] for key in (
             "images", "images_license", "parameters", "command", "steps", "machine", "test_name", "accuracy_images",
             "limits",
@@ -162,6 +166,18 @@ def card(name: str) -> str:
         sections=sections.rstrip(),
     )
     return f"{str(made).rstrip()}\n"
+
+
+def draw(name: str) -> None:
+    """The sheet of samples, plain and as recommended."""
+    flow = jf.load(name)
+    num = flow.config.num_classes
+    rows = [
+        (caption, jf.sample(flow, num, torch.arange(num), guidance=settings.guidance, denoise=settings.denoise).images)
+        for caption, settings in {"plain": jf.SamplingSettings(), "recommended": flow.recommended}.items()
+        if caption == "plain" or settings != jf.SamplingSettings()
+    ]
+    save_png(rows_sheet(rows), FIGURES / f"{name}-samples.png")
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -184,10 +200,12 @@ def measure(name: str) -> dict[str, Any]:
 def main() -> None:
     """Measure if asked to, and write all cards."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true", help="time the models first, on an idle machine")
+    parser.add_argument("--measure", action="store_true", help="draw and time the models first, on an idle machine")
     parser.add_argument("--shared", action="store_true", help="say that the machine was not idle")
     arguments = parser.parse_args()
     if arguments.measure:
+        for name in bundled():
+            draw(name)
         models = {name: measure(name) for name in bundled()}
         head = {"command": "python benchmarks/model_cards.py --measure", "machine": machine(), "repeats": REPEATS}
         write_json(SPEED, {**head, "shared": arguments.shared, "models": models})

@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jacobiflow.plots import sampler_style, save_png
-from jacobiflow.plots.labels import line_label, place_labels
-from jacobiflow.plots.style import clear, new_figure, plain_ticks, readable, styled
+from jacobiflow.plots.labels import Label, line_label, place_labels
+from jacobiflow.plots.style import clear, new_figure, plain_ticks, styled
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -218,12 +218,18 @@ def figure(result: dict[str, Any]) -> Figure:
     drawn.supxlabel("seconds for the batch")
     drawn.supylabel("largest error of an entry")
     for axis in panels:  # once all is drawn: the layout is the last to move it
-        place_labels(axis, [line_label(line) for line in axis.get_lines() if line.get_label() in SAMPLERS])
+        lines = {str(line.get_label()): line for line in axis.get_lines()}
+        loops = [(name, float(lines[name].get_xdata()[0])) for name in LOOPS]  # type: ignore[index, arg-type]
+        heights = [10.0**power for power in range(-6, 1)]
+        place_labels(axis, [
+            *(line_label(lines[name]) for name in SAMPLERS),
+            *(Label(name, [(x, y) for y in heights], sampler_style(name).color) for name, x in loops),
+        ])  # fmt: skip
     return drawn
 
 
 def _panel(axis: Axes, rows: Sequence[dict[str, Any]], loops: Mapping[str, float]) -> None:
-    """A line for each sampler, and vertical ones at the seconds of the exact loops, with their names at the top."""
+    """A line for each sampler, and vertical ones at the seconds of the exact loops."""
     for sampler in SAMPLERS:
         own = sorted((entry for entry in rows if entry["sampler"] == sampler), key=lambda entry: entry["seconds"])
         front: list[dict[str, Any]] = []
@@ -234,12 +240,7 @@ def _panel(axis: Axes, rows: Sequence[dict[str, Any]], loops: Mapping[str, float
         style = sampler_style(sampler)
         axis.plot(*zip(*points, strict=True), color=style.color, marker=style.marker, label=sampler)
     for name, line in LOOPS.items():
-        color = sampler_style(name).color
-        axis.axvline(loops[name], color=color, linestyle=line, linewidth=1.2, label=name)
-        axis.annotate(
-            name, (loops[name], 0.99), xycoords=axis.get_xaxis_transform(), xytext=(-3, 0), textcoords="offset points",
-            color=readable(color), rotation=90, ha="right", va="top",
-        )  # fmt: skip
+        axis.axvline(loops[name], color=sampler_style(name).color, linestyle=line, linewidth=1.2, label=name)
     axis.set(xscale="log", yscale="log", ylim=(4e-7, 10))
     axis.margins(x=0.1)
     plain_ticks(axis.xaxis)

@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"data", "files", "flows", "locking"},
     "experiments": {
         "baselines", "calibration", "denoising", "evaluation", "files", "flows", "guidance", "latents", "locking",
-        "measuring", "sampling", "storage", "strategy",
+        "inversion", "measuring", "sampling", "solvers", "storage", "strategy",
     },
     "plots": {"calibration", "data", "evaluation", "experiments", "files", "measuring"},
 }  # fmt: skip

@@ -2,10 +2,13 @@
 
 import sys
 
-from website.build import build
+from website.build import build, complete
+from website.links import problems
 from website.pages import ROOT
 
 if __name__ == "__main__":
-    wrong = build(ROOT / "out")
+    site = build(ROOT / "out")
+    complete(site)
+    wrong = problems(site)
     print(*wrong, sep="\n", end="\n" * bool(wrong), file=sys.stderr)
     sys.exit(bool(wrong))

@@ -1,4 +1,4 @@
-"""Gathers the pages, builds the site strictly, and checks it."""
+"""Gathers the pages and builds the site strictly; then brings what is made or fetched elsewhere."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import live_page
 import tomllib
 
 from website.commands import markdown_of_commands
-from website.links import problems
 from website.notebooks import markdown_of
 from website.pages import MERMAID, ROOT, Pages
 from website.vendor import vendor_mermaid
@@ -19,21 +19,26 @@ from website.vendor import vendor_mermaid
 _CONFIG = ROOT / "docs/zensical.toml"
 
 
-def build(out: Path) -> list[str]:
-    """Builds the site into the folder `site` of `out`, in place of what is there; returns what is wrong with it."""
+def build(out: Path) -> Path:
+    """Builds the site of the pages into a folder of `out`, in place of what is there, and returns it.
+
+    **Raises** `CalledProcessError` where Zensical warns of something, `ValueError` where pages link to nothing or are
+    not in the navigation.
+    """
     project = tomllib.loads(_CONFIG.read_text())["project"]
     source, site = out / project["docs_dir"], out / project["site_dir"]
     for folder in (source, site):
         shutil.rmtree(folder, ignore_errors=True)
     pages = Pages(source, project["extra"]["social"][0]["link"])
     gather(pages)
+    listed = re.findall(r'= "([^"]+\.md)"', _CONFIG.read_text())
+    wrong = pages.missing + [f"{_CONFIG} does not list {name}" for name in pages.names.values() if name not in listed]
+    if wrong:
+        raise ValueError("\n".join(wrong))
     config = shutil.copyfile(_CONFIG, out / _CONFIG.name)
     made = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", str(config)]
-    if subprocess.run(made).returncode:
-        return ["zensical found something wrong, see above"]
-    listed = re.findall(r'= "([^"]+\.md)"', _CONFIG.read_text())
-    forgotten = [f"{_CONFIG.name} does not list {name}" for name in pages.names.values() if name not in listed]
-    return problems(site) + forgotten
+    subprocess.run(made, check=True)
+    return site
 
 
 def gather(pages: Pages) -> None:
@@ -45,4 +50,9 @@ def gather(pages: Pages) -> None:
             pages.add(path, (ROOT / path).read_text())
     (pages.site / "reference/commands.md").write_text(markdown_of_commands())
     shutil.copyfile(ROOT / "docs/site.css", pages.site / "site.css")
-    shutil.copyfile(vendor_mermaid(ROOT / "out/vendor" / MERMAID), pages.site / MERMAID)
+
+
+def complete(site: Path) -> None:
+    """Adds what needs a network or the library: Mermaid, and the page that solves in the browser."""
+    shutil.copyfile(vendor_mermaid(ROOT / "out/vendor" / MERMAID), site / MERMAID)
+    live_page.build(site / "live")

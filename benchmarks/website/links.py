@@ -1,4 +1,7 @@
-"""Checks that every link, anchor, picture, script and style of a built site is there, and on the same host."""
+"""Checks a built site: every link, anchor, picture, script and style is there; nothing is loaded from another host.
+
+A page has one title.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ class _Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
+        self.titles = 0
         self.anchors: set[str] = set()
         self.links: list[str] = []
         self.loaded: list[str] = []
@@ -20,6 +24,7 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = {name: value for name, value in attrs if value}
         self.anchors |= {values[name] for name in ("id", "name") if name in values}
+        self.titles += tag == "h1"
         if tag == "a" and "href" in values:
             self.links.append(values["href"])
         elif tag == "link" and values.get("rel") in ("stylesheet", "icon", "preload"):
@@ -29,15 +34,16 @@ class _Page(HTMLParser):
 
 
 def problems(site: Path) -> list[str]:
-    """What does not resolve in the pages of the folder `site`, a line each; links to other hosts are not followed."""
+    """What is wrong in the pages of the folder `site`, a line each; links to other hosts are not followed."""
     pages = {page: _Page(page.read_text()) for page in sorted(site.rglob("*.html"))}
     found = []
     for page, content in pages.items():
         if page.name == "404.html":  # its links are absolute, for it is shown in place of any page
             continue
+        name = page.relative_to(site)
+        found += [f"{name} has {content.titles} titles"] * (content.titles != 1)
         for target in content.links + content.loaded:
             parts = urlsplit(target)
-            name = page.relative_to(site)
             if parts.scheme in ("http", "https"):
                 found += [f"{name} loads {target}"] * (target in content.loaded)
             elif not parts.scheme:

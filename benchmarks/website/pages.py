@@ -27,7 +27,6 @@ def page_names(root: Path = ROOT) -> dict[str, str]:
     for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY"):
         if (root / f"{name}.md").exists():
             pages[f"{name}.md"] = f"{name.lower()}.md"
-    pages["examples/README.md"] = "examples.md"
     for card in sorted((root / "src/jacobiflow/models").glob("*/README.md")):
         pages[str(card.relative_to(root))] = f"models/{card.parent.name}.md"
     docs = root / "docs"
@@ -39,12 +38,13 @@ def page_names(root: Path = ROOT) -> dict[str, str]:
 class Pages:
     """The pages of a repository, written to the folder `site`.
 
-    `repository` is its address, for links that leave the site.
+    `repository` is its address, for links that leave the site. `missing` collects links to nothing.
     """
 
     def __init__(self, site: Path, repository: str, root: Path = ROOT) -> None:
         self.site, self.root = site, root
         self.names = page_names(root)
+        self.missing: list[str] = []
         self._tree = f"{repository}/blob/main/"
         raw = repository.replace("github.com", "raw.githubusercontent.com") + "/main/"
         self._own = re.compile("|".join(map(re.escape, (self._tree, f"{repository}/tree/main/", raw))))
@@ -53,7 +53,7 @@ class Pages:
         """Writes the page of the file `path` of the repository, whose Markdown is `text`."""
         page = self.site / self.names[path]
         page.parent.mkdir(parents=True, exist_ok=True)
-        moved = outside_code(text, lambda part: _LINK.sub(lambda link: self._moved(path, link), part))
+        moved = outside_code(text, lambda part: _LINK.sub(lambda link: self._moved(path, link), _spaced(part)))
         if "```mermaid" in text:  # which then is not fetched from elsewhere
             moved += f'\n<script src="{os.path.relpath(MERMAID, os.path.dirname(self.names[path]))}"></script>\n'
         page.write_text(moved)
@@ -76,9 +76,16 @@ class Pages:
             (self.site / copy).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.root / linked, self.site / copy)
             return os.path.relpath(copy, here)
+        if (self.site / here / target).is_file():  # a picture of a notebook, written beside its page
+            return None
         if not (self.root / linked).exists():
-            raise ValueError(f"{path} links to {target}, which is not there")
+            self.missing.append(f"{path} links to {target}, which is not there")
         return self._tree + linked
+
+
+def _spaced(part: str) -> str:
+    """Markdown with the empty line between a paragraph and a list that GitHub does not need."""
+    return re.sub(r"^(?!\s|[-*+] |[#|>])(.+\n)(?=[-*+] )", r"\1\n", part, flags=re.MULTILINE)
 
 
 def outside_code(text: str, change: Callable[[str], str]) -> str:

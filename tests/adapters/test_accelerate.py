@@ -18,8 +18,6 @@ import zuko
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from library_flows import CASES, CONTEXT, MAIN, Additive, Case, both, made, normal, same_bits
-from sbi.inference import NPE
-from sbi.inference.posteriors import EnsemblePosterior
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -214,6 +212,8 @@ def test_images_of_digits() -> None:
 
 def posterior(estimator: str) -> Any:
     torch.manual_seed(0)
+    from sbi.inference import NPE  # takes two seconds, in every process that collects the tests
+
     prior = torch.distributions.MultivariateNormal(torch.zeros(7), torch.eye(7))
     theta = prior.sample((200,))
     x = theta + 0.3 * theta.roll(1, dims=1) ** 2 + 0.1 * torch.randn(200, 7)
@@ -224,6 +224,8 @@ def posterior(estimator: str) -> Any:
 
 @pytest.mark.filterwarnings("ignore")
 def test_posteriors_of_sbi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sbi.inference.posteriors import EnsemblePosterior
+
     monkeypatch.chdir(tmp_path)  # sbi logs its training in the folder that it runs in
     parts = [posterior(estimator) for estimator in ("maf", "zuko_nsf")]
     ensemble = EnsemblePosterior(parts).set_default_x(torch.zeros(1, 7))

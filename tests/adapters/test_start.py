@@ -20,7 +20,7 @@ import jacobiflow as jf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROWS = 4000
+ROWS = 2000
 OTHERS = ("zuko NAF", "zuko user's own", "nflows user's own")  # whose features are not inverted by themselves
 
 

@@ -32,6 +32,7 @@ COMMANDS = (
     "bench",
     "train",
     "convert",
+    "export",
     "info",
     "doctor",
 )

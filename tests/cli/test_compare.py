@@ -138,7 +138,7 @@ def test_the_estimate_counts_images_that_rows_share_once(
     monkeypatch.setattr("jacobiflow.cli.compare.timings", lambda *_: timed)
     line = f"compare --model model --num 8 --final 28 --batch-size 4 --strategy sequential --out {tmp_path}"
     found = re.findall(r"(\d+) samples of each of (\d) rows: about (\d+) minutes", run(line).out)
-    assert found == [("8", "2", "3"), ("20", "2", "8")]  # two batches of 1.5 minutes, and five more
+    assert found == [("8", "2", "3"), ("20", "1", "8")]  # two batches of 1.5 minutes, and five more
 
 
 def launched(out: str, *arguments: str) -> None:

@@ -78,7 +78,15 @@ def test_it_draws_the_report_and_samples(run: Any, tmp_path: Path) -> None:
     out, report = tmp_path / "new" / "folder", jf.Report.load("report.json")
     result = run(f"trace --model model --report report.json --num 5 --out {out} --json {tmp_path}/f")
     assert (result.code, result.err) == (0, "")
-    written = ["comparison.png", "convergence.png", "guesses.png", "sampling.png", "segments.png"]
+    written = [
+        "comparison.png",
+        "convergence.png",
+        "front.gif",
+        "front.png",
+        "guesses.png",
+        "sampling.png",
+        "segments.png",
+    ]
     assert sorted(os.listdir(out)) == [".lock", *written]
     shown, labels = figures(tmp_path / "f"), torch.tensor([0, 1, 2, 0, 1])
     assert_traced(out, shown, report, jf.Strategy.from_report(report, 1e-2), 5, labels, denoise=1.0, seed=0)

@@ -323,7 +323,7 @@ def with_config(place: Path, change: dict[str, Any]) -> Path:
         (make, {"format_version": 2}, "format 2"),
         (make, {"channels": 4 * 10**18}, "channels=4000000000000000000: the limit is 1,048,576"),
         (make, {"channels": 16}, "the shapes say channels=8 rather than 16"),
-        (make, {"recommended": {"denoise": -1}}, "config.json: recommended settings: denoise rate=-1: give 0"),
+        (make, {"recommended": {"denoise": -1}}, "config.json: recommended settings: denoise=-1: give 0"),
         (make_maf, {"recommended": {"denoise": 1}}, "a denoise rate of 1, but noise_std is 0: there is no Gaussian"),
         (make_maf, {"logit_alpha": 0.7}, "logit_alpha=0.7: give a small positive number"),
         (make_maf, {"image_size": 99}, "the shapes say image_size=4 rather than 99"),

@@ -29,8 +29,8 @@ def test_what_is_left_out_takes_its_default() -> None:
     [
         (7, "recommended=7: give an object with guidance, denoise"),
         (None, "recommended=None: give an object"),
-        ({"denoise": -1}, "denoise rate=-1: give 0"),
-        ({"denoise": "1"}, "denoise rate='1' of type str: give 0"),
+        ({"denoise": -1}, "denoise=-1: give 0"),
+        ({"denoise": "1"}, "denoise='1' of type str: give 0"),
         ({"denoising": 1}, "recommended with an unknown 'denoising': give guidance, denoise only"),
         ({"guidance": 3}, "guidance=3: give an object with weight, annealed, on, attn_temperature"),
         ({"guidance": {"annealed": True}}, "guidance={'annealed': True}: give its weight"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import multiprocessing
 import os
 import pwd
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +53,7 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path, binary: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+def machine(tmp_path: Path, binary: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     compiler, calls = tmp_path / "compiler", tmp_path / "calls"
     real, kept = shlex.quote(str(shutil.which("c++"))), shlex.quote(str(binary))
     script = f"""#!/bin/sh
@@ -67,8 +67,9 @@ cp {kept} "$2"
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    yield Machine(tmp_path / "home", calls)
-    build._loaded.cache_clear()
+    # The other tests keep the library that they have loaded.
+    monkeypatch.setattr(build, "_loaded", functools.cache(build._loaded.__wrapped__))
+    return Machine(tmp_path / "home", calls)
 
 
 def test_compiles_once_and_keeps_it_for_this_user_alone(machine: Machine) -> None:

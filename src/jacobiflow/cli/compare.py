@@ -221,7 +221,9 @@ class _Run:
             row.name: SampleFolder.open(self.experiment.row_folder(row.name)) for row in rows if row.name != ORIGINAL
         }
         shown = [(name, scale(folder.images(0))[:_SAMPLES]) for name, folder in folders.items()]
-        return Picture("The first samples of every strategy, from the same latents", rows_sheet(shown))
+        labels = folders[SEQUENTIAL].labels(0)
+        columns = [] if labels is None else [f"class {label}" for label in labels[:_SAMPLES].tolist()]
+        return Picture("The first samples of every strategy, from the same latents", rows_sheet(shown, columns=columns))
 
     def _scored(self, folders: Mapping[str, SampleFolder], num: int) -> list[Row]:
         real = self.real()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
@@ -33,7 +33,9 @@ def export(
     wanted = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
     paths.check(json, out, ("model.json", "weights.bin", "*.onnx"), model=model)
     flow = options.load_model(model, "cpu")
+    if not isinstance(flow, TarFlow):
+        raise ValueError(f"--model {model}: is no TarFlow, and only these can be exported; give another model")
     with paths.making(out):
-        manifest = write(cast(TarFlow, flow), out, wanted)
+        manifest = write(flow, out, wanted)
     options.report(json, manifest)
     print(f"wrote {len(manifest['blocks'])} blocks to {out}")

@@ -15,13 +15,18 @@ from torch import Tensor
 
 from jacobiflow.calibration import Report
 from jacobiflow.cli import options, paths
+from jacobiflow.experiments.front import Course, record
 from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.latents import draw_latents
 from jacobiflow.locking import locked
 from jacobiflow.plots import (
     check_picture,
     comparison_sheet,
     convergence_figure,
+    front_frames,
+    front_still,
     rows_sheet,
+    save_gif,
     save_png,
     segments_figure,
     trace_sheet,
@@ -31,7 +36,16 @@ from jacobiflow.solvers import Latent, MaxSweeps, Solver, Whole, Zeros
 from jacobiflow.strategy import Strategy, choose
 
 _TOLERANCE = 1e-2
-_PICTURES = ("convergence.png", "segments.png", "sampling.png", "guesses.png", "comparison.png")
+_ANIMATION = "front.gif"
+_PICTURES = (
+    "convergence.png",
+    "segments.png",
+    "sampling.png",
+    "guesses.png",
+    "comparison.png",
+    "front.png",
+    _ANIMATION,
+)
 
 
 def trace(
@@ -58,8 +72,9 @@ def trace(
     """Draw how a flow's blocks converge, from a report: the paper's Figures 2, 5, 3, 4 and 7.
 
     Writes convergence.png (distance to the solution by sweep, all blocks), segments.png (in the segments of tough
-    blocks), sampling.png (from noise through the blocks to the image), guesses.png (the effect of guess and sweeps) and
-    comparison.png (a strategy beside the sequential loop). Samples are guided as the report is.
+    blocks), sampling.png (from noise through the blocks to the image), guesses.png (the effect of guess and sweeps),
+    comparison.png (a strategy beside the sequential loop), and front.gif and front.png (how the tokens of the slowest
+    block settle, call by call: one by one, in a window, and all at once). Samples are guided as the report is.
 
     Example: jacobiflow trace --model fashion-p2 --report out/report.json --out out/trace
     """
@@ -78,15 +93,31 @@ def trace(
     )
     with locked(out):
         pictures, rows = _draw(flow, found, plan, draw, rate)
+        title, courses = _front(flow, found, model, num, classes, seed, rate)
+        pictures["front.png"], frames = front_still(title, courses), front_frames(title, courses)
         for name in _PICTURES:
-            if name in pictures:
+            if name == _ANIMATION:
+                save_gif(frames, out / name)
+            elif name in pictures:
                 save_png(pictures[name], out / name)
             else:
                 (out / name).unlink(missing_ok=True)  # it would be that of another report
         options.report(json, {"model": model, "num": num, "seed": seed, "strategy": str(plan), "guesses": rows})
     for row in rows:
         print(row["caption"])
-    print(f"wrote {', '.join(pictures)} to {out}")
+    print(f"wrote {', '.join((*pictures, _ANIMATION))} to {out}")
+
+
+def _front(
+    flow: ImageFlow, report: Report, model: str, num: int, labels: Tensor | None, seed: int, rate: float
+) -> tuple[str, dict[str, Course]]:
+    """A title, and how the slowest block is solved for the one of `num` samples that takes the median of sweeps."""
+    sweeps = report.slowest_sweeps("noise", _TOLERANCE)
+    block = max(range(flow.config.num_blocks), key=sweeps.__getitem__)
+    latents = draw_latents(num, flow.config.num_tokens, flow.config.token_channels, seed)
+    courses = record(flow, block, latents, labels, report.settings.guidance, rate)
+    title = f"{Path(model).name}: one image from the same noise, {flow.config.num_tokens} tokens, through block {block}"
+    return title, courses
 
 
 def _plan(flow: ImageFlow, strategy: str | None, num: int, report: Report) -> Strategy:

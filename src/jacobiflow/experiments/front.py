@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,11 +12,11 @@ from torch import Tensor
 
 from jacobiflow.checks import check_count, check_number
 from jacobiflow.denoising import check_rate, denoised
-from jacobiflow.flows.base import Block
+from jacobiflow.flows.base import AffineBlock, Block
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.guidance import Guidance, check_guidance, guided
-from jacobiflow.inversion import invert, prior_tokens
-from jacobiflow.solvers import Sequential, Solver, certify, solve
+from jacobiflow.inversion import prior_tokens
+from jacobiflow.solvers import Sequential, Solver, Tolerance, Whole, Window, solve, solve_certified
 
 _LOOP = Solver(Sequential())
 _MOST = 256  # states of a solve that are kept, and one: of longer sequences every second, third .. one
@@ -36,7 +35,8 @@ class Course:
     - `runs`: the tokens [start, stop) that each call evaluated.
     - `images`: (K, c, h, w), what the remaining blocks, solved exactly, make of each state; denoised where asked.
     - `positions`: (T,), where in raster order each token of the block lies.
-    - `tolerance`: of the solve; `certificate`: the largest |g(x) - x| of the last state, measured by one more pass.
+    - `tolerance`: of the solve; `certificate`: the largest |g(x) - x| of the last state, 0 where it is exact by
+      construction.
     """
 
     block: int
@@ -87,15 +87,24 @@ class _Recorder:
 
 
 def record(
-    flow: ImageFlow, solvers: Mapping[str, Solver], block: int, latent: Float[Tensor, "t d"], label: int | None = None,
-    guidance: Guidance | None = None, denoise: float = 0.0, tolerance: float = 1e-3,
+    flow: ImageFlow, block: int, latents: Float[Tensor, "n t d"], labels: Int[Tensor, " n"] | None = None,
+    guidance: Guidance | None = None, denoise: float = 0.0, tolerance: float = 1e-3, window: int | None = None,
 ) -> dict[str, Course]:  # fmt: skip
-    """A `Course` by each of `solvers`, of `block` at the solution of the blocks that are sampled before it.
+    """A `Course` of `block` token by token, by a window and by Jacobi iteration.
 
+    The block is solved at the solution of those that are sampled before it, for that one of the `latents` whose number
+    of Jacobi sweeps is the median. The latter two are swept to half the tolerance, and certified to it; the passes that
+    certify count as calls.
     Sequences of up to 256 tokens have a state kept for each call, longer ones for every second, third and so on.
 
-    **Arguments:** `latent` (T, D) is standard normal, before the prior's scale; `label` its class, `None` for none. A
-    token counts as settled within `tolerance`, and the solvers should stop on the same.
+    **Arguments:**
+
+    - `latents`, `labels`: as in `jacobiflow.sample`.
+    - `guidance`, `denoise`: of the pictures, as there.
+    - `tolerance`: largest residual, and how near to its end a token counts as settled.
+    - `window`: tokens in the window, a sixth of all by default.
+
+    **Returns** the courses by the names of their strategies.
 
     **Raises** `ValueError` or `TypeError` where these do not fit the flow.
     """
@@ -104,45 +113,55 @@ def record(
     check_rate(flow, denoise)
     check_number("tolerance", tolerance)
     check_count("block", block, least=0, most=flow.config.num_blocks - 1)
-    context = None if label is None else torch.tensor([label], device=flow.var.device)
+    stopping = Tolerance(tolerance / 2)  # at the tolerance itself a certificate often misses it, see `solve_certified`
+    window = max(flow.config.num_tokens // 6, 2) if window is None else window
+    solvers = {
+        "sequential": _LOOP,
+        f"window:{window}": Solver(Window(window), stopping=stopping),
+        "jacobi": Solver(Whole(), stopping=stopping),
+    }
+    if labels is not None:
+        flow.check_labels(labels, len(latents))
+        labels = labels.to(flow.var.device)
     blocks = [guided(each, guidance) for each in flow.blocks]
-    found: dict[str, Course] = {}
-
-    def until(i: int, z: Tensor) -> Tensor:
-        if i == block and not found:
-            found.update({
-                name: _course(flow, blocks, i, z, solver, context, denoise, tolerance)
-                for name, solver in solvers.items()
-            })  # fmt: skip
-        return z if found else solve(blocks[i], z, _LOOP, context).x
-
-    invert(flow, prior_tokens(flow, latent.unsqueeze(0)), until)
-    return found
+    z = prior_tokens(flow, latents)
+    for i in reversed(range(block + 1, flow.config.num_blocks)):
+        order = flow.blocks[i].permutation
+        z = order(solve(blocks[i], order(z), _LOOP, labels).x)
+    z = flow.blocks[block].permutation(z)
+    sweeps = solve(blocks[block], z, solvers["jacobi"], labels).sample_sweeps
+    median = int(sweeps.argsort(stable=True)[len(z) // 2])
+    z, context = z[median : median + 1], None if labels is None else labels[median : median + 1]
+    return {
+        name: _course(flow, blocks, block, z, solver, context, denoise, tolerance) for name, solver in solvers.items()
+    }
 
 
 def _course(
-    flow: ImageFlow, blocks: list[Any], i: int, z: Tensor, solver: Solver, context: Tensor | None, denoise: float,
-    tolerance: float,
+    flow: ImageFlow, blocks: list[AffineBlock], i: int, z: Tensor, solver: Solver, context: Tensor | None,
+    denoise: float, tolerance: float,
 ) -> Course:  # fmt: skip
     stride = -(-z.shape[1] // _MOST)
     recorder = _Recorder(blocks[i], stride)
-    x = solve(recorder, z, solver, context).x
-    states = torch.cat((*recorder.states, x))
+    solution = solve_certified(recorder, z, solver, context, tolerance=tolerance)
+    states = torch.cat((*recorder.states, solution.x))
     images = torch.cat([_images(flow, blocks, i, part, context, denoise) for part in states.split(_ROWS)])
-    tokens = torch.arange(x.shape[1], device=x.device).view(1, -1, 1)
+    tokens = torch.arange(z.shape[1], device=z.device).view(1, -1, 1)
     return Course(
         i, None if context is None else int(context), (*range(0, len(recorder.runs), stride), len(recorder.runs)),
-        states, tuple(recorder.runs), images,
-        flow.blocks[i].permutation(tokens).flatten(), tolerance, float(certify(blocks[i], z, x, context)),
+        states, tuple(recorder.runs), images, flow.blocks[i].permutation(tokens).flatten(), tolerance,
+        float(solution.residual),
     )  # fmt: skip
 
 
-def _images(flow: ImageFlow, blocks: list[Any], i: int, x: Tensor, context: Tensor | None, denoise: float) -> Tensor:
+def _images(
+    flow: ImageFlow, blocks: list[AffineBlock], i: int, x: Tensor, context: Tensor | None, denoise: float
+) -> Tensor:
     """What the blocks below `i` make of its states `x`."""
     labels = None if context is None else context.expand(len(x))
-
-    def rest(j: int, z: Tensor) -> Tensor:
-        return x if j == i else z if j > i else solve(blocks[j], z, _LOOP, labels).x
-
-    images = flow.to_images(invert(flow, x, rest))
+    x = flow.blocks[i].permutation(x)
+    for j in reversed(range(i)):
+        order = flow.blocks[j].permutation
+        x = order(solve(blocks[j], order(x), _LOOP, labels).x)
+    images = flow.to_images(x)
     return denoised(flow, images, labels, denoise, _ROWS) if denoise else images

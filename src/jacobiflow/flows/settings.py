@@ -65,7 +65,7 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         check_kind("guidance", self.guidance, Guidance | None, "a Guidance, such as Guidance(1.5), or None")
-        check_number("denoise rate", self.denoise, give="0 (off) or a positive rate")
+        check_number("denoise", self.denoise, give="0 (off) or a positive rate")
 
     @classmethod
     def from_json(cls, value: Any) -> SamplingSettings:

@@ -43,7 +43,9 @@ def front_still(title: str, courses: Mapping[str, Course]) -> Image.Image:
     draw.text((8, 32), title, fill=INK, font=font(28), anchor="lm")
     for row, (name, course) in enumerate(courses.items()):
         _row(sheet, 64 + row * height, name, course, most)
-    _key(draw, _NAMES, sheet.height - 24, 24, [sampler_style(name).color for name in courses])
+    colors = [sampler_style(name).color for name in courses]
+    draw.text((_NAMES, sheet.height - 24), "clear: settled", fill=INK, font=font(24), anchor="lm")
+    _key(draw, _NAMES + 220, sheet.height - 24, 24, _meanings(colors)[1:])
     return sheet
 
 
@@ -64,7 +66,7 @@ def _frame(title: str, courses: Mapping[str, Course], call: int) -> Image.Image:
         frame.paste(_tokens(course, k, color, _SIDE), (left, top + _SIDE + 8))
         settled = f"{int(course.settled[k].sum())} of {course.settled.shape[1]} tokens settled"
         draw.text((middle, top + 2 * _SIDE + 24), settled, fill=INK, font=font(15), anchor="mm")
-    _key(draw, _MARGIN, frame.height - 22, 15, [sampler_style(name).color for name in courses])
+    _key(draw, _MARGIN, frame.height - 22, 15, _meanings([sampler_style(name).color for name in courses]))
     return frame
 
 
@@ -80,19 +82,21 @@ def _count(course: Course, call: int) -> str:
 
 
 def _certificate(course: Course) -> str:
-    return "exact" if _largest_run(course) == 1 else f"residual {course.certificate:.0e}"
+    return "exact" if _first_run(course) == 1 else f"certified {course.certificate:.0e}"
 
 
-def _largest_run(course: Course) -> int:
-    return max(stop - start for start, stop in course.runs)
+def _first_run(course: Course) -> int:
+    """How many tokens the first call evaluates; the last one may certify all."""
+    start, stop = course.runs[0]
+    return stop - start
 
 
 def _row(sheet: Image.Image, top: int, name: str, course: Course, most: int) -> None:
     draw, color = ImageDraw.Draw(sheet), sampler_style(name).color
-    size, tokens = _largest_run(course), course.settled.shape[1]
+    size, tokens = _first_run(course), course.settled.shape[1]
     many = "one token a call" if size == 1 else "all open tokens a call" if size == tokens else f"{size} tokens a call"
     lines = ((name, readable(color), 30), (many, INK, 22), (f"{course.calls} calls", INK, 22),
-             (f"{course.token_evaluations:,} evaluations", INK, 22))  # fmt: skip
+             (f"{course.token_evaluations:,} token evaluations", INK, 22))  # fmt: skip
     for i, (text, fill, letters) in enumerate(lines):
         draw.text((8, top + 24 + 36 * i), text, fill=fill, font=font(letters), anchor="lm")
     gap = (_STILL - _NAMES - 232 - _CELLS * _CELL) // (_CELLS - 1)
@@ -110,9 +114,7 @@ def _row(sheet: Image.Image, top: int, name: str, course: Course, most: int) -> 
         fewer = f"{most / course.calls:.1f} times fewer calls"
         draw.text((end + 12, below + 9), fewer, fill=readable(color), font=font(22), anchor="lm")
     exact = size == 1
-    promise = (
-        ("exact by", "construction") if exact else ("certificate", "max |g(x) − x|", f"= {course.certificate:.1e}")
-    )
+    promise = ("exact by", "construction") if exact else ("certificate:", "|g(x) − x|", f"≤ {course.certificate:.1e}")
     for i, text in enumerate(promise):
         fill = INK if i == 0 or exact else readable(color)
         draw.text((_STILL - 214, top + 40 + 36 * i), text, fill=fill, font=font(24), anchor="lm")
@@ -166,13 +168,19 @@ def _mixed(color: str, white: float) -> Color:
     return red, green, blue
 
 
-def _key(draw: ImageDraw.ImageDraw, left: float, middle: float, letters: int, colors: Sequence[str]) -> None:
+def _meanings(colors: Sequence[str]) -> list[tuple[str, list[Color]]]:
     """What the colours of tokens mean."""
-    entries = (
+    return [
         ("settled", [_mixed(color, 0.0) for color in colors]),
         ("in the next call", [_mixed(color, 0.6) for color in colors]),
         ("waiting", [_mixed(WAITING, 0.0)]),
-    )
+    ]
+
+
+def _key(
+    draw: ImageDraw.ImageDraw, left: float, middle: float, letters: int, entries: Sequence[tuple[str, list[Color]]]
+) -> None:
+    """Squares of their colours before each of the meanings."""
     for text, shades in entries:
         for shade in shades:
             box = (left, middle - letters / 2, left + letters, middle + letters / 2)

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from jacobiflow.files import json_bytes, write_atomically
+from jacobiflow.plots.style import SHEET
 
 _TEMPLATE = "page.html.jinja"
 _MARK = b'<meta name="generator" content="jacobiflow '  # in the first bytes of our pages, by which they are recognised
@@ -95,8 +96,8 @@ def check_page(path: str | Path) -> None:
 def _data_uri(picture: Picture) -> str:
     data = io.BytesIO()
     if isinstance(picture.image, Figure):
-        kind = "svg+xml"  # sharp when enlarged or printed; the same each time by a fixed salt, and without a date
-        with matplotlib.rc_context({"svg.hashsalt": "jacobiflow"}):
+        kind = "svg+xml"  # sharp when enlarged or printed
+        with matplotlib.rc_context(SHEET):
             picture.image.savefig(data, format="svg", metadata={"Date": None})
     else:
         kind = "png"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -25,7 +25,7 @@ from jacobiflow.files import write_atomically
 WIDTH = 8.3  # inches: a page shows a figure 830 pixels wide, so that 10 points are 14 pixels there
 FONT_SIZE = 10  # points, of all text in figures
 DPI = 200
-SHEET = {
+SHEET: Any = {  # whose type would be matplotlib's, which lists every setting
     "font.family": "DejaVu Sans",
     "font.size": FONT_SIZE,
     "axes.titlesize": FONT_SIZE,
@@ -39,13 +39,14 @@ SHEET = {
     "lines.linewidth": 1.6,
     "lines.markersize": 6,
     "axes.linewidth": 0.8,
+    "svg.hashsalt": "jacobiflow",  # the same file each time
 }  # matplotlib's settings for every figure, see `styled`
 
 INK, FAINT, PAPER = "#222222", "#e6e6e6", "#ffffff"
 FINAL, WAITING = "#a9b5c4", "#f2f2f2"  # of tokens; those that are being swept have their sampler's colour
 TOUGH, EASY = "#3d4a5c", "#a9b5c4"  # of blocks
 ORDERED = matplotlib.colormaps["viridis"]  # of what comes in an order, such as segments
-_GIF_COLORS = 128
+_GIF_COLORS, _PACE, _HOLD = 64, 70, 3000  # milliseconds
 _MARK = {"Software": "jacobiflow"}  # text in our PNGs, by which they are recognised
 
 P = ParamSpec("P")
@@ -176,8 +177,8 @@ def save_png(image: Image.Image | Figure, path: str | Path) -> None:
     write_atomically(path, data.getvalue())
 
 
-def save_gif(frames: Sequence[Image.Image], path: str | Path, milliseconds: int, hold: int) -> None:
-    """Write frames of `milliseconds` each as a GIF that starts again after the last one's `hold`; see `save_png`."""
+def save_gif(frames: Sequence[Image.Image], path: str | Path) -> None:
+    """Write frames as a GIF of 14 a second, which starts again after three seconds of the last one; see `save_png`."""
     check_picture(path)
     # One palette for all: what differs between two frames is then what has changed. The last has most colours.
     few = [frames[0], frames[len(frames) // 2], frames[-1]]
@@ -189,7 +190,7 @@ def save_gif(frames: Sequence[Image.Image], path: str | Path, milliseconds: int,
     data = io.BytesIO()
     first.save(
         data, "GIF", save_all=True, append_images=others, loop=0, comment=_MARK["Software"].encode(),
-        duration=[*[milliseconds] * len(others), hold],
+        duration=[*[_PACE] * len(others), _HOLD],
     )  # fmt: skip
     write_atomically(path, data.getvalue())
 

@@ -1,0 +1,118 @@
+// What the visitor sees and does; the solver runs in worker.js.
+const TOLERANCE = 3e-5; // pictures are then within 1e-3 of the exact inverse's
+const TOKENS_A_THREAD = 16, MOST_THREADS = 8;
+const query = new URLSearchParams(location.search), $ = (id) => document.getElementById(id);
+const loops = ["parallel", "sequential"];
+let ask, model, threads, results, job = 0;
+
+function say(text, failed = false) {
+  $("status").textContent = text;
+  $("status").classList.toggle("failed", failed);
+}
+
+// Standard normal numbers by Box and Muller, from the generator mulberry32.
+function latents(seed, count) {
+  let state = seed >>> 0;
+  const uniform = () => {
+    state = (state + 0x6d2b79f5) | 0;
+    let t = Math.imul(state ^ (state >>> 15), 1 | state);
+    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
+    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
+  };
+  const normal = () => Math.sqrt(-2 * Math.log(1 - uniform())) * Math.cos(2 * Math.PI * uniform());
+  return Float32Array.from({ length: count }, normal);
+}
+
+// Draws tokens in raster order; those for which `open(place)` holds are tinted.
+function paint(loop, tokens, open = () => false) {
+  const { image_size: side, patch_size: patch, token_channels: c } = model;
+  const image = new ImageData(side, side);
+  tokens.forEach((value, i) => {
+    const place = Math.floor(i / c), across = side / patch;
+    const row = Math.floor(place / across) * patch + Math.floor((i % c) / patch);
+    const at = row * side + (place % across) * patch + (i % patch);
+    const grey = (Math.min(Math.max(value, -1), 1) + 1) * 127.5;
+    image.data.set(open(place) ? [255, 90 + grey * 0.5, grey * 0.35, 255] : [grey, grey, grey, 255], 4 * at);
+  });
+  $(loop).querySelector("canvas").getContext("2d").putImageData(image, 0, 0);
+}
+
+const show = (loop, name, text) => ($(loop).querySelector(`.${name}`).textContent = text);
+function clear(loop) {
+  for (const name of ["progress", "calls", "seconds", "certificate"]) show(loop, name, "–");
+  $(loop).querySelector("canvas").getContext("2d").reset();
+}
+
+// A function that sends the worker a message and waits for its answer; what it tells on the way is shown.
+function connect(worker) {
+  let settle;
+  const told = {
+    loading: ({ bytes }) => $("stop").disabled || say(`Fetching the model: ${(bytes / 1e6).toFixed(1)} MB`),
+    arrived: () => ((results.arrived = performance.now()), say("Starting the model …")),
+    swept: ({ block, front, order, tokens }) => {
+      const settled = (place) => (order === "identity" ? place : model.num_tokens - 1 - place) < front;
+      paint(loops[results.done], tokens, (place) => !settled(place));
+      show(loops[results.done], "progress", `Block ${block}: ${front} of ${model.num_tokens} tokens settled`);
+    },
+    failed: (error) => settle.reject(error),
+    stopped: () => settle.reject(),
+  };
+  worker.onmessage = ({ data }) => (told[data.kind] ?? settle.resolve)(data);
+  worker.onerror = ({ message }) => settle?.reject({ message: message || "worker.js did not load" });
+  return (message) => {
+    worker.postMessage(message);
+    return new Promise((resolve, reject) => (settle = { resolve, reject }));
+  };
+}
+
+function report(loop, drawn) {
+  const { calls, seconds, denoiseSeconds, certificate } = drawn;
+  if (!(certificate <= TOLERANCE)) throw new Error(`the ${loop} loop left |g(x) - x| = ${certificate} at this seed`);
+  paint(loop, drawn.denoised);
+  show(loop, "progress", `Solved, then denoised in ${denoiseSeconds.toFixed(2)} s`);
+  show(loop, "calls", calls.toLocaleString("en"));
+  show(loop, "seconds", `${seconds.toFixed(2)} s`);
+  show(loop, "certificate", certificate.toExponential(1));
+  results[loop] = drawn;
+}
+
+async function draw() {
+  [$("draw").disabled, $("stop").disabled] = [true, false];
+  results = { done: 0, label: Number($("class").value), seed: Number($("seed").value), threads };
+  window.jacobiflow = results; // for whoever wants to check: latents, tokens, certificates
+  loops.forEach(clear);
+  try {
+    model ??= (await ask({ kind: "load", threads })).model;
+    results.latents = latents(results.seed, model.num_tokens * model.token_channels);
+    for (const loop of loops) {
+      say(`Drawing by the ${loop} loop …`);
+      const parallel = loop === "parallel", slow = parallel && $("slow").checked;
+      const size = parallel ? TOKENS_A_THREAD * threads : 1;
+      report(loop, await ask({ kind: "draw", ...results, size, tolerance: TOLERANCE, slow, id: ++job }));
+      results.first ??= performance.now();
+      results.done++;
+    }
+    const [parallel, sequential] = loops.map((loop) => results[loop].seconds);
+    say(`Done: ${(sequential / parallel).toFixed(2)} times as fast as the sequential loop. Threads: ${threads}.`);
+  } catch (error) {
+    loops.slice(results.done).forEach(clear);
+    say(error ? `This did not work: ${error.message}. Draw tries again.` : "Stopped.", Boolean(error));
+  }
+  [$("draw").disabled, $("stop").disabled] = [false, true];
+}
+
+if (typeof WebAssembly !== "object") say("This browser has no WebAssembly, which the model needs.", true);
+else if (!crossOriginIsolated && !query.has("threads") && navigator.serviceWorker && !sessionStorage.isolated) {
+  sessionStorage.isolated = "tried"; // once more behind isolate.js, without which there is one thread
+  await navigator.serviceWorker.register("isolate.js").then(() => navigator.serviceWorker.ready).catch(() => {});
+  location.reload();
+} else {
+  const most = crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, MOST_THREADS) : 1;
+  threads = Number(query.get("threads")) || most;
+  const worker = new Worker("worker.js", { type: "module" });
+  ask = connect(worker);
+  $("form").addEventListener("submit", (event) => (event.preventDefault(), draw()));
+  $("stop").addEventListener("click", () => worker.postMessage({ kind: "stop" }));
+  $("draw").disabled = false;
+  say(`Ready. Threads: ${threads}.`);
+}
