@@ -71,7 +71,7 @@ calibration: setup
 		--out src/jacobiflow/models/digits-maf/report.json
 	$(CALIBRATE) --guidance 1 --out out/guided.json --json docs/results/calibration-guided.json
 	$(BIN)/jacobiflow trace --report src/jacobiflow/models/fashion-p2/report.json --strategy "[7-8-14-10]" --out out/trace
-	cp out/trace/*.png docs/figures/
+	cd out/trace && cp convergence.png segments.png sampling.png guesses.png comparison.png ../../docs/figures/
 	$(BIN)/python benchmarks/strategies.py
 	$(BIN)/python benchmarks/calibration_page.py
 	$(BIN)/python benchmarks/prose.py
@@ -111,7 +111,6 @@ evaluation-in-pytorch: setup
 		--out out/comparison-in-pytorch --json docs/results/comparison-in-pytorch.json
 	$(BIN)/jacobiflow evaluate --model fashion-p2 --samples out/comparison-in-pytorch/rows/auto-1e-1 \
 		--images fashion-mnist --out out/evaluation --json docs/results/evaluation.json
-	cp out/evaluation/certificates.png docs/figures/
 	$(BIN)/python benchmarks/evaluation_page.py
 	$(BIN)/python benchmarks/prose.py
 
@@ -119,7 +118,7 @@ evaluation-in-pytorch: setup
 tutorials: setup
 	$(BIN)/python benchmarks/run_tutorials.py
 
-# Redraws the figures of docs/solvers.md.
+# Redraws the figures of docs/solvers.md, and front.gif and front.png.
 figures: setup
 	$(BIN)/python benchmarks/figures.py
 

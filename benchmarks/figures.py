@@ -74,8 +74,9 @@ def partitions() -> Figure:
         axis.set_xlabel(f"token\n{solution.sweeps} sweeps,\n{solution.token_evaluations} evaluations")
     axes[0].set_ylabel("sweep")
     final, *swept, waiting = (Rectangle((0, 0), 1, 1, color=shade) for shade in (FINAL, *colors, WAITING))
+    handles: list[Any] = [final, tuple(swept), waiting]
     figure.legend(
-        [final, tuple(swept), waiting], ["final", "swept", "waiting"], loc="outside lower center", ncols=3,
+        handles, ["final", "swept", "waiting"], loc="outside lower center", ncols=3,
         handlelength=4, handler_map={tuple: HandlerTuple(ndivide=None, pad=0.2)},
     )  # fmt: skip
     return figure

@@ -219,7 +219,7 @@ def figure(result: dict[str, Any]) -> Figure:
     drawn.supylabel("largest error of an entry")
     for axis in panels:  # once all is drawn: the layout is the last to move it
         lines = {str(line.get_label()): line for line in axis.get_lines()}
-        loops = [(name, float(lines[name].get_xdata()[0])) for name in LOOPS]  # type: ignore[index, arg-type]
+        loops = [(name, float(lines[name].get_xdata()[0])) for name in LOOPS]
         heights = [10.0**power for power in range(-6, 1)]
         place_labels(axis, [
             *(line_label(lines[name]) for name in SAMPLERS),

@@ -58,7 +58,7 @@ def bench_figure(comparisons: Sequence[Comparison]) -> Figure:
         axis.set_axis_off()
     figure.supxlabel("seconds for the batch: median, fastest and slowest round")
     figure.supylabel("largest error of an entry of the images")
-    figure.legend(list(shown.values()), captions, loc="outside lower center", ncols=_COLUMNS)
+    figure.legend(list(shown.values()), captions, loc="outside upper center", ncols=_COLUMNS)
     return figure
 
 

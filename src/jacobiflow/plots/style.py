@@ -46,7 +46,8 @@ INK, FAINT, PAPER = "#222222", "#e6e6e6", "#ffffff"
 FINAL, WAITING = "#a9b5c4", "#f2f2f2"  # of tokens; those that are being swept have their sampler's colour
 TOUGH, EASY = "#3d4a5c", "#a9b5c4"  # of blocks
 ORDERED = matplotlib.colormaps["viridis"]  # of what comes in an order, such as segments
-_GIF_COLORS, _PACE, _HOLD = 64, 70, 3000  # milliseconds
+_EXACT, _NEAR = 24, 40  # colours of an animation
+_PACE, _HOLD = 70, 3000  # milliseconds
 _MARK = {"Software": "jacobiflow"}  # text in our PNGs, by which they are recognised
 
 P = ParamSpec("P")
@@ -180,12 +181,7 @@ def save_png(image: Image.Image | Figure, path: str | Path) -> None:
 def save_gif(frames: Sequence[Image.Image], path: str | Path) -> None:
     """Write frames as a GIF of 14 a second, which starts again after three seconds of the last one; see `save_png`."""
     check_picture(path)
-    # One palette for all: what differs between two frames is then what has changed. The last has most colours.
-    few = [frames[0], frames[len(frames) // 2], frames[-1]]
-    wide = Image.new("RGB", (frames[0].width, frames[0].height * len(few)))
-    for i, frame in enumerate(few):
-        wide.paste(frame, (0, i * frame.height))
-    palette = wide.quantize(_GIF_COLORS)
+    palette = _palette([frames[0], frames[len(frames) // 2], frames[-1]])
     first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     data = io.BytesIO()
     first.save(
@@ -193,6 +189,20 @@ def save_gif(frames: Sequence[Image.Image], path: str | Path) -> None:
         duration=[*[_PACE] * len(others), _HOLD],
     )  # fmt: skip
     write_atomically(path, data.getvalue())
+
+
+def _palette(frames: Sequence[Image.Image]) -> Image.Image:
+    """Colours for all frames, so that what differs between two of them is what has changed: the commonest as they are,
+    which are those of flat areas, and others that come near to the rest.
+    """
+    wide = Image.new("RGB", (frames[0].width, frames[0].height * len(frames)))
+    for i, frame in enumerate(frames):
+        wide.paste(frame, (0, i * frame.height))
+    counted: list[Any] = wide.getcolors(wide.width * wide.height) or []
+    common = [color for _, color in sorted(counted, reverse=True)[:_EXACT]]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([*(value for color in common for value in color), *(wide.quantize(_NEAR).getpalette() or [])])
+    return palette
 
 
 def check_picture(path: str | Path) -> None:
