@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TUTORIALS = ROOT / "docs" / "tutorials"
 LARGEST = 400_000  # bytes of a notebook
 _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\n]*\r(?!\n)")  # colours, and lines that were written over
+_PROGRESS = re.compile(r"^[\d,]+ of [\d,]+ samples, .* a second, .*\n", re.MULTILINE)  # a line every half minute
 _PYTHON = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -58,7 +59,7 @@ def run(path: Path) -> str:
         for number, cell in enumerate(notebook.cells):
             cell.id = f"cell-{number}"
             if cell.cell_type == "code":
-                cell.outputs = [_without_noise(output, str(work)) for output in cell.outputs if _shown(output)]
+                cell.outputs = _joined([_without_noise(output, str(work)) for output in cell.outputs if _shown(output)])
     notebook.metadata = nbformat.from_dict(_PYTHON)
     nbformat.validate(notebook)
     text = nbformat.writes(notebook) + "\n"
@@ -73,12 +74,24 @@ def _shown(output: Any) -> bool:
 
 def _without_noise(output: Any, folder: str) -> Any:
     if output.output_type == "stream":
-        output.text = _TERMINAL.sub("", output.text.replace("\r\n", "\n")).replace(f"{folder}/", "")
+        text = _TERMINAL.sub("", output.text.replace("\r\n", "\n")).replace(f"{folder}/", "")
+        output.text = _PROGRESS.sub("", text)
         return output
     output.metadata = {}
     if "image/png" in output.data:
         output.data = {"image/png": _in_256_colours(output.data["image/png"]), "text/plain": "a picture"}
     return output
+
+
+def _joined(outputs: list[Any]) -> list[Any]:
+    """The outputs, what was printed in pieces as one."""
+    joined: list[Any] = []
+    for output in outputs:
+        if joined and output.output_type == joined[-1].output_type == "stream":
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def _in_256_colours(picture: str) -> str:

@@ -32,7 +32,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "zuko": {"steps": 90},
 }
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+# Commands show warnings as a line.
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("default::UserWarning:jacobiflow")]
 
 
 def notebook(name: str) -> Any:
