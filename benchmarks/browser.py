@@ -22,8 +22,11 @@ RESULT = live_page.ROOT / "docs" / "results" / "browser.json"
 SEEDS, WARM_UP = range(8), 1_000_000  # a seed that does not count: V8 has compiled after it
 LOOPS = ("parallel", "sequential")
 SIZES, REPEATS = (1, 2, 4, 8, 16, 32, 64, 195), 30
-DRAWN = "(({ parallel, sequential, first, arrived }) => { const of = ({ tokens, denoised, ...figures }) => figures; " \
-    "return { parallel: of(parallel), sequential: of(sequential), first, arrived }; })(jacobiflow)"  # fmt: skip
+DRAWN = """(() => {
+  const of = ({ kind, tokens, denoised, ...figures }) => figures;
+  const { parallel, sequential, first, arrived } = jacobiflow;
+  return { parallel: of(parallel), sequential: of(sequential), first, arrived };
+})()"""
 # Milliseconds of calls of some sizes that end at the middle of the sequence, or take all of it, on one thread.
 PROFILE = """async ([sizes, repeats]) => {
   const { Solver } = await import("./solver.js");
@@ -31,7 +34,8 @@ PROFILE = """async ([sizes, repeats]) => {
   const model = JSON.parse(new TextDecoder().decode(await read("model.json")));
   const names = [model.weights, model.blocks[0]];
   const files = Object.fromEntries(await Promise.all(names.map(async (name) => [name, await read(name)])));
-  const solver = await Solver.load({ ...model, blocks: [model.blocks[0]], denoise: null }, files, 1);
+  await Solver.start(1);
+  const solver = await Solver.load({ ...model, blocks: [model.blocks[0]], denoise: null }, files);
   const { num_tokens: length, token_channels: c, keys_per_token: s } = model;
   const random = (count) => Float32Array.from({ length: count }, () => Math.random() - 0.5);
   const cost = { calls: 0, evaluations: 0 };

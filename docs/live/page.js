@@ -51,7 +51,7 @@ function connect(worker) {
     arrived: () => ((results.arrived = performance.now()), say("Starting the model …")),
     swept: ({ block, front, order, tokens }) => {
       const settled = (place) => (order === "identity" ? place : model.num_tokens - 1 - place) < front;
-      paint(loops[results.done], tokens, (place) => !settled(place));
+      matchMedia("(prefers-reduced-motion)").matches || paint(loops[results.done], tokens, (place) => !settled(place));
       show(loops[results.done], "progress", `Block ${block}: ${front} of ${model.num_tokens} tokens settled`);
     },
     failed: (error) => settle.reject(error),

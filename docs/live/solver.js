@@ -5,34 +5,35 @@ const tensor = (type, data, dims) => new ort.Tensor(type, data, dims);
 const range = (start, stop) => BigInt64Array.from({ length: stop - start }, (_, i) => BigInt(start + i));
 
 export class Solver {
-  constructor(model, sessions, denoiser) {
-    Object.assign(this, model, { sessions, denoiser });
+  // The runtime, which can be started while the model is on its way: refusing an empty model, it is there.
+  static start(threads) {
+    ort.env.wasm.numThreads = threads;
+    ort.env.wasm.wasmPaths = new URL("ort/", import.meta.url).href;
+    return ort.InferenceSession.create(new Uint8Array()).catch(() => {});
   }
 
   // `files` are the bytes of the exported model's files, by name.
-  static async load(model, files, threads) {
-    ort.env.wasm.numThreads = threads;
-    ort.env.wasm.wasmPaths = new URL("ort/", import.meta.url).href;
-    const options = { externalData: [{ path: model.weights, data: files[model.weights] }] };
-    const open = (name) => ort.InferenceSession.create(files[name], { executionProviders: ["wasm"], ...options });
+  static async load(model, files) {
+    const externalData = [{ path: model.weights, data: files[model.weights] }];
+    const level = (name) => ({ graphOptimizationLevel: name === model.denoise ? "disabled" : "all" }); // it runs once
+    const open = (name) => ort.InferenceSession.create(files[name], { externalData, ...level(name) });
     const sessions = [];
     for (const name of [...model.blocks, model.denoise]) sessions.push(name && (await open(name)));
-    return new Solver(model, sessions, sessions.pop());
+    return Object.assign(new Solver(), model, { denoiser: sessions.pop(), sessions });
   }
 
   // g of entries [first, stop) of x, given the keys of the tokens before first - 1; adds those of the tokens it reads.
   async evaluate(state, first, stop) {
-    const { token_channels: c, keys_per_token: s, guidance, num_classes: classes } = this;
+    const { token_channels: c, keys_per_token: s, guidance, logit_scale, num_classes: classes } = this;
     const { block, x, z, keys, label, cost } = state;
-    const count = stop - first, rows = guidance ? 2 : 1;
-    const temperature = guidance?.attn_temperature ?? 1;
+    const count = stop - first, rows = logit_scale.length;
     const feeds = {
       x: tensor("float32", x.subarray((first - 1) * c, (stop - 1) * c), [count, c]),
       z: tensor("float32", z.subarray(first * c, stop * c), [count, c]),
       places: tensor("int64", range(first - 1, stop - 1), [count]),
       kept: tensor("float32", keys.subarray(0, (first - 1) * s), [first - 1, s]),
       kept_places: tensor("int64", range(0, first - 1), [first - 1]),
-      logit_scale: tensor("float32", Float32Array.of(1, 1 / temperature).subarray(0, rows), [rows]),
+      logit_scale: tensor("float32", Float32Array.from(logit_scale), [rows]),
     };
     const labels = BigInt64Array.of(BigInt(label), BigInt(classes)).subarray(0, rows);
     if (classes) feeds.labels = tensor("int64", labels, [rows]);
@@ -88,9 +89,8 @@ export class Solver {
 
   // The tokens in raster order that `latents` become under `label`, last block first, and what they cost.
   async solve(latents, label, size, tolerance, swept) {
-    let tokens = latents.map((value, i) => value * this.prior_scale[i]);
+    let tokens = latents.map((value, i) => value * this.prior_scale[i]), certificate = 0;
     const cost = { calls: 0, evaluations: 0, certifySeconds: 0 };
-    let certificate = 0;
     for (let block = this.sessions.length - 1; block >= 0; block--) {
       const z = this.permuted(tokens, block);
       const keys = new Float32Array(this.num_tokens * this.keys_per_token);

@@ -16,13 +16,13 @@ async function read(name, arrived) {
 }
 
 async function load({ threads }) {
-  let bytes = 0;
+  let bytes = 0, started = Solver.start(threads);
   const arrived = (more) => postMessage({ kind: "loading", bytes: (bytes += more) });
   const model = JSON.parse(new TextDecoder().decode(await read("model.json", arrived)));
   const names = [model.weights, ...model.blocks, ...(model.denoise ? [model.denoise] : [])];
   const files = Object.fromEntries(await Promise.all(names.map(async (name) => [name, await read(name, arrived)])));
   postMessage({ kind: "arrived" });
-  solver = await Solver.load(model, files, threads);
+  solver = await started.then(() => Solver.load(model, files));
   postMessage({ kind: "ready", model });
 }
 

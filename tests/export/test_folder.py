@@ -29,7 +29,7 @@ def test_every_block_at_any_tokens(classes: int, nvp: bool, guidance: Any, tmp_p
     rows, gen = 1 if guidance is None else 2, torch.Generator().manual_seed(0)
     x, z = torch.randn(2, 1, TOKENS, 4, generator=gen)
     labels = torch.tensor([1]) if classes else None
-    shared = {"logit_scale": np.float32([1, 1 / guidance.attn_temperature] if guidance else [1])}
+    shared = {"logit_scale": np.float32(model["logit_scale"])}
     if classes:
         shared["labels"] = np.array([1, classes][:rows])
     for name, block in zip(model["blocks"], flow.blocks, strict=True):

@@ -26,7 +26,7 @@ def export(flow: TarFlow, out: str | Path, guidance: Guidance | None = None) -> 
     The folder has a graph for each block (see `jacobiflow.export.block_graph`) with a row, or two under `guidance`,
     and, where the flow records the noise of its training, one for the denoising step (`denoising_graph`).
     model.json names these files and says all that a solver needs: the sizes, the order in which each block reads the
-    tokens, the prior's standard deviation of each number, the guidance's weights, and the classes.
+    tokens, the prior's standard deviation of each number, the number of classes, and what guidance adds.
 
     **Raises** `TypeError` where `flow` is no `TarFlow`, `ValueError` where `out` has a model.json that is not of an
     export.
@@ -49,15 +49,13 @@ def export(flow: TarFlow, out: str | Path, guidance: Guidance | None = None) -> 
         "num_classes": config.num_classes,
         "keys_per_token": 2 * config.layers_per_block * rows * config.channels,
         "prior_scale": flow.var.detach().float().sqrt().flatten().tolist(),
+        "logit_scale": [1.0] if guidance is None else [1.0, 1 / guidance.attn_temperature],
         "guidance": None,
         "denoise": None,
     }
     if guidance is not None:
         found = guidance.extrapolation(flow.var.new_zeros(1, config.num_tokens, 1))
-        manifest["guidance"] = {
-            "log_scale": found.log_scale.tolist(), "shift": found.shift.tolist(),
-            "attn_temperature": found.attn_temperature,
-        }  # fmt: skip
+        manifest["guidance"] = {"log_scale": found.log_scale.tolist(), "shift": found.shift.tolist()}
     if config.noise_std:
         manifest["denoise"] = "denoise.onnx"
         graphs["denoise.onnx"] = denoising_graph(flow, weights)
