@@ -24,7 +24,7 @@ def export(
 
     Needs the extra: pip install 'jacobiflow[onnx]'.
 
-    Example: jacobiflow export --model fashion-p2 --guidance 3 --attn-temperature 1.4 --out out/onnx
+    Example: jacobiflow export --model fashion-p2 --guidance 3 --out out/onnx
     """
     try:
         from jacobiflow.export import export as write
