@@ -40,17 +40,16 @@ PROFILE = """async ([sizes, repeats]) => {
   const random = (count) => Float32Array.from({ length: count }, () => Math.random() - 0.5);
   const cost = { calls: 0, evaluations: 0 };
   const state = { block: 0, x: random(length * c), z: random(length * c), keys: random(length * s), label: 0, cost };
-  const found = {};
-  for (const size of sizes) {
-    const first = Math.max(1, Math.min(length >> 1, length - size)), times = [];
-    for (let i = -repeats; i < repeats; i++) {
+  const times = Object.fromEntries(sizes.map((size) => [size, []]));
+  for (let i = -repeats; i < repeats; i++) // the first half does not count: V8 compiles in it
+    for (const size of sizes) {
+      const first = Math.max(1, Math.min(length >> 1, length - size));
       const started = performance.now();
       for (let k = 0; k < 10; k++) await solver.evaluate(state, first, first + size);
-      if (i >= 0) times.push((performance.now() - started) / 10);
+      if (i >= 0) times[size].push((performance.now() - started) / 10);
     }
-    found[size] = times.sort((a, b) => a - b)[repeats >> 1];
-  }
-  return found;
+  const median = (all) => all.sort((a, b) => a - b)[all.length >> 1];
+  return Object.fromEntries(sizes.map((size) => [size, median(times[size])]));
 }"""
 
 
