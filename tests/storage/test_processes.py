@@ -61,8 +61,8 @@ for last in (6, None):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_two_processes_that_are_killed_write_what_one_does(tmp_path: Path) -> None:
-    options = ["sample", "--model", "digits-p1", "--num", str(NUM), "--strategy", "jacobi-3", "--batch-size", "1"]
-    options += ["--shard-size", "1", "--out", "samples", "--json", "f.json"]
+    options = ["sample", "--model", "digits-p1", "--plain", "--num", str(NUM), "--strategy", "jacobi-3"]
+    options += ["--batch-size", "1", "--shard-size", "1", "--out", "samples", "--json", "f.json"]
     driver = subprocess.run(
         [sys.executable, "-c", DRIVER, *options], env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path,
         capture_output=True, text=True, timeout=300,
