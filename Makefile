@@ -64,7 +64,7 @@ GUIDED := --guidance 3 --attn-temperature 1.4
 CALIBRATE := $(BIN)/jacobiflow calibrate --model fashion-p2 --images fashion-512
 calibration: setup
 	$(CALIBRATE) --per-class --chord --out src/jacobiflow/models/fashion-p2/report.json --json docs/results/calibration.json
-	$(CALIBRATE) $(GUIDED) --chord --out src/jacobiflow/models/fashion-p2/report-guided.json \
+	$(CALIBRATE) $(GUIDED) --num 256 --traced 8 --chord --out src/jacobiflow/models/fashion-p2/report-guided.json \
 		--json docs/results/calibration-guided-3.json
 	$(BIN)/jacobiflow calibrate --model digits-p1 --images digits --chord --out src/jacobiflow/models/digits-p1/report.json
 	$(BIN)/jacobiflow calibrate --model digits-maf --images digits --chord \
