@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import live_page
-from playwright.sync_api import Browser, Page, sync_playwright
+from chromium import chromium, served
+from playwright.sync_api import Browser, Page
 
 from jacobiflow.files import write_json
 from jacobiflow.measuring import machine
@@ -90,11 +91,11 @@ def measure(browser: Browser, address: str, threads: int) -> dict[str, Any]:
 
 def main() -> None:
     """A row for each number of threads, the profile of calls, and the sizes of the page's files in bytes."""
-    with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         live_page.build(folder)
-        with live_page.serving(folder) as address:
-            browser = playwright.chromium.launch(executable_path=live_page.CHROMIUM, args=[*live_page.QUIET])
+        with served(folder) as server, chromium() as browser:
+            address = f"{server}/index.html"
             rows = [measure(browser, address, threads) for threads in sorted({1, min(os.cpu_count() or 1, 8)})]
             page = browser.new_page()
             page.goto(f"{address}?threads=1")
@@ -104,12 +105,12 @@ def main() -> None:
                 for part in (".", "model", "ort")
             }
             version = browser.version
-            browser.close()
     write_json(
         RESULT,
         {
-            "model": live_page.MODEL, "chromium": version, "runtime": live_page.PACKAGE, "seeds": len(SEEDS),
-            "machine": machine(), "bytes": sizes, "rows": rows, "call_milliseconds": profile,
+            "command": "python benchmarks/browser.py", "model": live_page.MODEL, "chromium": version,
+            "runtime": f"{live_page.RUNTIME}@{live_page.VERSION}", "machine": machine(), "seeds": len(SEEDS),
+            "bytes": sizes, "rows": rows, "call_milliseconds": profile,
         },
     )  # fmt: skip
     for row in rows:

@@ -7,10 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from chromium import CHROMIUM, chromium
 
-CHROMIUM = Path("/usr/bin/chromium")
-OPTIONS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-           "--disable-sync", "--no-first-run")  # fmt: skip
 SEEN = """() => { const text = element => element.textContent; return {
     title: document.title,
     command: text(document.querySelector("pre")),
@@ -26,12 +24,10 @@ def read_page(path: Path) -> SimpleNamespace:
 
     Fails where the page asks for anything but its file, complains, runs a script, or is wider than its window.
     """
-    playwright = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM.exists():
-        pytest.skip(f"no {CHROMIUM}")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
     address, requests, messages = path.resolve().as_uri(), [], []
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.on("request", lambda request: requests.append(request.url))
         page.on("console", lambda message: messages.append(message.text))
@@ -42,7 +38,6 @@ def read_page(path: Path) -> SimpleNamespace:
             page.set_viewport_size({"width": width, "height": 900})
             assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate("document.scripts.length") == 0
-        browser.close()
     assert messages == []
     assert [url for url in requests if not url.startswith("data:")] == [address]
     assert min(seen["images"]) > 0

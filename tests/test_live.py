@@ -8,7 +8,8 @@ from pathlib import Path
 import live_page
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, sync_playwright
+from chromium import CHROMIUM, chromium, served
+from playwright.sync_api import Browser, Page
 
 import jacobiflow as jf
 
@@ -16,23 +17,21 @@ LIVE = Path(__file__).resolve().parent.parent / "docs" / "live"
 DRAWN = "({ ...jacobiflow, latents: [...jacobiflow.latents], parallel: { ...jacobiflow.parallel, denoised: " \
     "[...jacobiflow.parallel.denoised] }, sequential: { ...jacobiflow.sequential, denoised: " \
     "[...jacobiflow.sequential.denoised] } })"  # fmt: skip
-pytestmark = pytest.mark.skipif(live_page.CHROMIUM is None, reason="no Chromium is installed")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("live")
     live_page.build(folder)
-    with live_page.serving(folder) as address:
-        yield address
+    with served(folder) as address:
+        yield f"{address}/index.html"
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=live_page.CHROMIUM, args=[*live_page.QUIET])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +67,7 @@ def test_pictures_are_those_of_python(page: Page) -> None:
     assert abs(float(latents.std()) - 1) < 0.1
     labels = torch.tensor([8])
     expected = jf.sample(
-        flow, latents=latents, labels=labels, guidance=live_page.GUIDANCE, strategy="sequential", denoise=1.0
+        flow, latents=latents, labels=labels, guidance=flow.recommended.guidance, strategy="sequential", denoise=1.0
     ).images
     for loop in ("parallel", "sequential"):
         tokens = torch.tensor(drawn[loop]["denoised"]).view(latents.shape)

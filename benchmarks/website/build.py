@@ -10,13 +10,15 @@ from pathlib import Path
 
 import live_page
 import tomllib
+from npm import npm_files
 
 from website.commands import markdown_of_commands
 from website.notebooks import markdown_of
 from website.pages import MERMAID, ROOT, Pages
-from website.vendor import vendor_mermaid
 
 _CONFIG = ROOT / "docs/zensical.toml"
+_MERMAID_VERSION = "12.3.0"
+_MERMAID_SHA512 = "4113TdXeLAsMruJ79OpFL5O8+LTFXhQqZ260rF3tgUmiNAtRm4Uume04I+65PRN6yZ69J4f8rVYWW8zRk65UYw=="
 
 
 def build(out: Path) -> Path:
@@ -54,5 +56,6 @@ def gather(pages: Pages) -> None:
 
 def complete(site: Path) -> None:
     """Adds what needs a network or the library: Mermaid, and the page that solves in the browser."""
-    shutil.copyfile(vendor_mermaid(ROOT / "out/vendor" / MERMAID), site / MERMAID)
+    (mermaid,) = npm_files("mermaid", _MERMAID_VERSION, _MERMAID_SHA512, [MERMAID])
+    shutil.copyfile(mermaid, site / MERMAID)
     live_page.build(site / "live")

@@ -23,7 +23,7 @@ def test_it_writes_a_model_that_sample_takes(run: Any, tmp_path: Path) -> None:
     written = {"README.md", "checkpoint.pt", "config.json", "metrics.jsonl", "model.safetensors", "samples-000002.png"}
     assert set(os.listdir(tmp_path / "run")) == written
     with Image.open(tmp_path / "run" / "samples-000002.png") as sheet:
-        assert sheet.size == (10 * (28 * 2 + 2) + 2, 2 * (28 * 2 + 2) + 2)
+        assert sheet.size == (10 * (28 * 4 + 4) + 4, 2 * (28 * 4 + 4) + 4)
     shown = figures(tmp_path / "f")
     assert shown["last_step"]["step"] == shown["training"]["steps"] == 3
     assert (shown["num_classes"], shown["noise_std"], shown["training"]["noise"]["kind"]) == (10, 0.1, "gaussian")

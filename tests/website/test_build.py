@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("zensical", reason="needs Python 3.11")
 
+from chromium import CHROMIUM, chromium, served
 from website.build import build
 from website.links import problems
-from website.screenshots import CHROMIUM, chromium, served
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +26,7 @@ def test_commands_have_their_help(site):
     assert "--tolerance" in text and "jacobiflow sample --model fashion-p2" in text
 
 
-@pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="no Chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_search_finds(site):
     with served(site) as address, chromium() as browser:
         page = browser.new_page()
