@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: setup demo test lint mutants benchmark regimes calibration flows reliability evaluation evaluation-in-pytorch \
-	tutorials figures docs clean
+	browser tutorials figures docs clean
 
 setup: $(INSTALLED)
 
@@ -117,6 +117,12 @@ evaluation-in-pytorch: setup
 # Runs the notebooks of docs/tutorials, and keeps their outputs (five minutes on two idle cores).
 tutorials: setup
 	$(BIN)/python benchmarks/run_tutorials.py
+
+# Times the page that solves in the browser, in Chromium (five minutes on two idle cores).
+browser: setup
+	$(BIN)/python benchmarks/browser.py
+	$(BIN)/python benchmarks/performance_page.py
+	$(BIN)/python benchmarks/prose.py
 
 # Redraws the figures of docs/solvers.md, and front.gif and front.png.
 figures: setup
