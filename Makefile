@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: setup demo test lint mutants benchmark regimes calibration flows reliability evaluation evaluation-in-pytorch \
-	browser tutorials figures docs clean
+	browser fresh-clone tutorials figures docs clean
 
 setup: $(INSTALLED)
 
@@ -44,11 +44,11 @@ mutants: setup
 benchmark: setup
 	$(BIN)/python benchmarks/performance.py
 	$(BIN)/python benchmarks/growth.py
-	$(BIN)/python benchmarks/performance_page.py
 	$(BIN)/jacobiflow sample --model fashion-p2 --num 20 --compare --overwrite --out out/demo --json docs/results/demo.json
 	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels 9 --compare --overwrite --out out/demo-one \
 		--json docs/results/demo-one.json
 	cp out/demo/samples.png docs/figures/demo.png
+	$(BIN)/python benchmarks/performance_page.py
 	$(BIN)/python benchmarks/readme.py
 	$(BIN)/python benchmarks/prose.py
 
@@ -113,6 +113,11 @@ evaluation-in-pytorch: setup
 		--images fashion-mnist --out out/evaluation --json docs/results/evaluation.json
 	$(BIN)/python benchmarks/evaluation_page.py
 	$(BIN)/python benchmarks/prose.py
+
+# Times `make demo` and `make test` in a fresh clone with an empty cache.
+fresh-clone: setup
+	$(BIN)/python benchmarks/fresh_clone.py
+	$(BIN)/python benchmarks/readme.py
 
 # Runs the notebooks of docs/tutorials, and keeps their outputs (five minutes on two idle cores).
 tutorials: setup

@@ -1,7 +1,7 @@
 """Puts results into docs/performance.md: `python benchmarks/performance_page.py`.
 
-They are performance.json, growth.json, regimes.json and loop-profile.json of docs/results. Also draws
-error-against-time.png and regimes.png in docs/figures.
+They are performance.json, growth.json, demo.json, demo-one.json, browser.json, regimes.json and loop-profile.json of
+docs/results. Also draws error-against-time.png and regimes.png in docs/figures.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import newcomer_page
 import regimes_page
 from filling import fill, measured_on, table
 from matplotlib.axes import Axes
@@ -253,45 +254,15 @@ def load(name: str) -> dict[str, Any]:
     return found
 
 
-def browser(result: dict[str, Any]) -> str:
-    """Both loops of the page that solves in the browser, and what a call takes by its tokens."""
-    sizes, machine, calls = result["bytes"], result["machine"], result["call_milliseconds"]
-    lines = [
-        f"Medians over {result['seeds']} seeds in headless Chromium {result['chromium']} with {result['runtime']}, on "
-        f"{machine['cores']} cores of {machine['processor']}. The page is {sizes['.'] / 1e3:.0f} kB, the model "
-        f"{sizes['model'] / 1e6:.1f} MB, the runtime {sizes['ort'] / 1e6:.1f} MB. Seconds of the parallel loop include "
-        "its certificates; those of the sequential loop do not. *First picture* is counted from the model's arrival.\n",
-        "| threads | parallel: calls | seconds | sequential: calls | seconds | times as fast | largest certificate | "
-        "first picture (s) |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in result["rows"]:
-        loops = [row[loop] for loop in ("parallel", "sequential")]
-        cells = [text for loop in loops for text in (f"{loop['calls']:,.0f}", f"{loop['seconds']:.2f}")]
-        lines.append(
-            f"| {row['threads']} | {' | '.join(cells)} | {row['ratio']:.2f}x | {row['worst_certificate']:.1e} | "
-            f"{row['first_picture_seconds']:.1f} |"
-        )
-    tokens = " | ".join(calls)
-    return "\n".join(
-        [
-            *lines,
-            "\nMilliseconds of a call of one block on one thread, both rows of guidance, by its tokens:\n",
-            f"| tokens | {tokens} |",
-            f"| --- |{' ---: |' * len(calls)}",
-            f"| a call | {' | '.join(f'{found:.2f}' for found in calls.values())} |",
-            f"| a token | {' | '.join(f'{found / int(size):.3f}' for size, found in calls.items())} |",
-        ]
-    )
-
-
 def parts() -> dict[str, str]:
     """What the page shows of the result files, by its marks."""
     result = load("performance")
     found = {"machine": measured_on(result["machine"])}
     for part in (headline, peers, without, tough, counts, guided, profile, compiled):
         found[part.__name__] = part(result)
-    found |= {"growth": growth(load("growth")), "browser": browser(load("browser"))}
+    found["growth"] = growth(load("growth"))
+    demos = "\n\n".join(newcomer_page.demo(load(name)) for name in ("demo", "demo-one"))
+    found |= {"demo": demos, "browser": newcomer_page.browser(load("browser"))}
     return found | regimes_page.parts(load("regimes"), load("loop-profile"))
 
 

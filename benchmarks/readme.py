@@ -57,28 +57,6 @@ def _lasts(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"
 
 
-def demo(name: str) -> str:
-    """The table and the line that `jacobiflow sample --compare --json` gave."""
-    figures = json.loads((ROOT / "docs" / "results" / name).read_text())
-    num, runs = figures["num"], figures["runs"]
-    lines = [
-        f"{num} image{'s' * (num > 1)} at batch {figures['batch_size']}:\n",
-        "| strategy | seconds | images/s | network calls | token evaluations | certificate | re-solved |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for strategy, run in runs.items():
-        cells = [strategy, f"{run['seconds']:.3f}", f"{run['images_per_second']:.1f}"]
-        if "certificate" in run:
-            certificate = "exact" if run["exact"] else f"{run['certificate']:.1e}"
-            cells += [f"{run['network_calls']:,}", f"{run['token_evaluations']:,}", certificate]
-            cells.append(str(run["resolved_sequentially"]))
-        lines.append(f"| {' | '.join(cells + [''] * (7 - len(cells)))} |")
-    (name, own), (_, ours) = ((name, run["seconds"]) for name, run in runs.items())
-    error = "error max {max:.1e}, mean {mean:.1e}".format(**figures["error"])
-    lines.append(f"\n{own / ours:.1f} times as fast as the original code's loop, {name}; {error}.")
-    return "\n".join(lines)
-
-
 def speed(result: dict[str, Any]) -> str:
     """Seconds by batch, and how many times faster than the original's loop."""
     machine, within = result["machine"], 1e-3
@@ -175,10 +153,9 @@ def quality(result: dict[str, Any]) -> str:
 
 def parts() -> dict[str, str]:
     """What the page shows of the result files, by its marks."""
-    demos = "\n\n".join(demo(name) for name in ("demo.json", "demo-one.json"))
     return {
         "three": three(_result("performance"), _result("drop-in"), _result("drop-in-sizes")),
-        "commands": commands(_result("fresh-clone")), "demo": demos,
+        "commands": commands(_result("fresh-clone")),
         "drop-in": drop_in(_result("drop-in")), "drop-in-sizes": sizes(_result("drop-in-sizes")),
         "speed": speed(_result("performance")),
         "quality": quality(_result("comparison")),

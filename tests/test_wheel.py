@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def test_the_wheel_holds_the_package_its_data_and_its_licences(wheel: Path) -> N
     assert sum(sizes.values()) < 24e6
 
 
-def test_the_wheel_alone_draws_samples_from_every_bundled_model(wheel: Path, tmp_path: Path) -> None:
+def test_the_wheel_alone_draws_samples_and_runs_the_readme(wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "env", symlinks=os.name != "nt")
     scripts = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin")
     pip = [sys.executable, "-m", "pip", "--python", scripts / "python"]
@@ -110,6 +111,10 @@ def test_the_wheel_alone_draws_samples_from_every_bundled_model(wheel: Path, tmp
         assert drawn["finite"], name
         assert drawn["certificate"] <= 1e-3, name
         assert 0.3 < drawn["spread"] < 1.5, f"{name}: no images"
+
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        said = check_output([scripts / "python", "-c", code], tmp_path)
+        assert said.splitlines() == re.findall(r"^# (.*)$", code.split("print(")[-1], re.MULTILINE)
 
     command = [scripts / "jacobiflow", "sample", "--model", "digits-p1", "--num", "2", "--out", "drawn"]
     said = check_output(command, tmp_path)
