@@ -107,7 +107,8 @@ else if (!crossOriginIsolated && !query.has("threads") && navigator.serviceWorke
   await navigator.serviceWorker.register("isolate.js").then(() => navigator.serviceWorker.ready).catch(() => {});
   location.reload();
 } else {
-  const most = crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, MOST_THREADS) : 1;
+  const cores = navigator.hardwareConcurrency; // on two of them, one thread has the first picture sooner
+  const most = crossOriginIsolated && cores > 2 ? Math.min(cores, MOST_THREADS) : 1;
   threads = Number(query.get("threads")) || most;
   const worker = new Worker("worker.js", { type: "module" });
   ask = connect(worker);
