@@ -108,8 +108,7 @@ else if (!crossOriginIsolated && !query.has("threads") && navigator.serviceWorke
   location.reload();
 } else {
   const cores = navigator.hardwareConcurrency; // on two of them, one thread has the first picture sooner
-  const most = crossOriginIsolated && cores > 2 ? Math.min(cores, MOST_THREADS) : 1;
-  threads = Number(query.get("threads")) || most;
+  threads = Number(query.get("threads")) || (crossOriginIsolated && cores > 2 ? Math.min(cores, MOST_THREADS) : 1);
   const worker = new Worker("worker.js", { type: "module" });
   ask = connect(worker);
   $("form").addEventListener("submit", (event) => (event.preventDefault(), draw()));
