@@ -1,6 +1,6 @@
-"""Pictures of every page of the built site, on a desktop and on a phone: `python benchmarks/website/screenshots.py`.
+"""Pictures of every page of the built site, on a desktop and on a phone: `python -m website.screenshots`.
 
-They are written to out/screenshots. A page that is wider than its window is named.
+They are written to out/screenshots. A page that is wider than its window is named. benchmarks/ has to be in PYTHONPATH.
 """
 
 from __future__ import annotations
