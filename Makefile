@@ -99,7 +99,7 @@ evaluation: setup
 	$(BIN)/python benchmarks/search_guidance.py digits-maf
 	$(BIN)/python benchmarks/batch_sizes.py
 	$(BIN)/jacobiflow compare --model fashion-p2 $(GUIDED) --denoise 1 --strategy auto \
-		--strategy "Selective Jacobi Decoding" --strategy STARFlow --repeats 3 --final 10000 --out out/comparison \
+		--strategy "Selective Jacobi Decoding" --strategy STARFlow --repeats 3 --out out/comparison \
 		--json docs/results/comparison.json
 	$(BIN)/python benchmarks/evaluation_page.py
 	$(BIN)/python benchmarks/readme.py
