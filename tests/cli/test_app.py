@@ -66,7 +66,6 @@ def test_the_version_is_the_installed_one(run: Any) -> None:
 
 
 def test_a_shell_completes_commands_and_options(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "complete_bash" in run("--show-completion bash").out
     for words, completed in (("jacobiflow cali", "calibrate"), ("jacobiflow sample --tol", "--tolerance")):
         monkeypatch.setenv("COMP_WORDS", words)
         monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
