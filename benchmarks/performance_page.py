@@ -108,7 +108,7 @@ def made_of(plan: dict[str, int]) -> str:
     pieces = ", ".join(
         f"{word} in {plan[key]}" for key, word in (("bfloat16", "bfloat16"), ("fitted", "fitted")) if plan[key]
     )
-    loop = f"the loop in {plan['loop']} blocks, " if plan["loop"] else ""
+    loop = f"the loop in {plan['loop']} block{'s' * (plan['loop'] > 1)}, " if plan["loop"] else ""
     return f"{loop}sweeps in {plan['swept']}" + (f" ({pieces})" if pieces else "")
 
 
