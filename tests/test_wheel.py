@@ -88,6 +88,7 @@ def test_the_wheel_holds_the_package_its_data_and_its_licences(wheel: Path) -> N
     licences = sorted(name.split("/", 2)[2] for name in sizes if ".dist-info/licenses/" in name)
     assert licences == ["LICENSE", "src/jacobiflow/data/FASHION_MNIST_LICENSE"]
     assert "License-Expression: Apache-2.0" in text
+    assert re.findall(r"\]\((?!https://|#)[^)]*", text) == [], "links that PyPI does not resolve"
     assert not any("test" in part for name in sizes for part in name.split("/"))
     assert sum(sizes.values()) < 24e6
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from jacobiflow.checks import check_count, check_number
 from jacobiflow.denoising import check_rate, denoised
-from jacobiflow.flows.base import AffineBlock, Block
+from jacobiflow.flows.base import Block
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.guidance import Guidance, check_guidance, guided
-from jacobiflow.inversion import prior_tokens
-from jacobiflow.solvers import Sequential, Solver, Tolerance, Whole, Window, solve, solve_certified
+from jacobiflow.inversion import invert, prior_tokens
+from jacobiflow.solvers import Sequential, Solution, Solver, Tolerance, Whole, Window, solve, solve_certified
 
 _LOOP = Solver(Sequential())
 _MOST = 256  # states of a solve that are kept, and one: of longer sequences every second, third .. one
@@ -124,44 +124,35 @@ def record(
         flow.check_labels(labels, len(latents))
         labels = labels.to(flow.var.device)
     blocks = [guided(each, guidance) for each in flow.blocks]
-    z = prior_tokens(flow, latents)
-    for i in reversed(range(block + 1, flow.config.num_blocks)):
-        order = flow.blocks[i].permutation
-        z = order(solve(blocks[i], order(z), _LOOP, labels).x)
-    z = flow.blocks[block].permutation(z)
-    sweeps = solve(blocks[block], z, solvers["jacobi"], labels).sample_sweeps
-    median = int(sweeps.argsort(stable=True)[len(z) // 2])
-    z, context = z[median : median + 1], None if labels is None else labels[median : median + 1]
+    stride = -(-flow.config.num_tokens // _MOST)
+    rows, solved = labels, dict[str, tuple[_Recorder, Solution]]()  # labels of the rows that are solved now
+
+    def solve_block(i: int, z: Tensor) -> Tensor:
+        """The solution; at `block`, every state on the way there, which the remaining blocks take further."""
+        nonlocal rows
+        if i != block:
+            return solve(blocks[i], z, _LOOP, rows, slots=_ROWS).x
+        order = solve(blocks[i], z, solvers["jacobi"], rows).sample_sweeps.argsort(stable=True)
+        median = order[len(z) // 2].view(1).to(z.device)
+        rows = None if rows is None else rows[median]
+        for name, solver in solvers.items():
+            recorder = _Recorder(blocks[i], stride)
+            solved[name] = recorder, solve_certified(recorder, z[median], solver, rows, tolerance=tolerance)
+            recorder.states.append(solved[name][1].x)
+        states = torch.cat([state for recorder, _ in solved.values() for state in recorder.states])
+        rows = None if rows is None else rows.expand(len(states))
+        return states
+
+    images = flow.to_images(invert(flow, prior_tokens(flow, latents), solve_block))
+    images = denoised(flow, images, rows, denoise, _ROWS) if denoise else images
+    tokens = torch.arange(flow.config.num_tokens, device=flow.var.device).view(1, -1, 1)
+    positions = flow.blocks[block].permutation(tokens).flatten()
+    parts = images.split([len(recorder.states) for recorder, _ in solved.values()])
     return {
-        name: _course(flow, blocks, block, z, solver, context, denoise, tolerance) for name, solver in solvers.items()
-    }
-
-
-def _course(
-    flow: ImageFlow, blocks: list[AffineBlock], i: int, z: Tensor, solver: Solver, context: Tensor | None,
-    denoise: float, tolerance: float,
-) -> Course:  # fmt: skip
-    stride = -(-z.shape[1] // _MOST)
-    recorder = _Recorder(blocks[i], stride)
-    solution = solve_certified(recorder, z, solver, context, tolerance=tolerance)
-    states = torch.cat((*recorder.states, solution.x))
-    images = torch.cat([_images(flow, blocks, i, part, context, denoise) for part in states.split(_ROWS)])
-    tokens = torch.arange(z.shape[1], device=z.device).view(1, -1, 1)
-    return Course(
-        i, None if context is None else int(context), (*range(0, len(recorder.runs), stride), len(recorder.runs)),
-        states, tuple(recorder.runs), images, flow.blocks[i].permutation(tokens).flatten(), tolerance,
-        float(solution.residual),
-    )  # fmt: skip
-
-
-def _images(
-    flow: ImageFlow, blocks: list[AffineBlock], i: int, x: Tensor, context: Tensor | None, denoise: float
-) -> Tensor:
-    """What the blocks below `i` make of its states `x`."""
-    labels = None if context is None else context.expand(len(x))
-    x = flow.blocks[i].permutation(x)
-    for j in reversed(range(i)):
-        order = flow.blocks[j].permutation
-        x = order(solve(blocks[j], order(x), _LOOP, labels).x)
-    images = flow.to_images(x)
-    return denoised(flow, images, labels, denoise, _ROWS) if denoise else images
+        name: Course(
+            block, None if rows is None else int(rows[0]),
+            (*range(0, len(recorder.runs), stride), len(recorder.runs)), torch.cat(recorder.states),
+            tuple(recorder.runs), part, positions, tolerance, float(solution.residual),
+        )
+        for (name, (recorder, solution)), part in zip(solved.items(), parts, strict=True)
+    }  # fmt: skip
