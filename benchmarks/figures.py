@@ -148,13 +148,15 @@ def main() -> None:
     config = flow.requires_grad_(False).config
     latents = draw_latents(SAMPLE + 1, config.num_tokens, config.token_channels, seed=0)[-1:]
     asked = flow.recommended
-    courses = record(flow, config.num_blocks - 1, latents, torch.tensor([LABEL]), asked.guidance, asked.denoise)
+    trajectories = record(flow, config.num_blocks - 1, latents, torch.tensor([LABEL]), asked.guidance, asked.denoise)
     block = config.num_blocks - 1
     title = f"fashion-p2: one image from the same noise, {config.num_tokens} tokens, through block {block}"
-    save_png(front_still(title, courses), OUT / "front.png")
-    save_gif(front_frames(title, courses), OUT / "front.gif")
-    for name, course in courses.items():
-        print(f"{name}: {course.calls} calls, {course.token_evaluations:,} evaluations, {course.certificate:.1e}")
+    save_png(front_still(title, trajectories), OUT / "front.png")
+    save_gif(front_frames(title, trajectories), OUT / "front.gif")
+    for name, found in trajectories.items():
+        print(
+            f"{name}: {found.calls} calls, {found.token_evaluations:,} evaluations, {found.certificate:.1e}"
+        )
 
 
 if __name__ == "__main__":

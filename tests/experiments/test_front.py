@@ -1,4 +1,4 @@
-"""The course of a block's solve: every call's state, and where it ends."""
+"""The trajectory of a block's solve: the state of every call, and where it ends."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ import jacobiflow as jf
 from jacobiflow.experiments.front import record
 
 
-def test_courses_end_at_the_exact_images_and_settle_token_by_token() -> None:
+def test_trajectories_end_at_the_exact_images_and_settle_token_by_token() -> None:
     flow, guidance = make_flow(num_classes=3, noise_std=0.1, num_blocks=3), jf.Guidance(0.4)
     z, labels = latents(flow, 3), torch.tensor([0, 2, 1])
-    courses = record(flow, 1, z, labels, guidance, denoise=1.0, tolerance=1e-4)
-    assert list(courses) == ["sequential", "window:2", "jacobi"]
+    trajectories = record(flow, 1, z, labels, guidance, denoise=1.0, tolerance=1e-4)
+    assert list(trajectories) == ["sequential", "window:2", "jacobi"]
     exact = jf.sample(
         flow, latents=z, labels=labels, strategy="sequential", guidance=guidance, denoise=1.0, progress=False
     ).images
-    one = next(i for i in range(3) if torch.allclose(exact[i], courses["sequential"].images[-1], atol=1e-9))
-    for course in courses.values():
-        assert (course.block, course.label) == (1, int(labels[one]))
-        assert course.after == tuple(range(course.calls + 1)) and len(course.states) == len(course.images)
-        assert (course.images[-1] - exact[one]).abs().max() < 0.05
-        assert course.certificate <= 1e-4
-        settled = course.settled.numpy()
+    one = next(i for i in range(3) if torch.allclose(exact[i], trajectories["sequential"].images[-1], atol=1e-9))
+    for trajectory in trajectories.values():
+        assert (trajectory.block, trajectory.label) == (1, int(labels[one]))
+        assert trajectory.after == tuple(range(trajectory.calls + 1)) and len(trajectory.states) == len(
+            trajectory.images
+        )
+        assert (trajectory.images[-1] - exact[one]).abs().max() < 0.05
+        assert trajectory.certificate <= 1e-4
+        settled = trajectory.settled.numpy()
         assert settled[-1].all() and (np.diff(settled.astype(int), axis=0) >= 0).all()
         assert all(settled[k, :k].all() for k in range(16)), "Proposition 1: k calls make k tokens right"
-    loop, jacobi = courses["sequential"], courses["jacobi"]
+    loop, jacobi = trajectories["sequential"], trajectories["jacobi"]
     assert loop.runs == tuple((t, t + 1) for t in range(16)) and loop.certificate == 0
     assert all(torch.equal(loop.states[k, :k], loop.states[-1, :k]) for k in range(17))
     assert jacobi.runs[0] == jacobi.runs[-1] == (0, 16), "first sweep, and the pass that certifies"

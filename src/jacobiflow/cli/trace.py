@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jacobiflow.calibration import Report
 from jacobiflow.cli import options, paths
-from jacobiflow.experiments.front import Course, record
+from jacobiflow.experiments.front import Trajectory, record
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.latents import draw_latents
 from jacobiflow.locking import locked
@@ -93,8 +93,8 @@ def trace(
     )
     with locked(out):
         pictures, rows = _draw(flow, found, plan, draw, rate)
-        title, courses = _front(flow, found, model, num, classes, seed, rate)
-        pictures["front.png"], frames = front_still(title, courses), front_frames(title, courses)
+        title, trajectories = _front(flow, found, model, num, classes, seed, rate)
+        pictures["front.png"], frames = front_still(title, trajectories), front_frames(title, trajectories)
         for name in _PICTURES:
             if name == _ANIMATION:
                 save_gif(frames, out / name)
@@ -110,14 +110,14 @@ def trace(
 
 def _front(
     flow: ImageFlow, report: Report, model: str, num: int, labels: Tensor | None, seed: int, rate: float
-) -> tuple[str, dict[str, Course]]:
+) -> tuple[str, dict[str, Trajectory]]:
     """A title, and how the slowest block is solved for the one of `num` samples that takes the median of sweeps."""
     sweeps = report.slowest_sweeps("noise", _TOLERANCE)
     block = max(range(flow.config.num_blocks), key=sweeps.__getitem__)
     latents = draw_latents(num, flow.config.num_tokens, flow.config.token_channels, seed)
-    courses = record(flow, block, latents, labels, report.settings.guidance, rate)
+    trajectories = record(flow, block, latents, labels, report.settings.guidance, rate)
     title = f"{Path(model).name}: one image from the same noise, {flow.config.num_tokens} tokens, through block {block}"
-    return title, courses
+    return title, trajectories
 
 
 def _plan(flow: ImageFlow, strategy: str | None, num: int, report: Report) -> Strategy:

@@ -24,7 +24,7 @@ _ROWS = 64  # states whose pictures are made together
 
 
 @dataclass(frozen=True)
-class Course:
+class Trajectory:
     """One solve of one block at one latent, state by state.
 
     **Attributes:**
@@ -89,8 +89,8 @@ class _Recorder:
 def record(
     flow: ImageFlow, block: int, latents: Float[Tensor, "n t d"], labels: Int[Tensor, " n"] | None = None,
     guidance: Guidance | None = None, denoise: float = 0.0, tolerance: float = 1e-3, window: int | None = None,
-) -> dict[str, Course]:  # fmt: skip
-    """A `Course` of `block` token by token, by a window and by Jacobi iteration.
+) -> dict[str, Trajectory]:  # fmt: skip
+    """A `Trajectory` of `block` token by token, by a window and by Jacobi iteration.
 
     The block is solved at the solution of those that are sampled before it, for that one of the `latents` whose number
     of Jacobi sweeps is the median. The latter two are swept to half the tolerance, and certified to it; the passes that
@@ -104,7 +104,7 @@ def record(
     - `tolerance`: largest residual, and how near to its end a token counts as settled.
     - `window`: tokens in the window, a sixth of all by default.
 
-    **Returns** the courses by the names of their strategies.
+    **Returns** the trajectories by the names of their strategies.
 
     **Raises** `ValueError` or `TypeError` where these do not fit the flow.
     """
@@ -149,7 +149,7 @@ def record(
     positions = flow.blocks[block].permutation(tokens).flatten()
     parts = images.split([len(recorder.states) for recorder, _ in solved.values()])
     return {
-        name: Course(
+        name: Trajectory(
             block, None if rows is None else int(rows[0]),
             (*range(0, len(recorder.runs), stride), len(recorder.runs)), torch.cat(recorder.states),
             tuple(recorder.runs), part, positions, tolerance, float(solution.residual),
