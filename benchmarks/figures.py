@@ -154,9 +154,7 @@ def main() -> None:
     save_png(front_still(title, trajectories), OUT / "front.png")
     save_gif(front_frames(title, trajectories), OUT / "front.gif")
     for name, found in trajectories.items():
-        print(
-            f"{name}: {found.calls} calls, {found.token_evaluations:,} evaluations, {found.certificate:.1e}"
-        )
+        print(f"{name}: {found.calls} calls, {found.token_evaluations:,} evaluations, {found.certificate:.1e}")
 
 
 if __name__ == "__main__":
