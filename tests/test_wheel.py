@@ -81,12 +81,13 @@ def test_the_wheel_holds_the_package_its_data_and_its_licences(wheel: Path) -> N
     tops = {name.split("/")[0] for name in sizes}
     assert tops == {"jacobiflow", metadata.split("/")[0]}, "something beside the package"
     assert "jacobiflow/py.typed" in sizes
-    assert {"jacobiflow/data/fashion512.npz", "jacobiflow/plots/page.html.jinja"} <= sizes.keys()
+    for file in ("data/emoji256.npz", "data/fashion512.npz", "plots/page.html.jinja"):
+        assert f"jacobiflow/{file}" in sizes
     for name in MODELS:
         for file in ("config.json", "model.safetensors", "README.md"):
             assert sizes.get(f"jacobiflow/models/{name}/{file}"), f"no {file} of {name}"
     licences = sorted(name.split("/", 2)[2] for name in sizes if ".dist-info/licenses/" in name)
-    assert licences == ["LICENSE", "src/jacobiflow/data/FASHION_MNIST_LICENSE"]
+    assert licences == ["LICENSE", "src/jacobiflow/data/EMOJI_LICENSE", "src/jacobiflow/data/FASHION_MNIST_LICENSE"]
     assert "License-Expression: Apache-2.0" in text
     assert re.findall(r"\]\((?!https://|#)[^)]*", text) == [], "links that PyPI does not resolve"
     assert not any("test" in part for name in sizes for part in name.split("/"))

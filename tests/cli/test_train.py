@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,10 @@ def test_nothing_of_somebody_else_is_replaced(run: Any, refuse: Any, tmp_path: P
 
 def test_options_become_the_model_s_config(run: Any, tmp_path: Path) -> None:
     line = f"train --images pets --image-size 8 --patch-size 4 {TINY} --batch-size 3 --steps 1 --noise uniform"
-    assert run(f"{line} --volume-preserving --unconditional --out {tmp_path}").code == 0
+    line += " --mirror --shift 1 --volume-preserving --unconditional --json figures.json"
+    assert run(f"{line} --out {tmp_path}").code == 0
+    assert json.loads(Path("figures.json").read_text())["training"]["augmentation"] == {
+        "mirror": True, "shift": 1, "hue": 0.0
+    }  # fmt: skip
     want = jf.TarFlowConfig(1, 8, 4, 32, num_blocks=2, layers_per_block=1, nvp=False, head_dim=16, noise_std=0.0)
     assert jf.load(tmp_path).config == want

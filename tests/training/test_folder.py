@@ -14,7 +14,7 @@ import pytest
 import torch
 from training_runs import SETTINGS, assert_same, checkpoint, contents, error_of, fit, fresh, some_digits
 
-from jacobiflow.data import ImageDataset
+from jacobiflow.data import Augmentation, ImageDataset
 from jacobiflow.locking import FolderInUseError, locked
 from jacobiflow.training import problems, read_metrics, train
 
@@ -64,8 +64,12 @@ def test_a_run_goes_on_with_its_own_images_only(run: Path) -> None:
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on(run: Path) -> None:
-    """It has neither settings nor images."""
+    """It has neither settings nor images; or no settings of what came later, which are at their defaults then."""
     state = checkpoint(run)
+    settings = {name: value for name, value in state["settings"].items() if name != "augmentation"}
+    torch.save(state | {"settings": settings}, run / "checkpoint.pt")
+    mirrored = replace(SHORT, augmentation=Augmentation(mirror=True))
+    refuse(run, "of a run with other settings (augmentation=", partial(fit, run, mirrored))
     torch.save(
         {name: value for name, value in state.items() if name not in ("settings", "data")}, run / "checkpoint.pt"
     )

@@ -32,7 +32,7 @@ from training_runs import (
 )
 
 import jacobiflow as jf
-from jacobiflow.data import ImageDataset, Noise
+from jacobiflow.data import Augmentation, ImageDataset, Noise
 from jacobiflow.training import StepReport, TrainConfig, read_metrics, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -206,6 +206,25 @@ def test_steps_are_of_new_orders_noise_and_dropped_labels(tmp_path: Path, monkey
     assert dropped.double().mean() == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / len(labels)))
     assert torch.allclose(average.var, want, rtol=1e-5)
     assert not torch.allclose(average.var, torch.ones(()), atol=0.2)
+
+
+def test_images_are_augmented_anew_in_every_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[Tensor] = []
+    normalize = jf.TarFlow.normalize
+
+    def recorded(self: jf.TarFlow, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        batches.append(images[0, 0])
+        return normalize(self, images, labels)
+
+    monkeypatch.setattr(jf.TarFlow, "normalize", recorded)
+    image = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
+    settings = replace(
+        SETTINGS, steps=40, batch_size=1, noise=Noise("gaussian", 1e-4), augmentation=Augmentation(mirror=True, shift=1)
+    )
+    train(fresh(replace(CONFIG, noise_std=1e-4)), ImageDataset(image, torch.tensor([3])), settings, tmp_path)
+    levels = torch.stack([((batch + 1) * 127.5).round() for batch in batches])
+    assert {int(row[4, 4]) for row in levels} > {27, 28, 35, 36}  # of the image, or of its mirror, moved
+    assert len(levels.unique(dim=0)) > 10
 
 
 def test_the_learning_rate_warms_up_and_falls_by_a_cosine(undisturbed: dict[bool, Path]) -> None:

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jacobiflow import sampling
 from jacobiflow.checks import check_device
 from jacobiflow.cli import options, paths
-from jacobiflow.data import Noise
+from jacobiflow.data import Augmentation, Noise
 from jacobiflow.flows.folder import CONFIG, REPORTS, WEIGHTS
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.registry import find_flow, flow_names
@@ -62,6 +62,9 @@ def train(
     noise_std: Annotated[
         float | None, typer.Option("--noise-std", help="Standard deviation of gaussian noise; default 0.1.")
     ] = None,
+    mirror: Annotated[bool, typer.Option("--mirror", help="Mirror half of the images.")] = False,
+    shift: Annotated[int, typer.Option("--shift", help="Shift images by up to so many pixels.")] = 0,
+    hue: Annotated[float, typer.Option("--hue", help="Turn colours by an angle of up to so many degrees.")] = 0.0,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images in a step.")] = 64,
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="Peak rate of AdamW.")] = 1e-3,
     warmup: Annotated[int, typer.Option("--warmup", help="Steps of linear warm-up.")] = 200,
@@ -95,8 +98,9 @@ def train(
     )  # fmt: skip
     settings = TrainConfig(
         steps=steps, noise=Noise(noise, config.noise_std),  # type: ignore[arg-type]
-        batch_size=batch_size, learning_rate=learning_rate, warmup=warmup, ema=ema, clip=clip, drop_label=drop_label,
-        bf16=bf16, seed=seed, checkpoint_every=checkpoint_every, sample_every=sample_every,
+        augmentation=Augmentation(mirror, shift, hue), batch_size=batch_size, learning_rate=learning_rate,
+        warmup=warmup, ema=ema, clip=clip, drop_label=drop_label, bf16=bf16, seed=seed,
+        checkpoint_every=checkpoint_every, sample_every=sample_every,
     )  # fmt: skip
     place = check_device(device, here=True)
     _check_memory(flow_class, config, place)

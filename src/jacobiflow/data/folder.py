@@ -51,11 +51,11 @@ def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDatas
             raise DataError(f"{root / empty[0]}: class folder without an image; add some, or remove it")
         files = [path for paths in members.values() for path in paths]
         labels = torch.tensor([label for label, paths in enumerate(members.values()) for _ in paths])
-    _read_image(files[0], size, channels)  # whose message is better where `size` is far too large
+    read_image(files[0], size, channels)  # whose message is better where `size` is far too large
     check_room(root, len(files), channels, size, size)
     images = torch.empty(len(files), channels, size, size, dtype=torch.uint8)
     for image, path in zip(images, files, strict=True):
-        image.copy_(_read_image(path, size, channels))
+        image.copy_(read_image(path, size, channels))
     return ImageDataset(images, labels, () if labels is None else tuple(members))
 
 
@@ -96,7 +96,8 @@ def _files_below(folder: Path) -> list[Path]:
     return found
 
 
-def _read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
+def read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
+    """An image as `image_folder` reads it. **Raises** `DataError` where it is missing, broken, or too small."""
     try:
         with Image.open(path) as file:
             _check_side(path, file, size)  # before it is decoded

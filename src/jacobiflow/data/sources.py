@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from jacobiflow.checks import check_count
 from jacobiflow.data.dataset import DataError, ImageDataset
+from jacobiflow.data.emoji import EMOJI_CLASSES, emoji
 from jacobiflow.data.folder import image_folder
 from jacobiflow.data.idx import DIGIT_CLASSES, Split, idx_folder
 
@@ -31,12 +33,19 @@ def fashion_mnist(split: Split = "train", folder: str | Path = FASHION_MNIST_FOL
 
 def bundled_fashion() -> ImageDataset:
     """The 512 Fashion-MNIST training images that ship with the package, for demos and calibration."""
-    path = resources.files("jacobiflow.data").joinpath("fashion512.npz")
+    images, labels = _bundled("fashion512.npz")
+    return ImageDataset(images.unsqueeze(1), labels, FASHION_MNIST_CLASSES)
+
+
+def bundled_emoji() -> ImageDataset:
+    """The 256 images of `emoji` that ship with the package, all of its training split."""
+    return ImageDataset(*_bundled("emoji256.npz"), EMOJI_CLASSES)
+
+
+def _bundled(name: str) -> tuple[Tensor, Tensor]:
+    path = resources.files("jacobiflow.data").joinpath(name)
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        images, labels = arrays["images"], arrays["labels"]
-    return ImageDataset(
-        torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels.astype(np.int64)), FASHION_MNIST_CLASSES
-    )
+        return torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"].astype(np.int64))
 
 
 def digits() -> ImageDataset:
@@ -54,6 +63,8 @@ SOURCES: dict[str, Callable[[Split], ImageDataset]] = {
     "fashion-512": lambda split: bundled_fashion(),
     "fashion-mnist": fashion_mnist,
     "digits": lambda split: digits(),
+    "emoji-256": lambda split: bundled_emoji(),
+    "emoji": emoji,
 }
 """Data sets by name. A function of the split; one without a test split gives all of its images for either."""
 

@@ -72,7 +72,8 @@ class Checkpoint:
             i >= len(parameters) or shape != parameters[i] for i, shape in moments.items()
         ):
             raise ValueError(f"{path}: not a checkpoint of this trainer (other weights than the flow's); {_REMEDY}")
-        others = _differing(self.settings or {}, config.fixed())
+        # A setting that the version of the run did not have yet is at its default.
+        others = _differing((self.settings and TrainConfig(steps=1).fixed() | self.settings) or {}, config.fixed())
         if others:
             raise ValueError(f"{path}: of a run with other settings ({others}); give its settings, or another folder")
         if self.data not in (None, data):

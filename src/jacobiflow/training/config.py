@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from jacobiflow.checks import check_count, check_flag, check_kind, check_number, check_positive
+from jacobiflow.data.augmentation import Augmentation
 from jacobiflow.data.noise import Noise
 
 MOST_STEPS = 10**9
@@ -27,6 +28,7 @@ class TrainConfig:
 
     steps: int
     noise: Noise = field(default_factory=lambda: Noise("gaussian", 0.1))
+    augmentation: Augmentation = field(default_factory=Augmentation)
     batch_size: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
@@ -46,6 +48,7 @@ class TrainConfig:
         check_count("warmup", self.warmup, least=0, most=MOST_STEPS)
         check_count("seed", self.seed, least=0, most=2**63 - 1)
         check_kind("noise", self.noise, Noise, "a Noise")
+        check_kind("augmentation", self.augmentation, Augmentation, "an Augmentation")
         check_flag("bf16", self.bf16)
         for name in ("drop_label", "ema"):
             check_number(name, getattr(self, name), give="a number from 0 to below 1")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from jacobiflow.checks import check_kind
 from jacobiflow.data import ImageDataset
+from jacobiflow.data.augmentation import augment
 from jacobiflow.data.noise import add_noise, keyed_generator
 from jacobiflow.files import write_atomically
 from jacobiflow.flows.folder import locked_folder, remove_half_written, write_model
@@ -131,6 +132,7 @@ class _Run:
         """One optimiser step on a batch."""
         config, device, rate = self.config, self.flow.var.device, self.config.rate(self.step)
         generator = keyed_generator(config.seed, _NOISE, self.step)
+        images = augment(images, config.augmentation, generator)
         images = add_noise(images, config.noise, generator).to(device)
         if labels is not None and self.flow.config.num_classes:
             dropped = torch.rand(labels.shape, generator=generator) < config.drop_label
