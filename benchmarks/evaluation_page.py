@@ -40,14 +40,14 @@ def setting(result: dict[str, Any]) -> str:
 
 def tables(result: dict[str, Any]) -> str:
     """The rows of a comparison, and those of more samples."""
-    return "\n\n".join(strategies(result[name]) for name in ("rows", "final") if result[name])
+    return "\n\n".join(strategies(result[name], result["distance"]) for name in ("rows", "final") if result[name])
 
 
-def strategies(rows: list[dict[str, Any]]) -> str:
-    """A table of rows; bold is within 1%."""
+def strategies(rows: list[dict[str, Any]], distance: str) -> str:
+    """A table of rows with their `distance`; bold is within 1%."""
     lines = [
         f"{rows[0]['num']:,} samples a row; bold: at most {WITHIN:.0%} above Original.\n",
-        "| strategy | fashion-FID | above Original | largest error | RMS error | 8-bit pixels that differ | "
+        f"| strategy | {distance} | above Original | largest error | RMS error | 8-bit pixels that differ | "
         "re-solved | seconds a batch | times as fast as Original |",
         f"| --- |{' ---: |' * 8}",
     ]
@@ -90,7 +90,7 @@ def rows_of(result: dict[str, Any]) -> list[Row]:
     ]
 
 
-MEASURES = {"fashion_fid": "fashion-FID", "pixel_distance": "Fréchet distance of the pixels"}
+MEASURES = {"fashion_fid": "fashion-FID", "emoji_fid": "emoji-FID", "pixel_distance": "Fréchet distance of the pixels"}
 
 
 def search(result: dict[str, Any]) -> str:

@@ -204,6 +204,9 @@ SENTENCES = (
              lambda: (*(f(sweeps("latent", slice(4), "digits-p1")) for f in (min, max)),
                       *(f(fitted("digits-p1")) for f in (min, max)))),
     Sentence(SOLVERS, "a calibration of `fashion-p2` up to {:.0f} times", lambda: (amplified(),)),
+    Sentence(EVALUATION, "training images is at {:.3f} from all of them, the 156 test images, which are other emoji, "
+             "at {:.3f}", lambda: (result("emoji-features")["distance_of_614_training_images"],
+                                   result("emoji-features")["distance_of_test_images"])),
     Sentence(EVALUATION, "(0.6 MB, {:.1%} test accuracy", lambda: (result("fashion-features")["test_accuracy"],)),
     Sentence(EVALUATION, "the 10,000 test images are at {:.3f} from the 60,000 training images, the first 2,000 "
              "training images at {:.3f}", lambda: (result("fashion-features")["distance_of_test_images"],

@@ -2,16 +2,16 @@
 paper).
 
 `python benchmarks/search_guidance.py [MODEL]` writes docs/results/MODEL-search.json, for fashion-p2 (20 minutes on two
-cores), digits-p1 (two) or digits-maf (one). Started again it goes on with what the file lacks. In turn:
+cores), emoji-p2 (40), digits-p1 (two) or digits-maf (one). Started again it goes on with what the file lacks. In turn:
 
 1. weights of annealed guidance at temperature 1;
 2. attention temperatures of the unconditional row, at the best weight, where the flow has attention;
 3. the weights next to the best one, at the best temperature.
 
-Every point is 2,000 samples of the same latents and labels against all training images, at each denoising rate where
-the flow has noise to remove: one gradient of log p serves all rates. fashion-p2 is measured by fashion-FID. Its
-features are of 28x28 images of clothes; digits of 8x8 pixels are measured by the Fréchet distance of the 64 pixels
-themselves, in [-1, 1]: it compares means and covariances of pixels, and nothing else.
+Every point is 2,000 samples (600 of emoji-p2) of the same latents and labels against all training images, at each
+denoising rate where the flow has noise to remove: one gradient of log p serves all rates. fashion-p2 is measured by
+fashion-FID, emoji-p2 by emoji-FID; digits of 8x8 pixels by the Fréchet distance of the 64 pixels themselves, in
+[-1, 1]: it compares means and covariances of pixels, and nothing else.
 
 What is recommended, in the file and in the model's config.json, is the best point, with two exceptions: no guidance
 where it does not make the distance a tenth less, and a denoising rate of 1 where that is within 1% of the best rate.
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,14 +31,14 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.data import balanced_labels, digits, quantize, scale
-from jacobiflow.evaluation import FashionFeatures, Statistics, extract, frechet_distance
+from jacobiflow.evaluation import ConvolutionalFeatures, Statistics, extract, frechet_distance
 from jacobiflow.files import write_json
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import machine
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
-NUM, SEED, BATCH = 2000, 10, 64
+SEED, BATCH = 10, 64
 RATES = (0.0, 0.6, 0.8, 1.0, 1.2, 1.4)
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0)
 TEMPERATURES = (0.7, 1.2, 1.4, 2.0)
@@ -45,17 +46,21 @@ _GAIN, _NEAR = 0.9, 1.01
 
 
 class Measure(NamedTuple):
-    """A distance to real images: its name in the file, the features of 8-bit images, and those of the real ones."""
+    """A distance to real images: its name in the file, the features of 8-bit images, and those of the real ones.
+
+    `num` is the number of samples at a point.
+    """
 
     name: str
     features: Callable[[UInt8[Tensor, "n c h w"]], Float[Tensor, "n d"]]
     real: Statistics
+    num: int = 2000
 
 
-def fashion_fid() -> Measure:
-    """fashion-FID, against the 60,000 training images."""
-    network = FashionFeatures.bundled()
-    return Measure("fashion_fid", lambda images: extract(network, [images]), Statistics.bundled())
+def bundled_fid(kind: str, num: int) -> Measure:
+    """fashion-FID or emoji-FID, against all training images."""
+    network = ConvolutionalFeatures.bundled(kind)
+    return Measure(f"{kind}_fid", lambda images: extract(network, [images]), Statistics.bundled(kind), num)
 
 
 def pixel_distance() -> Measure:
@@ -68,8 +73,11 @@ def pixel_distance() -> Measure:
 
 
 MODELS: dict[str, Callable[[], Measure]] = {
-    "fashion-p2": fashion_fid, "digits-p1": pixel_distance, "digits-maf": pixel_distance,
-}  # fmt: skip
+    "fashion-p2": partial(bundled_fid, "fashion", 2000),
+    "emoji-p2": partial(bundled_fid, "emoji", 600),
+    "digits-p1": pixel_distance,
+    "digits-maf": pixel_distance,
+}
 
 
 def recommended(rows: Sequence[dict[str, float]], name: str) -> jf.SamplingSettings:
@@ -87,8 +95,8 @@ def recommended(rows: Sequence[dict[str, float]], name: str) -> jf.SamplingSetti
 def point(flow: ImageFlow, measure: Measure, weight: float, temperature: float) -> list[dict[str, float]]:
     """The distance under one guidance, at every denoising rate."""
     guidance = jf.Guidance(weight, attn_temperature=temperature) if weight else None
-    labels = balanced_labels(NUM, flow.config.num_classes)
-    z = draw_latents(NUM, flow.config.num_tokens, flow.config.token_channels, SEED)
+    labels = balanced_labels(measure.num, flow.config.num_classes)
+    z = draw_latents(measure.num, flow.config.num_tokens, flow.config.token_channels, SEED)
     out = jf.sample(flow, latents=z, labels=labels, guidance=guidance, strategy="sequential", certify=False,
                     batch_size=BATCH, progress=False)  # fmt: skip
     rates = RATES if flow.config.noise_std else (0.0,)
@@ -118,7 +126,7 @@ def main() -> None:
 
     def write() -> None:
         settings = recommended(rows, measure.name).to_json()
-        head = {"model": model, "num": NUM, "seed": SEED, "machine": figures["machine"], "best": best()}
+        head = {"model": model, "num": measure.num, "seed": SEED, "machine": figures["machine"], "best": best()}
         write_json(file, {**head, "recommended": settings, "rows": rows})
 
     def visit(points: Sequence[tuple[float, float]]) -> None:

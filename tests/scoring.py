@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from jacobiflow.evaluation import FashionFeatures
+from jacobiflow.evaluation import ConvolutionalFeatures
 
 Array = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
@@ -61,4 +61,4 @@ def pixel_figures(pixels: Pixels, exact: Pixels) -> dict[str, Any]:
 def fashion_features(pixels: Any) -> Any:
     """Features (n, F) of grey images (n, 28, 28, 1)."""
     with torch.no_grad():
-        return FashionFeatures.bundled()(torch.from_numpy(pixels).permute(0, 3, 1, 2)).double().numpy()
+        return ConvolutionalFeatures.bundled("fashion")(torch.from_numpy(pixels).permute(0, 3, 1, 2)).double().numpy()

@@ -120,8 +120,8 @@ def test_a_row_of_the_bundled_model(run: Any, tmp_path: Path) -> None:
     pixels, original = (on_disk(tmp_path / "rows" / name) for name in ("7-4-6-10", "sequential"))
     assert np.array_equal(pixels, levels(want.images))
     row = figures(tmp_path / "comparison.json")["rows"][2]
-    features = torch.from_numpy(fashion_features(pixels))
-    assert row["distance"] == pytest.approx(frechet_distance(Statistics.bundled(), Statistics.of(features)), rel=1e-6)
+    real, drawn = Statistics.bundled("fashion"), Statistics.of(torch.from_numpy(fashion_features(pixels)))
+    assert row["distance"] == pytest.approx(frechet_distance(real, drawn), rel=1e-6)
     exact = torch.from_numpy(np.load(tmp_path / "exact" / "00000000.npy"))
     assert np.array_equal(original, levels(exact))
     assert (row["max"], row["rms"]) == pytest.approx(difference(want.images, exact), rel=1e-6)
@@ -190,7 +190,7 @@ COMPARED = f"compare --model model {SIZES} --strategy jacobi-2"
         (f"{COMPARED} --shard-size 6", "--shard-size 6: give a multiple of --batch-size, 4"),
         (f"{COMPARED} --shard-size 0", "--shard-size 0: give a positive number"),
         (f"{COMPARED} --final 7", "--final 7: give at least --num, 8"),
-        (f"{COMPARED} --features none", "--features none: give fashion or inception"),
+        (f"{COMPARED} --features none", "--features none: give one of fashion, emoji, inception"),
         (f"{COMPARED} --strategy Jacobi-2", "given twice; give each row once"),
         (f"{COMPARED} --strategy auto:x", "'auto:x': give auto, or auto:TOLERANCE such as auto:1e-2"),
         (f"{COMPARED} --stats text", "text: no file of tensors"), (f"{COMPARED} --labels 99", "label 99: this flow"),

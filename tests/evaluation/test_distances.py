@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from jacobiflow.data import DataError, bundled_fashion
+from jacobiflow.data import DataError, bundled_emoji, bundled_fashion
 from jacobiflow.evaluation import (
-    FashionFeatures,
+    ConvolutionalFeatures,
     Statistics,
     extract,
     frechet_distance,
@@ -48,7 +48,7 @@ def between(real: Tensor, fake: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def features() -> Tensor:
-    return extract(FashionFeatures.bundled(), [bundled_fashion().images[:300]])
+    return extract(ConvolutionalFeatures.bundled("fashion"), [bundled_fashion().images[:300]])
 
 
 @pytest.mark.parametrize(("num", "other", "dim"), [(9, 12, 1), (300, 200, 17), (2, 2, 3), (5, 100, 32), (100, 5, 32)])
@@ -63,7 +63,7 @@ def test_frechet_distance_is_numpys(num: int, other: int, dim: int) -> None:
 
 
 def test_fashion_fid_is_that_of_torchmetrics(features: Tensor) -> None:
-    network, images = FashionFeatures.bundled(), bundled_fashion().images[:300]
+    network, images = ConvolutionalFeatures.bundled("fashion"), bundled_fashion().images[:300]
     noise = 40 * torch.randn(images[:200].shape, generator=torch.Generator().manual_seed(0))
     noisy = (images[:200] + noise).round().clamp(0, 255).to(torch.uint8)
     metric = FrechetInceptionDistance(feature=network)
@@ -169,11 +169,14 @@ def test_a_broken_file_of_statistics_is_named_with_the_remedy(tmp_path: Path) ->
         assert "\n" not in str(caught.value)
 
 
-def test_bundled_statistics_are_of_the_training_images(features: Tensor) -> None:
-    statistics, found = Statistics.bundled(), features.double()  # of 300 of them
+@pytest.mark.parametrize(("kind", "num"), [("fashion", 60_000), ("emoji", 1229)])
+def test_bundled_statistics_are_of_the_training_images(kind: str, num: int, features: Tensor) -> None:
+    statistics, found = Statistics.bundled(kind), features.double()  # of 300 of them
+    if kind == "emoji":
+        found = extract(ConvolutionalFeatures.bundled(kind), [bundled_emoji().images]).double()
     deviation = statistics.covariance().diagonal().sqrt()
-    assert statistics.num == 60_000
-    assert ((found.mean(dim=0) - statistics.sum / 60_000).abs() <= 5 * deviation / 300**0.5 + 1e-6).all()
+    assert statistics.num == num
+    assert ((found.mean(dim=0) - statistics.sum / num).abs() <= 5 * deviation / len(found) ** 0.5 + 1e-6).all()
     torch.testing.assert_close(found.std(dim=0), deviation, rtol=0.4, atol=1e-3)
 
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jacobiflow.data import DataError, bundled_fashion
+from jacobiflow.data import DataError, bundled_emoji, bundled_fashion
 from jacobiflow.evaluation import (
-    FashionFeatures,
+    ConvolutionalFeatures,
     InceptionFeatures,
     Statistics,
     extract,
@@ -65,7 +65,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_features_are_fixed_and_the_original_code_s_statistics_of_them_are_read(tmp_path: Path) -> None:
-    network, data = FashionFeatures.bundled(), bundled_fashion()
+    network, data = ConvolutionalFeatures.bundled("fashion"), bundled_fashion()
     images = data.images[:60]
     found = network(images)
     assert (found.shape, found.dtype) == ((60, 64), torch.float32)
@@ -77,9 +77,9 @@ def test_features_are_fixed_and_the_original_code_s_statistics_of_them_are_read(
     assert torch.equal(network(images), found)
     torch.testing.assert_close(torch.cat([network(part) for part in images.split(7)]), found)
     with torch.inference_mode():
-        assert (network.classify(data.images).argmax(dim=1) == data.labels).double().mean() >= 0.92
+        assert (network.output(network(data.images)).argmax(dim=1) == data.labels).double().mean() >= 0.92
     for wrong in (torch.zeros(2, 1, 28, 28), torch.zeros(2, 3, 28, 28, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match=r"of shape .*; fashion features take torch\.uint8 of shape"):
+        with pytest.raises(ValueError, match=r"of shape .*; fashion features take torch\.uint8 of shape \(N, 1, 28"):
             network(wrong)
     figures = json.loads(RESULT.read_text())
     assert figures["parameters"] == sum(p.numel() for p in network.parameters())
@@ -89,6 +89,16 @@ def test_features_are_fixed_and_the_original_code_s_statistics_of_them_are_read(
     assert statistics.num == 60
     assert torch.equal(statistics.sum, metric.real_features_sum)
     assert torch.equal(statistics.outer, metric.real_features_cov_sum)
+
+
+def test_an_emoji_is_recognised_in_its_mirror_image() -> None:
+    network, images = ConvolutionalFeatures.bundled("emoji"), bundled_emoji().images[::2]
+    found, mirrored = extract(network, [images]), extract(network, [images.flip(-1)])
+    assert (torch.cdist(mirrored, found).argmin(dim=1) == torch.arange(len(images))).double().mean() > 0.9
+    with pytest.raises(ValueError, match=r"emoji features take torch\.uint8 of shape \(N, 3, 32, 32\)"):
+        network(images[:, :1])
+    with pytest.raises(ValueError, match="kind='cats': give"):
+        ConvolutionalFeatures("cats")
 
 
 def test_extract_keeps_the_order_and_counts() -> None:
@@ -134,11 +144,11 @@ def test_the_original_code_reads_statistics_with_inception(weights: Path, monkey
 
 
 def test_without_weights_and_network_the_remedies_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="kind='clip': give 'fashion' or 'inception'"):
+    with pytest.raises(ValueError, match="kind='clip': give 'fashion', 'emoji' or 'inception'"):
         load_features("clip")  # type: ignore[arg-type]
     with monkeypatch.context() as patch:
         patch.setattr(inception_module, "load_state_dict_from_url", Mock(side_effect=URLError("no network")))
-        with pytest.raises(DataError, match=f"failed .no network.; give the file {INCEPTION}.*, or use fashion"):
+        with pytest.raises(DataError, match=f"failed .no network.; give the file {INCEPTION}.*, or use features whose"):
             load_features("inception")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     path = tmp_path / "hub" / "checkpoints" / INCEPTION
@@ -179,7 +189,7 @@ def test_code_in_a_file_is_not_run(read: Callable[[Path], Any], save: Any, tmp_p
 def test_without_torchmetrics_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     found = extract(load_features("fashion"), [bundled_fashion().images[:9]])  # needs neither
-    bundled = Statistics.bundled()
+    bundled = Statistics.bundled("fashion")
     for call in (
         InceptionFeatures, partial(Statistics.of, found), partial(frechet_distance, bundled, bundled),
         partial(kernel_distance, found, found), partial(precision_recall, found, found),

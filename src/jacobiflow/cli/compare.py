@@ -141,7 +141,7 @@ def _check(num: int, final: int | None, batch_size: int, shard_size: int | None,
         raise ValueError(f"--shard-size {shard_size}: give a multiple of --batch-size, {batch_size}")
     sizes(final or num, batch_size, shard_size)
     if features not in NAMES:
-        raise ValueError(f"--features {features}: give {' or '.join(NAMES)}")
+        raise ValueError(f"--features {features}: give one of {', '.join(NAMES)}")
     need_torchmetrics("compare")
 
 

@@ -57,7 +57,7 @@ def evaluate(
     images: options.RealImages = None,
     features: Annotated[
         str,
-        typer.Option("--features", help="fashion (fashion-FID, of 28x28 grey images), inception (FID), or none."),
+        typer.Option("--features", help=f"{options.FEATURES}, inception (FID), or none."),
     ] = "fashion",
     inception: options.Inception = None,
     stats: options.Stats = None,
@@ -165,7 +165,7 @@ def _check(
 ) -> None:
     """**Raises** `ValueError` for an unknown name or a number that is too small."""
     if features not in (*NAMES, "none") or (features == "none" and save_stats is not None):
-        raise ValueError(f"--features {features}: give {' or '.join(NAMES)}" + ("" if save_stats else ", or none"))
+        raise ValueError(f"--features {features}: give one of {', '.join(NAMES)}" + ("" if save_stats else ", or none"))
     if noise not in (None, *_KINDS):
         raise ValueError(f"--noise {noise}: give {' or '.join(_KINDS)}")
     for option, value, least in (

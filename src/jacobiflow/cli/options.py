@@ -51,9 +51,8 @@ AttnTemperature = Annotated[
 ]
 SamplesFolder = Annotated[Path | None, typer.Option("--samples", help="A folder that jacobiflow sample wrote.")]
 Denoise = Annotated[float, typer.Option("--denoise", help="Rate of one denoising step; 0 is off, 1 the norm.")]
-Features = Annotated[
-    str, typer.Option("--features", help="fashion (fashion-FID, of 28x28 grey images) or inception (FID).")
-]
+FEATURES = "fashion (fashion-FID, of 28x28 grey images), emoji (emoji-FID, of 32x32 images in colour)"
+Features = Annotated[str, typer.Option("--features", help=f"{FEATURES}, or inception (FID).")]
 Inception = Annotated[
     Path | None, typer.Option("--inception", help="File of Inception's weights; fetched where it is not given.")
 ]
@@ -61,8 +60,8 @@ RealImages = Annotated[
     str | None,
     typer.Option(
         "--images",
-        help=f"Real images to compare with: {', '.join(SOURCES)}, or a folder. Default for fashion-FID: "
-        "Fashion-MNIST's training images, of which statistics are bundled.",
+        help=f"Real images to compare with: {', '.join(SOURCES)}, or a folder. Default for fashion-FID "
+        "and emoji-FID: the training images of their features, of which statistics are bundled.",
     ),
 ]
 Stats = Annotated[

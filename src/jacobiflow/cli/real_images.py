@@ -10,8 +10,8 @@ from torch import Tensor
 
 from jacobiflow.cli import options
 from jacobiflow.cli.progress import progress
-from jacobiflow.evaluation import FashionFeatures, InceptionFeatures, Statistics, extract, load_features
-from jacobiflow.evaluation.fashion import SIZE
+from jacobiflow.evaluation import ConvolutionalFeatures, InceptionFeatures, Statistics, extract, load_features
+from jacobiflow.evaluation.convolutional import BUNDLED
 from jacobiflow.flows.image_flow import ImageFlow
 
 
@@ -19,7 +19,7 @@ from jacobiflow.flows.image_flow import ImageFlow
 class RealImages:
     """What samples are compared with: `statistics` of real images from `source`, and `features` of the images given."""
 
-    extractor: FashionFeatures | InceptionFeatures
+    extractor: ConvolutionalFeatures | InceptionFeatures
     statistics: Statistics
     source: str
     features: Tensor | None
@@ -33,9 +33,11 @@ def real_images(
     **Raises** `ValueError` where they name none, or what cannot be read or does not fit.
     """
     config = flow.config
-    if kind == "fashion" and (config.in_channels, config.image_size) != (1, SIZE):
-        have = "x".join(map(str, (config.in_channels, config.image_size, config.image_size)))
-        raise ValueError(f"--features fashion: is of 1x{SIZE}x{SIZE} images, this model's are {have}; give inception")
+    shape = (config.in_channels, config.image_size, config.image_size)
+    if kind in BUNDLED and BUNDLED[kind].shape != shape:
+        others = [*(name for name, trained in BUNDLED.items() if trained.shape == shape), "inception"]
+        want, have = ("x".join(map(str, sizes)) for sizes in (BUNDLED[kind].shape, shape))
+        raise ValueError(f"--features {kind}: is of {want} images, this model's are {have}; give {' or '.join(others)}")
     if kind == "inception" and images is None and stats is None:
         raise ValueError("--features inception: give --images or --stats, to compare with")
     extractor = load_features(kind, inception).to(flow.var.device)  # type: ignore[arg-type]
@@ -58,7 +60,7 @@ def real_images(
         return RealImages(extractor, given, str(stats), features)
     if features is not None:
         return RealImages(extractor, Statistics.of(features), f"the training split of {images}", features)
-    return RealImages(extractor, Statistics.bundled(), "the 60,000 training images of Fashion-MNIST", None)
+    return RealImages(extractor, Statistics.bundled(kind), BUNDLED[kind].words, None)
 
 
 def _half_mirrored(images: Tensor) -> Tensor:

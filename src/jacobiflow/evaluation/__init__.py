@@ -1,7 +1,7 @@
 """How good a flow and its samples are."""
 
+from jacobiflow.evaluation.convolutional import ConvolutionalFeatures
 from jacobiflow.evaluation.distances import Statistics, frechet_distance, kernel_distance, precision_recall
-from jacobiflow.evaluation.fashion import FashionFeatures
 from jacobiflow.evaluation.features import NAMES, InceptionFeatures, extract, load_features
 from jacobiflow.evaluation.fidelity import (
     Fidelity,
@@ -14,7 +14,7 @@ from jacobiflow.evaluation.likelihood import bayes_accuracy, bits_per_dim
 
 __all__ = [
     "NAMES",
-    "FashionFeatures",
+    "ConvolutionalFeatures",
     "Fidelity",
     "InceptionFeatures",
     "PixelDifference",

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jacobiflow.checks import short
+from jacobiflow.checks import check_choice, short
 from jacobiflow.data import DataError
-from jacobiflow.evaluation.fashion import STATISTICS
+from jacobiflow.evaluation.convolutional import BUNDLED, statistics_file
 from jacobiflow.evaluation.features import InceptionFeatures, load_tensors, need_torchmetrics
 from jacobiflow.files import write_atomically
 
@@ -73,9 +73,10 @@ class Statistics:
             ) from error
 
     @classmethod
-    def bundled(cls) -> Statistics:
-        """Those of the fashion features of Fashion-MNIST's 60,000 training images."""
-        with resources.as_file(resources.files("jacobiflow.evaluation").joinpath(STATISTICS)) as path:
+    def bundled(cls, kind: str) -> Statistics:
+        """Those of the features "fashion" or "emoji" of their training images; see `ConvolutionalFeatures`."""
+        check_choice("kind", kind, tuple(BUNDLED))
+        with resources.as_file(resources.files("jacobiflow.evaluation").joinpath(statistics_file(kind))) as path:
             return cls.load(path)
 
     @classmethod

@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from jacobiflow.checks import check_choice
 from jacobiflow.data import DataError
-from jacobiflow.evaluation.fashion import FashionFeatures
+from jacobiflow.evaluation.convolutional import BUNDLED, ConvolutionalFeatures
 from jacobiflow.flows.weights import load_torch
 
-Kind = Literal["fashion", "inception"]
-NAMES: dict[str, str] = {"fashion": "fashion-FID", "inception": "FID"}
+Kind = Literal["fashion", "emoji", "inception"]
+NAMES: dict[str, str] = {kind: f"{kind}-FID" for kind in BUNDLED} | {"inception": "FID"}
 """Kinds of features, and what the Fréchet distance between them is called."""
 
 _POOL = 2048
@@ -75,7 +76,7 @@ def _download() -> Any:
     except URLError as error:
         raise DataError(
             f"Inception's weights: not at {_hub_file()}, and the download failed ({error.reason}); give the file "
-            f"{_WEIGHTS}, or use fashion features, whose weights are bundled"
+            f"{_WEIGHTS}, or use features whose weights are bundled"
         ) from error
     except Exception as error:  # torch.load raises many kinds
         raise DataError(f"{_hub_file()}: not Inception's weights ({_reason(error)}); remove it") from error
@@ -104,11 +105,10 @@ def _reason(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def load_features(kind: Kind, inception: Path | None = None) -> FashionFeatures | InceptionFeatures:
+def load_features(kind: Kind, inception: Path | None = None) -> ConvolutionalFeatures | InceptionFeatures:
     """The network of a kind, in evaluation mode; see `InceptionFeatures` for `inception`, its file, and for errors."""
-    if kind not in NAMES:
-        raise ValueError(f"kind={kind!r}: give {' or '.join(map(repr, NAMES))}")
-    return FashionFeatures.bundled() if kind == "fashion" else InceptionFeatures(inception)
+    check_choice("kind", kind, tuple(NAMES))
+    return ConvolutionalFeatures.bundled(kind) if kind in BUNDLED else InceptionFeatures(inception)
 
 
 @torch.inference_mode()
