@@ -58,23 +58,33 @@ regimes: setup
 	$(BIN)/python benchmarks/loop_profile.py
 	$(BIN)/python benchmarks/performance_page.py
 
-# Regenerates the tables and figures of docs/calibration.md, and the bundled reports (half an hour on two idle cores).
-# GUIDED is the guidance that fashion-p2 recommends.
+# Regenerates the tables and figures of docs/calibration.md, and the bundled reports (an hour on two idle cores). For each
+# model of the page, IMAGES to calibrate with, and CUT, a strategy to be seen beside the sequential loop. GUIDED is the
+# guidance that fashion-p2 recommends.
 GUIDED := --guidance 3 --attn-temperature 1.4
-CALIBRATE := $(BIN)/jacobiflow calibrate --model fashion-p2 --images fashion-512
-calibration: setup
-	$(CALIBRATE) --per-class --chord --out src/jacobiflow/models/fashion-p2/report.json --json docs/results/calibration.json
-	$(CALIBRATE) $(GUIDED) --num 256 --traced 8 --chord --out src/jacobiflow/models/fashion-p2/report-guided.json \
-		--json docs/results/calibration-guided-3.json
-	$(BIN)/jacobiflow calibrate --model digits-p1 --images digits --chord --out src/jacobiflow/models/digits-p1/report.json
+MODELS := fashion-p2 digits-p1
+IMAGES_fashion-p2 := fashion-512
+IMAGES_digits-p1 := digits
+CUT_fashion-p2 := [7-8-14-10]
+CUT_digits-p1 := [2/3-4-8-7]
+CALIBRATED := $(MODELS:%=calibration-%)
+CALIBRATE = $(BIN)/jacobiflow calibrate --model $* --images $(IMAGES_$*)
+REPORT = src/jacobiflow/models/$*/report.json
+.PHONY: $(CALIBRATED)
+calibration: $(CALIBRATED)
+	$(BIN)/jacobiflow calibrate --model fashion-p2 --images fashion-512 $(GUIDED) --num 256 --traced 8 --chord \
+		--out src/jacobiflow/models/fashion-p2/report-guided.json --json docs/results/calibration-guided-3.json
 	$(BIN)/jacobiflow calibrate --model digits-maf --images digits --chord \
 		--out src/jacobiflow/models/digits-maf/report.json
-	$(CALIBRATE) --guidance 1 --out out/guided.json --json docs/results/calibration-guided.json
-	$(BIN)/jacobiflow trace --report src/jacobiflow/models/fashion-p2/report.json --strategy "[7-8-14-10]" --out out/trace
-	cd out/trace && cp convergence.png segments.png sampling.png guesses.png comparison.png ../../docs/figures/
-	$(BIN)/python benchmarks/strategies.py
 	$(BIN)/python benchmarks/calibration_page.py
 	$(BIN)/python benchmarks/prose.py
+
+$(CALIBRATED): calibration-%: setup
+	$(CALIBRATE) --per-class --chord --out $(REPORT) --json docs/results/$*-calibration.json
+	$(CALIBRATE) --guidance 1 --out out/$*-guided.json --json docs/results/$*-calibration-guided.json
+	$(BIN)/jacobiflow trace --model $* --report $(REPORT) --strategy "$(CUT_$*)" --out out/trace/$*
+	cd out/trace/$* && for file in [!f]*.png; do cp $$file ../../../docs/figures/$*-$$file; done  # without front.png
+	$(BIN)/python benchmarks/strategies.py $*
 
 # Regenerates the tables of docs/flows.md (half an hour on two idle cores, and half an hour of training the first time).
 flows: setup

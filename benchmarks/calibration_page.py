@@ -1,35 +1,56 @@
-"""Puts the tables of docs/results into docs/calibration.md: `python benchmarks/calibration_page.py`."""
+"""Puts the tables of docs/results and the reports into docs/calibration.md: `python benchmarks/calibration_page.py`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from filling import fill
+from calibration_facts import BOUND, agreement, listed, segment_sweeps, summary
+from filling import fill, measured_on, table
 
 import jacobiflow as jf
 from jacobiflow.calibration import rank_correlation
 from jacobiflow.calibration.convergence import TOLERANCES
-from jacobiflow.calibration.report import GUESS_NAMES, Spread
+from jacobiflow.calibration.metrics import Norm
+from jacobiflow.calibration.report import GUESS_NAMES, Spread, Start
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "results"
-REPORT = ROOT / "src" / "jacobiflow" / "models" / "fashion-p2" / "report.json"
+RESULTS, BUNDLED = ROOT / "docs" / "results", ROOT / "src" / "jacobiflow" / "models"
+MODELS = ("fashion-p2", "digits-p1")
 GUESSES = ("z", "0", "mean affine")  # as GUESS_NAMES has them
-BOUND = 1e-2
+FIGURES = {  # by the number in the paper: the file of `jacobiflow trace`, and what it shows
+    2: ("convergence", "Distance to the solution by sweep, a line for each block"),
+    5: ("segments", "Distance to the solution by sweep in each segment of the tough blocks, and of all tokens at once"),
+    3: ("sampling", "Four samples, a line each: noise, the image after each block, and the denoised image"),
+    4: (
+        "guesses",
+        "Ten samples by combinations of guess and sweeps, with their errors, and by the sequential loop",
+    ),
+    7: ("comparison", "Ten samples by the sequential loop and by a strategy, and their difference"),
+}
+
+Reports = Mapping[str, jf.Report]  # by model
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first to the right."""
-    lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+def grouped(columns: Sequence[str], groups: Mapping[str, Iterable[Sequence[str]]]) -> str:
+    """A table whose lines come in groups, each under its name."""
+    lines = []
+    for name, rows in groups.items():
+        lines += [[f"**{name}**", *[""] * len(columns)], *rows]
+    return table(("", *columns), lines)
 
 
-def per_block(report: jf.Report, columns: Sequence[str], cells: Callable[[int], Sequence[str]]) -> str:
-    """A table with a line for each block."""
-    return table(("", *columns), ((f"Block{i}", *cells(i)) for i in range(report.num_blocks)))
+def per_block(reports: Reports, columns: Sequence[str], cells: Callable[[jf.Report, int], Sequence[str]]) -> str:
+    """A table with a line for each block of each model."""
+    return grouped(
+        columns,
+        {
+            model: [(f"block {i}", *cells(report, i)) for i in range(report.num_blocks)]
+            for model, report in reports.items()
+        },
+    )
 
 
 def bold_least(values: Mapping[str, float]) -> list[str]:
@@ -38,89 +59,93 @@ def bold_least(values: Mapping[str, float]) -> list[str]:
     return [f"**{value:.2f}**" if value == least else f"{value:.2f}" for value in values.values()]
 
 
-def igm(report: jf.Report) -> str:
+def igm(reports: Reports) -> str:
     """Table 1, and the sweeps beside it."""
-    sweeps = {name: report.mean_sweeps("noise", 1e-3, name) for name in GUESS_NAMES}
     columns = (*(f"IGM from {name}" for name in GUESSES), *(f"sweeps from {name}" for name in GUESSES))
 
-    def cells(i: int) -> list[str]:
-        return bold_least(report.igm[i]) + bold_least({name: sweeps[name][i] for name in GUESS_NAMES})
+    def cells(report: jf.Report, i: int) -> list[str]:
+        sweeps = {name: report.mean_sweeps("noise", 1e-3, name)[i] for name in GUESS_NAMES}
+        return bold_least(report.igm[i]) + bold_least(sweeps)
 
-    return per_block(report, columns, cells)
+    return per_block(reports, columns, cells)
 
 
-def crm(report: jf.Report) -> str:
+def crm(reports: Reports) -> str:
     """Tables 2 and 6, and what they stand for."""
-    mean, slowest = report.mean_sweeps("noise", 1e-3), report.slowest_sweeps("noise", 1e-3)
     columns = ("\\|Σ⁻¹X\\|", "\\|W_s\\|", "\\|W_u\\|", "CRM", "percent", "sweeps, mean", "sweeps, slowest", "\\|Γ\\|")
 
-    def cells(i: int) -> list[str]:
+    def cells(report: jf.Report, i: int) -> list[str]:
+        mean, slowest = report.mean_sweeps("noise", 1e-3)[i], report.slowest_sweeps("noise", 1e-3)[i]
         mark = "**" if i in report.tough_blocks else ""
         parts = [f"{value:.2f}" for value in (report.components or ())[i]]
         gamma = sum(report.gamma[i]) / len(report.gamma[i])
         found = [f"{mark}{report.crm[i]:.2f}{mark}", f"{mark}{report.crm_percent[i]:.2f}{mark}"]
-        return [*parts, *found, f"{mean[i]:.1f}", str(slowest[i]), f"{gamma:.2f}"]
+        return [*parts, *found, f"{mean:.1f}", str(slowest), f"{gamma:.2f}"]
 
-    return per_block(report, columns, cells)
+    return per_block(reports, columns, cells)
 
 
-def sweeps(report: jf.Report) -> str:
+def sweeps(reports: Reports) -> str:
     """Mean sweeps to each tolerance, from images' latents and fresh ones."""
-    columns = [f"{start}, {tolerance:g}" for start in report.traces for tolerance in TOLERANCES]
-    counts = [report.mean_sweeps(start, tolerance) for start in report.traces for tolerance in TOLERANCES]
-    return per_block(report, columns, lambda i: [f"{row[i]:.1f}" for row in counts])
+    wanted = _starts()
+
+    def cells(report: jf.Report, i: int) -> list[str]:
+        return [f"{report.mean_sweeps(start, tolerance)[i]:.1f}" for start, tolerance in wanted]
+
+    return per_block(reports, [f"{start}, {tolerance:g}" for start, tolerance in wanted], cells)
 
 
-def ranking(report: jf.Report) -> str:
+def ranking(reports: Reports) -> str:
     """Spearman's correlation of each metric with the sweeps."""
-    columns = ["metric", *(f"{start}, {tolerance:g}" for start in report.traces for tolerance in TOLERANCES)]
-    rows = []
-    for metric, name in (("crm", "CRM"), ("gamma", "\\|Γ\\|")):
-        found = [report.rank_correlation(metric, start, t) for start in report.traces for t in TOLERANCES]  # type: ignore[arg-type]
-        rows.append((name, *(f"{value:.2f}" for value in found)))
+    columns = ["model", "metric", *(f"{start}, {tolerance:g}" for start, tolerance in _starts())]
+    metrics: tuple[tuple[Literal["crm", "gamma"], str], ...] = (("crm", "CRM"), ("gamma", "\\|Γ\\|"))
+    rows = [
+        (f"`{model}`", name, *(f"{report.rank_correlation(metric, *each):.2f}" for each in _starts()))
+        for model, report in reports.items()
+        for metric, name in metrics
+    ]
     return table(columns, rows)
 
 
-def norms(report: jf.Report) -> str:
+def norms(reports: Reports) -> str:
     """Table 7."""
-    parts = []
-    for norm, name in (("fro", "Frobenius norm"), (1, "1-norm")):
-        metrics = report.metrics[norm]  # type: ignore[index]
-        columns = (*(f"IGM from {guess}" for guess in GUESSES), "CRM", "percent")
+    of: tuple[tuple[Norm, str], ...] = (("fro", "Frobenius norm"), (1, "1-norm"))
+    lines = []
+    for model, report in reports.items():
+        for norm, name in of:
+            metrics = report.metrics[norm]
+            agreement = rank_correlation(metrics.crm, report.crm)
+            lines.append((f"`{model}`", name, listed(metrics.tough_blocks), f"{agreement:.2f}"))
+    parts = [table(("model", "norm", "tough blocks", "rank correlation of its CRM with the spectral one"), lines)]
+    columns = (*(f"IGM from {guess}" for guess in GUESSES), "CRM", "percent")
+    for norm, name in of:
 
-        def cells(i: int, metrics: Any = metrics) -> list[str]:
+        def cells(report: jf.Report, i: int, norm: Norm = norm) -> list[str]:
+            metrics = report.metrics[norm]
             return [*bold_least(metrics.igm[i]), f"{metrics.crm[i]:.2f}", f"{metrics.crm_percent[i]:.2f}"]
 
-        agreement = rank_correlation(metrics.crm, report.crm)
-        tough = ", ".join(map(str, metrics.tough_blocks)) or "none"
-        parts.append(
-            f"{name}; tough blocks: {tough}; rank correlation of its CRM with the spectral one {agreement:.2f}.\n\n"
-            + per_block(report, columns, cells)
-        )
+        parts.append(f"In the {name}:\n\n{per_block(reports, columns, cells)}")
     return "\n\n".join(parts)
 
 
-def classes(report: jf.Report) -> str:
+def classes(reports: Reports) -> str:
     """Tables 8 and 9."""
-    spread = report.class_spread()
-    ranks = [1 + sum(other < crm for other in report.crm) for crm in report.crm]
+    spreads = {id(report): report.class_spread() for report in reports.values()}
 
-    def cells8(i: int) -> list[str]:
-        return [str(ranks[i]), f"{report.crm_percent[i]:.2f}", shown(spread[i].rank), shown(spread[i].percent)]
+    def ranks(report: jf.Report, i: int) -> list[str]:
+        rank, spread = 1 + sum(other < report.crm[i] for other in report.crm), spreads[id(report)][i]
+        return [str(rank), f"{report.crm_percent[i]:.2f}", shown(spread.rank), shown(spread.percent)]
 
-    def cells9(i: int) -> list[str]:
+    def guesses(report: jf.Report, i: int) -> list[str]:
+        spread = spreads[id(report)][i]
         mixed = [f"{report.igm[i][name]:.2f}" for name in GUESS_NAMES]
-        over = [shown(spread[i].igm[name]) for name in GUESS_NAMES]
-        return [*mixed, *over, "/".join(str(spread[i].wins[name]) for name in GUESS_NAMES)]
+        over = [shown(spread.igm[name]) for name in GUESS_NAMES]
+        return [*mixed, *over, "/".join(str(spread.wins[name]) for name in GUESS_NAMES)]
 
-    count = len(report.class_metrics)
-    first = per_block(report, ("rank, mixed", "percent, mixed", f"rank, {count} classes", "percent"), cells8)
-    columns = (
-        *(f"{g}, mixed" for g in GUESSES),
-        *(f"{g}, {count} classes" for g in GUESSES),
-        "wins of " + "/".join(GUESSES),
-    )
-    return f"{first}\n\n{per_block(report, columns, cells9)}"
+    counts = "; ".join(f"`{model}`: {len(report.class_metrics)} classes" for model, report in reports.items())
+    first = per_block(reports, ("rank, mixed", "percent, mixed", "rank, by class", "percent, by class"), ranks)
+    columns = (*(f"{g}, mixed" for g in GUESSES), *(f"{g}, by class" for g in GUESSES), "wins of " + "/".join(GUESSES))
+    return f"{counts}.\n\n{first}\n\n{per_block(reports, columns, guesses)}"
 
 
 def shown(spread: Spread | None) -> str:
@@ -128,50 +153,41 @@ def shown(spread: Spread | None) -> str:
     return "" if spread is None else f"{spread.mean:.2f} ± {spread.std:.2f}"
 
 
-def segments(report: jf.Report) -> str:
+def segments(reports: Reports) -> str:
     """Metrics of the tough blocks' segments, and their sweeps."""
-    parts = []
-    for block, counts in report.segment_traces.items():
-        metrics, traces = report.segment_metrics[block], counts[report.settings.segments]
-        slowest = [trace.slowest(BOUND) or report.num_tokens for trace in traces]
-        mean = [sum(c or 0 for c in trace.reach(BOUND)) / report.settings.traced for trace in traces]
-        rows = (
-            (
-                f"segment {i + 1}",
-                *bold_least(metrics.igm[i]),
-                f"{metrics.crm[i]:.2f}",
-                f"{mean[i]:.1f}",
-                str(slowest[i]),
-            )
-            for i in range(len(traces))
-        )
-        columns = (
-            f"block {block}",
-            *(f"IGM from {guess}" for guess in GUESSES),
-            "CRM",
-            "sweeps, mean",
-            "sweeps, slowest",
-        )
-        parts.append(
-            f"{table(columns, rows)}\n\nRank correlation of the segments' CRM with their mean sweeps to {BOUND:g}: "
-            f"{rank_correlation(metrics.crm, mean):.2f}."
-        )
-    return "\n\n".join(parts)
+    groups = {}
+    for model, report in reports.items():
+        for block in report.segment_traces:
+            metrics, mean = report.segment_metrics[block], segment_sweeps(report, block)
+            traces = report.segment_traces[block][report.settings.segments]
+            groups[f"{model}, block {block}"] = [
+                (f"segment {i + 1}", *bold_least(metrics.igm[i]), f"{metrics.crm[i]:.2f}", f"{mean[i]:.1f}",
+                 str(trace.slowest(BOUND) or report.num_tokens))
+                for i, trace in enumerate(traces)
+            ]  # fmt: skip
+    return grouped((*(f"IGM from {guess}" for guess in GUESSES), "CRM", "sweeps, mean", "sweeps, slowest"), groups)
 
 
-def guided(figures: dict[str, Any]) -> str:
+def guided(found: Mapping[str, dict[str, Any]]) -> str:
     """Sweeps under guidance."""
-    guess, noise = figures["guess"], figures["mean_sweeps"]["noise"]
-    rows = (
-        (f"Block{i}", f"{figures['crm_percent'][i]:.2f}", *(f"{noise[name]['0.001'][i]:.1f}" for name in GUESS_NAMES),
-         f"{figures['gamma'][i]:.2f}", guess[i].replace("_", " "))
-        for i in range(len(guess))
-    )  # fmt: skip
-    return table(("", "CRM percent", *(f"sweeps from {g}" for g in GUESSES), "\\|Γ\\|", "guess by IGM"), rows)
+    groups = {}
+    for model, figures in found.items():
+        guess, noise = figures["guess"], figures["mean_sweeps"]["noise"]
+        groups[model] = [
+            (f"block {i}", f"{figures['crm_percent'][i]:.2f}", *(f"{noise[g]['0.001'][i]:.1f}" for g in GUESS_NAMES),
+             f"{figures['gamma'][i]:.2f}", guess[i].replace("_", " "))
+            for i in range(len(guess))
+        ]  # fmt: skip
+    return grouped(("CRM percent", *(f"sweeps from {g}" for g in GUESSES), "\\|Γ\\|", "guess by IGM"), groups)
 
 
-def strategies(result: dict[str, Any]) -> str:
-    """Tables 3 and 4: paired error in place of FID."""
+def strategies(found: Mapping[str, dict[str, Any]]) -> str:
+    """Tables 3 and 4, one for each model: paired error in place of FID."""
+    return "\n\n".join(f"### `{model}`\n\n{timed(result)}" for model, result in found.items())
+
+
+def timed(result: dict[str, Any]) -> str:
+    """The table of a model."""
     batches = sorted({row["batch"] for row in result["rows"]})
     by_name: dict[str, dict[int, Any]] = {}
     for row in result["rows"]:
@@ -181,30 +197,42 @@ def strategies(result: dict[str, Any]) -> str:
         cells = [name]
         for batch in batches:
             row = rows[batch]
-            good = row.get("max_error", 0) <= BOUND
-            rate = f"**{row['rate']:.2f}**" if good else f"{row['rate']:.2f}"
-            error = f"{row['max_error']:.0e}, {row['mean_error']:.0e}" if "max_error" in row else ""
-            cells += [error, f"{row['seconds']:.2f} ({rate})"]
+            rate = f"**{row['rate']:.2f}**" if row["max_error"] <= BOUND else f"{row['rate']:.2f}"
+            cells += [f"{row['max_error']:.0e}, {row['mean_error']:.0e}", f"{row['seconds']:.3f} ({rate})"]
         lines.append([*cells, str(rows[batches[0]].get("network_calls", ""))])
     columns = ["strategy"]
     for batch in batches:
         columns += [f"batch {batch}: error max, mean", "seconds (times as fast)"]
-    machine = result["machine"]
-    processor = f"{machine['cores']} cores of {machine['processor']}"
-    where = f"{processor}, {machine['threads']} threads, PyTorch {machine['torch']}"
-    return f"{table([*columns, 'calls'], lines)}\n\nMeasured on {where}."
+    return f"{table([*columns, 'calls'], lines)}\n\n{measured_on(result['machine'])}"
+
+
+def figure(number: int, reports: Reports) -> str:
+    """A figure of the paper for every model; that of segments for those that have a tough block."""
+    file, shows = FIGURES[number]
+    models = [model for model, report in reports.items() if file != "segments" or report.segment_traces]
+    return "\n\n".join(f"![{shows}: {model}](figures/{model}-{file}.png)" for model in models)
 
 
 def parts() -> dict[str, str]:
     """What the page shows of the result files, by its marks."""
-    report = jf.Report.load(REPORT)
-    under_guidance = json.loads((RESULTS / "calibration-guided.json").read_text())
-    timed = json.loads((RESULTS / "strategies.json").read_text())
+    reports = {model: jf.Report.load(BUNDLED / model / "report.json") for model in MODELS}
+    tried, under_guidance = _results("strategies"), _results("calibration-guided")
     return {
-        "igm": igm(report), "crm": crm(report), "sweeps": sweeps(report), "ranking": ranking(report),
-        "norms": norms(report), "classes": classes(report), "segments": segments(report),
-        "guided": guided(under_guidance), "strategies": strategies(timed),
+        "summary": summary(reports), "igm": igm(reports), "crm": crm(reports), "sweeps": sweeps(reports),
+        "ranking": ranking(reports), "norms": norms(reports), "classes": classes(reports),
+        "segments": segments(reports), "guided": guided(under_guidance), "strategies": strategies(tried),
+        "agreement": agreement(reports, tried),
+        **{f"figure {number}": figure(number, reports) for number in FIGURES},
     }  # fmt: skip
+
+
+def _results(name: str) -> dict[str, dict[str, Any]]:
+    return {model: json.loads((RESULTS / f"{model}-{name}.json").read_text()) for model in MODELS}
+
+
+def _starts() -> list[tuple[Start, float]]:
+    """What sweeps are counted from, and to."""
+    return [(start, tolerance) for start in ("images", "noise") for tolerance in TOLERANCES]
 
 
 if __name__ == "__main__":

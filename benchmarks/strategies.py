@@ -1,56 +1,96 @@
-"""The paper's strategies for `fashion-p2`, as its Tables 3 and 4: `python benchmarks/strategies.py`.
+"""The paper's strategies for a bundled model, as its Tables 3 and 4: `python benchmarks/strategies.py MODEL`.
 
-Writes docs/results/strategies.json, from one interleaved run per batch size. Guesses are by IGM, from the report that
-`make calibration` writes. Needs an otherwise idle machine and about 6 minutes on two cores.
+Writes docs/results/MODEL-strategies.json, from one interleaved run per batch size. Guesses are by IGM, from the report
+that `make calibration` writes. Peers are at their published settings; `auto` is certified, as it is in use. Needs an
+otherwise idle machine; fashion-p2 takes about 8 minutes on two cores.
 """
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from performance import EAGER, IN_PYTORCH, draw, latents
+from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.baselines import GROWING_CACHE
+from jacobiflow.baselines import GROWING_CACHE, PEERS, PeerSamples
 from jacobiflow.experiments.quality import ORIGINAL
 from jacobiflow.experiments.speed import compare
 from jacobiflow.files import write_json
 from jacobiflow.measuring import machine
+from jacobiflow.strategy import auto
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, REPORT = ROOT / "docs" / "results", ROOT / "src" / "jacobiflow" / "models" / "fashion-p2" / "report.json"
+RESULTS, MODELS = ROOT / "docs" / "results", ROOT / "src" / "jacobiflow" / "models"
 BATCHES = (1, 4, 16)
 REPEATS = {1: 7, 4: 5, 16: 3}
 NAMES = {GROWING_CACHE: ORIGINAL}
+AUTOS = {"auto:1e-1": 1e-1, "auto:1e-2": 1e-2, "auto": 1e-3}
+
+
+def stacked(report: jf.Report) -> list[int]:
+    """The tough blocks by CRM, the toughest first; where it calls none so, the one that takes the most sweeps."""
+    if report.tough_blocks:
+        return sorted(report.tough_blocks, key=lambda block: -report.crm[block])
+    return [max(range(report.num_blocks), key=report.mean_sweeps("noise", 1e-2).__getitem__)]
+
+
+def grid(report: jf.Report) -> list[str]:
+    """The settings of the paper's Tables 3 and 4, with numbers of segments and sweeps in proportion to T.
+
+    The stacked blocks token by token; in segments, all alike, of G x J = T/4, T/2 and T sweeps in all; and where there
+    are several, instead of T, as in Table 4b the toughest token by token or in 16 segments, and the others in fewer. J
+    is rounded down.
+    """
+    toughest, *others = blocks = stacked(report)
+    slowest, length = report.slowest_sweeps("noise", 1e-2), report.num_tokens
+    rest = max(count for block, count in enumerate(slowest) if block not in blocks)
+
+    def name(own: tuple[int, int], other: tuple[int, int], elsewhere: int = rest) -> str:
+        pairs = [own if block == toughest else other for block in sorted(blocks)]
+        fields = [
+            "/".join(map(str, values if len(set(values)) > 1 else values[:1])) for values in zip(*pairs, strict=True)
+        ]
+        return f"[{'-'.join(['/'.join(map(str, sorted(blocks))), *fields, str(elsewhere)])}]"
+
+    def cut(count: int, total: int) -> tuple[int, int]:
+        return count, total // count
+
+    whole, few, more = (length, 1), length // 4, 3 * length // 8
+    names = ["Jacobi-30", "Jacobi-60", *(name(whole, whole, n) for n in (max(rest - 2, 1), rest, 2 * rest))]
+    for total in (few, length // 2, *[length] * (not others)):
+        names += [name(cut(count, total), cut(count, total)) for count in (1, 2, 4, 8, 16)]
+    if others:
+        names += [name(whole, cut(count, few)) for count in (1, 2, 4, 8)]
+        names += [name(whole, cut(count, more)) for count in (4, 8)]
+        names += [name(cut(16, eighths * length // 8), cut(8, more)) for eighths in (4, 5, 6)]
+    return list(dict.fromkeys(names))
 
 
 def settings(report: jf.Report) -> dict[str, jf.Strategy]:
-    """The paper's grid in the proportions of its tables, T = 1024 there and 196 here, and what the report proposes."""
-    tough, length = report.tough_blocks[0], report.num_tokens
-    rest = max(count for block, count in enumerate(report.slowest_sweeps("noise", 1e-2)) if block != tough)
-    names = ["Jacobi-30", "Jacobi-60"]
-    names += [f"[{tough}-{length}-1-{other}]" for other in (rest - 2, rest, 2 * rest)]
-    for sweeps in (length // 4, length // 2, length):  # G x J, as 128 and 256 of 1024 in the paper, and as many as T
-        names += [f"[{tough}-{count}-{sweeps // count}-{rest}]" for count in (1, 2, 4, 8, 16)]
-    found = {name: jf.Strategy.parse(name, report) for name in names}
+    """By name, the paper's grid, and what the report proposes, with a number of sweeps for all segments or each."""
+    found = {name: jf.Strategy.parse(name, report) for name in grid(report)}
     for tolerance in (1e-1, 1e-2):
-        plan = jf.Strategy.from_report(report, tolerance)
-        found.setdefault(str(plan), plan)
-        plan = jf.Strategy.from_report(report, tolerance, per_segment=True)
-        each, others = (plan.solvers[i].stopping.max_sweeps for i in (tough, 0))
-        if isinstance(each, tuple):
-            counts = "/".join(map(str, each))
-            found[f"block {tough} in {len(each)} segments of {counts} sweeps, {others} elsewhere"] = plan
+        for per_segment in (False, True):
+            plan = jf.Strategy.from_report(report, tolerance, per_segment=per_segment)
+            found.setdefault(str(plan), plan)
     return found
 
 
 def measure(flow: jf.TarFlow, plans: dict[str, jf.Strategy], batch: int) -> list[dict[str, Any]]:
     """A row per strategy: seconds, rate, network calls, and the error paired with the sequential loop's images."""
     z, labels = latents(flow, batch)
-    runs = {EAGER: partial(IN_PYTORCH.run, partial(draw, flow, z, labels, "sequential"))}
-    runs |= {name: partial(draw, flow, z, labels, plan) for name, plan in plans.items()}
+    runs: dict[str, Callable[[], Any]] = {
+        EAGER: partial(IN_PYTORCH.run, partial(draw, flow, z, labels, "sequential")),
+        **{name: partial(draw, flow, z, labels, plan) for name, plan in plans.items()},
+        **{name: partial(images, peer, flow, z, labels) for name, peer in PEERS.items()},
+    }
+    for name, tolerance in AUTOS.items():
+        runs[name] = partial(draw, flow, z, labels, auto(flow, batch, tolerance), certify=True)
     found = compare(flow, z, labels, runs, repeats=REPEATS[batch])
     rows = []
     for row in found.rows:
@@ -65,19 +105,30 @@ def measure(flow: jf.TarFlow, plans: dict[str, jf.Strategy], batch: int) -> list
     return rows
 
 
+def images(peer: Callable[..., PeerSamples], *arguments: Any) -> Tensor:
+    """What a sampler of another paper draws."""
+    return peer(*arguments).images
+
+
 def main() -> None:
     """Measure, write."""
-    flow = jf.TarFlow.from_pretrained("fashion-p2").requires_grad_(False)
-    report = jf.Report.load(REPORT)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a bundled TarFlow, such as fashion-p2")
+    model = parser.parse_args().model
+    flow = jf.TarFlow.from_pretrained(model).requires_grad_(False)
+    report = jf.Report.load(MODELS / model / "report.json")
     report.check(flow)
     plans, rows = settings(report), []
     for batch in BATCHES:
-        rows += measure(flow, plans, batch)
-        for row in rows[-len(plans) - 3 :]:  # with the loops
+        found = measure(flow, plans, batch)
+        for row in found:
             cost = f"{row['seconds']:.3f} s  {row['rate']:.2f}x"
             print(f"  {batch:3d} {row['strategy']:60s} {cost}  {row['max_error']:.1e}", flush=True)
-    write_json(RESULTS / "strategies.json", {"command": "python benchmarks/strategies.py", "model": "fashion-p2",
-                                             "machine": machine(), "rows": rows})  # fmt: skip
+        rows += found
+    write_json(
+        RESULTS / f"{model}-strategies.json",
+        {"command": f"python benchmarks/strategies.py {model}", "model": model, "machine": machine(), "rows": rows},
+    )
 
 
 if __name__ == "__main__":

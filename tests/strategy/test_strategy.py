@@ -182,7 +182,7 @@ def affordable(length: int, call_cost: float, measured: Mapping[int, Sequence[Co
         if max(each) <= length // count:
             sweeps = each if per_segment else [max(each)] * count
             cost = sum(j * length / count + j * call_cost for j in sweeps)
-            ways.append((cost, count, tuple(each) if per_segment else max(each)))
+            ways.append((cost, count, tuple(each) if per_segment and count > 1 else max(each)))
     return ways
 
 

@@ -155,7 +155,7 @@ class Strategy:
                 total = sum(each) if per_segment else count * max(each)
                 if max(each) <= length // count and total * (length / count + call_cost) < cost:
                     cost = total * (length / count + call_cost)
-                    sweeps = MaxSweeps(each if per_segment else max(each))
+                    sweeps = MaxSweeps(each if per_segment and count > 1 else max(each))
                     solvers[block] = Solver(Segments(count), stopping=sweeps | EarlyStop())
         return cls(tuple(replace(s, guess=report.guess(i)) for i, s in enumerate(solvers)), report.fingerprint)
 
