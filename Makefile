@@ -52,10 +52,12 @@ benchmark: setup
 	$(BIN)/python benchmarks/readme.py
 	$(BIN)/python benchmarks/prose.py
 
-# Regenerates "Two regimes" in docs/performance.md (half an hour on two idle cores; it goes on where it was stopped).
+# Regenerates "Two regimes" and "The paper's sizes on a CPU" in docs/performance.md (three quarters of an hour on two idle
+# cores; it goes on where it was stopped).
 regimes: setup
 	$(BIN)/python benchmarks/regimes.py
 	$(BIN)/python benchmarks/loop_profile.py
+	$(BIN)/python benchmarks/paper_sizes.py
 	$(BIN)/python benchmarks/performance_page.py
 
 # Regenerates the tables and figures of docs/calibration.md, and the bundled reports (an hour on two idle cores). For each

@@ -1,7 +1,7 @@
 """Puts results into docs/performance.md: `python benchmarks/performance_page.py`.
 
-They are performance.json, growth.json, demo.json, demo-one.json, browser.json, regimes.json and loop-profile.json of
-docs/results. Also draws error-against-time.png and regimes.png in docs/figures.
+They are performance.json, growth.json, demo.json, demo-one.json, browser.json, regimes.json, loop-profile.json and
+paper-sizes.json of docs/results. Also draws error-against-time.png and regimes.png in docs/figures.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import newcomer_page
+import paper_sizes_page
 import regimes_page
 from filling import fill, measured_on, table
 from matplotlib.axes import Axes
@@ -263,7 +264,8 @@ def parts() -> dict[str, str]:
     found["growth"] = growth(load("growth"))
     demos = "\n\n".join(newcomer_page.demo(load(name)) for name in ("demo", "demo-one"))
     found |= {"demo": demos, "browser": newcomer_page.browser(load("browser"))}
-    return found | regimes_page.parts(load("regimes"), load("loop-profile"))
+    found |= regimes_page.parts(load("regimes"), load("loop-profile"))
+    return found | paper_sizes_page.parts(load("paper-sizes"))
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,15 +14,16 @@ from regimes import EAGER, FUSED, LOW, PASS
 
 import jacobiflow as jf
 from jacobiflow.plots import sampler_style
-from jacobiflow.plots.labels import Label, line_label, place_labels
+from jacobiflow.plots.labels import line_label, place_labels
 from jacobiflow.plots.style import clear, new_figure, plain_ticks, readable, styled
 
 EVALUATIONS = (3, 5, 10)
 LOOPS = {FUSED: sampler_style("sequential"), EAGER: replace(sampler_style("sequential"), filled=False)}
 SWEEPS = sampler_style("jacobi").color
+MODEL = sampler_style("auto").color  # of trained models
 
 
-def seconds_of(run: dict[str, Any]) -> dict[str, float]:
+def seconds_of(run: Mapping[str, Any]) -> dict[str, float]:
     """The least of the rounds, by way."""
     return {name: timing["min"] for name, timing in run["seconds"].items()}
 
@@ -144,8 +145,8 @@ def figure(result: dict[str, Any]) -> Figure:
     for axis, batch in zip(panels, batches, strict=False):
         own = [run for run in result["runs"] if run["batch_size"] == batch]
         _panel(axis, sorted((run for run in own if not run["trained"]), key=lambda run: run["weights_mb"]))
-        axis.set(xscale="log", yscale="log", ylim=(0.6 * min(1, *values), 1.3 * max(10, *values)))
-        axis.set_xlim(min(sizes) / 5, max(sizes) * 14)  # room for names and numbers
+        axis.set(xscale="log", yscale="log", ylim=(0.17 * min(1, *values), 1.3 * max(10, *values)))
+        axis.set_xlim(min(sizes) / 5, max(sizes) * 14)  # room for numbers; names have it below
         axis.set_title(f"batch {batch}")
         plain_ticks(axis.xaxis, (1,))
         plain_ticks(axis.yaxis, (1, 3))
@@ -188,12 +189,18 @@ def _panel(axis: Axes, runs: Sequence[dict[str, Any]]) -> None:
 
 
 def _names(axis: Axes, runs: Sequence[dict[str, Any]]) -> None:
-    """The fused loop in trained models, by name, and the names of the loops."""
+    """The loops in trained models, each model's name below its own, and the names of the loops."""
     loops = [line for line in axis.get_lines() if line.get_label() in LOOPS]
-    labels = [line_label(line) for line in loops]
-    style = LOOPS[FUSED]
     for run in runs:
-        place = run["weights_mb"], in_passes(run, FUSED)
-        axis.plot(*place, color=style.color, marker="*", markersize=12, markeredgecolor="white", linestyle="", zorder=5)
-        labels.append(Label(run["name"], [place], style.color))
-    place_labels(axis, labels)
+        places = [(run["weights_mb"], in_passes(run, way)) for way in LOOPS]
+        axis.plot(*zip(*places, strict=True), color=MODEL, linewidth=1, zorder=4)
+        for place, style in zip(places, LOOPS.values(), strict=True):
+            axis.plot(
+                *place, marker="*", markersize=12, color=MODEL if style.filled else "white",
+                markeredgecolor="white" if style.filled else MODEL, linestyle="", zorder=5,
+            )  # fmt: skip
+        axis.annotate(
+            run["name"], places[0], xytext=(0, -14), textcoords="offset points", rotation="vertical", ha="center",
+            va="top", color=readable(MODEL),
+        )  # fmt: skip
+    place_labels(axis, [line_label(line) for line in loops])

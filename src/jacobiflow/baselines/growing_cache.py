@@ -52,7 +52,7 @@ class _Layer:
         return cast(Tensor, attention.proj(out.transpose(1, 2).reshape(h.shape)))
 
 
-class _Stream:
+class Stream:
     """A block read token by token under one condition: with labels, or without."""
 
     def __init__(self, block: TarFlowBlock, labels: Tensor | None, temperature: float) -> None:
@@ -80,8 +80,8 @@ class _Stream:
 def _invert_block(block: TarFlowBlock, x: Tensor, labels: Tensor | None, guidance: Guidance | None) -> Tensor:
     """Solve one block for `x` (N, T, C), in the block's causal order; overwrites `x`."""
     last = x.shape[1] - 1
-    conditional = _Stream(block, labels, 1.0)
-    unconditional = None if guidance is None else _Stream(block, None, guidance.attn_temperature)
+    conditional = Stream(block, labels, 1.0)
+    unconditional = None if guidance is None else Stream(block, None, guidance.attn_temperature)
     for position in range(last):
         log_scale, shift = conditional.feed(x, position)
         if guidance is not None and unconditional is not None:
