@@ -43,7 +43,9 @@ def package(tmp_path: Path) -> Path:
             tones = dict(zip(TONES, kinds[1:], strict=True)) if i else {}
             order = 1000 - place * 10 - i
             entries.append(
-                kinds[0] | {"subcategory": group, "sort_order": order} | ({"skin_variations": tones} if tones else {})
+                kinds[0]
+                | {"category": "any", "subcategory": group, "sort_order": order}
+                | ({"skin_variations": tones} if tones else {})
             )
     (tmp_path / "emoji.json").write_text(json.dumps(entries))
     return tmp_path

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
@@ -23,11 +22,53 @@ _NOT_FACES = "face-costume"  # a ghost, a robot
 _TESTED = 26  # of 256: a tenth of the emoji
 
 
+_REMEDY = "run npm install emoji-datasource-google@16.0.0 here"
+
+
+class Emoji(NamedTuple):
+    """An entry of the package's index: its code points, category, group, and images, one for each skin tone."""
+
+    code: str
+    category: str
+    group: str
+    images: tuple[Path, ...]
+
+    @property
+    def label(self) -> int | None:
+        """Its class among `EMOJI_CLASSES`, `None` where it is of none."""
+        if self.group == _NOT_FACES:
+            return None
+        by_prefix = (label for start, label in _PREFIXES.items() if self.group.startswith(start))
+        return _GROUPS.get(self.group, next(by_prefix, None))
+
+    @property
+    def is_tested(self) -> bool:
+        """Whether it is of the test split."""
+        return hashlib.sha256(self.code.encode()).digest()[0] < _TESTED
+
+
+def read_index(folder: str | Path = EMOJI_FOLDER) -> list[Emoji]:
+    """All emoji of the package in the order of Unicode's chart. **Raises** `DataError` as `emoji` does."""
+    index, images = Path(folder) / "emoji.json", Path(folder) / "img" / "google" / "64"
+    if not os.path.isfile(index):
+        raise DataError(f"{index}: no such file; {_REMEDY}")
+    try:
+        found = []
+        for entry in sorted(json.loads(index.read_bytes()), key=lambda entry: (entry["sort_order"], entry["unified"])):
+            tones = [entry, *entry.get("skin_variations", {}).values()]
+            drawn = tuple(images / tone["image"] for tone in tones if tone["has_img_google"])
+            found.append(Emoji(entry["unified"], entry["category"], entry["subcategory"], drawn))
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{index}: not the index of that package ({error!r}); {_REMEDY}") from error
+
+
 def emoji(split: Split = "train", folder: str | Path = EMOJI_FOLDER, size: int = 32) -> ImageDataset:
     """Emoji of people, faces and hands in all skin tones, on white, resized to `size` x `size`.
 
-    An emoji and its skin tones are on one side of the split: the test split has those whose name's SHA-256 begins with
-    a byte below 26, a tenth of them. The images are Google's Noto Emoji, Apache-2.0; the index of emoji is MIT.
+    An emoji and its skin tones are on one side of the split: the test split has those whose code points, as the index
+    writes them, have a SHA-256 that begins with a byte below 26, a tenth of them. The images are Google's Noto Emoji,
+    Apache-2.0; the index of emoji is MIT.
 
     **Arguments:** `folder` is of the package: `npm install emoji-datasource-google@16.0.0` makes it.
 
@@ -35,48 +76,13 @@ def emoji(split: Split = "train", folder: str | Path = EMOJI_FOLDER, size: int =
     """
     if split not in ("train", "test"):
         raise DataError(f"split={split!r}: give 'train' or 'test'")
-    root = Path(folder)
     found = [
-        (root / "img" / "google" / "64" / name, label)
-        for entry, label in _labelled(root)
-        if _is_tested(entry) == (split == "test")
-        for name in _files(entry)
+        (path, entry.label)
+        for entry in read_index(folder)
+        if entry.label is not None and entry.is_tested == (split == "test")
+        for path in entry.images
     ]
     if not found:
-        raise DataError(f"{root}: no emoji of the {split} split in its index; {_REMEDY}")
+        raise DataError(f"{folder}: no emoji of the {split} split in its index; {_REMEDY}")
     images = torch.stack([read_image(path, size, 3) for path, _ in found])
     return ImageDataset(images, torch.tensor([label for _, label in found]), EMOJI_CLASSES)
-
-
-_REMEDY = "run npm install emoji-datasource-google@16.0.0 here"
-
-
-def _labelled(root: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """The emoji of the six classes in the order of Unicode's chart, and their labels."""
-    index = root / "emoji.json"
-    if not os.path.isfile(index):
-        raise DataError(f"{index}: no such file; {_REMEDY}")
-    try:
-        entries = sorted(json.loads(index.read_bytes()), key=lambda entry: (entry["sort_order"], entry["unified"]))
-        for entry in entries:
-            label = _label(entry["subcategory"])
-            if label is not None:
-                yield entry, label
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{index}: not the index of that package ({error!r}); {_REMEDY}") from error
-
-
-def _label(group: str) -> int | None:
-    if group == _NOT_FACES:
-        return None
-    return _GROUPS.get(group, next((label for start, label in _PREFIXES.items() if group.startswith(start)), None))
-
-
-def _is_tested(entry: dict[str, Any]) -> bool:
-    return hashlib.sha256(entry["unified"].encode()).digest()[0] < _TESTED
-
-
-def _files(entry: dict[str, Any]) -> list[str]:
-    """The images of an emoji: as it is, and in each skin tone that Google drew."""
-    kinds = [entry, *entry.get("skin_variations", {}).values()]
-    return [kind["image"] for kind in kinds if kind["has_img_google"]]
