@@ -141,7 +141,7 @@ def _each_tough(report: jf.Report, cell: Callable[[Any, list[float]], str]) -> s
 
 
 def _by_batch(rows: Found, cell: Callable[[Found], str]) -> str:
-    batches = sorted({row["batch"] for row in rows})
+    batches = sorted({row["batch"] for row in rows if row["strategy"].startswith(OF_PAPER)})
     return "; ".join(cell([row for row in rows if row["batch"] == batch]) for batch in batches)
 
 

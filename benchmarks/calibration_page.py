@@ -196,6 +196,9 @@ def timed(result: dict[str, Any]) -> str:
     for name, rows in by_name.items():
         cells = [name]
         for batch in batches:
+            if batch not in rows:
+                cells += ["", ""]
+                continue
             row = rows[batch]
             rate = f"**{row['rate']:.2f}**" if row["max_error"] <= BOUND else f"{row['rate']:.2f}"
             cells += [f"{row['max_error']:.0e}, {row['mean_error']:.0e}", f"{row['seconds']:.3f} ({rate})"]

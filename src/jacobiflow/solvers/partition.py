@@ -6,7 +6,6 @@ the front ends.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from typing import NamedTuple
 from jacobiflow.checks import check_count
 from jacobiflow.codec import family, register
 
-_SMALLEST = 8  # tokens in a window that is tried: below it, the sequential loop is as fast
+_SMALLEST = 16  # tokens in a window that is tried: no plan had fewer, see benchmarks/tuning_grid.py
 
 
 @family
@@ -131,6 +130,8 @@ class Window(SlidingRun):
 
     @classmethod
     def candidates(cls, num_tokens: int) -> tuple[Partition, ...]:
-        """Windows of 8, 16, 32 .. tokens, and of all."""
-        doublings = range(math.ceil(math.log2(max(num_tokens / _SMALLEST, 1))))
-        return tuple(cls(size) for size in (*(_SMALLEST * 2**k for k in doublings), num_tokens))
+        """Windows of 16, 32, 64 .. tokens, up to half of them, and of all."""
+        sizes: list[int] = []
+        while _SMALLEST << len(sizes) <= num_tokens / 2:
+            sizes.append(_SMALLEST << len(sizes))
+        return tuple(cls(size) for size in (*sizes, num_tokens))
