@@ -78,6 +78,7 @@ calibration: $(CALIBRATED)
 		--out src/jacobiflow/models/fashion-p2/report-guided.json --json docs/results/calibration-guided-3.json
 	$(BIN)/jacobiflow calibrate --model digits-maf --images digits --chord \
 		--out src/jacobiflow/models/digits-maf/report.json
+	$(BIN)/python benchmarks/tuning_grid.py
 	$(BIN)/python benchmarks/calibration_page.py
 	$(BIN)/python benchmarks/prose.py
 

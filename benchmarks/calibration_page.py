@@ -216,6 +216,20 @@ def figure(number: int, reports: Reports) -> str:
     return "\n\n".join(f"![{shows}: {model}](figures/{model}-{file}.png)" for model in models)
 
 
+def grid(result: dict[str, Any]) -> str:
+    """What tuning leaves out, and what plans lose by that."""
+    lines = []
+    for model, found in result["models"].items():
+        native, swept = ([row["ratio"] for row in found["plans"] if row["native"] == loop] for loop in (True, False))
+        ratios = (f"{max(each) - 1:.1%}" for each in (native, swept))
+        lines.append([model, f"{found['passes']:,.0f}", f"{found['default']:,.0f}", str(len(native)), *ratios])
+    columns = (
+        "model", "passes over a block, more tried", "passes, as `calibrate` does", "plans compared",
+        "slowest plan: longer by", "without the native loop",
+    )  # fmt: skip
+    return f"{table(columns, lines)}\n\n{measured_on(result['machine'])}"
+
+
 def parts() -> dict[str, str]:
     """What the page shows of the result files, by its marks."""
     reports = {model: jf.Report.load(BUNDLED / model / "report.json") for model in MODELS}
@@ -224,7 +238,7 @@ def parts() -> dict[str, str]:
         "summary": summary(reports), "igm": igm(reports), "crm": crm(reports), "sweeps": sweeps(reports),
         "ranking": ranking(reports), "norms": norms(reports), "classes": classes(reports),
         "segments": segments(reports), "guided": guided(under_guidance), "strategies": strategies(tried),
-        "agreement": agreement(reports, tried),
+        "agreement": agreement(reports, tried), "grid": grid(json.loads((RESULTS / "tuning-grid.json").read_text())),
         **{f"figure {number}": figure(number, reports) for number in FIGURES},
     }  # fmt: skip
 
