@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from evaluation_page import MEASURES
 from filling import measured_on, table
 
@@ -33,6 +32,7 @@ from jacobiflow.plots import rows_sheet, save_png
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 RESULTS, FIGURES = DOCS / "results", DOCS / "figures"
 SPEED, BATCHES, REPEATS = RESULTS / "model-speed.json", (1, 16), 3
+SHEET = 100
 
 SECTIONS = """## Intended use
 
@@ -56,7 +56,7 @@ Training loss (mean of 50 steps):
 
 ![loss curve](../../../../docs/figures/{name}-loss.png)
 
-Samples, one a class{drawn}.
+Samples of all classes in turn{drawn}.
 
 ![samples](../../../../docs/figures/{name}-samples.png)
 
@@ -148,7 +148,8 @@ def card(name: str) -> str:
         measured="noisy" if gaussian else "dequantised",
         bpd=figures["bits_per_dim_noisy" if gaussian else "bits_per_dim"], accuracy=figures["bayes_accuracy"],
         units=NOISY_UNITS if gaussian else DEQUANTISED_UNITS,
-        drawn="" if flow.recommended == jf.SamplingSettings() else ": plain, and as recommended, of the same latents",
+        drawn="" if flow.recommended == jf.SamplingSettings() else ", plain, and as recommended; the first are of the "
+        "same latents",
         **{key: figures[key] for key in (
             "images", "images_license", "parameters", "command", "steps", "machine", "test_name", "accuracy_images",
             "limits",
@@ -170,14 +171,16 @@ def card(name: str) -> str:
 
 def draw(name: str) -> None:
     """The sheet of samples, plain and as recommended."""
-    flow = jf.load(name)
-    num = flow.config.num_classes
-    rows = [
-        (caption, jf.sample(flow, num, torch.arange(num), guidance=settings.guidance, denoise=settings.denoise).images)
-        for caption, settings in {"plain": jf.SamplingSettings(), "recommended": flow.recommended}.items()
-        if caption == "plain" or settings != jf.SamplingSettings()
-    ]
-    save_png(rows_sheet(rows), FIGURES / f"{name}-samples.png")
+    flow, plain = jf.load(name), jf.SamplingSettings()
+    rows = [("as recommended", flow.recommended, SHEET)]
+    if flow.recommended != plain:
+        rows.insert(0, ("plain", plain, 10))
+    drawn = [
+        (caption, jf.sample(flow, num, balanced_labels(num, flow.config.num_classes), guidance=settings.guidance,
+                            denoise=settings.denoise).images)
+        for caption, settings, num in rows
+    ]  # fmt: skip
+    save_png(rows_sheet(drawn), FIGURES / f"{name}-samples.png")
 
 
 def measure(name: str) -> dict[str, Any]:
