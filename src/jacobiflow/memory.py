@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 
 import torch
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # in malloc.h
 
 
 def shortage(needed: int) -> str | None:
@@ -19,15 +22,21 @@ def shortage(needed: int) -> str | None:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Let the process keep what it frees on a CPU, which sweeps would else spend up to a quarter of their time on.
+    """Let the process keep what it frees on a CPU, which it would else spend up to a quarter of its time on.
 
-    glibc returns memory to the system above twice the size of the largest block that was freed so far, and gets it
-    anew, to be cleared, at the next layer. The largest size that counts is 32 MB; nothing is written to this one.
+    By default glibc returns a freed block to the system, or the free end of its heap, above a few megabytes, and gets
+    the memory anew, to be cleared, at the next layer. The thresholds become the largest that there are: 32 MB for a
+    block, 2 GB for the end of the heap. Other C libraries are left as they are.
     """
     if device.type == "cpu":
-        _free_a_large_block()
+        _raise_thresholds()
 
 
 @functools.cache
-def _free_a_large_block() -> None:
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+def _raise_thresholds() -> None:
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_MMAP_THRESHOLD, 2**25)
