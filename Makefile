@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: setup demo test lint mutants benchmark regimes calibration flows reliability evaluation evaluation-in-pytorch \
-	browser fresh-clone tutorials figures docs clean
+	browser emoji fresh-clone tutorials figures docs clean
 
 setup: $(INSTALLED)
 
@@ -141,6 +141,12 @@ browser: setup
 	$(BIN)/python benchmarks/browser.py
 	$(BIN)/python benchmarks/performance_page.py
 	$(BIN)/python benchmarks/prose.py
+
+# Fetches the package of emoji that `--images emoji` reads, and writes the 256 images of it that ship with the library.
+EMOJI := emoji-datasource-google@16.0.0
+emoji: setup
+	npm install --no-save --no-package-lock $(EMOJI)
+	$(BIN)/python benchmarks/make_emoji256.py
 
 # Redraws the figures of docs/solvers.md, and front.gif and front.png.
 figures: setup
