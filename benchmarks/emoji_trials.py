@@ -5,7 +5,7 @@ shapes of the network; and `all`, every emoji of the package, by one. Needs
 `npm install --no-save emoji-datasource-google@16.0.0`. A run that was stopped resumes. Then steps of each shape are
 timed in turn, since the runs themselves may share the machine.
 
-Writes docs/results/emoji-trials.json: bits per dimension of the noisy training images, the mean of 50 steps, against
+Writes docs/results/emoji-p2-trials.json: bits per dimension of the noisy training images, the mean of 50 steps, against
 seconds of training; and sheets of samples to out/trials.
 """
 
@@ -28,7 +28,7 @@ from jacobiflow.measuring import interleave, machine
 from jacobiflow.training import StepReport, TrainConfig, read_metrics, train
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT, OUT = ROOT / "docs" / "results" / "emoji-trials.json", ROOT / "runs" / "trials"
+RESULT, OUT = ROOT / "docs" / "results" / "emoji-p2-trials.json", ROOT / "runs" / "trials"
 STEPS, POINT, BATCH, REPEATS = 400, 50, 32, 3
 CONFIG = TrainConfig(
     steps=11000, noise=Noise("gaussian", 0.1), augmentation=Augmentation(mirror=True, shift=2, hue=10),
