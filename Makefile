@@ -146,7 +146,7 @@ browser: setup
 EMOJI := emoji-datasource-google@16.0.0
 emoji: setup
 	npm install --no-save --no-package-lock $(EMOJI)
-	$(BIN)/python benchmarks/make_emoji256.py
+	$(BIN)/python benchmarks/make_images.py emoji
 
 # Redraws the figures of docs/solvers.md, and front.gif and front.png.
 figures: setup

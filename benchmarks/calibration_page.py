@@ -130,14 +130,13 @@ def norms(reports: Reports) -> str:
 
 def classes(reports: Reports) -> str:
     """Tables 8 and 9."""
-    spreads = {id(report): report.class_spread() for report in reports.values()}
 
     def ranks(report: jf.Report, i: int) -> list[str]:
-        rank, spread = 1 + sum(other < report.crm[i] for other in report.crm), spreads[id(report)][i]
+        rank, spread = 1 + sum(other < report.crm[i] for other in report.crm), report.class_spread()[i]
         return [str(rank), f"{report.crm_percent[i]:.2f}", shown(spread.rank), shown(spread.percent)]
 
     def guesses(report: jf.Report, i: int) -> list[str]:
-        spread = spreads[id(report)][i]
+        spread = report.class_spread()[i]
         mixed = [f"{report.igm[i][name]:.2f}" for name in GUESS_NAMES]
         over = [shown(spread.igm[name]) for name in GUESS_NAMES]
         return [*mixed, *over, "/".join(str(spread.wins[name]) for name in GUESS_NAMES)]

@@ -2,8 +2,8 @@
 
 The first 400 steps of its training, by what was trained on and by size: `people`, the data set `emoji`, by three
 shapes of the network; and `all`, every emoji of the package, by one. Needs
-`npm install --no-save emoji-datasource-google@16.0.0`. A run that was stopped resumes. Then steps of each shape are
-timed in turn, since the runs themselves may share the machine.
+`npm install --no-save emoji-datasource-google@16.0.0`. A run that was stopped resumes. Then a few steps of each are
+timed, since the runs themselves may share the machine.
 
 Writes docs/results/emoji-p2-trials.json: bits per dimension of the noisy training images, the mean of 50 steps, against
 seconds of training; and sheets of samples to out/trials.
@@ -14,7 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
+import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +28,12 @@ import jacobiflow as jf
 from jacobiflow.data import Augmentation, ImageDataset, Noise, emoji, image_folder
 from jacobiflow.data.emoji import read_index
 from jacobiflow.files import write_json
-from jacobiflow.measuring import interleave, machine
+from jacobiflow.measuring import machine
 from jacobiflow.training import StepReport, TrainConfig, read_metrics, train
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT, OUT = ROOT / "docs" / "results" / "emoji-p2-trials.json", ROOT / "runs" / "trials"
-STEPS, POINT, BATCH, REPEATS = 400, 50, 32, 3
+STEPS, POINT, BATCH, TIMED = 400, 50, 32, 12
 CONFIG = TrainConfig(
     steps=11000, noise=Noise("gaussian", 0.1), augmentation=Augmentation(mirror=True, shift=2, hue=10),
     batch_size=BATCH, learning_rate=7e-4, warmup=200, checkpoint_every=50,
@@ -57,7 +61,7 @@ def every_emoji(folder: Path) -> ImageDataset:
     """All emoji of the package that are not of the test split, by category."""
     if not folder.exists():
         for entry in read_index():
-            if not entry.is_tested and entry.category != "Component":
+            if not entry.in_test_split and entry.category != "Component":
                 place = folder / entry.category
                 place.mkdir(parents=True, exist_ok=True)
                 for path in entry.images:
@@ -94,21 +98,12 @@ def run(trial: Trial, data: ImageDataset) -> Iterator[dict[str, float]]:
         yield {"step": step, "images": step * BATCH, "bits_per_dim": sum(bits[step - POINT : step]) / POINT}
 
 
-def rates() -> dict[str, float]:
-    """Images a second of each shape, steps of all taking turns."""
-    images, labels = torch.randn(BATCH, 3, 32, 32), torch.arange(BATCH) % 6
-
-    def step(flow: jf.TarFlow, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16):
-            z, log_det = flow.normalize(images, labels)
-        (z.square().mean() / 2 - log_det.mean() / z[0].numel()).backward()
-        optimizer.step()
-
-    flows = {str(trial): flow_of(trial, 6) for trial in TRIALS if trial.images == "people"}
-    optimizers = {name: torch.optim.AdamW(flow.parameters(), lr=1e-6) for name, flow in flows.items()}
-    seconds, _ = interleave({n: lambda n=n: step(flows[n], optimizers[n]) for n in flows}, REPEATS)  # type: ignore[misc]
-    return {name: BATCH / timing.median for name, timing in seconds.items()}
+def rate(trial: Trial, data: ImageDataset) -> float:
+    """Images a second, by the median of a few steps after the first, which initialises the flow."""
+    with tempfile.TemporaryDirectory() as out:
+        train(flow_of(trial, len(data.classes)), data, replace(CONFIG, steps=TIMED), out)
+        seconds = [figures["seconds"] for figures in read_metrics(out)]
+    return BATCH / statistics.median(after - before for before, after in pairwise(seconds))
 
 
 def main() -> None:
@@ -123,12 +118,10 @@ def main() -> None:
             "points": list(run(trial, data[trial.images])),
         }
         print(json.dumps({str(trial): found[str(trial)]["points"][-1]}), flush=True)
-    speed = rates()
-    for name, trial_found in found.items():
-        rate = speed[name.replace("all", "people")]
-        trial_found["images_per_second"] = rate
-        for point in trial_found["points"]:
-            point["seconds"] = point["images"] / rate
+    for trial in TRIALS:
+        speed = found[str(trial)]["images_per_second"] = rate(trial, data[trial.images])
+        for point in found[str(trial)]["points"]:
+            point["seconds"] = point["images"] / speed
     write_json(RESULT, {"command": "python benchmarks/emoji_trials.py", "machine": machine(), "trials": found})
 
 

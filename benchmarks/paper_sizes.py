@@ -18,24 +18,20 @@ that a run can be interrupted. Runs take turns, `--repeats` rounds after one tha
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from regimes import BATCH_SIZES, FUSED, fused, random_flow, shape_of
+from regimes import BATCH_SIZES, FUSED, fill_in, fused, random_flow, shape_of
 
 import jacobiflow as jf
-from jacobiflow import native
 from jacobiflow.baselines import GROWING_CACHE
 from jacobiflow.baselines.growing_cache import Stream
-from jacobiflow.files import write_json
 from jacobiflow.flows.tarflow.model import TarFlowBlock
 from jacobiflow.latents import draw_latents
-from jacobiflow.measuring import interleave, machine
+from jacobiflow.measuring import interleave
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "paper-sizes.json"
 WINDOWS = (16, 32, 64, 128)
@@ -133,19 +129,12 @@ def main(arguments: Sequence[str] | None = None, shapes: Mapping[str, jf.TarFlow
     parser.add_argument("--repeats", type=int, default=2, help="rounds that count, after one that does not")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args(arguments)
-    if native.library() is None:
-        sys.exit(f"no native loop to time: {native.describe()}")
-    found: dict[str, Any] = {"machine": machine(), "native": native.describe(), "runs": []}
-    if given.out.exists() and (kept := json.loads(given.out.read_text()))["machine"] == found["machine"]:
-        found = kept
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    for name in given.shapes:
-        for batch in given.batch_sizes:
-            key = {"name": name, "batch_size": batch}
-            if not any(key.items() <= run.items() for run in found["runs"]):
-                found["runs"].append(key | measure(shapes[name], batch, given.repeats))
-                write_json(given.out, found)
-                show(found["runs"][-1])
+    keys = [{"name": name, "batch_size": batch} for name in given.shapes for batch in given.batch_sizes]
+
+    def run(key: dict[str, Any]) -> dict[str, Any]:
+        return measure(shapes[key["name"]], key["batch_size"], given.repeats)
+
+    fill_in(given.out, keys, run, show)
 
 
 if __name__ == "__main__":

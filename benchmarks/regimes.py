@@ -16,8 +16,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -136,6 +137,24 @@ def show(run: Mapping[str, Any]) -> None:
     print(f"{run['name']}, {run['weights_mb']:.1f} MB, batch {run['batch_size']}: {in_passes} passes", flush=True)
 
 
+def fill_in(
+    out: Path, keys: Iterable[dict[str, Any]], run: Callable[[dict[str, Any]], dict[str, Any]],
+    say: Callable[[Mapping[str, Any]], None],
+) -> None:  # fmt: skip
+    """Add the figures of `run` for each key that the file lacks, or has from another machine; write after each."""
+    if native.library() is None:
+        sys.exit(f"no native loop to time: {native.describe()}")
+    found: dict[str, Any] = {"machine": machine(), "native": native.describe(), "runs": []}
+    if out.exists() and (kept := json.loads(out.read_text()))["machine"] == found["machine"]:
+        found = kept
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for key in keys:
+        if not any(key.items() <= made.items() for made in found["runs"]):
+            found["runs"].append(key | run(key))
+            write_json(out, found)
+            say(found["runs"][-1])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what the file does not hold yet; write after each shape and batch size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -146,21 +165,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=2, help="rounds that count, after one that does not")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args(arguments)
-    if native.library() is None:
-        sys.exit(f"no native loop to time: {native.describe()}")
-    found: dict[str, Any] = {"machine": machine(), "native": native.describe(), "runs": []}
-    if given.out.exists() and (kept := json.loads(given.out.read_text()))["machine"] == found["machine"]:
-        found = kept
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    for name in (*given.shapes, *given.models):
-        trained = name in given.models
-        flow = trained_flow(name) if trained else random_flow(config_of(*map(int, name.split("x"))))
-        for batch in given.batch_sizes:
-            key = {"name": name, "trained": trained, "batch_size": batch}
-            if not any(key.items() <= run.items() for run in found["runs"]):
-                found["runs"].append(key | shape_of(flow) | measure(flow, batch, given.repeats))
-                write_json(given.out, found)
-                show(found["runs"][-1])
+    flows = {name: partial(random_flow, config_of(*map(int, name.split("x")))) for name in given.shapes}
+    flows |= {name: partial(trained_flow, name) for name in given.models}
+    keys = [
+        {"name": name, "trained": name in given.models, "batch_size": batch}
+        for name in flows
+        for batch in given.batch_sizes
+    ]
+
+    def run(key: dict[str, Any]) -> dict[str, Any]:
+        flow = flows[key["name"]]()
+        return shape_of(flow) | measure(flow, key["batch_size"], given.repeats)
+
+    fill_in(given.out, keys, run, show)
 
 
 if __name__ == "__main__":

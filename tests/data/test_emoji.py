@@ -90,7 +90,7 @@ def test_the_emoji_that_ship_with_the_library() -> None:
 def test_a_package_that_is_broken_is_one_error(package: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone/emoji\.json: no such file; run npm install emoji-datasource-google@16"):
         emoji("train", tmp_path / "gone")
-    with pytest.raises(DataError, match=r"^split='all': give 'train' or 'test'"):
+    with pytest.raises(ValueError, match=r"^split='all': give 'train' or 'test'"):
         emoji("all", package)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"[0-9]+\.png: 64x64 pixels, smaller than 65x65"):
         emoji("train", package, size=65)

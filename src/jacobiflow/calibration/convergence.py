@@ -16,7 +16,7 @@ from jacobiflow.solvers import Guess, no_gradients
 from jacobiflow.solvers.solve import check_tokens
 
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
-_SETTLED = 0.1 * min(TOLERANCES)  # a change that no later sweep makes one of a tolerance
+_SETTLED = 0.1 * min(TOLERANCES)  # the last bits of a float32 keep changing for as many sweeps as there are tokens
 
 
 @dataclass(frozen=True)

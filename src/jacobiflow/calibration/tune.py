@@ -64,8 +64,8 @@ class TuneSettings:
     - `coarse_tolerances`: the tolerances of these.
     - `coarse_from`: the least share of the tokens in a run for which these are tried; a small run gains little.
 
-    The defaults leave out what hardly a plan for a bundled model has: without it no plan takes a few per cent longer,
-    and tuning takes half the time (docs/calibration.md).
+    The defaults leave out what hardly a plan for a bundled model has. That halves the passes of a tuning, and makes no
+    plan longer by more than a few per cent (docs/calibration.md).
 
     **Raises** `ValueError` where there is no tolerance or no partition.
     """

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jacobiflow.cli.options import LABEL_FILES
-from jacobiflow.data.emoji import EMOJI_FOLDER
-from jacobiflow.data.sources import FASHION_MNIST_FOLDER
+from jacobiflow.data.sources import SOURCE_FOLDERS
 from jacobiflow.flows.folder import CONFIG, MODELS, REPORT, WEIGHTS, bundled, is_report, reports_in
 from jacobiflow.locking import LOCK
 from jacobiflow.plots import check_page
@@ -211,7 +210,7 @@ def _inputs(name: str, value: Any) -> list[_Place]:
     """The files and folders that an option's value stands for; none for a bundled data set or a strategy's name."""
     option = name.upper() if name in _ARGUMENTS else f"--{name}"
     if name == "images":
-        value = {"fashion-mnist": FASHION_MNIST_FOLDER, "emoji": EMOJI_FOLDER}.get(value, value)
+        value = SOURCE_FOLDERS.get(value, value)
     values: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
     if name == "model":
         folder = _model_folder(value)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from jacobiflow.checks import check_choice
 from jacobiflow.data.dataset import DataError, ImageDataset
 from jacobiflow.data.folder import read_image
 from jacobiflow.data.idx import Split
@@ -20,8 +21,6 @@ _GROUPS = {"person": 1, "person-gesture": 2, "person-role": 3, "person-fantasy":
 _PREFIXES = {"face-": 0, "hand-": 5}  # of the groups of faces by expression, and of hands by fingers
 _NOT_FACES = "face-costume"  # a ghost, a robot
 _TESTED = 26  # of 256: a tenth of the emoji
-
-
 _REMEDY = "run npm install emoji-datasource-google@16.0.0 here"
 
 
@@ -42,8 +41,8 @@ class Emoji(NamedTuple):
         return _GROUPS.get(self.group, next(by_prefix, None))
 
     @property
-    def is_tested(self) -> bool:
-        """Whether it is of the test split."""
+    def in_test_split(self) -> bool:
+        """Whether it and its skin tones are of the test split."""
         return hashlib.sha256(self.code.encode()).digest()[0] < _TESTED
 
 
@@ -72,14 +71,14 @@ def emoji(split: Split = "train", folder: str | Path = EMOJI_FOLDER, size: int =
 
     **Arguments:** `folder` is of the package: `npm install emoji-datasource-google@16.0.0` makes it.
 
-    **Raises** `DataError` where the package or one of its images is missing or broken, or `size` is above 64.
+    **Raises** `DataError` where the package or one of its images is missing or broken, or `size` is above 64,
+    `ValueError` for another split.
     """
-    if split not in ("train", "test"):
-        raise DataError(f"split={split!r}: give 'train' or 'test'")
+    check_choice("split", split, ("train", "test"))
     found = [
         (path, entry.label)
         for entry in read_index(folder)
-        if entry.label is not None and entry.is_tested == (split == "test")
+        if entry.label is not None and entry.in_test_split == (split == "test")
         for path in entry.images
     ]
     if not found:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jacobiflow.checks import check_count
 from jacobiflow.data.dataset import DataError, ImageDataset
-from jacobiflow.data.emoji import EMOJI_CLASSES, emoji
+from jacobiflow.data.emoji import EMOJI_CLASSES, EMOJI_FOLDER, emoji
 from jacobiflow.data.folder import image_folder
 from jacobiflow.data.idx import DIGIT_CLASSES, Split, idx_folder
 
@@ -67,6 +67,9 @@ SOURCES: dict[str, Callable[[Split], ImageDataset]] = {
     "emoji": emoji,
 }
 """Data sets by name. A function of the split; one without a test split gives all of its images for either."""
+
+SOURCE_FOLDERS = {"fashion-mnist": FASHION_MNIST_FOLDER, "emoji": EMOJI_FOLDER}
+"""Where those that do not ship with a package are read from."""
 
 
 def load_images(source: str, size: int, channels: int, split: Split = "train") -> ImageDataset:

@@ -72,8 +72,9 @@ class Checkpoint:
             i >= len(parameters) or shape != parameters[i] for i, shape in moments.items()
         ):
             raise ValueError(f"{path}: not a checkpoint of this trainer (other weights than the flow's); {_REMEDY}")
-        # A setting that the version of the run did not have yet is at its default.
-        others = _differing((self.settings and TrainConfig(steps=1).fixed() | self.settings) or {}, config.fixed())
+        # A setting that did not exist yet when the run began was what its default is now.
+        kept = {} if self.settings is None else TrainConfig(steps=1).fixed() | self.settings
+        others = _differing(kept, config.fixed())
         if others:
             raise ValueError(f"{path}: of a run with other settings ({others}); give its settings, or another folder")
         if self.data not in (None, data):
