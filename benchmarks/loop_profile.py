@@ -30,7 +30,7 @@ from torch.nn import functional as F
 import jacobiflow as jf
 from jacobiflow import native
 from jacobiflow.files import write_json
-from jacobiflow.flows.tarflow.model import TarFlowBlock
+from jacobiflow.flows.tarflow import TarFlowBlock
 from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import interleave, machine
 

@@ -8,7 +8,7 @@ target is twice the rate that the paper reports. `fashion-p2` is timed as it is,
 Ways to sample a model, each a sum over its blocks of the parts that are timed:
 
 - *growing cache*, *sequential*: one token at a time, as the original code does it and over a preallocated cache.
-- *sequential, CUDA graphs*: the same steps, replayed; see `GraphedSequential`. On a CUDA device only.
+- *sequential, CUDA graphs*: the same, a graph of kernels a token, as the library does. On a CUDA device only.
 - *GS-Jacobi*: the paper's fastest strategy within 1% of FID, segments in its stacked blocks and whole sweeps elsewhere.
 - *window*: a window in the stacked blocks, see `matched`, whole sweeps elsewhere, and a certificate for every block.
 - *window, bfloat16 first*: these sweeps by the network in bfloat16, then in every block one more of all tokens in
@@ -40,7 +40,7 @@ from jacobiflow.baselines import GROWING_CACHE, SEQUENTIAL
 from jacobiflow.baselines.growing_cache import growing_cache_sample
 from jacobiflow.experiments.speed import ENCODING_PASS, compare
 from jacobiflow.files import write_json
-from jacobiflow.flows.base import AffineFrontPerSample, KeepsNothing, put_run
+from jacobiflow.flows.base import AffineFrontPerSample, KeepsNothing
 from jacobiflow.guidance import guided
 from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import Timing, interleave, machine
@@ -139,56 +139,19 @@ class FrontPerSample(KeepsNothing):
         return self.block.update_at(x, z, starts, stop - start, stop, cache)
 
 
-class GraphedSequential:
-    """The sequential loop with fixed buffers: on a CUDA device, a token is one replay of a captured graph.
+@dataclass(frozen=True)
+class Launched(KeepsNothing):
+    """`block`, of which a solver knows only how to evaluate it, so that every kernel is launched by itself."""
 
-    The entry to solve is a tensor, so that one graph serves many tokens. It attends to a context that is rounded up to
-    a multiple of `bucket` positions, the causal mask hiding the last of them: one graph for each such length. On other
-    devices the same steps run without graphs.
+    block: AffineFrontPerSample
 
-    **Arguments:** `block`, `z` (B, T, C) as later calls will have it, `context` a row per sample.
-    """
+    def init_cache(self, z: Tensor, context: Tensor | None = None) -> Any:
+        """That of `block`."""
+        return self.block.init_cache(z, context)
 
-    def __init__(self, block: AffineFrontPerSample, z: Tensor, context: Tensor | None, bucket: int = 64) -> None:
-        self.block, self.bucket = block, bucket
-        self.z, self.x = z.clone(), z.clone()
-        self.entry = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-        with torch.no_grad():
-            self.cache = block.init_cache(z, context)
-            self.steps = {end: self._runner(end) for end in sorted({self._end(t) for t in range(z.shape[1])})}
-
-    @torch.no_grad()
-    def __call__(self, z: Tensor) -> Tensor:
-        """The inverse of the block at `z`."""
-        self.z.copy_(z)
-        self.x.copy_(z)
-        self.entry.zero_()
-        for t in range(z.shape[1]):
-            self.steps[self._end(t)]()
-        return self.x.clone()
-
-    def _end(self, entry: int) -> int:
-        """One more than the positions that `entry` attends to, the masked ones included."""
-        return min(-(-max(entry, 1) // self.bucket) * self.bucket + 1, self.x.shape[1])
-
-    def _step(self, end: int) -> None:
-        g = self.block.update_at(self.x, self.z, self.entry, 1, end, self.cache)
-        put_run(self.x, g, self.entry)
-        self.entry += 1
-
-    def _runner(self, end: int) -> Callable[[], None]:
-        step = partial(self._step, end)
-        if self.x.device.type != "cuda":
-            return step
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()  # what libraries set up on first use must not be captured
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        return graph.replay
+    def update(self, x: Tensor, z: Tensor, start: int, stop: int, cache: Any) -> Tensor:
+        """That of `block`."""
+        return self.block.update(x, z, start, stop, cache)
 
 
 class Part:
@@ -237,13 +200,13 @@ class Problem:
     def draw(cls, shape: Shape, batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
         """Random weights. The output layer of a new block is zero: it is drawn too, small enough that nothing grows."""
         config = replace(shape.preset.config, num_blocks=1)
-        with torch.random.fork_rng(), device:
+        with torch.random.fork_rng(devices=[]):  # on the host, so that weights are the same everywhere
             torch.manual_seed(0)
             flow = jf.TarFlow(config).eval().requires_grad_(False)
             flow.blocks[0].proj_out.weight.normal_(std=0.1 * config.channels**-0.5)
         z = draw_latents(batch, config.num_tokens, config.token_channels, seed=1).to(device)
         labels = torch.arange(batch, device=device) % config.num_classes if config.num_classes else None
-        return cls(flow.to(dtype), z, labels, shape.guidance)
+        return cls(flow.to(device, dtype), z, labels, shape.guidance)
 
     @property
     def block(self) -> AffineFrontPerSample:
@@ -262,10 +225,10 @@ class Problem:
         images = growing_cache_sample(self.flow, self.z, self.labels, self.guidance)
         return self.flow.patchify(images)
 
-    def graphed(self) -> Part:
-        """The block solved by graphs, which are captured in the warm-up."""
-        runner = cache(lambda: GraphedSequential(self.block, self.z, self.labels))
-        return Part(lambda: runner()(self.z))
+    def sequential(self, graphs: bool) -> Part:
+        """The block solved token by token, its kernels launched one by one, or as graphs."""
+        block = self.block if graphs else Launched(self.block)
+        return Part(partial(jf.solve, block, self.z, jf.Solver(jf.Sequential()), self.labels))
 
     def encode(self) -> None:
         """The block evaluated once."""
@@ -296,10 +259,10 @@ def parts_of(problem: Problem, paper: Counter[jf.Solver]) -> dict[str, Part]:
     ours = [matched(solver, length) for solver in paper]
     parts: dict[str, Part] = {}
     if problem.z.device.type == "cuda":
-        parts[GRAPHS] = problem.graphed()  # first: a capture empties PyTorch's pool of memory, that others would refill
+        parts[GRAPHS] = problem.sequential(graphs=True)
     parts |= {
         GROWING_CACHE: Part(problem.growing_cache),
-        SEQUENTIAL: problem.solve(jf.Solver(jf.Sequential())),
+        SEQUENTIAL: problem.sequential(graphs=False),
         **{name_of(solver): problem.solve(solver) for solver in (*paper, *ours, WHOLE_SWEEP)},
         CERTIFICATE: Part(partial(jf.certify, problem.block, problem.z, problem.z, problem.labels)),
         ENCODING_PASS: Part(problem.encode),
@@ -329,8 +292,8 @@ def compare_loops(parts: Mapping[str, Part], dtype: torch.dtype) -> dict[str, fl
     exact, found = parts[SEQUENTIAL].result, {}
     for name in (GROWING_CACHE, GRAPHS):
         answer = parts[name].result if name in parts else None
-        if isinstance(exact, jf.Solution) and isinstance(answer, Tensor):
-            found[name] = float((answer - exact.x).abs().max())
+        if isinstance(exact, jf.Solution) and answer is not None:
+            found[name] = float((getattr(answer, "x", answer) - exact.x).abs().max())
             if not found[name] <= ROUNDING[dtype]:
                 parts[name].reason = f"differs from the sequential answer by {found[name]:.1e}"
     return found

@@ -29,7 +29,7 @@ from regimes import BATCH_SIZES, FUSED, fill_in, fused, random_flow, shape_of
 import jacobiflow as jf
 from jacobiflow.baselines import GROWING_CACHE
 from jacobiflow.baselines.growing_cache import Stream
-from jacobiflow.flows.tarflow.model import TarFlowBlock
+from jacobiflow.flows.tarflow import TarFlowBlock
 from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import interleave
 

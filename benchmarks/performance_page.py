@@ -1,7 +1,7 @@
 """Puts results into docs/performance.md: `python benchmarks/performance_page.py`.
 
-They are performance.json, growth.json, demo.json, demo-one.json, browser.json, regimes.json, loop-profile.json and
-paper-sizes.json of docs/results. Also draws error-against-time.png and regimes.png in docs/figures.
+They are performance.json, growth.json, demo.json, demo-one.json, browser.json, regimes.json, loop-profile.json,
+paper-sizes.json and gpu-counts.json of docs/results. Also draws error-against-time.png and regimes.png in docs/figures.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import gpu_page
 import newcomer_page
 import paper_sizes_page
 import regimes_page
@@ -265,7 +266,7 @@ def parts() -> dict[str, str]:
     demos = "\n\n".join(newcomer_page.demo(load(name)) for name in ("demo", "demo-one"))
     found |= {"demo": demos, "browser": newcomer_page.browser(load("browser"))}
     found |= regimes_page.parts(load("regimes"), load("loop-profile"))
-    return found | paper_sizes_page.parts(load("paper-sizes"))
+    return found | paper_sizes_page.parts(load("paper-sizes")) | gpu_page.parts(load("gpu-counts"))
 
 
 def main() -> None:

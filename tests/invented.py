@@ -205,7 +205,8 @@ class Machine:
         return sum(self.call + self.token * rows * size for size in sizes)
 
     def _take(self, block: Any, slower: float) -> None:
-        affine, affine_at, init_cache, lower = block.affine, block.affine_at, block.init_cache, block.lower
+        affine, affine_at, affine_whole = block.affine, block.affine_at, block.affine_whole
+        init_cache, lower = block.init_cache, block.lower
 
         def spend(rows: int, size: int, cache: Any) -> None:
             low = 1.0 if self._lowered is None or cache is not self._lowered else self.low
@@ -220,6 +221,11 @@ class Machine:
             self.now += self.own * self._mood
             return affine_at(x, start, size, end, cache)
 
+        def timed_whole(x: Any, *others: Any) -> Any:
+            self._mood = next(self._moods)
+            spend(len(x), x.shape[1], None)
+            return affine_whole(x, *others)
+
         def started(*arguments: Any, **named: Any) -> Any:
             self._mood = next(self._moods)
             return init_cache(*arguments, **named)
@@ -228,4 +234,5 @@ class Machine:
             self._lowered = lower(cache)
             return self._lowered
 
-        block.affine, block.affine_at, block.init_cache, block.lower = timed, timed_at, started, lowered
+        block.affine, block.affine_at, block.affine_whole = timed, timed_at, timed_whole
+        block.init_cache, block.lower = started, lowered

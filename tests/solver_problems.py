@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -71,12 +71,15 @@ class WatchedFronts(Watched, FrontPerSample):
         self.calls.append((start.tolist(), end, len(x)))
         return self._read(x, z, start, size, cache)
 
-    def take(self, cache: Any, rows: Tensor) -> Any:
-        return SimpleNamespace(fed=cache.fed[rows], context=None if cache.context is None else cache.context[rows])
+    def move(self, cache: Any, source: Tensor, target: Tensor, num: int) -> Any:
+        for rows in filter(lambda rows: rows is not None, (cache.fed, cache.context)):
+            rows[target] = rows[source]
+        return SimpleNamespace(fed=cache.fed[:num], context=None if cache.context is None else cache.context[:num])
 
-    def join(self, caches: Sequence[Any]) -> Any:
-        context = None if caches[0].context is None else torch.cat([cache.context for cache in caches])
-        return SimpleNamespace(fed=torch.cat([cache.fed for cache in caches]), context=context)
+    def refill(self, cache: Any, rows: Tensor, context: Tensor | None = None) -> None:
+        cache.fed[rows] = torch.nan
+        if context is not None:
+            cache.context[rows] = context
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     "inversion": {"flows"},
     "calibration": {"codec", "files", "flows", "guidance", "inversion", "latents", "locking", "solvers"},
     "strategy": {
-        "calibration", "codec", "files", "flows", "guidance", "inversion", "latents", "measuring", "native", "solvers",
+        "calibration", "codec", "files", "flows", "guidance", "inversion", "latents", "measuring", "memory", "native",
+        "solvers",
     },
     "sampling": {"denoising", "flows", "guidance", "inversion", "latents", "solvers", "strategy"},
     "storage": {

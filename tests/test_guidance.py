@@ -15,7 +15,7 @@ from problems import MixingBlock, latents, make_flow
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.flows.base import AffineFrontPerSample, FrontPerSample, KeepsNothing, LowPrecision
+from jacobiflow.flows.base import AffineFrontPerSample, FrontPerSample, KeepsNothing, LowPrecision, evaluate
 from jacobiflow.guidance import guided
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,14 +52,19 @@ def test_the_guided_map_is_the_formula_s(
         cuts = [0, *sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=4))), length]
         cache = block.init_cache(z, labels)
         runs = [block.update(x, z, a, b, cache) for a, b in pairwise(cuts)]
-        # All keys are there now: samples may leave, come together in another order, and be swept anywhere.
-        rows = torch.tensor([2, 0])
-        cache = block.take(block.join([block.take(cache, torch.tensor([1])), block.take(cache, rows)]), rows)
+        whole = evaluate(block, x, z, labels)
+        # All keys are there now: samples may leave, the last one move into a gap, and be swept anywhere.
+        cache = block.move(cache, torch.tensor([2]), torch.tensor([0]), 2)
         start = torch.tensor(data.draw(st.lists(st.integers(0, length - 3), min_size=2, max_size=2)))
-        run = block.update_at(x[[0, 1]], z[[0, 1]], start, 3, int(start.max()) + 3, cache)
-    torch.testing.assert_close(torch.cat(runs, dim=1), expected, rtol=1e-10, atol=1e-10)
-    for n, first in enumerate(start.tolist()):
-        torch.testing.assert_close(run[n], expected[n, first : first + 3], rtol=1e-10, atol=1e-10)
+        run = block.update_at(x[[2, 1]], z[[2, 1]], start, 3, int(start.max()) + 3, cache)
+        # And the place of one may be taken by another.
+        block.refill(cache, torch.tensor([1]), None if labels is None else labels[:1])
+        entered = block.update(x[[2, 0]], z[[2, 0]], 0, length, cache)
+    for found in (torch.cat(runs, dim=1), whole):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    for n, (row, first) in enumerate(zip((2, 1), start.tolist(), strict=True)):
+        torch.testing.assert_close(run[n], expected[row, first : first + 3], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(entered, expected[[2, 0]], rtol=1e-10, atol=1e-10)
 
 
 def test_the_annealed_weight_rises_from_0_at_the_first_token_to_the_whole_at_the_last() -> None:
@@ -91,9 +96,9 @@ class CapableBlock(MixingBlock):
 
     def affine_at(self, x: Tensor, start: Tensor, size: int, end: int, cache: None) -> Any: ...
 
-    def take(self, cache: None, rows: Tensor) -> None: ...
+    def move(self, cache: None, source: Tensor, target: Tensor, num: int) -> None: ...
 
-    def join(self, caches: Any) -> None: ...
+    def refill(self, cache: None, rows: Tensor, context: Any = None, attn_temperature: Any = None) -> None: ...
 
     def lower(self, cache: None) -> None: ...
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +18,7 @@ from jacobiflow.flows.base import (
     Extrapolation,
     KeepsNothing,
     LowPrecision,
+    Replayable,
 )
 from jacobiflow.flows.settings import Guidance
 
@@ -26,15 +26,13 @@ __all__ = ["Guidance", "GuidedBlock", "GuidedCache", "check_guidance", "guided",
 
 
 class GuidedCache(NamedTuple):
-    """The wrapped block's cache, of the conditional rows and then the unconditional ones.
+    """The wrapped block's cache, of two rows for each sample: the conditional and the unconditional one.
 
-    `rows` are the indices 0 .. B-1 of the conditional rows, on the cache's device, as are the weights of
-    `extrapolation`.
+    `weights` are 1 + w (T, 1) of log-scale and shift.
     """
 
     inner: Any
-    rows: Int[Tensor, " b"]
-    extrapolation: Extrapolation
+    weights: tuple[Float[Tensor, "t 1"], Float[Tensor, "t 1"]]
 
 
 @dataclass(frozen=True)
@@ -54,22 +52,41 @@ class GuidedBlock(AffineBlock):
         attn_temperature: Float[Tensor, " b"] | None = None,
     ) -> GuidedCache:
         """That of the wrapped block for twice the rows of `z`: under labels `context`, then without."""
-        if attn_temperature is not None:
-            raise ValueError("attn_temperature: a guided block takes it from its guidance")
-        temperature = None
-        if self.guidance.attn_temperature != 1:
-            rows = z.new_ones(len(z))
-            temperature = torch.cat((rows, rows * self.guidance.attn_temperature))
-        labels = None if context is None else torch.cat((context, torch.full_like(context, -1)))
-        inner = self.block.init_cache(torch.cat((z, z)), labels, temperature)
-        return GuidedCache(inner, torch.arange(len(z), device=z.device), self.guidance.extrapolation(z))
+        _check_temperature(attn_temperature)
+        labels, temperature = self._both(context, len(z), z)
+        return GuidedCache(self.block.init_cache(_twice(z), labels, temperature), self._weights(z))
 
     def affine(
         self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: GuidedCache
     ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
         """The guided log-scale and shift; see `AffineBlock.affine`."""
-        both = self.block.affine(torch.cat((x, x)), start, stop, cache.inner)
-        return _extrapolate(both, cache.extrapolation, slice(start, stop))
+        both = self.block.affine(_twice(x), start, stop, cache.inner)
+        return _extrapolate(both, cache.weights, slice(start, stop))
+
+    def affine_whole(
+        self,
+        x: Float[Tensor, "b t c"],
+        context: Int[Tensor, " b"] | None = None,
+        attn_temperature: Float[Tensor, " b"] | None = None,
+    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b t c"]]:
+        """The guided log-scale and shift of all entries; see `AffineBlock.affine_whole`."""
+        _check_temperature(attn_temperature)
+        both = self.block.affine_whole(_twice(x), *self._both(context, len(x), x))
+        return _extrapolate(both, self._weights(x), slice(None))
+
+    def _both(self, context: Tensor | None, num: int, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Labels and attention temperatures of both rows of `num` samples, for `init_cache`."""
+        labels = None if context is None else torch.stack((context, torch.full_like(context, -1)), dim=1).flatten()
+        if self.guidance.attn_temperature == 1:
+            return labels, None
+        temperature = like.new_ones(num, 2)
+        temperature[:, 1] = self.guidance.attn_temperature
+        return labels, temperature.flatten()
+
+    def _weights(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """1 + w of log-scale and shift (T, 1)."""
+        weights = self.guidance.extrapolation(like)
+        return 1 + weights.log_scale.unsqueeze(-1), 1 + weights.shift.unsqueeze(-1)
 
     def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:
         """Those of the wrapped block."""
@@ -84,20 +101,23 @@ class _GuidedFront(GuidedBlock, AffineFrontPerSample):
     def affine_at(
         self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: GuidedCache
     ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
-        both = self.block.affine_at(torch.cat((x, x)), torch.cat((start, start)), size, end, cache.inner)
-        return _extrapolate(both, cache.extrapolation, start.view(-1, 1) + torch.arange(size, device=x.device))
+        both = self.block.affine_at(_twice(x), _twice(start), size, end, cache.inner)
+        return _extrapolate(both, cache.weights, start.view(-1, 1) + torch.arange(size, device=x.device))
 
-    def take(self, cache: GuidedCache, rows: Int[Tensor, " m"]) -> GuidedCache:
-        both = torch.cat((rows, rows + len(cache.rows)))
-        inner = self.block.take(cache.inner, both)
-        return cache._replace(inner=inner, rows=torch.arange(len(rows), device=rows.device))
+    def move(self, cache: GuidedCache, source: Int[Tensor, " m"], target: Int[Tensor, " m"], num: int) -> GuidedCache:
+        inner = self.block.move(cache.inner, _rows_of(source), _rows_of(target), 2 * num)
+        return cache._replace(inner=inner)
 
-    def join(self, caches: Sequence[GuidedCache]) -> GuidedCache:
-        conditional = [self.block.take(cache.inner, cache.rows) for cache in caches]
-        unconditional = [self.block.take(cache.inner, cache.rows + len(cache.rows)) for cache in caches]
-        num = sum(len(cache.rows) for cache in caches)
-        rows = torch.arange(num, device=caches[0].rows.device)
-        return caches[0]._replace(inner=self.block.join([*conditional, *unconditional]), rows=rows)
+    def refill(
+        self,
+        cache: GuidedCache,
+        rows: Int[Tensor, " m"],
+        context: Int[Tensor, " m"] | None = None,
+        attn_temperature: Float[Tensor, " m"] | None = None,
+    ) -> None:
+        _check_temperature(attn_temperature)
+        both = self._both(context, len(rows), cache.weights[0])
+        self.block.refill(cache.inner, _rows_of(rows), *both)
 
 
 class _GuidedLow(GuidedBlock, LowPrecision):
@@ -116,6 +136,10 @@ class _GuidedExact(GuidedBlock, ExactInverse):
         return cast(ExactInverse, self.block).exact_inverse(z, context, self.guidance.extrapolation(z))
 
 
+class _GuidedReplayable(GuidedBlock, Replayable):
+    """With kernels that do not depend on values."""
+
+
 class _GuidedKeepsNothing(GuidedBlock, KeepsNothing):
     """With nothing kept between calls."""
 
@@ -124,6 +148,7 @@ _GUIDED: dict[type, type[GuidedBlock]] = {
     AffineFrontPerSample: _GuidedFront,
     LowPrecision: _GuidedLow,
     ExactInverse: _GuidedExact,
+    Replayable: _GuidedReplayable,
     KeepsNothing: _GuidedKeepsNothing,
 }
 
@@ -154,12 +179,30 @@ def guided(block: AffineBlock, guidance: Guidance | None) -> AffineBlock:
     return _guided_class(*(capability for capability in _GUIDED if isinstance(block, capability)))(block, guidance)
 
 
+def _check_temperature(attn_temperature: object) -> None:
+    if attn_temperature is not None:
+        raise ValueError("attn_temperature: a guided block takes it from its guidance")
+
+
+def _twice(x: Tensor) -> Tensor:
+    """Every row twice, one after the other."""
+    return x.repeat_interleave(2, dim=0)
+
+
+def _rows_of(samples: Int[Tensor, " m"]) -> Int[Tensor, " m2"]:
+    """The two rows of each of the `samples`."""
+    return torch.stack((2 * samples, 2 * samples + 1), dim=1).flatten()
+
+
 def _extrapolate(
-    both: tuple[Tensor, Tensor], extrapolation: Extrapolation, entries: slice | Int[Tensor, "b n"]
+    both: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor], entries: slice | Int[Tensor, "b n"]
 ) -> tuple[Tensor, Tensor]:
-    """The parameters of `entries`, of which `both` have the conditional rows and then the unconditional ones."""
-    log_scale, shift = (parameters.chunk(2) for parameters in both)
+    """The parameters of `entries`, of which `both` have the conditional and the unconditional row of each sample.
+
+    p + w (p - p_unconditional) is 1 + w of the way from p_unconditional to p.
+    """
+    (scale, plain_scale), (shift, plain_shift) = (rows.unflatten(0, (-1, 2)).unbind(1) for rows in both)
     return (
-        log_scale[0] + extrapolation.log_scale[entries].unsqueeze(-1) * (log_scale[0] - log_scale[1]),
-        shift[0] + extrapolation.shift[entries].unsqueeze(-1) * (shift[0] - shift[1]),
+        torch.lerp(plain_scale, scale, weights[0][entries].to(scale.dtype)),
+        torch.lerp(plain_shift, shift, weights[1][entries].to(shift.dtype)),
     )

@@ -21,6 +21,16 @@ def shortage(needed: int) -> str | None:
     return f"{next(words)} of memory, and this machine has {next(words)}" if needed > have else None
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on the device, or on this machine; `None` where nothing says."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not on every system
+        return None
+
+
 def keep_freed_memory(device: torch.device) -> None:
     """Let the process keep what it frees on a CPU, which it would else spend up to a quarter of its time on.
 

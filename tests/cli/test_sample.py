@@ -21,6 +21,8 @@ import jacobiflow as jf
 from jacobiflow.baselines.growing_cache import growing_cache_sample
 from jacobiflow.latents import draw_labels
 from jacobiflow.storage import FirstProcessFailed
+from jacobiflow.strategy import memory
+from jacobiflow.strategy.memory import sample_bytes
 
 
 def drawn(out: Path) -> dict[str, Any]:
@@ -153,7 +155,21 @@ def test_the_same_command_again_has_nothing_to_draw(run: Any, tmp_path: Path) ->
     assert one["runs"]["jacobi-3"]["network_calls"] == sum(calls)
 
 
+def test_a_batch_that_fits_and_then_the_one_that_was_begun_with(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"sample --model model --num 5 --strategy jacobi-1 --batch-size auto --out {tmp_path}/out"
+    needed = sample_bytes(jf.load("./model"))
+    assert needed is not None
+    for free, words in ((6 * needed, "5 images, batch size 4 (about"), (needed, "5 images, batch size 4 (about")):
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+        assert words in run(line).out
+    failed = run(f"{line}-of-its-own")
+    assert (failed.code, "a sample needs" in failed.err) == (2, True)
+
+
 REFUSED = {
+    "--batch-size few": "--batch-size 'few': give a positive whole number, or auto",
     "--batch-size 2 --shard-size 3": "--shard-size 3: give a multiple of the batch size, 2",
     "--compare": "holds samples already; give --overwrite to draw them again, or another folder as --out",
     "--seed 4": "holds samples of seed 0, not 4; give another folder, or --overwrite to replace them",

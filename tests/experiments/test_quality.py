@@ -232,7 +232,7 @@ def test_another_experiments_folder_is_refused(copied: Experiment) -> None:
         "seed 0, not 5": {"seed": 5}, "guidance {'weight': 0.6": {"guidance": None},
         "denoise 0.8, not 1.0": {"denoise": 1.0}, "shard_size 8, not 4": {"shard_size": 4},
         "batch_size 4, not 2": {"batch_size": 2}, "other labels": {"labels": torch.arange(NUM) // 7},
-        "dtype torch": {"flow": make_flow(num_classes=3, noise_std=0.1)},
+        "dtype float32": {"flow": make_flow(num_classes=3, noise_std=0.1)},
         "fingerprint": {"flow": to_float32(make_flow(num_classes=3, noise_std=0.1, seed=1))},
     }  # fmt: skip
     for words, change in changes.items():

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from problems import latents, make_flow
 from running import load_script
 
 import jacobiflow as jf
 from jacobiflow.baselines import GROWING_CACHE, SEQUENTIAL
 from jacobiflow.experiments.speed import ENCODING_PASS
-from jacobiflow.guidance import guided
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,17 +47,6 @@ def test_what_is_written_adds_up_and_is_not_measured_again(tmp_path: Path, monke
     again = run(tmp_path / "made/results.json", "--shapes", "tiny", "--batch-sizes", "1", "2")
     assert measured == [1]
     assert again[0] == found
-
-
-@pytest.mark.parametrize(("bucket", "guidance"), [(1, None), (5, jf.Guidance(0.6, attn_temperature=1.5)), (64, None)])
-def test_steps_at_rounded_contexts_are_the_sequential_loop(guidance: jf.Guidance | None, bucket: int) -> None:
-    flow = make_flow(num_classes=3)
-    block = guided(flow.blocks[1], guidance)
-    runner = script.GraphedSequential(block, latents(flow, 3), LABELS, bucket)
-    for seed in (0, 1):
-        z = latents(flow, 3, seed)
-        exact = jf.solve(block, z, jf.Solver(jf.Sequential()), LABELS).x
-        torch.testing.assert_close(runner(z), exact, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", script.SHAPES.values())

@@ -50,7 +50,7 @@ def test_a_run_after_its_prefix_is_the_full_pass(data: st.DataObject) -> None:
             close(block.affine(x, start, stop, cache), [p[:, start:stop] for p in full])
         starts = data.draw(st.lists(st.integers(0, length - 3), min_size=2, max_size=2))
         rows = torch.tensor([3, 1])
-        cache = block.join([block.take(cache, rows[:1]), block.take(cache, rows[1:])])
+        cache = block.move(cache, torch.tensor([3]), torch.tensor([0]), 2)
         run = block.affine_at(x[rows], torch.tensor(starts), 3, max(starts) + 3, cache)
     close(run, [torch.stack([p[n, a : a + 3] for n, a in zip([3, 1], starts, strict=True)]) for p in full])
     assert torch.equal(x, kept)
@@ -76,7 +76,7 @@ def test_a_lowered_cache_runs_the_network_in_bfloat16() -> None:
         assert rounded.dtype == torch.float64
         assert torch.equal(rounded, rounded.bfloat16().double())  # by a network in bfloat16
         assert 0 < (rounded - exact).abs().max() < 0.1 * exact.abs().max()
-    assert cache.layers[0].keys.dtype == torch.float64  # the other cache is as it was
+    assert cache.layers[0].dtype == torch.float64  # the other cache is as it was
 
 
 def test_a_shape_that_cannot_be_is_refused() -> None:

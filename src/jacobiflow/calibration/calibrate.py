@@ -23,6 +23,7 @@ from jacobiflow.calibration.tune import tune
 from jacobiflow.checks import check_choice, check_count, check_flag, check_path, check_seed
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.flows.precision import precision
 from jacobiflow.guidance import Guidance, check_guidance, guided
 from jacobiflow.latents import MOST_SAMPLES
 from jacobiflow.solvers import Guess, Latent, MeanAffine, Segments, Zeros
@@ -144,7 +145,7 @@ def _key(passes: Passes, settings: Settings, per_class: bool, chord: bool) -> st
     for rows in torch.arange(settings.num_images).split(passes.batch_size):
         digest.update(passes.read(rows).cpu().numpy().tobytes())
     labels = None if passes.labels is None else passes.labels.tolist()
-    words = (fingerprint(passes.flow), passes.flow.var.dtype, labels, settings, per_class, chord, passes.batch_size)
+    words = (fingerprint(passes.flow), precision(passes.flow), labels, settings, per_class, chord, passes.batch_size)
     digest.update(repr(words).encode())
     return digest.hexdigest()
 

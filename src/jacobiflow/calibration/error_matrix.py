@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jacobiflow.checks import check_count, check_number, check_seed
-from jacobiflow.flows.base import Block
+from jacobiflow.flows.base import Block, evaluate
 from jacobiflow.solvers.solve import check_tokens
 
 Products = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
@@ -32,7 +32,7 @@ def gamma_products(
     # The other kernels of attention cannot be differentiated twice.
     with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         x, z = x.clone().requires_grad_(), z.clone()
-        g = block.update(x, z, 0, z.shape[1], block.init_cache(z, context))
+        g = evaluate(block, x, z, context)
         if not g.requires_grad:  # g does not depend on x: a single token, or constant parameters
             return torch.zeros_like, torch.zeros_like
         cotangent = torch.zeros_like(g).requires_grad_()

@@ -197,5 +197,5 @@ def _joined_metrics(rows: Sequence[tuple[dict[str, float], Components | None]]) 
 
 def _affine(block: AffineBlock, x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
     with no_gradients(block):
-        log_scale, shift = block.affine(x, 0, x.shape[1], block.init_cache(x, labels))
+        log_scale, shift = block.affine_whole(x, labels)
     return log_scale.clone(), shift.clone()

@@ -15,6 +15,7 @@ from torch import Tensor
 from typer.core import TyperCommand
 
 from jacobiflow.calibration import Report
+from jacobiflow.checks import short
 from jacobiflow.data import SOURCES, DataError, ImageDataset, balanced_labels, load_images
 from jacobiflow.data.idx import Split
 from jacobiflow.files import write_json
@@ -40,7 +41,7 @@ ReportFile = Annotated[
     Path | None,
     typer.Option("--report", help="A report of jacobiflow calibrate: where to start in each block, by IGM."),
 ]
-Dtype = Annotated[str, typer.Option("--dtype", help="float32, float64, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, float64, bfloat16, float16, or tf32 on a GPU.")]
 GuidanceWeight = Annotated[float, typer.Option("--guidance", help="Weight of classifier-free guidance; 0 is off.")]
 GuidanceOn = Annotated[str, typer.Option("--guidance-on", help="Guide both, only the scale, or only the shift.")]
 ConstantGuidance = Annotated[
@@ -76,6 +77,14 @@ Html = Annotated[
     ),
 ]
 
+BatchSize = Annotated[
+    str | None,
+    typer.Option(
+        "--batch-size",
+        help="Images solved together, or auto: as many as fit in free memory. Default: all, at most 64.",
+    ),
+]
+AUTO = "auto"
 LABEL_FILES = (".txt", ".npy")
 
 _MOST_AT_ONCE = 65_536  # latents of a batch of so many take 200 MB for images of 28x28
@@ -93,14 +102,30 @@ class Limited(TyperCommand):
         for name, most in LIMITS.items():
             value = ctx.params.get(name)
             for number in value if isinstance(value, list | tuple) else (value,):
-                if number is not None and number > most:
+                if isinstance(number, int) and number > most:
                     raise ValueError(f"{name}={number}: the limit is {most:,}; give less")
         return super().invoke(ctx)
 
 
 def load_model(name: str, device: str, dtype: str = "float32") -> ImageFlow:
-    """The flow that `--model`, `--device` and `--dtype` name."""
+    """The flow that `--model`, `--device` and `--dtype` name; tf32 is set for the whole process."""
+    if dtype == "tf32":
+        if not device.startswith("cuda"):
+            raise ValueError(f"--dtype tf32: only a GPU has it, and --device is {short(device)}; give float32")
+        torch.set_float32_matmul_precision("high")
+        dtype = "float32"
     return load(name, device, dtype)
+
+
+def parse_batch_size(text: str | None) -> int | None:
+    """The number that `--batch-size` gives; `None` for "auto", or where it is not given."""
+    if text is None or text == AUTO:
+        return None
+    if not re.fullmatch("[0-9]{1,18}", text) or not int(text):
+        raise ValueError(f"--batch-size {short(text)}: give a positive whole number, or auto")
+    if int(text) > LIMITS["batch_size"]:
+        raise ValueError(f"--batch-size {text}: the limit is {LIMITS['batch_size']:,}; give less")
+    return int(text)
 
 
 def open_samples(path: Path, flow: ImageFlow) -> SampleFolder:

@@ -17,7 +17,10 @@ from jacobiflow.cli.settings import guidance_words
 from jacobiflow.flows.folder import REPORT
 from jacobiflow.solvers import Solver
 from jacobiflow.strategy import plan as make
+from jacobiflow.strategy.memory import fitting_batch, sample_bytes
 from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
+
+_MOST = 1024  # images in a batch that is chosen
 
 
 def plan(
@@ -29,7 +32,13 @@ def plan(
             "--report", help="By jacobiflow calibrate --chord; default: the one of this guidance in the model's folder."
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Images solved together.")] = 1,
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            "--batch-size",
+            help="Images solved together, or auto: as many as fit in free memory, at most 1,024.",
+        ),
+    ] = "1",
     tolerance: Annotated[
         float, typer.Option("--tolerance", help="Largest residual in any block, and largest error of an image.")
     ] = DEFAULT_TOLERANCE,
@@ -48,6 +57,7 @@ def plan(
     Example: jacobiflow plan --model fashion-p2 --batch-size 4 --out out/plan.json
     """
     paths.check(json, out_file=out, model=model, report=report)
+    size = options.parse_batch_size(batch_size)
     if out.suffix != ".json":
         raise ValueError(f"--out {out}: give a file that ends in .json")
     flow = options.load_model(model, device, dtype)
@@ -55,14 +65,17 @@ def plan(
     path = report or find_report(flow, guide)
     if path is None:
         raise ValueError(f"--model {model}: has no {REPORT}; give --report, by jacobiflow calibrate --chord")
-    found = make(flow, options.load_report(path, flow), batch_size, tolerance, guidance=guide)
+    size = size or fitting_batch(flow, _MOST, guide)
+    found = make(flow, options.load_report(path, flow), size, tolerance, guidance=guide)
     prediction = found.prediction
     assert prediction is not None  # plan makes it
     with paths.making(out.parent):
         found.save(out)
     options.report(json, found.to_json() | {"model": model, "report": str(path)})
 
-    print(f"{model}, batch size {batch_size}, {prediction.device}")
+    needed = sample_bytes(flow, guide)
+    memory = "" if needed is None else f", about {needed * size / 2**30:.2g} GiB beside the weights"
+    print(f"{model}, batch size {size}, {prediction.device}{memory}")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for column in ("block", "tokens at a time", "until"):
         table.add_column(column)
@@ -74,8 +87,8 @@ def plan(
         f"largest error of an image {prediction.error:.1e}"
     )
     print(f"wrote {out}")
-    words = ["jacobiflow", "sample", "--model", model, "--strategy", str(out), "--batch-size", str(batch_size)]
-    words += ["--num", str(batch_size), *guidance_words(flow, guide)]
+    words = ["jacobiflow", "sample", "--model", model, "--strategy", str(out), "--batch-size", str(size)]
+    words += ["--num", str(size), *guidance_words(flow, guide)]
     print(f"use it: {shlex.join(words)}")
 
 

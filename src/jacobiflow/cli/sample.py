@@ -38,6 +38,7 @@ from jacobiflow.storage import (
     sizes,
     total,
 )
+from jacobiflow.strategy.memory import fitting_batch, sample_bytes
 
 _SHEET_IMAGES = 100
 
@@ -47,9 +48,7 @@ def sample(
     num: Annotated[int, typer.Option("--num", min=1, help="How many images.")] = 16,
     labels: options.Labels = "balanced",
     seed: options.Seed = 0,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="Images solved together; default: all, at most 64.")
-    ] = None,
+    batch_size: options.BatchSize = None,
     shard_size: Annotated[
         int | None,
         typer.Option(
@@ -118,7 +117,9 @@ def sample(
     given = settings.Given(plain, guidance, guidance_on, constant_guidance, attn_temperature, denoise)
     given.check()
     certificate: Certificate = "always" if certify_always else certify
-    batch_size, shard_size = sizes(num, batch_size, shard_size)
+    size = options.parse_batch_size(batch_size)
+    if batch_size != options.AUTO:
+        size, shard_size = sizes(num, size, shard_size)
     with processes() as among:
         if compare and among.count > 1:
             raise ValueError("--compare: is for one process; leave it out, or start without torchrun")
@@ -127,12 +128,16 @@ def sample(
         chosen, said = settings.settle(flow, given, labelled=classes is not None)
         if not overwrite:
             among.once(lambda: settings.check_held(out, chosen))
+        if size is None:
+            most = min(num, options.LIMITS["batch_size"])
+            size = among.once(lambda: (not overwrite and _held(out)) or fitting_batch(flow, most, chosen.guidance))
+            size, shard_size = sizes(num, size, shard_size)
         found = _load_report(report, flow, chosen.guidance)
-        comparison = _Comparison(flow, chosen, batch_size) if compare else None
+        comparison = _Comparison(flow, chosen, size) if compare else None
         started = time.perf_counter()
         folder = sample_to_folder(
             flow, num, out, classes, seed, strategy=strategy, guidance=chosen.guidance, denoise=chosen.denoise,
-            tolerance=tolerance, certify=certificate, batch_size=batch_size, shard_size=shard_size, files=files,  # type: ignore[arg-type]
+            tolerance=tolerance, certify=certificate, batch_size=size, shard_size=shard_size, files=files,  # type: ignore[arg-type]
             model=model, report=found, overwrite=overwrite, among=among, on_shard=comparison,
         )  # fmt: skip
         wall = time.perf_counter() - started
@@ -145,9 +150,16 @@ def sample(
         "wall_seconds": wall,
         "drawn": folder.drawn,
     }
+    needed = sample_bytes(flow, chosen.guidance)
+    figures["batch_gib"] = None if needed is None else needed * size / 2**30
     save_png(_sheet(folder, comparison), out / SHEET)
     options.report(json, figures)
     _print(figures, said, out)
+
+
+def _held(out: Path) -> int | None:
+    """The batch size of the samples in the folder, by which a run goes on; `None` where there are none."""
+    return SampleFolder.open(out).manifest.batch_size if (out / MANIFEST).exists() else None
 
 
 def _check_options(strategy: str, report: Path | None, new: bool, out: Path) -> None:
@@ -252,7 +264,8 @@ def _certificate(run: dict[str, Any]) -> str:
 def _print(figures: dict[str, Any], said: str, out: Path) -> None:
     console = Console()
     num, batch_size, shards = figures["num"], figures["batch_size"], figures["shards"]
-    print(f"{figures['model']}: {num:,} image{'s' * (num > 1)}, batch size {batch_size}")
+    memory = "" if figures["batch_gib"] is None else f" (about {figures['batch_gib']:.2g} GiB beside the weights)"
+    print(f"{figures['model']}: {num:,} image{'s' * (num > 1)}, batch size {batch_size}{memory}")
     print(said)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("strategy", overflow="fold")

@@ -11,6 +11,7 @@ from jacobiflow.flows.base import (
     FrontPerSample,
     KeepsNothing,
     LowPrecision,
+    Replayable,
 )
 from jacobiflow.flows.config import FlowConfig
 from jacobiflow.flows.image_flow import ImageFlow
@@ -22,6 +23,5 @@ from jacobiflow.flows.tarflow import TarFlow
 
 __all__ = [
     "MAF", "AffineFrontPerSample", "ExactInverse", "Extrapolation", "FlowBlock", "FlowConfig", "FrontPerSample",
-    "ImageFlow", "KeepsNothing", "LowPrecision", "Permutation", "TarFlow", "problems",
-    "register",
+    "ImageFlow", "KeepsNothing", "LowPrecision", "Permutation", "Replayable", "TarFlow", "problems", "register",
 ]  # fmt: skip

@@ -6,7 +6,6 @@ What else a block can do it declares by type: solvers ask `isinstance(block, Fro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -54,12 +53,19 @@ class FrontPerSample(ABC):
         """
 
     @abstractmethod
-    def take(self, cache: Any, rows: Int[Tensor, " m"]) -> Any:
-        """The cache of the samples `rows`."""
+    def move(self, cache: Any, source: Int[Tensor, " m"], target: Int[Tensor, " m"], num: int) -> Any:
+        """The cache of `num` samples: rows `source` go to rows `target`, and the first `num` stay. In place."""
 
     @abstractmethod
-    def join(self, caches: Sequence[Any]) -> Any:
-        """One cache for the samples of all `caches`, in order."""
+    def refill(self, cache: Any, rows: Int[Tensor, " m"], context: Tensor | None = None) -> None:
+        """Make `rows` those of new samples under `context`, with nothing kept yet. In place."""
+
+
+class Replayable:
+    """A `FrontPerSample` whose `update_at` runs the same kernels whatever the values are.
+
+    A GPU can then capture them in a graph, and launch them all at once; see `jacobiflow.solvers.replay`.
+    """
 
 
 class LowPrecision(ABC):
@@ -121,12 +127,28 @@ class AffineBlock(ABC):
     ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
         """Log-scale and shift of entries start .. stop-1; reads and caches positions start-1 .. stop-2."""
 
+    def affine_whole(
+        self,
+        x: Float[Tensor, "b t c"],
+        context: Tensor | None = None,
+        attn_temperature: Float[Tensor, " b"] | None = None,
+    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b t c"]]:
+        """Log-scale and shift of all entries. A block that can do without a cache for that says how."""
+        return self.affine(x, 0, x.shape[1], self.init_cache(x, context, attn_temperature))
+
     def update(
         self, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], start: int, stop: int, cache: Any
     ) -> Float[Tensor, "b n c"]:
         """g(x)[:, start:stop] = exp(log_scale) z + shift."""
         log_scale, shift = self.affine(x, start, stop, cache)
         return torch.addcmul(shift, log_scale.exp(), z[:, start:stop])
+
+    def evaluate(
+        self, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], context: Tensor | None = None
+    ) -> Float[Tensor, "b t c"]:
+        """g(x), all entries at once."""
+        log_scale, shift = self.affine_whole(x, context)
+        return torch.addcmul(shift, log_scale.exp(), z)
 
     def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:
         """W_s and W_u of the linear layer that ends in `log_scale` = W_s h + b_s and `shift` = W_u h + b_u.
@@ -141,6 +163,16 @@ class AffineFrontPerSample(AffineBlock, FrontPerSample):
     """An affine block with a front per sample."""
 
     @abstractmethod
+    def refill(
+        self,
+        cache: Any,
+        rows: Int[Tensor, " m"],
+        context: Tensor | None = None,
+        attn_temperature: Float[Tensor, " m"] | None = None,
+    ) -> None:
+        """See `FrontPerSample.refill`; `attn_temperature` is that of `init_cache`."""
+
+    @abstractmethod
     def affine_at(
         self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: Any
     ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
@@ -153,6 +185,15 @@ class AffineFrontPerSample(AffineBlock, FrontPerSample):
         """`update` with a start per sample; see `FrontPerSample.update_at`."""
         log_scale, shift = self.affine_at(x, start, size, end, cache)
         return torch.addcmul(shift, log_scale.exp(), run_of(z, start, size))
+
+
+def evaluate(
+    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], context: Tensor | None = None
+) -> Float[Tensor, "b t c"]:
+    """g(x), all entries at once, without a cache where the block needs none for that."""
+    if isinstance(block, AffineBlock):
+        return block.evaluate(x, z, context)
+    return block.update(x, z, 0, z.shape[1], block.init_cache(z, context))
 
 
 def run_of(x: Float[Tensor, "b t c"], start: int | Int[Tensor, " b"], size: int) -> Float[Tensor, "b n c"]:
@@ -182,6 +223,13 @@ class FlowBlock(AffineBlock, nn.Module):
     """
 
     permutation: Permutation
+
+    def row_bytes(self) -> int | None:
+        """Bytes that a row takes while it is solved: what is kept of its tokens, and what a sweep of all makes.
+
+        `None` where the block does not say.
+        """
+        return None
 
 
 def check_input(z: Float[Tensor, "b t c"], context: Tensor | None, num_tokens: int, token_channels: int) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from jacobiflow.checks import check_choice, check_count, check_kind, check_number
-from jacobiflow.flows.base import Block
+from jacobiflow.flows.base import Block, evaluate
 from jacobiflow.solvers.guess import Given
 from jacobiflow.solvers.partition import Sequential
 from jacobiflow.solvers.solution import Solution, Status
@@ -43,8 +43,7 @@ def certify(
     with no_gradients(block):
         for first in range(0, len(z), size):
             rows = slice(first, first + size)
-            cache = block.init_cache(z[rows], None if context is None else context[rows])
-            g = block.update(x[rows], z[rows], 0, z.shape[1], cache)
+            g = evaluate(block, x[rows], z[rows], None if context is None else context[rows])
             residual[rows] = (g - x[rows]).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).amax(dim=(1, 2))
     return residual
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jacobiflow.codec import register
-from jacobiflow.flows.base import Block
+from jacobiflow.flows.base import Block, evaluate
 from jacobiflow.solvers.convolution import (
     FIT_WIDTH,
     StackedKernel,
@@ -82,7 +82,7 @@ class Chord(Correction):
         current, count = start.clone(), 0
         with no_gradients(block):
             for _ in range(min(_FIT_SWEEPS, length)):
-                g = block.update(current, z, 0, length, block.init_cache(z, context))
+                g = evaluate(block, current, z, context)
                 residual = (g - current).nan_to_num(0.0, 0.0, 0.0)
                 rows = rows_before(F.pad(residual, (0, 0, 1, 0))[:, :-1], width)
                 size = (rows.square().mean(dim=1) + residual.flatten(0, 1).double().square().mean(dim=1)).sqrt()

@@ -9,32 +9,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jacobiflow.flows.base import Block, FrontPerSample, LowPrecision, put_run, run_of
-from jacobiflow.solvers.fronts import Fronts, Swept, Tally, advance
+from jacobiflow.flows.base import Block, FrontPerSample, LowPrecision, Replayable, put_run, run_of
+from jacobiflow.solvers.fronts import Array, Fronts, Swept, Tally, as_array, on_host
 from jacobiflow.solvers.partition import SlidingRun, Sweep
+from jacobiflow.solvers.replay import Sweeps
 from jacobiflow.solvers.solver import Solver
 
 _STEP = Sweep(1, 1)
 LEAVING = 0.25  # share of finished samples at which the batch is made anew: copying its keys costs about a sweep
+_LOOK = 4  # sweeps on a GPU between looks at the fronts: a few too many cost less than waiting for every one
 
 
 @dataclass
 class _Batch:
-    """The samples that are swept together: their tensors on the device, and their fronts on the host.
+    """The samples that are swept together, `sample` being their places in the caller's order.
 
-    The cache holds the keys of the tokens before `cached` - 1, to within the tolerance. `swept` has how many sweeps
-    each token has had from the shared front, `sweeps` all of them, and `last` is the latest.
+    `front` is where all of them stand; `None` where fronts differ, or are on a device and not known. They are between
+    `least` and `most`. The cache holds the keys of the tokens before `cached` - 1, to within the tolerance. `swept` has
+    how many sweeps each token has had from the shared front, `sweeps` counts all, and `last` is the latest known.
+    `replays` are graphs of its sweeps on a GPU.
     """
 
+    sample: np.ndarray
     fronts: Fronts
     x: Tensor
     z: Tensor
     guess: Tensor
     cache: Any
     swept: np.ndarray
+    front: int | None = 0
+    least: int = 0
+    most: int = 0
     cached: int = 0
     sweeps: int = 0
+    replays: Sweeps | None = None
     last: Sweep | None = None
+
+    def locate(self, front: np.ndarray) -> None:
+        """Note where the samples stand."""
+        self.least, self.most = int(front.min()), int(front.max())
+        self.front = self.least if self.least == self.most else None
 
 
 class Loop:
@@ -56,92 +70,182 @@ class Loop:
         self._limits = _sweep_limits(solver, self.length)
         self._entered = 0
         only_tolerance = solver.stopping.max_sweeps is None and solver.stopping.ebound is None
-        self._slides = isinstance(solver.partition, SlidingRun)
-        own = only_tolerance and self._slides and isinstance(block, FrontPerSample)
+        own = only_tolerance and isinstance(solver.partition, SlidingRun) and isinstance(block, FrontPerSample)
         self._own_fronts: Any = block if own else None  # the block, where each sample has a front of its own
+        self._steps: Array = as_array(torch.arange(self.length, device=z.device))
+        self._host = isinstance(self._steps, np.ndarray)
+        self._xp: Any = np if self._host else torch
 
     def run(self) -> None:
         """Sweep until all samples have left."""
-        batch = self._exchange(None)
-        while batch is not None:
-            self._sweep(batch)
-            batch = self._exchange(batch)
+        sweep = self._sweep_together if self._own_fronts is None else self._sweep_each
+        while (batch := self._enter()) is not None:
+            while batch is not None:
+                self.sweeps += 1
+                batch.sweeps += 1
+                sweep(batch)
+                batch = self._exchange(batch)
 
     # --------------------------------------------------------------------------------------------- entering and leaving
 
-    def _exchange(self, batch: _Batch | None) -> _Batch | None:
-        """The batch without the samples that have finished, and with those that were waiting for their slots."""
-        if batch is not None:
-            if self._own_fronts is None:
-                if batch.fronts.front[0] < self.length:
-                    return batch
-                self.tally.sweeps[batch.fronts.sample] = batch.sweeps
-            done = batch.fronts.front >= self.length
-            if not done.all() and done.sum() < LEAVING * len(done):
-                return batch
-            self.x[self._index(batch.fronts.sample[done])] = batch.x[self._index(done.nonzero()[0])]
-            batch = None if done.all() else self._take(batch, (~done).nonzero()[0])
-        free = self.slots - (0 if batch is None else len(batch.fronts.sample))
-        entering = np.arange(self._entered, min(self._entered + free, len(self.z)))
-        if len(entering) == 0:
-            return batch
-        self._entered += len(entering)
-        rows = slice(entering[0], entering[-1] + 1)
-        z, guess = self.z[rows], self.guess[rows]
-        cache = self.block.init_cache(z, None if self.context is None else self.context[rows])
+    def _enter(self) -> _Batch | None:
+        """A batch of samples that enter together; `None` where none is left."""
+        rows = self._next(self.slots)
+        if rows.start == rows.stop:
+            return None
+        # Copies, since other samples may take their places.
+        x, z, guess = self.guess[rows].clone(), self.z[rows].clone(), self.guess[rows].clone()
+        cache = self.block.init_cache(z, None if self.context is None else self.context[rows].clone())
         if self.low_precision:
             cache = cast(LowPrecision, self.block).lower(cache)
-        new = _Batch(Fronts.enter(entering), guess.clone(), z, guess, cache, np.zeros(self.length, dtype=np.int64))
-        return new if batch is None else self._join(batch, new)
+        swept = np.zeros(self.length, dtype=np.int64)
+        batch = _Batch(np.arange(rows.start, rows.stop), Fronts.enter(len(z), z), x, z, guess, cache, swept)
+        return self._with_replays(batch)
 
-    def _take(self, batch: _Batch, rows: np.ndarray) -> _Batch:
-        index, fronts = self._index(rows), batch.fronts.take(rows)
-        cache = self._own_fronts.take(batch.cache, index)
-        x, z, guess = (getattr(batch, name)[index] for name in ("x", "z", "guess"))
-        return replace(batch, fronts=fronts, x=x, z=z, guess=guess, cache=cache, cached=int(fronts.front.min()))
+    def _with_replays(self, batch: _Batch) -> _Batch:
+        """With graphs of its sweeps, where a GPU can have them."""
+        if batch.z.device.type == "cuda" and isinstance(self.block, Replayable):
+            batch.replays = Sweeps(self.block, batch.x, batch.z, batch.cache)
+        return batch
 
-    def _join(self, old: _Batch, new: _Batch) -> _Batch:
-        x, z, guess = (torch.cat((getattr(old, name), getattr(new, name))) for name in ("x", "z", "guess"))
-        cache = self._own_fronts.join((old.cache, new.cache))
-        return replace(old, fronts=old.fronts.join(new.fronts), x=x, z=z, guess=guess, cache=cache, cached=0)
+    def _next(self, count: int) -> slice:
+        """The next samples that enter."""
+        first, self._entered = self._entered, min(self._entered + count, len(self.z))
+        return slice(first, self._entered)
+
+    def _exchange(self, batch: _Batch) -> _Batch | None:
+        """The batch without the samples that have finished, and with those that were waiting for their slots.
+
+        `None` where all have.
+        """
+        if self._own_fronts is None:
+            if batch.least < self.length:
+                return batch
+            batch.fronts.sweeps += batch.sweeps
+            self._leave(batch, np.arange(len(batch.sample)))
+            return None
+        if not self._host and batch.sweeps % _LOOK:
+            return batch
+        front = on_host(batch.fronts.front)
+        batch.locate(front)
+        done = (front >= self.length).nonzero()[0]
+        if len(done) < len(front) and len(done) < LEAVING * len(front):
+            return batch
+        self._leave(batch, done)
+        waiting = min(len(done), len(self.z) - self._entered)
+        if waiting:
+            self._refill(batch, done[:waiting])
+            front[done[:waiting]] = 0
+            batch.locate(front)
+        if waiting == len(done):
+            return batch
+        return self._close(batch, done[waiting:], front) if len(done) - waiting < len(front) else None
+
+    def _leave(self, batch: _Batch, places: np.ndarray) -> None:
+        """Note what came of the samples at these places."""
+        self.x[self._index(batch.sample[places])] = batch.x[self._index(places)]
+        self.tally.note(batch.sample[places], batch.fronts, places)
+
+    def _refill(self, batch: _Batch, places: np.ndarray) -> None:
+        """New samples at the `places` of finished ones, whose memory they take."""
+        rows, index = self._next(len(places)), self._index(places)
+        self._own_fronts.refill(batch.cache, index, None if self.context is None else self.context[rows])
+        batch.x[index], batch.z[index], batch.guess[index] = self.guess[rows], self.z[rows], self.guess[rows]
+        batch.fronts.refill(as_array(index), self.z)
+        batch.sample[places] = np.arange(rows.start, rows.stop)
+        if len(places) == len(batch.sample):
+            batch.last = None
+
+    def _close(self, batch: _Batch, places: np.ndarray, front: np.ndarray) -> _Batch:
+        """The batch without the samples at `places`, into which the last ones move."""
+        num = len(front) - len(places)
+        source, target = np.setdiff1d(np.arange(num, len(front)), places), places[places < num]
+        moved = self._index(source), self._index(target)
+        for rows in (batch.x, batch.z, batch.guess):
+            rows[moved[1]] = rows[moved[0]]
+        batch.sample[target], front[target] = batch.sample[source], front[source]
+        left = replace(
+            batch, sample=batch.sample[:num], x=batch.x[:num], z=batch.z[:num], guess=batch.guess[:num],
+            fronts=batch.fronts.move(as_array(moved[0]), as_array(moved[1]), num),
+            cache=self._own_fronts.move(batch.cache, *moved, num),
+        )  # fmt: skip
+        left.locate(front[:num])
+        return self._with_replays(left)
 
     def _index(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(rows).to(self.z.device)
 
     # -------------------------------------------------------------------------------------------------------- one sweep
 
-    def _sweep(self, batch: _Batch) -> None:
-        fronts, sample = batch.fronts, batch.fronts.sample
-        first = int(fronts.front[0] if self._own_fronts is None else fronts.front.min())
+    def _sweep_together(self, batch: _Batch) -> None:
+        """A sweep of the run that starts at the front of all samples."""
+        first = batch.least
         stop = self._stop(batch, first)
-        size, start, at = stop - first, fronts.front, cast("int | Tensor", first)
-        self.sweeps += 1
-        batch.sweeps += 1
-        if self._own_fronts is not None:
-            self.tally.sweeps[sample] += fronts.front < self.length
-            # A run that would leave the sequence starts earlier: all are of one size, and what is final stays so.
-            start = np.minimum(fronts.front, self.length - size)
-            at = first if (start == first).all() else self._index(start)
-        g = self._evaluate(batch, at, start, size)
+        size = stop - first
+        self.token_evaluations += len(batch.sample) * (stop - batch.cached)
+        if batch.replays is not None and batch.cached == first and 1 < size < self.length:
+            starts = torch.full((len(batch.sample),), first, device=batch.z.device)
+            g = batch.replays(starts, size, stop)
+        else:
+            g = self.block.update(batch.x, batch.z, batch.cached, stop, batch.cache)[:, first - batch.cached :]
+        if size == 1:
+            put_run(batch.x, g, first)
+            batch.least, batch.cached, batch.last = stop, stop, _STEP
+            return
+        batch.fronts.exact[:] = False
+        batch.swept[first:stop] += 1
+        old = run_of(batch.x, first, size)
+        new, residual, change = self._correct(batch, batch.fronts.front, old, g)
+        stopping = self.solver.stopping
+        early = stopping.ebound is not None and bool((new - old).norm() <= stopping.ebound * batch.x.numel())
+        swept = self._put(batch, first, new, residual, change)
+        counted = self._counted(batch, first, size)
+        passed, current = batch.fronts.pass_together(swept, stopping.atol, early, counted, self._steps, self._xp)
+        batch.fronts.front += passed
+        batch.cached = first + current
+        batch.least, batch.last = first + passed, Sweep(size, passed)
+
+    def _sweep_each(self, batch: _Batch) -> None:
+        """A sweep of the runs that start at each sample's own front."""
+        xp, fronts, length = self._xp, batch.fronts, self.length
+        size = self._stop(batch, batch.least) - batch.least
+        fronts.sweeps = fronts.sweeps + (fronts.front < length)
+        # A run that would leave the sequence starts earlier: all are of one size, and what is final stays so.
+        start = fronts.front if batch.most <= length - size else xp.clip(fronts.front, None, length - size)
+        common = batch.least if batch.least == length - size else batch.front
+        if batch.replays is not None and size < length:
+            common = None
+        self.token_evaluations += len(batch.sample) * size
+        if common is not None:
+            at: int | Tensor = common
+            g = self.block.update(batch.x, batch.z, common, common + size, batch.cache)
+        else:
+            at = self._tensor(start)
+            end = min(batch.most + size, length)
+            if batch.replays is None:
+                g = self._own_fronts.update_at(batch.x, batch.z, at, size, end, batch.cache)
+            else:
+                g = batch.replays(at, size, end)
+        old = run_of(batch.x, at, size)
+        if start is not fronts.front:
+            final = self._steps[:size] < (fronts.front - start)[:, None]  # so many leading tokens of a run
+            g = torch.where(self._tensor(final).unsqueeze(-1), old, g)
         if size == 1:
             put_run(batch.x, g, at)
-            fronts.front += 1
-            batch.cached, batch.last = (stop if isinstance(at, int) else int(fronts.front.min())), _STEP
-            return
-        self.tally.exact[sample] = False
-        if start is not fronts.front and (final := fronts.front - start).any():  # so many leading tokens of a run
-            g = torch.where(self._index(final[:, None] <= np.arange(size)).unsqueeze(-1), g, run_of(batch.x, at, size))
-        batch.swept[first:stop] += 1
-        swept = self._step(batch, at, start, g)
-        passed, batch.cached = advance(fronts, self.tally, self.solver.stopping, swept, self._own_fronts is None)
-        fronts.front = start + passed
-        if self._own_fronts is not None:
-            fronts.front[self.tally.failed[sample]] = self.length
-        batch.last = Sweep(size, int(passed.min()))
+            fronts.front, passed = xp.clip(fronts.front + 1, None, length), np.ones(1)
+        else:
+            fronts.exact[:] = False
+            new, residual, change = self._correct(batch, start, old, g)
+            swept = self._put(batch, at, new, residual, change)
+            passed = fronts.pass_settled(start, swept, cast(float, self.solver.stopping.atol), self._steps, xp)
+        batch.front, batch.most = None, min(batch.most + size, length)
+        if self._host:
+            batch.last = Sweep(size, int(passed.min()))
 
     def _stop(self, batch: _Batch, first: int) -> int:
-        partition: Any = self.solver.partition
-        if self._slides:
+        """The end of the run that starts at `first`."""
+        partition = self.solver.partition
+        if isinstance(partition, SlidingRun):
             stop = min(first + partition.run_size(self.length, batch.last), self.length)
         else:
             stop = partition.stop(first, self.length)
@@ -149,44 +253,40 @@ class Loop:
             raise ValueError(f"{partition!r}: a run from token {first} to {stop}, of {self.length} tokens")
         return stop
 
-    def _evaluate(self, batch: _Batch, at: int | Tensor, start: np.ndarray, size: int) -> Tensor:
-        """g on the run of each sample."""
-        if isinstance(at, int):
-            first, stop = at, at + size
-            self.token_evaluations += len(start) * (stop - batch.cached)
-            return self.block.update(batch.x, batch.z, batch.cached, stop, batch.cache)[:, first - batch.cached :]
-        self.token_evaluations += len(start) * size
-        return cast(
-            Tensor, self._own_fronts.update_at(batch.x, batch.z, at, size, int(start.max()) + size, batch.cache)
-        )
-
-    def _step(self, batch: _Batch, at: int | Tensor, start: np.ndarray, g: Tensor) -> Swept:
-        """Set the run of each sample to what the correction makes of g; an entry that overflows, to the guess."""
-        size = g.shape[1]
-        old = run_of(batch.x, at, size)
+    def _correct(self, batch: _Batch, start: Array, old: Tensor, g: Tensor) -> tuple[Tensor, Array, Array]:
+        """What the correction makes of g; per token |g(x) - x|, and the larger of it and the step."""
         new = self.solver.correction(old, g)
-        residual, change = _sizes(old, g, new)
-        if new is not g:
-            failing = batch.fronts.correction_fails(start, residual)
-            if failing.any():
-                new = torch.where(self._index(failing).view(-1, 1, 1), g, new)
-                change = np.where(failing[:, None], residual, change)
-        ebound = self.solver.stopping.ebound
-        early = ebound is not None and bool((new - old).norm() <= ebound * batch.x.numel())
-        finite, overflowed = np.isfinite(change), None
-        if not finite.all():
-            overflowed = ~finite
-            kept = torch.isfinite(new).all(dim=-1, keepdim=True)
-            new = torch.where(kept, new, run_of(batch.guess, at, size))
+        if new is g:
+            residual = as_array((g - old).abs_().amax(dim=-1))
+            return new, residual, residual
+        both = as_array((torch.stack((g, new)) - old).abs_().amax(dim=-1))
+        residual, change = both[0], self._xp.amax(both, 0)
+        failing = batch.fronts.correction_fails(start, residual, self._steps, self._xp)
+        if not self._host or failing.any():
+            new = torch.where(self._tensor(failing).view(-1, 1, 1), g, new)
+            change = self._xp.where(failing[:, None], residual, change)
+        return new, residual, change
+
+    def _put(self, batch: _Batch, at: int | Tensor, new: Tensor, residual: Array, change: Array) -> Swept:
+        """Set the run of each sample; an entry that overflows, to the guess."""
+        overflowed = ~self._xp.isfinite(change)
+        if self._host and not overflowed.any():
+            overflowed = None
+        else:
+            finite = torch.isfinite(new).all(dim=-1, keepdim=True)
+            new = torch.where(finite, new, run_of(batch.guess, at, new.shape[1]))
         put_run(batch.x, new, at)
-        return Swept(start, residual, change, overflowed, early, self._counted(batch, int(start[0]), size))
+        return Swept(residual, change, overflowed)
 
     def _counted(self, batch: _Batch, first: int, size: int) -> int:
-        """The end of the tokens, from `first` on, that have had their number of sweeps; 0 where there is no such."""
+        """How many leading tokens of the run have had their number of sweeps; 0 where there is no such number."""
         if self._limits is None:
             return 0
         run = slice(first, first + size)
-        return first + int(np.logical_and.accumulate(batch.swept[run] >= self._limits[run]).sum())
+        return int(np.logical_and.accumulate(batch.swept[run] >= self._limits[run]).sum())
+
+    def _tensor(self, values: Array) -> Tensor:
+        return torch.from_numpy(values) if self._host else cast(Tensor, values)
 
 
 def _sweep_limits(solver: Solver, length: int) -> np.ndarray | None:
@@ -196,12 +296,3 @@ def _sweep_limits(solver: Solver, length: int) -> np.ndarray | None:
         return None if counts is None else np.full(length, min(counts, length))
     _, segment = np.unique([solver.partition.stop(t, length) for t in range(length)], return_inverse=True)
     return np.array([min(count, length) for count in counts])[segment]
-
-
-def _sizes(old: Tensor, g: Tensor, new: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Per token on the host, the largest |g(x) - x|, and the larger of it and the step that was made."""
-    if new is g:
-        host = (g - old).abs_().amax(dim=-1).cpu().numpy()
-        return host, host
-    host = (torch.stack((g, new)) - old).abs_().amax(dim=-1).cpu().numpy()
-    return host[0], host.max(axis=0)

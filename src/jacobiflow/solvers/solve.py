@@ -13,11 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jacobiflow.checks import check_count, check_finite, check_kind, check_on, check_rows, short
-from jacobiflow.flows.base import Block, ExactInverse, KeepsNothing, LowPrecision
+from jacobiflow.flows.base import Block, ExactInverse, KeepsNothing, LowPrecision, Replayable
 from jacobiflow.solvers.fronts import Tally
 from jacobiflow.solvers.guess import Given
 from jacobiflow.solvers.loop import Loop
 from jacobiflow.solvers.partition import Whole
+from jacobiflow.solvers.replay import replayed
 from jacobiflow.solvers.solution import Solution, Status
 from jacobiflow.solvers.solver import Solver
 from jacobiflow.solvers.stopping import MaxSweeps
@@ -39,7 +40,8 @@ def solve(
     (`FrontPerSample`), each sample has a front of its own, and samples that have finished leave the batch; else the
     batch shares one front, which waits for the slowest.
 
-    Where every run is one token and the block has a recurrence of its own (`ExactInverse`), that is called instead.
+    Where every run is one token and the block has a recurrence of its own (`ExactInverse`), that is called instead. On
+    a GPU, where the block allows it (`Replayable`), the kernels of a token are launched as one graph.
 
     A value that overflows is set back to the guess. A sample that had one when the front passed it ends as
     `Status.NONFINITE`; nothing here hides that, and `solve_certified` acts on it. A sample whose residual keeps growing
@@ -119,10 +121,24 @@ class _Done(NamedTuple):
 
 
 def _recurrence(block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int) -> _Done | None:
-    """The block's own recurrence, where `solver` is one and the block has it; it counts as that many sweeps."""
+    """The loop of a `solver` that is one, where there is a faster one than sweeps; it counts as that many of them.
+
+    It is the block's own recurrence, or on a GPU graphs of its kernels.
+    """
     length = z.shape[1]
-    if solver.coarse or not isinstance(block, ExactInverse) or not solver.partition.token_by_token(length):
+    if solver.coarse or len(z) == 0 or not solver.partition.token_by_token(length):
         return None
+    x = _own_recurrence(block, z, context, slots) if isinstance(block, ExactInverse) else None
+    if x is None and z.device.type == "cuda" and isinstance(block, Replayable):
+        x = replayed(block, z, context, slots)
+    if x is None:
+        return None
+    tally = Tally(len(z))
+    tally.sweeps += length
+    return _Done(x, tally, length * -(-len(z) // slots), length * len(z))
+
+
+def _own_recurrence(block: ExactInverse, z: Tensor, context: Tensor | None, slots: int) -> Tensor | None:
     parts = []
     for first in range(0, len(z), slots):
         rows = slice(first, first + slots)
@@ -130,9 +146,7 @@ def _recurrence(block: Block, z: Tensor, solver: Solver, context: Tensor | None,
         if part is None:
             return None
         parts.append(part)
-    tally = Tally(len(z))
-    tally.sweeps += length
-    return _Done(torch.cat(parts), tally, length * len(parts), length * len(z)) if parts else None
+    return torch.cat(parts)
 
 
 def _sweeps(block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int) -> _Done:

@@ -15,6 +15,7 @@ from torch import Tensor
 from jacobiflow.files import entries_sha256, sha256
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.precision import precision
 from jacobiflow.guidance import Guidance, in_force
 from jacobiflow.latents import MOST_SAMPLES
 from jacobiflow.measuring import machine
@@ -45,7 +46,7 @@ class Manifest:
     - `seed`; `labels_sha256`: of the labels as little-endian int64, `None` without; `num_classes` of the flow.
     - `batch_size`; `shard_size`, a multiple of it: shard i begins with sample shard_size * i.
     - `files`: "npz" or "png".
-    - `model`: the name it was loaded by; `fingerprint` of its weights; `dtype` of its network.
+    - `model`: the name it was loaded by; `fingerprint` of its weights; `dtype` that its network computes in, or tf32.
     - `strategy`: its name; `strategy_sha256`: of strategy.json, `None` where the sampler is not a strategy.
     - `guidance`, `denoise`, `tolerance`, `certify`: as `jacobiflow.sample` takes them, guidance as a JSON object.
     - `machine`: what the run began on; see `jacobiflow.measuring.machine`.
@@ -84,7 +85,7 @@ class Manifest:
             num=num, image_shape=(config.in_channels, config.image_size, config.image_size), seed=seed,
             labels_sha256=labels_sha256(labels), num_classes=config.num_classes, batch_size=batch_size,
             shard_size=shard_size, files=files, model=model, fingerprint=fingerprint(flow),
-            dtype=str(flow.var.dtype).removeprefix("torch."), strategy=strategy, strategy_sha256=None,
+            dtype=precision(flow), strategy=strategy, strategy_sha256=None,
             guidance=None if guidance is None else asdict(guidance), denoise=float(denoise), tolerance=tolerance,
             certify=certify, machine=machine(flow.var.device),
         )  # fmt: skip

@@ -68,9 +68,10 @@ def processes() -> Iterator[Processes]:
         yield Processes()
         return
     among = _launched()
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    if among.local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(among.local_rank)  # else every process would also hold memory of the first GPU
     try:
-        dist.init_process_group(backend, timeout=_WAIT)
+        dist.init_process_group("gloo", timeout=_WAIT)
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         where = f"MASTER_ADDR {environ['MASTER_ADDR']}, MASTER_PORT {environ['MASTER_PORT']}"

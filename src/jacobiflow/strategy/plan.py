@@ -17,6 +17,7 @@ from jacobiflow.calibration.tuning import Tuning
 from jacobiflow.checks import check_count, check_device, check_kind, check_positive
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.flows.precision import precision
 from jacobiflow.guidance import Guidance, check_guidance, guided, in_force
 from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
@@ -143,9 +144,8 @@ def _check(
 
 def _rounds_coarsely(flow: ImageFlow) -> bool:
     """Whether the network's products have fewer digits than float32."""
-    device = flow.var.device.type
-    tf32 = device == "cuda" and torch.backends.cuda.matmul.allow_tf32
-    return flow.var.dtype.itemsize < 4 or torch.is_autocast_enabled(device) or tf32
+    low = flow.var.dtype.itemsize < 4 or precision(flow) == "tf32"
+    return low or torch.is_autocast_enabled(flow.var.device.type)
 
 
 def _above_rounding(

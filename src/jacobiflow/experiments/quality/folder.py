@@ -19,6 +19,7 @@ from typing import Any
 from jacobiflow.experiments.quality.experiment import Experiment, slug
 from jacobiflow.files import check_ours, json_bytes, read_object, remove_partials, sha256, write_json
 from jacobiflow.flows.fingerprint import fingerprint
+from jacobiflow.flows.precision import precision
 from jacobiflow.locking import LOCK, locked
 from jacobiflow.storage import MANIFEST, SampleFolder, labels_sha256
 from jacobiflow.strategy import Strategy, is_auto
@@ -92,7 +93,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     guidance, report = experiment.guidance, experiment.report
     return {
         "fingerprint": fingerprint(experiment.flow),
-        "dtype": str(experiment.flow.var.dtype),
+        "dtype": precision(experiment.flow),
         "seed": experiment.seed,
         "guidance": None if guidance is None else asdict(guidance),
         "denoise": float(experiment.denoise),

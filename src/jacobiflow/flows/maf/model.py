@@ -79,6 +79,16 @@ class MAFBlock(FlowBlock, ExactInverse, KeepsNothing):
         """Log-scale and shift of every entry, from one parallel pass over `x`."""
         return full_pass(x, self.masked_layers(labels))
 
+    def affine_whole(
+        self,
+        x: Float[Tensor, "b t 1"],
+        context: Int[Tensor, " b"] | None = None,
+        attn_temperature: Float[Tensor, " b"] | None = None,
+    ) -> tuple[Float[Tensor, "b t 1"], Float[Tensor, "b t 1"]]:
+        """`affine` of all entries, with no units kept; see `AffineBlock.affine_whole`."""
+        _check_temperature(attn_temperature)
+        return self(x, context)
+
     def init_cache(
         self,
         z: Float[Tensor, "b t 1"],
@@ -117,6 +127,11 @@ class MAFBlock(FlowBlock, ExactInverse, KeepsNothing):
             inputs = hidden[:, : new.stop]
         out = _rows(final, slice(2 * start, 2 * stop), inputs)
         return _read_out(out, x.dtype)
+
+    def row_bytes(self) -> int:
+        """Tokens, hidden units, offsets of all layers, and the outputs; see `FlowBlock`."""
+        values = 2 * (len(self.layers) - 1) * self.hidden_features + 6 * self.num_tokens
+        return values * self.layers[0].weight.element_size()
 
     def exact_inverse(
         self,

@@ -9,14 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-
-@dataclass(frozen=True)
-class KeyValues:
-    """Keys and values (B, H, T, D) of one layer at full length T, written in place as positions are fed."""
-
-    keys: Float[Tensor, "b h t d"]
-    values: Float[Tensor, "b h t d"]
+from torch.nn.attention.bias import causal_lower_right
 
 
 @dataclass(frozen=True)
@@ -27,26 +20,30 @@ class Fed:
 
     - `positions`: a slice common to all rows, or (B, N), a position for each token.
     - `end`: they attend to the positions before it.
-    - `mask`: additive, (N, end) or (B, 1, N, end); `None` where a single token attends to all of them.
-    - `query_scale`: divides the logits by each row's attention temperature; `None` where all are 1.
+    - `mask`: additive, (N, end) or (B, 1, N, end); `None` where `causal` says it all, or a single token attends to all.
+    - `causal`: they are all the positions before `end`, each of which attends to itself and those before.
+    - `rows`: 0 .. B-1 as (B, 1), beside positions of each token.
     """
 
     positions: slice | Int[Tensor, "b n"]
     end: int
     mask: Tensor | None
-    query_scale: Float[Tensor, "b 1 1 1"] | None = None
+    causal: bool
+    rows: Int[Tensor, "b 1"]
 
     @classmethod
     def of(
-        cls, positions: slice | Int[Tensor, "b n"], end: int, mask: Float[Tensor, "t t"], query_scale: Tensor | None
+        cls, positions: slice | Int[Tensor, "b n"], end: int, mask: Float[Tensor, "t t"], rows: Int[Tensor, "b 1"]
     ) -> Fed:
-        """With the rows of the causal `mask` that belong to the positions."""
-        if isinstance(positions, slice):
-            # A single query reads every key there is: no mask.
-            rows = mask[positions, :end] if end - positions.start > 1 else None
-        else:
-            rows = mask[positions, :end].unsqueeze(1)
-        return cls(positions, end, rows, query_scale)
+        """With the rows of the causal `mask` that belong to the positions, where there is no shorter way to say it."""
+        if not isinstance(positions, slice):
+            return cls(positions, end, mask[positions, :end].unsqueeze(1), False, rows)
+        size, causal = end - positions.start, positions.start == 0 and end > 1
+        own: Tensor | None = None
+        if size > 1 and not causal:
+            # On a GPU, attention that is known to be causal has faster kernels than one with a mask in memory.
+            own = causal_lower_right(size, end) if mask.is_cuda else mask[positions, :end]
+        return cls(positions, end, own, causal, rows)
 
 
 def causal_mask(length: int, like: Tensor) -> Float[Tensor, "t t"]:
@@ -85,13 +82,15 @@ def in_dtype(parameters: Parameters, dtype: torch.dtype) -> Parameters:
 
 
 def transformer_layer(
-    x: Float[Tensor, "b n c"], weights: LayerWeights, cache: KeyValues | None = None, fed: Fed | None = None
-) -> Float[Tensor, "b n c"]:
+    x: Float[Tensor, "b n c"], weights: LayerWeights, cache: Float[Tensor, "b 2 h t d"] | None = None,
+    fed: Fed | None = None, query_scale: Float[Tensor, "b 1 1 1"] | None = None,
+) -> Float[Tensor, "b n c"]:  # fmt: skip
     """Pre-norm attention, then a perceptron with GELU, each added to its input.
 
-    Attention is causal over `x` alone, or as `fed` says over `cache`, which takes the keys and values of `x`.
+    Attention is causal over `x` alone, or as `fed` says over `cache`, the keys and values of all T positions, which
+    takes those of `x`. `query_scale` divides the logits by each row's attention temperature; `None`: all are 1.
     """
-    x = x + _self_attention(x, weights, cache, fed)
+    x = x + _self_attention(x, weights, cache, fed, query_scale)
     return x + _feed_forward(x, weights)
 
 
@@ -99,24 +98,24 @@ def transformer_layer(
 # at a time stays in the processor's caches, 5 per cent of a sweep.
 
 
-def _self_attention(x: Tensor, weights: LayerWeights, cache: KeyValues | None, fed: Fed | None) -> Tensor:
+def _self_attention(
+    x: Tensor, weights: LayerWeights, cache: Tensor | None, fed: Fed | None, query_scale: Tensor | None
+) -> Tensor:
     batch, length, channels = x.shape
     qkv = F.linear(F.layer_norm(x, (channels,), *weights.norm), *weights.qkv)
-    q, k, v = qkv.view(batch, length, 3, weights.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    qkv = qkv.view(batch, length, 3, weights.num_heads, -1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    if query_scale is not None:
+        q = q * query_scale
     if cache is None or fed is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     else:
         if isinstance(fed.positions, slice):
-            cache.keys[:, :, fed.positions] = k
-            cache.values[:, :, fed.positions] = v
+            cache[:, :, :, fed.positions] = qkv[:, :, 1:].permute(0, 2, 3, 1, 4)
         else:
-            rows = torch.arange(batch, device=x.device).view(-1, 1)
-            cache.keys[rows, :, fed.positions] = k.transpose(1, 2)
-            cache.values[rows, :, fed.positions] = v.transpose(1, 2)
-        if fed.query_scale is not None:
-            q = q * fed.query_scale
-        keys, values = cache.keys[:, :, : fed.end], cache.values[:, :, : fed.end]
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=fed.mask)
+            cache[fed.rows, :, :, fed.positions] = qkv[:, :, 1:].to(cache.dtype)  # which autocast may differ from
+        keys, values = cache[:, :, :, : fed.end].unbind(1)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=fed.mask, is_causal=fed.causal)
     return F.linear(out.transpose(1, 2).reshape(batch, length, channels), *weights.proj)
 
 

@@ -2,68 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.flows.tarflow.attention import KeyValues, LayerWeights, Parameters, in_dtype
+from jacobiflow.flows.tarflow.attention import LayerWeights, Parameters, in_dtype
 
 
 @dataclass(frozen=True)
 class TarFlowCache:
-    """One `KeyValues` a layer, and all that does not change while tokens do.
+    """Keys and values of each layer, and all that does not change while tokens do.
 
-    `pos_embedding` is in causal order, `mask` the additive causal mask, `query_scale` see `Fed`; `proj_in` and
-    `proj_out` are weight and bias of these projections. The network runs in the dtype of all these.
+    `layers` are written in place as positions are fed. `embedding`, in causal order, is all that is added to the
+    projection of a token: its bias, the embedding of the position and that of the class; (T, C) where it is that of
+    every sample. `mask` is the additive causal mask, `rows` are 0 .. B-1, `query_scale` is that of
+    `transformer_layer`; `proj_in` is a weight, `proj_out` weight and bias. The network runs in the dtype of all these.
     """
 
-    layers: tuple[KeyValues, ...]
+    layers: tuple[Float[Tensor, "b 2 h t d"], ...]
     weights: tuple[LayerWeights, ...]
-    proj_in: Parameters
+    proj_in: Float[Tensor, "c d"]
     proj_out: Parameters
-    pos_embedding: Float[Tensor, "t c"]
-    class_embedding: Float[Tensor, "b 1 c"] | None
+    embedding: Float[Tensor, "b t c"] | Float[Tensor, "t c"]
     mask: Float[Tensor, "t t"]
+    rows: Int[Tensor, "b 1"]
     query_scale: Float[Tensor, "b 1 1 1"] | None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> TarFlowCache:
-        """With `change` made to every tensor that has a row per sample."""
+        """With `change` made to every tensor that has a row per sample; the rows are counted anew."""
+        layers = tuple(change(layer) for layer in self.layers)
         return replace(
             self,
-            layers=tuple(KeyValues(change(kv.keys), change(kv.values)) for kv in self.layers),
-            class_embedding=None if self.class_embedding is None else change(self.class_embedding),
+            layers=layers,
+            embedding=change(self.embedding) if self.embedding.ndim == 3 else self.embedding,
+            rows=self.rows[: len(layers[0])],
             query_scale=None if self.query_scale is None else change(self.query_scale),
         )
 
-    @staticmethod
-    def join(caches: Sequence[TarFlowCache]) -> TarFlowCache:
-        """One cache with the rows of all."""
-        layers = zip(*(cache.layers for cache in caches), strict=True)
-        return replace(
-            caches[0],
-            layers=tuple(
-                KeyValues(torch.cat([kv.keys for kv in parts]), torch.cat([kv.values for kv in parts]))
-                for parts in layers
-            ),
-            class_embedding=_cat([cache.class_embedding for cache in caches]),
-            query_scale=_cat([cache.query_scale for cache in caches]),
-        )
+    def move(self, source: Int[Tensor, " m"], target: Int[Tensor, " m"], num: int) -> TarFlowCache:
+        """The first `num` rows, after the rows `source` were copied to `target`, in place."""
+        for tensor in self._with_rows():
+            tensor[target] = tensor[source]
+        return self.each(lambda tensor: tensor[:num])
+
+    def refill(self, rows: Int[Tensor, " m"], embedding: Tensor, query_scale: Tensor | None) -> None:
+        """Empty the `rows`, in place, for samples with this embedding and scale of queries."""
+        for layer in self.layers:
+            layer.index_fill_(0, rows, 0)
+        if self.embedding.ndim == 3:
+            self.embedding[rows] = embedding.to(self.embedding.dtype)
+        if self.query_scale is not None and query_scale is not None:
+            self.query_scale[rows] = query_scale.to(self.query_scale.dtype)
+
+    def _with_rows(self) -> Iterator[Tensor]:
+        yield from self.layers
+        if self.embedding.ndim == 3:
+            yield self.embedding
+        if self.query_scale is not None:
+            yield self.query_scale
 
     def to(self, dtype: torch.dtype) -> TarFlowCache:
         """With all tensors in `dtype`."""
         return replace(
             self.each(lambda tensor: tensor.to(dtype)),
             weights=tuple(layer.to(dtype) for layer in self.weights),
-            proj_in=in_dtype(self.proj_in, dtype),
+            proj_in=self.proj_in.to(dtype),
             proj_out=in_dtype(self.proj_out, dtype),
-            pos_embedding=self.pos_embedding.to(dtype),
+            embedding=self.embedding.to(dtype),
             mask=self.mask.to(dtype),
         )
-
-
-def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    present = [tensor for tensor in tensors if tensor is not None]
-    return torch.cat(present) if present else None

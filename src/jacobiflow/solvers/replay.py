@@ -1,0 +1,124 @@
+"""What a GPU launches again and again on the same memory, as graphs: tokens of the loop, and sweeps.
+
+A block of 8 layers launches about a hundred kernels a token or sweep, which take longer to launch than to run where
+rows are few. Captured in a graph they are one launch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from jacobiflow.flows.base import Block, FrontPerSample, put_run
+
+T = TypeVar("T")
+
+_BUCKET = 64  # positions by which the context grows from graph to graph; the causal mask hides the last of them
+_SWEEPS = 256  # the same for sweeps, of which there are fewer
+_USES = 2  # calls before one is captured, which takes about as long as two
+
+
+def replayed(block: Block, z: Float[Tensor, "b t c"], context: Tensor | None, slots: int) -> Float[Tensor, "b t c"]:
+    """The x with x_t = g(x)_t for `block`, a `FrontPerSample`, so many samples at a time, on fixed memory.
+
+    The entry to solve is a tensor, so that one graph serves `_BUCKET` tokens. Graphs are captured when they are first
+    needed, and serve all samples; they are forgotten at the end, since they hold the addresses of the weights. On
+    another device than a GPU the same steps run as they are.
+    """
+    loop, parts = None, []
+    for first in range(0, len(z), slots):
+        rows = slice(first, first + slots)
+        some, labels = z[rows], None if context is None else context[rows]
+        if loop is None or len(some) != len(loop.x):
+            loop = _Loop(block, some, labels)
+        parts.append(loop(some, labels))
+    return torch.cat(parts)
+
+
+class _Loop:
+    """The loop over a batch of fixed size; `entry` is the token to solve."""
+
+    def __init__(self, block: Block, z: Tensor, context: Tensor | None) -> None:
+        self.block: Any = cast(FrontPerSample, block)
+        self.z, self.x = z.clone(), z.clone()
+        self.entry = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+        self.rows = torch.arange(len(z), device=z.device)
+        self.cache = block.init_cache(self.z, None if context is None else context.clone())
+        self.steps: dict[int, Callable[[], None]] = {}
+        self.pool: Any = None
+
+    def __call__(self, z: Tensor, context: Tensor | None) -> Tensor:
+        self.z.copy_(z)
+        self.entry.zero_()
+        self.block.refill(self.cache, self.rows, context)
+        length = z.shape[1]
+        for token in range(length):
+            # One more than the positions that the token attends to, the hidden ones included.
+            end = min(-(-max(token, 1) // _BUCKET) * _BUCKET + 1, length)
+            if end not in self.steps:
+                self.steps[end] = self._captured(end)
+            self.steps[end]()
+        return self.x.clone()
+
+    def _step(self, end: int) -> None:
+        g = self.block.update_at(self.x, self.z, self.entry, 1, end, self.cache)
+        put_run(self.x, g, self.entry)
+        self.entry += 1
+
+    def _captured(self, end: int) -> Callable[[], None]:
+        """The step to `end`. It runs once before its capture, which is undone: the same token is solved again."""
+        if self.x.device.type != "cuda":
+            return lambda: self._step(end)
+        replay, _, self.pool = captured(lambda: self._step(end), self.pool)
+        self.entry -= 1
+        return replay
+
+
+class Sweeps:
+    """`update_at` of a batch whose `x`, `z` and `cache` stay where they are, as a graph for each size and context."""
+
+    def __init__(self, block: Any, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], cache: Any) -> None:
+        self.block, self.x, self.z, self.cache = block, x, z, cache
+        self.start = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        self.uses: Counter[tuple[int, int]] = Counter()
+        self.graphs: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
+        self.pool: Any = None
+
+    def __call__(self, start: Int[Tensor, " b"], size: int, end: int) -> Float[Tensor, "b n c"]:
+        """`update_at` there; the next call with this `size` and a like `end` overwrites what it returns."""
+        end = min(-(-end // _SWEEPS) * _SWEEPS, self.x.shape[1])
+        key = size, end
+        self.uses[key] += 1
+        if self.uses[key] <= _USES:
+            return cast(Tensor, self.block.update_at(self.x, self.z, start, size, end, self.cache))
+        self.start.copy_(start)
+        if key not in self.graphs:
+            replay, g, self.pool = captured(
+                lambda: self.block.update_at(self.x, self.z, self.start, size, end, self.cache), self.pool
+            )
+            self.graphs[key] = replay, g
+        replay, g = self.graphs[key]
+        replay()
+        return g
+
+
+def captured(step: Callable[[], T], pool: Any) -> tuple[Callable[[], None], T, Any]:
+    """What replays `step`, where its result will be, and the pool of memory of this graph and the next.
+
+    The step runs once before, beside the other work of the GPU: what libraries set up on first use must not be
+    captured.
+    """
+    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        step()
+    here.wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = step()
+    return graph.replay, result, graph.pool()

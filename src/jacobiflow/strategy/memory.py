@@ -1,0 +1,42 @@
+"""How much memory drawing a batch takes, and how many samples fit."""
+
+from __future__ import annotations
+
+from jacobiflow.checks import check_count
+from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.guidance import Guidance, check_guidance, in_force
+from jacobiflow.memory import free_memory
+
+_SHARE = 0.8  # of the free memory that a batch may take: what is freed is not all used again
+_STATES = 12  # arrays of tokens that a solve holds at a time
+
+
+def sample_bytes(flow: ImageFlow, guidance: Guidance | None = None) -> int | None:
+    """Bytes that a sample takes while a block is solved, beside the weights; `None` where the flow does not say.
+
+    By the shapes: its keys and values, twice under guidance, what a sweep of all tokens makes, and its tokens.
+    """
+    check_flow(flow)
+    check_guidance(guidance)
+    row, config = flow.blocks[0].row_bytes(), flow.config
+    if row is None:
+        return None
+    tokens = _STATES * config.num_tokens * config.token_channels * max(flow.var.element_size(), 4)
+    return tokens + row * (1 if in_force(guidance) is None else 2)
+
+
+def fitting_batch(flow: ImageFlow, most: int, guidance: Guidance | None = None) -> int:
+    """The largest power of two, or else `most`, of samples that fit in four fifths of the memory that is free.
+
+    **Raises** `ValueError` where not even one does, or the flow or the system does not say how much memory there is.
+    """
+    check_count("most", most)
+    needed, free = sample_bytes(flow, guidance), free_memory(flow.var.device)
+    if needed is None or free is None:
+        raise ValueError("batch_size='auto': this flow, or this system, does not say how much memory; give a number")
+    num = int(_SHARE * free) // needed
+    if num < 1:
+        raise ValueError(
+            f"a sample needs {needed / 2**30:.1f} GiB beside the weights, and {free / 2**30:.1f} GiB are free"
+        )
+    return most if num >= most else 1 << (num.bit_length() - 1)

@@ -1,0 +1,187 @@
+"""Every path on tensors that say they are on a GPU: the numbers of the CPU, and what a GPU would be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import zuko
+from fake_device import FakeDevice
+from running import load_script
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.data import Noise, digits, noisy_images
+from jacobiflow.evaluation import bits_per_dim
+from jacobiflow.flows.precision import precision
+from jacobiflow.guidance import guided
+from jacobiflow.latents import draw_latents
+from jacobiflow.strategy.memory import fitting_batch, sample_bytes
+from jacobiflow.training import TrainConfig, train
+
+script = load_script("gpu_counts")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LABELS = torch.arange(5)
+WINDOW, SEGMENTS = "window:16", "[2/3-4-8-7]"
+
+
+def sample(name: str = "digits-p1", num: int = 3, **settings: Any) -> Callable[[str], Tensor]:
+    def run(device: str) -> Tensor:
+        flow = jf.load(name, device=device)
+        z = draw_latents(num, flow.config.num_tokens, flow.config.token_channels, 0)
+        settings.setdefault("tolerance", None if settings["strategy"] in ("sequential", SEGMENTS) else 1e-6)
+        return jf.sample(flow, latents=z, labels=LABELS[:num], progress=False, **settings).images
+
+    return run
+
+
+def images(flow: jf.ImageFlow, num: int) -> Tensor:
+    return noisy_images(digits(), torch.arange(num), Noise("gaussian", flow.config.noise_std))
+
+
+def denoise(device: str) -> Tensor:
+    flow = jf.load("digits-p1", device=device)
+    return jf.denoise(flow, images(flow, 4).to(device), digits().labels[:4].to(device))
+
+
+def encode(device: str) -> Tensor:
+    flow = jf.load("digits-p1", device=device)
+    z, log_det = flow.encode(images(flow, 4).to(device), digits().labels[:4].to(device))
+    return torch.cat((z.flatten(), log_det))
+
+
+def evaluate(device: str) -> Tensor:
+    flow, data = jf.load("digits-p1", device=device), digits()
+    few = replace(data, images=data.images[:20], labels=data.labels[:20])
+    return torch.tensor(bits_per_dim(flow, few, Noise("gaussian", flow.config.noise_std)))
+
+
+def calibrate(device: str) -> Tensor:
+    flow = jf.load("digits-p1", device=device)
+    report = jf.calibrate(flow, images(flow, 8), digits().labels[:8], traced=1, progress=False)
+    return torch.tensor([*report.crm, *report.mean_sweeps("noise", 1e-3)])
+
+
+def training(device: str) -> Tensor:
+    """It resumes on the CPU."""
+    config = jf.TarFlowConfig(1, 8, 2, 32, 2, layers_per_block=1, num_classes=10, head_dim=16, noise_std=0.1)
+    settings, out = TrainConfig(steps=2, batch_size=16, bf16=False), Path(f"run-{device}")
+    for steps, where in ((2, device), (3, "cpu")):
+        torch.manual_seed(0)
+        flow = train(jf.TarFlow(config).to(where), digits(), replace(settings, steps=steps), out)
+    return torch.cat([parameter.flatten() for parameter in flow.parameters()])
+
+
+def accelerated(device: str) -> Tensor:
+    torch.manual_seed(0)
+    flow = zuko.flows.MAF(features=8, transforms=2, hidden_features=(32,)).to(device)
+    z = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad(), jf.accelerate(flow):
+        return flow().transform.inv(z)
+
+
+GUIDANCE = jf.Guidance(1.0, attn_temperature=1.4)
+PATHS: dict[str, Callable[[str], Tensor]] = {
+    "sequential": sample(strategy="sequential"), "whole": sample(strategy="jacobi"),
+    "segments": sample(strategy=SEGMENTS, guidance=GUIDANCE), "window": sample(strategy=WINDOW),
+    "waiting samples": sample(num=5, strategy=WINDOW, batch_size=2),
+    "waiting samples, guided": sample(num=5, strategy=WINDOW, batch_size=2, guidance=GUIDANCE),
+    "bfloat16 first": sample(strategy=jf.Strategy.uniform(jf.Solver(coarse=3), 4)),
+    "denoised": sample(strategy="jacobi", denoise=1.0),
+    "maf": sample("digits-maf", strategy=WINDOW), "maf, sequential": sample("digits-maf", strategy="sequential"),
+    "denoise": denoise, "encode": encode, "evaluate": evaluate, "calibrate": calibrate, "train": training,
+    "accelerate": accelerated,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_gives_the_numbers_of_the_cpu(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = PATHS[path]("cpu")
+    with FakeDevice() as device:
+        found = PATHS[path]("cuda").cpu()
+    assert device.counts.to_device > 0
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tf32_is_a_precision_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is noted with samples, and the tolerance of a plan is raised to its rounding."""
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    flow = jf.load("digits-p1")
+    assert precision(flow) == "float32"
+    with FakeDevice():
+        assert precision(flow.to("cuda")) == "tf32"
+        assert precision(flow.to("cuda", dtype=torch.bfloat16)) == "bfloat16"
+
+
+# ------------------------------------------------------------------------------------------------------------- budgets
+
+
+@pytest.mark.parametrize(("title", "most"), [("plain", 94), ("guided", 97)])
+def test_the_operations_of_a_token(title: str, most: int) -> None:
+    """Launched one by one, or as a graph."""
+    for launches, launched in ((most, True), (1, False)):
+        assert script.a_sweep(script.SOLVERS[script.LOOP], script.GUIDANCES[title], launched) == {
+            "operations": launches, "read_backs": 0, "copies": 0, "explicit_masks": 0,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("title", ["plain", "guided"])
+def test_a_sweep(title: str) -> None:
+    """A fixed number of them never waits for the device; a window does so at every fourth."""
+    _, segments, window = (script.a_sweep(solver, script.GUIDANCES[title]) for solver in script.SOLVERS.values())
+    assert segments["read_backs"] == segments["copies"] == segments["explicit_masks"] == 0
+    assert window["read_backs"] <= 0.25
+    assert window["operations"] <= 45  # of which one is the graph of the network
+    assert window["copies"] == 0
+
+
+@pytest.mark.parametrize("title", ["plain", "guided"])
+def test_waiting_samples_take_the_memory_of_those_that_have_finished(title: str) -> None:
+    assert script.waiting(script.GUIDANCES[title]) <= 1.3
+
+
+@pytest.mark.parametrize("guidance", [None, GUIDANCE])
+@pytest.mark.parametrize("partition", [jf.Whole(), jf.Window(8), jf.Sequential()])
+def test_a_batch_takes_no_more_than_is_said(partition: jf.Partition, guidance: jf.Guidance | None) -> None:
+    config = jf.TarFlowConfig(3, 16, 2, channels=32, num_blocks=1, layers_per_block=8, num_classes=5, head_dim=16)
+    with FakeDevice() as device:
+        flow = jf.TarFlow(config).requires_grad_(False).to("cuda")
+        z = draw_latents(16, config.num_tokens, config.token_channels, 0).to("cuda")
+        labels, needed = torch.arange(16, device="cuda") % 5, sample_bytes(flow, guidance)
+        assert needed is not None
+        with device.counting() as counts:
+            jf.solve(guided(flow.blocks[0], guidance), z, jf.Solver(partition), labels)
+        assert 0.5 * 16 * needed < counts.peak <= 16 * needed
+        for free, num in ((needed * 1.25 * 7.9, 4), (needed * 1.25 * 3000, 100)):  # four fifths of it are used
+            with patch.object(torch.cuda, "mem_get_info", lambda device, free=free: (int(free), 0)):
+                assert fitting_batch(flow, 100, guidance) == num
+        with (
+            patch.object(torch.cuda, "mem_get_info", lambda device: (needed, 0)),
+            pytest.raises(ValueError, match=r"a sample needs 0\.0 GiB beside the weights, and 0\.0 GiB are free"),
+        ):
+            fitting_batch(flow, 100, guidance)
+
+
+def test_denoising_at_128x128_takes_8_gib_however_many_images() -> None:
+    assert 2 < script.denoising(6) <= 8
+
+
+def test_certificates_keep_no_keys() -> None:
+    flow = jf.load("digits-p1")
+    with FakeDevice() as device:
+        z = torch.zeros(16, flow.config.num_tokens, flow.config.token_channels, device="cuda")
+        block = flow.to("cuda").blocks[0]
+        with device.counting() as cached:
+            block.init_cache(z)
+        with device.counting() as counts:
+            jf.certify(block, z, z)
+    assert counts.attention.keys() == {"causal"}
+    assert counts.live < 0.1 * cached.peak
