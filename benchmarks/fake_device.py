@@ -150,6 +150,7 @@ class Graph:
         self.device = device
         self.operations: list[tuple[Any, Any, Any, Any]] = []
         self.written: list[tuple[Tensor, Tensor]] = []
+        self.attention = Counter[str]()
 
     def pool(self) -> Graph:
         return self
@@ -174,6 +175,7 @@ class Graph:
     @torch.no_grad()
     def replay(self) -> None:
         self.device.counts.operations["replay"] += 1
+        self.device.counts.attention.update(self.attention)
         for func, args, kwargs, out in self.operations:
             again = func(*args, **kwargs)
             for kept, new in zip(tree_iter(out), tree_iter(again), strict=True):
@@ -242,14 +244,17 @@ class FakeDevice(TorchFunctionMode):
             self.read_back()
         if packet is _aten._local_scalar_dense:
             self.read_back()
-        elif self.capturing is not None:
-            return
-        elif not func.is_view and packet not in _FREE:
+        elif self.capturing is None and not func.is_view and packet not in _FREE:
             self.counts.operations[packet.__name__] += 1
         if "scaled_dot_product" in packet.__name__ and "backward" not in packet.__name__:
             causal = len(args) > 4 and args[4]
             mask = kwargs.get("attn_mask")
-            self.counts.attention["causal" if causal else "none" if mask is None else "explicit"] += 1
+            self.attention["causal" if causal else "none" if mask is None else "explicit"] += 1
+
+    @property
+    def attention(self) -> Counter[str]:
+        """Where attention is counted: at a graph while it is captured, to be counted at each replay."""
+        return self.counts.attention if self.capturing is None else self.capturing.attention
 
     def read_back(self) -> None:
         if self.capturing is not None:
@@ -304,7 +309,7 @@ class FakeDevice(TorchFunctionMode):
     def _attend(self, func: Any, args: Any, kwargs: Any) -> Any:
         bias = kwargs.get("attn_mask")
         if isinstance(bias, CausalBias):  # a GPU has kernels for it, the CPU takes a mask
-            self.counts.attention.update(causal=1, explicit=-1)
+            self.attention.update(causal=1, explicit=-1)
             hidden = ~bias._lower_right(torch.device("cpu"))
             mask = torch.zeros(hidden.shape, dtype=args[0].dtype).masked_fill(hidden, -torch.inf)
             kwargs["attn_mask"] = OnDevice(mask.to(self.host), self)

@@ -3,7 +3,7 @@
 Kernels, copies, read-backs and bytes of `fake_device.py`, for a TarFlow block of 8 layers: each further
 token of the loop, each further sweep, the memory of samples that wait for a slot, and that of denoising at 128x128.
 
-Writes docs/results/gpu-counts.json; `--key before`, under the source of commit e74c512, wrote what is there as before.
+Writes docs/results/gpu-counts.json; `--key before`, with the package of commit e74c512, wrote what is there as before.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from fake_device import Counts, FakeDevice
+from paper_shapes import Launched
 
 import jacobiflow as jf
 from jacobiflow.denoising import denoised
@@ -28,19 +29,10 @@ OUT = ROOT / "docs" / "results" / "gpu-counts.json"
 LOOP = "a token of the loop"
 SOLVERS: dict[str, Callable[[int], jf.Solver]] = {
     LOOP: lambda tokens: jf.Solver(jf.Sequential()),
-    "a sweep of segments, a fixed number of sweeps": lambda tokens: jf.Solver(
-        jf.Segments(tokens // 4), stopping=jf.MaxSweeps(2)
-    ),
+    "a sweep of a segment, 8 sweeps each": lambda tokens: jf.Solver(jf.Segments(tokens // 8), stopping=jf.MaxSweeps(8)),
     "a sweep of a window": lambda tokens: jf.Solver(jf.Window(4), stopping=jf.Tolerance(1e-30)),
 }
 GUIDANCES = {"plain": None, "guided": jf.Guidance(1.0)}
-
-
-class Launched:
-    """A block of which a solver knows only how to evaluate it, so that every kernel is launched by itself."""
-
-    def __init__(self, block: Any) -> None:
-        self.init_cache, self.update = block.init_cache, block.update
 
 
 def solve(

@@ -124,22 +124,6 @@ def name_of(solver: jf.Solver) -> str:
 
 
 @dataclass(frozen=True)
-class FrontPerSample(KeepsNothing):
-    """`block`, evaluated as where every sample has a front of its own, as a window's samples have under a tolerance."""
-
-    block: AffineFrontPerSample
-
-    def init_cache(self, z: Tensor, context: Tensor | None = None) -> Any:
-        """That of `block`."""
-        return self.block.init_cache(z, context)
-
-    def update(self, x: Tensor, z: Tensor, start: int, stop: int, cache: Any) -> Tensor:
-        """g(x)[:, start:stop], the start given by sample."""
-        starts = torch.full((len(x),), start, device=x.device)
-        return self.block.update_at(x, z, starts, stop - start, stop, cache)
-
-
-@dataclass(frozen=True)
 class Launched(KeepsNothing):
     """`block`, of which a solver knows only how to evaluate it, so that every kernel is launched by itself."""
 
@@ -152,6 +136,15 @@ class Launched(KeepsNothing):
     def update(self, x: Tensor, z: Tensor, start: int, stop: int, cache: Any) -> Tensor:
         """That of `block`."""
         return self.block.update(x, z, start, stop, cache)
+
+
+class FrontPerSample(Launched):
+    """Evaluated as where every sample has a front of its own, as a window's samples have under a tolerance."""
+
+    def update(self, x: Tensor, z: Tensor, start: int, stop: int, cache: Any) -> Tensor:
+        """g(x)[:, start:stop], the start given by sample."""
+        starts = torch.full((len(x),), start, device=x.device)
+        return self.block.update_at(x, z, starts, stop - start, stop, cache)
 
 
 class Part:

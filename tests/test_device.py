@@ -16,12 +16,15 @@ from running import load_script
 from torch import Tensor
 
 import jacobiflow as jf
+from jacobiflow.calibration import find_report
 from jacobiflow.data import Noise, digits, noisy_images
 from jacobiflow.evaluation import bits_per_dim
 from jacobiflow.flows.precision import precision
 from jacobiflow.guidance import guided
 from jacobiflow.latents import draw_latents
-from jacobiflow.strategy.memory import fitting_batch, sample_bytes
+from jacobiflow.storage import SampleFolder
+from jacobiflow.strategy import PlanSettings
+from jacobiflow.strategy.memory import batch_bytes, fitting_batch
 from jacobiflow.training import TrainConfig, train
 
 script = load_script("gpu_counts")
@@ -69,6 +72,22 @@ def calibrate(device: str) -> Tensor:
     return torch.tensor([*report.crm, *report.mean_sweeps("noise", 1e-3)])
 
 
+def folder(device: str) -> Tensor:
+    flow, out = jf.load("digits-p1", device=device), Path(f"samples-{device}")
+    settings: dict[str, Any] = {"strategy": "sequential", "denoise": 1.0, "batch_size": 2, "shard_size": 2}
+    jf.sample_to_folder(flow, 4, out, LABELS[:4], **settings)
+    return torch.cat([images.float() for images in SampleFolder.open(out).batches()]) / 255
+
+
+def planned(device: str) -> Tensor:
+    """Not the plan, which is of the clock, but what it draws."""
+    flow = jf.load("digits-p1", device=device)
+    report = find_report(flow)
+    assert report is not None
+    plan = jf.plan(flow, jf.Report.load(report), 2, 1e-6, settings=PlanSettings(trials=1))
+    return sample(num=2, strategy=plan)(device)
+
+
 def training(device: str) -> Tensor:
     """It resumes on the CPU."""
     config = jf.TarFlowConfig(1, 8, 2, 32, 2, layers_per_block=1, num_classes=10, head_dim=16, noise_std=0.1)
@@ -97,7 +116,7 @@ PATHS: dict[str, Callable[[str], Tensor]] = {
     "denoised": sample(strategy="jacobi", denoise=1.0),
     "maf": sample("digits-maf", strategy=WINDOW), "maf, sequential": sample("digits-maf", strategy="sequential"),
     "denoise": denoise, "encode": encode, "evaluate": evaluate, "calibrate": calibrate, "train": training,
-    "accelerate": accelerated,
+    "accelerate": accelerated, "folder": folder, "plan": planned,
 }  # fmt: skip
 
 
@@ -126,10 +145,10 @@ def test_tf32_is_a_precision_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(("title", "most"), [("plain", 94), ("guided", 97)])
 def test_the_operations_of_a_token(title: str, most: int) -> None:
-    """Launched one by one, or as a graph."""
-    for launches, launched in ((most, True), (1, False)):
+    """Launched one by one, or as a graph, whose context is rounded up and hidden by a mask in each layer."""
+    for launches, masks, launched in ((most, 0, True), (1, 8, False)):
         assert script.a_sweep(script.SOLVERS[script.LOOP], script.GUIDANCES[title], launched) == {
-            "operations": launches, "read_backs": 0, "copies": 0, "explicit_masks": 0,
+            "operations": launches, "read_backs": 0, "copies": 0, "explicit_masks": masks,
         }  # fmt: skip
 
 
@@ -155,7 +174,7 @@ def test_a_batch_takes_no_more_than_is_said(partition: jf.Partition, guidance: j
     with FakeDevice() as device:
         flow = jf.TarFlow(config).requires_grad_(False).to("cuda")
         z = draw_latents(16, config.num_tokens, config.token_channels, 0).to("cuda")
-        labels, needed = torch.arange(16, device="cuda") % 5, sample_bytes(flow, guidance)
+        labels, needed = torch.arange(16, device="cuda") % 5, batch_bytes(flow, 1, guidance)
         assert needed is not None
         with device.counting() as counts:
             jf.solve(guided(flow.blocks[0], guidance), z, jf.Solver(partition), labels)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -27,8 +26,7 @@ def denoise(
     """One step x + rate sigma^2 grad log p(x | label), sigma the flow's `noise_std` (Tweedie's formula at rate 1).
 
     Done in mini-batches of at most `batch_size`, and of fewer where backward passes would need more than 4 GiB. An
-    image that holds a NaN or an
-    infinity becomes NaN, with a warning; the others do not depend on it.
+    image that holds a NaN or an infinity becomes NaN, with a warning; the others do not depend on it.
 
     **Raises** `ValueError` where `rate` is negative, the flow records no Gaussian noise to remove, or images or labels
     do not fit the flow; `TypeError` for other kinds of them.
@@ -47,30 +45,33 @@ def denoised(
     flow: ImageFlow, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None, rate: float, batch_size: int
 ) -> Float[Tensor, "n c h w"]:
     """`denoise`, where its arguments are known to fit and a warning was given."""
-    sigma, steps = flow.config.noise_std, []
-    start, size = 0, 1  # the first image alone: it says how much memory an image takes
+    images, steps = images.detach(), []
+    start, size = 0, 1  # the first image alone: how much memory an image takes is not known yet
     while start < len(images):
         rows = slice(start, start + size)
-        with torch.inference_mode(False), torch.enable_grad():  # also where the caller has either off
-            x = images[rows].detach().clone().requires_grad_()
-            kept: dict[int, int] = {}
-            with saved_tensors_hooks(partial(_note, kept), lambda tensor: tensor):
-                total = flow.log_prob(x, None if labels is None else labels[rows].clone()).sum()
-            (score,) = torch.autograd.grad(total, x)
-        steps.append(x.detach() + rate * sigma**2 * score)
-        if start == 0:
-            weights = {parameter.untyped_storage()._cdata for parameter in flow.state_dict(keep_vars=True).values()}
-            needed = sum(size for storage, size in kept.items() if storage not in weights)
-            batch_size = min(batch_size, _MEMORY // max(needed, 1) or 1)
-        start, size = start + size, batch_size
+        score, kept = _score(flow, images[rows], None if labels is None else labels[rows])
+        steps.append(images[rows] + rate * flow.config.noise_std**2 * score)
+        start += size
+        size = min(batch_size, max(_MEMORY * size // max(kept, 1), 1))
     return torch.cat(steps)
 
 
-def _note(kept: dict[int, int], tensor: Tensor) -> Tensor:
-    """Note the memory of a tensor that the backward pass needs."""
-    storage = tensor.untyped_storage()
-    kept[storage._cdata] = storage.nbytes()
-    return tensor
+def _score(flow: ImageFlow, images: Tensor, labels: Tensor | None) -> tuple[Tensor, int]:
+    """grad log p(x | label), and the bytes beside the weights that its backward pass needed."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.inference_mode(False), torch.enable_grad():  # also where the caller has either off
+        x = images.detach().clone().requires_grad_()
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            total = flow.log_prob(x, None if labels is None else labels.clone()).sum()
+        (score,) = torch.autograd.grad(total, x)
+    weights = {tensor.untyped_storage()._cdata for tensor in flow.state_dict(keep_vars=True).values()}
+    return score, sum(size for storage, size in kept.items() if storage not in weights)
 
 
 def check_rate(flow: ImageFlow, rate: float, name: str = "denoise") -> None:

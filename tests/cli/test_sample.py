@@ -22,7 +22,6 @@ from jacobiflow.baselines.growing_cache import growing_cache_sample
 from jacobiflow.latents import draw_labels
 from jacobiflow.storage import FirstProcessFailed
 from jacobiflow.strategy import memory
-from jacobiflow.strategy.memory import sample_bytes
 
 
 def drawn(out: Path) -> dict[str, Any]:
@@ -159,11 +158,13 @@ def test_a_batch_that_fits_and_then_the_one_that_was_begun_with(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = f"sample --model model --num 5 --strategy jacobi-1 --batch-size auto --out {tmp_path}/out"
-    needed = sample_bytes(jf.load("./model"))
+    needed = memory.batch_bytes(jf.load("./model"), 1)
     assert needed is not None
-    for free, words in ((6 * needed, "5 images, batch size 4 (about"), (needed, "5 images, batch size 4 (about")):
+    for free in (6 * needed, needed):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
-        assert words in run(line).out
+        said = run(line).out
+        assert "5 images, batch size 4\n" in said
+        assert f"memory: at most {4 * needed / 1e6:.1f} MB for a batch, beside the weights\n" in said
     failed = run(f"{line}-of-its-own")
     assert (failed.code, "a sample needs" in failed.err) == (2, True)
 

@@ -55,9 +55,6 @@ class RecurrentBlock(FlowBlock, KeepsNothing):
         scale, shift = self.out(cache[:, start:stop]).to(x.dtype).chunk(2, dim=-1)
         return scale.tanh(), shift
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.affine(x, 0, x.shape[1], self.init_cache(x, labels))
-
 
 @register
 class RecurrentFlow(ImageFlow):

@@ -128,6 +128,12 @@ def parse_batch_size(text: str | None) -> int | None:
     return int(text)
 
 
+def print_memory(needed: int | None) -> None:
+    """Say how many bytes a batch takes, where that is known."""
+    if needed is not None:
+        print(f"memory: at most {needed / 1e6:,.1f} MB for a batch, beside the weights")
+
+
 def open_samples(path: Path, flow: ImageFlow) -> SampleFolder:
     """The samples in a folder, whole and of this flow. **Raises** `ValueError` where they are not."""
     folder = SampleFolder.open(path)

@@ -17,7 +17,7 @@ from jacobiflow.cli.settings import guidance_words
 from jacobiflow.flows.folder import REPORT
 from jacobiflow.solvers import Solver
 from jacobiflow.strategy import plan as make
-from jacobiflow.strategy.memory import fitting_batch, sample_bytes
+from jacobiflow.strategy.memory import batch_bytes, fitting_batch
 from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
 
 _MOST = 1024  # images in a batch that is chosen
@@ -73,9 +73,7 @@ def plan(
         found.save(out)
     options.report(json, found.to_json() | {"model": model, "report": str(path)})
 
-    needed = sample_bytes(flow, guide)
-    memory = "" if needed is None else f", about {needed * size / 2**30:.2g} GiB beside the weights"
-    print(f"{model}, batch size {size}, {prediction.device}{memory}")
+    print(f"{model}, batch size {size}, {prediction.device}")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for column in ("block", "tokens at a time", "until"):
         table.add_column(column)
@@ -86,6 +84,7 @@ def plan(
         f"predicted: {prediction.seconds:.3f} s a batch, the sequential loop {prediction.sequential_seconds:.3f} s; "
         f"largest error of an image {prediction.error:.1e}"
     )
+    options.print_memory(batch_bytes(flow, size, guide))
     print(f"wrote {out}")
     words = ["jacobiflow", "sample", "--model", model, "--strategy", str(out), "--batch-size", str(size)]
     words += ["--num", str(size), *guidance_words(flow, guide)]

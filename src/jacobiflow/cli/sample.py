@@ -38,7 +38,7 @@ from jacobiflow.storage import (
     sizes,
     total,
 )
-from jacobiflow.strategy.memory import fitting_batch, sample_bytes
+from jacobiflow.strategy.memory import batch_bytes, fitting_batch
 
 _SHEET_IMAGES = 100
 
@@ -129,8 +129,9 @@ def sample(
         if not overwrite:
             among.once(lambda: settings.check_held(out, chosen))
         if size is None:
+            held = None if overwrite else _held(out)
             most = min(num, options.LIMITS["batch_size"])
-            size = among.once(lambda: (not overwrite and _held(out)) or fitting_batch(flow, most, chosen.guidance))
+            size = held or among.once(lambda: fitting_batch(flow, most, chosen.guidance))
             size, shard_size = sizes(num, size, shard_size)
         found = _load_report(report, flow, chosen.guidance)
         comparison = _Comparison(flow, chosen, size) if compare else None
@@ -150,8 +151,7 @@ def sample(
         "wall_seconds": wall,
         "drawn": folder.drawn,
     }
-    needed = sample_bytes(flow, chosen.guidance)
-    figures["batch_gib"] = None if needed is None else needed * size / 2**30
+    figures["batch_bytes"] = batch_bytes(flow, size, chosen.guidance)
     save_png(_sheet(folder, comparison), out / SHEET)
     options.report(json, figures)
     _print(figures, said, out)
@@ -264,9 +264,9 @@ def _certificate(run: dict[str, Any]) -> str:
 def _print(figures: dict[str, Any], said: str, out: Path) -> None:
     console = Console()
     num, batch_size, shards = figures["num"], figures["batch_size"], figures["shards"]
-    memory = "" if figures["batch_gib"] is None else f" (about {figures['batch_gib']:.2g} GiB beside the weights)"
-    print(f"{figures['model']}: {num:,} image{'s' * (num > 1)}, batch size {batch_size}{memory}")
+    print(f"{figures['model']}: {num:,} image{'s' * (num > 1)}, batch size {batch_size}")
     print(said)
+    options.print_memory(figures["batch_bytes"])
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("strategy", overflow="fold")
     for column in ("seconds", "images/s", "network\ncalls", "token\nevaluations", "certificate", "re-solved"):

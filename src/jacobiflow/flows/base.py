@@ -133,7 +133,10 @@ class AffineBlock(ABC):
         context: Tensor | None = None,
         attn_temperature: Float[Tensor, " b"] | None = None,
     ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b t c"]]:
-        """Log-scale and shift of all entries. A block that can do without a cache for that says how."""
+        """Log-scale and shift of all entries, from one parallel pass; `attn_temperature` is that of `init_cache`.
+
+        A block that needs no cache for it overrides this.
+        """
         return self.affine(x, 0, x.shape[1], self.init_cache(x, context, attn_temperature))
 
     def update(
@@ -142,13 +145,6 @@ class AffineBlock(ABC):
         """g(x)[:, start:stop] = exp(log_scale) z + shift."""
         log_scale, shift = self.affine(x, start, stop, cache)
         return torch.addcmul(shift, log_scale.exp(), z[:, start:stop])
-
-    def evaluate(
-        self, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], context: Tensor | None = None
-    ) -> Float[Tensor, "b t c"]:
-        """g(x), all entries at once."""
-        log_scale, shift = self.affine_whole(x, context)
-        return torch.addcmul(shift, log_scale.exp(), z)
 
     def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:
         """W_s and W_u of the linear layer that ends in `log_scale` = W_s h + b_s and `shift` = W_u h + b_u.
@@ -192,7 +188,8 @@ def evaluate(
 ) -> Float[Tensor, "b t c"]:
     """g(x), all entries at once, without a cache where the block needs none for that."""
     if isinstance(block, AffineBlock):
-        return block.evaluate(x, z, context)
+        log_scale, shift = block.affine_whole(x, context)
+        return torch.addcmul(shift, log_scale.exp(), z)
     return block.update(x, z, 0, z.shape[1], block.init_cache(z, context))
 
 
@@ -223,6 +220,12 @@ class FlowBlock(AffineBlock, nn.Module):
     """
 
     permutation: Permutation
+
+    def forward(
+        self, x: Float[Tensor, "b t c"], labels: Int[Tensor, " b"] | None = None
+    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b t c"]]:
+        """`affine_whole`."""
+        return self.affine_whole(x, labels)
 
     def row_bytes(self) -> int | None:
         """Bytes that a row takes while it is solved: what is kept of its tokens, and what a sweep of all makes.

@@ -164,7 +164,7 @@ class Tally:
         names = ("residual", "failed", "missed", "exact", "sweeps")
         found = [getattr(fronts, name) for name in names]
         if not isinstance(found[0], np.ndarray):
-            found = list(torch.stack([values.double() for values in found]).cpu().numpy())  # one copy
+            found = list(torch.stack([values.to(fronts.residual.dtype) for values in found]).cpu().numpy())  # one copy
         for name, values in zip(names, found, strict=True):
             getattr(self, name)[sample] = values[rows]
 

@@ -104,7 +104,7 @@ class Loop:
 
     def _with_replays(self, batch: _Batch) -> _Batch:
         """With graphs of its sweeps, where a GPU can have them."""
-        if batch.z.device.type == "cuda" and isinstance(self.block, Replayable):
+        if batch.z.device.type == "cuda" and self._own_fronts is not None and isinstance(self.block, Replayable):
             batch.replays = Sweeps(self.block, batch.x, batch.z, batch.cache)
         return batch
 
@@ -183,11 +183,7 @@ class Loop:
         stop = self._stop(batch, first)
         size = stop - first
         self.token_evaluations += len(batch.sample) * (stop - batch.cached)
-        if batch.replays is not None and batch.cached == first and 1 < size < self.length:
-            starts = torch.full((len(batch.sample),), first, device=batch.z.device)
-            g = batch.replays(starts, size, stop)
-        else:
-            g = self.block.update(batch.x, batch.z, batch.cached, stop, batch.cache)[:, first - batch.cached :]
+        g = self.block.update(batch.x, batch.z, batch.cached, stop, batch.cache)[:, first - batch.cached :]
         if size == 1:
             put_run(batch.x, g, first)
             batch.least, batch.cached, batch.last = stop, stop, _STEP

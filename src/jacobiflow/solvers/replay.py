@@ -90,17 +90,19 @@ class Sweeps:
         self.pool: Any = None
 
     def __call__(self, start: Int[Tensor, " b"], size: int, end: int) -> Float[Tensor, "b n c"]:
-        """`update_at` there; the next call with this `size` and a like `end` overwrites what it returns."""
+        """`update_at` there; the next call overwrites what it returns."""
+
+        def run() -> Tensor:
+            return cast(Tensor, self.block.update_at(self.x, self.z, self.start, size, end, self.cache))
+
         end = min(-(-end // _SWEEPS) * _SWEEPS, self.x.shape[1])
         key = size, end
+        self.start.copy_(start)
         self.uses[key] += 1
         if self.uses[key] <= _USES:
-            return cast(Tensor, self.block.update_at(self.x, self.z, start, size, end, self.cache))
-        self.start.copy_(start)
+            return run()
         if key not in self.graphs:
-            replay, g, self.pool = captured(
-                lambda: self.block.update_at(self.x, self.z, self.start, size, end, self.cache), self.pool
-            )
+            replay, g, self.pool = captured(run, self.pool)
             self.graphs[key] = replay, g
         replay, g = self.graphs[key]
         replay()

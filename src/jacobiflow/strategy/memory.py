@@ -11,18 +11,20 @@ _SHARE = 0.8  # of the free memory that a batch may take: what is freed is not a
 _STATES = 12  # arrays of tokens that a solve holds at a time
 
 
-def sample_bytes(flow: ImageFlow, guidance: Guidance | None = None) -> int | None:
-    """Bytes that a sample takes while a block is solved, beside the weights; `None` where the flow does not say.
+def batch_bytes(flow: ImageFlow, num: int, guidance: Guidance | None = None) -> int | None:
+    """Bytes that `num` samples take at most while a block is solved, beside the weights; `None` where the flow does not
+    say.
 
-    By the shapes: its keys and values, twice under guidance, what a sweep of all tokens makes, and its tokens.
+    By the shapes: keys and values, twice under guidance, what a sweep of all tokens makes, and the tokens.
     """
     check_flow(flow)
+    check_count("num", num)
     check_guidance(guidance)
     row, config = flow.blocks[0].row_bytes(), flow.config
     if row is None:
         return None
     tokens = _STATES * config.num_tokens * config.token_channels * max(flow.var.element_size(), 4)
-    return tokens + row * (1 if in_force(guidance) is None else 2)
+    return num * (tokens + row * (1 if in_force(guidance) is None else 2))
 
 
 def fitting_batch(flow: ImageFlow, most: int, guidance: Guidance | None = None) -> int:
@@ -31,7 +33,7 @@ def fitting_batch(flow: ImageFlow, most: int, guidance: Guidance | None = None) 
     **Raises** `ValueError` where not even one does, or the flow or the system does not say how much memory there is.
     """
     check_count("most", most)
-    needed, free = sample_bytes(flow, guidance), free_memory(flow.var.device)
+    needed, free = batch_bytes(flow, 1, guidance), free_memory(flow.var.device)
     if needed is None or free is None:
         raise ValueError("batch_size='auto': this flow, or this system, does not say how much memory; give a number")
     num = int(_SHARE * free) // needed

@@ -73,21 +73,15 @@ class MAFBlock(FlowBlock, ExactInverse, KeepsNothing):
         """The masked layers, first to last, for rows of these labels."""
         return tuple(layer.masked(labels) for layer in self.layers)
 
-    def forward(
-        self, x: Float[Tensor, "b t 1"], labels: Int[Tensor, " b"] | None = None
-    ) -> tuple[Float[Tensor, "b t 1"], Float[Tensor, "b t 1"]]:
-        """Log-scale and shift of every entry, from one parallel pass over `x`."""
-        return full_pass(x, self.masked_layers(labels))
-
     def affine_whole(
         self,
         x: Float[Tensor, "b t 1"],
         context: Int[Tensor, " b"] | None = None,
         attn_temperature: Float[Tensor, " b"] | None = None,
     ) -> tuple[Float[Tensor, "b t 1"], Float[Tensor, "b t 1"]]:
-        """`affine` of all entries, with no units kept; see `AffineBlock.affine_whole`."""
+        """By the whole network; see `AffineBlock.affine_whole`."""
         _check_temperature(attn_temperature)
-        return self(x, context)
+        return full_pass(x, self.masked_layers(context))
 
     def init_cache(
         self,

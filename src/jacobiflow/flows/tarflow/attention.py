@@ -148,7 +148,7 @@ class MLP(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """One transformer layer: attention, then MLP, each added to its input."""
+    """Parameters of one transformer layer, under the original's names; see `transformer_layer`."""
 
     def __init__(self, channels: int, head_dim: int, expansion: int) -> None:
         super().__init__()
@@ -163,6 +163,3 @@ class AttentionBlock(nn.Module):
             for module in (attention.norm, attention.qkv, attention.proj, mlp.norm, mlp.main[0], mlp.main[2])
         )
         return LayerWeights(norm, qkv, proj, mlp_norm, up, down, attention.num_heads)  # type: ignore[arg-type]
-
-    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        return transformer_layer(x, self.weights())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
 
 import torch
 from jaxtyping import Float, Int
@@ -60,24 +60,16 @@ class TarFlowBlock(FlowBlock, AffineFrontPerSample, LowPrecision, ExactInverse, 
         """Class embedding per row; the mean over classes for a row without a label (`None`, or below 0)."""
         return embed_classes(self.class_embed, labels)
 
-    def forward(
-        self, x: Float[Tensor, "b t c"], labels: Int[Tensor, " b"] | None = None
-    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b t c"]]:
-        """Log-scale and shift of every entry, from one parallel pass over `x`."""
-        return self.affine_whole(x, labels)
-
     def affine_whole(
         self,
         x: Float[Tensor, "b t c"],
         context: Int[Tensor, " b"] | None = None,
         attn_temperature: Float[Tensor, " b"] | None = None,
     ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b t c"]]:
-        """`affine` of all entries, with no keys kept; see `AffineBlock.affine_whole`."""
-        rows = _rows_at_a_time(x, x.shape[1])
-        if rows < len(x) and not torch.is_grad_enabled():
-            parts = zip(*(_parts(given, rows, len(x)) for given in (x, context, attn_temperature)), strict=True)
-            log_scales, shifts = zip(*(self.affine_whole(*part) for part in parts), strict=True)
-            return torch.cat(log_scales), torch.cat(shifts)
+        """With no keys kept; see `AffineBlock.affine_whole`."""
+        if not torch.is_grad_enabled() and (parts := _parts(x, x.shape[1])):
+            given = ([None if t is None else t[rows] for t in (x, context, attn_temperature)] for rows in parts)
+            return _joined(self.affine_whole(*part) for part in given)  # type: ignore[arg-type]
         if x.shape[1] == 1:  # entry 0 has no token before it
             return torch.zeros_like(x), torch.zeros_like(x)
         weight = self.proj_in.weight
@@ -128,12 +120,8 @@ class TarFlowBlock(FlowBlock, AffineFrontPerSample, LowPrecision, ExactInverse, 
         self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: TarFlowCache
     ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
         """Log-scale and shift of entries [start, stop); feeds positions start-1 .. stop-2 and stores their keys."""
-        rows = _rows_at_a_time(x, stop - start)
-        if rows < len(x):
-            parts = [slice(first, first + rows) for first in range(0, len(x), rows)]
-            found = [self.affine(x[part], start, stop, cache.each(lambda t, p=part: t[p])) for part in parts]  # type: ignore[misc]
-            log_scales, shifts = zip(*found, strict=True)
-            return torch.cat(log_scales), torch.cat(shifts)
+        if parts := _parts(x, stop - start):
+            return _joined(self.affine(x[rows], start, stop, cache.each(itemgetter(rows))) for rows in parts)
         if stop == 1:  # entry 0 has no token before it
             return torch.zeros_like(x[:, :1]), torch.zeros_like(x[:, :1])
         positions = slice(max(start - 1, 0), stop - 1)
@@ -202,19 +190,21 @@ class TarFlowBlock(FlowBlock, AffineFrontPerSample, LowPrecision, ExactInverse, 
         return torch.zeros_like(out), out
 
 
-def _parts(tensor: Tensor | None, rows: int, num: int) -> list[Any]:
-    """Of `num` rows, so many at a time; `None` for each part of `None`."""
-    return [None] * -(-num // rows) if tensor is None else list(tensor.split(rows))
+def _parts(x: Tensor, size: int) -> list[slice]:
+    """The samples that go through the network together, `size` tokens of each; none where all do.
 
-
-def _rows_at_a_time(x: Tensor, size: int) -> int:
-    """How many samples go through the network together: on a CPU no more than have their activations in reused memory.
-
-    It is a fifth of the time at 64 samples; see `keep_freed_memory`.
+    On a CPU they are no more than have their activations in reused memory, which is a fifth of the time at 64 samples;
+    see `keep_freed_memory`.
     """
-    if x.device.type != "cpu":
-        return len(x)
-    return max(_TOKENS_AT_A_TIME // size, 1)
+    rows = max(_TOKENS_AT_A_TIME // size, 1)
+    if x.device.type != "cpu" or len(x) <= rows:
+        return []
+    return [slice(first, first + rows) for first in range(0, len(x), rows)]
+
+
+def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    log_scales, shifts = zip(*parts, strict=True)
+    return torch.cat(log_scales), torch.cat(shifts)
 
 
 def _hidden(tokens: Tensor, positions: slice | Tensor, end: int, cache: TarFlowCache) -> Tensor:
