@@ -22,15 +22,15 @@ def test_products_and_norm_are_those_of_the_dense_jacobian(name: str) -> None:
     v = randn(*p.answer.shape)
     product, transposed = gamma_products(p.block, p.answer, p.z, p.labels)
     estimate = gamma_norm(p.block, p.answer, p.z, p.labels)
-    converged = gamma_norm(p.block, p.answer, p.z, p.labels, rtol=1e-12, max_iterations=2000, seed=1)
+    converged = gamma_norm(p.block, p.answer, p.z, p.labels, rtol=1e-12, max_iterations=200, seed=1)
     few = gamma_norm(p.block, p.answer, p.z, p.labels, rtol=0.0, max_iterations=1)
     for n, gamma in enumerate(dense_gamma(p.g, p.answer)):
         row, norm = v[n].flatten().numpy(), np.linalg.norm(gamma, 2)
         assert product(v)[n].flatten().numpy() == pytest.approx(gamma @ row, rel=1e-8, abs=1e-9)
         assert transposed(v)[n].flatten().numpy() == pytest.approx(gamma.T @ row, rel=1e-8, abs=1e-9)
         assert float(converged[n]) == pytest.approx(norm, rel=1e-5)
-        assert 0.97 * norm <= float(estimate[n]) <= norm * (1 + 1e-9)
-        assert 0 < float(few[n]) < 0.9 * norm  # a random direction
+        assert 0.99 * norm <= float(estimate[n]) <= norm * (1 + 1e-9)
+        assert 0 < float(few[n]) <= norm * (1 + 1e-9)  # from below
 
 
 @pytest.mark.parametrize("name", ["constant", "fresh flow", "frozen fresh flow", "a single token"])

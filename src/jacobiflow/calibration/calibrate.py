@@ -105,14 +105,10 @@ def calibrate(
 def _measure(passes: Passes, settings: Settings, per_class: bool) -> Report:
     """The report without a tuning."""
     flow, labels, norm, segments = passes.flow, passes.labels, settings.norm, settings.segments
-    everything = torch.arange(settings.num_images)
-    mean_affine = passes.mean_affine(everything)
+    mean_affine = passes.mean_affine()
     guesses = [_guesses(guess) for guess in mean_affine]
-    metrics, segment_metrics = passes.metrics(everything, guesses, segments, norm)
-    class_metrics = {}
-    for label in sorted(set(labels.tolist())) if per_class and labels is not None else ():
-        of_class, _ = passes.metrics((labels == label).nonzero()[:, 0].cpu(), guesses, None, norm)
-        class_metrics[label] = of_class[norm]
+    classes = sorted(set(labels.tolist())) if per_class and labels is not None else ()
+    metrics, segment_metrics, class_metrics = passes.metrics(guesses, segments, norm, classes)
     chosen = _traced(settings)
     solutions: dict[Start, list[BlockSolution]] = {} if settings.guidance else {"images": passes.encoded(chosen)}
     solutions["noise"] = passes.sampled(chosen, settings.seed)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -55,26 +56,44 @@ def gamma_norm(
     block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], context: Tensor | None = None,
     rtol: float = 1e-3, max_iterations: int = 100, seed: int = 0,
 ) -> Float[Tensor, " b"]:  # fmt: skip
-    """Spectral norm of Gamma = dg/dx at `x`, per sample, by power iteration on Gamma^T Gamma.
+    """Spectral norm of Gamma = dg/dx at `x`, per sample, by Golub-Kahan-Lanczos bidiagonalisation.
 
-    Power iteration on Gamma itself would find nothing: it is nilpotent, all its eigenvalues are 0. The estimate grows
-    towards the norm from below, and stops where an iteration adds less than a share `rtol` of it for every sample, or
-    after `max_iterations`. `seed` fixes where it starts. **Raises** as `gamma_products` does.
+    k products with Gamma and k with Gamma^T give orthonormal vectors between which Gamma is a bidiagonal matrix of k
+    rows. Its norm grows towards that of Gamma from below. The estimate stops where a row adds less than a share `rtol`
+    of it for every sample, or after `max_iterations`. `seed` fixes where it starts. **Raises** as `gamma_products`
+    does.
     """
     check_number("rtol", rtol)
     check_count("max_iterations", max_iterations)
     check_seed(seed)
     product, transposed_product = gamma_products(block, x, z, context)
     generator = torch.Generator().manual_seed(seed)
-    v = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    start, _ = _orthonormal(torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device), [])
     norm = x.new_zeros(len(x))
+    left: list[Tensor] = []
+    right, diagonal, above = [start], list[Tensor](), list[Tensor]()
     for _ in range(max_iterations):
-        v = v / v.norm(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
-        image = product(v)
-        grown = image.norm(dim=(1, 2))
+        for matrix, source, basis, lengths in (
+            (product, right, left, diagonal),
+            (transposed_product, left, right, above),
+        ):
+            vector, length = _orthonormal(matrix(source[-1]), basis)
+            basis.append(vector)
+            lengths.append(length)
+        rows = F.pad(torch.stack(diagonal, 1).diag_embed(), (0, 1)) + F.pad(torch.stack(above, 1).diag_embed(), (1, 0))
+        grown = torch.linalg.matrix_norm(rows, 2)
         done = bool(((grown - norm).abs() <= rtol * grown).all())
         norm = grown
         if done:
             break
-        v = transposed_product(image)
     return norm
+
+
+def _orthonormal(
+    v: Float[Tensor, "b t c"], basis: Sequence[Float[Tensor, "b t c"]]
+) -> tuple[Float[Tensor, "b t c"], Float[Tensor, " b"]]:
+    """`v` without its parts along the unit vectors of `basis`, scaled to length 1, and the length that was left."""
+    for other in (*basis, *basis):  # the second time removes what rounding left
+        v = v - (v * other).sum(dim=(1, 2), keepdim=True) * other
+    length = v.norm(dim=(1, 2), keepdim=True)
+    return v / length.clamp(min=torch.finfo(v.dtype).tiny), length.flatten()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -32,7 +33,7 @@ from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
 from jacobiflow.solvers import Guess, MeanAffine, Sequential, Solver, no_gradients, solve
 
-_GAMMA_SAMPLES = 8  # each costs some fifty backward passes a block
+_GAMMA_SAMPLES = 8  # each costs some thirty backward passes a block
 
 
 class Images(Protocol):
@@ -49,6 +50,35 @@ class BlockSolution(NamedTuple):
     x: Float[Tensor, "b t c"]
     z: Float[Tensor, "b t c"]
     labels: Int[Tensor, " b"] | None
+
+
+class _Means:
+    """Means over images at a block: of Sigma^-1(X) X, and of the residual of each guess in so many segments."""
+
+    def __init__(self) -> None:
+        self._scaled = RunningMean()
+        self._residuals: defaultdict[tuple[str, int], RunningMean] = defaultdict(RunningMean)
+
+    def add(self, scaled: Float[Tensor, "b t c"], residuals: Mapping[tuple[str, int], Float[Tensor, "b t c"]]) -> None:
+        """Add images."""
+        self._scaled.add(scaled)
+        for key, values in residuals.items():
+            self._residuals[key].add(values)
+
+    def metrics(
+        self, block: AffineBlock, run: slice, count: int, norm: Norm
+    ) -> tuple[dict[str, float], Components | None]:
+        """IGM of each guess and the components of CRM, of a run of tokens of `count` segments."""
+        igm = {name: matrix_norm(self._residuals[name, count].value[run], norm) for name in GUESS_NAMES}
+        weights = block.output_weights()
+        if weights is None:
+            return igm, None
+        w_s, w_u = weights
+        return igm, Components(
+            matrix_norm(self._scaled.value[run], norm),
+            0.0 if w_s is None else matrix_norm(w_s, norm),
+            matrix_norm(w_u, norm),
+        )
 
 
 @dataclass(frozen=True)
@@ -78,10 +108,10 @@ class Passes:
             raise ValueError(f"images: number {int(index[wrong.cpu()][0])} holds a NaN or an infinity; leave it out")
         return images
 
-    def mean_affine(self, index: Int[Tensor, " m"]) -> list[MeanAffine]:
-        """Per block, the mean log-scale and shift over the images at `index`."""
+    def mean_affine(self) -> list[MeanAffine]:
+        """Per block, the mean log-scale and shift over all images."""
         scales, shifts = ([RunningMean() for _ in self.blocks] for _ in range(2))
-        for x, labels in self._batches(index, "mean parameters"):
+        for x, labels in self._batches(torch.arange(len(self.images)), "mean parameters"):
             for i, (_, log_scale, shift) in enumerate(self._walk(x, labels)):
                 scales[i].add(log_scale)
                 shifts[i].add(shift)
@@ -92,34 +122,33 @@ class Passes:
         return [MeanAffine(*parameters) for parameters in means]
 
     def metrics(
-        self, index: Int[Tensor, " m"], guesses: Sequence[Mapping[str, Guess]], count: int | None, norm: Norm
-    ) -> tuple[dict[Norm, Metrics], tuple[Metrics, ...]]:
-        """The blocks' metrics in each norm, and with `count` those of each block's segments in `norm`."""
-        scaled = [RunningMean() for _ in self.blocks]
-        residuals = [{(name, k): RunningMean() for name in GUESS_NAMES for k in (1, count) if k} for _ in self.blocks]
-        for tokens, labels in self._batches(index, "metrics"):
+        self, guesses: Sequence[Mapping[str, Guess]], segments: int, norm: Norm, classes: Sequence[int]
+    ) -> tuple[dict[Norm, Metrics], tuple[Metrics, ...], dict[int, Metrics]]:
+        """The blocks' metrics in each norm; in `norm` those of each block's segments, and those over each class."""
+        groups: dict[int | None, list[_Means]] = {group: [_Means() for _ in self.blocks] for group in (None, *classes)}
+        for tokens, labels in self._batches(torch.arange(len(self.images)), "metrics"):
             for i, (x, log_scale, shift) in enumerate(self._walk(tokens, labels)):
-                z = (x - shift) * torch.exp(-log_scale)
-                scaled[i].add(torch.exp(-log_scale) * x)
-                for (name, k), mean in residuals[i].items():
-                    mean.add(initial_residual(self.blocks[i], x, z, guesses[i][name], labels, k))
+                scaled, z = torch.exp(-log_scale) * x, (x - shift) * torch.exp(-log_scale)
+                residuals = {
+                    (name, count): initial_residual(self.blocks[i], x, z, guess, labels, count)
+                    for name, guess in guesses[i].items()
+                    for count in (1, segments)
+                }
+                for group, means in groups.items():
+                    rows = slice(None) if group is None or labels is None else labels == group
+                    means[i].add(scaled[rows], {key: values[rows] for key, values in residuals.items()})
 
-        def of(i: int, run: slice, k: int, norm: Norm) -> tuple[dict[str, float], Components | None]:
-            igm = {name: matrix_norm(residuals[i][name, k].value[run], norm) for name in GUESS_NAMES}
-            weights = self.blocks[i].output_weights()
-            if weights is None:
-                return igm, None
-            w_s, w_u = weights
-            return igm, Components(
-                matrix_norm(scaled[i].value[run], norm),
-                0.0 if w_s is None else matrix_norm(w_s, norm),
-                matrix_norm(w_u, norm),
-            )
+        def over(group: int | None, norm: Norm) -> Metrics:
+            everything = slice(0, self.flow.config.num_tokens)
+            blocks = zip(self.blocks, groups[group], strict=True)
+            return _joined_metrics([means.metrics(block, everything, 1, norm) for block, means in blocks])
 
-        everything, num_blocks = slice(0, self.flow.config.num_tokens), range(len(self.blocks))
-        whole = {norm: _joined_metrics([of(i, everything, 1, norm) for i in num_blocks]) for norm in NORMS}
-        runs = segment_runs(self.flow.config.num_tokens, count) if count else ()
-        return whole, tuple(_joined_metrics([of(i, run, count or 1, norm) for run in runs]) for i in num_blocks)
+        runs = segment_runs(self.flow.config.num_tokens, segments)
+        cut = tuple(
+            _joined_metrics([means.metrics(block, run, segments, norm) for run in runs])
+            for block, means in zip(self.blocks, groups[None], strict=True)
+        )
+        return {each: over(None, each) for each in NORMS}, cut, {label: over(label, norm) for label in classes}
 
     def encoded(self, index: Int[Tensor, " m"]) -> list[BlockSolution]:
         """Per block, the images at `index` as its solutions: X* with the z that it encodes to."""
