@@ -24,8 +24,8 @@ $(INSTALLED): $(RUNTIME)
 	touch $@
 
 demo: $(RUNTIME)
-	$(BIN)/jacobiflow sample --model fashion-p2 --num 20 --compare --overwrite --out out/demo
-	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels 9 --compare --overwrite --out out/demo-one
+	$(BIN)/jacobiflow sample --model emoji-p2 --num 20 --compare --overwrite --out out/demo
+	$(BIN)/jacobiflow sample --model emoji-p2 --num 1 --labels 1 --compare --overwrite --out out/demo-one
 
 # A file of tests at a time on each core; a thread each, so that they do not wait for each other.
 test: setup
@@ -44,8 +44,8 @@ mutants: setup
 benchmark: setup
 	$(BIN)/python benchmarks/performance.py
 	$(BIN)/python benchmarks/growth.py
-	$(BIN)/jacobiflow sample --model fashion-p2 --num 20 --compare --overwrite --out out/demo --json docs/results/demo.json
-	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels 9 --compare --overwrite --out out/demo-one \
+	$(BIN)/jacobiflow sample --model emoji-p2 --num 20 --compare --overwrite --out out/demo --json docs/results/demo.json
+	$(BIN)/jacobiflow sample --model emoji-p2 --num 1 --labels 1 --compare --overwrite --out out/demo-one \
 		--json docs/results/demo-one.json
 	cp out/demo/samples.png docs/figures/demo.png
 	$(BIN)/python benchmarks/performance_page.py
@@ -60,32 +60,38 @@ regimes: setup
 	$(BIN)/python benchmarks/paper_sizes.py
 	$(BIN)/python benchmarks/performance_page.py
 
-# Regenerates the tables and figures of docs/calibration.md, and the bundled reports (an hour on two idle cores). For each
-# model of the page, IMAGES to calibrate with, and CUT, a strategy to be seen beside the sequential loop. GUIDED is the
-# guidance that fashion-p2 recommends.
-GUIDED := --guidance 3 --attn-temperature 1.4
-MODELS := fashion-p2 digits-p1
+# Regenerates the tables and figures of docs/calibration.md, and the bundled reports (an hour and a half on two idle cores).
+# For each model of the page, IMAGES to calibrate with, and CUT, a strategy to be seen beside the sequential loop. GUIDED is
+# the guidance that a model recommends.
+MODELS := fashion-p2 emoji-p2 digits-p1
 IMAGES_fashion-p2 := fashion-512
+IMAGES_emoji-p2 := emoji-256
 IMAGES_digits-p1 := digits
 CUT_fashion-p2 := [7-8-14-10]
+CUT_emoji-p2 := [5-8-20-13]
 CUT_digits-p1 := [2/3-4-8-7]
+GUIDED_fashion-p2 := --guidance 3 --attn-temperature 1.4
+GUIDED_emoji-p2 := --guidance 4 --attn-temperature 1.2
 CALIBRATED := $(MODELS:%=calibration-%)
+RECOMMENDED := recommended-fashion-p2 recommended-emoji-p2
 CALIBRATE = $(BIN)/jacobiflow calibrate --model $* --images $(IMAGES_$*)
-REPORT = src/jacobiflow/models/$*/report.json
-.PHONY: $(CALIBRATED)
-calibration: $(CALIBRATED)
-	$(BIN)/jacobiflow calibrate --model fashion-p2 --images fashion-512 $(GUIDED) --num 256 --traced 8 --chord \
-		--out src/jacobiflow/models/fashion-p2/report-guided.json --json docs/results/calibration-guided-3.json
+BUNDLED = src/jacobiflow/models/$*
+.PHONY: $(CALIBRATED) $(RECOMMENDED)
+calibration: $(CALIBRATED) $(RECOMMENDED)
 	$(BIN)/jacobiflow calibrate --model digits-maf --images digits --chord \
 		--out src/jacobiflow/models/digits-maf/report.json
 	$(BIN)/python benchmarks/tuning_grid.py
 	$(BIN)/python benchmarks/calibration_page.py
 	$(BIN)/python benchmarks/prose.py
 
+$(RECOMMENDED): recommended-%: setup
+	$(CALIBRATE) $(GUIDED_$*) --num 256 --traced 8 --chord --out $(BUNDLED)/report-guided.json \
+		--json docs/results/$*-calibration-recommended.json
+
 $(CALIBRATED): calibration-%: setup
-	$(CALIBRATE) --per-class --chord --out $(REPORT) --json docs/results/$*-calibration.json
+	$(CALIBRATE) --per-class --chord --out $(BUNDLED)/report.json --json docs/results/$*-calibration.json
 	$(CALIBRATE) --guidance 1 --out out/$*-guided.json --json docs/results/$*-calibration-guided.json
-	$(BIN)/jacobiflow trace --model $* --report $(REPORT) --strategy "$(CUT_$*)" --out out/trace/$*
+	$(BIN)/jacobiflow trace --model $* --report $(BUNDLED)/report.json --strategy "$(CUT_$*)" --out out/trace/$*
 	cd out/trace/$* && for file in [!f]*.png; do cp $$file ../../../docs/figures/$*-$$file; done  # without front.png
 	$(BIN)/python benchmarks/strategies.py $*
 
@@ -107,11 +113,9 @@ reliability: setup
 
 # Regenerates the tables and figures of docs/evaluation.md (hours on two cores; it goes on where it was stopped).
 evaluation: setup
-	$(BIN)/python benchmarks/search_guidance.py
-	$(BIN)/python benchmarks/search_guidance.py digits-p1
-	$(BIN)/python benchmarks/search_guidance.py digits-maf
+	for model in fashion-p2 emoji-p2 digits-p1 digits-maf; do $(BIN)/python benchmarks/search_guidance.py $$model || exit; done
 	$(BIN)/python benchmarks/batch_sizes.py
-	$(BIN)/jacobiflow compare --model fashion-p2 $(GUIDED) --denoise 1 --strategy auto \
+	$(BIN)/jacobiflow compare --model fashion-p2 $(GUIDED_fashion-p2) --denoise 1 --strategy auto \
 		--strategy "Selective Jacobi Decoding" --strategy STARFlow --repeats 3 --out out/comparison \
 		--json docs/results/comparison.json
 	$(BIN)/python benchmarks/evaluation_page.py
@@ -120,7 +124,7 @@ evaluation: setup
 
 # The same without the exact loop in native code, with the strategies of the paper (hours on two cores).
 evaluation-in-pytorch: setup
-	JACOBIFLOW_NATIVE=0 $(BIN)/jacobiflow compare --model fashion-p2 $(GUIDED) --denoise 1 --repeats 2 --final 10000 \
+	JACOBIFLOW_NATIVE=0 $(BIN)/jacobiflow compare --model fashion-p2 $(GUIDED_fashion-p2) --denoise 1 --repeats 2 --final 10000 \
 		--out out/comparison-in-pytorch --json docs/results/comparison-in-pytorch.json
 	$(BIN)/jacobiflow evaluate --model fashion-p2 --samples out/comparison-in-pytorch/rows/auto-1e-1 \
 		--images fashion-mnist --out out/evaluation --json docs/results/evaluation.json

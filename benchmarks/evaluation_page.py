@@ -16,6 +16,8 @@ from jacobiflow.plots import certificate_figure, comparison_figure, save_png
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, FIGURES = ROOT / "docs" / "results", ROOT / "docs" / "figures"
+COMPARISONS = {"comparison": "quality", "comparison-in-pytorch": "quality-in-pytorch"}  # and their figures
+SEARCHES = tuple(f"{model}-search" for model in ("fashion-p2", "emoji-p2", "digits-p1", "digits-maf"))
 TOLERANCE = 0.1  # of the samples of evaluation.json, auto:1e-1
 
 
@@ -152,14 +154,14 @@ def _result(name: str) -> Any:
 
 def parts() -> dict[str, str]:
     """The page's parts, by their marks."""
-    native, pytorch = _result("comparison"), _result("comparison-in-pytorch")
+    native, pytorch = (_result(name) for name in COMPARISONS)
     return {
         "setting": setting(native),
         "strategies": tables(native),
         "setting in PyTorch": setting(pytorch),
         "strategies in PyTorch": tables(pytorch),
-        "calibrating": calibrating(_result("calibration-guided-3"), pytorch),
-        **{name: search(_result(name)) for name in ("fashion-p2-search", "digits-p1-search", "digits-maf-search")},
+        "calibrating": calibrating(_result("fashion-p2-calibration-recommended"), pytorch),
+        **{name: search(_result(name)) for name in SEARCHES},
         "scores": scores(_result("evaluation")),
         "batches": batches(_result("batch-sizes")),
     }
@@ -167,7 +169,7 @@ def parts() -> dict[str, str]:
 
 if __name__ == "__main__":
     fill(ROOT / "docs" / "evaluation.md", parts())
-    for name, picture in (("comparison", "quality"), ("comparison-in-pytorch", "quality-in-pytorch")):
+    for name, picture in COMPARISONS.items():
         drawn = comparison_figure(rows_of(_result(name)), _result(name)["distance"])
         save_png(drawn, FIGURES / f"{picture}.png")
     save_png(certificate_figure(_result("evaluation")["certificates"], TOLERANCE), FIGURES / "certificates.png")

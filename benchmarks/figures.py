@@ -25,7 +25,8 @@ from jacobiflow.plots.style import EASY, FINAL, INK, TOUGH, WAITING, new_figure,
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "figures"
 SWEPT = sampler_style("gs-jacobi").color
-SAMPLE, LABEL = 18, 8  # a bag of seed 0, whose number of sweeps is about the median of the first 20
+MODEL = "emoji-p2"
+SAMPLE, LABEL = 10, 1  # a person of seed 0, whose number of sweeps is about the median of the first 20
 
 
 class Recorder:
@@ -144,13 +145,13 @@ def main() -> None:
     """Draw all of them."""
     save_png(overview(), OUT / "overview.png")
     save_png(partitions(), OUT / "partitions.png")
-    flow = jf.load("fashion-p2")
+    flow = jf.load(MODEL)
     config = flow.requires_grad_(False).config
     latents = draw_latents(SAMPLE + 1, config.num_tokens, config.token_channels, seed=0)[-1:]
     asked = flow.recommended
     trajectories = record(flow, config.num_blocks - 1, latents, torch.tensor([LABEL]), asked.guidance, asked.denoise)
     block = config.num_blocks - 1
-    title = f"fashion-p2: one image from the same noise, {config.num_tokens} tokens, through block {block}"
+    title = f"{MODEL}: one image from the same noise, {config.num_tokens} tokens, through block {block}"
     save_png(front_still(title, trajectories), OUT / "front.png")
     save_gif(front_frames(title, trajectories), OUT / "front.gif")
     for name, found in trajectories.items():

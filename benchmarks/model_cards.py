@@ -44,7 +44,7 @@ samplers. Not for anything that needs good pictures.
 
 | | |
 | --- | --- |
-| images | {images} ({images_license}), {size}x{size}, {in_channels} channel, in [-1, 1], {noise} |
+| images | {images} ({images_license}), {size}x{size}, {channels}, in [-1, 1], {noise} |
 | shape | {shape}, {parameters:,} parameters, float16, {megabytes:.1f} MB |
 | training | `{command}`: {steps:,} steps in {hours} on {machine} |
 | bits per dimension of {measured} images | {bpd:.3f} ({test_name}, {noise}, their labels) |
@@ -167,7 +167,8 @@ def card(name: str) -> str:
     config, seconds = flow.config, figures["training_seconds"]
     gaussian = config.noise_std > 0
     sections = SECTIONS.format(
-        name=name, size=config.image_size, in_channels=config.in_channels,
+        name=name, size=config.image_size,
+        channels=f"{config.in_channels} channel{'s' * (config.in_channels > 1)}",
         noise=f"Gaussian noise of standard deviation {config.noise_std}" if gaussian else "uniformly dequantised",
         shape=shape_of(flow), megabytes=figures["bytes"] / 1e6, setting=setting_of(name), speed=speed_of(name),
         trials=trials_of(name),

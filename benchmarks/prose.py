@@ -154,7 +154,8 @@ def gained(model: str, before: tuple[float, float], after: tuple[float, float] |
 
 def in_the_browser() -> float:
     """How often the parallel loop in the browser evaluates a token, on one thread."""
-    return result("browser")["rows"][0]["parallel"]["evaluations"] / (len(report().crm) * report().num_tokens)
+    found, model = result("browser"), report(result("browser")["model"])
+    return float(found["rows"][0]["parallel"]["evaluations"] / (model.num_blocks * model.num_tokens))
 
 
 CALIBRATION, EVALUATION, SOLVERS, FLOWS = (

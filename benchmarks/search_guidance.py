@@ -2,7 +2,8 @@
 paper).
 
 `python benchmarks/search_guidance.py [MODEL]` writes docs/results/MODEL-search.json, for fashion-p2 (20 minutes on two
-cores), emoji-p2 (40), digits-p1 (two) or digits-maf (one). Started again it goes on with what the file lacks. In turn:
+cores), emoji-p2 (40 minutes), digits-p1 (two minutes) or digits-maf (one). Started again it goes on with what the file
+lacks. In turn:
 
 1. weights of annealed guidance at temperature 1;
 2. attention temperatures of the unconditional row, at the best weight, where the flow has attention;

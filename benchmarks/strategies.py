@@ -28,7 +28,7 @@ from jacobiflow.strategy import auto
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, MODELS = ROOT / "docs" / "results", ROOT / "src" / "jacobiflow" / "models"
 BATCHES, LARGE = (1, 4, 16), 64
-REPEATS = {1: 7, 4: 5, 16: 3, LARGE: 3}
+REPEATS = {1: 5, 4: 3, 16: 3, LARGE: 3}
 NAMES = {GROWING_CACHE: ORIGINAL}
 NO_LOOP = "auto, without the native loop"
 AUTOS = {"auto:1e-1": 1e-1, "auto:1e-2": 1e-2, "auto": 1e-3}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,10 +31,14 @@ from jacobiflow.strategy.options import Option, PlanSettings, block_options, che
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT, KEPT = ROOT / "docs" / "results" / "tuning-grid.json", ROOT / "out" / "tuning-grid"
-MODELS = {"fashion-p2": 32, "digits-p1": 32, "digits-maf": 32}  # and how many samples each is tuned with
+MODELS = {"fashion-p2": 32, "emoji-p2": 8, "digits-p1": 32, "digits-maf": 32}  # and how many samples each is tuned with
 SMALLER = (8, 16, 32, 64, 128)
 FULL = TuneSettings(
-    coarse=(2, 3, 4, 5, 6), fine_after_coarse=(1, 2, 3, 4), coarse_tolerances=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+    coarse=(2, 3, 4, 5, 6),
+    fine_after_coarse=(1, 2, 3, 4),
+    coarse_to_tolerance=(2, 3, 4),
+    coarse_tolerances=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
+    coarse_share=0.0,
 )
 DEFAULT = TuneSettings()
 BATCHES = (1, 4, 16)
@@ -58,11 +63,17 @@ def thinned(tuning: Tuning) -> Tuning:
     partitions = jf.Window.candidates(length)
 
     def block(full: BlockTuning) -> BlockTuning:
+        share = {run.partition: run.partition.stop(0, length) / length for run in full.runs}
+        passes = {
+            (run.partition, run.tolerance): share[run.partition] * statistics.mean(run.sweeps)
+            for run in full.runs if not run.coarse
+        }  # fmt: skip
         runs = [
             run for run in full.runs
             if run.partition in partitions and (not run.coarse or (
                 run.coarse in DEFAULT.coarse_to_tolerance and run.tolerance in DEFAULT.coarse_tolerances
-                and run.partition.stop(0, length) >= DEFAULT.coarse_from * length
+                and share[run.partition] >= DEFAULT.coarse_from
+                and run.coarse >= DEFAULT.coarse_share * passes[run.partition, run.tolerance]
             ))
         ]  # fmt: skip
         counted = [

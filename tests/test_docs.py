@@ -68,7 +68,7 @@ def test_pages_show_the_result_files(page, script):
         assert text.partition(marks[0])[2].partition(marks[1])[0].strip() == part.strip()
 
 
-@pytest.mark.parametrize("name", ["digits-maf", "digits-p1", "fashion-p2"])
+@pytest.mark.parametrize("name", ["digits-maf", "digits-p1", "emoji-p2", "fashion-p2"])
 def test_model_cards_are_made_of_the_result_files_and_their_code_runs(name, capsys):
     folder = ROOT / "src" / "jacobiflow" / "models" / name
     text = (folder / "README.md").read_text()

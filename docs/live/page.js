@@ -1,6 +1,6 @@
 // What the visitor sees and does; the solver runs in worker.js.
 const TOLERANCE = 3e-5; // pictures are then within 1e-3 of the exact inverse's
-const TOKENS_A_THREAD = 16, MOST_THREADS = 8;
+const TOKENS_A_THREAD = 16, MOST_THREADS = 8, TINT = [191, 88, 0];
 const query = new URLSearchParams(location.search), $ = (id) => document.getElementById(id);
 const loops = ["parallel", "sequential"];
 let ask, model, threads, results, job = 0;
@@ -25,14 +25,14 @@ function latents(seed, count) {
 
 // Draws tokens in raster order; those for which `open(place)` holds are tinted.
 function paint(loop, tokens, open = () => false) {
-  const { image_size: side, patch_size: patch, token_channels: c } = model;
-  const image = new ImageData(side, side);
+  const { image_size: side, patch_size: patch, in_channels: channels, token_channels: c } = model;
+  const image = new ImageData(new Uint8ClampedArray(4 * side * side).fill(255), side, side);
   tokens.forEach((value, i) => {
-    const place = Math.floor(i / c), across = side / patch;
-    const row = Math.floor(place / across) * patch + Math.floor((i % c) / patch);
-    const at = row * side + (place % across) * patch + (i % patch);
-    const grey = (Math.min(Math.max(value, -1), 1) + 1) * 127.5;
-    image.data.set(open(place) ? [255, 90 + grey * 0.5, grey * 0.35, 255] : [grey, grey, grey, 255], 4 * at);
+    const place = Math.floor(i / c), across = side / patch, pixel = (i % c) % patch ** 2;
+    const row = Math.floor(place / across) * patch + Math.floor(pixel / patch);
+    const at = row * side + (place % across) * patch + (pixel % patch), level = (value + 1) * 127.5;
+    for (let k = Math.floor((i % c) / patch ** 2); k < 3; k += channels)
+      image.data[4 * at + k] = open(place) ? TINT[k] + level * 0.25 : level;
   });
   $(loop).querySelector("canvas").getContext("2d").putImageData(image, 0, 0);
 }

@@ -132,6 +132,9 @@ def test_settings_say_what_is_tried() -> None:
         assert [(run.partition, run.coarse) for run in block.runs] == ways
         assert [(run.coarse, run.fine) for run in block.counted] == [(0, 9)]
         assert block.counted[0].error < 1e-9  # Proposition 1
+    few = replace(few, tolerances=(1e-1,), coarse_share=3.0)  # two sweeps are less than three times one
+    for block in jf.tune(make_flow(image_size=6), samples=2, settings=few, progress=False).blocks:
+        assert [run.coarse for run in block.runs] == [0]
     for wrong in ({"tolerances": ()}, {"partitions": ()}):
         with pytest.raises(ValueError, match="give one tolerance and one partition or more"):
             TuneSettings(**wrong)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -33,6 +34,7 @@ from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
 from jacobiflow.solvers import Guess, MeanAffine, Sequential, Solver, no_gradients, solve
 
+_SWEPT_TOGETHER = 8  # samples of a trace, which are swept until the slowest of them has settled
 _GAMMA_SAMPLES = 8  # each costs some thirty backward passes a block
 
 
@@ -50,6 +52,11 @@ class BlockSolution(NamedTuple):
     x: Float[Tensor, "b t c"]
     z: Float[Tensor, "b t c"]
     labels: Int[Tensor, " b"] | None
+
+    def split(self, size: int) -> Iterator[BlockSolution]:
+        """In parts of so many samples."""
+        labels = repeat(None) if self.labels is None else self.labels.split(size)
+        yield from map(BlockSolution, self.x.split(size), self.z.split(size), labels)
 
 
 class _Means:
@@ -184,15 +191,14 @@ class Passes:
         """A trace for each of the `count` segments of block `i`."""
         curves = [
             distances(self.blocks[i], x, z, guess, labels, count)
-            for x, (z, labels) in zip(at.x.split(self.batch_size), self._chunks(at.z, at.labels), strict=True)
+            for x, z, labels in at.split(min(self.batch_size, _SWEPT_TOGETHER))
         ]
         return tuple(Trace.of(joined(parts)) for parts in zip(*curves, strict=True))
 
     def gamma(self, i: int, at: BlockSolution) -> tuple[float, ...]:
         """The norm of block `i`'s error matrix at the first few solutions."""
-        few, labels = slice(_GAMMA_SAMPLES), None if at.labels is None else at.labels[:_GAMMA_SAMPLES]
-        chunks = zip(at.x[few].split(self.batch_size), self._chunks(at.z[few], labels), strict=True)
-        return tuple(torch.cat([gamma_norm(self.blocks[i], x, z, rows) for x, (z, rows) in chunks]).tolist())
+        parts = next(at.split(_GAMMA_SAMPLES)).split(self.batch_size)
+        return tuple(torch.cat([gamma_norm(self.blocks[i], x, z, labels) for x, z, labels in parts]).tolist())
 
     def _batches(self, index: Int[Tensor, " m"], what: str) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Tokens in raster order and labels of the images at `index`, on the flow's device."""
@@ -213,10 +219,6 @@ class Passes:
                 yield step.x, step.log_scale, step.shift
             else:
                 yield step.x, *_affine(block, step.x, labels)
-
-    def _chunks(self, z: Tensor, labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-        rows = z.split(self.batch_size)
-        yield from zip(rows, [None] * len(rows) if labels is None else labels.split(self.batch_size), strict=True)
 
 
 def _joined_metrics(rows: Sequence[tuple[dict[str, float], Components | None]]) -> Metrics:

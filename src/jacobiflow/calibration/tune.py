@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from jaxtyping import Float, Int
@@ -63,6 +65,7 @@ class TuneSettings:
     - `coarse_to_tolerance`: numbers of sweeps in bfloat16 to try before sweeps to a tolerance.
     - `coarse_tolerances`: the tolerances of these.
     - `coarse_from`: the least share of the tokens in a run for which these are tried; a small run gains little.
+    - `coarse_share`: they are tried where they are at least this share of the passes that it takes without them.
 
     The defaults leave out what hardly a plan for a bundled model has. That halves the passes of a tuning, and makes no
     plan longer by more than a few per cent (docs/calibration.md).
@@ -77,9 +80,10 @@ class TuneSettings:
     fine: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     coarse: tuple[int, ...] = (2, 3)
     fine_after_coarse: tuple[int, ...] = (2, 3, 4)
-    coarse_to_tolerance: tuple[int, ...] = (2, 3, 4)
+    coarse_to_tolerance: tuple[int, ...] = (2, 3)
     coarse_tolerances: tuple[float, ...] = (1e-1, 1e-3, 1e-5)
     coarse_from: float = 0.25
+    coarse_share: float = 0.1
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -91,6 +95,7 @@ class TuneSettings:
             for count in getattr(self, name):
                 check_count(name, count)
         check_number("coarse_from", self.coarse_from)
+        check_number("coarse_share", self.coarse_share)
         if not self.tolerances or self.partitions == ():
             raise ValueError("TuneSettings: give one tolerance and one partition or more; None tries all partitions")
 
@@ -245,18 +250,25 @@ class _Trials:
         partitions = settings.partitions
         if partitions is None:
             partitions = tuple(p for kind in registered(Partition).values() for p in kind.candidates(length))
-        tried = [(partition, 0) for partition in partitions]
-        if isinstance(self.block, LowPrecision):
-            large = [partition for partition, _ in tried if partition.stop(0, length) >= settings.coarse_from * length]
-            tried += [(partition, coarse) for partition in large for coarse in settings.coarse_to_tolerance]
-        for partition, coarse in tried:
-            for tolerance in settings.coarse_tolerances if coarse else settings.tolerances:
-                solution = self._solve(Solver(partition, guess, Tolerance(tolerance), correction, coarse))
-                sweeps = tuple((solution.sample_sweeps - coarse).tolist())
-                residual, error = self._residual(solution.x), self._error(solution.x)
-                runs.append(Run(partition, tolerance, sweeps, residual, error, coarse))
+        for partition in partitions:
+            passes, share = dict[float, float](), partition.stop(0, length) / length
+            for tolerance in settings.tolerances:
+                runs.append(self._run(partition, tolerance, guess, correction))
+                passes[tolerance] = share * statistics.mean(runs[-1].sweeps)
+            if isinstance(self.block, LowPrecision) and share >= settings.coarse_from:
+                for coarse, tolerance in product(settings.coarse_to_tolerance, settings.coarse_tolerances):
+                    if coarse >= settings.coarse_share * passes.get(tolerance, 0.0):
+                        runs.append(self._run(partition, tolerance, guess, correction, coarse))
         typical = self._solve(Solver(Whole(), guess, Tolerance(settings.typical), correction)).x
         return tuple(runs), typical
+
+    def _run(
+        self, partition: Partition, tolerance: float, guess: Guess, correction: Correction, coarse: int = 0
+    ) -> Run:
+        """What a partition takes to a tolerance, after so many sweeps in bfloat16."""
+        solution = self._solve(Solver(partition, guess, Tolerance(tolerance), correction, coarse))
+        sweeps = tuple((solution.sample_sweeps - coarse).tolist())
+        return Run(partition, tolerance, sweeps, self._residual(solution.x), self._error(solution.x), coarse)
 
     def _counted_runs(self, guess: Guess, correction: Correction) -> tuple[CountedRun, ...]:
         """Those of the numbers of sweeps tried that come within the largest tolerance.
