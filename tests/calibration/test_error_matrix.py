@@ -30,7 +30,7 @@ def test_products_and_norm_are_those_of_the_dense_jacobian(name: str) -> None:
         assert transposed(v)[n].flatten().numpy() == pytest.approx(gamma.T @ row, rel=1e-8, abs=1e-9)
         assert float(converged[n]) == pytest.approx(norm, rel=1e-5)
         assert 0.99 * norm <= float(estimate[n]) <= norm * (1 + 1e-9)
-        assert 0 < float(few[n]) <= norm * (1 + 1e-9)  # from below
+        assert 0 < float(few[n]) < 0.999 * norm  # one iteration from a random direction
 
 
 @pytest.mark.parametrize("name", ["constant", "fresh flow", "frozen fresh flow", "a single token"])
