@@ -117,7 +117,7 @@ def _make(
         except ValueError as error:  # a latent overflows
             say(f"auto: the sequential loop, since {error}")
             return _loop(flow, tolerance)
-    return _kept(plan(flow, tuning, batch_size, tolerance, guidance=guidance), key, say)
+    return _kept(plan(flow, tuning, batch_size, tolerance, guidance=guidance, progress=False), key, say)
 
 
 def _kept(made: Strategy, key: str, say: Callable[[str], None]) -> Strategy:

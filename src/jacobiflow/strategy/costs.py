@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ from jacobiflow.solvers import (
 
 REPEATS = 3  # timings of one thing, whose least or median counts
 _LEAST_SECONDS = 0.1  # of repeating what is short, in which the loop's own work is as large as differences are
-_MOST_SECONDS = 2.0  # of repeating what is long
+MOST_SECONDS = 2.0  # of repeating what is long
 _SETTLED = 1e30  # a tolerance that every sweep meets
 
 
@@ -71,10 +71,13 @@ class Costs:
         return self.coarse_fixed + count * self.coarse if count else 0.0
 
 
-def measure(block: AffineBlock, tuning: Tuning, batch_size: int, flow: ImageFlow, exact: tuple[float, float]) -> Costs:
+def measure(
+    block: AffineBlock, tuning: Tuning, batch_size: int, flow: ImageFlow, exact: tuple[float, float],
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> Costs:  # fmt: skip
     """Measure the seconds that a plan is made of, on the block's device. It takes a second or two.
 
-    `exact` are those of `exact_costs`.
+    `exact` are those of `exact_costs`; `track` goes through the numbers of rows, and may show how far it has come.
 
     A sweep over a run is timed as a solve whose every sweep meets its tolerance: contexts of all lengths, and the
     loop's own work, are in the mean.
@@ -83,7 +86,8 @@ def measure(block: AffineBlock, tuning: Tuning, batch_size: int, flow: ImageFlow
     partitions = {run.partition: None for tuned in tuning.blocks for run in tuned.runs}
     sweep: dict[tuple[int, Partition], float] = {}
     fixed: dict[int, float] = {}
-    for rows in sorted({1, *(-(-batch_size // part) for part in (1, 2, 4, 8))}):
+    counts = sorted({1, *(-(-batch_size // part) for part in (1, 2, 4, 8))}, reverse=True)
+    for rows in track(counts):  # the longest first: a guess at the time left is then not too low
         one, three = (clock.seconds(Whole(), rows, sweeps=k) for k in (1, 3))
         sweep[rows, Whole()] = max((three - one) / 2, 0.0)
         fixed[rows] = max(one - sweep[rows, Whole()], 0.0)
@@ -112,7 +116,7 @@ def exact_costs(block: AffineBlock, batch_size: int, flow: ImageFlow) -> tuple[f
 def timings(run: Callable[[], object]) -> list[float]:
     """Seconds of a few runs: the more, the shorter they are."""
     seconds: list[float] = []
-    while (len(seconds) <= REPEATS and sum(seconds) < _MOST_SECONDS) or sum(seconds) < _LEAST_SECONDS:
+    while (len(seconds) <= REPEATS and sum(seconds) < MOST_SECONDS) or sum(seconds) < _LEAST_SECONDS:
         started = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - started)

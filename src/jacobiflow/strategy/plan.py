@@ -6,23 +6,26 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 
 from jacobiflow.calibration.report import Report
 from jacobiflow.calibration.tuning import Tuning
-from jacobiflow.checks import check_count, check_device, check_kind, check_positive
+from jacobiflow.checks import check_count, check_device, check_flag, check_kind, check_positive
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.flows.precision import precision
 from jacobiflow.guidance import Guidance, check_guidance, guided, in_force
 from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
-from jacobiflow.solvers import Sequential, Solver, Tolerance, Whole, certify, solve
-from jacobiflow.strategy.costs import REPEATS, Costs, exact_costs, measure
+from jacobiflow.solvers import Sequential, Solution, Solver, Tolerance, Whole, certify, solve
+from jacobiflow.strategy.costs import MOST_SECONDS, REPEATS, Costs, exact_costs, measure
 from jacobiflow.strategy.options import Option, PlanSettings, block_options, cheapest, combined
 from jacobiflow.strategy.strategy import Prediction, Strategy, device_name
 
@@ -32,7 +35,7 @@ _FEW = 4  # of them: that of one may be a quarter of another's, or none
 
 def plan(
     flow: ImageFlow, report: Report | Tuning, batch_size: int = 1, tolerance: float = 1e-3,
-    device: torch.device | str | None = None, guidance: Guidance | None = None, *,
+    device: torch.device | str | None = None, guidance: Guidance | None = None, *, progress: bool = True,
     settings: PlanSettings = PlanSettings(),  # noqa: B008  frozen
 ) -> Strategy:  # fmt: skip
     """The strategy with the least predicted time for a batch whose images are to be within `tolerance`.
@@ -54,12 +57,13 @@ def plan(
     measured on four samples, is raised to it, with a warning; `Strategy.tolerance` is the raised one.
 
     **Arguments:** `report` of `jacobiflow.calibrate(..., chord=True)`, or the `Tuning` itself; `device` as a check: the
-    flow must be on it; `settings`, see `PlanSettings`.
+    flow must be on it; `progress`, whether to show bars on a terminal; `settings`, see `PlanSettings`.
 
     **Raises** `ValueError` for another flow's report, one without a tuning, or settings that do not fit, `TypeError`
     for other kinds of arguments.
     """
     tuning = _check(flow, report, batch_size, tolerance, device, guidance)
+    check_flag("progress", progress)
     check_kind("settings", settings, PlanSettings, "PlanSettings")
     start = FIRST_CALIBRATION_LATENT + tuning.samples  # the tuning has not seen them, and `sample` does not draw them
     num, config = max(batch_size, _FEW), flow.config
@@ -70,10 +74,17 @@ def plan(
     exact = exact_costs(guided(flow.blocks[0], guidance), batch_size, flow)
     if (loop := _loop_plan(flow, exact, batch_size, tolerance, guidance, settings)) is not None:
         return loop
-    costs = measure(guided(flow.blocks[0], guidance), tuning, batch_size, flow, exact)
-    counted = in_force(tuning.guidance) == in_force(guidance)
-    options = [block_options(block, costs, batch_size, tolerance, settings, counted) for block in tuning.blocks]
-    chosen, alone = _choose(options, costs, tolerance, settings, lambda chosen: trial(flow, chosen, latents, guidance))
+    counted, console = in_force(tuning.guidance) == in_force(guidance), Console(stderr=True)
+    with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as bar:
+
+        def attempt(chosen: Sequence[Option]) -> Trial:
+            task = bar.add_task("trying the plan", total=len(chosen))
+            return trial(flow, chosen, latents, guidance, partial(bar.advance, task))
+
+        timed = partial(bar.track, description="timing sweeps")
+        costs = measure(guided(flow.blocks[0], guidance), tuning, batch_size, flow, exact, timed)
+        options = [block_options(block, costs, batch_size, tolerance, settings, counted) for block in tuning.blocks]
+        chosen, alone = _choose(options, costs, tolerance, settings, attempt)
     return _planned(flow, chosen, alone, batch_size, tolerance, guidance, costs.spread)
 
 
@@ -227,9 +238,10 @@ def _seconds(options: Sequence[Option]) -> float:
 
 
 def trial(
-    flow: ImageFlow, chosen: Sequence[Option], latents: Float[Tensor, "b t c"], guidance: Guidance | None
-) -> Trial:
-    """Solve one batch of latents both ways, without certificates: the medians of a few runs.
+    flow: ImageFlow, chosen: Sequence[Option], latents: Float[Tensor, "b t c"], guidance: Guidance | None,
+    advance: Callable[[], object] = lambda: None,
+) -> Trial:  # fmt: skip
+    """Solve one batch of latents both ways, without certificates: the medians of a few runs, of one where it is long.
 
     The error is infinite where the options lose a sample in the last block that the loop does not; one that they lost
     before goes on as zeros.
@@ -240,11 +252,12 @@ def trial(
     def solve_block(i: int, x: Tensor) -> Tensor:
         """The rows as planned, and then the same by the loop."""
         block, z = guided(flow.blocks[i], guidance), x.nan_to_num(0.0, 0.0, 0.0)
-        runs, alone = [], []
-        for _ in range(REPEATS):
+        runs, alone = list[Solution](), list[Solution]()
+        while len(runs) < REPEATS and sum(run.seconds for run in (*runs, *alone)) < MOST_SECONDS:
             runs.append(solve(block, z[:num], chosen[i].solver, labels))
             alone.append(solve(block, z[num:], Solver(Sequential()), labels))
         seconds[i], sequential[i] = (statistics.median(run.seconds for run in each) for each in (runs, alone))
+        advance()
         return torch.cat((runs[0].x, alone[0].x))
 
     planned, exact = invert(flow, prior_tokens(flow, latents).repeat(2, 1, 1), solve_block).chunk(2)
