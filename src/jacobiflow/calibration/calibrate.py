@@ -113,6 +113,7 @@ def _measure(passes: Passes, settings: Settings, per_class: bool) -> Report:
     solutions: dict[Start, list[BlockSolution]] = {} if settings.guidance else {"images": passes.encoded(chosen)}
     solutions["noise"] = passes.sampled(chosen, settings.seed)
     at = solutions["noise" if settings.guidance else "images"]
+    traces = {start: _traces(passes, rows, guesses, start) for start, rows in solutions.items()}
     return Report(
         fingerprint=fingerprint(flow),
         num_tokens=flow.config.num_tokens,
@@ -122,8 +123,8 @@ def _measure(passes: Passes, settings: Settings, per_class: bool) -> Report:
         segment_metrics=segment_metrics,
         class_metrics=class_metrics,
         mean_affine=tuple(mean_affine),
-        traces={start: _traces(passes, rows, guesses, start) for start, rows in solutions.items()},
-        segment_traces=_segment_traces(passes, solutions["noise"], guesses, metrics[norm], segments),
+        traces=traces,
+        segment_traces=_segment_traces(passes, solutions["noise"], guesses, metrics[norm], segments, traces["noise"]),
         gamma=tuple(
             passes.gamma(i, at[i]) for i in passes.bar.track(range(len(flow.blocks)), description="error matrix")
         ),
@@ -190,13 +191,18 @@ def _segment_traces(
     guesses: Sequence[Mapping[str, Guess]],
     metrics: Metrics,
     segments: int,
+    whole: Sequence[Mapping[str, Trace]],
 ) -> dict[int, dict[int, tuple[Trace, ...]]]:
-    """Per tough block and number of segments, how each of them converges from the block's best guess."""
+    """Per tough block and number of segments, how each of them converges from the block's best guess.
+
+    One segment is what `whole` has.
+    """
     length = passes.flow.config.num_tokens
     powers = {2**k for k in range(length.bit_length()) if 2**k <= length // _FEWEST_TOKENS}
     found: dict[int, dict[int, tuple[Trace, ...]]] = {}
     for i in metrics.tough_blocks if metrics.components is not None else ():
-        best = guesses[i][metrics.best_guess(i)]
-        counts = passes.bar.track(sorted({1, segments} | powers), description=f"segments of block {i}")
-        found[i] = {count: passes.traces(i, rows[i], best, count) for count in counts}
+        best = metrics.best_guess(i)
+        counts = passes.bar.track(sorted(({segments} | powers) - {1}), description=f"segments of block {i}")
+        cut = {count: passes.traces(i, rows[i], guesses[i][best], count) for count in counts}
+        found[i] = {1: (whole[i][best],), **cut}
     return found

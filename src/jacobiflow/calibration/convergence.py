@@ -88,11 +88,12 @@ def distances(
         for run in segment_runs(z.shape[1], count):
             current = torch.cat((x[:, : run.start], started[:, run.start :]), dim=1)
             curve = [_distance(current[:, run], x[:, run])]
-            for _ in range(run.start, run.stop):
-                g = block.update(current, z, run.start, run.stop, cache)
-                settled = float((g - current[:, run]).abs().max()) <= _SETTLED
-                curve.append(_distance(g, x[:, run]))
-                current[:, run] = torch.where(torch.isfinite(g).all(dim=-1, keepdim=True), g, started[:, run])
+            for front in range(run.start, run.stop):  # tokens before it are final, by Proposition 1
+                rest = slice(front, run.stop)
+                g = block.update(current, z, front, run.stop, cache)
+                settled = float((g - current[:, rest]).abs().max()) <= _SETTLED
+                curve.append(_distance(torch.cat((current[:, run.start : front], g), dim=1), x[:, run]))
+                current[:, rest] = torch.where(torch.isfinite(g).all(dim=-1, keepdim=True), g, started[:, rest])
                 if settled:
                     break
             curves.append(torch.stack(curve))
