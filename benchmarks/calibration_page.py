@@ -18,7 +18,7 @@ from jacobiflow.calibration.report import GUESS_NAMES, Spread, Start
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, BUNDLED = ROOT / "docs" / "results", ROOT / "src" / "jacobiflow" / "models"
-MODELS = ("fashion-p2", "digits-p1")
+MODELS = ("fashion-p2", "emoji-p2", "digits-p1")
 GUESSES = ("z", "0", "mean affine")  # as GUESS_NAMES has them
 FIGURES = {  # by the number in the paper: the file of `jacobiflow trace`, and what it shows
     2: ("convergence", "Distance to the solution by sweep, a line for each block"),

@@ -16,7 +16,11 @@ from jacobiflow.plots import certificate_figure, comparison_figure, save_png
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, FIGURES = ROOT / "docs" / "results", ROOT / "docs" / "figures"
-COMPARISONS = {"comparison": "quality", "comparison-in-pytorch": "quality-in-pytorch"}  # and their figures
+COMPARISONS = {  # how a mark names them, and their figures
+    "comparison": ("", "quality"),
+    "emoji-p2-comparison": (" in colour", "quality-in-colour"),
+    "comparison-in-pytorch": (" in PyTorch", "quality-in-pytorch"),
+}
 SEARCHES = tuple(f"{model}-search" for model in ("fashion-p2", "emoji-p2", "digits-p1", "digits-maf"))
 TOLERANCE = 0.1  # of the samples of evaluation.json, auto:1e-1
 
@@ -31,10 +35,12 @@ def setting(result: dict[str, Any]) -> str:
         guided = f"{kind} guidance of weight {guidance['weight']:g}"
         if guidance["attn_temperature"] != 1:
             guided += f" at attention temperature {guidance['attn_temperature']:g}"
+    count = timings["repeats"]
+    rounds = "of one round over all rows" if count == 1 else f"medians of {count} rounds in turn"
     return (
         f"`{result['model']}`, {guided}, denoising rate {result['denoise']:g}, batches of {timings['batch_size']}; "
-        f"{result['distance']} against {result['against']}. Seconds are medians of {timings['repeats']} rounds in "
-        f"turn, of a batch and its denoising, which is {timings['denoise_seconds']:.2f} s in every row. "
+        f"{result['distance']} against {result['against']}. Seconds are {rounds}, of a batch and its "
+        f"denoising, which is {timings['denoise_seconds']:.2f} s in every row. "
         f"{machine['cores']} cores of {machine['processor']}, {machine['threads']} threads, PyTorch "
         f"{machine['torch']}."
     )
@@ -154,13 +160,11 @@ def _result(name: str) -> Any:
 
 def parts() -> dict[str, str]:
     """The page's parts, by their marks."""
-    native, pytorch = (_result(name) for name in COMPARISONS)
+    found = {mark: _result(name) for name, (mark, _) in COMPARISONS.items()}
     return {
-        "setting": setting(native),
-        "strategies": tables(native),
-        "setting in PyTorch": setting(pytorch),
-        "strategies in PyTorch": tables(pytorch),
-        "calibrating": calibrating(_result("fashion-p2-calibration-recommended"), pytorch),
+        **{f"setting{mark}": setting(result) for mark, result in found.items()},
+        **{f"strategies{mark}": tables(result) for mark, result in found.items()},
+        "calibrating": calibrating(_result("fashion-p2-calibration-recommended"), found[" in PyTorch"]),
         **{name: search(_result(name)) for name in SEARCHES},
         "scores": scores(_result("evaluation")),
         "batches": batches(_result("batch-sizes")),
@@ -169,7 +173,7 @@ def parts() -> dict[str, str]:
 
 if __name__ == "__main__":
     fill(ROOT / "docs" / "evaluation.md", parts())
-    for name, picture in COMPARISONS.items():
+    for name, (_, picture) in COMPARISONS.items():
         drawn = comparison_figure(rows_of(_result(name)), _result(name)["distance"])
         save_png(drawn, FIGURES / f"{picture}.png")
     save_png(certificate_figure(_result("evaluation")["certificates"], TOLERANCE), FIGURES / "certificates.png")

@@ -9,7 +9,8 @@ In this order, so that a wrong number is seen before a fast one:
 4. the paper's four shapes at batch 1 and 16, by `paper_shapes.py`, in float32 and in bfloat16.
 
 Writes docs/results/gpu.json after each, and leaves out what it holds from the same machine, so that a run can be
-interrupted; none is begun after `--minutes`. Exits with 1 where an image is wrong.
+interrupted; none is begun after `--minutes`. Then puts the figures into docs/performance.md. Exits with 1 where an
+image is wrong.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import performance_page
 import torch
 from paper_shapes import SHAPES, Problem, Shape, machine_of
 from paper_shapes import measure as measure_shape
@@ -156,6 +158,8 @@ def main(
         found["parts"][name] = run(device)
         write_json(given.out, found)
         print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+    if given.out == OUT:
+        performance_page.main()
     wrong = found["parts"].get("images", {}).get("wrong")
     if wrong:
         sys.exit(f"images that differ from the CPU's by more than {BOUND:g}: {json.dumps(wrong)}")

@@ -23,6 +23,7 @@ from jacobiflow.denoising import denoised
 from jacobiflow.files import write_json
 from jacobiflow.guidance import guided
 from jacobiflow.latents import draw_latents
+from jacobiflow.strategy.plan import rounding_floor
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results" / "gpu-counts.json"
@@ -100,6 +101,27 @@ def counted(num: int) -> dict[str, Any]:
     return found
 
 
+def in_bfloat16(num: int = 16) -> dict[str, Any]:
+    """Network calls of `fashion-p2` in both precisions, to the tolerance that rounding to bfloat16 allows."""
+    low, exact = (jf.load("fashion-p2", dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    config = low.config
+    z = draw_latents(num, config.num_tokens, config.token_channels, 0)
+    tolerance, labels = rounding_floor(low, z, None), torch.arange(num) % config.num_classes
+    return {
+        "samples": num,
+        "tolerance": tolerance,
+        "calls": {
+            way: {
+                str(flow.var.dtype).removeprefix("torch."): jf.sample(
+                    flow, latents=z, labels=labels, strategy=way, tolerance=tolerance
+                ).network_calls
+                for flow in (exact, low)
+            }
+            for way in ("jacobi", "window:32", "window:64")
+        },
+    }
+
+
 def main() -> None:
     """Count, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -108,7 +130,7 @@ def main() -> None:
     given = parser.parse_args()
     found = json.loads(given.out.read_text()) if given.out.exists() else {}
     head = {"command": "python benchmarks/gpu_counts.py", "torch": torch.__version__}
-    write_json(given.out, found | head | {given.key: counted(64)})
+    write_json(given.out, found | head | {given.key: counted(64), "bfloat16": in_bfloat16()})
 
 
 if __name__ == "__main__":

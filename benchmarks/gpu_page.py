@@ -1,10 +1,15 @@
-"""What docs/performance.md says of GPUs: the counts of gpu_counts.py."""
+"""What docs/performance.md says of GPUs: what gpu_counts.py and planning_at_size.py counted, and what gpu.py measured
+where there is a file of it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from filling import table
+from filling import measured_on, table
+
+from jacobiflow.baselines import GROWING_CACHE
 
 ASKED = {"operations": "kernels launched", "read_backs": "waits for the device", "explicit_masks": "masks in memory"}
 
@@ -37,6 +42,75 @@ def counts(result: dict[str, Any]) -> str:
     return table(("of a block of 8 layers", "plain", "guided"), lines)
 
 
-def parts(result: dict[str, Any]) -> dict[str, str]:
-    """The page's part, by its mark."""
-    return {"gpu counts": counts(result)}
+def in_bfloat16(result: dict[str, Any]) -> str:
+    """Network calls in both precisions."""
+    lines = [[way, str(calls["float32"]), str(calls["bfloat16"])] for way, calls in result["calls"].items()]
+    title = f"`fashion-p2`, {result['samples']} samples to {result['tolerance']:.1e}"
+    return table([title, "network calls in float32", "in bfloat16"], lines)
+
+
+def planning(result: dict[str, Any]) -> str:
+    """Passes and seconds of calibrating and planning at 128x128."""
+    made = result["calibrate"]
+    lines = [[
+        f"calibrating, {made['images']} images, {made['traced']} traced", f"{made['passes']:,.0f}",
+        f"{made['seconds'] / 60:.1f} min", "",
+    ]]  # fmt: skip
+    for plan in result["plan"]:
+        sampling = f"{plan['sampling']:.1f} s (the loop {plan['sequential']:.1f} s)"
+        took = f"{plan['seconds']:.0f} s"
+        lines.append([f"planning, batch {plan['batch']}", f"{plan['passes']:,.0f}", took, sampling])
+    columns = ("at 128x128", "passes of a sample over a block", "at half an A100's rate", "a batch by that plan")
+    return table(columns, lines)
+
+
+def measured(result: dict[str, Any] | None) -> str:
+    """What a GPU showed, or that none was at hand."""
+    if result is None:
+        return (
+            "**No GPU was at hand: nothing in this section is a time, and whether the targets are met is not known.**"
+        )
+    found, machine = result["parts"], result["machine"]
+    shapes = {title: part for title, part in found.items() if "rows" in part and "paper_rate" in part}
+    tables = [_largest(found["images"]), _precision(found["precision"]["rows"]), _memory(found["memory"])]
+    return "\n\n".join([f"{machine['device']}. {measured_on(machine)}", *tables, *map(_shape, shapes, shapes.values())])
+
+
+def _largest(images: dict[str, Any]) -> str:
+    rows = [[row["model"], "yes" if row["guided"] else "no", row["strategy"], f"{row['difference']:.1e}"]
+            for row in images["rows"]]  # fmt: skip
+    return table(["model", "guided", "strategy", "largest difference from the CPU's images"], rows)
+
+
+def _precision(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        [row["precision"], f"{row['tolerance']:.1e}", f"{row['network_calls']:,}", f"{row['certificate']:.1e}",
+         str(row["resolved_sequentially"]), f"{row['seconds']:.3f}"]
+        for row in rows
+    ]  # fmt: skip
+    return table(["`fashion-p2` in", "tolerance", "calls", "largest certificate", "re-solved", "seconds"], lines)
+
+
+def _memory(peaks: dict[str, float | None]) -> str:
+    return table(
+        ["at 128x128", "GiB at the peak"],
+        [[name, "" if gib is None else f"{gib:.2f}"] for name, gib in peaks.items()],
+    )
+
+
+def _shape(title: str, part: dict[str, Any]) -> str:
+    lines = [
+        [row["method"], row["reason"] if row["seconds"] is None else f"{row['seconds']:.2f}",
+         "" if row["rate"] is None else f"{row['rate']:.1f}x"]
+        for row in part["rows"]
+    ]  # fmt: skip
+    target = f"target {part['target_rate']:.1f}x, the paper's {part['paper_rate']:.2f}x on an A800"
+    return f"{title}; {target}:\n\n{table(['way', 'seconds of a batch', f'over the {GROWING_CACHE}'], lines)}"
+
+
+def parts(counted: dict[str, Any], planned: dict[str, Any], found: dict[str, Any] | None) -> dict[str, str]:
+    """The page's parts, by their marks; `found` where gpu.py has run."""
+    return {
+        "gpu": measured(found), "gpu counts": counts(counted), "calls in bfloat16": in_bfloat16(counted["bfloat16"]),
+        "planning at size": planning(planned),
+    }  # fmt: skip

@@ -81,12 +81,19 @@ def mean_slowest(counts: Counts, batch: int) -> float:
     return sum(slowest_of(block, batch) for block in counts) / len(counts)
 
 
+def slow_blocks(report: jf.Report) -> list[int]:
+    """The tough blocks by CRM that take more sweeps than every block that is not; CRM can call an easy one tough."""
+    sweeps = report.mean_sweeps("noise", TOLERANCE)
+    others = [count for i, count in enumerate(sweeps) if i not in report.tough_blocks]
+    return [i for i in report.tough_blocks if sweeps[i] > max(others, default=0.0)]
+
+
 def counted(report: jf.Report, tough: bool) -> dict[Sweeps, Counts]:
     """Sweeps to `TOLERANCE` of the tough blocks, or of the others, by the ways that all of these were tried in."""
     assert report.tuning is not None
-    length, blocks = report.num_tokens, []
+    length, slow, blocks = report.num_tokens, slow_blocks(report), []
     for i, block in enumerate(report.tuning.blocks):
-        if (i in report.tough_blocks) == tough:
+        if (i in slow) == tough:
             found = {}
             for run in (run for run in block.runs if run.tolerance == TOLERANCE):
                 size = run.partition.stop(0, length)

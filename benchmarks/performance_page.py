@@ -1,7 +1,8 @@
 """Puts results into docs/performance.md: `python benchmarks/performance_page.py`.
 
 They are performance.json, growth.json, demo.json, demo-one.json, browser.json, regimes.json, loop-profile.json,
-paper-sizes.json and gpu-counts.json of docs/results. Also draws error-against-time.png and regimes.png in docs/figures.
+paper-sizes.json, gpu-counts.json, planning-at-size.json and, where there is one, gpu.json of docs/results. Also draws
+error-against-time.png and regimes.png in docs/figures.
 """
 
 from __future__ import annotations
@@ -266,7 +267,12 @@ def parts() -> dict[str, str]:
     demos = "\n\n".join(newcomer_page.demo(load(name)) for name in ("demo", "demo-one"))
     found |= {"demo": demos, "browser": newcomer_page.browser(load("browser"))}
     found |= regimes_page.parts(load("regimes"), load("loop-profile"))
-    return found | paper_sizes_page.parts(load("paper-sizes")) | gpu_page.parts(load("gpu-counts"))
+    return found | paper_sizes_page.parts(load("paper-sizes")) | _gpu()
+
+
+def _gpu() -> dict[str, str]:
+    found = load("gpu") if (RESULTS / "gpu.json").exists() else None
+    return gpu_page.parts(load("gpu-counts"), load("planning-at-size"), found)
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ from jacobiflow.native import SWITCH
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "regimes.json"
 BATCH_SIZES = (1, 4, 16)
 SHAPES = ((128, 2), (192, 4), (256, 2), (256, 4), (384, 4), (512, 4), (768, 8))
-TRAINED = ("fashion-p2", "digits-p1")
+TRAINED = ("fashion-p2", "emoji-p2", "digits-p1")
 FUSED, EAGER, PASS, LOW = "fused loop", "eager loop", "pass", "pass in bfloat16"
 LOOP = jf.Solver(jf.Sequential())
 MOST_SECONDS = 60  # of the rounds over one shape and batch size

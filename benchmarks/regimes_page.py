@@ -189,7 +189,7 @@ def _panel(axis: Axes, runs: Sequence[dict[str, Any]]) -> None:
 
 
 def _names(axis: Axes, runs: Sequence[dict[str, Any]]) -> None:
-    """The loops in trained models, each model's name below its own, and the names of the loops."""
+    """The loops in trained models, each model's name below its own at the foot of the panel, and the loops' names."""
     loops = [line for line in axis.get_lines() if line.get_label() in LOOPS]
     for run in runs:
         places = [(run["weights_mb"], in_passes(run, way)) for way in LOOPS]
@@ -200,7 +200,7 @@ def _names(axis: Axes, runs: Sequence[dict[str, Any]]) -> None:
                 markeredgecolor="white" if style.filled else MODEL, linestyle="", zorder=5,
             )  # fmt: skip
         axis.annotate(
-            run["name"], places[0], xytext=(0, -14), textcoords="offset points", rotation="vertical", ha="center",
-            va="top", color=readable(MODEL),
+            run["name"], (run["weights_mb"], 0.02), xycoords=axis.get_xaxis_transform(), rotation="vertical",
+            ha="center", va="bottom", color=readable(MODEL),
         )  # fmt: skip
     place_labels(axis, [line_label(line) for line in loops])

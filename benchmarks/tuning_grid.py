@@ -31,7 +31,7 @@ from jacobiflow.strategy.options import Option, PlanSettings, block_options, che
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT, KEPT = ROOT / "docs" / "results" / "tuning-grid.json", ROOT / "out" / "tuning-grid"
-MODELS = {"fashion-p2": 32, "emoji-p2": 8, "digits-p1": 32, "digits-maf": 32}  # and how many samples each is tuned with
+MODELS = {"fashion-p2": 16, "emoji-p2": 8, "digits-p1": 32, "digits-maf": 32}  # and how many samples each is tuned with
 SMALLER = (8, 16, 32, 64, 128)
 FULL = TuneSettings(
     coarse=(2, 3, 4, 5, 6),
@@ -147,7 +147,7 @@ def main() -> None:
         flow = jf.load(name)
         recommended = flow.recommended.guidance
         for guidance in (None, recommended) if recommended and find_report(flow, recommended) else (None,):
-            full = tuned(name, MODELS[name] if guidance is None else 8, guidance)
+            full = tuned(name, MODELS[name] if guidance is None else 4, guidance)
             rows = list(compared(flow, full))
             title = name if guidance is None else f"{name}, guided"
             found["models"][title] = {"passes": passes(full), "default": passes(thinned(full)), "plans": rows}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import jacobiflow as jf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-shapes, script = load_script("paper_shapes"), load_script("gpu")
+shapes, script, page, planning = map(load_script, ("paper_shapes", "gpu", "gpu_page", "planning_at_size"))
 CONFIG = jf.TarFlowConfig(
     1, 8, 1, channels=32, num_blocks=2, layers_per_block=2, num_classes=3, head_dim=16, noise_std=0.1
 )
@@ -32,8 +33,30 @@ def test_its_parts_on_the_fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 0 < peaks["a batch"] <= peaks["three batches, in the slots of one"] <= 1.3 * peaks["a batch"]
         assert 0 < peaks["certificates of a batch"] < peaks["a batch"]
         measured = script.shape_part(TINY, 2, torch.float32, CUDA)
+        with pytest.warns(UserWarning, match="below the rounding"):
+            precise = script.precision(CUDA, "digits-p1")
     assert measured["differences"].keys() == {shapes.GROWING_CACHE, shapes.GRAPHS}
     assert {row["method"] for row in measured["rows"]} > {shapes.GRAPHS, "window"}
+    parts = {"images": found, "precision": precise, "memory": peaks, "tiny, batch 2, float32": measured}
+    shown = page.measured({"machine": script.machine_of(torch.device("cpu")), "parts": parts})
+    for words in ("| digits-p1 | yes | window:32 |", "| tf32 |", "target 4.0x", shapes.GRAPHS):
+        assert words in shown
+
+
+def test_a_clock_at_size_counts_passes() -> None:
+    """A pass of the small model is one of the large one; a step of one token takes the reading of all weights."""
+    small, large = jf.load("digits-p1"), jf.TarFlow(replace(CONFIG, channels=128))
+    clock, x = planning.AtSize(small, large), torch.zeros(3, 64, 1)
+    with clock, torch.inference_mode():
+        small.blocks[0].affine_whole(x)
+    assert clock.passes == pytest.approx(3, rel=0.1)  # attention on a CPU is not counted
+    assert clock.now == pytest.approx(3 * planning.flops(large) / planning.RATE, rel=0.1)
+    before = clock.now
+    with clock, torch.inference_mode():
+        small.blocks[0].proj_in(x[:1, :1])
+    share = small.blocks[0].proj_in.weight.nbytes / sum(p.nbytes for p in small.blocks[0].parameters())
+    read = sum(p.nbytes for p in large.blocks[0].parameters()) / planning.BANDWIDTH
+    assert clock.now - before == pytest.approx(share * read)  # as many steps in both
 
 
 def test_it_goes_on_and_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,7 +55,7 @@ def test_samples_are_certified_and_near_the_sequential_ones(name: str, weight: f
     assert out.network_calls < exact.network_calls
 
 
-@pytest.mark.parametrize("name", ["digits-p1", "fashion-p2", "digits-maf"])
+@pytest.mark.parametrize("name", ["digits-p1", "fashion-p2", "emoji-p2", "digits-maf"])
 def test_recommended_settings_are_planned_by_a_bundled_report(name: str) -> None:
     flow = jf.load(name)
     file = jf.find_report(flow, flow.recommended.guidance)
