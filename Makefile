@@ -60,7 +60,7 @@ regimes: setup
 	$(BIN)/python benchmarks/paper_sizes.py
 	$(BIN)/python benchmarks/performance_page.py
 
-# Regenerates the tables and figures of docs/calibration.md, and the bundled reports (an hour and a half on two idle cores).
+# Regenerates the tables and figures of docs/calibration.md, and the bundled reports (two hours on two idle cores).
 # For each model of the page, IMAGES to calibrate with, and CUT, a strategy to be seen beside the sequential loop. GUIDED is
 # the guidance that a model recommends.
 MODELS := fashion-p2 emoji-p2 digits-p1

@@ -4,7 +4,6 @@ where there is a file of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from filling import measured_on, table
@@ -70,32 +69,31 @@ def measured(result: dict[str, Any] | None) -> str:
         return (
             "**No GPU was at hand: nothing in this section is a time, and whether the targets are met is not known.**"
         )
-    found, machine = result["parts"], result["machine"]
-    shapes = {title: part for title, part in found.items() if "rows" in part and "paper_rate" in part}
-    tables = [_largest(found["images"]), _precision(found["precision"]["rows"]), _memory(found["memory"])]
-    return "\n\n".join([f"{machine['device']}. {measured_on(machine)}", *tables, *map(_shape, shapes, shapes.values())])
+    machine, shown = result["machine"], {"images": _images, "precision": _precision, "memory": _memory}
+    tables = [shown[name](part) if name in shown else _shape(name, part) for name, part in result["parts"].items()]
+    return "\n\n".join([f"{machine['device']}. {measured_on(machine)}", *tables])
 
 
-def _largest(images: dict[str, Any]) -> str:
-    rows = [[row["model"], "yes" if row["guided"] else "no", row["strategy"], f"{row['difference']:.1e}"]
-            for row in images["rows"]]  # fmt: skip
-    return table(["model", "guided", "strategy", "largest difference from the CPU's images"], rows)
+def _images(part: dict[str, Any]) -> str:
+    lines = [
+        [row["model"], "yes" if row["guided"] else "no", row["strategy"], f"{row['difference']:.1e}"]
+        for row in part["rows"]
+    ]  # fmt: skip
+    return table(["model", "guided", "strategy", "largest difference from the CPU's images"], lines)
 
 
-def _precision(rows: Sequence[dict[str, Any]]) -> str:
+def _precision(part: dict[str, Any]) -> str:
     lines = [
         [row["precision"], f"{row['tolerance']:.1e}", f"{row['network_calls']:,}", f"{row['certificate']:.1e}",
          str(row["resolved_sequentially"]), f"{row['seconds']:.3f}"]
-        for row in rows
+        for row in part["rows"]
     ]  # fmt: skip
     return table(["`fashion-p2` in", "tolerance", "calls", "largest certificate", "re-solved", "seconds"], lines)
 
 
-def _memory(peaks: dict[str, float | None]) -> str:
-    return table(
-        ["at 128x128", "GiB at the peak"],
-        [[name, "" if gib is None else f"{gib:.2f}"] for name, gib in peaks.items()],
-    )
+def _memory(part: dict[str, float | None]) -> str:
+    lines = [[name, "" if gib is None else f"{gib:.2f}"] for name, gib in part.items()]
+    return table(["at 128x128", "GiB at the peak"], lines)
 
 
 def _shape(title: str, part: dict[str, Any]) -> str:

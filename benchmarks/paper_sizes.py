@@ -1,4 +1,4 @@
-"""What the paper's models would take on a CPU, factor one: `python benchmarks/paper_sizes.py`, a quarter of an hour.
+"""What the paper's models would take on a CPU, factor one: `python benchmarks/paper_sizes.py`, half an hour.
 
 Times one block of random weights in each shape of the GS-Jacobi paper's four models, at batch 1, 4 and 16, unguided:
 

@@ -1,4 +1,4 @@
-"""What `calibrate` may leave untried: `python benchmarks/tuning_grid.py [MODEL ...]`, an hour on two idle cores.
+"""What `calibrate` may leave untried: `python benchmarks/tuning_grid.py [MODEL ...]`, half an hour on two idle cores.
 
 Tunes each bundled model with more windows, tolerances and numbers of sweeps than the defaults of `TuneSettings`, and
 plans by all of them, and by those of the defaults alone: at several batch sizes and tolerances, by costs that are

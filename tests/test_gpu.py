@@ -24,7 +24,7 @@ TINY = shapes.Shape(jf.Preset("tiny", "", CONFIG, 1.5, 1.0, "[1-4-2-3]"), paper_
 CUDA = torch.device("cuda:0")
 
 
-def test_its_parts_on_the_fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_parts_on_the_fake_device() -> None:
     with FakeDevice():
         found = script.images(CUDA, ("digits-p1",), ("sequential", "window:32", "gs-jacobi:8-12"))
         assert not found["wrong"]
