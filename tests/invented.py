@@ -103,7 +103,7 @@ def make_report(
         fingerprint=fingerprint(small()), num_tokens=num_tokens, token_channels=CHANNELS,
         settings=Settings(8, False, norm, None, 8, 2, 0),
         metrics={name: metrics if name == norm else others for name in NORMS},
-        segment_metrics=(Metrics((igm(1, 2, 3),) * 8, None),) * len(crm), class_metrics={},
+        segment_metrics={0: Metrics((igm(1, 2, 3),) * 8, None)}, class_metrics={},
         mean_affine=tuple(jf.MeanAffine(0.1 * i * affine, affine) for i in range(len(crm))),
         traces={"noise": tuple(noise)},
         segment_traces={block: {g: tuple(row) for g, row in rows.items()} for block, rows in (segments or {}).items()},

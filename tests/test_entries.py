@@ -93,8 +93,9 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (jf.solve, "block z solver context", {"block": (MAF.blocks[0], (MAF,), ()), "z": (Z[..., :1], *FINITE[1:])}),
     (jf.solve_certified, "block z solver context certificate slots tolerance rounding", {}),
     (jf.certify, "block z x context slots", {"z": TOKENS}),
-    *((call, "block x z guess context count", {"z": TOKENS, "count": COUNT, "guess": (jf.Latent(), (7, "latent"), ())})
-      for call in (calibration.distances, calibration.initial_residual)),
+    *((call, f"block x z {name} context count", {"z": TOKENS, "count": COUNT, name: guess}) for call, name, guess in (
+        (calibration.distances, "guess", (jf.Latent(), (7, "latent"), ())),
+        (calibration.initial_residuals, "guesses", ({"z": jf.Latent()}, (7, [jf.Latent()], {"z": 7}), ())))),
     (calibration.gamma_norm, "block x z context rtol max_iterations seed", {"z": TOKENS}),
     (calibration.matrix_norm, "matrix norm", {}), (calibration.tough_blocks, "crm dominance", {}),
     (calibration.rank_correlation, "first second", {}), (jf.Segments, "count", {}), (jf.Window, "size", {}),

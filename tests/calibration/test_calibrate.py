@@ -155,8 +155,10 @@ def test_igm_crm_and_mean_parameters(case: Case) -> None:
     for each in (2, "fro", 1):
         assert_metrics(report.metrics[each], case.metrics(everything, each))
     segments = case.metrics(everything, norm, count)
+    assert tuple(report.segment_metrics) == (report.tough_blocks if report.components else ())
+    for i, metrics in report.segment_metrics.items():
+        assert_metrics(metrics, segments[i * count : (i + 1) * count])
     for i, (_, _, _, scale, shift) in enumerate(case.walk()):
-        assert_metrics(report.segment_metrics[i], segments[i * count : (i + 1) * count])
         assert report.mean_affine[i].log_scale.double().allclose(scale.log().mean(dim=0), 1e-6, 1e-6)
         assert report.mean_affine[i].shift.double().allclose(shift.mean(dim=0), 1e-6, 1e-6)
     assert list(report.class_metrics) == ([] if case.labels is None else sorted(set(case.labels.tolist())))

@@ -7,7 +7,7 @@ from jacobiflow.calibration.metrics import (
     DOMINANCE,
     Components,
     Metrics,
-    initial_residual,
+    initial_residuals,
     matrix_norm,
     rank_correlation,
     tough_blocks,
@@ -20,5 +20,5 @@ from jacobiflow.calibration.tuning import BlockTuning, Run, Tuning
 __all__ = [
     "DOMINANCE", "BlockTuning", "ClassSpread", "Components", "Metrics", "Report", "Run", "Settings", "Spread", "Trace",
     "TuneSettings", "Tuning", "calibrate", "distances", "find_report", "gamma_norm", "gamma_products",
-    "initial_residual", "matrix_norm", "rank_correlation", "tough_blocks", "tune",
+    "initial_residuals", "matrix_norm", "rank_correlation", "tough_blocks", "tune",
 ]  # fmt: skip

@@ -61,7 +61,7 @@ def calibrate(
     - `norm`: that of `report.igm` and `report.crm`: 2, "fro" or 1. `report.metrics` has all three.
     - `guidance`: the guidance to sample with. The map, its parameters and so the metrics are then the guided ones, at
         the images' own tokens; sweeps are measured from fresh noise only.
-    - `segments`: how many segments a block is cut into for the metrics per segment.
+    - `segments`: how many segments a tough block is cut into for the metrics per segment.
     - `traced`: samples whose sweeps are measured: as many of the images, evenly spaced, and as many fresh latents under
         their labels.
     - `per_class`: also measure the metrics over the images of each class alone (Appendix E).
@@ -105,10 +105,9 @@ def calibrate(
 def _measure(passes: Passes, settings: Settings, per_class: bool) -> Report:
     """The report without a tuning."""
     flow, labels, norm, segments = passes.flow, passes.labels, settings.norm, settings.segments
-    mean_affine = passes.mean_affine()
+    mean_affine, means = passes.parameters(sorted(set(labels.tolist())) if per_class and labels is not None else ())
     guesses = [_guesses(guess) for guess in mean_affine]
-    classes = sorted(set(labels.tolist())) if per_class and labels is not None else ()
-    metrics, segment_metrics, class_metrics = passes.metrics(guesses, segments, norm, classes)
+    metrics, segment_metrics, class_metrics = passes.metrics(means, guesses, segments, norm)
     chosen = _traced(settings)
     solutions: dict[Start, list[BlockSolution]] = {} if settings.guidance else {"images": passes.encoded(chosen)}
     solutions["noise"] = passes.sampled(chosen, settings.seed)

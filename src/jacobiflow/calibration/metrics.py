@@ -126,27 +126,30 @@ def segment_runs(length: int, count: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(stops)]
 
 
-def initial_residual(
-    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess, context: Tensor | None = None,
-    count: int = 1,
-) -> Float[Tensor, "b t c"]:  # fmt: skip
-    """g(X^(0)) - X*, the residual in IGM (eq. 4), for X* = `x`, the solution at `z`.
+def initial_residuals(
+    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guesses: Mapping[str, Guess],
+    context: Tensor | None = None, count: int = 1,
+) -> dict[str, Float[Tensor, "b t c"]]:  # fmt: skip
+    """g(X^(0)) - X*, the residual in IGM (eq. 4), of each guess, for X* = `x`, the solution at `z`.
 
     With `count` > 1 it is that of Gauss-Seidel-Jacobi: each of the `count` segments is swept once from the guess, the
     segments before it being solved.
     """
     check_tokens(block, z, context, x=x)
-    check_kind("guess", guess, Guess, "a Guess, such as Latent()")
+    check_kind("guesses", guesses, Mapping, "a mapping of names to guesses")
+    for guess in guesses.values():
+        check_kind("guesses", guess, Guess, "a mapping of names to guesses, such as Latent()")
     with no_gradients(block):
         cache = block.init_cache(z, context)
-        started = guess(z)
-        residual = torch.empty_like(x)
+        started = {name: guess(z) for name, guess in guesses.items()}
+        residuals = {name: torch.empty_like(x) for name in guesses}
         for run in segment_runs(z.shape[1], count):
-            mixed = torch.cat((x[:, : run.start], started[:, run.start :]), dim=1)
-            residual[:, run] = block.update(mixed, z, run.start, run.stop, cache) - x[:, run]
+            for name, start in started.items():
+                mixed = torch.cat((x[:, : run.start], start[:, run.start :]), dim=1)
+                residuals[name][:, run] = block.update(mixed, z, run.start, run.stop, cache) - x[:, run]
             if run.stop < z.shape[1]:
                 block.update(x, z, run.start, run.stop, cache)  # the keys of the solution, for the next segment
-    return residual.clone()  # outside inference mode, an ordinary tensor
+    return {name: values.clone() for name, values in residuals.items()}  # outside inference mode, ordinary tensors
 
 
 class RunningMean:

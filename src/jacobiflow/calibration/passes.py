@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import product, repeat
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -22,9 +22,10 @@ from jacobiflow.calibration.metrics import (
     Metrics,
     Norm,
     RunningMean,
-    initial_residual,
+    initial_residuals,
     matrix_norm,
     segment_runs,
+    tough_blocks,
 )
 from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.calibration.tune import check_finite
@@ -62,30 +63,30 @@ class BlockSolution(NamedTuple):
 class _Means:
     """Means over images at a block: of Sigma^-1(X) X, and of the residual of each guess in so many segments."""
 
-    def __init__(self) -> None:
-        self._scaled = RunningMean()
-        self._residuals: defaultdict[tuple[str, int], RunningMean] = defaultdict(RunningMean)
+    def __init__(self, block: AffineBlock) -> None:
+        self._block = block
+        self.scaled = RunningMean()
+        self.residuals: defaultdict[tuple[str, int], RunningMean] = defaultdict(RunningMean)
 
-    def add(self, scaled: Float[Tensor, "b t c"], residuals: Mapping[tuple[str, int], Float[Tensor, "b t c"]]) -> None:
-        """Add images."""
-        self._scaled.add(scaled)
-        for key, values in residuals.items():
-            self._residuals[key].add(values)
-
-    def metrics(
-        self, block: AffineBlock, run: slice, count: int, norm: Norm
-    ) -> tuple[dict[str, float], Components | None]:
-        """IGM of each guess and the components of CRM, of a run of tokens of `count` segments."""
-        igm = {name: matrix_norm(self._residuals[name, count].value[run], norm) for name in GUESS_NAMES}
-        weights = block.output_weights()
+    def components(self, norm: Norm, run: slice = slice(None)) -> Components | None:
+        """The components of CRM, of a run of tokens; `None` where it is not defined."""
+        weights = self._block.output_weights()
         if weights is None:
-            return igm, None
+            return None
         w_s, w_u = weights
-        return igm, Components(
-            matrix_norm(self._scaled.value[run], norm),
+        return Components(
+            matrix_norm(self.scaled.value[run], norm),
             0.0 if w_s is None else matrix_norm(w_s, norm),
             matrix_norm(w_u, norm),
         )
+
+    def igm(self, norm: Norm, run: slice = slice(None), count: int = 1) -> dict[str, float]:
+        """IGM of each guess, of a run of tokens of `count` segments."""
+        return {name: matrix_norm(self.residuals[name, count].value[run], norm) for name in GUESS_NAMES}
+
+
+Groups = Mapping[int | None, Sequence[_Means]]
+"""Per block, means over all images under `None`, and over those of each class under its label."""
 
 
 @dataclass(frozen=True)
@@ -115,47 +116,51 @@ class Passes:
             raise ValueError(f"images: number {int(index[wrong.cpu()][0])} holds a NaN or an infinity; leave it out")
         return images
 
-    def mean_affine(self) -> list[MeanAffine]:
-        """Per block, the mean log-scale and shift over all images."""
+    def parameters(self, classes: Sequence[int]) -> tuple[list[MeanAffine], Groups]:
+        """Per block, the mean log-scale and shift over all images; and means that have what CRM needs."""
         scales, shifts = ([RunningMean() for _ in self.blocks] for _ in range(2))
-        for x, labels in self._batches(torch.arange(len(self.images)), "mean parameters"):
-            for i, (_, log_scale, shift) in enumerate(self._walk(x, labels)):
+        groups: Groups = {group: [_Means(block) for block in self.blocks] for group in (None, *classes)}
+        for tokens, labels in self._batches(torch.arange(len(self.images)), "mean parameters"):
+            for i, (x, log_scale, shift) in enumerate(self._walk(tokens, labels)):
                 scales[i].add(log_scale)
                 shifts[i].add(shift)
-        means = [(s.value.float().cpu(), u.value.float().cpu()) for s, u in zip(scales, shifts, strict=True)]
-        for i, parameters in enumerate(means):
-            if not all(torch.isfinite(mean).all() for mean in parameters):
+                for group, means in groups.items():
+                    means[i].scaled.add((torch.exp(-log_scale) * x)[_members(group, labels)])
+        parameters = [(s.value.float().cpu(), u.value.float().cpu()) for s, u in zip(scales, shifts, strict=True)]
+        for i, pair in enumerate(parameters):
+            if not all(torch.isfinite(mean).all() for mean in pair):
                 raise ValueError(f"the parameters of block {i} overflow at the images; lower the guidance")
-        return [MeanAffine(*parameters) for parameters in means]
+        return [MeanAffine(*pair) for pair in parameters], groups
 
     def metrics(
-        self, guesses: Sequence[Mapping[str, Guess]], segments: int, norm: Norm, classes: Sequence[int]
-    ) -> tuple[dict[Norm, Metrics], tuple[Metrics, ...], dict[int, Metrics]]:
-        """The blocks' metrics in each norm; in `norm` those of each block's segments, and those over each class."""
-        groups: dict[int | None, list[_Means]] = {group: [_Means() for _ in self.blocks] for group in (None, *classes)}
+        self, groups: Groups, guesses: Sequence[Mapping[str, Guess]], segments: int, norm: Norm
+    ) -> tuple[dict[Norm, Metrics], dict[int, Metrics], dict[int, Metrics]]:
+        """The blocks' metrics in each norm; in `norm` those of each tough block's segments, and those over each class.
+
+        `groups` are those of `parameters`, to which the residuals of the guesses are added.
+        """
+        everyone = groups[None]
+        components = [means.components(norm) for means in everyone]
+        tough = tough_blocks([part.crm for part in components if part is not None])
         for tokens, labels in self._batches(torch.arange(len(self.images)), "metrics"):
             for i, (x, log_scale, shift) in enumerate(self._walk(tokens, labels)):
-                scaled, z = torch.exp(-log_scale) * x, (x - shift) * torch.exp(-log_scale)
-                residuals = {
-                    (name, count): initial_residual(self.blocks[i], x, z, guess, labels, count)
-                    for name, guess in guesses[i].items()
-                    for count in (1, segments)
-                }
-                for group, means in groups.items():
-                    rows = slice(None) if group is None or labels is None else labels == group
-                    means[i].add(scaled[rows], {key: values[rows] for key, values in residuals.items()})
-
-        def over(group: int | None, norm: Norm) -> Metrics:
-            everything = slice(0, self.flow.config.num_tokens)
-            blocks = zip(self.blocks, groups[group], strict=True)
-            return _joined_metrics([means.metrics(block, everything, 1, norm) for block, means in blocks])
-
+                z = (x - shift) * torch.exp(-log_scale)
+                for count in {1, segments} if i in tough else {1}:
+                    residuals = initial_residuals(self.blocks[i], x, z, guesses[i], labels, count)
+                    for (group, means), (name, values) in product(groups.items(), residuals.items()):
+                        means[i].residuals[name, count].add(values[_members(group, labels)])
         runs = segment_runs(self.flow.config.num_tokens, segments)
-        cut = tuple(
-            _joined_metrics([means.metrics(block, run, segments, norm) for run in runs])
-            for block, means in zip(self.blocks, groups[None], strict=True)
-        )
-        return {each: over(None, each) for each in NORMS}, cut, {label: over(label, norm) for label in classes}
+        return (
+            {each: _joined((means.igm(each), means.components(each)) for means in everyone) for each in NORMS},
+            {
+                i: _joined((everyone[i].igm(norm, run, segments), everyone[i].components(norm, run)) for run in runs)
+                for i in tough
+            },
+            {
+                label: _joined((means.igm(norm), means.components(norm)) for means in groups[label])
+                for label in groups if label is not None
+            },
+        )  # fmt: skip
 
     def encoded(self, index: Int[Tensor, " m"]) -> list[BlockSolution]:
         """Per block, the images at `index` as its solutions: X* with the z that it encodes to."""
@@ -221,9 +226,14 @@ class Passes:
                 yield step.x, *_affine(block, step.x, labels)
 
 
-def _joined_metrics(rows: Sequence[tuple[dict[str, float], Components | None]]) -> Metrics:
-    components = [part for _, part in rows if part is not None]
-    return Metrics(tuple(igm for igm, _ in rows), tuple(components) if len(components) == len(rows) else None)
+def _members(group: int | None, labels: Tensor | None) -> Tensor | slice:
+    """The images of a batch that are in a group."""
+    return slice(None) if group is None or labels is None else labels == group
+
+
+def _joined(rows: Iterable[tuple[dict[str, float], Components | None]]) -> Metrics:
+    igm, components = zip(*rows, strict=True)
+    return Metrics(igm, None if None in components else components)
 
 
 def _affine(block: AffineBlock, x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.guidance import Guidance
 from jacobiflow.solvers import Guess, Latent, MeanAffine, Zeros
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 GUESS_NAMES = ("latent", "zeros", "mean_affine")
 Start = Literal["images", "noise"]
 
@@ -76,7 +76,7 @@ class Report:
     - `settings`: what it was made with.
     - `metrics`: IGM and CRM in each norm; `igm`, `crm`, `crm_percent`, `components` and `tough_blocks` are those in the
         norm of the settings.
-    - `segment_metrics`: per block, the metrics of its `settings.segments` segments.
+    - `segment_metrics`: for each tough block, the metrics of its `settings.segments` segments.
     - `class_metrics`: per class of the images, the metrics over its images alone; empty unless asked for.
     - `mean_affine`: per block the calibrated guess.
     - `traces`: from "images" (the latents that encode them) and from "noise" (fresh latents), per block and guess the
@@ -96,7 +96,7 @@ class Report:
     token_channels: int
     settings: Settings
     metrics: Mapping[Norm, Metrics]
-    segment_metrics: tuple[Metrics, ...]
+    segment_metrics: Mapping[int, Metrics]
     class_metrics: Mapping[int, Metrics]
     mean_affine: tuple[MeanAffine, ...]
     traces: Mapping[Start, tuple[Mapping[str, Trace], ...]]
@@ -112,19 +112,20 @@ class Report:
         check_count("token_channels", self.token_channels, most=MOST_CHANNELS)
         of_blocks = [*self.metrics.values(), *self.class_metrics.values()]
         counts = [len(m.igm) for m in of_blocks] + [len(m.components) for m in of_blocks if m.components is not None]
-        counts += [len(self.segment_metrics), len(self.gamma), *map(len, self.traces.values())]
+        counts += [len(self.gamma), *map(len, self.traces.values())]
         if set(counts) != {wanted}:
             raise ValueError(f"report of {wanted} blocks, but with parts of {sorted(set(counts) - {wanted})} blocks")
         if self.settings.norm not in self.metrics or "noise" not in self.traces:
             raise ValueError(f"report without metrics in norm {self.settings.norm!r}, or without sweeps from noise")
-        named = [row for m in (*of_blocks, *self.segment_metrics) for row in m.igm]
+        named = [row for m in (*of_blocks, *self.segment_metrics.values()) for row in m.igm]
         named += [row for rows in self.traces.values() for row in rows]  # type: ignore[misc]
         if any(set(row) != set(GUESS_NAMES) for row in named):
             raise ValueError(f"report without one of the guesses {', '.join(GUESS_NAMES)}")
         if any(guess.shift.shape != (self.num_tokens, self.token_channels) for guess in self.mean_affine):
             raise ValueError(f"report whose mean parameters are not ({self.num_tokens}, {self.token_channels})")
-        if any(len(m.igm) != self.settings.segments for m in self.segment_metrics):
-            raise ValueError(f"report whose segment_metrics are not of {self.settings.segments} segments")
+        cut = self.segment_metrics
+        if not cut.keys() <= set(range(wanted)) or any(len(m.igm) != self.settings.segments for m in cut.values()):
+            raise ValueError(f"report whose segment_metrics are not of {self.settings.segments} segments of a block")
         if any(not norms or min(norms) < 0 for norms in self.gamma):
             raise ValueError("report whose gamma is not a norm for each sample of each block, 0 or positive")
         self._check_traces()
