@@ -220,11 +220,13 @@ def grid(result: dict[str, Any]) -> str:
     lines = []
     for model, found in result["models"].items():
         native, swept = ([row["ratio"] for row in found["plans"] if row["native"] == loop] for loop in (True, False))
-        ratios = (f"{max(each) - 1:.1%}" for each in (native, swept))
-        lines.append([model, f"{found['passes']:,.0f}", f"{found['default']:,.0f}", str(len(native)), *ratios])
+        ratios, unseen = (f"{max(each) - 1:.1%}" for each in (native, swept)), found.get("unseen", ())
+        tried = (f"{found[each]:,.0f}" for each in ("passes", "default"))
+        lines.append([model, " / ".join(map(str, found["samples"])), " / ".join(tried),
+                      " / ".join(f"{sweeps:.1f}" for sweeps in unseen), str(len(native)), *ratios])  # fmt: skip
     columns = (
-        "model", "passes over a block, more tried", "passes, as `calibrate` does", "plans compared",
-        "slowest plan: longer by", "without the native loop",
+        "model", "samples", "passes a sample", "sweeps of unseen ones", "plans compared", "slowest plan: longer by",
+        "without the native loop",
     )  # fmt: skip
     return f"{table(columns, lines)}\n\n{measured_on(result['machine'])}"
 

@@ -73,10 +73,12 @@ def calibrating(report: dict[str, Any], result: dict[str, Any]) -> str:
     """What the report of `auto` costs, and when it has paid for itself: without native code, and with it."""
     machine, size = report["machine"], result["timings"]["batch_size"]
     rows = {row["name"]: row["seconds"]["median"] for row in result["rows"]}
+    elsewhere = ", on another machine" * (machine["processor"] != result["timings"]["machine"]["processor"])
     lines = [
         f"The bundled report of this guidance took {report['seconds']:.0f} s to make (`--num 256 --traced 8`), on "
         f"{machine['cores']} cores of {machine['processor']}. No "
-        "time above includes that. It has paid for itself after so many images, by the seconds of the table above:\n",
+        f"time above includes that. By the seconds of the table above{elsewhere}, it has paid for itself after so many "
+        "images:\n",
         "| strategy | compared with Original | compared with sequential, in PyTorch |",
         "| --- | ---: | ---: |",
     ]

@@ -7,8 +7,8 @@ matrix product it advances by the seconds that the product takes in proportion, 
 read. Sweeps are as many as `emoji-p2` needs, whose T is a quarter. What is not counted: launches, waits, and reading
 images.
 
-A calibration's passes are linear in the images and in the traced samples beyond the first eight, which alone have the
-norm of their error matrix measured, and are swept eight at a time. Three small ones tell how many of each.
+A calibration's passes are linear in the images, and in the traced samples beyond those that are tuned with; the norm
+of the error matrix is of even fewer. Small ones tell how many of each.
 Writes docs/results/planning-at-size.json.
 """
 
@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import jacobiflow as jf
 from jacobiflow import native
+from jacobiflow.calibration.tune import SAMPLES
 from jacobiflow.data import Noise, bundled_emoji, noisy_images
 from jacobiflow.files import write_json
 from jacobiflow.flows.image_flow import ImageFlow
@@ -34,7 +35,8 @@ OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "planning-at
 SMALL, LARGE = "emoji-p2", "img128cond"
 RATE, BANDWIDTH = 0.5 * 156e12, 0.5 * 2.0e12  # half of an A100's TF32 products and bytes a second
 IMAGES, TRACED = 512, 32  # as jacobiflow calibrate has it
-FEW = 16, 8  # of both, in a small calibration
+FEW = 2 * SAMPLES, SAMPLES  # of both, in a small calibration
+MORE = 192, 8  # that others have in addition: many images, since other images mean other traced samples
 BATCHES = (1, 16, 64)
 
 
@@ -88,12 +90,12 @@ def images(flow: ImageFlow, num: int) -> tuple[torch.Tensor, torch.Tensor]:
     return noisy_images(data, index, Noise("gaussian", flow.config.noise_std)), data.labels[index]
 
 
-def calibrated(flow: ImageFlow, clock: AtSize, num: int, traced: int) -> tuple[jf.Report, float]:
+def calibrated(flow: ImageFlow, clock: AtSize, num: int, traced: int, chord: bool = False) -> tuple[jf.Report, float]:
     """A report, and the passes that it takes."""
     pixels, labels = images(flow, num)
     before = clock.passes
     with clock:
-        report = jf.calibrate(flow, pixels, labels, traced=traced, chord=True)
+        report = jf.calibrate(flow, pixels, labels, traced=traced, chord=chord)
     return report, clock.passes - before
 
 
@@ -116,9 +118,10 @@ def main() -> None:
     with torch.device("meta"):
         large = jf.TarFlow(jf.PRESETS[LARGE].config).requires_grad_(False)
     clock = AtSize(small, large)
-    report, base = calibrated(small, clock, *FEW)
-    more_images, more_traced = (calibrated(small, clock, *each)[1] for each in ((32, 8), (16, 16)))
-    per_image, per_traced = (more_images - base) / 16, (more_traced - base) / 8
+    report, base = calibrated(small, clock, *FEW, chord=True)
+    few = calibrated(small, clock, *FEW)[1]
+    per_image = (calibrated(small, clock, FEW[0] + MORE[0], FEW[1])[1] - few) / MORE[0]
+    per_traced = (calibrated(small, clock, FEW[0], FEW[1] + MORE[1])[1] - few) / MORE[1]
     blocks = large.config.num_blocks / small.config.num_blocks
     passes = blocks * (base + per_image * (IMAGES - FEW[0]) + per_traced * (TRACED - FEW[1]))
     found = {

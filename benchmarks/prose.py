@@ -165,6 +165,8 @@ PERFORMANCE, ARCHITECTURE = "docs/performance.md", "docs/architecture.md"
 EASY = slice(7)  # the blocks of fashion-p2 that are not tough
 
 SENTENCES = (
+    Sentence(CALIBRATION, "took {:.0f} s for `fashion-p2` and {:.0f} s for `emoji-p2`",
+             lambda: [result(f"{model}-calibration")["seconds"] for model in ("fashion-p2", "emoji-p2")]),
     Sentence(CALIBRATION, "mean error of {:.0e} at batch 16, and its worst pixel is {:.1f} off",
              lambda: [scheduled("[7-8-12-10]", 16, entry) for entry in ("mean_error", "max_error")]),
     Sentence(SOLVERS, "to 1e-3, from z: {} to {} in block 7, {} to {} in the rest",
@@ -174,7 +176,7 @@ SENTENCES = (
     Sentence(SOLVERS, "such a sweep takes {:.0%} of the time at 16 samples", lambda: (in_bfloat16("16"),)),
     Sentence(SOLVERS, "plain sweeps from z take {:.1f} in block 7 and {:.1f} to {:.1f} elsewhere",
              lambda: (sweeps("latent", slice(7, 8))[0], min(sweeps("latent", EASY)), max(sweeps("latent", EASY)))),
-    Sentence(SOLVERS, "chord {:.2f} and {:.1f} to {:.1f}, a sweep that confirms included",
+    Sentence(SOLVERS, "with guess and chord {:.2f} and {:.1f} to {:.1f}, a sweep that confirms included",
              lambda: (fitted("fashion-p2")[7], min(fitted("fashion-p2")[:7]), max(fitted("fashion-p2")[:7]))),
     Sentence(SOLVERS, "plain sweeps take {:.1f} to {:.1f}, and with what is fitted {:.2f} to {:.1f}",
              lambda: (*(f(sweeps("latent", slice(4), "digits-p1")) for f in (min, max)),

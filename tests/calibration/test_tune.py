@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 GUIDANCE = jf.Guidance(0.4, annealed=False, on="shift", attn_temperature=0.9)
 SETTINGS = TuneSettings(
     tolerances=(1e-1, 1e-3), partitions=(jf.Window(4), jf.Whole()), fine=(2, 6), coarse=(3,), fine_after_coarse=(1, 4),
-    coarse_to_tolerance=(2,), coarse_tolerances=(1e-3,), coarse_from=0.5,
+    coarse_to_tolerance=(2,), coarse_from=0.5,
 )  # fmt: skip
 FLOWS: dict[str, tuple[Callable[[], Any], int]] = {
     "classes": (lambda: make_flow(image_size=6, num_classes=3), 4),
@@ -72,7 +72,7 @@ def test_what_runs_took_and_left_is_what_the_oracle_sees(name: str) -> None:
     # float32's inputs differ from the oracle's in their last digits.
     slack, close = (1, {"rel": 0.1, "abs": 1e-4}) if name == "digits-p1" else (0, {"rel": 1e-4, "abs": 1e-9})
     tried = [((partition, 0), tolerance) for partition in (jf.Window(4), jf.Whole()) for tolerance in (1e-1, 1e-3)]
-    tried += [((jf.Whole(), 2), 1e-3)] * low
+    tried += [((jf.Whole(), 2), tolerance) for tolerance in (1e-1, 1e-3)] * low
     for i, (p, block) in enumerate(zip(found.blocks, found.tuning.blocks, strict=True)):
 
         def left(x: Tensor, p: BlockProblem = p) -> tuple[float, float]:
@@ -124,8 +124,7 @@ def test_fits_recover_the_kernel_of_a_linear_block() -> None:
 
 
 def test_settings_say_what_is_tried() -> None:
-    few = TuneSettings((1e-2,), fit=False, fine=(9,), coarse=(), coarse_to_tolerance=(2,), coarse_tolerances=(1e-1,),
-                       coarse_from=1.0)  # fmt: skip
+    few = TuneSettings((1e-2,), fit=False, fine=(9,), coarse=(), coarse_to_tolerance=(2,), coarse_from=1.0)
     for block in jf.tune(make_flow(image_size=6), samples=2, settings=few, progress=False).blocks:
         assert (block.guess, block.correction) == (jf.Latent(), jf.Plain())
         ways = [(jf.Window(9), 0), (jf.Window(9), 2)]  # the only candidate

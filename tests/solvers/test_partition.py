@@ -40,8 +40,8 @@ def test_a_sliding_run_has_a_size_wherever_it_starts() -> None:
 
 
 def test_which_windows_are_tried() -> None:
-    """Windows of 16, 32, 64 .. tokens, up to half of them, and of all."""
-    sizes = {1: [1], 31: [31], 32: [16, 32], 33: [16, 33], 196: [16, 32, 64, 196], 256: [16, 32, 64, 128, 256]}
+    """Windows of 32, 64, 128 .. tokens, up to half of them, and of all."""
+    sizes = {1: [1], 63: [63], 64: [32, 64], 65: [32, 65], 196: [32, 64, 196], 256: [32, 64, 128, 256]}
     for length, tried in sizes.items():
         assert jf.Window.candidates(length) == tuple(jf.Window(size) for size in tried)
     assert jf.Whole.candidates(64) == jf.Segments.candidates(64) == jf.Sequential.candidates(64) == ()

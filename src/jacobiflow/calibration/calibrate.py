@@ -19,7 +19,7 @@ from jacobiflow.calibration.kept import keeping
 from jacobiflow.calibration.metrics import NORMS, Metrics, Norm
 from jacobiflow.calibration.passes import BlockSolution, Images, Passes
 from jacobiflow.calibration.report import GUESS_NAMES, Report, Settings, Start
-from jacobiflow.calibration.tune import tune
+from jacobiflow.calibration.tune import SAMPLES, tune
 from jacobiflow.checks import check_choice, check_count, check_flag, check_path, check_seed
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
@@ -66,8 +66,8 @@ def calibrate(
         their labels.
     - `per_class`: also measure the metrics over the images of each class alone (Appendix E).
     - `chord`: also fit a guess and a chord correction to every block, and count the sweeps that they take, for
-        `jacobiflow.plan`: `report.tuning`, by `jacobiflow.tune` on `traced` fresh latents (of all classes, where
-        `labels` is `None`).
+        `jacobiflow.plan`: `report.tuning`, by `jacobiflow.tune` on 16 fresh latents, or `traced` where these are fewer
+        (of all classes, where `labels` is `None`).
     - `seed`: fixes the fresh latents. `jacobiflow.sample` never draws the same ones.
     - `progress`: show bars on a terminal.
     - `out`: write the report to this file. What is finished is kept in the folder `out`.partial until then, so that the
@@ -90,7 +90,7 @@ def calibrate(
         with bar:
             report = kept.once("report", Report, partial(_measure, passes, settings, per_class))
         if chord:
-            chosen = _traced(settings)
+            chosen = _spaced(min(traced, SAMPLES), len(images))
             classes = None if labels is None else labels[chosen.to(labels.device)]
             tuning = tune(
                 flow, classes, guidance, samples=len(chosen), batch_size=batch_size, seed=seed, progress=progress,
@@ -108,7 +108,7 @@ def _measure(passes: Passes, settings: Settings, per_class: bool) -> Report:
     mean_affine, means = passes.parameters(sorted(set(labels.tolist())) if per_class and labels is not None else ())
     guesses = [_guesses(guess) for guess in mean_affine]
     metrics, segment_metrics, class_metrics = passes.metrics(means, guesses, segments, norm)
-    chosen = _traced(settings)
+    chosen = _spaced(settings.traced, settings.num_images)
     solutions: dict[Start, list[BlockSolution]] = {} if settings.guidance else {"images": passes.encoded(chosen)}
     solutions["noise"] = passes.sampled(chosen, settings.seed)
     at = solutions["noise" if settings.guidance else "images"]
@@ -130,9 +130,9 @@ def _measure(passes: Passes, settings: Settings, per_class: bool) -> Report:
     )
 
 
-def _traced(settings: Settings) -> Int[Tensor, " n"]:
-    """The images whose sweeps are measured, evenly spaced."""
-    return torch.arange(settings.traced) * settings.num_images // settings.traced
+def _spaced(num: int, num_images: int) -> Int[Tensor, " n"]:
+    """The indices of `num` images, evenly spaced."""
+    return torch.arange(num) * num_images // num
 
 
 def _key(passes: Passes, settings: Settings, per_class: bool, chord: bool) -> str:

@@ -48,6 +48,9 @@ from jacobiflow.solvers import (
     solve,
 )
 
+SAMPLES = 16
+"""Fresh latents that a tuning is of, by default."""
+
 
 @dataclass(frozen=True)
 class TuneSettings:
@@ -62,8 +65,7 @@ class TuneSettings:
     - `fine`: numbers of sweeps to try without a tolerance.
     - `coarse`: numbers of sweeps in bfloat16 to try; more of them change nothing but its rounding.
     - `fine_after_coarse`: numbers of sweeps to try after each of those.
-    - `coarse_to_tolerance`: numbers of sweeps in bfloat16 to try before sweeps to a tolerance.
-    - `coarse_tolerances`: the tolerances of these.
+    - `coarse_to_tolerance`: numbers of sweeps in bfloat16 to try before sweeps to each tolerance.
     - `coarse_from`: the least share of the tokens in a run for which these are tried; a small run gains little.
     - `coarse_share`: they are tried where they are at least this share of the passes that it takes without them.
 
@@ -81,15 +83,13 @@ class TuneSettings:
     coarse: tuple[int, ...] = (2, 3)
     fine_after_coarse: tuple[int, ...] = (2, 3, 4)
     coarse_to_tolerance: tuple[int, ...] = (2, 3)
-    coarse_tolerances: tuple[float, ...] = (1e-1, 1e-3, 1e-5)
     coarse_from: float = 0.25
     coarse_share: float = 0.1
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("tolerances", "coarse_tolerances"):
-            for tolerance in getattr(self, name):
-                check_positive(name, tolerance)
+        for tolerance in self.tolerances:
+            check_positive("tolerances", tolerance)
         check_positive("typical", self.typical)
         for name in ("fine", "coarse", "fine_after_coarse", "coarse_to_tolerance"):
             for count in getattr(self, name):
@@ -101,15 +101,15 @@ class TuneSettings:
 
 
 def tune(
-    flow: ImageFlow, labels: Int[Tensor, " n"] | None = None, guidance: Guidance | None = None, *, samples: int = 32,
-    batch_size: int = 64, seed: int = 0, progress: bool = True, settings: TuneSettings = TuneSettings(),
-    kept: Kept = Kept(),  # noqa: B008  frozen
+    flow: ImageFlow, labels: Int[Tensor, " n"] | None = None, guidance: Guidance | None = None, *,
+    samples: int = SAMPLES, batch_size: int = 64, seed: int = 0, progress: bool = True,
+    settings: TuneSettings = TuneSettings(), kept: Kept = Kept(),  # noqa: B008  frozen
 ) -> Tuning:  # fmt: skip
     """Fit a guess and a correction to every block, and count the sweeps that they take, on fresh latents.
 
     The latents go through the exact inverse, block by block. At each block the registered guesses and corrections that
     can be fitted are fitted to its solutions (`CausalLinear` and `Chord`), and the candidates of the registered
-    partitions (`Window`s of 16, 32, 64 .. tokens, and of all) are solved with the best of them to each of a few
+    partitions (`Window`s of 32, 64, 128 .. tokens, and of all) are solved with the best of them to each of a few
     tolerances. A correction that does not save sweeps is left out.
 
     **Arguments:**
@@ -256,8 +256,8 @@ class _Trials:
                 runs.append(self._run(partition, tolerance, guess, correction))
                 passes[tolerance] = share * statistics.mean(runs[-1].sweeps)
             if isinstance(self.block, LowPrecision) and share >= settings.coarse_from:
-                for coarse, tolerance in product(settings.coarse_to_tolerance, settings.coarse_tolerances):
-                    if coarse >= settings.coarse_share * passes.get(tolerance, 0.0):
+                for coarse, tolerance in product(settings.coarse_to_tolerance, settings.tolerances):
+                    if coarse >= settings.coarse_share * passes[tolerance]:
                         runs.append(self._run(partition, tolerance, guess, correction, coarse))
         typical = self._solve(Solver(Whole(), guess, Tolerance(settings.typical), correction)).x
         return tuple(runs), typical

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from jacobiflow.checks import check_count
 from jacobiflow.codec import family, register
 
-_SMALLEST = 16  # tokens in a window that is tried: no plan had fewer, see benchmarks/tuning_grid.py
+_SMALLEST = 32  # tokens in a window that is tried: hardly a plan had fewer, see benchmarks/tuning_grid.py
 
 
 @family
@@ -130,7 +130,7 @@ class Window(SlidingRun):
 
     @classmethod
     def candidates(cls, num_tokens: int) -> tuple[Partition, ...]:
-        """Windows of 16, 32, 64 .. tokens, up to half of them, and of all."""
+        """Windows of 32, 64, 128 .. tokens, up to half of them, and of all."""
         sizes: list[int] = []
         while _SMALLEST << len(sizes) <= num_tokens / 2:
             sizes.append(_SMALLEST << len(sizes))
