@@ -134,6 +134,7 @@ def test_a_report_comes_back_from_its_file_and_fits_its_flow_only(report: Report
         (("tuning",), {}, "not a tuning"),
         (("num_tokens",), 0, "num_tokens=0: give a positive"),
         (("settings", "segments"), 3, "segment_metrics are not of 3 segments"),
+        (("schema_version",), 1, "report of schema_version 1: an entry is missing or of the wrong kind"),
         (("settings", "traced"), 2, "traces are not of 2 samples"),
         (("class_metrics", "0", "igm"), [], r"class_metrics\.0: metrics: components of 5 blocks or segments, IGM of 0"),
         (("metrics", "2", "igm", 0, "zeros"), -1.0, r"metrics\.2: metrics: a norm that is not 0 or positive"),
@@ -149,7 +150,7 @@ def test_a_report_comes_back_from_its_file_and_fits_its_flow_only(report: Report
         (("tuning", "blocks", 1, "guess"), codec.encode(SHORT), r"tuning, block 1: MeanAffine .*\(3, 1\)"),
         (("tuning", "blocks", 1, "runs", 0, "tolerance"), -1.0, r"runs\[0\]: tolerance=-1"),
     ],
-    ids=range(27),
+    ids=range(28),
 )
 def test_an_entry_that_does_not_fit_is_named(report: Report, path: tuple[Any, ...], entry: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -252,11 +252,20 @@ class Report:
 
     @classmethod
     def from_json(cls, value: Any) -> Report:
-        """Inverse of `to_json`. **Raises** `ValueError` that names the entry at fault."""
-        if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
+        """Inverse of `to_json`, and of its version 1. **Raises** `ValueError` that names the entry at fault."""
+        version = value.get("schema_version") if isinstance(value, dict) else None
+        if version not in (1, SCHEMA_VERSION):
             raise ValueError(f"not a calibration report of schema_version {SCHEMA_VERSION}")
         tuning = value.get("tuning")
         entries = {name: entry for name, entry in value.items() if name not in ("schema_version", "tuning")}
+        if version == 1:
+            try:  # it has segment_metrics of every block
+                cut = {block: entries["segment_metrics"][int(block)] for block in entries["segment_traces"]}
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                raise ValueError(
+                    f"report of schema_version 1: an entry is missing or of the wrong kind ({error})"
+                ) from error
+            entries["segment_metrics"] = cut
         found: Report = codec.decode(cls, entries)
         return replace(found, tuning=None if tuning is None else Tuning.from_json(tuning))
 
