@@ -119,8 +119,6 @@ evaluation: setup
 		--strategy "Selective Jacobi Decoding" --strategy STARFlow --repeats 3 --out out/comparison \
 		--json docs/results/comparison.json
 	$(BIN)/jacobiflow compare --model emoji-p2 $(GUIDED_emoji-p2) --denoise 1 --features emoji --num 128 --repeats 1 \
-		--strategy Jacobi-30 --strategy "[5-256-1-10]" --strategy "[5/0-256-1-6]" --strategy "[5/0-1-64-6]" \
-		--strategy "[5/0-8-8-6]" --strategy "Selective Jacobi Decoding" --strategy STARFlow --strategy auto \
 		--out out/in-colour --json docs/results/emoji-p2-comparison.json
 	$(BIN)/python benchmarks/evaluation_page.py
 	$(BIN)/python benchmarks/readme.py
