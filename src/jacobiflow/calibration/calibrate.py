@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -123,7 +123,9 @@ def _measure(passes: Passes, settings: Settings, per_class: bool) -> Report:
         class_metrics=class_metrics,
         mean_affine=tuple(mean_affine),
         traces=traces,
-        segment_traces=_segment_traces(passes, solutions["noise"], guesses, metrics[norm], segments, traces["noise"]),
+        segment_traces=_segment_traces(
+            passes, solutions["noise"], guesses, metrics[norm], segment_metrics, segments, traces["noise"]
+        ),
         gamma=tuple(
             passes.gamma(i, at[i]) for i in passes.bar.track(range(len(flow.blocks)), description="error matrix")
         ),
@@ -189,6 +191,7 @@ def _segment_traces(
     rows: Sequence[BlockSolution],
     guesses: Sequence[Mapping[str, Guess]],
     metrics: Metrics,
+    tough: Iterable[int],
     segments: int,
     whole: Sequence[Mapping[str, Trace]],
 ) -> dict[int, dict[int, tuple[Trace, ...]]]:
@@ -199,7 +202,7 @@ def _segment_traces(
     length = passes.flow.config.num_tokens
     powers = {2**k for k in range(length.bit_length()) if 2**k <= length // _FEWEST_TOKENS}
     found: dict[int, dict[int, tuple[Trace, ...]]] = {}
-    for i in metrics.tough_blocks if metrics.components is not None else ():
+    for i in tough:
         best = metrics.best_guess(i)
         counts = passes.bar.track(sorted(({segments} | powers) - {1}), description=f"segments of block {i}")
         cut = {count: passes.traces(i, rows[i], guesses[i][best], count) for count in counts}

@@ -52,7 +52,9 @@ def calibrate(
     ] = False,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="Do not use the images' labels.")] = False,
     norm: Annotated[str, typer.Option("--norm", help="Norm of IGM and CRM: 2 (spectral), fro, 1.")] = "2",
-    segments: Annotated[int, typer.Option("--segments", help="Segments of a block with metrics of their own.")] = 8,
+    segments: Annotated[
+        int, typer.Option("--segments", help="Segments of a tough block, with metrics of their own.")
+    ] = 8,
     traced: Annotated[int, typer.Option("--traced", help="Images, and fresh latents, whose sweeps are measured.")] = 32,
     per_class: Annotated[bool, typer.Option("--per-class", help="Also each class by itself (Appendix E).")] = False,
     chord: Annotated[
