@@ -5,6 +5,7 @@ from jacobiflow.adapters import Acceleration, accelerate
 from jacobiflow.calibration import Report, Tuning, calibrate, find_report, tune
 from jacobiflow.codec import register
 from jacobiflow.denoising import denoise
+from jacobiflow.errors import InputError
 from jacobiflow.flows.base import AffineBlock, Block
 from jacobiflow.flows.maf import MAF, MAFConfig
 from jacobiflow.flows.presets import PRESETS, Preset
@@ -58,6 +59,7 @@ __all__ = [
     "EarlyStop",
     "Guess",
     "Guidance",
+    "InputError",
     "Latent",
     "MAFConfig",
     "MaxSweeps",

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jacobiflow.errors import InputTypeError, InputValueError
+
 _LONGEST = 60  # characters of a value that a message quotes
 _LARGEST_INT = 2**63 - 1  # that PyTorch takes
 
@@ -50,9 +52,9 @@ def check_count(name: str, value: Any, least: int = 1, most: int | None = None) 
     if isinstance(value, bool) or not isinstance(value, int):
         raise _wrong_kind(name, value, give)
     if value < least:
-        raise ValueError(f"{name}={short(value)}: give {give}")
+        raise InputValueError(f"{name}={short(value)}: give {give}")
     if most is not None and value > most:
-        raise ValueError(f"{name}={short(value)}: the limit is {most:,}; give less")
+        raise InputValueError(f"{name}={short(value)}: the limit is {most:,}; give less")
 
 
 def check_seed(seed: Any) -> None:
@@ -65,7 +67,7 @@ def check_number(name: str, value: Any, least: float = 0.0, give: str = "0 or a 
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _wrong_kind(name, value, give)
     if not least <= value <= (_LARGEST_INT if isinstance(value, int) else sys.float_info.max):
-        raise ValueError(f"{name}={short(value)}: give {give}")
+        raise InputValueError(f"{name}={short(value)}: give {give}")
 
 
 def check_positive(name: str, value: Any, give: str = "a positive number") -> None:
@@ -83,7 +85,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """**Raises** `ValueError` where `value` is none of `choices`, in kind and value."""
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         *others, last = map(repr, choices)
-        raise ValueError(f"{name}={short(value)}: give {', '.join(others)} or {last}" if others else
+        raise InputValueError(f"{name}={short(value)}: give {', '.join(others)} or {last}" if others else
                          f"{name}={short(value)}: give {last}")  # fmt: skip
 
 
@@ -103,7 +105,7 @@ def check_device(value: Any, here: bool = False) -> torch.device:
             torch.empty(0, device=device).sum().item()  # fails where a device holds no values
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={short(str(value))}: no such device here; give 'cpu'") from error
+        raise InputValueError(f"device={short(str(value))}: no such device here; give 'cpu'") from error
 
 
 def check_floating(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
@@ -113,20 +115,20 @@ def check_floating(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
     want = f"a torch.Tensor of floating-point numbers ({', '.join(map(str, shape))})"
     check_kind(name, value, Tensor, want)
     if not value.is_floating_point():
-        raise TypeError(f"{name}={short(value)}: give {want}")
+        raise InputTypeError(f"{name}={short(value)}: give {want}")
     if value.is_meta:
-        raise ValueError(f"{name}={short(value)} on the meta device: give one with values")
+        raise InputValueError(f"{name}={short(value)} on the meta device: give one with values")
     fits = value.ndim == len(shape) and all(
         have == size if isinstance(size, int) else have > 0 for have, size in zip(value.shape, shape, strict=True)
     )
     if not fits:
-        raise ValueError(f"{name}={short(value)}: give {want}")
+        raise InputValueError(f"{name}={short(value)}: give {want}")
 
 
 def check_finite(name: str, value: Tensor) -> None:
     """**Raises** `ValueError` where an entry of the tensor is not finite."""
     if not torch.isfinite(value).all():
-        raise ValueError(f"{name}={short(value)} holds a NaN or an infinity: give finite values")
+        raise InputValueError(f"{name}={short(value)} holds a NaN or an infinity: give finite values")
 
 
 def check_rows(name: str, value: Any, rows: int, of: str) -> None:
@@ -135,13 +137,13 @@ def check_rows(name: str, value: Any, rows: int, of: str) -> None:
     """
     check_kind(name, value, Tensor, f"a torch.Tensor with a row for each of the {rows} {of}")
     if not value.ndim or len(value) != rows:
-        raise ValueError(f"{name}={short(value)}: give a row for each of the {rows} {of}")
+        raise InputValueError(f"{name}={short(value)}: give a row for each of the {rows} {of}")
 
 
 def check_on(name: str, value: Tensor, device: torch.device) -> None:
     """**Raises** `ValueError` where the tensor is not on `device`."""
     if value.device != device:
-        raise ValueError(f"{name}: on {value.device}, but {device} is needed; move one of them")
+        raise InputValueError(f"{name}: on {value.device}, but {device} is needed; move one of them")
 
 
 def check_fields(record: Any) -> None:
@@ -181,5 +183,5 @@ def _fits(declared: Any, value: Any) -> bool:
     return kind is Any or isinstance(value, kind)
 
 
-def _wrong_kind(name: str, value: Any, give: str) -> TypeError:
-    return TypeError(f"{name}={short(value)} of type {type(value).__name__}: give {give}")
+def _wrong_kind(name: str, value: Any, give: str) -> InputTypeError:
+    return InputTypeError(f"{name}={short(value)} of type {type(value).__name__}: give {give}")

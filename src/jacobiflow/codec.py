@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from jacobiflow.checks import check_kind, check_path, short
+from jacobiflow.errors import InputTypeError, InputValueError
 
 T = TypeVar("T")
 OMIT_DEFAULT = {"omit_default": True}
@@ -42,7 +43,7 @@ def register(name: str) -> Callable[[type[T]], type[T]]:
     """
     check_kind("name", name, str, "the name that stands for the class")
     if not name or set(name) & set("+: "):
-        raise ValueError(f"name={short(name)}: give a name without spaces, '+' and ':', which the notation reads")
+        raise InputValueError(f"name={short(name)}: give a name without spaces, '+' and ':', which the notation reads")
 
     def add(cls: type[T]) -> type[T]:
         check_kind("class", cls, type, "a dataclass")
@@ -50,9 +51,9 @@ def register(name: str) -> Callable[[type[T]], type[T]]:
         taken = names.get(name, cls)
         # The same class once more is a module that was loaded again.
         if (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"{name!r} is the name of {taken.__module__}.{taken.__qualname__}; choose another")
+            raise InputValueError(f"{name!r} is the name of {taken.__module__}.{taken.__qualname__}; choose another")
         if not is_dataclass(cls):
-            raise TypeError(f"{cls.__name__}: make it a dataclass to register it")
+            raise InputTypeError(f"{cls.__name__}: make it a dataclass to register it")
         names[name] = cls
         return cls
 
@@ -74,7 +75,7 @@ def _base_of(cls: type) -> type:
     base = next((base for base in cls.__mro__ if base in _families), None)
     if base is None:
         bases = ", ".join(base.__name__ for base in _families)
-        raise TypeError(f"{cls.__name__}: derive it from one of {bases} to register it")
+        raise InputTypeError(f"{cls.__name__}: derive it from one of {bases} to register it")
     return base
 
 
@@ -102,13 +103,13 @@ def encode(value: Any) -> Any:
         return {str(key): encode(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [encode(entry) for entry in value]
-    raise ValueError(f"{short(value)} has no JSON form")
+    raise InputValueError(f"{short(value)} has no JSON form")
 
 
 def _encode_dataclass(value: Any) -> dict[str, Any]:
     name = name_of(type(value))
     if name is None and any(base in _families for base in type(value).__mro__):
-        raise ValueError(f"{short(value)} has no JSON form: register its class under a name (jacobiflow.register)")
+        raise InputValueError(f"{short(value)} has no JSON form: register its class under a name (jacobiflow.register)")
     entries = {
         entry.name: encode(getattr(value, entry.name))
         for entry in fields(value)
@@ -239,7 +240,7 @@ def _decode_tensor(value: Any, where: str) -> Tensor:
         shape = value["shape"]
         (name,) = value.keys() - {"shape"}
         if name not in _STORED or not all(type(size) is int and size >= 0 for size in shape):
-            raise ValueError(f"shape {short(shape)}, entries {', '.join(value)}")
+            raise InputValueError(f"shape {short(shape)}, entries {', '.join(value)}")
         array = np.frombuffer(base64.b64decode(value[name], validate=True), _STORED[name]).reshape(shape)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _error(where, f"not an array of float32 values, or float64, with its shape ({error})") from error
@@ -254,8 +255,8 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _error(where: str, text: str) -> ValueError:
-    return ValueError(f"{where}: {text}" if where else text)
+def _error(where: str, text: str) -> InputValueError:
+    return InputValueError(f"{where}: {text}" if where else text)
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -271,6 +272,6 @@ def load(path: str | Path, what: str, from_json: Callable[[Any], T], remedy: str
     try:
         return from_json(json.loads(Path(path).read_text()))
     except OSError as error:
-        raise ValueError(f"{what} {path}: cannot be read ({error.strerror})") from error
+        raise InputValueError(f"{what} {path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} {path}: {error}{remedy}") from error
+        raise InputValueError(f"{what} {path}: {error}{remedy}") from error

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from jacobiflow.checks import check_count, check_number
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
 
 _MOST = 2**31  # images at a time
@@ -78,4 +79,6 @@ def check_rate(flow: ImageFlow, rate: float, name: str = "denoise") -> None:
     """**Raises** what `denoise` would for the rate, which the caller knows by `name`."""
     check_number(name, rate, give="0 (off) or a positive rate")
     if rate and not flow.config.noise_std:
-        raise ValueError(f"{name}={rate}: this flow's noise_std is 0, there is no Gaussian noise to remove; give 0")
+        raise InputValueError(
+            f"{name}={rate}: this flow's noise_std is 0, there is no Gaussian noise to remove; give 0"
+        )

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from jacobiflow.errors import InputValueError
+
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial", re.DOTALL)
 
 
@@ -64,7 +66,7 @@ def read_object(path: str | Path) -> dict[str, Any] | None:
 def check_ours(path: str | Path, keys: Iterable[str]) -> None:
     """**Raises** `ValueError` where `path` is there, but is no JSON object with all of `keys`, as ours have them."""
     if os.path.lexists(path) and not set(keys) <= set(read_object(path) or ()):
-        raise ValueError(f"{path}: is not a file that jacobiflow wrote; move it away, or give another folder")
+        raise InputValueError(f"{path}: is not a file that jacobiflow wrote; move it away, or give another folder")
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:

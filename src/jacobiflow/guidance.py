@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from jacobiflow.checks import check_kind
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import (
     AffineBlock,
     AffineFrontPerSample,
@@ -181,7 +182,7 @@ def guided(block: AffineBlock, guidance: Guidance | None) -> AffineBlock:
 
 def _check_temperature(attn_temperature: object) -> None:
     if attn_temperature is not None:
-        raise ValueError("attn_temperature: a guided block takes it from its guidance")
+        raise InputValueError("attn_temperature: a guided block takes it from its guidance")
 
 
 def _twice(x: Tensor) -> Tensor:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from jacobiflow.errors import InputValueError
+
 LOCK = ".lock"
 
 
-class FolderInUseError(ValueError):
+class FolderInUseError(InputValueError):
     """A folder that another process is writing to."""
 
 
@@ -79,4 +81,4 @@ def in_use(path: Path) -> bool:
 def _check(file: Path) -> None:
     """**Raises** `ValueError` for a file that is no lock of ours: these are empty."""
     if file.is_symlink() or (file.exists() and not (file.is_file() and file.stat().st_size == 0)):
-        raise ValueError(f"{file}: is not a lock of jacobiflow; move it away, or give another folder")
+        raise InputValueError(f"{file}: is not a lock of jacobiflow; move it away, or give another folder")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from jacobiflow.checks import check_count, check_finite, check_flag, check_floating, check_kind, check_seed
 from jacobiflow.denoising import check_rate, denoised
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.image_flow import ImageFlow, check_flow, state_dtype
 from jacobiflow.guidance import Guidance, check_guidance, guided
@@ -285,7 +286,7 @@ def _checked_latents(
 ) -> Float[Tensor, "n t d"]:
     """The latents that are given, or else drawn, in case they and the labels fit the flow."""
     if (num is None) == (latents is None):
-        raise ValueError("give either num or latents")
+        raise InputValueError("give either num or latents")
     shape = (flow.config.num_tokens, flow.config.token_channels)
     check_seed(seed)
     if latents is not None:

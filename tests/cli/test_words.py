@@ -29,7 +29,16 @@ from jacobiflow.cli.words import in_options, one_line
 def test_arguments_become_options(message: str, words: str) -> None:
     commands = get_command(app)
     assert isinstance(commands, TyperGroup)
-    assert in_options(message, commands) == words
+    assert in_options(message, commands, ()) == words
+
+
+def test_text_that_the_user_typed_stays_as_it_is() -> None:
+    commands = get_command(app)
+    assert isinstance(commands, TyperGroup)
+    message = "seed=3/run: no model, and seed=-1: give 0 or more"
+    assert in_options(message, commands, ("doctor", "seed=3/run", "--seed=-1")) == (
+        "seed=3/run: no model, and --seed -1: give 0 or more"
+    )
 
 
 def test_a_long_message_is_cut_in_its_middle() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from jacobiflow.adapters.swapped import Acceleration, Adapter, Swapped
 from jacobiflow.checks import check_flag, check_number
+from jacobiflow.errors import InputValueError
 
 _SUPPORTED = {"zuko": ((1, 2), (2,)), "nflows": ((0, 14), (0, 15)), "normflows": ((1, 7), (2,)),
               "pyro": ((1, 9), (2,))}  # from, to below  # fmt: skip
@@ -73,7 +74,7 @@ def accelerate(flow: Any, tolerance: float = 0.0, retry_float64: bool = False) -
                 classes[module] = adapter.accelerated.of(own, done)
     if not done.transforms:
         reasons = "".join(f"; {name}: {why}" for name, why in done.untouched.items())
-        raise ValueError(
+        raise InputValueError(
             f"{type(flow).__name__}: no masked autoregressive transform of {', '.join(_SUPPORTED)} in it to accelerate"
             f"{reasons}; nothing was changed"
         )
@@ -91,7 +92,7 @@ def _adapters(library: str, flow: Any) -> Sequence[Adapter]:
     have, (least, below) = version(_DISTRIBUTIONS.get(library, library)), _SUPPORTED[library]
     numbers = tuple(int(part) for part in have.split(".")[:2] if part.isdigit())
     if not least <= numbers < below:
-        raise ValueError(
+        raise InputValueError(
             f"{library} {have}: supported are {_dotted(least)} to below {_dotted(below)}; nothing was changed"
         )
     return importlib.import_module(f"jacobiflow.adapters.{library}").ADAPTERS

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from jacobiflow.baselines.peer import check_arguments
 from jacobiflow.checks import check_kind
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.maf import MAF, MAFBlock, full_pass
 from jacobiflow.guidance import Guidance, in_force
 from jacobiflow.inversion import invert, prior_tokens
@@ -66,7 +67,7 @@ def full_passes_sample(
     check_arguments(flow, z, labels, guidance)
     guidance = in_force(guidance)
     if guidance is not None and guidance.attn_temperature != 1:
-        raise ValueError(f"attn_temperature {guidance.attn_temperature}: a MAF has no attention; leave it at 1")
+        raise InputValueError(f"attn_temperature {guidance.attn_temperature}: a MAF has no attention; leave it at 1")
 
     def solve(i: int, x: Tensor) -> Tensor:
         return _invert_block(flow.blocks[i], x, labels, guidance)

@@ -16,6 +16,7 @@ from jacobiflow.baselines.selective_jacobi import selective_jacobi
 from jacobiflow.baselines.starflow import GRID as STARFLOW_GRID
 from jacobiflow.baselines.starflow import starflow
 from jacobiflow.checks import check_kind, short
+from jacobiflow.errors import InputTypeError
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.flows.maf import MAF
 from jacobiflow.flows.tarflow import TarFlow
@@ -54,7 +55,7 @@ def register_original_loop(flow_type: type[ImageFlow], name: str, loop: Loop) ->
     **Raises** `TypeError` for other kinds of arguments.
     """
     if not isinstance(flow_type, type) or not issubclass(flow_type, ImageFlow):
-        raise TypeError(f"flow_type={short(flow_type)}: give a class that derives from ImageFlow")
+        raise InputTypeError(f"flow_type={short(flow_type)}: give a class that derives from ImageFlow")
     check_kind("name", name, str, "a name for tables")
     check_kind("loop", loop, Callable, "a function of a flow, latents, labels and guidance")
     _LOOPS[flow_type] = (name, loop)

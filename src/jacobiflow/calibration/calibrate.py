@@ -21,6 +21,7 @@ from jacobiflow.calibration.passes import BlockSolution, Images, Passes
 from jacobiflow.calibration.report import GUESS_NAMES, Report, Settings, Start
 from jacobiflow.calibration.tune import SAMPLES, tune
 from jacobiflow.checks import check_choice, check_count, check_flag, check_path, check_seed
+from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.flows.precision import precision
@@ -159,19 +160,19 @@ def _check(
     check_flag("per_class", per_class)
     check_flag("chord", chord)
     if chord and traced < 2:
-        raise ValueError(f"traced={traced}: give at least 2, to fit a chord to")
+        raise InputValueError(f"traced={traced}: give at least 2, to fit a chord to")
     check_guidance(guidance)
     check_count("segments", segments)
     Segments(segments).check(flow.config.num_tokens)
     indexable = hasattr(images, "__getitem__") and hasattr(images, "__len__")
     if not indexable or isinstance(images, str | bytes | Mapping) or getattr(images, "shape", None) == ():
-        raise TypeError(f"images of type {type(images).__name__}: give a tensor, or what a tensor can index")
+        raise InputTypeError(f"images of type {type(images).__name__}: give a tensor, or what a tensor can index")
     if len(images) < 2:
-        raise ValueError(f"images: {len(images)} of them; give at least 2, better 128, to take means over")
+        raise InputValueError(f"images: {len(images)} of them; give at least 2, better 128, to take means over")
     if labels is not None:
         flow.check_labels(labels, len(images))
     elif per_class:
-        raise ValueError("per_class: give the labels of the images")
+        raise InputValueError("per_class: give the labels of the images")
 
 
 def _guesses(mean_affine: MeanAffine) -> dict[str, Guess]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jacobiflow.calibration.metrics import segment_runs
 from jacobiflow.checks import check_fields, check_kind
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import Block
 from jacobiflow.solvers import Guess, no_gradients
 from jacobiflow.solvers.solve import check_tokens
@@ -39,12 +40,12 @@ class Trace:
         check_fields(self)
         rows = list(self.sweeps.values())
         if not self.median or len(self.median) != len(self.largest) or {len(row) for row in rows} in (set(), {0}):
-            raise ValueError("trace: give a median and a largest distance for each k, and tolerances with counts")
+            raise InputValueError("trace: give a median and a largest distance for each k, and tolerances with counts")
         if any(len(row) != len(rows[0]) for row in rows):
-            raise ValueError("trace: not a count of each sample for each tolerance")
+            raise InputValueError("trace: not a count of each sample for each tolerance")
         counts = [count for row in rows for count in row if count is not None]
         if not all(value >= 0 for value in (*self.median, *self.largest, *self.sweeps, *counts)):
-            raise ValueError("trace: a distance, a tolerance or a count that is not 0 or positive")
+            raise InputValueError("trace: a distance, a tolerance or a count that is not 0 or positive")
 
     def slowest(self, tolerance: float) -> int | None:
         """The sweeps of the slowest sample; `None` where a sample stays above. **Raises** as `reach` does."""
@@ -54,7 +55,7 @@ class Trace:
     def reach(self, tolerance: float) -> tuple[int | None, ...]:
         """`sweeps[tolerance]`. **Raises** `ValueError` where that was not measured."""
         if tolerance not in self.sweeps:
-            raise ValueError(f"tolerance {tolerance}: measured are {', '.join(f'{t:g}' for t in self.sweeps)}")
+            raise InputValueError(f"tolerance {tolerance}: measured are {', '.join(f'{t:g}' for t in self.sweeps)}")
         return self.sweeps[tolerance]
 
     @classmethod

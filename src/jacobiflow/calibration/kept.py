@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from jacobiflow import codec
+from jacobiflow.errors import InputValueError
 from jacobiflow.files import read_object, remove_partials, write_json
 from jacobiflow.locking import LOCK, locked
 
@@ -57,7 +58,7 @@ def keeping(out: Path | None, key: Callable[[], str]) -> Iterator[Kept]:
         settings, wanted = read_object(folder / _SETTINGS), {_KEY: key()}
         if settings is None or settings.keys() != wanted.keys():
             if {entry.name for entry in folder.iterdir()} - {LOCK}:
-                raise ValueError(f"{folder}: was not made by a calibration; move it away, or give another file")
+                raise InputValueError(f"{folder}: was not made by a calibration; move it away, or give another file")
         elif settings != wanted:
             _empty(folder)
         if settings != wanted:

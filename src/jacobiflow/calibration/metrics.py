@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jacobiflow.checks import check_choice, check_fields, check_floating, check_kind, check_number, check_numbers
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import Block
 from jacobiflow.solvers import Guess, Segments, no_gradients
 from jacobiflow.solvers.solve import check_tokens
@@ -54,16 +55,18 @@ class Metrics:
         check_fields(self)
         parts = self.components
         if parts is not None and len(parts) != len(self.igm):
-            raise ValueError(f"metrics: components of {len(parts)} blocks or segments, IGM of {len(self.igm)}")
+            raise InputValueError(f"metrics: components of {len(parts)} blocks or segments, IGM of {len(self.igm)}")
         numbers = [value for row in self.igm for value in row.values()] + [v for part in parts or () for v in part]
         if not all(value >= 0 for value in numbers):
-            raise ValueError("metrics: a norm that is not 0 or positive")
+            raise InputValueError("metrics: a norm that is not 0 or positive")
 
     @property
     def crm(self) -> tuple[float, ...]:
         """Eq. (5). **Raises** `ValueError` where it is not defined."""
         if self.components is None:
-            raise ValueError("CRM is not defined: the flow's scale and shift do not end in a linear layer; use IGM")
+            raise InputValueError(
+                "CRM is not defined: the flow's scale and shift do not end in a linear layer; use IGM"
+            )
         return tuple(part.crm for part in self.components)
 
     @property
@@ -169,7 +172,7 @@ class RunningMean:
     def value(self) -> Tensor:
         """The mean of all rows so far. **Raises** `ValueError` where there are none."""
         if self._total is None:
-            raise ValueError("no rows to take the mean of")
+            raise InputValueError("no rows to take the mean of")
         return self._total / self._count
 
 
@@ -178,7 +181,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     check_numbers("first", first)
     check_numbers("second", second)
     if len(first) != len(second) or not first:
-        raise ValueError(f"first of {len(first)} numbers, second of {len(second)}: give as many, at least one")
+        raise InputValueError(f"first of {len(first)} numbers, second of {len(second)}: give as many, at least one")
     a, b = (_ranks(np.asarray(values, float)) for values in (first, second))
     a, b = a - a.mean(), b - b.mean()
     scale = float(np.sqrt((a @ a) * (b @ b)))

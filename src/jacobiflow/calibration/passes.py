@@ -29,6 +29,7 @@ from jacobiflow.calibration.metrics import (
 )
 from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.calibration.tune import check_finite
+from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.image_flow import ImageFlow, state_dtype
 from jacobiflow.inversion import invert, prior_tokens
@@ -107,13 +108,15 @@ class Passes:
             rows = self.images[index.numpy()] if isinstance(self.images, np.ndarray) else self.images[index]
             images = torch.as_tensor(rows).detach()
         except TypeError as error:
-            raise TypeError(
+            raise InputTypeError(
                 f"images of type {type(self.images).__name__}: give a tensor, or what a tensor can index"
             ) from error
         self.flow.check_images(images)
         wrong = ~torch.isfinite(images).all(dim=(1, 2, 3))
         if wrong.any():
-            raise ValueError(f"images: number {int(index[wrong.cpu()][0])} holds a NaN or an infinity; leave it out")
+            raise InputValueError(
+                f"images: number {int(index[wrong.cpu()][0])} holds a NaN or an infinity; leave it out"
+            )
         return images
 
     def parameters(self, classes: Sequence[int]) -> tuple[list[MeanAffine], Groups]:
@@ -129,7 +132,7 @@ class Passes:
         parameters = [(s.value.float().cpu(), u.value.float().cpu()) for s, u in zip(scales, shifts, strict=True)]
         for i, pair in enumerate(parameters):
             if not all(torch.isfinite(mean).all() for mean in pair):
-                raise ValueError(f"the parameters of block {i} overflow at the images; lower the guidance")
+                raise InputValueError(f"the parameters of block {i} overflow at the images; lower the guidance")
         return [MeanAffine(*pair) for pair in parameters], groups
 
     def metrics(
@@ -218,7 +221,9 @@ class Passes:
         """Per block in encoding order, X* and the guided parameters at it; the images are encoded without guidance."""
         for step in self.flow.walk(x, labels, lambda i, x: _affine(self.flow.blocks[i], x, labels)):
             if not torch.isfinite(step.z).all():
-                raise ValueError(f"images overflow in block {step.block} when they are encoded; are they in [-1, 1]?")
+                raise InputValueError(
+                    f"images overflow in block {step.block} when they are encoded; are they in [-1, 1]?"
+                )
             block = self.blocks[step.block]
             if block is self.flow.blocks[step.block]:
                 yield step.x, step.log_scale, step.shift

@@ -14,6 +14,7 @@ from jacobiflow.calibration.convergence import Trace
 from jacobiflow.calibration.metrics import Components, Metrics, Norm, rank_correlation
 from jacobiflow.calibration.tuning import Tuning
 from jacobiflow.checks import check_choice, check_count, check_fields, check_number, check_path, check_seed
+from jacobiflow.errors import InputValueError
 from jacobiflow.files import write_json
 from jacobiflow.flows.config import MOST_BLOCKS, MOST_CHANNELS, MOST_TOKENS
 from jacobiflow.flows.fingerprint import check_fingerprint
@@ -114,24 +115,30 @@ class Report:
         counts = [len(m.igm) for m in of_blocks] + [len(m.components) for m in of_blocks if m.components is not None]
         counts += [len(self.gamma), *map(len, self.traces.values())]
         if set(counts) != {wanted}:
-            raise ValueError(f"report of {wanted} blocks, but with parts of {sorted(set(counts) - {wanted})} blocks")
+            raise InputValueError(
+                f"report of {wanted} blocks, but with parts of {sorted(set(counts) - {wanted})} blocks"
+            )
         if self.settings.norm not in self.metrics or "noise" not in self.traces:
-            raise ValueError(f"report without metrics in norm {self.settings.norm!r}, or without sweeps from noise")
+            raise InputValueError(
+                f"report without metrics in norm {self.settings.norm!r}, or without sweeps from noise"
+            )
         named = [row for m in (*of_blocks, *self.segment_metrics.values()) for row in m.igm]
         named += [row for rows in self.traces.values() for row in rows]  # type: ignore[misc]
         if any(set(row) != set(GUESS_NAMES) for row in named):
-            raise ValueError(f"report without one of the guesses {', '.join(GUESS_NAMES)}")
+            raise InputValueError(f"report without one of the guesses {', '.join(GUESS_NAMES)}")
         if any(guess.shift.shape != (self.num_tokens, self.token_channels) for guess in self.mean_affine):
-            raise ValueError(f"report whose mean parameters are not ({self.num_tokens}, {self.token_channels})")
+            raise InputValueError(f"report whose mean parameters are not ({self.num_tokens}, {self.token_channels})")
         cut = self.segment_metrics
         if not cut.keys() <= set(range(wanted)) or any(len(m.igm) != self.settings.segments for m in cut.values()):
-            raise ValueError(f"report whose segment_metrics are not of {self.settings.segments} segments of a block")
+            raise InputValueError(
+                f"report whose segment_metrics are not of {self.settings.segments} segments of a block"
+            )
         if any(not norms or min(norms) < 0 for norms in self.gamma):
-            raise ValueError("report whose gamma is not a norm for each sample of each block, 0 or positive")
+            raise InputValueError("report whose gamma is not a norm for each sample of each block, 0 or positive")
         self._check_traces()
         if self.tuning is not None:
             if self.tuning.fingerprint != self.fingerprint:
-                raise ValueError("report with a tuning of another flow")
+                raise InputValueError("report with a tuning of another flow")
             self.tuning.check_sizes(wanted, self.num_tokens, self.token_channels)
 
     def _check_traces(self) -> None:
@@ -139,14 +146,16 @@ class Report:
         if not all(0 <= block < self.num_blocks for block in self.segment_traces) or any(
             not 0 < count <= self.num_tokens or len(row) != count for count, row in segments
         ):
-            raise ValueError("report whose segment_traces are not a trace for each segment of a block")
+            raise InputValueError("report whose segment_traces are not a trace for each segment of a block")
         traces = [trace for rows in self.traces.values() for row in rows for trace in row.values()]
         traces += [trace for _, row in segments for trace in row]
         counts = [(each, trace.sweeps.keys()) for trace in traces for each in trace.sweeps.values()]
         if any(len(each) != self.settings.traced or measured != counts[0][1] for each, measured in counts):
-            raise ValueError(f"report whose traces are not of {self.settings.traced} samples to the same tolerances")
+            raise InputValueError(
+                f"report whose traces are not of {self.settings.traced} samples to the same tolerances"
+            )
         if any(count is not None and count > self.num_tokens for each, _ in counts for count in each):
-            raise ValueError(f"report with a sample of more sweeps than there are tokens, {self.num_tokens}")
+            raise InputValueError(f"report with a sample of more sweeps than there are tokens, {self.num_tokens}")
 
     @property
     def num_blocks(self) -> int:
@@ -207,7 +216,7 @@ class Report:
     def _sweeps(self, start: Start, tolerance: float, guess: str | None) -> list[list[int]]:
         check_choice("start", start, ("images", "noise"))
         if start not in self.traces:
-            raise ValueError(f"sweeps from {start!r}: measured are those from {', '.join(self.traces)}")
+            raise InputValueError(f"sweeps from {start!r}: measured are those from {', '.join(self.traces)}")
         check_number("tolerance", tolerance)
         if guess is not None:
             check_choice("guess", guess, GUESS_NAMES)
@@ -232,7 +241,7 @@ class Report:
         **Raises** `ValueError` where `calibrate` was not asked for them (`per_class`).
         """
         if not self.class_metrics:
-            raise ValueError("no metrics per class in this report: calibrate with per_class=True and labels")
+            raise InputValueError("no metrics per class in this report: calibrate with per_class=True and labels")
         return tuple(_class_spread(list(self.class_metrics.values()), block) for block in range(self.num_blocks))
 
     def check(self, flow: ImageFlow) -> None:
@@ -243,7 +252,9 @@ class Report:
         have = (self.num_blocks, self.num_tokens, self.token_channels)
         want = (config.num_blocks, config.num_tokens, config.token_channels)
         if have != want:
-            raise ValueError(f"report of blocks, tokens, channels {have}, but the flow has {want}: calibrate this one")
+            raise InputValueError(
+                f"report of blocks, tokens, channels {have}, but the flow has {want}: calibrate this one"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value that `from_json` turns back into an equal report."""
@@ -255,14 +266,14 @@ class Report:
         """Inverse of `to_json`, and of its version 1. **Raises** `ValueError` that names the entry at fault."""
         version = value.get("schema_version") if isinstance(value, dict) else None
         if version not in (1, SCHEMA_VERSION):
-            raise ValueError(f"not a calibration report of schema_version {SCHEMA_VERSION}")
+            raise InputValueError(f"not a calibration report of schema_version {SCHEMA_VERSION}")
         tuning = value.get("tuning")
         entries = {name: entry for name, entry in value.items() if name not in ("schema_version", "tuning")}
         if version == 1:
             try:  # it has segment_metrics of every block
                 cut = {block: entries["segment_metrics"][int(block)] for block in entries["segment_traces"]}
             except (KeyError, TypeError, ValueError, IndexError) as error:
-                raise ValueError(
+                raise InputValueError(
                     f"report of schema_version 1: an entry is missing or of the wrong kind ({error})"
                 ) from error
             entries["segment_metrics"] = cut

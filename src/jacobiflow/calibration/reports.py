@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jacobiflow import codec
 from jacobiflow.calibration.report import Report, Settings
+from jacobiflow.errors import InputError
 from jacobiflow.files import read_object
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.guidance import Guidance, check_guidance, in_force
@@ -31,6 +32,6 @@ def _guidance_of(file: Path) -> Guidance | None:
     """The guidance that a report was made under; the rest of it, which takes long to read, is left alone."""
     try:
         settings: Settings = codec.decode(Settings, (read_object(file) or {}).get("settings"))
-    except ValueError:
+    except InputError:
         settings = Report.load(file).settings  # which says what is wrong with the file
     return in_force(settings.guidance)

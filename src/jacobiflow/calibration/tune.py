@@ -25,6 +25,7 @@ from jacobiflow.checks import (
     short,
 )
 from jacobiflow.codec import registered
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import AffineBlock, LowPrecision
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
@@ -97,7 +98,9 @@ class TuneSettings:
         check_number("coarse_from", self.coarse_from)
         check_number("coarse_share", self.coarse_share)
         if not self.tolerances or self.partitions == ():
-            raise ValueError("TuneSettings: give one tolerance and one partition or more; None tries all partitions")
+            raise InputValueError(
+                "TuneSettings: give one tolerance and one partition or more; None tries all partitions"
+            )
 
 
 def tune(
@@ -170,7 +173,7 @@ def check_finite(x: Float[Tensor, "b t c"], what: str) -> None:
     """**Raises** `ValueError` that counts the samples in which an entry is not finite, and says `what` they are."""
     lost = int((~torch.isfinite(x).all(dim=(1, 2))).sum())
     if lost:
-        raise ValueError(f"{lost} of {len(x)} {what}; lower the guidance, or use a wider dtype")
+        raise InputValueError(f"{lost} of {len(x)} {what}; lower the guidance, or use a wider dtype")
 
 
 def _check(flow: ImageFlow, labels: Tensor | None, guidance: Guidance | None, samples: int, batch_size: int) -> None:
@@ -181,7 +184,7 @@ def _check(flow: ImageFlow, labels: Tensor | None, guidance: Guidance | None, sa
     if labels is not None:
         check_kind("labels", labels, Tensor, "a torch.Tensor (n,) of one class or more")
         if not labels.ndim or not len(labels):
-            raise ValueError(f"labels={short(labels)}: give a tensor (n,) of one class or more")
+            raise InputValueError(f"labels={short(labels)}: give a tensor (n,) of one class or more")
         flow.check_labels(labels, len(labels))
 
 

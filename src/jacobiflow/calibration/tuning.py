@@ -8,6 +8,7 @@ from typing import Any
 
 from jacobiflow import codec
 from jacobiflow.checks import check_count, check_fields, check_path, check_positive, check_seed
+from jacobiflow.errors import InputValueError
 from jacobiflow.files import write_json
 from jacobiflow.flows.fingerprint import check_fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
@@ -60,7 +61,7 @@ class CountedRun:
 def _check_errors(residual: float, error: float) -> None:
     """Both may be infinite, and the error NaN, where an answer overflows."""
     if residual < 0 or error < 0:
-        raise ValueError(f"residual={residual}, error={error}: give 0 or positive numbers")
+        raise InputValueError(f"residual={residual}, error={error}: give 0 or positive numbers")
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,9 @@ class BlockTuning:
     def __post_init__(self) -> None:
         check_fields(self)
         if not self.runs:
-            raise ValueError("tuning of a block: no runs; give one or more")
+            raise InputValueError("tuning of a block: no runs; give one or more")
         if self.amplification < 0:
-            raise ValueError(f"amplification={self.amplification}: give 0 or a positive number")
+            raise InputValueError(f"amplification={self.amplification}: give 0 or a positive number")
 
     def check(self, num_tokens: int, token_channels: int) -> None:
         """**Raises** `ValueError` where a piece does not fit tokens (T, C)."""
@@ -114,10 +115,10 @@ class Tuning:
         check_count("samples", self.samples)
         check_seed(self.seed)
         if not self.blocks:
-            raise ValueError("tuning: no blocks")
+            raise InputValueError("tuning: no blocks")
         for i, block in enumerate(self.blocks):
             if any(len(run.sweeps) != self.samples for run in block.runs):
-                raise ValueError(f"tuning: block {i} lacks runs of {self.samples} samples")
+                raise InputValueError(f"tuning: block {i} lacks runs of {self.samples} samples")
 
     def check(self, flow: ImageFlow) -> None:
         """**Raises** `ValueError` where the tuning is of another flow, or does not fit its blocks and tokens."""
@@ -129,12 +130,12 @@ class Tuning:
         """**Raises** `ValueError` where the tuning does not fit so many blocks over tokens (T, C)."""
         have, want = (f"{len(self.blocks)} blocks of {self.num_tokens} tokens", f"{num_blocks} of {num_tokens}")
         if (len(self.blocks), self.num_tokens) != (num_blocks, num_tokens):
-            raise ValueError(f"tuning of {have}, but the flow has {want}")
+            raise InputValueError(f"tuning of {have}, but the flow has {want}")
         for i, block in enumerate(self.blocks):
             try:
                 block.check(num_tokens, token_channels)
             except ValueError as error:
-                raise ValueError(f"tuning, block {i}: {error}") from error
+                raise InputValueError(f"tuning, block {i}: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value that `from_json` turns back into an equal tuning."""
@@ -145,13 +146,13 @@ class Tuning:
         """Inverse of `to_json`, and of its version 1. **Raises** `ValueError` that names the entry at fault."""
         version = value.get("schema_version") if isinstance(value, dict) else None
         if version not in (1, SCHEMA_VERSION):
-            raise ValueError(f"not a tuning of schema_version {SCHEMA_VERSION}")
+            raise InputValueError(f"not a tuning of schema_version {SCHEMA_VERSION}")
         entries = {name: entry for name, entry in value.items() if name != "schema_version"}
         if version == 1:
             try:
                 entries["blocks"] = [_from_version_1(block) for block in entries["blocks"]]
             except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
+                raise InputValueError(
                     f"tuning of schema_version 1: an entry is missing or of the wrong kind ({error})"
                 ) from error
         return codec.decode(cls, entries)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
@@ -33,6 +35,7 @@ from jacobiflow.cli.failures import message_of
 from jacobiflow.cli.options import Limited
 from jacobiflow.cli.streams import lenient_streams, silence
 from jacobiflow.cli.words import in_options, one_line
+from jacobiflow.errors import InputValueError
 from jacobiflow.launch import INTERRUPTED, interruptible
 from jacobiflow.storage import FirstProcessFailed
 
@@ -64,12 +67,18 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show the traceback of bad input too. Give it before the command.")
+    ] = False,
 ) -> None:
     pass
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Exits 0 on success, 2 with one line on bad input, 130 with one when interrupted.
+
+    A fault of the library keeps its traceback. `jacobiflow --traceback COMMAND`, or JACOBIFLOW_TRACEBACK=1 in the
+    environment, shows that of bad input too.
 
     1 is for a reader of stdout that is gone, as in `jacobiflow info | true`.
 
@@ -87,7 +96,7 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         with interruptible(), warnings.catch_warnings():
             _load_extensions()
-            warnings.showwarning = _show_warning  # type: ignore[assignment]
+            warnings.showwarning = functools.partial(_show_warning, arguments)
             code = _commands()(
                 args=arguments or ["--help"], prog_name="jacobiflow", standalone_mode=False, obj=tuple(arguments)
             )
@@ -111,7 +120,9 @@ def _run(arguments: Sequence[str]) -> int:
         message = message_of(error, _is_batched(arguments))
         if message is None:
             raise
-        return _failed(_in_options(message))
+        if "--traceback" in arguments or os.environ.get("JACOBIFLOW_TRACEBACK") == "1":
+            traceback.print_exc()
+        return _failed(in_options(message, _commands(), arguments))
 
 
 def _load_extensions() -> None:
@@ -119,7 +130,7 @@ def _load_extensions() -> None:
         try:
             extension.load()
         except Exception as error:  # whatever a module does when it is imported
-            raise ValueError(
+            raise InputValueError(
                 f"extension {extension.name}: cannot import {extension.value} ({type(error).__name__}: {error}); "
                 "correct or uninstall the package that it is in"
             ) from error
@@ -134,17 +145,14 @@ def _failed(message: str) -> int:
     return _BAD_INPUT
 
 
-def _show_warning(message: Warning | str, *_: Any) -> None:
-    print(f"warning: {one_line(_in_options(str(message)))}", file=sys.stderr)
-
-
-def _in_options(message: str) -> str:
-    return in_options(message, _commands())
+def _show_warning(arguments: Sequence[str], message: Warning | str, *_: Any) -> None:
+    print(f"warning: {one_line(in_options(str(message), _commands(), arguments))}", file=sys.stderr)
 
 
 def _is_batched(arguments: Sequence[str]) -> bool:
     """Whether the command that is asked for has `--batch-size`."""
-    command = _commands().commands.get(next(iter(arguments), ""))
+    names = (text for text in arguments if not text.startswith("-"))
+    command = _commands().commands.get(next(names, ""))
     return command is not None and any(parameter.name == "batch_size" for parameter in command.params)
 
 

@@ -17,6 +17,7 @@ from jacobiflow.baselines import SEQUENTIAL
 from jacobiflow.cli import options, pages, paths
 from jacobiflow.cli.progress import progress
 from jacobiflow.cli.tables import show
+from jacobiflow.errors import InputValueError
 from jacobiflow.experiments.speed import ENCODING_PASS, Comparison, compare, timed_anyway
 from jacobiflow.files import check_ours, write_json
 from jacobiflow.flows.image_flow import ImageFlow
@@ -81,10 +82,10 @@ def bench(
     """
     paths.check(json, out, (_PICTURE, _TABLE), html=html, model=model, strategy=strategy, labels=labels, report=report)
     if repeats < 1:
-        raise ValueError(f"--repeats {repeats}: give a positive number of rounds")
+        raise InputValueError(f"--repeats {repeats}: give a positive number of rounds")
     sizes = list(dict.fromkeys(batch_size or _BATCH_SIZES))
     if min(sizes) < 1:
-        raise ValueError(f"--batch-size {min(sizes)}: give a positive number of images")
+        raise InputValueError(f"--batch-size {min(sizes)}: give a positive number of images")
     flow = options.load_model(model, device, dtype)
     guide = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
     found = None if report is None else options.load_report(report, flow)
@@ -162,7 +163,7 @@ def _fixed(
     if tolerance is None:
         return found
     if found and len(found) == len(names) and not any(plan.has_tolerance for plan in found.values()):
-        raise ValueError(f"--tolerance {tolerance:g}: every strategy stops after a number of sweeps; leave it out")
+        raise InputValueError(f"--tolerance {tolerance:g}: every strategy stops after a number of sweeps; leave it out")
     return {name: plan.with_tolerance(tolerance) for name, plan in found.items()}
 
 

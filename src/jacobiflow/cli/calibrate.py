@@ -23,6 +23,7 @@ from jacobiflow.cli import options, pages, paths
 from jacobiflow.cli.settings import guidance_words
 from jacobiflow.cli.tables import show
 from jacobiflow.data import ImageDataset, Noise, noisy_images
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.folder import REPORTS
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance
@@ -84,18 +85,20 @@ def calibrate(
     """
     paths.check(json, out_file=out, html=html, calibrates=True, model=model, images=images)
     if norm not in ("2", "fro", "1"):
-        raise ValueError(f"--norm {norm}: give 2, fro or 1")
+        raise InputValueError(f"--norm {norm}: give 2, fro or 1")
     if num < 2:
-        raise ValueError(f"--num {num}: give at least 2 images, to take means over")
+        raise InputValueError(f"--num {num}: give at least 2 images, to take means over")
     flow = options.load_model(model, device, dtype)
     data = options.read_images(images, flow.config.image_size, flow.config.in_channels)
     chosen = _choose(len(data), num, seed)
     labels = None if unconditional or data.labels is None or not flow.config.num_classes else data.labels[chosen]
     if labels is not None and labels.max() >= flow.config.num_classes:
         have, takes = int(labels.max()) + 1, flow.config.num_classes
-        raise ValueError(f"--images {images}: {have} classes, the model has {takes}; give its own, or --unconditional")
+        raise InputValueError(
+            f"--images {images}: {have} classes, the model has {takes}; give its own, or --unconditional"
+        )
     if per_class and labels is None:
-        raise ValueError("--per-class: needs a model with classes and labelled images, without --unconditional")
+        raise InputValueError("--per-class: needs a model with classes and labelled images, without --unconditional")
     guide = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
     started = perf_counter()
     report = measure(

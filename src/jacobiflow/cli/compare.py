@@ -17,6 +17,7 @@ from jacobiflow.cli.progress import progress
 from jacobiflow.cli.real_images import RealImages, real_images
 from jacobiflow.cli.tables import show
 from jacobiflow.data import scale
+from jacobiflow.errors import InputValueError
 from jacobiflow.evaluation import NAMES
 from jacobiflow.evaluation.features import need_torchmetrics
 from jacobiflow.experiments.quality import (
@@ -132,16 +133,16 @@ def _check(num: int, final: int | None, batch_size: int, shard_size: int | None,
         ("--final", final),
     ):  # fmt: skip
         if value is not None and value < 1:
-            raise ValueError(f"{option} {value}: give a positive number")
+            raise InputValueError(f"{option} {value}: give a positive number")
     if num < 2:
-        raise ValueError(f"--num {num}: give at least 2, or there is no distance")
+        raise InputValueError(f"--num {num}: give at least 2, or there is no distance")
     if final is not None and final < num:
-        raise ValueError(f"--final {final}: give at least --num, {num}")
+        raise InputValueError(f"--final {final}: give at least --num, {num}")
     if shard_size is not None and shard_size % batch_size:
-        raise ValueError(f"--shard-size {shard_size}: give a multiple of --batch-size, {batch_size}")
+        raise InputValueError(f"--shard-size {shard_size}: give a multiple of --batch-size, {batch_size}")
     sizes(final or num, batch_size, shard_size)
     if features not in NAMES:
-        raise ValueError(f"--features {features}: give one of {', '.join(NAMES)}")
+        raise InputValueError(f"--features {features}: give one of {', '.join(NAMES)}")
     need_torchmetrics("compare")
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from jacobiflow.cli import options, paths
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.fingerprint import fingerprint, fingerprint_of
 from jacobiflow.flows.folder import CONFIG, REPORTS, WEIGHTS, holding, locked_folder, write_model
 from jacobiflow.flows.tarflow import TarFlow
@@ -46,4 +47,4 @@ def _check_free(out: Path, flow: TarFlow) -> None:
         or model.config(flow.config_type) != flow.config
         or fingerprint_of(model.state()) != fingerprint(flow)
     ):
-        raise ValueError(f"{out}: holds another model; give another folder, or move it away")
+        raise InputValueError(f"{out}: holds another model; give another folder, or move it away")

@@ -14,6 +14,7 @@ from jacobiflow import flows, storage, training
 from jacobiflow.calibration import Report
 from jacobiflow.cli import options, paths
 from jacobiflow.cli.words import one_line
+from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.experiments import quality
 from jacobiflow.flows.folder import CONFIG, WEIGHTS, bundled
 from jacobiflow.flows.registry import load
@@ -46,7 +47,7 @@ def doctor(
     paths.check(json, path=folder)
     found = [name for name, kind in _KINDS.items() if any((folder / mark).exists() for mark in kind.marks)]
     if not found:
-        raise ValueError(
+        raise InputValueError(
             f"{path}: no model, samples, comparison or training run; give the folder of one, or a bundled model's name "
             f"({', '.join(bundled())})"
         )
@@ -65,12 +66,12 @@ def _model_problems(folder: Path) -> Iterator[str]:
     yield from flows.problems(folder)
     try:
         flow = load(folder)
-    except ValueError:
+    except InputError:
         return  # they have said why
     for file in flow.report_files:
         try:
             Report.load(file).check(flow)
-        except ValueError as error:
+        except InputError as error:
             yield str(error)
     z = draw_latents(1, flow.config.num_tokens, flow.config.token_channels, seed=0)
     labels = torch.zeros(1, dtype=torch.int64) if flow.config.num_classes else None

@@ -17,6 +17,7 @@ from jacobiflow.cli.progress import progress
 from jacobiflow.cli.real_images import real_images
 from jacobiflow.cli.tables import show
 from jacobiflow.data import ImageDataset, Noise, quantize, scale
+from jacobiflow.errors import InputValueError
 from jacobiflow.evaluation import (
     NAMES,
     InceptionFeatures,
@@ -93,9 +94,9 @@ def evaluate(
         samples=samples, images=images, stats=stats, inception=inception,
     )  # fmt: skip
     if samples is None and images is None:
-        raise ValueError("nothing to evaluate: give --samples, a folder that jacobiflow sample wrote, or --images")
+        raise InputValueError("nothing to evaluate: give --samples, a folder that jacobiflow sample wrote, or --images")
     if save_stats is not None and images is None:
-        raise ValueError(f"--save-stats {save_stats}: give --images, whose statistics they are")
+        raise InputValueError(f"--save-stats {save_stats}: give --images, whose statistics they are")
     _check(features, noise, save_stats, paired, test_images, batch_size)
     flow = options.load_model(model, device, dtype)
     folder = None if samples is None else options.open_samples(samples, flow)
@@ -103,7 +104,7 @@ def evaluate(
         folder.check_flow(flow)
     if folder is not None and paired and folder.manifest.strategy_sha256 is None:
         drawn_by = folder.manifest.strategy
-        raise ValueError(f"--paired {paired}: {samples} was drawn by {drawn_by}, not a strategy; give --paired 0")
+        raise InputValueError(f"--paired {paired}: {samples} was drawn by {drawn_by}, not a strategy; give --paired 0")
     exact = None if folder is None or not paired else folder.strategy()
     test = None if images is None or not test_images else _test_images(flow, images, test_images)
     added = _noise(flow, noise)
@@ -165,14 +166,18 @@ def _check(
 ) -> None:
     """**Raises** `ValueError` for an unknown name or a number that is too small."""
     if features not in (*NAMES, "none") or (features == "none" and save_stats is not None):
-        raise ValueError(f"--features {features}: give one of {', '.join(NAMES)}" + ("" if save_stats else ", or none"))
+        raise InputValueError(
+            f"--features {features}: give one of {', '.join(NAMES)}" + ("" if save_stats else ", or none")
+        )
     if noise not in (None, *_KINDS):
-        raise ValueError(f"--noise {noise}: give {' or '.join(_KINDS)}")
+        raise InputValueError(f"--noise {noise}: give {' or '.join(_KINDS)}")
     for option, value, least in (
         ("--paired", paired, 0), ("--test-images", test_images, 0), ("--batch-size", batch_size, 1),
     ):  # fmt: skip
         if value < least:
-            raise ValueError(f"{option} {value}: give {'a positive number' if least else '0 or a positive number'}")
+            raise InputValueError(
+                f"{option} {value}: give {'a positive number' if least else '0 or a positive number'}"
+            )
 
 
 def _distances(
@@ -263,7 +268,7 @@ def _noise(flow: ImageFlow, kind: str | None) -> Noise:
     """The noise of test images that `--noise` names; that of the flow's training by default."""
     std = flow.config.noise_std
     if kind == "gaussian" and not std:
-        raise ValueError("--noise gaussian: this flow's noise_std is 0; give uniform")
+        raise InputValueError("--noise gaussian: this flow's noise_std is 0; give uniform")
     return Noise("gaussian", std) if std and kind != "uniform" else Noise("uniform")
 
 
@@ -272,7 +277,7 @@ def _test_images(flow: ImageFlow, images: str, num: int) -> ImageDataset:
     config = flow.config
     data = options.read_images(images, config.image_size, config.in_channels, "test")
     if config.num_classes and data.labels is not None and int(data.labels.max()) >= config.num_classes:
-        raise ValueError(
+        raise InputValueError(
             f"--images {images}: has classes up to {int(data.labels.max())}, the model {config.num_classes} classes; "
             "give others, or --test-images 0"
         )

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from jacobiflow.cli import options, paths
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.tarflow import TarFlow
 
 
@@ -29,12 +30,12 @@ def export(
     try:
         from jacobiflow.export import export as write
     except ModuleNotFoundError as error:
-        raise ValueError(f"no package {error.name}; pip install 'jacobiflow[onnx]'") from error
+        raise InputValueError(f"no package {error.name}; pip install 'jacobiflow[onnx]'") from error
     wanted = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
     paths.check(json, out, ("model.json", "weights.bin", "*.onnx"), model=model)
     flow = options.load_model(model, "cpu")
     if not isinstance(flow, TarFlow):
-        raise ValueError(f"--model {model}: is no TarFlow, and only these can be exported; give another model")
+        raise InputValueError(f"--model {model}: is no TarFlow, and only these can be exported; give another model")
     with paths.making(out):
         manifest = write(flow, out, wanted)
     options.report(json, manifest)

@@ -18,6 +18,7 @@ from jacobiflow.calibration import Report
 from jacobiflow.checks import short
 from jacobiflow.data import SOURCES, DataError, ImageDataset, balanced_labels, load_images
 from jacobiflow.data.idx import Split
+from jacobiflow.errors import InputValueError
 from jacobiflow.files import write_json
 from jacobiflow.flows.fingerprint import check_fingerprint
 from jacobiflow.flows.image_flow import ImageFlow
@@ -103,7 +104,7 @@ class Limited(TyperCommand):
             value = ctx.params.get(name)
             for number in value if isinstance(value, list | tuple) else (value,):
                 if isinstance(number, int) and number > most:
-                    raise ValueError(f"{name}={number}: the limit is {most:,}; give less")
+                    raise InputValueError(f"{name}={number}: the limit is {most:,}; give less")
         return super().invoke(ctx)
 
 
@@ -111,7 +112,7 @@ def load_model(name: str, device: str, dtype: str = "float32") -> ImageFlow:
     """The flow that `--model`, `--device` and `--dtype` name; tf32 is set for the whole process."""
     if dtype == "tf32":
         if not device.startswith("cuda"):
-            raise ValueError(f"--dtype tf32: only a GPU has it, and --device is {short(device)}; give float32")
+            raise InputValueError(f"--dtype tf32: only a GPU has it, and --device is {short(device)}; give float32")
         torch.set_float32_matmul_precision("high")
         dtype = "float32"
     return load(name, device, dtype)
@@ -122,9 +123,9 @@ def parse_batch_size(text: str | None) -> int | None:
     if text is None or text == AUTO:
         return None
     if not re.fullmatch("[0-9]{1,18}", text) or not int(text):
-        raise ValueError(f"--batch-size {short(text)}: give a positive whole number, or auto")
+        raise InputValueError(f"--batch-size {short(text)}: give a positive whole number, or auto")
     if int(text) > LIMITS["batch_size"]:
-        raise ValueError(f"--batch-size {text}: the limit is {LIMITS['batch_size']:,}; give less")
+        raise InputValueError(f"--batch-size {text}: the limit is {LIMITS['batch_size']:,}; give less")
     return int(text)
 
 
@@ -159,7 +160,7 @@ def parse_labels(text: str, num: int, flow: ImageFlow, seed: int) -> Int[Tensor,
         flow.check_labels(labels, num)
         return labels
     if not re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*", text):
-        raise ValueError(
+        raise InputValueError(
             f"--labels {text}: give balanced, random, none, whole numbers with commas between, or a .txt or .npy file"
         )
     numbers = torch.tensor([int(part) for part in text.split(",")])
@@ -176,12 +177,12 @@ def _read_labels(path: Path, num: int) -> Int[Tensor, " n"]:
             labels = np.array([int(word) for word in re.split(r"[\s,]+", path.read_text().strip())])
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"--labels {path}: cannot be read as whole numbers ({reason})") from error
+        raise InputValueError(f"--labels {path}: cannot be read as whole numbers ({reason})") from error
     if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or labels.shape != (num,):
         have = f"{labels.dtype} of shape {labels.shape}" if isinstance(labels, np.ndarray) else "several arrays"
-        raise ValueError(f"--labels {path}: {have}; give {num:,} whole numbers, one per image")
+        raise InputValueError(f"--labels {path}: {have}; give {num:,} whole numbers, one per image")
     if int(labels.max()) > np.iinfo(np.int64).max:
-        raise ValueError(f"--labels {path}: label {labels.max()}; give a class of the model")
+        raise InputValueError(f"--labels {path}: label {labels.max()}; give a class of the model")
     return torch.from_numpy(labels.astype(np.int64))
 
 
@@ -196,7 +197,7 @@ def read_images(source: str, size: int, channels: int, split: Split = "train") -
     try:
         return load_images(source, size, channels, split)
     except DataError as error:
-        raise ValueError(f"--images {source}: {str(error).removeprefix(f'{source}: ')}") from error
+        raise InputValueError(f"--images {source}: {str(error).removeprefix(f'{source}: ')}") from error
 
 
 def load_report(path: Path, flow: ImageFlow) -> Report:

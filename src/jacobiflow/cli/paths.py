@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from jacobiflow.cli.options import LABEL_FILES
 from jacobiflow.data.sources import SOURCE_FOLDERS
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.folder import CONFIG, MODELS, REPORT, WEIGHTS, bundled, is_report, reports_in
 from jacobiflow.locking import LOCK
 from jacobiflow.plots import check_page
@@ -40,7 +41,7 @@ class _Place:
             return cls(option, Path(given), Path(os.path.realpath(given)))
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise ValueError(f"{option} {given}: cannot be used ({reason}); give another path") from error
+            raise InputValueError(f"{option} {given}: cannot be used ({reason}); give another path") from error
 
     def __str__(self) -> str:
         return f"{self.option} {self.given}"
@@ -57,7 +58,7 @@ class _Place:
 
     def refuse(self, why: str) -> NoReturn:
         """**Raises** `ValueError`: this output cannot be taken."""
-        raise ValueError(f"{self}: {why}")
+        raise InputValueError(f"{self}: {why}")
 
 
 def check(

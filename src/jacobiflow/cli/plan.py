@@ -14,6 +14,7 @@ from rich.table import Table
 from jacobiflow.calibration import find_report
 from jacobiflow.cli import options, paths
 from jacobiflow.cli.settings import guidance_words
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.folder import REPORT
 from jacobiflow.solvers import Solver
 from jacobiflow.strategy import plan as make
@@ -59,12 +60,12 @@ def plan(
     paths.check(json, out_file=out, model=model, report=report)
     size = options.parse_batch_size(batch_size)
     if out.suffix != ".json":
-        raise ValueError(f"--out {out}: give a file that ends in .json")
+        raise InputValueError(f"--out {out}: give a file that ends in .json")
     flow = options.load_model(model, device, dtype)
     guide = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
     path = report or find_report(flow, guide)
     if path is None:
-        raise ValueError(f"--model {model}: has no {REPORT}; give --report, by jacobiflow calibrate --chord")
+        raise InputValueError(f"--model {model}: has no {REPORT}; give --report, by jacobiflow calibrate --chord")
     size = size or fitting_batch(flow, _MOST, guide)
     found = make(flow, options.load_report(path, flow), size, tolerance, guidance=guide)
     prediction = found.prediction

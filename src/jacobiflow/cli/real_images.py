@@ -10,6 +10,7 @@ from torch import Tensor
 
 from jacobiflow.cli import options
 from jacobiflow.cli.progress import progress
+from jacobiflow.errors import InputValueError
 from jacobiflow.evaluation import ConvolutionalFeatures, InceptionFeatures, Statistics, extract, load_features
 from jacobiflow.evaluation.convolutional import BUNDLED
 from jacobiflow.flows.image_flow import ImageFlow
@@ -37,13 +38,15 @@ def real_images(
     if kind in BUNDLED and BUNDLED[kind].shape != shape:
         others = [*(name for name, trained in BUNDLED.items() if trained.shape == shape), "inception"]
         want, have = ("x".join(map(str, sizes)) for sizes in (BUNDLED[kind].shape, shape))
-        raise ValueError(f"--features {kind}: is of {want} images, this model's are {have}; give {' or '.join(others)}")
+        raise InputValueError(
+            f"--features {kind}: is of {want} images, this model's are {have}; give {' or '.join(others)}"
+        )
     if kind == "inception" and images is None and stats is None:
-        raise ValueError("--features inception: give --images or --stats, to compare with")
+        raise InputValueError("--features inception: give --images or --stats, to compare with")
     extractor = load_features(kind, inception).to(flow.var.device)  # type: ignore[arg-type]
     given = None if stats is None else Statistics.load(stats)
     if given is not None and len(given.sum) != extractor.num_features:
-        raise ValueError(
+        raise InputValueError(
             f"--stats {stats}: statistics of {len(given.sum)} features against {extractor.num_features}: give "
             "statistics of the same features"
         )
@@ -51,7 +54,7 @@ def real_images(
     if images is not None:
         training = options.read_images(images, config.image_size, config.in_channels).images
         if len(training) < 2:
-            raise ValueError(f"--images {images}: statistics of {len(training)} images: give at least 2")
+            raise InputValueError(f"--images {images}: statistics of {len(training)} images: give at least 2")
         if kind == "inception":
             training = _half_mirrored(training)  # as the original's data loader does
         with progress(f"features of {images}", len(training)) as advance:

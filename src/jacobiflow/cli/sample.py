@@ -21,6 +21,7 @@ from jacobiflow.calibration import Report
 from jacobiflow.cli import options, paths, settings
 from jacobiflow.data import scale
 from jacobiflow.denoising import denoise as denoise_images
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.settings import SamplingSettings
 from jacobiflow.guidance import Guidance
@@ -113,7 +114,7 @@ def sample(
     paths.check(json, out, (*CONTENTS, SHEET), model=model, strategy=strategy, labels=labels, report=report)
     _check_options(strategy, report, compare and not overwrite, out)
     if certify_always and not certify:
-        raise ValueError("--certify-always: excludes --no-certify; leave one of them out")
+        raise InputValueError("--certify-always: excludes --no-certify; leave one of them out")
     given = settings.Given(plain, guidance, guidance_on, constant_guidance, attn_temperature, denoise)
     given.check()
     certificate: Certificate = "always" if certify_always else certify
@@ -122,7 +123,7 @@ def sample(
         size, shard_size = sizes(num, size, shard_size)
     with processes() as among:
         if compare and among.count > 1:
-            raise ValueError("--compare: is for one process; leave it out, or start without torchrun")
+            raise InputValueError("--compare: is for one process; leave it out, or start without torchrun")
         flow = options.load_model(model, among.device(device), dtype)
         classes = options.parse_labels(labels, num, flow, seed)
         chosen, said = settings.settle(flow, given, labelled=classes is not None)
@@ -165,9 +166,11 @@ def _held(out: Path) -> int | None:
 def _check_options(strategy: str, report: Path | None, new: bool, out: Path) -> None:
     """**Raises** `ValueError` for options that exclude each other; `new` where `out` must not hold samples yet."""
     if report is not None and strategy.endswith(".json"):
-        raise ValueError(f"--report {report}: the strategy in {strategy} has its own guesses; leave one of them out")
+        raise InputValueError(
+            f"--report {report}: the strategy in {strategy} has its own guesses; leave one of them out"
+        )
     if new and (out / MANIFEST).exists():
-        raise ValueError(
+        raise InputValueError(
             f"--compare: {out} holds samples already; give --overwrite to draw them again, or another folder as --out"
         )
     check_picture(out / SHEET)

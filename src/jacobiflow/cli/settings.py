@@ -8,6 +8,7 @@ from typing import Annotated, NamedTuple
 import typer
 
 from jacobiflow.cli import options
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.settings import Guidance, SamplingSettings
 from jacobiflow.guidance import in_force
@@ -70,10 +71,10 @@ class Given(NamedTuple):
         }
         others = [option for option, name in said.items() if name != "plain"]
         if self.plain and others:
-            raise ValueError(f"--plain: excludes {others[0]}; leave one of them out")
+            raise InputValueError(f"--plain: excludes {others[0]}; leave one of them out")
         alone = [option for option, name in said.items() if name not in ("plain", "guidance", "denoise")]
         if self.guidance is None and alone:
-            raise ValueError(f"{alone[0]}: is for guidance that is given; give --guidance, its weight, too")
+            raise InputValueError(f"{alone[0]}: is for guidance that is given; give --guidance, its weight, too")
 
 
 def settle(flow: ImageFlow, given: Given, labelled: bool) -> tuple[SamplingSettings, str]:
@@ -126,7 +127,7 @@ def check_held(out: Path, settings: SamplingSettings) -> None:
     guidance = folder.manifest.guidance
     held = SamplingSettings(None if guidance is None else Guidance(**guidance), folder.manifest.denoise)
     if has_begun(folder) and held != SamplingSettings(in_force(settings.guidance), settings.denoise):
-        raise ValueError(
+        raise InputValueError(
             f"--out {out}: holds samples of other settings; give theirs, {' '.join(settings_words(held))}, or another "
             "folder, or --overwrite to replace them"
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from jacobiflow.calibration import Report
 from jacobiflow.cli import options, paths
+from jacobiflow.errors import InputValueError
 from jacobiflow.experiments.front import Trajectory, record
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.latents import draw_latents
@@ -79,7 +80,7 @@ def trace(
     Example: jacobiflow trace --model fashion-p2 --report out/report.json --out out/trace
     """
     if not 1 <= num <= 20:
-        raise ValueError(f"--num {num}: give 1 to 20 images")
+        raise InputValueError(f"--num {num}: give 1 to 20 images")
     paths.check(json, out, _PICTURES, model=model, report=report, strategy=strategy, labels=labels)
     for name in _PICTURES:
         check_picture(out / name)

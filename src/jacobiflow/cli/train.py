@@ -21,6 +21,7 @@ from jacobiflow import sampling
 from jacobiflow.checks import check_device
 from jacobiflow.cli import options, paths
 from jacobiflow.data import Augmentation, Noise
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.folder import CONFIG, REPORTS, WEIGHTS
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.registry import find_flow, flow_names
@@ -141,7 +142,7 @@ def _flow_class(name: str) -> type[ImageFlow]:
     """The flow that is registered under `--flow`. **Raises** `ValueError` where there is none."""
     found = find_flow(name)
     if found is None:
-        raise ValueError(f"--flow {name}: give one of {', '.join(flow_names())}")
+        raise InputValueError(f"--flow {name}: give one of {', '.join(flow_names())}")
     return found
 
 
@@ -152,7 +153,7 @@ def _check_memory(flow_class: type[ImageFlow], config: Any, place: torch.device)
     copies = 5 if place.type == "cpu" else 1  # weights, gradients, their average, and two moments of AdamW
     lacking = shortage(4 * copies * parameters)
     if lacking:
-        raise ValueError(
+        raise InputValueError(
             f"a flow of {parameters:,} parameters needs {lacking}; give a smaller --channels, or fewer --blocks"
         )
 
@@ -182,7 +183,7 @@ def _choices(flow_class: type[ImageFlow], noise: str, **given: Any) -> dict[str,
         others["noise"] = noise
     if others:
         words = [f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}" for name, value in others.items()]
-        raise ValueError(f"{', '.join(words)}: not an option of --flow {flow_class.model_type}; leave it out")
+        raise InputValueError(f"{', '.join(words)}: not an option of --flow {flow_class.model_type}; leave it out")
     if has_std and noise != "gaussian":
         chosen["noise_std"] = 0.0
     return chosen

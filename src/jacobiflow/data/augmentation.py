@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jacobiflow.checks import check_count, check_flag, check_floating, check_kind, check_number
+from jacobiflow.errors import InputValueError
 
 # Brightness, and two coordinates of colour around the axis of greys (the YIQ space of NTSC television).
 _YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
@@ -34,7 +35,7 @@ class Augmentation:
         check_count("shift", self.shift, least=0)
         check_number("hue", self.hue)
         if self.hue > 180:
-            raise ValueError(f"hue={self.hue}: give an angle of at most 180 degrees")
+            raise InputValueError(f"hue={self.hue}: give an angle of at most 180 degrees")
 
 
 def augment(
@@ -49,9 +50,11 @@ def augment(
     check_kind("augmentation", augmentation, Augmentation, "an Augmentation")
     check_kind("generator", generator, torch.Generator, "a torch.Generator")
     if augmentation.hue and images.shape[1] != 3:
-        raise ValueError(f"hue={augmentation.hue}: images of {images.shape[1]} channels have no hue; give 0")
+        raise InputValueError(f"hue={augmentation.hue}: images of {images.shape[1]} channels have no hue; give 0")
     if augmentation.shift >= min(images.shape[2:]):
-        raise ValueError(f"shift={augmentation.shift}: give fewer pixels than images of {tuple(images.shape[2:])} have")
+        raise InputValueError(
+            f"shift={augmentation.shift}: give fewer pixels than images of {tuple(images.shape[2:])} have"
+        )
     if augmentation.mirror:
         flipped = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
         images = torch.where(flipped, images.flip(-1), images)

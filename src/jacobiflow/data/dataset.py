@@ -10,12 +10,13 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from jacobiflow.checks import check_kind
+from jacobiflow.errors import InputValueError
 from jacobiflow.memory import shortage
 
 LIMIT = 10_000_000  # images, or files to look through
 
 
-class DataError(ValueError):
+class DataError(InputValueError):
     """Data, or a file or folder of it, that cannot be used; the message names it and the remedy."""
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jacobiflow.checks import check_choice, check_count
 from jacobiflow.data.dataset import LIMIT, DataError, ImageDataset, check_room
+from jacobiflow.errors import InputValueError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".pgm", ".ppm", ".tif", ".tiff"})
 _DEEPEST = 1000  # levels of folders
@@ -124,12 +125,12 @@ def _flatten(image: Image.Image) -> Image.Image:
     """One opaque frame of 8 bits."""
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # MPO is how cameras add a preview to a JPEG
-        raise ValueError(f"an animation or stack of {frames} frames")
+        raise InputValueError(f"an animation or stack of {frames} frames")
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # which older Pillows say
         # Pillow's own conversion would clip at 255.
         return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError("32-bit pixels, whose range is unknown")
+        raise InputValueError("32-bit pixels, whose range is unknown")
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from jacobiflow.checks import check_choice, check_count, check_floating, check_kind, check_number, check_seed, short
 from jacobiflow.data.dataset import ImageDataset
+from jacobiflow.errors import InputTypeError, InputValueError
 
 _EVALUATION = 2  # stream of random numbers, beside those of training
 
@@ -31,7 +32,7 @@ class Noise:
         check_choice("kind", self.kind, ("gaussian", "uniform"))
         check_number("std", self.std)
         if (self.kind == "gaussian") != (self.std > 0):
-            raise ValueError(f"noise {self.kind!r} of std {self.std}: gaussian needs one above 0, uniform takes 0")
+            raise InputValueError(f"noise {self.kind!r} of std {self.std}: gaussian needs one above 0, uniform takes 0")
 
 
 def add_noise(images: Float[Tensor, "n c h w"], noise: Noise, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
@@ -52,9 +53,11 @@ def noisy_images(data: ImageDataset, index: Int[Tensor, " b"], noise: Noise, see
     check_kind("data", data, ImageDataset, "an ImageDataset")
     check_kind("index", index, Tensor, "a torch.Tensor of whole numbers")
     if index.dtype != torch.int64 or index.ndim != 1 or not len(index):
-        raise TypeError(f"index={short(index)}: give a torch.Tensor (B,) of whole numbers")
+        raise InputTypeError(f"index={short(index)}: give a torch.Tensor (B,) of whole numbers")
     if not 0 <= int(index.min()) <= int(index.max()) < len(data):
-        raise ValueError(f"index from {int(index.min())} to {int(index.max())}: there are images 0 to {len(data) - 1}")
+        raise InputValueError(
+            f"index from {int(index.min())} to {int(index.max())}: there are images 0 to {len(data) - 1}"
+        )
     images, _ = data.batch(index)
     rows = [
         add_noise(image.unsqueeze(0), noise, keyed_generator(seed, _EVALUATION, i))

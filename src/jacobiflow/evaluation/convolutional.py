@@ -13,6 +13,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from jacobiflow.checks import check_choice
+from jacobiflow.errors import InputValueError
 
 
 class TrainingImages(NamedTuple):
@@ -92,7 +93,7 @@ class ConvolutionalFeatures(nn.Module):
         if images.dtype != torch.uint8 or images.shape[1:] != shape:
             have = f"{images.dtype} of shape {tuple(images.shape)}"
             want = ", ".join(map(str, ("N", *shape)))
-            raise ValueError(f"images: {have}; {self.kind} features take torch.uint8 of shape ({want})")
+            raise InputValueError(f"images: {have}; {self.kind} features take torch.uint8 of shape ({want})")
         x = images.to(self.hidden.weight) / 127.5 - 1
         return F.relu(self.hidden(self.convolutions(x).mean(dim=(2, 3))))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from jacobiflow.checks import check_choice, short
 from jacobiflow.data import DataError
+from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.evaluation.convolutional import BUNDLED, statistics_file
 from jacobiflow.evaluation.features import InceptionFeatures, load_tensors, need_torchmetrics
 from jacobiflow.files import write_atomically
@@ -82,25 +83,25 @@ class Statistics:
     @classmethod
     def _of_state(cls, state: Any) -> Statistics:
         if not isinstance(state, dict):
-            raise TypeError(f"of type {type(state).__name__}")
+            raise InputTypeError(f"of type {type(state).__name__}")
         num, total, outer = (state[f"real_features_{name}"] for name in ("num_samples", "sum", "cov_sum"))
         if not (total.is_floating_point() and outer.is_floating_point() and not num.is_floating_point()):
-            raise TypeError(f"of types {total.dtype}, {outer.dtype}, {num.dtype}")
+            raise InputTypeError(f"of types {total.dtype}, {outer.dtype}, {num.dtype}")
         if num.dtype == torch.bool or num.numel() != 1:
-            raise TypeError(f"a number of images {short(num)}")
+            raise InputTypeError(f"a number of images {short(num)}")
         if total.ndim != 1 or not len(total) or outer.shape != (len(total), len(total)) or int(num) < 2:
-            raise ValueError(f"shapes {tuple(total.shape)} and {tuple(outer.shape)}, of {int(num)} images")
+            raise InputValueError(f"shapes {tuple(total.shape)} and {tuple(outer.shape)}, of {int(num)} images")
         found = cls(int(num), total.double(), outer.double())
         covariance = found.covariance()
         if not torch.isfinite(covariance).all():
-            raise ValueError("a NaN or an infinity")
+            raise InputValueError("a NaN or an infinity")
         scale = float(found.outer.diagonal().abs().max()) / found.num + float(torch.linalg.matrix_norm(covariance))
         slack = _ROUNDING.get(outer.dtype, _COARSE) * scale
         if (covariance - covariance.T).abs().max() > slack:
-            raise ValueError("covariances that are not symmetric")
+            raise InputValueError("covariances that are not symmetric")
         # Where all features are 0 there is nothing to factorise.
         if slack and torch.linalg.cholesky_ex(covariance + slack * torch.eye(len(covariance)).double()).info:
-            raise ValueError("covariances with a negative eigenvalue")
+            raise InputValueError("covariances with a negative eigenvalue")
         return found
 
     def save(self, path: str | Path, inception: InceptionFeatures | None = None) -> None:

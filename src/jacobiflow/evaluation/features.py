@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from jacobiflow.checks import check_choice
 from jacobiflow.data import DataError
+from jacobiflow.errors import InputValueError
 from jacobiflow.evaluation.convolutional import BUNDLED, ConvolutionalFeatures
 from jacobiflow.flows.weights import load_torch
 
@@ -63,7 +64,7 @@ class InceptionFeatures(nn.Module):
         """The features. **Raises** `ValueError` for images of another type or number of channels."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             have = f"{images.dtype} of shape {tuple(images.shape)}"
-            raise ValueError(f"images: {have}; Inception takes torch.uint8 of shape (N, 1 or 3, H, W)")
+            raise InputValueError(f"images: {have}; Inception takes torch.uint8 of shape (N, 1 or 3, H, W)")
         return self.network(images.expand(-1, 3, -1, -1))
 
 

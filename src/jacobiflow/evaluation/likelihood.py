@@ -10,6 +10,7 @@ from torch import Tensor
 
 from jacobiflow.data import ImageDataset
 from jacobiflow.data.noise import Noise, noisy_images
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.image_flow import ImageFlow, state_dtype
 
 
@@ -54,7 +55,7 @@ def bayes_accuracy(
     **Raises** `ValueError` where the flow has no classes or `data` no labels.
     """
     if not flow.config.num_classes or data.labels is None:
-        raise ValueError("class accuracy: needs a class-conditional flow and labelled images")
+        raise InputValueError("class accuracy: needs a class-conditional flow and labelled images")
     correct = 0
     for start in range(0, len(data), batch_size):
         noisy, _ = _noisy_batch(flow, data, noise, seed, start, batch_size)

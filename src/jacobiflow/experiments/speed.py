@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from jacobiflow.baselines import SEQUENTIAL, original_loop
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance
 from jacobiflow.measuring import Error, Timing, interleave, paired_error
@@ -164,7 +165,7 @@ def compare(
     """
     for name in timed_anyway(flow):
         if name in runs:
-            raise ValueError(f"run {name!r}: timed in any case; give it another name, or leave it out")
+            raise InputValueError(f"run {name!r}: timed in any case; give it another name, or leave it out")
     original, loop = original_loop(flow)
     sequential = partial(
         sample, flow, labels=labels, latents=latents, strategy="sequential", guidance=guidance, certify=False,

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jacobiflow.checks import check_rows, short
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.permutation import Permutation
 
 
@@ -240,6 +241,6 @@ def check_input(z: Float[Tensor, "b t c"], context: Tensor | None, num_tokens: i
     `context` have not a row for each of its rows.
     """
     if z.ndim != 3 or z.shape[1:] != (num_tokens, token_channels):
-        raise ValueError(f"z={short(z)}: this block takes (B, {num_tokens}, {token_channels})")
+        raise InputValueError(f"z={short(z)}: this block takes (B, {num_tokens}, {token_channels})")
     if context is not None:
         check_rows("context", context, len(z), "samples")

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 from jacobiflow.checks import check_count
+from jacobiflow.errors import InputValueError
 
 MOST_CHANNELS = 2**20
 MOST_BLOCKS, MOST_TOKENS = 1_000, 2**16
@@ -60,4 +61,4 @@ def check_totals(config: FlowConfig, layers: int) -> None:
         ("layers in all blocks", layers, MOST_LAYERS),
     ):  # fmt: skip
         if value > most:
-            raise ValueError(f"config of {value:,} {name}: the limit is {most:,}; give smaller sizes")
+            raise InputValueError(f"config of {value:,} {name}: the limit is {most:,}; give smaller sizes")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from jacobiflow.checks import check_kind
+from jacobiflow.errors import InputValueError
 
 _VALUES = 1024  # of each tensor: any step of training changes nearly all of them
 
@@ -38,4 +39,4 @@ def check_fingerprint(expected: str, flow: nn.Module, what: str, remedy: str = "
     """**Raises** `ValueError` where `flow` has other weights than those of the fingerprint `expected`."""
     actual = fingerprint(flow)
     if actual != expected:
-        raise ValueError(f"{what} another flow (weights {expected[:12]}, this one's {actual[:12]}): {remedy}")
+        raise InputValueError(f"{what} another flow (weights {expected[:12]}, this one's {actual[:12]}): {remedy}")

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from jacobiflow.errors import InputValueError
 from jacobiflow.files import partials, read_object, remove_partials, write_beside
 from jacobiflow.flows.config import FlowConfig
 from jacobiflow.flows.fingerprint import fingerprint_of
@@ -80,10 +81,10 @@ class ModelFolder:
                 problems.append(f"{field.name}={value!r} is no {expected.__name__}")
         try:
             if problems:
-                raise ValueError("; ".join(problems))
+                raise InputValueError("; ".join(problems))
             config = config_type(**self.fields)
             if self.recommended.denoise and not config.noise_std:
-                raise ValueError(
+                raise InputValueError(
                     f"recommended settings: a denoise rate of {self.recommended.denoise}, but noise_std is 0: there is "
                     "no Gaussian noise to remove; leave the rate out"
                 )

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jacobiflow.checks import check_count, check_floating, check_kind, check_on, check_path, check_rows, short
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import FlowBlock
 from jacobiflow.flows.card import model_card
 from jacobiflow.flows.config import MOST, MOST_CHANNELS, FlowConfig
@@ -167,7 +168,7 @@ class ImageFlow(
         another process writes to it.
         """
         if config is not None and config != self.config:
-            raise ValueError(f"config={short(config)}: leave it out, the flow's own is saved")
+            raise InputValueError(f"config={short(config)}: leave it out, the flow's own is saved")
         check_path("save_directory", save_directory)
         check_kind("dtype", dtype, str | torch.dtype | None, "a dtype, such as torch.float64, its name, or None")
         check_kind("config", config, type(self.config) | None, "the flow's own, or None")

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from jacobiflow.checks import check_kind, short
+from jacobiflow.errors import InputTypeError, InputValueError
 
 
 def check_labels(labels: Any, num: int, num_classes: int) -> None:
@@ -16,12 +17,12 @@ def check_labels(labels: Any, num: int, num_classes: int) -> None:
     whole numbers.
     """
     if not num_classes:
-        raise ValueError("labels given, but this flow is unconditional: leave them out")
+        raise InputValueError("labels given, but this flow is unconditional: leave them out")
     _check_kind("labels", labels)
     if len(labels) != num:
-        raise ValueError(f"labels={short(labels)}: give {num} whole numbers, one for each sample")
+        raise InputValueError(f"labels={short(labels)}: give {num} whole numbers, one for each sample")
     if (labels >= num_classes).any():
-        raise ValueError(_no_class(labels, num_classes))
+        raise InputValueError(_no_class(labels, num_classes))
 
 
 def embed_classes(table: Float[Tensor, "k ..."] | None, labels: Int[Tensor, " b"] | None) -> Tensor | None:
@@ -39,7 +40,7 @@ def embed_classes(table: Float[Tensor, "k ..."] | None, labels: Int[Tensor, " b"
     try:
         rows = table[labels.clamp(min=0)]
     except IndexError:
-        raise ValueError(f"context: {_no_class(labels, len(table))}") from None
+        raise InputValueError(f"context: {_no_class(labels, len(table))}") from None
     return torch.where((labels < 0).view(-1, *[1] * (table.ndim - 1)), mean, rows)
 
 
@@ -47,9 +48,9 @@ def _check_kind(name: str, labels: Any) -> None:
     want = "a torch.Tensor (N,) of whole numbers"
     check_kind(name, labels, Tensor, want)
     if labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name}={short(labels)}: give {want}")
+        raise InputTypeError(f"{name}={short(labels)}: give {want}")
     if labels.ndim != 1:
-        raise ValueError(f"{name}={short(labels)}: give {want}")
+        raise InputValueError(f"{name}={short(labels)}: give {want}")
 
 
 def _no_class(labels: Tensor, num_classes: int) -> str:

@@ -9,6 +9,7 @@ from typing import TypeVar, get_type_hints
 import torch
 
 from jacobiflow.checks import check_device, check_kind, check_path, short
+from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.flows.folder import CONFIG, ModelFolder
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.weights import CheckpointError, floating
@@ -26,20 +27,22 @@ def register(flow: Flow) -> Flow:
     numbers and strings.
     """
     if not isinstance(flow, type) or not issubclass(flow, ImageFlow):
-        raise TypeError(f"flow={short(flow)}: give a class that derives from ImageFlow")
+        raise InputTypeError(f"flow={short(flow)}: give a class that derives from ImageFlow")
     name, config = flow.model_type, flow.config_type
     check_kind("model_type", name, str, "the name of the flow")
     types = get_type_hints(config) if is_dataclass(config) else {}
     others = [field for field in config.__dataclass_fields__ if types[field] not in _FIELDS] if types else []
     if not types or others:
-        raise TypeError(
+        raise InputTypeError(
             f"{flow.__name__}: config_type {config.__name__}{f' with fields {others}' if others else ''}; give a "
             "dataclass whose fields are int, float, bool or str"
         )
     before = _FLOWS.get(name)
     # The same class again is a module that was reloaded, or a notebook's cell.
     if before is not None and (before.__module__, before.__qualname__) != (flow.__module__, flow.__qualname__):
-        raise ValueError(f"model_type {name!r}: taken by {before.__module__}.{before.__qualname__}; give another name")
+        raise InputValueError(
+            f"model_type {name!r}: taken by {before.__module__}.{before.__qualname__}; give another name"
+        )
     _FLOWS[name] = flow
     return flow
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jacobiflow.checks import check_choice, check_flag, check_kind, check_number, check_positive, short
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import Extrapolation
 
 
@@ -75,7 +76,7 @@ class SamplingSettings:
         if guidance is not None:
             found = _entries("guidance", guidance, Guidance)
             if "weight" not in found:
-                raise ValueError(f"guidance={short(guidance)}: give its weight")
+                raise InputValueError(f"guidance={short(guidance)}: give its weight")
             guidance = _made(Guidance, found)
         return _made(cls, {**entries, "guidance": guidance})
 
@@ -88,10 +89,10 @@ def _entries(name: str, value: Any, cls: type) -> Mapping[str, Any]:
     """`value`, where it is a JSON object with entries of the dataclass `cls` only."""
     known = [field.name for field in fields(cls)]
     if not isinstance(value, dict):
-        raise ValueError(f"{name}={short(value)}: give an object with {', '.join(known)}, or leave it out")
+        raise InputValueError(f"{name}={short(value)}: give an object with {', '.join(known)}, or leave it out")
     unknown = sorted(value.keys() - set(known))
     if unknown:
-        raise ValueError(f"{name} with an unknown {unknown[0]!r}: give {', '.join(known)} only")
+        raise InputValueError(f"{name} with an unknown {unknown[0]!r}: give {', '.join(known)} only")
     return value
 
 
@@ -100,4 +101,4 @@ def _made(cls: Any, entries: Mapping[str, Any]) -> Any:
     try:
         return cls(**entries)
     except TypeError as error:
-        raise ValueError(str(error)) from None
+        raise InputValueError(str(error)) from None

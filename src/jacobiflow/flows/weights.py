@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.config import MOST_BLOCKS
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -24,7 +25,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REGISTRATIONS = 8  # of a tensor: a module may take its parameters from another
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputValueError):
     """A model folder or file that cannot be used; the message names it, what is wrong, and what to do."""
 
 
@@ -39,7 +40,7 @@ def load_torch(path: str | Path) -> Any:
             with zipfile.ZipFile(file) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
             if unpacked > size:
-                raise ValueError(f"a file of {size:,} bytes says that it holds {unpacked:,}")
+                raise InputValueError(f"a file of {size:,} bytes says that it holds {unpacked:,}")
         file.seek(0)
         content = torch.load(file, map_location="cpu", weights_only=True)
     waiting, seen = [content], set[int]()
@@ -53,7 +54,7 @@ def load_torch(path: str | Path) -> Any:
         elif isinstance(value, list | tuple):
             waiting += value
         elif isinstance(value, Tensor) and value.layout == torch.strided and value.nbytes > _stored(value):
-            raise ValueError(f"a tensor {tuple(value.shape)} of {_stored(value):,} bytes")
+            raise InputValueError(f"a tensor {tuple(value.shape)} of {_stored(value):,} bytes")
     return content
 
 
@@ -112,9 +113,9 @@ def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
     pattern = re.compile(re.escape(prefix) + r"(\d{1,9})\.")  # no more digits: nothing has so many
     numbers = {int(found[1]) for name in state if (found := pattern.match(name))}
     if numbers != set(range(len(numbers))):
-        raise ValueError(f"{len(numbers)} of {prefix}*, but one is numbered {max(numbers)}")
+        raise InputValueError(f"{len(numbers)} of {prefix}*, but one is numbered {max(numbers)}")
     if len(numbers) > MOST_BLOCKS:
-        raise ValueError(f"{len(numbers):,} of {prefix}*; the limit is {MOST_BLOCKS:,}")
+        raise InputValueError(f"{len(numbers):,} of {prefix}*; the limit is {MOST_BLOCKS:,}")
     return len(numbers)
 
 
@@ -124,7 +125,7 @@ def floating(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if found is None or found in _FLOATS:
         return found
     names = ", ".join(str(name).removeprefix("torch.") for name in _FLOATS)
-    raise ValueError(f"dtype={dtype!r}: give one of {names}")
+    raise InputValueError(f"dtype={dtype!r}: give one of {names}")
 
 
 def first_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from jacobiflow.calibration import Report
+from jacobiflow.errors import InputValueError
 from jacobiflow.plots.labels import line_label, place_labels
 from jacobiflow.plots.style import ORDERED, clear, new_figure, sampler_style, styled
 
@@ -56,7 +57,7 @@ def segments_figure(report: Report) -> Figure:
     **Raises** `ValueError` where no block is tough.
     """
     if not report.segment_traces:
-        raise ValueError("no block of this report is tough: there are no segments to draw")
+        raise InputValueError("no block of this report is tough: there are no segments to draw")
     figure = new_figure(_HEIGHT)
     panels = figure.subplots(1, len(report.segment_traces), sharey=True, squeeze=False)[0]
     for axis, (block, counts) in zip(panels, report.segment_traces.items(), strict=True):

@@ -16,6 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image
 
+from jacobiflow.errors import InputValueError
 from jacobiflow.files import json_bytes, write_atomically
 from jacobiflow.plots.style import SHEET
 
@@ -90,7 +91,7 @@ def check_page(path: str | Path) -> None:
         with open(path, "rb") as file:
             ours = _MARK in file.read(_START)
     if not ours:
-        raise ValueError(f"{path}: is not a page that jacobiflow wrote; move it away, or give another file")
+        raise InputValueError(f"{path}: is not a page that jacobiflow wrote; move it away, or give another file")
 
 
 def _data_uri(picture: Picture) -> str:

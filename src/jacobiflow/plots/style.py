@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from jacobiflow.errors import InputValueError
 from jacobiflow.files import write_atomically
 
 WIDTH = 8.3  # inches: a page shows a figure 830 pixels wide, so that 10 points are 14 pixels there
@@ -216,4 +217,4 @@ def check_picture(path: str | Path) -> None:
     except (OSError, ValueError, Image.DecompressionBombError):
         ours = False
     if not ours:
-        raise ValueError(f"{path}: is not a picture that jacobiflow made; move it away, or give another folder")
+        raise InputValueError(f"{path}: is not a picture that jacobiflow made; move it away, or give another folder")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jacobiflow.codec import register
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import Block, evaluate
 from jacobiflow.solvers.convolution import (
     FIT_WIDTH,
@@ -60,7 +61,7 @@ class Chord(Correction):
 
     def check(self, token_channels: int) -> None:
         if token_channels != self.kernel.shape[1]:
-            raise ValueError(f"{self!r}, but the tokens have {token_channels}: calibrate this flow")
+            raise InputValueError(f"{self!r}, but the tokens have {token_channels}: calibrate this flow")
 
     @classmethod
     def fit(

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jacobiflow.checks import check_finite, check_floating, short
+from jacobiflow.errors import InputValueError
 
 _NUMBERS = 2**22  # at most so many numbers are written out at a time
 FIT_WIDTH = 24  # tokens before one that a fit sees; twice as many brought 3 per cent
@@ -18,7 +19,7 @@ def check_kernel(owner: str, kernel: Tensor) -> None:
     name, shape = f"{owner}: kernel", ("tokens", "channels", "channels")
     check_floating(name, kernel, shape)
     if kernel.shape[1] != kernel.shape[2]:
-        raise ValueError(f"{name}={short(kernel)}: give a tensor ({', '.join(shape)})")
+        raise InputValueError(f"{name}={short(kernel)}: give a tensor ({', '.join(shape)})")
     check_finite(name, kernel)
 
 

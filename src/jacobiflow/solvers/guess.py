@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jacobiflow.checks import check_finite, check_floating, check_kind, short
 from jacobiflow.codec import family, register
+from jacobiflow.errors import InputTypeError, InputValueError
 
 
 @family
@@ -101,11 +102,11 @@ class Given(Guess):
         give = "a torch.Tensor of floating-point numbers (B, T, C)"
         check_kind("Given: value", self.value, Tensor, give)
         if not self.value.is_floating_point() or self.value.ndim != 3:
-            raise TypeError(f"Given: value={short(self.value)}: give {give}")
+            raise InputTypeError(f"Given: value={short(self.value)}: give {give}")
 
     def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
         if self.value.shape != z.shape:
-            raise ValueError(
+            raise InputValueError(
                 f"Given: value of shape {tuple(self.value.shape)}, but z is {tuple(z.shape)}: give as many"
             )
         return self.value.clone()
@@ -115,4 +116,4 @@ def check_shape(guess: Guess, values: Float[Tensor, "t c"], num_tokens: int, tok
     """**Raises** `ValueError` where a guess has not one of its `values` for each entry of tokens (T, C)."""
     have, want = tuple(values.shape), (num_tokens, token_channels)
     if have != want:
-        raise ValueError(f"{type(guess).__name__} of shape {have}, but the tokens are {want}: calibrate this flow")
+        raise InputValueError(f"{type(guess).__name__} of shape {have}, but the tokens are {want}: calibrate this flow")

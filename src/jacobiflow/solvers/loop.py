@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import Block, FrontPerSample, LowPrecision, Replayable, put_run, run_of
 from jacobiflow.solvers.fronts import Array, Fronts, Swept, Tally, as_array, on_host
 from jacobiflow.solvers.partition import SlidingRun, Sweep
@@ -246,7 +247,7 @@ class Loop:
         else:
             stop = partition.stop(first, self.length)
         if not first < stop <= self.length:
-            raise ValueError(f"{partition!r}: a run from token {first} to {stop}, of {self.length} tokens")
+            raise InputValueError(f"{partition!r}: a run from token {first} to {stop}, of {self.length} tokens")
         return stop
 
     def _correct(self, batch: _Batch, start: Array, old: Tensor, g: Tensor) -> tuple[Tensor, Array, Array]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from jacobiflow.checks import check_count
 from jacobiflow.codec import family, register
+from jacobiflow.errors import InputValueError
 
 _SMALLEST = 32  # tokens in a window that is tried: hardly a plan had fewer, see benchmarks/tuning_grid.py
 
@@ -104,7 +105,7 @@ class Segments(Partition):
 
     def check(self, num_tokens: int) -> None:
         if self.count > num_tokens:
-            raise ValueError(
+            raise InputValueError(
                 f"Segments(count={self.count}): there are only {num_tokens} tokens; give at most {num_tokens} segments"
             )
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jacobiflow.checks import check_count, check_finite, check_kind, check_on, check_rows, short
+from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.flows.base import Block, ExactInverse, KeepsNothing, LowPrecision, Replayable
 from jacobiflow.solvers.fronts import Tally
 from jacobiflow.solvers.guess import Given
@@ -91,9 +92,9 @@ def check_tokens(block: Block, z: Tensor, context: Tensor | None, **others: Tens
         give = "float32 or float64 tokens (B, T, C), whatever the network runs in"
         check_kind(name, tokens, Tensor, give)
         if tokens.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name}={short(tokens)}: give {give}")
+            raise InputTypeError(f"{name}={short(tokens)}: give {give}")
         if tokens.ndim != 3 or tokens.shape != z.shape or not tokens.shape[1:].numel():
-            raise ValueError(f"{name}={short(tokens)}: give {give}{'' if tokens is z else ', as many as z'}")
+            raise InputValueError(f"{name}={short(tokens)}: give {give}{'' if tokens is z else ', as many as z'}")
         check_on(name, tokens, z.device)
     if context is not None:
         check_rows("context", context, len(z), "rows of z")
@@ -108,7 +109,7 @@ def _check(block: Block, z: Tensor, solver: Solver, context: Tensor | None, slot
         check_count("slots", slots)
     solver.check(*z.shape[1:])
     if solver.coarse and not isinstance(block, LowPrecision):
-        raise ValueError(f"coarse={solver.coarse}: {type(block).__name__} has no bfloat16 network; give 0")
+        raise InputValueError(f"coarse={solver.coarse}: {type(block).__name__} has no bfloat16 network; give 0")
 
 
 class _Done(NamedTuple):

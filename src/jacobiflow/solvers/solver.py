@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from jacobiflow.checks import check_count, check_fields
+from jacobiflow.errors import InputValueError
 from jacobiflow.solvers.correction import Correction, Plain
 from jacobiflow.solvers.guess import Guess, Latent
 from jacobiflow.solvers.partition import Partition, Segments, Whole
@@ -36,7 +37,7 @@ class Solver:
         if isinstance(counts, tuple) and not (
             isinstance(self.partition, Segments) and self.partition.count == len(counts)
         ):
-            raise ValueError(f"{len(counts)} sweep counts for {self.partition}: give one for each of its Segments")
+            raise InputValueError(f"{len(counts)} sweep counts for {self.partition}: give one for each of its Segments")
 
     def check(self, num_tokens: int, token_channels: int) -> None:
         """**Raises** `ValueError` where a piece does not fit tokens (T, C)."""

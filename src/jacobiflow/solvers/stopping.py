@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 
 from jacobiflow.checks import check_count, check_kind, check_number
 from jacobiflow.codec import OMIT_DEFAULT
+from jacobiflow.errors import InputValueError
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ class Stopping:
         give = "a positive whole number, or a tuple of one for each segment"
         check_kind("sweeps", self.max_sweeps, int | tuple | None, give)
         if self.max_sweeps == ():
-            raise ValueError(f"sweeps=(): give {give}")
+            raise InputValueError(f"sweeps=(): give {give}")
         for count in self.max_sweeps if isinstance(self.max_sweeps, tuple) else (self.max_sweeps,):
             if self.max_sweeps is not None:
                 check_count("sweeps", count)
         if all(getattr(self, entry.name) is None for entry in fields(self)):
-            raise ValueError("Stopping: give a tolerance, a number of sweeps, or a bound of an early stop")
+            raise InputValueError("Stopping: give a tolerance, a number of sweeps, or a bound of an early stop")
 
     def __or__(self, other: Stopping) -> Stopping:
         check_kind("stopping", other, Stopping, "a rule such as Tolerance(1e-3) or MaxSweeps(8)")
@@ -45,7 +46,7 @@ class Stopping:
         for name in (entry.name for entry in fields(self)):
             mine, others = getattr(self, name), getattr(other, name)
             if mine is not None and others is not None:
-                raise ValueError(f"{self} | {other}: both give {name}; give it once")
+                raise InputValueError(f"{self} | {other}: both give {name}; give it once")
             joined[name] = others if mine is None else mine
         return Stopping(**joined)
 

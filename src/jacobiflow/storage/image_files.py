@@ -14,6 +14,8 @@ from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import Image, UnidentifiedImageError
 
+from jacobiflow.errors import InputValueError
+
 
 def to_npz(pixels: UInt8[ndarray, "n h w c"], labels: Sequence[int] | None) -> bytes:
     """An .npz file of `arr_0` and, where there are any, `labels`; neither compressed nor dated."""
@@ -39,9 +41,9 @@ def check_npz(path: Path, shape: tuple[int, int, int, int]) -> None:
             np.lib.format.read_magic(file)  # of version 1.0, as its header is short
             have, _, dtype = np.lib.format.read_array_header_1_0(file)
     except (KeyError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError("holds no images") from error
+        raise InputValueError("holds no images") from error
     if have != shape or dtype != np.uint8:
-        raise ValueError(f"holds {dtype} of shape {have}, not uint8 of shape {shape}")
+        raise InputValueError(f"holds {dtype} of shape {have}, not uint8 of shape {shape}")
 
 
 def to_png(pixels: UInt8[ndarray, "h w c"]) -> bytes:
@@ -65,6 +67,6 @@ def check_png(path: Path, shape: tuple[int, int, int]) -> None:
         with Image.open(path) as image:
             have, want = (*image.size, image.mode), (width, height, "L" if channels == 1 else "RGB")
     except (ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError("holds no image") from error
+        raise InputValueError("holds no image") from error
     if have != want:
-        raise ValueError(f"holds an image {have[0]}x{have[1]} {have[2]}, not {width}x{height} {want[2]}")
+        raise InputValueError(f"holds an image {have[0]}x{have[1]} {have[2]}, not {width}x{height} {want[2]}")

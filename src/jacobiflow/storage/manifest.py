@@ -12,6 +12,7 @@ from typing import Any, Literal
 from jaxtyping import Int
 from torch import Tensor
 
+from jacobiflow.errors import InputValueError
 from jacobiflow.files import entries_sha256, sha256
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow
@@ -32,7 +33,7 @@ OTHER_FOLDER = "give another folder, or overwrite=True to replace them"
 _LONGEST = 60  # characters of a value that a message quotes
 
 
-class SampleFolderError(ValueError):
+class SampleFolderError(InputValueError):
     """A folder of samples that cannot be used as it is; the message names the file and the remedy."""
 
 
@@ -94,19 +95,19 @@ class Manifest:
     def from_json(cls, value: Any) -> Manifest:
         """Inverse of `to_json`. **Raises** `ValueError` that names an entry which is missing or wrong."""
         if not isinstance(value, dict):
-            raise ValueError(f"{_short(value)} is not a JSON object")
+            raise InputValueError(f"{_short(value)} is not a JSON object")
         if value.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"format_version is {value.get('format_version')!r}, not {FORMAT_VERSION}")
+            raise InputValueError(f"format_version is {value.get('format_version')!r}, not {FORMAT_VERSION}")
         entries = {name: entry for name, entry in value.items() if name not in ("format_version", CHECKSUM)}
         odd = sorted({entry.name for entry in fields(cls)} ^ set(entries))
         if odd:
-            raise ValueError(f"{odd[0]} is {'unknown' if odd[0] in entries else 'missing'}")
+            raise InputValueError(f"{odd[0]} is {'unknown' if odd[0] in entries else 'missing'}")
         for name in ("image_shape", "checksums"):
             entries[name] = tuple(entries[name]) if isinstance(entries[name], list) else entries[name]
         manifest = cls(**entries)
         manifest._check()
         if CHECKSUM in value and value[CHECKSUM] != manifest.to_json()[CHECKSUM]:
-            raise ValueError("does not match its own checksum: an entry was changed")
+            raise InputValueError("does not match its own checksum: an entry was changed")
         return manifest
 
     def to_json(self) -> dict[str, Any]:
@@ -164,12 +165,12 @@ class Manifest:
         }
         for name, is_right in right.items():
             if not is_right:
-                raise ValueError(f"{name} is {_short(repr(getattr(self, name)))}")
+                raise InputValueError(f"{name} is {_short(repr(getattr(self, name)))}")
         if self.shard_size % self.batch_size:
-            raise ValueError(f"shard_size is {self.shard_size}, no multiple of batch_size, {self.batch_size}")
+            raise InputValueError(f"shard_size is {self.shard_size}, no multiple of batch_size, {self.batch_size}")
         check_sizes(self.num, self.shard_size, self.image_shape)
         if sums is not None and len(sums) != self.num_shards:
-            raise ValueError(f"{len(sums)} checksums of {self.num_shards} shards")
+            raise InputValueError(f"{len(sums)} checksums of {self.num_shards} shards")
 
 
 def check_sizes(num: int, shard_size: int, image_shape: tuple[int, int, int]) -> None:
@@ -185,7 +186,7 @@ def check_sizes(num: int, shard_size: int, image_shape: tuple[int, int, int]) ->
         ),
     ):
         if have > most:
-            raise ValueError(f"{have:,} {what}: the limit is {most:,}; give {give}")
+            raise InputValueError(f"{have:,} {what}: the limit is {most:,}; give {give}")
 
 
 def labels_sha256(labels: Int[Tensor, " n"] | None) -> str | None:

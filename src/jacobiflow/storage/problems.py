@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from jacobiflow.errors import InputError
 from jacobiflow.files import partials
 from jacobiflow.locking import LOCK, in_use
 from jacobiflow.storage.folder import SampleFolder
@@ -23,7 +24,7 @@ def problems(path: Path) -> Iterator[str]:
         yield from folder.problems()
         yield from leftovers(places(path, folder.manifest))
         yield from foreign(path, (*folder.named(), *(path / name for name in (*CONTENTS, SHEET, LOCK))))
-    except ValueError as error:
+    except InputError as error:
         yield str(error)
     except OSError as error:
         yield f"{error.filename or path}: cannot be read ({error.strerror}); make it readable"

@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 
 from jacobiflow.checks import short
+from jacobiflow.errors import InputValueError
 
 T = TypeVar("T")
 _START = "start with torchrun, or unset TORCHELASTIC_RUN_ID"
 _WAIT = timedelta(hours=12)  # for the first process, which may have a strategy to plan and many checksums to compute
 
 
-class FirstProcessFailed(ValueError):  # noqa: N818  names the process at fault
+class FirstProcessFailed(InputValueError):  # noqa: N818  names the process at fault
     """Raised in the other processes where the first one raised an error, with that error's message."""
 
 
@@ -75,7 +76,9 @@ def processes() -> Iterator[Processes]:
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         where = f"MASTER_ADDR {environ['MASTER_ADDR']}, MASTER_PORT {environ['MASTER_PORT']}"
-        raise ValueError(f"{where}: the processes cannot meet there ({reason}); {_START}, with a free port") from error
+        raise InputValueError(
+            f"{where}: the processes cannot meet there ({reason}); {_START}, with a free port"
+        ) from error
     try:
         yield among
     finally:
@@ -89,14 +92,14 @@ def _launched() -> Processes:
     local = _variable("LOCAL_RANK", 0, rank)
     _variable("MASTER_PORT", 0, 65535)
     if not environ.get("MASTER_ADDR"):
-        raise ValueError(f"MASTER_ADDR is not set; {_START}")
+        raise InputValueError(f"MASTER_ADDR is not set; {_START}")
     return Processes(rank, count, local)
 
 
 def _variable(name: str, least: int, most: int = 2**31) -> int:
     text = environ.get(name)
     if text is None:
-        raise ValueError(f"{name} is not set, though TORCHELASTIC_RUN_ID is; {_START}")
+        raise InputValueError(f"{name} is not set, though TORCHELASTIC_RUN_ID is; {_START}")
     if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
-        raise ValueError(f"{name} is {short(text)}, not a whole number from {least} to {most}; {_START}")
+        raise InputValueError(f"{name} is {short(text)}, not a whole number from {least} to {most}; {_START}")
     return int(text)

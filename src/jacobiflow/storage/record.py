@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from jacobiflow.errors import InputValueError
 from jacobiflow.files import entries_sha256, finite
 
 _MOST = 2**63  # of a label, which is kept as int64
@@ -41,7 +42,7 @@ class Record:
         try:
             entries = {name: entry for name, entry in value.items() if name != "record_sha256"}
             if value["record_sha256"] != entries_sha256(entries):
-                raise ValueError("does not match its own checksum")
+                raise InputValueError("does not match its own checksum")
             for name in ("labels", "certificate", "resolved", "lost"):
                 entries[name] = None if entries[name] is None else tuple(entries[name])
             if entries["certificate"] is not None:
@@ -50,7 +51,7 @@ class Record:
             record._check()
             return record
         except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"not a record ({error})") from error
+            raise InputValueError(f"not a record ({error})") from error
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value with the checksum of all other entries; an infinite certificate, which JSON lacks, is null."""
@@ -77,7 +78,7 @@ class Record:
         }
         for name, is_right in right.items():
             if not is_right:
-                raise ValueError(f"not a record (its {name})")
+                raise InputValueError(f"not a record (its {name})")
 
 
 def _are(kinds: type | tuple[type, ...], values: Any) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from jacobiflow.calibration import Report
 from jacobiflow.checks import check_choice, check_count, check_flag, check_seed
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance
 from jacobiflow.latents import MOST_SAMPLES
@@ -141,7 +142,7 @@ def sizes(num: int, batch_size: int | None, shard_size: int | None) -> tuple[int
     shard_size = max(_SHARD // batch_size, 1) * batch_size if shard_size is None else shard_size
     check_count("shard_size", shard_size, most=MOST_SAMPLES)
     if shard_size % batch_size:
-        raise ValueError(f"shard_size={shard_size}: give a multiple of the batch size, {batch_size}")
+        raise InputValueError(f"shard_size={shard_size}: give a multiple of the batch size, {batch_size}")
     check_sizes(num, shard_size, (1, 1, 1))
     return batch_size, shard_size
 
@@ -155,4 +156,4 @@ def _check(flow: ImageFlow, num: int, shard_size: int, labels: Tensor | None, se
     check_seed(seed)
     check_choice("files", files, FILES)
     if files == "png" and config.in_channels not in (1, 3):
-        raise ValueError(f"files={files!r}: holds images of 1 or 3 channels, not {config.in_channels}; give npz")
+        raise InputValueError(f"files={files!r}: holds images of 1 or 3 channels, not {config.in_channels}; give npz")

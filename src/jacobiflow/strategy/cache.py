@@ -16,6 +16,7 @@ from jacobiflow.calibration.reports import find_report
 from jacobiflow.calibration.tune import TuneSettings, tune
 from jacobiflow.calibration.tuning import Tuning
 from jacobiflow.checks import check_count, check_kind, check_number
+from jacobiflow.errors import InputError
 from jacobiflow.files import cache_folder, files_sha256, json_bytes, sha256
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
@@ -96,7 +97,7 @@ def _read(key: str, weights: str, num_blocks: int) -> Strategy | None:
         return None
     try:
         found = Strategy.load(folder / f"{key}.json")
-    except ValueError:
+    except InputError:
         return None
     fits = found.fingerprint == weights and len(found.solvers) == num_blocks and found.prediction is not None
     return found if fits else None
@@ -114,7 +115,7 @@ def _make(
         say("auto: by a short trial; plans by a report of calibrate(..., chord=True) are faster")
         try:
             tuning = _short_trial(flow, tolerance, guidance)
-        except ValueError as error:  # a latent overflows
+        except InputError as error:  # a latent overflows
             say(f"auto: the sequential loop, since {error}")
             return _loop(flow, tolerance)
     return _kept(plan(flow, tuning, batch_size, tolerance, guidance=guidance, progress=False), key, say)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jacobiflow.calibration.report import Report
 from jacobiflow.checks import check_count, check_kind, check_number, short
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.guidance import Guidance, check_guidance
 from jacobiflow.latents import MOST_SAMPLES
@@ -59,7 +60,7 @@ def choose(
     if tolerance is not None:
         found = found.with_tolerance(tolerance)
         if not found.has_tolerance:
-            raise ValueError(
+            raise InputValueError(
                 f"tolerance={tolerance}: strategy {short(strategy)} stops after a number of sweeps and ignores it; "
                 "leave the tolerance out, or give a strategy with one"
             )
@@ -95,8 +96,8 @@ def _tolerance_of(name: str, tolerance: float | None) -> float | None:
     try:
         found = float(text)
     except ValueError as error:
-        raise ValueError(f"strategy {short(name)}: give auto, or auto:TOLERANCE such as auto:1e-2") from error
+        raise InputValueError(f"strategy {short(name)}: give auto, or auto:TOLERANCE such as auto:1e-2") from error
     if tolerance not in (None, found):
-        raise ValueError(f"strategy {name!r} with tolerance {tolerance!r}: give the tolerance once")
+        raise InputValueError(f"strategy {name!r} with tolerance {tolerance!r}: give the tolerance once")
     check_number("tolerance", found)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jacobiflow.checks import check_count
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.guidance import Guidance, check_guidance, in_force
 from jacobiflow.memory import free_memory
@@ -35,10 +36,12 @@ def fitting_batch(flow: ImageFlow, most: int, guidance: Guidance | None = None) 
     check_count("most", most)
     needed, free = batch_bytes(flow, 1, guidance), free_memory(flow.var.device)
     if needed is None or free is None:
-        raise ValueError("batch_size='auto': this flow, or this system, does not say how much memory; give a number")
+        raise InputValueError(
+            "batch_size='auto': this flow, or this system, does not say how much memory; give a number"
+        )
     num = int(_SHARE * free) // needed
     if num < 1:
-        raise ValueError(
+        raise InputValueError(
             f"a sample needs {needed / 2**30:.1f} GiB beside the weights, and {free / 2**30:.1f} GiB are free"
         )
     return most if num >= most else 1 << (num.bit_length() - 1)

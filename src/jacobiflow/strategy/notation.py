@@ -9,6 +9,7 @@ from typing import Any
 
 from jacobiflow.checks import short
 from jacobiflow.codec import name_of, registered
+from jacobiflow.errors import InputValueError
 from jacobiflow.solvers import (
     Correction,
     EarlyStop,
@@ -39,9 +40,11 @@ def parse(text: str, guesses: Sequence[Guess], num_tokens: int, tolerance: float
         return tuple(replace(solver, guess=guess) for solver, guess in zip(stack, guesses, strict=True))
     solver = _named(text, num_tokens, tolerance)
     if text.strip().lower().partition(":")[0] == "auto":
-        raise ValueError("strategy 'auto' is planned for a flow, a device and a batch: give it to sample, or use plan")
+        raise InputValueError(
+            "strategy 'auto' is planned for a flow, a device and a batch: give it to sample, or use plan"
+        )
     if solver is None:
-        raise ValueError(f"strategy {short(text)}: unknown; give {FORMS}")
+        raise InputValueError(f"strategy {short(text)}: unknown; give {FORMS}")
     if any(_piece(Guess, piece, text) for piece in _words(text)[1:]):
         return (solver,) * len(guesses)
     return tuple(replace(solver, guess=guess) for guess in guesses)
@@ -117,7 +120,7 @@ def _piece(base: type, text: str, whole: str) -> Any:
     try:
         return cls(*values)
     except ValueError as error:
-        raise ValueError(f"strategy {short(whole)}: {error}") from error
+        raise InputValueError(f"strategy {short(whole)}: {error}") from error
 
 
 def _name(solver: Solver) -> str | None:
@@ -145,24 +148,26 @@ def _piece_name(piece: Any) -> str:
 def _parse_paper(text: str, num_blocks: int, num_tokens: int) -> tuple[Solver, ...]:
     parts = text[1:-1].split("-") if text.endswith("]") else []
     if len(parts) != 4:
-        raise ValueError(f"strategy {short(text)}: give four fields, [Stack-GS-J-Else], such as [7-8-32-10]")
+        raise InputValueError(f"strategy {short(text)}: give four fields, [Stack-GS-J-Else], such as [7-8-32-10]")
     stack, counts, sweeps, other = (
         _numbers(text, part, name) for part, name in zip(parts, ("Stack", "GS", "J", "Else"), strict=True)
     )
     if len(other) != 1:
-        raise ValueError(f"strategy {short(text)}: Else is one number, not {parts[3]!r}")
+        raise InputValueError(f"strategy {short(text)}: Else is one number, not {parts[3]!r}")
     for values, name, part in ((counts, "GS", parts[1]), (sweeps, "J", parts[2])):
         if len(values) not in (1, len(stack)):
-            raise ValueError(
+            raise InputValueError(
                 f"strategy {short(text)}: give {name} {part!r} one number, or one for each of {parts[0]!r}"
             )
     blocks = [int(block) for block in stack]
     if len(set(blocks)) < len(blocks):
-        raise ValueError(f"strategy {short(text)}: Stack {parts[0]!r} names a block twice")
+        raise InputValueError(f"strategy {short(text)}: Stack {parts[0]!r} names a block twice")
     solvers = [Solver(Whole(), stopping=_sweeps(text, other[0], "Else") | EarlyStop())] * num_blocks
     for i, block in enumerate(blocks):
         if block >= num_blocks:
-            raise ValueError(f"strategy {short(text)}: Stack names block {block}, the flow has 0 to {num_blocks - 1}")
+            raise InputValueError(
+                f"strategy {short(text)}: Stack names block {block}, the flow has 0 to {num_blocks - 1}"
+            )
         partition = _segments(text, counts[i % len(counts)], "GS", num_tokens)
         stopping = _sweeps(text, sweeps[i % len(sweeps)], "J", partition.count) | EarlyStop()
         solvers[block] = Solver(partition, stopping=stopping)
@@ -172,7 +177,7 @@ def _parse_paper(text: str, num_blocks: int, num_tokens: int) -> tuple[Solver, .
 def _numbers(text: str, part: str, name: str) -> list[str]:
     number = f"{_NUMBER}(,{_NUMBER})*" if name == "J" else _NUMBER
     if not re.fullmatch(f"{number}(/{number})*", part):
-        raise ValueError(
+        raise InputValueError(
             f"strategy {short(text)}: {name} {part!r} is not a whole number, or several with slashes between"
         )
     return part.split("/")
@@ -185,7 +190,7 @@ def _shared(values: list[Any]) -> list[Any]:
 def _segments(text: str, number: str, name: str, num_tokens: int | None) -> Segments:
     count = _positive(text, number, name)
     if num_tokens is not None and count > num_tokens:
-        raise ValueError(
+        raise InputValueError(
             f"strategy {short(text)}: {name} {number} asks for more segments than there are tokens, {num_tokens}"
         )
     return Segments(count)
@@ -195,11 +200,13 @@ def _sweeps(text: str, numbers: str, name: str, segments: int = 1) -> Stopping:
     """One number, or with commas between one for each segment."""
     counts = [_positive(text, number, name) for number in numbers.split(",")]
     if len(counts) not in (1, segments):
-        raise ValueError(f"strategy {short(text)}: {name} {numbers} has {len(counts)} counts for {segments} segments")
+        raise InputValueError(
+            f"strategy {short(text)}: {name} {numbers} has {len(counts)} counts for {segments} segments"
+        )
     return MaxSweeps(counts[0] if len(counts) == 1 else counts)
 
 
 def _positive(text: str, number: str, name: str) -> int:
     if int(number) < 1:
-        raise ValueError(f"strategy {short(text)}: {name} {number}: give a positive whole number")
+        raise InputValueError(f"strategy {short(text)}: {name} {number}: give a positive whole number")
     return int(number)

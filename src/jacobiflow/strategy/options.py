@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from jacobiflow.calibration.tuning import BlockTuning, Run
 from jacobiflow.checks import check_count, check_fields, check_number
+from jacobiflow.errors import InputValueError
 from jacobiflow.solvers import MaxSweeps, Partition, Solver, Tolerance, Whole
 from jacobiflow.solvers.loop import LEAVING
 from jacobiflow.strategy.costs import Costs
@@ -138,7 +139,7 @@ def cheapest(options: Sequence[Sequence[Option]], tolerance: float) -> list[Opti
                 kept.append(choice)
                 least = choice[1]
     if not kept:
-        raise ValueError(f"tolerance {tolerance}: no way to solve a block is within it")
+        raise InputValueError(f"tolerance {tolerance}: no way to solve a block is within it")
     return list(kept[0][2])
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from jacobiflow.calibration.report import Report
 from jacobiflow.calibration.tuning import Tuning
 from jacobiflow.checks import check_count, check_device, check_flag, check_kind, check_positive
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.flows.precision import precision
@@ -140,12 +141,12 @@ def _check(
     check_kind("report", report, Report | Tuning, "a Report or a Tuning")
     tuning = report if isinstance(report, Tuning) else report.tuning
     if tuning is None:
-        raise ValueError("this report has no tuning: calibrate with chord=True")
+        raise InputValueError("this report has no tuning: calibrate with chord=True")
     check_count("batch_size", batch_size, most=MOST_SAMPLES)
     check_positive("tolerance", tolerance, "a positive number; at 0 use strategy 'sequential'")
     check_guidance(guidance)
     if device is not None and check_device(device).type != flow.var.device.type:
-        raise ValueError(f"device={str(device)!r}: the flow is on {flow.var.device}; move it there first")
+        raise InputValueError(f"device={str(device)!r}: the flow is on {flow.var.device}; move it there first")
     tuning.check(flow)
     return tuning
 

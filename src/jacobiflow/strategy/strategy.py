@@ -20,6 +20,7 @@ from jacobiflow.checks import (
     check_path,
     short,
 )
+from jacobiflow.errors import InputValueError
 from jacobiflow.files import write_json
 from jacobiflow.flows.config import MOST_BLOCKS, MOST_TOKENS
 from jacobiflow.flows.fingerprint import check_fingerprint
@@ -55,7 +56,7 @@ class Prediction:
         check_count("batch_size", self.batch_size)
         for name in ("seconds", "sequential_seconds", "error", "spread"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"prediction: {name}={getattr(self, name)}: give 0 or a positive number")
+                raise InputValueError(f"prediction: {name}={getattr(self, name)}: give 0 or a positive number")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ class Strategy:
     def __post_init__(self) -> None:
         check_fields(self)
         if not 0 < len(self.solvers) <= MOST_BLOCKS:
-            raise ValueError(f"solvers: {len(self.solvers)} of them; give one for each block, at most {MOST_BLOCKS:,}")
+            raise InputValueError(
+                f"solvers: {len(self.solvers)} of them; give one for each block, at most {MOST_BLOCKS:,}"
+            )
         if self.tolerance is not None:
             check_number("tolerance", self.tolerance)
 
@@ -175,7 +178,7 @@ class Strategy:
         """
         Tolerance(atol)  # refuses what is no tolerance
         if self.tolerance is not None and atol != self.tolerance:
-            raise ValueError(f"tolerance={atol}: the strategy was planned for {self.tolerance:g}; plan again")
+            raise InputValueError(f"tolerance={atol}: the strategy was planned for {self.tolerance:g}; plan again")
         if self.tolerance is not None:
             return self
         solvers = (
@@ -190,12 +193,12 @@ class Strategy:
         check_flow(flow)
         config = flow.config
         if len(self.solvers) != config.num_blocks:
-            raise ValueError(f"strategy for {len(self.solvers)} blocks, but the flow has {config.num_blocks}")
+            raise InputValueError(f"strategy for {len(self.solvers)} blocks, but the flow has {config.num_blocks}")
         for i, solver in enumerate(self.solvers):
             try:
                 solver.check(config.num_tokens, config.token_channels)
             except ValueError as error:
-                raise ValueError(f"strategy, block {i}: {error}") from error
+                raise InputValueError(f"strategy, block {i}: {error}") from error
         if self.fingerprint is not None:
             check_fingerprint(self.fingerprint, flow, "the strategy was made for")
 
@@ -214,9 +217,9 @@ class Strategy:
             ("guidance", in_force(self.prediction.guidance), in_force(guidance)),
         ):
             if planned != have:
-                raise ValueError(f"the strategy was planned for {name} {planned}, not {have}: plan again")
+                raise InputValueError(f"the strategy was planned for {name} {planned}, not {have}: plan again")
         if batch_size > self.prediction.batch_size:
-            raise ValueError(
+            raise InputValueError(
                 f"the strategy was planned for batches of up to {self.prediction.batch_size}, not {batch_size}: plan "
                 "again, or give a smaller batch_size"
             )
@@ -235,12 +238,12 @@ class Strategy:
     def from_json(cls, value: Any) -> Strategy:
         """Inverse of `to_json`. **Raises** `ValueError` that names the block and the entry at fault."""
         if not isinstance(value, dict) or value.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"strategy: not a JSON object with format_version {FORMAT_VERSION}")
+            raise InputValueError(f"strategy: not a JSON object with format_version {FORMAT_VERSION}")
         blocks = value.get("blocks")
         if not isinstance(blocks, list) or not blocks:
-            raise ValueError("strategy: 'blocks' must list one solver per block")
+            raise InputValueError("strategy: 'blocks' must list one solver per block")
         if len(blocks) > MOST_BLOCKS:
-            raise ValueError(f"strategy for {len(blocks)} blocks: the limit is {MOST_BLOCKS:,}")
+            raise InputValueError(f"strategy for {len(blocks)} blocks: the limit is {MOST_BLOCKS:,}")
         return cls(
             solvers=tuple(_solver(block, f"block {i}") for i, block in enumerate(blocks)),
             fingerprint=codec.decode(str | None, value.get("fingerprint"), "fingerprint"),
@@ -270,17 +273,17 @@ def _solver(block: Any, where: str) -> Solver:
     """The solver of a block; only `coarse`, which older files lack, may be missing."""
     missing = [name for name in _ENTRIES if name != "coarse" and isinstance(block, dict) and name not in block]
     if missing:
-        raise ValueError(f"{where}: {', '.join(missing)} missing")
+        raise InputValueError(f"{where}: {', '.join(missing)} missing")
     return codec.decode(Solver, block, where)
 
 
 def _size(text: str, name: str, given: int | None, reported: int | None, most: int) -> int:
     size = reported if given is None else given
     if size is None:
-        raise ValueError(f"strategy {short(text)}: give a report, or {name} of the flow")
+        raise InputValueError(f"strategy {short(text)}: give a report, or {name} of the flow")
     check_count(name, size, most=most)
     if reported is not None and size != reported:
-        raise ValueError(f"strategy {short(text)}: {name}={size}, but the report is of a flow with {reported}")
+        raise InputValueError(f"strategy {short(text)}: {name}={size}, but the report is of a flow with {reported}")
     return size
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from jacobiflow.checks import check_count, check_kind, check_number, short
 from jacobiflow.data import ImageDataset
+from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.files import write_atomically
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.weights import first_line, load_torch
@@ -52,7 +53,7 @@ class Checkpoint:
             found._check()
         except Exception as error:  # torch.load documents none, and damage can raise nearly any
             reason = f"no entry {error}" if isinstance(error, KeyError) else first_line(error)
-            raise ValueError(f"{path}: not a checkpoint of this trainer ({reason}); {_REMEDY}") from error
+            raise InputValueError(f"{path}: not a checkpoint of this trainer ({reason}); {_REMEDY}") from error
         return found
 
     def write(self, path: Path) -> None:
@@ -65,20 +66,24 @@ class Checkpoint:
         """**Raises** `ValueError` where the checkpoint in `path` is of another flow, other settings or other images."""
         others = _differing(self.flow_config, asdict(flow.config))
         if others:
-            raise ValueError(f"{path}: of another flow ({others}); give its settings, or another folder")
+            raise InputValueError(f"{path}: of another flow ({others}); give its settings, or another folder")
         parameters = [tuple(parameter.shape) for parameter in flow.parameters()]
         moments = {i: tuple(entry["exp_avg"].shape) for i, entry in self.optimizer["state"].items()}
         if _shapes(self.flow) != _shapes(flow.state_dict()) or any(
             i >= len(parameters) or shape != parameters[i] for i, shape in moments.items()
         ):
-            raise ValueError(f"{path}: not a checkpoint of this trainer (other weights than the flow's); {_REMEDY}")
+            raise InputValueError(
+                f"{path}: not a checkpoint of this trainer (other weights than the flow's); {_REMEDY}"
+            )
         # A setting that did not exist yet when the run began was what its default is now.
         kept = {} if self.settings is None else TrainConfig(steps=1).fixed() | self.settings
         others = _differing(kept, config.fixed())
         if others:
-            raise ValueError(f"{path}: of a run with other settings ({others}); give its settings, or another folder")
+            raise InputValueError(
+                f"{path}: of a run with other settings ({others}); give its settings, or another folder"
+            )
         if self.data not in (None, data):
-            raise ValueError(f"{path}: of a run on other images or labels; give these, or another folder")
+            raise InputValueError(f"{path}: of a run on other images or labels; give these, or another folder")
 
     def _check(self) -> None:
         """**Raises** `TypeError` or `ValueError` where a part is of another kind, or cannot be."""
@@ -91,7 +96,7 @@ class Checkpoint:
         for name in ("flow", "average"):
             _check_tensors(name, getattr(self, name))
         if _shapes(self.flow) != _shapes(self.average):
-            raise ValueError("weights and their average differ in names or shapes")
+            raise InputValueError("weights and their average differ in names or shapes")
         check_kind("optimizer", self.optimizer, dict, "a dict")
         check_kind("optimizer's state", self.optimizer["state"], dict, "a dict")
         for number, entry in self.optimizer["state"].items():
@@ -99,11 +104,11 @@ class Checkpoint:
             _check_tensors(f"parameter {number}", entry)
             count, mean, square = (entry[name] for name in ("step", "exp_avg", "exp_avg_sq"))
             if count.numel() != 1 or not 0 <= float(count) <= self.step or mean.shape != square.shape or len(entry) > 3:
-                raise ValueError(f"parameter {number}: no state of AdamW at step {self.step}")
+                raise InputValueError(f"parameter {number}: no state of AdamW at step {self.step}")
             if (square < 0).any():
-                raise ValueError(f"parameter {number}: a mean square below 0")
+                raise InputValueError(f"parameter {number}: a mean square below 0")
         if bool(self.step) != bool(self.optimizer["state"]) or not self.flow_config:
-            raise ValueError(f"no state of AdamW at step {self.step}, or no config")
+            raise InputValueError(f"no state of AdamW at step {self.step}, or no config")
 
 
 def describe(data: ImageDataset, flow: ImageFlow) -> dict[str, Any]:
@@ -119,9 +124,9 @@ def _check_tensors(name: str, state: Any) -> None:
     for key, value in state.items():
         check_kind(f"{name}, {short(key)}", value, Tensor, "a tensor")
         if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
-            raise TypeError(f"{name}, {short(key)}: {short(value)}; expected dense floating-point values")
+            raise InputTypeError(f"{name}, {short(key)}: {short(value)}; expected dense floating-point values")
         if not value.isfinite().all():
-            raise ValueError(f"{name}, {short(key)}: values that are not finite")
+            raise InputValueError(f"{name}, {short(key)}: values that are not finite")
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[Any, ...]]:

@@ -9,6 +9,7 @@ from typing import Any
 from jacobiflow.checks import check_count, check_flag, check_kind, check_number, check_positive
 from jacobiflow.data.augmentation import Augmentation
 from jacobiflow.data.noise import Noise
+from jacobiflow.errors import InputValueError
 
 MOST_STEPS = 10**9
 _MIN_RATE = 1e-6
@@ -53,7 +54,7 @@ class TrainConfig:
         for name in ("drop_label", "ema"):
             check_number(name, getattr(self, name), give="a number from 0 to below 1")
             if getattr(self, name) >= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give a number from 0 to below 1")
+                raise InputValueError(f"{name}={getattr(self, name)}: give a number from 0 to below 1")
         for name in ("learning_rate", "clip"):
             check_positive(name, getattr(self, name))
         check_number("weight_decay", self.weight_decay)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.files import partials
 from jacobiflow.flows.folder import CONFIG, WEIGHTS, holding, reports_in
 from jacobiflow.flows.image_flow import ImageFlow
@@ -31,17 +32,17 @@ def check_folder(out: Path, flow: ImageFlow, config: TrainConfig, data: dict[str
     if os.path.lexists(log):
         lines = foreign_lines(log)
         if lines:
-            raise ValueError(f"{log}: line {lines[0]} is not of this trainer; {remedy}")
+            raise InputValueError(f"{log}: line {lines[0]} is not of this trainer; {remedy}")
         last = max((figures["step"] for figures in read_metrics(out)), default=0)
         if state is None and last > config.checkpoint_every:
-            raise ValueError(f"{log}: of {last} steps, without their {CHECKPOINT}; bring it back, or {remedy}")
+            raise InputValueError(f"{log}: of {last} steps, without their {CHECKPOINT}; bring it back, or {remedy}")
     if state is None:
         for file in (out / CONFIG, out / WEIGHTS, *reports_in(out)):
             if os.path.lexists(file):
-                raise ValueError(f"{file}: of a model, without the {CHECKPOINT} of its training; {remedy}")
+                raise InputValueError(f"{file}: of a model, without the {CHECKPOINT} of its training; {remedy}")
     model = holding(out)
     if model is not None and (model.model_type != flow.model_type or model.config(type(flow.config)) != flow.config):
-        raise ValueError(f"{out / CONFIG}: of another flow than this run's; {remedy}")
+        raise InputValueError(f"{out / CONFIG}: of another flow than this run's; {remedy}")
     return state
 
 
@@ -56,7 +57,7 @@ def problems(path: Path) -> Iterator[str]:
     else:
         try:
             state = Checkpoint.read(path / CHECKPOINT)
-        except ValueError as error:
+        except InputError as error:
             yield str(error)
     yield from _problems_of_metrics(path / METRICS, state)
     if state is not None and os.path.lexists(path / CONFIG):
@@ -65,7 +66,7 @@ def problems(path: Path) -> Iterator[str]:
             flow = None if model is None else find_flow(model.model_type)
             if model is not None and flow is not None and asdict(model.config(flow.config_type)) != state.flow_config:
                 yield f"{path / CONFIG}: of another flow than {CHECKPOINT}; move one of them away"
-        except ValueError:
+        except InputError:
             pass  # for the model's own problems
     for name in (CHECKPOINT, METRICS):
         for left in partials(path, name):

@@ -17,6 +17,7 @@ from jacobiflow.checks import check_kind
 from jacobiflow.data import ImageDataset
 from jacobiflow.data.augmentation import augment
 from jacobiflow.data.noise import add_noise, keyed_generator
+from jacobiflow.errors import InputValueError
 from jacobiflow.files import write_atomically
 from jacobiflow.flows.folder import locked_folder, remove_half_written, write_model
 from jacobiflow.flows.image_flow import ImageFlow
@@ -101,13 +102,15 @@ def _check(flow: ImageFlow, data: ImageDataset, config: TrainConfig) -> None:
     check_kind("config", config, TrainConfig, "a TrainConfig")
     shape = (flow.config.in_channels, flow.config.image_size, flow.config.image_size)
     if tuple(data.images.shape[1:]) != shape:
-        raise ValueError(f"images are {tuple(data.images.shape[1:])}, the flow takes {shape}")
+        raise InputValueError(f"images are {tuple(data.images.shape[1:])}, the flow takes {shape}")
     if flow.config.num_classes and data.labels is not None and int(data.labels.max()) >= flow.config.num_classes:
-        raise ValueError(f"label {int(data.labels.max())}: the flow has classes 0 to {flow.config.num_classes - 1}")
+        raise InputValueError(
+            f"label {int(data.labels.max())}: the flow has classes 0 to {flow.config.num_classes - 1}"
+        )
     if len(data) < config.batch_size:
-        raise ValueError(f"batch_size={config.batch_size}: there are only {len(data)} images")
+        raise InputValueError(f"batch_size={config.batch_size}: there are only {len(data)} images")
     if config.noise.std != flow.config.noise_std:
-        raise ValueError(
+        raise InputValueError(
             f"noise of std {config.noise.std}, but the flow's config has noise_std={flow.config.noise_std}"
         )
 
@@ -159,7 +162,7 @@ class _Run:
         self.step += 1
         value = loss.item()
         if not math.isfinite(value) or not math.isfinite(norm):
-            raise ValueError(
+            raise InputValueError(
                 f"step {self.step}: loss {value}, gradient norm {norm.item()}; start again in another folder, with "
                 "a smaller learning rate"
             )

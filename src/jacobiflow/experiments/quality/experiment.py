@@ -14,6 +14,7 @@ from torch import Tensor
 from jacobiflow.baselines import GRIDS, PEERS, original_loop
 from jacobiflow.calibration import Report
 from jacobiflow.denoising import check_rate
+from jacobiflow.errors import InputValueError
 from jacobiflow.files import json_bytes, sha256
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance
@@ -55,7 +56,7 @@ class Experiment:
         slugs = [slug(name) for name in self.names]
         for name in self.names:
             if slugs.count(slug(name)) > 1:
-                raise ValueError(f"row {name!r}: given twice; give each row once")
+                raise InputValueError(f"row {name!r}: given twice; give each row once")
             if not is_auto(name):
                 self.strategy(name)
         if self.labels is not None:
@@ -95,7 +96,9 @@ class Experiment:
     def first_labels(self, num: int, path: Path) -> Int[Tensor, " n"] | None:
         """The labels of the `num` samples in the folder `path`. **Raises** `ValueError` where there are fewer."""
         if self.labels is not None and len(self.labels) < num:
-            raise ValueError(f"{path}: is of {num:,} samples, labels are given for {len(self.labels):,}; give them all")
+            raise InputValueError(
+                f"{path}: is of {num:,} samples, labels are given for {len(self.labels):,}; give them all"
+            )
         return None if self.labels is None else self.labels[:num]
 
     def row_folder(self, name: str) -> Path:

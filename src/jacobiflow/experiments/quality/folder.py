@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.experiments.quality.experiment import Experiment, slug
 from jacobiflow.files import check_ours, json_bytes, read_object, remove_partials, sha256, write_json
 from jacobiflow.flows.fingerprint import fingerprint
@@ -110,10 +111,12 @@ def _check_ours(out: Path, rows: list[SampleFolder], overwrite: bool) -> None:
     if (out / SETTINGS).exists():
         return
     if rows and not overwrite:
-        raise ValueError(f"{out}: holds rows, but {SETTINGS} is lost; restore it, or begin anew with overwrite=True")
+        raise InputValueError(
+            f"{out}: holds rows, but {SETTINGS} is lost; restore it, or begin anew with overwrite=True"
+        )
     held = [] if rows else [*plans_in(out), *exact_in(out)]
     if held:
-        raise ValueError(f"{held[0]}: is there, but no {SETTINGS}; restore it, or give another folder")
+        raise InputValueError(f"{held[0]}: is there, but no {SETTINGS}; restore it, or give another folder")
 
 
 def _check_same(experiment: Experiment, settings: dict[str, Any], rows: Iterable[SampleFolder]) -> None:
@@ -122,11 +125,11 @@ def _check_same(experiment: Experiment, settings: dict[str, Any], rows: Iterable
     held = read_object(experiment.out / SETTINGS) or {}
     for name, value in settings.items():
         if held.get(name) != value:
-            raise ValueError(f"{experiment.out}: holds samples of {name} {held.get(name)}, not {value}; {remedy}")
+            raise InputValueError(f"{experiment.out}: holds samples of {name} {held.get(name)}, not {value}; {remedy}")
     for row in rows:
         labels = experiment.first_labels(row.manifest.num, row.path)
         if labels_sha256(labels) != row.manifest.labels_sha256:
-            raise ValueError(f"{row.path}: holds samples of other labels; {remedy}")
+            raise InputValueError(f"{row.path}: holds samples of other labels; {remedy}")
 
 
 def _remove(out: Path, rows: Sequence[SampleFolder]) -> None:
@@ -148,6 +151,6 @@ def _remove(out: Path, rows: Sequence[SampleFolder]) -> None:
 def _is_strategy(path: Path) -> bool:
     try:
         Strategy.load(path)
-    except ValueError:
+    except InputError:
         return False
     return True

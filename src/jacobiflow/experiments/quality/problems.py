@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.experiments.quality.experiment import slug
 from jacobiflow.experiments.quality.folder import FIGURES, KEYS, PLACES, SETTINGS, exact_in, plans_in
 from jacobiflow.files import check_ours, read_object
@@ -48,7 +49,7 @@ def problems(path: Path) -> Iterator[str]:
 def _refusal(check: Callable[[], Any]) -> Iterator[str]:
     try:
         check()
-    except ValueError as error:
+    except InputError as error:
         yield str(error)
 
 
@@ -59,14 +60,14 @@ def _check_exact(file: Path) -> None:
     except (OSError, ValueError, EOFError):
         good = False
     if not good:
-        raise ValueError(f"{file}: holds no images; remove it, it is drawn again where it is needed")
+        raise InputValueError(f"{file}: holds no images; remove it, it is drawn again where it is needed")
 
 
 def _not_a_row(row: Path, settings: dict[str, Any]) -> Iterator[str]:
     """Why samples are no row of an experiment of these settings."""
     try:
         manifest = SampleFolder.open(row).manifest
-    except ValueError:
+    except InputError:
         return
     if row.name != slug(manifest.strategy):
         yield f"{row}: holds samples of {manifest.strategy}, not of a row of this name; move it away"

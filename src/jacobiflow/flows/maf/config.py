@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from jacobiflow.checks import check_number
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.config import check_sizes, check_totals
 
 
@@ -33,7 +34,7 @@ class MAFConfig:
         give = "a small positive number, below 0.5"
         check_number("logit_alpha", self.logit_alpha, math.ulp(0.0), give)
         if self.logit_alpha >= 0.5:
-            raise ValueError(f"logit_alpha={self.logit_alpha}: give {give}")
+            raise InputValueError(f"logit_alpha={self.logit_alpha}: give {give}")
         check_totals(self, self.num_blocks * self.hidden_layers)
 
     @property

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import ExactInverse, Extrapolation, FlowBlock, KeepsNothing, check_input
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.maf.config import MAFConfig
@@ -185,7 +186,7 @@ class MAFBlock(FlowBlock, ExactInverse, KeepsNothing):
 
 def _check_temperature(attn_temperature: object) -> None:
     if attn_temperature is not None:
-        raise ValueError("attn_temperature: a MAF has no attention; leave it at 1")
+        raise InputValueError("attn_temperature: a MAF has no attention; leave it at 1")
 
 
 def full_pass(
@@ -256,7 +257,7 @@ class MAF(ImageFlow, tags=["maf"], model_card_template=_MODEL_CARD):
         try:
             hidden_features, num_tokens = state[f"{first}weight"].shape
         except (KeyError, ValueError):
-            raise ValueError(f"not the weights of a MAF: no matrix {first}weight") from None
+            raise InputValueError(f"not the weights of a MAF: no matrix {first}weight") from None
         return replace(
             config,
             image_size=math.isqrt(num_tokens // config.in_channels),
@@ -276,7 +277,7 @@ class MAF(ImageFlow, tags=["maf"], model_card_template=_MODEL_CARD):
         log_p, log_rest = (torch.log(alpha + (0.5 - alpha) * (1 + sign * pixels)) for sign in (1, -1))
         finite = torch.isfinite(log_p) & torch.isfinite(log_rest)
         if not finite.all():
-            raise ValueError(f"image value {float(pixels[~finite][0]):.7g}: a MAF takes images in [-1, 1]")
+            raise InputValueError(f"image value {float(pixels[~finite][0]):.7g}: a MAF takes images in [-1, 1]")
         log_det = pixels[0].numel() * math.log(0.5 - alpha) - (log_p + log_rest).sum(dim=(1, 2))
         return log_p - log_rest, log_det
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jacobiflow.checks import check_flag, check_number
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.config import check_sizes, check_totals
 
 
@@ -36,9 +37,9 @@ class TarFlowConfig:
         sizes = ("in_channels", "image_size", "patch_size", "channels", "num_blocks", "layers_per_block")
         check_sizes(self, (*sizes, "head_dim", "expansion"))
         if self.image_size % self.patch_size:
-            raise ValueError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
+            raise InputValueError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
         if self.channels % self.head_dim:
-            raise ValueError(f"head_dim={self.head_dim} does not divide channels={self.channels}")
+            raise InputValueError(f"head_dim={self.head_dim} does not divide channels={self.channels}")
         check_flag("nvp", self.nvp)
         check_number("noise_std", self.noise_std, give="0 or a positive standard deviation")
         check_totals(self, self.num_blocks * self.layers_per_block)

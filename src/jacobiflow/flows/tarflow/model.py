@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jacobiflow.checks import check_kind, check_path
+from jacobiflow.errors import InputError
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.registry import register
 from jacobiflow.flows.tarflow.block import TarFlowBlock
@@ -69,7 +70,7 @@ class TarFlow(ImageFlow, tags=["tarflow"], model_card_template=_MODEL_CARD):
         """See `ImageFlow.config_from_shapes`; what a token holds is read by `in_channels` or else `patch_size`."""
         try:
             found = infer_config(state, head_dim=config.head_dim, in_channels=config.in_channels)
-        except ValueError:
+        except InputError:
             found = infer_config(state, head_dim=config.head_dim, patch_size=config.patch_size)
         return replace(found, noise_std=config.noise_std)
 
