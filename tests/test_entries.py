@@ -51,7 +51,7 @@ ARGUMENTS: dict[str, Argument] = {
     **each("layers_per_block patch_size channels head_dim expansion hidden_features hidden_layers", COUNT),
     **each("slots max_iterations count size run_length max_sweeps repeats fine", UNLIMITED),
     **each("num_classes coarse stream index", FROM_0), **each("attn_temperature threshold", POSITIVE),
-    **each("tolerance denoise rate rtol rounding dominance ebound noise_std std call_cost atol weight", NUMBER),
+    **each("tolerance denoise rate rtol dominance ebound noise_std std call_cost atol weight", NUMBER),
     **each("return_trace per_class chord annealed nvp per_segment retry_float64 short fresh_keys", FLAG),
     **each("certify certificate", (True, (), ("x", 1))), "norm": (2, (), ("x", True)), "on": ("both", (), ("x", 7)),
     "seed": (0, KINDS, (-1, 2**63)), "start": (0, KINDS, (-1, 2**63)), **each("residual error", (0.1, NUMBERS, (-1,))),
@@ -91,7 +91,7 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     *((jf.solve, "block z solver context slots", {"solver": (jf.Solver(way), (PLAN, "jacobi"), ())})
       for way in (jf.Whole(), jf.Sequential())),
     (jf.solve, "block z solver context", {"block": (MAF.blocks[0], (MAF,), ()), "z": (Z[..., :1], *FINITE[1:])}),
-    (jf.solve_certified, "block z solver context certificate slots tolerance rounding", {}),
+    (jf.solve_certified, "block z solver context certificate slots tolerance", {}),
     (jf.certify, "block z x context slots", {"z": TOKENS}),
     *((call, f"block x z {name} context count", {"z": TOKENS, "count": COUNT, name: guess}) for call, name, guess in (
         (calibration.distances, "guess", (jf.Latent(), (7, "latent"), ())),

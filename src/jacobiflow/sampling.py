@@ -228,14 +228,12 @@ def _solve_group(
     lost = ~torch.isfinite(x).all(dim=(1, 2))
     solutions: dict[int, Solution] = {}
     trace = [flow.to_images(x)] if return_trace else []
-    rounding = 0.0
 
     def solve_block(i: int, z: Tensor) -> Tensor:
-        nonlocal lost, rounding
+        nonlocal lost
         # A sample lost in an earlier block goes on as zeros, so that the rest of its group can be solved.
         z = z.masked_fill(lost.view(-1, 1, 1), 0)
-        solution = solve_certified(blocks[i], z, plan.solvers[i], labels, certify, slots, plan.tolerance, rounding)
-        rounding = solution.rounding
+        solution = solve_certified(blocks[i], z, plan.solvers[i], labels, certify, slots, plan.tolerance)
         lost = lost | (solution.status == Status.NONFINITE)
         status = solution.status.masked_fill(lost, Status.NONFINITE)
         solutions[i] = replace(solution, status=status, residual=solution.residual.masked_fill(lost, torch.inf))

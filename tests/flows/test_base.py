@@ -34,3 +34,22 @@ def test_a_block_that_lacks_a_method_is_refused_when_it_is_made(capability: type
         type("Block", (capability,), {})()
     assert not isinstance(MixingBlock(3, 1), FrontPerSample | LowPrecision)
     assert MixingBlock(3, 1).output_weights() is None
+
+
+def test_an_affine_block_without_attention_needs_no_temperature() -> None:
+    """`init_cache(z, context=None)`, as docs/your_own_block.md has it."""
+
+    class Echo(jf.AffineBlock):
+        def init_cache(self, z: torch.Tensor, context: torch.Tensor | None = None) -> None:  # type: ignore[override]
+            return None
+
+        def affine(self, x: torch.Tensor, start: int, stop: int, cache: None) -> tuple[torch.Tensor, torch.Tensor]:
+            before = torch.nn.functional.pad(x, (0, 0, 1, 0))[:, start:stop]
+            return 0.5 * before.tanh(), 0.3 * before
+
+    z = torch.linspace(-2, 2, 24, dtype=torch.float64).view(2, 6, 2)
+    solution = jf.solve_certified(Echo(), z, jf.Solver(jf.Whole(), stopping=jf.Tolerance(1e-9)))
+    x = torch.zeros(2, 2, dtype=torch.float64)
+    for t in range(6):
+        x = torch.exp(0.5 * x.tanh()) * z[:, t] + 0.3 * x
+        torch.testing.assert_close(solution.x[:, t], x, rtol=0, atol=1e-8)

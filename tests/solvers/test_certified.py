@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -104,7 +105,6 @@ def test_real_samples_that_are_resumed_are_not_solved_sequentially() -> None:
 def test_a_sample_that_misses_the_solver_s_tolerance_is_solved_sequentially_and_counted(
     stopping: Stopping, certificate: bool
 ) -> None:
-    """With certificates, the worst of them goes first."""
     problem = flow_problem("nvp 25x4")
     solver = jf.Solver(jf.Segments(3), stopping=stopping | jf.Tolerance(1e-9))
     raw = jf.solve(problem.block, problem.z, solver)
@@ -118,8 +118,8 @@ def test_a_sample_that_misses_the_solver_s_tolerance_is_solved_sequentially_and_
     assert found.resolved_sequentially.all()
     assert found.exact.all()
     assert found.sample_sweeps.tolist() == [raw.sweeps + 25] * 3
-    assert found.sweeps == raw.sweeps + (50 if certificate else 25)
-    assert found.network_calls == found.sweeps + 3 * certificate
+    assert found.sweeps == raw.sweeps + 25
+    assert found.network_calls == found.sweeps + 2 * certificate
     assert found.token_evaluations == raw.token_evaluations + 75 * (3 if certificate else 1)
 
 
@@ -161,11 +161,11 @@ def test_sweep_counts_alone_are_a_legitimate_end() -> None:
     assert torch.equal(unmeasured.x, jf.solve(problem.block, problem.z, solver).x)
 
 
-# ------------------------------------------------------------------------------------------------ rounding (A.2)
+# ------------------------------------------------------------------------------------------------------- rounding
 
 
 class Rounding:
-    """x = z, but a pass over all four tokens adds `context` to the last one, whatever x is.
+    """x = z, but a pass over all four tokens adds `context` times the size of z to the last one, whatever x is.
 
     A network of low precision is like that: what it makes of all tokens at once is not what it makes of each.
     """
@@ -175,78 +175,95 @@ class Rounding:
 
     def update(self, x: Tensor, z: Tensor, start: int, stop: int, noise: Tensor) -> Tensor:
         g = z.clone()
-        g[:, -1] += noise.view(-1, 1) * (stop - start == 4)
+        g[:, -1] += (noise * z.abs().amax(dim=(1, 2))).view(-1, 1) * (stop - start == 4)
         return g[:, start:stop]
 
 
-NOISE = [0.5, 1.5, 2.0, 2.5, 9.0, 40.0, 41.0]
+NOISE = [0.5, 1.5, 2.0, 2.5, 9.0, 40.0, 40.0, 41.0, 900.0]
 HALVES = jf.Segments(2)  # sweeps of two tokens: none sees the noise, and every certificate does
 
 
-def rounded(solver: jf.Solver, noise: list[float] = NOISE, **arguments: Any) -> jf.Solution:
-    found = jf.solve_certified(
-        Rounding(), normal(len(noise), 4, 1), solver, torch.tensor(noise, dtype=torch.float64), **arguments
-    )
-    assert torch.equal(found.x, normal(len(noise), 4, 1))
+def rounded(
+    solver: jf.Solver, noise: Sequence[float] = NOISE, sizes: Sequence[float] | None = None, **arguments: Any
+) -> jf.Solution:
+    z = normal(len(noise), 4, 1)
+    z *= torch.tensor(sizes or [1.0] * len(noise)).view(-1, 1, 1) / z.abs().amax(dim=(1, 2), keepdim=True)
+    found = jf.solve_certified(Rounding(), z, solver, torch.tensor(noise, dtype=torch.float64), **arguments)
+    assert torch.equal(found.x, z)
     return found
 
 
-@pytest.mark.parametrize(
-    ("rounding", "resumed", "resolved", "calls", "passed_on"),
-    [
-        # Two sweeps and a certificate; as many for those resumed; five for the worst, and five for the rest.
-        (0.0, [1.5, 2.0, 2.5, 9.0, 40.0, 41.0], [1.5, 2.0, 41.0], 3 + 3 + 5 + 5, 41.0),
-        # Residuals up to four times what an earlier block left are rounding; those up to two tolerances are not.
-        (10.0, [1.5, 2.0, 41.0], [1.5, 2.0, 41.0], 3 + 3 + 5 + 5, 41.0),
-        (100.0, [1.5, 2.0], [1.5, 2.0], 3 + 3 + 5 + 5, 100.0),
-    ],
-)
-def test_what_the_worst_sample_s_exact_solve_leaves_is_rounding(
-    rounding: float, resumed: list[float], resolved: list[float], calls: int, passed_on: float
-) -> None:
-    found = rounded(jf.Solver(HALVES, stopping=jf.Tolerance(1.0)), rounding=rounding)
+def test_of_many_samples_four_exact_solves_tell_the_rounding() -> None:
+    """The least that they leave, 40: it is known of 2.5 and 9, but 1.5 and 2 may come from the sweeps."""
+    found = rounded(jf.Solver(HALVES, stopping=jf.Tolerance(1.0)))
     assert found.residual.tolist() == pytest.approx(NOISE)
-    assert found.status.tolist() == [CONVERGED] + [ROUNDING] * 6
+    assert found.status.tolist() == [CONVERGED] + [ROUNDING] * 8
+    resolved = [1.5, 2.0, 40.0, 40.0, 41.0, 900.0]
     assert [NOISE[n] for n in found.resolved_sequentially.nonzero()] == resolved
-    assert found.sample_sweeps.tolist() == [2 + 2 * (noise in resumed) + 4 * (noise in resolved) for noise in NOISE]
-    assert found.network_calls == calls
-    assert found.rounding == pytest.approx(passed_on)
+    # Two sweeps and a certificate, as many for those resumed, five calls for the four, and five for the other two.
+    assert found.sample_sweeps.tolist() == [2 + 2 * (noise > 1) + 4 * (noise in resolved) for noise in NOISE]
+    assert found.network_calls == 3 + 3 + 5 + 5
 
 
-def test_rounding_is_found_by_one_sample_too_and_by_no_uncertified_one() -> None:
+def test_rounding_grows_with_x() -> None:
+    """What is rounding for x of size 1,000 is not for x of size 1: residuals of 10 and of 9 here."""
+    found = rounded(jf.Solver(HALVES, stopping=jf.Tolerance(1.0)), [0.01] * 6 + [9.0] * 2, [1000.0] * 6 + [1.0] * 2)
+    assert found.resolved_sequentially[6:].all()
+    assert int(found.resolved_sequentially.sum()) == 4 + 2
+
+
+def test_few_samples_are_solved_exactly_and_uncertified_ones_not() -> None:
     tolerance = jf.Tolerance(1.0)
     one = rounded(jf.Solver(HALVES, stopping=tolerance), [9.0])
-    assert (one.network_calls, one.status.tolist(), one.rounding) == (3 + 3 + 5, [ROUNDING], pytest.approx(9))
+    assert (one.network_calls, one.status.tolist()) == (3 + 3 + 5, [ROUNDING])
     swept = rounded(jf.Solver(HALVES, stopping=tolerance), certificate=False)
-    assert (swept.network_calls, swept.status.tolist(), swept.rounding) == (2, [CONVERGED] * 7, 0)
-    # An exact loop is not repeated, and shows the rounding where it is measured; nothing is above a tolerance of 50.
+    assert (swept.network_calls, swept.status.tolist()) == (2, [CONVERGED] * 9)
+    # An exact loop is not repeated, and shows the rounding if it is measured.
     exact = rounded(jf.Solver(jf.Sequential(), stopping=tolerance))
-    assert (exact.network_calls, exact.rounding, exact.residual.max(), exact.exact.all()) == (4, 0, 0, True)
+    assert (exact.network_calls, exact.residual.max(), exact.exact.all()) == (4, 0, True)
     exact = rounded(jf.Solver(jf.Sequential(), stopping=tolerance), certificate="always")
-    assert (exact.network_calls, exact.rounding) == (4 + 1, pytest.approx(41))
-    assert exact.status.tolist() == [CONVERGED] + [ROUNDING] * 6
+    assert exact.network_calls == 4 + 1
+    assert exact.status.tolist() == [CONVERGED] + [ROUNDING] * 8
     assert not exact.resolved_sequentially.any()
-    wide = rounded(jf.Solver(HALVES, stopping=jf.Tolerance(50.0)))
-    assert (wide.network_calls, wide.status.tolist(), wide.rounding) == (3, [CONVERGED] * 7, 0)
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own tolerance", "the caller's"])
 def test_rounding_ends_samples_that_ran_out_of_sweeps_too(own: bool) -> None:
     stopping = jf.MaxSweeps(1) | jf.Tolerance(1.0) if own else jf.MaxSweeps(1)
     solver = jf.Solver(HALVES, jf.Zeros(), stopping)
-    found = rounded(solver, rounding=100.0, tolerance=1.0)
-    assert found.status.tolist() == [CONVERGED] + [ROUNDING] * 6
-    assert [NOISE[n] for n in found.resolved_sequentially.nonzero()] == [1.5, 2.0]
-    assert (rounded(solver).status.tolist() == [CONVERGED] + [ROUNDING] * 6) == own
+    found = rounded(solver, tolerance=1.0)
+    assert found.status.tolist() == [CONVERGED] + [ROUNDING] * 8
+    assert int(found.resolved_sequentially.sum()) == 6
+    assert (rounded(solver).status.tolist() == [CONVERGED] + [ROUNDING] * 8) == own
+
+
+def test_one_sample_s_rounding_is_not_that_of_the_others() -> None:
+    """The exact solve of the first sample leaves 0.5: once, the others stood with residuals up to 2, unsolved."""
+    problem = echoes(fronts=False)
+
+    class Outlier:
+        def init_cache(self, z: Tensor, context: Tensor | None = None) -> Any:
+            return problem.block.init_cache(z, context)
+
+        def update(self, x: Tensor, z: Tensor, start: int, stop: int, cache: Any) -> Tensor:
+            g = problem.block.update(x, z, start, stop, cache)
+            g[:, -1] += 0.5 * ((cache.context == STRENGTHS[0]) & (stop - start == 24)).view(-1, 1)
+            return g
+
+    solver = jf.Solver(jf.Segments(2), stopping=jf.MaxSweeps(2) | jf.Tolerance(1e-9))
+    found = jf.solve_certified(Outlier(), problem.z, solver, STRENGTHS)
+    assert found.status.tolist() == [ROUNDING] + [CONVERGED] * 6
+    assert error(found.x, problem.answer) < EXACT
 
 
 def test_a_bfloat16_network_is_not_solved_token_by_token() -> None:
-    """A.2, on real weights: a tolerance below the rounding took 503 network calls, 4 of 4 samples sequentially."""
+    """On real weights: a tolerance below the rounding."""
     flow = copy.deepcopy(jf.load("digits-p1")).bfloat16()
-    out = jf.sample(flow, 4, torch.arange(4), seed=0, strategy="window:8", tolerance=1e-4, progress=False)
-    assert out.resolved_sequentially == 1
-    assert out.network_calls < 300
-    assert (out.status == ROUNDING).all()
+    out = jf.sample(flow, 16, torch.arange(16) % 10, seed=0, strategy="window:8", tolerance=1e-4, progress=False)
+    assert out.resolved_sequentially <= 4
+    assert out.network_calls < 500
+    assert ((out.certificate <= 1e-4) == (out.status == CONVERGED)).all()
+    assert (out.status == ROUNDING).any()
 
 
 # ------------------------------------------------------------------------------------------------------- overflow

@@ -138,7 +138,8 @@ class AffineBlock(ABC):
 
         A block that needs no cache for it overrides this.
         """
-        return self.affine(x, 0, x.shape[1], self.init_cache(x, context, attn_temperature))
+        own = () if attn_temperature is None else (attn_temperature,)  # a block without attention need not take it
+        return self.affine(x, 0, x.shape[1], self.init_cache(x, context, *own))
 
     def update(
         self, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], start: int, stop: int, cache: Any

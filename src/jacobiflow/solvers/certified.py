@@ -21,9 +21,10 @@ from jacobiflow.solvers.stopping import Tolerance
 
 Certificate = bool | Literal["always"]
 
-_CLOSER = 0.5  # a sample that is resumed stops at so much of the tolerance: at the tolerance it would often miss again
-_NEAR = 2.0  # residuals up to so many tolerances are the loop's own, not rounding: fronts leave up to 1.5
-_SPREAD = 4.0  # the rounding of one sample is taken to be within this factor of another's
+_CLOSER = 0.5  # a sample is resumed to this share of the tolerance: at the tolerance itself it would often miss again
+_NEAR = 2.0  # residuals up to this many tolerances come from the sweeps, not from rounding: fronts leave up to 1.5
+_PROBES = 4  # samples whose exact solves show the rounding of a block
+_SPREAD = 4.0  # the relative rounding of one sample is taken to be within this factor of another's
 
 
 def certify(
@@ -50,45 +51,66 @@ def certify(
 
 def solve_certified(
     block: Block, z: Float[Tensor, "b t c"], solver: Solver, context: Tensor | None = None,
-    certificate: Certificate = True, slots: int | None = None, tolerance: float | None = None, rounding: float = 0.0,
+    certificate: Certificate = True, slots: int | None = None, tolerance: float | None = None,
 ) -> Solution:  # fmt: skip
-    """`solve`, then its certificate, then a second and third attempt for the samples that fell short.
+    """Solves a block, certifies each sample, and solves again each sample that is above the tolerance.
 
-    What was solved token by token is a solution by construction: no pass measures it, and its residual is 0, unless
-    `certificate` is "always".
+    An exact loop is a solution by construction. Its residual counts as 0 and is not measured, unless `certificate` is
+    "always".
 
-    A sample whose certificate is above `tolerance`, by default the solver's own, is resumed from where it stands, to
-    half of it. One that is still above it, that ran out of sweeps before the solver's own tolerance, or that is not
-    finite, is solved token by token and counted. The worst of them goes first: the residual that its exact solve leaves
-    above the tolerance is the rounding of the network, and the others whose residuals are about that large end as
-    `Status.ROUNDING` where they stand. What remains non-finite is so in the exact inverse too (`Status.NONFINITE`).
-    Stopping on `MaxSweeps` or `EarlyStop` without a tolerance is a legitimate end.
+    A sample above the tolerance is resumed from its answer, to half of the tolerance. If it is still above, if it ran
+    out of sweeps before the solver's own tolerance, or if it is not finite, it is solved token by token and counted. A
+    value that then overflows does so in the exact inverse too (`Status.NONFINITE`).
 
-    With `certificate=False` the pass that measures is left out, and the swept residuals stand. At most `slots` samples
-    are in the network at a time, all by default. `rounding` is the residual that rounding left in an earlier block, if
-    any: `Solution.rounding` passes it on, so that it is found once.
+    An exact solve leaves a residual as well: the rounding of the network, which grows with the size of x. If more than
+    four samples are to be solved token by token, the four with the largest residuals go first. Of what these leave, the
+    smallest |g(x) - x| / |x| is the relative rounding of the block. Other samples whose residuals are at most four
+    times as large, relative to their own x, keep their answers and end as `Status.ROUNDING`. Nothing is carried from
+    one block to another.
 
-    **Raises** as `solve` does, and for a `certificate`, `tolerance` or `rounding` that is none.
+    A solver that stops on `MaxSweeps` or `EarlyStop` alone is held to no tolerance, unless `tolerance` is given: its
+    samples are measured and end as they are.
+
+    Args:
+        block: Gives g.
+        z: Input of the block in its causal order, shape (B, T, C), float32 or float64.
+        solver: How to solve it first.
+        context: One row for each sample (labels, for example), or `None`.
+        certificate: `False` leaves out the pass that measures; then the residuals are those of the sweeps. "always"
+            measures exact loops too.
+        slots: Samples in the network at a time; all by default.
+        tolerance: What residuals are held to; the solver's own tolerance by default.
+
+    Returns:
+        A `Solution` whose residuals are measured.
+
+    Raises:
+        ValueError: As `solve`, and if `certificate` is not True, False or "always".
     """
     check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
     check_certificate("certificate", certificate)
     if tolerance is not None:
         check_number("tolerance", tolerance)
-    check_number("rounding", rounding)
     started = time.perf_counter()
     own = solver.stopping.atol
     atol = tolerance if certificate and tolerance is not None else own
     attempts = _Attempts(block, z, context, slots, certificate)
     solution = attempts.first(solver)
     if certificate and atol is not None:
-        # What ran out of sweeps but came within the tolerance by its last one is no miss.
+        # A sample that ran out of sweeps, but came within the tolerance by its last one, has converged.
         within = (solution.status == Status.MAX_SWEEPS) & (solution.residual <= atol)
         solution = replace(solution, status=solution.status.masked_fill(within, Status.CONVERGED))
         ended = (solution.status == Status.CONVERGED) | ((solution.status == Status.MAX_SWEEPS) & (own is None))
-        short = (solution.residual > atol) & ended & ~solution.exact & ~_is_rounding(solution.residual, atol, rounding)
+        short = _is_short(solution, atol) & ended
         resumed = replace(solver, guess=Given(solution.x[short]), stopping=Tolerance(_CLOSER * atol), coarse=0)
         solution = attempts.again(solution, short, resumed)
-    solution = _solve_sequentially(attempts, solution, atol, rounding)
+    short = (solution.status == Status.NONFINITE) & ~solution.exact
+    if atol is not None:
+        rounding = 0.0
+        if certificate:
+            solution, rounding = _probe_rounding(attempts, solution, atol)
+        short |= _is_short(solution, atol, rounding)
+    solution = attempts.sequentially(solution, short)
     status = solution.status
     if atol is not None:
         status = status.masked_fill((solution.residual > atol) & (status != Status.NONFINITE), Status.ROUNDING)
@@ -96,37 +118,31 @@ def solve_certified(
 
 
 def check_certificate(name: str, certificate: Certificate) -> None:
-    """**Raises** `ValueError` where it is none."""
+    """Raises ValueError if `certificate` is not True, False or "always"."""
     check_choice(name, certificate, (True, False, "always"))
 
 
-def _solve_sequentially(attempts: _Attempts, solution: Solution, atol: float | None, rounding: float) -> Solution:
-    """Token by token, the samples that sweeps have not solved, except those whose residual is rounding."""
-    lost = (solution.status == Status.NONFINITE) & ~solution.exact
-    short = torch.zeros_like(lost)
-    if atol is not None:
-        short = (solution.status == Status.MAX_SWEEPS) | (solution.residual > atol)
-        short &= ~lost & ~solution.exact & ~_is_rounding(solution.residual, atol, rounding)
-        if attempts.certificate and int(short.sum()) > 1:
-            worst = torch.zeros_like(short)
-            worst[solution.residual.masked_fill(~short, -1.0).argmax()] = True
-            solution = attempts.again(solution, worst, Solver(Sequential()))
-            solution = replace(solution, resolved_sequentially=solution.resolved_sequentially | worst)
-            left = float(solution.residual[worst].max())
-            if atol < left < torch.inf:
-                rounding = max(rounding, left)
-            short &= ~worst & ~_is_rounding(solution.residual, atol, rounding)
-    again = lost | short
-    solution = attempts.again(solution, again, Solver(Sequential()))
-    resolved = solution.resolved_sequentially | again
-    if atol is not None and attempts.certificate:
-        above = (resolved | solution.exact) & (solution.residual > atol) & solution.residual.isfinite()
-        rounding = max([rounding, *solution.residual[above].tolist()])
-    return replace(solution, resolved_sequentially=resolved, rounding=rounding)
+def _probe_rounding(attempts: _Attempts, solution: Solution, atol: float) -> tuple[Solution, float]:
+    """The solution with some samples solved token by token, and the relative rounding of the block; 0 if not found."""
+    short = _is_short(solution, atol)
+    if int(short.sum()) <= _PROBES:
+        return solution, 0.0
+    probes = torch.zeros_like(short)
+    probes[solution.residual.masked_fill(~short, -1.0).topk(_PROBES).indices] = True
+    solution = attempts.sequentially(solution, probes)
+    relative = solution.residual[probes] / _size(solution.x[probes])
+    return solution, float(relative.nan_to_num(nan=0.0, posinf=0.0).min())
 
 
-def _is_rounding(residual: Float[Tensor, " b"], atol: float, rounding: float) -> Bool[Tensor, " b"]:
-    return (residual > _NEAR * atol) & (residual <= _SPREAD * rounding)
+def _is_short(solution: Solution, atol: float, rounding: float = 0.0) -> Bool[Tensor, " b"]:
+    """The samples to solve again: finite, not exact, and above the tolerance by more than the relative rounding."""
+    above = (solution.status == Status.MAX_SWEEPS) | (solution.residual > atol)
+    is_rounding = (solution.residual > _NEAR * atol) & (solution.residual <= _SPREAD * rounding * _size(solution.x))
+    return above & ~solution.exact & (solution.status != Status.NONFINITE) & ~is_rounding
+
+
+def _size(x: Float[Tensor, "b t c"]) -> Float[Tensor, " b"]:
+    return x.abs().amax(dim=(1, 2))
 
 
 @dataclass(frozen=True)
@@ -164,6 +180,11 @@ class _Attempts:
             network_calls=solution.network_calls + better.network_calls,
             token_evaluations=solution.token_evaluations + better.token_evaluations,
         )
+
+    def sequentially(self, solution: Solution, which: Bool[Tensor, " b"]) -> Solution:
+        """`solution` with the samples `which` solved token by token, and counted."""
+        solution = self.again(solution, which, Solver(Sequential()))
+        return replace(solution, resolved_sequentially=solution.resolved_sequentially | which)
 
     def _certified(self, z: Tensor, solution: Solution, context: Tensor | None) -> Solution:
         if not self.certificate:

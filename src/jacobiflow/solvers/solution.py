@@ -51,7 +51,6 @@ class Solution:
     - `network_calls`: evaluations of the block, certificates included.
     - `token_evaluations`: tokens times samples over these calls.
     - `seconds`: wall-clock time.
-    - `rounding`: the largest residual that an exact solve left, where one was above the tolerance; else 0.
     """
 
     x: Float[Tensor, "b t c"]
@@ -64,4 +63,3 @@ class Solution:
     network_calls: int
     token_evaluations: int
     seconds: float
-    rounding: float = 0.0
