@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from jacobiflow.checks import check_count, check_finite, check_flag, check_floating, check_kind, check_seed
+from jacobiflow.checks import check_count, check_finite, check_flag, check_floating, check_kind, check_seed, short
 from jacobiflow.denoising import check_rate, denoised
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import AffineBlock
@@ -23,11 +23,11 @@ from jacobiflow.flows.image_flow import ImageFlow, check_flow, state_dtype
 from jacobiflow.guidance import Guidance, check_guidance, guided
 from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.latents import MOST_SAMPLES, draw_latents
+from jacobiflow.outcome import Outcome
 from jacobiflow.solvers import Certificate, Solution, Status, check_certificate, solve_certified
 from jacobiflow.strategy import Strategy, choose
 
 _GROUP = 16  # batches that go through a block before the next block: a progress bar's step, and bounded memory
-_OVERFLOW = "the exact inverse itself overflows at this latent; lower the guidance, or use a wider dtype"
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class Samples:
     - `certificate`: per sample (N,) the largest |g(x) - x| over tokens, channels and blocks, guidance included, before
         denoising; `None` where it was not asked for. A block that was solved token by token is exact by construction
         and counts as 0, unless it was asked to be measured too.
+    - `tolerance`: the residual that every block was held to; `None` if the strategy has blocks that stop after a fixed
+        number of sweeps. Their samples are not certified, see `outcome`.
     - `trace`: the noise, the image after each block in sampling order, and the denoised image; `None` unless asked for.
     - `seconds`: wall-clock time of solving all blocks; `denoise_seconds`: of denoising.
     """
@@ -70,6 +72,7 @@ class Samples:
     labels: Int[Tensor, " n"] | None
     stats: tuple[BlockStats, ...]
     certificate: Float[Tensor, " n"] | None
+    tolerance: float | None
     trace: tuple[Float[Tensor, "n c h w"], ...] | None
     seconds: float
     denoise_seconds: float
@@ -98,6 +101,20 @@ class Samples:
     def status(self) -> Int[Tensor, " n"]:
         """The worst `Status` of each sample over its blocks."""
         return torch.stack([block.status for block in self.stats]).amax(dim=0)
+
+    @property
+    def outcome(self) -> Outcome:
+        """How many samples are certified, and what became of the others; `print(out.outcome)` says it in a sentence."""
+        status, certificate = self.status, self.certificate
+        return Outcome(
+            num=len(status),
+            tolerance=self.tolerance,
+            residual=None if certificate is None else float(certificate.nan_to_num(posinf=0.0).max()),
+            exact=bool(self.exact.all()),
+            resolved=self.resolved_sequentially,
+            above=int((status == Status.ROUNDING).sum()),
+            lost=int((status == Status.NONFINITE).sum()),
+        )
 
 
 def sample(
@@ -139,7 +156,8 @@ def sample(
     - `progress`: show a bar on a terminal; or a function, which is called with the share that is solved, from 0 to 1.
 
     **Returns:** `Samples`. A sample that missed its tolerance or overflowed was solved again sequentially and is
-    counted there; none is redrawn. One that overflows in the exact inverse too is NaN, with a warning.
+    counted there; none is redrawn. One that overflows in the exact inverse too is NaN. A warning says so, as it does if
+    samples are above the tolerance or if the strategy certifies none.
 
     **Raises:** `ValueError` for labels, latents, strategies or settings that do not fit the flow, `TypeError` for other
     kinds of them.
@@ -151,16 +169,32 @@ def sample(
     if guidance is not None and labels is None and guidance.attn_temperature == 1:
         warnings.warn("guidance without labels at attn_temperature 1 changes nothing", stacklevel=2)
     console = Console(stderr=True)
-    shown = progress is True and console.is_terminal
-    slots = batch_size or len(latents)
-    say = console.print if shown else lambda text: None
-    plan = choose(flow, strategy, min(slots, len(latents)), tolerance=tolerance, guidance=guidance, say=say)
+    say = console.print if progress is True and console.is_terminal else lambda text: None
+    slots = min(batch_size or len(latents), len(latents))
+    plan = choose(flow, strategy, slots, tolerance=tolerance, guidance=guidance, say=say)
+    result = draw(
+        flow, plan, latents, labels, guidance=guidance, denoise=denoise, certify=certify, batch_size=batch_size,
+        return_trace=return_trace, progress=progress,
+    )  # fmt: skip
+    if result.outcome.has_shortfall:
+        warnings.warn(str(result.outcome), stacklevel=2)
+    return result
+
+
+def draw(
+    flow: ImageFlow, plan: Strategy, latents: Float[Tensor, "n t d"], labels: Int[Tensor, " n"] | None = None, *,
+    guidance: Guidance | None = None, denoise: float = 0.0, certify: Certificate = True,
+    batch_size: int | None = None, return_trace: bool = False, progress: bool | Callable[[float], None] = False,
+) -> Samples:  # fmt: skip
+    """Solves all blocks at the latents by a plan, as `sample` does, without its checks and its warning."""
     latents = latents.to(flow.var.device, state_dtype(flow))
     labels = None if labels is None else labels.to(flow.var.device)
     blocks = [guided(block, guidance) for block in flow.blocks]
+    slots = batch_size or len(latents)
+    console = Console(stderr=True)
 
     started = time.perf_counter()
-    with Progress(console=console, disable=not shown, transient=True) as bar:
+    with Progress(console=console, disable=progress is not True or not console.is_terminal, transient=True) as bar:
         spans = list(_spans(len(latents), slots * _GROUP))
         task = bar.add_task("sampling", total=len(spans) * len(blocks))
 
@@ -180,15 +214,13 @@ def sample(
     if denoise:
         images = denoised(flow, images, labels, denoise, batch_size or 64)
         trace.append(images)
-    lost = int((torch.stack([block.status for block in stats]) == Status.NONFINITE).any(dim=0).sum())
-    if lost:
-        warnings.warn(f"{lost} of {len(images)} samples: {_OVERFLOW}; they are NaN", stacklevel=2)
     return Samples(
         images=images,
         latents=latents,
         labels=labels,
         stats=stats,
         certificate=torch.stack([block.residual for block in stats]).amax(dim=0) if certify else None,
+        tolerance=plan.residual_bound(flow.config.num_tokens),
         trace=tuple(trace) if return_trace else None,
         seconds=seconds,
         denoise_seconds=time.perf_counter() - started,
@@ -205,12 +237,12 @@ def decode(
     certify: Certificate = True,
 ) -> Samples:
     """The inverse of `flow.encode`: images whose latents are `z`, without guidance or denoising. See `sample`."""
-    check_flow(flow)
-    check_floating("z", z, ("N", flow.config.num_tokens, flow.config.token_channels))
-    check_finite("z", z)
-    return sample(
-        flow, labels=labels, latents=z, strategy=strategy, tolerance=tolerance, certify=certify, progress=False
-    )
+    check_settings(flow, None, None, 0.0, certify)
+    z = _checked_latents(flow, None, z, labels, seed=0, name="z")
+    result = draw(flow, choose(flow, strategy, len(z), tolerance=tolerance), z, labels, certify=certify)
+    if result.outcome.has_shortfall:
+        warnings.warn(str(result.outcome), stacklevel=2)
+    return result
 
 
 @dataclass(frozen=True)
@@ -280,16 +312,20 @@ def check_settings(
 
 
 def _checked_latents(
-    flow: ImageFlow, num: int | None, latents: Tensor | None, labels: Tensor | None, seed: int
+    flow: ImageFlow, num: int | None, latents: Tensor | None, labels: Tensor | None, seed: int, name: str = "latents"
 ) -> Float[Tensor, "n t d"]:
-    """The latents that are given, or else drawn, in case they and the labels fit the flow."""
+    """The latents, or else new ones, after a check that they and the labels fit the flow."""
     if (num is None) == (latents is None):
         raise InputValueError("give either num or latents")
     shape = (flow.config.num_tokens, flow.config.token_channels)
     check_seed(seed)
     if latents is not None:
-        check_floating("latents", latents, ("N", *shape))
-        check_finite("latents", latents)
+        check_floating(name, latents, ("N", *shape))
+        check_finite(name, latents)
+        if latents.requires_grad and torch.is_grad_enabled():
+            raise InputValueError(
+                f"{name}={short(latents)} requires a gradient, and sampling has none: give {name}.detach()"
+            )
         num = len(latents)
     check_count("num", num, most=MOST_SAMPLES)
     if labels is not None:

@@ -129,19 +129,20 @@ def test_it_writes_and_prints_what_the_library_measures(options: str, run: Any, 
 
 
 @pytest.mark.parametrize("options", ["--model model", f"--model model {GUIDED}", "--model model --unconditional"])
-def test_the_proposed_command_samples_as_the_report_says(options: str, run: Any, tmp_path: Path) -> None:
-    """Its sweeps and guesses are those of the guided map, and of the labels, that the report is of."""
+def test_the_proposed_command_certifies_its_samples(options: str, run: Any, tmp_path: Path) -> None:
+    """They are of the guided map, and of the labels, that the report is of."""
     line = f"calibrate --images pets {options} --segments 4 --traced 3 --out '{tmp_path}/my $1 r.json'"
     proposed = re.search(r"^use it: jacobiflow (sample .*)$", run(line).out, re.MULTILINE)
     assert proposed is not None
     assert f"{tmp_path}/my $1 r.json" in shlex.split(proposed[1])
-    result = run(f"{proposed[1]} --num 3 --out {tmp_path}")
+    result = run(f"{proposed[1]} --num 3 --out {tmp_path} --json {tmp_path}/f.json")
     assert (result.code, result.err) == (0, "")
-    plan = jf.Strategy.from_report(jf.Report.load(tmp_path / "my $1 r.json"), 1e-2)
+    outcome = figures(tmp_path / "f.json")["outcome"]
+    assert outcome["exact"] or (outcome["tolerance"] == 1e-3 and not outcome["above"])
     guidance, labels = GUIDANCE if GUIDED in options else None, None if "--un" in options else torch.arange(3)
-    want = jf.sample(jf.load("./model"), 3, labels, strategy=plan, guidance=guidance, progress=False)
+    want = jf.sample(jf.load("./model"), 3, labels, strategy="sequential", guidance=guidance, progress=False)
     with np.load(tmp_path / "shards" / "00000.npz") as arrays:
-        assert np.array_equal(arrays["arr_0"], levels(want.images))
+        assert abs(arrays["arr_0"].astype(int) - levels(want.images)).max() <= 1
 
 
 def test_fitted_guesses_and_corrections_have_a_table_and_are_planned_by(run: Any, tmp_path: Path) -> None:

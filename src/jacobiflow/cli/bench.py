@@ -18,7 +18,7 @@ from jacobiflow.cli import options, pages, paths
 from jacobiflow.cli.progress import progress
 from jacobiflow.cli.tables import show
 from jacobiflow.errors import InputValueError
-from jacobiflow.experiments.speed import ENCODING_PASS, Comparison, compare, timed_anyway
+from jacobiflow.experiments.speed import ENCODING_PASS, Comparison, Row, compare, timed_anyway
 from jacobiflow.files import check_ours, write_json
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance
@@ -26,7 +26,7 @@ from jacobiflow.latents import draw_latents
 from jacobiflow.locking import locked
 from jacobiflow.measuring import Timing, machine
 from jacobiflow.plots import Picture, Table, bench_figure, check_picture, save_png
-from jacobiflow.sampling import sample
+from jacobiflow.sampling import draw
 from jacobiflow.strategy import Strategy, choose, is_auto
 
 _STRATEGIES = ("auto", "jacobi")
@@ -146,8 +146,9 @@ def _timed(
 ) -> Comparison:  # fmt: skip
     """All strategies at one batch size."""
     z = draw_latents(size, flow.config.num_tokens, flow.config.token_channels, seed)
-    drawing = partial(sample, flow, labels=labels, latents=z, guidance=guidance, certify=certify, progress=False)
-    runs = {name: partial(drawing, strategy=plan) for name, plan in plans.items()}
+    runs = {
+        name: partial(draw, flow, plan, z, labels, guidance=guidance, certify=certify) for name, plan in plans.items()
+    }
     with progress(f"batch size {size}", (repeats + 1) * (len(runs) + len(timed_anyway(flow)))) as advance:
         return compare(flow, z, labels, runs, guidance=guidance, repeats=repeats, after_each=lambda _: advance(1))
 
@@ -186,7 +187,7 @@ def _table(comparison: Comparison, predictions: Mapping[str, Any]) -> Table:
             *(f"{comparison.speed_up(row, name):.2f}" for name in comparison.baselines),
             "" if calls is None else f"{calls:,}", "" if evaluations is None else f"{evaluations:.2f}",
             f"{row.error.max:.1e}" if row.error.max else "0",
-            "exact" if row.exact else "" if residual is None else f"{residual:.1e}",
+            "exact" if row.exact else "" if residual is None else f"{residual:.1e}{_mark(row)}",
         ))  # fmt: skip
     rows.append((ENCODING_PASS, *_seconds(comparison.floor), *[""] * (len(columns) - 3)))
     said = [f"{name}: predicted {prediction['seconds']:.3f} s" for name, prediction in predictions.items()]
@@ -201,8 +202,14 @@ def _legend(comparison: Comparison) -> str:
     return "\n".join([
         *lines,
         "evals/token: how often a token of a block was evaluated; residual: the certificate, largest |g(x) - x|, or "
-        "exact where every block was solved token by token",
+        "exact if every block was solved token by token",
+        *["*: not certified: the strategy stops after a fixed number of sweeps"] * any(map(_mark, comparison.rows)),
     ])  # fmt: skip
+
+
+def _mark(row: Row) -> str:
+    """An asterisk if the samples were measured and held to no tolerance."""
+    return "*" * (row.samples is not None and row.samples.outcome.has_shortfall and row.samples.tolerance is None)
 
 
 def _heading(baseline: str) -> str:

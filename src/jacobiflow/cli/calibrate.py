@@ -37,6 +37,7 @@ _PURPOSE = (
     "These figures help to choose a strategy. They promise nothing about a sample, whose certificate is measured when "
     "it is drawn."
 )
+_PROPOSED = "The paper's strategies: fixed numbers of sweeps, not certified"
 
 
 def calibrate(
@@ -113,11 +114,11 @@ def calibrate(
         "machine": machine(flow.var.device), "seconds": perf_counter() - started,  # of this run, if it was interrupted
     }  # fmt: skip
     options.report(json, figures)
-    use = _use_it(flow, figures, guide, unconditional=flow.config.num_classes > 0 and labels is None)
+    use = _use_it(flow, model, out, guide, unconditional=flow.config.num_classes > 0 and labels is None)
     said, tables = _said(report), _tables(report, figures)
     if html is not None:
         rows = [(tolerance, notation) for tolerance, notation in (figures["proposed"] or {}).items()]
-        proposed = [Table("Proposed strategies", ("tolerance", "strategy"), rows, (1,), use)] * bool(rows)
+        proposed = [Table(_PROPOSED, ("tolerance", "strategy"), rows, (1,), use)] * bool(rows)
         pages.write(
             html, context, flow, f"Calibration of {model}", f"{'; '.join(said)}. {_PURPOSE}", figures,
             [*tables, *proposed], _pictures(report),
@@ -126,9 +127,11 @@ def calibrate(
     for table in tables:
         show(table)
         print()
+    if figures["proposed"]:
+        print(f"{_PROPOSED}:")
     for tolerance, notation in (figures["proposed"] or {}).items():
         print(f"proposed to {tolerance}: {notation}")
-    print(f"wrote {out}", *[use] * bool(use), sep="\n")
+    print(f"wrote {out}", use, sep="\n")
 
 
 class _Images:
@@ -183,12 +186,10 @@ def _figures(report: Report) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _use_it(flow: ImageFlow, figures: dict[str, Any], guidance: Guidance | None, unconditional: bool) -> str:
-    """The command line that samples by the strategy proposed to 1e-2; empty where none is."""
-    if not figures["proposed"]:
-        return ""
-    words = ["jacobiflow", "sample", "--model", figures["model"], "--strategy", figures["proposed"]["0.01"]]
-    words += ["--report", figures["report"], *["--labels", "none"] * unconditional, *guidance_words(flow, guidance)]
+def _use_it(flow: ImageFlow, model: str, report: Path, guidance: Guidance | None, unconditional: bool) -> str:
+    """The command line that samples by a plan made with the report, each sample certified."""
+    words = ["jacobiflow", "sample", "--model", model, "--report", str(report)]
+    words += [*["--labels", "none"] * unconditional, *guidance_words(flow, guidance)]
     return f"use it: {shlex.join(words)}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.settings import SamplingSettings
 from jacobiflow.guidance import Guidance
 from jacobiflow.measuring import Error, machine, paired_error
+from jacobiflow.outcome import Outcome
 from jacobiflow.plots import check_picture, comparison_sheet, image_grid, save_png
 from jacobiflow.solvers import Certificate
 from jacobiflow.storage import (
@@ -34,6 +36,7 @@ from jacobiflow.storage import (
     SHEET,
     Drawn,
     SampleFolder,
+    outcome_of,
     processes,
     sample_to_folder,
     sizes,
@@ -152,10 +155,12 @@ def sample(
         "wall_seconds": wall,
         "drawn": folder.drawn,
     }
+    outcome = outcome_of(folder, flow.config.num_tokens)
+    figures["outcome"] = asdict(outcome)
     figures["batch_bytes"] = batch_bytes(flow, size, chosen.guidance)
     save_png(_sheet(folder, comparison), out / SHEET)
     options.report(json, figures)
-    _print(figures, said, out)
+    _print(figures, said, out, outcome)
 
 
 def _held(out: Path) -> int | None:
@@ -257,14 +262,14 @@ def _sheet(folder: SampleFolder, comparison: _Comparison | None) -> Image.Image:
     return image_grid(torch.cat(found)[:_SHEET_IMAGES], min(10, folder.manifest.num))
 
 
-def _certificate(run: dict[str, Any]) -> str:
-    """The largest certificate, or that every block of every sample was solved token by token and not measured."""
+def _residual(run: dict[str, Any]) -> str:
+    """The largest residual; "exact" if every block of every sample was solved token by token and not measured."""
     if run["exact"] and not run["certificate"]:
         return "exact"
     return "not asked" if run["certificate"] is None else f"{run['certificate']:.1e}"
 
 
-def _print(figures: dict[str, Any], said: str, out: Path) -> None:
+def _print(figures: dict[str, Any], said: str, out: Path, outcome: Outcome) -> None:
     console = Console()
     num, batch_size, shards = figures["num"], figures["batch_size"], figures["shards"]
     print(f"{figures['model']}: {num:,} image{'s' * (num > 1)}, batch size {batch_size}")
@@ -272,11 +277,11 @@ def _print(figures: dict[str, Any], said: str, out: Path) -> None:
     options.print_memory(figures["batch_bytes"])
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("strategy", overflow="fold")
-    for column in ("seconds", "images/s", "network\ncalls", "token\nevaluations", "certificate", "re-solved"):
+    for column in ("seconds", "images/s", "network\ncalls", "token\nevaluations", "largest\nresidual", "re-solved"):
         table.add_column(column, justify="right", min_width=max(map(len, column.split())))
     for name, run in figures["runs"].items():
         counted = () if "network_calls" not in run else (
-            f"{run['network_calls']:,}", f"{run['token_evaluations']:,}", _certificate(run),
+            f"{run['network_calls']:,}", f"{run['token_evaluations']:,}", _residual(run),
             str(run["resolved_sequentially"]),
         )  # fmt: skip
         table.add_row(escape(name), f"{run['seconds']:.3f}", f"{run['images_per_second']:.1f}", *counted)
@@ -290,14 +295,15 @@ def _print(figures: dict[str, Any], said: str, out: Path) -> None:
             f"{own / ours:.1f} times as fast as the original code's loop, {name}\n"
             f"error max {figures['error']['max']:.1e}, mean {figures['error']['mean']:.1e}"
         )
+    if not outcome.has_shortfall:  # else a warning has said so
+        print(outcome)
     if not figures["drawn"]:
         print(f"all {num:,} were in {out} already, and match their checksums; --overwrite draws them again")
         return
-    if figures["shards"] > 1:
-        resolved = figures["runs"][figures["strategy"]]["resolved_sequentially"]
+    if shards > 1:
         print(
             f"drew {figures['drawn']:,} in {figures['wall_seconds']:,.0f} s by {figures['processes']} "
             f"process{'es' * (figures['processes'] > 1)}: {figures['drawn'] / figures['wall_seconds']:.1f} images a "
-            f"second; {resolved / num:.2%} of all were solved again sequentially"
+            "second"
         )
     print(f"wrote {out}: {shards} shard{'s' * (shards > 1)}, manifest.json, strategy.json, samples.png")

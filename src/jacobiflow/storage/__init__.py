@@ -1,6 +1,6 @@
 """Many samples, to disk: drawn by as many processes as there are, and resumed after interruptions."""
 
-from jacobiflow.storage.figures import figures_of, total
+from jacobiflow.storage.figures import figures_of, outcome_of, total
 from jacobiflow.storage.folder import SampleFolder
 from jacobiflow.storage.manifest import Manifest, SampleFolderError, labels_sha256
 from jacobiflow.storage.names import CONTENTS, MANIFEST, SHEET
@@ -25,6 +25,7 @@ __all__ = [
     "figures_of",
     "generate",
     "labels_sha256",
+    "outcome_of",
     "problems",
     "processes",
     "sample_to_folder",

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from jacobiflow.outcome import Outcome
 from jacobiflow.sampling import Samples
 from jacobiflow.solvers import Status
+from jacobiflow.storage.folder import SampleFolder
 
 _SUMS = ("seconds", "denoise_seconds", "network_calls", "token_evaluations", "resolved_sequentially")
 _BY_BLOCK = ("sweeps", "block_seconds")
@@ -41,3 +43,18 @@ def total(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "status": {state.name.lower(): status[state.name.lower()] for state in Status},
         **{name: [sum(column) for column in zip(*(each[name] for each in shards), strict=True)] for name in _BY_BLOCK},
     }
+
+
+def outcome_of(folder: SampleFolder, num_tokens: int) -> Outcome:
+    """How the samples in a folder ended, by the records of its shards and its strategy."""
+    records, certificate = folder.records(), folder.certificate()
+    cost = total([record.figures for record in records])
+    return Outcome(
+        num=folder.manifest.num,
+        tolerance=folder.strategy().residual_bound(num_tokens),
+        residual=None if certificate is None else float(certificate.nan_to_num(posinf=0.0).max()),
+        exact=cost["exact"],
+        resolved=cost["resolved_sequentially"],
+        above=cost["status"]["rounding"],
+        lost=cost["status"]["nonfinite"],
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,9 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance
 from jacobiflow.latents import MOST_SAMPLES
-from jacobiflow.sampling import check_settings, sample
+from jacobiflow.sampling import check_settings, draw
 from jacobiflow.solvers import Certificate
-from jacobiflow.storage.figures import figures_of
+from jacobiflow.storage.figures import figures_of, outcome_of
 from jacobiflow.storage.folder import SampleFolder
 from jacobiflow.storage.manifest import FILES, Manifest, check_sizes
 from jacobiflow.storage.processes import Processes
@@ -76,7 +77,8 @@ def sample_to_folder(
     - `among`: the processes that share the work, each of which calls this function; see `processes`.
     - `on_shard`: is called after every shard that this process draws, see `OnShard`.
 
-    **Returns** the `SampleFolder`; complete in the first process.
+    **Returns** the `SampleFolder`; complete in the first process. A warning says so if samples are above the tolerance,
+    are NaN, or are not certified because the strategy stops after a fixed number of sweeps.
 
     **Raises:** `ValueError` for settings that do not fit the flow, and for more than 100,000,000 samples, 1,000,000
     shards, or 4 GiB of 8-bit images in a shard. `SampleFolderError`, a `ValueError`, where `out` holds other samples or
@@ -103,11 +105,14 @@ def sample_to_folder(
     def drawing(folder: SampleFolder) -> Draw:
         return draw_by_strategy(flow, folder.strategy(), guidance, denoise, certify, batch_size)
 
-    return generate(
+    folder = generate(
         SampleFolder(Path(out), manifest), labels, drawing, (flow.config.num_tokens, flow.config.token_channels),
         lambda: plan() if chosen is None else chosen, keep_plan=timed, overwrite=overwrite, progress=progress,
         among=among, on_shard=on_shard,
     )  # fmt: skip
+    if among.rank == 0 and (outcome := outcome_of(folder, flow.config.num_tokens)).has_shortfall:
+        warnings.warn(str(outcome), stacklevel=2)
+    return folder
 
 
 def draw_by_strategy(
@@ -120,15 +125,17 @@ def draw_by_strategy(
 ) -> Draw:
     """Draws shards by `sample`."""
 
-    def draw(start: int, latents: Tensor, labels: Tensor | None, advance: Callable[[float], None]) -> Drawn:
-        result = sample(
-            flow, latents=latents, labels=labels, strategy=strategy, guidance=guidance, denoise=denoise,
-            certify=certify, batch_size=batch_size, progress=advance,
+    plan = strategy if isinstance(strategy, Strategy) else choose(flow, strategy, batch_size, guidance=guidance)
+
+    def draw_shard(start: int, latents: Tensor, labels: Tensor | None, advance: Callable[[float], None]) -> Drawn:
+        result = draw(
+            flow, plan, latents, labels, guidance=guidance, denoise=denoise, certify=certify, batch_size=batch_size,
+            progress=advance,
         )  # fmt: skip
         resolved = torch.stack([block.resolved_sequentially for block in result.stats]).any(dim=0)
         return Drawn(result.images, result.certificate, resolved, figures_of(result))
 
-    return draw
+    return draw_shard
 
 
 def sizes(num: int, batch_size: int | None, shard_size: int | None) -> tuple[int, int]:

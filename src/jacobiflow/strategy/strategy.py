@@ -171,6 +171,16 @@ class Strategy:
         """Whether a block stops on a tolerance, or samples are certified to one."""
         return self.tolerance is not None or any(s.stopping.atol is not None for s in self.solvers)
 
+    def residual_bound(self, num_tokens: int) -> float | None:
+        """The residual that every block of `num_tokens` tokens is held to; `None` if one has a number of sweeps only.
+
+        A block that is solved token by token is exact, and needs no tolerance.
+        """
+        if self.tolerance is not None:
+            return self.tolerance
+        iterated = [s.stopping.atol for s in self.solvers if not s.partition.token_by_token(num_tokens)]
+        return None if None in iterated else max((atol for atol in iterated if atol is not None), default=0.0)
+
     def with_tolerance(self, atol: float) -> Strategy:
         """This strategy with `atol` in place of every tolerance that it has; sweep counts stay.
 
