@@ -199,7 +199,7 @@ class SampleFolder:
         for folder in {path.parent for path in (*paths, self._record_file(index))}:
             folder.mkdir(parents=True, exist_ok=True)
         for path, data in zip(paths, contents, strict=True):
-            write_atomically(path, data)
+            write_atomically(path, data, sync=as_npz)  # a thousand PNGs would take seconds; a lost one is drawn again
         write_json(self._record_file(index), record.to_json())
         return record
 
