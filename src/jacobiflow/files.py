@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -74,9 +76,16 @@ def remove_partials(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_regular(path: str | Path) -> None:
+    """**Raises** `OSError` if there is no regular file at `path`. A pipe, for one, would be waited for."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+
+
 def read_object(path: str | Path) -> dict[str, Any] | None:
     """The JSON object in a file; `None` where there is none."""
     try:
+        check_regular(path)
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
@@ -108,7 +117,7 @@ def cache_folder() -> Path | None:
         return None
 
 
-def sha256(*parts: bytes) -> str:
+def sha256(*parts: bytes | bytearray) -> str:
     """SHA-256 of bytes, one part after another, in hexadecimal."""
     digest = hashlib.sha256()
     for part in parts:
@@ -117,9 +126,10 @@ def sha256(*parts: bytes) -> str:
 
 
 def files_sha256(paths: Iterable[Path]) -> str:
-    """SHA-256 of files, one after another, which may be larger than the memory. **Raises** `OSError`."""
+    """SHA-256 of regular files, one after another, which may be larger than the memory. **Raises** `OSError`."""
     digest = hashlib.sha256()
     for path in paths:
+        check_regular(path)
         with path.open("rb") as file:
             while block := file.read(2**20):
                 digest.update(block)
