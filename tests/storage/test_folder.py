@@ -165,7 +165,7 @@ def test_what_is_not_a_folder_of_samples_cannot_be_opened(tmp_path: Path) -> Non
             jf.SampleFolder.open(tmp_path)
     path.unlink()
     path.mkdir()
-    with pytest.raises(SampleFolderError, match=r"manifest\.json: cannot be read \(Is a directory\)$"):
+    with pytest.raises(SampleFolderError, match=r"manifest\.json: cannot be read \(Not a regular file\)$"):
         jf.SampleFolder.open(tmp_path)
 
 

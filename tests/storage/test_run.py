@@ -16,17 +16,31 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from sample_folders import everything, facts, flip, manifest_of, pixels_in, read, record_of, run, signed, times
+from running import ends_within
+from sample_folders import (
+    everything,
+    facts,
+    flip,
+    invented,
+    manifest_of,
+    pixels_in,
+    read,
+    record_of,
+    run,
+    signed,
+    times,
+)
 from scoring import levels
 
 import jacobiflow as jf
 from jacobiflow.latents import draw_latents
 from jacobiflow.locking import FolderInUseError
-from jacobiflow.storage import Drawn, Processes, SampleFolderError
+from jacobiflow.storage import Drawn, Processes, SampleFolderError, problems
 from jacobiflow.storage.progress import run_progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOW, OTHER = (jf.Strategy.uniform(jf.Solver(jf.Window(size)), 2) for size in (4, 5))
+UNIX = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes have no names")
 REPLACE = "give another folder, or overwrite=True to replace them"
 
 
@@ -186,6 +200,39 @@ def test_files_of_others_under_names_of_ours_are_not_overwritten(
     with pytest.raises(SampleFolderError, match=f"{name}: was not written by this run; move it away, or give another"):
         run(tmp_path, 17, files=files, overwrite=overwrite)
     assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, pytest.param(os.mkfifo, marks=UNIX)])
+@pytest.mark.parametrize("name", ["shards/00001.npz", "shards/00001.json", "strategy.json"])
+def test_what_is_no_file_is_neither_read_nor_replaced(name: str, make: Any, tmp_path: Path) -> None:
+    """A folder or a pipe in the place of a file of the run."""
+    run(tmp_path, plan=lambda: WINDOW)
+    (tmp_path / name).unlink()
+    make(tmp_path / name)
+    before = everything(tmp_path)
+    with ends_within(20):
+        for overwrite in (False, True):
+            with pytest.raises(SampleFolderError, match=f"{name}: was not written by this run; move it away, or give"):
+                run(tmp_path, plan=lambda: WINDOW, overwrite=overwrite)
+        folder = jf.SampleFolder.open(tmp_path)
+        assert [folder.verify(index) for index in range(3)] == [True, name == "strategy.json", True]
+        assert any(name in line for line in problems(tmp_path))
+        if name == "shards/00001.npz":
+            with pytest.raises(OSError):
+                folder.images(1)
+    assert everything(tmp_path) == before
+
+
+def test_a_folder_that_appears_in_the_place_of_a_shard_is_named(tmp_path: Path) -> None:
+    def draw(*given: Any) -> Drawn:
+        (tmp_path / "shards" / "00001.npz").mkdir(parents=True, exist_ok=True)
+        return invented(*given)
+
+    words = (
+        r"shards/00001\.npz: Is a directory; the finished shards are kept: correct this, then sample into the folder"
+    )
+    with pytest.raises(OSError, match=words):
+        run(tmp_path, drawing=lambda _: draw)
 
 
 def test_a_shard_of_other_samples_is_drawn_again(reference: dict[str, Path], out: Path, tmp_path: Path) -> None:

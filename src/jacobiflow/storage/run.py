@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -134,8 +135,9 @@ def _write(folder: SampleFolder, index: int, drawn: Drawn, labels: Tensor | None
     try:
         folder.write(index, quantize(drawn.images.masked_fill(lost.view(-1, 1, 1, 1), -1.0)), record)
     except OSError as error:
+        remedy = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "correct this"
         raise OSError(
-            f"{error.filename or folder.path}: {error.strerror}; the finished shards are kept: make room, then sample "
+            f"{error.filename or folder.path}: {error.strerror}; the finished shards are kept: {remedy}, then sample "
             "into the folder again with the same settings"
         ) from error
 
