@@ -83,9 +83,13 @@ def generate(
                 f"{folder.path}: process {among.rank} does not see it; give a folder on a shared disk"
             )
         first = among.rank == 0
-        if begun.resumed and todo and progress and first:
+        shown = progress and first
+        if begun.resumed and todo and shown:
             say(f"{folder.path}: resumed, {len(todo)} of {folder.manifest.num_shards} shards to draw")
-        with _withdrawn_if_nothing_is_drawn(begun, among), run_progress(folder, todo, progress and first) as update:
+        with (
+            _withdrawn_if_nothing_is_drawn(begun, among),
+            run_progress(folder, todo, shown, processes=among.count) as update,
+        ):
             draw = drawing(folder)
             for index in todo[among.rank :: among.count]:
                 _draw_shard(folder, index, labels, draw, latent_shape, update, on_shard)
@@ -144,7 +148,7 @@ def _write(folder: SampleFolder, index: int, drawn: Drawn, labels: Tensor | None
 
 def _wait(folder: SampleFolder, todo: Sequence[int], update: Callable[[float], None]) -> None:
     """Wait for the shards of the other processes. torchrun stops this one where one of them fails."""
-    missing = set(todo)
-    while missing := {index for index in missing if not folder.has(index)}:
-        update(0)
-        time.sleep(_POLL)
+    for index in todo:
+        while not folder.has(index):
+            update(0)
+            time.sleep(_POLL)
