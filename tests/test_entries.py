@@ -19,7 +19,6 @@ from jacobiflow.baselines.full_passes import full_passes_sample
 from jacobiflow.baselines.growing_cache import growing_cache_sample
 from jacobiflow.calibration.tuning import CountedRun
 from jacobiflow.data.noise import Noise, keyed_generator
-from jacobiflow.storage import Processes
 
 FLOW, MAF, PLAN = make_flow(num_classes=3, noise_std=0.1), make_maf(), jf.Strategy.uniform(jf.Solver(), 2)
 REPORT, TUNING = make_report([1, 1]), make_tuning(invented_block(0), invented_block(1))
@@ -49,16 +48,14 @@ def each(names: str, argument: Argument) -> dict[str, Argument]:
 
 ARGUMENTS: dict[str, Argument] = {
     **each("num batch_size samples traced segments num_tokens token_channels num_blocks in_channels image_size", COUNT),
-    **each("shard_size layers_per_block patch_size channels head_dim expansion hidden_features hidden_layers", COUNT),
+    **each("layers_per_block patch_size channels head_dim expansion hidden_features hidden_layers", COUNT),
     **each("slots max_iterations count size run_length max_sweeps repeats fine", UNLIMITED),
     **each("num_classes coarse stream index", FROM_0), **each("attn_temperature threshold", POSITIVE),
     **each("tolerance denoise rate rtol rounding dominance ebound noise_std std call_cost atol weight", NUMBER),
-    **each("overwrite return_trace per_class chord annealed nvp per_segment retry_float64 short fresh_keys", FLAG),
+    **each("return_trace per_class chord annealed nvp per_segment retry_float64 short fresh_keys", FLAG),
     **each("certify certificate", (True, (), ("x", 1))), "norm": (2, (), ("x", True)), "on": ("both", (), ("x", 7)),
     "seed": (0, KINDS, (-1, 2**63)), "start": (0, KINDS, (-1, 2**63)), **each("residual error", (0.1, NUMBERS, (-1,))),
-    "progress": (False, (0, "no"), ()), **each("say loop", (print, (7, "f"), ())),
-    "out": ("/dev/null/out", (7,), ()), **each("after_each on_shard", (None, (7, "f"), ())),
-    "model": ("", (7, FLOW), ()), "files": ("npz", (), ("x", 7)),
+    "progress": (False, (0, "no"), ()), **each("say loop", (print, (7, "f"), ())), "after_each": (None, (7, "f"), ()),
     "flow": (FLOW, ("digits-p1", FLOW.config, jf.TarFlow), ()), "block": (FLOW.blocks[0], (FLOW, 7, jf.Solver()), ()),
     "images": (*PIXELS[:2], (*PIXELS[2], IMAGES[..., :7])), "labels": (LABELS, NO_LABELS, (*NO_ROWS, LABELS + 1)),
     "context": (LABELS, NO_LABELS, (*NO_ROWS, LABELS + 1)), **each("z latents", FINITE), "x": TOKENS,
@@ -79,9 +76,6 @@ NAMED = {"atol": "tolerance", "max_sweeps": "sweeps"}
 CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (jf.sample, "flow num labels seed strategy guidance denoise tolerance certify batch_size return_trace", {}),
     (jf.sample, "flow latents labels progress", {}), (jf.decode, "flow z labels strategy tolerance certify", {}),
-    (jf.sample_to_folder, "flow num out labels seed strategy guidance denoise tolerance certify batch_size shard_size "
-     "files model report overwrite progress among on_shard", {"among": (Processes(), (7, None, dict), ())}),
-    (jf.SampleFolder.open, "path", {}),
     (jf.denoise, "flow images labels rate batch_size", {}),
     (jf.calibrate, "flow images labels norm guidance segments traced per_class chord batch_size seed progress",
      {"images": (IMAGES, (7, "x", {}), (IMAGES[:1], IMAGES[:0]))}),
