@@ -6,8 +6,10 @@ import copy
 import importlib.util
 import json
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -27,6 +29,22 @@ def run_line(line: str, capsys: pytest.CaptureFixture[str]) -> SimpleNamespace:
     except SystemExit as stop:
         code = stop.code
     return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+
+
+@contextmanager
+def ends_within(seconds: int) -> Iterator[None]:
+    """Fails a test that waits, as for a pipe that nobody writes to."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def figures(path: str | Path) -> Any:

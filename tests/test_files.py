@@ -42,6 +42,36 @@ def test_an_error_leaves_the_file_as_it_was(tmp_path: Path) -> None:
         write_atomically(tmp_path / "missing" / "f", b"")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere folders have no fsync")
+def test_content_is_on_the_disk_before_the_rename_and_the_name_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[object] = []
+    rename, fsync, path = os.replace, os.fsync, tmp_path / "f"
+
+    def sync(opened: int) -> None:
+        status = os.fstat(opened)
+        done.append("folder" if os.path.samestat(status, os.stat(tmp_path)) else status.st_size)
+        fsync(opened)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", lambda *names: (done.append("rename"), rename(*names)))
+    write_atomically(path, b"bytes")
+    assert done == [5, "rename", "folder"]
+    write_atomically(path, b"others", sync=False)
+    assert (done[3:], path.read_bytes()) == (["rename"], b"others")
+
+
+def test_an_error_names_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+    """Not the half-written one, which is gone."""
+    (tmp_path / "f").mkdir()
+    for path in (tmp_path / "f", tmp_path / "missing" / "f"):
+        with pytest.raises(OSError) as caught:
+            write_atomically(path, b"bytes")
+        assert (caught.value.filename, caught.value.filename2) == (str(path), None)
+    assert os.listdir(tmp_path) == ["f"]
+
+
 def test_json_is_indented_and_without_infinities(tmp_path: Path) -> None:
     value = {"a": [1.5, math.inf, (-math.inf, math.nan)], "b": {"c": "é", "d": None, "e": True, "f": 10**20}}
     want = {"a": [1.5, None, [None, None]], "b": {"c": "é", "d": None, "e": True, "f": 10**20}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,11 +95,11 @@ def test_fits_a_phone_and_can_be_stopped(page: Page) -> None:
 
 def test_what_is_missing_is_said(browser: Browser, address: str) -> None:
     page = browser.new_page()
-    page.route("**/weights.bin", lambda route: route.fulfill(status=404))
+    page.route("**/weights-*.bin", lambda route: route.fulfill(status=404))
     page.goto(f"{address}?threads=1")
     page.click("#draw:enabled")
     page.wait_for_selector("#status.failed")
-    assert "model/weights.bin: 404" in page.inner_text("#status")
+    assert re.search(r"model/weights-\w+\.bin: 404", page.inner_text("#status"))
     page.add_init_script("delete window.WebAssembly")
     page.reload()
     page.wait_for_selector("#status.failed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,8 @@ def locking(path: Path) -> Iterator[Callable[[], None]]:
     `FolderInUseError`, a `ValueError`, where another process holds the lock; `ValueError` where the file of the lock is
     not ours; `OSError` where there can be no such folder. Where an error leaves the folder as it was but for the lock,
     the lock is removed, and with it the folders that were made for it.
+
+    Only its owner removes the file of a lock, once it has done all else; whoever has opened it before is refused.
     """
     lock = FileLock(path / LOCK)
     new: list[Path] = []
@@ -36,7 +39,11 @@ def locking(path: Path) -> Iterator[Callable[[], None]]:
             path.mkdir(parents=True, exist_ok=True)
             before.update(entry.name for entry in path.iterdir())
             _check(path / LOCK)
-            lock.acquire(timeout=0)
+            with open(path / LOCK, "ab") as file:  # which keeps its inode from another file
+                lock.acquire(timeout=0)
+                if not _is_at(file.fileno(), path / LOCK):  # its last owner removed it: a lock on it keeps nobody out
+                    lock.release()
+                    raise Timeout(lock.lock_file)
         except Timeout as error:
             raise FolderInUseError(
                 f"{path}: another run is writing to it; wait for it, stop it, or give another folder"
@@ -75,6 +82,13 @@ def in_use(path: Path) -> bool:
         return True
     except (OSError, ValueError):
         pass
+    return False
+
+
+def _is_at(opened: int, path: Path) -> bool:
+    """Whether an open file is the one at `path`."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(opened), os.stat(path))
     return False
 
 

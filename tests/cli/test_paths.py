@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import jacobiflow as jf
+from jacobiflow.cli import paths
 from jacobiflow.flows.folder import MODELS
 from jacobiflow.storage import sample_to_folder
 
@@ -140,3 +141,18 @@ def test_a_report_may_go_beside_its_model(run: Any, place: Path) -> None:
     for name in ("report.json", "report-guided.json"):
         assert run(f"{line} --out {place}/model/{name}").code == 0
         assert jf.Report.load(place / "model" / name).settings.num_images == 3
+
+
+def test_every_image_is_looked_at_once_for_all_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    for folder, number in ((images, 30), (out, 20)):
+        folder.mkdir()
+        for i in range(number):
+            (folder / f"sheet-{i}.png").touch()
+    seen, look = list[Path](), os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **options: (seen.append(path), look(path, **options))[1])
+    paths.check(None, out, ("sheet-*.png",), images=str(images))
+    assert sorted(path for path in map(Path, seen) if path.parent == images) == sorted(images.iterdir())
+    (images / "link").symlink_to(out / "sheet-19.png")
+    with pytest.raises(ValueError, match=r"sheet-19\.png: is in --images .*, which this command reads; give another"):
+        paths.check(None, out, ("sheet-*.png",), images=str(images))

@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from scoring import levels
 import jacobiflow as jf
 from jacobiflow.baselines.growing_cache import growing_cache_sample
 from jacobiflow.latents import draw_labels
-from jacobiflow.storage import FirstProcessFailed
+from jacobiflow.storage import FirstProcessFailed, Processes
 from jacobiflow.strategy import memory
 
 
@@ -183,6 +184,20 @@ def test_a_batch_that_fits_and_then_the_one_that_was_begun_with(
         assert f"memory: at most {4 * needed / 1e6:.1f} MB for a batch, beside the weights\n" in said
     failed = run(f"{line}-of-its-own")
     assert (failed.code, "a sample needs" in failed.err) == (2, True)
+
+
+def test_the_first_process_says_the_batch_size_whatever_another_one_sees(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or one would wait for an answer that the other does not ask for."""
+    module, line = importlib.import_module("jacobiflow.cli.sample"), f"sample --model model --num 4 --out {tmp_path}"
+    assert run(f"{line} --batch-size 2 --strategy jacobi-1").code == 0
+    answers, sizes = [None, 3], list[int]()  # that no sample of other settings is there; the batch size
+    monkeypatch.setattr(module, "processes", lambda: nullcontext(Processes(1, 2)))
+    monkeypatch.setattr(Processes, "once", lambda self, work: answers.pop(0))
+    monkeypatch.setattr(module, "sample_to_folder", lambda *_, batch_size, **__: sizes.append(batch_size))
+    assert run(f"{line} --batch-size auto").code == 0
+    assert (sizes, answers) == ([3], [])
 
 
 REFUSED = {

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,12 @@ import onnxruntime
 import pytest
 import torch
 from problems import make_flow, make_maf, to_float32
+from sample_folders import Killed, everything, killed
 
 import jacobiflow as jf
 from jacobiflow.export import export
 from jacobiflow.guidance import guided
+from jacobiflow.locking import FolderInUseError, locked
 
 TOKENS, CLOSE = 16, {"rtol": 1e-4, "atol": 1e-4}
 GUIDANCE = jf.Guidance(0.7, on="scale", attn_temperature=1.3)
@@ -72,7 +77,56 @@ def test_the_denoising_step(classes: int, nvp: bool, tmp_path: Path, one_thread:
 def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="give a TarFlow"):
         export(make_maf(), tmp_path)  # type: ignore[arg-type]
-    (tmp_path / "model.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not a file that jacobiflow wrote"):
-        export(make_flow(), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.json"]
+    flow = to_float32(make_flow())
+    flow.blocks[1].proj_in.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"not written: blocks\.1\.proj_in\.weight has non-finite values"):
+        export(flow, tmp_path / "new")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["block-0.onnx", "weights.bin", f"weights-{16 * 'a'}.bin", "thesis.txt", "model.json"])
+def test_a_folder_of_something_else_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=rf"{name}: is not (of an export|a file that jacobiflow wrote)"):
+        export(to_float32(make_flow()), tmp_path)
+    assert everything(tmp_path) == {name: b"{}"}
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(FolderInUseError):
+        export(to_float32(make_flow()), tmp_path)
+
+
+def test_killed_at_any_moment_there_is_the_old_export_or_the_new_one(tmp_path: Path) -> None:
+    """Whole; and the next one leaves no file but its own, and those of others."""
+    old, new = (to_float32(make_flow(num_classes=3, num_blocks=blocks, noise_std=0.1)) for blocks in (3, 2))
+    wholes = []
+    for flow in (old, new):
+        export(flow, out := tmp_path / str(len(wholes)))
+        model = json.loads((out / "model.json").read_text())
+        wholes.append(everything(out))
+        assert set(wholes[-1]) == {"model.json", model["weights"], model["denoise"], *model["blocks"]}
+    ends = set()
+    for after in itertools.count():
+        out = Path(shutil.copytree(tmp_path / "0", tmp_path / f"killed {after}"))
+        (out / "mine.txt").write_bytes(b"mine")
+        try:
+            with killed(after):
+                export(new, out)
+        except Killed:
+            there = everything(out)
+            (end,) = (i for i, whole in enumerate(wholes) if whole["model.json"] == there["model.json"])
+            assert wholes[end].items() <= there.items()
+            ends.add(end)
+            export(new, out)
+            assert everything(out) == wholes[1] | {"mine.txt": b"mine"}
+        else:
+            break
+    assert ends == {0, 1}
+    with pytest.raises(Killed), killed(3):
+        export(new, tmp_path / "half")
+    assert "model.json" not in everything(tmp_path / "half")
+    export(new, tmp_path / "half")
+    assert everything(tmp_path / "half") == wholes[1]
+    assert ".lock" not in os.listdir(tmp_path / "half")

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from native_problems import CASES, relative_error
+from running import ends_within
 
 import jacobiflow as jf
 from jacobiflow import native
@@ -112,6 +113,17 @@ def test_a_whole_file_that_is_no_library_is_not_fatal(machine: Machine) -> None:
     foreign.chmod(0o600)
     path.unlink()
     assert machine.restart() is not None and machine.compiled() == 2
+
+
+def test_a_pipe_in_the_place_of_a_library_is_not_waited_for(machine: Machine) -> None:
+    machine.restart()
+    (path,) = machine.kept()
+    content = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path, 0o600)
+    with ends_within(60):
+        assert machine.restart() is not None and machine.compiled() == 2
+    assert [path.read_bytes() for path in machine.kept()] == [content]
 
 
 def test_what_others_can_write_to_is_not_used(machine: Machine) -> None:

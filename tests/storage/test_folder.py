@@ -156,6 +156,8 @@ def test_a_shard_without_its_record_does_not_count(text: str, tmp_path: Path) ->
 
 def test_what_is_not_a_folder_of_samples_cannot_be_opened(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
+    with pytest.raises(TypeError, match=r"^path=5 of type int: give a path$"):
+        jf.SampleFolder.open(5)  # type: ignore[arg-type]
     with pytest.raises(SampleFolderError, match=r": no manifest\.json in it; give a folder of samples$"):
         jf.SampleFolder.open(tmp_path)
     words = r"manifest\.json: not a manifest of samples \(.+\); restore it, or move the folder away$"
@@ -165,7 +167,7 @@ def test_what_is_not_a_folder_of_samples_cannot_be_opened(tmp_path: Path) -> Non
             jf.SampleFolder.open(tmp_path)
     path.unlink()
     path.mkdir()
-    with pytest.raises(SampleFolderError, match=r"manifest\.json: cannot be read \(Is a directory\)$"):
+    with pytest.raises(SampleFolderError, match=r"manifest\.json: cannot be read \(Not a regular file\)$"):
         jf.SampleFolder.open(tmp_path)
 
 

@@ -16,17 +16,31 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from sample_folders import everything, facts, flip, manifest_of, pixels_in, read, record_of, run, signed, times
+from running import ends_within
+from sample_folders import (
+    everything,
+    facts,
+    flip,
+    invented,
+    manifest_of,
+    pixels_in,
+    read,
+    record_of,
+    run,
+    signed,
+    times,
+)
 from scoring import levels
 
 import jacobiflow as jf
 from jacobiflow.latents import draw_latents
 from jacobiflow.locking import FolderInUseError
-from jacobiflow.storage import Drawn, Processes, SampleFolderError
+from jacobiflow.storage import Drawn, Processes, SampleFolderError, problems
 from jacobiflow.storage.progress import run_progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOW, OTHER = (jf.Strategy.uniform(jf.Solver(jf.Window(size)), 2) for size in (4, 5))
+UNIX = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes have no names")
 REPLACE = "give another folder, or overwrite=True to replace them"
 
 
@@ -186,6 +200,39 @@ def test_files_of_others_under_names_of_ours_are_not_overwritten(
     with pytest.raises(SampleFolderError, match=f"{name}: was not written by this run; move it away, or give another"):
         run(tmp_path, 17, files=files, overwrite=overwrite)
     assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, pytest.param(os.mkfifo, marks=UNIX)])
+@pytest.mark.parametrize("name", ["shards/00001.npz", "shards/00001.json", "strategy.json"])
+def test_what_is_no_file_is_neither_read_nor_replaced(name: str, make: Any, tmp_path: Path) -> None:
+    """A folder or a pipe in the place of a file of the run."""
+    run(tmp_path, plan=lambda: WINDOW)
+    (tmp_path / name).unlink()
+    make(tmp_path / name)
+    before = everything(tmp_path)
+    with ends_within(20):
+        for overwrite in (False, True):
+            with pytest.raises(SampleFolderError, match=f"{name}: was not written by this run; move it away, or give"):
+                run(tmp_path, plan=lambda: WINDOW, overwrite=overwrite)
+        folder = jf.SampleFolder.open(tmp_path)
+        assert [folder.verify(index) for index in range(3)] == [True, name == "strategy.json", True]
+        assert any(name in line for line in problems(tmp_path))
+        if name == "shards/00001.npz":
+            with pytest.raises(OSError):
+                folder.images(1)
+    assert everything(tmp_path) == before
+
+
+def test_a_folder_that_appears_in_the_place_of_a_shard_is_named(tmp_path: Path) -> None:
+    def draw(*given: Any) -> Drawn:
+        (tmp_path / "shards" / "00001.npz").mkdir(parents=True, exist_ok=True)
+        return invented(*given)
+
+    words = (
+        r"shards/00001\.npz: Is a directory; the finished shards are kept: correct this, then sample into the folder"
+    )
+    with pytest.raises(OSError, match=words):
+        run(tmp_path, drawing=lambda _: draw)
 
 
 def test_a_shard_of_other_samples_is_drawn_again(reference: dict[str, Path], out: Path, tmp_path: Path) -> None:
@@ -354,12 +401,12 @@ def test_a_line_every_half_minute_counts_the_samples_of_all_processes(
         (20, 1, None),
         (30, 1, None),
         (30.5, 250.7, None),
-        (60.5, 1, 0),
+        (60.5, 1, 2),
         (61, 399, None),
-        (92, 400, 2),
+        (92, 400, 0),
         (125, 0, 1),
     )
-    with run_progress(folder, [0, 2]) as update:
+    with run_progress(folder, [0, 2], processes=2) as update:
         for seconds, samples, done in steps:
             if done is not None:  # as any process finishes a shard
                 start, stop = folder.manifest.span(done)
@@ -369,7 +416,7 @@ def test_a_line_every_half_minute_counts_the_samples_of_all_processes(
             update(samples)
     assert capsys.readouterr().err.splitlines() == [
         "250 of 900 samples, 8.2 a second, none finished yet",
-        "899 of 900 samples, 14.7 a second, 25.00% re-solved",
+        "799 of 900 samples, 13.1 a second, 25.00% re-solved",
         "900 of 900 samples, 9.8 a second, 25.00% re-solved",  # never more than there are
         "900 of 900 samples, 7.2 a second, 25.00% re-solved",
     ]
@@ -381,3 +428,18 @@ def test_a_line_every_half_minute_counts_the_samples_of_all_processes(
         with run_progress(folder, todo, shown, every=0) as update:
             update(5)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_shard_is_looked_for_a_few_times_however_many_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    for name, real in (("has", jf.SampleFolder.has), ("record", jf.SampleFolder.record)):
+
+        def look(folder: jf.SampleFolder, index: int, real: Any = real) -> Any:
+            looks.append(index)
+            return real(folder, index)
+
+        monkeypatch.setattr(jf.SampleFolder, name, look)
+    run(tmp_path, 200, shard_size=2, progress=True)
+    assert len(looks) <= 6 * 100

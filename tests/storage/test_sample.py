@@ -190,6 +190,14 @@ def test_settings_that_are_refused_lose_nothing(words: str, drawn: Path, tmp_pat
     assert everything(drawn) == before
 
 
+@pytest.mark.parametrize(("name", "value"), [("model", 5), ("model", None), ("among", 7), ("on_shard", 7), ("out", 5)])
+def test_wrong_kinds_are_refused_by_name_before_anything_is_made(name: str, value: Any, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"out": tmp_path / "new", name: value}
+    with pytest.raises(TypeError, match=rf"^{name}={value} of type {type(value).__name__}: give "):
+        draw(given.pop("out"), **given)
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_channels_are_no_png(tmp_path: Path) -> None:
     flow = to_float32(make_flow(in_channels=2, image_size=4))
     with pytest.raises(ValueError, match=r"^files='png': holds images of 1 or 3 channels, not 2; give npz$"):

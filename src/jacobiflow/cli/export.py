@@ -32,11 +32,10 @@ def export(
     except ModuleNotFoundError as error:
         raise InputValueError(f"no package {error.name}; pip install 'jacobiflow[onnx]'") from error
     wanted = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
-    paths.check(json, out, ("model.json", "weights.bin", "*.onnx"), model=model)
+    paths.check(json, out, ("model.json", "*.bin", "*.onnx"), model=model)
     flow = options.load_model(model, "cpu")
     if not isinstance(flow, TarFlow):
         raise InputValueError(f"--model {model}: is no TarFlow, and only these can be exported; give another model")
-    with paths.making(out):
-        manifest = write(flow, out, wanted)
+    manifest = write(flow, out, wanted)
     options.report(json, manifest)
     print(f"wrote {len(manifest['blocks'])} blocks to {out}")

@@ -90,8 +90,7 @@ def check(
     folder = None if out is None else _Place.of("--out", out)
     reads = [place for name, value in inputs.items() for place in _inputs(name, value)]
     model = _Place.of("--model", _model_folder(inputs["model"])).path if calibrates else None
-    if folder is not None:
-        _check_folder(folder, writes, files, reads)
+    outputs = [*files, *([] if folder is None else _check_folder(folder, writes, files, reads))]
     for i, file in enumerate(files):
         _check_distinct(file, files[:i])
         _check_file(file)
@@ -99,6 +98,7 @@ def check(
         _check_not_read(file, [place for place in reads if not own or place.path != file.path])
         if not own:
             _check_not_bundled(file)
+    _check_not_linked(outputs, reads)
     if html is not None:
         check_page(html)
 
@@ -134,7 +134,11 @@ def _check_file(file: _Place) -> None:
     _check_writable(file, folder, (name, _PARTIAL.format(name)))
 
 
-def _check_folder(folder: _Place, writes: Sequence[str], files: Sequence[_Place], reads: Sequence[_Place]) -> None:
+def _check_folder(
+    folder: _Place, writes: Sequence[str], files: Sequence[_Place], reads: Sequence[_Place]
+) -> list[_Place]:
+    """The files and folders that the command writes into `folder`: those that have a name, and those that are there."""
+    outputs = []
     _check_writable(folder, folder.path)
     _check_not_bundled(folder)
     for place in reads:
@@ -156,6 +160,8 @@ def _check_folder(folder: _Place, writes: Sequence[str], files: Sequence[_Place]
         for file in files:
             if file.is_same(written) or file.is_in(written):
                 file.refuse(f"is {written}, which this command writes; give another")
+        outputs.append(written)
+    return outputs
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -181,30 +187,46 @@ def _check_not_bundled(output: _Place) -> None:
 
 
 def _check_not_read(output: _Place, reads: Sequence[_Place]) -> None:
-    """**Raises** `ValueError` where `output` is one of the places that are read, lies in one, or holds one."""
+    """**Raises** `ValueError` if `output` is one of the places that are read, lies in one, or holds one."""
     there = os.path.lexists(output.path)
     for place in reads:
         if output.is_same(place) or place.is_in(output):
             output.refuse(f"is {place}, which this command reads; give another")
-        if there and place.path.is_dir() and (output.is_in(place) or _holds(place.path, output.path)):
+        if there and output.is_in(place):
             output.refuse(f"is in {place}, which this command reads; give another")
 
 
-def _holds(folder: Path, file: Path) -> bool:
-    """Whether a file below `folder`, links followed, is `file` by another name."""
-    wanted, seen, waiting = os.stat(file), set(), [folder]
+def _check_not_linked(outputs: Sequence[_Place], reads: Sequence[_Place]) -> None:
+    """**Raises** `ValueError` if an output is below a folder that is read, by another name. Links are followed.
+
+    A folder may hold a million images: each is looked at once, for all outputs together.
+    """
+    wanted: dict[tuple[int, int], _Place] = {}
+    for output in outputs:
+        with suppress(OSError):  # it is not there
+            wanted[_inode(os.stat(output.path))] = output
+    for place in reads if wanted else ():
+        for inode in _inodes(place.path) if place.path.is_dir() else ():
+            if inode in wanted:
+                wanted[inode].refuse(f"is in {place}, which this command reads; give another")
+
+
+def _inodes(folder: Path) -> Iterator[tuple[int, int]]:
+    """The files and folders below `folder`, links followed."""
+    seen, waiting = set(), [folder]
     while waiting:
         parent = waiting.pop()
         for name in os.listdir(parent):
             with suppress(OSError):  # a broken link, a folder that may not be read
-                found = os.stat(parent / name)
-                key = (found.st_dev, found.st_ino)
-                if key == (wanted.st_dev, wanted.st_ino):
-                    return True
-                if stat.S_ISDIR(found.st_mode) and os.access(parent / name, os.R_OK) and key not in seen:
-                    seen.add(key)
+                status = os.stat(parent / name)
+                yield (inode := _inode(status))
+                if stat.S_ISDIR(status.st_mode) and os.access(parent / name, os.R_OK) and inode not in seen:
+                    seen.add(inode)
                     waiting.append(parent / name)
-    return False
+
+
+def _inode(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _inputs(name: str, value: Any) -> list[_Place]:

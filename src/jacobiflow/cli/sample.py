@@ -133,9 +133,8 @@ def sample(
         if not overwrite:
             among.once(lambda: settings.check_held(out, chosen))
         if size is None:
-            held = None if overwrite else _held(out)
             most = min(num, options.LIMITS["batch_size"])
-            size = held or among.once(lambda: fitting_batch(flow, most, chosen.guidance))
+            size = among.once(lambda: (None if overwrite else _held(out)) or fitting_batch(flow, most, chosen.guidance))
             size, shard_size = sizes(num, size, shard_size)
         found = _load_report(report, flow, chosen.guidance)
         comparison = _Comparison(flow, chosen, size) if compare else None

@@ -8,7 +8,14 @@ import onnx
 import torch
 from torch import Tensor
 
+from jacobiflow.files import sha256
+
 _TYPES = {torch.float16: onnx.TensorProto.FLOAT16, torch.float32: onnx.TensorProto.FLOAT}
+
+
+def file_name(stem: str, content: bytes | bytearray, suffix: str) -> str:
+    """The name of a file of an export. Other content has another name, so that no file is overwritten by another."""
+    return f"{stem}-{sha256(content)[:16]}{suffix}"
 
 
 class SharedWeights:
@@ -17,14 +24,16 @@ class SharedWeights:
     Each is stored in float16 where that loses nothing, as in weights that were saved so, and else in float32.
     """
 
-    def __init__(self, location: str, tensors: Mapping[str, Tensor]) -> None:
-        self.location = location
-        self.data = b""
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.data = bytearray()
         self._stored: dict[str, onnx.TensorProto] = {}
         for name, tensor in tensors.items():
             tensor = tensor.detach().cpu().float()
             half = tensor.half()
             self._stored[name] = self._store(name, half if torch.equal(half.float(), tensor) else tensor)
+        self.location = file_name("weights", self.data, ".bin")
+        for entry in self._stored.values():
+            entry.external_data.add(key="location", value=self.location)
 
     def _store(self, name: str, tensor: Tensor) -> onnx.TensorProto:
         raw = tensor.contiguous().numpy().tobytes()
@@ -32,7 +41,7 @@ class SharedWeights:
             name=f"{name}/stored", dims=list(tensor.shape), data_type=_TYPES[tensor.dtype],
             data_location=onnx.TensorProto.EXTERNAL,
         )  # fmt: skip
-        for key, value in (("location", self.location), ("offset", len(self.data)), ("length", len(raw))):
+        for key, value in (("offset", len(self.data)), ("length", len(raw))):
             entry.external_data.add(key=key, value=str(value))
         self.data += raw
         return entry

@@ -118,7 +118,7 @@ def _found_or_compiled() -> ctypes.CDLL:
     if folder is not None:
         for path in folder.glob(f"{name}-*.so"):
             with suppress(OSError):  # such as one that another version of the system's libraries was linked with
-                if _is_ours(path) and path == _path(folder, name, path.read_bytes()):
+                if path.is_file() and _is_ours(path) and path == _path(folder, name, path.read_bytes()):
                     return load_library(path)
     with tempfile.TemporaryDirectory(prefix="jacobiflow-", ignore_cleanup_errors=True) as private:
         path = Path(private) / f"{name}.so"

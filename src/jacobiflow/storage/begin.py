@@ -78,13 +78,13 @@ def has_begun(held: SampleFolder) -> bool:
 
 
 def _check_names(requested: SampleFolder, held: SampleFolder | None, has_plan: bool) -> None:
-    """**Raises** `SampleFolderError` where a file that is to be written is there, but not by the run in the folder."""
+    """**Raises** `SampleFolderError` for what is in the place of a file of the run, but is no file that it wrote."""
     if held is None:
         return
-    ours = set(held.named())
-    foreign = [path for path in requested.named() if path not in ours]
-    if has_plan and held.manifest.strategy_sha256 is None and os.path.lexists(held.path / STRATEGY):
-        foreign.append(held.path / STRATEGY)
+    strategy = held.path / STRATEGY
+    ours = {*held.named(), *([] if held.manifest.strategy_sha256 is None else [strategy])}
+    names = {*requested.named(), *ours, *([strategy] if has_plan else [])}
+    foreign = [path for path in names if os.path.lexists(path) and not (path in ours and path.is_file())]
     if foreign:
         raise SampleFolderError(f"{min(foreign)}: was not written by this run; move it away, or give another folder")
 

@@ -21,7 +21,8 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from jacobiflow.files import files_sha256, remove_partials, sha256, write_atomically, write_json
+from jacobiflow.checks import check_path
+from jacobiflow.files import check_regular, files_sha256, remove_partials, sha256, write_atomically, write_json
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.storage import names
 from jacobiflow.storage.image_files import check_npz, check_png, from_npz, from_png, to_npz, to_png
@@ -43,10 +44,12 @@ class SampleFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> SampleFolder:
-        """**Raises** `SampleFolderError` where there is no manifest, or it cannot be read."""
+        """**Raises** `TypeError` if `path` is no path, `SampleFolderError` if it has no manifest that can be read."""
+        check_path("path", path)
         path = Path(path)
         file = path / MANIFEST
         try:
+            check_regular(file)
             return cls(path, Manifest.from_json(json.loads(file.read_text(encoding="utf-8"))))
         except FileNotFoundError as error:
             raise SampleFolderError(f"{path}: no {MANIFEST} in it; give a folder of samples") from error
@@ -69,9 +72,10 @@ class SampleFolder:
 
     def record(self, index: int) -> Record | None:
         """The record of a shard; `None` where it is not there, cannot be read, or is of other samples."""
-        start, stop = self.manifest.span(index)
+        (start, stop), file = self.manifest.span(index), self._record_file(index)
         try:
-            record = Record.from_json(json.loads(self._record_file(index).read_text(encoding="utf-8")))
+            check_regular(file)
+            record = Record.from_json(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, RecursionError):
             return None
         return record if (record.start, record.num) == (start, stop - start) else None
@@ -136,9 +140,14 @@ class SampleFolder:
                 )
 
     def images(self, index: int) -> UInt8[Tensor, "n c h w"]:
-        """The 8-bit images of a shard. **Raises** `SampleFolderError` where they have another shape or type."""
+        """The 8-bit images of a shard.
+
+        **Raises** `SampleFolderError` if they have another shape or type, `OSError` if a file is missing or no file.
+        """
         record = self._record(index)
         files, shape = self._files(index, record), self._shape
+        for path in files:
+            check_regular(path)
         try:
             if self.manifest.files == "npz":
                 pixels = from_npz(files[0], (record.num, *shape))
@@ -199,7 +208,7 @@ class SampleFolder:
         for folder in {path.parent for path in (*paths, self._record_file(index))}:
             folder.mkdir(parents=True, exist_ok=True)
         for path, data in zip(paths, contents, strict=True):
-            write_atomically(path, data)
+            write_atomically(path, data, sync=as_npz)  # a thousand PNGs would take seconds; a lost one is drawn again
         write_json(self._record_file(index), record.to_json())
         return record
 

@@ -15,11 +15,12 @@ from jacobiflow.storage.folder import SampleFolder
 
 @contextmanager
 def run_progress(
-    folder: SampleFolder, todo: Sequence[int], shown: bool = True, every: float = 30.0
+    folder: SampleFolder, todo: Sequence[int], shown: bool = True, every: float = 30.0, processes: int = 1
 ) -> Iterator[Callable[[float], None]]:
     """Shows how many samples of the shards `todo` are done, by all processes that write to the folder.
 
-    Where there is no terminal, a line is printed every `every` seconds.
+    Process i of `processes` draws every one of `todo[i::processes]`, in this order. Without a terminal, a line is
+    printed every `every` seconds.
 
     **Yields** a function to call now and then, with the number of samples that are done of the shard at hand.
     """
@@ -28,7 +29,7 @@ def run_progress(
         return
     console = Console(stderr=True)
     columns = (BarColumn(20), TextColumn("{task.description}"), TimeRemainingColumn())
-    count, last = _Count(folder, todo), time.perf_counter()
+    count, last = _Count(folder, todo, processes), time.perf_counter()
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("", total=count.num)
 
@@ -46,18 +47,18 @@ def run_progress(
 class _Count:
     """Counts finished samples by the records that appear in the folder."""
 
-    def __init__(self, folder: SampleFolder, todo: Sequence[int]) -> None:
+    def __init__(self, folder: SampleFolder, todo: Sequence[int], processes: int) -> None:
         self.num = folder.manifest.num_in(todo)
-        self._folder, self._missing = folder, set(todo)
+        self._folder = folder
+        self._waiting = [list(reversed(todo[rank::processes])) for rank in range(processes)]
         self._done = self._resolved = 0
         self._began = time.perf_counter()
 
     def update(self, samples: float) -> tuple[int, str]:
         """How many samples are done, with `samples` of the shard at hand, and a line that says so."""
-        for index in [i for i in self._missing if self._folder.has(i)]:
-            record = self._folder.record(index)
-            if record is not None:
-                self._missing.discard(index)
+        for shards in self._waiting:  # only the next shard of each process is looked for
+            while shards and (record := self._folder.record(shards[-1])) is not None:
+                shards.pop()
                 self._done += record.num
                 self._resolved += len(record.resolved)
         done = min(self._done + int(samples), self.num)

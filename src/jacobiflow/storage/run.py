@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,9 +83,13 @@ def generate(
                 f"{folder.path}: process {among.rank} does not see it; give a folder on a shared disk"
             )
         first = among.rank == 0
-        if begun.resumed and todo and progress and first:
+        shown = progress and first
+        if begun.resumed and todo and shown:
             say(f"{folder.path}: resumed, {len(todo)} of {folder.manifest.num_shards} shards to draw")
-        with _withdrawn_if_nothing_is_drawn(begun, among), run_progress(folder, todo, progress and first) as update:
+        with (
+            _withdrawn_if_nothing_is_drawn(begun, among),
+            run_progress(folder, todo, shown, processes=among.count) as update,
+        ):
             draw = drawing(folder)
             for index in todo[among.rank :: among.count]:
                 _draw_shard(folder, index, labels, draw, latent_shape, update, on_shard)
@@ -134,15 +139,16 @@ def _write(folder: SampleFolder, index: int, drawn: Drawn, labels: Tensor | None
     try:
         folder.write(index, quantize(drawn.images.masked_fill(lost.view(-1, 1, 1, 1), -1.0)), record)
     except OSError as error:
+        remedy = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "correct this"
         raise OSError(
-            f"{error.filename or folder.path}: {error.strerror}; the finished shards are kept: make room, then sample "
+            f"{error.filename or folder.path}: {error.strerror}; the finished shards are kept: {remedy}, then sample "
             "into the folder again with the same settings"
         ) from error
 
 
 def _wait(folder: SampleFolder, todo: Sequence[int], update: Callable[[float], None]) -> None:
     """Wait for the shards of the other processes. torchrun stops this one where one of them fails."""
-    missing = set(todo)
-    while missing := {index for index in missing if not folder.has(index)}:
-        update(0)
-        time.sleep(_POLL)
+    for index in todo:
+        while not folder.has(index):
+            update(0)
+            time.sleep(_POLL)

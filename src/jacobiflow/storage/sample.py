@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from jacobiflow.calibration import Report
-from jacobiflow.checks import check_choice, check_count, check_flag, check_seed
+from jacobiflow.checks import check_choice, check_count, check_flag, check_kind, check_path, check_seed
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.guidance import Guidance
@@ -87,8 +87,12 @@ def sample_to_folder(
     """
     batch_size, shard_size = sizes(num, batch_size, shard_size)
     check_settings(flow, batch_size, guidance, denoise, certify)
+    check_path("out", out)
+    check_kind("model", model, str, "a name")
     check_flag("overwrite", overwrite)
     check_flag("progress", progress)
+    check_kind("among", among, Processes, "what jacobiflow.processes gives")
+    check_kind("on_shard", on_shard, Callable | None, "a function, or None")
     _check(flow, num, shard_size, labels, seed, files)
     plan = partial(
         choose, flow, strategy, batch_size, tolerance=tolerance, guidance=guidance, report=report,
