@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import jacobiflow as jf
 from jacobiflow.files import write_json
 from jacobiflow.measuring import interleave, machine
+from jacobiflow.memory import keep_freed_memory
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 TOLERANCE = 1e-3
@@ -109,6 +110,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # for all that is compared
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # sbi logs its training where it runs

@@ -27,6 +27,7 @@ from jacobiflow.baselines import GROWING_CACHE, SEQUENTIAL
 from jacobiflow.experiments.speed import Comparison, compare
 from jacobiflow.files import write_json
 from jacobiflow.measuring import machine
+from jacobiflow.memory import keep_freed_memory
 from jacobiflow.plots import sampler_style, save_png
 from jacobiflow.plots.labels import line_label, place_labels
 from jacobiflow.plots.style import clear, new_figure, plain_ticks, styled
@@ -184,4 +185,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # for all that is compared
     main()

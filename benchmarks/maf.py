@@ -36,6 +36,7 @@ from jacobiflow.data import Noise, load_images
 from jacobiflow.data.noise import add_noise, keyed_generator
 from jacobiflow.files import write_json
 from jacobiflow.measuring import machine
+from jacobiflow.memory import keep_freed_memory
 from jacobiflow.native import SWITCH
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,4 +178,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # for all that is compared
     main()

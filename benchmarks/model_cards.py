@@ -28,6 +28,7 @@ from jacobiflow.flows.folder import bundled
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import interleave, machine
+from jacobiflow.memory import keep_freed_memory
 from jacobiflow.plots import rows_sheet, save_png
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -245,4 +246,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # for all that is compared
     main()

@@ -32,6 +32,7 @@ from jacobiflow.baselines.growing_cache import Stream
 from jacobiflow.flows.tarflow import TarFlowBlock
 from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import interleave
+from jacobiflow.memory import keep_freed_memory
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "paper-sizes.json"
 WINDOWS = (16, 32, 64, 128)
@@ -138,4 +139,5 @@ def main(arguments: Sequence[str] | None = None, shapes: Mapping[str, jf.TarFlow
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # for all that is compared
     main()

@@ -39,6 +39,7 @@ from jacobiflow.experiments.speed import compare
 from jacobiflow.files import write_json
 from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import interleave, machine, paired_error
+from jacobiflow.memory import keep_freed_memory
 from jacobiflow.strategy import auto
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
@@ -371,4 +372,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # for all that is compared
     main()

@@ -33,6 +33,7 @@ from jacobiflow.files import write_json
 from jacobiflow.flows.tarflow import TarFlowBlock
 from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import interleave, machine
+from jacobiflow.memory import keep_freed_memory
 from jacobiflow.native import SWITCH
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "regimes.json"
@@ -181,4 +182,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # for all that is compared
     main()

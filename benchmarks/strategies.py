@@ -23,6 +23,7 @@ from jacobiflow.experiments.quality import ORIGINAL
 from jacobiflow.experiments.speed import compare
 from jacobiflow.files import write_json
 from jacobiflow.measuring import machine
+from jacobiflow.memory import keep_freed_memory
 from jacobiflow.strategy import auto
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,4 +138,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # for all that is compared
     main()

@@ -26,6 +26,9 @@ RESULT = ROOT / "docs" / "results" / "versions.json"
 MODEL, BATCH_SIZES, ROUNDS = "fashion-p2", (1, 4, 16, 64), 5
 BARE = "auto without a report"
 STRATEGIES = ("sequential", "jacobi", "window:32", "auto", BARE)
+KEEP_FREED_MEMORY = {  # as jacobiflow.memory does, for a checkout of any age
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_THRESHOLD_": str(2**25),
+}  # fmt: skip
 WORKER = """
 import json, sys, torch, jacobiflow as jf
 flow = jf.load(sys.argv[1])
@@ -47,7 +50,7 @@ class Version:
     """A checkout, sampling in a process of its own."""
 
     def __init__(self, root: Path, cache: str) -> None:
-        env = os.environ | {"PYTHONPATH": str(root / "src"), "XDG_CACHE_HOME": cache}
+        env = os.environ | {"PYTHONPATH": str(root / "src"), "XDG_CACHE_HOME": cache} | KEEP_FREED_MEMORY
         self.process = subprocess.Popen(
             [sys.executable, "-c", WORKER, MODEL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True
         )

@@ -1,9 +1,8 @@
-"""How much memory there is, and what sweeps free and need again."""
+"""How much memory there is, and a setting that keeps what sweeps free and need again."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 
 import torch
@@ -31,19 +30,16 @@ def free_memory(device: torch.device) -> int | None:
         return None
 
 
-def keep_freed_memory(device: torch.device) -> None:
-    """Let the process keep what it frees on a CPU, which it would else spend up to a quarter of its time on.
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, which can save a quarter of its time on a CPU.
 
     By default glibc returns a freed block to the system, or the free end of its heap, above a few megabytes, and gets
     the memory anew, to be cleared, at the next layer. The thresholds become the largest that there are: 32 MB for a
     block, 2 GB for the end of the heap. Other C libraries are left as they are.
+
+    The command line calls this. Importing and using the library does not, since it concerns all that the process does:
+    call it at the start of a program of your own.
     """
-    if device.type == "cpu":
-        _raise_thresholds()
-
-
-@functools.cache
-def _raise_thresholds() -> None:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):

@@ -107,11 +107,14 @@ def test_the_handle_says_what_was_done() -> None:
         "accelerated to identical bits: 2 masked autoregressive transforms",
         "  transform.transforms.0: zuko MaskedAutoregressiveTransform",
         "  transform.transforms.1: zuko MaskedAutoregressiveTransform",
+        "  no inverse so far, and only inverses are faster",
     ]
     flow(c).log_prob(y)
+    assert "no inverse so far" in str(done)
     assert (done.tolerance, done.untouched, done.passes) == (0, {}, {})
     flow.transform.transforms[1](c).inv(y)
     assert list(done.passes) == ["transform.transforms.1"]
+    assert "no inverse" not in str(done)
     assert "to a tolerance of 0.001" in str(jf.accelerate(flow, 1e-3))
 
 
@@ -121,6 +124,8 @@ def test_flows_within_objects_are_found() -> None:
         several=[flows[1].transform, SimpleNamespace(inner=flows[2])], pair=(flows[3], 3), word="x",
         first=flows[0].transform, deep=[[SimpleNamespace(too=flows[4])]], again=[flows[0]],
     )  # fmt: skip
+    with jf.accelerate({"a": flows[0].transform, 2: {"b": flows[2]}}) as done:
+        assert set(done.transforms) == {"a.transforms.0", "a.transforms.1", "2.b"}
     with jf.accelerate(holder) as done:
         layers = [f"{name}.transforms.{i}" for name in ("first", "several.0") for i in (0, 1)]
         assert set(done.transforms) == {*layers, "several.1.inner", "pair.0"}
@@ -158,6 +163,10 @@ def test_what_has_nothing_to_accelerate() -> None:
             ValueError, match="no masked autoregressive transform of zuko, nflows, normflows, pyro in it"
         ):
             jf.accelerate(flow)
+    _, flow, _, c = made("zuko MAF")
+    for made_by_it in (flow(c), flow(c).transform):
+        with pytest.raises(jf.InputError, match="made by a flow for one context; accelerate the flow itself; nothing"):
+            jf.accelerate(made_by_it)
 
 
 @pytest.mark.parametrize("tolerance", [-1e-9, math.nan, math.inf])
@@ -218,8 +227,9 @@ def posterior(estimator: str) -> Any:
     theta = prior.sample((200,))
     x = theta + 0.3 * theta.roll(1, dims=1) ** 2 + 0.1 * torch.randn(200, 7)
     inference = NPE(prior, density_estimator=estimator, show_progress_bars=False)
-    inference.append_simulations(theta, x).train(max_num_epochs=1, training_batch_size=100)
-    return inference.build_posterior().set_default_x(torch.zeros(1, 7))
+    network = inference.append_simulations(theta, x).train(max_num_epochs=1, training_batch_size=100)
+    with jf.accelerate(network):  # which the posterior copies
+        return inference.build_posterior(network).set_default_x(torch.zeros(1, 7))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -234,6 +244,8 @@ def test_posteriors_of_sbi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         torch.manual_seed(7)
         return held.sample((20,), show_progress_bars=False)
 
+    modules = [*parts[0].posterior_estimator.modules(), *parts[1].posterior_estimator.modules()]
+    assert not any("jacobiflow" in kind.__module__ for module in modules for kind in type(module).__mro__)
     expected = drawn(ensemble)
     density = ensemble.log_prob(expected)
     with jf.accelerate(ensemble) as done:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from textwrap import dedent
 from typing import Any
 
@@ -69,38 +72,88 @@ def test_accelerated_again_the_latest_tolerance_counts() -> None:
     assert classes(flow) == kinds
 
 
-def test_deep_copies_are_accelerated_and_independent() -> None:
+def test_leaving_a_block_puts_back_what_was_before_it() -> None:
     case, flow, y, c = made("zuko MAF")
     kinds = classes(flow)
-    done = jf.accelerate(flow)
-    with torch.no_grad():
-        expected, seen = case.invert(flow, y, c), done.passes
-        flow.me = [flow]
-        first, copied = copy.deepcopy([flow, flow])
-        assert first is copied is copied.me[0]
-        assert same_bits(expected, case.invert(copy.copy(flow), y, c))
-        [p.mul_(0.5) for p in flow.parameters()]
-        assert same_bits(expected, case.invert(copied, y, c))
-    assert done.passes == seen
-    done.restore()
+
+    def inverse() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return case.invert(flow, y, c)
+
+    exact = inverse()
+    with jf.accelerate(flow, 0.5) as outer:
+        rough, seen = inverse(), outer.passes
+        with jf.accelerate(flow) as inner:
+            assert same_bits(inverse(), exact)
+        assert same_bits(inverse(), rough)
+        assert outer.passes == seen != inner.passes
+        jf.accelerate(flow)
     assert classes(flow) == kinds
-    assert is_fast(case, copied, y, c)
-    jf.accelerate(copied).restore()
-    assert classes(copied) == kinds
+    with jf.accelerate(flow) as outer, jf.accelerate(flow):
+        outer.restore()
+    assert classes(flow) == kinds
+    first, second = jf.accelerate(flow), jf.accelerate(flow)
+    with second, first:
+        pass
+    assert classes(flow) == kinds
 
 
-@pytest.mark.parametrize("protocol", [0, pickle.HIGHEST_PROTOCOL])
-def test_pickles_hold_the_library_s_own_class(protocol: int) -> None:
-    case, flow, y, c = made("zuko NSF")
-    kinds = classes(flow)
-    jf.accelerate(flow)
-    pickled = pickle.dumps(flow, protocol)
-    assert b"jacobiflow" not in pickled  # it loads where this package is not installed
-    loaded = pickle.loads(pickled)
-    assert classes(loaded) == kinds
-    assert is_fast(case, flow, y, c)
-    with torch.no_grad():
-        assert same_bits(case.invert(loaded, y, c), case.invert(flow, y, c))
+def pickled(thing: Any, protocol: int) -> Any:
+    data = pickle.dumps(thing, protocol)
+    assert b"jacobiflow" not in data  # it loads where this package is not installed
+    return pickle.loads(data)
+
+
+def saved(thing: Any) -> Any:
+    torch.save(thing, file := io.BytesIO())
+    assert b"jacobiflow" not in file.getvalue()
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.copy, "deepcopy": copy.deepcopy, "pickle 0": partial(pickled, protocol=0),
+    "pickle": partial(pickled, protocol=pickle.HIGHEST_PROTOCOL), "torch.save": saved,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["zuko NSF", "nflows feed-forward", "normflows affine"])
+@pytest.mark.parametrize("way", COPIES)
+def test_copies_are_the_library_s_own(way: str, name: str) -> None:
+    case, flow, y, c = made(name)
+    flow = flow.transform.transforms[0] if case.library == "zuko" else flow
+    kind = type(flow)
+    with torch.no_grad(), jf.accelerate(flow) as done:
+        expected, seen = case.invert(flow, y, c), done.passes
+        copied = COPIES[way](flow)
+        assert type(copied) is kind
+        assert same_bits(expected, case.invert(copied, y, c))
+        assert done.passes == seen
+        first, second = COPIES[way]([flow, flow])
+        assert first is second or way == "copy"
+    assert type(flow) is kind
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_distributions_of_zuko_follow_their_flow_and_their_copies_are_zuko_s(way: str) -> None:
+    _, flow, _, c = made("zuko MAF")
+
+    def sample(distribution: Any) -> Tensor:
+        torch.manual_seed(0)
+        return distribution.sample((3,))
+
+    expected = sample(flow(c))
+    with jf.accelerate(flow) as done:
+        distribution = flow(c)
+        copied = COPIES[way](distribution)
+        assert same_bits(sample(copied), expected)
+        assert not done.passes
+        assert same_bits(sample(distribution), expected)
+        assert done.passes
+    with counted(flow) as calls:
+        assert same_bits(sample(distribution), expected)
+    assert set(calls.values()) == {24}
+    with jf.accelerate(flow, 0.5) as done:
+        assert not same_bits(sample(distribution), expected)
 
 
 def test_one_library_is_enough_and_importing_takes_none() -> None:

@@ -225,6 +225,8 @@ def test_the_environment_turns_it_off_at_any_time(machine: Machine, monkeypatch:
 
 def test_takes_float32_on_a_cpu(machine: Machine) -> None:
     machine.restart()
-    assert native.usable(torch.ones(2), torch.ones(3)) is native.library()
-    for other in (torch.ones(2, dtype=torch.float64), torch.ones(2, device="meta")):
+    assert native.usable(torch.ones(2), torch.nn.Parameter(torch.ones(3))) is native.library()
+    subclass = type("Subclass", (torch.Tensor,), {})
+    wrapped = torch.nn.Parameter(torch.ones(2).as_subclass(subclass))
+    for other in (torch.ones(2, dtype=torch.float64), torch.ones(2, device="meta"), wrapped, wrapped.detach()):
         assert native.usable(torch.ones(2), other) is None

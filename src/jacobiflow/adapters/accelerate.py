@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from torch import nn
+from torch.distributions import Distribution, Transform
 
 from jacobiflow.adapters.swapped import Acceleration, Adapter, Swapped
 from jacobiflow.checks import check_flag, check_number
@@ -33,6 +34,10 @@ def accelerate(flow: Any, tolerance: float = 0.0, retry_float64: bool = False) -
 
     Gradients are those of the inverse, by the implicit function theorem at the solution (first derivatives only).
 
+    A copy of an accelerated module, by `copy`, `pickle` or `torch.save`, is the library's own and not accelerated. So
+    accelerate the posterior of sbi, as `build_posterior` copies its network. A zuko distribution, `flow(c)`, is
+    accelerated as long as its flow is. Posteriors that sample by MCMC do not invert, and get no faster.
+
     These inverses are left to the library's own loop, at each call:
 
     - of fewer than 6 features and few rows, where nothing is to be gained;
@@ -45,8 +50,8 @@ def accelerate(flow: Any, tolerance: float = 0.0, retry_float64: bool = False) -
     **Arguments:**
 
     - `flow`: any module with masked autoregressive transforms of these libraries in it, or an sbi posterior or another
-        object whose attributes (or lists of them) hold such modules. If it is accelerated a second time, the latest
-        tolerance counts.
+        object whose attributes (or lists or dicts of them) hold such modules. If it is accelerated a second time, the
+        latest tolerance counts.
     - `tolerance`: in the units of each transform's input; 0 for identical bits.
     - `retry_float64`: solve rows of zuko, nflows and normflows again in float64 whose inverse in float32 is not finite,
       although they are, or all rows where it raises an error, as splines of nflows do when a discriminant rounds to
@@ -72,6 +77,10 @@ def accelerate(flow: Any, tolerance: float = 0.0, retry_float64: bool = False) -
             else:
                 done.note(name, module, f"{library} {own.__name__}")
                 classes[module] = adapter.accelerated.of(own, done)
+    if isinstance(flow, Distribution | Transform) and not any(True for _ in _named_modules(flow)):
+        raise InputValueError(
+            f"{type(flow).__name__}: made by a flow for one context; accelerate the flow itself; nothing was changed"
+        )
     if not done.transforms:
         reasons = "".join(f"; {name}: {why}" for name, why in done.untouched.items())
         raise InputValueError(
@@ -116,7 +125,8 @@ def _roots(flow: Any, name: str, depth: int) -> Iterator[tuple[str, nn.Module]]:
     if isinstance(flow, nn.Module):
         yield name, flow
     elif depth:
-        parts = enumerate(flow) if isinstance(flow, list | tuple) else getattr(flow, "__dict__", {}).items()
+        entries = flow if isinstance(flow, dict) else getattr(flow, "__dict__", {})
+        parts = enumerate(flow) if isinstance(flow, list | tuple) else entries.items()
         # What an attribute holds itself comes first: it has the shorter name.
         for key, part in sorted(parts, key=lambda item: not isinstance(item[1], nn.Module)):
             yield from _roots(part, f"{name}.{key}".lstrip("."), depth - 1)

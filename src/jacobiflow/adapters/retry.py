@@ -38,6 +38,7 @@ def with_retry(
     if not failed.any():
         return outputs
     precise = copy.deepcopy(module).double()
+    precise.__class__ = type(module)  # a copy is the library's own
     again = inverse(precise, y[failed].double(), None if context is None else context[failed].double())
     module.acceleration.count_retried(int(failed.sum()))
     if not outputs:

@@ -18,7 +18,6 @@ from jacobiflow.adapters.masked import MaskedNetwork
 from jacobiflow.adapters.network import needs_all_passes
 from jacobiflow.adapters.once import solve_once
 from jacobiflow.adapters.swapped import Swapped
-from jacobiflow.memory import keep_freed_memory
 
 _FEWEST_ROWS = 300  # below, calls take the time, of which passes from 0 make the fewest
 _COSTLY = 8  # parameters of an elementwise transform that takes more time than a network
@@ -61,7 +60,6 @@ def solve(
 
     `inputs` are y and the context as the library takes them, of which `as_rows` makes (B, D) and (B, C).
     """
-    keep_freed_memory(inputs[0].device)
     exact = module.acceleration.tolerance == 0
     start, way = None, "library"
     # Looking at all modules takes as long as a pass of few features and rows, for which nothing can be gained.

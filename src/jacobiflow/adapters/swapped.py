@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class Swapped(nn.Module):
     """Mixed in before a library's class. No attribute of the module changes, so its weights and state dict do not.
 
-    A deep copy is accelerated too. A pickle is of the library's own class, so that it loads where this package is not
-    installed, and is not accelerated there.
+    Copies and pickles are of the library's own class: they are not accelerated, so that none outlives `restore`, and a
+    pickle loads where this package is not installed.
     """
 
     library_class: ClassVar[type[nn.Module]]
@@ -25,12 +25,6 @@ class Swapped(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state: Any = super().__reduce_ex__(protocol)[2:]
         return (object.__new__, (self.library_class,), *state)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        memo[id(self)] = copied = object.__new__(type(self))
-        state = self.__reduce_ex__(2)[2]  # a library may leave out parts, as pyro does its reference to the inverse
-        copied.__dict__.update(copy.deepcopy(state, memo))
-        return copied
 
     @staticmethod
     def library_class_of(module: nn.Module) -> type[nn.Module] | None:
@@ -45,7 +39,10 @@ class Swapped(nn.Module):
 
 
 class Acceleration:
-    """What `accelerate` did to a flow, and the way back: leaving its `with` block, or `restore()`.
+    """What `accelerate` did to a flow, and the way back.
+
+    Leaving a `with` block puts the flow back as it was before: inside another `with` it stays accelerated as that one
+    says. `restore()` makes it the library's own, however often it was accelerated.
 
     **Attributes:**
 
@@ -54,7 +51,8 @@ class Acceleration:
     - `transforms`: the accelerated transforms: name of the module in the flow to "library class".
     - `untouched`: the masked autoregressive transforms that were left alone: name to the reason.
     - `passes`: name to the number of network passes in the latest inverse, for each accelerated transform that had one.
-      The library makes one pass for each feature, and so does an inverse that is left to its own loop.
+      The library makes one pass for each feature, and so does an inverse that is left to its own loop. It stays empty
+      where a program never inverts: MCMC posteriors of sbi call the fast direction only, and gain nothing.
     - `ways`: name to how that inverse was found: "library", its own loop; "passes", from 0; "units", passes from an
       answer for which each hidden unit was computed once; "columns", from one for which each pass of the network served
       the features that it makes final. The making of that answer does not count as passes.
@@ -66,6 +64,7 @@ class Acceleration:
         self.transforms: dict[str, str] = {}
         self.untouched: dict[str, str] = {}
         self._names: dict[nn.Module, str] = {}
+        self._before: dict[nn.Module, type[nn.Module]] = {}
         self._latest: dict[str, tuple[int, str]] = {}
 
     @property
@@ -79,18 +78,18 @@ class Acceleration:
         return {name: self._latest[name][1] for name in self.transforms if name in self._latest}
 
     def note(self, name: str, module: nn.Module, what: str) -> None:
-        """Add a transform to those that are accelerated."""
+        """Add a transform to those that are accelerated, before it is."""
         self.transforms[name] = what
-        self._names[module] = name
+        self._names[module], self._before[module] = name, type(module)
 
     def restore(self) -> None:
-        """Give every module the library's own class back, even if it was accelerated again since."""
+        """Give every module the library's own class back, however often it was accelerated."""
         for module in self._names:
             if (own := Swapped.library_class_of(module)) is not None:
                 module.__class__ = own
 
     def count(self, module: nn.Module, passes: int, way: str) -> None:
-        """Note the passes of an inverse and its way; those of a copy of the flow are not reported."""
+        """Note the passes of an inverse and its way; those of copies that `retry_float64` makes are not reported."""
         if module in self._names:
             self._latest[self._names[module]] = passes, way
 
@@ -102,14 +101,26 @@ class Acceleration:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.restore()
+        for module, before in self._before.items():
+            if self in _accelerations(module):
+                module.__class__ = before
 
     def __repr__(self) -> str:
         to = "identical bits" if self.tolerance == 0 else f"a tolerance of {self.tolerance:g}"
         lines = [f"accelerated to {to}: {len(self.transforms)} masked autoregressive transforms"]
         lines += [f"  {name}: {what}" for name, what in self.transforms.items()]
         lines += [f"  {name}: left alone, {why}" for name, why in self.untouched.items()]
+        if not self._latest:
+            lines.append("  no inverse so far, and only inverses are faster")
         return "\n".join(lines)
+
+
+def _accelerations(module: nn.Module) -> Iterator[Acceleration]:
+    """Those that a module has, the latest first."""
+    kind: Any = type(module)
+    while "library_class" in vars(kind):
+        yield kind.acceleration
+        kind = kind.acceleration._before[module]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jacobiflow.adapters.masked import MaskedNetwork, chain
 from jacobiflow.adapters.network import needs_graph, premasked
 from jacobiflow.adapters.retry import with_retry
 from jacobiflow.adapters.start import Solvable, solve
-from jacobiflow.adapters.swapped import Adapter
+from jacobiflow.adapters.swapped import Adapter, Swapped
 
 
 class Accelerated(Solvable):
@@ -55,14 +55,22 @@ class Accelerated(Solvable):
 
 
 class ParallelInverse(AutoregressiveTransform):  # type: ignore[misc]
-    """zuko's transform x -> y at a context, whose inverse ends where further passes would change nothing."""
+    """zuko's transform x -> y at a context, whose inverse ends where further passes would change nothing.
+
+    It follows its module: after `restore` the inverse is zuko's. Copies and pickles are of zuko's class.
+    """
 
     def __init__(self, module: Accelerated, context: Float[Tensor, "*batch c"] | None) -> None:
         super().__init__(partial(module.meta, context), module.passes)
-        self.module, self.context, self.acceleration = module, context, module.acceleration
+        self.module, self.context = module, context
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AutoregressiveTransform, (self.meta, self.passes)
 
     def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        if not self.acceleration.retry_float64:
+        if Swapped.library_class_of(self.module) is None:
+            return super()._inverse(y)
+        if not self.module.acceleration.retry_float64:
             return self._solve(y)
         rows, context = _rows(y, self.context)
         (x,) = with_retry(lambda module, y, c: (ParallelInverse(module, c)._solve(y),), self.module, rows, context)
@@ -79,7 +87,7 @@ class ParallelInverse(AutoregressiveTransform):  # type: ignore[misc]
         found = solve(module, step, (y, context), _rows, self.passes, needs_graph(module, y, context))
         if found is None:
             return super()._inverse(y)
-        return found[0] if self.acceleration.tolerance == 0 else found[0].reshape(*_batch(y, context), y.shape[-1])
+        return found[0] if module.acceleration.tolerance == 0 else found[0].reshape(*_batch(y, context), y.shape[-1])
 
 
 def _batch(y: Tensor, context: Tensor | None) -> torch.Size:

@@ -37,6 +37,7 @@ from jacobiflow.cli.streams import lenient_streams, silence
 from jacobiflow.cli.words import in_options, one_line
 from jacobiflow.errors import InputValueError
 from jacobiflow.launch import INTERRUPTED, interruptible
+from jacobiflow.memory import keep_freed_memory
 from jacobiflow.storage import FirstProcessFailed
 
 app = typer.Typer(
@@ -71,7 +72,7 @@ def _root(
         bool, typer.Option("--traceback", help="Show the traceback of bad input too. Give it before the command.")
     ] = False,
 ) -> None:
-    pass
+    keep_freed_memory()
 
 
 def main(arguments: list[str] | None = None) -> None:

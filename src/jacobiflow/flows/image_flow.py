@@ -25,7 +25,6 @@ from jacobiflow.flows.labels import check_labels
 from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.settings import SamplingSettings
 from jacobiflow.flows.weights import CheckpointError, build, floating
-from jacobiflow.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -261,7 +260,6 @@ class ImageFlow(
         `TypeError` where they are of another kind. A flow without classes ignores labels.
         """
         self.check_batch(images, labels)
-        keep_freed_memory(images.device)
         x, log_det = self.to_tokens(images.to(torch.promote_types(images.dtype, state_dtype(self))))
         for step in self.walk(x, labels):
             x = self.blocks[step.block].permutation(step.z)

@@ -6,14 +6,18 @@ import ctypes
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jacobiflow.native.build import library
 
 
 def usable(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The library, where it can compute with these: float32 on a CPU, without autocast; else `None`."""
-    if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
+    """The library, if it can compute with these: plain, float32, on a CPU, without autocast; else `None`.
+
+    A subclass of `Tensor` may keep its numbers elsewhere than at its address, or have products of its own.
+    """
+    plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+    if not plain or any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
         return None
     return None if torch.is_autocast_enabled("cpu") else library()
 

@@ -22,7 +22,6 @@ from jacobiflow.flows.maf.recurrence import ROWS, solve_rows
 from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.registry import register
 from jacobiflow.flows.weights import count_layers
-from jacobiflow.memory import keep_freed_memory
 from jacobiflow.native import usable
 
 _CONSTANT = 1e-3  # an entry whose standard deviation over the first batch is below it keeps its scale
@@ -96,7 +95,6 @@ class MAFBlock(FlowBlock, ExactInverse, KeepsNothing):
         """
         _check_temperature(attn_temperature)
         check_input(z, context, self.num_tokens, 1)
-        keep_freed_memory(z.device)
         # A row of offsets for each sample, or every step would spread the one.
         layers = tuple(
             MaskedLayer(layer.weight, layer.offset.expand(len(z), -1).contiguous())
@@ -144,7 +142,6 @@ class MAFBlock(FlowBlock, ExactInverse, KeepsNothing):
         # Native code trusts the sizes: tokens of other ones are left to PyTorch, which checks them.
         if native is None or z.shape[1:] != (self.num_tokens, 1):
             return None
-        keep_freed_memory(z.device)
         weights = [layer.masked_weight().detach() for layer in self.layers]
         below = [self._units_below(degree) for degree in range(self.num_tokens + 1)]
         size, solved = ROWS * torch.get_num_threads(), torch.empty_like(z)

@@ -26,7 +26,6 @@ from jacobiflow.flows.tarflow import recurrence
 from jacobiflow.flows.tarflow.attention import AttentionBlock, Fed, Parameters, causal_mask, transformer_layer
 from jacobiflow.flows.tarflow.cache import TarFlowCache
 from jacobiflow.flows.tarflow.config import TarFlowConfig
-from jacobiflow.memory import keep_freed_memory
 
 _TOKENS_AT_A_TIME = 3200
 
@@ -89,7 +88,6 @@ class TarFlowBlock(FlowBlock, AffineFrontPerSample, LowPrecision, ExactInverse, 
         check_input(z, context, self.num_tokens, self.proj_in.in_features)
         attention = self.attn_blocks[0].attention
         weight = attention.qkv.weight
-        keep_freed_memory(weight.device)
         heads, channels = attention.num_heads, weight.shape[1]
         shape = (z.shape[0], 2, heads, self.num_tokens, channels // heads)
         return TarFlowCache(

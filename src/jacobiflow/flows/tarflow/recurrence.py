@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from jacobiflow.flows.base import Extrapolation
 from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.tarflow.attention import AttentionBlock
-from jacobiflow.memory import keep_freed_memory
 from jacobiflow.native import pointers, usable
 
 _ROWS = 32  # of the network for each thread, solved together: more of them leave the processor's cache
@@ -62,7 +61,6 @@ def exact_inverse(
     # Native code trusts the sizes: tokens of other ones are left to PyTorch, which checks them.
     if native is None or z.shape[1:] != (block.num_tokens, block.proj_in.in_features):
         return None
-    keep_freed_memory(z.device)
     weights = _Weights(native, block)
     networks, threads = (1 if extrapolation is None else 2), torch.get_num_threads()
     size = max(_ROWS * threads // networks, 1)
