@@ -263,7 +263,8 @@ class _Trials:
             for tolerance in settings.tolerances:
                 runs.append(self._run(partition, tolerance, guess, correction))
                 passes[tolerance] = share * statistics.mean(runs[-1].sweeps)
-            if isinstance(self.block, LowPrecision) and share >= settings.coarse_from:
+            sweeps = not partition.token_by_token(length)
+            if sweeps and isinstance(self.block, LowPrecision) and share >= settings.coarse_from:
                 for coarse, tolerance in product(settings.coarse_to_tolerance, settings.tolerances):
                     if coarse >= settings.coarse_share * passes[tolerance]:
                         runs.append(self._run(partition, tolerance, guess, correction, coarse))

@@ -127,7 +127,7 @@ def _recurrence(block: Block, z: Tensor, solver: Solver, context: Tensor | None,
     It is the block's own recurrence, or on a GPU graphs of its kernels.
     """
     length = z.shape[1]
-    if solver.coarse or len(z) == 0 or not solver.partition.token_by_token(length):
+    if len(z) == 0 or not solver.partition.token_by_token(length):
         return None
     x = _own_recurrence(block, z, context, slots) if isinstance(block, ExactInverse) else None
     if x is None and z.device.type == "cuda" and isinstance(block, Replayable):
