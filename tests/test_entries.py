@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,7 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
      {"tolerance": POSITIVE, "report": (TUNING, (7,), (REPORT,)), "settings": (strategy.PlanSettings(), (PLAN,), ())}),
     (strategy.auto, "flow batch_size tolerance guidance report say", {}),
     (strategy.choose, "flow strategy batch_size tolerance guidance report say", {}),
-    (jf.load, "name device dtype", {}),
+    (jf.load, "name device dtype", {"name": ("digits-p1", (7,), ("x", "x" * 300, Path("x" * 300), "x\0"))}),
     *((call, "images labels", {}) for call in (FLOW.encode, FLOW.normalize, FLOW.log_prob, FLOW.bits_per_dim)),
     (make_flow().encode, "images labels", {"labels": (None, NO_LABELS, (LABELS[:1], LABELS[0], [0]))}),
     *((jf.solve, "block z solver context slots", {"solver": (jf.Solver(way), (PLAN, "jacobi"), ())})
