@@ -23,7 +23,10 @@ def crash(result: dict[str, Any]) -> str:
             "no" if job["nothing_lost"] else "YES", "yes" if job["identical_bytes"] else "NO",
         ))  # fmt: skip
     columns = ("command", "undisturbed, s", "kills", "after, s", "finished work lost", "identical bytes at the end")
-    commands = "\n".join(job["command"] for job in result["jobs"].values())
+    commands = "\n".join(
+        f"{job['command']} --out out/{name}{'/report.json' if name == 'calibrate' else ''}"
+        for name, job in result["jobs"].items()
+    )
     return f"{table(columns, rows)}\n\n```\n{commands}\n```\n\n{measured_on(result['machine'])}"
 
 

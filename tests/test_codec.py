@@ -17,7 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow import codec
+from jacobiflow import InputError, codec
+
+FAULT = 404.0
 
 
 @codec.family
@@ -33,7 +35,9 @@ class Square(Shape):
 
     def __post_init__(self) -> None:
         if self.side < 0:
-            raise ValueError(f"side {self.side}: give 0 or more")
+            raise InputError(f"side {self.side}: give 0 or more")
+        if self.side == FAULT:
+            raise ValueError("a fault of the class")
 
 
 class Pair(NamedTuple):
@@ -133,6 +137,13 @@ def test_a_name_belongs_to_one_class() -> None:
 def test_what_does_not_fit_is_refused_by_name(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         codec.decode(Record, {**VALUE, **change}, "r")
+
+
+def test_a_fault_of_a_class_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    path.write_text(json.dumps({"kind": "square", "side": FAULT}))
+    with pytest.raises(ValueError, match=r"^a fault of the class$"):
+        codec.load(path, "shape", lambda value: codec.decode(Shape, value))
 
 
 def test_files_are_refused_by_name(tmp_path: Path) -> None:

@@ -1,15 +1,23 @@
-"""The examples in docs run, and print what they say they print; tests/test_wheel.py runs those of README."""
+"""The examples in docs run, and print what they say they print; tests/test_wheel.py runs those of README.
+
+Commands are parsed as the command line does, and not run: they name files that nobody has here.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+import shlex
 import statistics
 from pathlib import Path
 
 import pytest
 from running import load_script
+from typer.exceptions import TyperException
+from typer.main import get_command
+
+from jacobiflow.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = [
@@ -18,6 +26,25 @@ EXAMPLES = [
     if path.name != "extending.md"
     for match in re.finditer(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 ]
+
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+# In a block a command is a line, with what comes before its name: a launcher, variables. In a sentence it may lack
+# options that it needs.
+IN_BLOCKS = re.compile(r"^ *(?:\w+=\w+ )*(?:torchrun .* -- )?(jacobiflow \w.*)$", re.MULTILINE)
+IN_SENTENCES = re.compile(r"`(jacobiflow \w[^`|\\]*)")
+
+
+@pytest.mark.parametrize("page", [pytest.param(page.read_text(), id=page.name) for page in PAGES])
+def test_the_command_line_takes_the_commands(page):
+    group = get_command(app)
+    for pattern in (IN_BLOCKS, IN_SENTENCES):
+        for text in pattern.findall(page.replace("\\\n", " ")):
+            name, command, words = group.resolve_command(None, shlex.split(text, comments=True)[1:])
+            try:
+                command.make_context(name, words)
+            except TyperException as error:
+                lacks = pattern is IN_SENTENCES and str(error).startswith("Missing")
+                assert lacks, f"{text}: {error.format_message()}"
 
 
 @pytest.mark.parametrize(("path", "code"), EXAMPLES, ids=[path.name for path, _ in EXAMPLES])

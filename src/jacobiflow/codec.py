@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from jacobiflow.checks import check_kind, check_path, short
-from jacobiflow.errors import InputTypeError, InputValueError
+from jacobiflow.errors import InputError, InputTypeError, InputValueError
 
 T = TypeVar("T")
 OMIT_DEFAULT = {"omit_default": True}
@@ -217,7 +217,7 @@ def _decode_record(cls: Any, value: Any, where: str) -> Any:
     found = {name: decode(hints[name], entry, f"{where}.{name}".lstrip(".")) for name, entry in entries.items()}
     try:
         return cls(**found)
-    except (TypeError, ValueError) as error:
+    except InputError as error:
         raise _error(where, str(error)) from error
 
 
@@ -270,8 +270,12 @@ def load(path: str | Path, what: str, from_json: Callable[[Any], T], remedy: str
     """
     check_path("path", path)
     try:
-        return from_json(json.loads(Path(path).read_text()))
+        value = json.loads(Path(path).read_text())
     except OSError as error:
         raise InputValueError(f"{what} {path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
+        raise InputValueError(f"{what} {path}: {error}{remedy}") from error
+    try:
+        return from_json(value)
+    except InputError as error:
         raise InputValueError(f"{what} {path}: {error}{remedy}") from error

@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from jacobiflow.checks import check_count, check_number
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.flows.labels import Labels
 
 _MOST = 2**31  # images at a time
 _MEMORY = 4 << 30  # bytes that a backward pass may need beside the weights
@@ -20,7 +21,7 @@ _MEMORY = 4 << 30  # bytes that a backward pass may need beside the weights
 def denoise(
     flow: ImageFlow,
     images: Float[Tensor, "n c h w"],
-    labels: Int[Tensor, " n"] | None = None,
+    labels: Labels | None = None,
     rate: float = 1.0,
     batch_size: int = 64,
 ) -> Float[Tensor, "n c h w"]:
@@ -33,9 +34,9 @@ def denoise(
     do not fit the flow; `TypeError` for other kinds of them.
     """
     check_flow(flow)
-    check_rate(flow, rate, "rate")
-    check_count("batch_size", batch_size, most=_MOST)
-    flow.check_batch(images, labels)
+    rate = check_rate(flow, rate, "rate")
+    batch_size = check_count("batch_size", batch_size, most=_MOST)
+    labels = flow.check_batch(images, labels)
     lost = int((~torch.isfinite(images).all(dim=(1, 2, 3))).sum())
     if lost:
         warnings.warn(f"{lost} of {len(images)} images hold a NaN or an infinity: they are NaN", stacklevel=2)
@@ -75,10 +76,11 @@ def _score(flow: ImageFlow, images: Tensor, labels: Tensor | None) -> tuple[Tens
     return score, sum(size for storage, size in kept.items() if storage not in weights)
 
 
-def check_rate(flow: ImageFlow, rate: float, name: str = "denoise") -> None:
-    """**Raises** what `denoise` would for the rate, which the caller knows by `name`."""
-    check_number(name, rate, give="0 (off) or a positive rate")
+def check_rate(flow: ImageFlow, rate: float, name: str = "denoise") -> float:
+    """The rate as a Python number. **Raises** what `denoise` would for it; the caller knows it by `name`."""
+    rate = check_number(name, rate, give="0 (off) or a positive rate")
     if rate and not flow.config.noise_std:
         raise InputValueError(
             f"{name}={rate}: this flow's noise_std is 0, there is no Gaussian noise to remove; give 0"
         )
+    return rate

@@ -22,9 +22,9 @@ def draw_latents(
 
     **Raises** `TypeError` or `ValueError` for sizes and a seed that are no whole numbers or out of range.
     """
-    _check(num, seed, start)
-    check_count("num_tokens", num_tokens, most=MOST_SAMPLES)
-    check_count("token_channels", token_channels, most=MOST_SAMPLES)
+    num, seed, start = _checked(num, seed, start)
+    num_tokens = check_count("num_tokens", num_tokens, most=MOST_SAMPLES)
+    token_channels = check_count("token_channels", token_channels, most=MOST_SAMPLES)
     # In one piece, so that what memory cannot hold fails before anything is drawn.
     latents = np.empty((num, num_tokens, token_channels), np.float32)
     for i, row in enumerate(latents):
@@ -37,18 +37,17 @@ def draw_labels(num: int, num_classes: int, seed: int = 0, start: int = 0) -> In
 
     **Raises** as `draw_latents` does.
     """
-    _check(num, seed, start)
-    check_count("num_classes", num_classes, most=_LAST)
+    num, seed, start = _checked(num, seed, start)
+    num_classes = check_count("num_classes", num_classes, most=_LAST)
     labels = np.empty(num, np.int64)
     for i in range(num):
         labels[i] = _generator(seed, _LABELS, start + i).integers(num_classes)
     return torch.from_numpy(labels)
 
 
-def _check(num: int, seed: int, start: int) -> None:
-    check_count("num", num, most=MOST_SAMPLES)
-    check_seed(seed)
-    check_count("start", start, 0, _LAST - num)
+def _checked(num: int, seed: int, start: int) -> tuple[int, int, int]:
+    num = check_count("num", num, most=MOST_SAMPLES)
+    return num, check_seed(seed), check_count("start", start, 0, _LAST - num)
 
 
 def _generator(seed: int, stream: int, sample: int) -> np.random.Generator:

@@ -58,7 +58,7 @@ def interleave(
     check_kind("runs", runs, Mapping, "a mapping of names to callables")
     for run in runs.values():
         check_kind("runs", run, Callable, "a mapping of names to callables")
-    check_count("repeats", repeats)
+    repeats = check_count("repeats", repeats)
     check_kind("after_each", after_each, Callable | None, "a function of a name, or None")
     device = check_device(device)
     seconds: dict[str, list[float]] = {name: [] for name in runs}

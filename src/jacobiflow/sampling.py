@@ -20,6 +20,7 @@ from jacobiflow.denoising import check_rate, denoised
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.image_flow import ImageFlow, check_flow, state_dtype
+from jacobiflow.flows.labels import Labels
 from jacobiflow.guidance import Guidance, check_guidance, guided
 from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.latents import MOST_SAMPLES, draw_latents
@@ -120,7 +121,7 @@ class Samples:
 def sample(
     flow: ImageFlow,
     num: int | None = None,
-    labels: Int[Tensor, " n"] | None = None,
+    labels: Labels | None = None,
     seed: int = 0,
     *,
     latents: Float[Tensor, "n t d"] | None = None,
@@ -139,7 +140,8 @@ def sample(
 
     - `flow`: the model; its device is used.
     - `num`: how many; or give `latents` (N, T, C), standard normal, before the prior's scale.
-    - `labels`: (N,) classes; a label below 0, or `None`, takes the unconditional row.
+    - `labels`: (N,) classes, as a tensor, a list or an array, or one class for all; a label below 0, or `None`, takes
+        the unconditional row.
     - `seed`: fixes the latent of sample i, whatever the batch size.
     - `strategy`: a name (see `jacobiflow.strategy.choose`), a `Strategy`, or the path of its JSON file.
     - `guidance`: a `Guidance`, or `None`.
@@ -162,10 +164,10 @@ def sample(
     **Raises:** `ValueError` for labels, latents, strategies or settings that do not fit the flow, `TypeError` for other
     kinds of them.
     """
-    check_settings(flow, batch_size, guidance, denoise, certify)
+    batch_size, denoise = check_settings(flow, batch_size, guidance, denoise, certify)
     check_flag("return_trace", return_trace)
     check_kind("progress", progress, bool | Callable, "True, False or a function of the share that is solved")
-    latents = _checked_latents(flow, num, latents, labels, seed)
+    latents, labels = _checked_latents(flow, num, latents, labels, seed)
     if guidance is not None and labels is None and guidance.attn_temperature == 1:
         warnings.warn("guidance without labels at attn_temperature 1 changes nothing", stacklevel=2)
     console = Console(stderr=True)
@@ -230,7 +232,7 @@ def draw(
 def decode(
     flow: ImageFlow,
     z: Float[Tensor, "n t d"],
-    labels: Int[Tensor, " n"] | None = None,
+    labels: Labels | None = None,
     *,
     strategy: str | Path | Strategy = "auto",
     tolerance: float | None = None,
@@ -238,7 +240,8 @@ def decode(
 ) -> Samples:
     """The inverse of `flow.encode`: images whose latents are `z`, without guidance or denoising. See `sample`."""
     check_settings(flow, None, None, 0.0, certify)
-    z = _checked_latents(flow, None, z, labels, seed=0, name="z")
+    check_floating("z", z, ("N", flow.config.num_tokens, flow.config.token_channels))
+    z, labels = _checked_latents(flow, None, z, labels, seed=0, name="z")
     result = draw(flow, choose(flow, strategy, len(z), tolerance=tolerance), z, labels, certify=certify)
     if result.outcome.has_shortfall:
         warnings.warn(str(result.outcome), stacklevel=2)
@@ -301,24 +304,27 @@ def _spans(total: int, size: int) -> Iterator[slice]:
 
 def check_settings(
     flow: ImageFlow, batch_size: int | None, guidance: Guidance | None, denoise: float, certify: Certificate
-) -> None:
-    """**Raises** `TypeError` or `ValueError` for settings that `sample` does not take, or that do not fit the flow."""
+) -> tuple[int | None, float]:
+    """`batch_size` and `denoise` as Python numbers. **Raises** `TypeError` or `ValueError` for settings that `sample`
+    does not take, or that do not fit the flow.
+    """
     check_flow(flow)
     if batch_size is not None:
-        check_count("batch_size", batch_size, most=MOST_SAMPLES)
+        batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
     check_guidance(guidance)
-    check_rate(flow, denoise)
+    denoise = check_rate(flow, denoise)
     check_certificate("certify", certify)
+    return batch_size, denoise
 
 
 def _checked_latents(
-    flow: ImageFlow, num: int | None, latents: Tensor | None, labels: Tensor | None, seed: int, name: str = "latents"
-) -> Float[Tensor, "n t d"]:
-    """The latents, or else new ones, after a check that they and the labels fit the flow."""
+    flow: ImageFlow, num: int | None, latents: Tensor | None, labels: Labels | None, seed: int, name: str = "latents"
+) -> tuple[Float[Tensor, "n t d"], Int[Tensor, " n"] | None]:
+    """The latents, or else new ones, and the labels as a tensor, after a check that both fit the flow."""
     if (num is None) == (latents is None):
         raise InputValueError("give either num or latents")
     shape = (flow.config.num_tokens, flow.config.token_channels)
-    check_seed(seed)
+    seed = check_seed(seed)
     if latents is not None:
         check_floating(name, latents, ("N", *shape))
         check_finite(name, latents)
@@ -327,7 +333,6 @@ def _checked_latents(
                 f"{name}={short(latents)} requires a gradient, and sampling has none: give {name}.detach()"
             )
         num = len(latents)
-    check_count("num", num, most=MOST_SAMPLES)
-    if labels is not None:
-        flow.check_labels(labels, num or 0)
-    return draw_latents(num or 0, *shape, seed) if latents is None else latents
+    num = check_count("num", num, most=MOST_SAMPLES)
+    classes = None if labels is None else flow.check_labels(labels, num)
+    return draw_latents(num, *shape, seed) if latents is None else latents, classes

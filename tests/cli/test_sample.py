@@ -269,5 +269,9 @@ def test_a_bad_file_of_labels_is_one_line(refuse: Any, tmp_path: Path) -> None:
     refuse(f"{line}/missing.npy", "cannot be read as whole numbers (No such file or directory)")
     (tmp_path / "three.txt").write_text("0 1 2")
     refuse(f"{line}/three.txt", "int64 of shape (3,); give 4 whole numbers, one per image")
+    with (tmp_path / "huge.npy").open("wb") as file:  # 80 TB by its header
+        np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (10**13,)})
+        file.write(bytes(32))
+    refuse(f"{line}/huge.npy", "cannot be read as whole numbers")
     np.save(tmp_path / "objects.npy", np.array([0, 1, 2, None]), allow_pickle=True)
     refuse(f"{line}/objects.npy", "cannot be read as whole numbers")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import make_dataclass
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from recurrent_flow import RecurrentConfig, RecurrentFlow
@@ -32,6 +33,15 @@ def test_a_config_that_no_json_holds_is_refused() -> None:
         with pytest.raises(TypeError, match=words):
             register(type("Other", (RecurrentFlow,), {"model_type": "other", "config_type": config}))
         assert find_flow("other") is None
+
+
+def test_a_fault_of_a_flow_is_not_blamed_on_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = RecurrentFlow(RecurrentConfig(1, 4, channels=4, num_blocks=2))
+    flow.save_pretrained(tmp_path)
+    for fault in (TypeError("a fault"), ValueError("a fault")):
+        monkeypatch.setattr(type(flow.blocks[0]), "__init__", Mock(side_effect=fault))
+        with pytest.raises(type(fault), match=r"^a fault$"):
+            jf.load(tmp_path)
 
 
 def test_a_config_of_far_too_many_layers_is_refused_at_once(tmp_path: Path) -> None:

@@ -246,6 +246,8 @@ def test_bench_labels_do_not_overlap_and_no_two_strategies_look_alike() -> None:
         ([3e-3, 3e-2], [(2e-3, 5e-3, 1), (5e-3, 1e-2, 0), (1e-2, 2e-2, 0), (2e-2, 5e-2, 1)], {}),
         ([0.0, 0.0, 5.0, math.inf], [(5, 10, 1)], {"0": 2, "not finite": 1}),
         ([math.inf] * 1500, [], {"not finite": 1500}),
+        ([0.0] * 40, [], {"0": 40}),
+        ([1.5e-5, math.inf], [(1e-5, 2e-5, 1)], {"not finite": 1}),
     ],
 )
 def test_certificates_are_bars_on_a_logarithmic_axis(
@@ -262,7 +264,7 @@ def test_certificates_are_bars_on_a_logarithmic_axis(
     ticks = dict(zip((text.get_text() for text in axis.get_xticklabels()), axis.get_xticks(), strict=True))
     for (low, high, count), (name, want) in zip(drawn[len(bars) :], beside.items(), strict=True):
         assert count == pytest.approx(want) and low < ticks[name] < high
-        assert all(high < bar[0] if name == "0" else low > bar[1] for bar in bars)
+        assert all(high < bar[0] if name == "0" else low > bar[1] for bar in [*bars, (1e-3, 1e-3)])
     *counts, tolerance = axis.texts
     for text, (low, high, count) in zip(counts, drawn, strict=True):
         assert text.get_text() == f"{round(count):,}"

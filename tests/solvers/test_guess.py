@@ -98,10 +98,11 @@ def test_other_guesses_have_nothing_to_fit() -> None:
             "CausalLinear(5 tokens, 2 channels, from 3 latents)",
         ),
         (jf.Chord(KERNEL), [jf.Chord(KERNEL[:2]), jf.Chord(KERNEL + 1)], "Chord(3 tokens, 2 channels)"),
+        (Given(KERNEL), [Given(KERNEL[:2]), Given(KERNEL + 1)], f"Given(value={KERNEL!r})"),
     ],
-    ids=["mean affine", "causal linear", "chord"],
+    ids=["mean affine", "causal linear", "chord", "given"],
 )  # fmt: skip
-def test_fitted_pieces_are_equal_where_their_values_are(piece: Any, others: list[Any], text: str) -> None:
+def test_pieces_with_tensors_are_equal_where_their_values_are(piece: Any, others: list[Any], text: str) -> None:
     same = type(piece)(*(value.clone() for value in vars(piece).values()))
     assert piece == same
     assert hash(piece) == hash(same)

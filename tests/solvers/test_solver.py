@@ -16,7 +16,7 @@ from jacobiflow.solvers import Stopping
 KERNEL = torch.tensor([[[0.5, -1.0], [0.25, 3.0]]])
 SOLVERS = [
     jf.Solver(),
-    jf.Solver(jf.Sequential(), jf.Zeros(), jf.EarlyStop(), jf.Chord(KERNEL), coarse=3),
+    jf.Solver(jf.Whole(), jf.Zeros(), jf.EarlyStop(), jf.Chord(KERNEL), coarse=3),
     jf.Solver(jf.Segments(2), jf.MeanAffine(KERNEL[0], KERNEL[0]), jf.MaxSweeps((5, 3)) | jf.Tolerance(0.5)),
     jf.Solver(jf.Window(8), jf.CausalLinear(KERNEL, KERNEL[0]), jf.MaxSweeps(4)),
 ]
@@ -38,11 +38,15 @@ def test_a_piece_that_lacks_its_method_is_refused(kind: type) -> None:
         (lambda: jf.Solver(jf.Segments(3), stopping=jf.MaxSweeps((5, 3))), r"2 sweep counts.*Segments\(count=3\)"),
         (lambda: jf.Solver(stopping=jf.MaxSweeps((5,))), "1 sweep counts.*Whole"),
         (lambda: jf.Solver(jf.Window(2), stopping=Stopping(1.0, (5, 3))), "2 sweep counts.*Window"),
+        (lambda: jf.Solver(jf.Sequential(), coarse=3), "coarse=3.*Sequential.*token by token"),
+        (lambda: jf.Solver(jf.Window(1), coarse=1), "coarse=1.*Window"),
+        (lambda: jf.Solver(jf.Segments(4), coarse=1).check(4, 1), "coarse=1.*Segments"),
     ],
 )
 def test_pieces_that_do_not_go_together_are_refused(build: Callable[[], Any], names: str) -> None:
     with pytest.raises(ValueError, match=names):
         build()
+    jf.Solver(jf.Segments(4), coarse=1).check(8, 1)
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=range(len(SOLVERS)))

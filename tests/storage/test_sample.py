@@ -133,6 +133,13 @@ def test_auto_is_planned_once_for_the_batch(tmp_path: Path, monkeypatch: pytest.
     assert np.array_equal(pixels_in(folder), levels(torch.cat([samples.images for samples in want])))
 
 
+def test_numbers_of_numpy_and_a_list_of_labels_go_on_with_the_same_run(drawn: Path) -> None:
+    before = everything(drawn)
+    same = {"seed": np.int64(0), "batch_size": np.uint8(2), "shard_size": np.int32(4), "denoise": np.float32(0)}
+    draw(drawn, np.int64(NUM), labels=[*range(3)] * 3 + [0], **same)  # type: ignore[arg-type]
+    assert everything(drawn) == before
+
+
 def test_overwriting_keeps_the_strategy_file_that_it_is_given(drawn: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(drawn, tmp_path / "out"))
     folder = draw(out, strategy=out / "strategy.json", overwrite=True)

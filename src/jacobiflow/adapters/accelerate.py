@@ -62,7 +62,7 @@ def accelerate(flow: Any, tolerance: float = 0.0, retry_float64: bool = False) -
     **Raises:** `ValueError` where nothing in `flow` can be accelerated, a library's version is not supported, or the
     tolerance is negative or not finite; `TypeError` for other kinds of them. Then nothing was changed.
     """
-    check_number("tolerance", tolerance, give="0, for identical bits, or a positive number")
+    tolerance = check_number("tolerance", tolerance, give="0, for identical bits, or a positive number")
     check_flag("retry_float64", retry_float64)
     adapters = [(library, adapter) for library in _SUPPORTED for adapter in _adapters(library, flow)]
     done = Acceleration(float(tolerance), retry_float64)

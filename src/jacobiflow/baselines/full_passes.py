@@ -17,6 +17,7 @@ from torch import Tensor
 from jacobiflow.baselines.peer import check_arguments
 from jacobiflow.checks import check_kind
 from jacobiflow.errors import InputValueError
+from jacobiflow.flows.labels import Labels
 from jacobiflow.flows.maf import MAF, MAFBlock, full_pass
 from jacobiflow.guidance import Guidance, in_force
 from jacobiflow.inversion import invert, prior_tokens
@@ -46,7 +47,7 @@ def _invert_block(
 def full_passes_sample(
     flow: MAF,
     z: Float[Tensor, "n t 1"],
-    labels: Int[Tensor, " n"] | None = None,
+    labels: Labels | None = None,
     guidance: Guidance | None = None,
 ) -> Float[Tensor, "n c h w"]:
     """Images from latents by one full pass per token; nothing is measured or certified.
@@ -55,7 +56,8 @@ def full_passes_sample(
 
     - `flow`: the MAF whose weights are used, in their dtype and on their device.
     - `z`: standard normal latents (N, T, 1), before the prior's scale. Not changed.
-    - `labels`: a class per row (N,) on that device, or `None` for rows without a class.
+    - `labels`: a class per row (N,), as a tensor on that device, a list or an array; one class for all; or `None` for
+        rows without a class.
     - `guidance`: a `Guidance` with `attn_temperature` 1, or `None`; that or a weight of 0 makes no second pass.
 
     **Returns:** images (N, C, H, W), not clipped.
@@ -64,12 +66,12 @@ def full_passes_sample(
     other kinds of arguments.
     """
     check_kind("flow", flow, MAF, "a MAF")
-    check_arguments(flow, z, labels, guidance)
+    classes = check_arguments(flow, z, labels, guidance)
     guidance = in_force(guidance)
     if guidance is not None and guidance.attn_temperature != 1:
         raise InputValueError(f"attn_temperature {guidance.attn_temperature}: a MAF has no attention; leave it at 1")
 
     def solve(i: int, x: Tensor) -> Tensor:
-        return _invert_block(flow.blocks[i], x, labels, guidance)
+        return _invert_block(flow.blocks[i], x, classes, guidance)
 
     return flow.to_images(invert(flow, prior_tokens(flow, z), solve))

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from jacobiflow.baselines.peer import check_arguments
 from jacobiflow.checks import check_kind
+from jacobiflow.flows.labels import Labels
 from jacobiflow.flows.tarflow import TarFlow, TarFlowBlock
 from jacobiflow.flows.tarflow.attention import Attention, AttentionBlock
 from jacobiflow.guidance import Guidance, in_force
@@ -99,7 +100,7 @@ def _invert_block(block: TarFlowBlock, x: Tensor, labels: Tensor | None, guidanc
 def growing_cache_sample(
     flow: TarFlow,
     z: Float[Tensor, "n t c"],
-    labels: Int[Tensor, " n"] | None = None,
+    labels: Labels | None = None,
     guidance: Guidance | None = None,
 ) -> Float[Tensor, "n c h w"]:
     """Images from latents, as the original code samples them; nothing is measured or certified.
@@ -108,7 +109,8 @@ def growing_cache_sample(
 
     - `flow`: the TarFlow whose weights are used, in their dtype and on their device.
     - `z`: standard normal latents (N, T, C), before the prior's scale. Not changed.
-    - `labels`: a class per row (N,) on that device, or `None` for rows without a class.
+    - `labels`: a class per row (N,), as a tensor on that device, a list or an array; one class for all; or `None` for
+        rows without a class.
     - `guidance`: a `Guidance`, or `None`; that or a weight of 0 makes no second call.
 
     **Returns:** images (N, C, H, W), not clipped.
@@ -116,10 +118,10 @@ def growing_cache_sample(
     **Raises:** `ValueError` where `z` or `labels` do not fit the flow, `TypeError` for other kinds of arguments.
     """
     check_kind("flow", flow, TarFlow, "a TarFlow")
-    check_arguments(flow, z, labels, guidance)
+    classes = check_arguments(flow, z, labels, guidance)
     guidance = in_force(guidance)
 
     def solve(i: int, x: Tensor) -> Tensor:
-        return _invert_block(flow.blocks[i], x, labels, guidance)
+        return _invert_block(flow.blocks[i], x, classes, guidance)
 
     return flow.to_images(invert(flow, prior_tokens(flow, z), solve))

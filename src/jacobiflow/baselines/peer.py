@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.checks import check_finite, check_floating, check_on, check_positive
+from jacobiflow.checks import check_finite, check_floating, check_on
 from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.flows.labels import Labels
 from jacobiflow.guidance import Guidance, check_guidance, guided
 from jacobiflow.inversion import invert, prior_tokens
 
@@ -54,19 +55,19 @@ BlockSolver = Callable[[CountedMap], Tensor]
 
 
 def sample_by(
-    flow: ImageFlow, z: Float[Tensor, "n t c"], labels: Int[Tensor, " n"] | None, guidance: Guidance | None,
+    flow: ImageFlow, z: Float[Tensor, "n t c"], labels: Labels | None, guidance: Guidance | None,
     solvers: Sequence[BlockSolver],
 ) -> PeerSamples:  # fmt: skip
     """Images from standard normal latents `z`, with a solver per block, in encoding order.
 
     **Raises** as `check_arguments` does.
     """
-    check_arguments(flow, z, labels, guidance)
+    classes = check_arguments(flow, z, labels, guidance)
     calls = evaluations = 0
 
     def solve(i: int, z: Tensor) -> Tensor:
         nonlocal calls, evaluations
-        g = CountedMap(guided(flow.blocks[i], guidance), z, labels)
+        g = CountedMap(guided(flow.blocks[i], guidance), z, classes)
         x = solvers[i](g)
         calls, evaluations = calls + g.network_calls, evaluations + g.token_evaluations
         return x
@@ -76,17 +77,18 @@ def sample_by(
     return PeerSamples(images, calls, evaluations)
 
 
-def check_arguments(flow: ImageFlow, z: Tensor, labels: Tensor | None, guidance: Guidance | None) -> None:
-    """**Raises** `ValueError` where `z` or `labels` do not fit the flow, `TypeError` for other kinds of arguments."""
+def check_arguments(
+    flow: ImageFlow, z: Tensor, labels: Labels | None, guidance: Guidance | None
+) -> Int[Tensor, " n"] | None:
+    """`labels` as a tensor on the flow's device. **Raises** `ValueError` if `z` or `labels` do not fit the flow,
+    `TypeError` for other kinds of arguments.
+    """
     check_flow(flow)
     check_floating("z", z, ("N", flow.config.num_tokens, flow.config.token_channels))
     check_finite("z", z)
-    if labels is not None:
-        flow.check_labels(labels, len(z))
-        check_on("labels", labels, flow.var.device)
     check_guidance(guidance)
-
-
-def check_threshold(threshold: float) -> None:
-    """**Raises** `TypeError` or `ValueError` where `threshold` is not a positive number."""
-    check_positive("threshold", threshold)
+    if labels is None:
+        return None
+    if isinstance(labels, Tensor):
+        check_on("labels", labels, flow.var.device)
+    return flow.check_labels(labels, len(z)).to(flow.var.device)

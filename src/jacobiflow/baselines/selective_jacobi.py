@@ -11,11 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.baselines.peer import CountedMap, PeerSamples, check_threshold, sample_by
+from jacobiflow.baselines.peer import CountedMap, PeerSamples, sample_by
+from jacobiflow.checks import check_positive
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.flows.labels import Labels
 from jacobiflow.guidance import Guidance
 
 GRID: Sequence[Mapping[str, Any]] = [
@@ -24,7 +26,7 @@ GRID: Sequence[Mapping[str, Any]] = [
 
 
 def selective_jacobi(
-    flow: ImageFlow, z: Float[Tensor, "n t c"], labels: Int[Tensor, " n"] | None = None,
+    flow: ImageFlow, z: Float[Tensor, "n t c"], labels: Labels | None = None,
     guidance: Guidance | None = None, *, threshold: float = 0.5,
 ) -> PeerSamples:  # fmt: skip
     """Selective Jacobi Decoding: the block that is sampled first token by token, the others by sweeps x <- g(x).
@@ -32,11 +34,12 @@ def selective_jacobi(
     A sweep is of all T tokens, from x = 0. A block is done when a sweep has changed no entry of any sample by as much
     as `threshold`, and after T sweeps, which are exact. The published threshold is 0.5.
 
-    **Arguments:** `z` (N, T, C) standard normal latents, before the prior's scale; `labels` (N,) or `None`.
+    **Arguments:** `z` (N, T, C) standard normal latents, before the prior's scale; `labels` (N,), one class for all, or
+    `None`.
 
     **Raises** `ValueError` where `threshold` is not positive, or `z` or `labels` do not fit the flow.
     """
-    check_threshold(threshold)
+    threshold = check_positive("threshold", threshold)
     check_flow(flow)
     sweeps = partial(_whole_sweeps, threshold=threshold)
     return sample_by(flow, z, labels, guidance, [sweeps] * (flow.config.num_blocks - 1) + [_token_by_token])

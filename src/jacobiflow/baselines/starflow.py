@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.baselines.peer import CountedMap, PeerSamples, check_threshold, sample_by
-from jacobiflow.checks import check_count, check_flag
+from jacobiflow.baselines.peer import CountedMap, PeerSamples, sample_by
+from jacobiflow.checks import check_count, check_flag, check_positive
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.flows.labels import Labels
 from jacobiflow.guidance import Guidance
 
 GRID: Sequence[Mapping[str, Any]] = [
@@ -26,7 +27,7 @@ GRID: Sequence[Mapping[str, Any]] = [
 
 
 def starflow(
-    flow: ImageFlow, z: Float[Tensor, "n t c"], labels: Int[Tensor, " n"] | None = None,
+    flow: ImageFlow, z: Float[Tensor, "n t c"], labels: Labels | None = None,
     guidance: Guidance | None = None, *, run_length: int = 16, threshold: float = 1e-3, max_sweeps: int = 32,
     fresh_keys: bool = True,
 ) -> PeerSamples:  # fmt: skip
@@ -41,13 +42,13 @@ def starflow(
     an image it takes runs of 16, a threshold of 0.001 and 32 sweeps; for video runs of 32 or 64 in the first frame,
     four times as long in later ones, whose first sweep reads the frame before. There is no frame before an image.
 
-    **Arguments:** `z` (N, T, C) standard normal latents, before the prior's scale; `labels` (N,) or `None`.
+    **Arguments:** `z` (N, T, C) standard normal latents, before the prior's scale; `labels` (N,), one class for all, or
+    `None`.
 
     **Raises** `ValueError` where a setting is not positive, or `z` or `labels` do not fit the flow.
     """
-    check_threshold(threshold)
-    check_count("run_length", run_length)
-    check_count("max_sweeps", max_sweeps)
+    threshold = check_positive("threshold", threshold)
+    run_length, max_sweeps = check_count("run_length", run_length), check_count("max_sweeps", max_sweeps)
     check_flag("fresh_keys", fresh_keys)
     check_flow(flow)
     runs = partial(_runs, run_length=run_length, threshold=threshold, max_sweeps=max_sweeps, fresh_keys=fresh_keys)

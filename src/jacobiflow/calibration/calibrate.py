@@ -24,6 +24,7 @@ from jacobiflow.checks import check_choice, check_count, check_flag, check_path,
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.flows.labels import Labels
 from jacobiflow.flows.precision import precision
 from jacobiflow.guidance import Guidance, check_guidance, guided
 from jacobiflow.latents import MOST_SAMPLES
@@ -35,7 +36,7 @@ _FEWEST_TOKENS = 4  # in a segment: with fewer, the sequential loop is the bette
 def calibrate(
     flow: ImageFlow,
     images: Images,
-    labels: Int[Tensor, " n"] | None = None,
+    labels: Labels | None = None,
     norm: Norm = 2,
     guidance: Guidance | None = None,
     *,
@@ -58,7 +59,8 @@ def calibrate(
 
     - `images`: (N, C, H, W), two or more, like those that the flow was trained on, with the same noise: a tensor, a
         NumPy array, or anything with a length that a tensor of indices can index. `batch_size` are read at a time.
-    - `labels`: (N,) their classes; `None`, or a label below 0, takes the unconditional row.
+    - `labels`: (N,) their classes, as a tensor, a list or an array, or one class for all; `None`, or a label below 0,
+        takes the unconditional row.
     - `norm`: that of `report.igm` and `report.crm`: 2, "fro" or 1. `report.metrics` has all three.
     - `guidance`: the guidance to sample with. The map, its parameters and so the metrics are then the guided ones, at
         the images' own tokens; sweeps are measured from fresh noise only.
@@ -77,8 +79,10 @@ def calibrate(
     **Raises:** `ValueError` for images, labels or settings that do not fit the flow, where a fresh latent overflows in
     the exact inverse, and where another process calibrates to `out`. `TypeError` for other kinds of arguments.
     """
-    _check(flow, images, labels, norm, guidance, segments, traced, per_class, chord, batch_size)
-    check_seed(seed)
+    labels, norm, segments, traced, batch_size = _checked(
+        flow, images, labels, norm, guidance, segments, traced, per_class, chord, batch_size
+    )
+    seed = check_seed(seed)
     check_flag("progress", progress)
     if out is not None:
         check_path("out", out)
@@ -149,30 +153,30 @@ def _key(passes: Passes, settings: Settings, per_class: bool, chord: bool) -> st
     return digest.hexdigest()
 
 
-def _check(
-    flow: ImageFlow, images: Images, labels: Tensor | None, norm: Norm, guidance: Guidance | None, segments: int,
+def _checked(
+    flow: ImageFlow, images: Images, labels: Labels | None, norm: Norm, guidance: Guidance | None, segments: int,
     traced: int, per_class: bool, chord: bool, batch_size: int,
-) -> None:  # fmt: skip
+) -> tuple[Int[Tensor, " n"] | None, Norm, int, int, int]:  # fmt: skip
     check_flow(flow)
-    check_choice("norm", norm, NORMS)
-    check_count("traced", traced, most=MOST_SAMPLES)
-    check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    norm = check_choice("norm", norm, NORMS)
+    traced = check_count("traced", traced, most=MOST_SAMPLES)
+    batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
     check_flag("per_class", per_class)
     check_flag("chord", chord)
     if chord and traced < 2:
         raise InputValueError(f"traced={traced}: give at least 2, to fit a chord to")
     check_guidance(guidance)
-    check_count("segments", segments)
+    segments = check_count("segments", segments)
     Segments(segments).check(flow.config.num_tokens)
     indexable = hasattr(images, "__getitem__") and hasattr(images, "__len__")
     if not indexable or isinstance(images, str | bytes | Mapping) or getattr(images, "shape", None) == ():
         raise InputTypeError(f"images of type {type(images).__name__}: give a tensor, or what a tensor can index")
     if len(images) < 2:
         raise InputValueError(f"images: {len(images)} of them; give at least 2, better 128, to take means over")
-    if labels is not None:
-        flow.check_labels(labels, len(images))
-    elif per_class:
+    if labels is None and per_class:
         raise InputValueError("per_class: give the labels of the images")
+    classes = None if labels is None else flow.check_labels(labels, len(images))
+    return classes, norm, segments, traced, batch_size
 
 
 def _guesses(mean_affine: MeanAffine) -> dict[str, Guess]:

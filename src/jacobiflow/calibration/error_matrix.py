@@ -63,9 +63,8 @@ def gamma_norm(
     of it for every sample, or after `max_iterations`. `seed` fixes where it starts. **Raises** as `gamma_products`
     does.
     """
-    check_number("rtol", rtol)
-    check_count("max_iterations", max_iterations)
-    check_seed(seed)
+    rtol, max_iterations = check_number("rtol", rtol), check_count("max_iterations", max_iterations)
+    seed = check_seed(seed)
     product, transposed_product = gamma_products(block, x, z, context)
     generator = torch.Generator().manual_seed(seed)
     start, _ = _orthonormal(torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device), [])

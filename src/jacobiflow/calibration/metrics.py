@@ -94,8 +94,7 @@ def tough_blocks(crm: Sequence[float], dominance: float = DOMINANCE) -> tuple[in
     none dominates: the larger one's share is at least 0.5 whatever they are. (Of three, it is more than a third unless
     they are equal: in a flow of three or four blocks the rule says little.)
     """
-    check_numbers("crm", crm)
-    check_number("dominance", dominance)
+    crm, dominance = check_numbers("crm", crm), check_number("dominance", dominance)
     remaining = dict(enumerate(crm))
     tough = []
     while len(remaining) > 2:
@@ -113,7 +112,7 @@ def matrix_norm(matrix: Float[Tensor, "t c"], norm: Norm) -> float:
     Infinite where an entry is not finite: a guess that overflows is as bad as can be.
     """
     check_floating("matrix", matrix, ("rows", "columns"))
-    check_choice("norm", norm, NORMS)
+    norm = check_choice("norm", norm, NORMS)
     if not torch.isfinite(matrix).all():
         return float("inf")
     return float(torch.linalg.matrix_norm(matrix.double(), ord=norm))
@@ -178,8 +177,7 @@ class RunningMean:
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Spearman's rank correlation, equals sharing their mean rank; NaN where one side is constant."""
-    check_numbers("first", first)
-    check_numbers("second", second)
+    first, second = check_numbers("first", first), check_numbers("second", second)
     if len(first) != len(second) or not first:
         raise InputValueError(f"first of {len(first)} numbers, second of {len(second)}: give as many, at least one")
     a, b = (_ranks(np.asarray(values, float)) for values in (first, second))

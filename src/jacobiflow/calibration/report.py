@@ -189,7 +189,7 @@ class Report:
 
     def best_guess(self, block: int) -> str:
         """The name of the guess with the smallest IGM in `block` (section 3.2 of the paper)."""
-        check_count("block", block, 0, self.num_blocks - 1)
+        block = check_count("block", block, 0, self.num_blocks - 1)
         return self.metrics[self.settings.norm].best_guess(block)
 
     def guess(self, block: int) -> Guess:
@@ -198,7 +198,7 @@ class Report:
 
     def guesses(self, block: int) -> Mapping[str, Guess]:
         """The guesses of `block` by the names that `igm` uses. **Raises** where there is no such block."""
-        check_count("block", block, 0, self.num_blocks - 1)
+        block = check_count("block", block, 0, self.num_blocks - 1)
         return dict(zip(GUESS_NAMES, (Latent(), Zeros(), self.mean_affine[block]), strict=True))
 
     def mean_sweeps(self, start: Start, tolerance: float, guess: str | None = None) -> tuple[float, ...]:
@@ -217,7 +217,7 @@ class Report:
         check_choice("start", start, ("images", "noise"))
         if start not in self.traces:
             raise InputValueError(f"sweeps from {start!r}: measured are those from {', '.join(self.traces)}")
-        check_number("tolerance", tolerance)
+        tolerance = check_number("tolerance", tolerance)
         if guess is not None:
             check_choice("guess", guess, GUESS_NAMES)
         counts = [row[guess or self.best_guess(block)].reach(tolerance) for block, row in enumerate(self.traces[start])]

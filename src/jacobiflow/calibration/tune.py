@@ -29,6 +29,7 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import AffineBlock, LowPrecision
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.flows.labels import Labels, as_labels
 from jacobiflow.guidance import Guidance, check_guidance, guided
 from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
@@ -104,7 +105,7 @@ class TuneSettings:
 
 
 def tune(
-    flow: ImageFlow, labels: Int[Tensor, " n"] | None = None, guidance: Guidance | None = None, *,
+    flow: ImageFlow, labels: Labels | None = None, guidance: Guidance | None = None, *,
     samples: int = SAMPLES, batch_size: int = 64, seed: int = 0, progress: bool = True,
     settings: TuneSettings = TuneSettings(), kept: Kept = Kept(),  # noqa: B008  frozen
 ) -> Tuning:  # fmt: skip
@@ -117,7 +118,8 @@ def tune(
 
     **Arguments:**
 
-    - `labels`: classes, taken in turn; `None` takes all classes in turn, where the flow has any.
+    - `labels`: a class, or a tensor, list or array of classes, taken in turn; `None` takes all classes in turn, where
+        the flow has any.
     - `guidance`: the guidance to sample with.
     - `samples`: how many latents; `batch_size` of them are in the network at a time.
     - `seed`: fixes them. `jacobiflow.sample` never draws the same ones.
@@ -127,8 +129,8 @@ def tune(
     **Raises** `ValueError` for arguments that do not fit, and where a latent overflows in the exact inverse;
     `TypeError` for other kinds of arguments.
     """
-    _check(flow, labels, guidance, samples, batch_size)
-    check_seed(seed)
+    labels, samples, batch_size = _checked(flow, labels, guidance, samples, batch_size)
+    seed = check_seed(seed)
     check_flag("progress", progress)
     check_kind("settings", settings, TuneSettings, "TuneSettings")
     config = flow.config
@@ -176,16 +178,19 @@ def check_finite(x: Float[Tensor, "b t c"], what: str) -> None:
         raise InputValueError(f"{lost} of {len(x)} {what}; lower the guidance, or use a wider dtype")
 
 
-def _check(flow: ImageFlow, labels: Tensor | None, guidance: Guidance | None, samples: int, batch_size: int) -> None:
+def _checked(
+    flow: ImageFlow, labels: Labels | None, guidance: Guidance | None, samples: int, batch_size: int
+) -> tuple[Int[Tensor, " n"] | None, int, int]:
     check_flow(flow)
-    check_count("samples", samples, 2, MOST_SAMPLES)
-    check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    samples = check_count("samples", samples, 2, MOST_SAMPLES)
+    batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
     check_guidance(guidance)
     if labels is not None:
-        check_kind("labels", labels, Tensor, "a torch.Tensor (n,) of one class or more")
-        if not labels.ndim or not len(labels):
-            raise InputValueError(f"labels={short(labels)}: give a tensor (n,) of one class or more")
-        flow.check_labels(labels, len(labels))
+        classes = as_labels(labels, 1)
+        if not len(classes):
+            raise InputValueError(f"labels={short(labels)}: give one class or more")
+        labels = flow.check_labels(classes, len(classes))
+    return labels, samples, batch_size
 
 
 @dataclass(frozen=True)
@@ -258,7 +263,8 @@ class _Trials:
             for tolerance in settings.tolerances:
                 runs.append(self._run(partition, tolerance, guess, correction))
                 passes[tolerance] = share * statistics.mean(runs[-1].sweeps)
-            if isinstance(self.block, LowPrecision) and share >= settings.coarse_from:
+            sweeps = not partition.token_by_token(length)
+            if sweeps and isinstance(self.block, LowPrecision) and share >= settings.coarse_from:
                 for coarse, tolerance in product(settings.coarse_to_tolerance, settings.tolerances):
                     if coarse >= settings.coarse_share * passes[tolerance]:
                         runs.append(self._run(partition, tolerance, guess, correction, coarse))

@@ -8,7 +8,7 @@ from typing import Any
 
 from jacobiflow import codec
 from jacobiflow.checks import check_count, check_fields, check_path, check_positive, check_seed
-from jacobiflow.errors import InputValueError
+from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.files import write_json
 from jacobiflow.flows.fingerprint import check_fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
@@ -134,7 +134,7 @@ class Tuning:
         for i, block in enumerate(self.blocks):
             try:
                 block.check(num_tokens, token_channels)
-            except ValueError as error:
+            except InputError as error:
                 raise InputValueError(f"tuning, block {i}: {error}") from error
 
     def to_json(self) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def _read_labels(path: Path, num: int) -> Int[Tensor, " n"]:
     """The whole numbers in a text file, or in an array of NumPy."""
     try:
         if path.suffix == ".npy":
-            labels = np.load(path, allow_pickle=False)
+            labels = np.load(path, mmap_mode="r", allow_pickle=False)  # its shape is checked before it is read
         else:
             labels = np.array([int(word) for word in re.split(r"[\s,]+", path.read_text().strip())])
     except (OSError, ValueError, EOFError, BadZipFile) as error:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from jacobiflow.checks import check_count, check_flag, check_floating, check_kind, check_number
+from jacobiflow.checks import check_count, check_flag, check_floating, check_kind, check_number, convert_numbers
 from jacobiflow.errors import InputValueError
 
 # Brightness, and two coordinates of colour around the axis of greys (the YIQ space of NTSC television).
@@ -31,6 +31,7 @@ class Augmentation:
     hue: float = 0.0
 
     def __post_init__(self) -> None:
+        convert_numbers(self)
         check_flag("mirror", self.mirror)
         check_count("shift", self.shift, least=0)
         check_number("hue", self.hue)

@@ -31,8 +31,8 @@ def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDatas
     smaller than `size`, or there are more than these limits or the memory allow.
     """
     root = Path(folder)
-    check_count("size", size)
-    check_choice("channels", channels, (1, 3))
+    size = check_count("size", size)
+    channels = check_choice("channels", channels, (1, 3))
     if not os.path.isdir(root):
         raise DataError(f"{root}: no such folder")
     try:

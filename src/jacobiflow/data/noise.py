@@ -10,7 +10,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.checks import check_choice, check_count, check_floating, check_kind, check_number, check_seed, short
+from jacobiflow.checks import (
+    check_choice,
+    check_count,
+    check_floating,
+    check_kind,
+    check_number,
+    check_seed,
+    convert_numbers,
+    short,
+)
 from jacobiflow.data.dataset import ImageDataset
 from jacobiflow.errors import InputTypeError, InputValueError
 
@@ -29,6 +38,7 @@ class Noise:
     std: float = 0.0
 
     def __post_init__(self) -> None:
+        convert_numbers(self)
         check_choice("kind", self.kind, ("gaussian", "uniform"))
         check_number("std", self.std)
         if (self.kind == "gaussian") != (self.std > 0):
@@ -68,8 +78,6 @@ def noisy_images(data: ImageDataset, index: Int[Tensor, " b"], noise: Noise, see
 
 def keyed_generator(seed: int, stream: int, index: int) -> torch.Generator:
     """A generator for draw `index` of kind `stream`, independent of all others."""
-    check_seed(seed)
-    check_count("stream", stream, 0)
-    check_count("index", index, 0)
-    state = np.random.SeedSequence((seed, stream, index)).generate_state(1, np.uint64)[0]
+    key = check_seed(seed), check_count("stream", stream, 0), check_count("index", index, 0)
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))

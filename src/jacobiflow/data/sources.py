@@ -80,8 +80,7 @@ def load_images(source: str, size: int, channels: int, split: Split = "train") -
 
     **Raises** `DataError` where the source does not exist, is broken, or has images of another shape.
     """
-    check_count("size", size)
-    check_count("channels", channels)
+    size, channels = check_count("size", size), check_count("channels", channels)
     if source in SOURCES:
         data = SOURCES[source](split)
     elif not os.path.isdir(source):

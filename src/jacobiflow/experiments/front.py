@@ -14,6 +14,7 @@ from jacobiflow.checks import check_count, check_number
 from jacobiflow.denoising import check_rate, denoised
 from jacobiflow.flows.base import Block
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.flows.labels import Labels
 from jacobiflow.guidance import Guidance, check_guidance, guided
 from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.solvers import Sequential, Solution, Solver, Tolerance, Whole, Window, solve, solve_certified
@@ -87,7 +88,7 @@ class _Recorder:
 
 
 def record(
-    flow: ImageFlow, block: int, latents: Float[Tensor, "n t d"], labels: Int[Tensor, " n"] | None = None,
+    flow: ImageFlow, block: int, latents: Float[Tensor, "n t d"], labels: Labels | None = None,
     guidance: Guidance | None = None, denoise: float = 0.0, tolerance: float = 1e-3, window: int | None = None,
 ) -> dict[str, Trajectory]:  # fmt: skip
     """A `Trajectory` of `block` token by token, by a window and by Jacobi iteration.
@@ -110,9 +111,8 @@ def record(
     """
     check_flow(flow)
     check_guidance(guidance)
-    check_rate(flow, denoise)
-    check_number("tolerance", tolerance)
-    check_count("block", block, least=0, most=flow.config.num_blocks - 1)
+    denoise, tolerance = check_rate(flow, denoise), check_number("tolerance", tolerance)
+    block = check_count("block", block, least=0, most=flow.config.num_blocks - 1)
     stopping = Tolerance(tolerance / 2)  # at the tolerance itself a certificate often misses it, see `solve_certified`
     window = max(flow.config.num_tokens // 6, 2) if window is None else window
     solvers = {
@@ -121,8 +121,7 @@ def record(
         "jacobi": Solver(Whole(), stopping=stopping),
     }
     if labels is not None:
-        flow.check_labels(labels, len(latents))
-        labels = labels.to(flow.var.device)
+        labels = flow.check_labels(labels, len(latents)).to(flow.var.device)
     blocks = [guided(each, guidance) for each in flow.blocks]
     stride = -(-flow.config.num_tokens // _MOST)
     rows, solved = labels, dict[str, tuple[_Recorder, Solution]]()  # labels of the rows that are solved now

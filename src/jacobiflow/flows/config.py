@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
-from jacobiflow.checks import check_count
+from jacobiflow.checks import check_count, convert_numbers
 from jacobiflow.errors import InputValueError
 
 MOST_CHANNELS = 2**20
@@ -49,6 +49,7 @@ def check_sizes(config: FlowConfig, names: Sequence[str]) -> None:
     """**Raises** `TypeError` where a field of those `names`, or num_classes, is no whole number, `ValueError` where it
     is not positive (num_classes may be 0) or above its limit in `MOST`.
     """
+    convert_numbers(config)
     for name in names:
         check_count(name, getattr(config, name), most=MOST.get(name, MOST_CHANNELS))
     check_count("num_classes", config.num_classes, 0, MOST["num_classes"])

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from jacobiflow.errors import InputValueError
+from jacobiflow.checks import short
+from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.files import partials, read_object, remove_partials, write_beside
 from jacobiflow.flows.config import FlowConfig
 from jacobiflow.flows.fingerprint import fingerprint_of
@@ -61,7 +62,7 @@ class ModelFolder:
         **Raises** `CheckpointError` where there is no such folder, or its config.json is broken.
         """
         path = bundled().get(name, Path(name)) if isinstance(name, str) else name
-        if not path.is_dir():
+        if not os.path.isdir(path):  # unlike Path.is_dir, it has an answer for a name that is too long
             path = _download(str(name), hub)
         return cls(path, *_read_config(path / CONFIG))
 
@@ -89,7 +90,7 @@ class ModelFolder:
                     "no Gaussian noise to remove; leave the rate out"
                 )
             return config
-        except ValueError as error:
+        except InputError as error:
             raise CheckpointError(f"{self.path / CONFIG}: {error}") from None
 
     def state(self) -> dict[str, Tensor]:
@@ -248,7 +249,7 @@ def _read_config(file: Path) -> tuple[str, dict[str, Any], SamplingSettings]:
         )
     try:
         recommended = SamplingSettings.from_json(document.pop(RECOMMENDED, {}))
-    except ValueError as error:
+    except InputError as error:
         raise CheckpointError(f"{file}: recommended settings: {error}") from None
     return model_type, document, recommended
 
@@ -262,16 +263,16 @@ def _is_config(file: Path) -> bool:
 
 def _download(name: str, hub: dict[str, Any]) -> Path:
     here = ", ".join(bundled()) or "none here"
-    if Path(name).exists() or not _HUB_ID.fullmatch(name):
+    if os.path.exists(name) or not _HUB_ID.fullmatch(name):
         raise CheckpointError(
-            f"{name!r}: no such model; give a bundled name ({here}), a folder with {CONFIG} and {WEIGHTS}, or a hub id "
-            "'owner/name'; an original .pth is for TarFlow.from_original"
+            f"{short(name)}: no such model; give a bundled name ({here}), a folder with {CONFIG} and {WEIGHTS}, or a "
+            "hub id 'owner/name'; an original .pth is for TarFlow.from_original"
         )
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, *REPORTS], **hub))
     except Exception as error:  # the errors of its HTTP client change with its version
         raise CheckpointError(
-            f"{name!r} is neither a bundled name ({here}) nor a folder here, and the hub gave none "
+            f"{short(name)} is neither a bundled name ({here}) nor a folder here, and the hub gave none "
             f"({type(error).__name__}: {first_line(error)}); check the id and the connection"
         ) from error
 

@@ -16,12 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jacobiflow.checks import check_count, check_floating, check_kind, check_on, check_path, check_rows, short
-from jacobiflow.errors import InputValueError
+from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.flows.base import FlowBlock
 from jacobiflow.flows.card import model_card
 from jacobiflow.flows.config import MOST, MOST_CHANNELS, FlowConfig
 from jacobiflow.flows.folder import ModelFolder, save_model
-from jacobiflow.flows.labels import check_labels
+from jacobiflow.flows.labels import Labels, as_labels, check_labels
 from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.settings import SamplingSettings
 from jacobiflow.flows.weights import CheckpointError, build, floating
@@ -99,7 +99,7 @@ class ImageFlow(
 
         By default they say nothing. A flow that overrides this gives better errors for weights that do not fit.
 
-        **Raises** `ValueError` where `state` is of no such flow.
+        **Raises** `jacobiflow.InputError` where `state` is of no such flow.
         """
         return config
 
@@ -137,7 +137,7 @@ class ImageFlow(
         """
         try:
             found = cls.config_from_shapes(state, config)
-        except ValueError as error:
+        except InputError as error:
             raise CheckpointError(f"{source}: {error}") from None
         differing = [
             f"{field.name}={getattr(found, field.name)} rather than {getattr(config, field.name)}"
@@ -204,12 +204,13 @@ class ImageFlow(
     def initialize(self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None) -> None:
         """Set what a flow sets by its first training batch, in place; here nothing."""
 
-    def check_labels(self, labels: Int[Tensor, " n"], num: int) -> None:
-        """**Raises** `ValueError` where `labels` are no classes of this flow for `num` samples, `TypeError` where they
-        are no tensor of whole numbers.
+    def check_labels(self, labels: Labels, num: int) -> Int[Tensor, " n"]:
+        """`labels` as a tensor; a single class is that of all `num` samples.
+
+        **Raises** `ValueError` if they are no classes of this flow for `num` samples, `TypeError` if they are no whole
+        numbers.
         """
-        check_count("num", num, 0)
-        check_labels(labels, num, self.config.num_classes)
+        return check_labels(labels, check_count("num", num, 0), self.config.num_classes)
 
     def check_images(self, images: Float[Tensor, "n c h w"]) -> None:
         """**Raises** `TypeError` where `images` are no floating-point numbers, `ValueError` where they are not of the
@@ -218,18 +219,21 @@ class ImageFlow(
         size = self.config.image_size
         check_floating("images", images, ("N", self.config.in_channels, size, size))
 
-    def check_batch(self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None) -> None:
-        """What `encode` and the like check: **raises** `TypeError` or `ValueError` where images do not fit the flow,
-        labels are none of its classes for them (of a flow without classes, not one for each image), or one of the two
-        is on another device.
+    def check_batch(self, images: Float[Tensor, "n c h w"], labels: Labels | None) -> Int[Tensor, " n"] | None:
+        """What `encode` and the like check: `labels` as a tensor on the flow's device.
+
+        **Raises** `TypeError` or `ValueError` if images do not fit the flow, labels are none of its classes for them
+        (of a flow without classes, not one for each image), or tensors are on another device.
         """
         self.check_images(images)
         check_on("images", images, self.var.device)
-        if labels is not None:
-            check_rows("labels", labels, len(images), "images")
+        if labels is None:
+            return None
+        if isinstance(labels, Tensor):
             check_on("labels", labels, self.var.device)
-            if self.config.num_classes:
-                self.check_labels(labels, len(images))
+        tensor = as_labels(labels, len(images)).to(self.var.device)
+        check_rows("labels", tensor, len(images), "images")
+        return self.check_labels(tensor, len(images)) if self.config.num_classes else tensor
 
     def walk(
         self,
@@ -250,16 +254,17 @@ class ImageFlow(
             x = block.permutation(z)
 
     def normalize(
-        self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None
+        self, images: Float[Tensor, "n c h w"], labels: Labels | None = None
     ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
         """Tokens after all blocks, before the prior's scale, and log|det| in nats, summed over dimensions.
 
-        They are at least float32, in whatever dtype the network runs; see `state_dtype`.
+        They are at least float32, in whatever dtype the network runs; see `state_dtype`. `labels` (N,) are the images'
+        classes: a tensor on the flow's device, a list or an array; or one class for all.
 
         **Raises** `ValueError` where images or labels are not of this flow's shape, or a label is no class, and
         `TypeError` where they are of another kind. A flow without classes ignores labels.
         """
-        self.check_batch(images, labels)
+        labels = self.check_batch(images, labels)
         x, log_det = self.to_tokens(images.to(torch.promote_types(images.dtype, state_dtype(self))))
         for step in self.walk(x, labels):
             x = self.blocks[step.block].permutation(step.z)
@@ -267,23 +272,22 @@ class ImageFlow(
         return x, log_det
 
     def encode(
-        self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None
+        self, images: Float[Tensor, "n c h w"], labels: Labels | None = None
     ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
-        """Latents z = f(images), standard normal under the model, and log|det df/dx| in nats; prior included."""
+        """Latents z = f(images), standard normal under the model, and log|det df/dx| in nats; prior included.
+
+        `labels` as `normalize` takes them.
+        """
         z, log_det = self.normalize(images, labels)
         var = self.var.to(z.dtype)
         return z / var.sqrt(), log_det - 0.5 * var.log().sum()
 
-    def log_prob(
-        self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None
-    ) -> Float[Tensor, " n"]:
+    def log_prob(self, images: Float[Tensor, "n c h w"], labels: Labels | None = None) -> Float[Tensor, " n"]:
         """Log-density in nats: log N(z; 0, I) + log|det df/dx|."""
         z, log_det = self.encode(images, labels)
         return log_det - 0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=(1, 2))
 
-    def bits_per_dim(
-        self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None
-    ) -> Float[Tensor, " n"]:
+    def bits_per_dim(self, images: Float[Tensor, "n c h w"], labels: Labels | None = None) -> Float[Tensor, " n"]:
         """-log2 p(images) / D + log2(128): in units of 8-bit pixels, whose [0, 256) the images hold as [-1, 1)."""
         return -self.log_prob(images, labels) / (images[0].numel() * math.log(2)) + 7
 

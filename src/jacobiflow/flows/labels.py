@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -11,18 +15,45 @@ from torch import Tensor
 from jacobiflow.checks import check_kind, short
 from jacobiflow.errors import InputTypeError, InputValueError
 
+Labels = int | Sequence[int] | np.ndarray | Tensor
+"""Classes of samples: one for all of them, or a sequence, array or tensor (N,) with one for each."""
 
-def check_labels(labels: Any, num: int, num_classes: int) -> None:
-    """**Raises** `ValueError` where `labels` are no classes for `num` samples, `TypeError` where they are no tensor of
-    whole numbers.
+_GIVE = "a class, or a tensor or list (N,) of classes, whole numbers"
+
+
+def as_labels(labels: Any, num: int) -> Int[Tensor, " n"]:
+    """`labels` as a tensor of int64 or int32; a single class is that of all `num` samples.
+
+    **Raises** `TypeError` if they are no whole numbers, `ValueError` if they are no vector.
+    """
+    tensor = labels
+    try:
+        if isinstance(labels, Integral) and not isinstance(labels, bool):
+            tensor = torch.full((num,), operator.index(labels))
+        elif isinstance(labels, np.ndarray):
+            tensor = torch.as_tensor(labels.copy())  # any strides, and read-only ones
+        elif isinstance(labels, Sequence) and not isinstance(labels, str | bytes):
+            tensor = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:  # no numbers, no vector, or too large
+        raise InputTypeError(f"labels={short(labels)}: give {_GIVE}") from error
+    if isinstance(tensor, Tensor) and tensor.dtype in (torch.uint8, torch.int8, torch.int16):
+        tensor = tensor.long()
+    _check_kind("labels", tensor, _GIVE)
+    return tensor
+
+
+def check_labels(labels: Any, num: int, num_classes: int) -> Int[Tensor, " n"]:
+    """`labels` as `as_labels` gives them. **Raises** as it does, and `ValueError` if they are no classes for `num`
+    samples.
     """
     if not num_classes:
         raise InputValueError("labels given, but this flow is unconditional: leave them out")
-    _check_kind("labels", labels)
-    if len(labels) != num:
+    tensor = as_labels(labels, num)
+    if len(tensor) != num:
         raise InputValueError(f"labels={short(labels)}: give {num} whole numbers, one for each sample")
-    if (labels >= num_classes).any():
-        raise InputValueError(_no_class(labels, num_classes))
+    if (tensor >= num_classes).any():
+        raise InputValueError(_no_class(tensor, num_classes))
+    return tensor
 
 
 def embed_classes(table: Float[Tensor, "k ..."] | None, labels: Int[Tensor, " b"] | None) -> Tensor | None:
@@ -36,7 +67,7 @@ def embed_classes(table: Float[Tensor, "k ..."] | None, labels: Int[Tensor, " b"
     mean = table.mean(dim=0, keepdim=True)
     if labels is None:
         return mean
-    _check_kind("context", labels)
+    _check_kind("context", labels, "a torch.Tensor (N,) of whole numbers")
     try:
         rows = table[labels.clamp(min=0)]
     except IndexError:
@@ -44,13 +75,12 @@ def embed_classes(table: Float[Tensor, "k ..."] | None, labels: Int[Tensor, " b"
     return torch.where((labels < 0).view(-1, *[1] * (table.ndim - 1)), mean, rows)
 
 
-def _check_kind(name: str, labels: Any) -> None:
-    want = "a torch.Tensor (N,) of whole numbers"
-    check_kind(name, labels, Tensor, want)
+def _check_kind(name: str, labels: Any, give: str) -> None:
+    check_kind(name, labels, Tensor, give)
     if labels.dtype not in (torch.int64, torch.int32):
-        raise InputTypeError(f"{name}={short(labels)}: give {want}")
+        raise InputTypeError(f"{name}={short(labels)}: give {give}")
     if labels.ndim != 1:
-        raise InputValueError(f"{name}={short(labels)}: give {want}")
+        raise InputValueError(f"{name}={short(labels)}: give {give}")
 
 
 def _no_class(labels: Tensor, num_classes: int) -> str:

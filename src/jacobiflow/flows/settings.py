@@ -10,8 +10,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.checks import check_choice, check_flag, check_kind, check_number, check_positive, short
-from jacobiflow.errors import InputValueError
+from jacobiflow.checks import (
+    check_choice,
+    check_flag,
+    check_kind,
+    check_number,
+    check_positive,
+    convert_numbers,
+    short,
+)
+from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.flows.base import Extrapolation
 
 
@@ -36,6 +44,7 @@ class Guidance:
     attn_temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        convert_numbers(self)
         check_number("guidance weight", self.weight, give="0 (off) or a positive number")
         check_flag("annealed", self.annealed)
         check_choice("guidance on", self.on, ("both", "scale", "shift"))
@@ -65,6 +74,7 @@ class SamplingSettings:
     denoise: float = 0.0
 
     def __post_init__(self) -> None:
+        convert_numbers(self)
         check_kind("guidance", self.guidance, Guidance | None, "a Guidance, such as Guidance(1.5), or None")
         check_number("denoise", self.denoise, give="0 (off) or a positive rate")
 
@@ -100,5 +110,5 @@ def _made(cls: Any, entries: Mapping[str, Any]) -> Any:
     """`cls` of the entries; in a file another kind of value is a wrong one."""
     try:
         return cls(**entries)
-    except TypeError as error:
+    except InputTypeError as error:
         raise InputValueError(str(error)) from None

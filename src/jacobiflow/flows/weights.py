@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from jacobiflow.errors import InputValueError
+from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.flows.config import MOST_BLOCKS
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -74,7 +74,7 @@ def build(make: Callable[[], AnyModule], state: dict[str, Tensor], source: str) 
             module = make()
     except _TooManyError:
         raise CheckpointError(f"{source}: the config has more weights than the {len(state)} tensors here") from None
-    except (RuntimeError, TypeError, ValueError, OverflowError, MemoryError) as error:
+    except (InputError, RuntimeError, OverflowError, MemoryError) as error:
         raise CheckpointError(f"{source}: nothing has the sizes in the config ({first_line(error)})") from error
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     problems = [f"{name} {shape}: missing" for name, shape in expected.items() if name not in state]

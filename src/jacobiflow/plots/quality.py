@@ -32,19 +32,20 @@ def certificate_figure(histogram: Mapping[str, Any], tolerance: float | None) ->
     """Samples by their certificate, from `jacobiflow.evaluation.certificate_histogram`, on a logarithmic axis.
 
     Bars have the widths of their bins, and heights of samples per factor of 10, so that areas are numbers of samples;
-    these are written on the bars. Certificates of 0, and those that are not finite, have a bar each beyond the ends of
-    the axis. A line marks the tolerance.
+    these are written on the bars. A line marks the tolerance. Certificates of 0, and those that are not finite, have a
+    bar each beyond the other bars and the line: 0 on the left, not finite on the right.
     """
-    edges = list(histogram["edges"]) or [1.0]
+    edges = list(histogram["edges"]) or [tolerance or 1.0]
     bars = list(zip(edges, edges[1:], histogram["counts"], strict=False))
     ticks = _edge_ticks(edges) if bars else {}
     step = 10 ** max(0.3, math.log10(edges[-1] / edges[0]) / 12)  # the width of a bar beyond the ends
+    least, most = min(edges[0], tolerance or edges[0]), max(edges[-1], tolerance or edges[-1])
     if histogram["zero"]:
-        bars.append((edges[0] / step**2, edges[0] / step, histogram["zero"]))
-        ticks[edges[0] / step**1.5] = "0"
+        bars.append((least / step**2, least / step, histogram["zero"]))
+        ticks[least / step**1.5] = "0"
     if histogram["infinite"]:
-        bars.append((edges[-1] * step, edges[-1] * step**2, histogram["infinite"]))
-        ticks[edges[-1] * step**1.5] = "not finite"
+        bars.append((most * step, most * step**2, histogram["infinite"]))
+        ticks[most * step**1.5] = "not finite"
     figure = new_figure(3.4)
     axis = figure.subplots()
     axis.set_xscale("log")

@@ -38,7 +38,7 @@ def certify(
     """
     check_tokens(block, z, context, x=x)
     if slots is not None:
-        check_count("slots", slots)
+        slots = check_count("slots", slots)
     residual = z.new_empty(len(z))
     size = slots or max(len(z), 1)
     with no_gradients(block):
@@ -90,7 +90,9 @@ def solve_certified(
     check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
     check_certificate("certificate", certificate)
     if tolerance is not None:
-        check_number("tolerance", tolerance)
+        tolerance = check_number("tolerance", tolerance)
+    if slots is not None:
+        slots = check_count("slots", slots)
     started = time.perf_counter()
     own = solver.stopping.atol
     atol = tolerance if certificate and tolerance is not None else own

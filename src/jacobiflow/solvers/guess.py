@@ -92,7 +92,7 @@ class MeanAffine(Guess):
         return hash(tuple(self.shift.flatten().tolist()))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Given(Guess):
     """X^(0) = `value`, an approximate answer that is to be improved."""
 
@@ -110,6 +110,12 @@ class Given(Guess):
                 f"Given: value of shape {tuple(self.value.shape)}, but z is {tuple(z.shape)}: give as many"
             )
         return self.value.clone()
+
+    def __eq__(self, other: object) -> bool:
+        return torch.equal(self.value, other.value) if isinstance(other, Given) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.value.shape))
 
 
 def check_shape(guess: Guess, values: Float[Tensor, "t c"], num_tokens: int, token_channels: int) -> None:

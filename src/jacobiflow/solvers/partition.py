@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jacobiflow.checks import check_count
+from jacobiflow.checks import check_count, convert_numbers
 from jacobiflow.codec import family, register
 from jacobiflow.errors import InputValueError
 
@@ -94,6 +94,7 @@ class Segments(Partition):
     count: int
 
     def __post_init__(self) -> None:
+        convert_numbers(self)
         check_count("Segments: count", self.count)
 
     def stop(self, front: int, num_tokens: int) -> int:
@@ -121,6 +122,7 @@ class Window(SlidingRun):
     size: int
 
     def __post_init__(self) -> None:
+        convert_numbers(self)
         check_count("Window: size", self.size)
 
     def run_size(self, num_tokens: int, last: Sweep | None) -> int:

@@ -58,9 +58,8 @@ def solve(
     piece of the solver does not fit T and C, or the block has no bfloat16 network (`LowPrecision`) for coarse sweeps.
     `TypeError` for other kinds, and where `z` is of a dtype that the state cannot have.
     """
-    _check(block, z, solver, context, slots)
+    slots = _check(block, z, solver, context, slots)
     started = time.perf_counter()
-    slots = slots or max(len(z), 1)
     with no_gradients(block):
         done = _recurrence(block, z, solver, context, slots) or _sweeps(block, z, solver, context, slots)
         failed = done.tally.failed | ~torch.isfinite(done.x).all(dim=(1, 2)).cpu().numpy()
@@ -101,15 +100,16 @@ def check_tokens(block: Block, z: Tensor, context: Tensor | None, **others: Tens
         check_on("context", context, z.device)
 
 
-def _check(block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int | None) -> None:
+def _check(block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int | None) -> int:
+    """The slots: by default one for each row of `z`. **Raises** as `solve` does."""
     check_tokens(block, z, context)
     check_finite("z", z)
     check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
-    if slots is not None:
-        check_count("slots", slots)
+    slots = max(len(z), 1) if slots is None else check_count("slots", slots)
     solver.check(*z.shape[1:])
     if solver.coarse and not isinstance(block, LowPrecision):
         raise InputValueError(f"coarse={solver.coarse}: {type(block).__name__} has no bfloat16 network; give 0")
+    return slots
 
 
 class _Done(NamedTuple):
@@ -127,7 +127,7 @@ def _recurrence(block: Block, z: Tensor, solver: Solver, context: Tensor | None,
     It is the block's own recurrence, or on a GPU graphs of its kernels.
     """
     length = z.shape[1]
-    if solver.coarse or len(z) == 0 or not solver.partition.token_by_token(length):
+    if len(z) == 0 or not solver.partition.token_by_token(length):
         return None
     x = _own_recurrence(block, z, context, slots) if isinstance(block, ExactInverse) else None
     if x is None and z.device.type == "cuda" and isinstance(block, Replayable):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 
-from jacobiflow.checks import check_count, check_kind, check_number
+from jacobiflow.checks import check_count, check_kind, check_number, convert_numbers
 from jacobiflow.codec import OMIT_DEFAULT
 from jacobiflow.errors import InputValueError
 
@@ -27,6 +28,7 @@ class Stopping:
     ebound: float | None = field(default=None, metadata=OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
+        convert_numbers(self)
         for name, value in (("tolerance", self.atol), ("ebound", self.ebound)):
             if value is not None:
                 check_number(name, value, give="0 (down to rounding) or a positive number")
@@ -63,8 +65,8 @@ def MaxSweeps(count: int | Sequence[int]) -> Stopping:
     A sequence has a count for each segment of a `Segments` partition: more sweeps where a block is tough (end of
     section 3.4 of the paper).
     """
-    check_kind("sweeps", count, int | Sequence, "a positive whole number, or one for each segment")
-    return Stopping(max_sweeps=count if isinstance(count, int) else tuple(count))
+    check_kind("sweeps", count, Integral | Sequence, "a positive whole number, or one for each segment")
+    return Stopping(max_sweeps=tuple(count) if isinstance(count, Sequence) else count)
 
 
 def EarlyStop(ebound: float = 1e-8) -> Stopping:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Int
 from rich.console import Console
 from torch import Tensor
 
 from jacobiflow.calibration import Report
-from jacobiflow.checks import check_choice, check_count, check_flag, check_kind, check_path, check_seed
+from jacobiflow.checks import check_choice, check_count, check_flag, check_kind, check_number, check_path, check_seed
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.labels import Labels
 from jacobiflow.guidance import Guidance
 from jacobiflow.latents import MOST_SAMPLES
 from jacobiflow.sampling import check_settings, draw
@@ -37,7 +37,7 @@ def sample_to_folder(
     flow: ImageFlow,
     num: int,
     out: str | Path,
-    labels: Int[Tensor, " n"] | None = None,
+    labels: Labels | None = None,
     seed: int = 0,
     *,
     strategy: str | Path | Strategy = "auto",
@@ -85,15 +85,18 @@ def sample_to_folder(
     files that are not ours, or its disk is too small; `FolderInUseError`, another one, where another run is writing to
     it. `OSError` where a file cannot be written; the shards before it stay.
     """
+    num, seed = check_count("num", num, most=MOST_SAMPLES), check_seed(seed)
     batch_size, shard_size = sizes(num, batch_size, shard_size)
-    check_settings(flow, batch_size, guidance, denoise, certify)
+    _, denoise = check_settings(flow, batch_size, guidance, denoise, certify)
     check_path("out", out)
     check_kind("model", model, str, "a name")
     check_flag("overwrite", overwrite)
     check_flag("progress", progress)
     check_kind("among", among, Processes, "what jacobiflow.processes gives")
     check_kind("on_shard", on_shard, Callable | None, "a function, or None")
-    _check(flow, num, shard_size, labels, seed, files)
+    _check(flow, num, shard_size, files)
+    labels = None if labels is None else flow.check_labels(labels, num)
+    tolerance = None if tolerance is None else check_number("tolerance", tolerance)
     plan = partial(
         choose, flow, strategy, batch_size, tolerance=tolerance, guidance=guidance, report=report,
         say=say if Console(stderr=True).is_terminal else lambda text: None,
@@ -147,24 +150,21 @@ def sizes(num: int, batch_size: int | None, shard_size: int | None) -> tuple[int
 
     **Raises** `TypeError` for what is no number, `ValueError` for sizes that do not go together or are over the limits.
     """
-    check_count("num", num, most=MOST_SAMPLES)
+    num = check_count("num", num, most=MOST_SAMPLES)
     batch_size = min(num, DEFAULT_BATCH) if batch_size is None else batch_size
-    check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
     shard_size = max(_SHARD // batch_size, 1) * batch_size if shard_size is None else shard_size
-    check_count("shard_size", shard_size, most=MOST_SAMPLES)
+    shard_size = check_count("shard_size", shard_size, most=MOST_SAMPLES)
     if shard_size % batch_size:
         raise InputValueError(f"shard_size={shard_size}: give a multiple of the batch size, {batch_size}")
     check_sizes(num, shard_size, (1, 1, 1))
     return batch_size, shard_size
 
 
-def _check(flow: ImageFlow, num: int, shard_size: int, labels: Tensor | None, seed: int, files: str) -> None:
+def _check(flow: ImageFlow, num: int, shard_size: int, files: str) -> None:
     """**Raises** `TypeError` or `ValueError` for samples that the flow, or a folder, cannot have."""
     config = flow.config
     check_sizes(num, shard_size, (config.in_channels, config.image_size, config.image_size))
-    if labels is not None:
-        flow.check_labels(labels, num)
-    check_seed(seed)
     check_choice("files", files, FILES)
     if files == "png" and config.in_channels not in (1, 3):
         raise InputValueError(f"files={files!r}: holds images of 1 or 3 channels, not {config.in_channels}; give npz")

@@ -53,8 +53,8 @@ def auto(
     """
     tolerance = DEFAULT_TOLERANCE if tolerance is None else tolerance
     check_flow(flow)
-    check_count("batch_size", batch_size, most=MOST_SAMPLES)
-    check_number("tolerance", tolerance)
+    batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    tolerance = check_number("tolerance", tolerance)
     check_guidance(guidance)
     check_kind("report", report, Report | None, "a Report, as calibrate returns, or None")
     check_kind("say", say, Callable, "a function of a line of text")

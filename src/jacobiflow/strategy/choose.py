@@ -44,7 +44,7 @@ def choose(
     **Raises** `ValueError` that quotes what is wrong: an unknown name, a strategy that does not fit the flow, the
     device or the guidance, or a tolerance that the strategy would ignore. `TypeError` for other kinds.
     """
-    _check(flow, strategy, batch_size, tolerance, guidance, report, say)
+    batch_size, tolerance = _checked(flow, strategy, batch_size, tolerance, guidance, report, say)
     if isinstance(strategy, str) and is_auto(strategy):
         return auto(flow, batch_size, _tolerance_of(strategy, tolerance), guidance, report, say)
     config = flow.config
@@ -69,18 +69,19 @@ def choose(
     return found
 
 
-def _check(
+def _checked(
     flow: ImageFlow, strategy: object, batch_size: int, tolerance: float | None, guidance: Guidance | None,
     report: Report | None, say: Callable[[str], None],
-) -> None:  # fmt: skip
+) -> tuple[int, float | None]:  # fmt: skip
     check_flow(flow)
     check_kind("strategy", strategy, str | Path | Strategy, "a name, a Strategy, or the path of one's file")
-    check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
     if tolerance is not None:
-        check_number("tolerance", tolerance)
+        tolerance = check_number("tolerance", tolerance)
     check_guidance(guidance)
     check_kind("report", report, Report | None, "a Report, as calibrate returns, or None")
     check_kind("say", say, Callable, "a function of a line of text")
+    return batch_size, tolerance
 
 
 def is_auto(name: str) -> bool:

@@ -19,7 +19,7 @@ def batch_bytes(flow: ImageFlow, num: int, guidance: Guidance | None = None) -> 
     By the shapes: keys and values, twice under guidance, what a sweep of all tokens makes, and the tokens.
     """
     check_flow(flow)
-    check_count("num", num)
+    num = check_count("num", num)
     check_guidance(guidance)
     row, config = flow.blocks[0].row_bytes(), flow.config
     if row is None:
@@ -33,7 +33,7 @@ def fitting_batch(flow: ImageFlow, most: int, guidance: Guidance | None = None) 
 
     **Raises** `ValueError` where not even one does, or the flow or the system does not say how much memory there is.
     """
-    check_count("most", most)
+    most = check_count("most", most)
     needed, free = batch_bytes(flow, 1, guidance), free_memory(flow.var.device)
     if needed is None or free is None:
         raise InputValueError(

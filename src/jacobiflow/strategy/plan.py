@@ -63,7 +63,7 @@ def plan(
     **Raises** `ValueError` for another flow's report, one without a tuning, or settings that do not fit, `TypeError`
     for other kinds of arguments.
     """
-    tuning = _check(flow, report, batch_size, tolerance, device, guidance)
+    tuning, batch_size, tolerance = _checked(flow, report, batch_size, tolerance, device, guidance)
     check_flag("progress", progress)
     check_kind("settings", settings, PlanSettings, "PlanSettings")
     start = FIRST_CALIBRATION_LATENT + tuning.samples  # the tuning has not seen them, and `sample` does not draw them
@@ -133,22 +133,22 @@ def _planned(
     )
 
 
-def _check(
+def _checked(
     flow: ImageFlow, report: Report | Tuning, batch_size: int, tolerance: float, device: torch.device | str | None,
     guidance: Guidance | None,
-) -> Tuning:  # fmt: skip
+) -> tuple[Tuning, int, float]:  # fmt: skip
     check_flow(flow)
     check_kind("report", report, Report | Tuning, "a Report or a Tuning")
     tuning = report if isinstance(report, Tuning) else report.tuning
     if tuning is None:
         raise InputValueError("this report has no tuning: calibrate with chord=True")
-    check_count("batch_size", batch_size, most=MOST_SAMPLES)
-    check_positive("tolerance", tolerance, "a positive number; at 0 use strategy 'sequential'")
+    batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    tolerance = check_positive("tolerance", tolerance, "a positive number; at 0 use strategy 'sequential'")
     check_guidance(guidance)
     if device is not None and check_device(device).type != flow.var.device.type:
         raise InputValueError(f"device={str(device)!r}: the flow is on {flow.var.device}; move it there first")
     tuning.check(flow)
-    return tuning
+    return tuning, batch_size, tolerance
 
 
 # ------------------------------------------------------------------------------------------------------------ rounding

@@ -26,7 +26,7 @@ from jacobiflow.flows.config import MOST_BLOCKS, MOST_TOKENS
 from jacobiflow.flows.fingerprint import check_fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.guidance import Guidance, check_guidance, in_force
-from jacobiflow.solvers import EarlyStop, Latent, MaxSweeps, Segments, Solver, Tolerance, Whole
+from jacobiflow.solvers import EarlyStop, Latent, MaxSweeps, Segments, Solver, Whole
 from jacobiflow.strategy import notation
 from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
 
@@ -88,8 +88,7 @@ class Strategy:
     def uniform(cls, solver: Solver, num_blocks: int) -> Strategy:
         """The same solver for every block. **Raises** as `Strategy` does."""
         check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
-        check_count("num_blocks", num_blocks, most=MOST_BLOCKS)
-        return cls((solver,) * num_blocks)
+        return cls((solver,) * check_count("num_blocks", num_blocks, most=MOST_BLOCKS))
 
     @classmethod
     def parse(
@@ -116,7 +115,7 @@ class Strategy:
         """
         check_kind("text", text, str, "the name of a strategy")
         check_kind("report", report, Report | None, "a Report, as calibrate returns, or None")
-        check_number("tolerance", tolerance)
+        tolerance = check_number("tolerance", tolerance)
         blocks = _size(text, "num_blocks", num_blocks, report.num_blocks if report else None, MOST_BLOCKS)
         tokens = _size(text, "num_tokens", num_tokens, report.num_tokens if report else None, MOST_TOKENS)
         guesses = [report.guess(block) if report else Latent() for block in range(blocks)]
@@ -141,9 +140,8 @@ class Strategy:
         **Raises** `ValueError` where CRM is not defined or the tolerance was not measured, `TypeError` for other kinds.
         """
         check_kind("report", report, Report, "a Report, as calibrate returns")
-        check_number("tolerance", tolerance)
+        tolerance, call_cost = check_number("tolerance", tolerance), check_number("call_cost", call_cost)
         check_flag("per_segment", per_segment)
-        check_number("call_cost", call_cost)
         length, tough = report.num_tokens, report.tough_blocks
         needed = report.slowest_sweeps("noise", tolerance)
         easy = max((count for block, count in enumerate(needed) if block not in tough), default=1)
@@ -186,7 +184,7 @@ class Strategy:
 
         **Raises** `ValueError` where that is none, or the strategy was planned for another.
         """
-        Tolerance(atol)  # refuses what is no tolerance
+        atol = check_number("tolerance", atol)
         if self.tolerance is not None and atol != self.tolerance:
             raise InputValueError(f"tolerance={atol}: the strategy was planned for {self.tolerance:g}; plan again")
         if self.tolerance is not None:
@@ -218,7 +216,7 @@ class Strategy:
         A smaller batch is solved as well, if not as fast as one that was planned for.
         """
         check_kind("device", device, torch.device, "a torch.device")
-        check_count("batch_size", batch_size)
+        batch_size = check_count("batch_size", batch_size)
         check_guidance(guidance)
         if self.prediction is None:
             return
@@ -291,7 +289,7 @@ def _size(text: str, name: str, given: int | None, reported: int | None, most: i
     size = reported if given is None else given
     if size is None:
         raise InputValueError(f"strategy {short(text)}: give a report, or {name} of the flow")
-    check_count(name, size, most=most)
+    size = check_count(name, size, most=most)
     if reported is not None and size != reported:
         raise InputValueError(f"strategy {short(text)}: {name}={size}, but the report is of a flow with {reported}")
     return size

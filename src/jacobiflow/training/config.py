@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from jacobiflow.checks import check_count, check_flag, check_kind, check_number, check_positive
+from jacobiflow.checks import check_count, check_flag, check_kind, check_number, check_positive, convert_numbers
 from jacobiflow.data.augmentation import Augmentation
 from jacobiflow.data.noise import Noise
 from jacobiflow.errors import InputValueError
@@ -43,6 +43,7 @@ class TrainConfig:
     sample_every: int = 1000
 
     def __post_init__(self) -> None:
+        convert_numbers(self)
         for name in ("steps", "checkpoint_every", "sample_every"):
             check_count(name, getattr(self, name), most=MOST_STEPS)
         check_count("batch_size", self.batch_size)

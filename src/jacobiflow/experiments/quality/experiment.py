@@ -60,7 +60,7 @@ class Experiment:
             if not is_auto(name):
                 self.strategy(name)
         if self.labels is not None:
-            self.flow.check_labels(self.labels, len(self.labels))
+            object.__setattr__(self, "labels", self.flow.check_labels(self.labels, len(self.labels)))
         check_rate(self.flow, self.denoise)
 
     def strategy(self, name: str) -> Strategy | None:
