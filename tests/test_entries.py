@@ -97,7 +97,7 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (jf.sample, "flow latents labels progress", {}), (jf.decode, "flow z labels strategy tolerance certify", {}),
     (jf.denoise, "flow images labels rate batch_size", {}),
     (jf.calibrate, "flow images labels norm guidance segments traced per_class chord batch_size seed progress",
-     {"images": (IMAGES, (7, "x", {}), (IMAGES[:1], IMAGES[:0]))}),
+     {"images": (IMAGES, (7, "x", {}), (IMAGES[:1], IMAGES[:0], *ABSENT))}),
     (jf.tune, "flow labels guidance samples batch_size seed progress settings",
      {"labels": (LABELS, NO_LABELS, (LABELS[0], LABELS[:0], LABELS + 1, 3, *ABSENT_LABELS))}),
     (jf.plan, "flow report batch_size tolerance device guidance settings",

@@ -255,7 +255,7 @@ IMAGES = images_of(FLOW)
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"images": IMAGES[:, :, :, :7]}, r"images=a tensor \(4, 1, 8, 7\) of torch.float64: .*\(N, 1, 8, 8\)"),
+        ({"images": IMAGES[:, :, :, :7]}, r"images=a tensor \(7, 1, 8, 7\) of torch.float64: .*\(N, 1, 8, 8\)"),
         ({"images": IMAGES / (torch.arange(7) != 5).view(-1, 1, 1, 1)}, "images: number 5 holds a NaN or an infinity"),
         ({"labels": torch.arange(7)}, "label 6: this flow has classes 0 to 2"),
         ({"guidance": jf.Guidance(1e200), "labels": torch.arange(7) % 3}, "parameters of block 0 overflow"),

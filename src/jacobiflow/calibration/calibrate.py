@@ -168,6 +168,8 @@ def _checked(
     check_guidance(guidance)
     segments = check_count("segments", segments)
     Segments(segments).check(flow.config.num_tokens)
+    if isinstance(images, Tensor):
+        flow.check_images(images)
     indexable = hasattr(images, "__getitem__") and hasattr(images, "__len__")
     if not indexable or isinstance(images, str | bytes | Mapping) or getattr(images, "shape", None) == ():
         raise InputTypeError(f"images of type {type(images).__name__}: give a tensor, or what a tensor can index")
