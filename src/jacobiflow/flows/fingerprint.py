@@ -80,7 +80,9 @@ class _Snapshot:
         if self.is_reliable:
             self._state = _state(tensors)
             self._memory = [
-                (ctypes.c_char * t.element_size()).from_address(t.data_ptr()) for t in tensors if t.is_cpu and t.numel()
+                (ctypes.c_char * t.element_size()).from_address(t.data_ptr())
+                for t in tensors
+                if t.is_cpu and t.data_ptr()
             ]
             self._elsewhere = [not t.is_cpu and t.numel() > 0 for t in tensors]
             self._values = self._first_entries(tensors)
