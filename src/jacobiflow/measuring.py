@@ -65,10 +65,10 @@ def interleave(
     results: dict[str, Any] = {}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
-            _synchronize(device)
+            synchronize(device)
             started = perf_counter()
             result = run()
-            _synchronize(device)
+            synchronize(device)
             elapsed = perf_counter() - started
             if repeat:
                 seconds[name].append(elapsed)
@@ -118,8 +118,8 @@ def _processor() -> str:
     return f"{name} with AVX512-BF16 and AMX" if any("amx_bf16" in line for line in lines) else name
 
 
-def _synchronize(device: torch.device | str) -> None:
-    """Wait for the work queued on a device that works on its own."""
+def synchronize(device: torch.device | str) -> None:
+    """Waits for the work that is queued on a device."""
     kind = torch.device(device).type
     if kind == "cuda":
         torch.cuda.synchronize(device)

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import multiprocessing
 import os
+import platform
 import pwd
 import shlex
 import shutil
@@ -56,13 +57,11 @@ class Machine:
 @pytest.fixture
 def machine(tmp_path: Path, binary: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     compiler, calls = tmp_path / "compiler", tmp_path / "calls"
-    real, kept = shlex.quote(str(shutil.which("c++"))), shlex.quote(str(binary))
     script = f"""#!/bin/sh
-case "$*" in *-dM*) exec {real} "$@";; esac
 while [ "$1" != -o ]; do shift; done
 echo compiled >> {shlex.quote(str(calls))}
 sleep 0.2
-cp {kept} "$2"
+cp {shlex.quote(str(binary))} "$2"
 """
     compiler.write_text(script)
     compiler.chmod(0o755)
@@ -82,7 +81,38 @@ def test_compiles_once_and_keeps_it_for_this_user_alone(machine: Machine) -> Non
     (path,) = machine.kept()
     assert path.stat().st_mode & 0o077 == 0 and path.parent.stat().st_mode & 0o077 == 0
     assert machine.restart() is not None and machine.compiled() == 1
-    assert native.describe().startswith("compiled by compiler for ")
+    assert native.describe().startswith("compiled for ")
+
+
+def test_once_compiled_it_needs_no_compiler(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an image that was built with a compiler, and is run without one."""
+    machine.restart()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert machine.restart() is not None and machine.compiled() == 1
+    name, (path,) = native.library_name(), machine.kept()
+    assert name == path.name
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="the file is Linux's")
+def test_another_processor_compiles_its_own(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another clock rate makes no other processor."""
+    path = tmp_path / "cpuinfo"
+    monkeypatch.setattr(build, "_CPU", path)
+    lines = ("model\t: 85\ncpu MHz\t: 2000", "model\t: 85\ncpu MHz\t: 3000", "model\t: 86", "model\t: 85\nflags\t: fma")
+    for line, compiled in zip(lines, (1, 1, 2, 3), strict=True):
+        path.write_text(f"processor\t: 0\n{line}\n\nprocessor\t: 1\n")
+        assert machine.restart() is not None and machine.compiled() == compiled == len(machine.kept())
+
+
+@pytest.mark.parametrize("name", ["TarFlowArguments", "MafArguments"])
+def test_a_structure_of_another_size_is_a_fault(name: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Larger(getattr(build, name)):  # type: ignore[misc]
+        _fields_ = (("more", ctypes.c_void_p),)
+
+    monkeypatch.setattr(build, name, Larger)
+    with pytest.raises(RuntimeError, match=r"Larger is of \d+ bytes here, and of \d+ in C\+\+"):
+        machine.restart()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "random", "empty", "one bit"])

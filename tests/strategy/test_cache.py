@@ -30,7 +30,9 @@ from invented import (
 
 import jacobiflow as jf
 import jacobiflow.strategy.cache as cache_module
+from jacobiflow.errors import InputValueError
 from jacobiflow.strategy import auto
+from jacobiflow.strategy.memory import batch_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -128,15 +130,18 @@ def test_what_a_plan_depends_on(model: Path, plans: Plans, monkeypatch: pytest.M
         lambda: report(2).save(model / "report.json"),
         lambda: torch.set_float32_matmul_precision("high"),  # TF32, where there is any
         lambda: torch.set_float32_matmul_precision("highest"),  # as before
-        lambda: monkeypatch.setattr("jacobiflow.measuring.version", lambda name: "99"),
-        lambda: monkeypatch.setattr("jacobiflow.strategy.cache.machine", lambda device: {"processor": "Abacus"}),
-        lambda: monkeypatch.setattr("jacobiflow.strategy.cache.library", lambda: "native code"),
+        lambda: monkeypatch.setattr("jacobiflow.strategy.cache.library_name", lambda: "native-code.so"),
     ]
-    for other, made in zip(others, (2, 3, 4, 5, 6, 7, 7, 8, 9, 10), strict=True):
+    for other, made in zip(others, (2, 3, 4, 5, 6, 7, 7, 8), strict=True):
         other()
-        assert plans.auto(flow) == first
+        assert plans.auto(flow) == plans.auto(flow) == first
         assert plans.made == len(plans.files) == made
-    with torch.autocast("cpu", torch.bfloat16):
+    # What does not change while a process runs.
+    for name in ("machine", "_code"):
+        monkeypatch.setattr(cache_module, name, lambda *_: "other")
+        assert plans.auto(plans.load(model)) == first
+    assert plans.made == len(plans.files) == 10
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="below the rounding"):
         plans.auto(flow)
     assert plans.made == 11
 
@@ -166,13 +171,42 @@ def test_a_kept_plan_that_is_damaged_is_made_anew(model: Path, plans: Plans) -> 
         assert jf.Strategy.load(file) == first
 
 
-def test_a_plan_of_a_busy_machine_is_used_but_not_kept(model: Path, plans: Plans) -> None:
-    for spread, kept in ((0.31, 0), (0.29, 1)):
-        plans.machine.call, plans.machine.low, plans.machine.moods = 0.03, 1.0, (1.0, 1.0, 1.0 + spread, 1.0 + spread)
-        plans.forget()
-        plans.auto(plans.load(model))
-        assert len(plans.files) == kept
+@pytest.mark.parametrize(("call", "token"), [(0.03, 0.0), (0.0, 0.01)], ids=["sweeps", "the loop"])
+def test_a_plan_of_a_busy_machine_is_used_but_not_kept(call: float, token: float, model: Path, plans: Plans) -> None:
+    """Neither in the folder nor in memory."""
+    for spread, made, kept in ((0.31, 2, 0), (0.29, 3, 1)):
+        plans.machine = Machine(call, token, low=1.0, moods=(1.0, 1.0 + spread, 1.0 + spread))
+        flow = plans.load(model)
+        for _ in range(2):
+            solvers = plans.auto(flow).solvers
+            assert all((solver.partition == LOOP) == (token > 0) for solver in solvers)
+        assert (plans.made, len(plans.files)) == (made, kept)
         assert ("timings differ by 31%, the machine is busy; planning anew next time" in plans.said[-1]) != kept
+
+
+def test_a_plan_in_memory_is_found_without_reading_or_hashing_anything(
+    model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow = plans.load(model)
+    first = plans.auto(flow, 3)
+    for name in ("io.open", "hashlib.sha256", "jacobiflow.strategy.memory.free_memory"):
+        monkeypatch.setattr(name, None)
+    assert plans.auto(flow, 3) is first
+    with pytest.raises(TypeError, match="NoneType"):
+        plans.auto(flow, 4)
+
+
+def test_no_batch_is_planned_for_that_does_not_fit_in_memory(
+    model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow = plans.load(model)
+    needed = batch_bytes(flow, 1)
+    assert needed is not None
+    for room, planned in ((2.5, 3), (3.9, 3), (4.1, 4)):
+        monkeypatch.setattr("jacobiflow.strategy.memory.free_memory", lambda device, room=room: room * needed / 0.8)
+        prediction = plans.auto(plans.load(model), 3).prediction
+        assert prediction is not None
+        assert prediction.batch_size == planned
 
 
 @pytest.mark.parametrize("place", ["no home", "a file in the way", "home"])
@@ -256,6 +290,19 @@ def test_a_flow_whose_latents_overflow_is_left_to_the_loop(model: Path, plans: P
     assert "the sequential loop, since 4 of 4 fresh latents overflow" in plans.said[-1]
     with pytest.warns(UserWarning, match="2 of 2 samples: the exact inverse itself overflows"):
         assert draw(flow, "auto", 2).images.isnan().any()
+
+
+def test_a_wrong_input_to_a_trial_is_not_taken_for_an_overflow(
+    model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model / "report.json").unlink()
+
+    def fit(*_: object, **named: object) -> None:
+        raise InputValueError("a fault of a piece")
+
+    monkeypatch.setattr(cache_module, "tune", fit)
+    with pytest.raises(InputValueError, match="a fault of a piece"):
+        plans.auto(plans.load(model))
 
 
 def test_a_tolerance_that_was_raised_to_the_rounding_is_said(plans: Plans) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import time
 
 import numpy as np
 import pytest
+import torch
+from fake_device import FakeDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from invented import GUIDANCE, TOKENS, Machine, invented_block, make_tuning, small
@@ -15,7 +18,7 @@ from problems import MixingBlock, make_flow
 
 import jacobiflow as jf
 from jacobiflow.guidance import guided
-from jacobiflow.strategy.costs import Costs, exact_costs, measure
+from jacobiflow.strategy.costs import Costs, ExactCosts, exact_costs, measure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,24 +59,53 @@ def test_what_a_machine_takes_is_measured(guidance: jf.Guidance | None, monkeypa
 
 
 def test_the_least_of_a_few_timings_counts_and_the_first_not_for_their_spread(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(call=0.02, token=2e-4, moods=(2.0, 1.0, 1.5, 1.25))
+    machine = Machine(call=0.02, token=2e-4, moods=(1.25, 2.0, 1.0, 1.5))  # a warm-up run is first
     flow = machine.carry(small(), monkeypatch)
     costs = measure(flow.blocks[0], TUNING, 1, flow, exact_costs(flow.blocks[0], 1, flow))
     assert costs.sweep[1, WHOLE] == pytest.approx(machine.seconds(1, 14.5))
     assert (costs.sequential, costs.spread) == pytest.approx((machine.seconds(1, *[1] * TOKENS), 0.25))
     machine = Machine(call=5e-3, low=1.0)
     flow = machine.carry(small(), monkeypatch)
-    measure(flow.blocks[0], TUNING, 1, flow, (0, 0))
+    measure(flow.blocks[0], TUNING, 1, flow, ExactCosts(0, 0, 0))
     assert 0.5 < machine.now < 0.9  # what is short is timed for a tenth of a second, five things here
     machine = Machine(moods=[1 / (1 + n) for n in range(500)], low=1.0)  # ever less busy
     flow = machine.carry(small(), monkeypatch)
-    costs = measure(flow.blocks[0], TUNING, 2, flow, (0, 0))
+    costs = measure(flow.blocks[0], TUNING, 2, flow, ExactCosts(0, 0, 0))
     assert min(*costs.sweep.values(), *costs.fixed.values(), costs.coarse, costs.coarse_fixed) >= 0
+
+
+def test_what_takes_long_is_timed_twice_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native code is compiled in the first run: here a hundred times as long as the others."""
+    machine = Machine(call=3.0, moods=(100.0, 1.5, 1.0, 1.0, 1.5))
+    flow = machine.carry(small(), monkeypatch)
+    assert exact_costs(flow.blocks[0], 2, flow) == pytest.approx((3.0 * TOKENS, 3.0, 0.25))
+    assert machine.now == pytest.approx(3.0 * ((100 + 1.5 + 1) * TOKENS + 1 + 1.5))
+
+
+def test_a_gpu_is_waited_for_before_the_clock_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    def note(event: str) -> float:
+        events.append(event)
+        return 0.01 * len(events)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: note("clock"))
+    for name in ("solve", "certify"):
+        monkeypatch.setattr(f"jacobiflow.strategy.costs.{name}", lambda *_, name=name: note(name))
+    with FakeDevice():
+        flow = copy.deepcopy(small()).to("cuda")
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: note("wait"))
+        exact_costs(flow.blocks[0], 2, flow)
+    for run in ("solve", "certify"):
+        assert events.count(run) >= 4
+    readings = [i for i, event in enumerate(events) if event == "clock"]
+    assert {tuple(events[i - 1 : i + 1]) for i in readings} == {("wait", "clock")}
+    assert len(readings) == 2 * (events.count("solve") - 1 + events.count("certify"))
 
 
 def test_a_block_without_bfloat16_or_fronts_of_its_own_is_measured_without(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
-    costs = measure(MixingBlock(TOKENS, 4), TUNING, 2, make_flow(num_classes=3), (0, 0))
+    costs = measure(MixingBlock(TOKENS, 4), TUNING, 2, make_flow(num_classes=3), ExactCosts(0, 0, 0))
     assert (costs.coarse, costs.coarse_fixed) == (math.inf, math.inf)
     assert (set(costs.fixed.values()), set(costs.sweep.values())) == ({3}, {0})  # readings, two of them by the solver

@@ -126,8 +126,8 @@ def tune(
     - `settings`: what is tried.
     - `kept`: blocks that an interrupted `calibrate` has tuned are taken from there.
 
-    **Raises** `ValueError` for arguments that do not fit, and where a latent overflows in the exact inverse;
-    `TypeError` for other kinds of arguments.
+    **Raises** `ValueError` for arguments that do not fit, `LatentOverflowError`, which is one, if a latent overflows in
+    the exact inverse, and `TypeError` for other kinds of arguments.
     """
     labels, samples, batch_size = _checked(flow, labels, guidance, samples, batch_size)
     seed = check_seed(seed)
@@ -171,11 +171,15 @@ def tune(
     )
 
 
+class LatentOverflowError(InputValueError):
+    """The exact inverse of a latent is not finite."""
+
+
 def check_finite(x: Float[Tensor, "b t c"], what: str) -> None:
-    """**Raises** `ValueError` that counts the samples in which an entry is not finite, and says `what` they are."""
+    """**Raises** `LatentOverflowError` that counts the samples in which an entry is not finite, named `what`."""
     lost = int((~torch.isfinite(x).all(dim=(1, 2))).sum())
     if lost:
-        raise InputValueError(f"{lost} of {len(x)} {what}; lower the guidance, or use a wider dtype")
+        raise LatentOverflowError(f"{lost} of {len(x)} {what}; lower the guidance, or use a wider dtype")
 
 
 def _checked(

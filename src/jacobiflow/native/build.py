@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -23,6 +24,37 @@ _FLAGS = (
 )  # fmt: skip
 _COMPILERS = ("c++", "g++", "clang++")
 _HERE = Path(__file__).parent
+_CPU = Path("/proc/cpuinfo")
+# Lines of it that tell processors apart. Others, such as the clock's rate, change all the time.
+_INSTRUCTIONS = re.compile(
+    r"(vendor_id|cpu|cpu family|model|flags|[Ff]eatures|CPU (implementer|architecture|variant|part)|isa)\s*:"
+)
+
+
+class TarFlowArguments(ctypes.Structure):
+    """`TarFlow` of tarflow.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (
+            "z", "position", "classes", "query_scale", "proj_in", "proj_out", "out_bias", "weight_scale",
+            "weight_shift", "layers", "x", "keys_values",
+        )),
+        *((name, ctypes.c_int32) for name in (
+            "samples", "networks", "tokens", "values", "channels", "hidden", "heads", "depth", "scales", "threads",
+            "teams", "start", "stop",
+        )),
+    )  # fmt: skip
+
+
+class MafArguments(ctypes.Structure):
+    """`Maf` of maf.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (
+            "z", "weight_scale", "weight_shift", "weights", "offsets", "units_below", "x",
+        )),
+        *((name, ctypes.c_int32) for name in ("samples", "networks", "tokens", "units", "layers", "threads")),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,15 +66,21 @@ class _Loaded:
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled library; `None` where there is no compiler, it fails, or the environment has JACOBIFLOW_NATIVE=0.
+    """The compiled library; `None` where it cannot be compiled, or the environment has JACOBIFLOW_NATIVE=0.
 
     The first call on a machine compiles it, which takes a few seconds. The result is kept in the user's cache folder
-    under a name that stands for the sources, the compiler and the processor's instructions, so that neither a new
-    version nor another machine finds it, and for its own content, so that a damaged file is compiled anew. Processes
-    that compile at the same time each write a file of their own, and rename it. A folder or file that others could have
-    written to is not used.
+    under a name that stands for the sources and the processor, so that neither a new version nor another machine finds
+    it, and for its own content, so that a damaged file is compiled anew. Once it is there, no compiler is needed.
+    Processes that compile at the same time each write a file of their own, and rename it. A folder or file that others
+    could have written to is not used.
     """
     return None if _is_off() else _loaded().library
+
+
+def library_name() -> str | None:
+    """The name of the library's file, which no other version of it has; `None` if there is no library."""
+    loaded = library()
+    return None if loaded is None else os.path.basename(loaded._name)
 
 
 def describe() -> str:
@@ -67,8 +105,16 @@ def compile_library(path: Path, target: tuple[str, ...] | None = None) -> None:
 
 
 def load_library(path: Path) -> ctypes.CDLL:
-    """The library that `compile_library` wrote. **Raises** `OSError` where the system cannot load it."""
+    """The library that `compile_library` wrote.
+
+    **Raises** `OSError` where the system cannot load it, `RuntimeError` if its structures are not those of this module.
+    """
     found = ctypes.CDLL(str(path))
+    for structure, size in (
+        (TarFlowArguments, found.jacobiflow_tarflow_size()), (MafArguments, found.jacobiflow_maf_size()),
+    ):  # fmt: skip
+        if (here := ctypes.sizeof(structure)) != size:
+            raise RuntimeError(f"{path}: {structure.__name__} is of {here} bytes here, and of {size} in C++")
     number, address = ctypes.c_int32, ctypes.c_void_p
     found.jacobiflow_pack.argtypes = (address, number, number, address, number)
     return found
@@ -80,17 +126,16 @@ def _is_off() -> bool:
 
 @functools.cache
 def _loaded() -> _Loaded:
-    if os.name != "posix":
+    if platform.system() not in ("Linux", "Darwin"):
         return _Loaded(None, "none: they are for Linux and macOS")
     try:
-        compiler = Path(_compiler()).name
         found = _found_or_compiled()
     except (OSError, subprocess.SubprocessError) as error:
         # A message of a compiler is long, and says what is wrong in its first line.
         reason = str(getattr(error, "stderr", None) or error).strip().partition("\n")[0]
         return _Loaded(None, f"none: {reason}; install a C++ compiler, or name it in CXX, for faster exact loops")
     width = {16: "AVX-512", 8: "AVX2"}.get(found.jacobiflow_lanes(), "128-bit vectors")
-    return _Loaded(found, f"compiled by {compiler} for {width}")
+    return _Loaded(found, f"compiled for {width}")
 
 
 def _compiler() -> str:
@@ -130,10 +175,18 @@ def _found_or_compiled() -> ctypes.CDLL:
 
 
 def _name() -> str:
-    """A name for what this compiler makes of these sources for this processor, known by the macros it predefines."""
-    macros = _run(_compiler(), *_machine(), "-x", "c++", "-E", "-dM", os.devnull)
+    """A name for what a compiler makes of these sources for this processor and system."""
+    target = (*_FLAGS, platform.system(), platform.machine(), str(ctypes.sizeof(ctypes.c_void_p)), _processor())
     sources = [(_HERE / name).read_bytes() for name in _SOURCES]
-    return f"recurrences-{sha256(' '.join(_FLAGS).encode(), macros.encode(), *sources)[:32]}"
+    return f"recurrences-{sha256(' '.join(target).encode(), *sources)[:32]}"
+
+
+def _processor() -> str:
+    """The processor's model and instructions, of which `_machine` lets the compiler use all."""
+    if platform.system() == "Darwin":
+        return _run("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string")
+    first, _, _ = _CPU.read_text().partition("\n\n")
+    return "\n".join(line for line in first.splitlines() if _INSTRUCTIONS.match(line))
 
 
 def _path(folder: Path, name: str, content: bytes) -> Path:

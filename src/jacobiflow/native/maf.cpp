@@ -124,6 +124,8 @@ extern "C" {
 
 int32_t jacobiflow_panel() { return panel; }
 
+int32_t jacobiflow_maf_size() { return sizeof(Maf); }
+
 // All entries of x. Returns 0, or 1 where memory or threads are wanting: then x is unchanged.
 int32_t jacobiflow_maf(const Maf* maf) {
   try {

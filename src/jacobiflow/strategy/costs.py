@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +15,14 @@ from torch import Tensor
 from jacobiflow.calibration.tuning import Tuning
 from jacobiflow.flows.base import AffineBlock, FrontPerSample, LowPrecision
 from jacobiflow.flows.image_flow import ImageFlow, state_dtype
+from jacobiflow.measuring import synchronize
 from jacobiflow.solvers import (
     MaxSweeps,
     Partition,
     Plain,
     Sequential,
     SlidingRun,
+    Solution,
     Solver,
     Tolerance,
     Whole,
@@ -71,8 +73,16 @@ class Costs:
         return self.coarse_fixed + count * self.coarse if count else 0.0
 
 
+class ExactCosts(NamedTuple):
+    """Seconds of a block solved token by token, and of the pass that measures its residuals; `spread` as in `Costs`."""
+
+    sequential: float
+    certificate: float
+    spread: float
+
+
 def measure(
-    block: AffineBlock, tuning: Tuning, batch_size: int, flow: ImageFlow, exact: tuple[float, float],
+    block: AffineBlock, tuning: Tuning, batch_size: int, flow: ImageFlow, exact: ExactCosts,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Costs:  # fmt: skip
     """Measure the seconds that a plan is made of, on the block's device. It takes a second or two.
@@ -103,24 +113,42 @@ def measure(
         two, four = (clock.seconds(Whole(), batch_size, sweeps=1, coarse=k) for k in (2, 4))
         coarse = max((four - two) / 2, 0.0)
         coarse_fixed = max(two - 2 * coarse - fixed[batch_size] - sweep[batch_size, Whole()], 0.0)
-    return Costs(sweep, fixed, coarse, coarse_fixed, *exact, statistics.median(clock.spreads))
+    spread = statistics.median([*clock.spreads, exact.spread])
+    return Costs(sweep, fixed, coarse, coarse_fixed, exact.sequential, exact.certificate, spread)
 
 
-def exact_costs(block: AffineBlock, batch_size: int, flow: ImageFlow) -> tuple[float, float]:
-    """Seconds for a block solved token by token by the whole batch, and for the pass that measures its residuals."""
+def exact_costs(block: AffineBlock, batch_size: int, flow: ImageFlow) -> ExactCosts:
+    """Measure what the whole batch takes in a block. A sample goes first, by which native code is compiled."""
     z, labels = _zeros(batch_size, flow)
-    sequential = timings(lambda: solve(block, z, Solver(Sequential()), labels))
-    return min(sequential), min(timings(lambda: certify(block, z, z, labels)))
+
+    def loop(rows: int) -> Solution:
+        return solve(block, z[:rows], Solver(Sequential()), None if labels is None else labels[:rows])
+
+    loop(1)
+    sequential = timings(lambda: loop(batch_size), z.device)
+    certificate = timings(lambda: certify(block, z, z, labels), z.device)
+    spread = statistics.median(map(_spread, (sequential, certificate)))
+    return ExactCosts(min(sequential), min(certificate), spread)
 
 
-def timings(run: Callable[[], object]) -> list[float]:
-    """Seconds of a few runs: the more, the shorter they are."""
+def timings(run: Callable[[], object], device: torch.device) -> list[float]:
+    """Seconds of two runs or more: the more, the shorter they are. Work that is queued on the device is waited for."""
     seconds: list[float] = []
-    while (len(seconds) <= REPEATS and sum(seconds) < MOST_SECONDS) or sum(seconds) < _LEAST_SECONDS:
+    while (
+        len(seconds) < 2 or (len(seconds) <= REPEATS and sum(seconds) < MOST_SECONDS) or sum(seconds) < _LEAST_SECONDS
+    ):
+        synchronize(device)
         started = time.perf_counter()
         run()
+        synchronize(device)
         seconds.append(time.perf_counter() - started)
     return seconds
+
+
+def _spread(seconds: Sequence[float]) -> float:
+    """By how much the median is above the least, as a share. The first of three or more, a warm-up, does not count."""
+    counted = seconds[1:] if len(seconds) > 2 else seconds
+    return statistics.median(counted) / min(counted) - 1
 
 
 def _zeros(batch_size: int, flow: ImageFlow) -> tuple[Tensor, Tensor | None]:
@@ -158,8 +186,8 @@ class _Clock:
         """The least of a few solves of so many rows, `sweeps` of each token; `None` is one sweep of each run."""
         stopping = Tolerance(_SETTLED) if sweeps is None else MaxSweeps(sweeps)
         solver = Solver(partition, self.tuning.blocks[0].guess, stopping, self.correction, coarse)
-        seconds = timings(lambda: solve(self.block, self.z[:rows], solver, self._labels(rows)))
-        self.spreads.append(statistics.median(seconds[1:]) / min(seconds[1:]) - 1 if seconds[2:] else 0.0)
+        seconds = timings(lambda: solve(self.block, self.z[:rows], solver, self._labels(rows)), self.z.device)
+        self.spreads.append(_spread(seconds))
         return min(seconds)
 
     def own_fronts(self, partition: Partition, rows: int) -> float:

@@ -28,6 +28,12 @@ def batch_bytes(flow: ImageFlow, num: int, guidance: Guidance | None = None) -> 
     return num * (tokens + row * (1 if in_force(guidance) is None else 2))
 
 
+def exceeds_memory(flow: ImageFlow, num: int, guidance: Guidance | None = None) -> bool:
+    """Tells if `num` samples need more than four fifths of the free memory; False if that is not known."""
+    needed, free = batch_bytes(flow, num, guidance), free_memory(flow.var.device)
+    return needed is not None and free is not None and needed > _SHARE * free
+
+
 def fitting_batch(flow: ImageFlow, most: int, guidance: Guidance | None = None) -> int:
     """The largest power of two, or else `most`, of samples that fit in four fifths of the memory that is free.
 

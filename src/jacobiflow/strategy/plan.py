@@ -26,7 +26,7 @@ from jacobiflow.guidance import Guidance, check_guidance, guided, in_force
 from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
 from jacobiflow.solvers import Sequential, Solution, Solver, Tolerance, Whole, certify, solve
-from jacobiflow.strategy.costs import MOST_SECONDS, REPEATS, Costs, exact_costs, measure
+from jacobiflow.strategy.costs import MOST_SECONDS, REPEATS, Costs, ExactCosts, exact_costs, measure
 from jacobiflow.strategy.options import Option, PlanSettings, block_options, cheapest, combined
 from jacobiflow.strategy.strategy import Prediction, Strategy, device_name
 
@@ -103,14 +103,13 @@ def loop_plan(
 
 
 def _loop_plan(
-    flow: ImageFlow, exact: tuple[float, float], batch_size: int, tolerance: float, guidance: Guidance | None,
+    flow: ImageFlow, exact: ExactCosts, batch_size: int, tolerance: float, guidance: Guidance | None,
     settings: PlanSettings,
 ) -> Strategy | None:  # fmt: skip
-    sequential, certificate = exact
-    if sequential > settings.least_passes * certificate:
+    if exact.sequential > settings.least_passes * exact.certificate:
         return None
-    loop = [Option(Solver(Sequential()), sequential, 0.0)] * flow.config.num_blocks
-    return _planned(flow, loop, loop, batch_size, tolerance, guidance, 0.0)
+    loop = [Option(Solver(Sequential()), exact.sequential, 0.0)] * flow.config.num_blocks
+    return _planned(flow, loop, loop, batch_size, tolerance, guidance, exact.spread)
 
 
 def _planned(

@@ -23,7 +23,7 @@ from jacobiflow.checks import (
 from jacobiflow.errors import InputValueError
 from jacobiflow.files import write_json
 from jacobiflow.flows.config import MOST_BLOCKS, MOST_TOKENS
-from jacobiflow.flows.fingerprint import check_fingerprint
+from jacobiflow.flows.fingerprint import cached_fingerprint, check_fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.guidance import Guidance, check_guidance, in_force
 from jacobiflow.solvers import EarlyStop, Latent, MaxSweeps, Segments, Solver, Whole
@@ -207,7 +207,7 @@ class Strategy:
                 solver.check(config.num_tokens, config.token_channels)
             except ValueError as error:
                 raise InputValueError(f"strategy, block {i}: {error}") from error
-        if self.fingerprint is not None:
+        if self.fingerprint not in (None, cached_fingerprint(flow)):
             check_fingerprint(self.fingerprint, flow, "the strategy was made for")
 
     def check_use(self, device: torch.device, batch_size: int, guidance: Guidance | None) -> None:

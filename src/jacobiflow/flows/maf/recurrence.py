@@ -11,20 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jacobiflow.flows.base import Extrapolation
-from jacobiflow.native import pointers
+from jacobiflow.native import MafArguments, pointers
 
 ROWS = 1024  # for each thread: more rows a call gain nothing, and their offsets take memory
-
-
-class _Arguments(ctypes.Structure):
-    """`Maf` of native/maf.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in (
-            "z", "weight_scale", "weight_shift", "weights", "offsets", "units_below", "x",
-        )),
-        *((name, ctypes.c_int32) for name in ("samples", "networks", "tokens", "units", "layers", "threads")),
-    )  # fmt: skip
 
 
 def solve_rows(
@@ -50,7 +39,7 @@ def solve_rows(
     held = [None if scale is None else scale.contiguous() for scale in scales]
     weights = [weight.contiguous() for weight in weights]
     weight_table, offset_table = pointers(weights), pointers(offsets)
-    arguments = _Arguments(
+    arguments = MafArguments(
         z.data_ptr(), *(None if scale is None else scale.data_ptr() for scale in held),
         ctypes.addressof(weight_table), ctypes.addressof(offset_table), ctypes.addressof(below), x.data_ptr(),
         padded, len(networks), tokens, weights[0].shape[0], len(weights) - 1,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from jacobiflow.flows.base import Extrapolation
 from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.tarflow.attention import AttentionBlock
-from jacobiflow.native import pointers, usable
+from jacobiflow.native import TarFlowArguments, pointers, usable
 
 _ROWS = 32  # of the network for each thread, solved together: more of them leave the processor's cache
 _ROWS_A_TEAM = 4  # at which threads that share no rows, and so never wait, are faster
@@ -35,21 +35,6 @@ class TransformerBlock(Protocol):
     def embed_classes(self, labels: Int[Tensor, " b"] | None) -> Float[Tensor, "#b 1 c"] | None: ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
-
-
-class _Arguments(ctypes.Structure):
-    """`TarFlow` of native/tarflow.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in (
-            "z", "position", "classes", "query_scale", "proj_in", "proj_out", "out_bias", "weight_scale",
-            "weight_shift", "layers", "x", "keys_values",
-        )),
-        *((name, ctypes.c_int32) for name in (
-            "samples", "networks", "tokens", "values", "channels", "hidden", "heads", "depth", "scales", "threads",
-            "teams", "start", "stop",
-        )),
-    )  # fmt: skip
 
 
 def exact_inverse(
@@ -126,7 +111,7 @@ def _solve(
     each = head * _rounded_up(tokens, weights.lanes) + _rounded_up(head, weights.lanes) * tokens
     keys_values = z.new_empty(weights.depth * rows * weights.heads * each)
     layers, (threads, teams) = pointers(weights.layers), _threads_and_teams(samples, rows, weights)
-    arguments = _Arguments(
+    arguments = TarFlowArguments(
         _address(z), _address(weights.position), _address(classes), _address(scales[0]), _address(weights.proj_in),
         _address(weights.proj_out), _address(weights.out_bias), _address(scales[1]), _address(scales[2]),
         ctypes.addressof(layers), _address(x), _address(keys_values), samples, networks, tokens, values,

@@ -1,0 +1,118 @@
+"""Which changes of weights a fingerprint tells."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from fake_device import FakeDevice
+from problems import make_flow, to_float32
+
+import jacobiflow as jf
+from jacobiflow.flows import fingerprint as fingerprint_module
+from jacobiflow.flows.fingerprint import cached_fingerprint, fingerprint
+
+
+def make(seed: int = 0) -> jf.TarFlow:
+    return to_float32(make_flow(num_classes=3, seed=seed))
+
+
+def test_every_entry_counts() -> None:
+    """Of a weight of 1,024 columns, also one outside the first column; and the shape, and the name."""
+    linear = torch.nn.Linear(1024, 1024)
+    seen = {fingerprint(linear)}
+    for row, column in ((0, 0), (0, 1), (511, 1023), (1023, 7)):
+        linear.weight.data[row, column] += 1.0
+        seen.add(fingerprint(linear))
+    linear.weight.data[[3, 4]] = linear.weight.data[[4, 3]]
+    seen.add(fingerprint(linear))
+    linear.weight.data = linear.weight.data.view(512, 2048)
+    seen.add(fingerprint(linear))
+    linear.register_parameter("weights", linear._parameters.pop("weight"))
+    seen.add(fingerprint(linear))
+    assert len(seen) == 8
+
+
+def test_it_is_the_same_in_every_dtype_and_on_every_device() -> None:
+    weights = {fingerprint(jf.load("digits-p1", dtype=dtype)) for dtype in ("float64", "float32", "bfloat16")}
+    with FakeDevice():
+        weights.add(fingerprint(jf.load("digits-p1", device="cuda")))
+    assert len(weights) == 1
+
+
+def other(flow: jf.TarFlow) -> jf.TarFlow:
+    """Other weights on the same device."""
+    return make(1).to(flow.var.device)
+
+
+def step(flow: jf.TarFlow) -> None:
+    for parameter in flow.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(flow.parameters(), 0.1).step()
+
+
+@torch.no_grad()
+def one_entry(flow: jf.TarFlow) -> None:
+    flow.blocks[1].proj_out.weight[3, 5] += 1
+
+
+def all_data(flow: jf.TarFlow) -> None:
+    """As an average of weights is put in the place of the last ones."""
+    for parameter, average in zip(flow.parameters(), other(flow).parameters(), strict=True):
+        parameter.data.copy_(average)
+
+
+def other_data(flow: jf.TarFlow) -> None:
+    bias = flow.blocks[0].proj_in.bias
+    bias.data = torch.cat((bias.data[:1], bias.data[1:] + 1))
+
+
+CHANGES: dict[str, Callable[[jf.TarFlow], object]] = {
+    "a step of an optimizer": step,
+    "one entry": one_entry,
+    "loading": lambda flow: flow.load_state_dict(other(flow).state_dict()),
+    "loading in place": lambda flow: flow.load_state_dict(other(flow).state_dict(), assign=True),
+    "data of all": all_data,
+    "data of a bias": lambda flow: flow.blocks[0].proj_out.bias.data.add_(0.1),
+    "other data": other_data,
+    "a buffer": lambda flow: flow.var.mul_(2),
+    "another block": lambda flow: flow.blocks.__setitem__(1, other(flow).blocks[1]),
+    "another layer": lambda flow: setattr(flow.blocks[1], "proj_out", other(flow).blocks[1].proj_out),
+}
+
+
+ON_A_GPU = ("a step of an optimizer", "one entry", "loading", "data of all", "data of a bias")
+
+
+@pytest.mark.parametrize(
+    ("change", "device"), [*((change, "cpu") for change in CHANGES), *((change, "cuda") for change in ON_A_GPU)]
+)
+def test_the_cached_fingerprint_notices_changes(change: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is not computed again without one."""
+    with FakeDevice():
+        flow = make().to(device)
+        before = cached_fingerprint(flow)
+        with monkeypatch.context() as patch:
+            patch.setattr(fingerprint_module, "fingerprint_of", None)
+            assert cached_fingerprint(flow) == before
+        CHANGES[change](flow)
+        assert cached_fingerprint(flow) == fingerprint(flow) != before
+
+
+def test_the_cached_fingerprint_of_a_moved_flow_is_the_same() -> None:
+    moved = make()
+    before = cached_fingerprint(moved)
+    with FakeDevice():
+        for where in ("cuda", "cpu", torch.bfloat16):
+            assert cached_fingerprint(moved.to(where)) == before  # type: ignore[call-overload]
+    assert cached_fingerprint(copy.deepcopy(moved)) == before
+
+
+@torch.inference_mode()
+def test_tensors_whose_changes_pytorch_does_not_count_are_read_each_time() -> None:
+    flow = make()
+    before = cached_fingerprint(flow)
+    flow.blocks[0].proj_out.weight[3, 5] += 1
+    assert cached_fingerprint(flow) != before
