@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
+import time
 import warnings
 from collections.abc import Callable, Hashable
 from contextlib import suppress
@@ -36,9 +38,10 @@ from jacobiflow.strategy.strategy import Strategy, device_name
 _SAMPLES = 4  # that a flow without a report is tuned on
 _WINDOWS = (32, 64)  # tokens, tried on such a flow beside all of them
 _PACKAGE = Path(__file__).parent.parent
+_DOUBTFUL_SECONDS = 60.0  # for which a plan of a busy machine is used: planning at every call would take longer
 
-# Of each flow, the plans for its present weights.
-_plans: WeakKeyDictionary[ImageFlow, dict[tuple[Hashable, ...], Strategy]] = WeakKeyDictionary()
+# For each flow, the plans for its present weights, and until when each is used, by `time.monotonic`.
+_plans: WeakKeyDictionary[ImageFlow, dict[tuple[Hashable, ...], tuple[Strategy, float]]] = WeakKeyDictionary()
 
 
 def auto(
@@ -54,8 +57,8 @@ def auto(
     fitted: enough to tell which blocks sweeps solve sooner than the loop. The loop solves all blocks at a tolerance of
     0, and if one of these latents overflows.
 
-    The plan is kept in memory and in the user's cache folder, unless the machine was so busy that its timings are in
-    doubt. A plan is made anew for other weights, reports and settings of PyTorch, and by another version of this
+    The plan is kept in memory and in the user's cache folder. If the machine was so busy that its timings are in doubt,
+    the plan is used for a minute in this process only. A plan is made anew for other weights, reports and settings of PyTorch, and by another version of this
     package; `cached_fingerprint` says which changes of weights are noticed.
 
     `say` is called with a line of text before something that takes long.
@@ -76,13 +79,12 @@ def auto(
     weights = cached_fingerprint(flow)
     asked = (weights, batch_size, tolerance, in_force(guidance), *_situation(flow, report))
     plans = _plans.setdefault(flow, {})
-    strategy = plans.get(asked)
-    if strategy is None:
+    strategy, until = plans.get(asked, (None, 0.0))
+    if strategy is None or time.monotonic() > until:
         strategy = _read_or_make(flow, weights, batch_size, tolerance, guidance, report, say)
-        if not _is_doubtful(strategy):
-            if any(weights != other for other, *_ in plans):
-                plans.clear()
-            plans[asked] = strategy
+        if any(weights != other for other, *_ in plans):
+            plans.clear()
+        plans[asked] = strategy, time.monotonic() + (_DOUBTFUL_SECONDS if _is_doubtful(strategy) else math.inf)
     if strategy.tolerance is not None and strategy.tolerance > tolerance:
         say(f"auto: planned for a tolerance of {strategy.tolerance:.1e}, the rounding of the network")
     return strategy
@@ -123,7 +125,7 @@ def _read_or_make(
         return strategy
     if _is_doubtful(strategy):
         spread = strategy.prediction.spread
-        say(f"auto: timings differ by {spread:.0%}, the machine is busy; planning anew next time")
+        say(f"auto: timings differ by {spread:.0%}, the machine is busy; planning anew in a minute")
     elif file is not None:
         with suppress(OSError):  # a plan that cannot be kept is made again next time
             file.parent.mkdir(parents=True, exist_ok=True)
