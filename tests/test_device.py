@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,10 @@ from jacobiflow.calibration import find_report
 from jacobiflow.data import Noise, digits, noisy_images
 from jacobiflow.evaluation import bits_per_dim
 from jacobiflow.flows.precision import precision
+from jacobiflow.flows.tarflow.block import TarFlowBlock
 from jacobiflow.guidance import guided
 from jacobiflow.latents import draw_latents
+from jacobiflow.solvers.replay import captured
 from jacobiflow.storage import SampleFolder
 from jacobiflow.strategy import PlanSettings
 from jacobiflow.strategy.memory import batch_bytes, fitting_batch
@@ -160,6 +163,47 @@ def test_a_sweep(title: str) -> None:
     assert window["read_backs"] <= 0.25
     assert window["operations"] <= 45  # of which one is the graph of the network
     assert window["copies"] == 0
+
+
+@pytest.mark.parametrize(("partition", "captures"), [(jf.Whole(), 0), (jf.Window(16), 1), (jf.Window(64), 0)])
+def test_graphs_are_of_shapes_that_come_again(partition: jf.Partition, captures: int) -> None:
+    """A whole sweep is of another length each time; a window has one graph, up to the end of the sequence."""
+    config = jf.load("digits-p1").config
+    z = draw_latents(1, config.num_tokens, config.token_channels, 0)
+    with FakeDevice() as device:
+        block = jf.load("digits-p1", device="cuda").blocks[3]
+        with device.counting() as counts:
+            solution = jf.solve(block, z.to("cuda"), jf.Solver(partition), LABELS[:1].to("cuda"))
+    assert solution.sweeps > 8
+    assert counts.captures == captures
+
+
+@pytest.mark.parametrize("partition", [jf.Sequential(), jf.Window(16)])
+def test_another_thread_works_while_a_graph_is_captured(partition: jf.Partition) -> None:
+    """By CUDA's default its allocations would abort the capture; a capture of its own waits for the end of this one."""
+    affine_at, threads, failures = TarFlowBlock.affine_at, list[threading.Thread](), list[RuntimeError]()
+
+    def work() -> None:
+        try:
+            captured(lambda: start + 1, None)
+        except RuntimeError as error:
+            failures.append(error)
+
+    def beside(block: TarFlowBlock, *arguments: Any) -> tuple[Tensor, Tensor]:
+        if device.capturing is not None:
+            threads.append(threading.Thread(target=work))
+            threads[-1].start()
+            threads[-1].join(0.2)
+        return affine_at(block, *arguments)
+
+    with FakeDevice() as device, patch.object(TarFlowBlock, "affine_at", beside):
+        flow, start = jf.load("digits-p1", device="cuda"), torch.zeros(1, device="cuda")
+        z = draw_latents(1, flow.config.num_tokens, flow.config.token_channels, 0).to("cuda")
+        jf.solve(flow.blocks[3], z, jf.Solver(partition), LABELS[:1].to("cuda"))
+        for thread in threads:
+            thread.join()
+    assert threads
+    assert not failures
 
 
 @pytest.mark.parametrize("title", ["plain", "guided"])

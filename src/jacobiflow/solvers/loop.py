@@ -13,7 +13,7 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import Block, FrontPerSample, LowPrecision, Replayable, put_run, run_of
 from jacobiflow.solvers.fronts import Array, Fronts, Swept, Tally, as_array, on_host
 from jacobiflow.solvers.partition import SlidingRun
-from jacobiflow.solvers.replay import Sweeps
+from jacobiflow.solvers.replay import SweepGraphs
 from jacobiflow.solvers.solver import Solver
 
 LEAVING = 0.25  # share of finished samples at which the batch is made anew: copying its keys costs about a sweep
@@ -26,8 +26,8 @@ class _Batch:
 
     `front` is where all of them stand; `None` where fronts differ, or are on a device and not known. They are between
     `least` and `most`. The cache holds the keys of the tokens before `cached` - 1, to within the tolerance. `swept` has
-    how many sweeps each token has had from the shared front, `sweeps` counts all. `replays` are graphs of its sweeps on
-    a GPU.
+    how many sweeps each token has had from the shared front, `sweeps` counts all. `graphs` are those of its sweeps on a
+    GPU.
     """
 
     sample: np.ndarray
@@ -42,7 +42,7 @@ class _Batch:
     most: int = 0
     cached: int = 0
     sweeps: int = 0
-    replays: Sweeps | None = None
+    graphs: SweepGraphs | None = None
 
     def locate(self, front: np.ndarray) -> None:
         """Note where the samples stand."""
@@ -99,12 +99,14 @@ class Loop:
             cache = cast(LowPrecision, self.block).lower(cache)
         swept = np.zeros(self.length, dtype=np.int64)
         batch = _Batch(np.arange(rows.start, rows.stop), Fronts.enter(len(z), z), x, z, guess, cache, swept)
-        return self._with_replays(batch)
+        return self._with_graphs(batch)
 
-    def _with_replays(self, batch: _Batch) -> _Batch:
-        """With graphs of its sweeps, where a GPU can have them."""
+    def _with_graphs(self, batch: _Batch) -> _Batch:
+        """With graphs of its sweeps, if a GPU can have them and all runs are of one size: those of a window."""
         if batch.z.device.type == "cuda" and self._own_fronts is not None and isinstance(self.block, Replayable):
-            batch.replays = Sweeps(self.block, batch.x, batch.z, batch.cache)
+            size = cast(SlidingRun, self.solver.partition).run_size(self.length)
+            if size < self.length:
+                batch.graphs = SweepGraphs(self.block, batch.x, batch.z, batch.cache, size)
         return batch
 
     def _next(self, count: int) -> slice:
@@ -167,7 +169,7 @@ class Loop:
             cache=self._own_fronts.move(batch.cache, *moved, num),
         )  # fmt: skip
         left.locate(front[:num])
-        return self._with_replays(left)
+        return self._with_graphs(left)
 
     def _index(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(rows).to(self.z.device)
@@ -202,23 +204,23 @@ class Loop:
         """A sweep of the runs that start at each sample's own front."""
         xp, fronts, length = self._xp, batch.fronts, self.length
         size = self._stop(batch.least) - batch.least
+        if batch.graphs is not None:
+            size = batch.graphs.size  # at the end of the sequence too, where a smaller one would need its own graph
         fronts.sweeps = fronts.sweeps + (fronts.front < length)
         # A run that would leave the sequence starts earlier: all are of one size, and what is final stays so.
         start = fronts.front if batch.most <= length - size else xp.clip(fronts.front, None, length - size)
         common = batch.least if batch.least == length - size else batch.front
-        if batch.replays is not None and size < length:
-            common = None
         self.token_evaluations += len(batch.sample) * size
-        if common is not None:
+        if common is not None and batch.graphs is None:
             at: int | Tensor = common
             g = self.block.update(batch.x, batch.z, common, common + size, batch.cache)
         else:
             at = self._tensor(start)
             end = min(batch.most + size, length)
-            if batch.replays is None:
+            if batch.graphs is None:
                 g = self._own_fronts.update_at(batch.x, batch.z, at, size, end, batch.cache)
             else:
-                g = batch.replays(at, size, end)
+                g = batch.graphs(at, end)
         old = run_of(batch.x, at, size)
         if start is not fronts.front:
             final = self._steps[:size] < (fronts.front - start)[:, None]  # so many leading tokens of a run
