@@ -275,7 +275,7 @@ class FakeDevice(TorchFunctionMode):
 
     def hold(self, tensor: OnDevice) -> None:
         """Note the memory of a tensor until it is gone."""
-        if self.capture is not self.capturing and self.capture.error_mode == "global":
+        if self.capture and self.capturing is None and self.capture.error_mode == "global":
             raise RuntimeError("operation not permitted when stream is capturing")
         storage = tensor.host.untyped_storage()
         key, size, counts = storage._cdata, storage.nbytes(), self.counts

@@ -24,6 +24,7 @@ from jacobiflow.flows.precision import precision
 from jacobiflow.flows.tarflow.block import TarFlowBlock
 from jacobiflow.guidance import guided
 from jacobiflow.latents import draw_latents
+from jacobiflow.solvers import Given
 from jacobiflow.solvers.replay import captured
 from jacobiflow.storage import SampleFolder
 from jacobiflow.strategy import PlanSettings
@@ -109,6 +110,19 @@ def accelerated(device: str) -> Tensor:
         return flow().transform.inv(z)
 
 
+def overflowing(device: str) -> Tensor:
+    """From a guess whose later tokens overflow in a float16 network, which earlier ones must not see."""
+    flow = jf.load("digits-p1", device=device, dtype=torch.float16)
+    z = draw_latents(2, flow.config.num_tokens, flow.config.token_channels, 0)
+    guess = torch.cat((z[:, :40], torch.full_like(z[:, 40:], 1e5)), dim=1).to(device)
+    solutions = [
+        jf.solve(flow.blocks[0], z.to(device), jf.Solver(partition, Given(guess), jf.Tolerance(1e-2)))
+        for partition in (jf.Whole(), jf.Window(16), jf.Segments(2))
+    ]
+    assert all((solution.status == jf.Status.CONVERGED).all() for solution in solutions)
+    return torch.cat([solution.x for solution in solutions]) / 1e3  # compared to 1e-2, the tolerance
+
+
 GUIDANCE = jf.Guidance(1.0, attn_temperature=1.4)
 PATHS: dict[str, Callable[[str], Tensor]] = {
     "sequential": sample(strategy="sequential"), "whole": sample(strategy="jacobi"),
@@ -119,7 +133,7 @@ PATHS: dict[str, Callable[[str], Tensor]] = {
     "denoised": sample(strategy="jacobi", denoise=1.0),
     "maf": sample("digits-maf", strategy=WINDOW), "maf, sequential": sample("digits-maf", strategy="sequential"),
     "denoise": denoise, "encode": encode, "evaluate": evaluate, "calibrate": calibrate, "train": training,
-    "accelerate": accelerated, "folder": folder, "plan": planned,
+    "accelerate": accelerated, "folder": folder, "plan": planned, "overflow": overflowing,
 }  # fmt: skip
 
 
@@ -231,6 +245,19 @@ def test_a_batch_takes_no_more_than_is_said(partition: jf.Partition, guidance: j
             pytest.raises(ValueError, match=r"a sample needs 0\.0 GiB beside the weights, and 0\.0 GiB are free"),
         ):
             fitting_batch(flow, 100, guidance)
+
+
+@pytest.mark.parametrize("partition", [jf.Whole(), jf.Window(512), jf.Segments(4)])
+def test_causal_masks_of_a_long_sequence_are_counted(partition: jf.Partition) -> None:
+    config = jf.TarFlowConfig(1, 64, 2, channels=16, num_blocks=1, layers_per_block=1, head_dim=16)
+    with FakeDevice() as device:
+        flow = jf.TarFlow(config).requires_grad_(False).to("cuda")
+        z = draw_latents(1, config.num_tokens, config.token_channels, 0).to("cuda")
+        with device.counting() as counts:
+            jf.solve(flow.blocks[0], z, jf.Solver(partition))
+        needed = batch_bytes(flow, 1)
+    assert needed is not None
+    assert counts.peak <= needed
 
 
 def test_denoising_at_128x128_takes_8_gib_however_many_images() -> None:
