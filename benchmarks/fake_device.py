@@ -11,6 +11,7 @@ An operation of a tensor there with one of the host raises, as it would on a GPU
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -47,14 +48,15 @@ class Counts:
     """What a device was asked.
 
     **Attributes:** `operations`, kernels that PyTorch would launch, by name; `to_device`, copies from the host;
-    `read_backs`, values and copies that the host waited for; `attention`, whether the masks of attention were "causal",
-    "none" or "explicit"; `peak` and `live`, bytes.
+    `read_backs`, values and copies that the host waited for; `captures`, of graphs; `attention`, whether the masks of
+    attention were "causal", "none" or "explicit"; `peak` and `live`, bytes.
     """
 
     operations: Counter[str] = field(default_factory=Counter)
     attention: Counter[str] = field(default_factory=Counter)
     to_device: int = 0
     read_backs: int = 0
+    captures: int = 0
     live: int = 0
     peak: int = 0
 
@@ -156,11 +158,15 @@ class Graph:
         return self
 
     @contextmanager
-    def capture(self) -> Iterator[None]:
+    def capture(self, error_mode: str) -> Iterator[None]:
         """Nothing is computed while it is made: what the operations wrote is put back."""
-        self.device.capturing = self
+        if self.device.capture is not None:  # a capture begins by waiting for all streams, which no mode allows
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.device.counts.captures += 1
+        self.error_mode, self.thread = error_mode, threading.get_ident()
+        self.device.capture = self
         yield
-        self.device.capturing = None
+        self.device.capture = None
         for tensor, before in reversed(self.written):
             tensor.copy_(before)
 
@@ -190,7 +196,7 @@ class FakeDevice(TorchFunctionMode):
         super().__init__()
         self.host = torch.device("meta" if meta else "cpu")
         self.counts, self.mixing = Counts(), False
-        self.capturing: Graph | None = None
+        self.capture: Graph | None = None
         self._holders: Counter[int] = Counter()
         self._patches = ExitStack()
 
@@ -203,7 +209,8 @@ class FakeDevice(TorchFunctionMode):
             "max_memory_allocated": lambda device=None: self.counts.peak,
             "reset_peak_memory_stats": lambda device=None: setattr(self.counts, "peak", self.counts.live),
             "current_stream": MagicMock(), "Stream": MagicMock(), "stream": lambda stream: nullcontext(),
-            "CUDAGraph": partial(Graph, self), "graph": lambda graph, pool=None: graph.capture(),
+            "CUDAGraph": partial(Graph, self),
+            "graph": lambda graph, pool=None, capture_error_mode="global": graph.capture(capture_error_mode),
         }  # fmt: skip
         for name, value in cuda.items():
             self._patches.enter_context(patch.object(torch.cuda, name, value))
@@ -256,6 +263,11 @@ class FakeDevice(TorchFunctionMode):
         """Where attention is counted: at a graph while it is captured, to be counted at each replay."""
         return self.counts.attention if self.capturing is None else self.capturing.attention
 
+    @property
+    def capturing(self) -> Graph | None:
+        """The graph that this thread captures."""
+        return self.capture if self.capture is not None and self.capture.thread == threading.get_ident() else None
+
     def read_back(self) -> None:
         if self.capturing is not None:
             raise RuntimeError("operation not permitted when stream is capturing")
@@ -263,6 +275,8 @@ class FakeDevice(TorchFunctionMode):
 
     def hold(self, tensor: OnDevice) -> None:
         """Note the memory of a tensor until it is gone."""
+        if self.capture and self.capturing is None and self.capture.error_mode == "global":
+            raise RuntimeError("operation not permitted when stream is capturing")
         storage = tensor.host.untyped_storage()
         key, size, counts = storage._cdata, storage.nbytes(), self.counts
         self._holders[key] += 1

@@ -260,10 +260,10 @@ class Swept:
 
 
 def swept(
-    g: Map, guess: Tensor, stop_of: Callable[[int, tuple[int, int] | None], int], *, atol: float | None = None,
+    g: Map, guess: Tensor, stop_of: Callable[[int], int], *, atol: float | None = None,
     limits: list[int] | None = None, ebound: float = -1.0, kernel: Tensor | None = None, keys: bool = True,
 ) -> Swept:  # fmt: skip
-    """Sweeps of [front, stop_of(front, last)) by a batch with one front, `last` being the last run's size and advance.
+    """Sweeps of [front, stop_of(front)) by a batch with one front.
 
     A sweep settles the leading tokens of a sample that it changes by at most `atol`. The front passes those that all
     samples have settled and one more, those that had their number of sweeps (`limits`, one per token), and all of a run
@@ -272,11 +272,11 @@ def swept(
     """
     x, read = guess.double().clone(), guess.double().clone()
     batch, length, _ = x.shape
-    had, fronts, last = [0] * length, [0], None
+    had, fronts = [0] * length, [0]
     residual, missed = torch.zeros(batch, dtype=torch.float64), torch.zeros(batch, dtype=torch.bool)
     cached = evaluations = 0
     while (front := fronts[-1]) < length:
-        stop = stop_of(front, last)
+        stop = stop_of(front)
         first_read = max(cached - 1, 0) if keys else 0
         read[:, first_read:] = x[:, first_read:]
         evaluations += batch * (stop - cached)
@@ -303,6 +303,5 @@ def swept(
             beyond = moves[n, settled[n] + 1 : passed - front]
             residual[n] = max(residual[n], beyond.abs().max() if len(beyond) else 0)
             missed[n] |= len(beyond) > 0 and cached < stop
-        last = (size, passed - front)
         fronts.append(passed)
     return Swept(x, len(fronts) - 1, evaluations, residual, missed, fronts)

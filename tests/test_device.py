@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,11 @@ from jacobiflow.calibration import find_report
 from jacobiflow.data import Noise, digits, noisy_images
 from jacobiflow.evaluation import bits_per_dim
 from jacobiflow.flows.precision import precision
+from jacobiflow.flows.tarflow.block import TarFlowBlock
 from jacobiflow.guidance import guided
 from jacobiflow.latents import draw_latents
+from jacobiflow.solvers import Given
+from jacobiflow.solvers.replay import captured
 from jacobiflow.storage import SampleFolder
 from jacobiflow.strategy import PlanSettings
 from jacobiflow.strategy.memory import batch_bytes, fitting_batch
@@ -106,6 +110,19 @@ def accelerated(device: str) -> Tensor:
         return flow().transform.inv(z)
 
 
+def overflowing(device: str) -> Tensor:
+    """From a guess whose later tokens overflow in a float16 network, which earlier ones must not see."""
+    flow = jf.load("digits-p1", device=device, dtype=torch.float16)
+    z = draw_latents(2, flow.config.num_tokens, flow.config.token_channels, 0)
+    guess = torch.cat((z[:, :40], torch.full_like(z[:, 40:], 1e5)), dim=1).to(device)
+    solutions = [
+        jf.solve(flow.blocks[0], z.to(device), jf.Solver(partition, Given(guess), jf.Tolerance(1e-2)))
+        for partition in (jf.Whole(), jf.Window(16), jf.Segments(2))
+    ]
+    assert all((solution.status == jf.Status.CONVERGED).all() for solution in solutions)
+    return torch.cat([solution.x for solution in solutions]) / 1e3  # compared to 1e-2, the tolerance
+
+
 GUIDANCE = jf.Guidance(1.0, attn_temperature=1.4)
 PATHS: dict[str, Callable[[str], Tensor]] = {
     "sequential": sample(strategy="sequential"), "whole": sample(strategy="jacobi"),
@@ -116,7 +133,7 @@ PATHS: dict[str, Callable[[str], Tensor]] = {
     "denoised": sample(strategy="jacobi", denoise=1.0),
     "maf": sample("digits-maf", strategy=WINDOW), "maf, sequential": sample("digits-maf", strategy="sequential"),
     "denoise": denoise, "encode": encode, "evaluate": evaluate, "calibrate": calibrate, "train": training,
-    "accelerate": accelerated, "folder": folder, "plan": planned,
+    "accelerate": accelerated, "folder": folder, "plan": planned, "overflow": overflowing,
 }  # fmt: skip
 
 
@@ -162,6 +179,47 @@ def test_a_sweep(title: str) -> None:
     assert window["copies"] == 0
 
 
+@pytest.mark.parametrize(("partition", "captures"), [(jf.Whole(), 0), (jf.Window(16), 1), (jf.Window(64), 0)])
+def test_graphs_are_of_shapes_that_come_again(partition: jf.Partition, captures: int) -> None:
+    """A whole sweep is of another length each time; a window has one graph, up to the end of the sequence."""
+    config = jf.load("digits-p1").config
+    z = draw_latents(1, config.num_tokens, config.token_channels, 0)
+    with FakeDevice() as device:
+        block = jf.load("digits-p1", device="cuda").blocks[3]
+        with device.counting() as counts:
+            solution = jf.solve(block, z.to("cuda"), jf.Solver(partition), LABELS[:1].to("cuda"))
+    assert solution.sweeps > 8
+    assert counts.captures == captures
+
+
+@pytest.mark.parametrize("partition", [jf.Sequential(), jf.Window(16)])
+def test_another_thread_works_while_a_graph_is_captured(partition: jf.Partition) -> None:
+    """By CUDA's default its allocations would abort the capture; a capture of its own waits for the end of this one."""
+    affine_at, threads, failures = TarFlowBlock.affine_at, list[threading.Thread](), list[RuntimeError]()
+
+    def work() -> None:
+        try:
+            captured(lambda: start + 1, None)
+        except RuntimeError as error:
+            failures.append(error)
+
+    def beside(block: TarFlowBlock, *arguments: Any) -> tuple[Tensor, Tensor]:
+        if device.capturing is not None:
+            threads.append(threading.Thread(target=work))
+            threads[-1].start()
+            threads[-1].join(0.2)
+        return affine_at(block, *arguments)
+
+    with FakeDevice() as device, patch.object(TarFlowBlock, "affine_at", beside):
+        flow, start = jf.load("digits-p1", device="cuda"), torch.zeros(1, device="cuda")
+        z = draw_latents(1, flow.config.num_tokens, flow.config.token_channels, 0).to("cuda")
+        jf.solve(flow.blocks[3], z, jf.Solver(partition), LABELS[:1].to("cuda"))
+        for thread in threads:
+            thread.join()
+    assert threads
+    assert not failures
+
+
 @pytest.mark.parametrize("title", ["plain", "guided"])
 def test_waiting_samples_take_the_memory_of_those_that_have_finished(title: str) -> None:
     assert script.waiting(script.GUIDANCES[title]) <= 1.3
@@ -187,6 +245,19 @@ def test_a_batch_takes_no_more_than_is_said(partition: jf.Partition, guidance: j
             pytest.raises(ValueError, match=r"a sample needs 0\.0 GiB beside the weights, and 0\.0 GiB are free"),
         ):
             fitting_batch(flow, 100, guidance)
+
+
+@pytest.mark.parametrize("partition", [jf.Whole(), jf.Window(512), jf.Segments(4)])
+def test_causal_masks_of_a_long_sequence_are_counted(partition: jf.Partition) -> None:
+    config = jf.TarFlowConfig(1, 64, 2, channels=16, num_blocks=1, layers_per_block=1, head_dim=16)
+    with FakeDevice() as device:
+        flow = jf.TarFlow(config).requires_grad_(False).to("cuda")
+        z = draw_latents(1, config.num_tokens, config.token_channels, 0).to("cuda")
+        with device.counting() as counts:
+            jf.solve(flow.blocks[0], z, jf.Solver(partition))
+        needed = batch_bytes(flow, 1)
+    assert needed is not None
+    assert counts.peak <= needed
 
 
 def test_denoising_at_128x128_takes_8_gib_however_many_images() -> None:

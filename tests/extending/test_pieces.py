@@ -17,18 +17,18 @@ import jacobiflow as jf
 from jacobiflow import codec
 from jacobiflow.cli import main
 
-PIECES = ("breathing_window", "scaled_latent", "one_back")
+PIECES = ("fraction_window", "scaled_latent", "one_back")
 COMMANDS = """
 calibrate --model tiny --images images --num 8 --traced 4 --chord --out tiny/report.json
 plan --model tiny --batch-size 2 --out plan.json
-sample --model digits-p1 --num 4 --compare --strategy breathing:4-32 --out real
+sample --model digits-p1 --num 4 --compare --strategy fraction:8-4 --out real
 sample --model tiny --num 4 --strategy made.json --shard-size 2 --batch-size 2 --out samples
 sample --model tiny --num 6 --strategy made.json --shard-size 2 --batch-size 2 --out samples --json resumed.json
 sample --model tiny --num 2 --strategy auto --out auto
 evaluate --model tiny --samples samples --features none --paired 4 --out evaluated
-bench --model tiny --strategy breathing:2-8 --strategy auto --batch-size 2 --repeats 1 --out bench
-compare --model garments --strategy breathing:2-8 --num 2 --batch-size 2 --repeats 1 --out compared
-trace --model tiny --report tiny/report.json --num 2 --strategy breathing:2-8 --out traced
+bench --model tiny --strategy fraction:4-2 --strategy auto --batch-size 2 --repeats 1 --out bench
+compare --model garments --strategy fraction:4-2 --num 2 --batch-size 2 --repeats 1 --out compared
+trace --model tiny --report tiny/report.json --num 2 --strategy fraction:4-2 --out traced
 """
 
 
@@ -45,7 +45,7 @@ def folder(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(path)
     solver = {
-        "partition": {"kind": "breathing", "least": 2, "most": 8},
+        "partition": {"kind": "fraction", "parts": 4, "least": 2},
         "guess": {"kind": "scaled_latent", "scale": [0.5, 0.5, 0.5, 0.5]},
         "correction": {"kind": "one_back", "gain": 0.25},
         "stopping": {"atol": 1e-4, "max_sweeps": None},
@@ -72,14 +72,14 @@ def test_calibration_tries_and_keeps_them(folder: Path) -> None:
     blocks = json.loads((folder / "tiny" / "report.json").read_text())["tuning"]["blocks"]
     for block in blocks:
         kinds = {run["partition"]["kind"] for run in block["runs"]}
-        assert kinds == {"window", "breathing"}
+        assert kinds == {"window", "fraction"}
         assert block["guess"]["kind"] in ("causal_linear", "scaled_latent")
         assert block["correction"]["kind"] in ("plain", "chord", "one_back")
 
 
 def test_the_partition_solves_a_trained_model(folder: Path) -> None:
     figures = json.loads((folder / "real" / "manifest.json").read_text())
-    assert figures["strategy"] == "breathing:4-32"
+    assert figures["strategy"] == "fraction:8-4"
     certificate = jf.SampleFolder.open(folder / "real").certificate()
     assert certificate is not None
     assert certificate.max() <= 1e-3
@@ -94,8 +94,8 @@ def test_samples_go_on_and_are_those_of_the_loop(folder: Path) -> None:
 
 def test_bench_compare_and_trace_have_their_row(folder: Path) -> None:
     rows = json.loads((folder / "bench" / "bench.json").read_text())["comparisons"][0]["rows"]
-    assert [row["strategy"] for row in rows][2:] == ["breathing:2-8", "auto"]
-    assert next(row for row in rows if row["strategy"] == "breathing:2-8")["error"]["max"] < 1e-2
+    assert [row["strategy"] for row in rows][2:] == ["fraction:4-2", "auto"]
+    assert next(row for row in rows if row["strategy"] == "fraction:4-2")["error"]["max"] < 1e-2
     rows = json.loads((folder / "compared" / "comparison.json").read_text())["rows"]
-    assert next(row for row in rows if row["name"] == "breathing:2-8")["max"] < 1e-2
+    assert next(row for row in rows if row["name"] == "fraction:4-2")["max"] < 1e-2
     assert (folder / "traced" / "comparison.png").is_file()

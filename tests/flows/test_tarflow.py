@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
 from problems import latents, make_flow
+from torch import Tensor
 
 import jacobiflow as jf
+from jacobiflow.flows.base import evaluate
+from jacobiflow.guidance import guided
+from jacobiflow.solvers import Given
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,6 +82,55 @@ def test_a_lowered_cache_runs_the_network_in_bfloat16() -> None:
         assert torch.equal(rounded, rounded.bfloat16().double())  # by a network in bfloat16
         assert 0 < (rounded - exact).abs().max() < 0.1 * exact.abs().max()
     assert cache.layers[0].dtype == torch.float64  # the other cache is as it was
+
+
+@pytest.mark.parametrize("guidance", [None, jf.Guidance(1.5)], ids=["plain", "guided"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_no_entry_depends_on_later_tokens(dtype: torch.dtype, guidance: jf.Guidance | None) -> None:
+    """Nor if they overflow in the network; the entry after one that does so is not finite."""
+    flow, k, rows = copy.deepcopy(make_flow(image_size=10, num_classes=3)).to(dtype), 14, torch.arange(3)
+    block: Any = guided(flow.blocks[1], guidance)
+    z = latents(flow, 3).float()
+
+    def entries(x: Tensor) -> list[tuple[Tensor, int]]:
+        """By all calls that give them, each with the entry that it begins at."""
+        cache = block.init_cache(z, rows)
+        first, second = (block.update(x, z, *run, cache) for run in ((0, 11), (11, 25)))
+        at = block.update_at(x, z, torch.full((3,), 11), 14, 25, cache)
+        whole = evaluate(block, x, z, rows), block.update(x, z, 0, 25, cache)
+        return [(first, 0), (second, 11), (at, 11), (whole[0], 0), (whole[1], 0)]
+
+    with torch.no_grad():
+        for value in (1e5, 3e38, torch.inf, torch.nan):
+            overflowing = torch.cat((z[:, :k], torch.full_like(z[:, k:], value)), dim=1)
+            for (want, start), (have, _) in zip(entries(z), entries(overflowing), strict=True):
+                torch.testing.assert_close(have[:, : k + 1 - start], want[:, : k + 1 - start], rtol=0, atol=0)
+                if not value < 1e38 and start + have.shape[1] > k + 1:
+                    assert not have[:, k + 1 - start].isfinite().any()
+
+
+def test_a_guess_that_overflows_in_the_network_is_no_obstacle() -> None:
+    """The inverse is finite, and so is what each sweep adds to the tokens that are final."""
+    flow = copy.deepcopy(make_flow()).half()
+    z = latents(flow, 2).float()
+    exact = jf.solve(flow.blocks[1], z, jf.Solver(jf.Sequential())).x
+    guess = torch.cat((z[:, :4], torch.full_like(z[:, 4:], 1e5)), dim=1)
+    for partition in (jf.Whole(), jf.Window(5), jf.Segments(2)):
+        solution = jf.solve(flow.blocks[1], z, jf.Solver(partition, Given(guess)))
+        assert (solution.status == jf.Status.CONVERGED).all()
+        torch.testing.assert_close(solution.x, exact, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("part", [1, 2], ids=["keys", "values"])
+def test_keys_and_values_that_are_not_finite_are_not_hidden(part: int) -> None:
+    """They come of weights that are too large for the network's dtype, from tokens that are not."""
+    flow = copy.deepcopy(make_flow()).half()
+    block, z = flow.blocks[1], latents(flow, 2).float()
+    with torch.no_grad():
+        block.attn_blocks[0].attention.qkv.weight.view(3, -1)[part].normal_(std=3e4)
+    for solver in (jf.Solver(jf.Sequential()), jf.Solver(), jf.Solver(jf.Window(4))):
+        assert (jf.solve(block, z, solver).status == jf.Status.NONFINITE).all()
+    assert jf.certify(block, z, z).isinf().all()
 
 
 def test_a_shape_that_cannot_be_is_refused() -> None:

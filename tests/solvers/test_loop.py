@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.flows.base import KeepsNothing, LowPrecision
-from jacobiflow.solvers import Given, Stopping, Sweep
+from jacobiflow.solvers import Given, Stopping
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,36 +38,21 @@ EXACT = 1e-10
 
 
 @dataclass(frozen=True)
-class Breathing(jf.SlidingRun):
-    """A window that doubles where a third of it was passed, and else loses a token; from outside the package."""
+class Half(jf.SlidingRun):
+    """A window over half of the sequence less `fewer` tokens; from outside the package."""
 
-    least: int
-    most: int
+    fewer: int = 0
 
-    def run_size(self, num_tokens: int, last: Sweep | None) -> int:
-        if last is None:
-            return self.least
-        size = 2 * last.size if 3 * last.passed >= last.size else last.size - 1
-        return min(max(size, self.least), self.most)
+    def run_size(self, num_tokens: int) -> int:
+        return num_tokens // 2 - self.fewer
 
 
 @dataclass(frozen=True)
-class Alternating(jf.SlidingRun):
-    """A window of 8 tokens and one of 3, in turn: a token is swept in sweeps that are not in a row."""
+class Alternating(jf.Partition):
+    """8 tokens from even fronts and 3 from odd ones: a token is swept in sweeps that are not in a row."""
 
-    def run_size(self, num_tokens: int, last: Sweep | None) -> int:
-        return 3 if last is not None and last.size > 3 else 8
-
-
-def stop_of(partition: jf.Partition, length: int) -> Callable[[int, tuple[int, int] | None], int]:
-    """Where the run from a front ends, after a last run of a size and an advance."""
-
-    def stop(front: int, last: tuple[int, int] | None) -> int:
-        if isinstance(partition, jf.SlidingRun):
-            return min(front + partition.run_size(length, last and Sweep(*last)), length)
-        return partition.stop(front, length)
-
-    return stop
+    def stop(self, front: int, num_tokens: int) -> int:
+        return min(front + (3 if front % 2 else 8), num_tokens)
 
 
 def expected(problem: Problem, solver: jf.Solver, start: Tensor, keys: bool = True) -> Swept:
@@ -78,7 +64,7 @@ def expected(problem: Problem, solver: jf.Solver, start: Tensor, keys: bool = Tr
     elif rule.max_sweeps is not None:
         limits = [rule.max_sweeps] * length
     return swept(
-        problem.g, start, stop_of(solver.partition, length), atol=rule.atol, limits=limits, keys=keys,
+        problem.g, start, partial(solver.partition.stop, num_tokens=length), atol=rule.atol, limits=limits, keys=keys,
         ebound=-1 if rule.ebound is None else rule.ebound, kernel=getattr(solver.correction, "kernel", None),
     )  # fmt: skip
 
@@ -116,7 +102,7 @@ STARTS: list[tuple[jf.Guess, Callable[[Tensor], Tensor]]] = [
 CORRECTIONS = [jf.Plain(), jf.Chord(0.1 * normal(5, 2, 2, seed=3))]
 PARTITIONS = [
     jf.Sequential(), jf.Whole(), jf.Segments(1), jf.Segments(5), jf.Segments(17), jf.Window(1), jf.Window(4),
-    jf.Window(100), Breathing(2, 9), Alternating(),
+    jf.Window(100), Half(), Alternating(),
 ]  # fmt: skip
 STOPPINGS = [
     jf.Tolerance(1e-2), jf.Tolerance(1e-6), jf.MaxSweeps(1), jf.MaxSweeps(3), jf.MaxSweeps(10**30), jf.EarlyStop(1e-3),
@@ -148,8 +134,8 @@ FLOW_SOLVERS = [
     jf.Solver(jf.Sequential()), jf.Solver(jf.Whole(), jf.Zeros(), jf.Tolerance(1e-5)),
     jf.Solver(jf.Segments(4), stopping=jf.Tolerance(1e-2)), jf.Solver(jf.Segments(4), jf.Zeros(), jf.MaxSweeps(2)),
     jf.Solver(jf.Window(7), stopping=jf.Tolerance(1e-2)), jf.Solver(jf.Window(5), stopping=jf.MaxSweeps(2)),
-    jf.Solver(jf.Segments(3), stopping=jf.MaxSweeps((3, 1, 2))), jf.Solver(Breathing(2, 6)),
-    jf.Solver(Breathing(2, 6), stopping=jf.MaxSweeps(3)), jf.Solver(jf.Segments(2), stopping=jf.EarlyStop(1e-4)),
+    jf.Solver(jf.Segments(3), stopping=jf.MaxSweeps((3, 1, 2))), jf.Solver(Half()),
+    jf.Solver(Half(), stopping=jf.MaxSweeps(3)), jf.Solver(jf.Segments(2), stopping=jf.EarlyStop(1e-4)),
 ]  # fmt: skip
 
 
@@ -240,32 +226,6 @@ def test_each_sample_has_its_own_front(size: int | None, atol: float, chord: flo
         assert found.sweeps == found.network_calls == len(samples)
         assert found.token_evaluations == evaluations
         assert found.exact.tolist() == [size == 1] * 7
-
-
-def test_a_run_that_grows_and_shrinks_by_what_the_last_sweep_did() -> None:
-    """With a front per sample the slowest decides; sizes follow from each other also as samples leave and enter."""
-    asked: list[tuple[Sweep | None, int]] = []
-
-    class Noting(Breathing):
-        def run_size(self, num_tokens: int, last: Sweep | None) -> int:
-            asked.append((last, super().run_size(num_tokens, last)))
-            return asked[-1][1]
-
-    for slots in (None, 1, 3):
-        problem, previous = echoes(keys=False, slack=1e-9), 0
-        solver = jf.Solver(Noting(2, 12), stopping=jf.Tolerance(1e-9))
-        asked.clear()
-        found = jf.solve(problem.block, problem.z, solver, problem.labels, slots)
-        assert error(found.x, problem.answer) < 1e-7
-        assert (found.status == jf.Status.CONVERGED).all()
-        assert len({size for _, size in asked}) > 4
-        for (last, wanted), (start, stop, _) in zip(asked, problem.block.calls, strict=True):
-            starts = [start] if isinstance(start, int) else start
-            size = stop - max(starts)
-            assert size == min(wanted, 24 - min(starts))
-            assert last is None or (last.size == previous and 1 <= last.passed <= previous)
-            previous = size
-        assert sum(last is None for last, _ in asked) == (7 if slots == 1 else 1)
 
 
 # ---------------------------------------------------------------------------------------------- batches and tensors
@@ -393,9 +353,10 @@ class Lowered(Watched, LowPrecision):
 def test_coarse_sweeps_come_first(coarse: int, made: int) -> None:
     """All of those samples, and none more than there are tokens; the pieces start from their answer."""
     z, strengths = normal(4, LENGTH, 2), torch.full((4,), 0.9, dtype=torch.float64)
-    low = swept(lambda x: echo(x, z, strengths + 0.01), z, lambda front, last: LENGTH, limits=[coarse] * LENGTH)
+    low = swept(lambda x: echo(x, z, strengths + 0.01), z, lambda front: LENGTH, limits=[coarse] * LENGTH)
     fine = jf.Solver(jf.Segments(2), stopping=jf.MaxSweeps(2))
-    want = swept(lambda x: echo(x, z, strengths), low.x, stop_of(fine.partition, LENGTH), limits=[2] * LENGTH)
+    halves = partial(fine.partition.stop, num_tokens=LENGTH)
+    want = swept(lambda x: echo(x, z, strengths), low.x, halves, limits=[2] * LENGTH)
     for slots in (None, 2):
         found = jf.solve(Lowered(echo), z, replace(fine, coarse=coarse), strengths, slots)
         assert error(found.x, want.x) < EXACT
@@ -427,7 +388,7 @@ class Stuck(jf.Partition):
         ({"solver": jf.Solver(jf.Segments(6))}, "only 5 tokens"),
         ({"solver": jf.Solver(Stuck(0))}, r"Stuck\(end=0\).*0 to 0"),
         ({"solver": jf.Solver(Stuck(6))}, r"Stuck\(end=6\).*0 to 6"),
-        ({"solver": jf.Solver(Breathing(0, 3))}, r"Breathing.*0 to 0"),
+        ({"solver": jf.Solver(Half(2))}, r"Half.*0 to 0"),
     ],
 )
 def test_solve_refuses_what_does_not_fit(arguments: dict[str, Any], names: str) -> None:

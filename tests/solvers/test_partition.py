@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jacobiflow as jf
-from jacobiflow.solvers import Sweep
 
 
 @given(length=st.integers(1, 60), data=st.data())
@@ -34,9 +33,8 @@ def test_where_the_run_from_each_front_ends(partition: jf.Partition, stops: list
 
 
 def test_a_sliding_run_has_a_size_wherever_it_starts() -> None:
-    for last in (None, Sweep(4, 1)):
-        assert [jf.Window(4).run_size(length, last) for length in (3, 4, 5)] == [3, 4, 4]
-        assert jf.Whole().run_size(7, last) == 7
+    assert [jf.Window(4).run_size(length) for length in (3, 4, 5)] == [3, 4, 4]
+    assert jf.Whole().run_size(7) == 7
 
 
 def test_which_windows_are_tried() -> None:

@@ -5,7 +5,7 @@ from jacobiflow.solvers.certified import Certificate, certify, check_certificate
 from jacobiflow.solvers.chord import Chord
 from jacobiflow.solvers.correction import Correction, Plain
 from jacobiflow.solvers.guess import Given, Guess, Latent, MeanAffine, Zeros
-from jacobiflow.solvers.partition import Partition, Segments, Sequential, SlidingRun, Sweep, Whole, Window
+from jacobiflow.solvers.partition import Partition, Segments, Sequential, SlidingRun, Whole, Window
 from jacobiflow.solvers.solution import Solution, Status
 from jacobiflow.solvers.solve import no_gradients, solve
 from jacobiflow.solvers.solver import Solver
@@ -14,6 +14,6 @@ from jacobiflow.solvers.stopping import EarlyStop, MaxSweeps, Stopping, Toleranc
 __all__ = [
     "CausalLinear", "Certificate", "Chord", "Correction", "EarlyStop", "Given", "Guess", "Latent", "MaxSweeps",
     "MeanAffine", "Partition", "Plain", "Segments", "Sequential", "SlidingRun", "Solution", "Solver", "Status",
-    "Stopping", "Sweep", "Tolerance", "Whole", "Window", "Zeros", "certify", "check_certificate", "no_gradients",
+    "Stopping", "Tolerance", "Whole", "Window", "Zeros", "certify", "check_certificate", "no_gradients",
     "solve", "solve_certified",
 ]  # fmt: skip

@@ -99,11 +99,11 @@ class Fronts:
         self.reached = start + size
         return self.growing >= _PATIENCE
 
-    def pass_settled(self, start: Array, swept: Swept, atol: float, steps: Array, xp: Any) -> Array:
+    def pass_settled(self, start: Array, swept: Swept, atol: float, steps: Array, xp: Any) -> None:
         """Move each front past the leading tokens of its run, from `start`, that changed by at most `atol`.
 
         And past one more, which was computed from final ones (Proposition 1 of the paper). A sample that has failed is
-        at its end: it is to be solved again. **Returns** how many tokens of its run each has passed.
+        at its end: it is to be solved again.
         """
         size, length = swept.change.shape[1], len(steps)
         settled = xp.cumprod(swept.change <= atol, 1) > 0
@@ -113,7 +113,6 @@ class Fronts:
         if swept.overflowed is not None:
             self.failed = self.failed | (swept.overflowed & (steps[:size] < passed[:, None])).any(1)
             self.front = xp.where(self.failed, length, self.front)
-        return passed
 
     def pass_together(
         self, swept: Swept, atol: float | None, early: bool, counted: int, steps: Array, xp: Any

@@ -12,11 +12,10 @@ from torch import Tensor
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import Block, FrontPerSample, LowPrecision, Replayable, put_run, run_of
 from jacobiflow.solvers.fronts import Array, Fronts, Swept, Tally, as_array, on_host
-from jacobiflow.solvers.partition import SlidingRun, Sweep
-from jacobiflow.solvers.replay import Sweeps
+from jacobiflow.solvers.partition import SlidingRun
+from jacobiflow.solvers.replay import SweepGraphs
 from jacobiflow.solvers.solver import Solver
 
-_STEP = Sweep(1, 1)
 LEAVING = 0.25  # share of finished samples at which the batch is made anew: copying its keys costs about a sweep
 _LOOK = 4  # sweeps on a GPU between looks at the fronts: a few too many cost less than waiting for every one
 
@@ -27,8 +26,8 @@ class _Batch:
 
     `front` is where all of them stand; `None` where fronts differ, or are on a device and not known. They are between
     `least` and `most`. The cache holds the keys of the tokens before `cached` - 1, to within the tolerance. `swept` has
-    how many sweeps each token has had from the shared front, `sweeps` counts all, and `last` is the latest known.
-    `replays` are graphs of its sweeps on a GPU.
+    how many sweeps each token has had from the shared front, `sweeps` counts all. `graphs` are those of its sweeps on a
+    GPU.
     """
 
     sample: np.ndarray
@@ -43,8 +42,7 @@ class _Batch:
     most: int = 0
     cached: int = 0
     sweeps: int = 0
-    replays: Sweeps | None = None
-    last: Sweep | None = None
+    graphs: SweepGraphs | None = None
 
     def locate(self, front: np.ndarray) -> None:
         """Note where the samples stand."""
@@ -101,12 +99,14 @@ class Loop:
             cache = cast(LowPrecision, self.block).lower(cache)
         swept = np.zeros(self.length, dtype=np.int64)
         batch = _Batch(np.arange(rows.start, rows.stop), Fronts.enter(len(z), z), x, z, guess, cache, swept)
-        return self._with_replays(batch)
+        return self._with_graphs(batch)
 
-    def _with_replays(self, batch: _Batch) -> _Batch:
-        """With graphs of its sweeps, where a GPU can have them."""
+    def _with_graphs(self, batch: _Batch) -> _Batch:
+        """With graphs of its sweeps, if a GPU can have them and all runs are of one size: those of a window."""
         if batch.z.device.type == "cuda" and self._own_fronts is not None and isinstance(self.block, Replayable):
-            batch.replays = Sweeps(self.block, batch.x, batch.z, batch.cache)
+            size = cast(SlidingRun, self.solver.partition).run_size(self.length)
+            if size < self.length:
+                batch.graphs = SweepGraphs(self.block, batch.x, batch.z, batch.cache, size)
         return batch
 
     def _next(self, count: int) -> slice:
@@ -154,8 +154,6 @@ class Loop:
         batch.x[index], batch.z[index], batch.guess[index] = self.guess[rows], self.z[rows], self.guess[rows]
         batch.fronts.refill(as_array(index), self.z)
         batch.sample[places] = np.arange(rows.start, rows.stop)
-        if len(places) == len(batch.sample):
-            batch.last = None
 
     def _close(self, batch: _Batch, places: np.ndarray, front: np.ndarray) -> _Batch:
         """The batch without the samples at `places`, into which the last ones move."""
@@ -171,7 +169,7 @@ class Loop:
             cache=self._own_fronts.move(batch.cache, *moved, num),
         )  # fmt: skip
         left.locate(front[:num])
-        return self._with_replays(left)
+        return self._with_graphs(left)
 
     def _index(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(rows).to(self.z.device)
@@ -181,13 +179,13 @@ class Loop:
     def _sweep_together(self, batch: _Batch) -> None:
         """A sweep of the run that starts at the front of all samples."""
         first = batch.least
-        stop = self._stop(batch, first)
+        stop = self._stop(first)
         size = stop - first
         self.token_evaluations += len(batch.sample) * (stop - batch.cached)
         g = self.block.update(batch.x, batch.z, batch.cached, stop, batch.cache)[:, first - batch.cached :]
         if size == 1:
             put_run(batch.x, g, first)
-            batch.least, batch.cached, batch.last = stop, stop, _STEP
+            batch.least = batch.cached = stop
             return
         batch.fronts.exact[:] = False
         batch.swept[first:stop] += 1
@@ -200,52 +198,47 @@ class Loop:
         passed, current = batch.fronts.pass_together(swept, stopping.atol, early, counted, self._steps, self._xp)
         batch.fronts.front += passed
         batch.cached = first + current
-        batch.least, batch.last = first + passed, Sweep(size, passed)
+        batch.least = first + passed
 
     def _sweep_each(self, batch: _Batch) -> None:
         """A sweep of the runs that start at each sample's own front."""
         xp, fronts, length = self._xp, batch.fronts, self.length
-        size = self._stop(batch, batch.least) - batch.least
+        size = self._stop(batch.least) - batch.least
+        if batch.graphs is not None:
+            size = batch.graphs.size  # at the end of the sequence too, where a smaller one would need its own graph
         fronts.sweeps = fronts.sweeps + (fronts.front < length)
         # A run that would leave the sequence starts earlier: all are of one size, and what is final stays so.
         start = fronts.front if batch.most <= length - size else xp.clip(fronts.front, None, length - size)
         common = batch.least if batch.least == length - size else batch.front
-        if batch.replays is not None and size < length:
-            common = None
         self.token_evaluations += len(batch.sample) * size
-        if common is not None:
+        if common is not None and batch.graphs is None:
             at: int | Tensor = common
             g = self.block.update(batch.x, batch.z, common, common + size, batch.cache)
         else:
             at = self._tensor(start)
             end = min(batch.most + size, length)
-            if batch.replays is None:
+            if batch.graphs is None:
                 g = self._own_fronts.update_at(batch.x, batch.z, at, size, end, batch.cache)
             else:
-                g = batch.replays(at, size, end)
+                g = batch.graphs(at, end)
         old = run_of(batch.x, at, size)
         if start is not fronts.front:
             final = self._steps[:size] < (fronts.front - start)[:, None]  # so many leading tokens of a run
             g = torch.where(self._tensor(final).unsqueeze(-1), old, g)
         if size == 1:
             put_run(batch.x, g, at)
-            fronts.front, passed = xp.clip(fronts.front + 1, None, length), np.ones(1)
+            fronts.front = xp.clip(fronts.front + 1, None, length)
         else:
             fronts.exact[:] = False
             new, residual, change = self._correct(batch, start, old, g)
             swept = self._put(batch, at, new, residual, change)
-            passed = fronts.pass_settled(start, swept, cast(float, self.solver.stopping.atol), self._steps, xp)
+            fronts.pass_settled(start, swept, cast(float, self.solver.stopping.atol), self._steps, xp)
         batch.front, batch.most = None, min(batch.most + size, length)
-        if self._host:
-            batch.last = Sweep(size, int(passed.min()))
 
-    def _stop(self, batch: _Batch, first: int) -> int:
+    def _stop(self, first: int) -> int:
         """The end of the run that starts at `first`."""
         partition = self.solver.partition
-        if isinstance(partition, SlidingRun):
-            stop = min(first + partition.run_size(self.length, batch.last), self.length)
-        else:
-            stop = partition.stop(first, self.length)
+        stop = partition.stop(first, self.length)
         if not first < stop <= self.length:
             raise InputValueError(f"{partition!r}: a run from token {first} to {stop}, of {self.length} tokens")
         return stop

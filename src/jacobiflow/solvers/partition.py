@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from jacobiflow.checks import check_count, convert_numbers
 from jacobiflow.codec import family, register
@@ -38,13 +37,6 @@ class Partition(ABC):
         return ()
 
 
-class Sweep(NamedTuple):
-    """The latest sweep: the `size` of its run, and by how many tokens the slowest front moved on."""
-
-    size: int
-    passed: int
-
-
 class SlidingRun(Partition):
     """A partition whose run slides with the front: it has a size, wherever it starts.
 
@@ -52,11 +44,11 @@ class SlidingRun(Partition):
     """
 
     @abstractmethod
-    def run_size(self, num_tokens: int, last: Sweep | None) -> int:
-        """The size of the next run, at least 1, by the `last` sweep; `None` before the first one."""
+    def run_size(self, num_tokens: int) -> int:
+        """The size of a run of a sequence of `num_tokens`, at least 1."""
 
     def stop(self, front: int, num_tokens: int) -> int:
-        return min(front + self.run_size(num_tokens, None), num_tokens)
+        return min(front + self.run_size(num_tokens), num_tokens)
 
 
 @register("sequential")
@@ -79,7 +71,7 @@ class Sequential(Partition):
 class Whole(SlidingRun):
     """All tokens at once: Jacobi iteration (section 3.1 of the paper)."""
 
-    def run_size(self, num_tokens: int, last: Sweep | None) -> int:
+    def run_size(self, num_tokens: int) -> int:
         return num_tokens
 
 
@@ -125,7 +117,7 @@ class Window(SlidingRun):
         convert_numbers(self)
         check_count("Window: size", self.size)
 
-    def run_size(self, num_tokens: int, last: Sweep | None) -> int:
+    def run_size(self, num_tokens: int) -> int:
         return min(self.size, num_tokens)
 
     def token_by_token(self, num_tokens: int) -> bool:

@@ -1,11 +1,13 @@
-"""What a GPU launches again and again on the same memory, as graphs: tokens of the loop, and sweeps.
+"""CUDA graphs for the token loop and for the sweeps of a window.
 
-A block of 8 layers launches about a hundred kernels a token or sweep, which take longer to launch than to run where
-rows are few. Captured in a graph they are one launch.
+A block of 8 layers launches about a hundred kernels a token or sweep, which take longer to launch than to run if rows
+are few. Captured in a graph they are one launch. A capture takes about as long as two calls and waits for the device,
+so that it pays only for a shape that comes again and again.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -21,6 +23,7 @@ T = TypeVar("T")
 _BUCKET = 64  # positions by which the context grows from graph to graph; the causal mask hides the last of them
 _SWEEPS = 256  # the same for sweeps, of which there are fewer
 _USES = 2  # calls before one is captured, which takes about as long as two
+_capturing = threading.Lock()  # a capture waits for the device, which would break one that another thread has begun
 
 
 def replayed(block: Block, z: Float[Tensor, "b t c"], context: Tensor | None, slots: int) -> Float[Tensor, "b t c"]:
@@ -79,32 +82,31 @@ class _Loop:
         return replay
 
 
-class Sweeps:
-    """`update_at` of a batch whose `x`, `z` and `cache` stay where they are, as a graph for each size and context."""
+class SweepGraphs:
+    """`update_at` of runs of one `size`, as a graph for each context; `x`, `z` and `cache` stay where they are."""
 
-    def __init__(self, block: Any, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], cache: Any) -> None:
-        self.block, self.x, self.z, self.cache = block, x, z, cache
+    def __init__(self, block: Any, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], cache: Any, size: int) -> None:
+        self.block, self.x, self.z, self.cache, self.size = block, x, z, cache, size
         self.start = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        self.uses: Counter[tuple[int, int]] = Counter()
-        self.graphs: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
+        self.uses: Counter[int] = Counter()
+        self.graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
         self.pool: Any = None
 
-    def __call__(self, start: Int[Tensor, " b"], size: int, end: int) -> Float[Tensor, "b n c"]:
+    def __call__(self, start: Int[Tensor, " b"], end: int) -> Float[Tensor, "b n c"]:
         """`update_at` there; the next call overwrites what it returns."""
 
         def run() -> Tensor:
-            return cast(Tensor, self.block.update_at(self.x, self.z, self.start, size, end, self.cache))
+            return cast(Tensor, self.block.update_at(self.x, self.z, self.start, self.size, end, self.cache))
 
         end = min(-(-end // _SWEEPS) * _SWEEPS, self.x.shape[1])
-        key = size, end
         self.start.copy_(start)
-        self.uses[key] += 1
-        if self.uses[key] <= _USES:
+        self.uses[end] += 1
+        if self.uses[end] <= _USES:
             return run()
-        if key not in self.graphs:
+        if end not in self.graphs:
             replay, g, self.pool = captured(run, self.pool)
-            self.graphs[key] = replay, g
-        replay, g = self.graphs[key]
+            self.graphs[end] = replay, g
+        replay, g = self.graphs[end]
         replay()
         return g
 
@@ -121,6 +123,7 @@ def captured(step: Callable[[], T], pool: Any) -> tuple[Callable[[], None], T, A
         step()
     here.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # By default an allocation by any other thread would abort the capture.
+    with _capturing, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = step()
     return graph.replay, result, graph.pool()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,23 +34,19 @@ class Fed:
     rows: Int[Tensor, "b 1"]
 
     @classmethod
-    def of(
-        cls, positions: slice | Int[Tensor, "b n"], end: int, mask: Float[Tensor, "t t"], rows: Int[Tensor, "b 1"]
-    ) -> Fed:
-        """With the rows of the causal `mask` that belong to the positions, where there is no shorter way to say it."""
+    def of(cls, positions: slice | Int[Tensor, "b n"], end: int, rows: Int[Tensor, "b 1"], like: Tensor) -> Fed:
+        """With a mask, in the dtype and on the device of `like`, only if there is no shorter way to say it."""
         if not isinstance(positions, slice):
-            return cls(positions, end, mask[positions, :end].unsqueeze(1), False, rows)
+            hidden = torch.arange(end, device=like.device) > positions.unsqueeze(-1)
+            mask = torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, -torch.inf)
+            return cls(positions, end, mask.unsqueeze(1), False, rows)
         size, causal = end - positions.start, positions.start == 0 and end > 1
         own: Tensor | None = None
-        if size > 1 and not causal:
-            # On a GPU, attention that is known to be causal has faster kernels than one with a mask in memory.
-            own = causal_lower_right(size, end) if mask.is_cuda else mask[positions, :end]
+        if size > 1 and not causal and like.is_cuda:
+            own = causal_lower_right(size, end)  # for which a GPU has faster kernels than for a mask in memory
+        elif size > 1 and not causal:
+            own = like.new_full((size, end), -torch.inf).triu_(positions.start + 1)
         return cls(positions, end, own, causal, rows)
-
-
-def causal_mask(length: int, like: Tensor) -> Float[Tensor, "t t"]:
-    """0 where position i may read position j <= i, -inf elsewhere, in the dtype and on the device of `like`."""
-    return torch.full((length, length), -torch.inf, dtype=like.dtype, device=like.device).triu(1)
 
 
 Parameters = tuple[Tensor, Tensor]  # weight and bias
@@ -81,16 +79,40 @@ def in_dtype(parameters: Parameters, dtype: torch.dtype) -> Parameters:
     return weight.to(dtype), bias.to(dtype)
 
 
+def transformer(
+    h: Float[Tensor, "b n c"], layers: Sequence[tuple[LayerWeights, Float[Tensor, "b 2 h t d"] | None]],
+    fed: Fed | None = None, query_scale: Float[Tensor, "b 1 1 1"] | None = None,
+) -> Float[Tensor, "b n c"]:  # fmt: skip
+    """The output of `layers`, weights and cache of each, at `h`: that of a token does not depend on later ones.
+
+    Nor if they overflow: then keys and values that are not finite have to be hidden from the tokens before them. On a
+    CPU that is done only if there are any, which is quicker.
+    """
+
+    def run(hide: bool) -> Tensor:
+        out = h
+        for weights, cache in layers:
+            out = transformer_layer(out, weights, cache, fed, query_scale, hide)
+        return out
+
+    if h.shape[1] == 1 or torch.is_grad_enabled():
+        return run(hide=False)
+    if h.device.type == "cpu" and math.isfinite((out := run(hide=False)).sum(dtype=torch.float32)):
+        return out
+    return run(hide=True)
+
+
 def transformer_layer(
     x: Float[Tensor, "b n c"], weights: LayerWeights, cache: Float[Tensor, "b 2 h t d"] | None = None,
-    fed: Fed | None = None, query_scale: Float[Tensor, "b 1 1 1"] | None = None,
+    fed: Fed | None = None, query_scale: Float[Tensor, "b 1 1 1"] | None = None, hide: bool = False,
 ) -> Float[Tensor, "b n c"]:  # fmt: skip
     """Pre-norm attention, then a perceptron with GELU, each added to its input.
 
     Attention is causal over `x` alone, or as `fed` says over `cache`, the keys and values of all T positions, which
-    takes those of `x`. `query_scale` divides the logits by each row's attention temperature; `None`: all are 1.
+    takes those of `x`. `query_scale` divides the logits by each row's attention temperature; `None`: all are 1. With
+    `hide`, keys and values that are not finite are 0 to other tokens, and their own token is NaN.
     """
-    x = x + _self_attention(x, weights, cache, fed, query_scale)
+    x = x + _self_attention(x, weights, cache, fed, query_scale, hide)
     return x + _feed_forward(x, weights)
 
 
@@ -99,7 +121,7 @@ def transformer_layer(
 
 
 def _self_attention(
-    x: Tensor, weights: LayerWeights, cache: Tensor | None, fed: Fed | None, query_scale: Tensor | None
+    x: Tensor, weights: LayerWeights, cache: Tensor | None, fed: Fed | None, query_scale: Tensor | None, hide: bool
 ) -> Tensor:
     batch, length, channels = x.shape
     qkv = F.linear(F.layer_norm(x, (channels,), *weights.norm), *weights.qkv)
@@ -108,14 +130,21 @@ def _self_attention(
     if query_scale is not None:
         q = q * query_scale
     if cache is None or fed is None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        # Neither a mask nor a weight of 0 hides what is not finite: inf - inf and 0 x inf are NaN.
+        keys, values = (k.nan_to_num(0.0, 0.0, 0.0), v.nan_to_num(0.0, 0.0, 0.0)) if hide else (k, v)
+        out = F.scaled_dot_product_attention(q, keys, values, is_causal=True)
     else:
-        if isinstance(fed.positions, slice):
-            cache[:, :, :, fed.positions] = qkv[:, :, 1:].permute(0, 2, 3, 1, 4)
+        new = qkv[:, :, 1:].to(cache.dtype)  # which autocast may differ from
+        if not isinstance(fed.positions, slice):
+            cache[fed.rows, :, :, fed.positions] = new.nan_to_num(0.0, 0.0, 0.0) if hide else new
+        elif hide:
+            torch.nan_to_num(new.permute(0, 2, 3, 1, 4), 0.0, 0.0, 0.0, out=cache[:, :, :, fed.positions])
         else:
-            cache[fed.rows, :, :, fed.positions] = qkv[:, :, 1:].to(cache.dtype)  # which autocast may differ from
+            cache[:, :, :, fed.positions] = new.permute(0, 2, 3, 1, 4)
         keys, values = cache[:, :, :, : fed.end].unbind(1)
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=fed.mask, is_causal=fed.causal)
+    if hide:
+        out = torch.addcmul(out, k, v, value=0)
     return F.linear(out.transpose(1, 2).reshape(batch, length, channels), *weights.proj)
 
 

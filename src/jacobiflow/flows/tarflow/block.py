@@ -23,7 +23,7 @@ from jacobiflow.flows.base import (
 from jacobiflow.flows.labels import embed_classes
 from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.tarflow import recurrence
-from jacobiflow.flows.tarflow.attention import AttentionBlock, Fed, Parameters, causal_mask, transformer_layer
+from jacobiflow.flows.tarflow.attention import AttentionBlock, Fed, Parameters, transformer
 from jacobiflow.flows.tarflow.cache import TarFlowCache
 from jacobiflow.flows.tarflow.config import TarFlowConfig
 
@@ -73,9 +73,8 @@ class TarFlowBlock(FlowBlock, AffineFrontPerSample, LowPrecision, ExactInverse, 
             return torch.zeros_like(x), torch.zeros_like(x)
         weight = self.proj_in.weight
         h = F.linear(x[:, :-1].to(weight.dtype), weight) + self._embedding(context)[..., :-1, :]
-        scale = self._query_scale(attn_temperature)
-        for layer in self.attn_blocks:
-            h = transformer_layer(h, layer.weights(), query_scale=scale)
+        layers = [(layer.weights(), None) for layer in self.attn_blocks]
+        h = transformer(h, layers, query_scale=self._query_scale(attn_temperature))
         return self._read_out(h, x, (self.proj_out.weight, self.proj_out.bias), first=True)
 
     def init_cache(
@@ -96,7 +95,6 @@ class TarFlowBlock(FlowBlock, AffineFrontPerSample, LowPrecision, ExactInverse, 
             self.proj_in.weight,
             (self.proj_out.weight, self.proj_out.bias),
             self._embedding(context),
-            causal_mask(self.num_tokens, weight),
             torch.arange(z.shape[0], device=weight.device).view(-1, 1),
             self._query_scale(attn_temperature),
         )
@@ -160,9 +158,9 @@ class TarFlowBlock(FlowBlock, AffineFrontPerSample, LowPrecision, ExactInverse, 
         return scale, shift
 
     def row_bytes(self) -> int:
-        """Keys, values and embedding; the residual stream, its norm, and twice the hidden units; see `FlowBlock`."""
+        """Keys, values and embedding; the residual stream, its norm, twice the hidden units, and a causal mask."""
         hidden, channels = self.attn_blocks[0].weights().up[0].shape
-        values = (2 * len(self.attn_blocks) + 1) * channels + 2 * channels + 2 * hidden
+        values = (2 * len(self.attn_blocks) + 1) * channels + 2 * channels + 2 * hidden + self.num_tokens
         return int(self.num_tokens * values * self.pos_embed.element_size())
 
     def lower(self, cache: TarFlowCache) -> TarFlowCache:
@@ -213,7 +211,5 @@ def _hidden(tokens: Tensor, positions: slice | Tensor, end: int, cache: TarFlowC
     else:
         embedding = embedding[positions] if embedding.ndim == 2 else embedding[cache.rows, positions]
     h = F.linear(tokens.to(embedding.dtype), cache.proj_in) + embedding
-    fed = Fed.of(positions, end, cache.mask, cache.rows)
-    for weights, layer in zip(cache.weights, cache.layers, strict=True):
-        h = transformer_layer(h, weights, layer, fed, cache.query_scale)
-    return h
+    fed = Fed.of(positions, end, cache.rows, cache.proj_in)
+    return transformer(h, list(zip(cache.weights, cache.layers, strict=True)), fed, cache.query_scale)

@@ -18,8 +18,8 @@ class TarFlowCache:
 
     `layers` are written in place as positions are fed. `embedding`, in causal order, is all that is added to the
     projection of a token: its bias, the embedding of the position and that of the class; (T, C) where it is that of
-    every sample. `mask` is the additive causal mask, `rows` are 0 .. B-1, `query_scale` is that of
-    `transformer_layer`; `proj_in` is a weight, `proj_out` weight and bias. The network runs in the dtype of all these.
+    every sample. `rows` are 0 .. B-1, `query_scale` is that of `transformer_layer`; `proj_in` is a weight, `proj_out`
+    weight and bias. The network runs in the dtype of all these.
     """
 
     layers: tuple[Float[Tensor, "b 2 h t d"], ...]
@@ -27,7 +27,6 @@ class TarFlowCache:
     proj_in: Float[Tensor, "c d"]
     proj_out: Parameters
     embedding: Float[Tensor, "b t c"] | Float[Tensor, "t c"]
-    mask: Float[Tensor, "t t"]
     rows: Int[Tensor, "b 1"]
     query_scale: Float[Tensor, "b 1 1 1"] | None
 
@@ -72,5 +71,4 @@ class TarFlowCache:
             proj_in=self.proj_in.to(dtype),
             proj_out=in_dtype(self.proj_out, dtype),
             embedding=self.embedding.to(dtype),
-            mask=self.mask.to(dtype),
         )
