@@ -17,7 +17,7 @@ class FractionWindow(jf.SlidingRun):
 
     def __post_init__(self) -> None:
         if self.parts < 1 or self.least < 1:
-            raise ValueError(f"FractionWindow({self.parts}, {self.least}): give numbers of at least 1")
+            raise jf.InputError(f"FractionWindow({self.parts}, {self.least}): give numbers of at least 1")
 
     def run_size(self, num_tokens: int) -> int:
         return min(max(num_tokens // self.parts, self.least), num_tokens)

@@ -58,8 +58,8 @@ def auto(
     0, and if one of these latents overflows.
 
     The plan is kept in memory and in the user's cache folder. If the machine was so busy that its timings are in doubt,
-    the plan is used for a minute in this process only. A plan is made anew for other weights, reports and settings of PyTorch, and by another version of this
-    package; `cached_fingerprint` says which changes of weights are noticed.
+    the plan is used for a minute, in this process only. A plan is made anew for other weights, reports and settings of
+    PyTorch, and by another version of this package; `cached_fingerprint` says which changes of weights are noticed.
 
     `say` is called with a line of text before something that takes long.
 
