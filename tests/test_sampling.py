@@ -14,6 +14,7 @@ from problems import latents, make_flow, to_float32
 from torch import Tensor
 
 import jacobiflow as jf
+from jacobiflow.calibration import TuneSettings
 from jacobiflow.data import bundled_fashion
 from jacobiflow.latents import draw_latents
 
@@ -78,6 +79,24 @@ def test_real_images_come_back_from_their_latents_through_a_trained_flow() -> No
     out = jf.decode(flow, z, labels, strategy="window:32", tolerance=1e-5)
     assert (out.certificate <= 1e-5).all()
     assert (out.images - images).abs().max() < 2e-3  # float32 itself comes to a few 1e-4
+
+
+@pytest.mark.parametrize("name", ["digits-p1", "digits-maf"])
+def test_under_autocast_tokens_stay_in_float32(name: str) -> None:
+    """With what `tune` fits there too: its guesses and corrections are products of matrices."""
+    flow, labels = jf.load(name), torch.arange(2)
+    exact = sample(flow, num=2, labels=labels, strategy="sequential").images
+    with torch.autocast("cpu", torch.bfloat16):
+        few = TuneSettings((0.1,), 0.1, partitions=(jf.Whole(),), fine=(), coarse=(), coarse_to_tolerance=())
+        tuning = jf.tune(flow, labels, samples=2, progress=False, settings=few)
+        solvers = (jf.Solver(jf.Whole(), block.guess, correction=block.correction) for block in tuning.blocks)
+        tuned = jf.Strategy(tuple(solvers)).with_tolerance(0.5)
+        outs = [sample(flow, num=2, labels=labels, strategy="sequential")]
+        for strategy in ("jacobi", "window:16", "auto", tuned):
+            outs.append(sample(flow, num=2, labels=labels, strategy=strategy, tolerance=0.5))
+    for out in outs:
+        assert out.images.dtype == torch.float32
+        assert (out.images - exact).abs().mean() < 0.2
 
 
 def test_no_labels_are_labels_below_0() -> None:

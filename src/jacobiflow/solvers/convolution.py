@@ -57,7 +57,8 @@ def causal_convolution(
     for part, added in zip(padded.split(rows), add.split(rows), strict=True):
         shape, strides = (len(part), length, len(weights)), (part.stride(0), channels, 1)
         windows = part.as_strided(shape, strides, part.storage_offset()).reshape(-1, len(weights))
-        out = torch.addmm(added.reshape(-1, channels), windows, weights)
+        with torch.autocast(x.device.type, enabled=False):  # which is for networks: tokens keep their dtype
+            out = torch.addmm(added.reshape(-1, channels), windows, weights)
         parts.append(out.view(len(part), length, channels))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
