@@ -33,6 +33,14 @@ def same_bits(a: Any, b: Any) -> bool:
     return torch.equal(a.detach().contiguous().view(kind), b.detach().contiguous().view(kind))
 
 
+def outcome(call: Callable[[], Any]) -> Any:
+    """What `call` returns, or the class of the error that a spline raises."""
+    try:
+        return call()
+    except AssertionError as error:
+        return type(error)
+
+
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 

@@ -138,6 +138,7 @@ def test_rows_that_are_not_finite_do_not_change_the_others(name: str, bad: float
 def test_batches_of_any_shape_strides_and_precision(grad: bool, tolerance: float) -> None:
     y, c = normal(30, 24, dtype=DOUBLE).requires_grad_(), normal(30, CONTEXT, seed=1, dtype=DOUBLE).requires_grad_()
     batches = [
+        (y[0], None), (y[0], c[0]),
         (y[0], c[:7]), (y[:7], c[0]), (y[:3, None], c[:5]), (y[:5], c[:3, None]), (y[:15].view(3, 5, 24), c[:5]),
         (y[:0].view(3, 0, 24), c[0]), (y[:5, None], c[:0]), (y.float(), c),
         (y[:15].view(24, 3, 5).permute(1, 2, 0), c[0]), (y[0].expand(3, 5, 24), c[0]),

@@ -65,6 +65,79 @@ def test_inverses_and_log_determinants_are_pyro_s(name: str, shape: tuple[int, .
     assert shape != (3000,) or done.ways == {"": "units"}
 
 
+@pytest.mark.parametrize("tolerance", [0.0, 1e-5])
+@pytest.mark.parametrize("rows", [5, 3000])
+@pytest.mark.parametrize("where", ["input", "last feature", "large", "context", "weights"])
+@pytest.mark.parametrize("name", ["affine", "skip", "linear spline", "conditional affine"])
+@torch.no_grad()
+def test_values_that_are_not_finite_are_pyro_s(name: str, where: str, rows: int, tolerance: float) -> None:
+    flow, y, c = transform(name), normal(rows, D), normal(rows, C, seed=1)
+    last = int(flow.nn.permutation[-1] if "conditional" in name else flow.arn.permutation[-1])
+    weights = [weight for weight in flow.parameters() if weight.ndim == 2]
+    if where == "input":
+        y[2, 3], y[4, 0] = torch.nan, -torch.inf
+    elif where == "last feature":
+        y[2, last] = torch.inf
+    elif where == "large":  # passes of all features overflow
+        y[:, last] = 3e38
+    elif where == "context":
+        c[2, 1] = torch.nan
+    else:
+        weights[0][3, -1] = torch.inf
+    expected = inverse(flow, y, c)
+    with jf.accelerate(flow, tolerance):
+        found = inverse(flow, y, c)
+    if tolerance == 0:
+        assert same_bits(expected, found)
+    assert same_bits(expected[0].isfinite(), found[0].isfinite())
+    assert same_bits(expected[1].isfinite(), found[1].isfinite())
+
+
+@torch.no_grad()
+def test_strides_and_integers_are_taken_as_pyro_takes_them() -> None:
+    flow = transform("affine")
+    for y in (normal(D, 3).t(), normal(D, 2, 4).permute(1, 2, 0), torch.arange(5 * D).view(5, D) % 4):
+        expected = flow._inverse(y)
+        with jf.accelerate(flow) as done:
+            assert same_bits(expected, flow._inverse(y))
+        assert done.ways == {"": "passes"}
+
+
+class Doubled(nn.Module):
+    """A user's network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = AutoRegressiveNN(D, [32])
+        self.permutation, self.func = self.inner.permutation, torch.tanh  # a name that partial calls have too
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [2 * part for part in self.inner(x)]
+
+
+@pytest.mark.parametrize("rows", [5, 3000])
+@torch.no_grad()
+def test_networks_of_the_user(rows: int) -> None:
+    flow, y = pt.AffineAutoregressive(Doubled()), normal(rows, D)
+    expected = inverse(flow, y, y)
+    with jf.accelerate(flow) as done:
+        assert same_bits(expected, inverse(flow, y, y))
+    assert done.ways == {"": "passes"}
+
+
+@torch.no_grad()
+def test_the_default_type_is_pyro_s_first_iterate() -> None:
+    flow, y = transform("affine").double(), normal(3000, D, dtype=torch.float64)
+    try:
+        torch.set_default_dtype(torch.float64)
+        expected = flow._inverse(y)
+        with jf.accelerate(flow, 1e-9) as done:
+            assert (flow._inverse(y) - expected).abs().max() < 1e-6
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert done.ways == {"": "units"}
+
+
 @pytest.mark.parametrize("name", ["affine", "linear spline"])
 def test_densities_and_their_gradients_are_pyro_s(name: str) -> None:
     flow, y = transform(name), normal(6, D)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import zuko
 from library_flows import CASES, CONTEXT, normal, same_bits
 from nflows.transforms import MaskedPiecewiseRationalQuadraticAutoregressiveTransform
 from torch import Tensor
@@ -35,11 +36,27 @@ def test_rows_that_overflow_in_float32_are_those_of_float64(name: str) -> None:
     assert off.retried == 0
 
 
+@pytest.mark.parametrize("rows", [0, 6])
+def test_batches_of_any_shape_keep_their_bits_if_none_fails(rows: int) -> None:
+    torch.manual_seed(1)
+    flow = zuko.flows.MAF(64, transforms=3, hidden_features=(256,)).eval()
+    y = normal(3, rows, 64).transpose(0, 1)  # PyTorch rounds it differently from rows of a matrix
+    with torch.no_grad():
+        expected = [flow().transform.inv(each) for each in (y, normal(64))]
+        with jf.accelerate(flow, retry_float64=True) as done:
+            found = [flow().transform.inv(each) for each in (y, normal(64))]
+    assert same_bits(expected, found)
+    assert done.retried == 0
+
+
 class Assertive(MaskedPiecewiseRationalQuadraticAutoregressiveTransform):
     """Fails in float32, as nflows does when a discriminant rounds to less than 0."""
 
+    error: type[Exception] = AssertionError
+
     def _elementwise_inverse(self, inputs: Tensor, autoregressive_params: Tensor) -> tuple[Tensor, Tensor]:
-        assert inputs.dtype == torch.float64
+        if inputs.dtype == torch.float32:
+            raise self.error
         return super()._elementwise_inverse(inputs, autoregressive_params)
 
 
@@ -56,3 +73,11 @@ def test_a_batch_that_raises_an_error_is_solved_in_float64() -> None:
     assert x.dtype == logabsdet.dtype == torch.float32
     torch.testing.assert_close(back, y, rtol=0, atol=1e-4)
     torch.testing.assert_close(other, -logabsdet, rtol=0, atol=1e-3)
+
+
+def test_out_of_memory_is_no_reason_to_take_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Assertive, "error", torch.OutOfMemoryError)
+    flow = Assertive(8, 16, tails="linear").eval()
+    with torch.no_grad(), jf.accelerate(flow, retry_float64=True) as done, pytest.raises(torch.OutOfMemoryError):
+        flow.inverse(normal(5, 8))
+    assert done.retried == 0

@@ -29,8 +29,9 @@ def accelerate(flow: Any, tolerance: float = 0.0, retry_float64: bool = False) -
     each hidden unit is computed once, which gives x to rounding, and passes start from that. At tolerance 0 they end
     when one returns its argument bit for bit, so that the answer has the very bits that D passes give. Above 0 a row
     ends when a pass changes it by at most `tolerance`. That bounds the residual |g(x) - x| of the iterate before, not
-    the error: the error is this residual amplified by (I - dg/dx)^-1 and by later transforms. No inverse makes more
-    passes than the library's own.
+    the error: the error is this residual amplified by (I - dg/dx)^-1 and by later transforms. No inverse of finite
+    values makes more passes than the library's own. pyro's affine transform sets one feature in each of its D passes
+    and ends at the same bits.
 
     Gradients are those of the inverse, by the implicit function theorem at the solution (first derivatives only).
 
@@ -45,7 +46,8 @@ def accelerate(flow: Any, tolerance: float = 0.0, retry_float64: bool = False) -
         `forward` was replaced on an object: a pass may draw random numbers or change the network;
     - under `torch.func` transforms and forward-mode derivatives, `torch.jit.trace` and `torch.export`, and on the meta
         device;
-    - with a gradient, of a batch of several dimensions that is not contiguous: PyTorch rounds it differently then.
+    - with a gradient, of a batch of several dimensions that is not contiguous: PyTorch rounds it differently then;
+    - with values that are not finite, if the passes made here may spread them in another way than the library's.
 
     **Arguments:**
 
@@ -54,8 +56,8 @@ def accelerate(flow: Any, tolerance: float = 0.0, retry_float64: bool = False) -
         latest tolerance counts.
     - `tolerance`: in the units of each transform's input; 0 for identical bits.
     - `retry_float64`: solve rows of zuko, nflows and normflows again in float64 whose inverse in float32 is not finite,
-      although they are, or all rows where it raises an error, as splines of nflows do when a discriminant rounds to
-      less than 0. The result is rounded to float32. Not for inverses with a gradient.
+      although they are, or all rows if a spline refuses one of them, as those of nflows do when a discriminant
+      rounds to less than 0. The result is rounded to float32. Not for inverses with a gradient.
 
     **Returns:** an `Acceleration`, which says what was sped up, counts passes, and undoes it.
 

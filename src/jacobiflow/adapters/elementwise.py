@@ -46,7 +46,7 @@ class AcceleratedInverse(Solvable):
         """See `Solvable`; `None` too where the elementwise transform is not the library's or differs by feature."""
         library = self.made.__name__.split(".")[0]
         given = (getattr(self, "tails", None), getattr(self, "tail_bound", None))
-        if self._elementwise_inverse.__func__.__module__.split(".")[0] != library:
+        if self.library_class.__module__.split(".")[0] != library or "_elementwise_inverse" in vars(self):
             return None
         if any(isinstance(part, list | tuple | Tensor) for part in given):
             return None

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 
 Index = slice | Tensor
 
@@ -20,10 +19,10 @@ Pass = Callable[[Tensor, Tensor, Tensor | None], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Start:
-    """Rows that are right to rounding, but for the features `missing`, which depend on the others only."""
+    """The library's first iterate, or rows right to rounding but for features `missing`, on which no others depend."""
 
-    x: Float[Tensor, "b d"]
-    missing: Index
+    x: Float[Tensor, "*batch d"]
+    missing: Index | None = None
 
 
 _LEAVING = 0.25  # share of the batch that must be within the tolerance for these rows to leave, as the rest is copied
@@ -36,9 +35,9 @@ def invert(
     passes: int,
     tolerance: float,
     differentiable: bool,
-    start: Start | None = None,
+    start: Start,
 ) -> tuple[Sequence[Tensor], int]:
-    """The last of at most `passes` passes x <- g(x) from x = 0, and how many there were.
+    """The last of at most `passes` passes x <- g(x) from `start`, and how many there were.
 
     At tolerance 0 they end when one returns its argument bit for bit: g is a function, so all later ones would return
     it too, and the answer is that of all `passes`. Above 0 a row ends when a pass changes none of its entries by more
@@ -53,9 +52,9 @@ def invert(
         passes - differentiable,
         _until_equal if tolerance == 0 else partial(_until_close, tolerance=tolerance),
     )
-    x = torch.zeros_like(y) if start is None else start.x.view(*_shape(y, context), y.shape[-1])
+    x = start.x if start.missing is None else start.x.view(*_shape(y, context), y.shape[-1])
     with torch.no_grad():
-        outputs, count = until(step, x, y, context, most, None if start is None else start.missing)
+        outputs, count = until(step, x, y, context, most, start.missing)
     if not differentiable:
         return outputs, count
     with torch.enable_grad():
@@ -157,7 +156,7 @@ class _Implicit(torch.autograd.Function):
         x, *outputs = ctx.saved_tensors
         u = torch.zeros_like(outputs[0]) if cotangents[0] is None else cotangents[0]
         others = [pair for pair in zip(outputs[1:], cotangents[1:], strict=True) if pair[1] is not None]
-        batched = is_legacy_batchedtensor(u)  # many cotangents at once, by a vmap whose values cannot be compared
+        batched = _is_batched(u)
         v = u
         for _ in range(ctx.passes):
             pairs = [(outputs[0], v), *others]
@@ -170,7 +169,13 @@ class _Implicit(torch.autograd.Function):
         return (None, None, None, v, *cotangents[1:])
 
 
+def _is_batched(cotangent: Tensor) -> bool:
+    """Whether it is many cotangents at once, by a vmap whose values cannot be compared, or PyTorch does not tell."""
+    check = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", None)
+    return check is None or check(cotangent)
+
+
 def _converged(new: Tensor, old: Tensor, tolerance: float) -> bool:
-    """Whether no row of the cotangents (B, D) changed by more than the tolerance times its largest entry."""
-    change, size = (part.abs().flatten(1).amax(dim=1) for part in (new - old, new))
+    """Whether no row of the cotangents, (B, D) or (D,), changed by more than the tolerance times its largest entry."""
+    change, size = (torch.atleast_2d(part.abs()).flatten(1).amax(dim=1) for part in (new - old, new))
     return bool((change <= tolerance * size).all())

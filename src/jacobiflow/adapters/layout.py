@@ -156,13 +156,13 @@ def _find_order(network: MaskedNetwork) -> Order | None:
 def _dependencies(network: MaskedNetwork) -> Bool[Tensor, "units d"]:
     """Which features each unit of the last value depends on, by any path through the masks."""
     features = len(network.outputs)
-    value = torch.zeros(network.width, features)
-    value[network.features] = torch.eye(features)
+    value = torch.zeros(network.width, features, dtype=torch.float32, device="cpu")
+    value[network.features] = torch.eye(features, dtype=value.dtype, device="cpu")
     values = [value]
     for operation in network.operations:
         value = values[operation.source]
         if isinstance(operation, Linear):
-            value = ((operation.layer.mask != 0).float().cpu() @ value > 0).float()
+            value = ((operation.layer.mask != 0).to(value) @ value > 0).to(value)
         elif isinstance(operation, Sum):
             value = torch.maximum(value, values[operation.other])
         values.append(value)
@@ -171,7 +171,7 @@ def _dependencies(network: MaskedNetwork) -> Bool[Tensor, "units d"]:
 
 def _levels(needs: Bool[Tensor, "d d"]) -> Int[Tensor, " d"] | None:
     """The step at which each feature can be solved; `None` where features depend on each other in a circle."""
-    level = torch.full((len(needs),), -1)
+    level = torch.full((len(needs),), -1, device="cpu")
     missing, step = needs.sum(dim=1), 0
     while (level < 0).any():
         ready = (missing == 0) & (level < 0)
@@ -189,14 +189,14 @@ def _first_steps(network: MaskedNetwork, level: Int[Tensor, " d"]) -> list[Int[T
     Values that elementwise operations connect share one tensor, as a unit of one of them is a unit of all. A residual
     block may so delay its own input: the steps are the least that satisfy all operations.
     """
-    of_input = torch.zeros(network.width, dtype=torch.long)
+    of_input = torch.zeros(network.width, dtype=torch.long, device="cpu")
     of_input[network.features] = level + 1
-    of_output = torch.empty(network.outputs.numel(), dtype=torch.long)
+    of_output = torch.empty(network.outputs.numel(), dtype=torch.long, device="cpu")
     of_output[network.outputs] = level[:, None]
     ready = [of_input]
     for operation in network.operations:
         if isinstance(operation, Linear):
-            ready.append(torch.zeros(len(operation.layer.mask), dtype=torch.long))
+            ready.append(torch.zeros(len(operation.layer.mask), dtype=torch.long, device="cpu"))
         else:
             ready.append(ready[operation.source])
         if isinstance(operation, Sum):

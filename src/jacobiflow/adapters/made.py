@@ -44,7 +44,7 @@ def made_network(made: Any, library: ModuleType, features: int, conditional: boo
         is_elementwise(getattr(op, "function", torch.relu)) for op in operations
     ):
         return None
-    outputs = torch.arange(made.final_layer.out_features).view(features, -1)
+    outputs = torch.arange(made.final_layer.out_features, device="cpu").view(features, -1)
     return MaskedNetwork(tuple(operations), slice(0, features), outputs)
 
 

@@ -80,7 +80,7 @@ class MaskedNetwork:
     """Value 0 is the network's input, operation i gives value i + 1, and the last value holds the parameters.
 
     `features` are the columns of x in the input, the other columns are context. `outputs` (D, P) are the units that
-    hold the parameters of each feature.
+    hold the parameters of each feature; they are on the CPU.
     """
 
     operations: tuple[Operation, ...]

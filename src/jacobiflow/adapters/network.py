@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 _CONTAINERS = nn.Sequential.__module__
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # PyTorch before 2.7 has only this
 
 
@@ -16,13 +17,14 @@ def needs_all_passes(module: nn.Module, y: Tensor, graph: bool) -> bool:
     """Whether the inverse of `y` by the transform `module` is left to the library's own loop.
 
     So it is where iterates have no values to compare (`torch.jit.trace`, `torch.export`, meta tensors); where tangents
-    need more passes than values (`torch.func` transforms, forward-mode derivatives); where PyTorch multiplies a batch
-    by a matrix in another order with a `graph` than without; and where a pass may be no function of its argument, see
-    `_may_draw_or_move`.
+    need more passes than values (`torch.func` transforms, forward-mode derivatives, or if this PyTorch has no private
+    names to tell); where PyTorch multiplies a batch by a matrix in another order with a `graph` than without; and where
+    a pass may be no function of its argument, see `_may_draw_or_move`.
     """
     if y.is_meta or _exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return True
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    transforming = getattr(torch._C, "_are_functorch_transforms_active", None)
+    if transforming is None or transforming() or getattr(forward_ad, "_current_level", 0) >= 0:
         return True
     if graph and y.ndim > 2 and not y.is_contiguous():
         return True
@@ -40,10 +42,10 @@ def _may_draw_or_move(module: nn.Module) -> bool:
         return True
     if not module.training:
         return False
-    if isinstance(module, nn.modules.dropout._DropoutNd):
+    if isinstance(module, _DROPOUTS):
         return module.p > 0
-    moving = (nn.modules.batchnorm._NormBase, nn.utils.parametrizations._SpectralNorm, nn.RReLU)
-    return isinstance(module, moving) or _has_hooks(module)
+    normalizes = hasattr(module, "track_running_stats") or hasattr(module, "n_power_iterations")
+    return normalizes or isinstance(module, nn.RReLU) or _has_hooks(module)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from nflows.transforms import made
 from nflows.transforms.autoregressive import AutoregressiveTransform
+from nflows.transforms.base import InputOutsideDomain
 
 from jacobiflow.adapters.elementwise import AcceleratedInverse
 from jacobiflow.adapters.swapped import Adapter
@@ -11,6 +12,7 @@ class Accelerated(AcceleratedInverse):
     """With nflows's MADE."""
 
     made = made
+    refusals = (AssertionError, InputOutsideDomain)
 
 
 ADAPTERS = (Adapter(AutoregressiveTransform, "inverse", Accelerated),)

@@ -29,12 +29,12 @@ class _Accelerated(Solvable):
     arn: Any
 
     def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        network, context = self._network, getattr(self.arn, "keywords", {}).get("context")
+        network, context = self._network
         cheaper = cache(partial(premasked, network, MaskedLinear))
 
         def step(x: Tensor, y: Tensor, context: Tensor | None) -> Sequence[Tensor]:
             called = network if torch.is_grad_enabled() else cheaper()
-            return self._pass(y, called(x) if context is None else called(x, context))
+            return self._pass(y, called(x) if context is None else called(x, context=context))
 
         graph = needs_graph(self.owner, y, context)
         found = solve(self, step, (y, context), _rows, y.shape[-1], graph)
@@ -45,9 +45,12 @@ class _Accelerated(Solvable):
         return x
 
     @property
-    def _network(self) -> Any:
-        """Its network, of which a conditional transform gives a partial call."""
-        return getattr(self.arn, "func", self.arn)
+    def _network(self) -> tuple[Any, Tensor | None]:
+        """Its network, and the context at which a conditional transform calls it."""
+        call = self.arn
+        if isinstance(call, partial) and not call.args and list(call.keywords) == ["context"]:
+            return call.func, call.keywords["context"]
+        return call, None
 
     @abstractmethod
     def _pass(self, y: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -59,10 +62,11 @@ class _Accelerated(Solvable):
 
     def masked_network(self, features: int, conditional: bool) -> MaskedNetwork | None:
         """See `Solvable`."""
-        network = self._network
+        network, _ = self._network
+        if type(network) not in (AutoRegressiveNN, ConditionalAutoRegressiveNN) or has_hooks(network):
+            return None
         layers = [*network.layers, *([] if network.skip_layer is None else [network.skip_layer])]
-        known = type(network) in (AutoRegressiveNN, ConditionalAutoRegressiveNN) and not has_hooks(network)
-        if not known or any(type(layer) is not MaskedLinear or has_hooks(layer) for layer in layers):
+        if any(type(layer) is not MaskedLinear or has_hooks(layer) for layer in layers):
             return None
         if not is_elementwise(network.f):
             return None
@@ -72,13 +76,13 @@ class _Accelerated(Solvable):
         operations.append(Linear(len(operations), network.layers[-1]))
         if network.skip_layer is not None:
             operations += [Linear(0, network.skip_layer), Sum(len(operations) + 1, len(operations))]
-        outputs = torch.arange(network.layers[-1].out_features).view(-1, features).t()
+        outputs = torch.arange(network.layers[-1].out_features, device="cpu").view(-1, features).t()
         start = network.context_dim
         return MaskedNetwork(tuple(operations), slice(start, start + features), outputs)
 
     def columns(self, y: Float[Tensor, "b k"], parameters: Float[Tensor, "b kp"]) -> Float[Tensor, "b k"]:
         """See `once.Columns`."""
-        network = self._network
+        network, _ = self._network
         given = parameters.unflatten(1, (y.shape[1], -1)).transpose(1, 2)
         split = given.unbind(1) if network.all_ones else [given[:, part] for part in network.param_slices]
         return self._pass(y, split)[0]
@@ -91,7 +95,13 @@ def _rows(y: Tensor, context: Tensor | None) -> tuple[Float[Tensor, "b d"], Floa
 
 
 class AcceleratedAffine(_Accelerated):
-    """With the affine transform of each feature."""
+    """With the affine transform of each feature.
+
+    The library's loop sets one feature at a time, in the order of the network's permutation, and leaves those after it
+    at 0. It ends at the same bits as passes that set all features, if all values are finite.
+    """
+
+    is_jacobi = False
 
     log_scale_min_clip: float
     log_scale_max_clip: float
@@ -100,7 +110,12 @@ class AcceleratedAffine(_Accelerated):
     def _pass(self, y: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         mean, log_scale = parameters
         log_scale = clamp_preserve_gradients(log_scale, self.log_scale_min_clip, self.log_scale_max_clip)
-        return (y - mean) * torch.exp(-log_scale), log_scale
+        x = (y - mean) * torch.exp(-log_scale)
+        return x.contiguous(), log_scale  # the library stacks features, whatever the strides of y
+
+    def first_iterate(self, y: Tensor) -> Tensor:
+        """See `Solvable`."""
+        return torch.zeros(y.shape, device=y.device)
 
     def _remember(self, log_scale: Tensor) -> None:
         self._cached_log_scale = log_scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,27 +15,31 @@ from jacobiflow.adapters.network import needs_graph
 from jacobiflow.adapters.start import Solvable
 
 Inverse = Callable[[Any, Tensor, Tensor | None], Sequence[Tensor]]
-"""module, y (B, D), context (B, C) -> (x, ...), with a row for each row of y."""
+"""module, y (*batch, D), context (*batch, C) -> (x, ...), with a row for each row of the batch."""
 
 
 def with_retry(
-    inverse: Inverse, module: Solvable, y: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None
+    inverse: Inverse,
+    module: Solvable,
+    y: Float[Tensor, "*batch d"],
+    context: Float[Tensor, "*batch c"] | None,
+    as_rows: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]] = lambda *inputs: inputs,
 ) -> Sequence[Tensor]:
-    """What `inverse` gives, where the acceleration asks for it with failed rows solved in float64 and rounded.
+    """What `inverse` gives, with failed rows solved in float64 and rounded if the acceleration asks for it.
 
-    A row failed where what it gives is not finite, and y is. Where `inverse` raises an error, all rows did. An inverse
-    with a gradient is not tried again.
+    A row failed if its result is not finite although y is. If the elementwise inverse refuses an argument, all rows
+    failed. An inverse with a gradient is not tried again. `as_rows` makes (B, D) and (B, C) of y and the context.
 
-    **Raises:** what `inverse` raises in float64.
+    **Raises:** what `inverse` raises in float64, and all its other errors.
     """
     retry = module.acceleration.retry_float64 and y.dtype == torch.float32 and not needs_graph(module, y, context)
     if not retry:
         return inverse(module, y, context)
-    try:
-        outputs = list(inverse(module, y, context))
-        failed = _failed(y, outputs)
-    except Exception:  # nflows asserts that a discriminant is not negative, and raises errors of its own
-        outputs, failed = [], torch.ones(len(y), dtype=torch.bool, device=y.device)
+    outputs: Sequence[Tensor] = ()
+    with suppress(*module.refusals):  # nflows asserts that a discriminant is not negative
+        outputs = inverse(module, y, context)
+    y, context = as_rows(y, context)
+    failed = _failed(y, outputs) if outputs and len(y) else torch.ones(len(y), dtype=torch.bool, device=y.device)
     if not failed.any():
         return outputs
     precise = copy.deepcopy(module).double()
@@ -43,9 +48,14 @@ def with_retry(
     module.acceleration.count_retried(int(failed.sum()))
     if not outputs:
         return [output.to(y.dtype) for output in again]
-    for output, other in zip(outputs, again, strict=True):
-        output[failed] = other.to(y.dtype)
-    return outputs
+    return [_replaced(output, failed, other) for output, other in zip(outputs, again, strict=True)]
+
+
+def _replaced(output: Float[Tensor, "*batch d"], rows: Bool[Tensor, " b"], other: Float[Tensor, "k d"]) -> Tensor:
+    """A copy of `output` with some of its rows replaced."""
+    copied = output.reshape(len(rows), *other.shape[1:]).clone()
+    copied[rows] = other.to(output.dtype)
+    return copied.view(output.shape)
 
 
 def _failed(y: Float[Tensor, "b d"], outputs: Sequence[Tensor]) -> Bool[Tensor, " b"]:

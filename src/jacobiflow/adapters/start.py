@@ -34,10 +34,20 @@ class Solvable(Swapped):
     fewest_steps: ClassVar[tuple[int, int]] = (2, 2)
     """From so many steps affine transforms gain by each unit once: to a tolerance, and with identical bits."""
 
+    refusals: ClassVar[tuple[type[Exception], ...]] = (AssertionError,)
+    """Errors of its elementwise inverse at an argument that it cannot invert."""
+
+    is_jacobi: ClassVar[bool] = True
+    """Whether the library's own loop is of passes x <- g(x) that set all features."""
+
     @property
     def owner(self) -> nn.Module:
         """The module of the flow that holds its parameters: itself, unless that made it for a context."""
         return vars(self).get("_owner", self)
+
+    def first_iterate(self, y: Tensor) -> Tensor:
+        """The x from which the library's own loop starts."""
+        return torch.zeros_like(y)
 
     @abstractmethod
     def masked_network(self, features: int, conditional: bool) -> MaskedNetwork | None:
@@ -56,22 +66,36 @@ def solve(
     passes: int,
     graph: bool,
 ) -> Sequence[Tensor] | None:
-    """What the last pass gives, by the way that costs least; `None` where that is the library's own loop.
+    """What the last pass gives, by the way that costs least; `None` if that is the library's own loop.
+
+    That loop also decides if other passes may spread a value that is not finite in another way, or if a pass from an
+    answer is refused.
 
     `inputs` are y and the context as the library takes them, of which `as_rows` makes (B, D) and (B, C).
     """
     exact = module.acceleration.tolerance == 0
-    start, way = None, "library"
+    way = "library"
     # Looking at all modules takes as long as a pass of few features and rows, for which nothing can be gained.
     few = passes < _FEWEST_PASSES and all(t is None or t.shape[:-1].numel() < _FEWEST_ROWS for t in inputs)
-    if not few and not needs_all_passes(module.owner, inputs[0], graph):
+    if not (few or needs_all_passes(module.owner, inputs[0], graph)) and (module.is_jacobi or _are_finite(*inputs)):
         rows = as_rows(*inputs)
         start, way = _start(module, *rows, exact=exact)
     if way == "library" or (way == "passes" and passes < _FEWEST_PASSES):
         module.acceleration.count(module.owner, passes, "library")
         return None
     y, context = inputs if exact else rows
-    outputs, count = invert(step, y, context, passes, module.acceleration.tolerance, graph, start)
+    first = start or Start(module.first_iterate(y))
+    try:
+        outputs, count = invert(step, y, context, passes, module.acceleration.tolerance, graph, first)
+    except module.refusals:
+        if start is None:  # the library's own passes raise it too
+            raise
+        outputs, count = (), 1
+    # What is not finite is the library's where passes are its own, and in rows that made all of them.
+    is_library_s = module.is_jacobi and (start is None or not exact)
+    if not outputs or not (is_library_s or _are_finite(*outputs)):
+        module.acceleration.count(module.owner, count + passes, "library")
+        return None
     if exact and start is not None and count > 1 + graph:  # it is not worth trying again
         _other_bits.setdefault(module.owner, set()).add(way)
     module.acceleration.count(module.owner, count, way)
@@ -96,19 +120,25 @@ def _start(
     if not ways:
         return None, "passes"
     way = ways[0]
+    if not _are_finite(*module.owner.parameters()):
+        return None, "passes"
     try:
         if way == "columns":
             x = solve_columns(network, order, y, context, module.columns)
         else:
             x = solve_once(network, order, y, context if exact else _one_row(context), module.columns, exact)
-    except Exception:  # a spline that refuses its argument: the library's own passes decide what becomes of it
+    except module.refusals:  # the library's own passes decide
         return None, "passes"
-    finite = x.isfinite().all(dim=1)
-    if not finite.all():
-        if exact:  # what is not finite spreads in the library's passes, and has to in these
-            return None, "passes"
-        x[~finite] = 0
+    limit = torch.finfo(y.dtype).max ** 0.5  # above, iterates of the library may overflow on the way to a finite answer
+    tame = torch.stack([(t.abs() <= limit).all(dim=1) for t in (x, y, context) if t is not None]).all(dim=0)
+    if exact and not tame.all():
+        return None, "passes"
+    x[~tame] = 0
     return Start(x, order.features[-1]), way
+
+
+def _are_finite(*tensors: Tensor | None) -> bool:
+    return bool(torch.stack([t.isfinite().all() for t in tensors if t is not None]).all())
 
 
 def _network(module: Solvable, y: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None) -> MaskedNetwork | None:

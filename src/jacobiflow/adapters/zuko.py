@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import cache, partial
+from types import FunctionType
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
 from zuko.transforms import AutoregressiveTransform
@@ -36,16 +37,16 @@ class Accelerated(Solvable):
         return ParallelInverse(self, c)
 
     def masked_network(self, features: int, conditional: bool) -> MaskedNetwork | None:
-        """Its network as operations; `None` where `meta` is a subclass's, or parts are none of zuko's or PyTorch's."""
-        if getattr(self.library_class, "meta", None) is not MaskedAutoregressiveTransform.meta or isinstance(
-            self.univariate, nn.Module
-        ):
+        """Its network as operations; `None` if `meta` is a subclass's, or parts are neither zuko's nor PyTorch's."""
+        if getattr(self.library_class, "meta", None) is not MaskedAutoregressiveTransform.meta:
+            return None
+        if not _is_own(self.univariate):
             return None
         hyper = self.hyper
         operations = chain(list(hyper), MaskedLinear, Residual) if type(hyper) is MaskedMLP else None
         if operations is None:
             return None
-        outputs = torch.arange(features * self.total).view(features, self.total)
+        outputs = torch.arange(features * self.total, device="cpu").view(features, self.total)
         return MaskedNetwork(tuple(operations), slice(0, features), outputs)
 
     def columns(self, y: Float[Tensor, "b k"], parameters: Float[Tensor, "b kp"]) -> Float[Tensor, "b k"]:
@@ -72,8 +73,9 @@ class ParallelInverse(AutoregressiveTransform):  # type: ignore[misc]
             return super()._inverse(y)
         if not self.module.acceleration.retry_float64:
             return self._solve(y)
-        rows, context = _rows(y, self.context)
-        (x,) = with_retry(lambda module, y, c: (ParallelInverse(module, c)._solve(y),), self.module, rows, context)
+        (x,) = with_retry(
+            lambda module, y, c: (ParallelInverse(module, c)._solve(y),), self.module, y, self.context, _rows
+        )
         return x.reshape(*_batch(y, self.context), y.shape[-1])
 
     def _solve(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
@@ -88,6 +90,15 @@ class ParallelInverse(AutoregressiveTransform):  # type: ignore[misc]
         if found is None:
             return super()._inverse(y)
         return found[0] if module.acceleration.tolerance == 0 else found[0].reshape(*_batch(y, context), y.shape[-1])
+
+
+def _is_own(univariate: Any) -> bool:
+    """Whether a univariate transform is a class or function of zuko, at most with numbers as settings."""
+    settings: tuple[Any, ...] = ()
+    if isinstance(univariate, partial):
+        univariate, settings = univariate.func, (*univariate.args, *univariate.keywords.values())
+    own = isinstance(univariate, type | FunctionType) and univariate.__module__.split(".")[0] == "zuko"
+    return own and all(isinstance(setting, int | float) for setting in settings)
 
 
 def _batch(y: Tensor, context: Tensor | None) -> torch.Size:
