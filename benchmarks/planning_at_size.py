@@ -43,7 +43,7 @@ BATCHES = (1, 16, 64)
 def flops(flow: ImageFlow) -> int:
     """Operations of a pass over a block, of one sample."""
     config = flow.config
-    x = torch.empty(1, config.num_tokens, config.token_channels, device=flow.var.device)
+    x = torch.zeros(1, config.num_tokens, config.token_channels, device=flow.var.device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         flow.blocks[0].affine_whole(x, torch.zeros(1, dtype=torch.long, device=x.device))
     return counter.get_total_flops()

@@ -168,8 +168,7 @@ def sample(
     check_flag("return_trace", return_trace)
     check_kind("progress", progress, bool | Callable, "True, False or a function of the share that is solved")
     latents, labels = _checked_latents(flow, num, latents, labels, seed)
-    if guidance is not None and labels is None and guidance.attn_temperature == 1:
-        warnings.warn("guidance without labels at attn_temperature 1 changes nothing", stacklevel=2)
+    warn_if_guidance_is_idle(guidance, labels)
     console = Console(stderr=True)
     say = console.print if progress is True and console.is_terminal else lambda text: None
     slots = min(batch_size or len(latents), len(latents))
@@ -315,6 +314,12 @@ def check_settings(
     denoise = check_rate(flow, denoise)
     check_certificate("certify", certify)
     return batch_size, denoise
+
+
+def warn_if_guidance_is_idle(guidance: Guidance | None, labels: Tensor | None) -> None:
+    """Warns the caller's caller if guidance takes the same row twice."""
+    if guidance is not None and labels is None and guidance.attn_temperature == 1:
+        warnings.warn("guidance without labels at attn_temperature 1 changes nothing", stacklevel=3)
 
 
 def _checked_latents(

@@ -293,7 +293,7 @@ def test_names_in_square_brackets_are_no_markup_and_a_warning_is_one_line(
     flow.save_pretrained("[/red]")
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        result = run("sample --model './[/red]' --num 1 --guidance 1 --strategy jacobi-1 --out '[bold]/[/red]'")
+        result = run("sample --model './[/red]' --num 1 --guidance 1 --strategy jacobi --out '[bold]/[/red]'")
     assert result.err == "warning: guidance without labels at attn_temperature 1 changes nothing\n"
     assert warnings.showwarning is show
     assert "./[/red]: 1 image, batch size 1\n" in result.out

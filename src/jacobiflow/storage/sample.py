@@ -19,7 +19,7 @@ from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.labels import Labels
 from jacobiflow.guidance import Guidance
 from jacobiflow.latents import MOST_SAMPLES
-from jacobiflow.sampling import check_settings, draw
+from jacobiflow.sampling import check_settings, draw, warn_if_guidance_is_idle
 from jacobiflow.solvers import Certificate
 from jacobiflow.storage.figures import figures_of, outcome_of
 from jacobiflow.storage.folder import SampleFolder
@@ -96,6 +96,7 @@ def sample_to_folder(
     check_kind("on_shard", on_shard, Callable | None, "a function, or None")
     _check(flow, num, shard_size, files)
     labels = None if labels is None else flow.check_labels(labels, num)
+    warn_if_guidance_is_idle(guidance, labels)
     tolerance = None if tolerance is None else check_number("tolerance", tolerance)
     plan = partial(
         choose, flow, strategy, batch_size, tolerance=tolerance, guidance=guidance, report=report,
