@@ -134,11 +134,13 @@ def _self_attention(
         keys, values = (k.nan_to_num(0.0, 0.0, 0.0), v.nan_to_num(0.0, 0.0, 0.0)) if hide else (k, v)
         out = F.scaled_dot_product_attention(q, keys, values, is_causal=True)
     else:
-        new = qkv[:, :, 1:].to(cache.dtype)  # which autocast may differ from
+        new = qkv[:, :, 1:]
         if not isinstance(fed.positions, slice):
-            cache[fed.rows, :, :, fed.positions] = new.nan_to_num(0.0, 0.0, 0.0) if hide else new
+            new = new.nan_to_num(0.0, 0.0, 0.0) if hide else new
+            cache[fed.rows, :, :, fed.positions] = new.to(cache.dtype)  # which autocast may differ from
         elif hide:
-            torch.nan_to_num(new.permute(0, 2, 3, 1, 4), 0.0, 0.0, 0.0, out=cache[:, :, :, fed.positions])
+            new = new.permute(0, 2, 3, 1, 4).to(cache.dtype)
+            torch.nan_to_num(new, 0.0, 0.0, 0.0, out=cache[:, :, :, fed.positions])
         else:
             cache[:, :, :, fed.positions] = new.permute(0, 2, 3, 1, 4)
         keys, values = cache[:, :, :, : fed.end].unbind(1)
