@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import compress
 from operator import attrgetter
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +67,10 @@ class _Snapshot:
 
     def __init__(self, flow: nn.Module) -> None:
         modules = list(flow.modules())
-        # A walk through all modules would take several times as long. Those with others in them are not kept alive.
-        self._parents = [ref(module) for module in modules if module._modules]
+        # Their dicts, since a walk through all modules would take several times as long, and would keep the flow alive.
+        self._children = [module._modules for module in modules if module._modules]
         self._places = [place for module in modules for place in (module._parameters, module._buffers) if place]
-        self._children = self._child_ids()
+        self._ids = self._child_ids()
         tensors = self._tensors()
         # Other kinds of tensors need not have memory of their own, nor does PyTorch count changes of all.
         self.is_reliable = not any(
@@ -89,17 +89,12 @@ class _Snapshot:
 
     def is_current(self) -> bool:
         tensors = self._tensors()
-        if self._child_ids() != self._children or _state(tensors) != self._state:
+        if self._child_ids() != self._ids or _state(tensors) != self._state:
             return False  # before memory is read, which may be that of others by now
         return self._first_entries(tensors) == self._values
 
     def _child_ids(self) -> list[int]:
-        return [
-            id(child)
-            for parent in self._parents
-            if (module := parent()) is not None
-            for child in module._modules.values()
-        ]
+        return [id(child) for children in self._children for child in children.values()]
 
     def _tensors(self) -> list[Tensor]:
         return [tensor for place in self._places for tensor in place.values() if tensor is not None]
