@@ -9,7 +9,7 @@ from typing import Any
 
 from jacobiflow.checks import short
 from jacobiflow.codec import name_of, registered
-from jacobiflow.errors import InputValueError
+from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.solvers import (
     Correction,
     EarlyStop,
@@ -65,7 +65,7 @@ def show(solvers: Sequence[Solver]) -> str | None:
     text = f"[{'-'.join('/'.join(map(str, part)) for part in parts)}]"
     try:  # what there is no notation for comes back as something else, or not at all
         return text if _parse_paper(text, len(plain), max(stack.values(), default=1)) == plain else None
-    except ValueError:
+    except InputError:
         return None
 
 
@@ -119,7 +119,7 @@ def _piece(base: type, text: str, whole: str) -> Any:
         return None
     try:
         return cls(*values)
-    except ValueError as error:
+    except InputError as error:
         raise InputValueError(f"strategy {short(whole)}: {error}") from error
 
 

@@ -20,7 +20,7 @@ from jacobiflow.checks import (
     check_path,
     short,
 )
-from jacobiflow.errors import InputValueError
+from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.files import write_json
 from jacobiflow.flows.config import MOST_BLOCKS, MOST_TOKENS
 from jacobiflow.flows.fingerprint import cached_fingerprint, check_fingerprint
@@ -205,7 +205,7 @@ class Strategy:
         for i, solver in enumerate(self.solvers):
             try:
                 solver.check(config.num_tokens, config.token_channels)
-            except ValueError as error:
+            except InputError as error:
                 raise InputValueError(f"strategy, block {i}: {error}") from error
         if self.fingerprint not in (None, cached_fingerprint(flow)):
             check_fingerprint(self.fingerprint, flow, "the strategy was made for")
