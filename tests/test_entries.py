@@ -189,7 +189,7 @@ def as_numpy(value: Any) -> Any:
 
 
 def parts(value: Any) -> Iterator[Any]:
-    """What a result holds in fields, tuples, lists and mappings."""
+    """The parts of a result, in fields, tuples, lists and mappings."""
     yield value
     if is_dataclass(value):
         value = [getattr(value, entry.name) for entry in fields(value)]
@@ -198,7 +198,7 @@ def parts(value: Any) -> Iterator[Any]:
 
 
 def outcome(call: Callable[..., Any], arguments: dict[str, Any]) -> tuple[list[Any], str]:
-    """What a call returns, in parts, or what it refuses."""
+    """The parts of the result of a call, and the message if it refuses."""
     try:
         return list(parts(call(**arguments))), ""
     except jf.InputError as error:

@@ -86,7 +86,7 @@ def in_use(path: Path) -> bool:
 
 
 def _is_at(opened: int, path: Path) -> bool:
-    """Whether an open file is the one at `path`."""
+    """True if an open file is the one at `path`."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(opened), os.stat(path))
     return False

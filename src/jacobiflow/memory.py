@@ -1,4 +1,4 @@
-"""How much memory there is, and a setting that keeps what sweeps free and need again."""
+"""The memory of the machine, and a setting that keeps freed memory in the process."""
 
 from __future__ import annotations
 

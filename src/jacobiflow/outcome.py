@@ -1,4 +1,4 @@
-"""How the samples of a run ended, as numbers and as a sentence."""
+"""The outcome of a run, as numbers and as a sentence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Outcome:
-    """How many samples are certified, how many were solved again, how many are above the tolerance, and why.
+    """Counts of the samples that are certified, solved again, above the tolerance, or lost.
 
     Attributes:
         num: How many samples there are.
@@ -29,7 +29,7 @@ class Outcome:
 
     @property
     def has_shortfall(self) -> bool:
-        """Whether a sample was measured and is neither exact nor within a tolerance, or is lost."""
+        """True if a sample was measured and is neither exact nor within a tolerance, or if one is lost."""
         uncertified = self.residual is not None and self.tolerance is None and not self.exact
         return uncertified or self.above > 0 or self.lost > 0
 

@@ -105,7 +105,7 @@ class Samples:
 
     @property
     def outcome(self) -> Outcome:
-        """How many samples are certified, and what became of the others; `print(out.outcome)` says it in a sentence."""
+        """Counts of certified samples and of the others; `print(out.outcome)` gives them in a sentence."""
         status, certificate = self.status, self.certificate
         return Outcome(
             num=len(status),

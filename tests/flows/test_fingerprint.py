@@ -1,4 +1,4 @@
-"""Which changes of weights a fingerprint tells."""
+"""A fingerprint tells changes of weights."""
 
 from __future__ import annotations
 

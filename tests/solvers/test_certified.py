@@ -206,7 +206,7 @@ def test_of_many_samples_four_exact_solves_tell_the_rounding() -> None:
 
 
 def test_rounding_grows_with_x() -> None:
-    """What is rounding for x of size 1,000 is not for x of size 1: residuals of 10 and of 9 here."""
+    """A residual of 10 is rounding for x of size 1,000; one of 9 is not for x of size 1."""
     found = rounded(jf.Solver(HALVES, stopping=jf.Tolerance(1.0)), [0.01] * 6 + [9.0] * 2, [1000.0] * 6 + [1.0] * 2)
     assert found.resolved_sequentially[6:].all()
     assert int(found.resolved_sequentially.sum()) == 4 + 2

@@ -170,12 +170,12 @@ class _Implicit(torch.autograd.Function):
 
 
 def _is_batched(cotangent: Tensor) -> bool:
-    """Whether it is many cotangents at once, by a vmap whose values cannot be compared, or PyTorch does not tell."""
+    """True for many cotangents at once, in a vmap whose values cannot be compared, and if PyTorch does not tell."""
     check = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", None)
     return check is None or check(cotangent)
 
 
 def _converged(new: Tensor, old: Tensor, tolerance: float) -> bool:
-    """Whether no row of the cotangents, (B, D) or (D,), changed by more than the tolerance times its largest entry."""
+    """True if no row of the cotangents, (B, D) or (D,), changed by more than the tolerance times its largest entry."""
     change, size = (torch.atleast_2d(part.abs()).flatten(1).amax(dim=1) for part in (new - old, new))
     return bool((change <= tolerance * size).all())

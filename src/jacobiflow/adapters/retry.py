@@ -25,7 +25,7 @@ def with_retry(
     context: Float[Tensor, "*batch c"] | None,
     as_rows: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]] = lambda *inputs: inputs,
 ) -> Sequence[Tensor]:
-    """What `inverse` gives, with failed rows solved in float64 and rounded if the acceleration asks for it.
+    """The result of `inverse`; if the acceleration asks for it, failed rows are solved in float64 and rounded.
 
     A row failed if its result is not finite although y is. If the elementwise inverse refuses an argument, all rows
     failed. An inverse with a gradient is not tried again. `as_rows` makes (B, D) and (B, C) of y and the context.

@@ -38,7 +38,7 @@ class Solvable(Swapped):
     """Errors of its elementwise inverse at an argument that it cannot invert."""
 
     is_jacobi: ClassVar[bool] = True
-    """Whether the library's own loop is of passes x <- g(x) that set all features."""
+    """True if each pass x <- g(x) of the library's own loop sets all features."""
 
     @property
     def owner(self) -> nn.Module:
@@ -66,7 +66,7 @@ def solve(
     passes: int,
     graph: bool,
 ) -> Sequence[Tensor] | None:
-    """What the last pass gives, by the way that costs least; `None` if that is the library's own loop.
+    """The results of the last pass, by the cheapest way; `None` if that is the library's own loop.
 
     That loop also decides if other passes may spread a value that is not finite in another way, or if a pass from an
     answer is refused.
@@ -91,9 +91,9 @@ def solve(
         if start is None:  # the library's own passes raise it too
             raise
         outputs, count = (), 1
-    # What is not finite is the library's where passes are its own, and in rows that made all of them.
-    is_library_s = module.is_jacobi and (start is None or not exact)
-    if not outputs or not (is_library_s or _are_finite(*outputs)):
+    # A value that is not finite is the library's if the passes are its own, and in rows that made all passes.
+    has_own_passes = module.is_jacobi and (start is None or not exact)
+    if not outputs or not (has_own_passes or _are_finite(*outputs)):
         module.acceleration.count(module.owner, count + passes, "library")
         return None
     if exact and start is not None and count > 1 + graph:  # it is not worth trying again
@@ -130,10 +130,10 @@ def _start(
     except module.refusals:  # the library's own passes decide
         return None, "passes"
     limit = torch.finfo(y.dtype).max ** 0.5  # above, iterates of the library may overflow on the way to a finite answer
-    tame = torch.stack([(t.abs() <= limit).all(dim=1) for t in (x, y, context) if t is not None]).all(dim=0)
-    if exact and not tame.all():
+    is_moderate = torch.stack([(t.abs() <= limit).all(dim=1) for t in (x, y, context) if t is not None]).all(dim=0)
+    if exact and not is_moderate.all():
         return None, "passes"
-    x[~tame] = 0
+    x[~is_moderate] = 0
     return Start(x, order.features[-1]), way
 
 

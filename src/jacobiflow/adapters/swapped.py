@@ -39,7 +39,7 @@ class Swapped(nn.Module):
 
 
 class Acceleration:
-    """What `accelerate` did to a flow, and the way back.
+    """A record of what `accelerate` did to a flow, and the way back.
 
     Leaving a `with` block puts the flow back as it was before: inside another `with` it stays accelerated as that one
     says. `restore()` makes it the library's own, however often it was accelerated.

@@ -93,7 +93,7 @@ class ParallelInverse(AutoregressiveTransform):  # type: ignore[misc]
 
 
 def _is_own(univariate: Any) -> bool:
-    """Whether a univariate transform is a class or function of zuko, at most with numbers as settings."""
+    """True for a univariate transform that is a class or function of zuko, with numbers as its only settings."""
     settings: tuple[Any, ...] = ()
     if isinstance(univariate, partial):
         univariate, settings = univariate.func, (*univariate.args, *univariate.keywords.values())

@@ -71,13 +71,13 @@ def _own_files(folder: Path) -> set[str]:
 
 
 def _is_own(file: Path) -> bool:
-    """Whether a file has the hash of its content in its name."""
+    """True if a file has the hash of its content in its name."""
     match = _NAME.fullmatch(file.name)
     return match is not None and file.is_file() and files_sha256([file]).startswith(match[1])
 
 
 def _contents(flow: TarFlow, guidance: Guidance | None) -> tuple[dict[str, Any], dict[str, bytes | bytearray]]:
-    """What model.json says, and the other files by their names."""
+    """The content of model.json, and the other files by their names."""
     config, weights, rows = flow.config, SharedWeights(_tensors(flow)), 1 if guidance is None else 2
     files: dict[str, bytes | bytearray] = {weights.location: weights.data}
 

@@ -109,7 +109,7 @@ class _Snapshot:
 
 
 def _state(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-    """Where the tensors are, and how often PyTorch has changed them."""
+    """Addresses of the tensors, and PyTorch's counts of their changes."""
     return list(map(Tensor.data_ptr, tensors)), list(map(attrgetter("_version"), tensors))
 
 

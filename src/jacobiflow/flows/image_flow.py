@@ -220,7 +220,7 @@ class ImageFlow(
         check_floating("images", images, ("N", self.config.in_channels, size, size))
 
     def check_batch(self, images: Float[Tensor, "n c h w"], labels: Labels | None) -> Int[Tensor, " n"] | None:
-        """What `encode` and the like check: `labels` as a tensor on the flow's device.
+        """Checks images and labels, as `encode` takes them; returns the labels as a tensor on the flow's device.
 
         **Raises** `TypeError` or `ValueError` if images do not fit the flow, labels are none of its classes for them
         (of a flow without classes, not one for each image), or tensors are on another device.

@@ -46,7 +46,7 @@ def total(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def outcome_of(folder: SampleFolder, num_tokens: int) -> Outcome:
-    """How the samples in a folder ended, by the records of its shards and its strategy."""
+    """The outcome of the samples in a folder, from the records of its shards and its strategy."""
     records, certificate = folder.records(), folder.certificate()
     cost = total([record.figures for record in records])
     return Outcome(

@@ -83,10 +83,11 @@ def transformer(
     h: Float[Tensor, "b n c"], layers: Sequence[tuple[LayerWeights, Float[Tensor, "b 2 h t d"] | None]],
     fed: Fed | None = None, query_scale: Float[Tensor, "b 1 1 1"] | None = None,
 ) -> Float[Tensor, "b n c"]:  # fmt: skip
-    """The output of `layers`, weights and cache of each, at `h`: that of a token does not depend on later ones.
+    """Runs `layers`, each its weights and its cache, on `h`. No token's output depends on later tokens.
 
-    Nor if they overflow: then keys and values that are not finite have to be hidden from the tokens before them. On a
-    CPU that is done only if there are any, which is quicker.
+    That holds even if a later token overflows: keys and values that are not finite are then hidden from the tokens
+    before it. A CPU hides them only if the output is not finite, which saves time. A GPU always does, as it would have
+    to wait for the answer. With gradients nothing is hidden.
     """
 
     def run(hide: bool) -> Tensor:
