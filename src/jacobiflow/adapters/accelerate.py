@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributions import Distribution, Transform
 
 from jacobiflow.adapters.swapped import Acceleration, Adapter, Swapped
-from jacobiflow.checks import check_flag, check_number
+from jacobiflow.checks import check_number
 from jacobiflow.errors import InputValueError
 
 _SUPPORTED = {"zuko": ((1, 2), (2,)), "nflows": ((0, 14), (0, 15)), "normflows": ((1, 7), (2,)),
@@ -21,64 +21,65 @@ _DISTRIBUTIONS = {"pyro": "pyro-ppl"}  # where its name is not the package's
 _DEPTH = 3  # an ensemble of posteriors holds a list of posteriors, which hold modules
 
 
-def accelerate(flow: Any, tolerance: float = 0.0, retry_float64: bool = False) -> Acceleration:
-    """Make the slow side of a zuko, nflows, normflows or pyro flow fast, in place: its own methods are called.
+def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration:
+    """Makes the masked autoregressive transforms of a zuko, nflows, normflows or pyro flow fast, in place.
 
-    These libraries invert a masked autoregressive transform of D features by D passes x <- g(x) of its network, from
-    x = 0. Where there are few rows the passes reach the answer much earlier, and are ended there. Where there are many,
-    each hidden unit is computed once, which gives x to rounding, and passes start from that. At tolerance 0 they end
-    when one returns its argument bit for bit, so that the answer has the very bits that D passes give. Above 0 a row
-    ends when a pass changes it by at most `tolerance`. That bounds the residual |g(x) - x| of the iterate before, not
-    the error: the error is this residual amplified by (I - dg/dx)^-1 and by later transforms. No inverse of finite
-    values makes more passes than the library's own. pyro's affine transform sets one feature in each of its D passes
-    and ends at the same bits.
+    The flow's own methods are called as before. On a CPU, without gradients, native code then computes both directions
+    of all transforms at once: the inverse, which these libraries make in D passes of the network for D features, and
+    the forward direction with its log-determinant. The result is exact to rounding. Rows that are not finite, or
+    overflow on the way, go through the library's own code.
 
-    Gradients are those of the inverse, by the implicit function theorem at the solution (first derivatives only).
+    What native code does not take (a gradient, a GPU, an activation that it does not know) is inverted by passes
+    x <- g(x) of the library's own network, which end when one changes nothing. The answer then has the library's own
+    bits. Gradients are those of the inverse, by the implicit function theorem (first derivatives only).
 
-    A copy of an accelerated module, by `copy`, `pickle` or `torch.save`, is the library's own and not accelerated. So
-    accelerate the posterior of sbi, as `build_posterior` copies its network. A zuko distribution, `flow(c)`, is
-    accelerated as long as its flow is. Posteriors that sample by MCMC do not invert, and get no faster.
+    Weights are read at every call. A copy of an accelerated module, by `copy`, `pickle` or `torch.save`, is the
+    library's own and not accelerated: so accelerate the posterior of sbi, which copies its network. A zuko distribution,
+    `flow(c)`, is accelerated as long as its flow is.
 
-    These inverses are left to the library's own loop, at each call:
+    These are left to the library's own code, at each call: networks in training mode with batch or spectral
+    normalisation or dropout, hooks, a `forward` that was replaced on an object, `torch.func` transforms, forward-mode
+    derivatives, `torch.jit.trace`, `torch.compile`, `torch.export`, and the meta device.
 
-    - of fewer than 6 features and few rows, where nothing is to be gained;
-    - of networks in training mode with batch or spectral normalisation, dropout or hooks, and of networks in which a
-        `forward` was replaced on an object: a pass may draw random numbers or change the network;
-    - under `torch.func` transforms and forward-mode derivatives, `torch.jit.trace` and `torch.export`, and on the meta
-        device;
-    - with a gradient, of a batch of several dimensions that is not contiguous: PyTorch rounds it differently then;
-    - with values that are not finite, if the passes made here may spread them in another way than the library's.
+    Args:
+        flow: Any module with masked autoregressive transforms of these libraries in it, or an sbi posterior or another
+            object whose attributes (or lists or dicts of them) hold such modules. If it is accelerated a second time,
+            the latest tolerance counts.
+        tolerance: `None` for exact to rounding. 0 for the library's own bits, always by passes. Above 0, passes end for
+            a row when one changes it by at most this, in the units of each transform's input; what native code takes is
+            exact to rounding still.
 
-    **Arguments:**
+    Returns:
+        An `Acceleration`: how each transform is computed, and the way back.
 
-    - `flow`: any module with masked autoregressive transforms of these libraries in it, or an sbi posterior or another
-        object whose attributes (or lists or dicts of them) hold such modules. If it is accelerated a second time, the
-        latest tolerance counts.
-    - `tolerance`: in the units of each transform's input; 0 for identical bits.
-    - `retry_float64`: solve rows of zuko, nflows and normflows again in float64 whose inverse in float32 is not finite,
-      although they are, or all rows if a spline refuses one of them, as those of nflows do when a discriminant
-      rounds to less than 0. The result is rounded to float32. Not for inverses with a gradient.
+    Raises:
+        ValueError: If nothing in `flow` can be accelerated, a library's version is not supported, or the tolerance is
+            negative or not finite.
+        TypeError: If the tolerance is not a number.
 
-    **Returns:** an `Acceleration`, which says what was sped up, counts passes, and undoes it.
-
-    **Raises:** `ValueError` where nothing in `flow` can be accelerated, a library's version is not supported, or the
-    tolerance is negative or not finite; `TypeError` for other kinds of them. Then nothing was changed.
+    Example:
+        >>> flow = zuko.flows.NSF(5, context=3)
+        >>> with jf.accelerate(flow):
+        ...     x = flow(torch.zeros(3)).sample((1000,))
+        >>> x.shape
+        torch.Size([1000, 5])
     """
-    tolerance = check_number("tolerance", tolerance, give="0, for identical bits, or a positive number")
-    check_flag("retry_float64", retry_float64)
-    adapters = [(library, adapter) for library in _SUPPORTED for adapter in _adapters(library, flow)]
-    done = Acceleration(float(tolerance), retry_float64)
+    if tolerance is not None:
+        tolerance = float(check_number("tolerance", tolerance, give="None, 0 for identical bits, or a positive number"))
+    adapters = [adapter for library in _SUPPORTED for adapter in _adapters(library, flow)]
+    done = Acceleration(tolerance)
     classes: dict[nn.Module, type[nn.Module]] = {}
     for name, module in _named_modules(flow):
         own = Swapped.library_class_of(module) or type(module)
-        for library, adapter in adapters:
-            if not issubclass(own, adapter.transform):
-                continue
-            if (why := adapter.obstacle(module, own)) is not None:
-                done.untouched[name] = why
-            else:
-                done.note(name, module, f"{library} {own.__name__}")
-                classes[module] = adapter.accelerated.of(own, done)
+        adapter = next((adapter for adapter in adapters if issubclass(own, adapter.transform)), None)
+        if adapter is None:
+            continue
+        if (why := adapter.obstacle(module, own)) is None:
+            library = adapter.transform.__module__.split(".")[0]
+            done.note(name, module, adapter.library, None if adapter.is_composition else f"{library} {own.__name__}")
+            classes[module] = adapter.accelerated.of(own, done)
+        elif not adapter.is_composition:
+            done.untouched[name] = why
     if isinstance(flow, Distribution | Transform) and not any(True for _ in _named_modules(flow)):
         raise InputValueError(
             f"{type(flow).__name__}: made by a flow for one context; accelerate the flow itself; nothing was changed"

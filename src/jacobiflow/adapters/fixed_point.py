@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,18 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Index = slice | Tensor
-
 Pass = Callable[[Tensor, Tensor, Tensor | None], Sequence[Tensor]]
 """x, y, context -> (g(x), ...): the next iterate, and the library's other results, with a row for each row of x."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """The library's first iterate, or rows right to rounding but for features `missing`, on which no others depend."""
-
-    x: Float[Tensor, "*batch d"]
-    missing: Index | None = None
 
 
 _LEAVING = 0.25  # share of the batch that must be within the tolerance for these rows to leave, as the rest is copied
@@ -35,26 +24,30 @@ def invert(
     passes: int,
     tolerance: float,
     differentiable: bool,
-    start: Start,
+    x: Float[Tensor, "*batch d"],
+    is_solved: bool = False,
 ) -> tuple[Sequence[Tensor], int]:
-    """The last of at most `passes` passes x <- g(x) from `start`, and how many there were.
+    """The last of at most `passes` passes x <- g(x), and how many there were.
 
     At tolerance 0 they end when one returns its argument bit for bit: g is a function, so all later ones would return
     it too, and the answer is that of all `passes`. Above 0 a row ends when a pass changes none of its entries by more
     than the tolerance, and keeps the result of that pass. Rows that have ended leave the batch together, when they are
     a quarter of it.
 
-    **Arguments:** `step` takes `y` and `context` beside x. For a tolerance above 0 these have a row for each sample,
-    (B, D) and (B, C). `passes` is at least 2. With `differentiable` the last pass is made with a graph, and the result
-    has that of the solution, see `_Implicit`.
+    Args:
+        step: Takes `y` and `context` beside x.
+        y: For a tolerance above 0 with a row for each sample, (B, D).
+        context: For a tolerance above 0 with a row for each sample, (B, C).
+        passes: At least 2.
+        tolerance: See above.
+        differentiable: Whether the last pass is made with a graph, and the result has that of the solution, see
+            `_Implicit`.
+        x: Where the passes start.
+        is_solved: Whether `x` is the solution to rounding, so that only the pass with a graph is made.
     """
-    most, until = (
-        passes - differentiable,
-        _until_equal if tolerance == 0 else partial(_until_close, tolerance=tolerance),
-    )
-    x = start.x if start.missing is None else start.x.view(*_shape(y, context), y.shape[-1])
+    until = _until_equal if tolerance == 0 else partial(_until_close, tolerance=tolerance)
     with torch.no_grad():
-        outputs, count = until(step, x, y, context, most, start.missing)
+        outputs, count = ((x,), 0) if is_solved else until(step, x, y, context, passes - differentiable)
     if not differentiable:
         return outputs, count
     with torch.enable_grad():
@@ -63,10 +56,9 @@ def invert(
 
 
 def _until_equal(
-    step: Pass, x: Tensor, y: Tensor, context: Tensor | None, passes: int, missing: Index | None
+    step: Pass, x: Tensor, y: Tensor, context: Tensor | None, passes: int
 ) -> tuple[Sequence[Tensor], int]:
     count, outputs = 1, step(x, y, context)
-    _fill(x, outputs[0], missing)
     while count < passes and not _same_bits(outputs[0], x):
         x = outputs[0]
         count, outputs = count + 1, step(x, y, context)
@@ -79,13 +71,11 @@ def _until_close(
     y: Tensor,
     context: Tensor | None,
     passes: int,
-    missing: Index | None,
     tolerance: float,
 ) -> tuple[Sequence[Tensor], int]:
     rows = torch.arange(len(x), device=x.device)
     found: list[Tensor] | None = None
     count, outputs = 1, step(x, y, context)
-    _fill(x, outputs[0], missing)
     while count < passes:
         done = (outputs[0] - x).abs().flatten(1).amax(dim=1) <= tolerance  # never where it is NaN
         share = float(done.float().mean())
@@ -102,16 +92,6 @@ def _until_close(
         return outputs, count
     _write(found, rows, outputs)
     return found, count
-
-
-def _shape(y: Tensor, context: Tensor | None) -> torch.Size:
-    return y.shape[:-1] if context is None else torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
-
-
-def _fill(x: Tensor, result: Tensor, features: Index | None) -> None:
-    """Take features of `x` from a pass, which they have no part in."""
-    if features is not None:
-        x[..., features] = result[..., features]
 
 
 def _write(found: Sequence[Tensor], rows: Tensor, outputs: Sequence[Tensor]) -> None:

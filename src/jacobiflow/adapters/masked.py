@@ -1,10 +1,9 @@
-"""A masked network as a list of operations, and what its masks say of the order in which units can be computed."""
+"""A masked network as a list of operations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,30 +11,44 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Function = Callable[[Tensor], Tensor]
+from jacobiflow.native.structures import Function
 
-_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid,
-            nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Hardtanh, nn.Hardswish, nn.Identity)  # fmt: skip
-_FUNCTIONS = (F.relu, torch.relu, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, torch.tanh, F.tanh,
-              torch.sigmoid, F.sigmoid, F.softplus, F.softsign, F.logsigmoid, torch.sin, torch.cos)  # fmt: skip
-
-
-_IN_PLACE: dict[Any, Function] = {
-    nn.ReLU: torch.relu_, F.relu: torch.relu_, torch.relu: torch.relu_,
-    nn.Tanh: torch.tanh_, F.tanh: torch.tanh_, torch.tanh: torch.tanh_,
+_MODULES: dict[type[nn.Module], tuple[Function, tuple[str, ...]]] = {
+    nn.Identity: (Function.IDENTITY, ()), nn.ReLU: (Function.RELU, ()),
+    nn.LeakyReLU: (Function.LEAKY_RELU, ("negative_slope",)), nn.ELU: (Function.ELU, ("alpha",)),
+    nn.SELU: (Function.SELU, ()), nn.Tanh: (Function.TANH, ()), nn.Sigmoid: (Function.SIGMOID, ()),
+    nn.SiLU: (Function.SILU, ()), nn.Softplus: (Function.SOFTPLUS, ("beta", "threshold")),
 }  # fmt: skip
+_FUNCTIONS: dict[Callable[..., Tensor], tuple[Function, tuple[float, ...]]] = {
+    F.relu: (Function.RELU, ()), torch.relu: (Function.RELU, ()), F.leaky_relu: (Function.LEAKY_RELU, (0.01,)),
+    F.elu: (Function.ELU, (1.0,)), F.selu: (Function.SELU, ()), torch.selu: (Function.SELU, ()),
+    F.tanh: (Function.TANH, ()), torch.tanh: (Function.TANH, ()), F.sigmoid: (Function.SIGMOID, ()),
+    torch.sigmoid: (Function.SIGMOID, ()), F.silu: (Function.SILU, ()), F.gelu: (Function.GELU, ()),
+    F.softplus: (Function.SOFTPLUS, (1.0, 20.0)),
+}  # fmt: skip
+_GELU = {"none": Function.GELU, "tanh": Function.GELU_TANH}
 
 
-def _in_place(function: Function) -> Function:
-    return _IN_PLACE.get(type(function) if isinstance(function, nn.Module) else function, function)
+class UnsupportedError(Exception):
+    """A part of a transform that native code does not take."""
 
 
-def is_elementwise(function: Any) -> bool:
-    """Whether `function` is an activation of PyTorch that takes each entry by itself."""
+def activation(function: Any) -> tuple[Function, tuple[float, ...]]:
+    """The activation, and its settings.
+
+    Raises:
+        UnsupportedError: If `function` is another.
+    """
     if isinstance(function, nn.Module):
-        hooked = function._forward_pre_hooks or function._forward_hooks or "forward" in vars(function)
-        return type(function) in _MODULES and not hooked
-    return function in _FUNCTIONS
+        check_plain(function)
+        if type(function) is nn.GELU:
+            return _GELU[function.approximate], ()
+        if type(function) in _MODULES:
+            kind, names = _MODULES[type(function)]
+            return kind, tuple(float(getattr(function, name)) for name in names)
+    elif isinstance(function, Callable) and function in _FUNCTIONS:  # type: ignore[arg-type]
+        return _FUNCTIONS[function]
+    raise UnsupportedError(f"the activation {getattr(function, '__name__', type(function).__name__)}")
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,7 @@ class Activation:
     """An elementwise function of a value."""
 
     source: int
-    function: Function
+    function: Any
 
 
 @dataclass(frozen=True)
@@ -64,11 +77,11 @@ class Sum:
 
 @dataclass(frozen=True)
 class Context:
-    """A value plus function(layer(context)), or times the sigmoid of that where it is a `gate`."""
+    """A value plus function(layer(context)), or times the sigmoid of that if it is a `gate`."""
 
     source: int
     layer: nn.Module
-    function: Function
+    function: Any
     gate: bool = False
 
 
@@ -92,47 +105,40 @@ class MaskedNetwork:
         """Of the input: features and context."""
         return self.layers[0].mask.shape[1]
 
-    def activation(self, value: int) -> Function:
-        """The function of the `Activation` that gives `value`, in place where nothing else reads its argument."""
-        operation = self.operations[value - 1]
-        assert isinstance(operation, Activation)
-        return operation.function if operation.source in self._read_again else _in_place(operation.function)
-
-    @cached_property
-    def _read_again(self) -> set[int]:
-        read = [operation.source for operation in self.operations]
-        read += [operation.other for operation in self.operations if isinstance(operation, Sum)]
-        return {value for value in read if read.count(value) > 1}
-
     @property
     def layers(self) -> list[Any]:
         """The masked layers."""
         return [operation.layer for operation in self.operations if isinstance(operation, Linear)]
 
 
-def chain(modules: Sequence[nn.Module], linear: type[nn.Module], residual: type[nn.Module]) -> list[Operation] | None:
-    """The operations of a sequence of masked layers, activations and residual blocks; `None` where others are in it."""
+def chain(modules: Sequence[nn.Module], linear: type[nn.Module], residual: type[nn.Module]) -> tuple[Operation, ...]:
+    """The operations of a sequence of masked layers, activations and residual blocks."""
     operations: list[Operation] = []
 
-    def add(modules: Sequence[nn.Module], value: int) -> int | None:
+    def add(modules: Sequence[nn.Module], value: int) -> int:
         for module in modules:
-            if type(module) is linear and not has_hooks(module):
+            check_plain(module)
+            if type(module) is linear:
                 operations.append(Linear(value, module))
-            elif type(module) is residual and not has_hooks(module):
-                inner = add(list(module.children()), value)
-                if inner is None:
-                    return None
-                operations.append(Sum(inner, value))
-            elif is_elementwise(module):
-                operations.append(Activation(value, module))
+            elif type(module) is residual:
+                operations.append(Sum(add(list(module.children()), value), value))
             else:
-                return None
+                operations.append(Activation(value, module))
             value = len(operations)
         return value
 
-    return None if add(modules, 0) is None else operations
+    add(modules, 0)
+    return tuple(operations)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something else than its `forward` may run when a module is called."""
-    return bool(module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module))
+def check_plain(*modules: nn.Module) -> None:
+    """Checks that nothing but the `forward` of its class runs when a module is called.
+
+    Raises:
+        UnsupportedError: If a module has hooks, or a `forward` of its own.
+    """
+    for module in modules:
+        if module._forward_pre_hooks or module._forward_hooks:
+            raise UnsupportedError(f"a hook on {type(module).__name__}")
+        if "forward" in vars(module):
+            raise UnsupportedError(f"a forward of its own on {type(module).__name__}")

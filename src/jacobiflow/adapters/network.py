@@ -10,21 +10,28 @@ from torch.autograd import forward_ad
 
 _CONTAINERS = nn.Sequential.__module__
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # PyTorch before 2.7 has only this
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+
+
+def is_traced() -> bool:
+    """Whether PyTorch is not just computing values: it traces, compiles, exports, transforms a function or differentiates
+    forward, or a dispatch mode is active. If it has no private names to tell by, it counts as traced.
+    """
+    transforming = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return bool(
+        transforming is None or transforming() or torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or getattr(forward_ad, "_current_level", 0) >= 0 or _modes() > 0
+    )  # fmt: skip
 
 
 def needs_all_passes(module: nn.Module, y: Tensor, graph: bool) -> bool:
     """Whether the inverse of `y` by the transform `module` is left to the library's own loop.
 
-    So it is where iterates have no values to compare (`torch.jit.trace`, `torch.export`, meta tensors); where tangents
-    need more passes than values (`torch.func` transforms, forward-mode derivatives, or if this PyTorch has no private
-    names to tell); where PyTorch multiplies a batch by a matrix in another order with a `graph` than without; and where
-    a pass may be no function of its argument, see `_may_draw_or_move`.
+    So it is if iterates have no values to compare, or tangents need more passes than values (see `is_traced`; meta
+    tensors); if PyTorch multiplies a batch by a matrix in another order with a `graph` than without; and if a pass may
+    be no function of its argument (see `_may_draw_or_move`).
     """
-    if y.is_meta or _exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return True
-    transforming = getattr(torch._C, "_are_functorch_transforms_active", None)
-    if transforming is None or transforming() or getattr(forward_ad, "_current_level", 0) >= 0:
+    if y.is_meta or is_traced():
         return True
     if graph and y.ndim > 2 and not y.is_contiguous():
         return True

@@ -1,18 +1,93 @@
-"""nflows: `AutoregressiveTransform`, affine, spline or one's own, whose slow side is `inverse`, hence `sample`."""
+"""nflows: `AutoregressiveTransform`, affine, spline or one's own, whose slow side is `inverse`, and compositions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 from nflows.transforms import made
-from nflows.transforms.autoregressive import AutoregressiveTransform
-from nflows.transforms.base import InputOutsideDomain
+from nflows.transforms.autoregressive import (
+    AutoregressiveTransform,
+    MaskedAffineAutoregressiveTransform,
+    MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
+)
+from nflows.transforms.base import CompositeTransform, InputOutsideDomain, InverseTransform
+from nflows.transforms.permutations import Permutation, RandomPermutation, ReversePermutation
+from nflows.transforms.standard import AffineTransform, PointwiseAffineTransform
+from torch import Tensor, nn
 
-from jacobiflow.adapters.elementwise import AcceleratedInverse
-from jacobiflow.adapters.swapped import Adapter
+from jacobiflow.adapters.chain import Link
+from jacobiflow.adapters.elementwise import (
+    AcceleratedTransform,
+    ElementwiseLibrary,
+    rational_quadratic,
+    through_native_code,
+)
+from jacobiflow.adapters.masked import UnsupportedError
+from jacobiflow.adapters.part import Description
+from jacobiflow.adapters.swapped import Adapter, Swapped
+from jacobiflow.native.structures import Elementwise
 
 
-class Accelerated(AcceleratedInverse):
-    """With nflows's MADE."""
+class NFlows(ElementwiseLibrary):
+    """nflows's transforms."""
 
     made = made
+
+    def links(self, module: nn.Module) -> Iterator[Link]:
+        """See `Library`."""
+        own, is_plain = Swapped.library_class_of(module) or type(module), not {"forward", "inverse"} & vars(module).keys()
+        is_plain = is_plain and not (module._forward_hooks or module._forward_pre_hooks)
+        if own is CompositeTransform and is_plain:
+            for part in module._transforms:
+                yield from self.links(part)
+        elif own is InverseTransform and is_plain:
+            for part, is_reversed in reversed(list(self.links(module._transform))):
+                yield part, not is_reversed
+        else:
+            yield module, False
+
+    def describe(self, module: nn.Module, is_conditional: bool) -> Description:
+        """See `Library`."""
+        transform: Any = module
+        own = Swapped.library_class_of(module) or type(module)
+        if own is MaskedAffineAutoregressiveTransform:
+            affine = {"kind": Elementwise.SOFTPLUS_AFFINE, "second": transform._epsilon}
+            return self.masked(transform, affine, 2, is_conditional)
+        if own is MaskedPiecewiseRationalQuadraticAutoregressiveTransform:
+            return self.masked(transform, *rational_quadratic(transform), is_conditional)
+        if own in (Permutation, RandomPermutation, ReversePermutation) and transform._dim == 1:
+            slot = (transform._buffers, "_permutation")
+            return Description(transform, order=transform._permutation.tolist(), constants=(slot,))
+        if own in (PointwiseAffineTransform, AffineTransform):
+            return Description(transform, tensors=((transform._buffers, "_scale"), (transform._buffers, "_shift")))
+        raise UnsupportedError(own.__name__)
+
+
+NFLOWS = NFlows()
+
+
+class Accelerated(AcceleratedTransform):
+    """A masked transform."""
+
+    made, library = made, NFLOWS
     refusals = (AssertionError, InputOutsideDomain)
 
 
-ADAPTERS = (Adapter(AutoregressiveTransform, "inverse", Accelerated),)
+class AcceleratedComposition(Swapped):
+    """A composition: native code takes its transforms together."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        found = through_native_code(self, NFLOWS, inputs, context, is_inverse=False)
+        return super().forward(inputs, context) if found is None else found  # type: ignore[misc]
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The x with forward(x) = `inputs`, and log|det dx/dinputs| (B,), as nflows's."""
+        found = through_native_code(self, NFLOWS, inputs, context, is_inverse=True)
+        return super().inverse(inputs, context) if found is None else found  # type: ignore[misc]
+
+
+ADAPTERS = (
+    Adapter(AutoregressiveTransform, ("inverse",), Accelerated, NFLOWS),
+    Adapter(CompositeTransform, ("forward", "inverse"), AcceleratedComposition, NFLOWS, is_composition=True),
+)

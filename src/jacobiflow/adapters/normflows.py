@@ -1,16 +1,119 @@
 """normflows: `Autoregressive`, whose slow side is `inverse`: `log_prob` of an affine one, `sample` of a spline."""
 
-from normflows.flows.affine.autoregressive import Autoregressive
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from normflows.core import ConditionalNormalizingFlow, NormalizingFlow
+from normflows.flows.affine.autoregressive import Autoregressive, MaskedAffineAutoregressive
+from normflows.flows.mixing import Permute
+from normflows.flows.neural_spline.autoregressive import MaskedPiecewiseRationalQuadraticAutoregressive
+from normflows.flows.neural_spline.wrapper import AutoregressiveRationalQuadraticSpline
 from normflows.nets import made
+from torch import Tensor, nn
 
-from jacobiflow.adapters.elementwise import AcceleratedInverse
-from jacobiflow.adapters.swapped import Adapter
+from jacobiflow.adapters.chain import Link
+from jacobiflow.adapters.elementwise import (
+    AcceleratedTransform,
+    ElementwiseLibrary,
+    rational_quadratic,
+    through_native_code,
+)
+from jacobiflow.adapters.masked import UnsupportedError
+from jacobiflow.adapters.part import Description
+from jacobiflow.adapters.swapped import Adapter, Swapped
+from jacobiflow.native.structures import Elementwise
 
 
-class Accelerated(AcceleratedInverse):
-    """With normflows's MADE."""
+class NormFlows(ElementwiseLibrary):
+    """normflows's transforms."""
 
     made = made
 
+    def links(self, module: nn.Module) -> Iterator[Link]:
+        """See `Library`."""
+        own, is_plain = Swapped.library_class_of(module) or type(module), not {"forward", "inverse"} & vars(module).keys()
+        is_plain = is_plain and not (module._forward_hooks or module._forward_pre_hooks)
+        if own in (NormalizingFlow, ConditionalNormalizingFlow):
+            for part in module.flows:
+                yield from self.links(part)
+        elif own is AutoregressiveRationalQuadraticSpline and is_plain:
+            yield module.mprqat, True
+        else:
+            yield module, False
 
-ADAPTERS = (Adapter(Autoregressive, "inverse", Accelerated),)
+    def describe(self, module: nn.Module, is_conditional: bool) -> Description:
+        """See `Library`."""
+        transform: Any = module
+        own = Swapped.library_class_of(module) or type(module)
+        if own is MaskedAffineAutoregressive:
+            affine = {"kind": Elementwise.SIGMOID_AFFINE, "first": 2.0, "second": 1e-3}
+            return self.masked(transform, affine, 2, is_conditional)
+        if own is MaskedPiecewiseRationalQuadraticAutoregressive:
+            return self.masked(transform, *rational_quadratic(transform), is_conditional)
+        if own is Permute:
+            attributes = tuple((vars(transform), name) for name in ("mode", "num_channels"))
+            if transform.mode == "shuffle":
+                slots = ((transform._buffers, "perm"),)
+                return Description(transform, order=transform.perm.tolist(), constants=slots, attributes=attributes)
+            if transform.mode == "swap":
+                half = transform.num_channels // 2
+                order = [*range(half, transform.num_channels), *range(half)]
+                return Description(transform, order=order, attributes=attributes)
+        raise UnsupportedError(own.__name__)
+
+
+NORMFLOWS = NormFlows()
+
+
+class Accelerated(AcceleratedTransform):
+    """A masked transform."""
+
+    made, library = made, NORMFLOWS
+
+
+class AcceleratedFlow(Swapped):
+    """A flow: native code takes its transforms together. A context is there in a conditional flow only."""
+
+    q0: Any
+
+    def forward_and_log_det(self, z: Tensor, *context: Any, **contexts: Any) -> tuple[Tensor, Tensor]:
+        """x of latents z, and log|det dx/dz| (B,), as normflows's."""
+        found = through_native_code(self, NORMFLOWS, z, _context(*context, **contexts), is_inverse=False)
+        return super().forward_and_log_det(z, *context, **contexts) if found is None else found  # type: ignore[misc]
+
+    def inverse_and_log_det(self, x: Tensor, *context: Any, **contexts: Any) -> tuple[Tensor, Tensor]:
+        """Latents z of x, and log|det dz/dx| (B,), as normflows's."""
+        found = through_native_code(self, NORMFLOWS, x, _context(*context, **contexts), is_inverse=True)
+        return super().inverse_and_log_det(x, *context, **contexts) if found is None else found  # type: ignore[misc]
+
+    def forward(self, z: Tensor, *context: Any, **contexts: Any) -> Tensor:
+        return self.forward_and_log_det(z, *context, **contexts)[0]
+
+    def inverse(self, x: Tensor, *context: Any, **contexts: Any) -> Tensor:
+        """Latents z of x."""
+        return self.inverse_and_log_det(x, *context, **contexts)[0]
+
+    def sample(self, num_samples: int = 1, *context: Any, **contexts: Any) -> tuple[Tensor, Tensor]:
+        """Samples x and their log-densities (N,)."""
+        z, log_prob = self.q0(num_samples, *context, **contexts)
+        x, log_det = self.forward_and_log_det(z, *context, **contexts)
+        return x, log_prob - log_det
+
+    def log_prob(self, x: Tensor, *context: Any, **contexts: Any) -> Tensor:
+        """Log-densities (B,) of x."""
+        z, log_det = self.inverse_and_log_det(x, *context, **contexts)
+        return log_det + self.q0.log_prob(z, *context, **contexts)
+
+
+def _context(context: Tensor | None = None) -> Tensor | None:
+    return context
+
+
+_ENTRIES = ("forward", "inverse", "forward_and_log_det", "inverse_and_log_det", "sample", "log_prob")
+ADAPTERS = (
+    Adapter(Autoregressive, ("inverse",), Accelerated, NORMFLOWS),
+    Adapter(ConditionalNormalizingFlow, _ENTRIES, AcceleratedFlow, NORMFLOWS, is_composition=True),
+    Adapter(NormalizingFlow, _ENTRIES, AcceleratedFlow, NORMFLOWS, is_composition=True),
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -17,18 +17,120 @@ from pyro.distributions.transforms.utils import clamp_preserve_gradients
 from pyro.nn.auto_reg_nn import AutoRegressiveNN, ConditionalAutoRegressiveNN, MaskedLinear
 from torch import Tensor, nn
 
-from jacobiflow.adapters.masked import Activation, Linear, MaskedNetwork, Operation, Sum, has_hooks, is_elementwise
+from jacobiflow.adapters.chain import Library, Link
+from jacobiflow.adapters.masked import Activation, Linear, MaskedNetwork, Operation, Sum, UnsupportedError, check_plain
 from jacobiflow.adapters.network import needs_graph, premasked
-from jacobiflow.adapters.start import Solvable, solve
+from jacobiflow.adapters.part import Description, Slot
+from jacobiflow.adapters.passes import Solvable, solve
 from jacobiflow.adapters.swapped import Adapter, Swapped
+from jacobiflow.native.structures import Elementwise, Ends
+
+
+class Pyro(Library):
+    """pyro's transforms: each is a chain of its own, as pyro remembers the values between them."""
+
+    def links(self, module: nn.Module) -> Iterator[Link]:
+        """See `Library`."""
+        yield module, False
+
+    def describe(self, module: nn.Module, is_conditional: bool) -> Description:
+        """See `Library`. A conditional transform keeps its settings in `kwargs`."""
+        own = Swapped.library_class_of(module) or type(module)
+        transform: Any = module
+        if own in (AffineAutoregressive, ConditionalAffineAutoregressive):
+            held = vars(transform).get("kwargs", vars(transform))
+            attributes: list[Slot] = [(held, name) for name in ("log_scale_min_clip", "log_scale_max_clip", "stable")]
+            settings: dict[str, Any] = {
+                "kind": Elementwise.CLAMPED_AFFINE, "first": held.get("log_scale_min_clip", -5.0),
+                "second": held.get("log_scale_max_clip", 3.0),
+            }  # fmt: skip
+            sizes = [1, 1]
+        elif own in (SplineAutoregressive, ConditionalSplineAutoregressive):
+            held = vars(transform)["kwargs"] if own is ConditionalSplineAutoregressive else vars(transform.spline)
+            attributes = [(held, name) for name in ("count_bins", "bound", "order")]
+            settings, sizes = _spline(held)
+        else:
+            raise UnsupportedError(own.__name__)
+        network = transform.nn if hasattr(transform, "nn") else transform.arn
+        if type(network) not in (AutoRegressiveNN, ConditionalAutoRegressiveNN):
+            raise UnsupportedError(f"the network {type(network).__name__}")
+        if list(network.param_dims) != sizes:
+            raise UnsupportedError("parameters of other sizes")
+        return Description(transform, settings, _network(network), attributes=(*attributes, (vars(network), "f")))
+
+    def call(
+        self, module: nn.Module, x: Float[Tensor, "b d"], context: Tensor | None, is_inverse: bool, is_accelerated: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See `Library`; the log-determinant is by feature."""
+        own, transform = Swapped.library_class_of(module) or type(module), module
+        if context is not None:
+            transform = own.condition(module, context)  # type: ignore[attr-defined]
+            own = type(transform)
+        values = own._inverse(transform, x) if is_inverse else own._call(transform, x)  # type: ignore[attr-defined]
+        derivative = getattr(transform, "_cached_log_scale" if hasattr(transform, "_cached_log_scale") else "_cache_log_detJ")
+        return values, -derivative if is_inverse else derivative
+
+
+def _spline(held: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    """The spline's settings, and the sizes of its parameters."""
+    bins, bound, order = held.get("count_bins", 8), held.get("bound", 3.0), held.get("order", "linear")
+    kind = Elementwise.RATIONAL_LINEAR if order == "linear" else Elementwise.RATIONAL_QUADRATIC
+    return {
+        "kind": kind, "bins": bins, "ends": Ends.FIXED, "end_slope": 1 - 1e-3, "factor": 1.0, "low": -bound,
+        "high": bound, "has_tails": True, "least_width": 1e-3, "least_height": 1e-3, "least_slope": 1e-3, "gap": 1e-6,
+    }, [bins, bins, bins - 1, *([bins] if order == "linear" else [])]  # fmt: skip
+
+
+def _network(network: Any) -> MaskedNetwork:
+    check_plain(network, *network.layers, *([] if network.skip_layer is None else [network.skip_layer]))
+    if any(type(layer) is not MaskedLinear for layer in network.layers):
+        raise UnsupportedError("layers of another kind")
+    operations: list[Operation] = []
+    for layer in network.layers[:-1]:
+        operations += [Linear(len(operations), layer), Activation(len(operations) + 1, network.f)]
+    operations.append(Linear(len(operations), network.layers[-1]))
+    if network.skip_layer is not None:
+        operations += [Linear(0, network.skip_layer), Sum(len(operations) + 1, len(operations))]
+    outputs = torch.arange(network.layers[-1].out_features, device="cpu").view(-1, network.input_dim).t()
+    start = network.context_dim
+    return MaskedNetwork(tuple(operations), slice(start, start + network.input_dim), outputs)
+
+
+PYRO = Pyro()
 
 
 class _Accelerated(Solvable):
-    """A transform whose inverse ends where further passes would change nothing."""
+    """A transform by native code or by passes."""
+
+    library = PYRO
 
     arn: Any
 
+    def _call(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        found = self._by_native_code(x, is_inverse=False)
+        return super()._call(x) if found is None else found  # type: ignore[misc]
+
     def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        found = self._by_native_code(y, is_inverse=True)
+        return self._solve(y) if found is None else found
+
+    def _by_native_code(self, x: Float[Tensor, "*batch d"], is_inverse: bool) -> Float[Tensor, "*batch d"] | None:
+        _, context = self._network
+        if x.ndim == 0 or (context is not None and context.ndim > x.ndim):
+            return None
+        try:
+            rows = self.rows(x, context)
+        except RuntimeError:  # the library's message is its own
+            return None
+        found = self.acceleration.by_native_code(self.owner, PYRO, *rows, is_inverse, "features")
+        if found is None:
+            return None
+        values, derivative = found
+        assert derivative is not None
+        self._remember((-derivative if is_inverse else derivative).view(x.shape))
+        return values.view(x.shape)
+
+    def _solve(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         network, context = self._network
         cheaper = cache(partial(premasked, network, MaskedLinear))
 
@@ -36,13 +138,22 @@ class _Accelerated(Solvable):
             called = network if torch.is_grad_enabled() else cheaper()
             return self._pass(y, called(x) if context is None else called(x, context=context))
 
-        graph = needs_graph(self.owner, y, context)
-        found = solve(self, step, (y, context), _rows, y.shape[-1], graph)
-        if found is None:
+        outputs = solve(self, step, y, context, y.shape[-1], needs_graph(self.owner, y, context))
+        if outputs is None:
             return super()._inverse(y)  # type: ignore[misc]
-        x, log_scale = (part.reshape(y.shape) for part in found)
+        x, log_scale = (part.reshape(y.shape) for part in outputs)
         self._remember(log_scale)
         return x
+
+    def rows(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `Solvable`."""
+        rows = y.reshape(-1, y.shape[-1])
+        if context is None:
+            return rows, None
+        width = context.shape[-1]
+        if context.shape[:-1].numel() == 1:
+            return rows, context.reshape(1, width)
+        return rows, context.expand(*y.shape[:-1], width).reshape(-1, width)
 
     @property
     def _network(self) -> tuple[Any, Tensor | None]:
@@ -59,39 +170,6 @@ class _Accelerated(Solvable):
     @abstractmethod
     def _remember(self, log_scale: Tensor) -> None:
         """Keep it where the library does."""
-
-    def masked_network(self, features: int, conditional: bool) -> MaskedNetwork | None:
-        """See `Solvable`."""
-        network, _ = self._network
-        if type(network) not in (AutoRegressiveNN, ConditionalAutoRegressiveNN) or has_hooks(network):
-            return None
-        layers = [*network.layers, *([] if network.skip_layer is None else [network.skip_layer])]
-        if any(type(layer) is not MaskedLinear or has_hooks(layer) for layer in layers):
-            return None
-        if not is_elementwise(network.f):
-            return None
-        operations: list[Operation] = []
-        for layer in network.layers[:-1]:
-            operations += [Linear(len(operations), layer), Activation(len(operations) + 1, network.f)]
-        operations.append(Linear(len(operations), network.layers[-1]))
-        if network.skip_layer is not None:
-            operations += [Linear(0, network.skip_layer), Sum(len(operations) + 1, len(operations))]
-        outputs = torch.arange(network.layers[-1].out_features, device="cpu").view(-1, features).t()
-        start = network.context_dim
-        return MaskedNetwork(tuple(operations), slice(start, start + features), outputs)
-
-    def columns(self, y: Float[Tensor, "b k"], parameters: Float[Tensor, "b kp"]) -> Float[Tensor, "b k"]:
-        """See `once.Columns`."""
-        network, _ = self._network
-        given = parameters.unflatten(1, (y.shape[1], -1)).transpose(1, 2)
-        split = given.unbind(1) if network.all_ones else [given[:, part] for part in network.param_slices]
-        return self._pass(y, split)[0]
-
-
-def _rows(y: Tensor, context: Tensor | None) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b c"] | None]:
-    if context is not None:
-        context = context.expand(*y.shape[:-1], context.shape[-1]).reshape(-1, context.shape[-1])
-    return y.reshape(-1, y.shape[-1]), context
 
 
 class AcceleratedAffine(_Accelerated):
@@ -154,8 +232,8 @@ class AcceleratedConditional(ConditionalTransformModule, Swapped):
 
 
 ADAPTERS = (
-    Adapter(AffineAutoregressive, "_inverse", AcceleratedAffine),
-    Adapter(SplineAutoregressive, "_inverse", AcceleratedSpline),
-    Adapter(ConditionalAffineAutoregressive, "condition", AcceleratedConditional),
-    Adapter(ConditionalSplineAutoregressive, "condition", AcceleratedConditional),
+    Adapter(AffineAutoregressive, ("_inverse",), AcceleratedAffine, PYRO),
+    Adapter(SplineAutoregressive, ("_inverse",), AcceleratedSpline, PYRO),
+    Adapter(ConditionalAffineAutoregressive, ("condition",), AcceleratedConditional, PYRO),
+    Adapter(ConditionalSplineAutoregressive, ("condition",), AcceleratedConditional, PYRO),
 )

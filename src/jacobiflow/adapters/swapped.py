@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from jacobiflow.adapters.chain import Chains, Library, Values
+from jacobiflow.adapters.masked import UnsupportedError
+from jacobiflow.adapters.part import part_of
+from jacobiflow.native import describe as native_line
+from jacobiflow.native import library as native_library
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,58 +51,72 @@ class Acceleration:
     Leaving a `with` block puts the flow back as it was before: inside another `with` it stays accelerated as that one
     says. `restore()` makes it the library's own, however often it was accelerated.
 
-    **Attributes:**
-
-    - `tolerance`: at which passes end; 0 for identical bits.
-    - `retry_float64`: whether rows that failed in float32 are solved again in float64; `retried`: how many were.
-    - `transforms`: the accelerated transforms: name of the module in the flow to "library class".
-    - `untouched`: the masked autoregressive transforms that were left alone: name to the reason.
-    - `passes`: name to the number of network passes in the latest inverse, for each accelerated transform that had one.
-      The library makes one pass for each feature, and so does an inverse that is left to its own loop. It stays empty
-      where a program never inverts: MCMC posteriors of sbi call the fast direction only, and gain nothing.
-    - `ways`: name to how that inverse was found: "library", its own loop; "passes", from 0; "units", passes from an
-      answer for which each hidden unit was computed once; "columns", from one for which each pass of the network served
-      the features that it makes final. The making of that answer does not count as passes.
+    Attributes:
+        tolerance: `None` for exact to rounding, 0 for the library's own bits, or at which passes end.
+        transforms: The accelerated transforms: name of the module in the flow to "library class".
+        untouched: The masked autoregressive transforms that were left alone: name to the reason.
+        chains: What native code knows of them.
     """
 
-    def __init__(self, tolerance: float, retry_float64: bool = False) -> None:
-        self.tolerance, self.retry_float64 = tolerance, retry_float64
-        self.retried = 0
+    def __init__(self, tolerance: float | None) -> None:
+        self.tolerance = tolerance
         self.transforms: dict[str, str] = {}
         self.untouched: dict[str, str] = {}
+        self.chains = Chains()
         self._names: dict[nn.Module, str] = {}
         self._before: dict[nn.Module, type[nn.Module]] = {}
+        self._libraries: dict[nn.Module, Library] = {}
         self._latest: dict[str, tuple[int, str]] = {}
 
     @property
     def passes(self) -> dict[str, int]:
-        """See the class."""
+        """For each transform that was used, the passes of its network in the latest inverse; 0 by native code."""
         return {name: self._latest[name][0] for name in self.transforms if name in self._latest}
 
     @property
     def ways(self) -> dict[str, str]:
-        """See the class."""
+        """For each transform that was used, how: "native", "passes", or "library" for the library's own loop."""
         return {name: self._latest[name][1] for name in self.transforms if name in self._latest}
 
-    def note(self, name: str, module: nn.Module, what: str) -> None:
-        """Add a transform to those that are accelerated, before it is."""
-        self.transforms[name] = what
-        self._names[module], self._before[module] = name, type(module)
+    def note(self, name: str, module: nn.Module, library: Library, kind: str | None) -> None:
+        """Adds a module to those that are accelerated, before it is; a `kind` if it is a transform."""
+        self._before[module] = type(module)
+        if kind is not None:
+            self.transforms[name] = kind
+            self._names[module], self._libraries[module] = name, library
 
     def restore(self) -> None:
-        """Give every module the library's own class back, however often it was accelerated."""
-        for module in self._names:
+        """Gives every module the library's own class back, however often it was accelerated."""
+        for module in self._before:
             if (own := Swapped.library_class_of(module)) is not None:
                 module.__class__ = own
 
     def count(self, module: nn.Module, passes: int, way: str) -> None:
-        """Note the passes of an inverse and its way; those of copies that `retry_float64` makes are not reported."""
+        """Notes the passes of the latest use of a transform, and its way."""
         if module in self._names:
             self._latest[self._names[module]] = passes, way
 
-    def count_retried(self, rows: int) -> None:
-        """Add rows that were solved again."""
-        self.retried += rows
+    def by_native_code(
+        self,
+        module: nn.Module,
+        library: Library,
+        x: Float[Tensor, "b d"],
+        context: Float[Tensor, "#b c"] | None,
+        is_inverse: bool,
+        log_det: str | None = None,
+    ) -> Values | None:
+        """The values of a transform or chain, see `chain.run`; `None` if they are left to other ways, or to the library."""
+        if self.tolerance == 0:
+            return None
+        found = self.chains.run(module, library, x, context, is_inverse, log_det)
+        if found is None:
+            return None
+        values, chain = found
+        for segment in chain.segments:
+            if segment.transforms is not None:
+                for link, _ in segment.links:
+                    self.count(link, 0, "native")
+        return values
 
     def __enter__(self) -> Self:
         return self
@@ -106,13 +127,23 @@ class Acceleration:
                 module.__class__ = before
 
     def __repr__(self) -> str:
-        to = "identical bits" if self.tolerance == 0 else f"a tolerance of {self.tolerance:g}"
-        lines = [f"accelerated to {to}: {len(self.transforms)} masked autoregressive transforms"]
-        lines += [f"  {name}: {what}" for name, what in self.transforms.items()]
+        to = {None: "exact to rounding", 0: "the library's own bits"}.get(self.tolerance, f"tolerance {self.tolerance}")
+        lines = [f"accelerated, {to}: {len(self.transforms)} masked autoregressive transforms"]
+        lines += [f"  {self._names[module]}: {self._line(module)}" for module in self._names]
         lines += [f"  {name}: left alone, {why}" for name, why in self.untouched.items()]
-        if not self._latest:
-            lines.append("  no inverse so far, and only inverses are faster")
         return "\n".join(lines)
+
+    def _line(self, module: nn.Module) -> str:
+        kind = self.transforms[self._names[module]]
+        if self.tolerance == 0:
+            return f"{kind}, by passes"
+        if native_library() is None:
+            return f"{kind}, by passes: native code is {native_line()}"
+        try:
+            part_of(self._libraries[module].describe(module, is_conditional=False))
+        except UnsupportedError as why:
+            return f"{kind}, by passes: native code does not know {why}"
+        return f"{kind}, by native code"
 
 
 def _accelerations(module: nn.Module) -> Iterator[Acceleration]:
@@ -125,20 +156,27 @@ def _accelerations(module: nn.Module) -> Iterator[Acceleration]:
 
 @dataclass(frozen=True)
 class Adapter:
-    """How a library's autoregressive transforms are found and accelerated.
+    """A class of a library that is accelerated.
 
-    `transform` is the class that owns the slow loop, which its method `entry` starts. `accelerated` is mixed in before
-    it, or before a subclass that leaves that method unchanged.
+    Attributes:
+        transform: The class of a transform that owns a slow loop, or of a composition of transforms.
+        entries: Its methods that are replaced. A subclass is accelerated if it leaves them unchanged.
+        accelerated: Is mixed in before it.
+        library: Says how native code takes it.
+        is_composition: Whether it only composes transforms.
     """
 
     transform: type[nn.Module]
-    entry: str
+    entries: tuple[str, ...]
     accelerated: type[Swapped]
+    library: Library
+    is_composition: bool = False
 
     def obstacle(self, module: nn.Module, own: type[nn.Module]) -> str | None:
-        """Why a transform of the library's class `own` cannot be accelerated; `None` where it can."""
-        if getattr(own, self.entry) is not getattr(self.transform, self.entry):
-            return f"{own.__name__} overrides {self.transform.__module__.split('.')[0]}'s {self.entry}"
-        if self.entry in vars(module):
-            return f"its {self.entry} was replaced"
+        """Why a transform of the library's class `own` cannot be accelerated; `None` if it can."""
+        for entry in self.entries:
+            if getattr(own, entry) is not getattr(self.transform, entry):
+                return f"{own.__name__} overrides {self.transform.__module__.split('.')[0]}'s {entry}"
+            if entry in vars(module):
+                return f"its {entry} was replaced"
         return None

@@ -1,65 +1,173 @@
-"""zuko: `MaskedAutoregressiveTransform`, of which MAF, NSF, NCSF, NAF, UNAF, SOSPF and BPF are made."""
+"""zuko: `MaskedAutoregressiveTransform`, of which MAF, NSF, NCSF, NAF, UNAF, SOSPF and BPF are made, and compositions."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from functools import cache, partial
-from types import FunctionType
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import AffineTransform, Transform
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
+from zuko.flows.spline import CircularRQSTransform
+from zuko.lazy import LazyComposedTransform, LazyInverse, UnconditionalTransform
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
-from zuko.transforms import AutoregressiveTransform
-from zuko.utils import unpack
+from zuko.transforms import (
+    AutoregressiveTransform,
+    ComposedTransform,
+    MonotonicAffineTransform,
+    MonotonicRQSTransform,
+    PermutationTransform,
+)
 
-from jacobiflow.adapters.masked import MaskedNetwork, chain
+from jacobiflow.adapters.chain import Library, Link, Values
+from jacobiflow.adapters.masked import MaskedNetwork, UnsupportedError, chain
 from jacobiflow.adapters.network import needs_graph, premasked
-from jacobiflow.adapters.retry import with_retry
-from jacobiflow.adapters.start import Solvable, solve
+from jacobiflow.adapters.part import Description, Slot
+from jacobiflow.adapters.passes import Solvable, solve
 from jacobiflow.adapters.swapped import Adapter, Swapped
+from jacobiflow.native.structures import Elementwise, Ends
 
 
-class Accelerated(Solvable):
-    """A lazy transformation whose transform, at a context, has the parallel inverse."""
+class Zuko(Library):
+    """zuko's lazy transforms."""
 
-    fewest_steps = (3, 16)  # its own passes are short
+    def links(self, module: nn.Module) -> Iterator[Link]:
+        """See `Library`."""
+        own = Swapped.library_class_of(module) or type(module)
+        if _is_plain(module) and own is LazyComposedTransform:
+            for part in module.transforms:
+                yield from self.links(part)
+        elif _is_plain(module) and own is LazyInverse:
+            for part, is_reversed in reversed(list(self.links(module.transform))):
+                yield part, not is_reversed
+        else:
+            yield module, False
 
-    meta: Any
-    passes: int
-    hyper: Any
-    univariate: Any
-    shapes: Any
-    total: int
+    def describe(self, module: nn.Module, is_conditional: bool) -> Description:
+        """See `Library`."""
+        own = Swapped.library_class_of(module) or type(module)
+        if own is UnconditionalTransform:
+            return _unconditional(module)
+        if own is not MaskedAutoregressiveTransform:
+            raise UnsupportedError(own.__name__)
+        if type(module.hyper) is not MaskedMLP:
+            raise UnsupportedError(f"the network {type(module.hyper).__name__}")
+        network = chain(list(module.hyper), MaskedLinear, Residual)
+        outputs = torch.arange(module.hyper[-1].mask.shape[0], device="cpu").view(-1, module.total)
+        attributes = [(vars(module), name) for name in ("univariate", "shapes", "total", "meta")]
+        return Description(
+            module,
+            _univariate(module.univariate, list(module.shapes)),
+            MaskedNetwork(network, slice(0, len(outputs)), outputs),
+            attributes=tuple(attributes),
+        )
 
-    def forward(self, c: Tensor | None = None) -> ParallelInverse:
-        return ParallelInverse(self, c)
-
-    def masked_network(self, features: int, conditional: bool) -> MaskedNetwork | None:
-        """Its network as operations; `None` if `meta` is a subclass's, or parts are neither zuko's nor PyTorch's."""
-        if getattr(self.library_class, "meta", None) is not MaskedAutoregressiveTransform.meta:
-            return None
-        if not _is_own(self.univariate):
-            return None
-        hyper = self.hyper
-        operations = chain(list(hyper), MaskedLinear, Residual) if type(hyper) is MaskedMLP else None
-        if operations is None:
-            return None
-        outputs = torch.arange(features * self.total, device="cpu").view(features, self.total)
-        return MaskedNetwork(tuple(operations), slice(0, features), outputs)
-
-    def columns(self, y: Float[Tensor, "b k"], parameters: Float[Tensor, "b kp"]) -> Float[Tensor, "b k"]:
-        """The inverse of the univariate transforms of k features."""
-        unpacked = unpack(parameters.unflatten(-1, (-1, self.total)), self.shapes)
-        return self.univariate(*unpacked).inv(y)
+    def call(
+        self, module: nn.Module, x: Float[Tensor, "b d"], context: Tensor | None, is_inverse: bool, is_accelerated: bool
+    ) -> Values:
+        """See `Library`."""
+        if is_accelerated or not isinstance(module, Swapped):
+            transform = module(context)
+        else:
+            transform = module.library_class.forward(module, context)
+        values, log_det = (transform.inv if is_inverse else transform).call_and_ladj(x)
+        return values, log_det.reshape(len(x), -1).sum(dim=1)
 
 
-class ParallelInverse(AutoregressiveTransform):  # type: ignore[misc]
-    """zuko's transform x -> y at a context, whose inverse ends where further passes would change nothing.
+def _is_plain(module: nn.Module) -> bool:
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
-    It follows its module: after `restore` the inverse is zuko's. Copies and pickles are of zuko's class.
+
+def _univariate(univariate: Any, shapes: list[Any]) -> dict[str, Any]:
+    """The elementwise transform of a masked transform, by its constructor and the shapes of its parameters."""
+    settings: dict[str, Any] = {}
+    if isinstance(univariate, partial) and not univariate.args:
+        univariate, settings = univariate.func, dict(univariate.keywords)
+    slope, bound = settings.pop("slope", 1e-3), settings.pop("bound", 5.0)
+    clip = 1 / abs(math.log(slope))
+    sizes = [tuple(shape) for shape in shapes]
+    if settings or not all(isinstance(number, int | float) for number in (slope, bound)):
+        raise UnsupportedError(f"the settings of {univariate.__name__}")
+    if univariate is MonotonicAffineTransform and sizes == [(), ()]:
+        return {"kind": Elementwise.SOFT_CLIPPED_AFFINE, "first": clip}
+    if univariate in (MonotonicRQSTransform, CircularRQSTransform) and len(sizes) == 3 and len(sizes[0]) == 1:
+        (bins,), is_circular = sizes[0], univariate is CircularRQSTransform
+        if sizes == [(bins,), (bins,), (bins - 1,)]:
+            bound = math.pi if is_circular else bound
+            return {
+                "kind": Elementwise.RATIONAL_QUADRATIC, "bins": bins, "ends": Ends.FIXED, "end_slope": 1.0,
+                "is_soft_clipped": True, "clip": clip, "factor": 1.0, "low": -bound, "high": bound,
+                "has_tails": not is_circular, "is_circular": is_circular,
+            }  # fmt: skip
+    raise UnsupportedError(f"the univariate {getattr(univariate, '__name__', univariate)}")
+
+
+def _unconditional(module: Any) -> Description:
+    """A permutation, or an affine transform with numbers of its own."""
+
+    def slot(name: str) -> Slot:
+        return (module._buffers if name in module._buffers else module._parameters), name
+
+    names = [*(f"_{i}" for i in range(module._nargs)), *module._keys]
+    if module.f is PermutationTransform and len(names) == 1:
+        holder, name = slot(names[0])
+        return Description(
+            module, order=holder[name].tolist(), constants=((holder, name),), attributes=((vars(module), "f"),)
+        )
+    if module.f is AffineTransform and names in (["loc", "scale"], ["_0", "_1"]):
+        if all(isinstance(getattr(module, name), Tensor) for name in names):
+            return Description(module, tensors=(slot(names[1]), slot(names[0])), attributes=((vars(module), "f"),))
+    raise UnsupportedError(f"UnconditionalTransform of {getattr(module.f, '__name__', module.f)}")
+
+
+ZUKO = Zuko()
+
+
+class _AtContext(Transform):
+    """A transform x -> y of zuko at a context that goes through native code where it can.
+
+    It follows its module: after `restore` it is zuko's. Copies and pickles are of zuko's class.
     """
+
+    module: Any
+    context: Tensor | None
+
+    def _by_native_code(self, x: Tensor, is_inverse: bool, log_det: str | None = None) -> Any:
+        """The values and log-determinants in the shape of the batch; `None` if they are left to zuko."""
+        if Swapped.library_class_of(self.module) is None or x.ndim == 0:
+            return None
+        try:
+            batch = _batch(x, self.context)
+        except RuntimeError:  # zuko's message is its own
+            return None
+        found = self.module.acceleration.by_native_code(
+            self.module, ZUKO, *_rows(x, self.context, batch), is_inverse, log_det
+        )
+        if found is None:
+            return None
+        values, log_dets = found
+        return values.view(*batch, values.shape[-1]), None if log_dets is None else log_dets.view(batch)
+
+    def _call(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        found = self._by_native_code(x, is_inverse=False)
+        return super()._call(x) if found is None else found[0]
+
+    def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        found = self._by_native_code(y, is_inverse=True)
+        return super()._inverse(y) if found is None else found[0]
+
+    def call_and_ladj(self, x: Float[Tensor, "*batch d"]) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch"]]:
+        """y and the logarithm of the Jacobian's determinant."""
+        found = self._by_native_code(x, is_inverse=False, log_det="rows")
+        return super().call_and_ladj(x) if found is None else found
+
+
+class ParallelInverse(_AtContext, AutoregressiveTransform):  # type: ignore[misc]
+    """A masked transform at a context."""
 
     def __init__(self, module: Accelerated, context: Float[Tensor, "*batch c"] | None) -> None:
         super().__init__(partial(module.meta, context), module.passes)
@@ -70,13 +178,9 @@ class ParallelInverse(AutoregressiveTransform):  # type: ignore[misc]
 
     def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         if Swapped.library_class_of(self.module) is None:
-            return super()._inverse(y)
-        if not self.module.acceleration.retry_float64:
-            return self._solve(y)
-        (x,) = with_retry(
-            lambda module, y, c: (ParallelInverse(module, c)._solve(y),), self.module, y, self.context, _rows
-        )
-        return x.reshape(*_batch(y, self.context), y.shape[-1])
+            return AutoregressiveTransform._inverse(self, y)
+        found = self._by_native_code(y, is_inverse=True)
+        return self._solve(y) if found is None else found[0]
 
     def _solve(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         module, context = self.module, self.context
@@ -86,32 +190,93 @@ class ParallelInverse(AutoregressiveTransform):  # type: ignore[misc]
             transform = module if torch.is_grad_enabled() else cheaper()
             return (transform.meta(context, x).inv(y),)
 
-        found = solve(module, step, (y, context), _rows, self.passes, needs_graph(module, y, context))
-        if found is None:
-            return super()._inverse(y)
-        return found[0] if module.acceleration.tolerance == 0 else found[0].reshape(*_batch(y, context), y.shape[-1])
+        outputs = solve(module, step, y, context, self.passes, needs_graph(module, y, context))
+        if outputs is None:
+            return AutoregressiveTransform._inverse(self, y)
+        return outputs[0].reshape(*_batch(y, context), y.shape[-1])
 
 
-def _is_own(univariate: Any) -> bool:
-    """True for a univariate transform that is a class or function of zuko, with numbers as its only settings."""
-    settings: tuple[Any, ...] = ()
-    if isinstance(univariate, partial):
-        univariate, settings = univariate.func, (*univariate.args, *univariate.keywords.values())
-    own = isinstance(univariate, type | FunctionType) and univariate.__module__.split(".")[0] == "zuko"
-    return own and all(isinstance(setting, int | float) for setting in settings)
+class Composition(_AtContext, ComposedTransform):  # type: ignore[misc]
+    """A composition at a context: native code takes its transforms together."""
+
+    @classmethod
+    def of(cls, transform: ComposedTransform, module: AcceleratedComposition, context: Tensor | None) -> Composition:
+        """The same transform, by native code."""
+        transform.__class__ = cls
+        transform.module, transform.context = module, context
+        return transform
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ComposedTransform, tuple(self.transforms)
+
+    @property
+    def inv(self) -> InverseComposition:
+        """The inverse."""
+        inverse = super().inv
+        inverse.__class__ = InverseComposition
+        inverse.composition = self
+        return inverse
+
+
+class InverseComposition(ComposedTransform):  # type: ignore[misc]
+    """The inverse of a composition."""
+
+    composition: Composition
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ComposedTransform, tuple(self.transforms)
+
+    def _call(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        found = self.composition._by_native_code(y, is_inverse=True)
+        return super()._call(y) if found is None else found[0]
+
+    def call_and_ladj(self, y: Float[Tensor, "*batch d"]) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch"]]:
+        """x and the logarithm of the determinant of the inverse's Jacobian."""
+        found = self.composition._by_native_code(y, is_inverse=True, log_det="rows")
+        return super().call_and_ladj(y) if found is None else found
+
+
+class Accelerated(Solvable):
+    """A lazy masked transform."""
+
+    library = ZUKO
+
+    meta: Any
+    passes: int
+
+    def forward(self, c: Tensor | None = None) -> ParallelInverse:
+        return ParallelInverse(self, c)
+
+    def rows(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `Solvable`."""
+        return _rows(y, context, _batch(y, context))
+
+
+class AcceleratedComposition(Swapped):
+    """A lazy composition."""
+
+    def forward(self, c: Tensor | None = None) -> Composition:
+        return Composition.of(super().forward(c), self, c)
 
 
 def _batch(y: Tensor, context: Tensor | None) -> torch.Size:
     return y.shape[:-1] if context is None else torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
 
 
-def _rows(y: Tensor, context: Tensor | None) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b c"] | None]:
-    """The inputs with a row for each sample of the batch that they make together."""
-    batch = _batch(y, context)
-    tensors = (
-        None if t is None else t.expand(*batch, t.shape[-1]).reshape(batch.numel(), t.shape[-1]) for t in (y, context)
-    )
-    return tuple(tensors)  # type: ignore[return-value]
+def _rows(
+    y: Tensor, context: Tensor | None, batch: torch.Size
+) -> tuple[Float[Tensor, "b d"], Float[Tensor, "#b c"] | None]:
+    """The inputs with a row for each sample of the batch that they make together; one of the context if it has one."""
+    y = y.expand(*batch, y.shape[-1]).reshape(-1, y.shape[-1])
+    if context is None:
+        return y, None
+    width = context.shape[-1]
+    if context.shape[:-1].numel() == 1:
+        return y, context.reshape(1, width)
+    return y, context.expand(*batch, width).reshape(-1, width)
 
 
-ADAPTERS = (Adapter(MaskedAutoregressiveTransform, "forward", Accelerated),)
+ADAPTERS = (
+    Adapter(MaskedAutoregressiveTransform, ("forward",), Accelerated, ZUKO),
+    Adapter(LazyComposedTransform, ("forward",), AcceleratedComposition, ZUKO, is_composition=True),
+)

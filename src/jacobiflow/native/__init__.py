@@ -2,7 +2,6 @@
 
 from jacobiflow.native.build import (
     SWITCH,
-    MafArguments,
     TarFlowArguments,
     compile_library,
     describe,
@@ -13,6 +12,6 @@ from jacobiflow.native.build import (
 from jacobiflow.native.tensors import pointers, usable
 
 __all__ = [
-    "SWITCH", "MafArguments", "TarFlowArguments", "compile_library", "describe", "library", "library_name",
+    "SWITCH", "TarFlowArguments", "compile_library", "describe", "library", "library_name",
     "load_library", "pointers", "usable",
 ]  # fmt: skip

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jacobiflow.files import cache_folder, sha256, write_beside
+from jacobiflow.native.structures import STRUCTURES
 
 SWITCH = "JACOBIFLOW_NATIVE"  # environment variable: 0 leaves all recurrences to PyTorch
-_SOURCES = ("tarflow.cpp", "maf.cpp", "simd.h", "team.h")
+_SOURCES = ("tarflow.cpp", "masked.cpp", "simd.h", "lanes.h", "team.h")
 _FLAGS = (
     "-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread",
 )  # fmt: skip
@@ -43,17 +44,6 @@ class TarFlowArguments(ctypes.Structure):
             "samples", "networks", "tokens", "values", "channels", "hidden", "heads", "depth", "scales", "threads",
             "teams", "start", "stop",
         )),
-    )  # fmt: skip
-
-
-class MafArguments(ctypes.Structure):
-    """`Maf` of maf.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in (
-            "z", "weight_scale", "weight_shift", "weights", "offsets", "units_below", "x",
-        )),
-        *((name, ctypes.c_int32) for name in ("samples", "networks", "tokens", "units", "layers", "threads")),
     )  # fmt: skip
 
 
@@ -110,13 +100,12 @@ def load_library(path: Path) -> ctypes.CDLL:
     **Raises** `OSError` where the system cannot load it, `RuntimeError` if its structures are not those of this module.
     """
     found = ctypes.CDLL(str(path))
-    for structure, size in (
-        (TarFlowArguments, found.jacobiflow_tarflow_size()), (MafArguments, found.jacobiflow_maf_size()),
-    ):  # fmt: skip
-        if (here := ctypes.sizeof(structure)) != size:
-            raise RuntimeError(f"{path}: {structure.__name__} is of {here} bytes here, and of {size} in C++")
+    for name, structure in {"tarflow": TarFlowArguments, **STRUCTURES}.items():
+        if (here := ctypes.sizeof(structure)) != (there := found[f"jacobiflow_{name}_size"]()):
+            raise RuntimeError(f"{path}: {structure.__name__} is of {here} bytes here, and of {there} in C++")
     number, address = ctypes.c_int32, ctypes.c_void_p
     found.jacobiflow_pack.argtypes = (address, number, number, address, number)
+    found.jacobiflow_masked.argtypes, found.jacobiflow_masked.restype = (address, number), ctypes.c_int64
     return found
 
 

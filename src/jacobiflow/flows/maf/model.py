@@ -18,7 +18,7 @@ from jacobiflow.flows.base import ExactInverse, Extrapolation, FlowBlock, KeepsN
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.maf.config import MAFConfig
 from jacobiflow.flows.maf.masked import MaskedLayer, MaskedLinear
-from jacobiflow.flows.maf.recurrence import ROWS, solve_rows
+from jacobiflow.flows.maf.recurrence import solve_rows
 from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.registry import register
 from jacobiflow.flows.weights import count_layers
@@ -138,24 +138,12 @@ class MAFBlock(FlowBlock, ExactInverse, KeepsNothing):
         """
         if extrapolation is not None:
             _check_temperature(None if extrapolation.attn_temperature == 1 else extrapolation.attn_temperature)
-        native = usable(z, *self.parameters())
         # Native code trusts the sizes: tokens of other ones are left to PyTorch, which checks them.
-        if native is None or z.shape[1:] != (self.num_tokens, 1):
+        if usable(z, *self.parameters()) is None or z.shape[1:] != (self.num_tokens, 1):
             return None
-        weights = [layer.masked_weight().detach() for layer in self.layers]
-        below = [self._units_below(degree) for degree in range(self.num_tokens + 1)]
-        size, solved = ROWS * torch.get_num_threads(), torch.empty_like(z)
-        for first in range(0, len(z), size):
-            rows = slice(first, first + size)
-            labels = None if context is None else context[rows]
-            networks = [[layer.offset(labels).detach() for layer in self.layers]]
-            if extrapolation is not None:
-                networks.append([layer.offset(None).detach() for layer in self.layers])
-            x = solve_rows(native, z[rows, :, 0], weights, networks, extrapolation, below)
-            if x is None:
-                return None
-            solved[rows, :, 0] = x
-        return solved
+        below = tuple(self._units_below(degree) for degree in range(self.num_tokens))
+        x = solve_rows(z.squeeze(-1), self.layers, context, extrapolation, below)
+        return None if x is None else x.unsqueeze(-1)
 
     def output_weights(self) -> tuple[Float[Tensor, "t h"], Float[Tensor, "t h"]]:
         """The masked rows of the last layer for `s` and for `u`; see `AffineBlock.output_weights`."""

@@ -1,50 +1,95 @@
-"""The recurrence of a MAF block in native code, for float32 on a CPU."""
+"""The exact inverse of a MAF block by native code, on a CPU."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from jacobiflow.flows.base import Extrapolation
-from jacobiflow.native import MafArguments, pointers
+from jacobiflow.flows.labels import embed_classes
+from jacobiflow.flows.maf.masked import MaskedLinear
+from jacobiflow.native.masked import masked_transform, run_chain
+from jacobiflow.native.structures import Elementwise, Function, Kind, Operation, Transform
 
-ROWS = 1024  # for each thread: more rows a call gain nothing, and their offsets take memory
 
-
+@torch.no_grad()
 def solve_rows(
-    native: ctypes.CDLL, z: Float[Tensor, "b t"], weights: Sequence[Float[Tensor, "o i"]],
-    networks: Sequence[Sequence[Float[Tensor, "#b o"]]], extrapolation: Extrapolation | None,
-    units_below: Sequence[int],
-) -> Float[Tensor, "b t"] | None:  # fmt: skip
-    """The rows x (B, T) token by token; `None` where memory or threads are wanting.
+    z: Float[Tensor, "b t"],
+    layers: Sequence[MaskedLinear],
+    labels: Int[Tensor, " b"] | None,
+    extrapolation: Extrapolation | None,
+    units_below: tuple[int, ...],
+) -> Float[Tensor, "b t"] | None:
+    """The rows x, token by token; `None` if there is no memory, or no threads.
 
-    **Arguments:** the masked `weights` of the layers, first to last; for each of one or two `networks` the layers'
-    offsets; `units_below[d]`, how many units of a hidden layer have a degree below d, for d from 0 to T.
+    Args:
+        z: Rows, float32 or float64.
+        layers: Of the network, first to last.
+        labels: A class for each row; below 0, or `None`, the mean over classes.
+        extrapolation: Under guidance a second network, of the mean over classes, is evaluated too.
+        units_below: How many units of a hidden layer have a degree below d, for d from 0 to T - 1.
     """
-    (samples, tokens), panel = z.shape, native.jacobiflow_panel()
-    padding = -samples % panel
-    padded = samples + padding
+    has_classes = layers[0].class_embed is not None
+    shape = (len(layers[0].weight), len(layers))
+    transforms, _ = _transforms(units_below, shape, has_classes, extrapolation is not None)
+    tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+    context = None
+    if has_classes:
+        tensors += [layer.class_embed.t() for layer in layers if layer.class_embed is not None]
+        classes = tensors[-1].shape[1]
+        context = embed_classes(torch.eye(classes, dtype=z.dtype), labels)
+    if extrapolation is not None:
+        tensors += [layer.offset(None).squeeze(0) for layer in layers]
+        tensors.append(torch.stack((extrapolation.log_scale, extrapolation.shift), dim=1))
+    tensors = [tensor.contiguous() for tensor in tensors]
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    result = run_chain(transforms, pointers, z, context, is_inverse=True, log_det=None)
+    return None if result is None else result.values
 
-    def columns(rows: Tensor) -> Tensor:
-        return F.pad(rows.expand(samples, -1).T, (0, padding)).contiguous()
 
-    z, x, below = columns(z), z.new_empty(tokens, padded), (ctypes.c_int32 * len(units_below))(*units_below)
-    offsets = [columns(offset) for layers in networks for offset in layers]
-    scales = (None, None) if extrapolation is None else (extrapolation.log_scale, extrapolation.shift)
-    held = [None if scale is None else scale.contiguous() for scale in scales]
-    weights = [weight.contiguous() for weight in weights]
-    weight_table, offset_table = pointers(weights), pointers(offsets)
-    arguments = MafArguments(
-        z.data_ptr(), *(None if scale is None else scale.data_ptr() for scale in held),
-        ctypes.addressof(weight_table), ctypes.addressof(offset_table), ctypes.addressof(below), x.data_ptr(),
-        padded, len(networks), tokens, weights[0].shape[0], len(weights) - 1,
-        min(torch.get_num_threads(), padded // panel),
-    )  # fmt: skip
-    if native.jacobiflow_maf(ctypes.byref(arguments)):
-        return None
-    return x[:, :samples].T
+@lru_cache(maxsize=32)
+def _transforms(
+    units_below: tuple[int, ...], shape: tuple[int, int], has_classes: bool, is_guided: bool
+) -> tuple[Any, Any]:
+    """The block of hidden units and layers for native code, and what must live as long as it does.
+
+    Tensors are weight and bias of each layer, then the classes' embeddings, then the biases of the second network and
+    the weights of the extrapolation.
+    """
+    (units, layers), tokens = shape, len(units_below)
+    hidden = (list(range(units)), list(units_below))
+    second = (3 if has_classes else 2) * layers
+    outputs = (list(range(2 * tokens)), [2 * token + 2 for token in range(tokens)])
+    operations: list[tuple[Operation, Sequence[int], Sequence[int]]] = []
+
+    def add(kind: Kind, order: Any, source: int, **fields: Any) -> int:
+        empty = {"weight": -1, "bias": -1, "mask": -1}
+        operations.append((Operation(kind=kind, source=source, units=len(order[0]), **{**empty, **fields}), *order))
+        return len(operations)
+
+    def network(is_second: bool) -> int:
+        value = 0
+        for layer in range(layers):
+            order = hidden if layer + 1 < layers else outputs
+            bias = second + layer if is_second else 2 * layer + 1
+            value = add(Kind.LINEAR, order, value, weight=2 * layer, bias=bias)
+            if has_classes and not is_second:
+                value = add(Kind.ADD_CONTEXT, order, value, weight=2 * layers + layer, function=Function.IDENTITY)
+            if layer + 1 < layers:
+                value = add(Kind.ACTIVATION, order, value, function=Function.RELU, is_kept=True)
+        return value
+
+    value = network(is_second=False)
+    if is_guided:
+        other = network(is_second=True)
+        add(Kind.EXTRAPOLATION, outputs, value, other=other, bias=second + layers)
+    order = list(range(tokens))
+    transform, memory = masked_transform(
+        [*order, tokens], order, operations, (order, order), kind=Elementwise.LOG_AFFINE, features=tokens, parameters=2
+    )
+    return (Transform * 1)(transform), memory
