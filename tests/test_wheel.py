@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from compilers import copying_compiler
+
+from jacobiflow import native
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("digits-p1", "emoji-p2", "fashion-p2")
@@ -21,11 +24,17 @@ MODELS = ("digits-p1", "emoji-p2", "fashion-p2")
 PROGRAM = """
 import json, pathlib, sys
 import jacobiflow as jf
+from jacobiflow import native
 from jacobiflow.data import bundled_fashion
 from jacobiflow.flows.folder import bundled
 
+def openmp():
+    maps = pathlib.Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    return sorted({line.split()[-1] for line in lines if "omp" in pathlib.Path(line.split()[-1]).name})
+
 data = bundled_fashion()
-report = {"file": jf.__file__, "images": list(data.images.shape), "models": {}}
+report = {"file": jf.__file__, "images": list(data.images.shape), "models": {}, "openmp": [openmp()]}
 for name in bundled():
     flow = jf.load(name)
     out = jf.sample(flow, 2, progress=False)
@@ -36,16 +45,16 @@ for name in bundled():
         "spread": float(out.images.std()),
         "certificate": float(out.certificate.max()),
     }
+report |= {"native": native.describe(), "openmp": [*report["openmp"], openmp()]}
 print(json.dumps(report))
 """
 
 
-def check_output(command: list[str | Path], folder: Path) -> str:
+def check_output(command: list[str | Path], folder: Path, **settings: str | Path) -> str:
     """What the command prints; where it fails, its errors. It does not see this environment's settings for Python."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    result = subprocess.run(
-        list(map(str, command)), cwd=folder, env=env | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+    env |= {"OMP_NUM_THREADS": "1", **{name: str(value) for name, value in settings.items()}}
+    result = subprocess.run(list(map(str, command)), cwd=folder, env=env, capture_output=True, text=True)
     assert result.returncode == 0, f"{command}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
     return result.stdout
 
@@ -68,7 +77,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("build")
     folder = tmp_path_factory.mktemp("build")
     sources = copy_sources(folder / "sources")
-    check_output([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, sources], folder)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, sources]
+    if (library := native.library()) is None:
+        check_output(command, folder)
+    else:  # compiled already; test_targets.py compiles what is in a wheel
+        check_output(command, folder, CXX=copying_compiler(folder / "compiler", Path(library._name)))
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -103,8 +116,13 @@ def test_the_wheel_alone_draws_samples_and_runs_the_readme(wheel: Path, tmp_path
     # The dependencies come from this environment. Its own .pth files, an editable install's too, are not read there.
     (site / "dependencies.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
 
-    report = json.loads(check_output([scripts / "python", "-c", PROGRAM], tmp_path))
+    no_compiler = {"PATH": scripts, "CXX": "", "XDG_CACHE_HOME": tmp_path / "cache"}
+    report = json.loads(check_output([scripts / "python", "-c", PROGRAM], tmp_path, **no_compiler))
     assert Path(report["file"]).is_relative_to(site), "that is not the wheel's package"
+    if native.library() is not None:
+        assert re.fullmatch("compiled for .*, in the wheel", report["native"])
+    before, after = report["openmp"]
+    assert before == after, "a second pool of threads beside PyTorch's"
     assert report["images"] == [512, 1, 28, 28]
     assert set(report["models"]) >= set(MODELS)
     for name, drawn in report["models"].items():
@@ -115,11 +133,11 @@ def test_the_wheel_alone_draws_samples_and_runs_the_readme(wheel: Path, tmp_path
         assert 0.3 < drawn["spread"] < 1.5, f"{name}: no images"
 
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
-        said = check_output([scripts / "python", "-c", code], tmp_path)
+        said = check_output([scripts / "python", "-c", code], tmp_path, **no_compiler)
         assert said.splitlines() == re.findall(r"^# (.*)$", code.split("print(")[-1], re.MULTILINE)
 
     command = [scripts / "jacobiflow", "sample", "--model", "digits-p1", "--num", "2", "--out", "drawn"]
-    said = check_output(command, tmp_path)
+    said = check_output(command, tmp_path, **no_compiler)
     assert "wrote drawn: 1 shard, manifest.json, strategy.json, samples.png\n" in said
     written = [".lock", "manifest.json", "samples.png", "shards", "strategy.json"]
     assert sorted(os.listdir(tmp_path / "drawn")) == written

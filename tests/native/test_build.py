@@ -13,15 +13,17 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from compilers import copying_compiler
 from native_problems import CASES, relative_error
 from running import ends_within
 
 import jacobiflow as jf
 from jacobiflow import native
-from jacobiflow.native import build
+from jacobiflow.native import build, compiler
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +58,9 @@ class Machine:
 
 @pytest.fixture
 def machine(tmp_path: Path, binary: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    compiler, calls = tmp_path / "compiler", tmp_path / "calls"
-    script = f"""#!/bin/sh
-while [ "$1" != -o ]; do shift; done
-echo compiled >> {shlex.quote(str(calls))}
-sleep 0.2
-cp {shlex.quote(str(binary))} "$2"
-"""
-    compiler.write_text(script)
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+    calls = tmp_path / "calls"
+    before = f"echo compiled >> {shlex.quote(str(calls))}; sleep 0.2"
+    monkeypatch.setenv("CXX", str(copying_compiler(tmp_path / "compiler", binary, before)))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     # The other tests keep the library that they have loaded.
     monkeypatch.setattr(build, "_loaded", functools.cache(build._loaded.__wrapped__))
@@ -92,6 +87,50 @@ def test_once_compiled_it_needs_no_compiler(machine: Machine, tmp_path: Path, mo
     assert machine.restart() is not None and machine.compiled() == 1
     name, (path,) = native.library_name(), machine.kept()
     assert name == path.name
+
+
+@pytest.fixture
+def shipped(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a wheel that every processor can run."""
+    monkeypatch.setattr(build, "SHIPPED", tmp_path)
+    *_, path = compiler.compile_targets(tmp_path)
+    machine.calls.unlink()
+    return path
+
+
+def test_the_library_of_a_wheel_needs_no_compiler(
+    machine: Machine, shipped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_CPU", shipped.parent / "no such file")
+    assert machine.restart() is not None and machine.compiled() == 0 and machine.kept() == []
+    assert native.library_name() == shipped.name
+    assert native.describe().endswith(", in the wheel")
+
+
+def test_the_library_of_a_wheel_suits_the_processor(machine: Machine, shipped: Path) -> None:
+    machine.restart()
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    best = compiler.best(shipped.parent, platform.machine(), flags)
+    assert best is not None and native.library_name() == best.name
+
+
+@pytest.mark.parametrize("fault", ["not for this system", "of other sources"])
+def test_a_library_of_a_wheel_that_is_of_no_use(fault: str, machine: Machine, shipped: Path) -> None:
+    for path in shipped.parent.glob("*.so"):
+        if fault == "not for this system":
+            path.write_bytes(b"not for this system")
+        else:
+            path.rename(path.with_name("x" + path.name))
+    assert machine.restart() is not None and machine.compiled() == 1
+    assert not native.describe().endswith(", in the wheel")
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="the library has OpenMP on Linux only")
+def test_the_threads_are_those_of_pytorch() -> None:
+    assert torch.backends.openmp.is_available()
+    functions: list[int | None] = []
+    build._use_threads_of_pytorch(SimpleNamespace(jacobiflow_use_openmp=functions.extend))  # type: ignore[arg-type]
+    assert len(functions) == 3 and all(functions)
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="the file is Linux's")

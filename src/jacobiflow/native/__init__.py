@@ -1,14 +1,14 @@
-"""Recurrences in C++, compiled for the machine at first use."""
+"""Recurrences in C++."""
 
 from jacobiflow.native.build import (
     SWITCH,
     TarFlowArguments,
-    compile_library,
     describe,
     library,
     library_name,
     load_library,
 )
+from jacobiflow.native.compiler import compile_library
 from jacobiflow.native.tensors import pointers, usable
 
 __all__ = [

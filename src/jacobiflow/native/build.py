@@ -1,4 +1,4 @@
-"""The library of native recurrences: compiled at first use, kept in the user's cache folder, and loaded."""
+"""The library of native recurrences: from the wheel, or compiled at first use and kept in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 import os
 import platform
 import re
-import shutil
 import stat
 import subprocess
 import tempfile
@@ -15,16 +14,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from jacobiflow.files import cache_folder, sha256, write_beside
+from jacobiflow.native import compiler
 from jacobiflow.native.structures import STRUCTURES
 
 SWITCH = "JACOBIFLOW_NATIVE"  # environment variable: 0 leaves all recurrences to PyTorch
-_SOURCES = ("tarflow.cpp", "masked.cpp", "simd.h", "lanes.h", "team.h")
-_FLAGS = (
-    "-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread",
-)  # fmt: skip
-_COMPILERS = ("c++", "g++", "clang++")
-_HERE = Path(__file__).parent
+SHIPPED = Path(__file__).parent / "lib"  # of a wheel, made by hatch_build.py
 _CPU = Path("/proc/cpuinfo")
 # Lines of it that tell processors apart. Others, such as the clock's rate, change all the time.
 _INSTRUCTIONS = re.compile(
@@ -58,11 +55,11 @@ class _Loaded:
 def library() -> ctypes.CDLL | None:
     """The compiled library; `None` where it cannot be compiled, or the environment has JACOBIFLOW_NATIVE=0.
 
-    The first call on a machine compiles it, which takes a few seconds. The result is kept in the user's cache folder
-    under a name that stands for the sources and the processor, so that neither a new version nor another machine finds
-    it, and for its own content, so that a damaged file is compiled anew. Once it is there, no compiler is needed.
-    Processes that compile at the same time each write a file of their own, and rename it. A folder or file that others
-    could have written to is not used.
+    A wheel brings it for several kinds of processor. Elsewhere, as in a clone, the first call on a machine compiles it,
+    which takes a few seconds. The result is kept in the user's cache folder under a name that stands for the sources
+    and the processor, so that neither a new version nor another machine finds it, and for its own content, so that a
+    damaged file is compiled anew. Once it is there, no compiler is needed. Processes that compile at the same time each
+    write a file of their own, and rename it. A folder or file that others could have written to is not used.
     """
     return None if _is_off() else _loaded().library
 
@@ -78,22 +75,6 @@ def describe() -> str:
     return f"off, by {SWITCH}=0" if _is_off() else _loaded().line
 
 
-def compile_library(path: Path, target: tuple[str, ...] | None = None) -> None:
-    """Compile the sources to `path`, for the instructions of the flags `target`, by default those of this machine.
-
-    **Raises** `OSError` or `subprocess.SubprocessError` where there is no compiler, or it fails.
-    """
-    sources = [str(_HERE / name) for name in _SOURCES if name.endswith(".cpp")]
-    line = [_compiler(), *_FLAGS, *(_machine() if target is None else target), *sources, "-o", str(path)]
-    if platform.system() == "Linux":  # elsewhere a second OpenMP beside PyTorch's may end the process
-        try:
-            _run(*line, "-fopenmp")
-            return
-        except subprocess.CalledProcessError:  # not every compiler has it
-            pass
-    _run(*line)
-
-
 def load_library(path: Path) -> ctypes.CDLL:
     """The library that `compile_library` wrote.
 
@@ -106,6 +87,7 @@ def load_library(path: Path) -> ctypes.CDLL:
     number, address = ctypes.c_int32, ctypes.c_void_p
     found.jacobiflow_pack.argtypes = (address, number, number, address, number)
     found.jacobiflow_masked.argtypes, found.jacobiflow_masked.restype = (address, number), ctypes.c_int64
+    _use_threads_of_pytorch(found)
     return found
 
 
@@ -117,33 +99,41 @@ def _is_off() -> bool:
 def _loaded() -> _Loaded:
     if platform.system() not in ("Linux", "Darwin"):
         return _Loaded(None, "none: they are for Linux and macOS")
+    shipped = _shipped()
     try:
-        found = _found_or_compiled()
+        found = shipped or _found_or_compiled()
     except (OSError, subprocess.SubprocessError) as error:
         # A message of a compiler is long, and says what is wrong in its first line.
         reason = str(getattr(error, "stderr", None) or error).strip().partition("\n")[0]
         return _Loaded(None, f"none: {reason}; install a C++ compiler, or name it in CXX, for faster exact loops")
     width = {16: "AVX-512", 8: "AVX2"}.get(found.jacobiflow_lanes(), "128-bit vectors")
-    return _Loaded(found, f"compiled for {width}")
+    return _Loaded(found, f"compiled for {width}" + (", in the wheel" if shipped else ""))
 
 
-def _compiler() -> str:
-    """**Raises** `FileNotFoundError` where there is none."""
-    for name in filter(None, (os.environ.get("CXX"), *_COMPILERS)):
-        if (path := shutil.which(name)) is not None:
-            return path
-    raise FileNotFoundError("no C++ compiler found")
+def _use_threads_of_pytorch(library: ctypes.CDLL) -> None:
+    """Gives the library the OpenMP functions that PyTorch has loaded, if it has any."""
+    if platform.system() == "Linux":
+        pytorch = ctypes.CDLL(torch._C.__file__)  # functions of the libraries that it needs are found in it too
+        names = ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num")
+        with suppress(AttributeError):
+            addresses = [ctypes.cast(getattr(pytorch, name), ctypes.c_void_p) for name in names]
+            library.jacobiflow_use_openmp((ctypes.c_void_p * len(names))(*addresses))
 
 
-def _machine() -> tuple[str, ...]:
-    """The flag for all instructions of this machine's processor."""
-    return ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native",)
+def _shipped() -> ctypes.CDLL | None:
+    """The library of the wheel for this processor; `None` if there is none, or this system cannot load it."""
+    path = compiler.best(SHIPPED, platform.machine(), _available_instructions())
+    with suppress(OSError):
+        return None if path is None else load_library(path)
+    return None
 
 
-def _run(*command: str) -> str:
-    """What the command prints."""
-    done = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=300)
-    return done.stdout
+def _available_instructions() -> set[str]:
+    """The processor's instructions by Linux's names; empty on other systems."""
+    with suppress(OSError):
+        flags = re.search(r"^flags\s*:(.*)$", _CPU.read_text(), re.MULTILINE)
+        return set(flags[1].split()) if flags else set()
+    return set()
 
 
 def _found_or_compiled() -> ctypes.CDLL:
@@ -156,7 +146,7 @@ def _found_or_compiled() -> ctypes.CDLL:
                     return load_library(path)
     with tempfile.TemporaryDirectory(prefix="jacobiflow-", ignore_cleanup_errors=True) as private:
         path = Path(private) / f"{name}.so"
-        compile_library(path)
+        compiler.compile_library(path)
         with suppress(OSError):
             if folder is not None:
                 return load_library(_keep(folder, name, path.read_bytes()))
@@ -165,15 +155,15 @@ def _found_or_compiled() -> ctypes.CDLL:
 
 def _name() -> str:
     """A name for what a compiler makes of these sources for this processor and system."""
-    target = (*_FLAGS, platform.system(), platform.machine(), str(ctypes.sizeof(ctypes.c_void_p)), _processor())
-    sources = [(_HERE / name).read_bytes() for name in _SOURCES]
-    return f"recurrences-{sha256(' '.join(target).encode(), *sources)[:32]}"
+    target = (platform.system(), platform.machine(), str(ctypes.sizeof(ctypes.c_void_p)), _processor())
+    return f"recurrences-{sha256(' '.join(target).encode(), compiler.fingerprint().encode())[:32]}"
 
 
 def _processor() -> str:
-    """The processor's model and instructions, of which `_machine` lets the compiler use all."""
+    """The processor's model and instructions, of which the compiler uses all."""
     if platform.system() == "Darwin":
-        return _run("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string")
+        command = ("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string")
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
     first, _, _ = _CPU.read_text().partition("\n\n")
     return "\n".join(line for line in first.splitlines() if _INSTRUCTIONS.match(line))
 

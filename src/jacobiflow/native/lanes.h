@@ -77,7 +77,7 @@ struct Lanes {
     const Vector sum = power * ln2_low + (s * z * series) * T(2);
     const Vector result = power * ln2_high + (s * T(2) + sum);
     const Vector out_of_range = v == T(0) ? spread(-infinity) : (v < T(0) ? spread(nan) : v);
-    return (v > T(0)) & (v < infinity) ? result : out_of_range;
+    return ((v > T(0)) & (v < infinity)) ? result : out_of_range;
   }
 
   // ln(1 + v) for v >= 0, with all digits where v is small.

@@ -523,27 +523,28 @@ class Tile {
       if (unit < last) multiply<count - 1>(p, first, last, from, to, in, out, start, unit);
   }
 
-  // Few sums leave the processor waiting for the last addition: then even and odd inputs have sums of their own.
+  // Few sums leave the processor waiting for the last addition: then some inputs have sums of their own.
   template <int count>
   static void add_products(const T* weight, int stride, const T* in, int from, int to, Vector (&sums)[count][vectors]) {
     constexpr int ways = count * vectors >= 8 ? 1 : count * vectors >= 4 ? 2 : 4;
-    Vector parts[ways][count][vectors] = {};
+    Vector others[ways][count][vectors] = {};
     int k = from;
     for (; k + ways <= to; k += ways)
       for (int way = 0; way < ways; way++) {
         const T* x = in + (size_t)(k + way) * rows;
         for (int v = 0; v < vectors; v++) {
           const Vector entries = L::load(x + v * L::count);
-          for (int u = 0; u < count; u++) parts[way][u][v] += entries * weight[(size_t)u * stride + k + way];
+          for (int u = 0; u < count; u++)
+            (way ? others[way] : sums)[u][v] += entries * weight[(size_t)u * stride + k + way];
         }
       }
     for (; k < to; k++)
       for (int v = 0; v < vectors; v++)
         for (int u = 0; u < count; u++)
-          parts[0][u][v] += L::load(in + (size_t)k * rows + v * L::count) * weight[(size_t)u * stride + k];
-    for (int way = 0; way < ways; way++)
+          sums[u][v] += L::load(in + (size_t)k * rows + v * L::count) * weight[(size_t)u * stride + k];
+    for (int way = 1; way < ways; way++)
       for (int u = 0; u < count; u++)
-        for (int v = 0; v < vectors; v++) sums[u][v] += parts[way][u][v];
+        for (int v = 0; v < vectors; v++) sums[u][v] += others[way][u][v];
   }
 
   // The i-th feature in the order of the steps, of which `first` is the first whose parameters are there.

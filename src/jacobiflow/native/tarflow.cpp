@@ -213,6 +213,8 @@ int32_t jacobiflow_lanes() { return lanes; }
 
 int32_t jacobiflow_tarflow_size() { return sizeof(TarFlow); }
 
+void jacobiflow_use_openmp(const OpenMP* functions) { openmp = *functions; }
+
 // The panels of a weight, packed by so many threads.
 int32_t jacobiflow_pack(const float* weight, int32_t outputs, int32_t inputs, float* packed, int32_t threads) {
   const int panels = (outputs + panel - 1) / panel;

@@ -1,10 +1,7 @@
 // Threads that share a piece of work, and wait for each other between its steps.
 #pragma once
 
-#ifdef _OPENMP
-#include <omp.h>
 #include <unistd.h>
-#endif
 
 #include <atomic>
 #include <chrono>
@@ -81,7 +78,14 @@ void in_new_threads(int size, const Run& run) {
   join(going);
 }
 
-#ifdef _OPENMP
+// Functions of the OpenMP library that PyTorch has loaded, null if there is none. The library is not linked with OpenMP:
+// PyTorch's wheels bring their own under names that differ, and a second one is a second pool, which takes its cores.
+struct OpenMP {
+  void (*parallel)(void (*member)(void*), void* data, unsigned threads, unsigned flags);
+  int (*threads)();
+  int (*rank)();
+};
+inline OpenMP openmp;
 const pid_t loaded_in = getpid();
 
 // The same by OpenMP, whose threads PyTorch uses too: they may still spin after its latest operation, and would take the
@@ -89,21 +93,22 @@ const pid_t loaded_in = getpid();
 // thread only: false where it did not run.
 template <typename Run>
 bool in_pool(int size, const Run& run) {
-  bool ran = false;
-  if (getpid() != loaded_in) return false;
-#pragma omp parallel num_threads(size)
-  if (omp_get_num_threads() == size) {
-    if (omp_get_thread_num() == 0) ran = true;
-    run(omp_get_thread_num());
-  }
-  return ran;
+  if (!openmp.parallel || getpid() != loaded_in) return false;
+  struct Team {
+    const int size;
+    const Run& run;
+    bool ran;
+  } team{size, run, false};
+  const auto member = [](void* data) {
+    Team& team = *static_cast<Team*>(data);
+    if (openmp.threads() != team.size) return;
+    const int rank = openmp.rank();
+    if (rank == 0) team.ran = true;
+    team.run(rank);
+  };
+  openmp.parallel(member, &team, size, 0);
+  return team.ran;
 }
-#else
-template <typename Run>
-bool in_pool(int, const Run&) {
-  return false;
-}
-#endif
 
 template <typename Run>
 void in_threads(int size, const Run& run) {
