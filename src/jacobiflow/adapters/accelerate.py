@@ -34,8 +34,8 @@ def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration:
     bits. Gradients are those of the inverse, by the implicit function theorem (first derivatives only).
 
     Weights are read at every call. A copy of an accelerated module, by `copy`, `pickle` or `torch.save`, is the
-    library's own and not accelerated: so accelerate the posterior of sbi, which copies its network. A zuko distribution,
-    `flow(c)`, is accelerated as long as its flow is.
+    library's own and not accelerated: so accelerate the posterior of sbi, which copies its network. A distribution
+    `flow(c)` of zuko is accelerated as long as its flow is.
 
     These are left to the library's own code, at each call: networks in training mode with batch or spectral
     normalisation or dropout, hooks, a `forward` that was replaced on an object, `torch.func` transforms, forward-mode

@@ -21,7 +21,7 @@ from jacobiflow.native import library as native_library
 from jacobiflow.native.masked import run_chain
 from jacobiflow.native.structures import Transform
 
-Link = tuple[nn.Module, bool]
+Link = tuple[Any, bool]
 """A transform, and whether the chain has its inverse."""
 
 Values = tuple[Float[Tensor, "b d"], Float[Tensor, " b"] | None]
@@ -35,11 +35,11 @@ class Library(ABC):
     """What a chain has to know of a library's transforms."""
 
     @abstractmethod
-    def links(self, module: nn.Module) -> Iterator[Link]:
+    def links(self, module: Any) -> Iterator[Link]:
         """The transforms that `module` is composed of, in the order of its own forward direction."""
 
     @abstractmethod
-    def describe(self, module: nn.Module, is_conditional: bool) -> Description:
+    def describe(self, module: Any, is_conditional: bool) -> Description:
         """The transform for native code.
 
         Raises:
@@ -49,7 +49,7 @@ class Library(ABC):
     @abstractmethod
     def call(
         self,
-        module: nn.Module,
+        module: Any,
         x: Float[Tensor, "b d"],
         context: Float[Tensor, "b c"] | None,
         is_inverse: bool,
@@ -168,7 +168,7 @@ class Chains:
         is_inverse: bool,
         log_det: str | None = None,
     ) -> tuple[Values, Chain] | None:
-        """The values of `run`, and the chain; `None` too if a graph is wanted, or the inputs are not for native code."""
+        """The values of `run`, and the chain; `None` too if the inputs are not for native code."""
         for_graph = torch.is_grad_enabled()
         if native_library() is None or len(x) == 0 or not is_plain(x, context):
             return None
@@ -247,6 +247,7 @@ def _by_native_code(
     library: Library, segment: Segment, addresses: list[int], x: Tensor, context: Tensor | None, is_inverse: bool,
     log_det: str | None,
 ) -> Values:  # fmt: skip
+    assert segment.transforms is not None
     result = run_chain(segment.transforms, addresses, x, context, is_inverse, log_det)
     if result is None:
         return _by_library(library, segment, x, context, is_inverse, is_accelerated=False)
@@ -258,6 +259,11 @@ def _by_native_code(
         if result.log_det is not None and log_dets is not None:
             result.log_det[rows] = log_dets
     return result.values, result.log_det
+
+
+def is_plain_module(module: nn.Module, *methods: str) -> bool:
+    """Whether a call of a module, or of these methods, runs those of its class and nothing else."""
+    return not (module._forward_hooks or module._forward_pre_hooks or any(name in vars(module) for name in methods))
 
 
 def is_plain(*tensors: Tensor | None) -> bool:

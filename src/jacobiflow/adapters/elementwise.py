@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from jacobiflow.adapters.chain import Library, Link, Values
 from jacobiflow.adapters.made import made_attributes, made_network
@@ -27,18 +27,18 @@ class ElementwiseLibrary(Library):
     made: ModuleType
     """The library's module of its MADE and its layers."""
 
-    def links(self, module: nn.Module) -> Iterator[Link]:
+    def links(self, module: Any) -> Iterator[Link]:
         """See `Library`."""
         yield module, False
 
     def call(
-        self, module: nn.Module, x: Float[Tensor, "b d"], context: Tensor | None, is_inverse: bool, is_accelerated: bool
+        self, module: Any, x: Float[Tensor, "b d"], context: Tensor | None, is_inverse: bool, is_accelerated: bool
     ) -> Values:
         """See `Library`."""
         own = module.library_class if isinstance(module, Swapped) and not is_accelerated else None
         if own is not None:
-            return (own.inverse if is_inverse else own.forward)(module, x, context)  # type: ignore[attr-defined, operator]
-        return (module.inverse if is_inverse else module)(x, context)  # type: ignore[operator]
+            return (own.inverse if is_inverse else own.forward)(module, x, context)  # type: ignore[attr-defined]
+        return (module.inverse if is_inverse else module)(x, context)
 
     def masked(self, module: Any, settings: dict[str, Any], parameters: int, is_conditional: bool) -> Description:
         """The description of a transform that a MADE gives the parameters."""
@@ -47,7 +47,7 @@ class ElementwiseLibrary(Library):
         names = ("features", "_epsilon", "num_bins", "tails", "tail_bound", "min_bin_width", "min_bin_height",
                  "min_derivative")  # fmt: skip
         made = module.autoregressive_net
-        attributes = tuple((vars(module), name) for name in names) + ((vars(made), "hidden_features"),)
+        attributes = [(vars(module), name) for name in names] + [(vars(made), "hidden_features")]
         network = made_network(made, self.made, parameters, is_conditional)
         return Description(module, settings, network, attributes=(*attributes, *made_attributes(made)))
 
@@ -79,7 +79,7 @@ class AcceleratedTransform(Solvable):
     def forward(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None = None) -> Sequence[Tensor]:
         """z = `inputs` under the transform and log|det dz/dinputs| (B,), as the library's."""
         found = through_native_code(self, self.library, inputs, context, is_inverse=False)
-        return super().forward(inputs, context) if found is None else found  # type: ignore[misc]
+        return super().forward(inputs, context) if found is None else found
 
     def inverse(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None = None) -> Sequence[Tensor]:
         """The x with forward(x) = `inputs`, and log|det dx/dinputs| (B,), as the library's."""

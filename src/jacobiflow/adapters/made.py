@@ -73,8 +73,8 @@ def _residual(block: Any, value: int, is_conditional: bool, is_nflows: bool) -> 
 def _check_known(made: nn.Module, library: ModuleType) -> None:
     """Checks that its parts are the library's own and PyTorch's, and that none normalises a batch."""
     own = (library.MADE, library.MaskedLinear, library.MaskedResidualBlock, library.MaskedFeedforwardBlock)
-    activations = {id(part) for module in made.modules() for name, part in module._modules.items() if name == "activation"}
+    activations = [module._modules.get("activation") for module in made.modules()]
     for part in made.modules():
         check_plain(part)
-        if type(part) not in (*own, *_PLAIN) and id(part) not in activations:
+        if type(part) not in (*own, *_PLAIN) and not any(part is activation for activation in activations):
             raise UnsupportedError(f"{type(part).__name__} in its network")

@@ -80,7 +80,7 @@ class Context:
     """A value plus function(layer(context)), or times the sigmoid of that if it is a `gate`."""
 
     source: int
-    layer: nn.Module
+    layer: Any
     function: Any
     gate: bool = False
 

@@ -14,8 +14,10 @@ _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
 def is_traced() -> bool:
-    """Whether PyTorch is not just computing values: it traces, compiles, exports, transforms a function or differentiates
-    forward, or a dispatch mode is active. If it has no private names to tell by, it counts as traced.
+    """Whether PyTorch does more than compute values.
+
+    It may trace, compile, export, transform a function, differentiate forward, or have a dispatch mode. If this PyTorch
+    has no private names to tell by, it counts as traced.
     """
     transforming = getattr(torch._C, "_are_functorch_transforms_active", None)
     return bool(

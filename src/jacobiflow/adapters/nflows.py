@@ -14,9 +14,9 @@ from nflows.transforms.autoregressive import (
 from nflows.transforms.base import CompositeTransform, InputOutsideDomain, InverseTransform
 from nflows.transforms.permutations import Permutation, RandomPermutation, ReversePermutation
 from nflows.transforms.standard import AffineTransform, PointwiseAffineTransform
-from torch import Tensor, nn
+from torch import Tensor
 
-from jacobiflow.adapters.chain import Link
+from jacobiflow.adapters.chain import Link, is_plain_module
 from jacobiflow.adapters.elementwise import (
     AcceleratedTransform,
     ElementwiseLibrary,
@@ -34,10 +34,9 @@ class NFlows(ElementwiseLibrary):
 
     made = made
 
-    def links(self, module: nn.Module) -> Iterator[Link]:
+    def links(self, module: Any) -> Iterator[Link]:
         """See `Library`."""
-        own, is_plain = Swapped.library_class_of(module) or type(module), not {"forward", "inverse"} & vars(module).keys()
-        is_plain = is_plain and not (module._forward_hooks or module._forward_pre_hooks)
+        own, is_plain = Swapped.library_class_of(module) or type(module), is_plain_module(module, "forward", "inverse")
         if own is CompositeTransform and is_plain:
             for part in module._transforms:
                 yield from self.links(part)
@@ -47,20 +46,19 @@ class NFlows(ElementwiseLibrary):
         else:
             yield module, False
 
-    def describe(self, module: nn.Module, is_conditional: bool) -> Description:
+    def describe(self, module: Any, is_conditional: bool) -> Description:
         """See `Library`."""
-        transform: Any = module
         own = Swapped.library_class_of(module) or type(module)
         if own is MaskedAffineAutoregressiveTransform:
-            affine = {"kind": Elementwise.SOFTPLUS_AFFINE, "second": transform._epsilon}
-            return self.masked(transform, affine, 2, is_conditional)
+            affine = {"kind": Elementwise.SOFTPLUS_AFFINE, "second": module._epsilon}
+            return self.masked(module, affine, 2, is_conditional)
         if own is MaskedPiecewiseRationalQuadraticAutoregressiveTransform:
-            return self.masked(transform, *rational_quadratic(transform), is_conditional)
-        if own in (Permutation, RandomPermutation, ReversePermutation) and transform._dim == 1:
-            slot = (transform._buffers, "_permutation")
-            return Description(transform, order=transform._permutation.tolist(), constants=(slot,))
+            return self.masked(module, *rational_quadratic(module), is_conditional)
+        if own in (Permutation, RandomPermutation, ReversePermutation) and module._dim == 1:
+            slot = (module._buffers, "_permutation")
+            return Description(module, order=module._permutation.tolist(), constants=(slot,))
         if own in (PointwiseAffineTransform, AffineTransform):
-            return Description(transform, tensors=((transform._buffers, "_scale"), (transform._buffers, "_shift")))
+            return Description(module, tensors=((module._buffers, "_scale"), (module._buffers, "_shift")))
         raise UnsupportedError(own.__name__)
 
 
@@ -79,7 +77,7 @@ class AcceleratedComposition(Swapped):
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         found = through_native_code(self, NFLOWS, inputs, context, is_inverse=False)
-        return super().forward(inputs, context) if found is None else found  # type: ignore[misc]
+        return super().forward(inputs, context) if found is None else found
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The x with forward(x) = `inputs`, and log|det dx/dinputs| (B,), as nflows's."""

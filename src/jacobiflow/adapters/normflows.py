@@ -11,9 +11,9 @@ from normflows.flows.mixing import Permute
 from normflows.flows.neural_spline.autoregressive import MaskedPiecewiseRationalQuadraticAutoregressive
 from normflows.flows.neural_spline.wrapper import AutoregressiveRationalQuadraticSpline
 from normflows.nets import made
-from torch import Tensor, nn
+from torch import Tensor
 
-from jacobiflow.adapters.chain import Link
+from jacobiflow.adapters.chain import Link, is_plain_module
 from jacobiflow.adapters.elementwise import (
     AcceleratedTransform,
     ElementwiseLibrary,
@@ -31,10 +31,9 @@ class NormFlows(ElementwiseLibrary):
 
     made = made
 
-    def links(self, module: nn.Module) -> Iterator[Link]:
+    def links(self, module: Any) -> Iterator[Link]:
         """See `Library`."""
-        own, is_plain = Swapped.library_class_of(module) or type(module), not {"forward", "inverse"} & vars(module).keys()
-        is_plain = is_plain and not (module._forward_hooks or module._forward_pre_hooks)
+        own, is_plain = Swapped.library_class_of(module) or type(module), is_plain_module(module, "forward", "inverse")
         if own in (NormalizingFlow, ConditionalNormalizingFlow):
             for part in module.flows:
                 yield from self.links(part)
@@ -43,24 +42,23 @@ class NormFlows(ElementwiseLibrary):
         else:
             yield module, False
 
-    def describe(self, module: nn.Module, is_conditional: bool) -> Description:
+    def describe(self, module: Any, is_conditional: bool) -> Description:
         """See `Library`."""
-        transform: Any = module
         own = Swapped.library_class_of(module) or type(module)
         if own is MaskedAffineAutoregressive:
             affine = {"kind": Elementwise.SIGMOID_AFFINE, "first": 2.0, "second": 1e-3}
-            return self.masked(transform, affine, 2, is_conditional)
+            return self.masked(module, affine, 2, is_conditional)
         if own is MaskedPiecewiseRationalQuadraticAutoregressive:
-            return self.masked(transform, *rational_quadratic(transform), is_conditional)
+            return self.masked(module, *rational_quadratic(module), is_conditional)
         if own is Permute:
-            attributes = tuple((vars(transform), name) for name in ("mode", "num_channels"))
-            if transform.mode == "shuffle":
-                slots = ((transform._buffers, "perm"),)
-                return Description(transform, order=transform.perm.tolist(), constants=slots, attributes=attributes)
-            if transform.mode == "swap":
-                half = transform.num_channels // 2
-                order = [*range(half, transform.num_channels), *range(half)]
-                return Description(transform, order=order, attributes=attributes)
+            attributes = tuple((vars(module), name) for name in ("mode", "num_channels"))
+            if module.mode == "shuffle":
+                slots = ((module._buffers, "perm"),)
+                return Description(module, order=module.perm.tolist(), constants=slots, attributes=attributes)
+            if module.mode == "swap":
+                half = module.num_channels // 2
+                order = [*range(half, module.num_channels), *range(half)]
+                return Description(module, order=order, attributes=attributes)
         raise UnsupportedError(own.__name__)
 
 

@@ -56,7 +56,7 @@ class Watch:
         constants: Masks and the like, with their versions.
     """
 
-    modules: tuple[tuple[nn.Module, type, tuple[nn.Module, ...]], ...] = ()
+    modules: tuple[tuple[nn.Module, type, tuple[nn.Module | None, ...]], ...] = ()
     attributes: tuple[tuple[dict[str, Any], str, Any], ...] = ()
     constants: tuple[tuple[dict[str, Any], str, Tensor, int], ...] = ()
 
@@ -184,12 +184,21 @@ def _masked(
     network: MaskedNetwork, order: Order, settings: Mapping[str, Any], masks: int
 ) -> tuple[Transform, Any]:
     """The transform of a masked network, whose masks come after `masks` other tensors."""
-    operations = []
-    read = {operation.source for operation in network.operations if isinstance(operation, Linear)}
-    tensor, mask = 0, masks
+    operations: list[tuple[Operation, list[int], list[int]]] = []
+    reads = [operation.source for operation in network.operations]
+    reads += [operation.other for operation in network.operations if isinstance(operation, Sum)]
+    kept = {operation.source for operation in network.operations if isinstance(operation, Linear)}
+    tensor, mask, values = 0, masks, {0: 0}  # values: where those of the network are among the operations'
     for value, operation in enumerate(network.operations, start=1):
+        source = values[operation.source]
+        before = network.operations[operation.source - 1] if operation.source else None
+        if isinstance(operation, Activation) and isinstance(before, Linear) and reads.count(operation.source) == 1:
+            own, values[value] = operations[source - 1][0], source  # the layer gives it at once
+            own.is_kept = value in kept
+            _set_function(own, operation.function)
+            continue
         own = Operation(
-            source=operation.source, units=len(order.units[value]), is_kept=value in read, weight=-1, bias=-1, mask=-1
+            source=source, units=len(order.units[value]), is_kept=value in kept, weight=-1, bias=-1, mask=-1
         )
         if isinstance(operation, Linear | Context):
             own.weight, tensor = tensor, tensor + 1
@@ -199,22 +208,25 @@ def _masked(
             own.kind, own.mask, mask = Kind.LINEAR, mask, mask + 1
             own.mask_bytes = operation.layer.mask.itemsize
         elif isinstance(operation, Sum):
-            own.kind, own.other = Kind.SUM, operation.other
+            own.kind, own.other = Kind.SUM, values[operation.other]
         else:
-            gate = isinstance(operation, Context) and operation.gate
-            own.kind = (
-                Kind.ACTIVATION if isinstance(operation, Activation)
-                else Kind.GATE_CONTEXT if gate else Kind.ADD_CONTEXT
-            )  # fmt: skip
-            own.function, settings_of_it = activation(operation.function)
-            own.first, own.second = (*settings_of_it, 0.0, 0.0)[:2]
+            own.kind = Kind.ACTIVATION
+            if isinstance(operation, Context):
+                own.kind = Kind.GATE_CONTEXT if operation.gate else Kind.ADD_CONTEXT
+            _set_function(own, operation.function)
         operations.append((own, order.units[value], order.known[value]))
+        values[value] = len(operations)
     start, stop = network.features.start, network.features.stop
     return masked_transform(
         order.starts, order.features, operations, (order.units[0], order.known[0]), features=len(network.outputs),
         parameters=network.outputs.shape[1], context=network.width - len(network.outputs),
         context_start=0 if start else stop, **settings,
     )  # fmt: skip
+
+
+def _set_function(operation: Operation, function: Any) -> None:
+    operation.function, settings = activation(function)
+    operation.first, operation.second = (*settings, 0.0, 0.0)[:2]
 
 
 def _settings(modules: Sequence[nn.Module]) -> list[Slot]:

@@ -1,4 +1,4 @@
-"""The inverse of a masked autoregressive transform by passes of the library's own network, or by the library's own loop."""
+"""The inverse of a masked autoregressive transform by passes of the library's network, or by the library's own loop."""
 
 from __future__ import annotations
 

@@ -29,16 +29,15 @@ from jacobiflow.native.structures import Elementwise, Ends
 class Pyro(Library):
     """pyro's transforms: each is a chain of its own, as pyro remembers the values between them."""
 
-    def links(self, module: nn.Module) -> Iterator[Link]:
+    def links(self, module: Any) -> Iterator[Link]:
         """See `Library`."""
         yield module, False
 
-    def describe(self, module: nn.Module, is_conditional: bool) -> Description:
+    def describe(self, module: Any, is_conditional: bool) -> Description:
         """See `Library`. A conditional transform keeps its settings in `kwargs`."""
         own = Swapped.library_class_of(module) or type(module)
-        transform: Any = module
         if own in (AffineAutoregressive, ConditionalAffineAutoregressive):
-            held = vars(transform).get("kwargs", vars(transform))
+            held = vars(module).get("kwargs", vars(module))
             attributes: list[Slot] = [(held, name) for name in ("log_scale_min_clip", "log_scale_max_clip", "stable")]
             settings: dict[str, Any] = {
                 "kind": Elementwise.CLAMPED_AFFINE, "first": held.get("log_scale_min_clip", -5.0),
@@ -46,28 +45,30 @@ class Pyro(Library):
             }  # fmt: skip
             sizes = [1, 1]
         elif own in (SplineAutoregressive, ConditionalSplineAutoregressive):
-            held = vars(transform)["kwargs"] if own is ConditionalSplineAutoregressive else vars(transform.spline)
+            held = vars(module)["kwargs"] if own is ConditionalSplineAutoregressive else vars(module.spline)
             attributes = [(held, name) for name in ("count_bins", "bound", "order")]
             settings, sizes = _spline(held)
         else:
             raise UnsupportedError(own.__name__)
-        network = transform.nn if hasattr(transform, "nn") else transform.arn
+        network = module.nn if hasattr(module, "nn") else module.arn
         if type(network) not in (AutoRegressiveNN, ConditionalAutoRegressiveNN):
             raise UnsupportedError(f"the network {type(network).__name__}")
         if list(network.param_dims) != sizes:
             raise UnsupportedError("parameters of other sizes")
-        return Description(transform, settings, _network(network), attributes=(*attributes, (vars(network), "f")))
+        return Description(module, settings, _network(network), attributes=(*attributes, (vars(network), "f")))
 
     def call(
-        self, module: nn.Module, x: Float[Tensor, "b d"], context: Tensor | None, is_inverse: bool, is_accelerated: bool
+        self, module: Any, x: Float[Tensor, "b d"], context: Tensor | None, is_inverse: bool, is_accelerated: bool
     ) -> tuple[Tensor, Tensor]:
         """See `Library`; the log-determinant is by feature."""
-        own, transform = Swapped.library_class_of(module) or type(module), module
+        own: Any = Swapped.library_class_of(module) or type(module)
+        transform = module
         if context is not None:
-            transform = own.condition(module, context)  # type: ignore[attr-defined]
+            transform = own.condition(module, context)
             own = type(transform)
-        values = own._inverse(transform, x) if is_inverse else own._call(transform, x)  # type: ignore[attr-defined]
-        derivative = getattr(transform, "_cached_log_scale" if hasattr(transform, "_cached_log_scale") else "_cache_log_detJ")
+        values = own._inverse(transform, x) if is_inverse else own._call(transform, x)
+        name = "_cached_log_scale" if hasattr(transform, "_cached_log_scale") else "_cache_log_detJ"
+        derivative = getattr(transform, name)
         return values, -derivative if is_inverse else derivative
 
 

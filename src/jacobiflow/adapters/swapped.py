@@ -105,7 +105,7 @@ class Acceleration:
         is_inverse: bool,
         log_det: str | None = None,
     ) -> Values | None:
-        """The values of a transform or chain, see `chain.run`; `None` if they are left to other ways, or to the library."""
+        """The values of a transform or chain, see `chain.run`; `None` if they are left to other ways."""
         if self.tolerance == 0:
             return None
         found = self.chains.run(module, library, x, context, is_inverse, log_det)
@@ -127,7 +127,8 @@ class Acceleration:
                 module.__class__ = before
 
     def __repr__(self) -> str:
-        to = {None: "exact to rounding", 0: "the library's own bits"}.get(self.tolerance, f"tolerance {self.tolerance}")
+        to = "exact to rounding" if self.tolerance is None else f"to a tolerance of {self.tolerance:g}"
+        to = "to the library's own bits" if self.tolerance == 0 else to
         lines = [f"accelerated, {to}: {len(self.transforms)} masked autoregressive transforms"]
         lines += [f"  {self._names[module]}: {self._line(module)}" for module in self._names]
         lines += [f"  {name}: left alone, {why}" for name, why in self.untouched.items()]

@@ -1,4 +1,4 @@
-"""zuko: `MaskedAutoregressiveTransform`, of which MAF, NSF, NCSF, NAF, UNAF, SOSPF and BPF are made, and compositions."""
+"""zuko: `MaskedAutoregressiveTransform`, of which MAF, NSF, NCSF, NAF, UNAF, SOSPF and BPF are made; compositions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import AffineTransform, Transform
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 from zuko.flows.spline import CircularRQSTransform
@@ -23,7 +23,7 @@ from zuko.transforms import (
     PermutationTransform,
 )
 
-from jacobiflow.adapters.chain import Library, Link, Values
+from jacobiflow.adapters.chain import Library, Link, Values, is_plain_module
 from jacobiflow.adapters.masked import MaskedNetwork, UnsupportedError, chain
 from jacobiflow.adapters.network import needs_graph, premasked
 from jacobiflow.adapters.part import Description, Slot
@@ -35,19 +35,19 @@ from jacobiflow.native.structures import Elementwise, Ends
 class Zuko(Library):
     """zuko's lazy transforms."""
 
-    def links(self, module: nn.Module) -> Iterator[Link]:
+    def links(self, module: Any) -> Iterator[Link]:
         """See `Library`."""
         own = Swapped.library_class_of(module) or type(module)
-        if _is_plain(module) and own is LazyComposedTransform:
+        if is_plain_module(module, "forward") and own is LazyComposedTransform:
             for part in module.transforms:
                 yield from self.links(part)
-        elif _is_plain(module) and own is LazyInverse:
+        elif is_plain_module(module, "forward") and own is LazyInverse:
             for part, is_reversed in reversed(list(self.links(module.transform))):
                 yield part, not is_reversed
         else:
             yield module, False
 
-    def describe(self, module: nn.Module, is_conditional: bool) -> Description:
+    def describe(self, module: Any, is_conditional: bool) -> Description:
         """See `Library`."""
         own = Swapped.library_class_of(module) or type(module)
         if own is UnconditionalTransform:
@@ -67,7 +67,7 @@ class Zuko(Library):
         )
 
     def call(
-        self, module: nn.Module, x: Float[Tensor, "b d"], context: Tensor | None, is_inverse: bool, is_accelerated: bool
+        self, module: Any, x: Float[Tensor, "b d"], context: Tensor | None, is_inverse: bool, is_accelerated: bool
     ) -> Values:
         """See `Library`."""
         if is_accelerated or not isinstance(module, Swapped):
@@ -76,10 +76,6 @@ class Zuko(Library):
             transform = module.library_class.forward(module, context)
         values, log_det = (transform.inv if is_inverse else transform).call_and_ladj(x)
         return values, log_det.reshape(len(x), -1).sum(dim=1)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _univariate(univariate: Any, shapes: list[Any]) -> dict[str, Any]:
@@ -118,10 +114,14 @@ def _unconditional(module: Any) -> Description:
         return Description(
             module, order=holder[name].tolist(), constants=((holder, name),), attributes=((vars(module), "f"),)
         )
-    if module.f is AffineTransform and names in (["loc", "scale"], ["_0", "_1"]):
-        if all(isinstance(getattr(module, name), Tensor) for name in names):
-            return Description(module, tensors=(slot(names[1]), slot(names[0])), attributes=((vars(module), "f"),))
+    numbers = [getattr(module, name) for name in names]
+    if module.f is AffineTransform and names in (["loc", "scale"], ["_0", "_1"]) and _are_tensors(numbers):
+        return Description(module, tensors=(slot(names[1]), slot(names[0])), attributes=((vars(module), "f"),))
     raise UnsupportedError(f"UnconditionalTransform of {getattr(module.f, '__name__', module.f)}")
+
+
+def _are_tensors(values: list[Any]) -> bool:
+    return all(isinstance(value, Tensor) for value in values)
 
 
 ZUKO = Zuko()
@@ -163,14 +163,14 @@ class _AtContext(Transform):
     def call_and_ladj(self, x: Float[Tensor, "*batch d"]) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch"]]:
         """y and the logarithm of the Jacobian's determinant."""
         found = self._by_native_code(x, is_inverse=False, log_det="rows")
-        return super().call_and_ladj(x) if found is None else found
+        return super().call_and_ladj(x) if found is None else found  # type: ignore[misc]
 
 
 class ParallelInverse(_AtContext, AutoregressiveTransform):  # type: ignore[misc]
     """A masked transform at a context."""
 
     def __init__(self, module: Accelerated, context: Float[Tensor, "*batch c"] | None) -> None:
-        super().__init__(partial(module.meta, context), module.passes)
+        AutoregressiveTransform.__init__(self, partial(module.meta, context), module.passes)
         self.module, self.context = module, context
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -212,7 +212,7 @@ class Composition(_AtContext, ComposedTransform):  # type: ignore[misc]
     @property
     def inv(self) -> InverseComposition:
         """The inverse."""
-        inverse = super().inv
+        inverse: Any = super().inv
         inverse.__class__ = InverseComposition
         inverse.composition = self
         return inverse

@@ -29,7 +29,7 @@ struct Operation {
   int32_t units;                // of the value that this gives
   int32_t weight, bias, mask;   // which of the tensors of the call; -1 for none
   int32_t mask_bytes;           // of an entry: 1 for bool
-  Function function;            // of an activation, or of a context's layer
+  Function function;            // of an activation, or of what a layer gives
   int32_t is_kept;              // whether later steps read it
   double first, second;         // settings of the function
   const int32_t *rows, *known;  // (units): where they are in the weight; (steps): how many each step can read
@@ -413,7 +413,8 @@ class Tile {
       const int first = chain.known(t, j + 1, begin - 1), last = chain.known(t, j + 1, end - 1);
       const T* bias = p.bias + first;
       multiply(p, first, last, chain.first_input(t, o), chain.known(t, o.source, begin - 1), values[o.source].get(),
-               partials[j].get(), [&](int unit, int) { return L::spread(bias[unit]); });
+               partials[j].get(), [&](int unit, int) { return L::spread(bias[unit]); },
+               [](int, Vector sum) { return sum; });
     }
   }
 
@@ -434,15 +435,21 @@ class Tile {
           const int from = begin ? chain.known(t, o.source, begin - 1) : chain.first_input(t, o);
           const int known = chain.known(t, o.source, end - 1);
           const size_t skipped = begin ? first - chain.known(t, j + 1, begin - 1) : 0;
-          if (sums)
-            multiply(p, first, last, from, known, values[o.source].get(), out,
-                     [&](int unit, int v) { return L::load(sums + (skipped + unit) * rows + v * L::count); });
-          else
-            multiply(p, first, last, from, known, values[o.source].get(), out,
-                     [&](int unit, int) { return L::spread(bias[unit]); });
-          break;
+          multiply(
+              p, first, last, from, known, values[o.source].get(), out,
+              [&](int unit, int v) {
+                return sums ? L::load(sums + (skipped + unit) * rows + v * L::count) : L::spread(bias[unit]);
+              },
+              [&](int v, Vector sum) {
+                const Vector result = function(o, sum);
+                if (o.is_kept) poison[v] += result * T(0);
+                return result;
+              });
+          continue;
         }
-        case Kind::activation: apply(o, in, out, size); break;
+        case Kind::activation:
+          for (size_t i = 0; i < size; i += L::count) L::store(out + i, function(o, L::load(in + i)));
+          break;
         case Kind::sum:
           for (size_t i = 0; i < size; i += L::count) L::store(out + i, L::load(other + i) + L::load(in + i));
           break;
@@ -478,21 +485,15 @@ class Tile {
     }
   }
 
-  void apply(const Operation& o, const T* in, T* out, size_t size) {
-    if (o.function == Function::relu)
-      for (size_t i = 0; i < size; i += L::count) {
-        const Vector v = L::load(in + i);
-        L::store(out + i, v < T(0) ? Vector{} : v);
-      }
-    else
-      for (size_t i = 0; i < size; i += L::count) L::store(out + i, function(o, L::load(in + i)));
+  static Vector function(const Operation& o, Vector v) {
+    if (o.function == Function::identity) return v;
+    if (o.function == Function::relu) return v < T(0) ? Vector{} : v;
+    return curve(o, v);
   }
 
-  static Vector function(const Operation& o, Vector v) {
+  [[gnu::noinline]] static Vector curve(const Operation& o, Vector v) {
     const T a = (T)o.first, b = (T)o.second;
     switch (o.function) {
-      case Function::identity: return v;
-      case Function::relu: return v < T(0) ? Vector{} : v;
       case Function::leaky_relu: return v < T(0) ? v * a : v;
       case Function::elu: return v < T(0) ? L::expm1(v) * a : v;
       case Function::selu: return (v < T(0) ? L::expm1(v) * T(1.6732632423543772848) : v) * T(1.0507009873554804934);
@@ -506,10 +507,10 @@ class Tile {
     }
   }
 
-  // Units [first, last): start(unit - first, vector) plus the products with inputs [from, to).
-  template <int count = most_units, typename Start>
+  // Units [first, last): finish(vector, start(unit - first, vector) plus the products with inputs [from, to)).
+  template <int count = most_units, typename Start, typename Finish>
   void multiply(const Packed<T>& p, int first, int last, int from, int to, const T* in, T* out, const Start& start,
-                int unit = -1) {
+                const Finish& finish, int unit = -1) {
     if (unit < 0) unit = first;
     for (; unit + count <= last; unit += count) {
       Vector sums[count][vectors];
@@ -517,10 +518,11 @@ class Tile {
         for (int v = 0; v < vectors; v++) sums[u][v] = start(unit + u - first, v);
       add_products<count>(p.weight + (size_t)unit * p.inputs, p.inputs, in, from, to, sums);
       for (int u = 0; u < count; u++)
-        for (int v = 0; v < vectors; v++) L::store(out + (size_t)(unit + u - first) * rows + v * L::count, sums[u][v]);
+        for (int v = 0; v < vectors; v++)
+          L::store(out + (size_t)(unit + u - first) * rows + v * L::count, finish(v, sums[u][v]));
     }
     if constexpr (count > 1)
-      if (unit < last) multiply<count - 1>(p, first, last, from, to, in, out, start, unit);
+      if (unit < last) multiply<count - 1>(p, first, last, from, to, in, out, start, finish, unit);
   }
 
   // Few sums leave the processor waiting for the last addition: then some inputs have sums of their own.

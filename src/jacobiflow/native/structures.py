@@ -50,7 +50,8 @@ class Transform(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in (
             "kind", "features", "steps", "parameters", "operation_count", "context", "context_start", "first_tensor",
-            "scale_stride", "shift_stride", "bins", "ends", "is_soft_clipped", "has_tails", "is_circular", "is_reversed",
+            "scale_stride", "shift_stride", "bins", "ends", "is_soft_clipped", "has_tails", "is_circular",
+            "is_reversed",
         )),
         *((name, ctypes.c_double) for name in (
             "first", "second", "low", "high", "least_width", "least_height", "least_slope", "end_slope", "factor",
@@ -64,7 +65,9 @@ class Call(ctypes.Structure):
     """`Call` of masked.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("transforms", "tensors", "input", "context", "out", "log_det", "failed")),
+        *((name, ctypes.c_void_p) for name in (
+            "transforms", "tensors", "input", "context", "out", "log_det", "failed",
+        )),
         *((name, ctypes.c_int64) for name in ("rows", "in_stride", "context_stride")),
         *((name, ctypes.c_int32) for name in (
             "count", "features", "context_features", "is_inverse", "is_by_feature", "threads",

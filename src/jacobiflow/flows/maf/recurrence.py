@@ -75,13 +75,15 @@ def _transforms(
     def network(is_second: bool) -> int:
         value = 0
         for layer in range(layers):
-            order = hidden if layer + 1 < layers else outputs
-            bias = second + layer if is_second else 2 * layer + 1
-            value = add(Kind.LINEAR, order, value, weight=2 * layer, bias=bias)
-            if has_classes and not is_second:
-                value = add(Kind.ADD_CONTEXT, order, value, weight=2 * layers + layer, function=Function.IDENTITY)
-            if layer + 1 < layers:
-                value = add(Kind.ACTIVATION, order, value, function=Function.RELU, is_kept=True)
+            is_hidden, has_context = layer + 1 < layers, has_classes and not is_second
+            order, bias = (hidden if is_hidden else outputs), (second + layer if is_second else 2 * layer + 1)
+            last = {"function": Function.RELU, "is_kept": True} if is_hidden else {}
+            value = add(
+                Kind.LINEAR, order, value, weight=2 * layer, bias=bias, **({} if has_context else last)
+            )
+            if has_context:
+                value = add(Kind.ADD_CONTEXT, order, value, weight=2 * layers + layer)
+                value = add(Kind.ACTIVATION, order, value, **last) if is_hidden else value
         return value
 
     value = network(is_second=False)
