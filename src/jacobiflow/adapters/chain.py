@@ -225,7 +225,8 @@ def run(
     total: Tensor | None = None
     for segment, addresses in reversed(ready) if is_inverse else ready:
         if addresses is None or segment.features - {x.shape[1]}:
-            x, change = _by_library(chain.library, segment, x, context, is_inverse, is_accelerated=True)
+            # Accelerated, a transform that native code takes would come back here.
+            x, change = _by_library(chain.library, segment, x, context, is_inverse, is_accelerated=addresses is None)
         else:
             x, change = _by_native_code(chain.library, segment, addresses, x, context, is_inverse, log_det)
         total = change if total is None or change is None else total + change
