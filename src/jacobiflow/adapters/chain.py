@@ -103,7 +103,7 @@ class Segment:
         """
         addresses = [*self.addresses]
         for position, holder, name, shape in self.tensors:
-            tensor = holder.get(name)
+            tensor: Any = holder.get(name)
             kind = type(tensor)
             if (
                 (kind is not Parameter and kind is not Tensor) or tensor.dtype is not dtype or not tensor.is_cpu
