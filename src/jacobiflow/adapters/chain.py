@@ -67,7 +67,7 @@ class Segment:
         parts: What native code knows of them, which has to live as long as `transforms`.
         transforms: For native code; `None` if it does not take the link.
         addresses: Of the transforms' tensors; those of the constants are there.
-        tensors: The others, with their positions in `addresses`.
+        tensors: The others, with their positions in `addresses` and their shapes.
         features: D as the transforms know it.
         contexts: Widths of the context that their networks take.
     """
@@ -76,7 +76,7 @@ class Segment:
     parts: tuple[Part, ...] = ()
     transforms: ctypes.Array[Transform] | None = None
     addresses: tuple[int, ...] = ()
-    tensors: tuple[tuple[int, dict[str, Any], str], ...] = ()
+    tensors: tuple[tuple[int, dict[str, Any], str, torch.Size], ...] = ()
     features: frozenset[int] = frozenset()
     contexts: frozenset[int] = frozenset()
 
@@ -88,7 +88,7 @@ class Segment:
         tensors = []
         for transform, part in zip(transforms, parts, strict=True):
             transform.first_tensor = len(addresses)
-            tensors += [(len(addresses) + i, *slot) for i, slot in enumerate(part.tensors)]
+            tensors += [(len(addresses) + i, *slot, slot[0][slot[1]].shape) for i, slot in enumerate(part.tensors)]
             addresses += [0] * len(part.tensors) + [tensor.data_ptr() for _, _, tensor, _ in part.watch.constants]
         features = frozenset(part.features for part in parts if part.features is not None)
         contexts = frozenset(part.context for part in parts if part.context is not None)
@@ -102,12 +102,12 @@ class Segment:
             for_graph: If a graph is wanted, tensors that require a gradient are not for native code.
         """
         addresses = [*self.addresses]
-        for position, holder, name in self.tensors:
-            tensor = holder[name]
+        for position, holder, name, shape in self.tensors:
+            tensor: Any = holder.get(name)
             kind = type(tensor)
             if (
                 (kind is not Parameter and kind is not Tensor) or tensor.dtype is not dtype or not tensor.is_cpu
-                or not tensor.is_contiguous() or (for_graph and tensor.requires_grad)
+                or tensor.shape != shape or not tensor.is_contiguous() or (for_graph and tensor.requires_grad)
             ):  # fmt: skip
                 return None
             addresses[position] = tensor.data_ptr()
@@ -225,7 +225,8 @@ def run(
     total: Tensor | None = None
     for segment, addresses in reversed(ready) if is_inverse else ready:
         if addresses is None or segment.features - {x.shape[1]}:
-            x, change = _by_library(chain.library, segment, x, context, is_inverse, is_accelerated=True)
+            # Accelerated, a transform that native code takes would come back here.
+            x, change = _by_library(chain.library, segment, x, context, is_inverse, is_accelerated=addresses is None)
         else:
             x, change = _by_native_code(chain.library, segment, addresses, x, context, is_inverse, log_det)
         total = change if total is None or change is None else total + change

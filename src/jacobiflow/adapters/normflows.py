@@ -75,6 +75,7 @@ class AcceleratedFlow(Swapped):
     """A flow: native code takes its transforms together. A context is there in a conditional flow only."""
 
     q0: Any
+    flows: Any
 
     def forward_and_log_det(self, z: Tensor, *context: Any, **contexts: Any) -> tuple[Tensor, Tensor]:
         """x of latents z, and log|det dx/dz| (B,), as normflows's."""
@@ -96,13 +97,20 @@ class AcceleratedFlow(Swapped):
     def sample(self, num_samples: int = 1, *context: Any, **contexts: Any) -> tuple[Tensor, Tensor]:
         """Samples x and their log-densities (N,)."""
         z, log_prob = self.q0(num_samples, *context, **contexts)
-        x, log_det = self.forward_and_log_det(z, *context, **contexts)
-        return x, log_prob - log_det
+        found = through_native_code(self, NORMFLOWS, z, _context(*context, **contexts), is_inverse=False)
+        if found is not None:
+            return found[0], log_prob - found[1]
+        for flow in self.flows:  # forward_and_log_det would sum in the default dtype
+            z, log_det = flow(z, *context, **contexts)
+            log_prob = log_prob - log_det
+        return z, log_prob
 
     def log_prob(self, x: Tensor, *context: Any, **contexts: Any) -> Tensor:
         """Log-densities (B,) of x."""
-        z, log_det = self.inverse_and_log_det(x, *context, **contexts)
-        return log_det + self.q0.log_prob(z, *context, **contexts)
+        found = through_native_code(self, NORMFLOWS, x, _context(*context, **contexts), is_inverse=True)
+        if found is None:
+            return super().log_prob(x, *context, **contexts)  # type: ignore[misc]
+        return found[1] + self.q0.log_prob(found[0], *context, **contexts)
 
 
 def _context(context: Tensor | None = None) -> Tensor | None:

@@ -174,6 +174,8 @@ def _tensors(network: MaskedNetwork) -> tuple[tuple[Slot, ...], tuple[Slot, ...]
     """Weights and biases, layer by layer; and the masks."""
     tensors: list[Slot] = []
     for layer in _layers(network):
+        if layer._parameters.keys() != {"weight", "bias"}:
+            raise UnsupportedError("a weight or bias that is not a parameter")
         tensors.append((layer._parameters, "weight"))
         if layer._parameters["bias"] is not None:
             tensors.append((layer._parameters, "bias"))

@@ -96,7 +96,7 @@ def run_chain(
         x = x.contiguous()
     if context is not None and context.stride(1) != 1:
         context = context.contiguous()
-    out, failed = x.new_empty(rows, features), torch.empty(rows, dtype=torch.bool)
+    out, failed = x.new_empty(rows, features), x.new_empty(rows, dtype=torch.bool)
     log_dets = None
     if log_det is not None:
         log_dets = x.new_empty((rows, features) if log_det == "features" else (rows,))
