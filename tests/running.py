@@ -75,3 +75,13 @@ def load_script(name: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def in_child(work: Callable[[], None]) -> int | None:
+    """The exit status of a forked process that does `work`."""
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join(60)
+    if child.is_alive():
+        child.kill()
+    return child.exitcode

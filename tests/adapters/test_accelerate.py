@@ -34,7 +34,7 @@ def test_tolerance_0_gives_the_bits_of_the_library(name: str) -> None:
         c = normal(rows, context, seed=1, dtype=dtype) if context else None
         with torch.no_grad():
             expected, found, passes, own = both(case, flow, y, c)
-            with jf.accelerate(flow):  # without the hooks that count, which keep a layer's product in each pass
+            with jf.accelerate(flow, 0.0):  # without the hooks that count, which keep a layer's product in each pass
                 assert same_bits(expected, case.invert(flow, y, c))
         assert same_bits(expected, found)
         assert all(x.isfinite().all() for x in expected)
@@ -68,7 +68,7 @@ def test_zuko_distributions_give_the_same_bits(inverse: bool) -> None:
         return [*found, torch.get_rng_state()]
 
     expected = calls()
-    with jf.accelerate(flow) as done:
+    with jf.accelerate(flow, 0.0) as done:
         assert same_bits(expected, calls())
     assert len(done.passes) == 2
     assert all(2 < count < 24 for count in done.passes.values())
@@ -96,13 +96,13 @@ def test_threads_on_one_flow_get_what_each_gets_alone() -> None:
     answer = torch.no_grad()(lambda item: case.invert(*item)[0])
     expected = [answer(item) for item in work]
     assert not same_bits(expected[0], expected[1])
-    with jf.accelerate(exact), ThreadPoolExecutor(8) as pool:
+    with jf.accelerate(exact, 0.0), ThreadPoolExecutor(8) as pool:
         assert same_bits(expected, list(pool.map(answer, work)))
 
 
 def test_the_handle_says_what_was_done() -> None:
     _, flow, y, c = made("zuko MAF")
-    done = jf.accelerate(flow)
+    done = jf.accelerate(flow, 0.0)
     assert str(done).splitlines() == [
         "accelerated to identical bits: 2 masked autoregressive transforms",
         "  transform.transforms.0: zuko MaskedAutoregressiveTransform",
@@ -126,7 +126,7 @@ def test_flows_within_objects_are_found() -> None:
     )  # fmt: skip
     with jf.accelerate({"a": flows[0].transform, 2: {"b": flows[2]}}) as done:
         assert set(done.transforms) == {"a.transforms.0", "a.transforms.1", "2.b"}
-    with jf.accelerate(holder) as done:
+    with jf.accelerate(holder, 0.0) as done:
         layers = [f"{name}.transforms.{i}" for name in ("first", "several.0") for i in (0, 1)]
         assert set(done.transforms) == {*layers, "several.1.inner", "pair.0"}
         assert {what.split()[0] for what in done.transforms.values()} == {"zuko", "nflows"}
@@ -162,11 +162,11 @@ def test_what_has_nothing_to_accelerate() -> None:
         with pytest.raises(
             ValueError, match="no masked autoregressive transform of zuko, nflows, normflows, pyro in it"
         ):
-            jf.accelerate(flow)
+            jf.accelerate(flow, 0.0)
     _, flow, _, c = made("zuko MAF")
     for made_by_it in (flow(c), flow(c).transform):
         with pytest.raises(jf.InputError, match="made by a flow for one context; accelerate the flow itself; nothing"):
-            jf.accelerate(made_by_it)
+            jf.accelerate(made_by_it, 0.0)
 
 
 @pytest.mark.parametrize("tolerance", [-1e-9, math.nan, math.inf])
@@ -187,10 +187,10 @@ def test_versions(name: str, good: str, bad: str, monkeypatch: pytest.MonkeyPatc
     kind, have = type(flow), {}  # a KeyError for another library, whose version does not matter
     monkeypatch.setattr(sys.modules["jacobiflow.adapters.accelerate"], "version", have.__getitem__)
     for have[library] in good.split():
-        jf.accelerate(flow).restore()
+        jf.accelerate(flow, 0.0).restore()
     for have[library] in bad.split():
         with pytest.raises(ValueError, match=rf"{library} {have[library]}: supported are \d.* to below \d.*; nothing"):
-            jf.accelerate(flow)
+            jf.accelerate(flow, 0.0)
     assert type(flow) is kind
 
 
@@ -209,7 +209,7 @@ def test_images_of_digits() -> None:
     flow.eval().requires_grad_(False)
     z = flow().transform(x[:64])
     expected = flow().transform.inv(z)
-    with jf.accelerate(flow) as done:
+    with jf.accelerate(flow, 0.0) as done:
         found = flow().transform.inv(z)
     assert same_bits(expected, found)
     assert len(done.passes) == 3
@@ -228,7 +228,7 @@ def posterior(estimator: str) -> Any:
     x = theta + 0.3 * theta.roll(1, dims=1) ** 2 + 0.1 * torch.randn(200, 7)
     inference = NPE(prior, density_estimator=estimator, show_progress_bars=False)
     network = inference.append_simulations(theta, x).train(max_num_epochs=1, training_batch_size=100)
-    with jf.accelerate(network):  # which the posterior copies
+    with jf.accelerate(network, 0.0):  # which the posterior copies
         return inference.build_posterior(network).set_default_x(torch.zeros(1, 7))
 
 
@@ -248,7 +248,7 @@ def test_posteriors_of_sbi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert not any("jacobiflow" in kind.__module__ for module in modules for kind in type(module).__mro__)
     expected = drawn(ensemble)
     density = ensemble.log_prob(expected)
-    with jf.accelerate(ensemble) as done:
+    with jf.accelerate(ensemble, 0.0) as done:
         assert same_bits([expected, density], [drawn(ensemble), ensemble.log_prob(expected)])
         copied = copy.deepcopy(ensemble)
     assert same_bits(expected, drawn(copied))
@@ -263,6 +263,6 @@ def test_other_flows_of_zuko_have_identical_bits(kind: Any) -> None:
         flow = kind(features=7, transforms=1, hidden_features=(32,)).eval()
         y = flow().transform(normal(5, 7).tanh())
         expected = flow().transform.inv(y)
-        with jf.accelerate(flow) as done:
+        with jf.accelerate(flow, 0.0) as done:
             assert same_bits(flow().transform.inv(y), expected)
     assert max(done.passes.values()) <= 7

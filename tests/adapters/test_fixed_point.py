@@ -166,7 +166,7 @@ def test_modes_of_pytorch(name: str) -> None:
             flow, y, c, mode = flow.to(mode), y.to(mode), c.to(mode), torch.no_grad()
         with mode:
             expected = case.invert(flow, y, c)
-            with jf.accelerate(flow):
+            with jf.accelerate(flow, 0.0):
                 found = case.invert(flow, y, c)
             with jf.accelerate(flow, 1e-2):
                 assert [x.dtype for x in case.invert(flow, y, c)] == [x.dtype for x in expected]
@@ -225,7 +225,7 @@ def test_each_row_is_iterated_to_the_tolerance(coefficient: float, fewest: int, 
 def test_checkpoints_and_a_second_backward(reentrant: bool) -> None:
     case, flow, y, c = problem("nflows affine")
     expected = gradients(case, flow, y, c)
-    with jf.accelerate(flow), saved_tensors_hooks(torch.clone, torch.clone):
+    with jf.accelerate(flow, 0.0), saved_tensors_hooks(torch.clone, torch.clone):
         LOSSES["both"](checkpoint(lambda y, c: case.invert(flow, y, c), y, c, use_reentrant=reentrant)).backward()
         loss = LOSSES["both"](case.invert(flow, y, c))
         loss.backward(retain_graph=True)
@@ -238,12 +238,12 @@ def test_jacobians(at_once: bool) -> None:
     case, flow, y, c = problem("nflows affine", features=8)
     jacobian = partial(torch.autograd.functional.jacobian, lambda y: case.invert(flow, y, c)[0], vectorize=at_once)
     expected = jacobian(y)
-    with jf.accelerate(flow):
+    with jf.accelerate(flow, 0.0):
         assert gap([expected], [jacobian(y)]) < EXACT
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_second_derivatives_are_refused(loss: str) -> None:
     case, flow, y, c = problem("nflows affine")
-    with jf.accelerate(flow), pytest.raises(RuntimeError, match=r"create_graph=True: .* restore\(\) the flow"):
+    with jf.accelerate(flow, 0.0), pytest.raises(RuntimeError, match=r"create_graph=True: .* restore\(\) the flow"):
         torch.autograd.grad(LOSSES[loss](case.invert(flow, y, c)), y, create_graph=True)

@@ -81,7 +81,7 @@ def test_networks_in_evaluation_mode_are_fast(kind: str) -> None:
     flow = affine().train() if kind == "dropout of 0" else (NETWORKS | STILL)[kind]().eval()
     with torch.no_grad():
         expected = flow.inverse(y := normal(6, FEATURES))
-        with jf.accelerate(flow) as done:
+        with jf.accelerate(flow, 0.0) as done:
             assert same_bits(expected, flow.inverse(y))
     assert 2 <= done.passes[""] < FEATURES
 
@@ -134,7 +134,7 @@ def test_traces_exports_compiled_callers_and_meta_tensors(name: str) -> None:
     module.flow = case.make(features=6)
     with torch.no_grad():
         expected = module(other)
-        jf.accelerate(module)
+        jf.accelerate(module, 0.0)
         traced = torch.jit.trace(module, (y,))
         exported = torch.export.export(module, (y,), strict=False).module()
         compiled = torch.compile(module, backend="eager")
@@ -150,7 +150,7 @@ def test_private_names_of_pytorch_may_go(monkeypatch: pytest.MonkeyPatch) -> Non
         return torch.autograd.grad(case.invert(flow, y, c)[0].sum(), y)[0]
 
     expected = gradient()
-    with jf.accelerate(flow) as done:
+    with jf.accelerate(flow, 0.0) as done:
         monkeypatch.delattr(torch._C._functorch, "is_legacy_batchedtensor")
         runpy.run_module("jacobiflow.adapters.fixed_point")  # its import
         torch.testing.assert_close(gradient(), expected, rtol=1e-3, atol=1e-3)
@@ -177,7 +177,7 @@ class Products(TorchDispatchMode):
 def test_products_are_formed_once_for_each_inverse(name: str) -> None:
     case, flow, y, c = made(name)
     layers = masked_layers(flow)
-    with torch.no_grad(), jf.accelerate(flow) as done:
+    with torch.no_grad(), jf.accelerate(flow, 0.0) as done:
         with Products(layers) as products:
             case.invert(flow, y, c)
         assert products.count == len(layers)
@@ -198,6 +198,6 @@ class Recording(MADE):
 
 def test_a_network_of_the_user_is_called_itself() -> None:
     flow = Additive(FEATURES, network=Recording(FEATURES, 32, output_multiplier=1)).eval()
-    with torch.no_grad(), jf.accelerate(flow):
+    with torch.no_grad(), jf.accelerate(flow, 0.0):
         x, _ = flow.inverse(normal(4, FEATURES))
     assert same_bits(flow.autoregressive_net.seen, x)

@@ -98,7 +98,7 @@ def test_strides_and_integers_are_taken_as_pyro_takes_them() -> None:
     flow = transform("affine")
     for y in (normal(D, 3).t(), normal(D, 2, 4).permute(1, 2, 0), torch.arange(5 * D).view(5, D) % 4):
         expected = flow._inverse(y)
-        with jf.accelerate(flow) as done:
+        with jf.accelerate(flow, 0.0) as done:
             assert same_bits(expected, flow._inverse(y))
         assert done.ways == {"": "passes"}
 
@@ -120,7 +120,7 @@ class Doubled(nn.Module):
 def test_networks_of_the_user(rows: int) -> None:
     flow, y = pt.AffineAutoregressive(Doubled()), normal(rows, D)
     expected = inverse(flow, y, y)
-    with jf.accelerate(flow) as done:
+    with jf.accelerate(flow, 0.0) as done:
         assert same_bits(expected, inverse(flow, y, y))
     assert done.ways == {"": "passes"}
 
@@ -148,7 +148,7 @@ def test_densities_and_their_gradients_are_pyro_s(name: str) -> None:
         return [density, *torch.autograd.grad(density.sum(), [*flow.parameters()])]
 
     expected = calls()
-    with jf.accelerate(flow):
+    with jf.accelerate(flow, 0.0):
         found = calls()
     assert same_bits(expected[0], found[0])
     for own, other in zip(expected, found, strict=True):
@@ -159,7 +159,7 @@ def test_densities_and_their_gradients_are_pyro_s(name: str) -> None:
 def test_copies_pickles_and_what_is_left_alone() -> None:
     flow, y, c = transform("affine"), normal(4, D), normal(4, C)
     kind, expected = type(flow), inverse(flow, y, c)
-    with jf.accelerate(flow):
+    with jf.accelerate(flow, 0.0):
         copied = copy.deepcopy(flow)
         loaded = pickle.loads(pickle.dumps(flow))
     assert type(flow) is type(loaded) is type(copied) is kind
@@ -167,7 +167,7 @@ def test_copies_pickles_and_what_is_left_alone() -> None:
         assert same_bits(expected, inverse(each, y, c))
     stable = pt.affine_autoregressive(D, [32], stable=True)
     with pytest.raises(ValueError, match="its _inverse was replaced"):
-        jf.accelerate(stable)
+        jf.accelerate(stable, 0.0)
 
 
 def test_estimators_of_lampe() -> None:
@@ -181,6 +181,6 @@ def test_estimators_of_lampe() -> None:
             return estimator.flow(context).sample((2000,))
 
     expected = drawn()
-    with jf.accelerate(estimator) as done:
+    with jf.accelerate(estimator, 0.0) as done:
         assert same_bits(expected, drawn())
     assert len(done.transforms) == 2

@@ -43,7 +43,7 @@ def test_nothing_changes_but_the_class_of_transforms(name: str) -> None:
         return [everything, repr(flow), {key: (id(w), w.sum().item()) for key, w in weights.items()}]
 
     before, kinds = look(), classes(flow)
-    with pytest.raises(KeyError), jf.accelerate(flow) as done:
+    with pytest.raises(KeyError), jf.accelerate(flow, 0.0) as done:
         assert is_fast(case, flow, y, c)
         assert look() == before
         for (key, module), kind in zip(flow.named_modules(), kinds, strict=True):
@@ -63,7 +63,7 @@ def test_accelerated_again_the_latest_tolerance_counts() -> None:
         exact = case.invert(flow, y, c)
         first = jf.accelerate(flow, 0.5)
         rough, seen = case.invert(flow, y, c), first.passes
-        second = jf.accelerate(flow)
+        second = jf.accelerate(flow, 0.0)
         assert same_bits(exact, case.invert(flow, y, c))
         assert first.passes == seen != second.passes
         jf.accelerate(flow, 0.5)
@@ -83,16 +83,16 @@ def test_leaving_a_block_puts_back_what_was_before_it() -> None:
     exact = inverse()
     with jf.accelerate(flow, 0.5) as outer:
         rough, seen = inverse(), outer.passes
-        with jf.accelerate(flow) as inner:
+        with jf.accelerate(flow, 0.0) as inner:
             assert same_bits(inverse(), exact)
         assert same_bits(inverse(), rough)
         assert outer.passes == seen != inner.passes
-        jf.accelerate(flow)
+        jf.accelerate(flow, 0.0)
     assert classes(flow) == kinds
-    with jf.accelerate(flow) as outer, jf.accelerate(flow):
+    with jf.accelerate(flow, 0.0) as outer, jf.accelerate(flow, 0.0):
         outer.restore()
     assert classes(flow) == kinds
-    first, second = jf.accelerate(flow), jf.accelerate(flow)
+    first, second = jf.accelerate(flow, 0.0), jf.accelerate(flow, 0.0)
     with second, first:
         pass
     assert classes(flow) == kinds
@@ -122,7 +122,7 @@ def test_copies_are_the_library_s_own(way: str, name: str) -> None:
     case, flow, y, c = made(name)
     flow = flow.transform.transforms[0] if case.library == "zuko" else flow
     kind = type(flow)
-    with torch.no_grad(), jf.accelerate(flow) as done:
+    with torch.no_grad(), jf.accelerate(flow, 0.0) as done:
         expected, seen = case.invert(flow, y, c), done.passes
         copied = COPIES[way](flow)
         assert type(copied) is kind
@@ -142,7 +142,7 @@ def test_distributions_of_zuko_follow_their_flow_and_their_copies_are_zuko_s(way
         return distribution.sample((3,))
 
     expected = sample(flow(c))
-    with jf.accelerate(flow) as done:
+    with jf.accelerate(flow, 0.0) as done:
         distribution = flow(c)
         copied = COPIES[way](distribution)
         assert same_bits(sample(copied), expected)
@@ -165,7 +165,7 @@ def test_one_library_is_enough_and_importing_takes_none() -> None:
         sys.modules |= {"zuko": None, "normflows": None}
         from nflows.transforms import MaskedAffineAutoregressiveTransform
         flow, y = MaskedAffineAutoregressiveTransform(8, 16), torch.randn(3, 8)
-        expected, done = flow.inverse(y)[0], jf.accelerate(flow)
+        expected, done = flow.inverse(y)[0], jf.accelerate(flow, 0.0)
         assert torch.equal(expected, flow.inverse(y)[0])
         assert done.passes
     """

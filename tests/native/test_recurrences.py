@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import torch
 from native_problems import CASES, Case, relative_error
 from oracle import MAFOracle, Oracle
 from problems import latents
+from running import in_child
 from torch import Tensor
 
 import jacobiflow as jf
@@ -159,16 +159,6 @@ def test_callers_in_threads_of_their_own(name: str) -> None:
     with ThreadPoolExecutor(3) as pool:
         for x in pool.map(lambda _: block.exact_inverse(z, labels), range(9)):
             assert torch.equal(x, alone)
-
-
-def in_child(work: Callable[[], None]) -> int | None:
-    """The exit status of a forked process that does `work`."""
-    child = multiprocessing.get_context("fork").Process(target=work)
-    child.start()
-    child.join(60)
-    if child.is_alive():
-        child.kill()
-    return child.exitcode
 
 
 # Without labels: choosing rows by them is PyTorch's, whose threads a forked process does not have.

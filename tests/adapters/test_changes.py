@@ -1,0 +1,110 @@
+"""What changes between two calls counts in the second; and calls from several threads and processes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import nflows.transforms as nf
+import normflows
+import pyro.distributions.transforms as pt
+import pytest
+import torch
+import zuko
+from library_flows import masked_layers, same_bits
+from pyro.nn import AutoRegressiveNN
+from random_flows import exact, values
+from running import in_child
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.data import DataLoader, Dataset
+
+import jacobiflow as jf
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+
+BUILDS: dict[str, Callable[[], nn.Module]] = {
+    "zuko": lambda: zuko.flows.NSF(5, hidden_features=(16,), activation=lambda: nn.LeakyReLU(0.2)),
+    "nflows": lambda: nf.CompositeTransform([
+        nf.MaskedAffineAutoregressiveTransform(5, 16, activation=nn.LeakyReLU(0.2)), nf.ReversePermutation(5),
+    ]),
+    "normflows": lambda: normflows.NormalizingFlow(None, [
+        normflows.flows.MaskedAffineAutoregressive(5, 16, activation=nn.LeakyReLU(0.2)),
+    ]),
+    "pyro": lambda: pt.AffineAutoregressive(AutoRegressiveNN(5, [16], nonlinearity=nn.LeakyReLU(0.2))),
+}  # fmt: skip
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return BUILDS[name]().eval()
+
+
+def is_right(flow: nn.Module) -> bool:
+    """Whether the values in both directions are those of the library's own code."""
+    weight = next(flow.parameters())
+    x = torch.randn(9, 5, generator=torch.Generator().manual_seed(1)).to(weight.dtype)
+    gaps = []
+    for is_inverse in (False, True):
+        with jf.accelerate(copy.deepcopy(flow)):
+            pairs = zip(values(flow, x, None, is_inverse), exact(flow, x, None, is_inverse), strict=True)
+        gaps += [float((ours - its).abs().max()) for ours, its in pairs]
+    return max(gaps) < (1e-9 if weight.dtype == torch.float64 else 1e-4)
+
+
+def step(flow: nn.Module) -> None:
+    for weight in flow.parameters():
+        weight.grad = torch.ones_like(weight)
+    torch.optim.SGD(flow.parameters(), 0.1).step()
+
+
+def replace_activations(flow: nn.Module) -> None:
+    for module in list(flow.modules()):
+        for name, part in module.named_children():
+            if isinstance(part, nn.LeakyReLU):
+                setattr(module, name, nn.Tanh())
+        if isinstance(vars(module).get("f"), nn.LeakyReLU):
+            module.f = nn.Tanh()
+
+
+def turn_into_plain_tensor(layer: Any) -> None:
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.weight = 2 * weight
+
+
+CHANGES: dict[str, Callable[[nn.Module, list[Any]], Any]] = {
+    "optimizer": lambda flow, _: step(flow),
+    "state dict": lambda flow, _: flow.load_state_dict({
+        key: 0.5 * value if value.is_floating_point() and "mask" not in key else value
+        for key, value in flow.state_dict().items()
+    }),
+    "data, in place": lambda _, layers: layers[0].weight.data.copy_(layers[0].weight.data + 0.3),
+    "data": lambda _, layers: setattr(layers[0].weight, "data", (layers[0].weight.data.t() * 2).contiguous().t()),
+    "double": lambda flow, _: flow.double(),
+    "module": lambda flow, _: replace_activations(flow),
+    "setting": lambda flow, _: [setattr(part, "negative_slope", 0.9) for part in flow.modules()],
+    "mask": lambda _, layers: layers[0].mask[:, 0].zero_(),
+    "hook": lambda _, layers: layers[0].register_forward_hook(lambda module, args, out: 2 * out),
+    "parametrization": lambda _, layers: parametrizations.weight_norm(layers[0]).parametrizations.weight[0],
+    "no parameter": lambda _, layers: turn_into_plain_tensor(layers[0]),
+    "another shape": lambda _, layers: setattr(layers[0], "weight", nn.Parameter(layers[0].weight[:1].clone())),
+    "one weight is NaN": lambda _, layers: setattr(layers[0], "bias", nn.Parameter(0 * layers[0].bias + 0.5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", BUILDS)
+@torch.no_grad()
+def test_a_change_counts_at_once(name: str, change: str) -> None:
+    flow = build(name)
+    with jf.accelerate(flow):
+        assert is_right(flow)
+        before = exact(flow, torch.ones(1, 5), None, is_inverse=True)
+        CHANGES[change](flow, masked_layers(flow))
+        after = exact(flow, torch.ones(1, 5), None, is_inverse=True)
+        assert change == "double" or not torch.equal(before[0], after[0])
+        assert is_right(flow)
