@@ -1,14 +1,12 @@
 """The paper's experiment on another flow (section 4.4, Table 5): `python benchmarks/maf.py`.
 
 Writes docs/results/maf.json. A MAF of 5 blocks is trained on Fashion-MNIST, 50,000 images are encoded, and their
-latents are inverted: by the "For" loop of one full pass per pixel, by sweeps, and to a tolerance; beside it zuko's and
-nflows' MAFs of the same size, by their own inverse and accelerated. Loops of full passes take hours for all images:
-they are timed on the first batches, and the time for all is extrapolated from these. The loop token by token is timed
-in native code and in PyTorch. `--flows jacobiflow` measures that part only, and leaves the others of the file as they
-are.
-Training takes half an hour on two cores: ours goes on where it stopped, a library's flow is kept when it is done. Then
-the script needs an otherwise idle machine and a quarter of an hour. With `--images FOLDER` it reads MNIST's IDX files
-instead, and all that it makes stays in out/maf-FOLDER.
+latents are inverted: by the "For" loop of one full pass per pixel, by sweeps, and to a tolerance. The loop takes hours
+for all images: it is timed on the first batches, and the time for all is extrapolated from these. The loop token by
+token is timed in native code and in PyTorch.
+Training takes ten minutes on two cores and goes on where it stopped; then the script needs an otherwise idle machine
+and a quarter of an hour. With `--images FOLDER` it reads MNIST's IDX files instead, and all that it makes stays in
+out/maf-FOLDER.
 """
 
 from __future__ import annotations
@@ -19,20 +17,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from masked_flows import FLOWS, WIDE, WIDE_HIDDEN, calls
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.baselines.full_passes import full_passes_sample
-from jacobiflow.data import ImageDataset, Noise, fashion_mnist, load_images
+from jacobiflow.data import Noise, load_images
 from jacobiflow.data.noise import add_noise, keyed_generator
 from jacobiflow.files import write_json
 from jacobiflow.measuring import machine
@@ -41,61 +38,12 @@ from jacobiflow.native import SWITCH
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT, ROWS = ROOT / "docs" / "results" / "maf.json", "rows.json"
-FASHION, OURS = "fashion-mnist", "jacobiflow"
+FASHION = "fashion-mnist"
 TRAINING = "--flow maf --channels 512 --layers 2 --blocks 5 --unconditional --batch-size 128 --steps 3000"
 IMAGES, BATCH, LOOP_BATCHES = 50_000, 500, 2
 TOLERANCE = 1e-3
-LIBRARIES = ("zuko", "nflows")
-ALPHA = 1e-6  # of the logit
-RATE, TRAINING_BATCH, STEPS = 1e-3, 128, 3000  # of the libraries' flows
 
 Inverse = Callable[[Tensor], Tensor]
-
-
-def to_logits(images: Tensor) -> Tensor:
-    """Images in [-1, 1) as logits of their pixels (B, D), as the MAF paper has them."""
-    return torch.logit(ALPHA + (1 - 2 * ALPHA) * (images.flatten(1) + 1) / 2)
-
-
-def from_logits(logits: Tensor) -> Tensor:
-    """The inverse of `to_logits`: images (B, D)."""
-    return (torch.sigmoid(logits) - ALPHA) / (1 - 2 * ALPHA) * 2 - 1
-
-
-def logits(data: ImageDataset, index: Tensor, step: int) -> Tensor:
-    """Dequantised images as logits."""
-    images, _ = data.batch(index)
-    return to_logits(add_noise(images, Noise("uniform"), keyed_generator(0, 0, step)))
-
-
-@cache
-def moments() -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each pixel's logit over the first 10,000 images of Fashion-MNIST."""
-    first = logits(fashion_mnist(), torch.arange(10_000), 0)
-    return first.mean(dim=0), first.std(dim=0)
-
-
-@torch.enable_grad()
-def trained_by_library(name: str, folder: Path) -> nn.Module:
-    """A library's MAF, trained by Adam at a rate that falls by a cosine; from `folder` if it is there."""
-    torch.manual_seed(0)
-    flow, data = FLOWS[name, "MAF"](WIDE, WIDE_HIDDEN, 0), fashion_mnist()
-    path = folder / f"{name}.pt"
-    if path.exists():
-        flow.load_state_dict(torch.load(path, weights_only=True))
-        return flow.eval().requires_grad_(False)
-    (mean, std), density = moments(), calls(flow, None, TRAINING_BATCH)["density"]
-    optimizer = torch.optim.Adam(flow.parameters(), RATE)
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    for step in track(range(STEPS), f"training {name}'s MAF"):
-        index = torch.randint(len(data), (TRAINING_BATCH,), generator=keyed_generator(0, 1, step))
-        optimizer.zero_grad(set_to_none=True)
-        (-density((logits(data, index, step) - mean) / std).mean()).backward()
-        nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
-        optimizer.step()
-        falling.step()
-    torch.save(flow.state_dict(), path)
-    return flow.eval().requires_grad_(False)
 
 
 def trained(images: str, folder: Path) -> jf.MAF:
@@ -181,52 +129,19 @@ def ours(flow: jf.MAF, images: Tensor, folder: Path) -> list[dict[str, Any]]:
     return [first, *(timed(folder, name, f, latents, pixels, total) for name, f in strategies(flow).items())]
 
 
-def library(name: str, images: Tensor, folder: Path) -> list[dict[str, Any]]:
-    """The same images through another library's MAF: its own inverse, and accelerated."""
-    flow = trained_by_library(name, folder)
-    mean, std = moments()
-    exact = [x.flatten(1) for x in batches(images)]
-    directions = calls(flow, None, BATCH)
-    latents = [directions["latents"]((to_logits(x) - mean) / std) for x in exact]
-    total = len(latents)
-
-    def own(z: Tensor) -> Tensor:
-        return from_logits(directions["sampling"](z) * std + mean)
-
-    first = timed(folder, f"{name} MAF, its own inverse", own, latents[:LOOP_BATCHES], exact[:LOOP_BATCHES], total)
-    rows = [first]
-    ways: dict[str, Callable[[nn.Module], jf.Acceleration]] = {
-        "": jf.accelerate,
-        " to identical bits": partial(jf.accelerate, tolerance=0.0),
-        f" to {TOLERANCE:g}": partial(jf.accelerate, tolerance=TOLERANCE),
-    }
-    for text, accelerate in ways.items():
-        with accelerate(flow):
-            rows.append(timed(folder, f"{name} MAF, accelerated{text}", own, latents, exact, total))
-    return rows
-
-
 def main() -> None:
     """Train, encode, invert, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", default=FASHION, help="fashion-mnist, or a folder of IDX files")
-    parser.add_argument("--flows", nargs="+", default=[OURS, *LIBRARIES], choices=[OURS, *LIBRARIES])
-    given = parser.parse_args()
-    images = given.images
+    images = parser.parse_args().images
     folder = ROOT / "out" / f"maf-{Path(images).name}"  # a model, and rows, of these images
     flow = trained(images, folder)
     chosen, _ = load_images(images, flow.config.image_size, 1).batch(slice(0, IMAGES))
     with torch.no_grad():
-        rows = {OURS: ours(flow, chosen, folder)} if OURS in given.flows else {}
-        for name in LIBRARIES:
-            if images == FASHION and name in given.flows:
-                rows[f"{name} MAF"] = library(name, chosen, folder)
-    result = RESULT if images == FASHION else folder / RESULT.name
-    others = json.loads(result.read_text())["parts"] if result.exists() else {}
-    write_json(result, {
+        rows = ours(flow, chosen, folder)
+    write_json(RESULT if images == FASHION else folder / RESULT.name, {
         "command": f"python benchmarks/maf.py --images {images}", "images": len(chosen), "batch_size": BATCH,
-        "training": TRAINING, "tolerance": TOLERANCE,
-        "parts": others | {name: {"machine": machine(), "rows": own} for name, own in rows.items()},
+        "training": TRAINING, "tolerance": TOLERANCE, "machine": machine(), "rows": rows,
     })  # fmt: skip
     (folder / ROWS).unlink()
 
