@@ -1,11 +1,9 @@
 """The paper's experiment on another flow (section 4.4, Table 5): `python benchmarks/maf.py`.
 
 Writes docs/results/maf.json. A MAF of 5 blocks is trained on Fashion-MNIST, 50,000 images are encoded, and their
-latents are inverted: by the "For" loop of one full pass per pixel, by sweeps, and to a tolerance; beside it zuko's and
-nflows' MAFs of the same size, from benchmarks/drop_in.py, by their own inverse and accelerated. Loops of full passes
-take hours for all images: they are timed on the first batches, and the time for all is extrapolated from these. The
-loop token by token is timed in native code and in PyTorch. `--flows jacobiflow` measures that part only, and leaves the
-others of the file as they are.
+latents are inverted: by the "For" loop of one full pass per pixel, by sweeps, and to a tolerance. The loop takes hours
+for all images: it is timed on the first batches, and the time for all is extrapolated from these. The loop token by
+token is timed in native code and in PyTorch.
 Training takes ten minutes on two cores and goes on where it stopped; then the script needs an otherwise idle machine
 and a quarter of an hour. With `--images FOLDER` it reads MNIST's IDX files instead, and all that it makes stays in
 out/maf-FOLDER.
@@ -25,10 +23,9 @@ from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
-import drop_in
 import torch
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.baselines.full_passes import full_passes_sample
@@ -41,7 +38,7 @@ from jacobiflow.native import SWITCH
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT, ROWS = ROOT / "docs" / "results" / "maf.json", "rows.json"
-FASHION, OURS = "fashion-mnist", "jacobiflow"
+FASHION = "fashion-mnist"
 TRAINING = "--flow maf --channels 512 --layers 2 --blocks 5 --unconditional --batch-size 128 --steps 3000"
 IMAGES, BATCH, LOOP_BATCHES = 50_000, 500, 2
 TOLERANCE = 1e-3
@@ -132,47 +129,19 @@ def ours(flow: jf.MAF, images: Tensor, folder: Path) -> list[dict[str, Any]]:
     return [first, *(timed(folder, name, f, latents, pixels, total) for name, f in strategies(flow).items())]
 
 
-def library(case: drop_in.Case, images: Tensor, folder: Path) -> list[dict[str, Any]]:
-    """The same images through another library's MAF: its own inverse, and accelerated."""
-    flow = drop_in.trained(case, ROOT / "out" / "drop-in")
-    mean, std = drop_in.moments(case.data())
-    exact = [x.flatten(1) for x in batches(images)]
-    latents = [drop_in.to_latents(flow, (drop_in.to_logits(x) - mean) / std) for x in exact]
-    total = len(latents)
-
-    def inverse(flow: nn.Module, z: Tensor) -> Tensor:
-        return drop_in.from_logits(drop_in.from_latents(flow, z) * std + mean)
-
-    own = partial(inverse, flow)
-    rows = [timed(folder, f"{case.name}, its own inverse", own, latents[:LOOP_BATCHES], exact[:LOOP_BATCHES], total)]
-    for tolerance, to in ((0.0, "identical bits"), (TOLERANCE, f"to {TOLERANCE:g}")):
-        with jf.accelerate(flow, tolerance):
-            rows.append(timed(folder, f"{case.name}, accelerated {to}", own, latents, exact, total))
-    return rows
-
-
 def main() -> None:
     """Train, encode, invert, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", default=FASHION, help="fashion-mnist, or a folder of IDX files")
-    parser.add_argument("--flows", nargs="+", default=[OURS, *(case.name for case in drop_in.CASES[:2])])
-    given = parser.parse_args()
-    images = given.images
+    images = parser.parse_args().images
     folder = ROOT / "out" / f"maf-{Path(images).name}"  # a model, and rows, of these images
-    (ROOT / "out" / "drop-in").mkdir(parents=True, exist_ok=True)
     flow = trained(images, folder)
     chosen, _ = load_images(images, flow.config.image_size, 1).batch(slice(0, IMAGES))
     with torch.no_grad():
-        rows = {OURS: ours(flow, chosen, folder)} if OURS in given.flows else {}
-        for case in drop_in.CASES[:2]:
-            if images == FASHION and case.name in given.flows:
-                rows[case.name] = library(case, chosen, folder)
-    result = RESULT if images == FASHION else folder / RESULT.name
-    others = json.loads(result.read_text())["parts"] if result.exists() else {}
-    write_json(result, {
+        rows = ours(flow, chosen, folder)
+    write_json(RESULT if images == FASHION else folder / RESULT.name, {
         "command": f"python benchmarks/maf.py --images {images}", "images": len(chosen), "batch_size": BATCH,
-        "training": TRAINING, "tolerance": TOLERANCE,
-        "parts": others | {name: {"machine": machine(), "rows": own} for name, own in rows.items()},
+        "training": TRAINING, "tolerance": TOLERANCE, "machine": machine(), "rows": rows,
     })  # fmt: skip
     (folder / ROWS).unlink()
 

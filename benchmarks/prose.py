@@ -132,13 +132,6 @@ def with_avx2() -> list[float]:
     return [row["builds"]["AVX2"] / row["loop"] for row in result("loop-profile")["rows"]]
 
 
-def masked_product() -> float:
-    """The share of a pass of a library that forming mask * weight takes, by its seconds and ours."""
-    row = next(r for r in result("drop-in")["rows"] if (r["flow"], r["features"], r["batch"]) == ("zuko MAF", 784, 1))
-    ours = row["seconds"]["identical bits"]["median"] / sum(row["passes"]["identical bits"])
-    return float(1 - ours / (row["seconds"]["library"]["median"] / row["library_passes"]))
-
-
 def chord_share(preset: str) -> float:
     """Multiplications of a chord over those of a block's dense layers, for a token."""
     config = jf.PRESETS[preset].config
@@ -165,9 +158,7 @@ def in_the_browser() -> float:
     return float(found["rows"][0]["parallel"]["evaluations"] / (model.num_blocks * model.num_tokens))
 
 
-CALIBRATION, EVALUATION, SOLVERS, FLOWS = (
-    f"docs/{name}.md" for name in ("calibration", "evaluation", "solvers", "flows")
-)
+CALIBRATION, EVALUATION, SOLVERS = (f"docs/{name}.md" for name in ("calibration", "evaluation", "solvers"))
 PERFORMANCE, ARCHITECTURE = "docs/performance.md", "docs/architecture.md"
 EASY = slice(7)  # the blocks of fashion-p2 that are not tough
 
@@ -217,7 +208,6 @@ SENTENCES = (
              "like T^{:.1f}", lambda: (result("growth")["by_tokens"]["exponents"]["jacobi"]["network_calls"],
                                        result("growth")["by_tokens"]["exponents"]["growing cache"]["seconds"])),
     Sentence(PERFORMANCE, "evaluates each token {:.1f} times, its certificate included", lambda: (in_the_browser(),)),
-    Sentence(FLOWS, "it is {:.0%} of a pass", lambda: (masked_product(),)),
     Sentence(ARCHITECTURE, "takes {:.1f} times the time of the loop at batch 64", lambda: (windows_by_loop(),)),
     Sentence(EVALUATION, "a denoising step, which lowers it by {:.0%}, is recommended for `digits-p1`, and guidance, "
              "which lowers it by another {:.0%}, or by {:.0%} for `digits-maf`",

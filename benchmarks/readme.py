@@ -8,22 +8,21 @@ from typing import Any
 
 from evaluation_page import rows_of
 from filling import fill
+from flows_page import speed_up, zuko
 
 from jacobiflow.experiments.quality import finalists
 
-_MANY = 64  # features from which few rows gain much too
-_FEW, _FEW_ROWS = 5, 100  # features and rows up to which nothing is gained
 ROOT = Path(__file__).resolve().parent.parent
 EAGER = "sequential, in PyTorch"
 BARE, CERTIFIED = "auto, without all three", "auto, certified"
 SAMPLERS = ("GS-Jacobi", "Selective Jacobi Decoding", "STARFlow")
 
 
-def three(result: dict[str, Any], drop_in: dict[str, Any], sizes: dict[str, Any]) -> str:
-    """A flow of a library, a TarFlow, and where nothing is gained."""
-    wide = max(drop_in["rows"], key=lambda row: (row["features"], row["batch"], -row["ratio"]["identical bits"]))
-    small = [row["ratio"] for row in sizes["rows"] if row["features"] <= _FEW and row["rows"] <= _FEW_ROWS]
-    none = sorted(ratio for row in small for ratio in row.values())
+def three(result: dict[str, Any], masked: dict[str, Any]) -> str:
+    """A flow of a library, a TarFlow, and the least gain of a library's flow."""
+    slow = [row for row in masked["runs"] if row["direction"] == "slow"]
+    wide = max(slow, key=lambda row: (row["features"], row["rows"], row["library"]))
+    least = min(slow, key=lambda row: row["speed_up"])
     tarflow = [
         row["speed_up"]["growing cache"]
         for found in result["final"].values()
@@ -33,17 +32,19 @@ def three(result: dict[str, Any], drop_in: dict[str, Any], sizes: dict[str, Any]
     batches = list(result["final"])
     return "\n".join(
         [
-            "| on two CPU cores; no GPU was measured | times as fast |",
+            "| on two CPU cores; no GPU was measured | speed-up |",
             "| --- | ---: |",
-            f"| A {wide['flow']} of {wide['features']} features, {wide['batch']} samples, over the library's own "
-            f"inverse: identical bits, or to {drop_in['tolerance']:g} | {wide['ratio']['identical bits']:.0f}x, "
-            f"{wide['ratio']['tolerance']:.0f}x |",
+            f"| A {_name(wide)}, over the library's own inverse | {speed_up(wide['speed_up'])} |",
             f"| A TarFlow (`fashion-p2`), batches of {batches[0]} to {batches[-1]}, over the loop of the original code "
             f"| {min(tarflow):.1f}x to {max(tarflow):.1f}x |",
-            f"| Where it does not pay: zuko's flows of at most {_FEW} features, at most {_FEW_ROWS} samples | "
-            f"{none[0]:.1f}x to {none[-1]:.1f}x |",
+            f"| The least of all flows that were measured: {_name(least)} | {speed_up(least['speed_up'])} |",
         ]
     )
+
+
+def _name(run: dict[str, Any]) -> str:
+    rows = f"{run['rows']:,} sample{'s' * (run['rows'] > 1)}"
+    return f"{run['library']} {run['flow']} of {run['features']} features, {rows}"
 
 
 def commands(result: dict[str, Any]) -> str:
@@ -92,42 +93,6 @@ def speed(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def drop_in(result: dict[str, Any]) -> str:
-    """The libraries' inverses of 64 samples, and how many times as fast they are accelerated."""
-    machine = result["machine"]
-    lines = [
-        f"Seconds to invert 64 samples, on {machine['cores']} cores of {machine['processor']}; flows trained on the "
-        "pixels of Fashion-MNIST (784 features) and of digits (64).\n",
-        f"| flow | features | the library | identical bits | to {result['tolerance']:g} |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for row in result["rows"]:
-        if row["batch"] == 64 and row["features"] >= _MANY:
-            seconds = {name: timing["median"] for name, timing in row["seconds"].items()}
-            cells = [f"{seconds[name]:.3g} ({row['ratio'][name]:.1f}x)" for name in ("identical bits", "tolerance")]
-            lines.append(f"| {row['flow']} | {row['features']} | {seconds['library']:.3g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def sizes(result: dict[str, Any]) -> str:
-    """How many times as fast zuko's inverses of many rows are accelerated, over features."""
-    machine, rows = result["machine"], max(row["rows"] for row in result["rows"])
-    many = [row for row in result["rows"] if row["rows"] == rows]
-    features = sorted({row["features"] for row in many})
-    lines = [
-        f"{rows:,} samples of zuko's flows by the number of features, times as fast as the library, on "
-        f"{machine['cores']} cores of {machine['processor']}:\n",
-        f"| flow | | {' | '.join(map(str, features))} |",
-        f"| --- | --- |{' ---: |' * len(features)}",
-    ]
-    for flow in dict.fromkeys(row["flow"] for row in many):
-        own = {row["features"]: row for row in many if row["flow"] == flow}
-        for name, text in (("identical bits", "identical bits"), ("tolerance", f"to {result['tolerance']:g}")):
-            cells = " | ".join(f"{own[count]['ratio'][name]:.1f}x" for count in features)
-            lines.append(f"| {flow} | {text} | {cells} |")
-    return "\n".join(lines)
-
-
 def quality(result: dict[str, Any]) -> str:
     """The rows of most samples: distance, error, time."""
     chosen, timings = finalists(rows_of(result)), result["timings"]
@@ -154,9 +119,9 @@ def quality(result: dict[str, Any]) -> str:
 def parts() -> dict[str, str]:
     """What the page shows of the result files, by its marks."""
     return {
-        "three": three(_result("performance"), _result("drop-in"), _result("drop-in-sizes")),
+        "three": three(_result("performance"), _result("masked-flows")),
         "commands": commands(_result("fresh-clone")),
-        "drop-in": drop_in(_result("drop-in")), "drop-in-sizes": sizes(_result("drop-in-sizes")),
+        "zuko": zuko(_result("masked-flows")),
         "speed": speed(_result("performance")),
         "quality": quality(_result("comparison")),
     }  # fmt: skip

@@ -168,7 +168,11 @@ class Chains:
         is_inverse: bool,
         log_det: str | None = None,
     ) -> tuple[Values, Chain] | None:
-        """The values of `run`, and the chain; `None` too if the inputs are not for native code."""
+        """The values of `run`, and the chain; `None` too if the inputs are not for native code.
+
+        In evaluation mode, the graph of a density is made only if it is used: programs that forget `torch.no_grad` ask
+        for one, and few of them differentiate by the parameters.
+        """
         for_graph = torch.is_grad_enabled()
         if native_library() is None or len(x) == 0 or not is_plain(x, context):
             return None
@@ -179,12 +183,57 @@ class Chains:
         for _ in range(2):
             if chain is None:
                 chain = self._chains[key] = Chain(module, library, context is not None)
+            is_deferred = for_graph and not is_inverse and not module.training and len(chain.segments) == 1
             try:
-                values = run(chain, x, context, is_inverse, log_det, for_graph)
-                return None if values is None else (values, chain)
+                values = run(chain, x, context, is_inverse, log_det, for_graph and not is_deferred)
             except ChangedError:
                 chain = None
+                continue
+            if values is not None and is_deferred:
+                values = _with_deferred_graph(chain, x, context, values)
+            return None if values is None else (values, chain)
         return None
+
+
+def _with_deferred_graph(
+    chain: Chain, x: Float[Tensor, "b d"], context: Float[Tensor, "#b c"] | None, values: Values
+) -> Values:
+    """Values in the forward direction, whose graph is that of the library's own code."""
+    (segment,) = chain.segments
+    parameters = [holder[name] for _, holder, name, _ in segment.tensors if holder[name].requires_grad]
+    if not parameters:
+        return values
+    results = [part for part in values if part is not None]
+
+    def recompute() -> Sequence[Tensor | None]:
+        return _by_library(chain.library, segment, x, context, is_inverse=False, is_accelerated=False)[: len(results)]
+
+    outputs = _Deferred.apply(recompute, len(results), *results, *parameters)
+    return outputs if len(results) == 2 else (outputs[0], None)
+
+
+class _Deferred(torch.autograd.Function):
+    """Values of native code, which a backward pass computes again, with a graph, to differentiate them."""
+
+    @staticmethod
+    def forward(ctx: Any, recompute: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.recompute, ctx.count = recompute, count
+        ctx.save_for_backward(*tensors[count:])
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        is_differentiated_again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            outputs = ctx.recompute()
+        pairs = [(output, w) for output, w in zip(outputs, cotangents, strict=True) if w is not None]
+        pairs = [(output, w) for output, w in pairs if output.requires_grad]
+        gradients = torch.autograd.grad(
+            [output for output, _ in pairs], ctx.saved_tensors, [w for _, w in pairs], allow_unused=True,
+            create_graph=is_differentiated_again,
+        )  # fmt: skip
+        return (None, None, *[None] * ctx.count, *gradients)
 
 
 def run(

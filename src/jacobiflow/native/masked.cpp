@@ -116,12 +116,17 @@ class Chain {
     });
   }
 
-  // Of this many multiplications and additions for each row.
-  int64_t work = 0;
+  int64_t work = 0;  // weights: multiplications and additions for each row
 
   void pack() {
-    for_all_operations([&](const Transform& t, const Operation& o, Packed<T>& p) {
-      if (o.weight >= 0) pack(t, o, p);
+    std::atomic<const Packed<T>*> free{packed.data()};
+    in_threads((int)std::min<int64_t>(call.threads, 1 + work / 200000), [&](int) {
+      const Packed<T>* own = free++;
+      for_all_operations([&](const Transform& t, const Operation& o, Packed<T>& p) {
+        if (&p != own) return;
+        if (o.weight >= 0) pack(t, o, p);
+        own = free++;
+      });
     });
   }
 

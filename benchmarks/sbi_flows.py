@@ -1,0 +1,189 @@
+"""sbi from end to end, as it is and accelerated: `python benchmarks/sbi_flows.py`.
+
+Writes docs/results/sbi.json. It first trains posterior and likelihood estimators with sbi's defaults on 5,000
+simulations of "simple likelihood, complex posterior" (Papamakarios et al., 2019): five parameters, four points in the
+plane. They are kept in out/sbi. Training takes ten minutes on two cores; then the script needs an otherwise idle
+machine and ten minutes. A file from the same machine and version is completed, so that a run can be interrupted; remove
+it to measure all anew.
+
+A call is timed from its start to its samples. A row has the share of this time that is spent in the density estimator,
+by a call of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from masked_flows import compare
+from regimes import fill_in
+from sbi.inference import NLE, NPE
+from sbi.utils import BoxUniform
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.memory import keep_freed_memory
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT, TRAINED = ROOT / "docs" / "results" / "sbi.json", ROOT / "out" / "sbi"
+SIMULATIONS, EPOCHS, ROUNDS = 5_000, 100, 3
+PRIOR = BoxUniform(-3 * torch.ones(5), 3 * torch.ones(5))
+OBSERVED = torch.tensor([0.7, -2.9, -1.0, -0.9, 0.6])  # parameters of the observation
+TRAINERS = {"NPE": NPE, "NLE": NLE}
+
+Sample = Callable[[Any], Tensor]
+
+
+def simulate(theta: Tensor) -> Tensor:
+    """Four points (B, 8) of a Gaussian in the plane: its mean, roots of its deviations, and its correlation by tanh."""
+    mean, deviations, correlation = theta[:, None, :2], theta[:, None, 2:4].square(), theta[:, None, 4:].tanh()
+    first, second = torch.randn(2, len(theta), 4, 1)
+    second = correlation * first + (1 - correlation.square()).sqrt() * second
+    return (mean + deviations * torch.cat([first, second], dim=-1)).flatten(1)
+
+
+@cache
+def observations() -> Tensor:
+    """The observation, and 99 others whose parameters are of the prior."""
+    torch.manual_seed(1)
+    return simulate(torch.cat([OBSERVED[None], PRIOR.sample((99,))]))
+
+
+def trained(method: str, kind: str) -> Any:
+    """An estimator by sbi's own training, from `out/sbi` if it is there."""
+    path = TRAINED / f"{method}-{kind}.pt"
+    if not path.exists():
+        torch.manual_seed(0)
+        theta = PRIOR.sample((SIMULATIONS,))
+        trainer = TRAINERS[method](PRIOR, density_estimator=kind, show_progress_bars=False)
+        started = perf_counter()
+        estimator = trainer.append_simulations(theta, simulate(theta)).train(max_num_epochs=EPOCHS)
+        epochs, best = len(trainer.summary["training_loss"]), trainer.summary["best_validation_loss"][0]
+        seconds = perf_counter() - started
+        print(f"{path.name}: {epochs} epochs in {seconds:.0f} s, loss of validation {best:.2f}", file=sys.stderr)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(estimator, path)
+    return torch.load(path, weights_only=False)
+
+
+def one_observation(posterior: Any, count: int) -> Tensor:
+    """Samples of a posterior for the observation."""
+    return posterior.sample((count,), x=observations()[:1], show_progress_bars=False)
+
+
+def all_observations(posterior: Any) -> Tensor:
+    """100 samples for each observation."""
+    return posterior.sample_batched((100,), x=observations(), show_progress_bars=False)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of sbi: its method, how the posterior is built, and whether the estimator's parameters are frozen.
+
+    sbi's rejection sampler evaluates the density with gradients, if the parameters ask for them.
+    """
+
+    method: str
+    sample: Sample
+    options: Mapping[str, Any] = field(default_factory=dict)
+    frozen: bool = False
+
+
+SLICES = {"sample_with": "mcmc", "mcmc_parameters": {"warmup_steps": 25}}
+REJECTION = {"sample_with": "rejection"}
+CALLS = {
+    "`sample((10_000,))`": Call("NPE", partial(one_observation, count=10_000)),
+    "`sample_batched((100,))`, 100 observations": Call("NPE", all_observations),
+    "`slice_np_vectorized`, 200 samples": Call("NLE", partial(one_observation, count=200), SLICES),
+    "rejection, 200 samples": Call("NLE", partial(one_observation, count=200), REJECTION),
+    "rejection, 200 samples, parameters frozen": Call("NLE", partial(one_observation, count=200), REJECTION, True),
+}
+ESTIMATORS = {"NPE": ("maf", "maf_rqs", "zuko_maf", "zuko_nsf"), "NLE": ("maf", "zuko_nsf")}
+
+
+def seeded(sample: Sample, posterior: Any) -> Tensor:
+    """A call from the same random numbers each time."""
+    torch.manual_seed(2)
+    np.random.seed(2)
+    return sample(posterior)
+
+
+@contextmanager
+def clock(kind: type) -> Iterator[list[float]]:
+    """Notes the seconds that are spent in the methods of an estimator."""
+    seconds: list[float] = []
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            started = perf_counter()
+            try:
+                return method(*args, **options)
+            finally:
+                seconds.append(perf_counter() - started)
+
+        return call
+
+    with ExitStack() as stack:
+        for name in ("sample", "log_prob", "sample_and_log_prob"):  # none of which calls another
+            stack.enter_context(patch.object(kind, name, timed(getattr(kind, name))))
+        yield seconds
+
+
+def share(run: Callable[[], Tensor], estimator: Any) -> float:
+    """The part of a call's time that is spent in the estimator."""
+    with clock(type(estimator)) as seconds:
+        started = perf_counter()
+        run()
+        return sum(seconds) / (perf_counter() - started)
+
+
+def measure(key: Mapping[str, Any]) -> dict[str, Any]:
+    """Seconds of a call, by sbi and accelerated, and the shares of the estimator."""
+    call = CALLS[key["call"]]
+    estimator = trained(call.method, key["estimator"]).requires_grad_(not call.frozen)
+    posterior = TRAINERS[call.method](PRIOR).build_posterior(estimator, **call.options)
+    accelerated = copy.deepcopy(posterior)
+    handle = jf.accelerate(accelerated)
+    posteriors = {"library": posterior, "accelerated": accelerated}
+    runs = {name: partial(seeded, call.sample, each) for name, each in posteriors.items()}
+    found, _ = compare(runs, ROUNDS)
+    shares = {name: share(run, estimator) for name, run in runs.items()}
+    return {**found, "share": shares, "ways": sorted(set(handle.ways.values()))}
+
+
+def keys() -> Iterator[dict[str, Any]]:
+    """All that is measured."""
+    for name, call in CALLS.items():
+        for kind in ESTIMATORS[call.method]:
+            yield {"method": call.method, "estimator": kind, "call": name, "version": version("sbi")}
+
+
+def show(run: Mapping[str, Any]) -> None:
+    """One line of progress."""
+    text = ", ".join(
+        f"{name} {timing['median']:.3g} s ({run['share'][name]:.0%} in the flow)"
+        for name, timing in run["seconds"].items()
+    )
+    print(f"{run['method']} {run['estimator']}, {run['call']}: {text}, {run['speed_up']:.1f}x", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    keep_freed_memory()  # for all that is compared
+    warnings.filterwarnings("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # sbi logs its training where it runs
+        fill_in(OUT, keys(), measure, show)
