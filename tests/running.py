@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import multiprocessing
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace

@@ -49,8 +49,7 @@ def is_right(flow: nn.Module) -> bool:
     x = torch.randn(9, 5, generator=torch.Generator().manual_seed(1)).to(weight.dtype)
     gaps = []
     for is_inverse in (False, True):
-        with jf.accelerate(copy.deepcopy(flow)):
-            pairs = zip(values(flow, x, None, is_inverse), exact(flow, x, None, is_inverse), strict=True)
+        pairs = zip(values(flow, x, None, is_inverse), exact(flow, x, None, is_inverse), strict=True)
         gaps += [float((ours - its).abs().max()) for ours, its in pairs]
     return max(gaps) < (1e-9 if weight.dtype == torch.float64 else 1e-4)
 
@@ -73,7 +72,7 @@ def replace_activations(flow: nn.Module) -> None:
 def turn_into_plain_tensor(layer: Any) -> None:
     weight = layer.weight.detach()
     del layer.weight
-    layer.weight = 2 * weight
+    layer.weight = 2 * weight  # stays float32
 
 
 CHANGES: dict[str, Callable[[nn.Module, list[Any]], Any]] = {

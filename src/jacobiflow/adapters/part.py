@@ -127,6 +127,8 @@ def part_of(description: Description) -> Part:
     if any(isinstance(module, _DROPOUTS) and module.training and module.p > 0 for module in modules):
         raise UnsupportedError("dropout in training mode")
     network, tensors, constants = description.network, description.tensors, description.constants
+    for layer in [] if network is None else _layers(network):
+        _check_shapes(layer)
     context = None if network is None else _context_width(network)
     features: int | None = None
     if network is not None:
@@ -170,12 +172,21 @@ def _layers(network: MaskedNetwork) -> list[Any]:
     return [operation.layer for operation in network.operations if isinstance(operation, Linear | Context)]
 
 
+def _check_shapes(layer: Any) -> None:
+    """Checks that the tensors of a layer are as large as native code takes them to be."""
+    if layer._parameters.keys() != {"weight", "bias"}:
+        raise UnsupportedError("a weight or bias that is not a parameter")
+    size = (layer.out_features, layer.in_features)
+    if not layer.weight.shape == getattr(layer, "mask", layer.weight).shape == size:
+        raise UnsupportedError("a weight or mask of another shape")
+    if layer.bias is not None and layer.bias.shape != size[:1]:
+        raise UnsupportedError("a bias of another shape")
+
+
 def _tensors(network: MaskedNetwork) -> tuple[tuple[Slot, ...], tuple[Slot, ...]]:
     """Weights and biases, layer by layer; and the masks."""
     tensors: list[Slot] = []
     for layer in _layers(network):
-        if layer._parameters.keys() != {"weight", "bias"}:
-            raise UnsupportedError("a weight or bias that is not a parameter")
         tensors.append((layer._parameters, "weight"))
         if layer._parameters["bias"] is not None:
             tensors.append((layer._parameters, "bias"))
