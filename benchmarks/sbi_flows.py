@@ -92,15 +92,11 @@ def all_observations(posterior: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of sbi: its method, how the posterior is built, and whether the estimator's parameters are frozen.
-
-    sbi's rejection sampler evaluates the density with gradients, if the parameters ask for them.
-    """
+    """A call of sbi: its method, and how the posterior is built."""
 
     method: str
     sample: Sample
     options: Mapping[str, Any] = field(default_factory=dict)
-    frozen: bool = False
 
 
 SLICES = {"sample_with": "mcmc", "mcmc_parameters": {"warmup_steps": 25}}
@@ -110,7 +106,6 @@ CALLS = {
     "`sample_batched((100,))`, 100 observations": Call("NPE", all_observations),
     "`slice_np_vectorized`, 200 samples": Call("NLE", partial(one_observation, count=200), SLICES),
     "rejection, 200 samples": Call("NLE", partial(one_observation, count=200), REJECTION),
-    "rejection, 200 samples, parameters frozen": Call("NLE", partial(one_observation, count=200), REJECTION, True),
 }
 ESTIMATORS = {"NPE": ("maf", "maf_rqs", "zuko_maf", "zuko_nsf"), "NLE": ("maf", "zuko_nsf")}
 
@@ -154,7 +149,7 @@ def share(run: Callable[[], Tensor], estimator: Any) -> float:
 def measure(key: Mapping[str, Any]) -> dict[str, Any]:
     """Seconds of a call, by sbi and accelerated, and the shares of the estimator."""
     call = CALLS[key["call"]]
-    estimator = trained(call.method, key["estimator"]).requires_grad_(not call.frozen)
+    estimator = trained(call.method, key["estimator"])
     posterior = TRAINERS[call.method](PRIOR).build_posterior(estimator, **call.options)
     accelerated = copy.deepcopy(posterior)
     handle = jf.accelerate(accelerated)

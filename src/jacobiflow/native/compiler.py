@@ -28,7 +28,10 @@ TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # By -mtune=generic the loops are some percent slower, on AMD's processors too.
 _TUNING = {"x86_64": ("-mtune=skylake",)}
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-pthread")
+FLAGS = (
+    "-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility-inlines-hidden",
+    "-pthread",
+)  # fmt: skip
 _SHARED = ("-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")
 

@@ -55,6 +55,12 @@ struct Lanes {
     return (r.expm1 + T(1)) * power_of_two(half) * power_of_two(r.whole - half);
   }
 
+  // e^v for v <= 88, at least the smallest number with all digits.
+  static Vector exp_of_small(Vector v) {
+    const Reduced r(larger(v, is_float ? -87 : -708));
+    return (r.expm1 + T(1)) * power_of_two(r.whole);
+  }
+
   // e^v - 1 for v <= 88, with all digits where v is small.
   static Vector expm1(Vector v) {
     const Reduced r(larger(v, is_float ? -20 : -40));
@@ -128,7 +134,7 @@ struct Lanes {
       const Vector shifted = v * T(1.44269504088896340736) + shift, n = shifted - shift;
       whole = (Integers)shifted - (Integers)spread(shift);
       const Vector r = (v - n * ln2_high) - n * ln2_low;
-      constexpr int terms = is_float ? 8 : 14;
+      constexpr int terms = is_float ? 7 : 14;
       T factor = 1;
       T factors[terms + 1];
       for (int k = 1; k <= terms; k++) factors[k] = factor /= k;

@@ -481,7 +481,7 @@ class Tile {
     for (int unit = first; unit < last; unit++) {
       Vector given[1][vectors];
       for (int v = 0; v < vectors; v++) given[0][v] = L::spread(p.bias[unit]);
-      if (!chain.shares_context) add_products<1>(p.weight + (size_t)unit * p.inputs, p.inputs, context.get(), 0, p.inputs, given);
+      if (!chain.shares_context) add_products(p.weight + (size_t)unit * p.inputs, p.inputs, context.get(), 0, p.inputs, given);
       for (int v = 0; v < vectors; v++) {
         const size_t at = (size_t)(unit - first) * rows + v * L::count;
         const Vector own = L::load(in + at), change = function(o, given[0][v]);
@@ -521,7 +521,7 @@ class Tile {
       Vector sums[count][vectors];
       for (int u = 0; u < count; u++)
         for (int v = 0; v < vectors; v++) sums[u][v] = start(unit + u - first, v);
-      add_products<count>(p.weight + (size_t)unit * p.inputs, p.inputs, in, from, to, sums);
+      add_products(p.weight + (size_t)unit * p.inputs, p.inputs, in, from, to, sums);
       for (int u = 0; u < count; u++)
         for (int v = 0; v < vectors; v++)
           L::store(out + (size_t)(unit + u - first) * rows + v * L::count, finish(v, sums[u][v]));
@@ -636,19 +636,25 @@ class Tile {
     return t.is_circular && inverts ? L::remainder(out, size) + low : out;
   }
 
-  // exp of parameters less their largest, and the sum.
+  // exp of parameters less their largest, and the sum. Soft-clipped ones are small as they are.
   Vector exponentials(const Transform& t, const T* p, T* out) const {
     const int K = t.bins;
     const T factor = (T)t.factor, clip = T(2) * (T)t.clip;
     Vector most = L::spread(-L::infinity), total{};
+    if (t.is_soft_clipped) {
+      for (int k = 0; k < K; k++) {
+        const Vector raw = L::load(p + (size_t)k * rows), e = L::exp_of_small(raw / (L::absolute(raw) * clip + T(1)));
+        L::store(out + (size_t)k * rows, e);
+        total += e;
+      }
+      return total;
+    }
     for (int k = 0; k < K; k++) {
-      Vector raw = L::load(p + (size_t)k * rows) * factor;
-      if (t.is_soft_clipped) raw = raw / (L::absolute(raw) * clip + T(1));
-      L::store(out + (size_t)k * rows, raw);
+      const Vector raw = L::load(p + (size_t)k * rows) * factor;
       most = raw > most ? raw : most;
     }
     for (int k = 0; k < K; k++) {
-      const Vector e = L::exp(L::load(out + (size_t)k * rows) - most);
+      const Vector e = L::exp_of_small(L::load(p + (size_t)k * rows) * factor - most);
       L::store(out + (size_t)k * rows, e);
       total += e;
     }
