@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from jacobiflow.adapters.masked import Activation, Context, Linear, MaskedNetwork, Sum, UnsupportedError, activation
@@ -17,6 +18,7 @@ Slot = tuple[dict[str, Any], str]
 """Where a module holds something: one of its dictionaries, and the name in it."""
 
 _DROPOUTS = (nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_MASKS = (torch.bool, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -173,12 +175,14 @@ def _layers(network: MaskedNetwork) -> list[Any]:
 
 
 def _check_shapes(layer: Any) -> None:
-    """Checks that the tensors of a layer are as large as native code takes them to be."""
+    """Checks that the tensors of a layer are of the shapes that native code reads, and masks of types that it knows."""
     if layer._parameters.keys() != {"weight", "bias"}:
         raise UnsupportedError("a weight or bias that is not a parameter")
     size = (layer.out_features, layer.in_features)
     if not layer.weight.shape == getattr(layer, "mask", layer.weight).shape == size:
         raise UnsupportedError("a weight or mask of another shape")
+    if hasattr(layer, "mask") and layer.mask.dtype not in _MASKS:
+        raise UnsupportedError(f"a mask of {layer.mask.dtype}")
     if layer.bias is not None and layer.bias.shape != size[:1]:
         raise UnsupportedError("a bias of another shape")
 

@@ -28,7 +28,7 @@ struct Operation {
   int32_t source, other;        // values
   int32_t units;                // of the value that this gives
   int32_t weight, bias, mask;   // which of the tensors of the call; -1 for none
-  int32_t mask_bytes;           // of an entry: 1 for bool
+  int32_t mask_bytes;           // of an entry: of a bool, float or double
   Function function;            // of an activation, or of what a layer gives
   int32_t is_kept;              // whether later steps read it
   double first, second;         // settings of the function
@@ -227,9 +227,12 @@ class Chain {
           for (int k = 0; k < read; k++) to[k] = weight[row + columns[k]];
         else if (o.mask_bytes == 1)
           for (int k = 0; k < read; k++) to[k] = mask[row + columns[k]] ? weight[row + columns[k]] : T(0);
+        else if (o.mask_bytes == sizeof(float))
+          for (int k = 0; k < read; k++)
+            to[k] = reinterpret_cast<const float*>(mask)[row + columns[k]] * weight[row + columns[k]];
         else
           for (int k = 0; k < read; k++)
-            to[k] = reinterpret_cast<const T*>(mask)[row + columns[k]] * weight[row + columns[k]];
+            to[k] = reinterpret_cast<const double*>(mask)[row + columns[k]] * weight[row + columns[k]];
         for (int k = 0; k < context; k++) total += to[k] * shared[columns[k] - t.context_start];
       }
       p.bias[unit] = total;
