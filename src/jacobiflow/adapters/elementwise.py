@@ -42,9 +42,10 @@ class ElementwiseLibrary(Library):
 
     def masked(self, module: Any, settings: dict[str, Any], parameters: int, is_conditional: bool) -> Description:
         """The description of a transform that a MADE gives the parameters."""
-        if any(name in vars(module) for name in ("_elementwise_forward", "_elementwise_inverse", "_elementwise")):
+        own = ("_elementwise_forward", "_elementwise_inverse", "_elementwise")
+        if any(name in vars(module) for name in own):
             raise UnsupportedError("an elementwise transform of its own")
-        names = ("features", "_epsilon", "num_bins", "tails", "tail_bound", "min_bin_width", "min_bin_height",
+        names = (*own, "features", "_epsilon", "num_bins", "tails", "tail_bound", "min_bin_width", "min_bin_height",
                  "min_derivative")  # fmt: skip
         made = module.autoregressive_net
         attributes = [(vars(module), name) for name in names] + [(vars(made), "hidden_features")]
