@@ -203,6 +203,7 @@ def _with_deferred_graph(
     parameters = [holder[name] for _, holder, name, _ in segment.tensors if holder[name].requires_grad]
     if not parameters:
         return values
+    x, context = x.clone(), None if context is None else context.clone()  # the caller may write to his own meanwhile
     results = [part for part in values if part is not None]
 
     def recompute() -> Sequence[Tensor | None]:
