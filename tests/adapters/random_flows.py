@@ -58,12 +58,13 @@ def values(flow: Any, x: Tensor, context: Tensor | None, is_inverse: bool) -> Va
 
 def exact(flow: nn.Module, x: Tensor, context: Tensor | None, is_inverse: bool) -> Values:
     """By the library's own code, in float64."""
+    default = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float64)  # in which normflows sums
         own = copy.deepcopy(flow).double()
         return values(own, x.double(), None if context is None else context.double(), is_inverse)
     finally:
-        torch.set_default_dtype(torch.float32)
+        torch.set_default_dtype(default)
 
 
 @st.composite
