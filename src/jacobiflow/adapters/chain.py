@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from jacobiflow.adapters.masked import UnsupportedError
 from jacobiflow.adapters.network import is_traced
-from jacobiflow.adapters.part import ChangedError, Description, Part, Watch, part_of
+from jacobiflow.adapters.part import ChangedError, Description, Part, Slot, Watch, part_of
 from jacobiflow.native import library as native_library
 from jacobiflow.native.masked import run_chain
 from jacobiflow.native.structures import Transform
@@ -200,17 +200,31 @@ def _with_deferred_graph(
 ) -> Values:
     """Values in the forward direction, whose graph is that of the library's own code."""
     (segment,) = chain.segments
-    parameters = [holder[name] for _, holder, name, _ in segment.tensors if holder[name].requires_grad]
-    if not parameters:
+    slots = [(holder, name) for _, holder, name, _ in segment.tensors if holder[name].requires_grad]
+    if not slots:
         return values
     x, context = x.clone(), None if context is None else context.clone()  # the caller may write to his own meanwhile
     results = [part for part in values if part is not None]
 
-    def recompute() -> Sequence[Tensor | None]:
-        return _by_library(chain.library, segment, x, context, is_inverse=False, is_accelerated=False)[: len(results)]
+    def recompute(*parameters: Tensor) -> Sequence[Tensor | None]:
+        try:
+            chain.watch.check()
+        except ChangedError as error:
+            raise RuntimeError("the flow was changed, or its mode, between its density and the backward pass") from error
+        now = [holder[name] for holder, name in slots]  # others after a call of torch.func.functional_call
+        try:
+            _put(slots, parameters)
+            return _by_library(chain.library, segment, x, context, is_inverse=False, is_accelerated=False)[: len(results)]
+        finally:
+            _put(slots, now)
 
-    outputs = _Deferred.apply(recompute, len(results), *results, *parameters)
+    outputs = _Deferred.apply(recompute, len(results), *results, *(holder[name] for holder, name in slots))
     return outputs if len(results) == 2 else (outputs[0], None)
+
+
+def _put(slots: Sequence[Slot], tensors: Sequence[Tensor]) -> None:
+    for (holder, name), tensor in zip(slots, tensors, strict=True):
+        holder[name] = tensor
 
 
 class _Deferred(torch.autograd.Function):
@@ -227,7 +241,7 @@ class _Deferred(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         is_differentiated_again = torch.is_grad_enabled()
         with torch.enable_grad():
-            outputs = ctx.recompute()
+            outputs = ctx.recompute(*ctx.saved_tensors)
         pairs = [(output, w) for output, w in zip(outputs, cotangents, strict=True) if w is not None]
         pairs = [(output, w) for output, w in pairs if output.requires_grad]
         gradients = torch.autograd.grad(
