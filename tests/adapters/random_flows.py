@@ -47,7 +47,7 @@ def values(flow: Any, x: Tensor, context: Tensor | None, is_inverse: bool) -> Va
     if hasattr(flow, "inverse"):
         return (flow.inverse if is_inverse else flow)(x, *given)
     if hasattr(flow, "bijective"):  # pyro's; it keeps values for the tensor that it saw last
-        own, x = flow.condition(context) if context is not None else flow, x.clone()
+        own, x = flow.condition(context) if hasattr(flow, "condition") else flow, x.clone()
         out = own.inv(x) if is_inverse else own(x)
         log_det = own.log_abs_det_jacobian(*((out, x) if is_inverse else (x, out)))
         return out, -log_det if is_inverse else log_det

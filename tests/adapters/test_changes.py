@@ -15,7 +15,7 @@ import torch
 import zuko
 from library_flows import masked_layers, same_bits
 from pyro.nn import AutoRegressiveNN
-from random_flows import exact, values
+from random_flows import Values, exact, values
 from running import in_child
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -127,29 +127,49 @@ def test_an_elementwise_transform_that_is_replaced() -> None:
         torch.testing.assert_close(flow.inverse(x)[0], copy.deepcopy(flow).inverse(x)[0])
 
 
-class Inverse(nn.Module):
-    """The inverse of a flow as a module."""
+class Direction(nn.Module):
+    """One direction of a flow as a module."""
 
-    def __init__(self, flow: nn.Module) -> None:
+    def __init__(self, flow: nn.Module, is_inverse: bool) -> None:
         super().__init__()
-        self.flow = flow
+        self.flow, self.is_inverse = flow, is_inverse
 
-    def forward(self, x: Tensor) -> Tensor:
-        return values(self.flow, x, None, True)[0]
+    def forward(self, x: Tensor) -> Values:
+        return values(self.flow, x, None, self.is_inverse)
 
 
+@pytest.mark.parametrize("is_inverse", [False, True])
 @pytest.mark.parametrize("name", BUILDS)
-@torch.no_grad()
-def test_weights_of_a_functional_call(name: str) -> None:
-    inverse, x = Inverse(build(name)), torch.randn(9, 5)
-    weights = {key: 0.5 * weight for key, weight in inverse.named_parameters()}
-    expected = torch.func.functional_call(inverse, weights, (x,))
-    with jf.accelerate(inverse) as done:
-        before = inverse(x)
-        found = torch.func.functional_call(inverse, weights, (x,))
-        assert set(done.ways.values()) == {"native"}
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-        assert same_bits(inverse(x), before)
+def test_weights_of_a_functional_call_and_their_gradients(name: str, is_inverse: bool) -> None:
+    module = Direction(build(name), is_inverse)
+    weights = {key: (0.5 * weight).detach().requires_grad_() for key, weight in module.named_parameters()}
+
+    def call() -> list[Tensor]:
+        x = torch.randn(9, 5, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            found = torch.func.functional_call(module, weights, (x,))
+        parts = torch.func.functional_call(module, weights, (x,))
+        if not is_inverse:
+            x = x.zero_() if done else x  # as a loader might that uses its memory again
+        return [*found, *torch.autograd.grad(sum(part.sin().sum() for part in parts), [*weights.values()])]
+
+    done: Any = None
+    expected = call()
+    with jf.accelerate(module) as done:
+        found = call()
+        assert set(done.ways.values()) == ({"library"} if is_inverse else {"native"})
+        before = module(torch.ones(3, 5))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(before, module(torch.ones(3, 5)), rtol=1e-9, atol=1e-9)
+
+
+def test_a_change_of_mode_before_the_backward_pass() -> None:
+    flow = nf.MaskedAffineAutoregressiveTransform(5, 16, dropout_probability=0.5).eval()
+    with jf.accelerate(flow):
+        loss = flow(torch.randn(9, 5))[1].sum()
+        flow.train()
+        with pytest.raises(RuntimeError, match="the flow was changed"):
+            loss.backward()
 
 
 @pytest.mark.parametrize("tolerance", [None, 0.0])
