@@ -270,7 +270,7 @@ class Tile {
   // Rows [first, first + count), of which there are at most `rows`.
   void run(int64_t first, int count) {
     const T *in = static_cast<const T*>(call.in), *given = static_cast<const T*>(call.context);
-    for (int v = 0; v < vectors; v++) log_det[v] = poison[v] = Vector{};
+    for (int v = 0; v < vectors; v++) log_det[v] = rest[v] = poison[v] = Vector{};
     transpose(in + first * call.in_stride, call.in_stride, call.features, count, features.get());
     for (int f = 0; f < call.features; f++)
       for (int v = 0; v < vectors; v++) poison[v] += L::load(features.get() + (size_t)f * rows + v * L::count) * T(0);
@@ -290,7 +290,7 @@ class Tile {
   Buffer<T> features, copy, context, bins;
   std::vector<size_t> sizes, partial_sizes;
   std::vector<Buffer<T>> values, partials;
-  Vector log_det[vectors], poison[vectors];
+  Vector log_det[vectors], rest[vectors], poison[vectors];  // `rest` is what rounding took from `log_det`
   int index = 0;  // of the transform
   bool inverts = false;
 
@@ -352,6 +352,13 @@ class Tile {
       evaluate(t);
   }
 
+  // Sums over many features lose digits: by Kahan's method they keep them.
+  void add(int v, Vector change) {
+    const Vector term = change - rest[v], total = log_det[v] + term;
+    rest[v] = (total - log_det[v]) - term;
+    log_det[v] = total;
+  }
+
   // y_i = x_order[i].
   void permute(const Transform& t) {
     T *from = features.get(), *to = copy.get();
@@ -373,7 +380,7 @@ class Tile {
       for (int v = 0; v < vectors; v++) {
         const Vector in = L::load(x + v * L::count);
         L::store(x + v * L::count, inverts ? (in - b) / a : in * a + b);
-        log_det[v] += inverts ? -change : change;
+        add(v, inverts ? -change : change);
       }
     }
   }
@@ -569,7 +576,7 @@ class Tile {
                                                : scale(t, p + v * L::count, in, change);
       L::store(at, out);
       if (inverts) change = -change;
-      log_det[v] += change;
+      add(v, change);
       if (call.is_by_feature) L::store(copy.get() + feature + v * L::count, change);
       if (inverts) {
         L::store(values[0].get() + (size_t)(t.context + i) * rows + v * L::count, out);
