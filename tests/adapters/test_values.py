@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import nflows.transforms as nf
@@ -15,7 +16,7 @@ import torch
 import zuko
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from library_flows import outcome, same_bits
+from library_flows import masked_layers, outcome, same_bits
 from nflows.transforms.base import InputOutsideDomain
 from random_flows import FLOWS, Values, exact, inputs, laid_out, values
 from torch import Tensor, nn
@@ -38,7 +39,11 @@ def check(flow: nn.Module, x: Tensor, context: Tensor | None, domain: str = "lin
     period = 2 * math.pi if domain == "circle" else 0.0
     for is_inverse in (False, True):
         expected = exact(flow, x, context, is_inverse)
-        own = values(flow, x, context, is_inverse) if x.dtype == torch.float32 else expected
+        own = expected
+        if x.dtype == torch.float32:  # with float64 pyro needs another default type
+            own = values(flow, x, context, is_inverse)
+            with jf.accelerate(flow, 0.0):
+                assert same_bits(own, values(flow, x, context, is_inverse))
         torch.set_num_threads(threads)  # here alone: those of PyTorch would cost time
         with jf.accelerate(flow) as done:
             found = values(flow, x, context, is_inverse)
@@ -51,7 +56,8 @@ def check(flow: nn.Module, x: Tensor, context: Tensor | None, domain: str = "lin
             if x.dtype == torch.float64:
                 assert error.max() <= 1e-10 * (1 + answer.abs().max())
             else:
-                assert error.mean() <= 2 * error_of_library.mean() + 1e-6 * (1 + answer.abs().mean())
+                floor = (1e-6 + 2e-5 / len(x)) * (1 + answer.abs().mean())  # a single row is no statistic
+                assert error.mean() <= 2 * error_of_library.mean() + floor
 
 
 def steep(flow: nn.Module, gain: float = 1.5) -> nn.Module:
@@ -117,22 +123,27 @@ def test_no_rows() -> None:
                 assert (found if isinstance(found, Tensor) else found[0]).shape == (0, 5)
 
 
-@pytest.mark.parametrize("kind", [zuko.flows.MAF, zuko.flows.NSF, zuko.flows.NCSF])
+@pytest.mark.parametrize("tolerance", [None, 0.0])
+@pytest.mark.parametrize("kind", [zuko.flows.MAF, zuko.flows.NSF, zuko.flows.NCSF, "inverse"])
 @torch.no_grad()
-def test_distributions_of_zuko(kind: Any) -> None:
+def test_distributions_of_zuko(kind: Any, tolerance: float | None) -> None:
     torch.manual_seed(0)
-    flow = steep(kind(4, 2).double())
+    flow = steep((zuko.flows.MAF if kind == "inverse" else kind)(4, 2).double())
+    if kind == "inverse":  # its slow side is the density
+        flow = zuko.lazy.Flow([part.inv for part in flow.transform.transforms], flow.base)
     x, c = torch.rand(6, 4).double(), torch.randn(6, 2).double()
 
     def calls() -> list[Tensor]:
         torch.manual_seed(5)
-        return [flow(c).log_prob(x), flow(c).sample((3,)), *flow(c[0]).rsample_and_log_prob((3, 2))]
+        found = [flow(c).log_prob(x), flow(c).sample((3,)), *flow(c[0]).rsample_and_log_prob((3, 2))]
+        return [*found, torch.get_rng_state()]
 
     expected = calls()
-    with jf.accelerate(flow) as done:
-        for own, other in zip(expected, calls(), strict=True):
-            torch.testing.assert_close(other, own, rtol=1e-9, atol=1e-9)
-    assert set(done.ways.values()) == {"native"}
+    with jf.accelerate(flow, tolerance) as done:
+        found = calls()
+    assert tolerance is None or same_bits(expected, found)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert tolerance == 0 or set(done.ways.values()) == {"native"}
 
 
 @torch.no_grad()
@@ -224,7 +235,6 @@ def test_what_is_not_finite_is_the_library_s(name: str, where: str) -> None:
     x, c, bad = inputs("line", 150, 6, dtype=torch.float32), torch.randn(150, 2), [3, 70, 149]
     with jf.accelerate(flow):
         before = [values(flow, x, c, is_inverse) for is_inverse in (False, True)]
-    layer = [module for module in flow.modules() if type(module).__name__ == "MaskedLinear"][-1]
     if where == "inputs":
         x[3, 2], x[70, 0], x[149, 5] = math.nan, math.inf, -math.inf
     elif where == "large inputs":
@@ -232,13 +242,17 @@ def test_what_is_not_finite_is_the_library_s(name: str, where: str) -> None:
     elif where == "context":
         c[bad, 1] = math.nan
     else:
+        layer: Any = masked_layers(flow)[-1]
         position = (layer.mask == (where == "weights")).nonzero()[0]
         layer.weight[tuple(position)], bad = math.nan, list(range(150))
     others = [row for row in range(150) if row not in bad]
     for is_inverse in (False, True):
-        expected = outcome(lambda: values(flow, x[bad], c[bad], is_inverse))  # noqa: B023
+        call = partial(outcome, partial(values, flow, x, c, is_inverse))
+        expected, whole = outcome(partial(values, flow, x[bad], c[bad], is_inverse)), call()
         with jf.accelerate(flow):
-            found = outcome(lambda: values(flow, x, c, is_inverse))  # noqa: B023
+            found = call()
+        with jf.accelerate(flow, 0.0):
+            assert call() is whole or same_bits(call(), whole)
         if isinstance(expected, type):
             assert found is expected
             continue
