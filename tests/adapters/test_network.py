@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from library_flows import CASES, MAIN, Additive, made, masked_layers, normal, same_bits
+from library_flows import CASES, Additive, made, normal, same_bits
 from nflows.transforms import MaskedAffineAutoregressiveTransform
 from nflows.transforms.made import MADE
 from random_flows import values
