@@ -111,25 +111,25 @@ def wide(result: dict[str, Any]) -> str:
 
 
 def errors(result: dict[str, Any]) -> str:
-    """Largest errors against float64, of each flow the number of features with the largest ratio."""
-    runs = [run for run in result["runs"] if run["rows"] == ERROR_ROWS and "largest_error" in run]
+    """Errors against float64, of each flow the number of features with the largest ratio."""
+    runs = [run for run in result["runs"] if run["rows"] == ERROR_ROWS and "error" in run]
     lines = []
     for library, flow, direction in dict.fromkeys((r["library"], r["flow"], r["direction"]) for r in runs):
         own = [r for r in runs if (r["library"], r["flow"], r["direction"]) == (library, flow, direction)]
         worst = max(own, key=_ratio)
-        largest = (f"{worst['largest_error'][name]:.1e}" for name in ("library", "accelerated"))
+        errors = (f"{worst['error'][name]:.1e}" for name in ("library", "accelerated"))
         name = f"{library} {flow}, {CALLS[worst['call']]}"
-        lines.append([name, *largest, f"{_ratio(worst):.2f}", str(worst["features"])])
+        lines.append([name, *errors, f"{_ratio(worst):.2f}", str(worst["features"])])
     columns = ["", "library", "accelerated", "ratio", "D"]
     return (
-        f"Largest error of {ERROR_ROWS} rows against the same flow in float64, at the number of features with the "
-        f"largest ratio to the library's own error.\n\n{table(columns, lines)}"
+        f"Root mean square error of {ERROR_ROWS} rows against the same flow in float64, at the number of features with "
+        f"the largest ratio to the library's own error.\n\n{table(columns, lines)}"
     )
 
 
 def _ratio(run: Mapping[str, Any]) -> float:
     """The error of the accelerated call over the library's."""
-    return float(run["largest_error"]["accelerated"] / run["largest_error"]["library"])
+    return float(run["error"]["accelerated"] / run["error"]["library"])
 
 
 def sbi(result: dict[str, Any]) -> str:

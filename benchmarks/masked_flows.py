@@ -159,7 +159,7 @@ def calls(flow: Any, context: Tensor | None, rows: int) -> dict[str, Call]:
 
 
 def measure(key: Mapping[str, Any]) -> dict[str, Any]:
-    """Seconds of one direction, by the library and accelerated, and the largest errors of few rows."""
+    """Seconds of one direction, by the library and accelerated, and the root mean square errors of few rows."""
     library, kind, features, rows = (key[name] for name in ("library", "flow", "features", "rows"))
     slow, fast = ("density", "sampling") if (library, kind) in SLOW_DENSITY else ("sampling", "density")
     call = slow if key["direction"] == "slow" else fast
@@ -178,7 +178,7 @@ def measure(key: Mapping[str, Any]) -> dict[str, Any]:
         found, answers = compare(runs, LEAST if rows > ROWS[-1] else rounds(runs["library"]))
         if rows <= ERROR_ROWS and features <= ERROR_FEATURES:
             exact = calls(copy.deepcopy(flow).double(), context.double(), rows)[call](inputs.double())
-            found["largest_error"] = {name: float((answer - exact).abs().max()) for name, answer in answers.items()}
+            found["error"] = {name: float((each - exact).square().mean().sqrt()) for name, each in answers.items()}
     return {"call": call, **found, "ways": sorted(set(handle.ways.values()))}
 
 
@@ -229,7 +229,7 @@ def show(run: Mapping[str, Any]) -> None:
     text = ", ".join(f"{name} {timing['median'] * 1e3:.3g} ms" for name, timing in run["seconds"].items())
     print(
         f"{run['library']} {run['flow']}, {run['features']} features, {run['rows']:,} rows, {run['call']}: {text}, "
-        f"{run['speed_up']:.1f}x, {', '.join(run['ways'])}, errors {run.get('largest_error')}", file=sys.stderr
+        f"{run['speed_up']:.1f}x, {', '.join(run['ways'])}, errors {run.get('error')}", file=sys.stderr
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from jacobiflow.adapters.masked import UnsupportedError
 from jacobiflow.adapters.network import is_traced
-from jacobiflow.adapters.part import ChangedError, Description, Part, Slot, Watch, part_of
+from jacobiflow.adapters.part import ChangedError, Description, Part, Watch, part_of
 from jacobiflow.native import library as native_library
 from jacobiflow.native.masked import run_chain
 from jacobiflow.native.structures import Transform
@@ -168,11 +168,7 @@ class Chains:
         is_inverse: bool,
         log_det: str | None = None,
     ) -> tuple[Values, Chain] | None:
-        """The values of `run`, and the chain; `None` too if the inputs are not for native code.
-
-        In evaluation mode, the graph of a density is made only if it is used: programs that forget `torch.no_grad` ask
-        for one, and few of them differentiate by the parameters.
-        """
+        """The values of `run`, and the chain; `None` too for a graph, and for inputs that native code does not take."""
         for_graph = torch.is_grad_enabled()
         if native_library() is None or len(x) == 0 or not is_plain(x, context):
             return None
@@ -183,72 +179,12 @@ class Chains:
         for _ in range(2):
             if chain is None:
                 chain = self._chains[key] = Chain(module, library, context is not None)
-            is_deferred = for_graph and not is_inverse and not module.training and len(chain.segments) == 1
             try:
-                values = run(chain, x, context, is_inverse, log_det, for_graph and not is_deferred)
+                values = run(chain, x, context, is_inverse, log_det, for_graph)
+                return None if values is None else (values, chain)
             except ChangedError:
                 chain = None
-                continue
-            if values is not None and is_deferred:
-                values = _with_deferred_graph(chain, x, context, values)
-            return None if values is None else (values, chain)
         return None
-
-
-def _with_deferred_graph(
-    chain: Chain, x: Float[Tensor, "b d"], context: Float[Tensor, "#b c"] | None, values: Values
-) -> Values:
-    """Values in the forward direction, whose graph is that of the library's own code."""
-    (segment,) = chain.segments
-    slots = [(holder, name) for _, holder, name, _ in segment.tensors if holder[name].requires_grad]
-    if not slots:
-        return values
-    x, context = x.clone(), None if context is None else context.clone()  # the caller may write to his own meanwhile
-    results = [part for part in values if part is not None]
-
-    def recompute(*parameters: Tensor) -> Sequence[Tensor | None]:
-        try:
-            chain.watch.check()
-        except ChangedError as error:
-            raise RuntimeError("the flow was changed, or its mode, between its density and the backward pass") from error
-        now = [holder[name] for holder, name in slots]  # others after a call of torch.func.functional_call
-        try:
-            _put(slots, parameters)
-            return _by_library(chain.library, segment, x, context, is_inverse=False, is_accelerated=False)[: len(results)]
-        finally:
-            _put(slots, now)
-
-    outputs = _Deferred.apply(recompute, len(results), *results, *(holder[name] for holder, name in slots))
-    return outputs if len(results) == 2 else (outputs[0], None)
-
-
-def _put(slots: Sequence[Slot], tensors: Sequence[Tensor]) -> None:
-    for (holder, name), tensor in zip(slots, tensors, strict=True):
-        holder[name] = tensor
-
-
-class _Deferred(torch.autograd.Function):
-    """Values of native code, which a backward pass computes again, with a graph, to differentiate them."""
-
-    @staticmethod
-    def forward(ctx: Any, recompute: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.recompute, ctx.count = recompute, count
-        ctx.save_for_backward(*tensors[count:])
-        ctx.set_materialize_grads(False)
-        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        is_differentiated_again = torch.is_grad_enabled()
-        with torch.enable_grad():
-            outputs = ctx.recompute(*ctx.saved_tensors)
-        pairs = [(output, w) for output, w in zip(outputs, cotangents, strict=True) if w is not None]
-        pairs = [(output, w) for output, w in pairs if output.requires_grad]
-        gradients = torch.autograd.grad(
-            [output for output, _ in pairs], ctx.saved_tensors, [w for _, w in pairs], allow_unused=True,
-            create_graph=is_differentiated_again,
-        )  # fmt: skip
-        return (None, None, *[None] * ctx.count, *gradients)
 
 
 def run(

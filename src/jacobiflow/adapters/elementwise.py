@@ -79,13 +79,13 @@ class AcceleratedTransform(Solvable):
 
     def forward(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None = None) -> Sequence[Tensor]:
         """z = `inputs` under the transform and log|det dz/dinputs| (B,), as the library's."""
-        found = through_native_code(self, self.library, inputs, context, is_inverse=False)
-        return super().forward(inputs, context) if found is None else found
+        result = through_native_code(self, self.library, inputs, context, is_inverse=False)
+        return super().forward(inputs, context) if result is None else result
 
     def inverse(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None = None) -> Sequence[Tensor]:
         """The x with forward(x) = `inputs`, and log|det dx/dinputs| (B,), as the library's."""
-        found = through_native_code(self, self.library, inputs, context, is_inverse=True)
-        return tuple(self._solve(inputs, context)) if found is None else found
+        result = through_native_code(self, self.library, inputs, context, is_inverse=True)
+        return tuple(self._solve(inputs, context)) if result is None else result
 
     def _solve(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None) -> Sequence[Tensor]:
         cheaper = cache(partial(premasked, self.autoregressive_net, self.made.MaskedLinear))

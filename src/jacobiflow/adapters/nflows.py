@@ -1,4 +1,4 @@
-"""nflows: `AutoregressiveTransform`, affine, spline or one's own, whose slow side is `inverse`, and compositions."""
+"""nflows: `AutoregressiveTransform`, affine, spline or one's kind, whose slow side is `inverse`, and compositions."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class NFlows(ElementwiseLibrary):
 
     def links(self, module: Any) -> Iterator[Link]:
         """See `Library`."""
-        own, is_plain = Swapped.library_class_of(module) or type(module), is_plain_module(module, "forward", "inverse")
-        if own is CompositeTransform and is_plain:
+        kind, is_plain = Swapped.library_class_of(module) or type(module), is_plain_module(module, "forward", "inverse")
+        if kind is CompositeTransform and is_plain:
             for part in module._transforms:
                 yield from self.links(part)
-        elif own is InverseTransform and is_plain:
+        elif kind is InverseTransform and is_plain:
             for part, is_reversed in reversed(list(self.links(module._transform))):
                 yield part, not is_reversed
         else:
@@ -48,18 +48,18 @@ class NFlows(ElementwiseLibrary):
 
     def describe(self, module: Any, is_conditional: bool) -> Description:
         """See `Library`."""
-        own = Swapped.library_class_of(module) or type(module)
-        if own is MaskedAffineAutoregressiveTransform:
+        kind = Swapped.library_class_of(module) or type(module)
+        if kind is MaskedAffineAutoregressiveTransform:
             affine = {"kind": Elementwise.SOFTPLUS_AFFINE, "second": module._epsilon}
             return self.masked(module, affine, 2, is_conditional)
-        if own is MaskedPiecewiseRationalQuadraticAutoregressiveTransform:
+        if kind is MaskedPiecewiseRationalQuadraticAutoregressiveTransform:
             return self.masked(module, *rational_quadratic(module), is_conditional)
-        if own in (Permutation, RandomPermutation, ReversePermutation) and module._dim == 1:
+        if kind in (Permutation, RandomPermutation, ReversePermutation) and module._dim == 1:
             slot = (module._buffers, "_permutation")
             return Description(module, order=module._permutation.tolist(), constants=(slot,))
-        if own in (PointwiseAffineTransform, AffineTransform):
+        if kind in (PointwiseAffineTransform, AffineTransform):
             return Description(module, tensors=((module._buffers, "_scale"), (module._buffers, "_shift")))
-        raise UnsupportedError(own.__name__)
+        raise UnsupportedError(kind.__name__)
 
 
 NFLOWS = NFlows()
@@ -76,13 +76,13 @@ class AcceleratedComposition(Swapped):
     """A composition: native code takes its transforms together."""
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        found = through_native_code(self, NFLOWS, inputs, context, is_inverse=False)
-        return super().forward(inputs, context) if found is None else found
+        result = through_native_code(self, NFLOWS, inputs, context, is_inverse=False)
+        return super().forward(inputs, context) if result is None else result
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The x with forward(x) = `inputs`, and log|det dx/dinputs| (B,), as nflows's."""
-        found = through_native_code(self, NFLOWS, inputs, context, is_inverse=True)
-        return super().inverse(inputs, context) if found is None else found  # type: ignore[misc]
+        result = through_native_code(self, NFLOWS, inputs, context, is_inverse=True)
+        return super().inverse(inputs, context) if result is None else result  # type: ignore[misc]
 
 
 ADAPTERS = (

@@ -33,24 +33,24 @@ class NormFlows(ElementwiseLibrary):
 
     def links(self, module: Any) -> Iterator[Link]:
         """See `Library`."""
-        own, is_plain = Swapped.library_class_of(module) or type(module), is_plain_module(module, "forward", "inverse")
-        if own in (NormalizingFlow, ConditionalNormalizingFlow):
+        kind, is_plain = Swapped.library_class_of(module) or type(module), is_plain_module(module, "forward", "inverse")
+        if kind in (NormalizingFlow, ConditionalNormalizingFlow):
             for part in module.flows:
                 yield from self.links(part)
-        elif own is AutoregressiveRationalQuadraticSpline and is_plain:
+        elif kind is AutoregressiveRationalQuadraticSpline and is_plain:
             yield module.mprqat, True
         else:
             yield module, False
 
     def describe(self, module: Any, is_conditional: bool) -> Description:
         """See `Library`."""
-        own = Swapped.library_class_of(module) or type(module)
-        if own is MaskedAffineAutoregressive:
+        kind = Swapped.library_class_of(module) or type(module)
+        if kind is MaskedAffineAutoregressive:
             affine = {"kind": Elementwise.SIGMOID_AFFINE, "first": 2.0, "second": 1e-3}
             return self.masked(module, affine, 2, is_conditional)
-        if own is MaskedPiecewiseRationalQuadraticAutoregressive:
+        if kind is MaskedPiecewiseRationalQuadraticAutoregressive:
             return self.masked(module, *rational_quadratic(module), is_conditional)
-        if own is Permute:
+        if kind is Permute:
             attributes = tuple((vars(module), name) for name in ("mode", "num_channels"))
             if module.mode == "shuffle":
                 slots = ((module._buffers, "perm"),)
@@ -59,7 +59,7 @@ class NormFlows(ElementwiseLibrary):
                 half = module.num_channels // 2
                 order = [*range(half, module.num_channels), *range(half)]
                 return Description(module, order=order, attributes=attributes)
-        raise UnsupportedError(own.__name__)
+        raise UnsupportedError(kind.__name__)
 
 
 NORMFLOWS = NormFlows()
@@ -79,13 +79,13 @@ class AcceleratedFlow(Swapped):
 
     def forward_and_log_det(self, z: Tensor, *context: Any, **contexts: Any) -> tuple[Tensor, Tensor]:
         """x of latents z, and log|det dx/dz| (B,), as normflows's."""
-        found = through_native_code(self, NORMFLOWS, z, _context(*context, **contexts), is_inverse=False)
-        return super().forward_and_log_det(z, *context, **contexts) if found is None else found  # type: ignore[misc]
+        result = through_native_code(self, NORMFLOWS, z, _context(*context, **contexts), is_inverse=False)
+        return super().forward_and_log_det(z, *context, **contexts) if result is None else result  # type: ignore[misc]
 
     def inverse_and_log_det(self, x: Tensor, *context: Any, **contexts: Any) -> tuple[Tensor, Tensor]:
         """Latents z of x, and log|det dz/dx| (B,), as normflows's."""
-        found = through_native_code(self, NORMFLOWS, x, _context(*context, **contexts), is_inverse=True)
-        return super().inverse_and_log_det(x, *context, **contexts) if found is None else found  # type: ignore[misc]
+        result = through_native_code(self, NORMFLOWS, x, _context(*context, **contexts), is_inverse=True)
+        return super().inverse_and_log_det(x, *context, **contexts) if result is None else result  # type: ignore[misc]
 
     def forward(self, z: Tensor, *context: Any, **contexts: Any) -> Tensor:
         return self.forward_and_log_det(z, *context, **contexts)[0]
@@ -97,9 +97,9 @@ class AcceleratedFlow(Swapped):
     def sample(self, num_samples: int = 1, *context: Any, **contexts: Any) -> tuple[Tensor, Tensor]:
         """Samples x and their log-densities (N,)."""
         z, log_prob = self.q0(num_samples, *context, **contexts)
-        found = through_native_code(self, NORMFLOWS, z, _context(*context, **contexts), is_inverse=False)
-        if found is not None:
-            return found[0], log_prob - found[1]
+        result = through_native_code(self, NORMFLOWS, z, _context(*context, **contexts), is_inverse=False)
+        if result is not None:
+            return result[0], log_prob - result[1]
         for flow in self.flows:  # forward_and_log_det would sum in the default dtype
             z, log_det = flow(z, *context, **contexts)
             log_prob = log_prob - log_det
@@ -107,10 +107,10 @@ class AcceleratedFlow(Swapped):
 
     def log_prob(self, x: Tensor, *context: Any, **contexts: Any) -> Tensor:
         """Log-densities (B,) of x."""
-        found = through_native_code(self, NORMFLOWS, x, _context(*context, **contexts), is_inverse=True)
-        if found is None:
+        result = through_native_code(self, NORMFLOWS, x, _context(*context, **contexts), is_inverse=True)
+        if result is None:
             return super().log_prob(x, *context, **contexts)  # type: ignore[misc]
-        return found[1] + self.q0.log_prob(found[0], *context, **contexts)
+        return result[1] + self.q0.log_prob(result[0], *context, **contexts)
 
 
 def _context(context: Tensor | None = None) -> Tensor | None:

@@ -38,14 +38,14 @@ def find_order(network: MaskedNetwork) -> Order | None:
         return None
     steps, features = int(step_of.max()) + 1, step_of.argsort(stable=True)
     parameters = network.outputs[features].flatten()
-    units = [parameters if own is ready[-1] else own.argsort(stable=True) for own in ready]
-    known = [[int((own <= step).sum()) for step in range(steps)] for own in ready]
+    units = [parameters if ready_at is ready[-1] else ready_at.argsort(stable=True) for ready_at in ready]
+    known = [[int((ready_at <= step).sum()) for step in range(steps)] for ready_at in ready]
     starts = [int((step_of < step).sum()) for step in range(steps + 1)]
-    return Order(features.tolist(), starts, [own.tolist() for own in units], known)
+    return Order(features.tolist(), starts, [ready_at.tolist() for ready_at in units], known)
 
 
 def _dependencies(network: MaskedNetwork) -> Bool[Tensor, "units d"]:
-    """Which features each unit of the last value depends on, by any path through the masks."""
+    """The features that each unit of the last value depends on, by any path through the masks."""
     features = len(network.outputs)
     value = torch.zeros(network.width, features, dtype=torch.float32, device="cpu")
     value[network.features] = torch.eye(features, dtype=value.dtype, device="cpu")

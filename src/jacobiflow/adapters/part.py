@@ -50,7 +50,7 @@ class ChangedError(Exception):
 
 @dataclass(frozen=True)
 class Watch:
-    """What a description depends on, to notice at a call if it has changed since.
+    """All that a description depends on, to notice at a call if it has changed since.
 
     Attributes:
         modules: With their classes and what they hold.
@@ -204,34 +204,34 @@ def _masked(
     operations: list[tuple[Operation, list[int], list[int]]] = []
     reads = [operation.source for operation in network.operations]
     reads += [operation.other for operation in network.operations if isinstance(operation, Sum)]
-    kept = {operation.source for operation in network.operations if isinstance(operation, Linear)}
+    read_later = {operation.source for operation in network.operations if isinstance(operation, Linear)}
     tensor, mask, values = 0, masks, {0: 0}  # values: where those of the network are among the operations'
     for value, operation in enumerate(network.operations, start=1):
         source = values[operation.source]
         before = network.operations[operation.source - 1] if operation.source else None
         if isinstance(operation, Activation) and isinstance(before, Linear) and reads.count(operation.source) == 1:
-            own, values[value] = operations[source - 1][0], source  # the layer gives it at once
-            own.is_kept = value in kept
-            _set_function(own, operation.function)
+            entry, values[value] = operations[source - 1][0], source  # the layer gives it at once
+            entry.is_kept = value in read_later
+            _set_function(entry, operation.function)
             continue
-        own = Operation(
-            source=source, units=len(order.units[value]), is_kept=value in kept, weight=-1, bias=-1, mask=-1
+        entry = Operation(
+            source=source, units=len(order.units[value]), is_kept=value in read_later, weight=-1, bias=-1, mask=-1
         )
         if isinstance(operation, Linear | Context):
-            own.weight, tensor = tensor, tensor + 1
+            entry.weight, tensor = tensor, tensor + 1
             if operation.layer._parameters["bias"] is not None:
-                own.bias, tensor = tensor, tensor + 1
+                entry.bias, tensor = tensor, tensor + 1
         if isinstance(operation, Linear):
-            own.kind, own.mask, mask = Kind.LINEAR, mask, mask + 1
-            own.mask_bytes = operation.layer.mask.itemsize
+            entry.kind, entry.mask, mask = Kind.LINEAR, mask, mask + 1
+            entry.mask_bytes = operation.layer.mask.itemsize
         elif isinstance(operation, Sum):
-            own.kind, own.other = Kind.SUM, values[operation.other]
+            entry.kind, entry.other = Kind.SUM, values[operation.other]
         else:
-            own.kind = Kind.ACTIVATION
+            entry.kind = Kind.ACTIVATION
             if isinstance(operation, Context):
-                own.kind = Kind.GATE_CONTEXT if operation.gate else Kind.ADD_CONTEXT
-            _set_function(own, operation.function)
-        operations.append((own, order.units[value], order.known[value]))
+                entry.kind = Kind.GATE_CONTEXT if operation.gate else Kind.ADD_CONTEXT
+            _set_function(entry, operation.function)
+        operations.append((entry, order.units[value], order.known[value]))
         values[value] = len(operations)
     start, stop = network.features.start, network.features.stop
     return masked_transform(

@@ -88,10 +88,10 @@ def solve(
 def _by_native_code(module: Solvable, y: Tensor, context: Tensor | None) -> Float[Tensor, "b d"] | None:
     """The answer of native code, if all of it is finite and so moderate that no iterate of the library overflows."""
     rows, contexts = module.rows(y.detach(), None if context is None else context.detach())
-    found = module.acceleration.chains.run(module.owner, module.library, rows, contexts, is_inverse=True)
-    if found is None or found[0][0] is rows:
+    result = module.acceleration.chains.run(module.owner, module.library, rows, contexts, is_inverse=True)
+    if result is None or result[0][0] is rows:
         return None
-    (x, _), chain = found
+    (x, _), chain = result
     if any(segment.transforms is None for segment in chain.segments):
         return None
     limit = torch.finfo(y.dtype).max ** 0.5

@@ -35,21 +35,22 @@ class Pyro(Library):
 
     def describe(self, module: Any, is_conditional: bool) -> Description:
         """See `Library`. A conditional transform keeps its settings in `kwargs`."""
-        own = Swapped.library_class_of(module) or type(module)
-        if own in (AffineAutoregressive, ConditionalAffineAutoregressive):
-            held = vars(module).get("kwargs", vars(module))
-            attributes: list[Slot] = [(held, name) for name in ("log_scale_min_clip", "log_scale_max_clip", "stable")]
+        kind = Swapped.library_class_of(module) or type(module)
+        if kind in (AffineAutoregressive, ConditionalAffineAutoregressive):
+            options = vars(module).get("kwargs", vars(module))
+            names = ("log_scale_min_clip", "log_scale_max_clip", "stable")
+            attributes: list[Slot] = [(options, name) for name in names]
             settings: dict[str, Any] = {
-                "kind": Elementwise.CLAMPED_AFFINE, "first": held.get("log_scale_min_clip", -5.0),
-                "second": held.get("log_scale_max_clip", 3.0),
+                "kind": Elementwise.CLAMPED_AFFINE, "first": options.get("log_scale_min_clip", -5.0),
+                "second": options.get("log_scale_max_clip", 3.0),
             }  # fmt: skip
             sizes = [1, 1]
-        elif own in (SplineAutoregressive, ConditionalSplineAutoregressive):
-            held = vars(module)["kwargs"] if own is ConditionalSplineAutoregressive else vars(module.spline)
-            attributes = [(held, name) for name in ("count_bins", "bound", "order")]
-            settings, sizes = _spline(held)
+        elif kind in (SplineAutoregressive, ConditionalSplineAutoregressive):
+            options = vars(module)["kwargs"] if kind is ConditionalSplineAutoregressive else vars(module.spline)
+            attributes = [(options, name) for name in ("count_bins", "bound", "order")]
+            settings, sizes = _spline(options)
         else:
-            raise UnsupportedError(own.__name__)
+            raise UnsupportedError(kind.__name__)
         network = module.nn if hasattr(module, "nn") else module.arn
         if type(network) not in (AutoRegressiveNN, ConditionalAutoRegressiveNN):
             raise UnsupportedError(f"the network {type(network).__name__}")
@@ -61,20 +62,20 @@ class Pyro(Library):
         self, module: Any, x: Float[Tensor, "b d"], context: Tensor | None, is_inverse: bool, is_accelerated: bool
     ) -> tuple[Tensor, Tensor]:
         """See `Library`; the log-determinant is by feature."""
-        own: Any = Swapped.library_class_of(module) or type(module)
+        kind: Any = Swapped.library_class_of(module) or type(module)
         transform = module
         if context is not None:
-            transform = own.condition(module, context)
-            own = type(transform)
-        values = own._inverse(transform, x) if is_inverse else own._call(transform, x)
+            transform = kind.condition(module, context)
+            kind = type(transform)
+        values = kind._inverse(transform, x) if is_inverse else kind._call(transform, x)
         name = "_cached_log_scale" if hasattr(transform, "_cached_log_scale") else "_cache_log_detJ"
         derivative = getattr(transform, name)
         return values, -derivative if is_inverse else derivative
 
 
-def _spline(held: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
+def _spline(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     """The spline's settings, and the sizes of its parameters."""
-    bins, bound, order = held.get("count_bins", 8), held.get("bound", 3.0), held.get("order", "linear")
+    bins, bound, order = options.get("count_bins", 8), options.get("bound", 3.0), options.get("order", "linear")
     kind = Elementwise.RATIONAL_LINEAR if order == "linear" else Elementwise.RATIONAL_QUADRATIC
     return {
         "kind": kind, "bins": bins, "ends": Ends.FIXED, "end_slope": 1 - 1e-3, "factor": 1.0, "low": -bound,
@@ -108,12 +109,12 @@ class _Accelerated(Solvable):
     arn: Any
 
     def _call(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        found = self._by_native_code(x, is_inverse=False)
-        return super()._call(x) if found is None else found  # type: ignore[misc]
+        result = self._by_native_code(x, is_inverse=False)
+        return super()._call(x) if result is None else result  # type: ignore[misc]
 
     def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        found = self._by_native_code(y, is_inverse=True)
-        return self._solve(y) if found is None else found
+        result = self._by_native_code(y, is_inverse=True)
+        return self._solve(y) if result is None else result
 
     def _by_native_code(self, x: Float[Tensor, "*batch d"], is_inverse: bool) -> Float[Tensor, "*batch d"] | None:
         _, context = self._network
@@ -123,10 +124,10 @@ class _Accelerated(Solvable):
             rows = self.rows(x, context)
         except RuntimeError:  # the library's message is its own
             return None
-        found = self.acceleration.by_native_code(self.owner, PYRO, *rows, is_inverse, "features")
-        if found is None:
+        result = self.acceleration.by_native_code(self.owner, PYRO, *rows, is_inverse, "features")
+        if result is None:
             return None
-        values, derivative = found
+        values, derivative = result
         assert derivative is not None
         self._remember((-derivative if is_inverse else derivative).view(x.shape))
         return values.view(x.shape)
@@ -207,10 +208,8 @@ class AcceleratedSpline(_Accelerated):
     _cache_log_detJ: Any  # noqa: N815 (pyro's name)
 
     def _pass(self, y: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        own = self.spline
-        spline = ConditionalSpline(lambda _: parameters, y.shape[-1], own.count_bins, own.bound, own.order).condition(
-            None
-        )
+        bins, bound, order = self.spline.count_bins, self.spline.bound, self.spline.order
+        spline = ConditionalSpline(lambda _: parameters, y.shape[-1], bins, bound, order).condition(None)
         return spline._inverse(y), spline._cache_log_detJ
 
     def _remember(self, log_scale: Tensor) -> None:

@@ -108,10 +108,10 @@ class Acceleration:
         """The values of a transform or chain, see `chain.run`; `None` if they are left to other ways."""
         if self.tolerance == 0:
             return None
-        found = self.chains.run(module, library, x, context, is_inverse, log_det)
-        if found is None:
+        result = self.chains.run(module, library, x, context, is_inverse, log_det)
+        if result is None:
             return None
-        values, chain = found
+        values, chain = result
         for segment in chain.segments:
             if segment.transforms is not None:
                 for link, _ in segment.links:

@@ -37,11 +37,11 @@ class Zuko(Library):
 
     def links(self, module: Any) -> Iterator[Link]:
         """See `Library`."""
-        own = Swapped.library_class_of(module) or type(module)
-        if is_plain_module(module, "forward") and own is LazyComposedTransform:
+        kind = Swapped.library_class_of(module) or type(module)
+        if is_plain_module(module, "forward") and kind is LazyComposedTransform:
             for part in module.transforms:
                 yield from self.links(part)
-        elif is_plain_module(module, "forward") and own is LazyInverse:
+        elif is_plain_module(module, "forward") and kind is LazyInverse:
             for part, is_reversed in reversed(list(self.links(module.transform))):
                 yield part, not is_reversed
         else:
@@ -49,11 +49,11 @@ class Zuko(Library):
 
     def describe(self, module: Any, is_conditional: bool) -> Description:
         """See `Library`."""
-        own = Swapped.library_class_of(module) or type(module)
-        if own is UnconditionalTransform:
+        kind = Swapped.library_class_of(module) or type(module)
+        if kind is UnconditionalTransform:
             return _unconditional(module)
-        if own is not MaskedAutoregressiveTransform:
-            raise UnsupportedError(own.__name__)
+        if kind is not MaskedAutoregressiveTransform:
+            raise UnsupportedError(kind.__name__)
         if type(module.hyper) is not MaskedMLP:
             raise UnsupportedError(f"the network {type(module.hyper).__name__}")
         network = chain(list(module.hyper), MaskedLinear, Residual)
@@ -144,26 +144,26 @@ class _AtContext(Transform):
             batch = _batch(x, self.context)
         except RuntimeError:  # zuko's message is its own
             return None
-        found = self.module.acceleration.by_native_code(
+        result = self.module.acceleration.by_native_code(
             self.module, ZUKO, *_rows(x, self.context, batch), is_inverse, log_det
         )
-        if found is None:
+        if result is None:
             return None
-        values, log_dets = found
+        values, log_dets = result
         return values.view(*batch, values.shape[-1]), None if log_dets is None else log_dets.view(batch)
 
     def _call(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        found = self._by_native_code(x, is_inverse=False)
-        return super()._call(x) if found is None else found[0]
+        result = self._by_native_code(x, is_inverse=False)
+        return super()._call(x) if result is None else result[0]
 
     def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        found = self._by_native_code(y, is_inverse=True)
-        return super()._inverse(y) if found is None else found[0]
+        result = self._by_native_code(y, is_inverse=True)
+        return super()._inverse(y) if result is None else result[0]
 
     def call_and_ladj(self, x: Float[Tensor, "*batch d"]) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch"]]:
         """y and the logarithm of the Jacobian's determinant."""
-        found = self._by_native_code(x, is_inverse=False, log_det="rows")
-        return super().call_and_ladj(x) if found is None else found  # type: ignore[misc]
+        result = self._by_native_code(x, is_inverse=False, log_det="rows")
+        return super().call_and_ladj(x) if result is None else result  # type: ignore[misc]
 
 
 class ParallelInverse(_AtContext, AutoregressiveTransform):  # type: ignore[misc]
@@ -179,8 +179,8 @@ class ParallelInverse(_AtContext, AutoregressiveTransform):  # type: ignore[misc
     def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         if Swapped.library_class_of(self.module) is None:
             return AutoregressiveTransform._inverse(self, y)
-        found = self._by_native_code(y, is_inverse=True)
-        return self._solve(y) if found is None else found[0]
+        result = self._by_native_code(y, is_inverse=True)
+        return self._solve(y) if result is None else result[0]
 
     def _solve(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         module, context = self.module, self.context
@@ -227,13 +227,13 @@ class InverseComposition(ComposedTransform):  # type: ignore[misc]
         return ComposedTransform, tuple(self.transforms)
 
     def _call(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        found = self.composition._by_native_code(y, is_inverse=True)
-        return super()._call(y) if found is None else found[0]
+        result = self.composition._by_native_code(y, is_inverse=True)
+        return super()._call(y) if result is None else result[0]
 
     def call_and_ladj(self, y: Float[Tensor, "*batch d"]) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch"]]:
         """x and the logarithm of the determinant of the inverse's Jacobian."""
-        found = self.composition._by_native_code(y, is_inverse=True, log_det="rows")
-        return super().call_and_ladj(y) if found is None else found
+        result = self.composition._by_native_code(y, is_inverse=True, log_det="rows")
+        return super().call_and_ladj(y) if result is None else result
 
 
 class Accelerated(Solvable):

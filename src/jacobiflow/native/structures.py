@@ -7,7 +7,7 @@ from enum import IntEnum
 
 
 class Kind(IntEnum):
-    """How an operation makes a value of earlier ones."""
+    """The kind of an operation, which makes a value of earlier ones."""
 
     LINEAR, ACTIVATION, SUM, ADD_CONTEXT, GATE_CONTEXT, EXTRAPOLATION = range(6)
 
