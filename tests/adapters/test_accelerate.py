@@ -13,7 +13,8 @@ import nflows.transforms
 import pytest
 import torch
 import zuko
-from library_flows import CASES, CONTEXT, MAIN, Additive, both, made, normal, same_bits
+from library_flows import CASES, CONTEXT, MAIN, Additive, both, made, normal
+from random_flows import same_bits
 from torch import Tensor, nn
 
 import jacobiflow as jf

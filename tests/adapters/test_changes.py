@@ -13,9 +13,9 @@ import pyro.distributions.transforms as pt
 import pytest
 import torch
 import zuko
-from library_flows import masked_layers, same_bits
+from library_flows import masked_layers
 from pyro.nn import AutoRegressiveNN
-from random_flows import Values, exact, values
+from random_flows import Values, exact, same_bits, values
 from running import in_child
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -141,7 +141,7 @@ class Direction(nn.Module):
 @pytest.mark.parametrize("is_inverse", [False, True])
 @pytest.mark.parametrize("name", BUILDS)
 def test_weights_of_a_functional_call_and_their_gradients(name: str, is_inverse: bool) -> None:
-    module, is_overwritten = Direction(build(name), is_inverse), False
+    module = Direction(build(name), is_inverse)
     weights = {key: (0.5 * weight).detach().requires_grad_() for key, weight in module.named_parameters()}
 
     def call() -> list[Tensor]:
@@ -149,26 +149,15 @@ def test_weights_of_a_functional_call_and_their_gradients(name: str, is_inverse:
         with torch.no_grad():
             found = torch.func.functional_call(module, weights, (x,))
         parts = torch.func.functional_call(module, weights, (x,))
-        if is_overwritten:  # as by a loader that uses its memory again
-            x.zero_()
         return [*found, *torch.autograd.grad(sum(part.sin().sum() for part in parts), [*weights.values()])]
 
-    expected, is_overwritten = call(), not is_inverse
+    expected = call()
     with jf.accelerate(module) as done:
         found = call()
         assert set(done.ways.values()) == ({"passes"} if is_inverse else {"native"})
         before = module(torch.ones(3, 5))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(before, module(torch.ones(3, 5)), rtol=1e-9, atol=1e-9)
-
-
-def test_a_change_of_mode_before_the_backward_pass() -> None:
-    flow = nf.MaskedAffineAutoregressiveTransform(5, 16, dropout_probability=0.5).eval()
-    with jf.accelerate(flow):
-        loss = flow(torch.randn(9, 5))[1].sum()
-        flow.train()
-        with pytest.raises(RuntimeError, match="the flow was changed"):
-            loss.backward()
 
 
 @pytest.mark.parametrize("tolerance", [None, 0.0])

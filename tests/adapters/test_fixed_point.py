@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from library_flows import CASES, CONTEXT, Additive, Carry, Case, both, made, normal, same_bits
-from random_flows import values
+from library_flows import CASES, CONTEXT, Additive, Carry, Case, both, made, normal
+from random_flows import same_bits, values
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -67,7 +67,7 @@ def same(expected: tuple[Tensor, ...], found: tuple[Tensor, ...], tolerance: flo
 
 
 def test_rows_leave_the_batch_with_their_contexts() -> None:
-    # A row (1, 0, ..., 0) in `Carry` ends with the first pass k that changes it by c^(k - 1) <= 0.01, and keeps its result.
+    # A row (1, 0, ..., 0) in `Carry` ends with the first pass k that changes it by c^(k - 1) <= 0.01, which it keeps.
     # It leaves at once, as it is a quarter of the batch or more.
     ends = {0.01: 2, 0.3: 5, 0.4: 7, 0.5: 8}
     flow, y = Additive(32, network=Carry()), torch.eye(32, dtype=DOUBLE)[:1].expand(4, 32)

@@ -9,9 +9,9 @@ import lampe
 import pyro.distributions.transforms as pt
 import pytest
 import torch
-from library_flows import normal, same_bits
+from library_flows import normal
 from pyro.nn import AutoRegressiveNN
-from random_flows import values
+from random_flows import same_bits, values
 from torch import Tensor, nn
 
 import jacobiflow as jf

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from library_flows import MAIN, Case, counted, made, same_bits
+from library_flows import MAIN, Case, counted, made
+from random_flows import same_bits
 from torch import Tensor, nn
 
 import jacobiflow as jf

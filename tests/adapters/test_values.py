@@ -15,9 +15,9 @@ import torch
 import zuko
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from library_flows import masked_layers, outcome, same_bits
+from library_flows import masked_layers, outcome
 from nflows.transforms.base import InputOutsideDomain
-from random_flows import FLOWS, LARGE, SMALL, check, exact, inputs, laid_out, steep, values
+from random_flows import FLOWS, LARGE, SMALL, check, exact, inputs, laid_out, same_bits, steep, values
 from torch import Tensor
 
 import jacobiflow as jf
