@@ -15,22 +15,12 @@ import zuko
 from nflows.transforms import autoregressive as nfa
 from nflows.transforms.made import MADE
 from normflows.flows import AutoregressiveRationalQuadraticSpline, MaskedAffineAutoregressive
+from random_flows import values
 from torch import Tensor, nn
 
 import jacobiflow as jf
 
 CONTEXT = 3
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def same_bits(a: Any, b: Any) -> bool:
-    """Whether tensors, or tuples of them, have one dtype, shape and bits: a NaN equals itself, and 0 is not -0."""
-    if not isinstance(a, Tensor):
-        return len(a) == len(b) and all(same_bits(x, y) for x, y in zip(a, b, strict=True))
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    kind = BITS[a.itemsize]
-    return torch.equal(a.detach().contiguous().view(kind), b.detach().contiguous().view(kind))
 
 
 def outcome(call: Callable[[], Any]) -> Any:
@@ -73,7 +63,7 @@ class Case:
     build: Callable[[int, int], nn.Module]
     gain: float
     features: int = 24
-    slow: str = "inverse"  # of nflows and normflows
+    is_inverse: bool = True  # the slow side
 
     def make(self, context: int = 0, features: int = 0, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
         """In evaluation mode, with weights so large that entries depend strongly on those before."""
@@ -87,10 +77,10 @@ class Case:
 
     def invert(self, flow: nn.Module, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
         """The slow side: (x,) of zuko's, (x, logabsdet) of the others'."""
-        if self.library == "zuko":
+        if self.library == "zuko":  # which computes no more than that
             lazy = flow(context)
             return (getattr(lazy, "transform", lazy).inv(y),)
-        return getattr(flow, self.slow)(y, *(() if context is None else (context,)))
+        return values(flow, y, context, self.is_inverse)
 
 
 def made(name: str, dtype: torch.dtype = torch.float32) -> tuple[Case, nn.Module, Tensor, Tensor]:
@@ -164,6 +154,6 @@ CASES = {
     "nflows rational": _nflows(_rational, 4.0, num_bins=5, tails="linear", tail_bound=3.0),
     "nflows user's own": Case("nflows", lambda d, c: Additive(d, c or None), 2.5),
     "normflows affine": Case("normflows", lambda d, c: MaskedAffineAutoregressive(d, 32, c or None), 1.5),
-    "normflows spline": Case("normflows", lambda d, c: _spline(d, 2, 32, c or None), 4.0, slow="forward"),
+    "normflows spline": Case("normflows", lambda d, c: _spline(d, 2, 32, c or None), 4.0, is_inverse=False),
 }
 MAIN = ("zuko MAF", "zuko NSF", "nflows feed-forward", "nflows rational", "normflows affine", "normflows spline")

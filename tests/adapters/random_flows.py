@@ -1,4 +1,4 @@
-"""Random flows of the four libraries that native code takes, and their values in both directions."""
+"""Flows of the four libraries that native code takes, and their values in both directions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import pyro.distributions.transforms as pt
 import torch
 import zuko
 from hypothesis import strategies as st
-from nflows.transforms.made import MADE
 from normflows.flows.neural_spline.autoregressive import MaskedPiecewiseRationalQuadraticAutoregressive
 from pyro.nn import AutoRegressiveNN, ConditionalAutoRegressiveNN
 from torch import Tensor, nn
@@ -23,7 +22,10 @@ from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 from zuko.flows.spline import CircularRQSTransform
 from zuko.lazy import LazyComposedTransform, LazyInverse, UnconditionalTransform
 
+import jacobiflow as jf
+
 Values = tuple[Tensor, Tensor]
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 torch.distributions.Distribution.set_default_validate_args(False)  # as zuko has it; importing pyro turns checks on
 
@@ -37,6 +39,16 @@ FUNCTIONS: list[Callable[..., Tensor]] = [
 ]  # fmt: skip
 activations = st.sampled_from(MODULES)
 functions = st.sampled_from([*MODULES, *FUNCTIONS])
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Whether tensors, or tuples of them, have one dtype, shape and bits: a NaN equals itself, and 0 is not -0."""
+    if not isinstance(a, Tensor):
+        return len(a) == len(b) and all(same_bits(x, y) for x, y in zip(a, b, strict=True))
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    kind = BITS[a.itemsize]
+    return torch.equal(a.detach().contiguous().view(kind), b.detach().contiguous().view(kind))
 
 
 def values(flow: Any, x: Tensor, context: Tensor | None, is_inverse: bool) -> Values:
@@ -73,13 +85,10 @@ def zuko_flows(draw: Any, features: int, context: int) -> tuple[nn.Module, str]:
 
     def masked() -> nn.Module:
         bins = draw(st.integers(1, 6))
-        settings: dict[str, Any] = {"univariate": partial(CircularRQSTransform, slope=draw(st.sampled_from([1e-3, 0.1])))}
-        if domain == "line" and draw(st.booleans()):
-            settings = {"univariate": partial(zuko.transforms.MonotonicRQSTransform, bound=3.0)}
-        elif domain == "line":
-            settings, bins = {}, 0
-        if bins:
-            settings["shapes"] = [(bins,), (bins,), (bins - 1,)]
+        spline = partial(zuko.transforms.MonotonicRQSTransform, bound=3.0) if domain == "line" else CircularRQSTransform
+        settings: dict[str, Any] = {}
+        if domain == "circle" or draw(st.booleans()):
+            settings = {"univariate": partial(spline, slope=0.01), "shapes": [(bins,), (bins,), (bins - 1,)]}
         order = torch.randperm(features)
         if draw(st.booleans()):
             earlier = (torch.rand(features, features) < 0.6).tril(-1)
@@ -98,8 +107,8 @@ def zuko_flows(draw: Any, features: int, context: int) -> tuple[nn.Module, str]:
     permutation = UnconditionalTransform(zuko.transforms.PermutationTransform, torch.randperm(features), buffer=True)
     parts = [masked(), permutation, LazyInverse(LazyComposedTransform(masked(), masked()))]
     if domain == "line":
-        affine = partial(UnconditionalTransform, torch.distributions.AffineTransform)
-        parts.insert(1, affine(torch.randn(features), -0.5 - torch.rand(features), buffer=draw(st.booleans())))
+        affine, numbers = torch.distributions.AffineTransform, (torch.randn(features), -0.5 - torch.rand(features))
+        parts.insert(1, UnconditionalTransform(affine, *numbers, buffer=draw(st.booleans())))
     return LazyComposedTransform(*parts), domain
 
 
@@ -124,11 +133,11 @@ def nflows_flows(draw: Any, features: int, context: int) -> tuple[nn.Module, str
 
     if draw(st.booleans()):
         return masked(), domain
-    parts = [masked(), nf.ReversePermutation(features), nf.InverseTransform(nf.CompositeTransform([masked(), masked()]))]
+    inner = nf.InverseTransform(nf.CompositeTransform([masked(), nf.ReversePermutation(features), masked()]))
+    parts = [masked(), inner, nf.RandomPermutation(features)]
     if domain == "line":
-        parts += [nf.CompositeTransform([nf.PointwiseAffineTransform(torch.randn(features), torch.rand(features) + 0.5)])]
-        parts += [nf.AffineTransform(0.3, 1.7)]
-    return nf.CompositeTransform([*parts, nf.RandomPermutation(features)]), domain
+        parts += [nf.AffineTransform(0.3, 1.7), nf.PointwiseAffineTransform(*torch.rand(2, features) + 0.5)]
+    return nf.CompositeTransform(parts), domain
 
 
 @st.composite
@@ -156,25 +165,23 @@ def normflows_flows(draw: Any, features: int, context: int) -> tuple[nn.Module, 
     if draw(st.booleans()):
         return masked(), domain
     parts = [masked(), normflows.flows.Permute(features, draw(st.sampled_from(["shuffle", "swap"]))), masked()]
-    if context:
-        return normflows.ConditionalNormalizingFlow(None, parts), domain
-    return normflows.NormalizingFlow(None, parts), domain
+    return (normflows.ConditionalNormalizingFlow if context else normflows.NormalizingFlow)(None, parts), domain
 
 
 @st.composite
 def pyro_flows(draw: Any, features: int, context: int) -> tuple[nn.Module, str]:
     hidden, bins = draw(st.lists(st.integers(features, 24), min_size=1, max_size=3)), draw(st.integers(2, 6))
     settings = {"skip_connections": draw(st.booleans()), "nonlinearity": copy.deepcopy(draw(activations))}
-    network: Callable[..., nn.Module] = partial(AutoRegressiveNN, features, hidden, **settings)
+    network: Any = partial(AutoRegressiveNN, features, hidden, **settings)
+    affine, spline = pt.AffineAutoregressive, pt.SplineAutoregressive
     if context:
         network = partial(ConditionalAutoRegressiveNN, features, context, hidden, **settings)
+        affine, spline = pt.ConditionalAffineAutoregressive, pt.ConditionalSplineAutoregressive
     if draw(st.booleans()):
-        kind = pt.ConditionalAffineAutoregressive if context else pt.AffineAutoregressive
-        return kind(network(), log_scale_min_clip=-0.3, log_scale_max_clip=0.4), "line"
-    kind = pt.ConditionalSplineAutoregressive if context else pt.SplineAutoregressive
+        return affine(network(), log_scale_min_clip=-0.3, log_scale_max_clip=0.4), "line"
     order = draw(st.sampled_from(["linear", "quadratic"]))
     sizes = [bins, bins, bins - 1, *([bins] if order == "linear" else [])]
-    return kind(features, network(param_dims=sizes), count_bins=bins, bound=2.0, order=order), "line"
+    return spline(features, network(param_dims=sizes), count_bins=bins, bound=2.0, order=order), "line"
 
 
 FLOWS = {"zuko": zuko_flows, "nflows": nflows_flows, "normflows": normflows_flows, "pyro": pyro_flows}
@@ -194,3 +201,66 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     if layout == "transposed":
         return x.transpose(0, -1).contiguous().transpose(0, -1)
     return torch.stack([x, x], dim=-1)[..., 0] if layout == "strided" else x
+
+
+def gaps(found: Values, expected: Values, period: float) -> list[Tensor]:
+    """Errors of the values, on a circle if there is a period, and of the log-determinants."""
+    error = (found[0] - expected[0]).abs()
+    return [torch.minimum(error, (error - period).abs()), (found[1] - expected[1]).abs()]
+
+
+def check(flow: nn.Module, x: Tensor, context: Tensor | None, domain: str = "line", threads: int = 1) -> None:
+    """Both directions, against the library in float64 and, for float32, the errors that it makes itself."""
+    period = 2 * math.pi if domain == "circle" else 0.0
+    for is_inverse in (False, True):
+        expected = exact(flow, x, context, is_inverse)
+        own = expected
+        if x.dtype == torch.float32:  # with float64 pyro needs another default type
+            own = values(flow, x, context, is_inverse)
+            with jf.accelerate(flow, 0.0):
+                assert same_bits(own, values(flow, x, context, is_inverse))
+        torch.set_num_threads(threads)  # here alone: those of PyTorch would cost time
+        with jf.accelerate(flow) as done:
+            found = values(flow, x, context, is_inverse)
+        torch.set_num_threads(1)
+        assert set(done.ways.values()) == {"native"}, done
+        assert [part.shape for part in found] == [part.shape for part in own]
+        assert all(part.dtype == x.dtype for part in found)
+        pairs = zip(gaps(found, expected, period), gaps(own, expected, period), expected, strict=True)
+        for error, error_of_library, answer in pairs:
+            if x.dtype == torch.float64:
+                assert error.max() <= 1e-10 * (1 + answer.abs().max())
+            else:
+                floor = (1e-6 + 2e-5 / len(x)) * (1 + answer.abs().mean())  # a single row is no statistic
+                assert error.mean() <= 2 * error_of_library.mean() + floor
+
+
+def steep(flow: nn.Module, gain: float = 1.5) -> nn.Module:
+    """In evaluation mode, with weights so large that entries depend strongly on those before."""
+    for weight in flow.parameters():
+        if weight.ndim == 2:
+            weight *= gain
+    return flow.eval()
+
+
+# Features of which there are more than a block has, and the flow of them, with contexts of two numbers.
+_spline = partial(normflows.flows.AutoregressiveRationalQuadraticSpline, init_identity=False)
+LARGE: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
+    "zuko": (50, lambda d: zuko.flows.NSF(d, 2, hidden_features=(100, 100), transforms=2)),
+    "zuko residual": (40, lambda d: zuko.flows.MAF(d, 2, hidden_features=(70, 70), residual=True, randperm=True)),
+    "nflows": (70, lambda d: nf.MaskedAffineAutoregressiveTransform(d, 100, context_features=2)),
+    "normflows": (50, lambda d: _spline(d, 2, 100, 2)),
+    "pyro": (50, lambda d: pt.conditional_spline_autoregressive(d, 2, [100, 80])),
+}
+
+# Flows of six features with contexts of two numbers.
+SMALL: dict[str, Callable[[], nn.Module]] = {
+    "zuko MAF": lambda: zuko.flows.MAF(6, 2).transform, "zuko NSF": lambda: zuko.flows.NSF(6, 2).transform,
+    "nflows": lambda: nf.MaskedAffineAutoregressiveTransform(6, 16, context_features=2),
+    "nflows spline": lambda: nf.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
+        6, 16, context_features=2, tails="linear"
+    ),
+    "normflows": lambda: normflows.flows.MaskedAffineAutoregressive(6, 16, context_features=2),
+    "pyro": lambda: pt.conditional_affine_autoregressive(6, 2, [16]),
+    "pyro spline": lambda: pt.conditional_spline_autoregressive(6, 2, [16]),
+}  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +13,8 @@ import nflows.transforms
 import pytest
 import torch
 import zuko
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from library_flows import CASES, CONTEXT, MAIN, Additive, Case, both, made, normal, same_bits
+from library_flows import CASES, CONTEXT, MAIN, Additive, both, made, normal
+from random_flows import same_bits
 from torch import Tensor, nn
 
 import jacobiflow as jf
@@ -54,37 +52,6 @@ def test_errors_are_of_the_order_of_the_tolerance(name: str, monkeypatch: pytest
         for other in (found, [torch.cat(parts) for parts in zip(*alone, strict=True)]):
             for ours, its, terms in zip(other, expected, (1, 24), strict=False):  # a log-determinant is a sum of 24
                 assert (ours - its).abs().max() <= terms * bound
-
-
-@pytest.mark.parametrize("inverse", [False, True])
-def test_zuko_distributions_give_the_same_bits(inverse: bool) -> None:
-    _, flow, x, c = made("zuko MAF")
-    if inverse:  # its slow side is the density
-        flow = zuko.lazy.Flow([t.inv for t in flow.transform.transforms], flow.base)
-
-    def calls() -> list[Tensor]:
-        torch.manual_seed(5)
-        found = [flow(c).log_prob(x), flow(c).sample((3,)), *flow(c).rsample_and_log_prob((3,))]
-        return [*found, torch.get_rng_state()]
-
-    expected = calls()
-    with jf.accelerate(flow, 0.0) as done:
-        assert same_bits(expected, calls())
-    assert len(done.passes) == 2
-    assert all(2 < count < 24 for count in done.passes.values())
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    st.integers(2, 12), st.integers(0, 3), st.integers(0, 999), st.sampled_from([0.5, 1.0, 2.0, 3.0]),
-    st.lists(st.integers(12, 20), min_size=1, max_size=3), st.sampled_from([None, 2, 3, 40]),
-)  # fmt: skip
-def test_any_small_maf_keeps_its_bits(d: int, context: int, seed: int, gain: float, hidden: Any, passes: Any) -> None:
-    case = Case("zuko", partial(zuko.flows.MAF, transforms=2, hidden_features=hidden, passes=passes), gain)
-    y, c = normal(4, d, seed=seed), normal(4, context, seed=seed + 1) if context else None
-    with torch.no_grad():
-        expected, found, *_ = both(case, case.make(context, d, seed=seed), y, c)
-    assert same_bits(expected, found)
 
 
 def test_the_handle_says_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,12 @@ import pyro.distributions.transforms as pt
 import pytest
 import torch
 import zuko
-from library_flows import masked_layers, same_bits
+from library_flows import masked_layers
 from pyro.nn import AutoRegressiveNN
-from random_flows import Values, exact, values
+from random_flows import Values, exact, same_bits, values
 from running import in_child
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader, Dataset
 
 import jacobiflow as jf
@@ -95,7 +95,7 @@ CHANGES: dict[str, Callable[[nn.Module, list[Any]], Any]] = {
     "setting": lambda flow, _: [setattr(part, "negative_slope", 0.9) for part in flow.modules()],
     "mask": lambda _, layers: layers[0].mask[:, 0].zero_(),
     "hook": lambda _, layers: layers[0].register_forward_hook(lambda module, args, out: 2 * out),
-    "parametrization": lambda _, layers: parametrizations.weight_norm(layers[0]).parametrizations.weight.original0.mul_(2),
+    "parametrization": lambda _, layers: spectral_norm(layers[0]),
     "no parameter": lambda _, layers: turn_into_plain_tensor(layers[0]),
     "another shape": lambda _, layers: setattr(layers[0], "weight", nn.Parameter(layers[0].weight[:1].clone())),
     "another parameter": lambda _, layers: setattr(layers[0], "bias", nn.Parameter(layers[0].bias + 0.5)),
@@ -122,7 +122,7 @@ def test_an_elementwise_transform_that_is_replaced() -> None:
     x = torch.randn(9, 5)
     with jf.accelerate(flow):
         flow.inverse(x)
-        flow._elementwise_inverse = lambda inputs, parameters: (inputs - parameters[:, ::2], inputs.new_zeros(len(inputs)))
+        flow._elementwise_inverse = lambda inputs, parameters: (inputs - parameters[:, ::2], parameters.sum(dim=1))
         flow.autoregressive_net.final_layer.bias.add_(1.0)
         torch.testing.assert_close(flow.inverse(x)[0], copy.deepcopy(flow).inverse(x)[0])
 
@@ -149,27 +149,15 @@ def test_weights_of_a_functional_call_and_their_gradients(name: str, is_inverse:
         with torch.no_grad():
             found = torch.func.functional_call(module, weights, (x,))
         parts = torch.func.functional_call(module, weights, (x,))
-        if not is_inverse:
-            x = x.zero_() if done else x  # as a loader might that uses its memory again
         return [*found, *torch.autograd.grad(sum(part.sin().sum() for part in parts), [*weights.values()])]
 
-    done: Any = None
     expected = call()
     with jf.accelerate(module) as done:
         found = call()
-        assert set(done.ways.values()) == ({"library"} if is_inverse else {"native"})
+        assert set(done.ways.values()) == ({"passes"} if is_inverse else {"native"})
         before = module(torch.ones(3, 5))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(before, module(torch.ones(3, 5)), rtol=1e-9, atol=1e-9)
-
-
-def test_a_change_of_mode_before_the_backward_pass() -> None:
-    flow = nf.MaskedAffineAutoregressiveTransform(5, 16, dropout_probability=0.5).eval()
-    with jf.accelerate(flow):
-        loss = flow(torch.randn(9, 5))[1].sum()
-        flow.train()
-        with pytest.raises(RuntimeError, match="the flow was changed"):
-            loss.backward()
 
 
 @pytest.mark.parametrize("tolerance", [None, 0.0])

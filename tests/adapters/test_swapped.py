@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from library_flows import MAIN, Case, counted, made, same_bits
+from library_flows import MAIN, Case, counted, made
+from random_flows import same_bits
 from torch import Tensor, nn
 
 import jacobiflow as jf
@@ -53,22 +54,6 @@ def test_nothing_changes_but_the_class_of_transforms(name: str) -> None:
     assert look() == before
     assert not is_fast(case, flow, y, c)
     done.restore()
-    assert classes(flow) == kinds
-
-
-def test_accelerated_again_the_latest_tolerance_counts() -> None:
-    case, flow, y, c = made("zuko MAF")
-    kinds = classes(flow)
-    with torch.no_grad():
-        exact = case.invert(flow, y, c)
-        first = jf.accelerate(flow, 0.5)
-        rough, seen = case.invert(flow, y, c), first.passes
-        second = jf.accelerate(flow, 0.0)
-        assert same_bits(exact, case.invert(flow, y, c))
-        assert first.passes == seen != second.passes
-        jf.accelerate(flow, 0.5)
-        assert same_bits(rough, case.invert(flow, y, c))
-    first.restore()
     assert classes(flow) == kinds
 
 

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import torch
 from native_problems import CASES
+from random_flows import LARGE, SMALL, check
 
 from jacobiflow import native
 from jacobiflow.native import build
 
+torch.set_grad_enabled(False)
 loaded = native.load_library(Path(sys.argv[1]))
 build._loaded = lambda: SimpleNamespace(library=loaded)
 for name, case in CASES.items():
@@ -24,3 +26,10 @@ for name, case in CASES.items():
     torch.set_num_threads(case.threads)
     if case.block(flow).exact_inverse(z, case.context()).isfinite().all():
         print(name)
+for name, (features, build_large) in LARGE.items():
+    check(build_large(features).eval(), torch.randn(37, features), torch.randn(37, 2), threads=3)
+    print(name)
+for name, build_small in SMALL.items():
+    flow = build_small().double().eval()
+    check(flow, torch.randn(70, 6).double(), torch.randn(1, 2).double().expand(70, 2))
+    print(name)

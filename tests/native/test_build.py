@@ -144,12 +144,12 @@ def test_another_processor_compiles_its_own(machine: Machine, tmp_path: Path, mo
         assert machine.restart() is not None and machine.compiled() == compiled == len(machine.kept())
 
 
-@pytest.mark.parametrize("name", ["TarFlowArguments", "Transform"])
+@pytest.mark.parametrize("name", build.STRUCTURES)
 def test_a_structure_of_another_size_is_a_fault(name: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Larger(getattr(build, name)):  # type: ignore[misc]
+    class Larger(build.STRUCTURES[name]):  # type: ignore[misc]
         _fields_ = (("more", ctypes.c_void_p),)
 
-    monkeypatch.setattr(build, name, Larger)
+    monkeypatch.setitem(build.STRUCTURES, name, Larger)
     with pytest.raises(RuntimeError, match=r"Larger is of \d+ bytes here, and of \d+ in C\+\+"):
         machine.restart()
 

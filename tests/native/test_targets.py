@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from native_problems import CASES, relative_error
+from random_flows import LARGE, SMALL, check
 
 from jacobiflow import native
 from jacobiflow.native import build, compiler
@@ -57,6 +58,11 @@ def test_the_targets_of_a_wheel_give_the_same(name: str, targets: Path, monkeypa
         x = case.block(flow).exact_inverse(case.z(flow), case.context())
         torch.set_num_threads(1)
         assert relative_error(x, case.answer(flow, case.z(flow))) < 3e-6, case
+    for dtype in (torch.float32, torch.float64):
+        x, context = torch.randn(70, 6, dtype=dtype), torch.randn(70, 2, dtype=dtype)
+        for build_small in SMALL.values():
+            with torch.no_grad():
+                check(build_small().to(dtype).eval(), x, context, threads=2)
 
 
 def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
@@ -79,7 +85,7 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
         },
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 0 and done.stdout.split("\n")[:-1] == list(CASES), done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.split("\n")[:-1] == [*CASES, *LARGE, *SMALL], done.stdout + done.stderr
 
 
 def _printed(*command: str) -> str:
