@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "latents": set(),
     "measuring": set(),
     "memory": set(),
-    "adapters": set(),
+    "adapters": {"native"},
     "native": {"files"},
     "data": {"files", "memory"},
     "flows": {"files", "locking", "native"},

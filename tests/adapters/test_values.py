@@ -28,7 +28,7 @@ ROWS = [1, 5, 40, 70, 130]
 
 
 @pytest.mark.parametrize("library", FLOWS)
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.data())
 @torch.no_grad()
 def test_random_flows(library: str, data: Any) -> None:
