@@ -49,7 +49,7 @@ def test_random_flows(library: str, data: Any) -> None:
 def test_more_features_and_rows_than_fit_one_block(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     features = LARGE[name][0]
-    x, c = inputs("line", 200, features, dtype=dtype), torch.randn(200, 2, dtype=dtype)
+    x, c = inputs("line", 140, features, dtype=dtype), torch.randn(140, 2, dtype=dtype)
     check(LARGE[name][1](features).to(dtype).eval(), x, c, threads=2)
 
 
