@@ -40,7 +40,7 @@ from jacobiflow.memory import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, TRAINED = ROOT / "docs" / "results" / "sbi.json", ROOT / "out" / "sbi"
-SIMULATIONS, EPOCHS, ROUNDS = 5_000, 100, 3
+SIMULATIONS, EPOCHS, ROUNDS = 5_000, 100, 2
 PRIOR = BoxUniform(-3 * torch.ones(5), 3 * torch.ones(5))
 OBSERVED = torch.tensor([0.7, -2.9, -1.0, -0.9, 0.6])  # parameters of the observation
 TRAINERS = {"NPE": NPE, "NLE": NLE}

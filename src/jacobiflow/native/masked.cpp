@@ -206,16 +206,17 @@ class Chain {
   void pack(const Transform& t, const Operation& o, const Packed<T>& p) {
     const T *weight = tensor<T>(t, o.weight), *bias = tensor<T>(t, o.bias);
     const uint8_t* mask = tensor<uint8_t>(t, o.mask);
-    check_finite(weight, (int64_t)o.units * p.inputs);
     if (bias) check_finite(bias, o.units);
     const T* shared = shares_context ? static_cast<const T*>(call.context) : nullptr;
     const int32_t* columns = o.kind == Kind::linear ? rows(t, o.source) : nullptr;
     const int length = inverts(t) ? 1 : group(t);
     int step = 0, context = 0;
     if (o.kind == Kind::linear && shared && !o.source) context = t.context;
-    for (int unit = 0; unit < o.known[t.steps - 1]; unit++) {
-      while (unit >= o.known[step]) step++;
+    for (int unit = 0; unit < o.units; unit++) {
       const int64_t row = (int64_t)o.rows[unit] * p.inputs;
+      check_finite(weight + row, p.inputs);  // which brings the row to the cache
+      if (unit >= o.known[t.steps - 1]) continue;
+      while (unit >= o.known[step]) step++;
       T total = bias ? bias[o.rows[unit]] : 0;
       T* to = p.weight + (int64_t)unit * p.inputs;
       if (!columns) {
