@@ -110,5 +110,3 @@ def through_native_code(
     if x.ndim != 2 or (context is not None and (context.ndim != 2 or len(context) != len(x))):
         return None
     return module.acceleration.by_native_code(module, library, x, context, is_inverse, "rows")
-
-

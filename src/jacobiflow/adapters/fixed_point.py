@@ -55,9 +55,7 @@ def invert(
         return _Implicit.apply(x, passes, tolerance, *step(x, y, context)), count + 1
 
 
-def _until_equal(
-    step: Pass, x: Tensor, y: Tensor, context: Tensor | None, passes: int
-) -> tuple[Sequence[Tensor], int]:
+def _until_equal(step: Pass, x: Tensor, y: Tensor, context: Tensor | None, passes: int) -> tuple[Sequence[Tensor], int]:
     count, outputs = 1, step(x, y, context)
     while count < passes and not _same_bits(outputs[0], x):
         x = outputs[0]

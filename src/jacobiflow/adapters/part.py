@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jacobiflow.adapters.masked import Activation, Context, Linear, MaskedNetwork, Sum, UnsupportedError, activation
+from jacobiflow.adapters.masked import (
+    Activation,
+    Context,
+    Linear,
+    MaskedNetwork,
+    Sum,
+    UnsupportedError,
+    activation,
+    check_plain,
+)
 from jacobiflow.adapters.order import Order, find_order
 from jacobiflow.native.masked import masked_transform, permutation
 from jacobiflow.native.structures import Elementwise, Kind, Operation, Transform
@@ -72,9 +81,7 @@ class Watch:
         )
 
     def __add__(self, other: Watch) -> Watch:
-        return Watch(
-            self.modules + other.modules, self.attributes + other.attributes, self.constants + other.constants
-        )
+        return Watch(self.modules + other.modules, self.attributes + other.attributes, self.constants + other.constants)
 
     def check(self) -> None:
         """Checks that nothing has changed, and that a call of a module runs its class's `forward` and nothing else.
@@ -126,6 +133,7 @@ def part_of(description: Description) -> Part:
         UnsupportedError: If native code does not take it.
     """
     modules = list(description.module.modules())
+    check_plain(*modules)  # or it would be described again at each call
     if any(isinstance(module, _DROPOUTS) and module.training and module.p > 0 for module in modules):
         raise UnsupportedError("dropout in training mode")
     network, tensors, constants = description.network, description.tensors, description.constants
@@ -197,9 +205,7 @@ def _tensors(network: MaskedNetwork) -> tuple[tuple[Slot, ...], tuple[Slot, ...]
     return tuple(tensors), tuple((layer._buffers, "mask") for layer in network.layers)
 
 
-def _masked(
-    network: MaskedNetwork, order: Order, settings: Mapping[str, Any], masks: int
-) -> tuple[Transform, Any]:
+def _masked(network: MaskedNetwork, order: Order, settings: Mapping[str, Any], masks: int) -> tuple[Transform, Any]:
     """The transform of a masked network, whose masks come after `masks` other tensors."""
     operations: list[tuple[Operation, list[int], list[int]]] = []
     reads = [operation.source for operation in network.operations]
