@@ -66,7 +66,7 @@ class Result:
     """
 
     values: Float[Tensor, "b d"]
-    log_det: Float[Tensor, b *d] | None
+    log_det: Float[Tensor, b * d] | None
     failed: Bool[Tensor, " b"] | None
 
 

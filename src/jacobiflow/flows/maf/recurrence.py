@@ -78,9 +78,7 @@ def _transforms(
             is_hidden, has_context = layer + 1 < layers, has_classes and not is_second
             order, bias = (hidden if is_hidden else outputs), (second + layer if is_second else 2 * layer + 1)
             last = {"function": Function.RELU, "is_kept": True} if is_hidden else {}
-            value = add(
-                Kind.LINEAR, order, value, weight=2 * layer, bias=bias, **({} if has_context else last)
-            )
+            value = add(Kind.LINEAR, order, value, weight=2 * layer, bias=bias, **({} if has_context else last))
             if has_context:
                 value = add(Kind.ADD_CONTEXT, order, value, weight=2 * layers + layer)
                 value = add(Kind.ACTIVATION, order, value, **last) if is_hidden else value
