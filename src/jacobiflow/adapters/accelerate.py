@@ -1,4 +1,4 @@
-"""`accelerate`: the user's own zuko, nflows, normflows or pyro flow, made fast where it is."""
+"""`accelerate`: the user's own zuko, nflows, normflows or pyro flow, made fast in place."""
 
 from __future__ import annotations
 
@@ -96,7 +96,11 @@ def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration:
 
 
 def _adapters(library: str, flow: Any) -> Sequence[Adapter]:
-    """The library's adapters, where a module of it is in the flow. **Raises** `ValueError` for another version."""
+    """The library's adapters, if a module of it is in the flow.
+
+    Raises:
+        ValueError: For another version.
+    """
     if library not in sys.modules or not any(
         kind.__module__.split(".")[0] == library for _, module in _named_modules(flow) for kind in type(module).__mro__
     ):

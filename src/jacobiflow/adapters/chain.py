@@ -16,8 +16,7 @@ from torch.nn import Parameter
 
 from jacobiflow.adapters.masked import UnsupportedError
 from jacobiflow.adapters.network import is_traced
-from jacobiflow.adapters.part import ChangedError, Description, Part, Watch, part_of
-from jacobiflow.native import library as native_library
+from jacobiflow.adapters.part import Description, Part, Watch, part_of
 from jacobiflow.native.masked import run_chain
 from jacobiflow.native.structures import Transform
 
@@ -25,14 +24,14 @@ Link = tuple[Any, bool]
 """A transform, and whether the chain has its inverse."""
 
 Values = tuple[Float[Tensor, "b d"], Float[Tensor, " b"] | None]
-"""What a chain makes of rows, and the logarithm of the determinant of its Jacobian if that was asked for."""
+"""Rows after a chain, and the logarithm of the determinant of its Jacobian if that was asked for."""
 
 _DTYPES = (torch.float32, torch.float64)
 _PLAIN = (Tensor, Parameter)
 
 
 class Library(ABC):
-    """What a chain has to know of a library's transforms."""
+    """A library's transforms, as chains take them."""
 
     @abstractmethod
     def links(self, module: Any) -> Iterator[Link]:
@@ -125,6 +124,7 @@ class Chain:
     Attributes:
         library: Of the module.
         segments: In the order of the forward direction.
+        native_links: The modules of those that native code takes.
         watch: What they depend on.
     """
 
@@ -135,6 +135,7 @@ class Chain:
         inner = {part for link, _ in links for part in link.modules()}
         self.watch = Watch.of(part for part in module.modules() if part not in inner)
         parts = [self._part(link, is_conditional) for link in links]
+        self.native_links = [link for (link, _), part in zip(links, parts, strict=True) if part is not None]
         for is_native, group in groupby(zip(links, parts, strict=True), key=lambda pair: pair[1] is not None):
             pairs = list(group)
             if is_native:
@@ -151,40 +152,6 @@ class Chain:
             return None
         part.transform.is_reversed = link[1]
         return part
-
-
-class Chains:
-    """The chains of modules, which are described when they are first used, and again if they change."""
-
-    def __init__(self) -> None:
-        self._chains: dict[tuple[nn.Module, bool], Chain] = {}
-
-    def run(
-        self,
-        module: nn.Module,
-        library: Library,
-        x: Float[Tensor, "b d"],
-        context: Float[Tensor, "#b c"] | None,
-        is_inverse: bool,
-        log_det: str | None = None,
-    ) -> tuple[Values, Chain] | None:
-        """The values of `run`, and the chain; `None` too for a graph, and for inputs that native code does not take."""
-        for_graph = torch.is_grad_enabled()
-        if native_library() is None or len(x) == 0 or not is_plain(x, context):
-            return None
-        if for_graph and (x.requires_grad or (context is not None and context.requires_grad)):
-            return None
-        key = (module, context is not None)
-        chain = self._chains.get(key)
-        for _ in range(2):
-            if chain is None:
-                chain = self._chains[key] = Chain(module, library, context is not None)
-            try:
-                values = run(chain, x, context, is_inverse, log_det, for_graph)
-                return None if values is None else (values, chain)
-            except ChangedError:
-                chain = None
-        return None
 
 
 def run(
@@ -263,12 +230,12 @@ def _by_native_code(
 
 
 def is_plain_module(module: nn.Module, *methods: str) -> bool:
-    """Whether a call of a module, or of these methods, runs those of its class and nothing else."""
+    """True if a call of a module, or of these methods, runs those of its class and nothing else."""
     return not (module._forward_hooks or module._forward_pre_hooks or any(name in vars(module) for name in methods))
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether native code can read these: of one dtype, on a CPU, and values rather than what PyTorch traces."""
+    """True if native code can read these: of one dtype, on a CPU, and values rather than what PyTorch traces."""
     dtype = next(tensor.dtype for tensor in tensors if tensor is not None)
     return dtype in _DTYPES and not is_traced() and not torch.is_autocast_enabled("cpu") and all(
         tensor is None or (type(tensor) in _PLAIN and tensor.dtype is dtype and tensor.is_cpu) for tensor in tensors

@@ -1,4 +1,4 @@
-"""What nflows and normflows share: elementwise transforms whose parameters a MADE gives."""
+"""Elementwise transforms of nflows and normflows, whose parameters a MADE gives."""
 
 from __future__ import annotations
 

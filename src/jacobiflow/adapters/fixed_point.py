@@ -101,7 +101,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same, bit for bit: a NaN equals itself, and 0 is not -0."""
+    """True if two tensors are the same, bit for bit: a NaN equals itself, and 0 is not -0."""
     if a.dtype != b.dtype:  # the first iterate, where the library promotes it
         return False
     return torch.equal(a.view(_BITS[a.itemsize]), b.view(_BITS[b.itemsize]))

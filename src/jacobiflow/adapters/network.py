@@ -1,4 +1,4 @@
-"""The network that a masked autoregressive transform calls in each pass: may passes be left out, and made cheaper?"""
+"""Passes of a masked autoregressive transform's network: when they may be left out, and how they are made cheaper."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
 def is_traced() -> bool:
-    """Whether PyTorch does more than compute values.
+    """True if PyTorch does more than compute values.
 
     It may trace, compile, export, transform a function, differentiate forward, or have a dispatch mode. If this PyTorch
     has no private names to tell by, it counts as traced.
@@ -27,7 +27,7 @@ def is_traced() -> bool:
 
 
 def needs_all_passes(module: nn.Module, y: Tensor, graph: bool) -> bool:
-    """Whether the inverse of `y` by the transform `module` is left to the library's own loop.
+    """True if the inverse of `y` by the transform `module` is left to the library's own loop.
 
     So it is if iterates have no values to compare, or tangents need more passes than values (see `is_traced`; meta
     tensors); if PyTorch multiplies a batch by a matrix in another order with a `graph` than without; and if a pass may
@@ -41,7 +41,7 @@ def needs_all_passes(module: nn.Module, y: Tensor, graph: bool) -> bool:
 
 
 def _may_draw_or_move(module: nn.Module) -> bool:
-    """Whether a call of `module` may draw random numbers or change its state.
+    """True if a call of `module` may draw random numbers or change its state.
 
     In training mode dropout draws, and batch and spectral normalisation move their estimates; hooks may do anything
     (the older spectral normalisation is one). So may a `forward` that was replaced on the object, in any mode.
@@ -62,7 +62,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def needs_graph(module: nn.Module, *tensors: Tensor | None) -> bool:
-    """Whether the inverse is to have a gradient in any of these tensors, or in a parameter of `module`."""
+    """True if the inverse is to have a gradient in any of these tensors, or in a parameter of `module`."""
     if not torch.is_grad_enabled():
         return False
     return any(t is not None and t.requires_grad for t in (*tensors, *module.parameters()))

@@ -1,4 +1,4 @@
-"""nflows: `AutoregressiveTransform`, affine, spline or one's kind, whose slow side is `inverse`, and compositions."""
+"""nflows: `AutoregressiveTransform`, affine, spline or your own, whose slow side is `inverse`; and compositions."""
 
 from __future__ import annotations
 

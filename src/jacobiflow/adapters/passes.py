@@ -57,12 +57,11 @@ def solve(
     answer of native code is refused.
     """
     acceleration, start = module.acceleration, None
-    if not needs_all_passes(module.owner, y, graph) and (module.is_jacobi or _are_finite(y, context)):
-        start = _by_native_code(module, y, context)
-        way = "passes"
-    else:
-        way = "library"
-    if way == "library" or (start is None and passes < _FEWEST_PASSES):
+    is_left = needs_all_passes(module.owner, y, graph) or not (module.is_jacobi or _are_finite(y, context))
+    if not is_left:
+        start = _answer_of_native_code(module, y, context)
+        is_left = start is None and passes < _FEWEST_PASSES
+    if is_left:
         acceleration.count(module.owner, passes, "library")
         return None
     tolerance = acceleration.tolerance or 0.0
@@ -80,20 +79,18 @@ def solve(
     if not outputs or not ((module.is_jacobi and start is None) or _are_finite(*outputs)):
         acceleration.count(module.owner, count + passes, "library")
         return None
-    acceleration.count(module.owner, count, way)
+    acceleration.count(module.owner, count, "passes")
     return outputs
 
 
 @torch.no_grad()
-def _by_native_code(module: Solvable, y: Tensor, context: Tensor | None) -> Float[Tensor, "b d"] | None:
-    """The answer of native code, if all of it is finite and so moderate that no iterate of the library overflows."""
-    rows, contexts = module.rows(y.detach(), None if context is None else context.detach())
-    result = module.acceleration.chains.run(module.owner, module.library, rows, contexts, is_inverse=True)
-    if result is None or result[0][0] is rows:
+def _answer_of_native_code(module: Solvable, y: Tensor, context: Tensor | None) -> Float[Tensor, "b d"] | None:
+    """The inverse to start from, if all of it is finite and so moderate that no iterate of the library overflows."""
+    rows = module.rows(y.detach(), None if context is None else context.detach())
+    result = module.acceleration.by_native_code(module.owner, module.library, *rows, is_inverse=True, is_start=True)
+    if result is None:
         return None
-    (x, _), chain = result
-    if any(segment.transforms is None for segment in chain.segments):
-        return None
+    x, _ = result
     limit = torch.finfo(y.dtype).max ** 0.5
     return x if all(t is None or bool((t.abs() <= limit).all()) for t in (x, y, context)) else None
 

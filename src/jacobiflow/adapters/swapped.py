@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jacobiflow.adapters.chain import Chains, Library, Values
+from jacobiflow.adapters.chain import Chain, Library, Values, is_plain, run
 from jacobiflow.adapters.masked import UnsupportedError
-from jacobiflow.adapters.part import part_of
+from jacobiflow.adapters.part import ChangedError, part_of
 from jacobiflow.native import describe as native_line
 from jacobiflow.native import library as native_library
 
@@ -23,7 +24,7 @@ class Swapped(nn.Module):
     """Mixed in before a library's class. No attribute of the module changes, so its weights and state dict do not.
 
     Copies and pickles are of the library's own class: they are not accelerated, so that none outlives `restore`, and a
-    pickle loads where this package is not installed.
+    pickle loads without this package.
     """
 
     library_class: ClassVar[type[nn.Module]]
@@ -35,7 +36,7 @@ class Swapped(nn.Module):
 
     @staticmethod
     def library_class_of(module: nn.Module) -> type[nn.Module] | None:
-        """The library's class of an accelerated module; `None` for others, and where its class was changed since."""
+        """The library's class of an accelerated module; `None` for others, and if its class was changed since."""
         return vars(type(module)).get("library_class")
 
     @classmethod
@@ -55,14 +56,13 @@ class Acceleration:
         tolerance: `None` for exact to rounding, 0 for the library's own bits, or at which passes end.
         transforms: The accelerated transforms: name of the module in the flow to "library class".
         untouched: The masked autoregressive transforms that were left alone: name to the reason.
-        chains: What native code knows of them.
     """
 
     def __init__(self, tolerance: float | None) -> None:
         self.tolerance = tolerance
         self.transforms: dict[str, str] = {}
         self.untouched: dict[str, str] = {}
-        self.chains = Chains()
+        self._chains: dict[tuple[nn.Module, bool], Chain] = {}
         self._names: dict[nn.Module, str] = {}
         self._before: dict[nn.Module, type[nn.Module]] = {}
         self._libraries: dict[nn.Module, Library] = {}
@@ -104,19 +104,38 @@ class Acceleration:
         context: Float[Tensor, "#b c"] | None,
         is_inverse: bool,
         log_det: str | None = None,
+        is_start: bool = False,
     ) -> Values | None:
-        """The values of a transform or chain, see `chain.run`; `None` if they are left to other ways."""
-        if self.tolerance == 0:
+        """The values of a transform or composition, see `chain.run`; `None` if native code is not used for them.
+
+        Args:
+            module: The transform or composition, which is described at its first use, and again if it has changed.
+            library: Of the module.
+            x: Rows.
+            context: A row for each row of `x`, or one for all.
+            is_inverse: Whether to invert.
+            log_det: See `native.masked.run_chain`.
+            is_start: Whether passes start from the values, which then serve any tolerance.
+        """
+        if (self.tolerance == 0 and not is_start) or native_library() is None or not is_plain(x, context):
             return None
-        result = self.chains.run(module, library, x, context, is_inverse, log_det)
-        if result is None:
+        for_graph = torch.is_grad_enabled()
+        if len(x) == 0 or (for_graph and (x.requires_grad or (context is not None and context.requires_grad))):
             return None
-        values, chain = result
-        for segment in chain.segments:
-            if segment.transforms is not None:
-                for link, _ in segment.links:
-                    self.count(link, 0, "native")
-        return values
+        key = (module, context is not None)
+        for _ in range(2):
+            chain = self._chains.get(key)
+            if chain is None:
+                chain = self._chains[key] = Chain(module, library, context is not None)
+            try:
+                values = run(chain, x, context, is_inverse, log_det, for_graph)
+            except ChangedError:
+                self._chains.pop(key, None)  # or another thread has
+                continue
+            for link in chain.native_links if values is not None else ():
+                self.count(link, 0, "native")
+            return values
+        return None
 
     def __enter__(self) -> Self:
         return self

@@ -128,7 +128,7 @@ ZUKO = Zuko()
 
 
 class _AtContext(Transform):
-    """A transform x -> y of zuko at a context that goes through native code where it can.
+    """A transform x -> y of zuko at a context that goes through native code if it can.
 
     It follows its module: after `restore` it is zuko's. Copies and pickles are of zuko's class.
     """

@@ -192,7 +192,7 @@ class Chain {
     return true;
   }
 
-  // A masked weight that is not finite is NaN for the library, whatever the mask.
+  // The library multiplies a weight by its mask: one that is not finite gives NaN there, whatever the mask.
   void check_finite(const T* values, int64_t size) {
     Vector poison{};
     int64_t i = 0;
@@ -315,7 +315,7 @@ class Tile {
     return most;
   }
 
-  // (count, columns) to (columns, rows), where rows that are not there repeat the first.
+  // (count, columns) to (columns, rows): rows beyond `count` repeat the first.
   static void transpose(const T* from, int64_t stride, int columns, int count, T* to) {
     for (int column = 0; column < columns; column++)
       for (int row = 0; row < rows; row++) to[(size_t)column * rows + row] = from[(row < count ? row : 0) * stride + column];
@@ -734,8 +734,7 @@ class Tile {
   }
 };
 
-// All rows, in tiles of four vectors, and of one where fewer rows are left than fill one. Returns how many rows are left to
-// the library.
+// All rows, in tiles of four vectors; the last tile is of one vector if that is enough. Returns how many rows failed.
 template <typename T>
 int64_t run(const Call& call) {
   constexpr int rows = Tile<T, 4>::rows;
@@ -782,7 +781,7 @@ int32_t jacobiflow_transform_size() { return sizeof(Transform); }
 
 int32_t jacobiflow_call_size() { return sizeof(Call); }
 
-// y of x, or x of y for an inverse. Returns the number of rows that failed, or -1 where memory or threads are wanting.
+// y of x, or x of y for an inverse. Returns the number of rows that failed, or -1 if out of memory or threads.
 int64_t jacobiflow_masked(const Call* call, int32_t is_double) {
   try {
     return is_double ? run<double>(*call) : run<float>(*call);
