@@ -1,8 +1,8 @@
-"""Puts a trained model into the package: `python benchmarks/bundle_model.py --help`.
+"""Puts a trained model into the package: `python -m benchmarks.bundle_model --help`.
 
 Writes config.json, with the settings that docs/results/NAME-search.json recommends, and half-precision weights to
-src/jacobiflow/models/NAME, figures of the model to docs/results/NAME.json, and its loss curve to docs/figures. Every
-figure is measured on the bundled weights. `python benchmarks/model_cards.py --measure` writes the card.
+src/jacobiflow/models/NAME, metrics of the bundled weights to docs/results/NAME.json, and the loss curve to
+docs/figures. The card, models/NAME/README.md, is written by hand; `python -m benchmarks.render` fills its tables.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rich.progress import Progress
 
 import jacobiflow as jf
+from benchmarks.common import FIGURES, MODELS, RESULTS, Figures
+from jacobiflow import codec
 from jacobiflow.data import ImageDataset, Noise, load_images
 from jacobiflow.evaluation import bayes_accuracy, bits_per_dim
 from jacobiflow.files import write_json
@@ -26,28 +26,18 @@ from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.plots import save_png
 from jacobiflow.plots.style import TOUGH, clear, new_figure, styled
 
-ROOT = Path(__file__).resolve().parent.parent
-BITS = {"gaussian": "bits_per_dim_noisy", "uniform": "bits_per_dim"}
 
-
-def noise_of(flow: ImageFlow) -> Noise:
-    """The noise of the flow's training."""
-    return Noise("gaussian", flow.config.noise_std) if flow.config.noise_std else Noise("uniform")
-
-
-def measure(flow: ImageFlow, test: ImageDataset, accuracy_images: int) -> dict[str, float]:
-    """Bits per dimension of all of `test`, class accuracy of its first images."""
-    noise = noise_of(flow)
-    labels = test.labels
-    if labels is None:
-        raise ValueError("the test images have no labels")
-    few = replace(test, images=test.images[:accuracy_images], labels=labels[:accuracy_images])
-    with Progress() as bar:
-        task = bar.add_task("bits per dimension", total=len(test))
-        bpd = bits_per_dim(flow, test, noise, on_batch=lambda n: bar.advance(task, n))
-        task = bar.add_task("class accuracy", total=len(few))
-        accuracy = bayes_accuracy(flow, few, noise, on_batch=lambda n: bar.advance(task, n))
-    return {BITS[noise.kind]: bpd, "bayes_accuracy": accuracy, "accuracy_images": len(few)}
+def measure(flow: ImageFlow, test: ImageDataset, accuracy_images: int) -> Figures:
+    """Bits per dimension of all test images, and class accuracy of the first ones, with the noise of the training."""
+    gaussian = flow.config.noise_std > 0
+    noise = Noise("gaussian", flow.config.noise_std) if gaussian else Noise("uniform")
+    assert test.labels is not None, "the test images have no labels"
+    few = replace(test, images=test.images[:accuracy_images], labels=test.labels[:accuracy_images])
+    return {
+        "bits_per_dim_noisy" if gaussian else "bits_per_dim": bits_per_dim(flow, test, noise),
+        "bayes_accuracy": bayes_accuracy(flow, few, noise),
+        "accuracy_images": len(few),
+    }
 
 
 @styled
@@ -64,49 +54,37 @@ def loss_figure(metrics: list[dict[str, float]]) -> Figure:
 
 
 def main() -> None:
-    """Bundle, measure, draw."""
+    """Bundles, measures, draws."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="of the bundled model")
     parser.add_argument("run", type=Path, help="folder that jacobiflow train wrote")
     parser.add_argument("--images", required=True, help="test images, as for jacobiflow")
-    parser.add_argument("--images-name", required=True, help="of the data set, for the card")
-    parser.add_argument("--license", required=True, help="of the data set, for the card")
-    parser.add_argument("--dataset", action="append", default=[], help="the data set's id on the hub, for the card")
-    parser.add_argument("--test-name", required=True, help="what the test images are, for the card")
-    parser.add_argument("--command", required=True, help="that trained the model, for the card")
-    parser.add_argument("--machine", required=True, help="that trained it, for the card")
-    parser.add_argument("--limits", required=True, help="one or two sentences, for the card")
+    parser.add_argument("--test-name", required=True, help="description of the test images, for the card")
+    parser.add_argument("--machine", required=True, help="that trained the model, for the card")
     parser.add_argument("--accuracy-images", type=int, default=1000)
-    arguments = parser.parse_args()
+    options = parser.parse_args()
 
-    folder = ROOT / "src" / "jacobiflow" / "models" / arguments.name
-    trained, search = jf.load(arguments.run), ROOT / "docs" / "results" / f"{arguments.name}-search.json"
+    folder = MODELS / options.name
+    trained, search = jf.load(options.run), RESULTS / f"{options.name}-search.json"
     if search.is_file():
-        trained.recommended = jf.SamplingSettings.from_json(json.loads(search.read_text())["recommended"])
+        trained.recommended = codec.decode(jf.SamplingSettings, json.loads(search.read_text())["recommended"])
     trained.save_pretrained(folder, dtype=torch.float16)
-    flow = jf.load(arguments.name)
-    config = flow.config
-    metrics = [json.loads(line) for line in (arguments.run / "metrics.jsonl").read_text().splitlines()]
-    test = load_images(arguments.images, config.image_size, config.in_channels, "test")
-    figures: dict[str, Any] = {
-        "name": arguments.name,
-        "images": arguments.images_name,
-        "images_license": arguments.license,
-        "datasets": arguments.dataset,
-        "limits": arguments.limits,
-        "command": arguments.command,
-        "machine": arguments.machine,
+    flow = jf.load(options.name)
+    metrics = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
+    test = load_images(options.images, flow.config.image_size, flow.config.in_channels, "test")
+    figures = {
+        "name": options.name,
+        "machine": options.machine,
         "steps": metrics[-1]["step"],
         "training_seconds": metrics[-1]["seconds"],
         "parameters": sum(p.numel() for p in flow.parameters()),
         "bytes": (folder / "model.safetensors").stat().st_size,
         "test_images": len(test),
-        "test_name": arguments.test_name,
-        **measure(flow, test, arguments.accuracy_images),
-        "loss": [[row["step"], row["loss"]] for row in metrics[49::50]],
+        "test_name": options.test_name,
+        **measure(flow, test, options.accuracy_images),
     }
-    save_png(loss_figure(metrics), ROOT / "docs" / "figures" / f"{arguments.name}-loss.png")
-    write_json(ROOT / "docs" / "results" / f"{arguments.name}.json", figures)
+    save_png(loss_figure(metrics), FIGURES / f"{options.name}-loss.png")
+    write_json(RESULTS / f"{options.name}.json", figures)
     print(f"bundled {folder}: class accuracy {figures['bayes_accuracy']:.1%}")
 
 

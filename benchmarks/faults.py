@@ -1,4 +1,4 @@
-"""Small faults in Python sources, by the operators of cosmic-ray, where they can change what the code computes."""
+"""Small faults in Python sources, by the operators of cosmic-ray, in places that can change a result."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def without_effect(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]
 
 def places(source: str, file: str) -> list[list[Mutant]]:
     """The mutants of a source, those of one place and kind of operator together, in order of place."""
-    found: dict[tuple[tuple[int, int], str], list[Mutant]] = defaultdict(list)
+    by_place: dict[tuple[tuple[int, int], str], list[Mutant]] = defaultdict(list)
     nodes, spans = list(ast_nodes(get_ast(source))), without_effect(source)
     for name in operator_names():
         if get_operator(name).arguments():  # those that replace variables by name
@@ -78,12 +78,12 @@ def places(source: str, file: str) -> list[list[Mutant]]:
         starts = [start for node in nodes for start, _ in operator.mutation_positions(node)]
         for occurrence, start in enumerate(starts):
             if not any(first <= start < last for first, last in spans):
-                found[start, kind].append(Mutant(file, start[0], start[1], name, occurrence))
-    return [found[place] for place in sorted(found)]
+                by_place[start, kind].append(Mutant(file, start[0], start[1], name, occurrence))
+    return [by_place[place] for place in sorted(by_place)]
 
 
 def is_python(source: str) -> bool:
-    """Whether it compiles: an operator may take the star of a signature for a product."""
+    """True if it compiles: an operator may take the star of a signature for a product."""
     try:
         compile(source, "mutant", "exec", dont_inherit=True)
     except SyntaxError:
@@ -92,12 +92,12 @@ def is_python(source: str) -> bool:
 
 
 def draw(root: Path, folder: str, count: int, rng: random.Random) -> tuple[int, list[Mutant]]:
-    """How many places the sources of `folder` have, and `count` mutants at as many of them, in order of place."""
+    """Returns the number of places in the sources of `folder`, and `count` mutants at different places."""
     sources = {str(path.relative_to(root)): path.read_text() for path in sorted((root / folder).rglob("*.py"))}
-    found = [place for file, source in sources.items() for place in places(source, file)]
-    drawn: list[Mutant] = []
-    for place in rng.sample(found, len(found)):
+    all_places = [place for file, source in sources.items() for place in places(source, file)]
+    mutants: list[Mutant] = []
+    for place in rng.sample(all_places, len(all_places)):
         mutant = rng.choice(place)
-        if len(drawn) < count and is_python(mutant.apply(sources[mutant.file])):
-            drawn.append(mutant)
-    return len(found), sorted(drawn, key=lambda mutant: (mutant.file, mutant.line, mutant.column))
+        if len(mutants) < count and is_python(mutant.apply(sources[mutant.file])):
+            mutants.append(mutant)
+    return len(all_places), sorted(mutants, key=lambda mutant: (mutant.file, mutant.line, mutant.column))

@@ -1,11 +1,11 @@
-"""Draws the figures of the method: `python benchmarks/figures.py` writes docs/figures/*.png and front.gif.
+"""Draws the figures of the method and of result files: `python -m benchmarks.figures`.
 
-overview.png and partitions.png are of docs/solvers.md, front.png and front.gif of README.md.
+overview.png, partitions.png and front.gif show the method; error-against-time.png, regimes.png and masked-flows.png
+show result files.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,40 +15,36 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
-from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.experiments.front import record
+from benchmarks.common import FIGURES
+from benchmarks.front import Recorder, record, save_animation
+from benchmarks.regimes import BF16_PASS, EXACT_LOOP, LOOP_IN_PYTORCH, PASS, in_passes
+from benchmarks.render import result, strategy
 from jacobiflow.latents import draw_latents
-from jacobiflow.plots import front_frames, front_still, sampler_style, save_gif, save_png
-from jacobiflow.plots.style import EASY, FINAL, INK, TOUGH, WAITING, new_figure, readable, styled
+from jacobiflow.plots import sampler_style, save_png
+from jacobiflow.plots.style import (
+    EASY,
+    FINAL,
+    INK,
+    ORDERED,
+    TOUGH,
+    WAITING,
+    clear,
+    new_figure,
+    plain_ticks,
+    readable,
+    styled,
+)
 
-OUT = Path(__file__).resolve().parent.parent / "docs" / "figures"
 SWEPT = sampler_style("gs-jacobi").color
 MODEL = "emoji-p2"
 SAMPLE, LABEL = 10, 1  # a person of seed 0, whose number of sweeps is about the median of the first 20
 
 
-class Recorder:
-    """A block that notes which tokens each call evaluates."""
-
-    def __init__(self, block: jf.Block) -> None:
-        self.block = block
-        self.runs: list[tuple[int, int]] = []
-
-    def init_cache(self, z: Tensor, context: Tensor | None = None) -> Any:
-        """The block's own cache."""
-        return self.block.init_cache(z, context)
-
-    def update(self, x: Tensor, z: Tensor, start: int, stop: int, cache: Any) -> Tensor:
-        """The block's own map."""
-        self.runs.append((start, stop))
-        return self.block.update(x, z, start, stop, cache)
-
-
 @styled
 def partitions() -> Figure:
-    """Which tokens each partition sweeps when, measured on the tough block of `digits-p1`."""
+    """The tokens that each partition sweeps, sweep by sweep, in the tough block of `digits-p1`."""
     flow = jf.load("digits-p1")
     block = flow.blocks[-1]
     z = block.permutation(draw_latents(1, flow.config.num_tokens, flow.config.token_channels, seed=0))
@@ -74,8 +70,8 @@ def partitions() -> Figure:
         axis.set_title(name, color=readable(color))
         axis.set_xlabel(f"token\n{solution.sweeps} sweeps,\n{solution.token_evaluations} evaluations")
     axes[0].set_ylabel("sweep")
-    final, *swept, waiting = (Rectangle((0, 0), 1, 1, color=shade) for shade in (FINAL, *colors, WAITING))
-    handles: list[Any] = [final, tuple(swept), waiting]
+    final, *colored, waiting = (Rectangle((0, 0), 1, 1, color=shade) for shade in (FINAL, *colors, WAITING))
+    handles: list[Any] = [final, tuple(colored), waiting]
     figure.legend(
         handles, ["final", "swept", "waiting"], loc="outside lower center", ncols=3,
         handlelength=4, handler_map={tuple: HandlerTuple(ndivide=None, pad=0.2)},
@@ -85,7 +81,7 @@ def partitions() -> Figure:
 
 @styled
 def overview() -> Figure:
-    """How a sample comes about: noise through the blocks, the tough one cut into segments (cf. Figures 1 and 6)."""
+    """Sampling: noise through the blocks, the tough one cut into segments (cf. Figures 1 and 6)."""
     figure = new_figure(3.6)
     figure.set_layout_engine("none")
     axis = figure.add_axes((0.01, 0, 0.98, 1))
@@ -141,21 +137,133 @@ def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float]) -> 
     axis.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=10, color=INK, lw=1))
 
 
-def main() -> None:
-    """Draw all of them."""
-    save_png(overview(), OUT / "overview.png")
-    save_png(partitions(), OUT / "partitions.png")
-    flow = jf.load(MODEL)
-    config = flow.requires_grad_(False).config
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def panels_of(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with panels in two columns."""
+    figure = new_figure(height)
+    panels = figure.subplots(-(-count // 2), 2, sharex=True, sharey=True, squeeze=False).ravel()
+    for axis in panels[count:]:
+        axis.set_visible(False)
+    return figure, [*panels[:count]]
+
+
+@styled
+def error_against_time() -> Figure:
+    """Largest error against seconds, a panel for each batch size.
+
+    A line joins the settings of a sampler that no other setting of its own beats in both.
+    """
+    performance = result("performance")
+    figure, panels = panels_of(len(performance["grid"]), 7.4)
+    for axis, (batch, rows) in zip(panels, performance["grid"].items(), strict=True):
+        for sampler in ("auto", "window", "GS-Jacobi", "Selective Jacobi Decoding", "STARFlow"):
+            points: list[tuple[float, float]] = []
+            for row in sorted((row for row in rows if row["sampler"] == sampler), key=lambda row: row["seconds"]):
+                if not points or row["max_error"] < points[-1][1]:
+                    points.append((row["seconds"], max(row["max_error"], 1e-6)))
+            style = sampler_style(sampler)
+            axis.plot(*zip(*points, strict=True), color=style.color, marker=style.marker, label=sampler)
+        for name, line in (("sequential", "--"), ("growing cache", "-.")):
+            seconds = strategy(performance["final"][batch], name)["seconds"]["median"]
+            axis.axvline(seconds, color=sampler_style(name).color, linestyle=line, linewidth=1.2, label=name)
+        axis.set(xscale="log", yscale="log", ylim=(4e-7, 10), title=f"batch {batch}")
+        axis.tick_params(labelbottom=True)
+        clear(axis)
+    figure.supxlabel("seconds for the batch")
+    figure.supylabel("largest error of an entry")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
+
+
+@styled
+def regimes() -> Figure:
+    """Exact loops in encoding passes against the weights of a block, a panel for each batch size.
+
+    Beside them are the least times of sweeps that evaluate every token k times.
+    """
+    runs = sorted(result("regimes")["runs"], key=lambda run: run["weights_mb"])
+    batches = sorted({run["batch_size"] for run in runs})
+    figure, panels = panels_of(len(batches), 7.8)
+    color = sampler_style("jacobi").color
+    for axis, batch in zip(panels, batches, strict=True):
+        random, trained = ([run for run in runs if run["batch_size"] == batch and run["trained"] == kind]
+                           for kind in (False, True))  # fmt: skip
+        sizes = [run["weights_mb"] for run in random]
+        for way, name, line in ((EXACT_LOOP, "exact loop", "-"), (LOOP_IN_PYTORCH, "exact loop in PyTorch", "--")):
+            passes = [in_passes(run, way) for run in random]
+            axis.plot(sizes, passes, line, color=sampler_style("sequential").color, marker="o", label=name)
+        axis.plot(
+            [run["weights_mb"] for run in trained], [in_passes(run) for run in trained], linestyle="", marker="*",
+            markersize=12, color=sampler_style("auto").color, label="exact loop of a trained model",
+        )  # fmt: skip
+        for evaluations in (3, 5, 10):
+            for way, name, line in ((PASS, "sweeps, float32", "-"), (BF16_PASS, "sweeps, bfloat16", ":")):
+                passes = [evaluations * in_passes(run, way) for run in random]
+                axis.plot(sizes, passes, line, color=color, linewidth=1.4, label=name if evaluations == 3 else None)
+            axis.annotate(
+                f"k = {evaluations}", (sizes[-1], evaluations), color=readable(color), ha="right", va="bottom"
+            )
+        axis.set(xscale="log", yscale="log", title=f"batch {batch}")
+        plain_ticks(axis.xaxis, (1,))
+        plain_ticks(axis.yaxis, (1, 3))
+        axis.tick_params(labelbottom=True)
+        clear(axis)
+    figure.supxlabel("weights of a block, MB")
+    figure.supylabel("time of a block's inverse, in encoding passes of float32")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return figure
+
+
+@styled
+def masked_flows() -> Figure:
+    """Speed-ups of zuko's flows against features: a panel for a flow and a direction, a line for a number of rows."""
+    markers = {1: "o", 100: "^", 10_000: "s", 1_000_000: "D"}
+    figure, panels = panels_of(4, 5.4)
+    figure.set_figwidth(5.2)
+    kinds = [(direction, flow) for direction in ("slow", "fast") for flow in ("MAF", "NSF")]
+    for axis, (direction, flow) in zip(panels, kinds, strict=True):
+        for place, (rows, marker) in enumerate(markers.items()):
+            points = [
+                (run["features"], run["speed_up"])
+                for run in result("masked-flows")["runs"]
+                if (run["library"], run["flow"], run["direction"], run["rows"]) == ("zuko", flow, direction, rows)
+                and run["features"] <= 64
+            ]
+            color, label = ORDERED(0.9 * place / (len(markers) - 1)), f"{rows:,} row{'s' * (rows > 1)}"
+            axis.plot(*zip(*points, strict=True), color=color, marker=marker, label=label)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(xscale="log", yscale="log", title=f"{flow}, {'inverse' if direction == 'slow' else 'log_prob'}")
+        plain_ticks(axis.yaxis, (1,))
+        axis.set_xticks([2, 5, 10, 20, 64], ["2", "5", "10", "20", "64"])
+        axis.minorticks_off()
+        clear(axis)
+    figure.supxlabel("features")
+    figure.supylabel("speed-up over zuko")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return figure
+
+
+def front() -> None:
+    """The tough block of an image token by token, by a window, and with all tokens at once, as an animation."""
+    flow = jf.load(MODEL).requires_grad_(False)
+    config, settings = flow.config, flow.recommended
     latents = draw_latents(SAMPLE + 1, config.num_tokens, config.token_channels, seed=0)[-1:]
-    asked = flow.recommended
-    trajectories = record(flow, config.num_blocks - 1, latents, torch.tensor([LABEL]), asked.guidance, asked.denoise)
-    block = config.num_blocks - 1
-    title = f"{MODEL}: one image from the same noise, {config.num_tokens} tokens, through block {block}"
-    save_png(front_still(title, trajectories), OUT / "front.png")
-    save_gif(front_frames(title, trajectories), OUT / "front.gif")
-    for name, found in trajectories.items():
-        print(f"{name}: {found.calls} calls, {found.token_evaluations:,} evaluations, {found.certificate:.1e}")
+    trajectories = record(flow.guided(settings.guidance), latents, LABEL, settings.denoise)
+    title = f"{MODEL}: one image of {config.num_tokens} tokens through block {config.num_blocks - 1}"
+    save_animation(title, trajectories, FIGURES / "front.gif")
+
+
+def main() -> None:
+    """Draws all figures."""
+    figures: dict[str, Any] = {
+        "overview": overview, "partitions": partitions, "error-against-time": error_against_time, "regimes": regimes,
+        "masked-flows": masked_flows,
+    }  # fmt: skip
+    for name, draw in figures.items():
+        save_png(draw(), FIGURES / f"{name}.png")
+    front()
 
 
 if __name__ == "__main__":

@@ -1,16 +1,12 @@
-"""What a GPU shows, in under ten minutes: `python benchmarks/gpu.py`.
+"""Checks images on a GPU, then times the paper's models: `python -m benchmarks.gpu`, about ten minutes.
 
-In this order, so that a wrong number is seen before a fast one:
+1. *images*: bundled models by each kind of solver, against the exact loop on the CPU.
+2. The paper's four models in shape, at batch 1 and 16, in float32 and in bfloat16, with the paper's guidance: the
+   original sampler, the exact loop (a CUDA graph a token), the paper's strategy at its number of sweeps, and an
+   encoding pass. One block of random weights is timed, and a model's seconds are sums over its blocks. Random weights
+   give the time of a sweep, not how many a trained model needs.
 
-1. *images*: bundled models by each kind of solver, against the same on the CPU.
-2. *precision*: fashion-p2 in float32, TF32 and bfloat16, by the plan of `auto`: its tolerance, network calls,
-   certificates and seconds.
-3. *memory*: the peak of a guided window over waiting samples, of certificates and of denoising, at 128x128.
-4. the paper's four shapes at batch 1 and 16, by `paper_shapes.py`, in float32 and in bfloat16.
-
-Writes docs/results/gpu.json after each, and leaves out what it holds from the same machine, so that a run can be
-interrupted; none is begun after `--minutes`. Then puts the figures into docs/performance.md. Exits with 1 where an
-image is wrong.
+Writes docs/results/gpu.json after each; interrupted, it goes on. Exits with 1 if an image is wrong.
 """
 
 from __future__ import annotations
@@ -18,154 +14,129 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import performance_page
 import torch
-from paper_shapes import SHAPES, Problem, Shape, machine_of
-from paper_shapes import measure as measure_shape
 from torch import Tensor
 
 import jacobiflow as jf
+from benchmarks.common import RESULTS, Figures, complete, random_flow
+from jacobiflow.baselines import GROWING_CACHE, growing_cache_sample
 from jacobiflow.data import balanced_labels
-from jacobiflow.denoising import denoised
-from jacobiflow.files import write_json
-from jacobiflow.flows import ImageFlow
 from jacobiflow.latents import draw_latents
+from jacobiflow.measuring import interleave, machine
 from jacobiflow.memory import keep_freed_memory
-from jacobiflow.strategy import auto
 
-OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "gpu.json"
-MODELS = ("fashion-p2", "digits-p1", "digits-maf")
-WAYS = ("sequential", "jacobi", "window:32", "gs-jacobi:8-12", "auto")
-NUM, TOLERANCE = 8, 1e-4
-BOUND = 1e-2  # of a pixel; a residual of 1e-4 is amplified up to 30 times
-BATCHES = (1, 16)
-
-Figures = dict[str, Any]
+OUT = RESULTS / "gpu.json"
+BUNDLED = ("fashion-p2", "digits-p1", "digits-maf")
+STRATEGIES = ("sequential", "jacobi", "window:32", "auto")
+SAMPLES, TOLERANCE = 8, 1e-4
+PIXEL_BOUND = 1e-2  # a residual of 1e-4 is amplified up to 30 times
+BATCHES, DTYPES, ROUNDS = (1, 16), ("float32", "bfloat16"), 3
+EXACT_LOOP, ENCODING_PASS = "exact loop", "encoding pass"
 
 
-def problem_of(flow: ImageFlow, num: int) -> dict[str, Any]:
-    """Latents and labels, the same on every device."""
-    config = flow.config
-    z = draw_latents(num, config.num_tokens, config.token_channels, seed=0)
-    return {"latents": z, "labels": balanced_labels(num, config.num_classes), "progress": False}
-
-
-def images(device: torch.device, models: Sequence[str] = MODELS, ways: Sequence[str] = WAYS) -> Figures:
-    """How far each solver's images are from those of the CPU's exact loop."""
+def images(device: torch.device, models: Sequence[str] = BUNDLED, strategies: Sequence[str] = STRATEGIES) -> Figures:
+    """The largest difference of each solver's images from those of the exact loop on the CPU."""
     rows: list[Figures] = []
     for name in models:
-        for guided in (False, True):
-            there, here = jf.load(name, device=device), jf.load(name)
-            guidance = jf.Guidance(1.0) if guided else None
-            drawn = partial(jf.sample, guidance=guidance, denoise=float(here.config.noise_std > 0))
-            exact = drawn(here, strategy="sequential", **problem_of(here, NUM)).images
-            for way in ways:
-                tolerance = None if way in ("sequential", "gs-jacobi:8-12") else TOLERANCE
-                found = drawn(there, strategy=way, tolerance=tolerance, **problem_of(there, NUM))
-                difference = float((found.images.cpu() - exact).abs().max())
-                rows.append({"model": name, "guided": guided, "strategy": way, "difference": difference})
-    counted = {row["strategy"] for row in rows if row["strategy"].startswith("gs-jacobi")}  # end before they converge
-    wrong = [row for row in rows if row["strategy"] not in counted and not row["difference"] <= BOUND]
-    return {"rows": rows, "bound": BOUND, "wrong": wrong}
-
-
-def precision(device: torch.device, model: str = "fashion-p2") -> Figures:
-    """A batch by the plan of `auto` to 1e-3, or to what rounding allows."""
-    rows = []
-    for name in ("float32", "tf32", "bfloat16"):
-        torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-        flow = jf.load(model, device=device, dtype="bfloat16" if name == "bfloat16" else None)
-        plan = auto(flow, NUM, 1e-3)
-        for _ in range(2):
-            out = jf.sample(flow, strategy=plan, **problem_of(flow, NUM))
-        assert out.certificate is not None
-        rows.append({
-            "precision": name, "tolerance": plan.tolerance, "network_calls": out.network_calls, "seconds": out.seconds,
-            "certificate": float(out.certificate.max()), "resolved_sequentially": out.resolved_sequentially,
-        })  # fmt: skip
-    torch.set_float32_matmul_precision("highest")
+        flow, reference = jf.load(name, device=device), jf.load(name)
+        config = flow.config
+        z = draw_latents(SAMPLES, config.num_tokens, config.token_channels, seed=0)
+        labels = balanced_labels(SAMPLES, config.num_classes)
+        for guidance in (None, jf.Guidance(1.0)):
+            draw = partial(jf.sample, latents=z, labels=labels)
+            exact = draw(reference.guided(guidance), strategy="sequential").images
+            for strategy in strategies:
+                tolerance = None if strategy == "sequential" else TOLERANCE
+                images = draw(flow.guided(guidance), strategy=strategy, tolerance=tolerance).images.cpu()
+                difference = float((images - exact).abs().max())
+                rows.append({
+                    "model": name, "guided": guidance is not None, "strategy": strategy, "difference": difference,
+                    "wrong": not difference <= PIXEL_BOUND,
+                })  # fmt: skip
     return {"rows": rows}
 
 
-def memory(device: torch.device, shape: Shape = SHAPES["img128cond"], batch: int = 16) -> Figures:
-    """GiB at the peak, beside what was there before."""
-    problem = Problem.draw(shape, 3 * batch, torch.float32, device)
-    window = jf.Solver(jf.Window(min(64, problem.z.shape[1] // 2)), stopping=jf.Tolerance(1e-2))
-    pixels = problem.flow.to_images(problem.z)
+def guidance_of(preset: jf.Preset) -> jf.Guidance:
+    """The guidance with which the paper samples a model."""
+    return jf.Guidance(preset.guidance_weight, preset.annealed, attn_temperature=preset.attn_temperature)
 
-    def peak(run: Callable[[], Tensor | jf.Solution]) -> float | None:
-        if device.type != "cuda":
-            run()
-            return None
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**30
 
-    solve = partial(jf.solve, problem.block, solver=window)
-    first = slice(0, batch)
-    labels = None if problem.labels is None else problem.labels[first]
+def solvers_of(preset: jf.Preset) -> Counter[jf.Solver]:
+    """The solvers of the paper's strategy, without its early stop, and the number of blocks that each solves."""
+    config = preset.config
+    plan = jf.Strategy.parse(preset.strategy, num_blocks=config.num_blocks, num_tokens=config.num_tokens)
+    return Counter(replace(solver, stopping=replace(solver.stopping, ebound=None)) for solver in plan.solvers)
+
+
+def shape(preset: jf.Preset, batch: int, dtype: str, device: torch.device) -> Figures:
+    """Seconds of a model of the paper by each way to sample it, from those of one block."""
+    config = preset.config
+    flow = random_flow(replace(config, num_blocks=1)).to(device, getattr(torch, dtype)).guided(guidance_of(preset))
+    z = draw_latents(batch, config.num_tokens, config.token_channels, seed=1).to(device)
+    labels = torch.arange(batch, device=device) % config.num_classes if config.num_classes else None
+    block, solvers = flow.inverse_blocks[0], solvers_of(preset)
+
+    def encode() -> Tensor:
+        with torch.inference_mode():
+            return flow.encode(flow.to_images(z), labels)[0]
+
+    runs: dict[str, Callable[[], Any]] = {
+        GROWING_CACHE: partial(growing_cache_sample, flow, z, labels),
+        EXACT_LOOP: partial(jf.solve, block, z, jf.Solver(jf.Sequential()), labels),
+        **{str(solver): partial(jf.solve, block, z, solver, labels) for solver in solvers},
+        ENCODING_PASS: encode,
+    }
+    timings, answers = interleave(runs, ROUNDS, device)
+    seconds = {name: timing.median for name, timing in timings.items()}
+    models = {name: config.num_blocks * seconds[name] for name in (GROWING_CACHE, EXACT_LOOP, ENCODING_PASS)}
+    models[preset.strategy] = sum(count * seconds[str(solver)] for solver, count in solvers.items())
+    difference = flow.to_tokens(answers[GROWING_CACHE])[0] - answers[EXACT_LOOP].x
     return {
-        "a batch": peak(lambda: solve(z=problem.z[first], context=labels)),
-        "three batches, in the slots of one": peak(lambda: solve(z=problem.z, context=problem.labels, slots=batch)),
-        "certificates of a batch": peak(lambda: jf.certify(problem.block, problem.z[first], problem.z[first], labels)),
-        "denoising, one block": peak(lambda: denoised(problem.flow, pixels, problem.labels, 1.0, len(pixels))),
+        "block": {name: asdict(timing) for name, timing in timings.items()},
+        "seconds": models,
+        "rates": {name: models[GROWING_CACHE] / value for name, value in models.items()},
+        "difference_of_loops": float(difference.abs().max()),
     }
 
 
-def parts_of(shapes: Mapping[str, Shape]) -> dict[str, Callable[[torch.device], Figures]]:
-    """What is measured, by name."""
-    found: dict[str, Callable[[torch.device], Figures]] = {"images": images, "precision": precision, "memory": memory}
-    for batch in BATCHES:
-        for dtype in (torch.float32, torch.bfloat16):
-            for name, shape in shapes.items():
-                title = f"{name}, batch {batch}, {str(dtype).removeprefix('torch.')}"
-                found[title] = partial(shape_part, shape, batch, dtype)
-    return found
-
-
-def shape_part(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device) -> Figures:
-    """One of the paper's shapes, each way timed once."""
-    return measure_shape(shape, batch, dtype, 1, device)
-
-
 def main(
-    arguments: Sequence[str] | None = None, parts: Mapping[str, Callable[[torch.device], Figures]] | None = None
+    arguments: Sequence[str] | None = None,
+    presets: Mapping[str, jf.Preset] = jf.PRESETS,
+    models: Sequence[str] = BUNDLED,
 ) -> None:
-    """Measure what the file does not hold yet."""
+    """Measures what the file lacks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=OUT)
-    given = parser.parse_args(arguments)
-    device, started = torch.device(given.device), time.monotonic()
-    head = {"command": "python benchmarks/gpu.py", "machine": machine_of(device)}
-    found: Figures = {**head, "parts": {}}
-    if given.out.exists() and (kept := json.loads(given.out.read_text()))["machine"] == head["machine"]:
-        found = kept
-    for name, run in (parts_of(SHAPES) if parts is None else parts).items():
-        if name in found["parts"]:
-            continue
-        if time.monotonic() - started > 60 * given.minutes:
-            print(f"{name}: left out, {given.minutes:g} minutes are over; start again to go on")
-            continue
-        began = time.monotonic()
-        found["parts"][name] = run(device)
-        write_json(given.out, found)
-        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
-    if given.out == OUT:
-        performance_page.main()
-    wrong = found["parts"].get("images", {}).get("wrong")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    keys: list[Figures] = [{"part": "images", "device": machine(device)["device"]}]
+    keys += [
+        {"part": name, "batch": batch, "dtype": dtype, "device": machine(device)["device"]}
+        for batch in BATCHES
+        for dtype in DTYPES
+        for name in presets
+    ]
+
+    def measure(key: Figures) -> Figures:
+        if key["part"] == "images":
+            return images(device, models)
+        return shape(presets[key["part"]], key["batch"], key["dtype"], device)
+
+    complete(options.out, keys, measure, lambda run: print(json.dumps(run), flush=True))
+    first = json.loads(options.out.read_text())["runs"][0]
+    wrong = [row for row in first["rows"] if row["wrong"]]
     if wrong:
-        sys.exit(f"images that differ from the CPU's by more than {BOUND:g}: {json.dumps(wrong)}")
+        sys.exit(f"images that differ from the CPU's by more than {PIXEL_BOUND:g}: {json.dumps(wrong)}")
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # for all that is compared
+    keep_freed_memory()
     main()

@@ -1,4 +1,4 @@
-"""The paper's experiment on another flow (section 4.4, Table 5): `python benchmarks/maf.py`.
+"""The paper's experiment on another flow (section 4.4, Table 5): `python -m benchmarks.maf`.
 
 Writes docs/results/maf.json. A MAF of 5 blocks is trained on Fashion-MNIST, 50,000 images are encoded, and their
 latents are inverted: by the "For" loop of one full pass per pixel, by sweeps, and to a tolerance. The loop takes hours
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,23 +20,21 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from rich.progress import track
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.baselines.full_passes import full_passes_sample
+from benchmarks.common import RESULTS, ROOT, in_pytorch
+from jacobiflow.baselines import full_passes_sample
 from jacobiflow.data import Noise, load_images
 from jacobiflow.data.noise import add_noise, keyed_generator
 from jacobiflow.files import write_json
 from jacobiflow.measuring import machine
 from jacobiflow.memory import keep_freed_memory
-from jacobiflow.native import SWITCH
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULT, ROWS = ROOT / "docs" / "results" / "maf.json", "rows.json"
+RESULT, ROWS = RESULTS / "maf.json", "rows.json"
 FASHION = "fashion-mnist"
 TRAINING = "--flow maf --channels 512 --layers 2 --blocks 5 --unconditional --batch-size 128 --steps 3000"
 IMAGES, BATCH, LOOP_BATCHES = 50_000, 500, 2
@@ -47,7 +44,7 @@ Inverse = Callable[[Tensor], Tensor]
 
 
 def trained(images: str, folder: Path) -> jf.MAF:
-    """The MAF, trained where it is not yet."""
+    """The MAF; trains it first if there is none."""
     line = [*f"--images {images} {TRAINING} --sample-every 1000".split(), "--out", str(folder)]
     subprocess.run([sys.executable, "-m", "jacobiflow", "train", *line], check=True)
     return jf.MAF.from_pretrained(folder).requires_grad_(False)
@@ -59,25 +56,19 @@ def invert(flow: jf.MAF, strategy: jf.Strategy | str, certify: bool, z: Tensor) 
 
 
 def strategies(flow: jf.MAF) -> dict[str, Inverse]:
-    """What inverts all images: the table's sweeps, and to a tolerance."""
+    """Inverses of all images by name: the table's sweeps, and to a tolerance."""
     count = flow.config.num_blocks
-    found: dict[str, Inverse] = {}
+    solvers: dict[str, Inverse] = {}
     for sweeps in (10, 20, 30):
         solver = jf.Solver(jf.Whole(), stopping=jf.MaxSweeps(sweeps))
-        found[f"{sweeps} sweeps"] = partial(invert, flow, jf.Strategy.uniform(solver, count), False)
+        solvers[f"{sweeps} sweeps"] = partial(invert, flow, jf.Strategy.uniform(solver, count), False)
     whole = jf.Solver(jf.Whole(), stopping=jf.Tolerance(TOLERANCE))
-    found[f"sweeps to {TOLERANCE:g}"] = partial(invert, flow, jf.Strategy.uniform(whole, count), False)
+    solvers[f"sweeps to {TOLERANCE:g}"] = partial(invert, flow, jf.Strategy.uniform(whole, count), False)
     window = jf.Strategy.uniform(jf.Solver(jf.Window(64), stopping=jf.Tolerance(TOLERANCE)), count)
-    found[f"window of 64 to {TOLERANCE:g}"] = partial(invert, flow, window, False)
-    found[f"window of 64 to {TOLERANCE:g}, certified"] = partial(invert, flow, window, True)
+    solvers[f"window of 64 to {TOLERANCE:g}"] = partial(invert, flow, window, False)
+    solvers[f"window of 64 to {TOLERANCE:g}, certified"] = partial(invert, flow, window, True)
     loop = partial(invert, flow, "sequential", False)
-    return found | {"sequential, cached, in PyTorch": partial(in_pytorch, loop), "sequential, cached": loop}
-
-
-def in_pytorch(inverse: Inverse, z: Tensor) -> Tensor:
-    """The inverse without native code."""
-    with patch.dict(os.environ, {SWITCH: "0"}):
-        return inverse(z)
+    return solvers | {"sequential, cached, in PyTorch": in_pytorch(loop), "sequential, cached": loop}
 
 
 def batches(images: Tensor) -> Iterator[Tensor]:
@@ -94,9 +85,9 @@ def timed(
     A row that an interrupted run has measured is kept in the folder's rows.json.
     """
     path = folder / ROWS
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    if name in kept:
-        return kept[name]
+    rows = json.loads(path.read_text()) if path.exists() else {}
+    if name in rows:
+        return rows[name]
     errors, seconds = [], []
     inverse(latents[0][:8])  # the first call is slower
     for z, x in track(zip(latents, images, strict=True), name, len(latents), transient=True):
@@ -111,7 +102,7 @@ def timed(
         "spread": max(seconds) / min(seconds), "mae": float(error.mean()), "max_error": float(error.max()),
     }  # fmt: skip
     print(f"{name}: {row['seconds_of_all']:.0f} s, MAE {row['mae']:.1e}", file=sys.stderr)
-    write_json(path, kept | {name: row})
+    write_json(path, rows | {name: row})
     return row
 
 
@@ -136,16 +127,16 @@ def main() -> None:
     images = parser.parse_args().images
     folder = ROOT / "out" / f"maf-{Path(images).name}"  # a model, and rows, of these images
     flow = trained(images, folder)
-    chosen, _ = load_images(images, flow.config.image_size, 1).batch(slice(0, IMAGES))
+    test_images, _ = load_images(images, flow.config.image_size, 1).batch(slice(0, IMAGES))
     with torch.no_grad():
-        rows = ours(flow, chosen, folder)
+        rows = ours(flow, test_images, folder)
     write_json(RESULT if images == FASHION else folder / RESULT.name, {
-        "command": f"python benchmarks/maf.py --images {images}", "images": len(chosen), "batch_size": BATCH,
+        "command": f"python -m benchmarks.maf --images {images}", "images": len(test_images), "batch_size": BATCH,
         "training": TRAINING, "tolerance": TOLERANCE, "machine": machine(), "rows": rows,
     })  # fmt: skip
     (folder / ROWS).unlink()
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # for all that is compared
+    keep_freed_memory()
     main()

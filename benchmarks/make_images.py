@@ -1,9 +1,10 @@
-"""Write the real images that ship with the package: `python benchmarks/make_images.py fashion|emoji`.
+"""Writes images as .npz files that `--images` reads: `python -m benchmarks.make_images fashion|emoji`.
 
-`fashion512.npz` has the first training images of each class of Fashion-MNIST (Debian's dataset-fashion-mnist), in the
-order of the training file. `emoji256.npz` has training images of `emoji` (`make emoji` fetches them), evenly spaced
-among those of each class: skin tones of one emoji are neighbours. All classes have as many, or one fewer. The same data
-gives the same bytes (an archive holds no dates).
+For `fashion`, the 512 images that ship with the package: the first training images of each class of Fashion-MNIST
+(Debian's dataset-fashion-mnist), in the order of the training file. For `emoji` (`make emoji` fetches them), the 256
+images that ship with the package, evenly spaced among the training images of each class, since skin tones of one emoji
+are neighbours; and out/emoji/train.npz and out/emoji/test.npz with all images. All classes have as many, or one fewer,
+in what ships. The same data gives the same bytes (an archive holds no dates).
 """
 
 from __future__ import annotations
@@ -11,51 +12,74 @@ from __future__ import annotations
 import argparse
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from jacobiflow.data import ImageDataset, emoji, fashion_mnist
+from benchmarks.emoji_images import emoji
+from jacobiflow.data import ImageDataset, load_images
 from jacobiflow.files import write_atomically
 
-FOLDER = Path(__file__).parents[1] / "src" / "jacobiflow" / "data"
+ROOT = Path(__file__).parents[1]
+PACKAGE, OUT = ROOT / "src" / "jacobiflow" / "data", ROOT / "out" / "emoji"
 Indices = NDArray[np.int64]
 
 
 class Recipe(NamedTuple):
-    """Where images come from, how many ship, and which of those of a class, given how many."""
+    """The training images, how many ship, and a choice of `count` from the images of a class."""
 
     read: Callable[[], ImageDataset]
     num: int
-    among: Callable[[Indices, int], Indices]
+    choose: Callable[[Indices, int], Indices]
 
 
 RECIPES = {
-    "fashion": Recipe(fashion_mnist, 512, lambda of_class, count: of_class[:count]),
+    "fashion": Recipe(partial(load_images, "fashion-mnist", 28, 1), 512, lambda of_class, count: of_class[:count]),
     "emoji": Recipe(emoji, 256, lambda of_class, count: of_class[np.arange(count) * len(of_class) // count]),
 }
 
 
+def labels_of(data: ImageDataset) -> Tensor:
+    """The labels of the images."""
+    if data.labels is None:
+        raise ValueError("the data set has no labels")
+    return data.labels
+
+
+def write_images(data: ImageDataset, out: Path) -> None:
+    """Writes the images and their labels."""
+    archive, images = io.BytesIO(), data.images.numpy()
+    grey = images.shape[1] == 1
+    np.savez_compressed(
+        archive, images=images[:, 0] if grey else images, labels=labels_of(data).numpy().astype(np.uint8)
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, archive.getvalue())
+    print(f"{out}: {len(data)} images, {out.stat().st_size} bytes")
+
+
 def main() -> None:
-    """Select the images and write them beside the package's code."""
+    """Selects the images and writes them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=tuple(RECIPES))
     name = parser.parse_args().name
     recipe = RECIPES[name]
     data = recipe.read()
-    assert data.labels is not None
-    labels, classes = data.labels.numpy(), len(data.classes)
-    chosen = np.sort(np.concatenate([
-        recipe.among(np.flatnonzero(labels == c), len(range(c, recipe.num, classes))) for c in range(classes)
+    labels = labels_of(data).numpy()
+    classes = labels.max() + 1
+    indices = np.sort(np.concatenate([
+        recipe.choose(np.flatnonzero(labels == c), len(range(c, recipe.num, classes))) for c in range(classes)
     ]))  # fmt: skip
-    images = data.images[chosen].numpy()
-    archive, out = io.BytesIO(), FOLDER / f"{name}{recipe.num}.npz"
-    grey = images.shape[1] == 1
-    np.savez_compressed(archive, images=images[:, 0] if grey else images, labels=labels[chosen].astype(np.uint8))
-    write_atomically(out, archive.getvalue())
-    print(f"{out}: {len(chosen)} images, {out.stat().st_size} bytes")
+    index = torch.from_numpy(indices)
+    write_images(ImageDataset(data.images[index], labels_of(data)[index]), PACKAGE / f"{name}{recipe.num}.npz")
+    if name == "emoji":
+        write_images(data, OUT / "train.npz")
+        write_images(emoji("test"), OUT / "test.npz")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Masked flows of four libraries, as they are and accelerated: `python benchmarks/masked_flows.py`.
+"""Masked flows of four libraries, as they are and accelerated: `python -m benchmarks.masked_flows`.
 
 Writes docs/results/masked-flows.json, in about 20 minutes on two cores that are otherwise idle. A file from the same
 machine and versions is completed, so that a run can be interrupted; remove it to measure all anew.
@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -29,14 +28,13 @@ import torch
 import zuko
 from pyro.distributions import transforms as pyro_transforms
 from pyro.nn import ConditionalAutoRegressiveNN
-from regimes import fill_in
 from torch import Tensor, nn
 
 import jacobiflow as jf
-from jacobiflow.measuring import interleave
+from benchmarks.common import RESULTS, complete, speed_up
 from jacobiflow.memory import keep_freed_memory
 
-OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "masked-flows.json"
+OUT = RESULTS / "masked-flows.json"
 TRANSFORMS, CONTEXT = 5, 4
 HIDDEN, ROWS = 50, (1, 100, 10_000)
 WIDE, WIDE_HIDDEN, WIDE_ROWS = 784, 512, (1, 64)
@@ -175,11 +173,11 @@ def measure(key: Mapping[str, Any]) -> dict[str, Any]:
         for name, each in (("library", flow), ("accelerated", accelerated))
     }
     with torch.no_grad():
-        found, answers = compare(runs, LEAST if rows > ROWS[-1] else rounds(runs["library"]))
+        figures, answers = speed_up(runs, LEAST if rows > ROWS[-1] else rounds(runs["library"]))
         if rows <= ERROR_ROWS and features <= ERROR_FEATURES:
             exact = calls(copy.deepcopy(flow).double(), context.double(), rows)[call](inputs.double())
-            found["error"] = {name: float((each - exact).square().mean().sqrt()) for name, each in answers.items()}
-    return {"call": call, **found, "ways": sorted(set(handle.ways.values()))}
+            figures["error"] = {name: float((each - exact).square().mean().sqrt()) for name, each in answers.items()}
+    return {"call": call, **figures, "ways": sorted(set(handle.ways.values()))}
 
 
 def rounds(run: Callable[[], Any]) -> int:
@@ -187,16 +185,6 @@ def rounds(run: Callable[[], Any]) -> int:
     started = perf_counter()
     run()
     return min(MOST, max(LEAST, int(SECONDS / (perf_counter() - started))))
-
-
-def compare(runs: Mapping[str, Callable[[], Any]], count: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Seconds of the library and accelerated in turn, with the speed-up, and their answers."""
-    seconds, answers = interleave(runs, count)
-    return {
-        "rounds": count,
-        "seconds": {name: vars(timing) for name, timing in seconds.items()},
-        "speed_up": seconds["library"].median / seconds["accelerated"].median,
-    }, answers
 
 
 def keys() -> Iterator[dict[str, Any]]:
@@ -234,5 +222,5 @@ def show(run: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # for all that is compared
-    fill_in(OUT, keys(), measure, show)
+    keep_freed_memory()
+    complete(OUT, keys(), measure, show)

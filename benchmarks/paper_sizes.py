@@ -1,47 +1,50 @@
-"""What the paper's models would take on a CPU, factor one: `python benchmarks/paper_sizes.py`, half an hour.
+"""Estimates what the paper's models take on a CPU: `python -m benchmarks.paper_sizes`, half an hour.
 
-Times one block of random weights in each shape of the GS-Jacobi paper's four models, at batch 1, 4 and 16, unguided:
+The estimate is a product of two measurements:
 
-- a step of the growing-cache loop of the original code at mid context, the mean over `STEPS` of them;
-- the exact loop in native code over all tokens, as seconds of one of its steps;
-- `update` of a run of tokens in the middle of the sequence, in float32 and in bfloat16 (`block.lower(cache)`): one
-  token, which is a step of our loop in PyTorch, windows of `WINDOWS`, and all tokens, which is a whole pass.
+1. Seconds of one block of random weights in the shape of each of the GS-Jacobi paper's four models, at batch 1, 4 and
+   16, unguided: a step of the original sampler at mid context, the exact loop in native code, and updates of a run of
+   tokens in the middle of the sequence, in float32 and in bfloat16 (docs/results/paper-sizes.json).
+2. Sweeps of each block of the bundled TarFlows to 1e-3, with the fitted guess and correction
+   (docs/results/paper-sweeps.json).
 
-A step is linear in its context, so that the step at mid context is the mean of all. The time of a block hardly depends
-on C, the values in a token: AFHQ's model shares its shape with that of unconditional ImageNet.
-
-Factor two, how many sweeps a trained block needs, is in the bundled reports; `paper_sizes_page.py` multiplies. Writes
-docs/results/paper-sizes.json after each shape and batch size, and leaves out what it holds from the same machine, so
-that a run can be interrupted. Runs take turns, `--repeats` rounds after one that does not count.
+A step is linear in its context, so that the step at mid context is the mean of all. Interrupted, it goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from regimes import BATCH_SIZES, FUSED, fill_in, fused, random_flow, shape_of
+from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.baselines import GROWING_CACHE
-from jacobiflow.baselines.growing_cache import Stream
+from benchmarks.common import RESULTS, Figures, complete, latents, random_flow
+from benchmarks.regimes import BATCH_SIZES, EXACT_LOOP, MODELS, exact_loop, shape_of
+from jacobiflow.baselines import GROWING_CACHE, Stream
+from jacobiflow.files import write_json
 from jacobiflow.flows.tarflow import TarFlowBlock
+from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import interleave
 from jacobiflow.memory import keep_freed_memory
 
-OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "paper-sizes.json"
+SECONDS, SWEEPS = RESULTS / "paper-sizes.json", RESULTS / "paper-sweeps.json"
 WINDOWS = (16, 32, 64, 128)
 STEPS = 16  # single tokens in a run, as many as in the smallest window
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "bfloat16")
+TOLERANCE = 1e-3
+SAMPLES = 16  # of which sweeps are counted
+BF16_SWEEPS = (0, 2, 3)
 
 
 def name_of(config: jf.TarFlowConfig) -> str:
-    """What the time of a block depends on: channels, layers and tokens."""
+    """The sizes on which the time of a block depends: channels, layers and tokens."""
     return f"{config.channels}x{config.layers_per_block}x{config.num_tokens}"
 
 
@@ -49,12 +52,15 @@ SHAPES: Mapping[str, jf.TarFlowConfig] = {name_of(preset.config): preset.config 
 
 
 def run_name(dtype: str, size: int) -> str:
-    """A run of `size` tokens in the results."""
+    """The name of an update of `size` tokens in the results."""
     return f"{dtype} x {size}"
 
 
-def growing_steps(block: TarFlowBlock, batch: int, context: int) -> Callable[[], None]:
-    """`STEPS` steps of the growing-cache loop, from so many cached tokens on."""
+# -------------------------------------------------------------------------------------------------------------- seconds
+
+
+def growing_cache_steps(block: TarFlowBlock, batch: int, context: int) -> Callable[[], None]:
+    """`STEPS` steps of the original sampler, after `context` cached tokens."""
     stream = Stream(block, None, 1.0)
     channels = block.proj_in.out_features
     for layer in stream.layers:
@@ -73,42 +79,42 @@ def growing_steps(block: TarFlowBlock, batch: int, context: int) -> Callable[[],
     return steps
 
 
-def ways(flow: jf.TarFlow, batch: int) -> dict[str, tuple[Callable[[], Any], int]]:
-    """What is timed, by name, and how many steps or runs that is."""
+def runs_to_time(flow: jf.TarFlow, batch: int) -> dict[str, tuple[Callable[[], Any], int]]:
+    """Runs by name, each with the number of steps or updates in it."""
     config, block = flow.config, flow.blocks[0]
     length = config.num_tokens
     z = draw_latents(batch, length, config.token_channels, seed=1)
     with torch.inference_mode():
         cache = block.init_cache(z)
-        caches = {"float32": cache, "bfloat16": block.lower(cache)}
+        caches = {"float32": cache, "bfloat16": block.to_bf16(cache)}
 
-    def runs(dtype: str, size: int, count: int) -> Callable[[], None]:
+    def updates(dtype: str, size: int, count: int) -> Callable[[], None]:
         start = (length - size) // 2
 
         @torch.inference_mode()
-        def update() -> None:
+        def run() -> None:
             for _ in range(count):
                 block.update(z, z, start, start + size, caches[dtype])
 
-        return update
+        return run
 
-    found: dict[str, tuple[Callable[[], Any], int]] = {
-        GROWING_CACHE: (growing_steps(block, batch, length // 2), STEPS),
-        FUSED: (lambda: fused(block, z, None), length),
+    runs: dict[str, tuple[Callable[[], Any], int]] = {
+        GROWING_CACHE: (growing_cache_steps(block, batch, length // 2), STEPS),
+        EXACT_LOOP: (lambda: exact_loop(block, z, None), length),
     }
     for size in (1, *(size for size in WINDOWS if size < length), length):
         count = max(STEPS // size, 1)
-        found |= {run_name(dtype, size): (runs(dtype, size, count), count) for dtype in DTYPES}
-    return found
+        runs |= {run_name(dtype, size): (updates(dtype, size, count), count) for dtype in DTYPES}
+    return runs
 
 
-def measure(config: jf.TarFlowConfig, batch: int, repeats: int) -> dict[str, Any]:
-    """Seconds of a step, of a run and of a pass."""
+def measure(config: jf.TarFlowConfig, batch: int, rounds: int) -> Figures:
+    """Seconds of a step, of an update and of the exact loop's step."""
     flow = random_flow(replace(config, num_blocks=1, num_classes=0))
-    timed = ways(flow, batch)
-    seconds, _ = interleave({name: run for name, (run, _) in timed.items()}, repeats)
+    timed = runs_to_time(flow, batch)
+    seconds, _ = interleave({name: run for name, (run, _) in timed.items()}, rounds)
     return shape_of(flow) | {
-        "rounds": repeats,
+        "rounds": rounds,
         "seconds": {
             name: {kind: value / timed[name][1] for kind, value in asdict(timing).items()}
             for name, timing in seconds.items()
@@ -116,28 +122,159 @@ def measure(config: jf.TarFlowConfig, batch: int, repeats: int) -> dict[str, Any
     }
 
 
-def show(run: Mapping[str, Any]) -> None:
-    """Print a run."""
+# --------------------------------------------------------------------------------------------------------------- sweeps
+
+
+class Way(NamedTuple):
+    """A way to sweep a block: `bf16_sweeps` of all tokens in bfloat16, then windows of `window`, 0 for all tokens."""
+
+    bf16_sweeps: int
+    window: int
+
+    def __str__(self) -> str:
+        if self.bf16_sweeps:
+            return f"all, after {self.bf16_sweeps} in bfloat16"
+        return f"windows of {self.window}" if self.window else "all tokens"
+
+
+def count_sweeps(flow: jf.TarFlow, report: jf.Report, tuning: jf.Tuning, samples: int = SAMPLES) -> Figures:
+    """Sweeps of each block and sample to `TOLERANCE` by every way, on fresh latents."""
+    tuned, length, blocks = tuning.blocks, flow.config.num_tokens, []
+    z, labels = latents(flow, samples)
+
+    def solve(i: int, x: Tensor) -> Tensor:
+        rows = []
+        for way in (*(Way(count, 0) for count in BF16_SWEEPS), *(Way(0, size) for size in WINDOWS if size < length)):
+            partition = jf.Window(way.window) if way.window else jf.Whole()
+            stopping = jf.Tolerance(TOLERANCE)
+            solver = jf.Solver(partition, tuned[i].guess, stopping, tuned[i].correction, way.bf16_sweeps)
+            sweeps = jf.solve(flow.blocks[i], x, solver, labels).sample_sweeps - way.bf16_sweeps
+            rows.append({**way._asdict(), "sweeps": sweeps.tolist()})
+        blocks.append(rows)
+        return jf.solve(flow.blocks[i], x, jf.Solver(jf.Sequential()), labels).x
+
+    invert(flow, prior_tokens(flow, z), solve)
+    return {"tokens": length, "tough": slow_blocks(report), "blocks": blocks[::-1]}
+
+
+def slow_blocks(report: jf.Report) -> list[int]:
+    """The tough blocks by CRM that take more sweeps than every other block; CRM can call an easy block tough."""
+    sweeps = report.mean_sweeps("noise", TOLERANCE)
+    others = [count for i, count in enumerate(sweeps) if i not in report.tough_blocks]
+    return [i for i in report.tough_blocks if sweeps[i] > max(others, default=0.0)]
+
+
+# ------------------------------------------------------------------------------------------------------------- estimate
+
+
+def counted(model: Figures, tough: bool) -> dict[Way, list[list[int]]]:
+    """Sweeps of each tough block, or of each other block, by the ways that all of these were swept in."""
+    blocks = [block for i, block in enumerate(model["blocks"]) if (i in model["tough"]) == tough]
+    by_way = [{Way(run["bf16_sweeps"], run["window"]): run["sweeps"] for run in block} for block in blocks]
+    return {way: [block[way] for block in by_way] for way in sorted(set.intersection(*map(set, by_way)))}
+
+
+def slowest_of(counts: Sequence[int], batch: int) -> float:
+    """The expected largest of `batch` draws, with replacement, from n counts; their mean if `batch` is 1.
+
+    The i-th smallest is the largest of the draws with probability (i/n)^batch - ((i-1)/n)^batch.
+    """
+    n = len(counts)
+    return sum(c * ((i / n) ** batch - ((i - 1) / n) ** batch) for i, c in enumerate(sorted(counts), 1))
+
+
+def mean_slowest(counts: Sequence[Sequence[int]], batch: int) -> float:
+    """The mean over blocks of `slowest_of`."""
+    return sum(slowest_of(block, batch) for block in counts) / len(counts)
+
+
+def paper_sweeps(preset: jf.Preset) -> Counter[tuple[int, int]]:
+    """Blocks of the paper's strategy by the tokens that they sweep together, and the number of such sweeps."""
+    config = preset.config
+    plan = jf.Strategy.parse(preset.strategy, num_blocks=config.num_blocks, num_tokens=config.num_tokens)
+    blocks_by_sweeps = Counter[tuple[int, int]]()
+    for solver in plan.solvers:
+        size, sweeps = solver.partition.stop(0, config.num_tokens), solver.stopping.max_sweeps
+        assert isinstance(sweeps, int)
+        blocks_by_sweeps[size, sweeps * config.num_tokens // size] += 1
+    return blocks_by_sweeps
+
+
+def tough_blocks(preset: jf.Preset) -> int:
+    """The number of blocks that the paper's strategy cuts into segments."""
+    return sum(count for (size, _), count in paper_sweeps(preset).items() if size < preset.config.num_tokens)
+
+
+def cheapest_sweeps(model: Figures, tough: bool, length: int, batch: int, seconds: Mapping[str, float]) -> float:
+    """Seconds of a block of `length` tokens by the cheapest way that the model was swept in, and its certificate.
+
+    In a tough block convergence is a front, and a window passes as many tokens in a sweep as in the model's block: its
+    sweeps are in proportion to the tokens. Elsewhere all tokens converge together, and sweeps of all of them are as
+    many as in the model's block.
+    """
+    one_pass, choices = seconds[run_name("float32", length)], []
+    for way, counts in counted(model, tough).items():
+        sweeps = mean_slowest(counts, batch)
+        if way.window:
+            choices.append(sweeps * length / model["tokens"] * seconds[run_name("float32", way.window)])
+        elif not tough:
+            choices.append(way.bf16_sweeps * seconds[run_name("bfloat16", length)] + sweeps * one_pass)
+    return min(choices) + one_pass
+
+
+def estimates(run: Figures, preset: jf.Preset, sweeps: Figures) -> dict[str, float]:
+    """Seconds of a model of the paper by every way, at the batch size of `run`; the paper's own strategy comes last."""
+    seconds = {name: timing["min"] for name, timing in run["seconds"].items()}
+    length, total, tough = preset.config.num_tokens, preset.config.num_blocks, tough_blocks(preset)
+    loop = length * seconds[EXACT_LOOP]
+    seconds_by_way = {
+        GROWING_CACHE: total * length * seconds[GROWING_CACHE],
+        "loop in PyTorch": total * length * seconds[run_name("float32", 1)],
+        "exact loop": total * loop,
+    }
+    for name, model in sweeps["models"].items():
+        hard, easy = (cheapest_sweeps(model, kind, length, run["batch_size"], seconds) for kind in (True, False))
+        seconds_by_way[f"sweeps of {name}"] = tough * hard + (total - tough) * easy
+        seconds_by_way[f"exact loop or sweeps of {name}"] = tough * min(hard, loop) + (total - tough) * min(easy, loop)
+    for dtype in DTYPES:
+        seconds_by_way[f"`{preset.strategy}` in {dtype}"] = sum(
+            blocks * count * seconds[run_name(dtype, size)] for (size, count), blocks in paper_sweeps(preset).items()
+        )
+    return seconds_by_way
+
+
+def runs_of(preset: jf.Preset, result: Figures) -> list[Figures]:
+    """The timed runs in the shape of a model of the paper, by batch size."""
+    shape = name_of(preset.config)
+    return sorted((run for run in result["runs"] if run["name"] == shape), key=lambda run: run["batch_size"])
+
+
+def show(run: Figures) -> None:
+    """Prints a run."""
     seconds = "  ".join(f"{name} {timing['min'] * 1e3:.2f}" for name, timing in run["seconds"].items())
     print(f"{run['name']}, batch {run['batch_size']}, ms: {seconds}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None, shapes: Mapping[str, jf.TarFlowConfig] = SHAPES) -> None:
-    """Measure what the file does not hold yet; write after each shape and batch size."""
+    """Measures the seconds that the file lacks, then the sweeps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=[*shapes], default=[*shapes], help="channels, layers, tokens")
+    parser.add_argument("--models", nargs="*", default=MODELS, help="whose sweeps are counted")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES)
-    parser.add_argument("--repeats", type=int, default=2, help="rounds that count, after one that does not")
-    parser.add_argument("--out", type=Path, default=OUT)
-    given = parser.parse_args(arguments)
-    keys = [{"name": name, "batch_size": batch} for name in given.shapes for batch in given.batch_sizes]
-
-    def run(key: dict[str, Any]) -> dict[str, Any]:
-        return measure(shapes[key["name"]], key["batch_size"], given.repeats)
-
-    fill_in(given.out, keys, run, show)
+    parser.add_argument("--rounds", type=int, default=2, help="that count, after one that does not")
+    parser.add_argument("--out", type=Path, default=SECONDS)
+    options = parser.parse_args(arguments)
+    keys = [{"name": name, "batch_size": batch} for name in shapes for batch in options.batch_sizes]
+    complete(options.out, keys, lambda key: measure(shapes[key["name"]], key["batch_size"], options.rounds), show)
+    if options.models:
+        models = {}
+        for name in options.models:
+            flow = jf.TarFlow.from_pretrained(name).requires_grad_(False)
+            report, tuning = jf.find_report(flow), jf.find_tuning(flow)
+            assert report is not None and tuning is not None, f"{name}: make calibration"
+            models[name] = count_sweeps(flow, jf.Report.load(report), jf.Tuning.load(tuning))
+        write_json(SWEEPS, {"tolerance": TOLERANCE, "models": models})
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # for all that is compared
+    keep_freed_memory()
     main()

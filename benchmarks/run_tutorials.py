@@ -1,4 +1,4 @@
-"""Runs the notebooks of docs/tutorials/ and keeps their outputs: `python benchmarks/run_tutorials.py [NAME ...]`.
+"""Runs the notebooks of docs/tutorials/ and keeps their outputs: `python -m benchmarks.run_tutorials [NAME ...]`.
 
 Each is executed as it is, by a kernel of this Python in an empty folder, and written back whole or not at all. What
 differs from run to run for no reason is left out: warnings, progress bars, colours, versions and execution times of the
@@ -44,18 +44,23 @@ def main() -> None:
 
 
 def run(path: Path) -> str:
-    """The notebook with the outputs of a run. **Raises** `CellExecutionError` where a cell fails."""
+    """Runs a notebook and returns it with its outputs; a cell that fails raises CellExecutionError."""
     notebook: Any = nbformat.read(path, 4)
     with tempfile.TemporaryDirectory() as folder:
         commands = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
         # Without a terminal, commands show no progress bars; a cache of its own, so that nothing is planned already.
-        own = {"PATH": commands, "XDG_CACHE_HOME": str(Path(folder) / "cache"), "COLUMNS": "110", "TTY_COMPATIBLE": "0"}
+        variables = {
+            "PATH": commands,
+            "XDG_CACHE_HOME": str(Path(folder) / "cache"),
+            "COLUMNS": "110",
+            "TTY_COMPATIBLE": "0",
+        }
         work = Path(folder) / "work"
         work.mkdir()
         client: Any = NotebookClient(
             notebook, timeout=3600, kernel_name="python3", record_timing=False, resources={"metadata": {"path": work}}
         )
-        client.execute(env=os.environ | own)
+        client.execute(env=os.environ | variables)
         for number, cell in enumerate(notebook.cells):
             cell.id = f"cell-{number}"
             if cell.cell_type == "code":

@@ -1,4 +1,4 @@
-"""sbi from end to end, as it is and accelerated: `python benchmarks/sbi_flows.py`.
+"""sbi from end to end, as it is and accelerated: `python -m benchmarks.sbi_flows`.
 
 Writes docs/results/sbi.json. It first trains posterior and likelihood estimators with sbi's defaults on 5,000
 simulations of "simple likelihood, complex posterior" (Papamakarios et al., 2019): five parameters, four points in the
@@ -22,24 +22,21 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from masked_flows import compare
-from regimes import fill_in
 from sbi.inference import NLE, NPE
 from sbi.utils import BoxUniform
 from torch import Tensor
 
 import jacobiflow as jf
+from benchmarks.common import RESULTS, ROOT, complete, speed_up
 from jacobiflow.memory import keep_freed_memory
 
-ROOT = Path(__file__).resolve().parent.parent
-OUT, TRAINED = ROOT / "docs" / "results" / "sbi.json", ROOT / "out" / "sbi"
+OUT, TRAINED = RESULTS / "sbi.json", ROOT / "out" / "sbi"
 SIMULATIONS, EPOCHS, ROUNDS = 5_000, 100, 2
 PRIOR = BoxUniform(-3 * torch.ones(5), 3 * torch.ones(5))
 OBSERVED = torch.tensor([0.7, -2.9, -1.0, -0.9, 0.6])  # parameters of the observation
@@ -155,9 +152,9 @@ def measure(key: Mapping[str, Any]) -> dict[str, Any]:
     handle = jf.accelerate(accelerated)
     posteriors = {"library": posterior, "accelerated": accelerated}
     runs = {name: partial(seeded, call.sample, each) for name, each in posteriors.items()}
-    found, _ = compare(runs, ROUNDS)
+    figures, _ = speed_up(runs, ROUNDS)
     shares = {name: share(run, estimator) for name, run in runs.items()}
-    return {**found, "share": shares, "ways": sorted(set(handle.ways.values()))}
+    return {**figures, "share": shares, "ways": sorted(set(handle.ways.values()))}
 
 
 def keys() -> Iterator[dict[str, Any]]:
@@ -177,8 +174,8 @@ def show(run: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # for all that is compared
+    keep_freed_memory()
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # sbi logs its training where it runs
-        fill_in(OUT, keys(), measure, show)
+        complete(OUT, keys(), measure, show)

@@ -1,7 +1,7 @@
 """Searches guidance, attention temperature and denoising rate for the least distance to real images (section 4.3 of the
 paper).
 
-`python benchmarks/search_guidance.py [MODEL]` writes docs/results/MODEL-search.json, for fashion-p2 (20 minutes on two
+`python -m benchmarks.search_guidance [MODEL]` writes docs/results/MODEL-search.json, for fashion-p2 (20 minutes on two
 cores), emoji-p2 (40 minutes), digits-p1 (two minutes) or digits-maf (one). Started again it goes on with what the file
 lacks. In turn:
 
@@ -15,7 +15,7 @@ fashion-FID, emoji-p2 by emoji-FID; digits of 8x8 pixels by the Fréchet distanc
 [-1, 1]: it compares means and covariances of pixels, and nothing else.
 
 What is recommended, in the file and in the model's config.json, is the best point, with two exceptions: no guidance
-where it does not make the distance a tenth less, and a denoising rate of 1 where that is within 1% of the best rate.
+if it does not make the distance a tenth less, and a denoising rate of 1 where that is within 1% of the best rate.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 import jacobiflow as jf
+from benchmarks.common import RESULTS
+from benchmarks.features import trained, training_statistics
+from jacobiflow import codec
 from jacobiflow.data import balanced_labels, digits, quantize, scale
-from jacobiflow.evaluation import ConvolutionalFeatures, Statistics, extract, frechet_distance
+from jacobiflow.evaluation import Statistics, extract, frechet_distance
 from jacobiflow.files import write_json
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import machine
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 SEED, BATCH = 10, 64
 RATES = (0.0, 0.6, 0.8, 1.0, 1.2, 1.4)
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0)
@@ -60,8 +61,8 @@ class Measure(NamedTuple):
 
 def bundled_fid(kind: str, num: int) -> Measure:
     """fashion-FID or emoji-FID, against all training images."""
-    network = ConvolutionalFeatures.bundled(kind)
-    return Measure(f"{kind}_fid", lambda images: extract(network, [images]), Statistics.bundled(kind), num)
+    network = trained(kind)
+    return Measure(f"{kind}_fid", lambda images: extract(network, [images]), training_statistics(kind), num)
 
 
 def pixel_distance() -> Measure:
@@ -82,7 +83,7 @@ MODELS: dict[str, Callable[[], Measure]] = {
 
 
 def recommended(rows: Sequence[dict[str, float]], name: str) -> jf.SamplingSettings:
-    """What the rows of a search recommend, by the distance `name`."""
+    """Returns the settings that a search recommends by the distance `name`."""
     best = min(rows, key=lambda row: row[name])
     plain = min((row for row in rows if not row["weight"]), key=lambda row: row[name])
     best = best if best[name] <= _GAIN * plain[name] else plain
@@ -98,8 +99,8 @@ def point(flow: ImageFlow, measure: Measure, weight: float, temperature: float) 
     guidance = jf.Guidance(weight, attn_temperature=temperature) if weight else None
     labels = balanced_labels(measure.num, flow.config.num_classes)
     z = draw_latents(measure.num, flow.config.num_tokens, flow.config.token_channels, SEED)
-    out = jf.sample(flow, latents=z, labels=labels, guidance=guidance, strategy="sequential", certify=False,
-                    batch_size=BATCH, progress=False)  # fmt: skip
+    out = jf.sample(flow.guided(guidance), latents=z, labels=labels, strategy="sequential", certify=False,
+                    batch_size=BATCH)  # fmt: skip
     rates = RATES if flow.config.noise_std else (0.0,)
     step = jf.denoise(flow, out.images, out.labels, 1.0) - out.images if flow.config.noise_std else 0.0
     return [
@@ -126,7 +127,7 @@ def main() -> None:
         return min(rows, key=lambda row: row[measure.name])
 
     def write() -> None:
-        settings = recommended(rows, measure.name).to_json()
+        settings = codec.encode(recommended(rows, measure.name))
         head = {"model": model, "num": measure.num, "seed": SEED, "machine": figures["machine"], "best": best()}
         write_json(file, {**head, "recommended": settings, "rows": rows})
 
@@ -137,8 +138,8 @@ def main() -> None:
             new = point(flow, measure, weight, temperature)
             rows.extend(new)
             write()
-            found = min(new, key=lambda row: row[measure.name])
-            print(", ".join(f"{name} {value:.4g}" for name, value in found.items()), flush=True)
+            nearest = min(new, key=lambda row: row[measure.name])
+            print(", ".join(f"{name} {value:.4g}" for name, value in nearest.items()), flush=True)
 
     visit([(weight, 1.0) for weight in WEIGHTS])
     if isinstance(flow, jf.TarFlow):

@@ -1,4 +1,4 @@
-"""The paper's strategies for a bundled model, as its Tables 3 and 4: `python benchmarks/strategies.py MODEL`.
+"""The paper's strategies for a bundled model, as its Tables 3 and 4: `python -m benchmarks.strategies MODEL`.
 
 Writes docs/results/MODEL-strategies.json, from one interleaved run per batch size. Guesses are by IGM, from the report
 that `make calibration` writes. Peers are at their published settings; `auto` is certified, as it is in use. Batches of
@@ -11,23 +11,23 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from performance import EAGER, IN_PYTORCH, draw, latents
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.baselines import GROWING_CACHE, PEERS, PeerSamples
-from jacobiflow.experiments.quality import ORIGINAL
-from jacobiflow.experiments.speed import compare
+from benchmarks.common import IN_PYTORCH, MODELS, RESULTS, in_pytorch, latents, without_native
+from benchmarks.peers import PEERS, PeerSamples
+from benchmarks.performance import draw
+from benchmarks.quality import ORIGINAL
+from jacobiflow.baselines import GROWING_CACHE
+from jacobiflow.calibration import gs_jacobi_notation
+from jacobiflow.comparison import compare
 from jacobiflow.files import write_json
 from jacobiflow.measuring import machine
 from jacobiflow.memory import keep_freed_memory
 from jacobiflow.strategy import auto
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, MODELS = ROOT / "docs" / "results", ROOT / "src" / "jacobiflow" / "models"
 BATCHES, LARGE = (1, 4, 16), 64
 REPEATS = {1: 5, 4: 3, 16: 3, LARGE: 3}
 NAMES = {GROWING_CACHE: ORIGINAL}
@@ -36,7 +36,7 @@ AUTOS = {"auto:1e-1": 1e-1, "auto:1e-2": 1e-2, "auto": 1e-3}
 
 
 def stacked(report: jf.Report) -> list[int]:
-    """The tough blocks by CRM, the toughest first; where it calls none so, the one that takes the most sweeps."""
+    """The tough blocks by CRM, the toughest first; if it calls none so, the one that takes the most sweeps."""
     if report.tough_blocks:
         return sorted(report.tough_blocks, key=lambda block: -report.crm[block])
     return [max(range(report.num_blocks), key=report.mean_sweeps("noise", 1e-2).__getitem__)]
@@ -53,8 +53,8 @@ def grid(report: jf.Report) -> list[str]:
     slowest, length = report.slowest_sweeps("noise", 1e-2), report.num_tokens
     rest = max(count for block, count in enumerate(slowest) if block not in blocks)
 
-    def name(own: tuple[int, int], other: tuple[int, int], elsewhere: int = rest) -> str:
-        pairs = [own if block == toughest else other for block in sorted(blocks)]
+    def name(first: tuple[int, int], other: tuple[int, int], elsewhere: int = rest) -> str:
+        pairs = [first if block == toughest else other for block in sorted(blocks)]
         fields = [
             "/".join(map(str, values if len(set(values)) > 1 else values[:1])) for values in zip(*pairs, strict=True)
         ]
@@ -76,34 +76,35 @@ def grid(report: jf.Report) -> list[str]:
 
 def settings(report: jf.Report) -> dict[str, jf.Strategy]:
     """By name, the paper's grid, and what the report proposes, with a number of sweeps for all segments or each."""
-    found = {name: jf.Strategy.parse(name, report) for name in grid(report)}
+    plans = {name: jf.Strategy.parse(name, report) for name in grid(report)}
     for tolerance in (1e-1, 1e-2):
         for per_segment in (False, True):
-            plan = jf.Strategy.from_report(report, tolerance, per_segment=per_segment)
-            found.setdefault(str(plan), plan)
-    return found
+            name = gs_jacobi_notation(report, tolerance, per_segment=per_segment)
+            plans.setdefault(name, jf.Strategy.parse(name, report))
+    return plans
 
 
 def measure(flow: jf.TarFlow, report: jf.Report, batch: int) -> list[dict[str, Any]]:
     """A row per strategy: seconds, rate, network calls, and the error paired with the sequential loop's images."""
     z, labels = latents(flow, batch)
     runs: dict[str, Callable[[], Any]] = {
-        EAGER: partial(IN_PYTORCH.run, partial(draw, flow, z, labels, "sequential")),
+        IN_PYTORCH: in_pytorch(partial(draw, flow, z, labels, "sequential")),
     }
     if batch < LARGE:
         runs |= {name: partial(draw, flow, z, labels, plan) for name, plan in settings(report).items()}
         runs |= {name: partial(images, peer, flow, z, labels) for name, peer in PEERS.items()}
-    plan = IN_PYTORCH.plan(flow, report, batch)
-    runs[NO_LOOP] = partial(IN_PYTORCH.run, partial(draw, flow, z, labels, plan, certify=True))
+    with without_native():
+        plan = jf.plan(flow, batch_size=batch)
+    runs[NO_LOOP] = in_pytorch(partial(draw, flow, z, labels, plan, certify=True))
     for name, tolerance in AUTOS.items():
         runs[name] = partial(draw, flow, z, labels, auto(flow, batch, tolerance), certify=True)
-    found = compare(flow, z, labels, runs, repeats=REPEATS[batch])
+    comparison = compare(flow, z, labels, runs, repeats=REPEATS[batch])
     rows = []
-    for row in found.rows:
+    for row in comparison.rows:
         entry = {
             "batch": batch, "strategy": NAMES.get(row.strategy, row.strategy), "seconds": row.seconds.median,
             "seconds_min": row.seconds.min, "seconds_max": row.seconds.max,
-            "rate": found.speed_up(row, GROWING_CACHE), "max_error": row.error.max, "mean_error": row.error.mean,
+            "rate": comparison.speed_up(row, GROWING_CACHE), "max_error": row.error.max, "mean_error": row.error.mean,
         }  # fmt: skip
         if row.samples is not None:
             entry |= {"network_calls": row.network_calls, "token_evaluations": row.token_evaluations}
@@ -112,7 +113,7 @@ def measure(flow: jf.TarFlow, report: jf.Report, batch: int) -> list[dict[str, A
 
 
 def images(peer: Callable[..., PeerSamples], *arguments: Any) -> Tensor:
-    """What a sampler of another paper draws."""
+    """Images by the sampler of another paper."""
     return peer(*arguments).images
 
 
@@ -126,17 +127,17 @@ def main() -> None:
     report.check(flow)
     rows = []
     for batch in (*BATCHES, LARGE):
-        found = measure(flow, report, batch)
-        for row in found:
+        new = measure(flow, report, batch)
+        for row in new:
             cost = f"{row['seconds']:.3f} s  {row['rate']:.2f}x"
             print(f"  {batch:3d} {row['strategy']:60s} {cost}  {row['max_error']:.1e}", flush=True)
-        rows += found
+        rows += new
     write_json(
         RESULTS / f"{model}-strategies.json",
-        {"command": f"python benchmarks/strategies.py {model}", "model": model, "machine": machine(), "rows": rows},
+        {"command": f"python -m benchmarks.strategies {model}", "model": model, "machine": machine(), "rows": rows},
     )
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # for all that is compared
+    keep_freed_memory()
     main()

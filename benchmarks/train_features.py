@@ -1,8 +1,8 @@
-"""Trains the features of fashion-FID or emoji-FID: `python benchmarks/train_features.py fashion|emoji`.
+"""Trains the features of fashion-FID or emoji-FID: `python -m benchmarks.train_features fashion|emoji`.
 
-fashion needs Debian's dataset-fashion-mnist, and a quarter of an hour on two cores; emoji needs
-`npm install --no-save emoji-datasource-google@16.0.0`, and two minutes. Writes the weights and the statistics of all
-training images into src/jacobiflow/evaluation, and docs/results/KIND-features.json.
+fashion needs Debian's dataset-fashion-mnist, and a quarter of an hour on two cores; emoji needs `make emoji`, and two
+minutes. Writes the weights and the statistics of all training images into benchmarks/weights, and
+docs/results/KIND-features.json.
 
 Fashion's network learns the ten classes. Emoji's learns to recognise each training image, mirrored, shifted and
 recoloured, since there are too few for features of six classes; its accuracy is the share of held-out images whose
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,43 +22,38 @@ import torch
 import torch.nn.functional as F
 from rich.progress import Progress
 from safetensors.torch import save
-from torch import Tensor
 
-from jacobiflow.data import Augmentation, ImageDataset, augment, load_images, quantize, scale
-from jacobiflow.evaluation import ConvolutionalFeatures, Statistics, extract, frechet_distance
-from jacobiflow.evaluation.convolutional import BUNDLED, statistics_file, weights_file
+from benchmarks.emoji_images import emoji
+from benchmarks.features import ConvolutionalFeatures, statistics_file, weights_file
+from benchmarks.make_images import labels_of
+from jacobiflow.data import Augmentation, ImageDataset, Split, augment, load_images, quantize, scale
+from jacobiflow.evaluation import Statistics, extract, frechet_distance
 from jacobiflow.files import write_atomically, write_json
 from jacobiflow.measuring import machine
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "src" / "jacobiflow" / "evaluation"
 BATCH, RATE = 128, 4e-3
-
-
-def labels_of(data: ImageDataset) -> Tensor:
-    """The labels of the images."""
-    if data.labels is None:
-        raise ValueError("the data set has no labels")
-    return data.labels
 
 
 def classified(network: ConvolutionalFeatures, train: ImageDataset, test: ImageDataset) -> float:
     """Share of test images whose largest output is their class."""
     with torch.no_grad():
-        found = torch.cat([network.output(network(part)).argmax(dim=1) for part in test.images.split(500)])
-    return float((found == labels_of(test)).double().mean())
+        classes = torch.cat([network.output(network(part)).argmax(dim=1) for part in test.images.split(500)])
+    return float((classes == labels_of(test)).double().mean())
 
 
 def nearest(network: ConvolutionalFeatures, train: ImageDataset, test: ImageDataset) -> float:
     """Share of test images whose nearest training image, by the angle between features, is of their class."""
-    known, asked = (F.normalize(extract(network, [data.images])) for data in (train, test))
-    return float((labels_of(train)[(asked @ known.T).argmax(dim=1)] == labels_of(test)).double().mean())
+    train_features, test_features = (F.normalize(extract(network, [data.images])) for data in (train, test))
+    return float(
+        (labels_of(train)[(test_features @ train_features.T).argmax(dim=1)] == labels_of(test)).double().mean()
+    )
 
 
 class Recipe(NamedTuple):
-    """How a kind is trained: the data set, epochs, augmentation; whether each image is a class; what accuracy is."""
+    """Recipe of a kind: images by split, epochs, augmentation; whether each image is a class; its accuracy."""
 
-    source: str
+    read: Callable[[Split], ImageDataset]
     epochs: int
     augmentation: Augmentation
     instances: bool
@@ -65,8 +61,10 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "fashion": Recipe("fashion-mnist", 12, Augmentation(mirror=True, shift=2), False, classified),
-    "emoji": Recipe("emoji", 40, Augmentation(mirror=True, shift=3, hue=10), True, nearest),
+    "fashion": Recipe(
+        partial(load_images, "fashion-mnist", 28, 1), 12, Augmentation(mirror=True, shift=2), False, classified
+    ),
+    "emoji": Recipe(emoji, 40, Augmentation(mirror=True, shift=3, hue=10), True, nearest),
 }
 
 
@@ -104,15 +102,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=tuple(RECIPES))
     kind = parser.parse_args().kind
-    recipe, shape = RECIPES[kind], BUNDLED[kind]
-    train, test = (load_images(recipe.source, shape.size, shape.channels, split) for split in ("train", "test"))
+    recipe = RECIPES[kind]
+    train, test = recipe.read("train"), recipe.read("test")
     started = time.perf_counter()
     network = fit(kind, recipe, train, test)
     data = save({name: value.contiguous() for name, value in network.state_dict().items()})
-    write_atomically(FOLDER / weights_file(kind), data)
+    write_atomically(weights_file(kind), data)
     features = extract(network, [train.images])
     real = Statistics.of(features)
-    real.save(FOLDER / statistics_file(kind))
+    real.save(statistics_file(kind))
     generator = torch.Generator().manual_seed(0)
     half = torch.randperm(len(features), generator=generator)[: min(2000, len(features) // 2)]
     figures = {

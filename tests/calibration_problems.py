@@ -12,7 +12,7 @@ from problems import BlockProblem, latents, make_flow, make_maf
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.guidance import guided
+from jacobiflow.flows.guidance import guided
 
 GUESSES = ("latent", "zeros", "mean_affine")
 

@@ -1,4 +1,4 @@
-"""What tests of files share: a small flow with every tensor random, and the one line that says what is wrong."""
+"""A small flow with every tensor random, and the one-line messages of errors, for tests of files."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def make(config: jf.TarFlowConfig = SMALL, seed: int = 0) -> jf.TarFlow:
     return flow
 
 
-def assert_same(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert state.keys() == wanted.keys()
-    for name, tensor in wanted.items():
+def assert_same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
         assert state[name].dtype == tensor.dtype, name
         assert torch.equal(state[name], tensor), name
 

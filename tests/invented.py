@@ -6,7 +6,7 @@ import copy
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -20,10 +20,10 @@ import jacobiflow as jf
 from jacobiflow.calibration.convergence import TOLERANCES, Trace
 from jacobiflow.calibration.metrics import NORMS, Components, Metrics
 from jacobiflow.calibration.report import GUESS_NAMES, Settings
-from jacobiflow.calibration.tuning import BlockTuning, CountedRun, Run
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.native import SWITCH
 from jacobiflow.solvers import Stopping
+from jacobiflow.strategy import BlockTuning
 
 TOKENS, CHANNELS, SAMPLES = 16, 4, 4  # of `small`, and of its tunings
 GUIDANCE = jf.Guidance(0.4, annealed=False, on="shift", attn_temperature=0.9)
@@ -114,60 +114,28 @@ def make_report(
 # -------------------------------------------------------------------------------------------------------------- tunings
 
 
-def invented_block(seed: int) -> BlockTuning:
-    """A guess and a correction of random numbers, and runs as they might be."""
-    noise = np.random.default_rng(seed)
-
-    def run(partition: jf.Partition, coarse: int, tolerance: float) -> Run:
-        residual = tolerance * noise.uniform(0.05, 1.5)
-        sweeps = tuple(noise.integers(1, 12, SAMPLES).tolist())
-        return Run(partition, tolerance, sweeps, residual, residual * noise.uniform(0.5, 2), coarse)
-
-    def counted(coarse: int, fine: int) -> CountedRun:
-        residual = float(10 ** noise.uniform(-5, -2))
-        return CountedRun(coarse, fine, residual, residual * noise.uniform(0.5, 2))
-
-    kernel = torch.from_numpy(0.1 * noise.standard_normal((3, CHANNELS, CHANNELS))).float()
-    ways = ((jf.Window(8), 0), (jf.Whole(), 0), (jf.Whole(), 2))
-    return BlockTuning(
-        jf.CausalLinear(kernel, torch.zeros(TOKENS, CHANNELS)),
-        jf.Chord(kernel / 2) if noise.integers(2) else jf.Plain(),
-        tuple(run(*way, atol) for way in ways for atol in (1e-3, 1e-2, 1e-4)),
-        tuple(counted(coarse, fine) for coarse, fine in ((0, 3), (0, 6), (2, 2), (4, 3))),
-        float(noise.uniform(0.5, 3)),
-    )
+def fitted_block(seed: int = 0) -> BlockTuning:
+    """A guess and a correction of random numbers for a block of `small`."""
+    kernel = torch.from_numpy(0.1 * np.random.default_rng(seed).standard_normal((3, CHANNELS, CHANNELS))).float()
+    return BlockTuning(jf.CausalLinear(kernel, torch.zeros(TOKENS, CHANNELS)), jf.Chord(kernel / 2))
 
 
 def make_tuning(*blocks: BlockTuning, guidance: jf.Guidance | None = None) -> jf.Tuning:
     """A tuning of `small`."""
-    return jf.Tuning(fingerprint(small()), TOKENS, guidance, SAMPLES, 0, blocks)
+    return jf.Tuning(fingerprint(small()), TOKENS, guidance, SAMPLES, 0, blocks or (fitted_block(),) * 2)
 
 
 @cache
 def tuned() -> jf.Tuning:
-    """What `jacobiflow.tune` finds for `small`, at settings that take little time."""
-    settings = jf.calibration.TuneSettings(
-        tolerances=(1e-2, 1e-3, 1e-4, 1e-5), partitions=(jf.Window(8), jf.Whole()), fine=(4, 8), coarse=(3,),
-        fine_after_coarse=(2,), coarse_to_tolerance=(2,),
-    )  # fmt: skip
-    return jf.tune(small(), samples=SAMPLES, progress=False, settings=settings)
-
-
-def claiming(*runs: Run, counted: tuple[CountedRun, ...] = ()) -> jf.Tuning:
-    """A tuning that says so of the sweeps from the guesses and corrections of `tuned`, true or not."""
-    blocks = (replace(block, runs=runs, counted=counted, amplification=1.0) for block in tuned().blocks)
-    return replace(tuned(), blocks=tuple(blocks))
-
-
-def run(partition: jf.Partition, tolerance: float, sweeps: int, error: float) -> Run:
-    return Run(partition, tolerance, (sweeps,) * SAMPLES, min(tolerance, 1e-3), error)
+    """The tuning of `small`."""
+    return jf.tune(small(), samples=SAMPLES)
 
 
 def draw(flow: jf.TarFlow, strategy: Any, latents: int | Tensor, **named: Any) -> jf.Samples:
     """Samples of all classes in turn."""
     num, given = (latents, {}) if isinstance(latents, int) else (len(latents), {"latents": latents})
     labels = torch.arange(num) % flow.config.num_classes
-    return jf.sample(flow, None if given else num, labels, strategy=strategy, progress=False, **given, **named)
+    return jf.sample(flow, None if given else num, labels, strategy=strategy, **given, **named)
 
 
 # -------------------------------------------------------------------------------------------------------------- machine
@@ -206,7 +174,7 @@ class Machine:
 
     def _take(self, block: Any, slower: float) -> None:
         affine, affine_at, affine_whole = block.affine, block.affine_at, block.affine_whole
-        init_cache, lower = block.init_cache, block.lower
+        init_cache, to_bf16 = block.init_cache, block.to_bf16
 
         def spend(rows: int, size: int, cache: Any) -> None:
             low = 1.0 if self._lowered is None or cache is not self._lowered else self.low
@@ -231,8 +199,8 @@ class Machine:
             return init_cache(*arguments, **named)
 
         def lowered(cache: Any) -> Any:
-            self._lowered = lower(cache)
+            self._lowered = to_bf16(cache)
             return self._lowered
 
         block.affine, block.affine_at, block.affine_whole = timed, timed_at, timed_whole
-        block.init_cache, block.lower = started, lowered
+        block.init_cache, block.to_bf16 = started, lowered

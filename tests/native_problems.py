@@ -10,7 +10,7 @@ from oracle import Guide, MAFOracle, Oracle, sequential
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.guidance import guided
+from jacobiflow.flows.guidance import guided
 
 
 @dataclass(frozen=True)
@@ -134,5 +134,5 @@ CASES = {
 
 
 def relative_error(x: Tensor, answer: Tensor) -> float:
-    """Largest difference, in parts of the largest entry of the answer (of 1 where that is smaller); NaN for any NaN."""
+    """Largest difference, in parts of the largest entry of the answer (of 1 if that is smaller); NaN for any NaN."""
     return float((x - answer).abs().max() / answer.abs().max().clamp(min=1))

@@ -58,8 +58,8 @@ class Oracle:
         h = x.double() @ w["proj_in.weight"].T + w["proj_in.bias"] + self.flip(i, w["pos_embed"][None])
         if "class_embed" in w:
             table = w["class_embed"][:, 0]
-            chosen = [-1] * batch if labels is None else labels.tolist()
-            h = h + torch.stack([table.mean(dim=0) if y < 0 else table[y] for y in chosen])[:, None]
+            classes = [-1] * batch if labels is None else labels.tolist()
+            h = h + torch.stack([table.mean(dim=0) if y < 0 else table[y] for y in classes])[:, None]
         past = torch.ones(length, length, dtype=torch.float64).tril()
         for layer in range(self.layers):
             a, m = f"attn_blocks.{layer}.attention.", f"attn_blocks.{layer}.mlp."
@@ -147,8 +147,8 @@ class MAFOracle:
             h = h @ self.weights[name + "weight"].T + self.state[name + "bias"]
             if name + "class_embed" in self.state:
                 table = self.state[name + "class_embed"]
-                chosen = [-1] * len(x) if labels is None else labels.tolist()
-                h = h + torch.stack([table.mean(dim=0) if y < 0 else table[y] for y in chosen])
+                classes = [-1] * len(x) if labels is None else labels.tolist()
+                h = h + torch.stack([table.mean(dim=0) if y < 0 else table[y] for y in classes])
             if layer < self.layers:
                 h = h.clamp(min=0)
         return h[:, 0::2].unsqueeze(-1), h[:, 1::2].unsqueeze(-1)
@@ -245,7 +245,7 @@ def convolved(kernel: Tensor, x: Tensor, delay: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Swept:
-    """What `swept` ends at: tokens, sweeps, tokens times samples over them, and what became of each sample.
+    """The end of `swept`: tokens, sweeps, tokens times samples over them, and the state of each sample.
 
     `residual` is the largest move of a token in the sweep that settled it or was its last; `missed`, whether a token
     ran out of sweeps; `fronts`, where the front stood after each sweep.

@@ -160,7 +160,7 @@ class MixingBlock(jf.AffineBlock):
         self.shift_weight = strength * decay[:, :, None, None] * draw(length, length, channels, channels)
         self.scale_bias, self.shift_bias = 0.2 * draw(length, channels), 0.5 * draw(length, channels)
 
-    def init_cache(self, z: Tensor, context: Tensor | None = None, attn_temperature: Tensor | None = None) -> None:
+    def init_cache(self, z: Tensor, context: Tensor | None = None) -> None:
         return None
 
     def affine(self, x: Tensor, start: int, stop: int, cache: None) -> tuple[Tensor, Tensor]:

@@ -1,32 +1,30 @@
-"""Running what users run: command lines, in this process, and the scripts of benchmarks/."""
+"""Running what users run: command lines, in this process."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import multiprocessing
 import shlex
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-from jacobiflow.cli.app import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_line(line: str, capsys: pytest.CaptureFixture[str]) -> SimpleNamespace:
     """Exit code, stdout and stderr of a command line."""
+    from jacobiflow.cli import app  # which imports all of the package
+
     code: Any = 0
     try:
-        main(shlex.split(line))
+        app.main(shlex.split(line))
     except SystemExit as stop:
         code = stop.code
     return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
@@ -65,17 +63,6 @@ def put(value: Any, path: Sequence[Any], new: Any) -> Any:
         place = place[step]
     place[path[-1]] = new
     return value
-
-
-def load_script(name: str) -> ModuleType:
-    """benchmarks/`name`.py, whose folder is no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def in_child(work: Callable[[], None]) -> int | None:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis.stateful import RuleBasedStateMachine, rule
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.storage import Drawn, Manifest, generate
-from jacobiflow.storage.record import Record
+from jacobiflow.sampling import BlockStats, Samples
+from jacobiflow.storage import Manifest, Processes
+from jacobiflow.storage.manifest import labels_sha256
+from jacobiflow.storage.run import Run
+
+PLAN = jf.Strategy.uniform(jf.Solver(jf.Window(4)), 1)
 
 
 def manifest_of(num: int = 10, **changed: Any) -> Manifest:
@@ -27,55 +27,38 @@ def manifest_of(num: int = 10, **changed: Any) -> Manifest:
     entries: dict[str, Any] = {
         "image_shape": (1, 4, 4), "seed": 0, "labels_sha256": None, "num_classes": 3, "batch_size": 2,
         "shard_size": 4, "files": "npz", "model": "none", "fingerprint": 64 * "f", "dtype": "float32",
-        "strategy": "invented", "strategy_sha256": None, "guidance": None, "denoise": 0.0, "tolerance": None,
+        "strategy": "invented", "strategy_sha256": "", "guidance": None, "denoise": 0.0, "tolerance": None,
         "certify": True, "machine": {"device": "cpu", "threads": 1},
     }  # fmt: skip
     return Manifest(num=num, **{**entries, **changed})
 
 
-def record_of(start: int = 4, num: int = 4, **changed: Any) -> Record:
-    record = Record(
-        start=start, num=num, sha256=64 * "0", labels=tuple(i % 3 for i in range(start, start + num)),
-        certificate=tuple(1e-4 * i for i in range(num)), resolved=(1,), lost=(0,), figures={"seconds": 1.5},
-    )  # fmt: skip
-    return replace(record, **changed)
+def run(out: Path, num: int = 10, labels: Any = "each", **changed: Any) -> jf.SampleFolder:
+    """A run without a flow; `changed` are entries of its manifest, or of `Run`."""
+    entries = {name: changed.pop(name) for name in list(changed) if name in Manifest.__dataclass_fields__}
+    labels = torch.arange(num) % 3 if isinstance(labels, str) else labels
+    manifest = manifest_of(num, **{"labels_sha256": labels_sha256(labels), **entries})
+    arguments: dict[str, Any] = {
+        "latent_shape": (4, 4), "draw": invented, "plan": lambda: PLAN, "keep_plan": False, "overwrite": False,
+        "processes": Processes(), "on_shard": None, "progress": None,
+    }  # fmt: skip
+    return Run(jf.SampleFolder(out, manifest), labels, **{**arguments, **changed}).complete()
 
 
-def run(out: Path, num: int = 10, labels: bool = True, **changed: Any) -> jf.SampleFolder:
-    """A run without a flow; `changed` are entries of its manifest, or arguments of `generate`."""
-    arguments = {name: changed.pop(name) for name in list(changed) if name not in Manifest.__dataclass_fields__}
-    given = torch.arange(num) % 3 if labels else None
-    manifest = manifest_of(num, **{"labels_sha256": digest_of(given), **changed})
-    drawing = arguments.pop("drawing", lambda _: invented)
-    return generate(jf.SampleFolder(out, manifest), given, drawing, (4, 4), **{"progress": False, **arguments})
-
-
-def digest_of(labels: Any) -> str | None:
-    """SHA-256 of labels as little-endian int64."""
-    return (
-        None
-        if labels is None
-        else sha256(b"".join(int(i).to_bytes(8, "little", signed=True) for i in labels)).hexdigest()
-    )
-
-
-def invented(start: int, latents: Tensor, labels: Tensor | None, advance: Callable[[float], None]) -> Drawn:
-    """The latents as images. Sample 5 is lost, sample 6 was solved again."""
-    index = torch.arange(start, start + len(latents))
-    images, certificate = latents.view(-1, 1, 4, 4).clone(), 1e-4 * index
-    images[index == 5], certificate[index == 5] = torch.nan, torch.inf
-    return Drawn(images, certificate, index == 6, {"first": start})
+def invented(latents: Tensor, labels: Tensor | None, strategy: jf.Strategy, note: Any) -> Samples:
+    """The latents as images. Where the first number is above 1 the sample is lost, where the second is, resolved."""
+    images, certificate = latents.reshape(-1, 1, 4, 4).clone(), latents[:, 0, 2].abs()
+    lost, resolved = latents[:, 0, 0] > 1, latents[:, 0, 1] > 1
+    images[lost], certificate[lost] = torch.nan, torch.inf
+    none, status = torch.zeros_like(lost), torch.where(lost, int(jf.Status.NONFINITE), int(jf.Status.CONVERGED))
+    stats = BlockStats(5, 7, 70, 0.5, certificate, status, none, resolved)
+    note(len(latents), len(latents), "sampling")
+    return Samples(images, latents, labels, (stats,), certificate, 1.0, None, 1.5, 0.0)
 
 
 def pixels_in(folder: jf.SampleFolder) -> Any:
     """Pixels (n, h, w, c) of all samples, as the folder reads them."""
     return torch.cat(list(folder.batches())).permute(0, 2, 3, 1).numpy()
-
-
-def signed(value: dict[str, Any]) -> dict[str, Any]:
-    """A record as JSON, with the checksum of its entries."""
-    value = {key: entry for key, entry in value.items() if key != "record_sha256"}
-    return value | {"record_sha256": sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()}
 
 
 def read(path: Path) -> Any:
@@ -93,9 +76,8 @@ def facts(out: Path) -> Any:
     files = everything(out)
     files.pop("samples.png", None)
     records = {name: json.loads(files.pop(name)) for name in list(files) if name.endswith(".json") and "/" in name}
-    for value in records.values():
-        assert value == signed(value)
-        del value["figures"], value["record_sha256"]
+    for record in records.values():
+        del record["cost"]
     return files, records
 
 
@@ -134,30 +116,3 @@ def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-
-
-class FolderMachine(RuleBasedStateMachine):
-    """A folder `out` with `foreign` files, which must stay; `changed` are our own as they were before an edit."""
-
-    out: Path
-    foreign: dict[str, bytes]
-    changed: dict[str, bytes]
-
-    def begin(self) -> None:
-        """An empty folder."""
-        self.out, self.foreign, self.changed = Path(tempfile.mkdtemp()) / "out", {}, {}
-
-    def ours(self) -> dict[str, bytes]:
-        return {name: held for name, held in everything(self.out).items() if name not in self.foreign}
-
-    def put(self, name: str) -> None:
-        """Write a file that is not ours."""
-        (self.out / name).parent.mkdir(parents=True, exist_ok=True)
-        self.foreign[name] = b"mine"
-        (self.out / name).write_bytes(b"mine")
-
-    @rule()
-    def restore(self) -> None:
-        for name, held in self.changed.items():
-            (self.out / name).write_bytes(held)
-        self.changed = {}

@@ -7,12 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-
-from jacobiflow.evaluation import ConvolutionalFeatures
 
 Array = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
@@ -56,9 +53,3 @@ def pixel_figures(pixels: Pixels, exact: Pixels) -> dict[str, Any]:
     """The share of 8-bit pixels that differ, and by how many levels at most."""
     off = np.abs(pixels.astype(int) - exact.astype(int))
     return {"share": pytest.approx((off > 0).mean()), "levels": off.max()}
-
-
-def fashion_features(pixels: Any) -> Any:
-    """Features (n, F) of grey images (n, 28, 28, 1)."""
-    with torch.no_grad():
-        return ConvolutionalFeatures.bundled("fashion")(torch.from_numpy(pixels).permute(0, 3, 1, 2)).double().numpy()

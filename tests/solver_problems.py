@@ -15,8 +15,7 @@ from problems import BlockProblem, MixingBlock, latents, make_flow
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.flows.base import FrontPerSample
-from jacobiflow.guidance import guided
+from jacobiflow.flows.guidance import guided
 
 Map = Callable[[Tensor, Tensor, Any], Tensor]
 
@@ -62,8 +61,10 @@ class Watched:
         return torch.stack([row[first : first + size] for row, first in zip(g, start.tolist(), strict=True)])
 
 
-class WatchedFronts(Watched, FrontPerSample):
+class WatchedFronts(Watched):
     """With a front per sample."""
+
+    per_sample_front = True
 
     def update_at(self, x: Tensor, z: Tensor, start: Tensor, size: int, end: int, cache: Any) -> Tensor:
         assert start.min() >= 0

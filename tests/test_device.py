@@ -12,26 +12,22 @@ from unittest.mock import patch
 import pytest
 import torch
 import zuko
-from fake_device import FakeDevice
-from running import load_script
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.calibration import find_report
 from jacobiflow.data import Noise, digits, noisy_images
 from jacobiflow.evaluation import bits_per_dim
-from jacobiflow.flows.precision import precision
+from jacobiflow.flows.guidance import guided
+from jacobiflow.flows.image_flow import precision
 from jacobiflow.flows.tarflow.block import TarFlowBlock
-from jacobiflow.guidance import guided
 from jacobiflow.latents import draw_latents
 from jacobiflow.solvers import Given
-from jacobiflow.solvers.replay import captured
+from jacobiflow.solvers.graphs import capture
 from jacobiflow.storage import SampleFolder
-from jacobiflow.strategy import PlanSettings
 from jacobiflow.strategy.memory import batch_bytes, fitting_batch
 from jacobiflow.training import TrainConfig, train
-
-script = load_script("gpu_counts")
+from tests.helpers import gpu_counts
+from tests.helpers.fake_device import FakeDevice
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,12 +35,14 @@ LABELS = torch.arange(5)
 WINDOW, SEGMENTS = "window:16", "[2/3-4-8-7]"
 
 
-def sample(name: str = "digits-p1", num: int = 3, **settings: Any) -> Callable[[str], Tensor]:
+def sample(
+    name: str = "digits-p1", num: int = 3, guidance: jf.Guidance | None = None, **settings: Any
+) -> Callable[[str], Tensor]:
     def run(device: str) -> Tensor:
         flow = jf.load(name, device=device)
         z = draw_latents(num, flow.config.num_tokens, flow.config.token_channels, 0)
         settings.setdefault("tolerance", None if settings["strategy"] in ("sequential", SEGMENTS) else 1e-6)
-        return jf.sample(flow, latents=z, labels=LABELS[:num], progress=False, **settings).images
+        return jf.sample(flow.guided(guidance), latents=z, labels=LABELS[:num], **settings).images
 
     return run
 
@@ -72,7 +70,7 @@ def evaluate(device: str) -> Tensor:
 
 def calibrate(device: str) -> Tensor:
     flow = jf.load("digits-p1", device=device)
-    report = jf.calibrate(flow, images(flow, 8), digits().labels[:8], traced=1, progress=False)
+    report = jf.calibrate(flow, images(flow, 8), digits().labels[:8], traced=1)
     return torch.tensor([*report.crm, *report.mean_sweeps("noise", 1e-3)])
 
 
@@ -86,9 +84,7 @@ def folder(device: str) -> Tensor:
 def planned(device: str) -> Tensor:
     """Not the plan, which is of the clock, but what it draws."""
     flow = jf.load("digits-p1", device=device)
-    report = find_report(flow)
-    assert report is not None
-    plan = jf.plan(flow, jf.Report.load(report), 2, 1e-6, settings=PlanSettings(trials=1))
+    plan = jf.plan(flow, batch_size=2, tolerance=1e-6)
     return sample(num=2, strategy=plan)(device)
 
 
@@ -129,7 +125,7 @@ PATHS: dict[str, Callable[[str], Tensor]] = {
     "segments": sample(strategy=SEGMENTS, guidance=GUIDANCE), "window": sample(strategy=WINDOW),
     "waiting samples": sample(num=5, strategy=WINDOW, batch_size=2),
     "waiting samples, guided": sample(num=5, strategy=WINDOW, batch_size=2, guidance=GUIDANCE),
-    "bfloat16 first": sample(strategy=jf.Strategy.uniform(jf.Solver(coarse=3), 4)),
+    "bfloat16 first": sample(strategy=jf.Strategy.uniform(jf.Solver(bf16_sweeps=3), 4)),
     "denoised": sample(strategy="jacobi", denoise=1.0),
     "maf": sample("digits-maf", strategy=WINDOW), "maf, sequential": sample("digits-maf", strategy="sequential"),
     "denoise": denoise, "encode": encode, "evaluate": evaluate, "calibrate": calibrate, "train": training,
@@ -164,7 +160,7 @@ def test_tf32_is_a_precision_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_operations_of_a_token(title: str, most: int) -> None:
     """Launched one by one, or as a graph, whose context is rounded up and hidden by a mask in each layer."""
     for launches, masks, launched in ((most, 0, True), (1, 8, False)):
-        assert script.a_sweep(script.SOLVERS[script.LOOP], script.GUIDANCES[title], launched) == {
+        assert gpu_counts.a_sweep(gpu_counts.SOLVERS[gpu_counts.LOOP], gpu_counts.GUIDANCES[title], launched) == {
             "operations": launches, "read_backs": 0, "copies": 0, "explicit_masks": masks,
         }  # fmt: skip
 
@@ -172,7 +168,8 @@ def test_the_operations_of_a_token(title: str, most: int) -> None:
 @pytest.mark.parametrize("title", ["plain", "guided"])
 def test_a_sweep(title: str) -> None:
     """A fixed number of them never waits for the device; a window does so at every fourth."""
-    _, segments, window = (script.a_sweep(solver, script.GUIDANCES[title]) for solver in script.SOLVERS.values())
+    guidance = gpu_counts.GUIDANCES[title]
+    _, segments, window = (gpu_counts.a_sweep(solver, guidance) for solver in gpu_counts.SOLVERS.values())
     assert segments["read_backs"] == segments["copies"] == segments["explicit_masks"] == 0
     assert window["read_backs"] <= 0.25
     assert window["operations"] <= 45  # of which one is the graph of the network
@@ -199,7 +196,7 @@ def test_another_thread_works_while_a_graph_is_captured(partition: jf.Partition)
 
     def work() -> None:
         try:
-            captured(lambda: start + 1, None)
+            capture(lambda: start + 1, None)
         except RuntimeError as error:
             failures.append(error)
 
@@ -222,7 +219,7 @@ def test_another_thread_works_while_a_graph_is_captured(partition: jf.Partition)
 
 @pytest.mark.parametrize("title", ["plain", "guided"])
 def test_waiting_samples_take_the_memory_of_those_that_have_finished(title: str) -> None:
-    assert script.waiting(script.GUIDANCES[title]) <= 1.3
+    assert gpu_counts.waiting(gpu_counts.GUIDANCES[title]) <= 1.3
 
 
 @pytest.mark.parametrize("guidance", [None, GUIDANCE])
@@ -232,19 +229,19 @@ def test_a_batch_takes_no_more_than_is_said(partition: jf.Partition, guidance: j
     with FakeDevice() as device:
         flow = jf.TarFlow(config).requires_grad_(False).to("cuda")
         z = draw_latents(16, config.num_tokens, config.token_channels, 0).to("cuda")
-        labels, needed = torch.arange(16, device="cuda") % 5, batch_bytes(flow, 1, guidance)
+        labels, needed = torch.arange(16, device="cuda") % 5, batch_bytes(flow.guided(guidance), 1)
         assert needed is not None
         with device.counting() as counts:
             jf.solve(guided(flow.blocks[0], guidance), z, jf.Solver(partition), labels)
         assert 0.5 * 16 * needed < counts.peak <= 16 * needed
         for free, num in ((needed * 1.25 * 7.9, 4), (needed * 1.25 * 3000, 100)):  # four fifths of it are used
             with patch.object(torch.cuda, "mem_get_info", lambda device, free=free: (int(free), 0)):
-                assert fitting_batch(flow, 100, guidance) == num
+                assert fitting_batch(flow.guided(guidance), 100) == num
         with (
             patch.object(torch.cuda, "mem_get_info", lambda device: (needed, 0)),
             pytest.raises(ValueError, match=r"a sample needs 0\.0 GiB beside the weights, and 0\.0 GiB are free"),
         ):
-            fitting_batch(flow, 100, guidance)
+            fitting_batch(flow.guided(guidance), 100)
 
 
 @pytest.mark.parametrize("partition", [jf.Whole(), jf.Window(512), jf.Segments(4)])
@@ -261,7 +258,7 @@ def test_causal_masks_of_a_long_sequence_are_counted(partition: jf.Partition) ->
 
 
 def test_denoising_at_128x128_takes_8_gib_however_many_images() -> None:
-    assert 2 < script.denoising(6) <= 8
+    assert 2 < gpu_counts.denoising(6) <= 8
 
 
 def test_certificates_keep_no_keys() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jacobiflow.files import finite, json_bytes, sha256, write_atomically, write_beside, write_json
+from jacobiflow.files import json_bytes, sha256, write_atomically, write_beside, write_json
 
 
 def test_writers_of_one_file_do_not_meet_and_it_appears_whole(tmp_path: Path) -> None:
@@ -73,10 +73,11 @@ def test_an_error_names_the_file_that_was_to_be_written(tmp_path: Path) -> None:
 
 
 def test_json_is_indented_and_without_infinities(tmp_path: Path) -> None:
-    value = {"a": [1.5, math.inf, (-math.inf, math.nan)], "b": {"c": "é", "d": None, "e": True, "f": 10**20}}
-    want = {"a": [1.5, None, [None, None]], "b": {"c": "é", "d": None, "e": True, "f": 10**20}}
-    assert finite(value) == want
+    value = {"a": [1.5, math.inf, (-math.inf, math.nan)], "b": {"c": "é Infinity", "d": None, "e": True, "f": 10**20}}
     write_json(tmp_path / "f", value)
-    assert (tmp_path / "f").read_bytes() == json_bytes(value) == (json.dumps(want, indent=1) + "\n").encode()
+    text = (tmp_path / "f").read_text()
+    assert text.encode() == json_bytes(value)
+    assert json.loads(text, parse_constant=pytest.fail) == value | {"a": [1.5, math.inf, [-math.inf, None]]}
+    assert text.count("\n ") == 14
     assert sha256(b"ab", b"", b"c") == hashlib.sha256(b"abc").hexdigest()
     assert json_bytes({"a": [1, 2.5]}, indent=None) == b'{"a":[1,2.5]}\n'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any
 
 import oracle
@@ -12,11 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import MixingBlock, latents, make_flow
-from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.flows.base import AffineFrontPerSample, FrontPerSample, KeepsNothing, LowPrecision, evaluate
-from jacobiflow.guidance import guided
+from jacobiflow.flows.base import evaluate
+from jacobiflow.flows.guidance import guided
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,7 +23,6 @@ CLASSES: dict[str, Any] = {"image_size": 8, "patch_size": 2, "num_classes": 3}
 CLASSLESS: dict[str, Any] = {"image_size": 6, "patch_size": 2, "in_channels": 3}
 SHIFTS: dict[str, Any] = {"image_size": 6, "patch_size": 2, "num_classes": 2, "nvp": False, "noise_std": 0.2}
 LABELS = torch.tensor([0, -1, 1])
-CAPABILITIES = (FrontPerSample, LowPrecision, KeepsNothing)
 
 
 @given(
@@ -47,7 +45,6 @@ def test_the_guided_map_is_the_formula_s(
     block = guided(flow.blocks[i], jf.Guidance(weight, annealed, on, temperature))
     expected = oracle.Oracle(flow).g(i, x, z, labels, oracle.Guide(weight, annealed, on, temperature))
     length = z.shape[1]
-    assert isinstance(block, AffineFrontPerSample)
     with torch.no_grad():
         cuts = [0, *sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=4))), length]
         cache = block.init_cache(z, labels)
@@ -67,49 +64,13 @@ def test_the_guided_map_is_the_formula_s(
     torch.testing.assert_close(entered, expected[[2, 0]], rtol=1e-10, atol=1e-10)
 
 
-def test_the_annealed_weight_rises_from_0_at_the_first_token_to_the_whole_at_the_last() -> None:
-    flow = make_flow(**CLASSES)
-    x, z = latents(flow, 3, seed=1), latents(flow, 3, seed=2)
-    guidances = (None, jf.Guidance(2.0, attn_temperature=0.5), jf.Guidance(2.0, annealed=False, attn_temperature=0.5))
-    plain, annealed, constant = (
-        block.affine(x, 0, 16, block.init_cache(z, LABELS))[1]
-        for block in (guided(flow.blocks[0], guidance) for guidance in guidances)
-    )
-    share = torch.linspace(0, 1, 16, dtype=torch.float64).view(1, -1, 1)
-    torch.testing.assert_close(annealed - plain, share * (constant - plain), rtol=0, atol=1e-10)
-    assert (constant[:, 1:] - plain[:, 1:]).abs().amax(dim=(1, 2)).min() > 1e-3  # guidance does something
-
-
-def test_guidance_of_a_row_without_a_label_does_nothing_at_temperature_1() -> None:
-    block, flow = make_flow(**CLASSES).blocks[1], make_flow(**CLASSES)
-    x, z = latents(flow, 3, seed=1), latents(flow, 3, seed=2)
-    plain, away = (
-        b.update(x, z, 0, 16, b.init_cache(z, LABELS)) for b in (block, guided(block, jf.Guidance(2.0, annealed=False)))
-    )
-    change = (away - plain).abs().amax(dim=(1, 2))
-    assert change[1] < 1e-10
-    assert change[[0, 2]].min() > 1e-3
-
-
-class CapableBlock(MixingBlock):
-    """`MixingBlock`, to which a capability of any kind may be added."""
-
-    def affine_at(self, x: Tensor, start: Tensor, size: int, end: int, cache: None) -> Any: ...
-
-    def move(self, cache: None, source: Tensor, target: Tensor, num: int) -> None: ...
-
-    def refill(self, cache: None, rows: Tensor, context: Any = None, attn_temperature: Any = None) -> None: ...
-
-    def lower(self, cache: None) -> None: ...
-
-
-@pytest.mark.parametrize("has", list(product([False, True], repeat=3)))
-def test_a_guided_block_can_do_what_its_block_can(has: tuple[bool, bool, bool]) -> None:
-    bases = [c for c, wanted in zip((AffineFrontPerSample, LowPrecision, KeepsNothing), has, strict=True) if wanted]
-    block = type("Block", (CapableBlock, *bases), {})(4, 1)
-    for wrapped in (guided(block, jf.Guidance(1.0)), guided(guided(block, jf.Guidance(1.0)), jf.Guidance(2.0))):
-        assert tuple(isinstance(wrapped, capability) for capability in CAPABILITIES) == has
-        assert wrapped.output_weights() is None
+def test_a_guided_block_has_the_flags_of_its_block() -> None:
+    names = ("per_sample_front", "graph_safe", "inference_safe", "has_bf16")
+    for name in names:
+        block = MixingBlock(4, 1)
+        setattr(block, name, True)
+        wrapped = guided(block, jf.Guidance(1.0))
+        assert [other for other in names if getattr(wrapped, other)] == [name]
 
 
 def test_guidance_that_is_off_leaves_the_block() -> None:
@@ -118,10 +79,22 @@ def test_guidance_that_is_off_leaves_the_block() -> None:
     assert guided(block, jf.Guidance(0.0)) is block
 
 
-def test_the_temperature_of_a_guided_block_is_that_of_its_guidance() -> None:
-    inner = guided(make_flow(**CLASSES).blocks[0], jf.Guidance(1.0))
-    with pytest.raises(ValueError, match="attn_temperature"):
-        guided(inner, jf.Guidance(1.0, attn_temperature=0.5)).init_cache(latents(make_flow(**CLASSES), 2), LABELS[:2])
+def test_a_guided_flow_is_a_view() -> None:
+    flow = make_flow(**CLASSES)
+    view = flow.guided(jf.Guidance(2.0))
+    assert view.guidance == jf.Guidance(2.0)
+    assert all(block.block is plain for block, plain in zip(view.inverse_blocks, flow.blocks, strict=True))
+    assert flow.guidance is view.guided(None).guidance is view.guided(jf.Guidance(0.0)).guidance is None
+    assert list(view.guided(None).inverse_blocks) == list(flow.blocks)
+    x = torch.rand(2, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(view.log_prob(x, LABELS[:2]), flow.log_prob(x, LABELS[:2]))
+    view.double().var.fill_(4)
+    assert (flow.var == 4).all()
+
+
+def test_only_a_block_with_attention_has_an_attention_temperature() -> None:
+    with pytest.raises(ValueError, match=r"attn_temperature=0\.5: a MixingBlock has no attention"):
+        guided(MixingBlock(4, 1), jf.Guidance(1.0, attn_temperature=0.5))
 
 
 @pytest.mark.parametrize(

@@ -1,35 +1,47 @@
-"""One owner of a folder at a time."""
+"""A folder has one owner at a time, and is new, empty or its owner's own."""
 
 from __future__ import annotations
 
-import os
+import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from filelock import FileLock
 
-from jacobiflow.locking import FolderInUseError, locked
+from jacobiflow.locking import FolderInUseError, locked, own_folder
 
 
-@pytest.mark.parametrize("next_one", [True, False])
-def test_a_lock_on_a_file_that_its_last_owner_has_removed_keeps_nobody_out(
-    next_one: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last owner removes the file after this process has opened it; the next owner may make another one."""
-    acquire, file = FileLock.acquire, tmp_path / ".lock"
-
-    def late(self: FileLock, *given: Any, **options: Any) -> Any:
-        monkeypatch.undo()
-        result = acquire(self, *given, **options)
-        file.unlink()
-        if next_one:
-            file.touch()
-        return result
-
-    monkeypatch.setattr(FileLock, "acquire", late)
-    with pytest.raises(FolderInUseError, match="another run is writing to it"), locked(tmp_path):
-        pass
-    assert os.listdir(tmp_path) == [".lock"] * next_one
+def test_one_owner_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path / "new" / "deep"):
+        with pytest.raises(FolderInUseError, match="another run is writing to it"), locked(tmp_path / "new" / "deep"):
+            pass
+        with locked(tmp_path):
+            pass
+    with pytest.raises(KeyError), locked(tmp_path):
+        raise KeyError
     with locked(tmp_path):
         pass
+
+
+def test_a_command_writes_into_a_folder_that_is_new_empty_or_its_own(tmp_path: Path) -> None:
+    for _ in range(2):
+        with own_folder(tmp_path / "out", "benchmark", ["bench.json"]):
+            (tmp_path / "out" / "bench.json").write_text("{}")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest == {"kind": "benchmark", "files": ["bench.json"]}
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "bench.json").write_text("{}")
+    for folder in ("out", "theirs"):
+        words = f"{folder}: holds files that this command did not write; give a new or empty folder"
+        with pytest.raises(ValueError, match=words), own_folder(tmp_path / folder, "evaluation", []):
+            pass
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["kind"] == "benchmark"
+
+
+def test_an_error_leaves_no_new_folder(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), locked(tmp_path / "new"):
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(KeyError), locked(tmp_path / "new"):
+        (tmp_path / "new" / "file").touch()
+        raise KeyError
+    assert (tmp_path / "new" / "file").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -49,8 +48,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.mark.parametrize(("device", "wait"), [("cpu", []), ("cuda:1", ["wait for cuda:1"]), ("mps", ["wait for mps"])])
 def test_runs_take_turns_and_the_device_is_waited_for(device: str, wait: list[str], clock: Clock) -> None:
     runs = {"odd": clock.run("odd", [999.0, 5.0, 1.0, 2.0]), "even": clock.run("even", [0.0, 8.0, 8.0, 64.0])}
-    timings, results = interleave(runs, 3, device, lambda name: clock.log.append(f"after {name}"))
-    assert clock.log == [x for name in [*runs] * 4 for x in (*wait, "read", name, *wait, "read", f"after {name}")]
+    timings, results = interleave(
+        runs, 3, device, lambda done, total, what: clock.log.append(f"{done} of {total} {what}")
+    )
+    steps = [(*wait, "read", name, *wait, "read", f"{i} of 8 timing") for i, name in enumerate([*runs] * 4, start=1)]
+    assert clock.log == [entry for step in steps for entry in step]
     assert timings == {"odd": Timing(2.0, 1.0, 5.0), "even": Timing(8.0, 8.0, 64.0)}
     assert results == {"odd": "odd 0", "even": "even 0"}  # of the warm-up
     assert interleave({"two": clock.run("two", [999.0, 1.0, 4.0])}, 2)[0] == {"two": Timing(2.5, 1.0, 4.0)}
@@ -75,15 +77,3 @@ def test_machine_says_what_a_timing_depends_on(monkeypatch: pytest.MonkeyPatch) 
     assert (here["device"], here["torch"], here["jacobiflow"]) == ("cpu", torch.__version__, jf.__version__)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the name of {device}")
     assert machine("cuda:1")["device"] == "the name of cuda:1"
-
-
-def test_the_processor_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "Path", lambda _: tmp_path / "cpuinfo")
-    monkeypatch.setattr(measuring.platform, "processor", lambda: "arm64")
-    assert machine()["processor"] == "arm64"
-    for text, want in (
-        ("model name\t: Fast (R): CPU\nflags : fpu\nmodel name\t: other\n", "Fast (R): CPU"),
-        ("model name\t: Fast\nflags\t\t: fpu amx_bf16\n", "Fast with AVX512-BF16 and AMX"),
-    ):
-        (tmp_path / "cpuinfo").write_text(text)
-        assert machine()["processor"] == want

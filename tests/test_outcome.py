@@ -18,7 +18,7 @@ def outcome(flow: jf.TarFlow, num: int, **settings: object) -> tuple[str, list[s
     """The sentence, and the warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        samples = jf.sample(flow, num, progress=False, **settings)  # type: ignore[arg-type]
+        samples = jf.sample(flow, num, **settings)  # type: ignore[arg-type]
     return str(samples.outcome), [str(warning.message) for warning in caught]
 
 
@@ -42,7 +42,7 @@ def test_certified_and_exact_samples_are_counted_without_a_warning() -> None:
 @pytest.mark.parametrize("strategy", ["jacobi-2", "[1-4-1-2]"])
 def test_samples_of_a_number_of_sweeps_are_not_certified(strategy: str) -> None:
     flow = make_flow()
-    largest = float(jf.sample(flow, 4, strategy=strategy, progress=False).certificate.max())
+    largest = float(jf.sample(flow, 4, strategy=strategy).certificate.max())
     assert largest > 1e-2
     text = (
         "4 samples: not certified, since the strategy stops after a fixed number of sweeps; the largest residual is "
@@ -58,7 +58,7 @@ def test_a_block_of_single_tokens_needs_no_tolerance() -> None:
 
 def test_samples_above_the_tolerance_are_named_with_the_reason() -> None:
     flow = copy.deepcopy(jf.load("digits-p1")).bfloat16()
-    samples = jf.sample(flow, 16, torch.arange(16) % 10, strategy="window:8", tolerance=1e-4, progress=False)
+    samples = jf.sample(flow, 16, torch.arange(16) % 10, strategy="window:8", tolerance=1e-4)
     above = samples.certificate > 1e-4
     assert 0 < int(above.sum()) < 16
     text, caught = outcome(flow, 16, labels=torch.arange(16) % 10, strategy="window:8", tolerance=1e-4)

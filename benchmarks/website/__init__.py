@@ -1,1 +1,1 @@
-"""Builds the site of zensical.toml: `PYTHONPATH=benchmarks python -m website`, or `make docs`."""
+"""Builds the site of zensical.toml: `python -m benchmarks.website`, or `make docs`."""

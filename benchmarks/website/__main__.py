@@ -1,10 +1,10 @@
-"""Builds the site into out/site: `PYTHONPATH=benchmarks python -m website`. Exits 1 with what is wrong with it."""
+"""Builds the site into out/site: `python -m benchmarks.website`. Exits 1 with what is wrong with it."""
 
 import sys
 
-from website.build import build, complete
-from website.links import problems
-from website.pages import ROOT
+from benchmarks.website.build import build, complete
+from benchmarks.website.links import problems
+from benchmarks.website.pages import ROOT
 
 if __name__ == "__main__":
     site = build(ROOT / "out")

@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import live_page
 import tomllib
-from npm import npm_files
 
-from website.commands import markdown_of_commands
-from website.notebooks import markdown_of
-from website.pages import MERMAID, ROOT, Pages
+from benchmarks.npm import npm_files
+from benchmarks.website.commands import markdown_of_commands
+from benchmarks.website.notebooks import markdown_of
+from benchmarks.website.pages import MERMAID, ROOT, Pages
+from demo import live_page
 
 _CONFIG = ROOT / "docs/zensical.toml"
 _MERMAID_VERSION = "12.3.0"
@@ -24,8 +24,9 @@ _MERMAID_SHA512 = "4113TdXeLAsMruJ79OpFL5O8+LTFXhQqZ260rF3tgUmiNAtRm4Uume04I+65P
 def build(out: Path) -> Path:
     """Builds the site of the pages into a folder of `out`, in place of what is there, and returns it.
 
-    **Raises** `CalledProcessError` where Zensical warns of something, `ValueError` where pages link to nothing or are
-    not in the navigation.
+    Raises:
+        CalledProcessError: If Zensical warns of something.
+        ValueError: If a link leads nowhere, or a page is not in the navigation.
     """
     project = tomllib.loads(_CONFIG.read_text())["project"]
     source, site = out / project["docs_dir"], out / project["site_dir"]
@@ -38,8 +39,8 @@ def build(out: Path) -> Path:
     if wrong:
         raise ValueError("\n".join(wrong))
     config = shutil.copyfile(_CONFIG, out / _CONFIG.name)
-    made = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", str(config)]
-    subprocess.run(made, check=True)
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", str(config)]
+    subprocess.run(command, check=True)
     return site
 
 

@@ -8,9 +8,9 @@ import sys
 
 
 def markdown_of_commands() -> str:
-    """What `jacobiflow COMMAND --help` says of every command, as Markdown."""
-    made = [sys.executable, "-m", "typer", "jacobiflow.cli.app", "utils", "docs", "--name", "jacobiflow"]
-    text = subprocess.run(made, check=True, capture_output=True, text=True).stdout
+    """Returns the help of every command as Markdown."""
+    command = [sys.executable, "-m", "typer", "jacobiflow.cli.app", "utils", "docs", "--name", "jacobiflow"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     text = text.replace("# `jacobiflow`", "# Command line", 1)
     text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", text)  # whose descriptions are cut; their sections follow
     text = re.sub(

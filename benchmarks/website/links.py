@@ -34,23 +34,23 @@ class _Page(HTMLParser):
 
 
 def problems(site: Path) -> list[str]:
-    """What is wrong in the pages of the folder `site`, a line each; links to other hosts are not followed."""
+    """Lists the problems in the pages of the folder `site`; links to other hosts are not followed."""
     pages = {page: _Page(page.read_text()) for page in sorted(site.rglob("*.html"))}
-    found = []
+    problems_of_pages = []
     for page, content in pages.items():
         if page.name == "404.html":  # its links are absolute, for it is shown in place of any page
             continue
         name = page.relative_to(site)
-        found += [f"{name} has {content.titles} titles"] * (content.titles != 1)
+        problems_of_pages += [f"{name} has {content.titles} titles"] * (content.titles != 1)
         for target in content.links + content.loaded:
             parts = urlsplit(target)
             if parts.scheme in ("http", "https"):
-                found += [f"{name} loads {target}"] * (target in content.loaded)
+                problems_of_pages += [f"{name} loads {target}"] * (target in content.loaded)
             elif not parts.scheme:
                 file = (page.parent / unquote(parts.path)).resolve() if parts.path else page
                 file = file / "index.html" if file.is_dir() else file
                 if not file.exists():
-                    found.append(f"{name}: {target} is not there")
+                    problems_of_pages.append(f"{name}: {target} is not there")
                 elif parts.fragment and file in pages and unquote(parts.fragment) not in pages[file].anchors:
-                    found.append(f"{name}: {target} has no such anchor")
-    return found
+                    problems_of_pages.append(f"{name}: {target} has no such anchor")
+    return problems_of_pages

@@ -22,7 +22,7 @@ _LINK = re.compile(r"(?P<before>\]\(|\bsrc=\"|\bhref=\")(?P<target>[^)\s\"#]+)(?
 
 
 def page_names(root: Path = ROOT) -> dict[str, str]:
-    """What becomes a page: its name in the site, by its path in the repository."""
+    """Returns the name of each page in the site by its path in the repository."""
     pages = {"README.md": "index.md"}
     for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY"):
         if (root / f"{name}.md").exists():
@@ -63,11 +63,11 @@ class Pages:
         return link[0] if target is None else f"{link['before']}{target}{link['after']}"
 
     def _target(self, path: str, target: str) -> str | None:
-        """Where the link to `target` of the file `path` leads in the site; `None`: it stays."""
-        own = self._own.match(target)
-        if own is None and (":" in target or target.startswith("/")):
+        """Returns the target in the site of a link in the file `path`; `None` leaves the link as it is."""
+        match = self._own.match(target)
+        if match is None and (":" in target or target.startswith("/")):
             return None
-        linked = target[own.end() :] if own else os.path.normpath(os.path.join(os.path.dirname(path), target))
+        linked = target[match.end() :] if match else os.path.normpath(os.path.join(os.path.dirname(path), target))
         here = os.path.dirname(self.names[path])
         if linked in self.names:
             return os.path.relpath(self.names[linked], here)

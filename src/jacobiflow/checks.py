@@ -1,8 +1,7 @@
-"""What the arguments of public functions must be, checked once, at the entry.
+"""Checks of the arguments of public functions, once, at the entry.
 
-An argument of the wrong kind is a `TypeError`, one of the right kind with a wrong value a `ValueError`. The message
-says what it is, which value it has, and what to give. `True` is no number. A NumPy scalar is one, and a check returns
-the Python number that it stands for: only that is used and recorded.
+An argument of the wrong kind is a TypeError, one of the right kind with a wrong value a ValueError. The message names
+the argument, its value, and what to give. True is not a number. A NumPy scalar is one; checks return Python numbers.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from torch import Tensor
 
 from jacobiflow.errors import InputTypeError, InputValueError
 
-_LONGEST = 60  # characters of a value that a message quotes
-_LARGEST_INT = 2**63 - 1  # that PyTorch takes
+_LONGEST = 60  # characters of a value in a message
+_LARGEST_INT = 2**63 - 1  # of PyTorch
 
 
 def short(value: Any) -> str:
-    """`value` for a message: its `repr` in one line, cut where it is long; of a tensor its shape and dtype."""
+    """Returns the `repr` of a value in one line, cut if it is long; for a tensor its shape and dtype."""
     if isinstance(value, Tensor) and value.is_nested:
         return "a nested tensor"
     if isinstance(value, Tensor | np.ndarray):
@@ -41,9 +40,7 @@ def short(value: Any) -> str:
 
 
 def check_kind(name: str, value: Any, kinds: Any, give: str) -> None:
-    """**Raises** `TypeError` where `value` is no instance of `kinds`; `give` says what to give instead. `ValueError`
-    for a tensor without the values that PyTorch's operations need: a sparse or nested one, or one on the meta device.
-    """
+    """Checks that a value is an instance of `kinds`, and dense if it is a tensor; the message ends with `give`."""
     if not isinstance(value, kinds):
         raise _wrong_kind(name, value, give)
     if isinstance(value, Tensor) and (value.is_nested or value.layout != torch.strided or value.is_meta):
@@ -52,14 +49,12 @@ def check_kind(name: str, value: Any, kinds: Any, give: str) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """**Raises** `TypeError` where `value` is neither `True` nor `False`."""
+    """Checks that a value is True or False."""
     check_kind(name, value, bool, "True or False")
 
 
 def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
-    """The `int` that `value` is. **Raises** `TypeError` if it is no whole number, `ValueError` if it is out of `least`
-    .. `most`.
-    """
+    """Returns a whole number from `least` to `most` as an int."""
     give = "a positive whole number" if least == 1 else f"a whole number, at least {least}"
     number = _python(value)
     if not _fits(int, number):
@@ -72,14 +67,12 @@ def check_count(name: str, value: Any, least: int = 1, most: int | None = None) 
 
 
 def check_seed(seed: Any) -> int:
-    """As `check_count`, for a seed: 0 .. 2^63 - 1."""
+    """Returns a seed, from 0 to 2^63 - 1, as an int."""
     return check_count("seed", seed, 0, _LARGEST_INT)
 
 
 def check_number(name: str, value: Any, least: float = 0.0, give: str = "0 or a positive number") -> float:
-    """The `int` or `float` that `value` is. **Raises** `TypeError` if it is no number, `ValueError` if it is not finite
-    or below `least`.
-    """
+    """Returns a finite number, at least `least`, as an int or a float."""
     number: float = _python(value)
     if not _fits(float, number):
         raise _wrong_kind(name, value, give)
@@ -89,12 +82,12 @@ def check_number(name: str, value: Any, least: float = 0.0, give: str = "0 or a 
 
 
 def check_positive(name: str, value: Any, give: str = "a positive number") -> float:
-    """As `check_number`, for a number above 0."""
+    """Returns a finite number above 0 as an int or a float."""
     return check_number(name, value, math.ulp(0.0), give)
 
 
 def check_numbers(name: str, values: Any) -> tuple[float, ...]:
-    """The numbers of a sequence. **Raises** `TypeError` if `values` is none, or an entry is no number."""
+    """Returns a sequence of numbers as a tuple."""
     numbers = tuple(map(_python, values)) if isinstance(values, Sequence) else ()
     if not isinstance(values, Sequence) or not all(_fits(float, number) for number in numbers):
         raise _wrong_kind(name, values, "a sequence of numbers")
@@ -102,24 +95,20 @@ def check_numbers(name: str, values: Any) -> tuple[float, ...]:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
-    """The choice that `value` is. **Raises** `ValueError` if it is none of `choices`, in kind and value."""
+    """Returns the value if it equals one of `choices`, in kind too."""
     value = _python(value)
     if not any(type(value) is type(choice) and value == choice for choice in choices):
-        *others, last = map(repr, choices)
-        raise InputValueError(f"{name}={short(value)}: give {', '.join(others)} or {last}" if others else
-                         f"{name}={short(value)}: give {last}")  # fmt: skip
+        raise InputValueError(f"{name}={short(value)}: give {' or '.join(map(repr, choices))}")
     return value
 
 
 def check_path(name: str, value: Any) -> None:
-    """**Raises** `TypeError` where `value` is no path."""
+    """Checks that a value is a path."""
     check_kind(name, value, str | PathLike, "a path")
 
 
 def check_device(value: Any, here: bool = False) -> torch.device:
-    """The device that `value` means. **Raises** `TypeError` for another kind, `ValueError` for a name of none, or with
-    `here` of one that this machine lacks.
-    """
+    """Returns a device, of its name or itself; with `here`, one that this machine has."""
     check_kind("device", value, str | torch.device, "a device, such as 'cpu' or 'cuda'")
     try:
         device = torch.device(value)
@@ -131,9 +120,7 @@ def check_device(value: Any, here: bool = False) -> torch.device:
 
 
 def check_floating(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
-    """**Raises** `TypeError` where `value` is no tensor, or not one of floating-point numbers; `ValueError` where its
-    shape is not `shape`, whose strings stand for any positive size.
-    """
+    """Checks that a value is a floating-point tensor of a shape, in which a string stands for any positive size."""
     want = f"a torch.Tensor of floating-point numbers ({', '.join(map(str, shape))})"
     check_kind(name, value, Tensor, want)
     if not value.is_floating_point():
@@ -146,31 +133,28 @@ def check_floating(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
 
 
 def check_finite(name: str, value: Tensor) -> None:
-    """**Raises** `ValueError` where an entry of the tensor is not finite."""
+    """Checks that all entries of a tensor are finite."""
     if not torch.isfinite(value).all():
         raise InputValueError(f"{name}={short(value)} holds a NaN or an infinity: give finite values")
 
 
 def check_rows(name: str, value: Any, rows: int, of: str) -> None:
-    """**Raises** `TypeError` where `value` is no tensor, `ValueError` where it has not one row for each of `rows`; `of`
-    says what these are.
-    """
+    """Checks that a value is a tensor with as many rows as there are `of`, such as "images"."""
     check_kind(name, value, Tensor, f"a torch.Tensor with a row for each of the {rows} {of}")
     if not value.ndim or len(value) != rows:
         raise InputValueError(f"{name}={short(value)}: give a row for each of the {rows} {of}")
 
 
 def check_on(name: str, value: Tensor, device: torch.device) -> None:
-    """**Raises** `ValueError` where the tensor is not on `device`."""
+    """Checks that a tensor is on a device."""
     if value.device != device:
         raise InputValueError(f"{name}: on {value.device}, but {device} is needed; move one of them")
 
 
 def check_fields(record: Any) -> None:
-    """**Raises** `TypeError` where a field of a dataclass has a value that its declared type does not allow.
+    """Checks the fields of a dataclass by their declared types, entries of tuples and mappings too.
 
-    Entries of tuples and mappings are checked too; an `int` is a `float`, and `True` is neither. Starts with
-    `convert_numbers`.
+    An int counts as a float. Starts with `convert_numbers`.
     """
     convert_numbers(record)
     cls: Any = type(record)
@@ -182,7 +166,7 @@ def check_fields(record: Any) -> None:
 
 
 def convert_numbers(record: Any) -> None:
-    """Replaces NumPy scalars in the fields of a dataclass, and in tuples there, by Python numbers."""
+    """Replaces NumPy scalars in the fields of a dataclass, and in tuples in these, by Python numbers."""
     for entry in fields(record):
         value = getattr(record, entry.name)
         if isinstance(value, np.generic | tuple):
@@ -190,7 +174,7 @@ def convert_numbers(record: Any) -> None:
 
 
 def _python(value: Any) -> Any:
-    """The `int` or `float` that a number is; a tuple with its entries converted; another value as it is."""
+    """Converts a number, and the numbers in a tuple, to int or float; returns anything else as it is."""
     if isinstance(value, bool):
         return value
     if isinstance(value, Integral):

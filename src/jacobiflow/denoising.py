@@ -25,13 +25,18 @@ def denoise(
     rate: float = 1.0,
     batch_size: int = 64,
 ) -> Float[Tensor, "n c h w"]:
-    """One step x + rate sigma^2 grad log p(x | label), sigma the flow's `noise_std` (Tweedie's formula at rate 1).
+    """Takes one step x + rate sigma^2 grad log p(x | label), sigma the flow's `noise_std`.
 
-    Done in mini-batches of at most `batch_size`, and of fewer where backward passes would need more than 4 GiB. An
-    image that holds a NaN or an infinity becomes NaN, with a warning; the others do not depend on it.
+    At rate 1 it is Tweedie's formula. The density is that of the plain flow, without guidance. An image with a NaN or
+    an infinity becomes NaN, with a warning; the others do not depend on it.
 
-    **Raises** `ValueError` where `rate` is negative, the flow records no Gaussian noise to remove, or images or labels
-    do not fit the flow; `TypeError` for other kinds of them.
+    At most `batch_size` images go through at a time, fewer if a backward pass would need more than 4 GiB.
+
+    Example:
+        >>> flow = jf.load("digits-p1")
+        >>> samples = jf.sample(flow, 2, labels=[3, 7])
+        >>> jf.denoise(flow, samples.images, [3, 7]).shape
+        torch.Size([2, 1, 8, 8])
     """
     check_flow(flow)
     rate = check_rate(flow, rate, "rate")
@@ -46,25 +51,25 @@ def denoise(
 def denoised(
     flow: ImageFlow, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None, rate: float, batch_size: int
 ) -> Float[Tensor, "n c h w"]:
-    """`denoise`, where its arguments are known to fit and a warning was given."""
+    """Denoises as `denoise` does, without its checks and its warning."""
     images, steps = images.detach(), []
-    start, size = 0, 1  # the first image alone: how much memory an image takes is not known yet
+    start, size = 0, 1  # the first image alone shows how much memory one takes
     while start < len(images):
         rows = slice(start, start + size)
-        score, kept = _score(flow, images[rows], None if labels is None else labels[rows])
+        score, used = _score(flow, images[rows], None if labels is None else labels[rows])
         steps.append(images[rows] + rate * flow.config.noise_std**2 * score)
         start += size
-        size = min(batch_size, max(_MEMORY * size // max(kept, 1), 1))
+        size = min(batch_size, max(_MEMORY * size // max(used, 1), 1))
     return torch.cat(steps)
 
 
 def _score(flow: ImageFlow, images: Tensor, labels: Tensor | None) -> tuple[Tensor, int]:
     """grad log p(x | label), and the bytes beside the weights that its backward pass needed."""
-    kept: dict[int, int] = {}
+    sizes: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
+        sizes[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.inference_mode(False), torch.enable_grad():  # also where the caller has either off
@@ -73,14 +78,12 @@ def _score(flow: ImageFlow, images: Tensor, labels: Tensor | None) -> tuple[Tens
             total = flow.log_prob(x, None if labels is None else labels.clone()).sum()
         (score,) = torch.autograd.grad(total, x)
     weights = {tensor.untyped_storage()._cdata for tensor in flow.state_dict(keep_vars=True).values()}
-    return score, sum(size for storage, size in kept.items() if storage not in weights)
+    return score, sum(size for storage, size in sizes.items() if storage not in weights)
 
 
 def check_rate(flow: ImageFlow, rate: float, name: str = "denoise") -> float:
-    """The rate as a Python number. **Raises** what `denoise` would for it; the caller knows it by `name`."""
+    """Returns the rate as a Python number; raises as `denoise` does, naming it `name`."""
     rate = check_number(name, rate, give="0 (off) or a positive rate")
     if rate and not flow.config.noise_std:
-        raise InputValueError(
-            f"{name}={rate}: this flow's noise_std is 0, there is no Gaussian noise to remove; give 0"
-        )
+        raise InputValueError(f"{name}={rate}: this flow's noise_std is 0, there is no noise to remove; give 0")
     return rate

@@ -16,3 +16,20 @@ class InputTypeError(InputError, TypeError):
 
 class InputValueError(InputError, ValueError):
     """An argument is of the right kind and has a wrong value."""
+
+
+class CheckpointError(InputValueError):
+    """A model folder or file cannot be used; the message names it and the entries at fault.
+
+    Example:
+        >>> try:
+        ...     jf.load("no-such-model")
+        ... except jf.CheckpointError as error:
+        ...     print(str(error)[:30])
+        'no-such-model': no such model
+    """
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, or its class if it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

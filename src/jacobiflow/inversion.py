@@ -1,4 +1,4 @@
-"""The chain of blocks, walked backwards: where latents become images."""
+"""The inverse of a flow: the chain of blocks, walked backwards."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ Solve = Callable[[int, Tensor], Tensor]
 
 
 def prior_tokens(flow: ImageFlow, latents: Float[Tensor, "n t c"]) -> Float[Tensor, "n t c"]:
-    """sqrt(var) times the standard normal `latents`: what the last block is inverted at.
+    """Returns sqrt(var) times the standard normal `latents`, the input of the last block.
 
-    On the flow's device, in the dtype of the state, see `state_dtype`. **Raises** `TypeError` or `ValueError` where the
-    latents are no (N, T, C) of the flow.
+    They are on the flow's device, in the dtype of the state, see `state_dtype`.
     """
     check_flow(flow)
     check_floating("latents", latents, ("N", flow.config.num_tokens, flow.config.token_channels))
@@ -28,14 +27,14 @@ def prior_tokens(flow: ImageFlow, latents: Float[Tensor, "n t c"]) -> Float[Tens
 def invert(
     flow: ImageFlow, x: Float[Tensor, "n t c"], solve: Solve, after: Callable[[int, Tensor], None] | None = None
 ) -> Float[Tensor, "n t c"]:
-    """The tokens x = f_0^-1(... f_{L-1}^-1(x)) in raster order, before `flow.to_images`.
+    """Returns the tokens x = f_0^-1(... f_{L-1}^-1(x)) in raster order, before `flow.to_images`.
 
-    **Arguments:**
-
-    - `x`: tokens in raster order, as `prior_tokens` gives them.
-    - `solve(i, z)` inverts block `i` at `z`, both in the block's causal order. It may return other rows than it was
-        given, more of them for instance: the blocks that follow are inverted at what it returns.
-    - `after(i, x)` is called with the tokens after block `i`, in raster order.
+    Args:
+        flow: The flow.
+        x: Tokens in raster order, of `prior_tokens`.
+        solve: `solve(i, z)` inverts block `i` at `z`, both in the block's causal order. It may return more rows than
+            `z` has.
+        after: Is called as `after(i, x)` with the tokens after block `i`, in raster order.
     """
     for i in reversed(range(flow.config.num_blocks)):
         permutation = flow.blocks[i].permutation

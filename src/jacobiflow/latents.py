@@ -1,4 +1,4 @@
-"""Latents and labels that are drawn sample by sample, each from the seed and its own index only."""
+"""Random latents and labels, each sample from the seed and its index only."""
 
 from __future__ import annotations
 
@@ -18,14 +18,11 @@ _LAST = 2**63 - 1  # sample
 def draw_latents(
     num: int, num_tokens: int, token_channels: int, seed: int = 0, start: int = 0
 ) -> Float[Tensor, "n t d"]:
-    """Standard normal latents of samples start .. start+num-1; sample i depends on `seed` and i only.
-
-    **Raises** `TypeError` or `ValueError` for sizes and a seed that are no whole numbers or out of range.
-    """
+    """Returns standard normal latents of samples start .. start+num-1; sample i depends on `seed` and i only."""
     num, seed, start = _checked(num, seed, start)
     num_tokens = check_count("num_tokens", num_tokens, most=MOST_SAMPLES)
     token_channels = check_count("token_channels", token_channels, most=MOST_SAMPLES)
-    # In one piece, so that what memory cannot hold fails before anything is drawn.
+    # In one piece, so that too large a request fails at once.
     latents = np.empty((num, num_tokens, token_channels), np.float32)
     for i, row in enumerate(latents):
         _generator(seed, _LATENTS, start + i).standard_normal(dtype=np.float32, out=row)
@@ -33,10 +30,7 @@ def draw_latents(
 
 
 def draw_labels(num: int, num_classes: int, seed: int = 0, start: int = 0) -> Int[Tensor, " n"]:
-    """Uniform labels of samples start .. start+num-1; that of sample i depends on `seed` and i only.
-
-    **Raises** as `draw_latents` does.
-    """
+    """Returns uniform labels of samples start .. start+num-1; that of sample i depends on `seed` and i only."""
     num, seed, start = _checked(num, seed, start)
     num_classes = check_count("num_classes", num_classes, most=_LAST)
     labels = np.empty(num, np.int64)
@@ -51,5 +45,5 @@ def _checked(num: int, seed: int, start: int) -> tuple[int, int, int]:
 
 
 def _generator(seed: int, stream: int, sample: int) -> np.random.Generator:
-    """The random numbers of one sample: Philox keyed by the seed, with a counter of this stream's and sample's own."""
+    """The random numbers of one sample: Philox keyed by the seed, with a counter for the stream and the sample."""
     return np.random.Generator(np.random.Philox(key=seed, counter=(0, 0, stream, sample)))

@@ -1,4 +1,4 @@
-"""Measuring: timings that can be compared, differences between answers, and the machine that they were taken on."""
+"""Measurements: timings that can be compared, differences between images, the machine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jacobiflow.checks import check_count, check_device, check_floating, check_kind
+from jacobiflow.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -41,63 +43,53 @@ def interleave(
     runs: Mapping[str, Callable[[], Any]],
     repeats: int,
     device: torch.device | str = "cpu",
-    after_each: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+    warm_up: bool = True,
 ) -> tuple[dict[str, Timing], dict[str, Any]]:
-    """Time callables in turn: a warm-up round, which does not count, then `repeats` rounds over all of them.
+    """Times callables in turn: a warm-up round, which does not count, then `repeats` rounds over all of them.
 
-    Taking turns lets what slows the machine down for a while slow all of them. Work queued on `device` is waited for
-    before the clock is read.
+    A slow phase of the machine then slows all of them. Work queued on `device` is finished before the clock is read.
+    Without `warm_up` the first round counts.
 
-    **Arguments:** `runs` by name, in their order; `after_each` is called with the name after each of the
-    `(repeats + 1) * len(runs)` runs, while no clock runs.
-
-    **Returns:** a `Timing` by name, and what each run returned in the warm-up.
-
-    **Raises:** `ValueError` where `repeats` is below 1 or there is no such device, `TypeError` for other kinds.
+    Returns:
+        A `Timing` by name, and the first result of each run.
     """
-    check_kind("runs", runs, Mapping, "a mapping of names to callables")
-    for run in runs.values():
-        check_kind("runs", run, Callable, "a mapping of names to callables")
     repeats = check_count("repeats", repeats)
-    check_kind("after_each", after_each, Callable | None, "a function of a name, or None")
     device = check_device(device)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     results: dict[str, Any] = {}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            synchronize(device)
-            started = perf_counter()
-            result = run()
-            synchronize(device)
-            elapsed = perf_counter() - started
-            if repeat:
-                seconds[name].append(elapsed)
-            else:
-                results[name] = result
-            del result  # or a second answer would be in memory beside the next run
-            if after_each is not None:
-                after_each(name)
+    rounds = range(-1 if warm_up else 0, repeats)
+    for done, (number, (name, run)) in enumerate(product(rounds, runs.items()), start=1):
+        synchronize(device)
+        started = perf_counter()
+        result = run()
+        synchronize(device)
+        elapsed = perf_counter() - started
+        if number >= 0:
+            seconds[name].append(elapsed)
+        results.setdefault(name, result)
+        del result  # or a second answer would be in memory beside the next run
+        if progress is not None:
+            progress(done, len(rounds) * len(runs), "timing")
     return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}, results
 
 
 def paired_error(actual: Float[Tensor, "n c h w"], exact: Float[Tensor, "n c h w"]) -> Error:
-    """Differences between images of the same latents, entry by entry, in the images' units.
+    """Measures the difference between images of the same latents, entry by entry, in the images' units.
 
     An entry that is NaN in only one of them counts as infinite. One that is NaN in both counts as 0: the exact inverse
-    overflows there, and both say so.
-
-    **Raises** `TypeError` or `ValueError` where the two are no numbers of the same shape.
+    overflows there, and both report it.
     """
     check_kind("actual", actual, Tensor, "a torch.Tensor of images")
     check_floating("actual", actual, ("any",) * actual.ndim)
     check_floating("exact", exact, tuple(actual.shape))
-    lost = actual.isnan() & exact.isnan()
-    difference = (actual.double() - exact.double()).abs().masked_fill(lost, 0).nan_to_num(torch.inf, torch.inf)
+    both_nan = actual.isnan() & exact.isnan()
+    difference = (actual.double() - exact.double()).abs().masked_fill(both_nan, 0).nan_to_num(torch.inf, torch.inf)
     return Error(float(difference.max()), float(difference.mean()), float(difference.square().mean().sqrt()))
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a timing depends on: processor, its cores, PyTorch's threads, the device's name, and versions."""
+    """Describes the machine of a timing: processor, cores, PyTorch's threads, device and versions."""
     device = check_device(device)
     return {
         "processor": _processor(),

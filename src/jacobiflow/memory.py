@@ -11,17 +11,18 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # in malloc.h
 
 
 def shortage(needed: int) -> str | None:
-    """Words that say that `needed` bytes are more memory than this machine has; `None` where it has as much."""
+    """Returns text that says that `needed` bytes are more than this machine has; `None` if it has as much."""
     try:
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # not on every system
         return None
-    words = (f"{amount / 2**30:,.1f} GiB" for amount in (needed, have))
-    return f"{next(words)} of memory, and this machine has {next(words)}" if needed > have else None
+    if needed <= have:
+        return None
+    return f"{needed / 2**30:,.1f} GiB of memory, and this machine has {have / 2**30:,.1f} GiB"
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on the device, or on this machine; `None` where nothing says."""
+    """Returns the bytes that are free on the device, or on this machine; `None` if not known."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -31,14 +32,10 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, which can save a quarter of its time on a CPU.
+    """Lets this process keep the memory that it frees, which can save a quarter of its time on a CPU.
 
-    By default glibc returns a freed block to the system, or the free end of its heap, above a few megabytes, and gets
-    the memory anew, to be cleared, at the next layer. The thresholds become the largest that there are: 32 MB for a
-    block, 2 GB for the end of the heap. Other C libraries are left as they are.
-
-    The command line calls this. Importing and using the library does not, since it concerns all that the process does:
-    call it at the start of a program of your own.
+    By default glibc returns freed megabytes to the system, and gets them anew, to be cleared, at the next layer. The
+    command line calls this; the library does not, since it concerns all that the process does.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -10,13 +10,13 @@ class Outcome:
     """Counts of the samples that are certified, solved again, above the tolerance, or lost.
 
     Attributes:
-        num: How many samples there are.
-        tolerance: The residual that every block was held to; `None` if a block stops after a number of sweeps.
-        residual: The largest finite residual; `None` if none was measured.
-        exact: Whether every block of every sample was solved token by token.
-        resolved: How many samples some block solved again token by token.
-        above: How many have a residual above the tolerance, which is the rounding of the network.
-        lost: How many have no image, since the exact inverse overflows.
+        num: The number of samples.
+        tolerance: The largest residual allowed in any block; `None` if a block stops after a number of sweeps.
+        residual: The largest finite residual; `None` without certificates.
+        exact: Every block of every sample was solved token by token.
+        resolved: Samples that some block solved again token by token.
+        above: Samples above the tolerance, by the rounding of the network.
+        lost: Samples without an image, since the exact inverse overflows.
     """
 
     num: int

@@ -24,7 +24,7 @@ CONTEXT = 3
 
 
 def outcome(call: Callable[[], Any]) -> Any:
-    """What `call` returns, or the class of the error that a spline raises."""
+    """The result of `call`, or the class of the error that a spline raises."""
     try:
         return call()
     except AssertionError as error:
@@ -83,7 +83,7 @@ class Case:
         return values(flow, y, context, self.is_inverse)
 
 
-def made(name: str, dtype: torch.dtype = torch.float32) -> tuple[Case, nn.Module, Tensor, Tensor]:
+def problem_of(name: str, dtype: torch.dtype = torch.float32) -> tuple[Case, nn.Module, Tensor, Tensor]:
     """A case, its flow, and five rows to invert with their contexts."""
     case = CASES[name]
     c = normal(5, CONTEXT, seed=1, dtype=dtype)
@@ -92,14 +92,14 @@ def made(name: str, dtype: torch.dtype = torch.float32) -> tuple[Case, nn.Module
 
 def both(case: Case, flow: nn.Module, y: Tensor, context: Tensor | None = None, tolerance: float = 0.0) -> Any:
     """The library's answer, the accelerated one, and the passes of both, of which the latter are never more."""
-    with counted(flow) as own:
+    with counted(flow) as original:
         expected = case.invert(flow, y, context)
-    with jf.accelerate(flow, tolerance) as done, counted(flow) as calls:
-        found = case.invert(flow, y, context)
-    assert done.passes == calls
-    assert calls.keys() == own.keys()
-    assert all(calls[name] <= own[name] for name in own)
-    return expected, found, calls, own
+    with jf.accelerate(flow, tolerance) as handle, counted(flow) as calls:
+        result = case.invert(flow, y, context)
+    assert handle.passes == calls
+    assert calls.keys() == original.keys()
+    assert all(calls[name] <= original[name] for name in original)
+    return expected, result, calls, original
 
 
 class Additive(nfa.AutoregressiveTransform):

@@ -42,7 +42,7 @@ functions = st.sampled_from([*MODULES, *FUNCTIONS])
 
 
 def same_bits(a: Any, b: Any) -> bool:
-    """Whether tensors, or tuples of them, have one dtype, shape and bits: a NaN equals itself, and 0 is not -0."""
+    """True if tensors, or tuples of them, have one dtype, shape and bits: a NaN equals itself, and 0 is not -0."""
     if not isinstance(a, Tensor):
         return len(a) == len(b) and all(same_bits(x, y) for x, y in zip(a, b, strict=True))
     if a.dtype != b.dtype or a.shape != b.shape:
@@ -53,19 +53,19 @@ def same_bits(a: Any, b: Any) -> bool:
 
 def values(flow: Any, x: Tensor, context: Tensor | None, is_inverse: bool) -> Values:
     """The values of a flow of any library, and the logarithm of the determinant of its Jacobian."""
-    given = () if context is None else (context,)
+    arguments = () if context is None else (context,)
     if hasattr(flow, "forward_and_log_det"):
-        return (flow.inverse_and_log_det if is_inverse else flow.forward_and_log_det)(x, *given)
+        return (flow.inverse_and_log_det if is_inverse else flow.forward_and_log_det)(x, *arguments)
     if hasattr(flow, "inverse"):
-        return (flow.inverse if is_inverse else flow)(x, *given)
+        return (flow.inverse if is_inverse else flow)(x, *arguments)
     if hasattr(flow, "bijective"):  # pyro's; it keeps values for the tensor that it saw last
-        own, x = flow.condition(context) if hasattr(flow, "condition") else flow, x.clone()
-        out = own.inv(x) if is_inverse else own(x)
-        log_det = own.log_abs_det_jacobian(*((out, x) if is_inverse else (x, out)))
+        original, x = flow.condition(context) if hasattr(flow, "condition") else flow, x.clone()
+        out = original.inv(x) if is_inverse else original(x)
+        log_det = original.log_abs_det_jacobian(*((out, x) if is_inverse else (x, out)))
         return out, -log_det if is_inverse else log_det
-    own = flow(context)
-    own = getattr(own, "transform", own)
-    return (own.inv if is_inverse else own).call_and_ladj(x)
+    original = flow(context)
+    original = getattr(original, "transform", original)
+    return (original.inv if is_inverse else original).call_and_ladj(x)
 
 
 def exact(flow: nn.Module, x: Tensor, context: Tensor | None, is_inverse: bool) -> Values:
@@ -73,8 +73,8 @@ def exact(flow: nn.Module, x: Tensor, context: Tensor | None, is_inverse: bool) 
     default = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float64)  # in which normflows sums
-        own = copy.deepcopy(flow).double()
-        return values(own, x.double(), None if context is None else context.double(), is_inverse)
+        original = copy.deepcopy(flow).double()
+        return values(original, x.double(), None if context is None else context.double(), is_inverse)
     finally:
         torch.set_default_dtype(default)
 
@@ -203,10 +203,10 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return torch.stack([x, x], dim=-1)[..., 0] if layout == "strided" else x
 
 
-def gaps(found: Values, expected: Values, period: float) -> list[Tensor]:
+def gaps(result: Values, expected: Values, period: float) -> list[Tensor]:
     """Errors of the values, on a circle if there is a period, and of the log-determinants."""
-    error = (found[0] - expected[0]).abs()
-    return [torch.minimum(error, (error - period).abs()), (found[1] - expected[1]).abs()]
+    error = (result[0] - expected[0]).abs()
+    return [torch.minimum(error, (error - period).abs()), (result[1] - expected[1]).abs()]
 
 
 def check(flow: nn.Module, x: Tensor, context: Tensor | None, domain: str = "line", threads: int = 1) -> None:
@@ -214,19 +214,19 @@ def check(flow: nn.Module, x: Tensor, context: Tensor | None, domain: str = "lin
     period = 2 * math.pi if domain == "circle" else 0.0
     for is_inverse in (False, True):
         expected = exact(flow, x, context, is_inverse)
-        own = expected
+        original = expected
         if x.dtype == torch.float32:  # with float64 pyro needs another default type
-            own = values(flow, x, context, is_inverse)
+            original = values(flow, x, context, is_inverse)
             with jf.accelerate(flow, 0.0):
-                assert same_bits(own, values(flow, x, context, is_inverse))
+                assert same_bits(original, values(flow, x, context, is_inverse))
         torch.set_num_threads(threads)  # here alone: those of PyTorch would cost time
-        with jf.accelerate(flow) as done:
-            found = values(flow, x, context, is_inverse)
+        with jf.accelerate(flow) as handle:
+            result = values(flow, x, context, is_inverse)
         torch.set_num_threads(1)
-        assert set(done.ways.values()) == {"native"}, done
-        assert [part.shape for part in found] == [part.shape for part in own]
-        assert all(part.dtype == x.dtype for part in found)
-        pairs = zip(gaps(found, expected, period), gaps(own, expected, period), expected, strict=True)
+        assert set(handle.ways.values()) == {"native"}, handle
+        assert [part.shape for part in result] == [part.shape for part in original]
+        assert all(part.dtype == x.dtype for part in result)
+        pairs = zip(gaps(result, expected, period), gaps(original, expected, period), expected, strict=True)
         for error, error_of_library, answer in pairs:
             if x.dtype == torch.float64:
                 assert error.max() <= 1e-10 * (1 + answer.abs().max())

@@ -13,7 +13,7 @@ import nflows.transforms
 import pytest
 import torch
 import zuko
-from library_flows import CASES, CONTEXT, MAIN, Additive, both, made, normal
+from library_flows import CASES, CONTEXT, MAIN, Additive, both, normal, problem_of
 from random_flows import same_bits
 from torch import Tensor, nn
 
@@ -30,44 +30,44 @@ def test_tolerance_0_gives_the_bits_of_the_library(name: str) -> None:
         flow, y = case.make(context, features, dtype), normal(rows, features, dtype=dtype)
         c = normal(rows, context, seed=1, dtype=dtype) if context else None
         with torch.no_grad():
-            expected, found, passes, own = both(case, flow, y, c)
+            expected, result, passes, original = both(case, flow, y, c)
             with jf.accelerate(flow, 0.0):  # without the hooks that count, so from the answer of native code
                 assert same_bits(expected, case.invert(flow, y, c))
-        assert same_bits(expected, found)
+        assert same_bits(expected, result)
         assert all(x.isfinite().all() for x in expected)
-        assert set(own.values()) == {features}
+        assert set(original.values()) == {features}
         assert features < 24 or dtype != torch.float32 or all(2 < count < 24 for count in passes.values())
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_errors_are_of_the_order_of_the_tolerance(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JACOBIFLOW_NATIVE", "0")
-    case, flow, y, c = made(name, torch.float64)
+    case, flow, y, c = problem_of(name, torch.float64)
     for tolerance in (1e-9, 1e-6):
         bound = 3e3 * max(tolerance, 2e-6 if name == "zuko NAF" else 0.0)  # 3e3: amplification by the steepest flow
         with torch.no_grad():
-            expected, found, *_ = both(case, flow, y, c, tolerance)
+            expected, result, *_ = both(case, flow, y, c, tolerance)
             with jf.accelerate(flow, tolerance):
                 alone = [case.invert(flow, y[i : i + 1], c[i : i + 1]) for i in range(5)]
-        for other in (found, [torch.cat(parts) for parts in zip(*alone, strict=True)]):
+        for other in (result, [torch.cat(parts) for parts in zip(*alone, strict=True)]):
             for ours, its, terms in zip(other, expected, (1, 24), strict=False):  # a log-determinant is a sum of 24
                 assert (ours - its).abs().max() <= terms * bound
 
 
 def test_the_handle_says_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, flow, y, c = made("zuko MAF")
+    _, flow, y, c = problem_of("zuko MAF")
     flow.transform.transforms[1].hyper[1] = nn.Mish()
-    done = jf.accelerate(flow)
+    handle = jf.accelerate(flow)
     first, second = (f"  transform.transforms.{i}: zuko MaskedAutoregressiveTransform, by " for i in (0, 1))
-    assert str(done).splitlines() == [
+    assert str(handle).splitlines() == [
         "accelerated, exact to rounding: 2 masked autoregressive transforms", first + "native code",
         second + "passes: native code does not know the activation Mish",
     ]  # fmt: skip
-    assert (done.tolerance, done.untouched, done.passes, done.ways) == (None, {}, {}, {})
+    assert (handle.tolerance, handle.untouched, handle.passes, handle.ways) == (None, {}, {}, {})
     with torch.no_grad():
         flow(c).transform.inv(y)
-    assert done.ways == {"transform.transforms.0": "native", "transform.transforms.1": "passes"}
-    assert done.passes["transform.transforms.0"] == 0 < done.passes["transform.transforms.1"] < 24
+    assert handle.ways == {"transform.transforms.0": "native", "transform.transforms.1": "passes"}
+    assert handle.passes["transform.transforms.0"] == 0 < handle.passes["transform.transforms.1"] < 24
     assert "to a tolerance of 0.001" in str(jf.accelerate(flow, 1e-3))
     assert str(jf.accelerate(flow, 0.0)).splitlines()[1:] == [f"{line}passes" for line in (first, second)]
     monkeypatch.setenv("JACOBIFLOW_NATIVE", "0")
@@ -80,14 +80,14 @@ def test_flows_within_objects_are_found() -> None:
         several=[flows[1].transform, SimpleNamespace(inner=flows[2])], pair=(flows[3], 3), word="x",
         first=flows[0].transform, deep=[[SimpleNamespace(too=flows[4])]], again=[flows[0]],
     )  # fmt: skip
-    with jf.accelerate({"a": flows[0].transform, 2: {"b": flows[2]}}) as done:
-        assert set(done.transforms) == {"a.transforms.0", "a.transforms.1", "2.b"}
-    with jf.accelerate(holder, 0.0) as done:
+    with jf.accelerate({"a": flows[0].transform, 2: {"b": flows[2]}}) as handle:
+        assert set(handle.transforms) == {"a.transforms.0", "a.transforms.1", "2.b"}
+    with jf.accelerate(holder, 0.0) as handle:
         layers = [f"{name}.transforms.{i}" for name in ("first", "several.0") for i in (0, 1)]
-        assert set(done.transforms) == {*layers, "several.1.inner", "pair.0"}
-        assert {what.split()[0] for what in done.transforms.values()} == {"zuko", "nflows"}
+        assert set(handle.transforms) == {*layers, "several.1.inner", "pair.0"}
+        assert {what.split()[0] for what in handle.transforms.values()} == {"zuko", "nflows"}
         flows[2].inverse(normal(3, 24))
-        assert list(done.passes) == ["several.1.inner"]
+        assert list(handle.passes) == ["several.1.inner"]
 
 
 class OverriddenInverse(nflows.transforms.MaskedAffineAutoregressiveTransform):
@@ -105,11 +105,11 @@ def test_what_is_left_alone_is_said_and_why(why: str) -> None:
         ValueError, match=f"ModuleList: no masked .* of zuko, nflows, normflows, pyro.*; 0: {why}; nothing"
     ):
         jf.accelerate(nn.ModuleList([flow]))
-    with jf.accelerate(nn.ModuleDict({"first": flow, "second": CASES["normflows affine"].make()})) as done:
+    with jf.accelerate(nn.ModuleDict({"first": flow, "second": CASES["normflows affine"].make()})) as handle:
         assert type(flow) is kind
-    assert done.untouched == {"first": why}
-    assert done.transforms == {"second": "normflows MaskedAffineAutoregressive"}
-    assert f"  first: left alone, {why}" in str(done)
+    assert handle.untouched == {"first": why}
+    assert handle.transforms == {"second": "normflows MaskedAffineAutoregressive"}
+    assert f"  first: left alone, {why}" in str(handle)
 
 
 def test_what_has_nothing_to_accelerate() -> None:
@@ -119,10 +119,10 @@ def test_what_has_nothing_to_accelerate() -> None:
             ValueError, match="no masked autoregressive transform of zuko, nflows, normflows, pyro in it"
         ):
             jf.accelerate(flow, 0.0)
-    _, flow, _, c = made("zuko MAF")
-    for made_by_it in (flow(c), flow(c).transform):
+    _, flow, _, c = problem_of("zuko MAF")
+    for product in (flow(c), flow(c).transform):
         with pytest.raises(jf.InputError, match="made by a flow for one context; accelerate the flow itself; nothing"):
-            jf.accelerate(made_by_it, 0.0)
+            jf.accelerate(product, 0.0)
 
 
 @pytest.mark.parametrize("tolerance", [-1e-9, math.nan, math.inf])
@@ -171,20 +171,20 @@ def test_posteriors_of_sbi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     parts = [posterior(estimator) for estimator in ("maf", "zuko_nsf")]
     ensemble = EnsemblePosterior(parts).set_default_x(torch.zeros(1, 7))
 
-    def drawn(held: Any) -> Tensor:
+    def sample(source: Any) -> Tensor:
         torch.manual_seed(7)
-        return held.sample((20,), show_progress_bars=False)
+        return source.sample((20,), show_progress_bars=False)
 
     modules = [*parts[0].posterior_estimator.modules(), *parts[1].posterior_estimator.modules()]
     assert not any("jacobiflow" in kind.__module__ for module in modules for kind in type(module).__mro__)
-    expected = drawn(ensemble)
+    expected = sample(ensemble)
     density = ensemble.log_prob(expected)
-    with jf.accelerate(ensemble, 0.0) as done:
-        assert same_bits([expected, density], [drawn(ensemble), ensemble.log_prob(expected)])
+    with jf.accelerate(ensemble, 0.0) as handle:
+        assert same_bits([expected, density], [sample(ensemble), ensemble.log_prob(expected)])
         copied = copy.deepcopy(ensemble)
-    assert same_bits(expected, drawn(copied))
-    assert all(count <= 7 for count in done.passes.values())
-    assert {what.split()[0] for what in done.transforms.values()} == {"zuko", "nflows"}
+    assert same_bits(expected, sample(copied))
+    assert all(count <= 7 for count in handle.passes.values())
+    assert {what.split()[0] for what in handle.transforms.values()} == {"zuko", "nflows"}
 
 
 @pytest.mark.parametrize("kind", [zuko.flows.NCSF, zuko.flows.SOSPF, zuko.flows.BPF, zuko.flows.UNAF])
@@ -194,6 +194,6 @@ def test_other_flows_of_zuko_have_identical_bits(kind: Any) -> None:
         flow = kind(features=7, transforms=1, hidden_features=(32,)).eval()
         y = flow().transform(normal(5, 7).tanh())
         expected = flow().transform.inv(y)
-        with jf.accelerate(flow, 0.0) as done:
+        with jf.accelerate(flow, 0.0) as handle:
             assert same_bits(flow().transform.inv(y), expected)
-    assert max(done.passes.values()) <= 7
+    assert max(handle.passes.values()) <= 7

@@ -1,4 +1,4 @@
-"""What changes between two calls counts in the second; and calls from several threads and processes."""
+"""Changes between two calls, and calls from several threads and processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from random_flows import Values, exact, same_bits, values
 from running import in_child
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.utils.data import DataLoader, Dataset
 
 import jacobiflow as jf
 
@@ -51,7 +50,7 @@ def build(name: str) -> nn.Module:
 
 
 def is_right(flow: nn.Module) -> bool:
-    """Whether the values in both directions are those of the library's own code."""
+    """True if the values in both directions are those of the library's own code."""
     weight = next(flow.parameters())
     x = torch.randn(9, 5, generator=torch.Generator().manual_seed(1)).to(weight.dtype)
     gaps = []
@@ -127,6 +126,19 @@ def test_an_elementwise_transform_that_is_replaced() -> None:
         torch.testing.assert_close(flow.inverse(x)[0], copy.deepcopy(flow).inverse(x)[0])
 
 
+@torch.no_grad()
+def test_a_hook_on_a_part_is_called_once_and_leaves_nothing_behind() -> None:
+    flow, x, calls = build("zuko"), torch.randn(9, 5), []
+    with jf.accelerate(flow) as handle:
+        hook = flow.transform.transforms[0].register_forward_hook(lambda *_: calls.append(1))
+        flow().transform.inv(x)
+        assert len(calls) == 1
+        assert handle.ways["transform.transforms.0"] != "native"
+        hook.remove()
+        flow().transform.inv(x)
+        assert set(handle.ways.values()) == {"native"}
+
+
 class Direction(nn.Module):
     """One direction of a flow as a module."""
 
@@ -147,16 +159,16 @@ def test_weights_of_a_functional_call_and_their_gradients(name: str, is_inverse:
     def call() -> list[Tensor]:
         x = torch.randn(9, 5, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
-            found = torch.func.functional_call(module, weights, (x,))
+            result = torch.func.functional_call(module, weights, (x,))
         parts = torch.func.functional_call(module, weights, (x,))
-        return [*found, *torch.autograd.grad(sum(part.sin().sum() for part in parts), [*weights.values()])]
+        return [*result, *torch.autograd.grad(sum(part.sin().sum() for part in parts), [*weights.values()])]
 
     expected = call()
-    with jf.accelerate(module) as done:
-        found = call()
-        assert set(done.ways.values()) == ({"passes"} if is_inverse else {"native"})
+    with jf.accelerate(module) as handle:
+        result = call()
+        assert set(handle.ways.values()) == ({"passes"} if is_inverse else {"native"})
         before = module(torch.ones(3, 5))
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(before, module(torch.ones(3, 5)), rtol=1e-9, atol=1e-9)
 
 
@@ -174,31 +186,16 @@ def test_threads_on_one_flow_get_what_each_gets_alone(name: str, tolerance: floa
         assert same_bits(list(pool.map(invert, rows)), [invert(x) for x in rows])
 
 
-class Samples(Dataset[Tensor]):
-    """Inverses of a flow, made by the workers of a loader."""
-
-    def __init__(self, flow: nn.Module, x: Tensor) -> None:
-        self.flow, self.x = flow, x
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    @torch.no_grad()
-    def __getitem__(self, i: int) -> Tensor:
-        return values(self.flow, self.x[i], None, True)[0]
-
-
 @torch.no_grad()
-def test_processes() -> None:
-    flow, x = build("nflows"), torch.randn(3, 200, 5)
-    with jf.accelerate(flow) as done:
+def test_a_forked_process() -> None:
+    flow, x = build("nflows"), torch.randn(200, 5)
+    with jf.accelerate(flow) as handle:
         torch.set_num_threads(2)
-        expected = [values(flow, rows, None, True)[0] for rows in x]
+        expected = values(flow, x, None, True)[0]
 
         def child() -> None:
-            assert same_bits(values(flow, x[0], None, True)[0], expected[0])
-            assert set(done.ways.values()) == {"native"}
+            assert same_bits(values(flow, x, None, True)[0], expected)
+            assert set(handle.ways.values()) == {"native"}
 
         assert in_child(child) == 0
         torch.set_num_threads(1)
-        assert same_bits([rows[0] for rows in DataLoader(Samples(flow, x), num_workers=1)], expected)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from library_flows import CASES, CONTEXT, Additive, Carry, Case, both, made, normal
+from library_flows import CASES, CONTEXT, Additive, Carry, Case, both, normal, problem_of
 from random_flows import same_bits, values
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -44,26 +44,26 @@ def problem(name: str, features: int = 12) -> tuple[Case, nn.Module, Tensor, Ten
 
 
 def gradients(case: Case, flow: nn.Module, y: Tensor, c: Tensor, loss: str = "both") -> list[Tensor | None]:
-    given = [t for t in (y, c, *flow.parameters()) if t.requires_grad]
-    return list(torch.autograd.grad(LOSSES[loss](case.invert(flow, y, c)), given, allow_unused=True))
+    arguments = [t for t in (y, c, *flow.parameters()) if t.requires_grad]
+    return list(torch.autograd.grad(LOSSES[loss](case.invert(flow, y, c)), arguments, allow_unused=True))
 
 
-def gap(expected: Any, found: Any) -> float:
+def gap(expected: Any, result: Any) -> float:
     """The largest difference, of each tensor relative to its largest entry."""
     gaps = [0.0]
-    for own, other in zip(expected, found, strict=True):
-        if own is None or not own.any():
+    for original, other in zip(expected, result, strict=True):
+        if original is None or not original.any():
             assert other is None or not other.any()
         else:
-            assert own.isfinite().all()
-            gaps.append(float((own - other).abs().max() / own.abs().max()))
+            assert original.isfinite().all()
+            gaps.append(float((original - other).abs().max() / original.abs().max()))
     return max(gaps)
 
 
-def same(expected: tuple[Tensor, ...], found: tuple[Tensor, ...], tolerance: float) -> bool:
+def same(expected: tuple[Tensor, ...], result: tuple[Tensor, ...], tolerance: float) -> bool:
     if tolerance == 0:
-        return same_bits(expected, found)
-    return all(torch.allclose(a, b, rtol=0, atol=1e3 * tolerance) for a, b in zip(expected, found, strict=True))
+        return same_bits(expected, result)
+    return all(torch.allclose(a, b, rtol=0, atol=1e3 * tolerance) for a, b in zip(expected, result, strict=True))
 
 
 def test_rows_leave_the_batch_with_their_contexts() -> None:
@@ -71,10 +71,10 @@ def test_rows_leave_the_batch_with_their_contexts() -> None:
     # It leaves at once, as it is a quarter of the batch or more.
     ends = {0.01: 2, 0.3: 5, 0.4: 7, 0.5: 8}
     flow, y = Additive(32, network=Carry()), torch.eye(32, dtype=DOUBLE)[:1].expand(4, 32)
-    with jf.accelerate(flow, 1e-2) as done:
+    with jf.accelerate(flow, 1e-2) as handle:
         x, logabsdet = flow.inverse(y, torch.tensor([*ends], dtype=DOUBLE)[:, None])
     assert flow.autoregressive_net.contexts == [[c for c in ends if ends[c] > k] for k in range(8)]
-    assert done.passes == {"": 8}
+    assert handle.passes == {"": 8}
     assert not logabsdet.any()
     expected = [[c**i if i < ends[c] else 0.0 for i in range(32)] for c in ends]
     torch.testing.assert_close(x, torch.tensor(expected, dtype=DOUBLE), rtol=0, atol=1e-15)
@@ -83,7 +83,7 @@ def test_rows_leave_the_batch_with_their_contexts() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["zuko MAF", "zuko NSF", "nflows affine"])
 def test_rows_that_are_not_finite_do_not_change_gradients_of_others(name: str, bad: float) -> None:
-    case, flow, y, c = made(name, DOUBLE)
+    case, flow, y, c = problem_of(name, DOUBLE)
     y[2, 11], others = bad, [0, 1, 3, 4]
     y.requires_grad_()
 
@@ -111,35 +111,37 @@ def test_batches_of_any_shape_strides_and_precision(grad: bool, tolerance: float
     for rows, context in batches:
         flow, before = case.make(0 if context is None else CONTEXT, dtype=DOUBLE), rows.clone()
         with torch.set_grad_enabled(grad):
-            expected, found, *_ = both(case, flow, rows, context, tolerance)
-        assert expected[0].shape == found[0].shape
-        assert found[0].dtype == DOUBLE
-        assert same(expected, found, tolerance)
+            expected, result, *_ = both(case, flow, rows, context, tolerance)
+        assert expected[0].shape == result[0].shape
+        assert result[0].dtype == DOUBLE
+        assert same(expected, result, tolerance)
         assert torch.equal(rows, before)
-        if grad and rows.numel() * found[0].numel():
-            own, other = (torch.autograd.grad(x[0].sin().sum(), inputs, allow_unused=True) for x in (expected, found))
-            torch.testing.assert_close(other, own, rtol=0, atol=1e3 * max(tolerance, 1e-9))
+        if grad and rows.numel() * result[0].numel():
+            original, other = (
+                torch.autograd.grad(x[0].sin().sum(), inputs, allow_unused=True) for x in (expected, result)
+            )
+            torch.testing.assert_close(other, original, rtol=0, atol=1e3 * max(tolerance, 1e-9))
 
 
 @pytest.mark.parametrize("name", ["zuko MAF", "zuko NSF", "nflows feed-forward", "normflows affine"])
 @torch.no_grad()
 def test_modes_of_pytorch(name: str) -> None:
     for mode in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.float16, torch.bfloat16):
-        case, flow, y, c = made(name)
+        case, flow, y, c = problem_of(name)
         if isinstance(mode, torch.dtype):
             flow, y, c, mode = flow.to(mode), y.to(mode), c.to(mode), nullcontext()
         with mode:
             expected, forward = case.invert(flow, y, c), values(flow, y, c, False)
             with jf.accelerate(flow, 0.0):
-                found = case.invert(flow, y, c)
+                result = case.invert(flow, y, c)
             for tolerance in (None, 1e-2):
-                with jf.accelerate(flow, tolerance) as done:
+                with jf.accelerate(flow, tolerance) as handle:
                     assert [x.dtype for x in case.invert(flow, y, c)] == [x.dtype for x in expected]
                     if not isinstance(mode, torch.inference_mode):
                         assert same_bits(forward, values(flow, y, c, False))
-                        assert "native" not in done.ways.values()
-        assert same_bits(expected, found)
-        assert [x.is_inference() for x in found] == [x.is_inference() for x in expected]
+                        assert "native" not in handle.ways.values()
+        assert same_bits(expected, result)
+        assert [x.is_inference() for x in result] == [x.is_inference() for x in expected]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -149,13 +151,13 @@ def test_values_and_gradients_are_those_of_the_library(name: str) -> None:
     losses = ("both", "x") if name == "nflows user's own" else tuple(LOSSES)  # its log-determinant is 0
     answer, expected = case.invert(flow, y, c), {loss: gradients(case, flow, y, c, loss) for loss in losses}
     for tolerance, training in ((0.0, False), (0.0, name != "zuko NAF"), (None, False), (1e-10, False), (1e-6, False)):
-        with jf.accelerate(flow.train(training), tolerance) as done:
-            found = case.invert(flow, y, c)
-            assert tolerance != 0 or same_bits(answer, found)
-            assert [x.requires_grad for x in answer] == [x.requires_grad for x in found]
+        with jf.accelerate(flow.train(training), tolerance) as handle:
+            result = case.invert(flow, y, c)
+            assert tolerance != 0 or same_bits(answer, result)
+            assert [x.requires_grad for x in answer] == [x.requires_grad for x in result]
             gaps = [gap(expected[loss], gradients(case, flow, y, c, loss)) for loss in losses]
             assert max(gaps) < max(1e-8 if name == "zuko NAF" else EXACT, 1e4 * (tolerance or 0))
-        assert done.passes
+        assert handle.passes
 
 
 @pytest.mark.parametrize("needs", ["y", "context", "parameters", "nothing"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from library_flows import CASES, Additive, made, normal
+from library_flows import CASES, Additive, normal, problem_of
 from nflows.transforms import MaskedAffineAutoregressiveTransform
 from nflows.transforms.made import MADE
 from random_flows import same_bits, values
@@ -75,11 +75,11 @@ def test_networks_that_draw_or_move_are_left_to_the_library(kind: str, tolerance
         flow = (NETWORKS | MOVING)[kind]().train()
         flow.training = False  # the mode of the part that draws or moves is what counts
         if accelerated:
-            done = jf.accelerate(flow, tolerance)
+            handle = jf.accelerate(flow, tolerance)
         with torch.set_grad_enabled(grad):
             answers.append([*flow(y), *flow.inverse(y), torch.get_rng_state(), *flow.state_dict().values()])
     assert same_bits(*answers)
-    assert done.passes == {"": FEATURES}
+    assert handle.passes == {"": FEATURES}
 
 
 @pytest.mark.parametrize("kind", [*NETWORKS, *STILL, "dropout of 0"])
@@ -88,16 +88,16 @@ def test_networks_in_evaluation_mode_are_fast(kind: str) -> None:
     flow = affine().train() if kind == "dropout of 0" else (NETWORKS | STILL)[kind]().eval()
     with torch.no_grad():
         expected = flow.inverse(y := normal(6, FEATURES))
-        with jf.accelerate(flow, 0.0) as done:
+        with jf.accelerate(flow, 0.0) as handle:
             assert same_bits(expected, flow.inverse(y))
-    assert 2 <= done.passes[""] < FEATURES
+    assert 2 <= handle.passes[""] < FEATURES
 
 
 @pytest.mark.parametrize("local_trick", [False, True])
 @pytest.mark.parametrize("tolerance", [0.0, 1e-4])
 def test_bayesian_models_of_zuko(local_trick: bool, tolerance: float) -> None:
     # The local trick samples what masked layers put out, in a forward of theirs that it replaces meanwhile.
-    _, flow, y, c = made("zuko MAF", torch.float64)
+    _, flow, y, c = problem_of("zuko MAF", torch.float64)
     model, answers = BayesianModel(flow, init_logvar=-4.0), []
     for accelerated in (False, True):
         if accelerated:
@@ -109,8 +109,8 @@ def test_bayesian_models_of_zuko(local_trick: bool, tolerance: float) -> None:
         answers.append([log_prob, x, model.sample_model()(c).sample((2,)), *grads])
     assert same_bits(answers[0][0], answers[1][0])
     assert tolerance > 0 or same_bits(answers[0][:3], answers[1][:3])
-    for expected, found in zip(*answers, strict=True):
-        assert (expected - found).abs().max() <= max(1e-9, 1e3 * tolerance) * expected.abs().max()
+    for expected, result in zip(*answers, strict=True):
+        assert (expected - result).abs().max() <= max(1e-9, 1e3 * tolerance) * expected.abs().max()
 
 
 class Subclass(Tensor):
@@ -135,9 +135,9 @@ def test_what_is_traced_or_transformed_is_left_to_the_library(name: str, is_inve
         with jf.accelerate(flow, tolerance):
             assert same_bits(expected, derived())
     subclass = y.as_subclass(Subclass)
-    with torch.no_grad(), jf.accelerate(flow) as done:
+    with torch.no_grad(), jf.accelerate(flow) as handle:
         assert type(values(flow, subclass, None, is_inverse)[0]) is Subclass
-    assert "native" not in done.ways.values()
+    assert "native" not in handle.ways.values()
 
 
 class Both(nn.Module):
@@ -165,22 +165,22 @@ def test_traces_exports_compiled_callers_and_meta_tensors(name: str) -> None:
 
 
 def test_private_names_of_pytorch_may_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, flow, y, c = made("nflows affine")
+    case, flow, y, c = problem_of("nflows affine")
     y.requires_grad_()
 
     def gradient() -> Tensor:
         return torch.autograd.grad(case.invert(flow, y, c)[0].sum(), y)[0]
 
     expected = gradient()
-    with jf.accelerate(flow, 0.0) as done:
+    with jf.accelerate(flow, 0.0) as handle:
         monkeypatch.delattr(torch._C._functorch, "is_legacy_batchedtensor")
         runpy.run_module("jacobiflow.adapters.fixed_point")  # its import
         torch.testing.assert_close(gradient(), expected, rtol=1e-3, atol=1e-3)
-        assert done.ways == {"": "passes"}
+        assert handle.ways == {"": "passes"}
         monkeypatch.delattr(forward_ad, "_current_level")
         with torch.no_grad():
             case.invert(flow, y, c)
-        assert done.ways == {"": "library"}
+        assert handle.ways == {"": "library"}
 
 
 class Recording(MADE):

@@ -26,9 +26,9 @@ def test_strides_and_integers_are_taken_as_pyro_takes_them() -> None:
     flow = pt.affine_autoregressive(D, [32, 32])
     for y in (normal(D, 3).t(), normal(D, 2, 4).permute(1, 2, 0), torch.arange(5 * D).view(5, D) % 4):
         expected = flow._inverse(y)
-        with jf.accelerate(flow, 0.0) as done:
+        with jf.accelerate(flow, 0.0) as handle:
             assert same_bits(expected, flow._inverse(y))
-        assert done.ways == {"": "passes"}
+        assert handle.ways == {"": "passes"}
 
 
 class Doubled(nn.Module):
@@ -48,9 +48,9 @@ class Doubled(nn.Module):
 def test_networks_of_the_user(rows: int) -> None:
     flow, y = pt.AffineAutoregressive(Doubled()), normal(rows, D)
     expected = values(flow, y, None, True)
-    with jf.accelerate(flow, 0.0) as done:
+    with jf.accelerate(flow, 0.0) as handle:
         assert same_bits(expected, values(flow, y, None, True))
-    assert done.ways == {"": "passes"}
+    assert handle.ways == {"": "passes"}
 
 
 @torch.no_grad()
@@ -69,16 +69,7 @@ def test_copies_pickles_and_what_is_left_alone() -> None:
 
 
 def test_estimators_of_lampe() -> None:
-    torch.manual_seed(0)
     estimator = lampe.inference.NPE(D, C, transforms=2, hidden_features=(32, 32))
-    context = normal(C)
-
-    def drawn() -> Tensor:
-        torch.manual_seed(1)
-        with torch.no_grad():
-            return estimator.flow(context).sample((2000,))
-
-    expected = drawn()
-    with jf.accelerate(estimator, 0.0) as done:
-        assert same_bits(expected, drawn())
-    assert len(done.transforms) == 2
+    with torch.no_grad(), jf.accelerate(estimator) as handle:
+        estimator.flow(normal(C)).sample((20,))
+    assert list(handle.ways.values()) == ["native", "native"]

@@ -14,7 +14,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jacobiflow.calibration import Components, Metrics, matrix_norm, rank_correlation, tough_blocks
-from jacobiflow.calibration.metrics import RunningMean
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,16 +63,6 @@ def test_a_norm_is_numpy_s_and_infinite_where_an_entry_is_not_finite(norm: Any) 
     assert matrix_norm(matrix.bfloat16(), norm) == pytest.approx(np.linalg.norm(matrix.numpy(), norm), rel=1e-2)
     for broken in (torch.nan, torch.inf):
         assert matrix_norm(torch.cat((matrix, torch.full((1, 3), broken))), norm) == math.inf
-
-
-def test_a_running_mean_is_the_mean_in_float64() -> None:
-    rows = (randn(1000, 3, 2) * 1e-3 + 1e4).float()
-    mean = RunningMean()
-    with pytest.raises(ValueError, match="no rows"):
-        _ = mean.value
-    for part in rows.split(7):
-        mean.add(part)
-    assert mean.value.allclose(rows.double().mean(dim=0), 1e-12)
 
 
 @given(pairs=st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=12))

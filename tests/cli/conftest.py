@@ -33,7 +33,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     to_float32(make_flow()).save_pretrained(folder / "plain")  # no classes, no noise to remove
     jf.Strategy.uniform(jf.Solver(jf.Window(4), stopping=jf.Tolerance(1e-2)), 3).save(folder / "window.json")
     images = torch.randn(9, 1, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
-    report = jf.calibrate(flow, images, torch.arange(9) % 3, segments=4, traced=3, progress=False)
+    report = jf.calibrate(flow, images, torch.arange(9) % 3, segments=4, traced=3)
     report.save(folder / "report.json")
     replace(report, fingerprint="0" * 64).save(folder / "other.json")
     rng = np.random.default_rng(0)
@@ -57,10 +57,10 @@ def run(work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
 
 @pytest.fixture
 def files(work: Path, tmp_path: Path) -> Callable[[], dict[Path, bytes | None]]:
-    """All that there is in the working folder and in the test's own, with its content."""
+    """All that there is in the working folder and in the test's own, with its content, but for locks."""
 
     def found() -> dict[Path, bytes | None]:
-        paths = [path for folder in (work, tmp_path) for path in folder.rglob("*")]
+        paths = [path for folder in (work, tmp_path) for path in folder.rglob("*") if path.name != ".lock"]
         return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
     return found

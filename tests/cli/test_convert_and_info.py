@@ -1,7 +1,9 @@
-"""`jacobiflow convert` and `jacobiflow info`."""
+"""`jacobiflow convert`, `jacobiflow info` and `jacobiflow info --check`."""
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,47 +11,29 @@ from typing import Any
 import numpy as np
 import torch
 from running import figures
+from training_runs import SETTINGS, fit
 
 import jacobiflow as jf
+from jacobiflow.storage import sample_to_folder
 
 
-def original(path: Path, seed: int = 0) -> jf.TarFlow:
-    torch.manual_seed(seed)
+def test_convert_then_sample(run: Any, refuse: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
     flow = jf.TarFlow(jf.TarFlowConfig(3, 4, 2, channels=64, num_blocks=2, layers_per_block=1, num_classes=2))
-    for block in flow.blocks:
-        torch.nn.init.normal_(block.proj_out.weight, std=0.02)
-    flow.to_original(path)
-    return flow
-
-
-def test_convert_replaces_no_other_model(run: Any, refuse: Any, files: Any, work: Path, tmp_path: Path) -> None:
-    for seed in (0, 1):
-        original(tmp_path / f"{seed}.pth", seed)
-    line = f"convert {tmp_path}/0.pth --patch-size 2 --noise-std 0.2 --out {tmp_path}/folder"
-    assert run(line).code == 0
-    before = files()
-    assert run(line).code == 0  # the same model again
-    assert files() == before
-    for other in (line.replace("0.pth", "1.pth"), line.replace("0.2", "0.3")):
-        refuse(other, "folder: holds another model; give another folder, or move it away")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "config.json").write_text("{}")
-    refuse(line.replace("/folder", "/mine"), "config.json: not of a model that jacobiflow wrote")
-    torch.save(torch.load(tmp_path / "0.pth") | {"blocks.999999999.x": torch.zeros(1)}, tmp_path / "0.pth")
-    refuse(line.replace("/folder", "/new/inner"), "one is numbered 999999999")
-
-
-def test_convert_then_sample(run: Any, tmp_path: Path) -> None:
-    flow = original(tmp_path / "original.pth")
-    line = f"convert {tmp_path}/original.pth --patch-size 2 --noise-std 0.2 --out {tmp_path}/folder --json {tmp_path}/f"
-    result = run(line)
-    assert (result.code, result.out, result.err) == (0, f"wrote the model folder {tmp_path}/folder\n", "")
+    flow.to_original(tmp_path / "original.pth")
+    line = f"convert {tmp_path}/original.pth --patch-size 2 --noise-std 0.2 --out {tmp_path}/folder"
+    result = run(f"{line} --json {tmp_path}/f")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.endswith(f"wrote the model folder {tmp_path}/folder\n")
     read = jf.load(tmp_path / "folder")
     assert read.config.noise_std == 0.2
     for name, tensor in flow.state_dict().items():
         assert torch.equal(read.state_dict()[name], tensor)
     shown = figures(tmp_path / "f")
     assert (shown["model"], shown["in_channels"], shown["num_classes"]) == (f"{tmp_path}/folder", 3, 2)
+    refuse(line, "folder: holds files that this command did not write; give a new or empty folder")
+    torch.save(torch.load(tmp_path / "original.pth") | {"blocks.9.x": torch.zeros(1)}, tmp_path / "original.pth")
+    refuse(line.replace("/folder", "/new/inner"), "blocks.9.x")
     line = f"sample --model {tmp_path}/folder --num 2 --denoise 1 --strategy jacobi --out {tmp_path}/out"
     assert run(line).code == 0
     with np.load(tmp_path / "out" / "shards" / "00000.npz") as arrays:
@@ -66,3 +50,42 @@ def test_info(run: Any, tmp_path: Path) -> None:
     for name, value in shown.items():
         assert name in result.out
         assert str(value) in result.out.replace(",", "")
+
+
+def test_check_of_samples_names_every_damaged_file(run: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sample_to_folder(jf.load("./plain"), 4, out, strategy="jacobi-1", batch_size=1, shard_size=2)
+    result = run(f"info --check {out}")
+    assert (result.code, result.out) == (0, f"{out}: no problem; checked samples\n")
+    file = out / "shards" / "00001.npz"
+    file.write_bytes(file.read_bytes()[:-9])
+    (out / "shards" / "00000.npz").unlink()
+    result = run(f"info --check {out} --json {tmp_path}/f")
+    assert (result.code, result.err) == (2, "")
+    assert f"{file}: does not match its checksum" in result.out
+    assert "00000.npz" in result.out
+    assert figures(tmp_path / "f")["problems"] == result.out.splitlines()
+
+
+def test_check_of_a_training_run(run: Any, tmp_path: Path) -> None:
+    fit(tmp_path, replace(SETTINGS, steps=1))
+    assert run(f"info --check {tmp_path}").out == f"{tmp_path}: no problem; checked a model and a training run\n"
+    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
+    result = run(f"info --check {tmp_path}")
+    assert (result.code, f"{checkpoint}: not a checkpoint" in result.out) == (2, True)
+
+
+def test_check_of_a_model_uses_its_reports_and_its_weights(run: Any, refuse: Any, tmp_path: Path) -> None:
+    assert run("info --check digits-p1").out == "digits-p1: no problem; checked a model\n"
+    flow = jf.load("./plain")
+    with torch.no_grad():
+        flow.blocks[0].proj_out.bias[:4] = 200  # exp(200) overflows float32
+    flow.save_pretrained(tmp_path)
+    for name in ("report.json", "report-guided.json"):
+        shutil.copy("report.json", tmp_path / name)
+    result = run(f"info --check {tmp_path}")
+    *reports, images = result.out.splitlines()
+    assert (result.code, ["the report is of another flow" in line for line in reports]) == (2, [True, True])
+    assert images.startswith(f"{tmp_path}: a latent that is decoded and encoded again is off by nan")
+    refuse("info --check pets", "pets: no model, samples or training run; give the folder of one, or a bundled ")

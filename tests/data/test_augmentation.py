@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from jacobiflow.data import Augmentation, augment, bundled_emoji
+from jacobiflow.data import Augmentation, augment, load_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def some_emoji(num: int = 60) -> Tensor:
-    return bundled_emoji().batch(slice(0, 4 * num, 4))[0]
+    return load_images("emoji-256", 32, 3).batch(slice(0, 4 * num, 4))[0]
 
 
 def changed(images: Tensor, seed: int = 0, **settings: Any) -> Tensor:

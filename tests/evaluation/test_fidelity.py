@@ -60,46 +60,16 @@ def test_nan_on_both_sides_counts_as_equal_and_on_one_side_as_infinitely_far() -
             assert found.pixels.share == pytest.approx((levels(shown) != levels(exact)).mean())
 
 
-def around(power: int, dtype: type = np.float32) -> list[float]:
-    """A power of ten and its neighbours."""
-    value = dtype(10.0**power)
-    return [float(x) for x in (np.nextafter(value, dtype(0)), value, np.nextafter(value, dtype(INF)))]
-
-
-def assert_histogram(values: np.ndarray) -> None:
-    """All that is promised of the histogram of certificates."""
-    found = certificate_histogram(torch.from_numpy(values))
-    values = values.astype(np.float64)
-    finite = values[np.isfinite(values) & (values > 0)]
-    edges, counts = found["edges"], found["counts"]
-    assert found["zero"] == (values == 0).sum()
-    assert found["infinite"] == np.isinf(values).sum()
-    assert len(edges) == (len(counts) + 1 if len(finite) else 0)
-    if len(finite):
-        assert edges == [float(f"{edge:.0e}") for edge in edges]
-        assert {f"{edge:.0e}"[0] for edge in edges} <= set("125")
-        assert all(1.9 < high / low < 2.6 for low, high in pairwise(edges))
-        assert edges[0] <= finite.min() and finite.max() < edges[-1]
-        assert counts[0] and counts[-1]
-    assert counts == [((low <= finite) & (finite < high)).sum() for low, high in pairwise(edges)]
-    assert found["max"] == values.max()
-    assert (values <= found["median"]).sum() * 2 >= len(values) <= (values >= found["median"]).sum() * 2
-
-
-CERTIFICATES = st.one_of(
-    st.floats(0, INF, width=32),
-    st.floats(-9, -1).map(lambda power: float(np.float32(10.0**power))),
-    st.integers(-44, 37).flatmap(lambda power: st.sampled_from(around(power))),
-)
-
-
-@given(st.lists(CERTIFICATES, min_size=1, max_size=12))
+@given(st.lists(st.floats(0, INF, width=32) | st.sampled_from([1e-3, 0.1, 1.0, 1e3]), min_size=1, max_size=12))
 @example([0.0, INF, INF])
-@example(around(-3)[:1])
-@example(around(-3)[1:])
 @example([1e-45, 3.4e38])
 @settings(max_examples=50, deadline=None)
 def test_every_certificate_lies_in_its_bin(values: list[float]) -> None:
-    assert_histogram(np.array(values, np.float32))
-    for power in (-300, 23, 307):
-        assert_histogram(np.array([*around(power, np.float64), 1.0]))
+    x = np.array(values)
+    found = certificate_histogram(torch.from_numpy(x))
+    edges, counts, finite = found["edges"], found["counts"], x[np.isfinite(x) & (x > 0)]
+    assert (found["zero"], found["infinite"], found["max"]) == ((x == 0).sum(), np.isinf(x).sum(), x.max())
+    assert {f"{edge:.0e}"[0] for edge in edges} <= set("125")
+    assert all(1.9 < high / low < 2.6 for low, high in pairwise(edges))
+    assert counts == [((low <= finite) & (finite < high)).sum() for low, high in pairwise(edges)]
+    assert sum(counts) == len(finite)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jacobiflow.flows import FlowBlock, ImageFlow, KeepsNothing, Permutation, register
+from jacobiflow.flows import FlowBlock, ImageFlow, Permutation, register
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,10 @@ class RecurrentConfig:
         return self.in_channels * self.image_size
 
 
-class RecurrentBlock(FlowBlock, KeepsNothing):
+class RecurrentBlock(FlowBlock):
     """Log-scale and shift of row t from the state after row t-1; the cache holds that state for every row."""
+
+    inference_safe = True
 
     def __init__(self, config: RecurrentConfig, permutation: Permutation) -> None:
         super().__init__()
@@ -42,7 +44,7 @@ class RecurrentBlock(FlowBlock, KeepsNothing):
         self.out = nn.Linear(config.channels, 2 * config.token_channels)
         nn.init.zeros_(self.out.weight)
 
-    def init_cache(self, z: Tensor, context: Tensor | None = None, attn_temperature: Tensor | None = None) -> Tensor:
+    def init_cache(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         states = self.start.new_zeros(len(z), z.shape[1], self.start.shape[1])
         states[:, 0] = self.start[-1 if context is None else context.clamp(min=-1)]
         return states

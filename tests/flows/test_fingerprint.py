@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import pytest
 import torch
-from fake_device import FakeDevice
 from problems import make_flow, to_float32
 
 import jacobiflow as jf
 from jacobiflow.flows import fingerprint as fingerprint_module
 from jacobiflow.flows.fingerprint import cached_fingerprint, fingerprint
+from tests.helpers.fake_device import FakeDevice
 
 
 def make(seed: int = 0) -> jf.TarFlow:
@@ -58,32 +57,17 @@ def one_entry(flow: jf.TarFlow) -> None:
     flow.blocks[1].proj_out.weight[3, 5] += 1
 
 
-def all_data(flow: jf.TarFlow) -> None:
-    """As an average of weights is put in the place of the last ones."""
-    for parameter, average in zip(flow.parameters(), other(flow).parameters(), strict=True):
-        parameter.data.copy_(average)
-
-
-def other_data(flow: jf.TarFlow) -> None:
-    bias = flow.blocks[0].proj_in.bias
-    bias.data = torch.cat((bias.data[:1], bias.data[1:] + 1))
-
-
 CHANGES: dict[str, Callable[[jf.TarFlow], object]] = {
     "a step of an optimizer": step,
     "one entry": one_entry,
     "loading": lambda flow: flow.load_state_dict(other(flow).state_dict()),
-    "loading in place": lambda flow: flow.load_state_dict(other(flow).state_dict(), assign=True),
-    "data of all": all_data,
-    "data of a bias": lambda flow: flow.blocks[0].proj_out.bias.data.add_(0.1),
-    "other data": other_data,
     "a buffer": lambda flow: flow.var.mul_(2),
     "another block": lambda flow: flow.blocks.__setitem__(1, other(flow).blocks[1]),
     "another layer": lambda flow: setattr(flow.blocks[1], "proj_out", other(flow).blocks[1].proj_out),
 }
 
 
-ON_A_GPU = ("a step of an optimizer", "one entry", "loading", "data of all", "data of a bias")
+ON_A_GPU = ("a step of an optimizer", "one entry", "loading")
 
 
 @pytest.mark.parametrize(
@@ -95,19 +79,10 @@ def test_the_cached_fingerprint_notices_changes(change: str, device: str, monkey
         flow = make().to(device)
         before = cached_fingerprint(flow)
         with monkeypatch.context() as patch:
-            patch.setattr(fingerprint_module, "fingerprint_of", None)
+            patch.setattr(fingerprint_module, "fingerprint", None)
             assert cached_fingerprint(flow) == before
         CHANGES[change](flow)
         assert cached_fingerprint(flow) == fingerprint(flow) != before
-
-
-def test_the_cached_fingerprint_of_a_moved_flow_is_the_same() -> None:
-    moved = make()
-    before = cached_fingerprint(moved)
-    with FakeDevice():
-        for where in ("cuda", "cpu", torch.bfloat16):
-            assert cached_fingerprint(moved.to(where)) == before  # type: ignore[call-overload]
-    assert cached_fingerprint(copy.deepcopy(moved)) == before
 
 
 @torch.inference_mode()

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.data import Noise, add_noise, bundled_emoji, bundled_fashion, digits
+from jacobiflow.data import Noise, add_noise, load_images
 
-IMAGES = {"digits-p1": digits, "emoji-p2": bundled_emoji, "fashion-p2": bundled_fashion}
+IMAGES = {"digits-p1": ("digits", 8, 1), "emoji-p2": ("emoji-256", 32, 3), "fashion-p2": ("fashion-512", 28, 1)}
 
 
 @cache
 def model(name: str) -> tuple[jf.TarFlow, Tensor, Tensor, Tensor]:
     """A flow in float32, images with the noise of its training, labels, and the images without."""
     flow = jf.load(name)
-    clean, labels = IMAGES[name]().batch(slice(0, 3))
+    clean, labels = load_images(*IMAGES[name]).batch(slice(0, 3))
     noise = Noise("gaussian", flow.config.noise_std)
     return flow, add_noise(clean, noise, torch.Generator().manual_seed(0)), labels, clean
 
@@ -45,7 +45,7 @@ def test_decoding_an_encoded_image_returns_it(name: str, strategy: str) -> None:
 def test_samples_are_certified_and_near_the_sequential_ones(name: str, weight: float) -> None:
     flow, _, labels, _ = model(name)
     guidance = jf.Guidance(weight, annealed=False, attn_temperature=0.8)
-    settings = {"num": 3, "labels": labels, "seed": 3, "guidance": guidance, "progress": False}
+    flow, settings = flow.guided(guidance), {"num": 3, "labels": labels, "seed": 3}
     exact = jf.sample(flow, strategy="sequential", certify=False, **settings)
     out = jf.sample(flow, strategy="window:32", tolerance=1e-3, **settings)
     assert (out.certificate <= 1e-3).all()
@@ -56,14 +56,15 @@ def test_samples_are_certified_and_near_the_sequential_ones(name: str, weight: f
 
 
 @pytest.mark.parametrize("name", ["digits-p1", "fashion-p2", "emoji-p2", "digits-maf"])
-def test_recommended_settings_are_planned_by_a_bundled_report(name: str) -> None:
+def test_recommended_settings_have_a_bundled_report_and_a_tuning(name: str) -> None:
     flow = jf.load(name)
-    file = jf.find_report(flow, flow.recommended.guidance)
-    assert file is not None
-    report = jf.Report.load(file)
+    guided = flow.guided(flow.recommended.guidance)
+    report_file, tuning_file = jf.find_report(guided), jf.find_tuning(guided)
+    assert report_file is not None and tuning_file is not None
+    report, tuning = jf.Report.load(report_file), jf.Tuning.load(tuning_file)
     report.check(flow)
-    assert report.tuning is not None
-    assert report.settings.guidance == report.tuning.guidance == flow.recommended.guidance
+    tuning.check(flow)
+    assert report.settings.guidance == tuning.guidance == flow.recommended.guidance
 
 
 @pytest.mark.parametrize("name", IMAGES)

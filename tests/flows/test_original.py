@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,8 +49,8 @@ def test_half_precision_strides_the_old_format_and_the_prefix_of_parallel_traini
     state = original_state(make())
     half = {name: tensor.bfloat16() for name, tensor in state.items()}
     torch.save(half, pth)
-    wanted = {name: tensor.float() for name, tensor in half.items() if not name.endswith("attn_mask")}
-    assert_same(TarFlow.from_original(pth, SMALL).state_dict(), wanted)
+    expected = {name: tensor.float() for name, tensor in half.items() if not name.endswith("attn_mask")}
+    assert_same(TarFlow.from_original(pth, SMALL).state_dict(), expected)
 
     torch.save(state | {"var": state["var"].T.contiguous().T}, pth, _use_new_zipfile_serialization=False)
     loaded = TarFlow.from_original(pth, SMALL)
@@ -61,38 +60,7 @@ def test_half_precision_strides_the_old_format_and_the_prefix_of_parallel_traini
     prefixed = {f"module.{name}": tensor for name, tensor in state.items()}
     torch.save(prefixed, pth)
     assert_same(TarFlow.from_original(pth, SMALL).state_dict(), make().state_dict())
-    prefixed["var"] = prefixed.pop("module.var")  # of some names only
-    torch.save(prefixed, pth)
-    assert "no 'blocks.0.proj_in.weight'" in error_of(TarFlow.from_original, pth, SMALL)
-
-
-def test_a_config_that_the_shapes_contradict_is_refused(pth: Path) -> None:
-    for change, remedy in (
-        ({"channels": 16, "num_blocks": 1000}, "channels=8 rather than 16, num_blocks=2 rather than 1000"),
-        ({"layers_per_block": 2, "num_classes": 0}, "layers_per_block=1 rather than 2, num_classes=3 rather than 0"),
-        ({"nvp": False, "expansion": 4}, "nvp=True rather than False, expansion=2 rather than 4"),
-        ({"image_size": 256, "patch_size": 1}, "image_size=4 rather than 256, patch_size=2 rather than 1"),
-        ({"in_channels": 3}, "in_channels=1 rather than 3"),
-    ):
-        message = error_of(TarFlow.from_original, pth, replace(SMALL, **change))  # type: ignore[arg-type]
-        assert message == f"{pth}: does not fit the config: the shapes say {remedy}"
-
-
-def test_a_tensor_that_does_not_fit_is_named(pth: Path) -> None:
-    bias, ones = "blocks.0.proj_in.bias", torch.ones(8)
-    for name, tensor, words in (
-        ("blocks.0.attn_mask", torch.ones(4, 4), ": expected ones on and below the diagonal of (4, 4), zeros above"),
-        ("blocks.1.attn_mask", None, "blocks.1.attn_mask: expected ones"),
-        ("blocks.1.attn_mask", torch.ones(4, 4).tril().to_sparse(), "blocks.1.attn_mask: expected ones"),
-        (bias, ones.bool(), "blocks.0.proj_in.bias torch.bool"),
-        (bias, ones.to_sparse(), "expected dense floating-point values"),
-        (bias, torch.nan * ones, "blocks.0.proj_in.bias has non-finite values"),
-        ("blocks.999999999.x", ones, "one is numbered 999999999"),
-        ("blocks.0.attn_mask.x", ones, "blocks.0.attn_mask.x (8,): unknown"),
-    ):
-        state = original_state(make()) | {name: tensor}
-        torch.save({key: value for key, value in state.items() if value is not None}, pth)
-        assert words in error_of(TarFlow.from_original, pth, SMALL)
+    assert str(pth) in error_of(TarFlow.from_original, pth, replace(SMALL, num_blocks=3))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
@@ -113,29 +81,8 @@ def test_code_does_not_run(tmp_path: Path, save: Any) -> None:
             return os.mkdir, (str(sentinel),)
 
     save({**original_state(make()), "extra": Evil()}, path)
-    assert "was not run; give a file that torch.save" in error_of(TarFlow.from_original, path, SMALL)
+    assert "code in it was not run" in error_of(TarFlow.from_original, path, SMALL)
     assert not sentinel.exists()
-
-
-def test_what_is_larger_than_its_file_is_refused(pth: Path, tmp_path: Path) -> None:
-    state, weight = original_state(make()), "blocks.0.proj_in.weight"
-    for change, words in (
-        ({"blocks.0.pos_embed": torch.zeros(()).expand(10**11, 8)}, "a tensor (100000000000, 8) of 4 bytes"),
-        ({f"blocks.{i}.x": state[weight] for i in range(3000)}, "that share their memory"),
-        (
-            dict.fromkeys((f"blocks.{i}.x" for i in range(3000)), torch.zeros(1)),
-            "3,000 of blocks.*; the limit is 1,000",
-        ),
-        (dict.fromkeys((f"blocks.{i}.x" for i in range(900)), torch.zeros(1)), "no 'blocks.2.attn_blocks.0.mlp.main"),
-        ({f"blocks.{'9' * 5000}.x": torch.zeros(1)}, ".x (1,): unknown"),
-    ):
-        torch.save(state | change, pth)
-        assert words in error_of(TarFlow.from_original, pth, SMALL)
-    bomb = tmp_path / "bomb.pth"
-    with zipfile.ZipFile(pth) as archive, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
-        for name in archive.namelist():
-            packed.writestr(name, bytes(10**6) if name.endswith("data/0") else archive.read(name))
-    assert "says that it holds" in error_of(TarFlow.from_original, bomb, SMALL)
 
 
 def test_what_is_no_state_dict(tmp_path: Path) -> None:
@@ -143,12 +90,8 @@ def test_what_is_no_state_dict(tmp_path: Path) -> None:
     assert "No such file" in error_of(TarFlow.from_original, path, SMALL)
     assert "Is a directory" in error_of(TarFlow.from_original, tmp_path, SMALL)
     path.write_text("once upon a time")
-    assert "no PyTorch file" in error_of(TarFlow.from_original, path, SMALL)
-    for content, words in (
-        ([torch.ones(2)], "holds a list, not a dict"),
-        ({"model": {}, "step": 3, 4: torch.ones(1)}, "entries other than tensors: 'model', 'step', 4;"),
-        ({}, "not the state dict of a TarFlow: no 'blocks.0.proj_in.weight'"),
-    ):
+    assert "not only tensors" in error_of(TarFlow.from_original, path, SMALL)
+    for content, words in (({"model": {}, "step": 3}, "not a dict of tensors"), ({}, "no tensors")):
         torch.save(content, path)
         assert words in error_of(TarFlow.from_original, path, SMALL)
 
@@ -174,18 +117,12 @@ def test_shapes_say_the_config(data: st.DataObject) -> None:
     with torch.device("meta"):
         state = TarFlow(config).state_dict()
     assert infer_config(state, patch_size=patch_size) == config
-    assert infer_config(state, in_channels=config.in_channels) == config
 
 
 def test_what_shapes_do_not_say(pth: Path) -> None:
     state = read_original(pth)
     assert replace(infer_config(state, patch_size=2, head_dim=4), noise_std=0.1) == SMALL
-    assert "in_channels * patch_size² = 4" in error_of(infer_config, state)
-    for given_sizes in ({"patch_size": 3}, {"in_channels": 2}, {"in_channels": 2, "patch_size": 2}):
-        assert "must be 4" in error_of(infer_config, state, **given_sizes)
-    assert "patch_size=0" in error_of(infer_config, state, patch_size=0)
-    with pytest.raises(ValueError, match="head_dim=64"):
-        infer_config(state, patch_size=2)
-    for name, shape in (("pos_embed", (5, 8)), ("proj_out.weight", (5, 8)), ("proj_in.weight", (0, 4))):
-        message = error_of(infer_config, make().state_dict() | {f"blocks.0.{name}": torch.ones(shape)}, patch_size=2)
-        assert "not the state dict of a TarFlow" in message
+    assert "patch_size=3: its square must divide the 4 values" in error_of(infer_config, state, patch_size=3)
+    five = make().state_dict() | {"blocks.0.pos_embed": torch.ones(5, 8)}
+    assert "5 tokens: a TarFlow of square images has a square number" in error_of(infer_config, five, patch_size=2)
+    assert "no 'blocks.0.proj_in.weight'" in error_of(infer_config, {}, patch_size=2)

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.baselines.growing_cache import growing_cache_sample
+from jacobiflow.baselines import growing_cache_sample
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
 
 HERE = Path(__file__).resolve().parents[1]
@@ -60,7 +60,7 @@ assert (len(ENCODINGS), len(REVERSES)) == (7, 10)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Largest difference within `tolerance` of the largest expected value (of 1 where that is smaller)."""
+    """Largest difference within `tolerance` of the largest expected value (of 1 if that is smaller)."""
     assert actual.shape == expected.shape
     assert actual.isfinite().all()
     error = (actual - expected).abs().max().item() / max(1.0, expected.abs().max().item())
@@ -92,9 +92,7 @@ def test_samples_as_the_original(name: str, case: str) -> None:
     labels = recording.tensors["labels"] if settings["labelled"] else None
     guidance = None if settings["guidance"] is None else jf.Guidance(**settings["guidance"])
     for strategy, tolerance in (("sequential", ROUNDING), ("window:4", SOLVED)):
-        out = jf.sample(
-            recording.flow, latents=latents, labels=labels, strategy=strategy, guidance=guidance, progress=False
-        )
+        out = jf.sample(recording.flow.guided(guidance), latents=latents, labels=labels, strategy=strategy)
         assert_close(out.images, recording.tensors[f"reverse.{case}"], tolerance)
-    images = growing_cache_sample(recording.flow, latents, labels, guidance)
+    images = growing_cache_sample(recording.flow.guided(guidance), latents, labels)
     assert_close(images, recording.tensors[f"reverse.{case}"], ROUNDING)

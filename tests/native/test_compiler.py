@@ -34,12 +34,8 @@ def folder(tmp_path: Path) -> Path:
     [
         ("x86_64", AVX512, "avx512"),
         ("x86_64", AVX512 - {"avx512vl"}, "avx2"),  # as on Knights Landing
-        ("x86_64", AVX2, "avx2"),
         ("x86_64", AVX2 - {"fma"}, "sse2"),
-        ("x86_64", AVX512 - {"avx2"}, "sse2"),
-        ("x86_64", set(), "sse2"),
         ("aarch64", set(), "neon"),
-        ("arm64", set(), "neon"),
     ],
 )
 def test_the_best_library_that_a_processor_can_run(
@@ -49,13 +45,9 @@ def test_the_best_library_that_a_processor_can_run(
     assert path is not None and path.name.startswith(f"{name}-")
 
 
-def test_no_library_for_a_processor(folder: Path) -> None:
-    assert compiler.best(folder, "riscv64", AVX512) is None
-    assert compiler.best(folder / "lib", "x86_64", AVX512) is None
-
-
 def test_a_library_of_other_sources_is_not_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = shutil.copytree(compiler.FOLDER, tmp_path / "other")
+    assert compiler.best(folder, "riscv64", AVX512) is None
     monkeypatch.setattr(compiler, "FOLDER", other)
     assert compiler.best(folder, "x86_64", AVX512) is not None
     (other / "team.h").write_text((other / "team.h").read_text() + "\n")
@@ -72,5 +64,5 @@ def test_the_sources_pass_under(name: str, tmp_path: Path) -> None:
         assert f'#include "{source.name}"' in HARNESS.read_text()
     flags = (*compiler.FLAGS, "-O0", f"-I{compiler.FOLDER}")
     subprocess.run((*compile_command, *flags, HARNESS, "-o", program), check=True, timeout=300)
-    done = subprocess.run((*run_command, program), capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stdout) == (0, "OK\n"), done.stdout + done.stderr
+    result = subprocess.run((*run_command, program), capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stdout) == (0, "OK\n"), result.stdout + result.stderr

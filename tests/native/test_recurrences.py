@@ -19,7 +19,6 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow import native
-from jacobiflow.flows.tarflow import recurrence
 
 pytestmark = pytest.mark.usefixtures("compiled", "threads_as_before")
 
@@ -84,21 +83,10 @@ def test_trained_flows(model: str, oracle: Callable[[Any], Any]) -> None:
     for i in reversed(range(len(flow.blocks))):
         z = reference.flip(i, x)
         torch.set_num_threads(2)
-        found = flow.blocks[i].exact_inverse(z, labels)
+        solution = flow.blocks[i].exact_inverse(z, labels)
         torch.set_num_threads(1)
-        assert relative_error(found, reference.g(i, found, z.double(), labels)) < 5e-5
-        x = reference.flip(i, found)
-
-
-@pytest.mark.parametrize("name", ["heads of 17", "several calls", "volume-preserving"])
-def test_calls_for_some_tokens_each(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = CASES[name]
-    flow = case.flow()
-    block, z, labels = case.block(flow), case.z(flow), case.context()
-    whole = block.exact_inverse(z, labels)
-    for work in (1.0, 3e6):
-        monkeypatch.setattr(recurrence, "_WORK", work)
-        assert torch.equal(block.exact_inverse(z, labels), whole)
+        assert relative_error(solution, reference.g(i, solution, z.double(), labels)) < 5e-5
+        x = reference.flip(i, solution)
 
 
 @pytest.mark.parametrize("name", ["heads of 64, two teams", "MAF, several panels"])
@@ -142,12 +130,6 @@ def test_weights_may_change_and_lie_as_they_like(name: str) -> None:
             parameter.data = parameter.data.T.contiguous().T
     scattered = z.transpose(0, 1).contiguous().transpose(0, 1)
     assert relative_error(case.block(flow).exact_inverse(scattered, case.context()), case.answer(flow, z)) < ROUNDING
-
-
-def test_units_by_the_hundred_thousand() -> None:
-    case = Case({"in_channels": 2, "image_size": 1, "hidden_features": 120_001, "hidden_layers": 1}, 1, kind=jf.MAF)
-    flow = case.flow()
-    assert relative_error(case.block(flow).exact_inverse(case.z(flow)), case.answer(flow, case.z(flow))) < ROUNDING
 
 
 @pytest.mark.parametrize("name", ["heads of 64, two teams", "MAF, several panels"])
@@ -208,19 +190,6 @@ def test_other_numbers_are_left_to_pytorch(name: str) -> None:
         assert relative_error(jf.solve(block, z.double(), EXACT, labels).x, answer) < rounding
 
 
-@pytest.mark.parametrize("name", ["heads of 48", "MAF, three layers"])
-def test_the_default_dtype_does_not_matter(name: str) -> None:
-    case = CASES[name]
-    flow = case.flow()
-    z, answer = case.z(flow), case.answer(flow, case.z(flow))
-    torch.set_default_dtype(torch.float64)
-    try:
-        x = case.block(flow).exact_inverse(z, case.context())
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert x.dtype == torch.float32 and relative_error(x, answer) < ROUNDING
-
-
 @pytest.mark.parametrize("name", ["one row", "7 channels", "MAF"])
 def test_tokens_that_do_not_fit_are_left_to_pytorch(name: str) -> None:
     case = CASES[name]
@@ -231,7 +200,7 @@ def test_tokens_that_do_not_fit_are_left_to_pytorch(name: str) -> None:
     assert len(block.exact_inverse(z[:0])) == 0
 
 
-@pytest.mark.parametrize("threads", [5, 6, 12, 64])
+@pytest.mark.parametrize("threads", [5, 64])
 def test_more_threads_than_there_is_work_for(threads: int) -> None:
     for case in (Case({"image_size": 2, "channels": 80}, 1), Case({"image_size": 2}, 100), CASES["MAF"]):
         flow = case.flow()

@@ -66,7 +66,7 @@ def test_the_targets_of_a_wheel_give_the_same(name: str, targets: Path, monkeypa
 
 
 def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
-    """Nor is anything read before it was written, which is NaN here, nor is there a sum that is not defined."""
+    """Memory is NaN until it is written. Undefined operations are errors."""
     runtimes = [_printed(os.environ.get("CXX", "c++"), f"-print-file-name=lib{name}.so") for name in ("asan", "ubsan")]
     if native.library() is None:
         pytest.skip(native.describe())
@@ -75,7 +75,7 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
     flags = ("-march=native", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     path = tmp_path / "recurrences.so"
     native.compile_library(path, flags)
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, HERE / "sanitized.py", path],
         env={
             **os.environ,
@@ -85,7 +85,8 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
         },
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 0 and done.stdout.split("\n")[:-1] == [*CASES, *LARGE, *SMALL], done.stdout + done.stderr
+    output = result.stdout + result.stderr
+    assert result.returncode == 0 and result.stdout.split("\n")[:-1] == [*CASES, *LARGE, *SMALL], output
 
 
 def _printed(*command: str) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,45 +57,26 @@ def test_any_plan_ends_with_every_residual_within_tolerance(
 # --------------------------------------------------------------------------------------- solved again, and counted
 
 
-def test_a_sample_above_the_tolerance_is_resumed_to_half_of_it() -> None:
-    """From where it stands, with the same pieces; to the tolerance itself, it would often miss again (A.1)."""
-    problem, found_short = echoes(), 0
-    for atol, tolerance in ((1e-2, None), (1e-1, None), (1e-1, 1e-4)):
-        for slots in (None, 3):
-            solver = jf.Solver(jf.Window(8), jf.Zeros(), jf.Tolerance(atol))
-            wanted = tolerance or atol
-            raw = jf.solve(problem.block, problem.z, solver, problem.labels, slots)
-            short = problem.residual(raw.x) > wanted
-            again = jf.solve(
-                problem.block, problem.z[short],
-                jf.Solver(jf.Window(8), Given(raw.x[short]), jf.Tolerance(wanted / 2)), STRENGTHS[short], slots,
-            )  # fmt: skip
-            found = jf.solve_certified(
-                problem.block, problem.z, solver, problem.labels, slots=slots, tolerance=tolerance
-            )
-            want = raw.x.index_put((short,), again.x)
-            assert torch.equal(found.x, want)
-            torch.testing.assert_close(found.residual, problem.residual(want))
-            assert (found.residual <= wanted).all()
-            assert not found.resolved_sequentially.any()
-            sweeps = raw.sample_sweeps.index_put((short,), again.sample_sweeps, accumulate=True)
-            assert torch.equal(found.sample_sweeps, sweeps)
-            assert found.sweeps == raw.sweeps + again.sweeps
-            passes = sum(math.ceil(n / (slots or 7)) for n in (7, int(short.sum())))
-            assert found.network_calls == found.sweeps + passes
-            evaluations = raw.token_evaluations + again.token_evaluations + 24 * (7 + int(short.sum()))
-            assert found.token_evaluations == evaluations
-            found_short += int(short.sum())
-    assert found_short >= 10
-
-
-def test_real_samples_that_are_resumed_are_not_solved_sequentially() -> None:
-    """A.1: digits-p1 by windows of 8 took 225 network calls, as one sample missed again at the tolerance itself."""
-    flow = jf.load("digits-p1")
-    out = jf.sample(flow, 16, torch.arange(16) % 10, seed=0, strategy="window:8", tolerance=1e-3, progress=False)
-    assert out.resolved_sequentially == 0
-    assert out.network_calls < 200
-    assert (out.certificate <= 1e-3).all()
+@pytest.mark.parametrize(("atol", "tolerance"), [(0.3, None), (0.1, 1e-4)])
+def test_a_sample_above_the_tolerance_is_resumed_to_half_of_it(atol: float, tolerance: float | None) -> None:
+    """From its answer, with the same pieces; to the tolerance itself, it would often miss again (A.1)."""
+    problem, wanted = echoes(), tolerance or atol
+    solver = jf.Solver(jf.Window(8), jf.Zeros(), jf.Tolerance(atol))
+    raw = jf.solve(problem.block, problem.z, solver, problem.labels)
+    short = problem.residual(raw.x) > wanted
+    assert short.any()
+    resumed = jf.Solver(jf.Window(8), Given(raw.x[short]), jf.Tolerance(wanted / 2))
+    again = jf.solve(problem.block, problem.z[short], resumed, STRENGTHS[short])
+    found = jf.solve_certified(problem.block, problem.z, solver, problem.labels, tolerance=tolerance)
+    want = raw.x.index_put((short,), again.x)
+    assert torch.equal(found.x, want)
+    torch.testing.assert_close(found.residual, problem.residual(want))
+    assert (found.residual <= wanted).all()
+    assert not found.resolved_sequentially.any()
+    sweeps = raw.sample_sweeps.index_put((short,), again.sample_sweeps, accumulate=True)
+    assert torch.equal(found.sample_sweeps, sweeps)
+    assert found.network_calls == found.sweeps + 2 == raw.sweeps + again.sweeps + 2
+    assert found.token_evaluations == raw.token_evaluations + again.token_evaluations + 24 * (7 + int(short.sum()))
 
 
 @pytest.mark.parametrize("certificate", [True, False])
@@ -227,16 +206,6 @@ def test_few_samples_are_solved_exactly_and_uncertified_ones_not() -> None:
     assert not exact.resolved_sequentially.any()
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["own tolerance", "the caller's"])
-def test_rounding_ends_samples_that_ran_out_of_sweeps_too(own: bool) -> None:
-    stopping = jf.MaxSweeps(1) | jf.Tolerance(1.0) if own else jf.MaxSweeps(1)
-    solver = jf.Solver(HALVES, jf.Zeros(), stopping)
-    found = rounded(solver, tolerance=1.0)
-    assert found.status.tolist() == [CONVERGED] + [ROUNDING] * 8
-    assert int(found.resolved_sequentially.sum()) == 6
-    assert (rounded(solver).status.tolist() == [CONVERGED] + [ROUNDING] * 8) == own
-
-
 def test_one_sample_s_rounding_is_not_that_of_the_others() -> None:
     """The exact solve of the first sample leaves 0.5: once, the others stood with residuals up to 2, unsolved."""
     problem = echoes(fronts=False)
@@ -254,16 +223,6 @@ def test_one_sample_s_rounding_is_not_that_of_the_others() -> None:
     found = jf.solve_certified(Outlier(), problem.z, solver, STRENGTHS)
     assert found.status.tolist() == [ROUNDING] + [CONVERGED] * 6
     assert error(found.x, problem.answer) < EXACT
-
-
-def test_a_bfloat16_network_is_not_solved_token_by_token() -> None:
-    """On real weights: a tolerance below the rounding."""
-    flow = copy.deepcopy(jf.load("digits-p1")).bfloat16()
-    out = jf.sample(flow, 16, torch.arange(16) % 10, seed=0, strategy="window:8", tolerance=1e-4, progress=False)
-    assert out.resolved_sequentially <= 4
-    assert out.network_calls < 500
-    assert ((out.certificate <= 1e-4) == (out.status == CONVERGED)).all()
-    assert (out.status == ROUNDING).any()
 
 
 # ------------------------------------------------------------------------------------------------------- overflow

@@ -145,14 +145,6 @@ def test_a_fit_solves_a_banded_linear_map_in_few_sweeps() -> None:
     assert error(fitted.double(), inverse(3)) < 0.1
 
 
-def test_nothing_to_fit() -> None:
-    z = normal(4, 12, 2)
-    silent = Watched(lambda x, z, _: z)
-    assert not jf.Chord.fit(silent, z, z, jf.Latent(), width=5).kernel.any()
-    assert jf.Chord.fit(silent, z, z, jf.Zeros(), width=5).kernel.abs().max() < 1e-12
-    assert jf.Plain.fit(silent, z, z, jf.Latent(), None) is None
-
-
 def test_a_fitted_chord_and_guess_save_sweeps_of_a_real_tough_block() -> None:
     """At latents that they were not fitted to."""
     flow = jf.load("fashion-p2")
@@ -220,13 +212,3 @@ def test_a_correction_is_given_up_where_residuals_stay_far_above_the_least() -> 
             at = at + residual + (1000 if mark == "y" else 0)
             at = at if math.isfinite(at) else 0.0  # back to the guess
         assert x[n, -1] == pytest.approx(at)
-
-
-def test_a_correction_that_was_given_up_does_not_judge_the_step() -> None:
-    """The sweep that moves tokens by at most the tolerance is the last, whatever the correction would have done."""
-    z = torch.zeros(1, 12, 1, dtype=torch.float64)
-    solver = jf.Solver(jf.Whole(), stopping=jf.Tolerance(0.5), correction=Marked())
-    found = jf.solve(Scripted([(r,) for r in (1, 5, 5, 5, 0.25, 0.25)]), z, solver)
-    assert found.sweeps == 5
-    assert found.residual.tolist() == [0.25]
-    assert found.status.tolist() == [jf.Status.CONVERGED]

@@ -82,10 +82,6 @@ def test_a_fit_finds_a_causal_linear_map() -> None:
     assert jf.CausalLinear.fit(x.float(), z.float()).kernel.dtype == torch.float32
 
 
-def test_other_guesses_have_nothing_to_fit() -> None:
-    assert all(kind.fit(normal(2, 5, 1), normal(2, 5, 1)) is None for kind in (jf.Latent, jf.Zeros, jf.MeanAffine))
-
-
 @pytest.mark.parametrize(
     ("piece", "others", "text"),
     [
@@ -117,10 +113,8 @@ def test_pieces_with_tensors_are_equal_where_their_values_are(piece: Any, others
     [
         (lambda: jf.MeanAffine(SHIFT, SHIFT[:, :1]), r"MeanAffine: shift=a tensor \(5, 1\)"),
         (lambda: jf.MeanAffine(SHIFT, SHIFT)(normal(1, 4, 2)), r"MeanAffine.*\(5, 2\).*\(4, 2\)"),
-        (lambda: jf.MeanAffine(SHIFT[:1], SHIFT[:1])(normal(1, 5, 2)), r"MeanAffine.*\(1, 2\)"),
         (lambda: jf.CausalLinear(torch.ones(3, 2, 4), SHIFT), r"CausalLinear: kernel=a tensor \(3, 2, 4\)"),
         (lambda: jf.CausalLinear(KERNEL * math.nan, SHIFT), "CausalLinear: kernel=.* holds a NaN"),
-        (lambda: jf.CausalLinear(KERNEL, torch.zeros(5, 3)), r"CausalLinear: shift=a tensor \(5, 3\)"),
         (lambda: jf.CausalLinear(KERNEL, SHIFT)(normal(1, 6, 2)), r"CausalLinear.*\(5, 2\).*\(6, 2\)"),
         (lambda: Given(normal(2, 5, 2))(normal(1, 5, 2)), r"Given: value of shape \(2, 5, 2\), but z is \(1, 5, 2\)"),
     ],

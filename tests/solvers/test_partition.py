@@ -21,22 +21,6 @@ def test_segments_tile_the_sequence_in_nearly_equal_lengths(length: int, data: s
     assert max(lengths) - min(lengths) <= 1
 
 
-@pytest.mark.parametrize(
-    ("partition", "stops"),
-    [
-        (jf.Sequential(), [1, 2, 3, 4, 5]), (jf.Whole(), [5] * 5), (jf.Segments(2), [2, 2, 5, 5, 5]),
-        (jf.Window(1), [1, 2, 3, 4, 5]), (jf.Window(3), [3, 4, 5, 5, 5]), (jf.Window(9), [5] * 5),
-    ],
-)  # fmt: skip
-def test_where_the_run_from_each_front_ends(partition: jf.Partition, stops: list[int]) -> None:
-    assert [partition.stop(front, 5) for front in range(5)] == stops
-
-
-def test_a_sliding_run_has_a_size_wherever_it_starts() -> None:
-    assert [jf.Window(4).run_size(length) for length in (3, 4, 5)] == [3, 4, 4]
-    assert jf.Whole().run_size(7) == 7
-
-
 def test_which_windows_are_tried() -> None:
     """Windows of 32, 64, 128 .. tokens, up to half of them, and of all."""
     sizes = {1: [1], 63: [63], 64: [32, 64], 65: [32, 65], 196: [32, 64, 196], 256: [32, 64, 128, 256]}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from invented import GUIDANCE, Machine, claiming, draw, igm, make_report, run, small
+from invented import GUIDANCE, Machine, draw, igm, make_report, small
 
 import jacobiflow as jf
 from jacobiflow.solvers import Stopping
@@ -25,22 +25,19 @@ def planned(device: str = "cpu with 1 threads", guidance: jf.Guidance | None = N
 
 
 def test_auto_to_a_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
-    flow, report = (
-        Machine(1.0).carry(small(), monkeypatch),
-        replace(REPORT, tuning=claiming(run(jf.Whole(), 1e-3, 9, 0.0))),
-    )
-    want = auto(flow, 2, 1e-2, GUIDANCE, report)
+    flow = Machine(1.0).carry(small(), monkeypatch)
+    want = auto(flow.guided(GUIDANCE), 2, 1e-2)
     assert want.tolerance == 1e-2
     for name, tolerance in (("auto:1e-2", None), (" AUTO:0.01 ", 1e-2), ("auto", 1e-2)):
-        assert choose(flow, name, 2, tolerance=tolerance, guidance=GUIDANCE, report=report) is want
-    assert choose(flow, "auto", 2, report=report).tolerance == 1e-3
+        assert choose(flow.guided(GUIDANCE), name, 2, tolerance=tolerance) is want
+    assert choose(flow, "auto", 2).tolerance == 1e-3
     for name, tolerance, message in (
         ("auto:", None, "strategy 'auto:': give auto, or auto:TOLERANCE such as auto:1e-2"),
         ("auto:nan", None, "tolerance=nan"),
         ("auto:1e-2", 1e-3, r"'auto:1e-2' with tolerance 0\.001: give the tolerance once"),
     ):
         with pytest.raises(ValueError, match=message):
-            choose(flow, name, 2, tolerance=tolerance, report=report)
+            choose(flow, name, 2, tolerance=tolerance)
     assert [name for name in ("auto", "Auto:1", "auto.json", "automatic", "") if is_auto(name)] == ["auto", "Auto:1"]
 
 
@@ -79,8 +76,8 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (jf.Strategy.uniform(jf.Solver(correction=CHORD), 2), {}, "strategy, block 0: Chord.*3 channels.*have 4"),
     (jf.Strategy.parse("jacobi", replace(REPORT, fingerprint="0" * 64)), {}, "the strategy was made for another"),
     (planned(), {"batch_size": 17}, "planned for batches of up to 16, not 17: plan again, or give a smaller batch"),
-    (planned(), {"guidance": GUIDANCE}, "planned for guidance None, not Guidance.*plan again"),
-    (planned(guidance=GUIDANCE), {}, "planned for guidance Guidance.*not None: plan again"),
+    (planned(), {"flow": small().guided(GUIDANCE)}, "planned for guidance None, not 0.4.*plan again"),
+    (planned(guidance=GUIDANCE), {}, "planned for guidance 0.4.*not None: plan again"),
     (planned("Abacus"), {}, "planned for device Abacus, not cpu with 1 threads: plan again"),
 ]  # fmt: skip
 
@@ -88,13 +85,13 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("strategy", "named", "message"), REFUSED, ids=lambda value: str(value)[:40])
 def test_what_does_not_fit_is_refused(strategy: Any, named: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        choose(small(), strategy, **{"batch_size": 16, **named})
+        choose(**{"flow": small(), "strategy": strategy, "batch_size": 16, **named})
 
 
 def test_a_plan_is_for_batches_of_its_size_or_less() -> None:
     for batch_size in (1, 10, 16):
-        assert choose(small(), planned(), batch_size, tolerance=1e-3, guidance=jf.Guidance(0.0)) == planned()
-    assert choose(small(), planned(guidance=GUIDANCE), 16, guidance=GUIDANCE) == planned()
+        assert choose(small(), planned(), batch_size, tolerance=1e-3) == planned()
+    assert choose(small().guided(GUIDANCE), planned(guidance=GUIDANCE), 16) == planned()
     drawn = draw(small(), planned(), 10)
     assert drawn.certificate is not None
     assert drawn.certificate.max() <= 1e-3

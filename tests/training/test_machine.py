@@ -1,4 +1,4 @@
-"""Any sequence of runs, kills, damage and other people's files ends as an undisturbed run, or is refused as a whole."""
+"""Any sequence of runs, kills, damage and files of others ends as an undisturbed run, or is refused as a whole."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from training_runs import assert_same, checkpoint, contents, error_of
+from training_runs import assert_same, checkpoint, contents, error_of, metrics
 
 import jacobiflow as jf
 from jacobiflow.data import ImageDataset, Noise
-from jacobiflow.training import StepReport, TrainConfig, read_metrics, train
+from jacobiflow.training import StepReport, TrainConfig, train
 
 CONFIG = jf.MAFConfig(1, 2, hidden_features=4, num_blocks=1, hidden_layers=1)
 SETTINGS = TrainConfig(4, Noise("uniform"), batch_size=4, warmup=2, bf16=False, checkpoint_every=2)
@@ -126,10 +126,11 @@ class Training(RuleBasedStateMachine):
     @rule(change=st.sampled_from([{"seed": 1}, {"batch_size": 3}, {"learning_rate": 0.1}, {"ema": 0.5}, None]))
     def change_a_setting(self, change: dict[str, Any] | None) -> None:
         if change is None:
-            self.refused(partial(self.go, images=13), "of a run on other images")
+            self.refused(partial(self.go, images=13), "of another run (images=")
         else:
             self.refused(partial(self.go, config=replace(SETTINGS, **change)), next(iter(change)))
 
+    @precondition(lambda self: (self.out / "checkpoint.pt").exists())
     @rule(name=st.sampled_from(["notes.txt", "README.md", "samples-000004.png", "metrics.json", "sub/checkpoint.pt"]))
     def put_a_foreign_file(self, name: str) -> None:
         path = self.out / name
@@ -179,7 +180,7 @@ class Training(RuleBasedStateMachine):
         assert_same(checkpoint(self.out), checkpoint(want))
         assert (self.out / "model.safetensors").read_bytes() == (want / "model.safetensors").read_bytes()
         if not self.metrics_lost:
-            assert_same(read_metrics(self.out), read_metrics(want))
+            assert_same(metrics(self.out), metrics(want))
         self.foreign_files_are_as_they_were()
         shutil.rmtree(self.folder)
 

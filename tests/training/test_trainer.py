@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 from dataclasses import replace
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from running import figures, put, run_line
+from running import run_line
 from torch import Tensor
 from training_runs import (
     CONFIG,
@@ -24,6 +24,7 @@ from training_runs import (
     assert_same,
     assert_same_run,
     checkpoint,
+    contents,
     error_of,
     fit,
     fresh,
@@ -33,7 +34,7 @@ from training_runs import (
 
 import jacobiflow as jf
 from jacobiflow.data import Augmentation, ImageDataset, Noise
-from jacobiflow.training import StepReport, TrainConfig, read_metrics, train
+from jacobiflow.training import StepReport, TrainConfig, problems, read_metrics, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,17 +91,6 @@ def test_an_interruption_within_a_step_saves_no_half_step(
     assert_same_run(tmp_path, undisturbed[True])
 
 
-def test_a_kill_between_metrics_and_checkpoint_leaves_no_trace(undisturbed: dict[bool, Path], tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path, on_step=interrupt_at(6))
-    log = tmp_path / "metrics.jsonl"
-    more = (undisturbed[True] / "metrics.jsonl").read_text().splitlines(keepends=True)[6:]
-    log.write_text(log.read_text() + "".join(more)[:200])  # a line and a half
-    (tmp_path / f".checkpoint.pt.{'4' * 16}.partial").write_bytes(b"half")
-    fit(tmp_path)
-    assert_same_run(tmp_path, undisturbed[True])
-
-
 def test_a_terminated_command_leaves_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ended = threading.Event()
 
@@ -119,15 +109,7 @@ def test_a_terminated_command_leaves_a_checkpoint(tmp_path: Path, capsys: pytest
         ended.set()
         thread.join()
     assert (shown.code, shown.err.splitlines()[-1]) == (130, "interrupted")
-    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, checkpoint(tmp_path)["step"] + 1))
-
-
-def test_a_finished_command_needs_no_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for last in (1, None):
-        assert run_line(f"train {SIZE} --steps 1 --out {tmp_path} --json {tmp_path}/f", capsys).code == 0
-        step = figures(tmp_path / "f")["last_step"]
-        assert (step and step["step"]) == last
-        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+    assert [report.step for report in read_metrics(tmp_path)] == list(range(1, checkpoint(tmp_path)["step"] + 1))
 
 
 def test_the_loss_falls_and_the_averaged_flow_is_the_model_folder(tmp_path: Path) -> None:
@@ -145,7 +127,7 @@ def test_the_loss_falls_and_the_averaged_flow_is_the_model_folder(tmp_path: Path
         nats = report.loss + 0.5 * math.log(2 * math.pi)
         assert report.bits_per_dim == pytest.approx(nats / math.log(2) + math.log2(128))
         assert math.isfinite(report.grad_norm) and report.grad_norm > 0
-    assert [line["loss"] for line in read_metrics(tmp_path)] == pytest.approx(losses, abs=1e-6)
+    assert [report.loss for report in read_metrics(tmp_path)] == pytest.approx(losses, abs=1e-6)
 
     assert [step for step, _ in sheets] == [40, 80]
     assert torch.equal(sheets[-1][1], average.blocks[0].proj_in.weight)
@@ -234,42 +216,24 @@ def test_the_learning_rate_warms_up_and_falls_by_a_cosine(undisturbed: dict[bool
     assert settings.rate(35) == pytest.approx(1e-6 + (0.02 - 1e-6) * (2 + math.sqrt(2)) / 4)
     assert settings.rate(110) == settings.rate(1000) == pytest.approx(1e-6)
     assert replace(settings, warmup=0).rate(0) == pytest.approx(0.02)
-    rates = [line["rate"] for line in read_metrics(undisturbed[True])]
+    rates = [report.rate for report in read_metrics(undisturbed[True])]
     assert rates == pytest.approx([SETTINGS.rate(step) for step in range(12)], abs=1e-6)
     assert checkpoint(undisturbed[True])["optimizer"]["param_groups"][0]["lr"] == SETTINGS.rate(11)
 
 
-def test_settings_out_of_range_are_refused() -> None:
-    wrong = {"steps": 0, "drop_label": 1.0, "ema": math.nan, "learning_rate": math.inf, "clip": 0.0, "warmup": -1}
-    for setting, value in wrong.items():
-        with pytest.raises(ValueError, match=rf"^{setting}={value}: give "):
-            replace(SETTINGS, **{setting: value})  # type: ignore[arg-type]
-
-
-def test_a_checkpoint_that_is_broken_or_of_another_flow_is_one_error_and_kept(
-    undisturbed: dict[bool, Path], tmp_path: Path
-) -> None:
-    path, state = tmp_path / "checkpoint.pt", checkpoint(undisturbed[True])
-    damages: list[dict[str, Any]] = [
-        {"step": "x"}, {"step": -5}, {"step": math.nan}, {"step": True}, {"step": 10**12}, {"step": 0},
-        {"seconds": math.nan}, {"average": {"var": torch.zeros(3)}}, {"flow": {}}, {"flow_config": []},
-        {"flow": state["flow"] | {"var": torch.full((16, 4), math.inf)}}, {"optimizer": {"state": {0: {}}}},
-        {"optimizer": put(state["optimizer"], ("state", 0, "exp_avg_sq"), -torch.ones(32, 4))},
-        {"optimizer": put(state["optimizer"], ("state", 0, "exp_avg"), torch.ones(()).expand(10**6, 10**6))},
-        {name: {k: v[:1] for k, v in state[name].items()} for name in ("flow", "average")},
-        {"settings": {1: torch.ones(2)}},
-    ]  # fmt: skip
-    wrong = f"{path}: not a checkpoint of this trainer ("
-    for content, config, message in (
-        *((state | damage, CONFIG, wrong) for damage in damages),
-        ("hello", CONFIG, wrong),
-        (state, replace(CONFIG, channels=64, num_classes=11), "flow (channels=32, not 64; num_classes=10, not 11)"),
-    ):
-        path.write_text(content) if isinstance(content, str) else torch.save(content, path)
-        before = path.read_bytes()
-        assert message in error_of(partial(fit, tmp_path, config=config))
-        assert path.read_bytes() == before
-        assert os.listdir(tmp_path) == ["checkpoint.pt"]
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("metrics.jsonl", "holds metrics.jsonl, and no checkpoint.pt; give a new or empty folder"),
+        ("config.json", "config.json: not of a model"), ("notes.txt", "holds notes.txt, and no"),
+        ("checkpoint.pt", "checkpoint.pt: not a checkpoint ("),
+    ],
+)  # fmt: skip
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / name).write_text("mine")
+    before = contents(tmp_path)
+    assert words in error_of(lambda: fit(tmp_path))
+    assert contents(tmp_path) == before
 
 
 def test_data_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -282,6 +246,8 @@ def test_data_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: P
         "label 9: the flow has classes 0 to 2": lambda: fit(out, config=replace(CONFIG, num_classes=3)),
     }.items():
         assert error_of(call) == message
+    with pytest.raises(TypeError, match="config='x' of type str: give "):
+        train(fresh(), data, "x", out)  # type: ignore[arg-type]
     assert not out.exists()
 
 
@@ -292,3 +258,26 @@ def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_last_checkpoint(t
     assert "smaller learning rate" in message
     assert message.startswith(f"step {state['step'] + 1}: loss ")
     assert all(torch.isfinite(tensor).all() for tensor in state["flow"].values())
+
+
+def test_a_run_resumes_with_its_own_labels_only(undisturbed: dict[bool, Path]) -> None:
+    data = some_digits()
+    assert data.labels is not None
+    other = ImageDataset(data.images, data.labels.flip(0))
+    assert "of another run (images=" in error_of(lambda: train(fresh(), other, SETTINGS, undisturbed[True]))
+
+
+def test_problems_are_named(undisturbed: dict[bool, Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(undisturbed[True], tmp_path / "run"))
+    assert list(problems(run)) == []
+    log = run / "metrics.jsonl"
+    for content, words in (
+        (log.read_text().splitlines()[0] + "\n", "lacks 11 of 12 steps"),
+        ("mine\n", "line 1 is not"),
+    ):
+        log.write_text(content)
+        (problem,) = problems(run)
+        assert problem.startswith(f"{log}: ") and words in problem and "; " in problem
+    (run / "checkpoint.pt").write_bytes(b"mine")
+    (problem,) = problems(run)
+    assert "not a checkpoint" in problem

@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("zensical", reason="needs Python 3.11")
 
-from chromium import CHROMIUM, chromium, served
-from website.build import build
-from website.links import problems
+from benchmarks.website.build import build
+from benchmarks.website.links import problems
+from tests.helpers.chromium import CHROMIUM, chromium, served
 
 
 @pytest.fixture(scope="module")

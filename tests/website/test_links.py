@@ -1,8 +1,8 @@
-"""What does not resolve in a built site is named."""
+"""Broken links of a built site are reported."""
 
 from __future__ import annotations
 
-from website.links import problems
+from benchmarks.website.links import problems
 
 
 def test_links_anchors_and_loaded_files(tmp_path):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from website.pages import Pages
+
+from benchmarks.website.pages import Pages
 
 REPOSITORY = "https://github.com/owner/name"
 

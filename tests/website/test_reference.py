@@ -5,9 +5,8 @@ from __future__ import annotations
 import pkgutil
 import re
 
-from website.pages import ROOT
-
 import jacobiflow as jf
+from benchmarks.website.pages import ROOT
 
 
 def test_every_public_name_is_on_one_page():

@@ -1,6 +1,6 @@
-"""Drop-in speed for the masked autoregressive flows of zuko, nflows and normflows; needs none of them installed."""
+"""Fast inverses and densities of the masked autoregressive flows of zuko, nflows, normflows and pyro."""
 
 from jacobiflow.adapters.accelerate import accelerate
-from jacobiflow.adapters.swapped import Acceleration
+from jacobiflow.adapters.acceleration import Acceleration
 
 __all__ = ["Acceleration", "accelerate"]

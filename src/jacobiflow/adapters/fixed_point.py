@@ -1,4 +1,4 @@
-"""A library's own passes to the inverse of a masked autoregressive transform, until they change nothing."""
+"""Fixed-point passes x <- g(x) until they change nothing, with the gradient of the solution."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from torch import Tensor
 Pass = Callable[[Tensor, Tensor, Tensor | None], Sequence[Tensor]]
 """x, y, context -> (g(x), ...): the next iterate, and the library's other results, with a row for each row of x."""
 
+_LEAVING = 0.25  # share of the batch within the tolerance from which these rows leave, as the rest is copied
 
-_LEAVING = 0.25  # share of the batch that must be within the tolerance for these rows to leave, as the rest is copied
 
-
-def invert(
+def iterate(
     step: Pass,
     y: Float[Tensor, "*batch d"],
     context: Float[Tensor, "*batch c"] | None,
     passes: int,
     tolerance: float,
-    differentiable: bool,
+    needs_graph: bool,
     x: Float[Tensor, "*batch d"],
     is_solved: bool = False,
 ) -> tuple[Sequence[Tensor], int]:
-    """The last of at most `passes` passes x <- g(x), and how many there were.
+    """Returns the results of the last of at most `passes` passes x <- g(x), and the number of passes.
 
     At tolerance 0 they end when one returns its argument bit for bit: g is a function, so all later ones would return
     it too, and the answer is that of all `passes`. Above 0 a row ends when a pass changes none of its entries by more
@@ -35,20 +34,19 @@ def invert(
     a quarter of it.
 
     Args:
-        step: Takes `y` and `context` beside x.
+        step: A pass.
         y: For a tolerance above 0 with a row for each sample, (B, D).
         context: For a tolerance above 0 with a row for each sample, (B, C).
         passes: At least 2.
         tolerance: See above.
-        differentiable: Whether the last pass is made with a graph, and the result has that of the solution, see
-            `_Implicit`.
-        x: Where the passes start.
+        needs_graph: Whether the result has the graph of the solution, see `_Implicit`.
+        x: The first iterate.
         is_solved: Whether `x` is the solution to rounding, so that only the pass with a graph is made.
     """
     until = _until_equal if tolerance == 0 else partial(_until_close, tolerance=tolerance)
     with torch.no_grad():
-        outputs, count = ((x,), 0) if is_solved else until(step, x, y, context, passes - differentiable)
-    if not differentiable:
+        outputs, count = ((x,), 0) if is_solved else until(step, x, y, context, passes - needs_graph)
+    if not needs_graph:
         return outputs, count
     with torch.enable_grad():
         x = outputs[0].detach().requires_grad_()
@@ -57,52 +55,47 @@ def invert(
 
 def _until_equal(step: Pass, x: Tensor, y: Tensor, context: Tensor | None, passes: int) -> tuple[Sequence[Tensor], int]:
     count, outputs = 1, step(x, y, context)
-    while count < passes and not _same_bits(outputs[0], x):
+    while count < passes and not _have_same_bits(outputs[0], x):
         x = outputs[0]
         count, outputs = count + 1, step(x, y, context)
     return outputs, count
 
 
 def _until_close(
-    step: Pass,
-    x: Tensor,
-    y: Tensor,
-    context: Tensor | None,
-    passes: int,
-    tolerance: float,
+    step: Pass, x: Tensor, y: Tensor, context: Tensor | None, passes: int, tolerance: float
 ) -> tuple[Sequence[Tensor], int]:
     rows = torch.arange(len(x), device=x.device)
-    found: list[Tensor] | None = None
+    results: list[Tensor] = []
     count, outputs = 1, step(x, y, context)
     while count < passes:
-        done = (outputs[0] - x).abs().flatten(1).amax(dim=1) <= tolerance  # never where it is NaN
-        share = float(done.float().mean())
+        is_close = (outputs[0] - x).abs().flatten(1).amax(dim=1) <= tolerance  # never if it is NaN
+        share = float(is_close.float().mean())
         if share == 1:
             break
         x = outputs[0]
         if share >= _LEAVING:
-            found = found or [output.new_empty(len(rows), *output.shape[1:]) for output in outputs]
-            _write(found, rows[done], [output[done] for output in outputs])
-            rows, x, y = rows[~done], x[~done], y[~done]
-            context = None if context is None else context[~done]
+            results = results or [output.new_empty(len(rows), *output.shape[1:]) for output in outputs]
+            _write(results, rows[is_close], [output[is_close] for output in outputs])
+            rows, x, y = rows[~is_close], x[~is_close], y[~is_close]
+            context = None if context is None else context[~is_close]
         count, outputs = count + 1, step(x, y, context)
-    if found is None:
+    if not results:
         return outputs, count
-    _write(found, rows, outputs)
-    return found, count
+    _write(results, rows, outputs)
+    return results, count
 
 
-def _write(found: Sequence[Tensor], rows: Tensor, outputs: Sequence[Tensor]) -> None:
-    for whole, part in zip(found, outputs, strict=True):
-        whole[rows] = part
+def _write(results: Sequence[Tensor], rows: Tensor, outputs: Sequence[Tensor]) -> None:
+    for result, output in zip(results, outputs, strict=True):
+        result[rows] = output
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """True if two tensors are the same, bit for bit: a NaN equals itself, and 0 is not -0."""
-    if a.dtype != b.dtype:  # the first iterate, where the library promotes it
+def _have_same_bits(a: Tensor, b: Tensor) -> bool:
+    """True if two tensors are equal bit for bit: a NaN equals itself, and 0 is not -0."""
+    if a.dtype != b.dtype:  # if the library promotes the first iterate
         return False
     return torch.equal(a.view(_BITS[a.itemsize]), b.view(_BITS[b.itemsize]))
 
@@ -134,7 +127,7 @@ class _Implicit(torch.autograd.Function):
         x, *outputs = ctx.saved_tensors
         u = torch.zeros_like(outputs[0]) if cotangents[0] is None else cotangents[0]
         others = [pair for pair in zip(outputs[1:], cotangents[1:], strict=True) if pair[1] is not None]
-        batched = _is_batched(u)
+        can_compare = not _is_batched(u)
         v = u
         for _ in range(ctx.passes):
             pairs = [(outputs[0], v), *others]
@@ -142,18 +135,18 @@ class _Implicit(torch.autograd.Function):
                 [output for output, _ in pairs], x, [w for _, w in pairs], retain_graph=True, allow_unused=True
             )
             old, v = v, u if change is None else u + change
-            if not batched and _converged(v, old, ctx.tolerance):
+            if can_compare and _has_converged(v, old, ctx.tolerance):
                 break
         return (None, None, None, v, *cotangents[1:])
 
 
 def _is_batched(cotangent: Tensor) -> bool:
-    """True for many cotangents at once, in a vmap whose values cannot be compared, and if PyTorch does not tell."""
+    """True in a vmap, whose values cannot be compared, and if PyTorch does not tell."""
     check = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", None)
     return check is None or check(cotangent)
 
 
-def _converged(new: Tensor, old: Tensor, tolerance: float) -> bool:
+def _has_converged(new: Tensor, old: Tensor, tolerance: float) -> bool:
     """True if no row of the cotangents, (B, D) or (D,), changed by more than the tolerance times its largest entry."""
     change, size = (torch.atleast_2d(part.abs()).flatten(1).amax(dim=1) for part in (new - old, new))
     return bool((change <= tolerance * size).all())

@@ -1,80 +1,160 @@
-"""The MADE of nflows, and that of normflows, which is nearly the same, as operations."""
+"""Transforms whose parameters a MADE gives: shared by nflows and normflows, whose MADEs are nearly the same."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache, partial
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from jacobiflow.adapters.masked import (
-    Activation,
-    Context,
-    Linear,
-    MaskedNetwork,
-    Operation,
-    Sum,
-    UnsupportedError,
-    check_plain,
-)
-from jacobiflow.adapters.part import Slot
+from jacobiflow.adapters.acceleration import AcceleratedModule
+from jacobiflow.adapters.chain import Values
+from jacobiflow.adapters.network import MaskedNetwork, UnsupportedError
+from jacobiflow.adapters.part import Part, masked_part
+from jacobiflow.adapters.passes import invert, premasked
+from jacobiflow.native.structures import Elementwise, Ends
 
+_ELEMENTWISE = ("_elementwise_forward", "_elementwise_inverse", "_elementwise")
 _PLAIN = (nn.ModuleList, nn.Linear, nn.Dropout, nn.Identity)
 
 
-def made_network(made: Any, library: ModuleType, parameters: int, is_conditional: bool) -> MaskedNetwork:
-    """The operations of a MADE of the module `library`, called with a context or without.
+def affine_transform(module: Any, library: ModuleType, is_conditional: bool, **settings: Any) -> Part:
+    """Returns a masked affine transform; `library` is the library's module of its MADE."""
+    return _masked(module, library, is_conditional, 2, **settings)
 
-    nflows adds the context to the hidden units of a residual block, where normflows gates the block's result by it. In
-    front of the blocks nflows has an activation, which takes the context too.
 
-    Raises:
-        UnsupportedError: If it has other parts.
+def rational_quadratic_transform(module: Any, library: ModuleType, is_conditional: bool) -> Part:
+    """Returns a masked spline; `library` is the library's module of its MADE."""
+    if isinstance(module.tails, list | tuple) or isinstance(module.tail_bound, Tensor):
+        raise UnsupportedError("a spline with tails of its own for each feature")
+    bins, width = module.num_bins, getattr(module.autoregressive_net, "hidden_features", 1)
+    ends = {"linear": Ends.FIXED, "circular": Ends.CIRCULAR}.get(module.tails, Ends.FREE)
+    low, high = (0.0, 1.0) if module.tails is None else (-float(module.tail_bound), float(module.tail_bound))
+    parameters = {Ends.FIXED: 3 * bins - 1, Ends.CIRCULAR: 3 * bins, Ends.FREE: 3 * bins + 1}[ends]
+    return _masked(
+        module, library, is_conditional, parameters, kind=Elementwise.RATIONAL_QUADRATIC, bins=bins, ends=ends,
+        end_slope=1.0, factor=float(width) ** -0.5, low=low, high=high, has_tails=module.tails is not None,
+        min_width=module.min_bin_width, min_height=module.min_bin_height, min_slope=module.min_derivative,
+    )  # fmt: skip
+
+
+def _masked(module: Any, library: ModuleType, is_conditional: bool, parameters: int, **settings: Any) -> Part:
+    if any(name in vars(module) for name in _ELEMENTWISE):
+        raise UnsupportedError("an elementwise transform of its own")
+    network = _network(module.autoregressive_net, library, parameters, is_conditional)
+    return masked_part(module, network, **settings)
+
+
+def _network(made: Any, library: ModuleType, parameters: int, is_conditional: bool) -> MaskedNetwork:
+    """The operations of a MADE.
+
+    nflows adds the context to the hidden units of a residual block, while normflows gates the block's result by it.
+    Before the blocks nflows has an activation, which takes the context too.
     """
-    if type(made) is not library.MADE:
-        raise UnsupportedError(f"the network {type(made).__name__}")
-    _check_known(made, library)
+    _check_types(made, library)
     if is_conditional and not hasattr(made, "context_layer"):
         raise UnsupportedError("a context for a network without")
-    is_nflows, residual = hasattr(made, "use_residual_blocks"), any(hasattr(b, "linear_layers") for b in made.blocks)
-    operations: list[Operation] = [Linear(0, made.initial_layer)]
+    is_nflows = hasattr(made, "use_residual_blocks")
+    network = MaskedNetwork(torch.arange(made.final_layer.out_features, device="cpu").view(-1, parameters))
+    value = network.linear(0, made.initial_layer)
     if is_conditional:
-        operations.append(Context(1, made.context_layer, made.activation if is_nflows else nn.Identity()))
+        value = network.add_context(value, made.context_layer, made.activation if is_nflows else None)
     if is_nflows and not made.use_residual_blocks:
-        operations.append(Activation(len(operations), made.activation))
+        value = network.activation(value, made.activation)
     for block in made.blocks:
-        if residual:
-            operations += _residual(block, len(operations), is_conditional, is_nflows)
+        if hasattr(block, "linear_layers"):
+            value = _residual_block(network, value, block, is_conditional, is_nflows)
         else:
-            operations += [Linear(len(operations), block.linear), Activation(len(operations) + 1, block.activation)]
-    operations.append(Linear(len(operations), made.final_layer))
-    outputs = torch.arange(made.final_layer.out_features, device="cpu").view(-1, parameters)
-    return MaskedNetwork(tuple(operations), slice(0, len(outputs)), outputs)
+            value = network.linear(value, block.linear, block.activation)
+    network.linear(value, made.final_layer)
+    return network
 
 
-def made_attributes(made: Any) -> tuple[Slot, ...]:
-    """The functions that its operations depend on, and that are not modules."""
-    return tuple((vars(part), "activation") for part in made.modules() if "activation" in vars(part))
-
-
-def _residual(block: Any, value: int, is_conditional: bool, is_nflows: bool) -> list[Operation]:
-    """A block on `value`: value + linear(act(linear(act(value))))."""
-    operations: list[Operation] = [Activation(value, block.activation), Linear(value + 1, block.linear_layers[0])]
+def _residual_block(network: MaskedNetwork, before: int, block: Any, is_conditional: bool, is_nflows: bool) -> int:
+    """Adds a residual block: value + linear(act(linear(act(value))))."""
+    first, second = block.linear_layers
+    value = network.linear(network.activation(before, block.activation), first)
     if is_conditional and is_nflows:
-        operations.append(Context(value + 2, block.context_layer, nn.Identity()))
-    last = value + len(operations)
-    operations += [Activation(last, block.activation), Linear(last + 1, block.linear_layers[1])]
+        value = network.add_context(value, block.context_layer)
+    value = network.linear(network.activation(value, block.activation), second)
     if is_conditional and not is_nflows:
-        operations.append(Context(last + 2, block.context_layer, nn.Identity(), gate=True))
-    return [*operations, Sum(value + len(operations), value)]
+        value = network.gate_by_context(value, block.context_layer)
+    return network.sum(value, before)
 
 
-def _check_known(made: nn.Module, library: ModuleType) -> None:
-    """Checks that its parts are the library's own and PyTorch's, and that none normalises a batch."""
-    own = (library.MADE, library.MaskedLinear, library.MaskedResidualBlock, library.MaskedFeedforwardBlock)
+def _check_types(made: nn.Module, library: ModuleType) -> None:
+    """Checks that the MADE's parts are the library's and PyTorch's, and that none normalizes a batch."""
+    of_library = (library.MADE, library.MaskedLinear, library.MaskedResidualBlock, library.MaskedFeedforwardBlock)
     activations = [module._modules.get("activation") for module in made.modules()]
+    if type(made) is not library.MADE:
+        raise UnsupportedError(f"the network {type(made).__name__}")
     for part in made.modules():
-        check_plain(part)
-        if type(part) not in (*own, *_PLAIN) and not any(part is activation for activation in activations):
+        if type(part) not in (*of_library, *_PLAIN) and not any(part is activation for activation in activations):
             raise UnsupportedError(f"{type(part).__name__} in its network")
+
+
+class AcceleratedComposition(AcceleratedModule):
+    """A composition of which native code takes all transforms together."""
+
+    def forward(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None = None) -> Sequence[Tensor]:
+        """Returns z of `inputs` and log|det dz/dinputs| (B,), as the library does."""
+        result = evaluate(self, inputs, context, "forward")
+        return super().forward(inputs, context) if result is None else result
+
+    def inverse(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None = None) -> Sequence[Tensor]:
+        """Returns the x with forward(x) = `inputs` and log|det dx/dinputs| (B,), as the library does."""
+        result = evaluate(self, inputs, context, "inverse")
+        return self._invert(inputs, context) if result is None else result
+
+    def _invert(self, inputs: Tensor, context: Tensor | None) -> Sequence[Tensor]:
+        return super().inverse(inputs, context)  # type: ignore[misc]
+
+
+class AcceleratedTransform(AcceleratedComposition):
+    """A masked transform."""
+
+    library: ClassVar[ModuleType]
+    """The library's module of its MADE."""
+
+    errors: ClassVar[tuple[type[Exception], ...]] = (AssertionError,)
+    """Errors of the elementwise inverse at an argument that it cannot invert."""
+
+    autoregressive_net: Any
+    _elementwise_inverse: Any
+
+    def _invert(self, inputs: Tensor, context: Tensor | None) -> Sequence[Tensor]:
+        cheaper = cache(partial(premasked, self.autoregressive_net, self.library.MaskedLinear))
+
+        def step(x: Tensor, inputs: Tensor, context: Tensor | None) -> Sequence[Tensor]:
+            network = self.autoregressive_net if torch.is_grad_enabled() else cheaper()
+            return self._elementwise_inverse(inputs, network(x, context))
+
+        passes = inputs.shape[1:].numel()
+        outputs = invert(self.acceleration, self, step, inputs, context, passes, rows=_as_they_are, errors=self.errors)
+        return super()._invert(inputs, context) if outputs is None else tuple(outputs)
+
+
+def _as_they_are(y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None, torch.Size]:
+    return y, context, y.shape[:1]
+
+
+def evaluate(module: AcceleratedModule, x: Tensor, context: Tensor | None, method: str) -> tuple[Tensor, Tensor] | None:
+    """Returns the results of a method of the library by native code; `None` if they are left to the library."""
+    if x.ndim != 2 or (context is not None and (context.ndim != 2 or len(context) != len(x))):
+        return None
+
+    def fallback(x: Tensor, context: Tensor | None) -> Values:
+        return getattr(module.library_class, method)(module, x, *optional(context))
+
+    is_inverse = method.startswith("inverse")
+    result: Any = module.acceleration.evaluate(module, x, context, is_inverse, fallback, "rows")
+    return result
+
+
+def optional(context: Tensor | None) -> tuple[Tensor, ...]:
+    """Returns the context as further arguments of a call: none if there is none."""
+    return () if context is None else (context,)

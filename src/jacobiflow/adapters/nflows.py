@@ -1,4 +1,4 @@
-"""nflows: `AutoregressiveTransform`, affine, spline or your own, whose slow side is `inverse`; and compositions."""
+"""nflows: `AutoregressiveTransform`, affine, spline or a user's own."""
 
 from __future__ import annotations
 
@@ -14,78 +14,52 @@ from nflows.transforms.autoregressive import (
 from nflows.transforms.base import CompositeTransform, InputOutsideDomain, InverseTransform
 from nflows.transforms.permutations import Permutation, RandomPermutation, ReversePermutation
 from nflows.transforms.standard import AffineTransform, PointwiseAffineTransform
-from torch import Tensor
 
-from jacobiflow.adapters.chain import Link, is_plain_module
-from jacobiflow.adapters.elementwise import (
+from jacobiflow.adapters.acceleration import Adapter, library_class
+from jacobiflow.adapters.made import (
+    AcceleratedComposition,
     AcceleratedTransform,
-    ElementwiseLibrary,
-    rational_quadratic,
-    through_native_code,
+    affine_transform,
+    rational_quadratic_transform,
 )
-from jacobiflow.adapters.masked import UnsupportedError
-from jacobiflow.adapters.part import Description
-from jacobiflow.adapters.swapped import Adapter, Swapped
+from jacobiflow.adapters.network import UnsupportedError
+from jacobiflow.adapters.part import Part, affine_part, permutation_part
 from jacobiflow.native.structures import Elementwise
 
 
-class NFlows(ElementwiseLibrary):
-    """nflows's transforms."""
-
-    made = made
-
-    def links(self, module: Any) -> Iterator[Link]:
-        """See `Library`."""
-        kind, is_plain = Swapped.library_class_of(module) or type(module), is_plain_module(module, "forward", "inverse")
-        if kind is CompositeTransform and is_plain:
-            for part in module._transforms:
-                yield from self.links(part)
-        elif kind is InverseTransform and is_plain:
-            for part, is_reversed in reversed(list(self.links(module._transform))):
-                yield part, not is_reversed
-        else:
-            yield module, False
-
-    def describe(self, module: Any, is_conditional: bool) -> Description:
-        """See `Library`."""
-        kind = Swapped.library_class_of(module) or type(module)
-        if kind is MaskedAffineAutoregressiveTransform:
-            affine = {"kind": Elementwise.SOFTPLUS_AFFINE, "second": module._epsilon}
-            return self.masked(module, affine, 2, is_conditional)
-        if kind is MaskedPiecewiseRationalQuadraticAutoregressiveTransform:
-            return self.masked(module, *rational_quadratic(module), is_conditional)
-        if kind in (Permutation, RandomPermutation, ReversePermutation) and module._dim == 1:
-            slot = (module._buffers, "_permutation")
-            return Description(module, order=module._permutation.tolist(), constants=(slot,))
-        if kind in (PointwiseAffineTransform, AffineTransform):
-            return Description(module, tensors=((module._buffers, "_scale"), (module._buffers, "_shift")))
-        raise UnsupportedError(kind.__name__)
+def describe(module: Any, is_conditional: bool, is_inverse: bool = False) -> Iterator[tuple[Part, bool]]:
+    """See `Describe`."""
+    kind: Any = library_class(module)
+    if kind is CompositeTransform:
+        for part in reversed(module._transforms) if is_inverse else module._transforms:
+            yield from describe(part, is_conditional, is_inverse)
+    elif kind is InverseTransform:
+        yield from describe(module._transform, is_conditional, not is_inverse)
+    else:
+        yield _transform(module, kind, is_conditional), is_inverse
 
 
-NFLOWS = NFlows()
+def _transform(module: Any, kind: Any, is_conditional: bool) -> Part:
+    if kind is MaskedAffineAutoregressiveTransform:
+        kind = Elementwise.SOFTPLUS_AFFINE
+        return affine_transform(module, made, is_conditional, kind=kind, second=module._epsilon)
+    if kind is MaskedPiecewiseRationalQuadraticAutoregressiveTransform:
+        return rational_quadratic_transform(module, made, is_conditional)
+    if kind in (Permutation, RandomPermutation, ReversePermutation) and module._dim == 1:
+        return permutation_part(module, module._permutation.tolist(), (module._buffers, "_permutation"))
+    if kind in (PointwiseAffineTransform, AffineTransform):
+        return affine_part(module, (module._buffers, "_scale"), (module._buffers, "_shift"))
+    raise UnsupportedError(kind.__name__)
 
 
 class Accelerated(AcceleratedTransform):
-    """A masked transform."""
+    """A masked transform of nflows."""
 
-    made, library = made, NFLOWS
-    refusals = (AssertionError, InputOutsideDomain)
-
-
-class AcceleratedComposition(Swapped):
-    """A composition: native code takes its transforms together."""
-
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        result = through_native_code(self, NFLOWS, inputs, context, is_inverse=False)
-        return super().forward(inputs, context) if result is None else result
-
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The x with forward(x) = `inputs`, and log|det dx/dinputs| (B,), as nflows's."""
-        result = through_native_code(self, NFLOWS, inputs, context, is_inverse=True)
-        return super().inverse(inputs, context) if result is None else result  # type: ignore[misc]
+    library = made
+    errors = (AssertionError, InputOutsideDomain)
 
 
 ADAPTERS = (
-    Adapter(AutoregressiveTransform, ("inverse",), Accelerated, NFLOWS),
-    Adapter(CompositeTransform, ("forward", "inverse"), AcceleratedComposition, NFLOWS, is_composition=True),
+    Adapter(AutoregressiveTransform, ("inverse",), Accelerated, describe),
+    Adapter(CompositeTransform, ("forward", "inverse"), AcceleratedComposition, describe, is_composition=True),
 )

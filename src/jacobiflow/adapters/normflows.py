@@ -1,4 +1,4 @@
-"""normflows: `Autoregressive`, whose slow side is `inverse`: `log_prob` of an affine one, `sample` of a spline."""
+"""normflows: `Autoregressive`; the slow `inverse` of an affine one is its density."""
 
 from __future__ import annotations
 
@@ -13,113 +13,92 @@ from normflows.flows.neural_spline.wrapper import AutoregressiveRationalQuadrati
 from normflows.nets import made
 from torch import Tensor
 
-from jacobiflow.adapters.chain import Link, is_plain_module
-from jacobiflow.adapters.elementwise import (
+from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, library_class
+from jacobiflow.adapters.made import (
     AcceleratedTransform,
-    ElementwiseLibrary,
-    rational_quadratic,
-    through_native_code,
+    affine_transform,
+    evaluate,
+    optional,
+    rational_quadratic_transform,
 )
-from jacobiflow.adapters.masked import UnsupportedError
-from jacobiflow.adapters.part import Description
-from jacobiflow.adapters.swapped import Adapter, Swapped
+from jacobiflow.adapters.network import UnsupportedError
+from jacobiflow.adapters.part import Part, permutation_part
 from jacobiflow.native.structures import Elementwise
 
 
-class NormFlows(ElementwiseLibrary):
-    """normflows's transforms."""
-
-    made = made
-
-    def links(self, module: Any) -> Iterator[Link]:
-        """See `Library`."""
-        kind, is_plain = Swapped.library_class_of(module) or type(module), is_plain_module(module, "forward", "inverse")
-        if kind in (NormalizingFlow, ConditionalNormalizingFlow):
-            for part in module.flows:
-                yield from self.links(part)
-        elif kind is AutoregressiveRationalQuadraticSpline and is_plain:
-            yield module.mprqat, True
-        else:
-            yield module, False
-
-    def describe(self, module: Any, is_conditional: bool) -> Description:
-        """See `Library`."""
-        kind = Swapped.library_class_of(module) or type(module)
-        if kind is MaskedAffineAutoregressive:
-            affine = {"kind": Elementwise.SIGMOID_AFFINE, "first": 2.0, "second": 1e-3}
-            return self.masked(module, affine, 2, is_conditional)
-        if kind is MaskedPiecewiseRationalQuadraticAutoregressive:
-            return self.masked(module, *rational_quadratic(module), is_conditional)
-        if kind is Permute:
-            attributes = tuple((vars(module), name) for name in ("mode", "num_channels"))
-            if module.mode == "shuffle":
-                slots = ((module._buffers, "perm"),)
-                return Description(module, order=module.perm.tolist(), constants=slots, attributes=attributes)
-            if module.mode == "swap":
-                half = module.num_channels // 2
-                order = [*range(half, module.num_channels), *range(half)]
-                return Description(module, order=order, attributes=attributes)
+def describe(module: Any, is_conditional: bool) -> Iterator[tuple[Part, bool]]:
+    """See `Describe`."""
+    kind: Any = library_class(module)
+    if kind in (NormalizingFlow, ConditionalNormalizingFlow):
+        for flow in module.flows:
+            yield from describe(flow, is_conditional)
+    elif kind is AutoregressiveRationalQuadraticSpline:
+        yield rational_quadratic_transform(module.mprqat, made, is_conditional), True
+    elif kind is MaskedPiecewiseRationalQuadraticAutoregressive:
+        yield rational_quadratic_transform(module, made, is_conditional), False
+    elif kind is MaskedAffineAutoregressive:
+        kind = Elementwise.SIGMOID_AFFINE
+        yield affine_transform(module, made, is_conditional, kind=kind, first=2.0, second=1e-3), False
+    elif kind is Permute and module.mode == "shuffle":
+        yield permutation_part(module, module.perm.tolist(), (module._buffers, "perm")), False
+    elif kind is Permute and module.mode == "swap":
+        half = module.num_channels // 2
+        yield permutation_part(module, [*range(half, module.num_channels), *range(half)]), False
+    else:
         raise UnsupportedError(kind.__name__)
 
 
-NORMFLOWS = NormFlows()
-
-
 class Accelerated(AcceleratedTransform):
-    """A masked transform."""
+    """A masked transform of normflows."""
 
-    made, library = made, NORMFLOWS
+    library = made
 
 
-class AcceleratedFlow(Swapped):
-    """A flow: native code takes its transforms together. A context is there in a conditional flow only."""
+class AcceleratedFlow(AcceleratedModule):
+    """A flow of which native code takes all transforms together; only a conditional one gets a context."""
 
     q0: Any
     flows: Any
 
-    def forward_and_log_det(self, z: Tensor, *context: Any, **contexts: Any) -> tuple[Tensor, Tensor]:
-        """x of latents z, and log|det dx/dz| (B,), as normflows's."""
-        result = through_native_code(self, NORMFLOWS, z, _context(*context, **contexts), is_inverse=False)
-        return super().forward_and_log_det(z, *context, **contexts) if result is None else result  # type: ignore[misc]
+    def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns x of latents z and log|det dx/dz| (B,), as normflows does."""
+        result = evaluate(self, z, context, "forward_and_log_det")
+        return super().forward_and_log_det(z, *optional(context)) if result is None else result  # type: ignore[misc]
 
-    def inverse_and_log_det(self, x: Tensor, *context: Any, **contexts: Any) -> tuple[Tensor, Tensor]:
-        """Latents z of x, and log|det dz/dx| (B,), as normflows's."""
-        result = through_native_code(self, NORMFLOWS, x, _context(*context, **contexts), is_inverse=True)
-        return super().inverse_and_log_det(x, *context, **contexts) if result is None else result  # type: ignore[misc]
+    def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns latents z of x and log|det dz/dx| (B,), as normflows does."""
+        result = evaluate(self, x, context, "inverse_and_log_det")
+        return super().inverse_and_log_det(x, *optional(context)) if result is None else result  # type: ignore[misc]
 
-    def forward(self, z: Tensor, *context: Any, **contexts: Any) -> Tensor:
-        return self.forward_and_log_det(z, *context, **contexts)[0]
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.forward_and_log_det(z, context)[0]
 
-    def inverse(self, x: Tensor, *context: Any, **contexts: Any) -> Tensor:
-        """Latents z of x."""
-        return self.inverse_and_log_det(x, *context, **contexts)[0]
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns latents z of x."""
+        return self.inverse_and_log_det(x, context)[0]
 
-    def sample(self, num_samples: int = 1, *context: Any, **contexts: Any) -> tuple[Tensor, Tensor]:
-        """Samples x and their log-densities (N,)."""
-        z, log_prob = self.q0(num_samples, *context, **contexts)
-        result = through_native_code(self, NORMFLOWS, z, _context(*context, **contexts), is_inverse=False)
+    def sample(self, num_samples: int = 1, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns samples x and their log-densities (N,)."""
+        z, log_prob = self.q0(num_samples, *optional(context))
+        result = evaluate(self, z, context, "forward_and_log_det")
         if result is not None:
             return result[0], log_prob - result[1]
         for flow in self.flows:  # forward_and_log_det would sum in the default dtype
-            z, log_det = flow(z, *context, **contexts)
+            z, log_det = flow(z, *optional(context))
             log_prob = log_prob - log_det
         return z, log_prob
 
-    def log_prob(self, x: Tensor, *context: Any, **contexts: Any) -> Tensor:
-        """Log-densities (B,) of x."""
-        result = through_native_code(self, NORMFLOWS, x, _context(*context, **contexts), is_inverse=True)
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns log-densities (B,) of x."""
+        result = evaluate(self, x, context, "inverse_and_log_det")
         if result is None:
-            return super().log_prob(x, *context, **contexts)  # type: ignore[misc]
-        return result[1] + self.q0.log_prob(result[0], *context, **contexts)
+            return super().log_prob(x, *optional(context))  # type: ignore[misc]
+        return result[1] + self.q0.log_prob(result[0], *optional(context))
 
 
-def _context(context: Tensor | None = None) -> Tensor | None:
-    return context
-
-
-_ENTRIES = ("forward", "inverse", "forward_and_log_det", "inverse_and_log_det", "sample", "log_prob")
+_METHODS = ("forward", "inverse", "forward_and_log_det", "inverse_and_log_det", "sample", "log_prob")
 ADAPTERS = (
-    Adapter(Autoregressive, ("inverse",), Accelerated, NORMFLOWS),
-    Adapter(ConditionalNormalizingFlow, _ENTRIES, AcceleratedFlow, NORMFLOWS, is_composition=True),
-    Adapter(NormalizingFlow, _ENTRIES, AcceleratedFlow, NORMFLOWS, is_composition=True),
+    Adapter(Autoregressive, ("inverse",), Accelerated, describe),
+    Adapter(ConditionalNormalizingFlow, _METHODS, AcceleratedFlow, describe, is_composition=True),
+    Adapter(NormalizingFlow, _METHODS, AcceleratedFlow, describe, is_composition=True),
 )

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from jacobiflow.adapters.masked import Linear, MaskedNetwork, Sum
+from jacobiflow.adapters.network import MaskedNetwork, UnsupportedError
+from jacobiflow.native.structures import Kind
 
 
 @dataclass(frozen=True)
@@ -17,31 +18,33 @@ class Order:
 
     Attributes:
         features: All features, sorted by step.
-        starts: For each step, where its features start in `features`, and D at the end.
-        units: For each value of the network, its units, sorted by the first step that can compute them. Value 0 is the
-            input. Those of the last value are the parameters, feature by feature.
-        known: For each value, how many of its units are known once the features before each step are.
+        starts: The positions in `features` at which each step starts, and D at the end.
+        units: The units of each value of the network, sorted by the first step that can compute them. Value 0 is the
+            input; units of the last value are the parameters, feature by feature.
+        ready: The number of units of each value that can be computed at each step.
     """
 
     features: list[int]
     starts: list[int]
     units: list[list[int]]
-    known: list[list[int]]
+    ready: list[list[int]]
 
 
 @torch.no_grad()
-def find_order(network: MaskedNetwork) -> Order | None:
-    """The order in which units and features can be computed; `None` if the network is not autoregressive."""
+def find_order(network: MaskedNetwork) -> Order:
+    """Returns the order in which units and features can be computed.
+
+    Raises:
+        UnsupportedError: If the network is not autoregressive.
+    """
     step_of = _steps(_dependencies(network)[network.outputs].any(dim=1))
-    ready = None if step_of is None else _first_steps(network, step_of)
-    if step_of is None or ready is None:
-        return None
-    steps, features = int(step_of.max()) + 1, step_of.argsort(stable=True)
-    parameters = network.outputs[features].flatten()
-    units = [parameters if ready_at is ready[-1] else ready_at.argsort(stable=True) for ready_at in ready]
-    known = [[int((ready_at <= step).sum()) for step in range(steps)] for ready_at in ready]
-    starts = [int((step_of < step).sum()) for step in range(steps + 1)]
-    return Order(features.tolist(), starts, [ready_at.tolist() for ready_at in units], known)
+    first_steps = _first_steps(network, step_of)
+    steps, features = range(int(step_of.max()) + 1), step_of.argsort(stable=True)
+    units = [first.argsort(stable=True).tolist() for first in first_steps[:-1]]
+    units.append(network.outputs[features].flatten().tolist())
+    ready = [[int((first <= step).sum()) for step in steps] for first in first_steps]
+    starts = [int((step_of < step).sum()) for step in (*steps, len(steps))]
+    return Order(features.tolist(), starts, units, ready)
 
 
 def _dependencies(network: MaskedNetwork) -> Bool[Tensor, "units d"]:
@@ -50,32 +53,32 @@ def _dependencies(network: MaskedNetwork) -> Bool[Tensor, "units d"]:
     value = torch.zeros(network.width, features, dtype=torch.float32, device="cpu")
     value[network.features] = torch.eye(features, dtype=value.dtype, device="cpu")
     values = [value]
-    for operation in network.operations:
+    for operation, layer in zip(network.operations, network.layers, strict=True):
         value = values[operation.source]
-        if isinstance(operation, Linear):
-            value = ((operation.layer.mask != 0).to(value) @ value > 0).to(value)
-        elif isinstance(operation, Sum):
+        if operation.kind == Kind.LINEAR:
+            value = ((layer.mask != 0).to(value) @ value > 0).to(value)
+        elif operation.kind == Kind.SUM:
             value = torch.maximum(value, values[operation.other])
         values.append(value)
     return values[-1].bool()
 
 
-def _steps(needs: Bool[Tensor, "d d"]) -> Int[Tensor, " d"] | None:
-    """The step at which each feature can be solved; `None` if features depend on each other in a circle."""
-    step_of = torch.full((len(needs),), -1, device="cpu")
-    missing, step = needs.sum(dim=1), 0
+def _steps(dependencies: Bool[Tensor, "d d"]) -> Int[Tensor, " d"]:
+    """The step at which each feature can be solved."""
+    step_of = torch.full((len(dependencies),), -1, device="cpu")
+    missing, step = dependencies.sum(dim=1), 0
     while (step_of < 0).any():
-        ready = (missing == 0) & (step_of < 0)
-        if not ready.any():
-            return None
-        step_of[ready] = step
-        missing = missing - needs[:, ready].sum(dim=1)
+        is_solvable = (missing == 0) & (step_of < 0)
+        if not is_solvable.any():
+            raise UnsupportedError("a network that is not autoregressive")
+        step_of[is_solvable] = step
+        missing = missing - dependencies[:, is_solvable].sum(dim=1)
         step += 1
     return step_of
 
 
-def _first_steps(network: MaskedNetwork, step_of: Int[Tensor, " d"]) -> list[Int[Tensor, " units"]] | None:
-    """The first step before which each unit of each value can be computed; `None` if that is too late for a parameter.
+def _first_steps(network: MaskedNetwork, step_of: Int[Tensor, " d"]) -> list[Int[Tensor, " units"]]:
+    """The first step at which each unit of each value can be computed.
 
     Values that elementwise operations connect share one tensor, as a unit of one of them is a unit of all. A residual
     block may so delay its own input: the steps are the least that satisfy all operations.
@@ -84,24 +87,25 @@ def _first_steps(network: MaskedNetwork, step_of: Int[Tensor, " d"]) -> list[Int
     of_input[network.features] = step_of + 1
     of_output = torch.empty(network.outputs.numel(), dtype=torch.long, device="cpu")
     of_output[network.outputs] = step_of[:, None]
-    ready = [of_input]
-    for operation in network.operations:
-        if isinstance(operation, Linear):
-            ready.append(torch.zeros(len(operation.layer.mask), dtype=torch.long, device="cpu"))
+    first_steps = [of_input]
+    for operation, layer in zip(network.operations, network.layers, strict=True):
+        if operation.kind == Kind.LINEAR:
+            first_steps.append(torch.zeros(len(layer.mask), dtype=torch.long, device="cpu"))
         else:
-            ready.append(ready[operation.source])
-        if isinstance(operation, Sum):
-            ready = [ready[-1] if steps is ready[operation.other] else steps for steps in ready]
-    last = ready[-1]
+            first_steps.append(first_steps[operation.source])
+        if operation.kind == Kind.SUM:
+            other = first_steps[operation.other]
+            first_steps = [first_steps[-1] if steps is other else steps for steps in first_steps]
+    last = first_steps[-1]
     last.copy_(of_output)
     while True:
-        before = [steps.clone() for steps in ready]
-        for value, operation in enumerate(network.operations, start=1):
-            if isinstance(operation, Linear):
-                reads = ((operation.layer.mask != 0).cpu() * ready[operation.source]).amax(dim=1)
-                if ready[value] is not last:
-                    torch.maximum(ready[value], reads, out=ready[value])
-                elif (reads > last).any():
-                    return None
-        if all(torch.equal(old, new) for old, new in zip(before, ready, strict=True)):
-            return ready
+        before = [steps.clone() for steps in first_steps]
+        for value, (operation, layer) in enumerate(zip(network.operations, network.layers, strict=True), start=1):
+            if operation.kind == Kind.LINEAR:
+                least = ((layer.mask != 0).cpu() * first_steps[operation.source]).amax(dim=1)
+                if first_steps[value] is not last:
+                    torch.maximum(first_steps[value], least, out=first_steps[value])
+                elif (least > last).any():  # a residual block delays its input beyond the parameter that needs it
+                    raise UnsupportedError("a network that is not autoregressive")
+        if all(torch.equal(old, new) for old, new in zip(before, first_steps, strict=True)):
+            return first_steps

@@ -1,11 +1,11 @@
-"""pyro: `AffineAutoregressive` and `SplineAutoregressive`, conditional or not, whose slow side is the inverse."""
+"""pyro: `AffineAutoregressive` and `SplineAutoregressive`, conditional or not."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -17,60 +17,34 @@ from pyro.distributions.transforms.utils import clamp_preserve_gradients
 from pyro.nn.auto_reg_nn import AutoRegressiveNN, ConditionalAutoRegressiveNN, MaskedLinear
 from torch import Tensor, nn
 
-from jacobiflow.adapters.chain import Library, Link
-from jacobiflow.adapters.masked import Activation, Linear, MaskedNetwork, Operation, Sum, UnsupportedError, check_plain
-from jacobiflow.adapters.network import needs_graph, premasked
-from jacobiflow.adapters.part import Description, Slot
-from jacobiflow.adapters.passes import Solvable, solve
-from jacobiflow.adapters.swapped import Adapter, Swapped
+from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, accelerate_module, library_class
+from jacobiflow.adapters.chain import Values
+from jacobiflow.adapters.network import MaskedNetwork, UnsupportedError
+from jacobiflow.adapters.part import Part, masked_part
+from jacobiflow.adapters.passes import invert, premasked
 from jacobiflow.native.structures import Elementwise, Ends
 
 
-class Pyro(Library):
-    """pyro's transforms: each is a chain of its own, as pyro remembers the values between them."""
-
-    def links(self, module: Any) -> Iterator[Link]:
-        """See `Library`."""
-        yield module, False
-
-    def describe(self, module: Any, is_conditional: bool) -> Description:
-        """See `Library`. A conditional transform keeps its settings in `kwargs`."""
-        kind = Swapped.library_class_of(module) or type(module)
-        if kind in (AffineAutoregressive, ConditionalAffineAutoregressive):
-            options = vars(module).get("kwargs", vars(module))
-            names = ("log_scale_min_clip", "log_scale_max_clip", "stable")
-            attributes: list[Slot] = [(options, name) for name in names]
-            settings: dict[str, Any] = {
-                "kind": Elementwise.CLAMPED_AFFINE, "first": options.get("log_scale_min_clip", -5.0),
-                "second": options.get("log_scale_max_clip", 3.0),
-            }  # fmt: skip
-            sizes = [1, 1]
-        elif kind in (SplineAutoregressive, ConditionalSplineAutoregressive):
-            options = vars(module)["kwargs"] if kind is ConditionalSplineAutoregressive else vars(module.spline)
-            attributes = [(options, name) for name in ("count_bins", "bound", "order")]
-            settings, sizes = _spline(options)
-        else:
-            raise UnsupportedError(kind.__name__)
-        network = module.nn if hasattr(module, "nn") else module.arn
-        if type(network) not in (AutoRegressiveNN, ConditionalAutoRegressiveNN):
-            raise UnsupportedError(f"the network {type(network).__name__}")
-        if list(network.param_dims) != sizes:
-            raise UnsupportedError("parameters of other sizes")
-        return Description(module, settings, _network(network), attributes=(*attributes, (vars(network), "f")))
-
-    def call(
-        self, module: Any, x: Float[Tensor, "b d"], context: Tensor | None, is_inverse: bool, is_accelerated: bool
-    ) -> tuple[Tensor, Tensor]:
-        """See `Library`; the log-determinant is by feature."""
-        kind: Any = Swapped.library_class_of(module) or type(module)
-        transform = module
-        if context is not None:
-            transform = kind.condition(module, context)
-            kind = type(transform)
-        values = kind._inverse(transform, x) if is_inverse else kind._call(transform, x)
-        name = "_cached_log_scale" if hasattr(transform, "_cached_log_scale") else "_cache_log_detJ"
-        derivative = getattr(transform, name)
-        return values, -derivative if is_inverse else derivative
+def describe(module: Any, is_conditional: bool) -> Iterator[tuple[Part, bool]]:
+    """See `Describe`. Each transform is a chain of its own, as pyro remembers the values between them."""
+    kind = library_class(module)
+    options = vars(module).get("kwargs", vars(module))  # where a conditional transform has its settings
+    if kind in (AffineAutoregressive, ConditionalAffineAutoregressive):
+        settings: dict[str, Any] = {
+            "kind": Elementwise.CLAMPED_AFFINE, "first": options.get("log_scale_min_clip", -5.0),
+            "second": options.get("log_scale_max_clip", 3.0),
+        }  # fmt: skip
+        sizes = [1, 1]
+    elif kind in (SplineAutoregressive, ConditionalSplineAutoregressive):
+        settings, sizes = _spline(options if kind is ConditionalSplineAutoregressive else vars(module.spline))
+    else:
+        raise UnsupportedError(kind.__name__)
+    network = module.nn if hasattr(module, "nn") else module.arn
+    if type(network) not in (AutoRegressiveNN, ConditionalAutoRegressiveNN):
+        raise UnsupportedError(f"the network {type(network).__name__}")
+    if list(network.param_dims) != sizes:
+        raise UnsupportedError("parameters of other sizes")
+    yield masked_part(module, _network(network), **settings), False
 
 
 def _spline(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
@@ -79,161 +53,161 @@ def _spline(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     kind = Elementwise.RATIONAL_LINEAR if order == "linear" else Elementwise.RATIONAL_QUADRATIC
     return {
         "kind": kind, "bins": bins, "ends": Ends.FIXED, "end_slope": 1 - 1e-3, "factor": 1.0, "low": -bound,
-        "high": bound, "has_tails": True, "least_width": 1e-3, "least_height": 1e-3, "least_slope": 1e-3, "gap": 1e-6,
+        "high": bound, "has_tails": True, "min_width": 1e-3, "min_height": 1e-3, "min_slope": 1e-3, "gap": 1e-6,
     }, [bins, bins, bins - 1, *([bins] if order == "linear" else [])]  # fmt: skip
 
 
-def _network(network: Any) -> MaskedNetwork:
-    check_plain(network, *network.layers, *([] if network.skip_layer is None else [network.skip_layer]))
-    if any(type(layer) is not MaskedLinear for layer in network.layers):
+def _network(arn: Any) -> MaskedNetwork:
+    *hidden, last = arn.layers
+    if any(type(layer) is not MaskedLinear for layer in arn.layers):
         raise UnsupportedError("layers of another kind")
-    operations: list[Operation] = []
-    for layer in network.layers[:-1]:
-        operations += [Linear(len(operations), layer), Activation(len(operations) + 1, network.f)]
-    operations.append(Linear(len(operations), network.layers[-1]))
-    if network.skip_layer is not None:
-        operations += [Linear(0, network.skip_layer), Sum(len(operations) + 1, len(operations))]
-    outputs = torch.arange(network.layers[-1].out_features, device="cpu").view(-1, network.input_dim).t()
-    start = network.context_dim
-    return MaskedNetwork(tuple(operations), slice(start, start + network.input_dim), outputs)
+    outputs = torch.arange(last.out_features, device="cpu").view(-1, arn.input_dim).t()
+    network, value = MaskedNetwork(outputs, first_feature=arn.context_dim), 0
+    for layer in hidden:
+        value = network.linear(value, layer, arn.f)
+    value = network.linear(value, last)
+    if arn.skip_layer is not None:
+        network.sum(network.linear(0, arn.skip_layer), value)
+    return network
 
 
-PYRO = Pyro()
+class _AcceleratedTransform(AcceleratedModule):
+    """A transform, which may belong to a conditional one at a context."""
 
+    memory: ClassVar[str]
+    """The attribute in which pyro keeps the logarithms of derivatives."""
 
-class _Accelerated(Solvable):
-    """A transform by native code or by passes."""
-
-    library = PYRO
+    is_jacobi: ClassVar[bool] = True
+    """Whether each pass of pyro's loop sets all features."""
 
     arn: Any
 
     def _call(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        result = self._by_native_code(x, is_inverse=False)
+        result = self._evaluate(x, is_inverse=False)
         return super()._call(x) if result is None else result  # type: ignore[misc]
 
     def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        result = self._by_native_code(y, is_inverse=True)
-        return self._solve(y) if result is None else result
+        result = self._evaluate(y, is_inverse=True)
+        return self._invert(y) if result is None else result
 
-    def _by_native_code(self, x: Float[Tensor, "*batch d"], is_inverse: bool) -> Float[Tensor, "*batch d"] | None:
-        _, context = self._network
-        if x.ndim == 0 or (context is not None and context.ndim > x.ndim):
-            return None
+    @property
+    def _owner(self) -> Any:
+        """The module of the flow with the parameters: a conditional transform, or this one."""
+        return vars(self).get("_conditional", self)
+
+    def _evaluate(self, x: Tensor, is_inverse: bool) -> Tensor | None:
+        _, context = self._call_of_network
         try:
-            rows = self.rows(x, context)
-        except RuntimeError:  # the library's message is its own
+            context = None if context is None else context.expand(*x.shape[:-1], -1)
+        except RuntimeError:  # pyro's message is its own
             return None
-        result = self.acceleration.by_native_code(self.owner, PYRO, *rows, is_inverse, "features")
+        fallback = partial(self._by_pyro, is_inverse)
+        result = self.acceleration.evaluate(self._owner, x, context, is_inverse, fallback, "features")
         if result is None:
             return None
-        values, derivative = result
-        assert derivative is not None
-        self._remember((-derivative if is_inverse else derivative).view(x.shape))
-        return values.view(x.shape)
+        values, log_derivative = result
+        assert log_derivative is not None
+        setattr(self, self.memory, -log_derivative if is_inverse else log_derivative)
+        return values
 
-    def _solve(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        network, context = self._network
+    def _by_pyro(self, is_inverse: bool, x: Tensor, context: Tensor | None) -> Values:
+        transform: Any = self
+        if context is not None:
+            conditional: Any = library_class(self._owner)
+            transform = conditional.condition(self._owner, context)
+        kind: Any = library_class(transform)
+        values = kind._inverse(transform, x) if is_inverse else kind._call(transform, x)
+        log_scale = getattr(transform, self.memory)
+        return values, -log_scale if is_inverse else log_scale
+
+    def _invert(self, y: Tensor) -> Tensor:
+        network, context = self._call_of_network
         cheaper = cache(partial(premasked, network, MaskedLinear))
 
         def step(x: Tensor, y: Tensor, context: Tensor | None) -> Sequence[Tensor]:
             called = network if torch.is_grad_enabled() else cheaper()
             return self._pass(y, called(x) if context is None else called(x, context=context))
 
-        outputs = solve(self, step, y, context, y.shape[-1], needs_graph(self.owner, y, context))
+        outputs = invert(
+            self.acceleration, self._owner, step, y, context, y.shape[-1], self._first_iterate, is_jacobi=self.is_jacobi
+        )
         if outputs is None:
             return super()._inverse(y)  # type: ignore[misc]
         x, log_scale = (part.reshape(y.shape) for part in outputs)
-        self._remember(log_scale)
+        setattr(self, self.memory, log_scale)
         return x
 
-    def rows(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """See `Solvable`."""
-        rows = y.reshape(-1, y.shape[-1])
-        if context is None:
-            return rows, None
-        width = context.shape[-1]
-        if context.shape[:-1].numel() == 1:
-            return rows, context.reshape(1, width)
-        return rows, context.expand(*y.shape[:-1], width).reshape(-1, width)
-
     @property
-    def _network(self) -> tuple[Any, Tensor | None]:
+    def _call_of_network(self) -> tuple[Any, Tensor | None]:
         """Its network, and the context at which a conditional transform calls it."""
         call = self.arn
         if isinstance(call, partial) and not call.args and list(call.keywords) == ["context"]:
             return call.func, call.keywords["context"]
         return call, None
 
+    def _first_iterate(self, y: Tensor) -> Tensor:
+        """The x from which pyro's loop starts."""
+        return torch.zeros_like(y)
+
     @abstractmethod
     def _pass(self, y: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The next iterate, and what the library keeps for the log-determinant, of what its network gives."""
-
-    @abstractmethod
-    def _remember(self, log_scale: Tensor) -> None:
-        """Keep it where the library does."""
+        """The next iterate and the logarithms of derivatives, from what the network gives."""
 
 
-class AcceleratedAffine(_Accelerated):
-    """With the affine transform of each feature.
+class AcceleratedAffine(_AcceleratedTransform):
+    """An affine transform of each feature.
 
-    The library's loop sets one feature at a time, in the order of the network's permutation, and leaves those after it
-    at 0. It ends at the same bits as passes that set all features, if all values are finite.
+    pyro's loop sets one feature at a time, in the order of the network's permutation, and leaves those after it at 0.
+    It ends at the same bits as passes that set all features, if all values are finite.
     """
 
+    memory = "_cached_log_scale"
     is_jacobi = False
 
     log_scale_min_clip: float
     log_scale_max_clip: float
-    _cached_log_scale: Any
+
+    def _first_iterate(self, y: Tensor) -> Tensor:
+        return torch.zeros(y.shape, device=y.device)  # of the default dtype, as pyro has it
 
     def _pass(self, y: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         mean, log_scale = parameters
         log_scale = clamp_preserve_gradients(log_scale, self.log_scale_min_clip, self.log_scale_max_clip)
         x = (y - mean) * torch.exp(-log_scale)
-        return x.contiguous(), log_scale  # the library stacks features, whatever the strides of y
-
-    def first_iterate(self, y: Tensor) -> Tensor:
-        """See `Solvable`."""
-        return torch.zeros(y.shape, device=y.device)
-
-    def _remember(self, log_scale: Tensor) -> None:
-        self._cached_log_scale = log_scale
+        return x.contiguous(), log_scale  # pyro stacks features, whatever the strides of y
 
 
-class AcceleratedSpline(_Accelerated):
-    """With the spline of each feature."""
+class AcceleratedSpline(_AcceleratedTransform):
+    """A spline of each feature."""
+
+    memory = "_cache_log_detJ"
 
     spline: Any
-    _cache_log_detJ: Any  # noqa: N815 (pyro's name)
 
     def _pass(self, y: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         bins, bound, order = self.spline.count_bins, self.spline.bound, self.spline.order
         spline = ConditionalSpline(lambda _: parameters, y.shape[-1], bins, bound, order).condition(None)
         return spline._inverse(y), spline._cache_log_detJ
 
-    def _remember(self, log_scale: Tensor) -> None:
-        self._cache_log_detJ = log_scale
 
-
-class AcceleratedConditional(ConditionalTransformModule, Swapped):
+class AcceleratedConditional(ConditionalTransformModule, AcceleratedModule):
     """A conditional transform that gives accelerated ones.
 
     It derives from pyro's class as it is, or Python would refuse to give a module this class.
     """
 
     def condition(self, context: Float[Tensor, "*batch c"]) -> nn.Module:
-        """The transform at a context, as the library's."""
+        """Returns the transform at a context, as pyro does."""
         transform = super().condition(context)  # type: ignore[safe-super]
-        of_class = AcceleratedAffine if isinstance(transform, AffineAutoregressive) else AcceleratedSpline
-        transform.__dict__["_owner"] = self  # not as a part, of which pyro would learn the parameters twice
-        transform.__class__ = of_class.of(type(transform), self.acceleration)
+        vars(transform)["_conditional"] = self  # not as a part, of which pyro would learn the parameters twice
+        kind = AcceleratedAffine if isinstance(transform, AffineAutoregressive) else AcceleratedSpline
+        accelerate_module(transform, kind, self.acceleration)
         return transform
 
 
 ADAPTERS = (
-    Adapter(AffineAutoregressive, ("_inverse",), AcceleratedAffine, PYRO),
-    Adapter(SplineAutoregressive, ("_inverse",), AcceleratedSpline, PYRO),
-    Adapter(ConditionalAffineAutoregressive, ("condition",), AcceleratedConditional, PYRO),
-    Adapter(ConditionalSplineAutoregressive, ("condition",), AcceleratedConditional, PYRO),
+    Adapter(AffineAutoregressive, ("_inverse",), AcceleratedAffine, describe),
+    Adapter(SplineAutoregressive, ("_inverse",), AcceleratedSpline, describe),
+    Adapter(ConditionalAffineAutoregressive, ("condition",), AcceleratedConditional, describe),
+    Adapter(ConditionalSplineAutoregressive, ("condition",), AcceleratedConditional, describe),
 )

@@ -1,16 +1,17 @@
-"""zuko: `MaskedAutoregressiveTransform`, of which MAF, NSF, NCSF, NAF, UNAF, SOSPF and BPF are made; compositions."""
+"""zuko: `MaskedAutoregressiveTransform`, the transform of MAF, NSF, NCSF, NAF, UNAF, SOSPF and BPF."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import AffineTransform, Transform
+from torch.distributions.transforms import _InverseTransform
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 from zuko.flows.spline import CircularRQSTransform
 from zuko.lazy import LazyComposedTransform, LazyInverse, UnconditionalTransform
@@ -23,59 +24,50 @@ from zuko.transforms import (
     PermutationTransform,
 )
 
-from jacobiflow.adapters.chain import Library, Link, Values, is_plain_module
-from jacobiflow.adapters.masked import MaskedNetwork, UnsupportedError, chain
-from jacobiflow.adapters.network import needs_graph, premasked
-from jacobiflow.adapters.part import Description, Slot
-from jacobiflow.adapters.passes import Solvable, solve
-from jacobiflow.adapters.swapped import Adapter, Swapped
+from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, is_accelerated, library_class
+from jacobiflow.adapters.chain import Values
+from jacobiflow.adapters.network import MaskedNetwork, UnsupportedError
+from jacobiflow.adapters.part import Part, affine_part, masked_part, permutation_part
+from jacobiflow.adapters.passes import invert, premasked
 from jacobiflow.native.structures import Elementwise, Ends
 
 
-class Zuko(Library):
-    """zuko's lazy transforms."""
+def describe(module: Any, is_conditional: bool, is_inverse: bool = False) -> Iterator[tuple[Part, bool]]:
+    """See `Describe`."""
+    kind = library_class(module)
+    if kind is LazyComposedTransform:
+        for part in reversed(module.transforms) if is_inverse else module.transforms:
+            yield from describe(part, is_conditional, is_inverse)
+    elif kind is LazyInverse:
+        yield from describe(module.transform, is_conditional, not is_inverse)
+    elif kind is UnconditionalTransform:
+        yield _unconditional(module), is_inverse
+    elif kind is MaskedAutoregressiveTransform:
+        yield _masked(module), is_inverse
+    else:
+        raise UnsupportedError(kind.__name__)
 
-    def links(self, module: Any) -> Iterator[Link]:
-        """See `Library`."""
-        kind = Swapped.library_class_of(module) or type(module)
-        if is_plain_module(module, "forward") and kind is LazyComposedTransform:
-            for part in module.transforms:
-                yield from self.links(part)
-        elif is_plain_module(module, "forward") and kind is LazyInverse:
-            for part, is_reversed in reversed(list(self.links(module.transform))):
-                yield part, not is_reversed
+
+def _masked(module: Any) -> Part:
+    if type(module.hyper) is not MaskedMLP:
+        raise UnsupportedError(f"the network {type(module.hyper).__name__}")
+    network = MaskedNetwork(torch.arange(module.hyper[-1].out_features, device="cpu").view(-1, module.total))
+    _add_layers(network, 0, list(module.hyper))
+    return masked_part(module, network, **_univariate(module.univariate, list(module.shapes)))
+
+
+def _add_layers(network: MaskedNetwork, value: int, modules: list[nn.Module]) -> int:
+    """Adds masked layers, activations and residual blocks, one after the other."""
+    while modules:
+        module, *modules = modules
+        if type(module) is MaskedLinear:
+            function = modules.pop(0) if modules and type(modules[0]) not in (MaskedLinear, Residual) else None
+            value = network.linear(value, module, function)
+        elif type(module) is Residual:
+            value = network.sum(_add_layers(network, value, list(module.children())), value)
         else:
-            yield module, False
-
-    def describe(self, module: Any, is_conditional: bool) -> Description:
-        """See `Library`."""
-        kind = Swapped.library_class_of(module) or type(module)
-        if kind is UnconditionalTransform:
-            return _unconditional(module)
-        if kind is not MaskedAutoregressiveTransform:
-            raise UnsupportedError(kind.__name__)
-        if type(module.hyper) is not MaskedMLP:
-            raise UnsupportedError(f"the network {type(module.hyper).__name__}")
-        network = chain(list(module.hyper), MaskedLinear, Residual)
-        outputs = torch.arange(module.hyper[-1].mask.shape[0], device="cpu").view(-1, module.total)
-        attributes = [(vars(module), name) for name in ("univariate", "shapes", "total", "meta")]
-        return Description(
-            module,
-            _univariate(module.univariate, list(module.shapes)),
-            MaskedNetwork(network, slice(0, len(outputs)), outputs),
-            attributes=tuple(attributes),
-        )
-
-    def call(
-        self, module: Any, x: Float[Tensor, "b d"], context: Tensor | None, is_inverse: bool, is_accelerated: bool
-    ) -> Values:
-        """See `Library`."""
-        if is_accelerated or not isinstance(module, Swapped):
-            transform = module(context)
-        else:
-            transform = module.library_class.forward(module, context)
-        values, log_det = (transform.inv if is_inverse else transform).call_and_ladj(x)
-        return values, log_det.reshape(len(x), -1).sum(dim=1)
+            value = network.activation(value, module)
+    return value
 
 
 def _univariate(univariate: Any, shapes: list[Any]) -> dict[str, Any]:
@@ -102,87 +94,73 @@ def _univariate(univariate: Any, shapes: list[Any]) -> dict[str, Any]:
     raise UnsupportedError(f"the univariate {getattr(univariate, '__name__', univariate)}")
 
 
-def _unconditional(module: Any) -> Description:
+def _unconditional(module: Any) -> Part:
     """A permutation, or an affine transform with numbers of its own."""
-
-    def slot(name: str) -> Slot:
-        return (module._buffers if name in module._buffers else module._parameters), name
-
     names = [*(f"_{i}" for i in range(module._nargs)), *module._keys]
+    slots = [(module._buffers if name in module._buffers else module._parameters, name) for name in names]
     if module.f is PermutationTransform and len(names) == 1:
-        holder, name = slot(names[0])
-        return Description(
-            module, order=holder[name].tolist(), constants=((holder, name),), attributes=((vars(module), "f"),)
-        )
-    numbers = [getattr(module, name) for name in names]
-    if module.f is AffineTransform and names in (["loc", "scale"], ["_0", "_1"]) and _are_tensors(numbers):
-        return Description(module, tensors=(slot(names[1]), slot(names[0])), attributes=((vars(module), "f"),))
+        return permutation_part(module, getattr(module, names[0]).tolist(), slots[0])
+    are_tensors = all(isinstance(getattr(module, name), Tensor) for name in names)
+    if module.f is AffineTransform and names in (["loc", "scale"], ["_0", "_1"]) and are_tensors:
+        return affine_part(module, scale=slots[1], shift=slots[0])
     raise UnsupportedError(f"UnconditionalTransform of {getattr(module.f, '__name__', module.f)}")
 
 
-def _are_tensors(values: list[Any]) -> bool:
-    return all(isinstance(value, Tensor) for value in values)
-
-
-ZUKO = Zuko()
-
-
 class _AtContext(Transform):
-    """A transform x -> y of zuko at a context that goes through native code if it can.
+    """A transform of zuko at a context, by native code if possible.
 
     It follows its module: after `restore` it is zuko's. Copies and pickles are of zuko's class.
     """
 
     module: Any
     context: Tensor | None
+    is_inverse = False
+    """Whether it is the inverse of what the module makes."""
 
-    def _by_native_code(self, x: Tensor, is_inverse: bool, log_det: str | None = None) -> Any:
+    def _evaluate(self, x: Tensor, is_inverse: bool, log_det: str | None = None) -> Any:
         """The values and log-determinants in the shape of the batch; `None` if they are left to zuko."""
-        if Swapped.library_class_of(self.module) is None or x.ndim == 0:
+        if not is_accelerated(self.module):
             return None
-        try:
-            batch = _batch(x, self.context)
-        except RuntimeError:  # zuko's message is its own
-            return None
-        result = self.module.acceleration.by_native_code(
-            self.module, ZUKO, *_rows(x, self.context, batch), is_inverse, log_det
-        )
-        if result is None:
-            return None
-        values, log_dets = result
-        return values.view(*batch, values.shape[-1]), None if log_dets is None else log_dets.view(batch)
+
+        def fallback(x: Tensor, context: Tensor | None) -> Values:
+            transform = self.module.library_class.forward(self.module, context)
+            transform = transform.inv if is_inverse else transform
+            return (transform(x), None) if log_det is None else transform.call_and_ladj(x)
+
+        return self.module.acceleration.evaluate(self.module, x, self.context, is_inverse, fallback, log_det)
 
     def _call(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        result = self._by_native_code(x, is_inverse=False)
+        result = self._evaluate(x, self.is_inverse)
         return super()._call(x) if result is None else result[0]
 
-    def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        result = self._by_native_code(y, is_inverse=True)
-        return super()._inverse(y) if result is None else result[0]
-
     def call_and_ladj(self, x: Float[Tensor, "*batch d"]) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch"]]:
-        """y and the logarithm of the Jacobian's determinant."""
-        result = self._by_native_code(x, is_inverse=False, log_det="rows")
+        """Returns y and the logarithm of the Jacobian's determinant."""
+        result = self._evaluate(x, self.is_inverse, "rows")
         return super().call_and_ladj(x) if result is None else result  # type: ignore[misc]
 
 
-class ParallelInverse(_AtContext, AutoregressiveTransform):  # type: ignore[misc]
+class MaskedAtContext(_AtContext, AutoregressiveTransform):  # type: ignore[misc]
     """A masked transform at a context."""
 
-    def __init__(self, module: Accelerated, context: Float[Tensor, "*batch c"] | None) -> None:
+    def __init__(self, module: AcceleratedTransform, context: Float[Tensor, "*batch c"] | None) -> None:
         AutoregressiveTransform.__init__(self, partial(module.meta, context), module.passes)
         self.module, self.context = module, context
 
     def __reduce__(self) -> tuple[Any, ...]:
         return AutoregressiveTransform, (self.meta, self.passes)
 
-    def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        if Swapped.library_class_of(self.module) is None:
-            return AutoregressiveTransform._inverse(self, y)
-        result = self._by_native_code(y, is_inverse=True)
-        return self._solve(y) if result is None else result[0]
+    @property
+    def inv(self) -> InverseAtContext:
+        """The inverse."""
+        return InverseAtContext(self)
 
-    def _solve(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        result = self._evaluate(y, is_inverse=True)
+        if result is None:
+            result = self._invert(y) if is_accelerated(self.module) else None
+        return super()._inverse(y) if result is None else result[0]
+
+    def _invert(self, y: Tensor) -> Sequence[Tensor] | None:
         module, context = self.module, self.context
         cheaper = cache(partial(premasked, module, MaskedLinear))
 
@@ -190,93 +168,66 @@ class ParallelInverse(_AtContext, AutoregressiveTransform):  # type: ignore[misc
             transform = module if torch.is_grad_enabled() else cheaper()
             return (transform.meta(context, x).inv(y),)
 
-        outputs = solve(module, step, y, context, self.passes, needs_graph(module, y, context))
+        outputs = invert(module.acceleration, module, step, y, context, self.passes)
         if outputs is None:
-            return AutoregressiveTransform._inverse(self, y)
-        return outputs[0].reshape(*_batch(y, context), y.shape[-1])
+            return None
+        batch = y.shape[:-1] if context is None else torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
+        return (outputs[0].reshape(*batch, y.shape[-1]),)
 
 
-class Composition(_AtContext, ComposedTransform):  # type: ignore[misc]
-    """A composition at a context: native code takes its transforms together."""
+class InverseAtContext(_InverseTransform):
+    """The inverse of a masked transform at a context."""
+
+    _inv: Any
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _InverseTransform, (self._inv,)
+
+    def call_and_ladj(self, y: Float[Tensor, "*batch d"]) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch"]]:
+        """Returns x and the logarithm of the determinant of the inverse's Jacobian."""
+        result = self._inv._evaluate(y, is_inverse=True, log_det="rows")
+        return super().call_and_ladj(y) if result is None else result  # type: ignore[misc]
+
+
+class ComposedAtContext(_AtContext, ComposedTransform):  # type: ignore[misc]
+    """A composition, or the inverse of one, at a context: native code takes its transforms together."""
 
     @classmethod
-    def of(cls, transform: ComposedTransform, module: AcceleratedComposition, context: Tensor | None) -> Composition:
-        """The same transform, by native code."""
+    def of(
+        cls, transform: ComposedTransform, module: AcceleratedModule, context: Tensor | None, is_inverse: bool
+    ) -> ComposedAtContext:
+        """Returns the same transform with this class."""
         transform.__class__ = cls
-        transform.module, transform.context = module, context
+        transform.module, transform.context, transform.is_inverse = module, context, is_inverse
         return transform
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ComposedTransform, tuple(self.transforms)
 
     @property
-    def inv(self) -> InverseComposition:
+    def inv(self) -> ComposedAtContext:
         """The inverse."""
-        inverse: Any = super().inv
-        inverse.__class__ = InverseComposition
-        inverse.composition = self
-        return inverse
+        return self.of(super().inv, self.module, self.context, not self.is_inverse)
 
 
-class InverseComposition(ComposedTransform):  # type: ignore[misc]
-    """The inverse of a composition."""
-
-    composition: Composition
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ComposedTransform, tuple(self.transforms)
-
-    def _call(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        result = self.composition._by_native_code(y, is_inverse=True)
-        return super()._call(y) if result is None else result[0]
-
-    def call_and_ladj(self, y: Float[Tensor, "*batch d"]) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch"]]:
-        """x and the logarithm of the determinant of the inverse's Jacobian."""
-        result = self.composition._by_native_code(y, is_inverse=True, log_det="rows")
-        return super().call_and_ladj(y) if result is None else result
-
-
-class Accelerated(Solvable):
+class AcceleratedTransform(AcceleratedModule):
     """A lazy masked transform."""
-
-    library = ZUKO
 
     meta: Any
     passes: int
 
-    def forward(self, c: Tensor | None = None) -> ParallelInverse:
-        return ParallelInverse(self, c)
-
-    def rows(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """See `Solvable`."""
-        return _rows(y, context, _batch(y, context))
+    def forward(self, c: Tensor | None = None) -> MaskedAtContext:
+        return MaskedAtContext(self, c)
 
 
-class AcceleratedComposition(Swapped):
+class AcceleratedComposition(AcceleratedModule):
     """A lazy composition."""
 
-    def forward(self, c: Tensor | None = None) -> Composition:
-        return Composition.of(super().forward(c), self, c)
-
-
-def _batch(y: Tensor, context: Tensor | None) -> torch.Size:
-    return y.shape[:-1] if context is None else torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
-
-
-def _rows(
-    y: Tensor, context: Tensor | None, batch: torch.Size
-) -> tuple[Float[Tensor, "b d"], Float[Tensor, "#b c"] | None]:
-    """The inputs with a row for each sample of the batch that they make together; one of the context if it has one."""
-    y = y.expand(*batch, y.shape[-1]).reshape(-1, y.shape[-1])
-    if context is None:
-        return y, None
-    width = context.shape[-1]
-    if context.shape[:-1].numel() == 1:
-        return y, context.reshape(1, width)
-    return y, context.expand(*batch, width).reshape(-1, width)
+    def forward(self, c: Tensor | None = None) -> ComposedAtContext:
+        return ComposedAtContext.of(super().forward(c), self, c, is_inverse=False)
 
 
 ADAPTERS = (
-    Adapter(MaskedAutoregressiveTransform, ("forward",), Accelerated, ZUKO),
-    Adapter(LazyComposedTransform, ("forward",), AcceleratedComposition, ZUKO, is_composition=True),
+    Adapter(MaskedAutoregressiveTransform, ("forward",), AcceleratedTransform, describe),
+    Adapter(LazyComposedTransform, ("forward",), AcceleratedComposition, describe, is_composition=True),
 )

@@ -1,5 +1,6 @@
-"""How hard each block of a flow is to invert: metrics, measured sweeps, and a report of them."""
+"""The paper's metrics of a flow's blocks: IGM, CRM, convergence, and the strategy that they propose."""
 
+from jacobiflow.calibration.algorithm import gs_jacobi_notation
 from jacobiflow.calibration.calibrate import calibrate
 from jacobiflow.calibration.convergence import Trace, distances
 from jacobiflow.calibration.error_matrix import gamma_norm, gamma_products
@@ -9,16 +10,12 @@ from jacobiflow.calibration.metrics import (
     Metrics,
     initial_residuals,
     matrix_norm,
-    rank_correlation,
     tough_blocks,
 )
-from jacobiflow.calibration.report import ClassSpread, Report, Settings, Spread
-from jacobiflow.calibration.reports import find_report
-from jacobiflow.calibration.tune import TuneSettings, tune
-from jacobiflow.calibration.tuning import BlockTuning, Run, Tuning
+from jacobiflow.calibration.report import ClassSpread, Report, Settings, Spread, find_report, rank_correlation
 
 __all__ = [
-    "DOMINANCE", "BlockTuning", "ClassSpread", "Components", "Metrics", "Report", "Run", "Settings", "Spread", "Trace",
-    "TuneSettings", "Tuning", "calibrate", "distances", "find_report", "gamma_norm", "gamma_products",
-    "initial_residuals", "matrix_norm", "rank_correlation", "tough_blocks", "tune",
+    "DOMINANCE", "ClassSpread", "Components", "Metrics", "Report", "Settings", "Spread", "Trace", "calibrate",
+    "distances", "find_report", "gamma_norm", "gamma_products", "gs_jacobi_notation", "initial_residuals",
+    "matrix_norm", "rank_correlation", "tough_blocks",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""How far plain sweeps are from the solution, sweep by sweep."""
+"""Distances of plain sweeps to the solution, sweep by sweep."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jacobiflow.calibration.metrics import segment_runs
-from jacobiflow.checks import check_fields, check_kind
+from jacobiflow.checks import check_fields
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import Block
 from jacobiflow.solvers import Guess, no_gradients
@@ -24,12 +24,11 @@ _SETTLED = 0.1 * min(TOLERANCES)  # the last bits of a float32 keep changing for
 class Trace:
     """Distance to X*, the largest |X^(k) - X*| over tokens and channels, after k = 0, 1, ... plain sweeps.
 
-    **Attributes:** `median` and `largest` of the samples' distances, entry k after k sweeps; `sweeps`, for each of
-    `TOLERANCES`, how many sweeps each sample takes until its distance stays within it, or `None` where rounding keeps
-    the distance above.
-
-    **Raises** `TypeError` for other kinds of values, `ValueError` for a distance or a count below 0, and where there
-    are no tolerances, or not a count of each sample for each of them.
+    Attributes:
+        median: Median over the samples, entry k after k sweeps.
+        largest: Largest over the samples.
+        sweeps: For each of `TOLERANCES`, how many sweeps each sample takes until its distance stays within it; `None`
+            if rounding keeps the distance above.
     """
 
     median: tuple[float, ...]
@@ -38,22 +37,17 @@ class Trace:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        rows = list(self.sweeps.values())
-        if not self.median or len(self.median) != len(self.largest) or {len(row) for row in rows} in (set(), {0}):
+        lengths = {len(row) for row in self.sweeps.values()}
+        if not self.median or len(self.median) != len(self.largest) or len(lengths) != 1 or 0 in lengths:
             raise InputValueError("trace: give a median and a largest distance for each k, and tolerances with counts")
-        if any(len(row) != len(rows[0]) for row in rows):
-            raise InputValueError("trace: not a count of each sample for each tolerance")
-        counts = [count for row in rows for count in row if count is not None]
-        if not all(value >= 0 for value in (*self.median, *self.largest, *self.sweeps, *counts)):
-            raise InputValueError("trace: a distance, a tolerance or a count that is not 0 or positive")
 
     def slowest(self, tolerance: float) -> int | None:
-        """The sweeps of the slowest sample; `None` where a sample stays above. **Raises** as `reach` does."""
+        """The sweeps of the slowest sample; `None` if a sample stays above."""
         counts = self.reach(tolerance)
         return None if None in counts else max(count for count in counts if count is not None)
 
     def reach(self, tolerance: float) -> tuple[int | None, ...]:
-        """`sweeps[tolerance]`. **Raises** `ValueError` where that was not measured."""
+        """`sweeps[tolerance]`. Raises ValueError if that was not measured."""
         if tolerance not in self.sweeps:
             raise InputValueError(f"tolerance {tolerance}: measured are {', '.join(f'{t:g}' for t in self.sweeps)}")
         return self.sweeps[tolerance]
@@ -72,30 +66,29 @@ def distances(
     block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess, context: Tensor | None = None,
     count: int = 1,
 ) -> list[Float[Tensor, "k b"]]:  # fmt: skip
-    """Per segment, the largest |X^(k) - X*| of each sample after k = 0, 1, ... plain sweeps of the segment's tokens.
+    """Measures the largest |X^(k) - X*| of each sample after k = 0, 1, ... plain sweeps of a segment's tokens.
 
-    `x` is X*, the solution at `z`. Each of the `count` segments starts from the guess, those before it being solved
+    X* is `x`, the solution at `z`. Each of the `count` segments starts from the guess, those before it being solved
     (Figure 5 of the paper; one segment is Figure 2). It ends with a sweep that changes no entry by more than 1e-5, a
-    tenth of the least of `TOLERANCES`, and not where it comes near X*, because an error may grow again before it dies;
-    at the latest after as many sweeps as the segment has tokens, which make it exact (Proposition 1). As in `solve`, a
-    token that overflows is set back to the guess; the distance after such a sweep is infinite.
+    tenth of the smallest of `TOLERANCES`: coming near X* is not enough, because an error may grow again before it dies.
+    As many sweeps as the segment has tokens make it exact (Proposition 1). As in `solve`, a token that overflows is set
+    back to the guess; the distance after such a sweep is infinite.
     """
     check_tokens(block, z, context, x=x)
-    check_kind("guess", guess, Guess, "a Guess, such as Latent()")
     curves = []
     with no_gradients(block):
         cache = block.init_cache(z, context)
-        started = guess(z)
+        start = guess(z)
         for run in segment_runs(z.shape[1], count):
-            current = torch.cat((x[:, : run.start], started[:, run.start :]), dim=1)
+            current = torch.cat((x[:, : run.start], start[:, run.start :]), dim=1)
             curve = [_distance(current[:, run], x[:, run])]
             for front in range(run.start, run.stop):  # tokens before it are final, by Proposition 1
                 rest = slice(front, run.stop)
                 g = block.update(current, z, front, run.stop, cache)
-                settled = float((g - current[:, rest]).abs().max()) <= _SETTLED
+                is_settled = float((g - current[:, rest]).abs().max()) <= _SETTLED
                 curve.append(_distance(torch.cat((current[:, run.start : front], g), dim=1), x[:, run]))
-                current[:, rest] = torch.where(torch.isfinite(g).all(dim=-1, keepdim=True), g, started[:, rest])
-                if settled:
+                current[:, rest] = torch.where(torch.isfinite(g).all(dim=-1, keepdim=True), g, start[:, rest])
+                if is_settled:
                     break
             curves.append(torch.stack(curve))
             if run.stop < z.shape[1]:

@@ -20,14 +20,11 @@ Products = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 def gamma_products(
     block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], context: Tensor | None = None
 ) -> Products:
-    """The maps v -> Gamma v and v -> Gamma^T v on (B, T, C), for Gamma = dg/dx at `x`, one matrix per sample.
+    """Builds the maps v -> Gamma v and v -> Gamma^T v on (B, T, C), for Gamma = dg/dx at `x`, one matrix per sample.
 
     Gamma carries the error from sweep to sweep near a solution: e^(k+1) = Gamma e^(k) (eq. 6 of the paper, where the
     sign is in its gamma_ti). It is strictly lower triangular in the tokens, so Gamma^T = 0. Both products are backward
     passes through graphs that are built once: Gamma v is the derivative of Gamma^T w along v, which is linear in w.
-
-    **Raises** `TypeError` or `ValueError` where `x` and `z` are no tokens of the block, or `context` has not a row for
-    each of theirs.
     """
     check_tokens(block, z, context, x=x)
     # The other kernels of attention cannot be differentiated twice.
@@ -40,7 +37,7 @@ def gamma_products(
         (pulled,) = torch.autograd.grad(g, x, cotangent, create_graph=True, materialize_grads=True)
 
     def product(v: Tensor) -> Tensor:
-        if not pulled.requires_grad:  # g does not depend on x
+        if not pulled.requires_grad:
             return torch.zeros_like(v)
         (out,) = torch.autograd.grad(pulled, cotangent, v, retain_graph=True, materialize_grads=True)
         return out
@@ -56,12 +53,11 @@ def gamma_norm(
     block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], context: Tensor | None = None,
     rtol: float = 1e-3, max_iterations: int = 100, seed: int = 0,
 ) -> Float[Tensor, " b"]:  # fmt: skip
-    """Spectral norm of Gamma = dg/dx at `x`, per sample, by Golub-Kahan-Lanczos bidiagonalisation.
+    """Computes the spectral norm of Gamma = dg/dx at `x`, per sample, by Golub-Kahan-Lanczos bidiagonalisation.
 
     k products with Gamma and k with Gamma^T give orthonormal vectors between which Gamma is a bidiagonal matrix of k
-    rows. Its norm grows towards that of Gamma from below. The estimate stops where a row adds less than a share `rtol`
-    of it for every sample, or after `max_iterations`. `seed` fixes where it starts. **Raises** as `gamma_products`
-    does.
+    rows. Its norm grows towards that of Gamma from below. The estimate stops once a row adds less than a share `rtol`
+    of it for every sample, or after `max_iterations`. `seed` fixes its start.
     """
     rtol, max_iterations = check_number("rtol", rtol), check_count("max_iterations", max_iterations)
     seed = check_seed(seed)
@@ -69,21 +65,21 @@ def gamma_norm(
     generator = torch.Generator().manual_seed(seed)
     start, _ = _orthonormal(torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device), [])
     norm = x.new_zeros(len(x))
-    left: list[Tensor] = []
+    left_vectors: list[Tensor] = []
     right, diagonal, above = [start], list[Tensor](), list[Tensor]()
     for _ in range(max_iterations):
         for matrix, source, basis, lengths in (
-            (product, right, left, diagonal),
-            (transposed_product, left, right, above),
+            (product, right, left_vectors, diagonal),
+            (transposed_product, left_vectors, right, above),
         ):
             vector, length = _orthonormal(matrix(source[-1]), basis)
             basis.append(vector)
             lengths.append(length)
         rows = F.pad(torch.stack(diagonal, 1).diag_embed(), (0, 1)) + F.pad(torch.stack(above, 1).diag_embed(), (1, 0))
-        grown = torch.linalg.matrix_norm(rows, 2)
-        done = bool(((grown - norm).abs() <= rtol * grown).all())
-        norm = grown
-        if done:
+        estimate = torch.linalg.matrix_norm(rows, 2)
+        is_final = bool(((estimate - norm).abs() <= rtol * estimate).all())
+        norm = estimate
+        if is_final:
             break
     return norm
 

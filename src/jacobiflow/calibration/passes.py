@@ -11,7 +11,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from rich.progress import Progress
 from torch import Tensor
 
 from jacobiflow.calibration.convergence import Trace, distances, joined
@@ -21,19 +20,18 @@ from jacobiflow.calibration.metrics import (
     Components,
     Metrics,
     Norm,
-    RunningMean,
     initial_residuals,
     matrix_norm,
     segment_runs,
     tough_blocks,
 )
 from jacobiflow.calibration.report import GUESS_NAMES
-from jacobiflow.calibration.tune import check_finite
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.image_flow import ImageFlow, state_dtype
 from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
+from jacobiflow.progress import Progress
 from jacobiflow.solvers import Guess, MeanAffine, Sequential, Solver, no_gradients, solve
 
 _SWEPT_TOGETHER = 8  # samples of a trace, which are swept until the slowest of them has settled
@@ -61,6 +59,52 @@ class BlockSolution(NamedTuple):
         yield from map(BlockSolution, self.x.split(size), self.z.split(size), labels)
 
 
+class LatentOverflowError(InputValueError):
+    """The exact inverse of a latent is not finite."""
+
+
+def exact_solutions(
+    flow: ImageFlow, blocks: Sequence[AffineBlock], latents: Float[Tensor, "n t c"], labels: Int[Tensor, " n"] | None,
+    batch_size: int, progress: Progress | None = None,
+) -> list[BlockSolution]:  # fmt: skip
+    """Solves each block by the exact loop at latents. Raises LatentOverflowError if one overflows."""
+    solutions: dict[int, BlockSolution] = {}
+
+    def solve_block(i: int, z: Tensor) -> Tensor:
+        x = solve(blocks[i], z, Solver(Sequential()), labels, batch_size).x
+        overflows = int((~torch.isfinite(x).all(dim=(1, 2))).sum())
+        if overflows:
+            raise LatentOverflowError(
+                f"{overflows} of {len(x)} fresh latents overflow in the exact inverse of block {i}; lower the "
+                "guidance, or use a wider dtype"
+            )
+        solutions[i] = BlockSolution(x, z, labels)
+        if progress is not None:
+            progress(len(solutions), len(blocks), "exact loop")
+        return x
+
+    invert(flow, prior_tokens(flow, latents), solve_block)
+    return [solutions[i] for i in range(len(blocks))]
+
+
+class RunningMean:
+    """The mean, in float64, over rows that come in batches."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._total: Tensor | float = 0.0
+
+    def add(self, values: Tensor) -> None:
+        """Adds the rows of `values`."""
+        self._total = self._total + values.double().sum(dim=0)
+        self._count += len(values)
+
+    @property
+    def value(self) -> Tensor:
+        """The mean of all rows so far."""
+        return torch.as_tensor(self._total) / self._count
+
+
 class _Means:
     """Means over images at a block: of Sigma^-1(X) X, and of the residual of each guess in so many segments."""
 
@@ -70,7 +114,7 @@ class _Means:
         self.residuals: defaultdict[tuple[str, int], RunningMean] = defaultdict(RunningMean)
 
     def components(self, norm: Norm, run: slice = slice(None)) -> Components | None:
-        """The components of CRM, of a run of tokens; `None` where it is not defined."""
+        """The components of CRM, of a run of tokens; `None` if it is not defined."""
         weights = self._block.output_weights()
         if weights is None:
             return None
@@ -92,17 +136,17 @@ Groups = Mapping[int | None, Sequence[_Means]]
 
 @dataclass(frozen=True)
 class Passes:
-    """Images in batches, and what passes over them give. `blocks` are the flow's, under guidance where that is on."""
+    """Images in batches, and passes over them. `blocks` are the flow's, guided if guidance is on."""
 
     flow: ImageFlow
     blocks: Sequence[AffineBlock]
     images: Images
     labels: Int[Tensor, " n"] | None
     batch_size: int
-    bar: Progress
+    progress: Progress | None
 
     def read(self, index: Int[Tensor, " m"]) -> Float[Tensor, "m c h w"]:
-        """The images at `index`. **Raises** `ValueError` where they are none of this flow, or not finite."""
+        """The images at `index`. Raises ValueError if they do not fit the flow or are not finite."""
         try:
             # NumPy takes a tensor of one index for a number, and would leave out the first axis.
             rows = self.images[index.numpy()] if isinstance(self.images, np.ndarray) else self.images[index]
@@ -112,7 +156,7 @@ class Passes:
                 f"images of type {type(self.images).__name__}: give a tensor, or what a tensor can index"
             ) from error
         self.flow.check_images(images)
-        wrong = ~torch.isfinite(images).all(dim=(1, 2, 3))
+        wrong = ~torch.isfinite(images).flatten(1).all(dim=1)
         if wrong.any():
             raise InputValueError(
                 f"images: number {int(index[wrong.cpu()][0])} holds a NaN or an infinity; leave it out"
@@ -120,7 +164,7 @@ class Passes:
         return images
 
     def parameters(self, classes: Sequence[int]) -> tuple[list[MeanAffine], Groups]:
-        """Per block, the mean log-scale and shift over all images; and means that have what CRM needs."""
+        """Per block, the mean log-scale and shift over all images; and the means that CRM needs."""
         scales, shifts = ([RunningMean() for _ in self.blocks] for _ in range(2))
         groups: Groups = {group: [_Means(block) for block in self.blocks] for group in (None, *classes)}
         for tokens, labels in self._batches(torch.arange(len(self.images)), "mean parameters"):
@@ -142,8 +186,8 @@ class Passes:
 
         `groups` are those of `parameters`, to which the residuals of the guesses are added.
         """
-        everyone = groups[None]
-        components = [means.components(norm) for means in everyone]
+        of_all = groups[None]
+        components = [means.components(norm) for means in of_all]
         tough = tough_blocks([part.crm for part in components if part is not None])
         for tokens, labels in self._batches(torch.arange(len(self.images)), "metrics"):
             for i, (x, log_scale, shift) in enumerate(self._walk(tokens, labels)):
@@ -154,13 +198,13 @@ class Passes:
                         means[i].residuals[name, count].add(values[_members(group, labels)])
         runs = segment_runs(self.flow.config.num_tokens, segments)
         return (
-            {each: _joined((means.igm(each), means.components(each)) for means in everyone) for each in NORMS},
+            {each: _metrics((means.igm(each), means.components(each)) for means in of_all) for each in NORMS},
             {
-                i: _joined((everyone[i].igm(norm, run, segments), everyone[i].components(norm, run)) for run in runs)
+                i: _metrics((of_all[i].igm(norm, run, segments), of_all[i].components(norm, run)) for run in runs)
                 for i in tough
             },
             {
-                label: _joined((means.igm(norm), means.components(norm)) for means in groups[label])
+                label: _metrics((means.igm(norm), means.components(norm)) for means in groups[label])
                 for label in groups if label is not None
             },
         )  # fmt: skip
@@ -171,29 +215,17 @@ class Passes:
             [(x, (x - shift) * torch.exp(-log_scale)) for x, log_scale, shift in self._walk(tokens, labels)]
             for tokens, labels in self._batches(index, "encoding")
         ]
-        labels = None if self.labels is None else self.labels[index.to(self.labels.device)].to(self.flow.var.device)
+        labels = self._labels(index)
         return [
             BlockSolution(torch.cat([x for x, _ in batch]), torch.cat([z for _, z in batch]), labels)
             for batch in zip(*parts, strict=True)
         ]
 
     def sampled(self, index: Int[Tensor, " m"], seed: int) -> list[BlockSolution]:
-        """Per block, its sequential solutions for fresh latents under the labels at `index`."""
-        config, device = self.flow.config, self.flow.var.device
-        labels = None if self.labels is None else self.labels[index.to(self.labels.device)].to(device)
+        """Per block, its exact solutions for fresh latents under the labels at `index`."""
+        config = self.flow.config
         latents = draw_latents(len(index), config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
-        found: dict[int, BlockSolution] = {}
-        task = self.bar.add_task("sampling", total=len(self.blocks))
-
-        def solve_block(i: int, z: Tensor) -> Tensor:
-            x = solve(self.blocks[i], z, Solver(Sequential()), labels, self.batch_size).x
-            check_finite(x, f"fresh latents overflow in the exact inverse of block {i}")
-            found[i] = BlockSolution(x, z, labels)
-            self.bar.advance(task)
-            return x
-
-        invert(self.flow, prior_tokens(self.flow, latents), solve_block)
-        return [found[i] for i in range(len(self.blocks))]
+        return exact_solutions(self.flow, self.blocks, latents, self._labels(index), self.batch_size, self.progress)
 
     def traces(self, i: int, at: BlockSolution, guess: Guess, count: int) -> tuple[Trace, ...]:
         """A trace for each of the `count` segments of block `i`."""
@@ -208,14 +240,18 @@ class Passes:
         parts = next(at.split(_GAMMA_SAMPLES)).split(self.batch_size)
         return tuple(torch.cat([gamma_norm(self.blocks[i], x, z, labels) for x, z, labels in parts]).tolist())
 
+    def _labels(self, index: Int[Tensor, " m"]) -> Int[Tensor, " m"] | None:
+        """The labels at `index`, on the flow's device."""
+        return None if self.labels is None else self.labels[index.to(self.labels.device)].to(self.flow.var.device)
+
     def _batches(self, index: Int[Tensor, " m"], what: str) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Tokens in raster order and labels of the images at `index`, on the flow's device."""
-        var = self.flow.var
-        for part in self.bar.track(index.split(self.batch_size), description=what):
-            images = self.read(part)
-            labels = None if self.labels is None else self.labels[part.to(self.labels.device)].to(var.device)
-            tokens, _ = self.flow.to_tokens(images.to(var.device, state_dtype(self.flow)))
-            yield tokens, labels
+        parts = index.split(self.batch_size)
+        for i, part in enumerate(parts):
+            tokens, _ = self.flow.to_tokens(self.read(part).to(self.flow.var.device, state_dtype(self.flow)))
+            yield tokens, self._labels(part)
+            if self.progress is not None:
+                self.progress(i + 1, len(parts), what)
 
     def _walk(self, x: Tensor, labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Per block in encoding order, X* and the guided parameters at it; the images are encoded without guidance."""
@@ -236,7 +272,7 @@ def _members(group: int | None, labels: Tensor | None) -> Tensor | slice:
     return slice(None) if group is None or labels is None else labels == group
 
 
-def _joined(rows: Iterable[tuple[dict[str, float], Components | None]]) -> Metrics:
+def _metrics(rows: Iterable[tuple[dict[str, float], Components | None]]) -> Metrics:
     igm, components = zip(*rows, strict=True)
     return Metrics(igm, None if None in components else components)
 

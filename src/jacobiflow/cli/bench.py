@@ -1,33 +1,22 @@
-"""`jacobiflow bench`: what each strategy costs and gives on this machine."""
+"""`jacobiflow bench`: time and error of each strategy on this machine."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from torch import Tensor
 
-from jacobiflow import native
-from jacobiflow.baselines import SEQUENTIAL
-from jacobiflow.cli import options, pages, paths
-from jacobiflow.cli.progress import progress
-from jacobiflow.cli.tables import show
-from jacobiflow.errors import InputValueError
-from jacobiflow.experiments.speed import ENCODING_PASS, Comparison, Row, compare, timed_anyway
-from jacobiflow.files import check_ours, write_json
-from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.guidance import Guidance
-from jacobiflow.latents import draw_latents
-from jacobiflow.locking import locked
-from jacobiflow.measuring import Timing, machine
-from jacobiflow.plots import Picture, Table, bench_figure, check_picture, save_png
-from jacobiflow.sampling import draw
-from jacobiflow.strategy import Strategy, choose, is_auto
+from jacobiflow.cli import options
+from jacobiflow.cli.screen import Table, progress_bar, show
+
+if TYPE_CHECKING:
+    from jacobiflow.calibration import Report
+    from jacobiflow.comparison import Comparison, Row
+    from jacobiflow.flows.image_flow import ImageFlow
+    from jacobiflow.measuring import Timing
+    from jacobiflow.progress import Progress
+    from jacobiflow.strategy import Strategy
 
 _STRATEGIES = ("auto", "jacobi")
 _BATCH_SIZES = (1, 4, 16)
@@ -35,145 +24,111 @@ _PICTURE, _TABLE = "bench.png", "bench.json"
 
 
 def bench(
-    context: typer.Context,
     model: options.Model = "fashion-p2",
     strategy: Annotated[
         list[str] | None,
         typer.Option(
             "--strategy",
-            help="As in jacobiflow sample; give it again for each strategy. Default: auto and jacobi. The loop of the "
-            "flow's original code, the sequential loop and an encoding pass are timed in any case.",
+            help="As in jacobiflow sample; give it again for each. Default: auto and jacobi. The original sampler, the "
+            "sequential loop and an encoding pass are always timed.",
         ),
     ] = None,
     batch_size: Annotated[
         list[int] | None,
-        typer.Option("--batch-size", help="Images drawn together; give it again for each. Default: 1, 4 and 16."),
-    ] = None,
-    repeats: Annotated[int, typer.Option("--repeats", help="Rounds that count, after one that does not.")] = 5,
-    tolerance: Annotated[
-        float | None,
         typer.Option(
-            "--tolerance",
-            help="Largest residual |g(x) - x|, for strategies that have one; default 1e-3, or a file's own.",
+            "--batch-size",
+            min=1,
+            max=options.MOST_AT_ONCE,
+            help="Images solved together; give it again for each. Default: 1, 4 and 16.",
         ),
     ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds that count, after a warm-up.")] = 5,
+    tolerance: options.Tolerance = None,
     report: options.ReportFile = None,
     labels: options.Labels = "balanced",
     seed: options.Seed = 0,
-    guidance: options.GuidanceWeight = 0.0,
-    guidance_on: options.GuidanceOn = "both",
-    constant_guidance: options.ConstantGuidance = False,
-    attn_temperature: options.AttnTemperature = 1.0,
+    guidance: options.Guidance = "0",
     certify: Annotated[
         bool,
-        typer.Option(
-            help="Strategies measure their residuals, and solve again what is above the tolerance, within their time."
-        ),
+        typer.Option(help="Time strategies with their certificates, and with the samples that they solve again."),
     ] = True,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     out: Annotated[Path, typer.Option("--out", help="Folder for bench.png, bench.json.")] = Path("out/bench"),
     json: options.Json = None,
-    html: options.Html = None,
 ) -> None:
-    """Time strategies on this machine, taking turns, and compare what they give with the sequential loop's images.
+    """Time strategies and measure their errors.
 
-    Example: jacobiflow bench --model digits-p1 --strategy jacobi --strategy "[2-4-5-6]" --repeats 3 --html bench.html
+    All are interleaved on the same latents, beside the original sampler and the sequential loop; errors are against the
+    sequential loop's images.
+
+    Example: jacobiflow bench --model digits-p1 --strategy jacobi --strategy "[2-4-5-6]" --repeats 3
     """
-    paths.check(json, out, (_PICTURE, _TABLE), html=html, model=model, strategy=strategy, labels=labels, report=report)
-    if repeats < 1:
-        raise InputValueError(f"--repeats {repeats}: give a positive number of rounds")
+    from dataclasses import asdict
+    from functools import partial
+
+    from jacobiflow import native
+    from jacobiflow.baselines import SEQUENTIAL
+    from jacobiflow.comparison import compare
+    from jacobiflow.files import write_json
+    from jacobiflow.latents import draw_latents
+    from jacobiflow.locking import own_folder
+    from jacobiflow.measuring import machine
+    from jacobiflow.plots import bench_figure, save_png
+    from jacobiflow.sampling import draw
+
+    options.check_files(model, [*(strategy or ()), labels, report], json=json)
     sizes = list(dict.fromkeys(batch_size or _BATCH_SIZES))
-    if min(sizes) < 1:
-        raise InputValueError(f"--batch-size {min(sizes)}: give a positive number of images")
-    flow = options.load_model(model, device, dtype)
-    guide = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
-    found = None if report is None else options.load_report(report, flow)
-    if found is not None and found.settings.guidance != guide:
-        warnings.warn(f"--report {report}: calibrated under other guidance; it may start far off", stacklevel=2)
+    flow = options.load_model(model, device, dtype).guided(options.parse_guidance(guidance))
     names = [name for name in dict.fromkeys(strategy or _STRATEGIES) if name != SEQUENTIAL]
-    choosing = partial(choose, flow, guidance=guide, report=found)
-    fixed = {size: _fixed(names, size, choosing, tolerance) for size in sizes}
+    guesses = options.load_report(report, flow)
+    with progress_bar() as progress:
+        plans = {
+            size: {name: _choose(flow, name, size, tolerance, guesses, progress) for name in names} for size in sizes
+        }
     classes = {size: options.parse_labels(labels, size, flow, seed) for size in sizes}
-    with locked(out):
-        check_picture(out / _PICTURE)
-        check_ours(out / _TABLE, ("model", "machine", "comparisons", "predictions"))
+    with own_folder(out, "benchmark", (_PICTURE, _TABLE)), progress_bar() as progress:
         where = machine(flow.var.device)
-        said = _said(model, where)
-        print(*said, sep="\n")
-        comparisons, predictions, tables = [], {}, []
+        print(f"{model} on {where['processor']}, {where['cores']} cores, {where['threads']} threads, device "
+              f"{where['device']}, PyTorch {where['torch']}", f"native exact loops: {native.describe()}",
+              sep="\n")  # fmt: skip
+        comparisons = []
         for size in sizes:
-            plans = {name: fixed[size].get(name) or choosing(name, size, tolerance=tolerance) for name in names}
-            comparisons.append(_timed(flow, size, classes[size], seed, plans, guide, certify, repeats))
-            predictions[size] = _predictions(plans)
-            tables.append(_table(comparisons[-1], predictions[size]))
+            z = draw_latents(size, flow.config.num_tokens, flow.config.token_channels, seed)
+            runs = {
+                name: partial(draw, flow, plan, z, classes[size], certify=certify) for name, plan in plans[size].items()
+            }
+            comparisons.append(compare(flow, z, classes[size], runs, repeats=repeats, progress=progress))
             print()
-            show(tables[-1])
-        legend = _legend(comparisons[0])
-        print(legend)
-        figures = {
+            show(_table(comparisons[-1]))
+        print(_legend(comparisons[0]))
+        results = {
             "model": model, "num_tokens": flow.config.num_tokens, "num_blocks": flow.config.num_blocks, "dtype": dtype,
-            "seed": seed, "labels": labels, "guidance": None if guide is None else asdict(guide),
+            "seed": seed, "labels": labels, "guidance": None if flow.guidance is None else asdict(flow.guidance),
             "tolerance": tolerance, "report": None if report is None else str(report), "certify": certify,
-            "repeats": repeats, "machine": where,
-            "comparisons": [comparison.to_json() for comparison in comparisons], "predictions": predictions,
+            "repeats": repeats, "machine": where, "comparisons": [each.to_json() for each in comparisons],
         }  # fmt: skip
-        picture = bench_figure(comparisons)
-        save_png(picture, out / _PICTURE)
-        write_json(out / _TABLE, figures)
-    options.report(json, figures)
-    if html is not None:
-        tables[-1] = replace(tables[-1], note="\n".join(filter(None, (tables[-1].note, legend))))
-        pages.write(
-            html, context, flow, f"Speed of {model}", f"{'; '.join(said)}.", figures, tables,
-            [Picture("Error against time: faster further left, nearer to the exact images further down", picture)],
-        )  # fmt: skip
+        save_png(bench_figure(comparisons), out / _PICTURE)
+        write_json(out / _TABLE, results)
+    options.write_results(json, results)
     print(f"wrote {out / _PICTURE} and {out / _TABLE}")
 
 
-def _said(model: str, where: Mapping[str, Any]) -> tuple[str, str]:
-    """What is timed, and on what."""
-    return (
-        f"{model} on {where['processor']}, {where['cores']} cores, {where['threads']} threads, "
-        f"device {where['device']}, PyTorch {where['torch']}",
-        f"native exact loops: {native.describe()}",
-    )
+def _choose(
+    flow: ImageFlow, name: str, size: int, tolerance: float | None, report: Report | None, progress: Progress
+) -> Strategy:
+    """The strategy of that name, to `tolerance` unless it stops after a number of sweeps."""
+    from jacobiflow.strategy import choose, is_auto
+
+    if is_auto(name):
+        return choose(flow, name, size, tolerance=tolerance, progress=progress)
+    plan = choose(flow, name, size, report=report)
+    return plan if tolerance is None else plan.with_tolerance(tolerance)
 
 
-def _timed(
-    flow: ImageFlow, size: int, labels: Tensor | None, seed: int, plans: Mapping[str, Strategy],
-    guidance: Guidance | None, certify: bool, repeats: int,
-) -> Comparison:  # fmt: skip
-    """All strategies at one batch size."""
-    z = draw_latents(size, flow.config.num_tokens, flow.config.token_channels, seed)
-    runs = {
-        name: partial(draw, flow, plan, z, labels, guidance=guidance, certify=certify) for name, plan in plans.items()
-    }
-    with progress(f"batch size {size}", (repeats + 1) * (len(runs) + len(timed_anyway(flow)))) as advance:
-        return compare(flow, z, labels, runs, guidance=guidance, repeats=repeats, after_each=lambda _: advance(1))
+def _table(comparison: Comparison) -> Table:
+    from jacobiflow.comparison import ENCODING_PASS
 
-
-def _fixed(
-    names: Sequence[str], size: int, choosing: Callable[..., Strategy], tolerance: float | None
-) -> dict[str, Strategy]:
-    """The strategies that need no plan, by name, to `tolerance` where they have one.
-
-    **Raises** `ValueError` for a strategy that does not fit, or a tolerance that all of them would ignore.
-    """
-    found = {name: choosing(name, size) for name in names if not is_auto(name)}
-    if tolerance is None:
-        return found
-    if found and len(found) == len(names) and not any(plan.has_tolerance for plan in found.values()):
-        raise InputValueError(f"--tolerance {tolerance:g}: every strategy stops after a number of sweeps; leave it out")
-    return {name: plan.with_tolerance(tolerance) for name, plan in found.items()}
-
-
-def _predictions(plans: Mapping[str, Strategy]) -> dict[str, Any]:
-    """What was predicted for the plans that were made here."""
-    return {name: asdict(p.prediction) for name, p in plans.items() if is_auto(name) and p.prediction is not None}
-
-
-def _table(comparison: Comparison, predictions: Mapping[str, Any]) -> Table:
     over = [f"over\n{_heading(name)}" for name in comparison.baselines]
     columns = (
         "strategy", "median\nseconds", "min to\nmax", *over, "network\ncalls", "evals/\ntoken", "max\nerror",
@@ -190,34 +145,32 @@ def _table(comparison: Comparison, predictions: Mapping[str, Any]) -> Table:
             "exact" if row.exact else "" if residual is None else f"{residual:.1e}{_mark(row)}",
         ))  # fmt: skip
     rows.append((ENCODING_PASS, *_seconds(comparison.floor), *[""] * (len(columns) - 3)))
-    said = [f"{name}: predicted {prediction['seconds']:.3f} s" for name, prediction in predictions.items()]
-    return Table(f"batch size {comparison.batch_size}", columns, rows, note="\n".join(said))
+    return Table(f"batch size {comparison.batch_size}", columns, rows)
 
 
 def _legend(comparison: Comparison) -> str:
-    lines = []
-    for name in comparison.baselines:
-        loop = "the sequential loop" if name == SEQUENTIAL else f"the loop of the original code, {name}"
-        lines.append(f"over {_heading(name)}: times as fast as {loop}")
-    return "\n".join([
-        *lines,
-        "evals/token: how often a token of a block was evaluated; residual: the certificate, largest |g(x) - x|, or "
-        "exact if every block was solved token by token",
-        *["*: not certified: the strategy stops after a fixed number of sweeps"] * any(map(_mark, comparison.rows)),
-    ])  # fmt: skip
+    references = {"seq.": "the sequential loop", "orig.": f"the original sampler, {comparison.original}"}
+    lines = [
+        *(f"over {name}: times as fast as {references[name]}" for name in map(_heading, comparison.baselines)),
+        "evals/token: how often a token of a block was evaluated",
+        "residual: the largest |g(x) - x|; exact: every block was solved token by token",
+    ]
+    if any(map(_mark, comparison.rows)):
+        lines.append("*: not certified: the strategy stops after a fixed number of sweeps")
+    return "\n".join(lines)
 
 
 def _mark(row: Row) -> str:
-    """An asterisk if the samples were measured and held to no tolerance."""
+    """An asterisk if the samples were measured against no tolerance."""
     return "*" * (row.samples is not None and row.samples.outcome.has_shortfall and row.samples.tolerance is None)
 
 
 def _heading(baseline: str) -> str:
-    return "seq." if baseline == SEQUENTIAL else "orig."
+    return "seq." if baseline == "sequential" else "orig."
 
 
 def _seconds(timing: Timing) -> tuple[str, str]:
-    def shown(seconds: float) -> str:
+    def text(seconds: float) -> str:
         return f"{seconds:.3f}" if seconds < 10 else f"{seconds:.1f}"
 
-    return shown(timing.median), f"{shown(timing.min)}-{shown(timing.max)}"
+    return text(timing.median), f"{text(timing.min)}-{text(timing.max)}"

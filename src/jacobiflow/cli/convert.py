@@ -2,49 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from jacobiflow.cli import options, paths
-from jacobiflow.errors import InputValueError
-from jacobiflow.flows.fingerprint import fingerprint, fingerprint_of
-from jacobiflow.flows.folder import CONFIG, REPORTS, WEIGHTS, holding, locked_folder, write_model
-from jacobiflow.flows.tarflow import TarFlow
-from jacobiflow.flows.tarflow.original import infer_config, read_original
+from jacobiflow.cli import options
 
 
 def convert(
     file: Annotated[Path, typer.Argument(help="A state dict (.pth) that the original TarFlow code saved.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for config.json and model.safetensors.")],
+    out: Annotated[Path, typer.Option("--out", help="New or empty folder for config.json and model.safetensors.")],
     patch_size: Annotated[int, typer.Option("--patch-size", help="Side of a patch in pixels.")],
     noise_std: Annotated[
         float, typer.Option("--noise-std", help="Gaussian noise of its training, which denoising needs; 0: none.")
     ],
     json: options.Json = None,
 ) -> None:
-    """Turn published TarFlow weights into a model folder; everything but the two options is read from the shapes.
+    """Turn original TarFlow weights into a model folder.
+
+    Everything but the two options is read from the shapes.
 
     Example: jacobiflow convert afhq_model_8_768_8_8_0.07.pth --patch-size 8 --noise-std 0.07 --out afhq
     """
-    paths.check(json, out, (CONFIG, WEIGHTS, *REPORTS), file=file)
+    from dataclasses import asdict, replace
+
+    from jacobiflow.flows.tarflow import TarFlow
+    from jacobiflow.flows.tarflow.original import infer_config, read_original
+    from jacobiflow.locking import check_own
+
+    options.check_files(None, [file], json=json)
+    check_own(out, "model")
     config = replace(infer_config(read_original(file), patch_size=patch_size), noise_std=noise_std)
     flow = TarFlow.from_original(file, config)
-    with locked_folder(out):
-        _check_free(out, flow)
-        write_model(flow, out)
-    options.report(json, {"model": str(out), **asdict(config)})
+    flow.save_pretrained(out)
+    options.write_results(json, {"model": str(out), **asdict(config)})
+    parameters = sum(parameter.numel() for parameter in flow.parameters())
+    size, classes = f"{config.in_channels}x{config.image_size}x{config.image_size}", config.num_classes
+    print(f"{parameters:,} weights, images of {size}, {config.num_tokens} tokens, {classes} classes")
     print(f"wrote the model folder {out}")
-
-
-def _check_free(out: Path, flow: TarFlow) -> None:
-    """**Raises** `ValueError` where the folder holds another model than `flow`."""
-    model = holding(out)
-    if model is not None and (
-        model.model_type != flow.model_type
-        or model.config(flow.config_type) != flow.config
-        or fingerprint_of(model.state()) != fingerprint(flow)
-    ):
-        raise InputValueError(f"{out}: holds another model; give another folder, or move it away")

@@ -1,55 +1,136 @@
-"""`jacobiflow info`: what a model is, and the machine and versions that a report of a problem should name."""
+"""`jacobiflow info`: a model and this machine, or the problems of a folder."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+import typer
 
-from jacobiflow import native
-from jacobiflow.cli import options, paths
-from jacobiflow.cli.settings import settings_words
-from jacobiflow.flows.settings import SamplingSettings
-from jacobiflow.measuring import machine
+from jacobiflow.cli import options
+from jacobiflow.cli.screen import Table, one_line, show
 
 _LIBRARIES = ("zuko", "nflows", "normflows", "pyro-ppl", "sbi")  # whose flows `accelerate` takes
+_ROUND_TRIP = 1e-3  # largest change of a latent that is decoded and encoded
 
 
-def info(model: options.Model = "fashion-p2", json: options.Json = None) -> None:
-    """Print a model's shape and size, the settings that it recommends, how its exact loops run here, and the versions.
+def info(
+    model: options.Model = "fashion-p2",
+    check: Annotated[
+        str | None,
+        typer.Option("--check", help="Instead, check a model folder, a sample folder or a training folder completely."),
+    ] = None,
+    json: options.Json = None,
+) -> None:
+    """Show a model and this machine, or check a folder.
 
-    Please add what --json writes to a report of a problem.
+    Prints the model's shape, size and recommended settings, how its exact loops run here, and the versions: please add
+    what --json writes to a report of a problem. With --check, each line is a problem with its remedy, and the exit code
+    is 2 if there is one.
 
     Example: jacobiflow info --model digits-p1
     """
-    paths.check(json, model=model)
-    flow = options.load_model(model, "cpu")
+    if check is not None:
+        _check(check, json)
+        return
+    from dataclasses import asdict
+
+    from jacobiflow import native
+    from jacobiflow.flows.guidance import SamplingSettings
+    from jacobiflow.measuring import machine
+
+    options.check_files(model, [], json=json)
+    flow = options.load_model(model)
     config = flow.config
-    figures = {
-        "model": model,
-        "flow": flow.model_type,
-        **asdict(config),
-        "num_tokens": config.num_tokens,
+    model_values = {
+        "model": model, "flow": flow.model_type, **asdict(config), "num_tokens": config.num_tokens,
         "token_channels": config.token_channels,
-        "recommended": "none" if flow.recommended == SamplingSettings() else " ".join(settings_words(flow.recommended)),
+        "recommended": "none" if flow.recommended == SamplingSettings() else options.settings_text(flow.recommended),
         "parameters": sum(p.numel() for p in flow.parameters()),
-        "native_loops": native.describe(),
-        **machine(),
-        **{name: found for name in _LIBRARIES if (found := _installed(name)) is not None},
+    }  # fmt: skip
+    machine_values = {"native_loops": native.describe(), **machine(), **_versions()}
+    for title, values in (("Model", model_values), ("This machine", machine_values)):
+        rows = [
+            (name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
+            for name, value in values.items()
+        ]
+        show(Table(title, ("", ""), rows, words=(0, 1)))
+    options.write_results(json, model_values | machine_values)
+
+
+def _versions() -> dict[str, str]:
+    """The installed libraries of other flows."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _check(path: str, json: Path | None) -> None:
+    """Prints the problems of a folder; exits with 2 if there is one."""
+    from jacobiflow import storage, training
+    from jacobiflow.errors import InputValueError
+    from jacobiflow.flows.folder import CONFIG, WEIGHTS, bundled
+    from jacobiflow.locking import MANIFEST
+
+    options.check_files(None, [path], json=json)
+    folder = bundled().get(path, Path(path))
+    kinds = {
+        "a model": ((CONFIG, WEIGHTS), _model_problems),
+        "samples": ((MANIFEST,), storage.check),
+        "a training run": (("checkpoint.pt",), training.problems),
     }
-    table = Table(show_header=False)
-    for name, value in figures.items():
-        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-        table.add_row(name, escape(shown))
-    Console().print(table)
-    options.report(json, figures)
+    content = [name for name, (files, _) in kinds.items() if any((folder / file).exists() for file in files)]
+    if not content:
+        raise InputValueError(
+            f"{path}: no model, samples or training run; give the folder of one, or a bundled model's name "
+            f"({', '.join(bundled())})"
+        )
+    problems = [one_line(problem) for name in content for problem in kinds[name][1](folder)]
+    options.write_results(json, {"path": path, "checked": content, "problems": problems})
+    print("\n".join(problems) if problems else f"{path}: no problem; checked {' and '.join(content)}")
+    if problems:
+        raise typer.Exit(2)
 
 
-def _installed(name: str) -> str | None:
+def _model_problems(folder: Path) -> Iterator[str]:
+    """Problems of the files, then of the reports, then of a round trip through the flow."""
+    import warnings
+
+    import torch
+
+    from jacobiflow.calibration import Report
+    from jacobiflow.errors import CheckpointError, InputError
+    from jacobiflow.flows.registry import load
+    from jacobiflow.latents import draw_latents
+    from jacobiflow.sampling import decode
+    from jacobiflow.strategy import Tuning
+
     try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+        flow = load(folder)
+    except CheckpointError as error:
+        yield str(error)
+        return
+    for file in flow.report_files:
+        kind: type[Report | Tuning] = Tuning if file.name.startswith("tuning") else Report
+        try:
+            kind.load(file).check(flow)
+        except InputError as error:
+            yield str(error)
+    z = draw_latents(1, flow.config.num_tokens, flow.config.token_channels, seed=0)
+    labels = torch.zeros(1, dtype=torch.int64) if flow.config.num_classes else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an overflow, which the line below reports
+        images = decode(flow, z, labels, strategy="sequential", certify=False).images
+    change = float((flow.encode(images, labels)[0] - z).abs().max())
+    if not change <= _ROUND_TRIP:  # or NaN
+        yield (
+            f"{folder}: a latent that is decoded and encoded again is off by {change:.1e}, more than {_ROUND_TRIP:g}; "
+            "the weights are damaged or badly conditioned: copy the folder again, or train it on"
+        )

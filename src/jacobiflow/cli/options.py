@@ -1,34 +1,26 @@
-"""Options that mean the same in every command, and what they stand for."""
+"""Options that commands share, and their values."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
-from zipfile import BadZipFile
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-import torch
 import typer
-from jaxtyping import Int
-from torch import Tensor
-from typer.core import TyperCommand
 
-from jacobiflow.calibration import Report
-from jacobiflow.checks import short
-from jacobiflow.data import SOURCES, DataError, ImageDataset, balanced_labels, load_images
-from jacobiflow.data.idx import Split
-from jacobiflow.errors import InputValueError
-from jacobiflow.files import write_json
-from jacobiflow.flows.fingerprint import check_fingerprint
-from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.flows.registry import load
-from jacobiflow.guidance import Guidance
-from jacobiflow.latents import MOST_SAMPLES, draw_labels
-from jacobiflow.storage import Manifest, SampleFolder
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from jacobiflow.calibration import Report
+    from jacobiflow.flows.guidance import Guidance as GuidanceValue
+    from jacobiflow.flows.guidance import SamplingSettings
+    from jacobiflow.flows.image_flow import ImageFlow
 
 Model = Annotated[str, typer.Option("--model", help="A bundled name, a model folder, or a hub id.")]
-Images = Annotated[str, typer.Option("--images", help=f"{', '.join(SOURCES)}, or a folder of images or IDX files.")]
+SOURCES = "digits, fashion-512, emoji-256, fashion-mnist, an .npz file, or a folder of images or IDX files."
+Images = Annotated[str, typer.Option("--images", help=SOURCES)]
 Labels = Annotated[
     str,
     typer.Option(
@@ -36,126 +28,131 @@ Labels = Annotated[
         help="balanced, random, none, numbers such as 0,1,2 (repeated), or a .txt or .npy file with one per image.",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Fixes all that is drawn at random.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, float64, bfloat16, float16, or tf32 on a GPU.")]
 ReportFile = Annotated[
     Path | None,
-    typer.Option("--report", help="A report of jacobiflow calibrate: where to start in each block, by IGM."),
+    typer.Option("--report", help="A report of jacobiflow calibrate: the guess to start from in each block."),
 ]
-Dtype = Annotated[str, typer.Option("--dtype", help="float32, float64, bfloat16, float16, or tf32 on a GPU.")]
-GuidanceWeight = Annotated[float, typer.Option("--guidance", help="Weight of classifier-free guidance; 0 is off.")]
-GuidanceOn = Annotated[str, typer.Option("--guidance-on", help="Guide both, only the scale, or only the shift.")]
-ConstantGuidance = Annotated[
-    bool, typer.Option("--constant-guidance", help="The same weight for every token, not rising along them.")
-]
-AttnTemperature = Annotated[
-    float, typer.Option("--attn-temperature", help="Attention temperature of guidance's unconditional row.")
-]
-SamplesFolder = Annotated[Path | None, typer.Option("--samples", help="A folder that jacobiflow sample wrote.")]
-Denoise = Annotated[float, typer.Option("--denoise", help="Rate of one denoising step; 0 is off, 1 the norm.")]
-FEATURES = "fashion (fashion-FID, of 28x28 grey images), emoji (emoji-FID, of 32x32 images in colour)"
-Features = Annotated[str, typer.Option("--features", help=f"{FEATURES}, or inception (FID).")]
-Inception = Annotated[
-    Path | None, typer.Option("--inception", help="File of Inception's weights; fetched where it is not given.")
-]
-RealImages = Annotated[
+_GUIDANCE = (
+    'Weight of classifier-free guidance, or "4,attn_temperature=1.2"; other keys: annealed=false, on=scale, on=shift.'
+)
+Guidance = Annotated[str, typer.Option("--guidance", help=f"{_GUIDANCE} 0 is off.")]
+GuidanceOrRecommended = Annotated[
     str | None,
+    typer.Option("--guidance", help=f"{_GUIDANCE} 0 is off. Default: as the model recommends.", show_default=False),
+]
+DenoiseOrRecommended = Annotated[
+    float | None,
     typer.Option(
-        "--images",
-        help=f"Real images to compare with: {', '.join(SOURCES)}, or a folder. Default for fashion-FID "
-        "and emoji-FID: the training images of their features, of which statistics are bundled.",
+        "--denoise", help="Rate of one denoising step; 0 is off. Default: as the model recommends.", show_default=False
     ),
 ]
-Stats = Annotated[
-    Path | None, typer.Option("--stats", help="Statistics of real images to compare with, such as *_fid_stats.pth.")
+Tolerance = Annotated[
+    float | None,
+    typer.Option("--tolerance", help="Largest residual |g(x) - x| in any block. Default: 1e-3, or a file's own."),
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
-Html = Annotated[
-    Path | None,
-    typer.Option(
-        "--html",
-        help="Also write tables, pictures, settings and figures to this file: one HTML page, which needs nothing else.",
-    ),
-]
-
+MOST_AT_ONCE = 65_536  # latents of a batch of so many take 200 MB for images of 28x28
 BatchSize = Annotated[
     str | None,
     typer.Option(
-        "--batch-size",
-        help="Images solved together, or auto: as many as fit in free memory. Default: all, at most 64.",
+        "--batch-size", help="Images solved together, or auto: as many as fit in memory. Default: all, at most 64."
     ),
 ]
-AUTO = "auto"
-LABEL_FILES = (".txt", ".npy")
-
-_MOST_AT_ONCE = 65_536  # latents of a batch of so many take 200 MB for images of 28x28
-LIMITS = {
-    **dict.fromkeys(("num", "final", "paired", "test_images", "shard_size"), MOST_SAMPLES),
-    **dict.fromkeys(("batch_size", "traced", "repeats", "image_size"), _MOST_AT_ONCE),
-}
+ImagesAtATime = Annotated[
+    int, typer.Option("--batch-size", min=1, max=MOST_AT_ONCE, help="Images in the network at a time.")
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
 
 
-class Limited(TyperCommand):
-    """A command that refuses numbers above `LIMITS` before it starts."""
+def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> ImageFlow:
+    """Loads the flow that `--model`, `--device` and `--dtype` name; tf32 is set for the whole process."""
+    import torch
 
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command. **Raises** `ValueError` for a number above its limit."""
-        for name, most in LIMITS.items():
-            value = ctx.params.get(name)
-            for number in value if isinstance(value, list | tuple) else (value,):
-                if isinstance(number, int) and number > most:
-                    raise InputValueError(f"{name}={number}: the limit is {most:,}; give less")
-        return super().invoke(ctx)
+    from jacobiflow.errors import InputValueError
+    from jacobiflow.flows.registry import load
 
-
-def load_model(name: str, device: str, dtype: str = "float32") -> ImageFlow:
-    """The flow that `--model`, `--device` and `--dtype` name; tf32 is set for the whole process."""
     if dtype == "tf32":
         if not device.startswith("cuda"):
-            raise InputValueError(f"--dtype tf32: only a GPU has it, and --device is {short(device)}; give float32")
+            raise InputValueError(f"--dtype tf32: only a GPU has it, and --device is {device}; give float32")
         torch.set_float32_matmul_precision("high")
         dtype = "float32"
     return load(name, device, dtype)
 
 
+def parse_guidance(text: str | None) -> GuidanceValue | None:
+    """Returns the value of `--guidance`; None if it is off or not given."""
+    from jacobiflow.flows.guidance import Guidance
+
+    guidance = None if text is None else Guidance.parse(text)
+    return guidance if guidance is not None and guidance.weight else None
+
+
+def resolve_settings(
+    flow: ImageFlow, guidance: str | None, denoise: float | None, plain: bool, has_labels: bool
+) -> tuple[SamplingSettings, str]:
+    """Returns the guidance and the denoising to sample with, and a line about their origin.
+
+    Options replace what the flow recommends; `plain` is neither. A flow with classes is guided by default only if the
+    samples have labels.
+    """
+    from jacobiflow.errors import InputValueError
+    from jacobiflow.flows.guidance import SamplingSettings
+
+    if plain and (guidance is not None or denoise is not None):
+        raise InputValueError("--plain: excludes --guidance and --denoise; leave one of them out")
+    recommended = SamplingSettings() if plain else flow.recommended
+    default, note = recommended.guidance, ""
+    if guidance is None and default is not None and flow.config.num_classes > 0 and not has_labels:
+        default, note = None, "; the recommended guidance needs labels"
+    settings = SamplingSettings(
+        default if guidance is None else parse_guidance(guidance), recommended.denoise if denoise is None else denoise
+    )
+    if settings == recommended != SamplingSettings():
+        note = " (recommended by the model; --plain turns it off)"
+    return settings, f"settings: {settings_text(settings)}{note}"
+
+
+def settings_text(settings: SamplingSettings) -> str:
+    """Returns the options by which `jacobiflow sample` takes `settings`."""
+    guidance = [] if settings.guidance is None else [f"--guidance {settings.guidance}"]
+    return " ".join([*guidance, *[f"--denoise {settings.denoise:g}"] * (settings.denoise > 0)]) or "--plain"
+
+
+def guidance_text(flow: ImageFlow, guidance: GuidanceValue | None) -> list[str]:
+    """Returns the options by which `jacobiflow sample` draws from `flow` under `guidance`."""
+    if guidance is None:
+        return ["--guidance", "0"] if flow.recommended.guidance is not None else []
+    return ["--guidance", str(guidance)]
+
+
 def parse_batch_size(text: str | None) -> int | None:
-    """The number that `--batch-size` gives; `None` for "auto", or where it is not given."""
-    if text is None or text == AUTO:
+    """Returns the number that `--batch-size` gives; None for "auto", or if it is not given."""
+    from jacobiflow.errors import InputValueError
+
+    if text is None or text == "auto":
         return None
-    if not re.fullmatch("[0-9]{1,18}", text) or not int(text):
-        raise InputValueError(f"--batch-size {short(text)}: give a positive whole number, or auto")
-    if int(text) > LIMITS["batch_size"]:
-        raise InputValueError(f"--batch-size {text}: the limit is {LIMITS['batch_size']:,}; give less")
+    if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) <= MOST_AT_ONCE:
+        raise InputValueError(f"--batch-size {text[:40]}: give a whole number from 1 to {MOST_AT_ONCE:,}, or auto")
     return int(text)
 
 
-def print_memory(needed: int | None) -> None:
-    """Say how many bytes a batch takes, where that is known."""
-    if needed is not None:
-        print(f"memory: at most {needed / 1e6:,.1f} MB for a batch, beside the weights")
+def parse_labels(text: str, num: int, flow: ImageFlow, seed: int) -> Tensor | None:
+    """Returns the labels of `num` samples that `--labels` gives; `seed` is that of random ones."""
+    import torch
 
+    from jacobiflow.data import balanced_labels
+    from jacobiflow.errors import InputValueError
+    from jacobiflow.latents import draw_labels
 
-def open_samples(path: Path, flow: ImageFlow) -> SampleFolder:
-    """The samples in a folder, whole and of this flow. **Raises** `ValueError` where they are not."""
-    folder = SampleFolder.open(path)
-    check_fingerprint(folder.manifest.fingerprint, flow, f"--samples {path}: drawn from", "give that one as --model")
-    folder.check()
-    return folder
-
-
-def parse_labels(text: str, num: int, flow: ImageFlow, seed: int) -> Int[Tensor, " n"] | None:
-    """Labels for `num` samples: "balanced", "random", "none", numbers such as "3" or "0,1,2", repeated in order, or a
-    file of `num` numbers.
-
-    **Raises** `ValueError` for any other text, and for a class that the flow does not have.
-    """
     if text == "none" or (text in ("balanced", "random") and not flow.config.num_classes):
         return None
     if text == "balanced":
         return balanced_labels(num, flow.config.num_classes)
     if text == "random":
         return draw_labels(num, flow.config.num_classes, seed)
-    if text.endswith(LABEL_FILES):
+    if text.endswith((".txt", ".npy")):
         labels = _read_labels(Path(text), num)
         flow.check_labels(labels, num)
         return labels
@@ -164,67 +161,71 @@ def parse_labels(text: str, num: int, flow: ImageFlow, seed: int) -> Int[Tensor,
             f"--labels {text}: give balanced, random, none, whole numbers with commas between, or a .txt or .npy file"
         )
     numbers = torch.tensor([int(part) for part in text.split(",")])
-    flow.check_labels(numbers, len(numbers))  # all that are named, also where there are fewer samples
+    flow.check_labels(numbers, len(numbers))  # all of them, also if there are fewer samples
     return numbers[torch.arange(num) % len(numbers)]
 
 
-def _read_labels(path: Path, num: int) -> Int[Tensor, " n"]:
-    """The whole numbers in a text file, or in an array of NumPy."""
+def _read_labels(path: Path, num: int) -> Tensor:
+    """Whole numbers of a text file, or of an array of NumPy."""
+    import numpy as np
+    import torch
+
+    from jacobiflow.errors import InputValueError
+
     try:
         if path.suffix == ".npy":
-            labels = np.load(path, mmap_mode="r", allow_pickle=False)  # its shape is checked before it is read
+            labels = np.load(path, mmap_mode="r")  # its shape is checked before it is read
         else:
-            labels = np.array([int(word) for word in re.split(r"[\s,]+", path.read_text().strip())])
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputValueError(f"--labels {path}: cannot be read as whole numbers ({reason})") from error
-    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or labels.shape != (num,):
-        have = f"{labels.dtype} of shape {labels.shape}" if isinstance(labels, np.ndarray) else "several arrays"
-        raise InputValueError(f"--labels {path}: {have}; give {num:,} whole numbers, one per image")
-    if int(labels.max()) > np.iinfo(np.int64).max:
-        raise InputValueError(f"--labels {path}: label {labels.max()}; give a class of the model")
+            labels = np.array([int(word) for word in path.read_text().replace(",", " ").split()], np.int64)
+    except (OSError, ValueError, EOFError, OverflowError) as error:
+        raise InputValueError(f"--labels {path}: cannot be read as whole numbers ({error})") from error
+    if labels.dtype.kind not in "iu" or labels.shape != (num,):
+        raise InputValueError(
+            f"--labels {path}: {labels.dtype} of shape {labels.shape}; give {num:,} whole numbers, one per image"
+        )
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def parse_guidance(weight: float, on: str, constant: bool, attn_temperature: float) -> Guidance | None:
-    """The guidance that the options ask for; `None` where it is off. **Raises** `ValueError` as `Guidance` does."""
-    guidance = Guidance(weight, not constant, on, attn_temperature)  # type: ignore[arg-type]
-    return guidance if weight else None
+def load_report(path: Path | None, flow: ImageFlow) -> Report | None:
+    """Returns the report of `--report`, if there is one, after a check that it is of this flow."""
+    from jacobiflow.calibration import Report
 
-
-def read_images(source: str, size: int, channels: int, split: Split = "train") -> ImageDataset:
-    """`jacobiflow.data.load_images` of what `--images` names. **Raises** `ValueError`, which names the option too."""
-    try:
-        return load_images(source, size, channels, split)
-    except DataError as error:
-        raise InputValueError(f"--images {source}: {str(error).removeprefix(f'{source}: ')}") from error
-
-
-def load_report(path: Path, flow: ImageFlow) -> Report:
-    """The report in a file. **Raises** `ValueError` where it is none, or of another flow."""
+    if path is None:
+        return None
     report = Report.load(path)
     report.check(flow)
     return report
 
 
-def guidance_words(guidance: Guidance | None) -> list[str]:
-    """The options that `parse_guidance` turns into `guidance`, without those that are as by default."""
-    if guidance is None:
-        return []
-    words = ["--guidance", f"{guidance.weight:g}"]
-    words += [] if guidance.on == "both" else ["--guidance-on", guidance.on]
-    words += [] if guidance.annealed else ["--constant-guidance"]
-    return words if guidance.attn_temperature == 1 else [*words, "--attn-temperature", f"{guidance.attn_temperature:g}"]
+def check_files(model: str | None, reads: Iterable[str | Path | None], **writes: Path | None) -> None:
+    """Checks the files that a command writes, by option, before long work starts.
+
+    Raises ValueError if one cannot be written, or is a file that the command reads.
+    """
+    from jacobiflow.errors import InputValueError
+    from jacobiflow.flows.folder import CONFIG, WEIGHTS, bundled
+
+    folder = bundled().get(model or "", Path(model or ""))
+    inputs = [*reads, *([] if model is None else [folder / CONFIG, folder / WEIGHTS])]
+    places = {Path(path).resolve(): path for path in inputs if path is not None and os.path.exists(path)}
+    for name, path in writes.items():
+        if path is None:
+            continue
+        option, place = f"--{name.replace('_', '-')} {path}", path.resolve()
+        if place.is_dir():
+            raise InputValueError(f"{option}: is a folder; give a file")
+        for outer in (place, *place.parents):
+            if outer in places:
+                raise InputValueError(f"{option}: is in {places[outer]}, which this command reads; give another file")
+        nearest = next(parent for parent in place.parents if parent.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise InputValueError(f"{option}: cannot be written; give a file in another folder")
 
 
-def sample_words(drawn: Manifest) -> list[str]:
-    """The options of `jacobiflow sample` that tell what the samples of a manifest are."""
-    guidance = None if drawn.guidance is None else Guidance(**drawn.guidance)
-    words = ["--strategy", drawn.strategy, "--seed", str(drawn.seed), *guidance_words(guidance)]
-    return [*words, "--denoise", f"{drawn.denoise:g}"]
+def write_results(path: Path | None, results: dict[str, object]) -> None:
+    """Writes the results to the file of `--json`, if there is one."""
+    from jacobiflow.files import write_json
 
-
-def report(path: Path | None, figures: dict[str, Any]) -> None:
-    """Write the figures of `--json`, if asked for."""
     if path is not None:
-        write_json(path, figures)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, results)

@@ -1,25 +1,19 @@
-"""`jacobiflow plan`: the cheapest way to solve every block on this machine."""
+"""`jacobiflow plan`: the fastest solver for each block on this machine."""
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
-from jacobiflow.calibration import find_report
-from jacobiflow.cli import options, paths
-from jacobiflow.cli.settings import guidance_words
+from jacobiflow.cli import options
+from jacobiflow.cli.screen import Table, show
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.folder import REPORT
-from jacobiflow.solvers import Solver
-from jacobiflow.strategy import plan as make
-from jacobiflow.strategy.memory import batch_bytes, fitting_batch
-from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
+
+if TYPE_CHECKING:
+    from jacobiflow.flows.image_flow import ImageFlow
+    from jacobiflow.solvers import Solver
 
 _MOST = 1024  # images in a batch that is chosen
 
@@ -27,12 +21,18 @@ _MOST = 1024  # images in a batch that is chosen
 def plan(
     out: Annotated[Path, typer.Option("--out", help="File for the strategy (JSON).")],
     model: options.Model = "fashion-p2",
-    report: Annotated[
+    tuning: Annotated[
         Path | None,
-        typer.Option(
-            "--report", help="By jacobiflow calibrate --chord; default: the one of this guidance in the model's folder."
-        ),
+        typer.Option("--tuning", help="Fitted by --tune; default: the one of this guidance in the model's folder."),
     ] = None,
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="First fit guesses and corrections, and keep them as tuning.json in the model's folder, or beside "
+            "--out for a bundled model; under guidance as tuning-guided.json.",
+        ),
+    ] = False,
     batch_size: Annotated[
         str,
         typer.Option(
@@ -42,61 +42,75 @@ def plan(
     ] = "1",
     tolerance: Annotated[
         float, typer.Option("--tolerance", help="Largest residual in any block, and largest error of an image.")
-    ] = DEFAULT_TOLERANCE,
-    guidance: options.GuidanceWeight = 0.0,
-    guidance_on: options.GuidanceOn = "both",
-    constant_guidance: options.ConstantGuidance = False,
-    attn_temperature: options.AttnTemperature = 1.0,
+    ] = 1e-3,
+    guidance: options.Guidance = "0",
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     json: options.Json = None,
 ) -> None:
-    """Time sweeps on this machine, and find the cheapest strategy for a model, a batch size and a tolerance.
+    """Find the fastest strategy for a model here.
 
-    What the strategy "auto" does by itself, as a file to look at, to keep and to give to sample.
+    Times solvers on this machine, for one batch size and tolerance. The file is the plan that the strategy "auto" makes
+    by itself: to look at, to keep and to give to sample.
 
     Example: jacobiflow plan --model fashion-p2 --batch-size 4 --out out/plan.json
     """
-    paths.check(json, out_file=out, model=model, report=report)
+    import shlex
+
+    from jacobiflow.strategy import Tuning, find_tuning
+    from jacobiflow.strategy import plan as race
+    from jacobiflow.strategy.memory import batch_bytes, fitting_batch
+
+    options.check_files(model, [tuning], out=out, json=json)
     size = options.parse_batch_size(batch_size)
     if out.suffix != ".json":
         raise InputValueError(f"--out {out}: give a file that ends in .json")
-    flow = options.load_model(model, device, dtype)
-    guide = options.parse_guidance(guidance, guidance_on, constant_guidance, attn_temperature)
-    path = report or find_report(flow, guide)
-    if path is None:
-        raise InputValueError(f"--model {model}: has no {REPORT}; give --report, by jacobiflow calibrate --chord")
-    size = size or fitting_batch(flow, _MOST, guide)
-    found = make(flow, options.load_report(path, flow), size, tolerance, guidance=guide)
-    prediction = found.prediction
+    if fit and tuning is not None:
+        raise InputValueError(f"--tuning {tuning}: leave it out with --tune")
+    flow = options.load_model(model, device, dtype).guided(options.parse_guidance(guidance))
+    size = size or fitting_batch(flow, _MOST)
+    file = _tune(flow, model, out) if fit else tuning or find_tuning(flow)
+    strategy = race(flow, None if file is None else Tuning.load(file), size, tolerance)
+    prediction = strategy.prediction
     assert prediction is not None  # plan makes it
-    with paths.making(out.parent):
-        found.save(out)
-    options.report(json, found.to_json() | {"model": model, "report": str(path)})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    strategy.save(out)
+    tuned = None if file is None else str(file)
+    options.write_results(json, {"model": model, "tuning": tuned, "strategy": strategy.to_json()})
 
     print(f"{model}, batch size {size}, {prediction.device}")
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for column in ("block", "tokens at a time", "until"):
-        table.add_column(column)
-    for i, solver in enumerate(found.solvers):
-        table.add_row(str(i), *_words(solver, flow.config.num_tokens))
-    Console().print(table)
+    rows = [(str(i), *_describe(solver, flow.config.num_tokens)) for i, solver in enumerate(strategy.solvers)]
+    show(Table("", ("block", "tokens at a time", "until"), rows, words=(0, 1, 2)))
     print(
-        f"predicted: {prediction.seconds:.3f} s a batch, the sequential loop {prediction.sequential_seconds:.3f} s; "
+        f"predicted: {prediction.seconds:.3f} s a batch, the exact loop {prediction.sequential_seconds:.3f} s; "
         f"largest error of an image {prediction.error:.1e}"
     )
-    options.print_memory(batch_bytes(flow, size, guide))
+    needed = batch_bytes(flow, size)
+    if needed is not None:
+        print(f"memory: at most {needed / 1e6:,.1f} MB for a batch, beside the weights")
     print(f"wrote {out}")
     words = ["jacobiflow", "sample", "--model", model, "--strategy", str(out), "--batch-size", str(size)]
-    words += ["--num", str(size), *guidance_words(flow, guide)]
+    words += ["--num", str(size), *options.guidance_text(flow, flow.guidance)]
     print(f"use it: {shlex.join(words)}")
 
 
-def _words(solver: Solver, num_tokens: int) -> tuple[str, str]:
+def _tune(flow: ImageFlow, model: str, out: Path) -> Path:
+    """The file of a new tuning, in the model's folder if it is one of the user's."""
+    from jacobiflow.strategy import tune
+
+    folder = Path(model) if Path(model).is_dir() else out.parent
+    file = folder / ("tuning.json" if flow.guidance is None else "tuning-guided.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tune(flow).save(file)
+    print(f"wrote {file}")
+    return file
+
+
+def _describe(solver: Solver, num_tokens: int) -> tuple[str, str]:
     tokens = str(solver.partition.stop(0, num_tokens))
     if tokens == "1":
         return tokens, "exact"
-    coarse = f"{solver.coarse} sweeps in bfloat16, then " if solver.coarse else ""
+    low = f"{solver.bf16_sweeps} sweeps in bfloat16, then " if solver.bf16_sweeps else ""
     if solver.stopping.atol is not None:
-        return tokens, f"{coarse}changes are below {solver.stopping.atol:.1e}"
-    return tokens, f"{coarse}{solver.stopping.max_sweeps} sweeps"
+        return tokens, f"{low}changes are below {solver.stopping.atol:.1e}"
+    return tokens, f"{low}{solver.stopping.max_sweeps} sweeps"

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-import signal
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jacobiflow import sampling
-from jacobiflow.checks import check_device
-from jacobiflow.cli import options, paths
-from jacobiflow.data import Augmentation, Noise
+from jacobiflow.cli import options
+from jacobiflow.cli.screen import progress_bar
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.folder import CONFIG, REPORTS, WEIGHTS
-from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.flows.registry import find_flow, flow_names
-from jacobiflow.measuring import machine
-from jacobiflow.memory import shortage
-from jacobiflow.plots import check_picture, image_grid, save_png
-from jacobiflow.training import StepReport, TrainConfig, read_metrics
-from jacobiflow.training import train as fit
+
+if TYPE_CHECKING:
+    from jacobiflow.flows.image_flow import ImageFlow
+    from jacobiflow.training import StepReport
 
 _SHEET = "samples-{:06d}.png"
+_REPORT_EVERY = 50  # steps
 
 
 def train(
@@ -79,23 +66,38 @@ def train(
     device: options.Device = "cpu",
     json: options.Json = None,
 ) -> None:
-    """Train a TarFlow or a MAF; started again with the same --out, it goes on where it stopped.
+    """Train a TarFlow or a MAF.
+
+    The same command again resumes a run that was stopped.
 
     Example: jacobiflow train --images fashion-mnist --out runs/fashion --steps 6000
     """
-    paths.check(
-        json, out, (CONFIG, WEIGHTS, *REPORTS, "checkpoint.pt", "metrics.jsonl", "samples-*.png"), images=images
-    )
-    flow_class = _flow_class(flow)
-    data = options.read_images(images, image_size, image_channels)
-    noise = noise or ("gaussian" if "noise_std" in _parameters(flow_class) else "uniform")
-    choices = _choices(
+    import sys
+    from dataclasses import asdict
+
+    import torch
+
+    from jacobiflow.checks import check_device
+    from jacobiflow.data import Augmentation, Noise, load_images
+    from jacobiflow.flows.registry import find_flow, flow_names
+    from jacobiflow.measuring import machine
+    from jacobiflow.plots import image_grid, save_png
+    from jacobiflow.sampling import sample
+    from jacobiflow.training import TrainConfig, read_metrics
+    from jacobiflow.training import train as fit
+
+    options.check_files(None, [images], json=json)
+    data = load_images(images, image_size, image_channels)
+    flow_class = find_flow(flow)
+    if flow_class is None:
+        raise InputValueError(f"--flow {flow}: give one of {', '.join(flow_names())}")
+    noise, extra = _extra_options(
         flow_class, noise, patch_size=patch_size, head_dim=head_dim, volume_preserving=volume_preserving or None,
         noise_std=noise_std,
     )  # fmt: skip
     config = flow_class.config_from_options(
         in_channels=image_channels, image_size=image_size, channels=channels, blocks=blocks, layers=layers,
-        num_classes=0 if unconditional or data.labels is None else int(data.labels.max()) + 1, **choices,
+        num_classes=0 if unconditional or data.labels is None else int(data.labels.max()) + 1, **extra,
     )  # fmt: skip
     settings = TrainConfig(
         steps=steps, noise=Noise(noise, config.noise_std),  # type: ignore[arg-type]
@@ -104,94 +106,57 @@ def train(
         checkpoint_every=checkpoint_every, sample_every=sample_every,
     )  # fmt: skip
     place = check_device(device, here=True)
-    _check_memory(flow_class, config, place)
     torch.manual_seed(seed)
     model = flow_class(config)
 
-    console = Console(stderr=True)
-    columns = (TextColumn("training"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
-    with (
-        _sigterm_interrupts(),
-        Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar,
-    ):
-        task = bar.add_task("training", total=steps, figures="")
+    def on_step(report: StepReport) -> None:
+        if report.step % _REPORT_EVERY == 0:
+            metrics = f"loss {report.loss:+.4f}  {report.bits_per_dim:.3f} bits/dim  {report.seconds:.0f} s"
+            print(f"step {report.step}/{steps}  {metrics}", file=sys.stderr)
 
-        def on_start(done: int) -> None:
-            bar.update(task, completed=done)
-            _check_sheets(out, range(done + 1, steps + 1), sample_every)
+    def on_sample(average: ImageFlow, step: int) -> None:
+        labels = options.parse_labels("balanced", 20, average, seed)
+        images = sample(average, num=20, labels=labels, seed=seed, strategy="sequential").images
+        save_png(image_grid(images, columns=10), out / _SHEET.format(step))
 
-        def on_step(step: StepReport) -> None:
-            figures = f"loss {step.loss:+.4f}  {step.bits_per_dim:.3f} bits/dim"
-            bar.update(task, completed=step.step, figures=figures)
-            if not console.is_terminal and step.step % 50 == 0:
-                print(f"step {step.step}/{steps}  {figures}  {step.seconds:.0f} s", file=sys.stderr)
-
-        def on_sample(average: ImageFlow, step: int) -> None:
-            labels = options.parse_labels("balanced", 20, average, seed)
-            drawn = sampling.sample(average, num=20, labels=labels, seed=seed, strategy="sequential", progress=False)
-            save_png(image_grid(drawn.images, columns=10), out / _SHEET.format(step))
-
-        fit(model.to(place), data, settings, out, on_step, on_sample, on_start)
-    figures = {"model": str(out), "flow": flow, "images": len(data), **asdict(config), "training": asdict(settings)}
-    metrics = read_metrics(out)  # empty where no step was left to do and the file was deleted
-    options.report(json, figures | {"last_step": metrics[-1] if metrics else None, **machine(place)})
+    with _sigterm_interrupts(), progress_bar() as progress:
+        fit(model.to(place), data, settings, out, on_step, on_sample, progress)
+    results = {"model": str(out), "flow": flow, "images": len(data), **asdict(config), "training": asdict(settings)}
+    metrics = read_metrics(out)  # empty if no step was left to do and the file was deleted
+    last = metrics[-1] if metrics else None
+    options.write_results(json, results | {"last_step": None if last is None else asdict(last), **machine(place)})
+    if last is not None:
+        print(f"{last.step:,} steps: loss {last.loss:+.4f}, {last.bits_per_dim:.3f} bits per dimension")
     print(f"wrote the model folder {out}")
 
 
-def _flow_class(name: str) -> type[ImageFlow]:
-    """The flow that is registered under `--flow`. **Raises** `ValueError` where there is none."""
-    found = find_flow(name)
-    if found is None:
-        raise InputValueError(f"--flow {name}: give one of {', '.join(flow_names())}")
-    return found
+def _extra_options(flow_class: type[ImageFlow], noise: str | None, **options: Any) -> tuple[str, dict[str, Any]]:
+    """The kind of noise, and the arguments of `config_from_options` that only some flows have; None is left out.
 
-
-def _check_memory(flow_class: type[ImageFlow], config: Any, place: torch.device) -> None:
-    """**Raises** `ValueError` where training a flow of this `config` takes more memory than there is."""
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in flow_class(config).parameters())
-    copies = 5 if place.type == "cpu" else 1  # weights, gradients, their average, and two moments of AdamW
-    lacking = shortage(4 * copies * parameters)
-    if lacking:
-        raise InputValueError(
-            f"a flow of {parameters:,} parameters needs {lacking}; give a smaller --channels, or fewer --blocks"
-        )
-
-
-def _check_sheets(out: Path, steps: range, every: int) -> None:
-    """**Raises** `ValueError` where a sheet of samples would replace a picture that is not one of ours."""
-    for path in sorted(out.glob("samples-*.png")):
-        number = re.fullmatch(r"samples-(\d{6,10})\.png", path.name)
-        if number and int(number[1]) in steps and int(number[1]) % every == 0:
-            check_picture(path)
-
-
-def _parameters(flow_class: type[ImageFlow]) -> Mapping[str, object]:
-    """The options that the flow has, by the signature of its `config_from_options`."""
-    return inspect.signature(flow_class.config_from_options).parameters
-
-
-def _choices(flow_class: type[ImageFlow], noise: str, **given: Any) -> dict[str, Any]:
-    """The options that are not `None`, of those that not every flow has, as arguments of `config_from_options`.
-
-    **Raises** `ValueError` for those that this flow has not. One without `noise_std` takes uniform noise only.
+    A flow without `noise_std` is trained on uniform noise only. Raises ValueError for options that the flow lacks.
     """
-    chosen = {name: value for name, value in given.items() if value is not None}
-    has_std = "noise_std" in _parameters(flow_class)
-    others = {name: value for name, value in chosen.items() if name not in _parameters(flow_class)}
-    if noise != "uniform" and not has_std:
-        others["noise"] = noise
-    if others:
-        words = [f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}" for name, value in others.items()]
+    import inspect
+
+    parameters = inspect.signature(flow_class.config_from_options).parameters
+    extra = {name: value for name, value in options.items() if value is not None}
+    lacking = {name: value for name, value in extra.items() if name not in parameters}
+    has_gaussian = "noise_std" in parameters
+    if noise == "gaussian" and not has_gaussian:
+        lacking["noise"] = noise
+    if lacking:
+        words = [f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}" for name, value in lacking.items()]
         raise InputValueError(f"{', '.join(words)}: not an option of --flow {flow_class.model_type}; leave it out")
-    if has_std and noise != "gaussian":
-        chosen["noise_std"] = 0.0
-    return chosen
+    noise = noise or ("gaussian" if has_gaussian else "uniform")
+    if has_gaussian and noise == "uniform":
+        extra["noise_std"] = 0.0
+    return noise, extra
 
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """A scheduler's SIGTERM ends training as Ctrl-C does: with a checkpoint."""
+    """Ends training on a scheduler's SIGTERM as on Ctrl-C: with a checkpoint."""
+    import signal
+
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

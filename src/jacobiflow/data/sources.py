@@ -1,90 +1,68 @@
-"""Images by name: the data sets that this library reads, and folders."""
+"""Images by the name of a data set, or from a file or folder."""
 
 from __future__ import annotations
 
+import gzip
 import os
-from collections.abc import Callable
+import zipfile
+import zlib
 from importlib import resources
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from jacobiflow.checks import check_count
+from jacobiflow.checks import check_choice, check_count
 from jacobiflow.data.dataset import DataError, ImageDataset
-from jacobiflow.data.emoji import EMOJI_CLASSES, EMOJI_FOLDER, emoji
 from jacobiflow.data.folder import image_folder
-from jacobiflow.data.idx import DIGIT_CLASSES, Split, idx_folder
 
-FASHION_MNIST_CLASSES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
+Split: TypeAlias = Literal["train", "test"]
+
+BUNDLED = {"fashion-512": "fashion512.npz", "emoji-256": "emoji256.npz"}
+SOURCES = (*BUNDLED, "fashion-mnist", "digits")
+"""Names of data sets. Those that ship with the package, and the digits, have no test split."""
+
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-
-
-def fashion_mnist(split: Split = "train", folder: str | Path = FASHION_MNIST_FOLDER) -> ImageDataset:
-    """Fashion-MNIST, from the IDX files of its original distribution (Debian: dataset-fashion-mnist).
-
-    **Arguments:** `split` is "train" (60,000 images) or "test" (10,000); see `idx_folder` for `folder` and for errors.
-    """
-    return idx_folder(folder, split, FASHION_MNIST_CLASSES)
-
-
-def bundled_fashion() -> ImageDataset:
-    """The 512 Fashion-MNIST training images that ship with the package, for demos and calibration."""
-    images, labels = _bundled("fashion512.npz")
-    return ImageDataset(images.unsqueeze(1), labels, FASHION_MNIST_CLASSES)
-
-
-def bundled_emoji() -> ImageDataset:
-    """The 256 images of `emoji` that ship with the package, all of its training split."""
-    return ImageDataset(*_bundled("emoji256.npz"), EMOJI_CLASSES)
-
-
-def _bundled(name: str) -> tuple[Tensor, Tensor]:
-    path = resources.files("jacobiflow.data").joinpath(name)
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"].astype(np.int64))
-
-
-def digits() -> ImageDataset:
-    """scikit-learn's 1,797 handwritten digits, 8x8, their 17 levels stretched to 0 .. 255."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError("digits: needs scikit-learn; pip install 'jacobiflow[eval]'") from error
-    data = load_digits()
-    images = torch.from_numpy(np.rint(data.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
-    return ImageDataset(images, torch.from_numpy(data.target.astype(np.int64)), DIGIT_CLASSES)
-
-
-SOURCES: dict[str, Callable[[Split], ImageDataset]] = {
-    "fashion-512": lambda split: bundled_fashion(),
-    "fashion-mnist": fashion_mnist,
-    "digits": lambda split: digits(),
-    "emoji-256": lambda split: bundled_emoji(),
-    "emoji": emoji,
-}
-"""Data sets by name. A function of the split; one without a test split gives all of its images for either."""
-
-SOURCE_FOLDERS = {"fashion-mnist": FASHION_MNIST_FOLDER, "emoji": EMOJI_FOLDER}
-"""Where those that do not ship with a package are read from."""
+_STEMS = {"train": "train", "test": "t10k"}
+_BROKEN = (OSError, EOFError, LookupError, TypeError, ValueError, zlib.error, zipfile.BadZipFile)
 
 
 def load_images(source: str, size: int, channels: int, split: Split = "train") -> ImageDataset:
-    """Images from `source`: a name in `SOURCES`, or a folder of images or of IDX files.
+    """Loads images by the name of a data set, or from a file or folder.
 
-    The classes of a folder of IDX files are called "0" to "9". A folder of images has no splits, and its images are
-    resized and cropped, see `image_folder`; all others must be `channels` x `size` x `size` as they are.
+    Args:
+        source: "fashion-512" or "emoji-256" (training images that ship with the package), "fashion-mnist" (Debian's
+            dataset-fashion-mnist), "digits" (scikit-learn's), an .npz file with `images` (N, H, W) or (N, C, H, W) and
+            perhaps `labels` (N,), or a folder of IDX files (MNIST's format) or of images; see `image_folder`.
+        size: Side of the images in pixels. Only images of a folder are resized.
+        channels: 3, or 1 for grey.
+        split: "train" or "test". Only "fashion-mnist" and a folder of IDX files have a test split; of the others, all
+            images are returned for either.
 
-    **Raises** `DataError` where the source does not exist, is broken, or has images of another shape.
+    Raises:
+        DataError: If the source does not exist, is broken, or has images of another shape.
+
+    Example:
+        >>> data = load_images("fashion-512", size=28, channels=1)
+        >>> data.images.shape, data.labels.bincount().tolist()
+        (torch.Size([512, 1, 28, 28]), [52, 52, 51, 51, 51, 51, 51, 51, 51, 51])
     """
     size, channels = check_count("size", size), check_count("channels", channels)
-    if source in SOURCES:
-        data = SOURCES[source](split)
+    check_choice("split", split, ("train", "test"))
+    if source == "digits":
+        data = digits()
+    elif source in BUNDLED:
+        with resources.as_file(resources.files("jacobiflow.data") / BUNDLED[source]) as file:
+            data = _npz_file(file)
+    elif source == "fashion-mnist":
+        data = idx_folder(FASHION_MNIST_FOLDER, split)
+    elif source.endswith(".npz"):
+        data = _npz_file(Path(source))
     elif not os.path.isdir(source):
-        raise DataError(f"{source}: neither a folder nor one of {', '.join(SOURCES)}")
+        raise DataError(f"{source}: neither an .npz file, a folder, nor one of {', '.join(SOURCES)}")
     elif any(Path(source).glob("*-idx?-ubyte*")):
         data = idx_folder(source, split)
     else:
@@ -93,3 +71,68 @@ def load_images(source: str, size: int, channels: int, split: Split = "train") -
         have, want = "x".join(map(str, data.images.shape[1:])), f"{channels}x{size}x{size}"
         raise DataError(f"{source}: images are {have}, the flow takes {want}; give other images or a folder")
     return data
+
+
+def digits() -> ImageDataset:
+    """Loads scikit-learn's 1,797 handwritten digits, 8x8, their 17 levels stretched to 0 .. 255."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError("digits: needs scikit-learn; pip install 'jacobiflow[eval]'") from error
+    data = load_digits()
+    return _dataset("digits", np.rint(data.images * (255 / 16)).astype(np.uint8), data.target)
+
+
+def idx_folder(folder: str | Path, split: Split = "train") -> ImageDataset:
+    """Reads MNIST, or a data set in the same files.
+
+    Args:
+        folder: Holds `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, and two files `t10k-...` of the test split;
+            each gzipped or not.
+        split: "train" or "test".
+
+    Raises:
+        DataError: If a file is missing or broken, or images and labels do not fit each other.
+    """
+    images, labels = (
+        _idx_file(Path(folder), f"{_STEMS[split]}-{name}-ubyte") for name in ("images-idx3", "labels-idx1")
+    )
+    return _dataset(folder, images, labels)
+
+
+def _idx_file(folder: Path, name: str) -> NDArray[np.uint8]:
+    path = next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+    if path is None:
+        raise DataError(f"{folder}: no {name}[.gz] (Debian's dataset-fashion-mnist installs Fashion-MNIST)")
+    try:
+        data = path.read_bytes()
+        # The first bytes decide, not the name: a browser may unpack a file and keep its name.
+        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        if data[:3] != b"\0\0\x08":
+            raise DataError(f"starts with {data[:4].hex(' ') or 'nothing'}, not as an IDX file of unsigned bytes")
+        shape = np.frombuffer(data, ">u4", data[3], offset=4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy()
+    except _BROKEN as error:
+        raise DataError(f"{path}: broken ({error}); fetch the file again") from error
+
+
+def _npz_file(path: Path) -> ImageDataset:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            labels = arrays["labels"].astype(np.int64, casting="same_kind") if "labels" in arrays else None
+            return _dataset(path, arrays["images"], labels)
+    except DataError:
+        raise
+    except _BROKEN as error:
+        raise DataError(f"{path}: no .npz file with images and labels ({error})") from error
+
+
+def _dataset(source: object, images: NDArray[np.uint8], labels: NDArray[np.integer] | None) -> ImageDataset:
+    pixels: Tensor = torch.from_numpy(images)
+    try:
+        return ImageDataset(
+            pixels.unsqueeze(1) if pixels.ndim == 3 else pixels,
+            None if labels is None else torch.from_numpy(labels.astype(np.int64)),
+        )
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error

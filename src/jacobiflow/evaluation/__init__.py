@@ -1,8 +1,7 @@
-"""How good a flow and its samples are."""
+"""Quality of a flow and of its samples."""
 
-from jacobiflow.evaluation.convolutional import ConvolutionalFeatures
 from jacobiflow.evaluation.distances import Statistics, frechet_distance, kernel_distance, precision_recall
-from jacobiflow.evaluation.features import NAMES, InceptionFeatures, extract, load_features
+from jacobiflow.evaluation.features import InceptionFeatures, extract, load_features
 from jacobiflow.evaluation.fidelity import (
     Fidelity,
     PixelDifference,
@@ -13,20 +12,7 @@ from jacobiflow.evaluation.fidelity import (
 from jacobiflow.evaluation.likelihood import bayes_accuracy, bits_per_dim
 
 __all__ = [
-    "NAMES",
-    "ConvolutionalFeatures",
-    "Fidelity",
-    "InceptionFeatures",
-    "PixelDifference",
-    "Statistics",
-    "bayes_accuracy",
-    "bits_per_dim",
-    "certificate_histogram",
-    "extract",
-    "fidelity",
-    "frechet_distance",
-    "kernel_distance",
-    "load_features",
-    "pixel_difference",
-    "precision_recall",
-]
+    "Fidelity", "InceptionFeatures", "PixelDifference", "Statistics", "bayes_accuracy", "bits_per_dim",
+    "certificate_histogram", "extract", "fidelity", "frechet_distance", "kernel_distance", "load_features",
+    "pixel_difference", "precision_recall",
+]  # fmt: skip

@@ -1,142 +1,146 @@
-"""Features of images: what Fréchet distances and their kin are taken between."""
+"""Features of images, between which distances are taken."""
 
 from __future__ import annotations
 
-import pickle
-import tempfile
+import runpy
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeAlias
 from urllib.error import URLError
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from jacobiflow.checks import check_choice
 from jacobiflow.data import DataError
-from jacobiflow.errors import InputValueError
-from jacobiflow.evaluation.convolutional import BUNDLED, ConvolutionalFeatures
-from jacobiflow.flows.weights import load_torch
+from jacobiflow.errors import first_line
+from jacobiflow.progress import Progress
 
-Kind = Literal["fashion", "emoji", "inception"]
-NAMES: dict[str, str] = {kind: f"{kind}-FID" for kind in BUNDLED} | {"inception": "FID"}
-"""Kinds of features, and what the Fréchet distance between them is called."""
+FeatureFunction: TypeAlias = Callable[[UInt8[Tensor, "n c h w"]], Float[Tensor, "n d"]]
 
-_POOL = 2048
-_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth, of torch-fidelity's releases"
+INCEPTION = "inception"
+_FILE = "weights-inception-2015-12-05-6726825d.pth"
+
+
+def load_features(name: str, inception: Path | None = None) -> FeatureFunction:
+    """Loads a function from 8-bit images to features.
+
+    Args:
+        name: "inception", or "FILE.py:FUNCTION", a function of your own, which takes uint8 images (N, C, H, W) and
+            returns floating-point features (N, d). The file is run.
+        inception: A file of Inception's weights; see `InceptionFeatures`.
+
+    Raises:
+        DataError: If there is no such function, or Inception's weights are missing or broken.
+    """
+    if name == INCEPTION:
+        return InceptionFeatures(inception)
+    file, _, function = name.rpartition(":")
+    if not file.endswith(".py") or not Path(file).is_file():
+        raise DataError(f"{name}: give inception, or FILE.py:FUNCTION for features of your own")
+    features = runpy.run_path(file).get(function)
+    if not callable(features):
+        raise DataError(f"{name}: no function of this name in the file")
+    return features
+
+
+def distance_name(name: str) -> str:
+    """Returns the name of the Fréchet distance between the features that `load_features` loads by `name`."""
+    return "FID" if name == INCEPTION else f"{name.rpartition(':')[2]}-FID"
 
 
 class InceptionFeatures(nn.Module):
-    """The 2,048 features of the Inception network that defines FID, as torchmetrics has it.
+    """The 2,048 features of the Inception network that defines FID.
 
-    It takes 8-bit images (N, 1 or 3, H, W), grey ones as three equal channels, and resizes them itself.
+    The network is torch-fidelity's, resized as torchmetrics does. It takes 8-bit images (N, 1 or 3, H, W), grey ones as
+    three equal channels.
 
-    **Arguments:** `weights`, a file of the network's weights. With `None` they are read from PyTorch's hub folder, or
-    downloaded into it.
+    Args:
+        weights: A file of the network's weights. By default it is read from PyTorch's hub folder, or downloaded there.
 
-    **Raises** `DataError` where torchmetrics and torch-fidelity are not installed, there are no such weights, or one is
-    not finite.
+    Raises:
+        DataError: If torchmetrics or torch-fidelity is not installed, or the weights are missing or broken.
 
     Reference: Heusel et al., GANs Trained by a Two Time-Scale Update Rule, arXiv 1706.08500.
     """
 
-    num_features = _POOL
-
     def __init__(self, weights: Path | None = None) -> None:
         super().__init__()
-        need_torchmetrics("FID")
+        need_extra("Inception's features")
         from torchmetrics.image.fid import NoTrainInceptionV3
 
-        state = _download() if weights is None else load_tensors(weights, _WEIGHTS)
-        with tempfile.TemporaryDirectory() as folder:  # torch-fidelity reads a file, and would run what else it holds
-            path = Path(folder) / "weights.pth"
-            torch.save(state, path)
-            try:
-                self.network = NoTrainInceptionV3("inception-v3-compat", [str(_POOL)], str(path))
-            except (RuntimeError, AttributeError, TypeError) as error:
-                raise DataError(f"{weights or _hub_file()}: weights of another network; give {_WEIGHTS}") from error
-        broken = [name for name, value in self.network.state_dict().items() if not value.isfinite().all()]
-        if broken:
-            raise DataError(f"{weights or _hub_file()}: {broken[0]} has non-finite values; give {_WEIGHTS}")
+        file = weights or _hub_file()
+        load_tensors(file, _FILE)  # torch-fidelity would run code in the file
+        try:
+            self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(file))
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise DataError(f"{file}: weights of another network; give {_FILE}") from error
 
     def forward(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n 2048"]:
-        """The features. **Raises** `ValueError` for images of another type or number of channels."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-            have = f"{images.dtype} of shape {tuple(images.shape)}"
-            raise InputValueError(f"images: {have}; Inception takes torch.uint8 of shape (N, 1 or 3, H, W)")
+        """Returns the features of 8-bit images."""
         return self.network(images.expand(-1, 3, -1, -1))
 
 
-def _download() -> Any:
-    """Inception's weights from PyTorch's hub folder, downloaded into it where they are missing."""
-    from torch_fidelity import feature_extractor_inceptionv3 as network
-
-    try:
-        return network.load_state_dict_from_url(network.URL_INCEPTION_V3, map_location="cpu", weights_only=True)
-    except URLError as error:
-        raise DataError(
-            f"Inception's weights: not at {_hub_file()}, and the download failed ({error.reason}); give the file "
-            f"{_WEIGHTS}, or use features whose weights are bundled"
-        ) from error
-    except Exception as error:  # torch.load raises many kinds
-        raise DataError(f"{_hub_file()}: not Inception's weights ({_reason(error)}); remove it") from error
-
-
 def _hub_file() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / _WEIGHTS.partition(",")[0]
+    """Returns Inception's weights in PyTorch's hub folder, downloaded into it if they are missing."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    file = Path(torch.hub.get_dir()) / "checkpoints" / _FILE
+    if not file.exists():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), hash_prefix="6726825d")
+        except URLError as error:
+            raise DataError(
+                f"Inception's weights: not at {file}, and the download failed ({error.reason}); give the file, or "
+                "features of your own"
+            ) from error
+    return file
 
 
 def load_tensors(path: Path, expected: str) -> Any:
-    """What `torch.save` wrote, tensors only: no code in the file is run.
-
-    **Raises** `DataError` that names the file and says to give the `expected` one.
-    """
+    """Loads what `torch.save` wrote, tensors only: no code in the file is run."""
     try:
-        return load_torch(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give {expected}") from error
     except Exception as error:  # torch.load raises many kinds
-        raise DataError(f"{path}: no file of tensors ({_reason(error)}); give {expected}") from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):
-        return "not a file of PyTorch, or one that holds more than tensors, which is not run"
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
-def load_features(kind: Kind, inception: Path | None = None) -> ConvolutionalFeatures | InceptionFeatures:
-    """The network of a kind, in evaluation mode; see `InceptionFeatures` for `inception`, its file, and for errors."""
-    check_choice("kind", kind, tuple(NAMES))
-    return ConvolutionalFeatures.bundled(kind) if kind in BUNDLED else InceptionFeatures(inception)
+        raise DataError(f"{path}: no file of tensors ({first_line(error)}); give {expected}") from error
 
 
 @torch.inference_mode()
 def extract(
-    features: nn.Module,
+    features: FeatureFunction,
     batches: Iterable[UInt8[Tensor, "b c h w"]],
-    on_batch: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
+    num: int = 0,
     batch_size: int = 250,
 ) -> Float[Tensor, "n d"]:
-    """Features (N, d), on the CPU, of all images in `batches`, `batch_size` at a time.
+    """Computes the features of images on the CPU.
 
-    `on_batch` is called with the number of images each time. **Raises** `DataError` where there are no images.
+    Args:
+        features: A function, or a module, which gets the images on its device.
+        batches: 8-bit images (N, C, H, W), in parts of any size.
+        progress: Called after each batch.
+        num: The number of all images, for `progress`.
+        batch_size: Images in the network at a time.
     """
-    device = next(features.parameters()).device
-    found = []
+    weight = next(features.parameters(), None) if isinstance(features, nn.Module) else None
+    device = torch.device("cpu") if weight is None else weight.device
+    parts, done = [], 0
     for images in batches:
         for part in images.split(batch_size):
-            found.append(features(part.to(device)).float().cpu())
-            if on_batch is not None:
-                on_batch(len(part))
-    if not found:
+            parts.append(features(part.to(device)).float().cpu())
+            done += len(part)
+            if progress is not None:
+                progress(done, max(num, done), "features")
+    if not parts:
         raise DataError("features of no images: give at least one")
-    return torch.cat(found)
+    return torch.cat(parts)
 
 
-def need_torchmetrics(what: str) -> None:
-    """**Raises** `DataError` where torchmetrics and torch-fidelity are not installed."""
+def need_extra(what: str) -> None:
+    """Raises DataError if torchmetrics or torch-fidelity is not installed."""
     try:
         import torch_fidelity  # noqa: F401
         import torchmetrics  # noqa: F401

@@ -1,30 +1,22 @@
-"""What the configs of flows share: what they say of their flow, and the largest sizes."""
+"""Shapes of flows: the values that every config has, and the configs of TarFlow and MAF."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from jacobiflow.checks import check_count, convert_numbers
+from jacobiflow.checks import check_count, check_flag, check_number, convert_numbers
 from jacobiflow.errors import InputValueError
 
-MOST_CHANNELS = 2**20
-MOST_BLOCKS, MOST_TOKENS = 1_000, 2**16
-MOST_LAYERS = 10_000  # of all blocks together
-MOST = MappingProxyType({
-    "image_size": 4_096, "patch_size": 4_096, "num_blocks": MOST_BLOCKS, "layers_per_block": 1_000,
-    "hidden_layers": 1_000, "num_tokens": MOST_TOKENS, "num_classes": 1_000_000,
-})  # fmt: skip
-"""The largest sizes by name, other ones being channels. A config with more is a slip or a trap: none is published, and
-building the flow, or looping over its parts, would not end.
-"""
+_MAX_SIZE = 2**20  # a larger one is a slip
 
 
 class FlowConfig(Protocol):
-    """What every config says of its flow: a frozen dataclass of numbers and strings with these among its values.
+    """The shape of a flow: a frozen dataclass of numbers and strings with these among its values.
 
-    `noise_std` is the Gaussian noise of the training images, 0 where they were dequantised uniformly.
+    `num_classes` is 0 for an unconditional flow, `noise_std` for images that were dequantised uniformly.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -45,21 +37,114 @@ class FlowConfig(Protocol):
     def token_channels(self) -> int: ...
 
 
-def check_sizes(config: FlowConfig, names: Sequence[str]) -> None:
-    """**Raises** `TypeError` where a field of those `names`, or num_classes, is no whole number, `ValueError` where it
-    is not positive (num_classes may be 0) or above its limit in `MOST`.
+@dataclass(frozen=True)
+class TarFlowConfig:
+    """Shape of a `TarFlow`.
+
+    Args:
+        in_channels: Channels of an image.
+        image_size: Height and width of an image, in pixels.
+        patch_size: Height and width of a patch, which is a token; divides `image_size`.
+        channels: Width of the transformers.
+        num_blocks: Affine blocks, each with a transformer.
+        layers_per_block: Layers of a transformer.
+        num_classes: 0 for an unconditional flow.
+        nvp: Whether blocks scale ("non-volume-preserving"). Without it they shift only, and the flow learns the
+            variance of its prior.
+        head_dim: Channels of an attention head; divides `channels`.
+        expansion: Hidden units of a layer's perceptron, in multiples of `channels`.
+        noise_std: Gaussian noise of the training images, which denoising removes; 0 for uniform dequantisation.
+
+    Example:
+        >>> config = jf.TarFlowConfig(1, 8, 2, channels=64, num_blocks=4, layers_per_block=2)
+        >>> config.num_tokens, config.token_channels
+        (16, 4)
     """
+
+    in_channels: int
+    image_size: int
+    patch_size: int
+    channels: int
+    num_blocks: int
+    layers_per_block: int
+    num_classes: int = 0
+    nvp: bool = True
+    head_dim: int = 64
+    expansion: int = 4
+    noise_std: float = 0.0
+
+    def __post_init__(self) -> None:
+        sizes = ("in_channels", "image_size", "patch_size", "channels", "num_blocks", "layers_per_block")
+        _check_sizes(self, (*sizes, "head_dim", "expansion"))
+        if self.image_size % self.patch_size:
+            raise InputValueError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
+        if self.channels % self.head_dim:
+            raise InputValueError(f"head_dim={self.head_dim} does not divide channels={self.channels}")
+        check_flag("nvp", self.nvp)
+        check_number("noise_std", self.noise_std, give="0 or a positive standard deviation")
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the number of patches."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def token_channels(self) -> int:
+        """C, the number of values in one patch."""
+        return self.in_channels * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class MAFConfig:
+    """Shape of a `MAF`.
+
+    Args:
+        in_channels: Channels of an image.
+        image_size: Height and width of an image, in pixels.
+        hidden_features: Units of a hidden layer.
+        num_blocks: Affine blocks, each with a masked network.
+        hidden_layers: Hidden layers of a network.
+        num_classes: 0 for an unconditional flow.
+        logit_alpha: Pixels p in [0, 1] enter as the logit of alpha + (1 - 2 alpha) p, which is finite at both ends.
+
+    Example:
+        >>> jf.MAFConfig(1, 8, hidden_features=64, num_blocks=4).num_tokens
+        64
+    """
+
+    in_channels: int
+    image_size: int
+    hidden_features: int
+    num_blocks: int
+    hidden_layers: int = 2
+    num_classes: int = 0
+    logit_alpha: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, ("in_channels", "image_size", "hidden_features", "num_blocks", "hidden_layers"))
+        give = "a small positive number, below 0.5"
+        check_number("logit_alpha", self.logit_alpha, math.ulp(0.0), give)
+        if self.logit_alpha >= 0.5:
+            raise InputValueError(f"logit_alpha={self.logit_alpha}: give {give}")
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the number of pixels, in all channels."""
+        return self.in_channels * self.image_size**2
+
+    @property
+    def token_channels(self) -> int:
+        """C: a token is one value."""
+        return 1
+
+    @property
+    def noise_std(self) -> float:
+        """0: a MAF is trained on uniformly dequantised images."""
+        return 0.0
+
+
+def _check_sizes(config: FlowConfig, names: Sequence[str]) -> None:
     convert_numbers(config)
     for name in names:
-        check_count(name, getattr(config, name), most=MOST.get(name, MOST_CHANNELS))
-    check_count("num_classes", config.num_classes, 0, MOST["num_classes"])
-
-
-def check_totals(config: FlowConfig, layers: int) -> None:
-    """**Raises** `ValueError` where tokens, their channels, or all blocks' `layers` together are above their limits."""
-    for name, value, most in (
-        ("tokens", config.num_tokens, MOST_TOKENS), ("channels of a token", config.token_channels, MOST_CHANNELS),
-        ("layers in all blocks", layers, MOST_LAYERS),
-    ):  # fmt: skip
-        if value > most:
-            raise InputValueError(f"config of {value:,} {name}: the limit is {most:,}; give smaller sizes")
+        check_count(name, getattr(config, name), most=_MAX_SIZE)
+    check_count("num_classes", config.num_classes, 0, _MAX_SIZE)

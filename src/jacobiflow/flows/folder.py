@@ -1,128 +1,115 @@
-"""Model folders: `config.json`, `model.safetensors`, and reports (`report.json`, `report-*.json`) of calibrations."""
+"""Model folders: `config.json`, `model.safetensors`, a card, reports (`report.json`) and tunings (`tuning.json`)."""
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import MISSING, asdict, dataclass, fields
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
-from jacobiflow.checks import short
-from jacobiflow.errors import InputError, InputValueError
-from jacobiflow.files import partials, read_object, remove_partials, write_beside
+from jacobiflow import codec
+from jacobiflow.checks import check_kind, short
+from jacobiflow.errors import CheckpointError, InputError, InputValueError, first_line
+from jacobiflow.files import partials, remove_partials, write_atomically, write_beside
 from jacobiflow.flows.config import FlowConfig
-from jacobiflow.flows.fingerprint import fingerprint_of
-from jacobiflow.flows.settings import SamplingSettings
-from jacobiflow.flows.weights import CheckpointError, check_values, first_line
-from jacobiflow.locking import LOCK, locked
+from jacobiflow.flows.fingerprint import fingerprint
+from jacobiflow.flows.guidance import SamplingSettings
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 REPORT = "report.json"
-REPORTS = (REPORT, "report-*.json")  # under other guidance, each has a name of its own
+REPORTS = (REPORT, "report-*.json", "tuning.json", "tuning-*.json")  # a guidance has a name of its own
 README = "README.md"
 FORMAT_VERSION = 1
-RECOMMENDED = "recommended"  # in config.json, the settings to sample with
 
 MODELS = importlib.resources.files("jacobiflow") / "models"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 AnyConfig = TypeVar("AnyConfig", bound=FlowConfig)
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model folder whose config.json was read: the name of its flow, the fields of its config, and how it is best
-    sampled.
-    """
+    """A model folder and its config.json; `fields` are the entries of the flow's config."""
 
     path: Path
     model_type: str
     fields: Mapping[str, Any]
-    recommended: SamplingSettings = SamplingSettings()  # noqa: RUF009  frozen
+    recommended: SamplingSettings
 
     @classmethod
     def open(cls, name: str | Path, **hub: Any) -> ModelFolder:
-        """The folder of `name`: a bundled model's name, else a local folder, else a hub id "owner/name".
-
-        A bundled name comes before a folder of that name. `hub` is for `snapshot_download`.
-
-        **Raises** `CheckpointError` where there is no such folder, or its config.json is broken.
-        """
+        """Reads the config of a bundled model, a local folder, or a hub id; `hub` is for `snapshot_download`."""
         path = bundled().get(name, Path(name)) if isinstance(name, str) else name
-        if not os.path.isdir(path):  # unlike Path.is_dir, it has an answer for a name that is too long
+        if not os.path.isdir(path):
             path = _download(str(name), hub)
-        return cls(path, *_read_config(path / CONFIG))
+        try:
+            return codec.load(path / CONFIG, "model", lambda document: cls._from_json(path, document))
+        except InputError as error:
+            raise CheckpointError(str(error)) from error
+
+    @classmethod
+    def _from_json(cls, path: Path, document: Any) -> ModelFolder:
+        entries = codec.decode(dict[str, Any], document)
+        model_type, version = entries.pop("model_type", None), entries.pop("format_version", None)
+        if not isinstance(model_type, str) or version != FORMAT_VERSION:
+            raise InputValueError(
+                f"model_type {model_type!r} in format {version!r}; this release reads format {FORMAT_VERSION}"
+            )
+        recommended = codec.decode(SamplingSettings, entries.pop("recommended", {}), "recommended")
+        return cls(path, model_type, entries, recommended)
 
     def config(self, config_type: type[AnyConfig]) -> AnyConfig:
-        """The config; fields that are missing take their defaults.
-
-        **Raises** `CheckpointError` for a field that is unknown, missing, or of another type or value, and where the
-        recommended settings do not fit it.
-        """
-        types = get_type_hints(config_type)
-        problems = [f"unknown field {name!r}" for name in self.fields if name not in types]
-        for field in fields(config_type):
-            value, expected = self.fields.get(field.name), types[field.name]
-            if field.name not in self.fields:
-                problems += [f"{field.name} missing"] if field.default is MISSING else []
-            elif type(value) is not expected and (expected, type(value)) != (float, int):
-                problems.append(f"{field.name}={value!r} is no {expected.__name__}")
+        """Returns the flow's config."""
         try:
-            if problems:
-                raise InputValueError("; ".join(problems))
-            config = config_type(**self.fields)
+            config = codec.decode(config_type, self.fields)
             if self.recommended.denoise and not config.noise_std:
-                raise InputValueError(
-                    f"recommended settings: a denoise rate of {self.recommended.denoise}, but noise_std is 0: there is "
-                    "no Gaussian noise to remove; leave the rate out"
-                )
+                raise InputValueError("recommended.denoise: noise_std is 0, so there is no Gaussian noise to remove")
             return config
         except InputError as error:
-            raise CheckpointError(f"{self.path / CONFIG}: {error}") from None
+            raise CheckpointError(f"{self.path / CONFIG}: {error}") from error
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors. **Raises** `CheckpointError` where they cannot be read."""
+        """Reads the tensors."""
         file = self.path / WEIGHTS
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing; a model folder holds {CONFIG} and {WEIGHTS}")
         try:
             return load_file(file)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{file}: missing; a model folder has {CONFIG} and {WEIGHTS}") from error
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: cut short or damaged ({first_line(error)}); copy it again") from error
 
-    @property
-    def report_files(self) -> tuple[Path, ...]:
-        """The reports: report.json first, and then the others by name."""
-        return reports_in(self.path)
-
 
 def reports_in(path: Path) -> tuple[Path, ...]:
-    """The reports in a model folder: report.json first, and then the others by name."""
+    """Lists the reports and tunings in a model folder: report.json first."""
     return tuple(file for pattern in REPORTS for file in sorted(path.glob(pattern)) if file.is_file())
 
 
-def is_report(name: str) -> bool:
-    """Whether a file of this name in a model folder is taken for a report."""
-    return any(fnmatchcase(name, pattern) for pattern in REPORTS)
+def bundled() -> dict[str, Path]:
+    """Returns the models that come with the package: name to folder."""
+    if not MODELS.is_dir():
+        return {}
+    folders = {entry.name: Path(str(entry)) for entry in MODELS.iterdir()}
+    return {name: folders[name] for name in sorted(folders) if (folders[name] / CONFIG).is_file()}
 
 
-def holding(path: Path) -> ModelFolder | None:
-    """The model in the folder `path`; `None` where there is none, or a half that a killed `write_model` left.
+def existing_model(path: Path) -> ModelFolder | None:
+    """Returns the model in the folder `path`; `None` if there is none, or only what a killed `write_model` left.
 
-    **Raises** `CheckpointError` where there are files with the names of a model's that are not one of this library.
+    Raises:
+        CheckpointError: If files have the names of a model's, but config.json is not of this library.
     """
     remedy = "move it away, or give another folder"
     if os.path.lexists(path / CONFIG):
@@ -130,157 +117,164 @@ def holding(path: Path) -> ModelFolder | None:
             return ModelFolder.open(path)
         except CheckpointError as error:
             raise CheckpointError(f"{path / CONFIG}: not of a model that jacobiflow wrote; {remedy}") from error
-    if os.path.lexists(path / WEIGHTS) and not any(map(_is_config, partials(path, CONFIG))):
-        raise CheckpointError(f"{path / WEIGHTS}: weights without a {CONFIG} that jacobiflow wrote; {remedy}")
+    if not partials(path, CONFIG):
+        for file in (path / WEIGHTS, *reports_in(path)):
+            if os.path.lexists(file):
+                raise CheckpointError(f"{file}: without a {CONFIG} that jacobiflow wrote; {remedy}")
     return None
 
 
-@contextmanager
-def locked_folder(path: Path) -> Iterator[None]:
-    """`locked`, for a folder that is to be copied and uploaded: the lock's file is removed at the end."""
-    with locked(path):
-        yield
-        with suppress(OSError):  # some systems remove no open file
-            (path / LOCK).unlink()
+def write_model(flow: Any, path: Path, dtype: torch.dtype | None = None, title: str = "") -> None:
+    """Writes a model folder; the model that was there stays until all files are complete.
 
+    Args:
+        flow: The flow. Those of its reports that belong to the weights as written are copied.
+        path: The folder.
+        dtype: Of the weights; by default the flow's own.
+        title: The title of the card, which is written if there is no README.md; by default the folder's name.
 
-def remove_half_written(path: Path) -> None:
-    """Remove what a killed write of a model has left in a folder that `holding` has checked."""
-    if not (path / CONFIG).exists():
-        (path / WEIGHTS).unlink(missing_ok=True)
-    remove_partials(path)
-
-
-class Model(Protocol):
-    """What is written of a flow."""
-
-    model_type: ClassVar[str]
-    config: Any
-    recommended: SamplingSettings
-    report_files: tuple[Path, ...]
-
-    def state_dict(self) -> Mapping[str, Tensor]: ...
-    def generate_model_card(self, **values: Any) -> Any: ...
-
-
-def save_model(
-    flow: Model, path: Path, dtype: torch.dtype | None = None, card: Mapping[str, Any] | None = None
-) -> None:
-    """`write_model`, in a folder that is locked meanwhile.
-
-    **Raises** `FolderInUseError` where another process writes to it.
-    """
-    try:
-        with locked_folder(path):
-            write_model(flow, path, dtype, card)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({first_line(error)})") from None
-
-
-def write_model(
-    flow: Model, path: Path, dtype: torch.dtype | None = None, card: Mapping[str, Any] | None = None
-) -> None:
-    """Write a model folder, which the caller has locked; what `path` held stays until then.
-
-    The flow's reports that are of the weights that are written are copied, and a model card with the values of `card`
-    is made where there is no README.md.
-
-    **Raises** `CheckpointError` where a weight is not finite, `path` holds what is no model of this library, or it
-    cannot be written.
+    Raises:
+        CheckpointError: If a weight is not finite, the folder has files that are not of this library under a model's
+            names, or it cannot be written.
     """
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in flow.state_dict().items()}
     check_values(state, f"{path}: not written")
-    reports = {path / file.name: _report_of(file, fingerprint_of(state)) for file in flow.report_files}
-    holding(path)
-    for place, report in reports.items():
-        if report is not None and os.path.lexists(place) and "fingerprint" not in (read_object(place) or {}):
-            raise CheckpointError(f"{place}: not a report of jacobiflow; move it away, or give another folder")
-    remove_half_written(path)
+    existing_model(path)
+    reports = {file.name: file.read_bytes() for file in flow.report_files if _is_report_of(file, fingerprint(state))}
     document = {"model_type": flow.model_type, "format_version": FORMAT_VERSION, **asdict(flow.config)}
     if flow.recommended != SamplingSettings():
-        document[RECOMMENDED] = flow.recommended.to_json()
-    with writing(path / CONFIG) as new_config, writing(path / WEIGHTS) as new_weights:
-        new_config.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        new_weights.write_bytes(save(state, metadata={"format": "pt"}))
-        # A stop between the two renames must not leave new weights beside an old config.
-        (path / CONFIG).unlink(missing_ok=True)
-    for place, report in reports.items():
-        if report is not None:
-            with writing(place) as new_report:
-                new_report.write_bytes(report)
-    if not os.path.lexists(path / README):
-        with writing(path / README) as new_card:
-            flow.generate_model_card(**{"name": path.name, **(card or {})}).save(new_card)
-
-
-def bundled() -> dict[str, Path]:
-    """The models that come with the package: name to folder."""
-    if not MODELS.is_dir():
-        return {}
-    folders = {entry.name: Path(str(entry)) for entry in MODELS.iterdir()}
-    return {name: folders[name] for name in sorted(folders) if (folders[name] / CONFIG).is_file()}
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """`files.write_beside` in a folder that is made if need be. **Raises** `CheckpointError` where it fails."""
+        document["recommended"] = codec.encode(flow.recommended)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with write_beside(path) as partial:
-            yield partial
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be written ({first_line(error)})") from None
+        path.mkdir(parents=True, exist_ok=True)
+        remove_partials(path)
+        with write_beside(path / CONFIG) as new_config, write_beside(path / WEIGHTS) as new_weights:
+            new_config.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            new_weights.write_bytes(save(state, metadata={"format": "pt"}))
+            # A stop between the two renames must not leave new weights with an old config.
+            (path / CONFIG).unlink(missing_ok=True)
+        for name, content in reports.items():
+            write_atomically(path / name, content)
+        if not os.path.lexists(path / README):
+            write_atomically(path / README, model_card(flow, title or path.name).encode())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({first_line(error)})") from error
 
 
-def _read_config(file: Path) -> tuple[str, dict[str, Any], SamplingSettings]:
-    """The model type, the fields of the flow's config, and the recommended settings of a config.json."""
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: missing; a model folder holds {CONFIG} and {WEIGHTS}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not JSON ({first_line(error)}); copy it again") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{file}: holds a {type(document).__name__}; expected an object with config fields")
-    model_type, version = document.pop("model_type", None), document.pop("format_version", None)
-    if not isinstance(model_type, str) or version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{file}: model_type {model_type!r} in format {version!r}; this release reads format {FORMAT_VERSION}"
-        )
-    try:
-        recommended = SamplingSettings.from_json(document.pop(RECOMMENDED, {}))
-    except InputError as error:
-        raise CheckpointError(f"{file}: recommended settings: {error}") from None
-    return model_type, document, recommended
+def model_card(flow: Any, name: str) -> str:
+    """Returns a model card in Markdown, with front matter for the Hugging Face Hub."""
+    config, kind, recommended = flow.config, type(flow).__name__, flow.recommended
+    classes, size, channels = config.num_classes, config.image_size, config.in_channels
+    conditional = f", class-conditional over {classes} classes" if classes else ""
+    parameters = sum(parameter.numel() for parameter in flow.parameters())
+    settings = [] if recommended.guidance is None else [f"guidance `{recommended.guidance}`"]
+    settings += [f"one denoising step of rate {recommended.denoise:g}"] if recommended.denoise else []
+    return f"""\
+---
+library_name: jacobiflow
+pipeline_tag: unconditional-image-generation
+tags:
+- normalizing-flow
+- {flow.model_type}
+---
 
+# {name}
 
-def _is_config(file: Path) -> bool:
-    try:
-        return bool(_read_config(file))
-    except CheckpointError:
-        return False
+A {kind}, an autoregressive normalizing flow, of {size}x{size} images{conditional}:
+{parameters:,} parameters, {config.num_blocks} blocks, {config.num_tokens} tokens of {config.token_channels} values.
+[jacobiflow](https://pypi.org/project/jacobiflow/) samples from it in parallel (`pip install jacobiflow`).
+
+```python
+import torch
+import jacobiflow as jf
+
+flow = jf.load("{name}")
+settings = flow.recommended
+labels = {f"torch.arange(8) % {classes}" if classes else None}
+out = jf.sample(flow.guided(settings.guidance), 8, labels, denoise=settings.denoise)
+print(tuple(out.images.shape))  # (8, {channels}, {size}, {size}), nominally in [-1, 1]
+```
+
+Recommended settings: {" and ".join(settings) or "none, neither guidance nor denoising"}.
+"""
 
 
 def _download(name: str, hub: dict[str, Any]) -> Path:
-    here = ", ".join(bundled()) or "none here"
+    names = ", ".join(bundled()) or "none here"
     if os.path.exists(name) or not _HUB_ID.fullmatch(name):
         raise CheckpointError(
-            f"{short(name)}: no such model; give a bundled name ({here}), a folder with {CONFIG} and {WEIGHTS}, or a "
+            f"{short(name)}: no such model; give a bundled name ({names}), a folder with {CONFIG} and {WEIGHTS}, or a "
             "hub id 'owner/name'; an original .pth is for TarFlow.from_original"
         )
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, *REPORTS], **hub))
+        return Path(hub_client().snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, *REPORTS], **hub))
+    except InputError:
+        raise
     except Exception as error:  # the errors of its HTTP client change with its version
         raise CheckpointError(
-            f"{short(name)} is neither a bundled name ({here}) nor a folder here, and the hub gave none "
+            f"{short(name)} is neither a bundled name ({names}) nor a folder here, and the hub did not provide it "
             f"({type(error).__name__}: {first_line(error)}); check the id and the connection"
         ) from error
 
 
-def _report_of(file: Path, fingerprint: str) -> bytes | None:
-    """The bytes of the report in `file`, where it is of weights with that `fingerprint`."""
+def hub_client() -> Any:
+    """Imports `huggingface_hub`."""
     try:
-        content = file.read_bytes()
-        return content if json.loads(content)["fingerprint"] == fingerprint else None
+        import huggingface_hub
+    except ImportError as error:
+        raise CheckpointError(
+            "models on the hub need the package huggingface_hub: pip install 'jacobiflow[cli]'"
+        ) from error
+    return huggingface_hub
+
+
+def _is_report_of(file: Path, fingerprint: str) -> bool:
+    try:
+        return bool(json.loads(file.read_bytes())["fingerprint"] == fingerprint)
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return False
+
+
+def build(make: Callable[[], AnyModule], state: dict[str, Tensor], source: str) -> AnyModule:
+    """Builds a module on the meta device, loads a state dict strictly, and returns it in eval mode.
+
+    Args:
+        make: Makes the module; its initial values cost nothing, and draw no random numbers.
+        state: Its tensors, which are taken out. Half precision becomes float32.
+        source: The name of the file or folder in errors.
+
+    Raises:
+        CheckpointError: If a tensor is missing, unknown, of another shape, or not finite.
+    """
+    if not state:
+        raise CheckpointError(f"{source}: no tensors")
+    check_values(state, source)
+    with torch.device("meta"):
+        module = make()
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in state.values()), torch.float32)
+    # Copied, so that no tensor stays mapped to its file.
+    copies = {name: state.pop(name).to(dtype, copy=True, memory_format=torch.contiguous_format) for name in list(state)}
+    try:
+        module.load_state_dict(copies, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{source}: does not fit the config: {' '.join(str(error).split())}") from None
+    return module.eval()
+
+
+def check_values(state: Mapping[str, Tensor], source: str) -> None:
+    """Raises CheckpointError if a value is not a finite floating-point one, or a variance of the prior not positive."""
+    problems = [f"{name} is of {tensor.dtype}" for name, tensor in state.items() if tensor.dtype not in _FLOATS]
+    problems += [f"{name} has non-finite values" for name, tensor in state.items() if not tensor.isfinite().all()]
+    if "var" in state and not (state["var"] > 0).all():
+        problems.append("var has values that are not positive")
+    if problems:
+        raise CheckpointError(f"{source}: {'; '.join(problems)}")
+
+
+def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Returns the floating-point dtype of that name, or None."""
+    check_kind("dtype", dtype, str | torch.dtype | None, "a dtype, such as torch.float64, its name, or None")
+    number = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if number is None or number in _FLOATS:
+        return number
+    names = ", ".join(str(name).removeprefix("torch.") for name in _FLOATS)
+    raise InputValueError(f"dtype={dtype!r}: give one of {names}")

@@ -1,40 +1,34 @@
-"""What flows over images share: a stack of affine blocks over tokens, its likelihood, and its model folder."""
+"""The base class of flows over images: a stack of affine blocks over tokens, its likelihood, its model folder."""
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jacobiflow.checks import check_count, check_floating, check_kind, check_on, check_path, check_rows, short
-from jacobiflow.errors import InputError, InputValueError
-from jacobiflow.flows.base import FlowBlock
-from jacobiflow.flows.card import model_card
-from jacobiflow.flows.config import MOST, MOST_CHANNELS, FlowConfig
-from jacobiflow.flows.folder import ModelFolder, save_model
+from jacobiflow.checks import check_count, check_floating, check_kind, check_on, check_path, check_rows
+from jacobiflow.errors import CheckpointError
+from jacobiflow.flows.base import AffineBlock, FlowBlock, Permutation
+from jacobiflow.flows.config import FlowConfig
+from jacobiflow.flows.folder import ModelFolder, build, check_dtype, hub_client, reports_in, write_model
+from jacobiflow.flows.guidance import GIVE_GUIDANCE, Guidance, SamplingSettings, guided
 from jacobiflow.flows.labels import Labels, as_labels, check_labels
-from jacobiflow.flows.permutation import Permutation
-from jacobiflow.flows.settings import SamplingSettings
-from jacobiflow.flows.weights import CheckpointError, build, floating
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
 class Step(NamedTuple):
-    """What a block does to the tokens in an encoding pass; tensors (N, T, C) are in the block's causal order.
-
-    z = (x - shift) exp(-log_scale), so that `x` is the exact inverse of `block` at `z`.
-    """
+    """The step z = (x - shift) exp(-log_scale) of a block in an encoding pass, in the block's causal order."""
 
     block: int
     x: Float[Tensor, "n t d"]
@@ -43,22 +37,20 @@ class Step(NamedTuple):
     z: Float[Tensor, "n t d"]
 
 
-class ImageFlow(
-    nn.Module, PyTorchModelHubMixin, ABC, library_name="jacobiflow", tags=["normalizing-flow"],
-    pipeline_tag="unconditional-image-generation",
-):  # fmt: skip
+class ImageFlow(nn.Module, ABC):
     """A stack of affine blocks over the tokens of an image, alternately in raster and in reverse order.
 
-    A flow derives from it and is registered by `jacobiflow.flows.register`. It has:
+    A flow derives from it, is registered by `jacobiflow.flows.register`, and defines the class attributes, `to_tokens`,
+    `to_images` and `config_from_options`.
 
-    - `model_type`: its name in model folders and on the command line.
-    - `config_type`: the class of its config.
-    - `block_type`: the class of its blocks, called with the config and a `Permutation`.
-    - `to_tokens` and `to_images`, which say what a token is, and `config_from_options`.
-
-    Every flow has `var`, the prior's variance (T, C); `recommended`, the `SamplingSettings` that suit it best, of
-    which there are none by default; and `report_files`, the reports in the model folder that it was read from: the
-    strategy "auto" plans by that of the guidance which is sampled with.
+    Attributes:
+        model_type: Its name in model folders and on the command line.
+        config_type: The class of its config.
+        block_type: The class of its blocks, called with the config and a `Permutation`.
+        var: The prior's variance (T, C).
+        guidance: That of this view, see `guided`.
+        recommended: The settings that suit it best.
+        report_files: The reports and tunings in the model folder that it was read from.
     """
 
     model_type: ClassVar[str] = ""
@@ -67,6 +59,7 @@ class ImageFlow(
     config: FlowConfig
     blocks: Sequence[FlowBlock]
     var: Tensor
+    guidance: Guidance | None = None
     recommended: SamplingSettings = SamplingSettings()
     report_files: tuple[Path, ...] = ()
 
@@ -74,7 +67,7 @@ class ImageFlow(
         super().__init__()
         check_kind("config", config, self.config_type, f"a {self.config_type.__name__}")
         for name in ("in_channels", "image_size", "num_blocks", "num_tokens", "token_channels"):
-            check_count(name, getattr(config, name), most=MOST.get(name, MOST_CHANNELS))
+            check_count(name, getattr(config, name))
         self.config = config
         orders = (Permutation("identity"), Permutation("flip"))
         self.blocks = nn.ModuleList(  # type: ignore[assignment]
@@ -87,144 +80,131 @@ class ImageFlow(
     def config_from_options(
         cls, *, in_channels: int, image_size: int, num_classes: int, channels: int, blocks: int, layers: int
     ) -> FlowConfig:
-        """A config from what `jacobiflow train` lets a user choose of any flow.
+        """Makes a config from the options of `jacobiflow train`.
 
-        A flow may have more of its options as keyword arguments with a default: `patch_size`, `head_dim`,
-        `volume_preserving`, and `noise_std` where it can be trained on images with Gaussian noise.
+        A flow may have more of them as keyword arguments with a default: `patch_size`, `head_dim`, `volume_preserving`,
+        and `noise_std` if it can be trained on images with Gaussian noise.
         """
-
-    @classmethod
-    def config_from_shapes(cls, state: Mapping[str, Tensor], config: Any) -> FlowConfig:
-        """The config that the shapes of a state dict say, with the values of `config` for what they do not.
-
-        By default they say nothing. A flow that overrides this gives better errors for weights that do not fit.
-
-        **Raises** `jacobiflow.InputError` where `state` is of no such flow.
-        """
-        return config
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> Self:
-        """The flow that `save_pretrained` or `push_to_hub` wrote, in eval mode, its parameters with gradients.
+        """Loads a flow that `save_pretrained` or `push_to_hub` wrote, in eval mode, its parameters with gradients.
 
-        **Arguments:**
+        Args:
+            pretrained_model_name_or_path: A bundled model's name, a folder, or a hub id "owner/name".
+            hub: For a hub id, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
-        - `pretrained_model_name_or_path`: a bundled model's name, a folder, or a hub id "owner/name".
-        - `hub`: for a hub id, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
-
-        **Raises** `CheckpointError`, a `ValueError`, where that is no model, one of another class, or a broken one.
+        Raises:
+            CheckpointError: If there is no such model, it is of another class, or its files do not fit each other.
         """
         check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         return cls.from_folder(ModelFolder.open(pretrained_model_name_or_path, **hub))
 
     @classmethod
     def from_folder(cls, folder: ModelFolder) -> Self:
-        """The flow in a model folder; see `from_pretrained`."""
+        """Loads the flow in a model folder; see `from_pretrained`."""
         if folder.model_type != cls.model_type:
             raise CheckpointError(
                 f"{folder.path}: model_type {folder.model_type!r}, which is no {cls.__name__}; jacobiflow.load finds "
                 "the class"
             )
-        flow = cls.from_state(folder.config(cls.config_type), folder.state(), str(folder.path))
-        flow.recommended, flow.report_files = folder.recommended, folder.report_files
+        flow = build(partial(cls, folder.config(cls.config_type)), folder.state(), str(folder.path))
+        flow.recommended, flow.report_files = folder.recommended, reports_in(folder.path)
         return flow
 
-    @classmethod
-    def from_state(cls, config: FlowConfig, state: dict[str, Tensor], source: str) -> Self:
-        """The flow with exactly the tensors of `state`, which is emptied, in eval mode; half becomes float32.
+    def save_pretrained(self, save_directory: str | Path, *, dtype: torch.dtype | str | None = None) -> None:
+        """Writes a model folder; a model that was there stays until all files are complete.
 
-        **Raises** `CheckpointError` that names `source` where they do not fit `config`.
+        The flow's `recommended` settings go into config.json. Its reports are copied if they are of these weights.
+        `dtype` is that of the weights, by default the flow's own.
+
+        Raises:
+            CheckpointError: If a weight is not finite, the folder cannot be written, or it has a config.json or weights
+                that are not of a model of this library.
         """
-        try:
-            found = cls.config_from_shapes(state, config)
-        except InputError as error:
-            raise CheckpointError(f"{source}: {error}") from None
-        differing = [
-            f"{field.name}={getattr(found, field.name)} rather than {getattr(config, field.name)}"
-            for field in fields(config)
-            if getattr(found, field.name) != getattr(config, field.name)
-        ]
-        if differing:  # before anything is built by the config: it may ask for far too much
-            raise CheckpointError(f"{source}: does not fit the config: the shapes say {', '.join(differing)}")
-        return build(partial(cls, config), state, source)
+        self._write(save_directory, dtype)
 
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | Path,
-        *,
-        dtype: torch.dtype | str | None = None,
-        config: FlowConfig | None = None,
-        model_card_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        """Write a model folder, in `dtype` (by default the flow's own); what was there stays until then.
-
-        The flow's `recommended` settings go into config.json. Its reports are copied where they are of the weights that
-        are written, and a model card is made where there is no README.md. `push_to_hub` calls this with `config`, which
-        can only be the flow's own.
-
-        **Raises** `CheckpointError`, a `ValueError`, where a weight is not finite, the folder cannot be written, or it
-        has a config.json or weights that are not of a model of this library; `FolderInUseError`, a `ValueError`, where
-        another process writes to it.
-        """
-        if config is not None and config != self.config:
-            raise InputValueError(f"config={short(config)}: leave it out, the flow's own is saved")
-        check_path("save_directory", save_directory)
-        check_kind("dtype", dtype, str | torch.dtype | None, "a dtype, such as torch.float64, its name, or None")
-        check_kind("config", config, type(self.config) | None, "the flow's own, or None")
+    def _write(self, folder: str | Path, dtype: torch.dtype | str | None, name: str = "") -> None:
+        check_path("save_directory", folder)
         check_kind("recommended", self.recommended, SamplingSettings, "SamplingSettings")
-        save_model(self, Path(save_directory), floating(dtype), model_card_kwargs)
+        write_model(self, Path(folder), check_dtype(dtype), name)
 
-    def push_to_hub(self, repo_id: str, **hub: Any) -> str:
-        """Upload a model folder, as `save_pretrained` writes it, to the hub; `hub` as huggingface_hub takes it.
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None,
+        dtype: torch.dtype | str | None = None, **upload: Any,
+    ) -> str:  # fmt: skip
+        """Uploads a model folder, as `save_pretrained` writes it, to the Hugging Face Hub.
 
-        The card's values are in `model_card_kwargs`, see `generate_model_card`.
+        Args:
+            repo_id: The repository, "owner/name", which is created if need be.
+            private: Whether a new repository is private.
+            token: By default that of `hf auth login`.
+            dtype: Of the weights; by default the flow's own.
+            upload: For `huggingface_hub.HfApi.upload_folder`, such as `revision`, `create_pr`, `commit_message`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            CheckpointError: If `huggingface_hub` is not installed, or as for `save_pretrained`.
         """
-        card = {"name": repo_id, **(hub.pop("model_card_kwargs", None) or {})}
-        return str(super().push_to_hub(repo_id, **hub, model_card_kwargs=card))
+        hub = hub_client().HfApi(token=token)
+        repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with TemporaryDirectory() as folder:
+            self._write(folder, dtype, repo_id)
+            return str(hub.upload_folder(repo_id=repo_id, folder_path=folder, **upload))
 
-    def generate_model_card(self, **values: Any) -> ModelCard:
-        """The card that is written beside the weights; `values` are those of `jacobiflow.flows.card.model_card`."""
-        parameters = sum(parameter.numel() for parameter in self.parameters())
-        data, kind = self._hub_mixin_info.model_card_data, type(self).__name__
-        return model_card(data, kind, self.config, self.recommended, parameters, **values)
+    def guided(self, guidance: Guidance | None) -> Self:
+        """Returns a view of this flow that is sampled under `guidance`; it shares parameters and buffers.
+
+        `encode`, `log_prob` and denoising are those of the plain flow. `None`, or a weight of 0, gives the plain flow.
+
+        Raises:
+            ValueError: If the guidance has an attention temperature and the flow has no attention.
+
+        Example:
+            >>> flow = jf.load("digits-p1").guided(jf.Guidance(1.5))
+            >>> flow.guidance.weight
+            1.5
+        """
+        check_kind("guidance", guidance, Guidance | None, GIVE_GUIDANCE)
+        view = copy.copy(self)
+        view.guidance = guidance if guidance is not None and guidance.weight else None
+        view.inverse_blocks  # noqa: B018  raises if a block cannot be guided
+        return view
+
+    @property
+    def inverse_blocks(self) -> list[AffineBlock]:
+        """The blocks that sampling inverts: `blocks`, each under the guidance of this view."""
+        return [guided(block, self.guidance) for block in self.blocks]
 
     @property
     def learns_prior(self) -> bool:
-        """Whether training also moves the prior's variance `var`, towards the mean of z^2."""
+        """True if training also moves the prior's variance `var`, towards the mean of z^2."""
         return False
 
     @abstractmethod
     def to_tokens(self, images: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
-        """Images as tokens in raster order, and log|det| of that map in nats."""
+        """Returns images as tokens in raster order, and log|det| of that map in nats."""
 
     @abstractmethod
     def to_images(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n c h w"]:
-        """Inverse of `to_tokens`."""
+        """Returns the images of tokens; inverse of `to_tokens`."""
 
     def initialize(self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None) -> None:
-        """Set what a flow sets by its first training batch, in place; here nothing."""
+        """Initialises the flow by its first training batch, in place; by default it does nothing."""
 
     def check_labels(self, labels: Labels, num: int) -> Int[Tensor, " n"]:
-        """`labels` as a tensor; a single class is that of all `num` samples.
-
-        **Raises** `ValueError` if they are no classes of this flow for `num` samples, `TypeError` if they are no whole
-        numbers.
-        """
+        """Returns `labels`, checked to be classes of this flow for `num` samples, as a tensor."""
         return check_labels(labels, check_count("num", num, 0), self.config.num_classes)
 
     def check_images(self, images: Float[Tensor, "n c h w"]) -> None:
-        """**Raises** `TypeError` where `images` are no floating-point numbers, `ValueError` where they are not of the
-        shape that this flow takes.
-        """
+        """Checks that `images` are floating-point numbers in the shape of this flow."""
         size = self.config.image_size
         check_floating("images", images, ("N", self.config.in_channels, size, size))
 
     def check_batch(self, images: Float[Tensor, "n c h w"], labels: Labels | None) -> Int[Tensor, " n"] | None:
-        """Checks images and labels, as `encode` takes them; returns the labels as a tensor on the flow's device.
-
-        **Raises** `TypeError` or `ValueError` if images do not fit the flow, labels are none of its classes for them
-        (of a flow without classes, not one for each image), or tensors are on another device.
-        """
+        """Checks that images and labels fit the flow; returns the labels as a tensor on its device."""
         self.check_images(images)
         check_on("images", images, self.var.device)
         if labels is None:
@@ -241,10 +221,9 @@ class ImageFlow(
         labels: Int[Tensor, " n"] | None = None,
         parameters: Callable[[int, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Iterator[Step]:
-        """Encode tokens `x` in raster order block by block: what each one does, in encoding order.
+        """Encodes tokens `x` in raster order block by block, and yields the step of each.
 
-        `parameters(i, x)` gives the log-scale and shift of block i at tokens in its causal order; by default it is
-        `blocks[i](x, labels)`.
+        `parameters(i, x)` gives the log-scale and shift of block i; by default it is `blocks[i](x, labels)`.
         """
         for i, block in enumerate(self.blocks):
             x = block.permutation(x)
@@ -256,13 +235,10 @@ class ImageFlow(
     def normalize(
         self, images: Float[Tensor, "n c h w"], labels: Labels | None = None
     ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
-        """Tokens after all blocks, before the prior's scale, and log|det| in nats, summed over dimensions.
+        """Returns tokens after all blocks, before the prior's scale, and log|det| in nats, summed over dimensions.
 
-        They are at least float32, in whatever dtype the network runs; see `state_dtype`. `labels` (N,) are the images'
-        classes: a tensor on the flow's device, a list or an array; or one class for all.
-
-        **Raises** `ValueError` where images or labels are not of this flow's shape, or a label is no class, and
-        `TypeError` where they are of another kind. A flow without classes ignores labels.
+        They are at least float32, in whatever dtype the network runs. `labels` are classes (N,), or one for all; a flow
+        without classes ignores them.
         """
         labels = self.check_batch(images, labels)
         x, log_det = self.to_tokens(images.to(torch.promote_types(images.dtype, state_dtype(self))))
@@ -274,7 +250,7 @@ class ImageFlow(
     def encode(
         self, images: Float[Tensor, "n c h w"], labels: Labels | None = None
     ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
-        """Latents z = f(images), standard normal under the model, and log|det df/dx| in nats; prior included.
+        """Returns latents z = f(images), standard normal under the model, and log|det df/dx| in nats; prior included.
 
         `labels` as `normalize` takes them.
         """
@@ -283,20 +259,27 @@ class ImageFlow(
         return z / var.sqrt(), log_det - 0.5 * var.log().sum()
 
     def log_prob(self, images: Float[Tensor, "n c h w"], labels: Labels | None = None) -> Float[Tensor, " n"]:
-        """Log-density in nats: log N(z; 0, I) + log|det df/dx|."""
+        """Returns the log-density in nats: log N(z; 0, I) + log|det df/dx|."""
         z, log_det = self.encode(images, labels)
         return log_det - 0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=(1, 2))
 
     def bits_per_dim(self, images: Float[Tensor, "n c h w"], labels: Labels | None = None) -> Float[Tensor, " n"]:
-        """-log2 p(images) / D + log2(128): in units of 8-bit pixels, whose [0, 256) the images hold as [-1, 1)."""
+        """Returns -log2 p(images) / D + log2(128): bits of 8-bit pixels, whose [0, 256) is [-1, 1) here."""
         return -self.log_prob(images, labels) / (images[0].numel() * math.log(2)) + 7
 
 
 def check_flow(flow: Any) -> None:
-    """**Raises** `TypeError` where `flow` is no flow over images."""
+    """Checks that `flow` is a flow over images."""
     check_kind("flow", flow, ImageFlow, "a flow, such as jacobiflow.load(...) returns")
 
 
 def state_dtype(flow: ImageFlow) -> torch.dtype:
-    """The dtype of tokens and residuals: float64 where the flow's weights are, else float32."""
+    """Returns the dtype of tokens and residuals: float64 if the flow's weights are, else float32."""
     return torch.float64 if flow.var.dtype == torch.float64 else torch.float32
+
+
+def precision(flow: ImageFlow) -> str:
+    """Returns the name of the flow's dtype: "float32", "bfloat16", .. or "tf32", if PyTorch lets a GPU use that."""
+    dtype = flow.var.dtype
+    tf32 = dtype == torch.float32 and flow.var.is_cuda and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if tf32 else str(dtype).removeprefix("torch.")

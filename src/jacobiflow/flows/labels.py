@@ -22,10 +22,7 @@ _GIVE = "a class, or a tensor or list (N,) of classes, whole numbers"
 
 
 def as_labels(labels: Any, num: int) -> Int[Tensor, " n"]:
-    """`labels` as a tensor of int64 or int32; a single class is that of all `num` samples.
-
-    **Raises** `TypeError` if they are no whole numbers, `ValueError` if they are no vector.
-    """
+    """Converts labels to a tensor of int64 or int32; a single class is that of all `num` samples."""
     tensor = labels
     try:
         if isinstance(labels, Integral) and not isinstance(labels, bool):
@@ -38,44 +35,41 @@ def as_labels(labels: Any, num: int) -> Int[Tensor, " n"]:
         raise InputTypeError(f"labels={short(labels)}: give {_GIVE}") from error
     if isinstance(tensor, Tensor) and tensor.dtype in (torch.uint8, torch.int8, torch.int16):
         tensor = tensor.long()
-    _check_kind("labels", tensor, _GIVE)
+    _check_vector("labels", tensor, _GIVE)
     return tensor
 
 
 def check_labels(labels: Any, num: int, num_classes: int) -> Int[Tensor, " n"]:
-    """`labels` as `as_labels` gives them. **Raises** as it does, and `ValueError` if they are no classes for `num`
-    samples.
-    """
+    """Converts labels, and checks that they are of `num_classes`, one for each of `num` samples."""
     if not num_classes:
         raise InputValueError("labels given, but this flow is unconditional: leave them out")
     tensor = as_labels(labels, num)
     if len(tensor) != num:
         raise InputValueError(f"labels={short(labels)}: give {num} whole numbers, one for each sample")
     if (tensor >= num_classes).any():
-        raise InputValueError(_no_class(tensor, num_classes))
+        raise InputValueError(_describe_unknown(tensor, num_classes))
     return tensor
 
 
 def embed_classes(table: Float[Tensor, "k ..."] | None, labels: Int[Tensor, " b"] | None) -> Tensor | None:
-    """The row of `table` for each label; the mean over classes for one without a class (`None`, or below 0).
+    """Looks up the row of a table for each label; the mean over classes for labels below 0 and for `None`.
 
-    `None` where the flow has no classes, and so no table. **Raises** `TypeError` where labels, which solvers call the
-    context, are no whole numbers, `ValueError` where one is no class (on a GPU that is for `check_labels` to find).
+    A label that is not a class raises ValueError. On a GPU only `check_labels` finds out.
     """
     if table is None:
         return None
     mean = table.mean(dim=0, keepdim=True)
     if labels is None:
         return mean
-    _check_kind("context", labels, "a torch.Tensor (N,) of whole numbers")
+    _check_vector("context", labels, "a torch.Tensor (N,) of whole numbers")
     try:
         rows = table[labels.clamp(min=0)]
     except IndexError:
-        raise InputValueError(f"context: {_no_class(labels, len(table))}") from None
+        raise InputValueError(f"context: {_describe_unknown(labels, len(table))}") from None
     return torch.where((labels < 0).view(-1, *[1] * (table.ndim - 1)), mean, rows)
 
 
-def _check_kind(name: str, labels: Any, give: str) -> None:
+def _check_vector(name: str, labels: Any, give: str) -> None:
     check_kind(name, labels, Tensor, give)
     if labels.dtype not in (torch.int64, torch.int32):
         raise InputTypeError(f"{name}={short(labels)}: give {give}")
@@ -83,5 +77,5 @@ def _check_kind(name: str, labels: Any, give: str) -> None:
         raise InputValueError(f"{name}={short(labels)}: give {give}")
 
 
-def _no_class(labels: Tensor, num_classes: int) -> str:
+def _describe_unknown(labels: Tensor, num_classes: int) -> str:
     return f"label {int(labels.max())}: this flow has classes 0 to {num_classes - 1} (below 0: no class)"

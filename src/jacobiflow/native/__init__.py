@@ -1,4 +1,4 @@
-"""Recurrences in C++."""
+"""Exact recurrences in C++."""
 
 from jacobiflow.native.build import (
     SWITCH,
@@ -7,11 +7,12 @@ from jacobiflow.native.build import (
     library,
     library_name,
     load_library,
+    pointers,
+    usable,
 )
 from jacobiflow.native.compiler import compile_library
-from jacobiflow.native.tensors import pointers, usable
 
 __all__ = [
-    "SWITCH", "TarFlowArguments", "compile_library", "describe", "library", "library_name",
-    "load_library", "pointers", "usable",
+    "SWITCH", "TarFlowArguments", "compile_library", "describe", "library", "library_name", "load_library", "pointers",
+    "usable",
 ]  # fmt: skip

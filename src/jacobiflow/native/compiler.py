@@ -1,6 +1,6 @@
 """Compiles the native sources: for this machine, or for every kind of processor that a wheel serves.
 
-It imports nothing of the package, so that the hook that builds a wheel can run it where nothing is installed yet.
+It imports nothing of the package: the hook that builds a wheel runs it before anything is installed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 FOLDER = Path(__file__).parent
 # By processor, the best first: the instructions that a library of a wheel needs, under the names that they have in
@@ -26,53 +27,45 @@ TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
     "aarch64": {"neon": ()},
     "arm64": {"neon": ()},
 }
-# By -mtune=generic the loops are some percent slower, on AMD's processors too.
+# With -mtune=generic the loops are some percent slower, on AMD's processors too.
 _TUNING = {"x86_64": ("-mtune=skylake",)}
 FLAGS = (
     "-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility-inlines-hidden",
-    "-pthread",
+    "-pthread", "-fPIC",
 )  # fmt: skip
-_SHARED = ("-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")
 
 
 def compile_library(path: Path, target: tuple[str, ...] | None = None) -> None:
-    """Compiles the sources to `path`, for the instructions of the flags `target`, by default those of this machine.
+    """Compiles the sources to a shared library; `target` are flags, by default for all of this machine's instructions.
 
     Raises:
         OSError: If there is no compiler.
-        subprocess.SubprocessError: If it fails.
+        subprocess.SubprocessError: If the compiler fails.
     """
-    flags = (*FLAGS, *_SHARED, *(_machine() if target is None else target))
-    sources = map(str, sorted(FOLDER.glob("*.cpp")))
-    command = (_compiler(), *flags, *sources, "-o", str(path))
-    subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=300)
+    command = (_compiler(), *FLAGS, *(_all_instructions() if target is None else target))
+    sources = sorted(FOLDER.glob("*.cpp"))
+    with TemporaryDirectory(prefix="jacobiflow-") as folder, ThreadPoolExecutor(len(sources)) as pool:
+        objects = [Path(folder, f"{source.stem}.o") for source in sources]
+        commands = [
+            (*command, "-c", source, "-o", object_file) for source, object_file in zip(sources, objects, strict=True)
+        ]
+        list(pool.map(_run, commands))
+        _run((*command, "-shared", *objects, "-o", path))
 
 
 def compile_targets(folder: Path) -> list[Path]:
-    """Compiles the library for each target of this machine's processor, to the files of `folder` that `best` looks for.
-
-    Raises:
-        OSError: If there is no compiler.
-        subprocess.SubprocessError: If it fails.
-    """
+    """Compiles the library for each target of this machine's processor, to the files that `best` looks for."""
     machine = platform.machine()
     targets, tuning = TARGETS.get(machine, {}), _TUNING.get(machine, ())
     paths = [_path(folder, name) for name in targets]
-    flags = [(*(f"-m{name}" for name in instructions), *tuning) for instructions in targets.values()]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_library, paths, flags))
+    for path, instructions in zip(paths, targets.values(), strict=True):
+        compile_library(path, (*(f"-m{name}" for name in instructions), *tuning))
     return paths
 
 
 def best(folder: Path, machine: str, instructions: Container[str]) -> Path | None:
-    """The file in `folder` of the best target that a processor can run; `None` if there is no such file.
-
-    Args:
-        folder: Holds files of `compile_targets`.
-        machine: The processor's name, as `platform.machine` gives it.
-        instructions: Names of /proc/cpuinfo for what the processor can do.
-    """
+    """Returns the file in `folder` for the best target that a processor can run; `None` if there is no such file."""
     for name, needed in TARGETS.get(machine, {}).items():
         path = _path(folder, name)
         if all(instruction in instructions for instruction in needed) and path.is_file():
@@ -81,8 +74,8 @@ def best(folder: Path, machine: str, instructions: Container[str]) -> Path | Non
 
 
 def fingerprint() -> str:
-    """A hash of the sources and flags."""
-    digest = hashlib.sha256(" ".join((*FLAGS, *_SHARED)).encode())
+    """Returns a hash of the sources and flags."""
+    digest = hashlib.sha256(" ".join(FLAGS).encode())
     for path in sorted((*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
@@ -100,6 +93,10 @@ def _compiler() -> str:
     raise FileNotFoundError("no C++ compiler found")
 
 
-def _machine() -> tuple[str, ...]:
+def _all_instructions() -> tuple[str, ...]:
     """The flag for all instructions of this machine's processor."""
     return ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native",)
+
+
+def _run(command: tuple[str | Path, ...]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=300)

@@ -1,4 +1,4 @@
-// Elementary functions on vectors of float or double, as wide as the processor's, by the vector types of GCC and Clang.
+// Elementary functions on vectors of float or double, as wide as the processor's (vector types of GCC and Clang).
 // Errors are one or two units in the last place. A NaN stays a NaN.
 #pragma once
 
@@ -22,7 +22,7 @@ struct Lanes {
 
   static constexpr int mantissa_bits = is_float ? 23 : 52;
   static constexpr Integer exponent_bias = is_float ? 127 : 1023;
-  static constexpr T smallest = std::numeric_limits<T>::min();  // of the numbers with all digits
+  static constexpr T smallest = std::numeric_limits<T>::min();  // normal number
   static constexpr T infinity = std::numeric_limits<T>::infinity();
   static constexpr T nan = std::numeric_limits<T>::quiet_NaN();
 
@@ -38,9 +38,9 @@ struct Lanes {
 
   static Vector absolute(Vector v) { return v < T(0) ? -v : v; }
 
-  static Vector larger(Vector v, T least) { return v < least ? spread(least) : v; }
+  static Vector max(Vector v, T bound) { return v < bound ? spread(bound) : v; }
 
-  static Vector smaller(Vector v, T most) { return v > most ? spread(most) : v; }
+  static Vector min(Vector v, T bound) { return v > bound ? spread(bound) : v; }
 
   static Vector sqrt(Vector v) {
     Vector root;
@@ -48,22 +48,22 @@ struct Lanes {
     return root;
   }
 
-  // e^v, infinite or 0 beyond the range of T.
+  // e^v; infinite or 0 beyond the range of T.
   static Vector exp(Vector v) {
-    const Reduced r(smaller(larger(v, is_float ? -104 : -746), is_float ? 89 : 710));
-    const Integers half = r.whole >> 1;  // in two factors, since one would overflow or underflow first
+    const Reduced r(min(max(v, is_float ? -104 : -746), is_float ? 89 : 710));
+    const Integers half = r.whole >> 1;  // two factors, as one would overflow or underflow first
     return (r.expm1 + T(1)) * power_of_two(half) * power_of_two(r.whole - half);
   }
 
-  // e^v for v <= 88, at least the smallest number with all digits.
+  // e^v for v <= 88, at least the smallest normal number.
   static Vector exp_of_small(Vector v) {
-    const Reduced r(larger(v, is_float ? -87 : -708));
+    const Reduced r(max(v, is_float ? -87 : -708));
     return (r.expm1 + T(1)) * power_of_two(r.whole);
   }
 
-  // e^v - 1 for v <= 88, with all digits where v is small.
+  // e^v - 1 for v <= 88, with all digits if v is small.
   static Vector expm1(Vector v) {
-    const Reduced r(larger(v, is_float ? -20 : -40));
+    const Reduced r(max(v, is_float ? -20 : -40));
     const Vector scale = power_of_two(r.whole);
     return scale * r.expm1 + (scale - T(1));
   }
@@ -86,23 +86,23 @@ struct Lanes {
     return ((v > T(0)) & (v < infinity)) ? result : out_of_range;
   }
 
-  // ln(1 + v) for v >= 0, with all digits where v is small.
+  // ln(1 + v) for v >= 0, with all digits if v is small.
   static Vector log1p(Vector v) {
     const Vector sum = v + T(1);
     return log(sum) + (v - (sum - T(1))) / sum;
   }
 
   static Vector tanh(Vector v) {
-    const Vector size = absolute(v), e = expm1(smaller(size, 30) * T(-2)), t = -e / (e + T(2));
+    const Vector size = absolute(v), e = expm1(min(size, 30) * T(-2)), t = -e / (e + T(2));
     return v < T(0) ? -t : (v == v ? t : v);
   }
 
   static Vector sigmoid(Vector v) { return T(1) / (exp(-v) + T(1)); }
 
-  // ln(1 + e^(beta v)) / beta, and v above the threshold, as in PyTorch.
+  // ln(1 + e^(beta v)) / beta, or v above the threshold, as in PyTorch.
   static Vector softplus(Vector v, T beta, T threshold) {
     const Vector scaled = v * beta;
-    return scaled > threshold ? v : log1p(exp(smaller(scaled, threshold))) / beta;
+    return scaled > threshold ? v : log1p(exp(min(scaled, threshold))) / beta;
   }
 
   // v Phi(v).
@@ -121,7 +121,7 @@ struct Lanes {
   }
 
  private:
-  static constexpr T shift = is_float ? T(12582912) : T(6755399441055744);  // 1.5 times 2^23, 2^52: no digits after the point
+  static constexpr T shift = is_float ? T(12582912) : T(6755399441055744);  // 1.5 * 2^23, 2^52: numbers without a fraction
   static constexpr T ln2_high = is_float ? T(0.693359375) : T(0.693147180369123816490);
   static constexpr T ln2_low = is_float ? T(-2.12194440054690583e-4) : T(1.90821492927058770002e-10);
 

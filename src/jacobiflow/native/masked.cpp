@@ -1,6 +1,6 @@
-// Chains of masked autoregressive transforms, in both directions, exact to rounding: tiles of rows go through all transforms
-// and all their steps without leaving the cache. Rows lie in vector lanes. Units of a layer are in the order of the steps
-// before which they can be computed, so that each is computed once.
+// Chains of masked autoregressive transforms in both directions, exact to rounding. A tile of rows goes through all
+// transforms and all their steps without leaving the cache; a row is a vector lane. Units of a layer are sorted by the
+// first step that can compute them, so that each is computed once.
 #include <algorithm>
 #include <atomic>
 #include <exception>
@@ -11,9 +11,9 @@
 
 namespace jacobiflow {
 
-constexpr int block_steps = 32;  // after which what earlier features add to later units comes by one matrix product
+constexpr int block_steps = 32;  // steps after which one matrix product adds all earlier features to later units
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int registers = 24;  // for sums, of 32
+constexpr int registers = 24;  // of 32, for sums
 #else
 constexpr int registers = 12;  // of 16
 #endif
@@ -22,17 +22,17 @@ enum class Kind : int32_t { linear, activation, sum, add_context, gate_context, 
 
 enum class Function : int32_t { identity, relu, leaky_relu, elu, selu, tanh, sigmoid, silu, gelu, gelu_tanh, softplus };
 
-// One value of a network, of earlier ones. Value 0 is the network's input.
+// Makes one value of a network from earlier ones. Value 0 is the network's input.
 struct Operation {
   Kind kind;
   int32_t source, other;        // values
-  int32_t units;                // of the value that this gives
-  int32_t weight, bias, mask;   // which of the tensors of the call; -1 for none
-  int32_t mask_bytes;           // of an entry: of a bool, float or double
-  Function function;            // of an activation, or of what a layer gives
-  int32_t is_kept;              // whether later steps read it
+  int32_t units;                // of the new value
+  int32_t weight, bias, mask;   // indices of the transform's tensors, or -1
+  int32_t mask_bytes;           // of an entry: a bool, float or double
+  Function function;            // applied to the result
+  int32_t is_kept;              // whether later steps read the value
   double first, second;         // settings of the function
-  const int32_t *rows, *known;  // (units): where they are in the weight; (steps): how many each step can read
+  const int32_t *rows, *ready;  // (units): the unit's row in the weight; (steps): the number of units each step can compute
 };
 
 enum class Elementwise : int32_t {
@@ -42,31 +42,31 @@ enum class Elementwise : int32_t {
 
 enum class Ends : int32_t { fixed, free, circular };
 
-// x -> y, feature by feature, with parameters that a masked network gives of the features of earlier steps.
+// x -> y, feature by feature. A masked network gives the parameters from the features of earlier steps.
 struct Transform {
   Elementwise kind;
   int32_t features, steps, parameters, operation_count;
-  int32_t context, context_start;  // how many columns of the network's input are the context, and which is the first
-  int32_t first_tensor;            // from which its operations count theirs
-  int32_t scale_stride, shift_stride;  // of the two tensors of `affine`: 0 for one number, 1 for one for each feature
+  int32_t context, context_start;  // number of context columns in the network's input, and the first of them
+  int32_t first_tensor;            // index in the call's tensors of the transform's first one
+  int32_t scale_stride, shift_stride;  // of the two tensors of `affine`: 0 for one number, 1 for one per feature
   int32_t bins;
-  Ends ends;                       // of a spline: the derivatives at its ends
+  Ends ends;                       // derivatives at the ends of a spline
   int32_t is_soft_clipped, has_tails, is_circular;
   int32_t is_reversed;             // whether the chain has its inverse
   double first, second;            // settings of affine transforms
-  double low, high, least_width, least_height, least_slope, end_slope, factor, gap, clip;  // of splines
+  double low, high, min_width, min_height, min_slope, end_slope, factor, gap, clip;  // of splines
   const Operation* operations;
   const int32_t *order, *starts;   // (features): sorted by step; (steps + 1): where each step starts in it
-  const int32_t *input_rows, *input_known;  // as `rows` and `known`, of value 0
+  const int32_t *input_rows, *input_ready;  // `rows` and `ready` of value 0
 };
 
 struct Call {
   const Transform* transforms;
   const void* const* tensors;
   const void *in, *context;
-  void *out, *log_det;              // (rows, features); (rows,), or (rows, features) if it is by feature, or null
-  uint8_t* failed;                  // (rows): 1 for those that are left to the library
-  int64_t rows, in_stride, context_stride;  // strides of 0: the same row for all
+  void *out, *log_det;              // (rows, features); null, (rows,), or (rows, features) if `is_by_feature`
+  uint8_t* failed;                  // (rows): 1 for a row that the library has to compute
+  int64_t rows, in_stride, context_stride;  // a stride of 0: the same row for all
   int32_t count, features, context_features, is_inverse, is_by_feature, threads;
 };
 
@@ -84,7 +84,7 @@ class Buffer {
   T* data_;
 };
 
-// A linear operation, or a context's layer, with its weight as the steps read it: (units, inputs), both in their order.
+// The weight (units, inputs) of a layer, both sorted by step.
 template <typename T>
 struct Packed {
   T *weight = nullptr, *bias = nullptr;
@@ -116,16 +116,16 @@ class Chain {
     });
   }
 
-  int64_t work = 0;  // weights: multiplications and additions for each row
+  int64_t work = 0;  // multiplications for each row
 
   void pack() {
-    std::atomic<const Packed<T>*> free{packed.data()};
+    std::atomic<const Packed<T>*> next{packed.data()};
     in_threads((int)std::min<int64_t>(call.threads, 1 + work / 200000), [&](int) {
-      const Packed<T>* own = free++;
+      const Packed<T>* task = next++;
       for_all_operations([&](const Transform& t, const Operation& o, Packed<T>& p) {
-        if (&p != own) return;
+        if (&p != task) return;
         if (o.weight >= 0) pack(t, o, p);
-        own = free++;
+        task = next++;
       });
     });
   }
@@ -142,12 +142,12 @@ class Chain {
 
   static const int32_t* rows(const Transform& t, int value) { return value ? t.operations[value - 1].rows : t.input_rows; }
 
-  // How many units of a value are known once the features of all steps before `step` are.
-  static int known(const Transform& t, int value, int step) {
-    return step < 0 ? 0 : (value ? t.operations[value - 1].known : t.input_known)[step];
+  // The number of units of a value that can be computed once the features before `step` are solved.
+  static int ready(const Transform& t, int value, int step) {
+    return step < 0 ? 0 : (value ? t.operations[value - 1].ready : t.input_ready)[step];
   }
 
-  // How many steps the forward direction computes together: enough units to fill the registers.
+  // The number of steps that the forward direction computes together: enough units to fill the registers.
   static int group(const Transform& t) {
     int fewest = t.features * std::max(t.parameters, 1);
     for (int i = 0; i < t.operation_count; i++)
@@ -155,7 +155,7 @@ class Chain {
     return std::max(1, std::min(t.steps, 12 * t.steps / std::max(fewest, 1)));
   }
 
-  // `nullptr` for an operation without it.
+  // Null if the operation has none.
   template <typename Entry>
   const Entry* tensor(const Transform& t, int tensor) const {
     return tensor < 0 ? nullptr : static_cast<const Entry*>(call.tensors[t.first_tensor + tensor]);
@@ -163,7 +163,7 @@ class Chain {
 
   bool inverts(const Transform& t) const { return call.is_inverse != t.is_reversed; }
 
-  // The first input that a sum reads: a context that all rows share is in the bias.
+  // The first input of a sum: the bias already has a context that all rows share.
   int first_input(const Transform& t, const Operation& o) const { return shares_context && !o.source ? t.context : 0; }
 
  private:
@@ -192,7 +192,7 @@ class Chain {
     return true;
   }
 
-  // The library multiplies a weight by its mask: one that is not finite gives NaN there, whatever the mask.
+  // The libraries multiply weights by masks, so a weight that is not finite gives NaN even if it is masked.
   void check_finite(const T* values, int64_t size) {
     Vector poison{};
     int64_t i = 0;
@@ -214,16 +214,16 @@ class Chain {
     if (o.kind == Kind::linear && shared && !o.source) context = t.context;
     for (int unit = 0; unit < o.units; unit++) {
       const int64_t row = (int64_t)o.rows[unit] * p.inputs;
-      check_finite(weight + row, p.inputs);  // which brings the row to the cache
-      if (unit >= o.known[t.steps - 1]) continue;
-      while (unit >= o.known[step]) step++;
+      check_finite(weight + row, p.inputs);
+      if (unit >= o.ready[t.steps - 1]) continue;
+      while (unit >= o.ready[step]) step++;
       T total = bias ? bias[o.rows[unit]] : 0;
       T* to = p.weight + (int64_t)unit * p.inputs;
       if (!columns) {
         std::memcpy(to, weight + row, sizeof(T) * p.inputs);
         for (int k = 0; shared && k < p.inputs; k++) total += to[k] * shared[k];
       } else {
-        const int last = std::min(step / length * length + length, t.steps) - 1, read = known(t, o.source, last);
+        const int last = std::min(step / length * length + length, t.steps) - 1, read = ready(t, o.source, last);
         if (!mask)
           for (int k = 0; k < read; k++) to[k] = weight[row + columns[k]];
         else if (o.mask_bytes == 1)
@@ -241,42 +241,42 @@ class Chain {
   }
 };
 
-// A tile of `vectors` vectors of rows, and what one thread keeps of it: values are (units, rows).
+// One thread's memory for a tile of `vectors` vectors of rows. Values are (units, rows).
 template <typename T, int vectors>
 class Tile {
  public:
   using L = Lanes<T>;
   using Vector = typename L::Vector;
   using Integers = typename L::Integers;
-  static constexpr int rows = L::count * vectors, most_units = registers / vectors < 8 ? registers / vectors : 8;
+  static constexpr int rows = L::count * vectors, max_units = registers / vectors < 8 ? registers / vectors : 8;
 
   explicit Tile(const Chain<T>& chain)
       : chain(chain), call(chain.call), features((size_t)call.features * rows), copy((size_t)call.features * rows),
-        context((size_t)call.context_features * rows), bins((size_t)2 * most_bins() * rows) {
+        context((size_t)call.context_features * rows), bins((size_t)2 * max_bins() * rows) {
     for (int i = 0; i < call.count; i++) {
       const Transform& t = call.transforms[i];
       const int length = chain.inverts(t) ? 1 : Chain<T>::group(t);
       resize(sizes, 0, chain.units(t, 0));
       for (int j = 0; j < t.operation_count; j++) {
         const Operation& o = t.operations[j];
-        resize(sizes, j + 1, o.is_kept ? o.units : most_new(o, t.steps, length));
+        resize(sizes, j + 1, o.is_kept ? o.units : max_new(o, t.steps, length));
         if (chain.inverts(t) && t.steps > block_steps && o.kind == Kind::linear)
-          resize(partial_sizes, j, most_new(o, t.steps, block_steps));
+          resize(partial_sizes, j, max_new(o, t.steps, block_steps));
       }
     }
     for (size_t size : sizes) values.emplace_back(size * rows);
     for (size_t size : partial_sizes) partials.emplace_back(size * rows);
   }
 
-  // Rows [first, first + count), of which there are at most `rows`.
+  // Computes rows [first, first + count); count is at most `rows`.
   void run(int64_t first, int count) {
-    const T *in = static_cast<const T*>(call.in), *given = static_cast<const T*>(call.context);
-    for (int v = 0; v < vectors; v++) log_det[v] = rest[v] = poison[v] = Vector{};
+    const T *in = static_cast<const T*>(call.in), *contexts = static_cast<const T*>(call.context);
+    for (int v = 0; v < vectors; v++) log_det[v] = rounding[v] = poison[v] = Vector{};
     transpose(in + first * call.in_stride, call.in_stride, call.features, count, features.get());
     for (int f = 0; f < call.features; f++)
       for (int v = 0; v < vectors; v++) poison[v] += L::load(features.get() + (size_t)f * rows + v * L::count) * T(0);
     if (!chain.shares_context)
-      transpose(given + first * call.context_stride, call.context_stride, call.context_features, count, context.get());
+      transpose(contexts + first * call.context_stride, call.context_stride, call.context_features, count, context.get());
     for (int i = 0; i < call.count; i++) {
       index = call.is_inverse ? call.count - 1 - i : i;
       inverts = chain.inverts(call.transforms[index]);
@@ -291,11 +291,12 @@ class Tile {
   Buffer<T> features, copy, context, bins;
   std::vector<size_t> sizes, partial_sizes;
   std::vector<Buffer<T>> values, partials;
-  Vector log_det[vectors], rest[vectors], poison[vectors];  // `rest` is what rounding took from `log_det`
-  int index = 0;  // of the transform
+  Vector log_det[vectors], rounding[vectors];
+  Vector poison[vectors];  // NaN in lanes that were not finite, else 0
+  int index = 0;           // of the transform
   bool inverts = false;
 
-  int most_bins() const {
+  int max_bins() const {
     int most = 1;
     for (int i = 0; i < call.count; i++) most = std::max(most, call.transforms[i].bins);
     return most;
@@ -306,16 +307,16 @@ class Tile {
     all[position] = std::max(all[position], size);
   }
 
-  static size_t most_new(const Operation& o, int steps, int length) {
+  static size_t max_new(const Operation& o, int steps, int length) {
     int most = 0;
     for (int step = 0; step < steps; step += length) {
       const int last = std::min(step + length, steps) - 1;
-      most = std::max(most, o.known[last] - (step ? o.known[step - 1] : 0));
+      most = std::max(most, o.ready[last] - (step ? o.ready[step - 1] : 0));
     }
     return most;
   }
 
-  // (count, columns) to (columns, rows): rows beyond `count` repeat the first.
+  // Copies (count, columns) to (columns, rows); rows beyond `count` repeat the first.
   static void transpose(const T* from, int64_t stride, int columns, int count, T* to) {
     for (int column = 0; column < columns; column++)
       for (int row = 0; row < rows; row++) to[(size_t)column * rows + row] = from[(row < count ? row : 0) * stride + column];
@@ -346,17 +347,17 @@ class Tile {
     if (t.kind == Elementwise::permutation)
       permute(t);
     else if (t.kind == Elementwise::affine)
-      standardize(t);
+      affine(t);
     else if (inverts)
       invert(t);
     else
       evaluate(t);
   }
 
-  // Sums over many features lose digits: by Kahan's method they keep them.
+  // Adds to the log-determinant by Kahan's method, as sums over many features lose digits.
   void add(int v, Vector change) {
-    const Vector term = change - rest[v], total = log_det[v] + term;
-    rest[v] = (total - log_det[v]) - term;
+    const Vector term = change - rounding[v], total = log_det[v] + term;
+    rounding[v] = (total - log_det[v]) - term;
     log_det[v] = total;
   }
 
@@ -371,8 +372,8 @@ class Tile {
     }
   }
 
-  // y = scale x + shift, with one number for all features or one for each.
-  void standardize(const Transform& t) {
+  // y = scale x + shift.
+  void affine(const Transform& t) {
     const T *scale = chain.template tensor<T>(t, 0), *shift = chain.template tensor<T>(t, 1);
     for (int f = 0; f < call.features; f++) {
       const T a = scale[f * t.scale_stride], b = shift[f * t.shift_stride];
@@ -388,7 +389,7 @@ class Tile {
 
   bool is_kept(int i, const Transform& t) const { return !i || t.operations[i - 1].is_kept; }
 
-  void start_input(const Transform& t) {
+  void set_context(const Transform& t) {
     if (t.context && !chain.shares_context)
       for (int i = 0; i < t.context; i++)
         std::memcpy(values[0].get() + (size_t)i * rows, context.get() + (size_t)(t.input_rows[i] - t.context_start) * rows,
@@ -396,7 +397,7 @@ class Tile {
   }
 
   void invert(const Transform& t) {
-    start_input(t);
+    set_context(t);
     for (int begin = 0; begin < t.steps; begin += block_steps) {
       const int end = std::min(begin + block_steps, t.steps);
       if (begin) start_sums(t, begin, end);
@@ -408,7 +409,7 @@ class Tile {
   }
 
   void evaluate(const Transform& t) {
-    start_input(t);
+    set_context(t);
     for (int i = 0; i < t.features; i++)
       std::memcpy(values[0].get() + (size_t)(t.context + i) * rows, features.get() + (size_t)t.order[i] * rows,
                   sizeof(T) * rows);
@@ -420,25 +421,25 @@ class Tile {
     }
   }
 
-  // What inputs that are known before step `begin` add to the units of steps [begin, end).
+  // Sums what the inputs ready before step `begin` add to the units of steps [begin, end).
   void start_sums(const Transform& t, int begin, int end) {
     for (int j = 0; j < t.operation_count; j++) {
       const Operation& o = t.operations[j];
       if (o.kind != Kind::linear) continue;
       const Packed<T>& p = chain.of(index, j);
-      const int first = chain.known(t, j + 1, begin - 1), last = chain.known(t, j + 1, end - 1);
+      const int first = chain.ready(t, j + 1, begin - 1), last = chain.ready(t, j + 1, end - 1);
       const T* bias = p.bias + first;
-      multiply(p, first, last, chain.first_input(t, o), chain.known(t, o.source, begin - 1), values[o.source].get(),
+      multiply(p, first, last, chain.first_input(t, o), chain.ready(t, o.source, begin - 1), values[o.source].get(),
                partials[j].get(), [&](int unit, int) { return L::spread(bias[unit]); },
                [](int, Vector sum) { return sum; });
     }
   }
 
-  // The units that the features of steps [step, end) need, of all values. Sums start from what `start_sums` left for `begin`.
+  // Computes the units of all values that steps [step, end) need. Sums start from those of `start_sums` at `begin`.
   void compute(const Transform& t, int step, int end, int begin) {
     for (int j = 0; j < t.operation_count; j++) {
       const Operation& o = t.operations[j];
-      const int first = chain.known(t, j + 1, step - 1), last = chain.known(t, j + 1, end - 1);
+      const int first = chain.ready(t, j + 1, step - 1), last = chain.ready(t, j + 1, end - 1);
       if (first == last) continue;
       T* out = values[j + 1].get() + (o.is_kept ? (size_t)first * rows : 0);
       const T* in = values[o.source].get() + (is_kept(o.source, t) ? (size_t)first * rows : 0);
@@ -448,11 +449,11 @@ class Tile {
         case Kind::linear: {
           const Packed<T>& p = chain.of(index, j);
           const T *bias = p.bias + first, *sums = begin ? partials[j].get() : nullptr;
-          const int from = begin ? chain.known(t, o.source, begin - 1) : chain.first_input(t, o);
-          const int known = chain.known(t, o.source, end - 1);
-          const size_t skipped = begin ? first - chain.known(t, j + 1, begin - 1) : 0;
+          const int from = begin ? chain.ready(t, o.source, begin - 1) : chain.first_input(t, o);
+          const int ready = chain.ready(t, o.source, end - 1);
+          const size_t skipped = begin ? first - chain.ready(t, j + 1, begin - 1) : 0;
           multiply(
-              p, first, last, from, known, values[o.source].get(), out,
+              p, first, last, from, ready, values[o.source].get(), out,
               [&](int unit, int v) {
                 return sums ? L::load(sums + (skipped + unit) * rows + v * L::count) : L::spread(bias[unit]);
               },
@@ -469,7 +470,7 @@ class Tile {
         case Kind::sum:
           for (size_t i = 0; i < size; i += L::count) L::store(out + i, L::load(other + i) + L::load(in + i));
           break;
-        case Kind::extrapolation: {  // value + w (value - other), with w for each unit
+        case Kind::extrapolation: {  // value + w (value - other), with a w for each unit
           const T* weight = chain.template tensor<T>(t, o.bias);
           for (int unit = first; unit < last; unit++)
             for (int i = 0; i < rows; i += L::count) {
@@ -487,16 +488,16 @@ class Tile {
     }
   }
 
-  // A value plus function(layer(context)), or times its sigmoid.
+  // Adds function(layer(context)) to a value, or multiplies the value by its sigmoid.
   void with_context(const Operation& o, const Packed<T>& p, int first, int last, const T* in, T* out) {
     for (int unit = first; unit < last; unit++) {
-      Vector given[1][vectors];
-      for (int v = 0; v < vectors; v++) given[0][v] = L::spread(p.bias[unit]);
-      if (!chain.shares_context) add_products(p.weight + (size_t)unit * p.inputs, p.inputs, context.get(), 0, p.inputs, given);
+      Vector sums[1][vectors];
+      for (int v = 0; v < vectors; v++) sums[0][v] = L::spread(p.bias[unit]);
+      if (!chain.shares_context) add_products(p.weight + (size_t)unit * p.inputs, p.inputs, context.get(), 0, p.inputs, sums);
       for (int v = 0; v < vectors; v++) {
         const size_t at = (size_t)(unit - first) * rows + v * L::count;
-        const Vector own = L::load(in + at), change = function(o, given[0][v]);
-        L::store(out + at, o.kind == Kind::add_context ? own + change : own * L::sigmoid(change));
+        const Vector value = L::load(in + at), change = function(o, sums[0][v]);
+        L::store(out + at, o.kind == Kind::add_context ? value + change : value * L::sigmoid(change));
       }
     }
   }
@@ -523,8 +524,8 @@ class Tile {
     }
   }
 
-  // Units [first, last): finish(vector, start(unit - first, vector) plus the products with inputs [from, to)).
-  template <int count = most_units, typename Start, typename Finish>
+  // Computes units [first, last): finish(vector, start(unit - first, vector) + products with inputs [from, to)).
+  template <int count = max_units, typename Start, typename Finish>
   void multiply(const Packed<T>& p, int first, int last, int from, int to, const T* in, T* out, const Start& start,
                 const Finish& finish, int unit = -1) {
     if (unit < 0) unit = first;
@@ -541,7 +542,7 @@ class Tile {
       if (unit < last) multiply<count - 1>(p, first, last, from, to, in, out, start, finish, unit);
   }
 
-  // Few sums leave the processor waiting for the last addition: then some inputs have sums of their own.
+  // With few sums the processor waits for each addition, so some inputs have separate sums.
   template <int count>
   static void add_products(const T* weight, int stride, const T* in, int from, int to, Vector (&sums)[count][vectors]) {
     constexpr int ways = count * vectors >= 8 ? 1 : count * vectors >= 4 ? 2 : 4;
@@ -565,7 +566,7 @@ class Tile {
         for (int v = 0; v < vectors; v++) sums[u][v] += others[way][u][v];
   }
 
-  // The i-th feature in the order of the steps, of which `first` is the first whose parameters are there.
+  // Transforms the i-th feature in the order of the steps; parameters start at those of the `first`.
   void elementwise(const Transform& t, int i, int first) {
     const T* p = values[t.operation_count].get() + (size_t)(i - first) * t.parameters * rows;
     const size_t feature = (size_t)t.order[i] * rows;
@@ -593,7 +594,7 @@ class Tile {
     Vector shift = first, factor;
     switch (t.kind) {
       case Elementwise::soft_clipped_affine: log_scale = second / (L::absolute(second) * a + T(1)); break;
-      case Elementwise::clamped_affine: log_scale = L::smaller(L::larger(second, a), b); break;
+      case Elementwise::clamped_affine: log_scale = L::min(L::max(second, a), b); break;
       case Elementwise::log_affine:  // x = exp(s) y + u
         log_scale = -first;
         return inverts ? in * L::exp(first) + second : (in - second) * L::exp(-first);
@@ -610,9 +611,9 @@ class Tile {
     const int K = t.bins;
     T *widths = bins.get() + v * L::count, *heights = widths + (size_t)K * rows;
     const T low = (T)t.low, size = (T)t.high - low, gap = (T)t.gap;
-    const T least_width = (T)t.least_width, least_height = (T)t.least_height;
+    const T min_width = (T)t.min_width, min_height = (T)t.min_height;
     const Vector width_sum = exponentials(t, p, widths), height_sum = exponentials(t, p + (size_t)K * rows, heights);
-    const Vector to_width = size * (1 - least_width * K) / width_sum, to_height = size * (1 - least_height * K) / height_sum;
+    const Vector to_width = size * (1 - min_width * K) / width_sum, to_height = size * (1 - min_height * K) / height_sum;
     const T* derivatives = p + (size_t)2 * K * rows;
     if (t.is_circular && !inverts) in = L::remainder(in, size) + low;
     const Integers is_in = (in >= low) & (in <= (T)t.high);
@@ -620,8 +621,8 @@ class Tile {
     Vector x = L::spread(low), y = x, x0 = x, y0 = x, width{}, height{}, raw0{}, raw1{}, lambda{};
     Integers is_first = ~Integers{}, is_last{};
     for (int k = 0; k < K; k++) {
-      const Vector w = L::load(widths + (size_t)k * rows) * to_width + size * least_width;
-      const Vector h = L::load(heights + (size_t)k * rows) * to_height + size * least_height;
+      const Vector w = L::load(widths + (size_t)k * rows) * to_width + size * min_width;
+      const Vector h = L::load(heights + (size_t)k * rows) * to_height + size * min_height;
       const Vector left = derivative(t, derivatives, k), right = derivative(t, derivatives, k + 1);
       if (k == 0) {
         width = w, height = h, raw0 = left, raw1 = right;
@@ -647,7 +648,7 @@ class Tile {
     return t.is_circular && inverts ? L::remainder(out, size) + low : out;
   }
 
-  // exp of parameters less their largest, and the sum. Soft-clipped ones are small as they are.
+  // exp(parameter - the largest one), and the sum. Soft-clipped parameters are small, so nothing is subtracted.
   Vector exponentials(const Transform& t, const T* p, T* out) const {
     const int K = t.bins;
     const T factor = (T)t.factor, clip = T(2) * (T)t.clip;
@@ -672,7 +673,7 @@ class Tile {
     return total;
   }
 
-  // The parameter of the derivative at knot k of K + 1; the ends may have none.
+  // The parameter of the derivative at knot k of K + 1; 0 if an end has none.
   Vector derivative(const Transform& t, const T* derivatives, int k) const {
     if (t.ends == Ends::free) return L::load(derivatives + (size_t)k * rows);
     if (t.ends == Ends::circular) return L::load(derivatives + (size_t)(k % t.bins) * rows);
@@ -681,7 +682,7 @@ class Tile {
 
   Vector slope(const Transform& t, Vector raw, Integers is_end) const {
     const Vector inner = t.is_soft_clipped ? L::exp(raw / (L::absolute(raw) * (T)t.clip + T(1)))
-                                           : L::softplus(raw, 1, 20) + (T)t.least_slope;
+                                           : L::softplus(raw, 1, 20) + (T)t.min_slope;
     return t.ends == Ends::fixed ? (is_end ? L::spread((T)t.end_slope) : inner) : inner;
   }
 
@@ -692,7 +693,7 @@ class Tile {
     if (inverts) {
       const Vector rise = in - y0, b = height * d0 - rise * bend, a = height * (delta - d0) + rise * bend, c = -delta * rise;
       const Vector square = b * b - a * c * T(4);
-      theta = c * T(2) / (-b - L::sqrt(L::larger(square, 0)));
+      theta = c * T(2) / (-b - L::sqrt(L::max(square, 0)));
       out = theta * width + x0;
     } else {
       theta = (in - x0) / width;
@@ -705,7 +706,7 @@ class Tile {
     return out;
   }
 
-  // Of two pieces that meet at (x0 + lambda width, middle), each the ratio of linear functions.
+  // Two ratios of linear functions that meet at (x0 + lambda width, middle).
   Vector linear_piece(Vector raw, Vector delta, Vector d0, Vector d1, Vector x0, Vector y0, Vector width, Vector height,
                       Vector in, Vector& log_derivative) const {
     const Vector lambda = L::sigmoid(raw) * T(0.95) + T(0.025), rest = T(1) - lambda;
@@ -734,7 +735,7 @@ class Tile {
   }
 };
 
-// All rows, in tiles of four vectors; the last tile is of one vector if that is enough. Returns how many rows failed.
+// Computes all rows in tiles of four vectors, or of one for the last if that is enough; returns the number that failed.
 template <typename T>
 int64_t run(const Call& call) {
   constexpr int rows = Tile<T, 4>::rows;
@@ -781,7 +782,7 @@ int32_t jacobiflow_transform_size() { return sizeof(Transform); }
 
 int32_t jacobiflow_call_size() { return sizeof(Call); }
 
-// y of x, or x of y for an inverse. Returns the number of rows that failed, or -1 if out of memory or threads.
+// Returns the number of rows that failed, or -1 if out of memory or threads.
 int64_t jacobiflow_masked(const Call* call, int32_t is_double) {
   try {
     return is_double ? run<double>(*call) : run<float>(*call);

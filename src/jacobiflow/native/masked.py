@@ -1,11 +1,10 @@
-"""Masked autoregressive transforms in native code: their description, and calls of a chain of them."""
+"""Calls of native code for chains of masked autoregressive transforms."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,14 +14,9 @@ from jacobiflow.native.build import library
 from jacobiflow.native.structures import Call, Elementwise, Operation, Transform
 
 
-def integers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
-    """An array of C."""
-    return (ctypes.c_int32 * len(values))(*values)
-
-
 def permutation(order: Sequence[int]) -> tuple[Transform, Any]:
-    """The transform y_i = x_order[i], and what must live as long as it is used."""
-    indices = integers(order)
+    """Returns the transform y_i = x_order[i] and memory that has to live as long as it."""
+    indices = _integers(order)
     return Transform(kind=Elementwise.PERMUTATION, features=len(order), order=ctypes.addressof(indices)), indices
 
 
@@ -33,40 +27,37 @@ def masked_transform(
     inputs: tuple[Sequence[int], Sequence[int]],
     **settings: Any,
 ) -> tuple[Transform, Any]:
-    """A transform with a masked network, and what must live as long as it is used.
+    """Returns a transform with a masked network and memory that has to live as long as it.
 
     Args:
-        starts: For each step, where its features start in `order`, and D at the end.
-        order: The features, sorted by the step that solves them.
-        operations: Each with its `rows` and `known`, see masked.cpp.
-        inputs: The same two of the network's input.
+        starts: The positions in `order` at which each step starts, and D at the end.
+        order: The features, sorted by step.
+        operations: Each with its `rows` and `ready`, see masked.cpp.
+        inputs: `rows` and `ready` of the network's input.
         settings: Other fields of `Transform`.
     """
-    arrays = [(integers(rows), integers(known)) for _, rows, known in (*operations, (None, *inputs))]
+    arrays = [(_integers(rows), _integers(ready)) for _, rows, ready in (*operations, (None, *inputs))]
     table = (Operation * len(operations))(*(operation for operation, _, _ in operations))
-    for operation, (rows, known) in zip(table, arrays, strict=False):
-        operation.rows, operation.known = ctypes.addressof(rows), ctypes.addressof(known)
-    sorted_features, sorted_starts = integers(order), integers(starts)
+    for operation, (rows, ready) in zip(table, arrays, strict=False):
+        operation.rows, operation.ready = ctypes.addressof(rows), ctypes.addressof(ready)
+    sorted_features, sorted_starts = _integers(order), _integers(starts)
     transform = Transform(
         steps=len(starts) - 1, operation_count=len(operations), operations=ctypes.addressof(table),
         order=ctypes.addressof(sorted_features), starts=ctypes.addressof(sorted_starts),
-        input_rows=ctypes.addressof(arrays[-1][0]), input_known=ctypes.addressof(arrays[-1][1]), **settings,
+        input_rows=ctypes.addressof(arrays[-1][0]), input_ready=ctypes.addressof(arrays[-1][1]), **settings,
     )  # fmt: skip
     return transform, (arrays, table, sorted_features, sorted_starts)
 
 
-@dataclass(frozen=True)
-class Result:
-    """Of a chain.
+def _integers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
+    return (ctypes.c_int32 * len(values))(*values)
 
-    Attributes:
-        values: The rows.
-        log_det: Logarithm of the determinant of the Jacobian (B,), or of the derivative of each feature (B, D).
-        failed: The rows that are not finite, or that overflowed on the way; `None` if there are none.
-    """
+
+class Result(NamedTuple):
+    """Rows of a chain; `failed` are those that are not finite or overflowed on the way, `None` if no row did."""
 
     values: Float[Tensor, "b d"]
-    log_det: Float[Tensor, b * d] | None
+    log_det: Float[Tensor, "*bd"] | None
     failed: Bool[Tensor, " b"] | None
 
 
@@ -78,7 +69,7 @@ def run_chain(
     is_inverse: bool,
     log_det: str | None,
 ) -> Result | None:
-    """Values of a chain of transforms, or of its inverse; `None` if there is no library, no memory, or no threads.
+    """Computes a chain of transforms or its inverse; `None` if there is no library, or no memory or threads.
 
     Args:
         transforms: In the order of the forward direction.

@@ -1,5 +1,5 @@
-// Vectors as wide as the processor's, by the vector types of GCC and Clang, and the loops over them that the recurrences
-// share: dense layers on packed weights, layer normalisation, softmax and GELU. All in float32; a NaN stays a NaN.
+// Vectors as wide as the processor's (vector types of GCC and Clang) and loops over them in float32: dense layers on
+// packed weights, layer normalisation, exponentials and GELU. A NaN stays a NaN.
 #pragma once
 
 #include <cmath>
@@ -40,7 +40,7 @@ inline float sum(Vector v) {
 
 inline int rounded_up(int n) { return (n + lanes - 1) / lanes * lanes; }
 
-// n, the whole number next to y, and 2^(y - n), to 2e-9 before rounding. Coefficients are minimax fits in float64.
+// The whole number n nearest to y, and 2^(y - n) to 2e-9 before rounding. Coefficients are minimax fits in float64.
 struct PowerOfTwo {
   Integers whole;
   Vector fraction;
@@ -76,7 +76,7 @@ inline Vector exponential(Vector v) {
   return power.fraction * PowerOfTwo::scale(half) * PowerOfTwo::scale(whole - half);
 }
 
-// v Phi(v), to 2e-9 before rounding. Phi(-t) = 2^(-1 - q(t)), with a polynomial q up to t = 6, where Phi(-t) is 1e-9.
+// v Phi(v), to 2e-9 before rounding. Phi(-t) = 2^(-1 - q(t)) with a polynomial q up to t = 6, where Phi(-t) is 1e-9.
 inline Vector gelu(Vector v) {
   Vector t = v < 0.0f ? -v : v;
   const Integers far = t > 6.0f;
@@ -89,21 +89,21 @@ inline Vector gelu(Vector v) {
   return v < 0.0f ? v * tail : v - v * tail;
 }
 
-// Columns [first, first + panel) of weight (outputs, inputs) as a panel (inputs, panel), narrower where it is the last.
+// Copies columns [first, first + panel) of weight (outputs, inputs) to a panel (inputs, panel); the last one is narrower.
 inline void pack(const float* weight, int outputs, int inputs, int first, float* packed) {
-  constexpr int near = 64;  // inputs at a time: what they write stays in the cache until its lines are full
+  constexpr int chunk = 64;  // inputs at a time, so that cache lines are written whole
   const int width = outputs - first < panel ? rounded_up(outputs - first) : panel;
   packed += (int64_t)first * inputs;
-  for (int start = 0; start < inputs; start += near)
+  for (int start = 0; start < inputs; start += chunk)
     for (int j = 0; j < width; j++) {
       const float* row = weight + (int64_t)(first + j) * inputs;
-      for (int k = start; k < inputs && k < start + near; k++)
+      for (int k = start; k < inputs && k < start + chunk; k++)
         packed[(int64_t)k * width + j] = first + j < outputs ? row[k] : 0.0f;
     }
 }
 
-// Sums of `rows` rows and `vectors` vectors of columns, in registers. Few rows leave registers free: then even and odd
-// inputs have sums of their own, so that additions do not wait for each other.
+// Sums of `rows` rows and `vectors` vectors of columns, in registers. With few rows, even and odd inputs have separate
+// sums, so that additions do not wait for each other.
 template <int rows, int vectors>
 inline void tile(const float* x, int stride, const float* weight, int width, int inputs, Vector (&out)[rows][vectors]) {
   constexpr int ways = rows <= 2 ? 2 : 1;
@@ -125,7 +125,6 @@ inline void tile(const float* x, int stride, const float* weight, int width, int
     for (int v = 0; v < vectors; v++) out[r][v] = ways == 1 ? sums[0][r][v] : sums[0][r][v] + sums[ways - 1][r][v];
 }
 
-// For the columns [first, last) of x (rows, inputs) times a packed weight: use(row, column, vector of sums).
 template <int rows, int vectors, typename Use>
 inline void dense_tile(const float* x, int stride, const float* weight, int width, int inputs, int row, int column,
                        const Use& use) {
@@ -156,6 +155,7 @@ struct Columns {
   int first, last;  // multiples of `lanes`, but for the end of the last vector
 };
 
+// Multiplies x (rows, inputs) by some columns of a packed weight; calls use(row, column, vector of sums).
 template <typename Use>
 inline void dense(const float* x, int stride, const float* packed, int inputs, int outputs, int rows, Columns columns,
                   const Use& use) {

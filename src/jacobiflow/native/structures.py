@@ -1,4 +1,4 @@
-"""The structures of masked.cpp."""
+"""The structures of masked.cpp in ctypes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import IntEnum
 
 
 class Kind(IntEnum):
-    """The kind of an operation, which makes a value of earlier ones."""
+    """The kind of an operation, see masked.cpp."""
 
     LINEAR, ACTIVATION, SUM, ADD_CONTEXT, GATE_CONTEXT, EXTRAPOLATION = range(6)
 
@@ -19,7 +19,7 @@ class Function(IntEnum):
 
 
 class Elementwise(IntEnum):
-    """The transform of each feature, or another that has no network."""
+    """The transform of each feature, or a transform without a network."""
 
     PERMUTATION, AFFINE = range(2)
     SOFT_CLIPPED_AFFINE, SOFTPLUS_AFFINE, SIGMOID_AFFINE, CLAMPED_AFFINE, LOG_AFFINE = range(2, 7)
@@ -27,7 +27,7 @@ class Elementwise(IntEnum):
 
 
 class Ends(IntEnum):
-    """The derivatives at the ends of a spline: one number, parameters, or the same at both ends."""
+    """The derivatives at the ends of a spline: a fixed number, parameters, or one parameter for both."""
 
     FIXED, FREE, CIRCULAR = range(3)
 
@@ -40,7 +40,7 @@ class Operation(ctypes.Structure):
             "kind", "source", "other", "units", "weight", "bias", "mask", "mask_bytes", "function", "is_kept",
         )),
         *((name, ctypes.c_double) for name in ("first", "second")),
-        *((name, ctypes.c_void_p) for name in ("rows", "known")),
+        *((name, ctypes.c_void_p) for name in ("rows", "ready")),
     )  # fmt: skip
 
 
@@ -54,10 +54,10 @@ class Transform(ctypes.Structure):
             "is_reversed",
         )),
         *((name, ctypes.c_double) for name in (
-            "first", "second", "low", "high", "least_width", "least_height", "least_slope", "end_slope", "factor",
+            "first", "second", "low", "high", "min_width", "min_height", "min_slope", "end_slope", "factor",
             "gap", "clip",
         )),
-        *((name, ctypes.c_void_p) for name in ("operations", "order", "starts", "input_rows", "input_known")),
+        *((name, ctypes.c_void_p) for name in ("operations", "order", "starts", "input_rows", "input_ready")),
     )  # fmt: skip
 
 

@@ -12,9 +12,9 @@ struct Layer {
   const float *mlp_norm, *mlp_norm_bias, *up, *up_bias, *down, *down_bias;
 };
 
-// `samples` rows of z and x, (samples, tokens, values) each. The network has `networks` rows a sample, first the one
-// under its label for all samples, then the unconditional ones. `*_bias` are as long as the packed columns of their
-// weight. `keys_values` holds what `attend` stores, and is kept between calls.
+// z and x are (samples, tokens, values). The network has `networks` rows per sample: first those with labels, of all
+// samples, then the unconditional ones. A `*_bias` is as long as the packed columns of its weight. `keys_values` is the
+// memory of `attend`, and lives as long as calls go on with the same x.
 struct TarFlow {
   const float *z, *position, *classes, *query_scale, *proj_in, *proj_out, *out_bias, *weight_scale, *weight_shift;
   const Layer* layers;
@@ -22,25 +22,25 @@ struct TarFlow {
   int32_t samples, networks, tokens, values, channels, hidden, heads, depth, scales, threads, teams, start, stop;
 };
 
-// One team's rows, and their buffers; `mine` is a thread's own.
+// The rows of one team of threads, and their buffers; each thread has a `scratch` buffer.
 struct Work {
   const TarFlow& f;
   Range samples;
   Barrier barrier;
   int rows, stride, head, head_stride, size;
   std::vector<float> h, qkv, attended, up;
-  std::vector<std::vector<float>> own;  // of each thread: normalised rows, and then logits or outputs
+  std::vector<std::vector<float>> scratch;  // of each thread: normalised rows, and then logits or outputs
 
   Work(const TarFlow& flow, Range of, int threads)
       : f(flow), samples(of), barrier(threads), rows((of.last - of.first) * flow.networks),
         stride(rounded_up(flow.channels)), head(flow.channels / flow.heads), head_stride(rounded_up(head)), size(threads),
         h((size_t)rows * stride), qkv((size_t)rows * rounded_up(3 * flow.channels)), attended((size_t)rows * stride),
         up((size_t)rows * rounded_up(flow.hidden)),
-        own(threads, std::vector<float>((size_t)rows * stride + rounded_up(f.tokens) + 2 * rounded_up(2 * f.values))) {}
+        scratch(threads, std::vector<float>((size_t)rows * stride + rounded_up(f.tokens) + 2 * rounded_up(2 * f.values))) {}
 
   int count() const { return samples.last - samples.first; }
 
-  // The row of the whole batch's network that is row r of this team's.
+  // The row of the whole batch that is row r of this team.
   int network_row(int r) const { return r / count() * f.samples + samples.first + r % count(); }
 
   Columns columns(int total, int rank) const {
@@ -57,12 +57,12 @@ struct Work {
 
   void embed(int sample, int t);
   void attend(int layer, int r, int number, int t, float* logits);
-  void layer(int index, int t, int rank, float* mine);
-  void read_out(int sample, int t, float* mine);
+  void layer(int index, int t, int rank, float* buffer);
+  void read_out(int sample, int t, float* buffer);
   void run(int rank);
 };
 
-// h = W_in x_t + b_in + position_t + class, in each of the sample's rows.
+// h = W_in x_t + b_in + position_t + class, in each row of the sample.
 void Work::embed(int sample, int t) {
   const float* token = f.x + ((int64_t)(samples.first + sample) * f.tokens + t) * f.values;
   for (int n = 0; n < f.networks; n++) {
@@ -88,9 +88,9 @@ void Work::attend(int layer, int r, int number, int t, float* logits) {
   for (int d = 0; d < head; d++) key[d * lanes] = new_key[d];
   std::memcpy(values + (int64_t)t * head_stride, new_value, sizeof(float) * head);
 
-  // Logits are in powers of two.
+  // Logits are to the base 2.
   const float scale = 1.44269504f / std::sqrt((float)head) * (f.query_scale ? f.query_scale[network_row(r)] : 1.0f);
-  Vector most = spread(-INFINITY);
+  Vector maximum = spread(-INFINITY);
   for (int block = 0; block <= t / lanes; block++) {
     const float* k = keys + (int64_t)block * head * lanes;
     Vector sums[4] = {};
@@ -101,16 +101,16 @@ void Work::attend(int layer, int r, int number, int t, float* logits) {
     Vector out = ((sums[0] + sums[1]) + (sums[2] + sums[3])) * scale;
     if (block == t / lanes)
       for (int i = t % lanes + 1; i < lanes; i++) out[i] = -INFINITY;
-    most = out > most ? out : most;
+    maximum = out > maximum ? out : maximum;
     store(logits + block * lanes, out);
   }
-  float largest = most[0];
-  for (int i = 1; i < lanes; i++) largest = most[i] > largest ? most[i] : largest;
+  float largest = maximum[0];
+  for (int i = 1; i < lanes; i++) largest = maximum[i] > largest ? maximum[i] : largest;
   Vector total{};
   for (int block = 0; block <= t / lanes; block++) {
-    const Vector share = exp2_of_negative(load(logits + block * lanes) - largest);
-    store(logits + block * lanes, share);
-    total += share;
+    const Vector weight = exp2_of_negative(load(logits + block * lanes) - largest);
+    store(logits + block * lanes, weight);
+    total += weight;
   }
   const float normaliser = 1.0f / sum(total);
   float* out = attended.data() + (int64_t)r * stride + number * head;
@@ -122,15 +122,15 @@ void Work::attend(int layer, int r, int number, int t, float* logits) {
         sums[j % 2][v] += logits[j] * load(values + (int64_t)j * head_stride + first + v * lanes);
     for (int v = 0; v < vectors; v++) {
       const Vector value = (sums[0][v] + sums[1][v]) * normaliser;
-      const int left = head - first - v * lanes;
-      std::memcpy(out + first + v * lanes, &value, sizeof(float) * (left < lanes ? left : lanes));
+      const int remaining = head - first - v * lanes;
+      std::memcpy(out + first + v * lanes, &value, sizeof(float) * (remaining < lanes ? remaining : lanes));
     }
   }
 }
 
-// One transformer layer on token t: attention and a perceptron, each added to its input. A thread computes its columns
-// of every row; between steps it waits for those of the others.
-void Work::layer(int index, int t, int rank, float* mine) {
+// One transformer layer on token t: attention and a perceptron, each added to its input. A thread computes some columns
+// of every row; threads wait for each other between steps.
+void Work::layer(int index, int t, int rank, float* buffer) {
   const Layer& w = f.layers[index];
   const int qkv_stride = rounded_up(3 * f.channels), up_stride = rounded_up(f.hidden);
   const auto add_to_h = [&](const float* bias) {
@@ -140,22 +140,22 @@ void Work::layer(int index, int t, int rank, float* mine) {
     };
   };
   for (int r = 0; r < rows; r++)
-    layer_norm(h.data() + (int64_t)r * stride, f.channels, w.norm, w.norm_bias, mine + (int64_t)r * stride);
-  dense(mine, stride, w.qkv, f.channels, 3 * f.channels, rows, columns(3 * f.channels, rank),
+    layer_norm(h.data() + (int64_t)r * stride, f.channels, w.norm, w.norm_bias, buffer + (int64_t)r * stride);
+  dense(buffer, stride, w.qkv, f.channels, 3 * f.channels, rows, columns(3 * f.channels, rank),
         [&](int r, int column, Vector out) {
           store(qkv.data() + (int64_t)r * qkv_stride + column, out + load(w.qkv_bias + column));
         });
   barrier.wait();
   const Range pairs = share(rows * f.heads, rank, size);
   for (int pair = pairs.first; pair < pairs.last; pair++)
-    attend(index, pair / f.heads, pair % f.heads, t, mine + (int64_t)rows * stride);
+    attend(index, pair / f.heads, pair % f.heads, t, buffer + (int64_t)rows * stride);
   barrier.wait();
   dense(attended.data(), stride, w.proj, f.channels, f.channels, rows, columns(f.channels, rank),
         add_to_h(w.proj_bias));
   barrier.wait();
   for (int r = 0; r < rows; r++)
-    layer_norm(h.data() + (int64_t)r * stride, f.channels, w.mlp_norm, w.mlp_norm_bias, mine + (int64_t)r * stride);
-  dense(mine, stride, w.up, f.channels, f.hidden, rows, columns(f.hidden, rank), [&](int r, int column, Vector out) {
+    layer_norm(h.data() + (int64_t)r * stride, f.channels, w.mlp_norm, w.mlp_norm_bias, buffer + (int64_t)r * stride);
+  dense(buffer, stride, w.up, f.channels, f.hidden, rows, columns(f.hidden, rank), [&](int r, int column, Vector out) {
     store(up.data() + (int64_t)r * up_stride + column, gelu(out + load(w.up_bias + column)));
   });
   barrier.wait();
@@ -163,25 +163,25 @@ void Work::layer(int index, int t, int rank, float* mine) {
   barrier.wait();
 }
 
-// x_t of a sample from the network's output for token t-1, guided where there are two rows.
-void Work::read_out(int sample, int t, float* mine) {
-  const int outputs = f.values * (f.scales + 1), wide = rounded_up(outputs);
+// x_t of a sample from the network's output for token t-1, with guidance if the sample has two rows.
+void Work::read_out(int sample, int t, float* buffer) {
+  const int outputs = f.values * (f.scales + 1), width = rounded_up(outputs);
   for (int n = 0; n < f.networks; n++)
-    dense(h.data() + (int64_t)(n * count() + sample) * stride, stride, f.proj_out, f.channels, outputs, 1, {0, wide},
-          [&](int, int column, Vector out) { store(mine + n * wide + column, out + load(f.out_bias + column)); });
+    dense(h.data() + (int64_t)(n * count() + sample) * stride, stride, f.proj_out, f.channels, outputs, 1, {0, width},
+          [&](int, int column, Vector out) { store(buffer + n * width + column, out + load(f.out_bias + column)); });
   const int64_t first = ((int64_t)(samples.first + sample) * f.tokens + t) * f.values;
   for (int c = 0; c < f.values; c++) {
-    float scale = f.scales ? mine[c] : 0.0f, shift = mine[f.scales * f.values + c];
+    float scale = f.scales ? buffer[c] : 0.0f, shift = buffer[f.scales * f.values + c];
     if (f.networks == 2) {
-      if (f.scales) scale += f.weight_scale[t] * (scale - mine[wide + c]);
-      shift += f.weight_shift[t] * (shift - mine[wide + f.scales * f.values + c]);
+      if (f.scales) scale += f.weight_scale[t] * (scale - buffer[width + c]);
+      shift += f.weight_shift[t] * (shift - buffer[width + f.scales * f.values + c]);
     }
     f.x[first + c] = std::exp(scale) * f.z[first + c] + shift;
   }
 }
 
 void Work::run(int rank) {
-  float* mine = own[rank].data();
+  float* buffer = scratch[rank].data();
   const Range part = share(count(), rank, size);
   const auto enter = [&](int t) {
     for (int s = part.first; s < part.last; s++) embed(s, t);
@@ -197,8 +197,8 @@ void Work::run(int rank) {
   }
   if (t < f.stop) enter(t - 1);
   for (; t < f.stop; t++) {
-    for (int l = 0; l < f.depth; l++) layer(l, t - 1, rank, mine);
-    for (int s = part.first; s < part.last; s++) read_out(s, t, mine + (int64_t)rows * stride);
+    for (int l = 0; l < f.depth; l++) layer(l, t - 1, rank, buffer);
+    for (int s = part.first; s < part.last; s++) read_out(s, t, buffer + (int64_t)rows * stride);
     if (t + 1 < f.stop) enter(t);
   }
 }
@@ -215,7 +215,7 @@ int32_t jacobiflow_tarflow_size() { return sizeof(TarFlow); }
 
 void jacobiflow_use_openmp(const OpenMP* functions) { openmp = *functions; }
 
-// The panels of a weight, packed by so many threads.
+// Packs the panels of a weight.
 int32_t jacobiflow_pack(const float* weight, int32_t outputs, int32_t inputs, float* packed, int32_t threads) {
   const int panels = (outputs + panel - 1) / panel;
   try {
@@ -228,8 +228,8 @@ int32_t jacobiflow_pack(const float* weight, int32_t outputs, int32_t inputs, fl
   }
 }
 
-// Entries [start, stop) of x; those before have been solved by calls with the same `keys_values`. Returns 0, or 1 where
-// memory or threads are wanting: then x is unchanged.
+// Solves entries [start, stop) of x, after earlier calls with the same `keys_values` solved those before. Returns 0, or 1
+// if out of memory or threads: then x is unchanged.
 int32_t jacobiflow_tarflow(const TarFlow* flow) {
   const int per_team = flow->threads / flow->teams;
   try {

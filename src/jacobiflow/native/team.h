@@ -1,4 +1,4 @@
-// Threads that share a piece of work, and wait for each other between its steps.
+// Threads that share work, and wait for each other between its steps.
 #pragma once
 
 #include <unistd.h>
@@ -10,9 +10,8 @@
 
 namespace jacobiflow {
 
-// All `size` threads of a team arrive, then all go on. They spin, since steps take microseconds. Where another program
-// has the core of the one that is missing they yield, and then sleep: threads that only yield can keep it from its turn for
-// seconds.
+// All `size` threads of a team arrive, then all go on. They spin, since steps take microseconds. If the last one has no
+// core, because of other programs, they yield and then sleep: threads that only yield can keep it waiting for seconds.
 class Barrier {
  public:
   explicit Barrier(int size) : size_(size) {}
@@ -45,23 +44,23 @@ struct Range {
   int first, last;
 };
 
-// The part of `total` that falls to member `rank` of `size`, in multiples of `unit`.
+// The part of `total` for member `rank` of `size`, in multiples of `unit`.
 inline Range share(int total, int rank, int size, int unit = 1) {
   const long units = (total + unit - 1) / unit;
   const int first = (int)(units * rank / size) * unit, last = (int)(units * (rank + 1) / size) * unit;
   return {first < total ? first : total, last < total ? last : total};
 }
 
-// Calls run(rank) for each rank below `size`, each in a thread of its own, once all threads are there: they may wait for
-// each other. Where one cannot be had, none runs, and std::system_error is thrown.
+// Calls run(rank) for each rank below `size`, each in its own thread, once all threads have started: they may wait for
+// each other. If one cannot start, none runs, and std::system_error is thrown.
 template <typename Run>
 void in_new_threads(int size, const Run& run) {
-  enum { waiting, going, given_up };
+  enum { waiting, running, cancelled };
   std::atomic<int> state{waiting};
   std::vector<std::thread> others;
-  const auto join = [&](int now) {
-    state.store(now, std::memory_order_release);
-    if (now == going) run(0);
+  const auto finish = [&](int decision) {
+    state.store(decision, std::memory_order_release);
+    if (decision == running) run(0);
     for (std::thread& other : others) other.join();
   };
   try {
@@ -69,17 +68,17 @@ void in_new_threads(int size, const Run& run) {
     for (int rank = 1; rank < size; rank++)
       others.emplace_back([&, rank] {
         while (state.load(std::memory_order_acquire) == waiting) std::this_thread::yield();
-        if (state.load(std::memory_order_relaxed) == going) run(rank);
+        if (state.load(std::memory_order_relaxed) == running) run(rank);
       });
   } catch (...) {
-    join(given_up);
+    finish(cancelled);
     throw;
   }
-  join(going);
+  finish(running);
 }
 
-// Functions of the OpenMP library that PyTorch has loaded, null if there is none. The library is not linked with OpenMP:
-// PyTorch's wheels bring their own under names that differ, and a second one is a second pool, which takes its cores.
+// Functions of the OpenMP library that PyTorch has loaded, null if there is none. This library is not linked with OpenMP:
+// PyTorch's wheels bring their own, and a second one would be a second pool of threads for the same cores.
 struct OpenMP {
   void (*parallel)(void (*member)(void*), void* data, unsigned threads, unsigned flags);
   int (*threads)();
@@ -88,9 +87,9 @@ struct OpenMP {
 inline OpenMP openmp;
 const pid_t loaded_in = getpid();
 
-// The same by OpenMP, whose threads PyTorch uses too: they may still spin after its latest operation, and would take the
-// cores of new ones for some milliseconds. A fork leaves a pool without its threads, and a region inside another has one
-// thread only: false where it did not run.
+// As `in_new_threads`, in the OpenMP threads of PyTorch: these may still spin after its latest operation, and would take
+// the cores of new ones for some milliseconds. Returns false if nothing ran: after a fork, which leaves a pool without
+// threads, or inside another parallel region, which has one thread.
 template <typename Run>
 bool in_pool(int size, const Run& run) {
   if (!openmp.parallel || getpid() != loaded_in) return false;

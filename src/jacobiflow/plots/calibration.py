@@ -11,20 +11,19 @@ from matplotlib.figure import Figure
 
 from jacobiflow.calibration import Report
 from jacobiflow.errors import InputValueError
-from jacobiflow.plots.labels import line_label, place_labels
 from jacobiflow.plots.style import ORDERED, clear, new_figure, sampler_style, styled
 
 _HEIGHT = 3.8  # inches
 _LEAST = 1e-5  # smaller distances are rounding
-_STARTS = {"images": "latents that encode images", "noise": "fresh latents"}
-_DISTANCE = "largest |X$^{(k)}$ − X*| of the median sample"
+_STARTS = {"images": "latents of images", "noise": "fresh latents"}
 
 
 @styled
 def convergence_figure(report: Report) -> Figure:
-    """Distance to the solution X* sweep by sweep, from each block's best guess by IGM (Figure 2 of the paper).
+    """Draws the distance to the solution X* by sweep, from each block's best guess by IGM (Figure 2 of the paper).
 
-    Lines are the median sample; the slowest one of a tough block is dotted. One panel for each start in the report.
+    Lines are the median sample; the slowest one of a tough block is dotted. There is a panel for each start in the
+    report.
     """
     figure = new_figure(_HEIGHT)
     panels = figure.subplots(1, len(report.traces), sharey=True, squeeze=False)[0]
@@ -40,21 +39,19 @@ def convergence_figure(report: Report) -> Figure:
             _curve(axis, trace.median, color, label, width=2.6 if heavy else 1.4)
             if heavy:
                 _curve(axis, trace.largest, color, f"block {block}, slowest sample", width=1.6, style=":")
-        title = f"from {_STARTS[start]}{', guided' if report.settings.guidance else ''}"
-        _dress(axis, f"{title}: {report.settings.traced} samples")
-    panels[0].set_ylabel(_DISTANCE)
-    for axis in panels:
-        _name(axis)
+        _label(axis, f"from {_STARTS[start]}{', guided' if report.settings.guidance else ''}")
+    _finish(figure, report.settings.traced)
     return figure
 
 
 @styled
 def segments_figure(report: Report) -> Figure:
-    """Distance to the solution X* sweep by sweep in each segment of the tough blocks (Figure 5 of the paper).
+    """Draws the distance to the solution X* by sweep in each segment of the tough blocks (Figure 5 of the paper).
 
-    Fresh latents, median sample, from the block's best guess by IGM; the segments before are solved.
+    Lines are the median sample of fresh latents, from the block's best guess by IGM, with the segments before solved.
 
-    **Raises** `ValueError` where no block is tough.
+    Raises:
+        ValueError: If no block is tough.
     """
     if not report.segment_traces:
         raise InputValueError("no block of this report is tough: there are no segments to draw")
@@ -66,34 +63,34 @@ def segments_figure(report: Report) -> Figure:
             _curve(axis, trace.median, _shade(i, len(traces)), f"segment {i + 1}", width=1.6)
         whole = report.traces["noise"][block][report.best_guess(block)]
         _curve(axis, whole.median, sampler_style("jacobi").color, "all tokens at once", width=2.2, style=":")
-        _dress(axis, f"block {block} in {len(traces)} segments of about {report.num_tokens // len(traces)} tokens")
-    panels[0].set_ylabel(_DISTANCE)
-    for axis in panels:
-        _name(axis)
+        _label(axis, f"block {block}: {len(traces)} segments, {report.num_tokens // len(traces)} tokens")
+    _finish(figure, report.settings.traced)
     return figure
 
 
 def _shade(number: int, count: int) -> str:
-    """The colour of one of `count` things in an order; the last is not so light that it vanishes on white."""
+    """The colour of one of `count` things in an order; the last still shows on white."""
     return str(to_hex(ORDERED(0.85 * number / max(count - 1, 1))))
 
 
-def _name(axis: Axes) -> None:
-    """Write each line's name at one of its points, those of the slow ones first: there is more room."""
-    labels = [line_label(line, _LEAST) for line in axis.get_lines()]
-    place_labels(axis, sorted((label for label in labels if label.points), key=lambda label: -len(label.points)))
-
-
 def _curve(axis: Axes, distances: Sequence[float], color: Any, label: str, width: float, style: str = "-") -> None:
-    """Draw distances by sweep, up to where only rounding is left."""
+    """Draws distances by sweep, until they are rounding."""
     # Rounding may rise above the axis once more; that is no reason to draw a hundred sweeps of it.
     high = max((k for k, distance in enumerate(distances) if distance >= 3 * _LEAST), default=0)
     end = next((k for k in range(high, len(distances)) if distances[k] < _LEAST), len(distances) - 1)
     axis.plot(distances[: end + 1], style, color=color, label=label, linewidth=width)
 
 
-def _dress(axis: Axes, title: str) -> None:
+def _label(axis: Axes, title: str) -> None:
     axis.update_datalim([(0, 1)])  # a logarithmic axis needs a positive number: curves may be 0 throughout
-    axis.set(yscale="log", xlabel="sweeps", xlim=(0, None), ylim=(_LEAST, None))
+    axis.set(yscale="log", xlabel="sweeps", xlim=(0, None))
     axis.set_title(title)
     clear(axis)
+
+
+def _finish(figure: Figure, samples: int) -> None:
+    """Draws the vertical axis and the legend, which all panels share."""
+    first = figure.axes[0]
+    first.set_ylim(bottom=_LEAST)
+    first.set_ylabel(f"largest |X$^{{(k)}}$ − X*|, median of {samples} samples")
+    figure.legend(*first.get_legend_handles_labels(), loc="outside right upper")

@@ -18,17 +18,17 @@ _COLUMNS = 10
 _IMAGE = 112  # pixels that an image is drawn wide, or the nearest whole multiple of its own
 
 
-def zoom_of(size: int) -> int:
-    """How many pixels wide and high a pixel of images of this `size` is drawn, where nothing else is asked for.
-
-    4 for 28 pixels; images of more than 75 are drawn as they are.
-    """
-    return max(1, round(_IMAGE / size))
-
-
 def image_grid(images: Float[Tensor, "n c h w"], columns: int, zoom: int | None = None, gap: int = 4) -> Image.Image:
-    """Images, nominally in [-1, 1], in rows of `columns`, each pixel drawn `zoom` wide; a NaN is drawn black."""
-    zoom = zoom or zoom_of(images.shape[-1])
+    """Draws images, nominally in [-1, 1], in rows of `columns`, NaN black.
+
+    Each pixel is `zoom` wide; by default 4 for images of 28 pixels, 1 for those of more than 75.
+
+    Example:
+        >>> from jacobiflow.plots import image_grid
+        >>> image_grid(torch.zeros(3, 1, 28, 28), columns=3).size
+        (352, 120)
+    """
+    zoom = zoom or max(1, round(_IMAGE / images.shape[-1]))
     pixels = quantize(images.nan_to_num(nan=-1.0)).permute(0, 2, 3, 1).cpu().numpy()
     rows = -(-len(pixels) // columns)
     height, width = pixels.shape[1] * zoom, pixels.shape[2] * zoom
@@ -43,23 +43,25 @@ def comparison_sheet(
     reference: Float[Tensor, "n c h w"], images: Float[Tensor, "n c h w"], names: tuple[str, str],
     zoom: int | None = None, columns: Sequence[str] = (),
 ) -> Image.Image:  # fmt: skip
-    """Three panels: `reference`, `images`, and their difference, its largest entry drawn white (Figure 7 of the paper).
+    """Draws three panels: `reference`, `images`, and their difference (Figure 7 of the paper).
 
-    `names` are the captions of the first two; the third's gives the largest difference. See `rows_sheet`.
+    `names` are the captions of the first two; the third one names the largest difference, which is white. See
+    `image_grid` for `zoom`, `rows_sheet` for `columns`.
     """
     difference = (images - reference).abs()
     largest = float(difference.nan_to_num().max())
-    shown = difference / max(largest, 1e-30) * 2 - 1
+    stretched = difference / max(largest, 1e-30) * 2 - 1
     captions = (*names, f"difference; white is {largest:.1e}")
-    return rows_sheet(list(zip(captions, (reference, images, shown), strict=True)), zoom, columns)
+    return rows_sheet(list(zip(captions, (reference, images, stretched), strict=True)), zoom, columns)
 
 
 def rows_sheet(
     rows: Sequence[tuple[str, Float[Tensor, "n c h w"]]], zoom: int | None = None, columns: Sequence[str] = ()
 ) -> Image.Image:
-    """Rows of images under each other, each below its caption (Figure 4 of the paper); at most 10 images a line.
+    """Draws rows of images, each below its caption, at most 10 images a line (Figure 4 of the paper).
 
-    `columns` names the images of a row. The names are written above all rows, where they are the same in every line.
+    `columns` are names of the images of a row, written once above all rows; they are left out if they differ from line
+    to line. See `image_grid` for `zoom`.
     """
     grids = [image_grid(images, min(len(images), _COLUMNS), zoom) for _, images in rows]
     width = max(*(grid.width for grid in grids), *(int(font(_LETTERS).getlength(caption)) + 12 for caption, _ in rows))
@@ -77,9 +79,9 @@ def rows_sheet(
 
 
 def trace_sheet(trace: Sequence[Float[Tensor, "n c h w"]], denoised: bool, zoom: int | None = None) -> Image.Image:
-    """A sample a line: noise, the image after each block in sampling order, and `denoised` (Figure 3 of the paper).
+    """Draws `Samples.trace`: noise, then the image after each block in sampling order (Figure 3 of the paper).
 
-    `trace` is `Samples.trace`.
+    A line is a sample. `denoised` tells if the last image is denoised; see `image_grid` for `zoom`.
     """
     blocks = len(trace) - 1 - denoised
     captions = ["noise", *(f"block {i}" for i in reversed(range(blocks))), *["denoised"] * denoised]
@@ -91,7 +93,7 @@ def trace_sheet(trace: Sequence[Float[Tensor, "n c h w"]], denoised: bool, zoom:
 
 
 def _header(columns: Sequence[str], count: int, width: int) -> Image.Image | None:
-    """The names of `count` images above the lines that they fill; `None` where lines differ in them."""
+    """The names of `count` images above the lines that they fill; None if lines differ in them."""
     lines = [list(columns[first : first + _COLUMNS]) for first in range(0, min(count, len(columns)), _COLUMNS)]
     if not lines or any(line != lines[0][: len(line)] for line in lines):
         return None

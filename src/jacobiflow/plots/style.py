@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +17,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
-from jacobiflow.errors import InputValueError
 from jacobiflow.files import write_atomically
 
 WIDTH = 8.3  # inches: a page shows a figure 830 pixels wide, so that 10 points are 14 pixels there
@@ -47,9 +44,6 @@ INK, FAINT, PAPER = "#222222", "#e6e6e6", "#ffffff"
 FINAL, WAITING = "#a9b5c4", "#f2f2f2"  # of tokens; those that are being swept have their sampler's colour
 TOUGH, EASY = "#3d4a5c", "#a9b5c4"  # of blocks
 ORDERED = matplotlib.colormaps["viridis"]  # of what comes in an order, such as segments
-_EXACT, _NEAR = 24, 40  # colours of an animation
-_PACE, _HOLD = 70, 3000  # milliseconds
-_MARK = {"Software": "jacobiflow"}  # text in our PNGs, by which they are recognised
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,7 +51,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Style:
-    """How the points of a sampler are drawn: a colour, a marker, and whether the marker is filled."""
+    """The colour and the marker of a sampler's points."""
 
     color: str
     marker: str
@@ -86,7 +80,7 @@ _MARKERS = "".join(style.marker for style in (*SAMPLERS.values(), OTHER))
 
 
 def sampler_style(name: str) -> Style:
-    """The style of a sampler or strategy of that name, the same in every figure.
+    """Returns the style of a sampler or strategy, the same in every figure.
 
     Strategies that differ in settings only, such as "window:32" and "window:64", share a style.
     """
@@ -96,23 +90,23 @@ def sampler_style(name: str) -> Style:
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """A function that draws, under the settings of the style sheet; those of the caller stay as they are."""
+    """Decorates a function that draws: it runs under the settings of the style sheet, and leaves the caller's."""
 
     @wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
+    def under_settings(*args: P.args, **kwargs: P.kwargs) -> R:
         with matplotlib.rc_context(SHEET):
             return draw(*args, **kwargs)
 
-    return drawn
+    return under_settings
 
 
 def new_figure(height: float) -> Figure:
-    """An empty figure of the one width, `height` in inches, whose parts make room for each other."""
+    """Returns an empty figure of the width of a page, `height` in inches."""
     return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
 
 
 def readable(color: str) -> str:
-    """The colour, dark enough for text on white: a contrast of 4.5 at the least."""
+    """Returns the colour, darkened for text on white to a contrast of at least 4.5."""
     red, green, blue = to_rgb(color)
     light = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
     factor = min(1.0, (0.17 / max(light, 1e-9)) ** (1 / 2.2))
@@ -121,12 +115,12 @@ def readable(color: str) -> str:
 
 @cache
 def font(size: float) -> ImageFont.FreeTypeFont:
-    """The font of the figures, for sheets; `size` in pixels."""
+    """Returns the font of the figures, for sheets; `size` in pixels."""
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def distinct_styles(names: Iterable[str]) -> dict[str, Style]:
-    """A style for each name, with the colour of `sampler_style`; names that would share a marker get different ones."""
+    """Returns a style for each name: the colour of `sampler_style`, and markers that differ within a colour."""
     styles: dict[str, Style] = {}
     for name in dict.fromkeys(names):
         style = sampler_style(name)
@@ -141,12 +135,12 @@ def distinct_styles(names: Iterable[str]) -> dict[str, Style]:
 
 
 def escape(name: str) -> str:
-    """A name in which matplotlib finds no mathematics."""
+    """Returns a name in which matplotlib finds no mathematics."""
     return name.replace("$", r"\$")
 
 
 def clear(axis: Axes, grid: bool = True) -> None:
-    """Draw no frame at the top and the right, and a faint grid."""
+    """Removes the frame at the top and the right, and draws a faint grid."""
     if grid:
         axis.grid(color=FAINT, linewidth=0.6)
         axis.set_axisbelow(True)
@@ -155,66 +149,18 @@ def clear(axis: Axes, grid: bool = True) -> None:
 
 
 def plain_ticks(axis: Axis, subs: Sequence[float] = (1, 2, 5)) -> None:
-    """Label a logarithmic axis with plain numbers, at `subs` times the powers of ten."""
+    """Labels a logarithmic axis with plain numbers, at `subs` times the powers of ten."""
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
 def save_png(image: Image.Image | Figure, path: str | Path) -> None:
-    """Write a PNG that says it is ours, see `check_picture`; the file appears whole or not at all.
-
-    **Raises** `ValueError` where `path` holds something else.
-    """
-    check_picture(path)
+    """Writes a PNG; the file appears whole or not at all."""
     data = io.BytesIO()
     if isinstance(image, Figure):
         with matplotlib.rc_context(SHEET):
-            image.savefig(data, format="png", dpi=DPI, metadata=_MARK)
+            image.savefig(data, format="png", dpi=DPI)
     else:
-        text = PngInfo()
-        for name, value in _MARK.items():
-            text.add_text(name, value)
-        image.save(data, "PNG", pnginfo=text)
+        image.save(data, "PNG")
     write_atomically(path, data.getvalue())
-
-
-def save_gif(frames: Sequence[Image.Image], path: str | Path) -> None:
-    """Write frames as a GIF of 14 a second, which starts again after three seconds of the last one; see `save_png`."""
-    check_picture(path)
-    palette = _palette([frames[0], frames[len(frames) // 2], frames[-1]])
-    first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
-    data = io.BytesIO()
-    first.save(
-        data, "GIF", save_all=True, append_images=others, loop=0, comment=_MARK["Software"].encode(),
-        duration=[*[_PACE] * len(others), _HOLD],
-    )  # fmt: skip
-    write_atomically(path, data.getvalue())
-
-
-def _palette(frames: Sequence[Image.Image]) -> Image.Image:
-    """Colours for all frames, so that what differs between two of them is what has changed: the commonest as they are,
-    which are those of flat areas, and others that come near to the rest.
-    """
-    wide = Image.new("RGB", (frames[0].width, frames[0].height * len(frames)))
-    for i, frame in enumerate(frames):
-        wide.paste(frame, (0, i * frame.height))
-    counted: list[Any] = wide.getcolors(wide.width * wide.height) or []
-    common = [color for _, color in sorted(counted, reverse=True)[:_EXACT]]
-    palette = Image.new("P", (1, 1))
-    palette.putpalette([*(value for color in common for value in color), *(wide.quantize(_NEAR).getpalette() or [])])
-    return palette
-
-
-def check_picture(path: str | Path) -> None:
-    """**Raises** `ValueError` where `path` is there, but is no picture that `save_png` or `save_gif` wrote."""
-    if not os.path.lexists(path):
-        return
-    try:
-        with Image.open(path) as image:
-            commented = image.info.get("comment") == _MARK["Software"].encode()
-            ours = commented or _MARK.items() <= getattr(image, "text", {}).items()
-    except (OSError, ValueError, Image.DecompressionBombError):
-        ours = False
-    if not ours:
-        raise InputValueError(f"{path}: is not a picture that jacobiflow made; move it away, or give another folder")

@@ -11,13 +11,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from jacobiflow.checks import check_choice, check_count, check_kind, check_number
-from jacobiflow.flows.base import Block, evaluate
+from jacobiflow.flows.base import Block, evaluate, no_gradients
 from jacobiflow.solvers.guess import Given
+from jacobiflow.solvers.loop import Deadline
 from jacobiflow.solvers.partition import Sequential
 from jacobiflow.solvers.solution import Solution, Status
-from jacobiflow.solvers.solve import check_tokens, no_gradients, solve
-from jacobiflow.solvers.solver import Solver
-from jacobiflow.solvers.stopping import Tolerance
+from jacobiflow.solvers.solve import check_tokens, solve_until
+from jacobiflow.solvers.solver import Solver, Tolerance
 
 Certificate = bool | Literal["always"]
 
@@ -31,16 +31,19 @@ def certify(
     block: Block, z: Float[Tensor, "b t c"], x: Float[Tensor, "b t c"], context: Tensor | None = None,
     slots: int | None = None,
 ) -> Float[Tensor, " b"]:  # fmt: skip
-    """Largest |g(x) - x| per sample, over tokens and channels, from one parallel pass; inf where it is not finite.
+    """Returns the largest |g(x) - x| of each sample, over tokens and channels, from one parallel pass.
 
-    `slots` samples are passed at a time, all by default. **Raises** `TypeError` or `ValueError` where `x` and `z` are
-    no tokens of the block, or `context` has not a row for each of theirs.
+    It is infinite for a sample that is not finite. At most `slots` samples are in the network at a time.
+
+    Example:
+        >>> flow, z = jf.load("digits-p1"), torch.ones(2, 64, 1)
+        >>> x = jf.solve(flow.blocks[0], z, jf.Solver(jf.Sequential())).x
+        >>> bool((jf.certify(flow.blocks[0], z, x) < 1e-4).all())
+        True
     """
     check_tokens(block, z, context, x=x)
-    if slots is not None:
-        slots = check_count("slots", slots)
     residual = z.new_empty(len(z))
-    size = slots or max(len(z), 1)
+    size = max(len(z), 1) if slots is None else check_count("slots", slots)
     with no_gradients(block):
         for first in range(0, len(z), size):
             rows = slice(first, first + size)
@@ -52,40 +55,32 @@ def certify(
 def solve_certified(
     block: Block, z: Float[Tensor, "b t c"], solver: Solver, context: Tensor | None = None,
     certificate: Certificate = True, slots: int | None = None, tolerance: float | None = None,
+    time_limit: float | None = None,
 ) -> Solution:  # fmt: skip
     """Solves a block, certifies each sample, and solves again each sample that is above the tolerance.
 
-    An exact loop is a solution by construction. Its residual counts as 0 and is not measured, unless `certificate` is
-    "always".
-
     A sample above the tolerance is resumed from its answer, to half of the tolerance. If it is still above, if it ran
     out of sweeps before the solver's own tolerance, or if it is not finite, it is solved token by token and counted. A
-    value that then overflows does so in the exact inverse too (`Status.NONFINITE`).
+    value that then overflows does so in the exact inverse too (`Status.NONFINITE`). An exact loop is a solution by
+    construction: its residual counts as 0 and is not measured, unless `certificate` is "always".
 
     An exact solve leaves a residual as well: the rounding of the network, which grows with the size of x. If more than
     four samples are to be solved token by token, the four with the largest residuals go first. Of what these leave, the
     smallest |g(x) - x| / |x| is the relative rounding of the block. Other samples whose residuals are at most four
-    times as large, relative to their own x, keep their answers and end as `Status.ROUNDING`. Nothing is carried from
-    one block to another.
-
-    A solver that stops on `MaxSweeps` or `EarlyStop` alone is held to no tolerance, unless `tolerance` is given: its
-    samples are measured and end as they are.
+    times as large, relative to their own x, keep their answers and end as `Status.ROUNDING`.
 
     Args:
-        block: Gives g.
-        z: Input of the block in its causal order, shape (B, T, C), float32 or float64.
-        solver: How to solve it first.
-        context: One row for each sample (labels, for example), or `None`.
+        block, z, solver, context, slots, time_limit: See `solve`.
         certificate: `False` leaves out the pass that measures; then the residuals are those of the sweeps. "always"
             measures exact loops too.
-        slots: Samples in the network at a time; all by default.
-        tolerance: What residuals are held to; the solver's own tolerance by default.
+        tolerance: The largest residual allowed, by default the solver's own tolerance. Without either, samples are
+            measured and end as they are.
 
-    Returns:
-        A `Solution` whose residuals are measured.
-
-    Raises:
-        ValueError: As `solve`, and if `certificate` is not True, False or "always".
+    Example:
+        >>> flow, z = jf.load("digits-p1"), torch.ones(2, 64, 1)
+        >>> solution = jf.solve_certified(flow.blocks[0], z, jf.Solver(jf.Window(16), stopping=jf.Tolerance(1e-3)))
+        >>> bool((solution.residual <= 1e-3).all())
+        True
     """
     check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
     check_certificate("certificate", certificate)
@@ -94,17 +89,18 @@ def solve_certified(
     if slots is not None:
         slots = check_count("slots", slots)
     started = time.perf_counter()
-    own = solver.stopping.atol
-    atol = tolerance if certificate and tolerance is not None else own
-    attempts = _Attempts(block, z, context, slots, certificate)
+    atol = tolerance if certificate and tolerance is not None else solver.stopping.atol
+    attempts = _Attempts(block, z, context, slots, certificate, Deadline(time_limit))
     solution = attempts.first(solver)
     if certificate and atol is not None:
         # A sample that ran out of sweeps, but came within the tolerance by its last one, has converged.
         within = (solution.status == Status.MAX_SWEEPS) & (solution.residual <= atol)
         solution = replace(solution, status=solution.status.masked_fill(within, Status.CONVERGED))
-        ended = (solution.status == Status.CONVERGED) | ((solution.status == Status.MAX_SWEEPS) & (own is None))
+        ended = (solution.status == Status.CONVERGED) | (
+            (solution.status == Status.MAX_SWEEPS) & (solver.stopping.atol is None)
+        )
         short = _is_short(solution, atol) & ended
-        resumed = replace(solver, guess=Given(solution.x[short]), stopping=Tolerance(_CLOSER * atol), coarse=0)
+        resumed = replace(solver, guess=Given(solution.x[short]), stopping=Tolerance(_CLOSER * atol), bf16_sweeps=0)
         solution = attempts.again(solution, short, resumed)
     short = (solution.status == Status.NONFINITE) & ~solution.exact
     if atol is not None:
@@ -156,10 +152,11 @@ class _Attempts:
     context: Tensor | None
     slots: int | None
     certificate: Certificate
+    deadline: Deadline
 
     def first(self, solver: Solver) -> Solution:
         """All samples."""
-        solution = solve(self.block, self.z, solver, self.context, self.slots)
+        solution = solve_until(self.deadline, self.block, self.z, solver, self.context, self.slots)
         if self.certificate != "always" and bool(solution.exact.all()):
             return solution
         return self._certified(self.z, solution, self.context)
@@ -169,7 +166,8 @@ class _Attempts:
         if not which.any():
             return solution
         z, context = self.z[which], None if self.context is None else self.context[which]
-        better = self._certified(z, solve(self.block, z, solver, context, self.slots), context)
+        better = solve_until(self.deadline, self.block, z, solver, context, self.slots)
+        better = self._certified(z, better, context)
         replaced = {
             name: getattr(solution, name).index_put((which,), getattr(better, name))
             for name in ("x", "status", "residual", "exact")

@@ -1,6 +1,9 @@
-"""Causal convolution over tokens: what the calibrated guess and correction are made of."""
+"""Causal convolution over tokens for the fitted guess and correction, whose fields are tensors."""
 
 from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,8 +17,23 @@ _NUMBERS = 2**22  # at most so many numbers are written out at a time
 FIT_WIDTH = 24  # tokens before one that a fit sees; twice as many brought 3 per cent
 
 
+class TensorFields:
+    """A dataclass whose fields are tensors: equal if their values are."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, type(self)):
+            return NotImplemented
+        return all(map(torch.equal, self._values(), other._values()))
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._values()[-1].flatten().tolist()))
+
+    def _values(self: Any) -> list[Tensor]:
+        return [getattr(self, entry.name) for entry in fields(self)]
+
+
 def check_kernel(owner: str, kernel: Tensor) -> None:
-    """**Raises** `TypeError` or `ValueError` where `kernel` is no finite tensor (w, C, C)."""
+    """Raises TypeError or ValueError if `kernel` is not a finite tensor (w, C, C)."""
     name, shape = f"{owner}: kernel", ("tokens", "channels", "channels")
     check_floating(name, kernel, shape)
     if kernel.shape[1] != kernel.shape[2]:
@@ -24,30 +42,26 @@ def check_kernel(owner: str, kernel: Tensor) -> None:
 
 
 class StackedKernel:
-    """`kernel` (w, C, C) as `causal_convolution` takes it, kept on each device where it was used.
-
-    A row per channel of each of the w tokens, the oldest first.
-    """
+    """A kernel with a row per channel of each of its tokens, the oldest first, and a copy on each device."""
 
     def __init__(self, kernel: Float[Tensor, "w c c"]) -> None:
         self._stacked = kernel.flip(0).transpose(1, 2).flatten(0, 1).contiguous()
-        self._kept: dict[tuple[torch.device, torch.dtype], Float[Tensor, "f c"]] = {}
+        self._copies: dict[tuple[torch.device, torch.dtype], Float[Tensor, "f c"]] = {}
 
     def like(self, x: Tensor) -> Float[Tensor, "f c"]:
-        """In the dtype and on the device of `x`."""
+        """Returns it in the dtype and on the device of `x`."""
         key = x.device, x.dtype
-        if key not in self._kept:
-            self._kept[key] = self._stacked.to(x)
-        return self._kept[key]
+        if key not in self._copies:
+            self._copies[key] = self._stacked.to(x)
+        return self._copies[key]
 
 
 def causal_convolution(
     x: Float[Tensor, "b n c"], kernel: StackedKernel, add: Float[Tensor, "b n c"], delay: int = 0
 ) -> Float[Tensor, "b n c"]:
-    """y_t = add_t + sum over d = 0..w-1 of kernel[d] x_(t - d - delay), x being 0 before its first token.
+    """Returns y_t = add_t + sum over d = 0..w-1 of kernel[d] x_(t - d - delay), x being 0 before its first token.
 
-    A product of matrices, in a third of the time that `conv1d` takes for a few tokens. The windows that it multiplies
-    are written out, for a few samples at a time where they are many.
+    A product of matrices takes a third of the time of `conv1d` for a few tokens.
     """
     length, channels = x.shape[1:]
     weights = kernel.like(x)
@@ -64,14 +78,11 @@ def causal_convolution(
 
 
 def rows_before(x: Float[Tensor, "b t c"], width: int) -> Float[Tensor, "n f"]:
-    """What a fit of a kernel regresses on: per token, in float64, itself and the `width` - 1 tokens before it.
-
-    The oldest comes first; zeros stand for what is before token 0.
-    """
+    """Returns the regressors of a kernel: per token itself and the `width` - 1 before it, the oldest first."""
     padded = F.pad(x.double(), (0, 0, width - 1, 0))
     return padded.unfold(1, width, 1).transpose(2, 3).flatten(2).flatten(0, 1)
 
 
 def as_kernel(weights: Float[Tensor, "f c"], width: int) -> Float[Tensor, "w c c"]:
-    """Regression weights of the rows of `rows_before` as a kernel: entry d is for the token d places before."""
+    """Returns the regression weights of `rows_before` as a kernel: entry d is for the token d places before."""
     return weights.view(width, -1, weights.shape[1]).flip(0).transpose(1, 2).contiguous()

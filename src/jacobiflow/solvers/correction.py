@@ -1,39 +1,62 @@
-"""How the residual g(x) - x is applied."""
+"""Corrections: the next iterate from the residual g(x) - x."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from jacobiflow.codec import family, register
-from jacobiflow.flows.base import Block
+from jacobiflow.errors import InputValueError
+from jacobiflow.flows.base import Block, evaluate, no_gradients
+from jacobiflow.solvers.convolution import (
+    FIT_WIDTH,
+    StackedKernel,
+    TensorFields,
+    as_kernel,
+    causal_convolution,
+    check_kernel,
+    rows_before,
+)
 from jacobiflow.solvers.guess import Guess
+
+_RIDGE = 2e-2  # of the residuals' mean square, which is scaled to 1
+_FIT_SWEEPS = 24  # more of them show nothing new
+_ROUNDING = 3e-5  # residuals below it teach nothing
 
 
 @family
 class Correction(ABC):
-    """Turns an iterate and its image under g into the next iterate, on a run of swept tokens.
+    """Turns an iterate and its image under g into the next iterate, on a run of tokens.
 
     Tokens before the run are final: their residual is 0.
+
+    Example:
+        >>> class Damped(jf.Correction):
+        ...     def __call__(self, x, g):
+        ...         return g
+        >>> solver = jf.Solver(jf.Whole(), correction=Damped())
     """
 
     @abstractmethod
     def __call__(self, x: Float[Tensor, "b n c"], g: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        """The next iterate. Where the residual of all tokens before t is zero, entry t must be g_t."""
+        """Returns the next iterate. If the residual of all tokens before t is zero, entry t must be g_t."""
 
     def check(self, token_channels: int) -> None:  # noqa: B027  most fit any tokens
-        """**Raises** `ValueError` where the correction does not fit tokens of that many channels."""
+        """Raises ValueError if the correction does not fit tokens of that many channels."""
 
     @classmethod
     def fit(
         cls, block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess, context: Tensor | None
     ) -> Correction | None:
-        """The correction of this kind that suits a block with solutions `x` at `z`, for `jacobiflow.tune` to try.
+        """Returns the correction of this kind that suits a block with solutions `x` at `z`; `None` if it has no fit.
 
-        `None` where there is nothing to fit.
+        `jacobiflow.tune` tries it.
         """
         return None
 
@@ -41,7 +64,92 @@ class Correction(ABC):
 @register("plain")
 @dataclass(frozen=True)
 class Plain(Correction):
-    """X^(k+1) = g(X^(k)): the nonlinear Jacobi step, eq. (3) of the paper."""
+    """X^(k+1) = g(X^(k)): the nonlinear Jacobi step, eq. (3) of the paper.
+
+    Example:
+        >>> jf.Plain()(torch.zeros(1, 2, 1), torch.ones(1, 2, 1)).flatten()
+        tensor([1., 1.])
+    """
 
     def __call__(self, x: Float[Tensor, "b n c"], g: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         return g
+
+
+@register("chord")
+@dataclass(frozen=True, eq=False, repr=False)
+class Chord(TensorFields, Correction):
+    """A chord (simplified Newton) step with a calibrated, banded estimate of the inverse Jacobian:
+
+        X^(k+1) = X^(k) + (I + B) r,    r = g(X^(k)) - X^(k),    (B r)_t = sum over d = 1..w of kernel[d-1] r_(t-d).
+
+    Newton's step is (I - Gamma)^-1 r with Gamma = dg/dx strictly lower triangular (Appendix A of the paper), so its
+    inverse is I plus a strictly lower triangular matrix. B is that matrix, one for all samples and positions, cut to
+    the w tokens before each, fitted to the errors that sweeps meet. Its cost is a convolution over the run, w C^2
+    multiplications a token; its size w C^2 numbers.
+
+    Args:
+        kernel: (w, C, C). The residual r of the token d places before adds `kernel[d - 1] @ r` to a token's step.
+
+    Example:
+        >>> jf.Chord(torch.zeros(3, 4, 4))
+        Chord(3 tokens, 4 channels)
+    """
+
+    kernel: Float[Tensor, "w c c"]
+
+    def __post_init__(self) -> None:
+        check_kernel("Chord", self.kernel)
+
+    def __call__(self, x: Float[Tensor, "b n c"], g: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        self.check(x.shape[-1])
+        residual = (g - x).nan_to_num_(0.0, 0.0, 0.0)  # an overflow does not help its successors
+        return causal_convolution(residual, self._stacked, add=g, delay=1)
+
+    def check(self, token_channels: int) -> None:
+        if token_channels != self.kernel.shape[1]:
+            raise InputValueError(f"{self!r}, but the tokens have {token_channels}: calibrate this flow")
+
+    @classmethod
+    def fit(
+        cls, block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess,
+        context: Tensor | None = None, width: int = FIT_WIDTH,
+    ) -> Chord:  # fmt: skip
+        """Fits the chord over `width` tokens that best predicts errors X* - X^(k) from residuals, by ridge regression.
+
+        `x` is X*, the solution at `z`. The errors are those met by sweeping all tokens from `guess` with the chord
+        fitted to the sweeps so far. Each token has the same weight, whatever the size of its residuals.
+        """
+        _, length, channels = x.shape
+        features = width * channels
+        gram = torch.zeros(features, features, dtype=torch.float64, device=x.device)
+        cross = torch.zeros(features, channels, dtype=torch.float64, device=x.device)
+        chord = cls(torch.zeros(1, channels, channels))
+        ridge = _RIDGE * torch.eye(features).to(gram)
+        start = guess(z)
+        current, count = start.clone(), 0
+        with no_gradients(block):
+            for _ in range(min(_FIT_SWEEPS, length)):
+                g = evaluate(block, current, z, context)
+                residual = (g - current).nan_to_num(0.0, 0.0, 0.0)
+                rows = rows_before(F.pad(residual, (0, 0, 1, 0))[:, :-1], width)
+                size = (rows.square().mean(dim=1) + residual.flatten(0, 1).double().square().mean(dim=1)).sqrt()
+                used = (size > _ROUNDING) & torch.isfinite(current).all(dim=2).flatten()
+                if not used.any():
+                    break
+                weight = torch.where(used, size.clamp(min=_ROUNDING).reciprocal(), 0).unsqueeze(1)
+                rows = rows * weight
+                gram += rows.T @ rows
+                cross += rows.T @ ((x - current - residual).nan_to_num(0.0, 0.0, 0.0).flatten(0, 1) * weight)
+                count += int(used.sum())
+                chord = cls(as_kernel(torch.linalg.solve(gram + count * ridge, cross), width).to(x))
+                current = chord(current, g)
+                current = torch.where(torch.isfinite(current).all(dim=2, keepdim=True), current, start)
+        return cls(chord.kernel.clone().cpu())
+
+    @cached_property
+    def _stacked(self) -> StackedKernel:
+        return StackedKernel(self.kernel)
+
+    def __repr__(self) -> str:
+        width, channels, _ = self.kernel.shape
+        return f"Chord({width} tokens, {channels} channels)"

@@ -1,9 +1,10 @@
-"""Where an iteration starts."""
+"""Guesses: the start of an iteration."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -12,24 +13,42 @@ from torch import Tensor
 from jacobiflow.checks import check_finite, check_floating, check_kind, short
 from jacobiflow.codec import family, register
 from jacobiflow.errors import InputTypeError, InputValueError
+from jacobiflow.solvers.convolution import (
+    FIT_WIDTH,
+    StackedKernel,
+    TensorFields,
+    as_kernel,
+    causal_convolution,
+    check_kernel,
+    rows_before,
+)
+
+_RIDGE = 1e-3  # of the latents' variance
 
 
 @family
 class Guess(ABC):
-    """Chooses X^(0) from the block's input."""
+    """Chooses X^(0) from the block's input.
+
+    Example:
+        >>> class Ones(jf.Guess):
+        ...     def __call__(self, z):
+        ...         return torch.ones_like(z)
+        >>> solver = jf.Solver(jf.Whole(), Ones())
+    """
 
     @abstractmethod
     def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
-        """X^(0), a new tensor."""
+        """Returns X^(0), a new tensor."""
 
     def check(self, num_tokens: int, token_channels: int) -> None:  # noqa: B027  most fit any tokens
-        """**Raises** `ValueError` where the guess does not fit tokens (T, C)."""
+        """Raises ValueError if the guess does not fit tokens (T, C)."""
 
     @classmethod
     def fit(cls, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"]) -> Guess | None:
-        """The guess of this kind that suits a block with solutions `x` at `z`, for `jacobiflow.tune` to try.
+        """Returns the guess of this kind that suits a block with solutions `x` at `z`; `None` if it has no fit.
 
-        `None` where there is nothing to fit.
+        `jacobiflow.tune` tries it.
         """
         return None
 
@@ -37,7 +56,12 @@ class Guess(ABC):
 @register("latent")
 @dataclass(frozen=True)
 class Latent(Guess):
-    """X^(0) = Z, the block's input: neighbouring blocks change an image little (section 3.2 of the paper)."""
+    """X^(0) = Z, the block's input: neighbouring blocks change an image little (section 3.2 of the paper).
+
+    Example:
+        >>> jf.Latent()(torch.ones(1, 2, 1)).flatten()
+        tensor([1., 1.])
+    """
 
     def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
         return z.clone()
@@ -46,7 +70,12 @@ class Latent(Guess):
 @register("zeros")
 @dataclass(frozen=True)
 class Zeros(Guess):
-    """X^(0) = [z_1, 0, ..., 0], for blocks in which Z overflows (section 3.2 of the paper)."""
+    """X^(0) = [z_1, 0, ..., 0], for blocks in which Z overflows (section 3.2 of the paper).
+
+    Example:
+        >>> jf.Zeros()(torch.ones(1, 2, 1)).flatten()
+        tensor([1., 0.])
+    """
 
     def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
         x = torch.zeros_like(z)
@@ -56,11 +85,14 @@ class Zeros(Guess):
 
 @register("mean_affine")
 @dataclass(frozen=True, eq=False, repr=False)
-class MeanAffine(Guess):
+class MeanAffine(TensorFields, Guess):
     """X^(0) = exp(log_scale) Z + shift: the mean parameters of the block over calibration images, (T, C) each.
 
-    One guess per position; `jacobiflow.calibrate` measures the means. **Raises** `TypeError` where one is no
-    tensor of floating-point numbers, `ValueError` where the two differ in shape, are not finite, or do not fit Z.
+    `jacobiflow.calibrate` measures the means.
+
+    Example:
+        >>> jf.MeanAffine(torch.zeros(2, 1), torch.ones(2, 1))(torch.ones(1, 2, 1)).flatten()
+        tensor([2., 2.])
     """
 
     log_scale: Float[Tensor, "t c"]
@@ -77,23 +109,63 @@ class MeanAffine(Guess):
         return torch.addcmul(self.shift.to(z), self.log_scale.to(z).exp(), z)
 
     def check(self, num_tokens: int, token_channels: int) -> None:
-        check_shape(self, self.shift, num_tokens, token_channels)
+        _check_shape(self, self.shift, num_tokens, token_channels)
 
     def __repr__(self) -> str:
         tokens, channels = self.shift.shape
         return f"MeanAffine({tokens} tokens, {channels} channels)"
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, MeanAffine):
-            return NotImplemented
-        return torch.equal(self.log_scale, other.log_scale) and torch.equal(self.shift, other.shift)
 
-    def __hash__(self) -> int:
-        return hash(tuple(self.shift.flatten().tolist()))
+@register("causal_linear")
+@dataclass(frozen=True, eq=False, repr=False)
+class CausalLinear(TensorFields, Guess):
+    """X^(0)_t = shift_t + sum over d = 0..w-1 of kernel[d] Z_(t-d): a linear autoregressive guess.
+
+    The least-squares estimate of the solution from the latents of a token and of those before it, one kernel for all
+    positions.
+
+    Example:
+        >>> jf.CausalLinear(torch.ones(2, 1, 1), torch.zeros(3, 1))(torch.ones(1, 3, 1)).flatten()
+        tensor([1., 2., 2.])
+    """
+
+    kernel: Float[Tensor, "w c c"]
+    shift: Float[Tensor, "t c"]
+
+    def __post_init__(self) -> None:
+        check_kernel("CausalLinear", self.kernel)
+        check_floating("CausalLinear: shift", self.shift, ("tokens", self.kernel.shape[1]))
+        check_finite("CausalLinear: shift", self.shift)
+
+    def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
+        self.check(*z.shape[1:])
+        return causal_convolution(z, self._stacked, add=self.shift.to(z).expand_as(z))
+
+    def check(self, num_tokens: int, token_channels: int) -> None:
+        _check_shape(self, self.shift, num_tokens, token_channels)
+
+    @classmethod
+    def fit(cls, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], width: int = FIT_WIDTH) -> CausalLinear:
+        """Returns the guess from `width` + 1 latents nearest to the solutions `x` at `z`, by ridge regression."""
+        rows = rows_before(z - z.mean(dim=0), width + 1)
+        gram = rows.T @ rows
+        ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+        centred = (x - x.mean(dim=0)).flatten(0, 1).to(rows)
+        kernel = as_kernel(torch.linalg.solve(gram + ridge, rows.T @ centred), width + 1).to(x)
+        linear = cls(kernel, torch.zeros_like(x[0]))
+        return cls(kernel.cpu(), (x - linear(z)).mean(dim=0).cpu())
+
+    @cached_property
+    def _stacked(self) -> StackedKernel:
+        return StackedKernel(self.kernel)
+
+    def __repr__(self) -> str:
+        tokens, channels = self.shift.shape
+        return f"CausalLinear({tokens} tokens, {channels} channels, from {len(self.kernel)} latents)"
 
 
 @dataclass(frozen=True, eq=False)
-class Given(Guess):
+class Given(TensorFields, Guess):
     """X^(0) = `value`, an approximate answer that is to be improved."""
 
     value: Float[Tensor, "b t c"]
@@ -106,20 +178,11 @@ class Given(Guess):
 
     def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
         if self.value.shape != z.shape:
-            raise InputValueError(
-                f"Given: value of shape {tuple(self.value.shape)}, but z is {tuple(z.shape)}: give as many"
-            )
+            raise InputValueError(f"Given: value of shape {tuple(self.value.shape)}, but z is {tuple(z.shape)}")
         return self.value.clone()
 
-    def __eq__(self, other: object) -> bool:
-        return torch.equal(self.value, other.value) if isinstance(other, Given) else NotImplemented
 
-    def __hash__(self) -> int:
-        return hash(tuple(self.value.shape))
-
-
-def check_shape(guess: Guess, values: Float[Tensor, "t c"], num_tokens: int, token_channels: int) -> None:
-    """**Raises** `ValueError` where a guess has not one of its `values` for each entry of tokens (T, C)."""
+def _check_shape(guess: Guess, values: Float[Tensor, "t c"], num_tokens: int, token_channels: int) -> None:
     have, want = tuple(values.shape), (num_tokens, token_channels)
     if have != want:
         raise InputValueError(f"{type(guess).__name__} of shape {have}, but the tokens are {want}: calibrate this flow")

@@ -1,8 +1,4 @@
-"""Which tokens are swept together, and when a solver moves on.
-
-A solver keeps a front: the tokens before it are final. A partition says where the run of swept tokens that starts at
-the front ends.
-"""
+"""Partitions: the runs of tokens that are swept together."""
 
 from __future__ import annotations
 
@@ -13,39 +9,54 @@ from jacobiflow.checks import check_count, convert_numbers
 from jacobiflow.codec import family, register
 from jacobiflow.errors import InputValueError
 
-_SMALLEST = 32  # tokens in a window that is tried: hardly a plan had fewer, see benchmarks/tuning_grid.py
+_SMALLEST = 32  # tokens in a window that is tried: hardly a plan had fewer
 
 
 @family
 class Partition(ABC):
-    """Chooses the swept run [front, stop)."""
+    """Chooses the run [front, stop) that is swept; the tokens before the front are final.
+
+    Example:
+        >>> class Halves(jf.Partition):
+        ...     def stop(self, front, num_tokens):
+        ...         return num_tokens // 2 if front < num_tokens // 2 else num_tokens
+        >>> Halves().stop(0, 8), Halves().stop(5, 8)
+        (4, 8)
+    """
 
     @abstractmethod
     def stop(self, front: int, num_tokens: int) -> int:
-        """End of the run that starts at `front`; front < stop <= num_tokens."""
+        """Returns the end of the run that starts at `front`; front < stop <= num_tokens."""
 
     def check(self, num_tokens: int) -> None:  # noqa: B027  most fit any sequence
-        """**Raises** `ValueError` where the partition does not fit a sequence of `num_tokens`."""
+        """Raises ValueError if the partition does not fit a sequence of `num_tokens`."""
 
     def token_by_token(self, num_tokens: int) -> bool:
-        """Whether every run is one token, so that a solve is the exact recurrence."""
-        return False
+        """Tells if every run is one token, so that a solve is the exact recurrence."""
+        return all(self.stop(token, num_tokens) == token + 1 for token in range(num_tokens))
 
     @classmethod
     def candidates(cls, num_tokens: int) -> tuple[Partition, ...]:
-        """Those that `jacobiflow.tune` tries on a sequence of `num_tokens`, for `jacobiflow.plan` to choose from."""
+        """Returns those that are tried on a sequence of `num_tokens`."""
         return ()
 
 
 class SlidingRun(Partition):
     """A partition whose run slides with the front: it has a size, wherever it starts.
 
-    Each sample of a batch can then have a front of its own, where the block allows it; see `jacobiflow.solve`.
+    Each sample of a batch can then have a front of its own, if the block allows it; see `jacobiflow.solve`.
+
+    Example:
+        >>> class Half(jf.SlidingRun):
+        ...     def run_size(self, num_tokens):
+        ...         return max(num_tokens // 2, 1)
+        >>> Half().stop(3, 8)
+        7
     """
 
     @abstractmethod
     def run_size(self, num_tokens: int) -> int:
-        """The size of a run of a sequence of `num_tokens`, at least 1."""
+        """Returns the size of a run of a sequence of `num_tokens`, at least 1."""
 
     def stop(self, front: int, num_tokens: int) -> int:
         return min(front + self.run_size(num_tokens), num_tokens)
@@ -56,20 +67,26 @@ class SlidingRun(Partition):
 class Sequential(Partition):
     """One token at a time, exact: the recurrence x_t = g(x)_t.
 
-    T network calls on one token each, which a block with an `ExactInverse` makes in one piece.
+    T network calls on one token each, or the block's `exact_inverse` in one call.
+
+    Example:
+        >>> jf.Sequential().stop(3, 8)
+        4
     """
 
     def stop(self, front: int, num_tokens: int) -> int:
         return front + 1
 
-    def token_by_token(self, num_tokens: int) -> bool:
-        return True
-
 
 @register("whole")
 @dataclass(frozen=True)
 class Whole(SlidingRun):
-    """All tokens at once: Jacobi iteration (section 3.1 of the paper)."""
+    """All tokens at once: Jacobi iteration (section 3.1 of the paper).
+
+    Example:
+        >>> jf.Whole().stop(3, 8)
+        8
+    """
 
     def run_size(self, num_tokens: int) -> int:
         return num_tokens
@@ -80,7 +97,11 @@ class Whole(SlidingRun):
 class Segments(Partition):
     """`count` runs of equal length, solved one after the other: Gauss-Seidel-Jacobi (section 3.4 of the paper).
 
-    Where `count` does not divide T, segment g ends at round-down((g + 1) T / count): lengths differ by at most one.
+    If `count` does not divide T, segment g ends at round-down((g + 1) T / count): lengths differ by at most one.
+
+    Example:
+        >>> [jf.Segments(3).stop(front, 8) for front in (0, 2, 5)]
+        [2, 5, 8]
     """
 
     count: int
@@ -92,9 +113,6 @@ class Segments(Partition):
     def stop(self, front: int, num_tokens: int) -> int:
         segment = ((front + 1) * self.count - 1) // num_tokens
         return (segment + 1) * num_tokens // self.count
-
-    def token_by_token(self, num_tokens: int) -> bool:
-        return self.count == num_tokens
 
     def check(self, num_tokens: int) -> None:
         if self.count > num_tokens:
@@ -109,6 +127,10 @@ class Window(SlidingRun):
     """The `size` tokens behind the front, which slides past the leading converged tokens after each sweep.
 
     Suits blocks in which convergence is a front that moves along the sequence.
+
+    Example:
+        >>> jf.Window(4).stop(3, 8)
+        7
     """
 
     size: int
@@ -120,13 +142,8 @@ class Window(SlidingRun):
     def run_size(self, num_tokens: int) -> int:
         return min(self.size, num_tokens)
 
-    def token_by_token(self, num_tokens: int) -> bool:
-        return self.size == 1
-
     @classmethod
     def candidates(cls, num_tokens: int) -> tuple[Partition, ...]:
-        """Windows of 32, 64, 128 .. tokens, up to half of them, and of all."""
-        sizes: list[int] = []
-        while _SMALLEST << len(sizes) <= num_tokens / 2:
-            sizes.append(_SMALLEST << len(sizes))
-        return tuple(cls(size) for size in (*sizes, num_tokens))
+        """Returns windows of 32, 64, 128 .. tokens, up to half of them, and of all."""
+        sizes = (_SMALLEST << doublings for doublings in range(num_tokens.bit_length()))
+        return *(cls(size) for size in sizes if size <= num_tokens / 2), cls(num_tokens)

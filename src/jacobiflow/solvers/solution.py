@@ -1,4 +1,4 @@
-"""What a solver returns."""
+"""The result of a solver."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from torch import Tensor
 
 
 class Status(IntEnum):
-    """How a sample's solve ended."""
+    """The end of a sample's solve.
+
+    Example:
+        >>> jf.Status.MAX_SWEEPS.message
+        'stopped by MaxSweeps; raise it, or use a Tolerance, for a smaller residual'
+    """
 
     CONVERGED = 0
     MAX_SWEEPS = 1
@@ -19,7 +24,7 @@ class Status(IntEnum):
 
     @property
     def message(self) -> str:
-        """What it means, and the remedy."""
+        """Its meaning and the remedy."""
         return _MESSAGES[self]
 
 
@@ -36,21 +41,26 @@ _MESSAGES = {
 
 @dataclass(frozen=True)
 class Solution:
-    """The solved tokens of one block and what they cost.
+    """The solved tokens of one block and their cost, that of later attempts included.
 
-    **Attributes:**
+    Attributes:
+        x: The answer, in the block's causal order.
+        status: A `Status` per sample.
+        residual: The largest |g(x) - x| of a certified answer. Without a certificate, the largest change that a token's
+            last sweep made (0 for a token that is exact by Proposition 1).
+        exact: True for samples all of whose tokens were computed from final ones, one at a time.
+        resolved_sequentially: True for samples that were solved again token by token.
+        sample_sweeps: Sweeps that each sample was part of until it was final.
+        sweeps: Sweeps of the loop.
+        network_calls: Evaluations of the block, certificates included.
+        token_evaluations: Tokens times samples over these calls.
+        seconds: Wall-clock time.
 
-    - `x`: the answer (B, T, C), in the block's causal order.
-    - `status`: a `Status` per sample (B,).
-    - `residual`: per sample (B,), the largest |g(x) - x|: of the answer where it was certified, else the largest change
-        that a token's last sweep made (0 for a token that is exact by Proposition 1).
-    - `exact`: samples (B,) all of whose tokens were computed from final ones, one at a time.
-    - `resolved_sequentially`: samples (B,) that were solved again token by token.
-    - `sample_sweeps`: sweeps that each sample (B,) was part of until it was done, those of later attempts included.
-    - `sweeps`: passes of the loop, those of later attempts included.
-    - `network_calls`: evaluations of the block, certificates included.
-    - `token_evaluations`: tokens times samples over these calls.
-    - `seconds`: wall-clock time.
+    Example:
+        >>> flow, z = jf.load("digits-p1"), torch.ones(2, 64, 1)
+        >>> solution = jf.solve(flow.blocks[0], z, jf.Solver(jf.Sequential()))
+        >>> solution.exact, solution.sweeps
+        (tensor([True, True]), 64)
     """
 
     x: Float[Tensor, "b t c"]

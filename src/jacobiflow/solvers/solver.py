@@ -1,54 +1,127 @@
-"""How to solve a block, as data."""
+"""A solver as data: four pieces, and the rules that end the sweeps."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from numbers import Integral
 
-from jacobiflow.checks import check_count, check_fields
+from jacobiflow.checks import check_count, check_fields, check_kind, check_number, convert_numbers
 from jacobiflow.errors import InputValueError
 from jacobiflow.solvers.correction import Correction, Plain
 from jacobiflow.solvers.guess import Guess, Latent
 from jacobiflow.solvers.partition import Partition, Segments, Whole
-from jacobiflow.solvers.stopping import Stopping, Tolerance
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """Rules of which the first that holds ends the sweeps; `None`: no such rule.
+
+    Build one by `Tolerance(atol)`, `MaxSweeps(count)`, `EarlyStop(ebound)`, or several of them joined by `|`.
+    """
+
+    atol: float | None = None
+    max_sweeps: int | tuple[int, ...] | None = None
+    ebound: float | None = None
+
+    def __post_init__(self) -> None:
+        convert_numbers(self)
+        for name, value in (("tolerance", self.atol), ("ebound", self.ebound)):
+            if value is not None:
+                check_number(name, value, give="0 (down to rounding) or a positive number")
+        if self.max_sweeps is not None:
+            give = "a positive whole number, or a tuple of one for each segment"
+            check_kind("sweeps", self.max_sweeps, int | tuple, give)
+            if self.max_sweeps == ():
+                raise InputValueError(f"sweeps=(): give {give}")
+            for count in self.max_sweeps if isinstance(self.max_sweeps, tuple) else (self.max_sweeps,):
+                check_count("sweeps", count)
+        if self.atol is self.max_sweeps is self.ebound is None:
+            raise InputValueError("Stopping: give a tolerance, a number of sweeps, or a bound of an early stop")
+
+    def __or__(self, other: Stopping) -> Stopping:
+        check_kind("stopping", other, Stopping, "a rule such as Tolerance(1e-3) or MaxSweeps(8)")
+        joined = {}
+        for name in (entry.name for entry in fields(self)):
+            mine, others = getattr(self, name), getattr(other, name)
+            if mine is not None and others is not None:
+                raise InputValueError(f"{self} | {other}: both give {name}; give it once")
+            joined[name] = others if mine is None else mine
+        return Stopping(**joined)
+
+
+def Tolerance(atol: float) -> Stopping:
+    """A token is final, per sample, when a sweep changed it and all tokens before it by at most `atol`.
+
+    Example:
+        >>> solver = jf.Solver(jf.Whole(), stopping=jf.Tolerance(1e-4))
+    """
+    check_number("tolerance", atol, give="0 (down to rounding) or a positive number")
+    return Stopping(atol=atol)
+
+
+def MaxSweeps(count: int | Sequence[int]) -> Stopping:
+    """A token is final after `count` sweeps, converged or not: the paper's J.
+
+    A sequence has a count for each segment of a `Segments` partition: more sweeps where a block is tough (end of
+    section 3.4 of the paper).
+
+    Example:
+        >>> solver = jf.Solver(jf.Segments(2), stopping=jf.MaxSweeps([8, 3]))
+    """
+    check_kind("sweeps", count, Integral | Sequence, "a positive whole number, or one for each segment")
+    return Stopping(max_sweeps=tuple(count) if isinstance(count, Sequence) else count)
+
+
+def EarlyStop(ebound: float = 1e-8) -> Stopping:
+    """All tokens of a run are final when a sweep changed it little: ||X^(k+1) - X^(k)|| / (B T C) <= `ebound`.
+
+    The norm is over the tokens of the run and the whole batch, so that the rule depends on the batch; T counts all
+    tokens of the sequence. It is line 6 of the paper's Algorithm 1, where `ebound` is 1e-8. If every entry of the
+    sequence moves by d, the left side is d / sqrt(B T C).
+
+    Example:
+        >>> solver = jf.Solver(jf.Whole(), stopping=jf.EarlyStop(1e-6) | jf.MaxSweeps(20))
+    """
+    check_number("ebound", ebound)
+    return Stopping(ebound=ebound)
 
 
 @dataclass(frozen=True)
 class Solver:
-    """How to solve a block: four independent pieces, and sweeps in bfloat16 that come first.
+    """A way to solve a block: four independent pieces, and sweeps in bfloat16 that come first.
 
     `Solver(Sequential())` is the exact loop, `Solver(Whole())` Jacobi, `Solver(Segments(G), stopping=MaxSweeps(J))`
-    the paper's GS-Jacobi, `Solver(Window(n))` a sliding window. With `coarse`, so many sweeps of all tokens are made
-    from the guess by the network in bfloat16, whose answer is then the guess: where that is several times as fast, the
-    pieces have only the last digits to find. A solver that goes token by token has no use for them.
+    the paper's GS-Jacobi, `Solver(Window(n))` a sliding window. With `bf16_sweeps`, so many sweeps of all tokens come
+    first, by the network in bfloat16; their answer is then the guess. That is worth it if bfloat16 is several times as
+    fast. A solver that goes token by token has no use for them.
 
-    **Raises** `TypeError` where a piece is of the wrong kind, `ValueError` where the pieces do not go together.
+    Example:
+        >>> jf.Solver(jf.Window(32), jf.Zeros(), jf.Tolerance(1e-3)).partition
+        Window(size=32)
     """
 
     partition: Partition = field(default_factory=Whole)
     guess: Guess = field(default_factory=Latent)
     stopping: Stopping = field(default_factory=lambda: Tolerance(1e-3))
     correction: Correction = field(default_factory=Plain)
-    coarse: int = 0
+    bf16_sweeps: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_count("coarse", self.coarse, 0)
+        check_count("bf16_sweeps", self.bf16_sweeps, 0)
         counts = self.stopping.max_sweeps
         if isinstance(counts, tuple) and not (
             isinstance(self.partition, Segments) and self.partition.count == len(counts)
         ):
             raise InputValueError(f"{len(counts)} sweep counts for {self.partition}: give one for each of its Segments")
-        self._check_coarse(all(self.partition.token_by_token(length) for length in (2, 3)))
 
     def check(self, num_tokens: int, token_channels: int) -> None:
-        """**Raises** `ValueError` where a piece does not fit tokens (T, C)."""
+        """Raises ValueError if a piece does not fit tokens (T, C)."""
         self.partition.check(num_tokens)
-        self._check_coarse(self.partition.token_by_token(num_tokens))
         self.guess.check(num_tokens, token_channels)
         self.correction.check(token_channels)
-
-    def _check_coarse(self, token_by_token: bool) -> None:
-        if self.coarse and token_by_token:
+        if self.bf16_sweeps and self.partition.token_by_token(num_tokens):
             raise InputValueError(
-                f"coarse={self.coarse}: {self.partition} solves token by token, whatever the guess is; give 0"
+                f"bf16_sweeps={self.bf16_sweeps}: {self.partition} solves token by token, whatever the guess is; give 0"
             )

@@ -1,34 +1,21 @@
-"""Many samples, to disk: drawn by as many processes as there are, and resumed after interruptions."""
+"""Many samples on disk: drawn by several processes, resumed after interruptions."""
 
-from jacobiflow.storage.figures import figures_of, outcome_of, total
-from jacobiflow.storage.folder import SampleFolder
-from jacobiflow.storage.manifest import Manifest, SampleFolderError, labels_sha256
-from jacobiflow.storage.names import CONTENTS, MANIFEST, SHEET
-from jacobiflow.storage.problems import problems
+from jacobiflow.storage.folder import SampleFolder, check
+from jacobiflow.storage.manifest import Cost, Manifest, SampleFolderError
 from jacobiflow.storage.processes import FirstProcessFailed, Processes, processes
-from jacobiflow.storage.run import Draw, Drawn, generate
-from jacobiflow.storage.sample import DEFAULT_BATCH, draw_by_strategy, sample_to_folder, sizes
+from jacobiflow.storage.run import OnShard
+from jacobiflow.storage.sample import sample_to_folder, sizes
 
 __all__ = [
-    "CONTENTS",
-    "DEFAULT_BATCH",
-    "MANIFEST",
-    "SHEET",
-    "Draw",
-    "Drawn",
+    "Cost",
     "FirstProcessFailed",
     "Manifest",
+    "OnShard",
     "Processes",
     "SampleFolder",
     "SampleFolderError",
-    "draw_by_strategy",
-    "figures_of",
-    "generate",
-    "labels_sha256",
-    "outcome_of",
-    "problems",
+    "check",
     "processes",
     "sample_to_folder",
     "sizes",
-    "total",
 ]

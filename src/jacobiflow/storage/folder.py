@@ -1,42 +1,61 @@
-"""A folder of samples: what was drawn, in shards, each with its record and its checksum.
+"""A folder of samples, in shards, each with its record and its checksum.
 
-manifest.json         what the samples are; written first, and again at the end with the checksum of every shard
-strategy.json         how the blocks are solved
-shards/00000.npz      8-bit images `arr_0` (n, height, width, channels) and `labels` (n,), as FID tools take them
-shards/00000.json     the shard's record: its checksum, certificates and cost; without it the shard does not count
-images/3/00000017.png in place of .npz files where PNGs were asked for: class, and index of the sample
+manifest.json          the settings of the run, and in the end the checksum of every shard
+strategy.json          the solvers of the blocks
+shards/00000.npz       8-bit images `arr_0` (n, height, width, channels), for FID tools, and for each image its
+                       `certificate`, whether it was `resolved` or is `lost`, and its label in `labels`
+shards/00000.json      the shard's record: its checksum and cost; a shard without it does not count
+images/3/00000017.png  an image in place of `arr_0`, if PNGs were asked for: class, and index of the sample
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator
+import io
+import re
+import zipfile
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from jacobiflow import codec
 from jacobiflow.checks import check_path
-from jacobiflow.files import check_regular, files_sha256, remove_partials, sha256, write_atomically, write_json
-from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.storage import names
-from jacobiflow.storage.image_files import check_npz, check_png, from_npz, from_png, to_npz, to_png
-from jacobiflow.storage.manifest import Manifest, SampleFolderError
-from jacobiflow.storage.names import MANIFEST, STRATEGY
-from jacobiflow.storage.record import Record
+from jacobiflow.data import quantize
+from jacobiflow.errors import InputError, InputValueError
+from jacobiflow.files import files_sha256, remove_partials, sha256, write_atomically, write_json
+from jacobiflow.locking import MANIFEST
+from jacobiflow.outcome import Outcome
+from jacobiflow.sampling import Samples
+from jacobiflow.storage.manifest import Cost, Manifest, Record, SampleFolderError
 from jacobiflow.strategy import Strategy
 
-_AGAIN = "sample into the folder again with the same settings, which draws this shard anew"
+STRATEGY = "strategy.json"
+_REMEDY = "sample into the folder again with the same settings, which draws this shard"
 
 
 @dataclass(frozen=True)
 class SampleFolder:
-    """Samples on disk, as `jacobiflow.sample_to_folder` writes them; that call itself drew `drawn` of them."""
+    """Samples on disk, as `jacobiflow.sample_to_folder` writes them.
+
+    Attributes:
+        path: The folder.
+        manifest: The settings of its run.
+        drawn: The number of samples that the call which returned this object drew.
+
+    Example:
+        >>> import tempfile, jacobiflow as jf
+        >>> out = tempfile.mkdtemp()
+        >>> _ = jf.sample_to_folder(jf.load("digits-maf"), 4, out)
+        >>> folder = jf.SampleFolder.open(out)
+        >>> folder.images(0).shape, folder.certificate().shape
+        (torch.Size([4, 1, 8, 8]), torch.Size([4]))
+    """
 
     path: Path
     manifest: Manifest
@@ -44,257 +63,254 @@ class SampleFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> SampleFolder:
-        """**Raises** `TypeError` if `path` is no path, `SampleFolderError` if it has no manifest that can be read."""
+        """Opens a folder of samples. Raises SampleFolderError if it has no manifest, or one that cannot be read."""
         check_path("path", path)
         path = Path(path)
-        file = path / MANIFEST
+        if not (path / MANIFEST).exists():
+            raise SampleFolderError(f"{path}: no {MANIFEST} in it; give a folder of samples")
         try:
-            check_regular(file)
-            return cls(path, Manifest.from_json(json.loads(file.read_text(encoding="utf-8"))))
-        except FileNotFoundError as error:
-            raise SampleFolderError(f"{path}: no {MANIFEST} in it; give a folder of samples") from error
-        except OSError as error:
-            raise SampleFolderError(f"{file}: cannot be read ({error.strerror})") from error
-        except (ValueError, RecursionError) as error:
-            raise SampleFolderError(
-                f"{file}: not a manifest of samples ({error}); restore it, or move the folder away"
-            ) from error
+            return cls(path, codec.load(path / MANIFEST, "manifest", Manifest))
+        except InputError as error:
+            raise SampleFolderError(f"{error}; restore it, or move the folder away") from error
 
     def save_manifest(self) -> None:
-        """Write manifest.json, whole or not at all."""
-        write_json(self.path / MANIFEST, self.manifest.to_json())
-
-    def with_checksums(self) -> SampleFolder:
-        """The same folder, all of whose shards are there, with their checksums in its manifest."""
-        return replace(self, manifest=replace(self.manifest, checksums=tuple(r.sha256 for r in self.records())))
+        """Writes manifest.json."""
+        write_json(self.path / MANIFEST, codec.encode(self.manifest))
 
     # ------------------------------------------------------------------------------------------------------- reading
 
     def record(self, index: int) -> Record | None:
-        """The record of a shard; `None` where it is not there, cannot be read, or is of other samples."""
-        (start, stop), file = self.manifest.span(index), self._record_file(index)
+        """Returns the record of a shard; None if it is missing, cannot be read, or has another number of samples."""
+        start, stop = self.manifest.span(index)
         try:
-            check_regular(file)
-            record = Record.from_json(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, RecursionError):
+            record: Record = codec.load(self._record_file(index), "record", Record)
+        except InputError:
             return None
-        return record if (record.start, record.num) == (start, stop - start) else None
-
-    def has(self, index: int) -> bool:
-        """Whether a shard has a record, which may be of other samples."""
-        return self._record_file(index).is_file()
+        return record if record.num == stop - start else None
 
     def records(self) -> list[Record]:
-        """Those of all shards. **Raises** `SampleFolderError` where one is missing."""
-        found = [self.record(i) for i in range(self.manifest.num_shards)]
-        missing = [i for i, record in enumerate(found) if record is None]
+        """Returns the records of all shards. Raises SampleFolderError if one is missing."""
+        records = [self.record(index) for index in range(self.manifest.num_shards)]
+        missing = [index for index, record in enumerate(records) if record is None]
         if missing:
             raise SampleFolderError(
-                f"{self.path}: {len(missing)} of {len(found)} shards are missing, {self._record_file(missing[0]).name} "
-                "for one; sample into it again with the same settings, which draws them"
+                f"{self.path}: {len(missing)} of {len(records)} shards are missing, "
+                f"{self._record_file(missing[0]).name} for one; sample into it again with the same settings, which "
+                "draws them"
             )
-        return [record for record in found if record is not None]
+        return [record for record in records if record is not None]
+
+    def has(self, index: int) -> bool:
+        """True if a shard has its record."""
+        return self._record_file(index).exists()
 
     def verify(self, index: int) -> bool:
-        """Whether a shard is there as its run wrote it: its record, and images that match it and the manifest."""
-        return not any(self._damage(index))
-
-    def check(self) -> None:
-        """**Raises** `SampleFolderError` where a file is missing, or differs from what the run wrote."""
-        self.records()
-        for problem in self.problems():
-            raise SampleFolderError(problem)
-
-    def problems(self) -> Iterator[str]:
-        """What is wrong with strategy.json and the shards, each with its remedy; nothing where all is as written."""
+        """True if a shard matches its record, and its record the manifest."""
+        record, checksums = self.record(index), self.manifest.checksums
+        if record is None or (checksums is not None and checksums[index : index + 1] != (record.sha256,)):
+            return False
         try:
-            if self.manifest.strategy_sha256 is not None:
-                self.strategy()
-        except ValueError as error:
-            yield str(error)
-        labels, complete = hashlib.sha256(), self.manifest.labels_sha256 is not None
+            return files_sha256([self._npz_file(index), *self._png_files(index)]) == record.sha256
+        except (OSError, SampleFolderError):
+            return False
+
+    def problems(self) -> list[str]:
+        """Returns a line for each file that is missing, or differs from what its run wrote."""
+        problems = []
+        try:
+            self.strategy()
+        except SampleFolderError as error:
+            problems.append(str(error))
         for index in range(self.manifest.num_shards):
-            yield from (f"{words}; {_AGAIN}" for words in self._damage(index))
-            record = self.record(index)
-            complete = complete and record is not None and record.labels is not None
-            labels.update(np.array(() if record is None else record.labels or (), "<i8").tobytes())
-        if complete and labels.hexdigest() != self.manifest.labels_sha256:
-            yield f"{self.path / MANIFEST}: its labels are not those of the shards; restore it, or move the folder away"
-
-    def check_flow(self, flow: ImageFlow) -> None:
-        """**Raises** `SampleFolderError` where the samples have another shape, or other classes or blocks, than `flow`.
-
-        Whether it has the weights that they were drawn from, their manifest's `fingerprint` tells.
-        """
-        config, manifest = flow.config, self.manifest
-        shape = (config.in_channels, config.image_size, config.image_size)
-        blocks = config.num_blocks if manifest.strategy_sha256 is None else len(self.strategy().solvers)
-        for what, have, want in (
-            ("images of shape", manifest.image_shape, shape),
-            ("num_classes", manifest.num_classes, config.num_classes),
-            ("a strategy of blocks", blocks, config.num_blocks),
-        ):
-            if have != want:
-                raise SampleFolderError(
-                    f"{self.path}: has {what} {have}, the model {want}; give the model of the samples"
-                )
+            if self.record(index) is None:
+                problems.append(f"{self._record_file(index)}: missing or damaged; {_REMEDY}")
+            elif not self.verify(index):
+                problems.append(f"{self._npz_file(index)}: does not match its checksum; {_REMEDY}")
+        return problems
 
     def images(self, index: int) -> UInt8[Tensor, "n c h w"]:
-        """The 8-bit images of a shard.
-
-        **Raises** `SampleFolderError` if they have another shape or type, `OSError` if a file is missing or no file.
-        """
-        record = self._record(index)
-        files, shape = self._files(index, record), self._shape
-        for path in files:
-            check_regular(path)
-        try:
-            if self.manifest.files == "npz":
-                pixels = from_npz(files[0], (record.num, *shape))
-            else:
-                pixels = np.stack([from_png(path, shape) for path in files])
-        except ValueError as error:
-            raise SampleFolderError(f"{files[0]}: {error}; {_AGAIN}") from error
+        """Returns the 8-bit images of a shard. Raises SampleFolderError if they are missing or damaged."""
+        (start, stop), (channels, height, width) = self.manifest.span(index), self.manifest.image_shape
+        if self.manifest.files == "npz":
+            pixels = self._array(index, "arr_0")
+        else:
+            pixels = np.stack([_from_png(file) for file in self._png_files(index)])
+        shape = (stop - start, height, width, channels)
+        if pixels is None or pixels.shape != shape or pixels.dtype != np.uint8:
+            raise SampleFolderError(f"{self._npz_file(index)}: not 8-bit images of shape {shape}; {_REMEDY}")
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
-    def labels(self, index: int) -> Int[Tensor, " n"] | None:
-        """The labels of a shard's samples; below 0 where a sample has none."""
-        labels = self._record(index).labels
-        return None if labels is None else torch.tensor(labels)
-
-    def strategy(self) -> Strategy:
-        """How the samples were solved, without the prediction that holds for one machine and batch size only.
-
-        **Raises** `SampleFolderError` where they were not drawn by a strategy, or it has changed.
-        """
-        return replace(self.planned(), prediction=None)
-
-    def planned(self) -> Strategy:
-        """The strategy with its prediction. **Raises** as `strategy` does."""
-        file, digest = self.path / STRATEGY, self.manifest.strategy_sha256
-        if digest is None:
-            raise SampleFolderError(f"{self.path}: drawn by {self.manifest.strategy}, which is not a strategy")
-        if not (file.is_file() and files_sha256([file]) == digest):
-            raise SampleFolderError(f"{file}: has changed since its run wrote it; restore it, or give overwrite=True")
-        return Strategy.load(file)
-
     def batches(self) -> Iterator[UInt8[Tensor, "n c h w"]]:
-        """The images of all shards, one shard at a time."""
+        """Yields the images of one shard after another."""
         for index in range(self.manifest.num_shards):
             yield self.images(index)
 
+    def labels(self, index: int) -> Int[Tensor, " n"] | None:
+        """Returns the labels of a shard's samples; None if they were drawn without. Below 0: an unconditional one."""
+        labels = self._array(index, "labels")
+        return None if labels is None else torch.from_numpy(labels)
+
     def certificate(self) -> Float[Tensor, " n"] | None:
-        """The certificate of every sample; `None` where they were drawn without."""
-        found = [record.certificate for record in self.records()]
-        return torch.tensor([v for part in found if part is not None for v in part]) if all(found) else None
+        """Returns the certificate of every sample; None if they were drawn without."""
+        return self._concatenated("certificate")
 
     def resolved(self) -> Bool[Tensor, " n"]:
-        """Which samples were solved again sequentially."""
-        return self._marks(lambda record: record.resolved)
+        """Returns whether each sample was solved again token by token."""
+        return self._concatenated("resolved")  # type: ignore[return-value]
 
     def lost(self) -> Bool[Tensor, " n"]:
-        """Which samples are black because their exact inverse overflows."""
-        return self._marks(lambda record: record.lost)
+        """Returns whether each sample is black because its exact inverse overflows."""
+        return self._concatenated("lost")  # type: ignore[return-value]
+
+    def cost(self) -> Cost:
+        """Returns the cost of all shards together."""
+        return Cost.total([record.cost for record in self.records()])
+
+    def outcome(self, num_tokens: int) -> Outcome:
+        """Returns the outcome of the samples, of a flow of `num_tokens` tokens."""
+        cost, certificate = self.cost(), self.certificate()
+        return Outcome(
+            num=self.manifest.num,
+            tolerance=self.strategy().residual_bound(num_tokens),
+            residual=None if certificate is None else float(certificate.nan_to_num(posinf=0.0).max()),
+            exact=cost.exact,
+            resolved=cost.resolved_sequentially,
+            above=cost.status["rounding"],
+            lost=cost.status["nonfinite"],
+        )
+
+    def strategy(self) -> Strategy:
+        """Returns the strategy of the samples, without its prediction, which holds for one machine and batch size.
+
+        Raises:
+            SampleFolderError: If strategy.json is missing or was changed.
+        """
+        file = self.path / STRATEGY
+        if not (file.is_file() and files_sha256([file]) == self.manifest.strategy_sha256):
+            raise SampleFolderError(f"{file}: has changed since its run wrote it; restore it, or give overwrite=True")
+        return replace(Strategy.load(file), prediction=None)
 
     # ------------------------------------------------------------------------------------------------------- writing
 
-    def write(self, index: int, images: UInt8[Tensor, "n c h w"], record: Record) -> Record:
-        """Write a shard: its images, then its record with their checksum. **Raises** `OSError` where it cannot."""
-        pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+    def write(self, index: int, samples: Samples) -> None:
+        """Writes a shard, lost samples black: its images, then its record."""
+        lost = ~torch.isfinite(samples.images).flatten(1).all(dim=1)
+        levels = quantize(samples.images.masked_fill(lost.view(-1, 1, 1, 1), -1.0))
+        pixels = levels.permute(0, 2, 3, 1).cpu().numpy()
         as_npz = self.manifest.files == "npz"
-        contents = [to_npz(pixels, record.labels)] if as_npz else [to_png(image) for image in pixels]
-        record = replace(record, sha256=sha256(*contents))
-        paths = self._files(index, record)
-        for folder in {path.parent for path in (*paths, self._record_file(index))}:
-            folder.mkdir(parents=True, exist_ok=True)
-        for path, data in zip(paths, contents, strict=True):
-            write_atomically(path, data, sync=as_npz)  # a thousand PNGs would take seconds; a lost one is drawn again
-        write_json(self._record_file(index), record.to_json())
-        return record
+        resolved = torch.stack([block.resolved_sequentially for block in samples.stats]).any(dim=0)
+        arrays = {
+            "arr_0": pixels if as_npz else None,
+            "labels": _numpy(samples.labels),
+            "certificate": _numpy(samples.certificate),
+            "resolved": _numpy(resolved),
+            "lost": _numpy(lost),
+        }
+        npz = io.BytesIO()
+        np.savez(npz, **{name: array for name, array in arrays.items() if array is not None})  # bytes without a date
+        contents = [npz.getvalue()]
+        (self.path / "shards").mkdir(exist_ok=True)
+        write_atomically(self._npz_file(index), contents[0])
+        if not as_npz:
+            contents += map(_to_png, pixels)
+            for file, data in zip(self._png_files(index), contents[1:], strict=True):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(file, data, sync=False)  # a thousand take seconds; a lost one is drawn again
+        record = Record(len(pixels), sha256(*contents), Cost.of(samples))
+        write_json(self._record_file(index), codec.encode(record))
 
-    def remove(self, index: int) -> None:
-        """Remove a shard's record, so that it does not count."""
+    def remove_record(self, index: int) -> None:
+        """Removes the record of a shard, which then does not count."""
         self._record_file(index).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove all that the run of the manifest wrote, and folders that are empty then.
-
-        The manifest stays where others have put files into these: without it, all would be taken for theirs.
-        """
-        self.empty()
-        if not any((self.path / name).exists() for name in (names.SHARDS, names.IMAGES)):
-            (self.path / MANIFEST).unlink(missing_ok=True)
-
-    def empty(self) -> None:
-        """Remove the strategy and all shards, records first: without these, a run begins anew."""
-        self.sweep()
-        for path in sorted(self.named(), key=lambda path: path.suffix != ".json"):
-            path.unlink(missing_ok=True)
-        (self.path / STRATEGY).unlink(missing_ok=True)
-        for folder in reversed(names.places(self.path, self.manifest)[1:]):
-            with suppress(OSError):  # it holds something else
+        """Removes what the run wrote, except the manifest; records first, without which a run begins anew."""
+        for index in range(self.manifest.num_shards):
+            self.remove_record(index)
+        for file in self._written():
+            file.unlink(missing_ok=True)
+        for folder in (*(self.path / "images").glob("*/"), self.path / "images", self.path / "shards"):
+            with suppress(OSError):  # it is not empty
                 folder.rmdir()
 
-    def named(self) -> Iterator[Path]:
-        """The files of shards and images that are there, by the names that a run of this manifest gives them."""
-        return names.named(self.path, self.manifest)
-
-    def size(self) -> int:
-        """Bytes of its images and records."""
-        return sum(path.stat().st_size for path in self.named() if path.is_file())
-
-    def sweep(self) -> None:
-        """Remove the partial files that killed processes have left."""
-        for place in names.places(self.path, self.manifest):
-            remove_partials(place)
+    def remove_partials(self) -> None:
+        """Removes half-written files of a process that was killed."""
+        for folder in (self.path, *self.path.glob("shards/"), *self.path.glob("images/**/")):
+            remove_partials(folder)
 
     # ------------------------------------------------------------------------------------------------------------------
 
+    def _written(self) -> Iterator[Path]:
+        """Yields the files of the run that are there, except records and the manifest."""
+        yield self.path / STRATEGY
+        for index in range(self.manifest.num_shards):
+            yield self._npz_file(index)
+        for file in (*self.path.glob("images/*.png"), *self.path.glob("images/*/*.png")):
+            if re.fullmatch("[0-9]{8,9}", file.stem) and int(file.stem) < self.manifest.num:
+                yield file
+
     def _record_file(self, index: int) -> Path:
-        return names.record_file(self.path, index)
+        return self.path / "shards" / f"{index:05}.json"
 
-    def _files(self, index: int, record: Record) -> list[Path]:
-        return names.image_files(self.path, self.manifest, index, record)
+    def _npz_file(self, index: int) -> Path:
+        return self.path / "shards" / f"{index:05}.npz"
 
-    @property
-    def _shape(self) -> tuple[int, int, int]:
-        channels, height, width = self.manifest.image_shape
-        return height, width, channels
+    def _png_files(self, index: int) -> list[Path]:
+        if self.manifest.files == "npz":
+            return []
+        names = [f"{i:08}.png" for i in range(*self.manifest.span(index))]
+        labels = self.labels(index)
+        if labels is None:
+            return [self.path / "images" / name for name in names]
+        digits = len(str(self.manifest.num_classes - 1))
+        classes = [f"{label:0{digits}}" if label >= 0 else "none" for label in labels.tolist()]
+        return [self.path / "images" / label / name for label, name in zip(classes, names, strict=True)]
 
-    def _damage(self, index: int) -> Iterator[str]:
-        """How a shard differs from what its run wrote."""
-        file, record, manifest = self._record_file(index), self.record(index), self.manifest
-        if record is None:
-            yield f"{file}: {'damaged, or of other samples' if self.has(index) else 'missing'}"
-            return
-        has_labels = record.labels is not None
-        if has_labels != (manifest.labels_sha256 is not None) or max(record.labels or (-1,)) >= manifest.num_classes:
-            yield f"{file}: its labels are not those of {MANIFEST}"
-            return
-        files, listed = self._files(index, record), manifest.checksums or ()
+    def _array(self, index: int, name: str) -> Any:
+        """Reads an array of a shard; None if the shard has none of this name."""
+        file = self._npz_file(index)
         try:
-            if {files_sha256(files)} != {record.sha256, *listed[index : index + 1]}:
-                yield f"{files[0]}: does not match its checksum"
-            elif manifest.files == "npz":
-                check_npz(files[0], (record.num, *self._shape))
-            else:
-                for path in files:
-                    check_png(path, self._shape)
-        except OSError:
-            yield f"{files[0]}: does not match its checksum"
-        except ValueError as error:
-            yield f"{files[0]}: {error}"
+            with np.load(file, allow_pickle=False) as arrays:
+                return arrays.get(name)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise SampleFolderError(f"{file}: missing or damaged; {_REMEDY}") from error
 
-    def _record(self, index: int) -> Record:
-        record = self.record(index)
-        if record is None:
-            raise SampleFolderError(
-                f"{self._record_file(index)}: missing; sample into the folder again with the same settings"
-            )
-        return record
+    def _concatenated(self, name: str) -> Tensor | None:
+        arrays = [self._array(index, name) for index in range(self.manifest.num_shards)]
+        return None if arrays[0] is None else torch.from_numpy(np.concatenate(arrays))
 
-    def _marks(self, marked: Callable[[Record], tuple[int, ...]]) -> Bool[Tensor, " n"]:
-        marks = torch.zeros(self.manifest.num, dtype=torch.bool)
-        for record in self.records():
-            marks[[record.start + i for i in marked(record)]] = True
-        return marks
+
+def check(path: str | Path) -> list[str]:
+    """Returns the problems of a folder of samples, each with its remedy; an empty list if it is complete."""
+    try:
+        return SampleFolder.open(path).problems()
+    except SampleFolderError as error:
+        return [str(error)]
+
+
+def _numpy(values: Tensor | None) -> Any:
+    return None if values is None else values.cpu().numpy()
+
+
+def _to_png(pixels: UInt8[np.ndarray, "h w c"]) -> bytes:
+    data = io.BytesIO()
+    pillow().fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(data, "png")
+    return data.getvalue()
+
+
+def _from_png(file: Path) -> UInt8[np.ndarray, "h w c"]:
+    try:
+        with pillow().open(file) as image:
+            pixels = np.asarray(image)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise SampleFolderError(f"{file}: missing or damaged; {_REMEDY}") from error
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def pillow() -> Any:
+    """Returns `PIL.Image`. Raises ValueError if Pillow is not installed."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise InputValueError("PNG files need Pillow: pip install 'jacobiflow[cli]', or give files='npz'") from error
+    return Image

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,30 +12,29 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from jacobiflow.checks import short
 from jacobiflow.errors import InputValueError
 
 T = TypeVar("T")
-_START = "start with torchrun, or unset TORCHELASTIC_RUN_ID"
 _WAIT = timedelta(hours=12)  # for the first process, which may have a strategy to plan and many checksums to compute
 
 
 class FirstProcessFailed(InputValueError):  # noqa: N818  names the process at fault
-    """Raised in the other processes where the first one raised an error, with that error's message."""
+    """The first process raised an error, with this message; raised in the other processes."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process, `rank` of `count`; `local_rank` counts those of its machine."""
+    """This process, number `rank` of `count`; `local_rank` is its number on its machine."""
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
 
-    def once(self, work: Callable[[], T]) -> T:
+    def on_first(self, work: Callable[[], T]) -> T:
         """Calls `work` in the first process, and returns its result in all of them.
 
-        **Raises** what `work` raises, in the first process; `FirstProcessFailed` in the others.
+        Raises:
+            FirstProcessFailed: If `work` raises an error. The first process raises that error itself.
         """
         if self.count == 1:
             return work()
@@ -53,53 +51,40 @@ class Processes:
         return answer[0]
 
     def device(self, name: str) -> str:
-        """The device that `name` means for this process: "cuda" is the GPU of its local rank."""
+        """Returns the device for this process: "cuda" is the GPU of its local rank."""
         return f"cuda:{self.local_rank}" if name == "cuda" and self.count > 1 else name
 
 
 @contextmanager
 def processes() -> Iterator[Processes]:
-    """This process among those that `torchrun` started (see `torch.distributed`), or alone where it did not.
+    """Connects this process with the others that `torchrun` started; without it, the process is alone.
 
     Only lists of shards go between processes, over gloo; images go to the folder.
 
-    **Raises** `ValueError` where a variable that `torchrun` sets is missing or odd, or the processes cannot meet.
+    Yields:
+        What `sample_to_folder` takes as `processes`.
+
+    Raises:
+        ValueError: If the processes cannot meet.
+
+    Example:
+        >>> import jacobiflow as jf
+        >>> with jf.processes() as processes:
+        ...     processes.rank, processes.count
+        (0, 1)
     """
     if not dist.is_torchelastic_launched():
         yield Processes()
         return
-    among = _launched()
-    if among.local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(among.local_rank)  # else every process would also hold memory of the first GPU
     try:
         dist.init_process_group("gloo", timeout=_WAIT)
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        where = f"MASTER_ADDR {environ['MASTER_ADDR']}, MASTER_PORT {environ['MASTER_PORT']}"
-        raise InputValueError(
-            f"{where}: the processes cannot meet there ({reason}); {_START}, with a free port"
-        ) from error
+        raise InputValueError(f"the processes of torchrun cannot meet ({reason}); give it a free port") from error
     try:
-        yield among
+        this = Processes(dist.get_rank(), dist.get_world_size(), int(environ["LOCAL_RANK"]))
+        if this.local_rank < torch.cuda.device_count():
+            torch.cuda.set_device(this.local_rank)  # else every process would also hold memory of the first GPU
+        yield this
     finally:
         dist.destroy_process_group()
-
-
-def _launched() -> Processes:
-    """This process by the variables of `torchrun`. **Raises** `ValueError` that names one that is missing or odd."""
-    count = _variable("WORLD_SIZE", 1)
-    rank = _variable("RANK", 0, count - 1)
-    local = _variable("LOCAL_RANK", 0, rank)
-    _variable("MASTER_PORT", 0, 65535)
-    if not environ.get("MASTER_ADDR"):
-        raise InputValueError(f"MASTER_ADDR is not set; {_START}")
-    return Processes(rank, count, local)
-
-
-def _variable(name: str, least: int, most: int = 2**31) -> int:
-    text = environ.get(name)
-    if text is None:
-        raise InputValueError(f"{name} is not set, though TORCHELASTIC_RUN_ID is; {_START}")
-    if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
-        raise InputValueError(f"{name} is {short(text)}, not a whole number from {least} to {most}; {_START}")
-    return int(text)

@@ -1,9 +1,11 @@
-"""Which solver each block gets."""
+"""The solver of each block: strategies, their notation, and plans by races."""
 
-from jacobiflow.strategy.cache import auto
 from jacobiflow.strategy.choose import choose, is_auto
-from jacobiflow.strategy.options import PlanSettings
 from jacobiflow.strategy.plan import plan
+from jacobiflow.strategy.plan_cache import auto
 from jacobiflow.strategy.strategy import Prediction, Strategy
+from jacobiflow.strategy.tune import BlockTuning, Tuning, find_tuning, tune
 
-__all__ = ["PlanSettings", "Prediction", "Strategy", "auto", "choose", "is_auto", "plan"]
+__all__ = [
+    "BlockTuning", "Prediction", "Strategy", "Tuning", "auto", "choose", "find_tuning", "is_auto", "plan", "tune",
+]  # fmt: skip

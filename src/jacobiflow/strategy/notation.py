@@ -8,16 +8,14 @@ from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from jacobiflow.checks import short
-from jacobiflow.codec import name_of, registered
+from jacobiflow.codec import registered
 from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.solvers import (
     Correction,
     EarlyStop,
     Guess,
-    Latent,
     MaxSweeps,
     Partition,
-    Plain,
     Segments,
     Sequential,
     Solver,
@@ -34,7 +32,7 @@ _NUMBER = "[0-9]{1,9}"
 
 
 def parse(text: str, guesses: Sequence[Guess], num_tokens: int, tolerance: float) -> tuple[Solver, ...]:
-    """The solvers that `text` names, one per block, with these `guesses` where it names none; see `Strategy.parse`."""
+    """The solvers that `text` names, one per block; `guesses` are for blocks without one. See `Strategy.parse`."""
     if text.strip().startswith("["):
         stack = _parse_paper(text.strip(), len(guesses), num_tokens)
         return tuple(replace(solver, guess=guess) for solver, guess in zip(stack, guesses, strict=True))
@@ -50,30 +48,11 @@ def parse(text: str, guesses: Sequence[Guess], num_tokens: int, tolerance: float
     return tuple(replace(solver, guess=guess) for guess in guesses)
 
 
-def show(solvers: Sequence[Solver]) -> str | None:
-    """A text that `parse` turns into `solvers`, but for guesses that a report gives; `None` where there is none."""
-    if len(set(solvers)) == 1 and (name := _name(solvers[0])):
-        return name
-    plain = tuple(replace(solver, guess=Latent()) for solver in solvers)
-    if len(set(plain)) == 1 and (name := _name(plain[0])):
-        return name
-    stack = {i: solver.partition.count for i, solver in enumerate(plain) if isinstance(solver.partition, Segments)}
-    counts = [solver.stopping.max_sweeps for solver in plain]
-    other = next((count for i, count in enumerate(counts) if i not in stack), 1)
-    sweeps = [",".join(map(str, count)) if isinstance(count, tuple) else count for count in counts]
-    parts = (list(stack), _shared(list(stack.values())), _shared([sweeps[i] for i in stack]), [other])
-    text = f"[{'-'.join('/'.join(map(str, part)) for part in parts)}]"
-    try:  # what there is no notation for comes back as something else, or not at all
-        return text if _parse_paper(text, len(plain), max(stack.values(), default=1)) == plain else None
-    except InputError:
-        return None
-
-
 # --------------------------------------------------------------------------------------------- the same for all blocks
 
 
 def _named(text: str, num_tokens: int | None = None, tolerance: float = DEFAULT_TOLERANCE) -> Solver | None:
-    """The solver that a name gives every block, or `None` where it is no name."""
+    """The solver that a name gives every block, or `None` if it is not a name."""
     name, *pieces = _words(text)
     to_tolerance, early = Tolerance(tolerance), EarlyStop()
     if name == "original":
@@ -106,7 +85,7 @@ def _words(text: str) -> list[str]:
 
 
 def _piece(base: type, text: str, whole: str) -> Any:
-    """The registered piece that "name" or "name:1-2" means, the numbers being its fields; `None` where it is none."""
+    """The registered piece that "name" or "name:1-2" means, the numbers being its fields, or `None`."""
     name, _, numbers = text.partition(":")
     cls: Any = {key.lower(): cls for key, cls in registered(base).items()}.get(name)
     if cls is None or not re.fullmatch(rf"|{_NUMBER}(-{_NUMBER})*", numbers):
@@ -121,25 +100,6 @@ def _piece(base: type, text: str, whole: str) -> Any:
         return cls(*values)
     except InputError as error:
         raise InputValueError(f"strategy {short(whole)}: {error}") from error
-
-
-def _name(solver: Solver) -> str | None:
-    """The name of a strategy that treats all blocks alike."""
-    names = ["jacobi", f"Jacobi-{solver.stopping.max_sweeps}"]
-    if isinstance(solver.partition, Segments):
-        count = solver.partition.count
-        names += [f"gs-jacobi:{count}", f"gs-jacobi:{count}-{solver.stopping.max_sweeps}"]
-    names.append(_piece_name(solver.partition))
-    others = [piece for piece in (solver.guess, solver.correction) if piece not in (Latent(), Plain())]
-    suffix = "".join(f"+{_piece_name(piece)}" for piece in others)
-    return next((name + suffix for name in names if _named(name + suffix) == solver), None)
-
-
-def _piece_name(piece: Any) -> str:
-    """What `_piece` reads; no such name where a field is no number, or the class is not registered."""
-    name = name_of(type(piece))
-    numbers = "-".join(str(getattr(piece, entry.name)) for entry in fields(piece)) if name else ""
-    return f"{name}{':' * bool(numbers)}{numbers}"
 
 
 # ------------------------------------------------------------------------------------------------- the paper's notation
@@ -181,10 +141,6 @@ def _numbers(text: str, part: str, name: str) -> list[str]:
             f"strategy {short(text)}: {name} {part!r} is not a whole number, or several with slashes between"
         )
     return part.split("/")
-
-
-def _shared(values: list[Any]) -> list[Any]:
-    return values[:1] if len(set(values)) == 1 else values
 
 
 def _segments(text: str, number: str, name: str, num_tokens: int | None) -> Segments:

@@ -1,273 +1,276 @@
-"""Choose, for a device, a batch size and a tolerance, the cheapest way to solve every block."""
+"""`plan`: the fastest solver for each block of a flow, on a device and for a batch size and a tolerance."""
 
 from __future__ import annotations
 
 import math
-import statistics
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
-from jacobiflow.calibration.report import Report
-from jacobiflow.calibration.tuning import Tuning
-from jacobiflow.checks import check_count, check_device, check_flag, check_kind, check_positive
-from jacobiflow.errors import InputValueError
+from jacobiflow.checks import check_count, check_flag, check_kind, check_positive
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
-from jacobiflow.flows.precision import precision
-from jacobiflow.guidance import Guidance, check_guidance, guided, in_force
 from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
-from jacobiflow.solvers import Sequential, Solution, Solver, Tolerance, Whole, certify, solve
-from jacobiflow.strategy.costs import MOST_SECONDS, REPEATS, Costs, ExactCosts, exact_costs, measure
-from jacobiflow.strategy.options import Option, PlanSettings, block_options, cheapest, combined
+from jacobiflow.progress import Progress
+from jacobiflow.solvers import MaxSweeps, Sequential, Solution, Solver, Tolerance, Whole, solve, solve_certified
+from jacobiflow.solvers.guess import Given
+from jacobiflow.strategy.race import Race, candidates, time_exact, timed
+from jacobiflow.strategy.rounding import above_rounding
 from jacobiflow.strategy.strategy import Prediction, Strategy, device_name
+from jacobiflow.strategy.tune import SAMPLES, Tuning, all_classes, find_tuning
 
-_ROUNDING = 2.0  # the rounding of a few samples is taken to be within this factor of a batch's
-_FEW = 4  # of them: that of one may be a quarter of another's, or none
+_FEWEST = 2  # samples of a race: one may need twice as many sweeps as another
+_SECONDS = 2.0  # in which several solvers run at each block; more if the exact loop takes long
+_VERIFIED = 4  # samples that a plan is verified on
+_EXACT = 0.01  # share of the tolerance to which sweeps count as exact
+_COMPARED = 2  # of them, whose images are compared with those of the exact loop
+_MARGIN = 0.03  # least gain over the exact loop, as a share
+_TRIALS = 3  # of tolerances for the sweeps
+_TIGHTER = 0.5  # of the tolerance that would just do
+_LOOP = Solver(Sequential())
 
 
 def plan(
-    flow: ImageFlow, report: Report | Tuning, batch_size: int = 1, tolerance: float = 1e-3,
-    device: torch.device | str | None = None, guidance: Guidance | None = None, *, progress: bool = True,
-    settings: PlanSettings = PlanSettings(),  # noqa: B008  frozen
+    flow: ImageFlow, tuning: Tuning | None = None, batch_size: int = 16, tolerance: float = 1e-3,
+    *, bf16: bool = True, progress: Progress | None = None,
 ) -> Strategy:  # fmt: skip
-    """The strategy with the least predicted time for a batch whose images are to be within `tolerance`.
+    """Finds the fastest solver for each block by timing real solves on this device.
 
-    Seconds of a sweep are measured on the device, for the partitions of the tuning and a few numbers of rows. A batch
-    of B samples, whose sweeps are distributed as the tuning found them, takes the sum of its sweeps' seconds, finished
-    samples having left, and a pass for its certificates, which the loop does not need. An image's error is made of the
-    blocks' errors, times amplification; see `combined`. Of all combinations of a way per block, token by token
-    included, the cheapest within the tolerance is found exactly. Under another guidance than the tuning's, sweeps are
-    taken to be as many, and only what stops on a tolerance is chosen.
+    In each block the exact loop races against all tokens at once and the candidates of the registered partitions, each
+    with sweeps in bfloat16 first if these are faster, and with the guess and the correction of a tuning. The plan is
+    then run on latents of its own: its images are within the tolerance of those of the exact loop. If no iteration can
+    be faster than the exact loop, that is the plan at once.
 
-    Where the loop of a block takes no longer than the two passes that any iteration needs, it is the plan at once.
+    A network in bfloat16 or float16, or with TF32 products, rounds coarsely. A tolerance below its rounding is raised
+    to it, with a warning; `Strategy.tolerance` is the raised one.
 
-    The choice is then tried, beside the sequential loop, on a batch that the tuning has not seen. If its images are not
-    within the tolerance, the choice is made again for a smaller one; blocks that the loop solves sooner are left to the
-    loop. The plan predicts what the trial took. It is the loop throughout unless it gains more than a few per cent.
+    Args:
+        flow: The model, on the device to plan for, or a view of it under guidance (`flow.guided`).
+        tuning: By default that of the model folder (`jacobiflow.find_tuning`), if it is of the flow's weights.
+        batch_size: Samples that are solved together.
+        tolerance: Largest residual in any block, and largest error of an image.
+        bf16: Whether sweeps in bfloat16 may come first.
+        progress: Is called after each block.
 
-    A network in bfloat16 or float16, or with TF32 products, rounds coarsely. A tolerance below its rounding, which is
-    measured on four samples, is raised to it, with a warning; `Strategy.tolerance` is the raised one.
+    Raises:
+        ValueError: If the tuning is of another flow.
 
-    **Arguments:** `report` of `jacobiflow.calibrate(..., chord=True)`, or the `Tuning` itself; `device` as a check: the
-    flow must be on it; `progress`, whether to show bars on a terminal; `settings`, see `PlanSettings`.
-
-    **Raises** `ValueError` for another flow's report, one without a tuning, or settings that do not fit, `TypeError`
-    for other kinds of arguments.
+    Example:
+        >>> strategy = jf.plan(jf.load("digits-p1"), batch_size=4)
+        >>> strategy.tolerance
+        0.001
     """
-    tuning, batch_size, tolerance = _checked(flow, report, batch_size, tolerance, device, guidance)
-    check_flag("progress", progress)
-    check_kind("settings", settings, PlanSettings, "PlanSettings")
-    start = FIRST_CALIBRATION_LATENT + tuning.samples  # the tuning has not seen them, and `sample` does not draw them
-    num, config = max(batch_size, _FEW), flow.config
-    latents = draw_latents(num, config.num_tokens, config.token_channels, tuning.seed, start)
-    if _rounds_coarsely(flow):
-        tolerance = _above_rounding(flow, latents[:_FEW], guidance, tolerance)
-    latents = latents[:batch_size]
-    exact = exact_costs(guided(flow.blocks[0], guidance), batch_size, flow)
-    if (loop := _loop_plan(flow, exact, batch_size, tolerance, guidance, settings)) is not None:
-        return loop
-    counted, console = in_force(tuning.guidance) == in_force(guidance), Console(stderr=True)
-    with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as bar:
-
-        def attempt(chosen: Sequence[Option]) -> Trial:
-            task = bar.add_task("trying the plan", total=len(chosen))
-            return trial(flow, chosen, latents, guidance, partial(bar.advance, task))
-
-        timed = partial(bar.track, description="timing sweeps")
-        costs = measure(guided(flow.blocks[0], guidance), tuning, batch_size, flow, exact, timed)
-        options = [block_options(block, costs, batch_size, tolerance, settings, counted) for block in tuning.blocks]
-        chosen, alone = _choose(options, costs, tolerance, settings, attempt)
-    return _planned(flow, chosen, alone, batch_size, tolerance, guidance, costs.spread)
-
-
-def loop_plan(
-    flow: ImageFlow, batch_size: int, tolerance: float, guidance: Guidance | None,
-    settings: PlanSettings = PlanSettings(),  # noqa: B008  frozen
-) -> Strategy | None:  # fmt: skip
-    """The sequential loop in every block, where no iteration can be faster; else `None`.
-
-    An iteration takes one sweep and the pass of its certificate at least. It takes a fraction of a second to find out,
-    and needs no tuning.
-    """
-    exact = exact_costs(guided(flow.blocks[0], guidance), batch_size, flow)
-    return _loop_plan(flow, exact, batch_size, tolerance, guidance, settings)
-
-
-def _loop_plan(
-    flow: ImageFlow, exact: ExactCosts, batch_size: int, tolerance: float, guidance: Guidance | None,
-    settings: PlanSettings,
-) -> Strategy | None:  # fmt: skip
-    if exact.sequential > settings.least_passes * exact.certificate:
-        return None
-    loop = [Option(Solver(Sequential()), exact.sequential, 0.0)] * flow.config.num_blocks
-    return _planned(flow, loop, loop, batch_size, tolerance, guidance, exact.spread)
-
-
-def _planned(
-    flow: ImageFlow, chosen: Sequence[Option], loop: Sequence[Option], batch_size: int, tolerance: float,
-    guidance: Guidance | None, spread: float,
-) -> Strategy:  # fmt: skip
-    return Strategy(
-        solvers=tuple(option.solver for option in chosen),
-        fingerprint=fingerprint(flow),
-        tolerance=float(tolerance),
-        prediction=Prediction(
-            device=device_name(flow.var.device),
-            batch_size=batch_size,
-            guidance=guidance,
-            seconds=_seconds(chosen),
-            sequential_seconds=_seconds(loop),
-            error=combined([option.error for option in chosen]),
-            spread=spread,
-        ),
-    )
-
-
-def _checked(
-    flow: ImageFlow, report: Report | Tuning, batch_size: int, tolerance: float, device: torch.device | str | None,
-    guidance: Guidance | None,
-) -> tuple[Tuning, int, float]:  # fmt: skip
     check_flow(flow)
-    check_kind("report", report, Report | Tuning, "a Report or a Tuning")
-    tuning = report if isinstance(report, Tuning) else report.tuning
-    if tuning is None:
-        raise InputValueError("this report has no tuning: calibrate with chord=True")
+    check_kind("tuning", tuning, Tuning | None, "a Tuning, as tune returns, or None")
     batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
     tolerance = check_positive("tolerance", tolerance, "a positive number; at 0 use strategy 'sequential'")
-    check_guidance(guidance)
-    if device is not None and check_device(device).type != flow.var.device.type:
-        raise InputValueError(f"device={str(device)!r}: the flow is on {flow.var.device}; move it there first")
-    tuning.check(flow)
-    return tuning, batch_size, tolerance
+    check_flag("bf16", bf16)
+    strategy = make_plan(flow, tuning, batch_size, tolerance, bf16, progress)
+    warn_if_raised(strategy, tolerance)
+    return strategy
 
 
-# ------------------------------------------------------------------------------------------------------------ rounding
+def make_plan(
+    flow: ImageFlow, tuning: Tuning | None, batch_size: int, tolerance: float,
+    bf16: bool = True, progress: Progress | None = None,
+) -> Strategy:  # fmt: skip
+    """`plan` without its checks and its warning."""
+    if tuning is not None:
+        tuning.check(flow)
+    elif (file := find_tuning(flow)) is not None:
+        tuning = Tuning.load(file)
+        if tuning.fingerprint != fingerprint(flow):
+            warnings.warn("the tuning in the flow's folder is of other weights, and is not used", stacklevel=4)
+            tuning = None
+    tolerance = above_rounding(flow, tolerance)
+    return _Planner(flow, tuning, batch_size, tolerance, bf16, progress).plan()
 
 
-def _rounds_coarsely(flow: ImageFlow) -> bool:
-    """Whether the network's products have fewer digits than float32."""
-    low = flow.var.dtype.itemsize < 4 or precision(flow) == "tf32"
-    return low or torch.is_autocast_enabled(flow.var.device.type)
+def warn_if_raised(strategy: Strategy, tolerance: float) -> None:
+    """Warns the caller's caller if a plan is for a larger tolerance than it was asked for."""
+    if strategy.tolerance is not None and strategy.tolerance > tolerance:
+        warnings.warn(
+            f"tolerance {tolerance:g} is below the rounding of this flow's network: planned for "
+            f"{strategy.tolerance:.1e}; a wider dtype allows a smaller one",
+            stacklevel=3,
+        )
 
 
-def _above_rounding(
-    flow: ImageFlow, latents: Float[Tensor, "b t c"], guidance: Guidance | None, tolerance: float
-) -> float:
-    """The tolerance, or twice what rounding leaves of these samples, if that is more; then with a warning."""
-    least = _ROUNDING * rounding_floor(flow, latents, guidance)
-    if least <= tolerance:
-        return tolerance
-    warnings.warn(
-        f"tolerance {tolerance:g} is below the rounding of this flow's network: planned for {least:.1e}; a wider dtype "
-        "allows a smaller one",
-        stacklevel=3,
-    )
-    return least
-
-
-def rounding_floor(flow: ImageFlow, latents: Float[Tensor, "b t c"], guidance: Guidance | None) -> float:
-    """What rounding leaves of samples, however they are solved.
-
-    The larger of the largest residual |g(x) - x| of the sequential loop's answers, over the blocks, and the largest
-    difference between its images and those of sweeps that stop at this residual. Samples that overflow do not count.
-    """
-    num, largest = len(latents), 0.0
-    labels = _labels(flow, num)
-
-    def solve_block(i: int, z: Tensor) -> Tensor:
-        nonlocal largest
-        block, z = guided(flow.blocks[i], guidance), z.nan_to_num(0.0, 0.0, 0.0)
-        exact = solve(block, z[:num], Solver(Sequential()), labels).x
-        residual = certify(block, z[:num], exact, labels)
-        largest = max([largest, *residual[residual.isfinite()].tolist()])
-        swept = solve(block, z[num:], Solver(Whole(), stopping=Tolerance(largest)), labels).x
-        return torch.cat((exact, swept))
-
-    exact, swept = invert(flow, prior_tokens(flow, latents).repeat(2, 1, 1), solve_block).chunk(2)
-    return max(largest, float((exact - swept).nan_to_num(0.0, 0.0, 0.0).abs().max()))
-
-
-# -------------------------------------------------------------------------------------------------- choosing and trying
-
-
-class Trial(NamedTuple):
-    """Seconds that each block took as planned and by the sequential loop, and the largest error of an image."""
+class _Trial(NamedTuple):
+    """Seconds and largest error of each block, and the tokens by the plan and by the exact loop."""
 
     seconds: tuple[float, ...]
-    sequential: tuple[float, ...]
-    error: float
+    errors: tuple[float, ...]
+    x: Float[Tensor, "n t c"]
+    exact: Float[Tensor, "m t c"]
 
 
-def _choose(
-    options: Sequence[Sequence[Option]], costs: Costs, tolerance: float, settings: PlanSettings,
-    attempt: Callable[[Sequence[Option]], Trial],
-) -> tuple[list[Option], list[Option]]:  # fmt: skip
-    """An option per block, and the sequential loop's, with the seconds that they took where they were tried."""
-    alone = Option(Solver(Sequential()), costs.sequential, 0.0)
-    loop = [alone] * len(options)
-    enough = 1 - settings.margin
-    budget = tolerance
-    for _ in range(settings.trials):
-        chosen = cheapest([[alone, *found] for found in options], budget)
-        if _seconds(chosen) > enough * _seconds(loop):
-            break
-        tried = attempt(chosen)
-        if tried.error <= tolerance:
-            loop = [alone._replace(seconds=seconds) for seconds in tried.sequential]
-            timed = [
-                option if option == alone else option._replace(seconds=seconds + costs.certificate)
-                for option, seconds in zip(chosen, tried.seconds, strict=True)
-            ]
-            best = [min(pair, key=lambda option: option.seconds) for pair in zip(timed, loop, strict=True)]
-            return (best if _seconds(best) <= enough * _seconds(loop) else loop), loop
-        budget *= settings.stricter
-    return loop, loop
+class _Planner:
+    def __init__(
+        self, flow: ImageFlow, tuning: Tuning | None, batch_size: int, tolerance: float,
+        bf16: bool, progress: Progress | None,
+    ) -> None:  # fmt: skip
+        self.flow, self.tuning, self.batch_size, self.tolerance = flow, tuning, batch_size, tolerance
+        self.bf16, self.progress = bf16, progress
+        self.blocks = flow.inverse_blocks
+
+    def plan(self) -> Strategy:
+        batches = -(-_FEWEST // self.batch_size)
+        # A tuning has not seen these latents, and `sample` does not draw them.
+        tokens, labels = self._latents(SAMPLES, batches * self.batch_size)
+        last = self.flow.blocks[-1].permutation(tokens)[: self.batch_size]
+        exact = time_exact(self.blocks[-1], last, None if labels is None else labels[: self.batch_size])
+        if not self.bf16:
+            exact = exact._replace(bf16=math.inf)
+        loop = [_LOOP] * len(self.blocks)
+        loop_seconds = (exact.loop,) * len(self.blocks)
+        if exact.loop <= exact.least_iteration:
+            return self._strategy(loop, loop_seconds, exact.loop, 0.0, exact.spread)
+        race = Race(exact, self.batch_size, self.tolerance, max(_SECONDS, sum(loop_seconds) / 2))
+        solvers, seconds = self._race(race, tokens, labels)
+        spread = max([exact.spread, *race.spreads])
+        enough = (1 - _MARGIN) * sum(loop_seconds)
+        if sum(seconds) <= enough:
+            solvers, seconds, error = self._verify(solvers, seconds, exact.loop)
+            if sum(seconds) <= enough and error <= self.tolerance:
+                return self._strategy(solvers, seconds, exact.loop, error, spread)
+        return self._strategy(loop, loop_seconds, exact.loop, 0.0, spread)
+
+    def _latents(self, first: int, num: int) -> tuple[Float[Tensor, "n t c"], Int[Tensor, " n"] | None]:
+        """Tokens at which the last block is inverted, in raster order, and labels."""
+        config = self.flow.config
+        start = FIRST_CALIBRATION_LATENT + first
+        latents = draw_latents(num, config.num_tokens, config.token_channels, start=start)
+        return prior_tokens(self.flow, latents), all_classes(self.flow, num)
+
+    def _race(
+        self, race: Race, tokens: Float[Tensor, "n t c"], labels: Int[Tensor, " n"] | None
+    ) -> tuple[list[Solver], list[float]]:
+        """The winner of each block, and its seconds for a batch."""
+        solvers, seconds = [_LOOP] * len(self.blocks), [race.exact.loop] * len(self.blocks)
+
+        def solve_block(i: int, z: Tensor) -> Tensor:
+            z = z.nan_to_num(0.0, 0.0, 0.0)  # a sample that overflowed goes on as zeros
+            fitted = None if self.tuning is None else self.tuning.blocks[i]
+            entrants = candidates(self.blocks[i], z.shape[1], self.tolerance, fitted, race.exact)
+            winner = race.run(self.blocks[i], z, labels, entrants)
+            self._note(len(self.blocks) - i, "timing solvers")
+            if winner is None:
+                return z if race.is_over or i == 0 else solve(self.blocks[i], z, _LOOP, labels, self.batch_size).x
+            solvers[i], seconds[i] = winner.solver, winner.seconds * self.batch_size / len(z)
+            return winner.x
+
+        invert(self.flow, tokens, solve_block)
+        return solvers, seconds
+
+    def _verify(
+        self, solvers: list[Solver], seconds: list[float], loop_seconds: float
+    ) -> tuple[list[Solver], list[float], float]:
+        """The solvers, continued until images are within the tolerance, their seconds, and the error of the images.
+
+        All on latents of their own. The seconds of a batch of many samples are those of the race.
+        """
+        num = min(self.batch_size, _VERIFIED)
+        tokens, labels = self._latents(SAMPLES + _FEWEST + self.batch_size, num)
+        trial = self._try(solvers, loop_seconds, tokens, labels, compared=min(_COMPARED, num))
+        exact, factors, error = trial.exact, [self._factor(error) for error in trial.errors], math.inf
+        for _ in range(_TRIALS):
+            if num == self.batch_size:
+                is_slow = [second > loop_seconds for second in trial.seconds]
+                solvers = [_LOOP if slow else solver for solver, slow in zip(solvers, is_slow, strict=True)]
+                seconds = [min(second, loop_seconds) for second in trial.seconds]
+            error = _largest((trial.x[: len(exact)] - exact)[torch.isfinite(exact)])
+            if error <= self.tolerance:
+                break
+            if min(factors) == 1:
+                factors = [self._factor(error)] * len(solvers)
+            solvers = [_tighter(solver, factor) for solver, factor in zip(solvers, factors, strict=True)]
+            trial = self._try(solvers, loop_seconds, tokens, labels)
+            factors = [1.0]
+        return solvers, seconds, error
+
+    def _factor(self, error: float) -> float:
+        """The share of the present tolerance of a solver whose error is to be within half of the plan's tolerance."""
+        return 1.0 if error <= self.tolerance else _TIGHTER * self.tolerance / error
+
+    def _try(
+        self, solvers: Sequence[Solver], loop_seconds: float, tokens: Float[Tensor, "n t c"],
+        labels: Int[Tensor, " n"] | None, compared: int = 0,
+    ) -> _Trial:  # fmt: skip
+        """Solves all blocks by the solvers, and the first few samples by the exact loop too."""
+        num, seconds, errors = len(tokens), [0.0] * len(solvers), [0.0] * len(solvers)
+        few = None if labels is None else labels[:compared].repeat(2)
+
+        def solve_block(i: int, x: Tensor) -> Tensor:
+            x = x.nan_to_num(0.0, 0.0, 0.0)
+            z, exact = x[:num], x[num:]
+
+            def run() -> Solution:
+                return solve_certified(self.blocks[i], z, solvers[i], labels, tolerance=self.tolerance)
+
+            seconds[i], solution = timed(run, z.device)
+            if num == self.batch_size and seconds[i] > loop_seconds and solvers[i] != _LOOP:  # by chance, perhaps
+                seconds[i] = min(seconds[i], timed(run, z.device)[0])
+            if compared:  # at the same inputs, and at those of exact blocks before
+                near = solution.x[:compared]
+                answers = self._exact(
+                    i, torch.cat((z[:compared], exact)), few, near.repeat(2, 1, 1), solvers[i], loop_seconds
+                )
+                errors[i] = _largest(near - answers[:compared])
+                exact = answers[compared:]
+            self._note(len(solvers) - i, "verifying")
+            return torch.cat((solution.x, exact))
+
+        x = invert(self.flow, torch.cat((tokens, tokens[:compared])), solve_block)
+        return _Trial(tuple(seconds), tuple(errors), x[:num], x[num:])
+
+    def _exact(
+        self, i: int, z: Tensor, labels: Tensor | None, near: Tensor, solver: Solver, loop_seconds: float
+    ) -> Tensor:
+        """Solutions of a block: by sweeps from near ones to a small part of the tolerance, or by the exact loop."""
+        further = Solver(Whole(), Given(near), Tolerance(_EXACT * self.tolerance), solver.correction)
+        if solver != _LOOP and torch.isfinite(near).all():
+            with suppress(TimeoutError):
+                return solve(self.blocks[i], z, further, labels, time_limit=loop_seconds).x
+        return solve(self.blocks[i], z, _LOOP, labels).x
+
+    def _note(self, done: int, what: str) -> None:
+        if self.progress is not None:
+            self.progress(done, len(self.blocks), what)
+
+    def _strategy(
+        self, solvers: Sequence[Solver], seconds: Sequence[float], loop: float, error: float, spread: float
+    ) -> Strategy:
+        prediction = Prediction(
+            device=device_name(self.flow.var.device),
+            batch_size=self.batch_size,
+            guidance=self.flow.guidance,
+            seconds=sum(seconds),
+            sequential_seconds=loop * len(self.blocks),
+            error=error,
+            spread=spread,
+        )
+        return Strategy(tuple(solvers), fingerprint(self.flow), float(self.tolerance), prediction)
 
 
-def _seconds(options: Sequence[Option]) -> float:
-    return sum(option.seconds for option in options)
+def _largest(difference: Tensor) -> float:
+    """The largest absolute entry; infinite if one is not finite."""
+    return float(difference.abs().nan_to_num(math.inf, math.inf).max()) if difference.numel() else math.inf
 
 
-def trial(
-    flow: ImageFlow, chosen: Sequence[Option], latents: Float[Tensor, "b t c"], guidance: Guidance | None,
-    advance: Callable[[], object] = lambda: None,
-) -> Trial:  # fmt: skip
-    """Solve one batch of latents both ways, without certificates: the medians of a few runs, of one where it is long.
-
-    The error is infinite where the options lose a sample in the last block that the loop does not; one that they lost
-    before goes on as zeros.
-    """
-    num, labels = len(latents), _labels(flow, len(latents))
-    seconds, sequential = {}, {}
-
-    def solve_block(i: int, x: Tensor) -> Tensor:
-        """The rows as planned, and then the same by the loop."""
-        block, z = guided(flow.blocks[i], guidance), x.nan_to_num(0.0, 0.0, 0.0)
-        runs, alone = list[Solution](), list[Solution]()
-        while len(runs) < REPEATS and sum(run.seconds for run in (*runs, *alone)) < MOST_SECONDS:
-            runs.append(solve(block, z[:num], chosen[i].solver, labels))
-            alone.append(solve(block, z[num:], Solver(Sequential()), labels))
-        seconds[i], sequential[i] = (statistics.median(run.seconds for run in each) for each in (runs, alone))
-        advance()
-        return torch.cat((runs[0].x, alone[0].x))
-
-    planned, exact = invert(flow, prior_tokens(flow, latents).repeat(2, 1, 1), solve_block).chunk(2)
-    error = (planned - exact)[torch.isfinite(exact)].abs().nan_to_num(torch.inf, torch.inf)
-    largest = float(error.max()) if len(error) else math.inf
-    blocks = range(flow.config.num_blocks)
-    return Trial(tuple(seconds[i] for i in blocks), tuple(sequential[i] for i in blocks), largest)
-
-
-def _labels(flow: ImageFlow, num: int) -> Int[Tensor, " n"] | None:
-    """All classes in turn."""
-    classes = flow.config.num_classes
-    return torch.arange(num, device=flow.var.device) % classes if classes else None
+def _tighter(solver: Solver, factor: float) -> Solver:
+    """The solver with a share of its tolerance, or with more sweeps."""
+    atol, count = solver.stopping.atol, solver.stopping.max_sweeps
+    if factor >= 1 or solver == _LOOP:
+        return solver
+    if atol is not None:
+        return replace(solver, stopping=Tolerance(factor * atol))
+    assert isinstance(count, int)
+    return replace(solver, stopping=MaxSweeps(count + math.ceil(-math.log10(factor))))

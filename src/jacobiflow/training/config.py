@@ -1,4 +1,4 @@
-"""How to train."""
+"""Settings of a training run."""
 
 from __future__ import annotations
 
@@ -6,25 +6,43 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from jacobiflow.checks import check_count, check_flag, check_kind, check_number, check_positive, convert_numbers
+from jacobiflow.checks import check_count, check_fields, check_number, check_positive, short
 from jacobiflow.data.augmentation import Augmentation
 from jacobiflow.data.noise import Noise
 from jacobiflow.errors import InputValueError
 
-MOST_STEPS = 10**9
+_MOST_STEPS = 10**9
 _MIN_RATE = 1e-6
-_FREE = ("steps", "checkpoint_every", "sample_every")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train.
+    """Settings of a training run.
 
-    `steps`, `warmup`, `checkpoint_every` and `sample_every` count optimiser steps, a billion at most. The learning rate
-    rises linearly over `warmup` steps, then falls to 1e-6 by a cosine. `drop_label` is the share of labels replaced by
-    "none", `ema` the decay of the averaged weights, `clip` the largest gradient norm, `bf16` autocasts to bfloat16.
+    Args:
+        steps: Optimiser steps in all.
+        noise: The noise of the images. Its `std` must be that of the flow's config.
+        augmentation: Random changes of the images.
+        batch_size: Images in a step.
+        learning_rate: Peak rate of AdamW. The rate rises linearly over `warmup` steps, then falls to 1e-6 by a cosine.
+        weight_decay: Of AdamW.
+        warmup: Steps of linear warm-up.
+        ema: Decay of the averaged weights.
+        clip: Largest gradient norm.
+        drop_label: Share of labels that are dropped, for classifier-free guidance.
+        bf16: Whether the forward pass is autocast to bfloat16.
+        seed: Fixes the order of the images, their noise and the dropped labels.
+        checkpoint_every: Steps between checkpoints.
+        sample_every: Steps between calls of `on_sample`.
 
-    **Raises** `ValueError` where a value is out of range, `TypeError` where it is of another kind.
+    Raises:
+        ValueError: If a value is out of range.
+        TypeError: If a value is of another type.
+
+    Example:
+        >>> config = TrainConfig(steps=110, learning_rate=0.02, warmup=10)
+        >>> config.rate(0), config.rate(9), config.rate(110)
+        (0.002, 0.02, 1e-06)
     """
 
     steps: int
@@ -43,30 +61,26 @@ class TrainConfig:
     sample_every: int = 1000
 
     def __post_init__(self) -> None:
-        convert_numbers(self)
-        for name in ("steps", "checkpoint_every", "sample_every"):
-            check_count(name, getattr(self, name), most=MOST_STEPS)
-        check_count("batch_size", self.batch_size)
-        check_count("warmup", self.warmup, least=0, most=MOST_STEPS)
-        check_count("seed", self.seed, least=0, most=2**63 - 1)
-        check_kind("noise", self.noise, Noise, "a Noise")
-        check_kind("augmentation", self.augmentation, Augmentation, "an Augmentation")
-        check_flag("bf16", self.bf16)
+        check_fields(self)
+        for name in ("steps", "batch_size", "checkpoint_every", "sample_every"):
+            check_count(name, getattr(self, name), most=_MOST_STEPS)
+        for name, most in (("warmup", _MOST_STEPS), ("seed", 2**63 - 1)):
+            check_count(name, getattr(self, name), least=0, most=most)
         for name in ("drop_label", "ema"):
-            check_number(name, getattr(self, name), give="a number from 0 to below 1")
-            if getattr(self, name) >= 1:
-                raise InputValueError(f"{name}={getattr(self, name)}: give a number from 0 to below 1")
+            if not 0 <= getattr(self, name) < 1:
+                raise InputValueError(f"{name}={short(getattr(self, name))}: give a number from 0 to below 1")
         for name in ("learning_rate", "clip"):
             check_positive(name, getattr(self, name))
         check_number("weight_decay", self.weight_decay)
 
     def rate(self, step: int) -> float:
-        """Learning rate of `step`, counted from 0."""
+        """Returns the learning rate of `step`, counted from 0."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
         return _MIN_RATE + 0.5 * (self.learning_rate - _MIN_RATE) * (1 + math.cos(math.pi * progress))
 
     def fixed(self) -> dict[str, Any]:
-        """What a run that resumes must share with the run before; the noise's `std` is that of the flow's config."""
-        return {name: value for name, value in asdict(self).items() if name not in _FREE} | {"noise": self.noise.kind}
+        """Returns the settings that a resumed run must share with the run before."""
+        free = ("steps", "checkpoint_every", "sample_every")
+        return {name: value for name, value in asdict(self).items() if name not in free}

@@ -1,86 +1,134 @@
-"""What is in a folder that a run trains in: whether it is of this run, and what is wrong with it."""
+"""The folder of a training run: its checkpoint and its metrics."""
 
 from __future__ import annotations
 
-import os
+import hashlib
+import io
+import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jacobiflow.errors import InputError, InputValueError
-from jacobiflow.files import partials
-from jacobiflow.flows.folder import CONFIG, WEIGHTS, holding, reports_in
+import msgspec
+import torch
+
+from jacobiflow.checks import short
+from jacobiflow.data import ImageDataset
+from jacobiflow.errors import InputError, InputValueError, first_line
+from jacobiflow.files import write_atomically
 from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.flows.registry import find_flow
-from jacobiflow.training.checkpoint import CHECKPOINT, Checkpoint
 from jacobiflow.training.config import TrainConfig
-from jacobiflow.training.metrics import METRICS, foreign_lines, read_metrics
+
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.jsonl"
+_REMEDY = "move it away, or give another folder"
 
 
-def check_folder(out: Path, flow: ImageFlow, config: TrainConfig, data: dict[str, Any]) -> Checkpoint | None:
-    """The checkpoint in `out`, of a run with this flow, settings and images; `None` where there is none.
+@dataclass(frozen=True)
+class StepReport:
+    """Metrics of one optimiser step.
 
-    **Raises** `ValueError` where it is of another run or broken, or the folder has metrics or a model that are not of
-    this run.
+    Attributes:
+        step: The number of the step, from 1.
+        loss: mean(z^2) / 2 - log-det / D of the batch.
+        bits_per_dim: Of the noisy images of the batch, under a standard normal prior.
+        grad_norm: Before clipping.
+        rate: The learning rate.
+        seconds: Of training so far, over all runs.
     """
-    path, remedy = out / CHECKPOINT, "move it away, or give another folder"
-    state = Checkpoint.read(path) if os.path.lexists(path) else None
-    if state is not None:
-        state.check_run(path, flow, config, data)
-    log = out / METRICS
-    if os.path.lexists(log):
-        lines = foreign_lines(log)
-        if lines:
-            raise InputValueError(f"{log}: line {lines[0]} is not of this trainer; {remedy}")
-        last = max((figures["step"] for figures in read_metrics(out)), default=0)
-        if state is None and last > config.checkpoint_every:
-            raise InputValueError(f"{log}: of {last} steps, without their {CHECKPOINT}; bring it back, or {remedy}")
-    if state is None:
-        for file in (out / CONFIG, out / WEIGHTS, *reports_in(out)):
-            if os.path.lexists(file):
-                raise InputValueError(f"{file}: of a model, without the {CHECKPOINT} of its training; {remedy}")
-    model = holding(out)
-    if model is not None and (model.model_type != flow.model_type or model.config(type(flow.config)) != flow.config):
-        raise InputValueError(f"{out / CONFIG}: of another flow than this run's; {remedy}")
-    return state
+
+    step: int
+    loss: float
+    bits_per_dim: float
+    grad_norm: float
+    rate: float
+    seconds: float
+
+    def line(self) -> str:
+        """Returns the line of `metrics.jsonl`."""
+        return json.dumps({name: round(x, 6) for name, x in asdict(self).items()}) + "\n"
+
+
+def read_metrics(folder: str | Path) -> list[StepReport]:
+    """Reads the metrics of a training run; none if its folder has no metrics.jsonl.
+
+    Raises:
+        ValueError: If a line is not of this library. A last line that a kill cut short is left out.
+    """
+    path = Path(folder) / METRICS
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    reports = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            report = msgspec.json.decode(line, type=StepReport)
+        except msgspec.DecodeError as error:
+            if number == len(lines) and not line.endswith(b"\n"):
+                break
+            raise InputValueError(f"{path}: line {number} is not of this trainer ({error}); {_REMEDY}") from error
+        reports[report.step] = report
+    return list(reports.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The state of a training run, from which it resumes; `run` is its description by `describe`."""
+
+    run: dict[str, Any]
+    step: int
+    seconds: float
+    flow: dict[str, Any]
+    average: dict[str, Any]
+    optimizer: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Checkpoint:
+        """Reads a checkpoint. Raises ValueError if the file is broken."""
+        try:
+            state = cls(**torch.load(path, map_location="cpu", weights_only=True))
+            msgspec.convert(vars(state), type=cls)
+            return state
+        except Exception as error:  # torch.load documents none, and damage can raise nearly any
+            raise InputValueError(f"{path}: not a checkpoint ({first_line(error)}); {_REMEDY}") from error
+
+    def write(self, path: Path) -> None:
+        """Writes the file as a whole."""
+        data = io.BytesIO()
+        torch.save(vars(self), data)
+        write_atomically(path, data.getvalue())
+
+
+def describe(flow: ImageFlow, config: TrainConfig, data: ImageDataset) -> dict[str, Any]:
+    """Describes what a resumed run must share with the run before: the flow, the settings, and the images."""
+    digest = hashlib.sha256(data.images.contiguous().numpy().data)
+    if flow.config.num_classes and data.labels is not None:
+        digest.update(data.labels.contiguous().numpy().data)
+    images = {"images": f"{len(data):,} with checksum {digest.hexdigest()[:16]}"}
+    return {"flow": flow.model_type, **asdict(flow.config), **config.fixed(), **images}
+
+
+def last_checkpoint(out: Path, run: dict[str, Any]) -> Checkpoint | None:
+    """Returns the checkpoint in a folder of this run, or None if the folder is new or empty."""
+    path = out / CHECKPOINT
+    if not path.exists():
+        others = [entry.name for entry in out.iterdir() if not entry.name.startswith(".")]
+        if others:
+            raise InputValueError(f"{out}: holds {others[0]}, and no {CHECKPOINT}; give a new or empty folder")
+        return None
+    checkpoint = Checkpoint.read(path)
+    names = [name for name in {**checkpoint.run, **run} if checkpoint.run.get(name) != run.get(name)]
+    if names:
+        differences = "; ".join(f"{n}={short(checkpoint.run.get(n))}, not {short(run.get(n))}" for n in names)
+        raise InputValueError(f"{path}: of another run ({differences}); give its settings, or another folder")
+    return checkpoint
 
 
 def problems(path: Path) -> Iterator[str]:
-    """What is wrong with the training in a folder, and what to do: a line each; of its model only whether it fits.
-
-    `jacobiflow.flows.problems` has what is wrong with the model itself.
-    """
-    state = None
-    if not os.path.lexists(path / CHECKPOINT):
-        yield f"{path / CHECKPOINT}: missing; bring it back, or train in another folder"
-    else:
-        try:
-            state = Checkpoint.read(path / CHECKPOINT)
-        except InputError as error:
-            yield str(error)
-    yield from _problems_of_metrics(path / METRICS, state)
-    if state is not None and os.path.lexists(path / CONFIG):
-        try:
-            model = holding(path)
-            flow = None if model is None else find_flow(model.model_type)
-            if model is not None and flow is not None and asdict(model.config(flow.config_type)) != state.flow_config:
-                yield f"{path / CONFIG}: of another flow than {CHECKPOINT}; move one of them away"
-        except InputError:
-            pass  # for the model's own problems
-    for name in (CHECKPOINT, METRICS):
-        for left in partials(path, name):
-            yield f"{left}: left by a run that was killed; train on, or remove it"
-
-
-def _problems_of_metrics(path: Path, state: Checkpoint | None) -> Iterator[str]:
+    """Finds problems of the training run in a folder, one line each, with the remedy."""
     try:
-        lines = foreign_lines(path)
-        steps = {figures["step"] for figures in read_metrics(path.parent)}
-    except OSError as error:
-        yield f"{path}: cannot be read ({error.strerror}); training goes on without the figures of earlier steps"
-        return
-    if lines:
-        yield f"{path}: {len(lines):,} lines are not of this trainer, the first is line {lines[0]:,}; remove them"
-    if state is not None and len({step for step in steps if step <= state.step}) < state.step:
-        yield f"{path}: lacks some of the {state.step:,} steps of {CHECKPOINT}; bring them back where you have a copy"
+        step = Checkpoint.read(path / CHECKPOINT).step
+        missing = set(range(1, step + 1)) - {report.step for report in read_metrics(path)}
+        if missing:
+            yield f"{path / METRICS}: lacks {len(missing):,} of {step:,} steps; training goes on without them"
+    except InputError as error:
+        yield str(error)

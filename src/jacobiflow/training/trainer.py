@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,21 @@ from jacobiflow.data import ImageDataset
 from jacobiflow.data.augmentation import augment
 from jacobiflow.data.noise import add_noise, keyed_generator
 from jacobiflow.errors import InputValueError
-from jacobiflow.files import write_atomically
-from jacobiflow.flows.folder import locked_folder, remove_half_written, write_model
+from jacobiflow.files import partials, write_atomically
+from jacobiflow.flows.folder import existing_model, write_model
 from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.training.checkpoint import CHECKPOINT, Checkpoint, describe
+from jacobiflow.locking import locked
+from jacobiflow.progress import Progress
 from jacobiflow.training.config import TrainConfig
-from jacobiflow.training.folder import check_folder
-from jacobiflow.training.metrics import METRICS, StepReport, read_metrics
+from jacobiflow.training.folder import (
+    CHECKPOINT,
+    METRICS,
+    Checkpoint,
+    StepReport,
+    describe,
+    last_checkpoint,
+    read_metrics,
+)
 
 _PRIOR_RATE = 0.1
 _ORDER, _NOISE = 0, 1  # streams of random numbers
@@ -37,47 +43,64 @@ def train(
     out: str | Path,
     on_step: Callable[[StepReport], None] | None = None,
     on_sample: Callable[[ImageFlow, int], None] | None = None,
-    on_start: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ImageFlow:
-    """Minimise mean(z^2) / 2 - log-det / D over images with their noise; returns the averaged weights.
+    """Trains a flow by maximum likelihood, on images with noise.
 
-    `out` gets `checkpoint.pt` every `checkpoint_every` steps and on an interruption (unless in the middle of an
-    update), `metrics.jsonl`, and at the end the model folder of the averaged weights. With the same `out` again,
-    training resumes from the checkpoint; `steps`, `checkpoint_every` and `sample_every` may then be others, and all
-    else must be the same. The images, noise and dropped labels of a step depend only on the seed and the step. A flow
-    without scales also learns its prior variance, as a moving average of z^2. The first batch initialises the flow, see
-    `ImageFlow.initialize`. One process at a time trains in a folder.
+    The loss is mean(z^2) / 2 - log-det / D. A flow without scales also learns its prior variance, as a moving average
+    of z^2. The first batch initialises the flow, see `ImageFlow.initialize`. The images, noise and dropped labels of a
+    step depend only on the seed and the step.
 
-    **Arguments:** `on_start` is called with the steps that are done already, before anything is written; `on_step` with
-    the report of every step; `on_sample` with the averaged flow and the step, every `sample_every` steps.
+    With the same `out` again, training resumes from the checkpoint, and ends with the same weights as without the stop.
+    `steps`, `checkpoint_every` and `sample_every` may then be others; all else must be the same.
 
-    **Raises** `ValueError` where the data do not fit the flow, what is in `out` is broken or not of this run, or the
-    loss is not finite; `FolderInUseError`, a `ValueError`, where another process trains in `out`. Nothing is lost.
+    Args:
+        flow: The flow, which is trained in place.
+        data: Images of the flow's size.
+        config: The settings.
+        out: A new or empty folder, or that of the run. It gets `checkpoint.pt` every `checkpoint_every` steps and when
+            training is interrupted, `metrics.jsonl`, and at the end the model folder of the averaged weights.
+        on_step: Called with the report of every step.
+        on_sample: Called with the averaged flow and the step, every `sample_every` steps.
+
+    Returns:
+        The flow with averaged weights.
+
+    Raises:
+        ValueError: If the data do not fit the flow, `out` has other files or another run, or the loss is not finite;
+            the last checkpoint stays. `FolderInUseError`, a ValueError, if another process trains in `out`.
+
+    Example:
+        >>> import jacobiflow as jf, tempfile
+        >>> from jacobiflow.data import Noise, digits
+        >>> flow = jf.TarFlow(jf.TarFlowConfig(1, 8, 2, channels=16, num_blocks=2, layers_per_block=1, head_dim=8))
+        >>> config = TrainConfig(steps=2, noise=Noise("uniform"), batch_size=8)
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     average = train(flow, digits(), config, out)
+        ...     len(read_metrics(out)), type(jf.load(out)).__name__
+        (2, 'TarFlow')
     """
     _check(flow, data, config)
     out = Path(out)
-    with locked_folder(out):
-        run = _Run(flow, config, out, describe(data, flow))
-        run.resume()
-        if on_start is not None:
-            on_start(run.step)
-        run.clear()
+    with locked(out):
+        existing_model(out)  # refuses files that the model at the end could not replace
+        run = _Run(flow, config, out, describe(flow, config, data))
         try:
-            _steps(run, data, on_step, on_sample)
+            _train(run, data, on_step, on_sample, progress)
         finally:
-            if run.whole:
+            if not run.is_updating:
                 run.save()
         write_model(run.average, out)
     return run.average
 
 
-def _steps(
+def _train(
     run: _Run,
     data: ImageDataset,
     on_step: Callable[[StepReport], None] | None,
     on_sample: Callable[[ImageFlow, int], None] | None,
+    progress: Progress | None,
 ) -> None:
-    """The steps that are left."""
     config, per_epoch = run.config, len(data) // run.config.batch_size
     order, epoch = torch.empty(0), -1
     while run.step < config.steps:
@@ -85,10 +108,12 @@ def _steps(
         if run.step // per_epoch != epoch:
             epoch = run.step // per_epoch
             order = torch.randperm(len(data), generator=keyed_generator(config.seed, _ORDER, epoch))
-        at = run.step % per_epoch * config.batch_size
-        report = run.advance(*data.batch(order[at : at + config.batch_size]), started)
+        first = run.step % per_epoch * config.batch_size
+        report = run.advance(*data.batch(order[first : first + config.batch_size]), started)
         if on_step is not None:
             on_step(report)
+        if progress is not None:
+            progress(run.step, config.steps, "training")
         if run.step % config.checkpoint_every == 0:
             run.save()
         if on_sample is not None and run.step % config.sample_every == 0:
@@ -96,17 +121,16 @@ def _steps(
 
 
 def _check(flow: ImageFlow, data: ImageDataset, config: TrainConfig) -> None:
-    """**Raises** `ValueError` where the flow, the data and the configuration do not fit each other."""
+    """Raises ValueError if the flow, the data and the configuration do not fit each other."""
     check_kind("flow", flow, ImageFlow, "an ImageFlow, such as jacobiflow.TarFlow(config)")
     check_kind("data", data, ImageDataset, "an ImageDataset, such as jacobiflow.data.load_images gives")
     check_kind("config", config, TrainConfig, "a TrainConfig")
     shape = (flow.config.in_channels, flow.config.image_size, flow.config.image_size)
+    classes = flow.config.num_classes
     if tuple(data.images.shape[1:]) != shape:
         raise InputValueError(f"images are {tuple(data.images.shape[1:])}, the flow takes {shape}")
-    if flow.config.num_classes and data.labels is not None and int(data.labels.max()) >= flow.config.num_classes:
-        raise InputValueError(
-            f"label {int(data.labels.max())}: the flow has classes 0 to {flow.config.num_classes - 1}"
-        )
+    if classes and data.labels is not None and int(data.labels.max()) >= classes:
+        raise InputValueError(f"label {int(data.labels.max())}: the flow has classes 0 to {classes - 1}")
     if len(data) < config.batch_size:
         raise InputValueError(f"batch_size={config.batch_size}: there are only {len(data)} images")
     if config.noise.std != flow.config.noise_std:
@@ -116,23 +140,27 @@ def _check(flow: ImageFlow, data: ImageDataset, config: TrainConfig) -> None:
 
 
 class _Run:
-    """The state of a training run: what a checkpoint holds, and the metrics not yet written."""
+    """The state of a training run. `is_updating` is true in an update, when no checkpoint may be written."""
 
-    def __init__(self, flow: ImageFlow, config: TrainConfig, out: Path, data: dict[str, Any]) -> None:
-        self.flow, self.config, self.out, self.data = flow, config, out, data
+    def __init__(self, flow: ImageFlow, config: TrainConfig, out: Path, description: dict[str, Any]) -> None:
+        self.flow, self.config, self.out, self.description = flow, config, out, description
         self.average = type(flow)(flow.config).to(flow.var.device)
         self.average.load_state_dict(flow.state_dict())
         self.average.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             flow.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
         )
-        self.step = self.saved = 0
-        self.seconds = 0.0
+        self.step, self.saved, self.seconds = 0, -1, 0.0
         self.metrics: list[str] = []
-        self.whole = True  # False while a step is half done: then no checkpoint may be written
+        self.is_updating = False
+        checkpoint = last_checkpoint(out, description)
+        if checkpoint is None:
+            self.save()
+        else:
+            self._resume(checkpoint)
 
     def advance(self, images: Tensor, labels: Tensor | None, started: float) -> StepReport:
-        """One optimiser step on a batch."""
+        """Does one optimiser step on a batch."""
         config, device, rate = self.config, self.flow.var.device, self.config.rate(self.step)
         generator = keyed_generator(config.seed, _NOISE, self.step)
         images = augment(images, config.augmentation, generator)
@@ -143,7 +171,7 @@ class _Run:
         else:
             labels = None
         if self.step == 0:
-            self.whole = False  # it must not be done twice
+            self.is_updating = True  # a resumed run must not initialise twice
             self.flow.initialize(images, labels)
             self.average.load_state_dict(self.flow.state_dict())
         for group in self.optimizer.param_groups:
@@ -154,7 +182,7 @@ class _Run:
         loss = 0.5 * z.square().mean() - log_det.mean() / z[0].numel()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.flow.parameters(), config.clip)
-        self.whole = False
+        self.is_updating = True
         self.optimizer.step()
         if self.flow.learns_prior:
             self.flow.var.lerp_(z.detach().square().mean(dim=0), _PRIOR_RATE)
@@ -170,7 +198,7 @@ class _Run:
         bits = (value + 0.5 * math.log(2 * math.pi)) / math.log(2) + 7
         report = StepReport(self.step, value, bits, norm.item(), rate, self.seconds)
         self.metrics.append(report.line())
-        self.whole = True
+        self.is_updating = False
         return report
 
     @torch.no_grad()
@@ -181,32 +209,28 @@ class _Run:
         self.average.var.copy_(self.flow.var)
 
     def save(self) -> None:
-        """Write metrics, then the checkpoint, where a step was made since the last one."""
+        """Writes metrics, then the checkpoint, if there was a step since the last one."""
         if self.step == self.saved:
             return
-        with (self.out / METRICS).open("a") as log:
-            log.writelines(self.metrics)
-        self.metrics.clear()
+        if self.metrics:
+            with (self.out / METRICS).open("a") as log:
+                log.writelines(self.metrics)
+            self.metrics.clear()
         Checkpoint(
-            self.step, self.seconds, asdict(self.flow.config), self.flow.state_dict(), self.average.state_dict(),
-            self.optimizer.state_dict(), self.config.fixed(), self.data,
+            self.description, self.step, self.seconds, self.flow.state_dict(), self.average.state_dict(),
+            self.optimizer.state_dict(),
         ).write(self.out / CHECKPOINT)  # fmt: skip
         self.saved = self.step
 
-    def resume(self) -> None:
-        """Go to where the run in the folder stopped; nothing is written. **Raises** `ValueError` as `train` does."""
-        state = check_folder(self.out, self.flow, self.config, self.data)
-        if state is not None:
-            self.step, self.seconds, self.saved = state.step, state.seconds, state.step
-            self.flow.load_state_dict(state.flow)
-            self.average.load_state_dict(state.average)
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": state.optimizer["state"], "param_groups": groups})
-
-    def clear(self) -> None:
-        """Drop metrics of steps that no checkpoint has, and files that a kill left incomplete."""
-        remove_half_written(self.out)
-        log = self.out / METRICS
-        if log.exists():
-            kept = [json.dumps(figures) + "\n" for figures in read_metrics(self.out) if figures["step"] <= self.step]
-            write_atomically(log, "".join(kept).encode())
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        """Goes to where the run stopped, and drops metrics of later steps and files that a kill left incomplete."""
+        reports = read_metrics(self.out)
+        self.flow.load_state_dict(checkpoint.flow)
+        self.average.load_state_dict(checkpoint.average)
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        self.step = self.saved = checkpoint.step
+        self.seconds = checkpoint.seconds
+        for partial in (*partials(self.out, CHECKPOINT), *partials(self.out, METRICS)):
+            partial.unlink()
+        lines = [report.line() for report in reports if report.step <= self.step]
+        write_atomically(self.out / METRICS, "".join(lines).encode())

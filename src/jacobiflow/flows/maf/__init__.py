@@ -1,6 +1,6 @@
-"""MAF: its config, its masked layers, and the model."""
+"""The MAF model."""
 
-from jacobiflow.flows.maf.config import MAFConfig
+from jacobiflow.flows.config import MAFConfig
 from jacobiflow.flows.maf.model import MAF, MAFBlock, full_pass
 
 __all__ = ["MAF", "MAFBlock", "MAFConfig", "full_pass"]

@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.flows.base import Extrapolation
+from jacobiflow.flows.guidance import Guidance
 from jacobiflow.flows.labels import embed_classes
-from jacobiflow.flows.maf.masked import MaskedLinear
 from jacobiflow.native.masked import masked_transform, run_chain
 from jacobiflow.native.structures import Elementwise, Function, Kind, Operation, Transform
 
@@ -20,32 +19,28 @@ from jacobiflow.native.structures import Elementwise, Function, Kind, Operation,
 @torch.no_grad()
 def solve_rows(
     z: Float[Tensor, "b t"],
-    layers: Sequence[MaskedLinear],
+    layers: Sequence[Any],
     labels: Int[Tensor, " b"] | None,
-    extrapolation: Extrapolation | None,
+    guidance: Guidance | None,
     units_below: tuple[int, ...],
 ) -> Float[Tensor, "b t"] | None:
-    """The rows x, token by token; `None` if there is no memory, or no threads.
+    """Returns the rows x, token by token; `None` if out of memory or threads.
 
-    Args:
-        z: Rows, float32 or float64.
-        layers: Of the network, first to last.
-        labels: A class for each row; below 0, or `None`, the mean over classes.
-        extrapolation: Under guidance a second network, of the mean over classes, is evaluated too.
-        units_below: How many units of a hidden layer have a degree below d, for d from 0 to T - 1.
+    Under guidance a second network, of the mean over classes, is evaluated too. `units_below` are the numbers of units
+    of a hidden layer with a degree below d, for d from 0 to T - 1.
     """
     has_classes = layers[0].class_embed is not None
     shape = (len(layers[0].weight), len(layers))
-    transforms, _ = _transforms(units_below, shape, has_classes, extrapolation is not None)
+    transforms, _ = _transforms(units_below, shape, has_classes, guidance is not None)
     tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
     context = None
     if has_classes:
         tensors += [layer.class_embed.t() for layer in layers if layer.class_embed is not None]
         classes = tensors[-1].shape[1]
         context = embed_classes(torch.eye(classes, dtype=z.dtype), labels)
-    if extrapolation is not None:
+    if guidance is not None:
         tensors += [layer.offset(None).squeeze(0) for layer in layers]
-        tensors.append(torch.stack((extrapolation.log_scale, extrapolation.shift), dim=1))
+        tensors.append(torch.stack(guidance.weights(z.unsqueeze(-1)), dim=1))
     tensors = [tensor.contiguous() for tensor in tensors]
     pointers = [tensor.data_ptr() for tensor in tensors]
     result = run_chain(transforms, pointers, z, context, is_inverse=True, log_det=None)
@@ -56,10 +51,10 @@ def solve_rows(
 def _transforms(
     units_below: tuple[int, ...], shape: tuple[int, int], has_classes: bool, is_guided: bool
 ) -> tuple[Any, Any]:
-    """The block of hidden units and layers for native code, and what must live as long as it does.
+    """Describes the block to native code; returns the transforms, and the memory that they point to.
 
-    Tensors are weight and bias of each layer, then the classes' embeddings, then the biases of the second network and
-    the weights of the extrapolation.
+    The order of tensors: weight and bias of each layer, the classes' embeddings, the second network's biases, the
+    guidance weights.
     """
     (units, layers), tokens = shape, len(units_below)
     hidden = (list(range(units)), list(units_below))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from operator import itemgetter
 
 import torch
@@ -10,33 +11,57 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.flows.base import (
-    AffineFrontPerSample,
-    ExactInverse,
-    Extrapolation,
-    FlowBlock,
-    KeepsNothing,
-    LowPrecision,
-    Replayable,
-    check_input,
-)
+from jacobiflow.flows.base import AttentionContext, FlowBlock, Permutation, check_input
+from jacobiflow.flows.config import TarFlowConfig
+from jacobiflow.flows.guidance import Guidance
 from jacobiflow.flows.labels import embed_classes
-from jacobiflow.flows.permutation import Permutation
 from jacobiflow.flows.tarflow import recurrence
-from jacobiflow.flows.tarflow.attention import AttentionBlock, Fed, Parameters, transformer
-from jacobiflow.flows.tarflow.cache import TarFlowCache
-from jacobiflow.flows.tarflow.config import TarFlowConfig
+from jacobiflow.flows.tarflow.attention import (
+    AttentionBlock,
+    AttentionSpan,
+    LayerWeights,
+    Parameters,
+    cast,
+    transformer,
+)
 
-_TOKENS_AT_A_TIME = 3200
+_TOKENS_PER_PASS = 3200
 
 
-class TarFlowBlock(FlowBlock, AffineFrontPerSample, LowPrecision, ExactInverse, Replayable, KeepsNothing):
+@dataclass(frozen=True)
+class TarFlowCache:
+    """Keys and values of a block's tokens while it is solved, and all that does not change meanwhile.
+
+    The network runs in the dtype of these tensors. `layers` are keys and values, written in place; `embedding` is the
+    sum of bias, position and class of each token in causal order; `query_scale` is one over the attention temperature
+    of each row, or `None` if all are 1.
+    """
+
+    layers: tuple[Float[Tensor, "b 2 h t d"], ...]
+    weights: tuple[LayerWeights, ...]
+    proj_in: Float[Tensor, "c d"]
+    proj_out: Parameters
+    embedding: Float[Tensor, "b t c"]
+    query_scale: Float[Tensor, "b 1 1 1"] | None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> TarFlowCache:
+        """Returns the cache with `change` applied to every tensor that has a row per sample."""
+        return replace(
+            self,
+            layers=tuple(map(change, self.layers)),
+            embedding=change(self.embedding),
+            query_scale=None if self.query_scale is None else change(self.query_scale),
+        )
+
+
+class TarFlowBlock(FlowBlock):
     """One causal affine block: z_t = exp(-s(x_<t)) (x_t - u(x_<t)), eq. (1) of the GS-Jacobi paper.
 
     `s` (log-scale) and `u` (shift) come from a causal transformer; its output at position t-1 belongs to entry t, and
     entry 0 has s = u = 0. Tokens are in the block's own causal order throughout: the flow permutes.
     """
 
+    per_sample_front = graph_safe = inference_safe = has_bf16 = has_attention = True
     attn_blocks: Sequence[AttentionBlock]
 
     def __init__(self, config: TarFlowConfig, permutation: Permutation) -> None:
@@ -56,35 +81,35 @@ class TarFlowBlock(FlowBlock, AffineFrontPerSample, LowPrecision, ExactInverse, 
         nn.init.zeros_(self.proj_out.weight)
 
     def embed_classes(self, labels: Int[Tensor, " b"] | None) -> Float[Tensor, "#b 1 c"] | None:
-        """Class embedding per row; the mean over classes for a row without a label (`None`, or below 0)."""
+        """Returns the class embedding of each row; the mean over classes for a row without a label."""
         return embed_classes(self.class_embed, labels)
 
     def affine_whole(
-        self,
-        x: Float[Tensor, "b t c"],
-        context: Int[Tensor, " b"] | None = None,
-        attn_temperature: Float[Tensor, " b"] | None = None,
+        self, x: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | AttentionContext | None = None
     ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b t c"]]:
-        """With no keys kept; see `AffineBlock.affine_whole`."""
-        if not torch.is_grad_enabled() and (parts := _parts(x, x.shape[1])):
-            given = ([None if t is None else t[rows] for t in (x, context, attn_temperature)] for rows in parts)
-            return _joined(self.affine_whole(*part) for part in given)  # type: ignore[arg-type]
+        """Returns log-scale and shift of all entries, without a cache; see `AffineBlock.affine_whole`."""
+        labels, temperature = AttentionContext.of(context)
+        if torch.is_grad_enabled() or not (parts := _parts(x, x.shape[1])):
+            return self._affine_whole(x, labels, temperature)
+        rows_of = ([None if t is None else t[rows] for t in (labels, temperature)] for rows in parts)
+        return _joined(self._affine_whole(x[rows], *some) for rows, some in zip(parts, rows_of, strict=True))
+
+    def _affine_whole(self, x: Tensor, labels: Tensor | None, temperature: Tensor | None) -> tuple[Tensor, Tensor]:
         if x.shape[1] == 1:  # entry 0 has no token before it
             return torch.zeros_like(x), torch.zeros_like(x)
         weight = self.proj_in.weight
-        h = F.linear(x[:, :-1].to(weight.dtype), weight) + self._embedding(context)[..., :-1, :]
+        h = F.linear(x[:, :-1].to(weight.dtype), weight) + self._embedding(labels)[:, :-1]
         layers = [(layer.weights(), None) for layer in self.attn_blocks]
-        h = transformer(h, layers, query_scale=self._query_scale(attn_temperature))
+        query_scale = None if temperature is None else self._query_scale(temperature)
+        h = transformer(h, layers, query_scale=query_scale)
         return self._read_out(h, x, (self.proj_out.weight, self.proj_out.bias), first=True)
 
     def init_cache(
-        self,
-        z: Float[Tensor, "b t c"],
-        context: Int[Tensor, " b"] | None = None,
-        attn_temperature: Float[Tensor, " b"] | None = None,
+        self, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | AttentionContext | None = None
     ) -> TarFlowCache:
-        """An empty cache for the rows of `z` under labels `context`; see `AffineBlock.init_cache`."""
-        check_input(z, context, self.num_tokens, self.proj_in.in_features)
+        """Returns an empty cache for the rows of `z` under labels `context`."""
+        labels, temperature = AttentionContext.of(context)
+        check_input(z, labels, self.num_tokens, self.proj_in.in_features)
         attention = self.attn_blocks[0].attention
         weight = attention.qkv.weight
         heads, channels = attention.num_heads, weight.shape[1]
@@ -94,28 +119,23 @@ class TarFlowBlock(FlowBlock, AffineFrontPerSample, LowPrecision, ExactInverse, 
             tuple(layer.weights() for layer in self.attn_blocks),
             self.proj_in.weight,
             (self.proj_out.weight, self.proj_out.bias),
-            self._embedding(context),
-            torch.arange(z.shape[0], device=weight.device).view(-1, 1),
-            self._query_scale(attn_temperature),
+            self._embedding(labels).expand(len(z), -1, -1).contiguous(),
+            None if temperature is None else self._query_scale(temperature),
         )
 
-    def _embedding(self, context: Tensor | None) -> Tensor:
-        """What is added to the projections of tokens, in causal order; (T, C) where all samples share it."""
+    def _embedding(self, labels: Tensor | None) -> Float[Tensor, "#b t c"]:
+        """Bias, positions and classes, to be added to the projections of tokens in causal order."""
         positions = self.permutation(self.pos_embed, dim=0) + self.proj_in.bias
-        classes = self.embed_classes(context)
-        if classes is None:
-            return positions
-        return positions + (classes if context is not None else classes[0])
+        classes = self.embed_classes(labels)
+        return positions.unsqueeze(0) if classes is None else positions + classes
 
-    def _query_scale(self, attn_temperature: Tensor | None) -> Tensor | None:
-        if attn_temperature is None:
-            return None
-        return attn_temperature.to(self.proj_in.weight).reciprocal().view(-1, 1, 1, 1)
+    def _query_scale(self, temperature: Float[Tensor, " b"]) -> Float[Tensor, "b 1 1 1"]:
+        return temperature.to(self.proj_in.weight).reciprocal().view(-1, 1, 1, 1)
 
     def affine(
         self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: TarFlowCache
     ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
-        """Log-scale and shift of entries [start, stop); feeds positions start-1 .. stop-2 and stores their keys."""
+        """Returns log-scale and shift of entries [start, stop), after tokens start-1 .. stop-2 entered the cache."""
         if parts := _parts(x, stop - start):
             return _joined(self.affine(x[rows], start, stop, cache.each(itemgetter(rows))) for rows in parts)
         if stop == 1:  # entry 0 has no token before it
@@ -127,7 +147,7 @@ class TarFlowBlock(FlowBlock, AffineFrontPerSample, LowPrecision, ExactInverse, 
     def affine_at(
         self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: TarFlowCache
     ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
-        """`affine` with a start per sample; see `jacobiflow.flows.base.FrontPerSample`."""
+        """Returns log-scale and shift with a start per sample; see `AffineBlock.affine_at`."""
         before = start.view(-1, 1) + torch.arange(-1, size - 1, device=x.device)
         positions = before.clamp(min=0)  # entry 0 has no token before it: it is computed from token 0, and set to zero
         tokens = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[2]))
@@ -136,21 +156,27 @@ class TarFlowBlock(FlowBlock, AffineFrontPerSample, LowPrecision, ExactInverse, 
         return log_scale.masked_fill(first, 0), shift.masked_fill(first, 0)
 
     def move(self, cache: TarFlowCache, source: Int[Tensor, " m"], target: Int[Tensor, " m"], num: int) -> TarFlowCache:
-        """See `FrontPerSample.move`."""
-        return cache.move(source, target, num)
+        """Returns the cache of `num` samples; see `BaseBlock.move`."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            tensor[target] = tensor[source]
+            return tensor[:num]
+
+        return cache.each(moved)
 
     def refill(
-        self,
-        cache: TarFlowCache,
-        rows: Int[Tensor, " m"],
-        context: Int[Tensor, " m"] | None = None,
-        attn_temperature: Float[Tensor, " m"] | None = None,
+        self, cache: TarFlowCache, rows: Int[Tensor, " m"], context: Int[Tensor, " m"] | AttentionContext | None = None
     ) -> None:
-        """See `AffineFrontPerSample.refill`."""
-        cache.refill(rows, self._embedding(context), self._query_scale(attn_temperature))
+        """Makes `rows` those of new samples; see `BaseBlock.refill`."""
+        labels, temperature = AttentionContext.of(context)
+        for layer in cache.layers:
+            layer.index_fill_(0, rows, 0)
+        cache.embedding[rows] = self._embedding(labels).to(cache.embedding.dtype)
+        if cache.query_scale is not None and temperature is not None:
+            cache.query_scale[rows] = self._query_scale(temperature).to(cache.query_scale.dtype)
 
     def output_weights(self) -> tuple[Float[Tensor, "c d"] | None, Float[Tensor, "c d"]]:
-        """The halves of `proj_out`'s weight; see `AffineBlock.output_weights`."""
+        """Returns the halves of `proj_out`'s weight; see `AffineBlock.output_weights`."""
         weight = self.proj_out.weight.detach()
         if not self.nvp:
             return None, weight
@@ -158,23 +184,26 @@ class TarFlowBlock(FlowBlock, AffineFrontPerSample, LowPrecision, ExactInverse, 
         return scale, shift
 
     def row_bytes(self) -> int:
-        """Keys, values and embedding; the residual stream, its norm, twice the hidden units, and a causal mask."""
+        """Returns the bytes of keys, values, embedding, residual stream, norm, hidden units twice, and causal mask."""
         hidden, channels = self.attn_blocks[0].weights().up[0].shape
         values = (2 * len(self.attn_blocks) + 1) * channels + 2 * channels + 2 * hidden + self.num_tokens
         return int(self.num_tokens * values * self.pos_embed.element_size())
 
-    def lower(self, cache: TarFlowCache) -> TarFlowCache:
-        """The cache with which the network runs in bfloat16."""
-        return cache.to(torch.bfloat16)
+    def to_bf16(self, cache: TarFlowCache) -> TarFlowCache:
+        """Returns the cache with which the network runs in bfloat16."""
+        dtype = torch.bfloat16
+        return replace(
+            cache.each(lambda tensor: tensor.to(dtype)),
+            weights=tuple(layer.to(dtype) for layer in cache.weights),
+            proj_in=cache.proj_in.to(dtype),
+            proj_out=cast(cache.proj_out, dtype),
+        )
 
     def exact_inverse(
-        self,
-        z: Float[Tensor, "b t c"],
-        context: Int[Tensor, " b"] | None = None,
-        extrapolation: Extrapolation | None = None,
+        self, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None = None, guidance: Guidance | None = None
     ) -> Float[Tensor, "b t c"] | None:
-        """By native code; see `jacobiflow.flows.base.ExactInverse`."""
-        return recurrence.exact_inverse(self, z, context, extrapolation)
+        """Returns x by native code; see `BaseBlock.exact_inverse`."""
+        return recurrence.exact_inverse(self, z, context, guidance)
 
     def _read_out(self, h: Tensor, x: Tensor, proj_out: Parameters, first: bool) -> tuple[Tensor, Tensor]:
         out = F.linear(h, *proj_out).to(x.dtype)
@@ -187,12 +216,12 @@ class TarFlowBlock(FlowBlock, AffineFrontPerSample, LowPrecision, ExactInverse, 
 
 
 def _parts(x: Tensor, size: int) -> list[slice]:
-    """The samples that go through the network together, `size` tokens of each; none where all do.
+    """Slices of samples to go through the network one after another, `size` tokens of each; empty if all go at once.
 
-    On a CPU they are no more than have their activations in reused memory, which is a fifth of the time at 64 samples;
-    see `keep_freed_memory`.
+    On a CPU, activations of few samples stay in reused memory: a fifth less time at 64 samples; see
+    `keep_freed_memory`.
     """
-    rows = max(_TOKENS_AT_A_TIME // size, 1)
+    rows = max(_TOKENS_PER_PASS // size, 1)
     if x.device.type != "cpu" or len(x) <= rows:
         return []
     return [slice(first, first + rows) for first in range(0, len(x), rows)]
@@ -204,12 +233,8 @@ def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _hidden(tokens: Tensor, positions: slice | Tensor, end: int, cache: TarFlowCache) -> Tensor:
-    """What the transformer makes of `tokens` at `positions`, which attend to the positions before `end`."""
-    embedding = cache.embedding
-    if isinstance(positions, slice):
-        embedding = embedding[..., positions, :]
-    else:
-        embedding = embedding[positions] if embedding.ndim == 2 else embedding[cache.rows, positions]
+    """The transformer's output for `tokens` at `positions`, which attend to the positions before `end`."""
+    span = AttentionSpan.of(positions, end, cache.proj_in)
+    embedding = cache.embedding[:, positions] if span.rows is None else cache.embedding[span.rows, positions]
     h = F.linear(tokens.to(embedding.dtype), cache.proj_in) + embedding
-    fed = Fed.of(positions, end, cache.rows, cache.proj_in)
-    return transformer(h, list(zip(cache.weights, cache.layers, strict=True)), fed, cache.query_scale)
+    return transformer(h, list(zip(cache.weights, cache.layers, strict=True)), span, cache.query_scale)

@@ -1,60 +1,42 @@
-"""The recurrence of a TarFlow block in native code, for float32 on a CPU."""
+"""The exact inverse of a TarFlow block by native code, in float32 on a CPU."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from jacobiflow.flows.base import Extrapolation
-from jacobiflow.flows.permutation import Permutation
-from jacobiflow.flows.tarflow.attention import AttentionBlock
+from jacobiflow.flows.guidance import Guidance
 from jacobiflow.native import TarFlowArguments, pointers, usable
 
-_ROWS = 32  # of the network for each thread, solved together: more of them leave the processor's cache
-_ROWS_A_TEAM = 4  # at which threads that share no rows, and so never wait, are faster
-_SHARED = 2**22  # weights of a block above which threads always share rows: each reads its part of every layer
-_WORK = 2e9  # multiplications of a call, about a tenth of a second, after which Ctrl-C is heard
-
-
-class TransformerBlock(Protocol):
-    """What a `TarFlowBlock` is computed from."""
-
-    num_tokens: int
-    nvp: bool
-    permutation: Permutation
-    proj_in: nn.Linear
-    pos_embed: nn.Parameter
-    attn_blocks: Sequence[AttentionBlock]
-    proj_out: nn.Linear
-
-    def embed_classes(self, labels: Int[Tensor, " b"] | None) -> Float[Tensor, "#b 1 c"] | None: ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
+_ROWS = 32  # of the network per thread and call: more rows do not fit in the processor's cache
+_ROWS_PER_TEAM = 4  # from which separate teams of threads, which never wait for each other, are faster
+_MAX_WEIGHTS_PER_TEAM = 2**22  # of a block; above, one team: each thread reads its part of every layer
+_WORK = 2e9  # multiplications per call, about a tenth of a second, so that Ctrl-C works
 
 
 def exact_inverse(
-    block: TransformerBlock, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None,
-    extrapolation: Extrapolation | None,
+    block: Any, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None,
+    guidance: Guidance | None,
 ) -> Float[Tensor, "b t c"] | None:  # fmt: skip
-    """See `jacobiflow.flows.base.ExactInverse`. Weights may change between calls, and so are packed at each."""
+    """See `BaseBlock.exact_inverse`. Weights may change between calls, and so are packed in each."""
     native = usable(z, *block.parameters())
-    # Native code trusts the sizes: tokens of other ones are left to PyTorch, which checks them.
+    # Native code trusts the sizes; if they are wrong, the loop in PyTorch reports it.
     if native is None or z.shape[1:] != (block.num_tokens, block.proj_in.in_features):
         return None
     weights = _Weights(native, block)
-    networks, threads = (1 if extrapolation is None else 2), torch.get_num_threads()
+    networks, threads = (1 if guidance is None else 2), torch.get_num_threads()
     size = max(_ROWS * threads // networks, 1)
     z = z.contiguous()
     x = torch.empty_like(z)
     for first in range(0, len(z), size):
         rows = slice(first, first + size)
         labels = None if context is None else context[rows]
-        if not _solve(native, block, weights, z[rows], x[rows], labels, extrapolation):
+        if not _solve(native, block, weights, z[rows], x[rows], labels, guidance):
             return None
     return x
 
@@ -62,12 +44,12 @@ def exact_inverse(
 class _Weights:
     """The weights of a block, in the order and the layout of the native code."""
 
-    def __init__(self, native: ctypes.CDLL, block: TransformerBlock) -> None:
+    def __init__(self, native: ctypes.CDLL, block: Any) -> None:
         def packed(weight: Tensor) -> Tensor:
             weight, (outputs, inputs) = weight.detach().contiguous(), weight.shape
             out = weight.new_empty(_rounded_up(outputs, lanes) * inputs)
             arguments = (_address(weight), outputs, inputs, _address(out))
-            if native.jacobiflow_pack(*arguments, threads):  # they cannot be had
+            if native.jacobiflow_pack(*arguments, threads):  # so many threads are not available
                 native.jacobiflow_pack(*arguments, 1)
             return out
 
@@ -91,20 +73,20 @@ class _Weights:
 
 
 def _solve(
-    native: ctypes.CDLL, block: TransformerBlock, weights: _Weights, z: Tensor, x: Tensor, labels: Tensor | None,
-    extrapolation: Extrapolation | None,
+    native: ctypes.CDLL, block: Any, weights: _Weights, z: Tensor, x: Tensor, labels: Tensor | None,
+    guidance: Guidance | None,
 ) -> bool:  # fmt: skip
-    """Write the rows of `x`; whether there were memory and threads for it."""
-    (samples, tokens, values), networks = z.shape, 1 if extrapolation is None else 2
+    """Writes the rows of `x`; returns False if out of memory or threads."""
+    (samples, tokens, values), networks = z.shape, 1 if guidance is None else 2
     classes = block.embed_classes(labels)
-    scales: Sequence[Tensor | None] = (None, None, None)  # of queries, and the weights of the extrapolation
-    if extrapolation is not None:
+    scales: Sequence[Tensor | None] = (None, None, None)  # of queries, and the guidance weights
+    if guidance is not None:
         unconditional = block.embed_classes(None)
         if classes is not None and unconditional is not None:
             classes = torch.cat((classes.expand(samples, -1, -1), unconditional.expand(samples, -1, -1)))
         query = z.new_ones(2, samples)
-        query[1] /= extrapolation.attn_temperature
-        scales = (query, extrapolation.log_scale.contiguous(), extrapolation.shift.contiguous())
+        query[1] /= guidance.attn_temperature
+        scales = (query, *guidance.weights(z))
     if classes is not None:
         classes = classes.detach().expand(samples * networks, -1, -1).contiguous()
     head, rows = weights.channels // weights.heads, samples * networks
@@ -126,14 +108,10 @@ def _solve(
 
 
 def _threads_and_teams(samples: int, rows: int, weights: _Weights) -> tuple[int, int]:
-    """How many threads compute, and how many teams they form.
-
-    Each team takes its samples through all tokens. The threads of one share layers, by columns: no more of them than
-    the narrowest layer has vectors, since all others would only be waited for.
-    """
+    """The numbers of threads and of teams; a team's threads share the columns of each layer."""
     threads = torch.get_num_threads()
-    most = 1 if weights.count > _SHARED else min(rows // _ROWS_A_TEAM, samples, threads)
-    teams = max(team for team in range(1, max(most, 1) + 1) if threads % team == 0)
+    max_teams = 1 if weights.count > _MAX_WEIGHTS_PER_TEAM else min(rows // _ROWS_PER_TEAM, samples, threads)
+    teams = max(team for team in range(1, max(max_teams, 1) + 1) if threads % team == 0)
     return teams * min(threads // teams, _rounded_up(weights.channels, weights.lanes) // weights.lanes), teams
 
 

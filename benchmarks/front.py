@@ -1,0 +1,172 @@
+"""Solves of one block, recorded state by state, and their animation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.data import quantize
+from jacobiflow.denoising import denoise as denoise_images
+from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.inversion import invert, prior_tokens
+from jacobiflow.plots import sampler_style
+from jacobiflow.plots.style import FINAL, WAITING, readable, styled
+from jacobiflow.solvers import solve_certified
+
+_ROWS = 64  # states whose images are made together
+_SECOND, _PAUSE = 14, 3  # frames of a second; seconds of the last frame
+
+
+class Recorder:
+    """A block that records the tokens that every call reads, and the run of tokens that it evaluates."""
+
+    def __init__(self, block: jf.Block) -> None:
+        self.block = block
+        self.states: list[Tensor] = []
+        self.runs: list[tuple[int, int]] = []
+
+    def init_cache(self, z: Tensor, context: Tensor | None = None) -> Any:
+        """The cache of the block."""
+        return self.block.init_cache(z, context)
+
+    def update(self, x: Tensor, z: Tensor, start: int, stop: int, cache: Any) -> Tensor:
+        """The map of the block."""
+        self.states.append(x.clone())
+        self.runs.append((start, stop))
+        return self.block.update(x, z, start, stop, cache)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One solve of one block, before each of its K calls and at the end.
+
+    Attributes:
+        runs: K runs of tokens, from start to stop, in the block's causal order.
+        states: (K + 1, T, C), the tokens in this order.
+        images: (K + 1, c, h, w), samples if the block had ended at each state.
+        positions: (T,), the place of each token in raster order.
+        tolerance: The tolerance of the solve.
+        certificate: The largest |g(x) - x| of the last state; 0 for the exact loop.
+    """
+
+    runs: tuple[tuple[int, int], ...]
+    states: Float[Tensor, "k t c"]
+    images: Float[Tensor, "k n h w"]
+    positions: Int[Tensor, " t"]
+    tolerance: float
+    certificate: float
+
+    @cached_property
+    def is_final(self) -> Bool[Tensor, "k t"]:
+        """True for tokens that stay within the tolerance of their last value."""
+        away = (self.states - self.states[-1]).abs().amax(dim=2) > self.tolerance
+        return ~away.flip(0).cummax(dim=0).values.flip(0)
+
+
+def record(
+    flow: ImageFlow, latents: Float[Tensor, "1 t d"], label: int | None = None, denoise: float = 0.0,
+    tolerance: float = 1e-3,
+) -> dict[str, Trajectory]:  # fmt: skip
+    """Solves the first block of sampling token by token, by a window of a sixth of the tokens, and by Jacobi sweeps.
+
+    Sweeps go to half the tolerance and are certified to it; the pass that certifies is the last call.
+    """
+    last, stopping = flow.config.num_blocks - 1, jf.Tolerance(tolerance / 2)
+    size = max(flow.config.num_tokens // 6, 2)
+    solvers = {
+        "sequential": jf.Solver(jf.Sequential()),
+        f"window:{size}": jf.Solver(jf.Window(size), stopping=stopping),
+        "jacobi": jf.Solver(jf.Whole(), stopping=stopping),
+    }
+    recorders = {name: Recorder(flow.inverse_blocks[last]) for name in solvers}
+    labels = None if label is None else torch.tensor([label])
+    solutions: dict[str, jf.Solution] = {}
+
+    def solve(i: int, z: Tensor) -> Tensor:
+        """The solution of a block; of the first one all recorded states, which the other blocks continue from."""
+        if i != last:
+            rows = None if labels is None else labels.expand(len(z))
+            return jf.solve(flow.inverse_blocks[i], z, jf.Solver(jf.Sequential()), rows, slots=_ROWS).x
+        for name, solver in solvers.items():
+            solutions[name] = solve_certified(recorders[name], z, solver, labels, tolerance=tolerance)
+            recorders[name].states.append(solutions[name].x)
+        return torch.cat([state for recorder in recorders.values() for state in recorder.states])
+
+    with torch.no_grad():
+        images = flow.to_images(invert(flow, prior_tokens(flow, latents), solve))
+    if denoise:
+        images = denoise_images(flow, images, label, denoise, _ROWS)
+    tokens = torch.arange(flow.config.num_tokens).view(1, -1, 1)
+    positions = flow.blocks[last].permutation(tokens).flatten()
+    parts = images.split([len(recorder.states) for recorder in recorders.values()])
+    return {
+        name: Trajectory(
+            tuple(recorder.runs), torch.cat(recorder.states), part, positions, tolerance,
+            float(solutions[name].residual),
+        )
+        for (name, recorder), part in zip(recorders.items(), parts, strict=True)
+    }  # fmt: skip
+
+
+def token_colors(trajectory: Trajectory, call: int, color: str) -> np.ndarray[Any, Any]:
+    """A square raster (side, side, 3) of the tokens before a call: final, in the sampler's colour, or waiting."""
+    side = math.ceil(math.sqrt(len(trajectory.positions)))
+    start, stop = trajectory.runs[call] if call < len(trajectory.runs) else (0, 0)
+    tokens = np.tile(to_rgb(WAITING), (len(trajectory.positions), 1))
+    tokens[start:stop] = to_rgb(color)
+    tokens[trajectory.is_final[call].numpy()] = to_rgb(FINAL)
+    raster = np.ones((side * side, 3))
+    raster[trajectory.positions.numpy()] = tokens
+    return raster.reshape(side, side, 3)
+
+
+def _pixels(trajectory: Trajectory, call: int) -> np.ndarray[Any, Any]:
+    """The image before a call, (h, w, 3)."""
+    image = quantize(trajectory.images[call]).permute(1, 2, 0)
+    return image.expand(-1, -1, 3).numpy()
+
+
+@styled
+def save_animation(title: str, trajectories: Mapping[str, Trajectory], path: Path) -> None:
+    """Writes a GIF with a frame for each call of the longest trajectory: images above, tokens below."""
+    figure = Figure(figsize=(8, 5.8), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(trajectories))
+    figure.suptitle(title)
+    figure.supxlabel("grey: final; in colour: evaluated by the next call; light: waiting")
+    calls = max(len(trajectory.runs) for trajectory in trajectories.values())
+    artists = [(above.imshow(_pixels(t, 0)), below.imshow(token_colors(t, 0, "white")))
+               for t, (above, below) in zip(trajectories.values(), axes.T, strict=True)]  # fmt: skip
+    for axis in axes.flat:
+        axis.axis("off")
+
+    def draw(frame: int) -> list[Any]:
+        for (name, trajectory), axis, (image, tokens) in zip(trajectories.items(), axes[0], artists, strict=True):
+            total, color = len(trajectory.runs), sampler_style(name).color
+            call = min(frame, total)
+            end = "exact" if trajectory.certificate == 0 else f"certified {trajectory.certificate:.0e}"
+            text = f"call {call} of {total}" if call < total else f"done: {total} calls, {end}"
+            axis.set_title(f"{name}\n{text}", color=readable(color))
+            image.set_data(_pixels(trajectory, call))
+            tokens.set_data(token_colors(trajectory, call, color))
+        return []
+
+    draw(0)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # once for all frames
+    frames = [*range(calls + 1), *[calls] * (_SECOND * _PAUSE)]
+    FuncAnimation(figure, draw, frames=frames).save(path, PillowWriter(fps=_SECOND))

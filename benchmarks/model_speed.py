@@ -1,0 +1,73 @@
+"""Times the bundled models by the original sampler and by `auto`: `python -m benchmarks.model_speed`.
+
+Writes docs/results/model-speed.json, of batches with the guidance that each model recommends, interleaved; and the
+sheets of samples of the model cards, docs/figures/NAME-samples.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import jacobiflow as jf
+from benchmarks.common import FIGURES, RESULTS, Figures
+from jacobiflow.baselines import original_loop
+from jacobiflow.data import balanced_labels
+from jacobiflow.files import write_json
+from jacobiflow.flows.folder import bundled
+from jacobiflow.latents import draw_latents
+from jacobiflow.measuring import interleave, machine
+from jacobiflow.memory import keep_freed_memory
+from jacobiflow.plots import rows_sheet, save_png
+
+BATCHES, ROUNDS = (1, 16), 3
+SHEET = 100  # samples as recommended
+
+
+def measure(name: str) -> Figures:
+    """Seconds of a model by batch size."""
+    flow = jf.load(name)
+    flow, rows = flow.guided(flow.recommended.guidance), []
+    loop_name, loop = original_loop(flow)
+    for batch in BATCHES:
+        z = draw_latents(batch, flow.config.num_tokens, flow.config.token_channels, 0)
+        labels = balanced_labels(batch, flow.config.num_classes)
+        runs: dict[str, Callable[[], Any]] = {
+            "original": partial(loop, flow, z, labels),
+            "auto": partial(jf.sample, flow, latents=z, labels=labels),
+        }
+        timings, _ = interleave(runs, ROUNDS)
+        rows.append({"batch": batch, **{run: asdict(timing) for run, timing in timings.items()}})
+    return {"loop": loop_name, "rows": rows}
+
+
+def draw_samples(name: str) -> None:
+    """Draws the sheet of samples, plain and as recommended."""
+    flow, plain = jf.load(name), jf.SamplingSettings()
+    rows = [("as recommended", flow.recommended, SHEET)]
+    if flow.recommended != plain:
+        rows.insert(0, ("plain", plain, 10))
+    images = []
+    for caption, settings, count in rows:
+        labels = balanced_labels(count, flow.config.num_classes)
+        samples = jf.sample(flow.guided(settings.guidance), count, labels, denoise=settings.denoise)
+        images.append((caption, samples.images))
+    save_png(rows_sheet(images), FIGURES / f"{name}-samples.png")
+
+
+def main() -> None:
+    """Draws and times all models."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    for name in bundled():
+        draw_samples(name)
+    models = {name: measure(name) for name in bundled()}
+    head = {"command": "python -m benchmarks.model_speed", "machine": machine(), "repeats": ROUNDS}
+    write_json(RESULTS / "model-speed.json", {**head, "models": models})
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    main()

@@ -1,0 +1,238 @@
+"""Fills the marked regions of the pages from result files: `python -m benchmarks.render`.
+
+A region names a template of benchmarks/templates and the results that it shows, or a value:
+
+    <!-- render comparison emoji-p2-comparison --> ... <!-- end -->
+    <!-- render = "%.1f" % result("emoji-features").test_accuracy --> ... <!-- end -->
+
+A result is a file of docs/results without its ending, or MODEL/report, the report of a bundled model. Templates are
+Jinja; they get all named results as `results`, the first as `result`, and reports by model as `reports`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+
+import jacobiflow as jf
+from benchmarks import calibration, paper_sizes, regimes
+from benchmarks.common import MODELS, RESULTS, ROOT
+from jacobiflow.calibration import rank_correlation
+from jacobiflow.calibration.convergence import TOLERANCES
+from jacobiflow.calibration.report import GUESS_NAMES
+from jacobiflow.files import write_atomically
+
+REGION = re.compile(r"(<!-- render (?P<source>[^>]+?) -->)(?P<text>.*?)(<!-- end -->)", re.DOTALL)
+MEASURES = {"fashion_fid": "fashion-FID", "emoji_fid": "emoji-FID", "pixel_distance": "Fréchet distance of the pixels"}
+
+
+def pages() -> list[Path]:
+    """All pages of the documentation and the model cards."""
+    return [
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+        *sorted(MODELS.glob("*/README.md")),
+    ]
+
+
+def render(page: str) -> str:
+    """The text of a page with its regions filled."""
+    return REGION.sub(lambda match: f"{match[1]}{_fill(match['source'])}{match[4]}", page)
+
+
+def _fill(source: str) -> str:
+    if source.startswith("="):
+        return _environment().from_string(f"{{{{ {source[1:].strip()} }}}}").render()
+    template, *names = source.split()
+    shown = [result(name) for name in names]
+    reports = {name.removesuffix("/report"): value for name, value in zip(names, shown, strict=True)
+               if isinstance(value, jf.Report)}  # fmt: skip
+    others = [value for value in shown if not isinstance(value, jf.Report)]
+    text = _environment().get_template(f"{template}.md").render(
+        reports=reports, results=others, result=others[0] if others else None
+    )  # fmt: skip
+    text = re.sub(r"\n{3,}", "\n\n", text).strip()
+    return f"\n\n{text}\n\n"
+
+
+@cache
+def result(name: str) -> Any:
+    """A result file, or the report of a bundled model."""
+    if name.endswith("/report"):
+        return jf.Report.load(MODELS / f"{name}.json")
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------------------- formats
+
+
+def speed_up(ratio: float) -> str:
+    """A ratio to two or three digits."""
+    return f"{ratio:.0f}x" if ratio >= 9.95 else f"{ratio:.1f}x"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or milliseconds."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.{2 if seconds < 1e-3 else 1}f} ms"
+
+
+def plan(counts: Mapping[str, int]) -> str:
+    """The pieces of a plan in words, from the number of blocks that each solves."""
+    if not counts["swept"]:
+        return "the loop"
+    pieces = ", ".join(f"{name} in {counts[name]}" for name in ("bfloat16", "fitted") if counts[name])
+    loop = f"the loop in {counts['loop']} block{'s' * (counts['loop'] > 1)}, " if counts["loop"] else ""
+    return f"{loop}sweeps in {counts['swept']}{f' ({pieces})' * bool(pieces)}"
+
+
+# ------------------------------------------------------------------------------------------------------------- choices
+
+
+def grouped(rows: Iterable[Any], *keys: str) -> list[tuple[tuple[Any, ...], list[Any]]]:
+    """Rows with equal values of the keys together, in the order in which these first occur."""
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return [*groups.items()]
+
+
+def where(rows: Iterable[Any], /, **values: Any) -> Any:
+    """The first row with these values; undefined if there is none."""
+    return next((row for row in rows if values.items() <= row.items()), jinja2.Undefined())
+
+
+def strategy(comparison: Mapping[str, Any], name: str) -> Any:
+    """The row of a strategy in a comparison."""
+    return where(comparison["rows"], strategy=name)
+
+
+def fastest(comparison: Mapping[str, Any], name: str, bound: float | None) -> Any:
+    """The fastest row of a sampler, of all its settings, whose largest error is at most `bound`; None if none is."""
+    rows = [row for row in comparison["rows"] if row["strategy"].split(" | ")[0] == name]
+    near = [row for row in rows if bound is None or row["error"]["max"] <= bound]
+    return min(near, key=lambda row: row["seconds"]["median"], default=None)
+
+
+def least_accurate(runs: Sequence[Any]) -> Any:
+    """The run with the largest error of the accelerated call over that of the library."""
+    return max(runs, key=lambda run: run["error"]["accelerated"] / run["error"]["library"])
+
+
+def sweeps_win(runs: Iterable[Any], evaluations: int) -> list[str]:
+    """Shapes at which sweeps with so many evaluations of a token take less time than both exact loops."""
+    return [run["name"] for run in runs if regimes.best_in_passes(run) > evaluations]
+
+
+@cache
+def paper_megabytes() -> tuple[float, float]:
+    """The least and the largest weights of a block of the paper's models, in MB."""
+    sizes = []
+    for preset in jf.PRESETS.values():
+        with torch.device("meta"):
+            block = jf.TarFlow(preset.config).blocks[0]
+        sizes.append(sum(parameter.nbytes for parameter in block.parameters()) / 1e6)
+    return min(sizes), max(sizes)
+
+
+def fastest_way(estimates: Mapping[str, float]) -> str:
+    """The fastest way that keeps the tolerance, which the paper's own strategy does not promise."""
+    return min((way for way in estimates if "`" not in way), key=estimates.__getitem__)
+
+
+def slowest_by_batch(counts: Sequence[Sequence[int]]) -> str:
+    """Expected sweeps of the slowest sample at each batch size."""
+    return " / ".join(f"{paper_sizes.mean_slowest(counts, batch):.1f}" for batch in regimes.BATCH_SIZES)
+
+
+def recommendation(search: Mapping[str, Any]) -> str:
+    """The recommended settings of a search, and their distance to real images."""
+    rows, settings = search["rows"], search["recommended"]
+    (measure,) = MEASURES.keys() & search["best"].keys()
+    guidance = settings["guidance"] or {"weight": 0, "attn_temperature": 1}
+    rate = settings["denoise"]
+    weight, temperature = guidance["weight"], guidance["attn_temperature"]
+    distance = where(rows, weight=weight, attn_temperature=temperature, denoise=rate)[measure]
+    plain = where(rows, weight=0, attn_temperature=1, denoise=0)[measure]
+    words = [f"guidance of weight {weight:g} at attention temperature {temperature:g}"]
+    words = words * bool(settings["guidance"]) + [f"denoising rate {rate:g}"] * bool(rate)
+    text = f"{MEASURES[measure]} {distance:.3f} of {search['num']:,} samples"
+    return f"{', '.join(words)}: {text}, {plain:.3f} without" if words else f"none: {text}"
+
+
+def chord_share(preset: str) -> float:
+    """Multiplications of a chord over those of a block's dense layers, for a token."""
+    config = jf.PRESETS[preset].config
+    return 24 * config.token_channels**2 / (12 * config.channels**2 * config.layers_per_block)
+
+
+def plain_sweeps(model: str, blocks: Iterable[int]) -> str:
+    """The range of the mean plain sweeps from z to 1e-3."""
+    counts = result(f"{model}/report").mean_sweeps("noise", 1e-3, "latent")
+    return calibration.number_range([counts[block] for block in blocks])
+
+
+def fitted_sweeps(model: str, blocks: Iterable[int]) -> str:
+    """The range of the mean sweeps of all tokens to 1e-3 with the fitted guess and correction."""
+    runs = [where(block, bf16_sweeps=0, window=0) for block in result("paper-sweeps")["models"][model]["blocks"]]
+    means = [sum(run["sweeps"]) / len(run["sweeps"]) for run in runs]
+    return calibration.number_range([means[block] for block in blocks])
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    functions = (
+        calibration.agreement, calibration.best_guess, calibration.mean_sweeps, calibration.segment_sweeps,
+        calibration.sweeps_range, calibration.tough_share, chord_share, fastest, fitted_sweeps, paper_megabytes,
+        paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks, plain_sweeps,
+        rank_correlation, recommendation, regimes.in_passes, result, strategy, sweeps_win,
+    )  # fmt: skip
+    environment.globals |= {function.__name__: function for function in functions} | {
+        "calls": {"sampling": "inverse", "density": "`log_prob`"},
+        "guesses": GUESS_NAMES,
+        "measures": MEASURES,
+        "presets": jf.PRESETS,
+        "starts": [*product(("images", "noise"), TOLERANCES)],
+    }
+    environment.filters |= {
+        "batch": "batch {}".format,
+        "code": "`{}`".format,
+        "duration": duration,
+        "estimates": paper_sizes.estimates,
+        "grouped": grouped,
+        "least_accurate": least_accurate,
+        "fastest_way": fastest_way,
+        "plan": plan,
+        "slowest_by_batch": slowest_by_batch,
+        "speed_up": speed_up,
+        "start": lambda start: f"{start[0]}, {start[1]:g}",
+        "strategy": strategy,
+        "sweep_ways": lambda model: [way for tough in (True, False) for way in paper_sizes.counted(model, tough)],
+        "where": where,
+    }
+    return environment
+
+
+def main() -> None:
+    """Renders all pages."""
+    for path in pages():
+        page = path.read_text()
+        if (rendered := render(page)) != page:
+            write_atomically(path, rendered.encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""ONNX graphs node by node, with the operators of a transformer, over one shared file of weights."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from jacobiflow.files import sha256
+
+OPSET, IR_VERSION = 20, 9
+_TYPES = {torch.float16: onnx.TensorProto.FLOAT16, torch.float32: onnx.TensorProto.FLOAT}
+Shape = Sequence[int | str]
+
+
+def file_name(stem: str, content: bytes | bytearray, suffix: str) -> str:
+    """The name of a file of an export. Other content has another name, so that no file is overwritten by another."""
+    return f"{stem}-{sha256(content)[:16]}{suffix}"
+
+
+class SharedWeights:
+    """Tensors, one after another in `data`; a graph refers to them as external data of the file `location`.
+
+    Each is stored in float16 if that loses nothing, else in float32.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.data = bytearray()
+        self._stored: dict[str, onnx.TensorProto] = {}
+        for name, tensor in tensors.items():
+            tensor = tensor.detach().cpu().float()
+            half = tensor.half()
+            self._stored[name] = self._store(name, half if torch.equal(half.float(), tensor) else tensor)
+        self.location = file_name("weights", self.data, ".bin")
+        for entry in self._stored.values():
+            entry.external_data.add(key="location", value=self.location)
+
+    def _store(self, name: str, tensor: Tensor) -> onnx.TensorProto:
+        raw = tensor.contiguous().numpy().tobytes()
+        entry = onnx.TensorProto(
+            name=f"{name}/stored", dims=list(tensor.shape), data_type=_TYPES[tensor.dtype],
+            data_location=onnx.TensorProto.EXTERNAL,
+        )  # fmt: skip
+        for key, value in (("offset", len(self.data)), ("length", len(raw))):
+            entry.external_data.add(key=key, value=str(value))
+        self.data += raw
+        return entry
+
+    def read(self, name: str) -> tuple[onnx.TensorProto, onnx.NodeProto]:
+        """The stored tensor of the float32 value `name`, and the node that casts it."""
+        stored = self._stored[name]
+        return stored, onnx.helper.make_node("Cast", [stored.name], [name], to=onnx.TensorProto.FLOAT)
+
+
+class Graph:
+    """Nodes and constants, named as they come. Called with an operator, it adds a node."""
+
+    def __init__(self, weights: SharedWeights) -> None:
+        self._nodes: list[onnx.NodeProto] = []
+        self._constants: list[onnx.TensorProto] = []
+        self._weights = weights
+        self._read: set[str] = set()
+        self._names = (f"t{i}" for i in itertools.count())
+
+    def __call__(self, op: str, *inputs: str, outputs: int | str = 1, **attributes: Any) -> Any:
+        """Adds a node; returns the name of its output, or a list of names if there are several `outputs`."""
+        names = [outputs] if isinstance(outputs, str) else list(itertools.islice(self._names, outputs))
+        self._nodes.append(helper.make_node(op, list(inputs), names, **attributes))
+        return names[0] if len(names) == 1 else names
+
+    def ints(self, *values: int) -> str:
+        """A constant vector of integers: a shape, or axes."""
+        return self._constant(np.asarray(values, np.int64))
+
+    def number(self, value: float) -> str:
+        """A constant scalar."""
+        return self._constant(np.asarray(value, np.float32))
+
+    def _constant(self, value: Any) -> str:
+        name = next(self._names)
+        self._constants.append(onnx.numpy_helper.from_array(value, name))
+        return name
+
+    def weight(self, name: str) -> str:
+        """The model's weight of this name."""
+        if name not in self._read:
+            stored, cast = self._weights.read(name)
+            self._constants.append(stored)
+            self._nodes.append(cast)
+            self._read.add(name)
+        return name
+
+    def linear(self, x: str, name: str) -> str:
+        """The linear layer `name` at the rows of `x`."""
+        return self("Gemm", x, self.weight(f"{name}.weight"), self.weight(f"{name}.bias"), transB=1)
+
+    def norm(self, x: str, name: str, outputs: int = 1) -> Any:
+        """The layer norm `name`; with three `outputs` also the mean and the inverse of the standard deviation."""
+        weight, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
+        return self("LayerNormalization", x, weight, bias, epsilon=1e-5, outputs=outputs)
+
+    def split(self, x: str, parts: int, axis: int = 0) -> list[str]:
+        """Equal parts of `x`."""
+        return self("Split", x, outputs=parts, axis=axis, num_outputs=parts)
+
+    def classes(self, name: str) -> str:
+        """The class embeddings of block `name`, a row for each class and then their mean, for no class."""
+        table = self("Squeeze", self.weight(f"{name}.class_embed"), self.ints(1))
+        return self("Concat", table, self("ReduceMean", table, self.ints(0)), axis=0)
+
+    def model(
+        self, floats: Mapping[str, Shape], ints: Mapping[str, Shape], outputs: Mapping[str, Shape]
+    ) -> onnx.ModelProto:
+        """The model with these inputs of float32 and int64, and outputs of float32."""
+        value = helper.make_tensor_value_info
+        inputs = [value(name, TensorProto.FLOAT, shape) for name, shape in floats.items()]
+        inputs += [value(name, TensorProto.INT64, shape) for name, shape in ints.items()]
+        results = [value(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()]
+        graph = helper.make_graph(self._nodes, "jacobiflow", inputs, results, self._constants)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)

@@ -1,0 +1,182 @@
+"""The original samplers, which speed-ups are measured against.
+
+The growing cache is the loop of the original TarFlow code (Zhai et al., arXiv 2412.06329): every layer concatenates its
+whole list of keys and values again for each token, and guidance makes a second call per token. Full passes are the loop
+of MAF codes (Papamakarios et al., arXiv 1705.07057; the "For" loop of section 4.4 of the GS-Jacobi paper): each token
+takes a pass of the masked network over all entries. Both run on this library's weights, in their dtype and on their
+device, and their images are neither clipped nor certified. Labels are looked up, and weights masked, once a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from jacobiflow.checks import check_kind, short
+from jacobiflow.errors import InputTypeError
+from jacobiflow.flows.guidance import Guidance
+from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.flows.maf import MAF, MAFBlock, full_pass
+from jacobiflow.flows.tarflow import TarFlow, TarFlowBlock
+from jacobiflow.flows.tarflow.attention import Attention, AttentionBlock
+from jacobiflow.inversion import invert, prior_tokens
+from jacobiflow.sampling import sample
+
+GROWING_CACHE, FULL_PASSES, SEQUENTIAL = "growing cache", "full passes", "sequential"
+
+Loop = Callable[..., Tensor]
+"""Called with the flow, standard normal latents, and labels or None."""
+
+
+def growing_cache_sample(
+    flow: TarFlow, z: Float[Tensor, "n t c"], labels: Int[Tensor, " n"] | None = None
+) -> Float[Tensor, "n c h w"]:
+    """Returns images of standard normal latents as the original TarFlow code samples them."""
+    return _sample(flow, z, labels, _by_growing_cache)
+
+
+def full_passes_sample(
+    flow: MAF, z: Float[Tensor, "n t 1"], labels: Int[Tensor, " n"] | None = None
+) -> Float[Tensor, "n c h w"]:
+    """Returns images of standard normal latents by one full pass per token."""
+    return _sample(flow, z, labels, _by_full_passes)
+
+
+@torch.no_grad()
+def _sample(flow: ImageFlow, z: Tensor, labels: Tensor | None, invert_block: Callable[..., Tensor]) -> Tensor:
+    def solve(i: int, x: Tensor) -> Tensor:
+        return invert_block(flow.blocks[i], x, labels, flow.guidance)
+
+    return flow.to_images(invert(flow, prior_tokens(flow, z), solve))
+
+
+def _by_growing_cache(block: TarFlowBlock, x: Tensor, labels: Tensor | None, guidance: Guidance | None) -> Tensor:
+    """Solves one block for `x` (N, T, C), in the block's causal order; overwrites `x`."""
+    conditional = Stream(block, labels, 1.0)
+    unconditional = None if guidance is None else Stream(block, None, guidance.attn_temperature)
+    weights = None if guidance is None else guidance.weights(x)
+    for t in range(1, x.shape[1]):
+        log_scale, shift = conditional.feed(x, t - 1)
+        if unconditional is not None:
+            log_scale, shift = _guided(weights, t, (log_scale, shift), unconditional.feed(x, t - 1))
+        x[:, t] = x[:, t] * log_scale.exp() + shift
+    return x
+
+
+def _by_full_passes(block: MAFBlock, z: Tensor, labels: Tensor | None, guidance: Guidance | None) -> Tensor:
+    """Solves one block at `z`, in the block's causal order."""
+    x = torch.zeros_like(z)
+    layers = block.masked_layers(labels)
+    free_layers = None if guidance is None else block.masked_layers()
+    weights = None if guidance is None else guidance.weights(z)
+    for t in range(z.shape[1]):
+        log_scale, shift = (out[:, t] for out in full_pass(x, layers))
+        if free_layers is not None:
+            log_scale, shift = _guided(weights, t, (log_scale, shift), [out[:, t] for out in full_pass(x, free_layers)])
+        x[:, t] = z[:, t] * log_scale.exp() + shift
+    return x
+
+
+def _guided(weights: Any, t: int, params: Sequence[Tensor], free: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Log-scale and shift of entry `t`, moved away from the unconditional ones."""
+    (log_scale, shift), (free_log_scale, free_shift) = params, free
+    log_scale = log_scale + weights[0][t] * (log_scale - free_log_scale)
+    return log_scale, shift + weights[1][t] * (shift - free_shift)
+
+
+@dataclass
+class _Layer:
+    """One transformer layer with the keys and values (N, heads, 1, head_dim) of the tokens before."""
+
+    module: AttentionBlock
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def feed(self, h: Tensor, temperature: float) -> Tensor:
+        """Passes one token (N, 1, channels) through the layer; it attends to all tokens before."""
+        h = h + self._attend(self.module.attention, h, temperature)
+        mlp = self.module.mlp
+        return cast(Tensor, h + mlp.main(mlp.norm(h)))
+
+    def _attend(self, attention: Attention, h: Tensor, temperature: float) -> Tensor:
+        packed = attention.qkv(attention.norm(h))
+        # (N, 1, 3 * heads * head_dim) to (N, 3 * heads, 1, head_dim): a third of the heads each for q, k and v.
+        query, key, value = packed.view(len(h), 1, 3 * attention.num_heads, -1).transpose(1, 2).chunk(3, dim=1)
+        self.keys.append(key)
+        self.values.append(value)
+        scale = query.shape[-1] ** -0.5 / temperature
+        out = F.scaled_dot_product_attention(query, torch.cat(self.keys, 2), torch.cat(self.values, 2), scale=scale)
+        return cast(Tensor, attention.proj(out.transpose(1, 2).reshape(h.shape)))
+
+
+class Stream:
+    """A block read token by token under one condition: with labels, or without."""
+
+    def __init__(self, block: TarFlowBlock, labels: Tensor | None, temperature: float) -> None:
+        self.block = block
+        self.position_embedding = block.permutation(block.pos_embed, dim=0)
+        self.class_embedding = block.embed_classes(labels)
+        self.temperature = temperature
+        self.layers = [_Layer(layer) for layer in block.attn_blocks]
+
+    def feed(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Returns log-scale and shift (N, C) of the entry after `position`, in the dtype of `x` (N, T, C)."""
+        token = x[:, position : position + 1].to(self.position_embedding.dtype)
+        h = self.block.proj_in(token) + self.position_embedding[position : position + 1]
+        if self.class_embedding is not None:
+            h = h + self.class_embedding
+        for layer in self.layers:
+            h = layer.feed(h, self.temperature)
+        out = self.block.proj_out(h)[:, 0].to(x.dtype)
+        if not self.block.nvp:
+            return torch.zeros_like(out), out
+        log_scale, shift = out.chunk(2, dim=-1)
+        return log_scale, shift
+
+
+_LOOPS: dict[type[ImageFlow], tuple[str, Loop]] = {
+    TarFlow: (GROWING_CACHE, growing_cache_sample),
+    MAF: (FULL_PASSES, full_passes_sample),
+}
+
+
+def register_original_loop(flow_type: type[ImageFlow], name: str, loop: Loop) -> None:
+    """Registers the sampler of a flow's original code, which `bench` and `sample --compare` then time.
+
+    Args:
+        flow_type: The class of the flow; it serves derived classes too.
+        name: Shown in tables.
+        loop: `loop(flow, latents, labels)` takes latents (N, T, C) before the prior's scale and returns images
+            (N, C, H, W), under `flow.guidance`; `labels` may be None.
+
+    Raises:
+        TypeError: If an argument is of another kind.
+    """
+    if not isinstance(flow_type, type) or not issubclass(flow_type, ImageFlow):
+        raise InputTypeError(f"flow_type={short(flow_type)}: give a class that derives from ImageFlow")
+    check_kind("name", name, str, "a name for tables")
+    check_kind("loop", loop, Callable, "a function of a flow, latents and labels")
+    _LOOPS[flow_type] = (name, loop)
+
+
+def original_loop(flow: ImageFlow) -> tuple[str, Loop]:
+    """Returns the name and the sampler of a flow's original code.
+
+    These are "growing cache" for a TarFlow, "full passes" for a MAF, and what `register_original_loop` added; for any
+    other flow this library's own token loop, "sequential".
+    """
+    check_flow(flow)
+    for flow_type in type(flow).__mro__:
+        if flow_type in _LOOPS:
+            return _LOOPS[flow_type]
+    return SEQUENTIAL, _sequential_sample
+
+
+def _sequential_sample(flow: ImageFlow, z: Tensor, labels: Tensor | None) -> Tensor:
+    return sample(flow, latents=z, labels=labels, strategy=SEQUENTIAL, certify=False).images

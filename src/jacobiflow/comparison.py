@@ -1,0 +1,184 @@
+"""Timings that can be compared: samplers interleaved on the same latents, beside two baselines and an encoding pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from jacobiflow.baselines import SEQUENTIAL, original_loop
+from jacobiflow.errors import InputValueError
+from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.measuring import Error, Timing, interleave, paired_error
+from jacobiflow.progress import Progress
+from jacobiflow.sampling import Samples, sample
+
+ENCODING_PASS = "encoding pass"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sampler at one batch size.
+
+    Attributes:
+        strategy: Its name.
+        seconds: For the whole batch.
+        error: The difference from the images of the sequential loop.
+        images: The result of its first round.
+        samples: All of that result; None for an original sampler, which returns images only.
+    """
+
+    strategy: str
+    seconds: Timing
+    error: Error
+    images: Float[Tensor, "n c h w"]
+    samples: Samples | None = None
+
+    @property
+    def network_calls(self) -> int | None:
+        """Network calls over all blocks, those of the certificate included."""
+        return None if self.samples is None else self.samples.network_calls
+
+    @property
+    def token_evaluations(self) -> int | None:
+        """Tokens times samples over these calls."""
+        return None if self.samples is None else self.samples.token_evaluations
+
+    @property
+    def evaluations_per_token(self) -> float | None:
+        """Token evaluations over samples, blocks and tokens: 1 for the sequential loop."""
+        if self.samples is None:
+            return None
+        num, length, _ = self.samples.latents.shape
+        return self.samples.token_evaluations / (num * length * len(self.samples.stats))
+
+    @property
+    def certificate(self) -> float | None:
+        """The largest residual |g(x) - x| of any sample in any block; None if it was not measured."""
+        if self.samples is None or self.samples.certificate is None:
+            return None
+        return float(self.samples.certificate.max())
+
+    @property
+    def exact(self) -> bool:
+        """True if every block of every sample was solved token by token."""
+        return self.samples is not None and bool(self.samples.exact.all())
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value: attributes and properties, sweeps by block, and samples that were solved again."""
+        samples = self.samples
+        return {
+            "strategy": self.strategy,
+            "seconds": asdict(self.seconds),
+            "error": asdict(self.error),
+            "network_calls": self.network_calls,
+            "token_evaluations": self.token_evaluations,
+            "evaluations_per_token": self.evaluations_per_token,
+            "certificate": self.certificate,
+            "exact": self.exact,
+            "resolved_sequentially": None if samples is None else samples.resolved_sequentially,
+            "sweeps": None if samples is None else [block.sweeps for block in samples.stats],
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Samplers at one batch size, from one interleaved run.
+
+    Attributes:
+        batch_size: Samples in the batch.
+        rows: The original sampler if the flow has one, the sequential loop, then `others`.
+        floor: One encoding pass of the batch, each block evaluated once, unguided: no solver is faster.
+    """
+
+    batch_size: int
+    rows: tuple[Row, ...]
+    floor: Timing
+
+    @property
+    def original(self) -> str:
+        """The name of the original sampler, see `jacobiflow.baselines.original_loop`."""
+        return self.rows[0].strategy
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """The names of the original sampler and of the sequential loop; one name if they are the same."""
+        return tuple(dict.fromkeys((self.original, SEQUENTIAL)))
+
+    @property
+    def others(self) -> tuple[Row, ...]:
+        """The rows that are no baselines."""
+        return self.rows[len(self.baselines) :]
+
+    def row(self, strategy: str) -> Row:
+        """The row of that name. Raises KeyError if there is none."""
+        return {row.strategy: row for row in self.rows}[strategy]
+
+    def speed_up(self, row: Row, baseline: str) -> float:
+        """Returns the median seconds of the row that `baseline` names, over those of `row`."""
+        return self.row(baseline).seconds.median / row.seconds.median
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value: rows with their speed-ups, and the encoding pass."""
+        return {
+            "batch_size": self.batch_size,
+            "rows": [
+                row.to_json() | {"speed_up": {name: self.speed_up(row, name) for name in self.baselines}}
+                for row in self.rows
+            ],
+            "encoding_pass": asdict(self.floor),
+        }
+
+
+def compare(
+    flow: ImageFlow,
+    latents: Float[Tensor, "n t c"],
+    labels: Int[Tensor, " n"] | None,
+    runs: Mapping[str, Callable[[], Samples]],
+    *,
+    repeats: int = 5,
+    warm_up: bool = True,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Times samplers beside the original sampler, the sequential loop and an encoding pass, in one interleaved run.
+
+    The sequential loop is not certified: it is exact, and certificates would slow a baseline down.
+
+    Args:
+        flow: The model; its device and its guidance are used.
+        latents: Standard normal, before the prior's scale.
+        labels: Classes, or None.
+        runs: Samplers by name, for the same latents, labels and guidance.
+        repeats: Rounds that count.
+        warm_up: Run a round before, which does not count.
+        progress: Called after each run.
+    """
+    original, loop = original_loop(flow)
+    for name in (original, SEQUENTIAL, ENCODING_PASS):
+        if name in runs:
+            raise InputValueError(f"run {name!r}: timed in any case; give it another name, or leave it out")
+    sequential = partial(sample, flow, labels=labels, latents=latents, strategy="sequential", certify=False)
+    exact = sequential()
+    every: dict[str, Callable[[], Any]] = {
+        original: partial(loop, flow, exact.latents, exact.labels),
+        SEQUENTIAL: sequential,  # in place of the original sampler if the flow has none
+        **runs,
+        ENCODING_PASS: partial(_encode, flow, exact.images, exact.labels),
+    }
+    seconds, results = interleave(every, repeats, flow.var.device, progress, warm_up)
+    rows = []
+    for name in dict.fromkeys((original, SEQUENTIAL, *runs)):
+        samples = results[name] if isinstance(results[name], Samples) else None
+        images = results[name] if samples is None else samples.images
+        rows.append(Row(name, seconds[name], paired_error(images, exact.images), images, samples))
+    return Comparison(len(latents), tuple(rows), seconds[ENCODING_PASS])
+
+
+def _encode(flow: ImageFlow, images: Tensor, labels: Tensor | None) -> None:
+    with torch.no_grad():
+        flow.encode(images, labels)

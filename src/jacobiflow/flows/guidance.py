@@ -1,0 +1,242 @@
+"""Classifier-free guidance, as a value and as a wrapper round a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from jacobiflow.checks import check_choice, check_flag, check_kind, check_number, check_positive, convert_numbers, short
+from jacobiflow.errors import InputValueError
+from jacobiflow.flows.base import AffineBlock, AttentionContext
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance of every block's parameters.
+
+    Entry t (from 0) gets `log_scale + w_t (log_scale - log_scale_uncond)`, and the same for the shift. The
+    unconditional row has no label, and its attention logits are divided by `attn_temperature`. Reference: TarFlow,
+    arXiv 2412.06329, section 3.
+
+    Args:
+        weight: w_t; 0 turns guidance off.
+        annealed: Makes it w_t = weight * t / (T - 1).
+        on: The parameters that are guided: "both", "scale" or "shift".
+        attn_temperature: Of the unconditional row; for flows with attention.
+
+    Raises:
+        ValueError: If a value is out of range.
+
+    Example:
+        >>> flow = jf.load("digits-p1").guided(jf.Guidance(1.5))
+        >>> jf.sample(flow, 2, labels=[3, 7]).images.shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    weight: float
+    annealed: bool = True
+    on: Literal["both", "scale", "shift"] = "both"
+    attn_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        convert_numbers(self)
+        check_number("guidance weight", self.weight, give="0 (off) or a positive number")
+        check_flag("annealed", self.annealed)
+        check_choice("guidance on", self.on, ("both", "scale", "shift"))
+        check_positive("attn_temperature", self.attn_temperature)
+
+    @classmethod
+    def parse(cls, text: str) -> Guidance:
+        """Reads guidance from text, the inverse of `str`.
+
+        Args:
+            text: A weight, then after commas any of `attn_temperature=1.2`, `annealed=false`, `on=scale`, `on=shift`.
+
+        Raises:
+            ValueError: If the text is anything else, or a value is out of range.
+
+        Example:
+            >>> jf.Guidance.parse("4,attn_temperature=1.2")
+            Guidance(weight=4.0, annealed=True, on='both', attn_temperature=1.2)
+        """
+        weight, *options = (part.strip() for part in text.split(","))
+        entries: dict[str, Any] = {}
+        try:
+            for name, _, value in (option.partition("=") for option in options):
+                if name in entries:
+                    raise ValueError(name)
+                entries[name] = _PARSERS[name](value)
+            return cls(float(weight), **entries)
+        except InputValueError:
+            raise
+        except (KeyError, ValueError):
+            raise InputValueError(
+                f"guidance {short(text)}: give a weight, such as 3, and options after commas: attn_temperature=1.2, "
+                "annealed=false, on=scale, on=shift"
+            ) from None
+
+    def __str__(self) -> str:
+        """The text that `parse` reads: the weight, and what is not as by default."""
+        options = {
+            "attn_temperature": "" if self.attn_temperature == 1 else _number(self.attn_temperature),
+            "annealed": "" if self.annealed else "false",
+            "on": "" if self.on == "both" else self.on,
+        }
+        return ",".join([_number(self.weight), *(f"{name}={value}" for name, value in options.items() if value)])
+
+    def weights(self, z: Float[Tensor, "b t c"]) -> tuple[Float[Tensor, " t"], Float[Tensor, " t"]]:
+        """Returns w_t of the log-scale and of the shift, in the dtype and on the device of `z`."""
+        weights = z.new_full((z.shape[1],), min(self.weight, torch.finfo(z.dtype).max))
+        if self.annealed:
+            weights *= torch.arange(z.shape[1], device=z.device).to(z.dtype) / max(z.shape[1] - 1, 1)
+        zeros = torch.zeros_like(weights)
+        return zeros if self.on == "shift" else weights, zeros if self.on == "scale" else weights
+
+
+GIVE_GUIDANCE = "a Guidance, such as Guidance(1.5), or None"
+_PARSERS: Mapping[str, Callable[[str], Any]] = {
+    "attn_temperature": float,
+    "annealed": {"true": True, "false": False}.__getitem__,
+    "on": str,
+}
+
+
+def _number(value: float) -> str:
+    return repr(float(value)).removesuffix(".0")
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Guidance and the rate of one denoising step (0: none), as `jf.sample` takes them.
+
+    Raises:
+        ValueError: If the rate is negative or not finite.
+
+    Example:
+        >>> jf.load("digits-p1").recommended
+        SamplingSettings(guidance=None, denoise=1.0)
+    """
+
+    guidance: Guidance | None = None
+    denoise: float = 0.0
+
+    def __post_init__(self) -> None:
+        convert_numbers(self)
+        check_kind("guidance", self.guidance, Guidance | None, GIVE_GUIDANCE)
+        check_number("denoise", self.denoise, give="0 (off) or a positive rate")
+
+
+class GuidedCache(NamedTuple):
+    """The wrapped block's cache, of two rows for each sample, and 1 + w of log-scale and shift."""
+
+    inner: Any
+    weights: tuple[Float[Tensor, "t 1"], Float[Tensor, "t 1"]]
+
+
+class GuidedBlock(AffineBlock):
+    """A block under guidance: conditional and unconditional rows go through the network as one batch."""
+
+    def __init__(self, block: AffineBlock, guidance: Guidance) -> None:
+        if guidance.attn_temperature != 1 and not block.has_attention:
+            raise InputValueError(
+                f"attn_temperature={guidance.attn_temperature:g}: a {type(block).__name__} has no attention; leave it "
+                "at 1"
+            )
+        self.block, self.guidance = block, guidance
+        self.per_sample_front, self.graph_safe = block.per_sample_front, block.graph_safe
+        self.inference_safe, self.has_bf16 = block.inference_safe, block.has_bf16
+
+    def init_cache(self, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None = None) -> GuidedCache:
+        """Returns the wrapped block's cache for twice the rows of `z`: each under its label, then without."""
+        return GuidedCache(self.block.init_cache(_twice(z), self._both(context, len(z), z)), self._weights(z))
+
+    def affine(
+        self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: GuidedCache
+    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
+        """Returns the guided log-scale and shift; see `AffineBlock.affine`."""
+        both = self.block.affine(_twice(x), start, stop, cache.inner)
+        return _extrapolate(both, cache.weights, slice(start, stop))
+
+    def affine_at(
+        self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: GuidedCache
+    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
+        """Returns the guided log-scale and shift, a start per sample; see `AffineBlock.affine_at`."""
+        both = self.block.affine_at(_twice(x), _twice(start), size, end, cache.inner)
+        return _extrapolate(both, cache.weights, start.view(-1, 1) + torch.arange(size, device=x.device))
+
+    def affine_whole(
+        self, x: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None = None
+    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b t c"]]:
+        """Returns the guided log-scale and shift of all entries; see `AffineBlock.affine_whole`."""
+        both = self.block.affine_whole(_twice(x), self._both(context, len(x), x))
+        return _extrapolate(both, self._weights(x), slice(None))
+
+    def move(self, cache: GuidedCache, source: Int[Tensor, " m"], target: Int[Tensor, " m"], num: int) -> GuidedCache:
+        """Returns the cache of `num` samples; see `BaseBlock.move`."""
+        return cache._replace(inner=self.block.move(cache.inner, _rows_of(source), _rows_of(target), 2 * num))
+
+    def refill(self, cache: GuidedCache, rows: Int[Tensor, " m"], context: Int[Tensor, " m"] | None = None) -> None:
+        """Makes both rows of each of the samples `rows` those of new samples."""
+        self.block.refill(cache.inner, _rows_of(rows), self._both(context, len(rows), cache.weights[0]))
+
+    def to_bf16(self, cache: GuidedCache) -> GuidedCache:
+        """Returns the cache with that of the wrapped block in bfloat16."""
+        return cache._replace(inner=self.block.to_bf16(cache.inner))
+
+    def exact_inverse(
+        self, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None = None, guidance: Guidance | None = None
+    ) -> Float[Tensor, "b t c"] | None:
+        """Returns the wrapped block's inverse under this guidance; see `BaseBlock.exact_inverse`."""
+        return self.block.exact_inverse(z, context, self.guidance)
+
+    def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:
+        """Returns those of the wrapped block."""
+        return self.block.output_weights()
+
+    def _both(self, context: Tensor | None, num: int, like: Tensor) -> Tensor | AttentionContext | None:
+        """The context of both rows of `num` samples."""
+        labels = None if context is None else torch.stack((context, torch.full_like(context, -1)), dim=1).flatten()
+        if self.guidance.attn_temperature == 1:
+            return labels
+        temperature = like.new_ones(num, 2)
+        temperature[:, 1] = self.guidance.attn_temperature
+        return AttentionContext(labels, temperature.flatten())
+
+    def _weights(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """1 + w of log-scale and shift (T, 1)."""
+        log_scale, shift = self.guidance.weights(like)
+        return 1 + log_scale.unsqueeze(-1), 1 + shift.unsqueeze(-1)
+
+
+def guided(block: AffineBlock, guidance: Guidance | None) -> AffineBlock:
+    """Returns `block` under `guidance`; the block itself if guidance is off."""
+    return block if guidance is None or guidance.weight == 0 else GuidedBlock(block, guidance)
+
+
+def _twice(x: Tensor) -> Tensor:
+    """Every row twice, one after the other."""
+    return x.repeat_interleave(2, dim=0)
+
+
+def _rows_of(samples: Int[Tensor, " m"]) -> Int[Tensor, " m2"]:
+    """The two rows of each of the `samples`."""
+    return torch.stack((2 * samples, 2 * samples + 1), dim=1).flatten()
+
+
+def _extrapolate(
+    both: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor], entries: slice | Int[Tensor, "b n"]
+) -> tuple[Tensor, Tensor]:
+    """The parameters of `entries`, of which `both` have the conditional and the unconditional row of each sample.
+
+    p + w (p - p_unconditional) is 1 + w of the way from p_unconditional to p.
+    """
+    (scale, plain_scale), (shift, plain_shift) = (rows.unflatten(0, (-1, 2)).unbind(1) for rows in both)
+    return (
+        torch.lerp(plain_scale, scale, weights[0][entries].to(scale.dtype)),
+        torch.lerp(plain_shift, shift, weights[1][entries].to(shift.dtype)),
+    )

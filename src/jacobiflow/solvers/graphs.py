@@ -1,0 +1,130 @@
+"""CUDA graphs for the token loop and for the sweeps of a window.
+
+A block of 8 layers launches about a hundred kernels a token or sweep, which take longer to launch than to run if rows
+are few. Captured in a graph they are one launch. A capture takes about as long as two calls and waits for the device,
+so that it pays only for a shape that comes again and again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from jacobiflow.flows.base import Block, put_run
+
+T = TypeVar("T")
+
+_BUCKET = 64  # positions by which the context grows from graph to graph; the causal mask hides the last of them
+_SWEEPS = 256  # the same for sweeps, of which there are fewer
+_USES = 2  # calls before one is captured, which takes about as long as two
+_capturing = threading.Lock()  # a capture waits for the device, which would break one that another thread has begun
+
+
+def solve_by_tokens(
+    block: Block, z: Float[Tensor, "b t c"], context: Tensor | None, slots: int
+) -> Float[Tensor, "b t c"]:
+    """Returns the x with x_t = g(x)_t for a block with a front per sample, so many samples at a time.
+
+    One graph serves `_BUCKET` tokens of all samples. Graphs are forgotten at the end, since they hold the addresses of
+    the weights. On another device than a GPU the same steps run without graphs.
+    """
+    loop, parts = None, []
+    for first in range(0, len(z), slots):
+        rows = slice(first, first + slots)
+        some, labels = z[rows], None if context is None else context[rows]
+        if loop is None or len(some) != len(loop.x):
+            loop = _TokenLoop(block, some, labels)
+        parts.append(loop(some, labels))
+    return torch.cat(parts)
+
+
+class _TokenLoop:
+    """The loop over a batch of fixed size; `entry` is the token to solve."""
+
+    def __init__(self, block: Block, z: Tensor, context: Tensor | None) -> None:
+        self.block: Any = block
+        self.z, self.x = z.clone(), z.clone()
+        self.entry = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+        self.rows = torch.arange(len(z), device=z.device)
+        self.cache = block.init_cache(self.z, None if context is None else context.clone())
+        self.steps: dict[int, Callable[[], None]] = {}
+        self.pool: Any = None
+
+    def __call__(self, z: Tensor, context: Tensor | None) -> Tensor:
+        self.z.copy_(z)
+        self.entry.zero_()
+        self.block.refill(self.cache, self.rows, context)
+        length = z.shape[1]
+        for token in range(length):
+            # One more than the positions that the token attends to, the hidden ones included.
+            end = min(-(-max(token, 1) // _BUCKET) * _BUCKET + 1, length)
+            if end not in self.steps:
+                self.steps[end] = self._capture(end)
+            self.steps[end]()
+        return self.x.clone()
+
+    def _step(self, end: int) -> None:
+        g = self.block.update_at(self.x, self.z, self.entry, 1, end, self.cache)
+        put_run(self.x, g, self.entry)
+        self.entry += 1
+
+    def _capture(self, end: int) -> Callable[[], None]:
+        """The step to `end`. It runs once before its capture, which is undone: the same token is solved again."""
+        if self.x.device.type != "cuda":
+            return lambda: self._step(end)
+        replay, _, self.pool = capture(lambda: self._step(end), self.pool)
+        self.entry -= 1
+        return replay
+
+
+class SweepGraphs:
+    """`update_at` of runs of one `size`, as a graph for each context; `x`, `z` and `cache` keep their memory."""
+
+    def __init__(self, block: Any, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], cache: Any, size: int) -> None:
+        self.block, self.x, self.z, self.cache, self.size = block, x, z, cache, size
+        self.start = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        self.uses: Counter[int] = Counter()
+        self.graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
+        self.pool: Any = None
+
+    def __call__(self, start: Int[Tensor, " b"], end: int) -> Float[Tensor, "b n c"]:
+        """Returns `update_at` there; the next call overwrites the result."""
+
+        def run() -> Tensor:
+            return cast(Tensor, self.block.update_at(self.x, self.z, self.start, self.size, end, self.cache))
+
+        end = min(-(-end // _SWEEPS) * _SWEEPS, self.x.shape[1])
+        self.start.copy_(start)
+        self.uses[end] += 1
+        if self.uses[end] <= _USES:
+            return run()
+        if end not in self.graphs:
+            replay, g, self.pool = capture(run, self.pool)
+            self.graphs[end] = replay, g
+        replay, g = self.graphs[end]
+        replay()
+        return g
+
+
+def capture(step: Callable[[], T], pool: Any) -> tuple[Callable[[], None], T, Any]:
+    """Returns a function that replays `step`, the place of its result, and the memory pool for the next graph.
+
+    The step runs once before, beside the other work of the GPU: what libraries set up on first use must not be
+    captured.
+    """
+    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        step()
+    here.wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    # By default an allocation by any other thread would abort the capture.
+    with _capturing, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        result = step()
+    return graph.replay, result, graph.pool()

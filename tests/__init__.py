@@ -1,0 +1,1 @@
+"""The tests; their shared helpers are in `tests.helpers`."""

@@ -1,0 +1,158 @@
+"""Things that `jf.accelerate` leaves as they were: modules, copies, files, programs without the other libraries."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from textwrap import dedent
+from typing import Any
+
+import pytest
+import torch
+from library_flows import MAIN, Case, counted, problem_of
+from random_flows import same_bits
+from torch import Tensor, nn
+
+import jacobiflow as jf
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def classes(flow: nn.Module) -> list[type]:
+    return [type(module) for module in flow.modules()]
+
+
+def is_fast(case: Case, flow: nn.Module, y: Tensor, c: Tensor) -> bool:
+    """True if the inverse takes fewer passes than the library's."""
+    with torch.no_grad(), counted(flow) as calls:
+        case.invert(flow, y, c)
+    return all(count < case.features for count in calls.values())
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_nothing_changes_but_the_class_of_transforms(name: str) -> None:
+    case, flow, y, c = problem_of(name)
+
+    def look() -> list[Any]:
+        weights = flow.state_dict(keep_vars=True)
+        everything = str([vars(module) for module in flow.modules()])
+        return [everything, repr(flow), {key: (id(w), w.sum().item()) for key, w in weights.items()}]
+
+    before, kinds = look(), classes(flow)
+    with pytest.raises(KeyError), jf.accelerate(flow, 0.0) as handle:
+        assert is_fast(case, flow, y, c)
+        assert look() == before
+        for (key, module), kind in zip(flow.named_modules(), kinds, strict=True):
+            assert isinstance(module, kind)
+            assert key not in handle.transforms or type(module) is not kind
+        raise KeyError
+    assert look() == before
+    assert not is_fast(case, flow, y, c)
+    handle.restore()
+    assert classes(flow) == kinds
+
+
+def test_leaving_a_block_puts_back_what_was_before_it() -> None:
+    case, flow, y, c = problem_of("zuko MAF")
+    kinds = classes(flow)
+
+    def inverse() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return case.invert(flow, y, c)
+
+    exact = inverse()
+    with jf.accelerate(flow, 0.5) as outer:
+        rough, seen = inverse(), outer.passes
+        with jf.accelerate(flow, 0.0) as inner:
+            assert same_bits(inverse(), exact)
+        assert same_bits(inverse(), rough)
+        assert outer.passes == seen != inner.passes
+        jf.accelerate(flow, 0.0)
+    assert classes(flow) == kinds
+    with jf.accelerate(flow, 0.0) as outer, jf.accelerate(flow, 0.0):
+        outer.restore()
+    assert classes(flow) == kinds
+    first, second = jf.accelerate(flow, 0.0), jf.accelerate(flow, 0.0)
+    with second, first:
+        pass
+    assert classes(flow) == kinds
+
+
+def pickled(thing: Any, protocol: int) -> Any:
+    data = pickle.dumps(thing, protocol)
+    assert b"jacobiflow" not in data  # so it loads without this package
+    return pickle.loads(data)
+
+
+def saved(thing: Any) -> Any:
+    torch.save(thing, file := io.BytesIO())
+    assert b"jacobiflow" not in file.getvalue()
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.copy, "deepcopy": copy.deepcopy, "pickle 0": partial(pickled, protocol=0),
+    "pickle": partial(pickled, protocol=pickle.HIGHEST_PROTOCOL), "torch.save": saved,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["zuko NSF", "nflows feed-forward", "normflows affine"])
+@pytest.mark.parametrize("way", COPIES)
+def test_copies_are_the_library_s_own(way: str, name: str) -> None:
+    case, flow, y, c = problem_of(name)
+    flow = flow.transform.transforms[0] if case.library == "zuko" else flow
+    kind = type(flow)
+    with torch.no_grad(), jf.accelerate(flow, 0.0) as handle:
+        expected, seen = case.invert(flow, y, c), handle.passes
+        copied = COPIES[way](flow)
+        assert type(copied) is kind
+        assert same_bits(expected, case.invert(copied, y, c))
+        assert handle.passes == seen
+        first, second = COPIES[way]([flow, flow])
+        assert first is second or way == "copy"
+    assert type(flow) is kind
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_distributions_of_zuko_follow_their_flow_and_their_copies_are_zuko_s(way: str) -> None:
+    _, flow, _, c = problem_of("zuko MAF")
+
+    def sample(distribution: Any) -> Tensor:
+        torch.manual_seed(0)
+        return distribution.sample((3,))
+
+    expected = sample(flow(c))
+    with jf.accelerate(flow, 0.0) as handle:
+        distribution = flow(c)
+        copied = COPIES[way](distribution)
+        assert same_bits(sample(copied), expected)
+        assert not handle.passes
+        assert same_bits(sample(distribution), expected)
+        assert handle.passes
+    with counted(flow) as calls:
+        assert same_bits(sample(distribution), expected)
+    assert set(calls.values()) == {24}
+    with jf.accelerate(flow, 0.5) as handle:
+        assert not same_bits(sample(distribution), expected)
+
+
+def test_one_library_is_enough_and_importing_takes_none() -> None:
+    script = """
+        import sys
+        import torch
+        import jacobiflow as jf
+        assert not [name for name in sys.modules if name.split(".")[0] in ("zuko", "nflows", "normflows")]
+        sys.modules |= {"zuko": None, "normflows": None}
+        from nflows.transforms import MaskedAffineAutoregressiveTransform
+        flow, y = MaskedAffineAutoregressiveTransform(8, 16), torch.randn(3, 8)
+        expected, done = flow.inverse(y)[0], jf.accelerate(flow, 0.0)
+        assert torch.equal(expected, flow.inverse(y)[0])
+        assert done.passes
+    """
+    handle = subprocess.run([sys.executable, "-c", dedent(script)], capture_output=True, text=True, timeout=120)
+    assert handle.returncode == 0, handle.stderr

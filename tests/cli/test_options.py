@@ -1,0 +1,100 @@
+"""The values of shared options: guidance and denoising as given, or else as the model recommends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from running import figures
+from scoring import levels
+
+import jacobiflow as jf
+from jacobiflow.cli.options import resolve_settings, settings_text
+from jacobiflow.flows.image_flow import ImageFlow
+
+BEST = jf.Guidance(0.7, attn_temperature=1.4)
+OWN = jf.Guidance(1.0, annealed=False, on="shift", attn_temperature=2.0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, work: Any) -> Any:
+    """A folder whose model recommends settings."""
+    flow = jf.load(work / "model")
+    flow.recommended = jf.SamplingSettings(BEST, denoise=0.9)
+    place = tmp_path_factory.mktemp("recommending") / "model"
+    flow.save_pretrained(place)
+    return place
+
+
+@pytest.fixture
+def flow(model: Any) -> ImageFlow:
+    return jf.load(model)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "denoise", "plain", "want", "text"),
+    [
+        (None, None, False, (BEST, 0.9),
+         "--guidance 0.7,attn_temperature=1.4 --denoise 0.9 (recommended by the model; --plain turns it off)"),
+        (None, None, True, (None, 0.0), "--plain"),
+        ("2", None, False, (jf.Guidance(2.0), 0.9), "--guidance 2 --denoise 0.9"),
+        ("0", None, False, (None, 0.9), "--denoise 0.9"),
+        (None, 0.0, False, (BEST, 0.0), "--guidance 0.7,attn_temperature=1.4"),
+        ("0", 0.0, False, (None, 0.0), "--plain"),
+        (str(OWN), 1.0, False, (OWN, 1.0), "--guidance 1,attn_temperature=2,annealed=false,on=shift --denoise 1"),
+    ],
+)  # fmt: skip
+def test_given_settings_win_and_the_others_are_recommended(
+    guidance: str | None, denoise: float | None, plain: bool, want: Any, text: str, flow: ImageFlow
+) -> None:
+    settings, line = resolve_settings(flow, guidance, denoise, plain, has_labels=True)
+    assert (settings, line) == (jf.SamplingSettings(*want), f"settings: {text}")
+    assert settings_text(settings) == text.partition(" (")[0]
+
+
+def test_guidance_is_recommended_for_labels_only(flow: ImageFlow) -> None:
+    settings, line = resolve_settings(flow, None, None, False, has_labels=False)
+    assert settings == jf.SamplingSettings(denoise=0.9)
+    assert line == "settings: --denoise 0.9; the recommended guidance needs labels"
+    assert resolve_settings(flow, "1", None, False, has_labels=False)[0].guidance == jf.Guidance(1.0)
+
+
+def test_samples_are_drawn_as_recommended_and_resumed_in_no_other_way(
+    model: Any, run: Any, refuse: Any, tmp_path: Any
+) -> None:
+    line = f"sample --model {model} --num 3 --strategy jacobi --out {tmp_path}/out"
+    result = run(f"{line} --compare --json {tmp_path}/f")
+    assert (result.code, result.err) == (0, "")
+    flow, labels = jf.load(model), torch.arange(3)
+    want = jf.sample(flow.guided(BEST), 3, labels, strategy="jacobi", denoise=0.9)
+    with np.load(tmp_path / "out" / "shards" / "00000.npz") as arrays:
+        assert np.array_equal(arrays["arr_0"], levels(want.images))
+    text = "--guidance 0.7,attn_temperature=1.4 --denoise 0.9"
+    assert f"\nsettings: {text} (recommended by the model; --plain turns it off)\n" in result.out
+    shown = figures(tmp_path / "f")
+    assert shown["settings"] == text
+    assert shown["error"]["max"] < 0.05  # the original sampler beside it was guided and denoised alike
+    assert run(f"{line} {text}").code == 0  # the same settings by hand
+    refuse(f"{line} --plain", "holds samples of guidance ")
+    refuse(f"{line} --plain --denoise 1.0", "--plain: excludes --guidance and --denoise; leave one of them out")
+    refuse(f"{line} --guidance 3,temperature=2", "guidance '3,temperature=2': give a weight, such as 3, and options")
+
+
+@given(st.floats(0, 1e6), st.booleans(), st.sampled_from(["both", "scale", "shift"]), st.floats(1e-3, 1e3))
+def test_guidance_is_read_from_its_text(weight: float, annealed: bool, on: Any, temperature: float) -> None:
+    guidance = jf.Guidance(weight, annealed, on, temperature)
+    assert jf.Guidance.parse(str(guidance)) == guidance
+    assert jf.Guidance.parse(str(guidance).replace(",", " , ")) == guidance
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "x", "nan", "-1", "3,", "3,on", "3,on=up", "3,annealed=1", "3,attn_temperature=0", "3,on=scale,on=shift"],
+)
+def test_guidance_refuses_other_text(text: str) -> None:
+    with pytest.raises(ValueError, match="give"):
+        jf.Guidance.parse(text)

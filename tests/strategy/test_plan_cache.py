@@ -1,0 +1,246 @@
+"""The strategy "auto": what it plans by, what makes it plan anew, and where plans are kept."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from invented import GUIDANCE, Halfway, Machine, draw, fitted_block, make_tuning, small, tuned
+
+import jacobiflow as jf
+import jacobiflow.strategy.plan_cache as cache_module
+from jacobiflow.strategy import BlockTuning
+from jacobiflow.strategy.memory import batch_bytes
+from jacobiflow.strategy.plan import make_plan
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LOOP = jf.Sequential()
+
+
+@dataclass
+class Plans:
+    """The folder of plans, a machine on which calls are dear, and how often plans were made."""
+
+    folder: Path
+    machine: Machine
+    monkeypatch: pytest.MonkeyPatch
+    made: int = 0
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+
+    def load(self, folder: Path | str, **named: Any) -> Any:
+        return self.machine.carry(jf.load(folder, **named), self.monkeypatch)  # type: ignore[arg-type]
+
+    def auto(self, flow: Any, batch_size: int = 1, *arguments: Any, **named: Any) -> jf.Strategy:
+        return cache_module.auto(flow, batch_size, *arguments, **named)
+
+    def forget(self) -> None:
+        """As a new process, which has no plan in memory."""
+        importlib.reload(cache_module)
+
+        def counting(*arguments: Any, **named: Any) -> jf.Strategy:
+            self.made += 1
+            return make_plan(*arguments, **named)
+
+        self.monkeypatch.setattr(cache_module, "make_plan", counting)
+
+
+@pytest.fixture
+def plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plans]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = Plans(tmp_path / "cache" / "jacobiflow" / "plans", Machine(1.0), monkeypatch)
+    found.forget()
+    yield found
+    found.forget()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model folder with a tuning."""
+    small().save_pretrained(tmp_path / "model")
+    tuned().save(tmp_path / "model" / "tuning.json")
+    return tmp_path / "model"
+
+
+# ----------------------------------------------------------------------------------------------------------- kept plans
+
+
+def test_a_plan_is_made_once_for_the_next_power_of_two_and_kept(model: Path, plans: Plans) -> None:
+    flow = plans.load(model)
+    first = plans.auto(flow, 3)
+    assert first == jf.plan(flow, tuned(), 4, 1e-3)
+    (file,) = plans.files
+    assert jf.Strategy.load(file) == first
+    assert plans.auto(flow.guided(jf.Guidance(0.0)), 4, 1e-3) == plans.auto(plans.load(model), 3) == first
+    plans.forget()
+    kept = plans.auto(plans.load(model), 4)
+    assert (kept, kept.prediction, kept.fingerprint) == (first, first.prediction, first.fingerprint)
+    assert (plans.made, plans.files) == (1, [file])
+    for batch_size, planned in ((1, 1), (2, 2), (4, 4), (5, 8), (8, 8)):
+        prediction = plans.auto(flow, batch_size).prediction
+        assert prediction is not None
+        assert prediction.batch_size == planned
+    assert plans.made == len(plans.files) == 4
+
+
+def test_what_a_plan_depends_on(model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = plans.load(model)
+    plans.auto(flow)
+    wide = plans.load(model, dtype="float64")
+    others: list[Callable[[], Any]] = [
+        lambda: plans.auto(flow, 1, 1e-2),
+        lambda: plans.auto(flow.guided(GUIDANCE)),
+        lambda: plans.auto(wide),
+        lambda: plans.auto(flow, tuning=make_tuning()),
+        lambda: make_tuning(fitted_block(1), fitted_block(2)).save(model / "tuning.json"),
+        lambda: torch.set_float32_matmul_precision("high"),  # TF32, where there is any
+        lambda: torch.set_float32_matmul_precision("highest"),  # as before
+        lambda: monkeypatch.setattr(cache_module, "library_name", lambda: "native-code.so"),
+    ]
+    for other, made in zip(others, (2, 3, 4, 5, 6, 7, 7, 8), strict=True):
+        other()
+        assert plans.auto(flow) is plans.auto(flow)
+        assert plans.made == len(plans.files) == made
+    # What does not change while a process runs.
+    for name in ("machine", "_code"):
+        monkeypatch.setattr(cache_module, name, lambda *_: "other")
+        plans.auto(plans.load(model))
+    assert plans.made == len(plans.files) == 10
+
+
+def test_a_kept_plan_that_is_damaged_is_made_anew(model: Path, plans: Plans) -> None:
+    flow = plans.load(model)
+    first, short = plans.auto(flow), jf.Strategy((jf.Solver(),)).to_json()["solvers"]
+    (file,) = plans.files
+    good = json.loads(file.read_text())
+    for place, new in (("format_version", 0), ("prediction", None), ("fingerprint", "0" * 64), ("solvers", short)):
+        made = plans.made
+        file.write_text(json.dumps({**good, place: new}))
+        plans.forget()
+        assert plans.auto(flow) == first
+        assert plans.made == made + 1
+        assert jf.Strategy.load(file) == first
+
+
+@pytest.mark.parametrize(("call", "token"), [(0.03, 0.0), (0.0, 0.001)], ids=["sweeps", "the loop"])
+def test_a_plan_of_a_busy_machine_is_used_for_a_minute_and_not_written(
+    call: float, token: float, model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(cache_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    plans.machine = Machine(call, token, low=1.0, moods=(1.0, 3.0))
+    flow = plans.load(model)
+    for seconds in (0.0, 50.0, 20.0):
+        clock[0] += seconds
+        plans.auto(flow)
+    assert (plans.made, plans.files) == (2, [])
+    plans.machine = Machine(call, token, low=1.0)
+    plans.auto(plans.load(model))
+    assert (plans.made, len(plans.files)) == (3, 1)
+
+
+def test_a_plan_in_memory_is_found_without_reading_or_hashing_anything(
+    model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow = plans.load(model)
+    first = plans.auto(flow, 3)
+    for name in ("io.open", "hashlib.sha256", "jacobiflow.strategy.memory.free_memory"):
+        monkeypatch.setattr(name, None)
+    assert plans.auto(flow, 3) is first
+    with pytest.raises(TypeError, match="NoneType"):
+        plans.auto(flow, 4)
+
+
+def test_no_batch_is_planned_for_that_does_not_fit_in_memory(
+    model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow = plans.load(model)
+    needed = batch_bytes(flow, 1)
+    assert needed is not None
+    for room, planned in ((2.5, 3), (3.9, 3), (4.1, 4)):
+        monkeypatch.setattr("jacobiflow.strategy.memory.free_memory", lambda device, room=room: room * needed / 0.8)
+        prediction = plans.auto(plans.load(model), 3).prediction
+        assert prediction is not None
+        assert prediction.batch_size == planned
+
+
+@pytest.mark.parametrize("place", ["no home", "a file in the way", "home"])
+def test_where_plans_are_kept(place: str, model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the home where no other place is named; what cannot be kept is used all the same."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(model / "config.json"))
+    if place != "a file in the way":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setenv("USERPROFILE" if os.name == "nt" else "HOME", str(model))
+    if place == "no home":
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(pytest.importorskip("pwd"), "getpwuid", lambda uid: {}[uid])
+    flow = plans.load(model)
+    assert plans.auto(flow) == plans.auto(flow)
+    assert (plans.made, plans.files) == (1, [])
+    assert len(list(model.glob(".cache/jacobiflow/plans/*.json"))) == (place == "home")
+
+
+# ------------------------------------------------------------------------------------------------------------- tunings
+
+
+def test_a_plan_has_the_pieces_of_the_tuning(model: Path, plans: Plans) -> None:
+    """Of a reader's own too, from files; without a tuning, none are fitted."""
+    pieces = BlockTuning(jf.Zeros(), Halfway(100))
+    make_tuning(pieces, pieces).save(model / "tuning.json")
+    for _ in range(2):
+        solvers = plans.auto(plans.load(model)).solvers
+        assert {(solver.guess, solver.correction) for solver in solvers} == {(jf.Zeros(), Halfway(100))}
+        plans.forget()
+    (model / "tuning.json").unlink()
+    solvers = plans.auto(plans.load(model)).solvers
+    assert {(solver.guess, solver.correction) for solver in solvers} == {(jf.Latent(), jf.Plain())}
+
+
+def test_a_tuning_of_other_weights_is_not_used(model: Path, plans: Plans) -> None:
+    flow = plans.load(model)
+    plans.auto(flow, 4)
+    with torch.no_grad():
+        flow.blocks[0].proj_out.bias.add_(0.1)  # fine-tuned in place
+    with pytest.warns(UserWarning, match="the tuning in the flow's folder is of other weights, and is not used"):
+        plan = plans.auto(flow, 4)
+    assert {solver.guess for solver in plan.solvers} == {jf.Latent()}
+    with pytest.raises(ValueError, match=r"the tuning is of another flow.*tune this one"):
+        plans.auto(flow, tuning=tuned())
+    (model / "tuning.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tuning .*tuning\.json"):
+        plans.auto(flow, 4, 1e-4)
+
+
+def test_a_tolerance_of_0_is_the_loop(model: Path, plans: Plans) -> None:
+    flow = plans.load(model)
+    assert plans.auto(flow, 4, 0) == jf.Strategy.uniform(jf.Solver(LOOP, stopping=jf.Tolerance(0)), 2)
+    assert torch.equal(draw(flow, "auto", 3, tolerance=0).images, draw(flow, "sequential", 3).images)
+    assert (plans.made, plans.files) == (0, [])
+
+
+def test_a_tolerance_that_was_raised_to_the_rounding_is_a_warning_each_time(plans: Plans) -> None:
+    flow = plans.load("digits-p1", dtype="bfloat16")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="below the rounding"):
+            plans.auto(flow)
+    assert plans.made == 1
+
+
+def test_real_weights(plans: Plans) -> None:
+    """The bundled flow of digits by the real clock."""
+    flow = jf.load("digits-p1")
+    drawn, exact = draw(flow, "auto", 1, tolerance=1e-2), draw(flow, "sequential", 1)
+    assert drawn.certificate is not None
+    assert drawn.certificate.max() <= 1e-2
+    assert (drawn.images - exact.images).abs().max() <= 3e-2

@@ -1,0 +1,89 @@
+"""`tune`: what is fitted saves sweeps, at the latents that nobody else sees."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from invented import GUIDANCE, Halfway, fitted_block, make_report, make_tuning, small, tuned
+
+import jacobiflow as jf
+from jacobiflow.inversion import invert, prior_tokens
+from jacobiflow.latents import draw_latents
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def total_sweeps(flow: jf.TarFlow, tuning: jf.Tuning | None) -> int:
+    """Sweeps of all tokens to 1e-3, over the blocks, at latents that were not fitted to."""
+    labels, sweeps = torch.arange(4) % 3, 0
+
+    def solve(i: int, z: torch.Tensor) -> torch.Tensor:
+        nonlocal sweeps
+        guess, correction = (
+            (jf.Latent(), jf.Plain()) if tuning is None else (tuning.blocks[i].guess, tuning.blocks[i].correction)
+        )
+        found = jf.solve(flow.inverse_blocks[i], z, jf.Solver(jf.Whole(), guess, correction=correction), labels)
+        sweeps += int(found.sample_sweeps.sum())
+        return found.x
+
+    invert(flow, prior_tokens(flow, draw_latents(4, 16, 4, seed=7)), solve)
+    return sweeps
+
+
+@pytest.mark.parametrize("guidance", [None, GUIDANCE])
+def test_what_is_fitted_saves_sweeps_on_other_latents(guidance: jf.Guidance | None) -> None:
+    flow = small().guided(guidance)
+    tuning = jf.tune(flow, samples=8)
+    assert (tuning.guidance, tuning.samples, len(tuning.blocks)) == (guidance, 8, 2)
+    assert total_sweeps(flow, tuning) < total_sweeps(flow, None)
+    assert jf.tune(flow, samples=8, batch_size=3).blocks[0].guess.check(16, 4) is None
+    tuning.check(flow)
+
+
+def test_classes_are_taken_in_turn() -> None:
+    assert jf.tune(small(), [2, 1], samples=4, seed=5) == jf.tune(
+        small(), torch.tensor([2, 1, 2, 1]), samples=4, seed=5
+    )
+    assert jf.tune(small(), 1, samples=4) != jf.tune(small(), samples=4) == tuned()
+
+
+def test_a_tuning_comes_back_from_its_file_and_fits_its_flow_only(tmp_path: Path) -> None:
+    tuning = replace(tuned(), blocks=(tuned().blocks[0], replace(tuned().blocks[1], correction=Halfway(100))))
+    tuning.save(tmp_path / "t.json")
+    assert jf.Tuning.load(tmp_path / "t.json") == tuning != tuned()
+    with pytest.raises(ValueError, match=r"the tuning is of another flow.*tune this one"):
+        tuning.check(small(1))
+    wrong = replace(tuning.blocks[1], guess=jf.MeanAffine(torch.zeros(16, 3), torch.zeros(16, 3)))
+    with pytest.raises(ValueError, match=r"MeanAffine of shape \(16, 3\), but.* \(16, 4\)"):
+        replace(tuning, blocks=(tuning.blocks[0], wrong)).check(small())
+    with pytest.raises(ValueError, match="tuning of 1 blocks, but the flow has 2"):
+        replace(tuning, blocks=tuning.blocks[:1]).check(small())
+    for text in ("{}", "[", '{"format_version": 1}'):
+        (tmp_path / "t.json").write_text(text)
+        with pytest.raises(ValueError, match=r"tuning .*t\.json: .*; make it anew with jacobiflow plan --tune"):
+            jf.Tuning.load(tmp_path / "t.json")
+
+
+def test_a_tuning_is_found_by_its_guidance_and_copied_with_the_model(tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path / "a")
+    assert jf.find_tuning(jf.load(tmp_path / "a")) is None
+    make_report([1, 1]).save(tmp_path / "a" / "report.json")
+    make_tuning(guidance=GUIDANCE).save(tmp_path / "a" / "tuning-guided.json")
+    assert jf.find_tuning(jf.load(tmp_path / "a")) == tmp_path / "a" / "tuning-guided.json"  # for want of a better one
+    make_tuning().save(tmp_path / "a" / "tuning.json")
+    jf.load(tmp_path / "a").save_pretrained(tmp_path / "b")
+    for guidance, name in ((None, "tuning.json"), (GUIDANCE, "tuning-guided.json"), (jf.Guidance(3.0), "tuning.json")):
+        assert jf.find_tuning(jf.load(tmp_path / "b").guided(guidance)) == tmp_path / "b" / name
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    for named, message in (
+        ({"samples": 1}, "samples=1"), ({"labels": [3]}, "label 3"),
+        ({"labels": torch.arange(0)}, "give one class or more"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            jf.tune(small(), **named)  # type: ignore[arg-type]
+    assert fitted_block() == fitted_block() != fitted_block(1)

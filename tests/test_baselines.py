@@ -1,0 +1,98 @@
+"""The original samplers, against the oracle."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import oracle
+import pytest
+import torch
+from oracle import Guide, MAFOracle
+from problems import latents, make_flow, make_identity, make_maf
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.baselines import full_passes_sample, original_loop, register_original_loop
+from jacobiflow.comparison import compare
+from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.tarflow import TarFlowBlock
+
+LABELS = torch.tensor([0, 2, -1])
+GUIDANCE, GUIDE = jf.Guidance(0.6, attn_temperature=1.5), oracle.Guide(0.6, True, "both", 1.5)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Outside(ImageFlow):
+    """A flow of another package, of TarFlow's blocks so that the oracle applies."""
+
+    model_type, block_type = "outside", TarFlowBlock
+    to_tokens, to_images = jf.TarFlow.to_tokens, jf.TarFlow.to_images
+    config_type, config_from_options = jf.TarFlowConfig, jf.TarFlow.config_from_options
+
+
+def test_the_growing_cache_is_exact() -> None:
+    flow = make_flow(num_classes=3)
+    name, loop = original_loop(flow)
+    assert name == "growing cache"
+    z = latents(flow, 3)
+    other = jf.Guidance(0.4, annealed=False, on="scale"), Guide(0.4, False, "scale", 1.0)
+    for guidance, guide in ((None, None), (GUIDANCE, GUIDE), other):
+        exact = oracle.Oracle(flow).decode(z, LABELS, guide)
+        torch.testing.assert_close(loop(flow.guided(guidance), z, LABELS), exact, rtol=0, atol=1e-10)
+    assert torch.equal(z, latents(flow, 3))
+    flow, z = make_identity(torch.bfloat16), latents(make_identity(torch.float32), 2)
+    images = original_loop(flow)[1](flow, z, None)  # the state stays in float32
+    assert torch.equal(images, flow.to_images(z * torch.tensor(0.5).sqrt()))
+
+
+@pytest.mark.parametrize("shape", [{}, {"in_channels": 3, "image_size": 2, "num_classes": 0}, {"image_size": 1}])
+def test_full_passes_are_exact(shape: dict[str, int]) -> None:
+    flow = make_maf(**shape)
+    assert original_loop(flow) == ("full passes", full_passes_sample)
+    z, labels = latents(flow, 4), torch.tensor([0, -1, 2, 1]) if flow.config.num_classes else None
+    images = full_passes_sample(flow, z, labels)
+    torch.testing.assert_close(images, MAFOracle(flow).decode(z, labels), rtol=0, atol=1e-10)
+    assert torch.equal(z, latents(flow, 4))
+    assert not images.requires_grad
+    for annealed, on in product((True, False), () if shape else ("both", "scale", "shift")):
+        images = full_passes_sample(flow.guided(jf.Guidance(0.5, annealed, on)), z, labels)  # type: ignore[arg-type]
+        want = MAFOracle(flow).decode(z, labels, Guide(0.5, annealed, on, 1.0))
+        torch.testing.assert_close(images, want, rtol=0, atol=1e-10)
+
+
+def test_any_other_flow_has_the_sequential_loop() -> None:
+    inner = make_flow(num_classes=3)
+    flow, z = Outside(inner.config).double().eval(), latents(inner, 3)
+    flow.load_state_dict(inner.state_dict())
+    images = original_loop(flow)[1](flow, z, LABELS)
+    torch.testing.assert_close(images, oracle.Oracle(flow).decode(z, LABELS), rtol=0, atol=1e-10)
+    found = compare(flow, z, LABELS, {"few": lambda: jf.sample(flow, latents=z, strategy="jacobi-2")}, repeats=1)
+    assert [row.strategy for row in found.rows] == ["sequential", "few"]
+    assert (found.original, found.baselines, found.others) == ("sequential", ("sequential",), (found.rows[1],))
+    assert set(found.to_json()["rows"][1]["speed_up"]) == {"sequential"}
+
+
+def test_a_loop_is_registered_in_one_line() -> None:
+    class Mine(Outside):
+        pass
+
+    class Derived(Mine):
+        pass
+
+    seen = []
+
+    def half(flow: ImageFlow, z: Tensor, labels: Tensor | None) -> Tensor:
+        seen.append((labels, flow.guidance))
+        return flow.to_images(z / 2)
+
+    register_original_loop(Mine, "half", half)
+    identity = make_identity(torch.float32)
+    flow = Derived(identity.config).eval()
+    flow.load_state_dict(identity.state_dict())
+    z = latents(flow, 3)
+    found = compare(flow.guided(GUIDANCE), z, None, {}, repeats=1)
+    assert found.baselines == tuple(row.strategy for row in found.rows) == ("half", "sequential")
+    assert found.rows[0].error.max == pytest.approx(float(z.abs().max()) * (0.5**0.5 - 0.5), rel=1e-6)
+    assert seen == [(None, GUIDANCE)] * 2  # a warm-up and a round
+    assert original_loop(Outside(flow.config))[0] == "sequential"

@@ -1,0 +1,29 @@
+"""The examples in docstrings run, and print what they say."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import jacobiflow as jf
+
+ROOT = Path(jf.__file__).parent
+MODULES = [
+    ".".join(("jacobiflow", *path.relative_to(ROOT).with_suffix("").parts))
+    for path in sorted(ROOT.rglob("*.py"))
+    if "    >>> " in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name: str) -> None:
+    torch.manual_seed(0)
+    names = {"jf": jf, "torch": torch}
+    if ".adapters." in name:
+        names["zuko"] = pytest.importorskip("zuko")
+    results = doctest.testmod(importlib.import_module(name), extraglobs=names)
+    assert results.attempted and not results.failed
