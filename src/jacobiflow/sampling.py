@@ -204,13 +204,13 @@ def draw(
     labels = None if labels is None else labels.to(flow.var.device)
     slots, num_blocks = batch_size or len(latents), len(flow.blocks)
     starts = range(0, len(latents), slots * _GROUP)
-    done = 0
+    num_solved = 0
 
     def note_block() -> None:
-        nonlocal done
-        done += 1
+        nonlocal num_solved
+        num_solved += 1
         if progress is not None:
-            progress(done, len(starts) * num_blocks, "sampling")
+            progress(num_solved, len(starts) * num_blocks, "sampling")
 
     started = time.perf_counter()
     solved = []
@@ -249,7 +249,9 @@ def decode(
     tolerance: float | None = None,
     certify: Certificate = True,
 ) -> Samples:
-    """Returns the images with latents `z`, the inverse of `flow.encode`, without denoising; see `sample`.
+    """Returns the images with latents `z`, without denoising: the inverse of `flow.encode`. See `sample`.
+
+    For a view under guidance it is the inverse of the guided blocks. `encode` stays that of the plain flow.
 
     Example:
         >>> flow = jf.load("digits-p1")

@@ -91,13 +91,13 @@ class Fronts:
         It passes those that changed by at most `atol`, and one more, which was computed from final ones (Proposition 1
         of the paper).
         """
-        settled = (sweep.change <= (-1.0 if atol is None else atol)).cumprod(1) > 0
-        passed = settled.sum(1).add_(1).clamp_(max=settled.shape[1])
-        self._raise_residual(torch.where(settled, sweep.residual, 0))
+        is_settled = (sweep.change <= (-1.0 if atol is None else atol)).cumprod(1) > 0
+        passed = is_settled.sum(1).add_(1).clamp_(max=is_settled.shape[1])
+        self._raise_residual(torch.where(is_settled, sweep.residual, 0))
         if sweep.overflowed is not None:
             # Only the last token passed can have overflowed; the others are settled.
             self.failed = self.failed | sweep.overflowed.gather(1, passed[:, None] - 1)[:, 0]
-        return passed, settled
+        return passed, is_settled
 
     def pass_together(self, sweep: SweepResult, atol: float | None, count: int, is_early: bool) -> tuple[int, int]:
         """Returns how many tokens of their common run all samples pass, and of how many of these the keys are current.
@@ -105,19 +105,19 @@ class Fronts:
         They pass at least `count` tokens, which have had their number of sweeps, or are stopped early. Keys of tokens
         that are passed by their number of sweeps are a sweep behind.
         """
-        each, settled = self.pass_tokens(sweep, atol)
+        each, is_settled = self.pass_tokens(sweep, atol)
         # The others do not wait for a sample that is to be solved again.
-        passed = 1 if atol is None else int(torch.where(self.failed, settled.shape[1], each).min())
+        passed = 1 if atol is None else int(torch.where(self.failed, is_settled.shape[1], each).min())
         if count <= passed:
             return passed, passed
-        exact = torch.cat((torch.ones_like(settled[:, :1]), settled[:, :-1]), dim=1)
+        exact = torch.cat((torch.ones_like(is_settled[:, :1]), is_settled[:, :-1]), dim=1)
         residual = torch.where(sweep.residual.isnan(), torch.inf, sweep.residual)
         self._raise_residual(torch.where(exact, 0, residual)[:, :count])
         if sweep.overflowed is not None:
             self.failed = self.failed | sweep.overflowed[:, :count].any(1)
         if is_early:
             return count, count
-        self.missed |= ~(exact | settled)[:, :count].all(1)
+        self.missed |= ~(exact | is_settled)[:, :count].all(1)
         return count, passed
 
     def _raise_residual(self, sizes: Float[Tensor, "b n"]) -> None:
