@@ -1,1 +1,1 @@
-"""The tests; their shared helpers are in `tests.helpers`."""
+"""The tests of the package; they mirror its folders."""

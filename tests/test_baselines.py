@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from itertools import product
 
-import oracle
 import pytest
 import torch
-from oracle import Guide, MAFOracle
-from problems import latents, make_flow, make_identity, make_maf
 from torch import Tensor
 
 import jacobiflow as jf
@@ -16,6 +13,9 @@ from jacobiflow.baselines import full_passes_sample, original_loop, register_ori
 from jacobiflow.comparison import compare
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.tarflow import TarFlowBlock
+from tests.helpers import oracle
+from tests.helpers.oracle import Guide, MAFOracle
+from tests.helpers.problems import latents, make_flow, make_identity, make_maf
 
 LABELS = torch.tensor([0, 2, -1])
 GUIDANCE, GUIDE = jf.Guidance(0.6, attn_temperature=1.5), oracle.Guide(0.6, True, "both", 1.5)

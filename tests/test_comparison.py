@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from problems import latents, make_flow
 
 import jacobiflow as jf
 from jacobiflow.baselines import growing_cache_sample
 from jacobiflow.comparison import Comparison, Row, compare
 from jacobiflow.measuring import Error, Timing, paired_error
+from tests.helpers.problems import latents, make_flow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from problems import make_flow
 from torch import Tensor
 
 import jacobiflow as jf
+from tests.helpers import oracle
+from tests.helpers.problems import make_flow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

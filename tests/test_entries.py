@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from invented import make_report, make_tuning
-from problems import make_flow, make_maf
 
 import jacobiflow as jf
 from jacobiflow import solvers
 from jacobiflow.data.augmentation import Augmentation
 from jacobiflow.data.noise import Noise
 from jacobiflow.training import TrainConfig
+from tests.helpers.invented import make_report, make_tuning
+from tests.helpers.problems import make_flow, make_maf
 
 FLOW, MAF, PLAN = make_flow(num_classes=3, noise_std=0.1), make_maf(), jf.Strategy.uniform(jf.Solver(), 2)
 REPORT, TUNING = make_report([1, 1]), make_tuning()

@@ -6,16 +6,16 @@ import math
 from itertools import pairwise
 from typing import Any
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import MixingBlock, latents, make_flow
 
 import jacobiflow as jf
 from jacobiflow.flows.base import evaluate
 from jacobiflow.flows.guidance import guided
+from tests.helpers import oracle
+from tests.helpers.problems import MixingBlock, latents, make_flow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

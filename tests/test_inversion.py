@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import Oracle
-from problems import latents, make_flow, to_float32
 from torch import Tensor
 
 from jacobiflow.inversion import invert, prior_tokens
+from tests.helpers.oracle import Oracle
+from tests.helpers.problems import latents, make_flow, to_float32
 
 
 def test_blocks_are_inverted_last_first_each_in_its_causal_order() -> None:

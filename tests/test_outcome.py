@@ -7,9 +7,9 @@ import warnings
 
 import pytest
 import torch
-from problems import make_flow, to_float32
 
 import jacobiflow as jf
+from tests.helpers.problems import make_flow, to_float32
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

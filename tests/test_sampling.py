@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import Guide, Oracle
-from problems import latents, make_flow, to_float32
 from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.data import load_images
 from jacobiflow.latents import draw_latents
+from tests.helpers.oracle import Guide, Oracle
+from tests.helpers.problems import latents, make_flow, to_float32
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

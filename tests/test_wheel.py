@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from compilers import copying_compiler
 
 from jacobiflow import native
+from tests.helpers.compilers import copying_compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("digits-p1", "emoji-p2", "fashion-p2")

@@ -13,11 +13,11 @@ import nflows.transforms
 import pytest
 import torch
 import zuko
-from library_flows import CASES, CONTEXT, MAIN, Additive, both, normal, problem_of
-from random_flows import same_bits
 from torch import Tensor, nn
 
 import jacobiflow as jf
+from tests.helpers.library_flows import CASES, CONTEXT, MAIN, Additive, both, normal, problem_of
+from tests.helpers.random_flows import same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,14 +13,14 @@ import pyro.distributions.transforms as pt
 import pytest
 import torch
 import zuko
-from library_flows import masked_layers
 from pyro.nn import AutoRegressiveNN
-from random_flows import Values, exact, same_bits, values
-from running import in_child
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import jacobiflow as jf
+from tests.helpers.library_flows import masked_layers
+from tests.helpers.random_flows import Values, exact, same_bits, values
+from tests.helpers.running import in_child
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from library_flows import MAIN, Case, counted, problem_of
-from random_flows import same_bits
 from torch import Tensor, nn
 
 import jacobiflow as jf
+from tests.helpers.library_flows import MAIN, Case, counted, problem_of
+from tests.helpers.random_flows import same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from library_flows import CASES, CONTEXT, Additive, Carry, Case, both, normal, problem_of
-from random_flows import same_bits, values
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import jacobiflow as jf
+from tests.helpers.library_flows import CASES, CONTEXT, Additive, Carry, Case, both, normal, problem_of
+from tests.helpers.random_flows import same_bits, values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from library_flows import CASES, Additive, normal, problem_of
 from nflows.transforms import MaskedAffineAutoregressiveTransform
 from nflows.transforms.made import MADE
-from random_flows import same_bits, values
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
@@ -19,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zuko.bayesian import BayesianModel
 
 import jacobiflow as jf
+from tests.helpers.library_flows import CASES, Additive, normal, problem_of
+from tests.helpers.random_flows import same_bits, values
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 

@@ -9,12 +9,12 @@ import lampe
 import pyro.distributions.transforms as pt
 import pytest
 import torch
-from library_flows import normal
 from pyro.nn import AutoRegressiveNN
-from random_flows import same_bits, values
 from torch import Tensor, nn
 
 import jacobiflow as jf
+from tests.helpers.library_flows import normal
+from tests.helpers.random_flows import same_bits, values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

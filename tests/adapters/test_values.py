@@ -15,12 +15,12 @@ import torch
 import zuko
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from library_flows import masked_layers, outcome
 from nflows.transforms.base import InputOutsideDomain
-from random_flows import FLOWS, LARGE, SMALL, check, exact, inputs, laid_out, same_bits, steep, values
 from torch import Tensor
 
 import jacobiflow as jf
+from tests.helpers.library_flows import masked_layers, outcome
+from tests.helpers.random_flows import FLOWS, LARGE, SMALL, check, exact, inputs, laid_out, same_bits, steep, values
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.colors import to_rgb
 from PIL import Image
-from problems import latents, make_flow
 
 import jacobiflow as jf
 from benchmarks.front import record, save_animation, token_colors
 from jacobiflow.plots.style import FINAL
+from tests.helpers.problems import latents, make_flow
 
 
 def test_trajectories_end_at_the_exact_image(tmp_path: Path) -> None:

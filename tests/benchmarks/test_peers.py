@@ -8,14 +8,14 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from problems import latents, make_flow, make_identity
 from torch import Tensor
 
 import jacobiflow as jf
 from benchmarks.peers import GRIDS, PEERS, gs_jacobi_grid
+from tests.helpers import oracle
+from tests.helpers.problems import latents, make_flow, make_identity
 
 PLAIN = ["Jacobi-30", "Jacobi-60"]  # the GS-Jacobi paper's Tables 3 and 4 add settings for one or two tough blocks
 LABELS = torch.tensor([0, 2, -1])

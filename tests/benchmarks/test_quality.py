@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import make_flow, to_float32
-from scoring import difference, frechet, levels, moments, pixel_figures
 from torch import Tensor, nn
 
 import jacobiflow as jf
@@ -19,6 +17,8 @@ from benchmarks.quality import ORIGINAL, Experiment, Row, compare, finalists, ro
 from jacobiflow.evaluation import PixelDifference, Statistics
 from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import Timing
+from tests.helpers.problems import make_flow, to_float32
+from tests.helpers.scoring import difference, frechet, levels, moments, pixel_figures
 
 pytest.importorskip("torchmetrics")
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from invented import make_report, same
 
 import jacobiflow as jf
 from benchmarks import strategies as script
 from jacobiflow.calibration.report import GUESS_NAMES
+from tests.helpers.invented import make_report, same
 
 AFHQ = (51.85, 51.45, 66.76, 64.98, 73.77, 84.05, 76.64, 348.51)  # CRM, Table 2 of the paper
 IMG64COND = (141.22, 9.25, 1.36, 1.82, 7.68, 5.08, 3.08, 19.81)

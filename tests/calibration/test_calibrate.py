@@ -11,10 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from calibration_problems import (
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.calibration import Metrics, Report, Settings, Trace
+from jacobiflow.calibration.convergence import TOLERANCES
+from jacobiflow.data import Noise, add_noise, digits
+from jacobiflow.files import write_json
+from jacobiflow.locking import locked
+from tests.helpers import oracle
+from tests.helpers.calibration_problems import (
     GUESSES,
     dense_gamma,
     errors_of,
@@ -26,15 +34,7 @@ from calibration_problems import (
     runs_of,
     way_back,
 )
-from problems import make_flow, make_maf
-from torch import Tensor
-
-import jacobiflow as jf
-from jacobiflow.calibration import Metrics, Report, Settings, Trace
-from jacobiflow.calibration.convergence import TOLERANCES
-from jacobiflow.data import Noise, add_noise, digits
-from jacobiflow.files import write_json
-from jacobiflow.locking import locked
+from tests.helpers.problems import make_flow, make_maf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

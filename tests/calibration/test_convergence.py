@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from calibration_problems import PROBLEMS, errors_of, linear_flow, problem, runs_of
 
 import jacobiflow as jf
 from jacobiflow.calibration import Trace, distances
 from jacobiflow.calibration.convergence import joined
 from jacobiflow.solvers import Given
+from tests.helpers.calibration_problems import PROBLEMS, errors_of, linear_flow, problem, runs_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibration_problems import PROBLEMS, dense_gamma, problem, randn
 
 import jacobiflow as jf
 from jacobiflow.calibration import gamma_norm, gamma_products
+from tests.helpers.calibration_problems import PROBLEMS, dense_gamma, problem, randn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from calibration_problems import randn
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jacobiflow.calibration import Components, Metrics, matrix_norm, rank_correlation, tough_blocks
+from tests.helpers.calibration_problems import randn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from calibration_problems import GUESSES, linear_flow, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from invented import GUIDANCE, make_report, make_tuning, small
-from running import figures, put
 
 import jacobiflow as jf
 from jacobiflow.calibration import Components, Metrics, Report, Trace
 from jacobiflow.files import json_bytes
+from tests.helpers.calibration_problems import GUESSES, linear_flow, randn
+from tests.helpers.invented import GUIDANCE, make_report, make_tuning, small
+from tests.helpers.running import figures, put
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from problems import make_flow, to_float32
-from running import run_line
 
 import jacobiflow as jf
+from tests.helpers.problems import make_flow, to_float32
+from tests.helpers.running import run_line
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scoring import levels
 
 import jacobiflow as jf
+from tests.helpers.scoring import levels
 
 COMMANDS = ("sample", "calibrate", "plan", "bench", "evaluate", "train", "convert", "info")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(jf.__file__).parent.parent)}

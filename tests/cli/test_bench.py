@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from running import figures
 
 import jacobiflow as jf
 from jacobiflow.measuring import machine, paired_error
 from jacobiflow.strategy import Prediction
+from tests.helpers.running import figures
 
 GUIDANCE = jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8)
 GUIDED = "--guidance 0.7,attn_temperature=0.8,annealed=false,on=shift"

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from running import figures
-from scoring import levels
 
 import jacobiflow as jf
 from jacobiflow.calibration import Components, gs_jacobi_notation
 from jacobiflow.data import Noise, load_images, noisy_images
 from jacobiflow.files import write_json
+from tests.helpers.running import figures
+from tests.helpers.scoring import levels
 
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 GUESSES = ("latent", "zeros", "mean_affine")

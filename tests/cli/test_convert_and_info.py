@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from running import figures
-from training_runs import SETTINGS, fit
 
 import jacobiflow as jf
 from jacobiflow.storage import sample_to_folder
+from tests.helpers.running import figures
+from tests.helpers.training_runs import SETTINGS, fit
 
 
 def test_convert_then_sample(run: Any, refuse: Any, tmp_path: Path) -> None:

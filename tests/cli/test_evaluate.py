@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from problems import make_flow, to_float32
-from running import figures
-from scoring import difference, frechet, levels, moments, on_disk, pixel_figures
 
 import jacobiflow as jf
 from jacobiflow.data import Noise, load_images
 from jacobiflow.evaluation import bayes_accuracy, bits_per_dim, kernel_distance, precision_recall
 from jacobiflow.storage import sample_to_folder
+from tests.helpers.problems import make_flow, to_float32
+from tests.helpers.running import figures
+from tests.helpers.scoring import difference, frechet, levels, moments, on_disk, pixel_figures
 
 pytest.importorskip("torchmetrics")
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from running import figures
-from scoring import levels
 
 import jacobiflow as jf
 from jacobiflow.cli.options import resolve_settings, settings_text
 from jacobiflow.flows.image_flow import ImageFlow
+from tests.helpers.running import figures
+from tests.helpers.scoring import levels
 
 BEST = jf.Guidance(0.7, attn_temperature=1.4)
 OWN = jf.Guidance(1.0, annealed=False, on="shift", attn_temperature=2.0)

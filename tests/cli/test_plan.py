@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from running import figures
-
 import jacobiflow as jf
+from tests.helpers.running import figures
 
 GUIDED = "--guidance 0.4,attn_temperature=0.9,annealed=false,on=shift"
 

@@ -14,9 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import figures
-from sample_folders import read
-from scoring import levels
 
 import jacobiflow as jf
 from jacobiflow.baselines import growing_cache_sample
@@ -24,6 +21,9 @@ from jacobiflow.cli.options import parse_labels
 from jacobiflow.latents import draw_labels
 from jacobiflow.storage import FirstProcessFailed, Processes
 from jacobiflow.strategy import memory
+from tests.helpers.running import figures
+from tests.helpers.sample_folders import read
+from tests.helpers.scoring import levels
 
 
 def drawn(out: Path) -> dict[str, Any]:

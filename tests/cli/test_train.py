@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from running import figures
 
 import jacobiflow as jf
+from tests.helpers.running import figures
 
 TINY = "--channels 32 --head-dim 16 --blocks 2 --layers 1 --no-bf16"
 

@@ -10,11 +10,11 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from problems import make_flow, to_float32
 
 import jacobiflow as jf
 from demo.export import export
 from jacobiflow.flows.guidance import guided
+from tests.helpers.problems import make_flow, to_float32
 
 TOKENS, CLOSE = 16, {"rtol": 1e-4, "atol": 1e-4}
 GUIDANCE = jf.Guidance(0.7, on="scale", attn_temperature=1.3)

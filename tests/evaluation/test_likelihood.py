@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from problems import make_flow
 from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.data import ImageDataset, Noise, load_images, noisy_images
 from jacobiflow.evaluation import bayes_accuracy, bits_per_dim
+from tests.helpers.problems import make_flow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from problems import make_flow, to_float32
 
 import jacobiflow as jf
 from jacobiflow import codec
 from jacobiflow.cli import main
+from tests.helpers.problems import make_flow, to_float32
 
-PIECES = ("fraction_window", "scaled_latent", "one_back")
+PIECES = ("tests.extending.fraction_window", "tests.extending.scaled_latent", "tests.extending.one_back")
 COMMANDS = """
 calibrate --model tiny --images images --num 8 --traced 4 --out tiny/report.json
 plan --model tiny --batch-size 2 --out plan.json
@@ -50,7 +50,9 @@ def folder(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     installed = home / "site" / "pieces-1.dist-info"
     installed.mkdir(parents=True)
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: pieces\nVersion: 1\n")
-    (installed / "entry_points.txt").write_text("[jacobiflow]\n" + "".join(f"{name} = {name}\n" for name in PIECES))
+    (installed / "entry_points.txt").write_text(
+        "[jacobiflow]\n" + "".join(f"{name.rpartition('.')[2]} = {name}\n" for name in PIECES)
+    )
     families = {base: dict(names) for base, names in codec._families.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(codec, "_families", families)  # so that other tests do not see the pieces

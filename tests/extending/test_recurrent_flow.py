@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from recurrent_flow import RecurrentConfig, RecurrentFlow
-from running import figures, run_line
 
 import jacobiflow as jf
+from tests.extending.recurrent_flow import RecurrentConfig, RecurrentFlow
+from tests.helpers.running import figures, run_line
 
 
 @pytest.fixture(scope="module")

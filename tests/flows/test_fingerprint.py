@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from problems import make_flow, to_float32
 
 import jacobiflow as jf
 from jacobiflow.flows import fingerprint as fingerprint_module
 from jacobiflow.flows.fingerprint import cached_fingerprint, fingerprint
 from tests.helpers.fake_device import FakeDevice
+from tests.helpers.problems import make_flow, to_float32
 
 
 def make(seed: int = 0) -> jf.TarFlow:

@@ -13,16 +13,16 @@ from unittest.mock import Mock
 import huggingface_hub
 import pytest
 import torch
-from checkpoints import SMALL, assert_same, error_of, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from problems import make_maf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.flows import folder
 from jacobiflow.flows.fingerprint import fingerprint
+from tests.helpers.checkpoints import SMALL, assert_same, error_of, make
+from tests.helpers.problems import make_maf
 
 FLOWS: dict[str, Any] = {
     "TarFlow": make,

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import MAFOracle, Oracle
-from problems import make_flow, make_maf
 from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.flows import ImageFlow
 from jacobiflow.flows.image_flow import state_dtype
+from tests.helpers.oracle import MAFOracle, Oracle
+from tests.helpers.problems import make_flow, make_maf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

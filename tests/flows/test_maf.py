@@ -12,15 +12,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Guide, MAFOracle
-from problems import latents, make_maf
-from running import figures, run_line
 from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.data import Noise, add_noise, digits
 from jacobiflow.evaluation import bayes_accuracy, bits_per_dim
 from jacobiflow.training import StepReport, TrainConfig, read_metrics, train
+from tests.helpers.oracle import Guide, MAFOracle
+from tests.helpers.problems import latents, make_maf
+from tests.helpers.running import figures, run_line
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

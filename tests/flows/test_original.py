@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import SMALL, assert_same, error_of, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
 from jacobiflow.flows.tarflow.original import infer_config, read_original
+from tests.helpers.checkpoints import SMALL, assert_same, error_of, make
 
 ORIGINAL = replace(SMALL, channels=64, head_dim=64, expansion=4)
 

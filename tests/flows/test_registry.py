@@ -6,11 +6,11 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from recurrent_flow import RecurrentConfig, RecurrentFlow
 
 import jacobiflow as jf
 from jacobiflow.flows import register
 from jacobiflow.flows.registry import find_flow, flow_names
+from tests.extending.recurrent_flow import RecurrentConfig, RecurrentFlow
 
 
 def test_a_name_has_one_flow() -> None:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Oracle
-from problems import latents, make_flow
 from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.flows.base import AttentionContext, evaluate
 from jacobiflow.flows.guidance import guided
+from tests.helpers.oracle import Oracle
+from tests.helpers.problems import latents, make_flow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

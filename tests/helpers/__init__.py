@@ -1,1 +1,1 @@
-"""Shared helpers of the tests."""
+"""Oracles, invented flows and other helpers that several tests share."""

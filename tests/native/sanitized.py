@@ -7,11 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from native_problems import CASES
-from random_flows import LARGE, SMALL, check
 
 from jacobiflow import native
 from jacobiflow.native import build
+from tests.helpers.native_problems import CASES
+from tests.helpers.random_flows import LARGE, SMALL, check
 
 torch.set_grad_enabled(False)
 loaded = native.load_library(Path(sys.argv[1]))

@@ -14,13 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compilers import copying_compiler
-from native_problems import CASES, relative_error
-from running import ends_within
 
 import jacobiflow as jf
 from jacobiflow import native
 from jacobiflow.native import build, compiler
+from tests.helpers.compilers import copying_compiler
+from tests.helpers.native_problems import CASES, relative_error
+from tests.helpers.running import ends_within
 
 
 @pytest.fixture(scope="module")

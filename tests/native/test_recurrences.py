@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from native_problems import CASES, Case, relative_error
-from oracle import MAFOracle, Oracle
-from problems import latents
-from running import in_child
 from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow import native
+from tests.helpers.native_problems import CASES, Case, relative_error
+from tests.helpers.oracle import MAFOracle, Oracle
+from tests.helpers.problems import latents
+from tests.helpers.running import in_child
 
 pytestmark = pytest.mark.usefixtures("compiled", "threads_as_before")
 

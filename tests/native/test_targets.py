@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from native_problems import CASES, relative_error
-from random_flows import LARGE, SMALL, check
 
 from jacobiflow import native
 from jacobiflow.native import build, compiler
+from tests.helpers.native_problems import CASES, relative_error
+from tests.helpers.random_flows import LARGE, SMALL, check
 
 HERE = Path(__file__).parent
 CPU = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
@@ -81,7 +81,7 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
             **os.environ,
             "LD_PRELOAD": " ".join(runtimes),
             "ASAN_OPTIONS": f"detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size={2**30}",
-            "PYTHONPATH": os.pathsep.join(map(str, (*filter(None, sys.path), HERE.parent))),
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         },
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip

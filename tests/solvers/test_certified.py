@@ -9,12 +9,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import gs_jacobi
-from solver_problems import FLOWS, OVERFLOWING, STRENGTHS, echoes, error, flow_problem, normal, steep_problem
 from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.solvers import Given, Stopping
+from tests.helpers.oracle import gs_jacobi
+from tests.helpers.solver_problems import (
+    FLOWS,
+    OVERFLOWING,
+    STRENGTHS,
+    echoes,
+    error,
+    flow_problem,
+    normal,
+    steep_problem,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import convolved, sequential
-from problems import latents
-from solver_problems import Watched, error, normal
 from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.solvers import Given
+from tests.helpers.oracle import convolved, sequential
+from tests.helpers.problems import latents
+from tests.helpers.solver_problems import Watched, error, normal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 examples = settings(max_examples=30, deadline=None)

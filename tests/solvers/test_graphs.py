@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import latents, make_flow
 
 import jacobiflow as jf
 from jacobiflow.flows.guidance import guided
 from jacobiflow.solvers import graphs
+from tests.helpers.problems import latents, make_flow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import convolved
-from solver_problems import error, normal
 from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.solvers import Given
+from tests.helpers.oracle import convolved
+from tests.helpers.solver_problems import error, normal
 
 KERNEL, SHIFT = normal(3, 2, 2), normal(5, 2, seed=1)
 

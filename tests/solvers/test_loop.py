@@ -11,8 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import Swept, convolved, jacobi, swept
-from solver_problems import (
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.solvers import Given, Stopping
+from tests.helpers.oracle import Swept, convolved, jacobi, swept
+from tests.helpers.solver_problems import (
     FLOWS,
     OVERFLOWING,
     Problem,
@@ -26,10 +30,6 @@ from solver_problems import (
     steep,
     steep_problem,
 )
-from torch import Tensor
-
-import jacobiflow as jf
-from jacobiflow.solvers import Given, Stopping
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

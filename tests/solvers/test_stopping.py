@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from solver_problems import Problem, error, mixing
 from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.solvers import Stopping
+from tests.helpers.solver_problems import Problem, error, mixing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,9 +15,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from problems import make_flow
-from sample_folders import everything, flip, invented, manifest_of, pixels_in, read, run
-from scoring import levels
 
 import jacobiflow as jf
 from jacobiflow import codec
@@ -25,6 +22,9 @@ from jacobiflow.files import write_json
 from jacobiflow.latents import draw_latents
 from jacobiflow.storage import Cost, SampleFolderError, check
 from jacobiflow.strategy import Prediction
+from tests.helpers.problems import make_flow
+from tests.helpers.sample_folders import everything, flip, invented, manifest_of, pixels_in, read, run
+from tests.helpers.scoring import levels
 
 GUIDANCE = jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8)
 LABELS = torch.tensor([0, 1, 2, 0, 1, -1, 2, 2, 1, 0])

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from sample_folders import Killed, everything, facts, flip, killed, run
 
 from jacobiflow.locking import FolderInUseError, locked
+from tests.helpers.sample_folders import Killed, everything, facts, flip, killed, run
 
 WRITES = st.integers(0, 30)  # before a kill; a run makes about 10 to 25
 PLACES = ("mine.txt", "shards/mine.json", "shards/0001.npz", "shards/00099.json", "images/1/9.png")

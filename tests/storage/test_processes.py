@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from running import figures
-from sample_folders import facts, times
 
 import jacobiflow as jf
 from jacobiflow.storage import FirstProcessFailed, Processes, SampleFolderError
+from tests.helpers.running import figures
+from tests.helpers.sample_folders import facts, times
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NUM = 12

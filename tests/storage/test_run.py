@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from sample_folders import everything, facts, flip, read, run, times
 
 import jacobiflow as jf
 from jacobiflow.latents import draw_latents
 from jacobiflow.sampling import Samples
 from jacobiflow.storage import Processes, SampleFolderError
+from tests.helpers.sample_folders import everything, facts, flip, read, run, times
 
 OTHER = jf.Strategy.uniform(jf.Solver(jf.Window(5)), 1)
 REPLACE = "give another folder, or overwrite=True to replace them"

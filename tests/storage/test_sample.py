@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import make_flow, to_float32
-from sample_folders import everything, pixels_in
-from scoring import levels
 from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.latents import draw_latents
 from jacobiflow.storage import sample as module
+from tests.helpers.problems import make_flow, to_float32
+from tests.helpers.sample_folders import everything, pixels_in
+from tests.helpers.scoring import levels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NUM = 10

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from invented import GUIDANCE, Machine, draw, igm, make_report, small
 
 import jacobiflow as jf
 from jacobiflow.solvers import Stopping
 from jacobiflow.strategy import Prediction, auto, choose, is_auto
+from tests.helpers.invented import GUIDANCE, Machine, draw, igm, make_report, small
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from invented import Halfway, Stretched, counted, igm, make_report
 
 import jacobiflow as jf
+from tests.helpers.invented import Halfway, Stretched, counted, igm, make_report
 
 some = settings(max_examples=50, deadline=None, derandomize=True)
 T, L = 24, 6  # tokens and blocks where a test needs some

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from invented import GUIDANCE, TOKENS, Machine, draw, small, tuned
 
 import jacobiflow as jf
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
 from jacobiflow.strategy.rounding import rounding_floor
+from tests.helpers.invented import GUIDANCE, TOKENS, Machine, draw, small, tuned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

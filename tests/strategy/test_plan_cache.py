@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from invented import GUIDANCE, Halfway, Machine, draw, fitted_block, make_tuning, small, tuned
 
 import jacobiflow as jf
 import jacobiflow.strategy.plan_cache as cache_module
 from jacobiflow.strategy import BlockTuning
 from jacobiflow.strategy.memory import batch_bytes
 from jacobiflow.strategy.plan import make_plan
+from tests.helpers.invented import GUIDANCE, Halfway, Machine, draw, fitted_block, make_tuning, small, tuned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

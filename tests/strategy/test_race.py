@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from invented import TOKENS, Machine, fitted_block, small
 
 import jacobiflow as jf
 from jacobiflow.latents import draw_latents
 from jacobiflow.strategy.race import Exact, Race, candidates, time_exact
+from tests.helpers.invented import TOKENS, Machine, fitted_block, small
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from invented import GUIDANCE, Counts, counted, igm, make_report, same, trace
-from running import put
 
 import jacobiflow as jf
 from jacobiflow.calibration import gs_jacobi_notation
@@ -23,6 +21,8 @@ from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.flows.folder import bundled
 from jacobiflow.solvers import Stopping
 from jacobiflow.strategy import Prediction
+from tests.helpers.invented import GUIDANCE, Counts, counted, igm, make_report, same, trace
+from tests.helpers.running import put
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from invented import GUIDANCE, Halfway, fitted_block, make_report, make_tuning, small, tuned
 
 import jacobiflow as jf
 from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.latents import draw_latents
+from tests.helpers.invented import GUIDANCE, Halfway, fitted_block, make_report, make_tuning, small, tuned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

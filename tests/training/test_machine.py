@@ -18,11 +18,11 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from training_runs import assert_same, checkpoint, contents, error_of, metrics
 
 import jacobiflow as jf
 from jacobiflow.data import ImageDataset, Noise
 from jacobiflow.training import StepReport, TrainConfig, train
+from tests.helpers.training_runs import assert_same, checkpoint, contents, error_of, metrics
 
 CONFIG = jf.MAFConfig(1, 2, hidden_features=4, num_blocks=1, hidden_layers=1)
 SETTINGS = TrainConfig(4, Noise("uniform"), batch_size=4, warmup=2, bf16=False, checkpoint_every=2)

@@ -15,9 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from running import run_line
 from torch import Tensor
-from training_runs import (
+
+import jacobiflow as jf
+from jacobiflow.data import Augmentation, ImageDataset, Noise
+from jacobiflow.training import StepReport, TrainConfig, problems, read_metrics, train
+from tests.helpers.running import run_line
+from tests.helpers.training_runs import (
     CONFIG,
     SETTINGS,
     SHIFTS_ONLY,
@@ -31,10 +35,6 @@ from training_runs import (
     interrupt_at,
     some_digits,
 )
-
-import jacobiflow as jf
-from jacobiflow.data import Augmentation, ImageDataset, Noise
-from jacobiflow.training import StepReport, TrainConfig, problems, read_metrics, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from oracle import Guide, MAFOracle, Oracle, sequential
 from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.flows.guidance import guided
+from tests.helpers.oracle import Guide, MAFOracle, Oracle, sequential
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import make_flow, to_float32
 from torch import Tensor
 
 import jacobiflow as jf
@@ -24,6 +23,7 @@ from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.native import SWITCH
 from jacobiflow.solvers import Stopping
 from jacobiflow.strategy import BlockTuning
+from tests.helpers.problems import make_flow, to_float32
 
 TOKENS, CHANNELS, SAMPLES = 16, 4, 4  # of `small`, and of its tunings
 GUIDANCE = jf.Guidance(0.4, annealed=False, on="shift", attn_temperature=0.9)

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from oracle import Guide, Oracle, sequential
-from problems import BlockProblem, MixingBlock, latents, make_flow
 from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.flows.guidance import guided
+from tests.helpers.oracle import Guide, Oracle, sequential
+from tests.helpers.problems import BlockProblem, MixingBlock, latents, make_flow
 
 Map = Callable[[Tensor, Tensor, Any], Tensor]
 

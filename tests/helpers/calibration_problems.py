@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import oracle
 import torch
-from problems import BlockProblem, latents, make_flow, make_maf
 from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.flows.guidance import guided
+from tests.helpers import oracle
+from tests.helpers.problems import BlockProblem, latents, make_flow, make_maf
 
 GUESSES = ("latent", "zeros", "mean_affine")
 

@@ -15,10 +15,10 @@ import zuko
 from nflows.transforms import autoregressive as nfa
 from nflows.transforms.made import MADE
 from normflows.flows import AutoregressiveRationalQuadraticSpline, MaskedAffineAutoregressive
-from random_flows import values
 from torch import Tensor, nn
 
 import jacobiflow as jf
+from tests.helpers.random_flows import values
 
 CONTEXT = 3
 

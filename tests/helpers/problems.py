@@ -8,11 +8,11 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
-import oracle
 import torch
 from torch import Tensor
 
 import jacobiflow as jf
+from tests.helpers import oracle
 
 # An error that counts as a solver's answer being there, where the tests count sweeps.
 REACHED = 1e-6
