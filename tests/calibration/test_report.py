@@ -120,7 +120,7 @@ def test_a_report_comes_back_from_its_file_and_fits_its_flow_only(report: Report
         (("settings", "guidance"), {"weight": -1.0}, r"settings\.guidance: guidance weight=-1"),
         (("metrics", "2", "igm", 0), {}, "without one of the guesses"),
         (("mean_affine", 0, "shift", "float32"), "AAAA", r"mean_affine\[0\]\.shift: not an array"),
-        (("num_tokens",), 8, r"MeanAffine of shape \(9, 1\), but the tokens are \(8, 1\)"),
+        (("num_tokens",), 8, r"MeanAffine.*\(9, 1\).*but the tokens are \(8, 1\)"),
         (("format_version",), 1, "not a report of format_version 2"),
         (("traces", "noise", 0, "zeros", "sweeps"), {}, r"traces.*: trace: give"),
         (("segment_traces",), {"7": {}}, "segments of a block that is none of its 5"),

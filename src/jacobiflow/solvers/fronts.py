@@ -14,46 +14,27 @@ _PATIENCE = 3  # ... for so many sweeps in a row: the correction does not fit th
 
 
 class SweepResult(NamedTuple):
-    """The changes that a sweep of a run made, per sample and token.
+    """The changes that a sweep of a run made, per sample and token."""
 
-    Attributes:
-        residual: |g(x) - x|.
-        change: The larger of it and the step that was made.
-        overflowed: True if that is not finite; `None` if all is known to be finite.
-        is_early: The early stop holds for the whole run.
-    """
-
-    residual: Float[Tensor, "b n"]
-    change: Float[Tensor, "b n"]
-    overflowed: Bool[Tensor, "b n"] | None
-    is_early: bool
+    residual: Float[Tensor, "b n"]  # |g(x) - x|
+    change: Float[Tensor, "b n"]  # the larger of it and the step that was made
+    overflowed: Bool[Tensor, "b n"] | None  # it is not finite; None if all is known to be finite
+    is_early: bool  # the early stop holds for the whole run
 
 
 @dataclass
 class Fronts:
-    """An entry for each sample: its front and the state of its solve.
+    """An entry for each sample: its front and the state of its solve."""
 
-    Attributes:
-        front: Its tokens before this are final; not used if all samples share a front.
-        residual: The largest change that the last sweep of a token made.
-        failed: A token overflowed when the front passed it.
-        missed: A token was passed by a number of sweeps, not by the tolerance.
-        exact: Every token was computed from final ones.
-        sweeps: The number that it was part of.
-        least: Its smallest residual since its run last took in new tokens.
-        growing: For how many sweeps in a row the residual was far above that.
-        reached: The end of its latest run.
-    """
-
-    front: Int[Tensor, " b"]
-    residual: Float[Tensor, " b"]
-    failed: Bool[Tensor, " b"]
-    missed: Bool[Tensor, " b"]
-    exact: Bool[Tensor, " b"]
-    sweeps: Int[Tensor, " b"]
-    least: Float[Tensor, " b"]
-    growing: Int[Tensor, " b"]
-    reached: Int[Tensor, " b"]
+    front: Int[Tensor, " b"]  # its tokens before this are final; not used if all samples share a front
+    residual: Float[Tensor, " b"]  # the largest change that the last sweep of a token made
+    failed: Bool[Tensor, " b"]  # a token overflowed when the front passed it
+    missed: Bool[Tensor, " b"]  # a token was passed by a number of sweeps, not by the tolerance
+    exact: Bool[Tensor, " b"]  # every token was computed from final ones
+    sweeps: Int[Tensor, " b"]  # the number that it was part of
+    least: Float[Tensor, " b"]  # its smallest residual since its run last took in new tokens
+    growing: Int[Tensor, " b"]  # for how many sweeps in a row the residual was far above that
+    reached: Int[Tensor, " b"]  # the end of its latest run
 
     @classmethod
     def enter(cls, num: int, like: Tensor) -> Fronts:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jacobiflow.checks import check_positive
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.base import Block, put_run, run_of, supports
+from jacobiflow.flows.base import put_run, run_of, supports
 from jacobiflow.solvers.fronts import Fronts, SweepResult
 from jacobiflow.solvers.graphs import SweepGraphs
 from jacobiflow.solvers.partition import SlidingRun
@@ -52,23 +52,27 @@ class _Batch:
     graphs: SweepGraphs | None = None
 
 
+@dataclass
 class Loop:
     """Sweeps the rows of `z` until all their tokens are final; `x` and `fronts` are then in the caller's order."""
 
-    def __init__(
-        self, block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int, deadline: Deadline,
-        in_bf16: bool = False,
-    ) -> None:  # fmt: skip
-        self.z, self.solver, self.context, self.slots = z, solver, context, slots
-        self.block: Any = block
-        self.deadline, self.in_bf16 = deadline, in_bf16
-        self.length = z.shape[1]
-        self.guess = solver.guess(z)
+    block: Any
+    z: Tensor
+    solver: Solver
+    context: Tensor | None
+    slots: int
+    deadline: Deadline
+    in_bf16: bool = False
+    sweeps: int = 0
+    token_evaluations: int = 0
+
+    def __post_init__(self) -> None:
+        self.length = self.z.shape[1]
+        self.guess = self.solver.guess(self.z)
         self.x = torch.empty_like(self.guess)
-        self.fronts = Fronts.enter(len(z), z)
-        self.sweeps = self.token_evaluations = 0
+        self.fronts = Fronts.enter(len(self.z), self.z)
         self._entered = 0
-        self._is_on_host = z.device.type == "cpu"
+        self._is_on_host = self.z.device.type == "cpu"
 
     def run(self) -> None:
         """Sweeps until all samples have left."""
@@ -89,7 +93,7 @@ class Loop:
         return _Batch(np.arange(rows.start, rows.stop), Fronts.enter(len(z), z), x, z, guess, cache)
 
     def _next(self, count: int) -> slice:
-        """The next samples that enter."""
+        """The next samples that enter, at most so many."""
         first, self._entered = self._entered, min(self._entered + count, len(self.z))
         return slice(first, self._entered)
 
