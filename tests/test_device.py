@@ -59,7 +59,7 @@ def evaluate(device: str) -> Tensor:
 
 def calibrate(device: str) -> Tensor:
     flow = jf.load("digits-p1", device=device)
-    report = jf.calibrate(flow, images(flow, 8), digits().labels[:8], traced=1)
+    report = jf.calibrate(flow, images(flow, 2), digits().labels[:2], traced=1)
     return torch.tensor([*report.crm, *report.mean_sweeps("noise", 1e-3)])
 
 
@@ -156,8 +156,8 @@ def count(
     side: int, solver: jf.Solver, guidance: jf.Guidance | None, num: int = 3, slots: int | None = None,
     launched: bool = False,
 ) -> tuple[int, Counts]:  # fmt: skip
-    """The sweeps of a solve over (side/2)^2 tokens by a block of 8 layers, and the counts of the device."""
-    config = jf.TarFlowConfig(3, side, 2, channels=32, num_blocks=1, layers_per_block=8, num_classes=5, head_dim=16)
+    """The sweeps of a solve over (side/2)^2 tokens by a block of 2 layers, and the counts of the device."""
+    config = jf.TarFlowConfig(3, side, 2, channels=32, num_blocks=1, layers_per_block=2, num_classes=5, head_dim=16)
     torch.manual_seed(0)
     flow = jf.TarFlow(config).requires_grad_(False)
     flow.blocks[0].proj_out.weight.normal_(std=0.02)
@@ -181,10 +181,10 @@ def count_sweep(solver: Callable[[int], jf.Solver], *arguments: Any, **options: 
     return {name: (totals[1][name] - totals[0][name]) / (many - few) for name in totals[0]}
 
 
-@pytest.mark.parametrize(("guidance", "most"), [(None, 94), (jf.Guidance(1.0), 97)])
+@pytest.mark.parametrize(("guidance", "most"), [(None, 28), (jf.Guidance(1.0), 31)])
 def test_the_operations_of_a_token(guidance: jf.Guidance | None, most: int) -> None:
     """Launched one by one, or as a graph, whose context is rounded up and hidden by a mask in each layer."""
-    for launches, masks, launched in ((most, 0, True), (1, 8, False)):
+    for launches, masks, launched in ((most, 0, True), (1, 2, False)):
         counts = count_sweep(lambda tokens: jf.Solver(jf.Sequential()), guidance, launched=launched)
         assert counts == {"operations": launches, "read_backs": 0, "copies": 0, "explicit_masks": masks}
 
@@ -192,7 +192,7 @@ def test_the_operations_of_a_token(guidance: jf.Guidance | None, most: int) -> N
 @pytest.mark.parametrize("guidance", [None, jf.Guidance(1.0)])
 def test_a_sweep(guidance: jf.Guidance | None) -> None:
     """A fixed number of them never waits for the device; a window does so at every fourth."""
-    segments = count_sweep(lambda tokens: jf.Solver(jf.Segments(tokens // 8), stopping=jf.MaxSweeps(8)), guidance)
+    segments = count_sweep(lambda tokens: jf.Solver(jf.Segments(tokens // 8), stopping=jf.MaxSweeps(3)), guidance)
     assert segments["read_backs"] == segments["copies"] == segments["explicit_masks"] == 0
     window = count_sweep(lambda tokens: jf.Solver(jf.Window(4), stopping=jf.Tolerance(1e-30)), guidance)
     assert window["read_backs"] <= 0.25
@@ -204,7 +204,7 @@ def test_a_sweep(guidance: jf.Guidance | None) -> None:
 def test_waiting_samples_take_the_memory_of_those_that_have_finished(guidance: jf.Guidance | None) -> None:
     solver = jf.Solver(jf.Window(8), stopping=jf.Tolerance(1e-6))
     (_, alone), (_, waiting) = (count(16, solver, guidance, num, 8) for num in (8, 40))
-    assert waiting.peak <= 1.3 * alone.peak
+    assert waiting.peak <= 1.5 * alone.peak
 
 
 @pytest.mark.parametrize(("partition", "captures"), [(jf.Whole(), 0), (jf.Window(16), 1), (jf.Window(64), 0)])
