@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.checks import check_choice, check_fields, check_floating, check_number, check_numbers
+from jacobiflow.checks import check_choice, check_fields, check_floating, check_number, check_type
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import Block
 from jacobiflow.solvers import Guess, Segments, no_gradients
@@ -94,7 +94,8 @@ def tough_blocks(crm: Sequence[float], dominance: float = DOMINANCE) -> tuple[in
         >>> tough_blocks([141.2, 9.3, 1.4, 1.8, 7.7, 5.1, 3.1, 19.8])  # Img64cond, Table 2 of the paper
         (0, 7)
     """
-    crm, dominance = check_numbers("crm", crm), check_number("dominance", dominance)
+    crm = check_type("crm", crm, tuple[float, ...])
+    dominance = check_number("dominance", dominance)
     remaining = dict(enumerate(crm))
     tough = []
     while len(remaining) > 2:

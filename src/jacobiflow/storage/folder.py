@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from jacobiflow import codec
-from jacobiflow.checks import check_path
 from jacobiflow.data import quantize
 from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.files import files_sha256, remove_partials, sha256, write_atomically, write_json
@@ -36,7 +36,7 @@ from jacobiflow.storage.manifest import Cost, Manifest, Record, SampleFolderErro
 from jacobiflow.strategy import Strategy
 
 STRATEGY = "strategy.json"
-_REMEDY = "sample into the folder again with the same settings, which draws this shard"
+_REMEDY = "sample into the folder again with the same settings, which draws what is missing"
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,12 @@ class SampleFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> SampleFolder:
-        """Opens a folder of samples. Raises SampleFolderError if it has no manifest, or one that cannot be read."""
-        check_path("path", path)
+        """Opens a folder of samples. Raises SampleFolderError if it has no manifest that can be read."""
         path = Path(path)
-        if not (path / MANIFEST).exists():
-            raise SampleFolderError(f"{path}: no {MANIFEST} in it; give a folder of samples")
         try:
-            return cls(path, codec.load(path / MANIFEST, "manifest", Manifest))
+            return cls(path, codec.load(path / MANIFEST, "manifest", partial(codec.decode, Manifest)))
         except InputError as error:
-            raise SampleFolderError(f"{error}; restore it, or move the folder away") from error
+            raise SampleFolderError(f"{error}; restore it, or give another folder") from error
 
     def save_manifest(self) -> None:
         """Writes manifest.json."""
@@ -81,24 +78,20 @@ class SampleFolder:
 
     def record(self, index: int) -> Record | None:
         """Returns the record of a shard; None if it is missing, cannot be read, or has another number of samples."""
-        start, stop = self.manifest.span(index)
         try:
-            record: Record = codec.load(self._record_file(index), "record", Record)
+            record = codec.load(self._record_file(index), "record", partial(codec.decode, Record))
         except InputError:
             return None
-        return record if record.num == stop - start else None
+        return record if record.num == self.manifest.num_in([index]) else None
 
     def records(self) -> list[Record]:
         """Returns the records of all shards. Raises SampleFolderError if one is missing."""
-        records = [self.record(index) for index in range(self.manifest.num_shards)]
-        missing = [index for index, record in enumerate(records) if record is None]
-        if missing:
+        records = [record for index in range(self.manifest.num_shards) if (record := self.record(index)) is not None]
+        if len(records) < self.manifest.num_shards:
             raise SampleFolderError(
-                f"{self.path}: {len(missing)} of {len(records)} shards are missing, "
-                f"{self._record_file(missing[0]).name} for one; sample into it again with the same settings, which "
-                "draws them"
+                f"{self.path}: {self.manifest.num_shards - len(records)} shards are missing; {_REMEDY}"
             )
-        return [record for record in records if record is not None]
+        return records
 
     def has(self, index: int) -> bool:
         """True if a shard has its record."""
@@ -110,7 +103,7 @@ class SampleFolder:
         if record is None or (checksums is not None and checksums[index : index + 1] != (record.sha256,)):
             return False
         try:
-            return files_sha256([self._npz_file(index), *self._png_files(index)]) == record.sha256
+            return files_sha256(self._npz_file(index), *self._png_files(index)) == record.sha256
         except (OSError, SampleFolderError):
             return False
 
@@ -180,13 +173,9 @@ class SampleFolder:
         )
 
     def strategy(self) -> Strategy:
-        """Returns the strategy of the samples, without its prediction, which holds for one machine and batch size.
-
-        Raises:
-            SampleFolderError: If strategy.json is missing or was changed.
-        """
+        """Returns the strategy of the samples, without its prediction, which holds for one machine and batch size."""
         file = self.path / STRATEGY
-        if not (file.is_file() and files_sha256([file]) == self.manifest.strategy_sha256):
+        if not (file.is_file() and files_sha256(file) == self.manifest.strategy_sha256):
             raise SampleFolderError(f"{file}: has changed since its run wrote it; restore it, or give overwrite=True")
         return replace(Strategy.load(file), prediction=None)
 
@@ -194,6 +183,12 @@ class SampleFolder:
 
     def write(self, index: int, samples: Samples) -> None:
         """Writes a shard, lost samples black: its images, then its record."""
+        shape = tuple(samples.images.shape[1:])
+        if shape != self.manifest.image_shape:
+            raise InputValueError(
+                f"samples of shape {shape} are not images of the flow's config, which a folder stores; draw them with "
+                "jacobiflow.sample"
+            )
         lost = ~torch.isfinite(samples.images).flatten(1).all(dim=1)
         levels = quantize(samples.images.masked_fill(lost.view(-1, 1, 1, 1), -1.0))
         pixels = levels.permute(0, 2, 3, 1).cpu().numpy()
@@ -225,9 +220,12 @@ class SampleFolder:
 
     def clear(self) -> None:
         """Removes what the run wrote, except the manifest; records first, without which a run begins anew."""
-        for index in range(self.manifest.num_shards):
-            self.remove_record(index)
-        for file in self._written():
+        shards = range(self.manifest.num_shards)
+        pngs = [
+            file for file in (*self.path.glob("images/*.png"), *self.path.glob("images/*/*.png"))
+            if re.fullmatch("[0-9]{8,9}", file.stem) and int(file.stem) < self.manifest.num
+        ]  # fmt: skip
+        for file in (*map(self._record_file, shards), *map(self._npz_file, shards), *pngs, self.path / STRATEGY):
             file.unlink(missing_ok=True)
         for folder in (*(self.path / "images").glob("*/"), self.path / "images", self.path / "shards"):
             with suppress(OSError):  # it is not empty
@@ -239,15 +237,6 @@ class SampleFolder:
             remove_partials(folder)
 
     # ------------------------------------------------------------------------------------------------------------------
-
-    def _written(self) -> Iterator[Path]:
-        """Yields the files of the run that are there, except records and the manifest."""
-        yield self.path / STRATEGY
-        for index in range(self.manifest.num_shards):
-            yield self._npz_file(index)
-        for file in (*self.path.glob("images/*.png"), *self.path.glob("images/*/*.png")):
-            if re.fullmatch("[0-9]{8,9}", file.stem) and int(file.stem) < self.manifest.num:
-                yield file
 
     def _record_file(self, index: int) -> Path:
         return self.path / "shards" / f"{index:05}.json"
@@ -278,14 +267,6 @@ class SampleFolder:
     def _concatenated(self, name: str) -> Tensor | None:
         arrays = [self._array(index, name) for index in range(self.manifest.num_shards)]
         return None if arrays[0] is None else torch.from_numpy(np.concatenate(arrays))
-
-
-def check(path: str | Path) -> list[str]:
-    """Returns the problems of a folder of samples, each with its remedy; an empty list if it is complete."""
-    try:
-        return SampleFolder.open(path).problems()
-    except SampleFolderError as error:
-        return [str(error)]
 
 
 def _numpy(values: Tensor | None) -> Any:

@@ -124,7 +124,7 @@ def _key(flow: ImageFlow, weights: str, batch_size: int, tolerance: float, tunin
     environment = _environment(flow, tuning)
     if tuning is None:
         file = find_tuning(flow)
-        environment = (*environment[:-1], None if file is None else files_sha256([file]))
+        environment = (*environment[:-1], None if file is None else files_sha256(file))
     device = json.dumps(machine(flow.var.device), sort_keys=True)
     parts = (weights, batch_size, tolerance, flow.guidance, device, _code(), *environment)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
@@ -133,7 +133,7 @@ def _key(flow: ImageFlow, weights: str, batch_size: int, tolerance: float, tunin
 @functools.cache
 def _code() -> str:
     """A hash of the code that plans and solves: another version may plan otherwise, or take other times."""
-    return files_sha256(sorted(file for room in ("strategy", "solvers") for file in (_PACKAGE / room).glob("*.py")))
+    return files_sha256(*sorted(file for room in ("strategy", "solvers") for file in (_PACKAGE / room).glob("*.py")))
 
 
 def _read(file: Path, weights: str, num_blocks: int) -> Strategy | None:
