@@ -5,7 +5,7 @@ strategy.json          the solvers of the blocks
 shards/00000.npz       8-bit images `arr_0` (n, height, width, channels), for FID tools, and for each image its
                        `certificate`, whether it was `resolved` or is `lost`, and its label in `labels`
 shards/00000.json      the shard's record: its checksum and cost; a shard without it does not count
-images/3/00000017.png  an image in place of `arr_0`, if PNGs were asked for: class, and index of the sample
+images/3/00000017.png  an image, if PNGs were asked for: class, and index of the sample
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 from jacobiflow import codec
 from jacobiflow.data import quantize
 from jacobiflow.errors import InputError, InputValueError
-from jacobiflow.files import files_sha256, remove_partials, sha256, write_atomically, write_json
+from jacobiflow.files import files_sha256, remove_partials, write_atomically, write_json
 from jacobiflow.locking import MANIFEST
 from jacobiflow.outcome import Outcome
 from jacobiflow.sampling import Samples
@@ -123,12 +123,8 @@ class SampleFolder:
 
     def images(self, index: int) -> UInt8[Tensor, "n c h w"]:
         """Returns the 8-bit images of a shard. Raises SampleFolderError if they are missing or damaged."""
-        (start, stop), (channels, height, width) = self.manifest.span(index), self.manifest.image_shape
-        if self.manifest.files == "npz":
-            pixels = self._array(index, "arr_0")
-        else:
-            pixels = np.stack([_from_png(file) for file in self._png_files(index)])
-        shape = (stop - start, height, width, channels)
+        channels, height, width = self.manifest.image_shape
+        pixels, shape = self._array(index, "arr_0"), (self.manifest.num_in([index]), height, width, channels)
         if pixels is None or pixels.shape != shape or pixels.dtype != np.uint8:
             raise SampleFolderError(f"{self._npz_file(index)}: not 8-bit images of shape {shape}; {_REMEDY}")
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
@@ -191,27 +187,22 @@ class SampleFolder:
             )
         lost = ~torch.isfinite(samples.images).flatten(1).all(dim=1)
         levels = quantize(samples.images.masked_fill(lost.view(-1, 1, 1, 1), -1.0))
-        pixels = levels.permute(0, 2, 3, 1).cpu().numpy()
-        as_npz = self.manifest.files == "npz"
-        resolved = torch.stack([block.resolved_sequentially for block in samples.stats]).any(dim=0)
         arrays = {
-            "arr_0": pixels if as_npz else None,
-            "labels": _numpy(samples.labels),
-            "certificate": _numpy(samples.certificate),
-            "resolved": _numpy(resolved),
-            "lost": _numpy(lost),
+            "arr_0": levels.permute(0, 2, 3, 1),
+            "labels": samples.labels,
+            "certificate": samples.certificate,
+            "resolved": torch.stack([block.resolved_sequentially for block in samples.stats]).any(dim=0),
+            "lost": lost,
         }
-        npz = io.BytesIO()
-        np.savez(npz, **{name: array for name, array in arrays.items() if array is not None})  # bytes without a date
-        contents = [npz.getvalue()]
+        npz = io.BytesIO()  # whose bytes hold no date
+        np.savez(npz, **{name: values.cpu().numpy() for name, values in arrays.items() if values is not None})
         (self.path / "shards").mkdir(exist_ok=True)
-        write_atomically(self._npz_file(index), contents[0])
-        if not as_npz:
-            contents += map(_to_png, pixels)
-            for file, data in zip(self._png_files(index), contents[1:], strict=True):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(file, data, sync=False)  # a thousand take seconds; a lost one is drawn again
-        record = Record(len(pixels), sha256(*contents), Cost.of(samples))
+        write_atomically(self._npz_file(index), npz.getvalue())
+        pngs = self._png_files(index)
+        for file, pixels in zip(pngs, levels.cpu() if pngs else (), strict=True):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, _to_png(pixels), sync=False)  # a thousand take seconds; a lost one is drawn again
+        record = Record(len(levels), files_sha256(self._npz_file(index), *pngs), Cost.of(samples))
         write_json(self._record_file(index), codec.encode(record))
 
     def remove_record(self, index: int) -> None:
@@ -269,23 +260,11 @@ class SampleFolder:
         return None if arrays[0] is None else torch.from_numpy(np.concatenate(arrays))
 
 
-def _numpy(values: Tensor | None) -> Any:
-    return None if values is None else values.cpu().numpy()
-
-
-def _to_png(pixels: UInt8[np.ndarray, "h w c"]) -> bytes:
+def _to_png(pixels: UInt8[Tensor, "c h w"]) -> bytes:
     data = io.BytesIO()
-    pillow().fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(data, "png")
+    array = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
+    pillow().fromarray(array.numpy()).save(data, "png")
     return data.getvalue()
-
-
-def _from_png(file: Path) -> UInt8[np.ndarray, "h w c"]:
-    try:
-        with pillow().open(file) as image:
-            pixels = np.asarray(image)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise SampleFolderError(f"{file}: missing or damaged; {_REMEDY}") from error
-    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def pillow() -> Any:

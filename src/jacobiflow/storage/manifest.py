@@ -33,18 +33,12 @@ class Manifest:
     """The settings of the run that draws the samples of a folder.
 
     Attributes:
-        num: The number of samples.
         image_shape: (C, H, W).
-        seed: Of all latents.
         labels_sha256: Of the labels as little-endian int64; None without labels.
-        num_classes: Of the flow.
-        batch_size: Samples that are solved together.
         shard_size: Shard i begins with sample `shard_size * i`.
-        files: "npz" or "png".
         model: The name by which the flow was loaded.
         fingerprint: Of the flow's weights.
         dtype: Of the network, or "tf32".
-        strategy: The name of the strategy.
         strategy_sha256: Of strategy.json.
         machine: The machine on which the run began, see `jacobiflow.measuring.machine`.
         checksums: SHA-256 of each shard; None until all shards are complete.
@@ -104,19 +98,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of drawing samples, and their status.
-
-    Attributes:
-        seconds: Wall-clock time of solving all blocks.
-        denoise_seconds: Wall-clock time of denoising.
-        network_calls: Over all blocks.
-        token_evaluations: Over all blocks.
-        resolved_sequentially: The number of samples that were solved again token by token.
-        exact: True if every block of every sample was solved token by token.
-        status: The number of samples by their worst `Status`, in lower case.
-        sweeps: Per block.
-        block_seconds: Per block.
-    """
+    """The cost of drawing samples over all blocks, and of each block; and the number of samples by worst `Status`."""
 
     seconds: float
     denoise_seconds: float

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from jacobiflow.calibration import Report
-from jacobiflow.checks import check_choice, check_count, check_number, check_seed
+from jacobiflow.checks import check_choice, check_count, check_number, check_seed, short
 from jacobiflow.errors import InputValueError
 from jacobiflow.files import json_bytes, sha256, write_atomically
 from jacobiflow.flows.fingerprint import fingerprint
@@ -72,7 +72,7 @@ def sample_to_folder(
         out: A folder that is new, empty or has samples of the same settings.
         batch_size: 64 by default, or `num` if that is less.
         shard_size: Samples per shard, a multiple of `batch_size`; about 1,024 by default.
-        files: "npz" for a file per shard, or "png" for a file per sample; see docs/evaluation.md.
+        files: "png" for a PNG per sample too, in folders by class.
         model: A name for the manifest.
         report: Of `calibrate`: "auto" plans from it, other names take their guesses from it.
         overwrite: Remove the samples of an earlier run first.
@@ -187,8 +187,12 @@ def _resume(
     folder = _with(new, strategy_sha256=begun.strategy_sha256, machine=begun.machine, checksums=begun.checksums)
     todo = [index for index in range(folder.manifest.num_shards) if not folder.verify(index)]
     if todo:
-        damaged = [index for index in todo if folder.record(index) is not None]
-        _warn(folder, damaged, machine=new.manifest.machine)
+        if damaged := [index for index in todo if folder.record(index) is not None]:
+            names = short(damaged)
+            warnings.warn(f"{new.path}: shards {names} do not match their checksums; drawn again", stacklevel=2)
+        if begun.machine != new.manifest.machine:
+            what = "another processor, thread count, device or version"
+            warnings.warn(f"{new.path}: begun with {what}: equal to rounding, not to the bit", stacklevel=2)
         _check_space(folder, todo)
         folder = _with(folder, checksums=None)
         folder.save_manifest()
@@ -225,21 +229,6 @@ def _note(progress: Progress, num_present: int, num_drawn: int, num: int, done: 
 def _with(folder: SampleFolder, **entries: Any) -> SampleFolder:
     """Returns the folder with other entries in its manifest."""
     return replace(folder, manifest=replace(folder.manifest, **entries))
-
-
-def _warn(folder: SampleFolder, damaged: Sequence[int], machine: dict[str, Any]) -> None:
-    """Warns of damaged shards, and of another machine."""
-    if damaged:
-        warnings.warn(
-            f"{folder.path}: {len(damaged)} of {folder.manifest.num_shards} shards do not match their checksums, "
-            f"{damaged[0]:05} for one; drawn again",
-            stacklevel=2,
-        )
-    began, resumes = (f"{m.get('device')} with {m.get('threads')} threads" for m in (folder.manifest.machine, machine))
-    if began != resumes:
-        warnings.warn(
-            f"{folder.path}: begun on {began}, resumed on {resumes}: equal to rounding, not to the bit", stacklevel=2
-        )
 
 
 def _check_space(folder: SampleFolder, todo: Sequence[int]) -> None:
