@@ -56,17 +56,15 @@ def register(name: str) -> Callable[[type[T]], type[T]]:
         raise InputValueError(f"name={short(name)}: give a name without spaces, '+' and ':', which the notation reads")
 
     def add(cls: type[T]) -> type[T]:
-        base = _base_of(cls)
-        if base is None:
+        family = _family_of(cls)
+        if family is None or not is_dataclass(cls):
             bases = ", ".join(base.__name__ for base in _families)
-            raise InputTypeError(f"{cls.__name__}: derive it from one of {bases} to register it")
-        owner = _families[base].get(name, cls)
+            raise InputTypeError(f"{cls.__name__}: make it a dataclass that derives from one of {bases}")
+        owner = family.get(name, cls)
         # The same class once more is a module that was loaded again.
         if (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
             raise InputValueError(f"{name!r} is the name of {owner.__module__}.{owner.__qualname__}; choose another")
-        if not is_dataclass(cls):
-            raise InputTypeError(f"{cls.__name__}: make it a dataclass to register it")
-        _families[base][name] = cls
+        family[name] = cls
         return cls
 
     return add
@@ -77,14 +75,8 @@ def registered(base: type) -> Mapping[str, Any]:
     return _families[base]
 
 
-def name_of(cls: type) -> str | None:
-    """Returns the name under which a class is registered, or None."""
-    names = _families.get(_base_of(cls), {})  # type: ignore[arg-type]
-    return next((name for name, kind in names.items() if kind is cls), None)
-
-
-def _base_of(cls: type) -> type | None:
-    return next((base for base in cls.__mro__ if base in _families), None)
+def _family_of(cls: type) -> dict[str, type] | None:
+    return next((_families[base] for base in cls.__mro__ if base in _families), None)
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding
@@ -97,7 +89,9 @@ def encode(value: Any) -> Any:
     if isinstance(value, float):
         return math.inf if math.isnan(value) else value
     if isinstance(value, Tensor):
-        return _encode_tensor(value)
+        name = "float64" if value.dtype == torch.float64 else "float32"
+        array = value.detach().to(getattr(torch, name)).cpu().numpy().astype(_STORED[name])
+        return {"shape": list(array.shape), name: base64.b64encode(array.tobytes()).decode()}
     if is_dataclass(value) and not isinstance(value, type):
         return _encode_dataclass(value)
     if isinstance(value, Mapping):
@@ -108,17 +102,14 @@ def encode(value: Any) -> Any:
 
 
 def _encode_dataclass(value: Any) -> dict[str, Any]:
-    name = name_of(type(value))
-    if name is None and _base_of(type(value)) is not None:
-        raise InputValueError(f"{short(value)} has no JSON form: register its class under a name (jacobiflow.register)")
     entries = {entry.name: encode(getattr(value, entry.name)) for entry in fields(value)}
-    return entries if name is None else {"kind": name, **entries}
-
-
-def _encode_tensor(values: Tensor) -> dict[str, Any]:
-    name = "float64" if values.dtype == torch.float64 else "float32"
-    array = values.detach().to(getattr(torch, name)).cpu().numpy().astype(_STORED[name])
-    return {"shape": list(array.shape), name: base64.b64encode(array.tobytes()).decode()}
+    family = _family_of(type(value))
+    if family is None:
+        return entries
+    for name, cls in family.items():
+        if cls is type(value):
+            return {"kind": name, **entries}
+    raise InputValueError(f"{short(value)} has no JSON form: register its class under a name (jacobiflow.register)")
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding

@@ -52,7 +52,7 @@ def partials(folder: Path, name: str = "*") -> list[Path]:
 
 
 def remove_partials(folder: Path) -> None:
-    """Removes the half-written files in a folder that killed processes have left."""
+    """Removes what `partials` returns."""
     for path in partials(folder):
         path.unlink(missing_ok=True)
 
@@ -67,7 +67,7 @@ def read_object(path: str | Path) -> dict[str, Any] | None:
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
-    """Writes `value` as JSON, whole or not at all; see `json_bytes`."""
+    """Writes `value` as `json_bytes` returns it."""
     write_atomically(path, json_bytes(value, indent))
 
 

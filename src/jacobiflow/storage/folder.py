@@ -63,7 +63,7 @@ class SampleFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> SampleFolder:
-        """Opens a folder of samples. Raises SampleFolderError if it has no manifest that can be read."""
+        """Opens a folder of samples."""
         path = Path(path)
         try:
             return cls(path, codec.load(path / MANIFEST, "manifest", partial(codec.decode, Manifest)))
@@ -85,7 +85,7 @@ class SampleFolder:
         return record if record.num == self.manifest.num_in([index]) else None
 
     def records(self) -> list[Record]:
-        """Returns the records of all shards. Raises SampleFolderError if one is missing."""
+        """Returns the records of all shards."""
         records = [record for index in range(self.manifest.num_shards) if (record := self.record(index)) is not None]
         if len(records) < self.manifest.num_shards:
             raise SampleFolderError(
@@ -122,7 +122,7 @@ class SampleFolder:
         return problems
 
     def images(self, index: int) -> UInt8[Tensor, "n c h w"]:
-        """Returns the 8-bit images of a shard. Raises SampleFolderError if they are missing or damaged."""
+        """Returns the 8-bit images of a shard."""
         channels, height, width = self.manifest.image_shape
         pixels, shape = self._array(index, "arr_0"), (self.manifest.num_in([index]), height, width, channels)
         if pixels is None or pixels.shape != shape or pixels.dtype != np.uint8:
