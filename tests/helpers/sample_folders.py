@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -71,14 +71,15 @@ def everything(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
-def facts(out: Path) -> Any:
-    """All that two runs of the same samples must share: every file, but not what the shards cost."""
-    files = everything(out)
-    files.pop("samples.png", None)
-    records = {name: json.loads(files.pop(name)) for name in list(files) if name.endswith(".json") and "/" in name}
-    for record in records.values():
-        del record["cost"]
-    return files, records
+def facts(out: Path, foreign: Sequence[str] = ()) -> dict[str, Any]:
+    """What two runs of the same samples must share: every file, but not what the shards cost."""
+    files: dict[str, Any] = everything(out)
+    for name in {"samples.png", *foreign} & files.keys():
+        del files[name]
+    for name in files:
+        if name.startswith("shards/") and name.endswith(".json"):
+            files[name] = {**json.loads(files[name]), "cost": None}
+    return files
 
 
 def times(out: Path) -> dict[str, int]:
