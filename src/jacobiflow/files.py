@@ -32,7 +32,7 @@ def write_beside(path: str | Path, sync: bool = True) -> Iterator[Path]:
                 os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        if error.filename in (str(partial), None):  # which is gone, or a full disk
+        if error.errno is not None and error.filename in (str(partial), None):  # None: the disk is full
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:

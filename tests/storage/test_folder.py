@@ -22,7 +22,6 @@ from jacobiflow.files import write_json
 from jacobiflow.latents import draw_latents
 from jacobiflow.storage import Cost, SampleFolderError
 from jacobiflow.strategy import Prediction
-from tests.helpers.problems import make_flow
 from tests.helpers.sample_folders import PLAN, everything, flip, invented, pixels_in, read, run, tiny_flow
 from tests.helpers.scoring import levels
 
@@ -153,17 +152,16 @@ def test_a_wrong_manifest_is_refused(tmp_path: Path) -> None:
         jf.SampleFolder.open(tmp_path)
 
 
-def test_costs_are_those_of_the_samples_and_add_up() -> None:
-    flow = make_flow(num_classes=3)
-    one, two = (jf.sample(flow, num, [0] * num, strategy="jacobi-3", certify=False) for num in (2, 3))
-    for samples in (one, two):
-        cost = Cost.of(samples)
-        assert (cost.seconds, cost.network_calls, cost.exact) == (samples.seconds, samples.network_calls, False)
-        assert sum(cost.status.values()) == len(samples.images)
-        assert cost.sweeps == tuple(block.sweeps for block in samples.stats)
-    total = Cost.total([Cost.of(one), Cost.of(two)])
-    assert total.token_evaluations == one.token_evaluations + two.token_evaluations
-    assert total.sweeps == tuple(a.sweeps + b.sweeps for a, b in zip(one.stats, two.stats, strict=True))
-    assert sum(total.status.values()) == 5
-    exact = Cost.of(jf.sample(flow, 2, [0, 1], strategy="sequential"))
-    assert (exact.exact, Cost.total([exact, exact]).exact, Cost.total([exact, total]).exact) == (True, True, False)
+def test_costs_of_shards_add_up(tmp_path: Path) -> None:
+    num_lost, num_resolved = int(LOST.sum()), int(SAMPLES.stats[0].resolved_sequentially.sum())
+    status = {"converged": 10 - num_lost, "nonfinite": num_lost} | dict.fromkeys(("max_sweeps", "rounding"), 0)
+    cost = Cost(1.5, 0.25, 7, 70, num_resolved, False, status, (5,), (0.5,))
+    assert Cost.of(SAMPLES) == cost
+    folder = run(tmp_path)
+    assert folder.cost() == replace(
+        cost, seconds=4.5, denoise_seconds=0.75, network_calls=21, token_evaluations=210, sweeps=(15,),
+        block_seconds=(1.5,),
+    )  # fmt: skip
+    exact = replace(cost, exact=True)
+    assert (Cost.total([exact, exact]).exact, Cost.total([exact, cost]).exact) == (True, False)
+    assert str(folder.outcome(4)).startswith(f"10 samples: {10 - num_lost} certified to 0.001")

@@ -101,8 +101,7 @@ def sample_to_folder(
     config = flow.config
     if check_choice("files", files, get_args(Files)) == "png":
         pillow()
-        if config.in_channels not in (1, 3):
-            raise InputValueError(f"files='png': holds images of 1 or 3 channels, not {config.in_channels}; give npz")
+        check_choice("files='png': in_channels", config.in_channels, (1, 3))
     labels = None if labels is None else flow.check_labels(labels, num)
     warn_if_guidance_is_idle(flow, labels)
     manifest = Manifest(
@@ -132,9 +131,12 @@ def sample_to_folder(
                 f"{folder.path}: process {processes.rank} does not see it; give one on a shared disk"
             )
         _draw_shards(flow, folder, todo, labels, processes, progress)
+        folder = replace(folder, drawn=folder.manifest.num_in(todo))
         if processes.rank > 0:
             return folder
-        _wait(folder, todo)
+        for index in todo:
+            while not folder.has(index):  # another process draws it; torchrun stops this one if that one fails
+                time.sleep(_POLL)
         folder = _with(folder, checksums=tuple(record.sha256 for record in folder.records()))
         folder.save_manifest()
     outcome = folder.outcome(config.num_tokens)
@@ -169,7 +171,7 @@ def _begin(
     folder.remove_partials()
     folder.save_manifest()
     write_atomically(folder.path / STRATEGY, strategy)
-    return replace(folder, drawn=folder.manifest.num), todo
+    return folder, todo
 
 
 def _resume(
@@ -188,18 +190,16 @@ def _resume(
     todo = [index for index in range(folder.manifest.num_shards) if not folder.verify(index)]
     if todo:
         if damaged := [index for index in todo if folder.record(index) is not None]:
-            names = short(damaged)
-            warnings.warn(f"{new.path}: shards {names} do not match their checksums; drawn again", stacklevel=2)
+            warnings.warn(f"{new.path}: shards {short(damaged)} were damaged, and are drawn again", stacklevel=2)
         if begun.machine != new.manifest.machine:
-            what = "another processor, thread count, device or version"
-            warnings.warn(f"{new.path}: begun with {what}: equal to rounding, not to the bit", stacklevel=2)
+            warnings.warn(f"{new.path}: begun on another machine: equal to rounding, not to the bit", stacklevel=2)
         _check_space(folder, todo)
         folder = _with(folder, checksums=None)
         folder.save_manifest()
     folder.remove_partials()
     for index in todo:
         folder.remove_record(index)
-    return replace(folder, drawn=folder.manifest.num_in(todo)), todo
+    return folder, todo
 
 
 def _draw_shards(
@@ -240,10 +240,3 @@ def _check_space(folder: SampleFolder, todo: Sequence[int]) -> None:
             f"{folder.path}: the samples to draw take {need / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; make room, "
             "or give another folder"
         )
-
-
-def _wait(folder: SampleFolder, todo: Sequence[int]) -> None:
-    """Waits for the shards of the other processes; torchrun stops this one if one of them fails."""
-    for index in todo:
-        while not folder.has(index):
-            time.sleep(_POLL)
