@@ -154,8 +154,8 @@ def check_type(name: str, value: Any, declared: Any) -> Any:
     try:
         return msgspec.convert(_python(value), declared)
     except msgspec.ValidationError as error:
-        words = re.sub(r"[\w.]*\.(?=\w)", "", getattr(declared, "__name__", None) or str(declared))
-        raise _wrong_kind(name, value, words if get_args(declared) else f"a value of type {words}") from error
+        words = str(declared) if get_args(declared) else declared.__name__
+        raise _wrong_kind(name, value, "a value of type " + re.sub(r"[\w.]*\.(?=\w)", "", words)) from error
 
 
 def convert_numbers(record: Any) -> None:

@@ -64,11 +64,7 @@ def processes() -> Iterator[Processes]:
     if not dist.is_torchelastic_launched():
         yield Processes()
         return
-    try:
-        dist.init_process_group("gloo", timeout=_WAIT)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputValueError(f"the processes of torchrun cannot meet ({reason}); give it a free port") from error
+    dist.init_process_group("gloo", timeout=_WAIT)
     try:
         this = Processes(dist.get_rank(), dist.get_world_size(), int(environ["LOCAL_RANK"]))
         if this.local_rank < torch.cuda.device_count():
