@@ -72,8 +72,8 @@ def transformer(
 ) -> Float[Tensor, "b n c"]:  # fmt: skip
     """Runs layers on `h`; no token's output depends on later tokens, even if these overflow.
 
-    Keys and values that are not finite are hidden from the tokens before. A CPU hides them only if the output is not
-    finite, which saves time. A GPU always does, to save a synchronisation. With gradients nothing is hidden.
+    Keys and values that are not finite are 0 to other tokens, and NaN to their own. A CPU hides them only if the output
+    is not finite, which saves time. A GPU always does, to save a synchronisation. With gradients nothing is hidden.
 
     Without `span`, and with caches of `None`, `h` are all tokens. `query_scale` is one over the attention temperature
     of each row.
@@ -82,7 +82,8 @@ def transformer(
     def run(hide: bool) -> Tensor:
         out = h
         for weights, cache in layers:
-            out = transformer_layer(out, weights, cache, span, query_scale, hide)
+            out = out + _self_attention(out, weights, cache, span, query_scale, hide)
+            out = out + _feed_forward(out, weights)
         return out
 
     if h.shape[1] == 1 or torch.is_grad_enabled():
@@ -90,18 +91,6 @@ def transformer(
     if h.device.type == "cpu" and math.isfinite((out := run(hide=False)).sum(dtype=torch.float32)):
         return out
     return run(hide=True)
-
-
-def transformer_layer(
-    x: Float[Tensor, "b n c"], weights: LayerWeights, cache: Float[Tensor, "b 2 h t d"] | None = None,
-    span: AttentionSpan | None = None, query_scale: Float[Tensor, "b 1 1 1"] | None = None, hide: bool = False,
-) -> Float[Tensor, "b n c"]:  # fmt: skip
-    """Pre-norm attention, then a perceptron with GELU, each added to its input.
-
-    With `hide`, keys and values that are not finite are 0 to other tokens, and NaN to their own.
-    """
-    x = x + _self_attention(x, weights, cache, span, query_scale, hide)
-    return x + _feed_forward(x, weights)
 
 
 # Two functions, whose intermediate tensors are freed at their ends, and GELU in place without gradients: what memory is
@@ -176,7 +165,7 @@ class AttentionBlock(nn.Module):
         self.mlp = MLP(channels, expansion)
 
     def weights(self) -> LayerWeights:
-        """Returns the parameters as `transformer_layer` takes them."""
+        """Returns the parameters as `transformer` takes them."""
         attention, mlp = self.attention, self.mlp
         norm, qkv, proj, mlp_norm, up, down = (
             (module.weight, module.bias)

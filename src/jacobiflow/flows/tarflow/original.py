@@ -57,8 +57,8 @@ def write_original(state: Mapping[str, Tensor], config: TarFlowConfig, path: str
         raise CheckpointError(f"{path}: cannot be written ({first_line(error)})") from error
 
 
-def infer_config(state: Mapping[str, Tensor], *, patch_size: int, head_dim: int = 64) -> TarFlowConfig:
-    """Reads the config of a square image's flow from shapes, which do not tell `patch_size` and `head_dim`.
+def infer_config(state: Mapping[str, Tensor], *, patch_size: int) -> TarFlowConfig:
+    """Reads the config of a square image's flow from shapes, which do not tell `patch_size`; `head_dim` is 64.
 
     Raises:
         CheckpointError: If the shapes are not those of a TarFlow with such patches.
@@ -84,7 +84,6 @@ def infer_config(state: Mapping[str, Tensor], *, patch_size: int, head_dim: int 
         layers_per_block=_count(state, r"blocks\.0\.attn_blocks\.(\d+)\."),
         num_classes=len(state["blocks.0.class_embed"]) if "blocks.0.class_embed" in state else 0,
         nvp=outputs == 2 * token_channels,
-        head_dim=head_dim,
         expansion=hidden // channels,
     )
 
