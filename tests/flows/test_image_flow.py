@@ -98,7 +98,7 @@ def test_images_of_another_shape_or_device_are_refused() -> None:
     for wrong, labels, words in (
         (torch.zeros(2, 1, 4, 5), None, r"images=a tensor \(2, 1, 4, 5\) of torch.float32: .* \(N, 1, 4, 4\)"),
         (images.to("meta"), None, "images=.* on the meta device"),
-        (images, torch.zeros(2, dtype=torch.long, device="meta"), "labels: on meta, but cpu is needed"),
+        (images, torch.zeros(2, dtype=torch.long, device="meta"), "labels=.* on the meta device"),
     ):
         with pytest.raises(ValueError, match=words):
             flow.encode(wrong, labels)
