@@ -22,7 +22,7 @@ ScaleShift = tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]
 class Permutation:
     """The order in which a block reads the tokens: raster order ("identity"), or its reverse ("flip").
 
-    Both are their own inverse, so one call maps raster order to causal order and back.
+    Both are their own inverse.
     """
 
     kind: Literal["identity", "flip"]
@@ -96,8 +96,7 @@ class AffineBlock(ABC):
         has_attention: The context may be an `AttentionContext`.
 
     Example:
-        >>> block = jf.load("digits-p1").blocks[0]
-        >>> log_scale, shift = block.affine_whole(torch.zeros(2, 64, 1))
+        >>> log_scale, shift = jf.load("digits-p1").blocks[0].affine_whole(torch.zeros(2, 64, 1))
         >>> log_scale.shape
         torch.Size([2, 64, 1])
     """

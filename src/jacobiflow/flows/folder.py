@@ -25,11 +25,9 @@ from jacobiflow.flows.guidance import SamplingSettings
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-REPORT = "report.json"
-REPORTS = (REPORT, "report-*.json", "tuning.json", "tuning-*.json")  # a guidance has a name of its own
+REPORTS = ("report.json", "report-*.json", "tuning.json", "tuning-*.json")  # a guidance has a name of its own
 README = "README.md"
 FORMAT_VERSION = 1
-
 MODELS = Path(__file__).parents[1] / "models"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -101,7 +99,7 @@ def bundled() -> dict[str, Path]:
 
 
 def check_own_model(path: Path) -> None:
-    """Raises CheckpointError if a folder has a model's files, but no config.json of this library."""
+    """Raises CheckpointError if a folder has files under a model's names, but no config.json of this library."""
     if "format_version" not in (read_object(path / CONFIG) or {}):
         for file in (path / CONFIG, path / WEIGHTS, *reports_in(path)):
             if file.exists():
@@ -111,14 +109,9 @@ def check_own_model(path: Path) -> None:
 
 
 def write_model(flow: Any, path: Path, dtype: torch.dtype | None = None, title: str = "") -> None:
-    """Writes a model folder; the model that was there stays until all files are complete.
+    """Writes a model folder, as `ImageFlow.save_pretrained` documents it.
 
-    Reports of the weights as written are copied. The card, if there is no README.md, has `title`, by default the
-    folder's name.
-
-    Raises:
-        CheckpointError: If a weight is not finite, the folder has files under a model's names that this library did not
-            write, or it cannot be written.
+    The card, if there is no README.md, has `title`, by default the folder's name.
     """
     check_kind("recommended", flow.recommended, SamplingSettings, "SamplingSettings")
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in flow.state_dict().items()}
@@ -151,12 +144,9 @@ def write_model(flow: Any, path: Path, dtype: torch.dtype | None = None, title: 
 
 def model_card(flow: Any, name: str) -> str:
     """Returns a model card in Markdown, with front matter for the Hugging Face Hub."""
-    config, kind, recommended = flow.config, type(flow).__name__, flow.recommended
-    classes, size, channels = config.num_classes, config.image_size, config.in_channels
+    config, classes, size = flow.config, flow.config.num_classes, flow.config.image_size
     conditional = f", class-conditional over {classes} classes" if classes else ""
     parameters = sum(parameter.numel() for parameter in flow.parameters())
-    settings = [] if recommended.guidance is None else [f"guidance `{recommended.guidance}`"]
-    settings += [f"one denoising step of rate {recommended.denoise:g}"] if recommended.denoise else []
     return f"""\
 ---
 library_name: jacobiflow
@@ -168,7 +158,7 @@ tags:
 
 # {name}
 
-A {kind}, an autoregressive normalizing flow, of {size}x{size} images{conditional}:
+A {type(flow).__name__}, an autoregressive normalizing flow, of {size}x{size} images{conditional}:
 {parameters:,} parameters, {config.num_blocks} blocks, {config.num_tokens} tokens of {config.token_channels} values.
 [jacobiflow](https://pypi.org/project/jacobiflow/) samples from it in parallel (`pip install jacobiflow`).
 
@@ -180,10 +170,8 @@ flow = jf.load("{name}")
 settings = flow.recommended
 labels = {f"torch.arange(8) % {classes}" if classes else None}
 out = jf.sample(flow.guided(settings.guidance), 8, labels, denoise=settings.denoise)
-print(tuple(out.images.shape))  # (8, {channels}, {size}, {size}), nominally in [-1, 1]
+print(tuple(out.images.shape))  # (8, {config.in_channels}, {size}, {size}), nominally in [-1, 1]
 ```
-
-Recommended settings: {" and ".join(settings) or "none, neither guidance nor denoising"}.
 """
 
 
@@ -219,10 +207,7 @@ def build(make: Callable[[], AnyModule], state: dict[str, Tensor], source: str) 
     """Builds a module on the meta device, loads a state dict strictly, and returns it in eval mode.
 
     Its initial values cost nothing, and draw no random numbers. Half precision becomes float32. The tensors are taken
-    out of `state`.
-
-    Raises:
-        CheckpointError: If a tensor is missing, unknown, of another shape, or not finite; begins with `source`.
+    out of `state`; a CheckpointError begins with `source`.
     """
     check_values(state, source)
     with torch.device("meta"):

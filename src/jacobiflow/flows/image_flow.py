@@ -45,7 +45,6 @@ class ImageFlow(nn.Module, ABC):
 
     Attributes:
         model_type: Its name in model folders and on the command line.
-        config_type: The class of its config.
         block_type: The class of its blocks, called with the config and a `Permutation`.
         var: The prior's variance (T, C).
         guidance: That of this view, see `guided`.
@@ -91,9 +90,6 @@ class ImageFlow(nn.Module, ABC):
         Args:
             pretrained_model_name_or_path: A bundled model's name, a folder, or a hub id "owner/name".
             hub: For a hub id, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
-
-        Raises:
-            CheckpointError: If there is no such model, it is of another class, or its files do not fit each other.
         """
         check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         folder = ModelFolder.open(pretrained_model_name_or_path, **hub)
@@ -129,11 +125,10 @@ class ImageFlow(nn.Module, ABC):
             repo_id: The repository, "owner/name", which is created if need be.
             private: Whether a new repository is private.
             token: By default that of `hf auth login`.
-            dtype: Of the weights; by default the flow's own.
+            dtype: As for `save_pretrained`.
             upload: For `huggingface_hub.HfApi.upload_folder`, such as `revision`, `create_pr`, `commit_message`.
 
-        Returns:
-            The address of the commit.
+        Returns the address of the commit.
         """
         hub = hub_client().HfApi(token=token)
         repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -145,11 +140,6 @@ class ImageFlow(nn.Module, ABC):
         """Returns a view of this flow that is sampled under `guidance`; it shares parameters and buffers.
 
         `encode`, `log_prob` and denoising are those of the plain flow. `None`, or a weight of 0, gives the plain flow.
-
-        Example:
-            >>> flow = jf.load("digits-p1").guided(jf.Guidance(1.5))
-            >>> flow.guidance.weight
-            1.5
         """
         check_kind("guidance", guidance, Guidance | None, GIVE_GUIDANCE)
         view = copy.copy(self)
@@ -238,10 +228,7 @@ class ImageFlow(nn.Module, ABC):
     def encode(
         self, images: Float[Tensor, "n c h w"], labels: Labels | None = None
     ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
-        """Returns latents z = f(images), standard normal under the model, and log|det df/dx| in nats; prior included.
-
-        `labels` as `normalize` takes them.
-        """
+        """Returns latents z = f(images), standard normal under the model, and log|det df/dx| in nats with the prior."""
         z, log_det = self.normalize(images, labels)
         var = self.var.to(z.dtype)
         return z / var.sqrt(), log_det - 0.5 * var.log().sum()

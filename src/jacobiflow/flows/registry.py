@@ -21,9 +21,6 @@ FLOWS: dict[str, type[ImageFlow]] = {}
 def register(flow: Flow) -> Flow:
     """Registers a subclass of `ImageFlow` under its `model_type`; a class decorator.
 
-    Raises:
-        ValueError: If another flow has that name.
-
     Example:
         >>> @register
         ... class Wide(jf.MAF):
@@ -48,7 +45,7 @@ def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     Args:
         name: A bundled model's name, else a local folder, else a hub id "owner/name". For a folder that has the name of
             a bundled model write "./name", or give a `Path`.
-        device: Device of the flow.
+        device: Of the flow.
         dtype: Dtype of the flow, or its name. By default as stored, with float16 and bfloat16 widened to float32.
 
     Raises:

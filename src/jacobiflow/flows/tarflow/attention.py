@@ -56,8 +56,7 @@ class LayerWeights(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> LayerWeights:
         """Returns the parameters in `dtype`."""
-        norm, qkv, proj, mlp_norm, up, down = (cast(pair, dtype) for pair in self[:-1])
-        return LayerWeights(norm, qkv, proj, mlp_norm, up, down, self.num_heads)
+        return LayerWeights(*(cast(pair, dtype) for pair in self[:-1]), num_heads=self.num_heads)
 
 
 def cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:
@@ -68,15 +67,14 @@ def cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:
 
 def transformer(
     h: Float[Tensor, "b n c"], layers: Sequence[tuple[LayerWeights, Float[Tensor, "b 2 h t d"] | None]],
-    span: AttentionSpan | None = None, query_scale: Float[Tensor, "b 1 1 1"] | None = None,
+    span: AttentionSpan, query_scale: Float[Tensor, "b 1 1 1"] | None,
 ) -> Float[Tensor, "b n c"]:  # fmt: skip
     """Runs layers on `h`; no token's output depends on later tokens, even if these overflow.
 
     Keys and values that are not finite are 0 to other tokens, and NaN to their own. A CPU hides them only if the output
     is not finite, which saves time. A GPU always does, to save a synchronisation. With gradients nothing is hidden.
 
-    Without `span`, and with caches of `None`, `h` are all tokens. `query_scale` is one over the attention temperature
-    of each row.
+    With caches of `None`, `h` are all tokens. `query_scale` is one over the attention temperature of each row.
     """
 
     def run(hide: bool) -> Tensor:
@@ -98,16 +96,15 @@ def transformer(
 
 
 def _self_attention(
-    x: Tensor, weights: LayerWeights, cache: Tensor | None, span: AttentionSpan | None, query_scale: Tensor | None,
-    hide: bool,
-) -> Tensor:  # fmt: skip
+    x: Tensor, weights: LayerWeights, cache: Tensor | None, span: AttentionSpan, query_scale: Tensor | None, hide: bool
+) -> Tensor:
     batch, length, channels = x.shape
     qkv = F.linear(F.layer_norm(x, (channels,), *weights.norm), *weights.qkv)
     qkv = qkv.view(batch, length, 3, weights.num_heads, -1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     if query_scale is not None:
         q = q * query_scale
-    if cache is None or span is None:
+    if cache is None:
         # Neither a mask nor a weight of 0 hides a value that is not finite: inf - inf and 0 x inf are NaN.
         keys, values = (k.nan_to_num(0.0, 0.0, 0.0), v.nan_to_num(0.0, 0.0, 0.0)) if hide else (k, v)
         out = F.scaled_dot_product_attention(q, keys, values, is_causal=True)

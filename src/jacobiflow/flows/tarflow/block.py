@@ -31,9 +31,9 @@ _TOKENS_PER_PASS = 3200
 class TarFlowCache:
     """Keys and values of a block's tokens while it is solved, and all that does not change meanwhile.
 
-    The network runs in the dtype of these tensors. `layers` are keys and values, written in place; `embedding` is the
-    sum of bias, position and class of each token in causal order; `query_scale` is one over the attention temperature
-    of each row, or `None` if all are 1.
+    The network runs in the dtype of these tensors. `layers` are keys and values, written in place, or none for a pass
+    over all tokens; `embedding` is the sum of bias, position and class of each token in causal order; `query_scale` is
+    one over the attention temperature of each row, or `None` if all are 1.
     """
 
     layers: tuple[Float[Tensor, "b 2 h t d"], ...]
@@ -83,37 +83,27 @@ class TarFlowBlock(FlowBlock):
     def affine_whole(
         self, x: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | AttentionContext | None = None
     ) -> ScaleShift:
-        labels, temperature = AttentionContext.of(context)
-        if torch.is_grad_enabled() or not (parts := _parts(x, x.shape[1])):
-            return self._affine_whole(x, labels, temperature)
-        rows_of = ([None if t is None else t[rows] for t in (labels, temperature)] for rows in parts)
-        return _joined(self._affine_whole(x[rows], *some) for rows, some in zip(parts, rows_of, strict=True))
-
-    def _affine_whole(self, x: Tensor, labels: Tensor | None, temperature: Tensor | None) -> ScaleShift:
-        if x.shape[1] == 1:  # entry 0 has no token before it
-            return torch.zeros_like(x), torch.zeros_like(x)
-        weight = self.proj_in.weight
-        h = F.linear(x[:, :-1].to(weight.dtype), weight) + self._embedding(labels)[:, :-1]
-        layers = [(layer.weights(), None) for layer in self.attn_blocks]
-        query_scale = None if temperature is None else self._query_scale(temperature)
-        h = transformer(h, layers, query_scale=query_scale)
-        return self._read_out(h, x, (self.proj_out.weight, self.proj_out.bias), first=True)
+        return self.affine(x, 0, x.shape[1], self._cache(x, context, layers=()))
 
     def init_cache(
         self, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | AttentionContext | None = None
     ) -> TarFlowCache:
-        labels, temperature = AttentionContext.of(context)
         check_input(z, self.num_tokens, self.proj_in.in_features)
         attention = self.attn_blocks[0].attention
         weight = attention.qkv.weight
         heads, channels = attention.num_heads, weight.shape[1]
         shape = (z.shape[0], 2, heads, self.num_tokens, channels // heads)
+        cache = self._cache(z, context, tuple(weight.new_zeros(shape) for _ in self.attn_blocks))
+        return replace(cache, embedding=cache.embedding.contiguous())
+
+    def _cache(self, z: Tensor, context: Tensor | AttentionContext | None, layers: tuple[Tensor, ...]) -> TarFlowCache:
+        labels, temperature = AttentionContext.of(context)
         return TarFlowCache(
-            tuple(weight.new_zeros(shape) for _ in self.attn_blocks),
+            layers,
             tuple(layer.weights() for layer in self.attn_blocks),
             self.proj_in.weight,
             (self.proj_out.weight, self.proj_out.bias),
-            self._embedding(labels).expand(len(z), -1, -1).contiguous(),
+            self._embedding(labels).expand(len(z), -1, -1),
             None if temperature is None else self._query_scale(temperature),
         )
 
@@ -201,7 +191,7 @@ def _parts(x: Tensor, size: int) -> list[slice]:
     `keep_freed_memory`.
     """
     rows = max(_TOKENS_PER_PASS // size, 1)
-    if x.device.type != "cpu" or len(x) <= rows:
+    if x.device.type != "cpu" or len(x) <= rows or torch.is_grad_enabled():
         return []
     return [slice(first, first + rows) for first in range(0, len(x), rows)]
 
@@ -216,4 +206,5 @@ def _hidden(tokens: Tensor, positions: slice | Tensor, end: int, cache: TarFlowC
     span = AttentionSpan.of(positions, end, cache.proj_in)
     embedding = cache.embedding[:, positions] if span.rows is None else cache.embedding[span.rows, positions]
     h = F.linear(tokens.to(embedding.dtype), cache.proj_in) + embedding
-    return transformer(h, list(zip(cache.weights, cache.layers, strict=True)), span, cache.query_scale)
+    layers = cache.layers or (None,) * len(cache.weights)
+    return transformer(h, list(zip(cache.weights, layers, strict=True)), span, cache.query_scale)

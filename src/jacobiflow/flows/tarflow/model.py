@@ -7,16 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from jacobiflow.errors import CheckpointError, first_line
+from jacobiflow.files import write_beside
 from jacobiflow.flows.config import TarFlowConfig
-from jacobiflow.flows.folder import build
+from jacobiflow.flows.folder import build, check_values
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.registry import register
 from jacobiflow.flows.tarflow.block import TarFlowBlock
-from jacobiflow.flows.tarflow.original import read_original, write_original
+from jacobiflow.flows.tarflow.original import read_original
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -59,7 +62,21 @@ class TarFlow(ImageFlow):
 
     def to_original(self, path: str | Path) -> None:
         """Writes a `.pth` state dict that the original TarFlow code loads strictly, causal masks included."""
-        write_original(self.state_dict(), self.config, path)
+        config = self.config
+        if (config.head_dim, config.expansion) != (64, 4):
+            raise CheckpointError(
+                f"head_dim={config.head_dim}, expansion={config.expansion}: the original code has 64 and 4 only; "
+                "save a model folder instead"
+            )
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        check_values(state, f"{path}: not written")
+        mask = torch.ones(config.num_tokens, config.num_tokens).tril()
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with write_beside(path) as partial_file:
+                torch.save(state | {f"blocks.{i}.attn_mask": mask for i in range(config.num_blocks)}, partial_file)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: cannot be written ({first_line(error)})") from error
 
     @property
     def learns_prior(self) -> bool:
