@@ -56,8 +56,8 @@ def test_the_guided_map_is_the_formula_s(
         # And the place of one may be taken by another.
         block.refill(cache, torch.tensor([1]), None if labels is None else labels[:1])
         entered = block.update(x[[2, 0]], z[[2, 0]], 0, length, cache)
-    for found in (torch.cat(runs, dim=1), whole):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    for actual in (torch.cat(runs, dim=1), whole):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
     for n, (row, first) in enumerate(zip((2, 1), start.tolist(), strict=True)):
         torch.testing.assert_close(run[n], expected[row, first : first + 3], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(entered, expected[[2, 0]], rtol=1e-10, atol=1e-10)

@@ -59,13 +59,11 @@ class Guidance:
             Guidance(weight=4.0, annealed=True, on='both', attn_temperature=1.2)
         """
         weight, *options = (part.strip() for part in text.split(","))
-        entries: dict[str, Any] = {}
         try:
-            for name, _, value in (option.partition("=") for option in options):
-                if name in entries:
-                    raise ValueError(name)
-                entries[name] = _PARSERS[name](value)
-            return cls(float(weight), **entries)
+            entries = dict(option.split("=") for option in options)
+            if len(entries) < len(options):
+                raise ValueError("an option is there twice")
+            return cls(float(weight), **{name: _PARSERS[name](value) for name, value in entries.items()})
         except InputValueError:
             raise
         except (KeyError, ValueError):

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jacobiflow.checks import check_floating, check_kind, check_on, check_path, short
+from jacobiflow.checks import check_floating, check_kind, check_path, short
 from jacobiflow.errors import CheckpointError, InputValueError
 from jacobiflow.flows.base import AffineBlock, FlowBlock, Permutation, ScaleShift
 from jacobiflow.flows.config import FlowConfig
@@ -188,7 +188,6 @@ class ImageFlow(nn.Module, ABC):
     def check_batch(self, images: Float[Tensor, "n c h w"], labels: Labels | None) -> Int[Tensor, " n"] | None:
         """Checks that images and labels fit the flow; returns the labels as a tensor on its device."""
         self.check_images(images)
-        check_on("images", images, self.var.device)
         if labels is None or not self.config.num_classes:
             return None
         return self.check_labels(labels, len(images)).to(self.var.device)
