@@ -63,11 +63,6 @@ def images(device: torch.device, models: Sequence[str] = BUNDLED, strategies: Se
     return {"rows": rows}
 
 
-def guidance_of(preset: jf.Preset) -> jf.Guidance:
-    """The guidance with which the paper samples a model."""
-    return jf.Guidance(preset.guidance_weight, preset.annealed, attn_temperature=preset.attn_temperature)
-
-
 def solvers_of(preset: jf.Preset) -> Counter[jf.Solver]:
     """The solvers of the paper's strategy, without its early stop, and the number of blocks that each solves."""
     config = preset.config
@@ -77,8 +72,8 @@ def solvers_of(preset: jf.Preset) -> Counter[jf.Solver]:
 
 def shape(preset: jf.Preset, batch: int, dtype: str, device: torch.device) -> Figures:
     """Seconds of a model of the paper by each way to sample it, from those of one block."""
-    config = preset.config
-    flow = random_flow(replace(config, num_blocks=1)).to(device, getattr(torch, dtype)).guided(guidance_of(preset))
+    config, guidance = preset.config, preset.recommended.guidance
+    flow = random_flow(replace(config, num_blocks=1)).to(device, getattr(torch, dtype)).guided(guidance)
     z = draw_latents(batch, config.num_tokens, config.token_channels, seed=1).to(device)
     labels = torch.arange(batch, device=device) % config.num_classes if config.num_classes else None
     block, solvers = flow.inverse_blocks[0], solvers_of(preset)
