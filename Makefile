@@ -137,7 +137,7 @@ figures: setup
 
 # The site, in out/site; fails on a warning and on a link that leads nowhere.
 docs: setup
-	$(BIN)/python -m benchmarks.website
+	$(BIN)/python -m benchmarks.website.build
 
 clean:
 	rm -rf $(VENV) out build dist

@@ -1,4 +1,4 @@
-"""Fills the marked regions of the pages from result files: `python -m benchmarks.render`.
+"""Fills the marked regions of the pages from result files: `python -m benchmarks.render`, or `make render`.
 
 A region names a template of benchmarks/templates and the results that it shows, or a value:
 
@@ -24,7 +24,7 @@ import torch
 
 import jacobiflow as jf
 from benchmarks import calibration, paper_sizes, regimes
-from benchmarks.common import MODELS, RESULTS, ROOT
+from benchmarks.common import MODELS, RESULTS, ROOT, Json, parser
 from jacobiflow.calibration import rank_correlation
 from jacobiflow.calibration.convergence import TOLERANCES
 from jacobiflow.calibration.report import GUESS_NAMES
@@ -52,13 +52,10 @@ def _fill(source: str) -> str:
     if source.startswith("="):
         return _environment().from_string(f"{{{{ {source[1:].strip()} }}}}").render()
     template, *names = source.split()
-    shown = [result(name) for name in names]
-    reports = {name.removesuffix("/report"): value for name, value in zip(names, shown, strict=True)
-               if isinstance(value, jf.Report)}  # fmt: skip
-    others = [value for value in shown if not isinstance(value, jf.Report)]
-    text = _environment().get_template(f"{template}.md").render(
-        reports=reports, results=others, result=others[0] if others else None
-    )  # fmt: skip
+    reports = {name.removesuffix("/report"): result(name) for name in names if name.endswith("/report")}
+    results = [result(name) for name in names if not name.endswith("/report")]
+    values = {"reports": reports, "results": results, "result": next(iter(results), None)}
+    text = _environment().get_template(f"{template}.md").render(values)
     text = re.sub(r"\n{3,}", "\n\n", text).strip()
     return f"\n\n{text}\n\n"
 
@@ -69,9 +66,6 @@ def result(name: str) -> Any:
     if name.endswith("/report"):
         return jf.Report.load(MODELS / f"{name}.json")
     return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-# ------------------------------------------------------------------------------------------------------------- formats
 
 
 def speed_up(ratio: float) -> str:
@@ -93,9 +87,6 @@ def plan(counts: Mapping[str, int]) -> str:
     return f"{loop}sweeps in {counts['swept']}{f' ({pieces})' * bool(pieces)}"
 
 
-# ------------------------------------------------------------------------------------------------------------- choices
-
-
 def grouped(rows: Iterable[Any], *keys: str) -> list[tuple[tuple[Any, ...], list[Any]]]:
     """Rows with equal values of the keys together, in the order in which these first occur."""
     groups: dict[tuple[Any, ...], list[Any]] = {}
@@ -109,12 +100,12 @@ def where(rows: Iterable[Any], /, **values: Any) -> Any:
     return next((row for row in rows if values.items() <= row.items()), jinja2.Undefined())
 
 
-def strategy(comparison: Mapping[str, Any], name: str) -> Any:
+def strategy(comparison: Json, name: str) -> Any:
     """The row of a strategy in a comparison."""
     return where(comparison["rows"], strategy=name)
 
 
-def fastest(comparison: Mapping[str, Any], name: str, bound: float | None) -> Any:
+def fastest(comparison: Json, name: str, bound: float | None) -> Any:
     """The fastest row of a sampler, of all its settings, whose largest error is at most `bound`; None if none is."""
     rows = [row for row in comparison["rows"] if row["strategy"].split(" | ")[0] == name]
     near = [row for row in rows if bound is None or row["error"]["max"] <= bound]
@@ -152,7 +143,7 @@ def slowest_by_batch(counts: Sequence[Sequence[int]]) -> str:
     return " / ".join(f"{paper_sizes.mean_slowest(counts, batch):.1f}" for batch in regimes.BATCH_SIZES)
 
 
-def recommendation(search: Mapping[str, Any]) -> str:
+def recommendation(search: Json) -> str:
     """The recommended settings of a search, and their distance to real images."""
     rows, settings = search["rows"], search["recommended"]
     (measure,) = MEASURES.keys() & search["best"].keys()
@@ -186,6 +177,11 @@ def fitted_sweeps(model: str, blocks: Iterable[int]) -> str:
     return calibration.number_range([means[block] for block in blocks])
 
 
+def sweep_ways(model: Json) -> list[paper_sizes.Way]:
+    """The ways that all tough blocks of a model, or all others, were swept in."""
+    return [way for tough in (True, False) for way in paper_sizes.counted(model, tough)]
+
+
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
@@ -194,45 +190,31 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    functions = (
+    functions = {function.__name__: function for function in (
         calibration.agreement, calibration.best_guess, calibration.mean_sweeps, calibration.segment_sweeps,
-        calibration.sweeps_range, calibration.tough_share, chord_share, fastest, fitted_sweeps, paper_megabytes,
-        paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks, plain_sweeps,
-        rank_correlation, recommendation, regimes.in_passes, result, strategy, sweeps_win,
-    )  # fmt: skip
-    environment.globals |= {function.__name__: function for function in functions} | {
+        calibration.sweeps_range, calibration.tough_share, chord_share, duration, fastest, fastest_way, fitted_sweeps,
+        grouped, least_accurate, paper_megabytes, paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of,
+        paper_sizes.tough_blocks, plain_sweeps, plan, rank_correlation, recommendation, regimes.in_passes, result,
+        slowest_by_batch, speed_up, strategy, sweep_ways, sweeps_win, where,
+    )}  # fmt: skip
+    environment.globals |= functions | {
         "calls": {"sampling": "inverse", "density": "`log_prob`"},
         "guesses": GUESS_NAMES,
         "measures": MEASURES,
         "presets": jf.PRESETS,
         "starts": [*product(("images", "noise"), TOLERANCES)],
     }
-    environment.filters |= {
+    environment.filters |= functions | {
         "batch": "batch {}".format,
         "code": "`{}`".format,
-        "duration": duration,
-        "estimates": paper_sizes.estimates,
-        "grouped": grouped,
-        "least_accurate": least_accurate,
-        "fastest_way": fastest_way,
-        "plan": plan,
-        "slowest_by_batch": slowest_by_batch,
-        "speed_up": speed_up,
         "start": lambda start: f"{start[0]}, {start[1]:g}",
-        "strategy": strategy,
-        "sweep_ways": lambda model: [way for tough in (True, False) for way in paper_sizes.counted(model, tough)],
-        "where": where,
     }
     return environment
 
 
-def main() -> None:
-    """Renders all pages."""
-    for path in pages():
-        page = path.read_text()
-        if (rendered := render(page)) != page:
-            write_atomically(path, rendered.encode())
-
-
 if __name__ == "__main__":
-    main()
+    parser(__doc__).parse_args()
+    for path in pages():
+        text = path.read_text()
+        if (rendered := render(text)) != text:
+            write_atomically(path, rendered.encode())

@@ -1,1 +1,1 @@
-"""Builds the site of zensical.toml: `python -m benchmarks.website`, or `make docs`."""
+"""The site of docs/zensical.toml."""

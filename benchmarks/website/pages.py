@@ -1,4 +1,4 @@
-"""Gathers the pages of the site in one folder, and makes their links work there.
+"""Gathers the pages of the site in one folder, with links that work there.
 
 The Markdown files of the repository link to each other and to sources as GitHub shows them. In the site a link to
 another page leads to that page, one to a picture or a file of docs/ to a copy of it, and one to anything else to the
@@ -13,7 +13,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.common import ROOT
+
 MERMAID = "mermaid.min.js"
 _CODE = re.compile(
     r"^(?P<fence>```+|~~~+).*?^(?P=fence)[ ]*$|(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`)", re.DOTALL | re.MULTILINE
@@ -22,11 +23,10 @@ _LINK = re.compile(r"(?P<before>\]\(|\bsrc=\"|\bhref=\")(?P<target>[^)\s\"#]+)(?
 
 
 def page_names(root: Path = ROOT) -> dict[str, str]:
-    """Returns the name of each page in the site by its path in the repository."""
+    """The name of each page in the site by its path in the repository."""
     pages = {"README.md": "index.md"}
-    for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY"):
-        if (root / f"{name}.md").exists():
-            pages[f"{name}.md"] = f"{name.lower()}.md"
+    for page in sorted(root.glob("[CS]*.md")):  # CHANGELOG, CONTRIBUTING, SECURITY
+        pages[page.name] = page.name.lower()
     for card in sorted((root / "src/jacobiflow/models").glob("*/README.md")):
         pages[str(card.relative_to(root))] = f"models/{card.parent.name}.md"
     docs = root / "docs"
@@ -36,10 +36,7 @@ def page_names(root: Path = ROOT) -> dict[str, str]:
 
 
 class Pages:
-    """The pages of a repository, written to the folder `site`.
-
-    `repository` is its address, for links that leave the site. `missing` collects links to nothing.
-    """
+    """The pages of a repository at an address, written to the folder `site`; `missing` collects links to nothing."""
 
     def __init__(self, site: Path, repository: str, root: Path = ROOT) -> None:
         self.site, self.root = site, root
@@ -54,7 +51,7 @@ class Pages:
         page = self.site / self.names[path]
         page.parent.mkdir(parents=True, exist_ok=True)
         moved = outside_code(text, lambda part: _LINK.sub(lambda link: self._moved(path, link), _spaced(part)))
-        if "```mermaid" in text:  # which then is not fetched from elsewhere
+        if "```mermaid" in text:  # a copy of Mermaid, so that Zensical fetches none
             moved += f'\n<script src="{os.path.relpath(MERMAID, os.path.dirname(self.names[path]))}"></script>\n'
         page.write_text(moved)
 
