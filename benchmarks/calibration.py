@@ -115,7 +115,7 @@ def facts_of_report(report: jf.Report) -> dict[str, str]:
 
 
 def facts_of_strategies(rows: Sequence[Json]) -> dict[str, str]:
-    """Facts from the rows of MODEL-strategies.json; cells have a value for each batch size of the paper's strategies."""
+    """Facts from the rows of MODEL-strategies.json, with a value for every batch size of the paper's strategies."""
     batches = sorted({row["batch"] for row in rows if row["strategy"].startswith(PAPER)})
 
     def cells(strategy: str | tuple[str, ...], key: str, form: str, bound: float = math.inf) -> str:
