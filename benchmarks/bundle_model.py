@@ -1,8 +1,7 @@
 """Puts a trained model into the package: `python -m benchmarks.bundle_model --help`.
 
-Writes config.json, with the settings that docs/results/NAME-search.json recommends, and half-precision weights to
-src/jacobiflow/models/NAME, metrics of the bundled weights to docs/results/NAME.json, and the loss curve to
-docs/figures. The card, models/NAME/README.md, is written by hand; `python -m benchmarks.render` fills its tables.
+Writes config.json, with the recommended settings of docs/results/NAME-search.json, and half-precision weights to
+src/jacobiflow/models/NAME; and for its card, metrics to docs/results/NAME.json and the loss curve to docs/figures.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """Checks images on a GPU, then times the paper's models: `python -m benchmarks.gpu`, about ten minutes.
 
-1. *images*: bundled models by each kind of solver, against the exact loop on the CPU.
-2. The paper's four models in shape, at batch 1 and 16, in float32 and in bfloat16, with the paper's guidance: the
-   original sampler, the exact loop (a CUDA graph a token), the paper's strategy at its number of sweeps, and an
-   encoding pass. One block of random weights is timed, and a model's seconds are sums over its blocks. Random weights
-   give the time of a sweep, not how many a trained model needs.
-
-Writes docs/results/gpu.json after each; interrupted, it goes on. Exits with 1 if an image is wrong.
+Images of bundled models by each kind of solver are compared with those of the exact loop on the CPU; it exits with 1 if
+one is wrong. Then one block of random weights in the shape of each of the paper's models is timed, and a model's
+seconds are sums over its blocks. Random weights give the time of a sweep, not how many a trained model needs. Writes
+docs/results/gpu.json after each; interrupted, it goes on.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Writes the images that ship with the package: `python -m benchmarks.make_images fashion|emoji`.
 
-For `fashion`, 512 images: the first training images of each class of Fashion-MNIST (Debian's dataset-fashion-mnist), in
-the order of the training file. For `emoji`, 256 people, faces and hands of Google's Noto Emoji (Apache-2.0), from the
-npm package emoji-datasource-google that `make emoji` fetches: evenly spaced among the training images of each class,
-since skin tones of one emoji are neighbours; and out/emoji/train.npz and out/emoji/test.npz with all images. Classes
-have equal numbers of images, or one fewer. The same data gives the same bytes.
+For `fashion`, the first 512 training images of Fashion-MNIST (Debian's dataset-fashion-mnist), balanced over classes.
+For `emoji`, 256 people, faces and hands of Google's Noto Emoji (Apache-2.0, from the npm package
+emoji-datasource-google that `make emoji` fetches), evenly spaced in each class, since skin tones of one emoji are
+neighbours; and out/emoji/*.npz with all images. The same data gives the same bytes.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """Times masked flows of four libraries, as they are and accelerated: `python -m benchmarks.masked_flows`.
 
 Writes docs/results/masked-flows.json, which fills docs/flows.md and README.md, in about 20 minutes on two cores that
-are otherwise idle. A file from the same machine and versions is completed, so that a run can be interrupted.
-
-Each flow has five transforms, the random weights of its library, and one context of four features for all rows. The
-slow direction of a flow makes a pass of its network for each feature: sampling, or the density in some flows of
-normflows and pyro. Sampling is timed without its random numbers, from latents. The fast direction has standard normal
-inputs; the inputs of the slow direction are its results.
+are otherwise idle; interrupted, it goes on. Flows have five transforms, random weights, and one context of four
+features for all rows. Their slow direction makes a pass of the network for each feature: sampling, or the density in
+some flows of normflows and pyro. Sampling is timed without its random numbers, from latents.
 """
 
 from __future__ import annotations

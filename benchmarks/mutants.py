@@ -1,8 +1,8 @@
 """Measures how many small faults the tests catch: `python -m benchmarks.mutants`, about an hour on two cores.
 
-Faults are drawn by benchmarks/faults.py. For each, the tests of its part of the package run in a copy of the tree until
-one fails. Writes docs/results/mutants.json, which fills docs/reliability.md: the share of killed mutants and the
-survivors, part by part. It goes on where it was stopped, unless sources or tests have changed since.
+For each fault of benchmarks/faults.py the tests of its part run in a copy of the tree until one fails. Writes
+docs/results/mutants.json, which fills docs/reliability.md: the share of killed mutants and the survivors, part by part.
+Interrupted, it goes on, unless sources or tests have changed since.
 """
 
 from __future__ import annotations

@@ -1,14 +1,9 @@
 """Estimates the seconds of the paper's models on a CPU: `python -m benchmarks.paper_sizes`, half an hour.
 
-The estimate is a product of two measurements, and fills "The paper's sizes on a CPU" of docs/performance.md:
-
-1. Seconds of one block of random weights in the shape of each of the GS-Jacobi paper's four models, at batch 1, 4 and
-   16, unguided: a step of the original sampler at mid context, the exact loop in native code, and updates of a run of
-   tokens in the middle of the sequence, in float32 and in bfloat16 (docs/results/paper-sizes.json).
-2. Sweeps of each block of the bundled TarFlows to 1e-3, with the fitted guess and correction
-   (docs/results/paper-sweeps.json).
-
-A step is linear in its context, so that the step at mid context is the mean of all. Interrupted, it goes on.
+The estimate is a product: seconds of one block of random weights in the shape of each model, unguided
+(docs/results/paper-sizes.json), and sweeps of each block of the bundled TarFlows to 1e-3, with the fitted guess and
+correction (docs/results/paper-sweeps.json). A step of the original sampler is timed at mid context: it is linear in its
+context, so that this is the mean of all. Fills docs/performance.md. Interrupted, it goes on.
 """
 
 from __future__ import annotations

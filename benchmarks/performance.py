@@ -1,14 +1,9 @@
 """Compares `auto` with the original sampler and other papers' samplers: `python -m benchmarks.performance`.
 
-Writes docs/results/performance.json, which fills docs/performance.md and README.md. Needs an otherwise idle machine and
-half an hour on two cores; started again it measures what the file lacks. For each batch size of `fashion-p2`:
-
-1. Grid: every setting of every sampler: seconds (the faster of two runs; from 16 on of one), error, calls. At 16 and 64
-   settings are left out that were wrong by more than 1e-2 at the batch size before, or took 1.3 times the seconds of
-   their sampler's fastest one within 1e-3.
-2. Final: of each sampler the fastest setting whose error is at most 1e-3 (the most accurate if none is), and the
-   published one, interleaved with `auto`, the exact loops, and `auto` without what the others lack.
-3. Guided: `auto` and the original sampler under guidance of weight 1, annealed.
+Writes docs/results/performance.json, which fills docs/performance.md and README.md, in half an hour on two cores that
+are otherwise idle; interrupted, it goes on. For each batch size of `fashion-p2` it has the grid, every setting of every
+sampler, without those that a smaller batch showed to be wrong or slow; the final, the fastest setting of each sampler
+within 1e-3 and the published one, interleaved with `auto` and the exact loops; and `auto` under guidance of weight 1.
 """
 
 from __future__ import annotations
@@ -35,10 +30,10 @@ MODEL = "fashion-p2"
 BATCHES = (1, 4, 16, 64)
 SMALLER = {16: "4", 64: "16"}  # the batch size whose grid tells which settings are promising
 ROUNDS = {1: 9, 4: 7, 16: 5, 64: 3}
-GRID_RUNS = {1: 2, 4: 2, 16: 1, 64: 1}
+GRID_RUNS = {1: 2, 4: 2, 16: 1, 64: 1}  # of which the fastest counts
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 ERROR = 1e-3
-WRONG, SLOW = 1e-2, 1.3
+WRONG, SLOW = 1e-2, 1.3  # times the fastest setting within ERROR
 GUIDANCE = jf.Guidance(1.0)
 CERTIFIED = "auto, certified"
 WITHOUT_LOOP, WITHOUT_ALL = "auto, without the native loop", "auto, without all three"
@@ -58,7 +53,7 @@ def images(run: Callable[..., Any], *arguments: Any) -> Tensor:
 
 
 def samplers_of(flow: jf.TarFlow, report: jf.Report) -> dict[str, dict[str, Sampler]]:
-    """Every sampler's settings by name, the published one first."""
+    """Settings of every sampler by name, the published one first."""
     samplers: dict[str, dict[str, Sampler]] = {
         name: {
             ", ".join(f"{key} {value}" for key, value in setting.items()): partial(PEERS[name], flow, **setting)

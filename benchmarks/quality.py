@@ -1,8 +1,8 @@
 """Measures quality and time of strategies, the paper's Tables 3 and 4: `python -m benchmarks.quality MODEL --out FILE`.
 
 A row has the Fréchet distance of its samples to real images, their error against the exact images of the same latents,
-and the seconds of a batch. All rows are timed first, interleaved. The file is written after each row: the same command
-goes on where it was stopped. Needs an otherwise idle machine. Fills the strategies of docs/evaluation.md.
+and the seconds of a batch. All rows are timed first, interleaved, on an otherwise idle machine. Fills
+docs/evaluation.md; interrupted, it goes on.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """Compares the exact loop with sweeps over widths, depths and batch sizes: `python -m benchmarks.regimes`, an hour.
 
-Times one block of random weights (32 x 32 x 3 pixels in patches of 2: T = 256, C = 12), and a block of the bundled
-TarFlows in their own shapes: the exact loop in native code, the same in PyTorch, one encoding pass in float32, and one
-in bfloat16. A solver that evaluates every token k times takes at least k passes, so it wins if the exact loop takes
-more than k passes.
-
-Writes docs/results/regimes.json, which fills "Two regimes" of docs/performance.md; interrupted, it goes on.
+Times one block of random weights (T = 256, C = 12), and a block of the bundled TarFlows: the exact loop in native code
+and in PyTorch, and one encoding pass in float32 and in bfloat16. A solver that evaluates every token k times takes at
+least k passes. Writes docs/results/regimes.json, which fills "Two regimes" of docs/performance.md; interrupted, it goes
+on.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ A region names a template of benchmarks/templates and the results that it shows,
     <!-- render comparison emoji-p2-comparison --> ... <!-- end -->
     <!-- render = "%.1f" % result("emoji-features").test_accuracy --> ... <!-- end -->
 
-A result is a file of docs/results without its ending, or MODEL/report, the report of a bundled model. Templates are
-Jinja; they get all named results as `results`, the first as `result`, and reports by model as `reports`.
+A result is a file of docs/results without its ending, or MODEL/report, the report of a bundled model. Jinja templates
+get the results as `results`, the first as `result`, and reports by model as `reports`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """Times sbi from end to end, as it is and accelerated: `python -m benchmarks.sbi_flows`.
 
-Writes docs/results/sbi.json, which fills docs/flows.md. It first trains posterior and likelihood estimators with sbi's
-defaults on 5,000 simulations of "simple likelihood, complex posterior" (Papamakarios et al., 2019): five parameters,
-four points in the plane. They are stored in out/sbi. Training takes ten minutes on two cores; then the script needs an
-otherwise idle machine and ten minutes. A file from the same machine and version is completed.
-
-A call is timed from its start to its samples. A row has the share of this time that is spent in the density estimator,
-by a call of its own.
+Writes docs/results/sbi.json, which fills docs/flows.md, in 20 minutes on two cores that are otherwise idle;
+interrupted, it goes on. Estimators are trained with sbi's defaults on 5,000 simulations of "simple likelihood, complex
+posterior" (Papamakarios et al., 2019): five parameters, four points in the plane. A call is timed from its start to its
+samples.
 """
 
 from __future__ import annotations

@@ -1,20 +1,10 @@
-"""Searches guidance, attention temperature and denoising rate, section 4.3 of the paper.
+"""Searches guidance, attention temperature and denoising rate: `python -m benchmarks.search_guidance [MODEL]`.
 
-`python -m benchmarks.search_guidance [MODEL]` fills docs/evaluation.md. It writes docs/results/MODEL-search.json for
-fashion-p2 (20 minutes on two cores), emoji-p2 (40 minutes), digits-p1 (two minutes) or digits-maf (one). Started again
-it goes on with what the file lacks. In turn:
-
-1. weights of annealed guidance at temperature 1;
-2. attention temperatures of the unconditional row, at the best weight, if the flow has attention;
-3. the weights next to the best one, at the best temperature.
-
-Every point is 2,000 samples (600 of emoji-p2) of the same latents and labels against all training images, at each
-denoising rate if the flow has noise to remove: one gradient of log p serves all rates. fashion-p2 is measured by
-fashion-FID, emoji-p2 by emoji-FID; digits of 8x8 pixels by the Fréchet distance of the 64 pixels themselves, in
-[-1, 1]: it compares means and covariances of pixels, and nothing else.
-
-The best point is recommended, with two exceptions: no guidance if it does not make the distance a tenth less, and a
-denoising rate of 1 if that is within 1% of the best rate.
+Writes docs/results/MODEL-search.json, which fills docs/evaluation.md, in one (digits-maf) to 40 minutes (emoji-p2) on
+two cores; interrupted, it goes on. First come weights of annealed guidance at temperature 1, then attention
+temperatures at the best weight, then the weights next to the best one. Every point has the same latents and labels, and
+all denoising rates: one gradient of log p serves all of them. The best point is recommended, with two exceptions: no
+guidance if it does not make the distance a tenth less, and a denoising rate of 1 if that is within 1% of the best rate.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Times the paper's strategies for a bundled model, its Tables 3 and 4: `python -m benchmarks.strategies MODEL`.
 
-Writes docs/results/MODEL-strategies.json, which fills docs/calibration.md, from one interleaved run per batch size.
-Guesses are by IGM, from the report that `make calibration` writes. Peers are at their published settings; `auto` is
-certified. Batches of 64 are sampled by the loops and by `auto` only. Needs an otherwise idle machine; fashion-p2 takes
-about 10 minutes on two cores.
+Writes docs/results/MODEL-strategies.json, which fills docs/calibration.md, from one interleaved run per batch size, in
+ten minutes on two cores that are otherwise idle. Guesses are by IGM, from the report that `make calibration` writes.
+Peers are at their published settings; `auto` is certified.
 """
 
 from __future__ import annotations

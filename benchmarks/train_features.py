@@ -1,12 +1,9 @@
 """Trains the features of fashion-FID or emoji-FID: `python -m benchmarks.train_features fashion|emoji`.
 
 fashion needs Debian's dataset-fashion-mnist, and a quarter of an hour on two cores; emoji needs `make emoji`, and two
-minutes. Writes the weights and the statistics of all training images into benchmarks/weights, and
-docs/results/KIND-features.json, which fills docs/evaluation.md.
-
-Fashion's network learns the ten classes. Emoji's learns to recognise each training image, mirrored, shifted and
-recoloured, since there are too few for features of six classes; its accuracy is the share of test images whose nearest
-training image, by the features, is of their class.
+minutes. Writes weights and statistics of all training images into benchmarks/weights, and
+docs/results/KIND-features.json, which fills docs/evaluation.md. Emoji's accuracy is the share of test images whose
+nearest training image is of their class.
 """
 
 from __future__ import annotations
