@@ -25,7 +25,6 @@ def number_range(values: Sequence[float], form: str = ".1f") -> str:
 
 
 def segment_sweeps(report: jf.Report, block: int) -> list[float]:
-    """Mean sweeps of each segment of a tough block."""
     traces = report.segment_traces[block][report.settings.segments]
     counts = [[report.num_tokens if count is None else count for count in trace.reach(PIXEL_BOUND)] for trace in traces]
     return [sum(each) / len(each) for each in counts]
@@ -37,12 +36,10 @@ def mean_sweeps(report: jf.Report, block: int) -> list[float]:
 
 
 def easy_blocks(report: jf.Report) -> list[int]:
-    """The blocks that are not tough by CRM."""
     return [block for block in range(report.num_blocks) if block not in report.tough_blocks]
 
 
 def tough_share(report: jf.Report, metrics: Any) -> str:
-    """The share of the tough blocks in the sum of CRM."""
     return f"{sum(metrics.crm_percent[block] for block in report.tough_blocks):.1f}%"
 
 
@@ -54,7 +51,6 @@ def sweeps_range(report: jf.Report, tough: bool) -> str:
 
 
 def guess_wins(report: jf.Report, guess: str) -> int:
-    """The number of blocks in which a guess has the smallest IGM."""
     return sum(report.best_guess(block) == guess for block in range(report.num_blocks))
 
 

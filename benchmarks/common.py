@@ -58,7 +58,6 @@ def without_native() -> Iterator[None]:
 
 
 def to_json(timings: Mapping[str, Timing]) -> Json:
-    """The timings as a result file has them."""
     return {name: vars(timing) for name, timing in timings.items()}
 
 

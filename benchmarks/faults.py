@@ -24,7 +24,6 @@ class Mutant(NamedTuple):
     occurrence: int
 
     def apply(self, source: str) -> str:
-        """The source with the fault."""
         changed = mutate_code(source, get_operator(self.operator)(), self.occurrence)
         assert changed is not None, self
         return changed

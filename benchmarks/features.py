@@ -87,14 +87,12 @@ def _convolution(channels: int, out: int) -> tuple[nn.Module, ...]:
 
 @cache
 def trained(kind: str) -> ConvolutionalFeatures:
-    """The trained network of a kind."""
     network = ConvolutionalFeatures(kind)
     network.load_state_dict({name: value.float() for name, value in load_file(weights_file(kind)).items()})
     return network.eval().requires_grad_(False)
 
 
 def training_statistics(kind: str) -> Statistics:
-    """The statistics of the features of a kind over its training images."""
     return Statistics.load(statistics_file(kind))
 
 

@@ -39,11 +39,9 @@ class Recorder:
         self.runs: list[tuple[int, int]] = []
 
     def init_cache(self, z: Tensor, context: Tensor | None = None) -> Any:
-        """The cache of the block."""
         return self.block.init_cache(z, context)
 
     def update(self, x: Tensor, z: Tensor, start: int, stop: int, cache: Any) -> Tensor:
-        """The map of the block."""
         self.states.append(x.clone())
         self.runs.append((start, stop))
         return self.block.update(x, z, start, stop, cache)
@@ -130,7 +128,6 @@ def token_colors(trajectory: Trajectory, call: int, color: str) -> np.ndarray[An
 
 
 def _pixels(trajectory: Trajectory, call: int) -> np.ndarray[Any, Any]:
-    """The image before a call, (h, w, 3)."""
     return quantize(trajectory.images[call]).permute(1, 2, 0).expand(-1, -1, 3).numpy()
 
 

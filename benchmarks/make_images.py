@@ -32,7 +32,6 @@ TEST_BYTES = 26  # of 256: a tenth of the emoji
 
 
 def label_of(group: str) -> int | None:
-    """The class of a group of emoji, or None."""
     if group == NOT_FACES:
         return None
     by_prefix = (label for prefix, label in PREFIXES.items() if group.startswith(prefix))
@@ -64,7 +63,6 @@ def labels_of(data: ImageDataset) -> Tensor:
 
 
 def write_images(data: ImageDataset, out: Path) -> None:
-    """Writes the images and their labels."""
     archive, images = io.BytesIO(), data.images.numpy()
     grey = images.shape[1] == 1
     np.savez_compressed(

@@ -24,7 +24,6 @@ BATCHES, ROUNDS = (1, 16), 3
 
 
 def measure(name: str) -> Json:
-    """Seconds of a model by batch size."""
     flow = jf.load(name)
     flow, rows = flow.guided(flow.recommended.guidance), []
     loop_name, loop = original_loop(flow)
@@ -39,7 +38,6 @@ def measure(name: str) -> Json:
 
 
 def draw_samples(name: str) -> None:
-    """Draws the sheet of samples, plain and as recommended."""
     flow, plain = jf.load(name), jf.SamplingSettings()
     rows = [("as recommended", flow.recommended, 100)]
     if flow.recommended != plain:

@@ -61,7 +61,6 @@ def strategies_of(report: jf.Report, notation: str) -> dict[str, jf.Strategy]:
 
 
 def captioned(name: str, images: Tensor, exact: Tensor) -> tuple[str, Tensor]:
-    """The images of a strategy under its name and error."""
     error = (images - exact).abs()
     return f"{name}: error max {error.max():.1e}, mean {error.mean():.1e}", images
 

@@ -41,7 +41,6 @@ def name_of(config: jf.TarFlowConfig) -> str:
 
 
 def run_name(dtype: str, size: int) -> str:
-    """The name of an update of `size` tokens in the results."""
     return f"{dtype} x {size}"
 
 
@@ -156,7 +155,6 @@ def slowest_of(counts: Sequence[int], batch: int) -> float:
 
 
 def mean_slowest(counts: Sequence[Sequence[int]], batch: int) -> float:
-    """The mean over blocks of `slowest_of`."""
     return sum(slowest_of(block, batch) for block in counts) / len(counts)
 
 

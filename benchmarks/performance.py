@@ -48,7 +48,6 @@ def sample(
 
 
 def images(run: Callable[..., Any], *arguments: Any) -> Tensor:
-    """The images alone of a sampler."""
     return run(*arguments).images
 
 
@@ -150,7 +149,6 @@ def final(flow: jf.TarFlow, samplers: Mapping[str, Mapping[str, Sampler]], rows:
 
 
 def cost_and_error(samples: Any, exact: Tensor) -> Json:
-    """Errors against the exact images, and network evaluations."""
     error = paired_error(samples.images, exact)
     return {
         "max_error": error.max,
@@ -172,7 +170,6 @@ def blocks_by_piece(plan: jf.Strategy) -> dict[str, int]:
 
 
 def guided(flow: jf.TarFlow, batch: int) -> Json:
-    """`auto` and the original sampler under guidance."""
     z, labels = latents(flow, batch)
     flow = flow.guided(GUIDANCE)
     plan = auto(flow, batch)

@@ -79,7 +79,6 @@ class Experiment(NamedTuple):
         return torch.cat(images), resolved
 
     def time(self, samplers: Mapping[str, Sampler], repeats: int) -> Json:
-        """Seconds of one batch of every row, interleaved, and of its denoising."""
         z, labels = latents(self.flow, self.batch_size, seed=0)
         seconds, results = interleave({name: partial(run, z, labels) for name, run in samplers.items()}, repeats)
         denoising = 0.0

@@ -47,7 +47,6 @@ def exact_loop(block: TarFlowBlock, z: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def runs_to_time(block: TarFlowBlock, z: Tensor, labels: Tensor | None) -> dict[str, Callable[[], Any]]:
-    """Both loops and both passes, by name."""
     with torch.inference_mode():
         cache = block.to_bf16(block.init_cache(z, labels))
     loop = partial(exact_loop, block, z, labels)
@@ -93,7 +92,6 @@ def in_passes(run: Json, name: str = EXACT_LOOP) -> float:
 
 
 def best_in_passes(run: Json) -> float:
-    """The faster loop in encoding passes."""
     return min(in_passes(run, EXACT_LOOP), in_passes(run, LOOP_IN_PYTORCH))
 
 

@@ -62,19 +62,16 @@ def _fill(source: str) -> str:
 
 @cache
 def result(name: str) -> Any:
-    """A result file, or the report of a bundled model."""
     if name.endswith("/report"):
         return jf.Report.load(MODELS / f"{name}.json")
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def speed_up(ratio: float) -> str:
-    """A ratio to two or three digits."""
     return f"{ratio:.0f}x" if ratio >= 9.95 else f"{ratio:.1f}x"
 
 
 def duration(seconds: float) -> str:
-    """Seconds, or milliseconds."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.{2 if seconds < 1e-3 else 1}f} ms"
 
 
@@ -101,7 +98,6 @@ def where(rows: Iterable[Any], /, **values: Any) -> Any:
 
 
 def strategy(comparison: Json, name: str) -> Any:
-    """The row of a strategy in a comparison."""
     return where(comparison["rows"], strategy=name)
 
 
@@ -139,7 +135,6 @@ def fastest_way(estimates: Mapping[str, float]) -> str:
 
 
 def slowest_by_batch(counts: Sequence[Sequence[int]]) -> str:
-    """Expected sweeps of the slowest sample at each batch size."""
     return " / ".join(f"{paper_sizes.mean_slowest(counts, batch):.1f}" for batch in regimes.BATCH_SIZES)
 
 
@@ -178,7 +173,6 @@ def fitted_sweeps(model: str, blocks: Iterable[int]) -> str:
 
 
 def sweep_ways(model: Json) -> list[paper_sizes.Way]:
-    """The ways that all tough blocks of a model, or all others, were swept in."""
     return [way for tough in (True, False) for way in paper_sizes.counted(model, tough)]
 
 

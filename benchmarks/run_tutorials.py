@@ -82,7 +82,6 @@ def _joined(outputs: list[Any]) -> list[Any]:
 
 
 def _in_256_colours(picture: str) -> str:
-    """A PNG in base64, with a palette."""
     with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
         small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     data = io.BytesIO()

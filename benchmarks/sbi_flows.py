@@ -65,12 +65,10 @@ def trained(method: str, kind: str) -> Any:
 
 
 def one_observation(posterior: Any, count: int) -> Tensor:
-    """Samples of a posterior for the observation."""
     return posterior.sample((count,), x=observations()[:1], show_progress_bars=False)
 
 
 def all_observations(posterior: Any) -> Tensor:
-    """100 samples for each observation."""
     return posterior.sample_batched((100,), x=observations(), show_progress_bars=False)
 
 
@@ -136,7 +134,6 @@ def measure(key: Json) -> Json:
 
 
 def keys() -> Iterator[Json]:
-    """All calls that are measured."""
     for name, call in CALLS.items():
         for kind in ESTIMATORS[call.method]:
             yield {"method": call.method, "estimator": kind, "call": name, "version": version("sbi")}

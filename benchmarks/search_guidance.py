@@ -46,7 +46,6 @@ class Measure(NamedTuple):
 
 
 def bundled_fid(kind: str, num: int) -> Measure:
-    """fashion-FID or emoji-FID, against all training images."""
     return Measure(f"{kind}_fid", lambda images: extract(trained(kind), [images]), training_statistics(kind), num)
 
 
@@ -68,7 +67,6 @@ MEASURES: dict[str, Callable[[], Measure]] = {
 
 
 def recommended(rows: Sequence[dict[str, float]], name: str) -> jf.SamplingSettings:
-    """The settings that a search recommends by the distance `name`."""
     best = min(rows, key=lambda row: row[name])
     plain = min((row for row in rows if not row["weight"]), key=lambda row: row[name])
     best = best if best[name] <= GAIN * plain[name] else plain

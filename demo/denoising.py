@@ -140,7 +140,6 @@ class _Block:
 
 
 def _transposed(g: Graph, x: str) -> str:
-    """`x` (heads, n, m) as (heads, m, n)."""
     return g("Transpose", x, perm=[0, 2, 1])
 
 

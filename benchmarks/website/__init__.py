@@ -1,1 +1,0 @@
-"""The site of docs/zensical.toml."""
