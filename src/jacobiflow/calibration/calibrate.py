@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,6 @@ from jacobiflow.progress import Progress
 from jacobiflow.solvers import Guess, Segments
 
 T = TypeVar("T")
-Part = Callable[[str, Any, Callable[[], Any]], Any]  # as `_part`, of one run
 
 _FEWEST_TOKENS = 4  # in a segment: with fewer, the exact loop is the better plan
 _SWEPT_TOGETHER = 8  # samples of a trace, which are swept until the slowest of them has settled
@@ -100,11 +99,11 @@ def calibrate(
     settings = Settings(len(images), labels is not None, norm, flow.guidance, segments, min(traced, len(images)), seed)
     passes = Passes(flow, images, checked, batch_size, progress)
     if out is None:
-        return _measure(passes, settings, classes, lambda name, declared, make: make())
+        return _measure(passes, settings, classes)
     check_path("out", out)
     folder, key = Path(f"{out}.partial"), _key(passes, settings, classes)
     with own_folder(folder, "calibration", ()):
-        report = _measure(passes, settings, classes, partial(_part, folder, key))
+        report = _measure(passes, settings, classes, folder, key)
         report.save(out)
         shutil.rmtree(folder, ignore_errors=True)
     return report
@@ -132,26 +131,28 @@ class _BlockSweeps:
     gamma: tuple[float, ...]
 
 
-def _measure(passes: Passes, settings: Settings, classes: Sequence[int], part: Part) -> Report:
-    config = passes.flow.config
-    measured = part("metrics", ImageMetrics, lambda: passes.metrics(classes, settings.segments, settings.norm))
+def _measure(
+    passes: Passes, settings: Settings, classes: Sequence[int], folder: Path | None = None, key: str = ""
+) -> Report:
+    """Measures the parts that are not in `folder` under the key of this run."""
+    config, norm = passes.flow.config, settings.norm
+    measured = _part(folder, key, "metrics", ImageMetrics, lambda: passes.metrics(classes, settings.segments, norm))
     chosen = torch.arange(settings.traced) * settings.num_images // settings.traced  # evenly spaced
     latents = draw_latents(
         settings.traced, config.num_tokens, config.token_channels, settings.seed, FIRST_CALIBRATION_LATENT
     )
     solutions: dict[Start, list[BlockSolution]] = {} if settings.guidance else {"images": passes.encoded(chosen)}
-    solutions["noise"] = exact_solutions(
-        passes.flow, passes.blocks, latents, passes.labels_at(chosen), passes.batch_size, passes.progress
-    )
+    labels = passes.labels_at(chosen)
+    solutions["noise"] = exact_solutions(passes.flow, latents, labels, passes.batch_size, passes.progress)
     powers = {2**k for k in range(config.num_tokens.bit_length()) if 2**k <= config.num_tokens // _FEWEST_TOKENS}
     counts = sorted(({settings.segments} | powers) - {1})
 
     def sweep_block(i: int) -> _BlockSweeps:
-        guesses, best = named_guesses(measured.mean_affine[i]), measured.metrics[settings.norm].best_guess(i)
+        guesses, best = named_guesses(measured.mean_affine[i]), measured.metrics[norm].best_guess(i)
         at = {start: of_blocks[i] for start, of_blocks in solutions.items()}
         return _sweep(passes, i, at, guesses, best, counts if i in measured.segment_metrics else ())
 
-    blocks = [part(f"block-{i}", _BlockSweeps, partial(sweep_block, i)) for i in range(config.num_blocks)]
+    blocks = [_part(folder, key, f"block-{i}", _BlockSweeps, partial(sweep_block, i)) for i in range(config.num_blocks)]
     return Report(
         fingerprint=fingerprint(passes.flow),
         num_tokens=config.num_tokens,
@@ -190,8 +191,10 @@ def _sweep(
     return _BlockSweeps(whole, {1: (whole["noise"][best],), **segments}, tuple(gamma))
 
 
-def _part(folder: Path, key: str, name: str, declared: type[T], make: Callable[[], T]) -> T:
+def _part(folder: Path | None, key: str, name: str, declared: type[T], make: Callable[[], T]) -> T:
     """The part of a calibration with a name: that of an interrupted run with the same key, or else a new one."""
+    if folder is None:
+        return make()
     file = folder / f"{name}.json"
     stored = read_object(file) or {}
     if stored.get("key") == key:

@@ -47,11 +47,11 @@ class BlockSolution(NamedTuple):
 
 
 def exact_solutions(
-    flow: ImageFlow, blocks: Sequence[AffineBlock], latents: Float[Tensor, "n t c"], labels: Int[Tensor, " n"] | None,
-    batch_size: int, progress: Progress | None = None,
+    flow: ImageFlow, latents: Float[Tensor, "n t c"], labels: Int[Tensor, " n"] | None, batch_size: int,
+    progress: Progress | None,
 ) -> list[BlockSolution]:  # fmt: skip
     """Solves each block by the exact loop at latents. Raises ValueError if one overflows."""
-    solutions: dict[int, BlockSolution] = {}
+    blocks, solutions = flow.inverse_blocks, dict[int, BlockSolution]()
 
     def solve_block(i: int, z: Tensor) -> Tensor:
         x = solve(blocks[i], z, Solver(Sequential()), labels, batch_size).x
