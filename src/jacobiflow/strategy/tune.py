@@ -115,7 +115,7 @@ def tune(
     config = flow.config
     blocks = flow.inverse_blocks
     latents = draw_latents(samples, config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
-    solutions = exact_solutions(flow, blocks, latents, _classes(flow, labels, samples), batch_size, progress)
+    solutions = exact_solutions(flow, latents, _classes(flow, labels, samples), batch_size, progress)
     fitted = []
     for i, (block, at) in enumerate(zip(blocks, solutions, strict=True)):
         fitted.append(_fit(block, at, batch_size))
