@@ -16,8 +16,8 @@ import torch
 
 import jacobiflow as jf
 import jacobiflow.strategy.plan_cache as cache_module
+from jacobiflow.memory import batch_bytes
 from jacobiflow.strategy import BlockTuning
-from jacobiflow.strategy.memory import batch_bytes
 from jacobiflow.strategy.plan import make_plan
 from tests.helpers.invented import GUIDANCE, Halfway, Machine, draw, fitted_block, make_tuning, small, tuned
 
@@ -155,7 +155,7 @@ def test_a_plan_in_memory_is_found_without_reading_or_hashing_anything(
 ) -> None:
     flow = plans.load(model)
     first = plans.auto(flow, 3)
-    for name in ("io.open", "hashlib.sha256", "jacobiflow.strategy.memory.free_memory"):
+    for name in ("io.open", "hashlib.sha256", "jacobiflow.memory.free_memory"):
         monkeypatch.setattr(name, None)
     assert plans.auto(flow, 3) is first
     with pytest.raises(TypeError, match="NoneType"):
@@ -169,7 +169,7 @@ def test_no_batch_is_planned_for_that_does_not_fit_in_memory(
     needed = batch_bytes(flow, 1)
     assert needed is not None
     for room, planned in ((2.5, 3), (3.9, 3), (4.1, 4)):
-        monkeypatch.setattr("jacobiflow.strategy.memory.free_memory", lambda device, room=room: room * needed / 0.8)
+        monkeypatch.setattr("jacobiflow.memory.free_memory", lambda device, room=room: room * needed / 0.8)
         prediction = plans.auto(plans.load(model), 3).prediction
         assert prediction is not None
         assert prediction.batch_size == planned

@@ -23,10 +23,10 @@ from jacobiflow.flows.fingerprint import cached_fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.latents import MOST_SAMPLES
 from jacobiflow.measuring import machine
+from jacobiflow.memory import exceeds_memory
 from jacobiflow.native import library_name
 from jacobiflow.progress import Progress
 from jacobiflow.solvers import Sequential, Solver, Tolerance
-from jacobiflow.strategy.memory import exceeds_memory
 from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
 from jacobiflow.strategy.plan import make_plan, warn_if_raised
 from jacobiflow.strategy.strategy import Strategy
