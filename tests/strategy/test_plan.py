@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from jacobiflow.strategy.plan import rounding_floor
 
 import jacobiflow as jf
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
+from jacobiflow.strategy.plan import rounding_floor
 from tests.helpers.invented import GUIDANCE, TOKENS, Machine, draw, small, tuned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
