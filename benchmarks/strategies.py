@@ -107,7 +107,9 @@ def measure(flow: jf.TarFlow, report: jf.Report, batch: int) -> list[dict[str, A
             "rate": comparison.speed_up(row, GROWING_CACHE), "max_error": row.error.max, "mean_error": row.error.mean,
         }  # fmt: skip
         if row.samples is not None:
-            entry |= {"network_calls": row.network_calls, "token_evaluations": row.token_evaluations}
+            entry |= {
+                "network_calls": row.samples.network_calls, "token_evaluations": row.samples.token_evaluations,
+            }  # fmt: skip
         rows.append(entry)
     return rows
 

@@ -38,12 +38,11 @@ ALLOWED: dict[str, set[str]] = {
         "calibration", "codec", "files", "flows", "inversion", "latents", "measuring", "memory", "native",
         "progress", "solvers",
     },
-    "outcome": set(),
     "sampling": {
-        "denoising", "flows", "inversion", "latents", "outcome", "progress", "solvers", "strategy",
+        "denoising", "flows", "inversion", "latents", "progress", "solvers", "strategy",
     },
     "storage": {
-        "calibration", "codec", "data", "files", "flows", "latents", "locking", "measuring", "outcome",
+        "calibration", "codec", "data", "denoising", "files", "flows", "latents", "locking", "measuring",
         "progress", "sampling", "solvers", "strategy",
     },
     "baselines": {"flows", "inversion", "sampling"},

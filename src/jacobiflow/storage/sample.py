@@ -12,15 +12,16 @@ from torch import Tensor
 
 from jacobiflow.calibration import Report
 from jacobiflow.checks import check_choice, check_count, check_flag, check_kind, check_number, check_path, check_seed
+from jacobiflow.denoising import check_rate
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.fingerprint import fingerprint
-from jacobiflow.flows.image_flow import ImageFlow, precision, state_dtype
+from jacobiflow.flows.image_flow import ImageFlow, check_flow, precision, state_dtype
 from jacobiflow.flows.labels import Labels
 from jacobiflow.latents import MOST_SAMPLES
 from jacobiflow.measuring import machine
 from jacobiflow.progress import Progress
-from jacobiflow.sampling import Samples, check_settings, draw, warn_if_guidance_is_idle
-from jacobiflow.solvers import Certificate
+from jacobiflow.sampling import Samples, draw, warn_if_guidance_is_idle
+from jacobiflow.solvers import Certificate, check_certificate
 from jacobiflow.storage.folder import SampleFolder, pillow
 from jacobiflow.storage.manifest import Files, Manifest, labels_sha256
 from jacobiflow.storage.processes import Processes
@@ -93,7 +94,9 @@ def sample_to_folder(
     """
     num, seed = check_count("num", num, most=MOST_SAMPLES), check_seed(seed)
     batch_size, shard_size = sizes(num, batch_size, shard_size)
-    _, denoise = check_settings(flow, batch_size, denoise, certify)
+    check_flow(flow)
+    denoise = check_rate(flow, denoise)
+    check_certificate("certify", certify)
     check_path("out", out)
     check_kind("model", model, str, "a name")
     check_flag("overwrite", overwrite)
