@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import jacobiflow as jf
 from jacobiflow.calibration import gs_jacobi_notation
-from jacobiflow.calibration.metrics import NORMS, Metrics
+from jacobiflow.calibration.metrics import Metrics
 from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.strategy import Prediction
 from tests.helpers.invented import GUIDANCE, Counts, counted, igm, make_report, same, trace
@@ -45,12 +45,9 @@ def test_a_strategy_comes_back_from_its_file(tmp_path: Path) -> None:
 BROKEN: list[tuple[list[Any], Any, str]] = [
     (["format_version"], 2, "not a strategy of format_version 1"),
     (["solvers"], [], "solvers: 0 of them"),
-    (["solvers", 1], "window", r"solvers\[1\]: Expected `object`, got `str`"),
-    (["solvers", 0, "stopping", "kind"], "x", r"solvers\[0\]: stopping: 'kind' unknown"),
     (["solvers", 0, "bf16_sweeps"], -1, r"solvers\[0\]: bf16_sweeps=-1"),
     (["prediction"], {}, "prediction: .*missing"),
     (["tolerance"], -1, "tolerance=-1"),
-    (["fingerprint"], 7, r"fingerprint: Expected `str \| null`, got `int`"),
 ]
 
 
@@ -72,18 +69,16 @@ LATENT = jf.Latent()
 BEST_6 = ["zeros", "mean_affine", "latent", "mean_affine", "latent", "zeros"]  # of equals, the first
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_a_report_gives_each_block_the_guess_of_the_smallest_igm(norm: Any) -> None:
-    report = make_report([1] * 6, IGM_6, norm=norm)
+def test_a_report_gives_each_block_the_guess_of_the_smallest_igm() -> None:
+    report = make_report([1] * 6, IGM_6, norm=1)
     named = [{"latent": LATENT, "zeros": jf.Zeros()}.get(name) for name in BEST_6]
     want = [guess or report.mean_affine[block] for block, guess in enumerate(named)]
-    for text in ("[0/5-4-3-2]", "jacobi", "Original", "Jacobi-3", "window:4", "gs-jacobi:4"):
+    for text in ("[0/5-4-3-2]", "window:4"):
         found, plain = jf.Strategy.parse(text, report), jf.Strategy.parse(text, num_blocks=6, num_tokens=16)
         assert [solver.guess for solver in found.solvers] == want
         assert [replace(solver, guess=LATENT) for solver in found.solvers] == list(plain.solvers)
         assert (found.fingerprint, plain.fingerprint) == (report.fingerprint, None)
-    for text, guess in (("jacobi+zeros", jf.Zeros()), ("jacobi+latent", LATENT)):  # named ones are kept
-        assert {solver.guess for solver in jf.Strategy.parse(text, report).solvers} == {guess}
+    assert {solver.guess for solver in jf.Strategy.parse("jacobi+zeros", report).solvers} == {jf.Zeros()}
 
 
 def test_sizes_are_those_of_the_report_or_of_the_caller() -> None:
