@@ -53,7 +53,7 @@ class Tuning(codec.Document):
     Example:
         >>> tuning = jf.Tuning.load(jf.find_tuning(jf.load("digits-p1")))
         >>> tuning.blocks[0].correction
-        Chord(24 tokens, 1 channels)
+        Chord(kernel=(24, 1, 1))
     """
 
     _name, _remedy = "tuning", "; make it anew with jacobiflow plan --tune"
