@@ -26,7 +26,7 @@ class SweepResult(NamedTuple):
 class Fronts:
     """An entry for each sample: its front and the state of its solve."""
 
-    front: Int[Tensor, " b"]  # its tokens before this are final; not used if all samples share a front
+    front: Int[Tensor, " b"]  # its tokens before this are final
     residual: Float[Tensor, " b"]  # the largest change that the last sweep of a token made
     failed: Bool[Tensor, " b"]  # a token overflowed when the front passed it
     missed: Bool[Tensor, " b"]  # a token was passed by a number of sweeps, not by the tolerance
@@ -80,12 +80,15 @@ class Fronts:
             self.failed = self.failed | sweep.overflowed.gather(1, passed[:, None] - 1)[:, 0]
         return passed
 
-    def pass_together(self, sweep: SweepResult, atol: float | None, count: int) -> tuple[int, int]:
+    def pass_together(
+        self, sweep: SweepResult, atol: float | None, each: Int[Tensor, " b"], count: int
+    ) -> tuple[int, int]:
         """Returns how many tokens of their common run all samples pass, and how many keys are then a sweep behind.
 
-        They pass at least `count` tokens, which have had their number of sweeps, or the whole run by an early stop.
+        They pass as many as the slowest, of the numbers `each` that `pass_tokens` returned; at least `count`, which
+        have had their number of sweeps; and the whole run by an early stop.
         """
-        each, size = self.pass_tokens(sweep, atol), sweep.change.shape[1]
+        size = sweep.change.shape[1]
         # The others do not wait for a sample that is to be solved again.
         passed = 1 if atol is None else int(torch.where(self.failed, size, each).min())
         if sweep.is_early:

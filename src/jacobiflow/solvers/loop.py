@@ -47,8 +47,10 @@ class _Batch:
     z: Tensor
     guess: Tensor
     cache: Any
+    sweeps_left: np.ndarray  # of each token
     least: int = 0  # all fronts are at this token or after it ...
     most: int = 0  # ... and at this one or before it
+    stale: int = 0  # tokens before a common front whose keys are a sweep behind
     graphs: SweepGraphs | None = None
 
 
@@ -73,14 +75,17 @@ class Loop:
         self.fronts = Fronts.enter(len(self.z), self.z)
         self._entered = 0
         self._is_on_host = self.z.device.type == "cpu"
+        stopping = self.solver.stopping
+        slides = isinstance(self.solver.partition, SlidingRun) and stopping.max_sweeps is stopping.ebound is None
+        self._is_shared = not (slides and supports(self.block, "per_sample_front"))  # one front for all samples
 
     def run(self) -> None:
         """Sweeps until all samples have left."""
-        stopping = self.solver.stopping
-        slides = isinstance(self.solver.partition, SlidingRun) and stopping.max_sweeps is stopping.ebound is None
-        run = self._run_apart if slides and supports(self.block, "per_sample_front") else self._run_together
         while self._entered < len(self.z):
-            run(self._enter())
+            batch, is_going_on = self._enter(), True
+            while is_going_on:
+                self._sweep(batch)
+                is_going_on = self._exchange(batch)
 
     def _enter(self) -> _Batch:
         """A batch of samples that enter together."""
@@ -90,7 +95,10 @@ class Loop:
         cache = self.block.init_cache(z, None if self.context is None else self.context[rows].clone())
         if self.in_bf16:
             cache = self.block.to_bf16(cache)
-        return _Batch(np.arange(rows.start, rows.stop), Fronts.enter(len(z), z), x, z, guess, cache)
+        sample, limits = np.arange(rows.start, rows.stop), _sweep_limits(self.solver, self.length)
+        batch = _Batch(sample, Fronts.enter(len(z), z), x, z, guess, cache, limits)
+        batch.graphs = self._graphs(batch)
+        return batch
 
     def _next(self, count: int) -> slice:
         """The next samples that enter, at most so many."""
@@ -103,59 +111,42 @@ class Loop:
         self.x[sample] = batch.x[index]
         self.fronts.put(sample, batch.fronts, index)
 
-    def _run_together(self, batch: _Batch) -> None:
-        """Sweeps a batch with one front, which waits for the slowest sample."""
-        sweeps_left = _sweep_limits(self.solver, self.length)
-        front = stale = sweeps = 0  # the keys of so many tokens before the front are a sweep behind
-        while front < self.length:
-            stop = self._stop(front)
-            size, run = stop - front, slice(front, stop)
-            g = self.block.update(batch.x, batch.z, front - stale, stop, batch.cache)[:, stale:]
-            self._count(batch, size + stale)
-            if size == 1:
-                batch.x[:, run] = g
-                passed, stale = 1, 0
-            else:
-                result = self._step(batch, front, batch.x[:, run], g)
-                sweeps_left[run] -= 1
-                is_over = np.logical_and.accumulate(sweeps_left[run] <= 0)
-                passed, stale = batch.fronts.pass_together(result, self.solver.stopping.atol, int(is_over.sum()))
-            front += passed
-            sweeps += 1
-        batch.fronts.sweeps += sweeps
-        self._leave(batch, np.arange(len(batch.sample)))
-
-    def _run_apart(self, batch: _Batch) -> None:
-        """Sweeps a batch with a front per sample; those that have finished leave, and others take their places."""
-        batch.graphs = self._graphs(batch)
-        is_going_on = True
-        while is_going_on:
-            fronts = batch.fronts
-            fronts.sweeps += fronts.front < self.length
-            start, size, g = self._evaluate(batch)
-            self._count(batch, size)
-            old = run_of(batch.x, start, size)
-            if batch.most > self.length - size:  # a run that would leave the sequence starts earlier
-                is_final = torch.arange(size, device=g.device) < (fronts.front - start)[:, None]
-                g = torch.where(is_final.unsqueeze(-1), old, g)
-            if size == 1:
-                put_run(batch.x, g, start)
-                fronts.front = fronts.front.clamp(min=start + 1)
-            else:
-                result = self._step(batch, start, old, g)
-                fronts.front = fronts.front.clamp(min=start + fronts.pass_tokens(result, self.solver.stopping.atol))
-                if result.overflowed is not None:
-                    fronts.front = fronts.front.masked_fill(fronts.failed, self.length)  # to be solved again
+    def _sweep(self, batch: _Batch) -> None:
+        """Sweeps the run at the front of each sample, and moves the fronts."""
+        fronts, atol = batch.fronts, self.solver.stopping.atol
+        fronts.sweeps += fronts.front < self.length
+        start, size, g = self._evaluate(batch)
+        old = run_of(batch.x, start, size)
+        if batch.most > self.length - size:  # a run that would leave the sequence starts earlier
+            is_final = torch.arange(size, device=g.device) < (fronts.front - start)[:, None]
+            g = torch.where(is_final.unsqueeze(-1), old, g)
+        passed: int | Tensor = 1
+        if size == 1:
+            put_run(batch.x, g, start)
+        else:
+            result = self._step(batch, start, old, g)
+            passed = fronts.pass_tokens(result, atol)
+            if self._is_shared:
+                passed, batch.stale = fronts.pass_together(result, atol, passed, self._num_over(batch, size))
+        fronts.front = fronts.front.clamp(min=start + passed)
+        if self._is_shared:
+            batch.least = batch.most = batch.least + int(passed)
+        else:
             batch.most = min(batch.most + size, self.length)
-            is_going_on = self._exchange(batch)
+            fronts.front = fronts.front.masked_fill(fronts.failed, self.length)  # to be solved again
 
     def _evaluate(self, batch: _Batch) -> tuple[int | Tensor, int, Tensor]:
         """The start of the runs, one number if it is common to all samples; their size; and g there."""
-        graphs, least = batch.graphs, batch.least
+        graphs, least, stale = batch.graphs, batch.least, batch.stale
         size = self._stop(least) - least if graphs is None else graphs.size  # at the end too, or it needs a graph more
+        self.sweeps += 1
+        self.token_evaluations += len(batch.sample) * (size + stale)
+        self.deadline.check()
         last = self.length - size
         if graphs is None and least in (batch.most, last):
-            return least, size, self.block.update(batch.x, batch.z, least, least + size, batch.cache)
+            g = self.block.update(batch.x, batch.z, least - stale, least + size, batch.cache)
+            batch.stale = 0
+            return least, size, g[:, stale:]
         start = batch.fronts.front if batch.most <= last else batch.fronts.front.clamp(max=last)
         end = min(batch.most + size, self.length)
         if graphs is not None:
@@ -170,11 +161,11 @@ class Loop:
             raise InputValueError(f"{partition!r}: a run from token {first} to {stop}, of {self.length} tokens")
         return stop
 
-    def _count(self, batch: _Batch, tokens: int) -> None:
-        """Counts a sweep of so many tokens of each sample."""
-        self.sweeps += 1
-        self.token_evaluations += len(batch.sample) * tokens
-        self.deadline.check()
+    def _num_over(self, batch: _Batch, size: int) -> int:
+        """The number of leading tokens of the run that have had their sweeps."""
+        run = slice(batch.least, batch.least + size)
+        batch.sweeps_left[run] -= 1
+        return int(np.logical_and.accumulate(batch.sweeps_left[run] <= 0).sum())
 
     def _step(
         self, batch: _Batch, start: int | Tensor, old: Float[Tensor, "b n c"], g: Float[Tensor, "b n c"]
@@ -204,6 +195,10 @@ class Loop:
 
     def _exchange(self, batch: _Batch) -> bool:
         """Lets samples that have finished leave, and others take their places; False if no sample is left."""
+        if self._is_shared:
+            if batch.least == self.length:
+                self._leave(batch, np.arange(len(batch.sample)))
+            return batch.least < self.length
         if not self._is_on_host and self.sweeps % _LOOK:
             return True
         front = batch.fronts.front.cpu().numpy()
@@ -247,9 +242,10 @@ class Loop:
     def _graphs(self, batch: _Batch) -> SweepGraphs | None:
         """Graphs of the sweeps of a batch, if a GPU can have them and all runs are of one size, as of a window."""
         partition: Any = self.solver.partition
-        if self._is_on_host or not supports(self.block, "graph_safe") or partition.run_size(self.length) >= self.length:
+        if self._is_on_host or self._is_shared or not supports(self.block, "graph_safe"):
             return None
-        return SweepGraphs(self.block, batch.x, batch.z, batch.cache, partition.run_size(self.length))
+        size = partition.run_size(self.length)
+        return SweepGraphs(self.block, batch.x, batch.z, batch.cache, size) if size < self.length else None
 
     def _index(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(rows).to(self.z.device)
