@@ -242,7 +242,7 @@ class FakeDevice(TorchFunctionMode):
 
     @property
     def attention(self) -> Counter[str]:
-        """Where attention is counted: at a graph while it is captured, to be counted at each replay."""
+        """The counts of attention: of a graph while it is captured, to be added at each replay."""
         return self.counts.attention if self.capturing is None else self.capturing.attention
 
     @property
