@@ -104,7 +104,7 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     *((jf.Solver, name, {name: (getattr(jf.Solver(), name), ("jacobi", 7, jf.Whole), ())})
       for name in ("partition", "guess", "stopping", "correction")),
     (jf.Solver, "bf16_sweeps", {}), (jf.Tolerance, "atol", {}), (jf.EarlyStop, "ebound", {}),
-    (solvers.Stopping, "atol max_sweeps ebound", {"max_sweeps": (2, KINDS, (0, (), (5, 0, 2)))}),
+    (solvers.Stopping, "atol max_sweeps ebound", {"max_sweeps": (2, KINDS, (0, (5, 0, 2)))}),
     (jf.MeanAffine, "log_scale shift", {}), (jf.CausalLinear, "kernel shift", {}), (jf.Chord, "kernel", {}),
     (jf.Guidance, "weight annealed on attn_temperature", {}), (jf.SamplingSettings, "guidance denoise", {}),
     (jf.find_report, "flow", {}), (jf.find_tuning, "flow", {}),

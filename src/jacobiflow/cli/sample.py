@@ -84,9 +84,9 @@ def sample(
     import time
 
     from jacobiflow.errors import InputValueError
+    from jacobiflow.memory import fitting_batch
     from jacobiflow.plots import save_png
     from jacobiflow.storage import FirstProcessFailed, processes, sample_to_folder
-    from jacobiflow.strategy.memory import fitting_batch
 
     options.check_files(model, [strategy, labels, report], json=json)
     if report is not None and strategy.endswith(".json"):

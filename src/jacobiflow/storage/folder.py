@@ -30,8 +30,7 @@ from jacobiflow.data import quantize
 from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.files import files_sha256, remove_partials, write_atomically, write_json
 from jacobiflow.locking import MANIFEST
-from jacobiflow.outcome import Outcome
-from jacobiflow.sampling import Samples
+from jacobiflow.sampling import Outcome, Samples
 from jacobiflow.storage.manifest import Cost, Manifest, Record, SampleFolderError
 from jacobiflow.strategy import Strategy
 

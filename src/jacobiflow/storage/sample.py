@@ -18,17 +18,18 @@ from torch import Tensor
 
 from jacobiflow.calibration import Report
 from jacobiflow.checks import check_choice, check_count, check_number, check_seed, short
+from jacobiflow.denoising import check_rate
 from jacobiflow.errors import InputValueError
 from jacobiflow.files import json_bytes, sha256, write_atomically
 from jacobiflow.flows.fingerprint import fingerprint
-from jacobiflow.flows.image_flow import ImageFlow, precision
+from jacobiflow.flows.image_flow import ImageFlow, check_flow, precision
 from jacobiflow.flows.labels import Labels
 from jacobiflow.latents import MOST_SAMPLES, draw_latents
 from jacobiflow.locking import MANIFEST, check_own, locked
 from jacobiflow.measuring import machine
 from jacobiflow.progress import Progress
-from jacobiflow.sampling import check_settings, draw, warn_if_guidance_is_idle
-from jacobiflow.solvers import Certificate
+from jacobiflow.sampling import draw, warn_if_guidance_is_idle
+from jacobiflow.solvers import Certificate, check_certificate
 from jacobiflow.storage.folder import STRATEGY, SampleFolder, pillow
 from jacobiflow.storage.manifest import Files, Manifest, SampleFolderError, labels_sha256
 from jacobiflow.storage.processes import Processes
@@ -96,7 +97,9 @@ def sample_to_folder(
     """
     num, seed = check_count("num", num, most=MOST_SAMPLES), check_seed(seed)
     batch_size, shard_size = _sizes(num, batch_size, shard_size)
-    _, denoise = check_settings(flow, batch_size, denoise, certify)
+    check_flow(flow)
+    denoise = check_rate(flow, denoise)
+    check_certificate("certify", certify)
     tolerance = None if tolerance is None else check_number("tolerance", tolerance)
     config = flow.config
     if check_choice("files", files, get_args(Files)) == "png":
