@@ -40,9 +40,8 @@ def way_back(
         def g(x: Tensor, i: int = i, z: Tensor = z) -> Tensor:
             return reference.g(i, x, z, labels, guide_of(guidance))
 
-        problems.append(
-            BlockProblem(guided(flow.blocks[i], guidance), g, z.to(flow.var), labels, oracle.sequential(g, z))
-        )
+        block, answer = guided(flow.blocks[i], guidance), oracle.sequential(g, z)
+        problems.append(BlockProblem(block, g, z.to(flow.var), labels, answer))
         tokens = reference.flip(i, answer)
     return problems[::-1]
 
