@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from jacobiflow.flows.guidance import Guidance
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.flows.labels import embed_classes
 from jacobiflow.flows.maf import MAF, MAFBlock, full_pass
 from jacobiflow.flows.tarflow import TarFlow, TarFlowBlock
 from jacobiflow.flows.tarflow.attention import Attention, AttentionBlock
@@ -117,7 +118,7 @@ class Stream:
     def __init__(self, block: TarFlowBlock, labels: Tensor | None, temperature: float) -> None:
         self.block = block
         self.position_embedding = block.permutation(block.pos_embed, dim=0)
-        self.class_embedding = block.embed_classes(labels)
+        self.class_embedding = embed_classes(block.class_embed, labels)
         self.temperature = temperature
         self.layers = [_Layer(layer) for layer in block.attn_blocks]
 

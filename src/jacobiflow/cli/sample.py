@@ -35,7 +35,7 @@ def sample(
         typer.Option("--shard-size", min=1, help="Images in a file, which a stopped run loses. Default: about 1,024."),
     ] = None,
     files: Annotated[
-        str, typer.Option("--files", help="npz: a file per shard. png: a file per image, by class.")
+        str, typer.Option("--files", help="npz: a file per shard. png: also one per image, by class.")
     ] = "npz",
     strategy: Annotated[
         str,

@@ -53,7 +53,7 @@ class Tuning(codec.Document):
     Example:
         >>> tuning = jf.Tuning.load(jf.find_tuning(jf.load("digits-p1")))
         >>> tuning.blocks[0].correction
-        Chord(24 tokens, 1 channels)
+        Chord(kernel=(24, 1, 1))
     """
 
     _name, _remedy = "tuning", "; make it anew with jacobiflow plan --tune"
@@ -107,7 +107,7 @@ def tune(
     config = flow.config
     blocks = flow.inverse_blocks
     latents = draw_latents(samples, config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
-    solutions = exact_solutions(flow, blocks, latents, _classes(flow, labels, samples), batch_size, progress)
+    solutions = exact_solutions(flow, latents, _classes(flow, labels, samples), batch_size, progress)
     fitted = []
     for i, (block, at) in enumerate(zip(blocks, solutions, strict=True)):
         fitted.append(_fit(block, at, batch_size))
