@@ -26,7 +26,7 @@ def number_range(values: Sequence[float], form: str = ".1f") -> str:
 
 def segment_sweeps(report: jf.Report, block: int) -> list[float]:
     traces = report.segment_traces[block][report.settings.segments]
-    counts = [[report.num_tokens if count is None else count for count in trace.reach(PIXEL_BOUND)] for trace in traces]
+    counts = [trace.reach(PIXEL_BOUND, report.num_tokens) for trace in traces]
     return [sum(each) / len(each) for each in counts]
 
 

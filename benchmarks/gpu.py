@@ -66,8 +66,8 @@ def solvers_of(preset: jf.Preset) -> Counter[jf.Solver]:
 
 def time_model(preset: jf.Preset, batch: int, dtype: str, device: torch.device) -> Json:
     """Seconds of a model of the paper by each way to sample it, from those of one block."""
-    guidance = jf.Guidance(preset.guidance_weight, preset.annealed, attn_temperature=preset.attn_temperature)
-    flow = random_flow(replace(preset.config, num_blocks=1)).to(device, getattr(torch, dtype)).guided(guidance)
+    config, guidance = preset.config, preset.recommended.guidance
+    flow = random_flow(replace(config, num_blocks=1)).to(device, getattr(torch, dtype)).guided(guidance)
     z, labels = (values.to(device) for values in latents(flow, batch))
     classes = labels if flow.config.num_classes else None
     block, solvers = flow.inverse_blocks[0], solvers_of(preset)

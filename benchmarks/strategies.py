@@ -100,7 +100,9 @@ def measure(flow: jf.TarFlow, report: jf.Report, batch: int) -> list[Json]:
             "max_error": row.error.max, "mean_error": row.error.mean,
         }  # fmt: skip
         if row.samples is not None:
-            entry |= {"network_calls": row.network_calls, "token_evaluations": row.token_evaluations}
+            entry |= {
+                "network_calls": row.samples.network_calls, "token_evaluations": row.samples.token_evaluations,
+            }  # fmt: skip
         rows.append(entry)
         print(f"  {batch:3d} {name:60s} {row.seconds.median:.3f} s  {rate:.2f}x  {row.error.max:.1e}", flush=True)
     return rows

@@ -22,11 +22,11 @@ ALLOWED: dict[str, set[str]] = {
     "codec": {"files"},
     "latents": set(),
     "measuring": {"progress"},
-    "memory": set(),
+    "memory": {"flows"},
     "progress": set(),
     "adapters": {"native"},
     "native": {"files"},
-    "data": {"files", "memory"},
+    "data": {"files"},
     "flows": {"codec", "files", "native"},
     "solvers": {"codec", "flows.base"},
     "denoising": {"flows"},
@@ -36,12 +36,11 @@ ALLOWED: dict[str, set[str]] = {
         "calibration", "codec", "files", "flows", "inversion", "latents", "measuring", "memory", "native",
         "progress", "solvers",
     },
-    "outcome": set(),
     "sampling": {
-        "denoising", "flows", "inversion", "latents", "outcome", "progress", "solvers", "strategy",
+        "denoising", "flows", "inversion", "latents", "progress", "solvers", "strategy",
     },
     "storage": {
-        "calibration", "codec", "data", "files", "flows", "latents", "locking", "measuring", "outcome",
+        "calibration", "codec", "data", "denoising", "files", "flows", "latents", "locking", "measuring",
         "progress", "sampling", "solvers", "strategy",
     },
     "baselines": {"flows", "inversion", "sampling"},
@@ -99,5 +98,5 @@ def test_the_rules_are_of_the_parts_that_there_are() -> None:
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
-    assert {"solvers", "flows.image_flow", "outcome"} <= GRAPH["sampling"], "imports are read"
+    assert {"solvers", "flows.image_flow", "strategy"} <= GRAPH["sampling"], "imports are read"
     TopologicalSorter({name: imported - {""} for name, imported in GRAPH.items() if name}).prepare()

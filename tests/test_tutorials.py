@@ -58,7 +58,7 @@ def words(text: str) -> list[str]:
 def isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No window is opened, and random numbers and registered flows are as before."""
     plt.switch_backend("Agg")
-    monkeypatch.setattr(registry, "_FLOWS", dict(registry._FLOWS))
+    monkeypatch.setattr(registry, "FLOWS", dict(registry.FLOWS))
     monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
     with torch.random.fork_rng():
         yield
