@@ -136,7 +136,8 @@ def _table(comparison: Comparison) -> Table:
     )  # fmt: skip
     rows = []
     for row in comparison.rows:
-        calls, evaluations, residual = row.network_calls, row.evaluations_per_token, row.certificate
+        calls = None if row.samples is None else row.samples.network_calls
+        evaluations, residual = row.evaluations_per_token, row.certificate
         rows.append((
             row.strategy, *_seconds(row.seconds),
             *(f"{comparison.speed_up(row, name):.2f}" for name in comparison.baselines),

@@ -158,14 +158,14 @@ def _distances(
     """Fréchet distance to the real images; with their features, kernel distance, precision and recall too."""
     from jacobiflow.evaluation import Statistics, extract, frechet_distance, kernel_distance, precision_recall
     from jacobiflow.evaluation.distances import SMALLEST
-    from jacobiflow.evaluation.features import distance_name
 
     with progress_bar() as progress:
         fake = extract(extractor, folder.batches(), progress, folder.manifest.num)
     if statistics is None:
         assert real is not None  # one of both is given
         statistics = Statistics.of(real)
-    name, distance = distance_name(features), frechet_distance(statistics, Statistics.of(fake))
+    name = "FID" if features == "inception" else f"{features.rpartition(':')[2]}-FID"
+    distance = frechet_distance(statistics, Statistics.of(fake))
     results = {"features": features, "against": source, "num": len(fake), "frechet_distance": distance}
     rows.append((name, f"{distance:.4f}", f"{len(fake):,} samples, against {source}"))
     if real is not None and min(len(real), len(fake)) >= SMALLEST:
@@ -182,21 +182,20 @@ def _distances(
 
 
 def _certificates(folder: SampleFolder, rows: Rows) -> dict[str, Any]:
-    """The histogram of certificates, and the samples that were solved again or lost."""
-    from jacobiflow.evaluation import certificate_histogram
-
+    """The certificates, and the samples that were solved again or lost."""
     num, certificate = folder.manifest.num, folder.certificate()
     resolved, lost = int(folder.resolved().sum()), int(folder.lost().sum())
-    histogram = None if certificate is None else certificate_histogram(certificate)
-    if histogram is None:
+    certificates = None
+    if certificate is None:
         rows.append(("certificate", "none", "drawn with --no-certify"))
     else:
-        of = f"largest of {num:,} samples; median {histogram['median']:.1e}"
-        rows.append(("certificate", f"{histogram['max']:.1e}", of))
+        certificates = {"median": float(certificate.median()), "max": float(certificate.max())}
+        of = f"largest of {num:,} samples; median {certificates['median']:.1e}"
+        rows.append(("certificate", f"{certificates['max']:.1e}", of))
     rows.append(("re-solved", f"{resolved / num:.2%}", f"{resolved:,} of {num:,} samples, token by token"))
     if lost:
         rows.append(("lost", f"{lost / num:.2%}", "the exact inverse overflows; black images, which count above"))
-    return {"resolved_sequentially": resolved, "lost": lost, "certificates": histogram}
+    return {"resolved_sequentially": resolved, "lost": lost, "certificates": certificates}
 
 
 def _paired(

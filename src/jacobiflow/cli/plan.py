@@ -57,9 +57,9 @@ def plan(
     """
     import shlex
 
+    from jacobiflow.memory import batch_bytes, fitting_batch
     from jacobiflow.strategy import Tuning, find_tuning
     from jacobiflow.strategy import plan as race
-    from jacobiflow.strategy.memory import batch_bytes, fitting_batch
 
     options.check_files(model, [tuning], out=out, json=json)
     size = options.parse_batch_size(batch_size)

@@ -35,7 +35,7 @@ def sample(
         typer.Option("--shard-size", min=1, help="Images in a file, which a stopped run loses. Default: about 1,024."),
     ] = None,
     files: Annotated[
-        str, typer.Option("--files", help="npz: a file per shard. png: a file per image, by class.")
+        str, typer.Option("--files", help="npz: a file per shard. png: also one per image, by class.")
     ] = "npz",
     strategy: Annotated[
         str,
@@ -84,9 +84,9 @@ def sample(
     import time
 
     from jacobiflow.errors import InputValueError
+    from jacobiflow.memory import fitting_batch
     from jacobiflow.plots import save_png
     from jacobiflow.storage import FirstProcessFailed, processes, sample_to_folder
-    from jacobiflow.strategy.memory import fitting_batch
 
     options.check_files(model, [strategy, labels, report], json=json)
     if report is not None and strategy.endswith(".json"):

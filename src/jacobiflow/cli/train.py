@@ -79,7 +79,7 @@ def train(
 
     from jacobiflow.checks import check_device
     from jacobiflow.data import Augmentation, Noise, load_images
-    from jacobiflow.flows.registry import find_flow, flow_names
+    from jacobiflow.flows.registry import FLOWS
     from jacobiflow.measuring import machine
     from jacobiflow.plots import image_grid, save_png
     from jacobiflow.sampling import sample
@@ -88,9 +88,9 @@ def train(
 
     options.check_files(None, [images], json=json)
     data = load_images(images, image_size, image_channels)
-    flow_class = find_flow(flow)
-    if flow_class is None:
-        raise InputValueError(f"--flow {flow}: give one of {', '.join(flow_names())}")
+    if flow not in FLOWS:
+        raise InputValueError(f"--flow {flow}: give one of {', '.join(sorted(FLOWS))}")
+    flow_class = FLOWS[flow]
     noise, extra = _extra_options(
         flow_class, noise, patch_size=patch_size, head_dim=head_dim, volume_preserving=volume_preserving or None,
         noise_std=noise_std,
