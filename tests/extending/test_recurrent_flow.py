@@ -76,11 +76,9 @@ def test_it_is_compared_with_the_sequential_loop(tmp_path: Path, capsys: pytest.
 
 def test_training_goes_on_where_it_stopped(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = "train --flow recurrent --images digits --image-size 8 --channels 16 --blocks 2 --batch-size 32 --warmup 5"
-    result = run_line(
-        f"{line} --noise-std 0.2 --learning-rate 0.01 --steps 42 --out {model} --json {model.parent}/t.json", capsys
-    )
+    result = run_line(f"{line} --noise-std 0.2 --learning-rate 0.01 --steps 42 --out {model}", capsys)
     assert result.code == 0, result.err
-    assert figures(model.parent / "t.json")["last_step"]["step"] == 42
+    assert "42 steps: loss " in result.out
 
 
 def test_an_option_that_it_has_not_is_refused(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

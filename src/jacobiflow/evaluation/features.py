@@ -44,11 +44,6 @@ def load_features(name: str, inception: Path | None = None) -> FeatureFunction:
     return features
 
 
-def distance_name(name: str) -> str:
-    """Returns the name of the Fréchet distance between the features that `load_features` loads by `name`."""
-    return "FID" if name == INCEPTION else f"{name.rpartition(':')[2]}-FID"
-
-
 class InceptionFeatures(nn.Module):
     """The 2,048 features of the Inception network that defines FID.
 
