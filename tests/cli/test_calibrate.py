@@ -177,4 +177,6 @@ def test_without_crm_the_other_columns_are_shown(run: Any, tmp_path: Path, monke
     result = run(f"calibrate --model model --images pets --out {tmp_path}/r.json")
     assert "CRM is not defined" in result.out and "strategies" not in result.out
     for i, sweeps in enumerate(report.mean_sweeps("noise", 1e-3)):
-        assert [str(i), f"{sweeps:.1f}", f"{np.mean(report.gamma[i]):.2f}"] in [*map(str.split, result.out.splitlines())]
+        assert [str(i), f"{sweeps:.1f}", f"{np.mean(report.gamma[i]):.2f}"] in [
+            *map(str.split, result.out.splitlines())
+        ]

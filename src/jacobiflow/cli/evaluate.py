@@ -15,12 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from jacobiflow.data import ImageDataset
-    from jacobiflow.evaluation import Statistics
     from jacobiflow.evaluation.features import FeatureFunction
     from jacobiflow.flows.image_flow import ImageFlow
     from jacobiflow.progress import Progress
     from jacobiflow.storage import SampleFolder
-    from jacobiflow.strategy import Strategy
 
 _FEW = 10_000  # images on either side of what compares each with each
 _TABLE = "evaluation.json"
@@ -71,44 +69,32 @@ def evaluate(
 
     Example: jacobiflow evaluate --model fashion-p2 --samples out/demo --images fashion-512
     """
-    from jacobiflow.evaluation import InceptionFeatures, Statistics
-    from jacobiflow.evaluation.features import load_features
     from jacobiflow.files import write_json
-    from jacobiflow.locking import own_folder
+    from jacobiflow.locking import check_own, own_folder
 
     options.check_output("--save-stats", save_stats, model, images, stats, inception, samples)
+    check_own(out, "evaluation")
     features = features or ("none" if images is None and stats is None else "inception")
     if samples is None and images is None:
         raise InputValueError("nothing to evaluate: give --samples, a folder that jacobiflow sample wrote, or --images")
     if save_stats is not None and (images is None or features == "none"):
         raise InputValueError(f"--save-stats {save_stats}: give --images and --features, whose statistics they are")
+    if features != "none" and images is None and stats is None:
+        raise InputValueError(f"--features {features}: give --images or --stats, to compare with")
     flow = options.load_model(model, device, dtype)
     folder = None if samples is None else _open_samples(samples, flow)
-    strategy = None if folder is None or not paired else folder.strategy()
     test = None if images is None or not test_images else _test_images(flow, images, test_images)
-    extractor = real = statistics = None
-    if features != "none" and (folder is not None or save_stats is not None):
-        if images is None and stats is None:
-            raise InputValueError(f"--features {features}: give --images or --stats, to compare with")
-        extractor = load_features(features, inception)
-        statistics = None if stats is None else Statistics.load(stats)
-        real = None if images is None else _real_features(flow, extractor, images)
     results: dict[str, Any] = {"model": model, "samples": None if samples is None else str(samples)}
-    with own_folder(out, "evaluation", (_TABLE,)), progress_bar() as progress:
-        if save_stats is not None and real is not None:
-            save_stats.parent.mkdir(parents=True, exist_ok=True)
-            Statistics.of(real).save(save_stats, extractor if isinstance(extractor, InceptionFeatures) else None)
-            print(f"wrote {save_stats}: statistics of {len(real):,} images")
-        if folder is not None and extractor is not None:
-            against = f"the training split of {images}" if statistics is None else str(stats)
-            results |= {"features": features, "against": against}
-            results |= _distances(folder, extractor, real, statistics, progress)
+    with progress_bar() as progress:
+        if features != "none" and (folder is not None or save_stats is not None):
+            results |= _distances(flow, folder, features, inception, images, stats, save_stats, progress)
         if folder is not None:
             results |= _certificates(folder)
-            if strategy is not None:
-                results |= _paired(folder, flow, strategy, min(paired, folder.manifest.num), batch_size)
+            if paired:
+                results |= _paired(folder, flow, min(paired, folder.manifest.num), batch_size)
         if test is not None:
             results |= _likelihood(flow, test, seed, batch_size, progress)
+    with own_folder(out, "evaluation", (_TABLE,)):
         write_json(out / _TABLE, results)
     show_table(("score", "value", ""), _rows(results), text=(0, 2))
     print(f"wrote {out / _TABLE}")
@@ -137,42 +123,56 @@ def _open_samples(path: Path, flow: ImageFlow) -> SampleFolder:
     return folder
 
 
-def _real_features(flow: ImageFlow, extractor: FeatureFunction, source: str) -> Tensor:
-    """Features of the training split; for Inception a random half is mirrored, as in the original's data loader."""
-    import torch
-
-    from jacobiflow.data import load_images
-    from jacobiflow.evaluation import InceptionFeatures, extract
-
-    images = load_images(source, flow.config.image_size, flow.config.in_channels).images
-    if isinstance(extractor, InceptionFeatures):
-        extractor.to(flow.var.device)
-        is_mirrored = torch.rand(len(images), generator=torch.Generator().manual_seed(0)) < 0.5
-        images = torch.where(is_mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
-    with progress_bar() as progress:
-        return extract(extractor, [images], progress, len(images))
-
-
 def _distances(
-    folder: SampleFolder, extractor: FeatureFunction, real: Tensor | None, statistics: Statistics | None,
-    progress: Progress,
+    flow: ImageFlow, folder: SampleFolder | None, name: str, inception: Path | None, images: str | None,
+    stats: Path | None, save_stats: Path | None, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
-    """Fréchet distance to the real images; with their features, kernel distance, precision and recall too."""
-    from jacobiflow.evaluation import Statistics, extract, frechet_distance, kernel_distance, precision_recall
+    """Fréchet distance to real images; with their features, kernel distance, precision and recall too."""
+    from jacobiflow.evaluation import (
+        InceptionFeatures,
+        Statistics,
+        extract,
+        frechet_distance,
+        kernel_distance,
+        load_features,
+        precision_recall,
+    )
     from jacobiflow.evaluation.distances import SMALLEST
 
+    extractor = load_features(name, inception)
+    real = None if images is None else extract(extractor, [_real_images(flow, extractor, images)], progress)
+    if save_stats is not None and real is not None:
+        save_stats.parent.mkdir(parents=True, exist_ok=True)
+        Statistics.of(real).save(save_stats, extractor if isinstance(extractor, InceptionFeatures) else None)
+        print(f"wrote {save_stats}: statistics of {len(real):,} images")
+    if folder is None:
+        return {}
+    statistics = Statistics.load(stats) if stats is not None else Statistics.of(real)  # type: ignore[arg-type]
     fake = extract(extractor, folder.batches(), progress, folder.manifest.num)
-    if statistics is None:
-        assert real is not None  # one of both is given
-        statistics = Statistics.of(real)
-    results: dict[str, Any] = {
-        "num": len(fake), "frechet_distance": frechet_distance(statistics, Statistics.of(fake))
+    results = {
+        "features": name, "num": len(fake), "frechet_distance": frechet_distance(statistics, Statistics.of(fake)),
+        "against": f"the training split of {images}" if stats is None else str(stats),
     }  # fmt: skip
     if real is not None and min(len(real), len(fake)) >= SMALLEST:
         kernel, std = kernel_distance(real[:_FEW], fake[:_FEW])
         precision, recall = precision_recall(real[:_FEW], fake[:_FEW])
         results |= {"kernel_distance": kernel, "kernel_distance_std": std, "precision": precision, "recall": recall}
     return results
+
+
+def _real_images(flow: ImageFlow, extractor: FeatureFunction, source: str) -> Tensor:
+    """The training split; for Inception a random half is mirrored, as in the original's data loader."""
+    import torch
+
+    from jacobiflow.data import load_images
+    from jacobiflow.evaluation import InceptionFeatures
+
+    images = load_images(source, flow.config.image_size, flow.config.in_channels).images
+    if not isinstance(extractor, InceptionFeatures):
+        return images
+    extractor.to(flow.var.device)
+    is_mirrored = torch.rand(len(images), generator=torch.Generator().manual_seed(0)) < 0.5
+    return torch.where(is_mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
 def _certificates(folder: SampleFolder) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def _certificates(folder: SampleFolder) -> dict[str, Any]:
     return results if certificate is None else results | {"certificates": certificate_histogram(certificate)}
 
 
-def _paired(folder: SampleFolder, flow: ImageFlow, strategy: Strategy, num: int, batch_size: int) -> dict[str, Any]:
+def _paired(folder: SampleFolder, flow: ImageFlow, num: int, batch_size: int) -> dict[str, Any]:
     """The first samples against the sequential loop's at the same latents."""
     from dataclasses import asdict
     from functools import partial
@@ -206,7 +206,7 @@ def _paired(folder: SampleFolder, flow: ImageFlow, strategy: Strategy, num: int,
         denoise=manifest.denoise, certify=manifest.certify, batch_size=batch_size,
     )  # fmt: skip
     exact = draw(strategy="sequential").images.cpu()
-    errors = fidelity(draw(strategy=strategy).images.cpu(), exact)
+    errors = fidelity(draw(strategy=folder.strategy()).images.cpu(), exact)
     return {
         "paired": asdict(errors),
         "stored": asdict(pixel_difference(stored, quantize(exact.nan_to_num(nan=-1.0)))),

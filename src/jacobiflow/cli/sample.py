@@ -83,9 +83,12 @@ def sample(
     from dataclasses import asdict
     from time import perf_counter
 
+    import torch
+
+    from jacobiflow.data import scale
     from jacobiflow.errors import InputValueError
     from jacobiflow.measuring import machine
-    from jacobiflow.plots import save_png
+    from jacobiflow.plots import image_grid, save_png
     from jacobiflow.storage import FirstProcessFailed, processes, sample_to_folder
     from jacobiflow.strategy.memory import fitting_batch
 
@@ -133,14 +136,15 @@ def sample(
             comparison = _compare(flow, folder, out / _SHEET, progress)
         results |= comparison | {"runs": comparison["runs"] | results["runs"]}
     else:
-        save_png(_sheet(folder), out / _SHEET)
+        few = min(num, _SHEET_IMAGES)
+        shards = [folder.images(i) for i in range(-(-few // manifest.shard_size))]
+        save_png(image_grid(scale(torch.cat(shards)[:few]), min(10, num)), out / _SHEET)
     options.write_results(json, results)
     _print(results, origin, None if outcome.has_shortfall else str(outcome))  # else a warning has said so
-    shards = f"{manifest.num_shards} shard{'s' * (manifest.num_shards > 1)}"
     if folder.drawn:
-        rate = f"{folder.drawn / seconds:.1f} images a second, processes: {group.count}"
-        print(f"drew {folder.drawn:,} in {seconds:,.0f} s: {rate}")
-        print(f"wrote {out}: {shards}, manifest.json, strategy.json, {_SHEET}")
+        rate, plural = folder.drawn / seconds, "s" * (manifest.num_shards > 1)
+        print(f"drew {folder.drawn:,} in {seconds:,.0f} s: {rate:.1f} images a second, processes: {group.count}")
+        print(f"wrote {out}: {manifest.num_shards} shard{plural}, manifest.json, strategy.json, {_SHEET}")
     else:
         print(f"all {num:,} were in {out} already, and match their checksums; --overwrite draws them again")
 
@@ -188,18 +192,6 @@ def _compare(flow: ImageFlow, folder: SampleFolder, sheet: Path, progress: Progr
         "speed_up": comparison.speed_up(rows[1], comparison.original),
         "error": asdict(paired_error(ours, original)),
     }
-
-
-def _sheet(folder: SampleFolder) -> Any:
-    """A picture of the first samples."""
-    import torch
-
-    from jacobiflow.data import scale
-    from jacobiflow.plots import image_grid
-
-    num = min(folder.manifest.num, _SHEET_IMAGES)
-    shards = range(-(-num // folder.manifest.shard_size))
-    return image_grid(scale(torch.cat([folder.images(i) for i in shards])[:num]), min(10, num))
 
 
 def _print(results: dict[str, Any], origin: str, outcome: str | None) -> None:
