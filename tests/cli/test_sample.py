@@ -89,28 +89,22 @@ def test_compare_prints_both_rows_and_the_error(run: Any, tmp_path: Path) -> Non
     assert max(map(len, result.out.splitlines()[:-1])) <= 80, "the table does not fit a terminal"
 
 
-def test_guidance_and_denoising_reach_the_library(run: Any, tmp_path: Path) -> None:
+def test_guidance_denoising_tolerance_and_report_reach_the_library(run: Any, tmp_path: Path) -> None:
     line = "--guidance 0.7,attn_temperature=0.8,annealed=false,on=shift --denoise 0.9"
-    line = f"sample --model model --num 3 --strategy jacobi {line} --tolerance 1e-5 --out {tmp_path}"
+    line = (
+        f"sample --model model --num 3 --strategy jacobi --report report.json {line} --tolerance 1e-5 --out {tmp_path}"
+    )
     assert run(f"{line} --json {tmp_path}/f").code == 0
-    guidance = jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8)
-    want = jf.sample(
-        jf.load("./model").guided(guidance), 3, torch.arange(3), strategy="jacobi", denoise=0.9, tolerance=1e-5,
-    )  # fmt: skip
+    flow = jf.load("./model").guided(jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8))
+    plan = jf.Strategy.parse("jacobi", jf.Report.load("report.json"), tolerance=1e-5)
+    want = jf.sample(flow, 3, torch.arange(3), strategy=plan, denoise=0.9)
     assert np.array_equal(drawn(tmp_path)["arr_0"], levels(want.images))
+    assert jf.SampleFolder.open(tmp_path).strategy() == plan
     shown = figures(tmp_path / "f")
     assert shown["settings"] == "--guidance 0.7,attn_temperature=0.8,annealed=false,on=shift --denoise 0.9"
     assert shown["runs"]["jacobi"]["certificate"] <= 1e-5
     assert run(f"{line} --no-certify --dtype float64 --overwrite --json {tmp_path}/f").code == 0
     assert figures(tmp_path / "f")["runs"]["jacobi"]["certificate"] is None
-
-
-def test_guesses_come_from_a_report(run: Any, tmp_path: Path) -> None:
-    assert run(f"sample --model model --num 4 --strategy window:5 --report report.json --out {tmp_path}").code == 0
-    plan = jf.Strategy.parse("window:5", jf.Report.load("report.json"))
-    assert plan != jf.Strategy.parse("window:5", num_blocks=3, num_tokens=16)
-    want = jf.sample(jf.load("./model"), 4, torch.tensor([0, 1, 2, 0]), strategy=plan)
-    assert np.array_equal(drawn(tmp_path)["arr_0"], levels(want.images))
 
 
 def test_lost_samples_are_black_and_counted(run: Any, tmp_path: Path) -> None:

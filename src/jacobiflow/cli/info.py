@@ -13,14 +13,12 @@ from jacobiflow.cli.screen import one_line, show_table
 
 _LIBRARIES = ("zuko", "nflows", "normflows", "pyro-ppl", "sbi")  # whose flows `accelerate` takes
 _ROUND_TRIP = 1e-3  # largest change of a latent that is decoded and encoded
+_CHECK = "Instead, check a model folder, a sample folder or a training folder completely."
 
 
 def info(
     model: options.Model = "fashion-p2",
-    check: Annotated[
-        str | None,
-        Option(help="Instead, check a model folder, a sample folder or a training folder completely."),
-    ] = None,
+    check: Annotated[str | None, Option(help=_CHECK)] = None,
     json: options.Json = None,
 ) -> None:
     """Show a model and this machine, or check a folder.
