@@ -35,10 +35,9 @@ def load_images(source: str, size: int, channels: int, split: Split = "train") -
         source: "fashion-512" or "emoji-256" (training images that ship with the package), "fashion-mnist" (Debian's
             dataset-fashion-mnist), "digits" (scikit-learn's), an .npz file with `images` (N, H, W) or (N, C, H, W) and
             perhaps `labels` (N,), or a folder of IDX files (MNIST's format) or of images; see `image_folder`.
-        size: Side of the images in pixels. Only images of a folder are resized.
+        size: Side of the images in pixels; only images of a folder are resized.
         channels: 3, or 1 for grey.
-        split: "train" or "test". Only "fashion-mnist" and a folder of IDX files have a test split; of the others, all
-            images are returned for either.
+        split: Only "fashion-mnist" and IDX files have a test split; of other sources, all images are returned.
 
     Example:
         >>> data = load_images("fashion-512", size=28, channels=1)
