@@ -1,4 +1,4 @@
-"""What all commands have in common: help, errors of one line with exit 2, interruption, streams, extensions."""
+"""All commands: help, errors of one line with exit 2, interruption, streams, extensions."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ CALIBRATIONS: dict[str, dict[str, Any]] = {
 
 
 def calibrated(options: str) -> jf.Report:
-    """What the library measures under these options, of images with the noise of the flow's training."""
+    """The library's report under these options, of images with the noise of the flow's training."""
     flow, settings = jf.load(f"./{options.split()[1]}"), dict(CALIBRATIONS[options])
     data, every = load_images("pets", 8, 1), torch.arange(9)
     noise = Noise("gaussian", 0.1) if flow.config.noise_std else Noise("uniform")

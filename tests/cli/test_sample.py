@@ -26,7 +26,7 @@ from tests.helpers.scoring import levels
 
 
 def drawn(out: Path) -> dict[str, Any]:
-    """The arrays of the first shard: images and, where there are any, labels."""
+    """The arrays of the first shard."""
     with np.load(out / "shards" / "00000.npz") as arrays:
         return dict(arrays)
 

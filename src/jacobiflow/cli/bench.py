@@ -24,7 +24,7 @@ _STRATEGY = (
     "loop and an encoding pass are always timed."
 )
 _BATCH_SIZE = "Images solved together; give it again for each. Default: 1, 4 and 16."
-_LEGEND = """over: times as fast as the original sampler, and as the sequential loop
+_LEGEND = """over: speed-up over the original sampler, and over the sequential loop
 evals/token: how often a token of a block was evaluated
 residual: the largest |g(x) - x|; exact: every block was solved token by token
 *: not certified: the strategy stops after a fixed number of sweeps"""

@@ -52,10 +52,10 @@ def calibrate(
     options.check_output("--out", out, model, images)
     flow = options.load_model(model, device, dtype)
     data = load_images(images, flow.config.image_size, flow.config.in_channels)
-    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:num].sort().values
-    pixels, labels = data.batch(chosen)
+    indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:num].sort().values
+    pixels, labels = data.batch(indices)
     if not clean:
-        pixels = noisy_images(data, chosen, options.training_noise(flow), seed)
+        pixels = noisy_images(data, indices, options.training_noise(flow), seed)
     if unconditional or not flow.config.num_classes:
         labels = None
     guide = options.parse_guidance(guidance)
@@ -81,8 +81,7 @@ def _print(report: Report) -> None:
 
     blocks, is_defined = range(report.num_blocks), report.components is not None
     names = {guess: guess.replace("_", " ") for guess in GUESS_NAMES}
-    guided = " (guided)" if report.settings.guidance else ""
-    print(f"{report.settings.num_images} images{guided}")
+    print(f"{report.settings.num_images} images{' (guided)' if report.settings.guidance else ''}")
     print(f"sweeps: until within {_TOLERANCE:g} of the solution, mean of {report.settings.traced} fresh latents\n")
 
     print("Where to start: IGM, and sweeps from there")

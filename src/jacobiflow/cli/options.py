@@ -79,10 +79,10 @@ def resolve_settings(
     if plain and (guidance is not None or denoise is not None):
         raise InputValueError("--plain: excludes --guidance and --denoise; leave one of them out")
     recommended, note = SamplingSettings() if plain else flow.recommended, ""
-    chosen = recommended.guidance if guidance is None else parse_guidance(guidance)
-    if guidance is None and chosen is not None and flow.config.num_classes and not has_labels:
-        chosen, note = None, "; the recommended guidance needs labels"
-    settings = SamplingSettings(chosen, recommended.denoise if denoise is None else denoise)
+    value = recommended.guidance if guidance is None else parse_guidance(guidance)
+    if guidance is None and value is not None and flow.config.num_classes and not has_labels:
+        value, note = None, "; the recommended guidance needs labels"
+    settings = SamplingSettings(value, recommended.denoise if denoise is None else denoise)
     if settings == recommended != SamplingSettings():
         note = " (recommended by the model; --plain turns it off)"
     return settings, f"settings: {settings_text(settings)}{note}"

@@ -98,8 +98,8 @@ def train(
 
     def on_sample(average: ImageFlow, step: int) -> None:
         labels = options.parse_labels("balanced", 20, average, seed)
-        drawn = sample(average, num=20, labels=labels, seed=seed, strategy="sequential")
-        save_png(image_grid(drawn.images, columns=10), out / f"samples-{step:06d}.png")
+        samples = sample(average, num=20, labels=labels, seed=seed, strategy="sequential")
+        save_png(image_grid(samples.images, columns=10), out / f"samples-{step:06d}.png")
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end leaves a checkpoint, as Ctrl-C does
     with progress_bar() as progress:
