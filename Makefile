@@ -137,7 +137,7 @@ emoji: setup
 figures: setup
 	$(BIN)/python -m benchmarks.figures
 
-# The site, in out/site; fails on a warning and on a link that leads nowhere.
+# Builds the site in out/site; fails if a link leads nowhere.
 docs: setup
 	$(BIN)/python -m benchmarks.website
 

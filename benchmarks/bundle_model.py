@@ -1,13 +1,11 @@
 """Puts a trained model into the package: `python -m benchmarks.bundle_model --help`.
 
-Writes config.json, with the settings that docs/results/NAME-search.json recommends, and half-precision weights to
-src/jacobiflow/models/NAME, metrics of the bundled weights to docs/results/NAME.json, and the loss curve to
-docs/figures. The card, models/NAME/README.md, is written by hand; `python -m benchmarks.render` fills its tables.
+Writes config.json, with the recommended settings of docs/results/NAME-search.json, and half-precision weights to
+src/jacobiflow/models/NAME; and for its card, metrics to docs/results/NAME.json and the loss curve to docs/figures.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 
 import jacobiflow as jf
-from benchmarks.common import FIGURES, MODELS, RESULTS, Figures
+from benchmarks.common import FIGURES, MODELS, RESULTS, Json, parser
 from jacobiflow import codec
 from jacobiflow.data import ImageDataset, Noise, load_images
 from jacobiflow.evaluation import bayes_accuracy, bits_per_dim
@@ -27,7 +25,7 @@ from jacobiflow.plots import save_png
 from jacobiflow.plots.style import TOUGH, clear, new_figure, styled
 
 
-def measure(flow: ImageFlow, test: ImageDataset, accuracy_images: int) -> Figures:
+def measure(flow: ImageFlow, test: ImageDataset, accuracy_images: int) -> Json:
     """Bits per dimension of all test images, and class accuracy of the first ones, with the noise of the training."""
     gaussian = flow.config.noise_std > 0
     noise = Noise("gaussian", flow.config.noise_std) if gaussian else Noise("uniform")
@@ -54,15 +52,14 @@ def loss_figure(metrics: list[dict[str, float]]) -> Figure:
 
 
 def main() -> None:
-    """Bundles, measures, draws."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="of the bundled model")
-    parser.add_argument("run", type=Path, help="folder that jacobiflow train wrote")
-    parser.add_argument("--images", required=True, help="test images, as for jacobiflow")
-    parser.add_argument("--test-name", required=True, help="description of the test images, for the card")
-    parser.add_argument("--machine", required=True, help="that trained the model, for the card")
-    parser.add_argument("--accuracy-images", type=int, default=1000)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("name", help="of the bundled model")
+    arguments.add_argument("run", type=Path, help="folder that jacobiflow train wrote")
+    arguments.add_argument("--images", required=True, help="test images, as for jacobiflow")
+    arguments.add_argument("--test-name", required=True, help="description of the test images, for the card")
+    arguments.add_argument("--machine", required=True, help="that trained the model, for the card")
+    arguments.add_argument("--accuracy-images", type=int, default=1000)
+    options = arguments.parse_args()
 
     folder = MODELS / options.name
     trained, search = jf.load(options.run), RESULTS / f"{options.name}-search.json"
@@ -72,7 +69,7 @@ def main() -> None:
     flow = jf.load(options.name)
     metrics = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
     test = load_images(options.images, flow.config.image_size, flow.config.in_channels, "test")
-    figures = {
+    result = {
         "name": options.name,
         "machine": options.machine,
         "steps": metrics[-1]["step"],
@@ -84,8 +81,8 @@ def main() -> None:
         **measure(flow, test, options.accuracy_images),
     }
     save_png(loss_figure(metrics), FIGURES / f"{options.name}-loss.png")
-    write_json(RESULTS / f"{options.name}.json", figures)
-    print(f"bundled {folder}: class accuracy {figures['bayes_accuracy']:.1%}")
+    write_json(RESULTS / f"{options.name}.json", result)
+    print(f"bundled {folder}: class accuracy {result['bayes_accuracy']:.1%}")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jacobiflow as jf
-from benchmarks.common import RESULTS
+from benchmarks.common import IN_PYTORCH, RESULTS, Json
 from jacobiflow.calibration import rank_correlation
 from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.files import write_json
@@ -18,8 +19,6 @@ from jacobiflow.files import write_json
 PIXEL_BOUND = 1e-2  # the largest error of a pixel at which a strategy counts as right, and the bound of segments
 TOLERANCE = 1e-3
 PAPER = ("[", "Jacobi-")  # how the names of the paper's strategies begin
-
-Rows = Sequence[Mapping[str, Any]]  # of MODEL-strategies.json
 
 
 def number_range(values: Sequence[float], form: str = ".1f") -> str:
@@ -31,9 +30,8 @@ def number_range(values: Sequence[float], form: str = ".1f") -> str:
 
 
 def segment_sweeps(report: jf.Report, block: int) -> list[float]:
-    """Mean sweeps of each segment of a tough block."""
     traces = report.segment_traces[block][report.settings.segments]
-    counts = [[report.num_tokens if count is None else count for count in trace.reach(PIXEL_BOUND)] for trace in traces]
+    counts = [trace.reach(PIXEL_BOUND, report.num_tokens) for trace in traces]
     return [sum(each) / len(each) for each in counts]
 
 
@@ -43,12 +41,10 @@ def mean_sweeps(report: jf.Report, block: int) -> list[float]:
 
 
 def easy_blocks(report: jf.Report) -> list[int]:
-    """The blocks that are not tough by CRM."""
     return [block for block in range(report.num_blocks) if block not in report.tough_blocks]
 
 
 def tough_share(report: jf.Report, metrics: Any) -> str:
-    """The share of the tough blocks in the sum of CRM."""
     return f"{sum(metrics.crm_percent[block] for block in report.tough_blocks):.1f}%"
 
 
@@ -60,7 +56,6 @@ def sweeps_range(report: jf.Report, tough: bool) -> str:
 
 
 def guess_wins(report: jf.Report, guess: str) -> int:
-    """The number of blocks in which a guess has the smallest IGM."""
     return sum(report.best_guess(block) == guess for block in range(report.num_blocks))
 
 
@@ -70,98 +65,72 @@ def best_guess(report: jf.Report) -> str:
     return f"{best.replace('_', ' ')}, in {guess_wins(report, best)} of {report.num_blocks} blocks"
 
 
-def agreement(reports: Mapping[str, jf.Report], timed: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+def agreement(reports: Mapping[str, jf.Report], timed: Sequence[Json]) -> list[tuple[str, list[str]]]:
     """The evidence for the paper's claims: a line for each fact, a cell for each model."""
-    facts = [(fact, [cell(report) for report in reports.values()]) for fact, cell in REPORT_FACTS.items()]
-    return facts + [(fact, [cell(result["rows"]) for result in timed]) for fact, cell in STRATEGY_FACTS.items()]
+    columns = [facts_of_report(report) for report in reports.values()]
+    more = [facts_of_strategies(result["rows"]) for result in timed]
+    return [(fact, [column[fact] for column in part]) for part in (columns, more) for fact in part[0]]
 
 
-def _classes(report: jf.Report) -> str:
-    same = sum(metrics.tough_blocks == report.tough_blocks for metrics in report.class_metrics.values())
-    least = min(report.class_metrics.values(), key=lambda m: sum(m.crm_percent[b] for b in report.tough_blocks))
-    return f"{same} of {len(report.class_metrics)}; {tough_share(report, least)}"
-
-
-def _gap(report: jf.Report) -> str:
-    mean = report.mean_sweeps("noise", TOLERANCE)
-    return f"{min(mean[i] for i in report.tough_blocks) / max(mean[i] for i in easy_blocks(report)):.2f}"
-
-
-def _saved_by_mean_affine(report: jf.Report) -> str:
-    z, affine = (report.mean_sweeps("noise", TOLERANCE, guess) for guess in ("latent", "mean_affine"))
-    sides = (report.tough_blocks, easy_blocks(report))
-    return "; ".join(number_range([z[i] - affine[i] for i in blocks]) for blocks in sides)
-
-
-def _z_before_zeros(report: jf.Report) -> str:
-    z, zeros = (report.mean_sweeps("noise", TOLERANCE, guess) for guess in ("latent", "zeros"))
-    return f"{sum(a < b for a, b in zip(z, zeros, strict=True))} of {report.num_blocks}"
-
-
-def _ranks_over_classes(report: jf.Report) -> str:
+def facts_of_report(report: jf.Report) -> dict[str, str]:
+    tough, easy, blocks = report.tough_blocks, easy_blocks(report), range(report.num_blocks)
+    sweeps = report.mean_sweeps("noise", TOLERANCE)
+    z, zeros, affine = (report.mean_sweeps("noise", TOLERANCE, guess) for guess in ("latent", "zeros", "mean_affine"))
+    by_norm = {norm: report.metrics[norm] for norm in (2, "fro", 1)}
+    by_class = report.class_metrics.values()
+    shares = [sum(metrics.crm_percent[block] for block in tough) for metrics in by_class]
     deviations = [spread.rank.std for spread in report.class_spread() if spread.rank is not None]
-    return f"{max(deviations):.2f}; {sum(std == 0 for std in deviations)} of {len(deviations)}"
+    segments = {block: segment_sweeps(report, block) for block in report.segment_traces}
+    correlations = {block: rank_correlation(report.segment_metrics[block].crm, segments[block]) for block in segments}
+    return {
+        "tough blocks in the spectral, the Frobenius and the 1-norm": "; ".join(
+            ", ".join(map(str, metrics.tough_blocks)) for metrics in by_norm.values()
+        ),
+        "classes with the same tough blocks; least share of theirs in a class": (
+            f"{sum(metrics.tough_blocks == tough for metrics in by_class)} of {len(by_class)}; {min(shares):.1f}%"
+        ),
+        "sweeps of the easiest tough block over those of the slowest other": (
+            f"{min(sweeps[i] for i in tough) / max(sweeps[i] for i in easy):.2f}"
+        ),
+        "rank correlation of CRM, and of \\|Γ\\|, with the sweeps": "; ".join(
+            f"{report.rank_correlation(metric, 'noise', TOLERANCE):.2f}" for metric in ("crm", "gamma")
+        ),
+        "blocks where mean affine has the least IGM": f"{guess_wins(report, 'mean_affine')} of {len(blocks)}",
+        "blocks where z takes fewer sweeps than 0": f"{sum(z[i] < zeros[i] for i in blocks)} of {len(blocks)}",
+        "sweeps that mean affine saves over z: in tough blocks; in the others": "; ".join(
+            number_range([z[i] - affine[i] for i in part]) for part in (tough, easy)
+        ),
+        "rank correlation of CRM with the spectral one: Frobenius norm; 1-norm": "; ".join(
+            f"{rank_correlation(by_norm[norm].crm, report.crm):.2f}" for norm in ("fro", 1)
+        ),
+        "largest standard deviation of a block's rank over classes; blocks where it is 0": (
+            f"{max(deviations):.2f}; {sum(std == 0 for std in deviations)} of {len(deviations)}"
+        ),
+        "sweeps to 1e-2 of the first segment, and of the others": "; ".join(
+            f"block {block}: {counts[0]:.1f}, {number_range(counts[1:])}" for block, counts in segments.items()
+        ),
+        "rank correlation of the segments' CRM with their sweeps": "; ".join(
+            f"block {block}: {value:.2f}" for block, value in correlations.items()
+        ),
+    }
 
 
-def _by_tough_block(cell: Callable[[Any, list[float]], str]) -> Callable[[jf.Report], str]:
-    def cells(report: jf.Report) -> str:
-        return "; ".join(
-            f"block {block}: {cell(report.segment_metrics[block], segment_sweeps(report, block))}"
-            for block in report.segment_traces
-        )
+def facts_of_strategies(rows: Sequence[Json]) -> dict[str, str]:
+    """Facts from the rows of MODEL-strategies.json, with a value for every batch size of the paper's strategies."""
+    batches = sorted({row["batch"] for row in rows if row["strategy"].startswith(PAPER)})
 
-    return cells
+    def cells(strategy: str | tuple[str, ...], key: str, form: str, bound: float = math.inf) -> str:
+        found = [row for row in rows if row["strategy"].startswith(strategy) and row["max_error"] <= bound]
+        values = [[row[key] for row in found if row["batch"] == batch] for batch in batches]
+        return "; ".join(format(max(each), form) if each else "-" for each in values)
 
-
-def _by_batch(cell: Callable[[Rows], str]) -> Callable[[Rows], str]:
-    def cells(rows: Rows) -> str:
-        batches = sorted({row["batch"] for row in rows if row["strategy"].startswith(PAPER)})
-        return "; ".join(cell([row for row in rows if row["batch"] == batch]) for batch in batches)
-
-    return cells
-
-
-def _entry(name: str, key: str, form: str) -> Callable[[Rows], str]:
-    return _by_batch(lambda rows: format(next(row[key] for row in rows if row["strategy"] == name), form))
-
-
-def _fastest(rows: Rows) -> str:
-    rates = [row["rate"] for row in rows if row["strategy"].startswith(PAPER) and row["max_error"] <= PIXEL_BOUND]
-    return f"{max(rates):.2f}" if rates else "-"
-
-
-REPORT_FACTS: Mapping[str, Callable[[jf.Report], str]] = {
-    "tough blocks in the spectral, the Frobenius and the 1-norm": lambda report: "; ".join(
-        ", ".join(map(str, report.metrics[norm].tough_blocks)) for norm in (2, "fro", 1)
-    ),
-    "classes with the same tough blocks; least share of theirs in a class": _classes,
-    "sweeps of the easiest tough block over those of the slowest other": _gap,
-    "rank correlation of CRM, and of \\|Γ\\|, with the sweeps": lambda report: "; ".join(
-        f"{report.rank_correlation(metric, 'noise', TOLERANCE):.2f}" for metric in ("crm", "gamma")
-    ),
-    "blocks where mean affine has the least IGM": lambda report: (
-        f"{guess_wins(report, 'mean_affine')} of {report.num_blocks}"
-    ),
-    "blocks where z takes fewer sweeps than 0": _z_before_zeros,
-    "sweeps that mean affine saves over z: in tough blocks; in the others": _saved_by_mean_affine,
-    "rank correlation of CRM with the spectral one: Frobenius norm; 1-norm": lambda report: "; ".join(
-        f"{rank_correlation(report.metrics[norm].crm, report.crm):.2f}" for norm in ("fro", 1)
-    ),
-    "largest standard deviation of a block's rank over classes; blocks where it is 0": _ranks_over_classes,
-    "sweeps to 1e-2 of the first segment, and of the others": _by_tough_block(
-        lambda metrics, sweeps: f"{sweeps[0]:.1f}, {number_range(sweeps[1:])}"
-    ),
-    "rank correlation of the segments' CRM with their sweeps": _by_tough_block(
-        lambda metrics, sweeps: f"{rank_correlation(metrics.crm, sweeps):.2f}"
-    ),
-}
-STRATEGY_FACTS: Mapping[str, Callable[[Rows], str]] = {
-    "largest error of `Jacobi-30` at batch 1; 4; 16": _entry("Jacobi-30", "max_error", ".0e"),
-    "the fastest of the paper's strategies with no pixel more than 1e-2 off, times as fast as Original": _by_batch(
-        _fastest
-    ),
-    "the sequential loop in PyTorch, times as fast as Original": _entry("sequential, in PyTorch", "rate", ".2f"),
-}
+    return {
+        "largest error of `Jacobi-30` at batch 1; 4; 16": cells("Jacobi-30", "max_error", ".0e"),
+        "the fastest of the paper's strategies with no pixel more than 1e-2 off, times as fast as Original": (
+            cells(PAPER, "rate", ".2f", PIXEL_BOUND)
+        ),
+        "the sequential loop in PyTorch, times as fast as Original": cells(IN_PYTORCH, "rate", ".2f"),
+    }
 
 
 def write_guided(model: str, report: jf.Report) -> None:

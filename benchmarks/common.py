@@ -1,9 +1,10 @@
-"""Shared parts of the benchmarks: folders, flows to time, and result files that are completed step by step."""
+"""Parts that the benchmarks share: folders, latents, random flows, and result files that are completed step by step."""
 
 from __future__ import annotations
 
 import json
 import os
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.files import write_json
+from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.latents import draw_latents
-from jacobiflow.measuring import interleave, machine
+from jacobiflow.measuring import Timing, interleave, machine
 from jacobiflow.native import SWITCH
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,13 +26,17 @@ RESULTS, FIGURES = ROOT / "docs" / "results", ROOT / "docs" / "figures"
 MODELS = ROOT / "src" / "jacobiflow" / "models"
 IN_PYTORCH = "sequential, in PyTorch"
 
-Run = Callable[[], Any]
-Figures = dict[str, Any]
+Json = dict[str, Any]
 
 
-def latents(flow: jf.TarFlow, batch: int) -> tuple[Tensor, Tensor]:
+def parser(description: str | None) -> ArgumentParser:
+    """Makes a parser that shows the docstring of a script as its help."""
+    return ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+
+
+def latents(flow: ImageFlow, batch: int, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Latents and labels of a batch, the same each time."""
-    z = draw_latents(batch, flow.config.num_tokens, flow.config.token_channels, seed=1)
+    z = draw_latents(batch, flow.config.num_tokens, flow.config.token_channels, seed)
     return z, torch.arange(batch) % max(flow.config.num_classes, 1)
 
 
@@ -46,48 +52,37 @@ def random_flow(config: jf.TarFlowConfig) -> jf.TarFlow:
 
 @contextmanager
 def without_native() -> Iterator[None]:
-    """Runs exact loops in PyTorch until the block ends."""
+    """Runs exact loops in PyTorch until the block ends; also decorates a function."""
     with patch.dict(os.environ, {SWITCH: "0"}):
         yield
 
 
-def in_pytorch(run: Callable[..., Any]) -> Callable[..., Any]:
-    """The function without native code."""
-
-    def run_in_pytorch(*arguments: Any) -> Any:
-        with without_native():
-            return run(*arguments)
-
-    return run_in_pytorch
+def to_json(timings: Mapping[str, Timing]) -> Json:
+    return {name: vars(timing) for name, timing in timings.items()}
 
 
-def speed_up(runs: Mapping[str, Run], rounds: int) -> tuple[Figures, dict[str, Any]]:
-    """Times "library" and "accelerated" in turn; returns the figures, and the answers of both."""
-    seconds, answers = interleave(runs, rounds)
-    return {
-        "rounds": rounds,
-        "seconds": {name: vars(timing) for name, timing in seconds.items()},
-        "speed_up": seconds["library"].median / seconds["accelerated"].median,
-    }, answers
+def speed_up(runs: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[Json, Json]:
+    """Times "library" and "accelerated" in turn; returns the metrics, and the results of both."""
+    timings, results = interleave(runs, rounds)
+    ratio = timings["library"].median / timings["accelerated"].median
+    return {"rounds": rounds, "seconds": to_json(timings), "speed_up": ratio}, results
+
+
+def read(out: Path, new: Json) -> Json:
+    """Reads a result file to go on with; `new` if there is none from the machine of `new`."""
+    old = json.loads(out.read_text()) if out.exists() else new
+    return old if old["machine"] == new["machine"] else new
 
 
 def complete(
-    out: Path,
-    keys: Iterable[Figures],
-    measure: Callable[[Figures], Figures],
-    show: Callable[[Figures], None] = print,
-) -> None:
-    """Adds a run to the result file for each key that it lacks, and writes after each.
-
-    A file from another machine is replaced.
-    """
-    result: Figures = {"machine": machine(), "runs": []}
-    if out.exists():
-        previous = json.loads(out.read_text())
-        result = previous if previous["machine"] == result["machine"] else result
+    out: Path, keys: Iterable[Json], measure: Callable[[Json], Json], show: Callable[[Json], None] = print
+) -> Json:
+    """Adds a run to the result file for each key that it lacks, writes after each, and returns the content."""
+    result = read(out, {"machine": machine(), "runs": []})
     out.parent.mkdir(parents=True, exist_ok=True)
     for key in keys:
         if not any(key.items() <= run.items() for run in result["runs"]):
             result["runs"].append(key | measure(key))
             write_json(out, result)
             show(result["runs"][-1])
+    return result

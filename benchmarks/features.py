@@ -30,11 +30,6 @@ class TrainingImages(NamedTuple):
     classes: int
     description: str
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return self.channels, self.size, self.size
-
 
 KINDS = {
     "fashion": TrainingImages(1, 28, 10, "the 60,000 training images of Fashion-MNIST"),
@@ -44,23 +39,20 @@ KINDS = {
 
 
 def weights_file(kind: str) -> Path:
-    """The weights of the network of a kind."""
     return WEIGHTS / f"{kind}_features.safetensors"
 
 
 def statistics_file(kind: str) -> Path:
-    """The statistics of the features of a kind over its training images."""
+    """The file of the statistics of the features of a kind over its training images."""
     return WEIGHTS / f"{kind}_fid_stats.pth"
 
 
 class ConvolutionalFeatures(nn.Module):
-    """A convolutional classifier that returns the features before its last layer.
+    """A convolutional classifier that returns the 64 features before its last layer.
 
-    Five convolutions with batch normalisation, the mean over pixels, and a layer of 64 units. It takes 8-bit images
-    (N, C, H, W). It stays in evaluation mode; to train it, put its `convolutions` into training mode.
-
-    The classes of "fashion" are those of Fashion-MNIST. Those of "emoji" are its training images, one each, which the
-    network recognises when they are mirrored, shifted and recoloured (Dosovitskiy et al., arXiv 1406.6909).
+    It takes 8-bit images (N, C, H, W). The classes of "fashion" are those of Fashion-MNIST. Those of "emoji" are its
+    training images, one each, which the network recognises when they are mirrored, shifted and recoloured (Dosovitskiy
+    et al., arXiv 1406.6909).
     """
 
     num_features = 64
@@ -76,13 +68,10 @@ class ConvolutionalFeatures(nn.Module):
         self.hidden = nn.Linear(128, self.num_features)
         self.output = nn.Linear(self.num_features, images.classes)
 
-    def train(self, mode: bool = True) -> ConvolutionalFeatures:
-        """Evaluation mode, whatever `mode`: training mode would change what a metric measures."""
-        return super().train(False)
-
     def forward(self, images: Tensor) -> Tensor:
-        """The 64 features (N, 64), at least 0. Raises ValueError for images of another type or shape."""
-        shape = KINDS[self.kind].shape
+        """The features (N, 64), at least 0. Raises ValueError for images of another type or shape."""
+        kind = KINDS[self.kind]
+        shape = (kind.channels, kind.size, kind.size)
         if images.dtype != torch.uint8 or images.shape[1:] != shape:
             raise ValueError(
                 f"images: {images.dtype} of shape {tuple(images.shape)}; {self.kind} features take torch.uint8 of "
@@ -98,14 +87,12 @@ def _convolution(channels: int, out: int) -> tuple[nn.Module, ...]:
 
 @cache
 def trained(kind: str) -> ConvolutionalFeatures:
-    """The trained network of a kind."""
     network = ConvolutionalFeatures(kind)
     network.load_state_dict({name: value.float() for name, value in load_file(weights_file(kind)).items()})
     return network.eval().requires_grad_(False)
 
 
 def training_statistics(kind: str) -> Statistics:
-    """The statistics of the features of a kind over its training images."""
     return Statistics.load(statistics_file(kind))
 
 

@@ -17,7 +17,7 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 import jacobiflow as jf
-from benchmarks.common import FIGURES
+from benchmarks.common import FIGURES, parser
 from benchmarks.front import Recorder, record, save_animation
 from benchmarks.regimes import BF16_PASS, EXACT_LOOP, LOOP_IN_PYTORCH, PASS, in_passes
 from benchmarks.render import result, strategy
@@ -35,7 +35,7 @@ from jacobiflow.plots.style import (
     plain_ticks,
     readable,
     styled,
-)
+)  # fmt: skip
 
 SWEPT = sampler_style("gs-jacobi").color
 MODEL = "emoji-p2"
@@ -93,51 +93,46 @@ def overview() -> Figure:
 
 
 def _chain(axis: Axes) -> None:
-    axis.text(-0.1, 6.75, "noise z", va="center", color=INK)
-    left = 2.0
+    left, middle = 2.0, 6.75
     for number in reversed(range(8)):
         color, ink = (TOUGH, "white") if number == 7 else (EASY, INK)
         axis.add_patch(FancyBboxPatch((left, 6.2), 1.5, 1.1, boxstyle="round,pad=0.05", fc=color, ec="none"))
-        axis.text(left + 0.75, 6.75, f"block\n{number}", ha="center", va="center", color=ink)
-        _arrow(axis, (left - 0.55, 6.75), (left - 0.05, 6.75))
+        axis.text(left + 0.75, middle, f"block\n{number}", ha="center", va="center", color=ink)
+        _arrow(axis, (left - 0.55, middle), (left - 0.05, middle))
         left += 2.2
-    _arrow(axis, (left - 0.55, 6.75), (left - 0.05, 6.75))
-    axis.text(left + 0.1, 6.75, "image x", va="center", color=INK)
-    axis.text(12.3, 7.75, "easy blocks: all tokens at once, x ← g(x), until |g(x) − x| ≤ tolerance", ha="center",
-              color=INK)  # fmt: skip
+    _arrow(axis, (left - 0.55, middle), (left - 0.05, middle))
+    axis.text(-0.1, middle, "noise z", va="center", color=INK)
+    axis.text(left + 0.1, middle, "image x", va="center", color=INK)
     axis.text(2.75, 7.75, "tough block", ha="center", color=INK)
+    text = "easy blocks: all tokens at once, x ← g(x), until |g(x) − x| ≤ tolerance"
+    axis.text(12.3, 7.75, text, ha="center", color=INK)
 
 
 def _segments(axis: Axes) -> None:
     axis.plot([2.0, 1.0], [6.1, 5.2], color=TOUGH, lw=0.8)
     axis.plot([3.5, 21.0], [6.1, 5.2], color=TOUGH, lw=0.8)
-    names = ("segment 1", "segment 2", "segment 3", "segment 4")
-    for i, name in enumerate(names):
+    for i, shade in enumerate((FINAL, SWEPT, WAITING, WAITING)):
         left = 1.0 + 5.0 * i
         for token in range(6):
-            shade = FINAL if i == 0 else (SWEPT if i == 1 else WAITING)
             axis.add_patch(Rectangle((left + 0.75 * token, 2.6), 0.65, 0.65, fc=shade, ec=INK, lw=0.5))
-        axis.text(left + 2.2, 2.1, name, ha="center", color=INK)
+        axis.text(left + 2.2, 2.1, f"segment {i + 1}", ha="center", color=INK)
         if i < 3:
             _arrow(axis, (left + 4.5, 2.92), (left + 4.95, 2.92))
-        if i == 1:
-            loop = FancyArrowPatch((left + 3.9, 3.4), (left + 0.4, 3.4), connectionstyle="arc3,rad=0.35",
-                                   arrowstyle="-|>", mutation_scale=12, color=SWEPT, lw=1.4)  # fmt: skip
-            axis.add_patch(loop)
-            axis.text(left + 2.2, 4.55, "sweeps: x ← g(x) for its tokens", ha="center", color=readable(SWEPT))
-    axis.text(3.2, 1.3, "final: in the cache,\nnever evaluated again", ha="center", color=INK, va="center")
-    axis.text(8.2, 1.3, "swept together until\nwithin the tolerance,\nor J times", ha="center", color=INK,
-              va="center")  # fmt: skip
-    axis.text(15.7, 1.3, "waiting", ha="center", color=INK, va="center")
-    axis.text(11, 0.35, "segments one after another (Gauss-Seidel); inside a segment all tokens at once (Jacobi)",
-              ha="center", color=INK)  # fmt: skip
+    _arrow(axis, (9.9, 3.4), (6.4, 3.4), connectionstyle="arc3,rad=0.35", mutation_scale=12, color=SWEPT, lw=1.4)
+    axis.text(8.2, 4.55, "sweeps: x ← g(x) for its tokens", ha="center", color=readable(SWEPT))
+    for x, text in (
+        (3.2, "final: in the cache,\nnever evaluated again"),
+        (8.2, "swept together until\nwithin the tolerance,\nor J times"),
+        (15.7, "waiting"),
+    ):
+        axis.text(x, 1.3, text, ha="center", va="center", color=INK)
+    text = "segments one after another (Gauss-Seidel); inside a segment all tokens at once (Jacobi)"
+    axis.text(11, 0.35, text, ha="center", color=INK)
 
 
-def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    axis.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=10, color=INK, lw=1))
-
-
-# ------------------------------------------------------------------------------------------------------------- results
+def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float], **style: Any) -> None:
+    style = {"arrowstyle": "-|>", "mutation_scale": 10, "color": INK, "lw": 1} | style
+    axis.add_patch(FancyArrowPatch(start, end, **style))
 
 
 def panels_of(count: int, height: float) -> tuple[Figure, list[Axes]]:
@@ -198,13 +193,11 @@ def regimes() -> Figure:
             [run["weights_mb"] for run in trained], [in_passes(run) for run in trained], linestyle="", marker="*",
             markersize=12, color=sampler_style("auto").color, label="exact loop of a trained model",
         )  # fmt: skip
-        for evaluations in (3, 5, 10):
+        for count in (3, 5, 10):
             for way, name, line in ((PASS, "sweeps, float32", "-"), (BF16_PASS, "sweeps, bfloat16", ":")):
-                passes = [evaluations * in_passes(run, way) for run in random]
-                axis.plot(sizes, passes, line, color=color, linewidth=1.4, label=name if evaluations == 3 else None)
-            axis.annotate(
-                f"k = {evaluations}", (sizes[-1], evaluations), color=readable(color), ha="right", va="bottom"
-            )
+                passes = [count * in_passes(run, way) for run in random]
+                axis.plot(sizes, passes, line, color=color, linewidth=1.4, label=name if count == 3 else None)
+            axis.annotate(f"k = {count}", (sizes[-1], count), color=readable(color), ha="right", va="bottom")
         axis.set(xscale="log", yscale="log", title=f"batch {batch}")
         plain_ticks(axis.xaxis, (1,))
         plain_ticks(axis.yaxis, (1, 3))
@@ -223,14 +216,12 @@ def masked_flows() -> Figure:
     figure, panels = panels_of(4, 5.4)
     figure.set_figwidth(5.2)
     kinds = [(direction, flow) for direction in ("slow", "fast") for flow in ("MAF", "NSF")]
-    for axis, (direction, flow) in zip(panels, kinds, strict=True):
+    runs = [run for run in result("masked-flows")["runs"] if run["library"] == "zuko" and run["features"] <= 64]
+    for axis, kind in zip(panels, kinds, strict=True):
+        direction, flow = kind
         for place, (rows, marker) in enumerate(markers.items()):
-            points = [
-                (run["features"], run["speed_up"])
-                for run in result("masked-flows")["runs"]
-                if (run["library"], run["flow"], run["direction"], run["rows"]) == ("zuko", flow, direction, rows)
-                and run["features"] <= 64
-            ]
+            same = [run for run in runs if (run["direction"], run["flow"], run["rows"]) == (*kind, rows)]
+            points = [(run["features"], run["speed_up"]) for run in same]
             color, label = ORDERED(0.9 * place / (len(markers) - 1)), f"{rows:,} row{'s' * (rows > 1)}"
             axis.plot(*zip(*points, strict=True), color=color, marker=marker, label=label)
         axis.axhline(1, color="black", linewidth=0.8)
@@ -256,13 +247,9 @@ def front() -> None:
 
 
 def main() -> None:
-    """Draws all figures."""
-    figures: dict[str, Any] = {
-        "overview": overview, "partitions": partitions, "error-against-time": error_against_time, "regimes": regimes,
-        "masked-flows": masked_flows,
-    }  # fmt: skip
-    for name, draw in figures.items():
-        save_png(draw(), FIGURES / f"{name}.png")
+    parser(__doc__).parse_args()
+    for draw in (overview, partitions, error_against_time, regimes, masked_flows):
+        save_png(draw(), FIGURES / f"{draw.__name__.replace('_', '-')}.png")
     front()
 
 

@@ -20,15 +20,14 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.data import quantize
-from jacobiflow.denoising import denoise as denoise_images
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.plots import sampler_style
 from jacobiflow.plots.style import FINAL, WAITING, readable, styled
 from jacobiflow.solvers import solve_certified
 
-_ROWS = 64  # states whose images are made together
-_SECOND, _PAUSE = 14, 3  # frames of a second; seconds of the last frame
+ROWS = 64  # states whose images are made together
+FRAMES_A_SECOND, PAUSE = 14, 3  # the seconds of the last frame
 
 
 class Recorder:
@@ -40,11 +39,9 @@ class Recorder:
         self.runs: list[tuple[int, int]] = []
 
     def init_cache(self, z: Tensor, context: Tensor | None = None) -> Any:
-        """The cache of the block."""
         return self.block.init_cache(z, context)
 
     def update(self, x: Tensor, z: Tensor, start: int, stop: int, cache: Any) -> Tensor:
-        """The map of the block."""
         self.states.append(x.clone())
         self.runs.append((start, stop))
         return self.block.update(x, z, start, stop, cache)
@@ -78,48 +75,44 @@ class Trajectory:
 
 
 def record(
-    flow: ImageFlow, latents: Float[Tensor, "1 t d"], label: int | None = None, denoise: float = 0.0,
-    tolerance: float = 1e-3,
-) -> dict[str, Trajectory]:  # fmt: skip
+    flow: ImageFlow, latents: Float[Tensor, "1 t d"], label: int, denoise: float, tolerance: float = 1e-3
+) -> dict[str, Trajectory]:
     """Solves the first block of sampling token by token, by a window of a sixth of the tokens, and by Jacobi sweeps.
 
     Sweeps go to half the tolerance and are certified to it; the pass that certifies is the last call.
     """
-    last, stopping = flow.config.num_blocks - 1, jf.Tolerance(tolerance / 2)
-    size = max(flow.config.num_tokens // 6, 2)
+    stopping, size = jf.Tolerance(tolerance / 2), max(flow.config.num_tokens // 6, 2)
     solvers = {
         "sequential": jf.Solver(jf.Sequential()),
         f"window:{size}": jf.Solver(jf.Window(size), stopping=stopping),
         "jacobi": jf.Solver(jf.Whole(), stopping=stopping),
     }
-    recorders = {name: Recorder(flow.inverse_blocks[last]) for name in solvers}
-    labels = None if label is None else torch.tensor([label])
-    solutions: dict[str, jf.Solution] = {}
+    return {name: _trajectory(flow, latents, label, denoise, solver, tolerance) for name, solver in solvers.items()}
+
+
+def _trajectory(
+    flow: ImageFlow, latents: Tensor, label: int, denoise: float, solver: jf.Solver, tolerance: float
+) -> Trajectory:
+    last = flow.config.num_blocks - 1
+    recorder, residuals = Recorder(flow.inverse_blocks[last]), []
 
     def solve(i: int, z: Tensor) -> Tensor:
-        """The solution of a block; of the first one all recorded states, which the other blocks continue from."""
+        """The solution of a block; of the first one all recorded states, with which the other blocks continue."""
+        labels = torch.full((len(z),), label)
         if i != last:
-            rows = None if labels is None else labels.expand(len(z))
-            return jf.solve(flow.inverse_blocks[i], z, jf.Solver(jf.Sequential()), rows, slots=_ROWS).x
-        for name, solver in solvers.items():
-            solutions[name] = solve_certified(recorders[name], z, solver, labels, tolerance=tolerance)
-            recorders[name].states.append(solutions[name].x)
-        return torch.cat([state for recorder in recorders.values() for state in recorder.states])
+            return jf.solve(flow.inverse_blocks[i], z, jf.Solver(jf.Sequential()), labels, slots=ROWS).x
+        solution = solve_certified(recorder, z, solver, labels, tolerance=tolerance)
+        residuals.append(float(solution.residual))
+        recorder.states.append(solution.x)
+        return torch.cat(recorder.states)
 
     with torch.no_grad():
         images = flow.to_images(invert(flow, prior_tokens(flow, latents), solve))
     if denoise:
-        images = denoise_images(flow, images, label, denoise, _ROWS)
+        images = jf.denoise(flow, images, label, denoise, ROWS)
     tokens = torch.arange(flow.config.num_tokens).view(1, -1, 1)
     positions = flow.blocks[last].permutation(tokens).flatten()
-    parts = images.split([len(recorder.states) for recorder in recorders.values()])
-    return {
-        name: Trajectory(
-            tuple(recorder.runs), torch.cat(recorder.states), part, positions, tolerance,
-            float(solutions[name].residual),
-        )
-        for (name, recorder), part in zip(recorders.items(), parts, strict=True)
-    }  # fmt: skip
+    return Trajectory(tuple(recorder.runs), torch.cat(recorder.states), images, positions, tolerance, *residuals)
 
 
 def token_colors(trajectory: Trajectory, call: int, color: str) -> np.ndarray[Any, Any]:
@@ -135,9 +128,7 @@ def token_colors(trajectory: Trajectory, call: int, color: str) -> np.ndarray[An
 
 
 def _pixels(trajectory: Trajectory, call: int) -> np.ndarray[Any, Any]:
-    """The image before a call, (h, w, 3)."""
-    image = quantize(trajectory.images[call]).permute(1, 2, 0)
-    return image.expand(-1, -1, 3).numpy()
+    return quantize(trajectory.images[call]).permute(1, 2, 0).expand(-1, -1, 3).numpy()
 
 
 @styled
@@ -168,5 +159,5 @@ def save_animation(title: str, trajectories: Mapping[str, Trajectory], path: Pat
     draw(0)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # once for all frames
-    frames = [*range(calls + 1), *[calls] * (_SECOND * _PAUSE)]
-    FuncAnimation(figure, draw, frames=frames).save(path, PillowWriter(fps=_SECOND))
+    frames = [*range(calls + 1), *[calls] * (FRAMES_A_SECOND * PAUSE)]
+    FuncAnimation(figure, draw, frames=frames).save(path, PillowWriter(fps=FRAMES_A_SECOND))

@@ -1,22 +1,18 @@
 """Checks images on a GPU, then times the paper's models: `python -m benchmarks.gpu`, about ten minutes.
 
-1. *images*: bundled models by each kind of solver, against the exact loop on the CPU.
-2. The paper's four models in shape, at batch 1 and 16, in float32 and in bfloat16, with the paper's guidance: the
-   original sampler, the exact loop (a CUDA graph a token), the paper's strategy at its number of sweeps, and an
-   encoding pass. One block of random weights is timed, and a model's seconds are sums over its blocks. Random weights
-   give the time of a sweep, not how many a trained model needs.
-
-Writes docs/results/gpu.json after each; interrupted, it goes on. Exits with 1 if an image is wrong.
+Images of bundled models by each kind of solver are compared with those of the exact loop on the CPU; it exits with 1 if
+one is wrong. Then one block of random weights in the shape of each of the paper's models is timed, and a model's
+seconds are sums over its blocks. Random weights give the time of a sweep, not how many a trained model needs. Writes
+docs/results/gpu.json after each; interrupted, it goes on.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,14 +21,11 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.common import RESULTS, Figures, complete, random_flow
+from benchmarks.common import RESULTS, Json, complete, latents, parser, random_flow, to_json
 from jacobiflow.baselines import GROWING_CACHE, growing_cache_sample
-from jacobiflow.data import balanced_labels
-from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import interleave, machine
 from jacobiflow.memory import keep_freed_memory
 
-OUT = RESULTS / "gpu.json"
 BUNDLED = ("fashion-p2", "digits-p1", "digits-maf")
 STRATEGIES = ("sequential", "jacobi", "window:32", "auto")
 SAMPLES, TOLERANCE = 8, 1e-4
@@ -41,31 +34,26 @@ BATCHES, DTYPES, ROUNDS = (1, 16), ("float32", "bfloat16"), 3
 EXACT_LOOP, ENCODING_PASS = "exact loop", "encoding pass"
 
 
-def images(device: torch.device, models: Sequence[str] = BUNDLED, strategies: Sequence[str] = STRATEGIES) -> Figures:
+def compare_images(
+    device: torch.device, models: Sequence[str] = BUNDLED, strategies: Sequence[str] = STRATEGIES
+) -> Json:
     """The largest difference of each solver's images from those of the exact loop on the CPU."""
-    rows: list[Figures] = []
+    rows: list[Json] = []
     for name in models:
         flow, reference = jf.load(name, device=device), jf.load(name)
-        config = flow.config
-        z = draw_latents(SAMPLES, config.num_tokens, config.token_channels, seed=0)
-        labels = balanced_labels(SAMPLES, config.num_classes)
+        z, labels = latents(flow, SAMPLES)
         for guidance in (None, jf.Guidance(1.0)):
-            draw = partial(jf.sample, latents=z, labels=labels)
-            exact = draw(reference.guided(guidance), strategy="sequential").images
+            sample = partial(jf.sample, latents=z, labels=labels)
+            exact = sample(reference.guided(guidance), strategy="sequential").images
             for strategy in strategies:
                 tolerance = None if strategy == "sequential" else TOLERANCE
-                images = draw(flow.guided(guidance), strategy=strategy, tolerance=tolerance).images.cpu()
+                images = sample(flow.guided(guidance), strategy=strategy, tolerance=tolerance).images.cpu()
                 difference = float((images - exact).abs().max())
                 rows.append({
                     "model": name, "guided": guidance is not None, "strategy": strategy, "difference": difference,
                     "wrong": not difference <= PIXEL_BOUND,
                 })  # fmt: skip
     return {"rows": rows}
-
-
-def guidance_of(preset: jf.Preset) -> jf.Guidance:
-    """The guidance with which the paper samples a model."""
-    return jf.Guidance(preset.guidance_weight, preset.annealed, attn_temperature=preset.attn_temperature)
 
 
 def solvers_of(preset: jf.Preset) -> Counter[jf.Solver]:
@@ -75,65 +63,61 @@ def solvers_of(preset: jf.Preset) -> Counter[jf.Solver]:
     return Counter(replace(solver, stopping=replace(solver.stopping, ebound=None)) for solver in plan.solvers)
 
 
-def shape(preset: jf.Preset, batch: int, dtype: str, device: torch.device) -> Figures:
+def time_model(preset: jf.Preset, batch: int, dtype: str, device: torch.device) -> Json:
     """Seconds of a model of the paper by each way to sample it, from those of one block."""
-    config = preset.config
-    flow = random_flow(replace(config, num_blocks=1)).to(device, getattr(torch, dtype)).guided(guidance_of(preset))
-    z = draw_latents(batch, config.num_tokens, config.token_channels, seed=1).to(device)
-    labels = torch.arange(batch, device=device) % config.num_classes if config.num_classes else None
+    config, guidance = preset.config, preset.recommended.guidance
+    flow = random_flow(replace(config, num_blocks=1)).to(device, getattr(torch, dtype)).guided(guidance)
+    z, labels = (values.to(device) for values in latents(flow, batch))
+    classes = labels if flow.config.num_classes else None
     block, solvers = flow.inverse_blocks[0], solvers_of(preset)
 
     def encode() -> Tensor:
         with torch.inference_mode():
-            return flow.encode(flow.to_images(z), labels)[0]
+            return flow.encode(flow.to_images(z), classes)[0]
 
     runs: dict[str, Callable[[], Any]] = {
-        GROWING_CACHE: partial(growing_cache_sample, flow, z, labels),
-        EXACT_LOOP: partial(jf.solve, block, z, jf.Solver(jf.Sequential()), labels),
-        **{str(solver): partial(jf.solve, block, z, solver, labels) for solver in solvers},
+        GROWING_CACHE: partial(growing_cache_sample, flow, z, classes),
+        EXACT_LOOP: partial(jf.solve, block, z, jf.Solver(jf.Sequential()), classes),
+        **{str(solver): partial(jf.solve, block, z, solver, classes) for solver in solvers},
         ENCODING_PASS: encode,
     }
-    timings, answers = interleave(runs, ROUNDS, device)
-    seconds = {name: timing.median for name, timing in timings.items()}
-    models = {name: config.num_blocks * seconds[name] for name in (GROWING_CACHE, EXACT_LOOP, ENCODING_PASS)}
-    models[preset.strategy] = sum(count * seconds[str(solver)] for solver, count in solvers.items())
-    difference = flow.to_tokens(answers[GROWING_CACHE])[0] - answers[EXACT_LOOP].x
+    timings, results = interleave(runs, ROUNDS, device)
+    block_seconds = {name: timing.median for name, timing in timings.items()}
+    seconds = {
+        name: preset.config.num_blocks * block_seconds[name] for name in (GROWING_CACHE, EXACT_LOOP, ENCODING_PASS)
+    }
+    seconds[preset.strategy] = sum(count * block_seconds[str(solver)] for solver, count in solvers.items())
+    difference = flow.to_tokens(results[GROWING_CACHE])[0] - results[EXACT_LOOP].x
     return {
-        "block": {name: asdict(timing) for name, timing in timings.items()},
-        "seconds": models,
-        "rates": {name: models[GROWING_CACHE] / value for name, value in models.items()},
+        "block": to_json(timings),
+        "seconds": seconds,
+        "rates": {name: seconds[GROWING_CACHE] / value for name, value in seconds.items()},
         "difference_of_loops": float(difference.abs().max()),
     }
 
 
-def main(
-    arguments: Sequence[str] | None = None,
-    presets: Mapping[str, jf.Preset] = jf.PRESETS,
-    models: Sequence[str] = BUNDLED,
-) -> None:
-    """Measures what the file lacks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args(arguments)
+def main(line: Sequence[str] | None = None, presets: Mapping[str, jf.Preset] = jf.PRESETS) -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--device", default="cuda")
+    arguments.add_argument("--out", type=Path, default=RESULTS / "gpu.json")
+    options = arguments.parse_args(line)
     device = torch.device(options.device)
-    keys: list[Figures] = [{"part": "images", "device": machine(device)["device"]}]
+    name = machine(device)["device"]
+    keys: list[Json] = [{"part": "images", "device": name}]
     keys += [
-        {"part": name, "batch": batch, "dtype": dtype, "device": machine(device)["device"]}
+        {"part": part, "batch": batch, "dtype": dtype, "device": name}
         for batch in BATCHES
         for dtype in DTYPES
-        for name in presets
+        for part in presets
     ]
 
-    def measure(key: Figures) -> Figures:
+    def measure(key: Json) -> Json:
         if key["part"] == "images":
-            return images(device, models)
-        return shape(presets[key["part"]], key["batch"], key["dtype"], device)
+            return compare_images(device)
+        return time_model(presets[key["part"]], key["batch"], key["dtype"], device)
 
-    complete(options.out, keys, measure, lambda run: print(json.dumps(run), flush=True))
-    first = json.loads(options.out.read_text())["runs"][0]
-    wrong = [row for row in first["rows"] if row["wrong"]]
-    if wrong:
+    result = complete(options.out, keys, measure, lambda run: print(json.dumps(run), flush=True))
+    if wrong := [row for row in result["runs"][0]["rows"] if row["wrong"]]:
         sys.exit(f"images that differ from the CPU's by more than {PIXEL_BOUND:g}: {json.dumps(wrong)}")
 
 

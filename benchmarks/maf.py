@@ -1,32 +1,23 @@
-"""The paper's experiment on another flow (section 4.4, Table 5): `python -m benchmarks.maf`.
+"""Repeats the paper's experiment on another flow, section 4.4 and Table 5: `python -m benchmarks.maf`.
 
-Writes docs/results/maf.json. A MAF of 5 blocks is trained on Fashion-MNIST, 50,000 images are encoded, and their
-latents are inverted: by the "For" loop of one full pass per pixel, by sweeps, and to a tolerance. The loop takes hours
-for all images: it is timed on the first batches, and the time for all is extrapolated from these. The loop token by
-token is timed in native code and in PyTorch.
-Training takes ten minutes on two cores and goes on where it stopped; then the script needs an otherwise idle machine
-and a quarter of an hour. With `--images FOLDER` it reads MNIST's IDX files instead, and all that it makes stays in
-out/maf-FOLDER.
+Writes docs/results/maf.json, which fills docs/flows.md, in half an hour on two cores that are otherwise idle;
+interrupted, it goes on. A MAF of 5 blocks is trained on Fashion-MNIST, and the latents of 50,000 images are inverted.
+The "For" loop takes hours for all: it is timed on the first batches, and the time for all is extrapolated from these.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.common import RESULTS, ROOT, in_pytorch
+from benchmarks.common import RESULTS, ROOT, Json, parser, read, without_native
 from jacobiflow.baselines import full_passes_sample
 from jacobiflow.data import Noise, load_images
 from jacobiflow.data.noise import add_noise, keyed_generator
@@ -34,107 +25,83 @@ from jacobiflow.files import write_json
 from jacobiflow.measuring import machine
 from jacobiflow.memory import keep_freed_memory
 
-RESULT, ROWS = RESULTS / "maf.json", "rows.json"
-FASHION = "fashion-mnist"
+OUT, FOLDER = RESULTS / "maf.json", ROOT / "out" / "maf-fashion-mnist"
 TRAINING = "--flow maf --channels 512 --layers 2 --blocks 5 --unconditional --batch-size 128 --steps 3000"
 IMAGES, BATCH, LOOP_BATCHES = 50_000, 500, 2
 TOLERANCE = 1e-3
+FOR_LOOP = "For loop"
 
 Inverse = Callable[[Tensor], Tensor]
 
 
-def trained(images: str, folder: Path) -> jf.MAF:
+def trained() -> jf.MAF:
     """The MAF; trains it first if there is none."""
-    line = [*f"--images {images} {TRAINING} --sample-every 1000".split(), "--out", str(folder)]
+    line = f"--images fashion-mnist {TRAINING} --sample-every 1000 --out {FOLDER}".split()
     subprocess.run([sys.executable, "-m", "jacobiflow", "train", *line], check=True)
-    return jf.MAF.from_pretrained(folder).requires_grad_(False)
+    return jf.MAF.from_pretrained(FOLDER).requires_grad_(False)
 
 
-def invert(flow: jf.MAF, strategy: jf.Strategy | str, certify: bool, z: Tensor) -> Tensor:
-    """Images (B, D) from latents by a strategy of the library."""
-    return jf.decode(flow, z, strategy=strategy, certify=certify).images.flatten(1)
+def inverses_of(flow: jf.MAF) -> dict[str, Inverse]:
+    """Inverses from latents to pixels (B, D): the table's loop and sweeps, and to a tolerance."""
+
+    def inverse(strategy: str | jf.Strategy, z: Tensor, certify: bool = False) -> Tensor:
+        return jf.decode(flow, z, strategy=strategy, certify=certify).images.flatten(1)
+
+    def sweeps(solver: jf.Solver, certify: bool = False) -> Inverse:
+        return partial(inverse, jf.Strategy.uniform(solver, flow.config.num_blocks), certify=certify)
+
+    inverses: dict[str, Inverse] = {FOR_LOOP: lambda z: full_passes_sample(flow, z).flatten(1)}
+    for count in (10, 20, 30):
+        inverses[f"{count} sweeps"] = sweeps(jf.Solver(jf.Whole(), stopping=jf.MaxSweeps(count)))
+    whole, window = (jf.Solver(part, stopping=jf.Tolerance(TOLERANCE)) for part in (jf.Whole(), jf.Window(64)))
+    loop = partial(inverse, "sequential")
+    return inverses | {
+        f"sweeps to {TOLERANCE:g}": sweeps(whole),
+        f"window of 64 to {TOLERANCE:g}": sweeps(window),
+        f"window of 64 to {TOLERANCE:g}, certified": sweeps(window, certify=True),
+        "sequential, cached, in PyTorch": without_native()(loop),
+        "sequential, cached": loop,
+    }
 
 
-def strategies(flow: jf.MAF) -> dict[str, Inverse]:
-    """Inverses of all images by name: the table's sweeps, and to a tolerance."""
-    count = flow.config.num_blocks
-    solvers: dict[str, Inverse] = {}
-    for sweeps in (10, 20, 30):
-        solver = jf.Solver(jf.Whole(), stopping=jf.MaxSweeps(sweeps))
-        solvers[f"{sweeps} sweeps"] = partial(invert, flow, jf.Strategy.uniform(solver, count), False)
-    whole = jf.Solver(jf.Whole(), stopping=jf.Tolerance(TOLERANCE))
-    solvers[f"sweeps to {TOLERANCE:g}"] = partial(invert, flow, jf.Strategy.uniform(whole, count), False)
-    window = jf.Strategy.uniform(jf.Solver(jf.Window(64), stopping=jf.Tolerance(TOLERANCE)), count)
-    solvers[f"window of 64 to {TOLERANCE:g}"] = partial(invert, flow, window, False)
-    solvers[f"window of 64 to {TOLERANCE:g}, certified"] = partial(invert, flow, window, True)
-    loop = partial(invert, flow, "sequential", False)
-    return solvers | {"sequential, cached, in PyTorch": in_pytorch(loop), "sequential, cached": loop}
-
-
-def batches(images: Tensor) -> Iterator[Tensor]:
-    """Dequantised images in [-1, 1), batch by batch."""
-    for k, start in enumerate(range(0, len(images), BATCH)):
-        yield add_noise(images[start : start + BATCH], Noise("uniform"), keyed_generator(0, 3, k))
-
-
-def timed(
-    folder: Path, name: str, inverse: Inverse, latents: list[Tensor], images: list[Tensor], total: int
-) -> dict[str, Any]:
-    """Seconds for `total` batches, of which `latents` are timed, and the mean absolute error of a pixel in [0, 1].
-
-    A row that an interrupted run has measured is kept in the folder's rows.json.
-    """
-    path = folder / ROWS
-    rows = json.loads(path.read_text()) if path.exists() else {}
-    if name in rows:
-        return rows[name]
+def measure(name: str, inverse: Inverse, images: Tensor, latents: Tensor) -> Json:
+    """Seconds of the inverse of all batches, and the mean absolute error of a pixel in [0, 1]."""
+    batches = list(zip(latents.split(BATCH), images.flatten(1).split(BATCH), strict=True))
+    total = len(batches)
+    batches = batches[:LOOP_BATCHES] if name == FOR_LOOP else batches
     errors, seconds = [], []
-    inverse(latents[0][:8])  # the first call is slower
-    for z, x in track(zip(latents, images, strict=True), name, len(latents), transient=True):
+    inverse(latents[:8])  # the first call is slower
+    for z, x in batches:
         started = perf_counter()
-        answer = inverse(z)
+        pixels = inverse(z)
         seconds.append(perf_counter() - started)
-        errors.append((answer - x).abs() / 2)
+        errors.append((pixels - x).abs() / 2)
     error = torch.cat(errors)
-    row = {
-        "method": name, "batches": len(latents), "seconds": sum(seconds),
-        "seconds_of_all": sum(seconds) / len(latents) * total,
+    return {
+        "method": name, "batches": len(batches), "seconds": sum(seconds),
+        "seconds_of_all": sum(seconds) / len(batches) * total,
         "spread": max(seconds) / min(seconds), "mae": float(error.mean()), "max_error": float(error.max()),
     }  # fmt: skip
-    print(f"{name}: {row['seconds_of_all']:.0f} s, MAE {row['mae']:.1e}", file=sys.stderr)
-    write_json(path, rows | {name: row})
-    return row
-
-
-def ours(flow: jf.MAF, images: Tensor, folder: Path) -> list[dict[str, Any]]:
-    """The rows of Table 5."""
-    exact = list(batches(images))
-    latents = [flow.encode(x)[0] for x in exact]
-    pixels = [x.flatten(1) for x in exact]
-    total = len(latents)
-
-    def loop(z: Tensor) -> Tensor:
-        return full_passes_sample(flow, z).flatten(1)
-
-    first = timed(folder, "For loop", loop, latents[:LOOP_BATCHES], pixels[:LOOP_BATCHES], total)
-    return [first, *(timed(folder, name, f, latents, pixels, total) for name, f in strategies(flow).items())]
 
 
 def main() -> None:
-    """Train, encode, invert, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", default=FASHION, help="fashion-mnist, or a folder of IDX files")
-    images = parser.parse_args().images
-    folder = ROOT / "out" / f"maf-{Path(images).name}"  # a model, and rows, of these images
-    flow = trained(images, folder)
-    test_images, _ = load_images(images, flow.config.image_size, 1).batch(slice(0, IMAGES))
+    parser(__doc__).parse_args()
+    flow = trained()
+    clean, _ = load_images("fashion-mnist", flow.config.image_size, 1).batch(slice(0, IMAGES))
+    images = torch.cat([
+        add_noise(batch, Noise("uniform"), keyed_generator(0, 3, k)) for k, batch in enumerate(clean.split(BATCH))
+    ])  # fmt: skip
     with torch.no_grad():
-        rows = ours(flow, test_images, folder)
-    write_json(RESULT if images == FASHION else folder / RESULT.name, {
-        "command": f"python -m benchmarks.maf --images {images}", "images": len(test_images), "batch_size": BATCH,
-        "training": TRAINING, "tolerance": TOLERANCE, "machine": machine(), "rows": rows,
-    })  # fmt: skip
-    (folder / ROWS).unlink()
+        latents = torch.cat([flow.encode(batch)[0] for batch in images.split(BATCH)])
+        result = read(OUT, {
+            "command": "python -m benchmarks.maf", "images": len(images), "batch_size": BATCH,
+            "training": TRAINING, "tolerance": TOLERANCE, "machine": machine(), "rows": [],
+        })  # fmt: skip
+        for name, inverse in inverses_of(flow).items():
+            if all(row["method"] != name for row in result["rows"]):
+                result["rows"].append(measure(name, inverse, images, latents))
+                write_json(OUT, result)
+                print(result["rows"][-1], flush=True)
 
 
 if __name__ == "__main__":

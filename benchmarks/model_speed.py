@@ -1,53 +1,45 @@
 """Times the bundled models by the original sampler and by `auto`: `python -m benchmarks.model_speed`.
 
 Writes docs/results/model-speed.json, of batches with the guidance that each model recommends, interleaved; and the
-sheets of samples of the model cards, docs/figures/NAME-samples.png.
+sheets of samples, docs/figures/NAME-samples.png. Both are shown by the model cards.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import jacobiflow as jf
-from benchmarks.common import FIGURES, RESULTS, Figures
+from benchmarks.common import FIGURES, RESULTS, Json, latents, parser, to_json
 from jacobiflow.baselines import original_loop
 from jacobiflow.data import balanced_labels
 from jacobiflow.files import write_json
 from jacobiflow.flows.folder import bundled
-from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import interleave, machine
 from jacobiflow.memory import keep_freed_memory
 from jacobiflow.plots import rows_sheet, save_png
 
 BATCHES, ROUNDS = (1, 16), 3
-SHEET = 100  # samples as recommended
 
 
-def measure(name: str) -> Figures:
-    """Seconds of a model by batch size."""
+def measure(name: str) -> Json:
     flow = jf.load(name)
     flow, rows = flow.guided(flow.recommended.guidance), []
     loop_name, loop = original_loop(flow)
     for batch in BATCHES:
-        z = draw_latents(batch, flow.config.num_tokens, flow.config.token_channels, 0)
-        labels = balanced_labels(batch, flow.config.num_classes)
+        z, labels = latents(flow, batch, seed=0)
         runs: dict[str, Callable[[], Any]] = {
             "original": partial(loop, flow, z, labels),
             "auto": partial(jf.sample, flow, latents=z, labels=labels),
         }
-        timings, _ = interleave(runs, ROUNDS)
-        rows.append({"batch": batch, **{run: asdict(timing) for run, timing in timings.items()}})
+        rows.append({"batch": batch, **to_json(interleave(runs, ROUNDS)[0])})
     return {"loop": loop_name, "rows": rows}
 
 
 def draw_samples(name: str) -> None:
-    """Draws the sheet of samples, plain and as recommended."""
     flow, plain = jf.load(name), jf.SamplingSettings()
-    rows = [("as recommended", flow.recommended, SHEET)]
+    rows = [("as recommended", flow.recommended, 100)]
     if flow.recommended != plain:
         rows.insert(0, ("plain", plain, 10))
     images = []
@@ -59,8 +51,7 @@ def draw_samples(name: str) -> None:
 
 
 def main() -> None:
-    """Draws and times all models."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser(__doc__).parse_args()
     for name in bundled():
         draw_samples(name)
     models = {name: measure(name) for name in bundled()}

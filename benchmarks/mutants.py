@@ -1,13 +1,12 @@
 """Measures how many small faults the tests catch: `python -m benchmarks.mutants`, about an hour on two cores.
 
-Faults are drawn by benchmarks/faults.py. For each, the tests of its part of the package run in a copy of the tree until
-one fails. Writes docs/results/mutants.json: the share of killed mutants and the survivors, part by part. It goes on
-where it was stopped, unless sources or tests have changed since.
+For each fault of benchmarks/faults.py the tests of its part run in a copy of the tree until one fails. Writes
+docs/results/mutants.json, which fills docs/reliability.md: the share of killed mutants and the survivors, part by part.
+Interrupted, it goes on, unless sources or tests have changed since.
 """
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import hashlib
 import json
@@ -23,27 +22,26 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from benchmarks.common import RESULTS, ROOT, Figures
+from benchmarks.common import RESULTS, ROOT, Json, parser
 from benchmarks.faults import Mutant, draw
 from jacobiflow.files import write_json
 
 SEED = 0
+JOBS = 2  # mutants tested at once
 SECONDS = 600  # for the tests of a mutant, which may never end
 MEMORY = 8 << 30  # bytes for them: a fault may make an array, or a list, without bound
 IGNORED = (".git", ".venv", "out", "runs", "build", "dist", "__pycache__", ".*_cache", ".hypothesis")
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A folder of sources, the folder of its tests, and the number of mutants to draw."""
 
     source: str
     tests: str
-    count: int
+    mutants: int
 
 
 PARTS = {
@@ -87,7 +85,7 @@ def killer(trees: queue.Queue[Path], mutant: Mutant, tests: str) -> str:
         trees.put(tree)
 
 
-def survivor(root: Path, mutant: Mutant) -> Figures:
+def survivor(root: Path, mutant: Mutant) -> Json:
     """A mutant that survived, with the lines that it changes."""
     source = (root / mutant.file).read_text()
     diff = difflib.unified_diff(source.splitlines(), mutant.apply(source).splitlines(), lineterm="", n=0)
@@ -98,23 +96,23 @@ def survivor(root: Path, mutant: Mutant) -> Figures:
 def digest(root: Path, parts: Mapping[str, Part]) -> str:
     """A hash of sources, tests and settings; results of others do not count."""
     files = [path for folder in ("src", "tests") for path in sorted((root / folder).rglob("*.py"))]
-    settings = json.dumps([SEED, {name: asdict(part) for name, part in parts.items()}])
+    settings = json.dumps([SEED, parts])
     return hashlib.sha256(b"".join([settings.encode(), *(path.read_bytes() for path in files)])).hexdigest()
 
 
-def examine(root: Path, parts: Mapping[str, Part], progress: Path, jobs: int = 2) -> Figures:
+def examine(root: Path, parts: Mapping[str, Part], progress: Path) -> Json:
     """Runs the tests of all mutants that the file `progress` lacks; returns the result part by part."""
-    state: dict[str, Any] = {"digest": digest(root, parts), "killed_by": {}}
+    state: Json = {"digest": digest(root, parts), "killed_by": {}}
     if progress.exists() and (previous := json.loads(progress.read_text()))["digest"] == state["digest"]:
         state = previous
     progress.parent.mkdir(parents=True, exist_ok=True)
-    result: Figures = {}
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+    result: Json = {}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(JOBS) as pool:
         trees: queue.Queue[Path] = queue.Queue()
-        for i in range(jobs):
+        for i in range(JOBS):
             trees.put(shutil.copytree(root, Path(folder) / str(i), ignore=shutil.ignore_patterns(*IGNORED)))
         for name, part in parts.items():
-            places, mutants = draw(root, part.source, part.count, random.Random(f"{SEED} {name}"))
+            places, mutants = draw(root, part.source, part.mutants, random.Random(f"{SEED} {name}"))
             new = [mutant for mutant in mutants if repr(mutant) not in state["killed_by"]]
             if new and (failure := first_failure(trees.queue[0], part.tests)):
                 raise SystemExit(f"{failure} fails without a mutant")
@@ -133,12 +131,9 @@ def examine(root: Path, parts: Mapping[str, Part], progress: Path, jobs: int = 2
 
 
 def main() -> None:
-    """Examines the package and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=2, help="mutants tested at once")
-    jobs = parser.parse_args().jobs
+    parser(__doc__).parse_args()
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-    parts = examine(ROOT, PARTS, ROOT / "out" / "mutants-progress.json", jobs)
+    parts = examine(ROOT, PARTS, ROOT / "out" / "mutants-progress.json")
     write_json(RESULTS / "mutants.json", {"command": "python -m benchmarks.mutants", "seed": SEED, "parts": parts})
     for name, row in parts.items():
         print(f"{name}: {row['killed']} of {row['total']} mutants killed, {row['share']:.0%}")

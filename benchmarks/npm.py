@@ -10,29 +10,28 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.common import ROOT
 from jacobiflow.files import write_atomically
-
-CACHE = Path(__file__).resolve().parent.parent / "build" / "web"
 
 
 def npm_files(name: str, version: str, sha512: str, files: Sequence[str]) -> list[Path]:
-    """Files of a package's folder `dist`, fetched from the npm registry once and paths in build/web.
+    """Files of a package's folder `dist`, fetched from the npm registry once and stored in build/web.
 
     Raises:
         RuntimeError: If the registry cannot be reached, or sends a package with another SHA-512.
     """
-    paths = [CACHE / f"{name}@{version}" / file for file in files]
+    paths = [ROOT / "build" / "web" / f"{name}@{version}" / file for file in files]
     if all(path.is_file() for path in paths):
         return paths
     address = f"https://registry.npmjs.org/{name}/-/{name}-{version}.tgz"
     try:
-        with urllib.request.urlopen(address, timeout=60) as answer:
-            package = answer.read()
+        with urllib.request.urlopen(address, timeout=60) as response:
+            package = response.read()
     except OSError as error:
         raise RuntimeError(f"{address}: {error}; the first build needs the npm registry") from error
-    hash_of_package = base64.b64encode(hashlib.sha512(package).digest()).decode()
-    if hash_of_package != sha512:
-        raise RuntimeError(f"{address}: the registry sent another package (SHA-512 {hash_of_package})")
+    digest = base64.b64encode(hashlib.sha512(package).digest()).decode()
+    if digest != sha512:
+        raise RuntimeError(f"{address}: the registry sent another package (SHA-512 {digest})")
     with tarfile.open(fileobj=io.BytesIO(package)) as members:
         for path in paths:
             content = members.extractfile(f"package/dist/{path.name}")

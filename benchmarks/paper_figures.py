@@ -1,13 +1,11 @@
-"""The paper's Figures 2, 3, 4, 5 and 7 for a model: `python -m benchmarks.paper_figures MODEL`.
+"""Draws the paper's Figures 2, 3, 4, 5 and 7 for a model: `python -m benchmarks.paper_figures MODEL`.
 
-Reads the model's report, as `jacobiflow calibrate` writes it, and draws without guidance, certificates, or the rounding
-of `auto`. Writes MODEL-convergence.png (Figure 2), -sampling.png (3), -guesses.png (4), -segments.png (5) and
--comparison.png (7).
+Reads the model's report, as `jacobiflow calibrate` writes it. Samples have no guidance and no certificates. Writes
+MODEL-convergence.png (Figure 2), -sampling.png (3), -guesses.png (4), -segments.png (5) and -comparison.png (7).
 """
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 from pathlib import Path
 
@@ -15,47 +13,41 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
+from benchmarks.common import FIGURES, parser
 from jacobiflow.calibration import gs_jacobi_notation
 from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.plots import (
-    comparison_sheet,
-    convergence_figure,
-    rows_sheet,
-    save_png,
-    segments_figure,
-    trace_sheet,
-)
+from jacobiflow.plots import comparison_sheet, convergence_figure, rows_sheet, save_png, segments_figure, trace_sheet
 from jacobiflow.solvers import Latent, MaxSweeps, Solver, Whole, Zeros
 
-OUT = Path(__file__).resolve().parent.parent / "docs" / "figures"
 IMAGES, TRACED = 10, 4
 TOLERANCE = 1e-2
 
 
 def draw_figures(flow: ImageFlow, report: jf.Report, out: Path, name: str, strategy: str | None = None) -> None:
-    """Writes all figures; `strategy` is beside the sequential loop, by default the one that the report proposes."""
+    """Writes all figures; `strategy` is compared with the sequential loop, by default the report's own proposal."""
     out.mkdir(parents=True, exist_ok=True)
     save_png(convergence_figure(report), out / f"{name}-convergence.png")
     if report.segment_traces:
         save_png(segments_figure(report), out / f"{name}-segments.png")
     notation = strategy or gs_jacobi_notation(report, TOLERANCE)
-    plan = jf.Strategy.parse(notation, report)
     labels = torch.arange(IMAGES) % flow.config.num_classes if flow.config.num_classes else None
-    draw = partial(jf.sample, flow.guided(report.settings.guidance), IMAGES, labels, certify=False)
+    sample = partial(jf.sample, flow.guided(report.settings.guidance), IMAGES, labels, certify=False)
     denoise = float(flow.config.noise_std > 0)
-    traced = draw(strategy="sequential", denoise=denoise, return_trace=True)
-    steps = traced.trace or ()
+    sequential = sample(strategy="sequential", denoise=denoise, return_trace=True)
+    steps = sequential.trace or ()
     save_png(trace_sheet([images[:TRACED] for images in steps], denoise > 0), out / f"{name}-sampling.png")
-    exact = steps[-2] if denoise else traced.images
+    exact = steps[-2] if denoise else sequential.images
     columns = [] if labels is None else [f"class {label}" for label in labels.tolist()]
-    rows = [captioned(case, draw(strategy=choice).images, exact) for case, choice in choices(report, notation).items()]
+    rows = [
+        captioned(case, sample(strategy=plan).images, exact) for case, plan in strategies_of(report, notation).items()
+    ]
     save_png(rows_sheet([*rows, ("sequential", exact)], columns=columns), out / f"{name}-guesses.png")
-    compared = draw(strategy=plan, denoise=denoise)
-    sheet = comparison_sheet(traced.images, compared.images, ("sequential", notation), columns=columns)
+    other = sample(strategy=jf.Strategy.parse(notation, report), denoise=denoise)
+    sheet = comparison_sheet(sequential.images, other.images, ("sequential", notation), columns=columns)
     save_png(sheet, out / f"{name}-comparison.png")
 
 
-def choices(report: jf.Report, notation: str) -> dict[str, jf.Strategy]:
+def strategies_of(report: jf.Report, notation: str) -> dict[str, jf.Strategy]:
     """Guesses and sweeps: every guess at a third of the sweeps that the slowest block takes, then more."""
     most = max(1, *report.slowest_sweeps("noise", TOLERANCE))
     few, more = max(1, most // 3), max(1, 2 * most // 3)
@@ -69,18 +61,16 @@ def choices(report: jf.Report, notation: str) -> dict[str, jf.Strategy]:
 
 
 def captioned(name: str, images: Tensor, exact: Tensor) -> tuple[str, Tensor]:
-    """The images of a strategy under its name and error."""
     error = (images - exact).abs()
     return f"{name}: error max {error.max():.1e}, mean {error.mean():.1e}", images
 
 
 def main() -> None:
-    """Draw all of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a bundled name, or a model folder with a report.json")
-    parser.add_argument("--strategy", help="beside the sequential loop; default: the one that the report proposes")
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("model", help="a bundled name, or a model folder with a report.json")
+    arguments.add_argument("--strategy", help="compared with the sequential loop; default: the report's own proposal")
+    arguments.add_argument("--out", type=Path, default=FIGURES)
+    options = arguments.parse_args()
     flow = jf.load(options.model)
     path = jf.find_report(flow)
     if path is None:

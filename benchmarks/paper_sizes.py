@@ -1,40 +1,32 @@
-"""Estimates what the paper's models take on a CPU: `python -m benchmarks.paper_sizes`, half an hour.
+"""Estimates the seconds of the paper's models on a CPU: `python -m benchmarks.paper_sizes`, half an hour.
 
-The estimate is a product of two measurements:
-
-1. Seconds of one block of random weights in the shape of each of the GS-Jacobi paper's four models, at batch 1, 4 and
-   16, unguided: a step of the original sampler at mid context, the exact loop in native code, and updates of a run of
-   tokens in the middle of the sequence, in float32 and in bfloat16 (docs/results/paper-sizes.json).
-2. Sweeps of each block of the bundled TarFlows to 1e-3, with the fitted guess and correction
-   (docs/results/paper-sweeps.json).
-
-A step is linear in its context, so that the step at mid context is the mean of all. Interrupted, it goes on.
+The estimate is a product: seconds of one block of random weights in the shape of each model, unguided
+(docs/results/paper-sizes.json), and sweeps of each block of the bundled TarFlows to 1e-3, with the fitted guess and
+correction (docs/results/paper-sweeps.json). A step of the original sampler is timed at mid context: it is linear in its
+context, so that this is the mean of all. Fills docs/performance.md. Interrupted, it goes on.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.common import RESULTS, Figures, complete, latents, random_flow
-from benchmarks.regimes import BATCH_SIZES, EXACT_LOOP, MODELS, exact_loop, shape_of
+from benchmarks.common import MODELS, RESULTS, Json, complete, latents, parser, random_flow
+from benchmarks.regimes import BATCH_SIZES, EXACT_LOOP, ROUNDS, TRAINED, exact_loop, shape_of
 from jacobiflow.baselines import GROWING_CACHE, Stream
 from jacobiflow.files import write_json
 from jacobiflow.flows.tarflow import TarFlowBlock
 from jacobiflow.inversion import invert, prior_tokens
-from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import interleave
 from jacobiflow.memory import keep_freed_memory
 
-SECONDS, SWEEPS = RESULTS / "paper-sizes.json", RESULTS / "paper-sweeps.json"
 WINDOWS = (16, 32, 64, 128)
 STEPS = 16  # single tokens in a run, as many as in the smallest window
 DTYPES = ("float32", "bfloat16")
@@ -48,15 +40,8 @@ def name_of(config: jf.TarFlowConfig) -> str:
     return f"{config.channels}x{config.layers_per_block}x{config.num_tokens}"
 
 
-SHAPES: Mapping[str, jf.TarFlowConfig] = {name_of(preset.config): preset.config for preset in jf.PRESETS.values()}
-
-
 def run_name(dtype: str, size: int) -> str:
-    """The name of an update of `size` tokens in the results."""
     return f"{dtype} x {size}"
-
-
-# -------------------------------------------------------------------------------------------------------------- seconds
 
 
 def growing_cache_steps(block: TarFlowBlock, batch: int, context: int) -> Callable[[], None]:
@@ -81,48 +66,37 @@ def growing_cache_steps(block: TarFlowBlock, batch: int, context: int) -> Callab
 
 def runs_to_time(flow: jf.TarFlow, batch: int) -> dict[str, tuple[Callable[[], Any], int]]:
     """Runs by name, each with the number of steps or updates in it."""
-    config, block = flow.config, flow.blocks[0]
-    length = config.num_tokens
-    z = draw_latents(batch, length, config.token_channels, seed=1)
+    (z, _), block, length = latents(flow, batch), flow.blocks[0], flow.config.num_tokens
     with torch.inference_mode():
         cache = block.init_cache(z)
         caches = {"float32": cache, "bfloat16": block.to_bf16(cache)}
 
-    def updates(dtype: str, size: int, count: int) -> Callable[[], None]:
+    @torch.inference_mode()
+    def update(dtype: str, size: int, count: int) -> None:
         start = (length - size) // 2
-
-        @torch.inference_mode()
-        def run() -> None:
-            for _ in range(count):
-                block.update(z, z, start, start + size, caches[dtype])
-
-        return run
+        for _ in range(count):
+            block.update(z, z, start, start + size, caches[dtype])
 
     runs: dict[str, tuple[Callable[[], Any], int]] = {
         GROWING_CACHE: (growing_cache_steps(block, batch, length // 2), STEPS),
-        EXACT_LOOP: (lambda: exact_loop(block, z, None), length),
+        EXACT_LOOP: (partial(exact_loop, block, z, None), length),
     }
     for size in (1, *(size for size in WINDOWS if size < length), length):
         count = max(STEPS // size, 1)
-        runs |= {run_name(dtype, size): (updates(dtype, size, count), count) for dtype in DTYPES}
+        runs |= {run_name(dtype, size): (partial(update, dtype, size, count), count) for dtype in DTYPES}
     return runs
 
 
-def measure(config: jf.TarFlowConfig, batch: int, rounds: int) -> Figures:
+def measure(config: jf.TarFlowConfig, batch: int) -> Json:
     """Seconds of a step, of an update and of the exact loop's step."""
     flow = random_flow(replace(config, num_blocks=1, num_classes=0))
-    timed = runs_to_time(flow, batch)
-    seconds, _ = interleave({name: run for name, (run, _) in timed.items()}, rounds)
-    return shape_of(flow) | {
-        "rounds": rounds,
-        "seconds": {
-            name: {kind: value / timed[name][1] for kind, value in asdict(timing).items()}
-            for name, timing in seconds.items()
-        },
+    runs = runs_to_time(flow, batch)
+    timings, _ = interleave({name: run for name, (run, _) in runs.items()}, ROUNDS)
+    seconds = {
+        name: {kind: value / runs[name][1] for kind, value in asdict(timing).items()}
+        for name, timing in timings.items()
     }
-
-
-# --------------------------------------------------------------------------------------------------------------- sweeps
+    return shape_of(flow) | {"rounds": ROUNDS, "seconds": seconds}
 
 
 class Way(NamedTuple):
@@ -137,7 +111,7 @@ class Way(NamedTuple):
         return f"windows of {self.window}" if self.window else "all tokens"
 
 
-def count_sweeps(flow: jf.TarFlow, report: jf.Report, tuning: jf.Tuning, samples: int = SAMPLES) -> Figures:
+def count_sweeps(flow: jf.TarFlow, report: jf.Report, tuning: jf.Tuning, samples: int = SAMPLES) -> Json:
     """Sweeps of each block and sample to `TOLERANCE` by every way, on fresh latents."""
     tuned, length, blocks = tuning.blocks, flow.config.num_tokens, []
     z, labels = latents(flow, samples)
@@ -164,10 +138,7 @@ def slow_blocks(report: jf.Report) -> list[int]:
     return [i for i in report.tough_blocks if sweeps[i] > max(others, default=0.0)]
 
 
-# ------------------------------------------------------------------------------------------------------------- estimate
-
-
-def counted(model: Figures, tough: bool) -> dict[Way, list[list[int]]]:
+def counted(model: Json, tough: bool) -> dict[Way, list[list[int]]]:
     """Sweeps of each tough block, or of each other block, by the ways that all of these were swept in."""
     blocks = [block for i, block in enumerate(model["blocks"]) if (i in model["tough"]) == tough]
     by_way = [{Way(run["bf16_sweeps"], run["window"]): run["sweeps"] for run in block} for block in blocks]
@@ -184,7 +155,6 @@ def slowest_of(counts: Sequence[int], batch: int) -> float:
 
 
 def mean_slowest(counts: Sequence[Sequence[int]], batch: int) -> float:
-    """The mean over blocks of `slowest_of`."""
     return sum(slowest_of(block, batch) for block in counts) / len(counts)
 
 
@@ -205,7 +175,7 @@ def tough_blocks(preset: jf.Preset) -> int:
     return sum(count for (size, _), count in paper_sweeps(preset).items() if size < preset.config.num_tokens)
 
 
-def cheapest_sweeps(model: Figures, tough: bool, length: int, batch: int, seconds: Mapping[str, float]) -> float:
+def cheapest_sweeps(model: Json, tough: bool, length: int, batch: int, seconds: Mapping[str, float]) -> float:
     """Seconds of a block of `length` tokens by the cheapest way that the model was swept in, and its certificate.
 
     In a tough block convergence is a front, and a window passes as many tokens in a sweep as in the model's block: its
@@ -222,7 +192,7 @@ def cheapest_sweeps(model: Figures, tough: bool, length: int, batch: int, second
     return min(choices) + one_pass
 
 
-def estimates(run: Figures, preset: jf.Preset, sweeps: Figures) -> dict[str, float]:
+def estimates(run: Json, preset: jf.Preset, sweeps: Json) -> dict[str, float]:
     """Seconds of a model of the paper by every way, at the batch size of `run`; the paper's own strategy comes last."""
     seconds = {name: timing["min"] for name, timing in run["seconds"].items()}
     length, total, tough = preset.config.num_tokens, preset.config.num_blocks, tough_blocks(preset)
@@ -243,36 +213,28 @@ def estimates(run: Figures, preset: jf.Preset, sweeps: Figures) -> dict[str, flo
     return seconds_by_way
 
 
-def runs_of(preset: jf.Preset, result: Figures) -> list[Figures]:
+def runs_of(preset: jf.Preset, result: Json) -> list[Json]:
     """The timed runs in the shape of a model of the paper, by batch size."""
     shape = name_of(preset.config)
     return sorted((run for run in result["runs"] if run["name"] == shape), key=lambda run: run["batch_size"])
 
 
-def show(run: Figures) -> None:
-    """Prints a run."""
+def show(run: Json) -> None:
     seconds = "  ".join(f"{name} {timing['min'] * 1e3:.2f}" for name, timing in run["seconds"].items())
     print(f"{run['name']}, batch {run['batch_size']}, ms: {seconds}", flush=True)
 
 
-def main(arguments: Sequence[str] | None = None, shapes: Mapping[str, jf.TarFlowConfig] = SHAPES) -> None:
-    """Measures the seconds that the file lacks, then the sweeps."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", default=MODELS, help="whose sweeps are counted")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES)
-    parser.add_argument("--rounds", type=int, default=2, help="that count, after one that does not")
-    parser.add_argument("--out", type=Path, default=SECONDS)
-    options = parser.parse_args(arguments)
-    keys = [{"name": name, "batch_size": batch} for name in shapes for batch in options.batch_sizes]
-    complete(options.out, keys, lambda key: measure(shapes[key["name"]], key["batch_size"], options.rounds), show)
-    if options.models:
-        models = {}
-        for name in options.models:
-            flow = jf.TarFlow.from_pretrained(name).requires_grad_(False)
-            report, tuning = jf.find_report(flow), jf.find_tuning(flow)
-            assert report is not None and tuning is not None, f"{name}: make calibration"
-            models[name] = count_sweeps(flow, jf.Report.load(report), jf.Tuning.load(tuning))
-        write_json(SWEEPS, {"tolerance": TOLERANCE, "models": models})
+def main() -> None:
+    parser(__doc__).parse_args()
+    shapes = {name_of(preset.config): preset.config for preset in jf.PRESETS.values()}
+    keys = [{"name": name, "batch_size": batch} for name in shapes for batch in BATCH_SIZES]
+    complete(RESULTS / "paper-sizes.json", keys, lambda key: measure(shapes[key["name"]], key["batch_size"]), show)
+    models = {}
+    for name in TRAINED:
+        flow, folder = jf.TarFlow.from_pretrained(name).requires_grad_(False), MODELS / name
+        report, tuning = jf.Report.load(folder / "report.json"), jf.Tuning.load(folder / "tuning.json")
+        models[name] = count_sweeps(flow, report, tuning)
+    write_json(RESULTS / "paper-sweeps.json", {"tolerance": TOLERANCE, "models": models})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""Samplers of other papers over this library's blocks and caches, and the settings to try each at.
+"""Samplers of other papers on this library's blocks and caches, so that a comparison is of their stopping rules alone.
 
-Their stopping rules run on the same maps as the library's solvers, so a comparison is of the rules alone. They test a
-change over the whole batch: no residual is measured, no sample is solved again, and a value that overflows stays.
+The rules test a change over the whole batch. No residual is measured, and no sample is solved again.
 
 References: Zhang et al., Selective Jacobi Decoding, arXiv 2505.24791; Gu et al., STARFlow, arXiv 2506.06276 and
 2511.20462 (code: apple/ml-starflow); Liu and Qin, GS-Jacobi Iteration, arXiv 2505.12849, Tables 3 and 4.
@@ -53,9 +52,8 @@ class CountedMap:
 
 
 def selective_jacobi(
-    flow: ImageFlow, z: Tensor, labels: Tensor | None = None, *,
-    threshold: float = 0.5,
-) -> PeerSamples:  # fmt: skip
+    flow: ImageFlow, z: Tensor, labels: Tensor | None = None, *, threshold: float = 0.5
+) -> PeerSamples:
     """Selective Jacobi Decoding: the first block of sampling token by token, the others by sweeps of all tokens from 0.
 
     A block ends once a sweep changes every entry of the batch by less than `threshold`, or after T sweeps.
@@ -78,10 +76,7 @@ def starflow(
     return _sample(flow, z, labels, [runs] * flow.config.num_blocks)
 
 
-PEERS: Mapping[str, Callable[..., PeerSamples]] = {
-    "Selective Jacobi Decoding": selective_jacobi,
-    "STARFlow": starflow,
-}
+PEERS: Mapping[str, Callable[..., PeerSamples]] = {"Selective Jacobi Decoding": selective_jacobi, "STARFlow": starflow}
 
 # Settings to try each of `PEERS` at, the published one first.
 GRIDS: Mapping[str, Sequence[Mapping[str, Any]]] = {
@@ -102,10 +97,7 @@ def gs_jacobi_grid(report: jf.Report | None, short: bool = False) -> list[str]:
 
     Tough blocks are solved token by token, or in segments: segments and sweeps multiply to 128 and 256 as published,
     and to T/8 and T/4, which these are for T = 1024. Without a report or a tough block, Jacobi-30 and Jacobi-60 remain.
-
-    Args:
-        report: Names the tough blocks.
-        short: At most 8 settings beside these two: T/8 and T/4 in 1, 4 or 8 segments, and 6 sweeps elsewhere.
+    `short` leaves at most 7 settings beside these two.
     """
     names = ["Jacobi-30", "Jacobi-60"]
     tough = () if report is None or report.components is None else report.tough_blocks

@@ -1,12 +1,12 @@
-"""Fills the marked regions of the pages from result files: `python -m benchmarks.render`.
+"""Fills the marked regions of the pages from result files: `python -m benchmarks.render`, or `make render`.
 
 A region names a template of benchmarks/templates and the results that it shows, or a value:
 
     <!-- render comparison emoji-p2-comparison --> ... <!-- end -->
     <!-- render = "%.1f" % result("emoji-features").test_accuracy --> ... <!-- end -->
 
-A result is a file of docs/results without its ending, or MODEL/report, the report of a bundled model. Templates are
-Jinja; they get all named results as `results`, the first as `result`, and reports by model as `reports`.
+A result is a file of docs/results without its ending, or MODEL/report, the report of a bundled model. Jinja templates
+get the results as `results`, the first as `result`, and reports by model as `reports`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 
 import jacobiflow as jf
 from benchmarks import calibration, paper_sizes, regimes
-from benchmarks.common import MODELS, RESULTS, ROOT
+from benchmarks.common import MODELS, RESULTS, ROOT, Json, parser
 from jacobiflow.calibration import rank_correlation
 from jacobiflow.calibration.convergence import TOLERANCES
 from jacobiflow.calibration.report import GUESS_NAMES
@@ -52,35 +52,26 @@ def _fill(source: str) -> str:
     if source.startswith("="):
         return _environment().from_string(f"{{{{ {source[1:].strip()} }}}}").render()
     template, *names = source.split()
-    shown = [result(name) for name in names]
-    reports = {name.removesuffix("/report"): value for name, value in zip(names, shown, strict=True)
-               if isinstance(value, jf.Report)}  # fmt: skip
-    others = [value for value in shown if not isinstance(value, jf.Report)]
-    text = _environment().get_template(f"{template}.md").render(
-        reports=reports, results=others, result=others[0] if others else None
-    )  # fmt: skip
+    reports = {name.removesuffix("/report"): result(name) for name in names if name.endswith("/report")}
+    results = [result(name) for name in names if not name.endswith("/report")]
+    values = {"reports": reports, "results": results, "result": next(iter(results), None)}
+    text = _environment().get_template(f"{template}.md").render(values)
     text = re.sub(r"\n{3,}", "\n\n", text).strip()
     return f"\n\n{text}\n\n"
 
 
 @cache
 def result(name: str) -> Any:
-    """A result file, or the report of a bundled model."""
     if name.endswith("/report"):
         return jf.Report.load(MODELS / f"{name}.json")
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-# ------------------------------------------------------------------------------------------------------------- formats
-
-
 def speed_up(ratio: float) -> str:
-    """A ratio to two or three digits."""
     return f"{ratio:.0f}x" if ratio >= 9.95 else f"{ratio:.1f}x"
 
 
 def duration(seconds: float) -> str:
-    """Seconds, or milliseconds."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.{2 if seconds < 1e-3 else 1}f} ms"
 
 
@@ -91,9 +82,6 @@ def plan(counts: Mapping[str, int]) -> str:
     pieces = ", ".join(f"{name} in {counts[name]}" for name in ("bfloat16", "fitted") if counts[name])
     loop = f"the loop in {counts['loop']} block{'s' * (counts['loop'] > 1)}, " if counts["loop"] else ""
     return f"{loop}sweeps in {counts['swept']}{f' ({pieces})' * bool(pieces)}"
-
-
-# ------------------------------------------------------------------------------------------------------------- choices
 
 
 def grouped(rows: Iterable[Any], *keys: str) -> list[tuple[tuple[Any, ...], list[Any]]]:
@@ -109,12 +97,11 @@ def where(rows: Iterable[Any], /, **values: Any) -> Any:
     return next((row for row in rows if values.items() <= row.items()), jinja2.Undefined())
 
 
-def strategy(comparison: Mapping[str, Any], name: str) -> Any:
-    """The row of a strategy in a comparison."""
+def strategy(comparison: Json, name: str) -> Any:
     return where(comparison["rows"], strategy=name)
 
 
-def fastest(comparison: Mapping[str, Any], name: str, bound: float | None) -> Any:
+def fastest(comparison: Json, name: str, bound: float | None) -> Any:
     """The fastest row of a sampler, of all its settings, whose largest error is at most `bound`; None if none is."""
     rows = [row for row in comparison["rows"] if row["strategy"].split(" | ")[0] == name]
     near = [row for row in rows if bound is None or row["error"]["max"] <= bound]
@@ -148,11 +135,10 @@ def fastest_way(estimates: Mapping[str, float]) -> str:
 
 
 def slowest_by_batch(counts: Sequence[Sequence[int]]) -> str:
-    """Expected sweeps of the slowest sample at each batch size."""
     return " / ".join(f"{paper_sizes.mean_slowest(counts, batch):.1f}" for batch in regimes.BATCH_SIZES)
 
 
-def recommendation(search: Mapping[str, Any]) -> str:
+def recommendation(search: Json) -> str:
     """The recommended settings of a search, and their distance to real images."""
     rows, settings = search["rows"], search["recommended"]
     (measure,) = MEASURES.keys() & search["best"].keys()
@@ -186,6 +172,10 @@ def fitted_sweeps(model: str, blocks: Iterable[int]) -> str:
     return calibration.number_range([means[block] for block in blocks])
 
 
+def sweep_ways(model: Json) -> list[paper_sizes.Way]:
+    return [way for tough in (True, False) for way in paper_sizes.counted(model, tough)]
+
+
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
@@ -194,45 +184,31 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    functions = (
+    functions = {function.__name__: function for function in (
         calibration.agreement, calibration.best_guess, calibration.mean_sweeps, calibration.segment_sweeps,
-        calibration.sweeps_range, calibration.tough_share, chord_share, fastest, fitted_sweeps, paper_megabytes,
-        paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks, plain_sweeps,
-        rank_correlation, recommendation, regimes.in_passes, result, strategy, sweeps_win,
-    )  # fmt: skip
-    environment.globals |= {function.__name__: function for function in functions} | {
+        calibration.sweeps_range, calibration.tough_share, chord_share, duration, fastest, fastest_way, fitted_sweeps,
+        grouped, least_accurate, paper_megabytes, paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of,
+        paper_sizes.tough_blocks, plain_sweeps, plan, rank_correlation, recommendation, regimes.in_passes, result,
+        slowest_by_batch, speed_up, strategy, sweep_ways, sweeps_win, where,
+    )}  # fmt: skip
+    environment.globals |= functions | {
         "calls": {"sampling": "inverse", "density": "`log_prob`"},
         "guesses": GUESS_NAMES,
         "measures": MEASURES,
         "presets": jf.PRESETS,
         "starts": [*product(("images", "noise"), TOLERANCES)],
     }
-    environment.filters |= {
+    environment.filters |= functions | {
         "batch": "batch {}".format,
         "code": "`{}`".format,
-        "duration": duration,
-        "estimates": paper_sizes.estimates,
-        "grouped": grouped,
-        "least_accurate": least_accurate,
-        "fastest_way": fastest_way,
-        "plan": plan,
-        "slowest_by_batch": slowest_by_batch,
-        "speed_up": speed_up,
         "start": lambda start: f"{start[0]}, {start[1]:g}",
-        "strategy": strategy,
-        "sweep_ways": lambda model: [way for tough in (True, False) for way in paper_sizes.counted(model, tough)],
-        "where": where,
     }
     return environment
 
 
-def main() -> None:
-    """Renders all pages."""
-    for path in pages():
-        page = path.read_text()
-        if (rendered := render(page)) != page:
-            write_atomically(path, rendered.encode())
-
-
 if __name__ == "__main__":
-    main()
+    parser(__doc__).parse_args()
+    for path in pages():
+        text = path.read_text()
+        if (rendered := render(text)) != text:
+            write_atomically(path, rendered.encode())

@@ -1,8 +1,8 @@
-"""Runs the notebooks of docs/tutorials/ and keeps their outputs: `python -m benchmarks.run_tutorials [NAME ...]`.
+"""Runs the notebooks of docs/tutorials/ and stores their outputs: `python -m benchmarks.run_tutorials [NAME ...]`.
 
-Each is executed as it is, by a kernel of this Python in an empty folder, and written back whole or not at all. What
-differs from run to run for no reason is left out: warnings, progress bars, colours, versions and execution times of the
-kernel. Pictures are kept in 256 colours, a third of their bytes.
+Each is executed by a kernel of this Python in an empty folder, and written back whole or not at all. Differences from
+run to run without a meaning are left out: warnings, progress bars, colours, versions and execution times of the kernel.
+Pictures are stored in 256 colours, a third of their bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import re
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,10 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 
+from benchmarks.common import ROOT
 from jacobiflow.files import write_atomically
 
-ROOT = Path(__file__).resolve().parent.parent
 TUTORIALS = ROOT / "docs" / "tutorials"
-LARGEST = 400_000  # bytes of a notebook
 _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\n]*\r(?!\n)")  # colours, and lines that were written over
 _PROGRESS = re.compile(r"^[\d,]+ of [\d,]+ samples, .* a second, .*\n", re.MULTILINE)  # a line every half minute
 _PYTHON = {
@@ -34,23 +32,13 @@ _PYTHON = {
 }
 
 
-def main() -> None:
-    """Run the notebooks that are named, all by default."""
-    for path in [TUTORIALS / f"{name}.ipynb" for name in sys.argv[1:]] or sorted(TUTORIALS.glob("*.ipynb")):
-        started = time.perf_counter()
-        text = run(path)
-        write_atomically(path, text.encode())
-        print(f"{path.relative_to(ROOT)}: {time.perf_counter() - started:.0f} s, {len(text) / 1000:.0f} kB", flush=True)
-
-
 def run(path: Path) -> str:
     """Runs a notebook and returns it with its outputs; a cell that fails raises CellExecutionError."""
     notebook: Any = nbformat.read(path, 4)
     with tempfile.TemporaryDirectory() as folder:
-        commands = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-        # Without a terminal, commands show no progress bars; a cache of its own, so that nothing is planned already.
+        # Without a terminal, commands show no progress bars; an empty cache, so that nothing is planned already.
         variables = {
-            "PATH": commands,
+            "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
             "XDG_CACHE_HOME": str(Path(folder) / "cache"),
             "COLUMNS": "110",
             "TTY_COMPATIBLE": "0",
@@ -64,17 +52,11 @@ def run(path: Path) -> str:
         for number, cell in enumerate(notebook.cells):
             cell.id = f"cell-{number}"
             if cell.cell_type == "code":
-                cell.outputs = _joined([_without_noise(output, str(work)) for output in cell.outputs if _shown(output)])
+                outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+                cell.outputs = _joined([_without_noise(output, str(work)) for output in outputs])
     notebook.metadata = nbformat.from_dict(_PYTHON)
     nbformat.validate(notebook)
-    text = nbformat.writes(notebook) + "\n"
-    if len(text) > LARGEST:
-        raise ValueError(f"{path}: {len(text):,} bytes; make its pictures smaller: the limit is {LARGEST:,}")
-    return text
-
-
-def _shown(output: Any) -> bool:
-    return output.get("name") != "stderr"
+    return nbformat.writes(notebook) + "\n"
 
 
 def _without_noise(output: Any, folder: str) -> Any:
@@ -89,7 +71,7 @@ def _without_noise(output: Any, folder: str) -> Any:
 
 
 def _joined(outputs: list[Any]) -> list[Any]:
-    """The outputs, what was printed in pieces as one."""
+    """The outputs, with printed text that came in pieces as one."""
     joined: list[Any] = []
     for output in outputs:
         if joined and output.output_type == joined[-1].output_type == "stream":
@@ -100,7 +82,6 @@ def _joined(outputs: list[Any]) -> list[Any]:
 
 
 def _in_256_colours(picture: str) -> str:
-    """A PNG in base64, with a palette."""
     with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
         small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     data = io.BytesIO()
@@ -109,4 +90,6 @@ def _in_256_colours(picture: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    for notebook in [TUTORIALS / f"{name}.ipynb" for name in sys.argv[1:]] or sorted(TUTORIALS.glob("*.ipynb")):
+        write_atomically(notebook, run(notebook).encode())
+        print(f"{notebook.relative_to(ROOT)}: {notebook.stat().st_size / 1000:.0f} kB", flush=True)

@@ -1,29 +1,23 @@
-"""sbi from end to end, as it is and accelerated: `python -m benchmarks.sbi_flows`.
+"""Times sbi from end to end, as it is and accelerated: `python -m benchmarks.sbi_flows`.
 
-Writes docs/results/sbi.json. It first trains posterior and likelihood estimators with sbi's defaults on 5,000
-simulations of "simple likelihood, complex posterior" (Papamakarios et al., 2019): five parameters, four points in the
-plane. They are kept in out/sbi. Training takes ten minutes on two cores; then the script needs an otherwise idle
-machine and ten minutes. A file from the same machine and version is completed, so that a run can be interrupted; remove
-it to measure all anew.
-
-A call is timed from its start to its samples. A row has the share of this time that is spent in the density estimator,
-by a call of its own.
+Writes docs/results/sbi.json, which fills docs/flows.md, in 20 minutes on two cores that are otherwise idle;
+interrupted, it goes on. Estimators are trained with sbi's defaults on 5,000 simulations of "simple likelihood, complex
+posterior" (Papamakarios et al., 2019): five parameters, four points in the plane. A call is timed from its start to its
+samples.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cache, partial
 from importlib.metadata import version
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -33,16 +27,13 @@ from sbi.utils import BoxUniform
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.common import RESULTS, ROOT, complete, speed_up
+from benchmarks.common import RESULTS, ROOT, Json, complete, speed_up
 from jacobiflow.memory import keep_freed_memory
 
-OUT, TRAINED = RESULTS / "sbi.json", ROOT / "out" / "sbi"
 SIMULATIONS, EPOCHS, ROUNDS = 5_000, 100, 2
 PRIOR = BoxUniform(-3 * torch.ones(5), 3 * torch.ones(5))
 OBSERVED = torch.tensor([0.7, -2.9, -1.0, -0.9, 0.6])  # parameters of the observation
 TRAINERS = {"NPE": NPE, "NLE": NLE}
-
-Sample = Callable[[Any], Tensor]
 
 
 def simulate(theta: Tensor) -> Tensor:
@@ -62,88 +53,73 @@ def observations() -> Tensor:
 
 def trained(method: str, kind: str) -> Any:
     """An estimator by sbi's own training, from `out/sbi` if it is there."""
-    path = TRAINED / f"{method}-{kind}.pt"
+    path = ROOT / "out" / "sbi" / f"{method}-{kind}.pt"
     if not path.exists():
         torch.manual_seed(0)
         theta = PRIOR.sample((SIMULATIONS,))
         trainer = TRAINERS[method](PRIOR, density_estimator=kind, show_progress_bars=False)
-        started = perf_counter()
         estimator = trainer.append_simulations(theta, simulate(theta)).train(max_num_epochs=EPOCHS)
-        epochs, best = len(trainer.summary["training_loss"]), trainer.summary["best_validation_loss"][0]
-        seconds = perf_counter() - started
-        print(f"{path.name}: {epochs} epochs in {seconds:.0f} s, loss of validation {best:.2f}", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(estimator, path)
     return torch.load(path, weights_only=False)
 
 
 def one_observation(posterior: Any, count: int) -> Tensor:
-    """Samples of a posterior for the observation."""
     return posterior.sample((count,), x=observations()[:1], show_progress_bars=False)
 
 
 def all_observations(posterior: Any) -> Tensor:
-    """100 samples for each observation."""
     return posterior.sample_batched((100,), x=observations(), show_progress_bars=False)
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A call of sbi: its method, and how the posterior is built."""
 
     method: str
-    sample: Sample
-    options: Mapping[str, Any] = field(default_factory=dict)
+    sample: Callable[[Any], Tensor]
+    options: Json
 
 
 SLICES = {"sample_with": "mcmc", "mcmc_parameters": {"warmup_steps": 25}}
 REJECTION = {"sample_with": "rejection"}
 CALLS = {
-    "`sample((10_000,))`": Call("NPE", partial(one_observation, count=10_000)),
-    "`sample_batched((100,))`, 100 observations": Call("NPE", all_observations),
+    "`sample((10_000,))`": Call("NPE", partial(one_observation, count=10_000), {}),
+    "`sample_batched((100,))`, 100 observations": Call("NPE", all_observations, {}),
     "`slice_np_vectorized`, 200 samples": Call("NLE", partial(one_observation, count=200), SLICES),
     "rejection, 200 samples": Call("NLE", partial(one_observation, count=200), REJECTION),
 }
 ESTIMATORS = {"NPE": ("maf", "maf_rqs", "zuko_maf", "zuko_nsf"), "NLE": ("maf", "zuko_nsf")}
 
 
-def seeded(sample: Sample, posterior: Any) -> Tensor:
+def seeded(sample: Callable[[Any], Tensor], posterior: Any) -> Tensor:
     """A call from the same random numbers each time."""
     torch.manual_seed(2)
     np.random.seed(2)
     return sample(posterior)
 
 
-@contextmanager
-def clock(kind: type) -> Iterator[list[float]]:
-    """Notes the seconds that are spent in the methods of an estimator."""
+def share(run: Callable[[], Tensor], kind: type) -> float:
+    """The share of a call's time that is spent in the methods of estimators of a kind."""
     seconds: list[float] = []
 
     def timed(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             started = perf_counter()
-            try:
-                return method(*args, **options)
-            finally:
-                seconds.append(perf_counter() - started)
+            result = method(*arguments, **options)
+            seconds.append(perf_counter() - started)
+            return result
 
         return call
 
     with ExitStack() as stack:
         for name in ("sample", "log_prob", "sample_and_log_prob"):  # none of which calls another
             stack.enter_context(patch.object(kind, name, timed(getattr(kind, name))))
-        yield seconds
-
-
-def share(run: Callable[[], Tensor], estimator: Any) -> float:
-    """The part of a call's time that is spent in the estimator."""
-    with clock(type(estimator)) as seconds:
         started = perf_counter()
         run()
         return sum(seconds) / (perf_counter() - started)
 
 
-def measure(key: Mapping[str, Any]) -> dict[str, Any]:
+def measure(key: Json) -> Json:
     """Seconds of a call, by sbi and accelerated, and the shares of the estimator."""
     call = CALLS[key["call"]]
     estimator = trained(call.method, key["estimator"])
@@ -152,25 +128,15 @@ def measure(key: Mapping[str, Any]) -> dict[str, Any]:
     handle = jf.accelerate(accelerated)
     posteriors = {"library": posterior, "accelerated": accelerated}
     runs = {name: partial(seeded, call.sample, each) for name, each in posteriors.items()}
-    figures, _ = speed_up(runs, ROUNDS)
-    shares = {name: share(run, estimator) for name, run in runs.items()}
-    return {**figures, "share": shares, "ways": sorted(set(handle.ways.values()))}
+    metrics, _ = speed_up(runs, ROUNDS)
+    shares = {name: share(run, type(estimator)) for name, run in runs.items()}
+    return {**metrics, "share": shares, "ways": sorted(set(handle.ways.values()))}
 
 
-def keys() -> Iterator[dict[str, Any]]:
-    """All that is measured."""
+def keys() -> Iterator[Json]:
     for name, call in CALLS.items():
         for kind in ESTIMATORS[call.method]:
             yield {"method": call.method, "estimator": kind, "call": name, "version": version("sbi")}
-
-
-def show(run: Mapping[str, Any]) -> None:
-    """One line of progress."""
-    text = ", ".join(
-        f"{name} {timing['median']:.3g} s ({run['share'][name]:.0%} in the flow)"
-        for name, timing in run["seconds"].items()
-    )
-    print(f"{run['method']} {run['estimator']}, {run['call']}: {text}, {run['speed_up']:.1f}x", file=sys.stderr)
 
 
 if __name__ == "__main__":
@@ -178,4 +144,4 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # sbi logs its training where it runs
-        complete(OUT, keys(), measure, show)
+        complete(RESULTS / "sbi.json", keys(), measure)

@@ -1,41 +1,34 @@
 """Trains the features of fashion-FID or emoji-FID: `python -m benchmarks.train_features fashion|emoji`.
 
 fashion needs Debian's dataset-fashion-mnist, and a quarter of an hour on two cores; emoji needs `make emoji`, and two
-minutes. Writes the weights and the statistics of all training images into benchmarks/weights, and
-docs/results/KIND-features.json.
-
-Fashion's network learns the ten classes. Emoji's learns to recognise each training image, mirrored, shifted and
-recoloured, since there are too few for features of six classes; its accuracy is the share of held-out images whose
-nearest training image, by the features, is of their class.
+minutes. Writes weights and statistics of all training images into benchmarks/weights, and
+docs/results/KIND-features.json, which fills docs/evaluation.md. Emoji's accuracy is the share of test images whose
+nearest training image is of their class.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from rich.progress import Progress
 from safetensors.torch import save
 
-from benchmarks.emoji_images import emoji
+from benchmarks.common import RESULTS, parser
 from benchmarks.features import ConvolutionalFeatures, statistics_file, weights_file
-from benchmarks.make_images import labels_of
+from benchmarks.make_images import emoji, labels_of
 from jacobiflow.data import Augmentation, ImageDataset, Split, augment, load_images, quantize, scale
 from jacobiflow.evaluation import Statistics, extract, frechet_distance
 from jacobiflow.files import write_atomically, write_json
 from jacobiflow.measuring import machine
 
-ROOT = Path(__file__).resolve().parent.parent
 BATCH, RATE = 128, 4e-3
 
 
-def classified(network: ConvolutionalFeatures, train: ImageDataset, test: ImageDataset) -> float:
+def classified(network: ConvolutionalFeatures, _: ImageDataset, test: ImageDataset) -> float:
     """Share of test images whose largest output is their class."""
     with torch.no_grad():
         classes = torch.cat([network.output(network(part)).argmax(dim=1) for part in test.images.split(500)])
@@ -51,7 +44,7 @@ def nearest(network: ConvolutionalFeatures, train: ImageDataset, test: ImageData
 
 
 class Recipe(NamedTuple):
-    """Recipe of a kind: images by split, epochs, augmentation; whether each image is a class; its accuracy."""
+    """The training of a kind; with `instances` each image is a class."""
 
     read: Callable[[Split], ImageDataset]
     epochs: int
@@ -69,7 +62,7 @@ RECIPES = {
 
 
 def fit(kind: str, recipe: Recipe, train: ImageDataset, test: ImageDataset) -> ConvolutionalFeatures:
-    """The trained network; prints its accuracy ten times."""
+    """Trains a network; prints its accuracy ten times."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     network = ConvolutionalFeatures(kind)
@@ -77,34 +70,30 @@ def fit(kind: str, recipe: Recipe, train: ImageDataset, test: ImageDataset) -> C
     per_epoch = len(train) // BATCH
     optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=recipe.epochs * per_epoch)
-    with Progress() as bar:
-        task = bar.add_task("training", total=recipe.epochs * per_epoch)
-        for epoch in range(1, recipe.epochs + 1):
-            network.convolutions.train()
-            order = torch.randperm(len(train), generator=generator)
-            for index in order[: per_epoch * BATCH].split(BATCH):
-                images = quantize(augment(scale(train.images[index]), recipe.augmentation, generator))
-                optimizer.zero_grad()
-                with torch.autocast("cpu", torch.bfloat16):
-                    logits = network.output(network(images))
-                F.cross_entropy(logits.float(), classes[index], label_smoothing=0.05).backward()
-                optimizer.step()
-                schedule.step()
-                bar.advance(task)
-            network.eval()
-            if epoch % max(recipe.epochs // 10, 1) == 0:
-                print(f"epoch {epoch}: accuracy {recipe.accuracy(network, train, test):.4f}", flush=True)
+    for epoch in range(1, recipe.epochs + 1):
+        network.train()
+        order = torch.randperm(len(train), generator=generator)
+        for index in order[: per_epoch * BATCH].split(BATCH):
+            images = quantize(augment(scale(train.images[index]), recipe.augmentation, generator))
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = network.output(network(images))
+            F.cross_entropy(logits.float(), classes[index], label_smoothing=0.05).backward()
+            optimizer.step()
+            schedule.step()
+        network.eval()
+        if epoch % max(recipe.epochs // 10, 1) == 0:
+            print(f"epoch {epoch}: accuracy {recipe.accuracy(network, train, test):.4f}", flush=True)
     return network
 
 
 def main() -> None:
-    """Train, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=tuple(RECIPES))
-    kind = parser.parse_args().kind
+    arguments = parser(__doc__)
+    arguments.add_argument("kind", choices=tuple(RECIPES))
+    kind = arguments.parse_args().kind
     recipe = RECIPES[kind]
     train, test = recipe.read("train"), recipe.read("test")
-    started = time.perf_counter()
+    started = perf_counter()
     network = fit(kind, recipe, train, test)
     data = save({name: value.contiguous() for name, value in network.state_dict().items()})
     write_atomically(weights_file(kind), data)
@@ -113,15 +102,15 @@ def main() -> None:
     real.save(statistics_file(kind))
     generator = torch.Generator().manual_seed(0)
     half = torch.randperm(len(features), generator=generator)[: min(2000, len(features) // 2)]
-    figures = {
-        "epochs": recipe.epochs, "seconds": time.perf_counter() - started, "bytes": len(data),
+    metrics = {
+        "epochs": recipe.epochs, "seconds": perf_counter() - started, "bytes": len(data),
         "parameters": sum(p.numel() for p in network.parameters()), "features": network.num_features,
         "distance_of_test_images": frechet_distance(real, Statistics.of(extract(network, [test.images]))),
         f"distance_of_{len(half)}_training_images": frechet_distance(real, Statistics.of(features[half])),
         "test_accuracy": recipe.accuracy(network, train, test), "machine": machine(),
     }  # fmt: skip
-    write_json(ROOT / "docs" / "results" / f"{kind}-features.json", figures)
-    print(f"test accuracy {figures['test_accuracy']:.2%}, {len(data) / 1e6:.2f} MB")
+    write_json(RESULTS / f"{kind}-features.json", metrics)
+    print(f"test accuracy {metrics['test_accuracy']:.2%}, {len(data) / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
 def denoising_graph(flow: TarFlow, weights: SharedWeights) -> onnx.ModelProto:
     """The graph of x + sigma^2 grad log p(x | label), `jacobiflow.denoise` at rate 1, for one image.
 
-    **Inputs:** `x` (T, C), tokens in raster order; with classes `label` (1), where the number of classes stands for
-    none. **Output:** `denoised` (T, C).
+    Inputs: `x` (T, C), tokens in raster order, and `label` (1). Output: `denoised` (T, C).
     """
     config, g = flow.config, Graph(weights)
     mask = g("Trilu", g("Expand", g.number(UNREAD), g.ints(*[config.num_tokens - 1] * 2)), g.ints(1), upper=1)
@@ -29,12 +28,12 @@ def denoising_graph(flow: TarFlow, weights: SharedWeights) -> onnx.ModelProto:
         gradient = block.backward(gradient)
     g("Add", "x", g("Mul", gradient, g.number(config.noise_std**2)), outputs="denoised")
     tokens = (config.num_tokens, config.token_channels)
-    return g.model({"x": tokens}, {"label": (1,)} if config.num_classes else {}, {"denoised": tokens})
+    return g.model({"x": tokens}, {"label": (1,)}, {"denoised": tokens})
 
 
 @dataclass
 class _Layer:
-    """A transformer layer over (T - 1, channels), with what its backward pass needs of the forward one."""
+    """A transformer layer over (T - 1, channels), with values of its forward pass for the backward one."""
 
     g: Graph
     name: str
@@ -48,7 +47,7 @@ class _Layer:
         qkv = g("Reshape", g.linear(a, f"{name}.attention.qkv"), g.ints(-1, 3, self.heads, self.dim))
         q, self.k, self.v = self._split(g("Transpose", qkv, perm=[1, 2, 0, 3]))
         self.q = g("Mul", q, g.number(self.dim**-0.5))
-        logits = g("Add", g("MatMul", self.q, _turned(g, self.k)), self.mask)
+        logits = g("Add", g("MatMul", self.q, _transposed(g, self.k)), self.mask)
         self.p = g("Softmax", logits, axis=-1)
         read = g("Transpose", g("MatMul", self.p, self.v), perm=[1, 0, 2])
         h = g("Add", h, g.linear(self._flat(read), f"{name}.attention.proj"))
@@ -62,11 +61,11 @@ class _Layer:
         dh = g("Add", dh, self._through_norm(self._through(up, f"{name}.mlp.main.0"), *self.mlp_norm))
         read = g("Reshape", self._through(dh, f"{name}.attention.proj"), g.ints(-1, self.heads, self.dim))
         read = g("Transpose", read, perm=[1, 0, 2])
-        dp = g("MatMul", read, _turned(g, self.v))
+        dp = g("MatMul", read, _transposed(g, self.v))
         mean = g("ReduceSum", g("Mul", dp, self.p), g.ints(-1))
         logits = g("Mul", self.p, g("Sub", dp, mean))
         dq = g("Mul", g("MatMul", logits, self.k), g.number(self.dim**-0.5))
-        dk, dv = g("MatMul", _turned(g, logits), self.q), g("MatMul", _turned(g, self.p), read)
+        dk, dv = g("MatMul", _transposed(g, logits), self.q), g("MatMul", _transposed(g, self.p), read)
         qkv = g("Concat", *(g("Unsqueeze", part, g.ints(0)) for part in (dq, dk, dv)), axis=0)
         qkv = g("Reshape", g("Transpose", qkv, perm=[2, 0, 1, 3]), g.ints(-1, 3 * self.heads * self.dim))
         return g("Add", dh, self._through_norm(self._through(qkv, f"{name}.attention.qkv"), *self.norm))
@@ -111,29 +110,22 @@ class _Block:
         read = g("Slice", x, g.ints(0), g.ints(-1), g.ints(0))
         places = g("Slice", g.weight(f"{self.name}.pos_embed"), g.ints(0), g.ints(-1), g.ints(0))
         h = g("Add", g.linear(read, f"{self.name}.proj_in"), places)
-        if self.config.num_classes:
-            h = g("Add", h, g("Gather", g.classes(self.name), "label"))
+        h = g("Add", h, g("Gather", g.classes(self.name), "label"))
         for layer in self.layers:
             h = layer.forward(h)
         out = g("Pad", g.linear(h, f"{self.name}.proj_out"), g.ints(1, 0, 0, 0))
-        if self.config.nvp:
-            log_scale, shift = g.split(out, 2, axis=1)
-            self.inverse = g("Exp", g("Neg", log_scale))
-            self.z = g("Mul", g("Sub", x, shift), self.inverse)
-        else:
-            self.z = g("Sub", x, out)
+        log_scale, shift = g.split(out, 2, axis=1)
+        self.inverse = g("Exp", g("Neg", log_scale))
+        self.z = g("Mul", g("Sub", x, shift), self.inverse)
         return self._permuted(self.z)
 
     def backward(self, dz: str) -> str:
-        """The gradient at the block's input, of what `dz` is the gradient of, less the sum of the log-scales."""
+        """The gradient of log p at the block's input, from `dz`, that at its output."""
         g = self.g
-        dx = dz = self._permuted(dz)
-        if self.config.nvp:
-            dx = g("Mul", dz, self.inverse)
-            log_scale = g("Neg", g("Add", g("Mul", dz, self.z), g.number(1)))
-            out = g("Concat", log_scale, g("Neg", dx), axis=1)
-        else:
-            out = g("Neg", dx)
+        dz = self._permuted(dz)
+        dx = g("Mul", dz, self.inverse)
+        log_scale = g("Neg", g("Add", g("Mul", dz, self.z), g.number(1)))
+        out = g("Concat", log_scale, g("Neg", dx), axis=1)
         out = g("Slice", out, g.ints(1), g.ints(self.config.num_tokens), g.ints(0))
         dh = g("MatMul", out, g.weight(f"{self.name}.proj_out.weight"))
         for layer in reversed(self.layers):
@@ -147,8 +139,7 @@ class _Block:
         return self.g("Gather", x, self.g.ints(*reversed(range(self.config.num_tokens))))
 
 
-def _turned(g: Graph, x: str) -> str:
-    """`x` (heads, n, m) as (heads, m, n)."""
+def _transposed(g: Graph, x: str) -> str:
     return g("Transpose", x, perm=[0, 2, 1])
 
 

@@ -79,7 +79,6 @@ class Graph:
         return self._constant(np.asarray(values, np.int64))
 
     def number(self, value: float) -> str:
-        """A constant scalar."""
         return self._constant(np.asarray(value, np.float32))
 
     def _constant(self, value: Any) -> str:
@@ -88,7 +87,6 @@ class Graph:
         return name
 
     def weight(self, name: str) -> str:
-        """The model's weight of this name."""
         if name not in self._read:
             stored, cast = self._weights.read(name)
             self._constants.append(stored)
@@ -97,7 +95,6 @@ class Graph:
         return name
 
     def linear(self, x: str, name: str) -> str:
-        """The linear layer `name` at the rows of `x`."""
         return self("Gemm", x, self.weight(f"{name}.weight"), self.weight(f"{name}.bias"), transB=1)
 
     def norm(self, x: str, name: str, outputs: int = 1) -> Any:
@@ -106,7 +103,6 @@ class Graph:
         return self("LayerNormalization", x, weight, bias, epsilon=1e-5, outputs=outputs)
 
     def split(self, x: str, parts: int, axis: int = 0) -> list[str]:
-        """Equal parts of `x`."""
         return self("Split", x, outputs=parts, axis=axis, num_outputs=parts)
 
     def classes(self, name: str) -> str:

@@ -6,10 +6,9 @@ from itertools import product
 
 import pytest
 import torch
-from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.baselines import full_passes_sample, original_loop, register_original_loop
+from jacobiflow.baselines import full_passes_sample, original_loop
 from jacobiflow.comparison import compare
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.tarflow import TarFlowBlock
@@ -71,28 +70,3 @@ def test_any_other_flow_has_the_sequential_loop() -> None:
     assert [row.strategy for row in found.rows] == ["sequential", "few"]
     assert (found.original, found.baselines, found.others) == ("sequential", ("sequential",), (found.rows[1],))
     assert set(found.to_json()["rows"][1]["speed_up"]) == {"sequential"}
-
-
-def test_a_loop_is_registered_in_one_line() -> None:
-    class Mine(Outside):
-        pass
-
-    class Derived(Mine):
-        pass
-
-    seen = []
-
-    def half(flow: ImageFlow, z: Tensor, labels: Tensor | None) -> Tensor:
-        seen.append((labels, flow.guidance))
-        return flow.to_images(z / 2)
-
-    register_original_loop(Mine, "half", half)
-    identity = make_identity(torch.float32)
-    flow = Derived(identity.config).eval()
-    flow.load_state_dict(identity.state_dict())
-    z = latents(flow, 3)
-    found = compare(flow.guided(GUIDANCE), z, None, {}, repeats=1)
-    assert found.baselines == tuple(row.strategy for row in found.rows) == ("half", "sequential")
-    assert found.rows[0].error.max == pytest.approx(float(z.abs().max()) * (0.5**0.5 - 0.5), rel=1e-6)
-    assert seen == [(None, GUIDANCE)] * 2  # a warm-up and a round
-    assert original_loop(Outside(flow.config))[0] == "sequential"

@@ -21,10 +21,10 @@ from jacobiflow.flows.guidance import guided
 from jacobiflow.flows.image_flow import precision
 from jacobiflow.flows.tarflow.block import TarFlowBlock
 from jacobiflow.latents import draw_latents
+from jacobiflow.memory import batch_bytes, fitting_batch
 from jacobiflow.solvers import Given
 from jacobiflow.solvers.graphs import capture
 from jacobiflow.storage import SampleFolder
-from jacobiflow.strategy.memory import batch_bytes, fitting_batch
 from jacobiflow.training import TrainConfig, train
 from tests.helpers import gpu_counts
 from tests.helpers.fake_device import FakeDevice

@@ -10,16 +10,14 @@ import pytest
 from jacobiflow.locking import FolderInUseError, locked, own_folder
 
 
-def test_one_owner_at_a_time(tmp_path: Path) -> None:
-    with locked(tmp_path / "new" / "deep"):
-        with pytest.raises(FolderInUseError, match="another run is writing to it"), locked(tmp_path / "new" / "deep"):
-            pass
-        with locked(tmp_path):
-            pass
-    with pytest.raises(KeyError), locked(tmp_path):
-        raise KeyError
-    with locked(tmp_path):
-        pass
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(KeyError), locked(tmp_path / "new" / "deep"):
+            with locked(tmp_path):
+                pass
+            with pytest.raises(FolderInUseError, match="another run is writing to"), locked(tmp_path / "new" / "deep"):
+                pass
+            raise KeyError
 
 
 def test_a_command_writes_into_a_folder_that_is_new_empty_or_its_own(tmp_path: Path) -> None:
@@ -35,6 +33,8 @@ def test_a_command_writes_into_a_folder_that_is_new_empty_or_its_own(tmp_path: P
         with pytest.raises(ValueError, match=words), own_folder(tmp_path / folder, "evaluation", []):
             pass
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["kind"] == "benchmark"
+    with pytest.raises(OSError, match=r"bench.json: cannot be used as a folder \(.*\); give another folder"):
+        own_folder(tmp_path / "out" / "bench.json", "benchmark", []).__enter__()
 
 
 def test_an_error_leaves_no_new_folder(tmp_path: Path) -> None:

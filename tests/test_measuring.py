@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 
 import pytest
 import torch
 
 import jacobiflow as jf
-from jacobiflow import measuring
 from jacobiflow.measuring import Error, Timing, interleave, machine, paired_error
 
 
@@ -39,7 +39,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(measuring, "perf_counter", clock.read)
+    monkeypatch.setattr(time, "perf_counter", clock.read)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: clock.log.append(f"wait for {device}"))
     monkeypatch.setattr(torch.mps, "synchronize", lambda: clock.log.append("wait for mps"))
     return clock

@@ -1,4 +1,4 @@
-"""The package as users get it: a wheel, in an environment of its own, away from the sources."""
+"""The package as users get it: a wheel, in its own environment, away from the sources."""
 
 from __future__ import annotations
 
@@ -20,38 +20,30 @@ from tests.helpers.compilers import copying_compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("digits-p1", "emoji-p2", "fashion-p2")
-
 PROGRAM = """
-import json, pathlib, sys
+import json, pathlib
 import jacobiflow as jf
 from jacobiflow import native
 from jacobiflow.data import load_images
-from jacobiflow.flows.folder import bundled
 
 def openmp():
     maps = pathlib.Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []
     return sorted({line.split()[-1] for line in lines if "omp" in pathlib.Path(line.split()[-1]).name})
 
-data = load_images("fashion-512", 28, 1)
-report = {"file": jf.__file__, "images": list(data.images.shape), "models": {}, "openmp": [openmp()]}
-for name in bundled():
-    flow = jf.load(name)
-    out = jf.sample(flow, 2)
-    report["models"][name] = {
-        "finite": bool(out.images.isfinite().all()),
-        "shape": list(out.images.shape),
-        "config": [flow.config.in_channels, flow.config.image_size],
-        "spread": float(out.images.std()),
-        "certificate": float(out.certificate.max()),
-    }
-report |= {"native": native.describe(), "openmp": [*report["openmp"], openmp()]}
-print(json.dumps(report))
+before, certificates = openmp(), {}
+for name in ("digits-p1", "emoji-p2", "fashion-p2"):
+    samples = jf.sample(jf.load(name), 2)
+    assert samples.images.isfinite().all()
+    certificates[name] = float(samples.certificate.max())
+assert openmp() == before, "a second pool of threads beside PyTorch's"
+assert len(load_images("fashion-512", 28, 1).images) == 512
+print(json.dumps({"file": jf.__file__, "certificates": certificates, "native": native.describe()}))
 """
 
 
 def check_output(command: list[str | Path], folder: Path, **settings: str | Path) -> str:
-    """What the command prints; where it fails, its errors. It does not see this environment's settings for Python."""
+    """The output of a command, which does not see this environment's settings for Python."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     env |= {"OMP_NUM_THREADS": "1", **{name: str(value) for name, value in settings.items()}}
     result = subprocess.run(list(map(str, command)), cwd=folder, env=env, capture_output=True, text=True)
@@ -59,24 +51,14 @@ def check_output(command: list[str | Path], folder: Path, **settings: str | Path
     return result.stdout
 
 
-def copy_sources(to: Path) -> Path:
-    """What a clone of the project holds: every file that git does not ignore."""
-    if (ROOT / ".git").exists():
-        listed = check_output(["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], ROOT)
-        for name in filter(None, listed.split("\0")):
-            if (ROOT / name).is_file():  # not deleted since
-                (to / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(ROOT / name, to / name)
-    else:
-        shutil.copytree(ROOT, to, ignore=shutil.ignore_patterns(".*", "__pycache__", "out", "dist", "build", "runs"))
-    return to
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the sources: without .git nothing is ignored but by name."""
     pytest.importorskip("build")
     folder = tmp_path_factory.mktemp("build")
-    sources = copy_sources(folder / "sources")
+    sources = folder / "sources"
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "out", "dist", "build", "runs", "node_modules")
+    shutil.copytree(ROOT, sources, ignore=ignored)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, sources]
     if (library := native.library()) is None:
         check_output(command, folder)
@@ -91,19 +73,14 @@ def test_the_wheel_holds_the_package_its_data_and_its_licences(wheel: Path) -> N
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
         metadata = next(name for name in sizes if name.endswith(".dist-info/METADATA"))
         text = archive.read(metadata).decode()
-    tops = {name.split("/")[0] for name in sizes}
-    assert tops == {"jacobiflow", metadata.split("/")[0]}, "something beside the package"
-    assert "jacobiflow/py.typed" in sizes
-    for file in ("data/emoji256.npz", "data/fashion512.npz"):
-        assert f"jacobiflow/{file}" in sizes
-    for name in MODELS:
-        for file in ("config.json", "model.safetensors", "README.md"):
-            assert sizes.get(f"jacobiflow/models/{name}/{file}"), f"no {file} of {name}"
+    assert {name.split("/")[0] for name in sizes} == {"jacobiflow", metadata.split("/")[0]}
+    files = ["py.typed", "data/emoji256.npz", "data/fashion512.npz"]
+    files += [f"models/{name}/{file}" for name in MODELS for file in ("config.json", "model.safetensors", "README.md")]
+    assert {f"jacobiflow/{file}" for file in files} <= sizes.keys()
     licences = sorted(name.split("/", 2)[2] for name in sizes if ".dist-info/licenses/" in name)
     assert licences == ["LICENSE", "src/jacobiflow/data/EMOJI_LICENSE", "src/jacobiflow/data/FASHION_MNIST_LICENSE"]
     assert "License-Expression: Apache-2.0" in text
     assert re.findall(r"\]\((?!https://|#)[^)]*", text) == [], "links that PyPI does not resolve"
-    assert not any("test" in part for name in sizes for part in name.split("/"))
     assert sum(sizes.values()) < 48e6
 
 
@@ -121,24 +98,13 @@ def test_the_wheel_alone_draws_samples_and_runs_the_readme(wheel: Path, tmp_path
     assert Path(report["file"]).is_relative_to(site), "that is not the wheel's package"
     if native.library() is not None:
         assert re.fullmatch("compiled for .*, in the wheel", report["native"])
-    before, after = report["openmp"]
-    assert before == after, "a second pool of threads beside PyTorch's"
-    assert report["images"] == [512, 1, 28, 28]
-    assert set(report["models"]) >= set(MODELS)
-    for name, drawn in report["models"].items():
-        channels, size = drawn["config"]
-        assert drawn["shape"] == [2, channels, size, size]
-        assert drawn["finite"], name
-        assert drawn["certificate"] <= 1e-3, name
-        assert 0.3 < drawn["spread"] < 1.5, f"{name}: no images"
+    assert all(certificate <= 1e-3 for certificate in report["certificates"].values())
 
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
-        said = check_output([scripts / "python", "-c", code], tmp_path, **no_compiler)
-        assert said.splitlines() == re.findall(r"^# (.*)$", code.split("print(")[-1], re.MULTILINE)
+        output = check_output([scripts / "python", "-c", code], tmp_path, **no_compiler)
+        assert output.splitlines() == re.findall(r"^# (.*)$", code.split("print(")[-1], re.MULTILINE)
 
-    command = [scripts / "jacobiflow", "sample", "--model", "digits-p1", "--num", "2", "--out", "drawn"]
-    said = check_output(command, tmp_path, **no_compiler)
-    assert "wrote drawn: 1 shard, manifest.json, strategy.json, samples.png\n" in said
-    written = [".lock", "manifest.json", "samples.png", "shards", "strategy.json"]
-    assert sorted(os.listdir(tmp_path / "drawn")) == written
-    assert sorted(os.listdir(tmp_path / "drawn" / "shards")) == ["00000.json", "00000.npz"]
+    command = [scripts / "jacobiflow", "sample", "--model", "digits-p1", "--num", "2", "--out", "samples"]
+    output = check_output(command, tmp_path, **no_compiler)
+    assert "wrote samples: 1 shard, manifest.json, strategy.json, samples.png\n" in output
+    assert sorted(os.listdir(tmp_path / "samples" / "shards")) == ["00000.json", "00000.npz"]

@@ -1,6 +1,6 @@
-// What the visitor sees and does; the solver runs in worker.js.
+// The page: its form, pictures and messages; the solver runs in worker.js.
 const TOLERANCE = 3e-5; // pictures are then within 1e-3 of the exact inverse's
-const TOKENS_A_THREAD = 16, MOST_THREADS = 8, TINT = [191, 88, 0];
+const TOKENS_PER_THREAD = 16, MOST_THREADS = 8, TINT = [191, 88, 0];
 const query = new URLSearchParams(location.search), $ = (id) => document.getElementById(id);
 const loops = ["parallel", "sequential"];
 let ask, model, threads, results, job = 0;
@@ -43,43 +43,44 @@ function clear(loop) {
   $(loop).querySelector("canvas").getContext("2d").reset();
 }
 
-// A function that sends the worker a message and waits for its answer; what it tells on the way is shown.
+// Makes a function that sends the worker a message and waits for its answer; progress on the way is shown.
 function connect(worker) {
-  let settle;
-  const told = {
+  let answer;
+  const handlers = {
     loading: ({ bytes }) => $("stop").disabled || say(`Fetching the model: ${(bytes / 1e6).toFixed(1)} MB`),
-    arrived: () => ((results.arrived = performance.now()), say("Starting the model …")),
-    swept: ({ block, front, order, tokens }) => {
-      const settled = (place) => (order === "identity" ? place : model.num_tokens - 1 - place) < front;
-      matchMedia("(prefers-reduced-motion)").matches || paint(loops[results.done], tokens, (place) => !settled(place));
-      show(loops[results.done], "progress", `Block ${block}: ${front} of ${model.num_tokens} tokens settled`);
+    loaded: () => say("Starting the model …"),
+    sweep: ({ block, front, order, tokens }) => {
+      const loop = loops[results.done];
+      const open = (place) => (order === "identity" ? place : model.num_tokens - 1 - place) >= front;
+      matchMedia("(prefers-reduced-motion)").matches || paint(loop, tokens, open);
+      show(loop, "progress", `Block ${block}: ${front} of ${model.num_tokens} tokens settled`);
     },
-    failed: (error) => settle.reject(error),
-    stopped: () => settle.reject(),
+    failed: (error) => answer.reject(error),
+    stopped: () => answer.reject(),
   };
-  worker.onmessage = ({ data }) => (told[data.kind] ?? settle.resolve)(data);
-  worker.onerror = ({ message }) => settle?.reject({ message: message || "worker.js did not load" });
+  worker.onmessage = ({ data }) => (handlers[data.kind] ?? answer.resolve)(data);
+  worker.onerror = ({ message }) => answer?.reject({ message: message || "worker.js did not load" });
   return (message) => {
     worker.postMessage(message);
-    return new Promise((resolve, reject) => (settle = { resolve, reject }));
+    return new Promise((resolve, reject) => (answer = { resolve, reject }));
   };
 }
 
-function report(loop, drawn) {
-  const { calls, seconds, denoiseSeconds, certificate } = drawn;
+function report(loop, result) {
+  const { calls, seconds, denoiseSeconds, certificate } = result;
   if (!(certificate <= TOLERANCE)) throw new Error(`the ${loop} loop left |g(x) - x| = ${certificate} at this seed`);
-  paint(loop, drawn.denoised);
+  paint(loop, result.image);
   show(loop, "progress", `Solved, then denoised in ${denoiseSeconds.toFixed(2)} s`);
   show(loop, "calls", calls.toLocaleString("en"));
   show(loop, "seconds", `${seconds.toFixed(2)} s`);
   show(loop, "certificate", certificate.toExponential(1));
-  results[loop] = drawn;
+  results[loop] = result;
 }
 
 async function draw() {
   [$("draw").disabled, $("stop").disabled] = [true, false];
   results = { done: 0, label: Number($("class").value), seed: Number($("seed").value), threads };
-  window.jacobiflow = results; // for whoever wants to check: latents, tokens, certificates
+  window.jacobiflow = results; // latents, tokens and certificates, for a check
   loops.forEach(clear);
   try {
     model ??= (await ask({ kind: "load", threads })).model;
@@ -87,9 +88,8 @@ async function draw() {
     for (const loop of loops) {
       say(`Drawing by the ${loop} loop …`);
       const parallel = loop === "parallel", slow = parallel && $("slow").checked;
-      const size = parallel ? TOKENS_A_THREAD * threads : 1;
+      const size = parallel ? TOKENS_PER_THREAD * threads : 1;
       report(loop, await ask({ kind: "draw", ...results, size, tolerance: TOLERANCE, slow, id: ++job }));
-      results.first ??= performance.now();
       results.done++;
     }
     const [parallel, sequential] = loops.map((loop) => results[loop].seconds);

@@ -5,7 +5,7 @@ const tensor = (type, data, dims) => new ort.Tensor(type, data, dims);
 const range = (start, stop) => BigInt64Array.from({ length: stop - start }, (_, i) => BigInt(start + i));
 
 export class Solver {
-  // The runtime, which can be started while the model is on its way: refusing an empty model, it is there.
+  // Loads the runtime while the model is fetched: its refusal of an empty model shows that it is loaded.
   static start(threads) {
     ort.env.wasm.numThreads = threads;
     ort.env.wasm.wasmPaths = new URL("ort/", import.meta.url).href;
@@ -15,41 +15,39 @@ export class Solver {
   // `files` are the bytes of the exported model's files, by name.
   static async load(model, files) {
     const externalData = [{ path: model.weights, data: files[model.weights] }];
-    const level = (name) => ({ graphOptimizationLevel: name === model.denoise ? "disabled" : "all" }); // it runs once
-    const open = (name) => ort.InferenceSession.create(files[name], { externalData, ...level(name) });
+    const open = (name, graphOptimizationLevel) =>
+      ort.InferenceSession.create(files[name], { externalData, graphOptimizationLevel });
     const sessions = [];
-    for (const name of [...model.blocks, model.denoise]) sessions.push(name && (await open(name)));
-    return Object.assign(new Solver(), model, { denoiser: sessions.pop(), sessions });
+    for (const name of model.blocks) sessions.push(await open(name, "all"));
+    const denoiser = await open(model.denoise, "disabled"); // it runs once
+    return Object.assign(new Solver(), model, { denoiser, sessions });
   }
 
-  // g of entries [first, stop) of x, given the keys of the tokens before first - 1; adds those of the tokens it reads.
+  // Computes g of entries [first, stop) of x from the keys of the tokens before first - 1, and stores those of the tokens
+  // that it reads.
   async evaluate(state, first, stop) {
-    const { token_channels: c, keys_per_token: s, guidance, logit_scale, num_classes: classes } = this;
+    const { token_channels: c, keys_per_token: s, guidance } = this;
     const { block, x, z, keys, label, cost } = state;
-    const count = stop - first, rows = logit_scale.length;
+    const count = stop - first;
+    const weights = [guidance.log_scale, guidance.shift].flatMap((all) => all.slice(first, stop));
     const feeds = {
       x: tensor("float32", x.subarray((first - 1) * c, (stop - 1) * c), [count, c]),
       z: tensor("float32", z.subarray(first * c, stop * c), [count, c]),
       places: tensor("int64", range(first - 1, stop - 1), [count]),
-      kept: tensor("float32", keys.subarray(0, (first - 1) * s), [first - 1, s]),
-      kept_places: tensor("int64", range(0, first - 1), [first - 1]),
-      logit_scale: tensor("float32", Float32Array.from(logit_scale), [rows]),
+      cache: tensor("float32", keys.subarray(0, (first - 1) * s), [first - 1, s]),
+      cache_places: tensor("int64", range(0, first - 1), [first - 1]),
+      logit_scale: tensor("float32", Float32Array.from(this.logit_scale), [2]),
+      labels: tensor("int64", BigInt64Array.of(BigInt(label), BigInt(this.num_classes)), [2]),
+      guidance: tensor("float32", Float32Array.from(weights), [2, count, 1]),
     };
-    const labels = BigInt64Array.of(BigInt(label), BigInt(classes)).subarray(0, rows);
-    if (classes) feeds.labels = tensor("int64", labels, [rows]);
-    if (guidance) {
-      const weights = [guidance.log_scale, guidance.shift].flatMap((all) => all.slice(first, stop));
-      feeds.guidance = tensor("float32", Float32Array.from(weights), [2, count, 1]);
-    }
     const out = await this.sessions[block].run(feeds);
     cost.calls++;
-    cost.evaluations += count;
     keys.set(out.keys.data, (first - 1) * s);
     return out.g.data;
   }
 
   // Sweeps of `size` tokens behind the front until all are final; a size of 1 is the sequential loop.
-  async sweep(state, size, tolerance, swept) {
+  async sweep(state, size, tolerance, onSweep) {
     const { num_tokens: length, token_channels: c } = this;
     const { x, z } = state;
     for (let front = 1; front < length; ) {
@@ -66,11 +64,11 @@ export class Solver {
         if ((leading &&= change <= tolerance)) settled++;
       }
       front += Math.min(settled + 1, stop - front); // the next one was computed from final tokens
-      await swept(state, front);
+      await onSweep(state, front);
     }
   }
 
-  // The certificate: the largest |g(x) - x|, by a whole pass that uses nothing of the solve but its answer.
+  // Measures the certificate, the largest |g(x) - x|, by a whole pass that uses only the solution.
   async certify(state) {
     const started = performance.now(), c = this.token_channels;
     const g = await this.evaluate(state, 1, this.num_tokens); // entry 0 is solved; no keys come before entry 1
@@ -78,41 +76,40 @@ export class Solver {
     return g.reduce((most, value, i) => Math.max(most, Math.abs(value - state.x[c + i])), 0);
   }
 
-  // Solves a block. What misses the tolerance is resumed to half of it, and then solved token by token.
-  async solveBlock(state, size, tolerance, swept) {
+  // Solves a block. If it misses the tolerance, it is resumed to half of it, and then solved token by token.
+  async solveBlock(state, size, tolerance, onSweep) {
     for (const [tokens, closer] of [[size, tolerance], [size, tolerance / 2], [1, 0]]) {
-      await this.sweep(state, tokens, closer, swept);
+      await this.sweep(state, tokens, closer, onSweep);
       state.residual = await this.certify(state);
       if (state.residual <= tolerance) return;
     }
   }
 
-  // The tokens in raster order that `latents` become under `label`, last block first, and what they cost.
-  async solve(latents, label, size, tolerance, swept) {
+  // Solves all blocks, last block first: the tokens of `latents` under `label`, in raster order, and their cost.
+  async solve(latents, label, size, tolerance, onSweep) {
     let tokens = latents.map((value, i) => value * this.prior_scale[i]), certificate = 0;
-    const cost = { calls: 0, evaluations: 0, certifySeconds: 0 };
+    const cost = { calls: 0, certifySeconds: 0 };
     for (let block = this.sessions.length - 1; block >= 0; block--) {
       const z = this.permuted(tokens, block);
       const keys = new Float32Array(this.num_tokens * this.keys_per_token);
       const state = { block, z, x: z.slice(), keys, label, cost };
-      await this.solveBlock(state, size, tolerance, swept);
+      await this.solveBlock(state, size, tolerance, onSweep);
       tokens = this.permuted(state.x, block);
       certificate = Math.max(certificate, state.residual);
     }
     return { tokens, certificate, ...cost };
   }
 
-  // Raster order to the causal order of a block, and back.
+  // Changes raster order to the causal order of a block, and back.
   permuted(tokens, block) {
     const c = this.token_channels, flipped = this.orders[block] === "flip";
     return tokens.map((value, i) => (flipped ? tokens[tokens.length - c - i + 2 * (i % c)] : value));
   }
 
-  // One score step: x + sigma^2 grad log p(x | label).
-  async denoised(tokens, label) {
-    if (!this.denoiser) return tokens;
-    const feeds = { x: tensor("float32", tokens, [this.num_tokens, this.token_channels]) };
-    if (this.num_classes) feeds.label = tensor("int64", BigInt64Array.of(BigInt(label)), [1]);
-    return (await this.denoiser.run(feeds)).denoised.data.slice();
+  // Takes one score step: x + sigma^2 grad log p(x | label).
+  async denoiseTokens(tokens, label) {
+    const x = tensor("float32", tokens, [this.num_tokens, this.token_channels]);
+    const result = await this.denoiser.run({ x, label: tensor("int64", BigInt64Array.of(BigInt(label)), [1]) });
+    return result.denoised.data.slice();
   }
 }

@@ -1,52 +1,53 @@
-// Runs the solver beside the page, which stays responsive, and tells it what happens.
+// Runs the solver beside the page, which stays responsive, and sends it messages.
 import { Solver } from "./solver.js";
 
 const SHOW_EVERY = 40; // milliseconds
-let solver, drawing;
+let solver, current; // the number of the job that is running
 
-async function read(name, arrived) {
+async function read(name, onBytes) {
   const response = await fetch(`model/${name}`);
   if (!response.ok) throw new Error(`model/${name}: ${response.status} ${response.statusText}`);
   const parts = [], reader = response.body.getReader();
   for (let part = await reader.read(); !part.done; part = await reader.read()) {
     parts.push(part.value);
-    arrived(part.value.length);
+    onBytes(part.value.length);
   }
   return new Uint8Array(await new Blob(parts).arrayBuffer());
 }
 
 async function load({ threads }) {
-  let bytes = 0, started = Solver.start(threads);
-  const arrived = (more) => postMessage({ kind: "loading", bytes: (bytes += more) });
-  const model = JSON.parse(new TextDecoder().decode(await read("model.json", arrived)));
-  const names = [model.weights, ...model.blocks, ...(model.denoise ? [model.denoise] : [])];
-  const files = Object.fromEntries(await Promise.all(names.map(async (name) => [name, await read(name, arrived)])));
-  postMessage({ kind: "arrived" });
-  solver = await started.then(() => Solver.load(model, files));
+  let bytes = 0;
+  const runtime = Solver.start(threads);
+  const onBytes = (more) => postMessage({ kind: "loading", bytes: (bytes += more) });
+  const model = JSON.parse(new TextDecoder().decode(await read("model.json", onBytes)));
+  const names = [model.weights, ...model.blocks, model.denoise];
+  const files = Object.fromEntries(await Promise.all(names.map(async (name) => [name, await read(name, onBytes)])));
+  postMessage({ kind: "loaded" });
+  solver = await runtime.then(() => Solver.load(model, files));
   postMessage({ kind: "ready", model });
 }
 
 async function draw({ latents, label, size, tolerance, slow, id }) {
-  let shown = 0, waited = 0;
-  drawing = id;
-  const swept = async ({ block, x }, front) => {
-    const from = performance.now();
-    if (!slow && from - shown < SHOW_EVERY) return;
-    postMessage({ kind: "swept", block, front, order: solver.orders[block], tokens: solver.permuted(x, block) });
+  let shown = 0, pauses = 0; // milliseconds
+  current = id;
+  const onSweep = async ({ block, x }, front) => {
+    const started = performance.now();
+    if (!slow && started - shown < SHOW_EVERY) return;
+    postMessage({ kind: "sweep", block, front, order: solver.orders[block], tokens: solver.permuted(x, block) });
     await new Promise((done) => setTimeout(done, slow ? SHOW_EVERY : 0)); // lets a message come in
-    if (drawing !== id) throw new Error("stopped");
+    if (current !== id) throw new Error("stopped");
     shown = performance.now();
-    waited += shown - from; // what the picture takes is not the solver's
+    pauses += shown - started; // the picture's time is not the solver's
   };
   const started = performance.now();
-  const solved = await solver.solve(latents, label, size, tolerance, swept);
-  let seconds = (performance.now() - started - waited) / 1000;
-  if (size === 1) seconds -= solved.certifySeconds; // exact by construction: measured, but not at its cost
-  const from = performance.now();
-  const denoised = await solver.denoised(solved.tokens, label);
-  postMessage({ kind: "drawn", ...solved, denoised, seconds, denoiseSeconds: (performance.now() - from) / 1000 });
+  const solution = await solver.solve(latents, label, size, tolerance, onSweep);
+  const solved = performance.now();
+  let seconds = (solved - started - pauses) / 1000;
+  if (size === 1) seconds -= solution.certifySeconds; // exact by construction: measured, but not at its cost
+  const image = await solver.denoiseTokens(solution.tokens, label);
+  postMessage({ kind: "image", ...solution, image, seconds, denoiseSeconds: (performance.now() - solved) / 1000 });
 }
 
-const stop = async () => (drawing = undefined);
-const failed = ({ message }) => postMessage({ kind: message === "stopped" ? "stopped" : "failed", message });
-onmessage = ({ data }) => ({ load, draw, stop })[data.kind](data).catch(failed);
+const stop = async () => (current = undefined);
+const fail = ({ message }) => postMessage({ kind: message === "stopped" ? "stopped" : "failed", message });
+onmessage = ({ data }) => ({ load, draw, stop })[data.kind](data).catch(fail);

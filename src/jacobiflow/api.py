@@ -6,8 +6,9 @@ from jacobiflow.codec import register
 from jacobiflow.denoising import denoise
 from jacobiflow.errors import CheckpointError, InputError
 from jacobiflow.flows.base import AffineBlock, Block
+from jacobiflow.flows.config import MAFConfig
 from jacobiflow.flows.guidance import Guidance, SamplingSettings
-from jacobiflow.flows.maf import MAF, MAFConfig
+from jacobiflow.flows.maf import MAF
 from jacobiflow.flows.presets import PRESETS, Preset
 from jacobiflow.flows.registry import load
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig

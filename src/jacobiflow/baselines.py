@@ -3,8 +3,7 @@
 The growing cache is the loop of the original TarFlow code (Zhai et al., arXiv 2412.06329): every layer concatenates its
 whole list of keys and values again for each token, and guidance makes a second call per token. Full passes are the loop
 of MAF codes (Papamakarios et al., arXiv 1705.07057; the "For" loop of section 4.4 of the GS-Jacobi paper): each token
-takes a pass of the masked network over all entries. Both run on this library's weights, in their dtype and on their
-device, and their images are neither clipped nor certified. Labels are looked up, and weights masked, once a block.
+takes a pass of the masked network over all entries.
 """
 
 from __future__ import annotations
@@ -18,10 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from jacobiflow.checks import check_kind, short
-from jacobiflow.errors import InputTypeError
 from jacobiflow.flows.guidance import Guidance
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.flows.labels import embed_classes
 from jacobiflow.flows.maf import MAF, MAFBlock, full_pass
 from jacobiflow.flows.tarflow import TarFlow, TarFlowBlock
 from jacobiflow.flows.tarflow.attention import Attention, AttentionBlock
@@ -30,8 +28,7 @@ from jacobiflow.sampling import sample
 
 GROWING_CACHE, FULL_PASSES, SEQUENTIAL = "growing cache", "full passes", "sequential"
 
-Loop = Callable[..., Tensor]
-"""Called with the flow, standard normal latents, and labels or None."""
+Loop = Callable[..., Tensor]  # of the flow, standard normal latents, and labels or None; its images are not clipped
 
 
 def growing_cache_sample(
@@ -121,7 +118,7 @@ class Stream:
     def __init__(self, block: TarFlowBlock, labels: Tensor | None, temperature: float) -> None:
         self.block = block
         self.position_embedding = block.permutation(block.pos_embed, dim=0)
-        self.class_embedding = block.embed_classes(labels)
+        self.class_embedding = embed_classes(block.class_embed, labels)
         self.temperature = temperature
         self.layers = [_Layer(layer) for layer in block.attn_blocks]
 
@@ -140,41 +137,17 @@ class Stream:
         return log_scale, shift
 
 
-_LOOPS: dict[type[ImageFlow], tuple[str, Loop]] = {
-    TarFlow: (GROWING_CACHE, growing_cache_sample),
-    MAF: (FULL_PASSES, full_passes_sample),
-}
-
-
-def register_original_loop(flow_type: type[ImageFlow], name: str, loop: Loop) -> None:
-    """Registers the sampler of a flow's original code, which `bench` and `sample --compare` then time.
-
-    Args:
-        flow_type: The class of the flow; it serves derived classes too.
-        name: Shown in tables.
-        loop: `loop(flow, latents, labels)` takes latents (N, T, C) before the prior's scale and returns images
-            (N, C, H, W), under `flow.guidance`; `labels` may be None.
-
-    Raises:
-        TypeError: If an argument is of another kind.
-    """
-    if not isinstance(flow_type, type) or not issubclass(flow_type, ImageFlow):
-        raise InputTypeError(f"flow_type={short(flow_type)}: give a class that derives from ImageFlow")
-    check_kind("name", name, str, "a name for tables")
-    check_kind("loop", loop, Callable, "a function of a flow, latents and labels")
-    _LOOPS[flow_type] = (name, loop)
-
-
 def original_loop(flow: ImageFlow) -> tuple[str, Loop]:
     """Returns the name and the sampler of a flow's original code.
 
-    These are "growing cache" for a TarFlow, "full passes" for a MAF, and what `register_original_loop` added; for any
-    other flow this library's own token loop, "sequential".
+    These are "growing cache" for a TarFlow and "full passes" for a MAF; for any other flow this library's own token
+    loop, "sequential".
     """
     check_flow(flow)
-    for flow_type in type(flow).__mro__:
-        if flow_type in _LOOPS:
-            return _LOOPS[flow_type]
+    if isinstance(flow, TarFlow):
+        return GROWING_CACHE, growing_cache_sample
+    if isinstance(flow, MAF):
+        return FULL_PASSES, full_passes_sample
     return SEQUENTIAL, _sequential_sample
 
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 import re
 import sys
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
-from numbers import Integral, Real
 from os import PathLike
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,7 +23,6 @@ from torch import Tensor
 from jacobiflow.errors import InputTypeError, InputValueError
 
 _LONGEST = 60  # characters of a value in a message
-_LARGEST_INT = 2**63 - 1  # of PyTorch
 
 
 def short(value: Any) -> str:
@@ -57,41 +54,33 @@ def check_count(name: str, value: Any, least: int = 1, most: int | None = None) 
     """Returns a whole number from `least` to `most` as an int."""
     give = "a positive whole number" if least == 1 else f"a whole number, at least {least}"
     number = _python(value)
-    if not _fits(int, number):
+    if type(number) is not int:
         raise _wrong_kind(name, value, give)
     if number < least:
         raise InputValueError(f"{name}={short(number)}: give {give}")
     if most is not None and number > most:
         raise InputValueError(f"{name}={short(number)}: the limit is {most:,}; give less")
-    return int(number)
+    return number
 
 
 def check_seed(seed: Any) -> int:
     """Returns a seed, from 0 to 2^63 - 1, as an int."""
-    return check_count("seed", seed, 0, _LARGEST_INT)
+    return check_count("seed", seed, 0, 2**63 - 1)
 
 
 def check_number(name: str, value: Any, least: float = 0.0, give: str = "0 or a positive number") -> float:
-    """Returns a finite number, at least `least`, as an int or a float."""
-    number: float = _python(value)
-    if not _fits(float, number):
+    """Returns a finite number, at least `least`, as a float."""
+    number = _python(value)
+    if type(number) not in (int, float):
         raise _wrong_kind(name, value, give)
-    if not least <= number <= (_LARGEST_INT if isinstance(number, int) else sys.float_info.max):
+    if not least <= number <= sys.float_info.max:
         raise InputValueError(f"{name}={short(number)}: give {give}")
-    return number
+    return float(number)
 
 
 def check_positive(name: str, value: Any, give: str = "a positive number") -> float:
-    """Returns a finite number above 0 as an int or a float."""
+    """Returns a finite number above 0 as a float."""
     return check_number(name, value, math.ulp(0.0), give)
-
-
-def check_numbers(name: str, values: Any) -> tuple[float, ...]:
-    """Returns a sequence of numbers as a tuple."""
-    numbers = tuple(map(_python, values)) if isinstance(values, Sequence) else ()
-    if not isinstance(values, Sequence) or not all(_fits(float, number) for number in numbers):
-        raise _wrong_kind(name, values, "a sequence of numbers")
-    return numbers
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
@@ -152,60 +141,40 @@ def check_on(name: str, value: Tensor, device: torch.device) -> None:
 
 
 def check_fields(record: Any) -> None:
-    """Checks the fields of a dataclass by their declared types, entries of tuples and mappings too.
+    """Converts the fields of a dataclass to their declared types; TypeError if that changes the kind of a value.
 
-    An int counts as a float. Starts with `convert_numbers`.
+    An int becomes a float, and a list a tuple, where one is declared.
     """
-    convert_numbers(record)
-    cls: Any = type(record)
-    for name, declared in _declared(cls):
-        value = getattr(record, name)
-        if not _fits(declared, value):
-            words = re.sub(r"[\w.]*\.(?=\w)", "", getattr(declared, "__name__", None) or str(declared))
-            raise _wrong_kind(name, value, words if get_args(declared) else f"a value of type {words}")
+    for name, declared in _declared_types(type(record)).items():
+        object.__setattr__(record, name, check_type(name, getattr(record, name), declared))
+
+
+def check_type(name: str, value: Any, declared: Any) -> Any:
+    """Returns a value as one of the declared type."""
+    try:
+        return msgspec.convert(_python(value), declared)
+    except msgspec.ValidationError as error:
+        words = str(declared) if get_args(declared) else declared.__name__
+        raise _wrong_kind(name, value, "a value of type " + re.sub(r"[\w.]*\.(?=\w)", "", words)) from error
 
 
 def convert_numbers(record: Any) -> None:
     """Replaces NumPy scalars in the fields of a dataclass, and in tuples in these, by Python numbers."""
     for entry in fields(record):
-        value = getattr(record, entry.name)
-        if isinstance(value, np.generic | tuple):
-            object.__setattr__(record, entry.name, _python(value))
+        object.__setattr__(record, entry.name, _python(getattr(record, entry.name)))
 
 
 def _python(value: Any) -> Any:
-    """Converts a number, and the numbers in a tuple, to int or float; returns anything else as it is."""
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, Integral):
-        return operator.index(value)
-    if isinstance(value, Real):
-        return float(value)
+    """Converts NumPy scalars, and those in a tuple, to Python's."""
+    if isinstance(value, np.number):
+        return value.item()
     return tuple(map(_python, value)) if type(value) is tuple else value
 
 
 @functools.cache
-def _declared(cls: type) -> tuple[tuple[str, Any], ...]:
+def _declared_types(cls: type) -> dict[str, Any]:
     hints = get_type_hints(cls)
-    return tuple((entry.name, hints[entry.name]) for entry in fields(cls))
-
-
-def _fits(declared: Any, value: Any) -> bool:
-    origin, inner = get_origin(declared), get_args(declared)
-    if origin in (Union, types.UnionType):
-        return any(_fits(kind, value) for kind in inner)
-    if origin is Literal:
-        return any(type(value) is type(choice) and value == choice for choice in inner)
-    if origin is tuple:
-        each = [inner[0]] * len(value) if inner[-1] is Ellipsis and isinstance(value, tuple) else inner
-        return isinstance(value, tuple) and len(each) == len(value) and all(map(_fits, each, value))
-    if origin is not None and issubclass(origin, Mapping):
-        key, entry = inner
-        return isinstance(value, Mapping) and all(_fits(key, k) and _fits(entry, v) for k, v in value.items())
-    if declared in (int, float):
-        return isinstance(value, int | declared) and not isinstance(value, bool)
-    kind = getattr(declared, "array_type", declared)  # of jaxtyping
-    return kind is Any or isinstance(value, kind)
+    return {entry.name: hints[entry.name] for entry in fields(cls)}
 
 
 def _wrong_kind(name: str, value: Any, give: str) -> InputTypeError:

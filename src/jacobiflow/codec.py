@@ -6,11 +6,10 @@ import base64
 import json
 import math
 import re
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import msgspec
 import numpy as np
@@ -40,14 +39,7 @@ def family(base: type[T]) -> type[T]:
 def register(name: str) -> Callable[[type[T]], type[T]]:
     """Class decorator: `name` stands for this class in JSON and in the notation of strategies.
 
-    The class is a dataclass, and derives from `Partition`, `Guess` or `Correction`.
-
-    Args:
-        name: Without spaces, "+" and ":".
-
-    Raises:
-        ValueError: If the name is taken.
-        TypeError: If the class has none of these bases, or is not a dataclass.
+    The class is a dataclass, and derives from `Partition`, `Guess` or `Correction`. A name can be taken once.
 
     Example:
         >>> import dataclasses, jacobiflow as jf
@@ -64,18 +56,15 @@ def register(name: str) -> Callable[[type[T]], type[T]]:
         raise InputValueError(f"name={short(name)}: give a name without spaces, '+' and ':', which the notation reads")
 
     def add(cls: type[T]) -> type[T]:
-        check_kind("class", cls, type, "a dataclass")
-        base = _base_of(cls)
-        if base is None:
+        family = _family_of(cls)
+        if family is None or not is_dataclass(cls):
             bases = ", ".join(base.__name__ for base in _families)
-            raise InputTypeError(f"{cls.__name__}: derive it from one of {bases} to register it")
-        owner = _families[base].get(name, cls)
+            raise InputTypeError(f"{cls.__name__}: make it a dataclass that derives from one of {bases}")
+        owner = family.get(name, cls)
         # The same class once more is a module that was loaded again.
         if (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
             raise InputValueError(f"{name!r} is the name of {owner.__module__}.{owner.__qualname__}; choose another")
-        if not is_dataclass(cls):
-            raise InputTypeError(f"{cls.__name__}: make it a dataclass to register it")
-        _families[base][name] = cls
+        family[name] = cls
         return cls
 
     return add
@@ -83,36 +72,26 @@ def register(name: str) -> Callable[[type[T]], type[T]]:
 
 def registered(base: type) -> Mapping[str, Any]:
     """Returns the classes of a family by their names."""
-    return types.MappingProxyType(_families[base])
+    return _families[base]
 
 
-def name_of(cls: type) -> str | None:
-    """Returns the name under which a class is registered, or None."""
-    names = _families.get(_base_of(cls), {})  # type: ignore[arg-type]
-    return next((name for name, kind in names.items() if kind is cls), None)
-
-
-def _base_of(cls: type) -> type | None:
-    return next((base for base in cls.__mro__ if base in _families), None)
+def _family_of(cls: type) -> dict[str, type] | None:
+    return next((_families[base] for base in cls.__mro__ if base in _families), None)
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding
 
 
 def encode(value: Any) -> Any:
-    """Returns the JSON value that `decode` turns back into `value`.
-
-    Tensors become their values in base64. NaN becomes infinity, which `files.write_json` writes as 1e999.
-
-    Raises:
-        ValueError: If an object has no JSON form, such as one of a class that is not registered.
-    """
+    """Returns the JSON value that `decode` turns back into `value`; NaN becomes infinity."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         return math.inf if math.isnan(value) else value
     if isinstance(value, Tensor):
-        return _encode_tensor(value)
+        name = "float64" if value.dtype == torch.float64 else "float32"
+        array = value.detach().to(getattr(torch, name)).cpu().numpy().astype(_STORED[name])
+        return {"shape": list(array.shape), name: base64.b64encode(array.tobytes()).decode()}
     if is_dataclass(value) and not isinstance(value, type):
         return _encode_dataclass(value)
     if isinstance(value, Mapping):
@@ -123,17 +102,14 @@ def encode(value: Any) -> Any:
 
 
 def _encode_dataclass(value: Any) -> dict[str, Any]:
-    name = name_of(type(value))
-    if name is None and _base_of(type(value)) is not None:
-        raise InputValueError(f"{short(value)} has no JSON form: register its class under a name (jacobiflow.register)")
     entries = {entry.name: encode(getattr(value, entry.name)) for entry in fields(value)}
-    return entries if name is None else {"kind": name, **entries}
-
-
-def _encode_tensor(values: Tensor) -> dict[str, Any]:
-    name = "float64" if values.dtype == torch.float64 else "float32"
-    array = values.detach().to(getattr(torch, name)).cpu().numpy().astype(_STORED[name])
-    return {"shape": list(array.shape), name: base64.b64encode(array.tobytes()).decode()}
+    family = _family_of(type(value))
+    if family is None:
+        return entries
+    for name, cls in family.items():
+        if cls is type(value):
+            return {"kind": name, **entries}
+    raise InputValueError(f"{short(value)} has no JSON form: register its class under a name (jacobiflow.register)")
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding
@@ -143,9 +119,7 @@ def decode(declared: Any, value: Any, where: str = "") -> Any:
     """Returns the object of the type `declared` that `encode` turned into `value`.
 
     A type is a dataclass, a registered family, a tensor, or made of these. Missing entries take their defaults.
-
-    Raises:
-        ValueError: If an entry has another type or value, or is no field. The message begins with `where`.
+    A ValueError names an entry that has another type or value, or is no field, after `where`.
     """
     try:
         result = msgspec.convert(value, declared, dec_hook=_decode_custom, str_keys=True)
@@ -167,7 +141,7 @@ def _check_names(value: Any, result: Any, where: str) -> None:
         for name, entry in value.items():
             if name in names:
                 _check_names(entry, getattr(result, name), f"{where}: {name}" if where else name)
-            elif name != "kind" or name_of(type(result)) is None:
+            elif name != "kind":  # of a registered class
                 raise InputValueError(": ".join(part for part in (where, f"{name!r} unknown") if part))
     elif isinstance(value, list) and isinstance(result, list | tuple):
         for index, pair in enumerate(zip(value, result, strict=False)):
@@ -200,23 +174,14 @@ def _decode_tensor(value: Any) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def load(path: str | Path, what: str, declared: Any, remedy: str = "") -> Any:
-    """Reads a JSON file of `declared`, a type or a function of the JSON value.
-
-    Raises:
-        ValueError: If the file cannot be read, or its content is wrong. It begins with `what`, and ends with `remedy`.
-    """
+def load(path: str | Path, what: str, parse: Callable[[Any], T], remedy: str = "") -> T:
+    """Reads a JSON file, and parses its value; a ValueError begins with `what` and the path, and ends with `remedy`."""
     check_path("path", path)
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse(json.loads(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise InputValueError(f"{what} {path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise InputValueError(f"{what} {path}: {error}{remedy}") from error
-    try:
-        is_type = isinstance(declared, type) or get_origin(declared) is not None
-        return decode(declared, value) if is_type else declared(value)
-    except InputError as error:
+    except (InputError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputValueError(f"{what} {path}: {error}{remedy}") from error
 
 
@@ -229,24 +194,23 @@ class Document:
     _indent: ClassVar[int | None] = None
 
     def to_json(self) -> dict[str, Any]:
-        """Returns a JSON value that `from_json` turns back into an equal object."""
+        """Returns the JSON value that `from_json` turns back into an equal object."""
         return {"format_version": self._version, **encode(self)}
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        """Inverse of `to_json`. Raises ValueError that names the entry at fault."""
+        """Inverse of `to_json`."""
         if not isinstance(value, dict) or value.get("format_version") != cls._version:
             raise InputValueError(f"not a {cls._name} of format_version {cls._version}")
-        result: Self = decode(cls, {name: entry for name, entry in value.items() if name != "format_version"})
-        return result
+        entries = {name: entry for name, entry in value.items() if name != "format_version"}
+        return decode(cls, entries)  # type: ignore[no-any-return]
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON; the file appears whole or not at all."""
+        """Writes JSON."""
         check_path("path", path)
         write_json(path, self.to_json(), self._indent)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads JSON. Raises ValueError if the file is missing or holds something else."""
-        result: Self = load(path, cls._name, cls.from_json, cls._remedy)
-        return result
+        """Reads JSON."""
+        return load(path, cls._name, cls.from_json, cls._remedy)

@@ -29,8 +29,8 @@ class Row:
         strategy: Its name.
         seconds: For the whole batch.
         error: The difference from the images of the sequential loop.
-        images: The result of its first round.
-        samples: All of that result; None for an original sampler, which returns images only.
+        images: Of its first round.
+        samples: With these images; None for an original sampler, which returns images only.
     """
 
     strategy: str
@@ -38,16 +38,6 @@ class Row:
     error: Error
     images: Float[Tensor, "n c h w"]
     samples: Samples | None = None
-
-    @property
-    def network_calls(self) -> int | None:
-        """Network calls over all blocks, those of the certificate included."""
-        return None if self.samples is None else self.samples.network_calls
-
-    @property
-    def token_evaluations(self) -> int | None:
-        """Tokens times samples over these calls."""
-        return None if self.samples is None else self.samples.token_evaluations
 
     @property
     def evaluations_per_token(self) -> float | None:
@@ -76,8 +66,8 @@ class Row:
             "strategy": self.strategy,
             "seconds": asdict(self.seconds),
             "error": asdict(self.error),
-            "network_calls": self.network_calls,
-            "token_evaluations": self.token_evaluations,
+            "network_calls": None if samples is None else samples.network_calls,
+            "token_evaluations": None if samples is None else samples.token_evaluations,
             "evaluations_per_token": self.evaluations_per_token,
             "certificate": self.certificate,
             "exact": self.exact,
@@ -116,7 +106,7 @@ class Comparison:
         return self.rows[len(self.baselines) :]
 
     def row(self, strategy: str) -> Row:
-        """The row of that name. Raises KeyError if there is none."""
+        """The row of that name."""
         return {row.strategy: row for row in self.rows}[strategy]
 
     def speed_up(self, row: Row, baseline: str) -> float:
@@ -147,11 +137,9 @@ def compare(
 ) -> Comparison:
     """Times samplers beside the original sampler, the sequential loop and an encoding pass, in one interleaved run.
 
-    The sequential loop is not certified: it is exact, and certificates would slow a baseline down.
-
     Args:
         flow: The model; its device and its guidance are used.
-        latents: Standard normal, before the prior's scale.
+        latents: Before the prior's scale.
         labels: Classes, or None.
         runs: Samplers by name, for the same latents, labels and guidance.
         repeats: Rounds that count.

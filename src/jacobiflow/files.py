@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-_INFINITY = "\0infinity"
-_PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial", re.DOTALL)
+_INFINITY = re.compile(r'"(?:[^"\\]+|\\.)*"|Infinity|NaN')  # or a text, which may contain these words
 
 
 @contextmanager
@@ -23,7 +21,7 @@ def write_beside(path: str | Path, sync: bool = True) -> Iterator[Path]:
 
     After an error nothing is left. The partial file, `.NAME.*.partial`, has another name each time, so that no two
     threads, processes or machines on a shared disk write to the same file. With `sync` the content is on the disk
-    before the rename, and the name after it, so that a loss of power leaves a whole file too.
+    before the rename, so that a loss of power leaves a whole file too.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
@@ -33,25 +31,13 @@ def write_beside(path: str | Path, sync: bool = True) -> Iterator[Path]:
             with partial.open("rb+") as file:  # Windows takes no file that is open for reading only
                 os.fsync(file.fileno())
         os.replace(partial, path)
-        if sync:
-            _sync_folder(path.parent)
     except OSError as error:
-        if error.filename == str(partial):  # which is gone
+        if error.errno is not None and error.filename in (str(partial), None):  # None: the disk is full
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
         with suppress(OSError):
             partial.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Puts the names in a folder on the disk. Windows and some network disks cannot; the files are whole anyway."""
-    with suppress(OSError):
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
 
 
 def write_atomically(path: str | Path, data: bytes | bytearray, sync: bool = True) -> None:
@@ -62,11 +48,11 @@ def write_atomically(path: str | Path, data: bytes | bytearray, sync: bool = Tru
 
 def partials(folder: Path, name: str = "*") -> list[Path]:
     """Returns the half-written files of `name` in a folder that killed processes have left."""
-    return sorted(path for path in folder.glob(f".{name}.*.partial") if _PARTIAL.fullmatch(path.name))
+    return sorted(folder.glob(f".{name}.{16 * '[0-9a-f]'}.partial"))
 
 
 def remove_partials(folder: Path) -> None:
-    """Removes the half-written files in a folder that killed processes have left."""
+    """Removes what `partials` returns."""
     for path in partials(folder):
         path.unlink(missing_ok=True)
 
@@ -81,7 +67,7 @@ def read_object(path: str | Path) -> dict[str, Any] | None:
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
-    """Writes `value` as JSON, whole or not at all; see `json_bytes`."""
+    """Writes `value` as `json_bytes` returns it."""
     write_atomically(path, json_bytes(value, indent))
 
 
@@ -90,20 +76,9 @@ def json_bytes(value: Any, indent: int | None = 1) -> bytes:
 
     NaN becomes null. Infinity becomes 1e999, a number that every reader takes for infinity.
     """
-    separators = (",", ":") if indent is None else None
-    text = json.dumps(_without_infinities(value), indent=indent, separators=separators, allow_nan=False)
-    return (text.replace(json.dumps(_INFINITY), "1e999").replace(json.dumps(f"-{_INFINITY}"), "-1e999") + "\n").encode()
-
-
-def _without_infinities(value: Any) -> Any:
-    """Replaces infinities by a text that occurs nowhere else, and NaN by None."""
-    if isinstance(value, dict):
-        return {key: _without_infinities(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_infinities(inner) for inner in value]
-    if not isinstance(value, float) or math.isfinite(value):
-        return value
-    return None if math.isnan(value) else _INFINITY if value > 0 else f"-{_INFINITY}"
+    text = json.dumps(value, indent=indent, separators=(",", ":") if indent is None else None)
+    words = {"Infinity": "1e999", "NaN": "null"}
+    return (_INFINITY.sub(lambda match: words.get(match[0], match[0]), text) + "\n").encode()
 
 
 def cache_folder() -> Path | None:
@@ -122,11 +97,6 @@ def sha256(*parts: bytes | bytearray) -> str:
     return digest.hexdigest()
 
 
-def files_sha256(paths: Iterable[Path]) -> str:
-    """Returns the SHA-256 of files, one after another, which may be larger than the memory."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
+def files_sha256(*paths: Path) -> str:
+    """Returns the SHA-256 of files, one after another."""
+    return sha256(*map(Path.read_bytes, paths))

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.checks import check_floating
-from jacobiflow.flows.image_flow import ImageFlow, check_flow, state_dtype
+from jacobiflow.flows.image_flow import ImageFlow, state_dtype
 
 Solve = Callable[[int, Tensor], Tensor]
 
@@ -18,27 +17,16 @@ def prior_tokens(flow: ImageFlow, latents: Float[Tensor, "n t c"]) -> Float[Tens
 
     They are on the flow's device, in the dtype of the state, see `state_dtype`.
     """
-    check_flow(flow)
-    check_floating("latents", latents, ("N", flow.config.num_tokens, flow.config.token_channels))
     dtype = state_dtype(flow)
     return latents.to(flow.var.device, dtype) * flow.var.to(dtype).sqrt()
 
 
-def invert(
-    flow: ImageFlow, x: Float[Tensor, "n t c"], solve: Solve, after: Callable[[int, Tensor], None] | None = None
-) -> Float[Tensor, "n t c"]:
+def invert(flow: ImageFlow, x: Float[Tensor, "n t c"], solve: Solve) -> Float[Tensor, "n t c"]:
     """Returns the tokens x = f_0^-1(... f_{L-1}^-1(x)) in raster order, before `flow.to_images`.
 
-    Args:
-        flow: The flow.
-        x: Tokens in raster order, of `prior_tokens`.
-        solve: `solve(i, z)` inverts block `i` at `z`, both in the block's causal order. It may return more rows than
-            `z` has.
-        after: Is called as `after(i, x)` with the tokens after block `i`, in raster order.
+    `solve(i, z)` inverts block `i` at `z`, both in the block's causal order. It may return more rows than `z` has.
     """
     for i in reversed(range(flow.config.num_blocks)):
         permutation = flow.blocks[i].permutation
         x = permutation(solve(i, permutation(x)))
-        if after is not None:
-            after(i, x)
     return x

@@ -12,16 +12,13 @@ from jacobiflow.checks import check_count, check_seed
 FIRST_CALIBRATION_LATENT = 2**40  # calibration must not see the latents that samples are drawn from
 MOST_SAMPLES = 100_000_000  # years of work of one processor, and sums of bytes do not overflow
 _LATENTS, _LABELS = 0, 1
-_LAST = 2**63 - 1  # sample
 
 
 def draw_latents(
     num: int, num_tokens: int, token_channels: int, seed: int = 0, start: int = 0
 ) -> Float[Tensor, "n t d"]:
     """Returns standard normal latents of samples start .. start+num-1; sample i depends on `seed` and i only."""
-    num, seed, start = _checked(num, seed, start)
-    num_tokens = check_count("num_tokens", num_tokens, most=MOST_SAMPLES)
-    token_channels = check_count("token_channels", token_channels, most=MOST_SAMPLES)
+    num, seed = check_count("num", num, most=MOST_SAMPLES), check_seed(seed)
     # In one piece, so that too large a request fails at once.
     latents = np.empty((num, num_tokens, token_channels), np.float32)
     for i, row in enumerate(latents):
@@ -31,17 +28,10 @@ def draw_latents(
 
 def draw_labels(num: int, num_classes: int, seed: int = 0, start: int = 0) -> Int[Tensor, " n"]:
     """Returns uniform labels of samples start .. start+num-1; that of sample i depends on `seed` and i only."""
-    num, seed, start = _checked(num, seed, start)
-    num_classes = check_count("num_classes", num_classes, most=_LAST)
     labels = np.empty(num, np.int64)
     for i in range(num):
         labels[i] = _generator(seed, _LABELS, start + i).integers(num_classes)
     return torch.from_numpy(labels)
-
-
-def _checked(num: int, seed: int, start: int) -> tuple[int, int, int]:
-    num = check_count("num", num, most=MOST_SAMPLES)
-    return num, check_seed(seed), check_count("start", start, 0, _LAST - num)
 
 
 def _generator(seed: int, stream: int, sample: int) -> np.random.Generator:

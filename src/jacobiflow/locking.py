@@ -24,10 +24,6 @@ def locked(path: Path) -> Iterator[None]:
     """Makes a folder, and keeps other processes out of it until the block ends, or this process is killed.
 
     After an error, a new folder without files is removed.
-
-    Raises:
-        FolderInUseError: If another process has locked the folder.
-        OSError: If there can be no such folder.
     """
     lock, is_new = FileLock(path / LOCK), not path.exists()
     try:
@@ -53,11 +49,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def own_folder(path: Path, kind: str, files: Sequence[str]) -> Iterator[None]:
-    """Locks a folder that is new, empty or its own: that has a manifest.json of this kind, such as "benchmark".
-
-    Raises:
-        ValueError: If the folder has other files.
-    """
+    """Locks a folder that is new, empty or its own: that has a manifest.json of this kind, such as "benchmark"."""
     check_own(path, kind)  # before there is a lock in it
     with locked(path):
         write_json(path / MANIFEST, {"kind": kind, "files": list(files)})

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from jacobiflow.checks import check_count, check_device, check_floating, check_kind
 from jacobiflow.progress import Progress
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,7 @@ def interleave(
 ) -> tuple[dict[str, Timing], dict[str, Any]]:
     """Times callables in turn: a warm-up round, which does not count, then `repeats` rounds over all of them.
 
-    A slow phase of the machine then slows all of them. Work queued on `device` is finished before the clock is read.
-    Without `warm_up` the first round counts.
+    A slow phase of the machine then slows all of them. Without `warm_up` the first round counts.
 
     Returns:
         A `Timing` by name, and the first result of each run.
@@ -60,11 +61,7 @@ def interleave(
     results: dict[str, Any] = {}
     rounds = range(-1 if warm_up else 0, repeats)
     for done, (number, (name, run)) in enumerate(product(rounds, runs.items()), start=1):
-        synchronize(device)
-        started = perf_counter()
-        result = run()
-        synchronize(device)
-        elapsed = perf_counter() - started
+        elapsed, result = timed(run, device)
         if number >= 0:
             seconds[name].append(elapsed)
         results.setdefault(name, result)
@@ -72,6 +69,22 @@ def interleave(
         if progress is not None:
             progress(done, len(rounds) * len(runs), "timing")
     return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}, results
+
+
+def timed(run: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    """Returns the seconds of a call, with all work that it queued on the device, and its result."""
+    _synchronize(device)
+    started = time.perf_counter()
+    result = run()
+    _synchronize(device)
+    return time.perf_counter() - started, result
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def paired_error(actual: Float[Tensor, "n c h w"], exact: Float[Tensor, "n c h w"]) -> Error:
@@ -108,12 +121,3 @@ def _processor() -> str:
     lines = path.read_text().splitlines() if path.exists() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     return f"{name} with AVX512-BF16 and AMX" if any("amx_bf16" in line for line in lines) else name
-
-
-def synchronize(device: torch.device | str) -> None:
-    """Waits for the work that is queued on a device."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        torch.cuda.synchronize(device)
-    elif kind == "mps":
-        torch.mps.synchronize()

@@ -7,19 +7,19 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from jacobiflow.checks import check_count, check_finite, check_flag, check_floating, check_kind, check_seed, short
+from jacobiflow.checks import check_count, check_finite, check_flag, check_floating, check_kind, short
 from jacobiflow.denoising import check_rate, denoised
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.image_flow import ImageFlow, check_flow, state_dtype
 from jacobiflow.flows.labels import Labels
 from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.latents import MOST_SAMPLES, draw_latents
-from jacobiflow.outcome import Outcome
 from jacobiflow.progress import Progress
 from jacobiflow.solvers import Certificate, Solution, Status, check_certificate, solve_certified
 from jacobiflow.strategy import Strategy, choose
@@ -46,16 +46,67 @@ class BlockStats:
     @classmethod
     def join(cls, solutions: Sequence[Solution]) -> BlockStats:
         """Returns the sums over solutions of different samples, and the entries of all samples."""
-        return cls(
-            sweeps=sum(solution.sweeps for solution in solutions),
-            network_calls=sum(solution.network_calls for solution in solutions),
-            token_evaluations=sum(solution.token_evaluations for solution in solutions),
-            seconds=sum(solution.seconds for solution in solutions),
-            residual=torch.cat([solution.residual for solution in solutions]),
-            status=torch.cat([solution.status for solution in solutions]),
-            exact=torch.cat([solution.exact for solution in solutions]),
-            resolved_sequentially=torch.cat([solution.resolved_sequentially for solution in solutions]),
-        )
+        sums = ("sweeps", "network_calls", "token_evaluations", "seconds")
+        rows = ("residual", "status", "exact", "resolved_sequentially")
+        values: dict[str, Any] = {name: sum(getattr(solution, name) for solution in solutions) for name in sums}
+        values |= {name: torch.cat([getattr(solution, name) for solution in solutions]) for name in rows}
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Counts of the samples that are certified, solved again, above the tolerance, or lost.
+
+    Attributes:
+        num: The number of samples.
+        tolerance: The largest residual allowed in any block; `None` if a block stops after a number of sweeps.
+        residual: The largest finite residual; `None` without certificates.
+        exact: Every block of every sample was solved token by token.
+        resolved: Samples that some block solved again token by token.
+        above: Samples above the tolerance, by the rounding of the network.
+        lost: Samples without an image, since the exact inverse overflows.
+    """
+
+    num: int
+    tolerance: float | None
+    residual: float | None
+    exact: bool
+    resolved: int
+    above: int
+    lost: int
+
+    @property
+    def has_shortfall(self) -> bool:
+        """True if a sample was measured and is neither exact nor within a tolerance, or if one is lost."""
+        uncertified = self.residual is not None and self.tolerance is None and not self.exact
+        return uncertified or self.above > 0 or self.lost > 0
+
+    def __str__(self) -> str:
+        """One sentence for the user, with the remedy if there is a shortfall."""
+        if self.exact:
+            parts = [f"{self.num - self.lost:,} exact, since every block was solved token by token"]
+        elif self.residual is None:
+            parts = ["not certified, since certificates were turned off"]
+        elif self.tolerance is None:
+            parts = [
+                "not certified, since the strategy stops after a fixed number of sweeps",
+                f"the largest residual is {self.residual:.1e}",
+            ]
+        else:
+            within = self.num - self.above - self.lost
+            parts = [f"{within:,} certified to {self.tolerance:g}"]
+        if self.resolved:
+            parts.append(f"{self.resolved:,} solved again token by token")
+        if self.above:
+            parts.append(
+                f"{self.above:,} above the tolerance, up to {self.residual:.1e}, by the rounding of the network: raise "
+                "the tolerance, or use a wider dtype"
+            )
+        if self.lost:
+            parts.append(
+                f"{self.lost:,} lost, since the exact inverse overflows too: lower the guidance, or use a wider dtype"
+            )
+        return f"{self.num:,} sample{'s' * (self.num > 1)}: {'; '.join(parts)}"
 
 
 @dataclass(frozen=True)
@@ -63,18 +114,17 @@ class Samples:
     """Images, their certificates and their cost.
 
     Attributes:
-        images: (N, C, H, W), nominally in [-1, 1], not clipped; NaN if the exact inverse overflows.
-        latents: (N, T, C), standard normal, before the prior's scale.
-        labels: (N,) or `None`.
+        images: Nominally in [-1, 1], not clipped; NaN if the exact inverse overflows.
+        latents: Standard normal, before the prior's scale.
+        labels: Classes, or `None`.
         stats: A `BlockStats` for each block, in encoding order.
-        certificate: Per sample (N,) the largest |g(x) - x| over tokens, channels and blocks, guidance included, before
+        certificate: Per sample the largest |g(x) - x| over tokens, channels and blocks, guidance included, before
             denoising; `None` without certificates. A block that was solved token by token is exact by construction and
             counts as 0, unless it was measured too.
         tolerance: The residual that every block was held to; `None` if the strategy has blocks that stop after a fixed
             number of sweeps. Their samples are not certified, see `outcome`.
         trace: The noise, the image after each block in sampling order, and the denoised image; `None` without a trace.
-        seconds: Wall-clock time of solving all blocks.
-        denoise_seconds: Wall-clock time of denoising.
+        seconds: Wall-clock time of solving all blocks; that of denoising is `denoise_seconds`.
 
     Example:
         >>> samples = jf.sample(jf.load("digits-p1"), 3, labels=[1, 2, 3])
@@ -178,13 +228,21 @@ def sample(
         >>> samples.images.shape, bool((samples.certificate <= 1e-3).all())
         (torch.Size([4, 1, 8, 8]), True)
     """
-    batch_size, denoise = check_settings(flow, batch_size, denoise, certify)
+    check_flow(flow)
+    check_certificate("certify", certify)
+    denoise = check_rate(flow, denoise)
     check_flag("return_trace", return_trace)
     check_kind("progress", progress, Callable | None, "a function of done, total and what, or None")
-    latents, labels = _checked_latents(flow, num, latents, labels, seed)
+    if num is not None and latents is None:
+        latents = draw_latents(num, flow.config.num_tokens, flow.config.token_channels, seed)
+    elif num is not None or latents is None:
+        raise InputValueError("give either num or latents")
+    _check_latents("latents", latents, flow)
+    labels = None if labels is None else flow.check_labels(labels, len(latents))
+    if batch_size is not None:
+        batch_size = min(check_count("batch_size", batch_size, most=MOST_SAMPLES), len(latents))
     warn_if_guidance_is_idle(flow, labels)
-    slots = min(batch_size or len(latents), len(latents))
-    plan = choose(flow, strategy, slots, tolerance=tolerance)
+    plan = choose(flow, strategy, batch_size or len(latents), tolerance=tolerance)
     result = draw(
         flow, plan, latents, labels, denoise=denoise, certify=certify, batch_size=batch_size,
         return_trace=return_trace, progress=progress,
@@ -213,16 +271,17 @@ def draw(
             progress(num_solved, len(starts) * num_blocks, "sampling")
 
     started = time.perf_counter()
-    solved = []
+    groups = []
     for start in starts:
         rows = slice(start, start + slots * _GROUP)
         some, classes = latents[rows], None if labels is None else labels[rows]
-        solved.append(_solve_group(flow, plan, certify, slots, return_trace, note_block, some, classes))
+        groups.append(_solve(flow, plan, some, classes, certify, slots, return_trace, note_block))
     seconds = time.perf_counter() - started
 
-    images = torch.cat([group.images for group in solved])
-    stats = tuple(BlockStats.join([group.solutions[i] for group in solved]) for i in range(num_blocks))
-    trace = [torch.cat(steps) for steps in zip(*(group.trace for group in solved), strict=True)]
+    parts, solutions, traces = zip(*groups, strict=True)
+    images = torch.cat(parts)
+    stats = tuple(map(BlockStats.join, zip(*solutions, strict=True)))
+    trace = [torch.cat(steps) for steps in zip(*traces, strict=True)]
     started = time.perf_counter()
     if denoise:
         images = denoised(flow, images, labels, denoise, batch_size or 64)
@@ -238,6 +297,34 @@ def draw(
         seconds=seconds,
         denoise_seconds=time.perf_counter() - started,
     )
+
+
+def _solve(
+    flow: ImageFlow, plan: Strategy, latents: Tensor, labels: Tensor | None, certify: Certificate, slots: int,
+    return_trace: bool, note_block: Callable[[], None],
+) -> tuple[Tensor, list[Solution], list[Tensor]]:  # fmt: skip
+    """Images, the solution of each block in encoding order, and the trace."""
+    x, blocks = prior_tokens(flow, latents), flow.inverse_blocks
+    lost = ~torch.isfinite(x).all(dim=(1, 2))
+    solutions: dict[int, Solution] = {}
+    trace = [flow.to_images(x)] if return_trace else []
+
+    def solve_block(i: int, z: Tensor) -> Tensor:
+        nonlocal lost
+        # A sample lost in an earlier block goes on as zeros, so that the rest of its group can be solved.
+        z = z.masked_fill(lost.view(-1, 1, 1), 0)
+        solution = solve_certified(blocks[i], z, plan.solvers[i], labels, certify, slots, plan.tolerance)
+        lost = lost | (solution.status == Status.NONFINITE)
+        status = solution.status.masked_fill(lost, Status.NONFINITE)
+        solutions[i] = replace(solution, status=status, residual=solution.residual.masked_fill(lost, torch.inf))
+        x = solution.x.masked_fill(lost.view(-1, 1, 1), torch.nan)
+        if return_trace:
+            trace.append(flow.to_images(flow.blocks[i].permutation(x)))
+        note_block()
+        return x
+
+    x = invert(flow, x, solve_block)
+    return flow.to_images(x), [solutions[i] for i in range(len(blocks))], trace
 
 
 def decode(
@@ -259,60 +346,14 @@ def decode(
         >>> bool(flow.encode(samples.images, [7])[0].abs().max() < 1e-2)
         True
     """
-    check_settings(flow, None, 0.0, certify)
-    check_floating("z", z, ("N", flow.config.num_tokens, flow.config.token_channels))
-    z, labels = _checked_latents(flow, None, z, labels, seed=0, name="z")
+    check_flow(flow)
+    check_certificate("certify", certify)
+    _check_latents("z", z, flow)
+    labels = None if labels is None else flow.check_labels(labels, len(z))
     result = draw(flow, choose(flow, strategy, len(z), tolerance=tolerance), z, labels, certify=certify)
     if result.outcome.has_shortfall:
         warnings.warn(str(result.outcome), stacklevel=2)
     return result
-
-
-@dataclass(frozen=True)
-class _Group:
-    images: Tensor
-    solutions: list[Solution]
-    trace: list[Tensor]
-
-
-def _solve_group(
-    flow: ImageFlow, plan: Strategy, certify: Certificate, slots: int, return_trace: bool,
-    note_block: Callable[[], None], latents: Tensor, labels: Tensor | None,
-) -> _Group:  # fmt: skip
-    x, blocks = prior_tokens(flow, latents), flow.inverse_blocks
-    lost = ~torch.isfinite(x).all(dim=(1, 2))
-    solutions: dict[int, Solution] = {}
-    trace = [flow.to_images(x)] if return_trace else []
-
-    def solve_block(i: int, z: Tensor) -> Tensor:
-        nonlocal lost
-        # A sample lost in an earlier block goes on as zeros, so that the rest of its group can be solved.
-        z = z.masked_fill(lost.view(-1, 1, 1), 0)
-        solution = solve_certified(blocks[i], z, plan.solvers[i], labels, certify, slots, plan.tolerance)
-        lost = lost | (solution.status == Status.NONFINITE)
-        status = solution.status.masked_fill(lost, Status.NONFINITE)
-        solutions[i] = replace(solution, status=status, residual=solution.residual.masked_fill(lost, torch.inf))
-        return solution.x.masked_fill(lost.view(-1, 1, 1), torch.nan)
-
-    def after(i: int, x: Tensor) -> None:
-        if return_trace:
-            trace.append(flow.to_images(x))
-        note_block()
-
-    x = invert(flow, x, solve_block, after)
-    return _Group(flow.to_images(x), [solutions[i] for i in range(len(blocks))], trace)
-
-
-def check_settings(
-    flow: ImageFlow, batch_size: int | None, denoise: float, certify: Certificate
-) -> tuple[int | None, float]:
-    """Returns `batch_size` and `denoise` as Python numbers; raises if a setting of `sample` does not fit the flow."""
-    check_flow(flow)
-    if batch_size is not None:
-        batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
-    denoise = check_rate(flow, denoise)
-    check_certificate("certify", certify)
-    return batch_size, denoise
 
 
 def warn_if_guidance_is_idle(flow: ImageFlow, labels: Tensor | None) -> None:
@@ -321,22 +362,10 @@ def warn_if_guidance_is_idle(flow: ImageFlow, labels: Tensor | None) -> None:
         warnings.warn("guidance without labels at attn_temperature 1 changes nothing", stacklevel=3)
 
 
-def _checked_latents(
-    flow: ImageFlow, num: int | None, latents: Tensor | None, labels: Labels | None, seed: int, name: str = "latents"
-) -> tuple[Float[Tensor, "n t d"], Int[Tensor, " n"] | None]:
-    """Returns the latents, or else new ones, and the labels as a tensor, after a check that both fit the flow."""
-    if (num is None) == (latents is None):
-        raise InputValueError("give either num or latents")
-    shape = (flow.config.num_tokens, flow.config.token_channels)
-    seed = check_seed(seed)
-    if latents is not None:
-        check_floating(name, latents, ("N", *shape))
-        check_finite(name, latents)
-        if latents.requires_grad and torch.is_grad_enabled():
-            raise InputValueError(
-                f"{name}={short(latents)} requires a gradient, and sampling has none: give {name}.detach()"
-            )
-        num = len(latents)
-    num = check_count("num", num, most=MOST_SAMPLES)
-    classes = None if labels is None else flow.check_labels(labels, num)
-    return draw_latents(num, *shape, seed) if latents is None else latents, classes
+def _check_latents(name: str, latents: Tensor, flow: ImageFlow) -> None:
+    check_floating(name, latents, ("N", flow.config.num_tokens, flow.config.token_channels))
+    check_finite(name, latents)
+    if latents.requires_grad and torch.is_grad_enabled():
+        raise InputValueError(
+            f"{name}={short(latents)} requires a gradient, and sampling has none: give {name}.detach()"
+        )

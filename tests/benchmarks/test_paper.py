@@ -1,9 +1,11 @@
-"""docs/paper.md names commands that exist, and its figures are drawn for a bundled model."""
+"""docs/paper.md names commands that exist; the paper's figures, settings and sizes for bundled models."""
 
 from __future__ import annotations
 
 import re
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +13,11 @@ import torch
 from PIL import Image
 
 import jacobiflow as jf
-from benchmarks.paper_figures import choices, draw_figures
+from benchmarks import paper_sizes, render, strategies
+from benchmarks.paper_figures import draw_figures, strategies_of
+from benchmarks.paper_sizes import Way
 from jacobiflow.plots import image_grid
+from tests.helpers.invented import make_report
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPTION = 32  # pixels
@@ -22,12 +27,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_every_table_and_figure_has_a_command() -> None:
-    rows = re.findall(
-        r"^\| ((?:Tables?|Figures?) .*?) \|(.*)\|$", (ROOT / "docs" / "paper.md").read_text(), re.MULTILINE
-    )
-    numbers = {(name[:5], number) for name, _ in rows for number in re.findall(r"\d", name)}
-    assert numbers == {("Table", str(i)) for i in range(1, 10)} | {("Figur", str(i)) for i in range(1, 8)}
-    for name, cells in rows:
+    text = (ROOT / "docs" / "paper.md").read_text()
+    rows = re.findall(r"^\| (Table|Figure)s? (.*?) \|(.*)\|$", text, re.MULTILINE)
+    numbers = {(kind, number) for kind, name, _ in rows for number in re.findall(r"\d", name)}
+    assert numbers == {("Table", str(i)) for i in range(1, 10)} | {("Figure", str(i)) for i in range(1, 8)}
+    for _, name, cells in rows:
         (commands,) = [cell for cell in cells.split(" | ") if re.match(r"\s*`(jacobiflow|python|make) ", cell)]
         for module in re.findall(r"`python -m ([\w.]+)", commands):
             assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), name
@@ -38,12 +42,8 @@ def png(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def test_figures_of_a_bundled_model(tmp_path: Path) -> None:
-    """The sheets show the library's samples."""
-    flow = jf.load("digits-p1")
-    path = jf.find_report(flow)
-    assert path is not None
-    report = jf.Report.load(path)
+def test_figures_of_a_bundled_model_show_its_samples(tmp_path: Path) -> None:
+    flow, report = jf.load("digits-p1"), render.result("digits-p1/report")
     draw_figures(flow, report, tmp_path, "digits", "[2/3-4-8-7]")
     names = ("comparison", "convergence", "guesses", "sampling", "segments")
     assert sorted(file.name for file in tmp_path.iterdir()) == [f"digits-{name}.png" for name in names]
@@ -55,9 +55,87 @@ def test_figures_of_a_bundled_model(tmp_path: Path) -> None:
     grid = np.asarray(image_grid(lines, 1 + report.num_blocks + 1, 14))
     assert np.array_equal(png(tmp_path / "digits-sampling.png")[CAPTION:], grid)
 
-    sheet, strategies = png(tmp_path / "digits-guesses.png"), choices(report, "[2/3-4-8-7]")
-    assert len(sheet) == CAPTION + LINE * (len(strategies) + 1)
-    for i, strategy in enumerate(strategies.values()):
-        images = jf.sample(flow, 10, labels, strategy=strategy, certify=False).images
+    sheet, plans = png(tmp_path / "digits-guesses.png"), strategies_of(report, "[2/3-4-8-7]")
+    assert len(sheet) == CAPTION + LINE * (len(plans) + 1)
+    for i, plan in enumerate(plans.values()):
+        images = jf.sample(flow, 10, labels, strategy=plan, certify=False).images
         grid = np.asarray(image_grid(images, 10, 14))
         assert np.array_equal(sheet[i * LINE + 2 * CAPTION : (i + 1) * LINE + CAPTION, : grid.shape[1]], grid)
+
+
+AFHQ = (51.85, 51.45, 66.76, 64.98, 73.77, 84.05, 76.64, 348.51)  # CRM, Table 2 of the paper
+IMG64COND = (141.22, 9.25, 1.36, 1.82, 7.68, 5.08, 3.08, 19.81)
+TABLE_4A = "7-1024-1-6 7-1-256-6 7-2-128-6 7-4-64-6 7-8-32-6 7-16-16-6"  # with 6 sweeps elsewhere, in place of 10
+TABLE_4B = """
+    0/7-256-1-6 0/7-256/1-1/64-6 0/7-256/2-1/32-6 0/7-256/4-1/16-6 0/7-256/8-1/8-6 0/7-256/4-1/24-6
+    0/7-256/8-1/12-6 0/7-16/8-8/12-6 0/7-16/8-10/12-6 0/7-16/8-12/12-6
+"""  # with 12, which is 3 T / 8 over 8, in place of 13
+
+
+@pytest.mark.parametrize(("crm", "tokens", "published"), [(AFHQ, 1024, TABLE_4A), (IMG64COND, 256, TABLE_4B)])
+def test_the_grid_has_the_papers_settings(crm: tuple[float, ...], tokens: int, published: str) -> None:
+    report = make_report(crm, num_tokens=tokens)  # 6 sweeps in blocks that are not tough
+    grid = strategies.grid(report)
+    plans = [jf.Strategy.parse(name, report) for name in grid]
+    for text in ("Jacobi-30", "Jacobi-60", *(f"[{text}]" for text in published.split())):
+        assert jf.Strategy.parse(text, report) in plans
+    assert len(set(grid)) == len(grid)
+
+
+def eight_blocks(strategy: str, tokens: int) -> jf.Preset:
+    config = jf.TarFlowConfig(1, 2 * int(tokens**0.5), 2, channels=64, num_blocks=8, layers_per_block=1)
+    return jf.Preset("", "", config, guidance_weight=0, denoise=0, strategy=strategy)
+
+
+def run_of(tokens: int) -> dict[str, Any]:
+    seconds = {"growing cache": 7.0, "fused loop": 0.5, f"float32 x {tokens}": 40.0, f"bfloat16 x {tokens}": 10.0}
+    for size, each in ((1, 2.0), (16, 3.0), (32, 5.0), (64, 8.0), (128, 15.0)):
+        seconds |= {f"float32 x {size}": each, f"bfloat16 x {size}": each / 2}
+    return {"batch_size": 1, "seconds": {name: {"min": value} for name, value in seconds.items()}}
+
+
+def block_of(**sweeps: list[int]) -> list[dict[str, Any]]:
+    ways = {"window": Way(0, 64), "whole": Way(0, 0), "mixed": Way(3, 0)}
+    return [{**ways[name]._asdict(), "sweeps": counts} for name, counts in sweeps.items()]
+
+
+# A model of 256 tokens with two tough blocks and two others, of two samples each.
+SWEEPS = {"models": {"ours": {"tokens": 256, "tough": [1, 3], "blocks": [
+    block_of(whole=[4, 6], mixed=[2, 2]), block_of(window=[20, 28], whole=[1, 1], mixed=[2, 2]),
+    block_of(whole=[5, 5], mixed=[2, 2]), block_of(window=[30, 32], whole=[1, 1], mixed=[2, 2]),
+]}}}  # fmt: skip
+
+
+def test_the_estimate_is_a_sum_over_blocks_of_sweeps_times_seconds() -> None:
+    seconds = paper_sizes.estimates(run_of(256), eight_blocks("[0/7-16/8-10/13-6]", 256), SWEEPS)
+    # A window sweep takes 8, a pass 40, or 10 in bfloat16; tough blocks take (24 + 31) / 2 sweeps, others 3 + 2 passes.
+    tough, others = 27.5 * 8, 3 * 10 + 2 * 40
+    assert seconds == pytest.approx({
+        "growing cache": 8 * 256 * 7, "loop in PyTorch": 8 * 256 * 2, "exact loop": 8 * 256 * 0.5,
+        "sweeps of ours": 2 * tough + 6 * others + 8 * 40,
+        "exact loop or sweeps of ours": 2 * 128 + 6 * 128,
+        "`[0/7-16/8-10/13-6]` in float32": 16 * 10 * 3 + 8 * 13 * 5 + 6 * 6 * 40,
+        "`[0/7-16/8-10/13-6]` in bfloat16": 16 * 10 * 1.5 + 8 * 13 * 2.5 + 6 * 6 * 10,
+    })  # fmt: skip
+    seconds = paper_sizes.estimates(run_of(1024), eight_blocks("[7-8-32-10]", 1024), SWEEPS)
+    assert seconds["sweeps of ours"] == pytest.approx(4 * 27.5 * 8 + 7 * 110 + 8 * 40)
+    # The loop takes 512 a block: sweeps are cheaper if they take 110 and a certificate, not if 880 and one.
+    assert seconds["exact loop or sweeps of ours"] == pytest.approx(512 + 7 * 150)
+
+
+def test_sweeps_of_a_bundled_model_are_those_of_the_result_file() -> None:
+    flow = jf.TarFlow.from_pretrained("digits-p1").requires_grad_(False)
+    tuning = jf.Tuning.load(jf.find_tuning(flow))  # type: ignore[arg-type]
+    actual = paper_sizes.count_sweeps(flow, render.result("digits-p1/report"), tuning, samples=2)
+    written = render.result("paper-sweeps")["models"]["digits-p1"]
+    assert (actual["tokens"], actual["tough"]) == (written["tokens"], written["tough"])
+    for tough in (True, False):
+        counts = paper_sizes.counted(actual, tough)
+        for way, blocks in paper_sizes.counted(written, tough).items():
+            assert paper_sizes.mean_slowest(counts[way], 1) == pytest.approx(paper_sizes.mean_slowest(blocks, 1), abs=2)
+
+
+def test_a_batch_waits_for_its_slowest_sample() -> None:
+    counts = (5, 3, 9, 3, 4)
+    batches = list(product(counts, repeat=4))
+    assert paper_sizes.slowest_of(counts, 4) == pytest.approx(sum(map(max, batches)) / len(batches))

@@ -1,4 +1,4 @@
-"""IGM, CRM and the rule for tough blocks: the paper's tables, NumPy, and residuals of the oracle's map."""
+"""CRM, norms and the rule for tough blocks, against the paper's tables and NumPy."""
 
 from __future__ import annotations
 
@@ -60,7 +60,6 @@ def test_crm_and_its_shares_are_the_formula_s() -> None:
 def test_a_norm_is_numpy_s_and_infinite_where_an_entry_is_not_finite(norm: Any) -> None:
     matrix = randn(7, 3)
     assert matrix_norm(matrix, norm) == pytest.approx(np.linalg.norm(matrix.numpy(), norm))
-    assert matrix_norm(matrix.bfloat16(), norm) == pytest.approx(np.linalg.norm(matrix.numpy(), norm), rel=1e-2)
     for broken in (torch.nan, torch.inf):
         assert matrix_norm(torch.cat((matrix, torch.full((1, 3), broken))), norm) == math.inf
 

@@ -1,11 +1,10 @@
-"""The report: what it says of its figures, its JSON, and files that are none."""
+"""The report: its numbers, its JSON, and how it is found."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,9 +49,8 @@ def test_figures_are_those_in_the_norm_of_the_settings(report: Report) -> None:
     assert (report.components, report.tough_blocks, report.num_blocks) == (chosen.components, (2,), 5)
     for block, guess in enumerate(report.mean_affine):
         assert report.igm[block][report.best_guess(block)] == min(report.igm[block].values())
-        assert report.guess(block) == report.guesses(block)[report.best_guess(block)]
-        expected = z, jf.Zeros()(z), guess.log_scale.exp() * z + guess.shift
-        assert all(torch.equal(g(z), x) for g, x in zip(report.guesses(block).values(), expected, strict=True))
+        expected = {"latent": z, "zeros": jf.Zeros()(z), "mean_affine": guess.log_scale.exp() * z + guess.shift}
+        assert torch.equal(report.guess(block)(z), expected[report.best_guess(block)])
 
 
 def test_sweeps_are_over_the_samples(report: Report) -> None:
@@ -93,51 +91,30 @@ def test_class_spread_is_the_mean_and_deviation_over_classes(report: Report) -> 
 def test_a_report_comes_back_from_its_file_and_fits_its_flow_only(report: Report, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     report.save(path)
-    assert (
-        Report.load(path) == Report.load(str(path)) == report != replace(report, mean_affine=report.mean_affine[::-1])
-    )
+    assert Report.load(path) == report != replace(report, mean_affine=report.mean_affine[::-1])
     figures(path)  # JSON, without NaN or infinity
-    assert path.read_text().count("\n") == 1
     report.check(copy.deepcopy(FLOW).bfloat16())
     changed = copy.deepcopy(FLOW)
     changed.var[3] = 2
     with pytest.raises(ValueError, match=r"the report is of another flow.*calibrate this one"):
         report.check(changed)
-    for text in (b"", b'{"format', b"[]", b"{}", b'{"format_version": 2}', b"\xff\xfe\x00", b"[" * 100_000):
-        path.write_bytes(text)
-        with pytest.raises(ValueError, match=r"report .*report\.json: .*; make it anew with jacobiflow calibrate"):
-            Report.load(path)
-    with pytest.raises(ValueError, match=r"report .*: cannot be read"):
-        Report.load(tmp_path)
+    path.write_text('{"format_version": 1}')
+    with pytest.raises(ValueError, match=r"report .*report\.json: not a report of format_version 2; make it anew with"):
+        Report.load(path)
 
 
 @pytest.mark.parametrize(
     ("path", "entry", "message"),
     [
         (("settings", "norm"), 3, r"settings\.norm: Invalid enum value 3"),
-        (("metrics",), {}, "without metrics in norm 'fro'"),
-        (("gamma",), [[1.0]], r"parts are of \[1, 5\] blocks"),
         (("settings", "guidance"), {"weight": -1.0}, r"settings\.guidance: guidance weight=-1"),
-        (("metrics", "2", "igm", 0), {}, "without one of the guesses"),
         (("mean_affine", 0, "shift", "float32"), "AAAA", r"mean_affine\[0\]\.shift: not an array"),
-        (("num_tokens",), 8, r"MeanAffine of shape \(9, 1\), but the tokens are \(8, 1\)"),
-        (("format_version",), 1, "not a report of format_version 2"),
-        (("traces", "noise", 0, "zeros", "sweeps"), {}, r"traces.*: trace: give"),
-        (("segment_traces",), {"7": {}}, "segments of a block that is none of its 5"),
     ],
-    ids=range(10),
+    ids=range(3),
 )
 def test_an_entry_that_does_not_fit_is_named(report: Report, path: tuple[Any, ...], entry: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Report.from_json(put(report.to_json(), path, entry))
-
-
-def everywhere(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Paths to all entries inside a JSON value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield (*path, key)
-        yield from everywhere(inner, (*path, key))
 
 
 JSON = st.recursive(
@@ -150,11 +127,14 @@ JSON = st.recursive(
 @given(data=st.data())
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_any_json_is_a_value_error_or_a_report(report: Report, data: st.DataObject) -> None:
-    """One entry of any kind of a report, or of its tuning, is replaced."""
-    value = json.loads(json.dumps(report.to_json()))
-    kinds = {tuple("*" if isinstance(key, int) else key for key in path): path for path in everywhere(value)}
+    """An entry of a report, or one inside it, is replaced."""
+    value, path = json.loads(json.dumps(report.to_json())), list[Any]()
+    inner = value
+    while isinstance(inner, dict | list) and inner and (not path or data.draw(st.booleans())):
+        path.append(data.draw(st.sampled_from(list(inner) if isinstance(inner, dict) else range(len(inner)))))
+        inner = inner[path[-1]]
     try:
-        found = Report.from_json(put(value, data.draw(st.sampled_from(list(kinds.values()))), data.draw(JSON)))
+        found = Report.from_json(put(value, path, data.draw(JSON)))
     except ValueError:
         return
     assert Report.from_json(json.loads(json_bytes(found.to_json()))) == found
@@ -173,8 +153,5 @@ def test_a_report_is_found_by_its_guidance(tmp_path: Path) -> None:
     make_tuning().save(tmp_path / "tuning.json")
     assert jf.find_report(jf.load(tmp_path)) == tmp_path / "report-a.json"  # for want of a better one
     save("report.json", jf.Guidance(0.0, attn_temperature=2.0))  # which is off
-    for guidance, name in (
-        (None, "report.json"), (GUIDANCE, "report-b.json"), (jf.Guidance(2.0), "report-a.json"),
-        (jf.Guidance(3.0), "report.json"),
-    ):  # fmt: skip
+    for guidance, name in ((None, "report.json"), (GUIDANCE, "report-b.json"), (jf.Guidance(3.0), "report.json")):
         assert jf.find_report(jf.load(tmp_path).guided(guidance)) == tmp_path / name

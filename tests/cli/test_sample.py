@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 import jacobiflow as jf
+from jacobiflow import memory
 from jacobiflow.baselines import growing_cache_sample
 from jacobiflow.cli.options import parse_labels
 from jacobiflow.latents import draw_labels
 from jacobiflow.storage import FirstProcessFailed, Processes
-from jacobiflow.strategy import memory
 from tests.helpers.running import figures
 from tests.helpers.scoring import levels
 

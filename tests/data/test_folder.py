@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from jacobiflow import memory
-from jacobiflow.data import DataError, image_folder
+from jacobiflow.data import DataError, folder, image_folder
 
 
 def noise(*shape: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -114,7 +113,7 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
 def test_more_images_than_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(3):
         write_image(tmp_path / f"{i}.png", noise(64, 64))
-    monkeypatch.setattr(memory.os, "sysconf", lambda name: 100)  # a machine of 10,000 bytes
+    monkeypatch.setattr(folder.os, "sysconf", lambda name: 100)  # a machine of 10,000 bytes
     with pytest.raises(DataError, match=r"3 images of 1x64x64 need 0.0 GiB of memory, and this machine has 0.0"):
         image_folder(tmp_path, 64, 1)
 

@@ -9,7 +9,7 @@ import torch
 
 import jacobiflow as jf
 from tests.extending.recurrent_flow import RecurrentConfig, RecurrentFlow
-from tests.helpers.running import figures, run_line
+from tests.helpers.running import run_line
 
 
 @pytest.fixture(scope="module")
@@ -57,32 +57,3 @@ def test_every_command_takes_it(line: str, model: Path, capsys: pytest.CaptureFi
     assert result.code == 0, result.err
     if name == "sample":
         assert jf.SampleFolder.open(model.parent / name).certificate().max() <= 1e-3
-
-
-def test_it_is_compared_with_the_sequential_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No sampler of an original code is registered for it."""
-    torch.manual_seed(0)
-    flow = RecurrentFlow(RecurrentConfig(1, 8, channels=8, num_blocks=2, num_classes=10))
-    for block in flow.blocks:
-        torch.nn.init.normal_(block.out.weight, std=0.1)
-    flow.save_pretrained(tmp_path / "model")
-    line = f"--model {tmp_path}/model --strategy jacobi --batch-size 2 --repeats 1"
-    assert run_line(f"bench {line} --out {tmp_path}/b", capsys).code == 0
-    (entry,) = figures(tmp_path / "b" / "bench.json")["comparisons"]
-    benched = {row["strategy"]: row["error"]["max"] for row in entry["rows"]}
-    assert list(benched) == ["sequential", "jacobi"]
-    assert 0 < benched["jacobi"] < 1e-2
-
-
-def test_training_goes_on_where_it_stopped(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = "train --flow recurrent --images digits --image-size 8 --channels 16 --blocks 2 --batch-size 32 --warmup 5"
-    result = run_line(f"{line} --noise-std 0.2 --learning-rate 0.01 --steps 42 --out {model}", capsys)
-    assert result.code == 0, result.err
-    assert "42 steps: loss " in result.out
-
-
-def test_an_option_that_it_has_not_is_refused(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = f"train --flow recurrent --images digits --image-size 8 --steps 1 --patch-size 2 --out {model.parent}/no"
-    result = run_line(line, capsys)
-    assert result.code == 2
-    assert "--patch-size 2: not an option of --flow recurrent; leave it out" in result.err

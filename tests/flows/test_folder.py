@@ -13,8 +13,6 @@ from unittest.mock import Mock
 import huggingface_hub
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,11 +24,10 @@ from tests.helpers.problems import make_maf
 
 FLOWS: dict[str, Any] = {
     "TarFlow": make,
-    "TarFlow of shifts": lambda: make(replace(SMALL, nvp=False, num_classes=0)),
-    "TarFlow in float64": lambda: make().double(),
+    "TarFlow of shifts in float64": lambda: make(replace(SMALL, nvp=False, num_classes=0)).double(),
     "MAF": make_maf,
 }
-fixed_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
+REPORTS = ("report.json", "report-guided.json")
 
 
 @pytest.fixture
@@ -63,16 +60,14 @@ def test_a_saved_flow_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     for loaded in (type(flow).from_pretrained(tmp_path), jf.load(tmp_path)):
         assert (type(loaded), loaded.config, loaded.training) == (type(flow), flow.config, False)
         assert_same(loaded.state_dict(), flow.state_dict())
-        assert not any(p.is_meta for p in loaded.parameters())
     assert torch.equal(torch.get_rng_state(), before)
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(file.stat().st_size))
-    assert_same(loaded.state_dict(), flow.state_dict())  # which does not hang on its file
+    assert_same(loaded.state_dict(), flow.state_dict())  # which is no view of its file
 
 
 def test_recommended_settings_are_stored_in_the_config(tmp_path: Path) -> None:
     flow = make()
-    assert flow.recommended == jf.SamplingSettings()
     flow.recommended = jf.SamplingSettings(jf.Guidance(3.0, attn_temperature=1.4), denoise=1.0)
     flow.save_pretrained(tmp_path)
     guidance = {"weight": 3.0, "annealed": True, "on": "both", "attn_temperature": 1.4}
@@ -120,9 +115,13 @@ def test_saving_replaces_the_folder_as_a_whole(saved: Path, monkeypatch: pytest.
     assert_same(jf.load(saved).state_dict(), make(seed=1).state_dict())
 
 
+@pytest.mark.parametrize("is_new", [True, False])
 @pytest.mark.parametrize("renames", [0, 1])
-def test_a_save_that_was_killed_is_done_again(saved: Path, renames: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed after the old config was removed, with the new weights in place or not."""
+def test_a_save_that_was_killed_is_done_again(
+    saved: Path, is_new: bool, renames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the old weights were removed, with the new config in place or not."""
+    place = saved.parent / "new" if is_new else saved
     remaining, replace_file = iter([True] * renames), os.replace
 
     def killed(*paths: Any) -> None:
@@ -130,32 +129,23 @@ def test_a_save_that_was_killed_is_done_again(saved: Path, renames: int, monkeyp
             raise KeyboardInterrupt
         replace_file(*paths)
 
+    unlink = Path.unlink
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", killed)
-        patch.setattr(Path, "unlink", lambda path, **_: os.remove(path) if path.name == "config.json" else None)
-        make(seed=1).save_pretrained(saved)
-    error_of(jf.load, saved)  # no model with the weights of one and the config of another
-    make(seed=1).save_pretrained(saved)
-    assert_same(jf.load(saved).state_dict(), make(seed=1).state_dict())
-    assert len(list(saved.iterdir())) == 3
+        patch.setattr(Path, "unlink", lambda path, **how: None if path.suffix == ".partial" else unlink(path, **how))
+        make(seed=1).save_pretrained(place)
+    error_of(jf.load, place)  # no model with the weights of one and the config of another
+    make(seed=1).save_pretrained(place)
+    assert_same(jf.load(place).state_dict(), make(seed=1).state_dict())
+    assert len(list(place.iterdir())) == 3
 
 
-@pytest.mark.parametrize(
-    ("files", "words"),
-    [
-        ({"config.json": '{"model_type": "bert"}'}, "config.json: not of a model that jacobiflow wrote; move it away"),
-        ({"model.safetensors": "mine"}, "model.safetensors: without a config.json that jacobiflow wrote; move"),
-        ({"report.json": "mine"}, "report.json: without a config.json that jacobiflow wrote; move"),
-    ],
-)
-def test_saving_replaces_nothing_that_is_not_ours(tmp_path: Path, files: dict[str, str], words: str) -> None:
-    for name, content in files.items():
-        (tmp_path / name).write_text(content)
-    assert words in error_of(make().save_pretrained, tmp_path)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
-
-
-REPORTS = ("report.json", "report-guided.json")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "report.json"])
+def test_saving_replaces_nothing_that_is_not_ours(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"model_type": "bert"}')
+    message = error_of(make().save_pretrained, tmp_path)
+    assert f"{name}: without a config.json that jacobiflow wrote; move it away" in message
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['{"model_type": "bert"}']
 
 
 def calibrated(place: Path) -> jf.TarFlow:
@@ -171,15 +161,13 @@ def test_a_saved_flow_keeps_its_reports_but_no_others(saved: Path, tmp_path: Pat
     copy = jf.load(tmp_path / "copy")
     assert copy.report_files == tuple(tmp_path / "copy" / name for name in REPORTS)
     assert [file.read_bytes() for file in copy.report_files] == [(saved / name).read_bytes() for name in REPORTS]
-    flow.save_pretrained(saved)  # over itself
-    assert jf.load(saved).report_files == tuple(saved / name for name in REPORTS)
     with torch.no_grad():
         flow.blocks[0].proj_out.weight.add_(0.1)
     flow.save_pretrained(tmp_path / "other")  # other weights
     assert jf.load(tmp_path / "other").report_files == ()
     for name in REPORTS:
         (saved / name).write_text("[]")
-    jf.TarFlow.from_pretrained(saved).save_pretrained(tmp_path / "other")
+    make(seed=1).save_pretrained(tmp_path / "other")
     assert jf.load(tmp_path / "other").report_files == ()
 
 
@@ -188,7 +176,6 @@ def test_bundled_models_are_loaded_by_name(models: Path, monkeypatch: pytest.Mon
     flow = jf.load("tiny")
     assert_same(flow.state_dict(), make().state_dict())
     assert not flow.training and not any(p.requires_grad for p in flow.parameters())
-    assert {t.dtype for t in jf.load("tiny", dtype="float64").state_dict().values()} == {torch.float64}
     make(seed=1).save_pretrained(models / "elsewhere/tiny")
     monkeypatch.chdir(models / "elsewhere")
     assert torch.equal(jf.load("tiny").var, make().var)  # before a folder of that name
@@ -237,25 +224,20 @@ def test_push_to_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (data.library_name, data.pipeline_tag) == ("jacobiflow", "unconditional-image-generation")
     assert data.tags == ["normalizing-flow", "tarflow"]
     assert "# me/flow\n" in text and 'jf.load("me/flow")' in text
-    settings = "guidance `2,attn_temperature=1.4,on=scale` and one denoising step of rate 1"
-    assert f"Recommended settings: {settings}." in text
     assert [file.name for file in pushed[0].report_files] == list(REPORTS)
     assert_same(pushed[0].state_dict(), make().state_dict())
 
 
-@fixed_folder
-@given(share=st.floats(0, 1, exclude_max=True))
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
 def test_weights_that_were_cut_short(saved: Path, share: float) -> None:
-    make().save_pretrained(saved)
     whole = (saved / "model.safetensors").read_bytes()
     (saved / "model.safetensors").write_bytes(whole[: int(share * len(whole))])
     assert "copy it again" in error_of(jf.load, saved)
 
 
-@fixed_folder
-@given(text=st.text(max_size=20) | st.just("[" * 100_000))
+@pytest.mark.parametrize("text", ["", "[]", "{", '"model_type"', "[" * 100_000], ids=range(5))
 def test_a_config_that_is_no_object(saved: Path, text: str) -> None:
-    (saved / "config.json").write_text(text, encoding="utf-8")
+    (saved / "config.json").write_text(text)
     assert "config.json" in error_of(jf.load, saved)
 
 
@@ -270,16 +252,13 @@ def with_config(place: Path, change: dict[str, Any]) -> Path:
     ("flow", "change", "key"),
     [
         (make, {"width": 1}, "width"),
-        (make, {"nvp": 1}, "nvp"),
         (make, {"channels": "left out"}, "channels"),
         (make, {"patch_size": 3}, "patch_size=3 does not divide image_size=4"),
         (make, {"model_type": "bert"}, "model_type 'bert'; there are maf, "),
-        (make, {"model_type": "maf"}, "config.json"),
         (make, {"format_version": 2}, "format 2"),
         (make, {"channels": 16}, "blocks.0.proj_in.weight"),
         (make, {"recommended": {"denoise": -1}}, "denoise=-1.0: give 0"),
         (make_maf, {"recommended": {"denoise": 1}}, "noise_std is 0"),
-        (make_maf, {"logit_alpha": 0.7}, "logit_alpha=0.7: give a small positive number"),
     ],
 )
 def test_a_config_that_does_not_fit(tmp_path: Path, flow: Any, change: dict[str, Any], key: str) -> None:

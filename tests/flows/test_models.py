@@ -25,7 +25,7 @@ def model(name: str) -> tuple[jf.TarFlow, Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    [("digits-p1", "auto"), ("digits-p1", "jacobi"), ("emoji-p2", "jacobi"), ("fashion-p2", "jacobi")],
+    [("digits-p1", "auto"), ("fashion-p2", "jacobi")],
 )
 def test_decoding_an_encoded_image_returns_it(name: str, strategy: str) -> None:
     flow, images, labels, _ = model(name)
@@ -39,13 +39,11 @@ def test_decoding_an_encoded_image_returns_it(name: str, strategy: str) -> None:
         assert max(sweeps) == sweeps[-1] > flow.config.num_tokens / 8 > sweeps[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "weight"), [("digits-p1", 0.0), ("digits-p1", 0.5), ("emoji-p2", 0.5), ("fashion-p2", 0.5)]
-)
-def test_samples_are_certified_and_near_the_sequential_ones(name: str, weight: float) -> None:
+@pytest.mark.parametrize("name", IMAGES)
+def test_guided_samples_are_certified_and_near_the_sequential_ones(name: str) -> None:
     flow, _, labels, _ = model(name)
-    guidance = jf.Guidance(weight, annealed=False, attn_temperature=0.8)
-    flow, settings = flow.guided(guidance), {"num": 3, "labels": labels, "seed": 3}
+    flow = flow.guided(jf.Guidance(0.5, annealed=False, attn_temperature=0.8))
+    settings = {"num": 3, "labels": labels, "seed": 3}
     exact = jf.sample(flow, strategy="sequential", certify=False, **settings)
     out = jf.sample(flow, strategy="window:32", tolerance=1e-3, **settings)
     assert (out.certificate <= 1e-3).all()

@@ -21,8 +21,6 @@ import jacobiflow as jf
 from jacobiflow.baselines import growing_cache_sample
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
 
-HERE = Path(__file__).resolve().parents[1]
-
 ROUNDING = 1e-4  # measured: 2e-6 of the largest value
 # A solver that stops at a residual of 1e-3 differs by 5e-4 of the largest value; guidance left out, without its
 # temperature, or annealed one token early or late differs by 0.04 or more.
@@ -35,25 +33,24 @@ class Recording:
     tensors: dict[str, Tensor]
     reverse: dict[str, dict[str, Any]]
 
+    @classmethod
+    def read(cls, path: Path) -> Recording:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        flow = TarFlow(TarFlowConfig(**json.loads(metadata["config"])))
+        state = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
+        flow.load_state_dict({key: value for key, value in state.items() if not key.endswith(".attn_mask")})
+        return cls(flow.eval(), tensors, json.loads(metadata["reverse"]))
 
-def read(path: Path) -> Recording:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    flow = TarFlow(TarFlowConfig(**json.loads(metadata["config"])))
-    state = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
-    flow.load_state_dict({key: value for key, value in state.items() if not key.endswith(".attn_mask")})
-    return Recording(flow.eval(), tensors, json.loads(metadata["reverse"]))
 
-
-RECORDINGS = {
-    path.stem.removeprefix("original_"): read(path) for path in sorted(HERE.glob("fixtures/original_*.safetensors"))
-}
+FIXTURES = sorted((Path(__file__).resolve().parents[1] / "fixtures").glob("original_*.safetensors"))
+RECORDINGS = {path.stem.removeprefix("original_"): Recording.read(path) for path in FIXTURES}
 ENCODINGS = [
-    (name, key.split(".")[1])
+    (name, rows)
     for name, recording in RECORDINGS.items()
-    for key in recording.tensors
-    if key.startswith("encode.") and key.endswith(".z")
+    for rows in ("dropped", "labelled", "none")
+    if f"encode.{rows}.z" in recording.tensors
 ]
 REVERSES = [(name, case) for name, recording in RECORDINGS.items() for case in recording.reverse]
 assert (len(ENCODINGS), len(REVERSES)) == (7, 10)

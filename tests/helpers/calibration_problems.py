@@ -1,4 +1,4 @@
-"""What the tests of calibration share: blocks beside the oracle's maps, a flow with closed forms, fresh latents."""
+"""Blocks beside the oracle's maps, a flow with closed forms, and fresh latents, for the tests of calibration."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def guide_of(guidance: jf.Guidance | None) -> oracle.Guide | None:
 
 
 def way_back(
-    flow: Any, tokens: Tensor, labels: Tensor | None, guidance: jf.Guidance | None = None, blocks: int | None = None
+    flow: Any, tokens: Tensor, labels: Tensor | None, guidance: jf.Guidance | None = None
 ) -> list[BlockProblem]:
-    """The first `blocks` blocks, in encoding order, on the way from tokens before the last of them to an image."""
+    """The blocks, in encoding order, on the way from tokens before the last of them to an image."""
     reference, found = oracle_of(flow), []
-    for i in reversed(range(flow.config.num_blocks if blocks is None else blocks)):
+    for i in reversed(range(flow.config.num_blocks)):
         z = reference.flip(i, tokens)
 
         def g(x: Tensor, i: int = i, z: Tensor = z) -> Tensor:
@@ -46,7 +46,6 @@ def way_back(
 
 
 PROBLEMS: dict[str, tuple[Callable[[], Any], int, jf.Guidance | None]] = {
-    "reversed": (lambda: make_flow(image_size=6, in_channels=3), 1, None),
     "classes": (lambda: make_flow(num_classes=3), 0, None),
     "guided": (lambda: make_flow(image_size=6, num_classes=2), 0, jf.Guidance(1.2, True, "both", 0.7)),
     "MAF": (make_maf, 1, None),

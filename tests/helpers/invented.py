@@ -35,9 +35,6 @@ def small(seed: int = 0) -> jf.TarFlow:
     return to_float32(make_flow(num_classes=3, seed=seed))
 
 
-# --------------------------------------------------------------------------------------------------------------- pieces
-
-
 @jf.register("Stretched")
 @dataclass(frozen=True)
 class Stretched(jf.Partition):
@@ -69,8 +66,6 @@ def counted(partition: jf.Partition, sweeps: int | tuple[int, ...]) -> jf.Solver
     """So many sweeps, or fewer by the early stop of the paper's Algorithm 1."""
     return jf.Solver(partition, stopping=Stopping(None, sweeps, 1e-8))
 
-
-# -------------------------------------------------------------------------------------------------------------- reports
 
 Counts = Sequence[int | None]
 
@@ -111,9 +106,6 @@ def make_report(
     )  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------------------------- tunings
-
-
 def fitted_block(seed: int = 0) -> BlockTuning:
     """A guess and a correction of random numbers for a block of `small`."""
     kernel = torch.from_numpy(0.1 * np.random.default_rng(seed).standard_normal((3, CHANNELS, CHANNELS))).float()
@@ -136,9 +128,6 @@ def draw(flow: jf.TarFlow, strategy: Any, latents: int | Tensor, **named: Any) -
     num, given = (latents, {}) if isinstance(latents, int) else (len(latents), {"latents": latents})
     labels = torch.arange(num) % flow.config.num_classes
     return jf.sample(flow, None if given else num, labels, strategy=strategy, **given, **named)
-
-
-# -------------------------------------------------------------------------------------------------------------- machine
 
 
 @dataclass

@@ -26,59 +26,26 @@ class Guide:
     temperature: float
 
 
-class Oracle:
-    """Reads a flow's state dict and sizes; computes as the papers' formulas say."""
+class FlowOracle:
+    """A stack of affine blocks; subclasses say how images become tokens, and give the parameters of a block."""
 
     def __init__(self, flow: Any) -> None:
         self.state = {name: value.detach().double() for name, value in flow.state_dict().items()}
-        config = flow.config
-        self.nvp, self.patch, self.in_channels = config.nvp, config.patch_size, config.in_channels
-        self.side = config.image_size // config.patch_size
-        self.heads = config.channels // config.head_dim
-        self.layers, self.num_blocks = config.layers_per_block, config.num_blocks
-        self.var = self.state["var"]
+        self.num_blocks, self.var = flow.config.num_blocks, self.state["var"]
 
-    def patches(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, T, C p p): patches in raster order, inside a patch channel, row, column."""
-        x = images.reshape(len(images), self.in_channels, self.side, self.patch, self.side, self.patch)
-        return x.permute(0, 2, 4, 1, 3, 5).reshape(len(images), self.side**2, -1)
+    def tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of images, and the log-determinant of that map."""
+        raise NotImplementedError
 
     def images(self, tokens: Tensor) -> Tensor:
-        x = tokens.reshape(len(tokens), self.side, self.side, self.in_channels, self.patch, self.patch)
-        size = self.side * self.patch
-        return x.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), self.in_channels, size, size)
+        raise NotImplementedError
+
+    def parameters(self, i: int, x: Tensor, labels: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-scale and shift of all entries of block i; `x` is in its causal order."""
+        raise NotImplementedError
 
     def flip(self, i: int, x: Tensor) -> Tensor:
         return x[:, torch.arange(x.shape[1] - 1, -1, -1)] if i % 2 else x
-
-    def parameters(self, i: int, x: Tensor, labels: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-scale and shift of all entries of block i."""
-        w = {n.removeprefix(f"blocks.{i}."): v for n, v in self.state.items() if n.startswith(f"blocks.{i}.")}
-        batch, length, _ = x.shape
-        h = x.double() @ w["proj_in.weight"].T + w["proj_in.bias"] + self.flip(i, w["pos_embed"][None])
-        if "class_embed" in w:
-            table = w["class_embed"][:, 0]
-            classes = [-1] * batch if labels is None else labels.tolist()
-            h = h + torch.stack([table.mean(dim=0) if y < 0 else table[y] for y in classes])[:, None]
-        past = torch.ones(length, length, dtype=torch.float64).tril()
-        for layer in range(self.layers):
-            a, m = f"attn_blocks.{layer}.attention.", f"attn_blocks.{layer}.mlp."
-            n = _layer_norm(h, w[a + "norm.weight"], w[a + "norm.bias"])
-            q, k, v = (n @ w[a + "qkv.weight"].T + w[a + "qkv.bias"]).split(h.shape[2], dim=2)
-            q, k, v = (y.reshape(batch, length, self.heads, -1) for y in (q, k, v))
-            logits = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[3]) / temperature
-            weights = (logits - logits.amax(dim=3, keepdim=True)).exp() * past
-            weights = weights / weights.sum(dim=3, keepdim=True)
-            mixed = torch.einsum("bhij,bjhd->bihd", weights, v).reshape(batch, length, -1)
-            h = h + mixed @ w[a + "proj.weight"].T + w[a + "proj.bias"]
-            n = _layer_norm(h, w[m + "norm.weight"], w[m + "norm.bias"])
-            n = n @ w[m + "main.0.weight"].T + w[m + "main.0.bias"]
-            n = 0.5 * n * (1 + torch.erf(n / math.sqrt(2)))
-            h = h + n @ w[m + "main.2.weight"].T + w[m + "main.2.bias"]
-        out = h @ w["proj_out.weight"].T + w["proj_out.bias"]
-        out = torch.cat((torch.zeros_like(out[:, :1]), out[:, :-1]), dim=1)
-        channels = x.shape[2]
-        return (out[..., :channels], out[..., channels:]) if self.nvp else (torch.zeros_like(out), out)
 
     def g(self, i: int, x: Tensor, z: Tensor, labels: Tensor | None = None, guide: Guide | None = None) -> Tensor:
         """The map whose fixed point is the inverse of block i at z."""
@@ -99,7 +66,7 @@ class Oracle:
 
     def encode(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latents and log-determinant, prior's scale included."""
-        x, log_det = self.patches(images.double()), torch.zeros(len(images), dtype=torch.float64)
+        x, log_det = self.tokens(images.double())
         for i in range(self.num_blocks):
             x = self.flip(i, x)
             log_scale, shift = self.parameters(i, x, labels)
@@ -108,16 +75,65 @@ class Oracle:
         return x / self.var.sqrt(), log_det - self.var.sqrt().log().sum()
 
 
-class MAFOracle:
+class Oracle(FlowOracle):
+    """A TarFlow."""
+
+    def __init__(self, flow: Any) -> None:
+        super().__init__(flow)
+        config = flow.config
+        self.nvp, self.patch, self.in_channels = config.nvp, config.patch_size, config.in_channels
+        self.side = config.image_size // config.patch_size
+        self.heads, self.layers = config.channels // config.head_dim, config.layers_per_block
+
+    def patches(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, T, C p p): patches in raster order, inside a patch channel, row, column."""
+        x = images.reshape(len(images), self.in_channels, self.side, self.patch, self.side, self.patch)
+        return x.permute(0, 2, 4, 1, 3, 5).reshape(len(images), self.side**2, -1)
+
+    def tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.patches(images), torch.zeros(len(images), dtype=torch.float64)
+
+    def images(self, tokens: Tensor) -> Tensor:
+        x = tokens.reshape(len(tokens), self.side, self.side, self.in_channels, self.patch, self.patch)
+        size = self.side * self.patch
+        return x.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), self.in_channels, size, size)
+
+    def parameters(self, i: int, x: Tensor, labels: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        w = {n.removeprefix(f"blocks.{i}."): v for n, v in self.state.items() if n.startswith(f"blocks.{i}.")}
+        batch, length, _ = x.shape
+        h = x.double() @ w["proj_in.weight"].T + w["proj_in.bias"] + self.flip(i, w["pos_embed"][None])
+        if "class_embed" in w:
+            h = h + embedded(w["class_embed"][:, 0], labels, batch)[:, None]
+        past = torch.ones(length, length, dtype=torch.float64).tril()
+        for layer in range(self.layers):
+            a, m = f"attn_blocks.{layer}.attention.", f"attn_blocks.{layer}.mlp."
+            n = _layer_norm(h, w[a + "norm.weight"], w[a + "norm.bias"])
+            q, k, v = (n @ w[a + "qkv.weight"].T + w[a + "qkv.bias"]).split(h.shape[2], dim=2)
+            q, k, v = (y.reshape(batch, length, self.heads, -1) for y in (q, k, v))
+            logits = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[3]) / temperature
+            weights = (logits - logits.amax(dim=3, keepdim=True)).exp() * past
+            weights = weights / weights.sum(dim=3, keepdim=True)
+            mixed = torch.einsum("bhij,bjhd->bihd", weights, v).reshape(batch, length, -1)
+            h = h + mixed @ w[a + "proj.weight"].T + w[a + "proj.bias"]
+            n = _layer_norm(h, w[m + "norm.weight"], w[m + "norm.bias"])
+            n = n @ w[m + "main.0.weight"].T + w[m + "main.0.bias"]
+            n = 0.5 * n * (1 + torch.erf(n / math.sqrt(2)))
+            h = h + n @ w[m + "main.2.weight"].T + w[m + "main.2.bias"]
+        out = h @ w["proj_out.weight"].T + w["proj_out.bias"]
+        out = torch.cat((torch.zeros_like(out[:, :1]), out[:, :-1]), dim=1)
+        channels = x.shape[2]
+        return (out[..., :channels], out[..., channels:]) if self.nvp else (torch.zeros_like(out), out)
+
+
+class MAFOracle(FlowOracle):
     """A MAF; its masks are written entry by entry from the definition of the degrees."""
 
     def __init__(self, flow: Any) -> None:
-        self.state = {name: value.detach().double() for name, value in flow.state_dict().items()}
+        super().__init__(flow)
         config = flow.config
         self.shape = (config.in_channels, config.image_size, config.image_size)
         self.length = math.prod(self.shape)
-        self.layers, self.num_blocks, self.alpha = config.hidden_layers, config.num_blocks, config.logit_alpha
-        self.var = self.state["var"]
+        self.layers, self.alpha = config.hidden_layers, config.logit_alpha
 
     def mask(self, layer: int, rows: int, columns: int) -> Tensor:
         """1 where an output may see an input: units see degrees up to their own, entry t sees degrees below t."""
@@ -136,49 +152,32 @@ class MAFOracle:
         names = [name for name in self.state if name.endswith(".weight")]
         return {name: w * self.mask(int(name.split(".")[3]), *w.shape) for name in names for w in [self.state[name]]}
 
-    def flip(self, i: int, x: Tensor) -> Tensor:
-        return x[:, torch.arange(x.shape[1] - 1, -1, -1)] if i % 2 else x
+    def tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        p = (images.flatten(1) + 1) / 2
+        s = self.alpha + (1 - 2 * self.alpha) * p
+        log_det = (math.log(0.5 - self.alpha) - s.log() - (1 - s).log()).sum(dim=1)
+        return (s.log() - (1 - s).log()).unsqueeze(-1), log_det
 
-    def parameters(self, i: int, x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Log-scale and shift of all entries of block i; `x` is in its causal order."""
+    def images(self, tokens: Tensor) -> Tensor:
+        p = (1 / (1 + (-tokens).exp()) - self.alpha) / (1 - 2 * self.alpha)
+        return (2 * p - 1).reshape(-1, *self.shape)
+
+    def parameters(self, i: int, x: Tensor, labels: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         h = x.double().flatten(1)
         for layer in range(self.layers + 1):
             name = f"blocks.{i}.layers.{layer}."
             h = h @ self.weights[name + "weight"].T + self.state[name + "bias"]
             if name + "class_embed" in self.state:
-                table = self.state[name + "class_embed"]
-                classes = [-1] * len(x) if labels is None else labels.tolist()
-                h = h + torch.stack([table.mean(dim=0) if y < 0 else table[y] for y in classes])
+                h = h + embedded(self.state[name + "class_embed"], labels, len(x))
             if layer < self.layers:
                 h = h.clamp(min=0)
         return h[:, 0::2].unsqueeze(-1), h[:, 1::2].unsqueeze(-1)
 
-    def g(self, i: int, x: Tensor, z: Tensor, labels: Tensor | None = None, guide: Guide | None = None) -> Tensor:
-        log_scale, shift = self.parameters(i, x, labels)
-        if guide is not None:
-            guide_away(guide, log_scale, shift, *self.parameters(i, x, None))
-        return log_scale.exp() * z + shift
 
-    def encode(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Latents and log-determinant, prior's scale included."""
-        p = (images.double().flatten(1) + 1) / 2
-        s = self.alpha + (1 - 2 * self.alpha) * p
-        x = (s.log() - (1 - s).log()).unsqueeze(-1)
-        log_det = (math.log(0.5 - self.alpha) - s.log() - (1 - s).log()).sum(dim=1)
-        for i in range(self.num_blocks):
-            x = self.flip(i, x)
-            log_scale, shift = self.parameters(i, x, labels)
-            x = self.flip(i, (x - shift) / log_scale.exp())
-            log_det = log_det - log_scale.flatten(1).sum(dim=1)
-        return x / self.var.sqrt(), log_det - self.var.sqrt().log().sum()
-
-    def decode(self, latents: Tensor, labels: Tensor | None = None, guide: Guide | None = None) -> Tensor:
-        x = latents.double() * self.var.sqrt()
-        for i in reversed(range(self.num_blocks)):
-            z = self.flip(i, x)
-            x = self.flip(i, sequential(lambda x, i=i, z=z: self.g(i, x, z, labels, guide), z))  # type: ignore[misc]
-        p = (1 / (1 + (-x).exp()) - self.alpha) / (1 - 2 * self.alpha)
-        return (2 * p - 1).reshape(-1, *self.shape)
+def embedded(table: Tensor, labels: Tensor | None, batch: int) -> Tensor:
+    """A row of the table for each label; the mean of all for a label below 0 or none."""
+    classes = [-1] * batch if labels is None else labels.tolist()
+    return torch.stack([table.mean(dim=0) if y < 0 else table[y] for y in classes])
 
 
 def guide_away(guide: Guide, log_scale: Tensor, shift: Tensor, free_log_scale: Tensor, free_shift: Tensor) -> None:
@@ -206,32 +205,6 @@ def sequential(g: Map, z: Tensor) -> Tensor:
     for t in range(z.shape[1]):
         x[:, t] = g(x)[:, t]
     return x
-
-
-def jacobi(g: Map, guess: Tensor, sweeps: int) -> Tensor:
-    """`sweeps` plain sweeps over all tokens."""
-    x = guess.double().clone()
-    for _ in range(sweeps):
-        x = g(x)
-    return x
-
-
-def gs_jacobi(g: Map, guess: Tensor, ends: list[int], sweeps: int) -> Tensor:
-    """Segments that end at `ends`, `sweeps` plain sweeps each, one segment after another."""
-    x = guess.double().clone()
-    for start, end in zip([0, *ends[:-1]], ends, strict=True):
-        for _ in range(sweeps):
-            x[:, start:end] = g(x)[:, start:end]
-    return x
-
-
-def sweeps_needed(g: Map, guess: Tensor, answer: Tensor, error: float) -> int:
-    """Plain sweeps until every entry of every sample is within `error` of `answer`."""
-    x, count = guess.double(), 0
-    while not ((x - answer).abs() <= error).all():
-        x, count = g(x), count + 1
-        assert count <= guess.shape[1], "plain sweeps do not reach the answer"
-    return count
 
 
 def convolved(kernel: Tensor, x: Tensor, delay: int) -> Tensor:

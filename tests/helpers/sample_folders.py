@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +17,43 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.sampling import BlockStats, Samples
-from jacobiflow.storage import Manifest, Processes
-from jacobiflow.storage.manifest import labels_sha256
-from jacobiflow.storage.run import Run
+from jacobiflow.storage import sample as module
 
 PLAN = jf.Strategy.uniform(jf.Solver(jf.Window(4)), 1)
+MACHINE = {"device": "cpu", "threads": 1}
 
 
-def manifest_of(num: int = 10, **changed: Any) -> Manifest:
-    """The manifest of a run that needs no flow: 4x4 images in shards of 4, 4 and 2."""
-    entries: dict[str, Any] = {
-        "image_shape": (1, 4, 4), "seed": 0, "labels_sha256": None, "num_classes": 3, "batch_size": 2,
-        "shard_size": 4, "files": "npz", "model": "none", "fingerprint": 64 * "f", "dtype": "float32",
-        "strategy": "invented", "strategy_sha256": "", "guidance": None, "denoise": 0.0, "tolerance": None,
-        "certify": True, "machine": {"device": "cpu", "threads": 1},
-    }  # fmt: skip
-    return Manifest(num=num, **{**entries, **changed})
+@cache
+def tiny_flow(num_classes: int = 3) -> jf.TarFlow:
+    config = jf.TarFlowConfig(1, 4, 2, 16, 1, 1, num_classes, head_dim=16, noise_std=0.1)
+    return jf.TarFlow(config).eval()
 
 
-def run(out: Path, num: int = 10, labels: Any = "each", **changed: Any) -> jf.SampleFolder:
-    """A run without a flow; `changed` are entries of its manifest, or of `Run`."""
-    entries = {name: changed.pop(name) for name in list(changed) if name in Manifest.__dataclass_fields__}
+def run(
+    out: Path, num: int = 10, labels: Any = "each", draw: Any = None, plan: Any = lambda: PLAN,
+    machine: Any = MACHINE, flow: Any = None, **changed: Any,
+) -> jf.SampleFolder:  # fmt: skip
+    """A run of images that no flow draws, in shards of 4; `changed` are arguments of `sample_to_folder`."""
     labels = torch.arange(num) % 3 if isinstance(labels, str) else labels
-    manifest = manifest_of(num, **{"labels_sha256": labels_sha256(labels), **entries})
-    arguments: dict[str, Any] = {
-        "latent_shape": (4, 4), "draw": invented, "plan": lambda: PLAN, "keep_plan": False, "overwrite": False,
-        "processes": Processes(), "on_shard": None, "progress": None,
-    }  # fmt: skip
-    return Run(jf.SampleFolder(out, manifest), labels, **{**arguments, **changed}).complete()
+    settings = {"strategy": "invented", "batch_size": 2, "shard_size": 4, **changed}
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* lost, since")
+        patch.setattr(module, "draw", draw or invented)
+        patch.setattr(module, "choose", lambda *_, **__: plan())
+        patch.setattr(module, "machine", lambda _: machine)
+        return jf.sample_to_folder(flow or tiny_flow(), num, out, labels, **settings)
 
 
-def invented(latents: Tensor, labels: Tensor | None, strategy: jf.Strategy, note: Any) -> Samples:
+def invented(flow: Any, plan: Any, latents: Tensor, labels: Tensor | None, *, progress: Any, **_: Any) -> Samples:
     """The latents as images. Where the first number is above 1 the sample is lost, where the second is, resolved."""
     images, certificate = latents.reshape(-1, 1, 4, 4).clone(), latents[:, 0, 2].abs()
     lost, resolved = latents[:, 0, 0] > 1, latents[:, 0, 1] > 1
     images[lost], certificate[lost] = torch.nan, torch.inf
     none, status = torch.zeros_like(lost), torch.where(lost, int(jf.Status.NONFINITE), int(jf.Status.CONVERGED))
     stats = BlockStats(5, 7, 70, 0.5, certificate, status, none, resolved)
-    note(len(latents), len(latents), "sampling")
-    return Samples(images, latents, labels, (stats,), certificate, 1.0, None, 1.5, 0.0)
+    if progress is not None:
+        progress(len(latents), len(latents), "sampling")
+    return Samples(images, latents, labels, (stats,), certificate, 1.0, None, 1.5, 0.25)
 
 
 def pixels_in(folder: jf.SampleFolder) -> Any:
@@ -71,14 +71,15 @@ def everything(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
-def facts(out: Path) -> Any:
-    """All that two runs of the same samples must share: every file, but not what the shards cost."""
-    files = everything(out)
-    files.pop("samples.png", None)
-    records = {name: json.loads(files.pop(name)) for name in list(files) if name.endswith(".json") and "/" in name}
-    for record in records.values():
-        del record["cost"]
-    return files, records
+def facts(out: Path, foreign: Sequence[str] = ()) -> dict[str, Any]:
+    """What two runs of the same samples must share: every file, but not what the shards cost."""
+    files: dict[str, Any] = everything(out)
+    for name in {"samples.png", *foreign} & files.keys():
+        del files[name]
+    for name in files:
+        if name.startswith("shards/") and name.endswith(".json"):
+            files[name] = {**json.loads(files[name]), "cost": None}
+    return files
 
 
 def times(out: Path) -> dict[str, int]:

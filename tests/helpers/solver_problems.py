@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +24,6 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def error(x: Tensor, answer: Tensor) -> float:
-    """Largest difference."""
     assert x.shape == answer.shape
     return float((x - answer).abs().max()) if x.numel() else 0.0
 
@@ -83,33 +81,12 @@ class WatchedFronts(Watched):
             cache.context[rows] = context
 
 
-@dataclass(frozen=True)
-class Problem(BlockProblem):
-    """One block to invert, and what is asked of its answers."""
-
-    def residual(self, x: Tensor) -> Tensor:
-        """Per sample, by the oracle."""
-        return (self.g(x) - x).abs().amax(dim=(1, 2))
-
-    def of(self, rows: slice) -> Problem:
-        """The same for some of the samples."""
-
-        def g(x: Tensor) -> Tensor:
-            full = self.answer.clone()
-            full[rows] = x
-            return self.g(full)[rows]
-
-        return Problem(
-            self.block, g, self.z[rows], None if self.labels is None else self.labels[rows], self.answer[rows]
-        )
-
-
-def problem_of(g: Map, z: Tensor, context: Tensor | None = None, fronts: bool = False, **watch: Any) -> Problem:
+def problem_of(g: Map, z: Tensor, context: Tensor | None = None, fronts: bool = False, **watch: Any) -> BlockProblem:
     block = (WatchedFronts if fronts else Watched)(g, **watch)
-    return Problem(block, lambda x: g(x, z, context), z, context, sequential(lambda x: g(x, z, context), z))
+    return BlockProblem(block, lambda x: g(x, z, context), z, context, sequential(lambda x: g(x, z, context), z))
 
 
-def mixing(length: int = 17, **watch: Any) -> Problem:
+def mixing(length: int = 17, **watch: Any) -> BlockProblem:
     """Three samples of a map whose first entry is learned: it is not z_1."""
     block = MixingBlock(length, 2)
     return problem_of(lambda x, z, _: block.g(x, z), normal(3, length, 2, seed=1), **watch)
@@ -125,7 +102,7 @@ def echo(x: Tensor, z: Tensor, strength: Tensor) -> Tensor:
 STRENGTHS = torch.tensor([0.1, 1.5, 0.5, 0.9, 0.0, 1.2, 0.3], dtype=torch.float64)
 
 
-def echoes(fronts: bool = True, **watch: Any) -> Problem:
+def echoes(fronts: bool = True, **watch: Any) -> BlockProblem:
     """Seven samples that need from 1 to 21 sweeps."""
     return problem_of(echo, normal(len(STRENGTHS), 24, 2, seed=2), STRENGTHS, fronts, **watch)
 
@@ -143,7 +120,7 @@ def steep(x: Tensor, z: Tensor, kind: Tensor) -> Tensor:
     return torch.where(kind == 1, distance.exp() * (z - 1), torch.where(lost, torch.inf, g))
 
 
-def steep_problem(kinds: list[int], fronts: bool = False) -> Problem:
+def steep_problem(kinds: list[int], fronts: bool = False) -> BlockProblem:
     kind = torch.tensor(kinds, dtype=torch.float64)
     z = torch.where(kind.view(-1, 1, 1) == 1, 2.0, normal(len(kinds), 17, 2))
     problem = problem_of(steep, z, kind, fronts)
@@ -172,7 +149,7 @@ FLOWS: dict[str, tuple[dict[str, Any], Guide | None]] = {
 
 
 @cache
-def flow_problem(name: str, i: int = 1) -> Problem:
+def flow_problem(name: str, i: int = 1) -> BlockProblem:
     """Block `i` of a TarFlow, at three samples: of two classes and of none, where it has classes."""
     config, guide = FLOWS[name]
     flow = make_flow(**config)
@@ -186,4 +163,4 @@ def flow_problem(name: str, i: int = 1) -> Problem:
     def g(x: Tensor) -> Tensor:
         return reference.g(i, x, z, labels, guide)
 
-    return Problem(block, g, z, labels, sequential(g, z))
+    return BlockProblem(block, g, z, labels, sequential(g, z))

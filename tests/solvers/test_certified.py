@@ -13,7 +13,6 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.solvers import Given, Stopping
-from tests.helpers.oracle import gs_jacobi
 from tests.helpers.solver_problems import (
     FLOWS,
     OVERFLOWING,
@@ -61,9 +60,6 @@ def test_any_plan_ends_with_every_residual_within_tolerance(
     assert (found.residual <= atol).all()
     assert (problem.residual(found.x) <= atol + 1e-12).all()
     assert error(found.x, problem.answer) < 100 * atol  # the recurrence amplifies a residual less than that here
-
-
-# --------------------------------------------------------------------------------------- solved again, and counted
 
 
 @pytest.mark.parametrize(("atol", "tolerance"), [(0.3, None), (0.1, 1e-4)])
@@ -124,32 +120,26 @@ def test_a_sample_that_its_last_sweep_brought_within_tolerance_is_no_miss() -> N
         assert (found.status == CONVERGED).all()
         within += int((good & (raw.status == MAX_SWEEPS)).sum())
     assert within
-    loose = jf.solve_certified(
-        problem.block, problem.z, jf.Solver(jf.Whole(), stopping=solver.stopping), tolerance=10.0
-    )
-    assert not loose.resolved_sequentially.any()
 
 
 def test_sweep_counts_alone_are_a_legitimate_end() -> None:
     problem = flow_problem("nvp 25x4")
     for stopping in (jf.MaxSweeps(1), jf.EarlyStop(1e-9) | jf.MaxSweeps(1)):
         solver = jf.Solver(jf.Segments(5), stopping=stopping)
+        raw = jf.solve(problem.block, problem.z, solver)
         found = jf.solve_certified(problem.block, problem.z, solver)
         assert (found.status == MAX_SWEEPS).all()
         assert not found.resolved_sequentially.any()
-        assert error(found.x, gs_jacobi(problem.g, problem.z, [5, 10, 15, 20, 25], 1)) < EXACT
+        assert torch.equal(found.x, raw.x)
         torch.testing.assert_close(found.residual, problem.residual(found.x))
         assert found.network_calls == found.sweeps + 1 == 6
-    # A tolerance of the caller's is held against them, and a certificate is what tells.
+    # A tolerance of the caller's is compared with the certificate.
     found = jf.solve_certified(problem.block, problem.z, solver, tolerance=1e-6)
     assert (found.status == CONVERGED).all()
     assert (found.residual <= 1e-6).all()
     assert not found.resolved_sequentially.any()
     unmeasured = jf.solve_certified(problem.block, problem.z, solver, certificate=False, tolerance=1e-6)
-    assert torch.equal(unmeasured.x, jf.solve(problem.block, problem.z, solver).x)
-
-
-# ------------------------------------------------------------------------------------------------------- rounding
+    assert torch.equal(unmeasured.x, raw.x)
 
 
 class Rounding:
@@ -193,11 +183,12 @@ def test_of_many_samples_four_exact_solves_tell_the_rounding() -> None:
     assert found.network_calls == 3 + 3 + 5 + 5
 
 
-def test_rounding_grows_with_x() -> None:
-    """A residual of 10 is rounding for x of size 1,000; one of 9 is not for x of size 1."""
-    found = rounded(jf.Solver(HALVES, stopping=jf.Tolerance(1.0)), [0.01] * 6 + [9.0] * 2, [1000.0] * 6 + [1.0] * 2)
-    assert found.resolved_sequentially[6:].all()
-    assert int(found.resolved_sequentially.sum()) == 4 + 2
+def test_rounding_grows_with_x_and_is_the_smallest_that_exact_solves_leave() -> None:
+    """A residual of 10 is rounding for x of size 1,000. A sample with 9 times its size does not show the rounding."""
+    noise, sizes = [0.01] * 3 + [9.0] * 3, [1000.0] * 3 + [2.0, 1.0, 1.0]
+    found = rounded(jf.Solver(HALVES, stopping=jf.Tolerance(1.0)), noise, sizes)
+    assert found.network_calls == 3 + 3 + 5 + 5  # the last two are solved after the four others
+    assert found.resolved_sequentially.all()
 
 
 def test_few_samples_are_solved_exactly_and_uncertified_ones_not() -> None:
@@ -213,28 +204,6 @@ def test_few_samples_are_solved_exactly_and_uncertified_ones_not() -> None:
     assert exact.network_calls == 4 + 1
     assert exact.status.tolist() == [CONVERGED] + [ROUNDING] * 8
     assert not exact.resolved_sequentially.any()
-
-
-def test_one_sample_s_rounding_is_not_that_of_the_others() -> None:
-    """The exact solve of the first sample leaves 0.5: once, the others stood with residuals up to 2, unsolved."""
-    problem = echoes(fronts=False)
-
-    class Outlier:
-        def init_cache(self, z: Tensor, context: Tensor | None = None) -> Any:
-            return problem.block.init_cache(z, context)
-
-        def update(self, x: Tensor, z: Tensor, start: int, stop: int, cache: Any) -> Tensor:
-            g = problem.block.update(x, z, start, stop, cache)
-            g[:, -1] += 0.5 * ((cache.context == STRENGTHS[0]) & (stop - start == 24)).view(-1, 1)
-            return g
-
-    solver = jf.Solver(jf.Segments(2), stopping=jf.MaxSweeps(2) | jf.Tolerance(1e-9))
-    found = jf.solve_certified(Outlier(), problem.z, solver, STRENGTHS)
-    assert found.status.tolist() == [ROUNDING] + [CONVERGED] * 6
-    assert error(found.x, problem.answer) < EXACT
-
-
-# ------------------------------------------------------------------------------------------------------- overflow
 
 
 @pytest.mark.parametrize("certificate", [True, False])

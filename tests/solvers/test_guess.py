@@ -65,19 +65,16 @@ def test_a_causal_linear_guess_is_its_convolution_and_its_shift(given: tuple[Ten
 def test_a_fit_finds_a_causal_linear_map() -> None:
     kernel, shift = 0.5 * normal(4, 2, 2, seed=1), normal(20, 2, seed=2)
     z = normal(200, 20, 2, seed=3) + normal(20, 2, seed=4)
-    x, kept = convolved(kernel, z, delay=0) + shift, z.clone()
-    for width in (3, 6):
-        guess = jf.CausalLinear.fit(x, z, width)
-        assert guess.kernel.shape == (width + 1, 2, 2)
-        assert error(guess.kernel[:4], kernel) < 3e-3
-        assert width == 3 or guess.kernel[4:].abs().max() < 3e-3
-        # Ridge regression shrinks: the fit is not exact, and its shift makes up for the mean.
-        assert 1e-5 < error(guess(z), x) < 2e-2
-        assert error(guess(z).mean(dim=0), x.mean(dim=0)) < 1e-12
-    fewer = jf.CausalLinear.fit(x, z, 1)
-    assert error(fewer.kernel, kernel[:2]) < 0.2
-    assert (fewer(z) - x).square().mean() > 100 * (guess(z) - x).square().mean()
-    assert torch.equal(z, kept)
+    x, before = convolved(kernel, z, delay=0) + shift, z.clone()
+    guess = jf.CausalLinear.fit(x, z, 6)
+    assert guess.kernel.shape == (7, 2, 2)
+    assert error(guess.kernel[:4], kernel) < 3e-3
+    assert guess.kernel[4:].abs().max() < 3e-3
+    # Ridge regression shrinks: the fit is not exact, and its shift makes up for the mean.
+    assert 1e-5 < error(guess(z), x) < 2e-2
+    assert error(guess(z).mean(dim=0), x.mean(dim=0)) < 1e-12
+    assert error(jf.CausalLinear.fit(x, z, 1).kernel, kernel[:2]) < 0.2
+    assert torch.equal(z, before)
     assert jf.CausalLinear.fit(x, z).kernel.shape == (25, 2, 2)
     assert jf.CausalLinear.fit(x.float(), z.float()).kernel.dtype == torch.float32
 
@@ -85,23 +82,17 @@ def test_a_fit_finds_a_causal_linear_map() -> None:
 @pytest.mark.parametrize(
     ("piece", "others", "text"),
     [
-        (
-            jf.MeanAffine(SHIFT, SHIFT + 1), [jf.MeanAffine(SHIFT, SHIFT), jf.MeanAffine(SHIFT + 1, SHIFT + 1)],
-            "MeanAffine(5 tokens, 2 channels)",
-        ),
-        (
-            jf.CausalLinear(KERNEL, SHIFT), [jf.CausalLinear(KERNEL[:2], SHIFT), jf.CausalLinear(KERNEL, SHIFT + 1)],
-            "CausalLinear(5 tokens, 2 channels, from 3 latents)",
-        ),
-        (jf.Chord(KERNEL), [jf.Chord(KERNEL[:2]), jf.Chord(KERNEL + 1)], "Chord(3 tokens, 2 channels)"),
-        (Given(KERNEL), [Given(KERNEL[:2]), Given(KERNEL + 1)], f"Given(value={KERNEL!r})"),
+        (jf.MeanAffine(SHIFT, SHIFT + 1), [jf.MeanAffine(SHIFT, SHIFT), jf.MeanAffine(SHIFT + 1, SHIFT + 1)],
+         "MeanAffine(log_scale=(5, 2), shift=(5, 2))"),
+        (jf.CausalLinear(KERNEL, SHIFT), [jf.CausalLinear(KERNEL[:2], SHIFT), jf.CausalLinear(KERNEL, SHIFT + 1)],
+         "CausalLinear(kernel=(3, 2, 2), shift=(5, 2))"),
+        (jf.Chord(KERNEL), [jf.Chord(KERNEL[:2]), jf.Chord(KERNEL + 1)], "Chord(kernel=(3, 2, 2))"),
     ],
-    ids=["mean affine", "causal linear", "chord", "given"],
+    ids=["mean affine", "causal linear", "chord"],
 )  # fmt: skip
-def test_pieces_with_tensors_are_equal_where_their_values_are(piece: Any, others: list[Any], text: str) -> None:
+def test_pieces_with_tensors_are_equal_if_their_values_are(piece: Any, others: list[Any], text: str) -> None:
     same = type(piece)(*(value.clone() for value in vars(piece).values()))
     assert piece == same
-    assert hash(piece) == hash(same)
     assert all(piece != other for other in (*others, jf.Latent(), None))
     assert len({piece, same, *others}) == 3
     assert len({hash(piece), *map(hash, others)}) > 1
@@ -116,7 +107,6 @@ def test_pieces_with_tensors_are_equal_where_their_values_are(piece: Any, others
         (lambda: jf.CausalLinear(torch.ones(3, 2, 4), SHIFT), r"CausalLinear: kernel=a tensor \(3, 2, 4\)"),
         (lambda: jf.CausalLinear(KERNEL * math.nan, SHIFT), "CausalLinear: kernel=.* holds a NaN"),
         (lambda: jf.CausalLinear(KERNEL, SHIFT)(normal(1, 6, 2)), r"CausalLinear.*\(5, 2\).*\(6, 2\)"),
-        (lambda: Given(normal(2, 5, 2))(normal(1, 5, 2)), r"Given: value of shape \(2, 5, 2\), but z is \(1, 5, 2\)"),
     ],
 )
 def test_values_that_do_not_fit_are_refused(build: Callable[[], Any], names: str) -> None:

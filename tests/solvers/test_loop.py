@@ -15,11 +15,11 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.solvers import Given, Stopping
-from tests.helpers.oracle import Swept, convolved, jacobi, swept
+from tests.helpers.oracle import Swept, convolved, swept
+from tests.helpers.problems import BlockProblem
 from tests.helpers.solver_problems import (
     FLOWS,
     OVERFLOWING,
-    Problem,
     Watched,
     echo,
     echoes,
@@ -38,12 +38,10 @@ EXACT = 1e-10
 
 @dataclass(frozen=True)
 class Half(jf.SlidingRun):
-    """A window over half of the sequence less `fewer` tokens; from outside the package."""
-
-    fewer: int = 0
+    """A window over half of the sequence, from outside the package."""
 
     def run_size(self, num_tokens: int) -> int:
-        return num_tokens // 2 - self.fewer
+        return num_tokens // 2
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Alternating(jf.Partition):
         return min(front + (3 if front % 2 else 8), num_tokens)
 
 
-def expected(problem: Problem, solver: jf.Solver, start: Tensor, keys: bool = True) -> Swept:
+def expected(problem: BlockProblem, solver: jf.Solver, start: Tensor, keys: bool = True) -> Swept:
     """What the oracle makes of a solver for a batch with one front."""
     length, rule, limits = problem.length, solver.stopping, None
     if isinstance(rule.max_sweeps, tuple):
@@ -68,7 +66,7 @@ def expected(problem: Problem, solver: jf.Solver, start: Tensor, keys: bool = Tr
     )  # fmt: skip
 
 
-def check(problem: Problem, solver: jf.Solver, start: Tensor) -> None:
+def check(problem: BlockProblem, solver: jf.Solver, start: Tensor) -> None:
     """Tokens, counts, residuals and statuses of a batch with one front are the oracle's.
 
     As many sweeps as there are tokens end at the exact answer (Proposition 1).
@@ -150,35 +148,14 @@ def test_blocks_of_a_tarflow_are_swept_as_by_the_oracle(name: str) -> None:
             check(part, solver, solver.guess(part.z))
 
 
-# --------------------------------------------------------------------------------------- exactness: Proposition 1
-
-
-@pytest.mark.parametrize("sweeps", [1, 2, 7])
-def test_k_sweeps_make_k_tokens_exact(sweeps: int) -> None:
-    """One more where the guess has the first, as in a TarFlow; and the law is tight."""
-    for problem, exact in ((mixing(LENGTH), sweeps), (flow_problem("nvp 25x4"), sweeps + 1)):
-        for guess in (jf.Latent(), jf.Zeros()):
-            for correction in CORRECTIONS if exact == sweeps else CORRECTIONS[:1]:
-                solver = jf.Solver(jf.Whole(), guess, jf.MaxSweeps(sweeps), correction)
-                x = jf.solve(problem.block, problem.z, solver).x
-                assert error(x[:, :exact], problem.answer[:, :exact]) < EXACT
-                assert error(x[:, exact], problem.answer[:, exact]) > 1e-6
-                if correction == jf.Plain():
-                    assert error(x, jacobi(problem.g, guess(problem.z), sweeps)) < EXACT
-
-
-def test_a_tolerance_of_0_ends_at_identical_bits() -> None:
+def test_a_tolerance_of_0_ends_at_the_exact_answer() -> None:
     for problem in (mixing(LENGTH), echoes(), flow_problem("nvp 9x4, guided")):
         for partition in (jf.Whole(), jf.Segments(3), jf.Window(5)):
             solver = jf.Solver(partition, jf.Zeros(), jf.Tolerance(0))
-            first, again = (jf.solve(problem.block, problem.z, solver, problem.labels) for _ in range(2))
-            assert torch.equal(first.x, again.x)
-            assert error(first.x, problem.answer) < 1e-12
-            assert (first.residual == 0).all()
-            assert (first.status == jf.Status.CONVERGED).all()
-
-
-# ---------------------------------------------------------------------------------------------- a front per sample
+            solution = jf.solve(problem.block, problem.z, solver, problem.labels)
+            assert error(solution.x, problem.answer) < 1e-12
+            assert (solution.residual == 0).all()
+            assert (solution.status == jf.Status.CONVERGED).all()
 
 
 def batched(runs: list[list[int]], size: int, length: int, slots: int) -> tuple[int, list[int]]:
@@ -203,8 +180,8 @@ def batched(runs: list[list[int]], size: int, length: int, slots: int) -> tuple[
 
 
 @pytest.mark.parametrize("chord", [0.0, 0.2])
-@pytest.mark.parametrize("atol", [1e-9, 1e-3, 1e-1])
-@pytest.mark.parametrize("size", [1, 2, 5, 16, 1000, None])
+@pytest.mark.parametrize("atol", [1e-9, 1e-3])
+@pytest.mark.parametrize("size", [1, 5, 16, None])
 def test_each_sample_has_its_own_front(size: int | None, atol: float, chord: float) -> None:
     """It is swept as it is alone, however many there are at a time; those that have finished leave."""
     partition = jf.Whole() if size is None else jf.Window(size)
@@ -227,19 +204,15 @@ def test_each_sample_has_its_own_front(size: int | None, atol: float, chord: flo
         assert found.exact.tolist() == [size == 1] * 7
 
 
-# ---------------------------------------------------------------------------------------------- batches and tensors
-
-
 def test_inputs_stay_and_answers_are_ordinary_tensors() -> None:
     problem, start = flow_problem("nvp 9x4, guided"), normal(3, 9, 4)
-    kept = problem.z.clone(), start.clone()
+    before = problem.z.clone(), start.clone()
     for solver in (jf.Solver(jf.Window(3), Given(start)), jf.Solver(jf.Sequential())):
-        found = jf.solve(problem.block, problem.z, solver, problem.labels)
-        assert torch.equal(found.x, jf.solve(problem.block, problem.z, solver, problem.labels).x)
-        assert not found.x.is_inference()
-        assert found.seconds > 0
-    assert torch.equal(problem.z, kept[0])
-    assert torch.equal(start, kept[1])
+        solution = jf.solve(problem.block, problem.z, solver, problem.labels)
+        assert not solution.x.is_inference()
+        assert solution.seconds > 0
+    assert torch.equal(problem.z, before[0])
+    assert torch.equal(start, before[1])
 
 
 def test_only_a_block_that_keeps_nothing_runs_in_inference_mode() -> None:
@@ -255,9 +228,6 @@ def test_only_a_block_that_keeps_nothing_runs_in_inference_mode() -> None:
         block.inference_safe = is_safe
         jf.solve_certified(block, normal(2, 5, 1), jf.Solver())
     assert modes == [(False, False)] * 2 + [(False, True)] * 2
-
-
-# --------------------------------------------------------------------------------------------------- what overflows
 
 
 @pytest.mark.parametrize("fronts", [False, True], ids=["one front", "fronts"])
@@ -291,20 +261,15 @@ def test_a_value_that_overflows_goes_back_to_the_guess() -> None:
 
     problem = steep_problem([0, 1, 0, 1])
     guess = problem.z + 0.25
-    block = Watched(noted, keys=False)
-    jf.solve(block, problem.z, jf.Solver(jf.Whole(), Given(guess), jf.MaxSweeps(4)), problem.labels)
+    solver = jf.Solver(jf.Whole(), Given(guess), jf.MaxSweeps(4))
+    jf.solve(Watched(noted, keys=False), problem.z, solver, problem.labels)
     assert torch.equal(seen[0], guess)
-    gone_back = 0
     for sweep, (before, after) in enumerate(pairwise(seen)):
-        g = problem.g(before)
-        finite, swept_now = g.isfinite().all(dim=2, keepdim=True), torch.arange(LENGTH).view(1, -1, 1) >= sweep
-        assert torch.equal(after, torch.where(swept_now, torch.where(finite, g, guess), before))
-        gone_back += int((~finite & swept_now & (before != guess)).sum())
+        g = problem.g(before)[:, sweep:]
+        finite = g.isfinite().all(dim=2, keepdim=True)
+        assert torch.equal(after[:, sweep:], torch.where(finite, g, guess[:, sweep:]))
+        assert torch.equal(after[:, :sweep], before[:, :sweep])
     assert len(seen) == 4
-    assert gone_back
-
-
-# ------------------------------------------------------------------------------------------------- sweeps in bfloat16
 
 
 class Lowered(Watched):
@@ -332,11 +297,6 @@ def test_bf16_sweeps_come_first(count: int, made: int) -> None:
         assert found.sweeps == found.network_calls == (made + want.sweeps) * turns
         assert found.token_evaluations == low.evaluations + want.evaluations
         assert found.sample_sweeps.tolist() == [made + want.sweeps] * 4
-    with pytest.raises(ValueError, match="bf16_sweeps=2: Watched has no bfloat16 network"):
-        jf.solve(Watched(echo), z, jf.Solver(bf16_sweeps=2), strengths)
-
-
-# ------------------------------------------------------------------------------------------------------ bad input
 
 
 @dataclass(frozen=True)
@@ -356,7 +316,7 @@ class Stuck(jf.Partition):
         ({"solver": jf.Solver(jf.Segments(6))}, "only 5 tokens"),
         ({"solver": jf.Solver(Stuck(0))}, r"Stuck\(end=0\).*0 to 0"),
         ({"solver": jf.Solver(Stuck(6))}, r"Stuck\(end=6\).*0 to 6"),
-        ({"solver": jf.Solver(Half(2))}, r"Half.*0 to 0"),
+        ({"solver": jf.Solver(bf16_sweeps=2)}, "bf16_sweeps=2: Watched has no bfloat16 network"),
     ],
 )
 def test_solve_refuses_what_does_not_fit(arguments: dict[str, Any], names: str) -> None:

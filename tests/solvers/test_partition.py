@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,8 +26,3 @@ def test_which_windows_are_tried() -> None:
     for length, tried in sizes.items():
         assert jf.Window.candidates(length) == tuple(jf.Window(size) for size in tried)
     assert jf.Whole.candidates(64) == jf.Segments.candidates(64) == jf.Sequential.candidates(64) == ()
-
-
-def test_more_segments_than_tokens_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"17.*only 16 tokens.*at most 16"):
-        jf.Segments(17).check(16)

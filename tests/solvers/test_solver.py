@@ -11,6 +11,7 @@ import torch
 
 import jacobiflow as jf
 from jacobiflow import codec
+from jacobiflow.solvers import Stopping
 
 KERNEL = torch.tensor([[[0.5, -1.0], [0.25, 3.0]]])
 SOLVERS = [
@@ -24,6 +25,8 @@ SOLVERS = [
 @pytest.mark.parametrize(
     ("build", "names"),
     [
+        (Stopping, "give a tolerance"),
+        (lambda: jf.Tolerance(0.1) | jf.Tolerance(0.1), "both give atol"),
         (lambda: jf.Solver(jf.Segments(3), stopping=jf.MaxSweeps((5, 3))), r"2 sweep counts.*Segments\(count=3\)"),
         (lambda: jf.Solver(stopping=jf.MaxSweeps((5,))), "1 sweep counts.*Whole"),
         (lambda: jf.Solver(jf.Sequential(), bf16_sweeps=3).check(4, 1), "bf16_sweeps=3.*Sequential.*token by token"),
@@ -31,7 +34,7 @@ SOLVERS = [
     ],
 )
 def test_pieces_that_do_not_go_together_are_refused(build: Callable[[], Any], names: str) -> None:
-    with pytest.raises(ValueError, match=names):
+    with pytest.raises((TypeError, ValueError), match=names):
         build()
     jf.Solver(jf.Segments(4), bf16_sweeps=1).check(8, 1)
 
@@ -39,3 +42,12 @@ def test_pieces_that_do_not_go_together_are_refused(build: Callable[[], Any], na
 @pytest.mark.parametrize("solver", SOLVERS, ids=range(len(SOLVERS)))
 def test_a_solver_comes_back_from_json(solver: jf.Solver) -> None:
     assert codec.decode(jf.Solver, json.loads(json.dumps(codec.encode(solver), allow_nan=False))) == solver
+
+
+def test_rules_are_values_that_join() -> None:
+    assert jf.Tolerance(0.1) | jf.MaxSweeps(3) == jf.MaxSweeps(3) | jf.Tolerance(0.1) == Stopping(0.1, 3)
+    assert jf.EarlyStop(0.5) | jf.MaxSweeps([5, 3]) | jf.Tolerance(0) == Stopping(0, (5, 3), 0.5)
+    assert jf.EarlyStop() == Stopping(ebound=1e-8)
+    assert jf.MaxSweeps(range(1, 4)).max_sweeps == (1, 2, 3)
+    assert hash(jf.MaxSweeps([5, 3])) == hash(jf.MaxSweeps((5, 3)))
+    assert jf.MaxSweeps((3,)) != jf.MaxSweeps(3)

@@ -20,38 +20,34 @@ import jacobiflow as jf
 from jacobiflow import codec
 from jacobiflow.files import write_json
 from jacobiflow.latents import draw_latents
-from jacobiflow.storage import Cost, SampleFolderError, check
+from jacobiflow.storage import Cost, SampleFolderError
 from jacobiflow.strategy import Prediction
-from tests.helpers.problems import make_flow
-from tests.helpers.sample_folders import everything, flip, invented, manifest_of, pixels_in, read, run
+from tests.helpers.sample_folders import PLAN, everything, flip, invented, pixels_in, read, run, tiny_flow
 from tests.helpers.scoring import levels
 
-GUIDANCE = jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8)
 LABELS = torch.tensor([0, 1, 2, 0, 1, -1, 2, 2, 1, 0])
 SPANS = ((0, 4), (4, 8), (8, 10))
-DRAWN = invented(draw_latents(10, 4, 4), LABELS, jf.Strategy.uniform(jf.Solver(), 1), lambda *_: None)
-LOST = ~DRAWN.images.isfinite().flatten(1).all(dim=1)
+SAMPLES = invented(None, None, draw_latents(10, 4, 4), LABELS, progress=None)
+LOST = ~SAMPLES.images.isfinite().flatten(1).all(dim=1)
 
 
-@pytest.mark.parametrize("files", ["npz", "png"])
-@pytest.mark.parametrize("labels", [LABELS, None], ids=["labels", "none"])
-def test_what_was_written_is_read_back(files: Any, labels: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("files, labels", [("npz", None), ("npz", LABELS), ("png", None), ("png", LABELS)])
+def test_samples_are_read_back(files: Any, labels: Any, tmp_path: Path) -> None:
     written = run(tmp_path, labels=labels, files=files)
     folder = jf.SampleFolder.open(str(tmp_path))
     assert folder == replace(written, drawn=0)
-    assert check(tmp_path) == []
+    assert folder.problems() == []
     assert 0 < LOST.sum() < 10
-    assert np.array_equal(pixels_in(folder), levels(DRAWN.images))
+    assert np.array_equal(pixels_in(folder), levels(SAMPLES.images))
     assert torch.equal(folder.lost(), LOST)
-    assert torch.equal(folder.resolved(), DRAWN.stats[0].resolved_sequentially)
-    assert torch.equal(folder.certificate(), DRAWN.certificate)  # type: ignore[arg-type]
+    assert torch.equal(folder.resolved(), SAMPLES.stats[0].resolved_sequentially)
+    assert torch.equal(folder.certificate(), SAMPLES.certificate)  # type: ignore[arg-type]
     for i, (start, stop) in enumerate(SPANS):
-        found = folder.labels(i)
-        assert found is None if labels is None else torch.equal(found, labels[start:stop])  # type: ignore[arg-type]
+        part = folder.labels(i)
+        assert part is None if labels is None else torch.equal(part, labels[start:stop])  # type: ignore[arg-type]
 
 
-def test_an_npz_file_is_the_same_for_the_same_images_and_labels(tmp_path: Path) -> None:
-    """So that its checksum depends on no clock and no version of zlib."""
+def test_an_npz_file_depends_on_no_clock_and_no_version_of_zlib(tmp_path: Path) -> None:
     run(tmp_path, labels=LABELS)
     names = [f"shards/{i:05}.{kind}" for i in range(3) for kind in ("json", "npz")]
     assert list(everything(tmp_path)) == ["manifest.json", *names, "strategy.json"]
@@ -60,7 +56,7 @@ def test_an_npz_file_is_the_same_for_the_same_images_and_labels(tmp_path: Path) 
         with np.load(path, allow_pickle=False) as arrays:
             assert list(arrays) == ["arr_0", "labels", "certificate", "resolved", "lost"]
             assert (arrays["arr_0"].dtype, arrays["labels"].dtype) == ("u1", "i8")
-            assert np.array_equal(arrays["arr_0"], levels(DRAWN.images[start:stop]))
+            assert np.array_equal(arrays["arr_0"], levels(SAMPLES.images[start:stop]))
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 assert (entry.compress_type, entry.date_time) == (zipfile.ZIP_STORED, (1980, 1, 1, 0, 0, 0))
@@ -72,15 +68,14 @@ def test_pngs_lie_by_class_and_index(tmp_path: Path) -> None:
     out = run(tmp_path / "grey", labels=LABELS, files="png").path
     paths = [f"images/{label if label >= 0 else 'none'}/{i:08}.png" for i, label in enumerate(LABELS.tolist())]
     assert sorted(name for name in everything(out) if name.endswith(".png")) == sorted(paths)
-    for path, want in zip(paths, levels(DRAWN.images), strict=True):
+    for path, want in zip(paths, levels(SAMPLES.images), strict=True):
         with Image.open(out / path) as image:
             assert (image.format, image.mode) == ("PNG", "L")
             assert np.array_equal(np.asarray(image), want[..., 0])
     joined = b"".join((out / path).read_bytes() for path in ("shards/00001.npz", *paths[4:8]))
     assert read(out / "shards" / "00001.json")["sha256"] == hashlib.sha256(joined).hexdigest()
-    for num_classes, names in ((10, ["0", "9"]), (11, ["00", "09"]), (101, ["000", "009"])):  # so that they sort
-        run(tmp_path / str(num_classes), labels=torch.tensor([0, 9] * 5), files="png", num_classes=num_classes)
-        assert sorted(os.listdir(tmp_path / str(num_classes) / "images")) == names
+    run(tmp_path / "eleven", labels=torch.tensor([0, 9] * 5), files="png", flow=tiny_flow(num_classes=11))
+    assert sorted(os.listdir(tmp_path / "eleven" / "images")) == ["00", "09"]
 
 
 @pytest.mark.parametrize("harm", [flip, Path.unlink])
@@ -89,21 +84,18 @@ def test_pngs_lie_by_class_and_index(tmp_path: Path) -> None:
 )
 def test_a_damaged_shard_is_named(harm: Callable[[Path], None], files: str, place: str, tmp_path: Path) -> None:
     folder = run(tmp_path, files=files)
-    assert check(tmp_path) == []
     harm(tmp_path / place)
     assert [folder.verify(i) for i in range(3)] == [True, False, True]
-    (problem,) = check(tmp_path)
-    want = r"shards/00001\.(json: missing or damaged|npz: does not match its checksum); sample into the folder again"
-    assert re.search(want, problem)
+    (problem,) = folder.problems()
+    assert re.search(r"shards/00001\.(json: missing or damaged|npz: does not match its checksum); sample into", problem)
 
 
-def test_a_shard_of_other_samples_is_named(tmp_path: Path) -> None:
-    """Though it is whole in itself."""
-    run(tmp_path / "a")
+def test_an_intact_shard_of_other_samples_is_named(tmp_path: Path) -> None:
+    folder = run(tmp_path / "a")
     run(tmp_path / "b", seed=1)
     for kind in ("npz", "json"):
         os.replace(tmp_path / "b" / "shards" / f"00001.{kind}", tmp_path / "a" / "shards" / f"00001.{kind}")
-    (problem,) = check(tmp_path / "a")
+    (problem,) = folder.problems()
     assert "00001.npz: does not match its checksum" in problem
 
 
@@ -117,14 +109,12 @@ def test_images_that_are_missing_or_of_another_shape_are_one_clear_error(tmp_pat
 
 
 def test_the_strategy_is_read_without_its_prediction(tmp_path: Path) -> None:
-    planned = replace(
-        jf.Strategy.uniform(jf.Solver(jf.Window(4)), 1), prediction=Prediction("cpu", 4, None, 0.1, 0.2, 1e-4, 0.1)
-    )
+    planned = replace(PLAN, prediction=Prediction("cpu", 4, None, 0.1, 0.2, 1e-4, 0.1))
     folder = run(tmp_path, plan=lambda: planned)
     assert (folder.strategy(), folder.strategy().prediction) == (planned, None)
     for harm in (flip, Path.unlink):
         harm(tmp_path / "strategy.json")
-        (problem,) = check(tmp_path)
+        (problem,) = folder.problems()
         assert re.search(r"strategy\.json: has changed since its run wrote it; restore it, or", problem)
 
 
@@ -140,59 +130,38 @@ def test_only_files_of_the_run_are_removed(tmp_path: Path) -> None:
     folder.remove_partials()
     assert sorted(everything(tmp_path)) == sorted([*others, *ours])
     folder.clear()
-    folder.clear()
     assert sorted(everything(tmp_path)) == sorted([*others, "manifest.json"])
     assert sorted(os.listdir(tmp_path / "images")) == ["1"]
 
 
-@pytest.mark.parametrize(
-    "changed, message",
-    [
-        ({"format_version": 2}, "format_version: Invalid enum value 2"), ({"num": 0}, "num=0: give a positive"),
-        ({"batch_size": True}, "batch_size: Expected `int`, got `bool`"), ({"colour": 1}, "'colour' unknown"),
-        ({"guidance": {"weight": -1}}, "guidance: guidance weight=-1"),
-        ({"shard_size": 3}, "shard_size=3: give a multiple of the batch size, 2"), (None, ""),
-    ],
-)  # fmt: skip
-def test_a_manifest_comes_back_and_a_wrong_one_is_refused(changed: Any, message: str, tmp_path: Path) -> None:
-    assert check(tmp_path) == [f"{tmp_path}: no manifest.json in it; give a folder of samples"]
-    folder, path = jf.SampleFolder(tmp_path, manifest_of(guidance=GUIDANCE)), tmp_path / "manifest.json"
-    folder.save_manifest()
-    assert jf.SampleFolder.open(tmp_path) == folder
-    path.write_text("{") if changed is None else write_json(path, codec.encode(folder.manifest) | changed)
-    with pytest.raises(SampleFolderError, match=rf"manifest\.json: {re.escape(message)}.*; restore it, or move the"):
+def test_a_wrong_manifest_is_refused(tmp_path: Path) -> None:
+    folder, path = run(tmp_path, flow=tiny_flow().guided(jf.Guidance(0.7, annealed=False))), tmp_path / "manifest.json"
+    assert jf.SampleFolder.open(tmp_path).manifest == folder.manifest
+    changes: dict[str, dict[str, Any]] = {
+        "format_version: Invalid enum value 2": {"format_version": 2},
+        "num: Expected `int` >= 1": {"num": 0},
+        "'colour' unknown": {"colour": 1},
+        "guidance: guidance weight=-1": {"guidance": {"weight": -1}},
+    }
+    for message, change in changes.items():
+        write_json(path, codec.encode(folder.manifest) | change)
+        with pytest.raises(SampleFolderError, match=rf"manifest\.json: {re.escape(message)}.*; restore it, or give an"):
+            jf.SampleFolder.open(tmp_path)
+    path.unlink()
+    with pytest.raises(SampleFolderError, match=r"manifest\.json: cannot be read .*; restore it, or give another"):
         jf.SampleFolder.open(tmp_path)
-    (problem,) = check(tmp_path)
-    assert message in problem
 
 
-def test_a_run_resumes_with_the_same_settings_only() -> None:
-    free: dict[str, Any] = {
-        "num": 11, "labels_sha256": "l", "model": "other", "strategy_sha256": "s", "machine": {}, "checksums": ("c",),
-    }  # fmt: skip
-    begun, out = manifest_of(), Path("out")
-    begun.check_resumes(replace(begun, **free), out)
-    others = {"seed": 1, "files": "png", "guidance": GUIDANCE, "shard_size": 6, "dtype": "float64", "certify": False}
-    for name, value in others.items():
-        have = re.escape(repr(getattr(begun, name)))
-        with pytest.raises(SampleFolderError, match=rf"^out: holds samples of {name} {have}, not .*; give another fo"):
-            begun.check_resumes(replace(begun, **{name: value}), out)
-    with pytest.raises(SampleFolderError, match=r"^out: holds a run of 10 samples, more than 9; give num=10; or gi"):
-        begun.check_resumes(replace(begun, num=9), out)
-
-
-def test_costs_are_those_of_the_samples_and_add_up() -> None:
-    flow = make_flow(num_classes=3)
-    settings: dict[str, Any] = {"strategy": "jacobi-3", "certify": False}
-    one, two = (jf.sample(flow, num, torch.zeros(num, dtype=torch.int64), 0, **settings) for num in (2, 3))
-    for samples in (one, two):
-        cost = Cost.of(samples)
-        assert (cost.seconds, cost.network_calls, cost.exact) == (samples.seconds, samples.network_calls, False)
-        assert sum(cost.status.values()) == len(samples.images)
-        assert cost.sweeps == tuple(block.sweeps for block in samples.stats)
-    total = Cost.total([Cost.of(one), Cost.of(two)])
-    assert total.token_evaluations == one.token_evaluations + two.token_evaluations
-    assert total.sweeps == tuple(a.sweeps + b.sweeps for a, b in zip(one.stats, two.stats, strict=True))
-    assert sum(total.status.values()) == 5
-    exact = Cost.of(jf.sample(flow, 2, torch.tensor([0, 1]), strategy="sequential"))
-    assert (exact.exact, Cost.total([exact, exact]).exact, Cost.total([exact, total]).exact) == (True, True, False)
+def test_costs_of_shards_add_up(tmp_path: Path) -> None:
+    num_lost, num_resolved = int(LOST.sum()), int(SAMPLES.stats[0].resolved_sequentially.sum())
+    status = {"converged": 10 - num_lost, "nonfinite": num_lost} | dict.fromkeys(("max_sweeps", "rounding"), 0)
+    cost = Cost(1.5, 0.25, 7, 70, num_resolved, False, status, (5,), (0.5,))
+    assert Cost.of(SAMPLES) == cost
+    folder = run(tmp_path)
+    assert folder.cost() == replace(
+        cost, seconds=4.5, denoise_seconds=0.75, network_calls=21, token_evaluations=210, sweeps=(15,),
+        block_seconds=(1.5,),
+    )  # fmt: skip
+    exact = replace(cost, exact=True)
+    assert (Cost.total([exact, exact]).exact, Cost.total([exact, cost]).exact) == (True, False)
+    assert str(folder.outcome(4)).startswith(f"10 samples: {10 - num_lost} certified to 0.001")

@@ -1,129 +1,222 @@
-"""`sample_to_folder`: every shard is what `sample` draws of its latents, and settings that are refused lose nothing."""
+"""`sample_to_folder`: what `sample` draws, in the same bytes however often it is stopped, and nothing lost."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.latents import draw_latents
+from jacobiflow.storage import Processes, SampleFolderError
 from jacobiflow.storage import sample as module
 from tests.helpers.problems import make_flow, to_float32
-from tests.helpers.sample_folders import everything, pixels_in
+from tests.helpers.sample_folders import MACHINE, everything, facts, flip, pixels_in, run, tiny_flow
 from tests.helpers.scoring import levels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NUM = 10
-SETTINGS: dict[str, Any] = {"strategy": "jacobi-3", "batch_size": 2, "shard_size": 4}
+OTHER = jf.Strategy.uniform(jf.Solver(jf.Window(5)), 1)
+REPLACE = "give another folder, or overwrite=True to replace them"
+SMALL = to_float32(make_flow(num_classes=3, noise_std=0.1))  # of 8x8 grey images
 GUIDANCE = jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8)
 SOMETIMES = jf.Strategy.uniform(jf.Solver(stopping=jf.Tolerance(1e-4) | jf.MaxSweeps(12)), 2)
-SMALL = to_float32(make_flow(num_classes=3, noise_std=0.1))  # of 8x8 grey images
+CLASSES = torch.arange(10) % 3
 
 
-def classes(num: int) -> Tensor:
-    return torch.arange(num) % 3
+def draw(out: Path, flow: Any = SMALL, labels: Tensor | None = CLASSES, **changed: Any) -> jf.SampleFolder:
+    settings = {"num": 10, "strategy": "jacobi-3", "batch_size": 2, "shard_size": 4, **changed}
+    return jf.sample_to_folder(flow, out=out, labels=labels, **settings)
 
 
-def draw(out: Path, num: int = NUM, flow: Any = SMALL, **changed: Any) -> jf.SampleFolder:
-    labels = changed.pop("labels") if "labels" in changed else classes(num)
-    return jf.sample_to_folder(flow, num, out, labels, **{**SETTINGS, **changed})
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw(tmp_path_factory.mktemp("drawn")).path
-
-
-def interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def by_sample(flow: Any, num: int, size: int, labels: Tensor | None, **settings: Any) -> list[jf.Samples]:
+def by_shard(flow: Any, num: int, size: int, labels: Tensor | None, **settings: Any) -> list[jf.Samples]:
     """What `sample` draws for every shard by itself."""
-    config, seed, found = flow.config, settings.pop("seed", 0), []
+    config, seed, shards = flow.config, settings.pop("seed", 0), []
     for start in range(0, num, size):
         latents = draw_latents(min(size, num - start), config.num_tokens, config.token_channels, seed, start)
         part = None if labels is None else labels[start : start + size]
-        found.append(jf.sample(flow, latents=latents, labels=part, **settings))
-    return found
+        shards.append(jf.sample(flow, latents=latents, labels=part, **settings))
+    return shards
 
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def interrupt_after(num: int) -> Callable[..., None]:
+    return lambda done, *_: interrupt() if done > num else None
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run."""
+    return run(tmp_path_factory.mktemp("reference")).path
+
+
+@pytest.fixture
+def out(reference: Path, tmp_path: Path) -> Path:
+    """A copy of the undisturbed run."""
+    return Path(shutil.copytree(reference, tmp_path / "out"))
+
+
+# ------------------------------------------------------------------------------------------------------------- samples
 
 CASES: dict[str, dict[str, Any]] = {
-    "window": {"strategy": "window:5", "tolerance": 1e-4},
-    "counted, not certified": {"strategy": "[1-4-3-5]", "certify": False},
-    "some are solved again": {"strategy": SOMETIMES},
+    "certified": {"strategy": "window:5", "tolerance": 1e-4},
+    "not certified": {"strategy": "[1-4-3-5]", "certify": False},
+    "some solved again": {"strategy": SOMETIMES},
     "guided and denoised": {"flow": SMALL.guided(GUIDANCE), "strategy": "jacobi", "denoise": 0.9},
-    "another seed, labels below 0": {"seed": 2**63 - 1, "labels": torch.arange(NUM) % 4 - 1},
+    "another seed, labels below 0": {"seed": 2**63 - 1, "labels": torch.arange(10) % 4 - 1},
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_shard_is_what_sample_draws_of_its_latents(name: str, tmp_path: Path) -> None:
-    given = {"labels": classes(NUM), "flow": SMALL, **SETTINGS, **CASES[name]}
-    seen: dict[int, jf.Samples] = {}
-    folder = draw(tmp_path, on_shard=seen.__setitem__, **given)
-    size, labels, flow = given.pop("shard_size"), given.pop("labels"), given.pop("flow")
-    assert (folder.manifest.batch_size, folder.manifest.shard_size, folder.drawn) == (2, 4, NUM)
-    want = by_sample(flow, NUM, size, labels, **given)
-    for i, samples in enumerate(want):
-        assert torch.equal(seen[size * i].images, samples.images)
-        assert np.array_equal(folder.images(i).permute(0, 2, 3, 1).numpy(), levels(samples.images))
-        assert folder.records()[i].cost.network_calls == samples.network_calls
-    if given.get("certify", True):
+    settings = {"flow": SMALL, "labels": CLASSES, "strategy": "jacobi-3", **CASES[name]}
+    folder = draw(tmp_path, **settings)
+    assert folder.drawn == 10
+    want = by_shard(num=10, size=4, batch_size=2, **settings)
+    assert np.array_equal(pixels_in(folder), levels(torch.cat([samples.images for samples in want])))
+    assert folder.cost().network_calls == sum(samples.network_calls for samples in want)
+    if settings.get("certify", True):
         assert torch.equal(folder.certificate(), torch.cat([samples.certificate for samples in want]))  # type: ignore
     else:
         assert folder.certificate() is None
-    again = [torch.stack([block.resolved_sequentially for block in samples.stats]).any(dim=0) for samples in want]
-    assert torch.equal(folder.resolved(), torch.cat(again))
-    assert folder.resolved().any() or name != "some are solved again"
-    assert folder.outcome(16).resolved == folder.resolved().sum()
+    resolved = sum(samples.resolved_sequentially for samples in want)
+    assert folder.outcome(16).resolved == folder.resolved().sum() == resolved
+    assert resolved > 0 or name != "some solved again"
 
 
 def test_trained_digits_in_batches_of_two_sizes(tmp_path: Path) -> None:
-    flow, labels, found = jf.load("digits-p1"), torch.arange(7), []
+    flow, pixels = jf.load("digits-p1"), []
     for size in (5, 4):
-        given: dict[str, Any] = {"strategy": "window:16", "denoise": 1.0, "seed": 3, "batch_size": size}
-        folder = jf.sample_to_folder(flow, 7, tmp_path / str(size), labels, shard_size=size, **given)
-        found.append(pixels_in(folder).astype(int))
-        want = torch.cat([samples.images for samples in by_sample(flow, 7, size, labels, **given)])
-        assert np.array_equal(found[-1], levels(want))
-    assert abs(found[0] - found[1]).max() <= 1, "more than a level apart"
+        out = tmp_path / str(size)
+        folder = jf.sample_to_folder(flow, 7, out, list(range(7)), strategy="window:16", denoise=1, batch_size=size)
+        pixels.append(pixels_in(folder).astype(int))
+    assert abs(pixels[0] - pixels[1]).max() <= 1, "more than a level apart"
 
 
 def test_auto_is_planned_once_for_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert draw(tmp_path / "auto", 4, strategy="auto").strategy() == jf.strategy.auto(SMALL, 2)
+    assert draw(tmp_path / "auto", strategy="auto").strategy() == jf.strategy.auto(SMALL, 2)
     plans, out = [jf.Strategy.uniform(jf.Solver(jf.Window(size)), 2) for size in (4, 5)], tmp_path / "to a tolerance"
     monkeypatch.setattr(module, "choose", lambda *_, **__: plans.pop(0))
     with pytest.raises(KeyboardInterrupt):
-        draw(out, strategy="auto:1e-2", on_shard=interrupt)
-    draw(out, strategy="auto:1e-2")
-    folder = draw(out, 17, strategy="auto:1e-2")
+        draw(out, strategy="auto:1e-2", progress=interrupt_after(4))
+    for num in (10, 17):
+        folder = draw(out, num=num, labels=torch.arange(num) % 3, strategy="auto:1e-2")
     assert len(plans) == 1
-    assert (folder.manifest.strategy, folder.manifest.tolerance) == ("auto:1e-2", None)
-    want = by_sample(SMALL, 17, 4, classes(17), strategy="window:4", batch_size=2)
-    assert np.array_equal(pixels_in(folder), levels(torch.cat([samples.images for samples in want])))
+    assert (folder.manifest.strategy, folder.strategy().solvers[0].partition) == ("auto:1e-2", jf.Window(4))
 
 
-def test_overwriting_keeps_the_strategy_file_that_it_is_given(drawn: Path, tmp_path: Path) -> None:
-    out = Path(shutil.copytree(drawn, tmp_path / "out"))
-    folder = draw(out, strategy=out / "strategy.json", overwrite=True)
-    assert folder.drawn == NUM
-    assert np.array_equal(pixels_in(folder), pixels_in(jf.SampleFolder.open(drawn)))
+# -------------------------------------------------------------------------------------------------------- interruptions
 
 
-OTHERS: dict[str, dict[str, Any]] = {
-    "strategy 'jacobi-3', not 'a Strategy'": {"strategy": SOMETIMES},
-    "guidance None, not Guidance(weight=0.7, ": {"flow": SMALL.guided(GUIDANCE)},
-    "other labels": {"labels": classes(NUM) * (torch.arange(NUM) != NUM - 2)},
-}
+def test_a_run_that_was_stopped_goes_on_after_its_last_shard(reference: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, progress=interrupt_after(4))
+    counts: list[tuple[int, int, str]] = []
+    assert jf.SampleFolder.open(tmp_path).manifest.checksums is None
+    assert run(tmp_path, progress=lambda *count: counts.append(count)).drawn == 6
+    assert counts == [(8, 10, "samples"), (10, 10, "samples")]
+    assert facts(tmp_path) == facts(reference)
+    assert run(tmp_path).drawn == 0
+
+
+def test_a_run_that_was_stopped_before_its_first_shard_may_change(tmp_path: Path) -> None:
+    for num, sizes in ((10, (10, 1020)), (100, (64, 1024))):  # the default ones
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, num, batch_size=None, shard_size=None, draw=interrupt)
+        manifest = jf.SampleFolder.open(tmp_path).manifest
+        assert (manifest.batch_size, manifest.shard_size) == sizes
+    assert run(tmp_path, seed=3, plan=lambda: OTHER).strategy() == OTHER
+
+
+def test_a_resume_warns_of_damage_and_of_another_machine(out: Path) -> None:
+    machine = {"device": "cuda", "threads": 2}
+    assert run(out, machine=machine).drawn == 0  # no warning
+    flip(out / "shards" / "00001.npz")
+    (out / "shards" / "00002.json").unlink()
+    with pytest.warns(UserWarning) as caught:
+        assert run(out, machine=machine).drawn == 6
+    assert [str(warning.message) for warning in caught] == [
+        f"{out}: shards [1] were damaged, and are drawn again",
+        f"{out}: begun on another machine: equal to rounding, not to the bit",
+    ]
+    assert jf.SampleFolder.open(out).manifest.machine == MACHINE
+
+
+def test_overwriting_draws_anew(reference: Path, tmp_path: Path) -> None:
+    run(tmp_path, 12, files="png", seed=3, plan=lambda: OTHER)
+    assert run(tmp_path, overwrite=True).drawn == 10
+    assert facts(tmp_path) == facts(reference)
+
+
+def test_the_first_process_waits_for_the_shards_of_the_others(
+    reference: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Processes, "on_first", lambda self, work: work())
+    (out / "shards" / "00000.json").unlink()
+    theirs, counts = out / "shards" / "00001.json", list[int]()
+    theirs.rename(out / "record")
+
+    def progress(done: int, *_: Any) -> None:
+        counts.append(done)
+        threading.Timer(0.3, (out / "record").rename, [theirs]).start()
+
+    assert run(out, processes=Processes(0, 2), progress=progress).drawn == 8
+    assert counts == [10]  # of a shard of its own, and as many of the other's
+    assert facts(out) == facts(reference)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_other_files_is_not_written_to(overwrite: bool, tmp_path: Path) -> None:
+    (tmp_path / ".hidden").write_text("mine")
+    run(tmp_path, 2, overwrite=overwrite)
+    for name in ("00000.npz", "manifest.json"):
+        other = tmp_path / f"folder of {name}"
+        other.mkdir()
+        (other / name).write_text("[]")
+        with pytest.raises(ValueError, match=r": holds files that this command did not write; give a new or empty"):
+            run(other, overwrite=overwrite)
+        assert everything(other) == {name: b"[]"}
+
+
+def test_other_settings_are_refused_before_anything_is_changed(out: Path) -> None:
+    before = everything(out)
+    changes: dict[str, dict[str, Any]] = {
+        "a run of 10 samples, more than 9; give num=10, or": {"num": 9},
+        "samples of seed 0, not 1;": {"seed": 1},
+        "samples of guidance None, not Guidance(weight=0.7, .*;": {"flow": tiny_flow().guided(GUIDANCE)},
+        "samples of shard_size 4, not 6;": {"shard_size": 6},
+        "samples of certify True, not False;": {"certify": False},
+        "samples of labels_sha256 '.*, not None;": {"labels": None},
+        "samples of strategy 'invented', not 'a Strategy';": {"strategy": OTHER},
+        "samples of strategy_sha256 .*;": {"plan": lambda: OTHER},
+    }
+    for words, changed in changes.items():
+        pattern = re.escape(words).replace(r"\.\*", ".*")
+        with pytest.raises(SampleFolderError, match=f"^{re.escape(str(out))}: holds {pattern} {REPLACE}$"):
+            run(out, **changed)
+        assert everything(out) == before
+    assert run(out, model="another name").drawn == 0
+    OTHER.save(out / "strategy.json")
+    with pytest.raises(SampleFolderError, match=r"strategy\.json: has changed since its run wrote it; restore"):
+        run(out)
+
+
 UNFIT: dict[str, dict[str, Any]] = {
     "strategy 'quickest': unknown": {"strategy": "quickest"},
     "num=0: give a positive whole number": {"num": 0, "labels": None},
@@ -133,33 +226,46 @@ UNFIT: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("words", [*OTHERS, *UNFIT])
-def test_settings_that_are_refused_lose_nothing(words: str, drawn: Path, tmp_path: Path) -> None:
-    before, changed = everything(drawn), {**OTHERS, **UNFIT}[words]
-    with pytest.raises(ValueError, match=re.escape(words)):
-        draw(drawn, **changed)
-    if words in UNFIT:
+@pytest.mark.parametrize("words", UNFIT)
+def test_settings_that_do_not_fit_lose_nothing(words: str, out: Path, tmp_path: Path) -> None:
+    before = everything(out)
+    for path in (out, tmp_path / "new"):
         with pytest.raises(ValueError, match=re.escape(words)):
-            draw(drawn, overwrite=True, **changed)
-        with pytest.raises(ValueError, match=re.escape(words)):
-            draw(tmp_path / "new", **changed)
-        assert not (tmp_path / "new").exists()
-    assert everything(drawn) == before
+            draw(path, overwrite=True, **UNFIT[words])
+    assert not (tmp_path / "new").exists()
+    assert everything(out) == before
+
+
+def test_samples_need_room_on_the_disk(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=159))
+    before = everything(out)
+    run(out)
+    for path, num in ((out, 20), (out.parent / "new", 10)):
+        with pytest.raises(SampleFolderError, match=r": the samples to draw take 0\.0 MB, 0\.0 MB are free; make ro"):
+            run(path, num)
+    assert everything(out) == before
 
 
 def test_samples_that_are_no_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Instead of stored as images of other values."""
     monkeypatch.setattr(type(SMALL), "to_images", lambda self, x: x)
     with pytest.raises(ValueError, match=r"^samples of shape \(16, 4\) are not images .*; draw them with jac"):
-        draw(tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+        draw(tmp_path)
 
 
 def test_png_is_for_one_channel_or_three_and_needs_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flow = to_float32(make_flow(in_channels=2, image_size=4))
-    with pytest.raises(ValueError, match=r"^files='png': holds images of 1 or 3 channels, not 2; give npz$"):
-        jf.sample_to_folder(flow, 2, tmp_path, files="png", **SETTINGS)
-    assert jf.sample_to_folder(flow, 2, tmp_path, **SETTINGS).images(0).shape == (2, 2, 4, 4)
+    flows = {num: to_float32(make_flow(in_channels=num, image_size=4)) for num in (2, 3)}
+    with pytest.raises(ValueError, match=r"^files='png': in_channels=2: give 1 or 3$"):
+        draw(tmp_path / "two", flows[2], labels=None, files="png")
+    assert draw(tmp_path / "two", flows[2], labels=None).images(0).shape == (4, 2, 4, 4)
+    folder = draw(tmp_path / "three", flows[3], labels=None, files="png")
+    with Image.open(folder.path / "images" / "00000001.png") as image:
+        assert np.array_equal(np.asarray(image), folder.images(0)[1].permute(1, 2, 0).numpy())
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ValueError, match=r"^PNG files need Pillow: pip install 'jacobiflow\[cli\]', or give"):
         draw(tmp_path / "new", files="png")
+
+
+def test_a_folder_that_a_process_does_not_see_is_refused(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Processes, "on_first", lambda self, work: [work(), (out / "manifest.json").unlink()][0])
+    with pytest.raises(SampleFolderError, match=r": process 1 does not see it; give one on a shared disk$"):
+        run(out, processes=Processes(1, 2))

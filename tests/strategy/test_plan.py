@@ -13,7 +13,7 @@ import torch
 import jacobiflow as jf
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
-from jacobiflow.strategy.rounding import rounding_floor
+from jacobiflow.strategy.plan import rounding_floor
 from tests.helpers.invented import GUIDANCE, TOKENS, Machine, draw, small, tuned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,7 +104,7 @@ def test_a_tolerance_below_the_network_s_rounding_is_raised_to_it(monkeypatch: p
     flow, digits = (machine.carry(jf.load("digits-p1", dtype=dtype), monkeypatch) for dtype in ("bfloat16", None))
     flow.report_files = digits.report_files = ()
     z = draw_latents(4, 64, 1, start=FIRST_CALIBRATION_LATENT)
-    floor, exact = rounding_floor(flow, z), draw(flow, "sequential", z, certify="always")
+    floor, exact = rounding_floor(flow), draw(flow, "sequential", z, certify="always")
     assert exact.certificate is not None
     assert float(exact.certificate.max()) <= floor < 0.2
     with pytest.warns(UserWarning, match=r"tolerance 0\.001 is below the rounding of this flow's network: planned for"):
@@ -114,7 +114,7 @@ def test_a_tolerance_below_the_network_s_rounding_is_raised_to_it(monkeypatch: p
     with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="below the rounding"):
         jf.plan(digits, batch_size=1, tolerance=1e-4)
     flow.blocks[0].proj_out.bias.data[:1] = 200.0  # whose exact inverse overflows: that tells no rounding
-    assert rounding_floor(flow, z) < math.inf
+    assert rounding_floor(flow) < math.inf
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +29,10 @@ def test_the_exact_loop_and_an_evaluation_are_timed(monkeypatch: pytest.MonkeyPa
     assert exact.evaluation == pytest.approx(machine.seconds(4, TOKENS))
     assert exact.bf16 == pytest.approx(0.25 * exact.evaluation, rel=0.1)
     assert exact.spread == 0
-    assert exact.has_fast_bf16
     assert exact.least_iteration == pytest.approx((3 * 0.25 + 2) * exact.evaluation, rel=0.1)
-    slow = Exact(1.0, 0.1, 0.09, 0.0)
-    assert (slow.has_fast_bf16, slow.least_iteration) == (False, pytest.approx(0.5))
+    block = Machine(1.0, 0.01, low=0.9).carry(small(), monkeypatch).blocks[1]
+    assert time_exact(block, Z, LABELS).bf16 == math.inf
+    assert Exact(1.0, 0.1, math.inf, 0.0).least_iteration == pytest.approx(0.5)
 
 
 @jf.register("quarters")
@@ -48,7 +49,7 @@ class Quarters(jf.Partition):
 
 
 def test_candidates_are_those_of_every_partition_with_what_is_fitted() -> None:
-    fitted, slow, fast = fitted_block(), Exact(9.0, 1.0, 2.0, 0.0), Exact(9.0, 1.0, 0.5, 0.0)
+    fitted, slow, fast = fitted_block(), Exact(9.0, 1.0, math.inf, 0.0), Exact(9.0, 1.0, 0.5, 0.0)
     plain = candidates(small().blocks[0], 196, 1e-3, None, slow)
     assert {solver.partition for solver in plain} == {jf.Whole(), jf.Window(32), jf.Window(64), Quarters()}
     assert {(solver.guess, solver.correction) for solver in plain} == {(jf.Latent(), jf.Plain())}
@@ -84,7 +85,7 @@ def test_the_fastest_wins_at_its_real_time(batch_size: int, monkeypatch: pytest.
 def test_a_slow_solver_is_abandoned_and_the_loop_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(1.0, 0.01, slower={1: 30.0})
     flow = machine.carry(small(), monkeypatch)
-    contest = Race(Exact(20.0, 1.0, 9.0, 0.0), 4, 1e-3, time_limit=1e9)
+    contest = Race(Exact(20.0, 1.0, math.inf, 0.0), 4, 1e-3, time_limit=1e9)
     began = machine.now
     assert contest.run(flow.blocks[1], Z, LABELS, SOLVERS) is None
     assert machine.now - began < 3 * (20.0 + machine.seconds(4, TOKENS) * 30)  # a sweep beyond the limit each

@@ -15,11 +15,8 @@ from hypothesis import strategies as st
 
 import jacobiflow as jf
 from jacobiflow.calibration import gs_jacobi_notation
-from jacobiflow.calibration.convergence import TOLERANCES
-from jacobiflow.calibration.metrics import NORMS, Metrics
+from jacobiflow.calibration.metrics import Metrics
 from jacobiflow.calibration.report import GUESS_NAMES
-from jacobiflow.flows.folder import bundled
-from jacobiflow.solvers import Stopping
 from jacobiflow.strategy import Prediction
 from tests.helpers.invented import GUIDANCE, Counts, counted, igm, make_report, same, trace
 from tests.helpers.running import put
@@ -37,9 +34,8 @@ PLAN = jf.Strategy(
 def test_a_strategy_comes_back_from_its_file(tmp_path: Path) -> None:
     PLAN.save(tmp_path / "plan.json")
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
-    for path in (tmp_path / "plan.json", str(tmp_path / "plan.json")):
-        back = jf.Strategy.load(path)
-        assert (back, back.fingerprint, back.prediction) == (PLAN, PLAN.fingerprint, PLAN.prediction)
+    back = jf.Strategy.load(tmp_path / "plan.json")
+    assert (back, back.fingerprint, back.prediction) == (PLAN, PLAN.fingerprint, PLAN.prediction)
     value = json.loads((tmp_path / "plan.json").read_text())
     assert (value["format_version"], value["fingerprint"], value["tolerance"]) == (1, "f" * 64, 1e-3)
     assert hash(back) == hash(PLAN) == hash(replace(PLAN, fingerprint=None))
@@ -49,12 +45,9 @@ def test_a_strategy_comes_back_from_its_file(tmp_path: Path) -> None:
 BROKEN: list[tuple[list[Any], Any, str]] = [
     (["format_version"], 2, "not a strategy of format_version 1"),
     (["solvers"], [], "solvers: 0 of them"),
-    (["solvers", 1], "window", r"solvers\[1\]: Expected `object`, got `str`"),
-    (["solvers", 0, "stopping", "kind"], "x", r"solvers\[0\]: stopping: 'kind' unknown"),
     (["solvers", 0, "bf16_sweeps"], -1, r"solvers\[0\]: bf16_sweeps=-1"),
     (["prediction"], {}, "prediction: .*missing"),
     (["tolerance"], -1, "tolerance=-1"),
-    (["fingerprint"], 7, r"fingerprint: Expected `str \| null`, got `int`"),
 ]
 
 
@@ -65,18 +58,7 @@ def test_a_broken_file_is_one_error_that_names_the_place(path: Any, new: Any, me
         jf.Strategy.load(tmp_path / "plan.json")
 
 
-def test_a_file_that_holds_no_strategy_is_an_error_that_names_it(tmp_path: Path) -> None:
-    for content in (b"", b"[1]", b"\xff\xfe\x00", b"[" * 10**5):
-        (tmp_path / "plan.json").write_bytes(content)
-        for path in (tmp_path / "plan.json", tmp_path, tmp_path / "absent.json"):
-            with pytest.raises(ValueError, match=f"^strategy .*{path.name}: "):
-                jf.Strategy.load(path)
-
-
 def test_the_tolerance_that_a_plan_was_made_for_stays() -> None:
-    stopping = (jf.Tolerance(1), Stopping(0.5, 3, 0.1), jf.MaxSweeps(2))
-    assert [jf.Strategy((jf.Solver(stopping=each),)).has_tolerance for each in stopping] == [True, True, False]
-    assert PLAN.has_tolerance
     assert PLAN.with_tolerance(1e-3) is PLAN
     with pytest.raises(ValueError, match=r"tolerance=0\.01: the strategy was planned for 0\.001; plan again"):
         PLAN.with_tolerance(1e-2)
@@ -87,32 +69,22 @@ LATENT = jf.Latent()
 BEST_6 = ["zeros", "mean_affine", "latent", "mean_affine", "latent", "zeros"]  # of equals, the first
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_a_report_gives_each_block_the_guess_of_the_smallest_igm(norm: Any) -> None:
-    report = make_report([1] * 6, IGM_6, norm=norm)
+def test_a_report_gives_each_block_the_guess_of_the_smallest_igm() -> None:
+    report = make_report([1] * 6, IGM_6, norm=1)
     named = [{"latent": LATENT, "zeros": jf.Zeros()}.get(name) for name in BEST_6]
     want = [guess or report.mean_affine[block] for block, guess in enumerate(named)]
-    for text in ("[0/5-4-3-2]", "jacobi", "Original", "Jacobi-3", "window:4", "gs-jacobi:4"):
+    for text in ("[0/5-4-3-2]", "window:4"):
         found, plain = jf.Strategy.parse(text, report), jf.Strategy.parse(text, num_blocks=6, num_tokens=16)
         assert [solver.guess for solver in found.solvers] == want
         assert [replace(solver, guess=LATENT) for solver in found.solvers] == list(plain.solvers)
         assert (found.fingerprint, plain.fingerprint) == (report.fingerprint, None)
-    for text, guess in (("jacobi+zeros", jf.Zeros()), ("jacobi+latent", LATENT)):  # named ones are kept
-        assert {solver.guess for solver in jf.Strategy.parse(text, report).solvers} == {guess}
+    assert {solver.guess for solver in jf.Strategy.parse("jacobi+zeros", report).solvers} == {jf.Zeros()}
 
 
-@pytest.mark.parametrize(
-    ("with_report", "sizes", "message"),
-    [
-        (True, {"num_blocks": 5}, "num_blocks=5, but the report is of a flow with 6"),
-        (True, {"num_blocks": 6, "num_tokens": 8}, "num_tokens=8, but the report is of a flow with 16"),
-        (False, {}, "give a report, or num_blocks"),
-        (False, {"num_blocks": 8}, "num_tokens of the flow"),
-    ],
-)
-def test_sizes_are_those_of_the_report_or_given(with_report: bool, sizes: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        jf.Strategy.parse("jacobi", make_report([1] * 6, IGM_6) if with_report else None, **sizes)
+def test_sizes_are_those_of_the_report_or_of_the_caller() -> None:
+    for sizes in ({}, {"num_blocks": 8}, {"num_tokens": 8}):
+        with pytest.raises(ValueError, match="give a report, or num_blocks and num_tokens of the flow"):
+            jf.Strategy.parse("jacobi", **sizes)
 
 
 # ---------------------------------------------------------------------------------------- Algorithm 1, invented numbers
@@ -210,16 +182,3 @@ def test_a_tough_block_gets_the_cheapest_of_what_was_measured(
         segments[count] = [same(*rows[i % len(rows)]) for i in range(count)]
     report = make_report((1.0, 90.0, 1.0), segments={1: segments}, num_tokens=length)
     assert_cheapest(report, 1, 1e-2, call_cost, per_segment)
-
-
-def test_a_real_report_gives_the_cheapest_way_too() -> None:
-    """That of the bundled flow of fashion images: in one piece where calls are dear, else token by token."""
-    report = jf.Report.load(bundled()["fashion-p2"] / "report.json")
-    (tough,) = report.tough_blocks
-    chosen = {
-        assert_cheapest(report, tough, tolerance, call_cost, per_segment)
-        for tolerance, per_segment in zip(TOLERANCES, (False, True, False, True), strict=True)
-        for call_cost in (0.0, 4.0, 32.0, 1e4)
-    }
-    assert len(chosen) > 2
-    assert chosen >= {1, report.num_tokens}

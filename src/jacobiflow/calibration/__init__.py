@@ -2,20 +2,13 @@
 
 from jacobiflow.calibration.algorithm import gs_jacobi_notation
 from jacobiflow.calibration.calibrate import calibrate
-from jacobiflow.calibration.convergence import Trace, distances
+from jacobiflow.calibration.convergence import Trace, distances, initial_residuals
 from jacobiflow.calibration.error_matrix import gamma_norm, gamma_products
-from jacobiflow.calibration.metrics import (
-    DOMINANCE,
-    Components,
-    Metrics,
-    initial_residuals,
-    matrix_norm,
-    tough_blocks,
-)
+from jacobiflow.calibration.metrics import Components, Metrics, matrix_norm, tough_blocks
 from jacobiflow.calibration.report import ClassSpread, Report, Settings, Spread, find_report, rank_correlation
 
 __all__ = [
-    "DOMINANCE", "ClassSpread", "Components", "Metrics", "Report", "Settings", "Spread", "Trace", "calibrate",
+    "ClassSpread", "Components", "Metrics", "Report", "Settings", "Spread", "Trace", "calibrate",
     "distances", "find_report", "gamma_norm", "gamma_products", "gs_jacobi_notation", "initial_residuals",
     "matrix_norm", "rank_correlation", "tough_blocks",
 ]  # fmt: skip

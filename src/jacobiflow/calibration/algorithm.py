@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from jacobiflow.calibration.convergence import Trace
 from jacobiflow.calibration.report import Report
 from jacobiflow.checks import check_flag, check_kind, check_number
 
@@ -44,10 +43,9 @@ def gs_jacobi_notation(
     others = max(1, *(count for block, count in enumerate(needed) if block not in tough))
     if not tough:
         return f"Jacobi-{others}"
-    segments, sweeps = zip(
-        *(_cheapest_segments(report, block, tolerance, per_segment, call_cost) for block in tough), strict=True
-    )
-    return f"[{_joined(tough)}-{_joined(segments)}-{_joined(sweeps)}-{others}]"
+    ways = [_cheapest_segments(report, block, tolerance, per_segment, call_cost) for block in tough]
+    stack, segments, sweeps = ("/".join(map(str, column)) for column in (tough, *zip(*ways, strict=True)))
+    return f"[{stack}-{segments}-{sweeps}-{others}]"
 
 
 def _cheapest_segments(
@@ -57,20 +55,10 @@ def _cheapest_segments(
     length = report.num_tokens
     best, least_cost = (length, "1"), length * (1 + call_cost)
     for count, traces in report.segment_traces[block].items():
-        sweeps = [_sweeps(trace, tolerance, length) for trace in traces]
+        sweeps = [max(1, *trace.reach(tolerance, length)) for trace in traces]
         total = sum(sweeps) if per_segment else count * max(sweeps)
         cost = total * (length / count + call_cost)
         if max(sweeps) <= length // count and cost < least_cost:
             best = count, ",".join(map(str, sweeps)) if per_segment else str(max(sweeps))
             least_cost = cost
     return best
-
-
-def _sweeps(trace: Trace, tolerance: float, most: int) -> int:
-    """Sweeps of the slowest sample, between 1 and `most`."""
-    count = trace.slowest(tolerance)
-    return most if count is None else max(1, min(count, most))
-
-
-def _joined(values: tuple[object, ...]) -> str:
-    return "/".join(map(str, values))

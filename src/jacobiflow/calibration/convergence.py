@@ -1,19 +1,18 @@
-"""Distances of plain sweeps to the solution, sweep by sweep."""
+"""Plain sweeps of a block towards its solution: the residual after one, and distances sweep by sweep."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.calibration.metrics import segment_runs
-from jacobiflow.checks import check_fields
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import Block
-from jacobiflow.solvers import Guess, no_gradients
+from jacobiflow.solvers import Guess, Segments, no_gradients
 from jacobiflow.solvers.solve import check_tokens
 
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -35,31 +34,43 @@ class Trace:
     largest: tuple[float, ...]
     sweeps: Mapping[float, tuple[int | None, ...]]
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-        lengths = {len(row) for row in self.sweeps.values()}
-        if not self.median or len(self.median) != len(self.largest) or len(lengths) != 1 or 0 in lengths:
-            raise InputValueError("trace: give a median and a largest distance for each k, and tolerances with counts")
-
-    def slowest(self, tolerance: float) -> int | None:
-        """The sweeps of the slowest sample; `None` if a sample stays above."""
-        counts = self.reach(tolerance)
-        return None if None in counts else max(count for count in counts if count is not None)
-
-    def reach(self, tolerance: float) -> tuple[int | None, ...]:
-        """`sweeps[tolerance]`. Raises ValueError if that was not measured."""
+    def reach(self, tolerance: float, most: int) -> tuple[int, ...]:
+        """The sweeps of each sample to a tolerance that was measured; `most` if rounding keeps it above."""
         if tolerance not in self.sweeps:
             raise InputValueError(f"tolerance {tolerance}: measured are {', '.join(f'{t:g}' for t in self.sweeps)}")
-        return self.sweeps[tolerance]
+        return tuple(most if count is None else count for count in self.sweeps[tolerance])
 
     @classmethod
-    def of(cls, distances: Float[Tensor, "k b"]) -> Trace:
-        """The trace of `distances`: a row for each number of sweeps, a column for each sample."""
+    def of(cls, batches: Sequence[Float[Tensor, "k b"]]) -> Trace:
+        """The trace of the distances of batches: a row for each number of sweeps, a column for each sample.
+
+        If a batch has fewer rows than another, it stays at its last distance.
+        """
+        longest = max(map(len, batches))
+        distances = torch.cat([torch.cat((b, b[-1:].expand(longest - len(b), -1))) for b in batches], dim=1)
         return cls(
             median=tuple(distances.median(dim=1).values.tolist()),
             largest=tuple(distances.amax(dim=1).tolist()),
             sweeps={tolerance: tuple(_reached(row, tolerance) for row in distances.T) for tolerance in TOLERANCES},
         )
+
+
+def initial_residuals(
+    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess, context: Tensor | None = None,
+    count: int = 1,
+) -> Float[Tensor, "b t c"]:  # fmt: skip
+    """Computes g(X^(0)) - X*, the residual in IGM (eq. 4).
+
+    X* is `x`, the solution at `z`. With `count` > 1 it is that of Gauss-Seidel-Jacobi: each of the `count` segments is
+    swept once from the guess, the segments before it being solved.
+    """
+    check_tokens(block, z, context, x=x)
+    with no_gradients(block):
+        residuals = [
+            block.update(start, z, run.start, run.stop, cache) - x[:, run]
+            for run, start, cache in _each_segment(block, x, z, guess, context, count)
+        ]
+    return torch.cat(residuals, dim=1)
 
 
 def distances(
@@ -77,10 +88,8 @@ def distances(
     check_tokens(block, z, context, x=x)
     curves = []
     with no_gradients(block):
-        cache = block.init_cache(z, context)
-        start = guess(z)
-        for run in segment_runs(z.shape[1], count):
-            current = torch.cat((x[:, : run.start], start[:, run.start :]), dim=1)
+        for run, start, cache in _each_segment(block, x, z, guess, context, count):
+            current = start.clone()
             curve = [_distance(current[:, run], x[:, run])]
             for front in range(run.start, run.stop):  # tokens before it are final, by Proposition 1
                 rest = slice(front, run.stop)
@@ -91,16 +100,24 @@ def distances(
                 if is_settled:
                     break
             curves.append(torch.stack(curve))
-            if run.stop < z.shape[1]:
-                block.update(x, z, run.start, run.stop, cache)  # the keys of the solution, for the next segment
     return [curve.clone() for curve in curves]  # outside inference mode, ordinary tensors
 
 
-def joined(parts: Iterable[Float[Tensor, "k b"]]) -> Float[Tensor, "k n"]:
-    """Curves of several batches side by side; a shorter one stays at its last distance."""
-    parts = list(parts)
-    longest = max(len(part) for part in parts)
-    return torch.cat([torch.cat((part, part[-1:].expand(longest - len(part), -1))) for part in parts], dim=1)
+def segment_runs(length: int, count: int) -> list[slice]:
+    """The `count` runs of tokens of `Segments(count)`."""
+    Segments(count).check(length)
+    return [slice(k * length // count, (k + 1) * length // count) for k in range(count)]
+
+
+def _each_segment(
+    block: Block, x: Tensor, z: Tensor, guess: Guess, context: Tensor | None, count: int
+) -> Iterator[tuple[slice, Tensor, Any]]:
+    """Each segment with its start, the guess after the solution of the segments before, and their cache."""
+    cache, start = block.init_cache(z, context), guess(z)
+    for run in segment_runs(z.shape[1], count):
+        yield run, torch.cat((x[:, : run.start], start[:, run.start :]), dim=1), cache
+        if run.stop < z.shape[1]:
+            block.update(x, z, run.start, run.stop, cache)  # the keys of the solution, for the next segment
 
 
 def _distance(x: Tensor, answer: Tensor) -> Float[Tensor, " b"]:

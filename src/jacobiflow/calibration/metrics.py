@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.checks import check_choice, check_fields, check_floating, check_number, check_numbers
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.base import Block
-from jacobiflow.solvers import Guess, Segments, no_gradients
-from jacobiflow.solvers.solve import check_tokens
 
 Norm = Literal[2, "fro", 1]
 NORMS: tuple[Norm, ...] = (2, "fro", 1)
-DOMINANCE = 1 / 3
-"""The share of the remaining blocks' CRM above which a block is tough by default, see `tough_blocks`."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +43,6 @@ class Metrics:
     igm: tuple[Mapping[str, float], ...]
     components: tuple[Components, ...] | None
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.components is not None and len(self.components) != len(self.igm):
-            raise InputValueError(
-                f"metrics: components of {len(self.components)} blocks or segments, IGM of {len(self.igm)}"
-            )
-
     @property
     def crm(self) -> tuple[float, ...]:
         """Eq. (5). Raises ValueError if it is not defined."""
@@ -82,7 +68,7 @@ class Metrics:
         return min(self.igm[block], key=lambda name: self.igm[block][name])
 
 
-def tough_blocks(crm: Sequence[float], dominance: float = DOMINANCE) -> tuple[int, ...]:
+def tough_blocks(crm: Sequence[float], dominance: float = 1 / 3) -> tuple[int, ...]:
     """Finds the blocks whose CRM dominates: the ones to stack (end of section 3.4 of the paper).
 
     The block with the largest CRM is taken out, again and again, while its share of the sum over the blocks that remain
@@ -94,7 +80,6 @@ def tough_blocks(crm: Sequence[float], dominance: float = DOMINANCE) -> tuple[in
         >>> tough_blocks([141.2, 9.3, 1.4, 1.8, 7.7, 5.1, 3.1, 19.8])  # Img64cond, Table 2 of the paper
         (0, 7)
     """
-    crm, dominance = check_numbers("crm", crm), check_number("dominance", dominance)
     remaining = dict(enumerate(crm))
     tough = []
     while len(remaining) > 2:
@@ -111,41 +96,6 @@ def matrix_norm(matrix: Float[Tensor, "t c"], norm: Norm) -> float:
 
     It is infinite if an entry is not finite: a guess that overflows is as bad as can be.
     """
-    check_floating("matrix", matrix, ("rows", "columns"))
-    norm = check_choice("norm", norm, NORMS)
     if not torch.isfinite(matrix).all():
         return float("inf")
     return float(torch.linalg.matrix_norm(matrix.double(), ord=norm))
-
-
-def segment_runs(length: int, count: int) -> list[slice]:
-    """The `count` runs of tokens of `Segments(count)`."""
-    partition = Segments(count)
-    partition.check(length)
-    stops = [0]
-    while stops[-1] < length:
-        stops.append(partition.stop(stops[-1], length))
-    return [slice(start, stop) for start, stop in pairwise(stops)]
-
-
-def initial_residuals(
-    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guesses: Mapping[str, Guess],
-    context: Tensor | None = None, count: int = 1,
-) -> dict[str, Float[Tensor, "b t c"]]:  # fmt: skip
-    """Computes g(X^(0)) - X*, the residual in IGM (eq. 4), for each guess.
-
-    X* is `x`, the solution at `z`. With `count` > 1 it is that of Gauss-Seidel-Jacobi: each of the `count` segments is
-    swept once from the guess, the segments before it being solved.
-    """
-    check_tokens(block, z, context, x=x)
-    with no_gradients(block):
-        cache = block.init_cache(z, context)
-        starts = {name: guess(z) for name, guess in guesses.items()}
-        residuals = {name: torch.empty_like(x) for name in guesses}
-        for run in segment_runs(z.shape[1], count):
-            for name, start in starts.items():
-                mixed = torch.cat((x[:, : run.start], start[:, run.start :]), dim=1)
-                residuals[name][:, run] = block.update(mixed, z, run.start, run.stop, cache) - x[:, run]
-            if run.stop < z.shape[1]:
-                block.update(x, z, run.start, run.stop, cache)  # the keys of the solution, for the next segment
-    return {name: values.clone() for name, values in residuals.items()}  # outside inference mode, ordinary tensors

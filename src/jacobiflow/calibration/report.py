@@ -12,7 +12,7 @@ import numpy as np
 from jacobiflow import codec
 from jacobiflow.calibration.convergence import Trace
 from jacobiflow.calibration.metrics import Components, Metrics, Norm
-from jacobiflow.checks import check_choice, check_count, check_fields, check_number, check_seed
+from jacobiflow.checks import check_choice, check_count, check_number
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.fingerprint import check_fingerprint
 from jacobiflow.flows.guidance import Guidance
@@ -21,6 +21,11 @@ from jacobiflow.solvers import Guess, Latent, MeanAffine, Zeros
 
 GUESS_NAMES = ("latent", "zeros", "mean_affine")
 Start = Literal["images", "noise"]
+
+
+def named_guesses(mean_affine: MeanAffine) -> dict[str, Guess]:
+    """The guesses of a block by the names that `Report.igm` uses."""
+    return dict(zip(GUESS_NAMES, (Latent(), Zeros(), mean_affine), strict=True))
 
 
 @dataclass(frozen=True)
@@ -35,18 +40,18 @@ class Settings:
     traced: int
     seed: int
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for name in ("num_images", "segments", "traced"):
-            check_count(name, getattr(self, name))
-        check_seed(self.seed)
-
 
 class Spread(NamedTuple):
     """Mean and standard deviation over classes."""
 
     mean: float
     std: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The mean and the (population) standard deviation of values."""
+        with np.errstate(invalid="ignore"):  # of an infinity there is no standard deviation: NaN
+            return cls(float(np.mean(values)), float(np.std(values)))
 
 
 @dataclass(frozen=True)
@@ -107,23 +112,6 @@ class Report(codec.Document):
     segment_traces: Mapping[int, Mapping[int, tuple[Trace, ...]]]
     gamma: tuple[tuple[float, ...], ...]
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.settings.norm not in self.metrics or "noise" not in self.traces:
-            raise InputValueError(
-                f"report without metrics in norm {self.settings.norm!r}, or without sweeps from noise"
-            )
-        of_blocks = [*self.metrics.values(), *self.class_metrics.values()]
-        counts = {len(self.gamma), *(len(m.igm) for m in of_blocks), *map(len, self.traces.values())}
-        if counts != {self.num_blocks}:
-            raise InputValueError(f"report whose parts are of {sorted({self.num_blocks, *counts})} blocks")
-        if not {*self.segment_metrics, *self.segment_traces} <= set(range(self.num_blocks)):
-            raise InputValueError(f"report with segments of a block that is none of its {self.num_blocks}")
-        if any(set(row) != set(GUESS_NAMES) for m in of_blocks for row in m.igm):
-            raise InputValueError(f"report without one of the guesses {', '.join(GUESS_NAMES)}")
-        for guess in self.mean_affine:
-            guess.check(self.num_tokens, self.token_channels)
-
     @property
     def num_blocks(self) -> int:
         """L."""
@@ -132,41 +120,40 @@ class Report(codec.Document):
     @property
     def igm(self) -> tuple[Mapping[str, float], ...]:
         """Per block, the IGM of each guess: "latent", "zeros", "mean_affine" (eq. 4, Table 1 of the paper)."""
-        return self.metrics[self.settings.norm].igm
+        return self._chosen.igm
 
     @property
     def crm(self) -> tuple[float, ...]:
         """Per block, CRM (eq. 5, Table 2 of the paper). Raises ValueError if it is not defined."""
-        return self.metrics[self.settings.norm].crm
+        return self._chosen.crm
 
     @property
     def crm_percent(self) -> tuple[float, ...]:
         """Per block, the share in the sum of CRM, in percent."""
-        return self.metrics[self.settings.norm].crm_percent
+        return self._chosen.crm_percent
 
     @property
     def components(self) -> tuple[Components, ...] | None:
         """Per block |Sigma^-1 X|, |W_s| and |W_u| (Table 6 of the paper); `None` if CRM is not defined."""
-        return self.metrics[self.settings.norm].components
+        return self._chosen.components
 
     @property
     def tough_blocks(self) -> tuple[int, ...]:
         """Blocks whose CRM dominates, see `jacobiflow.calibration.tough_blocks`."""
-        return self.metrics[self.settings.norm].tough_blocks
+        return self._chosen.tough_blocks
+
+    @property
+    def _chosen(self) -> Metrics:
+        return self.metrics[self.settings.norm]
 
     def best_guess(self, block: int) -> str:
         """The name of the guess with the smallest IGM in `block` (section 3.2 of the paper)."""
-        block = check_count("block", block, 0, self.num_blocks - 1)
-        return self.metrics[self.settings.norm].best_guess(block)
+        return self._chosen.best_guess(check_count("block", block, 0, self.num_blocks - 1))
 
     def guess(self, block: int) -> Guess:
         """The guess that `best_guess` names."""
-        return self.guesses(block)[self.best_guess(block)]
-
-    def guesses(self, block: int) -> Mapping[str, Guess]:
-        """The guesses of `block` by the names that `igm` uses."""
-        block = check_count("block", block, 0, self.num_blocks - 1)
-        return dict(zip(GUESS_NAMES, (Latent(), Zeros(), self.mean_affine[block]), strict=True))
+        name = self.best_guess(block)
+        return named_guesses(self.mean_affine[block])[name]
 
     def mean_sweeps(self, start: Start, tolerance: float, guess: str | None = None) -> tuple[float, ...]:
         """Averages, per block, the samples' numbers of plain sweeps to a tolerance.
@@ -182,13 +169,15 @@ class Report(codec.Document):
         """As `mean_sweeps`, of the slowest sample."""
         return tuple(max(row) for row in self._sweeps(start, tolerance, guess))
 
-    def _sweeps(self, start: Start, tolerance: float, guess: str | None) -> list[list[int]]:
+    def _sweeps(self, start: Start, tolerance: float, guess: str | None) -> list[tuple[int, ...]]:
         check_choice("start", start, tuple(self.traces))
         tolerance = check_number("tolerance", tolerance)
         if guess is not None:
             check_choice("guess", guess, GUESS_NAMES)
-        counts = [row[guess or self.best_guess(block)].reach(tolerance) for block, row in enumerate(self.traces[start])]
-        return [[self.num_tokens if count is None else count for count in row] for row in counts]
+        return [
+            row[guess or self.best_guess(block)].reach(tolerance, self.num_tokens)
+            for block, row in enumerate(self.traces[start])
+        ]
 
     def rank_correlation(
         self, metric: Literal["crm", "gamma"], start: Start = "noise", tolerance: float = 1e-3
@@ -219,9 +208,6 @@ def find_report(flow: ImageFlow) -> Path | None:
 
     Without one of this guidance it is that of another, report.json first; without any it is `None`.
 
-    Raises:
-        ValueError: If a report is broken.
-
     Example:
         >>> jf.find_report(jf.load("digits-p1")).name
         'report.json'
@@ -239,30 +225,22 @@ def find_file(flow: ImageFlow, name: str, guidance_of: Callable[[Path], Guidance
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Computes Spearman's rank correlation, equals sharing their mean rank; NaN if one side is constant."""
-    a, b = (_ranks(np.asarray(values, float)) for values in (first, second))
-    a, b = a - a.mean(), b - b.mean()
-    scale = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / scale if scale else float("nan")
+    with np.errstate(invalid="ignore"):
+        return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, the mean of those that equals share."""
-    below = (values[None] < values[:, None]).sum(axis=1)
-    equal = (values[None] == values[:, None]).sum(axis=1)
-    return below + (equal + 1) / 2
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    """How many values are below each, less how many are above it: its mean rank but for a scale."""
+    column = np.asarray(values)[:, None]
+    return (column > values).sum(axis=1) - (column < values).sum(axis=1)
 
 
 def _class_spread(classes: Sequence[Metrics], block: int) -> ClassSpread:
-    def spread(value: Callable[[Metrics], float]) -> Spread:
-        values = [value(metrics) for metrics in classes]
-        with np.errstate(invalid="ignore"):  # of an infinity there is no standard deviation: NaN
-            return Spread(float(np.mean(values)), float(np.std(values)))
-
     is_defined = classes[0].components is not None
     best = [metrics.best_guess(block) for metrics in classes]
     return ClassSpread(
-        rank=spread(lambda m: 1 + sum(crm < m.crm[block] for crm in m.crm)) if is_defined else None,
-        percent=spread(lambda m: m.crm_percent[block]) if is_defined else None,
-        igm={name: spread(lambda m, name=name: m.igm[block][name]) for name in GUESS_NAMES},  # type: ignore[misc]
+        rank=Spread.of([1 + sum(crm < m.crm[block] for crm in m.crm) for m in classes]) if is_defined else None,
+        percent=Spread.of([m.crm_percent[block] for m in classes]) if is_defined else None,
+        igm={name: Spread.of([m.igm[block][name] for m in classes]) for name in GUESS_NAMES},
         wins={name: best.count(name) for name in GUESS_NAMES},
     )

@@ -58,15 +58,16 @@ def info(
 
 def _check(path: str, json: Path | None) -> None:
     """Prints the problems of a folder; exits with 2 if there is one."""
-    from jacobiflow import storage, training
+    from jacobiflow import training
     from jacobiflow.errors import InputValueError
     from jacobiflow.flows.folder import CONFIG, WEIGHTS, bundled
     from jacobiflow.locking import MANIFEST
+    from jacobiflow.storage import SampleFolder
 
     folder = bundled().get(path, Path(path))
     kinds = {
         "a model": ((CONFIG, WEIGHTS), _model_problems),
-        "samples": ((MANIFEST,), storage.check),
+        "samples": ((MANIFEST,), lambda path: SampleFolder.open(path).problems()),
         "a training run": (("checkpoint.pt",), training.problems),
     }
     content = [name for name, (files, _) in kinds.items() if any((folder / file).exists() for file in files)]

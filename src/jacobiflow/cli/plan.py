@@ -43,9 +43,9 @@ def plan(
     """
     import shlex
 
+    from jacobiflow.memory import batch_bytes, fitting_batch
     from jacobiflow.strategy import Tuning, find_tuning
     from jacobiflow.strategy import plan as race
-    from jacobiflow.strategy.memory import batch_bytes, fitting_batch
 
     options.check_output("--out", out, model)
     if out.suffix != ".json":

@@ -37,7 +37,7 @@ def sample(
         int | None, Option(min=1, help="Images in a file, which a stopped run loses. Default: about 1,024.")
     ] = None,
     files: Annotated[
-        Literal["npz", "png"], Option(help="npz: a file per shard. png: a file per image, by class.")
+        Literal["npz", "png"], Option(help="npz: a file per shard. png: also one per image, by class.")
     ] = "npz",
     strategy: Annotated[str, Option(help=_STRATEGIES)] = "auto",
     tolerance: options.Tolerance = None,
@@ -90,7 +90,6 @@ def sample(
     from jacobiflow.measuring import machine
     from jacobiflow.plots import image_grid, save_png
     from jacobiflow.storage import FirstProcessFailed, processes, sample_to_folder
-    from jacobiflow.strategy.memory import fitting_batch
 
     options.check_output("--json", json, model, strategy, labels, report)
     if report is not None and strategy.endswith(".json"):

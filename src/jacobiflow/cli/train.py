@@ -64,16 +64,16 @@ def train(
 
     from jacobiflow.checks import check_device
     from jacobiflow.data import Augmentation, load_images
-    from jacobiflow.flows.registry import find_flow, flow_names
+    from jacobiflow.flows.registry import FLOWS
     from jacobiflow.plots import image_grid, save_png
     from jacobiflow.sampling import sample
     from jacobiflow.training import TrainConfig, read_metrics
     from jacobiflow.training import train as fit
 
     data = load_images(images, image_size, image_channels)
-    flow_class = find_flow(flow)
-    if flow_class is None:
-        raise InputValueError(f"--flow {flow}: give one of {', '.join(flow_names())}")
+    if flow not in FLOWS:
+        raise InputValueError(f"--flow {flow}: give one of {', '.join(sorted(FLOWS))}")
+    flow_class = FLOWS[flow]
     extra = _extra_options(
         flow_class, patch_size=patch_size, head_dim=head_dim, volume_preserving=volume_preserving or None,
         noise_std=noise_std,

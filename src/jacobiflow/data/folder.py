@@ -13,7 +13,6 @@ from torch import Tensor
 
 from jacobiflow.checks import check_choice, check_count
 from jacobiflow.data.dataset import DataError, ImageDataset
-from jacobiflow.memory import shortage
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,14 +52,25 @@ def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDatas
         raise DataError(f"{root / empty[0]}: class folder without an image; add some, or remove it")
     files = direct or [file for files in members.values() for file in files]
     read_image(files[0], size, channels)  # a size that is far too large is refused here, not for want of memory
-    lacking = shortage(len(files) * channels * size * size)
-    if lacking:
-        raise DataError(f"{root}: {len(files):,} images of {channels}x{size}x{size} need {lacking}; give fewer")
+    needed, have = len(files) * channels * size * size, _memory()
+    if have is not None and needed > have:
+        raise DataError(
+            f"{root}: {len(files):,} images of {channels}x{size}x{size} need {needed / 2**30:,.1f} GiB of memory, and "
+            f"this machine has {have / 2**30:,.1f} GiB; give fewer"
+        )
     images = torch.stack([read_image(file, size, channels) for file in files])
     if direct:
         return ImageDataset(images, None)
     labels = [label for label, files in enumerate(members.values()) for _ in files]
     return ImageDataset(images, torch.tensor(labels), tuple(members))
+
+
+def _memory() -> int | None:
+    """The bytes of memory of this machine; `None` if not known."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not on every system
+        return None
 
 
 def _is_image(name: str) -> bool:

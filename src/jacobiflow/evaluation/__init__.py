@@ -2,17 +2,10 @@
 
 from jacobiflow.evaluation.distances import Statistics, frechet_distance, kernel_distance, precision_recall
 from jacobiflow.evaluation.features import InceptionFeatures, extract, load_features
-from jacobiflow.evaluation.fidelity import (
-    Fidelity,
-    PixelDifference,
-    certificate_histogram,
-    fidelity,
-    pixel_difference,
-)
+from jacobiflow.evaluation.fidelity import Fidelity, PixelDifference, fidelity, pixel_difference
 from jacobiflow.evaluation.likelihood import bayes_accuracy, bits_per_dim
 
 __all__ = [
-    "Fidelity", "InceptionFeatures", "PixelDifference", "Statistics", "bayes_accuracy", "bits_per_dim",
-    "certificate_histogram", "extract", "fidelity", "frechet_distance", "kernel_distance", "load_features",
-    "pixel_difference", "precision_recall",
+    "Fidelity", "InceptionFeatures", "PixelDifference", "Statistics", "bayes_accuracy", "bits_per_dim", "extract",
+    "fidelity", "frechet_distance", "kernel_distance", "load_features", "pixel_difference", "precision_recall",
 ]  # fmt: skip

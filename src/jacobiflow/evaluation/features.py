@@ -18,7 +18,6 @@ from jacobiflow.progress import Progress
 
 FeatureFunction: TypeAlias = Callable[[UInt8[Tensor, "n c h w"]], Float[Tensor, "n d"]]
 
-INCEPTION = "inception"
 _FILE = "weights-inception-2015-12-05-6726825d.pth"
 
 
@@ -29,11 +28,8 @@ def load_features(name: str, inception: Path | None = None) -> FeatureFunction:
         name: "inception", or "FILE.py:FUNCTION", a function of your own, which takes uint8 images (N, C, H, W) and
             returns floating-point features (N, d). The file is run.
         inception: A file of Inception's weights; see `InceptionFeatures`.
-
-    Raises:
-        DataError: If there is no such function, or Inception's weights are missing or broken.
     """
-    if name == INCEPTION:
+    if name == "inception":
         return InceptionFeatures(inception)
     file, _, function = name.rpartition(":")
     if not file.endswith(".py") or not Path(file).is_file():
@@ -51,10 +47,7 @@ class InceptionFeatures(nn.Module):
     three equal channels.
 
     Args:
-        weights: A file of the network's weights. By default it is read from PyTorch's hub folder, or downloaded there.
-
-    Raises:
-        DataError: If torchmetrics or torch-fidelity is not installed, or the weights are missing or broken.
+        weights: A file of the network's weights. By default PyTorch's hub downloads it into its folder.
 
     Reference: Heusel et al., GANs Trained by a Two Time-Scale Update Rule, arXiv 1706.08500.
     """
@@ -64,33 +57,19 @@ class InceptionFeatures(nn.Module):
         need_extra("Inception's features")
         from torchmetrics.image.fid import NoTrainInceptionV3
 
-        file = weights or _hub_file()
-        load_tensors(file, _FILE)  # torch-fidelity would run code in the file
+        if weights is not None:
+            load_tensors(weights, _FILE)  # torch-fidelity would run code in the file
         try:
-            self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(file))
+            self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], weights and str(weights))
+        except URLError as error:
+            reason = f"the download failed ({error.reason})"
+            raise DataError(f"Inception's weights: {reason}; give a file, or features of your own") from error
         except (RuntimeError, AttributeError, TypeError) as error:
-            raise DataError(f"{file}: weights of another network; give {_FILE}") from error
+            raise DataError(f"{weights}: weights of another network; give {_FILE}") from error
 
     def forward(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n 2048"]:
         """Returns the features of 8-bit images."""
         return self.network(images.expand(-1, 3, -1, -1))
-
-
-def _hub_file() -> Path:
-    """Returns Inception's weights in PyTorch's hub folder, downloaded into it if they are missing."""
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    file = Path(torch.hub.get_dir()) / "checkpoints" / _FILE
-    if not file.exists():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), hash_prefix="6726825d")
-        except URLError as error:
-            raise DataError(
-                f"Inception's weights: not at {file}, and the download failed ({error.reason}); give the file, or "
-                "features of your own"
-            ) from error
-    return file
 
 
 def load_tensors(path: Path, expected: str) -> Any:
@@ -111,11 +90,11 @@ def extract(
     num: int = 0,
     batch_size: int = 250,
 ) -> Float[Tensor, "n d"]:
-    """Computes the features of images on the CPU.
+    """Computes the features of 8-bit images, which come in parts of any size.
 
     Args:
         features: A function, or a module, which gets the images on its device.
-        batches: 8-bit images (N, C, H, W), in parts of any size.
+        batches: Parts of the images.
         progress: Called after each batch.
         num: The number of all images, for `progress`.
         batch_size: Images in the network at a time.
@@ -129,8 +108,6 @@ def extract(
             done += len(part)
             if progress is not None:
                 progress(done, max(num, done), "features")
-    if not parts:
-        raise DataError("features of no images: give at least one")
     return torch.cat(parts)
 
 

@@ -1,12 +1,10 @@
-"""Errors of samples against the exact inverse of the same latents, and a histogram of their certificates."""
+"""Errors of samples against the exact inverse of the same latents."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
@@ -67,32 +65,3 @@ def pixel_difference(images: UInt8[Tensor, "n c h w"], exact: UInt8[Tensor, "n c
     """Compares 8-bit images."""
     levels = (images.short() - exact.short()).abs()
     return PixelDifference(float(levels.ne(0).double().mean()), int(levels.max()))
-
-
-def certificate_histogram(certificate: Float[Tensor, " n"]) -> dict[str, Any]:
-    """Counts certificates in bins.
-
-    Returns:
-        A JSON value: `edges`, which are 1, 2 and 5 times powers of ten around all finite positive certificates;
-        `counts` from each edge up to the next; `zero` and `infinite`, the numbers of certificates that are 0 or not
-        finite; `median` and `max`.
-    """
-    value = certificate.double()
-    finite = value[torch.isfinite(value) & (value > 0)]
-    low, high = (math.floor(math.log10(v)) for v in (finite.min(), finite.max())) if len(finite) else (0, -1)
-    powers = range(low - 1, high + 3)  # a logarithm may round across a power
-    edges = [edge for k in powers for m in (1, 2, 5) if math.isfinite(edge := float(f"{m}e{k}"))]
-    bins = torch.bucketize(finite, torch.tensor(edges, dtype=torch.float64), right=True)
-    counts = torch.bincount(bins, minlength=len(edges) + 1).tolist()[1:-1]
-    while counts and not counts[0]:
-        edges, counts = edges[1:], counts[1:]
-    while counts and not counts[-1]:
-        edges, counts = edges[:-1], counts[:-1]
-    return {
-        "edges": edges if counts else [],
-        "counts": counts,
-        "zero": int((value == 0).sum()),
-        "infinite": int((~torch.isfinite(value)).sum()),
-        "median": float(value.median()),
-        "max": float(value.max()),
-    }

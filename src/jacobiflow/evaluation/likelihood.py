@@ -17,17 +17,13 @@ from jacobiflow.progress import Progress
 
 @torch.no_grad()
 def bits_per_dim(
-    flow: ImageFlow,
-    data: ImageDataset,
-    noise: Noise,
-    seed: int = 0,
-    batch_size: int = 64,
+    flow: ImageFlow, data: ImageDataset, noise: Noise, seed: int = 0, batch_size: int = 64,
     progress: Progress | None = None,
-) -> float:
+) -> float:  # fmt: skip
     """Computes the mean bits per dimension of images, in units of 8-bit pixels: -log2 p(x) / D + log2(128).
 
     Args:
-        flow: A flow.
+        flow: The model.
         data: Test images. Labels are used if the flow has classes.
         noise: With `Noise("uniform")` the images are uniformly dequantised, and the value bounds the code length of the
             8-bit images. With `Noise("gaussian", std)` it is that of the *noisy* images, which a flow that was trained
@@ -37,7 +33,6 @@ def bits_per_dim(
         progress: Called after each batch.
 
     Example:
-        >>> import jacobiflow as jf
         >>> from jacobiflow.data import digits
         >>> data = digits()
         >>> few = ImageDataset(data.images[:16], data.labels[:16])
@@ -45,46 +40,37 @@ def bits_per_dim(
         6.8
     """
     total = 0.0
-    for index, images, labels in _noisy_batches(flow, data, noise, seed, batch_size):
+    for images, labels in _noisy_batches(flow, data, noise, seed, batch_size, progress, "bits per dimension"):
         total += float(flow.bits_per_dim(images, labels).sum())
-        if progress is not None:
-            progress(int(index[-1]) + 1, len(data), "bits per dimension")
     return total / len(data)
 
 
 @torch.no_grad()
 def bayes_accuracy(
-    flow: ImageFlow,
-    data: ImageDataset,
-    noise: Noise,
-    seed: int = 0,
-    batch_size: int = 64,
+    flow: ImageFlow, data: ImageDataset, noise: Noise, seed: int = 0, batch_size: int = 64,
     progress: Progress | None = None,
-) -> float:
+) -> float:  # fmt: skip
     """Computes the share of images whose label is the class y with the largest log p(x | y).
 
     Classes are taken to be equally likely. An image has the same noise for all classes, best that of the training.
-
-    Raises:
-        ValueError: If the flow has no classes, or `data` no labels.
     """
     if not flow.config.num_classes or data.labels is None:
         raise InputValueError("class accuracy: needs a class-conditional flow and labelled images")
     correct = 0
-    for index, images, labels in _noisy_batches(flow, data, noise, seed, batch_size):
+    for images, labels in _noisy_batches(flow, data, noise, seed, batch_size, progress, "class accuracy"):
         classes = range(flow.config.num_classes)
         scores = [flow.log_prob(images, torch.full((len(images),), y, device=images.device)) for y in classes]
         correct += int(torch.eq(torch.stack(scores).argmax(dim=0), labels).sum())  # type: ignore[arg-type]
-        if progress is not None:
-            progress(int(index[-1]) + 1, len(data), "class accuracy")
     return correct / len(data)
 
 
 def _noisy_batches(
-    flow: ImageFlow, data: ImageDataset, noise: Noise, seed: int, batch_size: int
-) -> Iterator[tuple[Tensor, Float[Tensor, "b c h w"], Int[Tensor, " b"] | None]]:
-    """Yields numbers of images, the images with noise, and labels if the flow takes any."""
+    flow: ImageFlow, data: ImageDataset, noise: Noise, seed: int, batch_size: int, progress: Progress | None, what: str
+) -> Iterator[tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"] | None]]:
+    """Yields images with noise, and labels if the flow takes any."""
     device = flow.var.device
     for index in torch.arange(len(data)).split(batch_size):
         labels = None if data.labels is None or not flow.config.num_classes else data.labels[index].to(device)
-        yield index, noisy_images(data, index, noise, seed).to(device, state_dtype(flow)), labels
+        yield noisy_images(data, index, noise, seed).to(device, state_dtype(flow)), labels
+        if progress is not None:
+            progress(int(index[-1]) + 1, len(data), what)

@@ -3,7 +3,7 @@
 `TarFlow` and `MAF` are registered here, other flows when their modules are imported.
 """
 
-from jacobiflow.flows.base import AttentionContext, BaseBlock, FlowBlock, Permutation
+from jacobiflow.flows.base import AttentionContext, FlowBlock, Permutation
 from jacobiflow.flows.config import FlowConfig
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.maf import MAF
@@ -11,6 +11,6 @@ from jacobiflow.flows.registry import register
 from jacobiflow.flows.tarflow import TarFlow
 
 __all__ = [
-    "MAF", "AttentionContext", "BaseBlock", "FlowBlock", "FlowConfig", "ImageFlow", "Permutation",
+    "MAF", "AttentionContext", "FlowBlock", "FlowConfig", "ImageFlow", "Permutation",
     "TarFlow", "register",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The protocol of a block: the fixed-point map g on any run of tokens against a cache, and what is optional."""
+"""The protocol of a block: the fixed-point map g on any run of tokens against a cache."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jacobiflow.checks import check_choice, check_rows, short
+from jacobiflow.checks import check_choice, short
 from jacobiflow.errors import InputValueError
+
+ScaleShift = tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]
+"""Log-scale and shift of a run of entries."""
 
 
 @dataclass(frozen=True)
 class Permutation:
     """The order in which a block reads the tokens: raster order ("identity"), or its reverse ("flip").
 
-    Both are their own inverse, so one call maps raster order to causal order and back.
+    Both are their own inverse.
     """
 
     kind: Literal["identity", "flip"]
@@ -36,7 +39,11 @@ class Block(Protocol):
     """An autoregressive map g whose fixed point x = g(x) is the inverse of a block at `z`.
 
     Entry t of g(x) depends on x[:, :t] only; the block itself owns that shift by one. Tokens `x` and `z` are
-    (B, T, C) in the block's causal order. Flags and methods that a block may have besides are those of `BaseBlock`.
+    (B, T, C) in the block's causal order. `AffineBlock` lists the flags and methods that any block may have besides.
+
+    Example:
+        >>> isinstance(jf.load("digits-p1").blocks[0], jf.Block)
+        True
     """
 
     def init_cache(self, z: Float[Tensor, "b t c"], context: Tensor | None = None) -> Any:
@@ -53,6 +60,14 @@ class Block(Protocol):
         ...
 
 
+Flag = Literal["per_sample_front", "graph_safe", "inference_safe", "has_bf16", "has_attention"]
+
+
+def supports(block: Any, flag: Flag) -> bool:
+    """Tells if a flag of `AffineBlock` is set, for any block."""
+    return bool(getattr(block, flag, False))
+
+
 class AttentionContext(NamedTuple):
     """Labels, and the temperatures that divide attention logits: the context of a guided block with `has_attention`."""
 
@@ -65,18 +80,25 @@ class AttentionContext(NamedTuple):
         return context if isinstance(context, AttentionContext) else (context, None)
 
 
-class BaseBlock(ABC):
-    """A `Block` with the optional flags and methods; a block that does not derive from it may define them too.
+class AffineBlock(ABC):
+    """A block whose map is affine in z: g(x) = exp(log_scale(x)) z + shift(x), eq. (3) of the GS-Jacobi paper.
+
+    It needs `init_cache` and `affine`. The flags and the other methods are optional.
 
     Attributes:
         per_sample_front: The samples of a batch may each stand at a token of their own, leave and enter. The block
-            defines `update_at`, `move` and `refill`.
-        graph_safe: With a front per sample, `update_at` runs the same kernels whatever the values are, so that a GPU
-            can capture them in a graph.
+            defines `affine_at`, `move` and `refill`.
+        graph_safe: With a front per sample, the block runs the same kernels whatever the values are, so that a GPU can
+            capture them in a graph.
         inference_safe: The block keeps no tensor between calls, so that solvers may run it in inference mode, a tenth
             faster. A tensor that a block keeps from inference mode could not be trained with later.
         has_bf16: The network can also run in bfloat16, on the same float32 state. The block defines `to_bf16`.
         has_attention: The context may be an `AttentionContext`.
+
+    Example:
+        >>> log_scale, shift = jf.load("digits-p1").blocks[0].affine_whole(torch.zeros(2, 64, 1))
+        >>> log_scale.shape
+        torch.Size([2, 64, 1])
     """
 
     per_sample_front: bool = False
@@ -90,20 +112,36 @@ class BaseBlock(ABC):
         """Returns a fresh cache; see `Block`."""
 
     @abstractmethod
+    def affine(self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: Any) -> ScaleShift:
+        """Returns log-scale and shift of entries start .. stop-1; reads and caches positions start-1 .. stop-2."""
+
+    def affine_at(
+        self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: Any
+    ) -> ScaleShift:
+        """Returns `affine` of entries start_b .. start_b + size - 1 in sample b.
+
+        `end` is the largest of the stops start_b + size, as a number on the host.
+        """
+        raise NotImplementedError
+
+    def affine_whole(self, x: Float[Tensor, "b t c"], context: Any = None) -> ScaleShift:
+        """Returns log-scale and shift of all entries; a block that needs no cache for it overrides this."""
+        return self.affine(x, 0, x.shape[1], self.init_cache(x, context))
+
     def update(
         self, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], start: int, stop: int, cache: Any
     ) -> Float[Tensor, "b n c"]:
         """Returns g(x)[:, start:stop]; see `Block`."""
+        log_scale, shift = self.affine(x, start, stop, cache)
+        return torch.addcmul(shift, log_scale.exp(), z[:, start:stop])
 
     def update_at(
         self, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int,
         cache: Any,
     ) -> Float[Tensor, "b n c"]:  # fmt: skip
-        """Returns `update` of entries start_b .. start_b + size - 1 in sample b.
-
-        `end` is the largest of the stops start_b + size, as a number on the host.
-        """
-        raise NotImplementedError
+        """Returns `update` with a start per sample; see `affine_at`."""
+        log_scale, shift = self.affine_at(x, start, size, end, cache)
+        return torch.addcmul(shift, log_scale.exp(), run_of(z, start, size))
 
     def move(self, cache: Any, source: Int[Tensor, " m"], target: Int[Tensor, " m"], num: int) -> Any:
         """Returns the cache of `num` samples: rows `source` go to rows `target`, in place, and the first `num` stay."""
@@ -114,7 +152,7 @@ class BaseBlock(ABC):
         raise NotImplementedError
 
     def to_bf16(self, cache: Any) -> Any:
-        """Returns a copy of the cache with which `update` runs the network in bfloat16."""
+        """Returns a copy of the cache with which the network runs in bfloat16."""
         raise NotImplementedError
 
     def exact_inverse(
@@ -126,57 +164,29 @@ class BaseBlock(ABC):
         """
         return None
 
-
-Flag = Literal["per_sample_front", "graph_safe", "inference_safe", "has_bf16", "has_attention"]
-
-
-def supports(block: Any, flag: Flag) -> bool:
-    """Tells if a flag of `BaseBlock` is set, for any block."""
-    return bool(getattr(block, flag, False))
-
-
-class AffineBlock(BaseBlock):
-    """A block whose map is affine in z: g(x) = exp(log_scale(x)) z + shift(x), eq. (3) of the GS-Jacobi paper."""
-
-    @abstractmethod
-    def affine(
-        self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: Any
-    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
-        """Returns log-scale and shift of entries start .. stop-1; reads and caches positions start-1 .. stop-2."""
-
-    def affine_at(
-        self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: Any
-    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
-        """Returns `affine` of `size` entries from start_b on in sample b; for a block with `per_sample_front`."""
-        raise NotImplementedError
-
-    def affine_whole(
-        self, x: Float[Tensor, "b t c"], context: Any = None
-    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b t c"]]:
-        """Returns log-scale and shift of all entries; a block that needs no cache for it overrides this."""
-        return self.affine(x, 0, x.shape[1], self.init_cache(x, context))
-
-    def update(
-        self, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], start: int, stop: int, cache: Any
-    ) -> Float[Tensor, "b n c"]:
-        """Returns g(x)[:, start:stop] = exp(log_scale) z + shift."""
-        log_scale, shift = self.affine(x, start, stop, cache)
-        return torch.addcmul(shift, log_scale.exp(), z[:, start:stop])
-
-    def update_at(
-        self, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int,
-        cache: Any,
-    ) -> Float[Tensor, "b n c"]:  # fmt: skip
-        """Returns `update` with a start per sample; see `BaseBlock.update_at`."""
-        log_scale, shift = self.affine_at(x, start, size, end, cache)
-        return torch.addcmul(shift, log_scale.exp(), run_of(z, start, size))
-
     def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:
-        """Returns W_s and W_u of the last layer, if `log_scale` = W_s h + b_s and `shift` = W_u h + b_u.
+        """Returns W_s and W_u of the last layer, if `log_scale` = W_s h + b_s and `shift` = W_u h + b_u; else `None`.
 
         Their rows are channels if the layer acts on each token, and entries if it acts on all at once. W_s is `None` if
-        the scale is fixed (volume-preserving). By default `None`: the block has no such layer.
+        the scale is fixed (volume-preserving).
         """
+        return None
+
+
+class FlowBlock(AffineBlock, nn.Module):
+    """An affine block of an image flow, called as `block(x, labels)` for the log-scale and shift of all its entries.
+
+    Tokens are in the block's own causal order; `permutation` takes the raster order to it and back.
+    """
+
+    permutation: Permutation
+
+    def forward(self, x: Float[Tensor, "b t c"], labels: Int[Tensor, " b"] | None = None) -> ScaleShift:
+        """Returns `affine_whole`."""
+        return self.affine_whole(x, labels)
+
+    def row_bytes(self) -> int | None:
+        """Returns the bytes of a row while it is solved, its cache and a sweep of all tokens; `None` if not known."""
         return None
 
 
@@ -215,28 +225,7 @@ def _places(start: Int[Tensor, " b"], size: int, channels: int) -> Int[Tensor, "
     return places.unsqueeze(-1).expand(-1, -1, channels)
 
 
-class FlowBlock(AffineBlock, nn.Module):
-    """An affine block of an image flow, called as `block(x, labels)` for the log-scale and shift of all its entries.
-
-    Tokens are in the block's own causal order; `permutation` takes the raster order to it and back.
-    """
-
-    permutation: Permutation
-
-    def forward(
-        self, x: Float[Tensor, "b t c"], labels: Int[Tensor, " b"] | None = None
-    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b t c"]]:
-        """Returns `affine_whole`."""
-        return self.affine_whole(x, labels)
-
-    def row_bytes(self) -> int | None:
-        """Returns the bytes of a row while it is solved, its cache and a sweep of all tokens; `None` if not known."""
-        return None
-
-
-def check_input(z: Float[Tensor, "b t c"], context: Tensor | None, num_tokens: int, token_channels: int) -> None:
-    """Checks that `z` is (B, T, C), and that `context` has a row for each of its rows."""
+def check_input(z: Float[Tensor, "b t c"], num_tokens: int, token_channels: int) -> None:
+    """Checks that `z` is (B, T, C)."""
     if z.ndim != 3 or z.shape[1:] != (num_tokens, token_channels):
         raise InputValueError(f"z={short(z)}: this block takes (B, {num_tokens}, {token_channels})")
-    if context is not None:
-        check_rows("context", context, len(z), "samples")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
 from jacobiflow.checks import check_count, check_flag, check_number, convert_numbers
@@ -74,8 +73,7 @@ class TarFlowConfig:
     noise_std: float = 0.0
 
     def __post_init__(self) -> None:
-        sizes = ("in_channels", "image_size", "patch_size", "channels", "num_blocks", "layers_per_block")
-        _check_sizes(self, (*sizes, "head_dim", "expansion"))
+        _check_sizes(self)
         if self.image_size % self.patch_size:
             raise InputValueError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
         if self.channels % self.head_dim:
@@ -121,7 +119,7 @@ class MAFConfig:
     logit_alpha: float = 1e-6
 
     def __post_init__(self) -> None:
-        _check_sizes(self, ("in_channels", "image_size", "hidden_features", "num_blocks", "hidden_layers"))
+        _check_sizes(self)
         give = "a small positive number, below 0.5"
         check_number("logit_alpha", self.logit_alpha, math.ulp(0.0), give)
         if self.logit_alpha >= 0.5:
@@ -143,8 +141,9 @@ class MAFConfig:
         return 0.0
 
 
-def _check_sizes(config: FlowConfig, names: Sequence[str]) -> None:
+def _check_sizes(config: FlowConfig) -> None:
     convert_numbers(config)
-    for name in names:
-        check_count(name, getattr(config, name), most=_MAX_SIZE)
-    check_count("num_classes", config.num_classes, 0, _MAX_SIZE)
+    for entry in fields(config):
+        if entry.type == "int":
+            least = 0 if entry.name == "num_classes" else 1
+            check_count(entry.name, getattr(config, entry.name), least, _MAX_SIZE)

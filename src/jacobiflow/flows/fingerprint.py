@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from itertools import chain
-from operator import attrgetter
-from typing import Any, NamedTuple
+from operator import attrgetter, is_
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,48 +36,43 @@ def check_fingerprint(expected: str, flow: nn.Module, what: str, remedy: str = "
         raise InputValueError(f"{what} another flow (weights {expected[:12]}, this one's {actual[:12]}): {remedy}")
 
 
-def cached_fingerprint(flow: nn.Module) -> str:
-    """Returns the `fingerprint`, computed again only if a tensor was replaced or changed since the last call.
+def cached_fingerprint(flow: Any) -> str:
+    """Returns the `fingerprint` of a flow, computed again only if a tensor was replaced or changed since the last call.
 
     PyTorch counts changes by optimizers, `load_state_dict` and in-place operations, not those through `.data` or NumPy.
     """
-    owner = getattr(flow, "blocks", flow)  # shared by the views of a flow
-    cached = _cache.get(owner)
+    cached = _cache.get(flow.blocks)  # which the views of a flow share
     try:
-        if cached is None or cached.state != cached.places.state():
-            places = _Places(flow)
-            cached = _cache[owner] = _Cached(places, places.state(), fingerprint(flow))
+        if cached is None or not cached.is_current():
+            cached = _cache[flow.blocks] = _Snapshot(flow)
     except RuntimeError:  # PyTorch counts no changes of tensors that were made in inference mode
         return fingerprint(flow)
-    return cached.value
+    return cached.fingerprint
 
 
-class _Places:
-    """The dictionaries in which a flow's modules keep their tensors: several times faster than a walk."""
+class _Snapshot:
+    """A flow's fingerprint, its modules and tensors at that time, and how often the tensors had been changed."""
 
     def __init__(self, flow: nn.Module) -> None:
         modules = list(flow.modules())
-        # Without those of the flow itself, which would keep its blocks alive.
-        self._submodules: list[dict[str, Any]] = [module._modules for module in modules[1:] if module._modules]
-        places: list[dict[str, Any]] = [place for module in modules for place in (module._parameters, module._buffers)]
-        self._tensors = [place for place in places if place]
+        # Without the flow's own dictionary of modules: its blocks are the key of the cache, and must not stay alive.
+        places: list[dict[str, Any]] = [module._modules for module in modules[1:]]
+        places += [place for module in modules for place in (module._parameters, module._buffers)]
+        self._places = [place for place in places if place]
+        self._parts = self._read()
+        self._tensors = [part for part in self._parts if isinstance(part, Tensor)]
+        self._versions = list(map(_version, self._tensors))
+        self.fingerprint = fingerprint(flow)
 
-    def state(self) -> tuple[list[int], ...]:
-        """Identities of the modules, and addresses and versions of the tensors."""
-        # No loops in Python: this is most of the time of a second call of `auto`.
-        tensors = [tensor for tensor in chain.from_iterable(map(dict.values, self._tensors)) if tensor is not None]
-        return (
-            list(map(id, chain.from_iterable(map(dict.values, self._submodules)))),
-            list(map(Tensor.data_ptr, tensors)),
-            list(map(_version, tensors)),
-        )
+    def is_current(self) -> bool:
+        """Tells if the flow is as it was; without loops in Python, since every call of `auto` asks."""
+        parts = self._read()
+        is_same = len(parts) == len(self._parts) and all(map(is_, parts, self._parts))
+        return is_same and list(map(_version, self._tensors)) == self._versions
 
-
-class _Cached(NamedTuple):
-    places: _Places
-    state: tuple[list[int], ...]
-    value: str
+    def _read(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._places)))
 
 
 _version = attrgetter("_version")
-_cache: WeakKeyDictionary[Any, _Cached] = WeakKeyDictionary()
+_cache: WeakKeyDictionary[nn.Module, _Snapshot] = WeakKeyDictionary()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.resources
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -20,19 +18,17 @@ from torch import Tensor, nn
 from jacobiflow import codec
 from jacobiflow.checks import check_kind, short
 from jacobiflow.errors import CheckpointError, InputError, InputValueError, first_line
-from jacobiflow.files import partials, remove_partials, write_atomically, write_beside
+from jacobiflow.files import json_bytes, read_object, remove_partials, write_atomically, write_beside
 from jacobiflow.flows.config import FlowConfig
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.guidance import SamplingSettings
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-REPORT = "report.json"
-REPORTS = (REPORT, "report-*.json", "tuning.json", "tuning-*.json")  # a guidance has a name of its own
+REPORTS = ("report.json", "report-*.json", "tuning.json", "tuning-*.json")  # a guidance has a name of its own
 README = "README.md"
 FORMAT_VERSION = 1
-
-MODELS = importlib.resources.files("jacobiflow") / "models"
+MODELS = Path(__file__).parents[1] / "models"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -99,59 +95,45 @@ def reports_in(path: Path) -> tuple[Path, ...]:
 
 def bundled() -> dict[str, Path]:
     """Returns the models that come with the package: name to folder."""
-    if not MODELS.is_dir():
-        return {}
-    folders = {entry.name: Path(str(entry)) for entry in MODELS.iterdir()}
-    return {name: folders[name] for name in sorted(folders) if (folders[name] / CONFIG).is_file()}
+    return {file.parent.name: file.parent for file in sorted(MODELS.glob(f"*/{CONFIG}"))}
 
 
-def existing_model(path: Path) -> ModelFolder | None:
-    """Returns the model in the folder `path`; `None` if there is none, or only what a killed `write_model` left.
-
-    Raises:
-        CheckpointError: If files have the names of a model's, but config.json is not of this library.
-    """
-    remedy = "move it away, or give another folder"
-    if os.path.lexists(path / CONFIG):
-        try:
-            return ModelFolder.open(path)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path / CONFIG}: not of a model that jacobiflow wrote; {remedy}") from error
-    if not partials(path, CONFIG):
-        for file in (path / WEIGHTS, *reports_in(path)):
-            if os.path.lexists(file):
-                raise CheckpointError(f"{file}: without a {CONFIG} that jacobiflow wrote; {remedy}")
-    return None
+def check_own_model(path: Path) -> None:
+    """Raises CheckpointError if a folder has files under a model's names, but no config.json of this library."""
+    if "format_version" not in (read_object(path / CONFIG) or {}):
+        for file in (path / CONFIG, path / WEIGHTS, *reports_in(path)):
+            if file.exists():
+                raise CheckpointError(
+                    f"{file}: without a {CONFIG} that jacobiflow wrote; move it away, or give another folder"
+                )
 
 
 def write_model(flow: Any, path: Path, dtype: torch.dtype | None = None, title: str = "") -> None:
-    """Writes a model folder; the model that was there stays until all files are complete.
+    """Writes a model folder, as `ImageFlow.save_pretrained` documents it.
 
-    Args:
-        flow: The flow. Those of its reports that belong to the weights as written are copied.
-        path: The folder.
-        dtype: Of the weights; by default the flow's own.
-        title: The title of the card, which is written if there is no README.md; by default the folder's name.
-
-    Raises:
-        CheckpointError: If a weight is not finite, the folder has files that are not of this library under a model's
-            names, or it cannot be written.
+    The card, if there is no README.md, has `title`, by default the folder's name.
     """
+    check_kind("recommended", flow.recommended, SamplingSettings, "SamplingSettings")
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in flow.state_dict().items()}
     check_values(state, f"{path}: not written")
-    existing_model(path)
-    reports = {file.name: file.read_bytes() for file in flow.report_files if _is_report_of(file, fingerprint(state))}
+    check_own_model(path)
+    weights = fingerprint(state)
+    reports = {
+        file.name: file.read_bytes()
+        for file in flow.report_files
+        if (read_object(file) or {}).get("fingerprint") == weights
+    }
     document = {"model_type": flow.model_type, "format_version": FORMAT_VERSION, **asdict(flow.config)}
     if flow.recommended != SamplingSettings():
         document["recommended"] = codec.encode(flow.recommended)
     try:
         path.mkdir(parents=True, exist_ok=True)
         remove_partials(path)
-        with write_beside(path / CONFIG) as new_config, write_beside(path / WEIGHTS) as new_weights:
-            new_config.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        with write_beside(path / WEIGHTS) as new_weights, write_beside(path / CONFIG) as new_config:
             new_weights.write_bytes(save(state, metadata={"format": "pt"}))
-            # A stop between the two renames must not leave new weights with an old config.
-            (path / CONFIG).unlink(missing_ok=True)
+            new_config.write_bytes(json_bytes(document, indent=2))
+            # A stop between the two renames must not leave old weights with a new config.
+            (path / WEIGHTS).unlink(missing_ok=True)
         for name, content in reports.items():
             write_atomically(path / name, content)
         if not os.path.lexists(path / README):
@@ -162,12 +144,9 @@ def write_model(flow: Any, path: Path, dtype: torch.dtype | None = None, title: 
 
 def model_card(flow: Any, name: str) -> str:
     """Returns a model card in Markdown, with front matter for the Hugging Face Hub."""
-    config, kind, recommended = flow.config, type(flow).__name__, flow.recommended
-    classes, size, channels = config.num_classes, config.image_size, config.in_channels
+    config, classes, size = flow.config, flow.config.num_classes, flow.config.image_size
     conditional = f", class-conditional over {classes} classes" if classes else ""
     parameters = sum(parameter.numel() for parameter in flow.parameters())
-    settings = [] if recommended.guidance is None else [f"guidance `{recommended.guidance}`"]
-    settings += [f"one denoising step of rate {recommended.denoise:g}"] if recommended.denoise else []
     return f"""\
 ---
 library_name: jacobiflow
@@ -179,7 +158,7 @@ tags:
 
 # {name}
 
-A {kind}, an autoregressive normalizing flow, of {size}x{size} images{conditional}:
+A {type(flow).__name__}, an autoregressive normalizing flow, of {size}x{size} images{conditional}:
 {parameters:,} parameters, {config.num_blocks} blocks, {config.num_tokens} tokens of {config.token_channels} values.
 [jacobiflow](https://pypi.org/project/jacobiflow/) samples from it in parallel (`pip install jacobiflow`).
 
@@ -191,10 +170,8 @@ flow = jf.load("{name}")
 settings = flow.recommended
 labels = {f"torch.arange(8) % {classes}" if classes else None}
 out = jf.sample(flow.guided(settings.guidance), 8, labels, denoise=settings.denoise)
-print(tuple(out.images.shape))  # (8, {channels}, {size}, {size}), nominally in [-1, 1]
+print(tuple(out.images.shape))  # (8, {config.in_channels}, {size}, {size}), nominally in [-1, 1]
 ```
-
-Recommended settings: {" and ".join(settings) or "none, neither guidance nor denoising"}.
 """
 
 
@@ -205,10 +182,9 @@ def _download(name: str, hub: dict[str, Any]) -> Path:
             f"{short(name)}: no such model; give a bundled name ({names}), a folder with {CONFIG} and {WEIGHTS}, or a "
             "hub id 'owner/name'; an original .pth is for TarFlow.from_original"
         )
+    client = hub_client()
     try:
-        return Path(hub_client().snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, *REPORTS], **hub))
-    except InputError:
-        raise
+        return Path(client.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, *REPORTS], **hub))
     except Exception as error:  # the errors of its HTTP client change with its version
         raise CheckpointError(
             f"{short(name)} is neither a bundled name ({names}) nor a folder here, and the hub did not provide it "
@@ -227,26 +203,12 @@ def hub_client() -> Any:
     return huggingface_hub
 
 
-def _is_report_of(file: Path, fingerprint: str) -> bool:
-    try:
-        return bool(json.loads(file.read_bytes())["fingerprint"] == fingerprint)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def build(make: Callable[[], AnyModule], state: dict[str, Tensor], source: str) -> AnyModule:
     """Builds a module on the meta device, loads a state dict strictly, and returns it in eval mode.
 
-    Args:
-        make: Makes the module; its initial values cost nothing, and draw no random numbers.
-        state: Its tensors, which are taken out. Half precision becomes float32.
-        source: The name of the file or folder in errors.
-
-    Raises:
-        CheckpointError: If a tensor is missing, unknown, of another shape, or not finite.
+    Its initial values cost nothing, and draw no random numbers. Half precision becomes float32. The tensors are taken
+    out of `state`; a CheckpointError begins with `source`.
     """
-    if not state:
-        raise CheckpointError(f"{source}: no tensors")
     check_values(state, source)
     with torch.device("meta"):
         module = make()

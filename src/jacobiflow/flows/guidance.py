@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jacobiflow.checks import check_choice, check_flag, check_kind, check_number, check_positive, convert_numbers, short
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.base import AffineBlock, AttentionContext
+from jacobiflow.flows.base import AffineBlock, AttentionContext, ScaleShift
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,6 @@ class Guidance:
         annealed: Makes it w_t = weight * t / (T - 1).
         on: The parameters that are guided: "both", "scale" or "shift".
         attn_temperature: Of the unconditional row; for flows with attention.
-
-    Raises:
-        ValueError: If a value is out of range.
 
     Example:
         >>> flow = jf.load("digits-p1").guided(jf.Guidance(1.5))
@@ -57,21 +54,16 @@ class Guidance:
         Args:
             text: A weight, then after commas any of `attn_temperature=1.2`, `annealed=false`, `on=scale`, `on=shift`.
 
-        Raises:
-            ValueError: If the text is anything else, or a value is out of range.
-
         Example:
             >>> jf.Guidance.parse("4,attn_temperature=1.2")
             Guidance(weight=4.0, annealed=True, on='both', attn_temperature=1.2)
         """
         weight, *options = (part.strip() for part in text.split(","))
-        entries: dict[str, Any] = {}
         try:
-            for name, _, value in (option.partition("=") for option in options):
-                if name in entries:
-                    raise ValueError(name)
-                entries[name] = _PARSERS[name](value)
-            return cls(float(weight), **entries)
+            entries = dict(option.split("=") for option in options)
+            if len(entries) < len(options):
+                raise ValueError("an option is there twice")
+            return cls(float(weight), **{name: _PARSERS[name](value) for name, value in entries.items()})
         except InputValueError:
             raise
         except (KeyError, ValueError):
@@ -114,9 +106,6 @@ def _number(value: float) -> str:
 class SamplingSettings:
     """Guidance and the rate of one denoising step (0: none), as `jf.sample` takes them.
 
-    Raises:
-        ValueError: If the rate is negative or not finite.
-
     Example:
         >>> jf.load("digits-p1").recommended
         SamplingSettings(guidance=None, denoise=1.0)
@@ -152,50 +141,37 @@ class GuidedBlock(AffineBlock):
         self.inference_safe, self.has_bf16 = block.inference_safe, block.has_bf16
 
     def init_cache(self, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None = None) -> GuidedCache:
-        """Returns the wrapped block's cache for twice the rows of `z`: each under its label, then without."""
         return GuidedCache(self.block.init_cache(_twice(z), self._both(context, len(z), z)), self._weights(z))
 
-    def affine(
-        self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: GuidedCache
-    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
-        """Returns the guided log-scale and shift; see `AffineBlock.affine`."""
+    def affine(self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: GuidedCache) -> ScaleShift:
         both = self.block.affine(_twice(x), start, stop, cache.inner)
         return _extrapolate(both, cache.weights, slice(start, stop))
 
     def affine_at(
         self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: GuidedCache
-    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
-        """Returns the guided log-scale and shift, a start per sample; see `AffineBlock.affine_at`."""
+    ) -> ScaleShift:
         both = self.block.affine_at(_twice(x), _twice(start), size, end, cache.inner)
         return _extrapolate(both, cache.weights, start.view(-1, 1) + torch.arange(size, device=x.device))
 
-    def affine_whole(
-        self, x: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None = None
-    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b t c"]]:
-        """Returns the guided log-scale and shift of all entries; see `AffineBlock.affine_whole`."""
+    def affine_whole(self, x: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None = None) -> ScaleShift:
         both = self.block.affine_whole(_twice(x), self._both(context, len(x), x))
         return _extrapolate(both, self._weights(x), slice(None))
 
     def move(self, cache: GuidedCache, source: Int[Tensor, " m"], target: Int[Tensor, " m"], num: int) -> GuidedCache:
-        """Returns the cache of `num` samples; see `BaseBlock.move`."""
         return cache._replace(inner=self.block.move(cache.inner, _rows_of(source), _rows_of(target), 2 * num))
 
     def refill(self, cache: GuidedCache, rows: Int[Tensor, " m"], context: Int[Tensor, " m"] | None = None) -> None:
-        """Makes both rows of each of the samples `rows` those of new samples."""
         self.block.refill(cache.inner, _rows_of(rows), self._both(context, len(rows), cache.weights[0]))
 
     def to_bf16(self, cache: GuidedCache) -> GuidedCache:
-        """Returns the cache with that of the wrapped block in bfloat16."""
         return cache._replace(inner=self.block.to_bf16(cache.inner))
 
     def exact_inverse(
         self, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None = None, guidance: Guidance | None = None
     ) -> Float[Tensor, "b t c"] | None:
-        """Returns the wrapped block's inverse under this guidance; see `BaseBlock.exact_inverse`."""
         return self.block.exact_inverse(z, context, self.guidance)
 
     def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:
-        """Returns those of the wrapped block."""
         return self.block.output_weights()
 
     def _both(self, context: Tensor | None, num: int, like: Tensor) -> Tensor | AttentionContext | None:
@@ -207,7 +183,7 @@ class GuidedBlock(AffineBlock):
         temperature[:, 1] = self.guidance.attn_temperature
         return AttentionContext(labels, temperature.flatten())
 
-    def _weights(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _weights(self, like: Tensor) -> ScaleShift:
         """1 + w of log-scale and shift (T, 1)."""
         log_scale, shift = self.guidance.weights(like)
         return 1 + log_scale.unsqueeze(-1), 1 + shift.unsqueeze(-1)
@@ -219,7 +195,6 @@ def guided(block: AffineBlock, guidance: Guidance | None) -> AffineBlock:
 
 
 def _twice(x: Tensor) -> Tensor:
-    """Every row twice, one after the other."""
     return x.repeat_interleave(2, dim=0)
 
 
@@ -228,9 +203,7 @@ def _rows_of(samples: Int[Tensor, " m"]) -> Int[Tensor, " m2"]:
     return torch.stack((2 * samples, 2 * samples + 1), dim=1).flatten()
 
 
-def _extrapolate(
-    both: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor], entries: slice | Int[Tensor, "b n"]
-) -> tuple[Tensor, Tensor]:
+def _extrapolate(both: ScaleShift, weights: ScaleShift, entries: slice | Int[Tensor, "b n"]) -> ScaleShift:
     """The parameters of `entries`, of which `both` have the conditional and the unconditional row of each sample.
 
     p + w (p - p_unconditional) is 1 + w of the way from p_unconditional to p.

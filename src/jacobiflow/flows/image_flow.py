@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jacobiflow.checks import check_count, check_floating, check_kind, check_on, check_path, check_rows
-from jacobiflow.errors import CheckpointError
-from jacobiflow.flows.base import AffineBlock, FlowBlock, Permutation
+from jacobiflow.checks import check_floating, check_kind, check_path, short
+from jacobiflow.errors import CheckpointError, InputValueError
+from jacobiflow.flows.base import AffineBlock, FlowBlock, Permutation, ScaleShift
 from jacobiflow.flows.config import FlowConfig
 from jacobiflow.flows.folder import ModelFolder, build, check_dtype, hub_client, reports_in, write_model
 from jacobiflow.flows.guidance import GIVE_GUIDANCE, Guidance, SamplingSettings, guided
-from jacobiflow.flows.labels import Labels, as_labels, check_labels
+from jacobiflow.flows.labels import Labels, as_labels, describe_unknown
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -45,7 +45,6 @@ class ImageFlow(nn.Module, ABC):
 
     Attributes:
         model_type: Its name in model folders and on the command line.
-        config_type: The class of its config.
         block_type: The class of its blocks, called with the config and a `Permutation`.
         var: The prior's variance (T, C).
         guidance: That of this view, see `guided`.
@@ -66,8 +65,6 @@ class ImageFlow(nn.Module, ABC):
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
         check_kind("config", config, self.config_type, f"a {self.config_type.__name__}")
-        for name in ("in_channels", "image_size", "num_blocks", "num_tokens", "token_channels"):
-            check_count(name, getattr(config, name))
         self.config = config
         orders = (Permutation("identity"), Permutation("flip"))
         self.blocks = nn.ModuleList(  # type: ignore[assignment]
@@ -93,16 +90,9 @@ class ImageFlow(nn.Module, ABC):
         Args:
             pretrained_model_name_or_path: A bundled model's name, a folder, or a hub id "owner/name".
             hub: For a hub id, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
-
-        Raises:
-            CheckpointError: If there is no such model, it is of another class, or its files do not fit each other.
         """
         check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
-        return cls.from_folder(ModelFolder.open(pretrained_model_name_or_path, **hub))
-
-    @classmethod
-    def from_folder(cls, folder: ModelFolder) -> Self:
-        """Loads the flow in a model folder; see `from_pretrained`."""
+        folder = ModelFolder.open(pretrained_model_name_or_path, **hub)
         if folder.model_type != cls.model_type:
             raise CheckpointError(
                 f"{folder.path}: model_type {folder.model_type!r}, which is no {cls.__name__}; jacobiflow.load finds "
@@ -119,15 +109,11 @@ class ImageFlow(nn.Module, ABC):
         `dtype` is that of the weights, by default the flow's own.
 
         Raises:
-            CheckpointError: If a weight is not finite, the folder cannot be written, or it has a config.json or weights
-                that are not of a model of this library.
+            CheckpointError: If a weight is not finite, the folder cannot be written, or it has files under a model's
+                names that this library did not write.
         """
-        self._write(save_directory, dtype)
-
-    def _write(self, folder: str | Path, dtype: torch.dtype | str | None, name: str = "") -> None:
-        check_path("save_directory", folder)
-        check_kind("recommended", self.recommended, SamplingSettings, "SamplingSettings")
-        write_model(self, Path(folder), check_dtype(dtype), name)
+        check_path("save_directory", save_directory)
+        write_model(self, Path(save_directory), check_dtype(dtype))
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None,
@@ -139,33 +125,21 @@ class ImageFlow(nn.Module, ABC):
             repo_id: The repository, "owner/name", which is created if need be.
             private: Whether a new repository is private.
             token: By default that of `hf auth login`.
-            dtype: Of the weights; by default the flow's own.
+            dtype: As for `save_pretrained`.
             upload: For `huggingface_hub.HfApi.upload_folder`, such as `revision`, `create_pr`, `commit_message`.
 
-        Returns:
-            The address of the commit.
-
-        Raises:
-            CheckpointError: If `huggingface_hub` is not installed, or as for `save_pretrained`.
+        Returns the address of the commit.
         """
         hub = hub_client().HfApi(token=token)
         repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with TemporaryDirectory() as folder:
-            self._write(folder, dtype, repo_id)
+            write_model(self, Path(folder), check_dtype(dtype), repo_id)
             return str(hub.upload_folder(repo_id=repo_id, folder_path=folder, **upload))
 
     def guided(self, guidance: Guidance | None) -> Self:
         """Returns a view of this flow that is sampled under `guidance`; it shares parameters and buffers.
 
         `encode`, `log_prob` and denoising are those of the plain flow. `None`, or a weight of 0, gives the plain flow.
-
-        Raises:
-            ValueError: If the guidance has an attention temperature and the flow has no attention.
-
-        Example:
-            >>> flow = jf.load("digits-p1").guided(jf.Guidance(1.5))
-            >>> flow.guidance.weight
-            1.5
         """
         check_kind("guidance", guidance, Guidance | None, GIVE_GUIDANCE)
         view = copy.copy(self)
@@ -196,7 +170,15 @@ class ImageFlow(nn.Module, ABC):
 
     def check_labels(self, labels: Labels, num: int) -> Int[Tensor, " n"]:
         """Returns `labels`, checked to be classes of this flow for `num` samples, as a tensor."""
-        return check_labels(labels, check_count("num", num, 0), self.config.num_classes)
+        num_classes = self.config.num_classes
+        if not num_classes:
+            raise InputValueError("labels given, but this flow is unconditional: leave them out")
+        tensor = as_labels(labels, num)
+        if len(tensor) != num:
+            raise InputValueError(f"labels={short(labels)}: give {num} whole numbers, one for each sample")
+        if (tensor >= num_classes).any():
+            raise InputValueError(describe_unknown(tensor, num_classes))
+        return tensor
 
     def check_images(self, images: Float[Tensor, "n c h w"]) -> None:
         """Checks that `images` are floating-point numbers in the shape of this flow."""
@@ -206,20 +188,15 @@ class ImageFlow(nn.Module, ABC):
     def check_batch(self, images: Float[Tensor, "n c h w"], labels: Labels | None) -> Int[Tensor, " n"] | None:
         """Checks that images and labels fit the flow; returns the labels as a tensor on its device."""
         self.check_images(images)
-        check_on("images", images, self.var.device)
-        if labels is None:
+        if labels is None or not self.config.num_classes:
             return None
-        if isinstance(labels, Tensor):
-            check_on("labels", labels, self.var.device)
-        tensor = as_labels(labels, len(images)).to(self.var.device)
-        check_rows("labels", tensor, len(images), "images")
-        return self.check_labels(tensor, len(images)) if self.config.num_classes else tensor
+        return self.check_labels(labels, len(images)).to(self.var.device)
 
     def walk(
         self,
         x: Float[Tensor, "n t d"],
         labels: Int[Tensor, " n"] | None = None,
-        parameters: Callable[[int, Tensor], tuple[Tensor, Tensor]] | None = None,
+        parameters: Callable[[int, Tensor], ScaleShift] | None = None,
     ) -> Iterator[Step]:
         """Encodes tokens `x` in raster order block by block, and yields the step of each.
 
@@ -250,10 +227,7 @@ class ImageFlow(nn.Module, ABC):
     def encode(
         self, images: Float[Tensor, "n c h w"], labels: Labels | None = None
     ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
-        """Returns latents z = f(images), standard normal under the model, and log|det df/dx| in nats; prior included.
-
-        `labels` as `normalize` takes them.
-        """
+        """Returns latents z = f(images), standard normal under the model, and log|det df/dx| in nats with the prior."""
         z, log_det = self.normalize(images, labels)
         var = self.var.to(z.dtype)
         return z / var.sqrt(), log_det - 0.5 * var.log().sum()

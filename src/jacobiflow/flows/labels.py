@@ -39,22 +39,10 @@ def as_labels(labels: Any, num: int) -> Int[Tensor, " n"]:
     return tensor
 
 
-def check_labels(labels: Any, num: int, num_classes: int) -> Int[Tensor, " n"]:
-    """Converts labels, and checks that they are of `num_classes`, one for each of `num` samples."""
-    if not num_classes:
-        raise InputValueError("labels given, but this flow is unconditional: leave them out")
-    tensor = as_labels(labels, num)
-    if len(tensor) != num:
-        raise InputValueError(f"labels={short(labels)}: give {num} whole numbers, one for each sample")
-    if (tensor >= num_classes).any():
-        raise InputValueError(_describe_unknown(tensor, num_classes))
-    return tensor
-
-
 def embed_classes(table: Float[Tensor, "k ..."] | None, labels: Int[Tensor, " b"] | None) -> Tensor | None:
     """Looks up the row of a table for each label; the mean over classes for labels below 0 and for `None`.
 
-    A label that is not a class raises ValueError. On a GPU only `check_labels` finds out.
+    A label that is not a class raises ValueError. On a GPU only `ImageFlow.check_labels` finds out.
     """
     if table is None:
         return None
@@ -65,7 +53,7 @@ def embed_classes(table: Float[Tensor, "k ..."] | None, labels: Int[Tensor, " b"
     try:
         rows = table[labels.clamp(min=0)]
     except IndexError:
-        raise InputValueError(f"context: {_describe_unknown(labels, len(table))}") from None
+        raise InputValueError(f"context: {describe_unknown(labels, len(table))}") from None
     return torch.where((labels < 0).view(-1, *[1] * (table.ndim - 1)), mean, rows)
 
 
@@ -77,5 +65,6 @@ def _check_vector(name: str, labels: Any, give: str) -> None:
         raise InputValueError(f"{name}={short(labels)}: give {give}")
 
 
-def _describe_unknown(labels: Tensor, num_classes: int) -> str:
+def describe_unknown(labels: Int[Tensor, " n"], num_classes: int) -> str:
+    """Says which of the labels is not a class."""
     return f"label {int(labels.max())}: this flow has classes 0 to {num_classes - 1} (below 0: no class)"

@@ -1,14 +1,12 @@
-"""The style sheet of all pictures: sizes, the one font, the colour of every sampler, axes, and files."""
+"""The style of all pictures: settings, the colour of every sampler, axes, and files."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, wraps
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -16,31 +14,22 @@ from matplotlib.axis import Axis
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from PIL import Image, ImageFont
+from PIL import Image
 
 from jacobiflow.files import write_atomically
 
-WIDTH = 8.3  # inches: a page shows a figure 830 pixels wide, so that 10 points are 14 pixels there
 FONT_SIZE = 10  # points, of all text in figures
 DPI = 200
 SHEET: Any = {  # whose type would be matplotlib's, which lists every setting
-    "font.family": "DejaVu Sans",
     "font.size": FONT_SIZE,
-    "axes.titlesize": FONT_SIZE,
-    "axes.labelsize": FONT_SIZE,
-    "xtick.labelsize": FONT_SIZE,
-    "ytick.labelsize": FONT_SIZE,
-    "legend.fontsize": FONT_SIZE,
+    "axes.titlesize": "medium",
+    "figure.titlesize": "medium",
+    "figure.labelsize": "medium",
     "legend.frameon": False,
-    "figure.titlesize": FONT_SIZE,
-    "figure.labelsize": FONT_SIZE,
     "lines.linewidth": 1.6,
-    "lines.markersize": 6,
-    "axes.linewidth": 0.8,
-    "svg.hashsalt": "jacobiflow",  # the same file each time
 }  # matplotlib's settings for every figure, see `styled`
 
-INK, FAINT, PAPER = "#222222", "#e6e6e6", "#ffffff"
+INK, FAINT = "#222222", "#e6e6e6"
 FINAL, WAITING = "#a9b5c4", "#f2f2f2"  # of tokens; those that are being swept have their sampler's colour
 TOUGH, EASY = "#3d4a5c", "#a9b5c4"  # of blocks
 ORDERED = matplotlib.colormaps["viridis"]  # of what comes in an order, such as segments
@@ -49,18 +38,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-@dataclass(frozen=True)
-class Style:
+class Style(NamedTuple):
     """The colour and the marker of a sampler's points."""
 
     color: str
     marker: str
-    filled: bool = True
-
-    @property
-    def fillstyle(self) -> str:
-        """Matplotlib's name for `filled`."""
-        return "full" if self.filled else "none"
 
 
 # By the start of a sampler's name, in lower case. The colours are of different lightness, for print in grey, and
@@ -76,7 +58,6 @@ SAMPLERS = {
     r"starflow": Style("#57adf3", "*"),
 }
 OTHER = Style("#e5cd07", "p")
-_MARKERS = "".join(style.marker for style in (*SAMPLERS.values(), OTHER))
 
 
 def sampler_style(name: str) -> Style:
@@ -91,18 +72,14 @@ def sampler_style(name: str) -> Style:
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
     """Decorates a function that draws: it runs under the settings of the style sheet, and leaves the caller's."""
-
-    @wraps(draw)
-    def under_settings(*args: P.args, **kwargs: P.kwargs) -> R:
-        with matplotlib.rc_context(SHEET):
-            return draw(*args, **kwargs)
-
-    return under_settings
+    decorate: Any = matplotlib.rc_context(SHEET)
+    decorated: Callable[P, R] = decorate(draw)
+    return decorated
 
 
 def new_figure(height: float) -> Figure:
-    """Returns an empty figure of the width of a page, `height` in inches."""
-    return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    """Returns an empty figure, `height` in inches, so wide that 10 points are 14 pixels on a page."""
+    return Figure(figsize=(8.3, height), dpi=DPI, layout="constrained")
 
 
 def readable(color: str) -> str:
@@ -113,39 +90,11 @@ def readable(color: str) -> str:
     return str(to_hex((factor * red, factor * green, factor * blue)))
 
 
-@cache
-def font(size: float) -> ImageFont.FreeTypeFont:
-    """Returns the font of the figures, for sheets; `size` in pixels."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
-
-
-def distinct_styles(names: Iterable[str]) -> dict[str, Style]:
-    """Returns a style for each name: the colour of `sampler_style`, and markers that differ within a colour."""
-    styles: dict[str, Style] = {}
-    for name in dict.fromkeys(names):
-        style = sampler_style(name)
-        first = _MARKERS.index(style.marker)
-        choices = [
-            replace(style, marker=marker, filled=filled)
-            for filled in (True, False)
-            for marker in _MARKERS[first:] + _MARKERS[:first]
-        ]
-        styles[name] = next((choice for choice in choices if choice not in styles.values()), style)
-    return styles
-
-
-def escape(name: str) -> str:
-    """Returns a name in which matplotlib finds no mathematics."""
-    return name.replace("$", r"\$")
-
-
-def clear(axis: Axes, grid: bool = True) -> None:
+def clear(axis: Axes) -> None:
     """Removes the frame at the top and the right, and draws a faint grid."""
-    if grid:
-        axis.grid(color=FAINT, linewidth=0.6)
-        axis.set_axisbelow(True)
+    axis.grid(color=FAINT, linewidth=0.6)
+    axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=FONT_SIZE)  # of ticks that are not made yet, too
 
 
 def plain_ticks(axis: Axis, subs: Sequence[float] = (1, 2, 5)) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from jacobiflow.checks import check_choice, check_count, check_kind, check_number
+from jacobiflow.checks import check_choice, check_count, check_number
 from jacobiflow.flows.base import Block, evaluate, no_gradients
 from jacobiflow.solvers.guess import Given
 from jacobiflow.solvers.loop import Deadline
@@ -33,7 +33,7 @@ def certify(
 ) -> Float[Tensor, " b"]:  # fmt: skip
     """Returns the largest |g(x) - x| of each sample, over tokens and channels, from one parallel pass.
 
-    It is infinite for a sample that is not finite. At most `slots` samples are in the network at a time.
+    It is infinite for a sample that is not finite.
 
     Example:
         >>> flow, z = jf.load("digits-p1"), torch.ones(2, 64, 1)
@@ -59,20 +59,19 @@ def solve_certified(
 ) -> Solution:  # fmt: skip
     """Solves a block, certifies each sample, and solves again each sample that is above the tolerance.
 
-    A sample above the tolerance is resumed from its answer, to half of the tolerance. If it is still above, if it ran
-    out of sweeps before the solver's own tolerance, or if it is not finite, it is solved token by token and counted. A
-    value that then overflows does so in the exact inverse too (`Status.NONFINITE`). An exact loop is a solution by
-    construction: its residual counts as 0 and is not measured, unless `certificate` is "always".
+    Such a sample is resumed from its answer, to half of the tolerance. If it is still above, if it ran out of sweeps
+    before the solver's own tolerance, or if it is not finite, it is solved token by token. A value that then overflows
+    does so in the exact inverse too (`Status.NONFINITE`).
 
     An exact solve leaves a residual as well: the rounding of the network, which grows with the size of x. If more than
-    four samples are to be solved token by token, the four with the largest residuals go first. Of what these leave, the
-    smallest |g(x) - x| / |x| is the relative rounding of the block. Other samples whose residuals are at most four
-    times as large, relative to their own x, keep their answers and end as `Status.ROUNDING`.
+    four samples are to be solved token by token, the four with the largest residuals go first. The smallest
+    |g(x) - x| / |x| that they leave is the relative rounding of the block. Other samples whose residuals are at most
+    four times as large, relative to their own x, keep their answers and end as `Status.ROUNDING`.
 
     Args:
         block, z, solver, context, slots, time_limit: See `solve`.
         certificate: `False` leaves out the pass that measures; then the residuals are those of the sweeps. "always"
-            measures exact loops too.
+            measures exact loops too, whose residual is else 0 by construction.
         tolerance: The largest residual allowed, by default the solver's own tolerance. Without either, samples are
             measured and end as they are.
 
@@ -82,34 +81,22 @@ def solve_certified(
         >>> bool((solution.residual <= 1e-3).all())
         True
     """
-    check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
     check_certificate("certificate", certificate)
     if tolerance is not None:
         tolerance = check_number("tolerance", tolerance)
-    if slots is not None:
-        slots = check_count("slots", slots)
     started = time.perf_counter()
-    atol = tolerance if certificate and tolerance is not None else solver.stopping.atol
     attempts = _Attempts(block, z, context, slots, certificate, Deadline(time_limit))
-    solution = attempts.first(solver)
+    attempts.first(solver)
+    atol = tolerance if certificate and tolerance is not None else solver.stopping.atol
     if certificate and atol is not None:
-        # A sample that ran out of sweeps, but came within the tolerance by its last one, has converged.
-        within = (solution.status == Status.MAX_SWEEPS) & (solution.residual <= atol)
-        solution = replace(solution, status=solution.status.masked_fill(within, Status.CONVERGED))
-        ended = (solution.status == Status.CONVERGED) | (
-            (solution.status == Status.MAX_SWEEPS) & (solver.stopping.atol is None)
-        )
-        short = _is_short(solution, atol) & ended
-        resumed = replace(solver, guess=Given(solution.x[short]), stopping=Tolerance(_CLOSER * atol), bf16_sweeps=0)
-        solution = attempts.again(solution, short, resumed)
+        attempts.resume(solver, atol)
+    solution = attempts.solution
     short = (solution.status == Status.NONFINITE) & ~solution.exact
     if atol is not None:
-        rounding = 0.0
-        if certificate:
-            solution, rounding = _probe_rounding(attempts, solution, atol)
-        short |= _is_short(solution, atol, rounding)
-    solution = attempts.sequentially(solution, short)
-    status = solution.status
+        rounding = attempts.probe_rounding(atol) if certificate else 0.0
+        short |= attempts.short(atol, rounding)
+    attempts.sequentially(short)
+    solution, status = attempts.solution, attempts.solution.status
     if atol is not None:
         status = status.masked_fill((solution.residual > atol) & (status != Status.NONFINITE), Status.ROUNDING)
     return replace(solution, status=status, seconds=time.perf_counter() - started)
@@ -120,32 +107,9 @@ def check_certificate(name: str, certificate: Certificate) -> None:
     check_choice(name, certificate, (True, False, "always"))
 
 
-def _probe_rounding(attempts: _Attempts, solution: Solution, atol: float) -> tuple[Solution, float]:
-    """The solution with some samples solved token by token, and the relative rounding of the block; 0 if not found."""
-    short = _is_short(solution, atol)
-    if int(short.sum()) <= _PROBES:
-        return solution, 0.0
-    probes = torch.zeros_like(short)
-    probes[solution.residual.masked_fill(~short, -1.0).topk(_PROBES).indices] = True
-    solution = attempts.sequentially(solution, probes)
-    relative = solution.residual[probes] / _size(solution.x[probes])
-    return solution, float(relative.nan_to_num(nan=0.0, posinf=0.0).min())
-
-
-def _is_short(solution: Solution, atol: float, rounding: float = 0.0) -> Bool[Tensor, " b"]:
-    """The samples to solve again: finite, not exact, and above the tolerance by more than the relative rounding."""
-    above = (solution.status == Status.MAX_SWEEPS) | (solution.residual > atol)
-    is_rounding = (solution.residual > _NEAR * atol) & (solution.residual <= _SPREAD * rounding * _size(solution.x))
-    return above & ~solution.exact & (solution.status != Status.NONFINITE) & ~is_rounding
-
-
-def _size(x: Float[Tensor, "b t c"]) -> Float[Tensor, " b"]:
-    return x.abs().amax(dim=(1, 2))
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Attempts:
-    """Solves of one block at `z`, each certified where certificates are asked for."""
+    """Solves of one block at `z`, each certified where certificates are asked for, and the solution so far."""
 
     block: Block
     z: Tensor
@@ -153,26 +117,61 @@ class _Attempts:
     slots: int | None
     certificate: Certificate
     deadline: Deadline
+    solution: Solution = field(init=False)
 
-    def first(self, solver: Solver) -> Solution:
-        """All samples."""
-        solution = solve_until(self.deadline, self.block, self.z, solver, self.context, self.slots)
-        if self.certificate != "always" and bool(solution.exact.all()):
-            return solution
-        return self._certified(self.z, solution, self.context)
+    def first(self, solver: Solver) -> None:
+        """Solves all samples."""
+        self.solution = solve_until(self.deadline, self.block, self.z, solver, self.context, self.slots)
+        if self.certificate == "always" or not self.solution.exact.all():
+            self.solution = self._certified(self.z, self.solution, self.context)
 
-    def again(self, solution: Solution, which: Bool[Tensor, " b"], solver: Solver) -> Solution:
-        """`solution` with the samples `which` replaced by what `solver` makes of them."""
+    def resume(self, solver: Solver, atol: float) -> None:
+        """Solves samples that ended above the tolerance again, from their answers."""
+        status = self.solution.status
+        # A sample that ran out of sweeps, but came within the tolerance by its last one or had no other, has converged.
+        has_ended = (self.solution.residual <= atol) | (solver.stopping.atol is None)
+        status = status.masked_fill((status == Status.MAX_SWEEPS) & has_ended, Status.CONVERGED)
+        self.solution = replace(self.solution, status=status)
+        short = self.short(atol) & (status == Status.CONVERGED)
+        guess, stopping = Given(self.solution.x[short]), Tolerance(_CLOSER * atol)
+        self._again(short, replace(solver, guess=guess, stopping=stopping, bf16_sweeps=0))
+
+    def probe_rounding(self, atol: float) -> float:
+        """Solves some of many samples token by token; returns the relative rounding of the block, 0 if not found."""
+        short = self.short(atol)
+        if int(short.sum()) <= _PROBES:
+            return 0.0
+        probes = torch.zeros_like(short)
+        probes[self.solution.residual.masked_fill(~short, -1.0).topk(_PROBES).indices] = True
+        self.sequentially(probes)
+        relative = self.solution.residual[probes] / _size(self.solution.x[probes])
+        return float(relative.nan_to_num(nan=0.0, posinf=0.0).min())
+
+    def short(self, atol: float, rounding: float = 0.0) -> Bool[Tensor, " b"]:
+        """The samples to solve again: finite, not exact, and above the tolerance by more than the relative rounding."""
+        status, residual = self.solution.status, self.solution.residual
+        above = (status == Status.MAX_SWEEPS) | (residual > atol)
+        is_rounding = (residual > _NEAR * atol) & (residual <= _SPREAD * rounding * _size(self.solution.x))
+        return above & ~self.solution.exact & (status != Status.NONFINITE) & ~is_rounding
+
+    def sequentially(self, which: Bool[Tensor, " b"]) -> None:
+        """Solves the samples `which` token by token, and counts them."""
+        self._again(which, Solver(Sequential()))
+        resolved = self.solution.resolved_sequentially | which
+        self.solution = replace(self.solution, resolved_sequentially=resolved)
+
+    def _again(self, which: Bool[Tensor, " b"], solver: Solver) -> None:
+        """Solves the samples `which` by `solver`."""
         if not which.any():
-            return solution
+            return
         z, context = self.z[which], None if self.context is None else self.context[which]
         better = solve_until(self.deadline, self.block, z, solver, context, self.slots)
-        better = self._certified(z, better, context)
+        better, solution = self._certified(z, better, context), self.solution
         replaced = {
             name: getattr(solution, name).index_put((which,), getattr(better, name))
             for name in ("x", "status", "residual", "exact")
         }
-        return replace(
+        self.solution = replace(
             solution,
             **replaced,
             sample_sweeps=solution.sample_sweeps.index_put((which,), better.sample_sweeps, accumulate=True),
@@ -181,11 +180,6 @@ class _Attempts:
             token_evaluations=solution.token_evaluations + better.token_evaluations,
         )
 
-    def sequentially(self, solution: Solution, which: Bool[Tensor, " b"]) -> Solution:
-        """`solution` with the samples `which` solved token by token, and counted."""
-        solution = self.again(solution, which, Solver(Sequential()))
-        return replace(solution, resolved_sequentially=solution.resolved_sequentially | which)
-
     def _certified(self, z: Tensor, solution: Solution, context: Tensor | None) -> Solution:
         if not self.certificate:
             return solution
@@ -193,6 +187,10 @@ class _Attempts:
         return replace(
             solution,
             residual=certify(self.block, z, solution.x, context, self.slots),
-            network_calls=solution.network_calls + -(-batch // (self.slots or max(batch, 1))),
+            network_calls=solution.network_calls + -(-batch // int(self.slots or max(batch, 1))),
             token_evaluations=solution.token_evaluations + batch * length,
         )
+
+
+def _size(x: Float[Tensor, "b t c"]) -> Float[Tensor, " b"]:
+    return x.abs().amax(dim=(1, 2))

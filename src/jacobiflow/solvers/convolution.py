@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,71 +11,76 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from jacobiflow.checks import check_finite, check_floating, short
-from jacobiflow.errors import InputValueError
+from jacobiflow.checks import check_finite, check_floating
 
 _NUMBERS = 2**22  # at most so many numbers are written out at a time
 FIT_WIDTH = 24  # tokens before one that a fit sees; twice as many brought 3 per cent
 
 
 class TensorFields:
-    """A dataclass whose fields are tensors: equal if their values are."""
+    """Base of dataclasses whose fields are tensors: equal if their values are, and shown by their shapes."""
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, type(self)):
-            return NotImplemented
-        return all(map(torch.equal, self._values(), other._values()))
+        return type(self) is type(other) and all(map(torch.equal, self._values(), other._values()))
 
     def __hash__(self) -> int:
         return hash(tuple(self._values()[-1].flatten().tolist()))
+
+    def __repr__(self: Any) -> str:
+        shapes = (f"{entry.name}={tuple(getattr(self, entry.name).shape)}" for entry in fields(self))
+        return f"{type(self).__name__}({', '.join(shapes)})"
 
     def _values(self: Any) -> list[Tensor]:
         return [getattr(self, entry.name) for entry in fields(self)]
 
 
-def check_kernel(owner: str, kernel: Tensor) -> None:
-    """Raises TypeError or ValueError if `kernel` is not a finite tensor (w, C, C)."""
-    name, shape = f"{owner}: kernel", ("tokens", "channels", "channels")
-    check_floating(name, kernel, shape)
-    if kernel.shape[1] != kernel.shape[2]:
-        raise InputValueError(f"{name}={short(kernel)}: give a tensor ({', '.join(shape)})")
-    check_finite(name, kernel)
+class Convolution(TensorFields):
+    """Base of dataclasses with a `kernel` (w, C, C): entry d is for the token d places before."""
 
+    kernel: Tensor
 
-class StackedKernel:
-    """A kernel with a row per channel of each of its tokens, the oldest first, and a copy on each device."""
+    def check_kernel(self) -> None:
+        """Raises TypeError or ValueError if the kernel is not a finite tensor (w, C, C)."""
+        name = f"{type(self).__name__}: kernel"
+        check_floating(name, self.kernel, ("tokens", "channels", "channels"))
+        check_values(name, self.kernel, ("tokens", "channels", self.kernel.shape[1]))
 
-    def __init__(self, kernel: Float[Tensor, "w c c"]) -> None:
-        self._stacked = kernel.flip(0).transpose(1, 2).flatten(0, 1).contiguous()
-        self._copies: dict[tuple[torch.device, torch.dtype], Float[Tensor, "f c"]] = {}
+    def convolve(
+        self, x: Float[Tensor, "b n c"], add: Float[Tensor, "b n c"], delay: int = 0
+    ) -> Float[Tensor, "b n c"]:
+        """Returns y_t = add_t + sum over d = 0..w-1 of kernel[d] x_(t - d - delay), x being 0 before its first token.
 
-    def like(self, x: Tensor) -> Float[Tensor, "f c"]:
-        """Returns it in the dtype and on the device of `x`."""
+        A product of matrices takes a third of the time of `conv1d` for a few tokens.
+        """
+        length, channels = x.shape[1:]
+        weights = self._weights(x)
+        width, rows = len(self.kernel), max(_NUMBERS // (length * len(weights)), 1)
+        padded = F.pad(x, (0, 0, width - 1 + delay, -delay)).contiguous()
+        parts = []
+        for part, added in zip(padded.split(rows), add.split(rows), strict=True):
+            shape, strides = (len(part), length, len(weights)), (part.stride(0), channels, 1)
+            windows = part.as_strided(shape, strides, part.storage_offset()).reshape(-1, len(weights))
+            with torch.autocast(x.device.type, enabled=False):  # which is for networks: tokens keep their dtype
+                out = torch.addmm(added.reshape(-1, channels), windows, weights)
+            parts.append(out.view(len(part), length, channels))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _weights(self, x: Tensor) -> Float[Tensor, "f c"]:
+        """The kernel with a row per channel of each of its tokens, the oldest first, in the dtype and place of `x`."""
         key = x.device, x.dtype
         if key not in self._copies:
-            self._copies[key] = self._stacked.to(x)
+            self._copies[key] = self.kernel.flip(0).transpose(1, 2).flatten(0, 1).to(x).contiguous()
         return self._copies[key]
 
+    @cached_property
+    def _copies(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+        return {}
 
-def causal_convolution(
-    x: Float[Tensor, "b n c"], kernel: StackedKernel, add: Float[Tensor, "b n c"], delay: int = 0
-) -> Float[Tensor, "b n c"]:
-    """Returns y_t = add_t + sum over d = 0..w-1 of kernel[d] x_(t - d - delay), x being 0 before its first token.
 
-    A product of matrices takes a third of the time of `conv1d` for a few tokens.
-    """
-    length, channels = x.shape[1:]
-    weights = kernel.like(x)
-    width, rows = len(weights) // channels, max(_NUMBERS // (length * len(weights)), 1)
-    padded = F.pad(x, (0, 0, width - 1 + delay, -delay)).contiguous()
-    parts = []
-    for part, added in zip(padded.split(rows), add.split(rows), strict=True):
-        shape, strides = (len(part), length, len(weights)), (part.stride(0), channels, 1)
-        windows = part.as_strided(shape, strides, part.storage_offset()).reshape(-1, len(weights))
-        with torch.autocast(x.device.type, enabled=False):  # which is for networks: tokens keep their dtype
-            out = torch.addmm(added.reshape(-1, channels), windows, weights)
-        parts.append(out.view(len(part), length, channels))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def check_values(name: str, values: Tensor, shape: tuple[int | str, ...]) -> None:
+    """Raises TypeError or ValueError if `values` is not a finite tensor of that shape."""
+    check_floating(name, values, shape)
+    check_finite(name, values)
 
 
 def rows_before(x: Float[Tensor, "b t c"], width: int) -> Float[Tensor, "n f"]:
@@ -84,5 +90,5 @@ def rows_before(x: Float[Tensor, "b t c"], width: int) -> Float[Tensor, "n f"]:
 
 
 def as_kernel(weights: Float[Tensor, "f c"], width: int) -> Float[Tensor, "w c c"]:
-    """Returns the regression weights of `rows_before` as a kernel: entry d is for the token d places before."""
+    """Returns the regression weights of `rows_before` as a kernel."""
     return weights.view(width, -1, weights.shape[1]).flip(0).transpose(1, 2).contiguous()

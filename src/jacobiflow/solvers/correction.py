@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -14,15 +13,7 @@ from torch.nn import functional as F
 from jacobiflow.codec import family, register
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import Block, evaluate, no_gradients
-from jacobiflow.solvers.convolution import (
-    FIT_WIDTH,
-    StackedKernel,
-    TensorFields,
-    as_kernel,
-    causal_convolution,
-    check_kernel,
-    rows_before,
-)
+from jacobiflow.solvers.convolution import FIT_WIDTH, Convolution, as_kernel, rows_before
 from jacobiflow.solvers.guess import Guess
 
 _RIDGE = 2e-2  # of the residuals' mean square, which is scaled to 1
@@ -32,9 +23,7 @@ _ROUNDING = 3e-5  # residuals below it teach nothing
 
 @family
 class Correction(ABC):
-    """Turns an iterate and its image under g into the next iterate, on a run of tokens.
-
-    Tokens before the run are final: their residual is 0.
+    """Turns an iterate and its image under g into the next iterate, on a run of tokens; those before it are final.
 
     Example:
         >>> class Damped(jf.Correction):
@@ -54,10 +43,7 @@ class Correction(ABC):
     def fit(
         cls, block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess, context: Tensor | None
     ) -> Correction | None:
-        """Returns the correction of this kind that suits a block with solutions `x` at `z`; `None` if it has no fit.
-
-        `jacobiflow.tune` tries it.
-        """
+        """Returns the one for `jacobiflow.tune` to try on a block with solutions `x` at `z`, if it can be fitted."""
         return None
 
 
@@ -77,47 +63,46 @@ class Plain(Correction):
 
 @register("chord")
 @dataclass(frozen=True, eq=False, repr=False)
-class Chord(TensorFields, Correction):
+class Chord(Convolution, Correction):
     """A chord (simplified Newton) step with a calibrated, banded estimate of the inverse Jacobian:
 
         X^(k+1) = X^(k) + (I + B) r,    r = g(X^(k)) - X^(k),    (B r)_t = sum over d = 1..w of kernel[d-1] r_(t-d).
 
     Newton's step is (I - Gamma)^-1 r with Gamma = dg/dx strictly lower triangular (Appendix A of the paper), so its
     inverse is I plus a strictly lower triangular matrix. B is that matrix, one for all samples and positions, cut to
-    the w tokens before each, fitted to the errors that sweeps meet. Its cost is a convolution over the run, w C^2
-    multiplications a token; its size w C^2 numbers.
+    the w tokens before each, fitted to the errors that sweeps meet.
 
     Args:
         kernel: (w, C, C). The residual r of the token d places before adds `kernel[d - 1] @ r` to a token's step.
 
     Example:
         >>> jf.Chord(torch.zeros(3, 4, 4))
-        Chord(3 tokens, 4 channels)
+        Chord(kernel=(3, 4, 4))
     """
 
     kernel: Float[Tensor, "w c c"]
 
     def __post_init__(self) -> None:
-        check_kernel("Chord", self.kernel)
+        self.check_kernel()
 
     def __call__(self, x: Float[Tensor, "b n c"], g: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         self.check(x.shape[-1])
         residual = (g - x).nan_to_num_(0.0, 0.0, 0.0)  # an overflow does not help its successors
-        return causal_convolution(residual, self._stacked, add=g, delay=1)
+        return self.convolve(residual, add=g, delay=1)
 
     def check(self, token_channels: int) -> None:
         if token_channels != self.kernel.shape[1]:
-            raise InputValueError(f"{self!r}, but the tokens have {token_channels}: calibrate this flow")
+            raise InputValueError(f"{self!r}, but the tokens have {token_channels} channels: calibrate this flow")
 
     @classmethod
     def fit(
         cls, block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess,
         context: Tensor | None = None, width: int = FIT_WIDTH,
     ) -> Chord:  # fmt: skip
-        """Fits the chord over `width` tokens that best predicts errors X* - X^(k) from residuals, by ridge regression.
+        """Fits the chord over `width` tokens that best predicts errors x - X^(k) from residuals, by ridge regression.
 
-        `x` is X*, the solution at `z`. The errors are those met by sweeping all tokens from `guess` with the chord
-        fitted to the sweeps so far. Each token has the same weight, whatever the size of its residuals.
+        The errors are those met by sweeping all tokens from `guess` with the chord fitted to the sweeps so far. Each
+        token has the same weight, whatever the size of its residuals.
         """
         _, length, channels = x.shape
         features = width * channels
@@ -145,11 +130,3 @@ class Chord(TensorFields, Correction):
                 current = chord(current, g)
                 current = torch.where(torch.isfinite(current).all(dim=2, keepdim=True), current, start)
         return cls(chord.kernel.clone().cpu())
-
-    @cached_property
-    def _stacked(self) -> StackedKernel:
-        return StackedKernel(self.kernel)
-
-    def __repr__(self) -> str:
-        width, channels, _ = self.kernel.shape
-        return f"Chord({width} tokens, {channels} channels)"

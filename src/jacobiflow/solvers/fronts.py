@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,56 +13,36 @@ _GROWTH = 4.0  # a residual that many times the least so far ...
 _PATIENCE = 3  # ... for so many sweeps in a row: the correction does not fit this sample
 
 
-@dataclass(frozen=True)
-class SweepResult:
-    """The changes that a sweep of a run made, per sample and token.
+class SweepResult(NamedTuple):
+    """The changes that a sweep of a run made, per sample and token."""
 
-    Attributes:
-        residual: |g(x) - x|.
-        change: The larger of it and the step that was made.
-        overflowed: True if that is not finite; `None` if all is known to be finite.
-    """
-
-    residual: Float[Tensor, "b n"]
-    change: Float[Tensor, "b n"]
-    overflowed: Bool[Tensor, "b n"] | None
+    residual: Float[Tensor, "b n"]  # |g(x) - x|
+    change: Float[Tensor, "b n"]  # the larger of it and the step that was made
+    overflowed: Bool[Tensor, "b n"] | None  # it is not finite; None if all is known to be finite
+    is_early: bool  # the early stop holds for the whole run
 
 
 @dataclass
 class Fronts:
-    """An entry for each sample: its front and the state of its solve.
+    """An entry for each sample: its front and the state of its solve."""
 
-    Attributes:
-        front: Its tokens before this are final; not used if all samples share a front.
-        residual: The largest change that the last sweep of a token made.
-        failed: A token overflowed when the front passed it.
-        missed: A token was passed by a number of sweeps, not by the tolerance.
-        exact: Every token was computed from final ones.
-        sweeps: The number that it was part of.
-        least: Its smallest residual since its run last took in new tokens.
-        growing: For how many sweeps in a row the residual was far above that.
-        reached: The end of its latest run.
-    """
-
-    front: Int[Tensor, " b"]
-    residual: Float[Tensor, " b"]
-    failed: Bool[Tensor, " b"]
-    missed: Bool[Tensor, " b"]
-    exact: Bool[Tensor, " b"]
-    sweeps: Int[Tensor, " b"]
-    least: Float[Tensor, " b"]
-    growing: Int[Tensor, " b"]
-    reached: Int[Tensor, " b"]
+    front: Int[Tensor, " b"]  # its tokens before this are final
+    residual: Float[Tensor, " b"]  # the largest change that the last sweep of a token made
+    failed: Bool[Tensor, " b"]  # a token overflowed when the front passed it
+    missed: Bool[Tensor, " b"]  # a token was passed by a number of sweeps, not by the tolerance
+    exact: Bool[Tensor, " b"]  # every token was computed from final ones
+    sweeps: Int[Tensor, " b"]  # the number that it was part of
+    least: Float[Tensor, " b"]  # its smallest residual since its run last took in new tokens
+    growing: Int[Tensor, " b"]  # for how many sweeps in a row the residual was far above that
+    reached: Int[Tensor, " b"]  # the end of its latest run
 
     @classmethod
     def enter(cls, num: int, like: Tensor) -> Fronts:
         """Returns so many samples at their first token, on the device of `like`, with residuals in its dtype."""
-        counts = torch.zeros(4, num, dtype=torch.int64, device=like.device)
-        flags = torch.zeros(2, num, dtype=torch.bool, device=like.device)
+        front, sweeps, growing, reached = torch.zeros(4, num, dtype=torch.int64, device=like.device)
+        failed, missed = torch.zeros(2, num, dtype=torch.bool, device=like.device)
         residual = like.new_zeros(num)
-        return cls(
-            counts[0], residual, flags[0], flags[1], ~flags[0], counts[1], residual + torch.inf, counts[2], counts[3]
-        )
+        return cls(front, residual, failed, missed, ~failed, sweeps, residual + torch.inf, growing, reached)
 
     def put(self, rows: Int[Tensor, " m"], others: Fronts, places: Int[Tensor, " m"] | slice) -> None:
         """Replaces `rows` by the `places` of others, in place."""
@@ -85,8 +66,8 @@ class Fronts:
         self.reached = self.reached.clamp(min=end)
         return self.growing >= _PATIENCE
 
-    def pass_tokens(self, sweep: SweepResult, atol: float | None) -> tuple[Int[Tensor, " b"], Bool[Tensor, "b n"]]:
-        """Returns how many leading tokens of its run each sample passes, and which tokens the tolerance settled.
+    def pass_tokens(self, sweep: SweepResult, atol: float | None) -> Int[Tensor, " b"]:
+        """Returns how many leading tokens of its run each sample passes.
 
         It passes those that changed by at most `atol`, and one more, which was computed from final ones (Proposition 1
         of the paper).
@@ -97,28 +78,31 @@ class Fronts:
         if sweep.overflowed is not None:
             # Only the last token passed can have overflowed; the others are settled.
             self.failed = self.failed | sweep.overflowed.gather(1, passed[:, None] - 1)[:, 0]
-        return passed, is_settled
+        return passed
 
-    def pass_together(self, sweep: SweepResult, atol: float | None, count: int, is_early: bool) -> tuple[int, int]:
-        """Returns how many tokens of their common run all samples pass, and of how many of these the keys are current.
+    def pass_together(
+        self, sweep: SweepResult, atol: float | None, each: Int[Tensor, " b"], count: int
+    ) -> tuple[int, int]:
+        """Returns how many tokens of their common run all samples pass, and how many keys are then a sweep behind.
 
-        They pass at least `count` tokens, which have had their number of sweeps, or are stopped early. Keys of tokens
-        that are passed by their number of sweeps are a sweep behind.
+        They pass as many as the slowest, of the numbers `each` that `pass_tokens` returned; at least `count`, which
+        have had their number of sweeps; and the whole run by an early stop.
         """
-        each, is_settled = self.pass_tokens(sweep, atol)
+        size = sweep.change.shape[1]
         # The others do not wait for a sample that is to be solved again.
-        passed = 1 if atol is None else int(torch.where(self.failed, is_settled.shape[1], each).min())
+        passed = 1 if atol is None else int(torch.where(self.failed, size, each).min())
+        if sweep.is_early:
+            count = size
         if count <= passed:
-            return passed, passed
-        exact = torch.cat((torch.ones_like(is_settled[:, :1]), is_settled[:, :-1]), dim=1)
-        residual = torch.where(sweep.residual.isnan(), torch.inf, sweep.residual)
-        self._raise_residual(torch.where(exact, 0, residual)[:, :count])
+            return passed, 0
+        is_beyond = _steps(sweep.residual) >= each[:, None]
+        self._raise_residual(torch.where(is_beyond, sweep.residual, 0)[:, :count])
         if sweep.overflowed is not None:
             self.failed = self.failed | sweep.overflowed[:, :count].any(1)
-        if is_early:
-            return count, count
-        self.missed |= ~(exact | is_settled)[:, :count].all(1)
-        return count, passed
+        if sweep.is_early:
+            return count, 0
+        self.missed |= each < count
+        return count, count - passed
 
     def _raise_residual(self, sizes: Float[Tensor, "b n"]) -> None:
         self.residual = torch.maximum(self.residual, sizes.amax(1))

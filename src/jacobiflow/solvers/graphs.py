@@ -1,8 +1,7 @@
 """CUDA graphs for the token loop and for the sweeps of a window.
 
 A block of 8 layers launches about a hundred kernels a token or sweep, which take longer to launch than to run if rows
-are few. Captured in a graph they are one launch. A capture takes about as long as two calls and waits for the device,
-so that it pays only for a shape that comes again and again.
+are few. Captured in a graph they are one launch. A capture pays only for a shape that comes again and again.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ _capturing = threading.Lock()  # a capture waits for the device, which would bre
 def solve_by_tokens(
     block: Block, z: Float[Tensor, "b t c"], context: Tensor | None, slots: int
 ) -> Float[Tensor, "b t c"]:
-    """Returns the x with x_t = g(x)_t for a block with a front per sample, so many samples at a time.
+    """Returns the x with x_t = g(x)_t for a block with a front per sample, `slots` samples at a time.
 
-    One graph serves `_BUCKET` tokens of all samples. Graphs are forgotten at the end, since they hold the addresses of
-    the weights. On another device than a GPU the same steps run without graphs.
+    Graphs are forgotten at the end, since they hold the addresses of the weights. On another device than a GPU the same
+    steps run without graphs.
     """
     loop, parts = None, []
     for first in range(0, len(z), slots):
@@ -75,7 +74,7 @@ class _TokenLoop:
         self.entry += 1
 
     def _capture(self, end: int) -> Callable[[], None]:
-        """The step to `end`. It runs once before its capture, which is undone: the same token is solved again."""
+        """The step to `end`; that its capture ran it once is undone."""
         if self.x.device.type != "cuda":
             return lambda: self._step(end)
         replay, _, self.pool = capture(lambda: self._step(end), self.pool)
@@ -113,11 +112,8 @@ class SweepGraphs:
 
 
 def capture(step: Callable[[], T], pool: Any) -> tuple[Callable[[], None], T, Any]:
-    """Returns a function that replays `step`, the place of its result, and the memory pool for the next graph.
-
-    The step runs once before, beside the other work of the GPU: what libraries set up on first use must not be
-    captured.
-    """
+    """Returns a function that replays `step`, the place of its result, and the memory pool for the next graph."""
+    # The step runs once before, on a stream of its own: what libraries set up on first use must not be captured.
     here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
     aside.wait_stream(here)
     with torch.cuda.stream(aside):

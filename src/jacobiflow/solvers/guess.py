@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.checks import check_finite, check_floating, check_kind, short
 from jacobiflow.codec import family, register
-from jacobiflow.errors import InputTypeError, InputValueError
-from jacobiflow.solvers.convolution import (
-    FIT_WIDTH,
-    StackedKernel,
-    TensorFields,
-    as_kernel,
-    causal_convolution,
-    check_kernel,
-    rows_before,
-)
+from jacobiflow.errors import InputValueError
+from jacobiflow.solvers.convolution import FIT_WIDTH, Convolution, TensorFields, as_kernel, check_values, rows_before
 
 _RIDGE = 1e-3  # of the latents' variance
 
@@ -46,10 +36,7 @@ class Guess(ABC):
 
     @classmethod
     def fit(cls, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"]) -> Guess | None:
-        """Returns the guess of this kind that suits a block with solutions `x` at `z`; `None` if it has no fit.
-
-        `jacobiflow.tune` tries it.
-        """
+        """Returns the one for `jacobiflow.tune` to try on a block with solutions `x` at `z`, if it can be fitted."""
         return None
 
 
@@ -99,30 +86,23 @@ class MeanAffine(TensorFields, Guess):
     shift: Float[Tensor, "t c"]
 
     def __post_init__(self) -> None:
-        check_floating("MeanAffine: log_scale", self.log_scale, ("tokens", "channels"))
-        check_floating("MeanAffine: shift", self.shift, tuple(self.log_scale.shape))
-        check_finite("MeanAffine: log_scale", self.log_scale)
-        check_finite("MeanAffine: shift", self.shift)
+        check_values("MeanAffine: log_scale", self.log_scale, ("tokens", "channels"))
+        check_values("MeanAffine: shift", self.shift, tuple(self.log_scale.shape))
 
     def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
         self.check(*z.shape[1:])
         return torch.addcmul(self.shift.to(z), self.log_scale.to(z).exp(), z)
 
     def check(self, num_tokens: int, token_channels: int) -> None:
-        _check_shape(self, self.shift, num_tokens, token_channels)
-
-    def __repr__(self) -> str:
-        tokens, channels = self.shift.shape
-        return f"MeanAffine({tokens} tokens, {channels} channels)"
+        _check_shape(self, self.shift, (num_tokens, token_channels))
 
 
 @register("causal_linear")
 @dataclass(frozen=True, eq=False, repr=False)
-class CausalLinear(TensorFields, Guess):
+class CausalLinear(Convolution, Guess):
     """X^(0)_t = shift_t + sum over d = 0..w-1 of kernel[d] Z_(t-d): a linear autoregressive guess.
 
-    The least-squares estimate of the solution from the latents of a token and of those before it, one kernel for all
-    positions.
+    The least-squares estimate of the solution, with one kernel for all positions.
 
     Example:
         >>> jf.CausalLinear(torch.ones(2, 1, 1), torch.zeros(3, 1))(torch.ones(1, 3, 1)).flatten()
@@ -133,16 +113,15 @@ class CausalLinear(TensorFields, Guess):
     shift: Float[Tensor, "t c"]
 
     def __post_init__(self) -> None:
-        check_kernel("CausalLinear", self.kernel)
-        check_floating("CausalLinear: shift", self.shift, ("tokens", self.kernel.shape[1]))
-        check_finite("CausalLinear: shift", self.shift)
+        self.check_kernel()
+        check_values("CausalLinear: shift", self.shift, ("tokens", self.kernel.shape[1]))
 
     def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
         self.check(*z.shape[1:])
-        return causal_convolution(z, self._stacked, add=self.shift.to(z).expand_as(z))
+        return self.convolve(z, add=self.shift.to(z).expand_as(z))
 
     def check(self, num_tokens: int, token_channels: int) -> None:
-        _check_shape(self, self.shift, num_tokens, token_channels)
+        _check_shape(self, self.shift, (num_tokens, token_channels))
 
     @classmethod
     def fit(cls, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], width: int = FIT_WIDTH) -> CausalLinear:
@@ -155,34 +134,17 @@ class CausalLinear(TensorFields, Guess):
         linear = cls(kernel, torch.zeros_like(x[0]))
         return cls(kernel.cpu(), (x - linear(z)).mean(dim=0).cpu())
 
-    @cached_property
-    def _stacked(self) -> StackedKernel:
-        return StackedKernel(self.kernel)
-
-    def __repr__(self) -> str:
-        tokens, channels = self.shift.shape
-        return f"CausalLinear({tokens} tokens, {channels} channels, from {len(self.kernel)} latents)"
-
 
 @dataclass(frozen=True, eq=False)
-class Given(TensorFields, Guess):
+class Given(Guess):
     """X^(0) = `value`, an approximate answer that is to be improved."""
 
     value: Float[Tensor, "b t c"]
 
-    def __post_init__(self) -> None:
-        give = "a torch.Tensor of floating-point numbers (B, T, C)"
-        check_kind("Given: value", self.value, Tensor, give)
-        if not self.value.is_floating_point() or self.value.ndim != 3:
-            raise InputTypeError(f"Given: value={short(self.value)}: give {give}")
-
     def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
-        if self.value.shape != z.shape:
-            raise InputValueError(f"Given: value of shape {tuple(self.value.shape)}, but z is {tuple(z.shape)}")
         return self.value.clone()
 
 
-def _check_shape(guess: Guess, values: Float[Tensor, "t c"], num_tokens: int, token_channels: int) -> None:
-    have, want = tuple(values.shape), (num_tokens, token_channels)
-    if have != want:
-        raise InputValueError(f"{type(guess).__name__} of shape {have}, but the tokens are {want}: calibrate this flow")
+def _check_shape(guess: Guess, values: Float[Tensor, "t c"], shape: tuple[int, int]) -> None:
+    if values.shape != shape:
+        raise InputValueError(f"{guess!r}, but the tokens are {shape}: calibrate this flow")

@@ -1,11 +1,11 @@
-"""The one loop of all solvers: samples enter, are swept, and leave."""
+"""The loop of all solvers: samples enter, are swept, and leave."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jacobiflow.checks import check_positive
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.base import Block, put_run, run_of, supports
+from jacobiflow.flows.base import put_run, run_of, supports
 from jacobiflow.solvers.fronts import Fronts, SweepResult
 from jacobiflow.solvers.graphs import SweepGraphs
 from jacobiflow.solvers.partition import SlidingRun
@@ -47,104 +47,63 @@ class _Batch:
     z: Tensor
     guess: Tensor
     cache: Any
-    counts: np.ndarray  # sweeps that each token has had from a common front
+    sweeps_left: np.ndarray  # of each token
     least: int = 0  # all fronts are at this token or after it ...
     most: int = 0  # ... and at this one or before it
     stale: int = 0  # tokens before a common front whose keys are a sweep behind
-    sweeps: int = 0
     graphs: SweepGraphs | None = None
 
-    def locate(self, front: np.ndarray) -> None:
-        """Notes where the samples stand."""
-        self.least, self.most = int(front.min()), int(front.max())
 
-
+@dataclass
 class Loop:
     """Sweeps the rows of `z` until all their tokens are final; `x` and `fronts` are then in the caller's order."""
 
-    def __init__(
-        self, block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int, deadline: Deadline,
-        in_bf16: bool = False,
-    ) -> None:  # fmt: skip
-        self.z, self.solver, self.context, self.slots = z, solver, context, slots
-        self.block: Any = block
-        self.deadline, self.in_bf16 = deadline, in_bf16
-        self.length = z.shape[1]
-        self.guess = solver.guess(z)
+    block: Any
+    z: Tensor
+    solver: Solver
+    context: Tensor | None
+    slots: int
+    deadline: Deadline
+    in_bf16: bool = False
+    sweeps: int = 0
+    token_evaluations: int = 0
+
+    def __post_init__(self) -> None:
+        self.length = self.z.shape[1]
+        self.guess = self.solver.guess(self.z)
         self.x = torch.empty_like(self.guess)
-        self.fronts = Fronts.enter(len(z), z)
-        self.sweeps = self.token_evaluations = 0
-        self._limits = _sweep_limits(solver, self.length)
+        self.fronts = Fronts.enter(len(self.z), self.z)
         self._entered = 0
-        stopping, partition = solver.stopping, solver.partition
-        has_only_tolerance = stopping.max_sweeps is stopping.ebound is None
-        slides = isinstance(partition, SlidingRun)
-        self._per_sample = has_only_tolerance and slides and supports(block, "per_sample_front")
-        self._is_on_host = z.device.type == "cpu"
+        self._is_on_host = self.z.device.type == "cpu"
+        stopping = self.solver.stopping
+        slides = isinstance(self.solver.partition, SlidingRun) and stopping.max_sweeps is stopping.ebound is None
+        self._is_shared = not (slides and supports(self.block, "per_sample_front"))  # one front for all samples
 
     def run(self) -> None:
         """Sweeps until all samples have left."""
-        while (batch := self._enter()) is not None:
-            while batch is not None:
-                self.sweeps += 1
-                batch.sweeps += 1
+        while self._entered < len(self.z):
+            batch, is_going_on = self._enter(), True
+            while is_going_on:
                 self._sweep(batch)
-                batch = self._exchange(batch)
-                self.deadline.check()
+                is_going_on = self._exchange(batch)
 
-    # --------------------------------------------------------------------------------------------- entering and leaving
-
-    def _enter(self) -> _Batch | None:
-        """A batch of samples that enter together; `None` if none is left."""
+    def _enter(self) -> _Batch:
+        """A batch of samples that enter together."""
         rows = self._next(self.slots)
-        if rows.start == rows.stop:
-            return None
         # Copies, since other samples may take their places.
         x, z, guess = self.guess[rows].clone(), self.z[rows].clone(), self.guess[rows].clone()
         cache = self.block.init_cache(z, None if self.context is None else self.context[rows].clone())
         if self.in_bf16:
             cache = self.block.to_bf16(cache)
-        counts = np.zeros(self.length, dtype=np.int64)
-        batch = _Batch(np.arange(rows.start, rows.stop), Fronts.enter(len(z), z), x, z, guess, cache, counts)
-        return self._with_graphs(batch)
-
-    def _with_graphs(self, batch: _Batch) -> _Batch:
-        """The batch with graphs of its sweeps, if a GPU can have them and all runs are of one size, as of a window."""
-        if not self._is_on_host and self._per_sample and supports(self.block, "graph_safe"):
-            size = cast(SlidingRun, self.solver.partition).run_size(self.length)
-            if size < self.length:
-                batch.graphs = SweepGraphs(self.block, batch.x, batch.z, batch.cache, size)
+        sample, limits = np.arange(rows.start, rows.stop), _sweep_limits(self.solver, self.length)
+        batch = _Batch(sample, Fronts.enter(len(z), z), x, z, guess, cache, limits)
+        batch.graphs = self._graphs(batch)
         return batch
 
     def _next(self, count: int) -> slice:
-        """The next samples that enter."""
+        """The next samples that enter, at most so many."""
         first, self._entered = self._entered, min(self._entered + count, len(self.z))
         return slice(first, self._entered)
-
-    def _exchange(self, batch: _Batch) -> _Batch | None:
-        """The batch without the samples that have finished, and with others in their places; `None` if all have."""
-        if not self._per_sample:
-            if batch.least < self.length:
-                return batch
-            batch.fronts.sweeps += batch.sweeps
-            self._leave(batch, np.arange(len(batch.sample)))
-            return None
-        if not self._is_on_host and batch.sweeps % _LOOK:
-            return batch
-        front = batch.fronts.front.cpu().numpy().copy()
-        batch.locate(front)
-        finished = (front >= self.length).nonzero()[0]
-        if len(finished) < len(front) and len(finished) < _LEAVING * len(front):
-            return batch
-        self._leave(batch, finished)
-        waiting = min(len(finished), len(self.z) - self._entered)
-        if waiting:
-            self._refill(batch, finished[:waiting])
-            front[finished[:waiting]] = 0
-            batch.locate(front)
-        if waiting == len(finished):
-            return batch
-        return self._close(batch, finished[waiting:], front) if len(finished) - waiting < len(front) else None
 
     def _leave(self, batch: _Batch, places: np.ndarray) -> None:
         """Notes the answers of the samples at these places."""
@@ -152,70 +111,37 @@ class Loop:
         self.x[sample] = batch.x[index]
         self.fronts.put(sample, batch.fronts, index)
 
-    def _refill(self, batch: _Batch, places: np.ndarray) -> None:
-        """Puts new samples at the `places` of finished ones, whose memory they take."""
-        rows, index = self._next(len(places)), self._index(places)
-        self.block.refill(batch.cache, index, None if self.context is None else self.context[rows])
-        batch.x[index], batch.z[index], batch.guess[index] = self.guess[rows], self.z[rows], self.guess[rows]
-        batch.fronts.put(index, Fronts.enter(len(places), self.z), slice(None))
-        batch.sample[places] = np.arange(rows.start, rows.stop)
-
-    def _close(self, batch: _Batch, places: np.ndarray, front: np.ndarray) -> _Batch:
-        """The batch without the samples at `places`, into which the last ones move."""
-        num = len(front) - len(places)
-        source, target = np.setdiff1d(np.arange(num, len(front)), places), places[places < num]
-        moved = self._index(source), self._index(target)
-        for rows in (batch.x, batch.z, batch.guess):
-            rows[moved[1]] = rows[moved[0]]
-        batch.fronts.put(moved[1], batch.fronts, moved[0])
-        batch.sample[target], front[target] = batch.sample[source], front[source]
-        smaller = replace(
-            batch, sample=batch.sample[:num], x=batch.x[:num], z=batch.z[:num], guess=batch.guess[:num],
-            fronts=batch.fronts.first(num), cache=self.block.move(batch.cache, *moved, num),
-        )  # fmt: skip
-        smaller.locate(front[:num])
-        return self._with_graphs(smaller)
-
-    def _index(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(rows).to(self.z.device)
-
-    # -------------------------------------------------------------------------------------------------------- one sweep
-
     def _sweep(self, batch: _Batch) -> None:
         """Sweeps the run at the front of each sample, and moves the fronts."""
-        fronts = batch.fronts
-        if self._per_sample:
-            fronts.sweeps += fronts.front < self.length
+        fronts, atol = batch.fronts, self.solver.stopping.atol
+        fronts.sweeps += fronts.front < self.length
         start, size, g = self._evaluate(batch)
         old = run_of(batch.x, start, size)
-        if batch.most > self.length - size:  # a run that would leave the sequence starts earlier: what is final stays
+        if batch.most > self.length - size:  # a run that would leave the sequence starts earlier
             is_final = torch.arange(size, device=g.device) < (fronts.front - start)[:, None]
             g = torch.where(is_final.unsqueeze(-1), old, g)
+        passed: int | Tensor = 1
         if size == 1:
             put_run(batch.x, g, start)
-            self._move(batch, start, 1, 1)
-            return
-        fronts.exact.fill_(False)
-        new, result = self._correct(batch, start, old, g)
-        atol, ebound = self.solver.stopping.atol, self.solver.stopping.ebound
-        is_early = ebound is not None and bool((new - old).norm() <= ebound * batch.x.numel())
-        self._put(batch, start, new, result.overflowed)
-        if self._per_sample:
-            passed, _ = fronts.pass_tokens(result, atol)
-            self._move(batch, start, passed, size)
-            if result.overflowed is not None:
-                fronts.front = fronts.front.masked_fill(fronts.failed, self.length)  # which is to be solved again
         else:
-            count = size if is_early else self._count(batch, batch.least, size)
-            together, current = fronts.pass_together(result, atol, count, is_early)
-            self._move(batch, start, together, together)
-            batch.stale = together - current
+            result = self._step(batch, start, old, g)
+            passed = fronts.pass_tokens(result, atol)
+            if self._is_shared:
+                passed, batch.stale = fronts.pass_together(result, atol, passed, self._num_over(batch, size))
+        fronts.front = fronts.front.clamp(min=start + passed)
+        if self._is_shared:
+            batch.least = batch.most = batch.least + int(passed)
+        else:
+            batch.most = min(batch.most + size, self.length)
+            fronts.front = fronts.front.masked_fill(fronts.failed, self.length)  # to be solved again
 
     def _evaluate(self, batch: _Batch) -> tuple[int | Tensor, int, Tensor]:
         """The start of the runs, one number if it is common to all samples; their size; and g there."""
         graphs, least, stale = batch.graphs, batch.least, batch.stale
         size = self._stop(least) - least if graphs is None else graphs.size  # at the end too, or it needs a graph more
+        self.sweeps += 1
         self.token_evaluations += len(batch.sample) * (size + stale)
+        self.deadline.check()
         last = self.length - size
         if graphs is None and least in (batch.most, last):
             g = self.block.update(batch.x, batch.z, least - stale, least + size, batch.cache)
@@ -227,14 +153,6 @@ class Loop:
             return start, size, graphs(start, end)
         return start, size, self.block.update_at(batch.x, batch.z, start, size, end, batch.cache)
 
-    def _move(self, batch: _Batch, start: int | Tensor, passed: int | Tensor, most: int) -> None:
-        """Moves the fronts by the tokens that are `passed`, at most so many."""
-        if self._per_sample:
-            batch.fronts.front = batch.fronts.front.clamp(min=start + passed)
-            batch.most = min(batch.most + most, self.length)
-        else:
-            batch.least = batch.most = batch.least + most
-
     def _stop(self, first: int) -> int:
         """The end of the run that starts at `first`."""
         partition = self.solver.partition
@@ -243,10 +161,17 @@ class Loop:
             raise InputValueError(f"{partition!r}: a run from token {first} to {stop}, of {self.length} tokens")
         return stop
 
-    def _correct(
+    def _num_over(self, batch: _Batch, size: int) -> int:
+        """The number of leading tokens of the run that have had their sweeps."""
+        run = slice(batch.least, batch.least + size)
+        batch.sweeps_left[run] -= 1
+        return int(np.logical_and.accumulate(batch.sweeps_left[run] <= 0).sum())
+
+    def _step(
         self, batch: _Batch, start: int | Tensor, old: Float[Tensor, "b n c"], g: Float[Tensor, "b n c"]
-    ) -> tuple[Float[Tensor, "b n c"], SweepResult]:
-        """The next iterate of each run, and its changes."""
+    ) -> SweepResult:
+        """Sets the run of each sample to its next iterate; an entry that overflows, to the guess."""
+        batch.fronts.exact.fill_(False)
         new = self.solver.correction(old, g)
         if new is g:
             residual = change = (g - old).abs_().amax(dim=-1)
@@ -257,29 +182,79 @@ class Loop:
             if not self._is_on_host or fails.any():
                 new = torch.where(fails.view(-1, 1, 1), g, new)
                 change = torch.where(fails[:, None], residual, change)
-        is_finite = self._is_on_host and math.isfinite(change.sum())  # a sum that overflows alone does no harm
-        return new, SweepResult(residual, change, None if is_finite else ~change.isfinite())
-
-    def _put(self, batch: _Batch, start: int | Tensor, new: Float[Tensor, "b n c"], overflowed: Tensor | None) -> None:
-        """Sets the run of each sample; an entry that overflows, to the guess."""
-        if overflowed is not None:
+        ebound = self.solver.stopping.ebound
+        is_early = ebound is not None and bool((new - old).norm() <= ebound * batch.x.numel())
+        overflowed = None
+        # On a GPU it is not known; a sum that overflows alone does no harm.
+        if not self._is_on_host or not math.isfinite(change.sum()):
+            overflowed = ~change.isfinite()
             is_finite = new.isfinite().all(dim=-1, keepdim=True)
             new = torch.where(is_finite, new, run_of(batch.guess, start, new.shape[1]))
         put_run(batch.x, new, start)
+        return SweepResult(residual, change, overflowed, is_early)
 
-    def _count(self, batch: _Batch, first: int, size: int) -> int:
-        """The number of leading tokens of the run that have had their sweeps; 0 if sweeps are not limited."""
-        if self._limits is None:
-            return 0
-        run = slice(first, first + size)
-        batch.counts[run] += 1
-        return int(np.logical_and.accumulate(batch.counts[run] >= self._limits[run]).sum())
+    def _exchange(self, batch: _Batch) -> bool:
+        """Lets samples that have finished leave, and others take their places; False if no sample is left."""
+        if self._is_shared:
+            if batch.least == self.length:
+                self._leave(batch, np.arange(len(batch.sample)))
+            return batch.least < self.length
+        if not self._is_on_host and self.sweeps % _LOOK:
+            return True
+        front = batch.fronts.front.cpu().numpy()
+        finished = (front >= self.length).nonzero()[0]
+        if len(finished) >= _LEAVING * len(front):
+            self._leave(batch, finished)
+            rows = self._next(len(finished))
+            num_new = rows.stop - rows.start
+            front = np.concatenate((front[front < self.length], np.zeros(num_new, dtype=front.dtype)))
+            if not len(front):
+                return False
+            if num_new:
+                self._refill(batch, finished[:num_new], rows)
+            if num_new < len(finished):
+                self._close(batch, finished[num_new:])
+        batch.least, batch.most = int(front.min()), int(front.max())
+        return True
+
+    def _refill(self, batch: _Batch, places: np.ndarray, rows: slice) -> None:
+        """Puts the samples `rows` at the `places` of finished ones, whose memory they take."""
+        index = self._index(places)
+        self.block.refill(batch.cache, index, None if self.context is None else self.context[rows])
+        batch.x[index], batch.z[index], batch.guess[index] = self.guess[rows], self.z[rows], self.guess[rows]
+        batch.fronts.put(index, Fronts.enter(len(places), self.z), slice(None))
+        batch.sample[places] = np.arange(rows.start, rows.stop)
+
+    def _close(self, batch: _Batch, places: np.ndarray) -> None:
+        """Removes the samples at `places`, into which the last ones move."""
+        num = len(batch.sample) - len(places)
+        source, target = np.setdiff1d(np.arange(num, len(batch.sample)), places), places[places < num]
+        batch.sample[target] = batch.sample[source]
+        moved, into = self._index(source), self._index(target)
+        for rows in (batch.x, batch.z, batch.guess):
+            rows[into] = rows[moved]
+        batch.fronts.put(into, batch.fronts, moved)
+        batch.cache = self.block.move(batch.cache, moved, into, num)
+        batch.sample, batch.fronts = batch.sample[:num], batch.fronts.first(num)
+        batch.x, batch.z, batch.guess = batch.x[:num], batch.z[:num], batch.guess[:num]
+        batch.graphs = self._graphs(batch)
+
+    def _graphs(self, batch: _Batch) -> SweepGraphs | None:
+        """Graphs of the sweeps of a batch, if a GPU can have them and all runs are of one size, as of a window."""
+        partition: Any = self.solver.partition
+        if self._is_on_host or self._is_shared or not supports(self.block, "graph_safe"):
+            return None
+        size = partition.run_size(self.length)
+        return SweepGraphs(self.block, batch.x, batch.z, batch.cache, size) if size < self.length else None
+
+    def _index(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(rows).to(self.z.device)
 
 
-def _sweep_limits(solver: Solver, length: int) -> np.ndarray | None:
-    """The number of sweeps of each token at most; `None` if nothing limits them."""
+def _sweep_limits(solver: Solver, length: int) -> np.ndarray:
+    """The number of sweeps of each token at most; as many as there are tokens suffice."""
     counts = solver.stopping.max_sweeps
     if not isinstance(counts, tuple):
-        return None if counts is None else np.full(length, min(counts, length))
+        return np.full(length, min(counts or length, length))
     _, segment = np.unique([solver.partition.stop(t, length) for t in range(length)], return_inverse=True)
     return np.array([min(count, length) for count in counts])[segment]

@@ -32,7 +32,7 @@ class Partition(ABC):
         """Raises ValueError if the partition does not fit a sequence of `num_tokens`."""
 
     def token_by_token(self, num_tokens: int) -> bool:
-        """Tells if every run is one token, so that a solve is the exact recurrence."""
+        """Tells if every run is one token, so that a solve is the recurrence."""
         return all(self.stop(token, num_tokens) == token + 1 for token in range(num_tokens))
 
     @classmethod
@@ -42,9 +42,7 @@ class Partition(ABC):
 
 
 class SlidingRun(Partition):
-    """A partition whose run slides with the front: it has a size, wherever it starts.
-
-    Each sample of a batch can then have a front of its own, if the block allows it; see `jacobiflow.solve`.
+    """A partition whose run has a size, wherever it starts, so that each sample can have a front of its own.
 
     Example:
         >>> class Half(jf.SlidingRun):
@@ -65,9 +63,7 @@ class SlidingRun(Partition):
 @register("sequential")
 @dataclass(frozen=True)
 class Sequential(Partition):
-    """One token at a time, exact: the recurrence x_t = g(x)_t.
-
-    T network calls on one token each, or the block's `exact_inverse` in one call.
+    """One token at a time, exact: the recurrence x_t = g(x)_t, or the block's `exact_inverse` in one call.
 
     Example:
         >>> jf.Sequential().stop(3, 8)
@@ -95,9 +91,9 @@ class Whole(SlidingRun):
 @register("segments")
 @dataclass(frozen=True)
 class Segments(Partition):
-    """`count` runs of equal length, solved one after the other: Gauss-Seidel-Jacobi (section 3.4 of the paper).
+    """`count` runs, solved one after the other: Gauss-Seidel-Jacobi (section 3.4 of the paper).
 
-    If `count` does not divide T, segment g ends at round-down((g + 1) T / count): lengths differ by at most one.
+    Segment g ends at round-down((g + 1) T / count): lengths differ by at most one.
 
     Example:
         >>> [jf.Segments(3).stop(front, 8) for front in (0, 2, 5)]
@@ -116,17 +112,13 @@ class Segments(Partition):
 
     def check(self, num_tokens: int) -> None:
         if self.count > num_tokens:
-            raise InputValueError(
-                f"Segments(count={self.count}): there are only {num_tokens} tokens; give at most {num_tokens} segments"
-            )
+            raise InputValueError(f"{self}: there are only {num_tokens} tokens; give at most {num_tokens} segments")
 
 
 @register("window")
 @dataclass(frozen=True)
 class Window(SlidingRun):
-    """The `size` tokens behind the front, which slides past the leading converged tokens after each sweep.
-
-    Suits blocks in which convergence is a front that moves along the sequence.
+    """The `size` tokens from the front on, for blocks in which convergence moves along the sequence.
 
     Example:
         >>> jf.Window(4).stop(3, 8)
@@ -144,6 +136,6 @@ class Window(SlidingRun):
 
     @classmethod
     def candidates(cls, num_tokens: int) -> tuple[Partition, ...]:
-        """Returns windows of 32, 64, 128 .. tokens, up to half of them, and of all."""
+        """Returns windows of 32, 64, 128 .. tokens, up to half of the sequence, and of all."""
         sizes = (_SMALLEST << doublings for doublings in range(num_tokens.bit_length()))
         return *(cls(size) for size in sizes if size <= num_tokens / 2), cls(num_tokens)

@@ -41,20 +41,18 @@ _MESSAGES = {
 
 @dataclass(frozen=True)
 class Solution:
-    """The solved tokens of one block and their cost, that of later attempts included.
+    """The solved tokens of one block, in its causal order, and their cost.
 
     Attributes:
-        x: The answer, in the block's causal order.
+        x: The tokens.
         status: A `Status` per sample.
         residual: The largest |g(x) - x| of a certified answer. Without a certificate, the largest change that a token's
             last sweep made (0 for a token that is exact by Proposition 1).
         exact: True for samples all of whose tokens were computed from final ones, one at a time.
         resolved_sequentially: True for samples that were solved again token by token.
         sample_sweeps: Sweeps that each sample was part of until it was final.
-        sweeps: Sweeps of the loop.
         network_calls: Evaluations of the block, certificates included.
         token_evaluations: Tokens times samples over these calls.
-        seconds: Wall-clock time.
 
     Example:
         >>> flow, z = jf.load("digits-p1"), torch.ones(2, 64, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -31,15 +30,11 @@ def solve(
     A sweep evaluates g on the run [front, stop) that the partition chooses, and sets the run to it, or to a corrected
     iterate. Then the front passes the leading tokens that the sweep changed by at most the tolerance, and one more. All
     tokens that this one was computed from are final to within the tolerance, so it is too (Proposition 1 of the paper).
-    T sweeps always suffice. A token that has had `max_sweeps` sweeps is passed as it is; keys in the cache that this
-    leaves a sweep behind are computed again by the next sweep.
+    T sweeps always suffice. A token that has had `max_sweeps` sweeps is passed as it is.
 
     If a partition whose run slides (`Whole`, `Window`) stops on a tolerance and the block has `per_sample_front`, each
     sample has a front of its own, and samples that have finished leave the batch. Else the batch shares one front,
-    which waits for the slowest.
-
-    If every run is one token, the recurrence of the block itself (`exact_inverse`) is called instead. On a GPU the
-    kernels of a token are launched as one graph if the block is `graph_safe`.
+    which waits for the slowest. If every run is one token, the block's `exact_inverse` is called instead.
 
     A value that overflows is set back to the guess. A sample that had one when the front passed it ends as
     `Status.NONFINITE`; `solve_certified` solves it again. A sample whose residual keeps growing under a correction is
@@ -54,13 +49,9 @@ def solve(
             batching).
         time_limit: Seconds after which TimeoutError is raised, between two sweeps.
 
-    Returns:
-        A `Solution` without certificates.
-
     Example:
-        >>> flow = jf.load("digits-p1")
-        >>> z = torch.randn(2, 64, 1, generator=torch.Generator().manual_seed(0))
-        >>> solution = jf.solve(flow.blocks[0], z, jf.Solver(jf.Whole(), stopping=jf.Tolerance(1e-3)))
+        >>> block, z = jf.load("digits-p1").blocks[0], torch.ones(2, 64, 1)
+        >>> solution = jf.solve(block, z, jf.Solver(jf.Whole(), stopping=jf.Tolerance(1e-3)))
         >>> bool((solution.residual <= 1e-3).all()), solution.sweeps < 64
         (True, True)
     """
@@ -71,25 +62,41 @@ def solve_until(
     deadline: Deadline, block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int | None
 ) -> Solution:
     """Solves as `solve` does, until a deadline."""
-    slots = _check(block, z, solver, context, slots)
     started = time.perf_counter()
-    problem = block, z, solver, context, slots, deadline
+    check_tokens(block, z, context)
+    check_finite("z", z)
+    check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
+    slots = max(len(z), 1) if slots is None else check_count("slots", slots)
+    solver.check(*z.shape[1:])
+    if solver.bf16_sweeps and not supports(block, "has_bf16"):
+        raise InputValueError(
+            f"bf16_sweeps={solver.bf16_sweeps}: {type(block).__name__} has no bfloat16 network; give 0"
+        )
+    length, x = z.shape[1], None
     with no_gradients(block):
-        answer = _solve_exactly(*problem) or _sweep(*problem)
-    # Outside inference mode, so that autograd takes the tensors.
-    x, fronts = answer.x.clone(), answer.fronts
+        if len(z) and solver.partition.token_by_token(length):
+            x = _exact_inverse(block, z, context, slots, deadline)
+            if x is None and z.device.type == "cuda" and supports(block, "graph_safe"):
+                x = solve_by_tokens(block, z, context, slots)
+        if x is None:
+            loop = _sweep(block, z, solver, context, slots, deadline)
+            x, fronts, sweeps, token_evaluations = loop.x, loop.fronts, loop.sweeps, loop.token_evaluations
+        else:  # it counts as T sweeps
+            fronts = Fronts.enter(len(z), z)
+            fronts.sweeps += length
+            sweeps, token_evaluations = length * -(-len(z) // slots), length * len(z)
     failed = fronts.failed | ~torch.isfinite(x).all(dim=(1, 2))
     status = torch.where(fronts.missed, Status.MAX_SWEEPS, Status.CONVERGED).masked_fill(failed, Status.NONFINITE)
     return Solution(
-        x=x,
+        x=x.clone(),  # outside inference mode, so that autograd takes the tensors
         status=status,
         residual=fronts.residual.masked_fill(failed, torch.inf),
         exact=fronts.exact.clone(),
         resolved_sequentially=torch.zeros(len(z), dtype=torch.bool, device=z.device),
         sample_sweeps=fronts.sweeps.clone(),
-        sweeps=answer.sweeps,
-        network_calls=answer.sweeps,
-        token_evaluations=answer.token_evaluations,
+        sweeps=sweeps,
+        network_calls=sweeps,
+        token_evaluations=token_evaluations,
         seconds=time.perf_counter() - started,
     )
 
@@ -110,44 +117,6 @@ def check_tokens(block: Block, z: Tensor, context: Tensor | None, **others: Tens
         check_on("context", context, z.device)
 
 
-def _check(block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int | None) -> int:
-    """Returns the slots, by default one for each row of `z`, after the checks of `solve`."""
-    check_tokens(block, z, context)
-    check_finite("z", z)
-    check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
-    slots = max(len(z), 1) if slots is None else check_count("slots", slots)
-    solver.check(*z.shape[1:])
-    if solver.bf16_sweeps and not supports(block, "has_bf16"):
-        raise InputValueError(
-            f"bf16_sweeps={solver.bf16_sweeps}: {type(block).__name__} has no bfloat16 network; give 0"
-        )
-    return slots
-
-
-class _Answer(NamedTuple):
-    x: Tensor
-    fronts: Fronts
-    sweeps: int
-    token_evaluations: int
-
-
-def _solve_exactly(
-    block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int, deadline: Deadline
-) -> _Answer | None:
-    """The block's recurrence, or graphs of its kernels, if the solver goes token by token; it counts as T sweeps."""
-    length = z.shape[1]
-    if len(z) == 0 or not solver.partition.token_by_token(length):
-        return None
-    x = _exact_inverse(block, z, context, slots, deadline)
-    if x is None and z.device.type == "cuda" and supports(block, "graph_safe"):
-        x = solve_by_tokens(block, z, context, slots)
-    if x is None:
-        return None
-    fronts = Fronts.enter(len(z), z)
-    fronts.sweeps += length
-    return _Answer(x, fronts, length * -(-len(z) // slots), length * len(z))
-
-
 def _exact_inverse(block: Block, z: Tensor, context: Tensor | None, slots: int, deadline: Deadline) -> Tensor | None:
     """The recurrence of the block itself, if it has one."""
     exact_inverse = getattr(block, "exact_inverse", None)
@@ -162,17 +131,17 @@ def _exact_inverse(block: Block, z: Tensor, context: Tensor | None, slots: int, 
     return torch.cat(parts)
 
 
-def _sweep(block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int, deadline: Deadline) -> _Answer:
-    """Sweeps in bfloat16 if `solver` has any, then those from their answer."""
-    loops = []
-    if solver.bf16_sweeps:
-        first = replace(solver, partition=Whole(), stopping=MaxSweeps(solver.bf16_sweeps))
-        loops.append(Loop(block, z, first, context, slots, deadline, in_bf16=True))
-        loops[0].run()
-        solver = replace(solver, guess=Given(loops[0].x))
-    loops.append(Loop(block, z, solver, context, slots, deadline))
-    loops[-1].run()
-    x, fronts = loops[-1].x, loops[-1].fronts
-    for loop in loops[:-1]:
-        fronts.sweeps += loop.fronts.sweeps
-    return _Answer(x, fronts, sum(loop.sweeps for loop in loops), sum(loop.token_evaluations for loop in loops))
+def _sweep(block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int, deadline: Deadline) -> Loop:
+    """The sweeps of a solver, after those in bfloat16 if it has any."""
+    if not solver.bf16_sweeps:
+        loop = Loop(block, z, solver, context, slots, deadline)
+        loop.run()
+        return loop
+    first = replace(solver, partition=Whole(), stopping=MaxSweeps(solver.bf16_sweeps))
+    in_bf16 = Loop(block, z, first, context, slots, deadline, in_bf16=True)
+    in_bf16.run()
+    loop = _sweep(block, z, replace(solver, guess=Given(in_bf16.x), bf16_sweeps=0), context, slots, deadline)
+    loop.sweeps += in_bf16.sweeps
+    loop.token_evaluations += in_bf16.token_evaluations
+    loop.fronts.sweeps += in_bf16.fronts.sweeps
+    return loop

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from numbers import Integral
+from dataclasses import dataclass, field
 
 from jacobiflow.checks import check_count, check_fields, check_kind, check_number, convert_numbers
-from jacobiflow.errors import InputValueError
+from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.solvers.correction import Correction, Plain
 from jacobiflow.solvers.guess import Guess, Latent
 from jacobiflow.solvers.partition import Partition, Segments, Whole
@@ -26,28 +25,22 @@ class Stopping:
 
     def __post_init__(self) -> None:
         convert_numbers(self)
-        for name, value in (("tolerance", self.atol), ("ebound", self.ebound)):
-            if value is not None:
-                check_number(name, value, give="0 (down to rounding) or a positive number")
+        if self.atol is self.max_sweeps is self.ebound is None:
+            raise InputTypeError("Stopping: give a tolerance, a number of sweeps, or an ebound")
+        if self.atol is not None:
+            check_number("tolerance", self.atol, give="0 (down to rounding) or a positive number")
+        if self.ebound is not None:
+            check_number("ebound", self.ebound)
         if self.max_sweeps is not None:
-            give = "a positive whole number, or a tuple of one for each segment"
-            check_kind("sweeps", self.max_sweeps, int | tuple, give)
-            if self.max_sweeps == ():
-                raise InputValueError(f"sweeps=(): give {give}")
             for count in self.max_sweeps if isinstance(self.max_sweeps, tuple) else (self.max_sweeps,):
                 check_count("sweeps", count)
-        if self.atol is self.max_sweeps is self.ebound is None:
-            raise InputValueError("Stopping: give a tolerance, a number of sweeps, or a bound of an early stop")
 
     def __or__(self, other: Stopping) -> Stopping:
         check_kind("stopping", other, Stopping, "a rule such as Tolerance(1e-3) or MaxSweeps(8)")
-        joined = {}
-        for name in (entry.name for entry in fields(self)):
-            mine, others = getattr(self, name), getattr(other, name)
-            if mine is not None and others is not None:
-                raise InputValueError(f"{self} | {other}: both give {name}; give it once")
-            joined[name] = others if mine is None else mine
-        return Stopping(**joined)
+        mine, others = ({k: v for k, v in vars(rule).items() if v is not None} for rule in (self, other))
+        if both := mine.keys() & others.keys():
+            raise InputValueError(f"{self} | {other}: both give {', '.join(both)}; give it once")
+        return Stopping(**mine, **others)
 
 
 def Tolerance(atol: float) -> Stopping:
@@ -56,34 +49,29 @@ def Tolerance(atol: float) -> Stopping:
     Example:
         >>> solver = jf.Solver(jf.Whole(), stopping=jf.Tolerance(1e-4))
     """
-    check_number("tolerance", atol, give="0 (down to rounding) or a positive number")
     return Stopping(atol=atol)
 
 
 def MaxSweeps(count: int | Sequence[int]) -> Stopping:
     """A token is final after `count` sweeps, converged or not: the paper's J.
 
-    A sequence has a count for each segment of a `Segments` partition: more sweeps where a block is tough (end of
-    section 3.4 of the paper).
+    A sequence has a count for each segment of a `Segments` partition (end of section 3.4 of the paper).
 
     Example:
         >>> solver = jf.Solver(jf.Segments(2), stopping=jf.MaxSweeps([8, 3]))
     """
-    check_kind("sweeps", count, Integral | Sequence, "a positive whole number, or one for each segment")
     return Stopping(max_sweeps=tuple(count) if isinstance(count, Sequence) else count)
 
 
 def EarlyStop(ebound: float = 1e-8) -> Stopping:
     """All tokens of a run are final when a sweep changed it little: ||X^(k+1) - X^(k)|| / (B T C) <= `ebound`.
 
-    The norm is over the tokens of the run and the whole batch, so that the rule depends on the batch; T counts all
-    tokens of the sequence. It is line 6 of the paper's Algorithm 1, where `ebound` is 1e-8. If every entry of the
-    sequence moves by d, the left side is d / sqrt(B T C).
+    It is line 6 of the paper's Algorithm 1. The norm is over the tokens of the run and the whole batch, so that the
+    rule depends on the batch; T counts all tokens of the sequence.
 
     Example:
         >>> solver = jf.Solver(jf.Whole(), stopping=jf.EarlyStop(1e-6) | jf.MaxSweeps(20))
     """
-    check_number("ebound", ebound)
     return Stopping(ebound=ebound)
 
 

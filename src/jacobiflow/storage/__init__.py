@@ -1,21 +1,17 @@
 """Many samples on disk: drawn by several processes, resumed after interruptions."""
 
-from jacobiflow.storage.folder import SampleFolder, check
+from jacobiflow.storage.folder import SampleFolder
 from jacobiflow.storage.manifest import Cost, Manifest, SampleFolderError
 from jacobiflow.storage.processes import FirstProcessFailed, Processes, processes
-from jacobiflow.storage.run import OnShard
-from jacobiflow.storage.sample import sample_to_folder, sizes
+from jacobiflow.storage.sample import sample_to_folder
 
 __all__ = [
     "Cost",
     "FirstProcessFailed",
     "Manifest",
-    "OnShard",
     "Processes",
     "SampleFolder",
     "SampleFolderError",
-    "check",
     "processes",
     "sample_to_folder",
-    "sizes",
 ]

@@ -5,7 +5,7 @@ strategy.json          the solvers of the blocks
 shards/00000.npz       8-bit images `arr_0` (n, height, width, channels), for FID tools, and for each image its
                        `certificate`, whether it was `resolved` or is `lost`, and its label in `labels`
 shards/00000.json      the shard's record: its checksum and cost; a shard without it does not count
-images/3/00000017.png  an image in place of `arr_0`, if PNGs were asked for: class, and index of the sample
+images/3/00000017.png  an image, if PNGs were asked for: class, and index of the sample
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,16 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from jacobiflow import codec
-from jacobiflow.checks import check_path
 from jacobiflow.data import quantize
 from jacobiflow.errors import InputError, InputValueError
-from jacobiflow.files import files_sha256, remove_partials, sha256, write_atomically, write_json
+from jacobiflow.files import files_sha256, remove_partials, write_atomically, write_json
 from jacobiflow.locking import MANIFEST
-from jacobiflow.outcome import Outcome
-from jacobiflow.sampling import Samples
+from jacobiflow.sampling import Outcome, Samples
 from jacobiflow.storage.manifest import Cost, Manifest, Record, SampleFolderError
 from jacobiflow.strategy import Strategy
 
 STRATEGY = "strategy.json"
-_REMEDY = "sample into the folder again with the same settings, which draws this shard"
+_REMEDY = "sample into the folder again with the same settings, which draws what is missing"
 
 
 @dataclass(frozen=True)
@@ -63,15 +62,12 @@ class SampleFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> SampleFolder:
-        """Opens a folder of samples. Raises SampleFolderError if it has no manifest, or one that cannot be read."""
-        check_path("path", path)
+        """Opens a folder of samples."""
         path = Path(path)
-        if not (path / MANIFEST).exists():
-            raise SampleFolderError(f"{path}: no {MANIFEST} in it; give a folder of samples")
         try:
-            return cls(path, codec.load(path / MANIFEST, "manifest", Manifest))
+            return cls(path, codec.load(path / MANIFEST, "manifest", partial(codec.decode, Manifest)))
         except InputError as error:
-            raise SampleFolderError(f"{error}; restore it, or move the folder away") from error
+            raise SampleFolderError(f"{error}; restore it, or give another folder") from error
 
     def save_manifest(self) -> None:
         """Writes manifest.json."""
@@ -81,24 +77,20 @@ class SampleFolder:
 
     def record(self, index: int) -> Record | None:
         """Returns the record of a shard; None if it is missing, cannot be read, or has another number of samples."""
-        start, stop = self.manifest.span(index)
         try:
-            record: Record = codec.load(self._record_file(index), "record", Record)
+            record = codec.load(self._record_file(index), "record", partial(codec.decode, Record))
         except InputError:
             return None
-        return record if record.num == stop - start else None
+        return record if record.num == self.manifest.num_in([index]) else None
 
     def records(self) -> list[Record]:
-        """Returns the records of all shards. Raises SampleFolderError if one is missing."""
-        records = [self.record(index) for index in range(self.manifest.num_shards)]
-        missing = [index for index, record in enumerate(records) if record is None]
-        if missing:
+        """Returns the records of all shards."""
+        records = [record for index in range(self.manifest.num_shards) if (record := self.record(index)) is not None]
+        if len(records) < self.manifest.num_shards:
             raise SampleFolderError(
-                f"{self.path}: {len(missing)} of {len(records)} shards are missing, "
-                f"{self._record_file(missing[0]).name} for one; sample into it again with the same settings, which "
-                "draws them"
+                f"{self.path}: {self.manifest.num_shards - len(records)} shards are missing; {_REMEDY}"
             )
-        return [record for record in records if record is not None]
+        return records
 
     def has(self, index: int) -> bool:
         """True if a shard has its record."""
@@ -110,7 +102,7 @@ class SampleFolder:
         if record is None or (checksums is not None and checksums[index : index + 1] != (record.sha256,)):
             return False
         try:
-            return files_sha256([self._npz_file(index), *self._png_files(index)]) == record.sha256
+            return files_sha256(self._npz_file(index), *self._png_files(index)) == record.sha256
         except (OSError, SampleFolderError):
             return False
 
@@ -129,13 +121,9 @@ class SampleFolder:
         return problems
 
     def images(self, index: int) -> UInt8[Tensor, "n c h w"]:
-        """Returns the 8-bit images of a shard. Raises SampleFolderError if they are missing or damaged."""
-        (start, stop), (channels, height, width) = self.manifest.span(index), self.manifest.image_shape
-        if self.manifest.files == "npz":
-            pixels = self._array(index, "arr_0")
-        else:
-            pixels = np.stack([_from_png(file) for file in self._png_files(index)])
-        shape = (stop - start, height, width, channels)
+        """Returns the 8-bit images of a shard."""
+        channels, height, width = self.manifest.image_shape
+        pixels, shape = self._array(index, "arr_0"), (self.manifest.num_in([index]), height, width, channels)
         if pixels is None or pixels.shape != shape or pixels.dtype != np.uint8:
             raise SampleFolderError(f"{self._npz_file(index)}: not 8-bit images of shape {shape}; {_REMEDY}")
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
@@ -180,13 +168,9 @@ class SampleFolder:
         )
 
     def strategy(self) -> Strategy:
-        """Returns the strategy of the samples, without its prediction, which holds for one machine and batch size.
-
-        Raises:
-            SampleFolderError: If strategy.json is missing or was changed.
-        """
+        """Returns the strategy of the samples, without its prediction, which holds for one machine and batch size."""
         file = self.path / STRATEGY
-        if not (file.is_file() and files_sha256([file]) == self.manifest.strategy_sha256):
+        if not (file.is_file() and files_sha256(file) == self.manifest.strategy_sha256):
             raise SampleFolderError(f"{file}: has changed since its run wrote it; restore it, or give overwrite=True")
         return replace(Strategy.load(file), prediction=None)
 
@@ -194,29 +178,30 @@ class SampleFolder:
 
     def write(self, index: int, samples: Samples) -> None:
         """Writes a shard, lost samples black: its images, then its record."""
+        shape = tuple(samples.images.shape[1:])
+        if shape != self.manifest.image_shape:
+            raise InputValueError(
+                f"samples of shape {shape} are not images of the flow's config, which a folder stores; draw them with "
+                "jacobiflow.sample"
+            )
         lost = ~torch.isfinite(samples.images).flatten(1).all(dim=1)
         levels = quantize(samples.images.masked_fill(lost.view(-1, 1, 1, 1), -1.0))
-        pixels = levels.permute(0, 2, 3, 1).cpu().numpy()
-        as_npz = self.manifest.files == "npz"
-        resolved = torch.stack([block.resolved_sequentially for block in samples.stats]).any(dim=0)
         arrays = {
-            "arr_0": pixels if as_npz else None,
-            "labels": _numpy(samples.labels),
-            "certificate": _numpy(samples.certificate),
-            "resolved": _numpy(resolved),
-            "lost": _numpy(lost),
+            "arr_0": levels.permute(0, 2, 3, 1),
+            "labels": samples.labels,
+            "certificate": samples.certificate,
+            "resolved": torch.stack([block.resolved_sequentially for block in samples.stats]).any(dim=0),
+            "lost": lost,
         }
-        npz = io.BytesIO()
-        np.savez(npz, **{name: array for name, array in arrays.items() if array is not None})  # bytes without a date
-        contents = [npz.getvalue()]
+        npz = io.BytesIO()  # whose bytes hold no date
+        np.savez(npz, **{name: values.cpu().numpy() for name, values in arrays.items() if values is not None})
         (self.path / "shards").mkdir(exist_ok=True)
-        write_atomically(self._npz_file(index), contents[0])
-        if not as_npz:
-            contents += map(_to_png, pixels)
-            for file, data in zip(self._png_files(index), contents[1:], strict=True):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(file, data, sync=False)  # a thousand take seconds; a lost one is drawn again
-        record = Record(len(pixels), sha256(*contents), Cost.of(samples))
+        write_atomically(self._npz_file(index), npz.getvalue())
+        pngs = self._png_files(index)
+        for file, pixels in zip(pngs, levels.cpu() if pngs else (), strict=True):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, _to_png(pixels), sync=False)  # a thousand take seconds; a lost one is drawn again
+        record = Record(len(levels), files_sha256(self._npz_file(index), *pngs), Cost.of(samples))
         write_json(self._record_file(index), codec.encode(record))
 
     def remove_record(self, index: int) -> None:
@@ -225,9 +210,12 @@ class SampleFolder:
 
     def clear(self) -> None:
         """Removes what the run wrote, except the manifest; records first, without which a run begins anew."""
-        for index in range(self.manifest.num_shards):
-            self.remove_record(index)
-        for file in self._written():
+        shards = range(self.manifest.num_shards)
+        pngs = [
+            file for file in (*self.path.glob("images/*.png"), *self.path.glob("images/*/*.png"))
+            if re.fullmatch("[0-9]{8,9}", file.stem) and int(file.stem) < self.manifest.num
+        ]  # fmt: skip
+        for file in (*map(self._record_file, shards), *map(self._npz_file, shards), *pngs, self.path / STRATEGY):
             file.unlink(missing_ok=True)
         for folder in (*(self.path / "images").glob("*/"), self.path / "images", self.path / "shards"):
             with suppress(OSError):  # it is not empty
@@ -239,15 +227,6 @@ class SampleFolder:
             remove_partials(folder)
 
     # ------------------------------------------------------------------------------------------------------------------
-
-    def _written(self) -> Iterator[Path]:
-        """Yields the files of the run that are there, except records and the manifest."""
-        yield self.path / STRATEGY
-        for index in range(self.manifest.num_shards):
-            yield self._npz_file(index)
-        for file in (*self.path.glob("images/*.png"), *self.path.glob("images/*/*.png")):
-            if re.fullmatch("[0-9]{8,9}", file.stem) and int(file.stem) < self.manifest.num:
-                yield file
 
     def _record_file(self, index: int) -> Path:
         return self.path / "shards" / f"{index:05}.json"
@@ -280,31 +259,11 @@ class SampleFolder:
         return None if arrays[0] is None else torch.from_numpy(np.concatenate(arrays))
 
 
-def check(path: str | Path) -> list[str]:
-    """Returns the problems of a folder of samples, each with its remedy; an empty list if it is complete."""
-    try:
-        return SampleFolder.open(path).problems()
-    except SampleFolderError as error:
-        return [str(error)]
-
-
-def _numpy(values: Tensor | None) -> Any:
-    return None if values is None else values.cpu().numpy()
-
-
-def _to_png(pixels: UInt8[np.ndarray, "h w c"]) -> bytes:
+def _to_png(pixels: UInt8[Tensor, "c h w"]) -> bytes:
     data = io.BytesIO()
-    pillow().fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(data, "png")
+    array = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
+    pillow().fromarray(array.numpy()).save(data, "png")
     return data.getvalue()
-
-
-def _from_png(file: Path) -> UInt8[np.ndarray, "h w c"]:
-    try:
-        with pillow().open(file) as image:
-            pixels = np.asarray(image)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise SampleFolderError(f"{file}: missing or damaged; {_REMEDY}") from error
-    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def pillow() -> Any:

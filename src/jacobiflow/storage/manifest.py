@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 from jaxtyping import Int
 from torch import Tensor
 
-from jacobiflow.checks import check_count, short
+from jacobiflow.checks import short
 from jacobiflow.errors import InputValueError
 from jacobiflow.files import sha256
 from jacobiflow.flows.guidance import Guidance
-from jacobiflow.latents import MOST_SAMPLES
 from jacobiflow.sampling import Samples
 from jacobiflow.solvers import Certificate, Status
 
+Count = Annotated[int, msgspec.Meta(ge=1)]
 Files = Literal["npz", "png"]
-OTHER_FOLDER = "give another folder, or overwrite=True to replace them"
-# A run that is resumed may have more samples, and go on elsewhere. Labels and the strategy are compared by content.
-_MAY_CHANGE = frozenset({"num", "model", "labels_sha256", "strategy_sha256", "machine", "checksums"})
+# A run that is resumed may have more samples, and go on elsewhere.
+_MAY_CHANGE = frozenset({"num", "model", "machine", "checksums"})
 
 
 class SampleFolderError(InputValueError):
@@ -33,30 +33,24 @@ class Manifest:
     """The settings of the run that draws the samples of a folder.
 
     Attributes:
-        num: The number of samples.
         image_shape: (C, H, W).
-        seed: Of all latents.
         labels_sha256: Of the labels as little-endian int64; None without labels.
-        num_classes: Of the flow.
-        batch_size: Samples that are solved together.
-        shard_size: A multiple of `batch_size`; shard i begins with sample `shard_size * i`.
-        files: "npz" or "png".
+        shard_size: Shard i begins with sample `shard_size * i`.
         model: The name by which the flow was loaded.
         fingerprint: Of the flow's weights.
         dtype: Of the network, or "tf32".
-        strategy: The name of the strategy.
         strategy_sha256: Of strategy.json.
         machine: The machine on which the run began, see `jacobiflow.measuring.machine`.
         checksums: SHA-256 of each shard; None until all shards are complete.
     """
 
-    num: int
+    num: Count
     image_shape: tuple[int, int, int]
     seed: int
     labels_sha256: str | None
     num_classes: int
-    batch_size: int
-    shard_size: int
+    batch_size: Count
+    shard_size: Count
     files: Files
     model: str
     fingerprint: str
@@ -71,12 +65,6 @@ class Manifest:
     checksums: tuple[str, ...] | None = None
     kind: Literal["samples"] = "samples"
     format_version: Literal[1] = 1
-
-    def __post_init__(self) -> None:
-        for name in ("num", "batch_size", "shard_size"):
-            check_count(name, getattr(self, name), most=MOST_SAMPLES)
-        if self.shard_size % self.batch_size:
-            raise InputValueError(f"shard_size={self.shard_size}: give a multiple of the batch size, {self.batch_size}")
 
     @property
     def num_shards(self) -> int:
@@ -94,34 +82,23 @@ class Manifest:
 
     def check_resumes(self, other: Manifest, folder: Path) -> None:
         """Raises SampleFolderError if a run of `other` would draw other samples than this run began."""
+        remedy = "give another folder, or overwrite=True to replace them"
+        if other.num < self.num:
+            raise SampleFolderError(
+                f"{folder}: holds a run of {self.num:,} samples, more than {other.num:,}; give num={self.num}, or "
+                f"{remedy}"
+            )
         for entry in fields(self):
             have, want = getattr(self, entry.name), getattr(other, entry.name)
             if entry.name not in _MAY_CHANGE and have != want:
                 raise SampleFolderError(
-                    f"{folder}: holds samples of {entry.name} {short(have)}, not {short(want)}; {OTHER_FOLDER}"
+                    f"{folder}: holds samples of {entry.name} {short(have)}, not {short(want)}; {remedy}"
                 )
-        if other.num < self.num:
-            raise SampleFolderError(
-                f"{folder}: holds a run of {self.num:,} samples, more than {other.num:,}; give num={self.num}; or "
-                f"{OTHER_FOLDER}"
-            )
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of drawing samples, and their status.
-
-    Attributes:
-        seconds: Wall-clock time of solving all blocks.
-        denoise_seconds: Wall-clock time of denoising.
-        network_calls: Over all blocks.
-        token_evaluations: Over all blocks.
-        resolved_sequentially: The number of samples that were solved again token by token.
-        exact: True if every block of every sample was solved token by token.
-        status: The number of samples by their worst `Status`, in lower case.
-        sweeps: Per block.
-        block_seconds: Per block.
-    """
+    """The cost of drawing samples over all blocks, and of each block; and the number of samples by worst `Status`."""
 
     seconds: float
     denoise_seconds: float
@@ -152,17 +129,16 @@ class Cost:
     @classmethod
     def total(cls, costs: Sequence[Cost]) -> Cost:
         """Returns the sum of several costs; seconds are those of all processes together."""
-        return cls(
-            seconds=sum(cost.seconds for cost in costs),
-            denoise_seconds=sum(cost.denoise_seconds for cost in costs),
-            network_calls=sum(cost.network_calls for cost in costs),
-            token_evaluations=sum(cost.token_evaluations for cost in costs),
-            resolved_sequentially=sum(cost.resolved_sequentially for cost in costs),
-            exact=all(cost.exact for cost in costs),
-            status={state: sum(cost.status[state] for cost in costs) for state in costs[0].status},
-            sweeps=tuple(map(sum, zip(*(cost.sweeps for cost in costs), strict=True))),
-            block_seconds=tuple(map(sum, zip(*(cost.block_seconds for cost in costs), strict=True))),
-        )
+        return cls(*(_total([getattr(cost, entry.name) for cost in costs]) for entry in fields(cls)))
+
+
+def _total(values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, dict):
+        return {name: sum(value[name] for value in values) for name in first}
+    if isinstance(first, tuple):
+        return tuple(map(sum, zip(*values, strict=True)))
+    return all(values) if isinstance(first, bool) else sum(values)
 
 
 @dataclass(frozen=True)

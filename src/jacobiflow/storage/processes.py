@@ -19,7 +19,7 @@ _WAIT = timedelta(hours=12)  # for the first process, which may have a strategy 
 
 
 class FirstProcessFailed(InputValueError):  # noqa: N818  names the process at fault
-    """The first process raised an error, with this message; raised in the other processes."""
+    """The first process raised an error with this message, which it shows itself."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,7 @@ class Processes:
     local_rank: int = 0
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """Calls `work` in the first process, and returns its result in all of them.
-
-        Raises:
-            FirstProcessFailed: If `work` raises an error. The first process raises that error itself.
-        """
+        """Calls `work` in the first process; returns its result in all of them, or raises FirstProcessFailed."""
         if self.count == 1:
             return work()
         answer: list[Any] = [None, None]  # the result, and the message of an error
@@ -57,15 +53,7 @@ class Processes:
 
 @contextmanager
 def processes() -> Iterator[Processes]:
-    """Connects this process with the others that `torchrun` started; without it, the process is alone.
-
-    Only lists of shards go between processes, over gloo; images go to the folder.
-
-    Yields:
-        What `sample_to_folder` takes as `processes`.
-
-    Raises:
-        ValueError: If the processes cannot meet.
+    """Connects the processes that `torchrun` started, for `sample_to_folder`; without it, this process is alone.
 
     Example:
         >>> import jacobiflow as jf
@@ -76,11 +64,7 @@ def processes() -> Iterator[Processes]:
     if not dist.is_torchelastic_launched():
         yield Processes()
         return
-    try:
-        dist.init_process_group("gloo", timeout=_WAIT)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputValueError(f"the processes of torchrun cannot meet ({reason}); give it a free port") from error
+    dist.init_process_group("gloo", timeout=_WAIT)
     try:
         this = Processes(dist.get_rank(), dist.get_world_size(), int(environ["LOCAL_RANK"]))
         if this.local_rank < torch.cuda.device_count():

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from jacobiflow.calibration import Report
-from jacobiflow.checks import check_choice, check_count, check_flag, check_kind, check_number, check_path, check_seed
+from jacobiflow.checks import check_choice, check_count, check_number, check_seed, short
+from jacobiflow.denoising import check_rate
 from jacobiflow.errors import InputValueError
+from jacobiflow.files import json_bytes, sha256, write_atomically
 from jacobiflow.flows.fingerprint import fingerprint
-from jacobiflow.flows.image_flow import ImageFlow, precision, state_dtype
+from jacobiflow.flows.image_flow import ImageFlow, check_flow, precision
 from jacobiflow.flows.labels import Labels
-from jacobiflow.latents import MOST_SAMPLES
+from jacobiflow.latents import MOST_SAMPLES, draw_latents
+from jacobiflow.locking import MANIFEST, check_own, locked
 from jacobiflow.measuring import machine
 from jacobiflow.progress import Progress
-from jacobiflow.sampling import Samples, check_settings, draw, warn_if_guidance_is_idle
-from jacobiflow.solvers import Certificate
-from jacobiflow.storage.folder import SampleFolder, pillow
-from jacobiflow.storage.manifest import Files, Manifest, labels_sha256
+from jacobiflow.sampling import draw, warn_if_guidance_is_idle
+from jacobiflow.solvers import Certificate, check_certificate
+from jacobiflow.storage.folder import STRATEGY, SampleFolder, pillow
+from jacobiflow.storage.manifest import Files, Manifest, SampleFolderError, labels_sha256
 from jacobiflow.storage.processes import Processes
-from jacobiflow.storage.run import OnShard, Run
 from jacobiflow.strategy import Strategy, choose, is_auto
 
 _BATCH = 64
 _SHARD = 1024  # samples, or about as many: what a killed process loses
+_POLL = 0.2  # seconds
 
 
 def sample_to_folder(
@@ -50,7 +59,6 @@ def sample_to_folder(
     overwrite: bool = False,
     progress: Progress | None = None,
     processes: Processes = Processes(),  # noqa: B008  frozen
-    on_shard: OnShard | None = None,
 ) -> SampleFolder:
     """Draws samples into a folder as `sample` draws them, or resumes a run that was stopped.
 
@@ -65,22 +73,18 @@ def sample_to_folder(
         out: A folder that is new, empty or has samples of the same settings.
         batch_size: 64 by default, or `num` if that is less.
         shard_size: Samples per shard, a multiple of `batch_size`; about 1,024 by default.
-        files: "npz" for a file per shard with `arr_0` (n, H, W, C) and `labels`, or "png" for a file per sample, in
-            folders by class.
+        files: "png" for a PNG per sample too, in folders by class.
         model: A name for the manifest.
         report: Of `calibrate`: "auto" plans from it, other names take their guesses from it.
         overwrite: Remove the samples of an earlier run first.
         processes: The processes that share the work, each of which calls this function; see `jacobiflow.processes`.
-        on_shard: A function that is called after every shard that this process draws, see `OnShard`.
 
     Returns:
-        The folder; complete in the first process. A warning says if samples are above the tolerance, are NaN, or are
-        not certified because the strategy stops after a fixed number of sweeps.
+        The folder; complete in the first process. A warning says so if samples are lost, or are not certified.
 
     Raises:
-        ValueError: If settings do not fit the flow, or its samples are not images; as SampleFolderError if `out` has
-            other files or samples, or its disk is too small, and as FolderInUseError if another run is writing to it.
-        OSError: If a file cannot be written; the shards before it stay.
+        SampleFolderError: If `out` has other samples, or its disk is too small.
+        FolderInUseError: If another run is writing to it.
 
     Example:
         >>> import tempfile, jacobiflow as jf
@@ -92,52 +96,60 @@ def sample_to_folder(
         0
     """
     num, seed = check_count("num", num, most=MOST_SAMPLES), check_seed(seed)
-    batch_size, shard_size = sizes(num, batch_size, shard_size)
-    _, denoise = check_settings(flow, batch_size, denoise, certify)
-    check_path("out", out)
-    check_kind("model", model, str, "a name")
-    check_flag("overwrite", overwrite)
-    check_kind("processes", processes, Processes, "the value of jacobiflow.processes")
-    for name, value in (("progress", progress or None), ("on_shard", on_shard)):
-        if value is not None and not callable(value):
-            check_kind(name, value, type(None), "a function, or None")
-    check_choice("files", files, get_args(Files))
-    _check_images(flow, files)
+    batch_size, shard_size = _sizes(num, batch_size, shard_size)
+    check_flow(flow)
+    denoise = check_rate(flow, denoise)
+    check_certificate("certify", certify)
+    tolerance = None if tolerance is None else check_number("tolerance", tolerance)
+    config = flow.config
+    if check_choice("files", files, get_args(Files)) == "png":
+        pillow()
+        check_choice("files='png': in_channels", config.in_channels, (1, 3))
     labels = None if labels is None else flow.check_labels(labels, num)
     warn_if_guidance_is_idle(flow, labels)
-    tolerance = None if tolerance is None else check_number("tolerance", tolerance)
-    plan = partial(choose, flow, strategy, batch_size, tolerance=tolerance, report=report)
-    is_timed = isinstance(strategy, str) and is_auto(strategy)
-    fixed_plan = None if is_timed else plan()  # a plan by timings is made in the first process only
-    name = "a Strategy" if isinstance(strategy, Strategy) else str(strategy)
-    config = flow.config
     manifest = Manifest(
         num=num, image_shape=(config.in_channels, config.image_size, config.image_size), seed=seed,
         labels_sha256=labels_sha256(labels), num_classes=config.num_classes, batch_size=batch_size,
         shard_size=shard_size, files=files, model=model, fingerprint=fingerprint(flow), dtype=precision(flow),
-        strategy=name, strategy_sha256="", guidance=flow.guidance, denoise=float(denoise), tolerance=tolerance,
-        certify=certify, machine=machine(flow.var.device),
+        strategy="a Strategy" if isinstance(strategy, Strategy) else str(strategy), strategy_sha256="",
+        guidance=flow.guidance, denoise=denoise, tolerance=tolerance, certify=certify,
+        machine=machine(flow.var.device),
     )  # fmt: skip
+    new = SampleFolder(Path(out), manifest)
+    plan = partial(choose, flow, strategy, batch_size, tolerance=tolerance, report=report)
+    is_timed = isinstance(strategy, str) and is_auto(strategy)  # plans by timings differ, so the first one stays
+    with ExitStack() as stack:
 
-    def draw_shard(latents: Tensor, classes: Tensor | None, plan: Strategy, note: Progress | None) -> Samples:
-        return draw(
-            flow, plan, latents, classes, denoise=denoise, certify=certify, batch_size=batch_size, progress=note
-        )
+        def start() -> tuple[SampleFolder, list[int]]:
+            check_own(new.path, manifest.kind)  # before there is a lock in it
+            stack.enter_context(locked(new.path))
+            earlier = SampleFolder.open(new.path) if (new.path / MANIFEST).exists() else None
+            if earlier is None or overwrite or not any(map(earlier.has, range(earlier.manifest.num_shards))):
+                return _begin(new, earlier, plan(), overwrite)
+            return _resume(new, earlier, labels, None if is_timed else plan())
 
-    folder = Run(
-        folder=SampleFolder(Path(out), manifest), labels=labels,
-        latent_shape=(config.num_tokens, config.token_channels), draw=draw_shard,
-        plan=lambda: plan() if fixed_plan is None else fixed_plan, keep_plan=is_timed, overwrite=overwrite,
-        processes=processes, on_shard=on_shard, progress=progress or None,
-    ).complete()  # fmt: skip
-    if processes.rank == 0 and (outcome := folder.outcome(config.num_tokens)).has_shortfall:
+        folder, todo = processes.on_first(start)
+        if not (folder.path / MANIFEST).exists():
+            raise SampleFolderError(
+                f"{folder.path}: process {processes.rank} does not see it; give one on a shared disk"
+            )
+        _draw_shards(flow, folder, todo, labels, processes, progress)
+        folder = replace(folder, drawn=folder.manifest.num_in(todo))
+        if processes.rank > 0:
+            return folder
+        for index in todo:
+            while not folder.has(index):  # another process draws it; torchrun stops this one if that one fails
+                time.sleep(_POLL)
+        folder = _with(folder, checksums=tuple(record.sha256 for record in folder.records()))
+        folder.save_manifest()
+    outcome = folder.outcome(config.num_tokens)
+    if outcome.has_shortfall:
         warnings.warn(str(outcome), stacklevel=2)
     return folder
 
 
-def sizes(num: int, batch_size: int | None, shard_size: int | None) -> tuple[int, int]:
+def _sizes(num: int, batch_size: int | None, shard_size: int | None) -> tuple[int, int]:
     """Returns the batch size and the shard size, 64 and about 1,024 by default."""
-    num = check_count("num", num, most=MOST_SAMPLES)
     batch_size = min(num, _BATCH) if batch_size is None else batch_size
     batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
     shard_size = max(_SHARD // batch_size, 1) * batch_size if shard_size is None else shard_size
@@ -147,19 +159,87 @@ def sizes(num: int, batch_size: int | None, shard_size: int | None) -> tuple[int
     return batch_size, shard_size
 
 
-def _check_images(flow: ImageFlow, files: str) -> None:
-    """Raises ValueError if the flow's samples cannot be stored as 8-bit images."""
-    config = flow.config
-    tokens: Any = torch.zeros(1, config.num_tokens, config.token_channels, device=flow.var.device)
-    shape = tuple(flow.to_images(tokens.to(state_dtype(flow))).shape[1:])
-    if shape != (config.in_channels, config.image_size, config.image_size):
-        raise InputValueError(
-            f"samples of shape {shape} are not images of the flow's config, and would be stored as 8-bit images; draw "
-            "them with jacobiflow.sample"
+# Both raise an error before they change anything.
+def _begin(
+    new: SampleFolder, earlier: SampleFolder | None, plan: Strategy, overwrite: bool
+) -> tuple[SampleFolder, list[int]]:
+    """Starts a run, in place of an earlier one; returns its folder, and the shards to draw."""
+    strategy = json_bytes(plan.to_json())
+    folder = _with(new, strategy_sha256=sha256(strategy))
+    todo = list(range(folder.manifest.num_shards))
+    if not overwrite:
+        _check_space(folder, todo)
+    if earlier is not None:
+        earlier.clear()
+    folder.remove_partials()
+    folder.save_manifest()
+    write_atomically(folder.path / STRATEGY, strategy)
+    return folder, todo
+
+
+def _resume(
+    new: SampleFolder, earlier: SampleFolder, labels: Tensor | None, plan: Strategy | None
+) -> tuple[SampleFolder, list[int]]:
+    """Goes on with an earlier run of the same settings, maybe of fewer samples."""
+    begun = earlier.manifest
+    settings = replace(
+        new.manifest,
+        labels_sha256=labels_sha256(None if labels is None else labels[: begun.num]),
+        strategy_sha256=begun.strategy_sha256 if plan is None else sha256(json_bytes(plan.to_json())),
+    )
+    begun.check_resumes(settings, new.path)
+    earlier.strategy()  # refuses a file that was changed
+    folder = _with(new, strategy_sha256=begun.strategy_sha256, machine=begun.machine, checksums=begun.checksums)
+    todo = [index for index in range(folder.manifest.num_shards) if not folder.verify(index)]
+    if todo:
+        if damaged := [index for index in todo if folder.record(index) is not None]:
+            warnings.warn(f"{new.path}: shards {short(damaged)} were damaged, and are drawn again", stacklevel=2)
+        if begun.machine != new.manifest.machine:
+            warnings.warn(f"{new.path}: begun on another machine: equal to rounding, not to the bit", stacklevel=2)
+        _check_space(folder, todo)
+        folder = _with(folder, checksums=None)
+        folder.save_manifest()
+    folder.remove_partials()
+    for index in todo:
+        folder.remove_record(index)
+    return folder, todo
+
+
+def _draw_shards(
+    flow: ImageFlow, folder: SampleFolder, todo: Sequence[int], labels: Int[Tensor, " n"] | None,
+    processes: Processes, progress: Progress | None,
+) -> None:  # fmt: skip
+    """Draws the share of this process."""
+    manifest, config, strategy = folder.manifest, flow.config, folder.strategy()
+    num_present = manifest.num - manifest.num_in(todo)
+    for index in todo[processes.rank :: processes.count]:
+        start, stop = manifest.span(index)
+        num_drawn = (stop - start) * processes.count  # the other processes draw a shard each in this time
+        samples = draw(
+            flow, strategy, draw_latents(stop - start, config.num_tokens, config.token_channels, manifest.seed, start),
+            None if labels is None else labels[start:stop], denoise=manifest.denoise, certify=manifest.certify,
+            batch_size=manifest.batch_size,
+            progress=None if progress is None else partial(_note, progress, num_present, num_drawn, manifest.num),
+        )  # fmt: skip
+        folder.write(index, samples)
+        num_present += num_drawn
+
+
+def _note(progress: Progress, num_present: int, num_drawn: int, num: int, done: int, total: int, what: str) -> None:
+    progress(min(num_present + num_drawn * done // total, num), num, "samples")
+
+
+def _with(folder: SampleFolder, **entries: Any) -> SampleFolder:
+    """Returns the folder with other entries in its manifest."""
+    return replace(folder, manifest=replace(folder.manifest, **entries))
+
+
+def _check_space(folder: SampleFolder, todo: Sequence[int]) -> None:
+    """Raises SampleFolderError if the missing shards do not fit on the disk."""
+    need = folder.manifest.num_in(todo) * prod(folder.manifest.image_shape)
+    free = shutil.disk_usage(folder.path).free
+    if need > free:
+        raise SampleFolderError(
+            f"{folder.path}: the samples to draw take {need / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; make room, "
+            "or give another folder"
         )
-    if files == "png":
-        pillow()
-        if config.in_channels not in (1, 3):
-            raise InputValueError(
-                f"files={files!r}: holds images of 1 or 3 channels, not {config.in_channels}; give npz"
-            )

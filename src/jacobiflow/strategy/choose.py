@@ -5,16 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from jacobiflow.calibration import Report
-from jacobiflow.checks import check_count, check_kind, check_number, short
+from jacobiflow.checks import check_kind, short
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.image_flow import ImageFlow, check_flow
-from jacobiflow.latents import MOST_SAMPLES
+from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.progress import Progress
-from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
 from jacobiflow.strategy.plan_cache import auto
 from jacobiflow.strategy.strategy import Strategy
-
-AUTO = "auto"
 
 
 def choose(
@@ -34,14 +30,9 @@ def choose(
         progress: Is called while "auto" makes a plan.
 
     Raises:
-        ValueError: If the name is unknown, if the strategy does not fit the flow, the device or the guidance, or if the
-            strategy would ignore the tolerance.
+        ValueError: If the strategy would ignore the tolerance.
     """
-    check_flow(flow)
     check_kind("strategy", strategy, str | Path | Strategy, "a name, a Strategy, or the path of one's file")
-    batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
-    if tolerance is not None:
-        tolerance = check_number("tolerance", tolerance)
     if isinstance(strategy, str) and is_auto(strategy):
         return auto(flow, batch_size, _tolerance_of(strategy, tolerance), progress=progress)
     config = flow.config
@@ -50,26 +41,21 @@ def choose(
     elif str(strategy).endswith(".json"):
         choice = Strategy.load(strategy)
     else:
-        choice = Strategy.parse(
-            str(strategy), report, num_blocks=config.num_blocks, num_tokens=config.num_tokens,
-            tolerance=DEFAULT_TOLERANCE if tolerance is None else tolerance,
-        )  # fmt: skip
+        choice = Strategy.parse(str(strategy), report, num_blocks=config.num_blocks, num_tokens=config.num_tokens)
     if tolerance is not None:
         choice = choice.with_tolerance(tolerance)
-        if not choice.has_tolerance:
+        if choice.tolerance is None and all(solver.stopping.atol is None for solver in choice.solvers):
             raise InputValueError(
                 f"tolerance={tolerance}: strategy {short(strategy)} stops after a number of sweeps and ignores it; "
                 "leave the tolerance out, or give a strategy with one"
             )
-    choice.check(flow)
-    choice.check_use(flow, batch_size)
+    choice.check(flow, batch_size)
     return choice
 
 
 def is_auto(name: str) -> bool:
     """Tells if `name` is "auto" or "auto:TOLERANCE"."""
-    check_kind("name", name, str, "a name")
-    return name.strip().lower().partition(":")[0] == AUTO
+    return name.strip().lower().partition(":")[0] == "auto"
 
 
 def _tolerance_of(name: str, tolerance: float | None) -> float | None:
@@ -83,4 +69,4 @@ def _tolerance_of(name: str, tolerance: float | None) -> float | None:
         raise InputValueError(f"strategy {short(name)}: give auto, or auto:TOLERANCE such as auto:1e-2") from error
     if tolerance not in (None, value):
         raise InputValueError(f"strategy {name!r} with tolerance {tolerance!r}: give the tolerance once")
-    return check_number("tolerance", value)
+    return value

@@ -42,9 +42,6 @@ class Prediction:
     error: float
     spread: float
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
 
 @dataclass(frozen=True)
 class Strategy(codec.Document):
@@ -81,7 +78,6 @@ class Strategy(codec.Document):
     @classmethod
     def uniform(cls, solver: Solver, num_blocks: int) -> Strategy:
         """The same solver for every block."""
-        check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
         return cls((solver,) * check_count("num_blocks", num_blocks, most=MOST_BLOCKS))
 
     @classmethod
@@ -91,27 +87,22 @@ class Strategy(codec.Document):
     ) -> Strategy:  # fmt: skip
         """Reads a strategy from its name.
 
-        The paper's notation [Stack-GS-J-Else] (section 3.4): blocks in Stack are cut into GS segments of J sweeps each,
-        the others are swept Else times; several stacked blocks, and several GS and J, have slashes between them,
-        "[0/7-256/8-1/13-6]"; a J with commas has a number for each segment, "[7-4-25,13,12,11-10]". "Jacobi-30" sweeps
-        all tokens of every block 30 times. The notation leaves the guesses to IGM. "sequential" solves token by token;
-        "Original", a row of the paper's tables, is read as "sequential".
-
-        To `tolerance`: "jacobi", "gs-jacobi:8" (8 segments), "window:24", and any partition that is registered, its
-        name followed by its numbers. "gs-jacobi:8-32": 32 sweeps a segment. Registered guesses and corrections are
-        added by their names: "jacobi+zeros". Where sweeps are counted, the paper's early stop is on
-        (`jacobiflow.EarlyStop`).
+        - "sequential" solves token by token; "Original", a row of the paper's tables, is the same.
+        - To `tolerance`: "jacobi", "gs-jacobi:8" (8 segments), "window:24", and any registered partition, its name
+          followed by its numbers.
+        - A number of sweeps, with the early stop (`jacobiflow.EarlyStop`): "jacobi-30", "gs-jacobi:8-32".
+        - The paper's [Stack-GS-J-Else] (section 3.4): blocks in Stack are cut into GS segments of J sweeps each, the
+          others are swept Else times. Several in Stack, GS and J have slashes between them, "[0/7-256/8-1/13-6]"; a J
+          with commas has a number for each segment, "[7-4-25,13,12,11-10]".
+        - Registered guesses and corrections are added by their names: "jacobi+zeros".
 
         Args:
             text: The name.
             report: Gives each block the guess with the smallest IGM, and the sizes of the flow. Without it every guess
-                is `Latent`, and `num_blocks` and `num_tokens` must be given.
-            num_blocks: L.
-            num_tokens: T.
+                is `Latent`.
+            num_blocks: L; needed without a report.
+            num_tokens: T; needed without a report.
             tolerance: Of solvers that stop on one.
-
-        Raises:
-            ValueError: If there is no such strategy; the message quotes the part at fault.
 
         Example:
             >>> strategy = jf.Strategy.parse("[1-4-9-6]", num_blocks=2, num_tokens=64)
@@ -121,10 +112,14 @@ class Strategy(codec.Document):
         check_kind("text", text, str, "the name of a strategy")
         check_kind("report", report, Report | None, "a Report, as calibrate returns, or None")
         tolerance = check_number("tolerance", tolerance)
-        blocks = _size(text, "num_blocks", num_blocks, report.num_blocks if report else None, MOST_BLOCKS)
-        tokens = _size(text, "num_tokens", num_tokens, report.num_tokens if report else None, MOST_TOKENS)
-        guesses = [report.guess(block) if report else Latent() for block in range(blocks)]
-        return cls(notation.parse(text, guesses, tokens, tolerance), report.fingerprint if report else None)
+        if report is not None:
+            guesses = [report.guess(block) for block in range(report.num_blocks)]
+            return cls(notation.parse(text, guesses, report.num_tokens, tolerance), report.fingerprint)
+        if num_blocks is None or num_tokens is None:
+            raise InputValueError(f"strategy {short(text)}: give a report, or num_blocks and num_tokens of the flow")
+        blocks = check_count("num_blocks", num_blocks, most=MOST_BLOCKS)
+        tokens = check_count("num_tokens", num_tokens, most=MOST_TOKENS)
+        return cls(notation.parse(text, [Latent()] * blocks, tokens, tolerance))
 
     @classmethod
     def from_report(
@@ -144,11 +139,6 @@ class Strategy(codec.Document):
         """A line for each block."""
         return "\n".join(f"block {i}: {solver}" for i, solver in enumerate(self.solvers))
 
-    @property
-    def has_tolerance(self) -> bool:
-        """True if a block stops on a tolerance, or if samples are certified to one."""
-        return self.tolerance is not None or any(s.stopping.atol is not None for s in self.solvers)
-
     def residual_bound(self, num_tokens: int) -> float | None:
         """The residual that every block of `num_tokens` tokens is solved to; `None` if one only has a number of sweeps.
 
@@ -165,17 +155,21 @@ class Strategy(codec.Document):
         Raises ValueError if the strategy was planned for another tolerance.
         """
         atol = check_number("tolerance", atol)
-        if self.tolerance is not None and atol != self.tolerance:
-            raise InputValueError(f"tolerance={atol}: the strategy was planned for {self.tolerance:g}; plan again")
         if self.tolerance is not None:
+            if atol != self.tolerance:
+                raise InputValueError(f"tolerance={atol}: the strategy was planned for {self.tolerance:g}; plan again")
             return self
         solvers = (
             s if s.stopping.atol is None else replace(s, stopping=replace(s.stopping, atol=atol)) for s in self.solvers
         )
         return replace(self, solvers=tuple(solvers))
 
-    def check(self, flow: ImageFlow) -> None:
-        """Raises ValueError if the strategy was made for other weights, or does not fit the flow."""
+    def check(self, flow: ImageFlow, batch_size: int = 1) -> None:
+        """Raises ValueError if the strategy does not fit the flow, or was planned for other conditions.
+
+        That is for other weights, another device, other guidance or fewer samples. A smaller batch is solved as well,
+        if not as fast as one that was planned for.
+        """
         check_flow(flow)
         config = flow.config
         if len(self.solvers) != config.num_blocks:
@@ -187,13 +181,6 @@ class Strategy(codec.Document):
                 raise InputValueError(f"strategy, block {i}: {error}") from error
         if self.fingerprint not in (None, cached_fingerprint(flow)):
             check_fingerprint(self.fingerprint, flow, "the strategy was made for")
-
-    def check_use(self, flow: ImageFlow, batch_size: int) -> None:
-        """Raises ValueError if the strategy was planned for another device, other guidance or fewer samples.
-
-        A smaller batch is solved as well, if not as fast as one that was planned for.
-        """
-        batch_size = check_count("batch_size", batch_size)
         if self.prediction is None:
             return
         for name, planned, have in (
@@ -214,13 +201,3 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} with {torch.get_num_threads()} threads"
-
-
-def _size(text: str, name: str, value: int | None, reported: int | None, most: int) -> int:
-    size = reported if value is None else value
-    if size is None:
-        raise InputValueError(f"strategy {short(text)}: give a report, or {name} of the flow")
-    size = check_count(name, size, most=most)
-    if reported is not None and size != reported:
-        raise InputValueError(f"strategy {short(text)}: {name}={size}, but the report is of a flow with {reported}")
-    return size

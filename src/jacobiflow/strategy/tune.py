@@ -13,7 +13,7 @@ from torch import Tensor
 from jacobiflow import codec
 from jacobiflow.calibration.passes import BlockSolution, exact_solutions
 from jacobiflow.calibration.report import find_file
-from jacobiflow.checks import check_count, check_fields, check_seed, short
+from jacobiflow.checks import check_count, check_seed, short
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.fingerprint import check_fingerprint, fingerprint
@@ -37,9 +37,6 @@ class BlockTuning:
     guess: Guess
     correction: Correction
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
 
 @dataclass(frozen=True)
 class Tuning(codec.Document):
@@ -56,7 +53,7 @@ class Tuning(codec.Document):
     Example:
         >>> tuning = jf.Tuning.load(jf.find_tuning(jf.load("digits-p1")))
         >>> tuning.blocks[0].correction
-        Chord(24 tokens, 1 channels)
+        Chord(kernel=(24, 1, 1))
     """
 
     _name, _remedy = "tuning", "; make it anew with jacobiflow plan --tune"
@@ -67,11 +64,6 @@ class Tuning(codec.Document):
     samples: int
     seed: int
     blocks: tuple[BlockTuning, ...]
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_count("samples", self.samples)
-        check_seed(self.seed)
 
     def check(self, flow: ImageFlow) -> None:
         """Raises ValueError if the tuning is of another flow."""
@@ -115,7 +107,7 @@ def tune(
     config = flow.config
     blocks = flow.inverse_blocks
     latents = draw_latents(samples, config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
-    solutions = exact_solutions(flow, blocks, latents, _classes(flow, labels, samples), batch_size, progress)
+    solutions = exact_solutions(flow, latents, _classes(flow, labels, samples), batch_size, progress)
     fitted = []
     for i, (block, at) in enumerate(zip(blocks, solutions, strict=True)):
         fitted.append(_fit(block, at, batch_size))

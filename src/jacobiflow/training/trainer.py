@@ -17,7 +17,7 @@ from jacobiflow.data.augmentation import augment
 from jacobiflow.data.noise import add_noise, keyed_generator
 from jacobiflow.errors import InputValueError
 from jacobiflow.files import partials, write_atomically
-from jacobiflow.flows.folder import existing_model, write_model
+from jacobiflow.flows.folder import check_own_model, write_model
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.locking import locked
 from jacobiflow.progress import Progress
@@ -81,7 +81,7 @@ def train(
     _check(flow, data, config)
     out, per_epoch = Path(out), len(data) // config.batch_size
     with locked(out):
-        existing_model(out)  # refuses files that the model at the end could not replace
+        check_own_model(out)  # refuses files that the model at the end could not replace
         run = _Run(flow, config, out, describe(flow, config, data))
         order, epoch = torch.empty(0), -1
         try:

@@ -56,8 +56,7 @@ class LayerWeights(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> LayerWeights:
         """Returns the parameters in `dtype`."""
-        norm, qkv, proj, mlp_norm, up, down = (cast(pair, dtype) for pair in self[:-1])
-        return LayerWeights(norm, qkv, proj, mlp_norm, up, down, self.num_heads)
+        return LayerWeights(*(cast(pair, dtype) for pair in self[:-1]), num_heads=self.num_heads)
 
 
 def cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:
@@ -68,21 +67,21 @@ def cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:
 
 def transformer(
     h: Float[Tensor, "b n c"], layers: Sequence[tuple[LayerWeights, Float[Tensor, "b 2 h t d"] | None]],
-    span: AttentionSpan | None = None, query_scale: Float[Tensor, "b 1 1 1"] | None = None,
+    span: AttentionSpan, query_scale: Float[Tensor, "b 1 1 1"] | None,
 ) -> Float[Tensor, "b n c"]:  # fmt: skip
     """Runs layers on `h`; no token's output depends on later tokens, even if these overflow.
 
-    Keys and values that are not finite are hidden from the tokens before. A CPU hides them only if the output is not
-    finite, which saves time. A GPU always does, to save a synchronisation. With gradients nothing is hidden.
+    Keys and values that are not finite are 0 to other tokens, and NaN to their own. A CPU hides them only if the output
+    is not finite, which saves time. A GPU always does, to save a synchronisation. With gradients nothing is hidden.
 
-    Without `span`, and with caches of `None`, `h` are all tokens. `query_scale` is one over the attention temperature
-    of each row.
+    With caches of `None`, `h` are all tokens. `query_scale` is one over the attention temperature of each row.
     """
 
     def run(hide: bool) -> Tensor:
         out = h
         for weights, cache in layers:
-            out = transformer_layer(out, weights, cache, span, query_scale, hide)
+            out = out + _self_attention(out, weights, cache, span, query_scale, hide)
+            out = out + _feed_forward(out, weights)
         return out
 
     if h.shape[1] == 1 or torch.is_grad_enabled():
@@ -92,33 +91,20 @@ def transformer(
     return run(hide=True)
 
 
-def transformer_layer(
-    x: Float[Tensor, "b n c"], weights: LayerWeights, cache: Float[Tensor, "b 2 h t d"] | None = None,
-    span: AttentionSpan | None = None, query_scale: Float[Tensor, "b 1 1 1"] | None = None, hide: bool = False,
-) -> Float[Tensor, "b n c"]:  # fmt: skip
-    """Pre-norm attention, then a perceptron with GELU, each added to its input.
-
-    With `hide`, keys and values that are not finite are 0 to other tokens, and NaN to their own.
-    """
-    x = x + _self_attention(x, weights, cache, span, query_scale, hide)
-    return x + _feed_forward(x, weights)
-
-
 # Two functions, whose intermediate tensors are freed at their ends, and GELU in place without gradients: what memory is
 # in use stays in the processor's caches, which saves 5 per cent of a sweep.
 
 
 def _self_attention(
-    x: Tensor, weights: LayerWeights, cache: Tensor | None, span: AttentionSpan | None, query_scale: Tensor | None,
-    hide: bool,
-) -> Tensor:  # fmt: skip
+    x: Tensor, weights: LayerWeights, cache: Tensor | None, span: AttentionSpan, query_scale: Tensor | None, hide: bool
+) -> Tensor:
     batch, length, channels = x.shape
     qkv = F.linear(F.layer_norm(x, (channels,), *weights.norm), *weights.qkv)
     qkv = qkv.view(batch, length, 3, weights.num_heads, -1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     if query_scale is not None:
         q = q * query_scale
-    if cache is None or span is None:
+    if cache is None:
         # Neither a mask nor a weight of 0 hides a value that is not finite: inf - inf and 0 x inf are NaN.
         keys, values = (k.nan_to_num(0.0, 0.0, 0.0), v.nan_to_num(0.0, 0.0, 0.0)) if hide else (k, v)
         out = F.scaled_dot_product_attention(q, keys, values, is_causal=True)
@@ -176,7 +162,7 @@ class AttentionBlock(nn.Module):
         self.mlp = MLP(channels, expansion)
 
     def weights(self) -> LayerWeights:
-        """Returns the parameters as `transformer_layer` takes them."""
+        """Returns the parameters as `transformer` takes them."""
         attention, mlp = self.attention, self.mlp
         norm, qkv, proj, mlp_norm, up, down = (
             (module.weight, module.bias)

@@ -11,9 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.flows.base import AttentionContext, FlowBlock, Permutation, check_input
+from jacobiflow.flows.base import AttentionContext, FlowBlock, Permutation, ScaleShift, check_input
 from jacobiflow.flows.config import TarFlowConfig
-from jacobiflow.flows.guidance import Guidance
 from jacobiflow.flows.labels import embed_classes
 from jacobiflow.flows.tarflow import recurrence
 from jacobiflow.flows.tarflow.attention import (
@@ -32,9 +31,9 @@ _TOKENS_PER_PASS = 3200
 class TarFlowCache:
     """Keys and values of a block's tokens while it is solved, and all that does not change meanwhile.
 
-    The network runs in the dtype of these tensors. `layers` are keys and values, written in place; `embedding` is the
-    sum of bias, position and class of each token in causal order; `query_scale` is one over the attention temperature
-    of each row, or `None` if all are 1.
+    The network runs in the dtype of these tensors. `layers` are keys and values, written in place, or none for a pass
+    over all tokens; `embedding` is the sum of bias, position and class of each token in causal order; `query_scale` is
+    one over the attention temperature of each row, or `None` if all are 1.
     """
 
     layers: tuple[Float[Tensor, "b 2 h t d"], ...]
@@ -62,6 +61,7 @@ class TarFlowBlock(FlowBlock):
     """
 
     per_sample_front = graph_safe = inference_safe = has_bf16 = has_attention = True
+    exact_inverse = recurrence.exact_inverse
     attn_blocks: Sequence[AttentionBlock]
 
     def __init__(self, config: TarFlowConfig, permutation: Permutation) -> None:
@@ -80,62 +80,43 @@ class TarFlowBlock(FlowBlock):
         self.proj_out = nn.Linear(config.channels, config.token_channels * (2 if config.nvp else 1))
         nn.init.zeros_(self.proj_out.weight)
 
-    def embed_classes(self, labels: Int[Tensor, " b"] | None) -> Float[Tensor, "#b 1 c"] | None:
-        """Returns the class embedding of each row; the mean over classes for a row without a label."""
-        return embed_classes(self.class_embed, labels)
-
     def affine_whole(
         self, x: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | AttentionContext | None = None
-    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b t c"]]:
-        """Returns log-scale and shift of all entries, without a cache; see `AffineBlock.affine_whole`."""
-        labels, temperature = AttentionContext.of(context)
-        if torch.is_grad_enabled() or not (parts := _parts(x, x.shape[1])):
-            return self._affine_whole(x, labels, temperature)
-        rows_of = ([None if t is None else t[rows] for t in (labels, temperature)] for rows in parts)
-        return _joined(self._affine_whole(x[rows], *some) for rows, some in zip(parts, rows_of, strict=True))
-
-    def _affine_whole(self, x: Tensor, labels: Tensor | None, temperature: Tensor | None) -> tuple[Tensor, Tensor]:
-        if x.shape[1] == 1:  # entry 0 has no token before it
-            return torch.zeros_like(x), torch.zeros_like(x)
-        weight = self.proj_in.weight
-        h = F.linear(x[:, :-1].to(weight.dtype), weight) + self._embedding(labels)[:, :-1]
-        layers = [(layer.weights(), None) for layer in self.attn_blocks]
-        query_scale = None if temperature is None else self._query_scale(temperature)
-        h = transformer(h, layers, query_scale=query_scale)
-        return self._read_out(h, x, (self.proj_out.weight, self.proj_out.bias), first=True)
+    ) -> ScaleShift:
+        return self.affine(x, 0, x.shape[1], self._cache(x, context, layers=()))
 
     def init_cache(
         self, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | AttentionContext | None = None
     ) -> TarFlowCache:
-        """Returns an empty cache for the rows of `z` under labels `context`."""
-        labels, temperature = AttentionContext.of(context)
-        check_input(z, labels, self.num_tokens, self.proj_in.in_features)
+        check_input(z, self.num_tokens, self.proj_in.in_features)
         attention = self.attn_blocks[0].attention
         weight = attention.qkv.weight
         heads, channels = attention.num_heads, weight.shape[1]
         shape = (z.shape[0], 2, heads, self.num_tokens, channels // heads)
+        cache = self._cache(z, context, tuple(weight.new_zeros(shape) for _ in self.attn_blocks))
+        return replace(cache, embedding=cache.embedding.contiguous())
+
+    def _cache(self, z: Tensor, context: Tensor | AttentionContext | None, layers: tuple[Tensor, ...]) -> TarFlowCache:
+        labels, temperature = AttentionContext.of(context)
         return TarFlowCache(
-            tuple(weight.new_zeros(shape) for _ in self.attn_blocks),
+            layers,
             tuple(layer.weights() for layer in self.attn_blocks),
             self.proj_in.weight,
             (self.proj_out.weight, self.proj_out.bias),
-            self._embedding(labels).expand(len(z), -1, -1).contiguous(),
+            self._embedding(labels).expand(len(z), -1, -1),
             None if temperature is None else self._query_scale(temperature),
         )
 
     def _embedding(self, labels: Tensor | None) -> Float[Tensor, "#b t c"]:
         """Bias, positions and classes, to be added to the projections of tokens in causal order."""
         positions = self.permutation(self.pos_embed, dim=0) + self.proj_in.bias
-        classes = self.embed_classes(labels)
+        classes = embed_classes(self.class_embed, labels)
         return positions.unsqueeze(0) if classes is None else positions + classes
 
     def _query_scale(self, temperature: Float[Tensor, " b"]) -> Float[Tensor, "b 1 1 1"]:
         return temperature.to(self.proj_in.weight).reciprocal().view(-1, 1, 1, 1)
 
-    def affine(
-        self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: TarFlowCache
-    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
-        """Returns log-scale and shift of entries [start, stop), after tokens start-1 .. stop-2 entered the cache."""
+    def affine(self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: TarFlowCache) -> ScaleShift:
         if parts := _parts(x, stop - start):
             return _joined(self.affine(x[rows], start, stop, cache.each(itemgetter(rows))) for rows in parts)
         if stop == 1:  # entry 0 has no token before it
@@ -146,8 +127,7 @@ class TarFlowBlock(FlowBlock):
 
     def affine_at(
         self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: TarFlowCache
-    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]:
-        """Returns log-scale and shift with a start per sample; see `AffineBlock.affine_at`."""
+    ) -> ScaleShift:
         before = start.view(-1, 1) + torch.arange(-1, size - 1, device=x.device)
         positions = before.clamp(min=0)  # entry 0 has no token before it: it is computed from token 0, and set to zero
         tokens = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[2]))
@@ -156,8 +136,6 @@ class TarFlowBlock(FlowBlock):
         return log_scale.masked_fill(first, 0), shift.masked_fill(first, 0)
 
     def move(self, cache: TarFlowCache, source: Int[Tensor, " m"], target: Int[Tensor, " m"], num: int) -> TarFlowCache:
-        """Returns the cache of `num` samples; see `BaseBlock.move`."""
-
         def moved(tensor: Tensor) -> Tensor:
             tensor[target] = tensor[source]
             return tensor[:num]
@@ -167,7 +145,6 @@ class TarFlowBlock(FlowBlock):
     def refill(
         self, cache: TarFlowCache, rows: Int[Tensor, " m"], context: Int[Tensor, " m"] | AttentionContext | None = None
     ) -> None:
-        """Makes `rows` those of new samples; see `BaseBlock.refill`."""
         labels, temperature = AttentionContext.of(context)
         for layer in cache.layers:
             layer.index_fill_(0, rows, 0)
@@ -176,7 +153,6 @@ class TarFlowBlock(FlowBlock):
             cache.query_scale[rows] = self._query_scale(temperature).to(cache.query_scale.dtype)
 
     def output_weights(self) -> tuple[Float[Tensor, "c d"] | None, Float[Tensor, "c d"]]:
-        """Returns the halves of `proj_out`'s weight; see `AffineBlock.output_weights`."""
         weight = self.proj_out.weight.detach()
         if not self.nvp:
             return None, weight
@@ -184,13 +160,12 @@ class TarFlowBlock(FlowBlock):
         return scale, shift
 
     def row_bytes(self) -> int:
-        """Returns the bytes of keys, values, embedding, residual stream, norm, hidden units twice, and causal mask."""
+        # Keys, values, embedding, residual stream, norm, hidden units twice, and the causal mask.
         hidden, channels = self.attn_blocks[0].weights().up[0].shape
         values = (2 * len(self.attn_blocks) + 1) * channels + 2 * channels + 2 * hidden + self.num_tokens
         return int(self.num_tokens * values * self.pos_embed.element_size())
 
     def to_bf16(self, cache: TarFlowCache) -> TarFlowCache:
-        """Returns the cache with which the network runs in bfloat16."""
         dtype = torch.bfloat16
         return replace(
             cache.each(lambda tensor: tensor.to(dtype)),
@@ -199,13 +174,7 @@ class TarFlowBlock(FlowBlock):
             proj_out=cast(cache.proj_out, dtype),
         )
 
-    def exact_inverse(
-        self, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None = None, guidance: Guidance | None = None
-    ) -> Float[Tensor, "b t c"] | None:
-        """Returns x by native code; see `BaseBlock.exact_inverse`."""
-        return recurrence.exact_inverse(self, z, context, guidance)
-
-    def _read_out(self, h: Tensor, x: Tensor, proj_out: Parameters, first: bool) -> tuple[Tensor, Tensor]:
+    def _read_out(self, h: Tensor, x: Tensor, proj_out: Parameters, first: bool) -> ScaleShift:
         out = F.linear(h, *proj_out).to(x.dtype)
         if first:
             out = F.pad(out, (0, 0, 1, 0))
@@ -222,12 +191,12 @@ def _parts(x: Tensor, size: int) -> list[slice]:
     `keep_freed_memory`.
     """
     rows = max(_TOKENS_PER_PASS // size, 1)
-    if x.device.type != "cpu" or len(x) <= rows:
+    if x.device.type != "cpu" or len(x) <= rows or torch.is_grad_enabled():
         return []
     return [slice(first, first + rows) for first in range(0, len(x), rows)]
 
 
-def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _joined(parts: Iterable[ScaleShift]) -> ScaleShift:
     log_scales, shifts = zip(*parts, strict=True)
     return torch.cat(log_scales), torch.cat(shifts)
 
@@ -237,4 +206,5 @@ def _hidden(tokens: Tensor, positions: slice | Tensor, end: int, cache: TarFlowC
     span = AttentionSpan.of(positions, end, cache.proj_in)
     embedding = cache.embedding[:, positions] if span.rows is None else cache.embedding[span.rows, positions]
     h = F.linear(tokens.to(embedding.dtype), cache.proj_in) + embedding
-    return transformer(h, list(zip(cache.weights, cache.layers, strict=True)), span, cache.query_scale)
+    layers = cache.layers or (None,) * len(cache.weights)
+    return transformer(h, list(zip(cache.weights, layers, strict=True)), span, cache.query_scale)

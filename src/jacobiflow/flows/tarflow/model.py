@@ -7,17 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from jacobiflow.checks import check_kind, check_path
+from jacobiflow.errors import CheckpointError, first_line
+from jacobiflow.files import write_beside
 from jacobiflow.flows.config import TarFlowConfig
-from jacobiflow.flows.folder import build
+from jacobiflow.flows.folder import build, check_values
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.registry import register
 from jacobiflow.flows.tarflow.block import TarFlowBlock
-from jacobiflow.flows.tarflow.original import read_original, write_original
+from jacobiflow.flows.tarflow.original import read_original
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -28,9 +30,6 @@ class TarFlow(ImageFlow):
     """Stack of causal affine blocks over patches of an image, alternately in raster and in reverse order.
 
     Reference: Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329.
-
-    Args:
-        config: The shape.
 
     Example:
         >>> flow = jf.TarFlow(jf.TarFlowConfig(1, 8, 2, channels=64, num_blocks=2, layers_per_block=1))
@@ -58,35 +57,35 @@ class TarFlow(ImageFlow):
 
     @classmethod
     def from_original(cls, path: str | Path, config: TarFlowConfig) -> Self:
-        """Loads a `.pth` state dict of the original TarFlow code, in eval mode; float16 becomes float32.
-
-        Raises:
-            CheckpointError: If the file cannot be read or does not fit `config`.
-        """
-        check_path("path", path)
-        check_kind("config", config, TarFlowConfig, "a TarFlowConfig")
+        """Loads a `.pth` state dict of the original TarFlow code, in eval mode; float16 becomes float32."""
         return build(partial(cls, config), read_original(path), str(path))
 
     def to_original(self, path: str | Path) -> None:
-        """Writes a `.pth` state dict that the original TarFlow code loads strictly, causal masks included.
-
-        Raises:
-            CheckpointError: If the original code has no such flow, a weight is not finite, or `path` cannot be written.
-        """
-        check_path("path", path)
-        write_original(self.state_dict(), self.config, path)
+        """Writes a `.pth` state dict that the original TarFlow code loads strictly, causal masks included."""
+        config = self.config
+        if (config.head_dim, config.expansion) != (64, 4):
+            raise CheckpointError(
+                f"head_dim={config.head_dim}, expansion={config.expansion}: the original code has 64 and 4 only; "
+                "save a model folder instead"
+            )
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        check_values(state, f"{path}: not written")
+        mask = torch.ones(config.num_tokens, config.num_tokens).tril()
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with write_beside(path) as partial_file:
+                torch.save(state | {f"blocks.{i}.attn_mask": mask for i in range(config.num_blocks)}, partial_file)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: cannot be written ({first_line(error)})") from error
 
     @property
     def learns_prior(self) -> bool:
-        """True for a flow with shifts only, which learns the variance of its prior."""
         return not self.config.nvp
 
     def to_tokens(self, images: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
-        """Returns patches in raster order, and zeros: values only change their places."""
         size = self.config.patch_size
         return F.unfold(images, size, stride=size).transpose(1, 2), images.new_zeros(len(images))
 
     def to_images(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n c h w"]:
-        """Returns the images of tokens."""
         side, size = self.config.image_size, self.config.patch_size
         return F.fold(x.transpose(1, 2), (side, side), size, stride=size)

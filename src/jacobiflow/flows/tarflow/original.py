@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +12,7 @@ import torch
 from torch import Tensor
 
 from jacobiflow.errors import CheckpointError, first_line
-from jacobiflow.files import write_beside
 from jacobiflow.flows.config import TarFlowConfig
-from jacobiflow.flows.folder import check_values
 
 _MASK = re.compile(r"blocks\.\d+\.attn_mask")
 
@@ -33,36 +30,12 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise CheckpointError(f"{path}: not a dict of tensors; {remedy}")
-    prefix = "module."
-    is_parallel = all(name.startswith(prefix) for name in content)
-    state = {name.removeprefix(prefix) if is_parallel else name: tensor for name, tensor in content.items()}
+    state = {name.removeprefix("module."): tensor for name, tensor in content.items()}
     return {name: tensor for name, tensor in state.items() if not _MASK.fullmatch(name)}
 
 
-def write_original(state: Mapping[str, Tensor], config: TarFlowConfig, path: str | Path) -> None:
-    """Writes a `.pth` state dict that the original code loads strictly: `state` and the causal masks."""
-    if (config.head_dim, config.expansion) != (64, 4):
-        raise CheckpointError(
-            f"head_dim={config.head_dim}, expansion={config.expansion}: the original code has 64 and 4 only; "
-            "save a model folder instead"
-        )
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    check_values(state, f"{path}: not written")
-    mask = torch.ones(config.num_tokens, config.num_tokens).tril()
-    try:
-        os.makedirs(Path(path).parent, exist_ok=True)
-        with write_beside(path) as partial:
-            torch.save(state | {f"blocks.{i}.attn_mask": mask for i in range(config.num_blocks)}, partial)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot be written ({first_line(error)})") from error
-
-
-def infer_config(state: Mapping[str, Tensor], *, patch_size: int, head_dim: int = 64) -> TarFlowConfig:
-    """Reads the config of a square image's flow from shapes, which do not tell `patch_size` and `head_dim`.
-
-    Raises:
-        CheckpointError: If the shapes are not those of a TarFlow with such patches.
-    """
+def infer_config(state: Mapping[str, Tensor], *, patch_size: int) -> TarFlowConfig:
+    """Reads the config of a square image's flow from shapes, which do not tell `patch_size`; `head_dim` is 64."""
     try:
         channels, token_channels = state["blocks.0.proj_in.weight"].shape
         num_tokens, _ = state["blocks.0.pos_embed"].shape
@@ -84,7 +57,6 @@ def infer_config(state: Mapping[str, Tensor], *, patch_size: int, head_dim: int 
         layers_per_block=_count(state, r"blocks\.0\.attn_blocks\.(\d+)\."),
         num_classes=len(state["blocks.0.class_embed"]) if "blocks.0.class_embed" in state else 0,
         nvp=outputs == 2 * token_channels,
-        head_dim=head_dim,
         expansion=hidden // channels,
     )
 

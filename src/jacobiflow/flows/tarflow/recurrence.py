@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from jacobiflow.flows.guidance import Guidance
+from jacobiflow.flows.labels import embed_classes
 from jacobiflow.native import TarFlowArguments, pointers, usable
 
 _ROWS = 32  # of the network per thread and call: more rows do not fit in the processor's cache
@@ -20,10 +21,9 @@ _WORK = 2e9  # multiplications per call, about a tenth of a second, so that Ctrl
 
 
 def exact_inverse(
-    block: Any, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None,
-    guidance: Guidance | None,
-) -> Float[Tensor, "b t c"] | None:  # fmt: skip
-    """See `BaseBlock.exact_inverse`. Weights may change between calls, and so are packed in each."""
+    block: Any, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None = None, guidance: Guidance | None = None
+) -> Float[Tensor, "b t c"] | None:
+    """See `AffineBlock.exact_inverse`. Weights may change between calls, and so are packed in each."""
     native = usable(z, *block.parameters())
     # Native code trusts the sizes; if they are wrong, the loop in PyTorch reports it.
     if native is None or z.shape[1:] != (block.num_tokens, block.proj_in.in_features):
@@ -78,10 +78,10 @@ def _solve(
 ) -> bool:  # fmt: skip
     """Writes the rows of `x`; returns False if out of memory or threads."""
     (samples, tokens, values), networks = z.shape, 1 if guidance is None else 2
-    classes = block.embed_classes(labels)
+    classes = embed_classes(block.class_embed, labels)
     scales: Sequence[Tensor | None] = (None, None, None)  # of queries, and the guidance weights
     if guidance is not None:
-        unconditional = block.embed_classes(None)
+        unconditional = embed_classes(block.class_embed, None)
         if classes is not None and unconditional is not None:
             classes = torch.cat((classes.expand(samples, -1, -1), unconditional.expand(samples, -1, -1)))
         query = z.new_ones(2, samples)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,14 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.base import FlowBlock, Permutation, check_input
+from jacobiflow.flows.base import FlowBlock, Permutation, ScaleShift, check_input
 from jacobiflow.flows.config import MAFConfig
 from jacobiflow.flows.guidance import Guidance
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.labels import embed_classes
-from jacobiflow.flows.maf.recurrence import solve_rows
 from jacobiflow.flows.registry import register
 from jacobiflow.native import usable
+from jacobiflow.native.masked import masked_transform, run_chain
+from jacobiflow.native.structures import Elementwise, Function, Kind, Operation, Transform
 
 _CONSTANT = 1e-3  # an entry whose standard deviation over the first batch is below it keeps its scale
 
@@ -43,10 +45,6 @@ class MaskedLinear(nn.Module):
         dense = nn.Linear(len(in_degrees), len(out_degrees))
         self.weight, self.bias = dense.weight, dense.bias
         self.class_embed = nn.Parameter(torch.zeros(num_classes, len(out_degrees))) if num_classes else None
-
-    def masked(self, labels: Int[Tensor, " b"] | None) -> MaskedLayer:
-        """Returns the layer for rows of these labels."""
-        return MaskedLayer(self.masked_weight(), self.offset(labels))
 
     def offset(self, labels: Int[Tensor, " b"] | None) -> Float[Tensor, "#b o"]:
         """Returns the bias plus the class's part."""
@@ -102,17 +100,13 @@ class MAFBlock(FlowBlock):
 
     def masked_layers(self, labels: Int[Tensor, " b"] | None = None) -> tuple[MaskedLayer, ...]:
         """Returns the masked layers, first to last, for rows of these labels."""
-        return tuple(layer.masked(labels) for layer in self.layers)
+        return tuple(MaskedLayer(layer.masked_weight(), layer.offset(labels)) for layer in self.layers)
 
-    def affine_whole(
-        self, x: Float[Tensor, "b t 1"], context: Int[Tensor, " b"] | None = None
-    ) -> tuple[Float[Tensor, "b t 1"], Float[Tensor, "b t 1"]]:
-        """Returns log-scale and shift by the whole network; see `AffineBlock.affine_whole`."""
+    def affine_whole(self, x: Float[Tensor, "b t 1"], context: Int[Tensor, " b"] | None = None) -> ScaleShift:
         return full_pass(x, self.masked_layers(context))
 
     def init_cache(self, z: Float[Tensor, "b t 1"], context: Int[Tensor, " b"] | None = None) -> MAFCache:
-        """Returns an empty cache for the rows of `z` under labels `context`."""
-        check_input(z, context, self.num_tokens, 1)
+        check_input(z, self.num_tokens, 1)
         # A row of offsets per sample, or every step would expand the one.
         layers = tuple(
             MaskedLayer(layer.weight, layer.offset.expand(len(z), -1).contiguous())
@@ -125,13 +119,11 @@ class MAFBlock(FlowBlock):
             layers=layers,
         )
 
-    def affine(
-        self, x: Float[Tensor, "b t 1"], start: int, stop: int, cache: MAFCache
-    ) -> tuple[Float[Tensor, "b n 1"], Float[Tensor, "b n 1"]]:
-        """Returns log-scale and shift of entries [start, stop), after tokens start-1 .. stop-2 entered the cache."""
+    def affine(self, x: Float[Tensor, "b t 1"], start: int, stop: int, cache: MAFCache) -> ScaleShift:
         first, last = max(start - 1, 0), stop - 1
         cache.tokens[:, first:last] = x[:, first:last, 0]
-        inputs, new = cache.tokens[:, :last], slice(self._units_below(first), self._units_below(last))
+        new = slice(*(_units_below(degree, self.num_tokens, self.hidden_features) for degree in (first, last)))
+        inputs = cache.tokens[:, :last]
         *inner, final = cache.layers
         for layer, hidden in zip(inner, cache.hidden, strict=True):
             hidden[:, new] = F.relu(_rows(layer, new, inputs))
@@ -140,23 +132,32 @@ class MAFBlock(FlowBlock):
         return _read_out(out, x.dtype)
 
     def row_bytes(self) -> int:
-        """Counts tokens, hidden units, offsets of all layers, and the outputs; see `FlowBlock`."""
+        # Tokens, hidden units, offsets of all layers, and the outputs.
         values = 2 * (len(self.layers) - 1) * self.hidden_features + 6 * self.num_tokens
         return values * self.layers[0].weight.element_size()
 
+    @torch.no_grad()
     def exact_inverse(
         self, z: Float[Tensor, "b t 1"], context: Int[Tensor, " b"] | None = None, guidance: Guidance | None = None
     ) -> Float[Tensor, "b t 1"] | None:
-        """Returns x by native code; see `BaseBlock.exact_inverse`."""
-        # Native code trusts the sizes: tokens of other ones are left to PyTorch, which checks them.
+        # Native code trusts the sizes; if they are wrong, the loop in PyTorch reports it.
         if usable(z, *self.parameters()) is None or z.shape[1:] != (self.num_tokens, 1):
             return None
-        below = tuple(self._units_below(degree) for degree in range(self.num_tokens))
-        x = solve_rows(z.squeeze(-1), self.layers, context, guidance, below)
-        return None if x is None else x.unsqueeze(-1)
+        tensors = [tensor for layer in self.layers for tensor in (layer.weight, layer.bias)]
+        tables = [layer.class_embed for layer in self.layers if layer.class_embed is not None]
+        tensors += [table.t() for table in tables]
+        classes = embed_classes(torch.eye(len(tables[0]), dtype=z.dtype), context) if tables else None
+        if guidance is not None:
+            tensors += [layer.offset(None).squeeze(0) for layer in self.layers]
+            tensors.append(torch.stack(guidance.weights(z), dim=1))
+        shape = (self.num_tokens, self.hidden_features, len(self.layers))
+        transforms, _ = _transforms(*shape, has_classes=bool(tables), is_guided=guidance is not None)
+        tensors = [tensor.contiguous() for tensor in tensors]
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        result = run_chain(transforms, pointers, z.squeeze(-1), classes, is_inverse=True, log_det=None)
+        return None if result is None else result.values.unsqueeze(-1)
 
     def output_weights(self) -> tuple[Float[Tensor, "t h"], Float[Tensor, "t h"]]:
-        """Returns the masked rows of the last layer for `s` and for `u`; see `AffineBlock.output_weights`."""
         weight = self.layers[-1].masked_weight().detach()
         return weight[0::2], weight[1::2]
 
@@ -173,14 +174,8 @@ class MAFBlock(FlowBlock):
         grown = torch.where(spread > _CONSTANT, spread, 1).log()
         self.layers[-1].bias.add_(torch.stack((grown, moved), dim=1).flatten())
 
-    def _units_below(self, degree: int) -> int:
-        """The number of units of a hidden layer with a degree below `degree`; they are its first ones."""
-        return -(-degree * self.hidden_features // max(self.num_tokens - 1, 1))
 
-
-def full_pass(
-    x: Float[Tensor, "b t 1"], layers: Sequence[MaskedLayer]
-) -> tuple[Float[Tensor, "b t 1"], Float[Tensor, "b t 1"]]:
+def full_pass(x: Float[Tensor, "b t 1"], layers: Sequence[MaskedLayer]) -> ScaleShift:
     """Log-scale and shift of every entry, by the whole network."""
     h = x.squeeze(-1).to(layers[0].weight.dtype)
     for layer in layers[:-1]:
@@ -188,14 +183,59 @@ def full_pass(
     return _read_out(F.linear(h, layers[-1].weight) + layers[-1].offset, x.dtype)
 
 
+def _units_below(degree: int, tokens: int, units: int) -> int:
+    """The number of units of a hidden layer with a degree below `degree`; they are its first ones."""
+    return -(-degree * units // max(tokens - 1, 1))
+
+
 def _rows(layer: MaskedLayer, rows: slice, inputs: Float[Tensor, "b i"]) -> Float[Tensor, "b n"]:
     """Outputs `rows` of a layer from its first `inputs`; the mask hides all others from them."""
     return torch.addmm(layer.offset[:, rows], inputs, layer.weight[rows, : inputs.shape[1]].T)
 
 
-def _read_out(out: Float[Tensor, "b n2"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _read_out(out: Float[Tensor, "b n2"], dtype: torch.dtype) -> ScaleShift:
     log_scale, shift = out.to(dtype).unflatten(1, (-1, 2)).chunk(2, dim=-1)
     return log_scale, shift
+
+
+@lru_cache(maxsize=32)
+def _transforms(tokens: int, units: int, layers: int, has_classes: bool, is_guided: bool) -> tuple[Any, Any]:
+    """Describes the block to native code; returns the transforms, and the memory that they point to.
+
+    The order of tensors: weight and bias of each layer, the classes' embeddings, the second network's biases, the
+    guidance weights.
+    """
+    hidden = (list(range(units)), [_units_below(token, tokens, units) for token in range(tokens)])
+    second = (3 if has_classes else 2) * layers
+    outputs = (list(range(2 * tokens)), [2 * token + 2 for token in range(tokens)])
+    operations: list[tuple[Operation, Sequence[int], Sequence[int]]] = []
+
+    def add(kind: Kind, order: Any, source: int, **fields: Any) -> int:
+        empty = {"weight": -1, "bias": -1, "mask": -1}
+        operations.append((Operation(kind=kind, source=source, units=len(order[0]), **{**empty, **fields}), *order))
+        return len(operations)
+
+    def network(is_second: bool) -> int:
+        value = 0
+        for layer in range(layers):
+            is_hidden, has_context = layer + 1 < layers, has_classes and not is_second
+            order, bias = (hidden if is_hidden else outputs), (second + layer if is_second else 2 * layer + 1)
+            last = {"function": Function.RELU, "is_kept": True} if is_hidden else {}
+            value = add(Kind.LINEAR, order, value, weight=2 * layer, bias=bias, **({} if has_context else last))
+            if has_context:
+                value = add(Kind.ADD_CONTEXT, order, value, weight=2 * layers + layer)
+                value = add(Kind.ACTIVATION, order, value, **last) if is_hidden else value
+        return value
+
+    value = network(is_second=False)
+    if is_guided:
+        other = network(is_second=True)
+        add(Kind.EXTRAPOLATION, outputs, value, other=other, bias=second + layers)
+    order = list(range(tokens))
+    transform, memory = masked_transform(
+        [*order, tokens], order, operations, (order, order), kind=Elementwise.LOG_AFFINE, features=tokens, parameters=2
+    )
+    return (Transform * 1)(transform), memory
 
 
 @register
@@ -205,9 +245,6 @@ class MAF(ImageFlow):
     Images are uniformly dequantised, in [-1, 1].
 
     Reference: Papamakarios et al., Masked Autoregressive Flow for Density Estimation, arXiv 1705.07057.
-
-    Args:
-        config: The shape.
 
     Example:
         >>> flow = jf.load("digits-maf")
@@ -231,8 +268,7 @@ class MAF(ImageFlow):
     def to_tokens(self, images: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n t 1"], Float[Tensor, " n"]]:
         """Returns y = logit(alpha + (1 - 2 alpha) p) of pixels p = (image + 1) / 2, and log|dy/d image|.
 
-        Raises:
-            ValueError: If a pixel is outside [-1, 1] by more than alpha, so that it has no logit.
+        A pixel outside [-1, 1] by more than alpha has no logit, and raises ValueError.
         """
         pixels, alpha = images.flatten(1).unsqueeze(-1), self.config.logit_alpha
         # Both from the image itself: 1 - p would lose the digits of a p near 1.
@@ -244,16 +280,13 @@ class MAF(ImageFlow):
         return log_p - log_rest, log_det
 
     def to_images(self, x: Float[Tensor, "n t 1"]) -> Float[Tensor, "n c h w"]:
-        """Returns the images of tokens, within `2 logit_alpha` of [-1, 1]."""
         config = self.config
         images = torch.tanh(x / 2) / (1 - 2 * config.logit_alpha)
         return images.reshape(-1, config.in_channels, config.image_size, config.image_size)
 
     @torch.no_grad()
     def initialize(self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None) -> None:
-        """Normalises the outputs of each block in turn; see `MAFBlock.normalize_outputs`."""
-
-        def normalized(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        def normalized(i: int, x: Tensor) -> ScaleShift:
             self.blocks[i].normalize_outputs(x, labels)
             return self.blocks[i](x, labels)
 

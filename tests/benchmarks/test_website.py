@@ -1,12 +1,33 @@
-"""Pages read in the site as on GitHub; links lead to pages, to copies of files, or to the repository."""
+"""The site builds without a warning, its links lead somewhere, and its search finds."""
 
 from __future__ import annotations
 
+import pkgutil
+import re
+
 import pytest
 
-from benchmarks.website.pages import Pages
+pytest.importorskip("zensical", reason="needs Python 3.11")
+
+import jacobiflow as jf
+from benchmarks.website import ROOT, Pages, build
+from tests.helpers.chromium import CHROMIUM, chromium, served
 
 REPOSITORY = "https://github.com/owner/name"
+
+
+def test_the_site_has_commands_and_a_search(tmp_path):
+    site = build(tmp_path)
+    text = (site / "reference/commands/index.html").read_text()
+    assert "--tolerance" in text and "jacobiflow sample --model fashion-p2" in text
+    if CHROMIUM is not None:
+        with served(site) as address, chromium() as browser:
+            page = browser.new_page()
+            page.goto(address)
+            page.locator(".md-search__button").click()
+            page.get_by_role("combobox", name="Search").fill("certificate")
+            page.locator("[role=option][href*='/solvers/'][href$='#the-certificate']").click()
+            page.wait_for_url("**/solvers/*#the-certificate")
 
 
 @pytest.fixture
@@ -22,17 +43,15 @@ def pages(tmp_path):
     ("path", "text", "expected"),
     [
         ("README.md", "[a](docs/other.md#part)", "[a](other.md#part)"),
-        ("README.md", f"[a]({REPOSITORY}/blob/main/docs/deep/page.md)", "[a](deep/page.md)"),
         ("docs/deep/page.md", "[a](../../README.md)", "[a](../index.md)"),
         ("docs/deep/page.md", "[a](../../src/code.py)", f"[a]({REPOSITORY}/blob/main/src/code.py)"),
-        ("docs/deep/page.md", "![a](../figures/a.png)", "![a](../figures/a.png)"),
         ("README.md", '<img src="docs/figures/a.png" width="3">', '<img src="figures/a.png" width="3">'),
         ("README.md", "[a](https://elsewhere.org/x.md) [b](#part)", "[a](https://elsewhere.org/x.md) [b](#part)"),
         ("README.md", "text:\n- one\n  more\n- two\n", "text:\n\n- one\n  more\n- two\n"),
         ("README.md", "`[a](x.md)`\n\n```\n[a](x.md)\n```\n", "`[a](x.md)`\n\n```\n[a](x.md)\n```\n"),
     ],
 )
-def test_what_is_written(pages, path, text, expected):
+def test_links_of_the_repository_work_in_the_site(pages, path, text, expected):
     pages.add(path, text)
     assert (pages.site / pages.names[path]).read_text() == expected
     assert (pages.site / "figures/a.png").exists() == ("a.png" in text)
@@ -41,3 +60,10 @@ def test_what_is_written(pages, path, text, expected):
 def test_links_to_nothing_are_named(pages):
     pages.add("README.md", "[a](docs/none.md)")
     assert pages.missing == ["README.md links to docs/none.md, which is not there"]
+
+
+def test_every_public_name_is_on_one_page_of_the_reference():
+    texts = [page.read_text() for page in (ROOT / "docs/reference").glob("*.md")]
+    names = re.findall(r"^::: (\S+)$", "\n".join(texts), re.MULTILINE)
+    objects = [pkgutil.resolve_name(name) for name in names]
+    assert [name for name in jf.__all__ if sum(each is getattr(jf, name) for each in objects) != 1] == []

@@ -1,0 +1,150 @@
+"""Builds the site into out/site: `python -m benchmarks.website`, or `make docs`.
+
+The Markdown files of the repository link to each other and to sources as GitHub shows them. In the site a link to
+another page leads to that page, one to a picture or a file of docs/ to a copy of it, and one to anything else to the
+repository.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import tomllib
+from nbconvert import MarkdownExporter
+
+from benchmarks.common import ROOT
+from benchmarks.npm import npm_files
+from demo import live_page
+
+MERMAID = "mermaid.min.js"
+_CONFIG = ROOT / "docs/zensical.toml"
+_MERMAID_VERSION = "12.3.0"
+_MERMAID_SHA512 = "4113TdXeLAsMruJ79OpFL5O8+LTFXhQqZ260rF3tgUmiNAtRm4Uume04I+65PRN6yZ69J4f8rVYWW8zRk65UYw=="
+_CODE = re.compile(
+    r"^(?P<fence>```+|~~~+).*?^(?P=fence)[ ]*$|(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`)", re.DOTALL | re.MULTILINE
+)
+_LINK = re.compile(r"(\]\(|\bsrc=\"|\bhref=\")([^)\s\"#]+)([^)\"]*[)\"])")
+
+
+def build(out: Path) -> Path:
+    """Builds the site of the pages into a folder of `out`, in place of its content, and returns it.
+
+    Raises:
+        CalledProcessError, ValueError: If a link leads nowhere, or a page is not in the navigation.
+    """
+    project = tomllib.loads(_CONFIG.read_text())["project"]
+    source, site = out / project["docs_dir"], out / project["site_dir"]
+    for folder in (source, site):
+        shutil.rmtree(folder, ignore_errors=True)
+    pages = Pages(source, project["extra"]["social"][0]["link"])
+    for path, name in pages.names.items():
+        text = _notebook(ROOT / path, source / name) if path.endswith(".ipynb") else (ROOT / path).read_text()
+        pages.add(path, text)
+    (source / "reference/commands.md").write_text(_commands())
+    shutil.copyfile(ROOT / "docs/site.css", source / "site.css")
+    listed = re.findall(r'= "([^"]+\.md)"', _CONFIG.read_text())
+    wrong = pages.missing + [f"{_CONFIG} does not list {name}" for name in pages.names.values() if name not in listed]
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    config = shutil.copyfile(_CONFIG, out / _CONFIG.name)
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", str(config)]
+    subprocess.run(command, check=True)
+    return site
+
+
+def _notebook(path: Path, page: Path) -> str:
+    """A notebook as Markdown; its pictures are written to a folder beside the page."""
+    settings = {"output_files_dir": page.stem, "unique_key": path.stem}
+    text, resources = MarkdownExporter().from_filename(str(path), resources=settings)
+    page.with_suffix("").mkdir(parents=True, exist_ok=True)
+    for name, data in resources["outputs"].items():
+        (page.parent / name).write_bytes(data)
+    return str(text)
+
+
+def _commands() -> str:
+    command = [sys.executable, "-m", "typer", "jacobiflow.cli.app", "utils", "docs", "--name", "jacobiflow"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    text = text.replace("# `jacobiflow`", "# Command line", 1)
+    text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", text)  # whose descriptions are cut; their sections follow
+    text = re.sub(
+        r"^(Example|Examples): (.*?)\n\n", r"\1:\n\n```console\n\2\n```\n\n", text, flags=re.DOTALL | re.MULTILINE
+    )
+    return re.sub(r"^\*\*(\w+)\*\*:", r"\1:", text, flags=re.MULTILINE)
+
+
+class Pages:
+    """The pages of a repository at an address, written to the folder `site`; `missing` collects links to nothing."""
+
+    def __init__(self, site: Path, repository: str, root: Path = ROOT) -> None:
+        self.site, self.repository, self.root, docs = site, repository, root, root / "docs"
+        self.missing: list[str] = []
+        self.names = {"README.md": "index.md"}  # in the site, by path in the repository
+        for page in root.glob("[CS]*.md"):  # CHANGELOG, CONTRIBUTING, SECURITY
+            self.names[page.name] = page.name.lower()
+        for card in (root / "src/jacobiflow/models").glob("*/README.md"):
+            self.names[str(card.relative_to(root))] = f"models/{card.parent.name}.md"
+        for page in (*docs.rglob("*.md"), *docs.rglob("*.ipynb")):
+            self.names[str(page.relative_to(root))] = str(page.relative_to(docs).with_suffix(".md"))
+
+    def add(self, path: str, text: str) -> None:
+        """Writes the page of the file `path` of the repository, whose Markdown is `text`."""
+        page = self.site / self.names[path]
+        page.parent.mkdir(parents=True, exist_ok=True)
+
+        def change(part: str) -> str:
+            return _LINK.sub(lambda link: f"{link[1]}{self._target(path, link[2])}{link[3]}", _spaced(part))
+
+        text = _outside_code(text, change)
+        if "```mermaid" in text:  # a copy of Mermaid, so that Zensical fetches none
+            text += f'\n<script src="{os.path.relpath(MERMAID, os.path.dirname(self.names[path]))}"></script>\n'
+        page.write_text(text)
+
+    def _target(self, path: str, target: str) -> str:
+        """The target in the site of a link in the file `path`."""
+        here = os.path.dirname(self.names[path])
+        if ":" in target or (self.site / here / target).is_file():  # another host, or a picture of a notebook
+            return target
+        linked = os.path.normpath(os.path.join(os.path.dirname(path), target))
+        if linked in self.names:
+            return os.path.relpath(self.names[linked], here)
+        if linked.startswith("docs/") and (self.root / linked).is_file():
+            copy = linked.removeprefix("docs/")
+            (self.site / copy).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.root / linked, self.site / copy)
+            return os.path.relpath(copy, here)
+        if not (self.root / linked).exists():
+            self.missing.append(f"{path} links to {target}, which is not there")
+        return f"{self.repository}/blob/main/{linked}"
+
+
+def _spaced(part: str) -> str:
+    """Markdown with the empty line between a paragraph and a list that GitHub does not need."""
+    return re.sub(r"^(?!\s|[-*+] |[#|>])(.+\n)(?=[-*+] )", r"\1\n", part, flags=re.MULTILINE)
+
+
+def _outside_code(text: str, change: Callable[[str], str]) -> str:
+    """Markdown with all but its code changed."""
+    parts, end = [], 0
+    for code in _CODE.finditer(text):
+        parts += [change(text[end : code.start()]), code[0]]
+        end = code.end()
+    return "".join([*parts, change(text[end:])])
+
+
+def main() -> None:
+    """Builds the site, with Mermaid and the page that solves in the browser."""
+    site = build(ROOT / "out")
+    (mermaid,) = npm_files("mermaid", _MERMAID_VERSION, _MERMAID_SHA512, [MERMAID])
+    shutil.copyfile(mermaid, site / MERMAID)
+    live_page.build(site / "live")
+
+
+if __name__ == "__main__":
+    main()
