@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def run_line(line: str, capsys: pytest.CaptureFixture[str]) -> SimpleNamespace:
     """Exit code, stdout and stderr of a command line."""
