@@ -181,7 +181,7 @@ def count_sweep(solver: Callable[[int], jf.Solver], *arguments: Any, **options: 
     return {name: (totals[1][name] - totals[0][name]) / (many - few) for name in totals[0]}
 
 
-@pytest.mark.parametrize(("guidance", "most"), [(None, 31), (jf.Guidance(1.0), 34)])
+@pytest.mark.parametrize(("guidance", "most"), [(None, 28), (jf.Guidance(1.0), 31)])
 def test_the_operations_of_a_token(guidance: jf.Guidance | None, most: int) -> None:
     """Launched one by one, or as a graph, whose context is rounded up and hidden by a mask in each layer."""
     for launches, masks, launched in ((most, 0, True), (1, 2, False)):

@@ -26,7 +26,7 @@ class SweepResult(NamedTuple):
 class Fronts:
     """An entry for each sample: its front and the state of its solve."""
 
-    front: Int[Tensor, " b"]  # its tokens before this are final
+    front: Int[Tensor, " b"]  # its tokens before this are final; not used if all samples share a front
     residual: Float[Tensor, " b"]  # the largest change that the last sweep of a token made
     failed: Bool[Tensor, " b"]  # a token overflowed when the front passed it
     missed: Bool[Tensor, " b"]  # a token was passed by a number of sweeps, not by the tolerance

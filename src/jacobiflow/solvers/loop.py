@@ -48,6 +48,7 @@ class _Batch:
     guess: Tensor
     cache: Any
     sweeps_left: np.ndarray  # of each token
+    sweeps_before: int  # of the loop, when they entered
     least: int = 0  # all fronts are at this token or after it ...
     most: int = 0  # ... and at this one or before it
     stale: int = 0  # tokens before a common front whose keys are a sweep behind
@@ -96,7 +97,7 @@ class Loop:
         if self.in_bf16:
             cache = self.block.to_bf16(cache)
         sample, limits = np.arange(rows.start, rows.stop), _sweep_limits(self.solver, self.length)
-        batch = _Batch(sample, Fronts.enter(len(z), z), x, z, guess, cache, limits)
+        batch = _Batch(sample, Fronts.enter(len(z), z), x, z, guess, cache, limits, self.sweeps)
         batch.graphs = self._graphs(batch)
         return batch
 
@@ -114,7 +115,8 @@ class Loop:
     def _sweep(self, batch: _Batch) -> None:
         """Sweeps the run at the front of each sample, and moves the fronts."""
         fronts, atol = batch.fronts, self.solver.stopping.atol
-        fronts.sweeps += fronts.front < self.length
+        if not self._is_shared:
+            fronts.sweeps += fronts.front < self.length
         start, size, g = self._evaluate(batch)
         old = run_of(batch.x, start, size)
         if batch.most > self.length - size:  # a run that would leave the sequence starts earlier
@@ -128,12 +130,12 @@ class Loop:
             passed = fronts.pass_tokens(result, atol)
             if self._is_shared:
                 passed, batch.stale = fronts.pass_together(result, atol, passed, self._num_over(batch, size))
-        fronts.front = fronts.front.clamp(min=start + passed)
         if self._is_shared:
             batch.least = batch.most = batch.least + int(passed)
         else:
             batch.most = min(batch.most + size, self.length)
-            fronts.front = fronts.front.masked_fill(fronts.failed, self.length)  # to be solved again
+            front = fronts.front.clamp(min=start + passed)
+            fronts.front = front.masked_fill(fronts.failed, self.length)  # to be solved again
 
     def _evaluate(self, batch: _Batch) -> tuple[int | Tensor, int, Tensor]:
         """The start of the runs, one number if it is common to all samples; their size; and g there."""
@@ -197,6 +199,7 @@ class Loop:
         """Lets samples that have finished leave, and others take their places; False if no sample is left."""
         if self._is_shared:
             if batch.least == self.length:
+                batch.fronts.sweeps += self.sweeps - batch.sweeps_before
                 self._leave(batch, np.arange(len(batch.sample)))
             return batch.least < self.length
         if not self._is_on_host and self.sweeps % _LOOK:
