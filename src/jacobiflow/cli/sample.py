@@ -88,6 +88,7 @@ def sample(
     from jacobiflow.data import scale
     from jacobiflow.errors import InputValueError
     from jacobiflow.measuring import machine
+    from jacobiflow.memory import fitting_batch
     from jacobiflow.plots import image_grid, save_png
     from jacobiflow.storage import FirstProcessFailed, processes, sample_to_folder
 
