@@ -177,7 +177,7 @@ def test_likelihood_is_of_the_first_test_images(
     [
         ("model", "nothing to evaluate: give --samples, a folder that jacobiflow sample wrote, or --images"),
         ("plain --samples samples", "--samples samples: drawn from another flow (weights "),
-        ("model --samples nowhere", "nowhere: no manifest.json in it"),
+        ("model --samples nowhere", "nowhere/manifest.json: cannot be read"),
         ("model --samples missing", "missing"),
         ("model --samples samples --features inception", "--features inception: give --images or --stats"),
         ("model --images test --features none --save-stats s", "--save-stats s: give --images and --features"),

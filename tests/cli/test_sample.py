@@ -200,7 +200,7 @@ def test_a_line_that_is_refused_loses_nothing(run: Any, refuse: Any, tmp_path: P
     for options, message in {
         "--batch-size 2 --shard-size 3": "shard_size=3: give a multiple of the batch size, 2",
         "--seed 4": "holds samples of seed 0, not 4; give another folder, or overwrite=True to replace them",
-        "--num 1 --batch-size 2": "holds a run of 2 samples, more than 1; give num=2; or give another folder",
+        "--num 1 --batch-size 2": "holds a run of 2 samples, more than 1; give num=2, or give another folder",
         "--strategy s.json --report r.json": "--report r.json: s.json has its own guesses",
     }.items():
         refuse(f"{line} {options}", message)
