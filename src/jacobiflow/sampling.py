@@ -58,7 +58,6 @@ class Outcome:
     """Counts of the samples that are certified, solved again, above the tolerance, or lost.
 
     Attributes:
-        num: The number of samples.
         tolerance: The largest residual allowed in any block; `None` if a block stops after a number of sweeps.
         residual: The largest finite residual; `None` without certificates.
         exact: Every block of every sample was solved token by token.
@@ -204,7 +203,7 @@ def sample(
         num: The number of samples; or give `latents`.
         labels: Classes, or one class for all. A label below 0, or `None`, takes the unconditional row.
         seed: Fixes the latent of sample i, whatever the batch size.
-        latents: (N, T, C), standard normal, before the prior's scale.
+        latents: Standard normal, before the prior's scale.
         strategy: A name (see `jacobiflow.strategy.choose`), a `Strategy`, or the path of its JSON file.
         denoise: Rate of one denoising step; 0 is off.
         tolerance: The largest |g(x) - x| in any block that stops on a tolerance; refused if none does. `None`: 1e-3 for
@@ -213,8 +212,7 @@ def sample(
             sample above the tolerance. Blocks that are solved token by token need no such pass; "always" measures them
             too. Without certificates a token is final when its last sweep changed it by at most the tolerance; its
             residual is then not known, and can be larger.
-        batch_size: Samples in the network at a time, all by default. If samples have fronts of their own (see
-            `jacobiflow.solve`), the next ones take the places of those that have finished.
+        batch_size: Samples in the network at a time, all by default.
         return_trace: Returns the image after every block, too.
         progress: Is called after each block.
 

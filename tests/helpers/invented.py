@@ -178,10 +178,9 @@ class Machine:
             self.now += self.own * self._mood
             return affine_at(x, start, size, end, cache)
 
-        def timed_whole(x: Any, *others: Any) -> Any:
+        def started_whole(x: Any, *others: Any) -> Any:
             self._mood = next(self._moods)
-            spend(len(x), x.shape[1], None)
-            return affine_whole(x, *others)
+            return affine_whole(x, *others)  # calls `affine`
 
         def started(*arguments: Any, **named: Any) -> Any:
             self._mood = next(self._moods)
@@ -191,5 +190,5 @@ class Machine:
             self._lowered = to_bf16(cache)
             return self._lowered
 
-        block.affine, block.affine_at, block.affine_whole = timed, timed_at, timed_whole
+        block.affine, block.affine_at, block.affine_whole = timed, timed_at, started_whole
         block.init_cache, block.to_bf16 = started, lowered

@@ -115,13 +115,3 @@ def test_a_tolerance_below_the_network_s_rounding_is_raised_to_it(monkeypatch: p
         jf.plan(digits, batch_size=1, tolerance=1e-4)
     flow.blocks[0].proj_out.bias.data[:1] = 200.0  # whose exact inverse overflows: that tells no rounding
     assert rounding_floor(flow) < math.inf
-
-
-def test_what_does_not_fit_is_refused() -> None:
-    for named, message in (
-        ({"tolerance": 0}, "tolerance=0: give a positive number; at 0 use strategy 'sequential'"),
-        ({"flow": small(1)}, r"the tuning is of another flow.*tune this one"),
-        ({"batch_size": 0}, "batch_size=0"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            jf.plan(**{"flow": small(), "tuning": tuned(), **named})  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import torch
 import jacobiflow as jf
 from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.latents import draw_latents
-from tests.helpers.invented import GUIDANCE, Halfway, fitted_block, make_report, make_tuning, small, tuned
+from tests.helpers.invented import GUIDANCE, Halfway, make_report, make_tuning, small, tuned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +39,6 @@ def test_what_is_fitted_saves_sweeps_on_other_latents(guidance: jf.Guidance | No
     tuning = jf.tune(flow, samples=8)
     assert (tuning.guidance, tuning.samples, len(tuning.blocks)) == (guidance, 8, 2)
     assert total_sweeps(flow, tuning) < total_sweeps(flow, None)
-    assert jf.tune(flow, samples=8, batch_size=3).blocks[0].guess.check(16, 4) is None
     tuning.check(flow)
 
 
@@ -61,10 +60,9 @@ def test_a_tuning_comes_back_from_its_file_and_fits_its_flow_only(tmp_path: Path
         replace(tuning, blocks=(tuning.blocks[0], wrong)).check(small())
     with pytest.raises(ValueError, match="tuning of 1 blocks, but the flow has 2"):
         replace(tuning, blocks=tuning.blocks[:1]).check(small())
-    for text in ("{}", "[", '{"format_version": 1}'):
-        (tmp_path / "t.json").write_text(text)
-        with pytest.raises(ValueError, match=r"tuning .*t\.json: .*; make it anew with jacobiflow plan --tune"):
-            jf.Tuning.load(tmp_path / "t.json")
+    (tmp_path / "t.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tuning .*t\.json: .*; make it anew with jacobiflow plan --tune"):
+        jf.Tuning.load(tmp_path / "t.json")
 
 
 def test_a_tuning_is_found_by_its_guidance_and_copied_with_the_model(tmp_path: Path) -> None:
@@ -79,11 +77,7 @@ def test_a_tuning_is_found_by_its_guidance_and_copied_with_the_model(tmp_path: P
         assert jf.find_tuning(jf.load(tmp_path / "b").guided(guidance)) == tmp_path / "b" / name
 
 
-def test_what_does_not_fit_is_refused() -> None:
-    for named, message in (
-        ({"samples": 1}, "samples=1"), ({"labels": [3]}, "label 3"),
-        ({"labels": torch.arange(0)}, "give one class or more"),
-    ):  # fmt: skip
+def test_labels_that_do_not_fit_are_refused() -> None:
+    for labels, message in (([3], "label 3"), (torch.arange(0), "give one class or more")):
         with pytest.raises(ValueError, match=message):
-            jf.tune(small(), **named)  # type: ignore[arg-type]
-    assert fitted_block() == fitted_block() != fitted_block(1)
+            jf.tune(small(), labels)
