@@ -146,16 +146,12 @@ def check_fields(record: Any) -> None:
     An int becomes a float, and a list a tuple, where one is declared.
     """
     for name, declared in _declared_types(type(record)).items():
-        object.__setattr__(record, name, check_type(name, getattr(record, name), declared))
-
-
-def check_type(name: str, value: Any, declared: Any) -> Any:
-    """Returns a value as one of the declared type."""
-    try:
-        return msgspec.convert(_python(value), declared)
-    except msgspec.ValidationError as error:
-        words = str(declared) if get_args(declared) else declared.__name__
-        raise _wrong_kind(name, value, "a value of type " + re.sub(r"[\w.]*\.(?=\w)", "", words)) from error
+        value = getattr(record, name)
+        try:
+            object.__setattr__(record, name, msgspec.convert(_python(value), declared))
+        except msgspec.ValidationError as error:
+            words = str(declared) if get_args(declared) else declared.__name__
+            raise _wrong_kind(name, value, "a value of type " + re.sub(r"[\w.]*\.(?=\w)", "", words)) from error
 
 
 def convert_numbers(record: Any) -> None:
