@@ -86,7 +86,8 @@ $(RECOMMENDED): recommended-%: setup
 $(CALIBRATED): calibration-%: setup
 	$(CALIBRATE) --per-class --out $(BUNDLED)/report.json
 	$(TUNE) --model $(BUNDLED)
-	$(CALIBRATE) --guidance 1 --out out/$*-guided.json --json docs/results/$*-calibration-guided.json
+	$(CALIBRATE) --guidance 1 --out out/$*-guided.json
+	$(BIN)/python -m benchmarks.calibration $* out/$*-guided.json
 	$(BIN)/python -m benchmarks.paper_figures $* --strategy "$(CUT_$*)"
 	$(BIN)/python -m benchmarks.strategies $*
 
@@ -114,7 +115,8 @@ evaluation-in-pytorch: setup
 	JACOBIFLOW_NATIVE=0 $(BIN)/jacobiflow sample --model fashion-p2 --strategy auto:1e-1 --num 10000 --batch-size 16 \
 		--out out/in-pytorch
 	$(BIN)/jacobiflow evaluate --model fashion-p2 --samples out/in-pytorch --images fashion-mnist $(FASHION_FID) \
-		--out out/evaluation --json docs/results/evaluation.json
+		--out out/evaluation
+	cp out/evaluation/evaluation.json docs/results
 	$(RENDER)
 
 # Fills the pages from the result files.

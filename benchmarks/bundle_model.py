@@ -24,13 +24,15 @@ from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.plots import save_png
 from jacobiflow.plots.style import TOUGH, clear, new_figure, styled
 
+ACCURACY_IMAGES = 1000
 
-def measure(flow: ImageFlow, test: ImageDataset, accuracy_images: int) -> Json:
+
+def measure(flow: ImageFlow, test: ImageDataset) -> Json:
     """Bits per dimension of all test images, and class accuracy of the first ones, with the noise of the training."""
     gaussian = flow.config.noise_std > 0
     noise = Noise("gaussian", flow.config.noise_std) if gaussian else Noise("uniform")
     assert test.labels is not None, "the test images have no labels"
-    few = replace(test, images=test.images[:accuracy_images], labels=test.labels[:accuracy_images])
+    few = replace(test, images=test.images[:ACCURACY_IMAGES], labels=test.labels[:ACCURACY_IMAGES])
     return {
         "bits_per_dim_noisy" if gaussian else "bits_per_dim": bits_per_dim(flow, test, noise),
         "bayes_accuracy": bayes_accuracy(flow, few, noise),
@@ -58,7 +60,6 @@ def main() -> None:
     arguments.add_argument("--images", required=True, help="test images, as for jacobiflow")
     arguments.add_argument("--test-name", required=True, help="description of the test images, for the card")
     arguments.add_argument("--machine", required=True, help="that trained the model, for the card")
-    arguments.add_argument("--accuracy-images", type=int, default=1000)
     options = arguments.parse_args()
 
     folder = MODELS / options.name
@@ -78,7 +79,7 @@ def main() -> None:
         "bytes": (folder / "model.safetensors").stat().st_size,
         "test_images": len(test),
         "test_name": options.test_name,
-        **measure(flow, test, options.accuracy_images),
+        **measure(flow, test),
     }
     save_png(loss_figure(metrics), FIGURES / f"{options.name}-loss.png")
     write_json(RESULTS / f"{options.name}.json", result)

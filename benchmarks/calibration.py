@@ -1,15 +1,20 @@
-"""Facts that docs/calibration.md derives from the reports of the bundled models."""
+"""Facts that docs/calibration.md derives from the reports of the bundled models.
+
+`python -m benchmarks.calibration MODEL REPORT` writes docs/results/MODEL-calibration-guided.json.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jacobiflow as jf
-from benchmarks.common import IN_PYTORCH, Json
+from benchmarks.common import IN_PYTORCH, RESULTS, Json
 from jacobiflow.calibration import rank_correlation
 from jacobiflow.calibration.report import GUESS_NAMES
+from jacobiflow.files import write_json
 
 PIXEL_BOUND = 1e-2  # the largest error of a pixel at which a strategy counts as right, and the bound of segments
 TOLERANCE = 1e-3
@@ -126,3 +131,17 @@ def facts_of_strategies(rows: Sequence[Json]) -> dict[str, str]:
         ),
         "the sequential loop in PyTorch, times as fast as Original": cells(IN_PYTORCH, "rate", ".2f"),
     }
+
+
+def write_guided(model: str, report: jf.Report) -> None:
+    """Writes what the page shows of a calibration under guidance."""
+    sweeps = {guess: {f"{TOLERANCE:g}": report.mean_sweeps("noise", TOLERANCE, guess)} for guess in GUESS_NAMES}
+    write_json(RESULTS / f"{model}-calibration-guided.json", {
+        "model": model, "guess": [report.best_guess(block) for block in range(report.num_blocks)],
+        "crm_percent": report.crm_percent, "gamma": [sum(norms) / len(norms) for norms in report.gamma],
+        "mean_sweeps": {"noise": sweeps},
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    write_guided(sys.argv[1], jf.Report.load(sys.argv[2]))

@@ -6,6 +6,7 @@ import ast
 import random
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,11 +81,9 @@ def places(source: str, file: str) -> list[list[Mutant]]:
 
 def is_python(source: str) -> bool:
     """True if it compiles: an operator may read the star of a signature as a product."""
-    try:
-        compile(source, "mutant", "exec", dont_inherit=True)
-    except SyntaxError:
-        return False
-    return True
+    with suppress(SyntaxError):
+        return bool(compile(source, "mutant", "exec", dont_inherit=True))
+    return False
 
 
 def draw(root: Path, folder: str, count: int, rng: random.Random) -> tuple[int, list[Mutant]]:

@@ -70,8 +70,8 @@ class ConvolutionalFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The features (N, 64), at least 0. Raises ValueError for images of another type or shape."""
-        kind = KINDS[self.kind]
-        shape = (kind.channels, kind.size, kind.size)
+        channels, size, *_ = KINDS[self.kind]
+        shape = (channels, size, size)
         if images.dtype != torch.uint8 or images.shape[1:] != shape:
             raise ValueError(
                 f"images: {images.dtype} of shape {tuple(images.shape)}; {self.kind} features take torch.uint8 of "

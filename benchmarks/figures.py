@@ -131,8 +131,8 @@ def _segments(axis: Axes) -> None:
 
 
 def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float], **style: Any) -> None:
-    style = {"arrowstyle": "-|>", "mutation_scale": 10, "color": INK, "lw": 1} | style
-    axis.add_patch(FancyArrowPatch(start, end, **style))
+    settings: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 10, "color": INK, "lw": 1}
+    axis.add_patch(FancyArrowPatch(start, end, **settings | style))
 
 
 def panels_of(count: int, height: float) -> tuple[Figure, list[Axes]]:

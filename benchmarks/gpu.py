@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,9 @@ def time_model(preset: jf.Preset, batch: int, dtype: str, device: torch.device) 
         ENCODING_PASS: encode,
     }
     timings, results = interleave(runs, ROUNDS, device)
-    block_seconds = {name: timing.median for name, timing in timings.items()}
-    seconds = {
-        name: preset.config.num_blocks * block_seconds[name] for name in (GROWING_CACHE, EXACT_LOOP, ENCODING_PASS)
-    }
-    seconds[preset.strategy] = sum(count * block_seconds[str(solver)] for solver, count in solvers.items())
+    names, blocks = (GROWING_CACHE, EXACT_LOOP, ENCODING_PASS), preset.config.num_blocks
+    seconds = {name: blocks * timings[name].median for name in names}
+    seconds[preset.strategy] = sum(count * timings[str(solver)].median for solver, count in solvers.items())
     difference = flow.to_tokens(results[GROWING_CACHE])[0] - results[EXACT_LOOP].x
     return {
         "block": to_json(timings),
@@ -104,12 +103,8 @@ def main(line: Sequence[str] | None = None, presets: Mapping[str, jf.Preset] = j
     device = torch.device(options.device)
     name = machine(device)["device"]
     keys: list[Json] = [{"part": "images", "device": name}]
-    keys += [
-        {"part": part, "batch": batch, "dtype": dtype, "device": name}
-        for batch in BATCHES
-        for dtype in DTYPES
-        for part in presets
-    ]
+    for batch, dtype, part in product(BATCHES, DTYPES, presets):
+        keys.append({"part": part, "batch": batch, "dtype": dtype, "device": name})
 
     def measure(key: Json) -> Json:
         if key["part"] == "images":

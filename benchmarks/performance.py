@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import product
 from time import perf_counter
 from typing import Any
 
@@ -64,11 +65,10 @@ def samplers_of(flow: jf.TarFlow, report: jf.Report) -> dict[str, dict[str, Samp
         text: partial(sample, flow, jf.Strategy.parse(text, report)) for text in gs_jacobi_grid(report)
     }
     samplers["window"] = {}
-    for size in (32, flow.config.num_tokens):
-        for tolerance in TOLERANCES:
-            solver = jf.Solver(jf.Window(size), stopping=jf.Tolerance(tolerance))
-            strategy = jf.Strategy.uniform(solver, flow.config.num_blocks)
-            samplers["window"][f"window:{size} to {tolerance:g}"] = partial(sample, flow, strategy)
+    for size, tolerance in product((32, flow.config.num_tokens), TOLERANCES):
+        solver = jf.Solver(jf.Window(size), stopping=jf.Tolerance(tolerance))
+        strategy = jf.Strategy.uniform(solver, flow.config.num_blocks)
+        samplers["window"][f"window:{size} to {tolerance:g}"] = partial(sample, flow, strategy)
     return samplers
 
 
@@ -150,12 +150,8 @@ def final(flow: jf.TarFlow, samplers: Mapping[str, Mapping[str, Sampler]], rows:
 
 def cost_and_error(samples: Any, exact: Tensor) -> Json:
     error = paired_error(samples.images, exact)
-    return {
-        "max_error": error.max,
-        "mean_error": error.mean,
-        "network_calls": samples.network_calls,
-        "token_evaluations": samples.token_evaluations,
-    }
+    cost = {"network_calls": samples.network_calls, "token_evaluations": samples.token_evaluations}
+    return {"max_error": error.max, "mean_error": error.mean, **cost}
 
 
 def blocks_by_piece(plan: jf.Strategy) -> dict[str, int]:

@@ -67,23 +67,17 @@ def measure(flow: jf.TarFlow, batch: int) -> Json:
     rounds = min(ROUNDS, int(2 * MAX_SECONDS / (perf_counter() - started)) - 1)
     if rounds > 1:
         seconds, _ = interleave(runs, rounds)
-    return shape_of(flow) | {
-        "seconds": to_json(seconds),
-        "rounds": max(rounds, 1),
-        "max_difference": float((results[EXACT_LOOP] - results[LOOP_IN_PYTORCH]).abs().max()),
-    }
+    difference = float((results[EXACT_LOOP] - results[LOOP_IN_PYTORCH]).abs().max())
+    return shape_of(flow) | {"seconds": to_json(seconds), "rounds": max(rounds, 1), "max_difference": difference}
 
 
 def shape_of(flow: jf.TarFlow) -> Json:
     """The sizes of a block on which its time depends."""
     config = flow.config
     return {
-        "channels": config.channels,
-        "layers": config.layers_per_block,
-        "tokens": config.num_tokens,
-        "values": config.token_channels,
-        "weights_mb": sum(parameter.nbytes for parameter in flow.blocks[-1].parameters()) / 1e6,
-    }
+        "channels": config.channels, "layers": config.layers_per_block, "tokens": config.num_tokens,
+        "values": config.token_channels, "weights_mb": sum(p.nbytes for p in flow.blocks[-1].parameters()) / 1e6,
+    }  # fmt: skip
 
 
 def in_passes(run: Json, name: str = EXACT_LOOP) -> float:

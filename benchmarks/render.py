@@ -36,11 +36,7 @@ MEASURES = {"fashion_fid": "fashion-FID", "emoji_fid": "emoji-FID", "pixel_dista
 
 def pages() -> list[Path]:
     """All pages of the documentation and the model cards."""
-    return [
-        ROOT / "README.md",
-        *sorted((ROOT / "docs").rglob("*.md")),
-        *sorted(MODELS.glob("*/README.md")),
-    ]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(MODELS.glob("*/README.md"))]
 
 
 def render(page: str) -> str:
@@ -178,11 +174,9 @@ def sweep_ways(model: Json) -> list[paper_sizes.Way]:
 
 @cache
 def _environment() -> jinja2.Environment:
+    templates = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=templates, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     functions = {function.__name__: function for function in (
         calibration.agreement, calibration.best_guess, calibration.mean_sweeps, calibration.segment_sweeps,
@@ -198,11 +192,8 @@ def _environment() -> jinja2.Environment:
         "presets": jf.PRESETS,
         "starts": [*product(("images", "noise"), TOLERANCES)],
     }
-    environment.filters |= functions | {
-        "batch": "batch {}".format,
-        "code": "`{}`".format,
-        "start": lambda start: f"{start[0]}, {start[1]:g}",
-    }
+    formats = {"batch": "batch {}".format, "code": "`{}`".format, "start": lambda start: f"{start[0]}, {start[1]:g}"}
+    environment.filters |= functions | formats
     return environment
 
 

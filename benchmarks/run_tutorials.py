@@ -46,14 +46,15 @@ def run(path: Path) -> str:
         work = Path(folder) / "work"
         work.mkdir()
         client: Any = NotebookClient(
-            notebook, timeout=3600, kernel_name="python3", record_timing=False, resources={"metadata": {"path": work}}
-        )
+            notebook, timeout=3600, kernel_name="python3", record_timing=False, coalesce_streams=True,
+            resources={"metadata": {"path": work}},
+        )  # fmt: skip
         client.execute(env=os.environ | variables)
         for number, cell in enumerate(notebook.cells):
             cell.id = f"cell-{number}"
             if cell.cell_type == "code":
                 outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-                cell.outputs = _joined([_without_noise(output, str(work)) for output in outputs])
+                cell.outputs = [_without_noise(output, str(work)) for output in outputs]
     notebook.metadata = nbformat.from_dict(_PYTHON)
     nbformat.validate(notebook)
     return nbformat.writes(notebook) + "\n"
@@ -68,17 +69,6 @@ def _without_noise(output: Any, folder: str) -> Any:
     if "image/png" in output.data:
         output.data = {"image/png": _in_256_colours(output.data["image/png"]), "text/plain": "a picture"}
     return output
-
-
-def _joined(outputs: list[Any]) -> list[Any]:
-    """The outputs, with printed text that came in pieces as one."""
-    joined: list[Any] = []
-    for output in outputs:
-        if joined and output.output_type == joined[-1].output_type == "stream":
-            joined[-1].text += output.text
-        else:
-            joined.append(output)
-    return joined
 
 
 def _in_256_colours(picture: str) -> str:

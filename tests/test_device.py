@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.data import Noise, digits, noisy_images
+from jacobiflow.denoising import denoised
 from jacobiflow.evaluation import bits_per_dim
 from jacobiflow.flows.guidance import guided
 from jacobiflow.flows.image_flow import precision
@@ -26,8 +27,7 @@ from jacobiflow.solvers import Given
 from jacobiflow.solvers.graphs import capture
 from jacobiflow.storage import SampleFolder
 from jacobiflow.training import TrainConfig, train
-from tests.helpers import gpu_counts
-from tests.helpers.fake_device import FakeDevice
+from tests.helpers.fake_device import Counts, FakeDevice
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,17 +51,6 @@ def images(flow: jf.ImageFlow, num: int) -> Tensor:
     return noisy_images(digits(), torch.arange(num), Noise("gaussian", flow.config.noise_std))
 
 
-def denoise(device: str) -> Tensor:
-    flow = jf.load("digits-p1", device=device)
-    return jf.denoise(flow, images(flow, 4).to(device), digits().labels[:4].to(device))
-
-
-def encode(device: str) -> Tensor:
-    flow = jf.load("digits-p1", device=device)
-    z, log_det = flow.encode(images(flow, 4).to(device), digits().labels[:4].to(device))
-    return torch.cat((z.flatten(), log_det))
-
-
 def evaluate(device: str) -> Tensor:
     flow, data = jf.load("digits-p1", device=device), digits()
     few = replace(data, images=data.images[:20], labels=data.labels[:20])
@@ -70,7 +59,7 @@ def evaluate(device: str) -> Tensor:
 
 def calibrate(device: str) -> Tensor:
     flow = jf.load("digits-p1", device=device)
-    report = jf.calibrate(flow, images(flow, 8), digits().labels[:8], traced=1)
+    report = jf.calibrate(flow, images(flow, 2), digits().labels[:2], traced=1)
     return torch.tensor([*report.crm, *report.mean_sweeps("noise", 1e-3)])
 
 
@@ -82,9 +71,8 @@ def folder(device: str) -> Tensor:
 
 
 def planned(device: str) -> Tensor:
-    """Not the plan, which is of the clock, but what it draws."""
-    flow = jf.load("digits-p1", device=device)
-    plan = jf.plan(flow, batch_size=2, tolerance=1e-6)
+    """The samples, not the plan, which depends on the clock."""
+    plan = jf.plan(jf.load("digits-p1", device=device), batch_size=2, tolerance=1e-6)
     return sample(num=2, strategy=plan)(device)
 
 
@@ -121,15 +109,13 @@ def overflowing(device: str) -> Tensor:
 
 GUIDANCE = jf.Guidance(1.0, attn_temperature=1.4)
 PATHS: dict[str, Callable[[str], Tensor]] = {
-    "sequential": sample(strategy="sequential"), "whole": sample(strategy="jacobi"),
-    "segments": sample(strategy=SEGMENTS, guidance=GUIDANCE), "window": sample(strategy=WINDOW),
-    "waiting samples": sample(num=5, strategy=WINDOW, batch_size=2),
-    "waiting samples, guided": sample(num=5, strategy=WINDOW, batch_size=2, guidance=GUIDANCE),
+    "sequential": sample(strategy="sequential"), "denoised": sample(strategy="jacobi", denoise=1.0),
+    "segments": sample(strategy=SEGMENTS, guidance=GUIDANCE),
+    "waiting samples": sample(num=5, strategy=WINDOW, batch_size=2, guidance=GUIDANCE),
     "bfloat16 first": sample(strategy=jf.Strategy.uniform(jf.Solver(bf16_sweeps=3), 4)),
-    "denoised": sample(strategy="jacobi", denoise=1.0),
     "maf": sample("digits-maf", strategy=WINDOW), "maf, sequential": sample("digits-maf", strategy="sequential"),
-    "denoise": denoise, "encode": encode, "evaluate": evaluate, "calibrate": calibrate, "train": training,
-    "accelerate": accelerated, "folder": folder, "plan": planned, "overflow": overflowing,
+    "evaluate": evaluate, "calibrate": calibrate, "train": training, "accelerate": accelerated, "folder": folder,
+    "plan": planned, "overflow": overflowing,
 }  # fmt: skip
 
 
@@ -144,7 +130,6 @@ def test_a_path_gives_the_numbers_of_the_cpu(path: str, tmp_path: Path, monkeypa
 
 
 def test_tf32_is_a_precision_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is noted with samples, and the tolerance of a plan is raised to its rounding."""
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     flow = jf.load("digits-p1")
     assert precision(flow) == "float32"
@@ -153,27 +138,73 @@ def test_tf32_is_a_precision_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
         assert precision(flow.to("cuda", dtype=torch.bfloat16)) == "bfloat16"
 
 
-# ------------------------------------------------------------------------------------------------------------- budgets
+@dataclass(frozen=True)
+class Launched:
+    """A block without `update_at`, so that every kernel is launched by itself."""
+
+    block: jf.AffineBlock
+    inference_safe = True
+
+    def init_cache(self, z: Tensor, context: Tensor | None = None) -> Any:
+        return self.block.init_cache(z, context)
+
+    def update(self, x: Tensor, z: Tensor, start: int, stop: int, cache: Any) -> Tensor:
+        return self.block.update(x, z, start, stop, cache)
 
 
-@pytest.mark.parametrize(("title", "most"), [("plain", 94), ("guided", 97)])
-def test_the_operations_of_a_token(title: str, most: int) -> None:
+def count(
+    side: int, solver: jf.Solver, guidance: jf.Guidance | None, num: int = 3, slots: int | None = None,
+    launched: bool = False,
+) -> tuple[int, Counts]:  # fmt: skip
+    """The sweeps of a solve over (side/2)^2 tokens by a block of 2 layers, and the counts of the device."""
+    config = jf.TarFlowConfig(3, side, 2, channels=32, num_blocks=1, layers_per_block=2, num_classes=5, head_dim=16)
+    torch.manual_seed(0)
+    flow = jf.TarFlow(config).requires_grad_(False)
+    flow.blocks[0].proj_out.weight.normal_(std=0.02)
+    with FakeDevice() as device:
+        block: Any = guided(flow.to("cuda").blocks[0], guidance)
+        z = draw_latents(num, config.num_tokens, config.token_channels, 0).to("cuda")
+        labels = torch.arange(num, device="cuda") % 5
+        with device.counting() as counts:
+            solution = jf.solve(Launched(block) if launched else block, z, solver, labels, slots)
+    return solution.sweeps, counts
+
+
+def count_sweep(solver: Callable[[int], jf.Solver], *arguments: Any, **options: Any) -> dict[str, float]:
+    """The counts of each further sweep, given a solver for a number of tokens."""
+    (few, before), (many, after) = (count(side, solver(side**2 // 4), *arguments, **options) for side in (8, 16))
+    totals = [
+        {"operations": counts.operations.total(), "read_backs": counts.read_backs, "copies": counts.to_device,
+         "explicit_masks": counts.attention["explicit"]}
+        for counts in (before, after)
+    ]  # fmt: skip
+    return {name: (totals[1][name] - totals[0][name]) / (many - few) for name in totals[0]}
+
+
+@pytest.mark.parametrize(("guidance", "most"), [(None, 28), (jf.Guidance(1.0), 31)])
+def test_the_operations_of_a_token(guidance: jf.Guidance | None, most: int) -> None:
     """Launched one by one, or as a graph, whose context is rounded up and hidden by a mask in each layer."""
-    for launches, masks, launched in ((most, 0, True), (1, 8, False)):
-        assert gpu_counts.a_sweep(gpu_counts.SOLVERS[gpu_counts.LOOP], gpu_counts.GUIDANCES[title], launched) == {
-            "operations": launches, "read_backs": 0, "copies": 0, "explicit_masks": masks,
-        }  # fmt: skip
+    for launches, masks, launched in ((most, 0, True), (1, 2, False)):
+        counts = count_sweep(lambda tokens: jf.Solver(jf.Sequential()), guidance, launched=launched)
+        assert counts == {"operations": launches, "read_backs": 0, "copies": 0, "explicit_masks": masks}
 
 
-@pytest.mark.parametrize("title", ["plain", "guided"])
-def test_a_sweep(title: str) -> None:
+@pytest.mark.parametrize("guidance", [None, jf.Guidance(1.0)])
+def test_a_sweep(guidance: jf.Guidance | None) -> None:
     """A fixed number of them never waits for the device; a window does so at every fourth."""
-    guidance = gpu_counts.GUIDANCES[title]
-    _, segments, window = (gpu_counts.a_sweep(solver, guidance) for solver in gpu_counts.SOLVERS.values())
+    segments = count_sweep(lambda tokens: jf.Solver(jf.Segments(tokens // 8), stopping=jf.MaxSweeps(3)), guidance)
     assert segments["read_backs"] == segments["copies"] == segments["explicit_masks"] == 0
+    window = count_sweep(lambda tokens: jf.Solver(jf.Window(4), stopping=jf.Tolerance(1e-30)), guidance)
     assert window["read_backs"] <= 0.25
     assert window["operations"] <= 45  # of which one is the graph of the network
     assert window["copies"] == 0
+
+
+@pytest.mark.parametrize("guidance", [None, jf.Guidance(1.0)])
+def test_waiting_samples_take_the_memory_of_those_that_have_finished(guidance: jf.Guidance | None) -> None:
+    solver = jf.Solver(jf.Window(8), stopping=jf.Tolerance(1e-6))
+    (_, alone), (_, waiting) = (count(16, solver, guidance, num, 8) for num in (8, 40))
+    assert waiting.peak <= 1.5 * alone.peak
 
 
 @pytest.mark.parametrize(("partition", "captures"), [(jf.Whole(), 0), (jf.Window(16), 1), (jf.Window(64), 0)])
@@ -217,11 +248,6 @@ def test_another_thread_works_while_a_graph_is_captured(partition: jf.Partition)
     assert not failures
 
 
-@pytest.mark.parametrize("title", ["plain", "guided"])
-def test_waiting_samples_take_the_memory_of_those_that_have_finished(title: str) -> None:
-    assert gpu_counts.waiting(gpu_counts.GUIDANCES[title]) <= 1.3
-
-
 @pytest.mark.parametrize("guidance", [None, GUIDANCE])
 @pytest.mark.parametrize("partition", [jf.Whole(), jf.Window(8), jf.Sequential()])
 def test_a_batch_takes_no_more_than_is_said(partition: jf.Partition, guidance: jf.Guidance | None) -> None:
@@ -258,7 +284,13 @@ def test_causal_masks_of_a_long_sequence_are_counted(partition: jf.Partition) ->
 
 
 def test_denoising_at_128x128_takes_8_gib_however_many_images() -> None:
-    assert 2 < gpu_counts.denoising(6) <= 8
+    with torch.device("meta"):
+        flow = jf.TarFlow(jf.PRESETS["img128cond"].config).requires_grad_(False)
+    with FakeDevice(meta=True) as device:
+        flow, pixels = flow.to("cuda"), torch.empty(6, 3, 128, 128, device="cuda")
+        with device.counting() as counts:
+            denoised(flow, pixels, None, 1.0, 6)
+    assert 2 < counts.peak / 2**30 <= 8
 
 
 def test_certificates_keep_no_keys() -> None:

@@ -69,17 +69,17 @@ def check_seed(seed: Any) -> int:
 
 
 def check_number(name: str, value: Any, least: float = 0.0, give: str = "0 or a positive number") -> float:
-    """Returns a finite number, at least `least`, as a float."""
-    number = _python(value)
+    """Returns a finite number, at least `least`, as an int or a float."""
+    number: float = _python(value)
     if type(number) not in (int, float):
         raise _wrong_kind(name, value, give)
     if not least <= number <= sys.float_info.max:
         raise InputValueError(f"{name}={short(number)}: give {give}")
-    return float(number)
+    return number
 
 
 def check_positive(name: str, value: Any, give: str = "a positive number") -> float:
-    """Returns a finite number above 0 as a float."""
+    """Returns a finite number above 0 as an int or a float."""
     return check_number(name, value, math.ulp(0.0), give)
 
 

@@ -141,7 +141,7 @@ def _check_names(value: Any, result: Any, where: str) -> None:
         for name, entry in value.items():
             if name in names:
                 _check_names(entry, getattr(result, name), f"{where}: {name}" if where else name)
-            elif name != "kind":  # of a registered class
+            elif name != "kind" or _family_of(type(result)) is None:
                 raise InputValueError(": ".join(part for part in (where, f"{name!r} unknown") if part))
     elif isinstance(value, list) and isinstance(result, list | tuple):
         for index, pair in enumerate(zip(value, result, strict=False)):

@@ -40,18 +40,15 @@ def test_tolerance_0_gives_the_bits_of_the_library(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
 def test_errors_are_of_the_order_of_the_tolerance(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JACOBIFLOW_NATIVE", "0")
     case, flow, y, c = problem_of(name, torch.float64)
     for tolerance in (1e-9, 1e-6):
         bound = 3e3 * max(tolerance, 2e-6 if name == "zuko NAF" else 0.0)  # 3e3: amplification by the steepest flow
-        with torch.no_grad():
-            expected, result, *_ = both(case, flow, y, c, tolerance)
-            with jf.accelerate(flow, tolerance):
-                alone = [case.invert(flow, y[i : i + 1], c[i : i + 1]) for i in range(5)]
-        for other in (result, [torch.cat(parts) for parts in zip(*alone, strict=True)]):
-            for ours, its, terms in zip(other, expected, (1, 24), strict=False):  # a log-determinant is a sum of 24
-                assert (ours - its).abs().max() <= terms * bound
+        expected, result, *_ = both(case, flow, y, c, tolerance)
+        for ours, its, terms in zip(result, expected, (1, 24), strict=False):  # a log-determinant is a sum of 24
+            assert (ours - its).abs().max() <= terms * bound
 
 
 def test_the_handle_says_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,15 +182,3 @@ def test_posteriors_of_sbi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert same_bits(expected, sample(copied))
     assert all(count <= 7 for count in handle.passes.values())
     assert {what.split()[0] for what in handle.transforms.values()} == {"zuko", "nflows"}
-
-
-@pytest.mark.parametrize("kind", [zuko.flows.NCSF, zuko.flows.SOSPF, zuko.flows.BPF, zuko.flows.UNAF])
-def test_other_flows_of_zuko_have_identical_bits(kind: Any) -> None:
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        flow = kind(features=7, transforms=1, hidden_features=(32,)).eval()
-        y = flow().transform(normal(5, 7).tanh())
-        expected = flow().transform.inv(y)
-        with jf.accelerate(flow, 0.0) as handle:
-            assert same_bits(flow().transform.inv(y), expected)
-    assert max(handle.passes.values()) <= 7

@@ -28,7 +28,7 @@ def test_strides_and_integers_are_taken_as_pyro_takes_them() -> None:
         expected = flow._inverse(y)
         with jf.accelerate(flow, 0.0) as handle:
             assert same_bits(expected, flow._inverse(y))
-        assert handle.ways == {"": "passes"}
+        assert handle.ways == {"": "passes" if y.is_floating_point() else "library"}
 
 
 class Doubled(nn.Module):

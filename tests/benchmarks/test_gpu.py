@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = jf.TarFlowConfig(
     1, 8, 1, channels=32, num_blocks=2, layers_per_block=2, num_classes=3, head_dim=16, noise_std=0.1
 )
-TINY = jf.Preset("tiny", "", CONFIG, 1.5, 1.0, "[1-4-2-3]")
+TINY = jf.Preset("tiny", "", CONFIG, jf.SamplingSettings(jf.Guidance(1.5), 1.0), "[1-4-2-3]")
 CUDA = torch.device("cuda:0")
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/mutants.py: faults are where they count, and the tests of a small tree kill the right ones."""
+"""benchmarks/mutants.py: faults are where they can change a result, and tests of a small tree kill the right ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import places
 from benchmarks.mutants import Part, examine
 
 HALF = """
@@ -20,20 +19,6 @@ def half(x: int | None = 0) -> Number | None:
         raise TypeError(f"{x + 1} is not a number" + "!")
     return x / 2
 """
-
-
-def test_faults_change_a_result() -> None:
-    lines = HALF.splitlines()
-    faults = [
-        (lines[mutant.line - 1].strip(), mutant.apply(HALF).splitlines()[mutant.line - 1].strip())
-        for place in places(HALF, "half.py")
-        for mutant in place
-    ]
-    default, test = lines[6], lines[7].strip()
-    assert {before for before, _ in faults} == {default, test, "return x / 2"}
-    for fault in ("return x * 2", "return x / 3"):
-        assert ("return x / 2", fault) in faults
-    assert all("int | " in after or after.startswith("return x ") for _, after in faults), "types stay as they are"
 
 
 def test_mutants_of_a_small_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,7 +84,7 @@ def test_the_grid_has_the_papers_settings(crm: tuple[float, ...], tokens: int, p
 
 def eight_blocks(strategy: str, tokens: int) -> jf.Preset:
     config = jf.TarFlowConfig(1, 2 * int(tokens**0.5), 2, channels=64, num_blocks=8, layers_per_block=1)
-    return jf.Preset("", "", config, guidance_weight=0, denoise=0, strategy=strategy)
+    return jf.Preset("", "", config, jf.SamplingSettings(), strategy)
 
 
 def run_of(tokens: int) -> dict[str, Any]:

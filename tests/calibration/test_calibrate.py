@@ -98,18 +98,18 @@ class Case:
 
     def metrics(self, rows: Any, norm: Any, count: int = 1) -> list[Any]:
         """Per block and segment, IGM of each guess and the components of CRM."""
-        found = []
+        measured = []
         for i, (g, x, z, scale, _) in enumerate(self.walk(rows)):
             for run in runs_of(x.shape[1], count):
                 first = {name: errors_of(g, x, self.guess(i, name, z), run, 1)[1].mean(dim=0) for name in GUESSES}
                 igm = {name: np.linalg.norm(matrix.numpy(), norm) for name, matrix in first.items()}
                 scaled, (w_s, w_u) = (x / scale).mean(dim=0)[run], self.flow.blocks[i].output_weights()
                 matrices = scaled, torch.zeros_like(w_u) if w_s is None else w_s, w_u
-                found.append((igm, [np.linalg.norm(matrix.detach().numpy(), norm) for matrix in matrices]))
-        return found
+                measured.append((igm, [np.linalg.norm(matrix.detach().numpy(), norm) for matrix in matrices]))
+        return measured
 
     def assert_solution(self, i: int, start: Any, g: oracle.Map, x: Tensor, z: Tensor) -> None:
-        """What the report says of block i from `start` is that of the map g, its solution and latent."""
+        """The report on block i from `start` agrees with the map g, its solution and latent."""
         for name in GUESSES:
             errors = errors_of(g, x, self.guess(i, name, z), slice(0, x.shape[1]))
             assert_trace(self.report.traces[start][i][name], errors)
@@ -128,7 +128,7 @@ def assert_metrics(metrics: Metrics, expected: list[Any]) -> None:
 
 
 def assert_trace(trace: Trace, errors: Tensor) -> None:
-    """`trace` is of these errors, up to where all of them are rounding."""
+    """The trace agrees with these errors, and ends once all of them are rounding."""
     curve, length = errors.abs().amax(dim=(2, 3)), len(trace.largest)
     expected = Trace.of([curve[:length]])
     assert trace.largest == pytest.approx(expected.largest, rel=1e-6, abs=1e-6)
@@ -223,7 +223,7 @@ def test_batches_change_rounding_only_and_seeds_the_noise_only(classes: Case) ->
     assert (other.metrics, other.traces["images"]) == (a.metrics, a.traces["images"])
     assert other.traces["noise"] != a.traces["noise"]
     totals = {"mean parameters": 2, "metrics": 2, "encoding": 1, "exact loop": 2, "sweeps": 2}
-    calls = [call(done + 1, total, what) for what, total in totals.items() for done in range(total)]
+    calls = [call(step + 1, total, what) for what, total in totals.items() for step in range(total)]
     assert progress.mock_calls == calls
 
 

@@ -69,7 +69,7 @@ def test_a_token_that_overflows_goes_back_to_the_guess_and_is_exact_in_the_end()
 def test_a_trace_counts_the_sweeps_after_which_the_distance_stays_small() -> None:
     """A distance that grows again has not got there yet; one that ends above the tolerance never does.
 
-    The second batch has fewer sweeps than the first, and stays where it ended.
+    The second batch has fewer sweeps than the first, and stays at its last distance.
     """
     first = torch.tensor([[1.0, 0.5], [5e-2, 2.0], [0.2, 5e-3], [5e-3, 5e-4], [0.0, 5e-4]])
     second = torch.tensor([[5e-4], [1e-4], [0.0]])

@@ -20,7 +20,7 @@ import jacobiflow as jf
 from jacobiflow.calibration import Components, Metrics, Report, Trace
 from jacobiflow.files import json_bytes
 from tests.helpers.calibration_problems import GUESSES, linear_flow, randn
-from tests.helpers.invented import GUIDANCE, make_report, make_tuning, small
+from tests.helpers.invented import GUIDANCE, make_tuning, small
 from tests.helpers.running import figures, put
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,21 +32,21 @@ COUNTS: dict[str, tuple[int | None, ...]] = {"latent": (2, 4, 3), "zeros": (2, N
 @pytest.fixture(scope="module")
 def report() -> Report:
     """One that has everything, infinities too."""
-    found = jf.calibrate(FLOW, randn(6, 1, 3, 3), torch.tensor([0, 1, 1, -1, 0, 0]), "fro", traced=3, per_class=True)
+    measured = jf.calibrate(FLOW, randn(6, 1, 3, 3), torch.tensor([0, 1, 1, -1, 0, 0]), "fro", traced=3, per_class=True)
     row = {name: Trace((math.inf, 0.0), (math.inf, 0.0), {1e-3: counts}) for name, counts in COUNTS.items()}
     last = dict.fromkeys(GUESSES, Trace((1.0,), (1.0,), {1e-3: (1, 1, 1)}))
     return replace(
-        found, settings=replace(found.settings, guidance=jf.Guidance(0.5)), traces={"noise": (*(row,) * 4, last)},
+        measured, settings=replace(measured.settings, guidance=jf.Guidance(0.5)), traces={"noise": (*(row,) * 4, last)},
         segment_traces={2: {2: (last["latent"],) * 2}},
-        metrics=found.metrics | {1: Metrics(found.igm, (Components(math.inf, 1.0, 0.0),) * 5)},
+        metrics=measured.metrics | {1: Metrics(measured.igm, (Components(math.inf, 1.0, 0.0),) * 5)},
         gamma=((math.inf, 1.0),) * 2 + ((1.0, 2.0),) * 3,
     )  # fmt: skip
 
 
 def test_figures_are_those_in_the_norm_of_the_settings(report: Report) -> None:
-    chosen, z = report.metrics["fro"], randn(2, 9, 1)
-    assert (report.igm, report.crm, report.crm_percent) == (chosen.igm, chosen.crm, chosen.crm_percent)
-    assert (report.components, report.tough_blocks, report.num_blocks) == (chosen.components, (2,), 5)
+    metrics, z = report.metrics["fro"], randn(2, 9, 1)
+    assert (report.igm, report.crm, report.crm_percent) == (metrics.igm, metrics.crm, metrics.crm_percent)
+    assert (report.components, report.tough_blocks, report.num_blocks) == (metrics.components, (2,), 5)
     for block, guess in enumerate(report.mean_affine):
         assert report.igm[block][report.best_guess(block)] == min(report.igm[block].values())
         expected = {"latent": z, "zeros": jf.Zeros()(z), "mean_affine": guess.log_scale.exp() * z + guess.shift}
@@ -103,20 +103,6 @@ def test_a_report_comes_back_from_its_file_and_fits_its_flow_only(report: Report
         Report.load(path)
 
 
-@pytest.mark.parametrize(
-    ("path", "entry", "message"),
-    [
-        (("settings", "norm"), 3, r"settings\.norm: Invalid enum value 3"),
-        (("settings", "guidance"), {"weight": -1.0}, r"settings\.guidance: guidance weight=-1"),
-        (("mean_affine", 0, "shift", "float32"), "AAAA", r"mean_affine\[0\]\.shift: not an array"),
-    ],
-    ids=range(3),
-)
-def test_an_entry_that_does_not_fit_is_named(report: Report, path: tuple[Any, ...], entry: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Report.from_json(put(report.to_json(), path, entry))
-
-
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.just(10**400) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -134,24 +120,17 @@ def test_any_json_is_a_value_error_or_a_report(report: Report, data: st.DataObje
         path.append(data.draw(st.sampled_from(list(inner) if isinstance(inner, dict) else range(len(inner)))))
         inner = inner[path[-1]]
     try:
-        found = Report.from_json(put(value, path, data.draw(JSON)))
+        changed = Report.from_json(put(value, path, data.draw(JSON)))
     except ValueError:
         return
-    assert Report.from_json(json.loads(json_bytes(found.to_json()))) == found
+    assert Report.from_json(json.loads(json_bytes(changed.to_json()))) == changed
 
 
-def test_a_report_is_found_by_its_guidance(tmp_path: Path) -> None:
+def test_a_report_is_found_by_its_guidance(report: Report, tmp_path: Path) -> None:
     small().save_pretrained(tmp_path)
-    assert jf.find_report(jf.load(tmp_path)) is None
-
-    def save(name: str, guidance: jf.Guidance | None) -> None:
-        made = make_report([1, 1])
-        replace(made, settings=replace(made.settings, guidance=guidance)).save(tmp_path / name)
-
-    save("report-b.json", GUIDANCE)
-    save("report-a.json", jf.Guidance(2.0))
     make_tuning().save(tmp_path / "tuning.json")
-    assert jf.find_report(jf.load(tmp_path)) == tmp_path / "report-a.json"  # for want of a better one
-    save("report.json", jf.Guidance(0.0, attn_temperature=2.0))  # which is off
-    for guidance, name in ((None, "report.json"), (GUIDANCE, "report-b.json"), (jf.Guidance(3.0), "report.json")):
+    assert jf.find_report(jf.load(tmp_path)) is None
+    report.save(tmp_path / "report-b.json")
+    replace(report, settings=replace(report.settings, guidance=None)).save(tmp_path / "report.json")
+    for guidance, name in ((None, "report.json"), (jf.Guidance(0.5), "report-b.json"), (GUIDANCE, "report.json")):
         assert jf.find_report(jf.load(tmp_path).guided(guidance)) == tmp_path / name

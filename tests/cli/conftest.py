@@ -17,6 +17,7 @@ from PIL import Image
 import jacobiflow as jf
 from tests.helpers.problems import make_flow, to_float32
 from tests.helpers.running import run_line
+from tests.helpers.training_runs import contents
 
 
 @pytest.fixture(autouse=True)
@@ -56,26 +57,15 @@ def run(work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
 
 
 @pytest.fixture
-def files(work: Path, tmp_path: Path) -> Callable[[], dict[Path, bytes | None]]:
-    """All that there is in the working folder and in the test's own, with its content, but for locks."""
-
-    def found() -> dict[Path, bytes | None]:
-        paths = [path for folder in (work, tmp_path) for path in folder.rglob("*") if path.name != ".lock"]
-        return {path: path.read_bytes() if path.is_file() else None for path in paths}
-
-    return found
-
-
-@pytest.fixture
-def refuse(run: Any, files: Any) -> Callable[[str, str], None]:
+def refuse(run: Any, work: Path, tmp_path: Path) -> Callable[[str, str], None]:
     """Asserts that a command line ends with exit 2 and one line that has `message` in it, and changes no file."""
 
     def check(line: str, message: str) -> None:
-        before = files()
+        before = contents(work), contents(tmp_path)
         result = run(line)
         assert (result.code, result.out) == (2, "")
         assert re.fullmatch(r"error: [^\n]{1,300}\n", result.err), result.err
         assert message in result.err
-        assert files() == before
+        assert (contents(work), contents(tmp_path)) == before
 
     return check

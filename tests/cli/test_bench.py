@@ -43,11 +43,9 @@ def rows_of(out: Path) -> dict[str, Any]:
 def test_a_bundled_model_end_to_end(run: Any, tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
     line = "--strategy auto --strategy [2-4-5-6] --strategy sequential --batch-size 2 --batch-size 1 --batch-size 2"
-    line = f"bench --model digits-p1 {line} --repeats 1 --seed 3 --out {out} --json {tmp_path}/copy.json"
-    result = run(line)
+    result = run(f"bench --model digits-p1 {line} --repeats 1 --seed 3 --out {out}")
     assert (result.code, result.err) == (0, "")
     assert sorted(os.listdir(out)) == [".lock", "bench.json", "bench.png", "manifest.json"]
-    assert (out / "bench.json").read_bytes() == (tmp_path / "copy.json").read_bytes()
     with Image.open(out / "bench.png") as picture:
         assert picture.width > 900
     shown, flow = figures(out / "bench.json"), jf.load("digits-p1")
@@ -65,22 +63,20 @@ def test_a_bundled_model_end_to_end(run: Any, tmp_path: Path) -> None:
             found = draw(strategy=row["strategy"])
             assert found.certificate is not None
             assert row["error"] == asdict(paired_error(found.images, draw(strategy="sequential").images))
-            assert row["network_calls"] == found.network_calls
             assert row["certificate"] == float(found.certificate.max())
         table = result.out.partition(f"\nbatch size {size}\n")[2].splitlines()
-        assert max(map(len, table[: 4 + len(entry["rows"])])) <= 80
-        lines = [re.split(r" {2,}| (?=\d)", line) for line in table[3 : 3 + len(entry["rows"])]]
+        assert max(map(len, table[: 5 + len(entry["rows"])])) <= 80
+        lines = [re.split(r" {2,}| (?=\d)", line) for line in table[4 : 4 + len(entry["rows"])]]
         for row, cells in zip(entry["rows"], lines, strict=True):
             assert cells[:2] == [row["strategy"], f"{row['seconds']['median']:.3f}"]
             assert cells[3:5] == [f"{row['speed_up'][name]:.2f}" for name in BASELINES]
-    assert "\nover orig.: times as fast as the original sampler, growing cache\n" in result.out
+        assert lines[3][-1] == f"{entry['rows'][3]['certificate']:.1e}*"  # it has no tolerance
     assert result.out.endswith(f"wrote {out}/bench.png and {out}/bench.json\n")
 
 
 def test_settings_reach_the_library(run: Any, tmp_path: Path) -> None:
-    line = f"--labels 0,2 {GUIDED} --dtype float64 --tolerance 1e-6 --report report.json"
-    result = run(f"bench --model model --strategy jacobi --batch-size 3 --repeats 1 {line} --out {tmp_path}")
-    assert result.code == 0
+    line = "--strategy jacobi --batch-size 3 --repeats 1 --tolerance 1e-6 --report report.json --labels 0,2"
+    result = run(f"bench --model model {line} {GUIDED} --dtype float64 --out {tmp_path}")
     assert result.err == ""
     shown, flow = figures(tmp_path / "bench.json"), jf.load("./model", dtype="float64")
     assert (shown["guidance"], shown["tolerance"], shown["report"]) == (asdict(GUIDANCE), 1e-6, "report.json")
@@ -89,22 +85,19 @@ def test_settings_reach_the_library(run: Any, tmp_path: Path) -> None:
     rows, exact = rows_of(tmp_path), draw(strategy="sequential").images
     assert rows["jacobi"]["error"] == asdict(paired_error(draw(strategy=plan).images, exact))
     assert 0 < rows["jacobi"]["certificate"] <= 1e-6
-    assert rows["growing cache"]["error"]["max"] < 1e-10
 
 
-def test_a_tolerance_is_for_the_strategies_that_have_one(run: Any, planned: Path, tmp_path: Path) -> None:
+def test_a_tolerance_is_for_the_strategies_that_have_one(run: Any, refuse: Any, planned: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     line = "bench --model model --batch-size 2 --repeats 1 --strategy window.json"
-    assert run(f"{line} --strategy jacobi-2 --strategy window:4 --tolerance 1e-5 --out {out}").code == 0
+    assert run(f"{line} --strategy jacobi-2 --tolerance 1e-5 --out {out}").code == 0
     rows = rows_of(out)
-    assert rows["window:4"]["certificate"] <= 1e-5
     assert rows["window.json"]["certificate"] <= 1e-5 < rows["jacobi-2"]["certificate"]
-    assert run(f"{line} --out {out}").code == 0
-    assert 1e-5 < rows_of(out)["window.json"]["certificate"] <= 1e-2
     assert run(f"{line} --strategy {planned} --strategy auto:1e-1 --no-certify --out {out}").code == 0
     rows = rows_of(out)
     assert list(rows) == [*BASELINES, "window.json", str(planned), "auto:1e-1"]
     assert rows["auto:1e-1"]["certificate"] is None
+    refuse(f"{line} --strategy {planned} --batch-size 4 --out out-x", "the strategy was planned for batch")
 
 
 def test_lost_samples_stay_json_and_are_drawn(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,15 +116,3 @@ def test_lost_samples_stay_json_and_are_drawn(run: Any, tmp_path: Path, monkeypa
     rows = rows_of(tmp_path / "[bold]")
     assert rows["jacobi"]["error"]["max"] == 0  # both answers say that there is none
     assert rows["growing cache"]["error"]["max"] == math.inf  # it does not say so
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("--repeats 0", "'--repeats': Input should be greater than or equal to 1"),
-        ("--strategy auto --strategy [7-4-5-6]", "strategy '[7-4-5-6]': Stack names block 7, the flow has 0 to 2"),
-        ("--strategy {planned} --batch-size 4", "the strategy was planned for batch"),
-    ],
-)
-def test_bad_input_is_one_line_and_leaves_nothing(line: str, message: str, refuse: Any, planned: Path) -> None:
-    refuse(f"bench --model model {line.format(planned=planned)} --out out-x", message)

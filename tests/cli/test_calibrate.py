@@ -1,15 +1,13 @@
-"""`jacobiflow calibrate`: the report is the library's, and tables and figures are the report's."""
+"""`jacobiflow calibrate`: the report is the library's, and the tables are the report's."""
 
 from __future__ import annotations
 
 import importlib
 import itertools
-import json
 import os
 import re
 import shlex
-from dataclasses import asdict, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,8 @@ import jacobiflow as jf
 from jacobiflow.calibration import Components, gs_jacobi_notation
 from jacobiflow.data import Noise, load_images, noisy_images
 from jacobiflow.files import write_json
-from tests.helpers.running import figures
 from tests.helpers.scoring import levels
 
-TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 GUESSES = ("latent", "zeros", "mean_affine")
 GUIDANCE = jf.Guidance(0.4, annealed=False, on="shift", attn_temperature=0.9)
 GUIDED = "--guidance 0.4,attn_temperature=0.9,annealed=false,on=shift"
@@ -57,36 +53,12 @@ def assert_tables(out: str, report: jf.Report) -> None:
     for metric in ("crm", "gamma"):
         value = report.rank_correlation(metric)  # type: ignore[arg-type]
         assert f"rank correlation of {metric} with the sweeps: {value:.2f}" in screen
-    for tolerance in TOLERANCES:
-        assert f"proposed to {tolerance:g}: {gs_jacobi_notation(report, tolerance)}" in screen
-    assert ("over 3 classes" in out.lower()) == bool(report.class_metrics)
+    for tolerance in (1e-1, 1e-2, 1e-3, 1e-4):
+        assert f"to {tolerance:g}: {gs_jacobi_notation(report, tolerance)}" in screen
     assert screen[0] == f"{report.settings.num_images} images" + " (guided)" * (report.settings.guidance is not None)
 
 
-def assert_figures(shown: Any, report: jf.Report) -> None:
-    """The figures are the report's; a NaN is null."""
-    assert report.components is not None
-    want = {
-        "num_images": report.settings.num_images, "norm": report.settings.norm,
-        "igm": [dict(row) for row in report.igm],
-        "guess": [report.best_guess(i) for i in range(report.num_blocks)], "crm": list(report.crm),
-        "components": [asdict(part) for part in report.components], "crm_percent": list(report.crm_percent),
-        "tough_blocks": list(report.tough_blocks),
-        "gamma": pytest.approx([np.mean(norms) for norms in report.gamma]),
-        "proposed": {f"{t:g}": gs_jacobi_notation(report, t) for t in TOLERANCES},
-    }  # fmt: skip
-    assert {name: shown[name] for name in want} == want
-    assert set(shown["mean_sweeps"]) == set(report.traces)
-    for start, tolerance in itertools.product(report.traces, TOLERANCES):
-        for guess in GUESSES:
-            sweeps = shown["mean_sweeps"][start][guess][f"{tolerance:g}"]
-            assert sweeps == list(report.mean_sweeps(start, tolerance, guess))
-        value = report.rank_correlation("crm", start, tolerance)
-        assert shown["rank_correlation"]["crm"][start][f"{tolerance:g}"] == (None if np.isnan(value) else value)
-
-
 CALIBRATIONS: dict[str, dict[str, Any]] = {
-    "--model model --segments 4 --traced 3": {},
     "--model model --segments 4 --traced 3 --per-class --norm fro": {"norm": "fro", "per_class": True},
     f"--model model --segments 4 --traced 3 --norm 1 --batch-size 4 --seed 5 {GUIDED}": {
         "norm": 1, "batch_size": 4, "seed": 5, "guidance": GUIDANCE,
@@ -98,9 +70,8 @@ CALIBRATIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@cache
 def calibrated(options: str) -> jf.Report:
-    """What the library measures under these options, of images with the noise of the flow's training."""
+    """The library's report under these options, of images with the noise of the flow's training."""
     flow, settings = jf.load(f"./{options.split()[1]}"), dict(CALIBRATIONS[options])
     data, every = load_images("pets", 8, 1), torch.arange(9)
     noise = Noise("gaussian", 0.1) if flow.config.noise_std else Noise("uniform")
@@ -113,35 +84,29 @@ def calibrated(options: str) -> jf.Report:
 @pytest.mark.parametrize("options", CALIBRATIONS)
 def test_it_writes_and_prints_what_the_library_measures(options: str, run: Any, tmp_path: Path) -> None:
     path = tmp_path / "new" / "report.json"
-    result = run(f"calibrate --images pets {options} --out {path} --json {tmp_path}/f")
+    result = run(f"calibrate --images pets {options} --out {path}")
     assert (result.code, result.err) == (0, "")
     assert os.listdir(path.parent) == ["report.json"]
-    want, model = calibrated(options), options.split()[1]
+    want = calibrated(options)
     assert jf.Report.load(path).to_json() == want.to_json()
     assert_tables(result.out, want)
-    shown = figures(tmp_path / "f")
-    assert_figures(shown, want)
-    assert (shown["model"], shown["images"], shown["clean"]) == (model, "pets", "--clean" in options)
-    assert shown["report"] == str(path)
     assert f"wrote {path}\n" in result.out
-    assert len({json.dumps(calibrated(other).to_json()) for other in CALIBRATIONS}) == len(CALIBRATIONS)
 
 
-@pytest.mark.parametrize("options", ["--model model", f"--model model {GUIDED}", "--model model --unconditional"])
+@pytest.mark.parametrize("options", [GUIDED, "--unconditional"])
 def test_the_proposed_command_certifies_its_samples(options: str, run: Any, tmp_path: Path) -> None:
     """They are of the guided map, and of the labels, that the report is of."""
-    line = f"calibrate --images pets {options} --segments 4 --traced 3 --out '{tmp_path}/my $1 r.json'"
+    line = f"calibrate --model model --images pets {options} --segments 4 --traced 3 --out '{tmp_path}/my $1 r.json'"
     proposed = re.search(r"^use it: jacobiflow (sample .*)$", run(line).out, re.MULTILINE)
     assert proposed is not None
     assert f"{tmp_path}/my $1 r.json" in shlex.split(proposed[1])
-    result = run(f"{proposed[1]} --num 3 --out {tmp_path}/s --json {tmp_path}/f.json")
+    result = run(f"{proposed[1]} --num 3 --out {tmp_path}/s")
     assert (result.code, result.err) == (0, "")
-    outcome = figures(tmp_path / "f.json")["outcome"]
-    assert outcome["exact"] or (outcome["tolerance"] == 1e-3 and not outcome["above"])
-    guidance, labels = GUIDANCE if GUIDED in options else None, None if "--un" in options else torch.arange(3)
+    guidance, labels = GUIDANCE if options == GUIDED else None, None if options != GUIDED else torch.arange(3)
     want = jf.sample(jf.load("./model").guided(guidance), 3, labels, strategy="sequential")
     with np.load(tmp_path / "s" / "shards" / "00000.npz") as arrays:
         assert abs(arrays["arr_0"].astype(int) - levels(want.images)).max() <= 1
+        assert arrays["certificate"].max() <= 1e-3
 
 
 def test_num_draws_some_images_by_the_seed(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,14 +114,14 @@ def test_num_draws_some_images_by_the_seed(run: Any, tmp_path: Path, monkeypatch
     measure, seen = module.calibrate, []
 
     def look(flow: Any, images: Any, labels: torch.Tensor, **settings: Any) -> jf.Report:
-        seen.append((images[torch.arange(len(images))], labels))
+        seen.append((images, labels))
         return measure(flow, images, labels, **settings)
 
     monkeypatch.setattr(module, "calibrate", look)
     data = load_images("pets", 8, 1)
     assert data.labels is not None
     drawn = []
-    for num, seed in ((4, 0), (4, 0), (4, 1), (1000, 0)):
+    for num, seed in ((4, 0), (4, 1), (1000, 0)):
         line = f"--segments 2 --traced 1 --num {num} --seed {seed} --out {tmp_path}/{len(drawn)}.json"
         assert run(f"calibrate --model model --images pets {line}").code == 0
         noisy = noisy_images(data, torch.arange(9), Noise("gaussian", 0.1), seed)
@@ -164,20 +129,8 @@ def test_num_draws_some_images_by_the_seed(run: Any, tmp_path: Path, monkeypatch
         places = [next(i for i in range(9) if torch.equal(noisy[i], image)) for image in images]
         assert len(set(places)) == len(places) == min(num, 9), "an image is drawn twice"
         assert labels.tolist() == data.labels[places].tolist()
-        drawn.append(tuple(places))
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert (tmp_path / "0.json").read_bytes() == (tmp_path / "1.json").read_bytes()
-
-
-def test_the_bundled_digits(run: Any, tmp_path: Path) -> None:
-    line = f"--images digits --num 4 --segments 2 --traced 1 --out {tmp_path}/r.json --json {tmp_path}/f"
-    result = run(f"calibrate --model digits-p1 {line}")
-    assert (result.code, result.err) == (0, "")
-    report = jf.Report.load(tmp_path / "r.json")
-    report.check(jf.load("digits-p1"))
-    assert (report.num_tokens, report.num_blocks) == (64, 4)
-    assert_tables(result.out, report)
-    assert_figures(figures(tmp_path / "f"), report)
+        drawn.append(places)
+    assert drawn[0] != drawn[1]
 
 
 def test_interrupted_it_goes_on_to_the_same_report(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,21 +154,29 @@ def test_interrupted_it_goes_on_to_the_same_report(run: Any, tmp_path: Path, mon
     assert reports[0] == reports[1]
 
 
-@pytest.mark.parametrize("igm", [5.4e5, 3.2e37, float("inf")])  # the first is Img64cond's in the paper's Table 1
-def test_huge_numbers_stay_on_their_line(igm: float, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_numbers_stay_on_their_line(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = tuple(Components(10.0**i, 123.4, 22.3) for i in (1, 2, 4))
-    igms = tuple(dict(zip(GUESSES, (igm, 9.89, 9.12), strict=True)) for _ in parts)
+    igms = tuple(dict(zip(GUESSES, (igm, 9.89, 9.12), strict=True)) for igm in (5.4e5, 3.2e37, float("inf")))
     report = jf.Report.load("report.json")
-    worst = replace(report.metrics["2" if "2" in report.metrics else 2], igm=igms, components=parts)
+    worst = replace(report.metrics[2], igm=igms, components=parts)
     report = replace(report, metrics=dict.fromkeys(report.metrics, worst), class_metrics=dict.fromkeys(range(3), worst))
-    monkeypatch.setattr(
-        importlib.import_module("jacobiflow.calibration"), "calibrate", lambda *_, out, **__: report.save(out) or report
-    )
-    result = run(f"calibrate --model model --images pets --out {tmp_path}/r.json --json {tmp_path}/f")
+    monkeypatch.setattr(importlib.import_module("jacobiflow.calibration"), "calibrate", lambda *_, **__: report)
+    result = run(f"calibrate --model model --images pets --out {tmp_path}/r.json")
     assert (result.code, result.err) == (0, "")
-    screen = result.out[: result.out.index("proposed")].splitlines()
+    screen = result.out[: result.out.index("The paper's strategies")].splitlines()
     assert max(map(len, screen)) <= 80
     for line in screen:  # a folded cell goes on in a line that has no block number
         assert not re.match(r"\s+\S+(\s|$)", line) or re.match(r"\s+([0-2] |IGM)", line), f"folded: {line}"
-    assert figures(tmp_path / "f")["igm"][0]["latent"] == igm
-    assert jf.Report.load(tmp_path / "r.json").igm[0]["latent"] == igm
+
+
+def test_without_crm_the_other_columns_are_shown(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = jf.Report.load("report.json")
+    metrics = {norm: replace(each, components=None) for norm, each in report.metrics.items()}
+    report = replace(report, metrics=metrics)
+    monkeypatch.setattr(importlib.import_module("jacobiflow.calibration"), "calibrate", lambda *_, **__: report)
+    result = run(f"calibrate --model model --images pets --out {tmp_path}/r.json")
+    assert "CRM is not defined" in result.out and "strategies" not in result.out
+    for i, sweeps in enumerate(report.mean_sweeps("noise", 1e-3)):
+        assert [str(i), f"{sweeps:.1f}", f"{np.mean(report.gamma[i]):.2f}"] in [
+            *map(str.split, result.out.splitlines())
+        ]

@@ -50,8 +50,6 @@ def test_sources_that_do_not_exist_or_do_not_fit_are_refused(tmp_path: Path) -> 
     for source in ("fashion", "", str(tmp_path / "missing"), str(tmp_path / "0.png")):
         with pytest.raises(DataError, match=f"^{source}: neither an .npz file, a folder, nor one of fash"):
             load_images(source, 28, 1)
-    with pytest.raises(ValueError, match="split='valid': give 'train' or 'test'"):
-        load_images("digits", 8, 1, "valid")  # type: ignore[arg-type]
 
 
 def test_npz_files(tmp_path: Path) -> None:

@@ -122,4 +122,4 @@ def test_extract_keeps_the_order_and_reports_progress() -> None:
     features = extract(network, iter(images.split([7, 10, 1, 3])), lambda *call: calls.append(call), 21, batch_size=4)
     assert torch.equal(features, images.flatten(1)[:, :3].float())
     assert not features.requires_grad
-    assert calls == [(done, 21, "features") for done in (4, 7, 11, 15, 17, 18, 21)]
+    assert calls == [(step, 21, "features") for step in (4, 7, 11, 15, 17, 18, 21)]

@@ -36,7 +36,7 @@ def test_scores_are_of_the_noisy_images_whatever_the_batch_size(noise: Noise, da
         assert bits_per_dim(FLOW, data, noise, 5, size, progress) == pytest.approx(bits)
         assert bayes_accuracy(FLOW, data, noise, 5, size, progress) == pytest.approx(share)
         whats = ("bits per dimension", "class accuracy")
-        assert progress.mock_calls == [call(done, 11, what) for what in whats for done in steps]
+        assert progress.mock_calls == [call(step, 11, what) for what in whats for step in steps]
 
 
 @torch.no_grad()

@@ -173,10 +173,10 @@ def test_training_takes_in_the_first_batch_once(tmp_path: Path, monkeypatch: pyt
 def test_train_writes_a_maf_and_refuses_options_that_it_has_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = run_line(f"{TRAIN} --steps 4 --sample-every 4 --out {tmp_path}/model --json {tmp_path}/train.json", capsys)
+    out = run_line(f"{TRAIN} --steps 4 --sample-every 4 --out {tmp_path}/model", capsys)
     assert out.code == 0, out.err
     assert jf.load(tmp_path / "model").config == jf.MAFConfig(1, 8, 24, 3, 2, num_classes=10)
-    assert figures(tmp_path / "train.json")["training"]["noise"] == {"kind": "uniform", "std": 0.0}
+    assert torch.load(tmp_path / "model/checkpoint.pt")["run"]["noise"] == {"kind": "uniform", "std": 0.0}
     assert (tmp_path / "model/samples-000004.png").exists()
     for options, words in {
         "--patch-size 2": "--patch-size 2: not an option of --flow maf; leave it out",

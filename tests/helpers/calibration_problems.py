@@ -33,16 +33,17 @@ def way_back(
     flow: Any, tokens: Tensor, labels: Tensor | None, guidance: jf.Guidance | None = None
 ) -> list[BlockProblem]:
     """The blocks, in encoding order, on the way from tokens before the last of them to an image."""
-    reference, found = oracle_of(flow), []
+    reference, problems = oracle_of(flow), []
     for i in reversed(range(flow.config.num_blocks)):
         z = reference.flip(i, tokens)
 
         def g(x: Tensor, i: int = i, z: Tensor = z) -> Tensor:
             return reference.g(i, x, z, labels, guide_of(guidance))
 
-        found.append(BlockProblem(guided(flow.blocks[i], guidance), g, z.to(flow.var), labels, oracle.sequential(g, z)))
-        tokens = reference.flip(i, found[-1].answer)
-    return found[::-1]
+        block, answer = guided(flow.blocks[i], guidance), oracle.sequential(g, z)
+        problems.append(BlockProblem(block, g, z.to(flow.var), labels, answer))
+        tokens = reference.flip(i, answer)
+    return problems[::-1]
 
 
 PROBLEMS: dict[str, tuple[Callable[[], Any], int, jf.Guidance | None]] = {

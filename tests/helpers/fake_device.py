@@ -30,7 +30,6 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_iter, tree_map
 
 DEVICE = torch.device("cuda:0")
-NAME = "a GPU that is none"
 _aten = torch.ops.aten
 # They wait for the device, since the size of what they return depends on values.
 _WAITS = {_aten.nonzero, _aten.masked_select, _aten.unique_dim, _aten._unique2, _aten.is_nonzero, _aten.equal}
@@ -45,19 +44,14 @@ _PROPERTIES = {_tensor.device.__get__: DEVICE, _tensor.is_cuda.__get__: True, _t
 
 @dataclass
 class Counts:
-    """What a device was asked.
+    """The work of a device."""
 
-    **Attributes:** `operations`, kernels that PyTorch would launch, by name; `to_device`, copies from the host;
-    `read_backs`, values and copies that the host waited for; `captures`, of graphs; `attention`, whether the masks of
-    attention were "causal", "none" or "explicit"; `peak` and `live`, bytes.
-    """
-
-    operations: Counter[str] = field(default_factory=Counter)
-    attention: Counter[str] = field(default_factory=Counter)
-    to_device: int = 0
-    read_backs: int = 0
-    captures: int = 0
-    live: int = 0
+    operations: Counter[str] = field(default_factory=Counter)  # kernels that PyTorch would launch, by name
+    attention: Counter[str] = field(default_factory=Counter)  # by mask: "causal", "none" or "explicit"
+    to_device: int = 0  # copies from the host
+    read_backs: int = 0  # values and copies that the host waited for
+    captures: int = 0  # of graphs
+    live: int = 0  # bytes
     peak: int = 0
 
 
@@ -77,9 +71,6 @@ class OnDevice(Tensor):
     def __init__(self, host: Tensor, device_of: FakeDevice) -> None:
         self.host, self.device_of = host, device_of
         device_of.hold(self)
-
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:  # type: ignore[override]
-        return f"OnDevice({self.host})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         copied: Tensor = OnDevice(self.host.clone(), self.device_of)
@@ -103,9 +94,7 @@ class OnDevice(Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
         device = next(tensor for tensor in tensors if isinstance(tensor, OnDevice)).device_of
@@ -115,17 +104,12 @@ class OnDevice(Tensor):
         device.count(func, args, kwargs)
         if func.overloadpacket is _aten._fused_sdp_choice:
             return 1  # the fused kernel, as on a GPU
-        run = func if device.capturing is None else partial(device.capturing.record, func)
-        given = tree_map(_unwrapped, (list(args), kwargs))
-        out = run(*given[0], **given[1]) if run is func else run(*given)
+        on_host = tree_map(lambda leaf: leaf.host if isinstance(leaf, OnDevice) else leaf, (args, kwargs))
+        out = func(*on_host[0], **on_host[1]) if device.capturing is None else device.capturing.record(func, *on_host)
         if func.overloadpacket is _aten._local_scalar_dense:
             return out
         wrapped = tree_map(lambda leaf: OnDevice(leaf, device) if isinstance(leaf, Tensor) else leaf, out)
         return return_and_correct_aliasing(func, args, kwargs, wrapped)
-
-
-def _unwrapped(leaf: Any) -> Any:
-    return leaf.host if isinstance(leaf, OnDevice) else leaf
 
 
 class _Copy(torch.autograd.Function):
@@ -203,7 +187,7 @@ class FakeDevice(TorchFunctionMode):
     def __enter__(self) -> FakeDevice:
         cuda = {
             "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
-            "get_device_name": lambda device=None: NAME, "synchronize": lambda device=None: None,
+            "get_device_name": lambda device=None: "fake", "synchronize": lambda device=None: None,
             "mem_get_info": lambda device=None: (80 << 30, 80 << 30), "set_device": lambda device: None,
             "memory_allocated": lambda device=None: self.counts.live,
             "max_memory_allocated": lambda device=None: self.counts.peak,
@@ -241,8 +225,6 @@ class FakeDevice(TorchFunctionMode):
         finally:
             self.counts = outer
 
-    # ------------------------------------------------------------------------------------------------------- counting
-
     def count(self, func: Any, args: Any, kwargs: Any) -> None:
         packet = func.overloadpacket
         masks = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, OnDevice) and leaf.dtype == torch.bool]
@@ -260,7 +242,7 @@ class FakeDevice(TorchFunctionMode):
 
     @property
     def attention(self) -> Counter[str]:
-        """Where attention is counted: at a graph while it is captured, to be counted at each replay."""
+        """The counts of attention: of a graph while it is captured, to be added at each replay."""
         return self.counts.attention if self.capturing is None else self.capturing.attention
 
     @property
@@ -291,26 +273,20 @@ class FakeDevice(TorchFunctionMode):
             del self._holders[key]
             counts.live -= size
 
-    # ----------------------------------------------------------------------------------------------- the function mode
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is scaled_dot_product_attention:
             return self._attend(func, args, kwargs)
-        if func is Tensor.cuda:
-            return self._to(args[0], DEVICE, None)
-        if func is Tensor.cpu:
-            return self._to(args[0], torch.device("cpu"), None)
+        if func in (Tensor.cuda, Tensor.cpu):
+            return self._to(args[0], DEVICE if func is Tensor.cuda else "cpu")
         if func is Tensor.to:
-            return self._to_call(func, args, kwargs)
+            return self._to(*args, **kwargs)
         if func is torch._C._nn._parse_to:
             named = [arg for arg in (*args, kwargs.pop("device", None)) if isinstance(arg, str | torch.device)]
-            parse: Any = func
             others = [arg for arg in args if not isinstance(arg, str | torch.device)]
-            device, *found = (
-                parse(*others, **kwargs) if any(map(_is_there, named)) else parse(*named, *others, **kwargs)
-            )
-            return (DEVICE if any(map(_is_there, named)) else device, *found)
+            is_there = any(map(_is_there, named))
+            device, *rest = func(*([] if is_there else named), *others, **kwargs)
+            return (DEVICE if is_there else device, *rest)
         if _is_there(kwargs.get("device")):
             made = func(*args, **(kwargs | {"device": self.host}))
             if resolve_name(func) in ("torch.tensor", "torch.as_tensor"):
@@ -333,31 +309,17 @@ class FakeDevice(TorchFunctionMode):
         finally:
             self.mixing = False
 
-    def _to_call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        self_, *rest = args
-        device, left = kwargs.pop("device", None), []
-        for arg in rest:
+    def _to(self, x: Tensor, *args: Any, device: Any = None, dtype: Any = None, **kwargs: Any) -> Tensor:
+        for arg in args:
             if isinstance(arg, Tensor):
-                device = arg.device
-                left.append(arg.dtype)
+                device, dtype = arg.device, arg.dtype
             elif isinstance(arg, str | torch.device):
                 device = arg
-            else:
-                left.append(arg)
-        return self._to(self_, device, (left, kwargs))
-
-    def _to(self, x: Tensor, device: Any, call: Any) -> Tensor:
-        there = isinstance(x, OnDevice)
-        if device is not None and _is_there(device) != there:
+            elif isinstance(arg, torch.dtype):
+                dtype = arg
+        if device is not None and _is_there(device) != isinstance(x, OnDevice):
             x = _Copy.apply(x, self)
-        if call is not None and (call[0] or call[1]):
-            x = x.to(*call[0], **call[1]) if not _same_dtype(x, call) else x
-        return x
-
-
-def _same_dtype(x: Tensor, call: Any) -> bool:
-    wanted = {arg for arg in (*call[0], *call[1].values()) if isinstance(arg, torch.dtype)}
-    return wanted <= {x.dtype} and not call[1].get("copy", False)
+        return x.to(dtype or x.dtype, **kwargs)
 
 
 def _is_there(device: Any) -> bool:

@@ -115,12 +115,7 @@ class Additive(nfa.AutoregressiveTransform):
 class Carry(nn.Module):
     """In `Additive`: x_i = y_i + c x_(i-1), of contexts c (B, 1); of y = (1, 0, ...) pass k changes entry k - 1."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.contexts: list[list[float]] = []
-
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        self.contexts.append(context.flatten().tolist())
         return -context * nn.functional.pad(x[:, :-1], (1, 0))
 
 

@@ -6,16 +6,12 @@ import copy
 import json
 import multiprocessing
 import shlex
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_line(line: str, capsys: pytest.CaptureFixture[str]) -> SimpleNamespace:
@@ -28,22 +24,6 @@ def run_line(line: str, capsys: pytest.CaptureFixture[str]) -> SimpleNamespace:
     except SystemExit as stop:
         code = stop.code
     return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
-
-
-@contextmanager
-def ends_within(seconds: int) -> Iterator[None]:
-    """Fails a test that waits, as for a pipe that nobody writes to."""
-
-    def fail(*_: Any) -> None:
-        raise AssertionError(f"not done after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def figures(path: str | Path) -> Any:

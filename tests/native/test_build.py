@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import platform
 import shlex
 import shutil
@@ -20,7 +19,6 @@ from jacobiflow import native
 from jacobiflow.native import build, compiler
 from tests.helpers.compilers import copying_compiler
 from tests.helpers.native_problems import CASES, relative_error
-from tests.helpers.running import ends_within
 
 
 @pytest.fixture(scope="module")
@@ -137,16 +135,6 @@ def test_a_file_that_is_no_library_is_replaced(machine: Machine) -> None:
     path.write_bytes(b"not for this system")
     assert machine.restart() is not None and machine.compiled() == 1
     assert len(path.read_bytes()) > 1000
-
-
-def test_a_pipe_in_the_place_of_a_library_is_not_waited_for(machine: Machine) -> None:
-    machine.restart()
-    (path,) = machine.stored()
-    path.unlink()
-    os.mkfifo(path, 0o600)
-    with ends_within(60):
-        assert machine.restart() is not None and machine.compiled() == 2
-    assert path.is_file()
 
 
 def test_a_folder_that_others_can_write_to_is_not_used(machine: Machine) -> None:

@@ -24,7 +24,7 @@ from jacobiflow.plots.style import Style
 
 
 def texts_fit(figure: Figure, texts: Sequence[Text]) -> bool:
-    """Whether no text leaves the figure or overlaps another."""
+    """Tells if no text leaves the figure or overlaps another."""
     boxes = [Text.get_window_extent(text) for text in texts if text.get_text() and text.get_visible()]
     inside = all(0 <= box.x0 <= box.x1 <= figure.bbox.x1 and 0 <= box.y0 <= box.y1 <= figure.bbox.y1 for box in boxes)
     return inside and not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
@@ -152,8 +152,8 @@ def test_bench_labels_do_not_overlap_and_no_two_strategies_look_alike() -> None:
     figure.draw_without_rendering()
     for axis in figure.axes:
         left, right = axis.get_xlim()
-        shown = [t for t, x in zip(axis.get_xticklabels(), axis.get_xticks(), strict=True) if left <= x <= right]
-        assert len(shown) >= 2 and texts_fit(figure, shown)
+        labels = [t for t, x in zip(axis.get_xticklabels(), axis.get_xticks(), strict=True) if left <= x <= right]
+        assert len(labels) >= 2 and texts_fit(figure, labels)
     handles = [container.lines[0] for container in figure.axes[0].containers]
     assert len({(line.get_color(), line.get_marker()) for line in handles}) == 9
     legend = figure.legends[0].get_texts()

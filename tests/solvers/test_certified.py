@@ -1,4 +1,4 @@
-"""What a certificate measures, and what is done about samples that fall short."""
+"""Certificates, and the new solves of samples that fall short."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def test_any_plan_ends_with_every_residual_within_tolerance(
 ) -> None:
     problem = flow_problem(name)
     solver = jf.Solver(partition, stopping=jf.Tolerance(atol))
-    found = jf.solve_certified(problem.block, problem.z, solver, problem.labels, slots=slots)
-    assert (found.status == CONVERGED).all()
-    assert (found.residual <= atol).all()
-    assert (problem.residual(found.x) <= atol + 1e-12).all()
-    assert error(found.x, problem.answer) < 100 * atol  # the recurrence amplifies a residual less than that here
+    solution = jf.solve_certified(problem.block, problem.z, solver, problem.labels, slots=slots)
+    assert (solution.status == CONVERGED).all()
+    assert (solution.residual <= atol).all()
+    assert (problem.residual(solution.x) <= atol + 1e-12).all()
+    assert error(solution.x, problem.answer) < 100 * atol  # the recurrence amplifies a residual less than that here
 
 
 @pytest.mark.parametrize(("atol", "tolerance"), [(0.3, None), (0.1, 1e-4)])
@@ -72,16 +72,16 @@ def test_a_sample_above_the_tolerance_is_resumed_to_half_of_it(atol: float, tole
     assert short.any()
     resumed = jf.Solver(jf.Window(8), Given(raw.x[short]), jf.Tolerance(wanted / 2))
     again = jf.solve(problem.block, problem.z[short], resumed, STRENGTHS[short])
-    found = jf.solve_certified(problem.block, problem.z, solver, problem.labels, tolerance=tolerance)
+    solution = jf.solve_certified(problem.block, problem.z, solver, problem.labels, tolerance=tolerance)
     want = raw.x.index_put((short,), again.x)
-    assert torch.equal(found.x, want)
-    torch.testing.assert_close(found.residual, problem.residual(want))
-    assert (found.residual <= wanted).all()
-    assert not found.resolved_sequentially.any()
+    assert torch.equal(solution.x, want)
+    torch.testing.assert_close(solution.residual, problem.residual(want))
+    assert (solution.residual <= wanted).all()
+    assert not solution.resolved_sequentially.any()
     sweeps = raw.sample_sweeps.index_put((short,), again.sample_sweeps, accumulate=True)
-    assert torch.equal(found.sample_sweeps, sweeps)
-    assert found.network_calls == found.sweeps + 2 == raw.sweeps + again.sweeps + 2
-    assert found.token_evaluations == raw.token_evaluations + again.token_evaluations + 24 * (7 + int(short.sum()))
+    assert torch.equal(solution.sample_sweeps, sweeps)
+    assert solution.network_calls == solution.sweeps + 2 == raw.sweeps + again.sweeps + 2
+    assert solution.token_evaluations == raw.token_evaluations + again.token_evaluations + 24 * (7 + int(short.sum()))
 
 
 @pytest.mark.parametrize("certificate", [True, False])
@@ -92,19 +92,19 @@ def test_a_sample_that_misses_the_solver_s_tolerance_is_solved_sequentially_and_
     problem = flow_problem("nvp 25x4")
     solver = jf.Solver(jf.Segments(3), stopping=stopping | jf.Tolerance(1e-9))
     raw = jf.solve(problem.block, problem.z, solver)
-    found = jf.solve_certified(problem.block, problem.z, solver, certificate=certificate)
+    solution = jf.solve_certified(problem.block, problem.z, solver, certificate=certificate)
     if stopping.max_sweeps is None and certificate:  # it ended, and so is resumed
-        assert not found.resolved_sequentially.any()
-        assert (found.residual <= 1e-9).all()
+        assert not solution.resolved_sequentially.any()
+        assert (solution.residual <= 1e-9).all()
         return
-    assert (found.status == CONVERGED).all()
-    assert error(found.x, problem.answer) < EXACT
-    assert found.resolved_sequentially.all()
-    assert found.exact.all()
-    assert found.sample_sweeps.tolist() == [raw.sweeps + 25] * 3
-    assert found.sweeps == raw.sweeps + 25
-    assert found.network_calls == found.sweeps + 2 * certificate
-    assert found.token_evaluations == raw.token_evaluations + 75 * (3 if certificate else 1)
+    assert (solution.status == CONVERGED).all()
+    assert error(solution.x, problem.answer) < EXACT
+    assert solution.resolved_sequentially.all()
+    assert solution.exact.all()
+    assert solution.sample_sweeps.tolist() == [raw.sweeps + 25] * 3
+    assert solution.sweeps == raw.sweeps + 25
+    assert solution.network_calls == solution.sweeps + 2 * certificate
+    assert solution.token_evaluations == raw.token_evaluations + 75 * (3 if certificate else 1)
 
 
 def test_a_sample_that_its_last_sweep_brought_within_tolerance_is_no_miss() -> None:
@@ -114,10 +114,10 @@ def test_a_sample_that_its_last_sweep_brought_within_tolerance_is_no_miss() -> N
         solver = jf.Solver(jf.Whole(), stopping=jf.Tolerance(1e-3) | jf.MaxSweeps(sweeps))
         raw = jf.solve(problem.block, problem.z, solver)
         good = problem.residual(raw.x) <= 1e-3
-        found = jf.solve_certified(problem.block, problem.z, solver)
-        assert torch.equal(found.resolved_sequentially, ~good)
-        assert torch.equal(found.x[good], raw.x[good])
-        assert (found.status == CONVERGED).all()
+        solution = jf.solve_certified(problem.block, problem.z, solver)
+        assert torch.equal(solution.resolved_sequentially, ~good)
+        assert torch.equal(solution.x[good], raw.x[good])
+        assert (solution.status == CONVERGED).all()
         within += int((good & (raw.status == MAX_SWEEPS)).sum())
     assert within
 
@@ -127,17 +127,17 @@ def test_sweep_counts_alone_are_a_legitimate_end() -> None:
     for stopping in (jf.MaxSweeps(1), jf.EarlyStop(1e-9) | jf.MaxSweeps(1)):
         solver = jf.Solver(jf.Segments(5), stopping=stopping)
         raw = jf.solve(problem.block, problem.z, solver)
-        found = jf.solve_certified(problem.block, problem.z, solver)
-        assert (found.status == MAX_SWEEPS).all()
-        assert not found.resolved_sequentially.any()
-        assert torch.equal(found.x, raw.x)
-        torch.testing.assert_close(found.residual, problem.residual(found.x))
-        assert found.network_calls == found.sweeps + 1 == 6
+        solution = jf.solve_certified(problem.block, problem.z, solver)
+        assert (solution.status == MAX_SWEEPS).all()
+        assert not solution.resolved_sequentially.any()
+        assert torch.equal(solution.x, raw.x)
+        torch.testing.assert_close(solution.residual, problem.residual(solution.x))
+        assert solution.network_calls == solution.sweeps + 1 == 6
     # A tolerance of the caller's is compared with the certificate.
-    found = jf.solve_certified(problem.block, problem.z, solver, tolerance=1e-6)
-    assert (found.status == CONVERGED).all()
-    assert (found.residual <= 1e-6).all()
-    assert not found.resolved_sequentially.any()
+    solution = jf.solve_certified(problem.block, problem.z, solver, tolerance=1e-6)
+    assert (solution.status == CONVERGED).all()
+    assert (solution.residual <= 1e-6).all()
+    assert not solution.resolved_sequentially.any()
     unmeasured = jf.solve_certified(problem.block, problem.z, solver, certificate=False, tolerance=1e-6)
     assert torch.equal(unmeasured.x, raw.x)
 
@@ -166,29 +166,29 @@ def rounded(
 ) -> jf.Solution:
     z = normal(len(noise), 4, 1)
     z *= torch.tensor(sizes or [1.0] * len(noise)).view(-1, 1, 1) / z.abs().amax(dim=(1, 2), keepdim=True)
-    found = jf.solve_certified(Rounding(), z, solver, torch.tensor(noise, dtype=torch.float64), **arguments)
-    assert torch.equal(found.x, z)
-    return found
+    solution = jf.solve_certified(Rounding(), z, solver, torch.tensor(noise, dtype=torch.float64), **arguments)
+    assert torch.equal(solution.x, z)
+    return solution
 
 
 def test_of_many_samples_four_exact_solves_tell_the_rounding() -> None:
     """The least that they leave, 40: it is known of 2.5 and 9, but 1.5 and 2 may come from the sweeps."""
-    found = rounded(jf.Solver(HALVES, stopping=jf.Tolerance(1.0)))
-    assert found.residual.tolist() == pytest.approx(NOISE)
-    assert found.status.tolist() == [CONVERGED] + [ROUNDING] * 8
+    solution = rounded(jf.Solver(HALVES, stopping=jf.Tolerance(1.0)))
+    assert solution.residual.tolist() == pytest.approx(NOISE)
+    assert solution.status.tolist() == [CONVERGED] + [ROUNDING] * 8
     resolved = [1.5, 2.0, 40.0, 40.0, 41.0, 900.0]
-    assert [NOISE[n] for n in found.resolved_sequentially.nonzero()] == resolved
+    assert [NOISE[n] for n in solution.resolved_sequentially.nonzero()] == resolved
     # Two sweeps and a certificate, as many for those resumed, five calls for the four, and five for the other two.
-    assert found.sample_sweeps.tolist() == [2 + 2 * (noise > 1) + 4 * (noise in resolved) for noise in NOISE]
-    assert found.network_calls == 3 + 3 + 5 + 5
+    assert solution.sample_sweeps.tolist() == [2 + 2 * (noise > 1) + 4 * (noise in resolved) for noise in NOISE]
+    assert solution.network_calls == 3 + 3 + 5 + 5
 
 
 def test_rounding_grows_with_x_and_is_the_smallest_that_exact_solves_leave() -> None:
     """A residual of 10 is rounding for x of size 1,000. A sample with 9 times its size does not show the rounding."""
     noise, sizes = [0.01] * 3 + [9.0] * 3, [1000.0] * 3 + [2.0, 1.0, 1.0]
-    found = rounded(jf.Solver(HALVES, stopping=jf.Tolerance(1.0)), noise, sizes)
-    assert found.network_calls == 3 + 3 + 5 + 5  # the last two are solved after the four others
-    assert found.resolved_sequentially.all()
+    solution = rounded(jf.Solver(HALVES, stopping=jf.Tolerance(1.0)), noise, sizes)
+    assert solution.network_calls == 3 + 3 + 5 + 5  # the last two are solved after the four others
+    assert solution.resolved_sequentially.all()
 
 
 def test_few_samples_are_solved_exactly_and_uncertified_ones_not() -> None:
@@ -209,16 +209,16 @@ def test_few_samples_are_solved_exactly_and_uncertified_ones_not() -> None:
 @pytest.mark.parametrize("certificate", [True, False])
 @pytest.mark.parametrize("solver", [*OVERFLOWING, jf.Solver(jf.Sequential())], ids=str)
 def test_a_sample_that_overflows_is_solved_sequentially(solver: jf.Solver, certificate: bool) -> None:
-    """What remains non-finite is so in the exact inverse; the others come to no harm."""
+    """A value that stays non-finite is so in the exact inverse; the other samples come to no harm."""
     problem = steep_problem([0, 1, 2, 1])
     raw = jf.solve(problem.block, problem.z, solver, problem.labels)
-    found = jf.solve_certified(problem.block, problem.z, solver, problem.labels, certificate)
-    assert found.residual[2] == torch.inf
-    assert (found.x[2, 4:] == torch.inf).all()
+    solution = jf.solve_certified(problem.block, problem.z, solver, problem.labels, certificate)
+    assert solution.residual[2] == torch.inf
+    assert (solution.x[2, 4:] == torch.inf).all()
     again = (raw.status == NONFINITE) & ~raw.exact
-    assert found.resolved_sequentially[again].all()
-    assert not found.resolved_sequentially[raw.exact].any()
+    assert solution.resolved_sequentially[again].all()
+    assert not solution.resolved_sequentially[raw.exact].any()
     tame = MAX_SWEEPS if solver.stopping.atol is None else CONVERGED
-    assert found.status.tolist() == [tame, CONVERGED, NONFINITE, CONVERGED]
+    assert solution.status.tolist() == [tame, CONVERGED, NONFINITE, CONVERGED]
     solved = [1, 3] if tame == MAX_SWEEPS else [0, 1, 3]
-    assert error(found.x[solved], problem.answer[solved]) < 1e-7
+    assert error(solution.x[solved], problem.answer[solved]) < 1e-7

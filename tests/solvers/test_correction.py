@@ -1,4 +1,4 @@
-"""How a residual is applied: convolutions against plain loops, fits to linear maps, and chords that do not fit."""
+"""Corrections: convolutions against plain loops, fits to linear maps, and chords that do not fit."""
 
 from __future__ import annotations
 
@@ -101,9 +101,9 @@ def test_the_chord_of_a_linear_map_is_its_inverse() -> None:
         (jf.Whole(), jf.Zeros(), 2), (jf.Segments(6), Given(start), 10), (jf.Window(8), Given(start), 12),
     ):  # fmt: skip
         solver = jf.Solver(partition, guess, jf.Tolerance(1e-11), jf.Chord(inverse(47)))
-        found = jf.solve(Watched(linear), z, solver)
-        assert error(found.x, solution(z)) < 1e-10
-        assert found.sweeps <= most
+        solved = jf.solve(Watched(linear), z, solver)
+        assert error(solved.x, solution(z)) < 1e-10
+        assert solved.sweeps <= most
 
 
 def test_a_fit_solves_a_banded_linear_map_in_few_sweeps() -> None:

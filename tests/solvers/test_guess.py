@@ -1,4 +1,4 @@
-"""Where an iteration starts: formulas, fits, and what does not fit."""
+"""Guesses: formulas, fits, and values that do not fit."""
 
 from __future__ import annotations
 

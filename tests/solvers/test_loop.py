@@ -53,7 +53,7 @@ class Alternating(jf.Partition):
 
 
 def expected(problem: BlockProblem, solver: jf.Solver, start: Tensor, keys: bool = True) -> Swept:
-    """What the oracle makes of a solver for a batch with one front."""
+    """The oracle's sweeps of a batch with one front."""
     length, rule, limits = problem.length, solver.stopping, None
     if isinstance(rule.max_sweeps, tuple):
         count = len(rule.max_sweeps)
@@ -72,20 +72,20 @@ def check(problem: BlockProblem, solver: jf.Solver, start: Tensor) -> None:
     As many sweeps as there are tokens end at the exact answer (Proposition 1).
     """
     want, batch = expected(problem, solver, start), len(problem.z)
-    found = jf.solve(problem.block, problem.z, solver, problem.labels)
-    assert error(found.x, want.x) < EXACT
-    assert found.sweeps == found.network_calls == want.sweeps <= problem.length
-    assert found.token_evaluations == want.evaluations
-    assert found.sample_sweeps.tolist() == [want.sweeps] * batch
-    torch.testing.assert_close(found.residual, want.residual, rtol=1e-6, atol=EXACT)
-    assert found.status.tolist() == [
+    solution = jf.solve(problem.block, problem.z, solver, problem.labels)
+    assert error(solution.x, want.x) < EXACT
+    assert solution.sweeps == solution.network_calls == want.sweeps <= problem.length
+    assert solution.token_evaluations == want.evaluations
+    assert solution.sample_sweeps.tolist() == [want.sweeps] * batch
+    torch.testing.assert_close(solution.residual, want.residual, rtol=1e-6, atol=EXACT)
+    assert solution.status.tolist() == [
         int(jf.Status.MAX_SWEEPS if missed else jf.Status.CONVERGED) for missed in want.missed
     ]
     one_by_one = all(b - a == 1 for a, b in pairwise(want.fronts)) and want.evaluations == batch * problem.length
-    assert found.exact.tolist() == [one_by_one] * batch
-    assert not found.resolved_sequentially.any()
+    assert solution.exact.tolist() == [one_by_one] * batch
+    assert not solution.resolved_sequentially.any()
     if solver.stopping.atol is solver.stopping.ebound is None and not want.missed.any():
-        assert error(found.x, problem.answer) < EXACT
+        assert error(solution.x, problem.answer) < EXACT
 
 
 LENGTH = 17
@@ -191,17 +191,17 @@ def test_each_sample_has_its_own_front(size: int | None, atol: float, chord: flo
     want = [expected(part, solver, part.z, keys=False) for part in parts]
     for slots in (None, 1, 3, 6):
         problem = echoes(keys=False, slack=atol)
-        found = jf.solve(problem.block, problem.z, solver, problem.labels, slots)
+        solution = jf.solve(problem.block, problem.z, solver, problem.labels, slots)
         for n, one in enumerate(want):
-            assert error(found.x[n : n + 1], one.x) < EXACT
-        assert found.sample_sweeps.tolist() == [one.sweeps for one in want]
-        torch.testing.assert_close(found.residual, torch.cat([one.residual for one in want]), rtol=1e-6, atol=EXACT)
-        assert (found.status == jf.Status.CONVERGED).all()
+            assert error(solution.x[n : n + 1], one.x) < EXACT
+        assert solution.sample_sweeps.tolist() == [one.sweeps for one in want]
+        torch.testing.assert_close(solution.residual, torch.cat([one.residual for one in want]), rtol=1e-6, atol=EXACT)
+        assert (solution.status == jf.Status.CONVERGED).all()
         evaluations, samples = batched([one.fronts for one in want], size or 24, 24, slots or 7)
         assert [count for _, _, count in problem.block.calls] == samples
-        assert found.sweeps == found.network_calls == len(samples)
-        assert found.token_evaluations == evaluations
-        assert found.exact.tolist() == [size == 1] * 7
+        assert solution.sweeps == solution.network_calls == len(samples)
+        assert solution.token_evaluations == evaluations
+        assert solution.exact.tolist() == [size == 1] * 7
 
 
 def test_inputs_stay_and_answers_are_ordinary_tensors() -> None:
@@ -233,22 +233,22 @@ def test_only_a_block_that_keeps_nothing_runs_in_inference_mode() -> None:
 @pytest.mark.parametrize("fronts", [False, True], ids=["one front", "fronts"])
 @pytest.mark.parametrize("solver", OVERFLOWING, ids=str)
 def test_a_sample_that_overflows_ends_at_its_answer_or_as_nonfinite(solver: jf.Solver, fronts: bool) -> None:
-    """And harms no other, nor has it wait; where it overflows for good, it leaves."""
+    """It neither harms another nor has it wait; if it overflows for good, it leaves."""
     problem, tame = steep_problem([0, 1, 0, 1], fronts), [0, 2]
-    found = jf.solve(problem.block, problem.z, solver, problem.labels)
-    lost = found.status == jf.Status.NONFINITE
-    assert found.x.isfinite().all()
+    solution = jf.solve(problem.block, problem.z, solver, problem.labels)
+    lost = solution.status == jf.Status.NONFINITE
+    assert solution.x.isfinite().all()
     assert not lost[tame].any()
-    assert torch.equal(found.residual.isinf(), lost)
-    converged = found.status == jf.Status.CONVERGED
-    assert error(found.x[converged], problem.answer[converged]) < 1e-7
+    assert torch.equal(solution.residual.isinf(), lost)
+    converged = solution.status == jf.Status.CONVERGED
+    assert error(solution.x[converged], problem.answer[converged]) < 1e-7
     if solver.stopping.max_sweeps is not None:
         assert lost.tolist() == [False, True, False, True]
     if solver.stopping.max_sweeps != 2:  # where a batch shares a window, its place depends on the batch
         alone = jf.solve(problem.block, problem.z[tame], solver, torch.zeros(2, dtype=torch.float64))
-        assert error(found.x[tame], alone.x) < 1e-7
-        assert torch.equal(found.status[tame], alone.status)
-        assert (found.sample_sweeps[tame] >= alone.sample_sweeps).all()
+        assert error(solution.x[tame], alone.x) < 1e-7
+        assert torch.equal(solution.status[tame], alone.status)
+        assert (solution.sample_sweeps[tame] >= alone.sample_sweeps).all()
 
 
 def test_a_value_that_overflows_goes_back_to_the_guess() -> None:
@@ -291,12 +291,12 @@ def test_bf16_sweeps_come_first(count: int, made: int) -> None:
     halves = partial(fine.partition.stop, num_tokens=LENGTH)
     want = swept(lambda x: echo(x, z, strengths), low.x, halves, limits=[2] * LENGTH)
     for slots in (None, 2):
-        found = jf.solve(Lowered(echo), z, replace(fine, bf16_sweeps=count), strengths, slots)
-        assert error(found.x, want.x) < EXACT
+        solution = jf.solve(Lowered(echo), z, replace(fine, bf16_sweeps=count), strengths, slots)
+        assert error(solution.x, want.x) < EXACT
         turns = 4 // (slots or 4)
-        assert found.sweeps == found.network_calls == (made + want.sweeps) * turns
-        assert found.token_evaluations == low.evaluations + want.evaluations
-        assert found.sample_sweeps.tolist() == [made + want.sweeps] * 4
+        assert solution.sweeps == solution.network_calls == (made + want.sweeps) * turns
+        assert solution.token_evaluations == low.evaluations + want.evaluations
+        assert solution.sample_sweeps.tolist() == [made + want.sweeps] * 4
 
 
 @dataclass(frozen=True)

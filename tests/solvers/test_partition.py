@@ -1,4 +1,4 @@
-"""Which tokens are swept together."""
+"""Partitions: segments and windows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_segments_tile_the_sequence_in_nearly_equal_lengths(length: int, data: s
     assert max(lengths) - min(lengths) <= 1
 
 
-def test_which_windows_are_tried() -> None:
+def test_windows_double_up_to_half_of_the_sequence() -> None:
     """Windows of 32, 64, 128 .. tokens, up to half of them, and of all."""
     sizes = {1: [1], 63: [63], 64: [32, 64], 65: [32, 65], 196: [32, 64, 196], 256: [32, 64, 128, 256]}
     for length, tried in sizes.items():

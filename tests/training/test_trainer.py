@@ -69,8 +69,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(
 
 @pytest.mark.parametrize(
     ("kind", "name", "step"),
-    # The last is after the update, before the step is whole.
-    [(jf.TarFlow, "normalize", 7), (torch.optim.AdamW, "step", 5), (json, "dumps", 5)],
+    [(jf.TarFlow, "normalize", 7), (json, "dumps", 5)],  # before the update, and after it
 )
 def test_an_interruption_within_a_step_saves_no_half_step(
     kind: Any, name: str, step: int, undisturbed: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -103,7 +102,7 @@ def test_a_terminated_command_leaves_a_checkpoint(tmp_path: Path, capsys: pytest
     thread = threading.Thread(target=terminate)
     thread.start()
     try:
-        line = f"train {SIZE} --no-bf16 --checkpoint-every 5 --steps 100000 --sample-every 100000 --out {tmp_path}"
+        line = f"train {SIZE} --no-bf16 --steps 100000 --out {tmp_path}"
         shown = run_line(line, capsys)
     finally:
         ended.set()
@@ -115,7 +114,7 @@ def test_a_terminated_command_leaves_a_checkpoint(tmp_path: Path, capsys: pytest
 def test_the_loss_falls_and_the_averaged_flow_is_the_model_folder(tmp_path: Path) -> None:
     reports: list[StepReport] = []
     sheets: list[tuple[int, Tensor]] = []
-    settings = replace(SETTINGS, steps=80, learning_rate=5e-3, ema=0.9, bf16=True, sample_every=40)
+    settings = replace(SETTINGS, steps=60, learning_rate=5e-3, ema=0.9, bf16=True, sample_every=30)
 
     def on_sample(flow: jf.TarFlow, step: int) -> None:
         sheets.append((step, flow.blocks[0].proj_in.weight.clone()))
@@ -129,7 +128,7 @@ def test_the_loss_falls_and_the_averaged_flow_is_the_model_folder(tmp_path: Path
         assert math.isfinite(report.grad_norm) and report.grad_norm > 0
     assert [report.loss for report in read_metrics(tmp_path)] == pytest.approx(losses, abs=1e-6)
 
-    assert [step for step, _ in sheets] == [40, 80]
+    assert [step for step, _ in sheets] == [30, 60]
     assert torch.equal(sheets[-1][1], average.blocks[0].proj_in.weight)
     assert_same(dict(jf.load(tmp_path).state_dict()), dict(average.state_dict()))
     images, labels = some_digits().batch(slice(None))
@@ -191,22 +190,20 @@ def test_steps_are_of_new_orders_noise_and_dropped_labels(tmp_path: Path, monkey
 
 
 def test_images_are_augmented_anew_in_every_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches: list[Tensor] = []
+    seen: set[int] = set()
     normalize = jf.TarFlow.normalize
 
     def recorded(self: jf.TarFlow, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        batches.append(images[0, 0])
+        seen.add(round((float(images[0, 0, 4, 4]) + 1) * 127.5))
         return normalize(self, images, labels)
 
     monkeypatch.setattr(jf.TarFlow, "normalize", recorded)
     image = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
     settings = replace(
-        SETTINGS, steps=40, batch_size=1, noise=Noise("gaussian", 1e-4), augmentation=Augmentation(mirror=True, shift=1)
+        SETTINGS, steps=30, batch_size=1, noise=Noise("gaussian", 1e-4), augmentation=Augmentation(mirror=True, shift=1)
     )
     train(fresh(replace(CONFIG, noise_std=1e-4)), ImageDataset(image, torch.tensor([3])), settings, tmp_path)
-    levels = torch.stack([((batch + 1) * 127.5).round() for batch in batches])
-    assert {int(row[4, 4]) for row in levels} > {27, 28, 35, 36}  # of the image, or of its mirror, moved
-    assert len(levels.unique(dim=0)) > 10
+    assert seen > {27, 28, 35, 36}  # of the image, or of its mirror, moved
 
 
 def test_the_learning_rate_warms_up_and_falls_by_a_cosine(undisturbed: dict[bool, Path]) -> None:
@@ -222,13 +219,8 @@ def test_the_learning_rate_warms_up_and_falls_by_a_cosine(undisturbed: dict[bool
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("metrics.jsonl", "holds metrics.jsonl, and no checkpoint.pt; give a new or empty folder"),
-        ("config.json", "config.json: not of a model"), ("notes.txt", "holds notes.txt, and no"),
-        ("checkpoint.pt", "checkpoint.pt: not a checkpoint ("),
-    ],
-)  # fmt: skip
+    ("name", "words"), [("config.json", "config.json: not of a model"), ("notes.txt", "holds notes.txt, and no")]
+)
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, name: str, words: str) -> None:
     (tmp_path / name).write_text("mine")
     before = contents(tmp_path)
@@ -239,11 +231,12 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, name: str, words:
 def test_data_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     out, data = tmp_path / "out", some_digits()
     colour, noise = ImageDataset(data.images.expand(-1, 3, -1, -1).contiguous(), data.labels), Noise("gaussian", 0.2)
+    few_classes = replace(CONFIG, num_classes=3)
     for message, call in {
         "images are (3, 8, 8), the flow takes (1, 8, 8)": lambda: train(fresh(), colour, SETTINGS, out),
         "batch_size=44: there are only 43 images": lambda: fit(out, replace(SETTINGS, batch_size=44)),
         "noise of std 0.2, but the flow's config has noise_std=0.1": lambda: fit(out, replace(SETTINGS, noise=noise)),
-        "label 9: the flow has classes 0 to 2": lambda: fit(out, config=replace(CONFIG, num_classes=3)),
+        "label 9: this flow has classes 0 to 2 (below 0: no class)": lambda: fit(out, config=few_classes),
     }.items():
         assert error_of(call) == message
     with pytest.raises(TypeError, match="config='x' of type str: give "):
@@ -262,7 +255,6 @@ def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_last_checkpoint(t
 
 def test_a_run_resumes_with_its_own_labels_only(undisturbed: dict[bool, Path]) -> None:
     data = some_digits()
-    assert data.labels is not None
     other = ImageDataset(data.images, data.labels.flip(0))
     assert "of another run (images=" in error_of(lambda: train(fresh(), other, SETTINGS, undisturbed[True]))
 
@@ -271,13 +263,11 @@ def test_problems_are_named(undisturbed: dict[bool, Path], tmp_path: Path) -> No
     run = Path(shutil.copytree(undisturbed[True], tmp_path / "run"))
     assert list(problems(run)) == []
     log = run / "metrics.jsonl"
-    for content, words in (
-        (log.read_text().splitlines()[0] + "\n", "lacks 11 of 12 steps"),
-        ("mine\n", "line 1 is not"),
-    ):
-        log.write_text(content)
-        (problem,) = problems(run)
-        assert problem.startswith(f"{log}: ") and words in problem and "; " in problem
+    log.write_text(log.read_text().splitlines()[0] + "\n")
+    assert list(problems(run)) == [f"{log}: lacks 11 of 12 steps; training goes on without them"]
+    log.write_text("mine\n")
+    (problem,) = problems(run)
+    assert problem.startswith(f"{log}: line 1 is not of this trainer")
     (run / "checkpoint.pt").write_bytes(b"mine")
     (problem,) = problems(run)
     assert "not a checkpoint" in problem

@@ -42,9 +42,9 @@ def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration:
         flow: A module with masked autoregressive transforms of these libraries in it, or an sbi posterior or another
             object whose attributes (or lists or dicts of them) hold such modules. If it is accelerated a second time,
             the latest tolerance counts.
-        tolerance: `None` for exact to rounding. 0 for the library's own bits, always by passes. Above 0, passes of a
-            row end when one changes it by at most this, in the units of each transform's input; native code stays exact
-            to rounding.
+        tolerance: `None` for exact to rounding. 0 for the library's own bits, always by passes. Above 0, passes
+            end when one changes no entry by more than this, in the units of each transform's input; native code stays
+            exact to rounding.
 
     Returns:
         An `Acceleration`, which says how each transform is computed and restores the flow.

@@ -175,8 +175,7 @@ class Acceleration:
             x: A batch.
             context: A batch with which that of `x` can be broadcast.
             is_inverse: Whether to invert.
-            fallback: The library's own code, for rows that are not finite, or that overflow on the way; `None` if the
-                values are the start of passes: there are none with such rows, and they serve any tolerance.
+            fallback: See `Chain.evaluate`; `None` also if the values are the start of passes, at any tolerance.
             log_det: See `native.masked.run_chain`.
         """
         if (self.tolerance == 0 and fallback is not None) or native_library() is None:
@@ -186,8 +185,6 @@ class Acceleration:
         try:
             rows, contexts, batch = flatten(x, context)
         except RuntimeError:  # the library's message is its own
-            return None
-        if len(rows) == 0:
             return None
         key = module, context is not None
         chain = self._chains.get(key)

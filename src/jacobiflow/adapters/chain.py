@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -13,14 +14,42 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from jacobiflow.adapters.network import UnsupportedError
-from jacobiflow.adapters.part import Part
+from jacobiflow.adapters.network import MaskedNetwork, Slot, UnsupportedError, find_order
 from jacobiflow.adapters.side_effects import DROPOUTS, has_hooks, has_replaced_forward, is_traced
-from jacobiflow.native.masked import run_chain
-from jacobiflow.native.structures import Transform
+from jacobiflow.native.masked import masked_transform, permutation, run_chain
+from jacobiflow.native.structures import Elementwise, Transform
 
 Values = tuple[Tensor, Tensor | None]
 """Rows after a chain, and the logarithm of the determinant of its Jacobian if a caller wants it."""
+
+Fallback = Callable[[Float[Tensor, "b d"], Float[Tensor, "b c"] | None], Values]
+"""Rows, context -> values by the library's own code."""
+
+_SETTINGS = (bool, int, float, str, type, partial, FunctionType, BuiltinFunctionType, MethodType)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A transform of a library for native code, which reads the values of its tensors at every call.
+
+    Attributes:
+        module: The library's transform.
+        transform: Its operations count `tensors`.
+        memory: What has to live as long as `transform`.
+        features: D, or `None` if it takes any.
+        context: The width of the context that its network takes, or `None` if it has no network.
+        tensors: Weights, biases, scales and shifts.
+        constants: Masks and indices.
+    """
+
+    module: nn.Module
+    transform: Transform
+    memory: Any
+    features: int | None
+    context: int | None = None
+    tensors: Sequence[Slot] = ()
+    constants: Sequence[Slot] = ()
+
 
 Describe = Callable[[Any, bool], Iterator[tuple[Part, bool]]]
 """module, whether there is a context -> its transforms in forward order, each with whether the module has its inverse.
@@ -28,10 +57,36 @@ Describe = Callable[[Any, bool], Iterator[tuple[Part, bool]]]
 Raises UnsupportedError if native code does not take one of them.
 """
 
-Fallback = Callable[[Float[Tensor, "b d"], Float[Tensor, "b c"] | None], Values]
-"""Rows, context -> values by the library's own code."""
 
-_SETTINGS = (bool, int, float, str, type, partial, FunctionType, BuiltinFunctionType, MethodType)
+def masked_part(module: nn.Module, network: MaskedNetwork, **settings: Any) -> Part:
+    """Returns an elementwise transform, of fields `settings`, with the parameters that a masked network gives."""
+    order, starts, (inputs, *others) = find_order(network)
+    operations = [(operation, *other) for operation, other in zip(network.operations, others, strict=True)]
+    features, parameters = network.outputs.shape
+    context = network.width - features
+    transform, memory = masked_transform(
+        starts, order, operations, inputs, features=features, parameters=parameters, context=context,
+        context_start=0 if network.features.start else features, **settings,
+    )  # fmt: skip
+    memory = memory, network.masks
+    return Part(module, transform, memory, features, context or network.context, network.tensors, network.constants)
+
+
+def permutation_part(module: nn.Module, order: Sequence[int], slot: Slot | None = None) -> Part:
+    """Returns the transform y_i = x_order[i]; `slot` is the tensor that holds the order."""
+    transform, memory = permutation(order)
+    return Part(module, transform, memory, len(order), constants=() if slot is None else (slot,))
+
+
+def affine_part(module: nn.Module, scale: Slot, shift: Slot) -> Part:
+    """Returns the transform y = scale x + shift, of one number or of one for each feature."""
+    sizes = [holder[name].numel() for holder, name in (scale, shift)]
+    features = max(sizes)
+    if any(size not in (1, features) for size in sizes):
+        raise UnsupportedError("an affine transform of another shape")
+    strides = [int(size > 1) for size in sizes]
+    transform = Transform(kind=Elementwise.AFFINE, scale_stride=strides[0], shift_stride=strides[1])
+    return Part(module, transform, None, features if features > 1 else None, tensors=(scale, shift))
 
 
 class Snapshot:
@@ -45,28 +100,21 @@ class Snapshot:
             names = [name for name, value in state.items() if isinstance(value, _SETTINGS)]
             if not isinstance(part, DROPOUTS):  # no other layer that native code takes depends on the mode
                 names.remove("training")
-            settings = itemgetter(*names, "_parameters")
-            before = type(part), len(state), settings(state), has_hooks(part), tuple(state["_modules"].values())
-            hooks = state["_forward_hooks"], state["_forward_pre_hooks"]
-            self._modules.append((part, state, settings, *hooks, state["_modules"], *before))
+            read = itemgetter(*names, "_modules", "_forward_hooks", "_forward_pre_hooks")
+            values = tuple(dict(value) if isinstance(value, dict) else value for value in read(state))
+            self._modules.append((part, type(part), state, len(state), read, values))
 
-    def add(self, holder: dict[str, Any], name: str) -> int:
-        """Adds a tensor that must not change, and returns its address."""
+    def add(self, holder: dict[str, Any], name: str) -> None:
+        """Adds a tensor that must not change."""
         tensor: Tensor = holder[name]
-        if not tensor.is_cpu:
-            raise UnsupportedError("masks on another device")
-        if tensor.is_inference() or not tensor.is_contiguous():
-            raise UnsupportedError("masks that are not contiguous, or of inference mode")
+        if tensor.is_inference():
+            raise UnsupportedError("masks of inference mode")
         self._constants.append((holder, name, tensor, tensor._version))
-        return tensor.data_ptr()
 
     def is_current(self) -> bool:
         """Returns True if nothing has changed."""
-        for part, state, settings, hooks, pre_hooks, children, kind, size, values, had_hooks, parts in self._modules:
-            if (
-                type(part) is not kind or len(state) != size or settings(state) != values
-                or bool(hooks or pre_hooks) is not had_hooks or (parts and tuple(children.values()) != parts)
-            ):  # fmt: skip
+        for part, kind, state, size, read, values in self._modules:
+            if type(part) is not kind or len(state) != size or read(state) != values:
                 return False
         for holder, name, tensor, version in self._constants:
             if holder.get(name) is not tensor or tensor._version != version:
@@ -112,7 +160,8 @@ class Chain:
             for holder, name in part.tensors:
                 self._tensors.append((len(self._addresses), holder, name, holder[name].shape))
                 self._addresses.append(0)
-            self._addresses += [self.snapshot.add(*slot) for slot in part.constants]
+            for slot in part.constants:
+                self.snapshot.add(*slot)
         self.modules = [part.module for part in self._parts]
 
     def evaluate(

@@ -12,13 +12,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import AcceleratedModule
-from jacobiflow.adapters.chain import Values
+from jacobiflow.adapters.chain import Part, Values, masked_part
 from jacobiflow.adapters.network import MaskedNetwork, UnsupportedError
-from jacobiflow.adapters.part import Part, masked_part
 from jacobiflow.adapters.passes import invert, premasked
 from jacobiflow.native.structures import Elementwise, Ends
 
-_ELEMENTWISE = ("_elementwise_forward", "_elementwise_inverse", "_elementwise")
 _PLAIN = (nn.ModuleList, nn.Linear, nn.Dropout, nn.Identity)
 
 
@@ -43,8 +41,6 @@ def rational_quadratic_transform(module: Any, library: ModuleType, is_conditiona
 
 
 def _masked(module: Any, library: ModuleType, is_conditional: bool, parameters: int, **settings: Any) -> Part:
-    if any(name in vars(module) for name in _ELEMENTWISE):
-        raise UnsupportedError("an elementwise transform of its own")
     network = _network(module.autoregressive_net, library, parameters, is_conditional)
     return masked_part(module, network, **settings)
 
@@ -120,26 +116,18 @@ class AcceleratedTransform(AcceleratedComposition):
     library: ClassVar[ModuleType]
     """The library's module of its MADE."""
 
-    errors: ClassVar[tuple[type[Exception], ...]] = (AssertionError,)
-    """Errors of the elementwise inverse at an argument that it cannot invert."""
-
     autoregressive_net: Any
     _elementwise_inverse: Any
 
     def _invert(self, inputs: Tensor, context: Tensor | None) -> Sequence[Tensor]:
         cheaper = cache(partial(premasked, self.autoregressive_net, self.library.MaskedLinear))
 
-        def step(x: Tensor, inputs: Tensor, context: Tensor | None) -> Sequence[Tensor]:
+        def step(x: Tensor) -> Sequence[Tensor]:
             network = self.autoregressive_net if torch.is_grad_enabled() else cheaper()
             return self._elementwise_inverse(inputs, network(x, context))
 
-        passes = inputs.shape[1:].numel()
-        outputs = invert(self.acceleration, self, step, inputs, context, passes, rows=_as_they_are, errors=self.errors)
+        outputs = invert(self.acceleration, self, step, inputs, context, inputs.shape[1:].numel())
         return super()._invert(inputs, context) if outputs is None else tuple(outputs)
-
-
-def _as_they_are(y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None, torch.Size]:
-    return y, context, y.shape[:1]
 
 
 def evaluate(module: AcceleratedModule, x: Tensor, context: Tensor | None, method: str) -> tuple[Tensor, Tensor] | None:

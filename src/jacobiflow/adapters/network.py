@@ -1,4 +1,4 @@
-"""A masked network as a list of operations for native code."""
+"""A masked network as a list of operations, in the order in which its masks let native code compute them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,7 +29,6 @@ _FUNCTIONS: dict[Callable[..., Tensor], tuple[Function, tuple[float, ...]]] = {
     F.softplus: (Function.SOFTPLUS, (1.0, 20.0)),
 }  # fmt: skip
 _GELU = {"none": Function.GELU, "tanh": Function.GELU_TANH}
-_MASK_TYPES = (torch.bool, torch.float32, torch.float64)
 
 
 class UnsupportedError(Exception):
@@ -47,30 +46,28 @@ class MaskedNetwork:
         first_feature: The column of the input at which the features start; the other columns are context.
 
     Attributes:
-        operations: They lack `units`, `rows` and `ready`, which the order of the units gives.
-        layers: The layer of each operation, or `None`.
+        operations: The operations.
+        masks: The mask of each operation, or `None`.
         tensors: The weights and biases that operations count.
-        masks: The masks that operations count.
+        constants: The buffers of the masks.
         context: The width of the context that layers read beside the input.
+        width: The number of columns of the input.
     """
 
     def __init__(self, outputs: Int[Tensor, "d p"], first_feature: int = 0) -> None:
         self.outputs, self.features = outputs, slice(first_feature, first_feature + len(outputs))
         self.operations: list[Operation] = []
-        self.layers: list[Any] = []
+        self.masks: list[Any] = []
         self.tensors: list[Slot] = []
-        self.masks: list[Slot] = []
-        self.context = 0
-
-    @property
-    def width(self) -> int:
-        """The number of columns of the input."""
-        return self.layers[0].in_features
+        self.constants: list[Slot] = []
+        self.context = self.width = 0
 
     def linear(self, source: int, layer: Any, function: Any = None) -> int:
         """Adds function(x (mask * weight)^T + bias)."""
         if source:
             self.operations[source - 1].is_kept = True
+        else:
+            self.width = layer.in_features
         return self._add(Kind.LINEAR, source, function, layer)
 
     def activation(self, source: int, function: Any) -> int:
@@ -92,7 +89,7 @@ class MaskedNetwork:
         return self._add(Kind.GATE_CONTEXT, source, layer=layer)
 
     def _add(self, kind: Kind, source: int, function: Any = None, layer: Any = None, other: int = 0) -> int:
-        operation = Operation(kind=kind, source=source, other=other, weight=-1, bias=-1, mask=-1)
+        operation, mask = Operation(kind=kind, source=source, other=other, weight=-1, bias=-1), None
         if function is not None:
             operation.function, settings = _activation(function)
             operation.first, operation.second = (*settings, 0.0, 0.0)[:2]
@@ -103,10 +100,11 @@ class MaskedNetwork:
                     setattr(operation, name, len(self.tensors))
                     self.tensors.append((layer._parameters, name))
         if kind == Kind.LINEAR:
-            operation.mask, operation.mask_bytes = len(self.masks), layer.mask.itemsize
-            self.masks.append((layer._buffers, "mask"))
+            mask = layer.mask.bool().contiguous()
+            operation.mask = mask.data_ptr()
+            self.constants.append((layer._buffers, "mask"))
         self.operations.append(operation)
-        self.layers.append(layer)
+        self.masks.append(mask)
         return len(self.operations)
 
 
@@ -126,10 +124,94 @@ def _check_layer(layer: Any) -> None:
     """Checks that native code can read the layer's tensors: a parametrization or a new weight may differ in shape."""
     if layer._parameters.keys() != {"weight", "bias"}:
         raise UnsupportedError("a weight or bias that is not a parameter")
-    size = (layer.out_features, layer.in_features)
-    if not layer.weight.shape == getattr(layer, "mask", layer.weight).shape == size:
+    size, mask = (layer.out_features, layer.in_features), getattr(layer, "mask", layer.weight)
+    if not layer.weight.shape == mask.shape == size:
         raise UnsupportedError("a weight or mask of another shape")
-    if hasattr(layer, "mask") and layer.mask.dtype not in _MASK_TYPES:
-        raise UnsupportedError(f"a mask of {layer.mask.dtype}")
+    if not mask.is_cpu:
+        raise UnsupportedError("a network on another device")
     if layer.bias is not None and layer.bias.shape != size[:1]:
         raise UnsupportedError("a bias of another shape")
+
+
+@torch.no_grad()
+def find_order(network: MaskedNetwork) -> tuple[list[int], list[int], list[tuple[list[int], list[int]]]]:
+    """Returns the steps of a network: the parameters of a step's features depend on features of earlier steps only.
+
+    Returns:
+        All features, sorted by step; the positions at which each step starts in them, and D at the end; for each value
+        of the network its units, sorted by the first step that can compute them, and the number of units that each step
+        can compute. Units of the last value are the parameters, feature by feature.
+
+    Raises:
+        UnsupportedError: If the network is not autoregressive.
+    """
+    with torch.device("cpu"):
+        step_of = _steps(_dependencies(network)[network.outputs].any(dim=1))
+        first_steps = _first_steps(network, step_of)
+        steps, features = range(int(step_of.max()) + 1), step_of.argsort(stable=True)
+        units = [first.argsort(stable=True).tolist() for first in first_steps[:-1]]
+        units.append(network.outputs[features].flatten().tolist())
+        ready = [[int((first <= step).sum()) for step in steps] for first in first_steps]
+        starts = [int((step_of < step).sum()) for step in (*steps, len(steps))]
+    return features.tolist(), starts, list(zip(units, ready, strict=True))
+
+
+def _dependencies(network: MaskedNetwork) -> Bool[Tensor, "units d"]:
+    """The features that each unit of the last value depends on, by any path through the masks."""
+    features = len(network.outputs)
+    values = [torch.zeros(network.width, features, dtype=torch.float32)]
+    values[0][network.features] = torch.eye(features, dtype=torch.float32)
+    for operation, mask in zip(network.operations, network.masks, strict=True):
+        value = values[operation.source]
+        if operation.kind == Kind.LINEAR:
+            value = (mask.to(value) @ value > 0).to(value)
+        elif operation.kind == Kind.SUM:
+            value = torch.maximum(value, values[operation.other])
+        values.append(value)
+    return values[-1].bool()
+
+
+def _steps(dependencies: Bool[Tensor, "d d"]) -> Int[Tensor, " d"]:
+    """The step at which each feature can be solved."""
+    step_of = torch.full((len(dependencies),), -1)
+    missing, step = dependencies.sum(dim=1), 0
+    while (step_of < 0).any():
+        is_solvable = (missing == 0) & (step_of < 0)
+        if not is_solvable.any():
+            raise UnsupportedError("a network that is not autoregressive")
+        step_of[is_solvable] = step
+        missing = missing - dependencies[:, is_solvable].sum(dim=1)
+        step += 1
+    return step_of
+
+
+def _first_steps(network: MaskedNetwork, step_of: Int[Tensor, " d"]) -> list[Int[Tensor, " units"]]:
+    """The first step at which each unit of each value can be computed.
+
+    Values that elementwise operations connect share one tensor, as a unit of one of them is a unit of all. A residual
+    block may so delay its own input: the steps are the least that satisfy all operations.
+    """
+    of_input = torch.zeros(network.width, dtype=torch.long)
+    of_input[network.features] = step_of + 1
+    first_steps = [of_input]
+    for operation, mask in zip(network.operations, network.masks, strict=True):
+        if operation.kind == Kind.LINEAR:
+            first_steps.append(torch.zeros(len(mask), dtype=torch.long))
+        else:
+            first_steps.append(first_steps[operation.source])
+        if operation.kind == Kind.SUM:
+            other = first_steps[operation.other]
+            first_steps = [first_steps[-1] if steps is other else steps for steps in first_steps]
+    last = first_steps[-1]
+    last[network.outputs] = step_of[:, None]
+    while True:
+        before = [steps.clone() for steps in first_steps]
+        for value, (operation, mask) in enumerate(zip(network.operations, network.masks, strict=True), start=1):
+            if operation.kind == Kind.LINEAR:
+                least = (mask * first_steps[operation.source]).amax(dim=1)
+                if first_steps[value] is not last:
+                    torch.maximum(first_steps[value], least, out=first_steps[value])
+                elif (least > last).any():  # a residual block delays its input beyond the parameter that needs it
+                    raise UnsupportedError("a network that is not autoregressive")
+        if all(torch.equal(old, new) for old, new in zip(before, first_steps, strict=True)):
+            return first_steps

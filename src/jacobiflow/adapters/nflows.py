@@ -11,11 +11,12 @@ from nflows.transforms.autoregressive import (
     MaskedAffineAutoregressiveTransform,
     MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
 )
-from nflows.transforms.base import CompositeTransform, InputOutsideDomain, InverseTransform
+from nflows.transforms.base import CompositeTransform, InverseTransform
 from nflows.transforms.permutations import Permutation, RandomPermutation, ReversePermutation
 from nflows.transforms.standard import AffineTransform, PointwiseAffineTransform
 
 from jacobiflow.adapters.acceleration import Adapter, library_class
+from jacobiflow.adapters.chain import Part, affine_part, permutation_part
 from jacobiflow.adapters.made import (
     AcceleratedComposition,
     AcceleratedTransform,
@@ -23,7 +24,6 @@ from jacobiflow.adapters.made import (
     rational_quadratic_transform,
 )
 from jacobiflow.adapters.network import UnsupportedError
-from jacobiflow.adapters.part import Part, affine_part, permutation_part
 from jacobiflow.native.structures import Elementwise
 
 
@@ -56,7 +56,6 @@ class Accelerated(AcceleratedTransform):
     """A masked transform of nflows."""
 
     library = made
-    errors = (AssertionError, InputOutsideDomain)
 
 
 ADAPTERS = (

@@ -14,6 +14,7 @@ from normflows.nets import made
 from torch import Tensor
 
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, library_class
+from jacobiflow.adapters.chain import Part, permutation_part
 from jacobiflow.adapters.made import (
     AcceleratedTransform,
     affine_transform,
@@ -22,7 +23,6 @@ from jacobiflow.adapters.made import (
     rational_quadratic_transform,
 )
 from jacobiflow.adapters.network import UnsupportedError
-from jacobiflow.adapters.part import Part, permutation_part
 from jacobiflow.native.structures import Elementwise
 
 

@@ -1,4 +1,4 @@
-"""The inverse of a masked autoregressive transform by passes of the library's own network."""
+"""The inverse of a masked autoregressive transform by passes x <- g(x) of the library's own network."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import Acceleration
-from jacobiflow.adapters.chain import flatten
-from jacobiflow.adapters.fixed_point import Pass, iterate
 from jacobiflow.adapters.side_effects import has_hooks, is_stateful, is_traced
 
-_MIN_PASSES = 6  # from 0: below, none is saved, and comparing iterates costs more than it gains
+Pass = Callable[[Tensor], Sequence[Tensor]]
+"""x -> (g(x), ...): the next iterate, and the library's other results."""
 
-Rows = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None, torch.Size]]
+_MIN_PASSES = 6  # from 0: below, none is saved, and comparing iterates costs more than it gains
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def invert(
@@ -26,15 +26,11 @@ def invert(
     y: Float[Tensor, "*batch d"],
     context: Float[Tensor, "*batch c"] | None,
     passes: int,
-    first_iterate: Callable[[Tensor], Tensor] = torch.zeros_like,
-    rows: Rows = flatten,
-    is_jacobi: bool = True,
-    errors: tuple[type[Exception], ...] = (AssertionError,),
 ) -> Sequence[Tensor] | None:
     """Returns the results of the last pass; `None` if the inverse is left to the library's own loop.
 
-    That loop also decides if other passes may spread a value that is not finite in another way, or if a pass from an
-    answer of native code raises an error.
+    At tolerance 0 passes end when one returns its argument bit for bit: g is a function, so all later ones would return
+    it too. Above 0 they end when one changes no entry by more than the tolerance.
 
     Args:
         acceleration: Has the tolerance, and counts the passes.
@@ -43,65 +39,113 @@ def invert(
         y: A batch.
         context: A batch with which that of `y` can be broadcast.
         passes: The number of passes in the library's own loop.
-        first_iterate: Gives the x from which that loop starts.
-        rows: Gives `y` and `context` with a row for each sample.
-        is_jacobi: Whether each pass of that loop sets all features.
-        errors: Errors of the elementwise inverse at an argument that it cannot invert.
     """
     needs_graph = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (y, context, *module.parameters())
     )
-    start = None
-    is_left = _needs_all_passes(module, y, needs_graph) or not (is_jacobi or _are_finite(y, context))
-    if not is_left:
-        start = _moderate_start(acceleration, module, y, context)
-        is_left = start is None and passes < _MIN_PASSES
-    if is_left:
-        acceleration.count(module, passes, "library")
-        return None
-    tolerance = acceleration.tolerance or 0.0
-    if tolerance > 0:
-        y, context, _ = rows(y, context)
-        context = None if context is None else context.expand(len(y), -1)
-        start = None if start is None else start.reshape(y.shape)
-    is_solved = start is not None and acceleration.tolerance != 0 and needs_graph
-    x = first_iterate(y) if start is None else start
-    try:
-        outputs, count = iterate(step, y, context, passes, tolerance, needs_graph, x, is_solved)
-    except errors:
-        if start is None:  # the library's own passes raise it too
-            raise
-        outputs, count = (), 1
-    # A value that is not finite is the library's if the passes are its own.
-    if not outputs or not ((is_jacobi and start is None) or _are_finite(*outputs)):
-        acceleration.count(module, count + passes, "library")
-        return None
-    acceleration.count(module, count, "passes")
-    return outputs
+    count = 0
+    if _can_end_early(module, y, context, needs_graph):
+        start = _native_inverse(acceleration, module, y, context)
+        if start is not None or passes >= _MIN_PASSES:
+            tolerance = acceleration.tolerance or 0.0
+            is_solved = start is not None and acceleration.tolerance != 0 and needs_graph
+            x = torch.zeros_like(y) if start is None else start
+            try:
+                outputs, count = _iterate(step, x, passes, tolerance, needs_graph, is_solved)
+            except Exception:  # the library's loop may meet no argument that a spline cannot invert
+                outputs, count = (), 1
+            if outputs and outputs[0].isfinite().all():
+                acceleration.count(module, count, "passes")
+                return outputs
+    acceleration.count(module, count + passes, "library")
+    return None
 
 
-def _needs_all_passes(module: nn.Module, y: Tensor, needs_graph: bool) -> bool:
-    """True if iterates have no values to compare, or a pass may be no function of its argument."""
-    if y.is_meta or is_traced():
-        return True
+def _can_end_early(module: nn.Module, y: Tensor, context: Tensor | None, needs_graph: bool) -> bool:
+    """False if iterates have no values to compare, or a pass may be no function of its argument."""
+    if y.is_meta or is_traced() or not y.is_floating_point():
+        return False
     if needs_graph and y.ndim > 2 and not y.is_contiguous():  # PyTorch then multiplies in another order with a graph
-        return True
-    return any(is_stateful(part) for part in module.modules())
+        return False
+    return not any(is_stateful(part) for part in module.modules()) and _are_moderate(y, context)
+
+
+def _are_moderate(*tensors: Tensor | None) -> bool:
+    """True if all entries are finite, and so small that no iterate of the library overflows."""
+    bounds = [t.abs() <= torch.finfo(t.dtype).max ** 0.5 for t in tensors if t is not None]
+    return bool(torch.stack([is_moderate.all() for is_moderate in bounds]).all())
 
 
 @torch.no_grad()
-def _moderate_start(acceleration: Acceleration, module: nn.Module, y: Tensor, context: Tensor | None) -> Tensor | None:
-    """The inverse by native code, if all of it is so moderate that no iterate of the library overflows."""
+def _native_inverse(acceleration: Acceleration, module: nn.Module, y: Tensor, context: Tensor | None) -> Tensor | None:
     context = None if context is None else context.detach()
     values = acceleration.evaluate(module, y.detach(), context, is_inverse=True, fallback=None)
-    if values is None:
-        return None
-    x, limit = values[0], torch.finfo(y.dtype).max ** 0.5
-    return x if all(t is None or bool((t.abs() <= limit).all()) for t in (x, y, context)) else None
+    return values[0] if values is not None and _are_moderate(values[0]) else None
 
 
-def _are_finite(*tensors: Tensor | None) -> bool:
-    return bool(torch.stack([t.isfinite().all() for t in tensors if t is not None]).all())
+def _iterate(
+    step: Pass, x: Tensor, passes: int, tolerance: float, needs_graph: bool, is_solved: bool
+) -> tuple[Sequence[Tensor], int]:
+    """The results of the last of at most `passes` passes from `x`, with the graph of the solution, and their number."""
+    outputs, count = [x], 0
+    with torch.no_grad():
+        while count < passes - needs_graph and not is_solved:
+            x, outputs, count = outputs[0], step(outputs[0]), count + 1
+            is_solved = _is_close(outputs[0], x, tolerance)
+    if not needs_graph:
+        return outputs, count
+    with torch.enable_grad():
+        x = outputs[0].detach().requires_grad_()
+        return _Implicit.apply(x, passes, tolerance, *step(x)), count + 1
+
+
+def _is_close(new: Tensor, old: Tensor, tolerance: float) -> bool:
+    """True if no entry changed by more than the tolerance; for 0, by a single bit: a NaN equals itself, 0 is not -0."""
+    if tolerance > 0:
+        return bool(((new - old).abs() <= tolerance).all())
+    return new.dtype == old.dtype and torch.equal(new.view(_BITS[new.itemsize]), old.view(_BITS[old.itemsize]))
+
+
+class _Implicit(torch.autograd.Function):
+    """Gives the graph of one pass at a solution x = g(x, theta) the gradient of the solution.
+
+    By the implicit function theorem, cotangents u of x and w of the other outputs h(x, theta) give
+    v = u + J^T v + (dh/dx)^T w, with J = dg/dx at the solution. J is nilpotent, so that iterating v from u ends after
+    at most as many vector-Jacobian products as the inverse has passes. The gradient in theta is that of one pass, of
+    the cotangents v and w.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, passes: int, tolerance: float, *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *outputs)
+        ctx.passes, ctx.tolerance = passes, tolerance
+        ctx.set_materialize_grads(False)
+        results = tuple(output.view_as(output) for output in outputs)
+        ctx.mark_non_differentiable(*(r for r, o in zip(results, outputs, strict=True) if not o.requires_grad))
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # there is no graph of how the solution itself depends on theta
+            raise RuntimeError(
+                "create_graph=True: an accelerated inverse has no second derivatives; restore() the flow first"
+            )
+        x, *outputs = ctx.saved_tensors
+        u = torch.zeros_like(outputs[0]) if cotangents[0] is None else cotangents[0]
+        others = [pair for pair in zip(outputs[1:], cotangents[1:], strict=True) if pair[1] is not None]
+        v = u
+        for _ in range(ctx.passes):
+            pairs = [(outputs[0], v), *others]
+            (change,) = torch.autograd.grad(
+                [output for output, _ in pairs], x, [w for _, w in pairs], retain_graph=True, allow_unused=True
+            )
+            old, v = v, u if change is None else u + change
+            if torch._C._functorch.is_legacy_batchedtensor(u):  # type: ignore[attr-defined]
+                continue  # a vmap, whose values cannot be compared
+            # A row ends by its own largest entry.
+            if bool(((v - old).abs().amax(dim=-1) <= ctx.tolerance * v.abs().amax(dim=-1)).all()):
+                break
+        return (None, None, None, v, *cotangents[1:])
 
 
 def premasked(network: Any, masked_linear: type[nn.Module]) -> Any:
@@ -109,9 +153,8 @@ def premasked(network: Any, masked_linear: type[nn.Module]) -> Any:
 
     At 784 features and one sample this product is most of a pass. Each layer of the class `masked_linear`, which
     computes F.linear(x, mask * weight, bias), becomes a linear layer of the product, and each module around it a
-    shallow copy. The network itself is only read, as threads may share it. A module that is not the library's own, or
-    has hooks or a `forward` of its own, may refer to itself, so it is used as it is, with all its parts. The result
-    gives no gradient in the weights.
+    shallow copy: threads may share the network. A module that is not the library's own, or has hooks or a `forward` of
+    its own, may refer to itself, so it is used as it is. The result gives no gradient in the weights.
     """
     kind, library = type(network), masked_linear.__module__.split(".")[0]
     if not isinstance(network, nn.Module) or has_hooks(network) or "forward" in vars(network):

@@ -18,9 +18,8 @@ from pyro.nn.auto_reg_nn import AutoRegressiveNN, ConditionalAutoRegressiveNN, M
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, accelerate_module, library_class
-from jacobiflow.adapters.chain import Values
+from jacobiflow.adapters.chain import Part, Values, masked_part
 from jacobiflow.adapters.network import MaskedNetwork, UnsupportedError
-from jacobiflow.adapters.part import Part, masked_part
 from jacobiflow.adapters.passes import invert, premasked
 from jacobiflow.native.structures import Elementwise, Ends
 
@@ -77,9 +76,6 @@ class _AcceleratedTransform(AcceleratedModule):
     memory: ClassVar[str]
     """The attribute in which pyro keeps the logarithms of derivatives."""
 
-    is_jacobi: ClassVar[bool] = True
-    """Whether each pass of pyro's loop sets all features."""
-
     arn: Any
 
     def _call(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
@@ -124,16 +120,14 @@ class _AcceleratedTransform(AcceleratedModule):
         network, context = self._call_of_network
         cheaper = cache(partial(premasked, network, MaskedLinear))
 
-        def step(x: Tensor, y: Tensor, context: Tensor | None) -> Sequence[Tensor]:
+        def step(x: Tensor) -> Sequence[Tensor]:
             called = network if torch.is_grad_enabled() else cheaper()
             return self._pass(y, called(x) if context is None else called(x, context=context))
 
-        outputs = invert(
-            self.acceleration, self._owner, step, y, context, y.shape[-1], self._first_iterate, is_jacobi=self.is_jacobi
-        )
+        outputs = invert(self.acceleration, self._owner, step, y, context, y.shape[-1])
         if outputs is None:
             return super()._inverse(y)  # type: ignore[misc]
-        x, log_scale = (part.reshape(y.shape) for part in outputs)
+        x, log_scale = outputs
         setattr(self, self.memory, log_scale)
         return x
 
@@ -144,10 +138,6 @@ class _AcceleratedTransform(AcceleratedModule):
         if isinstance(call, partial) and not call.args and list(call.keywords) == ["context"]:
             return call.func, call.keywords["context"]
         return call, None
-
-    def _first_iterate(self, y: Tensor) -> Tensor:
-        """The x from which pyro's loop starts."""
-        return torch.zeros_like(y)
 
     @abstractmethod
     def _pass(self, y: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -162,13 +152,9 @@ class AcceleratedAffine(_AcceleratedTransform):
     """
 
     memory = "_cached_log_scale"
-    is_jacobi = False
 
     log_scale_min_clip: float
     log_scale_max_clip: float
-
-    def _first_iterate(self, y: Tensor) -> Tensor:
-        return torch.zeros(y.shape, device=y.device)  # of the default dtype, as pyro has it
 
     def _pass(self, y: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         mean, log_scale = parameters

@@ -8,20 +8,16 @@ from torch.autograd import forward_ad
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-
 
 def is_traced() -> bool:
     """Returns True if PyTorch does more than compute values.
 
-    It may trace, compile, export, transform a function, differentiate forward, or have a dispatch mode. A PyTorch
-    without the private names that tell counts as traced.
+    It may trace, compile, export, transform a function, differentiate forward, or have a dispatch mode.
     """
-    is_transforming = getattr(torch._C, "_are_functorch_transforms_active", None)
     return bool(
-        is_transforming is None or is_transforming() or _dispatch_modes() > 0
+        torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
         or torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or getattr(forward_ad, "_current_level", 0) >= 0
+        or forward_ad._current_level >= 0
     )  # fmt: skip
 
 

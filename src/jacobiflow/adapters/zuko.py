@@ -25,9 +25,8 @@ from zuko.transforms import (
 )
 
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, is_accelerated, library_class
-from jacobiflow.adapters.chain import Values
+from jacobiflow.adapters.chain import Part, Values, affine_part, masked_part, permutation_part
 from jacobiflow.adapters.network import MaskedNetwork, UnsupportedError
-from jacobiflow.adapters.part import Part, affine_part, masked_part, permutation_part
 from jacobiflow.adapters.passes import invert, premasked
 from jacobiflow.native.structures import Elementwise, Ends
 
@@ -164,15 +163,11 @@ class MaskedAtContext(_AtContext, AutoregressiveTransform):  # type: ignore[misc
         module, context = self.module, self.context
         cheaper = cache(partial(premasked, module, MaskedLinear))
 
-        def step(x: Tensor, y: Tensor, context: Tensor | None) -> tuple[Tensor]:
+        def step(x: Tensor) -> tuple[Tensor]:
             transform = module if torch.is_grad_enabled() else cheaper()
             return (transform.meta(context, x).inv(y),)
 
-        outputs = invert(module.acceleration, module, step, y, context, self.passes)
-        if outputs is None:
-            return None
-        batch = y.shape[:-1] if context is None else torch.broadcast_shapes(y.shape[:-1], context.shape[:-1])
-        return (outputs[0].reshape(*batch, y.shape[-1]),)
+        return invert(module.acceleration, module, step, y, context, self.passes)
 
 
 class InverseAtContext(_InverseTransform):

@@ -199,8 +199,7 @@ def _part(folder: Path | None, key: str, name: str, declared: type[T], make: Cal
     stored = read_object(file) or {}
     if stored.get("key") == key:
         with suppress(ValueError):  # damaged, or of another version: measured again
-            part: T = codec.decode(declared, stored["part"])
-            return part
+            return codec.decode(declared, stored["part"])
     value = make()
     write_json(file, {"key": key, "part": codec.encode(value)}, indent=None)
     return value

@@ -25,8 +25,9 @@ from jacobiflow.cli.screen import one_line
 from jacobiflow.errors import InputError, InputValueError
 
 _LOST_READER, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
-_MEMORY = re.compile(r"out of memory|allocate memory|DefaultCPUAllocator|bad_alloc|_ALLOC_FAILED|not enough memory",
-                     re.IGNORECASE)  # fmt: skip
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|allocate memory|DefaultCPUAllocator|bad_alloc|_ALLOC_FAILED|not enough memory", re.IGNORECASE
+)
 
 
 class _Command(TyperCommand):
@@ -54,7 +55,7 @@ for _function in (
     app.command(_function.__name__, cls=_Command)(_function)
 
 
-def _version(is_given: bool) -> None:
+def _print_version(is_given: bool) -> None:
     if is_given:
         print(f"jacobiflow {__version__}")
         raise typer.Exit
@@ -63,7 +64,7 @@ def _version(is_given: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
     traceback: Annotated[
         bool, typer.Option("--traceback", help="Show the traceback of bad input too. Give it before the command.")
@@ -99,19 +100,20 @@ def _run(arguments: list[str]) -> int:
     except TyperException as error:
         context = getattr(error, "ctx", None)
         remedy = "" if context is None else f"; see {context.command_path} --help"
-        return _failed(error.format_message().rstrip(".") + remedy)
+        return _refused(error.format_message().rstrip(".") + remedy)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at the end
         return _LOST_READER
     except (typer.Abort, KeyboardInterrupt):
         code = _INTERRUPTED
-    except Exception as error:
-        message = _message(error)
-        if message is None:
-            raise
+    except (InputError, OSError) as error:
         if "--traceback" in arguments:
             traceback.print_exc()
-        return _failed(message)
+        return _refused(str(error))
+    except (MemoryError, RuntimeError) as error:  # PyTorch's
+        if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        return _refused("out of memory; give a smaller --batch-size, or smaller numbers")
     if code == _INTERRUPTED:  # typer's code for a KeyboardInterrupt
         print("interrupted", file=sys.stderr)
     return code or 0
@@ -130,17 +132,7 @@ def _load_extensions() -> None:
             ) from error
 
 
-def _message(error: Exception) -> str | None:
-    """The message for the user; None for a fault of the library."""
-    if isinstance(error, InputError | OSError):
-        return str(error)
-    by_name = type(error).__name__ in ("RuntimeError", "AcceleratorError", "OutOfMemoryError")  # PyTorch's
-    if isinstance(error, MemoryError) or (by_name and _MEMORY.search(str(error))):
-        return "out of memory; give a smaller --batch-size, or smaller numbers"
-    return None
-
-
-def _failed(message: str) -> int:
+def _refused(message: str) -> int:
     print(f"error: {one_line(message)}", file=sys.stderr)
     return _BAD_INPUT
 

@@ -5,19 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from jacobiflow.cli import options
+from typer import Argument, Option
 
 
 def convert(
-    file: Annotated[Path, typer.Argument(help="A state dict (.pth) that the original TarFlow code saved.")],
-    out: Annotated[Path, typer.Option("--out", help="New or empty folder for config.json and model.safetensors.")],
-    patch_size: Annotated[int, typer.Option("--patch-size", help="Side of a patch in pixels.")],
-    noise_std: Annotated[
-        float, typer.Option("--noise-std", help="Gaussian noise of its training, which denoising needs; 0: none.")
-    ],
-    json: options.Json = None,
+    file: Annotated[Path, Argument(help="A state dict (.pth) that the original TarFlow code saved.")],
+    out: Annotated[Path, Option(help="New or empty folder for config.json and model.safetensors.")],
+    patch_size: Annotated[int, Option(help="Side of a patch in pixels.")],
+    noise_std: Annotated[float, Option(help="Gaussian noise of its training, which denoising needs; 0: none.")],
 ) -> None:
     """Turn original TarFlow weights into a model folder.
 
@@ -25,18 +20,16 @@ def convert(
 
     Example: jacobiflow convert afhq_model_8_768_8_8_0.07.pth --patch-size 8 --noise-std 0.07 --out afhq
     """
-    from dataclasses import asdict, replace
+    from dataclasses import replace
 
     from jacobiflow.flows.tarflow import TarFlow
     from jacobiflow.flows.tarflow.original import infer_config, read_original
     from jacobiflow.locking import check_own
 
-    options.check_files(None, [file], json=json)
     check_own(out, "model")
     config = replace(infer_config(read_original(file), patch_size=patch_size), noise_std=noise_std)
     flow = TarFlow.from_original(file, config)
     flow.save_pretrained(out)
-    options.write_results(json, {"model": str(out), **asdict(config)})
     parameters = sum(parameter.numel() for parameter in flow.parameters())
     size, classes = f"{config.in_channels}x{config.image_size}x{config.image_size}", config.num_classes
     print(f"{parameters:,} weights, images of {size}, {config.num_tokens} tokens, {classes} classes")

@@ -5,66 +5,63 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from jacobiflow.cli import options
-from jacobiflow.cli.screen import Table, progress_bar, show
+from jacobiflow.cli.screen import progress_bar, show_table
 from jacobiflow.errors import InputValueError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jacobiflow.data import ImageDataset, Noise
-    from jacobiflow.evaluation import Statistics
+    from jacobiflow.data import ImageDataset
     from jacobiflow.evaluation.features import FeatureFunction
     from jacobiflow.flows.image_flow import ImageFlow
+    from jacobiflow.progress import Progress
     from jacobiflow.storage import SampleFolder
-    from jacobiflow.strategy import Strategy
 
 _FEW = 10_000  # images on either side of what compares each with each
 _TABLE = "evaluation.json"
-
-Rows = list[tuple[str, str, str]]  # a measure, its value, and what it is of
+_FEATURES = (
+    "inception (FID), or FILE.py:FUNCTION for a function from 8-bit images (N, C, H, W) to features (N, d); or none. "
+    "Default: inception, if there are real images."
+)
+# Name, value, and remark of a score that is in the results.
+_SCORES = (
+    ("Frechet distance", "{frechet_distance:.4f}", "{features}, {num:,} samples against {against}"),
+    ("kernel distance", "{kernel_distance:.5f}", "+-{kernel_distance_std:.5f} over subsets"),
+    ("precision", "{precision:.3f}", ""),
+    ("recall", "{recall:.3f}", ""),
+    ("certificate", "{certificates[max]:.1e}", "largest; median {certificates[median]:.1e}"),
+    ("re-solved", "{resolved_sequentially:,}", "samples, token by token"),
+    ("lost", "{lost:,}", "samples, whose exact inverse overflows: black images, which count above"),
+    ("largest error", "{paired[max]:.1e}", "{paired[num]:,} samples, against the sequential loop"),
+    ("RMS error", "{paired[rms]:.1e}", "the same"),
+    ("PSNR", "{paired[psnr]:.1f} dB", "the same"),
+    ("8-bit pixels", "{stored[share]:.3%}", "of the stored images differ, by {stored[levels]} at most"),
+    ("bits per dimension", "{bits_per_dim:.3f}", "{test_images:,} uniformly dequantised test images"),
+    ("bits per dimension", "{bits_per_dim_noisy:.3f}", "{test_images:,} noisy test images"),
+    ("class accuracy", "{bayes_accuracy:.1%}", "by Bayes' rule; the same test images"),
+)
 
 
 def evaluate(
     model: options.Model = "fashion-p2",
-    samples: Annotated[Path | None, typer.Option("--samples", help="A folder that jacobiflow sample wrote.")] = None,
-    images: Annotated[
-        str | None, typer.Option("--images", help=f"Real images to compare with: {options.SOURCES}")
-    ] = None,
-    features: Annotated[
-        str | None,
-        typer.Option(
-            "--features",
-            help="inception (FID), or FILE.py:FUNCTION for a function from 8-bit images (N, C, H, W) to features "
-            "(N, d); or none. Default: inception, if there are real images.",
-        ),
-    ] = None,
-    inception: Annotated[
-        Path | None, typer.Option("--inception", help="File of Inception's weights. Default: it is downloaded.")
-    ] = None,
+    samples: Annotated[Path | None, Option(help="A folder that jacobiflow sample wrote.")] = None,
+    images: Annotated[str | None, Option(help=f"Real images to compare with: {options.SOURCES}")] = None,
+    features: Annotated[str | None, Option(help=_FEATURES)] = None,
+    inception: Annotated[Path | None, Option(help="File of Inception's weights. Default: it is downloaded.")] = None,
     stats: Annotated[
-        Path | None,
-        typer.Option("--stats", help="Statistics of real images to compare with, such as *_fid_stats.pth."),
+        Path | None, Option(help="Statistics of real images to compare with, such as *_fid_stats.pth.")
     ] = None,
-    save_stats: Annotated[
-        Path | None, typer.Option("--save-stats", help="Write the statistics of --images to this file.")
-    ] = None,
-    paired: Annotated[int, typer.Option("--paired", min=0, help="Samples to compare with the sequential loop's.")] = 64,
-    test_images: Annotated[
-        int, typer.Option("--test-images", min=0, help="Images of --images' test split for likelihoods.")
-    ] = 1000,
-    noise: Annotated[
-        str | None,
-        typer.Option("--noise", help="On test images: gaussian, or uniform (dequantised). Default: as in training."),
-    ] = None,
+    save_stats: Annotated[Path | None, Option(help="Write the statistics of --images to this file.")] = None,
+    paired: Annotated[int, Option(min=0, help="Samples to compare with the sequential loop's.")] = 64,
+    test_images: Annotated[int, Option(min=0, help="Images of --images' test split for likelihoods.")] = 1000,
     batch_size: options.ImagesAtATime = 64,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
-    out: Annotated[Path, typer.Option("--out", help="Folder for evaluation.json.")] = Path("out/evaluation"),
-    json: options.Json = None,
+    out: Annotated[Path, Option(help="Folder for evaluation.json.")] = Path("out/evaluation"),
 ) -> None:
     """Score a model and its samples.
 
@@ -72,47 +69,46 @@ def evaluate(
 
     Example: jacobiflow evaluate --model fashion-p2 --samples out/demo --images fashion-512
     """
-    from jacobiflow.evaluation import Statistics
-    from jacobiflow.evaluation.features import load_features
     from jacobiflow.files import write_json
-    from jacobiflow.locking import own_folder
+    from jacobiflow.locking import check_own, own_folder
 
-    options.check_files(model, [images, stats, inception, samples], save_stats=save_stats, json=json)
+    options.check_output("--save-stats", save_stats, model, images, stats, inception, samples)
+    check_own(out, "evaluation")
     features = features or ("none" if images is None and stats is None else "inception")
     if samples is None and images is None:
         raise InputValueError("nothing to evaluate: give --samples, a folder that jacobiflow sample wrote, or --images")
     if save_stats is not None and (images is None or features == "none"):
         raise InputValueError(f"--save-stats {save_stats}: give --images and --features, whose statistics they are")
+    if features != "none" and images is None and stats is None:
+        raise InputValueError(f"--features {features}: give --images or --stats, to compare with")
     flow = options.load_model(model, device, dtype)
     folder = None if samples is None else _open_samples(samples, flow)
-    strategy = None if folder is None or not paired else folder.strategy()
     test = None if images is None or not test_images else _test_images(flow, images, test_images)
-    test_noise = _noise(flow, noise)
-    extractor = statistics = real = None
-    if features != "none" and (folder is not None or save_stats is not None):
-        if images is None and stats is None:
-            raise InputValueError(f"--features {features}: give --images or --stats, to compare with")
-        extractor = load_features(features, inception)
-        statistics = None if stats is None else Statistics.load(stats)
-        real = None if images is None else _real_features(flow, extractor, images)
     results: dict[str, Any] = {"model": model, "samples": None if samples is None else str(samples)}
-    rows: Rows = []
-    with own_folder(out, "evaluation", (_TABLE,)):
-        if save_stats is not None and real is not None:
-            _save_statistics(real, extractor, save_stats, rows)
-        if folder is not None and extractor is not None:
-            source = f"the training split of {images}" if statistics is None else str(stats)
-            results |= _distances(folder, features, extractor, real, statistics, source, rows)
+    with progress_bar() as progress:
+        if features != "none" and (folder is not None or save_stats is not None):
+            results |= _distances(flow, folder, features, inception, images, stats, save_stats, progress)
         if folder is not None:
-            results |= _certificates(folder, rows)
-            if strategy is not None:
-                results |= _paired(folder, flow, strategy, min(paired, folder.manifest.num), batch_size, rows)
+            results |= _certificates(folder)
+            if paired:
+                results |= _paired(folder, flow, min(paired, folder.manifest.num), batch_size)
         if test is not None:
-            results |= _likelihood(flow, test, test_noise, f"of {images}", seed, batch_size, rows)
+            results |= _likelihood(flow, test, seed, batch_size, progress)
+    with own_folder(out, "evaluation", (_TABLE,)):
         write_json(out / _TABLE, results)
-    options.write_results(json, results)
-    show(Table("Scores", ("measure", "value", "of"), rows, words=(0, 2)))
+    show_table(("score", "value", ""), _rows(results), text=(0, 2))
     print(f"wrote {out / _TABLE}")
+
+
+def _rows(results: dict[str, Any]) -> list[list[str]]:
+    """The rows of the scores that were computed."""
+    rows = []
+    for score in _SCORES:
+        try:
+            rows.append([part.format(**results) for part in score])
+        except KeyError:
+            continue
+    return rows
 
 
 def _open_samples(path: Path, flow: ImageFlow) -> SampleFolder:
@@ -127,82 +123,73 @@ def _open_samples(path: Path, flow: ImageFlow) -> SampleFolder:
     return folder
 
 
-def _real_features(flow: ImageFlow, extractor: FeatureFunction, source: str) -> Tensor:
-    """Features of the training split; for Inception a random half is mirrored, as in the original's data loader."""
-    import torch
-
-    from jacobiflow.data import load_images
-    from jacobiflow.evaluation import InceptionFeatures, extract
-
-    images = load_images(source, flow.config.image_size, flow.config.in_channels).images
-    if isinstance(extractor, InceptionFeatures):
-        extractor.to(flow.var.device)
-        is_mirrored = torch.rand(len(images), generator=torch.Generator().manual_seed(0)) < 0.5
-        images = torch.where(is_mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
-    with progress_bar() as progress:
-        return extract(extractor, [images], progress, len(images))
-
-
-def _save_statistics(real: Tensor, extractor: FeatureFunction | None, path: Path, rows: Rows) -> None:
-    from jacobiflow.evaluation import InceptionFeatures, Statistics
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Statistics.of(real).save(path, extractor if isinstance(extractor, InceptionFeatures) else None)
-    rows.append(("statistics", f"{len(real):,} images", f"written to {path}"))
-
-
 def _distances(
-    folder: SampleFolder, features: str, extractor: FeatureFunction, real: Tensor | None,
-    statistics: Statistics | None, source: str, rows: Rows,
+    flow: ImageFlow, folder: SampleFolder | None, name: str, inception: Path | None, images: str | None,
+    stats: Path | None, save_stats: Path | None, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
-    """Fréchet distance to the real images; with their features, kernel distance, precision and recall too."""
-    from jacobiflow.evaluation import Statistics, extract, frechet_distance, kernel_distance, precision_recall
+    """Fréchet distance to real images; with their features, kernel distance, precision and recall too."""
+    from jacobiflow.evaluation import (
+        InceptionFeatures,
+        Statistics,
+        extract,
+        frechet_distance,
+        kernel_distance,
+        load_features,
+        precision_recall,
+    )
     from jacobiflow.evaluation.distances import SMALLEST
 
-    with progress_bar() as progress:
-        fake = extract(extractor, folder.batches(), progress, folder.manifest.num)
-    if statistics is None:
-        assert real is not None  # one of both is given
-        statistics = Statistics.of(real)
-    name = "FID" if features == "inception" else f"{features.rpartition(':')[2]}-FID"
-    distance = frechet_distance(statistics, Statistics.of(fake))
-    results = {"features": features, "against": source, "num": len(fake), "frechet_distance": distance}
-    rows.append((name, f"{distance:.4f}", f"{len(fake):,} samples, against {source}"))
+    extractor = load_features(name, inception)
+    real = None if images is None else extract(extractor, [_real_images(flow, extractor, images)], progress)
+    if save_stats is not None and real is not None:
+        save_stats.parent.mkdir(parents=True, exist_ok=True)
+        Statistics.of(real).save(save_stats, extractor if isinstance(extractor, InceptionFeatures) else None)
+        print(f"wrote {save_stats}: statistics of {len(real):,} images")
+    if folder is None:
+        return {}
+    statistics = Statistics.load(stats) if stats is not None else Statistics.of(real)  # type: ignore[arg-type]
+    fake = extract(extractor, folder.batches(), progress, folder.manifest.num)
+    results = {
+        "features": name, "num": len(fake), "frechet_distance": frechet_distance(statistics, Statistics.of(fake)),
+        "against": f"the training split of {images}" if stats is None else str(stats),
+    }  # fmt: skip
     if real is not None and min(len(real), len(fake)) >= SMALLEST:
-        few, many = real[:_FEW], fake[:_FEW]
-        kernel, std = kernel_distance(few, many)
-        precision, recall = precision_recall(few, many)
+        kernel, std = kernel_distance(real[:_FEW], fake[:_FEW])
+        precision, recall = precision_recall(real[:_FEW], fake[:_FEW])
         results |= {"kernel_distance": kernel, "kernel_distance_std": std, "precision": precision, "recall": recall}
-        of = f"{len(many):,} samples, {len(few):,} images"
-        rows += [
-            (name.replace("FID", "KID"), f"{kernel:.5f}", f"+-{std:.5f} over subsets; {of}"),
-            ("precision", f"{precision:.3f}", of), ("recall", f"{recall:.3f}", of),
-        ]  # fmt: skip
     return results
 
 
-def _certificates(folder: SampleFolder, rows: Rows) -> dict[str, Any]:
-    """The certificates, and the samples that were solved again or lost."""
-    num, certificate = folder.manifest.num, folder.certificate()
-    resolved, lost = int(folder.resolved().sum()), int(folder.lost().sum())
-    certificates = None
-    if certificate is None:
-        rows.append(("certificate", "none", "drawn with --no-certify"))
-    else:
-        certificates = {"median": float(certificate.median()), "max": float(certificate.max())}
-        of = f"largest of {num:,} samples; median {certificates['median']:.1e}"
-        rows.append(("certificate", f"{certificates['max']:.1e}", of))
-    rows.append(("re-solved", f"{resolved / num:.2%}", f"{resolved:,} of {num:,} samples, token by token"))
-    if lost:
-        rows.append(("lost", f"{lost / num:.2%}", "the exact inverse overflows; black images, which count above"))
-    return {"resolved_sequentially": resolved, "lost": lost, "certificates": certificates}
+def _real_images(flow: ImageFlow, extractor: FeatureFunction, source: str) -> Tensor:
+    """The training split; for Inception a random half is mirrored, as in the original's data loader."""
+    import torch
+
+    from jacobiflow.data import load_images
+    from jacobiflow.evaluation import InceptionFeatures
+
+    images = load_images(source, flow.config.image_size, flow.config.in_channels).images
+    if not isinstance(extractor, InceptionFeatures):
+        return images
+    extractor.to(flow.var.device)
+    is_mirrored = torch.rand(len(images), generator=torch.Generator().manual_seed(0)) < 0.5
+    return torch.where(is_mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
-def _paired(
-    folder: SampleFolder, flow: ImageFlow, strategy: Strategy, num: int, batch_size: int, rows: Rows
-) -> dict[str, Any]:
+def _certificates(folder: SampleFolder) -> dict[str, Any]:
+    """The samples that were solved again or lost, and the certificates if they were measured."""
+    results: dict[str, Any] = {
+        "resolved_sequentially": int(folder.resolved().sum()), "lost": int(folder.lost().sum())
+    }  # fmt: skip
+    certificate = folder.certificate()
+    if certificate is not None:
+        results["certificates"] = {"median": float(certificate.median()), "max": float(certificate.max())}
+    return results
+
+
+def _paired(folder: SampleFolder, flow: ImageFlow, num: int, batch_size: int) -> dict[str, Any]:
     """The first samples against the sequential loop's at the same latents."""
     from dataclasses import asdict
+    from functools import partial
 
     import torch
 
@@ -215,38 +202,17 @@ def _paired(
     shards = range(-(-num // manifest.shard_size))
     stored = torch.cat([folder.images(i) for i in shards])[:num]
     labels = [part for i in shards if (part := folder.labels(i)) is not None]
-    classes = torch.cat(labels)[:num] if labels else None
-    z = draw_latents(num, config.num_tokens, config.token_channels, manifest.seed)
-    guided = flow.guided(manifest.guidance)
-
-    def draw(strategy: str | Strategy) -> Tensor:
-        return sample(
-            guided, latents=z, labels=classes, strategy=strategy, denoise=manifest.denoise, certify=manifest.certify,
-            batch_size=batch_size,
-        ).images.cpu()  # fmt: skip
-
-    exact = draw("sequential")
-    errors = fidelity(draw(strategy), exact)
-    on_disk = pixel_difference(stored, quantize(exact.nan_to_num(nan=-1.0)))
-    of = f"{num:,} samples, against the sequential loop"
-    rows += [
-        ("largest error", f"{errors.max:.1e}", of), ("RMS error", f"{errors.rms:.1e}", of),
-        ("PSNR", f"{errors.psnr:.1f} dB", of),
-        ("8-bit pixels", f"{on_disk.share:.3%}", f"of the stored images differ, by {on_disk.levels} at most"),
-    ]  # fmt: skip
-    return {"paired": asdict(errors), "stored": asdict(on_disk)}
-
-
-def _noise(flow: ImageFlow, kind: str | None) -> Noise:
-    """The noise of test images that `--noise` names; that of the flow's training by default."""
-    from jacobiflow.data import Noise
-
-    std = flow.config.noise_std
-    if kind not in (None, "gaussian", "uniform"):
-        raise InputValueError(f"--noise {kind}: give gaussian or uniform")
-    if kind == "gaussian" and not std:
-        raise InputValueError("--noise gaussian: this flow's noise_std is 0; give uniform")
-    return Noise("gaussian", std) if std and kind != "uniform" else Noise("uniform")
+    draw = partial(
+        sample, flow.guided(manifest.guidance), labels=torch.cat(labels)[:num] if labels else None,
+        latents=draw_latents(num, config.num_tokens, config.token_channels, manifest.seed),
+        denoise=manifest.denoise, certify=manifest.certify, batch_size=batch_size,
+    )  # fmt: skip
+    exact = draw(strategy="sequential").images.cpu()
+    errors = fidelity(draw(strategy=folder.strategy()).images.cpu(), exact)
+    return {
+        "paired": asdict(errors),
+        "stored": asdict(pixel_difference(stored, quantize(exact.nan_to_num(nan=-1.0)))),
+    }
 
 
 def _test_images(flow: ImageFlow, source: str, num: int) -> ImageDataset:
@@ -262,20 +228,13 @@ def _test_images(flow: ImageFlow, source: str, num: int) -> ImageDataset:
     return replace(data, images=data.images[:num], labels=labels)
 
 
-def _likelihood(
-    flow: ImageFlow, test: ImageDataset, noise: Noise, source: str, seed: int, batch_size: int, rows: Rows
-) -> dict[str, Any]:
-    """Bits per dimension and class accuracy of test images."""
+def _likelihood(flow: ImageFlow, test: ImageDataset, seed: int, batch_size: int, progress: Progress) -> dict[str, Any]:
+    """Bits per dimension and class accuracy of test images, with the noise of the flow's training."""
     from jacobiflow.evaluation import bayes_accuracy, bits_per_dim
 
-    is_gaussian = noise.kind == "gaussian"
-    kind = f"noisy images, noise {noise.std:g}" if is_gaussian else "uniformly dequantised images"
-    of = f"{len(test):,} {kind}, {source}"
-    with progress_bar() as progress:
-        bits = bits_per_dim(flow, test, noise, seed, batch_size, progress)
-        results = {"test_images": len(test), "bits_per_dim_noisy" if is_gaussian else "bits_per_dim": bits}
-        rows.append(("bits per dimension", f"{bits:.3f}", of))
-        if flow.config.num_classes and test.labels is not None:
-            accuracy = results["bayes_accuracy"] = bayes_accuracy(flow, test, noise, seed, batch_size, progress)
-            rows.append(("class accuracy", f"{accuracy:.1%}", f"by Bayes' rule; {of}"))
+    noise = options.training_noise(flow)
+    name = "bits_per_dim" if noise.kind == "uniform" else "bits_per_dim_noisy"
+    results = {"test_images": len(test), name: bits_per_dim(flow, test, noise, seed, batch_size, progress)}
+    if flow.config.num_classes and test.labels is not None:
+        results["bayes_accuracy"] = bayes_accuracy(flow, test, noise, seed, batch_size, progress)
     return results

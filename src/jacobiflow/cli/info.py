@@ -6,21 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Exit, Option
 
 from jacobiflow.cli import options
-from jacobiflow.cli.screen import Table, one_line, show
+from jacobiflow.cli.screen import one_line, show_table
 
 _LIBRARIES = ("zuko", "nflows", "normflows", "pyro-ppl", "sbi")  # whose flows `accelerate` takes
 _ROUND_TRIP = 1e-3  # largest change of a latent that is decoded and encoded
+_CHECK = "Instead, check a model folder, a sample folder or a training folder completely."
 
 
 def info(
     model: options.Model = "fashion-p2",
-    check: Annotated[
-        str | None,
-        typer.Option("--check", help="Instead, check a model folder, a sample folder or a training folder completely."),
-    ] = None,
+    check: Annotated[str | None, Option(help=_CHECK)] = None,
     json: options.Json = None,
 ) -> None:
     """Show a model and this machine, or check a folder.
@@ -31,16 +29,17 @@ def info(
 
     Example: jacobiflow info --model digits-p1
     """
+    options.check_output("--json", json, model, check)
     if check is not None:
         _check(check, json)
         return
     from dataclasses import asdict
+    from importlib.metadata import distributions
 
     from jacobiflow import native
     from jacobiflow.flows.guidance import SamplingSettings
     from jacobiflow.measuring import machine
 
-    options.check_files(model, [], json=json)
     flow = options.load_model(model)
     config = flow.config
     model_values = {
@@ -49,27 +48,12 @@ def info(
         "recommended": "none" if flow.recommended == SamplingSettings() else options.settings_text(flow.recommended),
         "parameters": sum(p.numel() for p in flow.parameters()),
     }  # fmt: skip
-    machine_values = {"native_loops": native.describe(), **machine(), **_versions()}
+    libraries = {each.name: each.version for each in distributions() if each.name in _LIBRARIES}
+    machine_values = {"native_loops": native.describe(), **machine(), **libraries}
     for title, values in (("Model", model_values), ("This machine", machine_values)):
-        rows = [
-            (name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
-            for name, value in values.items()
-        ]
-        show(Table(title, ("", ""), rows, words=(0, 1)))
+        print(title)
+        show_table(("", ""), [(name, str(value)) for name, value in values.items()], text=(0, 1))
     options.write_results(json, model_values | machine_values)
-
-
-def _versions() -> dict[str, str]:
-    """The installed libraries of other flows."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def _check(path: str, json: Path | None) -> None:
@@ -80,7 +64,6 @@ def _check(path: str, json: Path | None) -> None:
     from jacobiflow.locking import MANIFEST
     from jacobiflow.storage import SampleFolder
 
-    options.check_files(None, [path], json=json)
     folder = bundled().get(path, Path(path))
     kinds = {
         "a model": ((CONFIG, WEIGHTS), _model_problems),
@@ -89,15 +72,12 @@ def _check(path: str, json: Path | None) -> None:
     }
     content = [name for name, (files, _) in kinds.items() if any((folder / file).exists() for file in files)]
     if not content:
-        raise InputValueError(
-            f"{path}: no model, samples or training run; give the folder of one, or a bundled model's name "
-            f"({', '.join(bundled())})"
-        )
+        raise InputValueError(f"{path}: no model, samples or training run; give the folder of one, or a model's name")
     problems = [one_line(problem) for name in content for problem in kinds[name][1](folder)]
     options.write_results(json, {"path": path, "checked": content, "problems": problems})
     print("\n".join(problems) if problems else f"{path}: no problem; checked {' and '.join(content)}")
     if problems:
-        raise typer.Exit(2)
+        raise Exit(2)
 
 
 def _model_problems(folder: Path) -> Iterator[str]:

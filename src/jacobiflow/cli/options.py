@@ -4,66 +4,42 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from jacobiflow.calibration import Report
+    from jacobiflow.data import Noise
     from jacobiflow.flows.guidance import Guidance as GuidanceValue
     from jacobiflow.flows.guidance import SamplingSettings
     from jacobiflow.flows.image_flow import ImageFlow
 
-Model = Annotated[str, typer.Option("--model", help="A bundled name, a model folder, or a hub id.")]
-SOURCES = "digits, fashion-512, emoji-256, fashion-mnist, an .npz file, or a folder of images or IDX files."
-Images = Annotated[str, typer.Option("--images", help=SOURCES)]
-Labels = Annotated[
-    str,
-    typer.Option(
-        "--labels",
-        help="balanced, random, none, numbers such as 0,1,2 (repeated), or a .txt or .npy file with one per image.",
-    ),
-]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="float32, float64, bfloat16, float16, or tf32 on a GPU.")]
-ReportFile = Annotated[
-    Path | None,
-    typer.Option("--report", help="A report of jacobiflow calibrate: the guess to start from in each block."),
-]
-_GUIDANCE = (
-    'Weight of classifier-free guidance, or "4,attn_temperature=1.2"; other keys: annealed=false, on=scale, on=shift.'
-)
-Guidance = Annotated[str, typer.Option("--guidance", help=f"{_GUIDANCE} 0 is off.")]
-GuidanceOrRecommended = Annotated[
-    str | None,
-    typer.Option("--guidance", help=f"{_GUIDANCE} 0 is off. Default: as the model recommends.", show_default=False),
-]
-DenoiseOrRecommended = Annotated[
-    float | None,
-    typer.Option(
-        "--denoise", help="Rate of one denoising step; 0 is off. Default: as the model recommends.", show_default=False
-    ),
-]
-Tolerance = Annotated[
-    float | None,
-    typer.Option("--tolerance", help="Largest residual |g(x) - x| in any block. Default: 1e-3, or a file's own."),
-]
 MOST_AT_ONCE = 65_536  # latents of a batch of so many take 200 MB for images of 28x28
-BatchSize = Annotated[
-    str | None,
-    typer.Option(
-        "--batch-size", help="Images solved together, or auto: as many as fit in memory. Default: all, at most 64."
-    ),
+SOURCES = "digits, fashion-512, emoji-256, fashion-mnist, an .npz file, or a folder of images or IDX files."
+GUIDANCE = (
+    'Weight of classifier-free guidance, or "4,attn_temperature=1.2"; other keys: annealed=false, on=scale, on=shift. '
+    "0 is off."
+)
+_LABELS = "balanced, random, none, numbers such as 0,1,2 (repeated), or a .txt or .npy file with one per image."
+_TOLERANCE = "Largest residual |g(x) - x| in any block. Default: 1e-3, or a file's own."
+
+Model = Annotated[str, Option(help="A bundled name, a model folder, or a hub id.")]
+Images = Annotated[str, Option(help=SOURCES)]
+Labels = Annotated[str, Option(help=_LABELS)]
+Seed = Annotated[int, Option(min=0, help="Seed of everything random.")]
+Device = Annotated[str, Option(help="cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, Option(help="float32, float64, bfloat16, float16, or tf32 on a GPU.")]
+ReportFile = Annotated[
+    Path | None, Option(help="A report of jacobiflow calibrate: the guess to start from in each block.")
 ]
-ImagesAtATime = Annotated[
-    int, typer.Option("--batch-size", min=1, max=MOST_AT_ONCE, help="Images in the network at a time.")
-]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
+Guidance = Annotated[str, Option(help=GUIDANCE)]
+Tolerance = Annotated[float | None, Option(help=_TOLERANCE)]
+ImagesAtATime = Annotated[int, Option(min=1, max=MOST_AT_ONCE, help="Images in the network at a time.")]
+Json = Annotated[Path | None, Option(help="Also write the results to this file.")]
 
 
 def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> ImageFlow:
@@ -81,12 +57,12 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> ImageF
     return load(name, device, dtype)
 
 
-def parse_guidance(text: str | None) -> GuidanceValue | None:
-    """Returns the value of `--guidance`; None if it is off or not given."""
+def parse_guidance(text: str) -> GuidanceValue | None:
+    """Returns the value of `--guidance`; None if it is off."""
     from jacobiflow.flows.guidance import Guidance
 
-    guidance = None if text is None else Guidance.parse(text)
-    return guidance if guidance is not None and guidance.weight else None
+    guidance = Guidance.parse(text)
+    return guidance if guidance.weight else None
 
 
 def resolve_settings(
@@ -102,13 +78,11 @@ def resolve_settings(
 
     if plain and (guidance is not None or denoise is not None):
         raise InputValueError("--plain: excludes --guidance and --denoise; leave one of them out")
-    recommended = SamplingSettings() if plain else flow.recommended
-    default, note = recommended.guidance, ""
-    if guidance is None and default is not None and flow.config.num_classes > 0 and not has_labels:
-        default, note = None, "; the recommended guidance needs labels"
-    settings = SamplingSettings(
-        default if guidance is None else parse_guidance(guidance), recommended.denoise if denoise is None else denoise
-    )
+    recommended, note = SamplingSettings() if plain else flow.recommended, ""
+    value = recommended.guidance if guidance is None else parse_guidance(guidance)
+    if guidance is None and value is not None and flow.config.num_classes and not has_labels:
+        value, note = None, "; the recommended guidance needs labels"
+    settings = SamplingSettings(value, recommended.denoise if denoise is None else denoise)
     if settings == recommended != SamplingSettings():
         note = " (recommended by the model; --plain turns it off)"
     return settings, f"settings: {settings_text(settings)}{note}"
@@ -118,13 +92,6 @@ def settings_text(settings: SamplingSettings) -> str:
     """Returns the options by which `jacobiflow sample` takes `settings`."""
     guidance = [] if settings.guidance is None else [f"--guidance {settings.guidance}"]
     return " ".join([*guidance, *[f"--denoise {settings.denoise:g}"] * (settings.denoise > 0)]) or "--plain"
-
-
-def guidance_text(flow: ImageFlow, guidance: GuidanceValue | None) -> list[str]:
-    """Returns the options by which `jacobiflow sample` draws from `flow` under `guidance`."""
-    if guidance is None:
-        return ["--guidance", "0"] if flow.recommended.guidance is not None else []
-    return ["--guidance", str(guidance)]
 
 
 def parse_batch_size(text: str | None) -> int | None:
@@ -153,9 +120,7 @@ def parse_labels(text: str, num: int, flow: ImageFlow, seed: int) -> Tensor | No
     if text == "random":
         return draw_labels(num, flow.config.num_classes, seed)
     if text.endswith((".txt", ".npy")):
-        labels = _read_labels(Path(text), num)
-        flow.check_labels(labels, num)
-        return labels
+        return flow.check_labels(_read_labels(Path(text)), num)
     if not re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*", text):
         raise InputValueError(
             f"--labels {text}: give balanced, random, none, whole numbers with commas between, or a .txt or .npy file"
@@ -165,25 +130,18 @@ def parse_labels(text: str, num: int, flow: ImageFlow, seed: int) -> Tensor | No
     return numbers[torch.arange(num) % len(numbers)]
 
 
-def _read_labels(path: Path, num: int) -> Tensor:
-    """Whole numbers of a text file, or of an array of NumPy."""
+def _read_labels(path: Path) -> Any:
+    """The whole numbers in a text file, or the array in a file of NumPy."""
     import numpy as np
-    import torch
 
     from jacobiflow.errors import InputValueError
 
     try:
         if path.suffix == ".npy":
-            labels = np.load(path, mmap_mode="r")  # its shape is checked before it is read
-        else:
-            labels = np.array([int(word) for word in path.read_text().replace(",", " ").split()], np.int64)
-    except (OSError, ValueError, EOFError, OverflowError) as error:
+            return np.load(path).astype(np.int64, casting="same_kind")
+        return np.array([int(word) for word in path.read_text().replace(",", " ").split()], np.int64)
+    except (OSError, ValueError, TypeError, EOFError, OverflowError) as error:
         raise InputValueError(f"--labels {path}: cannot be read as whole numbers ({error})") from error
-    if labels.dtype.kind not in "iu" or labels.shape != (num,):
-        raise InputValueError(
-            f"--labels {path}: {labels.dtype} of shape {labels.shape}; give {num:,} whole numbers, one per image"
-        )
-    return torch.from_numpy(labels.astype(np.int64))
 
 
 def load_report(path: Path | None, flow: ImageFlow) -> Report | None:
@@ -197,29 +155,33 @@ def load_report(path: Path | None, flow: ImageFlow) -> Report | None:
     return report
 
 
-def check_files(model: str | None, reads: Iterable[str | Path | None], **writes: Path | None) -> None:
-    """Checks the files that a command writes, by option, before long work starts.
+def training_noise(flow: ImageFlow) -> Noise:
+    """Returns the noise of the images that the flow was trained on."""
+    from jacobiflow.data import Noise
 
-    Raises ValueError if one cannot be written, or is a file that the command reads.
+    std = flow.config.noise_std
+    return Noise("gaussian", std) if std else Noise("uniform")
+
+
+def check_output(option: str, path: Path | None, model: str, *inputs: str | Path | None) -> None:
+    """Checks the file that a command writes, if there is one, before long work starts.
+
+    Raises ValueError if it cannot be written, or is of the model, or is in one of `inputs`.
     """
     from jacobiflow.errors import InputValueError
     from jacobiflow.flows.folder import CONFIG, WEIGHTS, bundled
 
-    folder = bundled().get(model or "", Path(model or ""))
-    inputs = [*reads, *([] if model is None else [folder / CONFIG, folder / WEIGHTS])]
-    places = {Path(path).resolve(): path for path in inputs if path is not None and os.path.exists(path)}
-    for name, path in writes.items():
-        if path is None:
-            continue
-        option, place = f"--{name.replace('_', '-')} {path}", path.resolve()
-        if place.is_dir():
-            raise InputValueError(f"{option}: is a folder; give a file")
-        for outer in (place, *place.parents):
-            if outer in places:
-                raise InputValueError(f"{option}: is in {places[outer]}, which this command reads; give another file")
-        nearest = next(parent for parent in place.parents if parent.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise InputValueError(f"{option}: cannot be written; give a file in another folder")
+    if path is None:
+        return
+    folder, place = bundled().get(model, Path(model)), path.resolve()
+    if place.is_dir():
+        raise InputValueError(f"{option} {path}: is a folder; give a file")
+    for source in (folder / CONFIG, folder / WEIGHTS, *inputs):
+        if source is not None and os.path.exists(source) and place.is_relative_to(Path(source).resolve()):
+            raise InputValueError(f"{option} {path}: is in {source}, which this command reads; give another file")
+    nearest = next(parent for parent in place.parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputValueError(f"{option} {path}: cannot be written; give a file in another folder")
 
 
 def write_results(path: Path | None, results: dict[str, object]) -> None:

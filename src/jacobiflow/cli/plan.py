@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from jacobiflow.cli import options
-from jacobiflow.cli.screen import Table, show
+from jacobiflow.cli.screen import show_table
 from jacobiflow.errors import InputValueError
 
 if TYPE_CHECKING:
@@ -16,37 +16,23 @@ if TYPE_CHECKING:
     from jacobiflow.solvers import Solver
 
 _MOST = 1024  # images in a batch that is chosen
+_TUNE = (
+    "First fit guesses and corrections, and keep them as tuning.json in the model's folder, or beside --out for a "
+    "bundled model; under guidance as tuning-guided.json."
+)
 
 
 def plan(
-    out: Annotated[Path, typer.Option("--out", help="File for the strategy (JSON).")],
+    out: Annotated[Path, Option(help="File for the strategy (JSON).")],
     model: options.Model = "fashion-p2",
-    tuning: Annotated[
-        Path | None,
-        typer.Option("--tuning", help="Fitted by --tune; default: the one of this guidance in the model's folder."),
-    ] = None,
-    fit: Annotated[
-        bool,
-        typer.Option(
-            "--tune",
-            help="First fit guesses and corrections, and keep them as tuning.json in the model's folder, or beside "
-            "--out for a bundled model; under guidance as tuning-guided.json.",
-        ),
-    ] = False,
+    tune: Annotated[bool, Option("--tune", help=_TUNE)] = False,
     batch_size: Annotated[
-        str,
-        typer.Option(
-            "--batch-size",
-            help="Images solved together, or auto: as many as fit in free memory, at most 1,024.",
-        ),
+        str, Option(help="Images solved together, or auto: as many as fit in free memory, at most 1,024.")
     ] = "1",
-    tolerance: Annotated[
-        float, typer.Option("--tolerance", help="Largest residual in any block, and largest error of an image.")
-    ] = 1e-3,
+    tolerance: Annotated[float, Option(help="Largest residual in any block, and largest error of an image.")] = 1e-3,
     guidance: options.Guidance = "0",
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
-    json: options.Json = None,
 ) -> None:
     """Find the fastest strategy for a model here.
 
@@ -61,26 +47,22 @@ def plan(
     from jacobiflow.strategy import Tuning, find_tuning
     from jacobiflow.strategy import plan as race
 
-    options.check_files(model, [tuning], out=out, json=json)
-    size = options.parse_batch_size(batch_size)
+    options.check_output("--out", out, model)
     if out.suffix != ".json":
         raise InputValueError(f"--out {out}: give a file that ends in .json")
-    if fit and tuning is not None:
-        raise InputValueError(f"--tuning {tuning}: leave it out with --tune")
+    size = options.parse_batch_size(batch_size)
     flow = options.load_model(model, device, dtype).guided(options.parse_guidance(guidance))
     size = size or fitting_batch(flow, _MOST)
-    file = _tune(flow, model, out) if fit else tuning or find_tuning(flow)
-    strategy = race(flow, None if file is None else Tuning.load(file), size, tolerance)
+    tuning = _tune(flow, model, out) if tune else find_tuning(flow)
+    strategy = race(flow, None if tuning is None else Tuning.load(tuning), size, tolerance)
     prediction = strategy.prediction
     assert prediction is not None  # plan makes it
     out.parent.mkdir(parents=True, exist_ok=True)
     strategy.save(out)
-    tuned = None if file is None else str(file)
-    options.write_results(json, {"model": model, "tuning": tuned, "strategy": strategy.to_json()})
 
     print(f"{model}, batch size {size}, {prediction.device}")
     rows = [(str(i), *_describe(solver, flow.config.num_tokens)) for i, solver in enumerate(strategy.solvers)]
-    show(Table("", ("block", "tokens at a time", "until"), rows, words=(0, 1, 2)))
+    show_table(("block", "tokens at a time", "until"), rows, text=(0, 1, 2))
     print(
         f"predicted: {prediction.seconds:.3f} s a batch, the exact loop {prediction.sequential_seconds:.3f} s; "
         f"largest error of an image {prediction.error:.1e}"
@@ -88,10 +70,9 @@ def plan(
     needed = batch_bytes(flow, size)
     if needed is not None:
         print(f"memory: at most {needed / 1e6:,.1f} MB for a batch, beside the weights")
-    print(f"wrote {out}")
-    words = ["jacobiflow", "sample", "--model", model, "--strategy", str(out), "--batch-size", str(size)]
-    words += ["--num", str(size), *options.guidance_text(flow, flow.guidance)]
-    print(f"use it: {shlex.join(words)}")
+    use = ["jacobiflow", "sample", "--model", model, "--strategy", str(out), "--batch-size", str(size)]
+    use += ["--num", str(size), "--guidance", str(flow.guidance or 0)]
+    print(f"wrote {out}\nuse it: {shlex.join(use)}")
 
 
 def _tune(flow: ImageFlow, model: str, out: Path) -> Path:

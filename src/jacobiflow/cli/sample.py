@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from typer import Exit, Option
 
 from jacobiflow.cli import options
-from jacobiflow.cli.screen import Table, progress_bar, show
+from jacobiflow.cli.screen import progress_bar, show_table
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from jacobiflow.flows.guidance import SamplingSettings
     from jacobiflow.flows.image_flow import ImageFlow
     from jacobiflow.progress import Progress
     from jacobiflow.storage import SampleFolder
@@ -21,55 +18,57 @@ if TYPE_CHECKING:
 _SHEET = "samples.png"
 _SHEET_IMAGES = 100
 _OURS = "ours"
-_MOST = 100_000_000
+_STRATEGIES = (
+    "auto (planned for this model, machine and batch size), sequential, jacobi, jacobi-J, gs-jacobi:G, gs-jacobi:G-J, "
+    "window:N, the paper's [Stack-GS-J-Else], or a .json file."
+)
 
 
 def sample(
     model: options.Model = "fashion-p2",
-    num: Annotated[int, typer.Option("--num", min=1, max=_MOST, help="How many images.")] = 16,
+    num: Annotated[int, Option(min=1, max=100_000_000, help="How many images.")] = 16,
     labels: options.Labels = "balanced",
     seed: options.Seed = 0,
-    batch_size: options.BatchSize = None,
+    batch_size: Annotated[
+        str | None,
+        Option(help="Images solved together, or auto: as many as fit in memory. Default: all, at most 64."),
+    ] = None,
     shard_size: Annotated[
-        int | None,
-        typer.Option("--shard-size", min=1, help="Images in a file, which a stopped run loses. Default: about 1,024."),
+        int | None, Option(min=1, help="Images in a file, which a stopped run loses. Default: about 1,024.")
     ] = None,
     files: Annotated[
-        str, typer.Option("--files", help="npz: a file per shard. png: also one per image, by class.")
+        Literal["npz", "png"], Option(help="npz: a file per shard. png: also one per image, by class.")
     ] = "npz",
-    strategy: Annotated[
-        str,
-        typer.Option(
-            "--strategy",
-            help="auto (planned for this model, machine and batch size), sequential, jacobi, jacobi-J, gs-jacobi:G, "
-            "gs-jacobi:G-J, window:N, the paper's [Stack-GS-J-Else], or a .json file.",
-        ),
-    ] = "auto",
+    strategy: Annotated[str, Option(help=_STRATEGIES)] = "auto",
     tolerance: options.Tolerance = None,
     report: options.ReportFile = None,
-    guidance: options.GuidanceOrRecommended = None,
-    denoise: options.DenoiseOrRecommended = None,
+    guidance: Annotated[
+        str | None, Option(help=f"{options.GUIDANCE} Default: as the model recommends.", show_default=False)
+    ] = None,
+    denoise: Annotated[
+        float | None,
+        Option(help="Rate of one denoising step; 0 is off. Default: as the model recommends.", show_default=False),
+    ] = None,
     plain: Annotated[
-        bool, typer.Option("--plain", help="Without the guidance and the denoising that the model recommends.")
+        bool, Option("--plain", help="Without the guidance and the denoising that the model recommends.")
     ] = False,
     certify: Annotated[
-        bool, typer.Option(help="Measure every sample's residual in every block, and solve again above the tolerance.")
+        bool, Option(help="Measure every sample's residual in every block, and solve again above the tolerance.")
     ] = True,
     certify_always: Annotated[
-        bool, typer.Option("--certify-always", help="Also measure blocks that are exact by construction.")
+        bool, Option("--certify-always", help="Also measure blocks that are exact by construction.")
     ] = False,
     compare: Annotated[
-        bool,
-        typer.Option("--compare", help="Also draw the first batch by the original sampler, and compare."),
+        bool, Option("--compare", help="Also draw the first batch by the original sampler, and compare.")
     ] = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Draw all samples again, in place of those in the folder.")
+        bool, Option("--overwrite", help="Draw all samples again, in place of those in the folder.")
     ] = False,
-    out: Annotated[
-        Path, typer.Option("--out", help="Folder for shards/, manifest.json, strategy.json, samples.png.")
-    ] = Path("out/samples"),
+    out: Annotated[Path, Option(help="Folder for shards/, manifest.json, strategy.json, samples.png.")] = Path(
+        "out/samples"
+    ),
     json: options.Json = None,
 ) -> None:
     """Draw images into a folder, each certified.
@@ -81,14 +80,18 @@ def sample(
 
     Example: jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo
     """
-    import time
+    from dataclasses import asdict
+    from time import perf_counter
 
+    import torch
+
+    from jacobiflow.data import scale
     from jacobiflow.errors import InputValueError
-    from jacobiflow.memory import fitting_batch
-    from jacobiflow.plots import save_png
+    from jacobiflow.measuring import machine
+    from jacobiflow.plots import image_grid, save_png
     from jacobiflow.storage import FirstProcessFailed, processes, sample_to_folder
 
-    options.check_files(model, [strategy, labels, report], json=json)
+    options.check_output("--json", json, model, strategy, labels, report)
     if report is not None and strategy.endswith(".json"):
         raise InputValueError(f"--report {report}: {strategy} has its own guesses; leave one of them out")
     if certify_always and not certify:
@@ -103,30 +106,46 @@ def sample(
             if batch_size == "auto":
                 most = min(num, options.MOST_AT_ONCE)
                 size = group.on_first(lambda: (None if overwrite else _batch_size_of(out)) or fitting_batch(flow, most))
-            started = time.perf_counter()
+            started = perf_counter()
             folder = sample_to_folder(
-                flow, num, out, classes, seed, strategy=strategy, denoise=settings.denoise,
-                tolerance=tolerance, certify="always" if certify_always else certify, batch_size=size,
-                shard_size=shard_size, files=files, model=model, overwrite=overwrite, processes=group,  # type: ignore[arg-type]
-                report=options.load_report(report, flow),
+                flow, num, out, classes, seed, strategy=strategy, denoise=settings.denoise, tolerance=tolerance,
+                certify="always" if certify_always else certify, batch_size=size, shard_size=shard_size, files=files,
+                model=model, report=options.load_report(report, flow), overwrite=overwrite, processes=group,
                 progress=None if group.rank else progress,
             )  # fmt: skip
-            seconds = time.perf_counter() - started
+            seconds = perf_counter() - started
     except FirstProcessFailed:
-        raise typer.Exit(2) from None  # the first process says why
+        raise Exit(2) from None  # the first process says why
     if group.rank:
         return
-    results = _results(flow, folder, settings)
-    results |= {"processes": group.count, "wall_seconds": seconds, "drawn": folder.drawn}
+    manifest, cost, outcome = folder.manifest, folder.cost(), folder.outcome(flow.config.num_tokens)
+    certificate = folder.certificate()
+    run = asdict(cost) | {
+        "images_per_second": num / cost.seconds,
+        "certificate": None if certificate is None else float(certificate.max()),
+    }
+    results = {
+        "model": model, "num": num, "batch_size": manifest.batch_size, "seed": seed, "strategy": strategy,
+        "settings": options.settings_text(settings), "shards": manifest.num_shards, "processes": group.count,
+        "wall_seconds": seconds, "drawn": folder.drawn, "outcome": asdict(outcome), "runs": {strategy: run},
+        **machine(flow.var.device),
+    }  # fmt: skip
     if compare:
         with progress_bar() as progress:
-            compared = _compare(flow, folder, settings, out / _SHEET, progress)
-        results |= compared | {"runs": compared["runs"] | results["runs"]}
+            comparison = _compare(flow, folder, out / _SHEET, progress)
+        results |= comparison | {"runs": comparison["runs"] | results["runs"]}
     else:
-        save_png(_sheet(folder), out / _SHEET)
+        few = min(num, _SHEET_IMAGES)
+        shards = [folder.images(i) for i in range(-(-few // manifest.shard_size))]
+        save_png(image_grid(scale(torch.cat(shards)[:few]), min(10, num)), out / _SHEET)
     options.write_results(json, results)
-    outcome = folder.outcome(flow.config.num_tokens)
-    _print(results, origin, out, None if outcome.has_shortfall else str(outcome))  # else a warning has said so
+    _print(results, origin, None if outcome.has_shortfall else str(outcome))  # else a warning has said so
+    if folder.drawn:
+        rate, plural = folder.drawn / seconds, "s" * (manifest.num_shards > 1)
+        print(f"drew {folder.drawn:,} in {seconds:,.0f} s: {rate:.1f} images a second, processes: {group.count}")
+        print(f"wrote {out}: {manifest.num_shards} shard{plural}, manifest.json, strategy.json, {_SHEET}")
+    else:
+        print(f"all {num:,} were in {out} already, and match their checksums; --overwrite draws them again")
 
 
 def _batch_size_of(out: Path) -> int | None:
@@ -137,27 +156,7 @@ def _batch_size_of(out: Path) -> int | None:
     return SampleFolder.open(out).manifest.batch_size if (out / MANIFEST).exists() else None
 
 
-def _results(flow: ImageFlow, folder: SampleFolder, settings: SamplingSettings) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    from jacobiflow.measuring import machine
-
-    manifest, certificate, cost = folder.manifest, folder.certificate(), folder.cost()
-    run = asdict(cost) | {
-        "certificate": None if certificate is None else float(certificate.max()),
-        "images_per_second": manifest.num / cost.seconds,
-    }
-    return {
-        "model": manifest.model, "num": manifest.num, "batch_size": manifest.batch_size, "seed": manifest.seed,
-        "strategy": manifest.strategy, "settings": options.settings_text(settings), "shards": manifest.num_shards,
-        **machine(flow.var.device), "runs": {manifest.strategy: run},
-        "outcome": asdict(folder.outcome(flow.config.num_tokens)),
-    }  # fmt: skip
-
-
-def _compare(
-    flow: ImageFlow, folder: SampleFolder, settings: SamplingSettings, sheet: Path, progress: Progress
-) -> dict[str, Any]:
+def _compare(flow: ImageFlow, folder: SampleFolder, sheet: Path, progress: Progress) -> dict[str, Any]:
     """Draws the first batch again by the original sampler and by the folder's strategy, and a sheet of both.
 
     Returns their times and the difference of their denoised images.
@@ -166,7 +165,7 @@ def _compare(
     from functools import partial
 
     from jacobiflow.comparison import compare
-    from jacobiflow.denoising import denoise
+    from jacobiflow.denoising import denoised
     from jacobiflow.latents import draw_latents
     from jacobiflow.measuring import paired_error
     from jacobiflow.plots import comparison_sheet, save_png
@@ -180,58 +179,33 @@ def _compare(
     progress(0, 1, "timing")  # the original sampler may take minutes before the first real call
     comparison = compare(flow, z, labels, {_OURS: run}, repeats=1, warm_up=False, progress=progress)
     rows = [comparison.row(comparison.original), comparison.row(_OURS)]
-    sides = [row.images for row in rows]
-    if settings.denoise:
-        sides = [denoise(flow, _lost_as_nan(images), labels, settings.denoise) for images in sides]
-    original, ours = map(_lost_as_nan, sides)
+    original, ours = (row.images for row in rows)
+    if manifest.denoise:
+        original, ours = (denoised(flow, images, labels, manifest.denoise, 64) for images in (original, ours))
     captions = (comparison.original, manifest.strategy)
     columns = [] if labels is None else [f"class {label}" for label in labels[:_SHEET_IMAGES].tolist()]
     save_png(comparison_sheet(original[:_SHEET_IMAGES], ours[:_SHEET_IMAGES], captions, columns=columns), sheet)
     seconds = rows[0].seconds.median
     return {
-        "runs": {comparison.original: {"num": num, "seconds": seconds, "images_per_second": num / seconds}},
+        "runs": {comparison.original: {"seconds": seconds, "images_per_second": num / seconds}},
         "speed_up": comparison.speed_up(rows[1], comparison.original),
         "error": asdict(paired_error(ours, original)),
-    }  # fmt: skip
+    }
 
 
-def _lost_as_nan(images: Tensor) -> Tensor:
-    import torch
-
-    finite = images.isfinite().all(dim=(1, 2, 3))
-    return images.masked_fill(~finite.view(-1, 1, 1, 1), torch.nan)
-
-
-def _sheet(folder: SampleFolder) -> Any:
-    """A picture of the first samples."""
-    import torch
-
-    from jacobiflow.data import scale
-    from jacobiflow.plots import image_grid
-
-    parts: list[Tensor] = []
-    for images in folder.batches():
-        parts.append(scale(images))
-        if sum(map(len, parts)) >= _SHEET_IMAGES:
-            break
-    return image_grid(torch.cat(parts)[:_SHEET_IMAGES], min(10, folder.manifest.num))
-
-
-def _print(results: dict[str, Any], origin: str, out: Path, outcome: str | None) -> None:
-    num, shards, drawn = results["num"], results["shards"], results["drawn"]
-    print(
-        f"{results['model']}: {num:,} image{'s' * (num > 1)}, batch size {results['batch_size']}", origin, "", sep="\n"
-    )
+def _print(results: dict[str, Any], origin: str, outcome: str | None) -> None:
+    num = results["num"]
+    print(f"{results['model']}: {num:,} image{'s' * (num > 1)}, batch size {results['batch_size']}\n{origin}\n")
     rows = []
     for name, run in results["runs"].items():
-        row = [name, f"{run['seconds']:.3f}", f"{run['images_per_second']:.1f}"]
-        if "network_calls" in run:
-            row += [f"{run['network_calls']:,}", f"{run['token_evaluations']:,}", _residual(run)]
-            row.append(str(run["resolved_sequentially"]))
-        rows.append(row)
-    columns = ("strategy", "seconds", "images/s", "network\ncalls", "token\nevaluations", "largest\nresidual",
-               "re-solved")  # fmt: skip
-    show(Table("", columns, rows))
+        counts = [f"{run[key]:,}" if key in run else "" for key in ("network_calls", "token_evaluations")]
+        residual = run.get("certificate")
+        rows.append([
+            name, f"{run['seconds']:.3f}", f"{run['images_per_second']:.1f}", *counts,
+            "" if residual is None else f"{residual:.1e}",
+        ])  # fmt: skip
+    columns = ("strategy", "seconds", "images/s", "network\ncalls", "token\nevaluations", "largest\nresidual")
+    show_table(columns, rows)
     print()
     if "error" in results:
         error, original = results["error"], next(iter(results["runs"]))
@@ -241,17 +215,3 @@ def _print(results: dict[str, Any], origin: str, out: Path, outcome: str | None)
         )
     if outcome is not None:
         print(outcome)
-    if not drawn:
-        print(f"all {num:,} were in {out} already, and match their checksums; --overwrite draws them again")
-        return
-    if shards > 1:
-        seconds, count = results["wall_seconds"], results["processes"]
-        print(f"drew {drawn:,} in {seconds:,.0f} s: {drawn / seconds:.1f} images a second, processes: {count}")
-    print(f"wrote {out}: {shards} shard{'s' * (shards > 1)}, manifest.json, strategy.json, samples.png")
-
-
-def _residual(run: dict[str, Any]) -> str:
-    """The largest residual; "exact" if every block of every sample was solved token by token and not measured."""
-    if run["exact"] and not run["certificate"]:
-        return "exact"
-    return "not measured" if run["certificate"] is None else f"{run['certificate']:.1e}"

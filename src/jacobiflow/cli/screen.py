@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,45 +12,23 @@ if TYPE_CHECKING:
 _LONGEST = 300  # characters of a message
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of text.
-
-    Attributes:
-        title: The line above.
-        columns: Headings; a line break keeps a column narrow.
-        rows: Cells.
-        words: The columns of text, aligned to the left and folded if they are too long; others hold numbers.
-        note: Lines below.
-    """
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    words: Sequence[int] = (0,)
-    note: str = ""
-
-
-def show(table: Table) -> None:
-    """Prints a table with its title and note."""
+def show_table(columns: Iterable[str], rows: Iterable[Sequence[str]], text: Sequence[int] = (0,)) -> None:
+    """Prints a table. The columns `text` are aligned to the left, and folded if they are too long."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table as Screen
+    from rich.table import Table
 
-    if table.title:
-        print(table.title)
-    screen = Screen(box=box.SIMPLE_HEAD, show_edge=False, show_header=any(table.columns), padding=0)
-    for i, column in enumerate(table.columns):
-        if i in table.words:
-            screen.add_column(column, overflow="fold")
+    headings = list(columns)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=any(headings), padding=0)
+    for i, heading in enumerate(headings):
+        if i in text:
+            table.add_column(heading, overflow="fold")
         else:
-            screen.add_column(column, justify="right", no_wrap=True, min_width=max(map(len, column.split())))
-    for row in table.rows:
-        screen.add_row(*map(escape, row))
-    Console().print(screen)
-    if table.note:
-        print(table.note)
+            table.add_column(heading, justify="right", no_wrap=True, min_width=max(map(len, heading.split())))
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console().print(table)
 
 
 @contextmanager
@@ -63,13 +40,13 @@ def progress_bar() -> Iterator[Progress]:
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with Bars(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
         tasks = {}
 
         def progress(done: int, total: int, what: str) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(what)
-            bar.update(tasks[what], completed=done, total=total)
+                tasks[what] = bars.add_task(what)
+            bars.update(tasks[what], completed=done, total=total)
 
         yield progress
 

@@ -44,9 +44,6 @@ def augment(
 ) -> Float[Tensor, "n c h w"]:
     """Augments images in [-1, 1] on the CPU.
 
-    Raises:
-        ValueError: If a hue is to turn and the images do not have three channels, or a shift is as large as the images.
-
     Example:
         >>> images = torch.tensor([-1.0, 0.0, 1.0]).view(1, 1, 1, 3)
         >>> augment(images, Augmentation(mirror=True), torch.Generator().manual_seed(0)).flatten().tolist()

@@ -25,9 +25,6 @@ class ImageDataset:
         labels: The class of each image, int64 of shape (N,) and at least 0; None without classes.
         classes: The names of the classes if they have any, such as the subfolders of a folder of images.
 
-    Raises:
-        DataError: If `images` or `labels` have another type or shape, there are no images, or a label is below 0.
-
     Example:
         >>> data = ImageDataset(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))
         >>> images, labels = data.batch(slice(0, 1))
@@ -51,7 +48,7 @@ class ImageDataset:
             raise DataError(f"labels: {have}; give torch.int64 of shape ({len(images)},), each at least 0")
 
     def __len__(self) -> int:
-        return self.images.shape[0]
+        return len(self.images)
 
     def batch(self, index: Tensor | slice) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"] | None]:
         """Returns images scaled to [-1, 1] and labels at `index`."""

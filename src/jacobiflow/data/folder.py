@@ -17,7 +17,7 @@ from jacobiflow.data.dataset import DataError, ImageDataset
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".pgm", ".ppm", ".tif", ".tiff"})
+_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".pgm", ".ppm", ".tif", ".tiff"})
 
 
 def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDataset:
@@ -25,16 +25,12 @@ def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDatas
 
     The shorter side is resized to `size` and the centre cropped. Transparent pixels are blended onto white, 16-bit
     greys are rounded to 8 bits, and an orientation in EXIF is ignored. Links are followed. Hidden files, and files
-    without an image's suffix, are skipped.
+    without an image's suffix, are skipped. Images are in the order of their names, and so are classes.
 
     Args:
-        folder: Images, or subfolders with images. Images directly in `folder` have no labels. Classes are the
-            subfolders in the order of their names.
+        folder: Images, or subfolders with images. Images directly in `folder` have no labels.
         size: Side of the images in pixels.
         channels: 3, or 1 for grey.
-
-    Returns:
-        The images in the order of their names.
 
     Raises:
         DataError: If there is no image, a class has none, images lie beside class folders, an image is broken,
@@ -44,17 +40,14 @@ def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDatas
     size, channels = check_count("size", size), check_choice("channels", channels, (1, 3))
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
-    try:
-        subfolders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-        direct = sorted(path for path in root.iterdir() if _is_image(path.name))
-        members = {path.name: _images_below(path) for path in subfolders}
-    except OSError as error:
-        raise DataError(f"{error.filename or root}: cannot be read ({error.strerror}); check the folder") from error
+    direct = sorted(path for path in root.iterdir() if _is_image(path.name))
+    subfolders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    members = {path.name: _images_below(path) for path in subfolders}
     empty = [name for name, files in members.items() if not files]
     if direct and len(empty) < len(members):
         raise DataError(f"{root}: {direct[0].name} lies beside class folders; move it into one")
     if not direct and len(empty) == len(members):
-        raise DataError(f"{root}: no image in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise DataError(f"{root}: no image in it (looked for {', '.join(sorted(_SUFFIXES))})")
     if not direct and empty:
         raise DataError(f"{root / empty[0]}: class folder without an image; add some, or remove it")
     files = direct or [file for files in members.values() for file in files]
@@ -81,7 +74,7 @@ def _memory() -> int | None:
 
 
 def _is_image(name: str) -> bool:
-    return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
+    return not name.startswith(".") and Path(name).suffix.lower() in _SUFFIXES
 
 
 def _images_below(folder: Path) -> list[Path]:
@@ -101,20 +94,17 @@ def read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
     """Reads an image as `image_folder` does."""
     from PIL import Image
 
-    if not path.is_file():  # a pipe would block
-        raise DataError(f"{path}: not a file (a broken link?); remove it")
     try:
         with Image.open(path) as file:
-            if min(file.size) < size:
-                have = f"{file.width}x{file.height} pixels"
-                raise DataError(f"{path}: {have}, smaller than {size}x{size}; remove it, or enlarge it first")
             image = _flatten(file).convert("L" if channels == 1 else "RGB")
-    except DataError:
-        raise
     except Exception as error:  # on broken files, Pillow's decoders raise nearly anything
         raise DataError(f"{path}: not a usable image ({error}); replace or remove it") from error
-    width, height = (round(side * size / min(image.size)) for side in image.size)
-    if min(image.size) > size:
+    shorter = min(image.size)
+    if shorter < size:
+        have = f"{image.width}x{image.height} pixels"
+        raise DataError(f"{path}: {have}, smaller than {size}x{size}; remove it, or enlarge it first")
+    width, height = (round(side * size / shorter) for side in image.size)
+    if shorter > size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     pixels = np.array(image.crop((left, top, left + size, top + size)))

@@ -13,7 +13,6 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from jacobiflow.checks import check_choice, check_count
 from jacobiflow.data.dataset import DataError, ImageDataset
@@ -26,7 +25,6 @@ SOURCES = (*BUNDLED, "fashion-mnist", "digits")
 """Names of data sets. Those that ship with the package, and the digits, have no test split."""
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-_STEMS = {"train": "train", "test": "t10k"}
 _BROKEN = (OSError, EOFError, LookupError, TypeError, ValueError, zlib.error, zipfile.BadZipFile)
 
 
@@ -37,13 +35,9 @@ def load_images(source: str, size: int, channels: int, split: Split = "train") -
         source: "fashion-512" or "emoji-256" (training images that ship with the package), "fashion-mnist" (Debian's
             dataset-fashion-mnist), "digits" (scikit-learn's), an .npz file with `images` (N, H, W) or (N, C, H, W) and
             perhaps `labels` (N,), or a folder of IDX files (MNIST's format) or of images; see `image_folder`.
-        size: Side of the images in pixels. Only images of a folder are resized.
+        size: Side of the images in pixels; only images of a folder are resized.
         channels: 3, or 1 for grey.
-        split: "train" or "test". Only "fashion-mnist" and a folder of IDX files have a test split; of the others, all
-            images are returned for either.
-
-    Raises:
-        DataError: If the source does not exist, is broken, or has images of another shape.
+        split: Only "fashion-mnist" and IDX files have a test split; of other sources, all images are returned.
 
     Example:
         >>> data = load_images("fashion-512", size=28, channels=1)
@@ -90,14 +84,10 @@ def idx_folder(folder: str | Path, split: Split = "train") -> ImageDataset:
         folder: Holds `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, and two files `t10k-...` of the test split;
             each gzipped or not.
         split: "train" or "test".
-
-    Raises:
-        DataError: If a file is missing or broken, or images and labels do not fit each other.
     """
-    images, labels = (
-        _idx_file(Path(folder), f"{_STEMS[split]}-{name}-ubyte") for name in ("images-idx3", "labels-idx1")
-    )
-    return _dataset(folder, images, labels)
+    stem = {"train": "train", "test": "t10k"}[split]
+    images = _idx_file(Path(folder), f"{stem}-images-idx3-ubyte")
+    return _dataset(folder, images, _idx_file(Path(folder), f"{stem}-labels-idx1-ubyte"))
 
 
 def _idx_file(folder: Path, name: str) -> NDArray[np.uint8]:
@@ -120,19 +110,17 @@ def _npz_file(path: Path) -> ImageDataset:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             labels = arrays["labels"].astype(np.int64, casting="same_kind") if "labels" in arrays else None
-            return _dataset(path, arrays["images"], labels)
-    except DataError:
-        raise
+            images = arrays["images"]
     except _BROKEN as error:
         raise DataError(f"{path}: no .npz file with images and labels ({error})") from error
+    return _dataset(path, images, labels)
 
 
 def _dataset(source: object, images: NDArray[np.uint8], labels: NDArray[np.integer] | None) -> ImageDataset:
-    pixels: Tensor = torch.from_numpy(images)
     try:
         return ImageDataset(
-            pixels.unsqueeze(1) if pixels.ndim == 3 else pixels,
+            torch.from_numpy(images[:, None] if images.ndim == 3 else images),
             None if labels is None else torch.from_numpy(labels.astype(np.int64)),
         )
-    except DataError as error:
+    except (DataError, TypeError) as error:
         raise DataError(f"{source}: {error}") from error

@@ -60,7 +60,9 @@ class InceptionFeatures(nn.Module):
         if weights is not None:
             load_tensors(weights, _FILE)  # torch-fidelity would run code in the file
         try:
-            self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], weights and str(weights))
+            self.network = NoTrainInceptionV3(
+                "inception-v3-compat", ["2048"], None if weights is None else str(weights)
+            )
         except URLError as error:
             reason = f"the download failed ({error.reason})"
             raise DataError(f"Inception's weights: {reason}; give a file, or features of your own") from error

@@ -211,8 +211,7 @@ def _transforms(tokens: int, units: int, layers: int, has_classes: bool, is_guid
     operations: list[tuple[Operation, Sequence[int], Sequence[int]]] = []
 
     def add(kind: Kind, order: Any, source: int, **fields: Any) -> int:
-        empty = {"weight": -1, "bias": -1, "mask": -1}
-        operations.append((Operation(kind=kind, source=source, units=len(order[0]), **{**empty, **fields}), *order))
+        operations.append((Operation(kind=kind, source=source, **{"weight": -1, "bias": -1, **fields}), *order))
         return len(operations)
 
     def network(is_second: bool) -> int:

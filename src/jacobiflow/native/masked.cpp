@@ -27,11 +27,11 @@ struct Operation {
   Kind kind;
   int32_t source, other;        // values
   int32_t units;                // of the new value
-  int32_t weight, bias, mask;   // indices of the transform's tensors, or -1
-  int32_t mask_bytes;           // of an entry: a bool, float or double
+  int32_t weight, bias;         // indices of the transform's tensors, or -1
   Function function;            // applied to the result
   int32_t is_kept;              // whether later steps read the value
   double first, second;         // settings of the function
+  const uint8_t* mask;          // of the weight, 0 or 1; null if it has none
   const int32_t *rows, *ready;  // (units): the unit's row in the weight; (steps): the number of units each step can compute
 };
 
@@ -156,9 +156,8 @@ class Chain {
   }
 
   // Null if the operation has none.
-  template <typename Entry>
-  const Entry* tensor(const Transform& t, int tensor) const {
-    return tensor < 0 ? nullptr : static_cast<const Entry*>(call.tensors[t.first_tensor + tensor]);
+  const T* tensor(const Transform& t, int tensor) const {
+    return tensor < 0 ? nullptr : static_cast<const T*>(call.tensors[t.first_tensor + tensor]);
   }
 
   bool inverts(const Transform& t) const { return call.is_inverse != t.is_reversed; }
@@ -204,8 +203,7 @@ class Chain {
   }
 
   void pack(const Transform& t, const Operation& o, const Packed<T>& p) {
-    const T *weight = tensor<T>(t, o.weight), *bias = tensor<T>(t, o.bias);
-    const uint8_t* mask = tensor<uint8_t>(t, o.mask);
+    const T *weight = tensor(t, o.weight), *bias = tensor(t, o.bias);
     if (bias) check_finite(bias, o.units);
     const T* shared = shares_context ? static_cast<const T*>(call.context) : nullptr;
     const int32_t* columns = o.kind == Kind::linear ? rows(t, o.source) : nullptr;
@@ -224,16 +222,10 @@ class Chain {
         for (int k = 0; shared && k < p.inputs; k++) total += to[k] * shared[k];
       } else {
         const int last = std::min(step / length * length + length, t.steps) - 1, read = ready(t, o.source, last);
-        if (!mask)
+        if (!o.mask)
           for (int k = 0; k < read; k++) to[k] = weight[row + columns[k]];
-        else if (o.mask_bytes == 1)
-          for (int k = 0; k < read; k++) to[k] = mask[row + columns[k]] ? weight[row + columns[k]] : T(0);
-        else if (o.mask_bytes == sizeof(float))
-          for (int k = 0; k < read; k++)
-            to[k] = reinterpret_cast<const float*>(mask)[row + columns[k]] * weight[row + columns[k]];
         else
-          for (int k = 0; k < read; k++)
-            to[k] = reinterpret_cast<const double*>(mask)[row + columns[k]] * weight[row + columns[k]];
+          for (int k = 0; k < read; k++) to[k] = o.mask[row + columns[k]] ? weight[row + columns[k]] : T(0);
         for (int k = 0; k < context; k++) total += to[k] * shared[columns[k] - t.context_start];
       }
       p.bias[unit] = total;
@@ -374,7 +366,7 @@ class Tile {
 
   // y = scale x + shift.
   void affine(const Transform& t) {
-    const T *scale = chain.template tensor<T>(t, 0), *shift = chain.template tensor<T>(t, 1);
+    const T *scale = chain.tensor(t, 0), *shift = chain.tensor(t, 1);
     for (int f = 0; f < call.features; f++) {
       const T a = scale[f * t.scale_stride], b = shift[f * t.shift_stride];
       T* x = features.get() + (size_t)f * rows;
@@ -471,7 +463,7 @@ class Tile {
           for (size_t i = 0; i < size; i += L::count) L::store(out + i, L::load(other + i) + L::load(in + i));
           break;
         case Kind::extrapolation: {  // value + w (value - other), with a w for each unit
-          const T* weight = chain.template tensor<T>(t, o.bias);
+          const T* weight = chain.tensor(t, o.bias);
           for (int unit = first; unit < last; unit++)
             for (int i = 0; i < rows; i += L::count) {
               const size_t at = (size_t)(unit - first) * rows + i;

@@ -39,7 +39,7 @@ def masked_transform(
     arrays = [(_integers(rows), _integers(ready)) for _, rows, ready in (*operations, (None, *inputs))]
     table = (Operation * len(operations))(*(operation for operation, _, _ in operations))
     for operation, (rows, ready) in zip(table, arrays, strict=False):
-        operation.rows, operation.ready = ctypes.addressof(rows), ctypes.addressof(ready)
+        operation.units, operation.rows, operation.ready = len(rows), ctypes.addressof(rows), ctypes.addressof(ready)
     sorted_features, sorted_starts = _integers(order), _integers(starts)
     transform = Transform(
         steps=len(starts) - 1, operation_count=len(operations), operations=ctypes.addressof(table),

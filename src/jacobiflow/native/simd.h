@@ -1,5 +1,5 @@
 // Vectors as wide as the processor's (vector types of GCC and Clang) and loops over them in float32: dense layers on
-// packed weights, layer normalisation, exponentials and GELU. A NaN stays a NaN.
+// packed weights, layer normalisation, powers of two and GELU. A NaN stays a NaN.
 #pragma once
 
 #include <cmath>
@@ -40,40 +40,16 @@ inline float sum(Vector v) {
 
 inline int rounded_up(int n) { return (n + lanes - 1) / lanes * lanes; }
 
-// The whole number n nearest to y, and 2^(y - n) to 2e-9 before rounding. Coefficients are minimax fits in float64.
-struct PowerOfTwo {
-  Integers whole;
-  Vector fraction;
-
-  explicit PowerOfTwo(Vector y) {
-    const Vector shift = spread(12582912.0f);  // 1.5 * 2^23: floats of this size have no fraction
-    const Vector rounded = y + shift;
-    whole = (Integers)rounded - (Integers)shift;
-    const Vector f = y - (rounded - shift);
-    fraction = spread(1.5353361e-4f);
-    for (float c : {1.3398875e-3f, 9.6184374e-3f, 5.5503325e-2f, 2.4022648e-1f, 6.9314720e-1f, 1.0f})
-      fraction = fraction * f + c;
-  }
-
-  static Vector scale(Integers n) { return (Vector)((n + 127) << 23); }
-};
-
-// 2^y for y <= 0, at least 2^-126.
+// 2^y for y <= 0, at least 2^-126, to 2e-9 before rounding. Coefficients are minimax fits in float64.
 inline Vector exp2_of_negative(Vector y) {
-  const PowerOfTwo power(y < -126.0f ? spread(-126.0f) : y);
-  return power.fraction * PowerOfTwo::scale(power.whole);
-}
-
-// e^v, infinite above 88.7 and 0 below -103.
-inline Vector exponential(Vector v) {
-  v = v < -104.0f ? spread(-104.0f) : v;
-  v = v > 89.0f ? spread(89.0f) : v;
-  const Vector shift = spread(12582912.0f);
-  const Vector n = (v * 1.44269504f + shift) - shift;
-  // v - n ln 2, with ln 2 in two parts of which the first has few digits.
-  const PowerOfTwo power(((v - n * 0.693359375f) + n * 2.12194440e-4f) * 1.44269504f);
-  const Integers whole = power.whole + ((Integers)(n + shift) - (Integers)shift), half = whole >> 1;
-  return power.fraction * PowerOfTwo::scale(half) * PowerOfTwo::scale(whole - half);
+  y = y < -126.0f ? spread(-126.0f) : y;
+  const Vector shift = spread(12582912.0f);  // 1.5 * 2^23: floats of this size have no fraction
+  const Vector rounded = y + shift, f = y - (rounded - shift);
+  const Integers whole = (Integers)rounded - (Integers)shift;
+  Vector fraction = spread(1.5353361e-4f);
+  for (float c : {1.3398875e-3f, 9.6184374e-3f, 5.5503325e-2f, 2.4022648e-1f, 6.9314720e-1f, 1.0f})
+    fraction = fraction * f + c;
+  return fraction * (Vector)((whole + 127) << 23);
 }
 
 // v Phi(v), to 2e-9 before rounding. Phi(-t) = 2^(-1 - q(t)) with a polynomial q up to t = 6, where Phi(-t) is 1e-9.

@@ -37,10 +37,10 @@ class Operation(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in (
-            "kind", "source", "other", "units", "weight", "bias", "mask", "mask_bytes", "function", "is_kept",
+            "kind", "source", "other", "units", "weight", "bias", "function", "is_kept",
         )),
         *((name, ctypes.c_double) for name in ("first", "second")),
-        *((name, ctypes.c_void_p) for name in ("rows", "ready")),
+        *((name, ctypes.c_void_p) for name in ("mask", "rows", "ready")),
     )  # fmt: skip
 
 

@@ -73,8 +73,7 @@ def sampler_style(name: str) -> Style:
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
     """Decorates a function that draws: it runs under the settings of the style sheet, and leaves the caller's."""
     decorate: Any = matplotlib.rc_context(SHEET)
-    decorated: Callable[P, R] = decorate(draw)
-    return decorated
+    return decorate(draw)
 
 
 def new_figure(height: float) -> Figure:

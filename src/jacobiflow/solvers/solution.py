@@ -29,8 +29,7 @@ class Status(IntEnum):
 
 
 _MESSAGES = {
-    Status.CONVERGED: "every token changed by at most the tolerance in its last sweep, was stopped early, or is exact; "
-    "the certificate is the residual",
+    Status.CONVERGED: "every token changed by at most the tolerance in its last sweep, was stopped early, or is exact",
     Status.MAX_SWEEPS: "stopped by MaxSweeps; raise it, or use a Tolerance, for a smaller residual",
     Status.ROUNDING: "its residual is above the tolerance, as is that of an exact solve: this is the rounding of the "
     "network's dtype; raise the tolerance or use a wider dtype",

@@ -112,7 +112,7 @@ def sample_to_folder(
         labels_sha256=labels_sha256(labels), num_classes=config.num_classes, batch_size=batch_size,
         shard_size=shard_size, files=files, model=model, fingerprint=fingerprint(flow), dtype=precision(flow),
         strategy="a Strategy" if isinstance(strategy, Strategy) else str(strategy), strategy_sha256="",
-        guidance=flow.guidance, denoise=denoise, tolerance=tolerance, certify=certify,
+        guidance=flow.guidance, denoise=float(denoise), tolerance=tolerance, certify=certify,
         machine=machine(flow.var.device),
     )  # fmt: skip
     new = SampleFolder(Path(out), manifest)

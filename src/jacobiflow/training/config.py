@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from jacobiflow.checks import check_count, check_fields, check_number, check_positive, short
 from jacobiflow.data.augmentation import Augmentation
@@ -34,10 +33,6 @@ class TrainConfig:
         seed: Fixes the order of the images, their noise and the dropped labels.
         checkpoint_every: Steps between checkpoints.
         sample_every: Steps between calls of `on_sample`.
-
-    Raises:
-        ValueError: If a value is out of range.
-        TypeError: If a value is of another type.
 
     Example:
         >>> config = TrainConfig(steps=110, learning_rate=0.02, warmup=10)
@@ -79,8 +74,3 @@ class TrainConfig:
             return self.learning_rate * (step + 1) / self.warmup
         progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
         return _MIN_RATE + 0.5 * (self.learning_rate - _MIN_RATE) * (1 + math.cos(math.pi * progress))
-
-    def fixed(self) -> dict[str, Any]:
-        """Returns the settings that a resumed run must share with the run before."""
-        free = ("steps", "checkpoint_every", "sample_every")
-        return {name: value for name, value in asdict(self).items() if name not in free}

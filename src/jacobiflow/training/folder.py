@@ -23,18 +23,17 @@ from jacobiflow.training.config import TrainConfig
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 _REMEDY = "move it away, or give another folder"
+_MAY_CHANGE = frozenset({"steps", "checkpoint_every", "sample_every"})  # in a run that is resumed
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """Metrics of one optimiser step.
+    """Metrics of one optimiser step; the first is step 1.
 
     Attributes:
-        step: The number of the step, from 1.
         loss: mean(z^2) / 2 - log-det / D of the batch.
         bits_per_dim: Of the noisy images of the batch, under a standard normal prior.
         grad_norm: Before clipping.
-        rate: The learning rate.
         seconds: Of training so far, over all runs.
     """
 
@@ -53,8 +52,7 @@ class StepReport:
 def read_metrics(folder: str | Path) -> list[StepReport]:
     """Reads the metrics of a training run; none if its folder has no metrics.jsonl.
 
-    Raises:
-        ValueError: If a line is not of this library. A last line that a kill cut short is left out.
+    A last line that a kill cut short is left out.
     """
     path = Path(folder) / METRICS
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -85,9 +83,7 @@ class Checkpoint:
     def read(cls, path: Path) -> Checkpoint:
         """Reads a checkpoint. Raises ValueError if the file is broken."""
         try:
-            state = cls(**torch.load(path, map_location="cpu", weights_only=True))
-            msgspec.convert(vars(state), type=cls)
-            return state
+            return msgspec.convert(torch.load(path, map_location="cpu", weights_only=True), cls)
         except Exception as error:  # torch.load documents none, and damage can raise nearly any
             raise InputValueError(f"{path}: not a checkpoint ({first_line(error)}); {_REMEDY}") from error
 
@@ -103,8 +99,9 @@ def describe(flow: ImageFlow, config: TrainConfig, data: ImageDataset) -> dict[s
     digest = hashlib.sha256(data.images.contiguous().numpy().data)
     if flow.config.num_classes and data.labels is not None:
         digest.update(data.labels.contiguous().numpy().data)
-    images = {"images": f"{len(data):,} with checksum {digest.hexdigest()[:16]}"}
-    return {"flow": flow.model_type, **asdict(flow.config), **config.fixed(), **images}
+    settings = {name: value for name, value in asdict(config).items() if name not in _MAY_CHANGE}
+    images = f"{len(data):,} with checksum {digest.hexdigest()[:16]}"
+    return {"flow": flow.model_type, **asdict(flow.config), **settings, "images": images}
 
 
 def last_checkpoint(out: Path, run: dict[str, Any]) -> Checkpoint | None:

@@ -56,8 +56,6 @@ def train(
 
     Args:
         flow: The flow, which is trained in place.
-        data: Images of the flow's size.
-        config: The settings.
         out: A new or empty folder, or that of the run. It gets `checkpoint.pt` every `checkpoint_every` steps and when
             training is interrupted, `metrics.jsonl`, and at the end the model folder of the averaged weights.
         on_step: Called with the report of every step.
@@ -67,8 +65,8 @@ def train(
         The flow with averaged weights.
 
     Raises:
-        ValueError: If the data do not fit the flow, `out` has other files or another run, or the loss is not finite;
-            the last checkpoint stays. `FolderInUseError`, a ValueError, if another process trains in `out`.
+        ValueError: If the data do not fit the flow, `out` is in use or has other files or another run, or the loss is
+            not finite; the last checkpoint stays.
 
     Example:
         >>> import jacobiflow as jf, tempfile
@@ -81,12 +79,27 @@ def train(
         (2, 'TarFlow')
     """
     _check(flow, data, config)
-    out = Path(out)
+    out, per_epoch = Path(out), len(data) // config.batch_size
     with locked(out):
         check_own_model(out)  # refuses files that the model at the end could not replace
         run = _Run(flow, config, out, describe(flow, config, data))
+        order, epoch = torch.empty(0), -1
         try:
-            _train(run, data, on_step, on_sample, progress)
+            while run.step < config.steps:
+                started = time.perf_counter()
+                if run.step // per_epoch != epoch:
+                    epoch = run.step // per_epoch
+                    order = torch.randperm(len(data), generator=keyed_generator(config.seed, _ORDER, epoch))
+                first = run.step % per_epoch * config.batch_size
+                report = run.advance(*data.batch(order[first : first + config.batch_size]), started)
+                if on_step is not None:
+                    on_step(report)
+                if progress is not None:
+                    progress(run.step, config.steps, "training")
+                if run.step % config.checkpoint_every == 0:
+                    run.save()
+                if on_sample is not None and run.step % config.sample_every == 0:
+                    on_sample(run.average, run.step)
         finally:
             if not run.is_updating:
                 run.save()
@@ -94,49 +107,21 @@ def train(
     return run.average
 
 
-def _train(
-    run: _Run,
-    data: ImageDataset,
-    on_step: Callable[[StepReport], None] | None,
-    on_sample: Callable[[ImageFlow, int], None] | None,
-    progress: Progress | None,
-) -> None:
-    config, per_epoch = run.config, len(data) // run.config.batch_size
-    order, epoch = torch.empty(0), -1
-    while run.step < config.steps:
-        started = time.perf_counter()
-        if run.step // per_epoch != epoch:
-            epoch = run.step // per_epoch
-            order = torch.randperm(len(data), generator=keyed_generator(config.seed, _ORDER, epoch))
-        first = run.step % per_epoch * config.batch_size
-        report = run.advance(*data.batch(order[first : first + config.batch_size]), started)
-        if on_step is not None:
-            on_step(report)
-        if progress is not None:
-            progress(run.step, config.steps, "training")
-        if run.step % config.checkpoint_every == 0:
-            run.save()
-        if on_sample is not None and run.step % config.sample_every == 0:
-            on_sample(run.average, run.step)
-
-
 def _check(flow: ImageFlow, data: ImageDataset, config: TrainConfig) -> None:
     """Raises ValueError if the flow, the data and the configuration do not fit each other."""
     check_kind("flow", flow, ImageFlow, "an ImageFlow, such as jacobiflow.TarFlow(config)")
     check_kind("data", data, ImageDataset, "an ImageDataset, such as jacobiflow.data.load_images gives")
     check_kind("config", config, TrainConfig, "a TrainConfig")
-    shape = (flow.config.in_channels, flow.config.image_size, flow.config.image_size)
-    classes = flow.config.num_classes
-    if tuple(data.images.shape[1:]) != shape:
-        raise InputValueError(f"images are {tuple(data.images.shape[1:])}, the flow takes {shape}")
-    if classes and data.labels is not None and int(data.labels.max()) >= classes:
-        raise InputValueError(f"label {int(data.labels.max())}: the flow has classes 0 to {classes - 1}")
+    takes, have = flow.config, tuple(data.images.shape[1:])
+    shape = (takes.in_channels, takes.image_size, takes.image_size)
+    if have != shape:
+        raise InputValueError(f"images are {have}, the flow takes {shape}")
+    if takes.num_classes and data.labels is not None:
+        flow.check_labels(data.labels, len(data))
     if len(data) < config.batch_size:
         raise InputValueError(f"batch_size={config.batch_size}: there are only {len(data)} images")
-    if config.noise.std != flow.config.noise_std:
-        raise InputValueError(
-            f"noise of std {config.noise.std}, but the flow's config has noise_std={flow.config.noise_std}"
-        )
+    if config.noise.std != takes.noise_std:
+        raise InputValueError(f"noise of std {config.noise.std}, but the flow's config has noise_std={takes.noise_std}")
 
 
 class _Run:
@@ -165,11 +150,11 @@ class _Run:
         generator = keyed_generator(config.seed, _NOISE, self.step)
         images = augment(images, config.augmentation, generator)
         images = add_noise(images, config.noise, generator).to(device)
-        if labels is not None and self.flow.config.num_classes:
+        if not self.flow.config.num_classes:
+            labels = None
+        if labels is not None:
             dropped = torch.rand(labels.shape, generator=generator) < config.drop_label
             labels = labels.masked_fill(dropped, -1).to(device)
-        else:
-            labels = None
         if self.step == 0:
             self.is_updating = True  # a resumed run must not initialise twice
             self.flow.initialize(images, labels)
@@ -230,7 +215,7 @@ class _Run:
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.step = self.saved = checkpoint.step
         self.seconds = checkpoint.seconds
-        for partial in (*partials(self.out, CHECKPOINT), *partials(self.out, METRICS)):
+        for partial in (*partials(self.out, CHECKPOINT), *partials(self.out, METRICS)):  # others tell of a model
             partial.unlink()
         lines = [report.line() for report in reports if report.step <= self.step]
         write_atomically(self.out / METRICS, "".join(lines).encode())

@@ -56,7 +56,8 @@ class LayerWeights(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> LayerWeights:
         """Returns the parameters in `dtype`."""
-        return LayerWeights(*(cast(pair, dtype) for pair in self[:-1]), num_heads=self.num_heads)
+        norm, qkv, proj, mlp_norm, up, down = (cast(pair, dtype) for pair in self[:-1])
+        return LayerWeights(norm, qkv, proj, mlp_norm, up, down, self.num_heads)
 
 
 def cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:
