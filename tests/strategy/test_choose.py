@@ -69,7 +69,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ("plan.txt", {}, "strategy 'plan.txt': unknown"), ("missing.json", {}, "strategy missing.json: cannot be read"),
     ("jacobi-3", {"report": make_report([1, 1, 1])}, "strategy for 3 blocks, but the flow has 2"),
     (jf.Strategy.uniform(jf.Solver(jf.Segments(17)), 2), {}, "strategy, block 0: .*only 16 tokens"),
-    (jf.Strategy.uniform(jf.Solver(correction=CHORD), 2), {}, "strategy, block 0: Chord.*3 channels.*have 4"),
+    (jf.Strategy.uniform(jf.Solver(correction=CHORD), 2), {}, "strategy, block 0: Chord.*tokens have 4"),
     (jf.Strategy.parse("jacobi", replace(REPORT, fingerprint="0" * 64)), {}, "the strategy was made for another"),
     (planned(), {"batch_size": 17}, "planned for batches of up to 16, not 17: plan again, or give a smaller batch"),
     (planned(), {"flow": small().guided(GUIDANCE)}, "planned for guidance None, not 0.4.*plan again"),

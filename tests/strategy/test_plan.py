@@ -99,19 +99,18 @@ def test_a_sample_that_overflows_does_not_stop_a_plan(monkeypatch: pytest.Monkey
 
 
 def test_a_tolerance_below_the_network_s_rounding_is_raised_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the flow of digits in bfloat16, and in float32 under autocast."""
+    """Of a network in bfloat16, and in float32 under autocast."""
     machine = Machine(1.0)
-    flow, digits = (machine.carry(jf.load("digits-p1", dtype=dtype), monkeypatch) for dtype in ("bfloat16", None))
-    flow.report_files = digits.report_files = ()
-    z = draw_latents(4, 64, 1, start=FIRST_CALIBRATION_LATENT)
+    flow, wide = machine.carry(copy.deepcopy(small()).bfloat16(), monkeypatch), machine.carry(small(), monkeypatch)
+    z = draw_latents(4, TOKENS, 4, start=FIRST_CALIBRATION_LATENT)
     floor, exact = rounding_floor(flow), draw(flow, "sequential", z, certify="always")
     assert exact.certificate is not None
     assert float(exact.certificate.max()) <= floor < 0.2
-    with pytest.warns(UserWarning, match=r"tolerance 0\.001 is below the rounding of this flow's network: planned for"):
-        plan = jf.plan(flow, batch_size=4)
+    with pytest.warns(UserWarning, match=r"tolerance 1e-06 is below the rounding of this flow's network: planned for"):
+        plan = jf.plan(flow, batch_size=4, tolerance=1e-6)
     assert plan.tolerance == pytest.approx(2 * floor)
     assert jf.plan(flow, batch_size=1, tolerance=2.1 * floor).tolerance == 2.1 * floor
     with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="below the rounding"):
-        jf.plan(digits, batch_size=1, tolerance=1e-4)
-    flow.blocks[0].proj_out.bias.data[:1] = 200.0  # whose exact inverse overflows: that tells no rounding
+        jf.plan(wide, batch_size=1, tolerance=1e-6)
+    flow.blocks[0].proj_out.bias.data[:4] = 200.0  # whose exact inverse overflows: that tells no rounding
     assert rounding_floor(flow) < math.inf

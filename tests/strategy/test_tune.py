@@ -56,7 +56,7 @@ def test_a_tuning_comes_back_from_its_file_and_fits_its_flow_only(tmp_path: Path
     with pytest.raises(ValueError, match=r"the tuning is of another flow.*tune this one"):
         tuning.check(small(1))
     wrong = replace(tuning.blocks[1], guess=jf.MeanAffine(torch.zeros(16, 3), torch.zeros(16, 3)))
-    with pytest.raises(ValueError, match=r"MeanAffine of shape \(16, 3\), but.* \(16, 4\)"):
+    with pytest.raises(ValueError, match=r"MeanAffine.*\(16, 3\).*, but.* \(16, 4\)"):
         replace(tuning, blocks=(tuning.blocks[0], wrong)).check(small())
     with pytest.raises(ValueError, match="tuning of 1 blocks, but the flow has 2"):
         replace(tuning, blocks=tuning.blocks[:1]).check(small())
