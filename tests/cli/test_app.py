@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
@@ -41,7 +42,14 @@ def test_help_has_an_example_whose_options_exist(command: str, run: Any) -> None
     text = " ".join(result.out.split())
     example = re.search(rf"Example: (jacobiflow {command} .*?) (Arguments|Options):", text)
     assert example is not None
-    assert all(f"{option} " in text.split("Options:")[1] for option in re.findall(r"--[\w-]+", example[1]))
+    options = ["--json", *re.findall(r"--[\w-]+", example[1])]
+    assert all(f"{option} " in text.split("Options:")[1] for option in options)
+
+
+@pytest.mark.parametrize(("line", "entry"), [(MEASURE, "igm"), (PLAN, "strategy"), (TRAIN, "last_step")])
+def test_json_has_the_results(line: str, entry: str, run: Any, tmp_path: Path) -> None:
+    assert run(f"{line.replace('out-x', str(tmp_path / 'out'))} --json {tmp_path}/new/f.json").code == 0
+    assert entry in json.loads((tmp_path / "new" / "f.json").read_text())
 
 
 def test_help_lists_the_commands(run: Any) -> None:

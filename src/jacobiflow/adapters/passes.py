@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import Acceleration
-from jacobiflow.adapters.side_effects import has_hooks, is_stateful, is_traced
+from jacobiflow.adapters.side_effects import has_hooks, is_batched, is_stateful, is_traced
 
 Pass = Callable[[Tensor], Sequence[Tensor]]
 """x -> (g(x), ...): the next iterate, and the library's other results."""
@@ -140,10 +140,8 @@ class _Implicit(torch.autograd.Function):
                 [output for output, _ in pairs], x, [w for _, w in pairs], retain_graph=True, allow_unused=True
             )
             old, v = v, u if change is None else u + change
-            if torch._C._functorch.is_legacy_batchedtensor(u):  # type: ignore[attr-defined]
-                continue  # a vmap, whose values cannot be compared
             # A row ends by its own largest entry.
-            if bool(((v - old).abs().amax(dim=-1) <= ctx.tolerance * v.abs().amax(dim=-1)).all()):
+            if not is_batched(u) and ((v - old).abs().amax(dim=-1) <= ctx.tolerance * v.abs().amax(dim=-1)).all():
                 break
         return (None, None, None, v, *cotangents[1:])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -12,13 +12,23 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 def is_traced() -> bool:
     """Returns True if PyTorch does more than compute values.
 
-    It may trace, compile, export, transform a function, differentiate forward, or have a dispatch mode.
+    It may trace, compile, export, transform a function, differentiate forward, or have a dispatch mode. A PyTorch
+    without the private names that tell counts as traced.
     """
-    return bool(
-        torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
-        or torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or forward_ad._current_level >= 0
-    )  # fmt: skip
+    try:
+        is_observed = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0  # type: ignore[attr-defined]
+        is_dual = forward_ad._current_level >= 0
+    except AttributeError:
+        return True
+    return bool(is_observed or is_dual or torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Returns True in a vmap, whose values cannot be compared, or if PyTorch lacks the private name that tells."""
+    try:
+        return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))  # type: ignore[attr-defined]
+    except AttributeError:
+        return True
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -6,12 +6,16 @@ imports what it runs inside its function.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import io
 import os
 import re
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +24,7 @@ from typer.exceptions import TyperException
 from typer.main import get_command
 
 from jacobiflow import __version__
-from jacobiflow.cli import bench, calibrate, convert, evaluate, info, plan, sample, train
+from jacobiflow.cli import bench, calibrate, convert, evaluate, info, options, plan, sample, train
 from jacobiflow.cli.screen import one_line
 from jacobiflow.errors import InputError, InputValueError
 
@@ -48,11 +52,36 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _with_json(command: Callable[..., dict[str, Any] | None]) -> Callable[..., int]:
+    """The command with an option `--json`; its exit code is 2 if its results have problems."""
+
+    @functools.wraps(command)
+    def run(*, json: options.Json = None, **arguments: Any) -> int:
+        inputs = [value for name, value in arguments.items() if isinstance(value, str | Path) and name != "out"]
+        options.check_output("--json", json, arguments.get("model", ""), *inputs)
+        results = command(**arguments) or {}
+        if json is not None and results:
+            from jacobiflow.files import write_json
+
+            json.parent.mkdir(parents=True, exist_ok=True)
+            write_json(json, results)
+        return _BAD_INPUT if results.get("problems") else 0
+
+    signature = inspect.signature(command, eval_str=True)
+    option = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=options.Json)
+    parameters = [*signature.parameters.values(), option]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
 for _function in (
     sample.sample, calibrate.calibrate, plan.plan, bench.bench, evaluate.evaluate, train.train, convert.convert,
     info.info,
 ):  # fmt: skip
-    app.command(_function.__name__, cls=_Command)(_function)
+    app.command(_function.__name__, cls=_Command)(_with_json(_function))
 
 
 def _print_version(is_given: bool) -> None:

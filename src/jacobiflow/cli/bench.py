@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
@@ -46,7 +46,7 @@ def bench(
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     out: Annotated[Path, Option(help="Folder for bench.png, bench.json.")] = Path("out/bench"),
-) -> None:
+) -> dict[str, Any]:
     """Time strategies and measure their errors.
 
     All are interleaved on the same latents, beside the original sampler and the sequential loop; errors are against the
@@ -100,6 +100,7 @@ def bench(
         save_png(bench_figure(comparisons), out / _PICTURE)
         write_json(out / _TABLE, results)
     print(f"wrote {out / _PICTURE} and {out / _TABLE}")
+    return results
 
 
 def _choose(

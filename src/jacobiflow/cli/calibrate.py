@@ -34,7 +34,7 @@ def calibrate(
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
-) -> None:
+) -> dict[str, Any]:
     """Measure a flow's blocks, as the paper does.
 
     The metrics IGM and CRM, the sweeps that the blocks need, and a strategy from both. The same command again goes on
@@ -69,6 +69,10 @@ def calibrate(
     use = ["jacobiflow", "sample", "--model", model, "--report", str(out), "--guidance", str(guide or 0)]
     use += ["--labels", "none"] * (labels is None)
     print(f"wrote {out}\nuse it: {shlex.join(use)}")
+    results = {"model": model, "images": images, "report": str(out), "igm": report.igm}
+    if report.components is not None:
+        results |= {"crm": report.crm, "tough_blocks": report.tough_blocks}
+    return results | {"mean_sweeps": report.mean_sweeps("noise", _TOLERANCE)}
 
 
 def _print(report: Report) -> None:

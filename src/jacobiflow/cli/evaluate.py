@@ -62,7 +62,7 @@ def evaluate(
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     out: Annotated[Path, Option(help="Folder for evaluation.json.")] = Path("out/evaluation"),
-) -> None:
+) -> dict[str, Any]:
     """Score a model and its samples.
 
     FID of the samples, their error and certificates, and the model's likelihood of test images.
@@ -98,6 +98,7 @@ def evaluate(
         write_json(out / _TABLE, results)
     show_table(("score", "value", ""), _rows(results), text=(0, 2))
     print(f"wrote {out / _TABLE}")
+    return results
 
 
 def _rows(results: dict[str, Any]) -> list[list[str]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from typer import Exit, Option
+from typer import Option
 
 from jacobiflow.cli import options
 from jacobiflow.cli.screen import one_line, show_table
@@ -19,8 +19,7 @@ _CHECK = "Instead, check a model folder, a sample folder or a training folder co
 def info(
     model: options.Model = "fashion-p2",
     check: Annotated[str | None, Option(help=_CHECK)] = None,
-    json: options.Json = None,
-) -> None:
+) -> dict[str, Any]:
     """Show a model and this machine, or check a folder.
 
     Prints the model's shape, size and recommended settings, how its exact loops run here, and the versions: please add
@@ -29,10 +28,8 @@ def info(
 
     Example: jacobiflow info --model digits-p1
     """
-    options.check_output("--json", json, model, check)
     if check is not None:
-        _check(check, json)
-        return
+        return _check(check)
     from dataclasses import asdict
     from importlib.metadata import distributions
 
@@ -53,11 +50,11 @@ def info(
     for title, values in (("Model", model_values), ("This machine", machine_values)):
         print(title)
         show_table(("", ""), [(name, str(value)) for name, value in values.items()], text=(0, 1))
-    options.write_results(json, model_values | machine_values)
+    return model_values | machine_values
 
 
-def _check(path: str, json: Path | None) -> None:
-    """Prints the problems of a folder; exits with 2 if there is one."""
+def _check(path: str) -> dict[str, Any]:
+    """Prints the problems of a folder."""
     from jacobiflow import training
     from jacobiflow.errors import InputValueError
     from jacobiflow.flows.folder import CONFIG, WEIGHTS, bundled
@@ -74,10 +71,8 @@ def _check(path: str, json: Path | None) -> None:
     if not content:
         raise InputValueError(f"{path}: no model, samples or training run; give the folder of one, or a model's name")
     problems = [one_line(problem) for name in content for problem in kinds[name][1](folder)]
-    options.write_results(json, {"path": path, "checked": content, "problems": problems})
     print("\n".join(problems) if problems else f"{path}: no problem; checked {' and '.join(content)}")
-    if problems:
-        raise Exit(2)
+    return {"path": path, "checked": content, "problems": problems}
 
 
 def _model_problems(folder: Path) -> Iterator[str]:

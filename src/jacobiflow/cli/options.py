@@ -182,12 +182,3 @@ def check_output(option: str, path: Path | None, model: str, *inputs: str | Path
     nearest = next(parent for parent in place.parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InputValueError(f"{option} {path}: cannot be written; give a file in another folder")
-
-
-def write_results(path: Path | None, results: dict[str, object]) -> None:
-    """Writes the results to the file of `--json`, if there is one."""
-    from jacobiflow.files import write_json
-
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, results)

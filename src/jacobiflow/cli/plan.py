@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
@@ -33,7 +33,7 @@ def plan(
     guidance: options.Guidance = "0",
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
-) -> None:
+) -> dict[str, Any]:
     """Find the fastest strategy for a model here.
 
     Times solvers on this machine, for one batch size and tolerance. The file is the plan that the strategy "auto" makes
@@ -73,6 +73,7 @@ def plan(
     use = ["jacobiflow", "sample", "--model", model, "--strategy", str(out), "--batch-size", str(size)]
     use += ["--num", str(size), "--guidance", str(flow.guidance or 0)]
     print(f"wrote {out}\nuse it: {shlex.join(use)}")
+    return {"model": model, "tuning": None if tuning is None else str(tuning), "strategy": strategy.to_json()}
 
 
 def _tune(flow: ImageFlow, model: str, out: Path) -> Path:

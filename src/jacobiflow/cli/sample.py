@@ -69,8 +69,7 @@ def sample(
     out: Annotated[Path, Option(help="Folder for shards/, manifest.json, strategy.json, samples.png.")] = Path(
         "out/samples"
     ),
-    json: options.Json = None,
-) -> None:
+) -> dict[str, Any] | None:
     """Draw images into a folder, each certified.
 
     Guidance and denoising are as the model recommends; --guidance and --denoise replace one each, --plain both.
@@ -92,7 +91,6 @@ def sample(
     from jacobiflow.plots import image_grid, save_png
     from jacobiflow.storage import FirstProcessFailed, processes, sample_to_folder
 
-    options.check_output("--json", json, model, strategy, labels, report)
     if report is not None and strategy.endswith(".json"):
         raise InputValueError(f"--report {report}: {strategy} has its own guesses; leave one of them out")
     if certify_always and not certify:
@@ -118,7 +116,7 @@ def sample(
     except FirstProcessFailed:
         raise Exit(2) from None  # the first process says why
     if group.rank:
-        return
+        return None
     manifest, cost, outcome = folder.manifest, folder.cost(), folder.outcome(flow.config.num_tokens)
     certificate = folder.certificate()
     run = asdict(cost) | {
@@ -139,7 +137,6 @@ def sample(
         few = min(num, _SHEET_IMAGES)
         shards = [folder.images(i) for i in range(-(-few // manifest.shard_size))]
         save_png(image_grid(scale(torch.cat(shards)[:few]), min(10, num)), out / _SHEET)
-    options.write_results(json, results)
     _print(results, origin, None if outcome.has_shortfall else str(outcome))  # else a warning has said so
     if folder.drawn:
         rate, plural = folder.drawn / seconds, "s" * (manifest.num_shards > 1)
@@ -147,6 +144,7 @@ def sample(
         print(f"wrote {out}: {manifest.num_shards} shard{plural}, manifest.json, strategy.json, {_SHEET}")
     else:
         print(f"all {num:,} were in {out} already, and match their checksums; --overwrite draws them again")
+    return results
 
 
 def _batch_size_of(out: Path) -> int | None:

@@ -50,7 +50,7 @@ def train(
     sample_every: Annotated[int, Option(help="Steps between sheets of samples.")] = 500,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
-) -> None:
+) -> dict[str, Any]:
     """Train a TarFlow or a MAF.
 
     The same command again resumes a run that was stopped.
@@ -59,12 +59,14 @@ def train(
     """
     import signal
     import sys
+    from dataclasses import asdict
 
     import torch
 
     from jacobiflow.checks import check_device
     from jacobiflow.data import Augmentation, load_images
     from jacobiflow.flows.registry import FLOWS
+    from jacobiflow.measuring import machine
     from jacobiflow.plots import image_grid, save_png
     from jacobiflow.sampling import sample
     from jacobiflow.training import TrainConfig, read_metrics
@@ -104,9 +106,12 @@ def train(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end leaves a checkpoint, as Ctrl-C does
     with progress_bar() as progress:
         fit(model.to(place), data, settings, out, on_step, on_sample, progress)
-    for last in read_metrics(out)[-1:]:
-        print(f"{last.step:,} steps: loss {last.loss:+.4f}, {last.bits_per_dim:.3f} bits per dimension")
+    metrics = read_metrics(out)  # empty if no step was left to do and the file was deleted
+    last = asdict(metrics[-1]) if metrics else None
+    if last is not None:
+        print("{step:,} steps: loss {loss:+.4f}, {bits_per_dim:.3f} bits per dimension".format(**last))
     print(f"wrote the model folder {out}")
+    return {"model": str(out), "flow": flow, **asdict(config), "last_step": last, **machine(place)}
 
 
 def _extra_options(flow_class: type[ImageFlow], **values: Any) -> dict[str, Any]:
