@@ -17,9 +17,9 @@ def test_a_plan_is_one_that_sample_takes(run: Any, tmp_path: Path) -> None:
     result = run(f"plan --model digits-p1 --batch-size 3 {GUIDED} --out {out}")
     assert (result.code, result.err) == (0, "")
     found = jf.Strategy.load(out)
-    found.check(flow)
     made_for = found.prediction
     assert made_for is not None
+    found.check(flow.guided(made_for.guidance))
     assert made_for.guidance == jf.Guidance(0.4, annealed=False, on="shift", attn_temperature=0.9)
     assert (made_for.batch_size, found.tolerance) == (3, 1e-3)
     lines = result.out.splitlines()

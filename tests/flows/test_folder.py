@@ -144,7 +144,7 @@ def test_a_save_that_was_killed_is_done_again(
 def test_saving_replaces_nothing_that_is_not_ours(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"model_type": "bert"}')
     message = error_of(make().save_pretrained, tmp_path)
-    assert f"{name}: without a config.json that jacobiflow wrote; move it away" in message
+    assert f"{name}: not of a model that jacobiflow wrote; move it away" in message
     assert [path.read_text() for path in tmp_path.iterdir()] == ['{"model_type": "bert"}']
 
 

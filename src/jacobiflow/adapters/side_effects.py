@@ -15,12 +15,13 @@ def is_traced() -> bool:
     It may trace, compile, export, transform a function, differentiate forward, or have a dispatch mode. A PyTorch
     without the private names that tell counts as traced.
     """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return True
     try:
-        is_observed = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0  # type: ignore[attr-defined]
-        is_dual = forward_ad._current_level >= 0
+        is_observed = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
+        return bool(is_observed) or forward_ad._current_level >= 0
     except AttributeError:
         return True
-    return bool(is_observed or is_dual or torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
 def is_batched(tensor: Tensor) -> bool:

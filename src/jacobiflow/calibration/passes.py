@@ -181,7 +181,7 @@ class Passes:
 
     def labels_at(self, index: Int[Tensor, " m"]) -> Int[Tensor, " m"] | None:
         """The labels at `index`, on the flow's device."""
-        return None if self.labels is None else self.labels[index]
+        return None if self.labels is None else self.labels[index.to(self.labels.device)]
 
     def _batches(self, index: Int[Tensor, " m"], what: str) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Tokens in raster order and labels of the images at `index`, on the flow's device."""

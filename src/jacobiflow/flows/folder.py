@@ -104,7 +104,7 @@ def check_own_model(path: Path) -> None:
         for file in (path / CONFIG, path / WEIGHTS, *reports_in(path)):
             if file.exists():
                 raise CheckpointError(
-                    f"{file}: without a {CONFIG} that jacobiflow wrote; move it away, or give another folder"
+                    f"{file}: not of a model that jacobiflow wrote; move it away, or give another folder"
                 )
 
 
