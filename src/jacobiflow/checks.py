@@ -145,7 +145,8 @@ def check_fields(record: Any) -> None:
 
     An int becomes a float, and a list a tuple, where one is declared.
     """
-    for name, declared in _declared_types(type(record)).items():
+    cls: Any = type(record)
+    for name, declared in _declared_types(cls).items():
         value = getattr(record, name)
         try:
             object.__setattr__(record, name, msgspec.convert(_python(value), declared))

@@ -203,7 +203,7 @@ class Document:
         if not isinstance(value, dict) or value.get("format_version") != cls._version:
             raise InputValueError(f"not a {cls._name} of format_version {cls._version}")
         entries = {name: entry for name, entry in value.items() if name != "format_version"}
-        return decode(cls, entries)  # type: ignore[no-any-return]
+        return decode(cls, entries)
 
     def save(self, path: str | Path) -> None:
         """Writes JSON."""

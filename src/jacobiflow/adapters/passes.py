@@ -87,7 +87,8 @@ def _iterate(
     step: Pass, x: Tensor, passes: int, tolerance: float, needs_graph: bool, is_solved: bool
 ) -> tuple[Sequence[Tensor], int]:
     """The results of the last of at most `passes` passes from `x`, with the graph of the solution, and their number."""
-    outputs, count = [x], 0
+    outputs: Sequence[Tensor] = [x]
+    count = 0
     with torch.no_grad():
         while count < passes - needs_graph and not is_solved:
             x, outputs, count = outputs[0], step(outputs[0]), count + 1

@@ -18,7 +18,7 @@ def is_traced() -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return True
     try:
-        is_observed = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
+        is_observed = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
         return bool(is_observed) or forward_ad._current_level >= 0
     except AttributeError:
         return True
@@ -27,7 +27,7 @@ def is_traced() -> bool:
 def is_batched(tensor: Tensor) -> bool:
     """Returns True in a vmap, whose values cannot be compared, or if PyTorch lacks the private name that tells."""
     try:
-        return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))  # type: ignore[attr-defined]
+        return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))
     except AttributeError:
         return True
 

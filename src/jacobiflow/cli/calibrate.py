@@ -69,7 +69,7 @@ def calibrate(
     use = ["jacobiflow", "sample", "--model", model, "--report", str(out), "--guidance", str(guide or 0)]
     use += ["--labels", "none"] * (labels is None)
     print(f"wrote {out}\nuse it: {shlex.join(use)}")
-    results = {"model": model, "images": images, "report": str(out), "igm": report.igm}
+    results: dict[str, Any] = {"model": model, "images": images, "report": str(out), "igm": report.igm}
     if report.components is not None:
         results |= {"crm": report.crm, "tough_blocks": report.tough_blocks}
     return results | {"mean_sweeps": report.mean_sweeps("noise", _TOLERANCE)}

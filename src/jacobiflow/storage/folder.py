@@ -186,7 +186,7 @@ class SampleFolder:
             )
         lost = ~torch.isfinite(samples.images).flatten(1).all(dim=1)
         levels = quantize(samples.images.masked_fill(lost.view(-1, 1, 1, 1), -1.0))
-        arrays = {
+        arrays: dict[str, Tensor | None] = {
             "arr_0": levels.permute(0, 2, 3, 1),
             "labels": samples.labels,
             "certificate": samples.certificate,
@@ -194,7 +194,8 @@ class SampleFolder:
             "lost": lost,
         }
         npz = io.BytesIO()  # whose bytes hold no date
-        np.savez(npz, **{name: values.cpu().numpy() for name, values in arrays.items() if values is not None})
+        stored: dict[str, Any] = {name: values.cpu().numpy() for name, values in arrays.items() if values is not None}
+        np.savez(npz, **stored)
         (self.path / "shards").mkdir(exist_ok=True)
         write_atomically(self._npz_file(index), npz.getvalue())
         pngs = self._png_files(index)
