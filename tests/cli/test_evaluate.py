@@ -91,8 +91,8 @@ def test_distances_to_images(samples: str, run: Any, tmp_path: Path) -> None:
     )
     want = precision_recall(torch.from_numpy(real), torch.from_numpy(fake))
     assert (shown["precision"], shown["recall"]) == pytest.approx(want)
-    line = f"{shown['frechet_distance']:.4f} mine.py:rows, 12 samples against the training split of [red]x"
-    assert f"Frechet distance {line} kernel distance {shown['kernel_distance']:.5f} +-" in out
+    line = f"{shown['frechet_distance']:.4f} 12 samples against the training split of [red]x"
+    assert f"FID of mine.py:rows {line} kernel distance {shown['kernel_distance']:.5f} +-" in out
     few, _ = evaluated(run, tmp_path, options.replace("[red]x", "few"))
     assert few["frechet_distance"] == pytest.approx(frechet(moments(real_features("few")), moments(fake)), rel=1e-6)
     assert not {"kernel_distance", "precision", "recall"} & set(few)

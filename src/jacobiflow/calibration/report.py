@@ -230,7 +230,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray:
-    """How many values are below each, less how many are above it: its mean rank but for a scale."""
+    """The number of smaller values less that of larger ones, for each: twice its mean rank, shifted."""
     column = np.asarray(values)[:, None]
     return (column > values).sum(axis=1) - (column < values).sum(axis=1)
 

@@ -28,7 +28,7 @@ _FEATURES = (
 )
 # Name, value, and remark of a score that is in the results.
 _SCORES = (
-    ("Frechet distance", "{frechet_distance:.4f}", "{features}, {num:,} samples against {against}"),
+    ("FID of {features}", "{frechet_distance:.4f}", "{num:,} samples against {against}"),
     ("kernel distance", "{kernel_distance:.5f}", "+-{kernel_distance_std:.5f} over subsets"),
     ("precision", "{precision:.3f}", ""),
     ("recall", "{recall:.3f}", ""),
