@@ -99,4 +99,7 @@ def sha256(*parts: bytes | bytearray) -> str:
 
 def files_sha256(*paths: Path) -> str:
     """Returns the SHA-256 of files, one after another."""
-    return sha256(*map(Path.read_bytes, paths))
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
