@@ -21,7 +21,6 @@ from torch import Tensor
 import jacobiflow as jf
 from jacobiflow.data import quantize
 from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.plots import sampler_style
 from jacobiflow.plots.style import FINAL, WAITING, readable, styled
 from jacobiflow.solvers import solve_certified
@@ -107,7 +106,7 @@ def _trajectory(
         return torch.cat(recorder.states)
 
     with torch.no_grad():
-        images = flow.to_images(invert(flow, prior_tokens(flow, latents), solve))
+        images = flow.to_images(flow.invert(flow.prior_tokens(latents), solve))
     if denoise:
         images = jf.denoise(flow, images, label, denoise, ROWS)
     tokens = torch.arange(flow.config.num_tokens).view(1, -1, 1)

@@ -23,7 +23,6 @@ from benchmarks.regimes import BATCH_SIZES, EXACT_LOOP, ROUNDS, TRAINED, exact_l
 from jacobiflow.baselines import GROWING_CACHE, Stream
 from jacobiflow.files import write_json
 from jacobiflow.flows.tarflow import TarFlowBlock
-from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.measuring import interleave
 from jacobiflow.memory import keep_freed_memory
 
@@ -127,7 +126,7 @@ def count_sweeps(flow: jf.TarFlow, report: jf.Report, tuning: jf.Tuning, samples
         blocks.append(rows)
         return jf.solve(flow.blocks[i], x, jf.Solver(jf.Sequential()), labels).x
 
-    invert(flow, prior_tokens(flow, z), solve)
+    flow.invert(flow.prior_tokens(z), solve)
     return {"tokens": length, "tough": slow_blocks(report), "blocks": blocks[::-1]}
 
 

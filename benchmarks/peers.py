@@ -18,7 +18,6 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.inversion import invert, prior_tokens
 
 # Sweeps of the other blocks, Else: those of the GS-Jacobi tables, and 12, 14, 16 for models that need more than 10.
 _ELSE = (6, 8, 10, 12, 14, 16, 20, 30)
@@ -130,7 +129,7 @@ def _sample(
         return solvers[i](maps[-1])
 
     with torch.inference_mode():
-        images = flow.to_images(invert(flow, prior_tokens(flow, z), solve))
+        images = flow.to_images(flow.invert(flow.prior_tokens(z), solve))
     return PeerSamples(images, sum(g.network_calls for g in maps), sum(g.token_evaluations for g in maps))
 
 

@@ -30,20 +30,19 @@ ALLOWED: dict[str, set[str]] = {
     "flows": {"codec", "files", "native"},
     "solvers": {"codec", "flows.base"},
     "denoising": {"flows"},
-    "inversion": {"flows"},
-    "calibration": {"codec", "files", "flows", "inversion", "latents", "locking", "progress", "solvers"},
+    "calibration": {"codec", "files", "flows", "latents", "locking", "progress", "solvers"},
     "strategy": {
-        "calibration", "codec", "files", "flows", "inversion", "latents", "measuring", "memory", "native",
+        "calibration", "codec", "files", "flows", "latents", "measuring", "memory", "native",
         "progress", "solvers",
     },
     "sampling": {
-        "denoising", "flows", "inversion", "latents", "progress", "solvers", "strategy",
+        "denoising", "flows", "latents", "progress", "solvers", "strategy",
     },
     "storage": {
         "calibration", "codec", "data", "denoising", "files", "flows", "latents", "locking", "measuring",
         "progress", "sampling", "solvers", "strategy",
     },
-    "baselines": {"flows", "inversion", "sampling"},
+    "baselines": {"flows", "sampling"},
     "comparison": {"baselines", "flows", "measuring", "progress", "sampling"},
     "evaluation": {"data", "files", "flows", "measuring"},
     "training": {"data", "files", "flows", "locking", "progress"},
@@ -93,7 +92,7 @@ def test_a_part_imports_what_it_may(part: str) -> None:
 
 
 def test_the_rules_are_of_the_parts_that_there_are() -> None:
-    parts = {part_of(name) for name in MODULES} - {"", "__main__", "api", "models"}
+    parts = {part_of(name) for name in MODULES} - {"", "__main__", "api"}
     assert parts == ALLOWED.keys() | {"cli"}
 
 

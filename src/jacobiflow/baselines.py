@@ -23,7 +23,6 @@ from jacobiflow.flows.labels import embed_classes
 from jacobiflow.flows.maf import MAF, MAFBlock, full_pass
 from jacobiflow.flows.tarflow import TarFlow, TarFlowBlock
 from jacobiflow.flows.tarflow.attention import Attention, AttentionBlock
-from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.sampling import sample
 
 GROWING_CACHE, FULL_PASSES, SEQUENTIAL = "growing cache", "full passes", "sequential"
@@ -50,7 +49,7 @@ def _sample(flow: ImageFlow, z: Tensor, labels: Tensor | None, invert_block: Cal
     def solve(i: int, x: Tensor) -> Tensor:
         return invert_block(flow.blocks[i], x, labels, flow.guidance)
 
-    return flow.to_images(invert(flow, prior_tokens(flow, z), solve))
+    return flow.to_images(flow.invert(flow.prior_tokens(z), solve))
 
 
 def _by_growing_cache(block: TarFlowBlock, x: Tensor, labels: Tensor | None, guidance: Guidance | None) -> Tensor:

@@ -18,7 +18,6 @@ from jacobiflow.denoising import check_rate, denoised
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.image_flow import ImageFlow, check_flow, state_dtype
 from jacobiflow.flows.labels import Labels
-from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.latents import MOST_SAMPLES, draw_latents
 from jacobiflow.progress import Progress
 from jacobiflow.solvers import Certificate, Solution, Status, check_certificate, solve_certified
@@ -302,7 +301,7 @@ def _solve(
     return_trace: bool, note_block: Callable[[], None],
 ) -> tuple[Tensor, list[Solution], list[Tensor]]:  # fmt: skip
     """Images, the solution of each block in encoding order, and the trace."""
-    x, blocks = prior_tokens(flow, latents), flow.inverse_blocks
+    x, blocks = flow.prior_tokens(latents), flow.inverse_blocks
     lost = ~torch.isfinite(x).all(dim=(1, 2))
     solutions: dict[int, Solution] = {}
     trace = [flow.to_images(x)] if return_trace else []
@@ -321,7 +320,7 @@ def _solve(
         note_block()
         return x
 
-    x = invert(flow, x, solve_block)
+    x = flow.invert(x, solve_block)
     return flow.to_images(x), [solutions[i] for i in range(len(blocks))], trace
 
 

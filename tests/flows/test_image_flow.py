@@ -1,4 +1,4 @@
-"""Encoding and likelihood of every flow, against oracles and dense Jacobians, in float64."""
+"""Encoding, likelihood and inverse of every flow, against oracles and dense Jacobians, in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import jacobiflow as jf
 from jacobiflow.flows import ImageFlow
 from jacobiflow.flows.image_flow import state_dtype
 from tests.helpers.oracle import MAFOracle, Oracle
-from tests.helpers.problems import make_flow, make_maf
+from tests.helpers.problems import latents, make_flow, make_maf, to_float32
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -96,3 +96,27 @@ def test_images_of_another_shape_or_without_values_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             flow.encode(wrong, labels)
+
+
+def test_blocks_are_inverted_last_first_each_in_its_causal_order() -> None:
+    flow = make_flow(image_size=6, num_blocks=3)
+    reference, x = Oracle(flow), latents(flow, 2)
+    tokens = flow.invert(x, reference.invert_block)
+    for i in (2, 1, 0):
+        x = reference.flip(i, reference.invert_block(i, reference.flip(i, x)))
+    assert torch.equal(tokens, x)
+    # Later blocks are inverted at as many rows as a block returns.
+    assert torch.equal(flow.invert(latents(flow, 1), lambda i, z: torch.cat((z, z)))[7], latents(flow, 1)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_chain_starts_at_latents_of_the_prior_s_scale(dtype: torch.dtype) -> None:
+    """In the dtype of the state, which is float32 where the network runs in less."""
+    flow = make_flow(image_size=6, nvp=False)
+    z = latents(flow, 2)
+    expected = z * Oracle(flow).var.sqrt()
+    if dtype != torch.float64:
+        flow = to_float32(flow).to(dtype)
+    tokens = flow.prior_tokens(z)
+    assert tokens.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (tokens - expected).abs().max() < (1e-2 if dtype == torch.bfloat16 else 1e-5)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import jacobiflow as jf
-from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.latents import draw_latents
 from tests.helpers.invented import GUIDANCE, Halfway, make_report, make_tuning, small, tuned
 
@@ -29,7 +28,7 @@ def total_sweeps(flow: jf.TarFlow, tuning: jf.Tuning | None) -> int:
         sweeps += int(found.sample_sweeps.sum())
         return found.x
 
-    invert(flow, prior_tokens(flow, draw_latents(4, 16, 4, seed=7)), solve)
+    flow.invert(flow.prior_tokens(draw_latents(4, 16, 4, seed=7)), solve)
     return sweeps
 
 

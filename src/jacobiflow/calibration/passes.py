@@ -20,7 +20,6 @@ from jacobiflow.checks import check_finite
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.image_flow import ImageFlow, Step, state_dtype
-from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.progress import Progress
 from jacobiflow.solvers import MeanAffine, Sequential, Solver, no_gradients, solve
 
@@ -66,7 +65,7 @@ def exact_solutions(
             progress(len(solutions), len(blocks), "exact loop")
         return x
 
-    invert(flow, prior_tokens(flow, latents), solve_block)
+    flow.invert(flow.prior_tokens(latents), solve_block)
     return [solutions[i] for i in range(len(blocks))]
 
 

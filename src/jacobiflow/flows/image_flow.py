@@ -209,6 +209,21 @@ class ImageFlow(nn.Module, ABC):
             yield Step(i, x, log_scale, shift, z)
             x = block.permutation(z)
 
+    def prior_tokens(self, latents: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
+        """Returns sqrt(var) times standard normal `latents`, in the dtype of `state_dtype`: the start of `invert`."""
+        dtype = state_dtype(self)
+        return latents.to(self.var.device, dtype) * self.var.to(dtype).sqrt()
+
+    def invert(self, x: Float[Tensor, "n t d"], solve: Callable[[int, Tensor], Tensor]) -> Float[Tensor, "n t d"]:
+        """Returns the tokens f_0^-1(... f_{L-1}^-1(x)) in raster order: `walk`, backwards.
+
+        `solve(i, z)` inverts block `i` at `z`, both in the block's causal order. It may return more rows than `z` has.
+        """
+        for i in reversed(range(self.config.num_blocks)):
+            permutation = self.blocks[i].permutation
+            x = permutation(solve(i, permutation(x)))
+        return x
+
     def normalize(
         self, images: Float[Tensor, "n c h w"], labels: Labels | None = None
     ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:

@@ -17,7 +17,6 @@ from jacobiflow.checks import check_count, check_flag, check_kind, check_positiv
 from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow, precision
-from jacobiflow.inversion import invert, prior_tokens
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
 from jacobiflow.measuring import timed
 from jacobiflow.progress import Progress
@@ -125,7 +124,7 @@ def rounding_floor(flow: ImageFlow) -> float:
         largest = max([largest, *residual[residual.isfinite()].tolist()])
         return torch.cat((exact, solve(blocks[i], other, Solver(stopping=Tolerance(largest)), labels).x))
 
-    exact, iterated = invert(flow, tokens.repeat(2, 1, 1), solve_block).chunk(2)
+    exact, iterated = flow.invert(tokens.repeat(2, 1, 1), solve_block).chunk(2)
     return max(largest, float((exact - iterated).nan_to_num(0.0, 0.0, 0.0).abs().max()))
 
 
@@ -133,7 +132,7 @@ def _latents(flow: ImageFlow, first: int, num: int) -> tuple[Float[Tensor, "n t 
     """Tokens at which the last block is inverted, in raster order, and labels."""
     config = flow.config
     latents = draw_latents(num, config.num_tokens, config.token_channels, start=FIRST_CALIBRATION_LATENT + first)
-    return prior_tokens(flow, latents), all_classes(flow, num)
+    return flow.prior_tokens(latents), all_classes(flow, num)
 
 
 @dataclass(frozen=True)
@@ -243,7 +242,7 @@ class _Planner:
                 self.progress(len(blocks) - i, len(blocks), what)
             return x
 
-        return invert(self.flow, tokens, solve_and_note)
+        return self.flow.invert(tokens, solve_and_note)
 
 
 def _tighter(solver: Solver, factor: float) -> Solver:
