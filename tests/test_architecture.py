@@ -91,7 +91,7 @@ def test_a_part_imports_what_it_may(part: str) -> None:
     assert not LEAVES & ALLOWED[part]
 
 
-def test_the_rules_are_of_the_parts_that_there_are() -> None:
+def test_every_part_has_its_rule() -> None:
     parts = {part_of(name) for name in MODULES} - {"", "__main__", "api"}
     assert parts == ALLOWED.keys() | {"cli"}
 

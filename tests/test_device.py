@@ -250,7 +250,7 @@ def test_another_thread_works_while_a_graph_is_captured(partition: jf.Partition)
 
 @pytest.mark.parametrize("guidance", [None, GUIDANCE])
 @pytest.mark.parametrize("partition", [jf.Whole(), jf.Window(8), jf.Sequential()])
-def test_a_batch_takes_no_more_than_is_said(partition: jf.Partition, guidance: jf.Guidance | None) -> None:
+def test_a_batch_takes_at_most_the_estimated_memory(partition: jf.Partition, guidance: jf.Guidance | None) -> None:
     config = jf.TarFlowConfig(3, 16, 2, channels=32, num_blocks=1, layers_per_block=8, num_classes=5, head_dim=16)
     with FakeDevice() as device:
         flow = jf.TarFlow(config).requires_grad_(False).to("cuda")

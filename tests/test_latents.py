@@ -51,6 +51,6 @@ def test_labels_are_uniform_and_do_not_follow_the_latents() -> None:
         assert abs(correlation) < 4 / math.sqrt(4000)
 
 
-def test_what_memory_cannot_hold_fails_before_anything_is_drawn() -> None:
+def test_a_run_that_exceeds_memory_fails_before_it_draws() -> None:
     with pytest.raises(MemoryError):
         draw_latents(10**8, 2**16, 48)

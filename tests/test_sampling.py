@@ -93,7 +93,7 @@ def test_under_autocast_tokens_stay_in_float32(name: str) -> None:
         assert (out.images - exact).abs().mean() < 0.2
 
 
-def test_no_labels_are_labels_below_0() -> None:
+def test_missing_labels_equal_labels_below_0() -> None:
     flow = make_flow(**CLASSES)
     none, below, some = (
         sample(flow, latents=latents(flow, 4), labels=labels, tolerance=1e-12).images
@@ -154,7 +154,7 @@ def test_statistics_add_up() -> None:
     assert certified.token_evaluations == 2 * out.token_evaluations
 
 
-def test_what_is_solved_token_by_token_is_exact_by_construction() -> None:
+def test_samples_that_are_solved_token_by_token_are_exact() -> None:
     """No pass measures it, unless that is asked for; a block that sweeps solve is measured."""
     flow = make_flow(**CLASSES)
     exact, measured = (sample(flow, num=3, strategy="sequential", certify=certify) for certify in (True, "always"))
@@ -263,12 +263,12 @@ def test_an_image_that_overflows_exactly_is_nan_with_a_warning(strategy: str, na
         ({"num": 2, "strategy": "gs-jacobi:17"}, "17"),
     ],
 )
-def test_what_does_not_fit_the_flow_is_a_value_error_that_names_it(arguments: dict[str, Any], names: str) -> None:
+def test_arguments_that_do_not_fit_the_flow_are_named(arguments: dict[str, Any], names: str) -> None:
     with pytest.raises(ValueError, match=names):
         sample(make_flow(**CLASSES), **arguments)
 
 
-def test_what_a_flow_does_not_have_is_refused() -> None:
+def test_options_that_a_flow_lacks_are_refused() -> None:
     flow = make_flow(**FLOWS["nvp"])
     with pytest.raises(ValueError, match="unconditional"):
         jf.decode(flow, latents(flow, 2), torch.tensor([0, 0]))

@@ -93,7 +93,7 @@ class OverriddenInverse(nflows.transforms.MaskedAffineAutoregressiveTransform):
 
 
 @pytest.mark.parametrize("why", ["OverriddenInverse overrides nflows's inverse", "its inverse was replaced"])
-def test_what_is_left_alone_is_said_and_why(why: str) -> None:
+def test_skipped_transforms_are_reported_with_the_reason(why: str) -> None:
     flow = Additive(8) if "replaced" in why else OverriddenInverse(8, 16)
     if "replaced" in why:
         flow.inverse = lambda *args: args  # type: ignore[assignment]
@@ -109,7 +109,7 @@ def test_what_is_left_alone_is_said_and_why(why: str) -> None:
     assert f"  first: left alone, {why}" in str(handle)
 
 
-def test_what_has_nothing_to_accelerate() -> None:
+def test_flows_without_masked_transforms_are_refused() -> None:
     coupling = nflows.transforms.AffineCouplingTransform(torch.arange(8) % 2, nn.Linear)
     for flow in (zuko.flows.MAF(1), coupling, None, zuko.flows.MAF, SimpleNamespace(a=1, b=[nn.Linear(2, 2)])):
         with pytest.raises(

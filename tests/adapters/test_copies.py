@@ -139,7 +139,7 @@ def test_distributions_of_zuko_follow_their_flow_and_their_copies_are_zuko_s(way
         assert not same_bits(sample(distribution), expected)
 
 
-def test_one_library_is_enough_and_importing_takes_none() -> None:
+def test_one_library_suffices_and_an_import_needs_none() -> None:
     script = """
         import sys
         import torch

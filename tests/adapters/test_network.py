@@ -118,7 +118,7 @@ class Subclass(Tensor):
 
 @pytest.mark.parametrize("is_inverse", [False, True])
 @pytest.mark.parametrize("name", ["zuko MAF", "nflows affine"])
-def test_what_is_traced_or_transformed_is_left_to_the_library(name: str, is_inverse: bool) -> None:
+def test_traced_or_transformed_calls_are_left_to_the_library(name: str, is_inverse: bool) -> None:
     flow, y = CASES[name].make(features=8, dtype=torch.float64), normal(3, 8, dtype=torch.float64)
 
     def derived() -> list[Tensor]:

@@ -151,7 +151,7 @@ def test_steep_splines_are_finite_at_their_knots() -> None:
 @pytest.mark.parametrize("where", ["inputs", "large inputs", "context", "weights", "masked weights"])
 @pytest.mark.parametrize("name", SMALL)
 @torch.no_grad()
-def test_what_is_not_finite_is_the_library_s(name: str, where: str) -> None:
+def test_rows_that_are_not_finite_are_the_library_s(name: str, where: str) -> None:
     torch.manual_seed(0)
     flow = SMALL[name]().eval()
     x, c, bad = inputs("line", 150, 6, dtype=torch.float32), torch.randn(150, 2), [3, 70, 149]

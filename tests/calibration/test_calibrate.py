@@ -261,13 +261,13 @@ IMAGES = images_of(FLOW)
     ],
     ids=range(5),
 )
-def test_what_does_not_fit_is_refused_by_name(changed: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_refused_by_name(changed: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         jf.calibrate(**{"flow": FLOW, "images": IMAGES, "batch_size": 4, "traced": 1, "segments": 2, **changed})
 
 
 @pytest.mark.parametrize("i", [0, 1])
-def test_what_overflows_in_encoding_or_in_the_exact_inverse_is_refused(i: int) -> None:
+def test_overflow_in_encoding_or_in_the_exact_inverse_is_refused(i: int) -> None:
     flow = linear_flow([0.1, 0.1])
     with torch.no_grad():
         flow.blocks[i].proj_out.weight[0, 0] = -5000

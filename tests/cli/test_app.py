@@ -198,7 +198,7 @@ def test_a_terminal_of_ascii_shows_all_that_it_can(run: Any, tmp_path: Path, mon
     assert f"wrote {tmp_path}/?:" in screen.buffer.getvalue().decode()  # type: ignore[attr-defined]
 
 
-def test_a_reader_that_is_gone_is_no_error(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_stdout_is_not_an_error(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as broken, monkeypatch.context() as patch:
@@ -223,7 +223,7 @@ def test_names_in_square_brackets_are_no_markup_and_a_warning_is_one_line(
     assert "./[/red]" in run("info --model './[/red]'").out
 
 
-def test_an_extension_that_cannot_be_imported_is_one_line(
+def test_an_extension_that_cannot_be_imported_gives_one_line(
     refuse: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed = tmp_path / "broken-1.dist-info"

@@ -117,7 +117,7 @@ def test_saving_replaces_the_folder_as_a_whole(saved: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("is_new", [True, False])
 @pytest.mark.parametrize("renames", [0, 1])
-def test_a_save_that_was_killed_is_done_again(
+def test_a_killed_save_is_repaired_by_the_next_one(
     saved: Path, is_new: bool, renames: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after the old weights were removed, with the new config in place or not."""
@@ -236,7 +236,7 @@ def test_weights_that_were_cut_short(saved: Path, share: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '"model_type"', "[" * 100_000], ids=range(5))
-def test_a_config_that_is_no_object(saved: Path, text: str) -> None:
+def test_a_config_that_is_not_an_object_is_refused(saved: Path, text: str) -> None:
     (saved / "config.json").write_text(text)
     assert "config.json" in error_of(jf.load, saved)
 

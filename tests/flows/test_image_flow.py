@@ -65,7 +65,7 @@ def test_encoding_is_the_oracle_s_with_the_determinant_of_the_dense_jacobian_and
     assert torch.equal(images, copied)
 
 
-def test_no_label_is_a_label_below_0() -> None:
+def test_a_missing_label_equals_a_label_below_0() -> None:
     flow = FLOWS["TarFlow"]()
     images = images_of(flow)
     none, below = flow.encode(images)[0], flow.encode(images, torch.tensor([-1, -1, -7]))[0]

@@ -76,7 +76,7 @@ def test_code_does_not_run(tmp_path: Path) -> None:
     assert not sentinel.exists()
 
 
-def test_what_is_no_state_dict(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_state_dict_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     assert "No such file" in error_of(TarFlow.from_original, path, SMALL)
     assert "Is a directory" in error_of(TarFlow.from_original, tmp_path, SMALL)

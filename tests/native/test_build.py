@@ -99,7 +99,7 @@ def test_the_library_of_a_wheel_needs_no_compiler(
 
 
 @pytest.mark.parametrize("fault", ["not for this system", "of other sources"])
-def test_a_library_of_a_wheel_that_is_of_no_use(fault: str, machine: Machine, shipped: Path) -> None:
+def test_a_broken_library_in_a_wheel_is_compiled_anew(fault: str, machine: Machine, shipped: Path) -> None:
     for path in shipped.parent.glob("*.so"):
         if fault == "not for this system":
             path.write_bytes(b"not for this system")

@@ -107,7 +107,7 @@ def test_a_sample_that_misses_the_solver_s_tolerance_is_solved_sequentially_and_
     assert solution.token_evaluations == raw.token_evaluations + 75 * (3 if certificate else 1)
 
 
-def test_a_sample_that_its_last_sweep_brought_within_tolerance_is_no_miss() -> None:
+def test_a_sample_within_tolerance_after_its_last_sweep_has_converged() -> None:
     """It ran out of sweeps, yet its certificate is good."""
     problem, within = flow_problem("nvp 25x4"), 0
     for sweeps in range(6, 20):

@@ -324,7 +324,7 @@ def test_solve_refuses_what_does_not_fit(arguments: dict[str, Any], names: str) 
         jf.solve(**{"block": Watched(lambda x, z, _: z), "z": normal(2, 5, 1), "solver": jf.Solver(), **arguments})
 
 
-def test_no_samples_are_solved_too() -> None:
+def test_a_batch_without_samples_is_solved() -> None:
     none, block = torch.zeros(0, 16, 1), flow_problem("vp 16x1").block
     for solve in (jf.solve, jf.solve_certified):
         assert solve(block, none, jf.Solver()).x.shape == none.shape

@@ -51,7 +51,7 @@ def test_names_take_their_guesses_from_a_report_and_files_keep_their_own(tmp_pat
     assert choose(small(), "window:3", 8) == jf.Strategy.parse("window:3", num_blocks=2, num_tokens=16)
 
 
-def test_a_tolerance_replaces_those_that_there_are() -> None:
+def test_a_tolerance_replaces_the_tolerances_of_all_solvers() -> None:
     given = jf.Strategy((jf.Solver(stopping=jf.Tolerance(0.5)), jf.Solver(stopping=Stopping(0.5, 3))))
     assert choose(small(), given, 1) == given
     found = choose(small(), given, 1, tolerance=1e-6)
@@ -78,7 +78,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("strategy", "named", "message"), REFUSED, ids=lambda value: str(value)[:40])
-def test_what_does_not_fit_is_refused(strategy: Any, named: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_refused(strategy: Any, named: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose(**{"flow": small(), "strategy": strategy, "batch_size": 16, **named})
 

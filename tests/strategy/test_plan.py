@@ -59,7 +59,7 @@ def test_a_plan_is_within_the_tolerance_and_faster_than_others(
     assert {s.bf16_sweeps for s in jf.plan(flow, batch_size=4, bf16=False).solvers} == {0}
 
 
-def test_a_block_that_the_loop_solves_sooner_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_that_the_exact_loop_solves_sooner_keeps_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     for slower, left in (({0: 9.0}, [True, False]), ({0: 9.0, 1: 9.0}, [True, True])):
         flow = Machine(1.0, slower=slower).carry(small(), monkeypatch)
         plan = jf.plan(flow, tuned(), 2)

@@ -90,7 +90,9 @@ def test_a_plan_is_made_once_for_the_next_power_of_two_and_kept(model: Path, pla
     assert plans.made == len(plans.files) == 3
 
 
-def test_what_a_plan_depends_on(model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_is_made_again_if_its_conditions_change(
+    model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flow = plans.load(model)
     plans.auto(flow)
     wide = plans.load(model, dtype="float64")
@@ -152,7 +154,7 @@ def test_a_plan_in_memory_is_found_without_reading_or_hashing_anything(
         plans.auto(flow, 4)
 
 
-def test_no_batch_is_planned_for_that_does_not_fit_in_memory(
+def test_no_plan_is_made_for_a_batch_that_does_not_fit_in_memory(
     model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flow = plans.load(model)
@@ -166,7 +168,9 @@ def test_no_batch_is_planned_for_that_does_not_fit_in_memory(
 
 
 @pytest.mark.parametrize("place", ["no home", "a file in the way", "home"])
-def test_where_plans_are_kept(place: str, model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_are_in_the_user_s_cache_folder(
+    place: str, model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the home by default; a plan that cannot be kept is used all the same."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(model / "config.json"))
     if place != "a file in the way":

@@ -48,7 +48,7 @@ class Quarters(jf.Partition):
         return (cls(),)
 
 
-def test_candidates_are_those_of_every_partition_with_what_is_fitted() -> None:
+def test_candidates_are_of_every_partition_with_the_fitted_pieces() -> None:
     fitted, slow, fast = fitted_block(), Exact(9.0, 1.0, math.inf, 0.0), Exact(9.0, 1.0, 0.5, 0.0)
     plain = candidates(small().blocks[0], 196, 1e-3, None, slow)
     assert {solver.partition for solver in plain} == {jf.Whole(), jf.Window(32), jf.Window(64), Quarters()}

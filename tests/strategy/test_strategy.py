@@ -126,7 +126,7 @@ def test_else_is_what_the_slowest_easy_block_needed_from_its_own_guess() -> None
         assert found[1:] == (replace(counted(jf.Whole(), sweeps), guess=jf.Zeros()),) * 2
 
 
-def test_what_a_report_cannot_tell_is_refused() -> None:
+def test_questions_that_a_report_cannot_answer_are_refused() -> None:
     report = make_report([90, 1, 1])
     for tolerance in (0.05, 0):
         with pytest.raises(ValueError, match=rf"tolerance {tolerance}: measured are 0\.1, 0\.01, 0\.001, 0\.0001"):

@@ -33,7 +33,7 @@ def total_sweeps(flow: jf.TarFlow, tuning: jf.Tuning | None) -> int:
 
 
 @pytest.mark.parametrize("guidance", [None, GUIDANCE])
-def test_what_is_fitted_saves_sweeps_on_other_latents(guidance: jf.Guidance | None) -> None:
+def test_fitted_pieces_save_sweeps_on_other_latents(guidance: jf.Guidance | None) -> None:
     flow = small().guided(guidance)
     tuning = jf.tune(flow, samples=8)
     assert (tuning.guidance, tuning.samples, len(tuning.blocks)) == (guidance, 8, 2)
