@@ -45,7 +45,7 @@ def test_classes_are_taken_in_turn() -> None:
     assert jf.tune(small(), [2, 1], samples=4, seed=5) == jf.tune(
         small(), torch.tensor([2, 1, 2, 1]), samples=4, seed=5
     )
-    assert jf.tune(small(), 1, samples=4) != jf.tune(small(), samples=4) == tuned()
+    assert jf.tune(small(), 1, samples=4) != jf.tune(small(), samples=4) == jf.tune(small(), [0, 1, 2], samples=4)
 
 
 def test_a_tuning_comes_back_from_its_file_and_fits_its_flow_only(tmp_path: Path) -> None:
