@@ -83,7 +83,9 @@ CHANGES: dict[str, Callable[[nn.Module, list[Any]], Any]] = {
     "data": lambda _, layers: setattr(layers[0].weight, "data", (layers[0].weight.data.t() * 2).contiguous().t()),
     "type": lambda flow, _: flow.float(),
     "module": lambda flow, _: replace_activations(flow),
-    "setting": lambda flow, _: [setattr(part, "negative_slope", 0.9) for part in flow.modules()],
+    "setting": lambda flow, _: [
+        setattr(part, "negative_slope", 0.9) for part in flow.modules() if isinstance(part, nn.LeakyReLU)
+    ],
     "mask": lambda _, layers: layers[0].mask[:, 0].zero_(),
     "hook": lambda _, layers: layers[0].register_forward_hook(lambda module, args, out: 2 * out),
     "no parameter": lambda _, layers: turn_into_plain_tensor(layers[0]),
