@@ -17,6 +17,7 @@ from jacobiflow.adapters.network import MaskedNetwork, UnsupportedError
 from jacobiflow.adapters.passes import invert, premasked
 from jacobiflow.native.structures import Elementwise, Ends
 
+_ELEMENTWISE = ("_elementwise_forward", "_elementwise_inverse", "_elementwise")
 _PLAIN = (nn.ModuleList, nn.Linear, nn.Dropout, nn.Identity)
 
 
@@ -41,6 +42,8 @@ def rational_quadratic_transform(module: Any, library: ModuleType, is_conditiona
 
 
 def _masked(module: Any, library: ModuleType, is_conditional: bool, parameters: int, **settings: Any) -> Part:
+    if any(name in vars(module) for name in _ELEMENTWISE):
+        raise UnsupportedError("an elementwise transform of the object's own")
     network = _network(module.autoregressive_net, library, parameters, is_conditional)
     return masked_part(module, network, **settings)
 

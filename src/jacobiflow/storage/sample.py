@@ -181,21 +181,24 @@ def _resume(
     new: SampleFolder, earlier: SampleFolder, labels: Tensor | None, plan: Strategy | None
 ) -> tuple[SampleFolder, list[int]]:
     """Goes on with an earlier run of the same settings, maybe of fewer samples."""
-    begun = earlier.manifest
+    previous = earlier.manifest
     settings = replace(
         new.manifest,
-        labels_sha256=labels_sha256(None if labels is None else labels[: begun.num]),
-        strategy_sha256=begun.strategy_sha256 if plan is None else sha256(json_bytes(plan.to_json())),
+        labels_sha256=labels_sha256(None if labels is None else labels[: previous.num]),
+        strategy_sha256=previous.strategy_sha256 if plan is None else sha256(json_bytes(plan.to_json())),
     )
-    begun.check_resumes(settings, new.path)
+    previous.check_resumes(settings, new.path)
     earlier.strategy()  # refuses a file that was changed
-    folder = _with(new, strategy_sha256=begun.strategy_sha256, machine=begun.machine, checksums=begun.checksums)
+    folder = _with(
+        new, strategy_sha256=previous.strategy_sha256, machine=previous.machine, checksums=previous.checksums
+    )
     todo = [index for index in range(folder.manifest.num_shards) if not folder.verify(index)]
     if todo:
         if damaged := [index for index in todo if folder.record(index) is not None]:
             warnings.warn(f"{new.path}: shards {short(damaged)} were damaged, and are drawn again", stacklevel=2)
-        if begun.machine != new.manifest.machine:
-            warnings.warn(f"{new.path}: begun on another machine: equal to rounding, not to the bit", stacklevel=2)
+        if previous.machine != new.manifest.machine:
+            message = "begun on another machine or by other versions: equal to rounding, not to the bit"
+            warnings.warn(f"{new.path}: {message}", stacklevel=2)
         _check_space(folder, todo)
         folder = _with(folder, checksums=None)
         folder.save_manifest()

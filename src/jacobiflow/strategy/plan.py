@@ -218,9 +218,9 @@ class _Planner:
             if exact is None:
                 exact = self._invert(tokens[:_COMPARED], solve_exactly, "verifying")
             run = partial(self._invert, tokens, solve_block, "verifying")
-            taken, x = timed(run, tokens.device)
+            elapsed, x = timed(run, tokens.device)
             if num == self.batch_size:
-                seconds = taken if taken <= enough else min(taken, timed(run, tokens.device)[0])
+                seconds = elapsed if elapsed <= enough else min(elapsed, timed(run, tokens.device)[0])
             difference = (x[: len(exact)] - exact).abs()[exact.isfinite()]
             error = float(difference.nan_to_num(math.inf, math.inf).max()) if difference.numel() else math.inf
             if error <= self.tolerance and seconds <= enough:

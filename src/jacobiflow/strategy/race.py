@@ -197,10 +197,10 @@ class Race:
                 tolerance=self.tolerance, time_limit=time_limit - seconds,
             )  # fmt: skip
             try:
-                taken, solution = timed(run, z.device)
+                elapsed, solution = timed(run, z.device)
             except TimeoutError:
                 return None
-            seconds += taken
+            seconds += elapsed
             sweeps = max(sweeps, int(solution.sample_sweeps.max()))
             parts.append(solution.x)
             if seconds >= time_limit:
