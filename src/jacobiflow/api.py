@@ -6,12 +6,14 @@ from jacobiflow.codec import register
 from jacobiflow.denoising import denoise
 from jacobiflow.errors import CheckpointError, InputError
 from jacobiflow.flows.base import AffineBlock, Block
-from jacobiflow.flows.config import MAFConfig
+from jacobiflow.flows.config import MAFConfig, TokenConfig
 from jacobiflow.flows.guidance import Guidance, SamplingSettings
 from jacobiflow.flows.maf import MAF
+from jacobiflow.flows.prose import Prose, ProseConfig
 from jacobiflow.flows.presets import PRESETS, Preset
 from jacobiflow.flows.registry import load
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
+from jacobiflow.importance import Weights, importance
 from jacobiflow.sampling import Samples, decode, sample
 from jacobiflow.solvers import (
     CausalLinear,
@@ -62,6 +64,8 @@ __all__ = [
     "Partition",
     "Plain",
     "Preset",
+    "Prose",
+    "ProseConfig",
     "Report",
     "SampleFolder",
     "Samples",
@@ -75,8 +79,10 @@ __all__ = [
     "Strategy",
     "TarFlow",
     "TarFlowConfig",
+    "TokenConfig",
     "Tolerance",
     "Tuning",
+    "Weights",
     "Whole",
     "Window",
     "Zeros",
@@ -87,6 +93,7 @@ __all__ = [
     "denoise",
     "find_report",
     "find_tuning",
+    "importance",
     "load",
     "plan",
     "processes",

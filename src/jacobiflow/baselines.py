@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from jacobiflow.flows.guidance import Guidance
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
-from jacobiflow.flows.labels import embed_classes
 from jacobiflow.flows.maf import MAF, MAFBlock, full_pass
 from jacobiflow.flows.tarflow import TarFlow, TarFlowBlock
 from jacobiflow.flows.tarflow.attention import Attention, AttentionBlock
@@ -27,14 +26,14 @@ from jacobiflow.sampling import sample
 
 GROWING_CACHE, FULL_PASSES, SEQUENTIAL = "growing cache", "full passes", "sequential"
 
-Loop = Callable[..., Tensor]  # of the flow, standard normal latents, and labels or None; its images are not clipped
+Loop = Callable[..., Tensor]  # of the flow, standard normal latents, and context or None; images are not clipped
 
 
 def growing_cache_sample(
-    flow: TarFlow, z: Float[Tensor, "n t c"], labels: Int[Tensor, " n"] | None = None
-) -> Float[Tensor, "n c h w"]:
-    """Returns images of standard normal latents as the original TarFlow code samples them."""
-    return _sample(flow, z, labels, _by_growing_cache)
+    flow: TarFlow, z: Float[Tensor, "n t c"], context: Tensor | None = None
+) -> Float[Tensor, "n ..."]:
+    """Returns the data of standard normal latents as the original TarFlow code samples them."""
+    return _sample(flow, z, context, _by_growing_cache)
 
 
 def full_passes_sample(
@@ -45,16 +44,16 @@ def full_passes_sample(
 
 
 @torch.no_grad()
-def _sample(flow: ImageFlow, z: Tensor, labels: Tensor | None, invert_block: Callable[..., Tensor]) -> Tensor:
+def _sample(flow: ImageFlow, z: Tensor, context: Tensor | None, invert_block: Callable[..., Tensor]) -> Tensor:
     def solve(i: int, x: Tensor) -> Tensor:
-        return invert_block(flow.blocks[i], x, labels, flow.guidance)
+        return invert_block(flow.blocks[i], x, context, flow.guidance)
 
     return flow.to_images(flow.invert(flow.prior_tokens(z), solve))
 
 
-def _by_growing_cache(block: TarFlowBlock, x: Tensor, labels: Tensor | None, guidance: Guidance | None) -> Tensor:
+def _by_growing_cache(block: TarFlowBlock, x: Tensor, context: Tensor | None, guidance: Guidance | None) -> Tensor:
     """Solves one block for `x` (N, T, C), in the block's causal order; overwrites `x`."""
-    conditional = Stream(block, labels, 1.0)
+    conditional = Stream(block, context, 1.0)
     unconditional = None if guidance is None else Stream(block, None, guidance.attn_temperature)
     weights = None if guidance is None else guidance.weights(x)
     for t in range(1, x.shape[1]):
@@ -112,12 +111,12 @@ class _Layer:
 
 
 class Stream:
-    """A block read token by token under one condition: with labels, or without."""
+    """A block read token by token under one condition: with a context, or without."""
 
-    def __init__(self, block: TarFlowBlock, labels: Tensor | None, temperature: float) -> None:
+    def __init__(self, block: TarFlowBlock, context: Tensor | None, temperature: float) -> None:
         self.block = block
         self.position_embedding = block.permutation(block.pos_embed, dim=0)
-        self.class_embedding = embed_classes(block.class_embed, labels)
+        self.context = block.embed_context(context)
         self.temperature = temperature
         self.layers = [_Layer(layer) for layer in block.attn_blocks]
 
@@ -125,8 +124,8 @@ class Stream:
         """Returns log-scale and shift (N, C) of the entry after `position`, in the dtype of `x` (N, T, C)."""
         token = x[:, position : position + 1].to(self.position_embedding.dtype)
         h = self.block.proj_in(token) + self.position_embedding[position : position + 1]
-        if self.class_embedding is not None:
-            h = h + self.class_embedding
+        if self.context is not None:
+            h = h + (self.context if self.context.shape[1] == 1 else self.context[:, position : position + 1])
         for layer in self.layers:
             h = layer.feed(h, self.temperature)
         out = self.block.proj_out(h)[:, 0].to(x.dtype)
@@ -150,5 +149,5 @@ def original_loop(flow: ImageFlow) -> tuple[str, Loop]:
     return SEQUENTIAL, _sequential_sample
 
 
-def _sequential_sample(flow: ImageFlow, z: Tensor, labels: Tensor | None) -> Tensor:
-    return sample(flow, latents=z, labels=labels, strategy=SEQUENTIAL, certify=False).images
+def _sequential_sample(flow: ImageFlow, z: Tensor, context: Tensor | None) -> Tensor:
+    return sample(flow, latents=z, context=context, strategy=SEQUENTIAL, certify=False, log_prob=False).x

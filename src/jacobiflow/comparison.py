@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from jacobiflow.baselines import SEQUENTIAL, original_loop
@@ -28,15 +28,15 @@ class Row:
     Attributes:
         strategy: Its name.
         seconds: For the whole batch.
-        error: The difference from the images of the sequential loop.
-        images: Of its first round.
-        samples: With these images; None for an original sampler, which returns images only.
+        error: The difference from the x of the sequential loop.
+        x: Images or tokens of its first round.
+        samples: With this x; None for an original sampler, which returns x only.
     """
 
     strategy: str
     seconds: Timing
     error: Error
-    images: Float[Tensor, "n c h w"]
+    x: Float[Tensor, "n ..."]
     samples: Samples | None = None
 
     @property
@@ -128,7 +128,7 @@ class Comparison:
 def compare(
     flow: ImageFlow,
     latents: Float[Tensor, "n t c"],
-    labels: Int[Tensor, " n"] | None,
+    context: Tensor | None,
     runs: Mapping[str, Callable[[], Samples]],
     *,
     repeats: int = 5,
@@ -140,8 +140,8 @@ def compare(
     Args:
         flow: The model; its device and its guidance are used.
         latents: Before the prior's scale.
-        labels: Classes, or None.
-        runs: Samplers by name, for the same latents, labels and guidance.
+        context: Labels or numbers, or None.
+        runs: Samplers by name, for the same latents, context and guidance.
         repeats: Rounds that count.
         warm_up: Run a round before, which does not count.
         progress: Called after each run.
@@ -150,23 +150,25 @@ def compare(
     for name in (original, SEQUENTIAL, ENCODING_PASS):
         if name in runs:
             raise InputValueError(f"run {name!r}: timed in any case; give it another name, or leave it out")
-    sequential = partial(sample, flow, labels=labels, latents=latents, strategy="sequential", certify=False)
+    sequential = partial(
+        sample, flow, context=context, latents=latents, strategy="sequential", certify=False, log_prob=False
+    )  # fmt: skip
     exact = sequential()
     every: dict[str, Callable[[], Any]] = {
-        original: partial(loop, flow, exact.latents, exact.labels),
+        original: partial(loop, flow, exact.latents, exact.context),
         SEQUENTIAL: sequential,  # in place of the original sampler if the flow has none
         **runs,
-        ENCODING_PASS: partial(_encode, flow, exact.images, exact.labels),
+        ENCODING_PASS: partial(_encode, flow, exact.x, exact.context),
     }
     seconds, results = interleave(every, repeats, flow.var.device, progress, warm_up)
     rows = []
     for name in dict.fromkeys((original, SEQUENTIAL, *runs)):
         samples = results[name] if isinstance(results[name], Samples) else None
-        images = results[name] if samples is None else samples.images
-        rows.append(Row(name, seconds[name], paired_error(images, exact.images), images, samples))
+        x = results[name] if samples is None else samples.x
+        rows.append(Row(name, seconds[name], paired_error(x, exact.x), x, samples))
     return Comparison(len(latents), tuple(rows), seconds[ENCODING_PASS])
 
 
-def _encode(flow: ImageFlow, images: Tensor, labels: Tensor | None) -> None:
+def _encode(flow: ImageFlow, x: Tensor, context: Tensor | None) -> None:
     with torch.no_grad():
-        flow.encode(images, labels)
+        flow.encode(x, context)

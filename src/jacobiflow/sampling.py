@@ -1,4 +1,4 @@
-"""Samples images: latents through the blocks of a flow, each solved by a strategy."""
+"""Samples a flow: latents through its blocks, each solved by a strategy."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import Tensor
 from jacobiflow.checks import check_count, check_finite, check_flag, check_floating, check_kind, short
 from jacobiflow.denoising import check_rate, denoised
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.image_flow import ImageFlow, check_flow, state_dtype
-from jacobiflow.flows.labels import Labels
+from jacobiflow.flows.image_flow import ImageFlow, check_flow, log_normal, state_dtype
+from jacobiflow.flows.labels import Context, Labels
+from jacobiflow.implicit import invert_with_gradient
 from jacobiflow.latents import MOST_SAMPLES, draw_latents
 from jacobiflow.progress import Progress
 from jacobiflow.solvers import Certificate, Solution, Status, check_certificate, solve_certified
@@ -109,19 +111,21 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Samples:
-    """Images, their certificates and their cost.
+    """Samples, their certificates, densities and cost.
 
     Attributes:
-        images: Nominally in [-1, 1], not clipped; NaN if the exact inverse overflows.
+        x: Images, nominally in [-1, 1] and not clipped, or tokens; NaN if the exact inverse overflows.
         latents: Standard normal, before the prior's scale.
-        labels: Classes, or `None`.
+        context: Labels or numbers, or `None`.
+        log_prob: The log-density of each sample under the flow in nats, at this x. `None` if it was not asked for, and
+            under guidance or after denoising, which draw from another density than the flow's.
         stats: A `BlockStats` for each block, in encoding order.
         certificate: Per sample the largest |g(x) - x| over tokens, channels and blocks, guidance included, before
             denoising; `None` without certificates. A block that was solved token by token is exact by construction and
             counts as 0, unless it was measured too.
         tolerance: The residual that every block was held to; `None` if the strategy has blocks that stop after a fixed
             number of sweeps. Their samples are not certified, see `outcome`.
-        trace: The noise, the image after each block in sampling order, and the denoised image; `None` without a trace.
+        trace: The noise, x after each block in sampling order, and the denoised image; `None` without a trace.
         seconds: Wall-clock time of solving all blocks; that of denoising is `denoise_seconds`.
 
     Example:
@@ -130,15 +134,30 @@ class Samples:
         3 samples: 3 exact, since every block was solved token by token
     """
 
-    images: Float[Tensor, "n c h w"]
+    x: Float[Tensor, "n ..."]
     latents: Float[Tensor, "n t d"]
-    labels: Int[Tensor, " n"] | None
+    context: Tensor | None
+    log_prob: Float[Tensor, " n"] | None
     stats: tuple[BlockStats, ...]
     certificate: Float[Tensor, " n"] | None
     tolerance: float | None
-    trace: tuple[Float[Tensor, "n c h w"], ...] | None
+    trace: tuple[Float[Tensor, "n ..."], ...] | None
     seconds: float
     denoise_seconds: float
+
+    @property
+    def images(self) -> Float[Tensor, "n c h w"]:
+        """`x` of a flow over images."""
+        if self.x.ndim != 4:
+            raise InputValueError("images: these are samples of a flow over tokens; take .tokens")
+        return self.x
+
+    @property
+    def tokens(self) -> Float[Tensor, "n t d"]:
+        """`x` of a flow over tokens."""
+        if self.x.ndim != 3:
+            raise InputValueError("tokens: these are samples of a flow over images; take .images")
+        return self.x
 
     @property
     def network_calls(self) -> int:
@@ -186,21 +205,24 @@ def sample(
     labels: Labels | None = None,
     seed: int = 0,
     *,
+    context: Context | None = None,
     latents: Float[Tensor, "n t d"] | None = None,
     strategy: str | Path | Strategy = "auto",
     denoise: float = 0.0,
     tolerance: float | None = None,
     certify: Certificate = True,
     batch_size: int | None = None,
+    log_prob: bool | None = None,
     return_trace: bool = False,
     progress: Progress | None = None,
 ) -> Samples:
-    """Samples images x = f^-1(z): the inverse of every block, last first, each to its tolerance.
+    """Draws samples x = f^-1(z): the inverse of every block, last first, each to its tolerance.
 
     Args:
         flow: The model, or a view of it under guidance (`flow.guided(...)`); its device is used.
         num: The number of samples; or give `latents`.
         labels: Classes, or one class for all. A label below 0, or `None`, takes the unconditional row.
+        context: For a flow whose context is numbers: (N, K) for each sample, or (N, T, K) for each token.
         seed: Fixes the latent of sample i, whatever the batch size.
         latents: Standard normal, before the prior's scale.
         strategy: A name (see `jacobiflow.strategy.choose`), a `Strategy`, or the path of its JSON file.
@@ -212,7 +234,9 @@ def sample(
             too. Without certificates a token is final when its last sweep changed it by at most the tolerance; its
             residual is then not known, and can be larger.
         batch_size: Samples in the network at a time, all by default.
-        return_trace: Returns the image after every block, too.
+        log_prob: Whether to return densities, by default if the flow is over tokens. They cost nothing where native
+            code solves every block, else an encoding pass.
+        return_trace: Returns x after every block, too.
         progress: Is called after each block.
 
     Returns:
@@ -235,28 +259,35 @@ def sample(
     elif num is not None or latents is None:
         raise InputValueError("give either num or latents")
     _check_latents("latents", latents, flow)
-    labels = None if labels is None else flow.check_labels(labels, len(latents))
+    if latents.requires_grad and torch.is_grad_enabled():
+        raise InputValueError(f"latents={short(latents)} requires a gradient: give latents.detach(), or use decode")
+    context = check_one_context(flow, labels, context, len(latents))
+    log_prob = check_log_prob(flow, log_prob)
     if batch_size is not None:
         batch_size = min(check_count("batch_size", batch_size, most=MOST_SAMPLES), len(latents))
-    warn_if_guidance_is_idle(flow, labels)
+    warn_if_guidance_is_idle(flow, context)
     plan = choose(flow, strategy, batch_size or len(latents), tolerance=tolerance)
-    result = draw(
-        flow, plan, latents, labels, denoise=denoise, certify=certify, batch_size=batch_size,
-        return_trace=return_trace, progress=progress,
-    )  # fmt: skip
+    with torch.no_grad():
+        result = draw(
+            flow, plan, latents, context, denoise=denoise, certify=certify, batch_size=batch_size, log_prob=log_prob,
+            return_trace=return_trace, progress=progress,
+        )  # fmt: skip
     if result.outcome.has_shortfall:
         warnings.warn(str(result.outcome), stacklevel=2)
     return result
 
 
 def draw(
-    flow: ImageFlow, plan: Strategy, latents: Float[Tensor, "n t d"], labels: Int[Tensor, " n"] | None = None, *,
-    denoise: float = 0.0, certify: Certificate = True,
-    batch_size: int | None = None, return_trace: bool = False, progress: Progress | None = None,
+    flow: ImageFlow, plan: Strategy, latents: Float[Tensor, "n t d"], context: Tensor | None = None, *,
+    denoise: float = 0.0, certify: Certificate = True, batch_size: int | None = None, log_prob: bool = False,
+    return_trace: bool = False, progress: Progress | None = None,
 ) -> Samples:  # fmt: skip
-    """Solves all blocks at the latents by a plan, as `sample` does, without its checks and its warning."""
+    """Solves all blocks at the latents by a plan, as `sample` does, without its checks and its warning.
+
+    The samples have gradients if they are enabled.
+    """
     latents = latents.to(flow.var.device, state_dtype(flow))
-    labels = None if labels is None else labels.to(flow.var.device)
+    context = None if context is None else context.to(flow.var.device)
     slots, num_blocks = batch_size or len(latents), len(flow.blocks)
     starts = range(0, len(latents), slots * _GROUP)
     num_solved = 0
@@ -271,22 +302,25 @@ def draw(
     groups = []
     for start in starts:
         rows = slice(start, start + slots * _GROUP)
-        some, classes = latents[rows], None if labels is None else labels[rows]
-        groups.append(_solve(flow, plan, some, classes, certify, slots, return_trace, note_block))
+        group = _Group(flow, plan, latents[rows], None if context is None else context[rows], certify, slots)
+        group.solve(note_block, return_trace)
+        groups.append(group)
+    has_density = log_prob and flow.guidance is None and not denoise
+    log_probs = [group.log_prob() for group in groups] if has_density else []
     seconds = time.perf_counter() - started
 
-    parts, solutions, traces = zip(*groups, strict=True)
-    images = torch.cat(parts)
-    stats = tuple(map(BlockStats.join, zip(*solutions, strict=True)))
-    trace = [torch.cat(steps) for steps in zip(*traces, strict=True)]
+    x = torch.cat([flow.to_images(group.x) for group in groups])
+    stats = tuple(map(BlockStats.join, zip(*([*group.solutions] for group in groups), strict=True)))
+    trace = [torch.cat(steps) for steps in zip(*(group.trace for group in groups), strict=True)]
     started = time.perf_counter()
     if denoise:
-        images = denoised(flow, images, labels, denoise, batch_size or 64)
-        trace.append(images)
+        x = denoised(flow, x, context, denoise, batch_size or 64)
+        trace.append(x)
     return Samples(
-        images=images,
+        x=x,
         latents=latents,
-        labels=labels,
+        context=context,
+        log_prob=torch.cat(log_probs) if has_density else None,
         stats=stats,
         certificate=torch.stack([block.residual for block in stats]).amax(dim=0) if certify else None,
         tolerance=plan.residual_bound(flow.config.num_tokens),
@@ -296,73 +330,137 @@ def draw(
     )
 
 
-def _solve(
-    flow: ImageFlow, plan: Strategy, latents: Tensor, labels: Tensor | None, certify: Certificate, slots: int,
-    return_trace: bool, note_block: Callable[[], None],
-) -> tuple[Tensor, list[Solution], list[Tensor]]:  # fmt: skip
-    """Images, the solution of each block in encoding order, and the trace."""
-    x, blocks = flow.prior_tokens(latents), flow.inverse_blocks
-    lost = ~torch.isfinite(x).all(dim=(1, 2))
-    solutions: dict[int, Solution] = {}
-    trace = [flow.to_images(x)] if return_trace else []
+class _Group:
+    """Samples that go through a block before the next block: their tokens, solutions in encoding order, and trace."""
 
-    def solve_block(i: int, z: Tensor) -> Tensor:
-        nonlocal lost
-        # A sample lost in an earlier block goes on as zeros, so that the rest of its group can be solved.
-        z = z.masked_fill(lost.view(-1, 1, 1), 0)
-        solution = solve_certified(blocks[i], z, plan.solvers[i], labels, certify, slots, plan.tolerance)
-        lost = lost | (solution.status == Status.NONFINITE)
-        status = solution.status.masked_fill(lost, Status.NONFINITE)
-        solutions[i] = replace(solution, status=status, residual=solution.residual.masked_fill(lost, torch.inf))
-        x = solution.x.masked_fill(lost.view(-1, 1, 1), torch.nan)
+    def __init__(
+        self, flow: ImageFlow, plan: Strategy, latents: Tensor, context: Tensor | None, certify: Certificate, slots: int
+    ) -> None:
+        self.flow, self.plan, self.latents, self.context = flow, plan, latents, context
+        self.certify, self.slots, self.blocks = certify, slots, flow.inverse_blocks
+        self.x = flow.prior_tokens(latents)
+        self.lost = ~torch.isfinite(self.x).all(dim=(1, 2))
+        self.solutions: list[Solution] = []
+        self.log_det = self.x.new_zeros(len(latents))
+        self.trace: list[Tensor] = []
+
+    def solve(self, note_block: Callable[[], None], return_trace: bool) -> None:
+        """Solves all blocks, last first."""
+
+        def solve_block(i: int, z: Tensor) -> Tensor:
+            # A sample lost in an earlier block goes on as zeros, so that the rest of its group can be solved.
+            z = z.masked_fill(self.lost.view(-1, 1, 1), 0)
+            parameters = [parameter for parameter in self.flow.blocks[i].parameters() if parameter.requires_grad]
+            if torch.is_grad_enabled() and (parameters or any(map(_has_gradient, (z, self.context)))):
+                x, log_det = invert_with_gradient(
+                    self.blocks[i], parameters, partial(self._solve_block, i), z, self.context
+                )
+            else:
+                x, log_det = self._solve_block(i, z)
+            self.log_det = self.log_det + log_det
+            x = x.masked_fill(self.lost.view(-1, 1, 1), torch.nan)
+            if return_trace:
+                self.trace.append(self.flow.to_images(self.flow.blocks[i].permutation.inverse(x)))
+            note_block()
+            return x
+
         if return_trace:
-            trace.append(flow.to_images(flow.blocks[i].permutation(x)))
-        note_block()
-        return x
+            self.trace.append(self.flow.to_images(self.x))
+        self.x = self.flow.invert(self.x, solve_block)
+        self.solutions.reverse()
 
-    x = flow.invert(x, solve_block)
-    return flow.to_images(x), [solutions[i] for i in range(len(blocks))], trace
+    def _solve_block(self, i: int, z: Tensor) -> tuple[Tensor, Tensor]:
+        solution = solve_certified(
+            self.blocks[i], z, self.plan.solvers[i], self.context, self.certify, self.slots, self.plan.tolerance
+        )
+        self.lost = self.lost | (solution.status == Status.NONFINITE)
+        status = solution.status.masked_fill(self.lost, Status.NONFINITE)
+        residual = solution.residual.masked_fill(self.lost, torch.inf)
+        self.solutions.append(replace(solution, status=status, residual=residual))
+        return solution.x, solution.log_det
+
+    def log_prob(self) -> Float[Tensor, " n"]:
+        """Returns the log-densities of the samples at x.
+
+        Where all blocks are exact, x encodes to the latents and through the tokens that were solved, so that the sums
+        of log-scales are known. Else a block solved to a tolerance moves the tokens that the blocks after it would
+        read in encoding: these samples are encoded.
+        """
+        flow, var = self.flow, self.flow.var.to(self.x.dtype)
+        log_prob = log_normal(self.latents) - self.log_det - 0.5 * var.log().sum() + flow.tokens_log_det(self.x)
+        is_exact = torch.stack([solution.exact for solution in self.solutions]).all(dim=0)
+        is_open = (~is_exact | self.log_det.isnan()) & ~self.lost
+        rows = is_open.nonzero().flatten()
+        for some in rows.split(self.slots) if len(rows) else ():
+            context = None if self.context is None else self.context[some]
+            log_prob = log_prob.index_put((some,), flow.tokens_log_prob(self.x[some], context))
+        return log_prob.masked_fill(self.lost, torch.nan)
+
+
+def _has_gradient(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
 
 
 def decode(
     flow: ImageFlow,
     z: Float[Tensor, "n t d"],
-    labels: Labels | None = None,
+    context: Context | None = None,
     *,
     strategy: str | Path | Strategy = "auto",
     tolerance: float | None = None,
     certify: Certificate = True,
-) -> Samples:
-    """Returns the images with latents `z`, without denoising: the inverse of `flow.encode`. See `sample`.
+    log_prob: bool = False,
+) -> Any:
+    """Returns the x with latents `z`, the inverse of `flow.encode`; with `log_prob` also its log-density (N,) in nats.
 
-    For a view under guidance it is the inverse of the guided blocks. `encode` stays that of the plain flow.
+    It is `sample` without its record and without denoising, and it is differentiable: in z, in a context of numbers and
+    in the parameters of the flow, by the implicit function theorem. Samples that are not certified cause a warning.
+    For a view under guidance x is the inverse of the guided blocks, whose density is not that of `encode`.
 
     Example:
-        >>> flow = jf.load("digits-p1")
-        >>> samples = jf.decode(flow, torch.zeros(1, 64, 1), [7], strategy="sequential")
-        >>> bool(flow.encode(samples.images, [7])[0].abs().max() < 1e-2)
+        >>> flow, z = jf.load("digits-p1"), torch.zeros(1, 64, 1)
+        >>> images, log_prob = jf.decode(flow, z, [7], log_prob=True)
+        >>> torch.allclose(flow.log_prob(images, [7]), log_prob, atol=1e-2)
         True
     """
     check_flow(flow)
     check_certificate("certify", certify)
+    check_flag("log_prob", log_prob)
+    if log_prob and flow.guidance is not None:
+        raise InputValueError("log_prob=True under guidance: the flow's density is not that of guided samples")
+    check_kind("z", z, Tensor, "a torch.Tensor of latents")
+    context = flow.check_context(context, len(z))
     _check_latents("z", z, flow)
-    labels = None if labels is None else flow.check_labels(labels, len(z))
-    result = draw(flow, choose(flow, strategy, len(z), tolerance=tolerance), z, labels, certify=certify)
+    plan = choose(flow, strategy, len(z), tolerance=tolerance)
+    result = draw(flow, plan, z, context, certify=certify, log_prob=log_prob)
     if result.outcome.has_shortfall:
         warnings.warn(str(result.outcome), stacklevel=2)
-    return result
+    return (result.x, result.log_prob) if log_prob else result.x
 
 
-def warn_if_guidance_is_idle(flow: ImageFlow, labels: Tensor | None) -> None:
+def check_one_context(
+    flow: ImageFlow, labels: Labels | None, context: Context | None, num: int
+) -> Tensor | None:
+    """Returns the context for `num` samples of the flow, given as either argument."""
+    if labels is not None and context is not None:
+        raise InputValueError("labels and context: give one of them")
+    return flow.check_context(labels if context is None else context, num)
+
+
+def check_log_prob(flow: ImageFlow, log_prob: bool | None) -> bool:
+    """Returns whether samples have densities: by default if the flow is over tokens."""
+    if log_prob is None:
+        return flow.image_shape is None
+    check_flag("log_prob", log_prob)
+    return log_prob
+
+
+def warn_if_guidance_is_idle(flow: ImageFlow, context: Tensor | None) -> None:
     """Warns the caller's caller if guidance takes the same row twice."""
-    if flow.guidance is not None and labels is None and flow.guidance.attn_temperature == 1:
+    if flow.guidance is not None and context is None and flow.guidance.attn_temperature == 1:
         warnings.warn("guidance without labels at attn_temperature 1 changes nothing", stacklevel=3)
 
 
 def _check_latents(name: str, latents: Tensor, flow: ImageFlow) -> None:
     check_floating(name, latents, ("N", flow.config.num_tokens, flow.config.token_channels))
     check_finite(name, latents)
-    if latents.requires_grad and torch.is_grad_enabled():
-        raise InputValueError(
-            f"{name}={short(latents)} requires a gradient, and sampling has none: give {name}.detach()"
-        )

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.distributions import Distribution, Transform
 
+from jacobiflow.adapters import tarflow
 from jacobiflow.adapters.acceleration import Acceleration, Adapter, library_class
 from jacobiflow.checks import check_number
 from jacobiflow.errors import InputValueError
@@ -23,9 +24,9 @@ _DEPTH = 3  # an ensemble of posteriors holds a list of posteriors, which hold m
 
 
 def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration:
-    """Makes the masked autoregressive transforms of a zuko, nflows, normflows or pyro flow fast, in place.
+    """Makes the masked autoregressive transforms of a zuko, nflows, normflows or pyro flow, or a live TarFlow, fast.
 
-    The flow's own methods are called as before. On a CPU, without gradients, native code then computes all transforms
+    It does so in place, and the flow's own methods are called as before. On a CPU, without gradients, native code then computes all transforms
     at once in both directions: the inverse, which takes these libraries D passes of the network for D features, and
     the forward direction with its log-determinant. The result is exact to rounding. Rows that are not finite, or
     overflow on the way, go through the library's own code.
@@ -33,6 +34,10 @@ def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration:
     If native code does not take a transform (a gradient, a GPU, an activation that it does not know), it is inverted by
     passes x <- g(x) of the library's own network, which end when one changes nothing, with the library's own bits.
     Gradients are those of the inverse, by the implicit function theorem (first derivatives only).
+
+    Of a TarFlow (the original code, that of SBG, and forks with its structure) the blocks' `reverse` becomes native
+    code, with its arguments and results; the tolerance plays no part. Where it cannot (a gradient, a GPU, dropout in
+    training mode) it is the block's own.
 
     Weights are read at every call. Copies and pickles of an accelerated module are the library's own and not
     accelerated: so accelerate the posterior of sbi, which copies its network. A distribution `flow(c)` of zuko is
@@ -74,6 +79,10 @@ def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration:
     for name, module in modules:
         kind = library_class(module)
         adapter = next((adapter for adapter in adapters if issubclass(kind, adapter.transform)), None)
+        if adapter is None and tarflow.resembles(module):
+            adapter, reason = tarflow.recognise(module)
+            if adapter is None:
+                untouched[name] = reason
         if adapter is None:
             continue
         if (obstacle := adapter.obstacle(module)) is None:
@@ -83,7 +92,7 @@ def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration:
     if all(adapter.is_composition for _, adapter in accelerated.values()):
         reasons = "".join(f"; {name}: {why}" for name, why in untouched.items())
         raise InputValueError(
-            f"{type(flow).__name__}: no masked autoregressive transform of {', '.join(_LIBRARIES)} in it to accelerate"
+            f"{type(flow).__name__}: no masked autoregressive transform of {', '.join(_LIBRARIES)}, and no TarFlow block, to accelerate"
             f"{reasons}; nothing was changed"
         )
     return Acceleration(tolerance, accelerated, untouched)

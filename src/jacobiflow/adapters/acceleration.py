@@ -56,14 +56,14 @@ class Adapter:
         transform: The class of a transform with a slow loop, or of a composition of transforms.
         methods: Its methods that are replaced. A subclass is accelerated if it leaves them unchanged.
         accelerated: The class that is mixed in before it.
-        describe: Gives the transforms of a module for native code.
+        describe: Gives the transforms of a module for native code; `None` if `accelerated` calls it by itself.
         is_composition: Whether it only composes transforms.
     """
 
     transform: type[nn.Module]
     methods: tuple[str, ...]
     accelerated: type[AcceleratedModule]
-    describe: Describe
+    describe: Describe | None
     is_composition: bool = False
 
     @property
@@ -148,11 +148,14 @@ class Acceleration:
         return "\n".join(lines)
 
     def _way(self, module: nn.Module) -> str:
+        describe = self._adapters[module].describe
+        if describe is None:
+            return "native code" if native_library() is not None else f"its own loop: native code is {native_line()}"
         if self.tolerance == 0:
             return "passes"
         if native_library() is None:
             return f"passes: native code is {native_line()}"
-        obstacle = Chain(module, self._adapters[module].describe, is_conditional=False).obstacle
+        obstacle = Chain(module, describe, is_conditional=False).obstacle
         return "native code" if obstacle is None else f"passes: native code does not know {obstacle}"
 
     def count(self, module: nn.Module, passes: int, way: str) -> None:
@@ -186,10 +189,12 @@ class Acceleration:
             rows, contexts, batch = flatten(x, context)
         except RuntimeError:  # the library's message is its own
             return None
+        describe = self._adapters[module].describe
+        assert describe is not None
         key = module, context is not None
         chain = self._chains.get(key)
         if chain is None or not chain.snapshot.is_current():
-            chain = self._chains[key] = Chain(module, self._adapters[module].describe, context is not None)
+            chain = self._chains[key] = Chain(module, describe, context is not None)
         result = chain.evaluate(rows, contexts, is_inverse, fallback, log_det)
         if result is None:
             return None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import Acceleration
 from jacobiflow.adapters.side_effects import has_hooks, is_batched, is_stateful, is_traced
+from jacobiflow.implicit import check_first_derivative, solve_adjoint
 
 Pass = Callable[[Tensor], Sequence[Tensor]]
 """x -> (g(x), ...): the next iterate, and the library's other results."""
@@ -108,13 +109,7 @@ def _is_close(new: Tensor, old: Tensor, tolerance: float) -> bool:
 
 
 class _Implicit(torch.autograd.Function):
-    """Gives the graph of one pass at a solution x = g(x, theta) the gradient of the solution.
-
-    By the implicit function theorem, cotangents u of x and w of the other outputs h(x, theta) give
-    v = u + J^T v + (dh/dx)^T w, with J = dg/dx at the solution. J is nilpotent, so that iterating v from u ends after
-    at most as many vector-Jacobian products as the inverse has passes. The gradient in theta is that of one pass, of
-    the cotangents v and w.
-    """
+    """Gives the graph of one pass at a solution x = g(x, theta) the gradient of the solution, see `solve_adjoint`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, passes: int, tolerance: float, *outputs: Tensor) -> tuple[Tensor, ...]:
@@ -127,24 +122,15 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():  # there is no graph of how the solution itself depends on theta
-            raise RuntimeError(
-                "create_graph=True: an accelerated inverse has no second derivatives; restore() the flow first"
-            )
+        check_first_derivative("an accelerated inverse", "restore() the flow first")
         x, *outputs = ctx.saved_tensors
-        u = torch.zeros_like(outputs[0]) if cotangents[0] is None else cotangents[0]
-        others = [pair for pair in zip(outputs[1:], cotangents[1:], strict=True) if pair[1] is not None]
-        v = u
-        for _ in range(ctx.passes):
-            pairs = [(outputs[0], v), *others]
-            (change,) = torch.autograd.grad(
-                [output for output, _ in pairs], x, [w for _, w in pairs], retain_graph=True, allow_unused=True
-            )
-            old, v = v, u if change is None else u + change
-            # A row ends by its own largest entry.
-            if not is_batched(u) and ((v - old).abs().amax(dim=-1) <= ctx.tolerance * v.abs().amax(dim=-1)).all():
-                break
-        return (None, None, None, v, *cotangents[1:])
+
+        def is_close(new: Tensor, old: Tensor) -> bool:  # a row ends by its own largest entry
+            if is_batched(new):
+                return False
+            return bool(((new - old).abs().amax(dim=-1) <= ctx.tolerance * new.abs().amax(dim=-1)).all())
+
+        return (None, None, None, solve_adjoint(outputs, x, cotangents, ctx.passes, is_close), *cotangents[1:])
 
 
 def premasked(network: Any, masked_linear: type[nn.Module]) -> Any:

@@ -111,7 +111,7 @@ def calibrate(
 
 def _check_images(flow: ImageFlow, images: Images) -> None:
     if isinstance(images, Tensor):
-        flow.check_images(images)
+        flow.check_data(images)
     try:
         num = len(images)
         images[torch.tensor([0, 0])]

@@ -113,7 +113,7 @@ class Passes:
         # NumPy takes a tensor of one index for a number, and would leave out the first axis.
         rows = self.images[index.numpy()] if isinstance(self.images, np.ndarray) else self.images[index]
         images = torch.as_tensor(rows).detach()
-        self.flow.check_images(images)
+        self.flow.check_data(images)
         check_finite("images", images)
         return images
 
@@ -186,7 +186,7 @@ class Passes:
         """Tokens in raster order and labels of the images at `index`, on the flow's device."""
         parts = index.split(self.batch_size)
         for i, part in enumerate(parts):
-            tokens, _ = self.flow.to_tokens(self.read(part).to(self.flow.var.device, state_dtype(self.flow)))
+            tokens = self.flow.to_tokens(self.read(part).to(self.flow.var.device, state_dtype(self.flow)))
             yield tokens, self.labels_at(part)
             if self.progress is not None:
                 self.progress(i + 1, len(parts), what)

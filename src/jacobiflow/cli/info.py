@@ -87,6 +87,7 @@ def _model_problems(folder: Path) -> Iterator[str]:
     from jacobiflow.latents import draw_latents
     from jacobiflow.sampling import decode
     from jacobiflow.strategy import Tuning
+    from jacobiflow.strategy.tune import any_context
 
     try:
         flow = load(folder)
@@ -100,11 +101,11 @@ def _model_problems(folder: Path) -> Iterator[str]:
         except InputError as error:
             yield str(error)
     z = draw_latents(1, flow.config.num_tokens, flow.config.token_channels, seed=0)
-    labels = torch.zeros(1, dtype=torch.int64) if flow.config.num_classes else None
+    context = any_context(flow, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an overflow, which the line below reports
-        images = decode(flow, z, labels, strategy="sequential", certify=False).images
-    change = float((flow.encode(images, labels)[0] - z).abs().max())
+        x = decode(flow, z, context, strategy="sequential", certify=False)
+    change = float((flow.encode(x, context)[0] - z).abs().max())
     if not change <= _ROUND_TRIP:  # or NaN
         yield (
             f"{folder}: a latent that is decoded and encoded again is off by {change:.1e}, more than {_ROUND_TRIP:g}; "

@@ -178,7 +178,7 @@ def _compare(flow: ImageFlow, folder: SampleFolder, sheet: Path, progress: Progr
     progress(0, 1, "timing")  # the original sampler may take minutes before the first real call
     comparison = compare(flow, z, labels, {_OURS: run}, repeats=1, warm_up=False, progress=progress)
     rows = [comparison.row(comparison.original), comparison.row(_OURS)]
-    original, ours = (row.images for row in rows)
+    original, ours = (row.x for row in rows)
     if manifest.denoise:
         original, ours = (denoised(flow, images, labels, manifest.denoise, 64) for images in (original, ours))
     captions = (comparison.original, manifest.strategy)

@@ -1,16 +1,17 @@
 """Flows, the blocks they are made of, and the files they are stored in.
 
-`TarFlow` and `MAF` are registered here, other flows when their modules are imported.
+`TarFlow`, `MAF` and `Prose` are registered here, other flows when their modules are imported.
 """
 
 from jacobiflow.flows.base import AttentionContext, FlowBlock, Permutation
 from jacobiflow.flows.config import FlowConfig
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.maf import MAF
+from jacobiflow.flows.prose import Prose
 from jacobiflow.flows.registry import register
 from jacobiflow.flows.tarflow import TarFlow
 
 __all__ = [
-    "MAF", "AttentionContext", "FlowBlock", "FlowConfig", "ImageFlow", "Permutation",
+    "MAF", "AttentionContext", "FlowBlock", "FlowConfig", "ImageFlow", "Permutation", "Prose",
     "TarFlow", "register",
 ]  # fmt: skip

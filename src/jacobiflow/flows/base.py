@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jacobiflow.checks import check_choice, short
+from jacobiflow.checks import check_choice, check_kind, short
 from jacobiflow.errors import InputValueError
 
 ScaleShift = tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]
@@ -20,18 +20,34 @@ ScaleShift = tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]
 
 @dataclass(frozen=True)
 class Permutation:
-    """The order in which a block reads the tokens: raster order ("identity"), or its reverse ("flip").
+    """The order in which a block reads the tokens: as they are ("identity"), reversed ("flip"), or x[order[0]], ...
 
-    Both are their own inverse.
+    Example:
+        >>> from jacobiflow.flows import Permutation
+        >>> order = Permutation((2, 0, 1))
+        >>> x = torch.tensor([[[5.0], [6.0], [7.0]]])
+        >>> order(x).flatten().tolist(), torch.equal(order.inverse(order(x)), x)
+        ([7.0, 5.0, 6.0], True)
     """
 
-    kind: Literal["identity", "flip"]
+    order: Literal["identity", "flip"] | tuple[int, ...]
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, ("identity", "flip"))
+        if isinstance(self.order, str):
+            check_choice("order", self.order, ("identity", "flip"))
+        elif sorted(self.order) != list(range(len(self.order))):
+            raise InputValueError(f"order={short(self.order)}: give each of 0 to {len(self.order) - 1} once")
 
     def __call__(self, x: Tensor, dim: int = 1) -> Tensor:
-        return x.flip(dim) if self.kind == "flip" else x
+        if isinstance(self.order, str):
+            return x.flip(dim) if self.order == "flip" else x
+        return x.index_select(dim, torch.tensor(self.order, device=x.device))
+
+    def inverse(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Returns the tokens in the order that they had before."""
+        if isinstance(self.order, str):
+            return self(x, dim)
+        return x.index_select(dim, torch.tensor(self.order, device=x.device).argsort())
 
 
 @runtime_checkable
@@ -157,8 +173,8 @@ class AffineBlock(ABC):
 
     def exact_inverse(
         self, z: Float[Tensor, "b t c"], context: Any = None, guidance: Any = None
-    ) -> Float[Tensor, "b t c"] | None:
-        """Returns the x with x_t = g(x)_t by a recurrence of the block's own, all T tokens in one call.
+    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, " b"]] | None:
+        """Returns the x with x_t = g(x)_t by a recurrence of the block's own in one call, and the sum of log_scale(x).
 
         With a `Guidance` g is the guided block's. `None` if this block, device, dtype or installation has no such call.
         """
@@ -223,6 +239,14 @@ def put_run(x: Float[Tensor, "b t c"], run: Float[Tensor, "b n c"], start: int |
 def _places(start: Int[Tensor, " b"], size: int, channels: int) -> Int[Tensor, "b n c"]:
     places = start.view(-1, 1) + torch.arange(size, device=start.device)
     return places.unsqueeze(-1).expand(-1, -1, channels)
+
+
+def check_context(context: Any, num_tokens: int, channels: int) -> None:
+    """Checks that a context is numbers (B, K) or (B, T, K)."""
+    give = f"floating-point numbers (B, {channels}), or (B, {num_tokens}, {channels}) with a row for each token"
+    check_kind("context", context, Tensor, give)
+    if not context.is_floating_point() or tuple(context.shape[1:]) not in ((channels,), (num_tokens, channels)):
+        raise InputValueError(f"context={short(context)}: give {give}")
 
 
 def check_input(z: Float[Tensor, "b t c"], num_tokens: int, token_channels: int) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,8 +67,10 @@ class ModelFolder:
         recommended = codec.decode(SamplingSettings, entries.pop("recommended", {}), "recommended")
         return cls(path, model_type, entries, recommended)
 
-    def config(self, config_type: type[AnyConfig]) -> AnyConfig:
-        """Returns the flow's config."""
+    def config(self, config_types: Sequence[type[AnyConfig]]) -> AnyConfig:
+        """Returns the flow's config, of the first type that has all entries as fields."""
+        entries = self.fields.keys()
+        config_type = next((kind for kind in config_types if entries <= _field_names(kind)), config_types[0])
         try:
             config = codec.decode(config_type, self.fields)
             if self.recommended.denoise and not config.noise_std:
@@ -86,6 +88,10 @@ class ModelFolder:
             raise CheckpointError(f"{file}: missing; a model folder has {CONFIG} and {WEIGHTS}") from error
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: cut short or damaged ({first_line(error)}); copy it again") from error
+
+
+def _field_names(kind: type[FlowConfig]) -> set[str]:
+    return {entry.name for entry in fields(kind)}
 
 
 def reports_in(path: Path) -> tuple[Path, ...]:
@@ -144,13 +150,27 @@ def write_model(flow: Any, path: Path, dtype: torch.dtype | None = None, title: 
 
 def model_card(flow: Any, name: str) -> str:
     """Returns a model card in Markdown, with front matter for the Hugging Face Hub."""
-    config, classes, size = flow.config, flow.config.num_classes, flow.config.image_size
+    config, classes = flow.config, flow.config.num_classes
     conditional = f", class-conditional over {classes} classes" if classes else ""
     parameters = sum(parameter.numel() for parameter in flow.parameters())
+    if flow.image_shape is None:
+        task, data, channels = "other", "sequences of tokens", getattr(config, "context_channels", 0)
+        context = f", context=torch.zeros(8, {channels})" if channels else ""
+        code = f"""\
+out = jf.sample(flow, 8{context})
+print(tuple(out.tokens.shape), out.log_prob)  # {(8, config.num_tokens, config.token_channels)}, and densities in nats"""
+    else:
+        _, size, _ = flow.image_shape
+        task, data = "unconditional-image-generation", f"{size}x{size} images"
+        code = f"""\
+settings = flow.recommended
+labels = {f"torch.arange(8) % {classes}" if classes else None}
+out = jf.sample(flow.guided(settings.guidance), 8, labels, denoise=settings.denoise)
+print(tuple(out.images.shape))  # {(8, *flow.image_shape)}, nominally in [-1, 1]"""
     return f"""\
 ---
 library_name: jacobiflow
-pipeline_tag: unconditional-image-generation
+pipeline_tag: {task}
 tags:
 - normalizing-flow
 - {flow.model_type}
@@ -158,7 +178,7 @@ tags:
 
 # {name}
 
-A {type(flow).__name__}, an autoregressive normalizing flow, of {size}x{size} images{conditional}:
+A {type(flow).__name__}, an autoregressive normalizing flow, of {data}{conditional}:
 {parameters:,} parameters, {config.num_blocks} blocks, {config.num_tokens} tokens of {config.token_channels} values.
 [jacobiflow](https://pypi.org/project/jacobiflow/) samples from it in parallel (`pip install jacobiflow`).
 
@@ -167,10 +187,7 @@ import torch
 import jacobiflow as jf
 
 flow = jf.load("{name}")
-settings = flow.recommended
-labels = {f"torch.arange(8) % {classes}" if classes else None}
-out = jf.sample(flow.guided(settings.guidance), 8, labels, denoise=settings.denoise)
-print(tuple(out.images.shape))  # (8, {config.in_channels}, {size}, {size}), nominally in [-1, 1]
+{code}
 ```
 """
 

@@ -168,7 +168,7 @@ class GuidedBlock(AffineBlock):
 
     def exact_inverse(
         self, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None = None, guidance: Guidance | None = None
-    ) -> Float[Tensor, "b t c"] | None:
+    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, " b"]] | None:
         return self.block.exact_inverse(z, context, self.guidance)
 
     def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:

@@ -1,10 +1,9 @@
-"""The base class of flows over images: a stack of affine blocks over tokens, its likelihood, its model folder."""
+"""The base class of flows: a stack of affine blocks over tokens, its likelihood, its model folder."""
 
 from __future__ import annotations
 
 import copy
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,13 +14,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jacobiflow.checks import check_floating, check_kind, check_path, short
+from jacobiflow.checks import check_finite, check_floating, check_kind, check_path, check_rows, short
 from jacobiflow.errors import CheckpointError, InputValueError
-from jacobiflow.flows.base import AffineBlock, FlowBlock, Permutation, ScaleShift
+from jacobiflow.flows.base import AffineBlock, FlowBlock, Permutation, ScaleShift, check_context
 from jacobiflow.flows.config import FlowConfig
 from jacobiflow.flows.folder import ModelFolder, build, check_dtype, hub_client, reports_in, write_model
 from jacobiflow.flows.guidance import GIVE_GUIDANCE, Guidance, SamplingSettings, guided
-from jacobiflow.flows.labels import Labels, as_labels, describe_unknown
+from jacobiflow.flows.labels import Context, Labels, as_labels, describe_unknown
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,11 +36,12 @@ class Step(NamedTuple):
     z: Float[Tensor, "n t d"]
 
 
-class ImageFlow(nn.Module, ABC):
-    """A stack of affine blocks over the tokens of an image, alternately in raster and in reverse order.
+class ImageFlow(nn.Module):
+    """A stack of affine blocks over tokens (N, T, C), each of which reads them in an order of its own.
 
-    A flow derives from it, is registered by `jacobiflow.flows.register`, and defines the class attributes, `to_tokens`,
-    `to_images` and `config_from_options`.
+    By default its data are the tokens. A flow over images also defines `to_tokens`, `to_images`, `tokens_log_det` if
+    these change volumes, and `config_from_options`; its config has `in_channels` and `image_size`. A flow is registered
+    by `jacobiflow.flows.register`.
 
     Attributes:
         model_type: Its name in model folders and on the command line.
@@ -53,7 +53,7 @@ class ImageFlow(nn.Module, ABC):
     """
 
     model_type: ClassVar[str] = ""
-    config_type: ClassVar[type[FlowConfig]]
+    config_types: ClassVar[tuple[type[FlowConfig], ...]]
     block_type: ClassVar[type[FlowBlock]]
     config: FlowConfig
     blocks: Sequence[FlowBlock]
@@ -64,16 +64,17 @@ class ImageFlow(nn.Module, ABC):
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
-        check_kind("config", config, self.config_type, f"a {self.config_type.__name__}")
+        names = " or a ".join(kind.__name__ for kind in self.config_types)
+        check_kind("config", config, self.config_types, f"a {names}")
         self.config = config
-        orders = (Permutation("identity"), Permutation("flip"))
-        self.blocks = nn.ModuleList(  # type: ignore[assignment]
-            self.block_type(config, orders[i % 2]) for i in range(config.num_blocks)
-        )
+        self.blocks = nn.ModuleList(map(self.make_block, range(config.num_blocks)))  # type: ignore[assignment]
         self.register_buffer("var", torch.ones(config.num_tokens, config.token_channels))
 
+    def make_block(self, index: int) -> FlowBlock:
+        """Makes a block; by default they read the tokens alternately as they are and reversed."""
+        return self.block_type(self.config, Permutation("flip" if index % 2 else "identity"))
+
     @classmethod
-    @abstractmethod
     def config_from_options(
         cls, *, in_channels: int, image_size: int, num_classes: int, channels: int, blocks: int, layers: int
     ) -> FlowConfig:
@@ -82,6 +83,7 @@ class ImageFlow(nn.Module, ABC):
         A flow may have more of them as keyword arguments with a default: `patch_size`, `head_dim`, `volume_preserving`,
         and `noise_std` if it can be trained on images with Gaussian noise.
         """
+        raise NotImplementedError
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> Self:
@@ -98,7 +100,7 @@ class ImageFlow(nn.Module, ABC):
                 f"{folder.path}: model_type {folder.model_type!r}, which is no {cls.__name__}; jacobiflow.load finds "
                 "the class"
             )
-        flow = build(partial(cls, folder.config(cls.config_type)), folder.state(), str(folder.path))
+        flow = build(partial(cls, folder.config(cls.config_types)), folder.state(), str(folder.path))
         flow.recommended, flow.report_files = folder.recommended, reports_in(folder.path)
         return flow
 
@@ -142,6 +144,8 @@ class ImageFlow(nn.Module, ABC):
         `encode`, `log_prob` and denoising are those of the plain flow. `None`, or a weight of 0, gives the plain flow.
         """
         check_kind("guidance", guidance, Guidance | None, GIVE_GUIDANCE)
+        if guidance is not None and guidance.weight and self._context_channels:
+            raise InputValueError(f"guidance={guidance}: for classes only, and this flow's context is numbers")
         view = copy.copy(self)
         view.guidance = guidance if guidance is not None and guidance.weight else None
         view.inverse_blocks  # noqa: B018  raises if a block cannot be guided
@@ -157,22 +161,36 @@ class ImageFlow(nn.Module, ABC):
         """True if training also moves the prior's variance `var`, towards the mean of z^2."""
         return False
 
-    @abstractmethod
-    def to_tokens(self, images: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
-        """Returns images as tokens in raster order, and log|det| of that map in nats."""
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) if the data are images, else `None`."""
+        size = getattr(self.config, "image_size", None)
+        return None if size is None else (self.config.in_channels, size, size)  # type: ignore[attr-defined]
 
-    @abstractmethod
-    def to_images(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n c h w"]:
-        """Returns the images of tokens; inverse of `to_tokens`."""
+    @property
+    def _context_channels(self) -> int:
+        return int(getattr(self.config, "context_channels", 0))
 
-    def initialize(self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None) -> None:
+    def to_tokens(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n t d"]:
+        """Returns data as tokens; images in raster order."""
+        return x
+
+    def to_images(self, tokens: Float[Tensor, "n t d"]) -> Float[Tensor, "n ..."]:
+        """Returns the data of tokens; inverse of `to_tokens`."""
+        return tokens
+
+    def tokens_log_det(self, tokens: Float[Tensor, "n t d"]) -> Float[Tensor, " n"]:
+        """Returns log|det| of `to_tokens` in nats, at the data of these tokens."""
+        return tokens.new_zeros(len(tokens))
+
+    def initialize(self, x: Float[Tensor, "n ..."], labels: Int[Tensor, " n"] | None = None) -> None:
         """Initialises the flow by its first training batch, in place; by default it does nothing."""
 
     def check_labels(self, labels: Labels, num: int) -> Int[Tensor, " n"]:
         """Returns `labels`, checked to be classes of this flow for `num` samples, as a tensor."""
         num_classes = self.config.num_classes
         if not num_classes:
-            raise InputValueError("labels given, but this flow is unconditional: leave them out")
+            raise InputValueError("labels given, but this flow has no classes: leave them out")
         tensor = as_labels(labels, num)
         if len(tensor) != num:
             raise InputValueError(f"labels={short(labels)}: give {num} whole numbers, one for each sample")
@@ -180,34 +198,47 @@ class ImageFlow(nn.Module, ABC):
             raise InputValueError(describe_unknown(tensor, num_classes))
         return tensor
 
-    def check_images(self, images: Float[Tensor, "n c h w"]) -> None:
-        """Checks that `images` are floating-point numbers in the shape of this flow."""
-        size = self.config.image_size
-        check_floating("images", images, ("N", self.config.in_channels, size, size))
+    def check_context(self, context: Context | None, num: int) -> Tensor | None:
+        """Returns labels, or numbers (N, K) or (N, T, K), checked for `num` samples; or `None`."""
+        if channels := self._context_channels:
+            check_context(context, self.config.num_tokens, channels)
+            check_rows("context", context, num, "samples")
+            check_finite("context", context)
+            return context  # type: ignore[return-value]
+        if _is_numbers(context):
+            raise InputValueError(f"context={short(context)}: this flow's context is labels, or none; leave it out")
+        return None if context is None else self.check_labels(context, num)
 
-    def check_batch(self, images: Float[Tensor, "n c h w"], labels: Labels | None) -> Int[Tensor, " n"] | None:
-        """Checks that images and labels fit the flow; returns the labels as a tensor on its device."""
-        self.check_images(images)
-        if labels is None or not self.config.num_classes:
+    def check_data(self, x: Float[Tensor, "n ..."]) -> None:
+        """Checks that `x` are floating-point numbers in the shape of this flow's data."""
+        config = self.config
+        shape = self.image_shape or (config.num_tokens, config.token_channels)
+        check_floating("images" if self.image_shape else "x", x, ("N", *shape))
+
+    def check_batch(self, x: Float[Tensor, "n ..."], context: Context | None) -> Tensor | None:
+        """Checks that data and context fit the flow; returns the context as a tensor on its device."""
+        self.check_data(x)
+        if not self.config.num_classes and not _is_numbers(context) and not self._context_channels:
             return None
-        return self.check_labels(labels, len(images)).to(self.var.device)
+        context = self.check_context(context, len(x))
+        return None if context is None else context.to(self.var.device)
 
     def walk(
         self,
         x: Float[Tensor, "n t d"],
-        labels: Int[Tensor, " n"] | None = None,
+        context: Tensor | None = None,
         parameters: Callable[[int, Tensor], ScaleShift] | None = None,
     ) -> Iterator[Step]:
-        """Encodes tokens `x` in raster order block by block, and yields the step of each.
+        """Encodes tokens `x` block by block, and yields the step of each.
 
-        `parameters(i, x)` gives the log-scale and shift of block i; by default it is `blocks[i](x, labels)`.
+        `parameters(i, x)` gives the log-scale and shift of block i; by default it is `blocks[i](x, context)`.
         """
         for i, block in enumerate(self.blocks):
             x = block.permutation(x)
-            log_scale, shift = block(x, labels) if parameters is None else parameters(i, x)
+            log_scale, shift = block(x, context) if parameters is None else parameters(i, x)
             z = (x - shift) * torch.exp(-log_scale)
             yield Step(i, x, log_scale, shift, z)
-            x = block.permutation(z)
+            x = block.permutation.inverse(z)
 
     def prior_tokens(self, latents: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
         """Returns sqrt(var) times standard normal `latents`, in the dtype of `state_dtype`: the start of `invert`."""
@@ -215,50 +246,69 @@ class ImageFlow(nn.Module, ABC):
         return latents.to(self.var.device, dtype) * self.var.to(dtype).sqrt()
 
     def invert(self, x: Float[Tensor, "n t d"], solve: Callable[[int, Tensor], Tensor]) -> Float[Tensor, "n t d"]:
-        """Returns the tokens f_0^-1(... f_{L-1}^-1(x)) in raster order: `walk`, backwards.
+        """Returns the tokens f_0^-1(... f_{L-1}^-1(x)): `walk`, backwards.
 
         `solve(i, z)` inverts block `i` at `z`, both in the block's causal order. It may return more rows than `z` has.
         """
         for i in reversed(range(self.config.num_blocks)):
             permutation = self.blocks[i].permutation
-            x = permutation(solve(i, permutation(x)))
+            x = permutation.inverse(solve(i, permutation(x)))
         return x
 
     def normalize(
-        self, images: Float[Tensor, "n c h w"], labels: Labels | None = None
+        self, x: Float[Tensor, "n ..."], context: Context | None = None
     ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
         """Returns tokens after all blocks, before the prior's scale, and log|det| in nats, summed over dimensions.
 
-        They are at least float32, in whatever dtype the network runs. `labels` are classes (N,), or one for all; a flow
-        without classes ignores them.
+        They are at least float32, in whatever dtype the network runs. `context` is labels (N,), one label for all, or
+        numbers (N, K) or (N, T, K), as the flow takes it; a flow without classes ignores labels.
         """
-        labels = self.check_batch(images, labels)
-        x, log_det = self.to_tokens(images.to(torch.promote_types(images.dtype, state_dtype(self))))
-        for step in self.walk(x, labels):
-            x = self.blocks[step.block].permutation(step.z)
+        context = self.check_batch(x, context)
+        return self._normalize(self.to_tokens(x.to(torch.promote_types(x.dtype, state_dtype(self)))), context)
+
+    def _normalize(self, tokens: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        log_det = self.tokens_log_det(tokens)
+        for step in self.walk(tokens, context):
+            tokens = self.blocks[step.block].permutation.inverse(step.z)
             log_det = log_det - step.log_scale.sum(dim=(1, 2))
-        return x, log_det
+        return tokens, log_det
 
     def encode(
-        self, images: Float[Tensor, "n c h w"], labels: Labels | None = None
+        self, x: Float[Tensor, "n ..."], context: Context | None = None
     ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
-        """Returns latents z = f(images), standard normal under the model, and log|det df/dx| in nats with the prior."""
-        z, log_det = self.normalize(images, labels)
+        """Returns latents z = f(x), standard normal under the model, and log|det df/dx| in nats with the prior."""
+        return self._to_standard(*self.normalize(x, context))
+
+    def _to_standard(self, z: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
         var = self.var.to(z.dtype)
         return z / var.sqrt(), log_det - 0.5 * var.log().sum()
 
-    def log_prob(self, images: Float[Tensor, "n c h w"], labels: Labels | None = None) -> Float[Tensor, " n"]:
+    def log_prob(self, x: Float[Tensor, "n ..."], context: Context | None = None) -> Float[Tensor, " n"]:
         """Returns the log-density in nats: log N(z; 0, I) + log|det df/dx|."""
-        z, log_det = self.encode(images, labels)
-        return log_det - 0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=(1, 2))
+        z, log_det = self.encode(x, context)
+        return log_normal(z) + log_det
+
+    def tokens_log_prob(self, tokens: Float[Tensor, "n t d"], context: Tensor | None) -> Float[Tensor, " n"]:
+        """Returns the log-density in nats of the data that have these tokens."""
+        z, log_det = self._to_standard(*self._normalize(tokens, context))
+        return log_normal(z) + log_det
 
     def bits_per_dim(self, images: Float[Tensor, "n c h w"], labels: Labels | None = None) -> Float[Tensor, " n"]:
         """Returns -log2 p(images) / D + log2(128): bits of 8-bit pixels, whose [0, 256) is [-1, 1) here."""
         return -self.log_prob(images, labels) / (images[0].numel() * math.log(2)) + 7
 
 
+def log_normal(z: Float[Tensor, "n t d"]) -> Float[Tensor, " n"]:
+    """Returns log N(z; 0, I) in nats."""
+    return -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=(1, 2))
+
+
+def _is_numbers(context: Any) -> bool:
+    return isinstance(context, Tensor) and context.is_floating_point()
+
+
 def check_flow(flow: Any) -> None:
-    """Checks that `flow` is a flow over images."""
+    """Checks that `flow` is a flow."""
     check_kind("flow", flow, ImageFlow, "a flow, such as jacobiflow.load(...) returns")
 
 

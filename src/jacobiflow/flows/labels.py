@@ -18,6 +18,9 @@ from jacobiflow.errors import InputTypeError, InputValueError
 Labels = int | Sequence[int] | np.ndarray | Tensor
 """Classes of samples: one for all of them, or a sequence, array or tensor (N,) with one for each."""
 
+Context = Labels | Tensor
+"""Labels, or numbers (N, K) for each sample or (N, T, K) for each token."""
+
 _GIVE = "a class, or a tensor or list (N,) of classes, whole numbers"
 
 

@@ -139,7 +139,7 @@ class MAFBlock(FlowBlock):
     @torch.no_grad()
     def exact_inverse(
         self, z: Float[Tensor, "b t 1"], context: Int[Tensor, " b"] | None = None, guidance: Guidance | None = None
-    ) -> Float[Tensor, "b t 1"] | None:
+    ) -> tuple[Float[Tensor, "b t 1"], Float[Tensor, " b"]] | None:
         # Native code trusts the sizes; if they are wrong, the loop in PyTorch reports it.
         if usable(z, *self.parameters()) is None or z.shape[1:] != (self.num_tokens, 1):
             return None
@@ -154,8 +154,8 @@ class MAFBlock(FlowBlock):
         transforms, _ = _transforms(*shape, has_classes=bool(tables), is_guided=guidance is not None)
         tensors = [tensor.contiguous() for tensor in tensors]
         pointers = [tensor.data_ptr() for tensor in tensors]
-        result = run_chain(transforms, pointers, z.squeeze(-1), classes, is_inverse=True, log_det=None)
-        return None if result is None else result.values.unsqueeze(-1)
+        result = run_chain(transforms, pointers, z.squeeze(-1), classes, is_inverse=True, log_det="rows")
+        return None if result is None or result.log_det is None else (result.values.unsqueeze(-1), result.log_det)
 
     def output_weights(self) -> tuple[Float[Tensor, "t h"], Float[Tensor, "t h"]]:
         weight = self.layers[-1].masked_weight().detach()
@@ -252,7 +252,7 @@ class MAF(ImageFlow):
     """
 
     model_type = "maf"
-    config_type = MAFConfig
+    config_types = (MAFConfig,)
     block_type = MAFBlock
     config: MAFConfig
     blocks: Sequence[MAFBlock]
@@ -264,8 +264,8 @@ class MAF(ImageFlow):
         """Makes a config; `channels` and `layers` are of the hidden layers."""
         return MAFConfig(in_channels, image_size, channels, blocks, layers, num_classes)
 
-    def to_tokens(self, images: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n t 1"], Float[Tensor, " n"]]:
-        """Returns y = logit(alpha + (1 - 2 alpha) p) of pixels p = (image + 1) / 2, and log|dy/d image|.
+    def to_tokens(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n t 1"]:
+        """Returns y = logit(alpha + (1 - 2 alpha) p) of pixels p = (image + 1) / 2.
 
         A pixel outside [-1, 1] by more than alpha has no logit, and raises ValueError.
         """
@@ -275,8 +275,11 @@ class MAF(ImageFlow):
         finite = torch.isfinite(log_p) & torch.isfinite(log_rest)
         if not finite.all():
             raise InputValueError(f"image value {float(pixels[~finite][0]):.7g}: a MAF takes images in [-1, 1]")
-        log_det = pixels[0].numel() * math.log(0.5 - alpha) - (log_p + log_rest).sum(dim=(1, 2))
-        return log_p - log_rest, log_det
+        return log_p - log_rest
+
+    def tokens_log_det(self, tokens: Float[Tensor, "n t 1"]) -> Float[Tensor, " n"]:
+        log_slopes = math.log(0.5 - self.config.logit_alpha) - F.logsigmoid(tokens) - F.logsigmoid(-tokens)
+        return log_slopes.sum(dim=(1, 2))
 
     def to_images(self, x: Float[Tensor, "n t 1"]) -> Float[Tensor, "n c h w"]:
         config = self.config
@@ -289,6 +292,5 @@ class MAF(ImageFlow):
             self.blocks[i].normalize_outputs(x, labels)
             return self.blocks[i](x, labels)
 
-        tokens, _ = self.to_tokens(images)
-        for _ in self.walk(tokens, parameters=normalized):
+        for _ in self.walk(self.to_tokens(images), parameters=normalized):
             pass

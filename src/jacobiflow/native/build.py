@@ -31,12 +31,12 @@ class TarFlowArguments(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
-            "z", "position", "classes", "query_scale", "proj_in", "proj_out", "out_bias", "weight_scale",
-            "weight_shift", "layers", "x", "keys_values",
+            "z", "position", "context", "query_scale", "proj_in", "proj_out", "out_bias", "weight_scale",
+            "weight_shift", "layers", "x", "keys_values", "log_det",
         )),
         *((name, ctypes.c_int32) for name in (
-            "samples", "networks", "tokens", "values", "channels", "hidden", "heads", "depth", "scales", "threads",
-            "teams", "start", "stop",
+            "samples", "networks", "tokens", "values", "channels", "hidden", "heads", "depth", "scales", "context_row",
+            "context_token", "threads", "teams", "start", "stop",
         )),
     )  # fmt: skip
 
@@ -77,9 +77,9 @@ def usable(*tensors: Tensor) -> ctypes.CDLL | None:
     return None if torch.is_autocast_enabled("cpu") else library()
 
 
-def pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    """Returns an array of the tensors' addresses; they must live as long as it is used."""
-    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
+    """Returns an array of the tensors' addresses, null for `None`; they must live as long as it is used."""
+    return (ctypes.c_void_p * len(tensors))(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
 
 
 def load_library(path: Path) -> ctypes.CDLL:

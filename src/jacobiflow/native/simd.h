@@ -1,5 +1,5 @@
 // Vectors as wide as the processor's (vector types of GCC and Clang) and loops over them in float32: dense layers on
-// packed weights, layer normalisation, powers of two and GELU. A NaN stays a NaN.
+// packed weights, layer normalisation, powers of two, GELU and SiLU. A NaN stays a NaN.
 #pragma once
 
 #include <cmath>
@@ -63,6 +63,12 @@ inline Vector gelu(Vector v) {
     q = q * t + c;
   const Vector tail = far ? spread(0.0f) : 0.5f * exp2_of_negative(-q);
   return v < 0.0f ? v * tail : v - v * tail;
+}
+
+// v / (1 + e^-v).
+inline Vector silu(Vector v) {
+  const Vector tail = exp2_of_negative((v < 0.0f ? v : -v) * 1.44269504f);  // e^-|v|
+  return v * (v < 0.0f ? tail : spread(1.0f)) / (1.0f + tail);
 }
 
 // Copies columns [first, first + panel) of weight (outputs, inputs) to a panel (inputs, panel); the last one is narrower.

@@ -7,19 +7,28 @@
 
 namespace jacobiflow {
 
+// A layer is an attention and a perceptron, h <- h + attend(norm(h)), h <- h + down(gelu(up(norm(h)))). The second row of
+// pointers may be null. `condition` (tokens, stride) is added to h before. `query_norm` and `key_norm` are over all heads.
+// With `scale` the layer is Prose's, see flows/prose.py: its input is scale * normalised h + shift, its output is
+// multiplied by `gate` and added to h, and so is that of a second, gated perceptron.
 struct Layer {
   const float *norm, *norm_bias, *qkv, *qkv_bias, *proj, *proj_bias;
   const float *mlp_norm, *mlp_norm_bias, *up, *up_bias, *down, *down_bias;
+  const float *query_norm, *query_norm_bias, *key_norm, *key_norm_bias, *condition;
+  const float *scale, *shift, *gate, *gated_scale, *gated_shift, *gated_up, *gated_down, *gated_gate;
 };
 
 // z and x are (samples, tokens, values). The network has `networks` rows per sample: first those with labels, of all
-// samples, then the unconditional ones. A `*_bias` is as long as the packed columns of its weight. `keys_values` is the
-// memory of `attend`, and lives as long as calls go on with the same x.
+// samples, then the unconditional ones. `context` is added to the embeddings of a row and a token that are so many numbers
+// apart. A `*_bias` is as long as the packed columns of its weight. `keys_values` is the memory of `attend`, and lives as
+// long as calls go on with the same x. To `log_det` (samples) the log-scales are added.
 struct TarFlow {
-  const float *z, *position, *classes, *query_scale, *proj_in, *proj_out, *out_bias, *weight_scale, *weight_shift;
+  const float *z, *position, *context, *query_scale, *proj_in, *proj_out, *out_bias, *weight_scale, *weight_shift;
   const Layer* layers;
   float *x, *keys_values;
-  int32_t samples, networks, tokens, values, channels, hidden, heads, depth, scales, threads, teams, start, stop;
+  double* log_det;
+  int32_t samples, networks, tokens, values, channels, hidden, heads, depth, scales, context_row, context_token, threads,
+      teams, start, stop;
 };
 
 // The rows of one team of threads, and their buffers; each thread has a `scratch` buffer.
@@ -28,17 +37,18 @@ struct Work {
   Range samples;
   Barrier barrier;
   int rows, stride, head, head_stride, size;
-  std::vector<float> h, qkv, attended, up;
+  std::vector<float> h, input, qkv, attended, up;  // `input` of a layer with `scale`
   std::vector<std::vector<float>> scratch;  // of each thread: normalised rows, and then logits or outputs
 
   Work(const TarFlow& flow, Range of, int threads)
       : f(flow), samples(of), barrier(threads), rows((of.last - of.first) * flow.networks),
         stride(rounded_up(flow.channels)), head(flow.channels / flow.heads), head_stride(rounded_up(head)), size(threads),
-        h((size_t)rows * stride), qkv((size_t)rows * rounded_up(3 * flow.channels)), attended((size_t)rows * stride),
-        up((size_t)rows * rounded_up(flow.hidden)),
+        h((size_t)rows * stride), input(is_gated() ? h.size() : 0), qkv((size_t)rows * rounded_up(3 * flow.channels)),
+        attended(h.size()), up((size_t)rows * rounded_up((is_gated() ? 2 : 1) * flow.hidden)),
         scratch(threads, std::vector<float>((size_t)rows * stride + rounded_up(f.tokens) + 2 * rounded_up(2 * f.values))) {}
 
   int count() const { return samples.last - samples.first; }
+  bool is_gated() const { return f.depth && f.layers[0].scale; }
 
   // The row of the whole batch that is row r of this team.
   int network_row(int r) const { return r / count() * f.samples + samples.first + r % count(); }
@@ -62,7 +72,7 @@ struct Work {
   void run(int rank);
 };
 
-// h = W_in x_t + b_in + position_t + class, in each row of the sample.
+// h = W_in x_t + b_in + position_t + context, in each row of the sample.
 void Work::embed(int sample, int t) {
   const float* token = f.x + ((int64_t)(samples.first + sample) * f.tokens + t) * f.values;
   for (int n = 0; n < f.networks; n++) {
@@ -70,9 +80,9 @@ void Work::embed(int sample, int t) {
     float* row = h.data() + (int64_t)r * stride;
     const float* position = f.position + (int64_t)t * f.channels;
     std::memcpy(row, position, sizeof(float) * f.channels);
-    if (f.classes) {
-      const float* label = f.classes + (int64_t)network_row(r) * f.channels;
-      for (int k = 0; k < f.channels; k++) row[k] += label[k];
+    if (f.context) {
+      const float* context = f.context + (int64_t)network_row(r) * f.context_row + (int64_t)t * f.context_token;
+      for (int k = 0; k < f.channels; k++) row[k] += context[k];
     }
     dense(token, f.values, f.proj_in, f.values, f.channels, 1, {0, stride},
           [&](int, int column, Vector out) { store(row + column, load(row + column) + out); });
@@ -128,38 +138,95 @@ void Work::attend(int layer, int r, int number, int t, float* logits) {
   }
 }
 
-// One transformer layer on token t: attention and a perceptron, each added to its input. A thread computes some columns
-// of every row; threads wait for each other between steps.
+// One transformer layer on token t. A thread computes some columns of every row; threads wait for each other between
+// steps.
 void Work::layer(int index, int t, int rank, float* buffer) {
   const Layer& w = f.layers[index];
   const int qkv_stride = rounded_up(3 * f.channels), up_stride = rounded_up(f.hidden);
+  const Columns own = columns(f.channels, rank);
+  const auto normalise_rows = [&](const float* weight, const float* bias) {
+    for (int r = 0; r < rows; r++)
+      layer_norm(h.data() + (int64_t)r * stride, f.channels, weight, bias, buffer + (int64_t)r * stride);
+  };
   const auto add_to_h = [&](const float* bias) {
     return [this, bias](int r, int column, Vector out) {
       float* to = h.data() + (int64_t)r * stride + column;
       store(to, load(to) + out + load(bias + column));
     };
   };
-  for (int r = 0; r < rows; r++)
-    layer_norm(h.data() + (int64_t)r * stride, f.channels, w.norm, w.norm_bias, buffer + (int64_t)r * stride);
+  // h becomes change(h, other) in each of this thread's entries.
+  const auto change_h = [&](const float* other, int other_stride, const auto& change) {
+    for (int r = 0; r < rows; r++)
+      for (int k = own.first; k < own.last; k += lanes) {
+        float* to = h.data() + (int64_t)r * stride + k;
+        store(to, change(load(to), load(other + (int64_t)r * other_stride + k), (int64_t)r * stride + k));
+      }
+    barrier.wait();
+  };
+  const int64_t token = (int64_t)t * stride;
+  if (w.condition) change_h(w.condition + token, 0, [](Vector to, Vector condition, int64_t) { return to + condition; });
+  if (w.scale) {
+    normalise_rows(w.scale + token, w.shift + token);
+    barrier.wait();
+    change_h(buffer, stride, [&](Vector to, Vector normalised, int64_t at) {
+      store(input.data() + at, to);
+      return normalised;
+    });
+  }
+  normalise_rows(w.norm, w.norm_bias);
   dense(buffer, stride, w.qkv, f.channels, 3 * f.channels, rows, columns(3 * f.channels, rank),
         [&](int r, int column, Vector out) {
           store(qkv.data() + (int64_t)r * qkv_stride + column, out + load(w.qkv_bias + column));
         });
   barrier.wait();
+  if (w.query_norm) {
+    const Range part = share(rows, rank, size);
+    for (int r = part.first; r < part.last; r++) {
+      float *query = qkv.data() + (int64_t)r * qkv_stride, *key = query + f.channels;
+      layer_norm(query, f.channels, w.query_norm, w.query_norm_bias, query);
+      layer_norm(key, f.channels, w.key_norm, w.key_norm_bias, key);
+    }
+    barrier.wait();
+  }
   const Range pairs = share(rows * f.heads, rank, size);
   for (int pair = pairs.first; pair < pairs.last; pair++)
     attend(index, pair / f.heads, pair % f.heads, t, buffer + (int64_t)rows * stride);
   barrier.wait();
-  dense(attended.data(), stride, w.proj, f.channels, f.channels, rows, columns(f.channels, rank),
-        add_to_h(w.proj_bias));
+  dense(attended.data(), stride, w.proj, f.channels, f.channels, rows, own, add_to_h(w.proj_bias));
   barrier.wait();
-  for (int r = 0; r < rows; r++)
-    layer_norm(h.data() + (int64_t)r * stride, f.channels, w.mlp_norm, w.mlp_norm_bias, buffer + (int64_t)r * stride);
+  normalise_rows(w.mlp_norm, w.mlp_norm_bias);
   dense(buffer, stride, w.up, f.channels, f.hidden, rows, columns(f.hidden, rank), [&](int r, int column, Vector out) {
     store(up.data() + (int64_t)r * up_stride + column, gelu(out + load(w.up_bias + column)));
   });
   barrier.wait();
-  dense(up.data(), up_stride, w.down, f.hidden, f.channels, rows, columns(f.channels, rank), add_to_h(w.down_bias));
+  dense(up.data(), up_stride, w.down, f.hidden, f.channels, rows, own, add_to_h(w.down_bias));
+  barrier.wait();
+  if (!w.scale) return;
+
+  const float *gate = w.gate + token, *gated_gate = w.gated_gate + token;
+  change_h(gate, 0, [&](Vector to, Vector factor, int64_t at) { return load(input.data() + at) + factor * to; });
+  normalise_rows(w.gated_scale + token, w.gated_shift + token);
+  const int both = rounded_up(2 * f.hidden);
+  dense(buffer, stride, w.gated_up, f.channels, 2 * f.hidden, rows, columns(2 * f.hidden, rank),
+        [&](int r, int column, Vector out) { store(up.data() + (int64_t)r * both + column, out); });
+  barrier.wait();
+  for (int r = 0; r < rows; r++) {
+    float* values = up.data() + (int64_t)r * both;
+    const Range part = share(f.hidden, rank, size, lanes);
+    for (int k = part.first; k < part.last; k += lanes) {
+      const int count = part.last - k < lanes ? part.last - k : lanes;
+      Vector value{}, gates{};
+      std::memcpy(&value, values + k, sizeof(float) * count);
+      std::memcpy(&gates, values + f.hidden + k, sizeof(float) * count);
+      value *= silu(gates);
+      std::memcpy(values + k, &value, sizeof(float) * count);
+    }
+  }
+  barrier.wait();
+  dense(up.data(), both, w.gated_down, f.hidden, f.channels, rows, own, [&](int r, int column, Vector out) {
+    float* to = h.data() + (int64_t)r * stride + column;
+    store(to, load(to) + load(gated_gate + column) * out);
+  });
   barrier.wait();
 }
 
@@ -177,6 +244,7 @@ void Work::read_out(int sample, int t, float* buffer) {
       shift += f.weight_shift[t] * (shift - buffer[width + f.scales * f.values + c]);
     }
     f.x[first + c] = std::exp(scale) * f.z[first + c] + shift;
+    f.log_det[samples.first + sample] += scale;
   }
 }
 

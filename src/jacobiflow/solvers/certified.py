@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from jacobiflow.checks import check_choice, check_count, check_number
-from jacobiflow.flows.base import Block, evaluate, no_gradients
+from jacobiflow.flows.base import AffineBlock, Block, no_gradients
 from jacobiflow.solvers.guess import Given
 from jacobiflow.solvers.loop import Deadline
 from jacobiflow.solvers.partition import Sequential
@@ -42,14 +42,26 @@ def certify(
         True
     """
     check_tokens(block, z, context, x=x)
-    residual = z.new_empty(len(z))
-    size = max(len(z), 1) if slots is None else check_count("slots", slots)
+    return measure(block, z, x, context, max(len(z), 1) if slots is None else check_count("slots", slots))[0]
+
+
+def measure(
+    block: Block, z: Tensor, x: Tensor, context: Tensor | None, slots: int
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """Returns the residuals of `certify`, and the sums of log_scale(x); these are NaN for a block that is not affine."""
+    residual, log_det = z.new_empty(len(z)), z.new_full((len(z),), torch.nan)
     with no_gradients(block):
-        for first in range(0, len(z), size):
-            rows = slice(first, first + size)
-            g = evaluate(block, x[rows], z[rows], None if context is None else context[rows])
+        for first in range(0, len(z), slots):
+            rows = slice(first, first + slots)
+            some = None if context is None else context[rows]
+            if isinstance(block, AffineBlock):
+                log_scale, shift = block.affine_whole(x[rows], some)
+                g = torch.addcmul(shift, log_scale.exp(), z[rows])
+                log_det[rows] = log_scale.sum(dim=(1, 2))
+            else:
+                g = block.update(x[rows], z[rows], 0, z.shape[1], block.init_cache(z[rows], some))
             residual[rows] = (g - x[rows]).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).amax(dim=(1, 2))
-    return residual
+    return residual, log_det
 
 
 def solve_certified(
@@ -169,7 +181,7 @@ class _Attempts:
         better, solution = self._certified(z, better, context), self.solution
         replaced = {
             name: getattr(solution, name).index_put((which,), getattr(better, name))
-            for name in ("x", "status", "residual", "exact")
+            for name in ("x", "status", "residual", "log_det", "exact")
         }
         self.solution = replace(
             solution,
@@ -183,11 +195,13 @@ class _Attempts:
     def _certified(self, z: Tensor, solution: Solution, context: Tensor | None) -> Solution:
         if not self.certificate:
             return solution
-        batch, length, _ = z.shape
+        (batch, length, _), slots = z.shape, int(self.slots or max(len(z), 1))
+        residual, log_det = measure(self.block, z, solution.x, context, slots)
         return replace(
             solution,
-            residual=certify(self.block, z, solution.x, context, self.slots),
-            network_calls=solution.network_calls + -(-batch // int(self.slots or max(batch, 1))),
+            residual=residual,
+            log_det=log_det,
+            network_calls=solution.network_calls + -(-batch // slots),
             token_evaluations=solution.token_evaluations + batch * length,
         )
 

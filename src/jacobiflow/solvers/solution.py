@@ -47,6 +47,8 @@ class Solution:
         status: A `Status` per sample.
         residual: The largest |g(x) - x| of a certified answer. Without a certificate, the largest change that a token's
             last sweep made (0 for a token that is exact by Proposition 1).
+        log_det: The sum of log_scale(x) over tokens and channels, at this x: log|det dx/dz| in nats. NaN where it is not
+            known: the pass of a certificate gives it, and so does an exact loop in native code.
         exact: True for samples all of whose tokens were computed from final ones, one at a time.
         resolved_sequentially: True for samples that were solved again token by token.
         sample_sweeps: Sweeps that each sample was part of until it was final.
@@ -63,6 +65,7 @@ class Solution:
     x: Float[Tensor, "b t c"]
     status: Int[Tensor, " b"]
     residual: Float[Tensor, " b"]
+    log_det: Float[Tensor, " b"]
     exact: Bool[Tensor, " b"]
     resolved_sequentially: Bool[Tensor, " b"]
     sample_sweeps: Int[Tensor, " b"]

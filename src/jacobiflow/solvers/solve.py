@@ -72,11 +72,12 @@ def solve_until(
         raise InputValueError(
             f"bf16_sweeps={solver.bf16_sweeps}: {type(block).__name__} has no bfloat16 network; give 0"
         )
-    length, x = z.shape[1], None
+    length, x, log_det = z.shape[1], None, z.new_full((len(z),), torch.nan)
     with no_gradients(block):
         if len(z) and solver.partition.token_by_token(length):
-            x = _exact_inverse(block, z, context, slots, deadline)
-            if x is None and z.device.type == "cuda" and supports(block, "graph_safe"):
+            if (answer := _exact_inverse(block, z, context, slots, deadline)) is not None:
+                x, log_det = answer
+            elif z.device.type == "cuda" and supports(block, "graph_safe"):
                 x = solve_by_tokens(block, z, context, slots)
         if x is None:
             loop = _sweep(block, z, solver, context, slots, deadline)
@@ -91,6 +92,7 @@ def solve_until(
         x=x.clone(),  # outside inference mode, so that autograd takes the tensors
         status=status,
         residual=fronts.residual.masked_fill(failed, torch.inf),
+        log_det=log_det.clone(),
         exact=fronts.exact.clone(),
         resolved_sequentially=torch.zeros(len(z), dtype=torch.bool, device=z.device),
         sample_sweeps=fronts.sweeps.clone(),
@@ -117,18 +119,21 @@ def check_tokens(block: Block, z: Tensor, context: Tensor | None, **others: Tens
         check_on("context", context, z.device)
 
 
-def _exact_inverse(block: Block, z: Tensor, context: Tensor | None, slots: int, deadline: Deadline) -> Tensor | None:
+def _exact_inverse(
+    block: Block, z: Tensor, context: Tensor | None, slots: int, deadline: Deadline
+) -> tuple[Tensor, Tensor] | None:
     """The recurrence of the block itself, if it has one."""
     exact_inverse = getattr(block, "exact_inverse", None)
-    parts: list[Tensor] = []
+    parts: list[tuple[Tensor, Tensor]] = []
     for first in range(0, len(z), slots):
         rows = slice(first, first + slots)
-        part: Tensor | None = exact_inverse and exact_inverse(z[rows], None if context is None else context[rows])
+        part = exact_inverse and exact_inverse(z[rows], None if context is None else context[rows])
         if part is None:
             return None
         deadline.check()
         parts.append(part)
-    return torch.cat(parts)
+    x, log_det = map(torch.cat, zip(*parts, strict=True))
+    return x, log_det
 
 
 def _sweep(block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int, deadline: Deadline) -> Loop:

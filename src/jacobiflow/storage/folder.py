@@ -2,8 +2,9 @@
 
 manifest.json          the settings of the run, and in the end the checksum of every shard
 strategy.json          the solvers of the blocks
-shards/00000.npz       8-bit images `arr_0` (n, height, width, channels), for FID tools, and for each image its
-                       `certificate`, whether it was `resolved` or is `lost`, and its label in `labels`
+shards/00000.npz       8-bit images `arr_0` (n, height, width, channels), for FID tools, or `tokens` (n, T, C) in float32;
+                       and for each sample its `certificate`, whether it was `resolved` or is `lost`, its label in
+                       `labels`, its log-density in `log_prob`
 shards/00000.json      the shard's record: its checksum and cost; a shard without it does not count
 images/3/00000017.png  an image, if PNGs were asked for: class, and index of the sample
 """
@@ -122,11 +123,20 @@ class SampleFolder:
 
     def images(self, index: int) -> UInt8[Tensor, "n c h w"]:
         """Returns the 8-bit images of a shard."""
-        channels, height, width = self.manifest.image_shape
+        if len(self.manifest.shape) != 3:
+            raise SampleFolderError(f"{self.path}: samples of a flow over tokens; take .tokens({index})")
+        channels, height, width = self.manifest.shape
         pixels, shape = self._array(index, "arr_0"), (self.manifest.num_in([index]), height, width, channels)
         if pixels is None or pixels.shape != shape or pixels.dtype != np.uint8:
             raise SampleFolderError(f"{self._npz_file(index)}: not 8-bit images of shape {shape}; {_REMEDY}")
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+    def tokens(self, index: int) -> Float[Tensor, "n t c"]:
+        """Returns the tokens of a shard, of a flow over tokens."""
+        tokens, shape = self._array(index, "tokens"), (self.manifest.num_in([index]), *self.manifest.shape)
+        if tokens is None or tokens.shape != shape or tokens.dtype != np.float32:
+            raise SampleFolderError(f"{self._npz_file(index)}: not float32 tokens of shape {shape}; {_REMEDY}")
+        return torch.from_numpy(tokens)
 
     def batches(self) -> Iterator[UInt8[Tensor, "n c h w"]]:
         """Yields the images of one shard after another."""
@@ -142,12 +152,16 @@ class SampleFolder:
         """Returns the certificate of every sample; None if they were drawn without."""
         return self._concatenated("certificate")
 
+    def log_prob(self) -> Float[Tensor, " n"] | None:
+        """Returns the log-density of every sample in nats; None if they were drawn without."""
+        return self._concatenated("log_prob")
+
     def resolved(self) -> Bool[Tensor, " n"]:
         """Returns whether each sample was solved again token by token."""
         return self._concatenated("resolved")  # type: ignore[return-value]
 
     def lost(self) -> Bool[Tensor, " n"]:
-        """Returns whether each sample is black because its exact inverse overflows."""
+        """Returns whether each sample is black, or NaN, because its exact inverse overflows."""
         return self._concatenated("lost")  # type: ignore[return-value]
 
     def cost(self) -> Cost:
@@ -177,18 +191,21 @@ class SampleFolder:
     # ------------------------------------------------------------------------------------------------------- writing
 
     def write(self, index: int, samples: Samples) -> None:
-        """Writes a shard, lost samples black: its images, then its record."""
-        shape = tuple(samples.images.shape[1:])
-        if shape != self.manifest.image_shape:
+        """Writes a shard, lost images black: its samples, then its record."""
+        shape = tuple(samples.x.shape[1:])
+        if shape != self.manifest.shape:
             raise InputValueError(
-                f"samples of shape {shape} are not images of the flow's config, which a folder stores; draw them with "
-                "jacobiflow.sample"
+                f"samples of shape {shape}, but the flow's config says {self.manifest.shape}, which a folder stores; "
+                "draw them with jacobiflow.sample"
             )
-        lost = ~torch.isfinite(samples.images).flatten(1).all(dim=1)
-        levels = quantize(samples.images.masked_fill(lost.view(-1, 1, 1, 1), -1.0))
+        lost = ~torch.isfinite(samples.x).flatten(1).all(dim=1)
+        is_image = len(shape) == 3
+        levels = quantize(samples.x.masked_fill(lost.view(-1, 1, 1, 1), -1.0)) if is_image else samples.x.float()
+        context = samples.context
         arrays: dict[str, Tensor | None] = {
-            "arr_0": levels.permute(0, 2, 3, 1),
-            "labels": samples.labels,
+            "arr_0" if is_image else "tokens": levels.permute(0, 2, 3, 1) if is_image else levels,
+            "labels": None if context is None or context.is_floating_point() else context,
+            "log_prob": samples.log_prob,
             "certificate": samples.certificate,
             "resolved": torch.stack([block.resolved_sequentially for block in samples.stats]).any(dim=0),
             "lost": lost,

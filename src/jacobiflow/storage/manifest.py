@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-from jaxtyping import Int
 from torch import Tensor
 
 from jacobiflow.checks import short
@@ -33,8 +32,9 @@ class Manifest:
     """The settings of the run that draws the samples of a folder.
 
     Attributes:
-        image_shape: (C, H, W).
-        labels_sha256: Of the labels as little-endian int64; None without labels.
+        shape: Of a sample: (C, H, W) of an image, or (T, C) of tokens.
+        context_sha256: Of the labels as little-endian int64, or of the numbers as float32; None without a context.
+        log_prob: Whether the shards have densities.
         shard_size: Shard i begins with sample `shard_size * i`.
         model: The name by which the flow was loaded.
         fingerprint: Of the flow's weights.
@@ -45,9 +45,9 @@ class Manifest:
     """
 
     num: Count
-    image_shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     seed: int
-    labels_sha256: str | None
+    context_sha256: str | None
     num_classes: int
     batch_size: Count
     shard_size: Count
@@ -61,6 +61,7 @@ class Manifest:
     denoise: float
     tolerance: float | None
     certify: Certificate
+    log_prob: bool
     machine: dict[str, Any]
     checksums: tuple[str, ...] | None = None
     kind: Literal["samples"] = "samples"
@@ -150,6 +151,9 @@ class Record:
     cost: Cost
 
 
-def labels_sha256(labels: Int[Tensor, " n"] | None) -> str | None:
-    """Returns the SHA-256 of labels as little-endian int64."""
-    return None if labels is None else sha256(labels.cpu().numpy().astype("<i8").tobytes())
+def context_sha256(context: Tensor | None) -> str | None:
+    """Returns the SHA-256 of labels as little-endian int64, or of numbers as float32."""
+    if context is None:
+        return None
+    array = context.detach().cpu().numpy()
+    return sha256(array.astype("<f4" if context.is_floating_point() else "<i8").tobytes())

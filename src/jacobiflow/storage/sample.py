@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, get_args
 
-from jaxtyping import Int
+import torch
 from torch import Tensor
 
 from jacobiflow.calibration import Report
@@ -23,15 +23,15 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.files import json_bytes, sha256, write_atomically
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow, precision
-from jacobiflow.flows.labels import Labels
+from jacobiflow.flows.labels import Context, Labels
 from jacobiflow.latents import MOST_SAMPLES, draw_latents
 from jacobiflow.locking import MANIFEST, check_own, locked
 from jacobiflow.measuring import machine
 from jacobiflow.progress import Progress
-from jacobiflow.sampling import draw, warn_if_guidance_is_idle
+from jacobiflow.sampling import check_log_prob, check_one_context, draw, warn_if_guidance_is_idle
 from jacobiflow.solvers import Certificate, check_certificate
 from jacobiflow.storage.folder import STRATEGY, SampleFolder, pillow
-from jacobiflow.storage.manifest import Files, Manifest, SampleFolderError, labels_sha256
+from jacobiflow.storage.manifest import Files, Manifest, SampleFolderError, context_sha256
 from jacobiflow.storage.processes import Processes
 from jacobiflow.strategy import Strategy, choose, is_auto
 
@@ -47,10 +47,12 @@ def sample_to_folder(
     labels: Labels | None = None,
     seed: int = 0,
     *,
+    context: Context | None = None,
     strategy: str | Path | Strategy = "auto",
     denoise: float = 0.0,
     tolerance: float | None = None,
     certify: Certificate = True,
+    log_prob: bool | None = None,
     batch_size: int | None = None,
     shard_size: int | None = None,
     files: Files = "npz",
@@ -104,16 +106,19 @@ def sample_to_folder(
     config = flow.config
     if check_choice("files", files, get_args(Files)) == "png":
         pillow()
-        check_choice("files='png': in_channels", config.in_channels, (1, 3))
-    labels = None if labels is None else flow.check_labels(labels, num)
-    warn_if_guidance_is_idle(flow, labels)
+        if flow.image_shape is None:
+            raise InputValueError("files='png': for flows over images; give 'npz'")
+        check_choice("files='png': in_channels", flow.image_shape[0], (1, 3))
+    context = check_one_context(flow, labels, context, num)
+    log_prob = check_log_prob(flow, log_prob) and flow.guidance is None and not denoise
+    warn_if_guidance_is_idle(flow, context)
     manifest = Manifest(
-        num=num, image_shape=(config.in_channels, config.image_size, config.image_size), seed=seed,
-        labels_sha256=labels_sha256(labels), num_classes=config.num_classes, batch_size=batch_size,
+        num=num, shape=flow.image_shape or (config.num_tokens, config.token_channels), seed=seed,
+        context_sha256=context_sha256(context), num_classes=config.num_classes, batch_size=batch_size,
         shard_size=shard_size, files=files, model=model, fingerprint=fingerprint(flow), dtype=precision(flow),
         strategy="a Strategy" if isinstance(strategy, Strategy) else str(strategy), strategy_sha256="",
         guidance=flow.guidance, denoise=float(denoise), tolerance=tolerance, certify=certify,
-        machine=machine(flow.var.device),
+        log_prob=log_prob, machine=machine(flow.var.device),
     )  # fmt: skip
     new = SampleFolder(Path(out), manifest)
     plan = partial(choose, flow, strategy, batch_size, tolerance=tolerance, report=report)
@@ -126,14 +131,14 @@ def sample_to_folder(
             earlier = SampleFolder.open(new.path) if (new.path / MANIFEST).exists() else None
             if earlier is None or overwrite or not any(map(earlier.has, range(earlier.manifest.num_shards))):
                 return _begin(new, earlier, plan(), overwrite)
-            return _resume(new, earlier, labels, None if is_timed else plan())
+            return _resume(new, earlier, context, None if is_timed else plan())
 
         folder, todo = processes.on_first(start)
         if not (folder.path / MANIFEST).exists():
             raise SampleFolderError(
                 f"{folder.path}: process {processes.rank} does not see it; give one on a shared disk"
             )
-        _draw_shards(flow, folder, todo, labels, processes, progress)
+        _draw_shards(flow, folder, todo, context, processes, progress)
         folder = replace(folder, drawn=folder.manifest.num_in(todo))
         if processes.rank > 0:
             return folder
@@ -178,13 +183,13 @@ def _begin(
 
 
 def _resume(
-    new: SampleFolder, earlier: SampleFolder, labels: Tensor | None, plan: Strategy | None
+    new: SampleFolder, earlier: SampleFolder, context: Tensor | None, plan: Strategy | None
 ) -> tuple[SampleFolder, list[int]]:
     """Goes on with an earlier run of the same settings, maybe of fewer samples."""
     previous = earlier.manifest
     settings = replace(
         new.manifest,
-        labels_sha256=labels_sha256(None if labels is None else labels[: previous.num]),
+        context_sha256=context_sha256(None if context is None else context[: previous.num]),
         strategy_sha256=previous.strategy_sha256 if plan is None else sha256(json_bytes(plan.to_json())),
     )
     previous.check_resumes(settings, new.path)
@@ -208,8 +213,9 @@ def _resume(
     return folder, todo
 
 
+@torch.no_grad()
 def _draw_shards(
-    flow: ImageFlow, folder: SampleFolder, todo: Sequence[int], labels: Int[Tensor, " n"] | None,
+    flow: ImageFlow, folder: SampleFolder, todo: Sequence[int], context: Tensor | None,
     processes: Processes, progress: Progress | None,
 ) -> None:  # fmt: skip
     """Draws the share of this process."""
@@ -220,8 +226,8 @@ def _draw_shards(
         num_drawn = (stop - start) * processes.count  # the other processes draw a shard each in this time
         samples = draw(
             flow, strategy, draw_latents(stop - start, config.num_tokens, config.token_channels, manifest.seed, start),
-            None if labels is None else labels[start:stop], denoise=manifest.denoise, certify=manifest.certify,
-            batch_size=manifest.batch_size,
+            None if context is None else context[start:stop], denoise=manifest.denoise, certify=manifest.certify,
+            batch_size=manifest.batch_size, log_prob=manifest.log_prob,
             progress=None if progress is None else partial(_note, progress, num_present, num_drawn, manifest.num),
         )  # fmt: skip
         folder.write(index, samples)
@@ -239,7 +245,8 @@ def _with(folder: SampleFolder, **entries: Any) -> SampleFolder:
 
 def _check_space(folder: SampleFolder, todo: Sequence[int]) -> None:
     """Raises SampleFolderError if the missing shards do not fit on the disk."""
-    need = folder.manifest.num_in(todo) * prod(folder.manifest.image_shape)
+    is_image = len(folder.manifest.shape) == 3
+    need = folder.manifest.num_in(todo) * prod(folder.manifest.shape) * (1 if is_image else 4)  # bytes a value
     free = shutil.disk_usage(folder.path).free
     if need > free:
         raise SampleFolderError(

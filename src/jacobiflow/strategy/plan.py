@@ -23,7 +23,7 @@ from jacobiflow.progress import Progress
 from jacobiflow.solvers import MaxSweeps, Sequential, Solver, Tolerance, certify, solve, solve_certified
 from jacobiflow.strategy.race import Race, candidates, time_exact
 from jacobiflow.strategy.strategy import Prediction, Strategy, device_name
-from jacobiflow.strategy.tune import SAMPLES, Tuning, all_classes, find_tuning
+from jacobiflow.strategy.tune import SAMPLES, Tuning, any_context, find_tuning
 
 _FEWEST = 2  # samples of a race: one may need twice as many sweeps as another
 _SECONDS = 2.0  # in which several solvers run at each block; more if the exact loop takes long
@@ -132,7 +132,7 @@ def _latents(flow: ImageFlow, first: int, num: int) -> tuple[Float[Tensor, "n t 
     """Tokens at which the last block is inverted, in raster order, and labels."""
     config = flow.config
     latents = draw_latents(num, config.num_tokens, config.token_channels, start=FIRST_CALIBRATION_LATENT + first)
-    return flow.prior_tokens(latents), all_classes(flow, num)
+    return flow.prior_tokens(latents), any_context(flow, num)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def tune(
     config = flow.config
     blocks = flow.inverse_blocks
     latents = draw_latents(samples, config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
-    solutions = exact_solutions(flow, latents, _classes(flow, labels, samples), batch_size, progress)
+    solutions = exact_solutions(flow, latents, _context(flow, labels, samples), batch_size, progress)
     fitted = []
     for i, (block, at) in enumerate(zip(blocks, solutions, strict=True)):
         fitted.append(_fit(block, at, batch_size))
@@ -131,10 +131,10 @@ def find_tuning(flow: ImageFlow) -> Path | None:
     return find_file(flow, "tuning", lambda file: Tuning.load(file).guidance)
 
 
-def _classes(flow: ImageFlow, labels: Labels | None, samples: int) -> Int[Tensor, " n"] | None:
-    """A class for each of the samples."""
+def _context(flow: ImageFlow, labels: Labels | None, samples: int) -> Tensor | None:
+    """A class, or numbers, for each of the samples."""
     if labels is None:
-        return all_classes(flow, samples)
+        return any_context(flow, samples)
     classes = as_labels(labels, 1)
     if not len(classes):
         raise InputValueError(f"labels={short(labels)}: give one class or more")
@@ -142,9 +142,11 @@ def _classes(flow: ImageFlow, labels: Labels | None, samples: int) -> Int[Tensor
     return classes.to(flow.var.device)[torch.arange(samples, device=flow.var.device) % len(classes)]
 
 
-def all_classes(flow: ImageFlow, samples: int) -> Int[Tensor, " n"] | None:
-    """All classes in turn; `None` if the flow has none."""
-    classes = flow.config.num_classes
+def any_context(flow: ImageFlow, samples: int) -> Tensor | None:
+    """All classes in turn, or standard normal numbers; `None` if the flow has no context."""
+    classes, channels = flow.config.num_classes, getattr(flow.config, "context_channels", 0)
+    if channels:
+        return draw_latents(samples, 1, channels, start=FIRST_CALIBRATION_LATENT).squeeze(1).to(flow.var.device)
     return torch.arange(samples, device=flow.var.device) % classes if classes else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -43,8 +43,24 @@ class AttentionSpan:
 Parameters = tuple[Tensor, Tensor]  # weight and bias
 
 
+class Adaptive(NamedTuple):
+    """The parameters that make a layer Prose's: what multiplies and is added to normalised tokens, by position."""
+
+    scale: Float[Tensor, "t c"]
+    shift: Float[Tensor, "t c"]
+    gate: Float[Tensor, "t c"]
+    gated_scale: Float[Tensor, "t c"]
+    gated_shift: Float[Tensor, "t c"]
+    gated_gate: Float[Tensor, "t c"]
+    gated_up: Float[Tensor, "h2 c"]
+    gated_down: Float[Tensor, "c h"]
+
+
 class LayerWeights(NamedTuple):
-    """The parameters of one transformer layer, read from its modules once: a step over a few tokens is short."""
+    """The parameters of one transformer layer, read from its modules once: a step over a few tokens is short.
+
+    `query_norm` and `key_norm` are over all heads together. `condition` is added to the layer's input by position.
+    """
 
     norm: Parameters
     qkv: Parameters
@@ -53,17 +69,32 @@ class LayerWeights(NamedTuple):
     up: Parameters
     down: Parameters
     num_heads: int
+    query_norm: Parameters | None = None
+    key_norm: Parameters | None = None
+    condition: Float[Tensor, "t c"] | None = None
+    adaptive: Adaptive | None = None
 
     def to(self, dtype: torch.dtype) -> LayerWeights:
         """Returns the parameters in `dtype`."""
-        norm, qkv, proj, mlp_norm, up, down = (cast(pair, dtype) for pair in self[:-1])
-        return LayerWeights(norm, qkv, proj, mlp_norm, up, down, self.num_heads)
+        return cast(self, dtype)
+
+    def named(self) -> dict[str, Tensor]:
+        """Returns the parameters by their names in native code."""
+        entries = self._asdict()
+        pairs = {name: pair for name, pair in entries.items() if isinstance(pair, tuple) and name != "adaptive"}
+        named = {name + end: tensor for name, pair in pairs.items() for end, tensor in zip(("", "_bias"), pair, strict=True)}
+        named |= {} if self.condition is None else {"condition": self.condition}
+        return named | ({} if self.adaptive is None else self.adaptive._asdict())
 
 
-def cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:
-    """Converts weight and bias to `dtype`."""
-    weight, bias = parameters
-    return weight.to(dtype), bias.to(dtype)
+def cast(parameters: Any, dtype: torch.dtype) -> Any:
+    """Converts the tensors in a tuple of tensors and tuples to `dtype`."""
+    if isinstance(parameters, Tensor):
+        return parameters.to(dtype)
+    if not isinstance(parameters, tuple):
+        return parameters
+    parts = [cast(part, dtype) for part in parameters]
+    return type(parameters)(*parts) if hasattr(parameters, "_fields") else tuple(parts)
 
 
 def transformer(
@@ -81,8 +112,7 @@ def transformer(
     def run(hide: bool) -> Tensor:
         out = h
         for weights, cache in layers:
-            out = out + _self_attention(out, weights, cache, span, query_scale, hide)
-            out = out + _feed_forward(out, weights)
+            out = _layer(out, weights, cache, span, query_scale, hide)
         return out
 
     if h.shape[1] == 1 or torch.is_grad_enabled():
@@ -90,6 +120,27 @@ def transformer(
     if h.device.type == "cpu" and math.isfinite((out := run(hide=False)).sum(dtype=torch.float32)):
         return out
     return run(hide=True)
+
+
+def _layer(
+    x: Tensor, weights: LayerWeights, cache: Tensor | None, span: AttentionSpan, query_scale: Tensor | None, hide: bool
+) -> Tensor:
+    adaptive = weights.adaptive
+    out = x if weights.condition is None else x + weights.condition[span.positions]
+    if adaptive is not None:
+        out = _modulate(x, adaptive.scale[span.positions], adaptive.shift[span.positions])
+    out = out + _self_attention(out, weights, cache, span, query_scale, hide)
+    out = out + _feed_forward(out, weights)
+    if adaptive is None:
+        return out
+    x = x + adaptive.gate[span.positions] * out
+    modulated = _modulate(x, adaptive.gated_scale[span.positions], adaptive.gated_shift[span.positions])
+    values, gates = F.linear(modulated, adaptive.gated_up).chunk(2, dim=-1)
+    return x + adaptive.gated_gate[span.positions] * F.linear(F.silu(gates) * values, adaptive.gated_down)
+
+
+def _modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return scale * F.layer_norm(x, x.shape[-1:]) + shift
 
 
 # Two functions, whose intermediate tensors are freed at their ends, and GELU in place without gradients: what memory is
@@ -101,6 +152,10 @@ def _self_attention(
 ) -> Tensor:
     batch, length, channels = x.shape
     qkv = F.linear(F.layer_norm(x, (channels,), *weights.norm), *weights.qkv)
+    if weights.query_norm is not None and weights.key_norm is not None:
+        query, key, value = qkv.chunk(3, dim=-1)
+        query = F.layer_norm(query, (channels,), *weights.query_norm)
+        qkv = torch.cat((query, F.layer_norm(key, (channels,), *weights.key_norm), value), dim=-1)
     qkv = qkv.view(batch, length, 3, weights.num_heads, -1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     if query_scale is not None:

@@ -1,7 +1,8 @@
-"""One block of a TarFlow: a causal transformer that gives the log-scale and shift of every token."""
+"""Blocks whose log-scales and shifts come from a causal transformer, and that of a TarFlow."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -11,10 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.flows.base import AttentionContext, FlowBlock, Permutation, ScaleShift, check_input
-from jacobiflow.flows.config import TarFlowConfig
+from jacobiflow.flows.base import AttentionContext, FlowBlock, Permutation, ScaleShift, check_context, check_input
+from jacobiflow.flows.config import TarFlowConfig, TokenConfig
+from jacobiflow.flows.guidance import Guidance
 from jacobiflow.flows.labels import embed_classes
-from jacobiflow.flows.tarflow import recurrence
 from jacobiflow.flows.tarflow.attention import (
     AttentionBlock,
     AttentionSpan,
@@ -23,6 +24,7 @@ from jacobiflow.flows.tarflow.attention import (
     cast,
     transformer,
 )
+from jacobiflow.native.recurrence import Extrapolation, Recurrence
 
 _TOKENS_PER_PASS = 3200
 
@@ -32,7 +34,7 @@ class TarFlowCache:
     """Keys and values of a block's tokens while it is solved, and all that does not change meanwhile.
 
     The network runs in the dtype of these tensors. `layers` are keys and values, written in place, or none for a pass
-    over all tokens; `embedding` is the sum of bias, position and class of each token in causal order; `query_scale` is
+    over all tokens; `embedding` is the sum of bias, position and context of each token in causal order; `query_scale` is
     one over the attention temperature of each row, or `None` if all are 1.
     """
 
@@ -53,65 +55,85 @@ class TarFlowCache:
         )
 
 
-class TarFlowBlock(FlowBlock):
-    """One causal affine block: z_t = exp(-s(x_<t)) (x_t - u(x_<t)), eq. (1) of the GS-Jacobi paper.
+class TransformerBlock(FlowBlock):
+    """A block whose log-scale s and shift u come from a causal transformer.
 
-    `s` (log-scale) and `u` (shift) come from a causal transformer; its output at position t-1 belongs to entry t, and
-    entry 0 has s = u = 0. Tokens are in the block's own causal order throughout: the flow permutes.
+    Its output at position t-1 belongs to entry t, and entry 0 has s = u = 0. Tokens are in the block's own causal order
+    throughout: the flow permutes.
     """
 
     per_sample_front = graph_safe = inference_safe = has_bf16 = has_attention = True
-    exact_inverse = recurrence.exact_inverse
-    attn_blocks: Sequence[AttentionBlock]
 
-    def __init__(self, config: TarFlowConfig, permutation: Permutation) -> None:
+    def __init__(
+        self, num_tokens: int, token_channels: int, channels: int, nvp: bool, permutation: Permutation
+    ) -> None:
         super().__init__()
-        self.num_tokens = config.num_tokens
-        self.nvp = config.nvp
-        self.permutation = permutation
-        self.proj_in = nn.Linear(config.token_channels, config.channels)
-        self.pos_embed = nn.Parameter(torch.randn(config.num_tokens, config.channels) * 1e-2)
-        self.class_embed = (
-            nn.Parameter(torch.randn(config.num_classes, 1, config.channels) * 1e-2) if config.num_classes else None
-        )
-        self.attn_blocks = nn.ModuleList(  # type: ignore[assignment]
-            AttentionBlock(config.channels, config.head_dim, config.expansion) for _ in range(config.layers_per_block)
-        )
-        self.proj_out = nn.Linear(config.channels, config.token_channels * (2 if config.nvp else 1))
+        self.num_tokens, self.nvp, self.permutation = num_tokens, nvp, permutation
+        self.proj_in = nn.Linear(token_channels, channels)
+        self.proj_out = nn.Linear(channels, token_channels * (2 if nvp else 1))
         nn.init.zeros_(self.proj_out.weight)
 
-    def affine_whole(
-        self, x: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | AttentionContext | None = None
-    ) -> ScaleShift:
-        return self.affine(x, 0, x.shape[1], self._cache(x, context, layers=()))
+    @abstractmethod
+    def layer_weights(self) -> tuple[LayerWeights, ...]:
+        """Returns the parameters of the layers."""
 
-    def init_cache(
-        self, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | AttentionContext | None = None
-    ) -> TarFlowCache:
+    @abstractmethod
+    def positions(self) -> Float[Tensor, "t c"]:
+        """Returns what is added to the projection of each token: its bias and the position."""
+
+    @abstractmethod
+    def embed_context(self, context: Tensor | None) -> Float[Tensor, "#b #t c"] | None:
+        """Returns what the context adds to the projections of a row and a token, both in causal order."""
+
+    def affine_whole(self, x: Float[Tensor, "b t c"], context: Tensor | AttentionContext | None = None) -> ScaleShift:
+        return self.affine(x, 0, x.shape[1], self._cache(x, context, self.layer_weights(), layers=()))
+
+    def init_cache(self, z: Float[Tensor, "b t c"], context: Tensor | AttentionContext | None = None) -> TarFlowCache:
         check_input(z, self.num_tokens, self.proj_in.in_features)
-        attention = self.attn_blocks[0].attention
-        weight = attention.qkv.weight
-        heads, channels = attention.num_heads, weight.shape[1]
+        weights, channels = self.layer_weights(), len(self.proj_in.weight)
+        heads = weights[0].num_heads
         shape = (z.shape[0], 2, heads, self.num_tokens, channels // heads)
-        cache = self._cache(z, context, tuple(weight.new_zeros(shape) for _ in self.attn_blocks))
+        cache = self._cache(z, context, weights, tuple(self.proj_in.weight.new_zeros(shape) for _ in weights))
         return replace(cache, embedding=cache.embedding.contiguous())
 
-    def _cache(self, z: Tensor, context: Tensor | AttentionContext | None, layers: tuple[Tensor, ...]) -> TarFlowCache:
-        labels, temperature = AttentionContext.of(context)
+    def _cache(
+        self, z: Tensor, context: Tensor | AttentionContext | None, weights: tuple[LayerWeights, ...],
+        layers: tuple[Tensor, ...],
+    ) -> TarFlowCache:  # fmt: skip
+        context, temperature = AttentionContext.of(context)
         return TarFlowCache(
             layers,
-            tuple(layer.weights() for layer in self.attn_blocks),
+            weights,
             self.proj_in.weight,
             (self.proj_out.weight, self.proj_out.bias),
-            self._embedding(labels).expand(len(z), -1, -1),
+            self._embedding(context).expand(len(z), -1, -1),
             None if temperature is None else self._query_scale(temperature),
         )
 
-    def _embedding(self, labels: Tensor | None) -> Float[Tensor, "#b t c"]:
-        """Bias, positions and classes, to be added to the projections of tokens in causal order."""
-        positions = self.permutation(self.pos_embed, dim=0) + self.proj_in.bias
-        classes = embed_classes(self.class_embed, labels)
-        return positions.unsqueeze(0) if classes is None else positions + classes
+    def _embedding(self, context: Tensor | None) -> Float[Tensor, "#b t c"]:
+        """What is added to the projections of tokens in causal order."""
+        positions, embedding = self.positions().unsqueeze(0), self.embed_context(context)
+        return positions if embedding is None else positions + embedding
+
+    @torch.no_grad()
+    def exact_inverse(
+        self, z: Float[Tensor, "b t c"], context: Tensor | None = None, guidance: Guidance | None = None
+    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, " b"]] | None:
+        layers = self.layer_weights()
+        recurrence = Recurrence(
+            proj_in=self.proj_in.weight,
+            position=self.positions(),
+            layers=[layer.named() for layer in layers],
+            heads=layers[0].num_heads,
+            proj_out=self.proj_out.weight,
+            out_bias=self.proj_out.bias,
+            has_scale=self.nvp,
+        )
+        extrapolation = None
+        if guidance is not None:
+            other = self.embed_context(None)
+            extrapolation = Extrapolation(*guidance.weights(z), other, guidance.attn_temperature)
+        return recurrence.invert(z, self.embed_context(context), extrapolation)
 
     def _query_scale(self, temperature: Float[Tensor, " b"]) -> Float[Tensor, "b 1 1 1"]:
         return temperature.to(self.proj_in.weight).reciprocal().view(-1, 1, 1, 1)
@@ -143,12 +165,12 @@ class TarFlowBlock(FlowBlock):
         return cache.each(moved)
 
     def refill(
-        self, cache: TarFlowCache, rows: Int[Tensor, " m"], context: Int[Tensor, " m"] | AttentionContext | None = None
+        self, cache: TarFlowCache, rows: Int[Tensor, " m"], context: Tensor | AttentionContext | None = None
     ) -> None:
-        labels, temperature = AttentionContext.of(context)
+        context, temperature = AttentionContext.of(context)
         for layer in cache.layers:
             layer.index_fill_(0, rows, 0)
-        cache.embedding[rows] = self._embedding(labels).to(cache.embedding.dtype)
+        cache.embedding[rows] = self._embedding(context).to(cache.embedding.dtype)
         if cache.query_scale is not None and temperature is not None:
             cache.query_scale[rows] = self._query_scale(temperature).to(cache.query_scale.dtype)
 
@@ -161,9 +183,10 @@ class TarFlowBlock(FlowBlock):
 
     def row_bytes(self) -> int:
         # Keys, values, embedding, residual stream, norm, hidden units twice, and the causal mask.
-        hidden, channels = self.attn_blocks[0].weights().up[0].shape
-        values = (2 * len(self.attn_blocks) + 1) * channels + 2 * channels + 2 * hidden + self.num_tokens
-        return int(self.num_tokens * values * self.pos_embed.element_size())
+        weights = self.layer_weights()
+        hidden, channels = weights[0].up[0].shape
+        values = (2 * len(weights) + 1) * channels + 2 * channels + 2 * hidden + self.num_tokens
+        return int(self.num_tokens * values * self.proj_in.weight.element_size())
 
     def to_bf16(self, cache: TarFlowCache) -> TarFlowCache:
         dtype = torch.bfloat16
@@ -182,6 +205,41 @@ class TarFlowBlock(FlowBlock):
             log_scale, shift = out.chunk(2, dim=-1)
             return log_scale, shift
         return torch.zeros_like(out), out
+
+
+class TarFlowBlock(TransformerBlock):
+    """One causal affine block: z_t = exp(-s(x_<t)) (x_t - u(x_<t)), eq. (1) of the GS-Jacobi paper.
+
+    Its context is labels (B,) if the config has classes. If it has `context_channels`, K, it is numbers (B, K) for each
+    sample, or (B, T, K) for each token in the order of the data, whose projection is added to the tokens' embeddings.
+    """
+
+    attn_blocks: Sequence[AttentionBlock]
+
+    def __init__(self, config: TarFlowConfig | TokenConfig, permutation: Permutation) -> None:
+        config = config.of_block(0)[0]
+        super().__init__(config.num_tokens, config.token_channels, config.channels, config.nvp, permutation)
+        self.pos_embed = nn.Parameter(torch.randn(config.num_tokens, config.channels) * 1e-2)
+        self.class_embed = (
+            nn.Parameter(torch.randn(config.num_classes, 1, config.channels) * 1e-2) if config.num_classes else None
+        )
+        self.proj_context = nn.Linear(config.context_channels, config.channels) if config.context_channels else None
+        self.attn_blocks = nn.ModuleList(  # type: ignore[assignment]
+            AttentionBlock(config.channels, config.head_dim, config.expansion) for _ in range(config.layers_per_block)
+        )
+
+    def layer_weights(self) -> tuple[LayerWeights, ...]:
+        return tuple(layer.weights() for layer in self.attn_blocks)
+
+    def positions(self) -> Float[Tensor, "t c"]:
+        return self.permutation(self.pos_embed, dim=0) + self.proj_in.bias
+
+    def embed_context(self, context: Tensor | None) -> Float[Tensor, "#b #t c"] | None:
+        if self.proj_context is None:
+            return embed_classes(self.class_embed, context)
+        check_context(context, self.num_tokens, self.proj_context.in_features)
+        projected: Tensor = self.proj_context(context.to(self.pos_embed.dtype))  # type: ignore[union-attr]
+        return projected.unsqueeze(1) if projected.ndim == 2 else self.permutation(projected)
 
 
 def _parts(x: Tensor, size: int) -> list[slice]:

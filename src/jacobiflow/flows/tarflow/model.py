@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 from jacobiflow.errors import CheckpointError, first_line
 from jacobiflow.files import write_beside
-from jacobiflow.flows.config import TarFlowConfig
+from jacobiflow.flows.base import Permutation
+from jacobiflow.flows.config import TarFlowConfig, TokenConfig
 from jacobiflow.flows.folder import build, check_values
 from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.registry import register
 from jacobiflow.flows.tarflow.block import TarFlowBlock
-from jacobiflow.flows.tarflow.original import read_original
+from jacobiflow.flows.tarflow.original import infer_config, read_original
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 @register
 class TarFlow(ImageFlow):
-    """Stack of causal affine blocks over patches of an image, alternately in raster and in reverse order.
+    """Stack of causal affine blocks over tokens, or over the patches of an image.
+
+    The config says which: a `TokenConfig`, or a `TarFlowConfig` for images.
 
     Reference: Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329.
 
@@ -39,10 +42,14 @@ class TarFlow(ImageFlow):
     """
 
     model_type = "tarflow"
-    config_type = TarFlowConfig
+    config_types = (TarFlowConfig, TokenConfig)
     block_type = TarFlowBlock
-    config: TarFlowConfig
+    config: TarFlowConfig | TokenConfig
     blocks: Sequence[TarFlowBlock]
+
+    def make_block(self, index: int) -> TarFlowBlock:
+        config, order = self.config.of_block(index)
+        return TarFlowBlock(config, Permutation(order))
 
     @classmethod
     def config_from_options(
@@ -56,17 +63,25 @@ class TarFlow(ImageFlow):
         )  # fmt: skip
 
     @classmethod
-    def from_original(cls, path: str | Path, config: TarFlowConfig) -> Self:
-        """Loads a `.pth` state dict of the original TarFlow code, in eval mode; float16 becomes float32."""
-        return build(partial(cls, config), read_original(path), str(path))
+    def from_original(cls, path: str | Path, config: TarFlowConfig | TokenConfig | None = None) -> Self:
+        """Loads a `.pth` state dict of the TarFlow code, in eval mode; float16 becomes float32.
+
+        The codes that this reads are the original one, SBG's, and forks of them with the same names. Without a config
+        the flow is one over tokens, of the shapes in the file: these do not tell the layout of images, nor the number
+        of heads, which have 64 channels each.
+        """
+        state = read_original(path)
+        config = infer_config(state, str(path)) if config is None else config
+        state.setdefault("var", torch.ones(config.num_tokens, config.token_channels))  # which SBG's files lack
+        return build(partial(cls, config), state, str(path))
 
     def to_original(self, path: str | Path) -> None:
         """Writes a `.pth` state dict that the original TarFlow code loads strictly, causal masks included."""
         config = self.config
-        if (config.head_dim, config.expansion) != (64, 4):
+        if (config.head_dim, config.expansion) != (64, 4) or self.blocks[0].proj_context is not None:
             raise CheckpointError(
-                f"head_dim={config.head_dim}, expansion={config.expansion}: the original code has 64 and 4 only; "
-                "save a model folder instead"
+                f"head_dim={config.head_dim}, expansion={config.expansion}, context_channels={config.context_channels}: "
+                "the original code has 64, 4 and 0 only; save a model folder instead"
             )
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         check_values(state, f"{path}: not written")
@@ -82,10 +97,13 @@ class TarFlow(ImageFlow):
     def learns_prior(self) -> bool:
         return not self.config.nvp
 
-    def to_tokens(self, images: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
-        size = self.config.patch_size
-        return F.unfold(images, size, stride=size).transpose(1, 2), images.new_zeros(len(images))
+    def to_tokens(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n t d"]:
+        if not isinstance(self.config, TarFlowConfig):
+            return x
+        return F.unfold(x, self.config.patch_size, stride=self.config.patch_size).transpose(1, 2)
 
-    def to_images(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n c h w"]:
+    def to_images(self, tokens: Float[Tensor, "n t d"]) -> Float[Tensor, "n ..."]:
+        if not isinstance(self.config, TarFlowConfig):
+            return tokens
         side, size = self.config.image_size, self.config.patch_size
-        return F.fold(x.transpose(1, 2), (side, side), size, stride=size)
+        return F.fold(tokens.transpose(1, 2), (side, side), size, stride=size)

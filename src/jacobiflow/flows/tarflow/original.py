@@ -1,4 +1,4 @@
-"""The `.pth` state dicts of the original TarFlow code: the same names, and a causal mask in each block."""
+"""The `.pth` state dicts of the TarFlow code and its forks: nearly our names, and a causal mask in each block."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from jacobiflow.errors import CheckpointError, first_line
-from jacobiflow.flows.config import TarFlowConfig
+from jacobiflow.flows.config import TarFlowConfig, TokenConfig
 
 _MASK = re.compile(r"blocks\.\d+\.attn_mask")
+_NAMES = {".mlp.main.3.": ".mlp.main.2.", ".cond_proj.": ".proj_context."}  # SBG has dropout before it; autocast
 
 
 def read_original(path: str | Path) -> dict[str, Tensor]:
@@ -30,37 +31,68 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise CheckpointError(f"{path}: not a dict of tensors; {remedy}")
-    state = {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    state = {_name(name): tensor for name, tensor in content.items()}
     return {name: tensor for name, tensor in state.items() if not _MASK.fullmatch(name)}
 
 
-def infer_config(state: Mapping[str, Tensor], *, patch_size: int) -> TarFlowConfig:
-    """Reads the config of a square image's flow from shapes, which do not tell `patch_size`; `head_dim` is 64."""
+def _name(name: str) -> str:
+    for theirs, ours in _NAMES.items():
+        name = name.replace(theirs, ours)
+    return name.removeprefix("module.")
+
+
+def infer_config(state: Mapping[str, Tensor], source: str, patch_size: int | None = None) -> TarFlowConfig | TokenConfig:
+    """Reads the config of a flow over tokens from shapes, or of one over square images of patches of `patch_size`.
+
+    `head_dim` is 64. A CheckpointError begins with `source`.
+    """
+    blocks = range(count_groups(state, r"blocks\.(\d+)\."))
     try:
-        channels, token_channels = state["blocks.0.proj_in.weight"].shape
         num_tokens, _ = state["blocks.0.pos_embed"].shape
+        _, token_channels = state["blocks.0.proj_in.weight"].shape
+        widths = tuple(len(state[f"blocks.{i}.proj_in.weight"]) for i in blocks)
         outputs, _ = state["blocks.0.proj_out.weight"].shape
         hidden, _ = state["blocks.0.attn_blocks.0.mlp.main.0.weight"].shape
     except KeyError as error:
-        raise CheckpointError(f"not the state dict of a TarFlow: no {error}") from None
-    side = math.isqrt(num_tokens)
-    if side**2 != num_tokens:
-        raise CheckpointError(f"{num_tokens} tokens: a TarFlow of square images has a square number of them")
-    if patch_size < 1 or token_channels % patch_size**2:
-        raise CheckpointError(f"patch_size={patch_size}: its square must divide the {token_channels} values of a token")
-    return TarFlowConfig(
-        in_channels=token_channels // patch_size**2,
-        image_size=side * patch_size,
-        patch_size=patch_size,
-        channels=channels,
-        num_blocks=_count(state, r"blocks\.(\d+)\."),
-        layers_per_block=_count(state, r"blocks\.0\.attn_blocks\.(\d+)\."),
-        num_classes=len(state["blocks.0.class_embed"]) if "blocks.0.class_embed" in state else 0,
+        raise CheckpointError(f"{source}: not the state dict of a TarFlow, which has {error}") from None
+    context = state.get("blocks.0.proj_context.weight")
+    config = TokenConfig(
+        num_tokens=num_tokens,
+        token_channels=token_channels,
+        channels=_one_or_all(widths),
+        num_blocks=len(blocks),
+        layers_per_block=_one_or_all(tuple(count_groups(state, rf"blocks\.{i}\.attn_blocks\.(\d+)\.") for i in blocks)),
+        num_classes=len(state.get("blocks.0.class_embed", ())),
+        context_channels=0 if context is None else context.shape[1],
         nvp=outputs == 2 * token_channels,
-        expansion=hidden // channels,
+        expansion=hidden // widths[0],
     )
+    return config if patch_size is None else _of_images(config, source, patch_size)
 
 
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+def _of_images(config: TokenConfig, source: str, patch_size: int) -> TarFlowConfig:
+    side, num_tokens, token_channels = math.isqrt(config.num_tokens), config.num_tokens, config.token_channels
+    if side**2 != num_tokens:
+        raise CheckpointError(
+            f"{source}: {num_tokens} tokens, but square images have a square number of them; leave patch_size out for a "
+            "flow over tokens"
+        )
+    if patch_size < 1 or token_channels % patch_size**2:
+        raise CheckpointError(
+            f"{source}: patch_size={patch_size}: its square must divide the {token_channels} values of a token"
+        )
+    if not isinstance(config.channels, int) or not isinstance(config.layers_per_block, int) or config.context_channels:
+        raise CheckpointError(f"{source}: blocks of different sizes, or with a context of numbers; leave patch_size out")
+    return TarFlowConfig(
+        token_channels // patch_size**2, side * patch_size, patch_size, config.channels, config.num_blocks,
+        config.layers_per_block, config.num_classes, config.nvp, expansion=config.expansion,
+    )  # fmt: skip
+
+
+def _one_or_all(sizes: tuple[int, ...]) -> int | tuple[int, ...]:
+    return sizes[0] if len(set(sizes)) == 1 else sizes
+
+
+def count_groups(state: Mapping[str, Tensor], pattern: str) -> int:
     """Returns the number of different matches of the group in `pattern`."""
     return len({match[1] for name in state if (match := re.match(pattern, name))})
