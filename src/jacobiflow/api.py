@@ -6,11 +6,10 @@ from jacobiflow.codec import register
 from jacobiflow.denoising import denoise
 from jacobiflow.errors import CheckpointError, InputError
 from jacobiflow.flows.base import AffineBlock, Block
-from jacobiflow.flows.config import MAFConfig
+from jacobiflow.flows.config import PRESETS, MAFConfig, Preset
 from jacobiflow.flows.guidance import Guidance, SamplingSettings
+from jacobiflow.flows.image_flow import load
 from jacobiflow.flows.maf import MAF
-from jacobiflow.flows.presets import PRESETS, Preset
-from jacobiflow.flows.registry import load
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
 from jacobiflow.sampling import Samples, decode, sample
 from jacobiflow.solvers import (

@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from jacobiflow.flows.base import embed_classes
 from jacobiflow.flows.guidance import Guidance
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
-from jacobiflow.flows.labels import embed_classes
 from jacobiflow.flows.maf import MAF, MAFBlock, full_pass
 from jacobiflow.flows.tarflow import TarFlow, TarFlowBlock
 from jacobiflow.flows.tarflow.attention import Attention, AttentionBlock

@@ -11,8 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from jacobiflow.checks import check_count, check_number
 from jacobiflow.errors import InputValueError
+from jacobiflow.flows.base import Labels
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
-from jacobiflow.flows.labels import Labels
 
 _MOST = 2**31  # images at a time
 _MEMORY = 4 << 30  # bytes that a backward pass may need beside the weights

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
-from jacobiflow.flows.tarflow.original import infer_config, read_original
+from jacobiflow.flows.tarflow.model import infer_config, read_original
 from tests.helpers.checkpoints import SMALL, assert_same, error_of, make
 
 ORIGINAL = replace(SMALL, channels=64, head_dim=64, expansion=4)

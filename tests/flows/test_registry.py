@@ -6,7 +6,7 @@ import pytest
 
 import jacobiflow as jf
 from jacobiflow.flows import register
-from jacobiflow.flows.registry import FLOWS
+from jacobiflow.flows.image_flow import FLOWS
 from tests.extending.recurrent_flow import RecurrentFlow
 
 

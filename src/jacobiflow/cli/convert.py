@@ -23,7 +23,7 @@ def convert(
     from dataclasses import asdict, replace
 
     from jacobiflow.flows.tarflow import TarFlow
-    from jacobiflow.flows.tarflow.original import infer_config, read_original
+    from jacobiflow.flows.tarflow.model import infer_config, read_original
     from jacobiflow.locking import check_own
 
     check_own(out, "model")

@@ -83,7 +83,7 @@ def _model_problems(folder: Path) -> Iterator[str]:
 
     from jacobiflow.calibration import Report
     from jacobiflow.errors import CheckpointError, InputError
-    from jacobiflow.flows.registry import load
+    from jacobiflow.flows.image_flow import load
     from jacobiflow.latents import draw_latents
     from jacobiflow.sampling import decode
     from jacobiflow.strategy import Tuning

@@ -47,7 +47,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> ImageF
     import torch
 
     from jacobiflow.errors import InputValueError
-    from jacobiflow.flows.registry import load
+    from jacobiflow.flows.image_flow import load
 
     if dtype == "tf32":
         if not device.startswith("cuda"):

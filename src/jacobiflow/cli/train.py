@@ -65,7 +65,7 @@ def train(
 
     from jacobiflow.checks import check_device
     from jacobiflow.data import Augmentation, load_images
-    from jacobiflow.flows.registry import FLOWS
+    from jacobiflow.flows.image_flow import FLOWS
     from jacobiflow.measuring import machine
     from jacobiflow.plots import image_grid, save_png
     from jacobiflow.sampling import sample

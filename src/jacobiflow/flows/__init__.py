@@ -5,9 +5,8 @@
 
 from jacobiflow.flows.base import AttentionContext, FlowBlock, Permutation
 from jacobiflow.flows.config import FlowConfig
-from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.image_flow import ImageFlow, register
 from jacobiflow.flows.maf import MAF
-from jacobiflow.flows.registry import register
 from jacobiflow.flows.tarflow import TarFlow
 
 __all__ = [

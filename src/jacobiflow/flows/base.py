@@ -1,18 +1,20 @@
-"""The protocol of a block: the fixed-point map g on any run of tokens against a cache."""
+"""The protocol of a block, the fixed-point map g on any run of tokens against a cache, and the labels it reads."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jacobiflow.checks import check_choice, short
-from jacobiflow.errors import InputValueError
+from jacobiflow.checks import check_kind, short
+from jacobiflow.errors import InputTypeError, InputValueError
 
 ScaleShift = tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]
 """Log-scale and shift of a run of entries."""
@@ -26,9 +28,6 @@ class Permutation:
     """
 
     kind: Literal["identity", "flip"]
-
-    def __post_init__(self) -> None:
-        check_choice("kind", self.kind, ("identity", "flip"))
 
     def __call__(self, x: Tensor, dim: int = 1) -> Tensor:
         return x.flip(dim) if self.kind == "flip" else x
@@ -229,3 +228,53 @@ def check_input(z: Float[Tensor, "b t c"], num_tokens: int, token_channels: int)
     """Checks that `z` is (B, T, C)."""
     if z.ndim != 3 or z.shape[1:] != (num_tokens, token_channels):
         raise InputValueError(f"z={short(z)}: this block takes (B, {num_tokens}, {token_channels})")
+
+
+Labels = int | Sequence[int] | np.ndarray | Tensor
+"""Classes of samples: one for all of them, or a sequence, array or tensor (N,) with one for each."""
+
+
+def as_labels(labels: Any, num: int) -> Int[Tensor, " n"]:
+    """Converts labels to a tensor of int64 or int32; a single class is that of all `num` samples."""
+    give, tensor = "a class, or a tensor or list (N,) of classes, whole numbers", labels
+    if not isinstance(labels, Tensor):
+        try:
+            tensor = torch.as_tensor(np.array(labels))  # a copy, since arrays may be read-only or have negative strides
+        except (TypeError, ValueError) as error:
+            raise InputTypeError(f"labels={short(labels)}: give {give}") from error
+        tensor = tensor if tensor.ndim else tensor.repeat(num)
+    if tensor.dtype in (torch.uint8, torch.int8, torch.int16):
+        tensor = tensor.long()
+    _check_vector("labels", tensor, give)
+    return tensor
+
+
+def embed_classes(table: Float[Tensor, "k ..."] | None, labels: Int[Tensor, " b"] | None) -> Tensor | None:
+    """Looks up the row of a table for each label; the mean over classes for labels below 0 and for `None`.
+
+    A label that is not a class raises ValueError. On a GPU only `ImageFlow.check_labels` finds out.
+    """
+    if table is None:
+        return None
+    mean = table.mean(dim=0, keepdim=True)
+    if labels is None:
+        return mean
+    _check_vector("context", labels, "a torch.Tensor (N,) of whole numbers")
+    try:
+        rows = table[labels.clamp(min=0)]
+    except IndexError:
+        raise InputValueError(f"context: {describe_unknown(labels, len(table))}") from None
+    return torch.where((labels < 0).view(-1, *[1] * (table.ndim - 1)), mean, rows)
+
+
+def _check_vector(name: str, labels: Any, give: str) -> None:
+    check_kind(name, labels, Tensor, give)
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise InputTypeError(f"{name}={short(labels)}: give {give}")
+    if labels.ndim != 1:
+        raise InputValueError(f"{name}={short(labels)}: give {give}")
+
+
+def describe_unknown(labels: Int[Tensor, " n"], num_classes: int) -> str:
+    """Says which of the labels is not a class."""
+    return f"label {int(labels.max())}: this flow has classes 0 to {num_classes - 1} (below 0: no class)"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,31 +51,31 @@ class ModelFolder:
         path = bundled().get(name, Path(name)) if isinstance(name, str) else name
         if not os.path.isdir(path):
             path = _download(str(name), hub)
+        file = path / CONFIG
         try:
-            return codec.load(path / CONFIG, "model", lambda document: cls._from_json(path, document))
+            entries = codec.load(file, "model", partial(codec.decode, dict[str, Any]))
+            recommended = codec.decode(SamplingSettings, entries.pop("recommended", {}), f"model {file}: recommended")
         except InputError as error:
             raise CheckpointError(str(error)) from error
-
-    @classmethod
-    def _from_json(cls, path: Path, document: Any) -> ModelFolder:
-        entries = codec.decode(dict[str, Any], document)
         model_type, version = entries.pop("model_type", None), entries.pop("format_version", None)
         if not isinstance(model_type, str) or version != FORMAT_VERSION:
-            raise InputValueError(
-                f"model_type {model_type!r} in format {version!r}; this release reads format {FORMAT_VERSION}"
+            raise CheckpointError(
+                f"model {file}: model_type {model_type!r} in format {version!r}; this release reads format "
+                f"{FORMAT_VERSION}"
             )
-        recommended = codec.decode(SamplingSettings, entries.pop("recommended", {}), "recommended")
         return cls(path, model_type, entries, recommended)
 
     def config(self, config_type: type[AnyConfig]) -> AnyConfig:
         """Returns the flow's config."""
         try:
-            config = codec.decode(config_type, self.fields)
-            if self.recommended.denoise and not config.noise_std:
-                raise InputValueError("recommended.denoise: noise_std is 0, so there is no Gaussian noise to remove")
-            return config
+            config: AnyConfig = codec.decode(config_type, self.fields)
         except InputError as error:
             raise CheckpointError(f"{self.path / CONFIG}: {error}") from error
+        if self.recommended.denoise and not config.noise_std:
+            raise CheckpointError(
+                f"{self.path / CONFIG}: recommended.denoise: noise_std is 0, so there is no Gaussian noise to remove"
+            )
+        return config
 
     def state(self) -> dict[str, Tensor]:
         """Reads the tensors."""
@@ -203,7 +203,7 @@ def hub_client() -> Any:
     return huggingface_hub
 
 
-def build(make: Callable[[], AnyModule], state: dict[str, Tensor], source: str) -> AnyModule:
+def build(make: Callable[[Any], AnyModule], config: Any, state: dict[str, Tensor], source: str) -> AnyModule:
     """Builds a module on the meta device, loads a state dict strictly, and returns it in eval mode.
 
     Its initial values cost nothing, and draw no random numbers. Half precision becomes float32. The tensors are taken
@@ -211,8 +211,8 @@ def build(make: Callable[[], AnyModule], state: dict[str, Tensor], source: str) 
     """
     check_values(state, source)
     with torch.device("meta"):
-        module = make()
-    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in state.values()), torch.float32)
+        module = make(config)
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in state.values()), torch.float32)
     # Copied, so that no tensor stays mapped to its file.
     copies = {name: state.pop(name).to(dtype, copy=True, memory_format=torch.contiguous_format) for name in list(state)}
     try:

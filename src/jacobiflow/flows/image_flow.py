@@ -1,4 +1,4 @@
-"""The base class of flows over images: a stack of affine blocks over tokens, its likelihood, its model folder."""
+"""The base class of flows over images, a stack of affine blocks over tokens; and the flows by their names."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jacobiflow.checks import check_floating, check_kind, check_path, short
-from jacobiflow.errors import CheckpointError, InputValueError
-from jacobiflow.flows.base import AffineBlock, FlowBlock, Permutation, ScaleShift
+from jacobiflow.checks import check_device, check_floating, check_kind, check_path, short
+from jacobiflow.errors import CheckpointError, InputTypeError, InputValueError
+from jacobiflow.flows.base import AffineBlock, FlowBlock, Labels, Permutation, ScaleShift, as_labels, describe_unknown
 from jacobiflow.flows.config import FlowConfig
-from jacobiflow.flows.folder import ModelFolder, build, check_dtype, hub_client, reports_in, write_model
+from jacobiflow.flows.folder import CONFIG, ModelFolder, build, check_dtype, hub_client, reports_in, write_model
 from jacobiflow.flows.guidance import GIVE_GUIDANCE, Guidance, SamplingSettings, guided
-from jacobiflow.flows.labels import Labels, as_labels, describe_unknown
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -98,7 +96,7 @@ class ImageFlow(nn.Module, ABC):
                 f"{folder.path}: model_type {folder.model_type!r}, which is no {cls.__name__}; jacobiflow.load finds "
                 "the class"
             )
-        flow = build(partial(cls, folder.config(cls.config_type)), folder.state(), str(folder.path))
+        flow = build(cls, folder.config(cls.config_type), folder.state(), str(folder.path))
         flow.recommended, flow.report_files = folder.recommended, reports_in(folder.path)
         return flow
 
@@ -106,7 +104,7 @@ class ImageFlow(nn.Module, ABC):
         """Writes a model folder; a model that was there stays until all files are complete.
 
         The flow's `recommended` settings go into config.json. Its reports are copied if they are of these weights.
-        `dtype` is that of the weights, by default the flow's own.
+        `dtype` is by default the flow's own.
 
         Raises:
             CheckpointError: If a weight is not finite, the folder cannot be written, or it has files under a model's
@@ -123,9 +121,7 @@ class ImageFlow(nn.Module, ABC):
 
         Args:
             repo_id: The repository, "owner/name", which is created if need be.
-            private: Whether a new repository is private.
             token: By default that of `hf auth login`.
-            dtype: As for `save_pretrained`.
             upload: For `huggingface_hub.HfApi.upload_folder`, such as `revision`, `create_pr`, `commit_message`.
 
         Returns the address of the commit.
@@ -272,3 +268,57 @@ def precision(flow: ImageFlow) -> str:
     dtype = flow.var.dtype
     tf32 = dtype == torch.float32 and flow.var.is_cuda and torch.get_float32_matmul_precision() != "highest"
     return "tf32" if tf32 else str(dtype).removeprefix("torch.")
+
+
+Flow = TypeVar("Flow", bound=type[ImageFlow])
+
+FLOWS: dict[str, type[ImageFlow]] = {}
+"""The registered flows by their names."""
+
+
+def register(flow: Flow) -> Flow:
+    """Registers a subclass of `ImageFlow` under its `model_type`; a class decorator.
+
+    Example:
+        >>> @register
+        ... class Wide(jf.MAF):
+        ...     model_type = "wide-maf"
+    """
+    if not isinstance(flow, type) or not issubclass(flow, ImageFlow):
+        raise InputTypeError(f"flow={short(flow)}: give a class that derives from ImageFlow")
+    name, owner = flow.model_type, FLOWS.get(flow.model_type, flow)
+    # The same class once more is a module that was loaded again, or a notebook's cell.
+    if (owner.__module__, owner.__qualname__) != (flow.__module__, flow.__qualname__):
+        raise InputValueError(
+            f"model_type {name!r}: taken by {owner.__module__}.{owner.__qualname__}; give another name"
+        )
+    FLOWS[name] = flow
+    return flow
+
+
+def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None) -> ImageFlow:
+    """Loads a flow for sampling: in eval mode, its parameters without gradients.
+
+    Args:
+        name: A bundled model's name, else a local folder, else a hub id "owner/name". For a folder that has the name of
+            a bundled model write "./name", or give a `Path`.
+        dtype: By default as stored, with float16 and bfloat16 widened to float32.
+
+    Raises:
+        CheckpointError: If there is no such model, or its files do not fit each other.
+
+    Example:
+        >>> flow = jf.load("digits-p1")
+        >>> type(flow).__name__, flow.config.num_tokens
+        ('TarFlow', 64)
+    """
+    check_path("name", name)
+    device, dtype = check_device(device, here=True), check_dtype(dtype)
+    folder = ModelFolder.open(name)
+    if folder.model_type not in FLOWS:
+        raise CheckpointError(
+            f"{folder.path / CONFIG}: model_type {folder.model_type!r}; there are {', '.join(sorted(FLOWS))}: import "
+            "the module that registers another"
+        )
+    flow = FLOWS[folder.model_type].from_pretrained(folder.path)
+    return flow.requires_grad_(False).to(device=device, dtype=dtype)

@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.base import FlowBlock, Permutation, ScaleShift, check_input
+from jacobiflow.flows.base import FlowBlock, Permutation, ScaleShift, check_input, embed_classes
 from jacobiflow.flows.config import MAFConfig
 from jacobiflow.flows.guidance import Guidance
-from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.flows.labels import embed_classes
-from jacobiflow.flows.registry import register
+from jacobiflow.flows.image_flow import ImageFlow, register
 from jacobiflow.native import usable
 from jacobiflow.native.masked import masked_transform, run_chain
 from jacobiflow.native.structures import Elementwise, Function, Kind, Operation, Transform

@@ -15,11 +15,10 @@ from jacobiflow.calibration.passes import BlockSolution, exact_solutions
 from jacobiflow.calibration.report import find_file
 from jacobiflow.checks import check_count, check_seed, short
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.base import AffineBlock
+from jacobiflow.flows.base import AffineBlock, Labels, as_labels
 from jacobiflow.flows.fingerprint import check_fingerprint, fingerprint
 from jacobiflow.flows.guidance import Guidance
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
-from jacobiflow.flows.labels import Labels, as_labels
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
 from jacobiflow.progress import Progress
 from jacobiflow.solvers import Correction, Guess, Plain, Solver, Tolerance, Whole, solve

@@ -11,9 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.flows.base import AttentionContext, FlowBlock, Permutation, ScaleShift, check_input
+from jacobiflow.flows.base import AttentionContext, FlowBlock, Permutation, ScaleShift, check_input, embed_classes
 from jacobiflow.flows.config import TarFlowConfig
-from jacobiflow.flows.labels import embed_classes
 from jacobiflow.flows.tarflow import recurrence
 from jacobiflow.flows.tarflow.attention import (
     AttentionBlock,

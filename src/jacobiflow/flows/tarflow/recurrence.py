@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from jacobiflow.flows.base import embed_classes
 from jacobiflow.flows.guidance import Guidance
-from jacobiflow.flows.labels import embed_classes
 from jacobiflow.native import TarFlowArguments, pointers, usable
 
 _ROWS = 32  # of the network per thread and call: more rows do not fit in the processor's cache
