@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from jacobiflow.flows.base import embed_classes
+from jacobiflow.flows.config import embed_classes
 from jacobiflow.flows.guidance import Guidance
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.flows.maf import MAF, MAFBlock, full_pass

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from jacobiflow.checks import check_count, check_number
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.base import Labels
+from jacobiflow.flows.config import Labels
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
 
 _MOST = 2**31  # images at a time

@@ -16,7 +16,7 @@ from torch import Tensor
 from jacobiflow.checks import check_count, check_finite, check_flag, check_floating, check_kind, short
 from jacobiflow.denoising import check_rate, denoised
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.base import Labels
+from jacobiflow.flows.config import Labels
 from jacobiflow.flows.image_flow import ImageFlow, check_flow, state_dtype
 from jacobiflow.latents import MOST_SAMPLES, draw_latents
 from jacobiflow.progress import Progress

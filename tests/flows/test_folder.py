@@ -96,7 +96,7 @@ def test_a_subclass_reads_the_folder_of_its_class_and_a_config_may_leave_out_def
 
     special = Special.from_pretrained(saved)
     assert type(special) is Special and all(parameter.requires_grad for parameter in special.parameters())
-    assert "model_type 'tarflow', which is no MAF; jacobiflow.load" in error_of(jf.MAF.from_pretrained, saved)
+    assert "a 'tarflow', not a MAF; use jacobiflow.load" in error_of(jf.MAF.from_pretrained, saved)
     flow = jf.TarFlow.from_pretrained(with_config(saved, {"noise_std": "left out", "nvp": "left out"}))
     assert flow.config == replace(SMALL, noise_std=0.0)
     assert jf.TarFlow.from_pretrained(with_config(saved, {"noise_std": 1})).config.noise_std == 1

@@ -1,13 +1,19 @@
-"""Shapes of flows: what every config has, those of TarFlow and MAF, and the models of the GS-Jacobi paper."""
+"""Values of flows: their shapes, the models of the GS-Jacobi paper, and labels."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
-from jacobiflow.checks import check_count, check_flag, check_number, convert_numbers
-from jacobiflow.errors import InputValueError
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from jacobiflow.checks import check_count, check_flag, check_kind, check_number, convert_numbers, short
+from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.flows.guidance import Guidance, SamplingSettings
 
 _MAX_SIZE = 2**20  # a larger one is a slip
@@ -42,12 +48,9 @@ class TarFlowConfig:
     """Shape of a `TarFlow`.
 
     Args:
-        in_channels: Channels of an image.
         image_size: Height and width of an image, in pixels.
         patch_size: Height and width of a patch, which is a token; divides `image_size`.
-        channels: Width of the transformers.
-        num_blocks: Affine blocks, each with a transformer.
-        layers_per_block: Layers of a transformer.
+        channels: Width of the transformers, of which each block has one.
         num_classes: 0 for an unconditional flow.
         nvp: Whether blocks scale ("non-volume-preserving"). Without it they shift only, and the flow learns the
             variance of its prior.
@@ -98,11 +101,8 @@ class MAFConfig:
     """Shape of a `MAF`.
 
     Args:
-        in_channels: Channels of an image.
         image_size: Height and width of an image, in pixels.
-        hidden_features: Units of a hidden layer.
-        num_blocks: Affine blocks, each with a masked network.
-        hidden_layers: Hidden layers of a network.
+        hidden_features: Units of a hidden layer, in the masked network of each block.
         num_classes: 0 for an unconditional flow.
         logit_alpha: Pixels p in [0, 1] enter as the logit of alpha + (1 - 2 alpha) p, which is finite at both ends.
 
@@ -155,9 +155,7 @@ class Preset:
     """A model of the paper with the settings of its tables 3 and 4.
 
     Args:
-        description: The data set.
         source: The hub repository and file of the authors' weights, for `TarFlow.from_original`.
-        config: The shape.
         recommended: The paper's guidance and rate of denoising.
         strategy: In the paper's notation, the fastest strategy whose FID is within 1% of sequential sampling's.
 
@@ -207,3 +205,53 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 """The four models of the paper, by name: "img128cond", "img64uncond", "afhq" and "img64cond"."""
+
+
+Labels = int | Sequence[int] | np.ndarray | Tensor
+"""Classes of samples: one for all of them, or a sequence, array or tensor (N,) with one for each."""
+
+
+def as_labels(labels: Any, num: int) -> Int[Tensor, " n"]:
+    """Converts labels to a tensor of int64 or int32; a single class is that of all `num` samples."""
+    give, tensor = "a class, or a tensor or list (N,) of classes, whole numbers", labels
+    if not isinstance(labels, Tensor):
+        try:
+            tensor = torch.as_tensor(np.array(labels))  # a copy, since arrays may be read-only or have negative strides
+        except (TypeError, ValueError) as error:
+            raise InputTypeError(f"labels={short(labels)}: give {give}") from error
+        tensor = tensor if tensor.ndim else tensor.repeat(num)
+    if tensor.dtype in (torch.uint8, torch.int8, torch.int16):
+        tensor = tensor.long()
+    _check_vector("labels", tensor, give)
+    return tensor
+
+
+def embed_classes(table: Float[Tensor, "k ..."] | None, labels: Int[Tensor, " b"] | None) -> Tensor | None:
+    """Looks up the row of a table for each label; the mean over classes for labels below 0 and for `None`.
+
+    A label that is not a class raises ValueError. On a GPU only `ImageFlow.check_labels` finds out.
+    """
+    if table is None:
+        return None
+    mean = table.mean(dim=0, keepdim=True)
+    if labels is None:
+        return mean
+    _check_vector("context", labels, "a torch.Tensor (N,) of whole numbers")
+    try:
+        rows = table[labels.clamp(min=0)]
+    except IndexError:
+        raise InputValueError(f"context: {describe_unknown(labels, len(table))}") from None
+    return torch.where((labels < 0).view(-1, *[1] * (table.ndim - 1)), mean, rows)
+
+
+def _check_vector(name: str, labels: Any, give: str) -> None:
+    check_kind(name, labels, Tensor, give)
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise InputTypeError(f"{name}={short(labels)}: give {give}")
+    if labels.ndim != 1:
+        raise InputValueError(f"{name}={short(labels)}: give {give}")
+
+
+def describe_unknown(labels: Int[Tensor, " n"], num_classes: int) -> str:
+    """Says which of the labels is not a class."""
+    return f"label {int(labels.max())}: this flow has classes 0 to {num_classes - 1} (below 0: no class)"

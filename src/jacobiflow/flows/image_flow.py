@@ -16,23 +16,26 @@ from torch import Tensor, nn
 
 from jacobiflow.checks import check_device, check_floating, check_kind, check_path, short
 from jacobiflow.errors import CheckpointError, InputTypeError, InputValueError
-from jacobiflow.flows.base import AffineBlock, FlowBlock, Labels, Permutation, ScaleShift, as_labels, describe_unknown
-from jacobiflow.flows.config import FlowConfig
+from jacobiflow.flows.base import AffineBlock, FlowBlock, Permutation, ScaleShift, Tokens
+from jacobiflow.flows.config import FlowConfig, Labels, as_labels, describe_unknown
 from jacobiflow.flows.folder import CONFIG, ModelFolder, build, check_dtype, hub_client, reports_in, write_model
 from jacobiflow.flows.guidance import GIVE_GUIDANCE, Guidance, SamplingSettings, guided
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+Images = Float[Tensor, "n c h w"]
+"""Images of a batch, nominally in [-1, 1]."""
+
 
 class Step(NamedTuple):
     """The step z = (x - shift) exp(-log_scale) of a block in an encoding pass, in the block's causal order."""
 
     block: int
-    x: Float[Tensor, "n t d"]
-    log_scale: Float[Tensor, "n t d"]
-    shift: Float[Tensor, "n t d"]
-    z: Float[Tensor, "n t d"]
+    x: Tokens
+    log_scale: Tokens
+    shift: Tokens
+    z: Tokens
 
 
 class ImageFlow(nn.Module, ABC):
@@ -92,10 +95,7 @@ class ImageFlow(nn.Module, ABC):
         check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         folder = ModelFolder.open(pretrained_model_name_or_path, **hub)
         if folder.model_type != cls.model_type:
-            raise CheckpointError(
-                f"{folder.path}: model_type {folder.model_type!r}, which is no {cls.__name__}; jacobiflow.load finds "
-                "the class"
-            )
+            raise CheckpointError(f"{folder.path}: a {folder.model_type!r}, not a {cls.__name__}; use jacobiflow.load")
         flow = build(cls, folder.config(cls.config_type), folder.state(), str(folder.path))
         flow.recommended, flow.report_files = folder.recommended, reports_in(folder.path)
         return flow
@@ -154,14 +154,14 @@ class ImageFlow(nn.Module, ABC):
         return False
 
     @abstractmethod
-    def to_tokens(self, images: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
+    def to_tokens(self, images: Images) -> tuple[Tokens, Float[Tensor, " n"]]:
         """Returns images as tokens in raster order, and log|det| of that map in nats."""
 
     @abstractmethod
-    def to_images(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n c h w"]:
+    def to_images(self, x: Tokens) -> Images:
         """Returns the images of tokens; inverse of `to_tokens`."""
 
-    def initialize(self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None) -> None:
+    def initialize(self, images: Images, labels: Int[Tensor, " n"] | None = None) -> None:
         """Initialises the flow by its first training batch, in place; by default it does nothing."""
 
     def check_labels(self, labels: Labels, num: int) -> Int[Tensor, " n"]:
@@ -176,12 +176,12 @@ class ImageFlow(nn.Module, ABC):
             raise InputValueError(describe_unknown(tensor, num_classes))
         return tensor
 
-    def check_images(self, images: Float[Tensor, "n c h w"]) -> None:
+    def check_images(self, images: Images) -> None:
         """Checks that `images` are floating-point numbers in the shape of this flow."""
         size = self.config.image_size
         check_floating("images", images, ("N", self.config.in_channels, size, size))
 
-    def check_batch(self, images: Float[Tensor, "n c h w"], labels: Labels | None) -> Int[Tensor, " n"] | None:
+    def check_batch(self, images: Images, labels: Labels | None) -> Int[Tensor, " n"] | None:
         """Checks that images and labels fit the flow; returns the labels as a tensor on its device."""
         self.check_images(images)
         if labels is None or not self.config.num_classes:
@@ -189,10 +189,7 @@ class ImageFlow(nn.Module, ABC):
         return self.check_labels(labels, len(images)).to(self.var.device)
 
     def walk(
-        self,
-        x: Float[Tensor, "n t d"],
-        labels: Int[Tensor, " n"] | None = None,
-        parameters: Callable[[int, Tensor], ScaleShift] | None = None,
+        self, x: Tokens, labels: Tensor | None = None, parameters: Callable[[int, Tensor], ScaleShift] | None = None
     ) -> Iterator[Step]:
         """Encodes tokens `x` in raster order block by block, and yields the step of each.
 
@@ -205,12 +202,12 @@ class ImageFlow(nn.Module, ABC):
             yield Step(i, x, log_scale, shift, z)
             x = block.permutation(z)
 
-    def prior_tokens(self, latents: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
+    def prior_tokens(self, latents: Tokens) -> Tokens:
         """Returns sqrt(var) times standard normal `latents`, in the dtype of `state_dtype`: the start of `invert`."""
         dtype = state_dtype(self)
         return latents.to(self.var.device, dtype) * self.var.to(dtype).sqrt()
 
-    def invert(self, x: Float[Tensor, "n t d"], solve: Callable[[int, Tensor], Tensor]) -> Float[Tensor, "n t d"]:
+    def invert(self, x: Tokens, solve: Callable[[int, Tensor], Tensor]) -> Tokens:
         """Returns the tokens f_0^-1(... f_{L-1}^-1(x)) in raster order: `walk`, backwards.
 
         `solve(i, z)` inverts block `i` at `z`, both in the block's causal order. It may return more rows than `z` has.
@@ -220,9 +217,7 @@ class ImageFlow(nn.Module, ABC):
             x = permutation(solve(i, permutation(x)))
         return x
 
-    def normalize(
-        self, images: Float[Tensor, "n c h w"], labels: Labels | None = None
-    ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
+    def normalize(self, images: Images, labels: Labels | None = None) -> tuple[Tokens, Float[Tensor, " n"]]:
         """Returns tokens after all blocks, before the prior's scale, and log|det| in nats, summed over dimensions.
 
         They are at least float32, in whatever dtype the network runs. `labels` are classes (N,), or one for all; a flow
@@ -235,20 +230,18 @@ class ImageFlow(nn.Module, ABC):
             log_det = log_det - step.log_scale.sum(dim=(1, 2))
         return x, log_det
 
-    def encode(
-        self, images: Float[Tensor, "n c h w"], labels: Labels | None = None
-    ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
+    def encode(self, images: Images, labels: Labels | None = None) -> tuple[Tokens, Float[Tensor, " n"]]:
         """Returns latents z = f(images), standard normal under the model, and log|det df/dx| in nats with the prior."""
         z, log_det = self.normalize(images, labels)
         var = self.var.to(z.dtype)
         return z / var.sqrt(), log_det - 0.5 * var.log().sum()
 
-    def log_prob(self, images: Float[Tensor, "n c h w"], labels: Labels | None = None) -> Float[Tensor, " n"]:
+    def log_prob(self, images: Images, labels: Labels | None = None) -> Float[Tensor, " n"]:
         """Returns the log-density in nats: log N(z; 0, I) + log|det df/dx|."""
         z, log_det = self.encode(images, labels)
         return log_det - 0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=(1, 2))
 
-    def bits_per_dim(self, images: Float[Tensor, "n c h w"], labels: Labels | None = None) -> Float[Tensor, " n"]:
+    def bits_per_dim(self, images: Images, labels: Labels | None = None) -> Float[Tensor, " n"]:
         """Returns -log2 p(images) / D + log2(128): bits of 8-bit pixels, whose [0, 256) is [-1, 1) here."""
         return -self.log_prob(images, labels) / (images[0].numel() * math.log(2)) + 7
 
@@ -289,9 +282,7 @@ def register(flow: Flow) -> Flow:
     name, owner = flow.model_type, FLOWS.get(flow.model_type, flow)
     # The same class once more is a module that was loaded again, or a notebook's cell.
     if (owner.__module__, owner.__qualname__) != (flow.__module__, flow.__qualname__):
-        raise InputValueError(
-            f"model_type {name!r}: taken by {owner.__module__}.{owner.__qualname__}; give another name"
-        )
+        raise InputValueError(f"model_type {name!r}: taken by {owner.__module__}.{owner.__qualname__}; give another")
     FLOWS[name] = flow
     return flow
 

@@ -21,7 +21,7 @@ from jacobiflow.checks import check_choice, check_count, check_number, check_see
 from jacobiflow.denoising import check_rate
 from jacobiflow.errors import InputValueError
 from jacobiflow.files import json_bytes, sha256, write_atomically
-from jacobiflow.flows.base import Labels
+from jacobiflow.flows.config import Labels
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow, precision
 from jacobiflow.latents import MOST_SAMPLES, draw_latents

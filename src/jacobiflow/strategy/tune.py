@@ -15,7 +15,8 @@ from jacobiflow.calibration.passes import BlockSolution, exact_solutions
 from jacobiflow.calibration.report import find_file
 from jacobiflow.checks import check_count, check_seed, short
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.base import AffineBlock, Labels, as_labels
+from jacobiflow.flows.base import AffineBlock
+from jacobiflow.flows.config import Labels, as_labels
 from jacobiflow.flows.fingerprint import check_fingerprint, fingerprint
 from jacobiflow.flows.guidance import Guidance
 from jacobiflow.flows.image_flow import ImageFlow, check_flow

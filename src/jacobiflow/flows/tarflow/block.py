@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.flows.base import AttentionContext, FlowBlock, Permutation, ScaleShift, check_input, embed_classes
-from jacobiflow.flows.config import TarFlowConfig
+from jacobiflow.flows.base import AttentionContext, FlowBlock, Permutation, ScaleShift, Tokens, check_input
+from jacobiflow.flows.config import TarFlowConfig, embed_classes
 from jacobiflow.flows.tarflow import recurrence
 from jacobiflow.flows.tarflow.attention import (
     AttentionBlock,
@@ -39,7 +39,7 @@ class TarFlowCache:
     weights: tuple[LayerWeights, ...]
     proj_in: Float[Tensor, "c d"]
     proj_out: Parameters
-    embedding: Float[Tensor, "b t c"]
+    embedding: Tokens
     query_scale: Float[Tensor, "b 1 1 1"] | None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> TarFlowCache:
@@ -79,14 +79,10 @@ class TarFlowBlock(FlowBlock):
         self.proj_out = nn.Linear(config.channels, config.token_channels * (2 if config.nvp else 1))
         nn.init.zeros_(self.proj_out.weight)
 
-    def affine_whole(
-        self, x: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | AttentionContext | None = None
-    ) -> ScaleShift:
+    def affine_whole(self, x: Tokens, context: Int[Tensor, " b"] | AttentionContext | None = None) -> ScaleShift:
         return self.affine(x, 0, x.shape[1], self._cache(x, context, layers=()))
 
-    def init_cache(
-        self, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | AttentionContext | None = None
-    ) -> TarFlowCache:
+    def init_cache(self, z: Tokens, context: Int[Tensor, " b"] | AttentionContext | None = None) -> TarFlowCache:
         check_input(z, self.num_tokens, self.proj_in.in_features)
         attention = self.attn_blocks[0].attention
         weight = attention.qkv.weight
@@ -115,18 +111,18 @@ class TarFlowBlock(FlowBlock):
     def _query_scale(self, temperature: Float[Tensor, " b"]) -> Float[Tensor, "b 1 1 1"]:
         return temperature.to(self.proj_in.weight).reciprocal().view(-1, 1, 1, 1)
 
-    def affine(self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: TarFlowCache) -> ScaleShift:
+    def affine(self, x: Tokens, start: int, stop: int, cache: TarFlowCache) -> ScaleShift:
         if parts := _parts(x, stop - start):
-            return _joined(self.affine(x[rows], start, stop, cache.each(itemgetter(rows))) for rows in parts)
+            outputs = [self.affine(x[rows], start, stop, cache.each(itemgetter(rows))) for rows in parts]
+            log_scales, shifts = zip(*outputs, strict=True)
+            return torch.cat(log_scales), torch.cat(shifts)
         if stop == 1:  # entry 0 has no token before it
             return torch.zeros_like(x[:, :1]), torch.zeros_like(x[:, :1])
         positions = slice(max(start - 1, 0), stop - 1)
         h = _hidden(x[:, positions], positions, stop - 1, cache)
         return self._read_out(h, x, cache.proj_out, first=start == 0)
 
-    def affine_at(
-        self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: TarFlowCache
-    ) -> ScaleShift:
+    def affine_at(self, x: Tokens, start: Int[Tensor, " b"], size: int, end: int, cache: TarFlowCache) -> ScaleShift:
         before = start.view(-1, 1) + torch.arange(-1, size - 1, device=x.device)
         positions = before.clamp(min=0)  # entry 0 has no token before it: it is computed from token 0, and set to zero
         tokens = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[2]))
@@ -193,11 +189,6 @@ def _parts(x: Tensor, size: int) -> list[slice]:
     if x.device.type != "cpu" or len(x) <= rows or torch.is_grad_enabled():
         return []
     return [slice(first, first + rows) for first in range(0, len(x), rows)]
-
-
-def _joined(parts: Iterable[ScaleShift]) -> ScaleShift:
-    log_scales, shifts = zip(*parts, strict=True)
-    return torch.cat(log_scales), torch.cat(shifts)
 
 
 def _hidden(tokens: Tensor, positions: slice | Tensor, end: int, cache: TarFlowCache) -> Tensor:

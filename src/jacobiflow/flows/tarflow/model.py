@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from jacobiflow.errors import CheckpointError, first_line
 from jacobiflow.files import write_beside
+from jacobiflow.flows.base import Tokens
 from jacobiflow.flows.config import TarFlowConfig
 from jacobiflow.flows.folder import build, check_values
-from jacobiflow.flows.image_flow import ImageFlow, register
+from jacobiflow.flows.image_flow import ImageFlow, Images, register
 from jacobiflow.flows.tarflow.block import TarFlowBlock
 
 if TYPE_CHECKING:
@@ -83,11 +84,11 @@ class TarFlow(ImageFlow):
     def learns_prior(self) -> bool:
         return not self.config.nvp
 
-    def to_tokens(self, images: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
+    def to_tokens(self, images: Images) -> tuple[Tokens, Float[Tensor, " n"]]:
         size = self.config.patch_size
         return F.unfold(images, size, stride=size).transpose(1, 2), images.new_zeros(len(images))
 
-    def to_images(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n c h w"]:
+    def to_images(self, x: Tokens) -> Images:
         side, size = self.config.image_size, self.config.patch_size
         return F.fold(x.transpose(1, 2), (side, side), size, stride=size)
 
@@ -97,11 +98,9 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
     remedy = "give a file that torch.save(model.state_dict(), path) wrote"
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
     except Exception as error:  # torch.load names no exceptions, and damage raises nearly any
         raise CheckpointError(
-            f"{path}: cut short, damaged, or not only tensors; code in it was not run ({first_line(error)}); {remedy}"
+            f"{path}: missing, damaged, or not only tensors; code in it was not run ({first_line(error)}); {remedy}"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise CheckpointError(f"{path}: not a dict of tensors; {remedy}")

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from jacobiflow.flows.base import embed_classes
+from jacobiflow.flows.base import Tokens
+from jacobiflow.flows.config import embed_classes
 from jacobiflow.flows.guidance import Guidance
 from jacobiflow.native import TarFlowArguments, pointers, usable
 
@@ -21,8 +22,8 @@ _WORK = 2e9  # multiplications per call, about a tenth of a second, so that Ctrl
 
 
 def exact_inverse(
-    block: Any, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None = None, guidance: Guidance | None = None
-) -> Float[Tensor, "b t c"] | None:
+    block: Any, z: Tokens, context: Int[Tensor, " b"] | None = None, guidance: Guidance | None = None
+) -> Tokens | None:
     """See `AffineBlock.exact_inverse`. Weights may change between calls, and so are packed in each."""
     native = usable(z, *block.parameters())
     # Native code trusts the sizes; if they are wrong, the loop in PyTorch reports it.
