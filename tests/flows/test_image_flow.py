@@ -1,4 +1,4 @@
-"""Encoding, likelihood and inverse of every flow, against oracles and dense Jacobians, in float64."""
+"""Encoding, likelihood and inverse of every flow, against oracles and dense Jacobians, in float64; flows by name."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.flows import ImageFlow
+from jacobiflow.flows import ImageFlow, register
+from jacobiflow.flows.image_flow import FLOWS as REGISTERED
 from jacobiflow.flows.image_flow import state_dtype
+from tests.extending.recurrent_flow import RecurrentFlow
 from tests.helpers.oracle import MAFOracle, Oracle
-from tests.helpers.problems import latents, make_flow, make_maf, to_float32
+from tests.helpers.problems import latents, make_flow, make_maf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -109,14 +111,21 @@ def test_blocks_are_inverted_last_first_each_in_its_causal_order() -> None:
     assert torch.equal(flow.invert(latents(flow, 1), lambda i, z: torch.cat((z, z)))[7], latents(flow, 1)[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_the_chain_starts_at_latents_of_the_prior_s_scale(dtype: torch.dtype) -> None:
-    """In the dtype of the state, which is float32 where the network runs in less."""
+def test_tokens_start_in_the_dtype_of_the_state_and_the_scale_of_the_prior() -> None:
     flow = make_flow(image_size=6, nvp=False)
     z = latents(flow, 2)
-    expected = z * Oracle(flow).var.sqrt()
-    if dtype != torch.float64:
-        flow = to_float32(flow).to(dtype)
-    tokens = flow.prior_tokens(z)
-    assert tokens.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert (tokens - expected).abs().max() < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+    for dtype, error in {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}.items():
+        tokens = copy.deepcopy(flow).to(dtype).prior_tokens(z)
+        assert tokens.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert (tokens - z * flow.var.sqrt()).abs().max() < error
+
+
+def test_a_name_has_one_flow() -> None:
+    assert [REGISTERED[name] for name in ("tarflow", "maf", "recurrent")] == [jf.TarFlow, jf.MAF, RecurrentFlow]
+    with pytest.raises(ValueError, match=r"'recurrent': taken by .*RecurrentFlow"):
+        register(type("Other", (RecurrentFlow,), {}))
+    again = type("RecurrentFlow", (RecurrentFlow,), {"__module__": RecurrentFlow.__module__})  # its module reloaded
+    assert register(again) is again is REGISTERED["recurrent"]
+    assert register(RecurrentFlow) is RecurrentFlow is REGISTERED["recurrent"]
+    with pytest.raises(TypeError, match="give a class that derives from ImageFlow"):
+        register(jf.TarFlowConfig)  # type: ignore[type-var]
