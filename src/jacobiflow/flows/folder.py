@@ -71,10 +71,6 @@ class ModelFolder:
             config: AnyConfig = codec.decode(config_type, self.fields)
         except InputError as error:
             raise CheckpointError(f"{self.path / CONFIG}: {error}") from error
-        if self.recommended.denoise and not config.noise_std:
-            raise CheckpointError(
-                f"{self.path / CONFIG}: recommended.denoise: noise_std is 0, so there is no Gaussian noise to remove"
-            )
         return config
 
     def state(self) -> dict[str, Tensor]:
@@ -82,10 +78,8 @@ class ModelFolder:
         file = self.path / WEIGHTS
         try:
             return load_file(file)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{file}: missing; a model folder has {CONFIG} and {WEIGHTS}") from error
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file}: cut short or damaged ({first_line(error)}); copy it again") from error
+            raise CheckpointError(f"{file}: missing or damaged ({first_line(error)}); copy it again") from error
 
 
 def reports_in(path: Path) -> tuple[Path, ...]:
@@ -233,7 +227,7 @@ def check_values(state: Mapping[str, Tensor], source: str) -> None:
 
 
 def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Returns the floating-point dtype of that name, or None."""
+    """Returns the floating-point dtype of that name, or `None`."""
     check_kind("dtype", dtype, str | torch.dtype | None, "a dtype, such as torch.float64, its name, or None")
     number = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if number is None or number in _FLOATS:

@@ -50,8 +50,7 @@ class Guidance:
     def parse(cls, text: str) -> Guidance:
         """Reads guidance from text, the inverse of `str`.
 
-        Args:
-            text: A weight, then after commas any of `attn_temperature=1.2`, `annealed=false`, `on=scale`, `on=shift`.
+        The text is a weight, then after commas any of `attn_temperature=1.2`, `annealed=false`, `on=scale`, `on=shift`.
 
         Example:
             >>> jf.Guidance.parse("4,attn_temperature=1.2")

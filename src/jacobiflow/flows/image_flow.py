@@ -86,11 +86,9 @@ class ImageFlow(nn.Module, ABC):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> Self:
-        """Loads a flow that `save_pretrained` or `push_to_hub` wrote, in eval mode, its parameters with gradients.
+        """Loads a bundled model, a folder, or a hub id "owner/name", in eval mode, its parameters with gradients.
 
-        Args:
-            pretrained_model_name_or_path: A bundled model's name, a folder, or a hub id "owner/name".
-            hub: For a hub id, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+        For a hub id `hub` may be `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
         """
         check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         folder = ModelFolder.open(pretrained_model_name_or_path, **hub)
@@ -107,8 +105,7 @@ class ImageFlow(nn.Module, ABC):
         `dtype` is by default the flow's own.
 
         Raises:
-            CheckpointError: If a weight is not finite, the folder cannot be written, or it has files under a model's
-                names that this library did not write.
+            CheckpointError: If a weight is not finite, or the folder has files under a model's names that are not ours.
         """
         check_path("save_directory", save_directory)
         write_model(self, Path(save_directory), check_dtype(dtype))
