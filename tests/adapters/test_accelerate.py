@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +15,7 @@ import zuko
 from torch import Tensor, nn
 
 import jacobiflow as jf
+from jacobiflow.adapters import acceleration
 from tests.helpers.library_flows import CASES, CONTEXT, MAIN, Additive, both, normal, problem_of
 from tests.helpers.random_flows import same_bits
 
@@ -138,7 +138,7 @@ def test_a_bad_tolerance_changes_nothing(tolerance: float) -> None:
 def test_versions(name: str, good: str, bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
     library, flow = name.split()[0], CASES[name].make()
     kind, have = type(flow), {}  # a KeyError for another library, whose version does not matter
-    monkeypatch.setattr(sys.modules["jacobiflow.adapters.accelerate"], "version", have.__getitem__)
+    monkeypatch.setattr(acceleration, "version", have.__getitem__)
     for have[library] in good.split():
         jf.accelerate(flow, 0.0).restore()
     for have[library] in bad.split():

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from jacobiflow.adapters.network import MaskedNetwork, Slot, UnsupportedError, find_order
-from jacobiflow.adapters.side_effects import DROPOUTS, has_hooks, has_replaced_forward, is_traced
 from jacobiflow.native.masked import masked_transform, permutation, run_chain
 from jacobiflow.native.structures import Elementwise, Transform
 
@@ -25,6 +25,7 @@ Values = tuple[Tensor, Tensor | None]
 Fallback = Callable[[Float[Tensor, "b d"], Float[Tensor, "b c"] | None], Values]
 """Rows, context -> values by the library's own code."""
 
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _SETTINGS = (bool, int, float, str, type, partial, FunctionType, BuiltinFunctionType, MethodType)
 
 
@@ -224,6 +225,31 @@ def _check_call(module: nn.Module) -> None:
         raise UnsupportedError(f"a forward of its own on {type(module).__name__}")
     if isinstance(module, DROPOUTS) and module.training and module.p > 0:
         raise UnsupportedError("dropout in training mode")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Returns True if the module has forward hooks."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def has_replaced_forward(module: nn.Module) -> bool:
+    """Returns True if the object's `forward` is not that of its class."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def is_traced() -> bool:
+    """Returns True if PyTorch does more than compute values, or lacks the private names that tell.
+
+    It may trace, compile, export, transform a function, differentiate forward, or have a dispatch mode.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return True
+    try:
+        is_observed = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
+        return bool(is_observed) or forward_ad._current_level >= 0
+    except AttributeError:
+        return True
 
 
 def is_readable(*tensors: Tensor | None) -> bool:

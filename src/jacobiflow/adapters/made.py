@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, partial
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from jacobiflow.adapters.acceleration import AcceleratedModule
 from jacobiflow.adapters.chain import Part, Values, masked_part
 from jacobiflow.adapters.network import MaskedNetwork, UnsupportedError
-from jacobiflow.adapters.passes import invert, premasked
+from jacobiflow.adapters.passes import invert
 from jacobiflow.native.structures import Elementwise, Ends
 
 _ELEMENTWISE = ("_elementwise_forward", "_elementwise_inverse", "_elementwise")
@@ -123,13 +122,11 @@ class AcceleratedTransform(AcceleratedComposition):
     _elementwise_inverse: Any
 
     def _invert(self, inputs: Tensor, context: Tensor | None) -> Sequence[Tensor]:
-        cheaper = cache(partial(premasked, self.autoregressive_net, self.library.MaskedLinear))
-
-        def step(x: Tensor) -> Sequence[Tensor]:
-            network = self.autoregressive_net if torch.is_grad_enabled() else cheaper()
+        def step(network: Any, x: Tensor) -> Sequence[Tensor]:
             return self._elementwise_inverse(inputs, network(x, context))
 
-        outputs = invert(self.acceleration, self, step, inputs, context, inputs.shape[1:].numel())
+        network, passes = self.autoregressive_net, inputs.shape[1:].numel()
+        outputs = invert(self.acceleration, self, step, network, self.library.MaskedLinear, inputs, context, passes)
         return super()._invert(inputs, context) if outputs is None else tuple(outputs)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from zuko.transforms import (
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, is_accelerated, library_class
 from jacobiflow.adapters.chain import Part, Values, affine_part, masked_part, permutation_part
 from jacobiflow.adapters.network import MaskedNetwork, UnsupportedError
-from jacobiflow.adapters.passes import invert, premasked
+from jacobiflow.adapters.passes import invert
 from jacobiflow.native.structures import Elementwise, Ends
 
 
@@ -154,20 +154,15 @@ class MaskedAtContext(_AtContext, AutoregressiveTransform):  # type: ignore[misc
         return InverseAtContext(self)
 
     def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        result = self._evaluate(y, is_inverse=True)
-        if result is None:
-            result = self._invert(y) if is_accelerated(self.module) else None
-        return super()._inverse(y) if result is None else result[0]
-
-    def _invert(self, y: Tensor) -> Sequence[Tensor] | None:
         module, context = self.module, self.context
-        cheaper = cache(partial(premasked, module, MaskedLinear))
+        result = self._evaluate(y, is_inverse=True)
+        if result is None and is_accelerated(module):
 
-        def step(x: Tensor) -> tuple[Tensor]:
-            transform = module if torch.is_grad_enabled() else cheaper()
-            return (transform.meta(context, x).inv(y),)
+            def step(module: Any, x: Tensor) -> tuple[Tensor]:
+                return (module.meta(context, x).inv(y),)
 
-        return invert(module.acceleration, module, step, y, context, self.passes)
+            result = invert(module.acceleration, module, step, module, MaskedLinear, y, context, self.passes)
+        return super()._inverse(y) if result is None else result[0]
 
 
 class InverseAtContext(_InverseTransform):
