@@ -31,7 +31,7 @@ _SETTINGS = (bool, int, float, str, type, partial, FunctionType, BuiltinFunction
 
 @dataclass(frozen=True)
 class Part:
-    """A transform of a library for native code, which reads the values of its tensors at every call.
+    """A transform of a library for native code.
 
     Attributes:
         module: The library's transform.
@@ -39,8 +39,8 @@ class Part:
         memory: What has to live as long as `transform`.
         features: D, or `None` if it takes any.
         context: The width of the context that its network takes, or `None` if it has no network.
-        tensors: Weights, biases, scales and shifts.
-        constants: Masks and indices.
+        tensors: Weights, biases, scales and shifts, whose values are read at every call.
+        constants: Masks and indices, which must not change.
     """
 
     module: nn.Module
@@ -124,12 +124,7 @@ class Snapshot:
 
 
 class Chain:
-    """The transforms of a module as native code takes them.
-
-    Args:
-        module: A transform, or a composition of transforms.
-        describe: Gives its transforms.
-        is_conditional: Whether there is a context.
+    """The transforms of a transform or composition as native code takes them, with a context or without.
 
     Attributes:
         obstacle: Why native code does not take the module, or `None` if it does.
@@ -175,13 +170,8 @@ class Chain:
     ) -> Values | None:
         """Returns the values of the chain and their log-determinants; `None` if native code cannot compute them.
 
-        Args:
-            x: Rows of the dtype of the weights.
-            context: A row for each row of `x`, or one for all.
-            is_inverse: Whether to invert the chain.
-            fallback: Computes the rows that are not finite, or that overflow on the way. Without it there is no result
-                if there are any.
-            log_det: See `native.masked.run_chain`.
+        The arguments are those of `native.masked.run_chain`. `fallback` computes the rows that are not finite, or
+        overflow on the way; without it there is no result if there are any.
         """
         width = 0 if context is None else context.shape[1]
         if self.obstacle is not None or self._contexts != {width} or self._features != {x.shape[1]}:
@@ -270,11 +260,7 @@ def is_readable(*tensors: Tensor | None) -> bool:
 def flatten(
     x: Float[Tensor, "*batch d"], context: Float[Tensor, "*batch c"] | None
 ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "#b c"] | None, torch.Size]:
-    """Returns a row for each sample of the batch that `x` and `context` span, and the shape of the batch.
-
-    Raises:
-        RuntimeError: If they do not span one.
-    """
+    """Returns rows of the batch that `x` and `context` span, one context for each or for all, and its shape."""
     batch, features = x.shape[:-1], x.shape[-1]
     if context is None:
         return x.reshape(-1, features), None, batch

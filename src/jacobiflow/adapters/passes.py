@@ -36,13 +36,9 @@ def invert(
     it too. Above 0 they end when one changes no entry by more than the tolerance.
 
     Args:
-        acceleration: Has the tolerance, and counts the passes.
         module: The module of the flow with the transform's parameters.
-        step: A pass.
-        network: The library's network for it. Passes without a gradient get a cheaper copy, see `premasked`.
+        network: The library's network for `step`. Passes without a gradient get a cheaper copy, see `premasked`.
         masked_linear: The class of its layers.
-        y: A batch.
-        context: A batch with which that of `y` can be broadcast.
         passes: The number of passes in the library's own loop.
     """
     needs_graph = torch.is_grad_enabled() and any(

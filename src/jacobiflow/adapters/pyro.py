@@ -174,11 +174,9 @@ class AcceleratedSpline(_AcceleratedTransform):
         return spline._inverse(y), spline._cache_log_detJ
 
 
+# pyro's class as it is comes first, or Python would refuse to give a module this class.
 class AcceleratedConditional(ConditionalTransformModule, AcceleratedModule):
-    """A conditional transform that gives accelerated ones.
-
-    It derives from pyro's class as it is, or Python would refuse to give a module this class.
-    """
+    """A conditional transform that gives accelerated ones."""
 
     def condition(self, context: Float[Tensor, "*batch c"]) -> nn.Module:
         """Returns the transform at a context, as pyro does."""

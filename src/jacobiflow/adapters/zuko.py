@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,9 @@ from jacobiflow.adapters.chain import Part, Values, affine_part, masked_part, pe
 from jacobiflow.adapters.network import MaskedNetwork, UnsupportedError
 from jacobiflow.adapters.passes import invert
 from jacobiflow.native.structures import Elementwise, Ends
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def describe(module: Any, is_conditional: bool, is_inverse: bool = False) -> Iterator[tuple[Part, bool]]:
@@ -106,15 +109,19 @@ def _unconditional(module: Any) -> Part:
 
 
 class _AtContext(Transform):
-    """A transform of zuko at a context, by native code if possible.
-
-    It follows its module: after `restore` it is zuko's. Copies and pickles are of zuko's class.
-    """
+    """A transform of zuko at a context, which is zuko's after `restore`; copies and pickles are of zuko's class."""
 
     module: Any
     context: Tensor | None
-    is_inverse = False
+    is_inverse: bool
     """Whether it is the inverse of what the module makes."""
+
+    @classmethod
+    def of(cls, transform: Any, module: AcceleratedModule, context: Tensor | None, is_inverse: bool = False) -> Self:
+        """Returns the transform that zuko makes of a module with this class."""
+        transform.__class__ = cls
+        transform.module, transform.context, transform.is_inverse = module, context, is_inverse
+        return transform
 
     def _evaluate(self, x: Tensor, is_inverse: bool, log_det: str | None = None) -> Any:
         """The values and log-determinants in the shape of the batch; `None` if they are left to zuko."""
@@ -140,10 +147,6 @@ class _AtContext(Transform):
 
 class MaskedAtContext(_AtContext, AutoregressiveTransform):  # type: ignore[misc]
     """A masked transform at a context."""
-
-    def __init__(self, module: AcceleratedTransform, context: Float[Tensor, "*batch c"] | None) -> None:
-        AutoregressiveTransform.__init__(self, partial(module.meta, context), module.passes)
-        self.module, self.context = module, context
 
     def __reduce__(self) -> tuple[Any, ...]:
         return AutoregressiveTransform, (self.meta, self.passes)
@@ -182,15 +185,6 @@ class InverseAtContext(_InverseTransform):
 class ComposedAtContext(_AtContext, ComposedTransform):  # type: ignore[misc]
     """A composition, or the inverse of one, at a context: native code takes its transforms together."""
 
-    @classmethod
-    def of(
-        cls, transform: ComposedTransform, module: AcceleratedModule, context: Tensor | None, is_inverse: bool
-    ) -> ComposedAtContext:
-        """Returns the same transform with this class."""
-        transform.__class__ = cls
-        transform.module, transform.context, transform.is_inverse = module, context, is_inverse
-        return transform
-
     def __reduce__(self) -> tuple[Any, ...]:
         return ComposedTransform, tuple(self.transforms)
 
@@ -203,18 +197,15 @@ class ComposedAtContext(_AtContext, ComposedTransform):  # type: ignore[misc]
 class AcceleratedTransform(AcceleratedModule):
     """A lazy masked transform."""
 
-    meta: Any
-    passes: int
-
     def forward(self, c: Tensor | None = None) -> MaskedAtContext:
-        return MaskedAtContext(self, c)
+        return MaskedAtContext.of(super().forward(c), self, c)
 
 
 class AcceleratedComposition(AcceleratedModule):
     """A lazy composition."""
 
     def forward(self, c: Tensor | None = None) -> ComposedAtContext:
-        return ComposedAtContext.of(super().forward(c), self, c, is_inverse=False)
+        return ComposedAtContext.of(super().forward(c), self, c)
 
 
 ADAPTERS = (
