@@ -15,8 +15,9 @@ import torch
 
 from jacobiflow import native
 from jacobiflow.native import build, compiler
+from tests.helpers.library_flows import CASES as FLOWS
+from tests.helpers.library_flows import LARGE, NATIVE, check
 from tests.helpers.native_problems import CASES, relative_error
-from tests.helpers.random_flows import LARGE, SMALL, check
 
 HERE = Path(__file__).parent
 CPU = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
@@ -60,9 +61,8 @@ def test_the_targets_of_a_wheel_give_the_same(name: str, targets: Path, monkeypa
         assert relative_error(x, case.answer(flow, case.z(flow))) < 3e-6, case
     for dtype in (torch.float32, torch.float64):
         x, context = torch.randn(70, 6, dtype=dtype), torch.randn(70, 2, dtype=dtype)
-        for build_small in SMALL.values():
-            with torch.no_grad():
-                check(build_small().to(dtype).eval(), x, context, threads=2)
+        for small in NATIVE:
+            check(FLOWS[small].make(2, 6, dtype), x, context, threads=2)
 
 
 def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     output = result.stdout + result.stderr
-    assert result.returncode == 0 and result.stdout.split("\n")[:-1] == [*CASES, *LARGE, *SMALL], output
+    assert result.returncode == 0 and result.stdout.split("\n")[:-1] == [*CASES, *LARGE, *NATIVE], output
 
 
 def _printed(*command: str) -> str:

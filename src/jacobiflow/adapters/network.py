@@ -46,7 +46,6 @@ class MaskedNetwork:
         first_feature: The column of the input at which the features start; the other columns are context.
 
     Attributes:
-        operations: The operations.
         masks: The mask of each operation, or `None`.
         tensors: The weights and biases that operations count.
         constants: The buffers of the masks.
