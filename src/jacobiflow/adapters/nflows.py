@@ -24,7 +24,7 @@ from jacobiflow.adapters.made import (
     rational_quadratic_transform,
 )
 from jacobiflow.adapters.network import UnsupportedError
-from jacobiflow.native.structures import Elementwise
+from jacobiflow.native.masked import Elementwise
 
 
 def describe(module: Any, is_conditional: bool, is_inverse: bool = False) -> Iterator[tuple[Part, bool]]:

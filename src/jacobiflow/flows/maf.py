@@ -23,8 +23,7 @@ from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.flows.labels import embed_classes
 from jacobiflow.flows.registry import register
 from jacobiflow.native import usable
-from jacobiflow.native.masked import masked_transform, run_chain
-from jacobiflow.native.structures import Elementwise, Function, Kind, Operation, Transform
+from jacobiflow.native.masked import Elementwise, Function, Kind, Operation, Transform, masked_transform, run_chain
 
 _CONSTANT = 1e-3  # an entry whose standard deviation over the first batch is below it keeps its scale
 

@@ -20,12 +20,11 @@ from jacobiflow.calibration import Report
 from jacobiflow.checks import check_choice, check_count, check_number, check_seed, short
 from jacobiflow.denoising import check_rate
 from jacobiflow.errors import InputValueError
-from jacobiflow.files import json_bytes, sha256, write_atomically
+from jacobiflow.files import MANIFEST, check_own, json_bytes, locked, sha256, write_atomically
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow, precision
 from jacobiflow.flows.labels import Labels
 from jacobiflow.latents import MOST_SAMPLES, draw_latents
-from jacobiflow.locking import MANIFEST, check_own, locked
 from jacobiflow.measuring import machine
 from jacobiflow.progress import Progress
 from jacobiflow.sampling import draw, warn_if_guidance_is_idle
@@ -124,7 +123,7 @@ def sample_to_folder(
             check_own(new.path, manifest.kind)  # before there is a lock in it
             stack.enter_context(locked(new.path))
             earlier = SampleFolder.open(new.path) if (new.path / MANIFEST).exists() else None
-            if earlier is None or overwrite or not any(map(earlier.has, range(earlier.manifest.num_shards))):
+            if earlier is None or overwrite or not any(map(earlier.record, range(earlier.manifest.num_shards))):
                 return _begin(new, earlier, plan(), overwrite)
             return _resume(new, earlier, labels, None if is_timed else plan())
 
@@ -138,7 +137,7 @@ def sample_to_folder(
         if processes.rank > 0:
             return folder
         for index in todo:
-            while not folder.has(index):  # another process draws it; torchrun stops this one if that one fails
+            while folder.record(index) is None:  # another process draws it; torchrun stops this one if that one fails
                 time.sleep(_POLL)
         folder = _with(folder, checksums=tuple(record.sha256 for record in folder.records()))
         folder.save_manifest()
