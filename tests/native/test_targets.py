@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,14 @@ import torch
 
 from jacobiflow import native
 from jacobiflow.native import build, compiler
-from tests.helpers.native_problems import CASES, relative_error
+from tests.helpers.native_problems import CASES, relative_error, threads
 from tests.helpers.random_flows import LARGE, SMALL, check
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HERE = Path(__file__).parent
 CPU = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
 TARGETS = compiler.TARGETS.get(platform.machine(), {})
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +44,10 @@ def test_the_targets_of_a_wheel_give_the_same(name: str, targets: Path, monkeypa
     loaded = native.load_library(targets / name)
     assert loaded.jacobiflow_lanes() == {"avx512": 16, "avx2": 8}.get(name, 4)
     monkeypatch.setattr(build, "_loaded", lambda: (loaded, ""))
-    assert native.library() is loaded
     for case in CASES.values():
         flow = case.flow()
-        torch.set_num_threads(case.threads)
-        x = case.block(flow).exact_inverse(case.z(flow), case.context())
-        torch.set_num_threads(1)
+        with threads(case.threads):
+            x = case.block(flow).exact_inverse(case.z(flow), case.context())
         assert relative_error(x, case.answer(flow, case.z(flow))) < 3e-6, case
     for dtype in (torch.float32, torch.float64):
         x, context = torch.randn(70, 6, dtype=dtype), torch.randn(70, 2, dtype=dtype)
