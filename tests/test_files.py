@@ -80,14 +80,16 @@ def test_json_is_indented_and_without_infinities(tmp_path: Path) -> None:
     assert sha256(b"ab", b"", tmp_path / "g") == hashlib.sha256(b"abc").hexdigest()
 
 
-def test_one_process_at_a_time(tmp_path: Path) -> None:
-    for _ in range(2):
-        with pytest.raises(KeyError), locked(tmp_path / "new" / "deep"):
-            with locked(tmp_path):
+def test_one_process_at_a_time_and_an_error_leaves_no_new_folder(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "deep"
+    for has_file in (False, True):
+        with pytest.raises(KeyError), locked(out):
+            with pytest.raises(FolderInUseError, match="another run is writing to"), locked(out):
                 pass
-            with pytest.raises(FolderInUseError, match="another run is writing to"), locked(tmp_path / "new" / "deep"):
-                pass
+            if has_file:
+                (out / "file").touch()
             raise KeyError
+        assert out.exists() == has_file
 
 
 def test_a_command_writes_into_a_folder_that_is_new_empty_or_its_own(tmp_path: Path) -> None:
@@ -105,13 +107,3 @@ def test_a_command_writes_into_a_folder_that_is_new_empty_or_its_own(tmp_path: P
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["kind"] == "benchmark"
     with pytest.raises(OSError, match=r"bench.json: cannot be used as a folder \(.*\); give another folder"):
         own_folder(tmp_path / "out" / "bench.json", "benchmark", []).__enter__()
-
-
-def test_an_error_leaves_no_new_folder(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), locked(tmp_path / "new"):
-        raise KeyError
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(KeyError), locked(tmp_path / "new"):
-        (tmp_path / "new" / "file").touch()
-        raise KeyError
-    assert (tmp_path / "new" / "file").exists()
