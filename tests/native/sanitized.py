@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 
-from jacobiflow import native
 from jacobiflow.native import build
 from tests.helpers.native_problems import CASES
 from tests.helpers.random_flows import LARGE, SMALL, check
 
 torch.set_grad_enabled(False)
-loaded = native.load_library(Path(sys.argv[1]))
+loaded = build.load_library(Path(sys.argv[1]))
 build._loaded = lambda: (loaded, "")
 for name, case in CASES.items():
     flow = case.flow()

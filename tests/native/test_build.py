@@ -25,7 +25,7 @@ def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("c++") is None:
         pytest.skip("there is no compiler here")
     path = tmp_path_factory.mktemp("binary") / "recurrences.so"
-    native.compile_library(path, ("-O0",))
+    compiler.compile_library(path, ("-O0",))
     return path
 
 

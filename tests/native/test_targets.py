@@ -41,7 +41,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_targets_of_a_wheel_give_the_same(name: str, targets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not set(TARGETS[name]) <= set(CPU):
         pytest.skip("the processor has no such vectors")
-    loaded = native.load_library(targets / name)
+    loaded = build.load_library(targets / name)
     assert loaded.jacobiflow_lanes() == {"avx512": 16, "avx2": 8}.get(name, 4)
     monkeypatch.setattr(build, "_loaded", lambda: (loaded, ""))
     for case in CASES.values():
@@ -65,7 +65,7 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
         pytest.skip("the compiler has no sanitizers")
     flags = ("-march=native", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     path = tmp_path / "recurrences.so"
-    native.compile_library(path, flags)
+    compiler.compile_library(path, flags)
     result = subprocess.run(
         [sys.executable, HERE / "sanitized.py", path],
         env={
