@@ -1,4 +1,4 @@
-"""What is timed is what the library draws, figures are what they say. No test here asserts how long anything takes."""
+"""Comparisons time what the library draws. No test here asserts how long anything takes."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def everything(out: Path) -> dict[str, bytes]:
 
 
 def facts(out: Path, foreign: Sequence[str] = ()) -> dict[str, Any]:
-    """What two runs of the same samples must share: every file, but not what the shards cost."""
+    """The files that two runs of the same samples must share, without what the shards cost."""
     files: dict[str, Any] = everything(out)
     for name in {"samples.png", *foreign} & files.keys():
         del files[name]

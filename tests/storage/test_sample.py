@@ -44,7 +44,7 @@ def draw(out: Path, flow: Any = SMALL, labels: Tensor | None = CLASSES, **change
 
 
 def by_shard(flow: Any, num: int, size: int, labels: Tensor | None, **settings: Any) -> list[jf.Samples]:
-    """What `sample` draws for every shard by itself."""
+    """Samples of every shard by itself, by `sample`."""
     config, seed, shards = flow.config, settings.pop("seed", 0), []
     for start in range(0, num, size):
         latents = draw_latents(min(size, num - start), config.num_tokens, config.token_channels, seed, start)
