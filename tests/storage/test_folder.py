@@ -167,3 +167,6 @@ def test_costs_of_shards_add_up(tmp_path: Path) -> None:
     exact = replace(cost, exact=True)
     assert (Cost.total([exact, exact]).exact, Cost.total([exact, cost]).exact) == (True, False)
     assert str(folder.outcome(4)).startswith(f"10 samples: {10 - num_lost} certified to 0.001")
+    (tmp_path / "shards" / "00001.json").unlink()
+    with pytest.raises(SampleFolderError, match=r": 1 of 3 shards are missing; sample into the folder again"):
+        folder.cost()

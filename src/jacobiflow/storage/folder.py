@@ -82,9 +82,10 @@ class SampleFolder:
 
     def records(self) -> list[Record]:
         """Returns the records of all shards."""
-        records = [record for index in range(self.manifest.num_shards) if (record := self.record(index)) is not None]
-        if num_missing := self.manifest.num_shards - len(records):
-            raise SampleFolderError(f"{self.path}: {num_missing} shards are missing; {_REMEDY}")
+        num = self.manifest.num_shards
+        records = [record for index in range(num) if (record := self.record(index)) is not None]
+        if len(records) < num:
+            raise SampleFolderError(f"{self.path}: {num - len(records)} of {num} shards are missing; {_REMEDY}")
         return records
 
     def verify(self, index: int) -> bool:
