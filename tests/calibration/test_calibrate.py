@@ -19,8 +19,7 @@ from torch import Tensor
 import jacobiflow as jf
 from jacobiflow.calibration import Metrics, Report, Settings, Trace
 from jacobiflow.data import Noise, add_noise, digits
-from jacobiflow.files import write_json
-from jacobiflow.locking import locked
+from jacobiflow.files import locked, write_json
 from tests.helpers import oracle
 from tests.helpers.calibration_problems import (
     GUESSES,

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
-from jacobiflow import native
 from jacobiflow.native import build
 from tests.helpers.library_flows import CASES as FLOWS
 from tests.helpers.library_flows import LARGE, NATIVE, check
 from tests.helpers.native_problems import CASES
 
 torch.set_grad_enabled(False)
-loaded = native.load_library(Path(sys.argv[1]))
-build._loaded = lambda: SimpleNamespace(library=loaded)
+loaded = build.load_library(Path(sys.argv[1]))
+build._loaded = lambda: (loaded, "")
 for name, case in CASES.items():
     flow = case.flow()
     z = case.z(flow)

@@ -16,8 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from jacobiflow.adapters.network import MaskedNetwork, Slot, UnsupportedError, find_order
-from jacobiflow.native.masked import masked_transform, permutation, run_chain
-from jacobiflow.native.structures import Elementwise, Transform
+from jacobiflow.native.masked import Elementwise, Transform, masked_transform, permutation, run_chain
 
 Values = tuple[Tensor, Tensor | None]
 """Rows after a chain, and the logarithm of the determinant of its Jacobian if a caller wants it."""

@@ -14,7 +14,7 @@ from jacobiflow.adapters.acceleration import AcceleratedModule
 from jacobiflow.adapters.chain import Part, Values, masked_part
 from jacobiflow.adapters.network import MaskedNetwork, UnsupportedError
 from jacobiflow.adapters.passes import invert
-from jacobiflow.native.structures import Elementwise, Ends
+from jacobiflow.native.masked import Elementwise, Ends
 
 _ELEMENTWISE = ("_elementwise_forward", "_elementwise_inverse", "_elementwise")
 _PLAIN = (nn.ModuleList, nn.Linear, nn.Dropout, nn.Identity)

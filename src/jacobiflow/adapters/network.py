@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.native.structures import Function, Kind, Operation
+from jacobiflow.native.masked import Function, Kind, Operation
 
 Slot = tuple[dict[str, Any], str]
 """A dictionary of a module (its parameters, say) and a name in it."""

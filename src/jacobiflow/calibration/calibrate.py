@@ -22,12 +22,11 @@ from jacobiflow.calibration.passes import BlockSolution, ImageMetrics, Images, P
 from jacobiflow.calibration.report import Report, Settings, Start, named_guesses
 from jacobiflow.checks import check_choice, check_count, check_flag, check_path, check_seed
 from jacobiflow.errors import InputTypeError, InputValueError
-from jacobiflow.files import read_object, write_json
+from jacobiflow.files import own_folder, read_object, write_json
 from jacobiflow.flows.config import Labels
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow, precision
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
-from jacobiflow.locking import own_folder
 from jacobiflow.progress import Progress
 from jacobiflow.solvers import Guess, Segments
 

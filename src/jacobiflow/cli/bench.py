@@ -60,9 +60,8 @@ def bench(
     from jacobiflow import native
     from jacobiflow.baselines import SEQUENTIAL
     from jacobiflow.comparison import compare
-    from jacobiflow.files import write_json
+    from jacobiflow.files import own_folder, write_json
     from jacobiflow.latents import draw_latents
-    from jacobiflow.locking import own_folder
     from jacobiflow.measuring import machine
     from jacobiflow.plots import bench_figure, save_png
     from jacobiflow.sampling import draw

@@ -22,9 +22,9 @@ def convert(
     """
     from dataclasses import asdict, replace
 
+    from jacobiflow.files import check_own
     from jacobiflow.flows.tarflow import TarFlow
     from jacobiflow.flows.tarflow.model import infer_config, read_original
-    from jacobiflow.locking import check_own
 
     check_own(out, "model")
     config = replace(infer_config(read_original(file), patch_size=patch_size), noise_std=noise_std)

@@ -69,8 +69,7 @@ def evaluate(
 
     Example: jacobiflow evaluate --model fashion-p2 --samples out/demo --images fashion-512
     """
-    from jacobiflow.files import write_json
-    from jacobiflow.locking import check_own, own_folder
+    from jacobiflow.files import check_own, own_folder, write_json
 
     options.check_output("--save-stats", save_stats, model, images, stats, inception, samples)
     check_own(out, "evaluation")

@@ -57,8 +57,8 @@ def _check(path: str) -> dict[str, Any]:
     """Prints the problems of a folder."""
     from jacobiflow import training
     from jacobiflow.errors import InputValueError
+    from jacobiflow.files import MANIFEST
     from jacobiflow.flows.folder import CONFIG, WEIGHTS, bundled
-    from jacobiflow.locking import MANIFEST
     from jacobiflow.storage import SampleFolder
 
     folder = bundled().get(path, Path(path))

@@ -149,7 +149,7 @@ def sample(
 
 def _batch_size_of(out: Path) -> int | None:
     """The batch size of the samples in a folder; None if there are none."""
-    from jacobiflow.locking import MANIFEST
+    from jacobiflow.files import MANIFEST
     from jacobiflow.storage import SampleFolder
 
     return SampleFolder.open(out).manifest.batch_size if (out / MANIFEST).exists() else None

@@ -21,8 +21,7 @@ from jacobiflow.flows.config import MAFConfig, embed_classes
 from jacobiflow.flows.guidance import Guidance
 from jacobiflow.flows.image_flow import ImageFlow, Images, register
 from jacobiflow.native import usable
-from jacobiflow.native.masked import masked_transform, run_chain
-from jacobiflow.native.structures import Elementwise, Function, Kind, Operation, Transform
+from jacobiflow.native.masked import Elementwise, Function, Kind, Operation, Transform, masked_transform, run_chain
 
 _CONSTANT = 1e-3  # an entry whose standard deviation over the first batch is below it keeps its scale
 

@@ -3,7 +3,6 @@
 #include <memory>
 
 #include "simd.h"
-#include "team.h"
 
 namespace jacobiflow {
 
@@ -43,10 +42,7 @@ struct Work {
   // The row of the whole batch that is row r of this team.
   int network_row(int r) const { return r / count() * f.samples + samples.first + r % count(); }
 
-  Columns columns(int total, int rank) const {
-    const Range part = share(rounded_up(total), rank, size, lanes);
-    return {part.first, part.last};
-  }
+  Range columns(int total, int rank) const { return share(rounded_up(total), rank, size, lanes); }
 
   // Row r's keys and values of one head: keys as blocks of `lanes` tokens, (blocks, head, lanes); values (tokens, head).
   float* keys(int layer, int r, int number) const {
@@ -210,8 +206,6 @@ using namespace jacobiflow;
 extern "C" {
 
 int32_t jacobiflow_lanes() { return lanes; }
-
-int32_t jacobiflow_tarflow_size() { return sizeof(TarFlow); }
 
 void jacobiflow_use_openmp(const OpenMP* functions) { openmp = *functions; }
 

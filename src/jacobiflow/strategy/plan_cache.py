@@ -15,7 +15,7 @@ import torch
 
 from jacobiflow.checks import check_count, check_number
 from jacobiflow.errors import InputError
-from jacobiflow.files import cache_folder, files_sha256, sha256
+from jacobiflow.files import cache_folder, sha256
 from jacobiflow.flows.fingerprint import cached_fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.latents import MOST_SAMPLES
@@ -85,7 +85,7 @@ def _read_or_make(
     tuning = find_tuning(flow)
     conditions = (
         weights, batch_size, tolerance, *_environment(flow), machine(flow.var.device), _code(),
-        None if tuning is None else files_sha256(tuning),
+        None if tuning is None else sha256(tuning),
     )  # fmt: skip
     folder = cache_folder()
     file = None if folder is None else folder / "plans" / f"{sha256(repr(conditions).encode())[:32]}.json"
@@ -107,4 +107,4 @@ def _is_doubtful(strategy: Strategy) -> bool:
 @functools.cache
 def _code() -> str:
     """A hash of the code that plans and solves: another version may plan otherwise, or take other times."""
-    return files_sha256(*sorted(file for room in ("strategy", "solvers") for file in (_PACKAGE / room).glob("*.py")))
+    return sha256(*sorted(file for room in ("strategy", "solvers") for file in (_PACKAGE / room).glob("*.py")))

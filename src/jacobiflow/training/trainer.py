@@ -16,10 +16,9 @@ from jacobiflow.data import ImageDataset
 from jacobiflow.data.augmentation import augment
 from jacobiflow.data.noise import add_noise, keyed_generator
 from jacobiflow.errors import InputValueError
-from jacobiflow.files import partials, write_atomically
+from jacobiflow.files import locked, partials, write_atomically
 from jacobiflow.flows.folder import check_own_model, write_model
 from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.locking import locked
 from jacobiflow.progress import Progress
 from jacobiflow.training.config import TrainConfig
 from jacobiflow.training.folder import (
