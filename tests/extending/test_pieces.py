@@ -57,7 +57,7 @@ def folder(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         patch.syspath_prepend(home / "site")
         patch.chdir(home)
         for line in COMMANDS.strip().splitlines():
-            main(shlex.split(line))
+            assert main(shlex.split(line)) == 0
         yield home
     for name in PIECES:
         del sys.modules[name]
