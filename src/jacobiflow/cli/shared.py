@@ -1,4 +1,4 @@
-"""What commands share: options and their values, tables, a progress bar."""
+"""Shared by the commands: options and their values, tables, a progress bar."""
 
 from __future__ import annotations
 
