@@ -48,12 +48,14 @@ def test_every_command_takes_pieces_that_are_installed(tmp_path: Path, monkeypat
     (installed / "entry_points.txt").write_text(
         "[jacobiflow]\n" + "".join(f"{name.rpartition('.')[2]} = {name}\n" for name in PIECES)
     )
-    # So that other tests do not see the pieces.
-    monkeypatch.setattr(codec, "_families", {base: dict(names) for base, names in codec._families.items()})
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.chdir(tmp_path)
-    for line in COMMANDS.strip().splitlines():
-        main(shlex.split(line))
+    families = {base: dict(names) for base, names in codec._families.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codec, "_families", families)  # so that other tests do not see the pieces
+        patch.syspath_prepend(home / "site")
+        patch.chdir(home)
+        for line in COMMANDS.strip().splitlines():
+            assert main(shlex.split(line)) == 0
+        yield home
     for name in PIECES:
         del sys.modules[name]
     assert json.loads(Path("resumed.json").read_text())["drawn"] == 2

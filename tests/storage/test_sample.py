@@ -303,8 +303,7 @@ def start(rank, port, last):
     count = itertools.count(1)
     os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL) if next(count) == last else rename(*names)
     try:
-        main(sys.argv[1:])
-        os._exit(0)
+        os._exit(main(sys.argv[1:]))
     finally:
         os._exit(1)
 
