@@ -212,7 +212,7 @@ def _paired(folder: SampleFolder, flow: ImageFlow, num: int, batch_size: int) ->
     errors = fidelity(draw(strategy=folder.strategy()).images.cpu(), exact)
     return {
         "paired": asdict(errors),
-        "stored": asdict(pixel_difference(stored, quantize(exact.nan_to_num(nan=-1.0)))),
+        "stored": asdict(pixel_difference(stored, quantize(exact))),
     }
 
 
