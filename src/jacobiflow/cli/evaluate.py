@@ -198,7 +198,7 @@ def _paired(folder: jf.SampleFolder, flow: ImageFlow, num: int, batch_size: int)
     errors = evaluation.fidelity(draw(strategy=folder.strategy()).images.cpu(), exact)
     return {
         "paired": asdict(errors),
-        "stored": asdict(evaluation.pixel_difference(stored, data.quantize(exact.nan_to_num(nan=-1.0)))),
+        "stored": asdict(evaluation.pixel_difference(stored, data.quantize(exact))),
     }
 
 

@@ -32,7 +32,7 @@ def image_grid(images: Float[Tensor, "n c h w"], columns: int, zoom: int | None 
         (352, 120)
     """
     zoom = zoom or max(1, round(_IMAGE / images.shape[-1]))
-    pixels = quantize(images.nan_to_num(nan=-1.0)).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = quantize(images).permute(0, 2, 3, 1).cpu().numpy()
     rows = -(-len(pixels) // columns)
     height, width = pixels.shape[1] * zoom + _GAP, pixels.shape[2] * zoom + _GAP
     sheet = np.full((rows * height + _GAP, columns * width + _GAP, pixels.shape[3]), 255, np.uint8)
