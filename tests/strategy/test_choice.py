@@ -1,11 +1,10 @@
-"""The strategy "auto": what it plans by, what makes it plan anew, and where plans are kept."""
+"""The strategy that a name, a file or a `Strategy` stands for; what "auto" plans by, and where its plans are kept."""
 
 from __future__ import annotations
 
-import importlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,15 +13,102 @@ import pytest
 import torch
 
 import jacobiflow as jf
-import jacobiflow.strategy.plan_cache as cache_module
 from jacobiflow.memory import batch_bytes
-from jacobiflow.strategy import BlockTuning
+from jacobiflow.solvers import Stopping
+from jacobiflow.strategy import BlockTuning, Prediction, choice, choose, is_auto
 from jacobiflow.strategy.plan import make_plan
-from tests.helpers.invented import GUIDANCE, Halfway, Machine, draw, fitted_block, make_tuning, small, tuned
+from tests.helpers.invented import (
+    GUIDANCE,
+    Halfway,
+    Machine,
+    draw,
+    fitted_block,
+    igm,
+    make_report,
+    make_tuning,
+    small,
+    tuned,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LOOP = jf.Sequential()
+REPORT = make_report([1, 1], [igm(2, 1, 3), igm(2, 3, 1)])  # of `small`; its guesses are zeros, and the mean
+COUNTED = jf.Solver(stopping=jf.MaxSweeps(3))
+
+
+def planned(device: str = "cpu with 1 threads", guidance: jf.Guidance | None = None) -> jf.Strategy:
+    return jf.Strategy((jf.Solver(),) * 2, None, 1e-3, Prediction(device, 16, guidance, 1.0, 2.0, 0.0, 0.0))
+
+
+def test_auto_to_a_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = Machine(1.0).carry(small(), monkeypatch)
+    want = choice.auto(flow.guided(GUIDANCE), 2, 1e-2)
+    assert want.tolerance == 1e-2
+    for name, tolerance in (("auto:1e-2", None), (" AUTO:0.01 ", 1e-2), ("auto", 1e-2)):
+        assert choose(flow.guided(GUIDANCE), name, 2, tolerance=tolerance) is want
+    assert choose(flow, "auto", 2).tolerance == 1e-3
+    for name, tolerance, message in (
+        ("auto:", None, "strategy 'auto:': give auto, or auto:TOLERANCE such as auto:1e-2"),
+        ("auto:nan", None, "tolerance=nan"),
+        ("auto:1e-2", 1e-3, r"'auto:1e-2' with tolerance 0\.001: give the tolerance once"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            choose(flow, name, 2, tolerance=tolerance)
+    assert [name for name in ("auto", "Auto:1", "auto.json", "automatic", "") if is_auto(name)] == ["auto", "Auto:1"]
+
+
+def test_names_take_their_guesses_from_a_report_and_files_keep_their_own(tmp_path: Path) -> None:
+    own = jf.Strategy((jf.Solver(jf.Window(3), jf.Zeros()), COUNTED))
+    own.save(tmp_path / "own.json")
+    for given in (own, tmp_path / "own.json", str(tmp_path / "own.json")):
+        assert choose(small(), given, 8, report=REPORT) == own
+    named = choose(small(), "window:3", 8, report=REPORT)
+    assert [solver.guess for solver in named.solvers] == [jf.Zeros(), REPORT.mean_affine[1]]
+    assert choose(small(), "window:3", 8) == jf.Strategy.parse("window:3", num_blocks=2, num_tokens=16)
+
+
+def test_a_tolerance_replaces_the_tolerances_of_all_solvers() -> None:
+    given = jf.Strategy((jf.Solver(stopping=jf.Tolerance(0.5)), jf.Solver(stopping=Stopping(0.5, 3))))
+    assert choose(small(), given, 1) == given
+    found = choose(small(), given, 1, tolerance=1e-6)
+    assert [solver.stopping for solver in found.solvers] == [Stopping(1e-6), Stopping(1e-6, 3)]
+    for name, tolerance, want in (("jacobi", None, 1e-3), ("jacobi", 0.0, 0.0), ("window:3", 1e-5, 1e-5)):
+        assert choose(small(), name, 1, tolerance=tolerance).solvers[1].stopping == jf.Tolerance(want)
+    for ignores in ("gs-jacobi:3-2", jf.Strategy((COUNTED, COUNTED))):
+        choose(small(), ignores, 1)
+        with pytest.raises(ValueError, match=r"tolerance=0\.01: .* stops after a number of sweeps and ignores it"):
+            choose(small(), ignores, 1, tolerance=1e-2)
+
+
+CHORD = jf.Chord(torch.ones(2, 3, 3))
+REFUSED: list[tuple[Any, dict[str, Any], str]] = [
+    ("plan.txt", {}, "strategy 'plan.txt': unknown"), ("missing.json", {}, "strategy missing.json: cannot be read"),
+    ("jacobi-3", {"report": make_report([1, 1, 1])}, "strategy for 3 blocks, but the flow has 2"),
+    (jf.Strategy.uniform(jf.Solver(jf.Segments(17)), 2), {}, "strategy, block 0: .*only 16 tokens"),
+    (jf.Strategy.uniform(jf.Solver(correction=CHORD), 2), {}, "strategy, block 0: Chord.*tokens have 4"),
+    (jf.Strategy.parse("jacobi", replace(REPORT, fingerprint="0" * 64)), {}, "the strategy was made for another"),
+    (planned(), {"batch_size": 17}, "planned for batches of up to 16, not 17: plan again, or give a smaller batch"),
+    (planned(), {"flow": small().guided(GUIDANCE)}, "planned for guidance None, not 0.4.*plan again"),
+    (planned("Abacus"), {}, "planned for device Abacus, not cpu with 1 threads: plan again"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("strategy", "named", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_bad_arguments_are_refused(strategy: Any, named: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose(**{"flow": small(), "strategy": strategy, "batch_size": 16, **named})
+
+
+def test_a_plan_is_for_batches_of_its_size_or_less() -> None:
+    for batch_size in (1, 10, 16):
+        assert choose(small(), planned(), batch_size, tolerance=1e-3) == planned()
+    assert choose(small().guided(GUIDANCE), planned(guidance=GUIDANCE), 16) == planned()
+    drawn = draw(small(), planned(), 10)
+    assert drawn.certificate is not None
+    assert drawn.certificate.max() <= 1e-3
+
+
+# --------------------------------------------------------------------------------------------------------- "auto"
 
 
 @dataclass
@@ -42,26 +128,23 @@ class Plans:
         return self.machine.carry(jf.load(folder, **named), self.monkeypatch)  # type: ignore[arg-type]
 
     def auto(self, flow: Any, batch_size: int = 1, tolerance: float | None = None) -> jf.Strategy:
-        return cache_module.auto(flow, batch_size, tolerance)
+        return choice.auto(flow, batch_size, tolerance)
+
+    def make(self, *arguments: Any) -> jf.Strategy:
+        self.made += 1
+        return make_plan(*arguments)
 
     def forget(self) -> None:
         """As a new process, which has no plan in memory."""
-        importlib.reload(cache_module)
-
-        def counting(*arguments: Any, **named: Any) -> jf.Strategy:
-            self.made += 1
-            return make_plan(*arguments, **named)
-
-        self.monkeypatch.setattr(cache_module, "make_plan", counting)
+        choice._plans.clear()
 
 
 @pytest.fixture
-def plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plans]:
+def plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plans:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     found = Plans(tmp_path / "cache" / "jacobiflow" / "plans", Machine(1.0), monkeypatch)
-    found.forget()
-    yield found
-    found.forget()
+    monkeypatch.setattr(choice, "make_plan", found.make)
+    return found
 
 
 @pytest.fixture
@@ -102,7 +185,7 @@ def test_a_plan_is_made_again_if_its_conditions_change(
         lambda: plans.auto(wide),
         lambda: torch.set_float32_matmul_precision("high"),  # TF32, where there is any
         lambda: torch.set_float32_matmul_precision("highest"),  # as before
-        lambda: monkeypatch.setattr(cache_module, "library_name", lambda: "native-code.so"),
+        lambda: monkeypatch.setattr(choice, "library_name", lambda: "native-code.so"),
     ]
     for other, made in zip(others, (2, 3, 4, 5, 5, 6), strict=True):
         other()
@@ -110,7 +193,7 @@ def test_a_plan_is_made_again_if_its_conditions_change(
         assert plans.made == len(plans.files) == made
     # Conditions that do not change for a flow in a process.
     for name in ("machine", "_code"):
-        monkeypatch.setattr(cache_module, name, lambda *_: "other")
+        monkeypatch.setattr(choice, name, lambda *_: "other")
         plans.auto(plans.load(model))
     make_tuning(fitted_block(1), fitted_block(2)).save(model / "tuning.json")
     plans.auto(plans.load(model))
@@ -130,16 +213,15 @@ def test_a_plan_of_a_busy_machine_is_used_for_a_minute_and_not_written(
     model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(cache_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    plans.machine = Machine(0.03, low=1.0, moods=(1.0, 3.0))
+    monkeypatch.setattr(choice, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    plans.machine = Machine(0.03, low=1.0, moods=(1.0, 1.5))
     flow = plans.load(model)
-    for seconds in (0.0, 50.0, 20.0):
-        clock[0] += seconds
+    for clock[0], made in ((0.0, 1), (60.0, 1), (60.5, 2), (120.5, 2), (121.0, 3)):
         plans.auto(flow)
-    assert (plans.made, plans.files) == (2, [])
+        assert (plans.made, plans.files) == (made, [])
     plans.machine = Machine(0.03, low=1.0)
     plans.auto(plans.load(model))
-    assert (plans.made, len(plans.files)) == (3, 1)
+    assert (plans.made, len(plans.files)) == (4, 1)
 
 
 def test_a_plan_in_memory_is_found_without_reading_or_hashing_anything(
@@ -212,7 +294,7 @@ def test_a_tuning_of_other_weights_is_not_used(model: Path, plans: Plans) -> Non
 
 def test_a_tolerance_of_0_is_the_loop(model: Path, plans: Plans) -> None:
     flow = plans.load(model)
-    assert plans.auto(flow, 4, 0) == jf.Strategy.uniform(jf.Solver(LOOP, stopping=jf.Tolerance(0)), 2)
+    assert plans.auto(flow, 4, 0) == jf.Strategy.uniform(jf.Solver(jf.Sequential(), stopping=jf.Tolerance(0)), 2)
     assert (plans.made, plans.files) == (0, [])
 
 
