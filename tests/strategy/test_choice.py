@@ -14,21 +14,10 @@ import torch
 
 import jacobiflow as jf
 from jacobiflow.memory import batch_bytes
+from jacobiflow.native import SWITCH
 from jacobiflow.solvers import Stopping
-from jacobiflow.strategy import BlockTuning, Prediction, choice, choose, is_auto
-from jacobiflow.strategy.plan import make_plan
-from tests.helpers.invented import (
-    GUIDANCE,
-    Halfway,
-    Machine,
-    draw,
-    fitted_block,
-    igm,
-    make_report,
-    make_tuning,
-    small,
-    tuned,
-)
+from jacobiflow.strategy import Prediction, choice, choose, is_auto
+from tests.helpers.invented import GUIDANCE, Machine, draw, fitted_block, igm, make_report, make_tuning, small
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -113,61 +102,54 @@ def test_a_plan_is_for_batches_of_its_size_or_less() -> None:
 
 @dataclass
 class Plans:
-    """The folder of plans, a machine on which calls are dear, and how often plans were made."""
+    """Plans that cost nothing, with a spread of their timings, and the folder in which they are kept."""
 
     folder: Path
-    machine: Machine
-    monkeypatch: pytest.MonkeyPatch
+    spread: float = 0.0
     made: int = 0
 
     @property
     def files(self) -> list[Path]:
-        return sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        return sorted(self.folder.glob("*"))
 
-    def load(self, folder: Path | str, **named: Any) -> Any:
-        return self.machine.carry(jf.load(folder, **named), self.monkeypatch)  # type: ignore[arg-type]
-
-    def auto(self, flow: Any, batch_size: int = 1, tolerance: float | None = None) -> jf.Strategy:
-        return choice.auto(flow, batch_size, tolerance)
-
-    def make(self, *arguments: Any) -> jf.Strategy:
+    def make(
+        self, flow: jf.TarFlow, tuning: None, batch_size: int, tolerance: float, bf16: bool, progress: None
+    ) -> Any:
+        assert (tuning, bf16, progress) == (None, True, None)
         self.made += 1
-        return make_plan(*arguments)
-
-    def forget(self) -> None:
-        """As a new process, which has no plan in memory."""
-        choice._plans.clear()
+        made = Prediction("Abacus", batch_size, flow.guidance, 1.0, 2.0, 0.0, self.spread)
+        return jf.Strategy((jf.Solver(),) * 2, None, max(tolerance, 1e-5), made)
 
 
 @pytest.fixture
 def plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plans:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    found = Plans(tmp_path / "cache" / "jacobiflow" / "plans", Machine(1.0), monkeypatch)
-    monkeypatch.setattr(choice, "make_plan", found.make)
-    return found
+    monkeypatch.setenv(SWITCH, "0")
+    plans = Plans(tmp_path / "cache" / "jacobiflow" / "plans")
+    monkeypatch.setattr(choice, "make_plan", plans.make)
+    return plans
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A model folder with a tuning."""
     small().save_pretrained(tmp_path / "model")
-    tuned().save(tmp_path / "model" / "tuning.json")
+    make_tuning().save(tmp_path / "model" / "tuning.json")
     return tmp_path / "model"
 
 
 def test_a_plan_is_made_once_for_the_next_power_of_two_and_kept(model: Path, plans: Plans) -> None:
-    flow = plans.load(model)
-    first = plans.auto(flow, 3)
-    assert first == jf.plan(flow, tuned(), 4, 1e-3)
+    flow = jf.load(model)
+    first = choice.auto(flow, 3)
     (file,) = plans.files
     assert jf.Strategy.load(file) == first
-    assert plans.auto(flow.guided(jf.Guidance(0.0)), 4, 1e-3) == plans.auto(plans.load(model), 3) == first
-    plans.forget()
-    again = plans.auto(plans.load(model), 4)
-    assert (again, again.prediction, again.fingerprint) == (first, first.prediction, first.fingerprint)
+    assert choice.auto(flow.guided(jf.Guidance(0.0)), 4, 1e-3) == choice.auto(jf.load(model), 3) == first
+    choice._plans.clear()  # as in a new process
+    again = choice.auto(jf.load(model), 4)
+    assert (again, again.prediction, again.tolerance) == (first, first.prediction, 1e-3)
     assert (plans.made, plans.files) == (1, [file])
     for batch_size, planned in ((1, 1), (5, 8), (8, 8)):
-        prediction = plans.auto(flow, batch_size).prediction
+        prediction = choice.auto(flow, batch_size).prediction
         assert prediction is not None
         assert prediction.batch_size == planned
     assert plans.made == len(plans.files) == 3
@@ -176,36 +158,37 @@ def test_a_plan_is_made_once_for_the_next_power_of_two_and_kept(model: Path, pla
 def test_a_plan_is_made_again_if_its_conditions_change(
     model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flow = plans.load(model)
-    plans.auto(flow)
-    wide = plans.load(model, dtype="float64")
+    flow, wide = jf.load(model), jf.load(model, dtype="float64")
+    choice.auto(flow, 1)
     others: list[Callable[[], Any]] = [
-        lambda: plans.auto(flow, 1, 1e-2),
-        lambda: plans.auto(flow.guided(GUIDANCE)),
-        lambda: plans.auto(wide),
+        lambda: choice.auto(flow, 1, 1e-2),
+        lambda: choice.auto(flow.guided(GUIDANCE), 1),
+        lambda: choice.auto(wide, 1),
         lambda: torch.set_float32_matmul_precision("high"),  # TF32, where there is any
         lambda: torch.set_float32_matmul_precision("highest"),  # as before
         lambda: monkeypatch.setattr(choice, "library_name", lambda: "native-code.so"),
     ]
     for other, made in zip(others, (2, 3, 4, 5, 5, 6), strict=True):
         other()
-        assert plans.auto(flow) is plans.auto(flow)
+        assert choice.auto(flow, 1) is choice.auto(flow, 1)
         assert plans.made == len(plans.files) == made
     # Conditions that do not change for a flow in a process.
     for name in ("machine", "_code"):
         monkeypatch.setattr(choice, name, lambda *_: "other")
-        plans.auto(plans.load(model))
+        choice.auto(jf.load(model), 1)
     make_tuning(fitted_block(1), fitted_block(2)).save(model / "tuning.json")
-    plans.auto(plans.load(model))
-    assert plans.made == len(plans.files) == 9
+    choice.auto(jf.load(model), 1)
+    with torch.no_grad():
+        flow.blocks[0].proj_out.bias.add_(0.1)  # fine-tuned in place
+    assert choice.auto(flow, 1) is choice.auto(flow, 1)
+    assert plans.made == len(plans.files) == 10
 
 
 def test_a_damaged_plan_is_made_anew(model: Path, plans: Plans) -> None:
-    first = plans.auto(plans.load(model))
+    first = choice.auto(jf.load(model), 1)
     (file,) = plans.files
     file.write_text(file.read_text()[:-9])
-    plans.forget()
-    assert plans.auto(plans.load(model)) == first == jf.Strategy.load(file)
+    assert choice.auto(jf.load(model), 1) == first == jf.Strategy.load(file)
     assert plans.made == 2
 
 
@@ -214,37 +197,36 @@ def test_a_plan_of_a_busy_machine_is_used_for_a_minute_and_not_written(
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(choice, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    plans.machine = Machine(0.03, low=1.0, moods=(1.0, 1.5))
-    flow = plans.load(model)
+    flow, plans.spread = jf.load(model), 0.31
     for clock[0], made in ((0.0, 1), (60.0, 1), (60.5, 2), (120.5, 2), (121.0, 3)):
-        plans.auto(flow)
+        choice.auto(flow, 1)
         assert (plans.made, plans.files) == (made, [])
-    plans.machine = Machine(0.03, low=1.0)
-    plans.auto(plans.load(model))
+    plans.spread = 0.3
+    choice.auto(jf.load(model), 1)
     assert (plans.made, len(plans.files)) == (4, 1)
 
 
 def test_a_plan_in_memory_is_found_without_reading_or_hashing_anything(
     model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flow = plans.load(model)
-    first = plans.auto(flow, 3)
+    flow = jf.load(model)
+    first = choice.auto(flow, 3)
     for name in ("io.open", "hashlib.sha256", "jacobiflow.memory.free_memory"):
         monkeypatch.setattr(name, None)
-    assert plans.auto(flow, 3) is first
+    assert choice.auto(flow, 3) is first
     with pytest.raises(TypeError, match="NoneType"):
-        plans.auto(flow, 4)
+        choice.auto(flow, 4)
 
 
 def test_no_plan_is_made_for_a_batch_that_does_not_fit_in_memory(
     model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flow = plans.load(model)
+    flow = jf.load(model)
     needed = batch_bytes(flow, 1)
     assert needed is not None
     for room, planned in ((2.5, 3), (3.9, 3), (4.1, 4)):
         monkeypatch.setattr("jacobiflow.memory.free_memory", lambda device, room=room: room * needed / 0.8)
-        prediction = plans.auto(plans.load(model), 3).prediction
+        prediction = choice.auto(jf.load(model), 3).prediction
         assert prediction is not None
         assert prediction.batch_size == planned
 
@@ -261,53 +243,28 @@ def test_plans_are_in_the_user_s_cache_folder(
     if place == "no home":
         monkeypatch.delenv("HOME")
         monkeypatch.setattr(pytest.importorskip("pwd"), "getpwuid", lambda uid: {}[uid])
-    flow = plans.load(model)
-    assert plans.auto(flow) == plans.auto(flow)
+    assert choice.auto(jf.load(model), 1).prediction is not None
     assert (plans.made, plans.files) == (1, [])
     assert len(list(model.glob(".cache/jacobiflow/plans/*.json"))) == (place == "home")
 
 
-def test_a_plan_has_the_pieces_of_the_tuning(model: Path, plans: Plans) -> None:
-    """Of a reader's own too, from files; without a tuning, none are fitted."""
-    pieces = BlockTuning(jf.Zeros(), Halfway(100))
-    make_tuning(pieces, pieces).save(model / "tuning.json")
-    for _ in range(2):
-        solvers = plans.auto(plans.load(model)).solvers
-        assert {(solver.guess, solver.correction) for solver in solvers} == {(jf.Zeros(), Halfway(100))}
-        plans.forget()
-    (model / "tuning.json").unlink()
-    assert {solver.correction for solver in plans.auto(plans.load(model)).solvers} == {jf.Plain()}
-
-
-def test_a_tuning_of_other_weights_is_not_used(model: Path, plans: Plans) -> None:
-    flow = plans.load(model)
-    plans.auto(flow, 4)
-    with torch.no_grad():
-        flow.blocks[0].proj_out.bias.add_(0.1)  # fine-tuned in place
-    with pytest.warns(UserWarning, match="the tuning in the flow's folder is of other weights, and is not used"):
-        plan = plans.auto(flow, 4)
-    assert {solver.guess for solver in plan.solvers} == {jf.Latent()}
-    (model / "tuning.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tuning .*tuning\.json"):
-        plans.auto(flow, 4, 1e-4)
-
-
 def test_a_tolerance_of_0_is_the_loop(model: Path, plans: Plans) -> None:
-    flow = plans.load(model)
-    assert plans.auto(flow, 4, 0) == jf.Strategy.uniform(jf.Solver(jf.Sequential(), stopping=jf.Tolerance(0)), 2)
-    assert (plans.made, plans.files) == (0, [])
+    loop = jf.Solver(jf.Sequential(), stopping=jf.Tolerance(0))
+    assert choice.auto(jf.load(model), 4, 0) == jf.Strategy.uniform(loop, 2)
+    assert plans.made == 0
 
 
 def test_a_tolerance_that_was_raised_to_the_rounding_is_a_warning_each_time(model: Path, plans: Plans) -> None:
-    flow = plans.load(model, dtype="bfloat16")
+    flow = jf.load(model)
     for _ in range(2):
-        with pytest.warns(UserWarning, match="below the rounding"):
-            plans.auto(flow, 1, 1e-6)
+        with pytest.warns(UserWarning, match="tolerance 1e-06 is below the rounding"):
+            choice.auto(flow, 1, 1e-6)
     assert plans.made == 1
 
 
-def test_real_weights(plans: Plans) -> None:
-    """The bundled flow of digits by the real clock."""
+def test_real_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundled flow of digits by the real clock; without native code, so that there is a race."""
+    monkeypatch.setenv(SWITCH, "0")
     flow = jf.load("digits-p1")
     drawn, exact = draw(flow, "auto", 1, tolerance=1e-2), draw(flow, "sequential", 1)
     assert drawn.certificate is not None

@@ -6,6 +6,7 @@ import copy
 import importlib
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 import jacobiflow as jf
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
+from jacobiflow.strategy import BlockTuning
 from jacobiflow.strategy.race import Race, Runner
 from jacobiflow.strategy.tune import SAMPLES
-from tests.helpers.invented import GUIDANCE, TOKENS, Machine, draw, small, tuned
+from tests.helpers.invented import GUIDANCE, TOKENS, Halfway, Machine, draw, make_tuning, small, tuned
 
 PLAN: Any = importlib.import_module("jacobiflow.strategy.plan")  # whose name in the package is the function's
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -213,6 +215,29 @@ def test_a_plan_is_for_16_samples_by_default(monkeypatch: pytest.MonkeyPatch) ->
     plan = jf.plan(Machine(0.01).carry(small(), monkeypatch))
     assert plan.prediction is not None
     assert (plan.prediction.batch_size, plan.tolerance) == (16, 1e-3)
+
+
+def test_a_plan_has_the_pieces_of_the_tuning_in_the_model_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a reader's own too; if it is of the flow's weights."""
+    pieces = BlockTuning(jf.Zeros(), Halfway(100))
+    small().save_pretrained(tmp_path)
+    make_tuning(pieces, pieces).save(tmp_path / "tuning.json")
+    flow = Machine(1.0).carry(jf.load(tmp_path), monkeypatch)
+    solvers = jf.plan(flow, batch_size=2).solvers
+    assert {(solver.guess, solver.correction) for solver in solvers} == {(jf.Zeros(), Halfway(100))}
+    with torch.no_grad():
+        flow.blocks[0].proj_out.bias.add_(0.1)  # fine-tuned in place
+    with pytest.warns(
+        UserWarning, match="the tuning in the flow's folder is of other weights, and is not used"
+    ) as caught:
+        plan = jf.plan(flow, batch_size=2)
+    assert caught[0].filename == __file__
+    assert {solver.guess for solver in plan.solvers} == {jf.Latent()}
+    (tmp_path / "tuning.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tuning .*tuning\.json"):
+        jf.plan(flow)
 
 
 def test_candidates_are_of_the_flow_s_length(monkeypatch: pytest.MonkeyPatch) -> None:
