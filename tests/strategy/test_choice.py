@@ -198,7 +198,7 @@ def test_a_plan_of_a_busy_machine_is_used_for_a_minute_and_not_written(
     clock = [0.0]
     monkeypatch.setattr(choice, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     flow, plans.spread = jf.load(model), 0.31
-    for clock[0], made in ((0.0, 1), (60.0, 1), (60.5, 2), (120.5, 2), (121.0, 3)):
+    for clock[0], made in ((0.0, 1), (30.0, 1), (60.0, 1), (60.5, 2), (121.0, 3)):
         choice.auto(flow, 1)
         assert (plans.made, plans.files) == (made, [])
     plans.spread = 0.3

@@ -113,7 +113,7 @@ class Winners:
         return Race(*arguments)
 
     def _run(self, block: Any, z: torch.Tensor, labels: Any, solvers: Any) -> Runner | None:
-        winner = next(self.rest)
+        winner, self.z = next(self.rest), z
         if winner is None:
             return None
         return Runner(winner[0], (winner[1],), jf.solve(block, z, jf.Solver(jf.Sequential()), labels).x, 9)
@@ -178,10 +178,14 @@ def test_the_seconds_of_a_race_are_those_of_a_batch(monkeypatch: pytest.MonkeyPa
     machine = Machine(1.0)
     flow = machine.carry(small(), monkeypatch)
     loop, window = machine.seconds(1, *[1] * TOKENS), jf.Solver(jf.Window(4))
+    latents = draw_latents(6, TOKENS, 4, start=FIRST_CALIBRATION_LATENT + SAMPLES)
     for batch_size, seconds, wins in ((6, 0.93 * loop, True), (6, 0.95 * loop, False), (1, 1.86 * loop, True)):
-        Winners(monkeypatch, (window, seconds), None)
+        winners = Winners(monkeypatch, None, (window, seconds))
         plan = jf.plan(flow, batch_size=batch_size, tolerance=1e-2)
-        assert [is_loop(solver) for solver in plan.solvers] == [True, not wins]
+        assert [is_loop(solver) for solver in plan.solvers] == [not wins, True]
+        z = flow.blocks[1].permutation(flow.prior_tokens(latents[: len(winners.z)]))
+        exact = jf.solve(flow.blocks[1], z, jf.Solver(jf.Sequential()), torch.arange(len(z)) % 3).x
+        torch.testing.assert_close(winners.z, flow.blocks[1].permutation(exact))  # where the exact loop won
         assert plan.prediction is not None
         assert batch_size == 1 or plan.prediction.seconds == pytest.approx(loop + (seconds if wins else loop))
 
