@@ -206,7 +206,7 @@ def test_a_plan_is_verified_on_latents_of_its_own(monkeypatch: pytest.MonkeyPatc
         return draw_latents(num, *sizes, start=start)
 
     monkeypatch.setattr(PLAN, "draw_latents", noted)
-    for batch_size, raced, verified in ((1, 2, 1), (6, 6, 4)):
+    for batch_size, raced, verified in ((1, 2, 1), (16, 16, 4)):
         drawn.clear()
         Winners(monkeypatch, *[(jf.Solver(), 1.0)] * 2)
         jf.plan(Machine(1.0).carry(small(), monkeypatch), batch_size=batch_size)

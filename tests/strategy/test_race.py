@@ -170,7 +170,7 @@ def test_the_exact_loop_and_an_evaluation_are_timed(monkeypatch: pytest.MonkeyPa
 
 
 def test_bfloat16_is_tried_if_it_can_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it takes less than 0.8 of the time, and the exact loop more than three evaluations."""
+    """If it takes less than 0.8 of the time, and the exact loop more than three evaluations."""
     few = 32 / 13  # seconds of a call for which 16 tokens one by one take three times as long as at once
     for call, low, pays in ((9.0, 0.7, True), (9.0, 0.9, False), (few - 0.01, 0.1, False), (few + 0.01, 0.1, True)):
         block = Machine(call, 0.25, low=low).carry(small(), monkeypatch).blocks[1]
