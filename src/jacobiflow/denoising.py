@@ -14,7 +14,6 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.flows.config import Labels
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
 
-_MOST = 2**31  # images at a time
 _MEMORY = 4 << 30  # bytes that a backward pass may need beside the weights
 
 
@@ -40,7 +39,7 @@ def denoise(
     """
     check_flow(flow)
     rate = check_rate(flow, rate, "rate")
-    batch_size = check_count("batch_size", batch_size, most=_MOST)
+    batch_size = check_count("batch_size", batch_size)
     labels = flow.check_batch(images, labels)
     lost = int((~torch.isfinite(images).all(dim=(1, 2, 3))).sum())
     if lost:

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +87,10 @@ class Outcome:
         elif self.residual is None:
             parts = ["not certified, since certificates were turned off"]
         elif self.tolerance is None:
-            parts = [
-                "not certified, since the strategy stops after a fixed number of sweeps",
-                f"the largest residual is {self.residual:.1e}",
-            ]
+            parts = ["not certified, since the strategy stops after a fixed number of sweeps"]
+            parts.append(f"the largest residual is {self.residual:.1e}")
         else:
-            within = self.num - self.above - self.lost
-            parts = [f"{within:,} certified to {self.tolerance:g}"]
+            parts = [f"{self.num - self.above - self.lost:,} certified to {self.tolerance:g}"]
         if self.resolved:
             parts.append(f"{self.resolved:,} solved again token by token")
         if self.above:
@@ -257,22 +255,20 @@ def draw(
     """Solves all blocks at the latents by a plan, as `sample` does, without its checks and its warning."""
     latents = latents.to(flow.var.device, state_dtype(flow))
     labels = None if labels is None else labels.to(flow.var.device)
-    slots, num_blocks = batch_size or len(latents), len(flow.blocks)
+    slots = batch_size or len(latents)
     starts = range(0, len(latents), slots * _GROUP)
-    num_solved = 0
+    solved = count(1)
 
     def note_block() -> None:
-        nonlocal num_solved
-        num_solved += 1
         if progress is not None:
-            progress(num_solved, len(starts) * num_blocks, "sampling")
+            progress(next(solved), len(starts) * len(flow.blocks), "sampling")
 
     started = time.perf_counter()
     groups = []
     for start in starts:
         rows = slice(start, start + slots * _GROUP)
-        some, classes = latents[rows], None if labels is None else labels[rows]
-        groups.append(_solve(flow, plan, some, classes, certify, slots, return_trace, note_block))
+        classes = None if labels is None else labels[rows]
+        groups.append(_solve(flow, plan, latents[rows], classes, certify, slots, return_trace, note_block))
     seconds = time.perf_counter() - started
 
     parts, solutions, traces = zip(*groups, strict=True)

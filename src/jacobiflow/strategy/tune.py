@@ -109,8 +109,8 @@ def tune(
     latents = draw_latents(samples, config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
     solutions = exact_solutions(flow, latents, _classes(flow, labels, samples), batch_size, progress)
     fitted = []
-    for i, (block, at) in enumerate(zip(blocks, solutions, strict=True)):
-        fitted.append(_fit(block, at, batch_size))
+    for i, at in enumerate(solutions):
+        fitted.append(_fit(blocks[i], at, batch_size))
         if progress is not None:
             progress(i + 1, len(blocks), "tuning")
     return Tuning(fingerprint(flow), config.num_tokens, flow.guidance, samples, seed, tuple(fitted))
