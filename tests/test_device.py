@@ -193,19 +193,6 @@ def test_waiting_samples_take_the_memory_of_those_that_have_finished(guidance: j
     assert waiting.peak <= 1.5 * alone.peak
 
 
-@pytest.mark.parametrize(("partition", "captures"), [(jf.Whole(), 0), (jf.Window(16), 1), (jf.Window(64), 0)])
-def test_graphs_are_of_shapes_that_come_again(partition: jf.Partition, captures: int) -> None:
-    """A whole sweep is of another length each time; a window has one graph, up to the end of the sequence."""
-    config = jf.load("digits-p1").config
-    z = draw_latents(1, config.num_tokens, config.token_channels, 0)
-    with FakeDevice() as device:
-        block = jf.load("digits-p1", device="cuda").blocks[3]
-        with device.counting() as counts:
-            solution = jf.solve(block, z.to("cuda"), jf.Solver(partition), LABELS[:1].to("cuda"))
-    assert solution.sweeps > 8
-    assert counts.captures == captures
-
-
 @pytest.mark.parametrize("partition", [jf.Sequential(), jf.Window(16)])
 def test_another_thread_works_while_a_graph_is_captured(partition: jf.Partition) -> None:
     """By CUDA's default its allocations would abort the capture; a capture of its own waits for the end of this one."""
