@@ -1,4 +1,4 @@
-"""Blocks beside the oracle's maps, a flow with closed forms, and fresh latents, for the tests of calibration."""
+"""Blocks beside the oracle's maps, and a flow with closed forms, for the tests of calibration."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import jacobiflow as jf
 from jacobiflow.flows.guidance import guided
 from tests.helpers import oracle
 from tests.helpers.problems import BlockProblem, latents, make_flow, make_maf
-
-GUESSES = ("latent", "zeros", "mean_affine")
 
 
 def randn(*shape: int, seed: int = 9) -> Tensor:
@@ -98,10 +96,3 @@ def linear_flow(slopes: list[float], log_scale: float = 0.0, num_classes: int = 
             if nvp:
                 block.proj_out.weight[0, 1] = log_scale
     return flow
-
-
-def fresh_latents(flow: Any, num: int, seed: int = 0) -> Tensor:
-    """The latents that calibration draws: Philox by seed and index, as those of samples, but from index 2^40 on."""
-    shape = flow.config.num_tokens, flow.config.token_channels
-    generators = (np.random.Generator(np.random.Philox(key=seed, counter=(0, 0, 0, 2**40 + i))) for i in range(num))
-    return torch.from_numpy(np.stack([each.standard_normal(shape, np.float32) for each in generators])).double()
