@@ -19,24 +19,18 @@ def randn(*shape: int, seed: int = 9) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def oracle_of(flow: Any) -> Any:
-    return oracle.MAFOracle(flow) if isinstance(flow, jf.MAF) else oracle.Oracle(flow)
-
-
-def guide_of(guidance: jf.Guidance | None) -> oracle.Guide | None:
-    return guidance and oracle.Guide(guidance.weight, guidance.annealed, guidance.on, guidance.attn_temperature)
-
-
 def way_back(
     flow: Any, tokens: Tensor, labels: Tensor | None, guidance: jf.Guidance | None = None
 ) -> list[BlockProblem]:
     """The blocks, in encoding order, on the way from tokens before the last of them to an image."""
-    reference, problems = oracle_of(flow), []
+    reference: Any = oracle.MAFOracle(flow) if isinstance(flow, jf.MAF) else oracle.Oracle(flow)
+    guide = guidance and oracle.Guide(guidance.weight, guidance.annealed, guidance.on, guidance.attn_temperature)
+    problems = []
     for i in reversed(range(flow.config.num_blocks)):
         z = reference.flip(i, tokens)
 
         def g(x: Tensor, i: int = i, z: Tensor = z) -> Tensor:
-            return reference.g(i, x, z, labels, guide_of(guidance))
+            return reference.g(i, x, z, labels, guide)
 
         block, answer = guided(flow.blocks[i], guidance), oracle.sequential(g, z)
         problems.append(BlockProblem(block, g, z.to(flow.var), labels, answer))
