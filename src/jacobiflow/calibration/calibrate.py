@@ -132,12 +132,12 @@ def _measure(
     config = passes.flow.config
     measure_images = partial(passes.metrics, classes, settings.segments, settings.norm)
     measured = _part(folder, key, "metrics", ImageMetrics, measure_images)
-    chosen = torch.arange(settings.traced) * settings.num_images // settings.traced  # evenly spaced
+    indices = torch.arange(settings.traced) * settings.num_images // settings.traced  # evenly spaced
     latents = draw_latents(
         settings.traced, config.num_tokens, config.token_channels, settings.seed, FIRST_CALIBRATION_LATENT
     )
-    solutions: dict[Start, list[BlockSolution]] = {} if settings.guidance else {"images": passes.encoded(chosen)}
-    labels = passes.labels_at(chosen)
+    solutions: dict[Start, list[BlockSolution]] = {} if settings.guidance else {"images": passes.encoded(indices)}
+    labels = passes.labels_at(indices)
     solutions["noise"] = exact_solutions(passes.flow, latents, labels, passes.batch_size, passes.progress)
     sweep = partial(_sweep, passes, settings, measured, solutions)
     blocks = [_part(folder, key, f"block-{i}", _BlockSweeps, partial(sweep, i)) for i in range(config.num_blocks)]
