@@ -87,7 +87,7 @@ def calibrate(
     segments, seed = check_count("segments", segments), check_seed(seed)
     Segments(segments).check(flow.config.num_tokens)
     check_flag("per_class", per_class)
-    _check_images(images)
+    _check_images(flow, images)
     if labels is None and per_class:
         raise InputValueError("per_class: give the labels of the images")
     checked = None if labels is None else flow.check_labels(labels, len(images))
@@ -105,7 +105,9 @@ def calibrate(
     return report
 
 
-def _check_images(images: Images) -> None:
+def _check_images(flow: ImageFlow, images: Images) -> None:
+    if isinstance(images, torch.Tensor):
+        flow.check_images(images)
     try:
         num = len(images)
         images[torch.tensor([0, 0])]

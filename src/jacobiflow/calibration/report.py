@@ -151,7 +151,8 @@ class Report(codec.Document):
 
     def guess(self, block: int) -> Guess:
         """The guess that `best_guess` names."""
-        return named_guesses(self.mean_affine[block])[self.best_guess(block)]
+        name = self.best_guess(block)  # which checks the block
+        return named_guesses(self.mean_affine[block])[name]
 
     def mean_sweeps(self, start: Start, tolerance: float, guess: str | None = None) -> tuple[float, ...]:
         """Averages, per block, the samples' numbers of plain sweeps to a tolerance of 1e-1, 1e-2, 1e-3 or 1e-4.
