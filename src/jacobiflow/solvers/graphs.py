@@ -28,6 +28,7 @@ class TokenLoop:
 
     def __init__(self, block: Any) -> None:
         self.block, self.num = block, 0
+        self.pool: Any = None
 
     def __call__(self, z: Float[Tensor, "b t c"], context: Tensor | None) -> Float[Tensor, "b t c"]:
         if self.num != len(z):
@@ -51,7 +52,7 @@ class TokenLoop:
         self.entry = torch.zeros_like(self.rows)  # the token to solve
         self.cache = self.block.init_cache(self.z, None if context is None else context.clone())
         self.steps: dict[int, Callable[[], None]] = {}
-        self.pool: Any = None
+        self.pool = None
 
     def _step(self, end: int) -> None:
         g = self.block.update_at(self.x, self.z, self.entry, 1, end, self.cache)
