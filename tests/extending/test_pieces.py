@@ -48,14 +48,13 @@ def test_every_command_takes_pieces_that_are_installed(tmp_path: Path, monkeypat
     (installed / "entry_points.txt").write_text(
         "[jacobiflow]\n" + "".join(f"{name.rpartition('.')[2]} = {name}\n" for name in PIECES)
     )
+    monkeypatch.chdir(tmp_path)
     families = {base: dict(names) for base, names in codec._families.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(codec, "_families", families)  # so that other tests do not see the pieces
-        patch.syspath_prepend(home / "site")
-        patch.chdir(home)
+        patch.syspath_prepend(tmp_path / "site")
         for line in COMMANDS.strip().splitlines():
             assert main(shlex.split(line)) == 0
-        yield home
     for name in PIECES:
         del sys.modules[name]
     assert json.loads(Path("resumed.json").read_text())["drawn"] == 2
