@@ -77,7 +77,7 @@ def time_exact(
 
     def sweep(bf16_sweeps: int) -> float:
         solver = Solver(stopping=MaxSweeps(1), bf16_sweeps=bf16_sweeps)
-        return min(_timings(lambda: solve(block, few, solver, of_few), z.device))
+        return min(_timings(lambda: solve(block, few, solver, of_few), z.device, _SHORT))
 
     share = (sweep(3) - sweep(1)) / (2 * sweep(0))
     return exact._replace(bf16=share * exact.evaluation) if share < _BF16_GAIN else exact
@@ -199,10 +199,10 @@ class Race:
         return Runner(solver, (seconds,), solution.x, int(solution.sample_sweeps.max()))
 
 
-def _timings(run: Callable[[], object], device: torch.device) -> list[float]:
-    """Seconds of several calls, or of one if it is long."""
+def _timings(run: Callable[[], object], device: torch.device, enough: float = _ENOUGH) -> list[float]:
+    """Seconds of several calls, or of one if it takes `enough`."""
     seconds: list[float] = []
-    while sum(seconds) < _ENOUGH and len(seconds) < _MOST:
+    while sum(seconds) < enough and len(seconds) < _MOST:
         seconds.append(timed(run, device)[0])
     return seconds
 
