@@ -20,7 +20,7 @@ import jacobiflow as jf
 from benchmarks.common import RESULTS, ROOT, Json, parser, read, without_native
 from jacobiflow.baselines import full_passes_sample
 from jacobiflow.data import Noise, load_images
-from jacobiflow.data.noise import add_noise, keyed_generator
+from jacobiflow.data.augmentation import add_noise, keyed_generator
 from jacobiflow.files import write_json
 from jacobiflow.measuring import machine
 from jacobiflow.memory import keep_freed_memory

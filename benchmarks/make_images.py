@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.common import ROOT, parser
 from jacobiflow.data import ImageDataset, Split, load_images
-from jacobiflow.data.folder import read_image
+from jacobiflow.data.sources import read_image
 from jacobiflow.files import write_atomically
 
 PACKAGE = Path("node_modules/emoji-datasource-google")

@@ -94,7 +94,7 @@ class Experiment(NamedTuple):
         self, name: str, images: Tensor, exact: Tensor, resolved: int, original_distance: float | None, timings: Json
     ) -> Json:
         """The row of `images`; `relative` is the share of its distance above the original's."""
-        pixels, exact_pixels = (quantize(side.nan_to_num(nan=-1.0)) for side in (images, exact))
+        pixels, exact_pixels = quantize(images), quantize(exact)
         distance = frechet_distance(self.real, Statistics.of(extract(self.features, [pixels])))
         error, denoising = paired_error(images, exact), timings["denoise_seconds"]
         seconds = {key: value + denoising for key, value in timings["rows"][name].items()}

@@ -18,7 +18,6 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "checks": set(),
     "files": set(),
-    "locking": {"files"},
     "codec": {"files"},
     "latents": set(),
     "measuring": {"progress"},
@@ -30,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "flows": {"codec", "files", "native"},
     "solvers": {"codec", "flows.base"},
     "denoising": {"flows"},
-    "calibration": {"codec", "files", "flows", "latents", "locking", "progress", "solvers"},
+    "calibration": {"codec", "files", "flows", "latents", "progress", "solvers"},
     "strategy": {
         "calibration", "codec", "files", "flows", "latents", "measuring", "memory", "native",
         "progress", "solvers",
@@ -39,13 +38,13 @@ ALLOWED: dict[str, set[str]] = {
         "denoising", "flows", "latents", "progress", "solvers", "strategy",
     },
     "storage": {
-        "calibration", "codec", "data", "denoising", "files", "flows", "latents", "locking", "measuring",
+        "calibration", "codec", "data", "denoising", "files", "flows", "latents", "measuring",
         "progress", "sampling", "solvers", "strategy",
     },
     "baselines": {"flows", "sampling"},
     "comparison": {"baselines", "flows", "measuring", "progress", "sampling"},
     "evaluation": {"data", "files", "flows", "measuring"},
-    "training": {"data", "files", "flows", "locking", "progress"},
+    "training": {"data", "files", "flows", "progress"},
     "plots": {"calibration", "comparison", "data", "files"},
 }  # fmt: skip
 EVERYWHERE = {"checks", "errors", "progress"}  # any part may import these

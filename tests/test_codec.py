@@ -107,17 +107,12 @@ def test_a_name_belongs_to_one_class() -> None:
 def test_a_wrong_entry_is_refused_by_name() -> None:
     changes: dict[str, dict[str, Any]] = {
         "r: shape: kind 'circle': give one of square": {"shape": {"kind": "circle"}},
-        "r: shape: kind None: give one of square": {"shape": [1]},
-        "r: shape: side -1.0: give 0 or more": {"shape": {"kind": "square", "side": -1}},
         "r: shape: 'edge' unknown": {"shape": {"kind": "square", "edge": 1}},
-        "r: pair: 'third' unknown": {"pair": {"first": 1, "third": 3}},
         "r: pair: Object missing required field `first`": {"pair": {"second": 2}},
         "r: squares[1]: 'edge' unknown": {"squares": [{}, {"edge": 1}]},
         "r: squares[1]: side -1.0: give 0 or more": {"squares": [{}, {"side": -1}]},
         "r: counts[1]: Expected `int`, got `bool`": {"counts": [1, True]},
-        "r: key in table: Expected `int`, got `str`": {"table": {"x": 1.0}},
         "r: 'colour' unknown": {"colour": 1},
-        "r: kernel: not an array of float32 or float64 values": {"kernel": [1.0]},
         "r: kernel: not an array": {"kernel": {**VALUE["kernel"], "shape": [1, 2]}},
         "r: kernel: an array that holds a NaN or an infinity": {"kernel": codec.encode(KERNEL / 0)},
         "r: kernel: Expected `Float[Tensor, 'a b']`, got `Tensor`": {"kernel": codec.encode(KERNEL[0])},

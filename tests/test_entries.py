@@ -17,8 +17,7 @@ import torch
 
 import jacobiflow as jf
 from jacobiflow import solvers
-from jacobiflow.data.augmentation import Augmentation
-from jacobiflow.data.noise import Noise
+from jacobiflow.data import Augmentation, Noise
 from jacobiflow.training import TrainConfig
 from tests.helpers.invented import make_report, make_tuning
 from tests.helpers.problems import make_flow, make_maf

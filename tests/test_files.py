@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, whoever else writes them."""
+"""Files appear whole or not at all, in a folder with one owner at a time: new, empty or its owner's own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from jacobiflow.files import files_sha256, json_bytes, sha256, write_atomically, write_beside, write_json
+from jacobiflow.files import (
+    FolderInUseError,
+    json_bytes,
+    locked,
+    own_folder,
+    sha256,
+    write_atomically,
+    write_beside,
+    write_json,
+)
 
 
 def test_writers_of_one_file_do_not_meet_and_it_appears_whole(tmp_path: Path) -> None:
@@ -68,5 +77,33 @@ def test_json_is_indented_and_without_infinities(tmp_path: Path) -> None:
     assert text.count("\n ") == 13
     assert json_bytes({"a": [1, 2.5]}, indent=None) == b'{"a":[1,2.5]}\n'
     (tmp_path / "g").write_bytes(b"c")
-    assert sha256(b"ab", b"", b"c") == hashlib.sha256(b"abc").hexdigest()
-    assert files_sha256(tmp_path / "g", tmp_path / "g") == hashlib.sha256(b"cc").hexdigest()
+    assert sha256(b"ab", b"", tmp_path / "g") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_one_process_at_a_time_and_an_error_leaves_no_new_folder(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "deep"
+    for has_file in (False, True):
+        with pytest.raises(KeyError), locked(out):
+            with pytest.raises(FolderInUseError, match="another run is writing to"), locked(out):
+                pass
+            if has_file:
+                (out / "file").touch()
+            raise KeyError
+        assert out.exists() == has_file
+
+
+def test_a_command_writes_into_a_folder_that_is_new_empty_or_its_own(tmp_path: Path) -> None:
+    for _ in range(2):
+        with own_folder(tmp_path / "out", "benchmark", ["bench.json"]):
+            (tmp_path / "out" / "bench.json").write_text("{}")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest == {"kind": "benchmark", "files": ["bench.json"]}
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "bench.json").write_text("{}")
+    for folder in ("out", "theirs"):
+        words = f"{folder}: holds files that this command did not write; give a new or empty folder"
+        with pytest.raises(ValueError, match=words), own_folder(tmp_path / folder, "evaluation", []):
+            pass
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["kind"] == "benchmark"
+    with pytest.raises(OSError, match=r"bench.json: cannot be used as a folder \(.*\); give another folder"):
+        own_folder(tmp_path / "out" / "bench.json", "benchmark", []).__enter__()

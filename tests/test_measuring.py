@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,49 +14,32 @@ import jacobiflow as jf
 from jacobiflow.measuring import Error, Timing, interleave, machine, paired_error
 
 
-class Clock:
-    """A clock that only moves when a run says so; reading it is noted, and so is waiting for the device."""
+@pytest.mark.parametrize("device", ["cuda:1", "mps"])
+def test_runs_take_turns_and_the_device_is_waited_for(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, queued, log = [100.0], [1e6], list[Any]()  # `queued`: seconds of work that is only done when it is waited for
+    durations = {"odd": iter([999.0, 5.0, 1.0, 2.0, 4.0]), "even": iter([0.0, 8.0, 8.0, 64.0])}
 
-    def __init__(self) -> None:
-        self.now, self.log = 100.0, list[str]()
+    def wait(name: torch.device | str) -> None:
+        assert str(name) == device
+        now[0], queued[0] = now[0] + queued[0], 0.0
 
-    def read(self) -> float:
-        self.log.append("read")
-        return self.now
+    def run(name: str) -> str:
+        queued[0] += next(durations[name])
+        log.append(name)
+        return f"{name} {len(log)}"
 
-    def run(self, name: str, durations: list[float]) -> Callable[[], str]:
-        """A callable that takes `durations` in turn, and returns its name and how often it has run."""
-        left = iter(enumerate(durations))
+    def progress(*step: Any) -> None:
+        queued[0] = 1e6
+        log.append(step)
 
-        def run() -> str:
-            count, duration = next(left)
-            self.log.append(name)
-            self.now += duration
-            return f"{name} {count}"
-
-        return run
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(time, "perf_counter", clock.read)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: clock.log.append(f"wait for {device}"))
-    monkeypatch.setattr(torch.mps, "synchronize", lambda: clock.log.append("wait for mps"))
-    return clock
-
-
-@pytest.mark.parametrize(("device", "wait"), [("cpu", []), ("cuda:1", ["wait for cuda:1"]), ("mps", ["wait for mps"])])
-def test_runs_take_turns_and_the_device_is_waited_for(device: str, wait: list[str], clock: Clock) -> None:
-    runs = {"odd": clock.run("odd", [999.0, 5.0, 1.0, 2.0]), "even": clock.run("even", [0.0, 8.0, 8.0, 64.0])}
-    timings, results = interleave(
-        runs, 3, device, lambda done, total, what: clock.log.append(f"{done} of {total} {what}")
-    )
-    steps = [(*wait, "read", name, *wait, "read", f"{i} of 8 timing") for i, name in enumerate([*runs] * 4, start=1)]
-    assert clock.log == [entry for step in steps for entry in step]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(torch.mps, "synchronize", partial(wait, "mps"))
+    timings, results = interleave({name: partial(run, name) for name in durations}, 3, device, progress)
+    assert log == [entry for i, name in enumerate([*durations] * 4, start=1) for entry in (name, (i, 8, "timing"))]
     assert timings == {"odd": Timing(2.0, 1.0, 5.0), "even": Timing(8.0, 8.0, 64.0)}
-    assert results == {"odd": "odd 0", "even": "even 0"}  # of the warm-up
-    assert interleave({"two": clock.run("two", [999.0, 1.0, 4.0])}, 2)[0] == {"two": Timing(2.5, 1.0, 4.0)}
+    assert results == {"odd": "odd 1", "even": "even 3"}  # of the warm-up
+    assert interleave({"odd": partial(run, "odd")}, 1, device, warm_up=False)[0]["odd"].median == 4
 
 
 def test_errors_are_max_mean_and_rms_over_entries() -> None:

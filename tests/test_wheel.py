@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from jacobiflow import native
-from tests.helpers.compilers import copying_compiler
+from tests.helpers.native_problems import copying_compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """

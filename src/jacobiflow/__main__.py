@@ -1,5 +1,7 @@
 """`python -m jacobiflow`."""
 
+import sys
+
 from jacobiflow.cli import main
 
-main()
+sys.exit(main())

@@ -6,12 +6,11 @@ from jacobiflow.codec import register
 from jacobiflow.denoising import denoise
 from jacobiflow.errors import CheckpointError, InputError
 from jacobiflow.flows.base import AffineBlock, Block
-from jacobiflow.flows.config import MAFConfig, TokenConfig
+from jacobiflow.flows.config import PRESETS, MAFConfig, Preset, TokenConfig
 from jacobiflow.flows.guidance import Guidance, SamplingSettings
+from jacobiflow.flows.image_flow import load
 from jacobiflow.flows.maf import MAF
 from jacobiflow.flows.prose import Prose, ProseConfig
-from jacobiflow.flows.presets import PRESETS, Preset
-from jacobiflow.flows.registry import load
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
 from jacobiflow.importance import Weights, importance
 from jacobiflow.sampling import Samples, decode, sample

@@ -79,9 +79,6 @@ def _family_of(cls: type) -> dict[str, type] | None:
     return next((_families[base] for base in cls.__mro__ if base in _families), None)
 
 
-# ------------------------------------------------------------------------------------------------------------ encoding
-
-
 def encode(value: Any) -> Any:
     """Returns the JSON value that `decode` turns back into `value`; NaN becomes infinity."""
     if value is None or isinstance(value, bool | int | str):
@@ -110,9 +107,6 @@ def _encode_dataclass(value: Any) -> dict[str, Any]:
         if cls is type(value):
             return {"kind": name, **entries}
     raise InputValueError(f"{short(value)} has no JSON form: register its class under a name (jacobiflow.register)")
-
-
-# ------------------------------------------------------------------------------------------------------------ decoding
 
 
 def decode(declared: Any, value: Any, where: str = "") -> Any:
@@ -169,9 +163,6 @@ def _decode_tensor(value: Any) -> Tensor:
     if not np.isfinite(array).all():
         raise InputValueError("an array that holds a NaN or an infinity")
     return torch.from_numpy(array.astype(name))
-
-
-# --------------------------------------------------------------------------------------------------------------- files
 
 
 def load(path: str | Path, what: str, parse: Callable[[Any], T], remedy: str = "") -> T:

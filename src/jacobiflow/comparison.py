@@ -140,11 +140,8 @@ def compare(
     Args:
         flow: The model; its device and its guidance are used.
         latents: Before the prior's scale.
-        context: Labels or numbers, or None.
         runs: Samplers by name, for the same latents, context and guidance.
-        repeats: Rounds that count.
-        warm_up: Run a round before, which does not count.
-        progress: Called after each run.
+        repeats: Rounds that count, after one that does not, unless `warm_up` is False.
     """
     original, loop = original_loop(flow)
     for name in (original, SEQUENTIAL, ENCODING_PASS):

@@ -11,10 +11,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from jacobiflow.checks import check_count, check_number
 from jacobiflow.errors import InputValueError
+from jacobiflow.flows.config import Labels
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
-from jacobiflow.flows.labels import Labels
+from jacobiflow.latents import MOST_SAMPLES
 
-_MOST = 2**31  # images at a time
 _MEMORY = 4 << 30  # bytes that a backward pass may need beside the weights
 
 
@@ -40,7 +40,7 @@ def denoise(
     """
     check_flow(flow)
     rate = check_rate(flow, rate, "rate")
-    batch_size = check_count("batch_size", batch_size, most=_MOST)
+    batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
     labels = flow.check_batch(images, labels)
     lost = int((~torch.isfinite(images).all(dim=(1, 2, 3))).sum())
     if lost:

@@ -1,4 +1,4 @@
-"""Writing files that appear whole or not at all."""
+"""Files that appear whole or not at all, in folders that one process at a time writes to."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from jacobiflow.errors import InputValueError
+
+LOCK = ".lock"
+MANIFEST = "manifest.json"
 _INFINITY = re.compile(r'"(?:[^"\\]+|\\.)*"|Infinity|NaN')  # or a text, which may contain these words
 
 
@@ -89,17 +95,57 @@ def cache_folder() -> Path | None:
         return None
 
 
-def sha256(*parts: bytes | bytearray) -> str:
-    """Returns the SHA-256 of bytes, one part after another, in hexadecimal."""
+def sha256(*parts: bytes | bytearray | Path) -> str:
+    """Returns the SHA-256 of bytes and files, one part after another, in hexadecimal."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part)
+        digest.update(part.read_bytes() if isinstance(part, Path) else part)
     return digest.hexdigest()
 
 
-def files_sha256(*paths: Path) -> str:
-    """Returns the SHA-256 of files, one after another."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+class FolderInUseError(InputValueError):
+    """Another process is writing to the folder."""
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Makes a folder, and keeps other processes out of it until the block ends, or this process is killed.
+
+    After an error, a new folder without files is removed.
+    """
+    lock, is_new = FileLock(path / LOCK), not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise FolderInUseError(
+            f"{path}: another run is writing to it; wait for it, stop it, or give another folder"
+        ) from error
+    except OSError as error:
+        raise OSError(f"{path}: cannot be used as a folder ({error.strerror}); give another folder") from error
+    try:
+        yield
+    except BaseException:
+        if is_new and [entry.name for entry in path.iterdir()] == [LOCK]:
+            with suppress(OSError):  # Windows removes no open file
+                (path / LOCK).unlink()
+                path.rmdir()
+        raise
+    finally:
+        lock.release()
+
+
+@contextmanager
+def own_folder(path: Path, kind: str, files: Sequence[str]) -> Iterator[None]:
+    """Locks a folder that is new, empty or its own: that has a manifest.json of this kind, such as "benchmark"."""
+    check_own(path, kind)  # before there is a lock in it
+    with locked(path):
+        write_json(path / MANIFEST, {"kind": kind, "files": list(files)})
+        yield
+
+
+def check_own(path: Path, kind: str) -> None:
+    """Raises ValueError if a folder has files, hidden ones apart, and no manifest of this kind."""
+    manifest = read_object(path / MANIFEST) or {}
+    if manifest.get("kind") != kind and path.is_dir() and not all(e.name.startswith(".") for e in path.iterdir()):
+        raise InputValueError(f"{path}: holds files that this command did not write; give a new or empty folder")

@@ -52,7 +52,7 @@ def invert_with_gradient(
     The graph holds x and z only: the backward pass evaluates the block again, so that the activations of one block are
     in memory at a time.
     """
-    return _Inverse.apply(block, solve, z, context, *parameters)  # type: ignore[no-any-return]
+    return _Inverse.apply(block, solve, z, context, *parameters)
 
 
 class _Inverse(torch.autograd.Function):

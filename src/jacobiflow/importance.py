@@ -39,7 +39,7 @@ class Weights:
         """Kish's (sum w)^2 / sum w^2, between 1 and the number of samples."""
         return float(1 / self.normalized.square().sum())
 
-    def mean(self, values: Float[Tensor, "n *d"]) -> Float[Tensor, "*d"]:
+    def mean(self, values: Float[Tensor, n * d]) -> Float[Tensor, "*d"]:
         """Returns the self-normalised estimate sum(w values) / sum(w) of the target's mean."""
         check_kind("values", values, Tensor, "a tensor with a row for each sample")
         if not len(values) == len(self.log_weights):

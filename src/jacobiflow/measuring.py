@@ -50,10 +50,8 @@ def interleave(
 ) -> tuple[dict[str, Timing], dict[str, Any]]:
     """Times callables in turn: a warm-up round, which does not count, then `repeats` rounds over all of them.
 
-    A slow phase of the machine then slows all of them. Without `warm_up` the first round counts.
-
-    Returns:
-        A `Timing` by name, and the first result of each run.
+    A slow phase of the machine then slows all of them. Without `warm_up` the first round counts. Returns a `Timing` by
+    name, and the first result of each run.
     """
     repeats = check_count("repeats", repeats)
     device = check_device(device)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch import Tensor
 from jacobiflow.checks import check_count, check_finite, check_flag, check_floating, check_kind, short
 from jacobiflow.denoising import check_rate, denoised
 from jacobiflow.errors import InputValueError
+from jacobiflow.flows.config import Context, Labels
 from jacobiflow.flows.image_flow import ImageFlow, check_flow, log_normal, state_dtype
-from jacobiflow.flows.labels import Context, Labels
 from jacobiflow.implicit import invert_with_gradient
 from jacobiflow.latents import MOST_SAMPLES, draw_latents
 from jacobiflow.progress import Progress
@@ -88,13 +89,10 @@ class Outcome:
         elif self.residual is None:
             parts = ["not certified, since certificates were turned off"]
         elif self.tolerance is None:
-            parts = [
-                "not certified, since the strategy stops after a fixed number of sweeps",
-                f"the largest residual is {self.residual:.1e}",
-            ]
+            parts = ["not certified, since the strategy stops after a fixed number of sweeps"]
+            parts.append(f"the largest residual is {self.residual:.1e}")
         else:
-            within = self.num - self.above - self.lost
-            parts = [f"{within:,} certified to {self.tolerance:g}"]
+            parts = [f"{self.num - self.above - self.lost:,} certified to {self.tolerance:g}"]
         if self.resolved:
             parts.append(f"{self.resolved:,} solved again token by token")
         if self.above:
@@ -288,15 +286,13 @@ def draw(
     """
     latents = latents.to(flow.var.device, state_dtype(flow))
     context = None if context is None else context.to(flow.var.device)
-    slots, num_blocks = batch_size or len(latents), len(flow.blocks)
+    slots = batch_size or len(latents)
     starts = range(0, len(latents), slots * _GROUP)
-    num_solved = 0
+    solved = count(1)
 
     def note_block() -> None:
-        nonlocal num_solved
-        num_solved += 1
         if progress is not None:
-            progress(num_solved, len(starts) * num_blocks, "sampling")
+            progress(next(solved), len(starts) * len(flow.blocks), "sampling")
 
     started = time.perf_counter()
     groups = []
@@ -438,9 +434,7 @@ def decode(
     return (result.x, result.log_prob) if log_prob else result.x
 
 
-def check_one_context(
-    flow: ImageFlow, labels: Labels | None, context: Context | None, num: int
-) -> Tensor | None:
+def check_one_context(flow: ImageFlow, labels: Labels | None, context: Context | None, num: int) -> Tensor | None:
     """Returns the context for `num` samples of the flow, given as either argument."""
     if labels is not None and context is not None:
         raise InputValueError("labels and context: give one of them")

@@ -17,8 +17,7 @@ from pyro.nn import AutoRegressiveNN
 from torch import Tensor, nn
 
 import jacobiflow as jf
-from tests.helpers.library_flows import masked_layers
-from tests.helpers.random_flows import Values, exact, same_bits, values
+from tests.helpers.library_flows import Values, default_dtype, exact, masked_layers, same_bits, values
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
@@ -36,10 +35,8 @@ BUILDS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.fixture(autouse=True)
 def double() -> Iterator[None]:
-    """float64, in which pyro's passes start and normflows sums only if it is the default."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+    with default_dtype(torch.float64):
+        yield
 
 
 def build(name: str) -> nn.Module:

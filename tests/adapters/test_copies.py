@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import jacobiflow as jf
-from tests.helpers.library_flows import MAIN, Case, counted, problem_of
-from tests.helpers.random_flows import same_bits
+from tests.helpers.library_flows import NATIVE, Case, counted, problem_of, same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,7 +32,7 @@ def is_fast(case: Case, flow: nn.Module, y: Tensor, c: Tensor) -> bool:
     return all(count < case.features for count in calls.values())
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", NATIVE)
 def test_nothing_changes_but_the_class_of_transforms(name: str) -> None:
     case, flow, y, c = problem_of(name)
 
@@ -99,7 +98,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["zuko NSF", "nflows feed-forward", "normflows affine"])
+@pytest.mark.parametrize("name", ["zuko NSF", "nflows feed-forward", "normflows affine", "pyro affine"])
 @pytest.mark.parametrize("way", COPIES)
 def test_copies_are_the_library_s_own(way: str, name: str) -> None:
     case, flow, y, c = problem_of(name)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from nflows.transforms import MaskedAffineAutoregressiveTransform
 from nflows.transforms.made import MADE
+from pyro.distributions.transforms import AffineAutoregressive
+from pyro.nn import AutoRegressiveNN
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
@@ -16,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zuko.bayesian import BayesianModel
 
 import jacobiflow as jf
-from tests.helpers.library_flows import CASES, Additive, normal, problem_of
-from tests.helpers.random_flows import same_bits, values
+from tests.helpers.library_flows import CASES, Additive, normal, problem_of, same_bits, values
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
@@ -152,7 +153,8 @@ class Both(nn.Module):
 
 @torch.no_grad()
 def test_traces_exports_compiled_callers_and_meta_tensors() -> None:
-    module, y, other = Both(CASES["zuko MAF"].make(features=6)), normal(3, 6), normal(3, 6, seed=1)
+    flow: Any = CASES["zuko MAF"].make(features=6)
+    module, y, other = Both(flow.transform.transforms[0]), normal(3, 6), normal(3, 6, seed=1)
     expected = module(other)
     jf.accelerate(module)
     traced = torch.jit.trace(module, (y,))
@@ -175,3 +177,24 @@ def test_a_network_of_the_user_is_called_itself() -> None:
     with torch.no_grad(), jf.accelerate(flow, 0.0):
         x, _ = flow.inverse(normal(4, FEATURES))
     assert same_bits(flow.autoregressive_net.seen, x)
+
+
+class Doubled(nn.Module):
+    """A user's network in pyro's transforms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = AutoRegressiveNN(FEATURES, [32])
+        self.permutation, self.func = self.inner.permutation, torch.tanh  # a name that partial calls have too
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [2 * part for part in self.inner(x)]
+
+
+@torch.no_grad()
+def test_a_network_of_the_user_in_pyro() -> None:
+    flow, y = AffineAutoregressive(Doubled()), normal(5, FEATURES)
+    expected = values(flow, y, None, True)
+    with jf.accelerate(flow, 0.0) as handle:
+        assert same_bits(expected, values(flow, y, None, True))
+    assert handle.ways == {"": "passes"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -15,8 +14,18 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import jacobiflow as jf
-from tests.helpers.library_flows import CASES, CONTEXT, Additive, Carry, Case, both, normal, problem_of
-from tests.helpers.random_flows import same_bits, values
+from tests.helpers.library_flows import (
+    CASES,
+    CONTEXT,
+    Additive,
+    Carry,
+    Case,
+    both,
+    normal,
+    problem_of,
+    same_bits,
+    values,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,11 +45,8 @@ LOSSES: dict[str, Callable[[tuple[Tensor, ...]], Tensor]] = {
 
 
 def problem(name: str, features: int = 12) -> tuple[Case, nn.Module, Tensor, Tensor]:
-    case = CASES[name]
-    features = min(features, case.features)
-    y = normal(4, features, dtype=DOUBLE).requires_grad_()
-    c = normal(4, CONTEXT, seed=1, dtype=DOUBLE).requires_grad_()
-    return case, case.make(CONTEXT, features, dtype=DOUBLE), y, c
+    case, flow, y, c = problem_of(name, DOUBLE, features)
+    return case, flow, y.requires_grad_(), c.requires_grad_()
 
 
 def gradients(case: Case, flow: nn.Module, y: Tensor, c: Tensor, loss: str = "both") -> list[Tensor | None]:
@@ -60,12 +66,6 @@ def gap(expected: Any, result: Any) -> float:
     return max(gaps)
 
 
-def same(expected: tuple[Tensor, ...], result: tuple[Tensor, ...], tolerance: float) -> bool:
-    if tolerance == 0:
-        return same_bits(expected, result)
-    return all(torch.allclose(a, b, rtol=0, atol=1e3 * tolerance) for a, b in zip(expected, result, strict=True))
-
-
 def test_passes_end_at_the_first_that_changes_no_entry_by_more_than_the_tolerance() -> None:
     # Pass k changes the row (1, 0, ..., 0) in `Carry` by c^(k - 1), the slowest here by 0.5^7 <= 0.01.
     coefficients = [0.01, 0.3, 0.4, 0.5]
@@ -75,22 +75,6 @@ def test_passes_end_at_the_first_that_changes_no_entry_by_more_than_the_toleranc
     assert handle.passes == {"": 8}
     expected = [[c**i if i < 8 else 0.0 for i in range(32)] for c in coefficients]
     torch.testing.assert_close(x, torch.tensor(expected, dtype=DOUBLE), rtol=0, atol=1e-15)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("name", ["zuko MAF", "zuko NSF", "nflows affine"])
-def test_rows_that_are_not_finite_do_not_change_gradients_of_others(name: str, bad: float) -> None:
-    case, flow, y, c = problem_of(name, DOUBLE)
-    y[2, 11], others = bad, [0, 1, 3, 4]
-    y.requires_grad_()
-
-    def gradient() -> list[Tensor]:
-        return [torch.autograd.grad(weighted(case.invert(flow, y, c)[0][others]), y)[0][others]]
-
-    slope = gradient()
-    for tolerance in (None, 0.0, 1e-6):
-        with jf.accelerate(flow, tolerance):
-            assert gap(slope, gradient()) < max(EXACT, 1e4 * (tolerance or 0))
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 1e-9])
@@ -109,15 +93,24 @@ def test_batches_of_any_shape_strides_and_precision(grad: bool, tolerance: float
         flow, before = case.make(0 if context is None else CONTEXT, dtype=DOUBLE), rows.clone()
         with torch.set_grad_enabled(grad):
             expected, result, *_ = both(case, flow, rows, context, tolerance)
-        assert expected[0].shape == result[0].shape
-        assert result[0].dtype == DOUBLE
-        assert same(expected, result, tolerance)
+        assert tolerance or same_bits(expected, result)
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e3 * tolerance)
         assert torch.equal(rows, before)
         if grad and rows.numel() * result[0].numel():
             original, other = (
                 torch.autograd.grad(x[0].sin().sum(), inputs, allow_unused=True) for x in (expected, result)
             )
             torch.testing.assert_close(other, original, rtol=0, atol=1e3 * max(tolerance, 1e-9))
+
+
+@torch.no_grad()
+def test_strides_and_integers_are_taken_as_pyro_takes_them() -> None:
+    flow = CASES["pyro affine"].make(features=7)
+    for y in (normal(7, 3).t(), normal(7, 2, 4).permute(1, 2, 0), torch.arange(35).view(5, 7) % 4):
+        expected = flow._inverse(y)
+        with jf.accelerate(flow, 0.0) as handle:
+            assert same_bits(expected, flow._inverse(y))
+        assert handle.ways == {"": "passes" if y.is_floating_point() else "library"}
 
 
 @pytest.mark.parametrize("name", ["zuko MAF", "nflows feed-forward", "normflows affine"])
@@ -158,9 +151,8 @@ def test_values_and_gradients_are_those_of_the_library(name: str) -> None:
 
 
 @pytest.mark.parametrize("needs", ["y", "context", "parameters"])
-@pytest.mark.parametrize("name", ["zuko MAF", "nflows affine"])
-def test_gradients_in_some_of_the_inputs(name: str, needs: str) -> None:
-    case, flow, y, c = problem(name)
+def test_gradients_in_some_of_the_inputs(needs: str) -> None:
+    case, flow, y, c = problem("zuko MAF")
     flow.requires_grad_(needs == "parameters")
     y.requires_grad_(needs == "y")
     c.requires_grad_(needs == "context")

@@ -102,7 +102,7 @@ def test_settings_are_those_of_the_papers() -> None:
     one, two = render.result("fashion-p2/report"), render.result("digits-p1/report")
     grid = gs_jacobi_grid(one)  # block 7, 196 tokens
     assert grid[:2] == PLAIN
-    assert {"[7-196-1-30]", "[7-8-16-10]", "[7-16-16-6]", "[7-8-3-6]", "[7-4-12-20]"} <= set(grid)
+    assert {"[7-196-1-30]", "[7-8-16-10]", "[7-8-3-6]", "[7-4-12-20]"} <= set(grid)
     assert len(grid) == len(set(grid)) == 2 + 8 + 6 * 23
     assert gs_jacobi_grid(one, short=True) == [
         *PLAIN, "[7-196-1-6]", "[7-196-1-10]", "[7-1-24-6]", "[7-4-6-6]", "[7-8-3-6]", "[7-1-49-6]", "[7-4-12-6]",
@@ -110,17 +110,10 @@ def test_settings_are_those_of_the_papers() -> None:
     ]  # fmt: skip
     first, second = sorted(two.tough_blocks, key=lambda block: -two.crm[block])
     grid, stack = gs_jacobi_grid(two), f"{first}/{second}"
-    for text in ("64-1-10", "8-32-20", "64/1-1/64-6", "64/8-1/13-6", "16/8-8/13-6", "16/8-12/13-6"):
+    for text in ("64-1-10", "8-32-20", "64/8-1/13-6", "16/8-12/13-6"):
         assert f"[{stack}-{text}]" in grid
-    for text in grid:
-        solvers = jf.Strategy.parse(text, two).solvers
-        assert [solver.guess for solver in solvers] == [two.guess(block) for block in range(len(solvers))]
-
-
-def test_without_a_tough_block_plain_sweeps_are_left() -> None:
-    report = render.result("fashion-p2/report")
-    metrics = report.metrics[report.settings.norm]
-    for components in (None, metrics.components[:1] * 8):
-        even = replace(report, metrics={report.settings.norm: replace(metrics, components=components)})
+    metrics = one.metrics[one.settings.norm]
+    for components in (None, metrics.components[:1] * 8):  # no block is tough
+        even = replace(one, metrics={one.settings.norm: replace(metrics, components=components)})
         assert gs_jacobi_grid(even) == PLAIN
     assert gs_jacobi_grid(None, short=True) == PLAIN

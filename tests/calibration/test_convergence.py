@@ -1,4 +1,4 @@
-"""Distances to the solution, sweep by sweep, against plain sweeps of the oracle without a cache."""
+"""Distances to the solution and the error matrix, against plain sweeps and the dense Jacobian of the oracle."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import jacobiflow as jf
-from jacobiflow.calibration import Trace, distances, initial_residuals
+from jacobiflow.calibration import Trace, distances, gamma_norm, gamma_products, initial_residuals
 from jacobiflow.solvers import Given
-from tests.helpers.calibration_problems import PROBLEMS, errors_of, linear_flow, problem, runs_of
+from tests.helpers.calibration_problems import PROBLEMS, dense_gamma, errors_of, linear_flow, problem, randn, runs_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,3 +81,29 @@ def test_a_trace_counts_the_sweeps_after_which_the_distance_stays_small() -> Non
     assert trace.reach(1e-4, 7) == (4, 7, 1)
     with pytest.raises(ValueError, match=r"tolerance 0\.5: measured are 0\.1, 0\.01, 0\.001, 0\.0001"):
         trace.reach(0.5, 7)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_products_and_norm_are_those_of_the_dense_jacobian(name: str) -> None:
+    p = problem(name)
+    v = randn(*p.answer.shape)
+    product, transposed = gamma_products(p.block, p.answer, p.z, p.labels)
+    first, estimate, converged = (gamma_norm(p.block, p.answer, p.z, p.labels, rtol) for rtol in (1.0, 1e-3, 1e-12))
+    for n, gamma in enumerate(dense_gamma(p.g, p.answer)):
+        row, norm = v[n].flatten().numpy(), np.linalg.norm(gamma, 2)
+        assert product(v)[n].flatten().numpy() == pytest.approx(gamma @ row, rel=1e-8, abs=1e-9)
+        assert transposed(v)[n].flatten().numpy() == pytest.approx(gamma.T @ row, rel=1e-8, abs=1e-9)
+        assert float(converged[n]) == pytest.approx(norm, rel=1e-5)
+        assert 0.99 * norm <= float(estimate[n]) <= norm * (1 + 1e-9)
+        assert 0 < float(first[n]) < 0.999 * norm  # one row from a random direction
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_matrix_of_a_block_that_does_not_depend_on_x_is_0(frozen: bool) -> None:
+    flow = jf.TarFlow(jf.TarFlowConfig(1, 6, 3, 16, 1, 1, head_dim=16)).double().requires_grad_(not frozen)
+    constant: Any = SimpleNamespace(init_cache=lambda z, context: None, update=lambda x, z, *rest: z + 1)
+    x, z = randn(2, 2, 4, 9)
+    for block in (constant, flow.blocks[0]):
+        assert torch.equal(gamma_norm(block, x, z), torch.zeros(2, dtype=torch.float64))
+        for multiply in gamma_products(block, x, z):
+            assert torch.equal(multiply(torch.ones_like(x)), torch.zeros_like(x))

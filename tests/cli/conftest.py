@@ -38,12 +38,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     report.save(folder / "report.json")
     replace(report, fingerprint="0" * 64).save(folder / "other.json")
     rng = np.random.default_rng(0)
-    for name, classes, size in (("pets", 3, 8), ("herd", 5, 8), ("small", 2, 5)):
+    for name, classes in (("pets", 3), ("herd", 5)):
         for i in range(3 * classes):
             place = folder / name / f"class{i // 3}"
             place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (size, size), dtype=np.uint8)).save(place / f"{i}.png")
-    (folder / "empty").mkdir()
+            Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(place / f"{i}.png")
     (folder / "file").write_text("no model, no JSON, no image")
     return folder
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
-import shlex
-import warnings
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from PIL import Image
 
@@ -23,16 +19,7 @@ from tests.helpers.running import figures
 
 GUIDANCE = jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8)
 GUIDED = "--guidance 0.7,attn_temperature=0.8,annealed=false,on=shift"
-ODD = "[red]<script>alert(1)<img src=x onerror='alert(2)'>\" &amp; $x"  # no markup of any kind
 BASELINES = ["growing cache", "sequential"]
-
-
-@pytest.fixture
-def planned(work: Path, tmp_path: Path) -> Path:
-    """A strategy that was planned for batches of 2."""
-    prediction = Prediction("cpu with 1 threads", 2, None, 1.0, 2.0, 0.0, 0.0)
-    replace(jf.Strategy.load(work / "window.json"), prediction=prediction).save(tmp_path / "planned.json")
-    return tmp_path / "planned.json"
 
 
 def rows_of(out: Path) -> dict[str, Any]:
@@ -48,23 +35,16 @@ def test_a_bundled_model_end_to_end(run: Any, tmp_path: Path) -> None:
     assert sorted(os.listdir(out)) == [".lock", "bench.json", "bench.png", "manifest.json"]
     with Image.open(out / "bench.png") as picture:
         assert picture.width > 900
-    shown, flow = figures(out / "bench.json"), jf.load("digits-p1")
+    entries = figures(out / "bench.json")
     want = {
         "model": "digits-p1", "num_tokens": 64, "num_blocks": 4, "dtype": "float32", "seed": 3, "labels": "balanced",
         "certify": True, "repeats": 1, "guidance": None, "tolerance": None, "report": None, "machine": machine(),
     }  # fmt: skip
-    assert {name: shown[name] for name in want} == want
-    assert [entry["batch_size"] for entry in shown["comparisons"]] == [2, 1]
-    for entry in shown["comparisons"]:
-        size = entry["batch_size"]
+    assert {name: entries[name] for name in want} == want
+    assert [entry["batch_size"] for entry in entries["comparisons"]] == [2, 1]
+    for entry in entries["comparisons"]:
         assert [row["strategy"] for row in entry["rows"]] == [*BASELINES, "auto", "[2-4-5-6]"]
-        draw = partial(jf.sample, flow, size, torch.arange(size), 3)
-        for row in entry["rows"][2:]:
-            found = draw(strategy=row["strategy"])
-            assert found.certificate is not None
-            assert row["error"] == asdict(paired_error(found.images, draw(strategy="sequential").images))
-            assert row["certificate"] == float(found.certificate.max())
-        table = result.out.partition(f"\nbatch size {size}\n")[2].splitlines()
+        table = result.out.partition(f"\nbatch size {entry['batch_size']}\n")[2].splitlines()
         assert max(map(len, table[: 5 + len(entry["rows"])])) <= 80
         lines = [re.split(r" {2,}| (?=\d)", line) for line in table[4 : 4 + len(entry["rows"])]]
         for row, cells in zip(entry["rows"], lines, strict=True):
@@ -78,8 +58,8 @@ def test_settings_reach_the_library(run: Any, tmp_path: Path) -> None:
     line = "--strategy jacobi --batch-size 3 --repeats 1 --tolerance 1e-6 --report report.json --labels 0,2"
     result = run(f"bench --model model {line} {GUIDED} --dtype float64 --out {tmp_path}")
     assert result.err == ""
-    shown, flow = figures(tmp_path / "bench.json"), jf.load("./model", dtype="float64")
-    assert (shown["guidance"], shown["tolerance"], shown["report"]) == (asdict(GUIDANCE), 1e-6, "report.json")
+    entries, flow = figures(tmp_path / "bench.json"), jf.load("./model", dtype="float64")
+    assert (entries["guidance"], entries["tolerance"], entries["report"]) == (asdict(GUIDANCE), 1e-6, "report.json")
     draw = partial(jf.sample, flow.guided(GUIDANCE), 3, torch.tensor([0, 2, 0]))
     plan = jf.Strategy.parse("jacobi", jf.Report.load("report.json"), tolerance=1e-6)
     rows, exact = rows_of(tmp_path), draw(strategy="sequential").images
@@ -87,32 +67,14 @@ def test_settings_reach_the_library(run: Any, tmp_path: Path) -> None:
     assert 0 < rows["jacobi"]["certificate"] <= 1e-6
 
 
-def test_a_tolerance_is_for_the_strategies_that_have_one(run: Any, refuse: Any, planned: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    line = "bench --model model --batch-size 2 --repeats 1 --strategy window.json"
-    assert run(f"{line} --strategy jacobi-2 --tolerance 1e-5 --out {out}").code == 0
+def test_a_tolerance_is_for_the_strategies_that_have_one(run: Any, refuse: Any, tmp_path: Path) -> None:
+    out, planned = tmp_path / "out", tmp_path / "planned.json"
+    prediction = Prediction("cpu with 1 threads", 2, None, 1.0, 2.0, 0.0, 0.0)  # for batches of 2
+    replace(jf.Strategy.load("window.json"), prediction=prediction).save(planned)
+    line = "bench --model model --batch-size 2 --repeats 1 --strategy"
+    assert run(f"{line} window.json --strategy auto --strategy jacobi-2 --tolerance 1e-5 --out {out}").code == 0
     rows = rows_of(out)
-    assert rows["window.json"]["certificate"] <= 1e-5 < rows["jacobi-2"]["certificate"]
-    assert run(f"{line} --strategy {planned} --strategy auto:1e-1 --no-certify --out {out}").code == 0
-    rows = rows_of(out)
-    assert list(rows) == [*BASELINES, "window.json", str(planned), "auto:1e-1"]
-    assert rows["auto:1e-1"]["certificate"] is None
-    refuse(f"{line} --strategy {planned} --batch-size 4 --out out-x", "the strategy was planned for batch")
-
-
-def test_lost_samples_stay_json_and_are_drawn(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flow = jf.load("./plain")
-    flow.blocks[0].proj_out.bias[:4] = 200  # exp(200) overflows float32: so does the exact inverse
-    monkeypatch.chdir(tmp_path)
-    flow.save_pretrained(ODD)
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        line = f"bench --model {shlex.quote(f'./{ODD}')} --strategy jacobi --batch-size 2 --repeats 1 --out '[bold]'"
-        result = run(line)
-    assert result.code == 0
-    assert all("2 lost" in line for line in result.err.splitlines())
-    assert result.out.startswith(f"./{ODD} on ")
-    assert "wrote [bold]/bench.png and [bold]/bench.json\n" in result.out
-    rows = rows_of(tmp_path / "[bold]")
-    assert rows["jacobi"]["error"]["max"] == 0  # both answers say that there is none
-    assert rows["growing cache"]["error"]["max"] == math.inf  # it does not say so
+    assert max(rows[name]["certificate"] for name in ("window.json", "auto")) <= 1e-5 < rows["jacobi-2"]["certificate"]
+    assert run(f"{line} {planned} --no-certify --out {out}").code == 0
+    assert rows_of(out)[str(planned)]["certificate"] is None
+    refuse(f"{line} {planned} --batch-size 4 --out out-x", "the strategy was planned for batch")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 import os
 import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ import jacobiflow as jf
 from jacobiflow.calibration import Components, gs_jacobi_notation
 from jacobiflow.data import Noise, load_images, noisy_images
 from jacobiflow.files import write_json
+from tests.helpers.running import figures
 from tests.helpers.scoring import levels
 
 GUESSES = ("latent", "zeros", "mean_affine")
@@ -59,14 +60,11 @@ def assert_tables(out: str, report: jf.Report) -> None:
 
 
 CALIBRATIONS: dict[str, dict[str, Any]] = {
-    "--model model --segments 4 --traced 3 --per-class --norm fro": {"norm": "fro", "per_class": True},
-    f"--model model --segments 4 --traced 3 --norm 1 --batch-size 4 --seed 5 {GUIDED}": {
-        "norm": 1, "batch_size": 4, "seed": 5, "guidance": GUIDANCE,
+    "--model model --segments 4 --per-class --norm fro": {"segments": 4, "norm": "fro", "per_class": True},
+    f"--model model --clean --norm 1 --batch-size 4 --seed 5 {GUIDED}": {
+        "clean": True, "norm": 1, "batch_size": 4, "seed": 5, "guidance": GUIDANCE,
     },
-    "--model model --segments 16 --traced 1 --clean --unconditional": {
-        "segments": 16, "traced": 1, "clean": True, "labels": None,
-    },
-    "--model plain --segments 1 --traced 100": {"segments": 1, "traced": 100},  # no classes, uniform noise
+    "--model plain --traced 1": {"traced": 1},  # no classes, uniform noise
 }  # fmt: skip
 
 
@@ -75,57 +73,49 @@ def calibrated(options: str) -> jf.Report:
     flow, settings = jf.load(f"./{options.split()[1]}"), dict(CALIBRATIONS[options])
     data, every = load_images("pets", 8, 1), torch.arange(9)
     noise = Noise("gaussian", 0.1) if flow.config.noise_std else Noise("uniform")
-    clean, seed = settings.pop("clean", False), settings.get("seed", 0)
-    images = data.batch(every)[0] if clean else noisy_images(data, every, noise, seed)
-    given = {"labels": data.labels if flow.config.num_classes else None, "segments": 4, "traced": 3, **settings}
-    return jf.calibrate(flow.guided(given.pop("guidance", None)), images, **given)
+    images = data.batch(every)[0] if settings.pop("clean", False) else noisy_images(data, every, noise)
+    labels = data.labels if flow.config.num_classes else None
+    return jf.calibrate(flow.guided(settings.pop("guidance", None)), images, labels, **settings)
 
 
 @pytest.mark.parametrize("options", CALIBRATIONS)
 def test_it_writes_and_prints_what_the_library_measures(options: str, run: Any, tmp_path: Path) -> None:
     path = tmp_path / "new" / "report.json"
-    result = run(f"calibrate --images pets {options} --out {path}")
+    result = run(f"calibrate --images pets {options} --out {path} --json {tmp_path}/new/json/f")
     assert (result.code, result.err) == (0, "")
-    assert os.listdir(path.parent) == ["report.json"]
+    assert sorted(os.listdir(path.parent)) == ["json", "report.json"]
     want = calibrated(options)
     assert jf.Report.load(path).to_json() == want.to_json()
+    assert figures(path.parent / "json" / "f")["igm"] == [dict(igm) for igm in want.igm]
     assert_tables(result.out, want)
     assert f"wrote {path}\n" in result.out
 
 
-@pytest.mark.parametrize("options", [GUIDED, "--unconditional"])
-def test_the_proposed_command_certifies_its_samples(options: str, run: Any, tmp_path: Path) -> None:
+def test_the_proposed_command_certifies_its_samples(run: Any, tmp_path: Path) -> None:
     """They are of the guided map, and of the labels, that the report is of."""
-    line = f"calibrate --model model --images pets {options} --segments 4 --traced 3 --out '{tmp_path}/my $1 r.json'"
+    line = f"calibrate --model model --images pets {GUIDED} --unconditional --traced 3 --out '{tmp_path}/my $1 r.json'"
     proposed = re.search(r"^use it: jacobiflow (sample .*)$", run(line).out, re.MULTILINE)
     assert proposed is not None
     assert f"{tmp_path}/my $1 r.json" in shlex.split(proposed[1])
     result = run(f"{proposed[1]} --num 3 --out {tmp_path}/s")
     assert (result.code, result.err) == (0, "")
-    guidance, labels = GUIDANCE if options == GUIDED else None, None if options != GUIDED else torch.arange(3)
-    want = jf.sample(jf.load("./model").guided(guidance), 3, labels, strategy="sequential")
+    want = jf.sample(jf.load("./model").guided(GUIDANCE), 3, strategy="sequential")
     with np.load(tmp_path / "s" / "shards" / "00000.npz") as arrays:
         assert abs(arrays["arr_0"].astype(int) - levels(want.images)).max() <= 1
         assert arrays["certificate"].max() <= 1e-3
 
 
 def test_num_draws_some_images_by_the_seed(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module: Any = importlib.import_module("jacobiflow.calibration")
-    measure, seen = module.calibrate, []
-
-    def look(flow: Any, images: Any, labels: torch.Tensor, **settings: Any) -> jf.Report:
-        seen.append((images, labels))
-        return measure(flow, images, labels, **settings)
-
-    monkeypatch.setattr(module, "calibrate", look)
+    calibrate = Mock(return_value=jf.Report.load("report.json"))
+    monkeypatch.setattr("jacobiflow.api.calibrate", calibrate)
     data = load_images("pets", 8, 1)
     assert data.labels is not None
     drawn = []
     for num, seed in ((4, 0), (4, 1), (1000, 0)):
-        line = f"--segments 2 --traced 1 --num {num} --seed {seed} --out {tmp_path}/{len(drawn)}.json"
-        assert run(f"calibrate --model model --images pets {line}").code == 0
+        line = f"calibrate --model model --images pets --num {num} --seed {seed} --out {tmp_path}/r.json"
+        assert run(line).code == 0
         noisy = noisy_images(data, torch.arange(9), Noise("gaussian", 0.1), seed)
-        images, labels = seen[-1]
+        _, images, labels = calibrate.call_args.args
         places = [next(i for i in range(9) if torch.equal(noisy[i], image)) for image in images]
         assert len(set(places)) == len(places) == min(num, 9), "an image is drawn twice"
         assert labels.tolist() == data.labels[places].tolist()
@@ -134,17 +124,12 @@ def test_num_draws_some_images_by_the_seed(run: Any, tmp_path: Path, monkeypatch
 
 
 def test_interrupted_it_goes_on_to_the_same_report(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report, writes = tmp_path / "r.json", itertools.count()
+    report, module = tmp_path / "r.json", importlib.import_module("jacobiflow.calibration.calibrate")
     line = f"calibrate --model plain --images pets --segments 2 --traced 2 --out {report}"
-
-    def interrupt(*arguments: Any, **settings: Any) -> None:
-        if next(writes) == 1:
-            raise KeyboardInterrupt
-        write_json(*arguments, **settings)
-
     with monkeypatch.context() as patch:
-        patch.setattr(importlib.import_module("jacobiflow.calibration.calibrate"), "write_json", interrupt)
-        assert run(line).code == 130
+        patch.setattr(module, "write_json", Mock(wraps=write_json, side_effect=[DEFAULT, KeyboardInterrupt]))
+        result = run(line)
+    assert (result.code, result.out, result.err) == (130, "", "interrupted\n")
     assert sorted(os.listdir(tmp_path)) == ["r.json.partial"]
     reports = []
     for _ in range(2):  # with what is kept, and without
@@ -154,29 +139,24 @@ def test_interrupted_it_goes_on_to_the_same_report(run: Any, tmp_path: Path, mon
     assert reports[0] == reports[1]
 
 
-def test_huge_numbers_stay_on_their_line(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_numbers_stay_on_their_line_and_crm_may_be_undefined(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = jf.Report.load("report.json")
     parts = tuple(Components(10.0**i, 123.4, 22.3) for i in (1, 2, 4))
     igms = tuple(dict(zip(GUESSES, (igm, 9.89, 9.12), strict=True)) for igm in (5.4e5, 3.2e37, float("inf")))
-    report = jf.Report.load("report.json")
-    worst = replace(report.metrics[2], igm=igms, components=parts)
-    report = replace(report, metrics=dict.fromkeys(report.metrics, worst), class_metrics=dict.fromkeys(range(3), worst))
-    monkeypatch.setattr(importlib.import_module("jacobiflow.calibration"), "calibrate", lambda *_, **__: report)
-    result = run(f"calibrate --model model --images pets --out {tmp_path}/r.json")
-    assert (result.code, result.err) == (0, "")
-    screen = result.out[: result.out.index("The paper's strategies")].splitlines()
-    assert max(map(len, screen)) <= 80
-    for line in screen:  # a folded cell goes on in a line that has no block number
+    huge, plain = replace(report.metrics[2], igm=igms, components=parts), replace(report.metrics[2], components=None)
+    screens = []
+    for metrics, classes in ((huge, dict.fromkeys(range(3), huge)), (plain, {})):
+        edited = replace(report, metrics=dict.fromkeys(report.metrics, metrics), class_metrics=classes)
+        monkeypatch.setattr("jacobiflow.api.calibrate", Mock(return_value=edited))
+        result = run(f"calibrate --model model --images pets --out {tmp_path}/r.json")
+        assert (result.code, result.err) == (0, "")
+        screens.append(result.out.partition("The paper's strategies")[0].splitlines())
+    assert max(map(len, screens[0])) <= 80
+    for line in screens[0]:  # a folded cell goes on in a line that has no block number
         assert not re.match(r"\s+\S+(\s|$)", line) or re.match(r"\s+([0-2] |IGM)", line), f"folded: {line}"
-
-
-def test_without_crm_the_other_columns_are_shown(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = jf.Report.load("report.json")
-    metrics = {norm: replace(each, components=None) for norm, each in report.metrics.items()}
-    report = replace(report, metrics=metrics)
-    monkeypatch.setattr(importlib.import_module("jacobiflow.calibration"), "calibrate", lambda *_, **__: report)
-    result = run(f"calibrate --model model --images pets --out {tmp_path}/r.json")
-    assert "CRM is not defined" in result.out and "strategies" not in result.out
+    assert any(line.startswith("CRM is not defined") for line in screens[1])
+    rows = [line.split() for line in screens[1]]
     for i, sweeps in enumerate(report.mean_sweeps("noise", 1e-3)):
-        assert [str(i), f"{sweeps:.1f}", f"{np.mean(report.gamma[i]):.2f}"] in [
-            *map(str.split, result.out.splitlines())
-        ]
+        assert [str(i), f"{sweeps:.1f}", f"{np.mean(report.gamma[i]):.2f}"] in rows

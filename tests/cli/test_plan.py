@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jacobiflow as jf
+from tests.helpers.running import figures
 
 GUIDED = "--guidance 0.4,attn_temperature=0.9,annealed=false,on=shift"
 
@@ -14,9 +15,10 @@ GUIDED = "--guidance 0.4,attn_temperature=0.9,annealed=false,on=shift"
 def test_a_plan_is_one_that_sample_takes(run: Any, tmp_path: Path) -> None:
     """By the tuning in the model's folder, under guidance."""
     out, flow = tmp_path / "new" / "plan.json", jf.load("digits-p1")
-    result = run(f"plan --model digits-p1 --batch-size 3 {GUIDED} --out {out}")
+    result = run(f"plan --model digits-p1 --batch-size 3 {GUIDED} --out {out} --json {tmp_path}/f")
     assert (result.code, result.err) == (0, "")
     found = jf.Strategy.load(out)
+    assert figures(tmp_path / "f")["strategy"] == found.to_json()
     made_for = found.prediction
     assert made_for is not None
     found.check(flow.guided(made_for.guidance))

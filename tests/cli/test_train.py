@@ -11,6 +11,7 @@ from PIL import Image
 
 import jacobiflow as jf
 from jacobiflow.data import Augmentation, Noise
+from tests.helpers.running import figures
 from tests.helpers.training_runs import checkpoint
 
 TINY = "--channels 32 --head-dim 16 --blocks 2 --layers 1 --no-bf16"
@@ -18,7 +19,7 @@ TINY = "--channels 32 --head-dim 16 --blocks 2 --layers 1 --no-bf16"
 
 def test_it_writes_a_model_that_sample_takes(run: Any, tmp_path: Path) -> None:
     line = f"train --images fashion-512 --patch-size 7 {TINY} --batch-size 8 --steps 3 --sample-every 2 --warmup 2"
-    result = run(f"{line} --out {tmp_path}/run")
+    result = run(f"{line} --out {tmp_path}/run --json {tmp_path}/f")
     assert (result.code, result.err) == (0, "")
     assert re.fullmatch(
         rf"3 steps: loss [+-][\d.]+, [\d.]+ bits per dimension\nwrote the model folder {tmp_path}/run\n", result.out
@@ -28,6 +29,7 @@ def test_it_writes_a_model_that_sample_takes(run: Any, tmp_path: Path) -> None:
     ]  # fmt: skip
     with Image.open(tmp_path / "run" / "samples-000002.png") as sheet:
         assert sheet.size == (10 * (28 * 4 + 4) + 4, 2 * (28 * 4 + 4) + 4)
+    assert figures(tmp_path / "f")["last_step"]["step"] == 3
     flow = jf.load(tmp_path / "run")
     assert (flow.config.num_classes, flow.config.noise_std) == (10, 0.1)
     again = run(f"{line} --out {tmp_path}/run")  # is done already

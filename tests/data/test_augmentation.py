@@ -1,17 +1,43 @@
-"""Changes to training images: each image gets one of those that its settings allow, and all of them occur."""
+"""Noise is fixed by the seed and the image's place; of the changes that settings allow, all occur, and no other."""
 
 from __future__ import annotations
 
 import colorsys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from jacobiflow.data import Augmentation, augment, load_images
+from jacobiflow.data import Augmentation, ImageDataset, Noise, augment, load_images, noisy_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def by_hand(data: ImageDataset, noise: Noise, seed: int) -> Tensor:
+    """All images of `data` with their noise, one at a time, by the definition."""
+    rows = []
+    for i, levels in enumerate(data.images.double()):
+        key = np.random.SeedSequence((seed, 2, i)).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(key) >> 1)
+        if noise.kind == "gaussian":
+            rows.append(levels / 127.5 - 1 + noise.std * torch.randn(levels.shape, generator=generator))
+        else:
+            rows.append((levels + torch.randint(2**16, levels.shape, generator=generator).double() / 2**16) / 128 - 1)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("noise", "seed"), [(Noise("gaussian", 0.3), 2**63 - 1), (Noise("uniform"), 0)])
+def test_images_get_the_noise_of_their_seed_and_place(noise: Noise, seed: int) -> None:
+    levels = torch.randint(256, (11, 1, 6, 6), generator=torch.Generator().manual_seed(0))
+    data, state = ImageDataset(levels.to(torch.uint8), None), torch.get_rng_state()
+    whole = noisy_images(data, torch.arange(11), noise, seed)
+    assert whole.dtype == torch.float32
+    assert (whole - by_hand(data, noise, seed)).abs().max() < 1e-6
+    for index in ([10, 0, 3], [2, 2]):
+        assert torch.equal(noisy_images(data, torch.tensor(index), noise, seed), whole[index])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def some_emoji(num: int = 60) -> Tensor:
@@ -26,15 +52,9 @@ def changed(images: Tensor, seed: int = 0, **settings: Any) -> Tensor:
     return found
 
 
-def test_by_default_nothing_changes_and_no_number_is_drawn() -> None:
-    generator = torch.Generator().manual_seed(7)
-    state = generator.get_state()
-    assert torch.equal(augment(some_emoji(), Augmentation(), generator), some_emoji())
-    assert torch.equal(generator.get_state(), state)
-
-
 def test_half_of_the_images_are_mirrored() -> None:
     images = some_emoji()
+    assert torch.equal(changed(images), images)  # by default none
     found = changed(images, mirror=True)
     same = (found == images).all(dim=(1, 2, 3))
     mirrored = (found == images.flip(3)).all(dim=(1, 2, 3))
@@ -76,11 +96,13 @@ def test_colours_turn_around_the_axis_of_greys() -> None:
     assert changed(some_emoji(), hue=90.0).abs().max() <= 1
 
 
-def test_settings_out_of_range_are_refused() -> None:
-    for setting, value in {"shift": -1, "hue": 181.0, "mirror": 1}.items():
-        with pytest.raises((ValueError, TypeError), match=f"{setting}={value}"):
-            Augmentation(**{setting: value})  # type: ignore[arg-type]
+def test_settings_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^hue=181.0: give an angle of at most 180"):
+        Augmentation(hue=181.0)
     with pytest.raises(ValueError, match=r"^hue=5.0: images of 1 channels have no hue; give 0"):
         changed(torch.zeros(2, 1, 8, 8), hue=5.0)
     with pytest.raises(ValueError, match=r"^shift=8: give fewer pixels than images of \(8, 8\) have"):
         changed(torch.zeros(2, 1, 8, 8), shift=8)
+    for kind, std in (("gaussian", 0.0), ("uniform", 0.1)):
+        with pytest.raises(ValueError, match=f"^noise '{kind}'"):
+            Noise(kind, std)  # type: ignore[arg-type]

@@ -1,22 +1,37 @@
-"""Distances between sets of features, against NumPy; files of statistics."""
+"""Distances between sets of features and errors of images, against NumPy; files of statistics."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from jacobiflow.data import DataError
-from jacobiflow.evaluation import Statistics, frechet_distance, kernel_distance, precision_recall
+from jacobiflow.evaluation import (
+    Fidelity,
+    PixelDifference,
+    Statistics,
+    fidelity,
+    frechet_distance,
+    kernel_distance,
+    pixel_difference,
+    precision_recall,
+)
 from tests.helpers import scoring
+from tests.helpers.scoring import levels, pixel_figures
 
 pytest.importorskip("torch_fidelity")
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+NAN, INF = math.nan, math.inf
 
 
 def normal(num: int, dim: int, seed: int = 0) -> Tensor:
@@ -61,15 +76,14 @@ def test_torchmetrics_reads_and_writes_the_same_statistics(tmp_path: Path) -> No
     assert (int(metric.real_features_num_samples), int(metric.fake_features_num_samples)) == (300, 0)
 
 
-def test_kernel_distance_is_numpys_and_follows_its_seed_alone() -> None:
+def test_kernel_distance_is_numpys_and_follows_its_seed() -> None:
     """The unbiased one of the kernel (x . y / d + 1)^3: a mean over pairs of different elements."""
     real, fake = normal(100, 64), normal(100, 64, seed=1)
     xx, yy, xy = ((a @ b.T / 64 + 1) ** 3 for a, b in ((real, real), (fake, fake), (real, fake)))
     within = sum(float(k[~torch.eye(100, dtype=torch.bool)].mean()) for k in (xx, yy))
     assert kernel_distance(real, fake)[0] == pytest.approx(within - 2 * float(xy.mean()), rel=1e-9)
-    real, before = normal(90, 64), torch.get_rng_state()
+    real = normal(90, 64)
     mean, std = kernel_distance(real, fake, seed=3)
-    assert torch.equal(torch.get_rng_state(), before)
     assert kernel_distance(real, fake, seed=3) == (mean, std) != kernel_distance(real, fake, seed=1)
     assert std > 0
 
@@ -111,3 +125,35 @@ def test_a_broken_file_of_statistics_is_named(state: dict[str, Any] | None, tmp_
         path.write_bytes(b"no statistics")
     with pytest.raises(DataError, match=rf"^{path}: no .*; give a file that Statistics\.save wrote, or a \*_fid_"):
         Statistics.load(path)
+
+
+def random_images(seed: int) -> Tensor:
+    """Images that leave [-1, 1] here and there."""
+    return torch.from_numpy(np.random.default_rng(seed).normal(0, 0.7, (5, 3, 6, 4)).astype(np.float32))
+
+
+def test_fidelity_is_numpys() -> None:
+    exact = random_images(0)
+    images = exact + 0.1 * random_images(1)
+    errors, (largest, rms) = fidelity(images, exact), scoring.difference(images, exact)
+    assert (errors.num, errors.max) == (5, largest)  # values outside [-1, 1] are not clipped
+    assert errors.rms == pytest.approx(rms, rel=1e-12)
+    assert errors.psnr == pytest.approx(20 * math.log10(2 / rms), rel=1e-12)
+    assert asdict(errors.pixels) == pixel_figures(levels(images), levels(exact))
+    white, black = (torch.full((1, 1, 2, 2), value, dtype=torch.uint8) for value in (255, 0))
+    assert pixel_difference(black, white) == pixel_difference(white, black) == PixelDifference(1.0, 255)
+
+
+def test_nan_on_both_sides_counts_as_equal_and_on_one_side_as_infinitely_far() -> None:
+    exact = random_images(0).double()
+    exact[1] = NAN
+    assert fidelity(exact.float(), exact) == Fidelity(5, 0.0, 0.0, INF, PixelDifference(0.0, 0))
+    errors = fidelity(exact + 0.25, exact)
+    assert (errors.max, errors.rms) == (pytest.approx(0.25), pytest.approx(0.25 * math.sqrt(4 / 5)))
+    for value in (NAN, INF):
+        broken = exact.clone()
+        broken[2] = value
+        for errors in (fidelity(broken, exact), fidelity(exact, broken)):
+            assert (errors.max, errors.rms, errors.psnr) == (INF, INF, -INF)
+            shown = broken.nan_to_num(nan=-1.0, posinf=1.0)
+            assert asdict(errors.pixels) == pixel_figures(levels(shown), levels(exact))

@@ -73,10 +73,7 @@ def test_missing_and_broken_weights_are_named(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(DataError, match=r"the download failed \(no network\); give a file, or features of your own"):
         load_features("inception")
     path = tmp_path / "weights.pth"
-    with pytest.raises(DataError, match=f"^{path}: cannot be read.*give {WEIGHTS}"):
-        InceptionFeatures(path)
-    path.write_bytes(b"<html>no weights</html>")
-    with pytest.raises(DataError, match=f"^{path}: no file of tensors .*; give {WEIGHTS}"):
+    with pytest.raises(DataError, match=f"^{path}: no file of tensors .*No such file.*; give {WEIGHTS}"):
         InceptionFeatures(path)
     torch.save({"conv": torch.zeros(2)}, path)
     with pytest.raises(DataError, match=f"^{path}: weights of another network.*give {WEIGHTS}"):

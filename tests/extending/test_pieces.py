@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +27,12 @@ bench --model tiny --strategy fraction:4-2 --batch-size 2 --repeats 1 --out benc
 """
 
 
-@pytest.fixture(scope="module")
-def folder(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The commands' working folder, after they ran with the pieces installed: modules behind an entry point."""
-    home = tmp_path_factory.mktemp("pieces")
-    to_float32(make_flow(num_classes=3)).save_pretrained(home / "tiny")
+@pytest.mark.usefixtures("one_thread")
+def test_every_command_takes_pieces_that_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    to_float32(make_flow(num_classes=3)).save_pretrained(tmp_path / "tiny")
     rng = np.random.default_rng(0)
     for i in range(9):
-        path = home / "images" / str(i % 3) / f"{i}.png"
+        path = tmp_path / "images" / str(i % 3) / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(path)
     solver = {
@@ -44,33 +41,26 @@ def folder(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "correction": {"kind": "one_back", "gain": 0.25},
         "stopping": {"atol": 1e-4, "max_sweeps": None},
     }
-    (home / "made.json").write_text(json.dumps({"format_version": 1, "solvers": [solver] * 2}))
-    installed = home / "site" / "pieces-1.dist-info"
+    (tmp_path / "made.json").write_text(json.dumps({"format_version": 1, "solvers": [solver] * 2}))
+    installed = tmp_path / "site" / "pieces-1.dist-info"
     installed.mkdir(parents=True)
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: pieces\nVersion: 1\n")
     (installed / "entry_points.txt").write_text(
         "[jacobiflow]\n" + "".join(f"{name.rpartition('.')[2]} = {name}\n" for name in PIECES)
     )
+    monkeypatch.chdir(tmp_path)
     families = {base: dict(names) for base, names in codec._families.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(codec, "_families", families)  # so that other tests do not see the pieces
-        patch.syspath_prepend(home / "site")
-        patch.chdir(home)
+        patch.syspath_prepend(tmp_path / "site")
         for line in COMMANDS.strip().splitlines():
-            main(shlex.split(line))
-        yield home
+            assert main(shlex.split(line)) == 0
     for name in PIECES:
         del sys.modules[name]
-
-
-def test_samples_go_on_and_are_those_of_the_loop(folder: Path) -> None:
-    assert json.loads((folder / "resumed.json").read_text())["drawn"] == 2
-    evaluated = json.loads((folder / "evaluated" / "evaluation.json").read_text())
+    assert json.loads(Path("resumed.json").read_text())["drawn"] == 2
+    evaluated = json.loads(Path("evaluated/evaluation.json").read_text())
     assert evaluated["certificates"]["max"] <= 1e-4
     assert evaluated["paired"]["max"] < 1e-2
-
-
-def test_bench_has_its_row(folder: Path) -> None:
-    rows = json.loads((folder / "bench" / "bench.json").read_text())["comparisons"][0]["rows"]
-    assert [row["strategy"] for row in rows][2:] == ["fraction:4-2"]
-    assert next(row for row in rows if row["strategy"] == "fraction:4-2")["error"]["max"] < 1e-2
+    row = json.loads(Path("bench/bench.json").read_text())["comparisons"][0]["rows"][2]
+    assert row["strategy"] == "fraction:4-2"
+    assert row["error"]["max"] < 1e-2

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import jacobiflow as jf
+from jacobiflow.cli import main
 from tests.extending.recurrent_flow import RecurrentConfig, RecurrentFlow
 from tests.helpers.running import run_line
 
@@ -15,11 +16,10 @@ from tests.helpers.running import run_line
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of a few training steps on digits, by the command line."""
-    from jacobiflow.cli.app import main
-
     out = tmp_path_factory.mktemp("recurrent") / "model"
     line = "train --flow recurrent --images digits --image-size 8 --channels 16 --blocks 2 --batch-size 32 --warmup 5"
-    main([*line.split(), "--noise-std", "0.2", "--learning-rate", "0.01", "--steps", "40", "--out", str(out)])
+    settings = f"--noise-std 0.2 --learning-rate 0.01 --steps 40 --out {out}"
+    assert main([*line.split(), *settings.split()]) == 0
     return out
 
 

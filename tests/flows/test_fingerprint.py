@@ -21,19 +21,13 @@ def make(seed: int = 0) -> jf.TarFlow:
 
 
 def test_every_entry_counts() -> None:
-    """Of a weight of 1,024 columns, also one outside the first column; and the shape, and the name."""
-    linear = torch.nn.Linear(1024, 1024)
-    seen = {fingerprint(linear)}
-    for row, column in ((0, 0), (0, 1), (511, 1023), (1023, 7)):
-        linear.weight.data[row, column] += 1.0
-        seen.add(fingerprint(linear))
-    linear.weight.data[[3, 4]] = linear.weight.data[[4, 3]]
-    seen.add(fingerprint(linear))
-    linear.weight.data = linear.weight.data.view(512, 2048)
-    seen.add(fingerprint(linear))
-    linear.register_parameter("weights", linear._parameters.pop("weight"))
-    seen.add(fingerprint(linear))
-    assert len(seen) == 8
+    weight = torch.randn(512, 1024)
+    states = [{"weight": weight}, {"weights": weight}, {"weight": weight.view(1024, 512)}, {"weight": weight.flip(0)}]
+    for row, column in ((0, 0), (0, 1), (511, 1023)):
+        weight = weight.clone()
+        weight[row, column] += 1.0
+        states.append({"weight": weight})
+    assert len(set(map(fingerprint, states))) == len(states)
 
 
 def test_it_is_the_same_in_every_dtype_and_on_every_device() -> None:
@@ -43,21 +37,13 @@ def test_it_is_the_same_in_every_dtype_and_on_every_device() -> None:
     assert len(weights) == 1
 
 
-def step(flow: jf.TarFlow) -> None:
-    for parameter in flow.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    torch.optim.SGD(flow.parameters(), 0.1).step()
-
-
 @torch.no_grad()
 def one_entry(flow: jf.TarFlow) -> None:
     flow.blocks[1].proj_out.weight[3, 5] += 1
 
 
 CHANGES: dict[str, Callable[[jf.TarFlow], object]] = {
-    "a step of an optimizer": step,
     "one entry": one_entry,
-    "loading": lambda flow: flow.load_state_dict(make(1).state_dict()),
     "a buffer": lambda flow: flow.var.mul_(2),
     "another block": lambda flow: flow.blocks.__setitem__(1, make(1).blocks[1]),
     "another layer": lambda flow: setattr(flow.blocks[1], "proj_out", make(1).blocks[1].proj_out),

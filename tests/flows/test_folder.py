@@ -39,9 +39,8 @@ def saved(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The package's folder of bundled models, replaced by one that holds `tiny` and a stray file."""
+    """The package's folder of bundled models, replaced by one that holds `tiny`."""
     make().save_pretrained(tmp_path / "tiny")
-    (tmp_path / "notes.txt").write_text("no model")
     monkeypatch.setattr(folder, "MODELS", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -96,7 +95,7 @@ def test_a_subclass_reads_the_folder_of_its_class_and_a_config_may_leave_out_def
 
     special = Special.from_pretrained(saved)
     assert type(special) is Special and all(parameter.requires_grad for parameter in special.parameters())
-    assert "model_type 'tarflow', which is no MAF; jacobiflow.load" in error_of(jf.MAF.from_pretrained, saved)
+    assert "a 'tarflow', not a MAF; use jacobiflow.load" in error_of(jf.MAF.from_pretrained, saved)
     flow = jf.TarFlow.from_pretrained(with_config(saved, {"noise_std": "left out", "nvp": "left out"}))
     assert flow.config == replace(SMALL, noise_std=0.0)
     assert jf.TarFlow.from_pretrained(with_config(saved, {"noise_std": 1})).config.noise_std == 1
@@ -165,10 +164,6 @@ def test_a_saved_flow_keeps_its_reports_but_no_others(saved: Path, tmp_path: Pat
         flow.blocks[0].proj_out.weight.add_(0.1)
     flow.save_pretrained(tmp_path / "other")  # other weights
     assert jf.load(tmp_path / "other").report_files == ()
-    for name in REPORTS:
-        (saved / name).write_text("[]")
-    make(seed=1).save_pretrained(tmp_path / "other")
-    assert jf.load(tmp_path / "other").report_files == ()
 
 
 def test_bundled_models_are_loaded_by_name(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,9 +176,8 @@ def test_bundled_models_are_loaded_by_name(models: Path, monkeypatch: pytest.Mon
     assert torch.equal(jf.load("tiny").var, make().var)  # before a folder of that name
     for place in ("./tiny", Path("tiny")):
         assert torch.equal(jf.load(place).var, make(seed=1).var)
-    for name in ("tinny", "notes.txt"):
-        message = error_of(jf.load, name)
-        assert all(part in message for part in (repr(name), "bundled name (tiny)", "folder", "hub id 'owner/name'"))
+    message = error_of(jf.load, "tinny")
+    assert all(part in message for part in ("'tinny'", "bundled name (tiny)", "folder", "hub id 'owner/name'"))
     monkeypatch.setattr(folder, "MODELS", models / "none")
     assert "none here" in error_of(jf.load, "tinny")
 
@@ -207,7 +201,7 @@ def test_the_hub_is_asked_for_the_model_and_its_reports(saved: Path, monkeypatch
 
 
 def test_push_to_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model as it is, its reports and settings, and a card with front matter."""
+    """The model as it is, its reports, and a card with front matter."""
 
     def upload(folder_path: str, revision: str, **_: object) -> None:
         cards.append(huggingface_hub.ModelCard.load(f"{folder_path}/README.md"))
@@ -217,9 +211,7 @@ def test_push_to_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = {"upload_folder": upload, "create_repo.return_value.repo_id": "me/flow"}
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda **_: Mock(**calls))
     flow = calibrated(saved)
-    flow.recommended = jf.SamplingSettings(jf.Guidance(2.0, on="scale", attn_temperature=1.4), denoise=1)
     flow.push_to_hub("me/flow", revision="draft")
-    assert pushed[0].recommended == flow.recommended
     data, text = cards[0].data, cards[0].text
     assert (data.library_name, data.pipeline_tag) == ("jacobiflow", "unconditional-image-generation")
     assert data.tags == ["normalizing-flow", "tarflow"]
@@ -228,16 +220,13 @@ def test_push_to_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(pushed[0].state_dict(), make().state_dict())
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
-def test_weights_that_were_cut_short(saved: Path, share: float) -> None:
-    whole = (saved / "model.safetensors").read_bytes()
-    (saved / "model.safetensors").write_bytes(whole[: int(share * len(whole))])
-    assert "copy it again" in error_of(jf.load, saved)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", '"model_type"', "[" * 100_000], ids=range(5))
-def test_a_config_that_is_not_an_object_is_refused(saved: Path, text: str) -> None:
-    (saved / "config.json").write_text(text)
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b'"model_type"', b"[" * 100_000], ids=range(5))
+def test_a_broken_file_is_named(saved: Path, content: bytes) -> None:
+    weights = saved / "model.safetensors"
+    for damaged in (weights.read_bytes()[:-1], content):
+        weights.write_bytes(damaged)
+        assert "model.safetensors: missing or damaged" in error_of(jf.load, saved)
+    (saved / "config.json").write_bytes(content)
     assert "config.json" in error_of(jf.load, saved)
 
 
@@ -249,22 +238,20 @@ def with_config(place: Path, change: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("flow", "change", "key"),
+    ("change", "key"),
     [
-        (make, {"width": 1}, "width"),
-        (make, {"channels": "left out"}, "channels"),
-        (make, {"patch_size": 3}, "patch_size=3 does not divide image_size=4"),
-        (make, {"model_type": "bert"}, "model_type 'bert'; there are maf, "),
-        (make, {"format_version": 2}, "format 2"),
-        (make, {"channels": 16}, "blocks.0.proj_in.weight"),
-        (make, {"recommended": {"denoise": -1}}, "denoise=-1.0: give 0"),
-        (make_maf, {"recommended": {"denoise": 1}}, "noise_std is 0"),
+        ({"width": 1}, "width"),
+        ({"channels": "left out"}, "channels"),
+        ({"patch_size": 3}, "patch_size=3 does not divide image_size=4"),
+        ({"model_type": "bert"}, "model_type 'bert'; there are maf, "),
+        ({"format_version": 2}, "format 2"),
+        ({"channels": 16}, "blocks.0.proj_in.weight"),
+        ({"recommended": {"denoise": -1}}, "denoise=-1.0: give 0"),
     ],
 )
-def test_a_config_that_does_not_fit(tmp_path: Path, flow: Any, change: dict[str, Any], key: str) -> None:
-    flow().save_pretrained(tmp_path)
-    message = error_of(jf.load, with_config(tmp_path, change))
-    assert str(tmp_path) in message and key in message
+def test_a_config_that_does_not_fit(saved: Path, change: dict[str, Any], key: str) -> None:
+    message = error_of(jf.load, with_config(saved, change))
+    assert str(saved) in message and key in message
 
 
 def test_every_tensor_that_does_not_fit_is_named(saved: Path) -> None:

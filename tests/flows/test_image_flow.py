@@ -1,4 +1,4 @@
-"""Encoding, likelihood and inverse of every flow, against oracles and dense Jacobians, in float64."""
+"""Encoding, likelihood and inverse of every flow, against oracles and dense Jacobians, in float64; flows by name."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.flows import ImageFlow
+from jacobiflow.flows import ImageFlow, register
+from jacobiflow.flows.image_flow import FLOWS as REGISTERED
 from jacobiflow.flows.image_flow import state_dtype
+from tests.extending.recurrent_flow import RecurrentFlow
 from tests.helpers.oracle import MAFOracle, Oracle
-from tests.helpers.problems import latents, make_flow, make_maf, to_float32
+from tests.helpers.problems import latents, make_flow, make_maf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,13 +67,6 @@ def test_encoding_is_the_oracle_s_with_the_determinant_of_the_dense_jacobian_and
     assert torch.equal(images, copied)
 
 
-def test_a_missing_label_equals_a_label_below_0() -> None:
-    flow = FLOWS["TarFlow"]()
-    images = images_of(flow)
-    none, below = flow.encode(images)[0], flow.encode(images, torch.tensor([-1, -1, -7]))[0]
-    torch.testing.assert_close(none, below, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("name", ["TarFlow of shifts", "MAF"])
 def test_a_network_in_bfloat16_keeps_tokens_in_float32(name: str) -> None:
     wide = FLOWS[name]()
@@ -87,36 +82,21 @@ def test_a_network_in_bfloat16_keeps_tokens_in_float32(name: str) -> None:
         assert (log_det - expected_log_det).abs().max() < 0.25
 
 
-def test_images_of_another_shape_or_without_values_are_refused() -> None:
-    flow, images = make_flow(image_size=4, num_classes=3), torch.zeros(2, 1, 4, 4)
-    for wrong, labels, words in (
-        (torch.zeros(2, 1, 4, 5), None, r"images=a tensor \(2, 1, 4, 5\) of torch.float32: .* \(N, 1, 4, 4\)"),
-        (images.to("meta"), None, "images=.* on the meta device"),
-        (images, torch.zeros(2, dtype=torch.long, device="meta"), "labels=.* on the meta device"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            flow.encode(wrong, labels)
-
-
-def test_blocks_are_inverted_last_first_each_in_its_causal_order() -> None:
-    flow = make_flow(image_size=6, num_blocks=3)
-    reference, x = Oracle(flow), latents(flow, 2)
-    tokens = flow.invert(x, reference.invert_block)
-    for i in (2, 1, 0):
-        x = reference.flip(i, reference.invert_block(i, reference.flip(i, x)))
-    assert torch.equal(tokens, x)
-    # Later blocks are inverted at as many rows as a block returns.
-    assert torch.equal(flow.invert(latents(flow, 1), lambda i, z: torch.cat((z, z)))[7], latents(flow, 1)[0])
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_the_chain_starts_at_latents_of_the_prior_s_scale(dtype: torch.dtype) -> None:
-    """In the dtype of the state, which is float32 where the network runs in less."""
+def test_tokens_start_in_the_dtype_of_the_state_and_the_scale_of_the_prior() -> None:
     flow = make_flow(image_size=6, nvp=False)
     z = latents(flow, 2)
-    expected = z * Oracle(flow).var.sqrt()
-    if dtype != torch.float64:
-        flow = to_float32(flow).to(dtype)
-    tokens = flow.prior_tokens(z)
-    assert tokens.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert (tokens - expected).abs().max() < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+    for dtype, error in {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}.items():
+        tokens = copy.deepcopy(flow).to(dtype).prior_tokens(z)
+        assert tokens.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert (tokens - z * flow.var.sqrt()).abs().max() < error
+
+
+def test_a_name_has_one_flow() -> None:
+    assert [REGISTERED[name] for name in ("tarflow", "maf", "recurrent")] == [jf.TarFlow, jf.MAF, RecurrentFlow]
+    with pytest.raises(ValueError, match=r"'recurrent': taken by .*RecurrentFlow"):
+        register(type("Other", (RecurrentFlow,), {}))
+    again = type("RecurrentFlow", (RecurrentFlow,), {"__module__": RecurrentFlow.__module__})  # its module reloaded
+    assert register(again) is again is REGISTERED["recurrent"]
+    assert register(RecurrentFlow) is RecurrentFlow is REGISTERED["recurrent"]
+    with pytest.raises(TypeError, match="give a class that derives from ImageFlow"):
+        register(jf.TarFlowConfig)  # type: ignore[type-var]

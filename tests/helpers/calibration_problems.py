@@ -1,4 +1,4 @@
-"""Blocks beside the oracle's maps, a flow with closed forms, and fresh latents, for the tests of calibration."""
+"""Blocks beside the oracle's maps, and a flow with closed forms, for the tests of calibration."""
 
 from __future__ import annotations
 
@@ -14,31 +14,23 @@ from jacobiflow.flows.guidance import guided
 from tests.helpers import oracle
 from tests.helpers.problems import BlockProblem, latents, make_flow, make_maf
 
-GUESSES = ("latent", "zeros", "mean_affine")
-
 
 def randn(*shape: int, seed: int = 9) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def oracle_of(flow: Any) -> Any:
-    return oracle.MAFOracle(flow) if isinstance(flow, jf.MAF) else oracle.Oracle(flow)
-
-
-def guide_of(guidance: jf.Guidance | None) -> oracle.Guide | None:
-    return guidance and oracle.Guide(guidance.weight, guidance.annealed, guidance.on, guidance.attn_temperature)
 
 
 def way_back(
     flow: Any, tokens: Tensor, labels: Tensor | None, guidance: jf.Guidance | None = None
 ) -> list[BlockProblem]:
     """The blocks, in encoding order, on the way from tokens before the last of them to an image."""
-    reference, problems = oracle_of(flow), []
+    reference: Any = oracle.MAFOracle(flow) if isinstance(flow, jf.MAF) else oracle.Oracle(flow)
+    guide = guidance and oracle.Guide(guidance.weight, guidance.annealed, guidance.on, guidance.attn_temperature)
+    problems = []
     for i in reversed(range(flow.config.num_blocks)):
         z = reference.flip(i, tokens)
 
         def g(x: Tensor, i: int = i, z: Tensor = z) -> Tensor:
-            return reference.g(i, x, z, labels, guide_of(guidance))
+            return reference.g(i, x, z, labels, guide)
 
         block, answer = guided(flow.blocks[i], guidance), oracle.sequential(g, z)
         problems.append(BlockProblem(block, g, z.to(flow.var), labels, answer))
@@ -98,10 +90,3 @@ def linear_flow(slopes: list[float], log_scale: float = 0.0, num_classes: int = 
             if nvp:
                 block.proj_out.weight[0, 1] = log_scale
     return flow
-
-
-def fresh_latents(flow: Any, num: int, seed: int = 0) -> Tensor:
-    """The latents that calibration draws: Philox by seed and index, as those of samples, but from index 2^40 on."""
-    shape = flow.config.num_tokens, flow.config.token_channels
-    generators = (np.random.Generator(np.random.Philox(key=seed, counter=(0, 0, 0, 2**40 + i))) for i in range(num))
-    return torch.from_numpy(np.stack([each.standard_normal(shape, np.float32) for each in generators])).double()

@@ -186,13 +186,9 @@ class FakeDevice(TorchFunctionMode):
 
     def __enter__(self) -> FakeDevice:
         cuda = {
-            "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
-            "get_device_name": lambda device=None: "fake", "synchronize": lambda device=None: None,
-            "mem_get_info": lambda device=None: (80 << 30, 80 << 30), "set_device": lambda device: None,
-            "memory_allocated": lambda device=None: self.counts.live,
-            "max_memory_allocated": lambda device=None: self.counts.peak,
-            "reset_peak_memory_stats": lambda device=None: setattr(self.counts, "peak", self.counts.live),
-            "current_stream": MagicMock(), "Stream": MagicMock(), "stream": lambda stream: nullcontext(),
+            "get_device_name": lambda device: "fake", "synchronize": lambda device: None,
+            "mem_get_info": lambda device: (80 << 30, 80 << 30), "current_stream": MagicMock(), "Stream": MagicMock(),
+            "stream": lambda stream: nullcontext(),
             "CUDAGraph": partial(Graph, self),
             "graph": lambda graph, pool=None, capture_error_mode="global": graph.capture(capture_error_mode),
         }  # fmt: skip
@@ -277,8 +273,8 @@ class FakeDevice(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is scaled_dot_product_attention:
             return self._attend(func, args, kwargs)
-        if func in (Tensor.cuda, Tensor.cpu):
-            return self._to(args[0], DEVICE if func is Tensor.cuda else "cpu")
+        if func is Tensor.cpu:
+            return self._to(args[0], "cpu")
         if func is Tensor.to:
             return self._to(*args, **kwargs)
         if func is torch._C._nn._parse_to:

@@ -1,7 +1,9 @@
-"""Flows of zuko, nflows and normflows whose inverse is hard. The oracle is the library's own inverse of the flow."""
+"""Flows of zuko, nflows, normflows and pyro, and checks against the library's own code."""
 
 from __future__ import annotations
 
+import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,25 +12,28 @@ from functools import partial
 from typing import Any
 
 import nflows.transforms as nf
+import normflows
+import pyro.distributions.transforms as pt
 import torch
 import zuko
-from nflows.transforms import autoregressive as nfa
+from hypothesis import strategies as st
+from nflows.transforms.autoregressive import AutoregressiveTransform
 from nflows.transforms.made import MADE
-from normflows.flows import AutoregressiveRationalQuadraticSpline, MaskedAffineAutoregressive
+from normflows.flows.neural_spline.autoregressive import MaskedPiecewiseRationalQuadraticAutoregressive
+from pyro.nn import AutoRegressiveNN, ConditionalAutoRegressiveNN
 from torch import Tensor, nn
+from torch.nn import functional as F
+from zuko.flows.autoregressive import MaskedAutoregressiveTransform
+from zuko.flows.spline import CircularRQSTransform
+from zuko.lazy import LazyComposedTransform, LazyInverse, UnconditionalTransform
 
 import jacobiflow as jf
-from tests.helpers.random_flows import values
 
+Values = tuple[Tensor, Tensor]
+Draw = Callable[[st.SearchStrategy[Any]], Any]
 CONTEXT = 3
 
-
-def outcome(call: Callable[[], Any]) -> Any:
-    """The result of `call`, or the class of the error that a spline raises."""
-    try:
-        return call()
-    except AssertionError as error:
-        return type(error)
+torch.distributions.Distribution.set_default_validate_args(False)  # as zuko has it; importing pyro turns checks on
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -40,13 +45,67 @@ def masked_layers(flow: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """With the default dtype, in which pyro's passes start and normflows sums."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """True if tensors, or tuples of them, have one dtype, shape and bits: a NaN equals itself, and 0 is not -0."""
+    if not isinstance(a, Tensor):
+        return len(a) == len(b) and all(same_bits(x, y) for x, y in zip(a, b, strict=True))
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(x.detach().flatten().contiguous().view(torch.uint8) for x in (a, b)))
+
+
+def values(flow: Any, x: Tensor, context: Tensor | None, is_inverse: bool) -> Values:
+    """The values of a flow of any library, and the logarithm of the determinant of its Jacobian."""
+    arguments = () if context is None else (context,)
+    if hasattr(flow, "forward_and_log_det"):
+        return (flow.inverse_and_log_det if is_inverse else flow.forward_and_log_det)(x, *arguments)
+    if hasattr(flow, "inverse"):
+        return (flow.inverse if is_inverse else flow)(x, *arguments)
+    if hasattr(flow, "bijective"):  # pyro's; it keeps values for the tensor that it saw last
+        original, x = flow.condition(context) if hasattr(flow, "condition") else flow, x.clone()
+        out = original.inv(x) if is_inverse else original(x)
+        log_det = original.log_abs_det_jacobian(*((out, x) if is_inverse else (x, out)))
+        return out, -log_det if is_inverse else log_det
+    original = flow(context)
+    original = getattr(original, "transform", original)
+    return (original.inv if is_inverse else original).call_and_ladj(x)
+
+
+@default_dtype(torch.float64)
+def exact(flow: nn.Module, x: Tensor, context: Tensor | None, is_inverse: bool) -> Values:
+    """By the library's own code, in float64."""
+    return values(copy.deepcopy(flow).double(), x.double(), None if context is None else context.double(), is_inverse)
+
+
+@torch.no_grad()
+def steep(flow: nn.Module, gain: float = 1.5) -> nn.Module:
+    """In evaluation mode, with weights so large that entries depend strongly on those before."""
+    for weight in flow.parameters():
+        if weight.ndim == 2:
+            weight *= gain
+    return flow.eval()
+
+
+@contextmanager
 def counted(flow: nn.Module) -> Iterator[dict[str, int]]:
     """Counts the passes of each transform of a flow in evaluation mode: calls of its network's first masked layer."""
     calls: Counter[str] = Counter()
+    names: dict[nn.Module, str] = {}
+    for name, module in flow.named_modules():
+        if any(hasattr(module, network) for network in ("autoregressive_net", "hyper", "arn", "nn")):
+            names.setdefault(masked_layers(module)[0], name)
     hooks = [
-        masked_layers(module)[0].register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
-        for name, module in flow.named_modules()
-        if hasattr(module, "autoregressive_net") or isinstance(module, zuko.flows.MaskedAutoregressiveTransform)
+        layer.register_forward_pre_hook(lambda *_, name=name: calls.update([name])) for layer, name in names.items()
     ]
     try:
         yield calls
@@ -57,37 +116,40 @@ def counted(flow: nn.Module) -> Iterator[dict[str, int]]:
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of flow: `build(features, context)`, and how its slow side is called."""
+    """A kind of flow: `build(features, context, hidden)`, and how its slow side is called."""
 
     library: str
-    build: Callable[[int, int], nn.Module]
+    build: Callable[[int, int, int], nn.Module]
     gain: float
     features: int = 24
     is_inverse: bool = True  # the slow side
 
-    def make(self, context: int = 0, features: int = 0, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-        """In evaluation mode, with weights so large that entries depend strongly on those before."""
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(seed)
-            flow = self.build(features or self.features, context)
-            for name, weight in flow.named_parameters():
-                if name.endswith("weight") and weight.ndim == 2:
-                    weight.mul_(self.gain)
-        return flow.to(dtype).eval()
+    def make(
+        self, context: int = 0, features: int = 0, dtype: torch.dtype = torch.float32, hidden: int = 32
+    ) -> nn.Module:
+        """A steep flow, the same at each call."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return steep(self.build(features or self.features, context, hidden), self.gain).to(dtype)
 
     def invert(self, flow: nn.Module, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
         """The slow side: (x,) of zuko's, (x, logabsdet) of the others'."""
         if self.library == "zuko":  # which computes no more than that
             lazy = flow(context)
             return (getattr(lazy, "transform", lazy).inv(y),)
+        if self.library == "pyro":
+            with default_dtype(y.dtype):
+                return values(flow, y, context, True)
         return values(flow, y, context, self.is_inverse)
 
 
-def problem_of(name: str, dtype: torch.dtype = torch.float32) -> tuple[Case, nn.Module, Tensor, Tensor]:
+def problem_of(
+    name: str, dtype: torch.dtype = torch.float32, features: int = 24
+) -> tuple[Case, nn.Module, Tensor, Tensor]:
     """A case, its flow, and five rows to invert with their contexts."""
-    case = CASES[name]
-    c = normal(5, CONTEXT, seed=1, dtype=dtype)
-    return case, case.make(CONTEXT, dtype=dtype), normal(5, case.features, dtype=dtype), c
+    case, c = CASES[name], normal(5, CONTEXT, seed=1, dtype=dtype)
+    features = min(features, case.features)
+    return case, case.make(CONTEXT, features, dtype), normal(5, features, dtype=dtype), c
 
 
 def both(case: Case, flow: nn.Module, y: Tensor, context: Tensor | None = None, tolerance: float = 0.0) -> Any:
@@ -102,7 +164,7 @@ def both(case: Case, flow: nn.Module, y: Tensor, context: Tensor | None = None, 
     return expected, result, calls, original
 
 
-class Additive(nfa.AutoregressiveTransform):
+class Additive(AutoregressiveTransform):
     """A user's transform that defines only what the inverse takes: x = y - shift(x before it)."""
 
     def __init__(self, features: int, context: int | None = None, network: nn.Module | None = None) -> None:
@@ -119,7 +181,7 @@ class Carry(nn.Module):
         return -context * nn.functional.pad(x[:, :-1], (1, 0))
 
 
-class Scaled(zuko.flows.MaskedAutoregressiveTransform):
+class Scaled(MaskedAutoregressiveTransform):
     """A user's transform of zuko that changes what it is at a context and point, not how it is inverted."""
 
     def meta(self, c: Tensor | None, x: Tensor) -> Any:
@@ -127,28 +189,196 @@ class Scaled(zuko.flows.MaskedAutoregressiveTransform):
 
 
 def _zuko(kind: Callable[..., nn.Module], gain: float, features: int = 24, **settings: Any) -> Case:
-    build = partial(kind, hidden_features=(32, 32), transforms=2, **settings)
-    return Case("zuko", build, gain, features=features)
+    return Case("zuko", lambda d, c, h: kind(d, c, hidden_features=(h, h), transforms=2, **settings), gain, features)
 
 
 def _nflows(kind: Callable[..., nn.Module], gain: float, **settings: Any) -> Case:
-    return Case("nflows", lambda d, c: kind(d, 32, context_features=c or None, **settings), gain)
+    return Case("nflows", lambda d, c, h: kind(d, h, context_features=c or None, **settings), gain)
+
+
+def _pyro(name: str, gain: float) -> Case:
+    plain, conditional = (getattr(pt, f"{prefix}{name}_autoregressive") for prefix in ("", "conditional_"))
+    return Case("pyro", lambda d, c, h: conditional(d, c, [h, h]) if c else plain(d, [h, h]), gain)
 
 
 _affine, _rational = nf.MaskedAffineAutoregressiveTransform, nf.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
-_spline = partial(AutoregressiveRationalQuadraticSpline, init_identity=False)
+_normflows_affine = normflows.flows.MaskedAffineAutoregressive
+_spline = partial(normflows.flows.AutoregressiveRationalQuadraticSpline, init_identity=False)
 
 CASES = {
     "zuko MAF": _zuko(zuko.flows.MAF, 2.0),
-    "zuko MAF residual": _zuko(zuko.flows.MAF, 1.2, residual=True),
+    "zuko MAF residual": _zuko(zuko.flows.MAF, 1.2, residual=True, randperm=True),
     "zuko NSF": _zuko(zuko.flows.NSF, 3.0),
     "zuko NAF": _zuko(zuko.flows.NAF, 1.5, 6, signal=4, network={"hidden_features": (8,)}),  # inverts to 1e-6
-    "zuko user's own": Case("zuko", lambda d, c: Scaled(d, c), 4.0),
+    "zuko user's own": Case("zuko", lambda d, c, _: Scaled(d, c), 4.0),
     "nflows affine": _nflows(_affine, 1.4),
     "nflows feed-forward": _nflows(_affine, 2.5, use_residual_blocks=False),
     "nflows rational": _nflows(_rational, 4.0, num_bins=5, tails="linear", tail_bound=3.0),
-    "nflows user's own": Case("nflows", lambda d, c: Additive(d, c or None), 2.5),
-    "normflows affine": Case("normflows", lambda d, c: MaskedAffineAutoregressive(d, 32, c or None), 1.5),
-    "normflows spline": Case("normflows", lambda d, c: _spline(d, 2, 32, c or None), 4.0, is_inverse=False),
+    "nflows user's own": Case("nflows", lambda d, c, _: Additive(d, c or None), 2.5),
+    "normflows affine": Case("normflows", lambda d, c, h: _normflows_affine(d, h, c or None), 1.5),
+    "normflows spline": Case("normflows", lambda d, c, h: _spline(d, 2, h, c or None), 4.0, is_inverse=False),
+    "pyro affine": _pyro("affine", 2.0),
+    "pyro spline": _pyro("spline", 2.0),
 }
-MAIN = ("zuko MAF", "zuko NSF", "nflows feed-forward", "nflows rational", "normflows affine", "normflows spline")
+NATIVE = (
+    "zuko MAF", "zuko NSF", "nflows affine", "nflows rational", "normflows affine", "normflows spline", "pyro affine",
+    "pyro spline",
+)  # fmt: skip
+LARGE = {  # more features than a block of native code has, and hidden units
+    "zuko NSF": (50, 100), "zuko MAF residual": (40, 70), "nflows affine": (70, 100), "normflows spline": (50, 100),
+    "pyro spline": (50, 100),
+}  # fmt: skip
+
+MODULES = [
+    nn.ReLU(), nn.LeakyReLU(0.3), nn.ELU(0.7), nn.SELU(), nn.Tanh(), nn.Sigmoid(), nn.SiLU(), nn.GELU(),
+    nn.GELU(approximate="tanh"), nn.Softplus(2.0, 1.5), nn.Softplus(), nn.Identity(),
+]  # fmt: skip
+FUNCTIONS: list[Callable[..., Tensor]] = [
+    F.relu, torch.relu, F.leaky_relu, F.elu, F.selu, torch.selu, F.tanh, torch.tanh, F.sigmoid, torch.sigmoid, F.silu,
+    F.gelu, F.softplus,
+]  # fmt: skip
+activations = st.sampled_from(MODULES)
+functions = st.sampled_from([*MODULES, *FUNCTIONS])
+
+
+def zuko_flows(draw: Draw, features: int, context: int) -> tuple[nn.Module, str]:
+    domain = draw(st.sampled_from(["line", "line", "circle"]))
+
+    def masked() -> nn.Module:
+        bins = draw(st.integers(1, 6))
+        spline = partial(zuko.transforms.MonotonicRQSTransform, bound=3.0) if domain == "line" else CircularRQSTransform
+        settings: dict[str, Any] = {}
+        if domain == "circle" or draw(st.booleans()):
+            settings = {"univariate": partial(spline, slope=0.01), "shapes": [(bins,), (bins,), (bins - 1,)]}
+        order = torch.randperm(features)
+        if draw(st.booleans()):
+            earlier = (torch.rand(features, features) < 0.6).tril(-1)
+            earlier[1, 0] = True
+            settings["adjacency"] = (earlier | torch.eye(features, dtype=torch.bool))[order][:, order]
+        else:
+            settings |= {"order": order, "passes": draw(st.integers(2, features + 1))}
+        activation = draw(activations)
+        return MaskedAutoregressiveTransform(
+            features, context, hidden_features=draw(st.lists(st.integers(features, 24), min_size=1, max_size=3)),
+            activation=lambda: copy.deepcopy(activation), residual=draw(st.booleans()), **settings,
+        )  # fmt: skip
+
+    if draw(st.booleans()):
+        return masked(), domain
+    permutation = UnconditionalTransform(zuko.transforms.PermutationTransform, torch.randperm(features), buffer=True)
+    parts = [masked(), permutation, LazyInverse(LazyComposedTransform(masked(), masked()))]
+    if domain == "line":
+        affine, numbers = torch.distributions.AffineTransform, (torch.randn(features), -0.5 - torch.rand(features))
+        parts.insert(1, UnconditionalTransform(affine, *numbers, buffer=draw(st.booleans())))
+    return LazyComposedTransform(*parts), domain
+
+
+def nflows_flows(draw: Draw, features: int, context: int) -> tuple[nn.Module, str]:
+    domain = draw(st.sampled_from(["line", "line", "unit"]))
+
+    def masked() -> nn.Module:
+        settings: dict[str, Any] = {
+            "activation": draw(functions), "num_blocks": draw(st.integers(1, 2)), "context_features": context or None,
+            "use_residual_blocks": draw(st.booleans()),
+        }  # fmt: skip
+        hidden = draw(st.integers(features, 24))
+        if domain == "line" and draw(st.booleans()):
+            return nf.MaskedAffineAutoregressiveTransform(features, hidden, **settings)
+        tails = {"tails": "linear", "tail_bound": 2.5} if domain == "line" else {}
+        return nf.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
+            features, hidden, num_bins=draw(st.integers(2, 6)), **tails, **settings
+        )
+
+    if draw(st.booleans()):
+        return masked(), domain
+    inner = nf.InverseTransform(nf.CompositeTransform([masked(), nf.ReversePermutation(features), masked()]))
+    parts = [masked(), inner, nf.RandomPermutation(features)]
+    if domain == "line":
+        parts += [nf.AffineTransform(0.3, 1.7), nf.PointwiseAffineTransform(*torch.rand(2, features) + 0.5)]
+    return nf.CompositeTransform(parts), domain
+
+
+def normflows_flows(draw: Draw, features: int, context: int) -> tuple[nn.Module, str]:
+    domain = draw(st.sampled_from(["line", "line", "unit"]))
+
+    def masked() -> nn.Module:
+        hidden = draw(st.integers(features, 24))
+        settings: dict[str, Any] = {"context_features": context or None, "num_blocks": draw(st.integers(1, 2))}
+        if domain == "line" and draw(st.booleans()):
+            settings["use_residual_blocks"] = context > 0 or draw(st.booleans())
+            return normflows.flows.MaskedAffineAutoregressive(features, hidden, activation=draw(functions), **settings)
+        tails = {"tails": "circular", "tail_bound": 2.0} if domain == "line" else {}
+        return MaskedPiecewiseRationalQuadraticAutoregressive(
+            features, hidden, num_bins=draw(st.integers(2, 6)), init_identity=False, activation=draw(functions),
+            **tails, **settings,
+        )  # fmt: skip
+
+    if draw(st.booleans()):
+        return masked(), domain
+    parts = [masked(), normflows.flows.Permute(features, draw(st.sampled_from(["shuffle", "swap"]))), masked()]
+    return (normflows.ConditionalNormalizingFlow if context else normflows.NormalizingFlow)(None, parts), domain
+
+
+def pyro_flows(draw: Draw, features: int, context: int) -> tuple[nn.Module, str]:
+    hidden, bins = draw(st.lists(st.integers(features, 24), min_size=1, max_size=3)), draw(st.integers(2, 6))
+    settings = {"skip_connections": draw(st.booleans()), "nonlinearity": copy.deepcopy(draw(activations))}
+    network: Any = partial(AutoRegressiveNN, features, hidden, **settings)
+    affine, spline = pt.AffineAutoregressive, pt.SplineAutoregressive
+    if context:
+        network = partial(ConditionalAutoRegressiveNN, features, context, hidden, **settings)
+        affine, spline = pt.ConditionalAffineAutoregressive, pt.ConditionalSplineAutoregressive
+    if draw(st.booleans()):
+        return affine(network(), log_scale_min_clip=-0.3, log_scale_max_clip=0.4), "line"
+    order = draw(st.sampled_from(["linear", "quadratic"]))
+    sizes = [bins, bins, bins - 1, *([bins] if order == "linear" else [])]
+    return spline(features, network(param_dims=sizes), count_bins=bins, bound=2.0, order=order), "line"
+
+
+FLOWS = {"zuko": zuko_flows, "nflows": nflows_flows, "normflows": normflows_flows, "pyro": pyro_flows}
+
+
+def inputs(domain: str, *shape: int, dtype: torch.dtype) -> Tensor:
+    """On the line, the circle, or between 0 and 1."""
+    if domain == "line":
+        return 1.5 * torch.randn(shape, dtype=dtype)
+    return torch.rand(shape, dtype=dtype) if domain == "unit" else (2 * torch.rand(shape, dtype=dtype) - 1) * math.pi
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same entries, or for "expanded" the first row again and again, with other strides."""
+    if layout == "expanded" and x.ndim > 1 and len(x):
+        return x[:1].expand(x.shape)
+    if layout == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    return torch.stack([x, x], dim=-1)[..., 0] if layout == "strided" else x
+
+
+def gaps(result: Values, expected: Values, period: float) -> list[Tensor]:
+    """Errors of the values, on a circle if there is a period, and of the log-determinants."""
+    error = (result[0] - expected[0]).abs()
+    return [torch.minimum(error, (error - period).abs()), (result[1] - expected[1]).abs()]
+
+
+@torch.no_grad()
+def check(flow: nn.Module, x: Tensor, context: Tensor | None, domain: str = "line", threads: int = 1) -> None:
+    """Both directions, against the library in float64 and, for float32, the errors that it makes itself."""
+    period = 2 * math.pi if domain == "circle" else 0.0
+    for is_inverse in (False, True):
+        expected = exact(flow, x, context, is_inverse)
+        with default_dtype(x.dtype):
+            original = values(flow, x, context, is_inverse)
+            with jf.accelerate(flow, 0.0):
+                assert same_bits(original, values(flow, x, context, is_inverse))
+        torch.set_num_threads(threads)  # here alone: those of PyTorch would cost time
+        with jf.accelerate(flow) as handle:
+            result = values(flow, x, context, is_inverse)
+        torch.set_num_threads(1)
+        assert set(handle.ways.values()) == {"native"}, handle
+        assert [(part.shape, part.dtype) for part in result] == [(part.shape, x.dtype) for part in original]
+        pairs = zip(gaps(result, expected, period), gaps(original, expected, period), expected, strict=True)
+        for error, error_of_library, answer in pairs:
+            if x.dtype == torch.float64:
+                assert error.max() <= 1e-10 * (1 + answer.abs().max())
+            else:
+                floor = (1e-6 + 2e-5 / len(x)) * (1 + answer.abs().mean())  # a single row is no statistic
+                assert error.mean() <= 2 * error_of_library.mean() + floor

@@ -1,8 +1,12 @@
-"""Small float32 flows of many shapes, whose recurrences are to be solved by native code."""
+"""For the tests of native code: small float32 flows of many shapes, threads, and a compiler that takes no time."""
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,3 +136,24 @@ CASES = {
 def relative_error(x: Tensor, answer: Tensor) -> float:
     """Largest difference, in parts of the largest entry of the answer (of 1 if that is smaller); NaN for any NaN."""
     return float((x - answer).abs().max() / answer.abs().max().clamp(min=1))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch has so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+def copying_compiler(path: Path, library: Path, on_link: str = "") -> Path:
+    """Writes a compiler to `path` that gives the same library each time, after the shell command `on_link`."""
+    path.write_text(f"""#!/bin/sh
+case " $* " in *" -c "*) exit 0;; esac
+while [ "$1" != -o ]; do shift; done
+{on_link}
+cp {shlex.quote(str(library))} "$2"
+""")
+    path.chmod(0o755)
+    return path

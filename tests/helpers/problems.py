@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -108,9 +109,7 @@ def latents(flow: jf.TarFlow, num: int, seed: int = 0) -> Tensor:
 
 def to_float32(flow: jf.TarFlow) -> jf.TarFlow:
     """A float32 copy."""
-    copy = jf.TarFlow(flow.config).eval()
-    copy.load_state_dict(flow.state_dict())
-    return copy
+    return deepcopy(flow).float()
 
 
 def make_identity(dtype: torch.dtype) -> jf.TarFlow:
@@ -121,32 +120,3 @@ def make_identity(dtype: torch.dtype) -> jf.TarFlow:
         block.proj_out.bias.zero_()
     flow.var.fill_(0.5)
     return flow.to(dtype)
-
-
-class MixingBlock(jf.AffineBlock):
-    """An affine block for any T whose first entry is learned, as in a masked autoregressive flow; without a cache."""
-
-    def __init__(self, length: int, channels: int, seed: int = 0, strength: float = 0.5) -> None:
-        generator = torch.Generator().manual_seed(seed)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-        # Entry t hears token t-1 most, and every earlier one.
-        age = torch.arange(length).view(-1, 1) - torch.arange(length)
-        decay = torch.where(age > 0, 0.5 ** (age - 1).clamp(min=0).double(), 0.0)
-        self.scale_weight = 0.3 * strength * decay[:, :, None, None] * draw(length, length, channels, channels)
-        self.shift_weight = strength * decay[:, :, None, None] * draw(length, length, channels, channels)
-        self.scale_bias, self.shift_bias = 0.2 * draw(length, channels), 0.5 * draw(length, channels)
-
-    def init_cache(self, z: Tensor, context: Tensor | None = None) -> None:
-        return None
-
-    def affine(self, x: Tensor, start: int, stop: int, cache: None) -> tuple[Tensor, Tensor]:
-        log_scale = torch.einsum("tscd,bsd->btc", self.scale_weight[start:stop], x.tanh())
-        shift = torch.einsum("tscd,bsd->btc", self.shift_weight[start:stop], x.sin())
-        return log_scale + self.scale_bias[start:stop], shift + self.shift_bias[start:stop]
-
-    def g(self, x: Tensor, z: Tensor) -> Tensor:
-        """The whole map, for the oracle's solvers."""
-        return self.update(x, z, 0, z.shape[1], None)

@@ -13,17 +13,12 @@ from typing import Any
 
 import pytest
 
+from jacobiflow.cli import main
+
 
 def run_line(line: str, capsys: pytest.CaptureFixture[str]) -> SimpleNamespace:
     """Exit code, stdout and stderr of a command line."""
-    from jacobiflow.cli import app  # which imports all of the package
-
-    code: Any = 0
-    try:
-        app.main(shlex.split(line))
-    except SystemExit as stop:
-        code = stop.code
-    return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+    return SimpleNamespace(code=main(shlex.split(line)), **capsys.readouterr()._asdict())
 
 
 def figures(path: str | Path) -> Any:

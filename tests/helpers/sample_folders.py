@@ -61,10 +61,6 @@ def pixels_in(folder: jf.SampleFolder) -> Any:
     return torch.cat(list(folder.batches())).permute(0, 2, 3, 1).numpy()
 
 
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
 def everything(out: Path) -> dict[str, bytes]:
     """The files in a folder, without its lock."""
     files = (path for path in sorted(out.rglob("*")) if path.is_file() and path.name != ".lock")
@@ -72,7 +68,7 @@ def everything(out: Path) -> dict[str, bytes]:
 
 
 def facts(out: Path, foreign: Sequence[str] = ()) -> dict[str, Any]:
-    """What two runs of the same samples must share: every file, but not what the shards cost."""
+    """The files that two runs of the same samples must share, without what the shards cost."""
     files: dict[str, Any] = everything(out)
     for name in {"samples.png", *foreign} & files.keys():
         del files[name]

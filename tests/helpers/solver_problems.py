@@ -14,7 +14,7 @@ from torch import Tensor
 import jacobiflow as jf
 from jacobiflow.flows.guidance import guided
 from tests.helpers.oracle import Guide, Oracle, sequential
-from tests.helpers.problems import BlockProblem, MixingBlock, latents, make_flow
+from tests.helpers.problems import BlockProblem, latents, make_flow
 
 Map = Callable[[Tensor, Tensor, Any], Tensor]
 
@@ -86,25 +86,19 @@ def problem_of(g: Map, z: Tensor, context: Tensor | None = None, fronts: bool = 
     return BlockProblem(block, lambda x: g(x, z, context), z, context, sequential(lambda x: g(x, z, context), z))
 
 
-def mixing(length: int = 17, **watch: Any) -> BlockProblem:
-    """Three samples of a map whose first entry is learned: it is not z_1."""
-    block = MixingBlock(length, 2)
-    return problem_of(lambda x, z, _: block.g(x, z), normal(3, length, 2, seed=1), **watch)
-
-
 def echo(x: Tensor, z: Tensor, strength: Tensor) -> Tensor:
-    """x_t = z_t + strength sin(sum over s < t of 0.8^(t-s-1) x_s), a strength per sample."""
+    """x_t = z_t + strength (0.1 + sin(sum over s < t of 0.8^(t-s-1) x_s)), a strength per sample: x_1 is not z_1."""
     age = torch.arange(x.shape[1]).view(-1, 1) - torch.arange(x.shape[1]) - 1
     heard = torch.where(age >= 0, 0.8 ** age.clamp(min=0).double(), 0.0)
-    return z + strength.view(-1, 1, 1) * (heard @ x).sin()
+    return z + strength.view(-1, 1, 1) * (0.1 + (heard @ x).sin())
 
 
 STRENGTHS = torch.tensor([0.1, 1.5, 0.5, 0.9, 0.0, 1.2, 0.3], dtype=torch.float64)
 
 
-def echoes(fronts: bool = True, **watch: Any) -> BlockProblem:
-    """Seven samples that need from 1 to 21 sweeps."""
-    return problem_of(echo, normal(len(STRENGTHS), 24, 2, seed=2), STRENGTHS, fronts, **watch)
+def echoes(fronts: bool = True, num: int = 7, length: int = 24, **watch: Any) -> BlockProblem:
+    """Up to seven samples that need from 1 to 21 sweeps."""
+    return problem_of(echo, normal(num, length, 2, seed=2), STRENGTHS[:num], fronts, **watch)
 
 
 def steep(x: Tensor, z: Tensor, kind: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,16 @@ from jacobiflow.data import ImageDataset, digits
 from jacobiflow.training import StepReport, TrainConfig, read_metrics, train
 
 SIZES = {"channels": 32, "num_blocks": 2, "layers_per_block": 1, "num_classes": 10, "head_dim": 16, "expansion": 2}
-CONFIG = jf.TarFlowConfig(1, 8, 2, **SIZES, noise_std=0.1)
-SHIFTS_ONLY = replace(CONFIG, nvp=False)
+CONFIG = jf.TarFlowConfig(1, 8, 2, **SIZES, nvp=False, noise_std=0.1)  # learns its prior
 # 5 batches an epoch, so that 12 steps see three orders.
 SETTINGS = TrainConfig(steps=12, batch_size=8, warmup=4, bf16=False, checkpoint_every=5, sample_every=6)
 
 
 @cache
-def some_digits(num: int = 43) -> ImageDataset:
-    data = digits()
-    assert data.labels is not None
-    return ImageDataset(data.images[:num], data.labels[:num])
+def some_digits() -> ImageDataset:
+    images, labels = digits().images[:43], digits().labels
+    assert labels is not None
+    return ImageDataset(images, labels[:43])
 
 
 def fresh(config: jf.TarFlowConfig = CONFIG) -> jf.TarFlow:

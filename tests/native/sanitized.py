@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
-from jacobiflow import native
 from jacobiflow.native import build
+from tests.helpers.library_flows import CASES as FLOWS
+from tests.helpers.library_flows import LARGE, NATIVE, check
 from tests.helpers.native_problems import CASES
-from tests.helpers.random_flows import LARGE, SMALL, check
 
 torch.set_grad_enabled(False)
-loaded = native.load_library(Path(sys.argv[1]))
-build._loaded = lambda: SimpleNamespace(library=loaded)
+loaded = build.load_library(Path(sys.argv[1]))
+build._loaded = lambda: (loaded, "")
 for name, case in CASES.items():
     flow = case.flow()
     z = case.z(flow)
@@ -26,10 +25,11 @@ for name, case in CASES.items():
     torch.set_num_threads(case.threads)
     if case.block(flow).exact_inverse(z, case.context()).isfinite().all():
         print(name)
-for name, (features, build_large) in LARGE.items():
-    check(build_large(features).eval(), torch.randn(37, features), torch.randn(37, 2), threads=3)
+for name, (features, hidden) in LARGE.items():
+    flow = FLOWS[name].make(2, features, hidden=hidden)
+    check(flow, torch.randn(37, features), torch.randn(37, 2), threads=3)
     print(name)
-for name, build_small in SMALL.items():
-    flow = build_small().double().eval()
+for name in NATIVE:
+    flow = FLOWS[name].make(2, 6, torch.float64)
     check(flow, torch.randn(70, 6).double(), torch.randn(1, 2).double().expand(70, 2))
     print(name)

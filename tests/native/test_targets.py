@@ -6,28 +6,22 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from jacobiflow import native
 from jacobiflow.native import build, compiler
-from tests.helpers.native_problems import CASES, relative_error
-from tests.helpers.random_flows import LARGE, SMALL, check
+from tests.helpers.library_flows import CASES as FLOWS
+from tests.helpers.library_flows import LARGE, NATIVE, check
+from tests.helpers.native_problems import CASES, relative_error, threads
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HERE = Path(__file__).parent
 CPU = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
 TARGETS = compiler.TARGETS.get(platform.machine(), {})
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +42,18 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_targets_of_a_wheel_give_the_same(name: str, targets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not set(TARGETS[name]) <= set(CPU):
         pytest.skip("the processor has no such vectors")
-    loaded = SimpleNamespace(library=native.load_library(targets / name))
-    assert loaded.library.jacobiflow_lanes() == {"avx512": 16, "avx2": 8}.get(name, 4)
-    monkeypatch.setattr(build, "_loaded", lambda: loaded)
-    assert native.library() is loaded.library
+    loaded = build.load_library(targets / name)
+    assert loaded.jacobiflow_lanes() == {"avx512": 16, "avx2": 8}.get(name, 4)
+    monkeypatch.setattr(build, "_loaded", lambda: (loaded, ""))
     for case in CASES.values():
         flow = case.flow()
-        torch.set_num_threads(case.threads)
-        x = case.block(flow).exact_inverse(case.z(flow), case.context())
-        torch.set_num_threads(1)
+        with threads(case.threads):
+            x = case.block(flow).exact_inverse(case.z(flow), case.context())
         assert relative_error(x, case.answer(flow, case.z(flow))) < 3e-6, case
     for dtype in (torch.float32, torch.float64):
         x, context = torch.randn(70, 6, dtype=dtype), torch.randn(70, 2, dtype=dtype)
-        for build_small in SMALL.values():
-            with torch.no_grad():
-                check(build_small().to(dtype).eval(), x, context, threads=2)
+        for small in NATIVE:
+            check(FLOWS[small].make(2, 6, dtype), x, context, threads=2)
 
 
 def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
@@ -74,7 +65,7 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
         pytest.skip("the compiler has no sanitizers")
     flags = ("-march=native", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     path = tmp_path / "recurrences.so"
-    native.compile_library(path, flags)
+    compiler.compile_library(path, flags)
     result = subprocess.run(
         [sys.executable, HERE / "sanitized.py", path],
         env={
@@ -86,7 +77,7 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     output = result.stdout + result.stderr
-    assert result.returncode == 0 and result.stdout.split("\n")[:-1] == [*CASES, *LARGE, *SMALL], output
+    assert result.returncode == 0 and result.stdout.split("\n")[:-1] == [*CASES, *LARGE, *NATIVE], output
 
 
 def _printed(*command: str) -> str:

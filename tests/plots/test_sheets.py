@@ -35,9 +35,10 @@ def assert_placed(sheet: NDArray[np.uint8], images: Tensor, columns: int, zoom: 
 
 
 @pytest.mark.parametrize(("channels", "columns", "zoom"), [(1, 3, 2), (3, 7, 3)])
-def test_a_grid_places_every_pixel(channels: int, columns: int, zoom: int) -> None:
+def test_a_grid_places_every_pixel(channels: int, columns: int, zoom: int, tmp_path: Path) -> None:
     images = random_images(5, channels)
-    sheet = image_grid(images, columns, zoom)
+    save_png(image_grid(images, columns, zoom), tmp_path / "a.png")
+    sheet = Image.open(tmp_path / "a.png")
     assert sheet.mode == "RGB"
     assert_placed(np.asarray(sheet), images, columns, zoom)
     odd = torch.tensor([-torch.inf, -1.5, -1, 0, 1, 1.5, torch.inf, torch.nan]).view(1, 1, 1, 8)  # clipped; NaN: black
@@ -56,7 +57,7 @@ def test_rows_lie_under_their_captions() -> None:
         top = bottom
     assert top == len(pixels)
     narrow = np.asarray(rows_sheet([("a caption far wider than the image", random_images(1))]))
-    assert narrow.shape[1] > 150 and (narrow[:CAPTION, -4:] == WHITE).all()
+    assert (narrow[:CAPTION, -4:] == WHITE).all(), "cut off"
 
 
 def test_columns_have_names_if_these_are_the_same_on_every_line() -> None:
@@ -96,10 +97,3 @@ def test_a_trace_is_a_line_a_sample_and_a_column_a_block(denoised: bool, blocks:
     dark = (pixels[:CAPTION] < 128).any(axis=(0, 2))
     for left in range(0, columns * 116, 116):
         assert dark[left + 2 : left + 116].any() and not dark[left : left + 2].any(), f"caption at {left}"
-
-
-def test_a_sheet_is_a_file(tmp_path: Path) -> None:
-    image = image_grid(random_images(2, 3), 2)
-    save_png(image, tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as read:
-        assert np.array_equal(np.asarray(read), np.asarray(image))

@@ -184,16 +184,16 @@ def test_of_many_samples_four_exact_solves_tell_the_rounding() -> None:
 
 
 def test_rounding_grows_with_x_and_is_the_smallest_that_exact_solves_leave() -> None:
-    """A residual of 10 is rounding for x of size 1,000. A sample with 9 times its size does not show the rounding."""
-    noise, sizes = [0.01] * 3 + [9.0] * 3, [1000.0] * 3 + [2.0, 1.0, 1.0]
+    """It is 0.01 here; residuals of 7 and 9 of x of size 200 are 3.5 and 4.5 times that."""
+    noise, sizes = [0.01] * 3 + [9.0, 0.035, 0.045], [1000.0] * 3 + [2.0, 200.0, 200.0]
     solution = rounded(jf.Solver(HALVES, stopping=jf.Tolerance(1.0)), noise, sizes)
-    assert solution.network_calls == 3 + 3 + 5 + 5  # the last two are solved after the four others
-    assert solution.resolved_sequentially.all()
+    assert solution.network_calls == 3 + 3 + 5 + 5  # the last one is solved after the first four
+    assert solution.resolved_sequentially.tolist() == [True] * 4 + [False, True]
 
 
 def test_few_samples_are_solved_exactly_and_uncertified_ones_not() -> None:
     tolerance = jf.Tolerance(1.0)
-    one = rounded(jf.Solver(HALVES, stopping=tolerance), [9.0])
+    one = rounded(jf.Solver(HALVES, stopping=tolerance), [3.0])
     assert (one.network_calls, one.status.tolist()) == (3 + 3 + 5, [ROUNDING])
     swept = rounded(jf.Solver(HALVES, stopping=tolerance), certificate=False)
     assert (swept.network_calls, swept.status.tolist()) == (2, [CONVERGED] * 9)

@@ -1,4 +1,4 @@
-"""The loop on fixed memory; tests/test_device.py has its graphs."""
+"""CUDA graphs on the fake device: answers of the CPU, and graphs of shapes that come again."""
 
 from __future__ import annotations
 
@@ -6,23 +6,35 @@ import pytest
 import torch
 
 import jacobiflow as jf
-from jacobiflow.flows.guidance import guided
 from jacobiflow.solvers import graphs
-from tests.helpers.problems import latents, make_flow
+from tests.helpers.fake_device import FakeDevice
+from tests.helpers.solver_problems import normal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LABELS = torch.tensor([0, 2, -1, 1, 0])
 
-
-@pytest.mark.parametrize(("bucket", "guidance"), [(1, None), (5, jf.Guidance(0.6, attn_temperature=1.5)), (64, None)])
-@pytest.mark.parametrize("slots", [5, 2])
-def test_steps_at_rounded_contexts_are_the_sequential_loop(
-    guidance: jf.Guidance | None, bucket: int, slots: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("solver", "num", "sweeps", "captures", "replays"),
+    [
+        (jf.Solver(jf.Sequential()), 5, 192, 8, 192),  # of 4 contexts for two samples, and for one
+        (jf.Solver(jf.Window(16)), 1, 20, 2, 16),  # two sweeps of a context without
+        (jf.Solver(jf.Window(64)), 1, 12, 0, 0),
+        (jf.Solver(jf.Whole()), 1, 12, 0, 0),  # each sweep is of another length
+    ],
+    ids=lambda value: str(value.partition) if isinstance(value, jf.Solver) else "",
+)
+def test_graphs_are_captured_for_contexts_that_come_again(
+    solver: jf.Solver, num: int, sweeps: int, captures: int, replays: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "_BUCKET", bucket)
-    flow = make_flow(num_classes=3)
-    block, z = guided(flow.blocks[1], guidance), latents(flow, 5)
-    exact = jf.solve(block, z, jf.Solver(jf.Sequential()), LABELS).x
-    with torch.no_grad():
-        torch.testing.assert_close(graphs.solve_by_tokens(block, z, LABELS, slots), exact, rtol=0, atol=1e-12)
+    monkeypatch.setattr(graphs, "_BUCKET", 16)
+    monkeypatch.setattr(graphs, "_SWEEPS", 48)
+    z, labels = normal(num, 64, 1).float(), torch.arange(num)
+    expected = jf.solve(jf.load("digits-p1").blocks[3], z, solver, labels, slots=2)
+    with FakeDevice() as device:
+        block = jf.load("digits-p1", device="cuda").blocks[3]
+        with device.counting() as counts:
+            solution = jf.solve(block, z.to("cuda"), solver, labels.to("cuda"), slots=2)
+        x = solution.x.cpu()
+    torch.testing.assert_close(x, expected.x, rtol=0, atol=2e-3)
+    assert solution.sweeps == sweeps  # fronts are looked at every fourth sweep
+    assert (counts.captures, counts.operations["replay"]) == (captures, replays)

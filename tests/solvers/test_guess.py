@@ -57,9 +57,7 @@ def test_a_causal_linear_guess_is_its_convolution_and_its_shift(given: tuple[Ten
     guess = jf.CausalLinear(kernel, shift)
     assert error(guess(z), convolved(kernel, z, delay=0) + shift) < 1e-12
     assert torch.equal(z, kept)
-    in_float32 = guess(z.float())
-    assert in_float32.dtype == torch.float32
-    assert error(in_float32.double(), guess(z)) < 1e-3
+    assert guess(z.float()).dtype == torch.float32
 
 
 def test_a_fit_finds_a_causal_linear_map() -> None:
@@ -95,7 +93,6 @@ def test_pieces_with_tensors_are_equal_if_their_values_are(piece: Any, others: l
     assert piece == same
     assert all(piece != other for other in (*others, jf.Latent(), None))
     assert len({piece, same, *others}) == 3
-    assert len({hash(piece), *map(hash, others)}) > 1
     assert repr(piece) == text
 
 
@@ -103,10 +100,11 @@ def test_pieces_with_tensors_are_equal_if_their_values_are(piece: Any, others: l
     ("build", "names"),
     [
         (lambda: jf.MeanAffine(SHIFT, SHIFT[:, :1]), r"MeanAffine: shift=a tensor \(5, 1\)"),
-        (lambda: jf.MeanAffine(SHIFT, SHIFT)(normal(1, 4, 2)), r"MeanAffine.*\(5, 2\).*\(4, 2\)"),
+        (lambda: jf.MeanAffine(SHIFT, SHIFT).check(4, 2), r"MeanAffine.*\(5, 2\).*\(4, 2\)"),
         (lambda: jf.CausalLinear(torch.ones(3, 2, 4), SHIFT), r"CausalLinear: kernel=a tensor \(3, 2, 4\)"),
         (lambda: jf.CausalLinear(KERNEL * math.nan, SHIFT), "CausalLinear: kernel=.* holds a NaN"),
-        (lambda: jf.CausalLinear(KERNEL, SHIFT)(normal(1, 6, 2)), r"CausalLinear.*\(5, 2\).*\(6, 2\)"),
+        (lambda: jf.Solver(guess=jf.CausalLinear(KERNEL, SHIFT)).check(5, 1), r"CausalLinear.*\(5, 2\).*\(5, 1\)"),
+        (lambda: jf.Solver(correction=jf.Chord(KERNEL)).check(5, 3), r"Chord\(kernel=\(3, 2, 2\)\).*tokens have 3"),
     ],
 )
 def test_values_that_do_not_fit_are_refused(build: Callable[[], Any], names: str) -> None:

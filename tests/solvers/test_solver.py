@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from jacobiflow.solvers import Stopping
 
 KERNEL = torch.tensor([[[0.5, -1.0], [0.25, 3.0]]])
 SOLVERS = [
-    jf.Solver(),
+    jf.Solver(jf.Sequential()),
     jf.Solver(jf.Whole(), jf.Zeros(), jf.EarlyStop(), jf.Chord(KERNEL), bf16_sweeps=3),
     jf.Solver(jf.Segments(2), jf.MeanAffine(KERNEL[0], KERNEL[0]), jf.MaxSweeps((5, 3)) | jf.Tolerance(0.5)),
     jf.Solver(jf.Window(8), jf.CausalLinear(KERNEL, KERNEL[0]), jf.MaxSweeps(4)),
@@ -42,6 +43,21 @@ def test_pieces_that_do_not_go_together_are_refused(build: Callable[[], Any], na
 @pytest.mark.parametrize("solver", SOLVERS, ids=range(len(SOLVERS)))
 def test_a_solver_comes_back_from_json(solver: jf.Solver) -> None:
     assert codec.decode(jf.Solver, json.loads(json.dumps(codec.encode(solver), allow_nan=False))) == solver
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=range(len(SOLVERS)))
+def test_pieces_do_not_change(solver: jf.Solver) -> None:
+    for piece in (solver, solver.partition, solver.guess, solver.stopping, solver.correction):
+        with pytest.raises(FrozenInstanceError):
+            piece.count = 1
+
+
+def test_pieces_define_what_they_do() -> None:
+    for base in (jf.Partition, jf.SlidingRun, jf.Guess, jf.Correction):
+        with pytest.raises(TypeError, match="abstract"):
+            base()
+    z, block = torch.ones(1, 2, 1), jf.load("digits-p1").blocks[0]
+    assert jf.Zeros.fit(z, z) is jf.Plain.fit(block, z, z, jf.Zeros(), None) is None
 
 
 def test_rules_are_values_that_join() -> None:

@@ -16,7 +16,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from jacobiflow.locking import FolderInUseError, locked
+from jacobiflow.files import FolderInUseError, locked
 from tests.helpers.sample_folders import Killed, everything, facts, flip, killed, run
 
 WRITES = st.integers(0, 30)  # before a kill; a run makes about 10 to 25

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +16,12 @@ import torch
 import jacobiflow as jf
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
-from jacobiflow.strategy.plan import rounding_floor
-from tests.helpers.invented import GUIDANCE, TOKENS, Machine, draw, small, tuned
+from jacobiflow.strategy import BlockTuning
+from jacobiflow.strategy.race import Race, Runner
+from jacobiflow.strategy.tune import SAMPLES
+from tests.helpers.invented import GUIDANCE, TOKENS, Halfway, Machine, draw, make_tuning, small, tuned
 
+PLAN: Any = importlib.import_module("jacobiflow.strategy.plan")  # whose name in the package is the function's
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LATENTS = draw_latents(4, TOKENS, 4, seed=11)
@@ -93,6 +99,151 @@ def test_a_plan_whose_images_are_off_is_tightened(monkeypatch: pytest.MonkeyPatc
     assert (draw(flow, plan, LATENTS).images - exact).abs().max() <= 1e-2
 
 
+class Winners:
+    """Races whose winner in each block, in order of sampling, is known; `None` is the exact loop."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *winners: tuple[jf.Solver, float] | None) -> None:
+        self.limits, self.winners = list[float](), winners
+        monkeypatch.setattr(PLAN, "Race", self._race)
+        monkeypatch.setattr(Race, "run", self._run)
+
+    def _race(self, *arguments: Any) -> Race:
+        self.limits.append(arguments[-1])
+        self.rest = iter(self.winners)
+        return Race(*arguments)
+
+    def _run(self, block: Any, z: torch.Tensor, labels: Any, solvers: Any) -> Runner | None:
+        winner, self.z = next(self.rest), z
+        if winner is None:
+            return None
+        return Runner(winner[0], (winner[1],), jf.solve(block, z, jf.Solver(jf.Sequential()), labels).x, 9)
+
+
+@pytest.mark.parametrize(
+    ("stopping", "error", "tightened"),
+    [
+        (jf.Tolerance(2e-3), 4e-3, [jf.Tolerance(2e-3 / 8), jf.Tolerance(2e-3 / 64)]),
+        (jf.MaxSweeps(2), 4e-3, [jf.MaxSweeps(3), jf.MaxSweeps(4)]),
+        (jf.MaxSweeps(2), 4e-2, [jf.MaxSweeps(4), jf.MaxSweeps(6)]),
+    ],
+)
+def test_sweeps_are_tightened_twice_to_half_of_the_error_allowed(
+    stopping: Any, error: float, tightened: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or by a sweep for each power of ten; then the exact loop is the plan."""
+    flow, solver = Machine(1.0).carry(small(), monkeypatch), jf.Solver(stopping=stopping)
+    Winners(monkeypatch, (solver, 1.0), (solver, 1.0))
+    given, notes = list[Any](), list[tuple[int, int, str]]()
+
+    def solve_certified(block: Any, z: torch.Tensor, solver: jf.Solver, labels: Any, **named: Any) -> Any:
+        given.append(solver.stopping)
+        exact = jf.solve(block, z, jf.Solver(jf.Sequential()), labels).x
+        return SimpleNamespace(x=exact + error * (block is flow.blocks[0]))
+
+    monkeypatch.setattr(PLAN, "solve_certified", solve_certified)
+    plan = jf.plan(flow, batch_size=6, progress=lambda *note: notes.append(note))
+    assert is_loop(*plan.solvers)
+    assert notes == [
+        (1, 2, "timing solvers"),
+        (2, 2, "timing solvers"),
+        *[(1, 2, "verifying"), (2, 2, "verifying")] * 4,
+    ]
+    for want, found in zip([stopping, *tightened], given[::2], strict=True):
+        assert found.max_sweeps == want.max_sweeps
+        assert found.atol is want.atol is None or found.atol == pytest.approx(want.atol, rel=0.05)
+
+
+def test_a_plan_that_is_no_faster_when_verified_is_the_exact_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take 0.97 of its time, at the second try at least; a large batch is not timed again."""
+    machine = Machine(1.0)
+    flow = machine.carry(small(), monkeypatch)
+    loop = 2 * machine.seconds(1, *[1] * TOKENS)
+    for batch_size, shares, taken in (
+        (4, [0.9], 0.9),
+        (4, [1.5, 0.96], 0.96),
+        (4, [1.5, 0.98], None),
+        (6, [1.5], 0.25),
+    ):
+        rest = iter(shares)
+        Winners(monkeypatch, *[(jf.Solver(), loop / 8)] * 2)
+        monkeypatch.setattr(PLAN, "timed", lambda run, device, rest=rest: (next(rest) * loop, run()))
+        plan = jf.plan(flow, batch_size=batch_size, tolerance=1e-2)
+        assert is_loop(*plan.solvers) == (taken is None)
+        assert plan.prediction is not None
+        assert plan.prediction.seconds == pytest.approx((taken or 1.0) * loop)
+
+
+def test_the_seconds_of_a_race_are_those_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two samples, where batches are of one; together they may take 0.97 of the exact loop's time."""
+    machine = Machine(1.0)
+    flow = machine.carry(small(), monkeypatch)
+    loop, window = machine.seconds(1, *[1] * TOKENS), jf.Solver(jf.Window(4))
+    latents = draw_latents(6, TOKENS, 4, start=FIRST_CALIBRATION_LATENT + SAMPLES)
+    for batch_size, seconds, wins in ((6, 0.93 * loop, True), (6, 0.95 * loop, False), (1, 1.86 * loop, True)):
+        winners = Winners(monkeypatch, None, (window, seconds))
+        plan = jf.plan(flow, batch_size=batch_size, tolerance=1e-2)
+        assert [is_loop(solver) for solver in plan.solvers] == [not wins, True]
+        z = flow.blocks[1].permutation(flow.prior_tokens(latents[: len(winners.z)]))
+        exact = jf.solve(flow.blocks[1], z, jf.Solver(jf.Sequential()), torch.arange(len(z)) % 3).x
+        torch.testing.assert_close(winners.z, flow.blocks[1].permutation(exact))  # where the exact loop won
+        assert plan.prediction is not None
+        assert batch_size == 1 or plan.prediction.seconds == pytest.approx(loop + (seconds if wins else loop))
+
+
+def test_races_take_two_seconds_or_half_of_the_exact_loop_s_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    for call, limit in ((1.0, 16.0), (0.1, 2.0)):
+        winners = Winners(monkeypatch, None, None)
+        jf.plan(Machine(call).carry(small(), monkeypatch), batch_size=1)
+        assert winners.limits == pytest.approx([limit])
+
+
+def test_a_plan_is_verified_on_latents_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of up to four samples, after those of a tuning and of the races, which take two at least."""
+    drawn = list[range]()
+
+    def noted(num: int, *sizes: int, start: int) -> torch.Tensor:
+        drawn.append(range(start - FIRST_CALIBRATION_LATENT, start - FIRST_CALIBRATION_LATENT + num))
+        return draw_latents(num, *sizes, start=start)
+
+    monkeypatch.setattr(PLAN, "draw_latents", noted)
+    for batch_size, raced, verified in ((1, 2, 1), (16, 16, 4)):
+        drawn.clear()
+        Winners(monkeypatch, *[(jf.Solver(), 1.0)] * 2)
+        jf.plan(Machine(1.0).carry(small(), monkeypatch), batch_size=batch_size)
+        timing, race, verification = drawn
+        assert (len(timing), len(race), len(verification)) == (batch_size, raced, verified)
+        assert SAMPLES <= timing.start == race.start < race.stop <= verification.start
+
+
+def test_a_plan_is_for_16_samples_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = jf.plan(Machine(0.01).carry(small(), monkeypatch))
+    assert plan.prediction is not None
+    assert (plan.prediction.batch_size, plan.tolerance) == (16, 1e-3)
+
+
+def test_a_plan_has_the_pieces_of_the_tuning_in_the_model_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a reader's own too; if it is of the flow's weights."""
+    pieces = BlockTuning(jf.Zeros(), Halfway(100))
+    small().save_pretrained(tmp_path)
+    make_tuning(pieces, pieces).save(tmp_path / "tuning.json")
+    flow = Machine(1.0).carry(jf.load(tmp_path), monkeypatch)
+    solvers = jf.plan(flow, batch_size=2).solvers
+    assert {(solver.guess, solver.correction) for solver in solvers} == {(jf.Zeros(), Halfway(100))}
+    with torch.no_grad():
+        flow.blocks[0].proj_out.bias.add_(0.1)  # fine-tuned in place
+    with pytest.warns(
+        UserWarning, match="the tuning in the flow's folder is of other weights, and is not used"
+    ) as caught:
+        plan = jf.plan(flow, batch_size=2)
+    assert caught[0].filename == __file__
+    assert {solver.guess for solver in plan.solvers} == {jf.Latent()}
+    (tmp_path / "tuning.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tuning .*tuning\.json"):
+        jf.plan(flow)
+
+
 def test_candidates_are_of_the_flow_s_length(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: set[int] = set()
     candidates = classmethod(lambda cls, num_tokens: lengths.add(num_tokens) or (cls(8),))
@@ -112,14 +263,18 @@ def test_a_tolerance_below_the_network_s_rounding_is_raised_to_it(monkeypatch: p
     machine = Machine(1.0)
     flow, wide = machine.carry(copy.deepcopy(small()).bfloat16(), monkeypatch), machine.carry(small(), monkeypatch)
     z = draw_latents(4, TOKENS, 4, start=FIRST_CALIBRATION_LATENT)
-    floor, exact = rounding_floor(flow), draw(flow, "sequential", z, certify="always")
+    floor, exact = PLAN.rounding_floor(flow), draw(flow, "sequential", z, certify="always")
     assert exact.certificate is not None
     assert float(exact.certificate.max()) <= floor < 0.2
-    with pytest.warns(UserWarning, match=r"tolerance 1e-06 is below the rounding of this flow's network: planned for"):
+    with pytest.warns(
+        UserWarning, match=r"tolerance 1e-06 is below the rounding of this flow's network: planned for"
+    ) as caught:
         plan = jf.plan(flow, batch_size=4, tolerance=1e-6)
     assert plan.tolerance == pytest.approx(2 * floor)
+    assert caught[0].filename == __file__
+    assert jf.plan(wide, batch_size=1, tolerance=1e-9).tolerance == 1e-9
     assert jf.plan(flow, batch_size=1, tolerance=2.1 * floor).tolerance == 2.1 * floor
     with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="below the rounding"):
         jf.plan(wide, batch_size=1, tolerance=1e-6)
     flow.blocks[0].proj_out.bias.data[:4] = 200.0  # whose exact inverse overflows: that tells no rounding
-    assert rounding_floor(flow) < math.inf
+    assert PLAN.rounding_floor(flow) < math.inf

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from jacobiflow.calibration import gs_jacobi_notation
 from jacobiflow.calibration.metrics import Metrics
 from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.strategy import Prediction
+from jacobiflow.strategy.strategy import device_name
 from tests.helpers.invented import GUIDANCE, Counts, counted, igm, make_report, same, trace
 from tests.helpers.running import put
 
@@ -38,6 +40,8 @@ def test_a_strategy_comes_back_from_its_file(tmp_path: Path) -> None:
     assert (back, back.fingerprint, back.prediction) == (PLAN, PLAN.fingerprint, PLAN.prediction)
     value = json.loads((tmp_path / "plan.json").read_text())
     assert (value["format_version"], value["fingerprint"], value["tolerance"]) == (1, "f" * 64, 1e-3)
+    assert (tmp_path / "plan.json").read_text().startswith('{\n "format_version"')
+    assert {back.prediction, PLAN.prediction} == {PLAN.prediction}
     assert hash(back) == hash(PLAN) == hash(replace(PLAN, fingerprint=None))
     assert replace(PLAN, tolerance=None) != PLAN == replace(PLAN, fingerprint=None)
 
@@ -56,6 +60,23 @@ def test_a_broken_file_is_one_error_that_names_the_place(path: Any, new: Any, me
     (tmp_path / "plan.json").write_text(json.dumps(put(PLAN.to_json(), path, new)))
     with pytest.raises(ValueError, match=r"^strategy .*plan\.json: .*" + message):
         jf.Strategy.load(tmp_path / "plan.json")
+
+
+def test_a_strategy_has_up_to_1000_blocks_and_65536_tokens() -> None:
+    assert len(jf.Strategy.uniform(jf.Solver(), 1000).solvers) == 1000
+    assert len(jf.Strategy.parse("jacobi", num_blocks=1000, num_tokens=2**16).solvers) == 1000
+    for sizes in ((1001, 8), (1, 2**16 + 1)):
+        with pytest.raises(ValueError, match="the limit is"):
+            jf.Strategy.parse("jacobi", num_blocks=sizes[0], num_tokens=sizes[1])
+    for num in (0, 1001):
+        with pytest.raises(ValueError, match=f"solvers: {num} of them"):
+            jf.Strategy((jf.Solver(),) * num)
+
+
+def test_a_plan_is_for_a_gpu_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the name of {device}")
+    assert device_name(torch.device("cuda:1")) == "the name of cuda:1"
+    assert device_name(torch.device("cpu")) == "cpu with 1 threads"
 
 
 def test_the_tolerance_that_a_plan_was_made_for_stays() -> None:
@@ -108,6 +129,9 @@ def test_the_strategy_that_a_report_proposes() -> None:
     each = jf.Strategy.from_report(report, per_segment=True)
     assert gs_jacobi_notation(report, per_segment=True) == "[0/7-256/8-1/13,12,12,12,12,12,12,12-6]"
     assert each.solvers[:7] == found.solvers[:7]
+    for sweeps, want in ((26, jf.Segments(1)), (27, jf.Segments(128))):  # a call costs 32 tokens
+        report = make_report([90, 1, 1], segments={0: {1: [same(sweeps)]}}, num_tokens=128)
+        assert jf.Strategy.from_report(report).solvers[0].partition == want
     easy = make_report([2, 2, 2], noise=noise[:3])
     assert gs_jacobi_notation(easy) == "Jacobi-200"
 

@@ -35,8 +35,10 @@ def total_sweeps(flow: jf.TarFlow, tuning: jf.Tuning | None) -> int:
 @pytest.mark.parametrize("guidance", [None, GUIDANCE])
 def test_fitted_pieces_save_sweeps_on_other_latents(guidance: jf.Guidance | None) -> None:
     flow = small().guided(guidance)
-    tuning = jf.tune(flow, samples=8)
-    assert (tuning.guidance, tuning.samples, len(tuning.blocks)) == (guidance, 8, 2)
+    notes = list[tuple[int, int, str]]()
+    tuning = jf.tune(flow, progress=lambda *note: notes.append(note))
+    assert (tuning.guidance, tuning.samples, tuning.seed, len(tuning.blocks)) == (guidance, 16, 0, 2)
+    assert notes[-2:] == [(1, 2, "tuning"), (2, 2, "tuning")]
     assert total_sweeps(flow, tuning) < total_sweeps(flow, None)
     tuning.check(flow)
 
@@ -52,6 +54,7 @@ def test_a_tuning_comes_back_from_its_file_and_fits_its_flow_only(tmp_path: Path
     tuning = replace(tuned(), blocks=(tuned().blocks[0], replace(tuned().blocks[1], correction=Halfway(100))))
     tuning.save(tmp_path / "t.json")
     assert jf.Tuning.load(tmp_path / "t.json") == tuning != tuned()
+    assert len({tuning, tuned(), jf.Tuning.load(tmp_path / "t.json")}) == 2
     with pytest.raises(ValueError, match=r"the tuning is of another flow.*tune this one"):
         tuning.check(small(1))
     wrong = replace(tuning.blocks[1], guess=jf.MeanAffine(torch.zeros(16, 3), torch.zeros(16, 3)))
@@ -76,7 +79,9 @@ def test_a_tuning_is_found_by_its_guidance_and_copied_with_the_model(tmp_path: P
         assert jf.find_tuning(jf.load(tmp_path / "b").guided(guidance)) == tmp_path / "b" / name
 
 
-def test_labels_that_do_not_fit_are_refused() -> None:
+def test_labels_that_do_not_fit_and_a_single_sample_are_refused() -> None:
+    with pytest.raises(ValueError, match="samples=1: give a whole number, at least 2"):
+        jf.tune(small(), samples=1)
     for labels, message in (([3], "label 3"), (torch.arange(0), "give one class or more")):
         with pytest.raises(ValueError, match=message):
             jf.tune(small(), labels)

@@ -24,7 +24,6 @@ from tests.helpers.running import run_line
 from tests.helpers.training_runs import (
     CONFIG,
     SETTINGS,
-    SHIFTS_ONLY,
     assert_same,
     assert_same_run,
     checkpoint,
@@ -42,29 +41,22 @@ SIZE = "--images digits --image-size 8 --channels 16 --head-dim 8 --blocks 1 --l
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """A run to the end, by whether the flow has scales."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    outs = {config.nvp: tmp_path_factory.mktemp("undisturbed") for config in (CONFIG, SHIFTS_ONLY)}
-    for config in (CONFIG, SHIFTS_ONLY):
-        fit(outs[config.nvp], config=config)
-    torch.set_num_threads(threads)
-    return outs
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    """A run to the end, of a flow that learns its prior."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    fit(out)
+    return out
 
 
-@pytest.mark.parametrize(("config", "steps"), [(CONFIG, (1, 8)), (SHIFTS_ONLY, (5,))])
-def test_a_resumed_run_ends_as_an_undisturbed_one(
-    config: jf.TarFlowConfig, steps: tuple[int, ...], undisturbed: dict[bool, Path], tmp_path: Path
-) -> None:
-    for step in steps:
+def test_a_resumed_run_ends_as_an_undisturbed_one(undisturbed: Path, tmp_path: Path) -> None:
+    for step in (1, 8):
         with pytest.raises(KeyboardInterrupt):
-            fit(tmp_path, config=config, on_step=interrupt_at(step))
+            fit(tmp_path, on_step=interrupt_at(step))
         assert checkpoint(tmp_path)["step"] == step
         assert not (tmp_path / "model.safetensors").exists()
-    fit(tmp_path, config=config)
-    fit(tmp_path, config=config, on_step=interrupt_at(*range(14)))  # no step is left to do
-    assert_same_run(tmp_path, undisturbed[config.nvp])
+    fit(tmp_path)
+    fit(tmp_path, on_step=interrupt_at(*range(14)))  # no step is left to do
+    assert_same_run(tmp_path, undisturbed)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +64,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(
     [(jf.TarFlow, "normalize", 7), (json, "dumps", 5)],  # before the update, and after it
 )
 def test_an_interruption_within_a_step_saves_no_half_step(
-    kind: Any, name: str, step: int, undisturbed: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: Any, name: str, step: int, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call, calls = getattr(kind, name), count(1)
 
@@ -87,7 +79,7 @@ def test_an_interruption_within_a_step_saves_no_half_step(
         fit(tmp_path)
     assert checkpoint(tmp_path)["step"] == step
     fit(tmp_path)
-    assert_same_run(tmp_path, undisturbed[True])
+    assert_same_run(tmp_path, undisturbed)
 
 
 def test_a_terminated_command_leaves_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,8 +94,7 @@ def test_a_terminated_command_leaves_a_checkpoint(tmp_path: Path, capsys: pytest
     thread = threading.Thread(target=terminate)
     thread.start()
     try:
-        line = f"train {SIZE} --no-bf16 --steps 100000 --out {tmp_path}"
-        shown = run_line(line, capsys)
+        shown = run_line(f"train {SIZE} --no-bf16 --steps 100000 --out {tmp_path}", capsys)
     finally:
         ended.set()
         thread.join()
@@ -115,11 +106,12 @@ def test_the_loss_falls_and_the_averaged_flow_is_the_model_folder(tmp_path: Path
     reports: list[StepReport] = []
     sheets: list[tuple[int, Tensor]] = []
     settings = replace(SETTINGS, steps=60, learning_rate=5e-3, ema=0.9, bf16=True, sample_every=30)
+    config = replace(CONFIG, nvp=True)
 
     def on_sample(flow: jf.TarFlow, step: int) -> None:
         sheets.append((step, flow.blocks[0].proj_in.weight.clone()))
 
-    average = fit(tmp_path, settings, on_step=reports.append, on_sample=on_sample)
+    average = fit(tmp_path, settings, config, on_step=reports.append, on_sample=on_sample)
     losses = [report.loss for report in reports]
     assert sum(losses[-8:]) / 8 < sum(losses[:8]) / 8 - 0.5
     for report in reports:  # the loss leaves out the constant of the normal density
@@ -133,11 +125,11 @@ def test_the_loss_falls_and_the_averaged_flow_is_the_model_folder(tmp_path: Path
     assert_same(dict(jf.load(tmp_path).state_dict()), dict(average.state_dict()))
     images, labels = some_digits().batch(slice(None))
     with torch.no_grad():
-        before, after = (flow.bits_per_dim(images, labels).mean() for flow in (fresh(), average))
+        before, after = (flow.bits_per_dim(images, labels).mean() for flow in (fresh(config), average))
     assert after < before - 0.5
 
 
-@pytest.mark.parametrize("config", [CONFIG, SHIFTS_ONLY])
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, nvp=True)])
 def test_every_parameter_is_trained_and_the_average_follows(config: jf.TarFlowConfig, tmp_path: Path) -> None:
     flow = fresh(config)
     before = {name: parameter.detach().clone() for name, parameter in flow.named_parameters()}
@@ -174,7 +166,7 @@ def test_steps_are_of_new_orders_noise_and_dropped_labels(tmp_path: Path, monkey
 
     monkeypatch.setattr(jf.TarFlow, "normalize", recorded)
     grey = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(40, 1, 8, 8).contiguous()
-    config = replace(SHIFTS_ONLY, noise_std=1e-3)
+    config = replace(CONFIG, noise_std=1e-3)
     settings = replace(SETTINGS, steps=60, drop_label=0.25, noise=Noise("gaussian", 1e-3))
     average = train(fresh(config), ImageDataset(grey, torch.arange(40) % 10), settings, tmp_path)
     seen, labels = (torch.cat(column) for column in zip(*batches, strict=True))
@@ -206,29 +198,19 @@ def test_images_are_augmented_anew_in_every_epoch(tmp_path: Path, monkeypatch: p
     assert seen > {27, 28, 35, 36}  # of the image, or of its mirror, moved
 
 
-def test_the_learning_rate_warms_up_and_falls_by_a_cosine(undisturbed: dict[bool, Path]) -> None:
+def test_the_learning_rate_warms_up_and_falls_by_a_cosine(undisturbed: Path) -> None:
     settings = TrainConfig(steps=110, learning_rate=0.02, warmup=10)
     assert settings.rate(0) == pytest.approx(0.002)
     assert settings.rate(9) == settings.rate(10) == pytest.approx(0.02)
     assert settings.rate(35) == pytest.approx(1e-6 + (0.02 - 1e-6) * (2 + math.sqrt(2)) / 4)
     assert settings.rate(110) == settings.rate(1000) == pytest.approx(1e-6)
     assert replace(settings, warmup=0).rate(0) == pytest.approx(0.02)
-    rates = [report.rate for report in read_metrics(undisturbed[True])]
+    rates = [report.rate for report in read_metrics(undisturbed)]
     assert rates == pytest.approx([SETTINGS.rate(step) for step in range(12)], abs=1e-6)
-    assert checkpoint(undisturbed[True])["optimizer"]["param_groups"][0]["lr"] == SETTINGS.rate(11)
+    assert checkpoint(undisturbed)["optimizer"]["param_groups"][0]["lr"] == SETTINGS.rate(11)
 
 
-@pytest.mark.parametrize(
-    ("name", "words"), [("config.json", "config.json: not of a model"), ("notes.txt", "holds notes.txt, and no")]
-)
-def test_a_folder_of_something_else_is_refused(tmp_path: Path, name: str, words: str) -> None:
-    (tmp_path / name).write_text("mine")
-    before = contents(tmp_path)
-    assert words in error_of(lambda: fit(tmp_path))
-    assert contents(tmp_path) == before
-
-
-def test_data_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     out, data = tmp_path / "out", some_digits()
     colour, noise = ImageDataset(data.images.expand(-1, 3, -1, -1).contiguous(), data.labels), Noise("gaussian", 0.2)
     few_classes = replace(CONFIG, num_classes=3)
@@ -242,6 +224,11 @@ def test_data_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: P
     with pytest.raises(TypeError, match="config='x' of type str: give "):
         train(fresh(), data, "x", out)  # type: ignore[arg-type]
     assert not out.exists()
+    for name, words in (("notes.txt", "holds notes.txt, and no"), ("config.json", "config.json: not of a model")):
+        (tmp_path / name).write_text("mine")
+        before = contents(tmp_path)
+        assert words in error_of(lambda: fit(tmp_path))
+        assert contents(tmp_path) == before
 
 
 def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
@@ -253,15 +240,11 @@ def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_last_checkpoint(t
     assert all(torch.isfinite(tensor).all() for tensor in state["flow"].values())
 
 
-def test_a_run_resumes_with_its_own_labels_only(undisturbed: dict[bool, Path]) -> None:
-    data = some_digits()
-    other = ImageDataset(data.images, data.labels.flip(0))
-    assert "of another run (images=" in error_of(lambda: train(fresh(), other, SETTINGS, undisturbed[True]))
-
-
-def test_problems_are_named(undisturbed: dict[bool, Path], tmp_path: Path) -> None:
-    run = Path(shutil.copytree(undisturbed[True], tmp_path / "run"))
+def test_other_labels_and_problems_are_named(undisturbed: Path, tmp_path: Path) -> None:
+    run, data = Path(shutil.copytree(undisturbed, tmp_path / "run")), some_digits()
     assert list(problems(run)) == []
+    other = ImageDataset(data.images, data.labels.flip(0))
+    assert "of another run (images=" in error_of(lambda: train(fresh(), other, SETTINGS, run))
     log = run / "metrics.jsonl"
     log.write_text(log.read_text().splitlines()[0] + "\n")
     assert list(problems(run)) == [f"{log}: lacks 11 of 12 steps; training goes on without them"]

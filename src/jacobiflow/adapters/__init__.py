@@ -1,6 +1,5 @@
 """Fast inverses and densities of the masked autoregressive flows of zuko, nflows, normflows and pyro."""
 
-from jacobiflow.adapters.accelerate import accelerate
-from jacobiflow.adapters.acceleration import Acceleration
+from jacobiflow.adapters.acceleration import Acceleration, accelerate
 
 __all__ = ["Acceleration", "accelerate"]

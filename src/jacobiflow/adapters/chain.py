@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from jacobiflow.adapters.network import MaskedNetwork, Slot, UnsupportedError, find_order
-from jacobiflow.adapters.side_effects import DROPOUTS, has_hooks, has_replaced_forward, is_traced
-from jacobiflow.native.masked import masked_transform, permutation, run_chain
-from jacobiflow.native.structures import Elementwise, Transform
+from jacobiflow.native.masked import Elementwise, Transform, masked_transform, permutation, run_chain
 
 Values = tuple[Tensor, Tensor | None]
 """Rows after a chain, and the logarithm of the determinant of its Jacobian if a caller wants it."""
@@ -25,12 +24,13 @@ Values = tuple[Tensor, Tensor | None]
 Fallback = Callable[[Float[Tensor, "b d"], Float[Tensor, "b c"] | None], Values]
 """Rows, context -> values by the library's own code."""
 
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _SETTINGS = (bool, int, float, str, type, partial, FunctionType, BuiltinFunctionType, MethodType)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A transform of a library for native code, which reads the values of its tensors at every call.
+    """A transform of a library for native code.
 
     Attributes:
         module: The library's transform.
@@ -38,8 +38,8 @@ class Part:
         memory: What has to live as long as `transform`.
         features: D, or `None` if it takes any.
         context: The width of the context that its network takes, or `None` if it has no network.
-        tensors: Weights, biases, scales and shifts.
-        constants: Masks and indices.
+        tensors: Weights, biases, scales and shifts, whose values are read at every call.
+        constants: Masks and indices, which must not change.
     """
 
     module: nn.Module
@@ -123,12 +123,7 @@ class Snapshot:
 
 
 class Chain:
-    """The transforms of a module as native code takes them.
-
-    Args:
-        module: A transform, or a composition of transforms.
-        describe: Gives its transforms.
-        is_conditional: Whether there is a context.
+    """The transforms of a transform or composition as native code takes them, with a context or without.
 
     Attributes:
         obstacle: Why native code does not take the module, or `None` if it does.
@@ -174,13 +169,8 @@ class Chain:
     ) -> Values | None:
         """Returns the values of the chain and their log-determinants; `None` if native code cannot compute them.
 
-        Args:
-            x: Rows of the dtype of the weights.
-            context: A row for each row of `x`, or one for all.
-            is_inverse: Whether to invert the chain.
-            fallback: Computes the rows that are not finite, or that overflow on the way. Without it there is no result
-                if there are any.
-            log_det: See `native.masked.run_chain`.
+        The arguments are those of `native.masked.run_chain`. `fallback` computes the rows that are not finite, or
+        overflow on the way; without it there is no result if there are any.
         """
         width = 0 if context is None else context.shape[1]
         if self.obstacle is not None or self._contexts != {width} or self._features != {x.shape[1]}:
@@ -226,6 +216,31 @@ def _check_call(module: nn.Module) -> None:
         raise UnsupportedError("dropout in training mode")
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Returns True if the module has forward hooks."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def has_replaced_forward(module: nn.Module) -> bool:
+    """Returns True if the object's `forward` is not that of its class."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def is_traced() -> bool:
+    """Returns True if PyTorch does more than compute values, or lacks the private names that tell.
+
+    It may trace, compile, export, transform a function, differentiate forward, or have a dispatch mode.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return True
+    try:
+        is_observed = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
+        return bool(is_observed) or forward_ad._current_level >= 0
+    except AttributeError:
+        return True
+
+
 def is_readable(*tensors: Tensor | None) -> bool:
     """Returns True if native code can read these: plain tensors of one dtype on a CPU that need no gradient."""
     dtype = next(tensor.dtype for tensor in tensors if tensor is not None)
@@ -244,11 +259,7 @@ def is_readable(*tensors: Tensor | None) -> bool:
 def flatten(
     x: Float[Tensor, "*batch d"], context: Float[Tensor, "*batch c"] | None
 ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "#b c"] | None, torch.Size]:
-    """Returns a row for each sample of the batch that `x` and `context` span, and the shape of the batch.
-
-    Raises:
-        RuntimeError: If they do not span one.
-    """
+    """Returns rows of the batch that `x` and `context` span, one context for each or for all, and its shape."""
     batch, features = x.shape[:-1], x.shape[-1]
     if context is None:
         return x.reshape(-1, features), None, batch

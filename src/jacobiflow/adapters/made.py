@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, partial
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -14,46 +13,40 @@ from torch import Tensor, nn
 from jacobiflow.adapters.acceleration import AcceleratedModule
 from jacobiflow.adapters.chain import Part, Values, masked_part
 from jacobiflow.adapters.network import MaskedNetwork, UnsupportedError
-from jacobiflow.adapters.passes import invert, premasked
-from jacobiflow.native.structures import Elementwise, Ends
+from jacobiflow.adapters.passes import invert
+from jacobiflow.native.masked import Elementwise, Ends
 
 _ELEMENTWISE = ("_elementwise_forward", "_elementwise_inverse", "_elementwise")
 _PLAIN = (nn.ModuleList, nn.Linear, nn.Dropout, nn.Identity)
 
 
-def affine_transform(module: Any, library: ModuleType, is_conditional: bool, **settings: Any) -> Part:
-    """Returns a masked affine transform; `library` is the library's module of its MADE."""
-    return _masked(module, library, is_conditional, 2, **settings)
+def made_part(
+    module: Any, library: ModuleType, is_conditional: bool, kind: Elementwise, parameters: int = 2, **settings: Any
+) -> Part:
+    """Returns a masked transform; `library` is the library's module of its MADE."""
+    if any(name in vars(module) for name in _ELEMENTWISE):
+        raise UnsupportedError("an elementwise transform of the object's own")
+    network = _network(module.autoregressive_net, library, parameters, is_conditional)
+    return masked_part(module, network, kind=kind, **settings)
 
 
-def rational_quadratic_transform(module: Any, library: ModuleType, is_conditional: bool) -> Part:
-    """Returns a masked spline; `library` is the library's module of its MADE."""
+def spline_part(module: Any, library: ModuleType, is_conditional: bool) -> Part:
+    """Returns a masked rational-quadratic spline."""
     if isinstance(module.tails, list | tuple) or isinstance(module.tail_bound, Tensor):
         raise UnsupportedError("a spline with tails of its own for each feature")
     bins, width = module.num_bins, getattr(module.autoregressive_net, "hidden_features", 1)
     ends = {"linear": Ends.FIXED, "circular": Ends.CIRCULAR}.get(module.tails, Ends.FREE)
     low, high = (0.0, 1.0) if module.tails is None else (-float(module.tail_bound), float(module.tail_bound))
     parameters = {Ends.FIXED: 3 * bins - 1, Ends.CIRCULAR: 3 * bins, Ends.FREE: 3 * bins + 1}[ends]
-    return _masked(
-        module, library, is_conditional, parameters, kind=Elementwise.RATIONAL_QUADRATIC, bins=bins, ends=ends,
+    return made_part(
+        module, library, is_conditional, Elementwise.RATIONAL_QUADRATIC, parameters, bins=bins, ends=ends,
         end_slope=1.0, factor=float(width) ** -0.5, low=low, high=high, has_tails=module.tails is not None,
         min_width=module.min_bin_width, min_height=module.min_bin_height, min_slope=module.min_derivative,
     )  # fmt: skip
 
 
-def _masked(module: Any, library: ModuleType, is_conditional: bool, parameters: int, **settings: Any) -> Part:
-    if any(name in vars(module) for name in _ELEMENTWISE):
-        raise UnsupportedError("an elementwise transform of the object's own")
-    network = _network(module.autoregressive_net, library, parameters, is_conditional)
-    return masked_part(module, network, **settings)
-
-
 def _network(made: Any, library: ModuleType, parameters: int, is_conditional: bool) -> MaskedNetwork:
-    """The operations of a MADE.
-
-    nflows adds the context to the hidden units of a residual block, while normflows gates the block's result by it.
-    Before the blocks nflows has an activation, which takes the context too.
-    """
+    """The operations of a MADE; nflows has an activation before the blocks, which takes the context too."""
     _check_types(made, library)
     if is_conditional and not hasattr(made, "context_layer"):
         raise UnsupportedError("a context for a network without")
@@ -74,7 +67,7 @@ def _network(made: Any, library: ModuleType, parameters: int, is_conditional: bo
 
 
 def _residual_block(network: MaskedNetwork, before: int, block: Any, is_conditional: bool, is_nflows: bool) -> int:
-    """Adds a residual block: value + linear(act(linear(act(value))))."""
+    """Adds value + linear(act(linear(act(value)))); nflows adds the context to hidden units, normflows gates by it."""
     first, second = block.linear_layers
     value = network.linear(network.activation(before, block.activation), first)
     if is_conditional and is_nflows:
@@ -100,12 +93,12 @@ class AcceleratedComposition(AcceleratedModule):
     """A composition of which native code takes all transforms together."""
 
     def forward(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None = None) -> Sequence[Tensor]:
-        """Returns z of `inputs` and log|det dz/dinputs| (B,), as the library does."""
+        """Returns z and log|det dz/dinputs| (B,), as the library does."""
         result = evaluate(self, inputs, context, "forward")
         return super().forward(inputs, context) if result is None else result
 
     def inverse(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None = None) -> Sequence[Tensor]:
-        """Returns the x with forward(x) = `inputs` and log|det dx/dinputs| (B,), as the library does."""
+        """Returns x and log|det dx/dinputs| (B,), as the library does."""
         result = evaluate(self, inputs, context, "inverse")
         return self._invert(inputs, context) if result is None else result
 
@@ -123,13 +116,11 @@ class AcceleratedTransform(AcceleratedComposition):
     _elementwise_inverse: Any
 
     def _invert(self, inputs: Tensor, context: Tensor | None) -> Sequence[Tensor]:
-        cheaper = cache(partial(premasked, self.autoregressive_net, self.library.MaskedLinear))
-
-        def step(x: Tensor) -> Sequence[Tensor]:
-            network = self.autoregressive_net if torch.is_grad_enabled() else cheaper()
+        def step(network: Any, x: Tensor) -> Sequence[Tensor]:
             return self._elementwise_inverse(inputs, network(x, context))
 
-        outputs = invert(self.acceleration, self, step, inputs, context, inputs.shape[1:].numel())
+        network, passes = self.autoregressive_net, inputs.shape[1:].numel()
+        outputs = invert(self.acceleration, self, step, network, self.library.MaskedLinear, inputs, context, passes)
         return super()._invert(inputs, context) if outputs is None else tuple(outputs)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.native.structures import Function, Kind, Operation
+from jacobiflow.native.masked import Function, Kind, Operation
 
 Slot = tuple[dict[str, Any], str]
 """A dictionary of a module (its parameters, say) and a name in it."""
@@ -46,7 +46,6 @@ class MaskedNetwork:
         first_feature: The column of the input at which the features start; the other columns are context.
 
     Attributes:
-        operations: The operations.
         masks: The mask of each operation, or `None`.
         tensors: The weights and biases that operations count.
         constants: The buffers of the masks.

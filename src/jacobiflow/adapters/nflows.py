@@ -17,14 +17,9 @@ from nflows.transforms.standard import AffineTransform, PointwiseAffineTransform
 
 from jacobiflow.adapters.acceleration import Adapter, library_class
 from jacobiflow.adapters.chain import Part, affine_part, permutation_part
-from jacobiflow.adapters.made import (
-    AcceleratedComposition,
-    AcceleratedTransform,
-    affine_transform,
-    rational_quadratic_transform,
-)
+from jacobiflow.adapters.made import AcceleratedComposition, AcceleratedTransform, made_part, spline_part
 from jacobiflow.adapters.network import UnsupportedError
-from jacobiflow.native.structures import Elementwise
+from jacobiflow.native.masked import Elementwise
 
 
 def describe(module: Any, is_conditional: bool, is_inverse: bool = False) -> Iterator[tuple[Part, bool]]:
@@ -41,10 +36,9 @@ def describe(module: Any, is_conditional: bool, is_inverse: bool = False) -> Ite
 
 def _transform(module: Any, kind: Any, is_conditional: bool) -> Part:
     if kind is MaskedAffineAutoregressiveTransform:
-        kind = Elementwise.SOFTPLUS_AFFINE
-        return affine_transform(module, made, is_conditional, kind=kind, second=module._epsilon)
+        return made_part(module, made, is_conditional, Elementwise.SOFTPLUS_AFFINE, second=module._epsilon)
     if kind is MaskedPiecewiseRationalQuadraticAutoregressiveTransform:
-        return rational_quadratic_transform(module, made, is_conditional)
+        return spline_part(module, made, is_conditional)
     if kind in (Permutation, RandomPermutation, ReversePermutation) and module._dim == 1:
         return permutation_part(module, module._permutation.tolist(), (module._buffers, "_permutation"))
     if kind in (PointwiseAffineTransform, AffineTransform):

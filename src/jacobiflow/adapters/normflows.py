@@ -15,15 +15,9 @@ from torch import Tensor
 
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, library_class
 from jacobiflow.adapters.chain import Part, permutation_part
-from jacobiflow.adapters.made import (
-    AcceleratedTransform,
-    affine_transform,
-    evaluate,
-    optional,
-    rational_quadratic_transform,
-)
+from jacobiflow.adapters.made import AcceleratedTransform, evaluate, made_part, optional, spline_part
 from jacobiflow.adapters.network import UnsupportedError
-from jacobiflow.native.structures import Elementwise
+from jacobiflow.native.masked import Elementwise
 
 
 def describe(module: Any, is_conditional: bool) -> Iterator[tuple[Part, bool]]:
@@ -33,12 +27,11 @@ def describe(module: Any, is_conditional: bool) -> Iterator[tuple[Part, bool]]:
         for flow in module.flows:
             yield from describe(flow, is_conditional)
     elif kind is AutoregressiveRationalQuadraticSpline:
-        yield rational_quadratic_transform(module.mprqat, made, is_conditional), True
+        yield spline_part(module.mprqat, made, is_conditional), True
     elif kind is MaskedPiecewiseRationalQuadraticAutoregressive:
-        yield rational_quadratic_transform(module, made, is_conditional), False
+        yield spline_part(module, made, is_conditional), False
     elif kind is MaskedAffineAutoregressive:
-        kind = Elementwise.SIGMOID_AFFINE
-        yield affine_transform(module, made, is_conditional, kind=kind, first=2.0, second=1e-3), False
+        yield made_part(module, made, is_conditional, Elementwise.SIGMOID_AFFINE, first=2.0, second=1e-3), False
     elif kind is Permute and module.mode == "shuffle":
         yield permutation_part(module, module.perm.tolist(), (module._buffers, "perm")), False
     elif kind is Permute and module.mode == "swap":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import Acceleration
-from jacobiflow.adapters.side_effects import has_hooks, is_batched, is_stateful, is_traced
+from jacobiflow.adapters.chain import DROPOUTS, has_hooks, has_replaced_forward, is_traced
 from jacobiflow.implicit import check_first_derivative, solve_adjoint
 
-Pass = Callable[[Tensor], Sequence[Tensor]]
-"""x -> (g(x), ...): the next iterate, and the library's other results."""
+Pass = Callable[[Any, Tensor], Sequence[Tensor]]
+"""network, x -> (g(x), ...): the next iterate, and the library's other results."""
 
 _MIN_PASSES = 6  # from 0: below, none is saved, and comparing iterates costs more than it gains
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -24,6 +25,8 @@ def invert(
     acceleration: Acceleration,
     module: nn.Module,
     step: Pass,
+    network: Any,
+    masked_linear: type[nn.Module],
     y: Float[Tensor, "*batch d"],
     context: Float[Tensor, "*batch c"] | None,
     passes: int,
@@ -34,11 +37,9 @@ def invert(
     it too. Above 0 they end when one changes no entry by more than the tolerance.
 
     Args:
-        acceleration: Has the tolerance, and counts the passes.
         module: The module of the flow with the transform's parameters.
-        step: A pass.
-        y: A batch.
-        context: A batch with which that of `y` can be broadcast.
+        network: The library's network for `step`. Passes without a gradient get a cheaper copy, see `premasked`.
+        masked_linear: The class of its layers.
         passes: The number of passes in the library's own loop.
     """
     needs_graph = torch.is_grad_enabled() and any(
@@ -49,10 +50,15 @@ def invert(
         start = _native_inverse(acceleration, module, y, context)
         if start is not None or passes >= _MIN_PASSES:
             tolerance = acceleration.tolerance or 0.0
-            is_solved = start is not None and acceleration.tolerance != 0 and needs_graph
-            x = torch.zeros_like(y) if start is None else start
+            outputs: Sequence[Tensor] = [torch.zeros_like(y) if start is None else start]
             try:
-                outputs, count = _iterate(step, x, passes, tolerance, needs_graph, is_solved)
+                if start is None or acceleration.tolerance == 0 or not needs_graph:
+                    cheaper = partial(step, premasked(network, masked_linear))
+                    outputs, count = _iterate(cheaper, outputs[0], passes - needs_graph, tolerance)
+                if needs_graph:
+                    with torch.enable_grad():
+                        x = outputs[0].detach().requires_grad_()
+                        outputs, count = _Implicit.apply(x, passes, tolerance, *step(network, x)), count + 1
             except Exception:  # the library's loop may meet no argument that a spline cannot invert
                 outputs, count = (), 1
             if outputs and outputs[0].isfinite().all():
@@ -71,6 +77,22 @@ def _can_end_early(module: nn.Module, y: Tensor, context: Tensor | None, needs_g
     return not any(is_stateful(part) for part in module.modules()) and _are_moderate(y, context)
 
 
+def is_stateful(module: nn.Module) -> bool:
+    """True if a call of the module itself may draw random numbers or change its state.
+
+    In training mode dropout draws, batch and spectral normalisation move their estimates, and hooks may do anything
+    (the older spectral normalisation is one). A replaced `forward` may do so in any mode.
+    """
+    if has_replaced_forward(module):
+        return True
+    if not module.training:
+        return False
+    if isinstance(module, DROPOUTS):
+        return module.p > 0
+    is_normalization = hasattr(module, "track_running_stats") or hasattr(module, "n_power_iterations")
+    return is_normalization or isinstance(module, nn.RReLU) or has_hooks(module)
+
+
 def _are_moderate(*tensors: Tensor | None) -> bool:
     """True if all entries are finite, and so small that no iterate of the library overflows."""
     bounds = [t.abs() <= torch.finfo(t.dtype).max ** 0.5 for t in tensors if t is not None]
@@ -84,21 +106,17 @@ def _native_inverse(acceleration: Acceleration, module: nn.Module, y: Tensor, co
     return values[0] if values is not None and _are_moderate(values[0]) else None
 
 
+@torch.no_grad()
 def _iterate(
-    step: Pass, x: Tensor, passes: int, tolerance: float, needs_graph: bool, is_solved: bool
+    step: Callable[[Tensor], Sequence[Tensor]], x: Tensor, passes: int, tolerance: float
 ) -> tuple[Sequence[Tensor], int]:
-    """The results of the last of at most `passes` passes from `x`, with the graph of the solution, and their number."""
+    """The results of the last of at most `passes` passes from `x`, and their number."""
     outputs: Sequence[Tensor] = [x]
-    count = 0
-    with torch.no_grad():
-        while count < passes - needs_graph and not is_solved:
-            x, outputs, count = outputs[0], step(outputs[0]), count + 1
-            is_solved = _is_close(outputs[0], x, tolerance)
-    if not needs_graph:
-        return outputs, count
-    with torch.enable_grad():
-        x = outputs[0].detach().requires_grad_()
-        return _Implicit.apply(x, passes, tolerance, *step(x)), count + 1
+    count, is_solved = 0, False
+    while count < passes and not is_solved:
+        x, outputs, count = outputs[0], step(outputs[0]), count + 1
+        is_solved = _is_close(outputs[0], x, tolerance)
+    return outputs, count
 
 
 def _is_close(new: Tensor, old: Tensor, tolerance: float) -> bool:
@@ -126,20 +144,27 @@ class _Implicit(torch.autograd.Function):
         x, *outputs = ctx.saved_tensors
 
         def is_close(new: Tensor, old: Tensor) -> bool:  # a row ends by its own largest entry
-            if is_batched(new):
+            if _is_batched(new):
                 return False
             return bool(((new - old).abs().amax(dim=-1) <= ctx.tolerance * new.abs().amax(dim=-1)).all())
 
         return (None, None, None, solve_adjoint(outputs, x, cotangents, ctx.passes, is_close), *cotangents[1:])
 
 
+def _is_batched(tensor: Tensor) -> bool:
+    """True in a vmap, whose values cannot be compared, or if PyTorch lacks the private name that tells."""
+    try:
+        return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))
+    except AttributeError:
+        return True
+
+
 def premasked(network: Any, masked_linear: type[nn.Module]) -> Any:
     """Returns a network with the values of `network`, bit for bit, in which mask * weight is formed already.
 
-    At 784 features and one sample this product is most of a pass. Each layer of the class `masked_linear`, which
-    computes F.linear(x, mask * weight, bias), becomes a linear layer of the product, and each module around it a
-    shallow copy: threads may share the network. A module that is not the library's own, or has hooks or a `forward` of
-    its own, may refer to itself, so it is used as it is. The result gives no gradient in the weights.
+    At 784 features and one sample this product is most of a pass. A layer F.linear(x, mask * weight, bias) becomes a
+    linear layer of the product, and each module around it a shallow copy: threads may share the network. A module that
+    is not the library's own, or has hooks or a `forward` of its own, may refer to itself, so it is used as it is.
     """
     kind, library = type(network), masked_linear.__module__.split(".")[0]
     if not isinstance(network, nn.Module) or has_hooks(network) or "forward" in vars(network):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, accelerate_module, library_class
 from jacobiflow.adapters.chain import Part, Values, masked_part
 from jacobiflow.adapters.network import MaskedNetwork, UnsupportedError
-from jacobiflow.adapters.passes import invert, premasked
-from jacobiflow.native.structures import Elementwise, Ends
+from jacobiflow.adapters.passes import invert
+from jacobiflow.native.masked import Elementwise, Ends
 
 
 def describe(module: Any, is_conditional: bool) -> Iterator[tuple[Part, bool]]:
@@ -118,13 +118,11 @@ class _AcceleratedTransform(AcceleratedModule):
 
     def _invert(self, y: Tensor) -> Tensor:
         network, context = self._call_of_network
-        cheaper = cache(partial(premasked, network, MaskedLinear))
 
-        def step(x: Tensor) -> Sequence[Tensor]:
-            called = network if torch.is_grad_enabled() else cheaper()
-            return self._pass(y, called(x) if context is None else called(x, context=context))
+        def step(network: Any, x: Tensor) -> Sequence[Tensor]:
+            return self._pass(y, network(x) if context is None else network(x, context=context))
 
-        outputs = invert(self.acceleration, self._owner, step, y, context, y.shape[-1])
+        outputs = invert(self.acceleration, self._owner, step, network, MaskedLinear, y, context, y.shape[-1])
         if outputs is None:
             return super()._inverse(y)  # type: ignore[misc]
         x, log_scale = outputs
@@ -176,11 +174,9 @@ class AcceleratedSpline(_AcceleratedTransform):
         return spline._inverse(y), spline._cache_log_detJ
 
 
+# pyro's class as it is comes first, or Python would refuse to give a module this class.
 class AcceleratedConditional(ConditionalTransformModule, AcceleratedModule):
-    """A conditional transform that gives accelerated ones.
-
-    It derives from pyro's class as it is, or Python would refuse to give a module this class.
-    """
+    """A conditional transform that gives accelerated ones."""
 
     def condition(self, context: Float[Tensor, "*batch c"]) -> nn.Module:
         """Returns the transform at a context, as pyro does."""

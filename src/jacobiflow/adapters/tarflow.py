@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, library_class
-from jacobiflow.adapters.side_effects import has_hooks, is_stateful, is_traced
+from jacobiflow.adapters.chain import has_hooks, is_traced
+from jacobiflow.adapters.passes import is_stateful
 from jacobiflow.native.recurrence import Extrapolation, Recurrence
 
 _PARTS = ("proj_in", "pos_embed", "attn_blocks", "proj_out", "permutation", "reverse")
@@ -30,7 +31,7 @@ def recognise(module: Any) -> tuple[Adapter | None, str]:
     Its parts must have the names and the types of the original's. Whether its code computes the same shows in a trial:
     a copy with random weights is inverted by its own `reverse` and by native code.
     """
-    kind = library_class(module)
+    kind: Any = library_class(module)
     unknown = [name for name in inspect.signature(kind.reverse).parameters if name not in _PARAMETERS]
     if unknown:
         return None, f"its reverse takes {unknown[0]}"
@@ -94,12 +95,14 @@ def _has_log_det(module: Any) -> bool | None:
     elif getattr(block, "class_embed", None) is not None:
         arguments["y"] = torch.arange(2) % len(block.class_embed)
     trials = [arguments]
-    if "guidance" in inspect.signature(library_class(module).reverse).parameters:
+    if "guidance" in inspect.signature(block.reverse).parameters:
         trials.append(arguments | {"guidance": 0.5, "attn_temp": 1.5, "annealed_guidance": True})
     answers = []
     for trial in trials:
         theirs, ours = block.reverse(x.clone(), **trial), _reverse(block, x, **trial)
-        pairs = zip(theirs if isinstance(theirs, tuple) else (theirs,), ours or (), strict=False)  # () without native code
+        pairs = zip(
+            theirs if isinstance(theirs, tuple) else (theirs,), ours or (), strict=False
+        )  # () without native code
         if any(a.shape != b.shape or not (a - b).abs().max() <= _CLOSE * (1 + b.abs().max()) for a, b in pairs):
             return None
         answers.append(isinstance(theirs, tuple))
@@ -155,6 +158,8 @@ def _layer(layer: Any) -> dict[str, Tensor]:
 
 class _Accelerated(AcceleratedModule):
     """A block whose `reverse` returns x."""
+
+    library_class: ClassVar[Any]
 
     def reverse(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what the block's own `reverse` does."""

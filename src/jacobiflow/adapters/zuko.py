@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from functools import cache, partial
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -27,8 +27,11 @@ from zuko.transforms import (
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, is_accelerated, library_class
 from jacobiflow.adapters.chain import Part, Values, affine_part, masked_part, permutation_part
 from jacobiflow.adapters.network import MaskedNetwork, UnsupportedError
-from jacobiflow.adapters.passes import invert, premasked
-from jacobiflow.native.structures import Elementwise, Ends
+from jacobiflow.adapters.passes import invert
+from jacobiflow.native.masked import Elementwise, Ends
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def describe(module: Any, is_conditional: bool, is_inverse: bool = False) -> Iterator[tuple[Part, bool]]:
@@ -106,15 +109,19 @@ def _unconditional(module: Any) -> Part:
 
 
 class _AtContext(Transform):
-    """A transform of zuko at a context, by native code if possible.
-
-    It follows its module: after `restore` it is zuko's. Copies and pickles are of zuko's class.
-    """
+    """A transform of zuko at a context, which is zuko's after `restore`; copies and pickles are of zuko's class."""
 
     module: Any
     context: Tensor | None
-    is_inverse = False
+    is_inverse: bool
     """Whether it is the inverse of what the module makes."""
+
+    @classmethod
+    def of(cls, transform: Any, module: AcceleratedModule, context: Tensor | None, is_inverse: bool = False) -> Self:
+        """Returns the transform that zuko makes of a module with this class."""
+        transform.__class__ = cls
+        transform.module, transform.context, transform.is_inverse = module, context, is_inverse
+        return transform
 
     def _evaluate(self, x: Tensor, is_inverse: bool, log_det: str | None = None) -> Any:
         """The values and log-determinants in the shape of the batch; `None` if they are left to zuko."""
@@ -141,10 +148,6 @@ class _AtContext(Transform):
 class MaskedAtContext(_AtContext, AutoregressiveTransform):  # type: ignore[misc]
     """A masked transform at a context."""
 
-    def __init__(self, module: AcceleratedTransform, context: Float[Tensor, "*batch c"] | None) -> None:
-        AutoregressiveTransform.__init__(self, partial(module.meta, context), module.passes)
-        self.module, self.context = module, context
-
     def __reduce__(self) -> tuple[Any, ...]:
         return AutoregressiveTransform, (self.meta, self.passes)
 
@@ -154,20 +157,15 @@ class MaskedAtContext(_AtContext, AutoregressiveTransform):  # type: ignore[misc
         return InverseAtContext(self)
 
     def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        result = self._evaluate(y, is_inverse=True)
-        if result is None:
-            result = self._invert(y) if is_accelerated(self.module) else None
-        return super()._inverse(y) if result is None else result[0]
-
-    def _invert(self, y: Tensor) -> Sequence[Tensor] | None:
         module, context = self.module, self.context
-        cheaper = cache(partial(premasked, module, MaskedLinear))
+        result = self._evaluate(y, is_inverse=True)
+        if result is None and is_accelerated(module):
 
-        def step(x: Tensor) -> tuple[Tensor]:
-            transform = module if torch.is_grad_enabled() else cheaper()
-            return (transform.meta(context, x).inv(y),)
+            def step(module: Any, x: Tensor) -> tuple[Tensor]:
+                return (module.meta(context, x).inv(y),)
 
-        return invert(module.acceleration, module, step, y, context, self.passes)
+            result = invert(module.acceleration, module, step, module, MaskedLinear, y, context, self.passes)
+        return super()._inverse(y) if result is None else result[0]
 
 
 class InverseAtContext(_InverseTransform):
@@ -187,15 +185,6 @@ class InverseAtContext(_InverseTransform):
 class ComposedAtContext(_AtContext, ComposedTransform):  # type: ignore[misc]
     """A composition, or the inverse of one, at a context: native code takes its transforms together."""
 
-    @classmethod
-    def of(
-        cls, transform: ComposedTransform, module: AcceleratedModule, context: Tensor | None, is_inverse: bool
-    ) -> ComposedAtContext:
-        """Returns the same transform with this class."""
-        transform.__class__ = cls
-        transform.module, transform.context, transform.is_inverse = module, context, is_inverse
-        return transform
-
     def __reduce__(self) -> tuple[Any, ...]:
         return ComposedTransform, tuple(self.transforms)
 
@@ -208,18 +197,15 @@ class ComposedAtContext(_AtContext, ComposedTransform):  # type: ignore[misc]
 class AcceleratedTransform(AcceleratedModule):
     """A lazy masked transform."""
 
-    meta: Any
-    passes: int
-
     def forward(self, c: Tensor | None = None) -> MaskedAtContext:
-        return MaskedAtContext(self, c)
+        return MaskedAtContext.of(super().forward(c), self, c)
 
 
 class AcceleratedComposition(AcceleratedModule):
     """A lazy composition."""
 
     def forward(self, c: Tensor | None = None) -> ComposedAtContext:
-        return ComposedAtContext.of(super().forward(c), self, c, is_inverse=False)
+        return ComposedAtContext.of(super().forward(c), self, c)
 
 
 ADAPTERS = (

@@ -12,24 +12,21 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from jacobiflow import codec
-from jacobiflow.calibration.convergence import Trace, distances
-from jacobiflow.calibration.error_matrix import gamma_norm
+from jacobiflow.calibration.convergence import Trace, distances, gamma_norm
 from jacobiflow.calibration.metrics import NORMS, Norm
 from jacobiflow.calibration.passes import BlockSolution, ImageMetrics, Images, Passes, exact_solutions
 from jacobiflow.calibration.report import Report, Settings, Start, named_guesses
 from jacobiflow.checks import check_choice, check_count, check_flag, check_path, check_seed
 from jacobiflow.errors import InputTypeError, InputValueError
-from jacobiflow.files import read_object, write_json
+from jacobiflow.files import own_folder, read_object, write_json
+from jacobiflow.flows.config import Labels
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow, precision
-from jacobiflow.flows.labels import Labels
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
-from jacobiflow.locking import own_folder
 from jacobiflow.progress import Progress
-from jacobiflow.solvers import Guess, Segments
+from jacobiflow.solvers import Segments
 
 T = TypeVar("T")
 
@@ -56,24 +53,22 @@ def calibrate(
 
     Per block, over the images: IGM = |g(X^(0)) - X*| for each guess (eq. 4 of the paper) and CRM = |Sigma^-1 X| |W_s| +
     |W_u| (eq. 5), norms of (T, C) matrices that are means over the images. On `traced` samples: the distance to the
-    solution sweep by sweep, and the norm of the error matrix (Appendix A).
+    solution sweep by sweep, and the norm of the error matrix (Appendix A). Of a view under guidance (`flow.guided`) the
+    metrics are those of the guided map at the images' own tokens, and sweeps are measured from fresh noise only.
 
     Args:
-        flow: The model. Of a view under guidance (`flow.guided`) the metrics are those of the guided map, at the
-            images' own tokens; sweeps are then measured from fresh noise only.
+        flow: The model, or a view of it under guidance.
         images: (N, C, H, W), two or more, like those that the flow was trained on, with the same noise: a tensor, a
             NumPy array, or anything with a length that a tensor of indices can index.
         labels: (N,) their classes, or one class for all. `None`, or a label below 0, takes the unconditional row.
         norm: That of `report.igm` and `report.crm`: 2, "fro" or 1. `report.metrics` has all three.
         segments: Number of segments of a tough block that have metrics of their own.
-        traced: Samples whose sweeps are measured: as many of the images, evenly spaced, and as many fresh latents under
-            their labels.
+        traced: Number of images, evenly spaced, and of fresh latents under their labels whose sweeps are measured.
         per_class: Also measure the metrics over the images of each class alone (Appendix E).
         batch_size: Images in memory at a time.
         seed: Fixes the fresh latents. `jacobiflow.sample` never draws the same ones.
         progress: Is called after each step.
-        out: Write the report to this file. Until then the finished parts are in the folder OUT.partial, from which the
-            same call goes on after an interruption.
+        out: File for the report. The same call goes on after an interruption, from the finished parts in OUT.partial.
 
     Raises:
         ValueError: If a fresh latent overflows in the exact inverse, or if another process calibrates to `out`.
@@ -110,7 +105,7 @@ def calibrate(
 
 
 def _check_images(flow: ImageFlow, images: Images) -> None:
-    if isinstance(images, Tensor):
+    if isinstance(images, torch.Tensor):
         flow.check_data(images)
     try:
         num = len(images)
@@ -135,24 +130,18 @@ def _measure(
     passes: Passes, settings: Settings, classes: Sequence[int], folder: Path | None = None, key: str = ""
 ) -> Report:
     """Measures the parts that are not in `folder` under the key of this run."""
-    config, norm = passes.flow.config, settings.norm
-    measured = _part(folder, key, "metrics", ImageMetrics, lambda: passes.metrics(classes, settings.segments, norm))
-    chosen = torch.arange(settings.traced) * settings.num_images // settings.traced  # evenly spaced
+    config = passes.flow.config
+    measure_images = partial(passes.metrics, classes, settings.segments, settings.norm)
+    measured = _part(folder, key, "metrics", ImageMetrics, measure_images)
+    indices = torch.arange(settings.traced) * settings.num_images // settings.traced  # evenly spaced
     latents = draw_latents(
         settings.traced, config.num_tokens, config.token_channels, settings.seed, FIRST_CALIBRATION_LATENT
     )
-    solutions: dict[Start, list[BlockSolution]] = {} if settings.guidance else {"images": passes.encoded(chosen)}
-    labels = passes.labels_at(chosen)
+    solutions: dict[Start, list[BlockSolution]] = {} if settings.guidance else {"images": passes.encoded(indices)}
+    labels = passes.labels_at(indices)
     solutions["noise"] = exact_solutions(passes.flow, latents, labels, passes.batch_size, passes.progress)
-    powers = {2**k for k in range(config.num_tokens.bit_length()) if 2**k <= config.num_tokens // _FEWEST_TOKENS}
-    counts = sorted(({settings.segments} | powers) - {1})
-
-    def sweep_block(i: int) -> _BlockSweeps:
-        guesses, best = named_guesses(measured.mean_affine[i]), measured.metrics[norm].best_guess(i)
-        at = {start: of_blocks[i] for start, of_blocks in solutions.items()}
-        return _sweep(passes, i, at, guesses, best, counts if i in measured.segment_metrics else ())
-
-    blocks = [_part(folder, key, f"block-{i}", _BlockSweeps, partial(sweep_block, i)) for i in range(config.num_blocks)]
+    sweep = partial(_sweep, passes, settings, measured, solutions)
+    blocks = [_part(folder, key, f"block-{i}", _BlockSweeps, partial(sweep, i)) for i in range(config.num_blocks)]
     return Report(
         fingerprint=fingerprint(passes.flow),
         num_tokens=config.num_tokens,
@@ -169,26 +158,30 @@ def _measure(
 
 
 def _sweep(
-    passes: Passes, i: int, solutions: Mapping[Start, BlockSolution], guesses: Mapping[str, Guess], best: str,
-    counts: Sequence[int],
+    passes: Passes, settings: Settings, measured: ImageMetrics, solutions: Mapping[Start, Sequence[BlockSolution]],
+    i: int,
 ) -> _BlockSweeps:  # fmt: skip
-    """Traces of block `i` from each start and guess; from noise and the best guess also in `counts` of segments."""
-    block = passes.blocks[i]
+    """Traces of block `i` from each start and guess; of a tough one in segments too, from noise and the best guess."""
+    block, num_tokens = passes.blocks[i], passes.flow.config.num_tokens
+    guesses, best = named_guesses(measured.mean_affine[i]), measured.metrics[settings.norm].best_guess(i)
 
-    def traces(at: BlockSolution, guess: str, count: int = 1) -> tuple[Trace, ...]:
+    def traces(start: Start, guess: str, count: int = 1) -> tuple[Trace, ...]:
         curves = [
             distances(block, x, z, guesses[guess], labels, count)
-            for x, z, labels in at.split(min(passes.batch_size, _SWEPT_TOGETHER))
+            for x, z, labels in solutions[start][i].split(min(passes.batch_size, _SWEPT_TOGETHER))
         ]
         return tuple(map(Trace.of, zip(*curves, strict=True)))
 
-    whole = {start: {name: traces(at, name)[0] for name in guesses} for start, at in solutions.items()}
-    segments = {count: traces(solutions["noise"], best, count) for count in counts}
-    few = next(solutions["noise" if passes.flow.guidance else "images"].split(_GAMMA_SAMPLES)).split(passes.batch_size)
+    whole = {start: {name: traces(start, name)[0] for name in guesses} for start in solutions}
+    segments: dict[int, tuple[Trace, ...]] = {1: (whole["noise"][best],)}
+    if i in measured.segment_metrics:
+        powers = {2**k for k in range(num_tokens.bit_length()) if 2**k <= num_tokens // _FEWEST_TOKENS}
+        segments |= {count: traces("noise", best, count) for count in sorted(({settings.segments} | powers) - {1})}
+    few = next(solutions["noise" if settings.guidance else "images"][i].split(_GAMMA_SAMPLES)).split(passes.batch_size)
     gamma = torch.cat([gamma_norm(block, x, z, labels) for x, z, labels in few]).tolist()
     if passes.progress is not None:
         passes.progress(i + 1, len(passes.blocks), "sweeps")
-    return _BlockSweeps(whole, {1: (whole["noise"][best],), **segments}, tuple(gamma))
+    return _BlockSweeps(whole, segments, tuple(gamma))
 
 
 def _part(folder: Path | None, key: str, name: str, declared: type[T], make: Callable[[], T]) -> T:

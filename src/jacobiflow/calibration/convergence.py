@@ -1,22 +1,25 @@
-"""Plain sweeps of a block towards its solution: the residual after one, and distances sweep by sweep."""
+"""The convergence of a block's plain sweeps: residuals, distances to the solution, and the error matrix Gamma."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.base import Block
+from jacobiflow.flows.base import Block, evaluate
 from jacobiflow.solvers import Guess, Segments, no_gradients
 from jacobiflow.solvers.solve import check_tokens
 
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 _SETTLED = 0.1 * min(TOLERANCES)  # the last bits of a float32 keep changing for as many sweeps as there are tokens
+_MOST_ROWS = 100  # of the bidiagonal matrix in `gamma_norm`
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,9 @@ def initial_residuals(
     block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess, context: Tensor | None = None,
     count: int = 1,
 ) -> Float[Tensor, "b t c"]:  # fmt: skip
-    """Computes g(X^(0)) - X*, the residual in IGM (eq. 4).
+    """Computes g(X^(0)) - X*, the residual in IGM (eq. 4); X* is `x`, the solution at `z`.
 
-    X* is `x`, the solution at `z`. With `count` > 1 it is that of Gauss-Seidel-Jacobi: each of the `count` segments is
-    swept once from the guess, the segments before it being solved.
+    Each of the `count` segments is swept once from the guess, the segments before it being solved.
     """
     check_tokens(block, z, context, x=x)
     with no_gradients(block):
@@ -80,10 +82,10 @@ def distances(
     """Measures the largest |X^(k) - X*| of each sample after k = 0, 1, ... plain sweeps of a segment's tokens.
 
     X* is `x`, the solution at `z`. Each of the `count` segments starts from the guess, those before it being solved
-    (Figure 5 of the paper; one segment is Figure 2). It ends with a sweep that changes no entry by more than 1e-5, a
-    tenth of the smallest of `TOLERANCES`: coming near X* is not enough, because an error may grow again before it dies.
-    As many sweeps as the segment has tokens make it exact (Proposition 1). As in `solve`, a token that overflows is set
-    back to the guess; the distance after such a sweep is infinite.
+    (Figure 5 of the paper; one segment is Figure 2). It ends with a sweep that changes no entry by more than 1e-5:
+    coming near X* is not enough, because an error may grow again before it dies. As many sweeps as the segment has
+    tokens make it exact (Proposition 1). A token that overflows is set back to the guess; the distance after such a
+    sweep is infinite.
     """
     check_tokens(block, z, context, x=x)
     curves = []
@@ -128,3 +130,65 @@ def _reached(curve: Float[Tensor, " k"], tolerance: float) -> int | None:
     above = (curve > tolerance).nonzero()
     sweeps = int(above[-1]) + 1 if len(above) else 0
     return sweeps if sweeps < len(curve) else None
+
+
+def gamma_products(
+    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], context: Tensor | None = None
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Builds the maps v -> Gamma v and v -> Gamma^T v on (B, T, C), for Gamma = dg/dx at `x`, one matrix per sample.
+
+    Gamma carries the error from sweep to sweep near a solution: e^(k+1) = Gamma e^(k) (eq. 6 of the paper, where the
+    sign is in its gamma_ti). It is strictly lower triangular in the tokens.
+    """
+    check_tokens(block, z, context, x=x)
+    # The other kernels of attention cannot be differentiated twice.
+    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        x, z = x.clone().requires_grad_(), z.clone()
+        g = evaluate(block, x, z, context) + 0 * x  # which has a graph even if g does not depend on x
+        w = torch.zeros_like(g).requires_grad_()
+        (pulled,) = torch.autograd.grad(g, x, w, create_graph=True)
+
+    def product(v: Tensor) -> Tensor:  # the derivative of Gamma^T w, which is linear in w, along v
+        return torch.autograd.grad(pulled, w, v, retain_graph=True)[0]
+
+    def transposed_product(v: Tensor) -> Tensor:
+        return torch.autograd.grad(g, x, v, retain_graph=True)[0]
+
+    return product, transposed_product
+
+
+def gamma_norm(
+    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], context: Tensor | None = None,
+    rtol: float = 1e-3,
+) -> Float[Tensor, " b"]:  # fmt: skip
+    """Computes the spectral norm of Gamma = dg/dx at `x`, per sample, by Golub-Kahan-Lanczos bidiagonalisation.
+
+    k products with Gamma and k with Gamma^T give orthonormal vectors between which Gamma is a bidiagonal matrix of k
+    rows. Its norm grows towards that of Gamma from below. The estimate stops once a row adds less than a share `rtol`
+    of it for every sample, or after 100 rows.
+    """
+    product, transposed_product = gamma_products(block, x, z, context)
+    start = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype).to(x.device)
+    right, _ = _orthonormal(start, [])
+    rights, lefts, diagonal, above = [right], list[Tensor](), list[Tensor](), list[Tensor]()
+    norm = x.new_zeros(len(x))
+    for _ in range(_MOST_ROWS):
+        left, length = _orthonormal(product(right), lefts)
+        lefts.append(left)
+        diagonal.append(length)
+        right, length = _orthonormal(transposed_product(left), rights)
+        rights.append(right)
+        above.append(length)
+        rows = F.pad(torch.stack(diagonal, 1).diag_embed(), (0, 1)) + F.pad(torch.stack(above, 1).diag_embed(), (1, 0))
+        last, norm = norm, torch.linalg.matrix_norm(rows, 2)
+        if ((norm - last).abs() <= rtol * norm).all():
+            break
+    return norm
+
+
+def _orthonormal(v: Float[Tensor, "b t c"], basis: Sequence[Tensor]) -> tuple[Tensor, Float[Tensor, " b"]]:
+    """`v` without its parts along the unit vectors of `basis`, scaled to length 1, and the length that was left."""
+    for other in (*basis, *basis):  # the second time removes what rounding left
+        v = v - (v * other).sum(dim=(1, 2), keepdim=True) * other
+    length = v.norm(dim=(1, 2), keepdim=True)
+    return v / length.clamp(min=torch.finfo(v.dtype).tiny), length.flatten()

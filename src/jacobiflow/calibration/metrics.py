@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -99,3 +100,15 @@ def matrix_norm(matrix: Float[Tensor, "t c"], norm: Norm) -> float:
     if not torch.isfinite(matrix).all():
         return float("inf")
     return float(torch.linalg.matrix_norm(matrix.double(), ord=norm))
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Computes Spearman's rank correlation, equals sharing their mean rank; NaN if one side is constant."""
+    with np.errstate(invalid="ignore"):
+        return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    """The number of smaller values less that of larger ones, for each: twice its mean rank, shifted."""
+    column = np.asarray(values)[:, None]
+    return (column > values).sum(axis=1) - (column < values).sum(axis=1)

@@ -23,6 +23,8 @@ from jacobiflow.flows.image_flow import ImageFlow, Step, state_dtype
 from jacobiflow.progress import Progress
 from jacobiflow.solvers import MeanAffine, Sequential, Solver, no_gradients, solve
 
+Places = Sequence[tuple[int, slice]]  # blocks, with the tokens that are measured
+
 
 class Images(Protocol):
     """Images that a tensor of indices can index: a tensor (N, C, H, W), or a data set on disk."""
@@ -125,16 +127,23 @@ class Passes:
         everything, parameters, means = torch.arange(len(self.images)), _Means(), _Means(classes)
         for tokens, labels in self._batches(everything, "mean parameters"):
             for step in self._walk(tokens, labels):
-                parameters.add((step.block, "log_scale"), step.log_scale, labels)
-                parameters.add((step.block, "shift"), step.shift, labels)
+                parameters.add(step.block, torch.stack((step.log_scale, step.shift), dim=1), labels)
                 means.add(step.block, torch.exp(-step.log_scale) * step.x, labels)
-        mean_affine = tuple(
-            MeanAffine(*(parameters((i, name)).float().cpu() for name in ("log_scale", "shift")))
-            for i in range(len(self.blocks))
-        )
+        mean_affine = tuple(MeanAffine(*parameters(i).float().cpu()) for i in range(len(self.blocks)))
         guesses = [named_guesses(guess) for guess in mean_affine]
-        crm = [part.crm for i in range(len(self.blocks)) if (part := self._components(i, means(i), norm)) is not None]
-        tough = tough_blocks(crm)
+        every_block = [(i, slice(None)) for i in range(len(self.blocks))]
+
+        def components(norm: Norm, places: Places, group: int | None = None) -> tuple[Components, ...] | None:
+            parts = []
+            for i, run in places:
+                weights = self.blocks[i].output_weights()
+                if weights is None:
+                    return None
+                scale, shift = (0.0 if weight is None else matrix_norm(weight, norm) for weight in weights)
+                parts.append(Components(matrix_norm(means(i, group)[run], norm), scale, shift))
+            return tuple(parts)
+
+        tough = tough_blocks([part.crm for part in components(norm, every_block) or ()])
         for tokens, labels in self._batches(everything, "metrics"):
             for i, x, _, _, z in self._walk(tokens, labels):
                 for count in {1, segments} if i in tough else {1}:
@@ -142,31 +151,19 @@ class Passes:
                         residuals = initial_residuals(self.blocks[i], x, z, guess, labels, count)
                         means.add((i, name, count), residuals, labels)
 
-        def metrics(norm: Norm, places: list[tuple[int, slice]], group: int | None = None, count: int = 1) -> Metrics:
+        def metrics(norm: Norm, places: Places, group: int | None = None, count: int = 1) -> Metrics:
             igm = tuple(
                 {name: matrix_norm(means((i, name, count), group)[run], norm) for name in GUESS_NAMES}
                 for i, run in places
             )
-            components = [self._components(i, means(i, group)[run], norm) for i, run in places]
-            return Metrics(igm, None if None in components else tuple(components))  # type: ignore[arg-type]
+            return Metrics(igm, components(norm, places, group))
 
-        every_block = [(i, slice(None)) for i in range(len(self.blocks))]
         runs = segment_runs(self.flow.config.num_tokens, segments)
         return ImageMetrics(
             mean_affine,
             metrics={each: metrics(each, every_block) for each in NORMS},
             segment_metrics={i: metrics(norm, [(i, run) for run in runs], count=segments) for i in tough},
             class_metrics={label: metrics(norm, every_block, label) for label in classes},
-        )
-
-    def _components(self, i: int, scaled: Tensor, norm: Norm) -> Components | None:
-        """The components of CRM for a mean of Sigma^-1 X at block `i`; `None` if they are not defined."""
-        weights = self.blocks[i].output_weights()
-        if weights is None:
-            return None
-        w_s, w_u = weights
-        return Components(
-            matrix_norm(scaled, norm), 0.0 if w_s is None else matrix_norm(w_s, norm), matrix_norm(w_u, norm)
         )
 
     def encoded(self, index: Int[Tensor, " m"]) -> list[BlockSolution]:

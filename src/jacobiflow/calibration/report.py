@@ -1,4 +1,4 @@
-"""The measurements of a calibration, as data with a JSON form."""
+"""The measurements of a calibration as data, and the strategy that the paper's Algorithm 1 makes of them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 
 from jacobiflow import codec
 from jacobiflow.calibration.convergence import Trace
-from jacobiflow.calibration.metrics import Components, Metrics, Norm
-from jacobiflow.checks import check_choice, check_count, check_number
+from jacobiflow.calibration.metrics import Components, Metrics, Norm, rank_correlation
+from jacobiflow.checks import check_choice, check_count, check_flag, check_kind, check_number
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.fingerprint import check_fingerprint
 from jacobiflow.flows.guidance import Guidance
@@ -42,14 +42,14 @@ class Settings:
 
 
 class Spread(NamedTuple):
-    """Mean and standard deviation over classes."""
+    """Mean and (population) standard deviation over classes."""
 
     mean: float
     std: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """The mean and the (population) standard deviation of values."""
+        """The spread of values, one for each class."""
         with np.errstate(invalid="ignore"):  # of an infinity there is no standard deviation: NaN
             return cls(float(np.mean(values)), float(np.std(values)))
 
@@ -80,8 +80,7 @@ class Report(codec.Document):
         num_tokens: T.
         token_channels: C.
         settings: Settings of the calibration.
-        metrics: IGM and CRM in each norm; `igm`, `crm`, `crm_percent`, `components` and `tough_blocks` are those in the
-            norm of the settings.
+        metrics: IGM and CRM in each norm; `igm`, `crm` and so on are those in the norm of the settings.
         segment_metrics: For each tough block, the metrics of its `settings.segments` segments.
         class_metrics: For each class of the images, the metrics over its images alone; empty unless asked for.
         mean_affine: Per block, the calibrated guess.
@@ -152,16 +151,13 @@ class Report(codec.Document):
 
     def guess(self, block: int) -> Guess:
         """The guess that `best_guess` names."""
-        name = self.best_guess(block)
+        name = self.best_guess(block)  # which checks the block
         return named_guesses(self.mean_affine[block])[name]
 
     def mean_sweeps(self, start: Start, tolerance: float, guess: str | None = None) -> tuple[float, ...]:
-        """Averages, per block, the samples' numbers of plain sweeps to a tolerance.
+        """Averages, per block, the samples' numbers of plain sweeps to a tolerance of 1e-1, 1e-2, 1e-3 or 1e-4.
 
-        A sample that rounding keeps above the tolerance counts T sweeps. The guess is the best one by IGM by default.
-
-        Raises:
-            ValueError: If the tolerance is not 1e-1, 1e-2, 1e-3 or 1e-4, or if the start was not measured.
+        A sample that rounding keeps above the tolerance counts T sweeps. The guess is by default the best one by IGM.
         """
         return tuple(float(np.mean(row)) for row in self._sweeps(start, tolerance, guess))
 
@@ -182,7 +178,7 @@ class Report(codec.Document):
     def rank_correlation(
         self, metric: Literal["crm", "gamma"], start: Start = "noise", tolerance: float = 1e-3
     ) -> float:
-        """Computes Spearman's correlation of a metric of the blocks with their `mean_sweeps`; NaN if one is constant.
+        """Computes `rank_correlation` of a metric of the blocks with their `mean_sweeps`.
 
         "gamma" is the mean over samples of the error matrix's spectral norm, of which CRM is a proxy (Appendix B of
         the paper).
@@ -192,7 +188,7 @@ class Report(codec.Document):
         return rank_correlation(values, self.mean_sweeps(start, tolerance))
 
     def class_spread(self) -> tuple[ClassSpread, ...]:
-        """Computes, per block, mean and (population) standard deviation over classes, if these were measured."""
+        """Computes, per block, the variation over classes, if these were measured."""
         if not self.class_metrics:
             raise InputValueError("no metrics per class in this report: calibrate with per_class=True and labels")
         return tuple(_class_spread(list(self.class_metrics.values()), block) for block in range(self.num_blocks))
@@ -223,18 +219,6 @@ def find_file(flow: ImageFlow, name: str, guidance_of: Callable[[Path], Guidance
     return next(same, next(iter(files), None))
 
 
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Computes Spearman's rank correlation, equals sharing their mean rank; NaN if one side is constant."""
-    with np.errstate(invalid="ignore"):
-        return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
-
-
-def _ranks(values: Sequence[float]) -> np.ndarray:
-    """The number of smaller values less that of larger ones, for each: twice its mean rank, shifted."""
-    column = np.asarray(values)[:, None]
-    return (column > values).sum(axis=1) - (column < values).sum(axis=1)
-
-
 def _class_spread(classes: Sequence[Metrics], block: int) -> ClassSpread:
     is_defined = classes[0].components is not None
     best = [metrics.best_guess(block) for metrics in classes]
@@ -244,3 +228,59 @@ def _class_spread(classes: Sequence[Metrics], block: int) -> ClassSpread:
         igm={name: Spread.of([m.igm[block][name] for m in classes]) for name in GUESS_NAMES},
         wins={name: best.count(name) for name in GUESS_NAMES},
     )
+
+
+def gs_jacobi_notation(
+    report: Report, tolerance: float = 1e-2, *, per_segment: bool = False, call_cost: float = 32.0
+) -> str:
+    """Proposes a strategy by Algorithm 1 of the paper: tough blocks by CRM, numbers of sweeps as measured.
+
+    A tough block is cut into G segments of J sweeps. J is the number that the slowest sample traced needed in its
+    slowest segment to come within `tolerance` of the solution. Of the G measured with J <= T // G, and of G = T with
+    J = 1, which is the exact loop, the algorithm takes the one with the least J (T + G call_cost): tokens swept, and
+    calls. The other blocks are swept whole, as often as the slowest of them needed.
+
+    Args:
+        report: Of the flow.
+        tolerance: One that was measured: 1e-1, 1e-2, 1e-3, 1e-4.
+        per_segment: Whether each segment gets the J that it needed itself.
+        call_cost: Fixed cost of a network call, in tokens: about 32 for a batch of 1 on a CPU, more on a GPU, less for
+            a larger batch.
+
+    Returns:
+        The strategy in the paper's notation, [Stack-GS-J-Else]; or Jacobi-J if no block is tough.
+
+    Raises:
+        ValueError: If CRM is not defined or the tolerance was not measured.
+
+    Example:
+        >>> report = jf.Report.load(jf.find_report(jf.load("fashion-p2")))
+        >>> gs_jacobi_notation(report)
+        '[7-196-1-10]'
+    """
+    check_kind("report", report, Report, "a Report, as calibrate returns")
+    tolerance, call_cost = check_number("tolerance", tolerance), check_number("call_cost", call_cost)
+    check_flag("per_segment", per_segment)
+    tough = report.tough_blocks
+    needed = report.slowest_sweeps("noise", tolerance)
+    others = max(1, *(count for block, count in enumerate(needed) if block not in tough))
+    if not tough:
+        return f"Jacobi-{others}"
+    ways = [_cheapest_segments(report, block, tolerance, per_segment, call_cost) for block in tough]
+    stack, segments, sweeps = ("/".join(map(str, column)) for column in (tough, *zip(*ways, strict=True)))
+    return f"[{stack}-{segments}-{sweeps}-{others}]"
+
+
+def _cheapest_segments(
+    report: Report, block: int, tolerance: float, per_segment: bool, call_cost: float
+) -> tuple[int, str]:
+    """GS and J of a tough block."""
+    length = report.num_tokens
+    ways = [(length * (1 + call_cost), length, "1")]
+    for count, traces in report.segment_traces[block].items():
+        sweeps = [max(1, *trace.reach(tolerance, length)) for trace in traces]
+        if max(sweeps) <= length // count:
+            total = sum(sweeps) if per_segment else count * max(sweeps)
+            text = ",".join(map(str, sweeps)) if per_segment else str(max(sweeps))
+            ways.append((total * (length / count + call_cost), count, text))
+    return min(ways, key=lambda way: way[0])[1:]

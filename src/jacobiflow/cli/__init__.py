@@ -5,13 +5,20 @@ from __future__ import annotations
 import sys
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs a command line, see `jacobiflow.cli.app.main`; says what to install if its packages are missing."""
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command line, by default that of the process, and returns its exit code.
+
+    It is 2 with one line on bad input, 130 when interrupted, and 1 if the reader of stdout is gone. A fault of the
+    library keeps its traceback; `jacobiflow --traceback COMMAND` shows that of bad input too.
+
+    Modules that installed packages name as entry points of the group "jacobiflow" are imported before a command runs;
+    all commands take what they register.
+    """
     try:
-        from jacobiflow.cli.app import main as run
+        from jacobiflow.cli.app import run
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        if error.name != "typer":
             raise
         print("error: the command line needs more packages: pip install 'jacobiflow[cli]'", file=sys.stderr)
-        sys.exit(2)
-    run(arguments)
+        return 2
+    return run(sys.argv[1:] if arguments is None else arguments)

@@ -19,32 +19,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 from typer.exceptions import TyperException
 from typer.main import get_command
 
 from jacobiflow import __version__
-from jacobiflow.cli import bench, calibrate, convert, evaluate, info, options, plan, sample, train
-from jacobiflow.cli.screen import one_line
+from jacobiflow.cli import shared
+from jacobiflow.cli.bench import bench
+from jacobiflow.cli.calibrate import calibrate
+from jacobiflow.cli.evaluate import evaluate
+from jacobiflow.cli.models import convert, info
+from jacobiflow.cli.plan import plan
+from jacobiflow.cli.sample import sample
+from jacobiflow.cli.train import train
 from jacobiflow.errors import InputError, InputValueError
 
-_LOST_READER, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
+_LOST_READER, _BAD_INPUT, _INTERRUPTED = 1, 2, 130  # typer returns 130 for a KeyboardInterrupt
+_LONGEST = 300  # characters of a message
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|allocate memory|DefaultCPUAllocator|bad_alloc|_ALLOC_FAILED|not enough memory", re.IGNORECASE
 )
-
-
-class _Command(TyperCommand):
-    """A command that loads extensions before it runs."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Runs the command."""
-        from jacobiflow.memory import keep_freed_memory
-
-        keep_freed_memory()
-        _load_extensions()
-        return super().invoke(ctx)
-
 
 app = typer.Typer(
     name="jacobiflow",
@@ -55,33 +48,33 @@ app = typer.Typer(
 
 
 def _with_json(command: Callable[..., dict[str, Any] | None]) -> Callable[..., int]:
-    """The command with an option `--json`; its exit code is 2 if its results have problems."""
+    """The command with an option `--json`, after the extensions; its exit code is 2 if its results have problems."""
 
     @functools.wraps(command)
-    def run(*, json: options.Json = None, **arguments: Any) -> int:
+    def run(*, json: shared.Json = None, **arguments: Any) -> int:
+        from jacobiflow.files import write_json
+        from jacobiflow.memory import keep_freed_memory
+
+        keep_freed_memory()
+        _load_extensions()
         inputs = [value for name, value in arguments.items() if isinstance(value, str | Path) and name != "out"]
-        options.check_output("--json", json, arguments.get("model", ""), *inputs)
+        shared.check_output("--json", json, arguments.get("model", ""), *inputs)
         results = command(**arguments) or {}
         if json is not None and results:
-            from jacobiflow.files import write_json
-
             json.parent.mkdir(parents=True, exist_ok=True)
             write_json(json, results)
         return _BAD_INPUT if results.get("problems") else 0
 
     signature = inspect.signature(command, eval_str=True)
-    option = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=options.Json)
+    option = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=shared.Json)
     parameters = [*signature.parameters.values(), option]
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
 
-for _function in (
-    sample.sample, calibrate.calibrate, plan.plan, bench.bench, evaluate.evaluate, train.train, convert.convert,
-    info.info,
-):  # fmt: skip
-    app.command(_function.__name__, cls=_Command)(_with_json(_function))
+for _command in (sample, calibrate, plan, bench, evaluate, train, convert, info):
+    app.command()(_with_json(_command))
 
 
 def _print_version(is_given: bool) -> None:
@@ -102,54 +95,40 @@ def _root(
     pass
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs a command line, by default that of the process, and exits unless it succeeds.
-
-    The exit code is 2 with one line on bad input, 130 when interrupted, and 1 if the reader of stdout is gone. A fault
-    of the library keeps its traceback; `jacobiflow --traceback COMMAND` shows that of bad input too.
-
-    Modules that installed packages name as entry points of the group "jacobiflow" are imported before a command runs;
-    all commands take what they register.
-    """
+def run(arguments: list[str]) -> int:
+    """Runs a command line as `jacobiflow.cli.main` does."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal may lack a character
-    code = _run(sys.argv[1:] if arguments is None else arguments)
-    if code:
-        sys.exit(code)
-
-
-def _run(arguments: list[str]) -> int:
-    """The exit code of a command line."""
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning  # type: ignore[assignment]
+            warnings.showwarning = lambda message, *_, **__: _print_line("warning", str(message))
             code = get_command(app)(args=arguments or ["--help"], prog_name="jacobiflow", standalone_mode=False)
             sys.stdout.flush()
+        if code == _INTERRUPTED:
+            print("interrupted", file=sys.stderr)
+        return code or 0
     except TyperException as error:
         context = getattr(error, "ctx", None)
         remedy = "" if context is None else f"; see {context.command_path} --help"
-        return _refused(error.format_message().rstrip(".") + remedy)
+        message = error.format_message().rstrip(".") + remedy
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at the end
         return _LOST_READER
-    except (typer.Abort, KeyboardInterrupt):
-        code = _INTERRUPTED
     except (InputError, OSError) as error:
         if "--traceback" in arguments:
             traceback.print_exc()
-        return _refused(str(error))
+        message = str(error)
     except (MemoryError, RuntimeError) as error:  # PyTorch's
         if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
             raise
-        return _refused("out of memory; give a smaller --batch-size, or smaller numbers")
-    if code == _INTERRUPTED:  # typer's code for a KeyboardInterrupt
-        print("interrupted", file=sys.stderr)
-    return code or 0
+        message = "out of memory; give a smaller --batch-size, or smaller numbers"
+    _print_line("error", message)
+    return _BAD_INPUT
 
 
 def _load_extensions() -> None:
-    from importlib.metadata import entry_points
+    from importlib.metadata import entry_points  # slow
 
     for extension in entry_points(group="jacobiflow"):
         try:
@@ -161,10 +140,9 @@ def _load_extensions() -> None:
             ) from error
 
 
-def _refused(message: str) -> int:
-    print(f"error: {one_line(message)}", file=sys.stderr)
-    return _BAD_INPUT
-
-
-def _show_warning(message: Warning | str, *_: Any) -> None:
-    print(f"warning: {one_line(str(message))}", file=sys.stderr)
+def _print_line(kind: str, message: str) -> None:
+    """Prints a message in one line; a long one is cut in the middle, as the remedy stands at its end."""
+    line, half = " ".join(message.split()), (_LONGEST - len(" ... ")) // 2
+    if len(line) > _LONGEST:
+        line = f"{line[:half]} ... {line[-half:]}"
+    print(f"{kind}: {line}", file=sys.stderr)

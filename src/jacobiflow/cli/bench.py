@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from jacobiflow.cli import options
-from jacobiflow.cli.screen import progress_bar, show_table
+import jacobiflow as jf
+from jacobiflow.cli import shared
+from jacobiflow.cli.shared import progress_bar, show_table
 
 if TYPE_CHECKING:
-    from jacobiflow.calibration import Report
     from jacobiflow.comparison import Comparison, Row
     from jacobiflow.flows.image_flow import ImageFlow
     from jacobiflow.measuring import Timing
     from jacobiflow.progress import Progress
-    from jacobiflow.strategy import Strategy
 
 _PICTURE, _TABLE = "bench.png", "bench.json"
 _STRATEGY = (
@@ -31,20 +32,18 @@ residual: the largest |g(x) - x|; exact: every block was solved token by token
 
 
 def bench(
-    model: options.Model = "fashion-p2",
+    model: shared.Model = "fashion-p2",
     strategy: Annotated[list[str] | None, Option(help=_STRATEGY)] = None,
-    batch_size: Annotated[list[int] | None, Option(min=1, max=options.MOST_AT_ONCE, help=_BATCH_SIZE)] = None,
+    batch_size: Annotated[list[int] | None, Option(min=1, max=shared.MOST_AT_ONCE, help=_BATCH_SIZE)] = None,
     repeats: Annotated[int, Option(min=1, help="Rounds that count, after a warm-up.")] = 5,
-    tolerance: options.Tolerance = None,
-    report: options.ReportFile = None,
-    labels: options.Labels = "balanced",
-    seed: options.Seed = 0,
-    guidance: options.Guidance = "0",
-    certify: Annotated[
-        bool, Option(help="Time strategies with their certificates, and with the samples that they solve again.")
-    ] = True,
-    device: options.Device = "cpu",
-    dtype: options.Dtype = "float32",
+    tolerance: shared.Tolerance = None,
+    report: shared.ReportFile = None,
+    labels: shared.Labels = "balanced",
+    seed: shared.Seed = 0,
+    guidance: shared.Guidance = "0",
+    certify: Annotated[bool, Option(help="Certify the samples, within the time that is measured.")] = True,
+    device: shared.Device = "cpu",
+    dtype: shared.Dtype = "float32",
     out: Annotated[Path, Option(help="Folder for bench.png, bench.json.")] = Path("out/bench"),
 ) -> dict[str, Any]:
     """Time strategies and measure their errors.
@@ -54,41 +53,30 @@ def bench(
 
     Example: jacobiflow bench --model digits-p1 --strategy jacobi --strategy "[2-4-5-6]" --repeats 3
     """
-    from dataclasses import asdict
-    from functools import partial
+    from jacobiflow import baselines, comparison, files, latents, measuring, native, plots, sampling
 
-    from jacobiflow import native
-    from jacobiflow.baselines import SEQUENTIAL
-    from jacobiflow.comparison import compare
-    from jacobiflow.files import write_json
-    from jacobiflow.latents import draw_latents
-    from jacobiflow.locking import own_folder
-    from jacobiflow.measuring import machine
-    from jacobiflow.plots import bench_figure, save_png
-    from jacobiflow.sampling import draw
-
-    sizes = list(dict.fromkeys(batch_size or (1, 4, 16)))
-    flow = options.load_model(model, device, dtype).guided(options.parse_guidance(guidance))
-    names = [name for name in dict.fromkeys(strategy or ("auto", "jacobi")) if name != SEQUENTIAL]
-    guesses = options.load_report(report, flow)
+    flow = shared.load_model(model, device, dtype, guidance)
+    names = [name for name in dict.fromkeys(strategy or ("auto", "jacobi")) if name != baselines.SEQUENTIAL]
+    guesses = shared.load_report(report, flow)
+    cases = []
     with progress_bar() as progress:
-        plans = {
-            size: {name: _choose(flow, name, size, tolerance, guesses, progress) for name in names} for size in sizes
-        }
-    classes = {size: options.parse_labels(labels, size, flow, seed) for size in sizes}
-    with own_folder(out, "benchmark", (_PICTURE, _TABLE)), progress_bar() as progress:
-        where = machine(flow.var.device)
+        for size in dict.fromkeys(batch_size or (1, 4, 16)):
+            z = latents.draw_latents(size, flow.config.num_tokens, flow.config.token_channels, seed)
+            classes = shared.parse_labels(labels, size, flow, seed)
+            plans = {name: _choose(flow, name, size, tolerance, guesses, progress) for name in names}
+            runs = {
+                name: partial(sampling.draw, flow, plan, z, classes, certify=certify) for name, plan in plans.items()
+            }
+            cases.append((z, classes, runs))
+    with files.own_folder(out, "benchmark", (_PICTURE, _TABLE)), progress_bar() as progress:
+        where = measuring.machine(flow.var.device)
         print(
             f"{model} on {where['processor']}, {where['cores']} cores, {where['threads']} threads, device "
             f"{where['device']}, PyTorch {where['torch']}\nnative exact loops: {native.describe()}"
         )
         comparisons = []
-        for size in sizes:
-            z = draw_latents(size, flow.config.num_tokens, flow.config.token_channels, seed)
-            runs = {
-                name: partial(draw, flow, plan, z, classes[size], certify=certify) for name, plan in plans[size].items()
-            }
-            comparisons.append(compare(flow, z, classes[size], runs, repeats=repeats, progress=progress))
+        for z, classes, runs in cases:
+            comparisons.append(comparison.compare(flow, z, classes, runs, repeats=repeats, progress=progress))
             _print(comparisons[-1])
         print(_LEGEND)
         results = {
@@ -97,21 +85,20 @@ def bench(
             "tolerance": tolerance, "report": None if report is None else str(report), "certify": certify,
             "repeats": repeats, "machine": where, "comparisons": [each.to_json() for each in comparisons],
         }  # fmt: skip
-        save_png(bench_figure(comparisons), out / _PICTURE)
-        write_json(out / _TABLE, results)
+        plots.save_png(plots.bench_figure(comparisons), out / _PICTURE)
+        files.write_json(out / _TABLE, results)
     print(f"wrote {out / _PICTURE} and {out / _TABLE}")
     return results
 
 
 def _choose(
-    flow: ImageFlow, name: str, size: int, tolerance: float | None, report: Report | None, progress: Progress
-) -> Strategy:
+    flow: ImageFlow, name: str, size: int, tolerance: float | None, report: jf.Report | None, progress: Progress
+) -> jf.Strategy:
     """The strategy of that name, to `tolerance` unless it stops after a number of sweeps."""
     from jacobiflow.strategy import choose, is_auto
 
-    if is_auto(name):
-        return choose(flow, name, size, tolerance=tolerance, progress=progress)
-    plan = choose(flow, name, size, report=report)
+    planned_for = tolerance if is_auto(name) else None
+    plan = choose(flow, name, size, tolerance=planned_for, report=report, progress=progress)
     return plan if tolerance is None else plan.with_tolerance(tolerance)
 
 

@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import astuple
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Option
 
-from jacobiflow.cli import options
-from jacobiflow.cli.screen import progress_bar, show_table
-
-if TYPE_CHECKING:
-    from jacobiflow.calibration import Report
+import jacobiflow as jf
+from jacobiflow.cli import shared
+from jacobiflow.cli.shared import progress_bar, show_table
 
 _TOLERANCE = 1e-3  # of the sweeps in the tables
 
 
 def calibrate(
-    images: options.Images,
+    images: shared.Images,
     out: Annotated[Path, Option(help="File for the report (JSON).")],
-    model: options.Model = "fashion-p2",
+    model: shared.Model = "fashion-p2",
     num: Annotated[int, Option(min=2, help="Images, drawn by the seed; all if there are fewer.")] = 512,
-    clean: Annotated[
-        bool, Option("--clean", help="Images without the noise of the flow's training, as the paper's code has it.")
-    ] = False,
+    clean: Annotated[bool, Option("--clean", help="Without the noise of training, like the paper's code.")] = False,
     unconditional: Annotated[bool, Option("--unconditional", help="Do not use the images' labels.")] = False,
     norm: Annotated[Literal["2", "fro", "1"], Option(help="Norm of IGM and CRM; 2 is the spectral one.")] = "2",
     segments: Annotated[int, Option(help="Segments of a tough block, with metrics of their own.")] = 8,
     traced: Annotated[int, Option(help="Images, and fresh latents, whose sweeps are measured.")] = 32,
     per_class: Annotated[bool, Option("--per-class", help="Also each class by itself (Appendix E).")] = False,
-    guidance: options.Guidance = "0",
-    batch_size: options.ImagesAtATime = 64,
-    seed: options.Seed = 0,
-    device: options.Device = "cpu",
-    dtype: options.Dtype = "float32",
+    guidance: shared.Guidance = "0",
+    batch_size: shared.ImagesAtATime = 64,
+    seed: shared.Seed = 0,
+    device: shared.Device = "cpu",
+    dtype: shared.Dtype = "float32",
 ) -> dict[str, Any]:
     """Measure a flow's blocks, as the paper does.
 
@@ -42,31 +40,27 @@ def calibrate(
 
     Example: jacobiflow calibrate --per-class --images fashion-512 --out out/report.json
     """
-    import shlex
-
     import torch
 
-    from jacobiflow.calibration import calibrate as measure
     from jacobiflow.data import load_images, noisy_images
 
-    options.check_output("--out", out, model, images)
-    flow = options.load_model(model, device, dtype)
-    data = load_images(images, flow.config.image_size, flow.config.in_channels)
+    shared.check_output("--out", out, model, images)
+    flow = shared.load_model(model, device, dtype, guidance)
+    data = load_images(images, *shared.image_size(flow))
     indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:num].sort().values
     pixels, labels = data.batch(indices)
     if not clean:
-        pixels = noisy_images(data, indices, options.training_noise(flow), seed)
+        pixels = noisy_images(data, indices, shared.training_noise(flow), seed)
     if unconditional or not flow.config.num_classes:
         labels = None
-    guide = options.parse_guidance(guidance)
     with progress_bar() as progress:
-        report = measure(
-            flow.guided(guide), pixels, labels, norm="fro" if norm == "fro" else 2 if norm == "2" else 1,
+        report = jf.calibrate(
+            flow, pixels, labels, norm="fro" if norm == "fro" else 2 if norm == "2" else 1,
             segments=segments, traced=traced, per_class=per_class, batch_size=batch_size, seed=seed, out=out,
             progress=progress,
         )  # fmt: skip
     _print(report)
-    use = ["jacobiflow", "sample", "--model", model, "--report", str(out), "--guidance", str(guide or 0)]
+    use = ["jacobiflow", "sample", "--model", model, "--report", str(out), "--guidance", str(flow.guidance or 0)]
     use += ["--labels", "none"] * (labels is None)
     print(f"wrote {out}\nuse it: {shlex.join(use)}")
     results: dict[str, Any] = {"model": model, "images": images, "report": str(out), "igm": report.igm}
@@ -75,10 +69,8 @@ def calibrate(
     return results | {"mean_sweeps": report.mean_sweeps("noise", _TOLERANCE)}
 
 
-def _print(report: Report) -> None:
+def _print(report: jf.Report) -> None:
     """Prints the metrics and sweeps of the blocks, and the paper's strategies."""
-    from dataclasses import astuple
-
     from jacobiflow.calibration import gs_jacobi_notation
     from jacobiflow.calibration.convergence import TOLERANCES
     from jacobiflow.calibration.report import GUESS_NAMES

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from jacobiflow.cli import options
-from jacobiflow.cli.screen import progress_bar, show_table
+import jacobiflow as jf
+from jacobiflow.cli import shared
+from jacobiflow.cli.shared import progress_bar, show_table
 from jacobiflow.errors import InputValueError
 
 if TYPE_CHECKING:
@@ -18,7 +21,6 @@ if TYPE_CHECKING:
     from jacobiflow.evaluation.features import FeatureFunction
     from jacobiflow.flows.image_flow import ImageFlow
     from jacobiflow.progress import Progress
-    from jacobiflow.storage import SampleFolder
 
 _FEW = 10_000  # images on either side of what compares each with each
 _TABLE = "evaluation.json"
@@ -46,21 +48,19 @@ _SCORES = (
 
 
 def evaluate(
-    model: options.Model = "fashion-p2",
+    model: shared.Model = "fashion-p2",
     samples: Annotated[Path | None, Option(help="A folder that jacobiflow sample wrote.")] = None,
-    images: Annotated[str | None, Option(help=f"Real images to compare with: {options.SOURCES}")] = None,
+    images: Annotated[str | None, Option(help=f"Real images to compare with: {shared.SOURCES}")] = None,
     features: Annotated[str | None, Option(help=_FEATURES)] = None,
     inception: Annotated[Path | None, Option(help="File of Inception's weights. Default: it is downloaded.")] = None,
-    stats: Annotated[
-        Path | None, Option(help="Statistics of real images to compare with, such as *_fid_stats.pth.")
-    ] = None,
+    stats: Annotated[Path | None, Option(help="Statistics to compare with, such as *_fid_stats.pth.")] = None,
     save_stats: Annotated[Path | None, Option(help="Write the statistics of --images to this file.")] = None,
     paired: Annotated[int, Option(min=0, help="Samples to compare with the sequential loop's.")] = 64,
     test_images: Annotated[int, Option(min=0, help="Images of --images' test split for likelihoods.")] = 1000,
-    batch_size: options.ImagesAtATime = 64,
-    seed: options.Seed = 0,
-    device: options.Device = "cpu",
-    dtype: options.Dtype = "float32",
+    batch_size: shared.ImagesAtATime = 64,
+    seed: shared.Seed = 0,
+    device: shared.Device = "cpu",
+    dtype: shared.Dtype = "float32",
     out: Annotated[Path, Option(help="Folder for evaluation.json.")] = Path("out/evaluation"),
 ) -> dict[str, Any]:
     """Score a model and its samples.
@@ -69,11 +69,10 @@ def evaluate(
 
     Example: jacobiflow evaluate --model fashion-p2 --samples out/demo --images fashion-512
     """
-    from jacobiflow.files import write_json
-    from jacobiflow.locking import check_own, own_folder
+    from jacobiflow import files
 
-    options.check_output("--save-stats", save_stats, model, images, stats, inception, samples)
-    check_own(out, "evaluation")
+    shared.check_output("--save-stats", save_stats, model, images, stats, inception, samples)
+    files.check_own(out, "evaluation")
     features = features or ("none" if images is None and stats is None else "inception")
     if samples is None and images is None:
         raise InputValueError("nothing to evaluate: give --samples, a folder that jacobiflow sample wrote, or --images")
@@ -81,7 +80,7 @@ def evaluate(
         raise InputValueError(f"--save-stats {save_stats}: give --images and --features, whose statistics they are")
     if features != "none" and images is None and stats is None:
         raise InputValueError(f"--features {features}: give --images or --stats, to compare with")
-    flow = options.load_model(model, device, dtype)
+    flow = shared.load_model(model, device, dtype)
     folder = None if samples is None else _open_samples(samples, flow)
     test = None if images is None or not test_images else _test_images(flow, images, test_images)
     results: dict[str, Any] = {"model": model, "samples": None if samples is None else str(samples)}
@@ -94,8 +93,8 @@ def evaluate(
                 results |= _paired(folder, flow, min(paired, folder.manifest.num), batch_size)
         if test is not None:
             results |= _likelihood(flow, test, seed, batch_size, progress)
-    with own_folder(out, "evaluation", (_TABLE,)):
-        write_json(out / _TABLE, results)
+    with files.own_folder(out, "evaluation", (_TABLE,)):
+        files.write_json(out / _TABLE, results)
     show_table(("score", "value", ""), _rows(results), text=(0, 2))
     print(f"wrote {out / _TABLE}")
     return results
@@ -112,12 +111,11 @@ def _rows(results: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _open_samples(path: Path, flow: ImageFlow) -> SampleFolder:
+def _open_samples(path: Path, flow: ImageFlow) -> jf.SampleFolder:
     """Opens samples. Raises ValueError if they are not whole, or not of this flow."""
     from jacobiflow.flows.fingerprint import check_fingerprint
-    from jacobiflow.storage import SampleFolder
 
-    folder = SampleFolder.open(path)
+    folder = jf.SampleFolder.open(path)
     check_fingerprint(folder.manifest.fingerprint, flow, f"--samples {path}: drawn from", "give that one as --model")
     for problem in folder.problems():
         raise InputValueError(problem)
@@ -125,38 +123,33 @@ def _open_samples(path: Path, flow: ImageFlow) -> SampleFolder:
 
 
 def _distances(
-    flow: ImageFlow, folder: SampleFolder | None, name: str, inception: Path | None, images: str | None,
+    flow: ImageFlow, folder: jf.SampleFolder | None, name: str, inception: Path | None, images: str | None,
     stats: Path | None, save_stats: Path | None, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """Fréchet distance to real images; with their features, kernel distance, precision and recall too."""
-    from jacobiflow.evaluation import (
-        InceptionFeatures,
-        Statistics,
-        extract,
-        frechet_distance,
-        kernel_distance,
-        load_features,
-        precision_recall,
-    )
+    from jacobiflow import evaluation
     from jacobiflow.evaluation.distances import SMALLEST
 
-    extractor = load_features(name, inception)
-    real = None if images is None else extract(extractor, [_real_images(flow, extractor, images)], progress)
-    if save_stats is not None and real is not None:
+    extractor = evaluation.load_features(name, inception)
+    real = None if images is None else evaluation.extract(extractor, [_real_images(flow, extractor, images)], progress)
+    statistics = None if real is None else evaluation.Statistics.of(real)
+    if save_stats is not None and statistics is not None:
         save_stats.parent.mkdir(parents=True, exist_ok=True)
-        Statistics.of(real).save(save_stats, extractor if isinstance(extractor, InceptionFeatures) else None)
-        print(f"wrote {save_stats}: statistics of {len(real):,} images")
-    if folder is None:
+        statistics.save(save_stats, extractor if isinstance(extractor, evaluation.InceptionFeatures) else None)
+        print(f"wrote {save_stats}: statistics of {statistics.num:,} images")
+    if stats is not None:
+        statistics = evaluation.Statistics.load(stats)
+    if folder is None or statistics is None:
         return {}
-    statistics = Statistics.load(stats) if stats is not None else Statistics.of(real)  # type: ignore[arg-type]
-    fake = extract(extractor, folder.batches(), progress, folder.manifest.num)
+    fake = evaluation.extract(extractor, folder.batches(), progress, folder.manifest.num)
+    distance = evaluation.frechet_distance(statistics, evaluation.Statistics.of(fake))
     results = {
-        "features": name, "num": len(fake), "frechet_distance": frechet_distance(statistics, Statistics.of(fake)),
+        "features": name, "num": len(fake), "frechet_distance": distance,
         "against": f"the training split of {images}" if stats is None else str(stats),
     }  # fmt: skip
     if real is not None and min(len(real), len(fake)) >= SMALLEST:
-        kernel, std = kernel_distance(real[:_FEW], fake[:_FEW])
-        precision, recall = precision_recall(real[:_FEW], fake[:_FEW])
+        kernel, std = evaluation.kernel_distance(real[:_FEW], fake[:_FEW])
+        precision, recall = evaluation.precision_recall(real[:_FEW], fake[:_FEW])
         results |= {"kernel_distance": kernel, "kernel_distance_std": std, "precision": precision, "recall": recall}
     return results
 
@@ -165,18 +158,17 @@ def _real_images(flow: ImageFlow, extractor: FeatureFunction, source: str) -> Te
     """The training split; for Inception a random half is mirrored, as in the original's data loader."""
     import torch
 
-    from jacobiflow.data import load_images
-    from jacobiflow.evaluation import InceptionFeatures
+    from jacobiflow import data, evaluation
 
-    images = load_images(source, flow.config.image_size, flow.config.in_channels).images
-    if not isinstance(extractor, InceptionFeatures):
+    images = data.load_images(source, *shared.image_size(flow)).images
+    if not isinstance(extractor, evaluation.InceptionFeatures):
         return images
     extractor.to(flow.var.device)
     is_mirrored = torch.rand(len(images), generator=torch.Generator().manual_seed(0)) < 0.5
     return torch.where(is_mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
-def _certificates(folder: SampleFolder) -> dict[str, Any]:
+def _certificates(folder: jf.SampleFolder) -> dict[str, Any]:
     """The samples that were solved again or lost, and the certificates if they were measured."""
     results: dict[str, Any] = {
         "resolved_sequentially": int(folder.resolved().sum()), "lost": int(folder.lost().sum())
@@ -187,42 +179,34 @@ def _certificates(folder: SampleFolder) -> dict[str, Any]:
     return results
 
 
-def _paired(folder: SampleFolder, flow: ImageFlow, num: int, batch_size: int) -> dict[str, Any]:
+def _paired(folder: jf.SampleFolder, flow: ImageFlow, num: int, batch_size: int) -> dict[str, Any]:
     """The first samples against the sequential loop's at the same latents."""
-    from dataclasses import asdict
-    from functools import partial
-
     import torch
 
-    from jacobiflow.data import quantize
-    from jacobiflow.evaluation import fidelity, pixel_difference
-    from jacobiflow.latents import draw_latents
-    from jacobiflow.sampling import sample
+    from jacobiflow import data, evaluation, latents
 
     manifest, config = folder.manifest, flow.config
     shards = range(-(-num // manifest.shard_size))
     stored = torch.cat([folder.images(i) for i in shards])[:num]
     labels = [part for i in shards if (part := folder.labels(i)) is not None]
     draw = partial(
-        sample, flow.guided(manifest.guidance), labels=torch.cat(labels)[:num] if labels else None,
-        latents=draw_latents(num, config.num_tokens, config.token_channels, manifest.seed),
+        jf.sample, flow.guided(manifest.guidance), labels=torch.cat(labels)[:num] if labels else None,
+        latents=latents.draw_latents(num, config.num_tokens, config.token_channels, manifest.seed),
         denoise=manifest.denoise, certify=manifest.certify, batch_size=batch_size,
     )  # fmt: skip
     exact = draw(strategy="sequential").images.cpu()
-    errors = fidelity(draw(strategy=folder.strategy()).images.cpu(), exact)
+    errors = evaluation.fidelity(draw(strategy=folder.strategy()).images.cpu(), exact)
     return {
         "paired": asdict(errors),
-        "stored": asdict(pixel_difference(stored, quantize(exact.nan_to_num(nan=-1.0)))),
+        "stored": asdict(evaluation.pixel_difference(stored, data.quantize(exact))),
     }
 
 
 def _test_images(flow: ImageFlow, source: str, num: int) -> ImageDataset:
     """The first `num` test images, after a check that the flow has their classes."""
-    from dataclasses import replace
-
     from jacobiflow.data import load_images
 
-    data = load_images(source, flow.config.image_size, flow.config.in_channels, "test")
+    data = load_images(source, *shared.image_size(flow), "test")
     labels = None if data.labels is None else data.labels[:num]
     if flow.config.num_classes and labels is not None:
         flow.check_labels(labels, len(labels))
@@ -231,11 +215,11 @@ def _test_images(flow: ImageFlow, source: str, num: int) -> ImageDataset:
 
 def _likelihood(flow: ImageFlow, test: ImageDataset, seed: int, batch_size: int, progress: Progress) -> dict[str, Any]:
     """Bits per dimension and class accuracy of test images, with the noise of the flow's training."""
-    from jacobiflow.evaluation import bayes_accuracy, bits_per_dim
+    from jacobiflow import evaluation
 
-    noise = options.training_noise(flow)
+    noise = shared.training_noise(flow)
     name = "bits_per_dim" if noise.kind == "uniform" else "bits_per_dim_noisy"
-    results = {"test_images": len(test), name: bits_per_dim(flow, test, noise, seed, batch_size, progress)}
+    results = {"test_images": len(test), name: evaluation.bits_per_dim(flow, test, noise, seed, batch_size, progress)}
     if flow.config.num_classes and test.labels is not None:
-        results["bayes_accuracy"] = bayes_accuracy(flow, test, noise, seed, batch_size, progress)
+        results["bayes_accuracy"] = evaluation.bayes_accuracy(flow, test, noise, seed, batch_size, progress)
     return results

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from jacobiflow.cli import options
-from jacobiflow.cli.screen import show_table
+import jacobiflow as jf
+from jacobiflow.cli import shared
 from jacobiflow.errors import InputValueError
 
 if TYPE_CHECKING:
     from jacobiflow.flows.image_flow import ImageFlow
-    from jacobiflow.solvers import Solver
 
 _MOST = 1024  # images in a batch that is chosen
 _TUNE = (
@@ -24,15 +24,15 @@ _TUNE = (
 
 def plan(
     out: Annotated[Path, Option(help="File for the strategy (JSON).")],
-    model: options.Model = "fashion-p2",
+    model: shared.Model = "fashion-p2",
     tune: Annotated[bool, Option("--tune", help=_TUNE)] = False,
     batch_size: Annotated[
         str, Option(help="Images solved together, or auto: as many as fit in free memory, at most 1,024.")
     ] = "1",
     tolerance: Annotated[float, Option(help="Largest residual in any block, and largest error of an image.")] = 1e-3,
-    guidance: options.Guidance = "0",
-    device: options.Device = "cpu",
-    dtype: options.Dtype = "float32",
+    guidance: shared.Guidance = "0",
+    device: shared.Device = "cpu",
+    dtype: shared.Dtype = "float32",
 ) -> dict[str, Any]:
     """Find the fastest strategy for a model here.
 
@@ -41,20 +41,16 @@ def plan(
 
     Example: jacobiflow plan --model fashion-p2 --batch-size 4 --out out/plan.json
     """
-    import shlex
-
     from jacobiflow.memory import batch_bytes, fitting_batch
-    from jacobiflow.strategy import Tuning, find_tuning
-    from jacobiflow.strategy import plan as race
 
-    options.check_output("--out", out, model)
+    shared.check_output("--out", out, model)
     if out.suffix != ".json":
         raise InputValueError(f"--out {out}: give a file that ends in .json")
-    size = options.parse_batch_size(batch_size)
-    flow = options.load_model(model, device, dtype).guided(options.parse_guidance(guidance))
+    size = shared.parse_batch_size(batch_size)
+    flow = shared.load_model(model, device, dtype, guidance)
     size = size or fitting_batch(flow, _MOST)
-    tuning = _tune(flow, model, out) if tune else find_tuning(flow)
-    strategy = race(flow, None if tuning is None else Tuning.load(tuning), size, tolerance)
+    tuning = _tune(flow, model, out) if tune else jf.find_tuning(flow)
+    strategy = jf.plan(flow, None if tuning is None else jf.Tuning.load(tuning), size, tolerance)
     prediction = strategy.prediction
     assert prediction is not None  # plan makes it
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +58,7 @@ def plan(
 
     print(f"{model}, batch size {size}, {prediction.device}")
     rows = [(str(i), *_describe(solver, flow.config.num_tokens)) for i, solver in enumerate(strategy.solvers)]
-    show_table(("block", "tokens at a time", "until"), rows, text=(0, 1, 2))
+    shared.show_table(("block", "tokens at a time", "until"), rows, text=(0, 1, 2))
     print(
         f"predicted: {prediction.seconds:.3f} s a batch, the exact loop {prediction.sequential_seconds:.3f} s; "
         f"largest error of an image {prediction.error:.1e}"
@@ -78,17 +74,15 @@ def plan(
 
 def _tune(flow: ImageFlow, model: str, out: Path) -> Path:
     """The file of a new tuning, in the model's folder if it is one of the user's."""
-    from jacobiflow.strategy import tune
-
     folder = Path(model) if Path(model).is_dir() else out.parent
     file = folder / ("tuning.json" if flow.guidance is None else "tuning-guided.json")
     file.parent.mkdir(parents=True, exist_ok=True)
-    tune(flow).save(file)
+    jf.tune(flow).save(file)
     print(f"wrote {file}")
     return file
 
 
-def _describe(solver: Solver, num_tokens: int) -> tuple[str, str]:
+def _describe(solver: jf.Solver, num_tokens: int) -> tuple[str, str]:
     tokens = str(solver.partition.stop(0, num_tokens))
     if tokens == "1":
         return tokens, "exact"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import signal
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from jacobiflow.cli import options
-from jacobiflow.cli.screen import progress_bar
+import jacobiflow as jf
+from jacobiflow.cli import shared
 from jacobiflow.errors import InputValueError
 
 if TYPE_CHECKING:
@@ -20,7 +24,7 @@ _NOISE = "tarflow: standard deviation of the images' Gaussian noise; 0 for unifo
 
 
 def train(
-    images: options.Images,
+    images: shared.Images,
     out: Annotated[Path, Option(help="Folder of the model, its checkpoint, metrics and samples.")],
     steps: Annotated[int, Option(help="Optimiser steps in all, those of earlier runs included.")],
     flow: Annotated[str, Option(help="tarflow, or maf: a masked autoregressive flow.")] = "tarflow",
@@ -29,9 +33,7 @@ def train(
     blocks: Annotated[int, Option(help="Number of flow blocks.")] = 8,
     layers: Annotated[int, Option(help="Transformer layers in a block; maf: hidden layers.")] = 2,
     head_dim: Annotated[int | None, Option(help="tarflow: width of an attention head; default 64.")] = None,
-    volume_preserving: Annotated[
-        bool, Option("--volume-preserving", help="tarflow: shifts only, and a learned prior variance.")
-    ] = False,
+    volume_preserving: Annotated[bool, Option("--volume-preserving", help="tarflow: shifts only.")] = False,
     image_size: Annotated[int, Option(help="Side of the images in pixels.")] = 28,
     image_channels: Annotated[int, Option(help="1 for grey, 3 for colour.")] = 1,
     unconditional: Annotated[bool, Option("--unconditional", help="Do not use the images' labels.")] = False,
@@ -48,8 +50,8 @@ def train(
     bf16: Annotated[bool, Option(help="Autocast to bfloat16.")] = True,
     checkpoint_every: Annotated[int, Option(help="Steps between checkpoints.")] = 100,
     sample_every: Annotated[int, Option(help="Steps between sheets of samples.")] = 500,
-    seed: options.Seed = 0,
-    device: options.Device = "cpu",
+    seed: shared.Seed = 0,
+    device: shared.Device = "cpu",
 ) -> dict[str, Any]:
     """Train a TarFlow or a MAF.
 
@@ -57,20 +59,12 @@ def train(
 
     Example: jacobiflow train --images fashion-mnist --out runs/fashion --steps 6000
     """
-    import signal
-    import sys
-    from dataclasses import asdict
-
     import torch
 
+    from jacobiflow import measuring, plots, training
     from jacobiflow.checks import check_device
     from jacobiflow.data import Augmentation, load_images
-    from jacobiflow.flows.registry import FLOWS
-    from jacobiflow.measuring import machine
-    from jacobiflow.plots import image_grid, save_png
-    from jacobiflow.sampling import sample
-    from jacobiflow.training import TrainConfig, read_metrics
-    from jacobiflow.training import train as fit
+    from jacobiflow.flows.image_flow import FLOWS
 
     data = load_images(images, image_size, image_channels)
     if flow not in FLOWS:
@@ -87,8 +81,8 @@ def train(
     place = check_device(device, here=True)
     torch.manual_seed(seed)
     model = flow_class(config)
-    settings = TrainConfig(
-        steps=steps, noise=options.training_noise(model), augmentation=Augmentation(mirror, shift, hue),
+    settings = training.TrainConfig(
+        steps=steps, noise=shared.training_noise(model), augmentation=Augmentation(mirror, shift, hue),
         batch_size=batch_size, learning_rate=learning_rate, warmup=warmup, ema=ema, clip=clip, drop_label=drop_label,
         bf16=bf16, seed=seed, checkpoint_every=checkpoint_every, sample_every=sample_every,
     )  # fmt: skip
@@ -99,28 +93,23 @@ def train(
             print(f"step {report.step}/{steps}  {metrics}", file=sys.stderr)
 
     def on_sample(average: ImageFlow, step: int) -> None:
-        labels = options.parse_labels("balanced", 20, average, seed)
-        samples = sample(average, num=20, labels=labels, seed=seed, strategy="sequential")
-        save_png(image_grid(samples.images, columns=10), out / f"samples-{step:06d}.png")
+        labels = shared.parse_labels("balanced", 20, average, seed)
+        samples = jf.sample(average, num=20, labels=labels, seed=seed, strategy="sequential")
+        plots.save_png(plots.image_grid(samples.images, columns=10), out / f"samples-{step:06d}.png")
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end leaves a checkpoint, as Ctrl-C does
-    with progress_bar() as progress:
-        fit(model.to(place), data, settings, out, on_step, on_sample, progress)
-    metrics = read_metrics(out)  # empty if no step was left to do and the file was deleted
+    with shared.progress_bar() as progress:
+        training.train(model.to(place), data, settings, out, on_step, on_sample, progress)
+    metrics = training.read_metrics(out)  # empty if no step was left to do and the file was deleted
     last = asdict(metrics[-1]) if metrics else None
     if last is not None:
         print("{step:,} steps: loss {loss:+.4f}, {bits_per_dim:.3f} bits per dimension".format(**last))
     print(f"wrote the model folder {out}")
-    return {"model": str(out), "flow": flow, **asdict(config), "last_step": last, **machine(place)}
+    return {"model": str(out), "flow": flow, **asdict(config), "last_step": last, **measuring.machine(place)}
 
 
 def _extra_options(flow_class: type[ImageFlow], **values: Any) -> dict[str, Any]:
-    """The options that were given, of those that only some flows have.
-
-    Raises ValueError for one that this flow lacks.
-    """
-    import inspect
-
+    """The values that were given, of options that only some flows have; ValueError if this flow lacks one."""
     extra = {name: value for name, value in values.items() if value is not None}
     parameters = inspect.signature(flow_class.config_from_options).parameters
     for name, value in extra.items():

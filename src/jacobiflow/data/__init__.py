@@ -1,12 +1,10 @@
 """Labelled images in memory, and the noise and augmentation of training images."""
 
-from jacobiflow.data.augmentation import Augmentation, augment
+from jacobiflow.data.augmentation import Augmentation, Noise, add_noise, augment, noisy_images
 from jacobiflow.data.dataset import DataError, ImageDataset, balanced_labels, quantize, scale
-from jacobiflow.data.folder import image_folder
-from jacobiflow.data.noise import Noise, add_noise, noisy_images
-from jacobiflow.data.sources import SOURCES, Split, digits, idx_folder, load_images
+from jacobiflow.data.sources import Split, digits, idx_folder, image_folder, load_images
 
 __all__ = [
-    "SOURCES", "Augmentation", "DataError", "ImageDataset", "Noise", "Split", "add_noise", "augment", "balanced_labels",
-    "digits", "idx_folder", "image_folder", "load_images", "noisy_images", "quantize", "scale",
+    "Augmentation", "DataError", "ImageDataset", "Noise", "Split", "add_noise", "augment", "balanced_labels", "digits",
+    "idx_folder", "image_folder", "load_images", "noisy_images", "quantize", "scale",
 ]  # fmt: skip

@@ -61,8 +61,8 @@ def scale(images: UInt8[Tensor, "*n"]) -> Float[Tensor, "*n"]:
 
 
 def quantize(images: Float[Tensor, "*n"]) -> UInt8[Tensor, "*n"]:
-    """Clips images to [-1, 1] and rounds them to 8 bits: the inverse of `scale`."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    """Clips images to [-1, 1] and rounds them to 8 bits: the inverse of `scale`. NaN becomes black."""
+    return ((images.float().nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def balanced_labels(num: int, num_classes: int) -> Int[Tensor, " n"]:

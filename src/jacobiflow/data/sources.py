@@ -8,23 +8,26 @@ import zipfile
 import zlib
 from importlib import resources
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from numpy.typing import NDArray
+from torch import Tensor
 
 from jacobiflow.checks import check_choice, check_count
 from jacobiflow.data.dataset import DataError, ImageDataset
-from jacobiflow.data.folder import image_folder
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Split: TypeAlias = Literal["train", "test"]
 
-BUNDLED = {"fashion-512": "fashion512.npz", "emoji-256": "emoji256.npz"}
-SOURCES = (*BUNDLED, "fashion-mnist", "digits")
-"""Names of data sets. Those that ship with the package, and the digits, have no test split."""
-
-FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+_BUNDLED = {"fashion-512": "fashion512.npz", "emoji-256": "emoji256.npz"}
+_NAMES = (*_BUNDLED, "fashion-mnist", "digits")
+_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".pgm", ".ppm", ".tif", ".tiff"})
 _BROKEN = (OSError, EOFError, LookupError, TypeError, ValueError, zlib.error, zipfile.BadZipFile)
 
 
@@ -48,15 +51,15 @@ def load_images(source: str, size: int, channels: int, split: Split = "train") -
     check_choice("split", split, ("train", "test"))
     if source == "digits":
         data = digits()
-    elif source in BUNDLED:
-        with resources.as_file(resources.files("jacobiflow.data") / BUNDLED[source]) as file:
+    elif source in _BUNDLED:
+        with resources.as_file(resources.files("jacobiflow.data") / _BUNDLED[source]) as file:
             data = _npz_file(file)
     elif source == "fashion-mnist":
-        data = idx_folder(FASHION_MNIST_FOLDER, split)
+        data = idx_folder(_FASHION_MNIST, split)
     elif source.endswith(".npz"):
         data = _npz_file(Path(source))
     elif not os.path.isdir(source):
-        raise DataError(f"{source}: neither an .npz file, a folder, nor one of {', '.join(SOURCES)}")
+        raise DataError(f"{source}: neither an .npz file, a folder, nor one of {', '.join(_NAMES)}")
     elif any(Path(source).glob("*-idx?-ubyte*")):
         data = idx_folder(source, split)
     else:
@@ -83,7 +86,6 @@ def idx_folder(folder: str | Path, split: Split = "train") -> ImageDataset:
     Args:
         folder: Holds `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, and two files `t10k-...` of the test split;
             each gzipped or not.
-        split: "train" or "test".
     """
     stem = {"train": "train", "test": "t10k"}[split]
     images = _idx_file(Path(folder), f"{stem}-images-idx3-ubyte")
@@ -109,8 +111,7 @@ def _idx_file(folder: Path, name: str) -> NDArray[np.uint8]:
 def _npz_file(path: Path) -> ImageDataset:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            labels = arrays["labels"].astype(np.int64, casting="same_kind") if "labels" in arrays else None
-            images = arrays["images"]
+            images, labels = arrays["images"], arrays.get("labels")
     except _BROKEN as error:
         raise DataError(f"{path}: no .npz file with images and labels ({error})") from error
     return _dataset(path, images, labels)
@@ -120,7 +121,97 @@ def _dataset(source: object, images: NDArray[np.uint8], labels: NDArray[np.integ
     try:
         return ImageDataset(
             torch.from_numpy(images[:, None] if images.ndim == 3 else images),
-            None if labels is None else torch.from_numpy(labels.astype(np.int64)),
+            None if labels is None else torch.from_numpy(labels.astype(np.int64, casting="same_kind")),
         )
     except (DataError, TypeError) as error:
         raise DataError(f"{source}: {error}") from error
+
+
+def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDataset:
+    """Reads every image below a folder, with one class per subfolder.
+
+    The shorter side is resized to `size` and the centre cropped. Transparent pixels are blended onto white, 16-bit
+    greys are rounded to 8 bits, and an orientation in EXIF is ignored. Links are followed. Hidden files, and files
+    without an image's suffix, are skipped. Images are in the order of their names, and so are classes.
+
+    Args:
+        folder: Images, or subfolders with images. Images directly in `folder` have no labels.
+        channels: 3, or 1 for grey.
+
+    Raises:
+        DataError: If there is no image, a class has none, images lie beside class folders, or an image is broken,
+            animated, of 32-bit pixels or smaller than `size`.
+    """
+    root = Path(folder)
+    size, channels = check_count("size", size), check_choice("channels", channels, (1, 3))
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder")
+    direct, subfolders = _list_folder(root)
+    classes = {path.name: _images_below(path) for path in subfolders}
+    files = [*direct, *(file for members in classes.values() for file in members)]
+    if not files:
+        raise DataError(f"{root}: no image in it (looked for {', '.join(sorted(_SUFFIXES))})")
+    if direct and len(files) > len(direct):
+        raise DataError(f"{root}: {direct[0].name} lies beside class folders; move it into one")
+    if direct:
+        classes = {}
+    for name, members in classes.items():
+        if not members:
+            raise DataError(f"{root / name}: class folder without an image; add some, or remove it")
+    read_image(files[0], size, channels)  # refuses a size that is far too large before memory is taken for it
+    images = torch.empty(len(files), channels, size, size, dtype=torch.uint8)
+    for image, file in zip(images, files, strict=True):
+        image.copy_(read_image(file, size, channels))
+    labels = [label for label, members in enumerate(classes.values()) for _ in members]
+    return ImageDataset(images, torch.tensor(labels) if classes else None, tuple(classes))
+
+
+def _list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images and the subfolders of a folder, in the order of their names."""
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    subfolders = [path for path in entries if path.is_dir()]
+    images = [path for path in entries if path.suffix.lower() in _SUFFIXES and path not in subfolders]
+    return images, subfolders
+
+
+def _images_below(folder: Path) -> list[Path]:
+    images, subfolders = _list_folder(folder)
+    return images + [image for subfolder in subfolders for image in _images_below(subfolder)]
+
+
+def read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
+    """Reads an image as `image_folder` does."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            image = _flatten(file).convert("L" if channels == 1 else "RGB")
+    except Exception as error:  # on broken files, Pillow's decoders raise nearly anything
+        raise DataError(f"{path}: not a usable image ({error}); replace or remove it") from error
+    shorter = min(image.size)
+    if shorter < size:
+        have = f"{image.width}x{image.height} pixels"
+        raise DataError(f"{path}: {have}, smaller than {size}x{size}; remove it, or enlarge it first")
+    width, height = (round(side * size / shorter) for side in image.size)
+    if shorter > size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    pixels = np.array(image.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1)
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """One opaque frame of 8 bits."""
+    from PIL import Image
+
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # MPO is how cameras add a preview to a JPEG
+        raise ValueError(f"an animation or stack of {frames} frames")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # the mode of older Pillows
+        # Pillow's own conversion would clip at 255.
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit pixels, whose range is unknown")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image

@@ -1,22 +1,23 @@
-"""Distances between sets of images, by their features: Fréchet distance, kernel distance, precision and recall."""
+"""Distances between sets of images by their features, and errors against the exact images of the same latents."""
 
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from jacobiflow.data import DataError
+from jacobiflow.data import DataError, quantize
 from jacobiflow.evaluation.features import InceptionFeatures, load_tensors, need_extra
 from jacobiflow.files import write_atomically
+from jacobiflow.measuring import paired_error
 
 _NEIGHBOURS = 3
 SMALLEST = _NEIGHBOURS + 1  # number of images that precision and recall need on either side
-_SUBSET = 1000  # images
 _EXPECTED = "a file that Statistics.save wrote, or a *_fid_stats.pth of the original TarFlow code"
 
 
@@ -113,7 +114,7 @@ def kernel_distance(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"], seed
     from torch_fidelity.metric_kid import kid_features_to_metric
 
     distance = kid_features_to_metric(
-        real.double(), fake.double(), kid_subsets=100, kid_subset_size=min(_SUBSET, len(real), len(fake)),
+        real.double(), fake.double(), kid_subsets=100, kid_subset_size=min(1000, len(real), len(fake)),
         rng_seed=seed, verbose=False,
     )  # fmt: skip
     return float(distance["kernel_inception_distance_mean"]), float(distance["kernel_inception_distance_std"])
@@ -145,3 +146,55 @@ def _check(what: str, real: Tensor, fake: Tensor, least: int) -> None:
         raise DataError(f"{len(real)} images against {len(fake)}: give at least {least} of each")
     if not (torch.isfinite(real).all() and torch.isfinite(fake).all()):
         raise DataError("features that are not finite: check the images")
+
+
+@dataclass(frozen=True)
+class PixelDifference:
+    """Differences between two sets of 8-bit images.
+
+    Attributes:
+        share: The share of pixels that differ.
+        levels: The largest difference.
+    """
+
+    share: float
+    levels: int
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Errors of images against the exact ones of the same latents.
+
+    Attributes:
+        num: The number of images.
+        max: The largest difference of an entry, in the images' units ([-1, 1], not clipped).
+        rms: The root-mean-square difference of an entry.
+        psnr: 20 log10(2 / rms) in dB; infinity if all are equal, minus infinity if one is not finite.
+        pixels: The difference after rounding to 8 bits.
+    """
+
+    num: int
+    max: float
+    rms: float
+    psnr: float
+    pixels: PixelDifference
+
+
+def fidelity(images: Float[Tensor, "n c h w"], exact: Float[Tensor, "n c h w"]) -> Fidelity:
+    """Compares images with the exact ones; entries that are NaN in both count as equal.
+
+    Example:
+        >>> exact = torch.zeros(2, 1, 4, 4)
+        >>> errors = fidelity(exact + 0.02, exact)
+        >>> round(errors.psnr, 3), errors.pixels
+        (40.0, PixelDifference(share=1.0, levels=2))
+    """
+    error = paired_error(images, exact)
+    psnr = 20 * (math.log10(2) - math.log10(error.rms)) if error.rms else math.inf  # images span [-1, 1]
+    return Fidelity(len(images), error.max, error.rms, psnr, pixel_difference(quantize(images), quantize(exact)))
+
+
+def pixel_difference(images: UInt8[Tensor, "n c h w"], exact: UInt8[Tensor, "n c h w"]) -> PixelDifference:
+    """Compares 8-bit images."""
+    levels = (images.short() - exact.short()).abs()
+    return PixelDifference(float(levels.ne(0).double().mean()), int(levels.max()))

@@ -78,8 +78,6 @@ def load_tensors(path: Path, expected: str) -> Any:
     """Loads what `torch.save` wrote, tensors only: no code in the file is run."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give {expected}") from error
     except Exception as error:  # torch.load raises many kinds
         raise DataError(f"{path}: no file of tensors ({first_line(error)}); give {expected}") from error
 
@@ -96,8 +94,6 @@ def extract(
 
     Args:
         features: A function, or a module, which gets the images on its device.
-        batches: Parts of the images.
-        progress: Called after each batch.
         num: The number of all images, for `progress`.
         batch_size: Images in the network at a time.
     """

@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.data import ImageDataset
-from jacobiflow.data.noise import Noise, noisy_images
+from jacobiflow.data import ImageDataset, Noise, noisy_images
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.image_flow import ImageFlow, state_dtype
 from jacobiflow.progress import Progress
@@ -23,14 +22,11 @@ def bits_per_dim(
     """Computes the mean bits per dimension of images, in units of 8-bit pixels: -log2 p(x) / D + log2(128).
 
     Args:
-        flow: The model.
         data: Test images. Labels are used if the flow has classes.
         noise: With `Noise("uniform")` the images are uniformly dequantised, and the value bounds the code length of the
             8-bit images. With `Noise("gaussian", std)` it is that of the *noisy* images, which a flow that was trained
             on such images models; report it as such.
-        seed: Fixes the noise of each image.
         batch_size: Images in the network at a time.
-        progress: Called after each batch.
 
     Example:
         >>> from jacobiflow.data import digits

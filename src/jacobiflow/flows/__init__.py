@@ -5,10 +5,9 @@
 
 from jacobiflow.flows.base import AttentionContext, FlowBlock, Permutation
 from jacobiflow.flows.config import FlowConfig
-from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.image_flow import ImageFlow, register
 from jacobiflow.flows.maf import MAF
 from jacobiflow.flows.prose import Prose
-from jacobiflow.flows.registry import register
 from jacobiflow.flows.tarflow import TarFlow
 
 __all__ = [

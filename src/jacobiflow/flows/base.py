@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from jacobiflow.checks import check_choice, check_kind, short
 from jacobiflow.errors import InputValueError
 
+Tokens = Float[Tensor, "b t c"]
+"""Tokens of a batch: T for each of B samples, of C values."""
+
 ScaleShift = tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]
 """Log-scale and shift of a run of entries."""
 
@@ -62,13 +65,11 @@ class Block(Protocol):
         True
     """
 
-    def init_cache(self, z: Float[Tensor, "b t c"], context: Tensor | None = None) -> Any:
+    def init_cache(self, z: Tokens, context: Tensor | None = None) -> Any:
         """Returns a fresh cache, of any type, for solving the rows of `z` under `context` (one row each, or `None`)."""
         ...
 
-    def update(
-        self, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], start: int, stop: int, cache: Any
-    ) -> Float[Tensor, "b n c"]:
+    def update(self, x: Tokens, z: Tokens, start: int, stop: int, cache: Any) -> Float[Tensor, "b n c"]:
         """Returns g(x)[:, start:stop], given that the cache holds positions before start-1.
 
         Positions start-1 .. stop-2 are read from `x` and written to the cache in place; `x` and `z` are not changed.
@@ -76,10 +77,7 @@ class Block(Protocol):
         ...
 
 
-Flag = Literal["per_sample_front", "graph_safe", "inference_safe", "has_bf16", "has_attention"]
-
-
-def supports(block: Any, flag: Flag) -> bool:
+def supports(block: Any, flag: str) -> bool:
     """Tells if a flag of `AffineBlock` is set, for any block."""
     return bool(getattr(block, flag, False))
 
@@ -107,7 +105,7 @@ class AffineBlock(ABC):
         graph_safe: With a front per sample, the block runs the same kernels whatever the values are, so that a GPU can
             capture them in a graph.
         inference_safe: The block keeps no tensor between calls, so that solvers may run it in inference mode, a tenth
-            faster. A tensor that a block keeps from inference mode could not be trained with later.
+            faster. A tensor from inference mode could not be trained with.
         has_bf16: The network can also run in bfloat16, on the same float32 state. The block defines `to_bf16`.
         has_attention: The context may be an `AttentionContext`.
 
@@ -124,35 +122,28 @@ class AffineBlock(ABC):
     has_attention: bool = False
 
     @abstractmethod
-    def init_cache(self, z: Float[Tensor, "b t c"], context: Any = None) -> Any:
+    def init_cache(self, z: Tokens, context: Any = None) -> Any:
         """Returns a fresh cache; see `Block`."""
 
     @abstractmethod
-    def affine(self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: Any) -> ScaleShift:
+    def affine(self, x: Tokens, start: int, stop: int, cache: Any) -> ScaleShift:
         """Returns log-scale and shift of entries start .. stop-1; reads and caches positions start-1 .. stop-2."""
 
-    def affine_at(
-        self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: Any
-    ) -> ScaleShift:
-        """Returns `affine` of entries start_b .. start_b + size - 1 in sample b.
-
-        `end` is the largest of the stops start_b + size, as a number on the host.
-        """
+    def affine_at(self, x: Tokens, start: Int[Tensor, " b"], size: int, end: int, cache: Any) -> ScaleShift:
+        """Returns `affine` of entries start_b .. start_b + size - 1 in sample b; `end` is the largest of the stops."""
         raise NotImplementedError
 
-    def affine_whole(self, x: Float[Tensor, "b t c"], context: Any = None) -> ScaleShift:
+    def affine_whole(self, x: Tokens, context: Any = None) -> ScaleShift:
         """Returns log-scale and shift of all entries; a block that needs no cache for it overrides this."""
         return self.affine(x, 0, x.shape[1], self.init_cache(x, context))
 
-    def update(
-        self, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], start: int, stop: int, cache: Any
-    ) -> Float[Tensor, "b n c"]:
+    def update(self, x: Tokens, z: Tokens, start: int, stop: int, cache: Any) -> Float[Tensor, "b n c"]:
         """Returns g(x)[:, start:stop]; see `Block`."""
         log_scale, shift = self.affine(x, start, stop, cache)
         return torch.addcmul(shift, log_scale.exp(), z[:, start:stop])
 
     def update_at(
-        self, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int,
+        self, x: Tokens, z: Tokens, start: Int[Tensor, " b"], size: int, end: int,
         cache: Any,
     ) -> Float[Tensor, "b n c"]:  # fmt: skip
         """Returns `update` with a start per sample; see `affine_at`."""
@@ -172,8 +163,8 @@ class AffineBlock(ABC):
         raise NotImplementedError
 
     def exact_inverse(
-        self, z: Float[Tensor, "b t c"], context: Any = None, guidance: Any = None
-    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, " b"]] | None:
+        self, z: Tokens, context: Any = None, guidance: Any = None
+    ) -> tuple[Tokens, Float[Tensor, " b"]] | None:
         """Returns the x with x_t = g(x)_t by a recurrence of the block's own in one call, and the sum of log_scale(x).
 
         With a `Guidance` g is the guided block's. `None` if this block, device, dtype or installation has no such call.
@@ -197,7 +188,7 @@ class FlowBlock(AffineBlock, nn.Module):
 
     permutation: Permutation
 
-    def forward(self, x: Float[Tensor, "b t c"], labels: Int[Tensor, " b"] | None = None) -> ScaleShift:
+    def forward(self, x: Tokens, labels: Int[Tensor, " b"] | None = None) -> ScaleShift:
         """Returns `affine_whole`."""
         return self.affine_whole(x, labels)
 
@@ -206,9 +197,7 @@ class FlowBlock(AffineBlock, nn.Module):
         return None
 
 
-def evaluate(
-    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], context: Tensor | None = None
-) -> Float[Tensor, "b t c"]:
+def evaluate(block: Block, x: Tokens, z: Tokens, context: Tensor | None = None) -> Tokens:
     """Returns g(x), all entries at once, without a cache if the block needs none for that."""
     if isinstance(block, AffineBlock):
         log_scale, shift = block.affine_whole(x, context)
@@ -221,14 +210,14 @@ def no_gradients(block: Any) -> AbstractContextManager[None]:
     return torch.inference_mode() if supports(block, "inference_safe") else torch.no_grad()
 
 
-def run_of(x: Float[Tensor, "b t c"], start: int | Int[Tensor, " b"], size: int) -> Float[Tensor, "b n c"]:
+def run_of(x: Tokens, start: int | Int[Tensor, " b"], size: int) -> Float[Tensor, "b n c"]:
     """Returns x[b, start_b : start_b + size] for every sample b; a view if `start` is common to all."""
     if isinstance(start, int):
         return x[:, start : start + size]
     return x.gather(1, _places(start, size, x.shape[2]))
 
 
-def put_run(x: Float[Tensor, "b t c"], run: Float[Tensor, "b n c"], start: int | Int[Tensor, " b"]) -> None:
+def put_run(x: Tokens, run: Float[Tensor, "b n c"], start: int | Int[Tensor, " b"]) -> None:
     """Writes the entries that `run_of` reads, in place."""
     if isinstance(start, int):
         x[:, start : start + run.shape[1]] = run
@@ -249,7 +238,7 @@ def check_context(context: Any, num_tokens: int, channels: int) -> None:
         raise InputValueError(f"context={short(context)}: give {give}")
 
 
-def check_input(z: Float[Tensor, "b t c"], num_tokens: int, token_channels: int) -> None:
+def check_input(z: Tokens, num_tokens: int, token_channels: int) -> None:
     """Checks that `z` is (B, T, C)."""
     if z.ndim != 3 or z.shape[1:] != (num_tokens, token_channels):
         raise InputValueError(f"z={short(z)}: this block takes (B, {num_tokens}, {token_channels})")

@@ -1,15 +1,21 @@
-"""Shapes of flows: the values that every config has, and the configs of TarFlow and MAF."""
+"""Values of flows: their shapes, the models of the GS-Jacobi paper, and labels."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from jacobiflow.checks import check_count, check_flag, check_kind, check_number, convert_numbers, short
-from jacobiflow.errors import InputValueError
+from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.flows.base import Permutation
+from jacobiflow.flows.guidance import Guidance, SamplingSettings
 
 _MAX_SIZE = 2**20  # a larger one is a slip
 
@@ -35,17 +41,25 @@ class FlowConfig(Protocol):
     def token_channels(self) -> int: ...
 
 
+Order = Literal["identity", "flip"] | tuple[int, ...]
+
+
+class BlockShape(NamedTuple):
+    """Width and layers of a block's transformer, and the order in which it reads the tokens, see `Permutation`."""
+
+    channels: int
+    layers: int
+    order: Order
+
+
 @dataclass(frozen=True)
 class TarFlowConfig:
     """Shape of a `TarFlow` over images.
 
     Args:
-        in_channels: Channels of an image.
         image_size: Height and width of an image, in pixels.
         patch_size: Height and width of a patch, which is a token; divides `image_size`.
-        channels: Width of the transformers.
-        num_blocks: Affine blocks, each with a transformer.
-        layers_per_block: Layers of a transformer.
+        channels: Width of the transformers, of which each block has one.
         num_classes: 0 for an unconditional flow.
         nvp: Whether blocks scale ("non-volume-preserving"). Without it they shift only, and the flow learns the
             variance of its prior.
@@ -90,12 +104,9 @@ class TarFlowConfig:
         """C, the number of values in one patch."""
         return self.in_channels * self.patch_size**2
 
-    def of_block(self, index: int) -> tuple[TarFlowConfig, Literal["identity", "flip"]]:
-        """Returns the shape of a block, and the order in which it reads the tokens."""
-        return self, "flip" if index % 2 else "identity"
-
-
-Order = Literal["identity", "flip"] | tuple[int, ...]
+    def of_block(self, index: int) -> BlockShape:
+        """Returns the shape of a block."""
+        return BlockShape(self.channels, self.layers_per_block, "flip" if index % 2 else "identity")
 
 
 @dataclass(frozen=True)
@@ -142,7 +153,9 @@ class TokenConfig:
             for size in sizes if isinstance(sizes, tuple) else (sizes,):
                 check_count(name, size, 1, _MAX_SIZE)
             if isinstance(sizes, tuple) and len(sizes) != self.num_blocks:
-                raise InputValueError(f"{name}={short(sizes)}: give a number, or one for each of {self.num_blocks} blocks")
+                raise InputValueError(
+                    f"{name}={short(sizes)}: give a number, or one for each of {self.num_blocks} blocks"
+                )
         for channels in self.channels if isinstance(self.channels, tuple) else (self.channels,):
             _check_heads(channels, self.head_dim)
         if self.num_classes and self.context_channels:
@@ -156,14 +169,12 @@ class TokenConfig:
             if isinstance(order, tuple) and len(order) != self.num_tokens:
                 raise InputValueError(f"orders: {short(order)}: give the indices of {self.num_tokens} tokens")
 
-    def of_block(self, index: int) -> tuple[TokenConfig, Order]:
-        """Returns the shape of a block, and the order in which it reads the tokens."""
-        sizes = {name: _of_block(getattr(self, name), index) for name in ("channels", "layers_per_block")}
-        return replace(self, num_blocks=1, **sizes), self.orders[index % len(self.orders)]
-
-
-def _of_block(sizes: int | Sequence[int], index: int) -> int:
-    return sizes if isinstance(sizes, int) else sizes[index]
+    def of_block(self, index: int) -> BlockShape:
+        """Returns the shape of a block."""
+        channels, layers = (
+            sizes if isinstance(sizes, int) else sizes[index] for sizes in (self.channels, self.layers_per_block)
+        )
+        return BlockShape(channels, layers, self.orders[index % len(self.orders)])
 
 
 def _check_heads(channels: int, head_dim: int) -> None:
@@ -176,11 +187,8 @@ class MAFConfig:
     """Shape of a `MAF`.
 
     Args:
-        in_channels: Channels of an image.
         image_size: Height and width of an image, in pixels.
-        hidden_features: Units of a hidden layer.
-        num_blocks: Affine blocks, each with a masked network.
-        hidden_layers: Hidden layers of a network.
+        hidden_features: Units of a hidden layer, in the masked network of each block.
         num_classes: 0 for an unconditional flow.
         logit_alpha: Pixels p in [0, 1] enter as the logit of alpha + (1 - 2 alpha) p, which is finite at both ends.
 
@@ -226,3 +234,114 @@ def _check_sizes(config: FlowConfig) -> None:
         if entry.type == "int":
             least = 0 if entry.name in ("num_classes", "context_channels") else 1
             check_count(entry.name, getattr(config, entry.name), least, _MAX_SIZE)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model of the paper with the settings of its tables 3 and 4.
+
+    Args:
+        source: The hub repository and file of the authors' weights, for `TarFlow.from_original`.
+        recommended: The paper's guidance and rate of denoising.
+        strategy: In the paper's notation, the fastest strategy whose FID is within 1% of sequential sampling's.
+
+    Example:
+        >>> preset = jf.PRESETS["afhq"]
+        >>> preset.config.num_tokens, preset.strategy
+        (1024, '[7-8-32-10]')
+    """
+
+    description: str
+    source: str
+    config: TarFlowConfig
+    recommended: SamplingSettings
+    strategy: str
+
+
+_SOURCE = "encoreus/Transformer_Autoregressive_Flow"
+
+PRESETS: dict[str, Preset] = {
+    "img128cond": Preset(
+        description="class-conditional ImageNet 128x128 (table 3a)",
+        source=f"{_SOURCE}/imagenet_model_4_1024_8_8_0.15.pth",
+        config=TarFlowConfig(3, 128, 4, 1024, 8, 8, num_classes=1000, noise_std=0.15),
+        recommended=SamplingSettings(Guidance(1.5), denoise=0.97),
+        strategy="[6-8-32-10]",
+    ),
+    "img64uncond": Preset(
+        description="unconditional ImageNet 64x64 (table 3b)",
+        source=f"{_SOURCE}/imagenet64_model_2_768_8_8_0.05.pth",
+        config=TarFlowConfig(3, 64, 2, 768, 8, 8, num_classes=0, noise_std=0.05),
+        recommended=SamplingSettings(Guidance(0.2, attn_temperature=0.3), denoise=0.9),
+        strategy="[0/6-8-32-20]",
+    ),
+    "afhq": Preset(
+        description="class-conditional AFHQ 256x256: cat, dog, wild (table 4a)",
+        source=f"{_SOURCE}/afhq_model_8_768_8_8_0.07.pth",
+        config=TarFlowConfig(3, 256, 8, 768, 8, 8, num_classes=3, noise_std=0.07),
+        recommended=SamplingSettings(Guidance(3.4), denoise=1.4),
+        strategy="[7-8-32-10]",
+    ),
+    "img64cond": Preset(
+        description="class-conditional ImageNet 64x64 (table 4b)",
+        source=f"{_SOURCE}/imagenet_model_4_1024_8_8_0.05.pth",
+        config=TarFlowConfig(3, 64, 4, 1024, 8, 8, num_classes=1000, noise_std=0.05),
+        recommended=SamplingSettings(Guidance(2.0), denoise=1.0),
+        strategy="[0/7-16/8-10/13-6]",
+    ),
+}
+"""The four models of the paper, by name: "img128cond", "img64uncond", "afhq" and "img64cond"."""
+
+
+Labels = int | Sequence[int] | np.ndarray | Tensor
+"""Classes of samples: one for all of them, or a sequence, array or tensor (N,) with one for each."""
+
+
+Context = Labels | Tensor
+"""Labels, or numbers (N, K) for each sample or (N, T, K) for each token."""
+
+
+def as_labels(labels: Any, num: int) -> Int[Tensor, " n"]:
+    """Converts labels to a tensor of int64 or int32; a single class is that of all `num` samples."""
+    give, tensor = "a class, or a tensor or list (N,) of classes, whole numbers", labels
+    if not isinstance(labels, Tensor):
+        try:
+            tensor = torch.as_tensor(np.array(labels))  # a copy, since arrays may be read-only or have negative strides
+        except (TypeError, ValueError) as error:
+            raise InputTypeError(f"labels={short(labels)}: give {give}") from error
+        tensor = tensor if tensor.ndim else tensor.repeat(num)
+    if tensor.dtype in (torch.uint8, torch.int8, torch.int16):
+        tensor = tensor.long()
+    _check_vector("labels", tensor, give)
+    return tensor
+
+
+def embed_classes(table: Float[Tensor, "k ..."] | None, labels: Int[Tensor, " b"] | None) -> Tensor | None:
+    """Looks up the row of a table for each label; the mean over classes for labels below 0 and for `None`.
+
+    A label that is not a class raises ValueError. On a GPU only `ImageFlow.check_labels` finds out.
+    """
+    if table is None:
+        return None
+    mean = table.mean(dim=0, keepdim=True)
+    if labels is None:
+        return mean
+    _check_vector("context", labels, "a torch.Tensor (N,) of whole numbers")
+    try:
+        rows = table[labels.clamp(min=0)]
+    except IndexError:
+        raise InputValueError(f"context: {describe_unknown(labels, len(table))}") from None
+    return torch.where((labels < 0).view(-1, *[1] * (table.ndim - 1)), mean, rows)
+
+
+def _check_vector(name: str, labels: Any, give: str) -> None:
+    check_kind(name, labels, Tensor, give)
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise InputTypeError(f"{name}={short(labels)}: give {give}")
+    if labels.ndim != 1:
+        raise InputValueError(f"{name}={short(labels)}: give {give}")
+
+
+def describe_unknown(labels: Int[Tensor, " n"], num_classes: int) -> str:
+    """Says which of the labels is not a class."""
+    return f"label {int(labels.max())}: this flow has classes 0 to {num_classes - 1} (below 0: no class)"

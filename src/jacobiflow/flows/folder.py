@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,20 +51,18 @@ class ModelFolder:
         path = bundled().get(name, Path(name)) if isinstance(name, str) else name
         if not os.path.isdir(path):
             path = _download(str(name), hub)
+        file = path / CONFIG
         try:
-            return codec.load(path / CONFIG, "model", lambda document: cls._from_json(path, document))
+            entries = codec.load(file, "model", partial(codec.decode, dict[str, Any]))
+            recommended = codec.decode(SamplingSettings, entries.pop("recommended", {}), f"model {file}: recommended")
         except InputError as error:
             raise CheckpointError(str(error)) from error
-
-    @classmethod
-    def _from_json(cls, path: Path, document: Any) -> ModelFolder:
-        entries = codec.decode(dict[str, Any], document)
         model_type, version = entries.pop("model_type", None), entries.pop("format_version", None)
         if not isinstance(model_type, str) or version != FORMAT_VERSION:
-            raise InputValueError(
-                f"model_type {model_type!r} in format {version!r}; this release reads format {FORMAT_VERSION}"
+            raise CheckpointError(
+                f"model {file}: model_type {model_type!r} in format {version!r}; this release reads format "
+                f"{FORMAT_VERSION}"
             )
-        recommended = codec.decode(SamplingSettings, entries.pop("recommended", {}), "recommended")
         return cls(path, model_type, entries, recommended)
 
     def config(self, config_types: Sequence[type[AnyConfig]]) -> AnyConfig:
@@ -72,22 +70,18 @@ class ModelFolder:
         entries = self.fields.keys()
         config_type = next((kind for kind in config_types if entries <= _field_names(kind)), config_types[0])
         try:
-            config = codec.decode(config_type, self.fields)
-            if self.recommended.denoise and not config.noise_std:
-                raise InputValueError("recommended.denoise: noise_std is 0, so there is no Gaussian noise to remove")
-            return config
+            config: AnyConfig = codec.decode(config_type, self.fields)
         except InputError as error:
             raise CheckpointError(f"{self.path / CONFIG}: {error}") from error
+        return config
 
     def state(self) -> dict[str, Tensor]:
         """Reads the tensors."""
         file = self.path / WEIGHTS
         try:
             return load_file(file)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{file}: missing; a model folder has {CONFIG} and {WEIGHTS}") from error
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file}: cut short or damaged ({first_line(error)}); copy it again") from error
+            raise CheckpointError(f"{file}: missing or damaged ({first_line(error)}); copy it again") from error
 
 
 def _field_names(kind: type[FlowConfig]) -> set[str]:
@@ -158,7 +152,8 @@ def model_card(flow: Any, name: str) -> str:
         context = f", context=torch.zeros(8, {channels})" if channels else ""
         code = f"""\
 out = jf.sample(flow, 8{context})
-print(tuple(out.tokens.shape), out.log_prob)  # {(8, config.num_tokens, config.token_channels)}, and densities in nats"""
+print(tuple(out.tokens.shape))  # {(8, config.num_tokens, config.token_channels)}
+print(out.log_prob)  # densities in nats"""
     else:
         _, size, _ = flow.image_shape
         task, data = "unconditional-image-generation", f"{size}x{size} images"
@@ -220,7 +215,7 @@ def hub_client() -> Any:
     return huggingface_hub
 
 
-def build(make: Callable[[], AnyModule], state: dict[str, Tensor], source: str) -> AnyModule:
+def build(make: Callable[[Any], AnyModule], config: Any, state: dict[str, Tensor], source: str) -> AnyModule:
     """Builds a module on the meta device, loads a state dict strictly, and returns it in eval mode.
 
     Its initial values cost nothing, and draw no random numbers. Half precision becomes float32. The tensors are taken
@@ -228,8 +223,8 @@ def build(make: Callable[[], AnyModule], state: dict[str, Tensor], source: str) 
     """
     check_values(state, source)
     with torch.device("meta"):
-        module = make()
-    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in state.values()), torch.float32)
+        module = make(config)
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in state.values()), torch.float32)
     # Copied, so that no tensor stays mapped to its file.
     copies = {name: state.pop(name).to(dtype, copy=True, memory_format=torch.contiguous_format) for name in list(state)}
     try:
@@ -250,7 +245,7 @@ def check_values(state: Mapping[str, Tensor], source: str) -> None:
 
 
 def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Returns the floating-point dtype of that name, or None."""
+    """Returns the floating-point dtype of that name, or `None`."""
     check_kind("dtype", dtype, str | torch.dtype | None, "a dtype, such as torch.float64, its name, or None")
     number = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if number is None or number in _FLOATS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from jacobiflow.checks import check_choice, check_flag, check_kind, check_number, check_positive, convert_numbers, short
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.base import AffineBlock, AttentionContext, ScaleShift
+from jacobiflow.flows.base import AffineBlock, AttentionContext, ScaleShift, Tokens
 
 
 @dataclass(frozen=True)
@@ -51,26 +50,23 @@ class Guidance:
     def parse(cls, text: str) -> Guidance:
         """Reads guidance from text, the inverse of `str`.
 
-        Args:
-            text: A weight, then after commas any of `attn_temperature=1.2`, `annealed=false`, `on=scale`, `on=shift`.
+        The text is a weight, then after commas any of `attn_temperature=1.2`, `annealed=false`, `on=scale`, `on=shift`.
 
         Example:
             >>> jf.Guidance.parse("4,attn_temperature=1.2")
             Guidance(weight=4.0, annealed=True, on='both', attn_temperature=1.2)
         """
         weight, *options = (part.strip() for part in text.split(","))
+        parsers: Any = {"attn_temperature": float, "annealed": {"true": True, "false": False}.__getitem__, "on": str}
         try:
-            entries = dict(option.split("=") for option in options)
-            if len(entries) < len(options):
-                raise ValueError("an option is there twice")
-            return cls(float(weight), **{name: _PARSERS[name](value) for name, value in entries.items()})
-        except InputValueError:
-            raise
+            number, pairs = float(weight), [option.split("=") for option in options]
+            settings = {name: parsers.pop(name)(value) for name, value in pairs}  # each of them once
         except (KeyError, ValueError):
             raise InputValueError(
                 f"guidance {short(text)}: give a weight, such as 3, and options after commas: attn_temperature=1.2, "
                 "annealed=false, on=scale, on=shift"
             ) from None
+        return cls(number, **settings)
 
     def __str__(self) -> str:
         """The text that `parse` reads: the weight, and what is not as by default."""
@@ -81,7 +77,7 @@ class Guidance:
         }
         return ",".join([_number(self.weight), *(f"{name}={value}" for name, value in options.items() if value)])
 
-    def weights(self, z: Float[Tensor, "b t c"]) -> tuple[Float[Tensor, " t"], Float[Tensor, " t"]]:
+    def weights(self, z: Tokens) -> tuple[Float[Tensor, " t"], Float[Tensor, " t"]]:
         """Returns w_t of the log-scale and of the shift, in the dtype and on the device of `z`."""
         weights = z.new_full((z.shape[1],), min(self.weight, torch.finfo(z.dtype).max))
         if self.annealed:
@@ -91,11 +87,6 @@ class Guidance:
 
 
 GIVE_GUIDANCE = "a Guidance, such as Guidance(1.5), or None"
-_PARSERS: Mapping[str, Callable[[str], Any]] = {
-    "attn_temperature": float,
-    "annealed": {"true": True, "false": False}.__getitem__,
-    "on": str,
-}
 
 
 def _number(value: float) -> str:
@@ -140,20 +131,18 @@ class GuidedBlock(AffineBlock):
         self.per_sample_front, self.graph_safe = block.per_sample_front, block.graph_safe
         self.inference_safe, self.has_bf16 = block.inference_safe, block.has_bf16
 
-    def init_cache(self, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None = None) -> GuidedCache:
+    def init_cache(self, z: Tokens, context: Int[Tensor, " b"] | None = None) -> GuidedCache:
         return GuidedCache(self.block.init_cache(_twice(z), self._both(context, len(z), z)), self._weights(z))
 
-    def affine(self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: GuidedCache) -> ScaleShift:
+    def affine(self, x: Tokens, start: int, stop: int, cache: GuidedCache) -> ScaleShift:
         both = self.block.affine(_twice(x), start, stop, cache.inner)
         return _extrapolate(both, cache.weights, slice(start, stop))
 
-    def affine_at(
-        self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: GuidedCache
-    ) -> ScaleShift:
+    def affine_at(self, x: Tokens, start: Int[Tensor, " b"], size: int, end: int, cache: GuidedCache) -> ScaleShift:
         both = self.block.affine_at(_twice(x), _twice(start), size, end, cache.inner)
         return _extrapolate(both, cache.weights, start.view(-1, 1) + torch.arange(size, device=x.device))
 
-    def affine_whole(self, x: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None = None) -> ScaleShift:
+    def affine_whole(self, x: Tokens, context: Int[Tensor, " b"] | None = None) -> ScaleShift:
         both = self.block.affine_whole(_twice(x), self._both(context, len(x), x))
         return _extrapolate(both, self._weights(x), slice(None))
 
@@ -167,8 +156,8 @@ class GuidedBlock(AffineBlock):
         return cache._replace(inner=self.block.to_bf16(cache.inner))
 
     def exact_inverse(
-        self, z: Float[Tensor, "b t c"], context: Int[Tensor, " b"] | None = None, guidance: Guidance | None = None
-    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, " b"]] | None:
+        self, z: Tokens, context: Int[Tensor, " b"] | None = None, guidance: Guidance | None = None
+    ) -> tuple[Tokens, Float[Tensor, " b"]] | None:
         return self.block.exact_inverse(z, context, self.guidance)
 
     def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:

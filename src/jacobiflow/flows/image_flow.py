@@ -1,39 +1,43 @@
-"""The base class of flows: a stack of affine blocks over tokens, its likelihood, its model folder."""
+"""The base class of flows, a stack of affine blocks over tokens; and the flows by their names."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jacobiflow.checks import check_finite, check_floating, check_kind, check_path, check_rows, short
-from jacobiflow.errors import CheckpointError, InputValueError
-from jacobiflow.flows.base import AffineBlock, FlowBlock, Permutation, ScaleShift, check_context
-from jacobiflow.flows.config import FlowConfig
-from jacobiflow.flows.folder import ModelFolder, build, check_dtype, hub_client, reports_in, write_model
+from jacobiflow.checks import check_device, check_finite, check_floating, check_kind, check_path, check_rows, short
+from jacobiflow.errors import CheckpointError, InputTypeError, InputValueError
+from jacobiflow.flows.base import AffineBlock, FlowBlock, Permutation, ScaleShift, Tokens, check_context
+from jacobiflow.flows.config import Context, FlowConfig, Labels, as_labels, describe_unknown
+from jacobiflow.flows.folder import CONFIG, ModelFolder, build, check_dtype, hub_client, reports_in, write_model
 from jacobiflow.flows.guidance import GIVE_GUIDANCE, Guidance, SamplingSettings, guided
-from jacobiflow.flows.labels import Context, Labels, as_labels, describe_unknown
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+Images = Float[Tensor, "n c h w"]
+"""Images of a batch, nominally in [-1, 1]."""
+
+Data = Float[Tensor, "n ..."]
+"""Images (N, C, H, W), or tokens (N, T, C), as the flow takes them."""
 
 
 class Step(NamedTuple):
     """The step z = (x - shift) exp(-log_scale) of a block in an encoding pass, in the block's causal order."""
 
     block: int
-    x: Float[Tensor, "n t d"]
-    log_scale: Float[Tensor, "n t d"]
-    shift: Float[Tensor, "n t d"]
-    z: Float[Tensor, "n t d"]
+    x: Tokens
+    log_scale: Tokens
+    shift: Tokens
+    z: Tokens
 
 
 class ImageFlow(nn.Module):
@@ -87,20 +91,15 @@ class ImageFlow(nn.Module):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> Self:
-        """Loads a flow that `save_pretrained` or `push_to_hub` wrote, in eval mode, its parameters with gradients.
+        """Loads a bundled model, a folder, or a hub id "owner/name", in eval mode, its parameters with gradients.
 
-        Args:
-            pretrained_model_name_or_path: A bundled model's name, a folder, or a hub id "owner/name".
-            hub: For a hub id, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+        For a hub id `hub` may be `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
         """
         check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         folder = ModelFolder.open(pretrained_model_name_or_path, **hub)
         if folder.model_type != cls.model_type:
-            raise CheckpointError(
-                f"{folder.path}: model_type {folder.model_type!r}, which is no {cls.__name__}; jacobiflow.load finds "
-                "the class"
-            )
-        flow = build(partial(cls, folder.config(cls.config_types)), folder.state(), str(folder.path))
+            raise CheckpointError(f"{folder.path}: a {folder.model_type!r}, not a {cls.__name__}; use jacobiflow.load")
+        flow = build(cls, folder.config(cls.config_types), folder.state(), str(folder.path))
         flow.recommended, flow.report_files = folder.recommended, reports_in(folder.path)
         return flow
 
@@ -108,11 +107,10 @@ class ImageFlow(nn.Module):
         """Writes a model folder; a model that was there stays until all files are complete.
 
         The flow's `recommended` settings go into config.json. Its reports are copied if they are of these weights.
-        `dtype` is that of the weights, by default the flow's own.
+        `dtype` is by default the flow's own.
 
         Raises:
-            CheckpointError: If a weight is not finite, the folder cannot be written, or it has files under a model's
-                names that this library did not write.
+            CheckpointError: If a weight is not finite, or the folder has files under a model's names that are not ours.
         """
         check_path("save_directory", save_directory)
         write_model(self, Path(save_directory), check_dtype(dtype))
@@ -125,9 +123,7 @@ class ImageFlow(nn.Module):
 
         Args:
             repo_id: The repository, "owner/name", which is created if need be.
-            private: Whether a new repository is private.
             token: By default that of `hf auth login`.
-            dtype: As for `save_pretrained`.
             upload: For `huggingface_hub.HfApi.upload_folder`, such as `revision`, `create_pr`, `commit_message`.
 
         Returns the address of the commit.
@@ -167,23 +163,29 @@ class ImageFlow(nn.Module):
         size = getattr(self.config, "image_size", None)
         return None if size is None else (self.config.in_channels, size, size)  # type: ignore[attr-defined]
 
+    def require_images(self) -> tuple[int, int, int]:
+        """Returns (C, H, W). Raises ValueError for a flow over tokens."""
+        if self.image_shape is None:
+            raise InputValueError(f"this flow is over {self.config.num_tokens} tokens, and images are asked for")
+        return self.image_shape
+
     @property
     def _context_channels(self) -> int:
         return int(getattr(self.config, "context_channels", 0))
 
-    def to_tokens(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n t d"]:
+    def to_tokens(self, x: Data) -> Tokens:
         """Returns data as tokens; images in raster order."""
         return x
 
-    def to_images(self, tokens: Float[Tensor, "n t d"]) -> Float[Tensor, "n ..."]:
+    def to_images(self, tokens: Tokens) -> Data:
         """Returns the data of tokens; inverse of `to_tokens`."""
         return tokens
 
-    def tokens_log_det(self, tokens: Float[Tensor, "n t d"]) -> Float[Tensor, " n"]:
+    def tokens_log_det(self, tokens: Tokens) -> Float[Tensor, " n"]:
         """Returns log|det| of `to_tokens` in nats, at the data of these tokens."""
         return tokens.new_zeros(len(tokens))
 
-    def initialize(self, x: Float[Tensor, "n ..."], labels: Int[Tensor, " n"] | None = None) -> None:
+    def initialize(self, x: Data, labels: Int[Tensor, " n"] | None = None) -> None:
         """Initialises the flow by its first training batch, in place; by default it does nothing."""
 
     def check_labels(self, labels: Labels, num: int) -> Int[Tensor, " n"]:
@@ -203,19 +205,20 @@ class ImageFlow(nn.Module):
         if channels := self._context_channels:
             check_context(context, self.config.num_tokens, channels)
             check_rows("context", context, num, "samples")
+            assert isinstance(context, Tensor)
             check_finite("context", context)
-            return context  # type: ignore[return-value]
+            return context
         if _is_numbers(context):
             raise InputValueError(f"context={short(context)}: this flow's context is labels, or none; leave it out")
         return None if context is None else self.check_labels(context, num)
 
-    def check_data(self, x: Float[Tensor, "n ..."]) -> None:
+    def check_data(self, x: Data) -> None:
         """Checks that `x` are floating-point numbers in the shape of this flow's data."""
         config = self.config
         shape = self.image_shape or (config.num_tokens, config.token_channels)
         check_floating("images" if self.image_shape else "x", x, ("N", *shape))
 
-    def check_batch(self, x: Float[Tensor, "n ..."], context: Context | None) -> Tensor | None:
+    def check_batch(self, x: Data, context: Context | None) -> Tensor | None:
         """Checks that data and context fit the flow; returns the context as a tensor on its device."""
         self.check_data(x)
         if not self.config.num_classes and not _is_numbers(context) and not self._context_channels:
@@ -224,10 +227,7 @@ class ImageFlow(nn.Module):
         return None if context is None else context.to(self.var.device)
 
     def walk(
-        self,
-        x: Float[Tensor, "n t d"],
-        context: Tensor | None = None,
-        parameters: Callable[[int, Tensor], ScaleShift] | None = None,
+        self, x: Tokens, context: Tensor | None = None, parameters: Callable[[int, Tensor], ScaleShift] | None = None
     ) -> Iterator[Step]:
         """Encodes tokens `x` block by block, and yields the step of each.
 
@@ -240,12 +240,12 @@ class ImageFlow(nn.Module):
             yield Step(i, x, log_scale, shift, z)
             x = block.permutation.inverse(z)
 
-    def prior_tokens(self, latents: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
+    def prior_tokens(self, latents: Tokens) -> Tokens:
         """Returns sqrt(var) times standard normal `latents`, in the dtype of `state_dtype`: the start of `invert`."""
         dtype = state_dtype(self)
         return latents.to(self.var.device, dtype) * self.var.to(dtype).sqrt()
 
-    def invert(self, x: Float[Tensor, "n t d"], solve: Callable[[int, Tensor], Tensor]) -> Float[Tensor, "n t d"]:
+    def invert(self, x: Tokens, solve: Callable[[int, Tensor], Tensor]) -> Tokens:
         """Returns the tokens f_0^-1(... f_{L-1}^-1(x)): `walk`, backwards.
 
         `solve(i, z)` inverts block `i` at `z`, both in the block's causal order. It may return more rows than `z` has.
@@ -255,9 +255,7 @@ class ImageFlow(nn.Module):
             x = permutation.inverse(solve(i, permutation(x)))
         return x
 
-    def normalize(
-        self, x: Float[Tensor, "n ..."], context: Context | None = None
-    ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
+    def normalize(self, x: Data, context: Context | None = None) -> tuple[Tokens, Float[Tensor, " n"]]:
         """Returns tokens after all blocks, before the prior's scale, and log|det| in nats, summed over dimensions.
 
         They are at least float32, in whatever dtype the network runs. `context` is labels (N,), one label for all, or
@@ -273,9 +271,7 @@ class ImageFlow(nn.Module):
             log_det = log_det - step.log_scale.sum(dim=(1, 2))
         return tokens, log_det
 
-    def encode(
-        self, x: Float[Tensor, "n ..."], context: Context | None = None
-    ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, " n"]]:
+    def encode(self, x: Data, context: Context | None = None) -> tuple[Tokens, Float[Tensor, " n"]]:
         """Returns latents z = f(x), standard normal under the model, and log|det df/dx| in nats with the prior."""
         return self._to_standard(*self.normalize(x, context))
 
@@ -283,22 +279,22 @@ class ImageFlow(nn.Module):
         var = self.var.to(z.dtype)
         return z / var.sqrt(), log_det - 0.5 * var.log().sum()
 
-    def log_prob(self, x: Float[Tensor, "n ..."], context: Context | None = None) -> Float[Tensor, " n"]:
+    def log_prob(self, x: Data, context: Context | None = None) -> Float[Tensor, " n"]:
         """Returns the log-density in nats: log N(z; 0, I) + log|det df/dx|."""
         z, log_det = self.encode(x, context)
         return log_normal(z) + log_det
 
-    def tokens_log_prob(self, tokens: Float[Tensor, "n t d"], context: Tensor | None) -> Float[Tensor, " n"]:
+    def tokens_log_prob(self, tokens: Tokens, context: Tensor | None) -> Float[Tensor, " n"]:
         """Returns the log-density in nats of the data that have these tokens."""
         z, log_det = self._to_standard(*self._normalize(tokens, context))
         return log_normal(z) + log_det
 
-    def bits_per_dim(self, images: Float[Tensor, "n c h w"], labels: Labels | None = None) -> Float[Tensor, " n"]:
+    def bits_per_dim(self, images: Images, labels: Labels | None = None) -> Float[Tensor, " n"]:
         """Returns -log2 p(images) / D + log2(128): bits of 8-bit pixels, whose [0, 256) is [-1, 1) here."""
         return -self.log_prob(images, labels) / (images[0].numel() * math.log(2)) + 7
 
 
-def log_normal(z: Float[Tensor, "n t d"]) -> Float[Tensor, " n"]:
+def log_normal(z: Tokens) -> Float[Tensor, " n"]:
     """Returns log N(z; 0, I) in nats."""
     return -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=(1, 2))
 
@@ -322,3 +318,55 @@ def precision(flow: ImageFlow) -> str:
     dtype = flow.var.dtype
     tf32 = dtype == torch.float32 and flow.var.is_cuda and torch.get_float32_matmul_precision() != "highest"
     return "tf32" if tf32 else str(dtype).removeprefix("torch.")
+
+
+Flow = TypeVar("Flow", bound=type[ImageFlow])
+
+FLOWS: dict[str, type[ImageFlow]] = {}
+"""The registered flows by their names."""
+
+
+def register(flow: Flow) -> Flow:
+    """Registers a subclass of `ImageFlow` under its `model_type`; a class decorator.
+
+    Example:
+        >>> @register
+        ... class Wide(jf.MAF):
+        ...     model_type = "wide-maf"
+    """
+    if not isinstance(flow, type) or not issubclass(flow, ImageFlow):
+        raise InputTypeError(f"flow={short(flow)}: give a class that derives from ImageFlow")
+    name, owner = flow.model_type, FLOWS.get(flow.model_type, flow)
+    # The same class once more is a module that was loaded again, or a notebook's cell.
+    if (owner.__module__, owner.__qualname__) != (flow.__module__, flow.__qualname__):
+        raise InputValueError(f"model_type {name!r}: taken by {owner.__module__}.{owner.__qualname__}; give another")
+    FLOWS[name] = flow
+    return flow
+
+
+def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None) -> ImageFlow:
+    """Loads a flow for sampling: in eval mode, its parameters without gradients.
+
+    Args:
+        name: A bundled model's name, else a local folder, else a hub id "owner/name". For a folder that has the name of
+            a bundled model write "./name", or give a `Path`.
+        dtype: By default as stored, with float16 and bfloat16 widened to float32.
+
+    Raises:
+        CheckpointError: If there is no such model, or its files do not fit each other.
+
+    Example:
+        >>> flow = jf.load("digits-p1")
+        >>> type(flow).__name__, flow.config.num_tokens
+        ('TarFlow', 64)
+    """
+    check_path("name", name)
+    device, dtype = check_device(device, here=True), check_dtype(dtype)
+    folder = ModelFolder.open(name)
+    if folder.model_type not in FLOWS:
+        raise CheckpointError(
+            f"{folder.path / CONFIG}: model_type {folder.model_type!r}; there are {', '.join(sorted(FLOWS))}: import "
+            "the module that registers another"
+        )
+    flow = FLOWS[folder.model_type].from_pretrained(folder.path)
+    return flow.requires_grad_(False).to(device=device, dtype=dtype)

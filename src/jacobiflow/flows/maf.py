@@ -16,15 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.base import FlowBlock, Permutation, ScaleShift, check_input
-from jacobiflow.flows.config import MAFConfig
+from jacobiflow.flows.base import FlowBlock, Permutation, ScaleShift, Tokens, check_input
+from jacobiflow.flows.config import MAFConfig, embed_classes
 from jacobiflow.flows.guidance import Guidance
-from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.flows.labels import embed_classes
-from jacobiflow.flows.registry import register
+from jacobiflow.flows.image_flow import ImageFlow, Images, register
 from jacobiflow.native import usable
-from jacobiflow.native.masked import masked_transform, run_chain
-from jacobiflow.native.structures import Elementwise, Function, Kind, Operation, Transform
+from jacobiflow.native.masked import Elementwise, Function, Kind, Operation, Transform, masked_transform, run_chain
 
 _CONSTANT = 1e-3  # an entry whose standard deviation over the first batch is below it keeps its scale
 
@@ -102,10 +99,10 @@ class MAFBlock(FlowBlock):
         """Returns the masked layers, first to last, for rows of these labels."""
         return tuple(MaskedLayer(layer.masked_weight(), layer.offset(labels)) for layer in self.layers)
 
-    def affine_whole(self, x: Float[Tensor, "b t 1"], context: Int[Tensor, " b"] | None = None) -> ScaleShift:
+    def affine_whole(self, x: Tokens, context: Int[Tensor, " b"] | None = None) -> ScaleShift:
         return full_pass(x, self.masked_layers(context))
 
-    def init_cache(self, z: Float[Tensor, "b t 1"], context: Int[Tensor, " b"] | None = None) -> MAFCache:
+    def init_cache(self, z: Tokens, context: Int[Tensor, " b"] | None = None) -> MAFCache:
         check_input(z, self.num_tokens, 1)
         # A row of offsets per sample, or every step would expand the one.
         layers = tuple(
@@ -119,7 +116,7 @@ class MAFBlock(FlowBlock):
             layers=layers,
         )
 
-    def affine(self, x: Float[Tensor, "b t 1"], start: int, stop: int, cache: MAFCache) -> ScaleShift:
+    def affine(self, x: Tokens, start: int, stop: int, cache: MAFCache) -> ScaleShift:
         first, last = max(start - 1, 0), stop - 1
         cache.tokens[:, first:last] = x[:, first:last, 0]
         new = slice(*(_units_below(degree, self.num_tokens, self.hidden_features) for degree in (first, last)))
@@ -138,8 +135,8 @@ class MAFBlock(FlowBlock):
 
     @torch.no_grad()
     def exact_inverse(
-        self, z: Float[Tensor, "b t 1"], context: Int[Tensor, " b"] | None = None, guidance: Guidance | None = None
-    ) -> tuple[Float[Tensor, "b t 1"], Float[Tensor, " b"]] | None:
+        self, z: Tokens, context: Int[Tensor, " b"] | None = None, guidance: Guidance | None = None
+    ) -> tuple[Tokens, Float[Tensor, " b"]] | None:
         # Native code trusts the sizes; if they are wrong, the loop in PyTorch reports it.
         if usable(z, *self.parameters()) is None or z.shape[1:] != (self.num_tokens, 1):
             return None
@@ -162,7 +159,7 @@ class MAFBlock(FlowBlock):
         return weight[0::2], weight[1::2]
 
     @torch.no_grad()
-    def normalize_outputs(self, x: Float[Tensor, "b t 1"], labels: Int[Tensor, " b"] | None) -> None:
+    def normalize_outputs(self, x: Tokens, labels: Int[Tensor, " b"] | None) -> None:
         """Sets the output biases so that every entry of z has mean 0 and standard deviation 1 over the rows of `x`.
 
         This is activation normalisation (Glow, arXiv 1807.03039). An entry that hardly varies keeps its scale.
@@ -175,7 +172,7 @@ class MAFBlock(FlowBlock):
         self.layers[-1].bias.add_(torch.stack((grown, moved), dim=1).flatten())
 
 
-def full_pass(x: Float[Tensor, "b t 1"], layers: Sequence[MaskedLayer]) -> ScaleShift:
+def full_pass(x: Tokens, layers: Sequence[MaskedLayer]) -> ScaleShift:
     """Log-scale and shift of every entry, by the whole network."""
     h = x.squeeze(-1).to(layers[0].weight.dtype)
     for layer in layers[:-1]:
@@ -264,7 +261,7 @@ class MAF(ImageFlow):
         """Makes a config; `channels` and `layers` are of the hidden layers."""
         return MAFConfig(in_channels, image_size, channels, blocks, layers, num_classes)
 
-    def to_tokens(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n t 1"]:
+    def to_tokens(self, images: Images) -> Tokens:
         """Returns y = logit(alpha + (1 - 2 alpha) p) of pixels p = (image + 1) / 2.
 
         A pixel outside [-1, 1] by more than alpha has no logit, and raises ValueError.
@@ -281,13 +278,13 @@ class MAF(ImageFlow):
         log_slopes = math.log(0.5 - self.config.logit_alpha) - F.logsigmoid(tokens) - F.logsigmoid(-tokens)
         return log_slopes.sum(dim=(1, 2))
 
-    def to_images(self, x: Float[Tensor, "n t 1"]) -> Float[Tensor, "n c h w"]:
+    def to_images(self, x: Tokens) -> Images:
         config = self.config
         images = torch.tanh(x / 2) / (1 - 2 * config.logit_alpha)
         return images.reshape(-1, config.in_channels, config.image_size, config.image_size)
 
     @torch.no_grad()
-    def initialize(self, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None = None) -> None:
+    def initialize(self, images: Images, labels: Int[Tensor, " n"] | None = None) -> None:
         def normalized(i: int, x: Tensor) -> ScaleShift:
             self.blocks[i].normalize_outputs(x, labels)
             return self.blocks[i](x, labels)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -18,11 +18,10 @@ from torch.nn import functional as F
 from jacobiflow.checks import check_count, check_flag, convert_numbers
 from jacobiflow.errors import CheckpointError, InputValueError
 from jacobiflow.flows.base import Permutation
+from jacobiflow.flows.config import Context
 from jacobiflow.flows.folder import build
-from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.flows.labels import Context
-from jacobiflow.flows.registry import register
-from jacobiflow.flows.tarflow.attention import MLP, Adaptive, AttentionBlock, LayerWeights
+from jacobiflow.flows.image_flow import ImageFlow, register
+from jacobiflow.flows.tarflow.attention import Adaptive, Attention, AttentionBlock, LayerWeights
 from jacobiflow.flows.tarflow.block import TransformerBlock
 from jacobiflow.flows.tarflow.original import count_groups, read_original
 
@@ -99,21 +98,29 @@ class _Gate(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.to_adaln_zero_gamma = nn.Sequential(nn.Linear(channels, channels), nn.Sigmoid())
-        nn.init.zeros_(self.to_adaln_zero_gamma[0].weight)
-        nn.init.constant_(self.to_adaln_zero_gamma[0].bias, -2.0)
+        linear = nn.Linear(channels, channels)
+        nn.init.zeros_(linear.weight)
+        nn.init.constant_(linear.bias, -2.0)
+        self.to_adaln_zero_gamma = nn.Sequential(linear, nn.Sigmoid())
 
     def forward(self, condition: Float[Tensor, "t c"]) -> Float[Tensor, "t c"]:
-        return self.to_adaln_zero_gamma(condition)  # type: ignore[no-any-return]
+        return self.to_adaln_zero_gamma(condition)
+
+
+class _NormalisedAttention(Attention):
+    def __init__(self, channels: int, head_dim: int) -> None:
+        super().__init__(channels, head_dim)
+        self.q_layer_norm, self.k_layer_norm = nn.LayerNorm(channels), nn.LayerNorm(channels)
 
 
 class _NormalisedAttentionBlock(AttentionBlock):
     """A layer of a TarFlow with normalised queries and keys."""
 
+    attention: _NormalisedAttention
+
     def __init__(self, config: ProseConfig) -> None:
         super().__init__(config.channels, config.head_dim, config.expansion)
-        self.attention.q_layer_norm = nn.LayerNorm(config.channels)
-        self.attention.k_layer_norm = nn.LayerNorm(config.channels)
+        self.attention = _NormalisedAttention(config.channels, config.head_dim)
 
     def conditioned(self, condition: Float[Tensor, "t c"]) -> LayerWeights:
         return self.weights()._replace(
@@ -134,7 +141,7 @@ class _Transition(nn.Module):
     def __init__(self, config: ProseConfig) -> None:
         super().__init__()
         hidden = config.channels * config.expansion
-        self.swish_linear = nn.Sequential(nn.Linear(config.channels, 2 * hidden, bias=False))
+        self.swish_linear = nn.ModuleList([nn.Linear(config.channels, 2 * hidden, bias=False)])
         self.linear_out = nn.Linear(hidden, config.channels, bias=False)
 
 
@@ -157,13 +164,17 @@ class _AdaptiveLayer(nn.Module):
 
     def conditioned(self, condition: Float[Tensor, "t c"]) -> LayerWeights:
         transition = self.transition.transition
+        scale, shift = self.mha.adaln(condition)
+        gated_scale, gated_shift = self.transition.adaln(condition)
         adaptive = Adaptive(
-            *self.mha.adaln(condition),
-            self.mha.scale_output(condition),
-            *self.transition.adaln(condition),
-            self.transition.scale_output(condition),
-            transition.swish_linear[0].weight,
-            transition.linear_out.weight,
+            scale=scale,
+            shift=shift,
+            gate=self.mha.scale_output(condition),
+            gated_scale=gated_scale,
+            gated_shift=gated_shift,
+            gated_gate=self.transition.scale_output(condition),
+            gated_up=cast(nn.Linear, transition.swish_linear[0]).weight,
+            gated_down=transition.linear_out.weight,
         )
         return self.mha.mha.conditioned(condition)._replace(condition=None, adaptive=adaptive)
 
@@ -218,7 +229,7 @@ class _Embedder(nn.Module):
         positions, lengths = (
             sinusoid(encodings[name], atoms.shape[-1], _PERIOD).to(atoms) for name in ("aa_pos", "seq_len")
         )
-        return self.mlp(torch.cat((atoms, residues, positions, lengths), dim=-1))  # type: ignore[no-any-return]
+        return self.mlp(torch.cat((atoms, residues, positions, lengths), dim=-1))
 
 
 def sinusoid(numbers: Int[Tensor, " t"], channels: int, period: float) -> Float[Tensor, "t c"]:
@@ -277,7 +288,7 @@ class Prose(ImageFlow):
             orders=tuple(orders),
         )
         state["var"] = torch.ones(0, token_channels)
-        return build(partial(cls, config), state, str(path))
+        return build(cls, config, state, str(path))
 
     def for_peptide(
         self, encodings: Mapping[str, Sequence[int] | Tensor | int], permutations: Mapping[str, Sequence[int] | Tensor]
@@ -301,7 +312,9 @@ class Prose(ImageFlow):
             if tensor.is_floating_point() or len(tensor) not in (1, num_atoms) or not len(tensor):
                 raise InputValueError(f"{name}={tensor.tolist()}: give a whole number for each of {num_atoms} atoms")
             if not 1 <= int(tensor.min()) <= int(tensor.max()) < limit:
-                raise InputValueError(f"{name}={tensor.tolist()}: give numbers from 1, which is no padding, to {limit - 1}")
+                raise InputValueError(
+                    f"{name}={tensor.tolist()}: give numbers from 1, which is no padding, to {limit - 1}"
+                )
         tensors = {name: tensor.expand(num_atoms) for name, tensor in tensors.items()}
         view = copy.copy(self)
         view.config = replace(self.config, num_tokens=num_atoms)

@@ -1,18 +1,5 @@
 """Exact recurrences in C++."""
 
-from jacobiflow.native.build import (
-    SWITCH,
-    TarFlowArguments,
-    describe,
-    library,
-    library_name,
-    load_library,
-    pointers,
-    usable,
-)
-from jacobiflow.native.compiler import compile_library
+from jacobiflow.native.build import SWITCH, TarFlowArguments, describe, library, library_name, pointers, usable
 
-__all__ = [
-    "SWITCH", "TarFlowArguments", "compile_library", "describe", "library", "library_name", "load_library", "pointers",
-    "usable",
-]  # fmt: skip
+__all__ = ["SWITCH", "TarFlowArguments", "describe", "library", "library_name", "pointers", "usable"]

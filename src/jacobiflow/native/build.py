@@ -11,7 +11,6 @@ import subprocess
 import tempfile
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 
 from jacobiflow.files import cache_folder, sha256, write_atomically
 from jacobiflow.native import compiler
-from jacobiflow.native.structures import STRUCTURES
 
 SWITCH = "JACOBIFLOW_NATIVE"  # environment variable: 0 leaves all recurrences to PyTorch
 SHIPPED = Path(__file__).parent / "lib"  # of a wheel, made by hatch_build.py
@@ -41,21 +39,13 @@ class TarFlowArguments(ctypes.Structure):
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """The library, or `None`; and a line about it."""
-
-    library: ctypes.CDLL | None
-    description: str
-
-
 def library() -> ctypes.CDLL | None:
     """Returns the native library; `None` if it cannot be compiled here, or the environment has JACOBIFLOW_NATIVE=0.
 
     A wheel brings it for several kinds of processor. Elsewhere the first call compiles it, which takes some seconds,
     and stores it in the user's cache folder.
     """
-    return None if _is_off() else _loaded().library
+    return None if _is_off() else _loaded()[0]
 
 
 def library_name() -> str | None:
@@ -66,7 +56,7 @@ def library_name() -> str | None:
 
 def describe() -> str:
     """Returns a line about the native library: its vector width, or why there is none and what to do."""
-    return f"off, by {SWITCH}=0" if _is_off() else _loaded().description
+    return f"off, by {SWITCH}=0" if _is_off() else _loaded()[1]
 
 
 def usable(*tensors: Tensor) -> ctypes.CDLL | None:
@@ -85,9 +75,6 @@ def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
 def load_library(path: Path) -> ctypes.CDLL:
     """Loads a library that `compile_library` wrote."""
     native = ctypes.CDLL(str(path))
-    for name, structure in {"tarflow": TarFlowArguments, **STRUCTURES}.items():
-        if (here := ctypes.sizeof(structure)) != (there := native[f"jacobiflow_{name}_size"]()):
-            raise RuntimeError(f"{path}: {structure.__name__} is of {here} bytes here, and of {there} in C++")
     number, address = ctypes.c_int32, ctypes.c_void_p
     native.jacobiflow_pack.argtypes = (address, number, number, address, number)
     native.jacobiflow_masked.argtypes, native.jacobiflow_masked.restype = (address, number), ctypes.c_int64
@@ -100,18 +87,19 @@ def _is_off() -> bool:
 
 
 @functools.cache
-def _loaded() -> _Loaded:
+def _loaded() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or `None`; and a line about it."""
     if platform.system() not in ("Linux", "Darwin"):
-        return _Loaded(None, "none: they are for Linux and macOS")
+        return None, "none: they are for Linux and macOS"
     try:
         native = _find_or_compile()
     except (OSError, subprocess.SubprocessError) as error:
         # A compiler says what is wrong in the first line of a long message.
         reason = str(getattr(error, "stderr", None) or error).strip().partition("\n")[0]
-        return _Loaded(None, f"none: {reason}; install a C++ compiler, or name it in CXX, for faster exact loops")
+        return None, f"none: {reason}; install a C++ compiler, or name it in CXX, for faster exact loops"
     width = {16: "AVX-512", 8: "AVX2"}.get(native.jacobiflow_lanes(), "128-bit vectors")
     is_shipped = Path(native._name).parent == SHIPPED
-    return _Loaded(native, f"compiled for {width}" + (", in the wheel" if is_shipped else ""))
+    return native, f"compiled for {width}{', in the wheel' if is_shipped else ''}"
 
 
 def _find_or_compile() -> ctypes.CDLL:

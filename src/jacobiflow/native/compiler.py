@@ -33,17 +33,16 @@ FLAGS = (
     "-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility-inlines-hidden",
     "-pthread", "-fPIC",
 )  # fmt: skip
-_COMPILERS = ("c++", "g++", "clang++")
 
 
 def compile_library(path: Path, target: tuple[str, ...] | None = None) -> None:
     """Compiles the sources to a shared library; `target` are flags, by default for all of this machine's instructions.
 
-    Raises:
-        OSError: If there is no compiler.
-        subprocess.SubprocessError: If the compiler fails.
+    Raises OSError without a compiler, and `subprocess.SubprocessError` if the compiler fails.
     """
-    command = (_compiler(), *FLAGS, *(_all_instructions() if target is None else target))
+    if target is None:
+        target = ("-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native",)
+    command = (_compiler(), *FLAGS, *target)
     sources = sorted(FOLDER.glob("*.cpp"))
     with TemporaryDirectory(prefix="jacobiflow-") as folder, ThreadPoolExecutor(len(sources)) as pool:
         objects = [Path(folder, f"{source.stem}.o") for source in sources]
@@ -87,15 +86,10 @@ def _path(folder: Path, target: str) -> Path:
 
 
 def _compiler() -> str:
-    for name in filter(None, (os.environ.get("CXX"), *_COMPILERS)):
+    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
         if (path := shutil.which(name)) is not None:
             return path
     raise FileNotFoundError("no C++ compiler found")
-
-
-def _all_instructions() -> tuple[str, ...]:
-    """The flag for all instructions of this machine's processor."""
-    return ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native",)
 
 
 def _run(command: tuple[str | Path, ...]) -> None:

@@ -7,7 +7,6 @@
 #include <new>
 
 #include "lanes.h"
-#include "team.h"
 
 namespace jacobiflow {
 
@@ -767,12 +766,6 @@ int64_t run(const Call& call) {
 using namespace jacobiflow;
 
 extern "C" {
-
-int32_t jacobiflow_operation_size() { return sizeof(Operation); }
-
-int32_t jacobiflow_transform_size() { return sizeof(Transform); }
-
-int32_t jacobiflow_call_size() { return sizeof(Call); }
 
 // Returns the number of rows that failed, or -1 if out of memory or threads.
 int64_t jacobiflow_masked(const Call* call, int32_t is_double) {

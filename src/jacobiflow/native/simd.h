@@ -7,6 +7,8 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "team.h"
+
 namespace jacobiflow {
 
 #if defined(__AVX512F__)
@@ -133,13 +135,10 @@ inline void dense_rows(const float* x, int stride, const float* weight, int widt
   }
 }
 
-struct Columns {
-  int first, last;  // multiples of `lanes`, but for the end of the last vector
-};
-
-// Multiplies x (rows, inputs) by some columns of a packed weight; calls use(row, column, vector of sums).
+// Multiplies x (rows, inputs) by some columns of a packed weight, from a multiple of `lanes` on; calls use(row, column,
+// vector of sums).
 template <typename Use>
-inline void dense(const float* x, int stride, const float* packed, int inputs, int outputs, int rows, Columns columns,
+inline void dense(const float* x, int stride, const float* packed, int inputs, int outputs, int rows, Range columns,
                   const Use& use) {
   for (int column = columns.first; column < columns.last;) {
     const int start = column / panel * panel;

@@ -3,7 +3,6 @@
 #include <memory>
 
 #include "simd.h"
-#include "team.h"
 
 namespace jacobiflow {
 
@@ -53,10 +52,7 @@ struct Work {
   // The row of the whole batch that is row r of this team.
   int network_row(int r) const { return r / count() * f.samples + samples.first + r % count(); }
 
-  Columns columns(int total, int rank) const {
-    const Range part = share(rounded_up(total), rank, size, lanes);
-    return {part.first, part.last};
-  }
+  Range columns(int total, int rank) const { return share(rounded_up(total), rank, size, lanes); }
 
   // Row r's keys and values of one head: keys as blocks of `lanes` tokens, (blocks, head, lanes); values (tokens, head).
   float* keys(int layer, int r, int number) const {
@@ -143,7 +139,7 @@ void Work::attend(int layer, int r, int number, int t, float* logits) {
 void Work::layer(int index, int t, int rank, float* buffer) {
   const Layer& w = f.layers[index];
   const int qkv_stride = rounded_up(3 * f.channels), up_stride = rounded_up(f.hidden);
-  const Columns own = columns(f.channels, rank);
+  const Range own = columns(f.channels, rank);
   const auto normalise_rows = [&](const float* weight, const float* bias) {
     for (int r = 0; r < rows; r++)
       layer_norm(h.data() + (int64_t)r * stride, f.channels, weight, bias, buffer + (int64_t)r * stride);
@@ -278,8 +274,6 @@ using namespace jacobiflow;
 extern "C" {
 
 int32_t jacobiflow_lanes() { return lanes; }
-
-int32_t jacobiflow_tarflow_size() { return sizeof(TarFlow); }
 
 void jacobiflow_use_openmp(const OpenMP* functions) { openmp = *functions; }
 

@@ -1,8 +1,7 @@
 """Pictures: sheets of samples, curves of reports, timings."""
 
-from jacobiflow.plots.calibration import convergence_figure, segments_figure
+from jacobiflow.plots.figures import bench_figure, convergence_figure, segments_figure
 from jacobiflow.plots.sheets import comparison_sheet, image_grid, rows_sheet, trace_sheet
-from jacobiflow.plots.speed import bench_figure
 from jacobiflow.plots.style import sampler_style, save_png
 
 __all__ = [

@@ -22,9 +22,7 @@ _IMAGE = 112  # pixels that an image is drawn wide, or the nearest whole multipl
 
 
 def image_grid(images: Float[Tensor, "n c h w"], columns: int, zoom: int | None = None) -> Image.Image:
-    """Draws images, nominally in [-1, 1], in rows of `columns`, NaN black.
-
-    Each pixel is `zoom` wide; by default 4 for images of 28 pixels, 1 for those of more than 75.
+    """Draws images, nominally in [-1, 1], in rows of `columns`, each pixel `zoom` wide. NaN is black.
 
     Example:
         >>> from jacobiflow.plots import image_grid
@@ -32,7 +30,7 @@ def image_grid(images: Float[Tensor, "n c h w"], columns: int, zoom: int | None 
         (352, 120)
     """
     zoom = zoom or max(1, round(_IMAGE / images.shape[-1]))
-    pixels = quantize(images.nan_to_num(nan=-1.0)).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = quantize(images).permute(0, 2, 3, 1).cpu().numpy()
     rows = -(-len(pixels) // columns)
     height, width = pixels.shape[1] * zoom + _GAP, pixels.shape[2] * zoom + _GAP
     sheet = np.full((rows * height + _GAP, columns * width + _GAP, pixels.shape[3]), 255, np.uint8)
@@ -47,10 +45,9 @@ def comparison_sheet(
     reference: Float[Tensor, "n c h w"], images: Float[Tensor, "n c h w"], names: tuple[str, str],
     columns: Sequence[str] = (),
 ) -> Image.Image:  # fmt: skip
-    """Draws three panels: `reference`, `images`, and their difference (Figure 7 of the paper).
+    """Draws `reference`, `images` and their difference, whose largest entry is white (Figure 7 of the paper).
 
-    `names` are the captions of the first two; the third one names the largest difference, which is white. See
-    `rows_sheet` for `columns`.
+    `names` are the captions of the first two; for `columns` see `rows_sheet`.
     """
     difference = (images - reference).abs()
     largest = float(difference.nan_to_num().max())
@@ -62,8 +59,7 @@ def comparison_sheet(
 def rows_sheet(rows: Sequence[tuple[str, Float[Tensor, "n c h w"]]], columns: Sequence[str] = ()) -> Image.Image:
     """Draws rows of images, each below its caption, at most 10 images a line (Figure 4 of the paper).
 
-    `columns` are names of the images of a row, written once above all rows; they are left out if they differ from line
-    to line.
+    `columns` are names of the images of a row, written once above all rows if they are the same on every line.
     """
     grids = [image_grid(images, min(len(images), _COLUMNS)) for _, images in rows]
     parts = []
@@ -75,9 +71,9 @@ def rows_sheet(rows: Sequence[tuple[str, Float[Tensor, "n c h w"]]], columns: Se
 
 
 def trace_sheet(trace: Sequence[Float[Tensor, "n c h w"]], denoised: bool) -> Image.Image:
-    """Draws `Samples.trace`: noise, then the image after each block in sampling order (Figure 3 of the paper).
+    """Draws `Samples.trace`, a line for each sample: noise, then the image after each block (Figure 3 of the paper).
 
-    A line is a sample. `denoised` tells if the last image is denoised.
+    `denoised` tells if the last image is denoised.
     """
     blocks = len(trace) - 1 - denoised
     captions = ["noise", *(f"block {i}" for i in reversed(range(blocks))), *["denoised"] * denoised]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -27,15 +27,13 @@ SHEET: Any = {  # whose type would be matplotlib's, which lists every setting
     "figure.labelsize": "medium",
     "legend.frameon": False,
     "lines.linewidth": 1.6,
-}  # matplotlib's settings for every figure, see `styled`
+}
+styled = matplotlib.rc_context(SHEET)  # decorates a function that draws; the caller's settings stay
 
 INK, FAINT = "#222222", "#e6e6e6"
 FINAL, WAITING = "#a9b5c4", "#f2f2f2"  # of tokens; those that are being swept have their sampler's colour
 TOUGH, EASY = "#3d4a5c", "#a9b5c4"  # of blocks
 ORDERED = matplotlib.colormaps["viridis"]  # of what comes in an order, such as segments
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class Style(NamedTuple):
@@ -68,12 +66,6 @@ def sampler_style(name: str) -> Style:
     if name.endswith(".json"):
         return OTHER
     return next((style for start, style in SAMPLERS.items() if re.match(start, name.lower())), OTHER)
-
-
-def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a function that draws: it runs under the settings of the style sheet, and leaves the caller's."""
-    decorate: Any = matplotlib.rc_context(SHEET)
-    return decorate(draw)
 
 
 def new_figure(height: float) -> Figure:

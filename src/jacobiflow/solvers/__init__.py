@@ -5,8 +5,7 @@ from jacobiflow.solvers.certified import Certificate, certify, check_certificate
 from jacobiflow.solvers.correction import Chord, Correction, Plain
 from jacobiflow.solvers.guess import CausalLinear, Given, Guess, Latent, MeanAffine, Zeros
 from jacobiflow.solvers.partition import Partition, Segments, Sequential, SlidingRun, Whole, Window
-from jacobiflow.solvers.solution import Solution, Status
-from jacobiflow.solvers.solve import solve
+from jacobiflow.solvers.solve import Solution, Status, solve
 from jacobiflow.solvers.solver import EarlyStop, MaxSweeps, Solver, Stopping, Tolerance
 
 __all__ = [

@@ -10,13 +10,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from jacobiflow.checks import check_choice, check_count, check_number
+from jacobiflow.checks import check_choice, check_number
 from jacobiflow.flows.base import AffineBlock, Block, no_gradients
 from jacobiflow.solvers.guess import Given
 from jacobiflow.solvers.loop import Deadline
 from jacobiflow.solvers.partition import Sequential
-from jacobiflow.solvers.solution import Solution, Status
-from jacobiflow.solvers.solve import check_tokens, solve_until
+from jacobiflow.solvers.solve import Solution, Status, check_tokens, solve_until, split
 from jacobiflow.solvers.solver import Solver, Tolerance
 
 Certificate = bool | Literal["always"]
@@ -42,18 +41,16 @@ def certify(
         True
     """
     check_tokens(block, z, context, x=x)
-    return measure(block, z, x, context, max(len(z), 1) if slots is None else check_count("slots", slots))[0]
+    return measure(block, z, x, context, slots)[0]
 
 
 def measure(
-    block: Block, z: Tensor, x: Tensor, context: Tensor | None, slots: int
+    block: Block, z: Tensor, x: Tensor, context: Tensor | None, slots: int | None
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """Returns the residuals of `certify`, and the sums of log_scale(x); these are NaN for a block that is not affine."""
+    """Returns the residuals of `certify`, and the sums of log_scale(x), NaN for a block that is not affine."""
     residual, log_det = z.new_empty(len(z)), z.new_full((len(z),), torch.nan)
     with no_gradients(block):
-        for first in range(0, len(z), slots):
-            rows = slice(first, first + slots)
-            some = None if context is None else context[rows]
+        for rows, some in split(len(z), slots, context):
             if isinstance(block, AffineBlock):
                 log_scale, shift = block.affine_whole(x[rows], some)
                 g = torch.addcmul(shift, log_scale.exp(), z[rows])
@@ -72,20 +69,17 @@ def solve_certified(
     """Solves a block, certifies each sample, and solves again each sample that is above the tolerance.
 
     Such a sample is resumed from its answer, to half of the tolerance. If it is still above, if it ran out of sweeps
-    before the solver's own tolerance, or if it is not finite, it is solved token by token. A value that then overflows
-    does so in the exact inverse too (`Status.NONFINITE`).
+    before the solver's own tolerance, or if it is not finite, it is solved token by token.
 
-    An exact solve leaves a residual as well: the rounding of the network, which grows with the size of x. If more than
-    four samples are to be solved token by token, the four with the largest residuals go first. The smallest
-    |g(x) - x| / |x| that they leave is the relative rounding of the block. Other samples whose residuals are at most
-    four times as large, relative to their own x, keep their answers and end as `Status.ROUNDING`.
+    An exact solve leaves a residual as well: the rounding of the network. If more than four samples are to be solved
+    token by token, the four with the largest residuals go first. The smallest |g(x) - x| / |x| that they leave is the
+    relative rounding of the block. Other samples up to four times it keep their answers, as `Status.ROUNDING`.
 
     Args:
         block, z, solver, context, slots, time_limit: See `solve`.
-        certificate: `False` leaves out the pass that measures; then the residuals are those of the sweeps. "always"
-            measures exact loops too, whose residual is else 0 by construction.
-        tolerance: The largest residual allowed, by default the solver's own tolerance. Without either, samples are
-            measured and end as they are.
+        certificate: `False` leaves out the pass that measures; "always" measures exact loops too, whose residual is
+            else 0 by construction.
+        tolerance: The largest residual allowed, by default the solver's own. Without either, samples end as they are.
 
     Example:
         >>> flow, z = jf.load("digits-p1"), torch.ones(2, 64, 1)
@@ -99,19 +93,22 @@ def solve_certified(
     started = time.perf_counter()
     attempts = _Attempts(block, z, context, slots, certificate, Deadline(time_limit))
     attempts.first(solver)
-    atol = tolerance if certificate and tolerance is not None else solver.stopping.atol
-    if certificate and atol is not None:
-        attempts.resume(solver, atol)
-    solution = attempts.solution
-    short = (solution.status == Status.NONFINITE) & ~solution.exact
+    atol, rounding = solver.stopping.atol, 0.0
+    if certificate:
+        atol = atol if tolerance is None else tolerance
+        if atol is not None:
+            attempts.resume(solver, atol)
+            rounding = attempts.probe_rounding(atol)
+    short = (attempts.solution.status == Status.NONFINITE) & ~attempts.solution.exact
     if atol is not None:
-        rounding = attempts.probe_rounding(atol) if certificate else 0.0
         short |= attempts.short(atol, rounding)
     attempts.sequentially(short)
-    solution, status = attempts.solution, attempts.solution.status
-    if atol is not None:
-        status = status.masked_fill((solution.residual > atol) & (status != Status.NONFINITE), Status.ROUNDING)
-    return replace(solution, status=status, seconds=time.perf_counter() - started)
+    solution = attempts.solution
+    if atol is not None:  # NONFINITE is larger
+        is_above = solution.residual > atol
+        status = torch.where(is_above, solution.status.clamp(min=Status.ROUNDING), solution.status)
+        solution = replace(solution, status=status)
+    return replace(solution, seconds=time.perf_counter() - started)
 
 
 def check_certificate(name: str, certificate: Certificate) -> None:
@@ -132,7 +129,6 @@ class _Attempts:
     solution: Solution = field(init=False)
 
     def first(self, solver: Solver) -> None:
-        """Solves all samples."""
         self.solution = solve_until(self.deadline, self.block, self.z, solver, self.context, self.slots)
         if self.certificate == "always" or not self.solution.exact.all():
             self.solution = self._certified(self.z, self.solution, self.context)
@@ -149,15 +145,15 @@ class _Attempts:
         self._again(short, replace(solver, guess=guess, stopping=stopping, bf16_sweeps=0))
 
     def probe_rounding(self, atol: float) -> float:
-        """Solves some of many samples token by token; returns the relative rounding of the block, 0 if not found."""
+        """Solves some of many samples token by token; returns the relative rounding of the block, 0 if unknown."""
         short = self.short(atol)
         if int(short.sum()) <= _PROBES:
             return 0.0
         probes = torch.zeros_like(short)
-        probes[self.solution.residual.masked_fill(~short, -1.0).topk(_PROBES).indices] = True
+        probes[self.solution.residual.masked_fill(~short, -torch.inf).topk(_PROBES).indices] = True
         self.sequentially(probes)
-        relative = self.solution.residual[probes] / _size(self.solution.x[probes])
-        return float(relative.nan_to_num(nan=0.0, posinf=0.0).min())
+        # NaN, to which no residual compares as rounding, if one of them overflowed.
+        return float((self.solution.residual[probes] / _size(self.solution.x[probes])).min())
 
     def short(self, atol: float, rounding: float = 0.0) -> Bool[Tensor, " b"]:
         """The samples to solve again: finite, not exact, and above the tolerance by more than the relative rounding."""
@@ -195,14 +191,13 @@ class _Attempts:
     def _certified(self, z: Tensor, solution: Solution, context: Tensor | None) -> Solution:
         if not self.certificate:
             return solution
-        (batch, length, _), slots = z.shape, int(self.slots or max(len(z), 1))
-        residual, log_det = measure(self.block, z, solution.x, context, slots)
+        residual, log_det = measure(self.block, z, solution.x, context, self.slots)
         return replace(
             solution,
             residual=residual,
             log_det=log_det,
-            network_calls=solution.network_calls + -(-batch // slots),
-            token_evaluations=solution.token_evaluations + batch * length,
+            network_calls=solution.network_calls + len(split(len(z), self.slots, context)),
+            token_evaluations=solution.token_evaluations + z.shape[:2].numel(),
         )
 
 

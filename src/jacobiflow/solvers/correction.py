@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from jacobiflow.codec import family, register
 from jacobiflow.errors import InputValueError
@@ -17,7 +16,6 @@ from jacobiflow.solvers.convolution import FIT_WIDTH, Convolution, as_kernel, ro
 from jacobiflow.solvers.guess import Guess
 
 _RIDGE = 2e-2  # of the residuals' mean square, which is scaled to 1
-_FIT_SWEEPS = 24  # more of them show nothing new
 _ROUNDING = 3e-5  # residuals below it teach nothing
 
 
@@ -68,12 +66,9 @@ class Chord(Convolution, Correction):
 
         X^(k+1) = X^(k) + (I + B) r,    r = g(X^(k)) - X^(k),    (B r)_t = sum over d = 1..w of kernel[d-1] r_(t-d).
 
-    Newton's step is (I - Gamma)^-1 r with Gamma = dg/dx strictly lower triangular (Appendix A of the paper), so its
-    inverse is I plus a strictly lower triangular matrix. B is that matrix, one for all samples and positions, cut to
-    the w tokens before each, fitted to the errors that sweeps meet.
-
-    Args:
-        kernel: (w, C, C). The residual r of the token d places before adds `kernel[d - 1] @ r` to a token's step.
+    Newton's step is (I - Gamma)^-1 r with Gamma = dg/dx strictly lower triangular (Appendix A of the paper). That
+    inverse is I plus a strictly lower triangular matrix. B is this matrix, one for all samples and positions, cut to
+    the w tokens before each.
 
     Example:
         >>> jf.Chord(torch.zeros(3, 4, 4))
@@ -86,7 +81,6 @@ class Chord(Convolution, Correction):
         self.check_kernel()
 
     def __call__(self, x: Float[Tensor, "b n c"], g: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        self.check(x.shape[-1])
         residual = (g - x).nan_to_num_(0.0, 0.0, 0.0)  # an overflow does not help its successors
         return self.convolve(residual, add=g, delay=1)
 
@@ -101,30 +95,29 @@ class Chord(Convolution, Correction):
     ) -> Chord:  # fmt: skip
         """Fits the chord over `width` tokens that best predicts errors x - X^(k) from residuals, by ridge regression.
 
-        The errors are those met by sweeping all tokens from `guess` with the chord fitted to the sweeps so far. Each
-        token has the same weight, whatever the size of its residuals.
+        The errors are those of `width` sweeps of all tokens from `guess`, with the chord fitted to the sweeps so far.
+        Each token has the same weight, whatever the size of its residuals.
         """
         _, length, channels = x.shape
-        features = width * channels
-        gram = torch.zeros(features, features, dtype=torch.float64, device=x.device)
-        cross = torch.zeros(features, channels, dtype=torch.float64, device=x.device)
-        chord = cls(torch.zeros(1, channels, channels))
-        ridge = _RIDGE * torch.eye(features).to(gram)
+        chord = cls(torch.zeros(width, channels, channels))
+        cross = torch.zeros(width * channels, channels, dtype=torch.float64, device=x.device)
+        gram = cross.new_zeros(len(cross), len(cross))
+        ridge = _RIDGE * torch.eye(len(cross)).to(gram)
         start = guess(z)
-        current, count = start.clone(), 0
+        current, count = start, 0
         with no_gradients(block):
-            for _ in range(min(_FIT_SWEEPS, length)):
+            for _ in range(min(width, length)):
                 g = evaluate(block, current, z, context)
                 residual = (g - current).nan_to_num(0.0, 0.0, 0.0)
-                rows = rows_before(F.pad(residual, (0, 0, 1, 0))[:, :-1], width)
+                rows = rows_before(residual.double(), width, delay=1)
                 size = (rows.square().mean(dim=1) + residual.flatten(0, 1).double().square().mean(dim=1)).sqrt()
-                used = (size > _ROUNDING) & torch.isfinite(current).all(dim=2).flatten()
+                used = size > _ROUNDING
                 if not used.any():
                     break
-                weight = torch.where(used, size.clamp(min=_ROUNDING).reciprocal(), 0).unsqueeze(1)
+                weight = torch.where(used, size.reciprocal(), 0).unsqueeze(1)
                 rows = rows * weight
                 gram += rows.T @ rows
-                cross += rows.T @ ((x - current - residual).nan_to_num(0.0, 0.0, 0.0).flatten(0, 1) * weight)
+                cross += rows.T @ ((x - current - residual).flatten(0, 1) * weight)
                 count += int(used.sum())
                 chord = cls(as_kernel(torch.linalg.solve(gram + count * ridge, cross), width).to(x))
                 current = chord(current, g)

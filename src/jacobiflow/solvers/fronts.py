@@ -17,8 +17,7 @@ class SweepResult(NamedTuple):
     """The changes that a sweep of a run made, per sample and token."""
 
     residual: Float[Tensor, "b n"]  # |g(x) - x|
-    change: Float[Tensor, "b n"]  # the larger of it and the step that was made
-    overflowed: Bool[Tensor, "b n"] | None  # it is not finite; None if all is known to be finite
+    change: Float[Tensor, "b n"]  # the larger of it and the step that was made; not finite if the token overflowed
     is_early: bool  # the early stop holds for the whole run
 
 
@@ -42,7 +41,8 @@ class Fronts:
         front, sweeps, growing, reached = torch.zeros(4, num, dtype=torch.int64, device=like.device)
         failed, missed = torch.zeros(2, num, dtype=torch.bool, device=like.device)
         residual = like.new_zeros(num)
-        return cls(front, residual, failed, missed, ~failed, sweeps, residual + torch.inf, growing, reached)
+        least = torch.full_like(residual, torch.inf)
+        return cls(front, residual, failed, missed, ~failed, sweeps, least, growing, reached)
 
     def put(self, rows: Int[Tensor, " m"], others: Fronts, places: Int[Tensor, " m"] | slice) -> None:
         """Replaces `rows` by the `places` of others, in place."""
@@ -50,7 +50,6 @@ class Fronts:
             getattr(self, entry.name)[rows] = getattr(others, entry.name)[places]
 
     def first(self, num: int) -> Fronts:
-        """Returns the first `num` samples."""
         return Fronts(*(getattr(self, entry.name)[:num] for entry in fields(self)))
 
     def correction_fails(self, start: int | Tensor, residual: Float[Tensor, "b n"]) -> Bool[Tensor, " b"]:
@@ -72,12 +71,11 @@ class Fronts:
         It passes those that changed by at most `atol`, and one more, which was computed from final ones (Proposition 1
         of the paper).
         """
-        is_settled = (sweep.change <= (-1.0 if atol is None else atol)).cumprod(1) > 0
+        is_settled = (sweep.change <= (-torch.inf if atol is None else atol)).cumprod(1).bool()
         passed = is_settled.sum(1).add_(1).clamp_(max=is_settled.shape[1])
-        self._raise_residual(torch.where(is_settled, sweep.residual, 0))
-        if sweep.overflowed is not None:
-            # Only the last token passed can have overflowed; the others are settled.
-            self.failed = self.failed | sweep.overflowed.gather(1, passed[:, None] - 1)[:, 0]
+        self._note(torch.where(is_settled, sweep.residual, 0))
+        # Only the last token passed can have overflowed; the others are settled.
+        self.failed |= ~sweep.change.gather(1, passed[:, None] - 1).isfinite()[:, 0]
         return passed
 
     def pass_together(
@@ -96,16 +94,15 @@ class Fronts:
         if count <= passed:
             return passed, 0
         is_beyond = _steps(sweep.residual) >= each[:, None]
-        self._raise_residual(torch.where(is_beyond, sweep.residual, 0)[:, :count])
-        if sweep.overflowed is not None:
-            self.failed = self.failed | sweep.overflowed[:, :count].any(1)
+        self._note(torch.where(is_beyond, sweep.residual, 0)[:, :count])
+        self.failed |= ~sweep.change[:, :count].isfinite().all(1)
         if sweep.is_early:
             return count, 0
         self.missed |= each < count
         return count, count - passed
 
-    def _raise_residual(self, sizes: Float[Tensor, "b n"]) -> None:
-        self.residual = torch.maximum(self.residual, sizes.amax(1))
+    def _note(self, residual: Float[Tensor, "b n"]) -> None:
+        self.residual = torch.maximum(self.residual, residual.amax(1))
 
 
 def _steps(run: Tensor) -> Int[Tensor, " n"]:

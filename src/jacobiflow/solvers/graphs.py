@@ -1,21 +1,19 @@
-"""CUDA graphs for the token loop and for the sweeps of a window.
-
-A block of 8 layers launches about a hundred kernels a token or sweep, which take longer to launch than to run if rows
-are few. Captured in a graph they are one launch. A capture pays only for a shape that comes again and again.
-"""
+"""CUDA graphs for the token loop and for the sweeps of a window: one launch instead of a hundred kernels."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.flows.base import Block, put_run
+from jacobiflow.flows.base import put_run
 
 T = TypeVar("T")
 
@@ -25,61 +23,44 @@ _USES = 2  # calls before one is captured, which takes about as long as two
 _capturing = threading.Lock()  # a capture waits for the device, which would break one that another thread has begun
 
 
-def solve_by_tokens(
-    block: Block, z: Float[Tensor, "b t c"], context: Tensor | None, slots: int
-) -> Float[Tensor, "b t c"]:
-    """Returns the x with x_t = g(x)_t for a block with a front per sample, `slots` samples at a time.
+class TokenLoop:
+    """The recurrence x_t = g(x)_t as a graph for each context, for one solve: graphs hold the addresses of weights."""
 
-    Graphs are forgotten at the end, since they hold the addresses of the weights. On another device than a GPU the same
-    steps run without graphs.
-    """
-    loop, parts = None, []
-    for first in range(0, len(z), slots):
-        rows = slice(first, first + slots)
-        some, labels = z[rows], None if context is None else context[rows]
-        if loop is None or len(some) != len(loop.x):
-            loop = _TokenLoop(block, some, labels)
-        parts.append(loop(some, labels))
-    return torch.cat(parts)
-
-
-class _TokenLoop:
-    """The loop over a batch of fixed size; `entry` is the token to solve."""
-
-    def __init__(self, block: Block, z: Tensor, context: Tensor | None) -> None:
-        self.block: Any = block
-        self.z, self.x = z.clone(), z.clone()
-        self.entry = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-        self.rows = torch.arange(len(z), device=z.device)
-        self.cache = block.init_cache(self.z, None if context is None else context.clone())
-        self.steps: dict[int, Callable[[], None]] = {}
+    def __init__(self, block: Any) -> None:
+        self.block, self.num = block, 0
         self.pool: Any = None
 
-    def __call__(self, z: Tensor, context: Tensor | None) -> Tensor:
+    def __call__(
+        self, z: Float[Tensor, "b t c"], context: Tensor | None
+    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, " b"]]:
+        """Returns the solution, and NaN for the sums of log-scales, which are not computed."""
+        if self.num != len(z):
+            self._allocate(z, context)
         self.z.copy_(z)
         self.entry.zero_()
         self.block.refill(self.cache, self.rows, context)
         length = z.shape[1]
         for token in range(length):
             # One more than the positions that the token attends to, the hidden ones included.
-            end = min(-(-max(token, 1) // _BUCKET) * _BUCKET + 1, length)
+            end = min(math.ceil(max(token, 1) / _BUCKET) * _BUCKET + 1, length)
             if end not in self.steps:
-                self.steps[end] = self._capture(end)
+                self.steps[end], _, self.pool = capture(partial(self._step, end), self.pool)
+                self.entry -= 1  # the capture has made the step once
             self.steps[end]()
-        return self.x.clone()
+        return self.x.clone(), z.new_full((len(z),), torch.nan)
+
+    def _allocate(self, z: Tensor, context: Tensor | None) -> None:
+        self.num, self.z, self.x = len(z), z.clone(), z.clone()
+        self.rows = torch.arange(len(z), device=z.device)
+        self.entry = torch.zeros_like(self.rows)  # the token to solve
+        self.cache = self.block.init_cache(self.z, None if context is None else context.clone())
+        self.steps: dict[int, Callable[[], None]] = {}
+        self.pool = None
 
     def _step(self, end: int) -> None:
         g = self.block.update_at(self.x, self.z, self.entry, 1, end, self.cache)
         put_run(self.x, g, self.entry)
         self.entry += 1
-
-    def _capture(self, end: int) -> Callable[[], None]:
-        """The step to `end`; that its capture ran it once is undone."""
-        if self.x.device.type != "cuda":
-            return lambda: self._step(end)
-        replay, _, self.pool = capture(lambda: self._step(end), self.pool)
-        self.entry -= 1
-        return replay
 
 
 class SweepGraphs:
@@ -98,7 +79,7 @@ class SweepGraphs:
         def run() -> Tensor:
             return cast(Tensor, self.block.update_at(self.x, self.z, self.start, self.size, end, self.cache))
 
-        end = min(-(-end // _SWEEPS) * _SWEEPS, self.x.shape[1])
+        end = min(math.ceil(end / _SWEEPS) * _SWEEPS, self.x.shape[1])
         self.start.copy_(start)
         self.uses[end] += 1
         if self.uses[end] <= _USES:

@@ -70,9 +70,19 @@ class Zeros(Guess):
         return x
 
 
+class _ShiftedGuess(TensorFields, Guess):
+    """Base of guesses with a `shift` (T, C)."""
+
+    shift: Tensor
+
+    def check(self, num_tokens: int, token_channels: int) -> None:
+        if self.shift.shape != (num_tokens, token_channels):
+            raise InputValueError(f"{self!r}, but the tokens are {(num_tokens, token_channels)}: calibrate this flow")
+
+
 @register("mean_affine")
 @dataclass(frozen=True, eq=False, repr=False)
-class MeanAffine(TensorFields, Guess):
+class MeanAffine(_ShiftedGuess):
     """X^(0) = exp(log_scale) Z + shift: the mean parameters of the block over calibration images, (T, C) each.
 
     `jacobiflow.calibrate` measures the means.
@@ -90,16 +100,12 @@ class MeanAffine(TensorFields, Guess):
         check_values("MeanAffine: shift", self.shift, tuple(self.log_scale.shape))
 
     def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
-        self.check(*z.shape[1:])
         return torch.addcmul(self.shift.to(z), self.log_scale.to(z).exp(), z)
-
-    def check(self, num_tokens: int, token_channels: int) -> None:
-        _check_shape(self, self.shift, (num_tokens, token_channels))
 
 
 @register("causal_linear")
 @dataclass(frozen=True, eq=False, repr=False)
-class CausalLinear(Convolution, Guess):
+class CausalLinear(Convolution, _ShiftedGuess):
     """X^(0)_t = shift_t + sum over d = 0..w-1 of kernel[d] Z_(t-d): a linear autoregressive guess.
 
     The least-squares estimate of the solution, with one kernel for all positions.
@@ -117,16 +123,12 @@ class CausalLinear(Convolution, Guess):
         check_values("CausalLinear: shift", self.shift, ("tokens", self.kernel.shape[1]))
 
     def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
-        self.check(*z.shape[1:])
         return self.convolve(z, add=self.shift.to(z).expand_as(z))
-
-    def check(self, num_tokens: int, token_channels: int) -> None:
-        _check_shape(self, self.shift, (num_tokens, token_channels))
 
     @classmethod
     def fit(cls, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], width: int = FIT_WIDTH) -> CausalLinear:
         """Returns the guess from `width` + 1 latents nearest to the solutions `x` at `z`, by ridge regression."""
-        rows = rows_before(z - z.mean(dim=0), width + 1)
+        rows = rows_before((z - z.mean(dim=0)).double(), width + 1)
         gram = rows.T @ rows
         ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
         centred = (x - x.mean(dim=0)).flatten(0, 1).to(rows)
@@ -143,8 +145,3 @@ class Given(Guess):
 
     def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
         return self.value.clone()
-
-
-def _check_shape(guess: Guess, values: Float[Tensor, "t c"], shape: tuple[int, int]) -> None:
-    if values.shape != shape:
-        raise InputValueError(f"{guess!r}, but the tokens are {shape}: calibrate this flow")

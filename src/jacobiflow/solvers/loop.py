@@ -28,12 +28,12 @@ class Deadline:
     """The end of a `time_limit` in seconds that starts now; `None` for no limit."""
 
     def __init__(self, time_limit: float | None) -> None:
-        self.time_limit = time_limit if time_limit is None else check_positive("time_limit", time_limit)
-        self.started = time.perf_counter()
+        self.time_limit = math.inf if time_limit is None else check_positive("time_limit", time_limit)
+        self.end = time.perf_counter() + self.time_limit
 
     def check(self) -> None:
         """Raises TimeoutError if the time is over."""
-        if self.time_limit is not None and time.perf_counter() - self.started > self.time_limit:
+        if time.perf_counter() > self.end:
             raise TimeoutError(f"not solved within time_limit={self.time_limit:g} s")
 
 
@@ -75,21 +75,17 @@ class Loop:
         self.x = torch.empty_like(self.guess)
         self.fronts = Fronts.enter(len(self.z), self.z)
         self._entered = 0
-        self._is_on_host = self.z.device.type == "cpu"
-        stopping = self.solver.stopping
-        slides = isinstance(self.solver.partition, SlidingRun) and stopping.max_sweeps is stopping.ebound is None
+        slides = isinstance(self.solver.partition, SlidingRun) and self.solver.stopping.is_tolerance
         self._is_shared = not (slides and supports(self.block, "per_sample_front"))  # one front for all samples
 
     def run(self) -> None:
-        """Sweeps until all samples have left."""
         while self._entered < len(self.z):
-            batch, is_going_on = self._enter(), True
-            while is_going_on:
+            batch = self._enter()
+            self._sweep(batch)
+            while self._exchange(batch):
                 self._sweep(batch)
-                is_going_on = self._exchange(batch)
 
     def _enter(self) -> _Batch:
-        """A batch of samples that enter together."""
         rows = self._next(self.slots)
         # Copies, since other samples may take their places.
         x, z, guess = self.guess[rows].clone(), self.z[rows].clone(), self.guess[rows].clone()
@@ -107,7 +103,6 @@ class Loop:
         return slice(first, self._entered)
 
     def _leave(self, batch: _Batch, places: np.ndarray) -> None:
-        """Notes the answers of the samples at these places."""
         sample, index = self._index(batch.sample[places]), self._index(places)
         self.x[sample] = batch.x[index]
         self.fronts.put(sample, batch.fronts, index)
@@ -156,7 +151,6 @@ class Loop:
         return start, size, self.block.update_at(batch.x, batch.z, start, size, end, batch.cache)
 
     def _stop(self, first: int) -> int:
-        """The end of the run that starts at `first`."""
         partition = self.solver.partition
         stop = partition.stop(first, self.length)
         if not first < stop <= self.length:
@@ -180,20 +174,14 @@ class Loop:
         else:
             residual, step = (torch.stack((g, new)) - old).abs_().amax(dim=-1)
             change = torch.maximum(residual, step)
-            fails = batch.fronts.correction_fails(start, residual)
-            if not self._is_on_host or fails.any():
-                new = torch.where(fails.view(-1, 1, 1), g, new)
-                change = torch.where(fails[:, None], residual, change)
+            fails = batch.fronts.correction_fails(start, residual)[:, None]
+            new = torch.where(fails[:, None], g, new)
+            change = torch.where(fails, residual, change)
         ebound = self.solver.stopping.ebound
         is_early = ebound is not None and bool((new - old).norm() <= ebound * batch.x.numel())
-        overflowed = None
-        # On a GPU it is not known; a sum that overflows alone does no harm.
-        if not self._is_on_host or not math.isfinite(change.sum()):
-            overflowed = ~change.isfinite()
-            is_finite = new.isfinite().all(dim=-1, keepdim=True)
-            new = torch.where(is_finite, new, run_of(batch.guess, start, new.shape[1]))
-        put_run(batch.x, new, start)
-        return SweepResult(residual, change, overflowed, is_early)
+        guess = run_of(batch.guess, start, change.shape[1])
+        put_run(batch.x, torch.where(change.isfinite().unsqueeze(-1), new, guess), start)
+        return SweepResult(residual, change, is_early)
 
     def _exchange(self, batch: _Batch) -> bool:
         """Lets samples that have finished leave, and others take their places; False if no sample is left."""
@@ -202,7 +190,7 @@ class Loop:
                 batch.fronts.sweeps += self.sweeps - batch.sweeps_before
                 self._leave(batch, np.arange(len(batch.sample)))
             return batch.least < self.length
-        if not self._is_on_host and self.sweeps % _LOOK:
+        if batch.x.is_cuda and self.sweeps % _LOOK:
             return True
         front = batch.fronts.front.cpu().numpy()
         finished = (front >= self.length).nonzero()[0]
@@ -245,7 +233,7 @@ class Loop:
     def _graphs(self, batch: _Batch) -> SweepGraphs | None:
         """Graphs of the sweeps of a batch, if a GPU can have them and all runs are of one size, as of a window."""
         partition: Any = self.solver.partition
-        if self._is_on_host or self._is_shared or not supports(self.block, "graph_safe"):
+        if not batch.x.is_cuda or self._is_shared or not supports(self.block, "graph_safe"):
             return None
         size = partition.run_size(self.length)
         return SweepGraphs(self.block, batch.x, batch.z, batch.cache, size) if size < self.length else None

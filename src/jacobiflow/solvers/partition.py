@@ -132,7 +132,7 @@ class Window(SlidingRun):
         check_count("Window: size", self.size)
 
     def run_size(self, num_tokens: int) -> int:
-        return min(self.size, num_tokens)
+        return self.size
 
     @classmethod
     def candidates(cls, num_tokens: int) -> tuple[Partition, ...]:

@@ -1,24 +1,92 @@
-"""`solve`: the fixed point of a block by sweeps."""
+"""`solve`: the fixed point of a block by sweeps, and its result."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from jacobiflow.checks import check_count, check_finite, check_kind, check_on, check_rows, short
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.flows.base import Block, no_gradients, supports
 from jacobiflow.solvers.fronts import Fronts
-from jacobiflow.solvers.graphs import solve_by_tokens
+from jacobiflow.solvers.graphs import TokenLoop
 from jacobiflow.solvers.guess import Given
 from jacobiflow.solvers.loop import Deadline, Loop
 from jacobiflow.solvers.partition import Whole
-from jacobiflow.solvers.solution import Solution, Status
 from jacobiflow.solvers.solver import MaxSweeps, Solver
+
+
+class Status(IntEnum):
+    """The end of a sample's solve.
+
+    Example:
+        >>> jf.Status.MAX_SWEEPS.message
+        'stopped by MaxSweeps; raise it, or use a Tolerance, for a smaller residual'
+    """
+
+    CONVERGED = 0
+    MAX_SWEEPS = 1
+    ROUNDING = 2
+    NONFINITE = 3
+
+    @property
+    def message(self) -> str:
+        """Its meaning and the remedy."""
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    Status.CONVERGED: "every token changed by at most the tolerance in its last sweep, was stopped early, or is exact",
+    Status.MAX_SWEEPS: "stopped by MaxSweeps; raise it, or use a Tolerance, for a smaller residual",
+    Status.ROUNDING: "its residual is above the tolerance, as is that of an exact solve: this is the rounding of the "
+    "network's dtype; raise the tolerance or use a wider dtype",
+    Status.NONFINITE: "a value overflowed; solve_certified finds out whether it does in the exact inverse too, which "
+    "lower guidance or a wider dtype may cure",
+}
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The solved tokens of one block, in its causal order, and their cost.
+
+    Attributes:
+        x: The tokens.
+        status: A `Status` per sample.
+        residual: The largest |g(x) - x| if certified, else the largest change that a token's last sweep made (0 for a
+            token that is exact by Proposition 1).
+        log_det: The sum of log_scale(x) over tokens and channels, at this x: log|det dx/dz| in nats. The pass of a
+            certificate gives it, and so does an exact loop in native code; else it is NaN.
+        exact: True for samples all of whose tokens were computed from final ones, one at a time.
+        resolved_sequentially: True for samples that were solved again token by token.
+        sample_sweeps: Sweeps that each sample was part of until it was final.
+        network_calls: Evaluations of the block, certificates included.
+        token_evaluations: Tokens times samples over these calls.
+
+    Example:
+        >>> flow, z = jf.load("digits-p1"), torch.ones(2, 64, 1)
+        >>> solution = jf.solve(flow.blocks[0], z, jf.Solver(jf.Sequential()))
+        >>> solution.exact, solution.sweeps
+        (tensor([True, True]), 64)
+    """
+
+    x: Float[Tensor, "b t c"]
+    status: Int[Tensor, " b"]
+    residual: Float[Tensor, " b"]
+    log_det: Float[Tensor, " b"]
+    exact: Bool[Tensor, " b"]
+    resolved_sequentially: Bool[Tensor, " b"]
+    sample_sweeps: Int[Tensor, " b"]
+    sweeps: int
+    network_calls: int
+    token_evaluations: int
+    seconds: float
 
 
 def solve(
@@ -27,26 +95,23 @@ def solve(
 ) -> Solution:  # fmt: skip
     """Solves x = g(x) for the inverse of a block, by sweeps x <- g(x) over runs of tokens.
 
-    A sweep evaluates g on the run [front, stop) that the partition chooses, and sets the run to it, or to a corrected
-    iterate. Then the front passes the leading tokens that the sweep changed by at most the tolerance, and one more. All
-    tokens that this one was computed from are final to within the tolerance, so it is too (Proposition 1 of the paper).
-    T sweeps always suffice. A token that has had `max_sweeps` sweeps is passed as it is.
+    A sweep evaluates g on the run [front, stop) that the partition chooses. Then the front passes the leading tokens
+    that the sweep changed by at most the tolerance, and one more, which was computed from final ones (Proposition 1 of
+    the paper): T sweeps always suffice. A token that has had `max_sweeps` sweeps is passed as it is.
 
     If a partition whose run slides (`Whole`, `Window`) stops on a tolerance and the block has `per_sample_front`, each
-    sample has a front of its own, and samples that have finished leave the batch. Else the batch shares one front,
-    which waits for the slowest. If every run is one token, the block's `exact_inverse` is called instead.
+    sample has a front of its own. Else the batch shares one front, which waits for the slowest sample. If every run is
+    one token, the block's `exact_inverse` is called instead.
 
     A value that overflows is set back to the guess. A sample that had one when the front passed it ends as
-    `Status.NONFINITE`; `solve_certified` solves it again. A sample whose residual keeps growing under a correction is
-    swept plainly from there on.
+    `Status.NONFINITE`. A sample whose residual keeps growing under a correction is swept plainly from there on.
 
     Args:
         block: Gives g.
-        z: Input of the block in its causal order, shape (B, T, C), float32 or float64.
+        z: Input of the block in its causal order, float32 or float64.
         solver: The partition, guess, correction and stopping.
         context: One row for each sample (labels, for example).
-        slots: Samples that are swept at a time, all by default. The next ones enter as others finish (continuous
-            batching).
+        slots: Samples that are swept at a time, all by default. The next ones enter as others finish.
         time_limit: Seconds after which TimeoutError is raised, between two sweeps.
 
     Example:
@@ -66,27 +131,28 @@ def solve_until(
     check_tokens(block, z, context)
     check_finite("z", z)
     check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
-    slots = max(len(z), 1) if slots is None else check_count("slots", slots)
+    batches = split(len(z), slots, context)
     solver.check(*z.shape[1:])
     if solver.bf16_sweeps and not supports(block, "has_bf16"):
-        raise InputValueError(
-            f"bf16_sweeps={solver.bf16_sweeps}: {type(block).__name__} has no bfloat16 network; give 0"
-        )
+        name = type(block).__name__
+        raise InputValueError(f"bf16_sweeps={solver.bf16_sweeps}: {name} has no bfloat16 network; give 0")
     length, x, log_det = z.shape[1], None, z.new_full((len(z),), torch.nan)
     with no_gradients(block):
-        if len(z) and solver.partition.token_by_token(length):
-            if (answer := _exact_inverse(block, z, context, slots, deadline)) is not None:
+        if batches and solver.partition.token_by_token(length):
+            answer = _recur(getattr(block, "exact_inverse", lambda z, context: None), z, batches, deadline)
+            if answer is None and z.is_cuda and supports(block, "graph_safe"):
+                answer = _recur(TokenLoop(block), z, batches, deadline)
+            if answer is not None:
                 x, log_det = answer
-            elif z.device.type == "cuda" and supports(block, "graph_safe"):
-                x = solve_by_tokens(block, z, context, slots)
         if x is None:
-            loop = _sweep(block, z, solver, context, slots, deadline)
+            loop = _sweep(block, z, solver, context, slots or len(z), deadline)
             x, fronts, sweeps, token_evaluations = loop.x, loop.fronts, loop.sweeps, loop.token_evaluations
         else:  # it counts as T sweeps
             fronts = Fronts.enter(len(z), z)
             fronts.sweeps += length
-            sweeps, token_evaluations = length * -(-len(z) // slots), length * len(z)
-    failed = fronts.failed | ~torch.isfinite(x).all(dim=(1, 2))
+            sweeps, token_evaluations = length * len(batches), length * len(z)
+    failed = ~x.isfinite().all(dim=(1, 2))
+    failed |= fronts.failed
     status = torch.where(fronts.missed, Status.MAX_SWEEPS, Status.CONVERGED).masked_fill(failed, Status.NONFINITE)
     return Solution(
         x=x.clone(),  # outside inference mode, so that autograd takes the tensors
@@ -94,7 +160,7 @@ def solve_until(
         residual=fronts.residual.masked_fill(failed, torch.inf),
         log_det=log_det.clone(),
         exact=fronts.exact.clone(),
-        resolved_sequentially=torch.zeros(len(z), dtype=torch.bool, device=z.device),
+        resolved_sequentially=torch.zeros_like(failed),
         sample_sweeps=fronts.sweeps.clone(),
         sweeps=sweeps,
         network_calls=sweeps,
@@ -119,15 +185,21 @@ def check_tokens(block: Block, z: Tensor, context: Tensor | None, **others: Tens
         check_on("context", context, z.device)
 
 
-def _exact_inverse(
-    block: Block, z: Tensor, context: Tensor | None, slots: int, deadline: Deadline
-) -> tuple[Tensor, Tensor] | None:
-    """The recurrence of the block itself, if it has one."""
-    exact_inverse = getattr(block, "exact_inverse", None)
-    parts: list[tuple[Tensor, Tensor]] = []
-    for first in range(0, len(z), slots):
-        rows = slice(first, first + slots)
-        part = exact_inverse and exact_inverse(z[rows], None if context is None else context[rows])
+def split(num: int, slots: int | None, context: Tensor | None) -> list[tuple[slice, Tensor | None]]:
+    """Returns the rows of batches of at most `slots` samples, all of them by default, each with its context."""
+    size = max(num, 1) if slots is None else check_count("slots", slots)
+    rows = [slice(first, first + size) for first in range(0, num, size)]
+    return [(each, None if context is None else context[each]) for each in rows]
+
+
+def _recur(
+    recurrence: Callable[[Tensor, Any], tuple[Tensor, Tensor] | None], z: Tensor,
+    batches: list[tuple[slice, Tensor | None]], deadline: Deadline,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """The exact answers of a recurrence with their sums of log-scales, batch by batch, if it has them."""
+    parts = []
+    for rows, context in batches:
+        part = recurrence(z[rows], context)
         if part is None:
             return None
         deadline.check()

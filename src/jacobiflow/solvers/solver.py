@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from jacobiflow.checks import check_count, check_fields, check_kind, check_number, convert_numbers
 from jacobiflow.errors import InputTypeError, InputValueError
@@ -25,7 +26,7 @@ class Stopping:
 
     def __post_init__(self) -> None:
         convert_numbers(self)
-        if self.atol is self.max_sweeps is self.ebound is None:
+        if not self._rules():
             raise InputTypeError("Stopping: give a tolerance, a number of sweeps, or an ebound")
         if self.atol is not None:
             check_number("tolerance", self.atol, give="0 (down to rounding) or a positive number")
@@ -37,10 +38,18 @@ class Stopping:
 
     def __or__(self, other: Stopping) -> Stopping:
         check_kind("stopping", other, Stopping, "a rule such as Tolerance(1e-3) or MaxSweeps(8)")
-        mine, others = ({k: v for k, v in vars(rule).items() if v is not None} for rule in (self, other))
+        mine, others = self._rules(), other._rules()
         if both := mine.keys() & others.keys():
             raise InputValueError(f"{self} | {other}: both give {', '.join(both)}; give it once")
         return Stopping(**mine, **others)
+
+    @property
+    def is_tolerance(self) -> bool:
+        """Tells if a tolerance is the only rule."""
+        return list(self._rules()) == ["atol"]
+
+    def _rules(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def Tolerance(atol: float) -> Stopping:
@@ -81,8 +90,7 @@ class Solver:
 
     `Solver(Sequential())` is the exact loop, `Solver(Whole())` Jacobi, `Solver(Segments(G), stopping=MaxSweeps(J))`
     the paper's GS-Jacobi, `Solver(Window(n))` a sliding window. With `bf16_sweeps`, so many sweeps of all tokens come
-    first, by the network in bfloat16; their answer is then the guess. That is worth it if bfloat16 is several times as
-    fast. A solver that goes token by token has no use for them.
+    first, by the network in bfloat16; their answer is then the guess.
 
     Example:
         >>> jf.Solver(jf.Window(32), jf.Zeros(), jf.Tolerance(1e-3)).partition
@@ -99,9 +107,7 @@ class Solver:
         check_fields(self)
         check_count("bf16_sweeps", self.bf16_sweeps, 0)
         counts = self.stopping.max_sweeps
-        if isinstance(counts, tuple) and not (
-            isinstance(self.partition, Segments) and self.partition.count == len(counts)
-        ):
+        if isinstance(counts, tuple) and self.partition != Segments(len(counts)):
             raise InputValueError(f"{len(counts)} sweep counts for {self.partition}: give one for each of its Segments")
 
     def check(self, num_tokens: int, token_channels: int) -> None:
@@ -110,6 +116,4 @@ class Solver:
         self.guess.check(num_tokens, token_channels)
         self.correction.check(token_channels)
         if self.bf16_sweeps and self.partition.token_by_token(num_tokens):
-            raise InputValueError(
-                f"bf16_sweeps={self.bf16_sweeps}: {self.partition} solves token by token, whatever the guess is; give 0"
-            )
+            raise InputValueError(f"bf16_sweeps={self.bf16_sweeps}: {self.partition} solves token by token; give 0")

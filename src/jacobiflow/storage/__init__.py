@@ -2,8 +2,7 @@
 
 from jacobiflow.storage.folder import SampleFolder
 from jacobiflow.storage.manifest import Cost, Manifest, SampleFolderError
-from jacobiflow.storage.processes import FirstProcessFailed, Processes, processes
-from jacobiflow.storage.sample import sample_to_folder
+from jacobiflow.storage.sample import FirstProcessFailed, Processes, processes, sample_to_folder
 
 __all__ = [
     "Cost",

@@ -2,8 +2,8 @@
 
 manifest.json          the settings of the run, and in the end the checksum of every shard
 strategy.json          the solvers of the blocks
-shards/00000.npz       8-bit images `arr_0` (n, height, width, channels), for FID tools, or `tokens` (n, T, C) in float32;
-                       and for each sample its `certificate`, whether it was `resolved` or is `lost`, its label in
+shards/00000.npz       8-bit images `arr_0` (n, height, width, channels), for FID tools, or float32 `tokens` (n, T, C);
+                       for each sample its `certificate`, whether it was `resolved` or is `lost`, its label in
                        `labels`, its log-density in `log_prob`
 shards/00000.json      the shard's record: its checksum and cost; a shard without it does not count
 images/3/00000017.png  an image, if PNGs were asked for: class, and index of the sample
@@ -29,8 +29,7 @@ from torch import Tensor
 from jacobiflow import codec
 from jacobiflow.data import quantize
 from jacobiflow.errors import InputError, InputValueError
-from jacobiflow.files import files_sha256, remove_partials, write_atomically, write_json
-from jacobiflow.locking import MANIFEST
+from jacobiflow.files import MANIFEST, remove_partials, sha256, write_atomically, write_json
 from jacobiflow.sampling import Outcome, Samples
 from jacobiflow.storage.manifest import Cost, Manifest, Record, SampleFolderError
 from jacobiflow.strategy import Strategy
@@ -74,8 +73,6 @@ class SampleFolder:
         """Writes manifest.json."""
         write_json(self.path / MANIFEST, codec.encode(self.manifest))
 
-    # ------------------------------------------------------------------------------------------------------- reading
-
     def record(self, index: int) -> Record | None:
         """Returns the record of a shard; None if it is missing, cannot be read, or has another number of samples."""
         try:
@@ -86,16 +83,11 @@ class SampleFolder:
 
     def records(self) -> list[Record]:
         """Returns the records of all shards."""
-        records = [record for index in range(self.manifest.num_shards) if (record := self.record(index)) is not None]
-        if len(records) < self.manifest.num_shards:
-            raise SampleFolderError(
-                f"{self.path}: {self.manifest.num_shards - len(records)} shards are missing; {_REMEDY}"
-            )
+        num = self.manifest.num_shards
+        records = [record for index in range(num) if (record := self.record(index)) is not None]
+        if len(records) < num:
+            raise SampleFolderError(f"{self.path}: {num - len(records)} of {num} shards are missing; {_REMEDY}")
         return records
-
-    def has(self, index: int) -> bool:
-        """True if a shard has its record."""
-        return self._record_file(index).exists()
 
     def verify(self, index: int) -> bool:
         """True if a shard matches its record, and its record the manifest."""
@@ -103,7 +95,7 @@ class SampleFolder:
         if record is None or (checksums is not None and checksums[index : index + 1] != (record.sha256,)):
             return False
         try:
-            return files_sha256(self._npz_file(index), *self._png_files(index)) == record.sha256
+            return sha256(self._npz_file(index), *self._png_files(index)) == record.sha256
         except (OSError, SampleFolderError):
             return False
 
@@ -184,11 +176,9 @@ class SampleFolder:
     def strategy(self) -> Strategy:
         """Returns the strategy of the samples, without its prediction, which holds for one machine and batch size."""
         file = self.path / STRATEGY
-        if not (file.is_file() and files_sha256(file) == self.manifest.strategy_sha256):
+        if not (file.is_file() and sha256(file) == self.manifest.strategy_sha256):
             raise SampleFolderError(f"{file}: has changed since its run wrote it; restore it, or give overwrite=True")
         return replace(Strategy.load(file), prediction=None)
-
-    # ------------------------------------------------------------------------------------------------------- writing
 
     def write(self, index: int, samples: Samples) -> None:
         """Writes a shard, lost images black: its samples, then its record."""
@@ -219,7 +209,7 @@ class SampleFolder:
         for file, pixels in zip(pngs, levels.cpu() if pngs else (), strict=True):
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, _to_png(pixels), sync=False)  # a thousand take seconds; a lost one is drawn again
-        record = Record(len(levels), files_sha256(self._npz_file(index), *pngs), Cost.of(samples))
+        record = Record(len(levels), sha256(self._npz_file(index), *pngs), Cost.of(samples))
         write_json(self._record_file(index), codec.encode(record))
 
     def remove_record(self, index: int) -> None:
@@ -241,10 +231,8 @@ class SampleFolder:
 
     def remove_partials(self) -> None:
         """Removes half-written files of a process that was killed."""
-        for folder in (self.path, *self.path.glob("shards/"), *self.path.glob("images/**/")):
+        for folder in (self.path, self.path / "shards", *self.path.glob("images/**/")):
             remove_partials(folder)
-
-    # ------------------------------------------------------------------------------------------------------------------
 
     def _record_file(self, index: int) -> Path:
         return self.path / "shards" / f"{index:05}.json"

@@ -37,7 +37,6 @@ class Manifest:
         log_prob: Whether the shards have densities.
         shard_size: Shard i begins with sample `shard_size * i`.
         model: The name by which the flow was loaded.
-        fingerprint: Of the flow's weights.
         dtype: Of the network, or "tf32".
         strategy_sha256: Of strategy.json.
         machine: The machine on which the run began, see `jacobiflow.measuring.machine`.

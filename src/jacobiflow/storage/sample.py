@@ -1,43 +1,103 @@
-"""Many samples of a flow in a folder: sample i depends on the seed and i only."""
+"""Many samples of a flow in a folder, drawn by one process or several: sample i depends on the seed and i only."""
 
 from __future__ import annotations
 
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from math import prod
+from os import environ
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from jacobiflow.calibration import Report
 from jacobiflow.checks import check_choice, check_count, check_number, check_seed, short
 from jacobiflow.denoising import check_rate
 from jacobiflow.errors import InputValueError
-from jacobiflow.files import json_bytes, sha256, write_atomically
+from jacobiflow.files import MANIFEST, check_own, json_bytes, locked, sha256, write_atomically
+from jacobiflow.flows.config import Context, Labels
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.image_flow import ImageFlow, check_flow, precision
-from jacobiflow.flows.labels import Context, Labels
 from jacobiflow.latents import MOST_SAMPLES, draw_latents
-from jacobiflow.locking import MANIFEST, check_own, locked
 from jacobiflow.measuring import machine
 from jacobiflow.progress import Progress
 from jacobiflow.sampling import check_log_prob, check_one_context, draw, warn_if_guidance_is_idle
 from jacobiflow.solvers import Certificate, check_certificate
 from jacobiflow.storage.folder import STRATEGY, SampleFolder, pillow
 from jacobiflow.storage.manifest import Files, Manifest, SampleFolderError, context_sha256
-from jacobiflow.storage.processes import Processes
 from jacobiflow.strategy import Strategy, choose, is_auto
 
 _BATCH = 64
 _SHARD = 1024  # samples, or about as many: what a killed process loses
 _POLL = 0.2  # seconds
+_WAIT = timedelta(hours=12)  # for the first process, which may have a strategy to plan and many checksums to compute
+
+T = TypeVar("T")
+
+
+class FirstProcessFailed(InputValueError):  # noqa: N818  names the process at fault
+    """The first process raised an error with this message, which it shows itself."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process, number `rank` of `count`; `local_rank` is its number on its machine."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Calls `work` in the first process; returns its result in all of them, or raises FirstProcessFailed."""
+        if self.count == 1:
+            return work()
+        answer: list[Any] = [None, None]  # the result, and the message of an error
+        if self.rank == 0:
+            try:
+                answer[0] = work()
+            except Exception as error:
+                dist.broadcast_object_list([None, str(error) or type(error).__name__], src=0)
+                raise
+        dist.broadcast_object_list(answer, src=0)
+        if answer[1] is not None:
+            raise FirstProcessFailed(answer[1])
+        return answer[0]
+
+    def device(self, name: str) -> str:
+        """Returns the device for this process: "cuda" is the GPU of its local rank."""
+        return f"cuda:{self.local_rank}" if name == "cuda" and self.count > 1 else name
+
+
+@contextmanager
+def processes() -> Iterator[Processes]:
+    """Connects the processes that `torchrun` started, for `sample_to_folder`; without it, this process is alone.
+
+    Example:
+        >>> import jacobiflow as jf
+        >>> with jf.processes() as processes:
+        ...     processes.rank, processes.count
+        (0, 1)
+    """
+    if not dist.is_torchelastic_launched():
+        yield Processes()
+        return
+    dist.init_process_group("gloo", timeout=_WAIT)
+    try:
+        this = Processes(dist.get_rank(), dist.get_world_size(), int(environ["LOCAL_RANK"]))
+        if this.local_rank < torch.cuda.device_count():
+            torch.cuda.set_device(this.local_rank)  # else every process would also hold memory of the first GPU
+        yield this
+    finally:
+        dist.destroy_process_group()
 
 
 def sample_to_folder(
@@ -60,7 +120,7 @@ def sample_to_folder(
     report: Report | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-    processes: Processes = Processes(),  # noqa: B008  frozen
+    processes: Processes = Processes(),
 ) -> SampleFolder:
     """Draws samples into a folder as `sample` draws them, or resumes a run that was stopped.
 
@@ -129,7 +189,7 @@ def sample_to_folder(
             check_own(new.path, manifest.kind)  # before there is a lock in it
             stack.enter_context(locked(new.path))
             earlier = SampleFolder.open(new.path) if (new.path / MANIFEST).exists() else None
-            if earlier is None or overwrite or not any(map(earlier.has, range(earlier.manifest.num_shards))):
+            if earlier is None or overwrite or not any(map(earlier.record, range(earlier.manifest.num_shards))):
                 return _begin(new, earlier, plan(), overwrite)
             return _resume(new, earlier, context, None if is_timed else plan())
 
@@ -143,7 +203,7 @@ def sample_to_folder(
         if processes.rank > 0:
             return folder
         for index in todo:
-            while not folder.has(index):  # another process draws it; torchrun stops this one if that one fails
+            while folder.record(index) is None:  # another process draws it; torchrun stops this one if that one fails
                 time.sleep(_POLL)
         folder = _with(folder, checksums=tuple(record.sha256 for record in folder.records()))
         folder.save_manifest()

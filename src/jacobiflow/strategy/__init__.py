@@ -1,8 +1,8 @@
 """The solver of each block: strategies, their notation, and plans by races."""
 
-from jacobiflow.strategy.choose import choose, is_auto
+from jacobiflow.strategy.choice import auto, choose
+from jacobiflow.strategy.notation import is_auto
 from jacobiflow.strategy.plan import plan
-from jacobiflow.strategy.plan_cache import auto
 from jacobiflow.strategy.strategy import Prediction, Strategy
 from jacobiflow.strategy.tune import BlockTuning, Tuning, find_tuning, tune
 

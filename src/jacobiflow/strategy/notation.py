@@ -38,7 +38,7 @@ def parse(text: str, guesses: Sequence[Guess], num_tokens: int, tolerance: float
     name, *pieces = text.strip().lower().split("+")
     try:
         solvers = _stack(name, len(guesses)) if name.startswith("[") else [_named(name, tolerance)] * len(guesses)
-        solvers = [replace(solver, guess=guess) for solver, guess in zip(solvers, guesses, strict=True)]
+        solvers = [replace(solvers[i], guess=guess) for i, guess in enumerate(guesses)]
         for piece in pieces:
             solvers = [_added(solver, piece) for solver in solvers]
         for solver in solvers:
@@ -46,6 +46,11 @@ def parse(text: str, guesses: Sequence[Guess], num_tokens: int, tolerance: float
     except ValueError as error:
         raise InputValueError(f"strategy {short(text)}: {error}") from error
     return tuple(solvers)
+
+
+def is_auto(name: str) -> bool:
+    """Tells if `name` is "auto" or "auto:TOLERANCE"."""
+    return name.strip().lower().split(":")[0] == "auto"
 
 
 def _named(name: str, tolerance: float) -> Solver:
@@ -60,7 +65,7 @@ def _named(name: str, tolerance: float) -> Solver:
         partition = Sequential()
     else:
         partition = _piece(Partition, name)
-    if name.partition(":")[0] == "auto":
+    if is_auto(name):
         raise InputValueError("is planned for a flow, a device and a batch: give it to sample, or use plan")
     if partition is None:
         raise InputValueError(f"unknown; give {_FORMS}")

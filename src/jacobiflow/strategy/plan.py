@@ -27,14 +27,14 @@ from jacobiflow.strategy.tune import SAMPLES, Tuning, any_context, find_tuning
 
 _FEWEST = 2  # samples of a race: one may need twice as many sweeps as another
 _SECONDS = 2.0  # in which several solvers run at each block; more if the exact loop takes long
-_VERIFIED = 4  # samples that a plan is verified on
+_VERIFIED = 4  # samples that a plan is verified on; and from which rounding is measured, since one may have none
 _COMPARED = 2  # of them, whose images are compared with exact ones
 _EXACT = 0.01  # share of the tolerance to which sweeps count as exact
-_MARGIN = 0.03  # least gain over the exact loop, as a share
+_GAIN = 0.97  # largest share of the exact loop's time that a plan may take
 _TRIALS = 3  # of tolerances for the sweeps
 _TIGHTER = 0.5  # of the tolerance that would just do
-_ROUNDING_SAMPLES = 4  # the rounding of one sample may be a quarter of another's, or none
 _ROUNDING_MARGIN = 2.0  # the rounding of a few samples is taken to be within this factor of a batch's
+_COARSE = ("bfloat16", "float16", "tf32")  # networks of other dtypes round so little that it is not measured
 _LOOP = Solver(Sequential())
 
 
@@ -73,6 +73,8 @@ def plan(
     batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
     tolerance = check_positive("tolerance", tolerance, "a positive number; at 0 use strategy 'sequential'")
     check_flag("bf16", bf16)
+    if tuning is not None:
+        tuning.check(flow)
     strategy = make_plan(flow, tuning, batch_size, tolerance, bf16, progress)
     warn_if_raised(strategy, tolerance)
     return strategy
@@ -80,19 +82,15 @@ def plan(
 
 def make_plan(
     flow: ImageFlow, tuning: Tuning | None, batch_size: int, tolerance: float,
-    bf16: bool = True, progress: Progress | None = None,
+    bf16: bool, progress: Progress | None,
 ) -> Strategy:  # fmt: skip
     """`plan` without its checks and its warning."""
-    if tuning is not None:
-        tuning.check(flow)
-    elif (file := find_tuning(flow)) is not None:
+    if tuning is None and (file := find_tuning(flow)) is not None:
         tuning = Tuning.load(file)
         if tuning.fingerprint != fingerprint(flow):
-            warnings.warn("the tuning in the flow's folder is of other weights, and is not used", stacklevel=4)
+            warnings.warn("the tuning in the flow's folder is of other weights, and is not used", stacklevel=3)
             tuning = None
-    # Networks of other dtypes round so little that it is not measured.
-    is_low = flow.var.dtype.itemsize < 4 or precision(flow) == "tf32"
-    if is_low or torch.is_autocast_enabled(flow.var.device.type):
+    if precision(flow) in _COARSE or torch.is_autocast_enabled(flow.var.device.type):
         tolerance = max(tolerance, _ROUNDING_MARGIN * rounding_floor(flow))
     return _Planner(flow, tuning, batch_size, tolerance, bf16, progress).plan()
 
@@ -113,19 +111,19 @@ def rounding_floor(flow: ImageFlow) -> float:
     The larger of the largest residual |g(x) - x| of the exact loop's answers, over the blocks, and the largest
     difference between its images and those of sweeps that stop at this residual. Samples that overflow do not count.
     """
-    tokens, labels = _latents(flow, 0, _ROUNDING_SAMPLES)
+    tokens, labels = _latents(flow, 0, _VERIFIED)
     blocks, largest = flow.inverse_blocks, 0.0
 
     def solve_block(i: int, z: Tensor) -> Tensor:
         nonlocal largest
-        z, other = z.nan_to_num(0.0, 0.0, 0.0).chunk(2)
+        z, other = _or_zero(z).chunk(2)
         exact = solve(blocks[i], z, _LOOP, labels).x
         residual = certify(blocks[i], z, exact, labels)
         largest = max([largest, *residual[residual.isfinite()].tolist()])
         return torch.cat((exact, solve(blocks[i], other, Solver(stopping=Tolerance(largest)), labels).x))
 
     exact, iterated = flow.invert(tokens.repeat(2, 1, 1), solve_block).chunk(2)
-    return max(largest, float((exact - iterated).nan_to_num(0.0, 0.0, 0.0).abs().max()))
+    return max(largest, float(_or_zero(exact - iterated).abs().max()))
 
 
 def _latents(flow: ImageFlow, first: int, num: int) -> tuple[Float[Tensor, "n t c"], Int[Tensor, " n"] | None]:
@@ -135,7 +133,12 @@ def _latents(flow: ImageFlow, first: int, num: int) -> tuple[Float[Tensor, "n t 
     return flow.prior_tokens(latents), any_context(flow, num)
 
 
-@dataclass(frozen=True)
+def _or_zero(x: Tensor) -> Tensor:
+    """Zeros in place of values that overflowed, so that a plan can go on."""
+    return torch.where(x.isfinite(), x, torch.zeros_like(x))
+
+
+@dataclass
 class _Planner:
     flow: ImageFlow
     tuning: Tuning | None
@@ -145,23 +148,17 @@ class _Planner:
     progress: Progress | None
 
     def plan(self) -> Strategy:
-        blocks, batches = self.flow.inverse_blocks, -(-_FEWEST // self.batch_size)
-        # A tuning has not seen these latents, and `sample` does not draw them.
-        tokens, labels = _latents(self.flow, SAMPLES, batches * self.batch_size)
-        last = self.flow.blocks[-1].permutation(tokens)[: self.batch_size]
-        exact = time_exact(blocks[-1], last, None if labels is None else labels[: self.batch_size])
-        if not self.bf16:
-            exact = exact._replace(bf16=math.inf)
-        loop_seconds, spread = exact.loop * len(blocks), exact.spread
-        solvers, seconds, error = [_LOOP] * len(blocks), loop_seconds, 0.0
+        blocks, size = self.flow.inverse_blocks, self.batch_size
+        exact = time_exact(blocks[-1], *_latents(self.flow, SAMPLES, size), self.bf16)
+        loop_seconds, spread, found = exact.loop * len(blocks), exact.spread, None
         if exact.loop > exact.least_iteration:
-            race = Race(exact, self.batch_size, self.tolerance, max(_SECONDS, loop_seconds / 2))
-            plan = self._verified(*self._race(race, tokens, labels), enough=(1 - _MARGIN) * loop_seconds)
-            solvers, seconds, error = plan or (solvers, seconds, error)
+            race = Race(exact, size, self.tolerance, max(_SECONDS, loop_seconds / 2))
+            found = self._verified(*self._race(race), exact.loop)
             spread = max([spread, *race.spreads])
+        solvers, seconds, error = found or ([_LOOP] * len(blocks), loop_seconds, 0.0)
         prediction = Prediction(
             device=device_name(self.flow.var.device),
-            batch_size=self.batch_size,
+            batch_size=size,
             guidance=self.flow.guidance,
             seconds=seconds,
             sequential_seconds=loop_seconds,
@@ -170,20 +167,20 @@ class _Planner:
         )
         return Strategy(tuple(solvers), fingerprint(self.flow), float(self.tolerance), prediction)
 
-    def _race(
-        self, race: Race, tokens: Float[Tensor, "n t c"], labels: Int[Tensor, " n"] | None
-    ) -> tuple[list[Solver], float]:
+    def _race(self, race: Race) -> tuple[list[Solver], float]:
         """The winner of each block, and their seconds for a batch."""
+        # A tuning has not seen these latents, and `sample` does not draw them.
+        tokens, labels = _latents(self.flow, SAMPLES, max(self.batch_size, _FEWEST))
         solvers, seconds = [_LOOP] * len(self.flow.blocks), 0.0
 
         def solve_block(i: int, block: AffineBlock, z: Tensor) -> Tensor:
             nonlocal seconds
             fitted = None if self.tuning is None else self.tuning.blocks[i]
-            entrants = candidates(block, z.shape[1], self.tolerance, fitted, race.exact)
+            entrants = candidates(self.flow.config.num_tokens, self.tolerance, fitted, race.exact)
             winner = race.run(block, z, labels, entrants)
             if winner is None:
                 seconds += race.exact.loop
-                return z if race.is_over or i == 0 else solve(block, z, _LOOP, labels, self.batch_size).x
+                return z if race.is_over else solve(block, z, _LOOP, labels, self.batch_size).x
             solvers[i] = winner.solver
             seconds += winner.seconds * self.batch_size / len(z)
             return winner.x
@@ -192,41 +189,40 @@ class _Planner:
         return solvers, seconds
 
     def _verified(
-        self, solvers: list[Solver], seconds: float, enough: float
+        self, solvers: list[Solver], seconds: float, loop_seconds: float
     ) -> tuple[list[Solver], float, float] | None:
         """The solvers, tightened until images are within the tolerance, their seconds, and the error of the images.
 
-        `None` if they take too long for that, or are no nearer. On latents of their own.
+        `None` if they take too long for that, or are no nearer. On latents of their own; the exact loop takes
+        `loop_seconds` in each block.
         """
-        num = min(self.batch_size, _VERIFIED)
+        enough, num = _GAIN * loop_seconds * len(solvers), min(self.batch_size, _VERIFIED)
+        if seconds > enough:
+            return None
         tokens, labels = _latents(self.flow, SAMPLES + _FEWEST + self.batch_size, num)
         few = None if labels is None else labels[:_COMPARED]
 
         def solve_exactly(i: int, block: AffineBlock, z: Tensor) -> Tensor:
             closer = replace(solvers[i], stopping=Tolerance(_EXACT * self.tolerance), bf16_sweeps=0)
             with suppress(TimeoutError):
-                return solve(block, z, closer, few, time_limit=enough / len(solvers)).x
+                return solve(block, z, closer, few, time_limit=loop_seconds).x
             return solve(block, z, _LOOP, few).x
 
         def solve_block(i: int, block: AffineBlock, z: Tensor) -> Tensor:
             return solve_certified(block, z, solvers[i], labels, tolerance=self.tolerance).x
 
-        exact = None
+        exact = self._invert(tokens[:_COMPARED], solve_exactly, "verifying")
+        run = partial(self._invert, tokens, solve_block, "verifying")
         for _ in range(_TRIALS):
-            if seconds > enough:
-                return None
-            if exact is None:
-                exact = self._invert(tokens[:_COMPARED], solve_exactly, "verifying")
-            run = partial(self._invert, tokens, solve_block, "verifying")
             elapsed, x = timed(run, tokens.device)
             if num == self.batch_size:
-                seconds = elapsed if elapsed <= enough else min(elapsed, timed(run, tokens.device)[0])
-            difference = (x[: len(exact)] - exact).abs()[exact.isfinite()]
-            error = float(difference.nan_to_num(math.inf, math.inf).max()) if difference.numel() else math.inf
-            if error <= self.tolerance and seconds <= enough:
-                return solvers, seconds, error
-            if math.isinf(error):
+                seconds = elapsed if elapsed <= enough else timed(run, tokens.device)[0]
+            difference = (x[: len(exact)] - exact)[exact.isfinite()].abs().nan_to_num(math.inf, math.inf)
+            error = max(difference.tolist(), default=math.inf)
+            if seconds > enough or math.isinf(error):
                 return None
+            if error <= self.tolerance:
+                return solvers, seconds, error
             factor = _TIGHTER * self.tolerance / error
             solvers = [_tighter(solver, factor) for solver in solvers]
         return None
@@ -237,7 +233,7 @@ class _Planner:
         blocks = self.flow.inverse_blocks
 
         def solve_and_note(i: int, z: Tensor) -> Tensor:
-            x = solve_block(i, blocks[i], z.nan_to_num(0.0, 0.0, 0.0))  # a sample that overflowed goes on as zeros
+            x = solve_block(i, blocks[i], _or_zero(z))
             if self.progress is not None:
                 self.progress(len(blocks) - i, len(blocks), what)
             return x

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -37,10 +38,10 @@ _LEAST_SWEEPS = 4  # that a block takes to the usual tolerances
 _BF16_SWEEPS = 3  # more of them change nothing but bfloat16's rounding
 _BF16_GAIN = 0.8  # a sweep in bfloat16 that takes a larger share of one in full precision is no gain
 _NEAR = 1.1  # times within this factor of the least are measured again
-_CHANGED = 1.3  # a leader whose time changes by this factor from block to block no longer tells about the others
-_ROUNDS = 3  # of timings, if these are short
-_SHORT = 0.05  # seconds of a solve that is timed several times
+_CHANGED = 0.23  # a leader whose time changes by a larger share from block to block does not tell about the others
+_SHORT = 0.05  # seconds of a solve that is timed three times, not twice
 _ENOUGH = 0.5  # seconds of timings of the exact loop
+_MOST = 6  # timings of the exact loop
 _FEW = 4  # samples that tell if bfloat16 is faster
 
 
@@ -62,29 +63,27 @@ class Exact(NamedTuple):
         return min(_LEAST_SWEEPS * self.evaluation, _BF16_SWEEPS * self.bf16 + self.evaluation) + self.evaluation
 
 
-def time_exact(block: AffineBlock, z: Float[Tensor, "b t c"], labels: Int[Tensor, " b"] | None) -> Exact:
+def time_exact(
+    block: AffineBlock, z: Float[Tensor, "b t c"], labels: Int[Tensor, " b"] | None, bf16: bool = True
+) -> Exact:
     """Times the exact loop and network evaluations of a block. Native code is compiled before."""
     library_name()
     loop = _timings(lambda: solve(block, z, Solver(Sequential()), labels), z.device)
     evaluation = _timings(lambda: certify(block, z, z, labels), z.device)
     exact = Exact(min(loop), min(evaluation), math.inf, max(_spread(loop), _spread(evaluation)))
-    if not supports(block, "has_bf16") or exact.loop <= _BF16_SWEEPS * exact.evaluation:
+    if not bf16 or not supports(block, "has_bf16") or exact.loop <= _BF16_SWEEPS * exact.evaluation:
         return exact
     few, of_few = z[:_FEW], None if labels is None else labels[:_FEW]
 
     def sweep(bf16_sweeps: int) -> float:
-        run = partial(solve, block, few, Solver(stopping=MaxSweeps(1), bf16_sweeps=bf16_sweeps), of_few)
-        first = timed(run, z.device)[0]
-        return first if first > _SHORT else min(first, timed(run, z.device)[0])
+        solver = Solver(stopping=MaxSweeps(1), bf16_sweeps=bf16_sweeps)
+        return min(_timings(lambda: solve(block, few, solver, of_few), z.device, _SHORT))
 
-    one, two, four = sweep(0), sweep(1), sweep(3)
-    share = max(four - two, 0.0) / (2 * one)
+    share = (sweep(3) - sweep(1)) / (2 * sweep(0))
     return exact._replace(bf16=share * exact.evaluation) if share < _BF16_GAIN else exact
 
 
-def candidates(
-    block: AffineBlock, num_tokens: int, tolerance: float, tuning: BlockTuning | None, exact: Exact
-) -> list[Solver]:
+def candidates(num_tokens: int, tolerance: float, tuning: BlockTuning | None, exact: Exact) -> list[Solver]:
     """The solvers that race against the exact loop: all tokens at once, and the candidates of every partition."""
     partitions: list[Partition] = [Whole()]
     for kind in registered(Partition).values():
@@ -142,88 +141,81 @@ class Race:
             return None
         began = time.perf_counter()
         track = partial(self._solve, block, z, labels)
-        loop = self.exact.loop * -(-len(z) // self.batch_size)
+        loop = self.exact.loop * len(z) / self.batch_size
         runners: list[Runner] = []
 
-        def best() -> float:
-            return min([loop, *(runner.seconds for runner in runners)])
+        def limit() -> float:
+            return _NEAR * min([loop, *(runner.seconds for runner in runners)])
 
-        def start(solver: Solver) -> Runner | None:
-            runner = track(solver, _NEAR * best())
-            if runner is not None:
-                runners.append(runner)
-            return runner
+        def start(solver: Solver) -> None:
+            with suppress(TimeoutError):
+                runners.append(track(solver, limit()))
 
-        leader, *others = sorted(solvers, key=lambda solver: self._last.get(_kind(solver), math.inf))
-        expected, runner = self._last.get(_kind(leader)), start(leader)
-        if runner and expected and expected / _CHANGED < runner.seconds < expected * _CHANGED:
+        def expected(solver: Solver) -> float:
+            return self._last.get(_kind(solver), math.inf)
+
+        leader, *others = sorted(solvers, key=expected)
+        start(leader)
+        if any(math.isclose(runner.seconds, expected(leader), rel_tol=_CHANGED) for runner in runners):
             others = [solver for solver in others if _kind(solver) in self._last]
-        for solver in others if self._seconds <= self.time_limit else ():
+        for solver in () if self._is_late() else others:
             start(solver)
         for runner in list(runners):
             if runner.solver.partition == Whole():
                 start(_counted(runner))
-        near = [runner for runner in runners if runner.seconds <= _NEAR * best()]
-        if len(near) > 1 or (near and loop < _NEAR * best()):
+        near = [runner for runner in runners if runner.seconds <= limit()]
+        if len(near) > 1 or loop < limit():
             near = [self._again(track, runner) for runner in near]
-        self._last = {_kind(runner.solver): runner.seconds for runner in near}
+        # A solver that only its number of sweeps brought near runs again as well.
+        self._last = {_kind(runner.solver): runner.seconds for runner in reversed(near)}
         self._seconds += time.perf_counter() - began
-        winner = min(near, key=lambda runner: runner.seconds, default=None)
-        return winner if winner is not None and winner.seconds < loop else None
+        faster = [runner for runner in near if runner.seconds < loop]
+        return min(faster, key=lambda runner: runner.seconds, default=None)
 
     @property
     def is_over(self) -> bool:
         """True if no solver is left that could run."""
-        return self._seconds > self.time_limit and not self._last
+        return self._is_late() and not self._last
 
-    def _again(self, track: Callable[[Solver, float], Runner | None], runner: Runner) -> Runner:
-        """The runner with more timings, of which the first, a warm-up, does not count for the spread."""
-        for _ in range(_ROUNDS - 1 if runner.seconds < _SHORT else 1):
-            other = track(runner.solver, 2 * _NEAR * runner.seconds)
-            if other is not None:
-                runner = runner._replace(timings=(*runner.timings, *other.timings))
+    def _is_late(self) -> bool:
+        return self._seconds > self.time_limit
+
+    def _again(self, track: Callable[[Solver, None], Runner], runner: Runner) -> Runner:
+        """The runner with more timings."""
+        others = [track(runner.solver, None).seconds for _ in range(2 if runner.seconds < _SHORT else 1)]
+        runner = runner._replace(timings=(*runner.timings, *others))
         self.spreads.append(_spread(runner.timings))
         return runner
 
     def _solve(
-        self, block: AffineBlock, z: Tensor, labels: Tensor | None, solver: Solver, time_limit: float
-    ) -> Runner | None:
-        """A timed solve with certificates, in batches; `None` if it takes longer than the limit."""
-        parts, seconds, sweeps = [], 0.0, 0
-        for first in range(0, len(z), self.batch_size):
-            rows = slice(first, first + self.batch_size)
-            run = partial(
-                solve_certified, block, z[rows], solver, None if labels is None else labels[rows],
-                tolerance=self.tolerance, time_limit=time_limit - seconds,
-            )  # fmt: skip
-            try:
-                elapsed, solution = timed(run, z.device)
-            except TimeoutError:
-                return None
-            seconds += elapsed
-            sweeps = max(sweeps, int(solution.sample_sweeps.max()))
-            parts.append(solution.x)
-            if seconds >= time_limit:
-                return None
-        return Runner(solver, (seconds,), torch.cat(parts), sweeps)
+        self, block: AffineBlock, z: Tensor, labels: Tensor | None, solver: Solver, time_limit: float | None
+    ) -> Runner:
+        """A timed solve with certificates, in batches; TimeoutError if it takes longer than the limit."""
+        run = partial(
+            solve_certified, block, z, solver, labels, slots=self.batch_size, tolerance=self.tolerance,
+            time_limit=time_limit,
+        )  # fmt: skip
+        seconds, solution = timed(run, z.device)
+        return Runner(solver, (seconds,), solution.x, int(solution.sample_sweeps.max()))
 
 
-def _timings(run: Callable[[], object], device: torch.device) -> list[float]:
-    """Seconds of several calls, or of one if it is long."""
+def _timings(run: Callable[[], object], device: torch.device, enough: float = _ENOUGH) -> list[float]:
+    """Seconds of several calls, or of one if it takes `enough`."""
     seconds: list[float] = []
-    while sum(seconds) < _ENOUGH and len(seconds) < 2 * _ROUNDS:
+    while sum(seconds) < enough and len(seconds) < _MOST:
         seconds.append(timed(run, device)[0])
     return seconds
 
 
 def _spread(timings: Sequence[float]) -> float:
     """By how much the median is above the least, as a share. The first timing, a warm-up, does not count."""
-    return statistics.median(timings[1:]) / min(timings[1:]) - 1 if len(timings) > 2 else 0.0
+    later = timings[1:] or timings
+    return statistics.median(later) / min(later) - 1
 
 
 def _kind(solver: Solver) -> Hashable:
     """The part of a solver that the solvers of different blocks share."""
-    return solver.partition, solver.bf16_sweeps, solver.stopping.atol is None
+    return solver.partition, solver.bf16_sweeps
 
 
 def _counted(runner: Runner) -> Solver:

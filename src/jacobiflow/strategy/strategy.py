@@ -69,9 +69,7 @@ class Strategy(codec.Document):
     def __post_init__(self) -> None:
         check_fields(self)
         if not 0 < len(self.solvers) <= MOST_BLOCKS:
-            raise InputValueError(
-                f"solvers: {len(self.solvers)} of them; give one for each block, at most {MOST_BLOCKS:,}"
-            )
+            raise InputValueError(f"solvers: {len(self.solvers)} of them; give one per block, at most {MOST_BLOCKS:,}")
         if self.tolerance is not None:
             check_number("tolerance", self.tolerance)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from jacobiflow import codec
@@ -16,10 +15,10 @@ from jacobiflow.calibration.report import find_file
 from jacobiflow.checks import check_count, check_seed, short
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import AffineBlock
+from jacobiflow.flows.config import Labels, as_labels
 from jacobiflow.flows.fingerprint import check_fingerprint, fingerprint
 from jacobiflow.flows.guidance import Guidance
 from jacobiflow.flows.image_flow import ImageFlow, check_flow
-from jacobiflow.flows.labels import Labels, as_labels
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
 from jacobiflow.progress import Progress
 from jacobiflow.solvers import Correction, Guess, Plain, Solver, Tolerance, Whole, solve
@@ -109,8 +108,8 @@ def tune(
     latents = draw_latents(samples, config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
     solutions = exact_solutions(flow, latents, _context(flow, labels, samples), batch_size, progress)
     fitted = []
-    for i, (block, at) in enumerate(zip(blocks, solutions, strict=True)):
-        fitted.append(_fit(block, at, batch_size))
+    for i, at in enumerate(solutions):
+        fitted.append(_fit(blocks[i], at, batch_size))
         if progress is not None:
             progress(i + 1, len(blocks), "tuning")
     return Tuning(fingerprint(flow), config.num_tokens, flow.guidance, samples, seed, tuple(fitted))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -14,16 +13,12 @@ import msgspec
 import torch
 
 from jacobiflow.checks import short
-from jacobiflow.data import ImageDataset
 from jacobiflow.errors import InputError, InputValueError, first_line
 from jacobiflow.files import write_atomically
-from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.training.config import TrainConfig
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 _REMEDY = "move it away, or give another folder"
-_MAY_CHANGE = frozenset({"steps", "checkpoint_every", "sample_every"})  # in a run that is resumed
 
 
 @dataclass(frozen=True)
@@ -56,21 +51,20 @@ def read_metrics(folder: str | Path) -> list[StepReport]:
     """
     path = Path(folder) / METRICS
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    reports = {}
+    reports = []
     for number, line in enumerate(lines, 1):
         try:
-            report = msgspec.json.decode(line, type=StepReport)
+            reports.append(msgspec.json.decode(line, type=StepReport))
         except msgspec.DecodeError as error:
             if number == len(lines) and not line.endswith(b"\n"):
                 break
             raise InputValueError(f"{path}: line {number} is not of this trainer ({error}); {_REMEDY}") from error
-        reports[report.step] = report
-    return list(reports.values())
+    return reports
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The state of a training run, from which it resumes; `run` is its description by `describe`."""
+    """The state of a training run, from which it resumes; `run` describes its flow, settings and images."""
 
     run: dict[str, Any]
     step: int
@@ -92,16 +86,6 @@ class Checkpoint:
         data = io.BytesIO()
         torch.save(vars(self), data)
         write_atomically(path, data.getvalue())
-
-
-def describe(flow: ImageFlow, config: TrainConfig, data: ImageDataset) -> dict[str, Any]:
-    """Describes what a resumed run must share with the run before: the flow, the settings, and the images."""
-    digest = hashlib.sha256(data.images.contiguous().numpy().data)
-    if flow.config.num_classes and data.labels is not None:
-        digest.update(data.labels.contiguous().numpy().data)
-    settings = {name: value for name, value in asdict(config).items() if name not in _MAY_CHANGE}
-    images = f"{len(data):,} with checksum {digest.hexdigest()[:16]}"
-    return {"flow": flow.model_type, **asdict(flow.config), **settings, "images": images}
 
 
 def last_checkpoint(out: Path, run: dict[str, Any]) -> Checkpoint | None:

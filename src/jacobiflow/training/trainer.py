@@ -2,38 +2,90 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jacobiflow.checks import check_kind
-from jacobiflow.data import ImageDataset
-from jacobiflow.data.augmentation import augment
-from jacobiflow.data.noise import add_noise, keyed_generator
+from jacobiflow.checks import check_count, check_fields, check_kind, check_number, check_positive, short
+from jacobiflow.data import Augmentation, ImageDataset, Noise, add_noise, augment
+from jacobiflow.data.augmentation import keyed_generator
 from jacobiflow.errors import InputValueError
-from jacobiflow.files import partials, write_atomically
+from jacobiflow.files import locked, partials, write_atomically
 from jacobiflow.flows.folder import check_own_model, write_model
 from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.locking import locked
 from jacobiflow.progress import Progress
-from jacobiflow.training.config import TrainConfig
-from jacobiflow.training.folder import (
-    CHECKPOINT,
-    METRICS,
-    Checkpoint,
-    StepReport,
-    describe,
-    last_checkpoint,
-    read_metrics,
-)
+from jacobiflow.training.folder import CHECKPOINT, METRICS, Checkpoint, StepReport, last_checkpoint, read_metrics
 
+_MOST_STEPS = 10**9
+_MIN_RATE = 1e-6
 _PRIOR_RATE = 0.1
 _ORDER, _NOISE = 0, 1  # streams of random numbers
+_MAY_CHANGE = frozenset({"steps", "checkpoint_every", "sample_every"})  # in a run that is resumed
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run.
+
+    Args:
+        steps: Optimiser steps in all.
+        noise: The noise of the images. Its `std` must be that of the flow's config.
+        learning_rate: Peak rate of AdamW. The rate rises linearly over `warmup` steps, then falls to 1e-6 by a cosine.
+        warmup: Steps of linear warm-up.
+        ema: Decay of the averaged weights.
+        clip: Largest gradient norm.
+        drop_label: Share of labels that are dropped, for classifier-free guidance.
+        bf16: Whether the forward pass is autocast to bfloat16.
+        seed: Fixes the order of the images, their noise and the dropped labels.
+        sample_every: Steps between calls of `on_sample`.
+
+    Example:
+        >>> config = TrainConfig(steps=110, learning_rate=0.02, warmup=10)
+        >>> config.rate(0), config.rate(9), config.rate(110)
+        (0.002, 0.02, 1e-06)
+    """
+
+    steps: int
+    noise: Noise = field(default_factory=lambda: Noise("gaussian", 0.1))
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    warmup: int = 200
+    ema: float = 0.999
+    clip: float = 1.0
+    drop_label: float = 0.1
+    bf16: bool = True
+    seed: int = 0
+    checkpoint_every: int = 100
+    sample_every: int = 1000
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("steps", "batch_size", "checkpoint_every", "sample_every"):
+            check_count(name, getattr(self, name), most=_MOST_STEPS)
+        for name, most in (("warmup", _MOST_STEPS), ("seed", 2**63 - 1)):
+            check_count(name, getattr(self, name), least=0, most=most)
+        for name in ("drop_label", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputValueError(f"{name}={short(getattr(self, name))}: give a number from 0 to below 1")
+        for name in ("learning_rate", "clip"):
+            check_positive(name, getattr(self, name))
+        check_number("weight_decay", self.weight_decay)
+
+    def rate(self, step: int) -> float:
+        """Returns the learning rate of `step`, counted from 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        return _MIN_RATE + 0.5 * (self.learning_rate - _MIN_RATE) * (1 + math.cos(math.pi * progress))
 
 
 def train(
@@ -69,29 +121,27 @@ def train(
             not finite; the last checkpoint stays.
 
     Example:
-        >>> import jacobiflow as jf, tempfile
+        >>> import tempfile
         >>> from jacobiflow.data import Noise, digits
-        >>> flow = jf.TarFlow(jf.TarFlowConfig(1, 8, 2, channels=16, num_blocks=2, layers_per_block=1, head_dim=8))
-        >>> config = TrainConfig(steps=2, noise=Noise("uniform"), batch_size=8)
+        >>> flow = jf.MAF(jf.MAFConfig(1, 8, hidden_features=16, num_blocks=2))
+        >>> config = TrainConfig(steps=2, noise=Noise("uniform"))
         >>> with tempfile.TemporaryDirectory() as out:
-        ...     average = train(flow, digits(), config, out)
-        ...     len(read_metrics(out)), type(jf.load(out)).__name__
-        (2, 'TarFlow')
+        ...     train(flow, digits(), config, out).config == jf.load(out).config
+        True
     """
     _check(flow, data, config)
     out, per_epoch = Path(out), len(data) // config.batch_size
     with locked(out):
         check_own_model(out)  # refuses files that the model at the end could not replace
-        run = _Run(flow, config, out, describe(flow, config, data))
+        run = _Run(flow, config, out, _describe(flow, config, data))
         order, epoch = torch.empty(0), -1
         try:
             while run.step < config.steps:
-                started = time.perf_counter()
                 if run.step // per_epoch != epoch:
                     epoch = run.step // per_epoch
                     order = torch.randperm(len(data), generator=keyed_generator(config.seed, _ORDER, epoch))
                 first = run.step % per_epoch * config.batch_size
-                report = run.advance(*data.batch(order[first : first + config.batch_size]), started)
+                report = run.advance(*data.batch(order[first : first + config.batch_size]))
                 if on_step is not None:
                     on_step(report)
                 if progress is not None:
@@ -112,8 +162,7 @@ def _check(flow: ImageFlow, data: ImageDataset, config: TrainConfig) -> None:
     check_kind("flow", flow, ImageFlow, "an ImageFlow, such as jacobiflow.TarFlow(config)")
     check_kind("data", data, ImageDataset, "an ImageDataset, such as jacobiflow.data.load_images gives")
     check_kind("config", config, TrainConfig, "a TrainConfig")
-    takes, have = flow.config, tuple(data.images.shape[1:])
-    shape = (takes.in_channels, takes.image_size, takes.image_size)
+    takes, have, shape = flow.config, tuple(data.images.shape[1:]), flow.require_images()
     if have != shape:
         raise InputValueError(f"images are {have}, the flow takes {shape}")
     if takes.num_classes and data.labels is not None:
@@ -122,6 +171,16 @@ def _check(flow: ImageFlow, data: ImageDataset, config: TrainConfig) -> None:
         raise InputValueError(f"batch_size={config.batch_size}: there are only {len(data)} images")
     if config.noise.std != takes.noise_std:
         raise InputValueError(f"noise of std {config.noise.std}, but the flow's config has noise_std={takes.noise_std}")
+
+
+def _describe(flow: ImageFlow, config: TrainConfig, data: ImageDataset) -> dict[str, Any]:
+    """Describes what a resumed run must share with the run before: the flow, the settings, and the images."""
+    digest = hashlib.sha256(data.images.contiguous().numpy().data)
+    if flow.config.num_classes and data.labels is not None:
+        digest.update(data.labels.contiguous().numpy().data)
+    settings = {name: value for name, value in asdict(config).items() if name not in _MAY_CHANGE}
+    images = f"{len(data):,} with checksum {digest.hexdigest()[:16]}"
+    return {"flow": flow.model_type, **asdict(flow.config), **settings, "images": images}
 
 
 class _Run:
@@ -144,14 +203,14 @@ class _Run:
         else:
             self._resume(checkpoint)
 
-    def advance(self, images: Tensor, labels: Tensor | None, started: float) -> StepReport:
+    def advance(self, images: Tensor, labels: Tensor | None) -> StepReport:
         """Does one optimiser step on a batch."""
+        started = time.perf_counter()
         config, device, rate = self.config, self.flow.var.device, self.config.rate(self.step)
         generator = keyed_generator(config.seed, _NOISE, self.step)
         images = augment(images, config.augmentation, generator)
         images = add_noise(images, config.noise, generator).to(device)
-        if not self.flow.config.num_classes:
-            labels = None
+        labels = labels if self.flow.config.num_classes else None
         if labels is not None:
             dropped = torch.rand(labels.shape, generator=generator) < config.drop_label
             labels = labels.masked_fill(dropped, -1).to(device)

@@ -82,7 +82,9 @@ class LayerWeights(NamedTuple):
         """Returns the parameters by their names in native code."""
         entries = self._asdict()
         pairs = {name: pair for name, pair in entries.items() if isinstance(pair, tuple) and name != "adaptive"}
-        named = {name + end: tensor for name, pair in pairs.items() for end, tensor in zip(("", "_bias"), pair, strict=True)}
+        named = {
+            name + end: tensor for name, pair in pairs.items() for end, tensor in zip(("", "_bias"), pair, strict=True)
+        }
         named |= {} if self.condition is None else {"condition": self.condition}
         return named | ({} if self.adaptive is None else self.adaptive._asdict())
 

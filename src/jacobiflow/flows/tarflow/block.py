@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
@@ -12,10 +12,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.flows.base import AttentionContext, FlowBlock, Permutation, ScaleShift, check_context, check_input
-from jacobiflow.flows.config import TarFlowConfig, TokenConfig
+from jacobiflow.flows.base import (
+    AttentionContext,
+    FlowBlock,
+    Permutation,
+    ScaleShift,
+    Tokens,
+    check_context,
+    check_input,
+)
+from jacobiflow.flows.config import TarFlowConfig, TokenConfig, embed_classes
 from jacobiflow.flows.guidance import Guidance
-from jacobiflow.flows.labels import embed_classes
 from jacobiflow.flows.tarflow.attention import (
     AttentionBlock,
     AttentionSpan,
@@ -34,15 +41,15 @@ class TarFlowCache:
     """Keys and values of a block's tokens while it is solved, and all that does not change meanwhile.
 
     The network runs in the dtype of these tensors. `layers` are keys and values, written in place, or none for a pass
-    over all tokens; `embedding` is the sum of bias, position and context of each token in causal order; `query_scale` is
-    one over the attention temperature of each row, or `None` if all are 1.
+    over all tokens; `embedding` is the sum of bias, position and context of each token in causal order; `query_scale`
+    is one over the attention temperature of each row, or `None` if all are 1.
     """
 
     layers: tuple[Float[Tensor, "b 2 h t d"], ...]
     weights: tuple[LayerWeights, ...]
     proj_in: Float[Tensor, "c d"]
     proj_out: Parameters
-    embedding: Float[Tensor, "b t c"]
+    embedding: Tokens
     query_scale: Float[Tensor, "b 1 1 1"] | None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> TarFlowCache:
@@ -138,18 +145,21 @@ class TransformerBlock(FlowBlock):
     def _query_scale(self, temperature: Float[Tensor, " b"]) -> Float[Tensor, "b 1 1 1"]:
         return temperature.to(self.proj_in.weight).reciprocal().view(-1, 1, 1, 1)
 
-    def affine(self, x: Float[Tensor, "b t c"], start: int, stop: int, cache: TarFlowCache) -> ScaleShift:
-        if parts := _parts(x, stop - start):
-            return _joined(self.affine(x[rows], start, stop, cache.each(itemgetter(rows))) for rows in parts)
+    def affine(self, x: Tokens, start: int, stop: int, cache: TarFlowCache) -> ScaleShift:
+        size = max(_TOKENS_PER_PASS // (stop - start), 1)
+        if len(x) > size and x.device.type == "cpu" and not torch.is_grad_enabled():
+            # The activations of few samples stay in reused memory: a fifth less time at 64; see `keep_freed_memory`.
+            parts = [slice(first, first + size) for first in range(0, len(x), size)]
+            outputs = [self.affine(x[rows], start, stop, cache.each(itemgetter(rows))) for rows in parts]
+            log_scales, shifts = zip(*outputs, strict=True)
+            return torch.cat(log_scales), torch.cat(shifts)
         if stop == 1:  # entry 0 has no token before it
             return torch.zeros_like(x[:, :1]), torch.zeros_like(x[:, :1])
         positions = slice(max(start - 1, 0), stop - 1)
         h = _hidden(x[:, positions], positions, stop - 1, cache)
         return self._read_out(h, x, cache.proj_out, first=start == 0)
 
-    def affine_at(
-        self, x: Float[Tensor, "b t c"], start: Int[Tensor, " b"], size: int, end: int, cache: TarFlowCache
-    ) -> ScaleShift:
+    def affine_at(self, x: Tokens, start: Int[Tensor, " b"], size: int, end: int, cache: TarFlowCache) -> ScaleShift:
         before = start.view(-1, 1) + torch.arange(-1, size - 1, device=x.device)
         positions = before.clamp(min=0)  # entry 0 has no token before it: it is computed from token 0, and set to zero
         tokens = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[2]))
@@ -216,16 +226,15 @@ class TarFlowBlock(TransformerBlock):
 
     attn_blocks: Sequence[AttentionBlock]
 
-    def __init__(self, config: TarFlowConfig | TokenConfig, permutation: Permutation) -> None:
-        config = config.of_block(0)[0]
-        super().__init__(config.num_tokens, config.token_channels, config.channels, config.nvp, permutation)
-        self.pos_embed = nn.Parameter(torch.randn(config.num_tokens, config.channels) * 1e-2)
-        self.class_embed = (
-            nn.Parameter(torch.randn(config.num_classes, 1, config.channels) * 1e-2) if config.num_classes else None
-        )
-        self.proj_context = nn.Linear(config.context_channels, config.channels) if config.context_channels else None
+    def __init__(self, config: TarFlowConfig | TokenConfig, permutation: Permutation, index: int = 0) -> None:
+        channels, layers, _ = config.of_block(index)
+        super().__init__(config.num_tokens, config.token_channels, channels, config.nvp, permutation)
+        self.pos_embed = nn.Parameter(torch.randn(config.num_tokens, channels) * 1e-2)
+        classes, numbers = config.num_classes, config.context_channels
+        self.class_embed = nn.Parameter(torch.randn(classes, 1, channels) * 1e-2) if classes else None
+        self.proj_context = nn.Linear(numbers, channels) if numbers else None
         self.attn_blocks = nn.ModuleList(  # type: ignore[assignment]
-            AttentionBlock(config.channels, config.head_dim, config.expansion) for _ in range(config.layers_per_block)
+            AttentionBlock(channels, config.head_dim, config.expansion) for _ in range(layers)
         )
 
     def layer_weights(self) -> tuple[LayerWeights, ...]:
@@ -240,23 +249,6 @@ class TarFlowBlock(TransformerBlock):
         check_context(context, self.num_tokens, self.proj_context.in_features)
         projected: Tensor = self.proj_context(context.to(self.pos_embed.dtype))  # type: ignore[union-attr]
         return projected.unsqueeze(1) if projected.ndim == 2 else self.permutation(projected)
-
-
-def _parts(x: Tensor, size: int) -> list[slice]:
-    """Slices of samples to go through the network one after another, `size` tokens of each; empty if all go at once.
-
-    On a CPU, activations of few samples stay in reused memory: a fifth less time at 64 samples; see
-    `keep_freed_memory`.
-    """
-    rows = max(_TOKENS_PER_PASS // size, 1)
-    if x.device.type != "cpu" or len(x) <= rows or torch.is_grad_enabled():
-        return []
-    return [slice(first, first + rows) for first in range(0, len(x), rows)]
-
-
-def _joined(parts: Iterable[ScaleShift]) -> ScaleShift:
-    log_scales, shifts = zip(*parts, strict=True)
-    return torch.cat(log_scales), torch.cat(shifts)
 
 
 def _hidden(tokens: Tensor, positions: slice | Tensor, end: int, cache: TarFlowCache) -> Tensor:

@@ -1,9 +1,8 @@
-"""TarFlow (arXiv 2412.06329): an autoregressive normalizing flow of causal transformer blocks over image patches."""
+"""TarFlow (arXiv 2412.06329): an autoregressive normalizing flow of causal transformer blocks over tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +16,7 @@ from jacobiflow.files import write_beside
 from jacobiflow.flows.base import Permutation
 from jacobiflow.flows.config import TarFlowConfig, TokenConfig
 from jacobiflow.flows.folder import build, check_values
-from jacobiflow.flows.image_flow import ImageFlow
-from jacobiflow.flows.registry import register
+from jacobiflow.flows.image_flow import ImageFlow, register
 from jacobiflow.flows.tarflow.block import TarFlowBlock
 from jacobiflow.flows.tarflow.original import infer_config, read_original
 
@@ -48,8 +46,7 @@ class TarFlow(ImageFlow):
     blocks: Sequence[TarFlowBlock]
 
     def make_block(self, index: int) -> TarFlowBlock:
-        config, order = self.config.of_block(index)
-        return TarFlowBlock(config, Permutation(order))
+        return TarFlowBlock(self.config, Permutation(self.config.of_block(index).order), index)
 
     @classmethod
     def config_from_options(
@@ -73,15 +70,16 @@ class TarFlow(ImageFlow):
         state = read_original(path)
         config = infer_config(state, str(path)) if config is None else config
         state.setdefault("var", torch.ones(config.num_tokens, config.token_channels))  # which SBG's files lack
-        return build(partial(cls, config), state, str(path))
+        return build(cls, config, state, str(path))
 
     def to_original(self, path: str | Path) -> None:
         """Writes a `.pth` state dict that the original TarFlow code loads strictly, causal masks included."""
         config = self.config
         if (config.head_dim, config.expansion) != (64, 4) or self.blocks[0].proj_context is not None:
             raise CheckpointError(
-                f"head_dim={config.head_dim}, expansion={config.expansion}, context_channels={config.context_channels}: "
-                "the original code has 64, 4 and 0 only; save a model folder instead"
+                f"head_dim={config.head_dim}, expansion={config.expansion}, "
+                f"context_channels={config.context_channels}: the original code has 64, 4 and 0 only; save a model "
+                "folder instead"
             )
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         check_values(state, f"{path}: not written")

@@ -41,7 +41,9 @@ def _name(name: str) -> str:
     return name.removeprefix("module.")
 
 
-def infer_config(state: Mapping[str, Tensor], source: str, patch_size: int | None = None) -> TarFlowConfig | TokenConfig:
+def infer_config(
+    state: Mapping[str, Tensor], source: str, patch_size: int | None = None
+) -> TarFlowConfig | TokenConfig:
     """Reads the config of a flow over tokens from shapes, or of one over square images of patches of `patch_size`.
 
     `head_dim` is 64. A CheckpointError begins with `source`.
@@ -74,15 +76,17 @@ def _of_images(config: TokenConfig, source: str, patch_size: int) -> TarFlowConf
     side, num_tokens, token_channels = math.isqrt(config.num_tokens), config.num_tokens, config.token_channels
     if side**2 != num_tokens:
         raise CheckpointError(
-            f"{source}: {num_tokens} tokens, but square images have a square number of them; leave patch_size out for a "
-            "flow over tokens"
+            f"{source}: {num_tokens} tokens, but square images have a square number of them; leave patch_size out for "
+            "a flow over tokens"
         )
     if patch_size < 1 or token_channels % patch_size**2:
         raise CheckpointError(
             f"{source}: patch_size={patch_size}: its square must divide the {token_channels} values of a token"
         )
     if not isinstance(config.channels, int) or not isinstance(config.layers_per_block, int) or config.context_channels:
-        raise CheckpointError(f"{source}: blocks of different sizes, or with a context of numbers; leave patch_size out")
+        raise CheckpointError(
+            f"{source}: blocks of different sizes, or with a context of numbers; leave patch_size out"
+        )
     return TarFlowConfig(
         token_channels // patch_size**2, side * patch_size, patch_size, config.channels, config.num_blocks,
         config.layers_per_block, config.num_classes, config.nvp, expansion=config.expansion,

@@ -1,22 +1,25 @@
-"""Options that commands share, and their values."""
+"""Shared by the commands: options and their values, tables, a progress bar."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
+import jacobiflow as jf
+from jacobiflow.errors import InputValueError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jacobiflow.calibration import Report
     from jacobiflow.data import Noise
-    from jacobiflow.flows.guidance import Guidance as GuidanceValue
-    from jacobiflow.flows.guidance import SamplingSettings
     from jacobiflow.flows.image_flow import ImageFlow
+    from jacobiflow.progress import Progress
 
 MOST_AT_ONCE = 65_536  # latents of a batch of so many take 200 MB for images of 28x28
 SOURCES = "digits, fashion-512, emoji-256, fashion-mnist, an .npz file, or a folder of images or IDX files."
@@ -33,71 +36,59 @@ Labels = Annotated[str, Option(help=_LABELS)]
 Seed = Annotated[int, Option(min=0, help="Seed of everything random.")]
 Device = Annotated[str, Option(help="cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, Option(help="float32, float64, bfloat16, float16, or tf32 on a GPU.")]
-ReportFile = Annotated[
-    Path | None, Option(help="A report of jacobiflow calibrate: the guess to start from in each block.")
-]
+ReportFile = Annotated[Path | None, Option(help="A report of calibrate: the guess to start from in each block.")]
 Guidance = Annotated[str, Option(help=GUIDANCE)]
 Tolerance = Annotated[float | None, Option(help=_TOLERANCE)]
 ImagesAtATime = Annotated[int, Option(min=1, max=MOST_AT_ONCE, help="Images in the network at a time.")]
 Json = Annotated[Path | None, Option(help="Also write the results to this file.")]
 
 
-def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> ImageFlow:
-    """Loads the flow that `--model`, `--device` and `--dtype` name; tf32 is set for the whole process."""
+def load_model(name: str, device: str, dtype: str, guidance: str = "0") -> ImageFlow:
+    """Loads the flow of `--model`, `--device`, `--dtype` and `--guidance`; tf32 is set for the whole process."""
     import torch
-
-    from jacobiflow.errors import InputValueError
-    from jacobiflow.flows.registry import load
 
     if dtype == "tf32":
         if not device.startswith("cuda"):
             raise InputValueError(f"--dtype tf32: only a GPU has it, and --device is {device}; give float32")
         torch.set_float32_matmul_precision("high")
         dtype = "float32"
-    return load(name, device, dtype)
+    return jf.load(name, device, dtype).guided(jf.Guidance.parse(guidance))
 
 
-def parse_guidance(text: str) -> GuidanceValue | None:
-    """Returns the value of `--guidance`; None if it is off."""
-    from jacobiflow.flows.guidance import Guidance
-
-    guidance = Guidance.parse(text)
-    return guidance if guidance.weight else None
+def image_size(flow: ImageFlow) -> tuple[int, int]:
+    """Returns the side and the channels of the flow's images, as `load_images` takes them."""
+    channels, size, _ = flow.require_images()
+    return size, channels
 
 
 def resolve_settings(
     flow: ImageFlow, guidance: str | None, denoise: float | None, plain: bool, has_labels: bool
-) -> tuple[SamplingSettings, str]:
-    """Returns the guidance and the denoising to sample with, and a line about their origin.
+) -> tuple[jf.SamplingSettings, str]:
+    """Returns the guidance and the denoising to sample with, recommended unless given, and a line about their origin.
 
-    Options replace what the flow recommends; `plain` is neither. A flow with classes is guided by default only if the
-    samples have labels.
+    A flow with classes is guided by default only if the samples have labels.
     """
-    from jacobiflow.errors import InputValueError
-    from jacobiflow.flows.guidance import SamplingSettings
-
     if plain and (guidance is not None or denoise is not None):
         raise InputValueError("--plain: excludes --guidance and --denoise; leave one of them out")
-    recommended, note = SamplingSettings() if plain else flow.recommended, ""
-    value = recommended.guidance if guidance is None else parse_guidance(guidance)
+    recommended, note = jf.SamplingSettings() if plain else flow.recommended, ""
+    value = recommended.guidance if guidance is None else flow.guided(jf.Guidance.parse(guidance)).guidance  # 0 is None
     if guidance is None and value is not None and flow.config.num_classes and not has_labels:
         value, note = None, "; the recommended guidance needs labels"
-    settings = SamplingSettings(value, recommended.denoise if denoise is None else denoise)
-    if settings == recommended != SamplingSettings():
+    settings = jf.SamplingSettings(value, recommended.denoise if denoise is None else denoise)
+    if settings == recommended != jf.SamplingSettings():
         note = " (recommended by the model; --plain turns it off)"
     return settings, f"settings: {settings_text(settings)}{note}"
 
 
-def settings_text(settings: SamplingSettings) -> str:
+def settings_text(settings: jf.SamplingSettings) -> str:
     """Returns the options by which `jacobiflow sample` takes `settings`."""
-    guidance = [] if settings.guidance is None else [f"--guidance {settings.guidance}"]
-    return " ".join([*guidance, *[f"--denoise {settings.denoise:g}"] * (settings.denoise > 0)]) or "--plain"
+    guidance = f"--guidance {settings.guidance} " if settings.guidance else ""
+    denoise = f"--denoise {settings.denoise:g}" if settings.denoise else ""
+    return (guidance + denoise).strip() or "--plain"
 
 
 def parse_batch_size(text: str | None) -> int | None:
     """Returns the number that `--batch-size` gives; None for "auto", or if it is not given."""
-    from jacobiflow.errors import InputValueError
-
     if text is None or text == "auto":
         return None
     if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) <= MOST_AT_ONCE:
@@ -110,7 +101,6 @@ def parse_labels(text: str, num: int, flow: ImageFlow, seed: int) -> Tensor | No
     import torch
 
     from jacobiflow.data import balanced_labels
-    from jacobiflow.errors import InputValueError
     from jacobiflow.latents import draw_labels
 
     if text == "none" or (text in ("balanced", "random") and not flow.config.num_classes):
@@ -134,8 +124,6 @@ def _read_labels(path: Path) -> Any:
     """The whole numbers in a text file, or the array in a file of NumPy."""
     import numpy as np
 
-    from jacobiflow.errors import InputValueError
-
     try:
         if path.suffix == ".npy":
             return np.load(path).astype(np.int64, casting="same_kind")
@@ -144,13 +132,11 @@ def _read_labels(path: Path) -> Any:
         raise InputValueError(f"--labels {path}: cannot be read as whole numbers ({error})") from error
 
 
-def load_report(path: Path | None, flow: ImageFlow) -> Report | None:
+def load_report(path: Path | None, flow: ImageFlow) -> jf.Report | None:
     """Returns the report of `--report`, if there is one, after a check that it is of this flow."""
-    from jacobiflow.calibration import Report
-
     if path is None:
         return None
-    report = Report.load(path)
+    report = jf.Report.load(path)
     report.check(flow)
     return report
 
@@ -164,16 +150,12 @@ def training_noise(flow: ImageFlow) -> Noise:
 
 
 def check_output(option: str, path: Path | None, model: str, *inputs: str | Path | None) -> None:
-    """Checks the file that a command writes, if there is one, before long work starts.
-
-    Raises ValueError if it cannot be written, or is of the model, or is in one of `inputs`.
-    """
-    from jacobiflow.errors import InputValueError
-    from jacobiflow.flows.folder import CONFIG, WEIGHTS, bundled
+    """Raises ValueError if a file that a command is to write cannot be written, or is of the model or the inputs."""
+    from jacobiflow.flows.folder import CONFIG, WEIGHTS
 
     if path is None:
         return
-    folder, place = bundled().get(model, Path(model)), path.resolve()
+    folder, place = Path(model), path.resolve()
     if place.is_dir():
         raise InputValueError(f"{option} {path}: is a folder; give a file")
     for source in (folder / CONFIG, folder / WEIGHTS, *inputs):
@@ -182,3 +164,42 @@ def check_output(option: str, path: Path | None, model: str, *inputs: str | Path
     nearest = next(parent for parent in place.parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InputValueError(f"{option} {path}: cannot be written; give a file in another folder")
+
+
+def show_table(columns: Iterable[str], rows: Iterable[Sequence[str]], text: Sequence[int] = (0,)) -> None:
+    """Prints a table. The columns `text` are aligned to the left, and folded if they are too long."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    headings = list(columns)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=any(headings), padding=0)
+    for i, heading in enumerate(headings):
+        if i in text:
+            table.add_column(heading, overflow="fold")
+        else:
+            table.add_column(heading, justify="right", no_wrap=True, min_width=max(map(len, heading.split())))
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console().print(table)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A `Progress` that draws a bar for each kind of work on a terminal, removed at the end."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
+        tasks = {}
+
+        def progress(done: int, total: int, what: str) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield progress

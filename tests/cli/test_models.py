@@ -37,12 +37,12 @@ def test_convert(run: Any, refuse: Any, tmp_path: Path) -> None:
 def test_info(run: Any, tmp_path: Path) -> None:
     result = run(f"info --model model --json {tmp_path}/f")
     assert (result.code, result.err) == (0, "")
-    shown, flow = figures(tmp_path / "f"), jf.load("./model")
-    assert shown["parameters"] == sum(parameter.numel() for parameter in flow.parameters())
-    assert (shown["num_tokens"], shown["token_channels"], shown["noise_std"]) == (16, 4, 0.1)
-    assert (shown["torch"], shown["zuko"]) == (torch.__version__, version("zuko"))
+    entries, flow = figures(tmp_path / "f"), jf.load("./model")
+    assert entries["parameters"] == sum(parameter.numel() for parameter in flow.parameters())
+    assert (entries["num_tokens"], entries["token_channels"], entries["noise_std"]) == (16, 4, 0.1)
+    assert (entries["torch"], entries["zuko"]) == (torch.__version__, version("zuko"))
     assert "--guidance 3,attn_temperature=1.4 --denoise 1" in run("info --model fashion-p2").out
-    for name, value in shown.items():
+    for name, value in entries.items():
         assert name in result.out and str(value) in result.out
 
 

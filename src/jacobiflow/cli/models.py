@@ -1,23 +1,59 @@
-"""`jacobiflow info`: a model and this machine, or the problems of a folder."""
+"""`jacobiflow convert` and `jacobiflow info`: a model folder from original weights, and what is in one."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Option
+from typer import Argument, Option
 
-from jacobiflow.cli import options
-from jacobiflow.cli.screen import one_line, show_table
+import jacobiflow as jf
+from jacobiflow.cli import shared
+from jacobiflow.errors import InputError, InputValueError
 
 _LIBRARIES = ("zuko", "nflows", "normflows", "pyro-ppl", "sbi")  # whose flows `accelerate` takes
 _ROUND_TRIP = 1e-3  # largest change of a latent that is decoded and encoded
 _CHECK = "Instead, check a model folder, a sample folder or a training folder completely."
 
 
+def convert(
+    file: Annotated[Path, Argument(help="A state dict (.pth) that the TarFlow code, SBG's or a fork saved.")],
+    out: Annotated[Path, Option(help="New or empty folder for config.json and model.safetensors.")],
+    patch_size: Annotated[
+        int | None, Option(help="Side of a patch in pixels, for a flow over images; else it is one over tokens.")
+    ] = None,
+    noise_std: Annotated[float, Option(help="Gaussian noise of the training images, which denoising needs.")] = 0.0,
+) -> dict[str, Any]:
+    """Turn TarFlow weights into a model folder.
+
+    Everything but the two options is read from the shapes.
+
+    Example: jacobiflow convert afhq_model_8_768_8_8_0.07.pth --patch-size 8 --noise-std 0.07 --out afhq
+    """
+    from jacobiflow.files import check_own
+    from jacobiflow.flows.tarflow.original import infer_config, read_original
+
+    check_own(out, "model")
+    config = infer_config(read_original(file), str(file), patch_size)
+    if isinstance(config, jf.TarFlowConfig):
+        config = replace(config, noise_std=noise_std)
+    elif noise_std:
+        raise jf.InputError(f"--noise-std {noise_std:g}: for images; give --patch-size, too")
+    flow = jf.TarFlow.from_original(file, config)
+    flow.save_pretrained(out)
+    parameters = sum(parameter.numel() for parameter in flow.parameters())
+    images = "" if flow.image_shape is None else f"images of {'x'.join(map(str, flow.image_shape))}, "
+    tokens = f"{config.num_tokens} tokens of {config.token_channels} values, {config.num_classes} classes"
+    print(f"{parameters:,} weights, {images}{tokens}")
+    print(f"wrote the model folder {out}")
+    return {"model": str(out), **asdict(config)}
+
+
 def info(
-    model: options.Model = "fashion-p2",
+    model: shared.Model = "fashion-p2",
     check: Annotated[str | None, Option(help=_CHECK)] = None,
 ) -> dict[str, Any]:
     """Show a model and this machine, or check a folder.
@@ -28,74 +64,61 @@ def info(
 
     Example: jacobiflow info --model digits-p1
     """
-    if check is not None:
-        return _check(check)
-    from dataclasses import asdict
     from importlib.metadata import distributions
 
-    from jacobiflow import native
-    from jacobiflow.flows.guidance import SamplingSettings
-    from jacobiflow.measuring import machine
+    from jacobiflow import measuring, native
 
-    flow = options.load_model(model)
+    if check is not None:
+        return _check(check)
+    flow = jf.load(model)
     config = flow.config
     model_values = {
         "model": model, "flow": flow.model_type, **asdict(config), "num_tokens": config.num_tokens,
         "token_channels": config.token_channels,
-        "recommended": "none" if flow.recommended == SamplingSettings() else options.settings_text(flow.recommended),
+        "recommended": "none" if flow.recommended == jf.SamplingSettings() else shared.settings_text(flow.recommended),
         "parameters": sum(p.numel() for p in flow.parameters()),
     }  # fmt: skip
     libraries = {each.name: each.version for each in distributions() if each.name in _LIBRARIES}
-    machine_values = {"native_loops": native.describe(), **machine(), **libraries}
+    machine_values = {"native_loops": native.describe(), **measuring.machine(), **libraries}
     for title, values in (("Model", model_values), ("This machine", machine_values)):
         print(title)
-        show_table(("", ""), [(name, str(value)) for name, value in values.items()], text=(0, 1))
+        shared.show_table(("", ""), [(name, str(value)) for name, value in values.items()], text=(0, 1))
     return model_values | machine_values
 
 
 def _check(path: str) -> dict[str, Any]:
     """Prints the problems of a folder."""
     from jacobiflow import training
-    from jacobiflow.errors import InputValueError
+    from jacobiflow.files import MANIFEST
     from jacobiflow.flows.folder import CONFIG, WEIGHTS, bundled
-    from jacobiflow.locking import MANIFEST
-    from jacobiflow.storage import SampleFolder
 
     folder = bundled().get(path, Path(path))
     kinds = {
         "a model": ((CONFIG, WEIGHTS), _model_problems),
-        "samples": ((MANIFEST,), lambda path: SampleFolder.open(path).problems()),
+        "samples": ((MANIFEST,), lambda path: jf.SampleFolder.open(path).problems()),
         "a training run": (("checkpoint.pt",), training.problems),
     }
     content = [name for name, (files, _) in kinds.items() if any((folder / file).exists() for file in files)]
     if not content:
         raise InputValueError(f"{path}: no model, samples or training run; give the folder of one, or a model's name")
-    problems = [one_line(problem) for name in content for problem in kinds[name][1](folder)]
+    problems = [problem for name in content for problem in kinds[name][1](folder)]
     print("\n".join(problems) if problems else f"{path}: no problem; checked {' and '.join(content)}")
     return {"path": path, "checked": content, "problems": problems}
 
 
 def _model_problems(folder: Path) -> Iterator[str]:
     """Problems of the files, then of the reports, then of a round trip through the flow."""
-    import warnings
 
-    import torch
-
-    from jacobiflow.calibration import Report
-    from jacobiflow.errors import CheckpointError, InputError
-    from jacobiflow.flows.registry import load
     from jacobiflow.latents import draw_latents
-    from jacobiflow.sampling import decode
-    from jacobiflow.strategy import Tuning
     from jacobiflow.strategy.tune import any_context
 
     try:
-        flow = load(folder)
-    except CheckpointError as error:
+        flow = jf.load(folder)
+    except jf.CheckpointError as error:
         yield str(error)
         return
     for file in flow.report_files:
-        kind: type[Report | Tuning] = Tuning if file.name.startswith("tuning") else Report
+        kind: type[jf.Report | jf.Tuning] = jf.Tuning if file.name.startswith("tuning") else jf.Report
         try:
             kind.load(file).check(flow)
         except InputError as error:
@@ -104,7 +127,7 @@ def _model_problems(folder: Path) -> Iterator[str]:
     context = any_context(flow, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an overflow, which the line below reports
-        x = decode(flow, z, context, strategy="sequential", certify=False)
+        x = jf.decode(flow, z, context, strategy="sequential", certify=False)
     change = float((flow.encode(x, context)[0] - z).abs().max())
     if not change <= _ROUND_TRIP:  # or NaN
         yield (

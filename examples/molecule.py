@@ -1,0 +1,123 @@
+"""Alanine dipeptide (ACE-ALA-NME) in implicit solvent: its force field, and bonds, angles and torsions as tokens."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import openmm
+import torch
+from jaxtyping import Float
+from openmm import app, unit
+from torch import Tensor
+
+KELVIN = 300.0
+# Each atom with its place in relation to earlier ones: bonded to, angle with, torsion with. Second and third substituents
+# of an atom have the first as the end of their torsion, which is then nearly fixed.
+ATOMS = (
+    ("CA", 8, ()), ("C", 14, (8,)), ("N", 6, (8, 14)), ("CB", 10, (8, 6, 14)), ("HA", 9, (8, 6, 14)),
+    ("ACE C", 4, (6, 8, 14)), ("ACE O", 5, (4, 6, 8)), ("ACE CH3", 0, (4, 6, 5)), ("H", 7, (6, 8, 4)),
+    ("O", 15, (14, 8, 6)), ("NME N", 16, (14, 8, 15)), ("NME C", 18, (16, 14, 15)), ("NME H", 17, (16, 14, 18)),
+    ("ACE H1", 1, (0, 4, 5)), ("ACE H2", 2, (0, 4, 1)), ("ACE H3", 3, (0, 4, 1)),
+    ("HB1", 11, (10, 8, 6)), ("HB2", 12, (10, 8, 11)), ("HB3", 13, (10, 8, 11)),
+    ("NME H1", 19, (18, 16, 14)), ("NME H2", 20, (18, 16, 19)), ("NME H3", 21, (18, 16, 19)),
+)  # fmt: skip
+PHI, PSI = (4, 6, 8, 14), (6, 8, 14, 16)
+_HEAVY = (  # atoms from which openmm adds the hydrogens, in angstrom
+    ("ACE", "CH3", "C", (2.0, 2.09, 0.0)), ("ACE", "C", "C", (3.427, 2.641, 0.0)), ("ACE", "O", "O", (4.391, 1.877, 0.0)),
+    ("ALA", "N", "N", (3.555, 3.970, 0.0)), ("ALA", "CA", "C", (4.853, 4.614, 0.0)),
+    ("ALA", "CB", "C", (5.661, 4.221, 1.232)), ("ALA", "C", "C", (5.408, 4.316, -1.2)), ("ALA", "O", "O", (4.9, 4.9, -2.2)),
+    ("NME", "N", "N", (6.4, 3.5, -1.3)), ("NME", "C", "C", (7.0, 3.1, -2.6)),
+)  # fmt: skip
+
+
+def simulation(seed: int) -> app.Simulation:
+    """Returns a simulation by Langevin dynamics at 300 K, minimised: Amber ff99SB-ILDN, OBC solvent, no constraints."""
+    topology = app.Topology()
+    chain = topology.addChain()
+    residues = {name: topology.addResidue(name, chain) for name in ("ACE", "ALA", "NME")}
+    for residue, name, symbol, _ in _HEAVY:
+        topology.addAtom(name, app.element.get_by_symbol(symbol), residues[residue])
+    topology.createStandardBonds()
+    field = app.ForceField("amber99sbildn.xml", "amber99_obc.xml")
+    model = app.Modeller(topology, np.array([place for *_, place in _HEAVY]) * unit.angstrom)
+    model.addHydrogens(field)
+    system = field.createSystem(model.topology, nonbondedMethod=app.NoCutoff, constraints=None)
+    integrator = openmm.LangevinMiddleIntegrator(KELVIN * unit.kelvin, 1 / unit.picosecond, 1 * unit.femtosecond)
+    integrator.setRandomNumberSeed(seed)
+    run = app.Simulation(model.topology, system, integrator, openmm.Platform.getPlatformByName("Reference"))
+    run.context.setPositions(model.positions)
+    run.minimizeEnergy()
+    return run
+
+
+def energies(positions: Float[Tensor, "n 22 3"]) -> Float[Tensor, " n"]:
+    """Returns U / kT of positions in nanometres; infinity where openmm finds none."""
+    context, scale = simulation(0).context, unit.MOLAR_GAS_CONSTANT_R * KELVIN * unit.kelvin
+    out = torch.full((len(positions),), math.inf, dtype=torch.float64)
+    for i, place in enumerate(positions.double().numpy()):
+        try:
+            context.setPositions(place)
+            energy = context.getState(getEnergy=True).getPotentialEnergy() / scale
+        except openmm.OpenMMException:
+            continue
+        out[i] = energy if math.isfinite(energy) else math.inf
+    return out
+
+
+def to_internal(positions: Float[Tensor, "n 22 3"]) -> Float[Tensor, "n 22 3"]:
+    """Returns the bond in nanometres, the angle and the torsion of each atom; 0 where it has none."""
+    out = torch.zeros_like(positions)
+    for i, (_, atom, earlier) in enumerate(ATOMS):
+        x = [positions[:, j] for j in (atom, *earlier)]
+        if len(x) > 1:
+            out[:, i, 0] = (x[1] - x[0]).norm(dim=-1)
+        if len(x) > 2:
+            out[:, i, 1] = _angle(*x[:3])
+        if len(x) > 3:
+            out[:, i, 2] = torsion(*x)
+    return out
+
+
+def to_positions(internal: Float[Tensor, "n 22 3"]) -> tuple[Float[Tensor, "n 22 3"], Float[Tensor, " n"]]:
+    """Returns positions, and log|det| of the map up to rotations and translations: the sum of log(bond^2 sin(angle))."""
+    positions, log_det = torch.zeros_like(internal), internal.new_zeros(len(internal))
+    for i, (_, atom, earlier) in enumerate(ATOMS):
+        bond, angle, turn = internal[:, i].unbind(dim=-1)
+        if not earlier:
+            continue
+        log_det = log_det + 2 * bond.abs().log()
+        if len(earlier) > 1:
+            log_det = log_det + angle.sin().abs().log()
+        start = positions[:, earlier[0]]
+        if len(earlier) == 1:
+            step = torch.stack((bond, 0 * bond, 0 * bond), dim=-1)
+        elif len(earlier) == 2:
+            step = torch.stack((bond * angle.cos(), bond * angle.sin(), 0 * bond), dim=-1)
+        else:
+            second, third = positions[:, earlier[1]], positions[:, earlier[2]]
+            along = _unit(second - start)
+            normal = _unit(torch.linalg.cross(third - second, along))
+            third_axis = torch.linalg.cross(along, normal)
+            step = bond.unsqueeze(-1) * (
+                angle.cos().unsqueeze(-1) * along
+                + (angle.sin() * turn.cos()).unsqueeze(-1) * third_axis
+                + (angle.sin() * turn.sin()).unsqueeze(-1) * normal
+            )
+        positions[:, atom] = start + step
+    return positions, log_det
+
+
+def torsion(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """Returns the torsion angle about the bond b-c, from -pi to pi (IUPAC)."""
+    axis = _unit(c - b)
+    first, second = torch.linalg.cross(b - a, c - b), torch.linalg.cross(c - b, d - c)
+    return torch.atan2((torch.linalg.cross(first, second) * axis).sum(dim=-1), (first * second).sum(dim=-1))
+
+
+def _angle(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return torch.acos((_unit(a - b) * _unit(c - b)).sum(dim=-1).clamp(-1, 1))
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
