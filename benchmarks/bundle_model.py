@@ -20,14 +20,14 @@ from jacobiflow import codec
 from jacobiflow.data import ImageDataset, Noise, load_images
 from jacobiflow.evaluation import bayes_accuracy, bits_per_dim
 from jacobiflow.files import write_json
-from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.flow import Flow
 from jacobiflow.plots import save_png
 from jacobiflow.plots.style import TOUGH, clear, new_figure, styled
 
 ACCURACY_IMAGES = 1000
 
 
-def measure(flow: ImageFlow, test: ImageDataset) -> Json:
+def measure(flow: Flow, test: ImageDataset) -> Json:
     """Bits per dimension of all test images, and class accuracy of the first ones, with the noise of the training."""
     gaussian = flow.config.noise_std > 0
     noise = Noise("gaussian", flow.config.noise_std) if gaussian else Noise("uniform")
@@ -69,7 +69,8 @@ def main() -> None:
     trained.save_pretrained(folder, dtype=torch.float16)
     flow = jf.load(options.name)
     metrics = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
-    test = load_images(options.images, flow.config.image_size, flow.config.in_channels, "test")
+    channels, size, _ = flow.require_images()
+    test = load_images(options.images, size, channels, "test")
     result = {
         "name": options.name,
         "machine": options.machine,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.files import write_json
-from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.flow import Flow
 from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import Timing, interleave, machine
 from jacobiflow.native import SWITCH
@@ -34,7 +34,7 @@ def parser(description: str | None) -> ArgumentParser:
     return ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
 
 
-def latents(flow: ImageFlow, batch: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+def latents(flow: Flow, batch: int, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Latents and labels of a batch, the same each time."""
     z = draw_latents(batch, flow.config.num_tokens, flow.config.token_channels, seed)
     return z, torch.arange(batch) % max(flow.config.num_classes, 1)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.data import quantize
-from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.flow import Flow
 from jacobiflow.plots import sampler_style
 from jacobiflow.plots.style import FINAL, WAITING, readable, styled
 from jacobiflow.solvers import solve_certified
@@ -74,7 +74,7 @@ class Trajectory:
 
 
 def record(
-    flow: ImageFlow, latents: Float[Tensor, "1 t d"], label: int, denoise: float, tolerance: float = 1e-3
+    flow: Flow, latents: Float[Tensor, "1 t d"], label: int, denoise: float, tolerance: float = 1e-3
 ) -> dict[str, Trajectory]:
     """Solves the first block of sampling token by token, by a window of a sixth of the tokens, and by Jacobi sweeps.
 
@@ -90,7 +90,7 @@ def record(
 
 
 def _trajectory(
-    flow: ImageFlow, latents: Tensor, label: int, denoise: float, solver: jf.Solver, tolerance: float
+    flow: Flow, latents: Tensor, label: int, denoise: float, solver: jf.Solver, tolerance: float
 ) -> Trajectory:
     last = flow.config.num_blocks - 1
     recorder, residuals = Recorder(flow.inverse_blocks[last]), []
@@ -106,7 +106,7 @@ def _trajectory(
         return torch.cat(recorder.states)
 
     with torch.no_grad():
-        images = flow.to_images(flow.invert(flow.prior_tokens(latents), solve))
+        images = flow.from_tokens(flow.invert(flow.prior_tokens(latents), solve))
     if denoise:
         images = jf.denoise(flow, images, label, denoise, ROWS)
     tokens = torch.arange(flow.config.num_tokens).view(1, -1, 1)

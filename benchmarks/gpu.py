@@ -74,7 +74,7 @@ def time_model(preset: jf.Preset, batch: int, dtype: str, device: torch.device) 
 
     def encode() -> Tensor:
         with torch.inference_mode():
-            return flow.encode(flow.to_images(z), classes)[0]
+            return flow.encode(flow.from_tokens(z), classes)[0]
 
     runs: dict[str, Callable[[], Any]] = {
         GROWING_CACHE: partial(growing_cache_sample, flow, z, classes),
@@ -86,7 +86,7 @@ def time_model(preset: jf.Preset, batch: int, dtype: str, device: torch.device) 
     names, blocks = (GROWING_CACHE, EXACT_LOOP, ENCODING_PASS), preset.config.num_blocks
     seconds = {name: blocks * timings[name].median for name in names}
     seconds[preset.strategy] = sum(count * timings[str(solver)].median for solver, count in solvers.items())
-    difference = flow.to_tokens(results[GROWING_CACHE])[0] - results[EXACT_LOOP].x
+    difference = flow.to_tokens(results[GROWING_CACHE]) - results[EXACT_LOOP].x
     return {
         "block": to_json(timings),
         "seconds": seconds,

@@ -15,7 +15,7 @@ from torch import Tensor
 import jacobiflow as jf
 from benchmarks.common import FIGURES, parser
 from jacobiflow.calibration import gs_jacobi_notation
-from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.flow import Flow
 from jacobiflow.plots import comparison_sheet, convergence_figure, rows_sheet, save_png, segments_figure, trace_sheet
 from jacobiflow.solvers import Latent, MaxSweeps, Solver, Whole, Zeros
 
@@ -23,7 +23,7 @@ IMAGES, TRACED = 10, 4
 TOLERANCE = 1e-2
 
 
-def draw_figures(flow: ImageFlow, report: jf.Report, out: Path, name: str, strategy: str | None = None) -> None:
+def draw_figures(flow: Flow, report: jf.Report, out: Path, name: str, strategy: str | None = None) -> None:
     """Writes all figures; `strategy` is compared with the sequential loop, by default the report's own proposal."""
     out.mkdir(parents=True, exist_ok=True)
     save_png(convergence_figure(report), out / f"{name}-convergence.png")

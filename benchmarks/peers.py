@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.flow import Flow
 
 # Sweeps of the other blocks, Else: those of the GS-Jacobi tables, and 12, 14, 16 for models that need more than 10.
 _ELSE = (6, 8, 10, 12, 14, 16, 20, 30)
@@ -51,7 +51,7 @@ class CountedMap:
 
 
 def selective_jacobi(
-    flow: ImageFlow, z: Tensor, labels: Tensor | None = None, *, threshold: float = 0.5
+    flow: Flow, z: Tensor, labels: Tensor | None = None, *, threshold: float = 0.5
 ) -> PeerSamples:
     """Selective Jacobi Decoding: the first block of sampling token by token, the others by sweeps of all tokens from 0.
 
@@ -62,7 +62,7 @@ def selective_jacobi(
 
 
 def starflow(
-    flow: ImageFlow, z: Tensor, labels: Tensor | None = None, *,
+    flow: Flow, z: Tensor, labels: Tensor | None = None, *,
     run_length: int = 16, threshold: float = 1e-3, max_sweeps: int = 32, fresh_keys: bool = True,
 ) -> PeerSamples:  # fmt: skip
     """Block-wise Jacobi iteration of STARFlow: in every block, runs of `run_length` tokens, one after another, from z.
@@ -119,7 +119,7 @@ def gs_jacobi_grid(report: jf.Report | None, short: bool = False) -> list[str]:
 
 
 def _sample(
-    flow: ImageFlow, z: Tensor, labels: Tensor | None, solvers: Sequence[Callable[[CountedMap], Tensor]]
+    flow: Flow, z: Tensor, labels: Tensor | None, solvers: Sequence[Callable[[CountedMap], Tensor]]
 ) -> PeerSamples:  # fmt: skip
     """Images from standard normal latents `z`, with a solver per block in encoding order."""
     maps = []
@@ -129,7 +129,7 @@ def _sample(
         return solvers[i](maps[-1])
 
     with torch.inference_mode():
-        images = flow.to_images(flow.invert(flow.prior_tokens(z), solve))
+        images = flow.from_tokens(flow.invert(flow.prior_tokens(z), solve))
     return PeerSamples(images, sum(g.network_calls for g in maps), sum(g.token_evaluations for g in maps))
 
 

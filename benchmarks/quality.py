@@ -25,7 +25,7 @@ from jacobiflow.baselines import SEQUENTIAL, original_loop
 from jacobiflow.data import quantize
 from jacobiflow.evaluation import Statistics, extract, frechet_distance, pixel_difference
 from jacobiflow.files import write_json
-from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.flow import Flow
 from jacobiflow.measuring import interleave, machine, paired_error
 from jacobiflow.memory import keep_freed_memory
 from jacobiflow.strategy import choose, is_auto
@@ -48,7 +48,7 @@ def finalists(rows: Sequence[Json]) -> list[str]:
 class Experiment(NamedTuple):
     """A flow under its guidance, the size of its batches, and the measure of its samples."""
 
-    flow: ImageFlow
+    flow: Flow
     denoise: float
     batch_size: int
     real: Statistics

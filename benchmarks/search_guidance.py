@@ -23,7 +23,7 @@ from jacobiflow import codec
 from jacobiflow.data import digits, quantize, scale
 from jacobiflow.evaluation import Statistics, extract, frechet_distance
 from jacobiflow.files import write_json
-from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.flow import Flow
 from jacobiflow.measuring import machine
 
 SEED, BATCH = 10, 64
@@ -77,7 +77,7 @@ def recommended(rows: Sequence[dict[str, float]], name: str) -> jf.SamplingSetti
     return jf.SamplingSettings(guidance, (one or [best])[0]["denoise"])
 
 
-def point(flow: ImageFlow, measure: Measure, weight: float, temperature: float) -> list[Json]:
+def point(flow: Flow, measure: Measure, weight: float, temperature: float) -> list[Json]:
     """The distance under one guidance, at every denoising rate."""
     guidance = jf.Guidance(weight, attn_temperature=temperature) if weight else None
     z, labels = latents(flow, measure.num, SEED)

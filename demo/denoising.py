@@ -18,8 +18,9 @@ def denoising_graph(flow: TarFlow, weights: SharedWeights) -> onnx.ModelProto:
     Inputs: `x` (T, C), tokens in raster order, and `label` (1). Output: `denoised` (T, C).
     """
     config, g = flow.config, Graph(weights)
+    assert isinstance(config, TarFlowConfig)
     mask = g("Trilu", g("Expand", g.number(UNREAD), g.ints(*[config.num_tokens - 1] * 2)), g.ints(1), upper=1)
-    blocks = [_Block(g, config, i, flow.blocks[i].permutation.kind == "flip", mask) for i in range(config.num_blocks)]
+    blocks = [_Block(g, config, i, flow.blocks[i].permutation.order == "flip", mask) for i in range(config.num_blocks)]
     x = "x"
     for block in blocks:
         x = block.forward(x)

@@ -34,6 +34,7 @@ def export(flow: jf.TarFlow, out: Path, guidance: jf.Guidance) -> dict[str, Any]
         The content of model.json.
     """
     config, tensors = flow.config, {**dict(flow.named_parameters()), "var": flow.var}
+    assert isinstance(config, jf.TarFlowConfig)
     for i, block in enumerate(flow.blocks):  # in the causal order of the block
         tensors[f"blocks.{i}.pos_embed"] = block.permutation(block.pos_embed, dim=0)
     weights = SharedWeights(tensors)
@@ -52,7 +53,7 @@ def export(flow: jf.TarFlow, out: Path, guidance: jf.Guidance) -> dict[str, Any]
         "weights": weights.location,
         "blocks": [add(f"block-{i}", block_graph(config, i, weights)) for i in range(config.num_blocks)],
         "denoise": add("denoise", denoising_graph(flow, weights)),
-        "orders": [block.permutation.kind for block in flow.blocks],
+        "orders": [block.permutation.order for block in flow.blocks],
         **{name: getattr(config, name) for name in sizes},
         "keys_per_token": 4 * config.layers_per_block * config.channels,
         "prior_scale": flow.var.detach().float().sqrt().flatten().tolist(),

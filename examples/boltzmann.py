@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from molecule import ATOMS, PHI, PSI, energies, simulation, to_internal, to_positions, torsion
+from molecule import ATOMS, PHI, energies, simulation, to_internal, to_positions, torsion
 from torch import Tensor
 
 import jacobiflow as jf

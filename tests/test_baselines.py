@@ -10,7 +10,7 @@ import torch
 import jacobiflow as jf
 from jacobiflow.baselines import full_passes_sample, original_loop
 from jacobiflow.comparison import compare
-from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.flow import Flow
 from jacobiflow.flows.tarflow import TarFlowBlock
 from tests.helpers import oracle
 from tests.helpers.oracle import Guide, MAFOracle
@@ -22,11 +22,11 @@ GUIDANCE, GUIDE = jf.Guidance(0.6, attn_temperature=1.5), oracle.Guide(0.6, True
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Outside(ImageFlow):
+class Outside(Flow):
     """A flow of another package, of TarFlow's blocks so that the oracle applies."""
 
     model_type, block_type = "outside", TarFlowBlock
-    to_tokens, to_images = jf.TarFlow.to_tokens, jf.TarFlow.to_images
+    to_tokens, from_tokens = jf.TarFlow.to_tokens, jf.TarFlow.from_tokens
     config_type, config_from_options = jf.TarFlowConfig, jf.TarFlow.config_from_options
 
 
@@ -42,7 +42,7 @@ def test_the_growing_cache_is_exact() -> None:
     assert torch.equal(z, latents(flow, 3))
     flow, z = make_identity(torch.bfloat16), latents(make_identity(torch.float32), 2)
     images = original_loop(flow)[1](flow, z, None)  # the state stays in float32
-    assert torch.equal(images, flow.to_images(z * torch.tensor(0.5).sqrt()))
+    assert torch.equal(images, flow.from_tokens(z * torch.tensor(0.5).sqrt()))
 
 
 @pytest.mark.parametrize("shape", [{}, {"in_channels": 3, "image_size": 2, "num_classes": 0}, {"image_size": 1}])

@@ -18,8 +18,8 @@ import jacobiflow as jf
 from jacobiflow.data import Noise, digits, noisy_images
 from jacobiflow.denoising import denoised
 from jacobiflow.evaluation import bits_per_dim
+from jacobiflow.flows.flow import precision
 from jacobiflow.flows.guidance import guided
-from jacobiflow.flows.image_flow import precision
 from jacobiflow.flows.tarflow.block import TarFlowBlock
 from jacobiflow.latents import draw_latents
 from jacobiflow.memory import batch_bytes, fitting_batch
@@ -47,7 +47,7 @@ def sample(
     return run
 
 
-def images(flow: jf.ImageFlow, num: int) -> Tensor:
+def images(flow: jf.Flow, num: int) -> Tensor:
     return noisy_images(digits(), torch.arange(num), Noise("gaussian", flow.config.noise_std))
 
 

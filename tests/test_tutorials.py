@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from jacobiflow.cli import main
-from jacobiflow.flows import image_flow
 
 TUTORIALS = Path(__file__).resolve().parent.parent / "docs" / "tutorials"
 # These replace the numbers in the cell that is tagged "parameters".
@@ -55,7 +54,7 @@ def words(text: str) -> list[str]:
 def isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No window is opened, and random numbers and registered flows are as before."""
     plt.switch_backend("Agg")
-    monkeypatch.setattr(image_flow, "FLOWS", dict(image_flow.FLOWS))
+    monkeypatch.setattr(flows, "FLOWS", dict(flows.FLOWS))
     monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
     with torch.random.fork_rng():
         yield

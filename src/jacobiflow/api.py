@@ -7,12 +7,12 @@ from jacobiflow.denoising import denoise
 from jacobiflow.errors import CheckpointError, InputError
 from jacobiflow.flows.base import AffineBlock, Block
 from jacobiflow.flows.config import PRESETS, MAFConfig, Preset, TokenConfig
+from jacobiflow.flows.flow import load
 from jacobiflow.flows.guidance import Guidance, SamplingSettings
-from jacobiflow.flows.image_flow import load
 from jacobiflow.flows.maf import MAF
 from jacobiflow.flows.prose import Prose, ProseConfig
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
-from jacobiflow.importance import Weights, importance
+from jacobiflow.weights import Weights, importance
 from jacobiflow.sampling import Samples, decode, sample
 from jacobiflow.solvers import (
     CausalLinear,

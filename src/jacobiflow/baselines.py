@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from jacobiflow.flows.flow import Flow, check_flow
 from jacobiflow.flows.guidance import Guidance
-from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.flows.maf import MAF, MAFBlock, full_pass
 from jacobiflow.flows.tarflow import TarFlow, TarFlowBlock
 from jacobiflow.flows.tarflow.attention import Attention, AttentionBlock
@@ -44,11 +44,11 @@ def full_passes_sample(
 
 
 @torch.no_grad()
-def _sample(flow: ImageFlow, z: Tensor, context: Tensor | None, invert_block: Callable[..., Tensor]) -> Tensor:
+def _sample(flow: Flow, z: Tensor, context: Tensor | None, invert_block: Callable[..., Tensor]) -> Tensor:
     def solve(i: int, x: Tensor) -> Tensor:
         return invert_block(flow.blocks[i], x, context, flow.guidance)
 
-    return flow.to_images(flow.invert(flow.prior_tokens(z), solve))
+    return flow.from_tokens(flow.invert(flow.prior_tokens(z), solve))
 
 
 def _by_growing_cache(block: TarFlowBlock, x: Tensor, context: Tensor | None, guidance: Guidance | None) -> Tensor:
@@ -135,7 +135,7 @@ class Stream:
         return log_scale, shift
 
 
-def original_loop(flow: ImageFlow) -> tuple[str, Loop]:
+def original_loop(flow: Flow) -> tuple[str, Loop]:
     """Returns the name and the sampler of a flow's original code.
 
     These are "growing cache" for a TarFlow and "full passes" for a MAF; for any other flow this library's own token
@@ -149,5 +149,5 @@ def original_loop(flow: ImageFlow) -> tuple[str, Loop]:
     return SEQUENTIAL, _sequential_sample
 
 
-def _sequential_sample(flow: ImageFlow, z: Tensor, context: Tensor | None) -> Tensor:
+def _sequential_sample(flow: Flow, z: Tensor, context: Tensor | None) -> Tensor:
     return sample(flow, latents=z, context=context, strategy=SEQUENTIAL, certify=False, log_prob=False).x

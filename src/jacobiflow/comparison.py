@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jacobiflow.baselines import SEQUENTIAL, original_loop
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.flow import Flow
 from jacobiflow.measuring import Error, Timing, interleave, paired_error
 from jacobiflow.progress import Progress
 from jacobiflow.sampling import Samples, sample
@@ -126,7 +126,7 @@ class Comparison:
 
 
 def compare(
-    flow: ImageFlow,
+    flow: Flow,
     latents: Float[Tensor, "n t c"],
     context: Tensor | None,
     runs: Mapping[str, Callable[[], Samples]],
@@ -166,6 +166,6 @@ def compare(
     return Comparison(len(latents), tuple(rows), seconds[ENCODING_PASS])
 
 
-def _encode(flow: ImageFlow, x: Tensor, context: Tensor | None) -> None:
+def _encode(flow: Flow, x: Tensor, context: Tensor | None) -> None:
     with torch.no_grad():
         flow.encode(x, context)

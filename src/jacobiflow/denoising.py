@@ -12,14 +12,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from jacobiflow.checks import check_count, check_number
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.config import Labels
-from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.flows.flow import Flow, check_flow
 from jacobiflow.latents import MOST_SAMPLES
 
 _MEMORY = 4 << 30  # bytes that a backward pass may need beside the weights
 
 
 def denoise(
-    flow: ImageFlow,
+    flow: Flow,
     images: Float[Tensor, "n c h w"],
     labels: Labels | None = None,
     rate: float = 1.0,
@@ -49,7 +49,7 @@ def denoise(
 
 
 def denoised(
-    flow: ImageFlow, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None, rate: float, batch_size: int
+    flow: Flow, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None, rate: float, batch_size: int
 ) -> Float[Tensor, "n c h w"]:
     """Denoises as `denoise` does, without its checks and its warning."""
     images, steps = images.detach(), []
@@ -63,7 +63,7 @@ def denoised(
     return torch.cat(steps)
 
 
-def _score(flow: ImageFlow, images: Tensor, labels: Tensor | None) -> tuple[Tensor, int]:
+def _score(flow: Flow, images: Tensor, labels: Tensor | None) -> tuple[Tensor, int]:
     """grad log p(x | label), and the bytes beside the weights that its backward pass needed."""
     sizes: dict[int, int] = {}
 
@@ -81,7 +81,7 @@ def _score(flow: ImageFlow, images: Tensor, labels: Tensor | None) -> tuple[Tens
     return score, sum(size for storage, size in sizes.items() if storage not in weights)
 
 
-def check_rate(flow: ImageFlow, rate: float, name: str = "denoise") -> float:
+def check_rate(flow: Flow, rate: float, name: str = "denoise") -> float:
     """Returns the rate as a Python number; raises as `denoise` does, naming it `name`."""
     rate = check_number(name, rate, give="0 (off) or a positive rate")
     if rate and not flow.config.noise_std:

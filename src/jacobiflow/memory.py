@@ -9,7 +9,7 @@ import torch
 
 from jacobiflow.checks import check_count
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.flows.flow import Flow, check_flow
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # in malloc.h
 _SHARE = 0.8  # of the free memory that a batch may take: what is freed is not all used again
@@ -40,7 +40,7 @@ def free_memory(device: torch.device) -> int | None:
         return None
 
 
-def batch_bytes(flow: ImageFlow, num: int) -> int | None:
+def batch_bytes(flow: Flow, num: int) -> int | None:
     """Estimates the bytes that `num` samples take at most beside the weights; `None` if the flow does not say.
 
     By the shapes: keys and values, twice under guidance, what a sweep of all tokens makes, and the tokens.
@@ -53,13 +53,13 @@ def batch_bytes(flow: ImageFlow, num: int) -> int | None:
     return check_count("num", num) * (tokens + row * (1 if flow.guidance is None else 2))
 
 
-def exceeds_memory(flow: ImageFlow, num: int) -> bool:
+def exceeds_memory(flow: Flow, num: int) -> bool:
     """Tells if `num` samples need more than four fifths of the free memory; False if that is not known."""
     needed, free = batch_bytes(flow, num), free_memory(flow.var.device)
     return needed is not None and free is not None and needed > _SHARE * free
 
 
-def fitting_batch(flow: ImageFlow, most: int) -> int:
+def fitting_batch(flow: Flow, most: int) -> int:
     """Finds the largest power of two, or else `most`, of samples that fit in four fifths of the free memory.
 
     Raises ValueError if not even one does, or if the flow or the system does not say how much memory there is.

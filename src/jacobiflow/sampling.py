@@ -19,7 +19,7 @@ from jacobiflow.checks import check_count, check_finite, check_flag, check_float
 from jacobiflow.denoising import check_rate, denoised
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.config import Context, Labels
-from jacobiflow.flows.image_flow import ImageFlow, check_flow, log_normal, state_dtype
+from jacobiflow.flows.flow import Flow, check_flow, log_normal, state_dtype
 from jacobiflow.implicit import invert_with_gradient
 from jacobiflow.latents import MOST_SAMPLES, draw_latents
 from jacobiflow.progress import Progress
@@ -198,7 +198,7 @@ class Samples:
 
 
 def sample(
-    flow: ImageFlow,
+    flow: Flow,
     num: int | None = None,
     labels: Labels | None = None,
     seed: int = 0,
@@ -276,7 +276,7 @@ def sample(
 
 
 def draw(
-    flow: ImageFlow, plan: Strategy, latents: Float[Tensor, "n t d"], context: Tensor | None = None, *,
+    flow: Flow, plan: Strategy, latents: Float[Tensor, "n t d"], context: Tensor | None = None, *,
     denoise: float = 0.0, certify: Certificate = True, batch_size: int | None = None, log_prob: bool = False,
     return_trace: bool = False, progress: Progress | None = None,
 ) -> Samples:  # fmt: skip
@@ -305,7 +305,7 @@ def draw(
     log_probs = [group.log_prob() for group in groups] if has_density else []
     seconds = time.perf_counter() - started
 
-    x = torch.cat([flow.to_images(group.x) for group in groups])
+    x = torch.cat([flow.from_tokens(group.x) for group in groups])
     stats = tuple(map(BlockStats.join, zip(*([*group.solutions] for group in groups), strict=True)))
     trace = [torch.cat(steps) for steps in zip(*(group.trace for group in groups), strict=True)]
     started = time.perf_counter()
@@ -330,7 +330,7 @@ class _Group:
     """Samples that go through a block before the next block: their tokens, solutions in encoding order, and trace."""
 
     def __init__(
-        self, flow: ImageFlow, plan: Strategy, latents: Tensor, context: Tensor | None, certify: Certificate, slots: int
+        self, flow: Flow, plan: Strategy, latents: Tensor, context: Tensor | None, certify: Certificate, slots: int
     ) -> None:
         self.flow, self.plan, self.latents, self.context = flow, plan, latents, context
         self.certify, self.slots, self.blocks = certify, slots, flow.inverse_blocks
@@ -356,12 +356,12 @@ class _Group:
             self.log_det = self.log_det + log_det
             x = x.masked_fill(self.lost.view(-1, 1, 1), torch.nan)
             if return_trace:
-                self.trace.append(self.flow.to_images(self.flow.blocks[i].permutation.inverse(x)))
+                self.trace.append(self.flow.from_tokens(self.flow.blocks[i].permutation.inverse(x)))
             note_block()
             return x
 
         if return_trace:
-            self.trace.append(self.flow.to_images(self.x))
+            self.trace.append(self.flow.from_tokens(self.x))
         self.x = self.flow.invert(self.x, solve_block)
         self.solutions.reverse()
 
@@ -398,7 +398,7 @@ def _has_gradient(tensor: Tensor | None) -> bool:
 
 
 def decode(
-    flow: ImageFlow,
+    flow: Flow,
     z: Float[Tensor, "n t d"],
     context: Context | None = None,
     *,
@@ -434,14 +434,14 @@ def decode(
     return (result.x, result.log_prob) if log_prob else result.x
 
 
-def check_one_context(flow: ImageFlow, labels: Labels | None, context: Context | None, num: int) -> Tensor | None:
+def check_one_context(flow: Flow, labels: Labels | None, context: Context | None, num: int) -> Tensor | None:
     """Returns the context for `num` samples of the flow, given as either argument."""
     if labels is not None and context is not None:
         raise InputValueError("labels and context: give one of them")
     return flow.check_context(labels if context is None else context, num)
 
 
-def check_log_prob(flow: ImageFlow, log_prob: bool | None) -> bool:
+def check_log_prob(flow: Flow, log_prob: bool | None) -> bool:
     """Returns whether samples have densities: by default if the flow is over tokens."""
     if log_prob is None:
         return flow.image_shape is None
@@ -449,12 +449,12 @@ def check_log_prob(flow: ImageFlow, log_prob: bool | None) -> bool:
     return log_prob
 
 
-def warn_if_guidance_is_idle(flow: ImageFlow, context: Tensor | None) -> None:
+def warn_if_guidance_is_idle(flow: Flow, context: Tensor | None) -> None:
     """Warns the caller's caller if guidance takes the same row twice."""
     if flow.guidance is not None and context is None and flow.guidance.attn_temperature == 1:
         warnings.warn("guidance without labels at attn_temperature 1 changes nothing", stacklevel=3)
 
 
-def _check_latents(name: str, latents: Tensor, flow: ImageFlow) -> None:
+def _check_latents(name: str, latents: Tensor, flow: Flow) -> None:
     check_floating(name, latents, ("N", flow.config.num_tokens, flow.config.token_channels))
     check_finite(name, latents)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import jacobiflow as jf
 from jacobiflow.cli.shared import resolve_settings, settings_text
-from jacobiflow.flows.image_flow import ImageFlow
+from jacobiflow.flows.flow import Flow
 from tests.helpers.running import figures
 
 BEST = jf.Guidance(0.7, attn_temperature=1.4)
@@ -19,7 +19,7 @@ OWN = jf.Guidance(1.0, annealed=False, on="shift", attn_temperature=2.0)
 
 
 @pytest.fixture
-def flow(work: Path) -> ImageFlow:
+def flow(work: Path) -> Flow:
     """It recommends settings."""
     flow = jf.load(work / "model")
     flow.recommended = jf.SamplingSettings(BEST, denoise=0.9)
@@ -37,14 +37,14 @@ def flow(work: Path) -> ImageFlow:
     ],
 )  # fmt: skip
 def test_options_win_and_the_other_settings_are_recommended(
-    guidance: str | None, denoise: float | None, plain: bool, want: Any, text: str, flow: ImageFlow
+    guidance: str | None, denoise: float | None, plain: bool, want: Any, text: str, flow: Flow
 ) -> None:
     settings, line = resolve_settings(flow, guidance, denoise, plain, has_labels=True)
     assert (settings, line) == (jf.SamplingSettings(*want), f"settings: {text}")
     assert settings_text(settings) == text.partition(" (")[0]
 
 
-def test_guidance_is_recommended_for_labels_only(flow: ImageFlow) -> None:
+def test_guidance_is_recommended_for_labels_only(flow: Flow) -> None:
     settings, line = resolve_settings(flow, None, None, False, has_labels=False)
     assert settings == jf.SamplingSettings(denoise=0.9)
     assert line == "settings: --denoise 0.9; the recommended guidance needs labels"
@@ -52,7 +52,7 @@ def test_guidance_is_recommended_for_labels_only(flow: ImageFlow) -> None:
 
 
 def test_samples_are_drawn_as_recommended_and_resumed_in_no_other_way(
-    flow: ImageFlow, run: Any, refuse: Any, tmp_path: Path
+    flow: Flow, run: Any, refuse: Any, tmp_path: Path
 ) -> None:
     flow.save_pretrained(tmp_path / "model")
     line = f"sample --model {tmp_path}/model --num 3 --strategy jacobi --out {tmp_path}/out"

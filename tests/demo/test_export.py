@@ -41,7 +41,7 @@ def test_graphs_are_the_flow(tmp_path: Path, one_thread: None) -> None:
         for run_of_tokens in ((np.arange(5, 9), np.arange(5)), (np.array([3]), np.arange(3)), (places, others)):
             np.testing.assert_allclose(run(*run_of_tokens, keys)[0], expected[run_of_tokens[0] + 1], **CLOSE)
 
-    session, images = onnxruntime.InferenceSession(tmp_path / model["denoise"]), flow.to_images(x)
-    expected = flow.to_tokens(jf.denoise(flow, images, torch.tensor([2])))[0][0]
+    session, images = onnxruntime.InferenceSession(tmp_path / model["denoise"]), flow.from_tokens(x)
+    expected = flow.to_tokens(jf.denoise(flow, images, torch.tensor([2])))[0]
     denoised = session.run(None, {"x": x[0].numpy(), "label": np.array([2])})[0]
     np.testing.assert_allclose(denoised, expected, **CLOSE)

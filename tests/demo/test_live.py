@@ -60,7 +60,7 @@ def test_pictures_are_those_of_python(page: Page) -> None:
     calls = {}
     for loop in ("parallel", "sequential"):
         result = page.evaluate(f"({{ ...jacobiflow.{loop}, image: [...jacobiflow.{loop}.image] }})")
-        image = flow.to_images(torch.tensor(result["image"]).view(latents.shape))
+        image = flow.from_tokens(torch.tensor(result["image"]).view(latents.shape))
         torch.testing.assert_close(image, expected, rtol=0, atol=1e-3)
         assert 0 < result["certificate"] <= 3e-5
         assert f"{result['certificate']:.1e}".replace("e-0", "e-") == page.inner_text(f"#{loop} .certificate")

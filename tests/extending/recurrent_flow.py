@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jacobiflow.flows import FlowBlock, ImageFlow, Permutation, register
+from jacobiflow.flows import Flow, FlowBlock, Permutation, register
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class RecurrentBlock(FlowBlock):
 
 
 @register
-class RecurrentFlow(ImageFlow):
+class RecurrentFlow(Flow):
     """A stack of recurrent blocks over the rows of an image."""
 
-    model_type, config_type, block_type = "recurrent", RecurrentConfig, RecurrentBlock
+    model_type, config_types, block_type = "recurrent", (RecurrentConfig,), RecurrentBlock
 
     @classmethod
     def config_from_options(
@@ -70,8 +70,8 @@ class RecurrentFlow(ImageFlow):
     ) -> Any:
         return RecurrentConfig(channels=channels, num_blocks=blocks, noise_std=noise_std, **sizes)
 
-    def to_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return images.transpose(1, 2).flatten(2), images.new_zeros(len(images))
+    def to_tokens(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)
 
-    def to_images(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.config.in_channels, -1)).transpose(1, 2)
+    def from_tokens(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(2, (self.config.in_channels, -1)).transpose(1, 2)

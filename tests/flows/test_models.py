@@ -12,7 +12,7 @@ from torch import Tensor
 import jacobiflow as jf
 from jacobiflow.data import Noise, add_noise, digits, load_images
 from jacobiflow.evaluation import bits_per_dim
-from jacobiflow.flows import ImageFlow
+from jacobiflow.flows import Flow
 from tests.helpers.running import figures
 
 IMAGES = {
@@ -22,7 +22,7 @@ IMAGES = {
 
 
 @cache
-def model(name: str) -> tuple[ImageFlow, Tensor, Tensor, Tensor]:
+def model(name: str) -> tuple[Flow, Tensor, Tensor, Tensor]:
     """A flow in float32, images with the noise of its training, labels, and the images without."""
     flow = jf.load(name)
     clean, labels = load_images(*IMAGES[name]).batch(slice(0, 3))
@@ -36,7 +36,7 @@ def model(name: str) -> tuple[ImageFlow, Tensor, Tensor, Tensor]:
 def test_decoding_an_encoded_image_returns_it(name: str, strategy: str) -> None:
     flow, images, labels, _ = model(name)
     z, _ = flow.encode(images, labels)
-    out = jf.decode(flow, z, labels, strategy=strategy, tolerance=1e-4)
+    out = jf.sample(flow, latents=z, labels=labels, strategy=strategy, tolerance=1e-4)
     assert (out.images - images).abs().max() <= 2e-3
     assert (out.certificate <= 1e-4).all()
     assert (out.status == jf.Status.CONVERGED).all()

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
+from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig, TokenConfig
 from jacobiflow.flows.tarflow.model import infer_config, read_original
 from tests.helpers.checkpoints import SMALL, assert_same, error_of, make
 
@@ -101,12 +101,29 @@ def test_shapes_say_the_config(data: st.DataObject) -> None:
     config = TarFlowConfig(*sizes, nvp=bool(nvp), expansion=expansion)
     with torch.device("meta"):
         state = TarFlow(config).state_dict()
-    assert infer_config(state, patch_size=patch_size) == config
+    assert infer_config(state, "x.pth", patch_size) == config
+    tokens = TokenConfig(
+        side**2, config.token_channels, heads * 64, blocks, layers, num_classes, nvp=bool(nvp), expansion=expansion
+    )
+    assert infer_config(state, "x.pth") == tokens
+
+
+def test_the_file_of_sbg_becomes_a_flow_over_tokens(tmp_path: Path) -> None:
+    """Its layers have a dropout, and it has no prior's variance."""
+    config = TokenConfig(5, 3, channels=(64, 128), num_blocks=2, layers_per_block=(2, 1))
+    flow = TarFlow(config)
+    state = {name.replace("mlp.main.2", "mlp.main.3"): tensor for name, tensor in flow.state_dict().items()}
+    del state["var"]
+    torch.save(state, tmp_path / "sbg.pth")
+    loaded = TarFlow.from_original(tmp_path / "sbg.pth")
+    assert loaded.config == config
+    assert_same(loaded.state_dict(), flow.state_dict())
 
 
 def test_shapes_of_no_tarflow(pth: Path) -> None:
+    torch.save(original_state(make(ORIGINAL)), pth)
     state = read_original(pth)
-    assert "patch_size=3: its square must divide the 4 values" in error_of(infer_config, state, patch_size=3)
-    five = make().state_dict() | {"blocks.0.pos_embed": torch.ones(5, 8)}
-    assert "5 tokens: a TarFlow of square images has a square number" in error_of(infer_config, five, patch_size=2)
-    assert "no 'blocks.0.proj_in.weight'" in error_of(infer_config, {}, patch_size=2)
+    assert "patch_size=3: its square must divide the 4 values" in error_of(infer_config, state, "x", 3)
+    five = state | {"blocks.0.pos_embed": torch.ones(5, 64)}
+    assert "5 tokens, but square images have a square number" in error_of(infer_config, five, "x", 2)
+    assert "not the state dict of a TarFlow, which has 'blocks.0.pos_embed'" in error_of(infer_config, {}, "x", 2)

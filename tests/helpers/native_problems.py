@@ -56,8 +56,17 @@ class Case:
 
     def answer(self, flow: Any, z: Tensor, i: int = 1) -> Tensor:
         """The oracle's inverse, in float64."""
-        reference = (Oracle if self.kind is jf.TarFlow else MAFOracle)(flow)
+        reference = self.oracle(flow)
         return sequential(lambda x: reference.g(i, x, z.double(), self.context(), self.guide), z)
+
+    def log_det(self, flow: Any, x: Tensor, i: int = 1) -> Tensor:
+        """The oracle's sum of the log-scales at `x`: g is exp(log_scale) z + shift."""
+        reference, one = self.oracle(flow), torch.ones_like(x)
+        step = reference.g(i, x, one, self.context(), self.guide) - reference.g(i, x, 0 * one, self.context(), self.guide)
+        return step.log().sum(dim=(1, 2))
+
+    def oracle(self, flow: Any) -> Oracle | MAFOracle:
+        return (Oracle if self.kind is jf.TarFlow else MAFOracle)(flow)
 
 
 def _tarflow(size: dict[str, int]) -> jf.TarFlow:

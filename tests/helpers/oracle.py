@@ -47,6 +47,9 @@ class FlowOracle:
     def flip(self, i: int, x: Tensor) -> Tensor:
         return x[:, torch.arange(x.shape[1] - 1, -1, -1)] if i % 2 else x
 
+    def unflip(self, i: int, x: Tensor) -> Tensor:
+        return self.flip(i, x)
+
     def g(self, i: int, x: Tensor, z: Tensor, labels: Tensor | None = None, guide: Guide | None = None) -> Tensor:
         """The map whose fixed point is the inverse of block i at z."""
         log_scale, shift = self.parameters(i, x, labels)
@@ -61,7 +64,7 @@ class FlowOracle:
         """Images at standard normal latents, token after token."""
         x = latents.double() * self.var.sqrt()
         for i in reversed(range(self.num_blocks)):
-            x = self.flip(i, self.invert_block(i, self.flip(i, x), labels, guide))
+            x = self.unflip(i, self.invert_block(i, self.flip(i, x), labels, guide))
         return self.images(x)
 
     def encode(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -70,20 +73,22 @@ class FlowOracle:
         for i in range(self.num_blocks):
             x = self.flip(i, x)
             log_scale, shift = self.parameters(i, x, labels)
-            x = self.flip(i, (x - shift) / log_scale.exp())
+            x = self.unflip(i, (x - shift) / log_scale.exp())
             log_det = log_det - log_scale.flatten(1).sum(dim=1)
         return x / self.var.sqrt(), log_det - self.var.sqrt().log().sum()
 
 
 class Oracle(FlowOracle):
-    """A TarFlow."""
+    """A TarFlow over images."""
 
     def __init__(self, flow: Any) -> None:
         super().__init__(flow)
-        config = flow.config
-        self.nvp, self.patch, self.in_channels = config.nvp, config.patch_size, config.in_channels
+        self.nvp, self.head_dim = flow.config.nvp, flow.config.head_dim
+        self.read_layout(flow.config)
+
+    def read_layout(self, config: Any) -> None:
+        self.patch, self.in_channels = config.patch_size, config.in_channels
         self.side = config.image_size // config.patch_size
-        self.heads, self.layers = config.channels // config.head_dim, config.layers_per_block
 
     def patches(self, images: Tensor) -> Tensor:
         """(N, C, H, W) to (N, T, C p p): patches in raster order, inside a patch channel, row, column."""
@@ -104,12 +109,16 @@ class Oracle(FlowOracle):
         h = x.double() @ w["proj_in.weight"].T + w["proj_in.bias"] + self.flip(i, w["pos_embed"][None])
         if "class_embed" in w:
             h = h + embedded(w["class_embed"][:, 0], labels, batch)[:, None]
+        if "proj_context.weight" in w and labels is not None:
+            numbers = labels.double() @ w["proj_context.weight"].T + w["proj_context.bias"]
+            h = h + (numbers[:, None] if numbers.ndim == 2 else self.flip(i, numbers))
+        heads = h.shape[2] // self.head_dim
         past = torch.ones(length, length, dtype=torch.float64).tril()
-        for layer in range(self.layers):
+        for layer in range(sum(name.endswith("attention.qkv.bias") for name in w)):
             a, m = f"attn_blocks.{layer}.attention.", f"attn_blocks.{layer}.mlp."
             n = _layer_norm(h, w[a + "norm.weight"], w[a + "norm.bias"])
             q, k, v = (n @ w[a + "qkv.weight"].T + w[a + "qkv.bias"]).split(h.shape[2], dim=2)
-            q, k, v = (y.reshape(batch, length, self.heads, -1) for y in (q, k, v))
+            q, k, v = (y.reshape(batch, length, heads, -1) for y in (q, k, v))
             logits = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[3]) / temperature
             weights = (logits - logits.amax(dim=3, keepdim=True)).exp() * past
             weights = weights / weights.sum(dim=3, keepdim=True)
@@ -123,6 +132,28 @@ class Oracle(FlowOracle):
         out = torch.cat((torch.zeros_like(out[:, :1]), out[:, :-1]), dim=1)
         channels = x.shape[2]
         return (out[..., :channels], out[..., channels:]) if self.nvp else (torch.zeros_like(out), out)
+
+
+class TokenOracle(Oracle):
+    """A TarFlow over tokens, whose context may be numbers."""
+
+    def read_layout(self, config: Any) -> None:
+        names = {"identity": range(config.num_tokens), "flip": range(config.num_tokens)[::-1]}
+        self.orders = [list(names.get(order, order)) for order in config.orders]
+
+    def tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images, torch.zeros(len(images), dtype=torch.float64)
+
+    def images(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+    def flip(self, i: int, x: Tensor) -> Tensor:
+        return x[:, self.orders[i % len(self.orders)]]
+
+    def unflip(self, i: int, x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        out[:, self.orders[i % len(self.orders)]] = x
+        return out
 
 
 class MAFOracle(FlowOracle):

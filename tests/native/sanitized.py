@@ -23,7 +23,7 @@ for name, case in CASES.items():
         if parameter.ndim == 2:
             parameter.data = parameter.data.T.contiguous().T
     torch.set_num_threads(case.threads)
-    if case.block(flow).exact_inverse(z, case.context()).isfinite().all():
+    if case.block(flow).exact_inverse(z, case.context())[0].isfinite().all():
         print(name)
 for name, (features, hidden) in LARGE.items():
     flow = FLOWS[name].make(2, features, hidden=hidden)

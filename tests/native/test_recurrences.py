@@ -54,12 +54,13 @@ def test_is_the_inverse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flow = case.flow()
     block, z, labels = case.block(flow), case.z(flow), case.context()
     with threads(case.threads):
-        x = block.exact_inverse(z, labels)
+        x, log_det = block.exact_inverse(z, labels)
         solution = jf.solve(block, z, EXACT, labels)
-    assert x is not None and not x.requires_grad and torch.equal(solution.x, x)
+    assert not x.requires_grad and torch.equal(solution.x, x) and torch.equal(solution.log_det, log_det)
     eager = eagerly(monkeypatch, block, z, labels)
     answer = case.answer(flow, z)
     assert relative_error(x, answer) < ROUNDING
+    torch.testing.assert_close(log_det.double(), case.log_det(flow, answer), rtol=1e-5, atol=1e-4)
     assert relative_error(eager.x, answer) < ROUNDING
     assert torch.equal(solution.status, eager.status)
     assert (solution.sweeps, solution.token_evaluations) == (eager.sweeps, eager.token_evaluations)
@@ -75,7 +76,7 @@ def test_trained_flows(model: str, oracle: Callable[[Any], Any]) -> None:
     for i in reversed(range(len(flow.blocks))):
         z = reference.flip(i, x)
         with threads(2):
-            solution = flow.blocks[i].exact_inverse(z, labels)
+            solution, _ = flow.blocks[i].exact_inverse(z, labels)
         assert relative_error(solution, reference.g(i, solution, z.double(), labels)) < 5e-5
         x = reference.flip(i, solution)
 
@@ -100,9 +101,9 @@ def test_a_nan_reaches_all_later_tokens(name: str) -> None:
     case = CASES[name]
     flow = case.flow()
     z = case.z(flow)
-    clean = case.block(flow).exact_inverse(z, case.context())
+    clean, _ = case.block(flow).exact_inverse(z, case.context())
     z[0, 5] = torch.nan
-    x = case.block(flow).exact_inverse(z, case.context())
+    x, _ = case.block(flow).exact_inverse(z, case.context())
     assert torch.equal(x[0, :5], clean[0, :5]) and x[0, 5:].isnan().all() and torch.equal(x[1:], clean[1:])
     with torch.no_grad():
         flow.blocks[1].get_parameter("proj_in.bias" if case.kind is jf.TarFlow else "layers.0.bias")[0] = torch.nan
@@ -114,13 +115,13 @@ def test_weights_may_change_and_lie_as_they_like(name: str) -> None:
     case = CASES[name]
     flow = case.flow()
     z, names = case.z(flow), dict(flow.blocks[1].named_parameters())
-    assert relative_error(case.block(flow).exact_inverse(z, case.context()), case.answer(flow, z)) < ROUNDING
+    assert relative_error(case.block(flow).exact_inverse(z, case.context())[0], case.answer(flow, z)) < ROUNDING
     for i, parameter in enumerate(names.values()):
         parameter.data.mul_(1.1)
         if parameter.ndim == 2 and i % 2:
             parameter.data = parameter.data.T.contiguous().T
     scattered = z.transpose(0, 1).contiguous().transpose(0, 1)
-    assert relative_error(case.block(flow).exact_inverse(scattered, case.context()), case.answer(flow, z)) < ROUNDING
+    assert relative_error(case.block(flow).exact_inverse(scattered, case.context())[0], case.answer(flow, z)) < ROUNDING
 
 
 @pytest.mark.parametrize("name", ["heads of 64, two teams", "MAF, several panels"])
@@ -128,9 +129,9 @@ def test_callers_in_threads_of_their_own(name: str) -> None:
     case = CASES[name]
     flow = case.flow()
     block, z, labels = case.block(flow), case.z(flow), case.context()
-    alone = block.exact_inverse(z, labels)
+    alone, _ = block.exact_inverse(z, labels)
     with ThreadPoolExecutor(3) as pool:
-        for x in pool.map(lambda _: block.exact_inverse(z, labels), range(9)):
+        for x, _ in pool.map(lambda _: block.exact_inverse(z, labels), range(9)):
             assert torch.equal(x, alone)
 
 
@@ -143,10 +144,10 @@ def test_a_forked_process_solves_too(name: str) -> None:
     block, z = case.block(flow), case.z(flow)
 
     def child() -> None:
-        assert torch.equal(block.exact_inverse(z), x)
+        assert torch.equal(block.exact_inverse(z)[0], x)
 
     with threads(case.threads):
-        x = block.exact_inverse(z)
+        x, _ = block.exact_inverse(z)
         assert in_child(child) == 0
 
 
@@ -175,7 +176,7 @@ def test_tokens_that_do_not_fit_are_left_to_pytorch(name: str) -> None:
     block, z = flow.blocks[0], case.z(flow)
     long, wide, short = torch.cat((z, z), 1), torch.cat((z, z), 2), z[:, :-1]
     assert all(block.exact_inverse(other) is None for other in (long, wide, short))
-    assert len(block.exact_inverse(z[:0])) == 0
+    assert len(block.exact_inverse(z[:0])[0]) == 0
 
 
 @pytest.mark.parametrize("count", [5, 64])
@@ -183,5 +184,5 @@ def test_more_threads_than_there_is_work_for(count: int) -> None:
     for case in (Case({"image_size": 2, "channels": 80}, 1), Case({"image_size": 2}, 100), CASES["MAF"]):
         flow = case.flow()
         with threads(count):
-            x = case.block(flow).exact_inverse(case.z(flow), case.context())
+            x, _ = case.block(flow).exact_inverse(case.z(flow), case.context())
         assert relative_error(x, case.answer(flow, case.z(flow))) < ROUNDING

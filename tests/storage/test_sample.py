@@ -211,7 +211,7 @@ def test_other_settings_are_refused_before_anything_is_changed(out: Path) -> Non
         "a run of 10 samples, more than 9; give num=10, or": {"num": 9},
         "samples of seed 0, not 1;": {"seed": 1},
         "samples of guidance None, not Guidance(weight=0.7, .*;": {"flow": tiny_flow().guided(GUIDANCE)},
-        "samples of labels_sha256 '.*, not None;": {"labels": None},
+        "samples of context_sha256 '.*, not None;": {"labels": None},
         "samples of strategy 'invented', not 'a Strategy';": {"strategy": OTHER},
         "samples of strategy_sha256 .*;": {"plan": lambda: OTHER},
     }
@@ -256,7 +256,7 @@ def test_samples_need_room_on_the_disk(out: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_samples_that_are_not_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(SMALL), "to_images", lambda self, x: x)
+    monkeypatch.setattr(type(SMALL), "from_tokens", lambda self, x: x)
     with pytest.raises(ValueError, match=r"^samples of shape \(16, 4\) are not images .*; draw them with jac"):
         draw(tmp_path)
 

@@ -23,7 +23,7 @@ from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.files import own_folder, read_object, write_json
 from jacobiflow.flows.config import Labels
 from jacobiflow.flows.fingerprint import fingerprint
-from jacobiflow.flows.image_flow import ImageFlow, check_flow, precision
+from jacobiflow.flows.flow import Flow, check_flow, precision
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
 from jacobiflow.progress import Progress
 from jacobiflow.solvers import Segments
@@ -36,7 +36,7 @@ _GAMMA_SAMPLES = 8  # each costs some thirty backward passes a block
 
 
 def calibrate(
-    flow: ImageFlow,
+    flow: Flow,
     images: Images,
     labels: Labels | None = None,
     norm: Norm = 2,
@@ -104,7 +104,7 @@ def calibrate(
     return report
 
 
-def _check_images(flow: ImageFlow, images: Images) -> None:
+def _check_images(flow: Flow, images: Images) -> None:
     if isinstance(images, torch.Tensor):
         flow.check_data(images)
     try:

@@ -19,7 +19,7 @@ from jacobiflow.calibration.report import GUESS_NAMES, named_guesses
 from jacobiflow.checks import check_finite
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import AffineBlock
-from jacobiflow.flows.image_flow import ImageFlow, Step, state_dtype
+from jacobiflow.flows.flow import Flow, Step, state_dtype
 from jacobiflow.progress import Progress
 from jacobiflow.solvers import MeanAffine, Sequential, Solver, no_gradients, solve
 
@@ -48,7 +48,7 @@ class BlockSolution(NamedTuple):
 
 
 def exact_solutions(
-    flow: ImageFlow, latents: Float[Tensor, "n t c"], labels: Int[Tensor, " n"] | None, batch_size: int,
+    flow: Flow, latents: Float[Tensor, "n t c"], labels: Int[Tensor, " n"] | None, batch_size: int,
     progress: Progress | None,
 ) -> list[BlockSolution]:  # fmt: skip
     """Solves each block by the exact loop at latents. Raises ValueError if one overflows."""
@@ -103,7 +103,7 @@ class Passes:
     """Images in batches, and passes over them. `blocks` are the flow's, guided if guidance is on."""
 
     def __init__(
-        self, flow: ImageFlow, images: Images, labels: Int[Tensor, " n"] | None, batch_size: int,
+        self, flow: Flow, images: Images, labels: Int[Tensor, " n"] | None, batch_size: int,
         progress: Progress | None,
     ) -> None:  # fmt: skip
         self.flow, self.images, self.batch_size, self.progress = flow, images, batch_size, progress

@@ -15,8 +15,8 @@ from jacobiflow.calibration.metrics import Components, Metrics, Norm, rank_corre
 from jacobiflow.checks import check_choice, check_count, check_flag, check_kind, check_number
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.fingerprint import check_fingerprint
+from jacobiflow.flows.flow import Flow, check_flow
 from jacobiflow.flows.guidance import Guidance
-from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.solvers import Guess, Latent, MeanAffine, Zeros
 
 GUESS_NAMES = ("latent", "zeros", "mean_affine")
@@ -193,13 +193,13 @@ class Report(codec.Document):
             raise InputValueError("no metrics per class in this report: calibrate with per_class=True and labels")
         return tuple(_class_spread(list(self.class_metrics.values()), block) for block in range(self.num_blocks))
 
-    def check(self, flow: ImageFlow) -> None:
+    def check(self, flow: Flow) -> None:
         """Raises ValueError if the report is of another flow: other weights, not just another dtype."""
         check_flow(flow)
         check_fingerprint(self.fingerprint, flow, "the report is of")
 
 
-def find_report(flow: ImageFlow) -> Path | None:
+def find_report(flow: Flow) -> Path | None:
     """Finds the report, report.json or report-*.json in the flow's model folder, of its guidance.
 
     Without one of this guidance it is that of another, report.json first; without any it is `None`.
@@ -211,7 +211,7 @@ def find_report(flow: ImageFlow) -> Path | None:
     return find_file(flow, "report", lambda file: Report.load(file).settings.guidance)
 
 
-def find_file(flow: ImageFlow, name: str, guidance_of: Callable[[Path], Guidance | None]) -> Path | None:
+def find_file(flow: Flow, name: str, guidance_of: Callable[[Path], Guidance | None]) -> Path | None:
     """The first file with this name that was made under the flow's guidance; else the first with this name."""
     check_flow(flow)
     files = [file for file in flow.report_files if file.name.startswith(name)]

@@ -15,7 +15,7 @@ from jacobiflow.cli.shared import progress_bar, show_table
 
 if TYPE_CHECKING:
     from jacobiflow.comparison import Comparison, Row
-    from jacobiflow.flows.image_flow import ImageFlow
+    from jacobiflow.flows.flow import Flow
     from jacobiflow.measuring import Timing
     from jacobiflow.progress import Progress
 
@@ -92,7 +92,7 @@ def bench(
 
 
 def _choose(
-    flow: ImageFlow, name: str, size: int, tolerance: float | None, report: jf.Report | None, progress: Progress
+    flow: Flow, name: str, size: int, tolerance: float | None, report: jf.Report | None, progress: Progress
 ) -> jf.Strategy:
     """The strategy of that name, to `tolerance` unless it stops after a number of sweeps."""
     from jacobiflow.strategy import choose, is_auto

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from jacobiflow.data import ImageDataset
     from jacobiflow.evaluation.features import FeatureFunction
-    from jacobiflow.flows.image_flow import ImageFlow
+    from jacobiflow.flows.flow import Flow
     from jacobiflow.progress import Progress
 
 _FEW = 10_000  # images on either side of what compares each with each
@@ -111,7 +111,7 @@ def _rows(results: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _open_samples(path: Path, flow: ImageFlow) -> jf.SampleFolder:
+def _open_samples(path: Path, flow: Flow) -> jf.SampleFolder:
     """Opens samples. Raises ValueError if they are not whole, or not of this flow."""
     from jacobiflow.flows.fingerprint import check_fingerprint
 
@@ -123,7 +123,7 @@ def _open_samples(path: Path, flow: ImageFlow) -> jf.SampleFolder:
 
 
 def _distances(
-    flow: ImageFlow, folder: jf.SampleFolder | None, name: str, inception: Path | None, images: str | None,
+    flow: Flow, folder: jf.SampleFolder | None, name: str, inception: Path | None, images: str | None,
     stats: Path | None, save_stats: Path | None, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """Fréchet distance to real images; with their features, kernel distance, precision and recall too."""
@@ -154,7 +154,7 @@ def _distances(
     return results
 
 
-def _real_images(flow: ImageFlow, extractor: FeatureFunction, source: str) -> Tensor:
+def _real_images(flow: Flow, extractor: FeatureFunction, source: str) -> Tensor:
     """The training split; for Inception a random half is mirrored, as in the original's data loader."""
     import torch
 
@@ -179,7 +179,7 @@ def _certificates(folder: jf.SampleFolder) -> dict[str, Any]:
     return results
 
 
-def _paired(folder: jf.SampleFolder, flow: ImageFlow, num: int, batch_size: int) -> dict[str, Any]:
+def _paired(folder: jf.SampleFolder, flow: Flow, num: int, batch_size: int) -> dict[str, Any]:
     """The first samples against the sequential loop's at the same latents."""
     import torch
 
@@ -202,7 +202,7 @@ def _paired(folder: jf.SampleFolder, flow: ImageFlow, num: int, batch_size: int)
     }
 
 
-def _test_images(flow: ImageFlow, source: str, num: int) -> ImageDataset:
+def _test_images(flow: Flow, source: str, num: int) -> ImageDataset:
     """The first `num` test images, after a check that the flow has their classes."""
     from jacobiflow.data import load_images
 
@@ -213,7 +213,7 @@ def _test_images(flow: ImageFlow, source: str, num: int) -> ImageDataset:
     return replace(data, images=data.images[:num], labels=labels)
 
 
-def _likelihood(flow: ImageFlow, test: ImageDataset, seed: int, batch_size: int, progress: Progress) -> dict[str, Any]:
+def _likelihood(flow: Flow, test: ImageDataset, seed: int, batch_size: int, progress: Progress) -> dict[str, Any]:
     """Bits per dimension and class accuracy of test images, with the noise of the flow's training."""
     from jacobiflow import evaluation
 

@@ -13,7 +13,7 @@ from jacobiflow.cli import shared
 from jacobiflow.errors import InputValueError
 
 if TYPE_CHECKING:
-    from jacobiflow.flows.image_flow import ImageFlow
+    from jacobiflow.flows.flow import Flow
 
 _MOST = 1024  # images in a batch that is chosen
 _TUNE = (
@@ -72,7 +72,7 @@ def plan(
     return {"model": model, "tuning": None if tuning is None else str(tuning), "strategy": strategy.to_json()}
 
 
-def _tune(flow: ImageFlow, model: str, out: Path) -> Path:
+def _tune(flow: Flow, model: str, out: Path) -> Path:
     """The file of a new tuning, in the model's folder if it is one of the user's."""
     folder = Path(model) if Path(model).is_dir() else out.parent
     file = folder / ("tuning.json" if flow.guidance is None else "tuning-guided.json")

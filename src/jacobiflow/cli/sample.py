@@ -16,7 +16,7 @@ from jacobiflow.cli.shared import progress_bar, show_table
 from jacobiflow.errors import InputValueError
 
 if TYPE_CHECKING:
-    from jacobiflow.flows.image_flow import ImageFlow
+    from jacobiflow.flows.flow import Flow
     from jacobiflow.progress import Progress
 
 _SHEET = "samples.png"
@@ -121,7 +121,7 @@ def sample(
     return results
 
 
-def _auto_batch_size(flow: ImageFlow, num: int, earlier: Path | None) -> int:
+def _auto_batch_size(flow: Flow, num: int, earlier: Path | None) -> int:
     """The batch size of the samples in a folder, if it has some, or else the largest that fits."""
     from jacobiflow.files import MANIFEST
     from jacobiflow.memory import fitting_batch
@@ -131,7 +131,7 @@ def _auto_batch_size(flow: ImageFlow, num: int, earlier: Path | None) -> int:
     return fitting_batch(flow, min(num, shared.MOST_AT_ONCE))
 
 
-def _compare(flow: ImageFlow, folder: jf.SampleFolder, sheet: Path, progress: Progress) -> dict[str, Any]:
+def _compare(flow: Flow, folder: jf.SampleFolder, sheet: Path, progress: Progress) -> dict[str, Any]:
     """Draws the first batch again by the original sampler and the folder's strategy; returns times and the error."""
     from jacobiflow import comparison, denoising, latents, measuring, plots, sampling
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from jacobiflow.data import Noise
-    from jacobiflow.flows.image_flow import ImageFlow
+    from jacobiflow.flows.flow import Flow
     from jacobiflow.progress import Progress
 
 MOST_AT_ONCE = 65_536  # latents of a batch of so many take 200 MB for images of 28x28
@@ -43,7 +43,7 @@ ImagesAtATime = Annotated[int, Option(min=1, max=MOST_AT_ONCE, help="Images in t
 Json = Annotated[Path | None, Option(help="Also write the results to this file.")]
 
 
-def load_model(name: str, device: str, dtype: str, guidance: str = "0") -> ImageFlow:
+def load_model(name: str, device: str, dtype: str, guidance: str = "0") -> Flow:
     """Loads the flow of `--model`, `--device`, `--dtype` and `--guidance`; tf32 is set for the whole process."""
     import torch
 
@@ -55,14 +55,14 @@ def load_model(name: str, device: str, dtype: str, guidance: str = "0") -> Image
     return jf.load(name, device, dtype).guided(jf.Guidance.parse(guidance))
 
 
-def image_size(flow: ImageFlow) -> tuple[int, int]:
+def image_size(flow: Flow) -> tuple[int, int]:
     """Returns the side and the channels of the flow's images, as `load_images` takes them."""
     channels, size, _ = flow.require_images()
     return size, channels
 
 
 def resolve_settings(
-    flow: ImageFlow, guidance: str | None, denoise: float | None, plain: bool, has_labels: bool
+    flow: Flow, guidance: str | None, denoise: float | None, plain: bool, has_labels: bool
 ) -> tuple[jf.SamplingSettings, str]:
     """Returns the guidance and the denoising to sample with, recommended unless given, and a line about their origin.
 
@@ -96,7 +96,7 @@ def parse_batch_size(text: str | None) -> int | None:
     return int(text)
 
 
-def parse_labels(text: str, num: int, flow: ImageFlow, seed: int) -> Tensor | None:
+def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:
     """Returns the labels of `num` samples that `--labels` gives; `seed` is that of random ones."""
     import torch
 
@@ -132,7 +132,7 @@ def _read_labels(path: Path) -> Any:
         raise InputValueError(f"--labels {path}: cannot be read as whole numbers ({error})") from error
 
 
-def load_report(path: Path | None, flow: ImageFlow) -> jf.Report | None:
+def load_report(path: Path | None, flow: Flow) -> jf.Report | None:
     """Returns the report of `--report`, if there is one, after a check that it is of this flow."""
     if path is None:
         return None
@@ -141,7 +141,7 @@ def load_report(path: Path | None, flow: ImageFlow) -> jf.Report | None:
     return report
 
 
-def training_noise(flow: ImageFlow) -> Noise:
+def training_noise(flow: Flow) -> Noise:
     """Returns the noise of the images that the flow was trained on."""
     from jacobiflow.data import Noise
 

@@ -16,7 +16,7 @@ from jacobiflow.cli import shared
 from jacobiflow.errors import InputValueError
 
 if TYPE_CHECKING:
-    from jacobiflow.flows.image_flow import ImageFlow
+    from jacobiflow.flows.flow import Flow
     from jacobiflow.training import StepReport
 
 _REPORT_EVERY = 50  # steps
@@ -64,7 +64,7 @@ def train(
     from jacobiflow import measuring, plots, training
     from jacobiflow.checks import check_device
     from jacobiflow.data import Augmentation, load_images
-    from jacobiflow.flows.image_flow import FLOWS
+    from jacobiflow.flows.flow import FLOWS
 
     data = load_images(images, image_size, image_channels)
     if flow not in FLOWS:
@@ -92,7 +92,7 @@ def train(
             metrics = f"loss {report.loss:+.4f}  {report.bits_per_dim:.3f} bits/dim  {report.seconds:.0f} s"
             print(f"step {report.step}/{steps}  {metrics}", file=sys.stderr)
 
-    def on_sample(average: ImageFlow, step: int) -> None:
+    def on_sample(average: Flow, step: int) -> None:
         labels = shared.parse_labels("balanced", 20, average, seed)
         samples = jf.sample(average, num=20, labels=labels, seed=seed, strategy="sequential")
         plots.save_png(plots.image_grid(samples.images, columns=10), out / f"samples-{step:06d}.png")
@@ -108,7 +108,7 @@ def train(
     return {"model": str(out), "flow": flow, **asdict(config), "last_step": last, **measuring.machine(place)}
 
 
-def _extra_options(flow_class: type[ImageFlow], **values: Any) -> dict[str, Any]:
+def _extra_options(flow_class: type[Flow], **values: Any) -> dict[str, Any]:
     """The values that were given, of options that only some flows have; ValueError if this flow lacks one."""
     extra = {name: value for name, value in values.items() if value is not None}
     parameters = inspect.signature(flow_class.config_from_options).parameters

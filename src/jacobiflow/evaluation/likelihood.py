@@ -10,13 +10,13 @@ from torch import Tensor
 
 from jacobiflow.data import ImageDataset, Noise, noisy_images
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.image_flow import ImageFlow, state_dtype
+from jacobiflow.flows.flow import Flow, state_dtype
 from jacobiflow.progress import Progress
 
 
 @torch.no_grad()
 def bits_per_dim(
-    flow: ImageFlow, data: ImageDataset, noise: Noise, seed: int = 0, batch_size: int = 64,
+    flow: Flow, data: ImageDataset, noise: Noise, seed: int = 0, batch_size: int = 64,
     progress: Progress | None = None,
 ) -> float:  # fmt: skip
     """Computes the mean bits per dimension of images, in units of 8-bit pixels: -log2 p(x) / D + log2(128).
@@ -43,7 +43,7 @@ def bits_per_dim(
 
 @torch.no_grad()
 def bayes_accuracy(
-    flow: ImageFlow, data: ImageDataset, noise: Noise, seed: int = 0, batch_size: int = 64,
+    flow: Flow, data: ImageDataset, noise: Noise, seed: int = 0, batch_size: int = 64,
     progress: Progress | None = None,
 ) -> float:  # fmt: skip
     """Computes the share of images whose label is the class y with the largest log p(x | y).
@@ -61,7 +61,7 @@ def bayes_accuracy(
 
 
 def _noisy_batches(
-    flow: ImageFlow, data: ImageDataset, noise: Noise, seed: int, batch_size: int, progress: Progress | None, what: str
+    flow: Flow, data: ImageDataset, noise: Noise, seed: int, batch_size: int, progress: Progress | None, what: str
 ) -> Iterator[tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"] | None]]:
     """Yields images with noise, and labels if the flow takes any."""
     device = flow.var.device

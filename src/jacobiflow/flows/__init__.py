@@ -5,12 +5,12 @@
 
 from jacobiflow.flows.base import AttentionContext, FlowBlock, Permutation
 from jacobiflow.flows.config import FlowConfig
-from jacobiflow.flows.image_flow import ImageFlow, register
+from jacobiflow.flows.flow import Flow, register
 from jacobiflow.flows.maf import MAF
 from jacobiflow.flows.prose import Prose
 from jacobiflow.flows.tarflow import TarFlow
 
 __all__ = [
-    "MAF", "AttentionContext", "FlowBlock", "FlowConfig", "ImageFlow", "Permutation", "Prose",
+    "MAF", "AttentionContext", "FlowBlock", "FlowConfig", "Flow", "Permutation", "Prose",
     "TarFlow", "register",
 ]  # fmt: skip

@@ -319,7 +319,7 @@ def as_labels(labels: Any, num: int) -> Int[Tensor, " n"]:
 def embed_classes(table: Float[Tensor, "k ..."] | None, labels: Int[Tensor, " b"] | None) -> Tensor | None:
     """Looks up the row of a table for each label; the mean over classes for labels below 0 and for `None`.
 
-    A label that is not a class raises ValueError. On a GPU only `ImageFlow.check_labels` finds out.
+    A label that is not a class raises ValueError. On a GPU only `Flow.check_labels` finds out.
     """
     if table is None:
         return None

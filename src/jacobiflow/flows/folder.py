@@ -109,7 +109,7 @@ def check_own_model(path: Path) -> None:
 
 
 def write_model(flow: Any, path: Path, dtype: torch.dtype | None = None, title: str = "") -> None:
-    """Writes a model folder, as `ImageFlow.save_pretrained` documents it.
+    """Writes a model folder, as `Flow.save_pretrained` documents it.
 
     The card, if there is no README.md, has `title`, by default the folder's name.
     """

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import FlowBlock, Permutation, ScaleShift, Tokens, check_input
 from jacobiflow.flows.config import MAFConfig, embed_classes
+from jacobiflow.flows.flow import Flow, Images, register
 from jacobiflow.flows.guidance import Guidance
-from jacobiflow.flows.image_flow import ImageFlow, Images, register
 from jacobiflow.native import usable
 from jacobiflow.native.masked import Elementwise, Function, Kind, Operation, Transform, masked_transform, run_chain
 
@@ -235,7 +235,7 @@ def _transforms(tokens: int, units: int, layers: int, has_classes: bool, is_guid
 
 
 @register
-class MAF(ImageFlow):
+class MAF(Flow):
     """Stack of masked affine blocks over the logits of an image's pixels, alternately in raster and in reverse order.
 
     Images are uniformly dequantised, in [-1, 1].
@@ -278,7 +278,7 @@ class MAF(ImageFlow):
         log_slopes = math.log(0.5 - self.config.logit_alpha) - F.logsigmoid(tokens) - F.logsigmoid(-tokens)
         return log_slopes.sum(dim=(1, 2))
 
-    def to_images(self, x: Tokens) -> Images:
+    def from_tokens(self, x: Tokens) -> Images:
         config = self.config
         images = torch.tanh(x / 2) / (1 - 2 * config.logit_alpha)
         return images.reshape(-1, config.in_channels, config.image_size, config.image_size)

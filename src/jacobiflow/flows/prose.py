@@ -19,8 +19,8 @@ from jacobiflow.checks import check_count, check_flag, convert_numbers
 from jacobiflow.errors import CheckpointError, InputValueError
 from jacobiflow.flows.base import Permutation
 from jacobiflow.flows.config import Context
+from jacobiflow.flows.flow import Flow, register
 from jacobiflow.flows.folder import build
-from jacobiflow.flows.image_flow import ImageFlow, register
 from jacobiflow.flows.tarflow.attention import Adaptive, Attention, AttentionBlock, LayerWeights
 from jacobiflow.flows.tarflow.block import TransformerBlock
 from jacobiflow.flows.tarflow.original import count_groups, read_original
@@ -240,7 +240,7 @@ def sinusoid(numbers: Int[Tensor, " t"], channels: int, period: float) -> Float[
 
 
 @register
-class Prose(ImageFlow):
+class Prose(Flow):
     """A flow of the positions of a peptide's atoms (N, T, 3), of any peptide; `for_peptide` gives the view of one.
 
     Reference: Tan et al., Amortized Sampling with Transferable Normalizing Flows, arXiv 2508.18175.

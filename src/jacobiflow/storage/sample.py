@@ -26,7 +26,7 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.files import MANIFEST, check_own, json_bytes, locked, sha256, write_atomically
 from jacobiflow.flows.config import Context, Labels
 from jacobiflow.flows.fingerprint import fingerprint
-from jacobiflow.flows.image_flow import ImageFlow, check_flow, precision
+from jacobiflow.flows.flow import Flow, check_flow, precision
 from jacobiflow.latents import MOST_SAMPLES, draw_latents
 from jacobiflow.measuring import machine
 from jacobiflow.progress import Progress
@@ -101,7 +101,7 @@ def processes() -> Iterator[Processes]:
 
 
 def sample_to_folder(
-    flow: ImageFlow,
+    flow: Flow,
     num: int,
     out: str | Path,
     labels: Labels | None = None,
@@ -275,7 +275,7 @@ def _resume(
 
 @torch.no_grad()
 def _draw_shards(
-    flow: ImageFlow, folder: SampleFolder, todo: Sequence[int], context: Tensor | None,
+    flow: Flow, folder: SampleFolder, todo: Sequence[int], context: Tensor | None,
     processes: Processes, progress: Progress | None,
 ) -> None:  # fmt: skip
     """Draws the share of this process."""

@@ -18,7 +18,7 @@ from jacobiflow.checks import check_count, check_kind, check_number, short
 from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.files import cache_folder, sha256
 from jacobiflow.flows.fingerprint import cached_fingerprint
-from jacobiflow.flows.image_flow import ImageFlow, check_flow
+from jacobiflow.flows.flow import Flow, check_flow
 from jacobiflow.latents import MOST_SAMPLES
 from jacobiflow.measuring import machine
 from jacobiflow.memory import exceeds_memory
@@ -39,7 +39,7 @@ _plans: WeakKeyDictionary[Any, dict[Hashable, tuple[str, Strategy | None, float]
 
 
 def choose(
-    flow: ImageFlow, strategy: str | Path | Strategy, batch_size: int, *, tolerance: float | None = None,
+    flow: Flow, strategy: str | Path | Strategy, batch_size: int, *, tolerance: float | None = None,
     report: Report | None = None, progress: Progress | None = None,
 ) -> Strategy:  # fmt: skip
     """Returns the `Strategy` to solve batches of a size with.
@@ -93,7 +93,7 @@ def _tolerance_of(name: str, tolerance: float | None) -> float | None:
 
 
 def auto(
-    flow: ImageFlow, batch_size: int, tolerance: float | None = None, progress: Progress | None = None
+    flow: Flow, batch_size: int, tolerance: float | None = None, progress: Progress | None = None
 ) -> Strategy:
     """Returns the plan for a flow, its device, a batch size and a tolerance, made by `jacobiflow.plan` once.
 
@@ -120,7 +120,7 @@ def auto(
     return strategy
 
 
-def _environment(flow: ImageFlow) -> tuple[Hashable, ...]:
+def _environment(flow: Flow) -> tuple[Hashable, ...]:
     """The conditions of a plan that can change within a process."""
     device = flow.var.device
     return (
@@ -130,7 +130,7 @@ def _environment(flow: ImageFlow) -> tuple[Hashable, ...]:
 
 
 def _read_or_make(
-    flow: ImageFlow, weights: str, batch_size: int, tolerance: float, progress: Progress | None
+    flow: Flow, weights: str, batch_size: int, tolerance: float, progress: Progress | None
 ) -> Strategy:
     """The plan in the cache folder, or a new one, which is written there unless its timings are in doubt."""
     rounded = 1 << (batch_size - 1).bit_length()

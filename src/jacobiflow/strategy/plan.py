@@ -16,7 +16,7 @@ from torch import Tensor
 from jacobiflow.checks import check_count, check_flag, check_kind, check_positive
 from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.fingerprint import fingerprint
-from jacobiflow.flows.image_flow import ImageFlow, check_flow, precision
+from jacobiflow.flows.flow import Flow, check_flow, precision
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
 from jacobiflow.measuring import timed
 from jacobiflow.progress import Progress
@@ -39,7 +39,7 @@ _LOOP = Solver(Sequential())
 
 
 def plan(
-    flow: ImageFlow, tuning: Tuning | None = None, batch_size: int = 16, tolerance: float = 1e-3,
+    flow: Flow, tuning: Tuning | None = None, batch_size: int = 16, tolerance: float = 1e-3,
     *, bf16: bool = True, progress: Progress | None = None,
 ) -> Strategy:  # fmt: skip
     """Finds the fastest solver for each block by timing real solves on this device.
@@ -81,7 +81,7 @@ def plan(
 
 
 def make_plan(
-    flow: ImageFlow, tuning: Tuning | None, batch_size: int, tolerance: float,
+    flow: Flow, tuning: Tuning | None, batch_size: int, tolerance: float,
     bf16: bool, progress: Progress | None,
 ) -> Strategy:  # fmt: skip
     """`plan` without its checks and its warning."""
@@ -105,7 +105,7 @@ def warn_if_raised(strategy: Strategy, tolerance: float) -> None:
         )
 
 
-def rounding_floor(flow: ImageFlow) -> float:
+def rounding_floor(flow: Flow) -> float:
     """Measures the rounding of a network, below which no tolerance can be reached.
 
     The larger of the largest residual |g(x) - x| of the exact loop's answers, over the blocks, and the largest
@@ -126,7 +126,7 @@ def rounding_floor(flow: ImageFlow) -> float:
     return max(largest, float(_or_zero(exact - iterated).abs().max()))
 
 
-def _latents(flow: ImageFlow, first: int, num: int) -> tuple[Float[Tensor, "n t c"], Int[Tensor, " n"] | None]:
+def _latents(flow: Flow, first: int, num: int) -> tuple[Float[Tensor, "n t c"], Int[Tensor, " n"] | None]:
     """Tokens at which the last block is inverted, in raster order, and labels."""
     config = flow.config
     latents = draw_latents(num, config.num_tokens, config.token_channels, start=FIRST_CALIBRATION_LATENT + first)
@@ -140,7 +140,7 @@ def _or_zero(x: Tensor) -> Tensor:
 
 @dataclass
 class _Planner:
-    flow: ImageFlow
+    flow: Flow
     tuning: Tuning | None
     batch_size: int
     tolerance: float

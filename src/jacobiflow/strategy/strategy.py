@@ -11,8 +11,8 @@ from jacobiflow.calibration import Report, gs_jacobi_notation
 from jacobiflow.checks import check_count, check_fields, check_kind, check_number, short
 from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.flows.fingerprint import cached_fingerprint, check_fingerprint
+from jacobiflow.flows.flow import Flow, check_flow
 from jacobiflow.flows.guidance import Guidance
-from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.solvers import Latent, Solver
 from jacobiflow.strategy import notation
 from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
@@ -162,7 +162,7 @@ class Strategy(codec.Document):
         )
         return replace(self, solvers=tuple(solvers))
 
-    def check(self, flow: ImageFlow, batch_size: int = 1) -> None:
+    def check(self, flow: Flow, batch_size: int = 1) -> None:
         """Raises ValueError if the strategy does not fit the flow, or was planned for other conditions.
 
         That is for other weights, another device, other guidance or fewer samples. A smaller batch is solved as well,

@@ -17,8 +17,8 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.config import Labels, as_labels
 from jacobiflow.flows.fingerprint import check_fingerprint, fingerprint
+from jacobiflow.flows.flow import Flow, check_flow
 from jacobiflow.flows.guidance import Guidance
-from jacobiflow.flows.image_flow import ImageFlow, check_flow
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
 from jacobiflow.progress import Progress
 from jacobiflow.solvers import Correction, Guess, Plain, Solver, Tolerance, Whole, solve
@@ -64,7 +64,7 @@ class Tuning(codec.Document):
     seed: int
     blocks: tuple[BlockTuning, ...]
 
-    def check(self, flow: ImageFlow) -> None:
+    def check(self, flow: Flow) -> None:
         """Raises ValueError if the tuning is of another flow."""
         check_flow(flow)
         check_fingerprint(self.fingerprint, flow, "the tuning is of", "tune this one")
@@ -76,7 +76,7 @@ class Tuning(codec.Document):
 
 
 def tune(
-    flow: ImageFlow, labels: Labels | None = None, *, samples: int = SAMPLES,
+    flow: Flow, labels: Labels | None = None, *, samples: int = SAMPLES,
     batch_size: int = 64, seed: int = 0, progress: Progress | None = None,
 ) -> Tuning:  # fmt: skip
     """Fits a guess and a correction to each block, to its exact solutions at fresh latents.
@@ -115,7 +115,7 @@ def tune(
     return Tuning(fingerprint(flow), config.num_tokens, flow.guidance, samples, seed, tuple(fitted))
 
 
-def find_tuning(flow: ImageFlow) -> Path | None:
+def find_tuning(flow: Flow) -> Path | None:
     """Finds the tuning, tuning.json or tuning-*.json in the flow's model folder, of its guidance.
 
     Without one of this guidance it is that of another, tuning.json first; without any it is `None`.
@@ -130,7 +130,7 @@ def find_tuning(flow: ImageFlow) -> Path | None:
     return find_file(flow, "tuning", lambda file: Tuning.load(file).guidance)
 
 
-def _context(flow: ImageFlow, labels: Labels | None, samples: int) -> Tensor | None:
+def _context(flow: Flow, labels: Labels | None, samples: int) -> Tensor | None:
     """A class, or numbers, for each of the samples."""
     if labels is None:
         return any_context(flow, samples)
@@ -141,7 +141,7 @@ def _context(flow: ImageFlow, labels: Labels | None, samples: int) -> Tensor | N
     return classes.to(flow.var.device)[torch.arange(samples, device=flow.var.device) % len(classes)]
 
 
-def any_context(flow: ImageFlow, samples: int) -> Tensor | None:
+def any_context(flow: Flow, samples: int) -> Tensor | None:
     """All classes in turn, or standard normal numbers; `None` if the flow has no context."""
     classes, channels = flow.config.num_classes, getattr(flow.config, "context_channels", 0)
     if channels:

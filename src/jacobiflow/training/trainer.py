@@ -18,8 +18,8 @@ from jacobiflow.data import Augmentation, ImageDataset, Noise, add_noise, augmen
 from jacobiflow.data.augmentation import keyed_generator
 from jacobiflow.errors import InputValueError
 from jacobiflow.files import locked, partials, write_atomically
+from jacobiflow.flows.flow import Flow
 from jacobiflow.flows.folder import check_own_model, write_model
-from jacobiflow.flows.image_flow import ImageFlow
 from jacobiflow.progress import Progress
 from jacobiflow.training.folder import CHECKPOINT, METRICS, Checkpoint, StepReport, last_checkpoint, read_metrics
 
@@ -89,18 +89,18 @@ class TrainConfig:
 
 
 def train(
-    flow: ImageFlow,
+    flow: Flow,
     data: ImageDataset,
     config: TrainConfig,
     out: str | Path,
     on_step: Callable[[StepReport], None] | None = None,
-    on_sample: Callable[[ImageFlow, int], None] | None = None,
+    on_sample: Callable[[Flow, int], None] | None = None,
     progress: Progress | None = None,
-) -> ImageFlow:
+) -> Flow:
     """Trains a flow by maximum likelihood, on images with noise.
 
     The loss is mean(z^2) / 2 - log-det / D. A flow without scales also learns its prior variance, as a moving average
-    of z^2. The first batch initialises the flow, see `ImageFlow.initialize`. The images, noise and dropped labels of a
+    of z^2. The first batch initialises the flow, see `Flow.initialize`. The images, noise and dropped labels of a
     step depend only on the seed and the step.
 
     With the same `out` again, training resumes from the checkpoint, and ends with the same weights as without the stop.
@@ -157,9 +157,9 @@ def train(
     return run.average
 
 
-def _check(flow: ImageFlow, data: ImageDataset, config: TrainConfig) -> None:
+def _check(flow: Flow, data: ImageDataset, config: TrainConfig) -> None:
     """Raises ValueError if the flow, the data and the configuration do not fit each other."""
-    check_kind("flow", flow, ImageFlow, "an ImageFlow, such as jacobiflow.TarFlow(config)")
+    check_kind("flow", flow, Flow, "an Flow, such as jacobiflow.TarFlow(config)")
     check_kind("data", data, ImageDataset, "an ImageDataset, such as jacobiflow.data.load_images gives")
     check_kind("config", config, TrainConfig, "a TrainConfig")
     takes, have, shape = flow.config, tuple(data.images.shape[1:]), flow.require_images()
@@ -173,7 +173,7 @@ def _check(flow: ImageFlow, data: ImageDataset, config: TrainConfig) -> None:
         raise InputValueError(f"noise of std {config.noise.std}, but the flow's config has noise_std={takes.noise_std}")
 
 
-def _describe(flow: ImageFlow, config: TrainConfig, data: ImageDataset) -> dict[str, Any]:
+def _describe(flow: Flow, config: TrainConfig, data: ImageDataset) -> dict[str, Any]:
     """Describes what a resumed run must share with the run before: the flow, the settings, and the images."""
     digest = hashlib.sha256(data.images.contiguous().numpy().data)
     if flow.config.num_classes and data.labels is not None:
@@ -186,7 +186,7 @@ def _describe(flow: ImageFlow, config: TrainConfig, data: ImageDataset) -> dict[
 class _Run:
     """The state of a training run. `is_updating` is true in an update, when no checkpoint may be written."""
 
-    def __init__(self, flow: ImageFlow, config: TrainConfig, out: Path, description: dict[str, Any]) -> None:
+    def __init__(self, flow: Flow, config: TrainConfig, out: Path, description: dict[str, Any]) -> None:
         self.flow, self.config, self.out, self.description = flow, config, out, description
         self.average = type(flow)(flow.config).to(flow.var.device)
         self.average.load_state_dict(flow.state_dict())

@@ -15,8 +15,8 @@ from jacobiflow.errors import CheckpointError, first_line
 from jacobiflow.files import write_beside
 from jacobiflow.flows.base import Permutation
 from jacobiflow.flows.config import TarFlowConfig, TokenConfig
+from jacobiflow.flows.flow import Flow, register
 from jacobiflow.flows.folder import build, check_values
-from jacobiflow.flows.image_flow import ImageFlow, register
 from jacobiflow.flows.tarflow.block import TarFlowBlock
 from jacobiflow.flows.tarflow.original import infer_config, read_original
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @register
-class TarFlow(ImageFlow):
+class TarFlow(Flow):
     """Stack of causal affine blocks over tokens, or over the patches of an image.
 
     The config says which: a `TokenConfig`, or a `TarFlowConfig` for images.
@@ -100,7 +100,7 @@ class TarFlow(ImageFlow):
             return x
         return F.unfold(x, self.config.patch_size, stride=self.config.patch_size).transpose(1, 2)
 
-    def to_images(self, tokens: Float[Tensor, "n t d"]) -> Float[Tensor, "n ..."]:
+    def from_tokens(self, tokens: Float[Tensor, "n t d"]) -> Float[Tensor, "n ..."]:
         if not isinstance(self.config, TarFlowConfig):
             return tokens
         side, size = self.config.image_size, self.config.patch_size

@@ -23,11 +23,9 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
     remedy = "give a file that torch.save(model.state_dict(), path) wrote"
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
     except Exception as error:  # torch.load names no exceptions, and damage raises nearly any
         raise CheckpointError(
-            f"{path}: cut short, damaged, or not only tensors; code in it was not run ({first_line(error)}); {remedy}"
+            f"{path}: missing, damaged, or not only tensors; code in it was not run ({first_line(error)}); {remedy}"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise CheckpointError(f"{path}: not a dict of tensors; {remedy}")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.flows import ImageFlow, register
-from jacobiflow.flows.image_flow import FLOWS as REGISTERED
-from jacobiflow.flows.image_flow import state_dtype
+from jacobiflow.flows import Flow, register
+from jacobiflow.flows.flow import FLOWS as REGISTERED
+from jacobiflow.flows.flow import state_dtype
 from tests.extending.recurrent_flow import RecurrentFlow
 from tests.helpers.oracle import MAFOracle, Oracle
 from tests.helpers.problems import latents, make_flow, make_maf
@@ -33,13 +33,13 @@ FLOWS: dict[str, Callable[[], Any]] = {
 }
 
 
-def images_of(flow: ImageFlow, num: int = 3) -> Tensor:
+def images_of(flow: Flow, num: int = 3) -> Tensor:
     config = flow.config
     shape = (num, config.in_channels, config.image_size, config.image_size)
     return torch.rand(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2 - 1
 
 
-def labels_of(flow: ImageFlow) -> Tensor | None:
+def labels_of(flow: Flow) -> Tensor | None:
     """The first class, none, the last class."""
     return torch.tensor([0, -1, flow.config.num_classes - 1]) if flow.config.num_classes else None
 
@@ -62,8 +62,9 @@ def test_encoding_is_the_oracle_s_with_the_determinant_of_the_dense_jacobian_and
     torch.testing.assert_close(flow.log_prob(images, labels), log_prob, rtol=1e-10, atol=1e-9)
     bits = -log_prob / math.log(2) / images[0].numel() + 7
     torch.testing.assert_close(flow.bits_per_dim(images, labels), bits, rtol=1e-10, atol=1e-9)
-    out = jf.decode(flow, z.detach(), labels, strategy="sequential")
-    torch.testing.assert_close(out.images, images, rtol=0, atol=1e-8)
+    decoded, density = jf.decode(flow, z.detach(), labels, strategy="sequential", log_prob=True)
+    torch.testing.assert_close(decoded, images, rtol=0, atol=1e-8)
+    torch.testing.assert_close(density, log_prob, rtol=1e-10, atol=1e-8)
     assert torch.equal(images, copied)
 
 
@@ -98,5 +99,5 @@ def test_a_name_has_one_flow() -> None:
     again = type("RecurrentFlow", (RecurrentFlow,), {"__module__": RecurrentFlow.__module__})  # its module reloaded
     assert register(again) is again is REGISTERED["recurrent"]
     assert register(RecurrentFlow) is RecurrentFlow is REGISTERED["recurrent"]
-    with pytest.raises(TypeError, match="give a class that derives from ImageFlow"):
+    with pytest.raises(TypeError, match="give a class that derives from Flow"):
         register(jf.TarFlowConfig)  # type: ignore[type-var]

@@ -40,10 +40,10 @@ class Step(NamedTuple):
     z: Tokens
 
 
-class ImageFlow(nn.Module):
+class Flow(nn.Module):
     """A stack of affine blocks over tokens (N, T, C), each of which reads them in an order of its own.
 
-    By default its data are the tokens. A flow over images also defines `to_tokens`, `to_images`, `tokens_log_det` if
+    By default its data are the tokens. A flow over images also defines `to_tokens`, `from_tokens`, `tokens_log_det` if
     these change volumes, and `config_from_options`; its config has `in_channels` and `image_size`. A flow is registered
     by `jacobiflow.flows.register`.
 
@@ -177,7 +177,7 @@ class ImageFlow(nn.Module):
         """Returns data as tokens; images in raster order."""
         return x
 
-    def to_images(self, tokens: Tokens) -> Data:
+    def from_tokens(self, tokens: Tokens) -> Data:
         """Returns the data of tokens; inverse of `to_tokens`."""
         return tokens
 
@@ -305,37 +305,37 @@ def _is_numbers(context: Any) -> bool:
 
 def check_flow(flow: Any) -> None:
     """Checks that `flow` is a flow."""
-    check_kind("flow", flow, ImageFlow, "a flow, such as jacobiflow.load(...) returns")
+    check_kind("flow", flow, Flow, "a flow, such as jacobiflow.load(...) returns")
 
 
-def state_dtype(flow: ImageFlow) -> torch.dtype:
+def state_dtype(flow: Flow) -> torch.dtype:
     """Returns the dtype of tokens and residuals: float64 if the flow's weights are, else float32."""
     return torch.float64 if flow.var.dtype == torch.float64 else torch.float32
 
 
-def precision(flow: ImageFlow) -> str:
+def precision(flow: Flow) -> str:
     """Returns the name of the flow's dtype: "float32", "bfloat16", .. or "tf32", if PyTorch lets a GPU use that."""
     dtype = flow.var.dtype
     tf32 = dtype == torch.float32 and flow.var.is_cuda and torch.get_float32_matmul_precision() != "highest"
     return "tf32" if tf32 else str(dtype).removeprefix("torch.")
 
 
-Flow = TypeVar("Flow", bound=type[ImageFlow])
+FlowType = TypeVar("FlowType", bound=type[Flow])
 
-FLOWS: dict[str, type[ImageFlow]] = {}
+FLOWS: dict[str, type[Flow]] = {}
 """The registered flows by their names."""
 
 
-def register(flow: Flow) -> Flow:
-    """Registers a subclass of `ImageFlow` under its `model_type`; a class decorator.
+def register(flow: FlowType) -> FlowType:
+    """Registers a subclass of `Flow` under its `model_type`; a class decorator.
 
     Example:
         >>> @register
         ... class Wide(jf.MAF):
         ...     model_type = "wide-maf"
     """
-    if not isinstance(flow, type) or not issubclass(flow, ImageFlow):
-        raise InputTypeError(f"flow={short(flow)}: give a class that derives from ImageFlow")
+    if not isinstance(flow, type) or not issubclass(flow, Flow):
+        raise InputTypeError(f"flow={short(flow)}: give a class that derives from Flow")
     name, owner = flow.model_type, FLOWS.get(flow.model_type, flow)
     # The same class once more is a module that was loaded again, or a notebook's cell.
     if (owner.__module__, owner.__qualname__) != (flow.__module__, flow.__qualname__):
@@ -344,7 +344,7 @@ def register(flow: Flow) -> Flow:
     return flow
 
 
-def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None) -> ImageFlow:
+def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None) -> Flow:
     """Loads a flow for sampling: in eval mode, its parameters without gradients.
 
     Args:

@@ -1,0 +1,91 @@
+"""Importance weights against their definition, and samples that may have none."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import jacobiflow as jf
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@cache
+def flow() -> jf.TarFlow:
+    """A Gaussian with another mean and scale than N(0, I)."""
+    flow = jf.TarFlow(jf.TokenConfig(2, 1, channels=8, num_blocks=1, layers_per_block=1, head_dim=8)).double()
+    flow.var.fill_(1.5)
+    flow.requires_grad_(False).blocks[0].proj_out.bias.zero_()
+    return flow
+
+
+def test_weights_are_those_of_the_definition() -> None:
+    """The target is N(0.3, 1) in each of two values, its constant left out."""
+    samples = jf.sample(flow(), 20_000)
+    energy = (samples.tokens - 0.3).square().sum(dim=(1, 2)) / 2
+    weights = jf.importance(samples, energy)
+    q = torch.distributions.Normal(0.0, math.sqrt(1.5)).log_prob(samples.tokens).sum(dim=(1, 2))
+    torch.testing.assert_close(weights.log_weights, -energy - q, rtol=0, atol=1e-9)
+    w = (-energy - q).exp()
+    assert weights.effective_sample_size == pytest.approx(float(w.sum() ** 2 / w.square().sum()))
+    torch.testing.assert_close(weights.mean(samples.tokens), (w.view(-1, 1, 1) * samples.tokens).sum(0) / w.sum())
+    assert (weights.mean(samples.tokens) - 0.3).abs().max() < 0.05
+    chosen = samples.tokens[weights.resample(50_000, seed=1)]
+    assert (chosen.mean(dim=0) - 0.3).abs().max() < 0.05
+    assert torch.equal(weights.resample(10, seed=2), weights.resample(10, seed=2))
+
+
+def test_clipping_lowers_the_largest_weights() -> None:
+    samples = jf.sample(flow(), 1000)
+    energy = 4 * samples.tokens.square().sum(dim=(1, 2))
+    plain, clipped = jf.importance(samples, energy), jf.importance(samples, energy, clip=0.01)
+    bound = plain.log_weights.sort(descending=True).values[10]
+    assert torch.equal(clipped.log_weights, plain.log_weights.clamp(max=float(bound)))
+
+
+def test_a_folder_has_the_weights_of_its_samples(tmp_path: Path) -> None:
+    """Its densities are stored, whole or resumed, to the bit."""
+    single = copy.deepcopy(flow()).float()
+    whole = jf.sample_to_folder(single, 12, tmp_path / "whole", batch_size=4, shard_size=4, strategy="sequential")
+    jf.sample_to_folder(single, 8, tmp_path / "resumed", batch_size=4, shard_size=4, strategy="sequential")
+    resumed = jf.sample_to_folder(single, 12, tmp_path / "resumed", batch_size=4, shard_size=4, strategy="sequential")
+    assert resumed.drawn == 4
+    for i in range(3):
+        name = f"shards/{i:05}.npz"
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
+    samples = jf.sample(single, 12, strategy="sequential", batch_size=4)
+    assert torch.equal(torch.cat([whole.tokens(i) for i in range(3)]), samples.tokens)
+    energy = samples.tokens.square().sum(dim=(1, 2))
+    assert torch.equal(jf.importance(whole, energy).log_weights, jf.importance(samples, energy).log_weights)
+    with pytest.raises(ValueError, match="take .tokens"):
+        whole.images(0)
+
+
+@pytest.mark.filterwarnings("ignore:.* samples")
+def test_samples_that_are_not_from_the_density_have_no_weights() -> None:
+    samples, energy = jf.sample(flow(), 4), torch.zeros(4)
+    lost = torch.randn(4, 2, 1, dtype=torch.float64)
+    lost[2] = 1.7e308
+    refused = {
+        "not certified, since the strategy stops": jf.sample(flow(), 4, strategy="jacobi-1"),
+        "not certified, since certificates were turned off": jf.sample(flow(), 4, strategy="jacobi", certify=False),
+        "1 lost": jf.sample(flow(), latents=lost),
+        "without densities": replace(samples, log_prob=None),
+    }
+    for words, each in refused.items():
+        with pytest.raises(ValueError, match=words):
+            jf.importance(each, energy)
+    for bad, words in ((torch.zeros(3), "energy"), (torch.full((4,), torch.nan), "4 are NaN")):
+        with pytest.raises(ValueError, match=words):
+            jf.importance(samples, bad)
+    with pytest.raises(ValueError, match="all are infinite"):
+        jf.importance(samples, torch.full((4,), torch.inf))
+    with pytest.raises(ValueError, match="clip=1"):
+        jf.importance(samples, energy, clip=1.0)
+    assert jf.importance(samples, torch.tensor([0, 0, torch.inf, 0])).normalized[2] == 0
