@@ -13,7 +13,6 @@ from jacobiflow.checks import check_count, check_number
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.config import Labels
 from jacobiflow.flows.flow import Flow, check_flow
-from jacobiflow.latents import MOST_SAMPLES
 
 _MEMORY = 4 << 30  # bytes that a backward pass may need beside the weights
 
@@ -40,7 +39,7 @@ def denoise(
     """
     check_flow(flow)
     rate = check_rate(flow, rate, "rate")
-    batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    batch_size = check_count("batch_size", batch_size, most=2**31)
     labels = flow.check_batch(images, labels)
     lost = int((~torch.isfinite(images).all(dim=(1, 2, 3))).sum())
     if lost:
