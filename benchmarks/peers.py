@@ -50,9 +50,7 @@ class CountedMap:
         return self.block.update(x, self.z, start, stop, self.cache)
 
 
-def selective_jacobi(
-    flow: Flow, z: Tensor, labels: Tensor | None = None, *, threshold: float = 0.5
-) -> PeerSamples:
+def selective_jacobi(flow: Flow, z: Tensor, labels: Tensor | None = None, *, threshold: float = 0.5) -> PeerSamples:
     """Selective Jacobi Decoding: the first block of sampling token by token, the others by sweeps of all tokens from 0.
 
     A block ends once a sweep changes every entry of the batch by less than `threshold`, or after T sweeps.

@@ -214,7 +214,9 @@ def test_sample_refuses_latents_that_require_a_gradient() -> None:
     """Samples have no gradient: images without one would stop a training silently."""
     flow = make_flow()
     z = latents(flow, 2).requires_grad_()
-    with pytest.raises(jf.InputError, match=r"^latents=.* requires a gradient: give latents.detach\(\), or use decode$"):
+    with pytest.raises(
+        jf.InputError, match=r"^latents=.* requires a gradient: give latents.detach\(\), or use decode$"
+    ):
         sample(flow, latents=z)
     with torch.no_grad():
         assert torch.equal(sample(flow, latents=z).images, jf.decode(flow, z))

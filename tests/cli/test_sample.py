@@ -112,7 +112,7 @@ def test_the_same_command_again_has_nothing_to_draw(run: Any, tmp_path: Path) ->
     out = tmp_path / "out"
     line = f"sample --model plain --num 10 --strategy jacobi-3 --batch-size 2 --shard-size 4 --out {out}"
     first = run(f"{line} --json {tmp_path}/1.json")
-    assert re.search(r"drew 10 in \d+ s: [\d.]+ images a second, processes: 1\n", first.out)
+    assert re.search(r"drew 10 in \d+ s: [\d.]+ a second, processes: 1\n", first.out)
     assert f"wrote {out}: 3 shards, manifest.json, strategy.json, samples.png\n" in first.out
     again = run(f"{line} --json {tmp_path}/2.json")
     assert (again.code, again.err) == (0, "")

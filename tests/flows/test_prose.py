@@ -65,7 +65,9 @@ class Oracle:
         past = torch.ones(h.shape[1], h.shape[1]).tril().bool()
         mixed = torch.einsum("bhij,bjhd->bihd", logits.masked_fill(~past, -torch.inf).softmax(-1), v).flatten(2)
         h = h + self.linear(f"{a}.proj", mixed)
-        return h + self.linear(f"{name}.mlp.main.2", _gelu(self.linear(f"{name}.mlp.main.0", self.norm(f"{name}.mlp.norm", h))))
+        return h + self.linear(
+            f"{name}.mlp.main.2", _gelu(self.linear(f"{name}.mlp.main.0", self.norm(f"{name}.mlp.norm", h)))
+        )
 
     def adaptive_norm(self, name: str, h: Tensor, c: Tensor) -> Tensor:
         n = self.norm(f"{name}.norm_cond", c)
@@ -88,7 +90,9 @@ class Oracle:
             inner = self.tarflow_layer(f"{layer}.mha.mha", self.adaptive_norm(f"{layer}.mha.adaln", h, c))
             h = h + self.linear(f"{layer}.mha.scale_output.to_adaln_zero_gamma.0", c).sigmoid() * inner
             t = f"{layer}.transition"
-            values, gates = self.linear(f"{t}.transition.swish_linear.0", self.adaptive_norm(f"{t}.adaln", h, c)).chunk(2, -1)
+            values, gates = self.linear(f"{t}.transition.swish_linear.0", self.adaptive_norm(f"{t}.adaln", h, c)).chunk(
+                2, -1
+            )
             out = self.linear(f"{t}.transition.linear_out", gates * gates.sigmoid() * values)
             h = h + self.linear(f"{t}.scale_output.to_adaln_zero_gamma.0", c).sigmoid() * out
         out = self.linear(f"{name}.proj_out", h)

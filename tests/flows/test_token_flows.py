@@ -109,9 +109,7 @@ def test_gradients_are_those_of_a_solve_with_a_graph(name: str, strategy: str) -
             log_scale, shift = block(so_far, context)
             tokens.append(y[:, t] * log_scale[:, t].exp() + shift[:, t])
         unrolled = block.permutation.inverse(torch.stack(tokens, dim=1))
-    for have, want in zip(
-        gradients(x, log_prob), gradients(unrolled, flow.log_prob(unrolled, context)), strict=True
-    ):
+    for have, want in zip(gradients(x, log_prob), gradients(unrolled, flow.log_prob(unrolled, context)), strict=True):
         assert (have is None) == (want is None) or (have if want is None else want).abs().max() == 0
         if have is not None and want is not None:
             torch.testing.assert_close(have, want, rtol=1e-7, atol=1e-9)
@@ -185,4 +183,6 @@ def test_a_model_folder_keeps_the_shape(tmp_path: Path) -> None:
 )
 def test_a_config_that_cannot_be_is_named(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        jf.TokenConfig(**{"num_tokens": 5, "token_channels": 2, "channels": 64, "num_blocks": 2, "layers_per_block": 1} | change)
+        jf.TokenConfig(
+            **{"num_tokens": 5, "token_channels": 2, "channels": 64, "num_blocks": 2, "layers_per_block": 1} | change
+        )

@@ -62,7 +62,9 @@ class Case:
     def log_det(self, flow: Any, x: Tensor, i: int = 1) -> Tensor:
         """The oracle's sum of the log-scales at `x`: g is exp(log_scale) z + shift."""
         reference, one = self.oracle(flow), torch.ones_like(x)
-        step = reference.g(i, x, one, self.context(), self.guide) - reference.g(i, x, 0 * one, self.context(), self.guide)
+        step = reference.g(i, x, one, self.context(), self.guide) - reference.g(
+            i, x, 0 * one, self.context(), self.guide
+        )
         return step.log().sum(dim=(1, 2))
 
     def oracle(self, flow: Any) -> Oracle | MAFOracle:

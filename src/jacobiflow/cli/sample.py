@@ -52,7 +52,7 @@ def sample(
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the samples in the folder.")] = False,
     out: Annotated[Path, Option(help="Folder for the samples and samples.png.")] = Path("out/samples"),
 ) -> dict[str, Any] | None:
-    """Draw images into a folder, each certified.
+    """Draw samples into a folder, each certified.
 
     Guidance and denoising are as the model recommends; --guidance and --denoise replace one each, --plain both.
 
@@ -74,6 +74,8 @@ def sample(
     try:
         with jf.processes() as group, progress_bar() as progress:
             flow = shared.load_model(model, group.device(device), dtype)
+            if compare:
+                flow.require_images()
             classes = shared.parse_labels(labels, num, flow, seed)
             settings, origin = shared.resolve_settings(flow, guidance, denoise, plain, classes is not None)
             flow = flow.guided(settings.guidance)
@@ -107,15 +109,16 @@ def sample(
         with progress_bar() as progress:
             comparison = _compare(flow, folder, out / _SHEET, progress)
         results |= comparison | {"runs": comparison["runs"] | results["runs"]}
-    else:
+    elif flow.image_shape is not None:
         few = min(num, _SHEET_IMAGES)
         shards = [folder.images(i) for i in range(-(-few // manifest.shard_size))]
         plots.save_png(plots.image_grid(data.scale(torch.cat(shards)[:few]), min(10, num)), out / _SHEET)
     _print(results, origin, None if outcome.has_shortfall else str(outcome))  # else a warning has said so
     if folder.drawn:
         rate, plural = folder.drawn / seconds, "s" * (manifest.num_shards > 1)
-        print(f"drew {folder.drawn:,} in {seconds:,.0f} s: {rate:.1f} images a second, processes: {group.count}")
-        print(f"wrote {out}: {manifest.num_shards} shard{plural}, manifest.json, strategy.json, {_SHEET}")
+        print(f"drew {folder.drawn:,} in {seconds:,.0f} s: {rate:.1f} a second, processes: {group.count}")
+        sheet = "" if flow.image_shape is None else f", {_SHEET}"
+        print(f"wrote {out}: {manifest.num_shards} shard{plural}, manifest.json, strategy.json{sheet}")
     else:
         print(f"all {num:,} were in {out} already, and match their checksums; --overwrite draws them again")
     return results

@@ -92,9 +92,7 @@ def _tolerance_of(name: str, tolerance: float | None) -> float | None:
     return value
 
 
-def auto(
-    flow: Flow, batch_size: int, tolerance: float | None = None, progress: Progress | None = None
-) -> Strategy:
+def auto(flow: Flow, batch_size: int, tolerance: float | None = None, progress: Progress | None = None) -> Strategy:
     """Returns the plan for a flow, its device, a batch size and a tolerance, made by `jacobiflow.plan` once.
 
     A plan is made for the next power of two of the batch size, or for the batch size itself if so many samples would
@@ -129,9 +127,7 @@ def _environment(flow: Flow) -> tuple[Hashable, ...]:
     )  # fmt: skip
 
 
-def _read_or_make(
-    flow: Flow, weights: str, batch_size: int, tolerance: float, progress: Progress | None
-) -> Strategy:
+def _read_or_make(flow: Flow, weights: str, batch_size: int, tolerance: float, progress: Progress | None) -> Strategy:
     """The plan in the cache folder, or a new one, which is written there unless its timings are in doubt."""
     rounded = 1 << (batch_size - 1).bit_length()
     batch_size = batch_size if exceeds_memory(flow, rounded) else rounded
