@@ -1,8 +1,8 @@
 """Measures samples with densities of flows over tokens: `python -m benchmarks.boltzmann`, about ten minutes.
 
 The flows have the sizes of SBG's and random weights. In turn: the growing cache of the original code with its
-log-determinant, the native loop without and with densities, sweeps, the same module accelerated in place, and an encoding
-pass. Writes docs/results/boltzmann.json, which fills docs/boltzmann.md.
+log-determinant, the native loop without and with densities, a window, and an encoding pass. Writes
+docs/results/boltzmann.json, which fills docs/boltzmann.md.
 """
 
 from __future__ import annotations

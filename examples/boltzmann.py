@@ -27,7 +27,7 @@ HAS = torch.tensor([[len(earlier) > k for k in range(3)] for _, _, earlier in AT
 
 
 class Scale:
-    """Standardised internal coordinates: torsions are cut where they are rarest, and all are scaled to unit variance."""
+    """Internal coordinates of unit variance; torsions are cut where they are rarest."""
 
     def __init__(self, cut: Tensor, mean: Tensor, std: Tensor) -> None:
         self.cut, self.mean, self.std = cut, mean, std

@@ -12,8 +12,8 @@ from openmm import app, unit
 from torch import Tensor
 
 KELVIN = 300.0
-# Each atom with its place in relation to earlier ones: bonded to, angle with, torsion with. Second and third substituents
-# of an atom have the first as the end of their torsion, which is then nearly fixed.
+# Each atom with its place in relation to earlier ones: bonded to, angle with, torsion with. Second and third
+# substituents of an atom have the first as the end of their torsion, which is then nearly fixed.
 ATOMS = (
     ("CA", 8, ()), ("C", 14, (8,)), ("N", 6, (8, 14)), ("CB", 10, (8, 6, 14)), ("HA", 9, (8, 6, 14)),
     ("ACE C", 4, (6, 8, 14)), ("ACE O", 5, (4, 6, 8)), ("ACE CH3", 0, (4, 6, 5)), ("H", 7, (6, 8, 4)),
@@ -23,12 +23,18 @@ ATOMS = (
     ("NME H1", 19, (18, 16, 14)), ("NME H2", 20, (18, 16, 19)), ("NME H3", 21, (18, 16, 19)),
 )  # fmt: skip
 PHI, PSI = (4, 6, 8, 14), (6, 8, 14, 16)
-_HEAVY = (  # atoms from which openmm adds the hydrogens, in angstrom
-    ("ACE", "CH3", "C", (2.0, 2.09, 0.0)), ("ACE", "C", "C", (3.427, 2.641, 0.0)), ("ACE", "O", "O", (4.391, 1.877, 0.0)),
-    ("ALA", "N", "N", (3.555, 3.970, 0.0)), ("ALA", "CA", "C", (4.853, 4.614, 0.0)),
-    ("ALA", "CB", "C", (5.661, 4.221, 1.232)), ("ALA", "C", "C", (5.408, 4.316, -1.2)), ("ALA", "O", "O", (4.9, 4.9, -2.2)),
-    ("NME", "N", "N", (6.4, 3.5, -1.3)), ("NME", "C", "C", (7.0, 3.1, -2.6)),
-)  # fmt: skip
+_HEAVY = """
+ACE CH3 C 2.000 2.090 0.000
+ACE C C 3.427 2.641 0.000
+ACE O O 4.391 1.877 0.000
+ALA N N 3.555 3.970 0.000
+ALA CA C 4.853 4.614 0.000
+ALA CB C 5.661 4.221 1.232
+ALA C C 5.408 4.316 -1.200
+ALA O O 4.900 4.900 -2.200
+NME N N 6.400 3.500 -1.300
+NME C C 7.000 3.100 -2.600
+"""  # atoms from which openmm adds the hydrogens: residue, name, element, angstrom
 
 
 def simulation(seed: int) -> app.Simulation:
@@ -36,11 +42,12 @@ def simulation(seed: int) -> app.Simulation:
     topology = app.Topology()
     chain = topology.addChain()
     residues = {name: topology.addResidue(name, chain) for name in ("ACE", "ALA", "NME")}
-    for residue, name, symbol, _ in _HEAVY:
+    heavy = [line.split() for line in _HEAVY.split("\n") if line]
+    for residue, name, symbol, *_ in heavy:
         topology.addAtom(name, app.element.get_by_symbol(symbol), residues[residue])
     topology.createStandardBonds()
     field = app.ForceField("amber99sbildn.xml", "amber99_obc.xml")
-    model = app.Modeller(topology, np.array([place for *_, place in _HEAVY]) * unit.angstrom)
+    model = app.Modeller(topology, np.array([line[3:] for line in heavy], float) * unit.angstrom)
     model.addHydrogens(field)
     system = field.createSystem(model.topology, nonbondedMethod=app.NoCutoff, constraints=None)
     integrator = openmm.LangevinMiddleIntegrator(KELVIN * unit.kelvin, 1 / unit.picosecond, 1 * unit.femtosecond)
@@ -80,7 +87,7 @@ def to_internal(positions: Float[Tensor, "n 22 3"]) -> Float[Tensor, "n 22 3"]:
 
 
 def to_positions(internal: Float[Tensor, "n 22 3"]) -> tuple[Float[Tensor, "n 22 3"], Float[Tensor, " n"]]:
-    """Returns positions, and log|det| of the map up to rotations and translations: the sum of log(bond^2 sin(angle))."""
+    """Returns positions, and log|det| of the map up to rigid motions: the sum of log(bond^2 sin(angle))."""
     positions, log_det = torch.zeros_like(internal), internal.new_zeros(len(internal))
     for i, (_, atom, earlier) in enumerate(ATOMS):
         bond, angle, turn = internal[:, i].unbind(dim=-1)

@@ -12,7 +12,6 @@ from jacobiflow.flows.guidance import Guidance, SamplingSettings
 from jacobiflow.flows.maf import MAF
 from jacobiflow.flows.prose import Prose, ProseConfig
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
-from jacobiflow.weights import Weights, importance
 from jacobiflow.sampling import Samples, decode, sample
 from jacobiflow.solvers import (
     CausalLinear,
@@ -41,6 +40,7 @@ from jacobiflow.solvers import (
 )
 from jacobiflow.storage import SampleFolder, processes, sample_to_folder
 from jacobiflow.strategy import Strategy, Tuning, find_tuning, plan, tune
+from jacobiflow.weights import Weights, importance
 
 __all__ = [
     "MAF",

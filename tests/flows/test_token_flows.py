@@ -151,9 +151,9 @@ def test_a_permutation_has_its_inverse(order: list[int]) -> None:
 def test_a_context_that_does_not_fit_is_named() -> None:
     flow, _, z = case("rows")
     for context in (None, torch.zeros(3, 5), torch.zeros(3, 4, 4), torch.zeros(3, 4).long(), [1, 2, 3]):
-        with pytest.raises((ValueError, TypeError), match="^context="):
+        with pytest.raises((ValueError, TypeError), match=r"^context="):
             jf.sample(flow, context=context, latents=z)
-    with pytest.raises(ValueError, match="2 rows|context=.*samples"):
+    with pytest.raises(ValueError, match="context"):
         jf.sample(flow, context=torch.zeros(2, 4), latents=z)
     with pytest.raises(ValueError, match="this flow's context is labels, or none"):
         jf.sample(make("plain"), context=torch.zeros(3, 4), latents=z)

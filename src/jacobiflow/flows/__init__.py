@@ -11,6 +11,13 @@ from jacobiflow.flows.prose import Prose
 from jacobiflow.flows.tarflow import TarFlow
 
 __all__ = [
-    "MAF", "AttentionContext", "FlowBlock", "FlowConfig", "Flow", "Permutation", "Prose",
-    "TarFlow", "register",
+    "MAF",
+    "AttentionContext",
+    "Flow",
+    "FlowBlock",
+    "FlowConfig",
+    "Permutation",
+    "Prose",
+    "TarFlow",
+    "register",
 ]  # fmt: skip
