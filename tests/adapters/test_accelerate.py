@@ -57,7 +57,7 @@ def test_the_handle_says_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = jf.accelerate(flow)
     first, second = (f"  transform.transforms.{i}: zuko MaskedAutoregressiveTransform, by " for i in (0, 1))
     assert str(handle).splitlines() == [
-        "accelerated, exact to rounding: 2 masked autoregressive transforms", first + "native code",
+        "accelerated, exact to rounding: 2 autoregressive transforms", first + "native code",
         second + "passes: native code does not know the activation Mish",
     ]  # fmt: skip
     assert (handle.tolerance, handle.untouched, handle.passes, handle.ways) == (None, {}, {}, {})

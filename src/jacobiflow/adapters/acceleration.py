@@ -104,7 +104,7 @@ class Acceleration:
     Example:
         >>> flow = zuko.flows.MAF(3, transforms=1)
         >>> print(jf.accelerate(flow))
-        accelerated, exact to rounding: 1 masked autoregressive transforms
+        accelerated, exact to rounding: 1 autoregressive transforms
           transform.transforms.0: zuko MaskedAutoregressiveTransform, by native code
     """
 
@@ -150,7 +150,7 @@ class Acceleration:
     def __repr__(self) -> str:
         to = "exact to rounding" if self.tolerance is None else f"to a tolerance of {self.tolerance:g}"
         to = "to the library's own bits" if self.tolerance == 0 else to
-        lines = [f"accelerated, {to}: {len(self.transforms)} masked autoregressive transforms"]
+        lines = [f"accelerated, {to}: {len(self.transforms)} autoregressive transforms"]
         lines += [f"  {name}: {self.transforms[name]}, by {self._way(module)}" for module, name in self._names.items()]
         lines += [f"  {name}: left alone, {why}" for name, why in self.untouched.items()]
         return "\n".join(lines)
