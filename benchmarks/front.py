@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 import jacobiflow as jf
@@ -134,7 +134,7 @@ def _pixels(trajectory: Trajectory, call: int) -> np.ndarray[Any, Any]:
 def save_animation(title: str, trajectories: Mapping[str, Trajectory], path: Path) -> None:
     """Writes a GIF with a frame for each call of the longest trajectory: images above, tokens below."""
     figure = Figure(figsize=(8, 5.8), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(trajectories))
     figure.suptitle(title)
     figure.supxlabel("grey: final; in colour: evaluated by the next call; light: waiting")
@@ -144,7 +144,7 @@ def save_animation(title: str, trajectories: Mapping[str, Trajectory], path: Pat
     for axis in axes.flat:
         axis.axis("off")
 
-    def draw(frame: int) -> list[Any]:
+    def draw(frame: int) -> Image.Image:
         for (name, trajectory), axis, (image, tokens) in zip(trajectories.items(), axes[0], artists, strict=True):
             total, color = len(trajectory.runs), sampler_style(name).color
             call = min(frame, total)
@@ -153,10 +153,15 @@ def save_animation(title: str, trajectories: Mapping[str, Trajectory], path: Pat
             axis.set_title(f"{name}\n{text}", color=readable(color))
             image.set_data(_pixels(trajectory, call))
             tokens.set_data(token_colors(trajectory, call, color))
-        return []
+        canvas.draw()
+        return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
 
     draw(0)
-    figure.draw_without_rendering()
     figure.set_layout_engine("none")  # once for all frames
-    frames = [*range(calls + 1), *[calls] * (FRAMES_A_SECOND * PAUSE)]
-    FuncAnimation(figure, draw, frames=frames).save(path, PillowWriter(fps=FRAMES_A_SECOND))
+    frames = [draw(frame) for frame in range(calls + 1)]
+    # One palette, without dithering: flat colours stay flat, and most of a frame is that of the frame before.
+    some = np.concatenate([np.asarray(frames[i]) for i in (0, calls // 2, calls)])
+    palette = Image.fromarray(some).quantize(256)
+    first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
+    durations = [1000 // FRAMES_A_SECOND] * calls + [1000 * PAUSE]
+    first.save(path, save_all=True, append_images=others, duration=durations, loop=0)

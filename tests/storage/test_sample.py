@@ -205,6 +205,15 @@ def test_a_folder_of_other_files_is_not_written_to(tmp_path: Path) -> None:
         assert everything(other) == {name: b"[]"}
 
 
+def test_a_damaged_shard_does_not_count_until_it_is_drawn_again(out: Path) -> None:
+    """The first process waits for shards of the others, which would not be those on the disk."""
+    (out / "shards" / "00001.npz").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match=r"shards \[1\] were damaged"), pytest.raises(KeyboardInterrupt):
+        run(out, progress=interrupt)
+    assert jf.SampleFolder.open(out).record(1) is None
+    assert run(out).drawn > 0 and not jf.SampleFolder.open(out).problems()
+
+
 def test_other_settings_are_refused_before_anything_is_changed(out: Path) -> None:
     before = everything(out)
     changes: dict[str, dict[str, Any]] = {
