@@ -27,7 +27,7 @@ class Outside(Flow):
 
     model_type, block_type = "outside", TarFlowBlock
     to_tokens, from_tokens = jf.TarFlow.to_tokens, jf.TarFlow.from_tokens
-    config_type, config_from_options = jf.TarFlowConfig, jf.TarFlow.config_from_options
+    config_types, config_from_options = (jf.TarFlowConfig,), jf.TarFlow.config_from_options
 
 
 def test_the_growing_cache_is_exact() -> None:

@@ -424,9 +424,8 @@ def decode(
     check_flag("log_prob", log_prob)
     if log_prob and flow.guidance is not None:
         raise InputValueError("log_prob=True under guidance: the flow's density is not that of guided samples")
-    check_kind("z", z, Tensor, "a torch.Tensor of latents")
-    context = flow.check_context(context, len(z))
     _check_latents("z", z, flow)
+    context = flow.check_context(context, len(z))
     plan = choose(flow, strategy, len(z), tolerance=tolerance)
     result = draw(flow, plan, z, context, certify=certify, log_prob=log_prob)
     if result.outcome.has_shortfall:

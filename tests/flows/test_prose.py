@@ -154,7 +154,7 @@ def test_its_state_dict_is_read(tmp_path: Path, adaptive: bool) -> None:
 
 def test_a_peptide_that_does_not_fit_is_named() -> None:
     flow = make(True)
-    with pytest.raises(ValueError, match="give the atoms of one"):
+    with pytest.raises(ValueError, match="give the view of one"):
         jf.sample(flow, 2)
     changes: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "lack seq_len, second": ({k: v for k, v in ENCODINGS.items() if k != "seq_len"}, {"first": ORDERS["first"]}),

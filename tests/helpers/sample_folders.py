@@ -53,7 +53,7 @@ def invented(flow: Any, plan: Any, latents: Tensor, labels: Tensor | None, *, pr
     stats = BlockStats(5, 7, 70, 0.5, certificate, status, none, resolved)
     if progress is not None:
         progress(len(latents), len(latents), "sampling")
-    return Samples(images, latents, labels, (stats,), certificate, 1.0, None, 1.5, 0.25)
+    return Samples(images, latents, labels, None, (stats,), certificate, 1.0, None, 1.5, 0.25)
 
 
 def pixels_in(folder: jf.SampleFolder) -> Any:

@@ -75,18 +75,19 @@ double tarflow_error() {
   const Layer layer{norm.data(),        norm.data(),     qkv.packed.data(),  qkv.bias.data(),
                     proj.packed.data(), proj.bias.data(), norm.data(),        norm.data(),
                     up.packed.data(),   up.bias.data(),  down.packed.data(), down.bias.data()};
+  double log_det[2] = {};
   std::vector<float> x[2], keys_values(3 * (channels + heads * lanes) * 2 * tokens);
   for (int i = 0; i < 2; i++) {
     x[i].resize(z.size());
     TarFlow flow{};
     flow.z = z.data(), flow.position = position.data(), flow.proj_in = in.packed.data();
     flow.proj_out = out.packed.data(), flow.out_bias = out.bias.data(), flow.layers = &layer;
-    flow.x = x[i].data(), flow.keys_values = keys_values.data();
+    flow.x = x[i].data(), flow.keys_values = keys_values.data(), flow.log_det = &log_det[i];
     flow.samples = flow.networks = flow.depth = flow.scales = flow.teams = 1, flow.threads = 1 + 2 * i;
     flow.tokens = flow.stop = tokens, flow.values = values, flow.channels = channels, flow.hidden = hidden, flow.heads = heads;
     if (jacobiflow_tarflow(&flow)) return INFINITY;
   }
-  double total = 0;
+  double total = std::abs(log_det[0] - log_det[1]);
   for (size_t i = 0; i < z.size(); i++) total += std::abs(x[0][i] - x[1][i]);
   return total;
 }

@@ -266,7 +266,7 @@ def test_samples_need_room_on_the_disk(out: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_samples_that_are_not_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(SMALL), "from_tokens", lambda self, x: x)
-    with pytest.raises(ValueError, match=r"^samples of shape \(16, 4\) are not images .*; draw them with jac"):
+    with pytest.raises(ValueError, match=r"^samples of shape \(16, 4\), but .* says \(1, 8, 8\).*; draw them with jac"):
         draw(tmp_path)
 
 

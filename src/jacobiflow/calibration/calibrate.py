@@ -106,7 +106,7 @@ def calibrate(
 
 def _check_images(flow: Flow, images: Images) -> None:
     if isinstance(images, torch.Tensor):
-        flow.check_data(images)
+        flow.check_data(images, "images")
     try:
         num = len(images)
         images[torch.tensor([0, 0])]

@@ -115,7 +115,7 @@ class Passes:
         # NumPy takes a tensor of one index for a number, and would leave out the first axis.
         rows = self.images[index.numpy()] if isinstance(self.images, np.ndarray) else self.images[index]
         images = torch.as_tensor(rows).detach()
-        self.flow.check_data(images)
+        self.flow.check_data(images, "images")
         check_finite("images", images)
         return images
 

@@ -208,15 +208,15 @@ class Flow(nn.Module):
             assert isinstance(context, Tensor)
             check_finite("context", context)
             return context
-        if _is_numbers(context):
+        if _is_numbers(context) and not self.config.num_classes:
             raise InputValueError(f"context={short(context)}: this flow's context is labels, or none; leave it out")
         return None if context is None else self.check_labels(context, num)
 
-    def check_data(self, x: Data) -> None:
-        """Checks that `x` are floating-point numbers in the shape of this flow's data."""
+    def check_data(self, x: Data, name: str = "x") -> None:
+        """Checks that `x`, in a message `name`, are floating-point numbers in the shape of this flow's data."""
         config = self.config
         shape = self.image_shape or (config.num_tokens, config.token_channels)
-        check_floating("images" if self.image_shape else "x", x, ("N", *shape))
+        check_floating(name, x, ("N", *shape))
 
     def check_batch(self, x: Data, context: Context | None) -> Tensor | None:
         """Checks that data and context fit the flow; returns the context as a tensor on its device."""
@@ -291,6 +291,7 @@ class Flow(nn.Module):
 
     def bits_per_dim(self, images: Images, labels: Labels | None = None) -> Float[Tensor, " n"]:
         """Returns -log2 p(images) / D + log2(128): bits of 8-bit pixels, whose [0, 256) is [-1, 1) here."""
+        self.check_data(images, "images")
         return -self.log_prob(images, labels) / (images[0].numel() * math.log(2)) + 7
 
 
@@ -306,6 +307,8 @@ def _is_numbers(context: Any) -> bool:
 def check_flow(flow: Any) -> None:
     """Checks that `flow` is a flow."""
     check_kind("flow", flow, Flow, "a flow, such as jacobiflow.load(...) returns")
+    if not flow.config.num_tokens:
+        raise InputValueError("flow: of any peptide; give the view of one, flow.for_peptide(...)")
 
 
 def state_dtype(flow: Flow) -> torch.dtype:

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from jacobiflow.checks import check_count, check_flag, convert_numbers
 from jacobiflow.errors import CheckpointError, InputValueError
 from jacobiflow.flows.base import Permutation
-from jacobiflow.flows.config import Context
 from jacobiflow.flows.flow import Flow, register
 from jacobiflow.flows.folder import build
 from jacobiflow.flows.tarflow.attention import Adaptive, Attention, AttentionBlock, LayerWeights
@@ -189,8 +188,9 @@ class ProseBlock(TransformerBlock):
     embed_atoms: Callable[[], Float[Tensor, "t c"]]
 
     def __init__(self, config: ProseConfig, permutation: Permutation) -> None:
-        super().__init__(config.num_tokens, config.token_channels, config.channels, True, permutation)
+        super().__init__(config.num_tokens, True, permutation)
         channels = config.channels
+        self.proj_in = nn.Linear(config.token_channels, channels)
         self.lookahead = config.lookahead
         self.proj_cond = (
             nn.Sequential(nn.Linear(2 * channels, channels), nn.GELU(), nn.Linear(channels, channels))
@@ -200,6 +200,8 @@ class ProseBlock(TransformerBlock):
         self.pos_embed_scale = nn.Parameter(torch.full((1,), 1e-2))
         layer = _AdaptiveLayer if config.adaptive else _NormalisedAttentionBlock
         self.attn_blocks = nn.ModuleList(layer(config) for _ in range(config.layers_per_block))  # type: ignore[assignment]
+        self.proj_out = nn.Linear(channels, 2 * config.token_channels)
+        nn.init.zeros_(self.proj_out.weight)
 
     def layer_weights(self) -> tuple[LayerWeights, ...]:
         atoms = self.permutation(self.embed_atoms(), dim=0)
@@ -331,8 +333,3 @@ class Prose(Flow):
         view.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         view.var = self.var.new_ones(num_atoms, self.config.token_channels)
         return view
-
-    def check_context(self, context: Context | None, num: int) -> None:
-        if not self.config.num_tokens:
-            raise InputValueError("a Prose flow is for any peptide: give the atoms of one, flow.for_peptide(...)")
-        super().check_context(context, num)

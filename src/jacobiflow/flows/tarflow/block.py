@@ -71,14 +71,12 @@ class TransformerBlock(FlowBlock):
 
     per_sample_front = graph_safe = inference_safe = has_bf16 = has_attention = True
 
-    def __init__(
-        self, num_tokens: int, token_channels: int, channels: int, nvp: bool, permutation: Permutation
-    ) -> None:
+    proj_in: nn.Linear
+    proj_out: nn.Linear
+
+    def __init__(self, num_tokens: int, nvp: bool, permutation: Permutation) -> None:
         super().__init__()
         self.num_tokens, self.nvp, self.permutation = num_tokens, nvp, permutation
-        self.proj_in = nn.Linear(token_channels, channels)
-        self.proj_out = nn.Linear(channels, token_channels * (2 if nvp else 1))
-        nn.init.zeros_(self.proj_out.weight)
 
     @abstractmethod
     def layer_weights(self) -> tuple[LayerWeights, ...]:
@@ -228,7 +226,8 @@ class TarFlowBlock(TransformerBlock):
 
     def __init__(self, config: TarFlowConfig | TokenConfig, permutation: Permutation, index: int = 0) -> None:
         channels, layers, _ = config.of_block(index)
-        super().__init__(config.num_tokens, config.token_channels, channels, config.nvp, permutation)
+        super().__init__(config.num_tokens, config.nvp, permutation)
+        self.proj_in = nn.Linear(config.token_channels, channels)
         self.pos_embed = nn.Parameter(torch.randn(config.num_tokens, channels) * 1e-2)
         classes, numbers = config.num_classes, config.context_channels
         self.class_embed = nn.Parameter(torch.randn(classes, 1, channels) * 1e-2) if classes else None
@@ -236,6 +235,8 @@ class TarFlowBlock(TransformerBlock):
         self.attn_blocks = nn.ModuleList(  # type: ignore[assignment]
             AttentionBlock(channels, config.head_dim, config.expansion) for _ in range(layers)
         )
+        self.proj_out = nn.Linear(channels, config.token_channels * (2 if config.nvp else 1))
+        nn.init.zeros_(self.proj_out.weight)
 
     def layer_weights(self) -> tuple[LayerWeights, ...]:
         return tuple(layer.weights() for layer in self.attn_blocks)
