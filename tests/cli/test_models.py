@@ -23,7 +23,7 @@ def test_convert(run: Any, refuse: Any, tmp_path: Path) -> None:
     line = f"convert {tmp_path}/original.pth --patch-size 2 --noise-std 0.2 --out {tmp_path}/folder"
     result = run(line)
     assert (result.code, result.err) == (0, "")
-    assert "images of 3x4x4, 4 tokens, 2 classes\n" in result.out
+    assert "images of 3x4x4, 4 tokens of 12 values, 2 classes\n" in result.out
     assert result.out.endswith(f"wrote the model folder {tmp_path}/folder\n")
     read = jf.load(tmp_path / "folder")
     assert read.config == replace(flow.config, noise_std=0.2)
