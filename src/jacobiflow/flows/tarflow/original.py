@@ -46,7 +46,7 @@ def infer_config(
 
     `head_dim` is 64. A CheckpointError begins with `source`.
     """
-    blocks = range(count_groups(state, r"blocks\.(\d+)\."))
+    blocks = range(count_groups(state, r"blocks\.(\d+)\.proj_in\.weight"))
     try:
         num_tokens, _ = state["blocks.0.pos_embed"].shape
         _, token_channels = state["blocks.0.proj_in.weight"].shape
