@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from molecule import ATOMS, PHI, energies, simulation, to_internal, to_positions, torsion
+from molecule import ATOMS, BIAS, KELVIN, PHI, energies, simulation, to_internal, to_positions, torsion
+from openmm.unit import MOLAR_GAS_CONSTANT_R
 from torch import Tensor
 
 import jacobiflow as jf
 
 HERE = Path(__file__).parent / "alanine-dipeptide"
-TRAJECTORY = Path("out/alanine-dipeptide.npy")
+TRAJECTORIES = Path("out/alanine-dipeptide")
 CONFIG = jf.TokenConfig(22, 3, channels=128, num_blocks=4, layers_per_block=2)
 # Bonds, angles and torsions that an atom has: the first three atoms lack six, whose place is filled with noise.
 HAS = torch.tensor([[len(earlier) > k for k in range(3)] for _, _, earlier in ATOMS])
@@ -80,20 +81,22 @@ class Scale:
 
 
 def simulate(nanoseconds: float, seed: int) -> None:
-    """Writes a frame of a simulation for each picosecond; goes on where it was stopped."""
-    run = simulation(seed)
-    run.context.setVelocitiesToTemperature(300, seed)
-    run.step(20_000)
-    frames: list[np.ndarray] = []
-    TRAJECTORY.parent.mkdir(exist_ok=True)
-    for i in range(round(nanoseconds * 1000)):
+    """Learns a bias along phi in 5 ns, then writes the frames of a simulation with it, one for each 2 ps.
+
+    A frame counts with the weight exp(bias / kT). Runs of other seeds add to it; every nanosecond is saved.
+    """
+    run, bias = simulation(seed)
+    bias.step(run, 2_500_000)
+    frames, log_weights = [], []
+    for i in range(round(nanoseconds * 500)):
         run.step(1000)
-        state = run.context.getState(positions=True)
-        frames.append(state.getPositions(asNumpy=True)._value.astype(np.float32))
-        if (i + 1) % 5000 == 0:
-            np.save(TRAJECTORY, np.array(frames))
-            print(f"{(i + 1) / 1000:.0f} of {nanoseconds:.0f} ns", flush=True)
-    np.save(TRAJECTORY, np.array(frames))
+        frames.append(run.context.getState(positions=True).getPositions(asNumpy=True)._value.astype(np.float32))
+        energy = run.context.getState(energy=True, groups=BIAS).getPotentialEnergy()
+        log_weights.append(energy._value / (MOLAR_GAS_CONSTANT_R._value * KELVIN / 1000))
+        if (i + 1) % 500 == 0:
+            TRAJECTORIES.mkdir(parents=True, exist_ok=True)
+            np.savez(TRAJECTORIES / f"{seed}.npz", positions=np.array(frames), log_weights=np.array(log_weights))
+            print(f"{(i + 1) // 500} of {nanoseconds:.0f} ns", flush=True)
 
 
 def train(minutes: float, threads: int) -> None:

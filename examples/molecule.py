@@ -23,6 +23,7 @@ ATOMS = (
     ("NME H1", 19, (18, 16, 14)), ("NME H2", 20, (18, 16, 19)), ("NME H3", 21, (18, 16, 19)),
 )  # fmt: skip
 PHI, PSI = (4, 6, 8, 14), (6, 8, 14, 16)
+FIELD, BIAS = {0}, {31}  # openmm's groups of forces: the force field, and what metadynamics adds
 _HEAVY = """
 ACE CH3 C 2.000 2.090 0.000
 ACE C C 3.427 2.641 0.000
@@ -37,35 +38,45 @@ NME C C 7.000 3.100 -2.600
 """  # atoms from which openmm adds the hydrogens: residue, name, element, angstrom
 
 
-def simulation(seed: int) -> app.Simulation:
-    """Returns a simulation by Langevin dynamics at 300 K, minimised: Amber ff99SB-ILDN, OBC solvent, no constraints."""
+def simulation(seed: int) -> tuple[app.Simulation, app.Metadynamics]:
+    """Returns a minimised simulation at 300 K, and the metadynamics that learns a bias along phi.
+
+    The force field is Amber ff99SB-ILDN in OBC implicit solvent. Nothing is constrained: hydrogens of 3 amu allow
+    steps of 2 fs, and masses do not change which positions are likely.
+    """
     topology = app.Topology()
     chain = topology.addChain()
     residues = {name: topology.addResidue(name, chain) for name in ("ACE", "ALA", "NME")}
-    heavy = [line.split() for line in _HEAVY.split("\n") if line]
-    for residue, name, symbol, *_ in heavy:
+    heavy = [line.rsplit(maxsplit=4) for line in _HEAVY.strip().split("\n")]
+    for label, symbol, *_ in heavy:
+        residue, name = label.split()
         topology.addAtom(name, app.element.get_by_symbol(symbol), residues[residue])
     topology.createStandardBonds()
     field = app.ForceField("amber99sbildn.xml", "amber99_obc.xml")
-    model = app.Modeller(topology, np.array([line[3:] for line in heavy], float) * unit.angstrom)
+    model = app.Modeller(topology, np.array([line[2:] for line in heavy], float) * unit.angstrom)
     model.addHydrogens(field)
-    system = field.createSystem(model.topology, nonbondedMethod=app.NoCutoff, constraints=None)
-    integrator = openmm.LangevinMiddleIntegrator(KELVIN * unit.kelvin, 1 / unit.picosecond, 1 * unit.femtosecond)
+    system = field.createSystem(model.topology, nonbondedMethod=app.NoCutoff, constraints=None, hydrogenMass=3)
+    phi = openmm.CustomTorsionForce("theta")
+    phi.addTorsion(*PHI, [])
+    variable = app.BiasVariable(phi, -math.pi, math.pi, 0.35, periodic=True)
+    bias = app.Metadynamics(system, [variable], KELVIN, biasFactor=10, height=1.0, frequency=500)
+    integrator = openmm.LangevinMiddleIntegrator(KELVIN, 1.0, 0.002)  # kelvin, 1 / ps, ps
     integrator.setRandomNumberSeed(seed)
     run = app.Simulation(model.topology, system, integrator, openmm.Platform.getPlatformByName("Reference"))
     run.context.setPositions(model.positions)
     run.minimizeEnergy()
-    return run
+    run.context.setVelocitiesToTemperature(KELVIN, seed)
+    return run, bias
 
 
 def energies(positions: Float[Tensor, "n 22 3"]) -> Float[Tensor, " n"]:
     """Returns U / kT of positions in nanometres; infinity where openmm finds none."""
-    context, scale = simulation(0).context, unit.MOLAR_GAS_CONSTANT_R * KELVIN * unit.kelvin
+    context, scale = simulation(0)[0].context, unit.MOLAR_GAS_CONSTANT_R * KELVIN * unit.kelvin
     out = torch.full((len(positions),), math.inf, dtype=torch.float64)
     for i, place in enumerate(positions.double().numpy()):
         try:
             context.setPositions(place)
-            energy = context.getState(getEnergy=True).getPotentialEnergy() / scale
+            energy = context.getState(energy=True, groups=FIELD).getPotentialEnergy() / scale
         except openmm.OpenMMException:
             continue
         out[i] = energy if math.isfinite(energy) else math.inf

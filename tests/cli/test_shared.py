@@ -1,4 +1,4 @@
-"""The values of shared options: guidance and denoising from the command line, or else as the model recommends."""
+"""Shared options: guidance and denoising, given or as the model recommends, and files that are not written to."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jacobiflow as jf
-from jacobiflow.cli.shared import resolve_settings, settings_text
+from jacobiflow.cli.shared import check_output, resolve_settings, settings_text
 from jacobiflow.flows.flow import Flow
+from jacobiflow.flows.folder import bundled
 from tests.helpers.running import figures
 
 BEST = jf.Guidance(0.7, attn_temperature=1.4)
@@ -78,3 +79,10 @@ def test_guidance_refuses_other_text() -> None:
     for text in ("", "x", "nan", "-1", *(f"3,{option}" for option in options)):
         with pytest.raises(ValueError, match="give"):
             jf.Guidance.parse(text)
+
+
+def test_an_output_is_no_file_of_a_bundled_model() -> None:
+    """As the commands take it: by its name."""
+    for name, folder in bundled().items():
+        with pytest.raises(jf.InputError, match="which this command reads; give another file"):
+            check_output("--json", folder / "model.safetensors", name)

@@ -34,7 +34,6 @@ from jacobiflow.cli.train import train
 from jacobiflow.errors import InputError, InputValueError
 
 _LOST_READER, _BAD_INPUT, _INTERRUPTED = 1, 2, 130  # typer returns 130 for a KeyboardInterrupt
-_LONGEST = 300  # characters of a message
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|allocate memory|DefaultCPUAllocator|bad_alloc|_ALLOC_FAILED|not enough memory", re.IGNORECASE
 )
@@ -141,8 +140,4 @@ def _load_extensions() -> None:
 
 
 def _print_line(kind: str, message: str) -> None:
-    """Prints a message in one line; a long one is cut in the middle, as the remedy stands at its end."""
-    line, half = " ".join(message.split()), (_LONGEST - len(" ... ")) // 2
-    if len(line) > _LONGEST:
-        line = f"{line[:half]} ... {line[-half:]}"
-    print(f"{kind}: {line}", file=sys.stderr)
+    print(f"{kind}: {shared.one_line(message)}", file=sys.stderr)

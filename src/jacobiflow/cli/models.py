@@ -101,7 +101,7 @@ def _check(path: str) -> dict[str, Any]:
     content = [name for name, (files, _) in kinds.items() if any((folder / file).exists() for file in files)]
     if not content:
         raise InputValueError(f"{path}: no model, samples or training run; give the folder of one, or a model's name")
-    problems = [problem for name in content for problem in kinds[name][1](folder)]
+    problems = [shared.one_line(problem) for name in content for problem in kinds[name][1](folder)]
     print("\n".join(problems) if problems else f"{path}: no problem; checked {' and '.join(content)}")
     return {"path": path, "checked": content, "problems": problems}
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jacobiflow.progress import Progress
 
 MOST_AT_ONCE = 65_536  # latents of a batch of so many take 200 MB for images of 28x28
+_LONGEST = 300  # characters of a message
 SOURCES = "digits, fashion-512, emoji-256, fashion-mnist, an .npz file, or a folder of images or IDX files."
 GUIDANCE = (
     'Weight of classifier-free guidance, or "4,attn_temperature=1.2"; other keys: annealed=false, on=scale, on=shift. '
@@ -151,11 +152,11 @@ def training_noise(flow: Flow) -> Noise:
 
 def check_output(option: str, path: Path | None, model: str, *inputs: str | Path | None) -> None:
     """Raises ValueError if a file that a command is to write cannot be written, or is of the model or the inputs."""
-    from jacobiflow.flows.folder import CONFIG, WEIGHTS
+    from jacobiflow.flows.folder import CONFIG, WEIGHTS, bundled
 
     if path is None:
         return
-    folder, place = Path(model), path.resolve()
+    folder, place = bundled().get(model, Path(model)), path.resolve()
     if place.is_dir():
         raise InputValueError(f"{option} {path}: is a folder; give a file")
     for source in (folder / CONFIG, folder / WEIGHTS, *inputs):
@@ -164,6 +165,12 @@ def check_output(option: str, path: Path | None, model: str, *inputs: str | Path
     nearest = next(parent for parent in place.parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InputValueError(f"{option} {path}: cannot be written; give a file in another folder")
+
+
+def one_line(message: str) -> str:
+    """Returns a message in one line; a long one is cut in the middle, as the remedy stands at its end."""
+    line, half = " ".join(message.split()), (_LONGEST - len(" ... ")) // 2
+    return line if len(line) <= _LONGEST else f"{line[:half]} ... {line[-half:]}"
 
 
 def show_table(columns: Iterable[str], rows: Iterable[Sequence[str]], text: Sequence[int] = (0,)) -> None:
