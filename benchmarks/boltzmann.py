@@ -1,95 +1,190 @@
-"""Measures samples with densities of flows over tokens: `python -m benchmarks.boltzmann`, about ten minutes.
+"""Measures samples with densities of flows over tokens: `python -m benchmarks.boltzmann`, about half an hour.
 
-The flows have the sizes of SBG's and random weights. In turn: the growing cache of the original code with its
-log-determinant, the native loop without and with densities, a window, and an encoding pass. Writes
-docs/results/boltzmann.json, which fills docs/boltzmann.md.
+The flows have the sizes of SBG's and of Prose, with random weights, and the alanine dipeptide example has
+its own. In turn: the growing cache of the original code with its log-determinant, as a live module; that module
+accelerated; our loop without and with densities; a window; and an encoding pass. Then backward passes of `encode` and
+of `decode`. Writes docs/results/boltzmann.json, which fills docs/boltzmann.md.
 """
 
 from __future__ import annotations
 
+import copy
+import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import jacobiflow as jf
-from benchmarks.common import RESULTS, Json, complete, parser, to_json
+from benchmarks.common import IN_PYTORCH, RESULTS, Json, complete, parser, to_json, without_native
+from examples.boltzmann import MODEL
 from jacobiflow.baselines import Stream
-from jacobiflow.flows.flow import log_normal
+from jacobiflow.flows.flow import Flow, log_normal
+from jacobiflow.flows.tarflow import TarFlowBlock
 from jacobiflow.latents import draw_latents
-from jacobiflow.measuring import interleave
+from jacobiflow.measuring import interleave, timed
 
-SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # tokens, values, channels, blocks, layers; batches
-    "22 x 3": ((22, 3, 128, 4, 3), (64, 512, 2048)),
-    "66 x 1": ((66, 1, 256, 4, 4), (64, 512)),
-    "63 x 3": ((63, 3, 384, 6, 6), (16, 64)),
-    "138 x 3": ((138, 3, 384, 8, 8), (8,)),
+SIZES: dict[str, tuple[int, int, int, int, int]] = {  # tokens, values, channels, blocks, layers
+    "22 x 3, 4 x 3 layers of 128": (22, 3, 128, 4, 3),
+    "66 x 1, 4 x 4 layers of 256": (66, 1, 256, 4, 4),
+    "63 x 3, 6 x 6 layers of 384": (63, 3, 384, 6, 6),
+    "138 x 3, 8 x 8 layers of 384": (138, 3, 384, 8, 8),
 }
+TRAINED, PROSE = "alanine dipeptide, 4 x 2 layers of 128, trained", "Prose, 22 atoms, 8 x 8 layers of 384"
+BATCHES = {
+    **dict.fromkeys((TRAINED, "22 x 3, 4 x 3 layers of 128"), (64, 512, 2048)),
+    "66 x 1, 4 x 4 layers of 256": (64, 512), "63 x 3, 6 x 6 layers of 384": (64,),
+    "138 x 3, 8 x 8 layers of 384": (8,), PROSE: (64,),
+}  # fmt: skip
+ROWS = 256  # of the comparison with float64
+BUNDLED = ("fashion-p2", "emoji-p2", "digits-p1", "digits-maf")
+GROWING, ACCELERATED, LOOP, DENSITIES = "growing cache", "accelerated", "loop", "loop, densities"
 
 
-def flow_of(tokens: int, values: int, channels: int, blocks: int, layers: int) -> jf.TarFlow:
-    torch.manual_seed(0)
-    flow = jf.TarFlow(jf.TokenConfig(tokens, values, channels, blocks, layers)).eval().requires_grad_(False)
-    for block in flow.blocks:
-        block.proj_out.weight.normal_(std=0.3 * channels**-0.5)
-    return flow
+class Turn:
+    """A permutation with the signature of the original code's."""
+
+    def __init__(self, block: TarFlowBlock) -> None:
+        self.permutation = block.permutation
+
+    def __call__(self, x: Tensor, dim: int = 1, inverse: bool = False) -> Tensor:
+        return self.permutation.inverse(x, dim) if inverse else self.permutation(x, dim)
 
 
-@torch.no_grad()
-def growing_cache(flow: jf.TarFlow, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Samples and log-densities by the loop of the original code."""
-    log_det = z.new_zeros(len(z))
+class LiveBlock(TarFlowBlock):
+    """A block as SBG's code has it: `reverse` returns x and the log-determinant, by a growing cache."""
 
-    def solve(i: int, x: Tensor) -> Tensor:
-        nonlocal log_det
-        stream, x = Stream(flow.blocks[i], None, 1.0), x.clone()
+    @classmethod
+    def of(cls, block: TarFlowBlock) -> LiveBlock:
+        live = copy.deepcopy(block)
+        live.__class__ = cls
+        live.permutation = Turn(block)  # type: ignore[assignment]
+        return live  # type: ignore[return-value]
+
+    def reverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        stream, x = Stream(self, None, 1.0), self.permutation(x).clone()
+        log_det = x.new_zeros(len(x))
         for t in range(1, x.shape[1]):
             log_scale, shift = stream.feed(x, t - 1)
             x[:, t] = x[:, t] * log_scale.exp() + shift
             log_det = log_det + log_scale.sum(dim=-1)
-        return x
-
-    return flow.invert(z, solve), log_normal(z) - log_det
+        return self.permutation.inverse(x), log_det
 
 
-def errors(flow: jf.TarFlow, z: Tensor, answers: dict[str, tuple[Tensor, Tensor]]) -> Json:
-    """The largest differences of x and of log q from the inverse in float64."""
-    wide = jf.TarFlow(flow.config).double().requires_grad_(False)
-    wide.load_state_dict(flow.state_dict())
-    x, log_prob = jf.decode(wide, z.double(), strategy="sequential", log_prob=True)
+class Live(nn.Module):
+    """A flow as SBG's code has it."""
+
+    def __init__(self, flow: jf.TarFlow) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(map(LiveBlock.of, flow.blocks))
+
+    @torch.no_grad()
+    def reverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns samples and their log-densities."""
+        x, log_det = z, z.new_zeros(len(z))
+        for block in reversed(self.blocks):
+            x, some = block.reverse(x)  # type: ignore[operator]
+            log_det = log_det + some
+        return x, log_normal(z) - log_det
+
+
+def flow_of(size: str) -> Flow:
+    if size == TRAINED:
+        return jf.load(MODEL).requires_grad_(False)
+    torch.manual_seed(0)
+    if size == PROSE:
+        names = jf.ProseConfig().orders
+        orders = {name: torch.randperm(22) for name in names}
+        ones = torch.ones(22).int()
+        numbers = {"atom_type": torch.arange(22) + 1, "aa_type": ones, "aa_pos": ones, "seq_len": ones}
+        flow: Flow = jf.Prose(jf.ProseConfig()).for_peptide(numbers, orders)
+    else:
+        tokens, values, channels, blocks, layers = SIZES[size]
+        flow = jf.TarFlow(jf.TokenConfig(tokens, values, channels, blocks, layers))
+    flow.eval().requires_grad_(False)
+    block: Any
+    for block in flow.blocks:
+        weight = block.proj_out.weight
+        weight.normal_(std=0.3 * weight.shape[1] ** -0.5)
+    return flow
+
+
+def errors(flow: Flow, z: Tensor, answers: dict[str, tuple[Tensor, Tensor]]) -> Json:
+    """The largest and root-mean-square differences of x and log q from the inverse in float64."""
+    wide = copy.deepcopy(flow).double()
+    exact = jf.decode(wide, z.double(), strategy="sequential", log_prob=True)
     return {
-        name: {"x": float((a.double() - x).abs().max()), "log_prob": float((b.double() - log_prob).abs().max())}
-        for name, (a, b) in answers.items()
+        name: {
+            what: {"largest": float((a - b).abs().max()), "rms": float((a - b).square().mean().sqrt())}
+            for what, a, b in zip(("x", "log_prob"), answer, exact, strict=True)
+        }
+        for name, answer in answers.items()
     }
 
 
 def measure(rounds: int, key: Json) -> Json:
-    sizes, _ = SIZES[key["size"]]
-    flow = flow_of(*sizes)
-    z = draw_latents(key["batch"], sizes[0], sizes[1], seed=1)
+    flow = flow_of(key["size"])
+    z = draw_latents(key["batch"], flow.config.num_tokens, flow.config.token_channels, seed=1)
     loop = partial(jf.sample, flow, latents=z, strategy="sequential")
+    densities = partial(loop, log_prob=True)
     runs: dict[str, Callable[[], Any]] = {
-        "growing cache": partial(growing_cache, flow, z),
-        "loop": partial(loop, log_prob=False),
-        "loop, densities": partial(loop, log_prob=True),
+        LOOP: partial(loop, log_prob=False),
+        DENSITIES: densities,
+        IN_PYTORCH: without_native()(densities),
         "window:8": partial(jf.sample, flow, latents=z, strategy="window:8", log_prob=True),
         "encoding pass": partial(flow.encode, z),
     }
+    if isinstance(flow, jf.TarFlow):
+        accelerated = Live(flow)
+        jf.accelerate(accelerated)
+        runs = {GROWING: partial(Live(flow).reverse, z), ACCELERATED: partial(accelerated.reverse, z), **runs}
     timings, results = interleave(runs, rounds)
-    ours = results["loop, densities"]
-    answers = {"growing cache": results["growing cache"], "loop, densities": (ours.tokens, ours.log_prob)}
-    few = {name: (x[:256], log_prob[:256]) for name, (x, log_prob) in answers.items()}
-    return {"seconds": to_json(timings), "errors": errors(flow, z[:256], few)}
+    ours = results[DENSITIES]
+    answers = {DENSITIES: (ours.tokens[:ROWS], ours.log_prob[:ROWS])}
+    if GROWING in runs:
+        x, log_prob = results[GROWING]
+        answers[GROWING] = x[:ROWS], log_prob[:ROWS]
+    return {"seconds": to_json(timings), "errors": errors(flow, z[:ROWS], answers)}
+
+
+def gradients(rounds: int, key: Json) -> Json:
+    """Times the backward passes of `encode` and of `decode` of a flow, with the same cotangents."""
+    flow = jf.load(MODEL if key["model"] == MODEL.name else key["model"]).eval()
+    num = key["batch"]
+    labels = torch.arange(num) % flow.config.num_classes if flow.config.num_classes else None
+    z = draw_latents(num, flow.config.num_tokens, flow.config.token_channels, seed=1)
+    with torch.no_grad():
+        x = jf.decode(flow, z, labels, strategy="sequential")
+    inputs = list(flow.parameters())
+
+    outputs: dict[str, Callable[[], Tensor]] = {
+        "decode": lambda: jf.decode(flow, z, labels, strategy="sequential"),
+        "encode": lambda: flow.encode(x, labels)[0],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in outputs}
+    for _ in range(rounds + 1):
+        for name, make in outputs.items():
+            output = make()
+            loss = (output * torch.randn_like(output)).sum()
+            elapsed, _ = timed(lambda: torch.autograd.grad(loss, inputs, allow_unused=True), flow.var.device)  # noqa: B023
+            seconds[name].append(elapsed)
+    return {"seconds": {name: statistics.median(times[1:]) for name, times in seconds.items()}}
 
 
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=5)
-    options = arguments.parse_args()
-    keys = [{"size": size, "batch": batch} for size, (_, batches) in SIZES.items() for batch in batches]
-    complete(RESULTS / "boltzmann.json", keys, partial(measure, options.rounds))
+    rounds = arguments.parse_args().rounds
+    keys: list[Json] = [{"size": size, "batch": batch} for size, batches in BATCHES.items() for batch in batches]
+    keys += [{"model": model, "batch": 16} for model in (*BUNDLED, MODEL.name)]
+    complete(
+        RESULTS / "boltzmann.json",
+        keys,
+        lambda key: (measure if "size" in key else gradients)(rounds, key),
+        lambda run: print({name: value for name, value in run.items() if name != "errors"}),
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A Boltzmann generator for alanine dipeptide: `python boltzmann.py simulate`, then `train`, then `weigh`.
+"""A Boltzmann generator for alanine dipeptide: `python -m examples.boltzmann simulate`, then `train`, then `weigh`.
 
-`weigh` works with the weights in alanine-dipeptide/, without a simulation. It needs openmm and matplotlib.
+`weigh` works with the bundled weights, without a simulation. It needs openmm: pip install 'jacobiflow[molecules]'.
 """
 
 from __future__ import annotations
@@ -9,115 +9,138 @@ import argparse
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from molecule import ATOMS, BIAS, KELVIN, PHI, energies, simulation, to_internal, to_positions, torsion
+from jaxtyping import Bool, Float
 from openmm.unit import MOLAR_GAS_CONSTANT_R
 from torch import Tensor
 
 import jacobiflow as jf
+from examples.molecule import ATOMS, BIAS, KELVIN, PHI, PSI, energies, simulation, to_internal, to_positions, torsion
 
-HERE = Path(__file__).parent / "alanine-dipeptide"
+MODEL = Path(__file__).parent / "alanine-dipeptide"
 TRAJECTORIES = Path("out/alanine-dipeptide")
-CONFIG = jf.TokenConfig(22, 3, channels=128, num_blocks=4, layers_per_block=2)
-# Bonds, angles and torsions that an atom has: the first three atoms lack six, whose place is filled with noise.
+CONFIG = jf.TokenConfig(num_tokens=22, token_channels=3, channels=128, num_blocks=4, layers_per_block=2)
 HAS = torch.tensor([[len(earlier) > k for k in range(3)] for _, _, earlier in ATOMS])
+"""Which of bond, angle and torsion an atom has: the first three atoms lack six, and noise takes their places."""
 
 
-class Scale:
-    """Internal coordinates of unit variance; torsions are cut where they are rarest."""
+@dataclass(frozen=True)
+class Coordinates:
+    """The map from positions to tokens: bonds, angles and torsions of mean 0 and variance 1.
 
-    def __init__(self, cut: Tensor, mean: Tensor, std: Tensor) -> None:
-        self.cut, self.mean, self.std = cut, mean, std
+    A torsion t is first mapped to Phi^-1((t - cut) / 2 pi), Phi the normal distribution function: then every number is
+    a torsion, and a flow need not learn where a turn ends. The cut is where samples are rarest.
+    """
+
+    cut: Float[Tensor, " 22"]
+    mean: Float[Tensor, "22 3"]
+    std: Float[Tensor, "22 3"]
 
     @classmethod
-    def fit(cls, internal: Float[Tensor, "n 22 3"]) -> Scale:
-        """Returns the scale of samples."""
-        cut = torch.zeros(len(ATOMS))
+    def fit(cls, internal: Float[Tensor, "n 22 3"], weights: Float[Tensor, " n"]) -> Coordinates:
+        """Returns the map for weighted samples."""
+        cut = torch.zeros(len(ATOMS), dtype=torch.float64)
         for i in range(3, len(ATOMS)):
-            counts, edges = np.histogram(internal[:, i, 2].numpy(), 72, (-math.pi, math.pi))
+            counts, edges = np.histogram(internal[:, i, 2], 72, (-math.pi, math.pi), weights=weights)
             smooth = np.convolve(np.tile(counts, 3), np.ones(9), "same")[72:144]
             cut[i] = float(edges[smooth.argmin()]) + math.pi / 72
-        scale = cls(cut, torch.zeros(22, 3), torch.ones(22, 3))
-        cut_internal = scale.cut_torsions(internal)
-        scale.mean = torch.where(HAS, cut_internal.mean(dim=0), 0.0)
-        scale.std = torch.where(HAS, cut_internal.std(dim=0), 1.0)
-        return scale
+        plain = cls(cut, torch.zeros(22, 3).double(), torch.ones(22, 3).double())
+        x = plain._unscaled(internal)
+        mean = torch.tensordot(weights / weights.sum(), x, dims=1)
+        var = torch.tensordot(weights / weights.sum(), (x - mean).square(), dims=1)
+        return cls(cut, torch.where(HAS, mean, 0.0), torch.where(HAS, var.sqrt(), 1.0))
 
-    def cut_torsions(self, internal: Tensor) -> Tensor:
-        turns = torch.remainder(internal[..., 2] - self.cut, 2 * math.pi) - math.pi
-        return torch.cat((internal[..., :2], turns.unsqueeze(-1)), dim=-1)
+    def _unscaled(self, internal: Float[Tensor, "n 22 3"]) -> Float[Tensor, "n 22 3"]:
+        turns = torch.remainder(internal[..., 2] - self.cut, 2 * math.pi) / (2 * math.pi)
+        return torch.cat((internal[..., :2], torch.special.ndtri(turns).unsqueeze(-1)), dim=-1)
 
-    def to_tokens(self, positions: Float[Tensor, "n 22 3"], generator: torch.Generator) -> Float[Tensor, "n 22 3"]:
-        """Returns the tokens of positions; noise where an atom has no coordinate."""
-        tokens = (self.cut_torsions(to_internal(positions)) - self.mean) / self.std
-        return torch.where(HAS, tokens, torch.randn(tokens.shape, generator=generator))
+    def to_tokens(self, internal: Float[Tensor, "n 22 3"], generator: torch.Generator) -> Float[Tensor, "n 22 3"]:
+        """Returns the tokens of bonds, angles and torsions, with noise where an atom has none."""
+        noise = torch.randn(internal.shape, generator=generator, dtype=torch.float64)
+        return torch.where(HAS, (self._unscaled(internal) - self.mean) / self.std, noise)
+
+    def from_tokens(
+        self, tokens: Float[Tensor, "n 22 3"]
+    ) -> tuple[Float[Tensor, "n 22 3"], Float[Tensor, " n"], Bool[Tensor, " n"]]:
+        """Returns positions in nanometres, log|det| of the map up to a constant, and if bonds and angles exist."""
+        x = torch.where(HAS, tokens.double() * self.std + self.mean, 0.0)
+        turns = 2 * math.pi * torch.special.ndtr(x[..., 2:]) + self.cut.view(-1, 1)
+        internal = torch.cat((x[..., :2], turns), dim=-1)
+        is_valid = ((internal[..., :2] > 0) | ~HAS[:, :2]).all(dim=(1, 2)) & (internal[..., 1] < math.pi).all(dim=1)
+        positions, log_det = to_positions(internal)
+        return positions, log_det - 0.5 * torch.where(HAS[:, 2], x[..., 2].square(), 0.0).sum(dim=1), is_valid
 
     def energy(self, tokens: Float[Tensor, "n 22 3"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n 22 3"]]:
         """Returns -log of the target density of tokens, up to a constant, and their positions in nanometres.
 
-        The target is exp(-U / kT) times the volume of the map to positions, standard normal where an atom has no
-        coordinate, and 0 where a torsion has turned past its cut.
+        The target is exp(-U / kT) |det| over positions, times a standard normal where an atom has no coordinate.
         """
-        internal = torch.where(HAS, tokens.double() * self.std + self.mean, 0.0)
-        is_past = (internal[..., 2].abs() > math.pi).any(dim=-1)
-        is_past |= ((internal[..., 0] <= 0) & HAS[:, 0]).any(dim=-1)
-        is_past |= (((internal[..., 1] <= 0) | (internal[..., 1] >= math.pi)) & HAS[:, 1]).any(dim=-1)
-        internal[..., 2] += self.cut + math.pi
-        positions, log_det = to_positions(internal)
-        energy = energies(positions) - log_det
-        energy += 0.5 * torch.where(HAS, 0.0, tokens.double().square()).sum(dim=(1, 2))
-        return energy.masked_fill(is_past, math.inf), positions
+        positions, log_det, is_valid = self.from_tokens(tokens)
+        noise = torch.where(HAS, 0.0, tokens.double())
+        energy = energies(positions) - log_det + 0.5 * noise.square().sum(dim=(1, 2))
+        return energy.masked_fill(~is_valid, math.inf), positions
 
     def save(self, path: Path) -> None:
+        """Writes a JSON file."""
         path.write_text(json.dumps({name: value.tolist() for name, value in vars(self).items()}))
 
     @classmethod
-    def load(cls, path: Path) -> Scale:
-        return cls(**{name: torch.tensor(value) for name, value in json.loads(path.read_text()).items()})
+    def load(cls, path: Path) -> Coordinates:
+        """Reads what `save` wrote."""
+        content = json.loads(path.read_text())
+        return cls(**{name: torch.tensor(value, dtype=torch.float64) for name, value in content.items()})
 
 
-def simulate(nanoseconds: float, seed: int) -> None:
-    """Learns a bias along phi in 5 ns, then writes the frames of a simulation with it, one for each 2 ps.
+def simulate(nanoseconds: int, seed: int) -> None:
+    """Learns a bias along phi in 5 ns, then writes the frames of a simulation with it, one for each 0.5 ps.
 
     A frame counts with the weight exp(bias / kT). Runs of other seeds add to it; every nanosecond is saved.
     """
     run, bias = simulation(seed)
     bias.step(run, 2_500_000)
     frames, log_weights = [], []
-    for i in range(round(nanoseconds * 500)):
-        run.step(1000)
+    for i in range(nanoseconds * 2000):
+        run.step(250)
         frames.append(run.context.getState(positions=True).getPositions(asNumpy=True)._value.astype(np.float32))
-        energy = run.context.getState(energy=True, groups=BIAS).getPotentialEnergy()
-        log_weights.append(energy._value / (MOLAR_GAS_CONSTANT_R._value * KELVIN / 1000))
-        if (i + 1) % 500 == 0:
+        energy = run.context.getState(energy=True, groups=BIAS).getPotentialEnergy()._value
+        log_weights.append(energy / (MOLAR_GAS_CONSTANT_R._value * KELVIN / 1000))
+        if (i + 1) % 2000 == 0:
             TRAJECTORIES.mkdir(parents=True, exist_ok=True)
             np.savez(TRAJECTORIES / f"{seed}.npz", positions=np.array(frames), log_weights=np.array(log_weights))
-            print(f"{(i + 1) // 500} of {nanoseconds:.0f} ns", flush=True)
+            print(f"{(i + 1) // 2000} of {nanoseconds} ns", flush=True)
 
 
-def train(minutes: float, threads: int) -> None:
-    """Trains by maximum likelihood; writes the moving average of the weights."""
-    torch.set_num_threads(threads)
+def frames() -> tuple[Float[Tensor, "n 22 3"], Float[Tensor, " n"]]:
+    """Returns the positions of all simulations, and their weights."""
+    files = [np.load(path) for path in sorted(TRAJECTORIES.glob("*.npz"))]
+    positions = torch.from_numpy(np.concatenate([file["positions"] for file in files]))
+    weights = [torch.from_numpy(file["log_weights"]).softmax(dim=0) * len(file["log_weights"]) for file in files]
+    return positions, torch.cat(weights) / len(positions)
+
+
+def train(minutes: float, size: int = 256, rate: float = 1e-3) -> None:
+    """Trains by maximum likelihood on frames drawn by their weights; writes the moving average of the parameters."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    positions = torch.from_numpy(np.load(TRAJECTORY)).float()
-    scale = Scale.fit(to_internal(positions.double()).float())
-    flow, size = jf.TarFlow(CONFIG), 256
+    positions, weights = frames()
+    internal = to_internal(positions.double())
+    coordinates = Coordinates.fit(internal, weights)
+    bounds, flow = weights.cumsum(dim=0), jf.TarFlow(CONFIG)
     average = torch.optim.swa_utils.AveragedModel(
         flow, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999), use_buffers=True
     )
-    optimizer = torch.optim.AdamW(flow.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=1e-4)
     started, step = time.perf_counter(), 0
     while (share := (time.perf_counter() - started) / (60 * minutes)) < 1:
-        rate = 1e-3 * min(1, (step + 1) / 200) * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * share)))
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        rows = torch.randint(len(positions), (size,), generator=generator)
-        loss = -flow.log_prob(scale.to_tokens(positions[rows], generator)).mean()
+            group["lr"] = rate * min(1, (step + 1) / 200) * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * share)))
+        draws = torch.rand(size, generator=generator, dtype=torch.float64) * bounds[-1]
+        rows = torch.searchsorted(bounds, draws).clamp(max=len(bounds) - 1)
+        loss = -flow.log_prob(coordinates.to_tokens(internal[rows], generator).float()).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
@@ -126,38 +149,40 @@ def train(minutes: float, threads: int) -> None:
         step += 1
         if step % 100 == 0:
             print(f"step {step}, {share:.0%}: {loss.item():.3f} nats", flush=True)
-            average.module.save_pretrained(HERE)
-            scale.save(HERE / "scale.json")
-    average.module.save_pretrained(HERE)
+            average.module.save_pretrained(MODEL)  # type: ignore[operator]
+            coordinates.save(MODEL / "coordinates.json")
 
 
 def weigh(num: int, seed: int) -> None:
-    """Draws proposals with their densities, weighs them, and prints the effective sample size."""
-    flow, scale = jf.load(HERE), Scale.load(HERE / "scale.json")
+    """Draws proposals with their densities, weighs them, and prints what the weights say."""
+    flow, coordinates = jf.load(MODEL), Coordinates.load(MODEL / "coordinates.json")
     started = time.perf_counter()
     samples = jf.sample(flow, num, seed=seed, batch_size=512)
     seconds = time.perf_counter() - started
-    energy, positions = scale.energy(samples.tokens)
-    weights = jf.importance(samples, energy, clip=0.002)
-    phi = torsion(*[positions[:, j] for j in PHI])
+    energy, positions = coordinates.energy(samples.tokens)
+    weights = jf.importance(samples, energy)
+    is_right = (torsion(*positions[:, PHI].unbind(dim=1)) > 0).double()
+    psi = torsion(*positions[:, PSI].unbind(dim=1))
     print(samples.outcome)
-    print(f"{num / seconds:,.0f} proposals a second, energies in {time.perf_counter() - started - seconds:.1f} s")
-    print(f"effective sample size {weights.effective_sample_size:,.0f} of {num:,}")
-    print(f"phi > 0: {(phi > 0).double().mean():.3f} of proposals, {weights.mean((phi > 0).double()):.3f} reweighted")
+    print(
+        f"{num / seconds:,.0f} proposals a second; their energies took {time.perf_counter() - started - seconds:.1f} s"
+    )
+    print(f"effective sample size: {weights.effective_sample_size / num:.1%} of {num:,}")
+    print(f"phi > 0: {is_right.mean():.2%} of proposals, {weights.mean(is_right):.2%} reweighted")
+    print(f"mean of cos(psi): {psi.cos().mean():.4f} of proposals, {weights.mean(psi.cos()):.4f} reweighted")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("simulate", "train", "weigh"))
-    parser.add_argument("--nanoseconds", type=float, default=100)
+    parser.add_argument("--nanoseconds", type=int, default=60)
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--num", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     if options.command == "simulate":
         simulate(options.nanoseconds, options.seed)
     elif options.command == "train":
-        train(options.minutes, options.threads)
+        train(options.minutes)
     else:
         weigh(options.num, options.seed)

@@ -85,6 +85,17 @@ def test_a_loop_within_five_evaluations_is_the_plan_at_once(monkeypatch: pytest.
         assert not at_once or is_loop(*plan.solvers)
 
 
+def test_blocks_of_different_sizes_are_timed_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweeps win in one of two blocks, whichever is solved first."""
+    for slower, left in (({0: 9.0}, [True, False]), ({1: 9.0}, [False, True])):
+        flow = jf.TarFlow(jf.TokenConfig(TOKENS, 4, channels=(64, 128), num_blocks=2, layers_per_block=1))
+        flow = Machine(1.0, slower=slower).carry(flow.requires_grad_(False), monkeypatch)
+        plan = jf.plan(flow, batch_size=2)
+        assert [is_loop(solver) for solver in plan.solvers] == left
+        assert plan.prediction is not None
+        assert plan.prediction.sequential_seconds == 2 * TOKENS
+
+
 def test_a_plan_whose_images_are_off_is_tightened(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block whose output is scaled makes errors of the blocks before larger."""
     flow = copy.deepcopy(small())

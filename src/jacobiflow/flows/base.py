@@ -181,16 +181,16 @@ class AffineBlock(ABC):
 
 
 class FlowBlock(AffineBlock, nn.Module):
-    """An affine block of an image flow, called as `block(x, labels)` for the log-scale and shift of all its entries.
+    """An affine block of a flow, called as `block(x, context)` for the log-scale and shift of all its entries.
 
-    Tokens are in the block's own causal order; `permutation` takes the raster order to it and back.
+    Tokens are in the block's own causal order; `permutation` takes the order of the data to it and back.
     """
 
     permutation: Permutation
 
-    def forward(self, x: Tokens, labels: Int[Tensor, " b"] | None = None) -> ScaleShift:
+    def forward(self, x: Tokens, context: Tensor | None = None) -> ScaleShift:
         """Returns `affine_whole`."""
-        return self.affine_whole(x, labels)
+        return self.affine_whole(x, context)
 
     def row_bytes(self) -> int | None:
         """Returns the bytes of a row while it is solved, its cache and a sweep of all tokens; `None` if not known."""

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from jacobiflow.checks import check_count, check_flag, check_kind, check_positive
-from jacobiflow.flows.base import AffineBlock
+from jacobiflow.flows.base import AffineBlock, FlowBlock
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.flow import Flow, check_flow, precision
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
 from jacobiflow.measuring import timed
 from jacobiflow.progress import Progress
 from jacobiflow.solvers import MaxSweeps, Sequential, Solver, Tolerance, certify, solve, solve_certified
-from jacobiflow.strategy.race import Race, candidates, time_exact
+from jacobiflow.strategy.race import Exact, Race, candidates, time_exact
 from jacobiflow.strategy.strategy import Prediction, Strategy, device_name
 from jacobiflow.strategy.tune import SAMPLES, Tuning, any_context, find_tuning
 
@@ -126,8 +126,8 @@ def rounding_floor(flow: Flow) -> float:
     return max(largest, float(_or_zero(exact - iterated).abs().max()))
 
 
-def _latents(flow: Flow, first: int, num: int) -> tuple[Float[Tensor, "n t c"], Int[Tensor, " n"] | None]:
-    """Tokens at which the last block is inverted, in raster order, and labels."""
+def _latents(flow: Flow, first: int, num: int) -> tuple[Float[Tensor, "n t c"], Tensor | None]:
+    """Tokens at which the last block is inverted, in the order of the data, and a context."""
     config = flow.config
     latents = draw_latents(num, config.num_tokens, config.token_channels, start=FIRST_CALIBRATION_LATENT + first)
     return flow.prior_tokens(latents), any_context(flow, num)
@@ -148,14 +148,23 @@ class _Planner:
     progress: Progress | None
 
     def plan(self) -> Strategy:
-        blocks, size = self.flow.inverse_blocks, self.batch_size
-        exact = time_exact(blocks[-1], *_latents(self.flow, SAMPLES, size), self.bf16)
-        loop_seconds, spread, found = exact.loop * len(blocks), exact.spread, None
-        if exact.loop > exact.least_iteration:
-            race = Race(exact, size, self.tolerance, max(_SECONDS, loop_seconds / 2))
-            found = self._verified(*self._race(race), exact.loop)
-            spread = max([spread, *race.spreads])
-        solvers, seconds, error = found or ([_LOOP] * len(blocks), loop_seconds, 0.0)
+        size, latents = self.batch_size, _latents(self.flow, SAMPLES, self.batch_size)
+        by_shape: dict[Hashable, Exact] = {}
+        for block, inverse in zip(reversed(self.flow.blocks), reversed(self.flow.inverse_blocks), strict=True):
+            if _shape(block) not in by_shape:
+                by_shape[_shape(block)] = time_exact(inverse, *latents, self.bf16)
+        loops = [by_shape[_shape(block)].loop for block in self.flow.blocks]
+        loop_seconds, spread, found = sum(loops), max(exact.spread for exact in by_shape.values()), None
+        limit = max(_SECONDS, loop_seconds / 2)
+        races = {
+            shape: Race(exact, size, self.tolerance, limit)
+            for shape, exact in by_shape.items()
+            if exact.loop > exact.least_iteration
+        }
+        if races:
+            found = self._verified(*self._race(races, loops), loops)
+            spread = max([spread, *(value for race in races.values() for value in race.spreads)])
+        solvers, seconds, error = found or ([_LOOP] * len(loops), loop_seconds, 0.0)
         prediction = Prediction(
             device=device_name(self.flow.var.device),
             batch_size=size,
@@ -167,8 +176,11 @@ class _Planner:
         )
         return Strategy(tuple(solvers), fingerprint(self.flow), float(self.tolerance), prediction)
 
-    def _race(self, race: Race) -> tuple[list[Solver], float]:
-        """The winner of each block, and their seconds for a batch."""
+    def _race(self, races: Mapping[Hashable, Race], loops: Sequence[float]) -> tuple[list[Solver], float]:
+        """The winner of each block, and their seconds for a batch. Blocks of a shape share a race.
+
+        `loops` are the seconds of the exact loop in each block.
+        """
         # A tuning has not seen these latents, and `sample` does not draw them.
         tokens, labels = _latents(self.flow, SAMPLES, max(self.batch_size, _FEWEST))
         solvers, seconds = [_LOOP] * len(self.flow.blocks), 0.0
@@ -176,11 +188,14 @@ class _Planner:
         def solve_block(i: int, block: AffineBlock, z: Tensor) -> Tensor:
             nonlocal seconds
             fitted = None if self.tuning is None else self.tuning.blocks[i]
-            entrants = candidates(self.flow.config.num_tokens, self.tolerance, fitted, race.exact)
-            winner = race.run(block, z, labels, entrants)
+            race, winner = races.get(_shape(self.flow.blocks[i])), None
+            if race is not None:
+                entrants = candidates(self.flow.config.num_tokens, self.tolerance, fitted, race.exact)
+                winner = race.run(block, z, labels, entrants)
             if winner is None:
-                seconds += race.exact.loop
-                return z if race.is_over else solve(block, z, _LOOP, labels, self.batch_size).x
+                seconds += loops[i]
+                are_over = all(other.is_over for other in races.values())
+                return z if are_over else solve(block, z, _LOOP, labels, self.batch_size).x
             solvers[i] = winner.solver
             seconds += winner.seconds * self.batch_size / len(z)
             return winner.x
@@ -189,14 +204,14 @@ class _Planner:
         return solvers, seconds
 
     def _verified(
-        self, solvers: list[Solver], seconds: float, loop_seconds: float
+        self, solvers: list[Solver], seconds: float, loops: Sequence[float]
     ) -> tuple[list[Solver], float, float] | None:
-        """The solvers, tightened until images are within the tolerance, their seconds, and the error of the images.
+        """The solvers, tightened until samples are within the tolerance, their seconds, and the error of the samples.
 
-        `None` if they take too long for that, or are no nearer. On latents of their own; the exact loop takes
-        `loop_seconds` in each block.
+        `None` if they take too long for that, or are no nearer. On latents of their own; `loops` are the seconds of the
+        exact loop in each block.
         """
-        enough, num = _GAIN * loop_seconds * len(solvers), min(self.batch_size, _VERIFIED)
+        enough, num = _GAIN * sum(loops), min(self.batch_size, _VERIFIED)
         if seconds > enough:
             return None
         tokens, labels = _latents(self.flow, SAMPLES + _FEWEST + self.batch_size, num)
@@ -205,7 +220,7 @@ class _Planner:
         def solve_exactly(i: int, block: AffineBlock, z: Tensor) -> Tensor:
             closer = replace(solvers[i], stopping=Tolerance(_EXACT * self.tolerance), bf16_sweeps=0)
             with suppress(TimeoutError):
-                return solve(block, z, closer, few, time_limit=loop_seconds).x
+                return solve(block, z, closer, few, time_limit=loops[i]).x
             return solve(block, z, _LOOP, few).x
 
         def solve_block(i: int, block: AffineBlock, z: Tensor) -> Tensor:
@@ -239,6 +254,11 @@ class _Planner:
             return x
 
         return self.flow.invert(tokens, solve_and_note)
+
+
+def _shape(block: FlowBlock) -> Hashable:
+    """What blocks share that take the same time: the shapes of their parameters."""
+    return tuple(parameter.shape for parameter in block.parameters())
 
 
 def _tighter(solver: Solver, factor: float) -> Solver:

@@ -111,7 +111,7 @@ class Runner(NamedTuple):
 
 @dataclass
 class Race:
-    """Races for the blocks of a flow, one after the other in sampling order.
+    """Races for the blocks of a flow that have one shape, one after the other in sampling order.
 
     A solver is abandoned once it is slower than the best one. The exact loop takes the same time in every block, so it
     is timed once. If the best one of the block before takes its time again, only those that came near it run. After a

@@ -159,7 +159,7 @@ def train(
 
 def _check(flow: Flow, data: ImageDataset, config: TrainConfig) -> None:
     """Raises ValueError if the flow, the data and the configuration do not fit each other."""
-    check_kind("flow", flow, Flow, "an Flow, such as jacobiflow.TarFlow(config)")
+    check_kind("flow", flow, Flow, "a Flow, such as jacobiflow.TarFlow(config)")
     check_kind("data", data, ImageDataset, "an ImageDataset, such as jacobiflow.data.load_images gives")
     check_kind("config", config, TrainConfig, "a TrainConfig")
     takes, have, shape = flow.config, tuple(data.images.shape[1:]), flow.require_images()

@@ -1,0 +1,191 @@
+"""Measures the alanine dipeptide example: `python -m benchmarks.alanine`, about ten minutes; then draws its figure.
+
+It needs the simulations that `python -m examples.boltzmann simulate` writes. Writes docs/results/alanine.json, which
+fills docs/boltzmann.md: free energies along phi of the simulations and of proposals, effective sample sizes, and what
+samples that are not certified do to the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import jacobiflow as jf
+from benchmarks.common import FIGURES, RESULTS, Json, complete, parser
+from benchmarks.render import result
+from examples.boltzmann import MODEL, Coordinates, frames
+from examples.molecule import PHI, PSI, torsion
+from jacobiflow.flows.flow import Flow, log_normal
+from jacobiflow.latents import draw_latents
+from jacobiflow.plots import save_png
+from jacobiflow.plots.style import clear, new_figure, styled
+
+BINS, RANGE = 36, (-np.pi, np.pi)
+PARTS = 20  # into which samples are split for an error
+CERTIFIED = ("auto", "window:8, 1e-3", "window:8, 1e-2", "window:8, 1e-1")
+UNCERTIFIED = ("jacobi, 1e-2", "jacobi, 1e-1", "jacobi-8", "jacobi-4", "jacobi-2")
+
+
+def angles(positions: Float[Tensor, "n 22 3"]) -> tuple[Tensor, Tensor]:
+    return torsion(*positions[:, PHI].unbind(dim=1)), torsion(*positions[:, PSI].unbind(dim=1))
+
+
+def free_energy(phi: Tensor, weights: Tensor) -> list[float]:
+    """F / kT of each bin of phi, -log of its share; infinite where no sample is."""
+    shares, _ = np.histogram(phi, BINS, RANGE, weights=weights / weights.sum())
+    with np.errstate(divide="ignore"):
+        return [float(value) for value in -np.log(shares)]
+
+
+def basin_difference(phi: Tensor, weights: Tensor) -> float:
+    """The free energy of phi > 0 above that of phi <= 0, in kT."""
+    is_right = phi > 0
+    return float((weights[~is_right].sum() / weights[is_right].sum()).log())
+
+
+def profile(positions: Tensor, weights: Tensor) -> Json:
+    """Free energies with their standard errors over parts of the samples, and the densities over phi and psi."""
+    phi, psi = angles(positions.double())
+    parts = [(phi[rows], weights[rows]) for rows in torch.arange(len(phi)).chunk(PARTS)]
+    histogram, _, _ = np.histogram2d(phi, psi, 2 * BINS, (RANGE, RANGE), weights=weights / weights.sum())
+    each = np.array([free_energy(*part) for part in parts])
+    difference = np.array([basin_difference(*part) for part in parts])
+    return {
+        "free_energy": free_energy(phi, weights),
+        "error": (np.nanstd(np.where(np.isinf(each), np.nan, each), axis=0) / PARTS**0.5).tolist(),
+        "basin_difference": basin_difference(phi, weights),
+        "basin_difference_error": float(difference.std() / PARTS**0.5),
+        "ramachandran": np.round(histogram, 7).tolist(),
+    }
+
+
+def simulations() -> Json:
+    positions, weights = frames()
+    return {"frames": len(positions), **profile(positions, weights)}
+
+
+def proposals(flow: Flow, coordinates: Coordinates, num: int) -> Json:
+    started = time.perf_counter()
+    samples = jf.sample(flow, num, seed=2, batch_size=512)
+    sampling = time.perf_counter() - started
+    energy, positions = coordinates.energy(samples.tokens)
+    weights = jf.importance(samples, energy)
+    clipped = jf.importance(samples, energy, clip=0.002)
+    return {
+        "seconds": {"sampling": sampling, "energies": time.perf_counter() - started - sampling},
+        "effective_share": weights.effective_sample_size / num,
+        "clipped": {"effective_share": clipped.effective_sample_size / num,
+                    "basin_difference": basin_difference(angles(positions)[0], clipped.normalized)},
+        "unweighted": profile(positions, torch.ones(num, dtype=torch.float64)),
+        "weighted": profile(positions, weights.normalized),
+    }  # fmt: skip
+
+
+def tolerances(flow: Flow, coordinates: Coordinates, num: int = 10_000) -> list[Json]:
+    """Samples at the same latents by several ways, beside the exact inverse in float64.
+
+    Who does not certify takes the density of the latent: log N(z) + log|det| at x.
+    """
+    z = draw_latents(num, flow.config.num_tokens, flow.config.token_channels, seed=3)
+    wide = copy.deepcopy(flow).double()
+    exact, log_prob = jf.decode(wide, z.double(), strategy="sequential", log_prob=True)
+    energy, positions = coordinates.energy(exact)
+    base = -energy - log_prob
+    rows = [_row("float64", base, base, exact, exact, positions, 0.0)]
+    for name in (*CERTIFIED, *UNCERTIFIED):
+        strategy, *tolerance = name.split(", ")
+        is_certified = name in CERTIFIED
+        keywords: dict[str, Any] = {"tolerance": float(tolerance[0])} if tolerance else {}
+        run = partial(jf.sample, flow, latents=z, strategy=strategy, certify=is_certified, batch_size=512, **keywords)
+        run()  # "auto" plans
+        started = time.perf_counter()
+        samples = run(log_prob=is_certified)
+        seconds = time.perf_counter() - started
+        energy, positions = coordinates.energy(samples.tokens)
+        if is_certified:
+            log_weights = jf.importance(samples, energy).log_weights
+        else:
+            _, log_det = flow.encode(samples.tokens)
+            log_weights = -energy - (log_normal(z) + log_det).double()
+        rows.append(_row(name, log_weights, base, samples.tokens, exact, positions, seconds))
+    return rows
+
+
+def _row(
+    name: str, log_weights: Tensor, base: Tensor, x: Tensor, exact: Tensor, positions: Tensor, seconds: float
+) -> Json:
+    weights = jf.Weights(log_weights)
+    phi, _ = angles(positions)
+    change = (log_weights - base)[base.isfinite()].abs()
+    return {
+        "name": name,
+        "certified": name in CERTIFIED,
+        "seconds": seconds,
+        "largest_error": float((x.double() - exact).abs().max()),
+        "median_change_of_log_weight": float(change.median()),
+        "largest_change_of_log_weight": float(change.nan_to_num(torch.inf).max()),
+        "effective_share": weights.effective_sample_size / len(x),
+        "basin_difference": basin_difference(phi, weights.normalized),
+        "free_energy": free_energy(phi, weights.normalized),
+    }
+
+
+@styled
+def figure() -> Any:
+    """Densities over phi and psi of the simulation, of proposals and of weighted proposals, and free energies."""
+    runs = {run["what"]: run for run in result("alanine")["runs"]}
+    simulation, many = runs["simulations"], runs["100,000 proposals"]
+    figure = new_figure(5.6)
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.05, 1))
+    top, bottom = halves
+    axes = top.subplots(1, 3, sharey=True)
+    panels = {"simulation": simulation, "100,000 proposals": many["unweighted"], "reweighted": many["weighted"]}
+    for axis, (title, panel) in zip(axes, panels.items(), strict=True):
+        with np.errstate(divide="ignore"):
+            values = -np.log(np.array(panel["ramachandran"]).T * (2 * BINS) ** 2)
+        image = axis.imshow(values, origin="lower", extent=(-180, 180, -180, 180), cmap="viridis", vmin=-5, vmax=6)
+        axis.set(title=title, xlabel="phi, degrees", xticks=(-120, 0, 120), yticks=(-120, 0, 120))
+    axes[0].set_ylabel("psi, degrees")
+    top.colorbar(image, ax=axes, label="F / kT", shrink=0.8)
+    axis = bottom.subplots()
+    centres = np.degrees((np.arange(BINS) + 0.5) * 2 * np.pi / BINS - np.pi)
+    for (label, panel), color, marker in zip(
+        panels.items(), ("#000000", "#fba652", "#00519e"), ("", "v", "o"), strict=True
+    ):
+        values = np.array(panel["free_energy"])
+        axis.errorbar(centres, values, panel["error"], color=color, marker=marker, label=label, markersize=4, capsize=2)
+    axis.set(xlabel="phi, degrees", ylabel="F / kT", xlim=(-180, 180), xticks=range(-180, 181, 60))
+    axis.legend(ncols=3, loc="upper center")
+    clear(axis)
+    return figure
+
+
+def main() -> None:
+    parser(__doc__).parse_args()
+    warnings.simplefilter("ignore")  # samples that are not certified are what is measured
+    flow = jf.load(MODEL).requires_grad_(False)
+    coordinates = Coordinates.load(MODEL / "coordinates.json")
+
+    def measure(key: Json) -> Json:
+        what = key["what"]
+        if what == "simulations":
+            return simulations()
+        if what == "tolerances":
+            return {"rows": tolerances(flow, coordinates)}
+        return proposals(flow, coordinates, int(what.split()[0].replace(",", "")))
+
+    keys = ({"what": what} for what in ("simulations", "10,000 proposals", "100,000 proposals", "tolerances"))
+    complete(RESULTS / "alanine.json", keys, measure, lambda run: print(run["what"]))
+    save_png(figure(), FIGURES / "alanine.png")
+
+
+if __name__ == "__main__":
+    main()
