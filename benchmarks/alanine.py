@@ -39,7 +39,7 @@ def angles(positions: Float[Tensor, "n 22 3"]) -> tuple[Tensor, Tensor]:
 
 
 def free_energy(phi: Tensor, weights: Tensor) -> list[float]:
-    """F / kT of each bin of phi, -log of its share; infinite where no sample is."""
+    """F / kT of each bin of phi, -log of its share; infinite for a bin without samples."""
     shares, _ = np.histogram(phi, BINS, RANGE, weights=weights / weights.sum())
     with np.errstate(divide="ignore"):
         return [float(value) for value in -np.log(shares)]

@@ -84,7 +84,7 @@ def energies(positions: Float[Tensor, "n 22 3"]) -> Float[Tensor, " n"]:
 
 
 def to_internal(positions: Float[Tensor, "n 22 3"]) -> Float[Tensor, "n 22 3"]:
-    """Returns the bond in nanometres, the angle and the torsion of each atom; 0 where it has none."""
+    """Returns the bond in nanometres, the angle and the torsion of each atom; 0 for those it lacks."""
     out = torch.zeros_like(positions)
     for i, (_, atom, earlier) in enumerate(ATOMS):
         x = [positions[:, j] for j in (atom, *earlier)]

@@ -378,8 +378,8 @@ class _Group:
     def log_prob(self) -> Float[Tensor, " n"]:
         """Returns the log-densities of the samples at x.
 
-        Where all blocks are exact, x encodes to the latents and through the tokens that were solved, so that the sums
-        of log-scales are known. Else a block solved to a tolerance moves the tokens that the blocks after it would
+        If all blocks are exact, x encodes to the latents and through the tokens that were solved, so that the sums of
+        log-scales are known. Else a block solved to a tolerance moves the tokens that the blocks after it would
         read in encoding: these samples are encoded.
         """
         flow, var = self.flow, self.flow.var.to(self.x.dtype)

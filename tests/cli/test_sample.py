@@ -55,11 +55,11 @@ def test_it_writes_what_the_library_draws(strategy: str, run: Any, tmp_path: Pat
     assert list(entries["runs"]) == [entries["strategy"]] == [strategy]
     cost = entries["runs"][strategy]
     assert (cost["network_calls"], cost["token_evaluations"]) == (want.network_calls, want.token_evaluations)
-    assert cost["images_per_second"] == pytest.approx(5 / cost["seconds"])
+    assert cost["samples_per_second"] == pytest.approx(5 / cost["seconds"])
     assert cost["certificate"] == pytest.approx(float(want.certificate.max()))
     row = next(line for line in result.out.splitlines() if line.startswith(strategy))
     assert row.removeprefix(strategy).split() == [
-        f"{cost['seconds']:.3f}", f"{cost['images_per_second']:.1f}", str(want.network_calls),
+        f"{cost['seconds']:.3f}", f"{cost['samples_per_second']:.1f}", str(want.network_calls),
         f"{want.token_evaluations:,}", f"{cost['certificate']:.1e}",
     ]  # fmt: skip
     assert f"wrote {out}: 1 shard, manifest.json, strategy.json, samples.png\n" in result.out
@@ -78,7 +78,7 @@ def test_compare_prints_both_rows_and_the_error(run: Any, tmp_path: Path) -> Non
     assert list(entries["runs"]) == ["growing cache", strategy]
     for name, row in entries["runs"].items():
         cells = next(line for line in result.out.splitlines() if line.startswith(name)).removeprefix(name).split()
-        assert cells[:2] == [f"{row['seconds']:.3f}", f"{row['images_per_second']:.1f}"]
+        assert cells[:2] == [f"{row['seconds']:.3f}", f"{row['samples_per_second']:.1f}"]
     samples = jf.sample(jf.load("./model"), 4, labels, strategy=strategy)
     error = (growing_cache_sample(jf.load("./model"), samples.latents, labels) - samples.images).abs()
     largest, mean = float(error.max()), float(error.mean())
@@ -132,7 +132,7 @@ def test_a_batch_that_fits_and_then_the_one_that_was_begun_with(
     assert needed is not None
     for free in (6 * needed, needed):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
-        assert "5 images, batch size 4\n" in run(line).out
+        assert "5 samples, batch size 4\n" in run(line).out
     failed = run(f"{line}-of-its-own")
     assert (failed.code, "a sample needs" in failed.err) == (2, True)
 

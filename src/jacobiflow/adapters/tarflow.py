@@ -67,8 +67,8 @@ def _other_part(module: Any) -> str | None:
     for name, kind in expected.items():
         if type(parts.get(name)) is not kind:
             return name
-    known = {name for full in expected for name in (full, *_prefixes(full))} | {"", "permutation"}
-    others = (name for name in parts if name not in known and not name.startswith("permutation"))
+    expected_names = {name for full in expected for name in (full, *_prefixes(full))} | {"", "permutation"}
+    others = (name for name in parts if name not in expected_names and not name.startswith("permutation"))
     return next((name for name in others if type(parts[name]) is not nn.Dropout), None)
 
 
@@ -79,7 +79,7 @@ def _prefixes(name: str) -> list[str]:
 
 @torch.no_grad()
 def _has_log_det(module: Any) -> bool | None:
-    """Whether a block's `reverse` also returns the log-determinant; `None` if it is not that of a TarFlow."""
+    """Tells if a block's `reverse` also returns the log-determinant; `None` if it is not that of a TarFlow."""
     block = copy.deepcopy(module).cpu().float().eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in block.named_parameters():
@@ -113,7 +113,7 @@ def _reverse(
     block: Any, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None, guidance: float = 0.0,
     guide_what: str = "ab", attn_temp: float = 1.0, annealed_guidance: bool = False,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """What a block's `reverse` returns, with the log-determinant, by native code; `None` if it cannot."""
+    """Returns the answer of a block's `reverse`, with the log-determinant, by native code; `None` if it cannot."""
     z = block.permutation(x)
     tokens = z.shape[1]
     context = other = None

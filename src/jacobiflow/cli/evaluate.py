@@ -81,6 +81,7 @@ def evaluate(
     if features != "none" and images is None and stats is None:
         raise InputValueError(f"--features {features}: give --images or --stats, to compare with")
     flow = shared.load_model(model, device, dtype)
+    flow.require_images()
     folder = None if samples is None else _open_samples(samples, flow)
     test = None if images is None or not test_images else _test_images(flow, images, test_images)
     results: dict[str, Any] = {"model": model, "samples": None if samples is None else str(samples)}

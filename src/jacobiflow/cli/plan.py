@@ -29,7 +29,7 @@ def plan(
     batch_size: Annotated[
         str, Option(help="Images solved together, or auto: as many as fit in free memory, at most 1,024.")
     ] = "1",
-    tolerance: Annotated[float, Option(help="Largest residual in any block, and largest error of an image.")] = 1e-3,
+    tolerance: Annotated[float, Option(help="Largest residual in any block, and largest error of a sample.")] = 1e-3,
     guidance: shared.Guidance = "0",
     device: shared.Device = "cpu",
     dtype: shared.Dtype = "float32",
@@ -61,7 +61,7 @@ def plan(
     shared.show_table(("block", "tokens at a time", "until"), rows, text=(0, 1, 2))
     print(
         f"predicted: {prediction.seconds:.3f} s a batch, the exact loop {prediction.sequential_seconds:.3f} s; "
-        f"largest error of an image {prediction.error:.1e}"
+        f"largest error of a sample {prediction.error:.1e}"
     )
     needed = batch_bytes(flow, size)
     if needed is not None:

@@ -1,4 +1,4 @@
-"""`jacobiflow sample`: draw images."""
+"""`jacobiflow sample`: draw samples into a folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _STRATEGIES = (
 
 def sample(
     model: shared.Model = "fashion-p2",
-    num: Annotated[int, Option(min=1, max=100_000_000, help="How many images.")] = 16,
+    num: Annotated[int, Option(min=1, max=100_000_000, help="How many samples.")] = 16,
     labels: shared.Labels = "balanced",
     seed: shared.Seed = 0,
     batch_size: Annotated[str | None, Option(help=_BATCH_SIZE)] = None,
@@ -96,7 +96,7 @@ def sample(
     manifest, cost, outcome = folder.manifest, folder.cost(), folder.outcome(flow.config.num_tokens)
     certificate = folder.certificate()
     run = asdict(cost) | {
-        "images_per_second": num / cost.seconds,
+        "samples_per_second": num / cost.seconds,
         "certificate": None if certificate is None else float(certificate.max()),
     }
     results = {
@@ -155,7 +155,7 @@ def _compare(flow: Flow, folder: jf.SampleFolder, sheet: Path, progress: Progres
     plots.save_png(plots.comparison_sheet(original[few], ours[few], captions, columns=columns), sheet)
     seconds = rows[0].seconds.median
     return {
-        "runs": {result.original: {"seconds": seconds, "images_per_second": num / seconds}},
+        "runs": {result.original: {"seconds": seconds, "samples_per_second": num / seconds}},
         "speed_up": result.speed_up(rows[1], result.original),
         "error": asdict(measuring.paired_error(ours, original)),
     }
@@ -163,16 +163,16 @@ def _compare(flow: Flow, folder: jf.SampleFolder, sheet: Path, progress: Progres
 
 def _print(results: dict[str, Any], origin: str, outcome: str | None) -> None:
     num = results["num"]
-    print(f"{results['model']}: {num:,} image{'s' * (num > 1)}, batch size {results['batch_size']}\n{origin}\n")
+    print(f"{results['model']}: {num:,} sample{'s' * (num > 1)}, batch size {results['batch_size']}\n{origin}\n")
     rows = []
     for name, run in results["runs"].items():
         counts = [f"{run[key]:,}" if key in run else "" for key in ("network_calls", "token_evaluations")]
         residual = run.get("certificate")
         rows.append([
-            name, f"{run['seconds']:.3f}", f"{run['images_per_second']:.1f}", *counts,
+            name, f"{run['seconds']:.3f}", f"{run['samples_per_second']:.1f}", *counts,
             "" if residual is None else f"{residual:.1e}",
         ])  # fmt: skip
-    columns = ("strategy", "seconds", "images/s", "network\ncalls", "token\nevaluations", "largest\nresidual")
+    columns = ("strategy", "seconds", "samples/s", "network\ncalls", "token\nevaluations", "largest\nresidual")
     show_table(columns, rows)
     print()
     if "error" in results:

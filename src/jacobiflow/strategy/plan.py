@@ -56,7 +56,7 @@ def plan(
         flow: The model, on the device to plan for, or a view of it under guidance (`flow.guided`).
         tuning: By default that of the model folder (`jacobiflow.find_tuning`), if it is of the flow's weights.
         batch_size: Samples that are solved together.
-        tolerance: Largest residual in any block, and largest error of an image.
+        tolerance: Largest residual in any block, and largest error of a sample.
         bf16: Whether sweeps in bfloat16 may come first.
         progress: Is called after each block.
 
@@ -257,7 +257,7 @@ class _Planner:
 
 
 def _shape(block: FlowBlock) -> Hashable:
-    """What blocks share that take the same time: the shapes of their parameters."""
+    """The shapes of the parameters: blocks that share them take the same time."""
     return tuple(parameter.shape for parameter in block.parameters())
 
 

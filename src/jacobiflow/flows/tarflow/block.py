@@ -116,7 +116,7 @@ class TransformerBlock(FlowBlock):
         )
 
     def _embedding(self, context: Tensor | None) -> Float[Tensor, "#b t c"]:
-        """What is added to the projections of tokens in causal order."""
+        """Returns the sum of bias, position and context for each token, in causal order."""
         positions, embedding = self.positions().unsqueeze(0), self.embed_context(context)
         return positions if embedding is None else positions + embedding
 
