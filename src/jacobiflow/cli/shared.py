@@ -105,9 +105,7 @@ def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:
     from jacobiflow.latents import draw_labels
 
     if getattr(flow.config, "context_channels", 0):
-        raise InputValueError(
-            "this flow needs a context of numbers: draw its samples in Python, by jacobiflow.sample"
-        )
+        raise InputValueError("this flow needs a context of numbers: draw its samples in Python, by jacobiflow.sample")
     if text == "none" or (text in ("balanced", "random") and not flow.config.num_classes):
         return None
     if text == "balanced":
