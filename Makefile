@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: setup demo test lint mutants benchmark regimes calibration flows evaluation evaluation-in-pytorch emoji tutorials \
-	figures docs render clean
+	boltzmann figures docs render clean
 
 setup: $(INSTALLED)
 
@@ -126,6 +126,14 @@ render: setup
 # Runs the notebooks of docs/tutorials, and keeps their outputs (five minutes on two idle cores).
 tutorials: setup
 	$(BIN)/python -m benchmarks.run_tutorials
+
+# Measures docs/boltzmann.md (an hour on two idle cores, of which the simulations take two thirds).
+boltzmann: setup
+	$(BIN)/python -m examples.boltzmann simulate --seed 1
+	$(BIN)/python -m examples.boltzmann simulate --seed 2
+	$(BIN)/python -m benchmarks.alanine
+	$(BIN)/python -m benchmarks.boltzmann
+	$(RENDER)
 
 # Fetches a package of emoji, and writes the 256 images of it that ship with the library, and all to out/emoji/*.npz.
 EMOJI := emoji-datasource-google@16.0.0

@@ -23,7 +23,7 @@ from examples.molecule import ATOMS, BIAS, KELVIN, PHI, PSI, energies, simulatio
 
 MODEL = Path(__file__).parent / "alanine-dipeptide"
 TRAJECTORIES = Path("out/alanine-dipeptide")
-CONFIG = jf.TokenConfig(num_tokens=22, token_channels=3, channels=128, num_blocks=4, layers_per_block=2)
+CONFIG = jf.TokenConfig(num_tokens=22, token_channels=3, channels=64, num_blocks=4, layers_per_block=2, head_dim=16)
 HAS = torch.tensor([[len(earlier) > k for k in range(3)] for _, _, earlier in ATOMS])
 """Which of bond, angle and torsion an atom has: the first three atoms lack six, and noise takes their places."""
 
@@ -122,7 +122,7 @@ def frames() -> tuple[Float[Tensor, "n 22 3"], Float[Tensor, " n"]]:
     return positions, torch.cat(weights) / len(positions)
 
 
-def train(minutes: float, size: int = 256, rate: float = 1e-3) -> None:
+def train(minutes: float, size: int = 128, rate: float = 3e-3) -> None:
     """Trains by maximum likelihood on frames drawn by their weights; writes the moving average of the parameters."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
@@ -175,7 +175,7 @@ def weigh(num: int, seed: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("simulate", "train", "weigh"))
-    parser.add_argument("--nanoseconds", type=int, default=60)
+    parser.add_argument("--nanoseconds", type=int, default=25)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--num", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)

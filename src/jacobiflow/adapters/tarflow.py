@@ -142,9 +142,7 @@ def _reverse(
         has_scale=len(block.proj_out.bias) == 2 * x.shape[2],
     )
     answer = recurrence.invert(z, context, extrapolation)
-    if answer is None or not answer[0].isfinite().all():
-        return None
-    return block.permutation(answer[0], inverse=True), answer[1]
+    return None if answer is None else (block.permutation(answer[0], inverse=True), answer[1])
 
 
 def _layer(layer: Any) -> dict[str, Tensor]:
@@ -182,8 +180,17 @@ class _Accelerated(AcceleratedModule):
         arguments = {name: value for name, value in call.arguments.items() if name != "self"}
         with torch.no_grad():
             answer = _reverse(self, **arguments)
-        if answer is not None:
-            self.acceleration.count(self, 0, "native")
+        if answer is None:
+            return None
+        if (lost := ~answer[0].isfinite().all(dim=(1, 2))).any():  # rows that overflow are the block's own
+            rows = {
+                name: value[lost] if isinstance(value, Tensor) and len(value) == len(x) else value
+                for name, value in arguments.items()
+            }
+            own = self._own_reverse((), rows)
+            for ours, theirs in zip(answer, own if isinstance(own, tuple) else (own,), strict=False):
+                ours[lost] = theirs
+        self.acceleration.count(self, 0, "native")
         return answer
 
     def _own_reverse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
