@@ -1,4 +1,4 @@
-"""The Boltzmann generator of examples/: its geometry against a dense Jacobian, its weights against openmm's energies."""
+"""The Boltzmann generator of examples/: geometry against a dense Jacobian, weights against openmm's energies."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ class Quarters(jf.Partition):
 
     @classmethod
     def candidates(cls, num_tokens: int) -> tuple[jf.Partition, ...]:
-        return (cls(),)
+        return (cls(),) if num_tokens >= 4 else ()
 
 
 def test_candidates_are_of_every_partition_with_the_fitted_pieces() -> None:
