@@ -1,7 +1,7 @@
 """Measures samples with densities of flows over tokens: `python -m benchmarks.boltzmann`, about half an hour.
 
-The flows have the sizes of SBG's and of Prose, with random weights, and the alanine dipeptide example has
-its own. In turn: the growing cache of the original code with its log-determinant, as a live module; that module
+The flows have the sizes of SBG's and of Prose, with random weights; that of the alanine dipeptide example is trained.
+In turn: the growing cache of the original code with its log-determinant, as a live module; that module
 accelerated; our loop without and with densities; a window; and an encoding pass. Then backward passes of `encode` and
 of `decode`. Writes docs/results/boltzmann.json, which fills docs/boltzmann.md.
 """
@@ -155,7 +155,7 @@ def measure(rounds: int, key: Json) -> Json:
 
 
 def gradients(rounds: int, key: Json) -> Json:
-    """Times the backward passes of `encode` and of `decode` of a flow, with the same cotangents."""
+    """Times the backward passes of `encode` and of `decode` of a flow, in its parameters, at random cotangents."""
     flow = jf.load(MODEL if key["model"] == MODEL.name else key["model"]).requires_grad_()
     num = key["batch"]
     labels = torch.arange(num) % flow.config.num_classes if flow.config.num_classes else None
@@ -163,7 +163,6 @@ def gradients(rounds: int, key: Json) -> Json:
     with torch.no_grad():
         x = jf.decode(flow, z, labels, strategy="sequential")
     inputs = list(flow.parameters())
-
     outputs: dict[str, Callable[[], Tensor]] = {
         "decode": lambda: jf.decode(flow, z, labels, strategy="sequential"),
         "encode": lambda: flow.encode(x, labels)[0],

@@ -98,8 +98,13 @@ class Coordinates:
 def simulate(nanoseconds: int, seed: int) -> None:
     """Learns a bias along phi in 5 ns, then writes the frames of a simulation with it, one for each 0.5 ps.
 
-    A frame counts with the weight exp(bias / kT). Runs of other seeds add to it; every nanosecond is saved.
+    A frame counts with the weight exp(bias / kT). Every nanosecond is saved, and a stopped run keeps what it has: runs
+    of other seeds add to it.
     """
+    path, part = TRAJECTORIES / f"{seed}.npz", TRAJECTORIES / f"{seed}.partial.npz"
+    if path.exists():
+        print(f"{path} is there already; another --seed adds frames to it")
+        return
     run, bias = simulation(seed)
     bias.step(run, 2_500_000)
     frames, log_weights = [], []
@@ -110,13 +115,16 @@ def simulate(nanoseconds: int, seed: int) -> None:
         log_weights.append(energy / (MOLAR_GAS_CONSTANT_R._value * KELVIN / 1000))
         if (i + 1) % 2000 == 0:
             TRAJECTORIES.mkdir(parents=True, exist_ok=True)
-            np.savez(TRAJECTORIES / f"{seed}.npz", positions=np.array(frames), log_weights=np.array(log_weights))
+            np.savez(part, positions=np.array(frames), log_weights=np.array(log_weights))
+            part.replace(path)
             print(f"{(i + 1) // 2000} of {nanoseconds} ns", flush=True)
 
 
 def frames() -> tuple[Float[Tensor, "n 22 3"], Float[Tensor, " n"]]:
     """Returns the positions of all simulations, and their weights."""
-    files = [np.load(path) for path in sorted(TRAJECTORIES.glob("*.npz"))]
+    files = [np.load(path) for path in sorted(TRAJECTORIES.glob("*.npz")) if ".partial" not in path.name]
+    if not files:
+        raise SystemExit(f"no simulations in {TRAJECTORIES}: run `python -m examples.boltzmann simulate` first")
     positions = torch.from_numpy(np.concatenate([file["positions"] for file in files]))
     weights = [torch.from_numpy(file["log_weights"]).softmax(dim=0) * len(file["log_weights"]) for file in files]
     return positions, torch.cat(weights) / len(positions)

@@ -182,14 +182,14 @@ class _Accelerated(AcceleratedModule):
             answer = _reverse(self, **arguments)
         if answer is None:
             return None
-        if (lost := ~answer[0].isfinite().all(dim=(1, 2))).any():  # rows that overflow are the block's own
+        if (overflows := ~answer[0].isfinite().all(dim=(1, 2))).any():  # such rows are left to the block's own code
             rows = {
-                name: value[lost] if isinstance(value, Tensor) and len(value) == len(x) else value
+                name: value[overflows] if isinstance(value, Tensor) and value.shape[:1] == x.shape[:1] else value
                 for name, value in arguments.items()
             }
-            own = self._own_reverse((), rows)
-            for ours, theirs in zip(answer, own if isinstance(own, tuple) else (own,), strict=False):
-                ours[lost] = theirs
+            results = self._own_reverse((), rows)
+            for ours, theirs in zip(answer, results if isinstance(results, tuple) else (results,), strict=False):
+                ours[overflows] = theirs
         self.acceleration.count(self, 0, "native")
         return answer
 
