@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "adapters": {"implicit", "native"},
     "native": {"files"},
     "data": {"files"},
-    "flows": {"codec", "files", "native"},
+    "flows": {"codec", "files", "latents", "native"},
     "solvers": {"codec", "flows.base"},
     "denoising": {"flows"},
     "implicit": set(),

@@ -13,8 +13,8 @@ from jacobiflow.comparison import compare
 from jacobiflow.flows.flow import Flow
 from jacobiflow.flows.tarflow import TarFlowBlock
 from tests.helpers import oracle
-from tests.helpers.oracle import Guide, MAFOracle
-from tests.helpers.problems import latents, make_flow, make_identity, make_maf
+from tests.helpers.oracle import Guide, MAFOracle, StarOracle
+from tests.helpers.problems import latents, make_flow, make_identity, make_maf, make_star, texts
 
 LABELS = torch.tensor([0, 2, -1])
 GUIDANCE, GUIDE = jf.Guidance(0.6, attn_temperature=1.5), oracle.Guide(0.6, True, "both", 1.5)
@@ -43,6 +43,18 @@ def test_the_growing_cache_is_exact() -> None:
     flow, z = make_identity(torch.bfloat16), latents(make_identity(torch.float32), 2)
     images = original_loop(flow)[1](flow, z, None)  # the state stays in float32
     assert torch.equal(images, flow.from_tokens(z * torch.tensor(0.5).sqrt()))
+
+
+def test_the_token_loop_is_exact() -> None:
+    flow = make_star(layers_per_block=(1, 1, 2))
+    name, loop = original_loop(flow)
+    assert name == "token loop"
+    z, states, guide = latents(flow, 3), texts(flow, 3), Guide(1.5, False, "both", 1.0, "density")
+    guidance = jf.Guidance(1.5, annealed=False, rule="density")
+    for view, context, given in ((flow, states, None), (flow.guided(guidance), states, guide), (flow, None, None)):
+        exact = StarOracle(flow).decode(z, context, given)
+        torch.testing.assert_close(loop(view, z, context), exact, rtol=0, atol=1e-9)
+    assert torch.equal(z, latents(flow, 3))
 
 
 @pytest.mark.parametrize("shape", [{}, {"in_channels": 3, "image_size": 2, "num_classes": 0}, {"image_size": 1}])

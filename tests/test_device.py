@@ -177,10 +177,13 @@ def test_the_operations_of_a_token(guidance: jf.Guidance | None, most: int) -> N
 
 @pytest.mark.parametrize("guidance", [None, jf.Guidance(1.0)])
 def test_a_sweep(guidance: jf.Guidance | None) -> None:
-    """A fixed number of them never waits for the device; a window does so at every fourth."""
+    """A fixed number of them never waits for the device; a window does so at every fourth.
+
+    The window has one sample: several stand at tokens of their own if their rounding differs, and some move.
+    """
     segments = count_sweep(lambda tokens: jf.Solver(jf.Segments(tokens // 8), stopping=jf.MaxSweeps(3)), guidance)
     assert segments["read_backs"] == segments["copies"] == segments["explicit_masks"] == 0
-    window = count_sweep(lambda tokens: jf.Solver(jf.Window(4), stopping=jf.Tolerance(1e-30)), guidance)
+    window = count_sweep(lambda tokens: jf.Solver(jf.Window(4), stopping=jf.Tolerance(1e-30)), guidance, num=1)
     assert window["read_backs"] <= 0.25
     assert window["operations"] <= 45  # of which one is the graph of the network
     assert window["copies"] == 0

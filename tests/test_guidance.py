@@ -14,35 +14,40 @@ import jacobiflow as jf
 from jacobiflow.flows.base import evaluate
 from jacobiflow.flows.guidance import guided
 from tests.helpers import oracle
-from tests.helpers.problems import latents, make_flow, make_maf
+from tests.helpers.problems import latents, make_flow, make_maf, make_star, texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLASSES: dict[str, Any] = {"image_size": 8, "patch_size": 2, "num_classes": 3}
 CLASSLESS: dict[str, Any] = {"image_size": 6, "patch_size": 2, "in_channels": 3}
 SHIFTS: dict[str, Any] = {"image_size": 6, "patch_size": 2, "num_classes": 2, "nvp": False, "noise_std": 0.2}
+STAR: dict[str, Any] = {"in_channels": 2}
 LABELS = torch.tensor([0, -1, 1])
 
 
 @given(
-    config=st.sampled_from([CLASSES, CLASSLESS, SHIFTS]),
+    config=st.sampled_from([CLASSES, CLASSLESS, SHIFTS, STAR]),
     i=st.integers(0, 1),
     weight=st.floats(0.1, 3),
     annealed=st.booleans(),
     on=st.sampled_from(["both", "scale", "shift"]),
     temperature=st.sampled_from([1.0, 0.7, 1.6]),
+    rule=st.sampled_from(["linear", "density"]),
     data=st.data(),
 )
 @settings(max_examples=30, deadline=None, derandomize=True)
 def test_the_guided_map_is_the_formula_s(
-    config: dict[str, Any], i: int, weight: float, annealed: bool, on: Any, temperature: float, data: st.DataObject
-) -> None:
+    config: dict[str, Any], i: int, weight: float, annealed: bool, on: Any, temperature: float, rule: Any,
+    data: st.DataObject,
+) -> None:  # fmt: skip
     """In one pass, in runs of tokens over a cache, and in a run that starts at a token of each sample's own."""
-    flow = make_flow(**config)
+    is_star, on = config is STAR, on if rule == "linear" else "both"
+    flow: Any = make_star(**config) if is_star else make_flow(**config)
+    reference = oracle.StarOracle(flow) if is_star else oracle.Oracle(flow)
     x, z = latents(flow, 3, seed=1), latents(flow, 3, seed=2)
-    labels = LABELS if flow.config.num_classes else None
-    block = guided(flow.blocks[i], jf.Guidance(weight, annealed, on, temperature))
-    expected = oracle.Oracle(flow).g(i, x, z, labels, oracle.Guide(weight, annealed, on, temperature))
+    labels = texts(flow, 3) if is_star else LABELS if flow.config.num_classes else None
+    block = guided(flow.blocks[i], jf.Guidance(weight, annealed, on, temperature, rule))
+    expected = reference.g(i, x, z, labels, oracle.Guide(weight, annealed, on, temperature, rule))
     length = z.shape[1]
     with torch.no_grad():
         cuts = [0, *sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=4))), length]

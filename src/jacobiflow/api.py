@@ -11,6 +11,7 @@ from jacobiflow.flows.flow import load
 from jacobiflow.flows.guidance import Guidance, SamplingSettings
 from jacobiflow.flows.maf import MAF
 from jacobiflow.flows.prose import Prose, ProseConfig
+from jacobiflow.flows.starflow import STARFlow, STARFlowConfig
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
 from jacobiflow.sampling import Samples, decode, sample
 from jacobiflow.solvers import (
@@ -66,6 +67,8 @@ __all__ = [
     "Prose",
     "ProseConfig",
     "Report",
+    "STARFlow",
+    "STARFlowConfig",
     "SampleFolder",
     "Samples",
     "SamplingSettings",

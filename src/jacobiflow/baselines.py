@@ -1,13 +1,16 @@
 """The original samplers, which speed-ups are measured against.
 
 The growing cache is the loop of the original TarFlow code (Zhai et al., arXiv 2412.06329): every layer concatenates its
-whole list of keys and values again for each token, and guidance makes a second call per token. Full passes are the loop
-of MAF codes (Papamakarios et al., arXiv 1705.07057; the "For" loop of section 4.4 of the GS-Jacobi paper): each token
-takes a pass of the masked network over all entries.
+whole list of keys and values again for each token, and guidance makes a second call per token. The token loop is that
+of STARFlow (Gu et al., arXiv 2506.06276; code: apple/ml-starflow): a cache that is allocated once, and whose keys are
+all turned by their rotary positions again for each token. Full passes are the loop of MAF codes (Papamakarios et al.,
+arXiv 1705.07057; the "For" loop of section 4.4 of the GS-Jacobi paper): each token takes a pass of the masked network
+over all entries.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -20,11 +23,12 @@ from torch.nn import functional as F
 from jacobiflow.flows.flow import Flow, check_flow
 from jacobiflow.flows.guidance import Guidance
 from jacobiflow.flows.maf import MAF, MAFBlock, full_pass
+from jacobiflow.flows.starflow import STARFlow, STARFlowBlock
 from jacobiflow.flows.tarflow import TarFlow, TarFlowBlock
-from jacobiflow.flows.tarflow.attention import Attention, AttentionBlock
+from jacobiflow.flows.tarflow.attention import Attention, AttentionBlock, Rotation
 from jacobiflow.sampling import sample
 
-GROWING_CACHE, FULL_PASSES, SEQUENTIAL = "growing cache", "full passes", "sequential"
+GROWING_CACHE, TOKEN_LOOP, FULL_PASSES, SEQUENTIAL = "growing cache", "token loop", "full passes", "sequential"
 
 Loop = Callable[..., Tensor]  # of the flow, standard normal latents, and context or None; images are not clipped
 
@@ -34,6 +38,13 @@ def growing_cache_sample(
 ) -> Float[Tensor, "n ..."]:
     """Returns the data of standard normal latents as the original TarFlow code samples them."""
     return _sample(flow, z, context, _by_growing_cache)
+
+
+def token_loop_sample(
+    flow: STARFlow, z: Float[Tensor, "n t c"], context: Tensor | None = None
+) -> Float[Tensor, "n c h w"]:
+    """Returns images of standard normal latents as the original STARFlow code samples them, token by token."""
+    return _sample(flow, z, context, _by_token_loop)
 
 
 def full_passes_sample(
@@ -62,6 +73,68 @@ def _by_growing_cache(block: TarFlowBlock, x: Tensor, context: Tensor | None, gu
             log_scale, shift = _guided(weights, t, (log_scale, shift), unconditional.feed(x, t - 1))
         x[:, t] = x[:, t] * log_scale.exp() + shift
     return x
+
+
+def _by_token_loop(block: STARFlowBlock, z: Tensor, context: Tensor | None, guidance: Guidance | None) -> Tensor:
+    """Solves one block at `z`, in the block's causal order; guidance is by the rule "density"."""
+    guidance, num = guidance if block.is_guided else None, len(z)
+    rotation = block.layer_weights()[0].rotation
+    assert rotation is not None
+    text = block.embed_prefix(context, num)[:, :-1]
+    if guidance is not None:
+        text, z = torch.cat((text, block.embed_prefix(None, num)[:, :-1])), torch.cat((z, z))
+    size, heads = block.proj_in.out_features, block.attn_blocks[0].attention.num_heads
+    shape = (2, len(z), heads, len(rotation.cos), size // heads)
+    layers = [_TurnedLayer(layer, rotation, z.new_zeros(shape)) for layer in block.attn_blocks]
+    h = text
+    for layer in layers if h.shape[1] else ():
+        h = layer.feed(h)
+    x = z.clone()
+    weights = None if guidance is None else guidance.weights(z)[0]
+    for t in range(z.shape[1]):
+        token = block.sos_embed.expand(len(z), -1, -1) if t == 0 else x[:, t - 1 : t].to(block.sos_embed.dtype)
+        h = block.proj_in(token)
+        for layer in layers:
+            h = layer.feed(h)
+        out = block.proj_out(F.rms_norm(h, (size,), block.final_norm_weight(), 1e-6))[:, 0].to(z.dtype)
+        scale, shift = (block.soft_clip * torch.tanh(out / block.soft_clip)).chunk(2, dim=-1)
+        scale = F.softplus(scale + math.log(math.e - 1))
+        if weights is not None:
+            (scale, other_scale), (shift, other_shift) = scale.chunk(2), shift.chunk(2)
+            ratio = (scale / other_scale).clamp(max=1).square()
+            precision = 1 + weights[t] - weights[t] * ratio
+            scale = (scale / precision.sqrt()).repeat(2, 1)
+            shift = (((1 + weights[t]) * shift - weights[t] * ratio * other_shift) / precision).repeat(2, 1)
+        x[:, t] = z[:, t] * scale + shift
+    return x[:num]
+
+
+@dataclass
+class _TurnedLayer:
+    """A transformer layer with rotary positions, and its cache (2, N, heads, positions, head_dim) of unturned keys."""
+
+    module: AttentionBlock
+    rotation: Rotation
+    cache: Tensor
+    length: int = 0
+
+    def feed(self, h: Tensor) -> Tensor:
+        """Passes tokens (N, n, channels) through the layer; they attend to those before."""
+        attention, mlp, first = self.module.attention, self.module.mlp, self.length
+        self.length = last = first + h.shape[1]
+        packed = attention.qkv(attention.norm(h)).unflatten(-1, (3, attention.num_heads, -1))
+        self.cache[:, :, :, first:last] = packed[:, :, 1:].permute(2, 0, 3, 1, 4)
+        query = self._turned(packed[:, :, 0].transpose(1, 2), slice(first, last))
+        keys = self._turned(self.cache[0, :, :, :last].to(h.dtype), slice(0, last))
+        values = self.cache[1, :, :, :last].to(h.dtype)
+        out = F.scaled_dot_product_attention(query, keys, values, is_causal=first == 0 and last > 1)
+        h = h + attention.proj(out.transpose(1, 2).flatten(2))
+        return cast(Tensor, h + mlp.main(mlp.norm(h)))
+
+    def _turned(self, x: Tensor, positions: slice) -> Tensor:
+        cos, sin = (table[positions].repeat_interleave(2, dim=-1) for table in self.rotation)
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return x * cos + torch.stack((-odd, even), dim=-1).flatten(-2) * sin
 
 
 def _by_full_passes(block: MAFBlock, z: Tensor, labels: Tensor | None, guidance: Guidance | None) -> Tensor:
@@ -138,12 +211,14 @@ class Stream:
 def original_loop(flow: Flow) -> tuple[str, Loop]:
     """Returns the name and the sampler of a flow's original code.
 
-    These are "growing cache" for a TarFlow and "full passes" for a MAF; for any other flow this library's own token
-    loop, "sequential".
+    These are "growing cache" for a TarFlow, "token loop" for a STARFlow and "full passes" for a MAF; for any other flow
+    this library's own loop, "sequential".
     """
     check_flow(flow)
     if isinstance(flow, TarFlow):
         return GROWING_CACHE, growing_cache_sample
+    if isinstance(flow, STARFlow):
+        return TOKEN_LOOP, token_loop_sample
     if isinstance(flow, MAF):
         return FULL_PASSES, full_passes_sample
     return SEQUENTIAL, _sequential_sample

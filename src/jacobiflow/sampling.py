@@ -451,7 +451,7 @@ def check_log_prob(flow: Flow, log_prob: bool | None) -> bool:
 def warn_if_guidance_is_idle(flow: Flow, context: Tensor | None) -> None:
     """Warns the caller's caller if guidance takes the same row twice."""
     if flow.guidance is not None and context is None and flow.guidance.attn_temperature == 1:
-        warnings.warn("guidance without labels at attn_temperature 1 changes nothing", stacklevel=3)
+        warnings.warn("guidance without labels or texts at attn_temperature 1 changes nothing", stacklevel=3)
 
 
 def _check_latents(name: str, latents: Tensor, flow: Flow) -> None:

@@ -85,3 +85,54 @@ def test_check_of_a_model_uses_its_reports_and_its_weights(run: Any, refuse: Any
     (tmp_path / "model.safetensors").unlink()
     assert "model.safetensors: missing" in run(f"info --check {tmp_path}").out
     refuse("info --check pets", "pets: no model, samples or training run; give the folder of one, or a model's name")
+
+
+def test_convert_a_starflow(run: Any, refuse: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    flow = jf.STARFlow(jf.STARFlowConfig(3, 4, 2, 64, (1, 2), text_tokens=3, text_channels=5, noise_std=0.1))
+    state = {name: tensor for name, tensor in flow.state_dict().items() if "null_text" not in name}
+    torch.save(state | {"feat_rope.freqs_cos": torch.zeros(7, 32)}, tmp_path / "star.pth")
+    (tmp_path / "words.py").write_text("import torch\nencode = lambda prompts: torch.ones(len(prompts), 1, 5)\n")
+    line = f"convert {tmp_path}/star.pth --patch-size 2 --noise-std 0.1 --out {tmp_path}/star"
+    result = run(f"{line} --encode-text {tmp_path}/words.py:encode")
+    assert (result.code, result.err) == (0, "")
+    assert "images of 3x4x4, 4 tokens of 12 values, texts\n" in result.out
+    read = jf.load(tmp_path / "star")
+    assert read.config == flow.config and read.recommended.guidance == jf.Guidance.parse(
+        "3.6,annealed=false,rule=density"
+    )
+    assert torch.equal(read.blocks[-1].null_text[:2], torch.tensor([[1.0] * 5, [0.0] * 5]))
+    refuse(f"{line}2 --encode-text {tmp_path}/words.py:decode", "words.py:decode: not a file and a function in it")
+    refuse(f"sample --model {tmp_path}/star --prompts cat --out {tmp_path}/o", "--prompts cat: give --encode-text, too")
+    refuse(f"sample --model model --prompts cat --out {tmp_path}/o", "--prompts cat: this flow reads no text")
+
+
+def test_prompts_become_samples(run: Any, refuse: Any, tmp_path: Path) -> None:
+    """Each of a file in turn; other prompts are another run."""
+    torch.manual_seed(0)
+    flow = jf.STARFlow(jf.STARFlowConfig(3, 4, 2, 64, (1, 2), text_tokens=3, text_channels=5))
+    for block in flow.blocks:
+        torch.nn.init.normal_(block.proj_out.weight, std=0.1)
+    flow.blocks[-1].null_text.fill_(0.5)
+    flow.recommended = jf.SamplingSettings(jf.Guidance(2.0, annealed=False, rule="density"))
+    flow.save_pretrained(tmp_path / "star")
+    words = "import torch\ndef encode(prompts):\n return torch.tensor([[[float(len(p))] * 5] for p in prompts])\n"
+    (tmp_path / "words.py").write_text(words)
+    (tmp_path / "prompts.txt").write_text("cat\nhouse\n")
+    model = f"--model {tmp_path}/star --num 3"
+    line = (
+        f"sample {model} --prompts {tmp_path}/prompts.txt --encode-text {tmp_path}/words.py:encode --out {tmp_path}/o"
+    )
+    result = run(line)
+    assert (result.code, result.err) == (0, "")
+    states = torch.tensor([[[3.0] * 5], [[5.0] * 5], [[3.0] * 5]])
+    view = jf.load(tmp_path / "star").guided(flow.recommended.guidance)
+    want = jf.sample(view, 3, context=states, strategy="sequential").images
+    stored = jf.SampleFolder.open(tmp_path / "o").images(0)
+    assert (stored.float() / 127.5 - 1 - want.clamp(-1, 1)).abs().max() <= 1.5 / 127.5
+    assert "all 3 were in" in run(line).out
+    (tmp_path / "prompts.txt").write_text("cat\nmouses\n")
+    refuse(line, "context_sha256")
+    refuse(f"evaluate {model.split(' --num')[0]} --samples {tmp_path}/o", "folder does not hold; give --paired 0")
+    result = run(line.replace("/o", "/c") + " --compare")
+    assert (result.code, "times as fast as the original sampler, token loop" in result.out) == (0, True)

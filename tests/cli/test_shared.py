@@ -40,16 +40,16 @@ def flow(work: Path) -> Flow:
 def test_options_win_and_the_other_settings_are_recommended(
     guidance: str | None, denoise: float | None, plain: bool, want: Any, text: str, flow: Flow
 ) -> None:
-    settings, line = resolve_settings(flow, guidance, denoise, plain, has_labels=True)
+    settings, line = resolve_settings(flow, guidance, denoise, plain, has_context=True)
     assert (settings, line) == (jf.SamplingSettings(*want), f"settings: {text}")
     assert settings_text(settings) == text.partition(" (")[0]
 
 
 def test_guidance_is_recommended_for_labels_only(flow: Flow) -> None:
-    settings, line = resolve_settings(flow, None, None, False, has_labels=False)
+    settings, line = resolve_settings(flow, None, None, False, has_context=False)
     assert settings == jf.SamplingSettings(denoise=0.9)
     assert line == "settings: --denoise 0.9; the recommended guidance needs labels"
-    assert resolve_settings(flow, "1", None, False, has_labels=False)[0].guidance == jf.Guidance(1.0)
+    assert resolve_settings(flow, "1", None, False, has_context=False)[0].guidance == jf.Guidance(1.0)
 
 
 def test_samples_are_drawn_as_recommended_and_resumed_in_no_other_way(

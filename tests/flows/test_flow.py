@@ -17,8 +17,8 @@ from jacobiflow.flows import Flow, register
 from jacobiflow.flows.flow import FLOWS as REGISTERED
 from jacobiflow.flows.flow import state_dtype
 from tests.extending.recurrent_flow import RecurrentFlow
-from tests.helpers.oracle import MAFOracle, Oracle
-from tests.helpers.problems import latents, make_flow, make_maf
+from tests.helpers.oracle import MAFOracle, Oracle, StarOracle
+from tests.helpers.problems import latents, make_flow, make_maf, make_star, texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,6 +27,7 @@ FLOWS: dict[str, Callable[[], Any]] = {
     "TarFlow in colour, without classes": lambda: make_flow(image_size=4, in_channels=3),
     "TarFlow of shifts": lambda: make_flow(image_size=4, num_classes=2, nvp=False),
     "TarFlow of pixels": lambda: make_flow(image_size=3, patch_size=1),
+    "STARFlow": make_star,
     "MAF": make_maf,
     "MAF in colour": lambda: make_maf(in_channels=3, image_size=2, hidden_features=33, hidden_layers=3),
     "MAF of one layer and few units": lambda: make_maf(hidden_features=7, hidden_layers=1, num_blocks=3, num_classes=0),
@@ -40,14 +41,16 @@ def images_of(flow: Flow, num: int = 3) -> Tensor:
 
 
 def labels_of(flow: Flow) -> Tensor | None:
-    """The first class, none, the last class."""
+    """The first class, none, the last class; or the states of texts."""
+    if isinstance(flow, jf.STARFlow):
+        return texts(flow, 3)
     return torch.tensor([0, -1, flow.config.num_classes - 1]) if flow.config.num_classes else None
 
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_encoding_is_the_oracle_s_with_the_determinant_of_the_dense_jacobian_and_is_decoded_again(name: str) -> None:
     flow = FLOWS[name]()
-    reference = MAFOracle(flow) if isinstance(flow, jf.MAF) else Oracle(flow)
+    reference = {jf.MAF: MAFOracle, jf.STARFlow: StarOracle}.get(type(flow), Oracle)(flow)
     images, labels = images_of(flow), labels_of(flow)
     copied, (z, log_det) = images.clone(), flow.encode(images, labels)
     expected_z, expected_log_det = reference.encode(images, labels)
@@ -68,7 +71,7 @@ def test_encoding_is_the_oracle_s_with_the_determinant_of_the_dense_jacobian_and
     assert torch.equal(images, copied)
 
 
-@pytest.mark.parametrize("name", ["TarFlow of shifts", "MAF"])
+@pytest.mark.parametrize("name", ["TarFlow of shifts", "STARFlow", "MAF"])
 def test_a_network_in_bfloat16_keeps_tokens_in_float32(name: str) -> None:
     wide = FLOWS[name]()
     low = copy.deepcopy(wide).bfloat16()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,25 +15,28 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.flows.guidance import guided
-from tests.helpers.oracle import Guide, MAFOracle, Oracle, sequential
+from tests.helpers.oracle import Guide, MAFOracle, Oracle, StarOracle, sequential
+from tests.helpers.problems import make_star
 
 
 @dataclass(frozen=True)
 class Case:
     """A flow, a batch to invert, and the threads to do it with.
 
-    `size` is what distinguishes flows; `labels` are every class and -1, or `None`.
+    `size` is what distinguishes flows; `labels` are every class and -1, or states of texts, or `None`.
     """
 
-    size: dict[str, int]
+    size: dict[str, Any]
     batch: int = 3
     threads: int = 1
     labels: bool = True
     guide: Guide | None = None
-    kind: type[jf.TarFlow] | type[jf.MAF] = jf.TarFlow
+    kind: type[jf.TarFlow] | type[jf.STARFlow] | type[jf.MAF] = jf.TarFlow
 
     def flow(self) -> Any:
         """Two blocks of which every weight matters."""
+        if self.kind is jf.STARFlow:
+            return deepcopy(make_star(**self.size)).float()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             return _tarflow(self.size) if self.kind is jf.TarFlow else _maf(self.size)
@@ -43,6 +47,8 @@ class Case:
         return torch.randn(shape, generator=generator, dtype=torch.float32)
 
     def context(self) -> Tensor | None:
+        if self.kind is jf.STARFlow:
+            return torch.randn(self.batch, 3, 5, generator=torch.Generator().manual_seed(2)) if self.labels else None
         classes = self.size.get("num_classes", 0)
         return torch.arange(self.batch) % (classes + 1) - 1 if self.labels and classes else None
 
@@ -52,7 +58,7 @@ class Case:
 
     def guidance(self) -> jf.Guidance | None:
         guide = self.guide
-        return guide and jf.Guidance(guide.weight, guide.annealed, guide.on, guide.temperature)  # type: ignore[arg-type]
+        return guide and jf.Guidance(guide.weight, guide.annealed, guide.on, guide.temperature, guide.rule)  # type: ignore[arg-type]
 
     def answer(self, flow: Any, z: Tensor, i: int = 1) -> Tensor:
         """The oracle's inverse, in float64."""
@@ -68,7 +74,7 @@ class Case:
         return step.log().sum(dim=(1, 2))
 
     def oracle(self, flow: Any) -> Oracle | MAFOracle:
-        return (Oracle if self.kind is jf.TarFlow else MAFOracle)(flow)
+        return {jf.TarFlow: Oracle, jf.STARFlow: StarOracle, jf.MAF: MAFOracle}[self.kind](flow)
 
 
 def _tarflow(size: dict[str, int]) -> jf.TarFlow:
@@ -105,6 +111,10 @@ def _maf_case(*args: Any, **kwargs: Any) -> Case:
     return Case(*args, kind=jf.MAF, **kwargs)
 
 
+def _star_case(*args: Any, **kwargs: Any) -> Case:
+    return Case(*args, kind=jf.STARFlow, **kwargs)
+
+
 # Together: heads and widths that are whole vectors and that are not, one token to several blocks of keys, batches that
 # are one team's and several teams', and several calls'.
 CASES = {
@@ -129,6 +139,14 @@ CASES = {
     "several calls": Case({"image_size": 2, "num_classes": 3}, batch=33, guide=Guide(1.0, True, "both", 1.0)),
     "four teams": Case({"image_size": 3, "num_classes": 3}, batch=130, threads=4),
     "a team of two and a team of two": Case({"image_size": 3, "channels": 33, "head_dim": 11}, batch=32, threads=4),
+    "STARFlow": _star_case({"image_size": 8}, batch=7, threads=2),
+    "STARFlow, heads of 64": _star_case(
+        {"channels": 64, "head_dim": 64, "in_channels": 3, "patch_size": 1, "soft_clip": 1.0}, threads=3,
+        guide=Guide(2.0, False, "both", 1.0, "density"),
+    ),
+    "STARFlow, one token": _star_case({"image_size": 2}, batch=2, guide=Guide(1.0, False, "both", 0.7)),
+    "STARFlow, no text": _star_case({}, batch=33, labels=False, guide=Guide(1.5, True, "both", 1.3, "density")),
+    "STARFlow, a shallow block": _star_case({"layers_per_block": (1, 1, 1)}, batch=65, threads=4),
     "MAF": _maf_case({"num_classes": 3}, batch=5, threads=2),
     "MAF, one token": _maf_case({"image_size": 1}, batch=2),
     "MAF, three layers": _maf_case(

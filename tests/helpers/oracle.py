@@ -1,4 +1,4 @@
-"""TarFlow, MAF and their solvers once more, from the state dict alone: no cache, no code of the library, float64.
+"""TarFlow, STARFlow, MAF and their solvers again, from the state dict alone: no cache, no code of the library, float64.
 
 Everything is recomputed from the current tokens whenever anything is needed. Tokens of a block are in its own causal
 order, blocks are numbered in encoding order, and odd blocks read the patches in reverse.
@@ -18,12 +18,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Guide:
-    """Guidance: weight, annealed or not, the guided parameters, and the temperature of the unconditional row."""
+    """Guidance: weight, annealed or not, the guided parameters, the temperature of the unconditional row, the rule."""
 
     weight: float
     annealed: bool
     on: str
     temperature: float
+    rule: str = "linear"
 
 
 class FlowOracle:
@@ -53,9 +54,12 @@ class FlowOracle:
     def g(self, i: int, x: Tensor, z: Tensor, labels: Tensor | None = None, guide: Guide | None = None) -> Tensor:
         """The map whose fixed point is the inverse of block i at z."""
         log_scale, shift = self.parameters(i, x, labels)
-        if guide is not None:
+        if guide is not None and self.is_guided(i):
             guide_away(guide, log_scale, shift, *self.parameters(i, x, None, guide.temperature))
         return log_scale.exp() * z + shift
+
+    def is_guided(self, i: int) -> bool:
+        return True
 
     def invert_block(self, i: int, z: Tensor, labels: Tensor | None = None, guide: Guide | None = None) -> Tensor:
         return sequential(lambda x: self.g(i, x, z, labels, guide), z)
@@ -83,7 +87,7 @@ class Oracle(FlowOracle):
 
     def __init__(self, flow: Any) -> None:
         super().__init__(flow)
-        self.nvp, self.head_dim = flow.config.nvp, flow.config.head_dim
+        self.nvp, self.head_dim = getattr(flow.config, "nvp", True), flow.config.head_dim
         self.read_layout(flow.config)
 
     def read_layout(self, config: Any) -> None:
@@ -105,13 +109,22 @@ class Oracle(FlowOracle):
 
     def parameters(self, i: int, x: Tensor, labels: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         w = {n.removeprefix(f"blocks.{i}."): v for n, v in self.state.items() if n.startswith(f"blocks.{i}.")}
-        batch, length, _ = x.shape
+        batch = len(x)
         h = x.double() @ w["proj_in.weight"].T + w["proj_in.bias"] + self.flip(i, w["pos_embed"][None])
         if "class_embed" in w:
             h = h + embedded(w["class_embed"][:, 0], labels, batch)[:, None]
         if "proj_context.weight" in w and labels is not None:
             numbers = labels.double() @ w["proj_context.weight"].T + w["proj_context.bias"]
             h = h + (numbers[:, None] if numbers.ndim == 2 else self.flip(i, numbers))
+        h = self.layers(w, h, temperature)
+        out = h @ w["proj_out.weight"].T + w["proj_out.bias"]
+        out = torch.cat((torch.zeros_like(out[:, :1]), out[:, :-1]), dim=1)
+        channels = x.shape[2]
+        return (out[..., :channels], out[..., channels:]) if self.nvp else (torch.zeros_like(out), out)
+
+    def layers(self, w: dict[str, Tensor], h: Tensor, temperature: float, angles: Tensor | None = None) -> Tensor:
+        """The transformer; `angles` (T, D / 2) turn pairs of the channels of queries and keys, as complex numbers."""
+        batch, length, _ = h.shape
         heads = h.shape[2] // self.head_dim
         past = torch.ones(length, length, dtype=torch.float64).tril()
         for layer in range(sum(name.endswith("attention.qkv.bias") for name in w)):
@@ -119,6 +132,10 @@ class Oracle(FlowOracle):
             n = _layer_norm(h, w[a + "norm.weight"], w[a + "norm.bias"])
             q, k, v = (n @ w[a + "qkv.weight"].T + w[a + "qkv.bias"]).split(h.shape[2], dim=2)
             q, k, v = (y.reshape(batch, length, heads, -1) for y in (q, k, v))
+            if angles is not None:
+                turns = torch.polar(torch.ones_like(angles), angles)[:, None]
+                pairs = (torch.view_as_complex(y.unflatten(3, (-1, 2)).contiguous()) for y in (q, k))
+                q, k = (torch.view_as_real(y * turns).flatten(3) for y in pairs)
             logits = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[3]) / temperature
             weights = (logits - logits.amax(dim=3, keepdim=True)).exp() * past
             weights = weights / weights.sum(dim=3, keepdim=True)
@@ -128,10 +145,55 @@ class Oracle(FlowOracle):
             n = n @ w[m + "main.0.weight"].T + w[m + "main.0.bias"]
             n = 0.5 * n * (1 + torch.erf(n / math.sqrt(2)))
             h = h + n @ w[m + "main.2.weight"].T + w[m + "main.2.bias"]
-        out = h @ w["proj_out.weight"].T + w["proj_out.bias"]
-        out = torch.cat((torch.zeros_like(out[:, :1]), out[:, :-1]), dim=1)
+        return h
+
+
+class StarOracle(Oracle):
+    """A STARFlow; its labels are the states of texts."""
+
+    def read_layout(self, config: Any) -> None:
+        super().read_layout(config)
+        self.clip = config.soft_clip
+
+    def patches(self, images: Tensor) -> Tensor:
+        """Inside a patch row, column, channel."""
+        x = super().patches(images).reshape(len(images), self.side**2, self.in_channels, self.patch**2)
+        return x.transpose(2, 3).flatten(2)
+
+    def images(self, tokens: Tensor) -> Tensor:
+        return super().images(tokens.unflatten(2, (self.patch**2, self.in_channels)).transpose(2, 3).flatten(2))
+
+    def flip(self, i: int, x: Tensor) -> Tensor:
+        return x if i % 2 else x[:, torch.arange(x.shape[1] - 1, -1, -1)]
+
+    def is_guided(self, i: int) -> bool:
+        return i == self.num_blocks - 1
+
+    def parameters(self, i: int, x: Tensor, labels: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        w = {n.removeprefix(f"blocks.{i}."): v for n, v in self.state.items() if n.startswith(f"blocks.{i}.")}
+        tokens = torch.cat((w["sos_embed"].expand(len(x), -1, -1), x[:, :-1].double()), dim=1)
+        h = tokens @ w["proj_in.weight"].T + w["proj_in.bias"]
+        texts = 0
+        if "proj_txt.weight" in w:
+            states = w["null_text"].expand(len(x), -1, -1) if labels is None else labels.double()
+            texts = states.shape[1]
+            h = torch.cat((states @ w["proj_txt.weight"].T + w["proj_txt.bias"], h), dim=1)
+        angles = torch.zeros(h.shape[1], self.head_dim // 2, dtype=torch.float64)
+        places = (self.head_dim // 2 - 8) // 2  # frequencies of rows, and of columns
+        for position in range(h.shape[1]):
+            row, column = divmod(position - texts, self.side) if position >= texts else (0, 0)
+            text = position / texts * self.side if position < texts else 0.0
+            angles[position] = torch.tensor(
+                [row * 10_000 ** (-k / places) for k in range(places)]
+                + [column * 10_000 ** (-k / places) for k in range(places)]
+                + [text * 10_000 ** (-k / 8) for k in range(8)],
+                dtype=torch.float64,
+            )
+        h = self.layers(w, h, temperature, angles)[:, texts:]
+        h = h / (h.square().mean(dim=2, keepdim=True) + 1e-6).sqrt() * (1 + w["final_norm.weight"])
+        out = self.clip * ((h @ w["proj_out.weight"].T + w["proj_out.bias"]) / self.clip).tanh()
         channels = x.shape[2]
-        return (out[..., :channels], out[..., channels:]) if self.nvp else (torch.zeros_like(out), out)
+        return (1 + (out[..., :channels] + math.log(math.e - 1)).exp()).log().log(), out[..., channels:]
 
 
 class TokenOracle(Oracle):
@@ -216,6 +278,13 @@ def guide_away(guide: Guide, log_scale: Tensor, shift: Tensor, free_log_scale: T
     length = log_scale.shape[1]
     for t in range(length):
         weight = guide.weight * (t / (length - 1) if guide.annealed else 1.0)
+        if guide.rule == "density":  # p^(1 + w) / p_free^w of Gaussians, p_free no narrower than p
+            given, free = (-2 * log_scale[:, t]).exp(), (-2 * free_log_scale[:, t]).exp()
+            free = torch.minimum(given, free)
+            precision = (1 + weight) * given - weight * free
+            shift[:, t] = ((1 + weight) * given * shift[:, t] - weight * free * free_shift[:, t]) / precision
+            log_scale[:, t] = -0.5 * precision.log()
+            continue
         if guide.on in ("both", "scale"):
             log_scale[:, t] = log_scale[:, t] + weight * (log_scale[:, t] - free_log_scale[:, t])
         if guide.on in ("both", "shift"):

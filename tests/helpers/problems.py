@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -98,6 +98,28 @@ def make_maf(
                 layer.class_embed.normal_(std=0.3)
         flow.var.uniform_(0.5, 2)
     return flow
+
+
+@cache
+def make_star(**size: Any) -> jf.STARFlow:
+    """A float64 STARFlow, not to be changed, whose every weight matters."""
+    config = jf.STARFlowConfig(1, 6, 2, 40, (1, 2), text_tokens=3, text_channels=5, head_dim=20, noise_std=0.2)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        flow = jf.STARFlow(replace(config, **size)).double().eval().requires_grad_(False)
+        for block in flow.blocks:
+            for name, parameter in block.named_parameters():
+                if name.endswith("bias") or "norm" in name:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+            block.proj_out.weight.normal_(std=0.1)
+        flow.blocks[-1].null_text.normal_()
+    return flow
+
+
+def texts(flow: jf.STARFlow, num: int) -> Tensor:
+    """States of texts in float64."""
+    shape = (num, flow.config.text_tokens, flow.config.text_channels)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(num), dtype=torch.float64)
 
 
 def latents(flow: jf.TarFlow, num: int, seed: int = 0) -> Tensor:

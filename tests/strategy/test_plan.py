@@ -277,6 +277,8 @@ def test_a_tolerance_below_the_network_s_rounding_is_raised_to_it(monkeypatch: p
     floor, exact = PLAN.rounding_floor(flow), draw(flow, "sequential", z, certify="always")
     assert exact.certificate is not None
     assert float(exact.certificate.max()) <= floor < 0.2
+    if floor == 0:
+        pytest.skip("this processor computes a token in bfloat16 alike in every pass")
     with pytest.warns(
         UserWarning, match=r"tolerance 1e-06 is below the rounding of this flow's network: planned for"
     ) as caught:

@@ -128,9 +128,8 @@ def _reverse(
         if annealed_guidance:
             weights = weights * torch.arange(tokens) / max(tokens - 1, 1)
         zeros = torch.zeros_like(weights)
-        extrapolation = Extrapolation(
-            weights if "a" in guide_what else zeros, weights if "b" in guide_what else zeros, other, attn_temp
-        )
+        of_scale, of_shift = (weights if parameter in guide_what else zeros for parameter in "ab")
+        extrapolation = Extrapolation(of_scale, of_shift, other, attn_temp, by_density=False)
     layers = [_layer(layer) for layer in block.attn_blocks]
     recurrence = Recurrence(
         proj_in=block.proj_in.weight,

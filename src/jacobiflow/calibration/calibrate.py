@@ -21,7 +21,7 @@ from jacobiflow.calibration.report import Report, Settings, Start, named_guesses
 from jacobiflow.checks import check_choice, check_count, check_flag, check_path, check_seed
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.files import own_folder, read_object, write_json
-from jacobiflow.flows.config import Labels
+from jacobiflow.flows.config import Context, Labels
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.flow import Flow, check_flow, precision
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
@@ -41,6 +41,7 @@ def calibrate(
     labels: Labels | None = None,
     norm: Norm = 2,
     *,
+    context: Context | None = None,
     segments: int = 8,
     traced: int = 32,
     per_class: bool = False,
@@ -61,6 +62,7 @@ def calibrate(
         images: (N, C, H, W), two or more, like those that the flow was trained on, with the same noise: a tensor, a
             NumPy array, or anything with a length that a tensor of indices can index.
         labels: (N,) their classes, or one class for all. `None`, or a label below 0, takes the unconditional row.
+        context: In place of labels: what the flow takes, such as prompts.
         norm: That of `report.igm` and `report.crm`: 2, "fro" or 1. `report.metrics` has all three.
         segments: Number of segments of a tough block that have metrics of their own.
         traced: Number of images, evenly spaced, and of fresh latents under their labels whose sweeps are measured.
@@ -89,9 +91,11 @@ def calibrate(
     _check_images(flow, images)
     if labels is None and per_class:
         raise InputValueError("per_class: give the labels of the images")
-    checked = None if labels is None else flow.check_labels(labels, len(images))
+    if labels is not None and context is not None:
+        raise InputValueError("labels and context: give one of them")
+    checked = flow.check_context(labels if context is None else context, len(images))
     classes = sorted(set(checked.tolist())) if per_class and checked is not None else []
-    settings = Settings(len(images), labels is not None, norm, flow.guidance, segments, min(traced, len(images)), seed)
+    settings = Settings(len(images), checked is not None, norm, flow.guidance, segments, min(traced, len(images)), seed)
     passes = Passes(flow, images, checked, batch_size, progress)
     if out is None:
         return _measure(passes, settings, classes)
@@ -138,8 +142,8 @@ def _measure(
         settings.traced, config.num_tokens, config.token_channels, settings.seed, FIRST_CALIBRATION_LATENT
     )
     solutions: dict[Start, list[BlockSolution]] = {} if settings.guidance else {"images": passes.encoded(indices)}
-    labels = passes.labels_at(indices)
-    solutions["noise"] = exact_solutions(passes.flow, latents, labels, passes.batch_size, passes.progress)
+    context = passes.context_at(indices)
+    solutions["noise"] = exact_solutions(passes.flow, latents, context, passes.batch_size, passes.progress)
     sweep = partial(_sweep, passes, settings, measured, solutions)
     blocks = [_part(folder, key, f"block-{i}", _BlockSweeps, partial(sweep, i)) for i in range(config.num_blocks)]
     return Report(
@@ -167,8 +171,8 @@ def _sweep(
 
     def traces(start: Start, guess: str, count: int = 1) -> tuple[Trace, ...]:
         curves = [
-            distances(block, x, z, guesses[guess], labels, count)
-            for x, z, labels in solutions[start][i].split(min(passes.batch_size, _SWEPT_TOGETHER))
+            distances(block, x, z, guesses[guess], context, count)
+            for x, z, context in solutions[start][i].split(min(passes.batch_size, _SWEPT_TOGETHER))
         ]
         return tuple(map(Trace.of, zip(*curves, strict=True)))
 
@@ -178,7 +182,7 @@ def _sweep(
         powers = {2**k for k in range(num_tokens.bit_length()) if 2**k <= num_tokens // _FEWEST_TOKENS}
         segments |= {count: traces("noise", best, count) for count in sorted(({settings.segments} | powers) - {1})}
     few = next(solutions["noise" if settings.guidance else "images"][i].split(_GAMMA_SAMPLES)).split(passes.batch_size)
-    gamma = torch.cat([gamma_norm(block, x, z, labels) for x, z, labels in few]).tolist()
+    gamma = torch.cat([gamma_norm(block, x, z, context) for x, z, context in few]).tolist()
     if passes.progress is not None:
         passes.progress(i + 1, len(passes.blocks), "sweeps")
     return _BlockSweeps(whole, segments, tuple(gamma))
@@ -203,7 +207,8 @@ def _key(passes: Passes, settings: Settings, classes: Sequence[int]) -> str:
     digest = hashlib.sha256()
     for rows in torch.arange(settings.num_images).split(passes.batch_size):
         digest.update(passes.read(rows).cpu().numpy().tobytes())
-    labels = None if passes.labels is None else passes.labels.tolist()
-    others = (fingerprint(passes.flow), precision(passes.flow), labels, settings, classes, passes.batch_size)
+    if passes.context is not None:
+        digest.update(passes.context.cpu().numpy().tobytes())
+    others = (fingerprint(passes.flow), precision(passes.flow), settings, classes, passes.batch_size)
     digest.update(repr(others).encode())
     return digest.hexdigest()

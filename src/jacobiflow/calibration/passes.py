@@ -35,34 +35,33 @@ class Images(Protocol):
 
 
 class BlockSolution(NamedTuple):
-    """Pairs X* and z of one block in its causal order, and their labels."""
+    """Pairs X* and z of one block in its causal order, and their context."""
 
     x: Float[Tensor, "b t c"]
     z: Float[Tensor, "b t c"]
-    labels: Int[Tensor, " b"] | None
+    context: Tensor | None
 
     def split(self, size: int) -> Iterator[BlockSolution]:
         """In parts of so many samples."""
-        labels = repeat(None) if self.labels is None else self.labels.split(size)
-        yield from map(BlockSolution, self.x.split(size), self.z.split(size), labels)
+        contexts = repeat(None) if self.context is None else self.context.split(size)
+        yield from map(BlockSolution, self.x.split(size), self.z.split(size), contexts)
 
 
 def exact_solutions(
-    flow: Flow, latents: Float[Tensor, "n t c"], labels: Int[Tensor, " n"] | None, batch_size: int,
-    progress: Progress | None,
-) -> list[BlockSolution]:  # fmt: skip
+    flow: Flow, latents: Float[Tensor, "n t c"], context: Tensor | None, batch_size: int, progress: Progress | None
+) -> list[BlockSolution]:
     """Solves each block by the exact loop at latents. Raises ValueError if one overflows."""
     blocks, solutions = flow.inverse_blocks, dict[int, BlockSolution]()
 
     def solve_block(i: int, z: Tensor) -> Tensor:
-        x = solve(blocks[i], z, Solver(Sequential()), labels, batch_size).x
+        x = solve(blocks[i], z, Solver(Sequential()), context, batch_size).x
         overflows = int((~torch.isfinite(x).all(dim=(1, 2))).sum())
         if overflows:
             raise InputValueError(
                 f"{overflows} of {len(x)} fresh latents overflow in the exact inverse of block {i}; lower the "
                 "guidance, or use a wider dtype"
             )
-        solutions[i] = BlockSolution(x, z, labels)
+        solutions[i] = BlockSolution(x, z, context)
         if progress is not None:
             progress(len(solutions), len(blocks), "exact loop")
         return x
@@ -103,12 +102,11 @@ class Passes:
     """Images in batches, and passes over them. `blocks` are the flow's, guided if guidance is on."""
 
     def __init__(
-        self, flow: Flow, images: Images, labels: Int[Tensor, " n"] | None, batch_size: int,
-        progress: Progress | None,
-    ) -> None:  # fmt: skip
+        self, flow: Flow, images: Images, context: Tensor | None, batch_size: int, progress: Progress | None
+    ) -> None:
         self.flow, self.images, self.batch_size, self.progress = flow, images, batch_size, progress
         self.blocks = flow.inverse_blocks
-        self.labels = None if labels is None else labels.to(flow.var.device)
+        self.context = None if context is None else context.to(flow.var.device)
 
     def read(self, index: Int[Tensor, " m"]) -> Float[Tensor, "m c h w"]:
         """The images at `index`."""
@@ -125,10 +123,10 @@ class Passes:
         Metrics are in each norm; in `norm` also those of each tough block's segments, and those over each class.
         """
         everything, parameters, means = torch.arange(len(self.images)), _Means(), _Means(classes)
-        for tokens, labels in self._batches(everything, "mean parameters"):
-            for step in self._walk(tokens, labels):
-                parameters.add(step.block, torch.stack((step.log_scale, step.shift), dim=1), labels)
-                means.add(step.block, torch.exp(-step.log_scale) * step.x, labels)
+        for tokens, context in self._batches(everything, "mean parameters"):
+            for step in self._walk(tokens, context):
+                parameters.add(step.block, torch.stack((step.log_scale, step.shift), dim=1), context)
+                means.add(step.block, torch.exp(-step.log_scale) * step.x, context)
         mean_affine = tuple(MeanAffine(*parameters(i).float().cpu()) for i in range(len(self.blocks)))
         guesses = [named_guesses(guess) for guess in mean_affine]
         every_block = [(i, slice(None)) for i in range(len(self.blocks))]
@@ -144,12 +142,12 @@ class Passes:
             return tuple(parts)
 
         tough = tough_blocks([part.crm for part in components(norm, every_block) or ()])
-        for tokens, labels in self._batches(everything, "metrics"):
-            for i, x, _, _, z in self._walk(tokens, labels):
+        for tokens, context in self._batches(everything, "metrics"):
+            for i, x, _, _, z in self._walk(tokens, context):
                 for count in {1, segments} if i in tough else {1}:
                     for name, guess in guesses[i].items():
-                        residuals = initial_residuals(self.blocks[i], x, z, guess, labels, count)
-                        means.add((i, name, count), residuals, labels)
+                        residuals = initial_residuals(self.blocks[i], x, z, guess, context, count)
+                        means.add((i, name, count), residuals, context)
 
         def metrics(norm: Norm, places: Places, group: int | None = None, count: int = 1) -> Metrics:
             igm = tuple(
@@ -168,40 +166,40 @@ class Passes:
 
     def encoded(self, index: Int[Tensor, " m"]) -> list[BlockSolution]:
         """Per block, the images at `index` as its solutions: X* with the z that it encodes to."""
-        batches = [list(self._walk(tokens, labels)) for tokens, labels in self._batches(index, "encoding")]
-        labels = self.labels_at(index)
+        batches = [list(self._walk(tokens, context)) for tokens, context in self._batches(index, "encoding")]
+        context = self.context_at(index)
         return [
-            BlockSolution(torch.cat([step.x for step in steps]), torch.cat([step.z for step in steps]), labels)
+            BlockSolution(torch.cat([step.x for step in steps]), torch.cat([step.z for step in steps]), context)
             for steps in zip(*batches, strict=True)
         ]
 
-    def labels_at(self, index: Int[Tensor, " m"]) -> Int[Tensor, " m"] | None:
-        """The labels at `index`, on the flow's device."""
-        return None if self.labels is None else self.labels[index.to(self.labels.device)]
+    def context_at(self, index: Int[Tensor, " m"]) -> Tensor | None:
+        """The context at `index`, on the flow's device."""
+        return None if self.context is None else self.context[index.to(self.context.device)]
 
     def _batches(self, index: Int[Tensor, " m"], what: str) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Tokens in raster order and labels of the images at `index`, on the flow's device."""
+        """Tokens in raster order and the context of the images at `index`, on the flow's device."""
         parts = index.split(self.batch_size)
         for i, part in enumerate(parts):
             tokens = self.flow.to_tokens(self.read(part).to(self.flow.var.device, state_dtype(self.flow)))
-            yield tokens, self.labels_at(part)
+            yield tokens, self.context_at(part)
             if self.progress is not None:
                 self.progress(i + 1, len(parts), what)
 
-    def _walk(self, x: Tensor, labels: Tensor | None) -> Iterator[Step]:
+    def _walk(self, x: Tensor, context: Tensor | None) -> Iterator[Step]:
         """Steps of the encoding, with guided parameters and latents; the images are encoded without guidance."""
-        for step in self.flow.walk(x, labels, lambda i, x: _affine(self.flow.blocks[i], x, labels)):
+        for step in self.flow.walk(x, context, lambda i, x: _affine(self.flow.blocks[i], x, context)):
             if not torch.isfinite(step.z).all():
                 raise InputValueError(
                     f"images overflow in block {step.block} when they are encoded; are they in [-1, 1]?"
                 )
             if self.flow.guidance:
-                log_scale, shift = _affine(self.blocks[step.block], step.x, labels)
+                log_scale, shift = _affine(self.blocks[step.block], step.x, context)
                 step = Step(step.block, step.x, log_scale, shift, (step.x - shift) * torch.exp(-log_scale))
             yield step
 
 
-def _affine(block: AffineBlock, x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+def _affine(block: AffineBlock, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
     with no_gradients(block):
-        log_scale, shift = block.affine_whole(x, labels)
+        log_scale, shift = block.affine_whole(x, context)
     return log_scale.clone(), shift.clone()

@@ -187,6 +187,8 @@ def _paired(folder: jf.SampleFolder, flow: Flow, num: int, batch_size: int) -> d
     from jacobiflow import data, evaluation, latents
 
     manifest, config = folder.manifest, flow.config
+    if flow.reads_text and manifest.context_sha256 is not None:
+        raise InputValueError("--paired: these samples have texts, which the folder does not hold; give --paired 0")
     shards = range(-(-num // manifest.shard_size))
     stored = torch.cat([folder.images(i) for i in shards])[:num]
     labels = [part for i in shards if (part := folder.labels(i)) is not None]

@@ -16,38 +16,53 @@ from jacobiflow.errors import InputError, InputValueError
 
 _LIBRARIES = ("zuko", "nflows", "normflows", "pyro-ppl", "sbi")  # whose flows `accelerate` takes
 _ROUND_TRIP = 1e-3  # largest change of a latent that is decoded and encoded
+_NOISE = "Gaussian noise of the training images, which denoising needs. Default: 0; of a STARFlow 0.3."
 _CHECK = "Instead, check a model folder, a sample folder or a training folder completely."
 
 
 def convert(
-    file: Annotated[Path, Argument(help="A state dict (.pth) that the TarFlow code, SBG's or a fork saved.")],
+    file: Annotated[Path, Argument(help="A state dict (.pth) of TarFlow, SBG, a fork of them, or STARFlow.")],
     out: Annotated[Path, Option(help="New or empty folder for config.json and model.safetensors.")],
     patch_size: Annotated[
         int | None, Option(help="Side of a patch in pixels, for a flow over images; else it is one over tokens.")
     ] = None,
-    noise_std: Annotated[float, Option(help="Gaussian noise of the training images, which denoising needs.")] = 0.0,
+    noise_std: Annotated[float | None, Option(help=_NOISE)] = None,
+    encode_text: shared.EncodeText = None,
 ) -> dict[str, Any]:
-    """Turn TarFlow weights into a model folder.
+    """Turn the weights of the original code into a model folder.
 
-    Everything but the two options is read from the shapes.
+    Everything but the options is read from the shapes. For a STARFlow, --encode-text gives the states of the empty
+    text, which guidance needs.
 
     Example: jacobiflow convert afhq_model_8_768_8_8_0.07.pth --patch-size 8 --noise-std 0.07 --out afhq
     """
     from jacobiflow.files import check_own
-    from jacobiflow.flows.tarflow.original import infer_config, read_original
+    from jacobiflow.flows import starflow
+    from jacobiflow.flows.tarflow import original
 
     check_own(out, "model")
-    config = infer_config(read_original(file), str(file), patch_size)
-    if isinstance(config, jf.TarFlowConfig):
-        config = replace(config, noise_std=noise_std)
-    elif noise_std:
-        raise jf.InputError(f"--noise-std {noise_std:g}: for images; give --patch-size, too")
-    flow = jf.TarFlow.from_original(file, config)
+    state = original.read_original(file)
+    encoder = None if encode_text is None else shared.load_encoder(encode_text)
+    flow: jf.STARFlow | jf.TarFlow
+    config: jf.STARFlowConfig | jf.TarFlowConfig | jf.TokenConfig
+    if "blocks.0.sos_embed" in state:
+        config = starflow.infer_config(state, str(file), patch_size or 1)
+        config = config if noise_std is None else replace(config, noise_std=noise_std)
+        flow = jf.STARFlow.from_original(file, config, encoder)
+    else:
+        config = original.infer_config(state, str(file), patch_size)
+        if encoder is not None:
+            raise InputValueError(f"--encode-text {encode_text}: for a STARFlow; leave it out")
+        if isinstance(config, jf.TarFlowConfig):
+            config = replace(config, noise_std=noise_std or 0.0)
+        elif noise_std:
+            raise InputValueError(f"--noise-std {noise_std:g}: for images; give --patch-size, too")
+        flow = jf.TarFlow.from_original(file, config)
     flow.save_pretrained(out)
     parameters = sum(parameter.numel() for parameter in flow.parameters())
     images = "" if flow.image_shape is None else f"images of {'x'.join(map(str, flow.image_shape))}, "
-    tokens = f"{config.num_tokens} tokens of {config.token_channels} values, {config.num_classes} classes"
-    print(f"{parameters:,} weights, {images}{tokens}")
+    reads = "texts" if flow.reads_text else f"{config.num_classes} classes"
+    print(f"{parameters:,} weights, {images}{config.num_tokens} tokens of {config.token_channels} values, {reads}")
     print(f"wrote the model folder {out}")
     return {"model": str(out), **asdict(config)}
 
@@ -110,7 +125,6 @@ def _model_problems(folder: Path) -> Iterator[str]:
     """Problems of the files, then of the reports, then of a round trip through the flow."""
 
     from jacobiflow.latents import draw_latents
-    from jacobiflow.strategy.tune import any_context
 
     try:
         flow = jf.load(folder)
@@ -124,7 +138,7 @@ def _model_problems(folder: Path) -> Iterator[str]:
         except InputError as error:
             yield str(error)
     z = draw_latents(1, flow.config.num_tokens, flow.config.token_channels, seed=0)
-    context = any_context(flow, 1)
+    context = flow.example_context(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an overflow, which the line below reports
         x = jf.decode(flow, z, context, strategy="sequential", certify=False)

@@ -16,6 +16,8 @@ from jacobiflow.cli.shared import progress_bar, show_table
 from jacobiflow.errors import InputValueError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from jacobiflow.flows.flow import Flow
     from jacobiflow.progress import Progress
 
@@ -34,6 +36,8 @@ def sample(
     model: shared.Model = "fashion-p2",
     num: Annotated[int, Option(min=1, max=100_000_000, help="How many samples.")] = 16,
     labels: shared.Labels = "balanced",
+    prompts: shared.Prompts = None,
+    encode_text: shared.EncodeText = None,
     seed: shared.Seed = 0,
     batch_size: Annotated[str | None, Option(help=_BATCH_SIZE)] = None,
     shard_size: Annotated[int | None, Option(min=1, help="Images in a file. Default: about 1,024.")] = None,
@@ -77,16 +81,18 @@ def sample(
             if compare:
                 flow.require_images()
             classes = shared.parse_labels(labels, num, flow, seed)
-            settings, origin = shared.resolve_settings(flow, guidance, denoise, plain, classes is not None)
+            texts = shared.parse_prompts(prompts, encode_text, num, flow)
+            context = flow.check_context(classes if texts is None else texts, num)
+            settings, origin = shared.resolve_settings(flow, guidance, denoise, plain, context is not None)
             flow = flow.guided(settings.guidance)
             if batch_size == "auto":
                 size = group.on_first(partial(_auto_batch_size, flow, num, None if overwrite else out))
             started = perf_counter()
             folder = jf.sample_to_folder(
-                flow, num, out, classes, seed, strategy=strategy, denoise=settings.denoise, tolerance=tolerance,
-                certify="always" if certify_always else certify, batch_size=size, shard_size=shard_size, files=files,
-                model=model, report=shared.load_report(report, flow), overwrite=overwrite, processes=group,
-                progress=None if group.rank else progress,
+                flow, num, out, seed=seed, context=context, strategy=strategy, denoise=settings.denoise,
+                tolerance=tolerance, certify="always" if certify_always else certify, batch_size=size,
+                shard_size=shard_size, files=files, model=model, report=shared.load_report(report, flow),
+                overwrite=overwrite, processes=group, progress=None if group.rank else progress,
             )  # fmt: skip
             seconds = perf_counter() - started
     except FirstProcessFailed:
@@ -107,7 +113,8 @@ def sample(
     }  # fmt: skip
     if compare:
         with progress_bar() as progress:
-            comparison = _compare(flow, folder, out / _SHEET, progress)
+            captions = _captions(context, texts)
+            comparison = _compare(flow, folder, context, captions, out / _SHEET, progress)
         results |= comparison | {"runs": comparison["runs"] | results["runs"]}
     elif flow.image_shape is not None:
         few = min(num, _SHEET_IMAGES)
@@ -134,25 +141,34 @@ def _auto_batch_size(flow: Flow, num: int, earlier: Path | None) -> int:
     return fitting_batch(flow, min(num, shared.MOST_AT_ONCE))
 
 
-def _compare(flow: Flow, folder: jf.SampleFolder, sheet: Path, progress: Progress) -> dict[str, Any]:
+def _captions(labels: Tensor | None, prompts: list[str] | None) -> list[str]:
+    """What stands above each sample of the comparison."""
+    if prompts is not None:
+        return prompts[:_SHEET_IMAGES]
+    return [] if labels is None else [f"class {label}" for label in labels[:_SHEET_IMAGES].tolist()]
+
+
+def _compare(
+    flow: Flow, folder: jf.SampleFolder, context: Tensor | None, captions: list[str], sheet: Path, progress: Progress
+) -> dict[str, Any]:
     """Draws the first batch again by the original sampler and the folder's strategy; returns times and the error."""
     from jacobiflow import comparison, denoising, latents, measuring, plots, sampling
 
     manifest, config = folder.manifest, flow.config
-    num, labels = min(manifest.num, manifest.batch_size), folder.labels(0)
-    labels = None if labels is None else labels[:num].to(flow.var.device)
+    num = min(manifest.num, manifest.batch_size)
+    context = None if context is None else context[:num].to(flow.var.device)
     z = latents.draw_latents(num, config.num_tokens, config.token_channels, manifest.seed)
-    run = partial(sampling.draw, flow, folder.strategy(), z, labels, certify=manifest.certify)
+    run = partial(sampling.draw, flow, folder.strategy(), z, context, certify=manifest.certify)
     progress(0, 1, "timing")  # the original sampler may take minutes before the first real call
-    result = comparison.compare(flow, z, labels, {_OURS: run}, repeats=1, warm_up=False, progress=progress)
+    result = comparison.compare(flow, z, context, {_OURS: run}, repeats=1, warm_up=False, progress=progress)
     rows = [result.row(result.original), result.row(_OURS)]
     original, ours = (row.x for row in rows)
     if manifest.denoise:
-        original, ours = (denoising.denoised(flow, images, labels, manifest.denoise, 64) for images in (original, ours))
-    captions = (result.original, manifest.strategy)
-    few = slice(_SHEET_IMAGES)
-    columns = [] if labels is None else [f"class {label}" for label in labels[few].tolist()]
-    plots.save_png(plots.comparison_sheet(original[few], ours[few], captions, columns=columns), sheet)
+        original, ours = (
+            denoising.denoised(flow, images, context, manifest.denoise, 64) for images in (original, ours)
+        )
+    few, rows_of = slice(_SHEET_IMAGES), (result.original, manifest.strategy)
+    plots.save_png(plots.comparison_sheet(original[few], ours[few], rows_of, columns=captions[:num]), sheet)
     seconds = rows[0].seconds.median
     return {
         "runs": {result.original: {"seconds": seconds, "samples_per_second": num / seconds}},

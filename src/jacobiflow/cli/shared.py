@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,9 +30,13 @@ GUIDANCE = (
     "0 is off."
 )
 _LABELS = "balanced, random, none, numbers such as 0,1,2 (repeated), or a .txt or .npy file with one per image."
+_PROMPTS = "A prompt for a STARFlow, or a .txt file with one on each line; repeated."
+_ENCODE_TEXT = "What encodes prompts: FILE.py:FUNCTION, or the hub id or folder of a T5 encoder."
 _TOLERANCE = "Largest residual |g(x) - x| in any block. Default: 1e-3, or a file's own."
 
 Model = Annotated[str, Option(help="A bundled name, a model folder, or a hub id.")]
+Prompts = Annotated[str | None, Option(help=_PROMPTS)]
+EncodeText = Annotated[str | None, Option(help=_ENCODE_TEXT)]
 Images = Annotated[str, Option(help=SOURCES)]
 Labels = Annotated[str, Option(help=_LABELS)]
 Seed = Annotated[int, Option(min=0, help="Seed of everything random.")]
@@ -63,18 +68,18 @@ def image_size(flow: Flow) -> tuple[int, int]:
 
 
 def resolve_settings(
-    flow: Flow, guidance: str | None, denoise: float | None, plain: bool, has_labels: bool
+    flow: Flow, guidance: str | None, denoise: float | None, plain: bool, has_context: bool
 ) -> tuple[jf.SamplingSettings, str]:
     """Returns the guidance and the denoising to sample with, recommended unless given, and a line about their origin.
 
-    A flow with classes is guided by default only if the samples have labels.
+    A flow with classes or texts is guided by default only if the samples have some.
     """
     if plain and (guidance is not None or denoise is not None):
         raise InputValueError("--plain: excludes --guidance and --denoise; leave one of them out")
     recommended, note = jf.SamplingSettings() if plain else flow.recommended, ""
     value = recommended.guidance if guidance is None else flow.guided(jf.Guidance.parse(guidance)).guidance  # 0 is None
-    if guidance is None and value is not None and flow.config.num_classes and not has_labels:
-        value, note = None, "; the recommended guidance needs labels"
+    if guidance is None and value is not None and (flow.config.num_classes or flow.reads_text) and not has_context:
+        value, note = None, f"; the recommended guidance needs {'prompts' if flow.reads_text else 'labels'}"
     settings = jf.SamplingSettings(value, recommended.denoise if denoise is None else denoise)
     if settings == recommended != jf.SamplingSettings():
         note = " (recommended by the model; --plain turns it off)"
@@ -121,6 +126,37 @@ def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:
     numbers = torch.tensor([int(part) for part in text.split(",")])
     flow.check_labels(numbers, len(numbers))  # all of them, also if there are fewer samples
     return numbers[torch.arange(num) % len(numbers)]
+
+
+def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -> list[str] | None:
+    """Returns the prompts of `num` samples that `--prompts` gives, and sets the flow's text encoder to `encoder`."""
+    if text is None:
+        return None
+    if not flow.reads_text:
+        raise InputValueError(f"--prompts {text}: this flow reads no text; leave it out")
+    if encoder is None:
+        raise InputValueError(f"--prompts {text}: give --encode-text, too: {_ENCODE_TEXT}")
+    flow.encode_text = load_encoder(encoder)
+    try:
+        prompts = Path(text).read_text().splitlines() if text.endswith(".txt") else [text]
+    except (OSError, ValueError) as error:
+        raise InputValueError(f"--prompts {text}: cannot be read ({error})") from error
+    if not prompts:
+        raise InputValueError(f"--prompts {text}: is empty; give a prompt on each line")
+    return [prompts[i % len(prompts)] for i in range(num)]
+
+
+def load_encoder(encoder: str) -> Any:
+    """Returns the text encoder of `--encode-text`."""
+    from jacobiflow.flows import t5_encoder
+
+    file, colon, name = encoder.rpartition(":")
+    if not (colon and file.endswith(".py")):
+        return t5_encoder(encoder)
+    try:
+        return runpy.run_path(file)[name]
+    except (OSError, KeyError) as error:
+        raise InputValueError(f"--encode-text {encoder}: not a file and a function in it ({error})") from error
 
 
 def _read_labels(path: Path) -> Any:

@@ -83,14 +83,14 @@ def supports(block: Any, flag: str) -> bool:
 
 
 class AttentionContext(NamedTuple):
-    """Labels, and the temperatures that divide attention logits: the context of a guided block with `has_attention`."""
+    """A context, and the temperatures that divide attention logits, for a guided block with `has_attention`."""
 
-    labels: Int[Tensor, " b"] | None
+    context: Tensor | None
     temperature: Float[Tensor, " b"]
 
     @classmethod
     def of(cls, context: Tensor | AttentionContext | None) -> tuple[Tensor | None, Tensor | None]:
-        """Returns the labels and the temperatures of a context of either kind."""
+        """Returns the context and the temperatures of a context of either kind."""
         return context if isinstance(context, AttentionContext) else (context, None)
 
 
@@ -108,6 +108,7 @@ class AffineBlock(ABC):
             faster. A tensor from inference mode could not be trained with.
         has_bf16: The network can also run in bfloat16, on the same float32 state. The block defines `to_bf16`.
         has_attention: The context may be an `AttentionContext`.
+        is_guided: Guidance applies to the block.
 
     Example:
         >>> log_scale, shift = jf.load("digits-p1").blocks[0].affine_whole(torch.zeros(2, 64, 1))
@@ -120,6 +121,7 @@ class AffineBlock(ABC):
     inference_safe: bool = False
     has_bf16: bool = False
     has_attention: bool = False
+    is_guided: bool = True
 
     @abstractmethod
     def init_cache(self, z: Tokens, context: Any = None) -> Any:
@@ -157,6 +159,10 @@ class AffineBlock(ABC):
     def refill(self, cache: Any, rows: Int[Tensor, " m"], context: Any = None) -> None:
         """Makes `rows` those of new samples under `context`, with an empty cache, in place."""
         raise NotImplementedError
+
+    def unconditional(self, context: Tensor) -> Tensor:
+        """Returns the context of the unconditional rows beside those of `context`; by default the label -1."""
+        return torch.full_like(context, -1)
 
     def to_bf16(self, cache: Any) -> Any:
         """Returns a copy of the cache with which the network runs in bfloat16."""

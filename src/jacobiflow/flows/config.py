@@ -87,10 +87,10 @@ class TarFlowConfig:
     context_channels: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        _check_sizes(self)
+        check_sizes(self)
         if self.image_size % self.patch_size:
             raise InputValueError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
-        _check_heads(self.channels, self.head_dim)
+        check_heads(self.channels, self.head_dim)
         check_flag("nvp", self.nvp)
         check_number("noise_std", self.noise_std, give="0 or a positive standard deviation")
 
@@ -146,7 +146,7 @@ class TokenConfig:
     noise_std: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        _check_sizes(self)
+        check_sizes(self)
         check_flag("nvp", self.nvp)
         for name in ("channels", "layers_per_block"):
             sizes = getattr(self, name)
@@ -157,7 +157,7 @@ class TokenConfig:
                     f"{name}={short(sizes)}: give a number, or one for each of {self.num_blocks} blocks"
                 )
         for channels in self.channels if isinstance(self.channels, tuple) else (self.channels,):
-            _check_heads(channels, self.head_dim)
+            check_heads(channels, self.head_dim)
         if self.num_classes and self.context_channels:
             raise InputValueError(
                 f"num_classes={self.num_classes}, context_channels={self.context_channels}: the context is either "
@@ -177,7 +177,8 @@ class TokenConfig:
         return BlockShape(channels, layers, self.orders[index % len(self.orders)])
 
 
-def _check_heads(channels: int, head_dim: int) -> None:
+def check_heads(channels: int, head_dim: int) -> None:
+    """Raises ValueError if `head_dim` does not divide `channels`."""
     if channels % head_dim:
         raise InputValueError(f"head_dim={head_dim} does not divide channels={channels}")
 
@@ -206,7 +207,7 @@ class MAFConfig:
     logit_alpha: float = 1e-6
 
     def __post_init__(self) -> None:
-        _check_sizes(self)
+        check_sizes(self)
         give = "a small positive number, below 0.5"
         check_number("logit_alpha", self.logit_alpha, math.ulp(0.0), give)
         if self.logit_alpha >= 0.5:
@@ -228,7 +229,8 @@ class MAFConfig:
         return 0.0
 
 
-def _check_sizes(config: FlowConfig) -> None:
+def check_sizes(config: FlowConfig) -> None:
+    """Converts the numbers of a config to Python's, and checks that the whole ones are positive."""
     convert_numbers(config)
     for entry in fields(config):
         if entry.type == "int":
@@ -297,8 +299,8 @@ Labels = int | Sequence[int] | np.ndarray | Tensor
 """Classes of samples: one for all of them, or a sequence, array or tensor (N,) with one for each."""
 
 
-Context = Labels | Tensor
-"""Labels, or numbers (N, K) for each sample or (N, T, K) for each token."""
+Context = Labels | Tensor | str | Sequence[str]
+"""Labels, numbers (N, K) for each sample or (N, T, K) for each token, or prompts."""
 
 
 def as_labels(labels: Any, num: int) -> Int[Tensor, " n"]:

@@ -19,6 +19,7 @@ from jacobiflow.flows.base import AffineBlock, FlowBlock, Permutation, ScaleShif
 from jacobiflow.flows.config import Context, FlowConfig, Labels, as_labels, describe_unknown
 from jacobiflow.flows.folder import CONFIG, ModelFolder, build, check_dtype, hub_client, reports_in, write_model
 from jacobiflow.flows.guidance import GIVE_GUIDANCE, Guidance, SamplingSettings, guided
+from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -49,6 +50,7 @@ class Flow(nn.Module):
 
     Attributes:
         model_type: Its name in model folders and on the command line.
+        reads_text: Its context is prompts or the states of texts.
         block_type: The class of its blocks, called with the config and a `Permutation`.
         var: The prior's variance (T, C).
         guidance: That of this view, see `guided`.
@@ -57,6 +59,7 @@ class Flow(nn.Module):
     """
 
     model_type: ClassVar[str] = ""
+    reads_text: ClassVar[bool] = False
     config_types: ClassVar[tuple[type[FlowConfig], ...]]
     block_type: ClassVar[type[FlowBlock]]
     config: FlowConfig
@@ -210,7 +213,14 @@ class Flow(nn.Module):
             return context
         if _is_numbers(context) and not self.config.num_classes:
             raise InputValueError(f"context={short(context)}: this flow's context is labels, or none; leave it out")
-        return None if context is None else self.check_labels(context, num)
+        return None if context is None else self.check_labels(context, num)  # type: ignore[arg-type]
+
+    def example_context(self, num: int) -> Tensor | None:
+        """Returns a context to time the flow with: all classes in turn, or standard normal numbers; or `None`."""
+        if self._context_channels:
+            return draw_latents(num, 1, self._context_channels, start=FIRST_CALIBRATION_LATENT).squeeze(1)
+        classes = self.config.num_classes
+        return torch.arange(num) % classes if classes else None
 
     def check_data(self, x: Data, name: str = "x") -> None:
         """Checks that `x`, in a message `name`, are floating-point numbers in the shape of this flow's data."""

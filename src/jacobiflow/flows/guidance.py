@@ -16,16 +16,17 @@ from jacobiflow.flows.base import AffineBlock, AttentionContext, ScaleShift, Tok
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance of every block's parameters.
+    """Classifier-free guidance of the parameters of blocks: of all, or of those that read a text.
 
-    Entry t (from 0) gets `log_scale + w_t (log_scale - log_scale_uncond)`, and the same for the shift. The
-    unconditional row has no label, and its attention logits are divided by `attn_temperature`. Reference: TarFlow,
-    arXiv 2412.06329, section 3.
+    By the linear rule, entry t (from 0) gets `log_scale + w_t (log_scale - log_scale_uncond)`, and the same for the
+    shift (TarFlow, arXiv 2412.06329, section 3). By the rule "density", STARFlow's, it is drawn from the Gaussian
+    proportional to p^(1 + w_t) / p_uncond^w_t, where p_uncond is taken to be as wide as p if it is narrower. The
+    unconditional row has no label or an empty text, and its attention logits are divided by `attn_temperature`.
 
     Args:
         weight: w_t; 0 turns guidance off.
         annealed: Makes it w_t = weight * t / (T - 1).
-        on: The parameters that are guided: "both", "scale" or "shift".
+        on: The parameters that are guided by the linear rule: "both", "scale" or "shift".
         attn_temperature: Of the unconditional row; for flows with attention.
 
     Example:
@@ -38,6 +39,7 @@ class Guidance:
     annealed: bool = True
     on: Literal["both", "scale", "shift"] = "both"
     attn_temperature: float = 1.0
+    rule: Literal["linear", "density"] = "linear"
 
     def __post_init__(self) -> None:
         convert_numbers(self)
@@ -45,26 +47,31 @@ class Guidance:
         check_flag("annealed", self.annealed)
         check_choice("guidance on", self.on, ("both", "scale", "shift"))
         check_positive("attn_temperature", self.attn_temperature)
+        check_choice("guidance rule", self.rule, ("linear", "density"))
+        if self.rule == "density" and self.on != "both":
+            raise InputValueError(f"guidance on={self.on}: the rule density is for both; leave it out")
 
     @classmethod
     def parse(cls, text: str) -> Guidance:
         """Reads guidance from text, the inverse of `str`.
 
-        The text is a weight, then after commas any of `attn_temperature=1.2`, `annealed=false`, `on=scale`, `on=shift`.
+        The text is a weight, then after commas any of `attn_temperature=1.2`, `annealed=false`, `on=scale`, `on=shift`,
+        `rule=density`.
 
         Example:
             >>> jf.Guidance.parse("4,attn_temperature=1.2")
-            Guidance(weight=4.0, annealed=True, on='both', attn_temperature=1.2)
+            Guidance(weight=4.0, annealed=True, on='both', attn_temperature=1.2, rule='linear')
         """
         weight, *options = (part.strip() for part in text.split(","))
-        parsers: Any = {"attn_temperature": float, "annealed": {"true": True, "false": False}.__getitem__, "on": str}
+        booleans = {"true": True, "false": False}
+        parsers: Any = {"attn_temperature": float, "annealed": booleans.__getitem__, "on": str, "rule": str}
         try:
             number, pairs = float(weight), [option.split("=") for option in options]
             settings = {name: parsers.pop(name)(value) for name, value in pairs}  # each of them once
         except (KeyError, ValueError):
             raise InputValueError(
                 f"guidance {short(text)}: give a weight, such as 3, and options after commas: attn_temperature=1.2, "
-                "annealed=false, on=scale, on=shift"
+                "annealed=false, on=scale, on=shift, rule=density"
             ) from None
         return cls(number, **settings)
 
@@ -74,6 +81,7 @@ class Guidance:
             "attn_temperature": "" if self.attn_temperature == 1 else _number(self.attn_temperature),
             "annealed": "" if self.annealed else "false",
             "on": "" if self.on == "both" else self.on,
+            "rule": "" if self.rule == "linear" else self.rule,
         }
         return ",".join([_number(self.weight), *(f"{name}={value}" for name, value in options.items() if value)])
 
@@ -136,15 +144,15 @@ class GuidedBlock(AffineBlock):
 
     def affine(self, x: Tokens, start: int, stop: int, cache: GuidedCache) -> ScaleShift:
         both = self.block.affine(_twice(x), start, stop, cache.inner)
-        return _extrapolate(both, cache.weights, slice(start, stop))
+        return self._combine(both, cache.weights, slice(start, stop))
 
     def affine_at(self, x: Tokens, start: Int[Tensor, " b"], size: int, end: int, cache: GuidedCache) -> ScaleShift:
         both = self.block.affine_at(_twice(x), _twice(start), size, end, cache.inner)
-        return _extrapolate(both, cache.weights, start.view(-1, 1) + torch.arange(size, device=x.device))
+        return self._combine(both, cache.weights, start.view(-1, 1) + torch.arange(size, device=x.device))
 
     def affine_whole(self, x: Tokens, context: Int[Tensor, " b"] | None = None) -> ScaleShift:
         both = self.block.affine_whole(_twice(x), self._both(context, len(x), x))
-        return _extrapolate(both, self._weights(x), slice(None))
+        return self._combine(both, self._weights(x), slice(None))
 
     def move(self, cache: GuidedCache, source: Int[Tensor, " m"], target: Int[Tensor, " m"], num: int) -> GuidedCache:
         return cache._replace(inner=self.block.move(cache.inner, _rows_of(source), _rows_of(target), 2 * num))
@@ -165,22 +173,39 @@ class GuidedBlock(AffineBlock):
 
     def _both(self, context: Tensor | None, num: int, like: Tensor) -> Tensor | AttentionContext | None:
         """The context of both rows of `num` samples."""
-        labels = None if context is None else torch.stack((context, torch.full_like(context, -1)), dim=1).flatten()
+        if context is not None:
+            context = torch.stack((context, self.block.unconditional(context)), dim=1).flatten(0, 1)
         if self.guidance.attn_temperature == 1:
-            return labels
+            return context
         temperature = like.new_ones(num, 2)
         temperature[:, 1] = self.guidance.attn_temperature
-        return AttentionContext(labels, temperature.flatten())
+        return AttentionContext(context, temperature.flatten())
 
     def _weights(self, like: Tensor) -> ScaleShift:
         """1 + w of log-scale and shift (T, 1)."""
         log_scale, shift = self.guidance.weights(like)
         return 1 + log_scale.unsqueeze(-1), 1 + shift.unsqueeze(-1)
 
+    def _combine(self, both: ScaleShift, weights: ScaleShift, entries: slice | Int[Tensor, "b n"]) -> ScaleShift:
+        """The parameters of `entries`, of which `both` have the conditional and the unconditional row of each sample.
+
+        p + w (p - p_unconditional) is 1 + w of the way from p_unconditional to p.
+        """
+        (scale, plain_scale), (shift, plain_shift) = (rows.unflatten(0, (-1, 2)).unbind(1) for rows in both)
+        of_scale, of_shift = (values[entries].to(scale.dtype) for values in weights)
+        if self.guidance.rule == "linear":
+            return torch.lerp(plain_scale, scale, of_scale), torch.lerp(plain_shift, shift, of_shift)
+        ratio = torch.exp(2 * (scale - plain_scale).clamp(max=0))  # of the variances
+        precision = torch.lerp(ratio, torch.ones_like(ratio), of_scale).clamp(min=1)  # 1 + w - w ratio
+        mean = (of_scale * shift - (of_scale - 1) * ratio * plain_shift) / precision
+        return scale - 0.5 * precision.log(), mean
+
 
 def guided(block: AffineBlock, guidance: Guidance | None) -> AffineBlock:
-    """Returns `block` under `guidance`; the block itself if guidance is off."""
-    return block if guidance is None or guidance.weight == 0 else GuidedBlock(block, guidance)
+    """Returns `block` under `guidance`; the block itself if guidance is off, or does not apply to it."""
+    if guidance is None or guidance.weight == 0 or not block.is_guided:
+        return block
+    return GuidedBlock(block, guidance)
 
 
 def _twice(x: Tensor) -> Tensor:
@@ -190,15 +215,3 @@ def _twice(x: Tensor) -> Tensor:
 def _rows_of(samples: Int[Tensor, " m"]) -> Int[Tensor, " m2"]:
     """The two rows of each of the `samples`."""
     return torch.stack((2 * samples, 2 * samples + 1), dim=1).flatten()
-
-
-def _extrapolate(both: ScaleShift, weights: ScaleShift, entries: slice | Int[Tensor, "b n"]) -> ScaleShift:
-    """The parameters of `entries`, of which `both` have the conditional and the unconditional row of each sample.
-
-    p + w (p - p_unconditional) is 1 + w of the way from p_unconditional to p.
-    """
-    (scale, plain_scale), (shift, plain_shift) = (rows.unflatten(0, (-1, 2)).unbind(1) for rows in both)
-    return (
-        torch.lerp(plain_scale, scale, weights[0][entries].to(scale.dtype)),
-        torch.lerp(plain_shift, shift, weights[1][entries].to(shift.dtype)),
-    )

@@ -30,12 +30,14 @@ class TarFlowArguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
             "z", "position", "context", "query_scale", "proj_in", "proj_out", "out_bias", "weight_scale",
-            "weight_shift", "layers", "x", "keys_values", "log_det",
+            "weight_shift", "prefix_keys_values", "prefix_hidden", "rotation", "final_norm", "layers", "x",
+            "keys_values", "log_det",
         )),
         *((name, ctypes.c_int32) for name in (
             "samples", "networks", "tokens", "values", "channels", "hidden", "heads", "depth", "scales", "context_row",
-            "context_token", "threads", "teams", "start", "stop",
+            "context_token", "prefix", "by_density", "threads", "teams", "start", "stop",
         )),
+        ("soft_clip", ctypes.c_float),
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,18 +27,33 @@ _WEIGHTS = ("qkv", "proj", "up", "down", "gated_up", "gated_down")
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """Guidance by a second row of the network: p + w_t (p - p_2), for p the log-scale and the shift of entry t.
+    """Guidance by a second row of the network, see `Guidance`.
 
     Attributes:
-        scale, shift: w_t of each.
-        context: That of the second row.
+        scale, shift: w_t of the log-scale and of the shift of entry t.
+        context: What is added to the embeddings of the second row.
         temperature: Divides its attention logits.
+        by_density: The rule is "density", with w_t of the log-scale.
     """
 
     scale: Float[Tensor, " t"]
     shift: Float[Tensor, " t"]
     context: Float[Tensor, "1 1 c"] | None
     temperature: float
+    by_density: bool
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What stands before the tokens of the network's rows: first those with a context, then the unconditional ones.
+
+    Attributes:
+        layers: Keys and values of each layer.
+        hidden: The output of the last layer for the last position, from which entry 0 is read.
+    """
+
+    layers: Sequence[Float[Tensor, "b 2 h p d"]]
+    hidden: Float[Tensor, "b c"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,9 @@ class Recurrence:
         layers: The parameters of each layer by their names in tarflow.cpp; a layer may lack those that may be null.
         position: What is added to the projection of each token.
         has_scale: False if log-scales are 0 ("volume-preserving").
+        rotation: The cosine and the sine for each pair of a query's and a key's channels, prefix included.
+        final_norm: The weights of an RMS norm of the last layer's output.
+        soft_clip: Bounds the outputs softly, whose scales are then a softplus; 0 for neither.
     """
 
     proj_in: Float[Tensor, "c d"]
@@ -58,16 +76,19 @@ class Recurrence:
     proj_out: Float[Tensor, "o c"]
     out_bias: Float[Tensor, " o"]
     has_scale: bool
+    rotation: Float[Tensor, "t d"] | None = None
+    final_norm: Float[Tensor, " c"] | None = None
+    soft_clip: float = 0.0
 
     @torch.no_grad()
     def invert(
         self, z: Float[Tensor, "b t d"], context: Float[Tensor, "#b #t c"] | None = None,
-        guidance: Extrapolation | None = None,
+        guidance: Extrapolation | None = None, read_prefix: Callable[[slice], Prefix] | None = None,
     ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, " b"]] | None:  # fmt: skip
         """Returns x = g(x) and the sums of its log-scales; `None` if native code cannot do it.
 
-        `context` is added to the embeddings of tokens, in causal order. Weights may change between calls, and so are
-        packed in each.
+        `context` is added to the embeddings of tokens, in causal order. `read_prefix` returns the prefix of some rows
+        of z. Weights may change between calls, and so are packed in each.
         """
         tensors = [tensor for layer in self.layers for tensor in layer.values()]
         native = usable(z, self.proj_in, self.position, self.proj_out, self.out_bias, *tensors)
@@ -82,7 +103,8 @@ class Recurrence:
         for first in range(0, len(z), size):
             rows = slice(first, first + size)
             some = context if context is None or len(context) == 1 else context[rows]
-            if not packed.invert(z[rows], x[rows], log_det[rows], some, guidance):
+            prefix = None if read_prefix is None else read_prefix(rows)
+            if not packed.invert(z[rows], x[rows], log_det[rows], some, guidance, prefix):
                 return None
         return x, log_det.to(z.dtype)
 
@@ -114,10 +136,14 @@ class _Packed:
         self.count = sum(layer[name].numel() for layer in recurrence.layers for name in _WEIGHTS if name in layer)
         self.proj_in, self.proj_out = pack(recurrence.proj_in), pack(recurrence.proj_out)
         self.out_bias, self.position = pad(recurrence.out_bias), recurrence.position.detach().contiguous()
+        self.rotation = None if recurrence.rotation is None else recurrence.rotation.contiguous()
+        self.final_norm = None if recurrence.final_norm is None else pad(recurrence.final_norm)
+        self.soft_clip = recurrence.soft_clip
 
     def invert(
-        self, z: Tensor, x: Tensor, log_det: Tensor, context: Tensor | None, guidance: Extrapolation | None
-    ) -> bool:
+        self, z: Tensor, x: Tensor, log_det: Tensor, context: Tensor | None, guidance: Extrapolation | None,
+        prefix: Prefix | None,
+    ) -> bool:  # fmt: skip
         """Writes the rows of `x` and `log_det`; returns False if out of memory or threads."""
         (samples, tokens, values), networks = z.shape, 1 if guidance is None else 2
         rows = samples * networks
@@ -135,16 +161,22 @@ class _Packed:
             context_row = 0 if len(context) == 1 else context.shape[1] * self.channels
             context_token = 0 if context.shape[1] == 1 else self.channels
         head = self.channels // self.heads
-        each = head * _rounded_up(tokens, self.lanes) + _rounded_up(head, self.lanes) * tokens
+        prefix_length = 0 if prefix is None else prefix.layers[0].shape[3]
+        length = prefix_length + tokens
+        each = head * _rounded_up(length, self.lanes) + _rounded_up(head, self.lanes) * length
         keys_values = z.new_empty(self.depth * rows * self.heads * each)
         layers, (threads, teams) = pointers(self.layers), self._threads_and_teams(samples, rows)
+        prefix_keys_values = None if prefix is None else torch.stack(list(prefix.layers))
+        prefix_hidden = None if prefix is None else prefix.hidden.contiguous()
         arguments = TarFlowArguments(
             _address(z), _address(self.position), _address(context), _address(scales[0]), _address(self.proj_in),
             _address(self.proj_out), _address(self.out_bias), _address(scales[1]), _address(scales[2]),
+            _address(prefix_keys_values), _address(prefix_hidden), _address(self.rotation), _address(self.final_norm),
             ctypes.addressof(layers), _address(x), _address(keys_values), _address(log_det), samples, networks, tokens,
             values, self.channels, self.hidden, self.heads, self.depth, int(self.has_scale), context_row, context_token,
-            threads, teams,
+            prefix_length, int(guidance is not None and guidance.by_density), threads, teams,
         )  # fmt: skip
+        arguments.soft_clip = self.soft_clip
         step = max(int(_WORK / (self.count * rows)), 1)
         for start in range(0, tokens, step):
             arguments.start, arguments.stop = start, min(start + step, tokens)

@@ -175,4 +175,15 @@ inline void layer_norm(const float* x, int size, const float* weight, const floa
   for (int k = whole; k < size; k++) out[k] = (x[k] - mean) * scale * weight[k] + bias[k];
 }
 
+inline void rms_norm(const float* x, int size, const float* weight, float* out) {
+  const int whole = size / lanes * lanes;
+  Vector part{};
+  for (int k = 0; k < whole; k += lanes) part += load(x + k) * load(x + k);
+  float squares = sum(part);
+  for (int k = whole; k < size; k++) squares += x[k] * x[k];
+  const float scale = 1.0f / std::sqrt(squares / size + 1e-6f);
+  for (int k = 0; k < whole; k += lanes) store(out + k, load(x + k) * scale * load(weight + k));
+  for (int k = whole; k < size; k++) out[k] = x[k] * scale * weight[k];
+}
+
 }  // namespace jacobiflow

@@ -1,4 +1,4 @@
-// The recurrence of a TarFlow block, token by token: x_t = exp(s(x_<t)) z_t + u(x_<t), by a causal transformer.
+// The recurrence of a block with a causal transformer, token by token: x_t = exp(s(x_<t)) z_t + u(x_<t).
 #include <exception>
 #include <memory>
 
@@ -21,13 +21,21 @@ struct Layer {
 // samples, then the unconditional ones. `context` is added to the embeddings of a row and a token that are so many numbers
 // apart. A `*_bias` is as long as the packed columns of its weight. `keys_values` is the memory of `attend`, and lives as
 // long as calls go on with the same x. To `log_det` (samples) the log-scales are added.
+//
+// A STARFlow has a prefix: the keys and values (layers, rows, 2, heads, prefix, head) of so many positions before the
+// tokens, and the output of the last layer for the last of them, `prefix_hidden` (rows, channels), from which entry 0 is
+// read. `rotation` (prefix + tokens, head) has the cosine and the sine for each pair of a query's and a key's channels,
+// `final_norm` the weights of an RMS norm. `soft_clip`, if not 0, bounds the outputs softly, and a scale is then
+// softplus(a + log(e - 1)). `by_density` is that rule of guidance.
 struct TarFlow {
   const float *z, *position, *context, *query_scale, *proj_in, *proj_out, *out_bias, *weight_scale, *weight_shift;
+  const float *prefix_keys_values, *prefix_hidden, *rotation, *final_norm;
   const Layer* layers;
   float *x, *keys_values;
   double* log_det;
-  int32_t samples, networks, tokens, values, channels, hidden, heads, depth, scales, context_row, context_token, threads,
-      teams, start, stop;
+  int32_t samples, networks, tokens, values, channels, hidden, heads, depth, scales, context_row, context_token, prefix,
+      by_density, threads, teams, start, stop;
+  float soft_clip;
 };
 
 // The rows of one team of threads, and their buffers; each thread has a `scratch` buffer.
@@ -35,16 +43,18 @@ struct Work {
   const TarFlow& f;
   Range samples;
   Barrier barrier;
-  int rows, stride, head, head_stride, size;
+  int rows, stride, head, head_stride, length, size;
   std::vector<float> h, input, qkv, attended, up;  // `input` of a layer with `scale`
   std::vector<std::vector<float>> scratch;  // of each thread: normalised rows, and then logits or outputs
 
   Work(const TarFlow& flow, Range of, int threads)
       : f(flow), samples(of), barrier(threads), rows((of.last - of.first) * flow.networks),
-        stride(rounded_up(flow.channels)), head(flow.channels / flow.heads), head_stride(rounded_up(head)), size(threads),
+        stride(rounded_up(flow.channels)), head(flow.channels / flow.heads), head_stride(rounded_up(head)),
+        length(flow.prefix + flow.tokens), size(threads),
         h((size_t)rows * stride), input(is_gated() ? h.size() : 0), qkv((size_t)rows * rounded_up(3 * flow.channels)),
         attended(h.size()), up((size_t)rows * rounded_up((is_gated() ? 2 : 1) * flow.hidden)),
-        scratch(threads, std::vector<float>((size_t)rows * stride + rounded_up(f.tokens) + 2 * rounded_up(2 * f.values))) {}
+        scratch(threads, std::vector<float>((size_t)rows * stride + stride + rounded_up(length) +
+                                            2 * rounded_up(2 * f.values))) {}
 
   int count() const { return samples.last - samples.first; }
   bool is_gated() const { return f.depth && f.layers[0].scale; }
@@ -54,19 +64,44 @@ struct Work {
 
   Range columns(int total, int rank) const { return share(rounded_up(total), rank, size, lanes); }
 
-  // Row r's keys and values of one head: keys as blocks of `lanes` tokens, (blocks, head, lanes); values (tokens, head).
+  // Row r's keys and values of one head, first of the prefix: keys as blocks of `lanes` positions, (blocks, head, lanes);
+  // values (positions, head).
   float* keys(int layer, int r, int number) const {
-    const int64_t each = (int64_t)head * rounded_up(f.tokens) + (int64_t)head_stride * f.tokens;
+    const int64_t each = (int64_t)head * rounded_up(length) + (int64_t)head_stride * length;
     const int64_t row = (int64_t)layer * f.samples * f.networks + network_row(r);
     return f.keys_values + (row * f.heads + number) * each;
   }
 
+  // Stores the key and the value of one position, row and head.
+  void remember(float* keys, int position, const float* key, const float* value) const {
+    float* to = keys + (int64_t)(position / lanes) * head * lanes + position % lanes;
+    for (int d = 0; d < head; d++) to[d * lanes] = key[d];
+    std::memcpy(keys + (int64_t)head * rounded_up(length) + (int64_t)position * head_stride, value, sizeof(float) * head);
+  }
+
+  void read_prefix(int rank);
   void embed(int sample, int t);
   void attend(int layer, int r, int number, int t, float* logits);
   void layer(int index, int t, int rank, float* buffer);
   void read_out(int sample, int t, float* buffer);
   void run(int rank);
 };
+
+// Stores the keys and values of the prefix, and the output of the last layer for its last position.
+void Work::read_prefix(int rank) {
+  const Range part = share(rows, rank, size);
+  for (int r = part.first; r < part.last; r++) {
+    for (int l = 0; l < f.depth; l++)
+      for (int number = 0; number < f.heads; number++) {
+        const int64_t row = ((int64_t)l * f.samples * f.networks + network_row(r)) * 2, each = (int64_t)f.prefix * head;
+        const float* from = f.prefix_keys_values + (row * f.heads + number) * each;
+        for (int p = 0; p < f.prefix; p++)
+          remember(keys(l, r, number), p, from + p * head, from + f.heads * each + p * head);
+      }
+    const float* hidden = f.prefix_hidden + (int64_t)network_row(r) * f.channels;
+    std::memcpy(h.data() + (int64_t)r * stride, hidden, sizeof(float) * f.channels);
+  }
+}
 
 // h = W_in x_t + b_in + position_t + context, in each row of the sample.
 void Work::embed(int sample, int t) {
@@ -87,17 +122,23 @@ void Work::embed(int sample, int t) {
 
 // Stores token t's key and value of one row and head, and attends to all tokens up to t: softmax(q K) V.
 void Work::attend(int layer, int r, int number, int t, float* logits) {
-  const float* q = qkv.data() + (int64_t)r * rounded_up(3 * f.channels) + number * head;
-  const float *new_key = q + f.channels, *new_value = q + 2 * f.channels;
-  float *keys = this->keys(layer, r, number), *values = keys + (int64_t)head * rounded_up(f.tokens);
-  float* key = keys + (int64_t)(t / lanes) * head * lanes + t % lanes;
-  for (int d = 0; d < head; d++) key[d * lanes] = new_key[d];
-  std::memcpy(values + (int64_t)t * head_stride, new_value, sizeof(float) * head);
+  float* q = qkv.data() + (int64_t)r * rounded_up(3 * f.channels) + number * head;
+  float *key = q + f.channels, *keys = this->keys(layer, r, number);
+  const float *value = q + 2 * f.channels, *values = keys + (int64_t)head * rounded_up(length);
+  const int last = f.prefix + t;
+  if (f.rotation)
+    for (float* vector : {q, key})
+      for (int d = 0; d < head; d += 2) {
+        const float *turn = f.rotation + (int64_t)last * head + d, even = vector[d], odd = vector[d + 1];
+        vector[d] = even * turn[0] - odd * turn[1];
+        vector[d + 1] = odd * turn[0] + even * turn[1];
+      }
+  remember(keys, last, key, value);
 
   // Logits are to the base 2.
   const float scale = 1.44269504f / std::sqrt((float)head) * (f.query_scale ? f.query_scale[network_row(r)] : 1.0f);
   Vector maximum = spread(-INFINITY);
-  for (int block = 0; block <= t / lanes; block++) {
+  for (int block = 0; block <= last / lanes; block++) {
     const float* k = keys + (int64_t)block * head * lanes;
     Vector sums[4] = {};
     int d = 0;
@@ -105,15 +146,15 @@ void Work::attend(int layer, int r, int number, int t, float* logits) {
       for (int i = 0; i < 4; i++) sums[i] += q[d + i] * load(k + (d + i) * lanes);
     for (; d < head; d++) sums[0] += q[d] * load(k + d * lanes);
     Vector out = ((sums[0] + sums[1]) + (sums[2] + sums[3])) * scale;
-    if (block == t / lanes)
-      for (int i = t % lanes + 1; i < lanes; i++) out[i] = -INFINITY;
+    if (block == last / lanes)
+      for (int i = last % lanes + 1; i < lanes; i++) out[i] = -INFINITY;
     maximum = out > maximum ? out : maximum;
     store(logits + block * lanes, out);
   }
   float largest = maximum[0];
   for (int i = 1; i < lanes; i++) largest = maximum[i] > largest ? maximum[i] : largest;
   Vector total{};
-  for (int block = 0; block <= t / lanes; block++) {
+  for (int block = 0; block <= last / lanes; block++) {
     const Vector weight = exp2_of_negative(load(logits + block * lanes) - largest);
     store(logits + block * lanes, weight);
     total += weight;
@@ -123,7 +164,7 @@ void Work::attend(int layer, int r, int number, int t, float* logits) {
   for (int first = 0; first < head; first += 4 * lanes) {
     const int vectors = (head_stride - first) / lanes < 4 ? (head_stride - first) / lanes : 4;
     Vector sums[2][4] = {};
-    for (int j = 0; j <= t; j++)
+    for (int j = 0; j <= last; j++)
       for (int v = 0; v < vectors; v++)
         sums[j % 2][v] += logits[j] * load(values + (int64_t)j * head_stride + first + v * lanes);
     for (int v = 0; v < vectors; v++) {
@@ -226,16 +267,34 @@ void Work::layer(int index, int t, int rank, float* buffer) {
   barrier.wait();
 }
 
-// x_t of a sample from the network's output for token t-1, with guidance if the sample has two rows.
+// x_t of a sample from the network's output for the position before, with guidance if the sample has two rows.
 void Work::read_out(int sample, int t, float* buffer) {
   const int outputs = f.values * (f.scales + 1), width = rounded_up(outputs);
-  for (int n = 0; n < f.networks; n++)
-    dense(h.data() + (int64_t)(n * count() + sample) * stride, stride, f.proj_out, f.channels, outputs, 1, {0, width},
-          [&](int, int column, Vector out) { store(buffer + n * width + column, out + load(f.out_bias + column)); });
+  float* normalised = buffer + 2 * width;
+  for (int n = 0; n < f.networks; n++) {
+    const float* row = h.data() + (int64_t)(n * count() + sample) * stride;
+    float* out = buffer + n * width;
+    if (f.final_norm) {
+      rms_norm(row, f.channels, f.final_norm, normalised);
+      row = normalised;
+    }
+    dense(row, stride, f.proj_out, f.channels, outputs, 1, {0, width},
+          [&](int, int column, Vector sums) { store(out + column, sums + load(f.out_bias + column)); });
+    if (f.soft_clip) {
+      for (int k = 0; k < outputs; k++) out[k] = f.soft_clip * std::tanh(out[k] / f.soft_clip);
+      for (int c = 0; c < f.values; c++) out[c] = std::log(std::log1p(std::exp(out[c] + 0.541324855f)));
+    }
+  }
   const int64_t first = ((int64_t)(samples.first + sample) * f.tokens + t) * f.values;
   for (int c = 0; c < f.values; c++) {
     float scale = f.scales ? buffer[c] : 0.0f, shift = buffer[f.scales * f.values + c];
-    if (f.networks == 2) {
+    if (f.networks == 2 && f.by_density) {
+      const float other_scale = f.scales ? buffer[width + c] : 0.0f, other_shift = buffer[width + f.scales * f.values + c];
+      const float ratio = scale < other_scale ? std::exp(2.0f * (scale - other_scale)) : 1.0f, w = f.weight_scale[t];
+      const float precision = 1.0f + w * (1.0f - ratio);
+      shift = ((1.0f + w) * shift - w * ratio * other_shift) / precision;
+      scale -= 0.5f * std::log(precision);
+    } else if (f.networks == 2) {
       if (f.scales) scale += f.weight_scale[t] * (scale - buffer[width + c]);
       shift += f.weight_shift[t] * (shift - buffer[width + f.scales * f.values + c]);
     }
@@ -252,7 +311,12 @@ void Work::run(int rank) {
     barrier.wait();
   };
   int t = f.start;
-  if (t == 0) {  // entry 0 has no token before it
+  if (t == 0 && f.prefix) {
+    read_prefix(rank);
+    barrier.wait();
+    for (int s = part.first; s < part.last; s++) read_out(s, 0, buffer + (int64_t)rows * stride);
+    t = 1;
+  } else if (t == 0) {  // entry 0 has nothing before it
     for (int s = part.first; s < part.last; s++) {
       const int64_t first = (int64_t)(samples.first + s) * f.tokens * f.values;
       std::memcpy(f.x + first, f.z + first, sizeof(float) * f.values);

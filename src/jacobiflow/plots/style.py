@@ -47,7 +47,7 @@ class Style(NamedTuple):
 # colour-blind readers can tell all of them from each other.
 SAMPLERS = {
     r"auto\b": Style("#00519e", "o"),
-    r"original|growing cache|full passes": Style("#959595", "D"),
+    r"original|growing cache|token loop|full passes": Style("#959595", "D"),
     r"sequential": Style("#000000", "s"),
     r"jacobi\b": Style("#fba652", "v"),
     r"gs-jacobi|\[": Style("#c13a0f", "P"),

@@ -23,7 +23,7 @@ from jacobiflow.progress import Progress
 from jacobiflow.solvers import MaxSweeps, Sequential, Solver, Tolerance, certify, solve, solve_certified
 from jacobiflow.strategy.race import Exact, Race, candidates, time_exact
 from jacobiflow.strategy.strategy import Prediction, Strategy, device_name
-from jacobiflow.strategy.tune import SAMPLES, Tuning, any_context, find_tuning
+from jacobiflow.strategy.tune import SAMPLES, Tuning, find_tuning
 
 _FEWEST = 2  # samples of a race: one may need twice as many sweeps as another
 _SECONDS = 2.0  # in which several solvers run at each block; more if the exact loop takes long
@@ -130,7 +130,8 @@ def _latents(flow: Flow, first: int, num: int) -> tuple[Float[Tensor, "n t c"], 
     """Tokens at which the last block is inverted, in the order of the data, and a context."""
     config = flow.config
     latents = draw_latents(num, config.num_tokens, config.token_channels, start=FIRST_CALIBRATION_LATENT + first)
-    return flow.prior_tokens(latents), any_context(flow, num)
+    context = flow.example_context(num)
+    return flow.prior_tokens(latents), None if context is None else context.to(flow.var.device)
 
 
 def _or_zero(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from jacobiflow.calibration.report import find_file
 from jacobiflow.checks import check_count, check_seed, short
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import AffineBlock
-from jacobiflow.flows.config import Labels, as_labels
+from jacobiflow.flows.config import Context, Labels, as_labels
 from jacobiflow.flows.fingerprint import check_fingerprint, fingerprint
 from jacobiflow.flows.flow import Flow, check_flow
 from jacobiflow.flows.guidance import Guidance
@@ -76,7 +76,7 @@ class Tuning(codec.Document):
 
 
 def tune(
-    flow: Flow, labels: Labels | None = None, *, samples: int = SAMPLES,
+    flow: Flow, labels: Labels | None = None, *, context: Context | None = None, samples: int = SAMPLES,
     batch_size: int = 64, seed: int = 0, progress: Progress | None = None,
 ) -> Tuning:  # fmt: skip
     """Fits a guess and a correction to each block, to its exact solutions at fresh latents.
@@ -87,6 +87,7 @@ def tune(
     Args:
         flow: The model, or a view of it under guidance (`flow.guided`).
         labels: Classes, taken in turn; `None` takes all classes in turn.
+        context: In place of labels: what the flow takes, such as prompts, taken in turn.
         samples: Number of latents, at least 2.
         batch_size: Samples in the network at a time.
         seed: Fixes the latents. `jacobiflow.sample` never draws the same ones.
@@ -106,7 +107,7 @@ def tune(
     config = flow.config
     blocks = flow.inverse_blocks
     latents = draw_latents(samples, config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
-    solutions = exact_solutions(flow, latents, _context(flow, labels, samples), batch_size, progress)
+    solutions = exact_solutions(flow, latents, _context(flow, labels, context, samples), batch_size, progress)
     fitted = []
     for i, at in enumerate(solutions):
         fitted.append(_fit(blocks[i], at, batch_size))
@@ -130,32 +131,29 @@ def find_tuning(flow: Flow) -> Path | None:
     return find_file(flow, "tuning", lambda file: Tuning.load(file).guidance)
 
 
-def _context(flow: Flow, labels: Labels | None, samples: int) -> Tensor | None:
-    """A class, or numbers, for each of the samples."""
-    if labels is None:
-        return any_context(flow, samples)
-    classes = as_labels(labels, 1)
-    if not len(classes):
+def _context(flow: Flow, labels: Labels | None, context: Context | None, samples: int) -> Tensor | None:
+    """The context of each of the samples."""
+    if labels is not None and context is not None:
+        raise InputValueError("labels and context: give one of them")
+    given = context if labels is None else as_labels(labels, 1)
+    if given is None:
+        given = flow.example_context(samples)
+        return None if given is None else given.to(flow.var.device)
+    num = 1 if isinstance(given, str) else len(given)  # type: ignore[arg-type]
+    if not num:
         raise InputValueError(f"labels={short(labels)}: give one class or more")
-    classes = flow.check_labels(classes, len(classes))
-    return classes.to(flow.var.device)[torch.arange(samples, device=flow.var.device) % len(classes)]
-
-
-def any_context(flow: Flow, samples: int) -> Tensor | None:
-    """All classes in turn, or standard normal numbers; `None` if the flow has no context."""
-    classes, channels = flow.config.num_classes, getattr(flow.config, "context_channels", 0)
-    if channels:
-        return draw_latents(samples, 1, channels, start=FIRST_CALIBRATION_LATENT).squeeze(1).to(flow.var.device)
-    return torch.arange(samples, device=flow.var.device) % classes if classes else None
+    checked = flow.check_context(given, num)
+    assert checked is not None
+    return checked.to(flow.var.device)[torch.arange(samples, device=flow.var.device) % num]
 
 
 def _fit(block: AffineBlock, at: BlockSolution, batch_size: int) -> BlockTuning:
     def sweeps(guess: Guess, correction: Correction) -> int:
         solver = Solver(Whole(), guess, Tolerance(_TOLERANCE), correction)
-        return int(solve(block, at.z, solver, at.labels, batch_size).sample_sweeps.sum())
+        return int(solve(block, at.z, solver, at.context, batch_size).sample_sweeps.sum())
 
     guesses = [fit for kind in codec.registered(Guess).values() if (fit := kind.fit(at.x, at.z)) is not None]
     guess = guesses[0] if len(guesses) == 1 else min(guesses, key=lambda guess: sweeps(guess, Plain()))
-    fits = [kind.fit(block, at.x, at.z, guess, at.labels) for kind in codec.registered(Correction).values()]
+    fits = [kind.fit(block, at.x, at.z, guess, at.context) for kind in codec.registered(Correction).values()]
     corrections: Sequence[Correction] = [Plain(), *(fit for fit in fits if fit is not None)]
     return BlockTuning(guess, min(corrections, key=lambda correction: sweeps(guess, correction)))

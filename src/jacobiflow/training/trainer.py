@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from jacobiflow.checks import check_count, check_fields, check_kind, check_number, check_positive, short
@@ -96,6 +97,7 @@ def train(
     on_step: Callable[[StepReport], None] | None = None,
     on_sample: Callable[[Flow, int], None] | None = None,
     progress: Progress | None = None,
+    contexts: Float[Tensor, "k ..."] | None = None,
 ) -> Flow:
     """Trains a flow by maximum likelihood, on images with noise.
 
@@ -112,6 +114,7 @@ def train(
             training is interrupted, `metrics.jsonl`, and at the end the model folder of the averaged weights.
         on_step: Called with the report of every step.
         on_sample: Called with the averaged flow and the step, every `sample_every` steps.
+        contexts: For a flow whose context is not labels: the context of each label, and last that of dropped ones.
 
     Returns:
         The flow with averaged weights.
@@ -129,11 +132,11 @@ def train(
         ...     train(flow, digits(), config, out).config == jf.load(out).config
         True
     """
-    _check(flow, data, config)
+    _check(flow, data, config, contexts)
     out, per_epoch = Path(out), len(data) // config.batch_size
     with locked(out):
         check_own_model(out)  # refuses files that the model at the end could not replace
-        run = _Run(flow, config, out, _describe(flow, config, data))
+        run = _Run(flow, config, out, _describe(flow, config, data, contexts), contexts)
         order, epoch = torch.empty(0), -1
         try:
             while run.step < config.steps:
@@ -157,7 +160,7 @@ def train(
     return run.average
 
 
-def _check(flow: Flow, data: ImageDataset, config: TrainConfig) -> None:
+def _check(flow: Flow, data: ImageDataset, config: TrainConfig, contexts: Tensor | None) -> None:
     """Raises ValueError if the flow, the data and the configuration do not fit each other."""
     check_kind("flow", flow, Flow, "a Flow, such as jacobiflow.TarFlow(config)")
     check_kind("data", data, ImageDataset, "an ImageDataset, such as jacobiflow.data.load_images gives")
@@ -167,17 +170,21 @@ def _check(flow: Flow, data: ImageDataset, config: TrainConfig) -> None:
         raise InputValueError(f"images are {have}, the flow takes {shape}")
     if takes.num_classes and data.labels is not None:
         flow.check_labels(data.labels, len(data))
+    if contexts is not None and (data.labels is None or int(data.labels.max()) >= len(contexts) - 1):
+        raise InputValueError(f"contexts of {len(contexts) - 1} labels: give one for each label of the images, and one")
     if len(data) < config.batch_size:
         raise InputValueError(f"batch_size={config.batch_size}: there are only {len(data)} images")
     if config.noise.std != takes.noise_std:
         raise InputValueError(f"noise of std {config.noise.std}, but the flow's config has noise_std={takes.noise_std}")
 
 
-def _describe(flow: Flow, config: TrainConfig, data: ImageDataset) -> dict[str, Any]:
+def _describe(flow: Flow, config: TrainConfig, data: ImageDataset, contexts: Tensor | None) -> dict[str, Any]:
     """Describes what a resumed run must share with the run before: the flow, the settings, and the images."""
     digest = hashlib.sha256(data.images.contiguous().numpy().data)
-    if flow.config.num_classes and data.labels is not None:
+    if (flow.config.num_classes or contexts is not None) and data.labels is not None:
         digest.update(data.labels.contiguous().numpy().data)
+    if contexts is not None:
+        digest.update(contexts.contiguous().numpy().data)
     settings = {name: value for name, value in asdict(config).items() if name not in _MAY_CHANGE}
     images = f"{len(data):,} with checksum {digest.hexdigest()[:16]}"
     return {"flow": flow.model_type, **asdict(flow.config), **settings, "images": images}
@@ -186,7 +193,10 @@ def _describe(flow: Flow, config: TrainConfig, data: ImageDataset) -> dict[str, 
 class _Run:
     """The state of a training run. `is_updating` is true in an update, when no checkpoint may be written."""
 
-    def __init__(self, flow: Flow, config: TrainConfig, out: Path, description: dict[str, Any]) -> None:
+    def __init__(
+        self, flow: Flow, config: TrainConfig, out: Path, description: dict[str, Any], contexts: Tensor | None
+    ) -> None:
+        self.contexts = contexts
         self.flow, self.config, self.out, self.description = flow, config, out, description
         self.average = type(flow)(flow.config).to(flow.var.device)
         self.average.load_state_dict(flow.state_dict())
@@ -210,19 +220,21 @@ class _Run:
         generator = keyed_generator(config.seed, _NOISE, self.step)
         images = augment(images, config.augmentation, generator)
         images = add_noise(images, config.noise, generator).to(device)
-        labels = labels if self.flow.config.num_classes else None
+        labels = labels if self.flow.config.num_classes or self.contexts is not None else None
+        context = None
         if labels is not None:
             dropped = torch.rand(labels.shape, generator=generator) < config.drop_label
-            labels = labels.masked_fill(dropped, -1).to(device)
+            labels = labels.masked_fill(dropped, -1)
+            context = (labels if self.contexts is None else self.contexts[labels]).to(device)
         if self.step == 0:
             self.is_updating = True  # a resumed run must not initialise twice
-            self.flow.initialize(images, labels)
+            self.flow.initialize(images, context)
             self.average.load_state_dict(self.flow.state_dict())
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            z, log_det = self.flow.normalize(images, labels)
+            z, log_det = self.flow.normalize(images, context)
         loss = 0.5 * z.square().mean() - log_det.mean() / z[0].numel()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.flow.parameters(), config.clip)

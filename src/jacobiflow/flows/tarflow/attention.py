@@ -56,6 +56,23 @@ class Adaptive(NamedTuple):
     gated_down: Float[Tensor, "c h"]
 
 
+class Rotation(NamedTuple):
+    """Cosines and sines by which rotary position embedding turns each pair of a query's or key's channels."""
+
+    cos: Float[Tensor, "t d2"]
+    sin: Float[Tensor, "t d2"]
+
+    def __call__(self, x: Float[Tensor, "b n k h d"], positions: slice | Tensor) -> Float[Tensor, "b n k h d"]:
+        """Turns the vectors of tokens at these positions."""
+        cos, sin = (table[positions].unsqueeze(-2).unsqueeze(-2) for table in self)
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+
+    def pairs(self) -> Float[Tensor, "t d"]:
+        """Returns the cosine and the sine of each pair side by side."""
+        return torch.stack(tuple(self), dim=-1).flatten(-2)
+
+
 class LayerWeights(NamedTuple):
     """The parameters of one transformer layer, read from its modules once: a step over a few tokens is short.
 
@@ -73,6 +90,7 @@ class LayerWeights(NamedTuple):
     key_norm: Parameters | None = None
     condition: Float[Tensor, "t c"] | None = None
     adaptive: Adaptive | None = None
+    rotation: Rotation | None = None
 
     def to(self, dtype: torch.dtype) -> LayerWeights:
         """Returns the parameters in `dtype`."""
@@ -81,7 +99,7 @@ class LayerWeights(NamedTuple):
     def named(self) -> dict[str, Tensor]:
         """Returns the parameters by their names in native code."""
         entries = self._asdict()
-        pairs = {name: pair for name, pair in entries.items() if isinstance(pair, tuple) and name != "adaptive"}
+        pairs = {name: pair for name, pair in entries.items() if type(pair) is tuple}
         named = {
             name + end: tensor for name, pair in pairs.items() for end, tensor in zip(("", "_bias"), pair, strict=True)
         }
@@ -159,6 +177,8 @@ def _self_attention(
         query = F.layer_norm(query, (channels,), *weights.query_norm)
         qkv = torch.cat((query, F.layer_norm(key, (channels,), *weights.key_norm), value), dim=-1)
     qkv = qkv.view(batch, length, 3, weights.num_heads, -1)
+    if weights.rotation is not None:
+        qkv = torch.cat((weights.rotation(qkv[:, :, :2], span.positions), qkv[:, :, 2:]), dim=2)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     if query_scale is not None:
         q = q * query_scale
@@ -178,8 +198,9 @@ def _self_attention(
             cache[:, :, :, span.positions] = new.permute(0, 2, 3, 1, 4)
         keys, values = cache[:, :, :, : span.end].unbind(1)
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=span.mask, is_causal=span.causal)
-    if hide:
-        out = torch.addcmul(out, k, v, value=0)  # NaN for a token whose own key or value is not finite
+    if hide or x.device.type == "cpu":
+        # NaN for a token whose own key or value is not finite. Kernels for AVX-512 give 0 if no key of a short span is.
+        out = torch.addcmul(out, k, v, value=0)
     return F.linear(out.transpose(1, 2).reshape(batch, length, channels), *weights.proj)
 
 

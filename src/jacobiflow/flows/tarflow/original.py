@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
     """Reads the tensors in a `.pth` file, without causal masks and without the prefix of DistributedDataParallel."""
     remedy = "give a file that torch.save(model.state_dict(), path) wrote"
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, if the file has the format that can be: only what is used is read.
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except Exception as error:  # torch.load names no exceptions, and damage raises nearly any
         raise CheckpointError(
             f"{path}: missing, damaged, or not only tensors; code in it was not run ({first_line(error)}); {remedy}"

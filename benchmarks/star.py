@@ -1,0 +1,165 @@
+"""Measures STARFlow: `python -m benchmarks.star`, about forty minutes on two idle cores; it goes on if it was stopped.
+
+With the captioned emoji of examples/captions.py: samples under guidance by the two samplers of the original code and by
+ours, the metrics and sweeps of the blocks, and how often a sample is nearest to the emoji of its caption. With random
+weights: two layers of the released shape. Writes docs/results/starflow.json, which fills docs/starflow.md, and
+docs/figures/emoji-star.png.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import jacobiflow as jf
+from benchmarks.common import FIGURES, IN_PYTORCH, RESULTS, Json, complete, parser, to_json, without_native
+from benchmarks.peers import starflow
+from examples.captions import GUIDANCE, captioned_emoji, load
+from jacobiflow import plots
+from jacobiflow.baselines import TOKEN_LOOP, token_loop_sample
+from jacobiflow.data import Noise, add_noise
+from jacobiflow.latents import draw_latents
+from jacobiflow.measuring import interleave, paired_error
+
+BATCHES, ITERATION = (1, 4, 16), "block iteration"
+CERTIFIED = "window:16, certified"
+PROMPTS = ("blue heart", "large green circle", "hand dark skin", "hand light skin", "banana", "sunglasses", "cat")
+SHOWN = 8  # samples of each
+CALIBRATED, TRACED, FOLLOWED = 128, 16, 345
+RELEASED = jf.STARFlowConfig(layers_per_block=(2,))  # one block of two layers that reads the text
+WINDOWS = ("window:32", "window:128", "jacobi")
+
+
+def prompts_of(num: int) -> list[str]:
+    _, captions = captioned_emoji()
+    return [captions[i * len(captions) // num] for i in range(num)]
+
+
+def speeds(rounds: int, key: Json) -> Json:
+    """Seconds of a batch by each sampler, and errors against the exact inverse in float64."""
+    flow, batch = load().guided(GUIDANCE), key["batch"]
+    config, texts = flow.config, prompts_of(batch)
+    z = draw_latents(batch, config.num_tokens, config.token_channels, seed=1)
+    context = flow.check_context(texts, batch)
+    exact_loop = partial(jf.sample, flow, latents=z, context=context, strategy="sequential")
+    plan = jf.plan(flow, batch)
+    runs: dict[str, Callable[[], Any]] = {
+        TOKEN_LOOP: partial(token_loop_sample, flow, z, context),
+        ITERATION: lambda: starflow(flow, z, context, fresh_keys=False).images,
+        IN_PYTORCH: without_native()(exact_loop),
+        "exact loop": exact_loop,
+        CERTIFIED: partial(jf.sample, flow, latents=z, context=context, strategy="window:16"),
+        "auto": partial(jf.sample, flow, latents=z, context=context, strategy=plan),
+        "encoding pass": lambda: flow.guided(None).encode(torch.zeros(batch, 3, 32, 32), context),
+    }
+    timings, results = interleave({name: torch.no_grad()(run) for name, run in runs.items()}, rounds)
+    wide = copy.deepcopy(flow).double()
+    exact = jf.sample(wide, latents=z.double(), context=context, strategy="sequential").x
+    answers = {name: x if isinstance(x, Tensor) else getattr(x, "x", None) for name, x in results.items()}
+    return {
+        "seconds": to_json(timings),
+        "errors": {
+            name: paired_error(x.double(), exact).max for name, x in answers.items() if isinstance(x, Tensor)
+        },
+        "plan": [type(solver.partition).__name__ for solver in plan.solvers],
+    }
+
+
+def blocks(key: Json) -> Json:
+    """IGM of each guess and sweeps of each block, over captioned emoji with the noise of the training."""
+    flow = load().guided(GUIDANCE if key["blocks"] == "guided" else None)
+    data, captions = captioned_emoji()
+    index = torch.arange(CALIBRATED) * len(data) // CALIBRATED
+    images, _ = data.batch(index)
+    noisy = add_noise(images, Noise("gaussian", flow.config.noise_std), torch.Generator().manual_seed(0))
+    report = jf.calibrate(flow, noisy, context=[captions[i] for i in index.tolist()], traced=TRACED)
+    assert report.components is None  # CRM is not defined
+    return {
+        "layers": flow.config.layers_per_block,
+        "igm": report.igm,
+        "sweeps": report.mean_sweeps("noise", 1e-3),
+        "gamma": [sum(norms) / len(norms) for norms in report.gamma],
+    }
+
+
+def follows(key: Json) -> Json:
+    """How often a sample is nearest, of all emoji, to that of its caption, and among the nearest five."""
+    flow = load().guided(GUIDANCE if key["follows"] == "guided" else None)
+    data, captions = captioned_emoji()
+    pixels, _ = data.batch(torch.arange(len(data)))
+    index = torch.arange(FOLLOWED) * len(data) // FOLLOWED
+    out = jf.sample(flow, FOLLOWED, context=[captions[i] for i in index.tolist()], denoise=1.0, batch_size=32)
+    distances = torch.cdist(out.images.flatten(1).clamp(-1, 1), pixels.flatten(1))
+    nearest = distances.topk(5, largest=False).indices == index.unsqueeze(1)
+    return {
+        "samples": FOLLOWED, "emoji": len(data), "nearest": float(nearest[:, 0].float().mean()),
+        "among_five": float(nearest.any(dim=1).float().mean()), "outcome": str(out.outcome),
+    }  # fmt: skip
+
+
+def released_block(dtype: torch.dtype) -> Any:
+    """A block of two layers of the released shape, with random weights whose outputs are of the size of 0.3."""
+    torch.manual_seed(0)
+    flow = jf.STARFlow(RELEASED).eval().requires_grad_(False)
+    block = flow.blocks[0]
+    block.proj_out.weight.normal_(std=0.3 * block.proj_out.in_features**-0.5)
+    block.null_text.normal_(std=0.1)
+    return block.to(dtype)
+
+
+def released(rounds: int, key: Json) -> Json:
+    """Seconds of one block by the token loop and by sweeps, their sweeps, and bytes of weights and of a row's cache."""
+    block = released_block(getattr(torch, key["released"]))
+    z = draw_latents(key["rows"], RELEASED.num_tokens, RELEASED.token_channels, seed=1)
+    parse = partial(jf.Strategy.parse, num_blocks=1, num_tokens=RELEASED.num_tokens)
+    strategies = {name: parse(name).solvers[0] for name in ("sequential", *WINDOWS)}
+    runs = {name: partial(jf.solve_certified, block, z, solver) for name, solver in strategies.items()}
+    runs["encoding pass"] = partial(block.affine_whole, z)
+    timings, results = interleave({name: torch.no_grad()(run) for name, run in runs.items()}, rounds, warm_up=False)
+    exact = results["sequential"].x
+    return {
+        "seconds": to_json(timings),
+        "sweeps": {name: results[name].token_evaluations / z[..., 0].numel() for name in WINDOWS},
+        "errors": {name: float((results[name].x - exact).abs().max()) for name in WINDOWS},
+        "weights": sum(parameter.nbytes for parameter in block.parameters()),
+        "row": block.row_bytes(),
+        "parameters": sum(parameter.numel() for parameter in block.parameters()),
+    }
+
+
+def measure(rounds: int, key: Json) -> Json:
+    if "batch" in key:
+        return speeds(rounds, key)
+    if "blocks" in key:
+        return blocks(key)
+    return follows(key) if "follows" in key else released(rounds, key)
+
+
+def draw_sheet() -> None:
+    """Draws samples of each prompt."""
+    out = jf.sample(
+        load().guided(GUIDANCE), SHOWN * len(PROMPTS), context=[p for p in PROMPTS for _ in range(SHOWN)], denoise=1.0
+    )
+    print(out.outcome)
+    sheet = plots.rows_sheet(list(zip(PROMPTS, out.images.split(SHOWN), strict=True)))
+    plots.save_png(sheet, FIGURES / "emoji-star.png")
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--rounds", type=int, default=3)
+    rounds = arguments.parse_args().rounds
+    keys: list[Json] = [{"batch": batch} for batch in BATCHES]
+    keys += [{"blocks": name} for name in ("plain", "guided")] + [{"follows": name} for name in ("plain", "guided")]
+    keys += [{"released": dtype, "rows": rows} for dtype in ("float32", "bfloat16") for rows in (1, 4)]
+    complete(RESULTS / "starflow.json", keys, partial(measure, rounds))
+    draw_sheet()
+
+
+if __name__ == "__main__":
+    main()

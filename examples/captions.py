@@ -1,0 +1,122 @@
+"""A small STARFlow of captioned emoji: `python -m examples.captions train`, then `sample "red heart" "green apple"`.
+
+`sample` works with the bundled weights. `train` needs the emoji, which `make emoji` fetches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow import plots, training
+from jacobiflow.data import ImageDataset, Noise
+from jacobiflow.data.sources import read_image
+from jacobiflow.flows import Flow
+
+MODEL = Path(__file__).parent / "emoji-star"
+RUN = Path("runs/emoji-star")
+PACKAGE = Path("node_modules/emoji-datasource-google")
+CONFIG = jf.STARFlowConfig(
+    in_channels=3, image_size=32, patch_size=2, channels=128, layers_per_block=(1, 1, 6), text_tokens=12,
+    text_channels=64, noise_std=0.1,
+)  # fmt: skip
+GUIDANCE = jf.Guidance(2, annealed=False, rule="density")
+CATEGORIES = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")
+SUBCATEGORIES = ("geometric", "hands", "hand-fingers-open", "hand-fingers-closed", "hand-fingers-partial")
+TONES = {"1F3FB": "light", "1F3FC": "medium light", "1F3FD": "medium", "1F3FE": "medium dark", "1F3FF": "dark"}
+
+
+def encode_text(prompts: list[str]) -> Float[Tensor, "n 12 64"]:
+    """Returns a random vector for each word, which depends on the word only, and one for the end of the text."""
+    states = torch.zeros(len(prompts), CONFIG.text_tokens, CONFIG.text_channels)
+    for i, prompt in enumerate(prompts):
+        words = [*re.findall(r"[a-z0-9]+", prompt.lower())[: CONFIG.text_tokens - 1], "."]
+        for j, word in enumerate(words):
+            seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
+            states[i, j] = torch.from_numpy(np.random.default_rng(seed).standard_normal(CONFIG.text_channels))
+    return states
+
+
+def captioned_emoji(package: Path = PACKAGE) -> tuple[ImageDataset, list[str]]:
+    """Returns emoji on white, labelled by their captions, and the captions, such as "raised hand dark skin"."""
+    images, captions = [], []
+    index = json.loads((package / "emoji.json").read_bytes())
+    for entry in sorted(index, key=lambda entry: (entry["sort_order"], entry["unified"])):
+        if entry["category"] not in CATEGORIES and entry["subcategory"] not in SUBCATEGORIES:
+            continue
+        caption = re.sub("[_-]+", " ", entry["short_names"][-1 if entry["short_name"] in ("+1", "-1") else 0])
+        variations = {f"{caption} {tone} skin": code for code, tone in TONES.items()}
+        of_tones = {name: entry.get("skin_variations", {}).get(code) for name, code in variations.items()}
+        for name, image in {caption: entry, **of_tones}.items():
+            if image is not None and image["has_img_google"]:
+                images.append(read_image(package / "img" / "google" / "64" / image["image"], CONFIG.image_size, 3))
+                captions.append(name)
+    return ImageDataset(torch.stack(images), torch.arange(len(images))), captions
+
+
+def train(steps: int) -> None:
+    """Trains the model; the same command again resumes a run that was stopped."""
+    data, captions = captioned_emoji()
+    torch.manual_seed(0)
+    flow = jf.STARFlow(CONFIG)
+    states = encode_text([*captions, ""])
+    flow.blocks[-1].null_text.copy_(states[-1])
+    flow.recommended = jf.SamplingSettings(GUIDANCE, denoise=1.0)
+    settings = training.TrainConfig(steps, Noise("gaussian", CONFIG.noise_std), batch_size=32, sample_every=500)
+
+    def on_step(report: training.StepReport) -> None:
+        if report.step % 50 == 0:
+            print(f"step {report.step}/{steps}  {report.bits_per_dim:.3f} bits/dim  {report.seconds:.0f} s", flush=True)
+
+    def on_sample(average: Flow, step: int) -> None:
+        assert isinstance(average, jf.STARFlow)
+        average.encode_text = encode_text
+        write_sheet(average, captions[:: len(captions) // 20][:20], RUN / f"samples-{step:06d}.png")
+
+    average = training.train(flow, data, settings, RUN, on_step, on_sample, contexts=states)
+    average.recommended = flow.recommended
+    average.save_pretrained(MODEL, dtype=torch.bfloat16)
+
+
+def load() -> jf.STARFlow:
+    """Loads the bundled model, with its text encoder."""
+    flow = jf.STARFlow.from_pretrained(MODEL).requires_grad_(False)
+    flow.encode_text = encode_text
+    return flow
+
+
+def write_sheet(flow: jf.STARFlow, prompts: list[str], path: Path) -> None:
+    """Samples an image of each prompt, and writes them as a picture."""
+    samples = jf.sample(flow.guided(GUIDANCE), len(prompts), context=prompts, denoise=1.0)
+    print(samples.outcome)
+    plots.save_png(plots.image_grid(samples.images, min(len(prompts), 10)), path)
+
+
+def main() -> None:
+    """Runs the command line."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = arguments.add_subparsers(dest="command", required=True)
+    commands.add_parser("train").add_argument("--steps", type=int, default=6000)
+    drawing = commands.add_parser("sample")
+    drawing.add_argument("prompts", nargs="+")
+    drawing.add_argument("--out", type=Path, default=Path("out/captions.png"))
+    options = arguments.parse_args()
+    if options.command == "train":
+        train(options.steps)
+        return
+    flow = load()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_sheet(flow, options.prompts, options.out)
+
+
+if __name__ == "__main__":
+    main()
