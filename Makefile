@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: setup demo test lint mutants benchmark regimes calibration flows evaluation evaluation-in-pytorch emoji tutorials \
-	boltzmann figures docs render clean
+	boltzmann star figures docs render clean
 
 setup: $(INSTALLED)
 
@@ -39,22 +39,23 @@ lint: setup
 mutants: setup
 	$(BIN)/python -m benchmarks.mutants
 
-# Measures "Speed of auto" and "Peers" of docs/performance.md, the tables in README.md and the demo's picture (an hour on two
-# idle cores). RENDER fills the pages from the result files.
+# Measures docs/performance.md and docs/peers.md, the table and the chart of README.md, and the demo's picture (an hour and a half
+# on two idle cores). RENDER fills the pages from the result files.
 RENDER = $(BIN)/python -m benchmarks.render
 benchmark: demo
 	$(BIN)/python -m benchmarks.performance
+	$(BIN)/python -m benchmarks.front_page
 	$(BIN)/python -m benchmarks.model_speed
 	cp out/demo/samples.png docs/figures/demo.png
 	$(RENDER)
 
-# Measures "Two regimes" and "The paper's sizes on a CPU" (two hours on two idle cores; it goes on if it was stopped).
+# Measures docs/regimes.md and docs/sizes.md (two hours on two idle cores; it goes on if it was stopped).
 regimes: setup
 	$(BIN)/python -m benchmarks.regimes
 	$(BIN)/python -m benchmarks.paper_sizes
 	$(RENDER)
 
-# Regenerates the tables and figures of docs/calibration.md, and the bundled reports and tunings (two hours on two idle
+# Regenerates the tables and figures of docs/paper.md, and the bundled reports and tunings (two hours on two idle
 # cores). A plan of the model's folder with --tune writes its tuning.
 # For each model of the page, IMAGES to calibrate with, and CUT, a strategy to be seen beside the sequential loop. GUIDED is
 # the guidance that a model recommends.
@@ -76,7 +77,7 @@ TUNE = $(BIN)/jacobiflow plan --tune --out out/plan.json
 calibration: $(CALIBRATED) $(RECOMMENDED)
 	$(BIN)/jacobiflow calibrate --model digits-maf --images digits \
 		--out src/jacobiflow/models/digits-maf/report.json
-	$(TUNE) --model src/jacobiflow/models/digits-maf
+	$(TUNE) --model src/jacobiflow/models/digits-maf --plain
 	$(RENDER)
 
 $(RECOMMENDED): recommended-%: setup
@@ -85,13 +86,13 @@ $(RECOMMENDED): recommended-%: setup
 
 $(CALIBRATED): calibration-%: setup
 	$(CALIBRATE) --per-class --out $(BUNDLED)/report.json
-	$(TUNE) --model $(BUNDLED)
+	$(TUNE) --model $(BUNDLED) --plain
 	$(CALIBRATE) --guidance 1 --out out/$*-guided.json
 	$(BIN)/python -m benchmarks.calibration $* out/$*-guided.json
 	$(BIN)/python -m benchmarks.paper_figures $* --strategy "$(CUT_$*)"
 	$(BIN)/python -m benchmarks.strategies $*
 
-# Regenerates the tables and the figure of docs/flows.md (an hour on two idle cores, and three quarters of an hour of
+# Regenerates the tables and the figure of docs/flows.md, docs/libraries.md and docs/sbi.md (an hour on two idle cores, and three quarters of an hour of
 # training the first time; it goes on where it was stopped).
 flows: setup
 	$(BIN)/python -m benchmarks.masked_flows
@@ -99,7 +100,7 @@ flows: setup
 	$(BIN)/python -m benchmarks.maf
 	$(RENDER)
 
-# Regenerates the tables and figures of docs/evaluation.md (hours on two cores; it goes on where it was stopped).
+# Regenerates the scores of docs/paper.md and docs/evaluation.md (hours on two cores; it goes on where it was stopped).
 evaluation: setup
 	for model in fashion-p2 emoji-p2 digits-p1 digits-maf; do $(BIN)/python -m benchmarks.search_guidance $$model || exit; done
 	$(BIN)/python -m benchmarks.quality fashion-p2 --strategy auto --strategy "Selective Jacobi Decoding" \
@@ -133,6 +134,11 @@ boltzmann: setup
 	$(BIN)/python -m examples.boltzmann simulate --seed 2
 	$(BIN)/python -m benchmarks.alanine
 	$(BIN)/python -m benchmarks.boltzmann
+	$(RENDER)
+
+# Measures docs/starflow.md, of the weights in examples/emoji-star (forty minutes on two idle cores).
+star: emoji
+	$(BIN)/python -m benchmarks.star
 	$(RENDER)
 
 # Fetches a package of emoji, and writes the 256 images of it that ship with the library, and all to out/emoji/*.npz.

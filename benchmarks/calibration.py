@@ -1,4 +1,4 @@
-"""Facts that docs/calibration.md derives from the reports of the bundled models.
+"""Facts that docs/paper.md derives from the reports of the bundled models.
 
 `python -m benchmarks.calibration MODEL REPORT` writes docs/results/MODEL-calibration-guided.json.
 """

@@ -1,7 +1,7 @@
 """Draws the figures of the method and of result files: `python -m benchmarks.figures`.
 
-overview.png, partitions.png and front.gif show the method; error-against-time.png, regimes.png and masked-flows.png
-show result files.
+overview.png, partitions.png and front.gif show the method; error-against-time.png, regimes.png, masked-flows.png and
+speed.png show result files.
 """
 
 from __future__ import annotations
@@ -236,6 +236,37 @@ def masked_flows() -> Figure:
     return figure
 
 
+@styled
+def speed() -> Figure:
+    """README's chart: speed-ups of zuko's flows against features, and of a TarFlow against the batch."""
+    runs = result("front-page")["runs"]
+    figure = new_figure(3.2)
+    left, right = figure.subplots(1, 2)
+    for kind, color in (("MAF", sampler_style("auto").color), ("NSF", sampler_style("gs-jacobi").color)):
+        for rows, line in ((10_000, "-"), (100, ":")):
+            same = [run for run in runs if (run.get("flow"), run.get("rows")) == (kind, rows)]
+            points = [(run["features"], run["speed_up"]) for run in same]
+            marker = "o" if kind == "MAF" else "s"
+            left.plot(*zip(*points, strict=True), line, color=color, marker=marker, label=f"{kind}, {rows:,} samples")
+    left.set(xscale="log", yscale="log", title="zuko flows, over zuko's own inverse", xlabel="features")
+    left.set_xticks([2, 5, 10, 20, 64], ["2", "5", "10", "20", "64"])
+    batches = [run for run in runs if "batch" in run]
+    for name, label in (("auto", "auto"), ("GS-Jacobi", "the paper's sweeps, not certified")):
+        speeds = [run["seconds"]["growing cache"]["median"] / run["seconds"][name]["median"] for run in batches]
+        color, marker = sampler_style(name)
+        right.plot([run["batch"] for run in batches], speeds, color=color, marker=marker, label=label)
+    right.set(xscale="log", yscale="log", title="TarFlow, over the original sampler", xlabel="samples in a batch")
+    right.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
+    for axis in (left, right):
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_ylabel("speed-up")
+        axis.minorticks_off()
+        plain_ticks(axis.yaxis)
+        clear(axis)
+        axis.legend()
+    return figure
+
+
 def front() -> None:
     """The tough block of an image token by token, by a window, and with all tokens at once, as an animation."""
     flow = jf.load(MODEL).requires_grad_(False)
@@ -248,7 +279,7 @@ def front() -> None:
 
 def main() -> None:
     parser(__doc__).parse_args()
-    for draw in (overview, partitions, error_against_time, regimes, masked_flows):
+    for draw in (overview, partitions, error_against_time, regimes, masked_flows, speed):
         save_png(draw(), FIGURES / f"{draw.__name__.replace('_', '-')}.png")
     front()
 

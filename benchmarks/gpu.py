@@ -45,10 +45,12 @@ def compare_images(
         z, labels = latents(flow, SAMPLES)
         for guidance in (None, jf.Guidance(1.0)):
             sample = partial(jf.sample, latents=z, labels=labels)
-            exact = sample(reference.guided(guidance), strategy="sequential").images
+            exact = sample(reference.guided(guidance), settings=None, strategy="sequential").images
             for strategy in strategies:
                 tolerance = None if strategy == "sequential" else TOLERANCE
-                images = sample(flow.guided(guidance), strategy=strategy, tolerance=tolerance).images.cpu()
+                images = sample(
+                    flow.guided(guidance), settings=None, strategy=strategy, tolerance=tolerance
+                ).images.cpu()
                 difference = float((images - exact).abs().max())
                 rows.append({
                     "model": name, "guided": guidance is not None, "strategy": strategy, "difference": difference,

@@ -45,7 +45,7 @@ def draw_samples(name: str) -> None:
     images = []
     for caption, settings, count in rows:
         labels = balanced_labels(count, flow.config.num_classes)
-        samples = jf.sample(flow.guided(settings.guidance), count, labels, denoise=settings.denoise)
+        samples = jf.sample(flow, count, labels, settings=settings)
         images.append((caption, samples.images))
     save_png(rows_sheet(images), FIGURES / f"{name}-samples.png")
 

@@ -33,16 +33,17 @@ def draw_figures(flow: Flow, report: jf.Report, out: Path, name: str, strategy: 
     labels = torch.arange(IMAGES) % flow.config.num_classes if flow.config.num_classes else None
     sample = partial(jf.sample, flow.guided(report.settings.guidance), IMAGES, labels, certify=False)
     denoise = float(flow.config.noise_std > 0)
-    sequential = sample(strategy="sequential", denoise=denoise, return_trace=True)
+    sequential = sample(strategy="sequential", settings=jf.SamplingSettings(denoise=denoise), return_trace=True)
     steps = sequential.trace or ()
     save_png(trace_sheet([images[:TRACED] for images in steps], denoise > 0), out / f"{name}-sampling.png")
     exact = steps[-2] if denoise else sequential.images
     columns = [] if labels is None else [f"class {label}" for label in labels.tolist()]
     rows = [
-        captioned(case, sample(strategy=plan).images, exact) for case, plan in strategies_of(report, notation).items()
+        captioned(case, sample(strategy=plan, settings=None).images, exact)
+        for case, plan in strategies_of(report, notation).items()
     ]
     save_png(rows_sheet([*rows, ("sequential", exact)], columns=columns), out / f"{name}-guesses.png")
-    other = sample(strategy=jf.Strategy.parse(notation, report), denoise=denoise)
+    other = sample(strategy=jf.Strategy.parse(notation, report), settings=jf.SamplingSettings(denoise=denoise))
     sheet = comparison_sheet(sequential.images, other.images, ("sequential", notation), columns=columns)
     save_png(sheet, out / f"{name}-comparison.png")
 

@@ -3,7 +3,7 @@
 The estimate is a product: seconds of one block of random weights in the shape of each model, unguided
 (docs/results/paper-sizes.json), and sweeps of each block of the bundled TarFlows to 1e-3, with the fitted guess and
 correction (docs/results/paper-sweeps.json). A step of the original sampler is timed at mid context: it is linear in its
-context, so that this is the mean of all. Fills docs/performance.md. Interrupted, it goes on.
+context, so that this is the mean of all. Fills docs/sizes.md. Interrupted, it goes on.
 """
 
 from __future__ import annotations

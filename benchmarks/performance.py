@@ -1,6 +1,6 @@
 """Compares `auto` with the original sampler and other papers' samplers: `python -m benchmarks.performance`.
 
-Writes docs/results/performance.json, which fills docs/performance.md and README.md, in half an hour on two cores that
+Writes docs/results/performance.json, which fills docs/performance.md and docs/peers.md, in half an hour on two cores that
 are otherwise idle; interrupted, it goes on. For each batch size of `fashion-p2` it has the grid, every setting of every
 sampler, without those that a smaller batch showed to be wrong or slow; the final, the fastest setting of each sampler
 within 1e-3 and the published one, interleaved with `auto` and the exact loops; and `auto` under guidance of weight 1.
@@ -45,7 +45,7 @@ Sampler = Callable[[Tensor, Tensor], Any]  # of latents and labels; gives images
 def sample(
     flow: jf.TarFlow, strategy: str | jf.Strategy, z: Tensor, labels: Tensor, certify: bool = False
 ) -> jf.Samples:
-    return jf.sample(flow, latents=z, labels=labels, strategy=strategy, certify=certify)
+    return jf.sample(flow, latents=z, labels=labels, settings=None, strategy=strategy, certify=certify)
 
 
 def images(run: Callable[..., Any], *arguments: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 A row has the Fréchet distance of its samples to real images, their error against the exact images of the same latents,
 and the seconds of a batch. All rows are timed first, interleaved, on an otherwise idle machine. Fills
-docs/evaluation.md; interrupted, it goes on.
+docs/paper.md; interrupted, it goes on.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Experiment(NamedTuple):
         if name in PEERS:
             return partial(PEERS[name], self.flow, **GRIDS[name][0])
         plan = choose(self.flow, name, self.batch_size, report=self.report)
-        return lambda z, labels: jf.sample(self.flow, latents=z, labels=labels, strategy=plan, certify=is_auto(name))
+        return lambda z, labels: jf.sample(
+            self.flow, latents=z, labels=labels, settings=None, strategy=plan, certify=is_auto(name)
+        )
 
     def sample(self, sampler: Sampler, num: int) -> tuple[Tensor, int]:
         """Denoised images of the first `num` latents, and the number of samples that were solved again."""

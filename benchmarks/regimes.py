@@ -2,7 +2,7 @@
 
 Times one block of random weights (T = 256, C = 12), and a block of the bundled TarFlows: the exact loop in native code
 and in PyTorch, and one encoding pass in float32 and in bfloat16. A solver that evaluates every token k times takes at
-least k passes. Writes docs/results/regimes.json, which fills "Two regimes" of docs/performance.md; interrupted, it goes
+least k passes. Writes docs/results/regimes.json, which fills docs/regimes.md and docs/sizes.md; interrupted, it goes
 on.
 """
 

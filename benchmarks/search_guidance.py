@@ -1,6 +1,6 @@
 """Searches guidance, attention temperature and denoising rate: `python -m benchmarks.search_guidance [MODEL]`.
 
-Writes docs/results/MODEL-search.json, which fills docs/evaluation.md, in one (digits-maf) to 40 minutes (emoji-p2) on
+Writes docs/results/MODEL-search.json, which fills docs/paper.md, in one (digits-maf) to 40 minutes (emoji-p2) on
 two cores; interrupted, it goes on. First come weights of annealed guidance at temperature 1, then attention
 temperatures at the best weight, then the weights next to the best one. Every point has the same latents and labels, and
 all denoising rates: one gradient of log p serves all of them. The best point is recommended, with two exceptions: no
@@ -82,7 +82,13 @@ def point(flow: Flow, measure: Measure, weight: float, temperature: float) -> li
     guidance = jf.Guidance(weight, attn_temperature=temperature) if weight else None
     z, labels = latents(flow, measure.num, SEED)
     samples = jf.sample(
-        flow.guided(guidance), latents=z, labels=labels, strategy="sequential", certify=False, batch_size=BATCH
+        flow,
+        latents=z,
+        labels=labels,
+        settings=jf.SamplingSettings(guidance),
+        strategy="sequential",
+        certify=False,
+        batch_size=BATCH,
     )
     noisy = flow.config.noise_std > 0
     rates, images = RATES if noisy else (0.0,), samples.images

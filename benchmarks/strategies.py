@@ -1,6 +1,6 @@
 """Times the paper's strategies for a bundled model, its Tables 3 and 4: `python -m benchmarks.strategies MODEL`.
 
-Writes docs/results/MODEL-strategies.json, which fills docs/calibration.md, from one interleaved run per batch size, in
+Writes docs/results/MODEL-strategies.json, which fills docs/paper.md, from one interleaved run per batch size, in
 ten minutes on two cores that are otherwise idle. Guesses are by IGM, from the report that `make calibration` writes.
 Peers are at their published settings; `auto` is certified.
 """

@@ -2,7 +2,7 @@
 
 fashion needs Debian's dataset-fashion-mnist, and a quarter of an hour on two cores; emoji needs `make emoji`, and two
 minutes. Writes weights and statistics of all training images into benchmarks/weights, and
-docs/results/KIND-features.json, which fills docs/evaluation.md. Emoji's accuracy is the share of test images whose
+docs/results/KIND-features.json, which fills docs/evaluation.md and docs/paper.md. Emoji's accuracy is the share of test images whose
 nearest training image is of their class.
 """
 

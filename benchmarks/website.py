@@ -26,6 +26,7 @@ MERMAID = "mermaid.min.js"
 _CONFIG = ROOT / "docs/zensical.toml"
 _MERMAID_VERSION = "12.3.0"
 _MERMAID_SHA512 = "4113TdXeLAsMruJ79OpFL5O8+LTFXhQqZ260rF3tgUmiNAtRm4Uume04I+65PRN6yZ69J4f8rVYWW8zRk65UYw=="
+_OTHER_TITLES = ("index.md", "tutorials/index.md")  # the README, and the list of notebooks
 _CODE = re.compile(
     r"^(?P<fence>```+|~~~+).*?^(?P=fence)[ ]*$|(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`)", re.DOTALL | re.MULTILINE
 )
@@ -48,8 +49,12 @@ def build(out: Path) -> Path:
         pages.add(path, text)
     (source / "reference/commands.md").write_text(_commands())
     shutil.copyfile(ROOT / "docs/site.css", source / "site.css")
-    listed = re.findall(r'= "([^"]+\.md)"', _CONFIG.read_text())
+    listed = {name: title for title, name in re.findall(r'"([^"]+)" = "([^"]+\.md)"', _CONFIG.read_text())}
     wrong = pages.missing + [f"{_CONFIG} does not list {name}" for name in pages.names.values() if name not in listed]
+    for name, title in listed.items():
+        heading = re.search(r"^# (.+)$", (source / name).read_text(), re.MULTILINE)
+        if name not in _OTHER_TITLES and heading is not None and heading[1].strip("`") != title:
+            wrong.append(f"{name} has the title {heading[1]!r}, {_CONFIG} lists it as {title!r}")
     if wrong:
         raise ValueError("\n".join(wrong))
     config = shutil.copyfile(_CONFIG, out / _CONFIG.name)

@@ -30,6 +30,7 @@ CONFIG = jf.STARFlowConfig(
     text_channels=64, noise_std=0.1,
 )  # fmt: skip
 GUIDANCE = jf.Guidance(2, annealed=False, rule="density")
+SETTINGS = jf.SamplingSettings(GUIDANCE, denoise=1.0)
 CATEGORIES = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")
 SUBCATEGORIES = ("geometric", "hands", "hand-fingers-open", "hand-fingers-closed", "hand-fingers-partial")
 TONES = {"1F3FB": "light", "1F3FC": "medium light", "1F3FD": "medium", "1F3FE": "medium dark", "1F3FF": "dark"}
@@ -70,7 +71,6 @@ def train(steps: int) -> None:
     flow = jf.STARFlow(CONFIG)
     states = encode_text([*captions, ""])
     flow.blocks[-1].null_text.copy_(states[-1])
-    flow.recommended = jf.SamplingSettings(GUIDANCE, denoise=1.0)
     settings = training.TrainConfig(steps, Noise("gaussian", CONFIG.noise_std), batch_size=32, sample_every=500)
 
     def on_step(report: training.StepReport) -> None:
@@ -83,7 +83,7 @@ def train(steps: int) -> None:
         write_sheet(average, captions[:: len(captions) // 20][:20], RUN / f"samples-{step:06d}.png")
 
     average = training.train(flow, data, settings, RUN, on_step, on_sample, contexts=states)
-    average.recommended = flow.recommended
+    average.recommended = SETTINGS
     average.save_pretrained(MODEL, dtype=torch.bfloat16)
 
 
@@ -96,16 +96,16 @@ def load() -> jf.STARFlow:
 
 def write_sheet(flow: jf.STARFlow, prompts: list[str], path: Path) -> None:
     """Samples an image of each prompt, and writes them as a picture."""
-    samples = jf.sample(flow.guided(GUIDANCE), len(prompts), context=prompts, denoise=1.0)
+    samples = jf.sample(flow, len(prompts), context=prompts, settings=SETTINGS)
     print(samples.outcome)
-    plots.save_png(plots.image_grid(samples.images, min(len(prompts), 10)), path)
+    plots.save_png(samples.grid(), path)
 
 
 def main() -> None:
     """Runs the command line."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = arguments.add_subparsers(dest="command", required=True)
-    commands.add_parser("train").add_argument("--steps", type=int, default=6000)
+    commands.add_parser("train").add_argument("--steps", type=int, default=4500)
     drawing = commands.add_parser("sample")
     drawing.add_argument("prompts", nargs="+")
     drawing.add_argument("--out", type=Path, default=Path("out/captions.png"))

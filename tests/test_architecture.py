@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
         "progress", "solvers",
     },
     "sampling": {
-        "denoising", "flows", "implicit", "latents", "progress", "solvers", "strategy",
+        "data", "denoising", "files", "flows", "implicit", "latents", "progress", "solvers", "strategy",
     },
     "weights": {"sampling", "storage"},
     "storage": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from jacobiflow.solvers.graphs import capture
 from jacobiflow.storage import SampleFolder
 from jacobiflow.training import TrainConfig, train
 from tests.helpers.fake_device import Counts, FakeDevice
+from tests.helpers.problems import latents, make_star, texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,13 +38,14 @@ WINDOW, SEGMENTS = "window:16", "[2/3-4-8-7]"
 
 
 def sample(
-    name: str = "digits-p1", num: int = 3, guidance: jf.Guidance | None = None, **settings: Any
+    name: str = "digits-p1", num: int = 3, guidance: jf.Guidance | None = None, denoise: float = 0.0, **options: Any
 ) -> Callable[[str], Tensor]:
     def run(device: str) -> Tensor:
         flow = jf.load(name, device=device)
         z = draw_latents(num, flow.config.num_tokens, flow.config.token_channels, 0)
-        settings.setdefault("tolerance", None if settings["strategy"] in ("sequential", SEGMENTS) else 1e-6)
-        return jf.sample(flow.guided(guidance), latents=z, labels=LABELS[:num], **settings).images
+        options.setdefault("tolerance", None if options["strategy"] in ("sequential", SEGMENTS) else 1e-6)
+        settings = jf.SamplingSettings(guidance, denoise)
+        return jf.sample(flow, latents=z, labels=LABELS[:num], settings=settings, **options).images
 
     return run
 
@@ -65,7 +68,7 @@ def calibrate(device: str) -> Tensor:
 
 def folder(device: str) -> Tensor:
     flow, out = jf.load("digits-p1", device=device), Path(f"samples-{device}")
-    settings: dict[str, Any] = {"strategy": "sequential", "denoise": 1.0, "batch_size": 1, "shard_size": 1}
+    settings: dict[str, Any] = {"strategy": "sequential", "batch_size": 1, "shard_size": 1}
     jf.sample_to_folder(flow, 2, out, LABELS[:2], **settings)
     return torch.cat([images.float() for images in SampleFolder.open(out).batches()]) / 255
 
@@ -94,6 +97,19 @@ def accelerated(device: str) -> Tensor:
         return flow().transform.inv(z)
 
 
+def texts_read(strategy: str) -> Callable[[str], Tensor]:
+    """More samples than slots, under guidance: a new one's text takes the place of another's."""
+
+    def run(device: str) -> Tensor:
+        flow = deepcopy(make_star()).float().to(device)
+        guidance, z = jf.Guidance(1.0, annealed=False, rule="density"), latents(make_star(), 5).float()
+        tolerance = None if strategy == "sequential" else 1e-6
+        settings: dict[str, Any] = {"strategy": strategy, "batch_size": 2, "tolerance": tolerance}
+        return jf.sample(flow.guided(guidance), latents=z, context=texts(make_star(), 5).float(), **settings).images
+
+    return run
+
+
 def overflowing(device: str) -> Tensor:
     """From a guess whose later tokens overflow in a float16 network, which earlier ones must not see."""
     flow = jf.load("digits-p1", device=device, dtype=torch.float16)
@@ -115,7 +131,8 @@ PATHS: dict[str, Callable[[str], Tensor]] = {
     "bfloat16 first": sample(strategy=jf.Strategy.uniform(jf.Solver(bf16_sweeps=3), 4)),
     "maf": sample("digits-maf", strategy=WINDOW), "maf, sequential": sample("digits-maf", strategy="sequential"),
     "evaluate": evaluate, "calibrate": calibrate, "train": training, "accelerate": accelerated, "folder": folder,
-    "plan": planned, "overflow": overflowing,
+    "plan": planned, "overflow": overflowing, "texts": texts_read("window:3"),
+    "texts, sequential": texts_read("sequential"),
 }  # fmt: skip
 
 

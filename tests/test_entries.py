@@ -73,6 +73,7 @@ ARGUMENTS: dict[str, Argument] = {
     "context": (LABELS, NO_CONTEXT, (*NO_ROWS, LABELS + 1)), **each("z latents", FINITE), "x": TOKENS,
     "solver": (jf.Solver(), (PLAN, "jacobi"), ()),
     "strategy": (PLAN, (7, b"auto", jf.Solver(), (jf.Solver(),)), ("x" * 999,)),
+    "settings": (None, (7, jf.Guidance(1.0)), ("best",)),
     "guidance": (None, (1.5, True, "both"), ()), "report": (None, ("report.json", 7, PLAN), ()),
     "device": ("cpu", (7, torch.float32), ("x", "cuda:x")), "dtype": (None, (7, []), ("int64",)),
     "prediction": (None, ("x", PLAN), ()), "path": ("x", (7,), ()), "kind": ("gaussian", ("x", 7), ()),
@@ -85,7 +86,7 @@ NAMED = {"atol": "tolerance", "max_sweeps": "sweeps", "context": "labels"}
 
 DATA = {"x": ARGUMENTS["images"], "context": ARGUMENTS["labels"]}
 CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
-    (jf.sample, "flow num labels seed strategy denoise tolerance certify batch_size return_trace", {}),
+    (jf.sample, "flow num labels seed settings strategy tolerance certify batch_size return_trace", {}),
     (jf.sample, "flow latents labels progress", {}), (jf.decode, "flow z context strategy tolerance certify log_prob",
      {"context": (LABELS, NO_LABELS, (*NO_ROWS, [0, 3], [0], 3)), "log_prob": FLAG}),
     (jf.denoise, "flow images labels rate batch_size", {}),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import jacobiflow as jf
@@ -127,7 +131,14 @@ def test_the_certificate_is_the_largest_residual_of_any_block(strategy: str) -> 
 def test_the_trace_ends_with_the_denoised_images() -> None:
     flow = make_flow(**CLASSES)
     labels = some_labels(flow)
-    out = sample(flow, latents=latents(flow, 4), labels=labels, denoise=0.5, return_trace=True, batch_size=3)
+    out = sample(
+        flow,
+        latents=latents(flow, 4),
+        labels=labels,
+        settings=jf.SamplingSettings(denoise=0.5),
+        return_trace=True,
+        batch_size=3,
+    )
     assert len(out.trace) == 3 + 2
     assert torch.equal(out.trace[-1], out.images)
     torch.testing.assert_close(out.images, jf.denoise(flow, out.trace[-2], labels, 0.5), rtol=0, atol=EXACT)
@@ -198,7 +209,7 @@ def test_inputs_and_weights_stay_and_images_have_no_history() -> None:
     flow = make_flow(**CLASSES)
     z, labels = latents(flow, 4), some_labels(flow)
     weights = {name: value.clone() for name, value in flow.state_dict().items()}
-    arguments = {"latents": z, "labels": labels, "strategy": "[0-3-2-4]", "denoise": 1.0}
+    arguments = {"latents": z, "labels": labels, "strategy": "[0-3-2-4]", "settings": jf.SamplingSettings(denoise=1.0)}
     out = sample(flow.guided(jf.Guidance(0.5)), **arguments)
     assert torch.equal(z, latents(flow, 4)) and torch.equal(labels, some_labels(flow))
     assert all(torch.equal(value, weights[name]) for name, value in flow.state_dict().items())
@@ -234,7 +245,14 @@ def test_an_image_that_overflows_exactly_is_nan_with_a_warning(strategy: str, na
     z, denoise = latents(flow, 3), 1.0 if flow.config.noise_std else 0.0
     z[1] = 3.4e38
     with pytest.warns(UserWarning, match=r"^3 samples: .*1 lost, since the exact inverse overflows"):
-        out = sample(flow, latents=z, strategy=strategy, denoise=denoise, return_trace=True, batch_size=2)
+        out = sample(
+            flow,
+            latents=z,
+            strategy=strategy,
+            settings=jf.SamplingSettings(denoise=denoise),
+            return_trace=True,
+            batch_size=2,
+        )
     assert out.images[1].isnan().all()
     assert out.trace[-1][1].isnan().all()
     assert (out.status == jf.Status.NONFINITE).tolist() == out.certificate.isinf().tolist() == [False, True, False]
@@ -244,7 +262,7 @@ def test_an_image_that_overflows_exactly_is_nan_with_a_warning(strategy: str, na
         assert torch.equal(block.residual.isinf(), block.status == jf.Status.NONFINITE)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*lost")
-        alone = sample(flow, latents=z[[0, 2]], strategy=strategy, denoise=denoise)
+        alone = sample(flow, latents=z[[0, 2]], strategy=strategy, settings=jf.SamplingSettings(denoise=denoise))
     assert (out.images[[0, 2]] - alone.images).abs().max() < 0.05
     assert torch.equal(out.status[[0, 2]], alone.status)
 
@@ -272,7 +290,7 @@ def test_options_that_a_flow_lacks_are_refused() -> None:
     with pytest.raises(ValueError, match="has no classes"):
         jf.decode(flow, latents(flow, 2), torch.tensor([0, 0]))
     with pytest.raises(ValueError, match="noise_std"):
-        sample(flow, num=2, denoise=1.0)
+        sample(flow, num=2, settings=jf.SamplingSettings(denoise=1.0))
 
 
 def test_guidance_that_changes_nothing_warns_or_is_off() -> None:
@@ -326,3 +344,54 @@ def test_samples_above_the_tolerance_are_named_with_the_reason() -> None:
     samples = jf.sample(flow, 4, labels, strategy="window:8", tolerance=1e-4)
     num, largest = int((samples.certificate > 1e-4).sum()), float(samples.certificate.max())
     assert f"; {num} above the tolerance, up to {largest:.1e}, by the rounding of the network" in text
+
+
+def test_a_flow_is_sampled_as_its_model_recommends() -> None:
+    """Recommended guidance needs labels, and does not replace that of a view; settings that are given do."""
+    flow, labels, z = copy.copy(make_flow(**CLASSES)), torch.tensor([0, 2]), latents(make_flow(**CLASSES), 2)
+    flow.recommended = jf.SamplingSettings(jf.Guidance(0.5), denoise=0.7)
+    own, _other = jf.Guidance(0.2), jf.SamplingSettings(jf.Guidance(1))
+
+    def drawn(view: Any, labels: Tensor | None, **settings: Any) -> Tensor:
+        return jf.sample(view, latents=z, labels=labels, strategy="sequential", **settings).images
+
+    def by_hand(guidance: jf.Guidance | None, labels: Tensor | None, rate: float) -> Tensor:
+        images = drawn(flow.guided(guidance), labels, settings=None)
+        return jf.denoise(flow, images, labels, rate) if rate else images
+
+    for view, classes, settings, want in (
+        (flow, labels, {}, by_hand(jf.Guidance(0.5), labels, 0.7)),
+        (flow, None, {}, by_hand(None, None, 0.7)),
+        (flow.guided(own), labels, {}, by_hand(own, labels, 0.7)),
+        (flow.guided(own), labels, {"settings": None}, by_hand(own, labels, 0.0)),
+        (
+            flow.guided(own),
+            labels,
+            {"settings": jf.SamplingSettings(jf.Guidance(1))},
+            by_hand(jf.Guidance(1), labels, 0),
+        ),
+        (flow, labels, {"settings": jf.SamplingSettings(denoise=1.0)}, by_hand(None, labels, 1.0)),
+    ):
+        torch.testing.assert_close(drawn(view, classes, **settings), want, rtol=0, atol=EXACT)
+    with pytest.raises(ValueError, match="log_prob=True: guided or denoised samples are of another density"):
+        drawn(flow, labels, log_prob=True)
+    with pytest.raises(ValueError, match="settings"):
+        drawn(flow, labels, settings="best")
+
+
+def test_samples_are_saved_and_shown(tmp_path: Path) -> None:
+    flow, labels = make_flow(**CLASSES), torch.tensor([0, 2])
+    out = jf.sample(flow, 2, labels, strategy="sequential", certify="always")
+    assert repr(out).startswith(
+        "Samples((2, 1, 8, 8); 2 samples: 2 exact, since every block was solved token by token; "
+    )
+    out.save(tmp_path / "new" / "folder")
+    with np.load(tmp_path / "new" / "folder" / "samples.npz") as arrays:
+        assert set(arrays) == {"x", "latents", "labels", "certificate", "status", "exact"}
+        assert np.array_equal(arrays["x"], out.images) and np.array_equal(arrays["labels"], labels)
+    sheet = np.asarray(out.grid())
+    for i in range(2):
+        with Image.open(tmp_path / "new" / "folder" / f"0000{i}.png") as picture:
+            pixels = np.asarray(picture.convert("L"))
+        assert pixels.shape == (8, 8)
+        assert np.array_equal(sheet[4:-4, 4:, 0][:, i * 116 : i * 116 + 112][::14, ::14], pixels)

@@ -225,4 +225,7 @@ def original_loop(flow: Flow) -> tuple[str, Loop]:
 
 
 def _sequential_sample(flow: Flow, z: Tensor, context: Tensor | None) -> Tensor:
-    return sample(flow, latents=z, context=context, strategy=SEQUENTIAL, certify=False, log_prob=False).x
+    samples = sample(
+        flow, latents=z, context=context, settings=None, strategy=SEQUENTIAL, certify=False, log_prob=False
+    )
+    return samples.x

@@ -148,7 +148,8 @@ def compare(
         if name in runs:
             raise InputValueError(f"run {name!r}: timed in any case; give it another name, or leave it out")
     sequential = partial(
-        sample, flow, context=context, latents=latents, strategy="sequential", certify=False, log_prob=False
+        sample, flow, context=context, latents=latents, settings=None, strategy="sequential", certify=False,
+        log_prob=False,
     )  # fmt: skip
     exact = sequential()
     every: dict[str, Callable[[], Any]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,22 +10,32 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from jacobiflow.checks import check_count, check_finite, check_flag, check_floating, check_kind, short
+from jacobiflow.checks import check_choice, check_count, check_finite, check_flag, check_floating, check_kind, short
+from jacobiflow.data import image_grid
 from jacobiflow.denoising import check_rate, denoised
 from jacobiflow.errors import InputValueError
+from jacobiflow.files import write_atomically
 from jacobiflow.flows.config import Context, Labels
 from jacobiflow.flows.flow import Flow, check_flow, log_normal, state_dtype
+from jacobiflow.flows.guidance import SamplingSettings
 from jacobiflow.implicit import invert_with_gradient
 from jacobiflow.latents import MOST_SAMPLES, draw_latents
 from jacobiflow.progress import Progress
 from jacobiflow.solvers import Certificate, Solution, Status, check_certificate, solve_certified
 from jacobiflow.strategy import Strategy, choose
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Settings = SamplingSettings | Literal["recommended"] | None
+"""Guidance and denoising: values, those that the model recommends, or neither."""
 
 _GROUP = 16  # batches that go through a block before the next block: a progress bar's step, and bounded memory
 
@@ -107,7 +118,7 @@ class Outcome:
         return f"{self.num:,} sample{'s' * (self.num > 1)}: {'; '.join(parts)}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Samples:
     """Samples, their certificates, densities and cost.
 
@@ -115,8 +126,7 @@ class Samples:
         x: Images, nominally in [-1, 1] and not clipped, or tokens; NaN if the exact inverse overflows.
         latents: Standard normal, before the prior's scale.
         context: Labels or numbers, or `None`.
-        log_prob: The log-density of each sample under the flow in nats, at this x. `None` if it was not asked for, and
-            under guidance or after denoising, which draw from another density than the flow's.
+        log_prob: The log-density of each sample under the flow in nats, at this x. `None` if it was not asked for.
         stats: A `BlockStats` for each block, in encoding order.
         certificate: Per sample the largest |g(x) - x| over tokens, channels and blocks, guidance included, before
             denoising; `None` without certificates. A block that was solved token by token is exact by construction and
@@ -130,6 +140,8 @@ class Samples:
         >>> samples = jf.sample(jf.load("digits-p1"), 3, labels=[1, 2, 3])
         >>> print(samples.outcome)
         3 samples: 3 exact, since every block was solved token by token
+        >>> samples.grid().size
+        (352, 120)
     """
 
     x: Float[Tensor, "n ..."]
@@ -182,6 +194,34 @@ class Samples:
         """The worst `Status` of each sample over its blocks."""
         return torch.stack([block.status for block in self.stats]).amax(dim=0)
 
+    def __repr__(self) -> str:
+        return f"Samples({tuple(self.x.shape)}; {self.outcome}; {self.seconds + self.denoise_seconds:.2g} s)"
+
+    def grid(self, columns: int = 10) -> Image:
+        """Returns the images as one picture, which a notebook shows; needs Pillow."""
+        return image_grid(self.images, min(columns, len(self.x)))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes samples.npz, with all that is known of each sample, and of images a PNG each.
+
+        Its arrays are `x`, `latents`, `labels` or `context`, `log_prob`, `certificate`, `status` and `exact`, without
+        those that there are not. `sample_to_folder` is for more samples than fit in memory, and resumes.
+        """
+        folder, is_labels = Path(folder), self.context is not None and not self.context.is_floating_point()
+        arrays = {
+            "x": self.x, "latents": self.latents, "labels" if is_labels else "context": self.context,
+            "log_prob": self.log_prob, "certificate": self.certificate, "status": self.status, "exact": self.exact,
+        }  # fmt: skip
+        npz = io.BytesIO()
+        stored: dict[str, Any] = {
+            name: each.detach().cpu().numpy() for name, each in arrays.items() if each is not None
+        }
+        np.savez(npz, **stored)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "samples.npz", npz.getvalue())
+        for i, image in enumerate(self.x if self.x.ndim == 4 else ()):
+            image_grid(image.unsqueeze(0), 1, zoom=1, gap=0).save(folder / f"{i:05}.png")
+
     @property
     def outcome(self) -> Outcome:
         """Counts of certified samples and of the others; `print(out.outcome)` gives them in a sentence."""
@@ -205,8 +245,8 @@ def sample(
     *,
     context: Context | None = None,
     latents: Float[Tensor, "n t d"] | None = None,
+    settings: Settings = "recommended",
     strategy: str | Path | Strategy = "auto",
-    denoise: float = 0.0,
     tolerance: float | None = None,
     certify: Certificate = True,
     batch_size: int | None = None,
@@ -217,14 +257,15 @@ def sample(
     """Draws samples x = f^-1(z): the inverse of every block, last first, each to its tolerance.
 
     Args:
-        flow: The model, or a view of it under guidance (`flow.guided(...)`); its device is used.
+        flow: The model, or a view of it under guidance (`flow.guided(...)`), which keeps its own; its device is used.
         num: The number of samples; or give `latents`.
         labels: Classes, or one class for all. A label below 0, or `None`, takes the unconditional row.
-        context: For a flow whose context is numbers: (N, K) for each sample, or (N, T, K) for each token.
+        context: In place of labels: numbers (N, K) for each sample or (N, T, K) for each token, or prompts.
         seed: Fixes the latent of sample i, whatever the batch size.
         latents: Standard normal, before the prior's scale.
+        settings: Guidance and denoising: "recommended" by the model, if it recommends some (guidance if there are
+            labels or prompts); `None` for neither; or `SamplingSettings`.
         strategy: A name (see `jacobiflow.strategy.choose`), a `Strategy`, or the path of its JSON file.
-        denoise: Rate of one denoising step; 0 is off.
         tolerance: The largest |g(x) - x| in any block that stops on a tolerance; refused if none does. `None`: 1e-3 for
             a named strategy, its own for any other.
         certify: Measures the residual of every sample in every block, one parallel pass each, and solves again each
@@ -233,7 +274,7 @@ def sample(
             residual is then not known, and can be larger.
         batch_size: Samples in the network at a time, all by default.
         log_prob: Whether to return densities, by default if the flow is over tokens. They cost nothing where native
-            code solves every block, else an encoding pass.
+            code solves every block, else an encoding pass. Guided or denoised samples have none.
         return_trace: Returns x after every block, too.
         progress: Is called after each block.
 
@@ -249,7 +290,6 @@ def sample(
     """
     check_flow(flow)
     check_certificate("certify", certify)
-    denoise = check_rate(flow, denoise)
     check_flag("return_trace", return_trace)
     check_kind("progress", progress, Callable | None, "a function of done, total and what, or None")
     if num is not None and latents is None:
@@ -260,7 +300,8 @@ def sample(
     if latents.requires_grad and torch.is_grad_enabled():
         raise InputValueError(f"latents={short(latents)} requires a gradient: give latents.detach(), or use decode")
     context = check_one_context(flow, labels, context, len(latents))
-    log_prob = check_log_prob(flow, log_prob)
+    flow, denoise = resolve_settings(flow, settings, context)
+    log_prob = check_log_prob(flow, log_prob, denoise)
     if batch_size is not None:
         batch_size = min(check_count("batch_size", batch_size, most=MOST_SAMPLES), len(latents))
     warn_if_guidance_is_idle(flow, context)
@@ -301,8 +342,7 @@ def draw(
         group = _Group(flow, plan, latents[rows], None if context is None else context[rows], certify, slots)
         group.solve(note_block, return_trace)
         groups.append(group)
-    has_density = log_prob and flow.guidance is None and not denoise
-    log_probs = [group.log_prob() for group in groups] if has_density else []
+    log_probs = [group.log_prob() for group in groups] if log_prob else []
     seconds = time.perf_counter() - started
 
     x = torch.cat([flow.from_tokens(group.x) for group in groups])
@@ -316,7 +356,7 @@ def draw(
         x=x,
         latents=latents,
         context=context,
-        log_prob=torch.cat(log_probs) if has_density else None,
+        log_prob=torch.cat(log_probs) if log_prob else None,
         stats=stats,
         certificate=torch.stack([block.residual for block in stats]).amax(dim=0) if certify else None,
         tolerance=plan.residual_bound(flow.config.num_tokens),
@@ -440,11 +480,33 @@ def check_one_context(flow: Flow, labels: Labels | None, context: Context | None
     return flow.check_context(labels if context is None else context, num)
 
 
-def check_log_prob(flow: Flow, log_prob: bool | None) -> bool:
-    """Returns whether samples have densities: by default if the flow is over tokens."""
+def resolve_settings(flow: Flow, settings: Settings, context: Tensor | None) -> tuple[Flow, float]:
+    """Returns the view of the flow to sample, and the rate of denoising.
+
+    Guidance of the settings takes the place of the view's own; recommended guidance does not.
+    """
+    give = 'SamplingSettings, "recommended" or None'
+    if isinstance(settings, str):
+        check_choice("settings", settings, ("recommended",))
+        needs_context = bool(flow.config.num_classes) or flow.reads_text
+        is_guided = flow.guidance is None and (context is not None or not needs_context)
+        settings = flow.recommended if is_guided else replace(flow.recommended, guidance=None)
+    check_kind("settings", settings, SamplingSettings | None, give)
+    if settings is None:
+        return flow, 0.0
+    return flow if settings.guidance is None else flow.guided(settings.guidance), check_rate(flow, settings.denoise)
+
+
+def check_log_prob(flow: Flow, log_prob: bool | None, denoise: float) -> bool:
+    """Returns whether samples have densities: by default if the flow is over tokens and they are its own."""
+    is_own = flow.guidance is None and not denoise
     if log_prob is None:
-        return flow.image_shape is None
+        return flow.image_shape is None and is_own
     check_flag("log_prob", log_prob)
+    if log_prob and not is_own:
+        raise InputValueError(
+            "log_prob=True: guided or denoised samples are of another density than the flow's; give settings=None"
+        )
     return log_prob
 
 

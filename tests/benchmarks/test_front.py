@@ -18,7 +18,9 @@ def test_trajectories_end_at_the_exact_image(tmp_path: Path) -> None:
     flow = make_flow(num_classes=3, noise_std=0.1, num_blocks=2).guided(jf.Guidance(0.4))
     z = latents(flow, 1)
     trajectories = record(flow, z, 2, denoise=1.0, tolerance=1e-4)
-    exact = jf.sample(flow, latents=z, labels=[2], strategy="sequential", denoise=1.0).images[0]
+    exact = jf.sample(
+        flow, latents=z, labels=[2], strategy="sequential", settings=jf.SamplingSettings(denoise=1.0)
+    ).images[0]
     for trajectory in trajectories.values():
         assert len(trajectory.states) == len(trajectory.images) == len(trajectory.runs) + 1
         assert (trajectory.images[-1] - exact).abs().max() < 0.05

@@ -16,7 +16,7 @@ import jacobiflow as jf
 from benchmarks import paper_sizes, render, strategies
 from benchmarks.paper_figures import draw_figures
 from benchmarks.paper_sizes import Way
-from jacobiflow.plots import image_grid
+from jacobiflow.data import image_grid
 from tests.helpers.invented import make_report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +43,15 @@ def test_figures_of_a_bundled_model_show_its_samples(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == [f"digits-{name}.png" for name in names]
 
     labels = torch.arange(10)
-    exact = jf.sample(flow, 10, labels, strategy="sequential", denoise=1.0, certify=False, return_trace=True)
+    exact = jf.sample(
+        flow,
+        10,
+        labels,
+        strategy="sequential",
+        settings=jf.SamplingSettings(denoise=1.0),
+        certify=False,
+        return_trace=True,
+    )
     assert exact.trace is not None
     lines = torch.stack([images[:4] for images in exact.trace], dim=1).flatten(0, 1)
     with Image.open(tmp_path / "digits-sampling.png") as image:

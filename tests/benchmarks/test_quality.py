@@ -52,8 +52,10 @@ def test_rows_are_the_scores_of_their_samples(tmp_path: Path) -> None:
     z, labels = draw_latents(NUM, 16, 4, 0), torch.arange(NUM) % 3
 
     def sample(strategy: str) -> Tensor:
-        settings: dict[str, Any] = {"denoise": 0.8, "certify": False}
-        return jf.sample(FLOW, latents=z, labels=labels, strategy=strategy, batch_size=4, **settings).images
+        settings = jf.SamplingSettings(denoise=0.8)
+        return jf.sample(
+            FLOW, latents=z, labels=labels, settings=settings, strategy=strategy, batch_size=4, certify=False
+        ).images
 
     peer = [PEERS["STARFlow"](FLOW, z[i : i + 4], labels[i : i + 4], **GRIDS["STARFlow"][0]).images
             for i in range(0, NUM, 4)]  # fmt: skip

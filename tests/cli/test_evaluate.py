@@ -31,7 +31,12 @@ NUM = 12
 GUIDANCE = jf.Guidance(0.6, annealed=False, on="shift", attn_temperature=0.9)
 SAMPLES: dict[str, dict[str, Any]] = {
     "samples": {"tolerance": 1e-7},
-    "guided": {"guidance": GUIDANCE, "denoise": 0.8, "files": "png", "strategy": "jacobi-2", "certify": False},
+    "guided": {
+        "settings": jf.SamplingSettings(GUIDANCE, 0.8),
+        "files": "png",
+        "strategy": "jacobi-2",
+        "certify": False,
+    },
     "lost": {"model": "overflowing"},
 }
 
@@ -57,7 +62,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, settings in SAMPLES.items():
         settings = {"strategy": "window:4", "model": "model", **settings}
         flow, labels = jf.load(folder / settings["model"]), torch.arange(NUM) % 3
-        flow = flow.guided(settings.pop("guidance", None))
         sample_to_folder(flow, NUM, folder / name, labels, batch_size=4, shard_size=8, **settings)
     shutil.copytree(folder / "samples", folder / "missing")
     (folder / "missing" / "shards" / "00001.json").unlink()
@@ -125,8 +129,8 @@ def test_paired_errors_are_to_the_sequential_loop(run: Any, tmp_path: Path) -> N
     num = 9
     scores, out = evaluated(run, tmp_path, f"model --samples guided --features none --paired {num} --batch-size 3")
     draw = partial(
-        jf.sample, jf.load("./model").guided(GUIDANCE), num, torch.arange(num) % 3, denoise=0.8, certify=False,
-        batch_size=3,
+        jf.sample, jf.load("./model"), num, torch.arange(num) % 3, settings=jf.SamplingSettings(GUIDANCE, 0.8),
+        certify=False, batch_size=3,
     )  # fmt: skip
     images, exact = draw(strategy="jacobi-2").images, draw(strategy="sequential").images
     largest, rms = difference(images, exact)

@@ -86,3 +86,14 @@ def test_an_output_is_no_file_of_a_bundled_model() -> None:
     for name, folder in bundled().items():
         with pytest.raises(jf.InputError, match="which this command reads; give another file"):
             check_output("--json", folder / "model.safetensors", name)
+
+
+def test_bench_and_plan_take_the_recommended_guidance(flow: Flow, run: Any, refuse: Any, tmp_path: Path) -> None:
+    flow.save_pretrained(tmp_path / "model")
+    bench = f"bench --model {tmp_path}/model --strategy jacobi --batch-size 1 --repeats 1 --out {tmp_path}/bench"
+    plan = f"plan --model {tmp_path}/model --out {tmp_path}/plan.json"
+    for line in (bench, plan):
+        assert "guidance: 0.7,attn_temperature=1.4 (recommended by the model; --plain turns it off)\n" in run(line).out
+        assert "guidance: none\n" in run(f"{line} --plain").out
+        refuse(f"{line} --plain --guidance 1", "--plain: excludes --guidance")
+    assert "guidance: none; the recommended guidance needs labels\n" in run(f"{bench} --labels none").out

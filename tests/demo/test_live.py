@@ -54,9 +54,7 @@ def test_pictures_are_those_of_python(page: Page) -> None:
     latents = torch.tensor(page.evaluate("[...jacobiflow.latents]")).view(1, flow.config.num_tokens, -1)
     assert abs(float(latents.mean())) < 0.15
     assert abs(float(latents.std()) - 1) < 0.1
-    expected = jf.sample(
-        flow.guided(flow.recommended.guidance), latents=latents, labels=labels, strategy="sequential", denoise=1.0
-    ).images
+    expected = jf.sample(flow, latents=latents, labels=labels, strategy="sequential").images
     calls = {}
     for loop in ("parallel", "sequential"):
         result = page.evaluate(f"({{ ...jacobiflow.{loop}, image: [...jacobiflow.{loop}.image] }})")

@@ -36,7 +36,7 @@ def model(name: str) -> tuple[Flow, Tensor, Tensor, Tensor]:
 def test_decoding_an_encoded_image_returns_it(name: str, strategy: str) -> None:
     flow, images, labels, _ = model(name)
     z, _ = flow.encode(images, labels)
-    out = jf.sample(flow, latents=z, labels=labels, strategy=strategy, tolerance=1e-4)
+    out = jf.sample(flow, latents=z, labels=labels, settings=None, strategy=strategy, tolerance=1e-4)
     assert (out.images - images).abs().max() <= 2e-3
     assert (out.certificate <= 1e-4).all()
     assert (out.status == jf.Status.CONVERGED).all()
@@ -49,7 +49,7 @@ def test_decoding_an_encoded_image_returns_it(name: str, strategy: str) -> None:
 def test_guided_samples_are_certified_and_near_the_sequential_ones(name: str) -> None:
     flow, _, labels, _ = model(name)
     flow = flow.guided(jf.Guidance(0.5, annealed=False, attn_temperature=0.8))
-    settings = {"num": 3, "labels": labels, "seed": 3}
+    settings = {"num": 3, "labels": labels, "seed": 3, "settings": None}
     exact = jf.sample(flow, strategy="sequential", certify=False, **settings)
     out = jf.sample(flow, strategy="window:32", tolerance=1e-3, **settings)
     assert (out.certificate <= 1e-3).all()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
+from examples import captions
 from tests.helpers.oracle import Guide, StarOracle
 from tests.helpers.problems import latents, make_star, texts, to_float32
 
@@ -49,7 +50,7 @@ def test_samples_and_their_densities_are_the_oracle_s(strategy: str, dtype: torc
     tolerance = None if strategy == "sequential" else 1e-10 if dtype == torch.float64 else 1e-5
     out = jf.sample(
         flow, latents=z.to(dtype), context=states.to(dtype), strategy=strategy, tolerance=tolerance, batch_size=2,
-        log_prob=True,
+        log_prob=None if guide else True, settings=None,
     )  # fmt: skip
     reference, rounding = StarOracle(make_star()), 1e-8 if dtype == torch.float64 else 2e-4
     torch.testing.assert_close(out.x.double(), reference.decode(z, states, guide), rtol=0, atol=rounding)
@@ -149,3 +150,24 @@ def test_the_released_file_has_a_place_for_every_key() -> None:
     }
     assert sum(parameter.numel() for parameter in flow.parameters()) == pytest.approx(3.86e9, rel=0.01)
     assert [block.permutation.order for block in flow.blocks] == ["flip", "identity"] * 3
+
+
+def test_trained_weights_follow_their_captions() -> None:
+    """Colours are those asked for; a window is near the exact inverse, and takes fewer calls in the deep block."""
+    flow = captions.load()
+    prompts = ["large red circle", "large blue circle", "hand dark skin", "hand light skin"]
+    draw: dict[str, Any] = {"num": 16, "context": [prompt for prompt in prompts for _ in range(4)], "seed": 3}
+    exact = jf.sample(flow, strategy="sequential", **draw)
+    assert exact.exact.all()
+    colours = []
+    for images in exact.images.split(4):
+        drawn = (images.amin(dim=1) < 0.5).unsqueeze(1)  # not the white around it
+        colours.append((images * drawn).sum(dim=(0, 2, 3)) / drawn.sum())
+    red, blue, dark, light = colours
+    assert (red.argmax(), blue.argmax()) == (0, 2)
+    assert light.mean() > dark.mean() + 0.3
+    few = draw | {"num": 4, "context": prompts[:4]}
+    swept = jf.sample(flow, strategy="window:32", tolerance=1e-4, **few)
+    assert (swept.certificate <= 1e-4).all()
+    assert (swept.images - jf.sample(flow, strategy="sequential", **few).images).abs().max() < 0.02
+    assert swept.stats[-1].network_calls < flow.config.num_tokens

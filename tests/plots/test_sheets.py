@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from jacobiflow.plots import comparison_sheet, image_grid, rows_sheet, save_png, trace_sheet
+from jacobiflow.data import image_grid
+from jacobiflow.plots import comparison_sheet, rows_sheet, save_png, trace_sheet
 
 WHITE, CAPTION, GAP = 255, 32, 4
 

@@ -16,6 +16,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+import jacobiflow as jf
 from jacobiflow.files import FolderInUseError, locked
 from tests.helpers.sample_folders import Killed, everything, facts, flip, killed, run
 
@@ -87,7 +88,7 @@ class Samples(RuleBasedStateMachine):
         self.attempt(after, overwrite=True)
 
     @precondition(lambda self: any(self.times(self.num)))
-    @rule(changed=st.sampled_from([{"seed": 1}, {"labels": None}, {"denoise": 1.0}]))
+    @rule(changed=st.sampled_from([{"seed": 1}, {"labels": None}, {"settings": jf.SamplingSettings(denoise=1.0)}]))
     def other_settings(self, changed: dict[str, Any]) -> None:
         before = everything(self.out)
         with pytest.raises(ValueError):

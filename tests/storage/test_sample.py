@@ -83,9 +83,8 @@ CASES: dict[str, dict[str, Any]] = {
         "labels": torch.arange(10) % 4 - 1,
     },
     "guided, denoised, not certified": {
-        "flow": SMALL.guided(GUIDANCE),
         "strategy": "[1-4-3-5]",
-        "denoise": 0.9,
+        "settings": jf.SamplingSettings(GUIDANCE, 0.9),
         "certify": False,
     },
     "some solved again": {"strategy": SOMETIMES},
@@ -113,7 +112,7 @@ def test_trained_digits_in_batches_of_two_sizes(tmp_path: Path) -> None:
     flow, pixels = jf.load("digits-p1"), []
     for size in (5, 4):
         out = tmp_path / str(size)
-        folder = jf.sample_to_folder(flow, 7, out, list(range(7)), strategy="window:16", denoise=1, batch_size=size)
+        folder = jf.sample_to_folder(flow, 7, out, list(range(7)), strategy="window:16", batch_size=size)
         pixels.append(pixels_in(folder).astype(int))
     assert abs(pixels[0] - pixels[1]).max() <= 1, "more than a level apart"
 
@@ -343,8 +342,8 @@ def test_two_processes_that_are_killed_write_what_one_does(tmp_path: Path) -> No
     assert 0 < left <= NUM - 2, "the kill did not hit in the middle"
     assert before.items() <= after.items(), "a finished shard was drawn again"
     jf.sample_to_folder(
-        jf.load("digits-p1"), NUM, tmp_path / "want", torch.arange(NUM) % 10, strategy="jacobi-3", batch_size=1,
-        shard_size=1, model="digits-p1",
+        jf.load("digits-p1"), NUM, tmp_path / "want", torch.arange(NUM) % 10, settings=None, strategy="jacobi-3",
+        batch_size=1, shard_size=1, model="digits-p1",
     )  # fmt: skip
     assert facts(tmp_path / "samples") == facts(tmp_path / "want")
     first, warning, *others = ((tmp_path / name).read_text() for name in ("out0", "err0", "out1", "err1"))

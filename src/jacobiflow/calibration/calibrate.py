@@ -77,7 +77,7 @@ def calibrate(
 
     Example:
         >>> flow = jf.load("digits-p1")
-        >>> images = jf.sample(flow, 4, seed=1).images  # better 128 images like the training's
+        >>> images = jf.sample(flow, 4, seed=1, settings=None).images  # better 128 images like the training's
         >>> len(jf.calibrate(flow, images, traced=1).crm)
         4
     """

@@ -71,7 +71,7 @@ class ClassSpread:
     wins: Mapping[str, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report(codec.Document):
     """The measurements of `jacobiflow.calibrate`. Blocks are numbered in encoding order.
 
@@ -110,6 +110,11 @@ class Report(codec.Document):
     traces: Mapping[Start, tuple[Mapping[str, Trace], ...]]
     segment_traces: Mapping[int, Mapping[int, tuple[Trace, ...]]]
     gamma: tuple[tuple[float, ...], ...]
+
+    def __repr__(self) -> str:
+        tough = f", tough: {self.tough_blocks}" if self.components is not None else ""
+        guidance = f", guidance {self.settings.guidance}" if self.settings.guidance else ""
+        return f"Report({self.settings.num_images} images, {self.num_blocks} blocks{tough}{guidance})"
 
     @property
     def num_blocks(self) -> int:

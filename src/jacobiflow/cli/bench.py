@@ -40,9 +40,10 @@ def bench(
     report: shared.ReportFile = None,
     labels: shared.Labels = "balanced",
     seed: shared.Seed = 0,
-    guidance: shared.Guidance = "0",
+    guidance: shared.Recommended = None,
+    plain: shared.Unguided = False,
     certify: Annotated[bool, Option(help="Certify the samples, within the time that is measured.")] = True,
-    device: shared.Device = "cpu",
+    device: shared.Device = "auto",
     dtype: shared.Dtype = "float32",
     out: Annotated[Path, Option(help="Folder for bench.png, bench.json.")] = Path("out/bench"),
 ) -> dict[str, Any]:
@@ -55,7 +56,8 @@ def bench(
     """
     from jacobiflow import baselines, comparison, files, latents, measuring, native, plots, sampling
 
-    flow = shared.load_model(model, device, dtype, guidance)
+    flow = shared.load_model(model, device, dtype)
+    flow, origin = shared.guide(flow, guidance, plain, labels != "none" and not flow.reads_text)
     names = [name for name in dict.fromkeys(strategy or ("auto", "jacobi")) if name != baselines.SEQUENTIAL]
     guesses = shared.load_report(report, flow)
     cases = []
@@ -72,7 +74,7 @@ def bench(
         where = measuring.machine(flow.var.device)
         print(
             f"{model} on {where['processor']}, {where['cores']} cores, {where['threads']} threads, device "
-            f"{where['device']}, PyTorch {where['torch']}\nnative exact loops: {native.describe()}"
+            f"{where['device']}, PyTorch {where['torch']}\nnative exact loops: {native.describe()}\n{origin}"
         )
         comparisons = []
         for z, classes, runs in cases:

@@ -30,7 +30,7 @@ def calibrate(
     guidance: shared.Guidance = "0",
     batch_size: shared.ImagesAtATime = 64,
     seed: shared.Seed = 0,
-    device: shared.Device = "cpu",
+    device: shared.Device = "auto",
     dtype: shared.Dtype = "float32",
 ) -> dict[str, Any]:
     """Measure a flow's blocks, as the paper does.

@@ -59,7 +59,7 @@ def evaluate(
     test_images: Annotated[int, Option(min=0, help="Images of --images' test split for likelihoods.")] = 1000,
     batch_size: shared.ImagesAtATime = 64,
     seed: shared.Seed = 0,
-    device: shared.Device = "cpu",
+    device: shared.Device = "auto",
     dtype: shared.Dtype = "float32",
     out: Annotated[Path, Option(help="Folder for evaluation.json.")] = Path("out/evaluation"),
 ) -> dict[str, Any]:
@@ -193,9 +193,10 @@ def _paired(folder: jf.SampleFolder, flow: Flow, num: int, batch_size: int) -> d
     stored = torch.cat([folder.images(i) for i in shards])[:num]
     labels = [part for i in shards if (part := folder.labels(i)) is not None]
     draw = partial(
-        jf.sample, flow.guided(manifest.guidance), labels=torch.cat(labels)[:num] if labels else None,
+        jf.sample, flow, labels=torch.cat(labels)[:num] if labels else None,
+        settings=jf.SamplingSettings(manifest.guidance, manifest.denoise),
         latents=latents.draw_latents(num, config.num_tokens, config.token_channels, manifest.seed),
-        denoise=manifest.denoise, certify=manifest.certify, batch_size=batch_size,
+        certify=manifest.certify, batch_size=batch_size,
     )  # fmt: skip
     exact = draw(strategy="sequential").images.cpu()
     errors = evaluation.fidelity(draw(strategy=folder.strategy()).images.cpu(), exact)

@@ -30,8 +30,9 @@ def plan(
         str, Option(help="Images solved together, or auto: as many as fit in free memory, at most 1,024.")
     ] = "1",
     tolerance: Annotated[float, Option(help="Largest residual in any block, and largest error of a sample.")] = 1e-3,
-    guidance: shared.Guidance = "0",
-    device: shared.Device = "cpu",
+    guidance: shared.Recommended = None,
+    plain: shared.Unguided = False,
+    device: shared.Device = "auto",
     dtype: shared.Dtype = "float32",
 ) -> dict[str, Any]:
     """Find the fastest strategy for a model here.
@@ -47,7 +48,7 @@ def plan(
     if out.suffix != ".json":
         raise InputValueError(f"--out {out}: give a file that ends in .json")
     size = shared.parse_batch_size(batch_size)
-    flow = shared.load_model(model, device, dtype, guidance)
+    flow, origin = shared.guide(shared.load_model(model, device, dtype), guidance, plain, has_context=True)
     size = size or fitting_batch(flow, _MOST)
     tuning = _tune(flow, model, out) if tune else jf.find_tuning(flow)
     strategy = jf.plan(flow, None if tuning is None else jf.Tuning.load(tuning), size, tolerance)
@@ -56,7 +57,7 @@ def plan(
     out.parent.mkdir(parents=True, exist_ok=True)
     strategy.save(out)
 
-    print(f"{model}, batch size {size}, {prediction.device}")
+    print(f"{model}, batch size {size}, {prediction.device}\n{origin}")
     rows = [(str(i), *_describe(solver, flow.config.num_tokens)) for i, solver in enumerate(strategy.solvers)]
     shared.show_table(("block", "tokens at a time", "until"), rows, text=(0, 1, 2))
     print(

@@ -12,7 +12,7 @@ from typer import Exit, Option
 
 import jacobiflow as jf
 from jacobiflow.cli import shared
-from jacobiflow.cli.shared import progress_bar, show_table
+from jacobiflow.cli.shared import progress_bar
 from jacobiflow.errors import InputValueError
 
 if TYPE_CHECKING:
@@ -45,13 +45,13 @@ def sample(
     strategy: Annotated[str, Option(help=_STRATEGIES)] = "auto",
     tolerance: shared.Tolerance = None,
     report: shared.ReportFile = None,
-    guidance: Annotated[str | None, Option(help=f"{shared.GUIDANCE} Default: as recommended by the model.")] = None,
+    guidance: shared.Recommended = None,
     denoise: Annotated[float | None, Option(help=_DENOISE)] = None,
     plain: Annotated[bool, Option("--plain", help="No guidance and no denoising.")] = False,
     certify: Annotated[bool, Option(help="Measure each sample's residuals; solve again above the tolerance.")] = True,
     certify_always: Annotated[bool, Option("--certify-always", help="Also measure blocks solved exactly.")] = False,
     compare: Annotated[bool, Option("--compare", help="Compare with the original sampler on the first batch.")] = False,
-    device: shared.Device = "cpu",
+    device: shared.Device = "auto",
     dtype: shared.Dtype = "float32",
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the samples in the folder.")] = False,
     out: Annotated[Path, Option(help="Folder for the samples and samples.png.")] = Path("out/samples"),
@@ -77,7 +77,7 @@ def sample(
     size = shared.parse_batch_size(batch_size)
     try:
         with jf.processes() as group, progress_bar() as progress:
-            flow = shared.load_model(model, group.device(device), dtype)
+            flow = shared.load_model(model, group.device(shared.pick_device(device)), dtype)
             if compare:
                 flow.require_images()
             classes = shared.parse_labels(labels, num, flow, seed)
@@ -89,7 +89,7 @@ def sample(
                 size = group.on_first(partial(_auto_batch_size, flow, num, None if overwrite else out))
             started = perf_counter()
             folder = jf.sample_to_folder(
-                flow, num, out, seed=seed, context=context, strategy=strategy, denoise=settings.denoise,
+                flow, num, out, seed=seed, context=context, settings=settings, strategy=strategy,
                 tolerance=tolerance, certify="always" if certify_always else certify, batch_size=size,
                 shard_size=shard_size, files=files, model=model, report=shared.load_report(report, flow),
                 overwrite=overwrite, processes=group, progress=None if group.rank else progress,
@@ -119,11 +119,12 @@ def sample(
     elif flow.image_shape is not None:
         few = min(num, _SHEET_IMAGES)
         shards = [folder.images(i) for i in range(-(-few // manifest.shard_size))]
-        plots.save_png(plots.image_grid(data.scale(torch.cat(shards)[:few]), min(10, num)), out / _SHEET)
+        plots.save_png(data.image_grid(data.scale(torch.cat(shards)[:few]), min(10, num)), out / _SHEET)
     _print(results, origin, None if outcome.has_shortfall else str(outcome))  # else a warning has said so
     if folder.drawn:
         rate, plural = folder.drawn / seconds, "s" * (manifest.num_shards > 1)
-        print(f"drew {folder.drawn:,} in {seconds:,.0f} s: {rate:.1f} a second, processes: {group.count}")
+        if plural:
+            print(f"drew {folder.drawn:,} in {seconds:,.0f} s: {rate:.1f} a second, processes: {group.count}")
         sheet = "" if flow.image_shape is None else f", {_SHEET}"
         print(f"wrote {out}: {manifest.num_shards} shard{plural}, manifest.json, strategy.json{sheet}")
     else:
@@ -178,24 +179,20 @@ def _compare(
 
 
 def _print(results: dict[str, Any], origin: str, outcome: str | None) -> None:
-    num = results["num"]
-    print(f"{results['model']}: {num:,} sample{'s' * (num > 1)}, batch size {results['batch_size']}\n{origin}\n")
-    rows = []
-    for name, run in results["runs"].items():
-        counts = [f"{run[key]:,}" if key in run else "" for key in ("network_calls", "token_evaluations")]
-        residual = run.get("certificate")
-        rows.append([
-            name, f"{run['seconds']:.3f}", f"{run['samples_per_second']:.1f}", *counts,
-            "" if residual is None else f"{residual:.1e}",
-        ])  # fmt: skip
-    columns = ("strategy", "seconds", "samples/s", "network\ncalls", "token\nevaluations", "largest\nresidual")
-    show_table(columns, rows)
-    print()
+    """Prints what was drawn, how fast, and how exact it is."""
+    num, strategy, runs = results["num"], results["strategy"], results["runs"]
+    plural = "s" * (num > 1)
+    print(f"{results['model']}: {num:,} sample{plural} on {results['device']}, batch size {results['batch_size']}")
+    print(origin)
+    print(
+        f"{runs[strategy]['seconds']:.3g} s by {strategy}, {runs[strategy]['samples_per_second']:.3g} samples a second"
+    )
     if "error" in results:
-        error, original = results["error"], next(iter(results["runs"]))
+        original, run = next(iter(runs.items()))
+        speed_up, largest = f"{results['speed_up']:.1f}x", f"{results['error']['max']:.1e}"
         print(
-            f"{results['speed_up']:.1f} times as fast as the original sampler, {original}\n"
-            f"difference from its images: max {error['max']:.1e}, mean {error['mean']:.1e}"
+            f"{speed_up} faster than the original sampler, {original} ({run['seconds']:.3g} s); largest difference "
+            f"{largest}"
         )
     if outcome is not None:
         print(outcome)

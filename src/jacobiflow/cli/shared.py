@@ -26,8 +26,8 @@ MOST_AT_ONCE = 65_536  # latents of a batch of so many take 200 MB for images of
 _LONGEST = 300  # characters of a message
 SOURCES = "digits, fashion-512, emoji-256, fashion-mnist, an .npz file, or a folder of images or IDX files."
 GUIDANCE = (
-    'Weight of classifier-free guidance, or "4,attn_temperature=1.2"; other keys: annealed=false, on=scale, on=shift. '
-    "0 is off."
+    'Weight of classifier-free guidance, or "4,attn_temperature=1.2"; other keys: annealed=false, on=scale, on=shift, '
+    "rule=density. 0 is off."
 )
 _LABELS = "balanced, random, none, numbers such as 0,1,2 (repeated), or a .txt or .npy file with one per image."
 _PROMPTS = "A prompt for a STARFlow, or a .txt file with one on each line; repeated."
@@ -40,10 +40,12 @@ EncodeText = Annotated[str | None, Option(help=_ENCODE_TEXT)]
 Images = Annotated[str, Option(help=SOURCES)]
 Labels = Annotated[str, Option(help=_LABELS)]
 Seed = Annotated[int, Option(min=0, help="Seed of everything random.")]
-Device = Annotated[str, Option(help="cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, Option(help="auto (a CUDA GPU, else the CPU), cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, Option(help="float32, float64, bfloat16, float16, or tf32 on a GPU.")]
 ReportFile = Annotated[Path | None, Option(help="A report of calibrate: the guess to start from in each block.")]
 Guidance = Annotated[str, Option(help=GUIDANCE)]
+Recommended = Annotated[str | None, Option(help=f"{GUIDANCE} Default: as recommended by the model.")]
+Unguided = Annotated[bool, Option("--plain", help="No guidance.")]
 Tolerance = Annotated[float | None, Option(help=_TOLERANCE)]
 ImagesAtATime = Annotated[int, Option(min=1, max=MOST_AT_ONCE, help="Images in the network at a time.")]
 Json = Annotated[Path | None, Option(help="Also write the results to this file.")]
@@ -53,12 +55,20 @@ def load_model(name: str, device: str, dtype: str, guidance: str = "0") -> Flow:
     """Loads the flow of `--model`, `--device`, `--dtype` and `--guidance`; tf32 is set for the whole process."""
     import torch
 
+    device = pick_device(device)
     if dtype == "tf32":
         if not device.startswith("cuda"):
             raise InputValueError(f"--dtype tf32: only a GPU has it, and --device is {device}; give float32")
         torch.set_float32_matmul_precision("high")
         dtype = "float32"
     return jf.load(name, device, dtype).guided(jf.Guidance.parse(guidance))
+
+
+def pick_device(name: str) -> str:
+    """Returns the device that `--device` names: for "auto" a CUDA GPU if there is one, else the CPU."""
+    import torch
+
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def image_size(flow: Flow) -> tuple[int, int]:
@@ -74,16 +84,35 @@ def resolve_settings(
 
     A flow with classes or texts is guided by default only if the samples have some.
     """
-    if plain and (guidance is not None or denoise is not None):
+    if plain and denoise is not None:
         raise InputValueError("--plain: excludes --guidance and --denoise; leave one of them out")
-    recommended, note = jf.SamplingSettings() if plain else flow.recommended, ""
-    value = recommended.guidance if guidance is None else flow.guided(jf.Guidance.parse(guidance)).guidance  # 0 is None
-    if guidance is None and value is not None and (flow.config.num_classes or flow.reads_text) and not has_context:
-        value, note = None, f"; the recommended guidance needs {'prompts' if flow.reads_text else 'labels'}"
+    recommended = jf.SamplingSettings() if plain else flow.recommended
+    value, note = resolve_guidance(flow, guidance, plain, has_context)
     settings = jf.SamplingSettings(value, recommended.denoise if denoise is None else denoise)
     if settings == recommended != jf.SamplingSettings():
         note = " (recommended by the model; --plain turns it off)"
     return settings, f"settings: {settings_text(settings)}{note}"
+
+
+def resolve_guidance(
+    flow: Flow, guidance: str | None, plain: bool, has_context: bool
+) -> tuple[jf.Guidance | None, str]:
+    """Returns the guidance to sample with, recommended unless given, and why that is not used, or an empty text."""
+    if plain and guidance is not None:
+        raise InputValueError("--plain: excludes --guidance and --denoise; leave one of them out")
+    if plain or guidance is not None:
+        return flow.guided(None if guidance is None else jf.Guidance.parse(guidance)).guidance, ""  # 0 is None
+    if flow.recommended.guidance and (flow.config.num_classes or flow.reads_text) and not has_context:
+        return None, f"; the recommended guidance needs {'prompts' if flow.reads_text else 'labels'}"
+    return flow.recommended.guidance, ""
+
+
+def guide(flow: Flow, guidance: str | None, plain: bool, has_context: bool) -> tuple[Flow, str]:
+    """Returns the view of a flow under the guidance to sample with, and a line about that."""
+    value, note = resolve_guidance(flow, guidance, plain, has_context)
+    if value is not None and value == flow.recommended.guidance:
+        note = " (recommended by the model; --plain turns it off)"
+    return flow.guided(value), f"guidance: {value or 'none'}{note}"
 
 
 def settings_text(settings: jf.SamplingSettings) -> str:

@@ -51,7 +51,7 @@ def train(
     checkpoint_every: Annotated[int, Option(help="Steps between checkpoints.")] = 100,
     sample_every: Annotated[int, Option(help="Steps between sheets of samples.")] = 500,
     seed: shared.Seed = 0,
-    device: shared.Device = "cpu",
+    device: shared.Device = "auto",
 ) -> dict[str, Any]:
     """Train a TarFlow or a MAF.
 
@@ -78,7 +78,7 @@ def train(
         in_channels=image_channels, image_size=image_size, channels=channels, blocks=blocks, layers=layers,
         num_classes=0 if unconditional or data.labels is None else int(data.labels.max()) + 1, **extra,
     )  # fmt: skip
-    place = check_device(device, here=True)
+    place = check_device(shared.pick_device(device), here=True)
     torch.manual_seed(seed)
     model = flow_class(config)
     settings = training.TrainConfig(
@@ -95,7 +95,7 @@ def train(
     def on_sample(average: Flow, step: int) -> None:
         labels = shared.parse_labels("balanced", 20, average, seed)
         samples = jf.sample(average, num=20, labels=labels, seed=seed, strategy="sequential")
-        plots.save_png(plots.image_grid(samples.images, columns=10), out / f"samples-{step:06d}.png")
+        plots.save_png(samples.grid(10), out / f"samples-{step:06d}.png")
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end leaves a checkpoint, as Ctrl-C does
     with shared.progress_bar() as progress:

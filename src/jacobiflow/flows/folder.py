@@ -156,11 +156,14 @@ print(tuple(out.tokens.shape))  # {(8, config.num_tokens, config.token_channels)
 print(out.log_prob)  # densities in nats"""
     else:
         _, size, _ = flow.image_shape
-        task, data = "unconditional-image-generation", f"{size}x{size} images"
+        task = "text-to-image" if flow.reads_text else "unconditional-image-generation"
+        data = f"{size}x{size} images"
+        context = f"labels = torch.arange(8) % {classes}" if classes else "labels = None"
+        if flow.reads_text:
+            context = f"states = torch.randn(8, {config.text_tokens}, {config.text_channels})  # better those of texts"
         code = f"""\
-settings = flow.recommended
-labels = {f"torch.arange(8) % {classes}" if classes else None}
-out = jf.sample(flow.guided(settings.guidance), 8, labels, denoise=settings.denoise)
+{context}
+out = jf.sample(flow, 8, {"context=states" if flow.reads_text else "labels"})
 print(tuple(out.images.shape))  # {(8, *flow.image_shape)}, nominally in [-1, 1]"""
     return f"""\
 ---
@@ -189,10 +192,15 @@ flow = jf.load("{name}")
 
 def _download(name: str, hub: dict[str, Any]) -> Path:
     names = ", ".join(bundled()) or "none here"
+    if name.endswith((".pth", ".pt")) and os.path.exists(name):
+        raise CheckpointError(
+            f"{short(name)}: weights of another code; make a model folder of them first: jacobiflow convert {name} --out "
+            "FOLDER, or from_original in Python"
+        )
     if os.path.exists(name) or not _HUB_ID.fullmatch(name):
         raise CheckpointError(
             f"{short(name)}: no such model; give a bundled name ({names}), a folder with {CONFIG} and {WEIGHTS}, or a "
-            "hub id 'owner/name'; an original .pth is for TarFlow.from_original"
+            "hub id 'owner/name'"
         )
     client = hub_client()
     try:

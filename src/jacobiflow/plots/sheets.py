@@ -6,39 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from jacobiflow.data import quantize
+from jacobiflow.data import image_grid
 from jacobiflow.plots.style import INK
 
 _CAPTION, _LETTERS = 32, 20  # pixels: 14 of the latter where a page shows a sheet of 10 images 830 pixels wide
 _COLUMNS = 10
-_GAP = 4  # pixels
-_IMAGE = 112  # pixels that an image is drawn wide, or the nearest whole multiple of its own
-
-
-def image_grid(images: Float[Tensor, "n c h w"], columns: int, zoom: int | None = None) -> Image.Image:
-    """Draws images, nominally in [-1, 1], in rows of `columns`, each pixel `zoom` wide. NaN is black.
-
-    Example:
-        >>> from jacobiflow.plots import image_grid
-        >>> image_grid(torch.zeros(3, 1, 28, 28), columns=3).size
-        (352, 120)
-    """
-    zoom = zoom or max(1, round(_IMAGE / images.shape[-1]))
-    pixels = quantize(images).permute(0, 2, 3, 1).cpu().numpy()
-    rows = -(-len(pixels) // columns)
-    height, width = pixels.shape[1] * zoom + _GAP, pixels.shape[2] * zoom + _GAP
-    sheet = np.full((rows * height + _GAP, columns * width + _GAP, pixels.shape[3]), 255, np.uint8)
-    for i, image in enumerate(pixels):
-        top, left = i // columns * height + _GAP, i % columns * width + _GAP
-        enlarged = image.repeat(zoom, axis=0).repeat(zoom, axis=1)
-        sheet[top : top + len(enlarged), left : left + enlarged.shape[1]] = enlarged
-    return Image.fromarray(sheet[..., 0] if sheet.shape[-1] == 1 else sheet).convert("RGB")
 
 
 def comparison_sheet(

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from jacobiflow.calibration import Report
 from jacobiflow.checks import check_choice, check_count, check_number, check_seed, short
-from jacobiflow.denoising import check_rate
 from jacobiflow.errors import InputValueError
 from jacobiflow.files import MANIFEST, check_own, json_bytes, locked, sha256, write_atomically
 from jacobiflow.flows.config import Context, Labels
@@ -30,7 +29,14 @@ from jacobiflow.flows.flow import Flow, check_flow, precision
 from jacobiflow.latents import MOST_SAMPLES, draw_latents
 from jacobiflow.measuring import machine
 from jacobiflow.progress import Progress
-from jacobiflow.sampling import check_log_prob, check_one_context, draw, warn_if_guidance_is_idle
+from jacobiflow.sampling import (
+    Settings,
+    check_log_prob,
+    check_one_context,
+    draw,
+    resolve_settings,
+    warn_if_guidance_is_idle,
+)
 from jacobiflow.solvers import Certificate, check_certificate
 from jacobiflow.storage.folder import STRATEGY, SampleFolder, pillow
 from jacobiflow.storage.manifest import Files, Manifest, SampleFolderError, context_sha256
@@ -108,8 +114,8 @@ def sample_to_folder(
     seed: int = 0,
     *,
     context: Context | None = None,
+    settings: Settings = "recommended",
     strategy: str | Path | Strategy = "auto",
-    denoise: float = 0.0,
     tolerance: float | None = None,
     certify: Certificate = True,
     log_prob: bool | None = None,
@@ -160,7 +166,6 @@ def sample_to_folder(
     num, seed = check_count("num", num, most=MOST_SAMPLES), check_seed(seed)
     batch_size, shard_size = _sizes(num, batch_size, shard_size)
     check_flow(flow)
-    denoise = check_rate(flow, denoise)
     check_certificate("certify", certify)
     tolerance = None if tolerance is None else check_number("tolerance", tolerance)
     config = flow.config
@@ -170,7 +175,8 @@ def sample_to_folder(
             raise InputValueError("files='png': for flows over images; give 'npz'")
         check_choice("files='png': in_channels", flow.image_shape[0], (1, 3))
     context = check_one_context(flow, labels, context, num)
-    log_prob = check_log_prob(flow, log_prob) and flow.guidance is None and not denoise
+    flow, denoise = resolve_settings(flow, settings, context)
+    log_prob = check_log_prob(flow, log_prob, denoise)
     warn_if_guidance_is_idle(flow, context)
     manifest = Manifest(
         num=num, shape=flow.image_shape or (config.num_tokens, config.token_channels), seed=seed,

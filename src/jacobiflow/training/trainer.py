@@ -171,7 +171,9 @@ def _check(flow: Flow, data: ImageDataset, config: TrainConfig, contexts: Tensor
     if takes.num_classes and data.labels is not None:
         flow.check_labels(data.labels, len(data))
     if contexts is not None and (data.labels is None or int(data.labels.max()) >= len(contexts) - 1):
-        raise InputValueError(f"contexts of {len(contexts) - 1} labels: give one for each label of the images, and one")
+        raise InputValueError(
+            f"contexts: {len(contexts)}; give one for each label of the images, and one without label"
+        )
     if len(data) < config.batch_size:
         raise InputValueError(f"batch_size={config.batch_size}: there are only {len(data)} images")
     if config.noise.std != takes.noise_std:
