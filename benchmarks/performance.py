@@ -1,9 +1,10 @@
 """Compares `auto` with the original sampler and other papers' samplers: `python -m benchmarks.performance`.
 
-Writes docs/results/performance.json, which fills docs/performance.md and docs/peers.md, in half an hour on two cores that
-are otherwise idle; interrupted, it goes on. For each batch size of `fashion-p2` it has the grid, every setting of every
-sampler, without those that a smaller batch showed to be wrong or slow; the final, the fastest setting of each sampler
-within 1e-3 and the published one, interleaved with `auto` and the exact loops; and `auto` under guidance of weight 1.
+Writes docs/results/performance.json, which fills docs/performance.md and docs/peers.md, in half an hour on two cores
+that are otherwise idle; interrupted, it goes on. For each batch size of `fashion-p2` it has the grid, every setting of
+every sampler, without those that a smaller batch showed to be wrong or slow; the final, the fastest setting of each
+sampler within 1e-3 and the published one, interleaved with `auto` and the exact loops; and `auto` under guidance of
+weight 1.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 fashion needs Debian's dataset-fashion-mnist, and a quarter of an hour on two cores; emoji needs `make emoji`, and two
 minutes. Writes weights and statistics of all training images into benchmarks/weights, and
-docs/results/KIND-features.json, which fills docs/evaluation.md and docs/paper.md. Emoji's accuracy is the share of test images whose
-nearest training image is of their class.
+docs/results/KIND-features.json, which fills docs/evaluation.md and docs/paper.md. Emoji's accuracy is the share of test
+images whose nearest training image is of their class.
 """
 
 from __future__ import annotations
