@@ -1,7 +1,7 @@
 """Times masked flows of four libraries, as they are and accelerated: `python -m benchmarks.masked_flows`.
 
-Writes docs/results/masked-flows.json, which fills docs/flows.md and docs/libraries.md, in about 20 minutes on two cores that
-are otherwise idle; interrupted, it goes on. Flows have five transforms, random weights, and one context of four
+Writes docs/results/masked-flows.json, which fills docs/flows.md and docs/libraries.md, in about 20 minutes on two idle
+cores; interrupted, it goes on. Flows have five transforms, random weights, and one context of four
 features for all rows. Their slow direction makes a pass of the network for each feature: sampling, or the density in
 some flows of normflows and pyro. Sampling is timed without its random numbers, from latents.
 """

@@ -194,8 +194,8 @@ def _download(name: str, hub: dict[str, Any]) -> Path:
     names = ", ".join(bundled()) or "none here"
     if name.endswith((".pth", ".pt")) and os.path.exists(name):
         raise CheckpointError(
-            f"{short(name)}: weights of another code; make a model folder of them first: jacobiflow convert {name} --out "
-            "FOLDER, or from_original in Python"
+            f"{short(name)}: weights of another code; make a model folder of them first: jacobiflow convert {name} "
+            "--out FOLDER, or from_original in Python"
         )
     if os.path.exists(name) or not _HUB_ID.fullmatch(name):
         raise CheckpointError(
