@@ -13,6 +13,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from examples import captions
+from jacobiflow.flows.base import evaluate
 from tests.helpers.oracle import Guide, StarOracle
 from tests.helpers.problems import latents, make_star, texts, to_float32
 
@@ -80,6 +81,25 @@ def test_a_sample_depends_on_its_own_prompt_only() -> None:
     torch.testing.assert_close(empty, jf.sample(flow, latents=z[1:2], context=[""], **settings).x[0], rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("guidance", [None, GUIDANCE], ids=["plain", "guided"])
+def test_no_entry_depends_on_later_tokens(guidance: jf.Guidance | None) -> None:
+    """Nor if they overflow, in a pass without a cache and in runs over one."""
+    flow, k, rows = to_float32(make_star()), 4, texts(make_star(), 2).float()
+    block, z = flow.guided(guidance).inverse_blocks[-1], latents(make_star(), 2).float()
+
+    def entries(x: Tensor) -> list[Tensor]:
+        cache = block.init_cache(z, rows)
+        runs = [block.update(x, z, *run, cache) for run in ((0, 3), (3, 9))]
+        at = block.update_at(x, z, torch.tensor([0, 0]), 9, 9, cache)
+        return [evaluate(block, x, z, rows), torch.cat(runs, dim=1), at]
+
+    with torch.no_grad():
+        for value in (1e5, 3e38, torch.inf, torch.nan):
+            overflowing = torch.cat((z[:, :k], torch.full_like(z[:, k:], value)), dim=1)
+            for want, have in zip(entries(z), entries(overflowing), strict=True):
+                torch.testing.assert_close(have[:, : k + 1], want[:, : k + 1], rtol=0, atol=0)
+
+
 def test_a_text_that_does_not_fit_is_named() -> None:
     flow = jf.STARFlow(make_star().config)
     states = torch.zeros(2, 3, 5)
@@ -124,6 +144,8 @@ def test_the_original_s_file_is_read(tmp_path: Path) -> None:
         assert torch.equal(other.blocks[-1].null_text[:1], encode_text([""])[0].float())
     assert again.recommended == loaded.recommended
     assert jf.STARFlow.from_original(path).recommended.guidance is None
+    with pytest.raises(ValueError, match=r"encode_text of shape \(1, 4, 5\): give states of texts"):
+        jf.STARFlow.from_original(path, encode_text=lambda prompts: torch.zeros(1, 4, 5))
     torch.save({name: tensor for name, tensor in original(flow).items() if "qkv.bias" not in name}, path)
     with pytest.raises(jf.CheckpointError, match=r"star\.pth: does not fit.*blocks\.0\.attn_blocks\.0\.attention\.qkv"):
         jf.STARFlow.from_original(path)

@@ -143,7 +143,7 @@ def _auto_batch_size(flow: Flow, num: int, earlier: Path | None) -> int:
 
 
 def _captions(labels: Tensor | None, prompts: list[str] | None) -> list[str]:
-    """What stands above each sample of the comparison."""
+    """Returns the captions above the samples of the comparison."""
     if prompts is not None:
         return prompts[:_SHEET_IMAGES]
     return [] if labels is None else [f"class {label}" for label in labels[:_SHEET_IMAGES].tolist()]

@@ -253,7 +253,7 @@ class STARFlow(Flow):
         config = infer_config(state, str(path)) if config is None else config
         state = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in _DEAD}
         states = torch.zeros(1, 0, config.text_channels) if encode_text is None else encode_text([""])
-        state[f"blocks.{config.num_blocks - 1}.null_text"] = _padded(states, config)[0]
+        state[f"blocks.{config.num_blocks - 1}.null_text"] = _padded("encode_text", states, config)[0]
         flow = build(cls, config, state, str(path))
         flow.encode_text = encode_text
         # As in the script of the released weights.
@@ -281,7 +281,6 @@ class STARFlow(Flow):
 
         A single prompt is that of all samples.
         """
-        config = self.config
         if context is None:
             self._check_null_text("no context")
             return None
@@ -289,15 +288,10 @@ class STARFlow(Flow):
             context = [context] * num
         if not isinstance(context, Tensor):
             context = self._encode(context)
-        give = f"states of texts (N, L, {config.text_channels}), L up to {config.text_tokens}"
-        if not context.is_floating_point():
-            raise InputTypeError(f"context={short(context)}: give prompts, or {give}")
-        if context.ndim != 3 or context.shape[1] > config.text_tokens or context.shape[2] != config.text_channels:
-            raise InputValueError(f"context of shape {tuple(context.shape)}: give {give}")
-        if len(context) != num:
-            raise InputValueError(f"context of {len(context)} texts: give {num}, one for each sample")
-        check_finite("context", context)
-        return _padded(context, config)
+        states = _padded("context", context, self.config)
+        if len(states) != num:
+            raise InputValueError(f"context of {len(states)} texts: give {num}, one for each sample")
+        return states
 
     def check_batch(self, x: Tensor, context: Any) -> Tensor | None:
         self.check_data(x)
@@ -310,11 +304,11 @@ class STARFlow(Flow):
             return null_text.expand(num, -1, -1)
         return draw_latents(num, config.text_tokens, config.text_channels, start=FIRST_CALIBRATION_LATENT)
 
-    def _check_null_text(self, asked: str) -> None:
+    def _check_null_text(self, name: str) -> None:
         """Raises ValueError if the states of the empty text are not known."""
         if not self.blocks[-1].null_text.any():
             raise InputValueError(
-                f"{asked}: the states of the empty text are not in these weights; convert them again with encode_text, "
+                f"{name}: the states of the empty text are not in these weights; convert them again with encode_text, "
                 "or set flow.blocks[-1].null_text"
             )
 
@@ -337,7 +331,14 @@ class STARFlow(Flow):
         return states[[places[prompt] for prompt in prompts]]
 
 
-def _padded(states: Float[Tensor, "n l k"], config: STARFlowConfig) -> Float[Tensor, "n l2 k"]:
+def _padded(name: str, states: Tensor, config: STARFlowConfig) -> Float[Tensor, "n l k"]:
+    """Returns states of texts, in a message `name`, padded to the model's length with zeros."""
+    give = f"states of texts (N, L, {config.text_channels}), L up to {config.text_tokens}"
+    if not states.is_floating_point():
+        raise InputTypeError(f"{name}={short(states)}: give prompts, or {give}")
+    if states.ndim != 3 or states.shape[1] > config.text_tokens or states.shape[2] != config.text_channels:
+        raise InputValueError(f"{name} of shape {tuple(states.shape)}: give {give}")
+    check_finite(name, states)
     return F.pad(states, (0, 0, 0, config.text_tokens - states.shape[1]))
 
 

@@ -45,7 +45,7 @@ class Extrapolation:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What stands before the tokens of the network's rows: first those with a context, then the unconditional ones.
+    """The prefix of the network's rows: first of those with a context, then of the unconditional ones.
 
     Attributes:
         layers: Keys and values of each layer.

@@ -160,9 +160,7 @@ class TransformerBlock(FlowBlock):
             self.final_norm_weight(),
         )
 
-    def _read_prefix(
-        self, cache: TarFlowCache, context: Tensor | AttentionContext | None
-    ) -> Float[Tensor, "b 1 c"]:  # fmt: skip
+    def _read_prefix(self, cache: TarFlowCache, context: Tensor | AttentionContext | None) -> Float[Tensor, "b 1 c"]:
         """Writes keys and values of the prefix to the cache; returns the last layer's output for its last row."""
         prefix = self.embed_prefix(AttentionContext.of(context)[0], len(cache.embedding))
         assert prefix is not None
