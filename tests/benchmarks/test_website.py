@@ -6,8 +6,10 @@ import pkgutil
 import re
 
 import pytest
+import tomllib
 
 pytest.importorskip("zensical", reason="needs Python 3.11")
+
 
 import jacobiflow as jf
 from benchmarks.website import ROOT, Pages, build
@@ -16,8 +18,36 @@ from tests.helpers.chromium import CHROMIUM, chromium, served
 REPOSITORY = "https://github.com/owner/name"
 
 
-def test_the_site_has_commands_and_a_search(tmp_path):
-    site = build(tmp_path)
+# Guides and explanations of more than three screens: tables of results, and pages that are looked up, not read.
+LONG = {"flows", "starflow", "boltzmann", "extending", "solvers", "reliability"}
+SCREEN = (1280, 800)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("site"))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_guides_have_three_screens_and_fit_a_phone(site):
+    config = tomllib.loads((ROOT / "docs/zensical.toml").read_text())["project"]["nav"]
+    (guides,), (explanations,) = (
+        [part[name] for part in config if name in part] for name in ("How-to guides", "Explanation")
+    )
+    names = re.findall(r"'(\w+)\.md'", str([guides, explanations]))
+    assert len(names) > 15 and set(names) >= LONG
+    with served(site) as address, chromium() as browser:
+        wide = browser.new_page(viewport=dict(zip(("width", "height"), SCREEN, strict=True)))
+        phone = browser.new_page(viewport={"width": 390, "height": 800})
+        for name in names:
+            wide.goto(f"{address}/{name}/")
+            screens = wide.locator(".md-content").bounding_box()["height"] / SCREEN[1]
+            assert (screens > 3.25) == (name in LONG), f"{name}: {screens:.1f} screens"
+            phone.goto(f"{address}/{name}/")
+            assert phone.evaluate("document.documentElement.scrollWidth") <= 390, f"{name} is wider than a phone"
+
+
+def test_the_site_has_commands_and_a_search(site):
     text = (site / "reference/commands/index.html").read_text()
     assert "--tolerance" in text and "jacobiflow sample --model fashion-p2" in text
     if CHROMIUM is not None:
