@@ -6,10 +6,9 @@ import pkgutil
 import re
 
 import pytest
-import tomllib
 
+tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
 pytest.importorskip("zensical", reason="needs Python 3.11")
-
 
 import jacobiflow as jf
 from benchmarks.website import ROOT, Pages, build
