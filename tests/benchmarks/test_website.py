@@ -7,7 +7,6 @@ import re
 
 import pytest
 
-tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
 pytest.importorskip("zensical", reason="needs Python 3.11")
 
 import jacobiflow as jf
@@ -15,8 +14,6 @@ from benchmarks.website import ROOT, Pages, build
 from tests.helpers.chromium import CHROMIUM, chromium, served
 
 REPOSITORY = "https://github.com/owner/name"
-
-
 # Guides and explanations of more than three screens: tables of results, and pages that are looked up, not read.
 LONG = {"flows", "starflow", "boltzmann", "extending", "solvers", "reliability"}
 SCREEN = (1280, 800)
@@ -29,11 +26,9 @@ def site(tmp_path_factory):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_guides_have_three_screens_and_fit_a_phone(site):
-    config = tomllib.loads((ROOT / "docs/zensical.toml").read_text())["project"]["nav"]
-    (guides,), (explanations,) = (
-        [part[name] for part in config if name in part] for name in ("How-to guides", "Explanation")
-    )
-    names = re.findall(r"'(\w+)\.md'", str([guides, explanations]))
+    text = (ROOT / "docs/zensical.toml").read_text()
+    parts = text[text.index('"How-to guides"') : text.index('"Measurements"')]
+    names = re.findall(r'= "(\w+)\.md"', parts)
     assert len(names) > 15 and set(names) >= LONG
     with served(site) as address, chromium() as browser:
         wide = browser.new_page(viewport=dict(zip(("width", "height"), SCREEN, strict=True)))
