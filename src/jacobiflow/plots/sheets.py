@@ -22,14 +22,14 @@ def comparison_sheet(
     reference: Float[Tensor, "n c h w"], images: Float[Tensor, "n c h w"], names: tuple[str, str],
     columns: Sequence[str] = (),
 ) -> Image.Image:  # fmt: skip
-    """Draws `reference`, `images` and their difference, whose largest entry is white (Figure 7 of the paper).
+    """Draws `reference`, `images` and their difference, whose largest entry is black (Figure 7 of the paper).
 
     `names` are the captions of the first two; for `columns` see `rows_sheet`.
     """
-    difference = (images - reference).abs()
+    difference = (images - reference).abs().masked_fill(images.isnan() & reference.isnan(), 0)
     largest = float(difference.nan_to_num().max())
-    stretched = difference / max(largest, 1e-30) * 2 - 1
-    captions = (*names, f"difference; white is {largest:.1e}")
+    stretched = 1 - difference / max(largest, 1e-30) * 2
+    captions = (*names, f"difference; black is {largest:.1e}")
     return rows_sheet(list(zip(captions, (reference, images, stretched), strict=True)), columns)
 
 
