@@ -81,7 +81,7 @@ def importance(samples: Samples | SampleFolder, energy: Float[Tensor, " n"], *, 
     else:
         log_prob, outcome = samples.log_prob(), samples.outcome(samples.manifest.shape[0])
     if log_prob is None:
-        raise InputValueError("samples without densities: draw them with log_prob=True, without guidance and denoising")
+        raise InputValueError("samples without densities: draw them with log_prob=True and settings=None")
     is_certified = outcome.exact or (outcome.tolerance is not None and outcome.residual is not None)
     if outcome.lost or not is_certified:
         raise InputValueError(f"no weights for samples that are not from the flow's density: {outcome}")
