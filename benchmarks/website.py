@@ -22,11 +22,18 @@ from benchmarks.common import ROOT
 from benchmarks.npm import npm_files
 from demo import live_page
 
-MERMAID = "mermaid.min.js"
+MERMAID, KATEX = "mermaid.min.js", "katex.min.js"
 _CONFIG = ROOT / "docs/zensical.toml"
 _MERMAID_VERSION = "12.3.0"
 _MERMAID_SHA512 = "4113TdXeLAsMruJ79OpFL5O8+LTFXhQqZ260rF3tgUmiNAtRm4Uume04I+65PRN6yZ69J4f8rVYWW8zRk65UYw=="
 _OTHER_TITLES = ("index.md", "tutorials/index.md")  # the README, and the list of notebooks
+_KATEX_VERSION = "0.19.1"
+_KATEX_SHA512 = "jG8uKntjSEcm2EpQOh0XturpPuuC9r3Sq5HLHdsFdWZT27E672SF19QEi+of0/YeOy15lDgRhKvr5614uRrEfA=="
+_MATH = """<script>
+for (const block of document.querySelectorAll(".math"))
+  katex.render(block.textContent, block, { displayMode: true, output: "mathml", throwOnError: false });
+</script>
+"""  # MathML, which browsers draw by themselves
 _CODE = re.compile(
     r"^(?P<fence>```+|~~~+).*?^(?P=fence)[ ]*$|(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`)", re.DOTALL | re.MULTILINE
 )
@@ -109,6 +116,8 @@ class Pages:
         text = _outside_code(text, change)
         if "```mermaid" in text:  # a copy of Mermaid, so that Zensical fetches none
             text += f'\n<script src="{os.path.relpath(MERMAID, os.path.dirname(self.names[path]))}"></script>\n'
+        if "```math" in text:
+            text += f'\n<script src="{os.path.relpath(KATEX, os.path.dirname(self.names[path]))}"></script>\n{_MATH}'
         page.write_text(text)
 
     def _target(self, path: str, target: str) -> str:
@@ -144,10 +153,12 @@ def _outside_code(text: str, change: Callable[[str], str]) -> str:
 
 
 def main() -> None:
-    """Builds the site, with Mermaid and the page that solves in the browser."""
+    """Builds the site, with Mermaid, KaTeX and the page that solves in the browser."""
     site = build(ROOT / "out")
     (mermaid,) = npm_files("mermaid", _MERMAID_VERSION, _MERMAID_SHA512, [MERMAID])
+    (katex,) = npm_files("katex", _KATEX_VERSION, _KATEX_SHA512, [KATEX])
     shutil.copyfile(mermaid, site / MERMAID)
+    shutil.copyfile(katex, site / KATEX)
     live_page.build(site / "live")
 
 
