@@ -92,8 +92,8 @@ $(CALIBRATED): calibration-%: setup
 	$(BIN)/python -m benchmarks.paper_figures $* --strategy "$(CUT_$*)"
 	$(BIN)/python -m benchmarks.strategies $*
 
-# Regenerates the tables and the figure of docs/flows.md, docs/libraries.md and docs/sbi.md (an hour on two idle cores, and three quarters of an hour of
-# training the first time; it goes on where it was stopped).
+# Regenerates the tables and the figure of docs/flows.md, docs/libraries.md and docs/sbi.md (an hour on two idle cores,
+# and three quarters of an hour of training the first time; it goes on where it was stopped).
 flows: setup
 	$(BIN)/python -m benchmarks.masked_flows
 	$(BIN)/python -m benchmarks.sbi_flows

@@ -36,7 +36,8 @@ def test_the_growing_cache_is_exact() -> None:
     assert name == "growing cache"
     z = latents(flow, 3)
     other = jf.Guidance(0.4, annealed=False, on="scale"), Guide(0.4, False, "scale", 1.0)
-    for guidance, guide in ((None, None), (GUIDANCE, GUIDE), other):
+    density = jf.Guidance(0.4, rule="density"), Guide(0.4, True, "both", 1.0, "density")
+    for guidance, guide in ((None, None), (GUIDANCE, GUIDE), other, density):
         exact = oracle.Oracle(flow).decode(z, LABELS, guide)
         torch.testing.assert_close(loop(flow.guided(guidance), z, LABELS), exact, rtol=0, atol=1e-10)
     assert torch.equal(z, latents(flow, 3))
@@ -49,11 +50,11 @@ def test_the_token_loop_is_exact() -> None:
     flow = make_star(layers_per_block=(1, 1, 2))
     name, loop = original_loop(flow)
     assert name == "token loop"
-    z, states, guide = latents(flow, 3), texts(flow, 3), Guide(1.5, False, "both", 1.0, "density")
-    guidance = jf.Guidance(1.5, annealed=False, rule="density")
-    for view, context, given in ((flow, states, None), (flow.guided(guidance), states, guide), (flow, None, None)):
-        exact = StarOracle(flow).decode(z, context, given)
-        torch.testing.assert_close(loop(view, z, context), exact, rtol=0, atol=1e-9)
+    z, states = latents(flow, 3), texts(flow, 3)
+    density = jf.Guidance(1.5, annealed=False, rule="density"), Guide(1.5, False, "both", 1.0, "density")
+    for context, (guidance, guide) in product((states, None), ((None, None), (GUIDANCE, GUIDE), density)):
+        exact = StarOracle(flow).decode(z, context, guide)
+        torch.testing.assert_close(loop(flow.guided(guidance), z, context), exact, rtol=0, atol=1e-9)
     assert torch.equal(z, latents(flow, 3))
 
 

@@ -350,7 +350,7 @@ def test_a_flow_is_sampled_as_its_model_recommends() -> None:
     """Recommended guidance needs labels, and does not replace that of a view; settings that are given do."""
     flow, labels, z = copy.copy(make_flow(**CLASSES)), torch.tensor([0, 2]), latents(make_flow(**CLASSES), 2)
     flow.recommended = jf.SamplingSettings(jf.Guidance(0.5), denoise=0.7)
-    own, _other = jf.Guidance(0.2), jf.SamplingSettings(jf.Guidance(1))
+    own, other = jf.Guidance(0.2), jf.SamplingSettings(jf.Guidance(1))
 
     def drawn(view: Any, labels: Tensor | None, **settings: Any) -> Tensor:
         return jf.sample(view, latents=z, labels=labels, strategy="sequential", **settings).images
@@ -364,12 +364,7 @@ def test_a_flow_is_sampled_as_its_model_recommends() -> None:
         (flow, None, {}, by_hand(None, None, 0.7)),
         (flow.guided(own), labels, {}, by_hand(own, labels, 0.7)),
         (flow.guided(own), labels, {"settings": None}, by_hand(own, labels, 0.0)),
-        (
-            flow.guided(own),
-            labels,
-            {"settings": jf.SamplingSettings(jf.Guidance(1))},
-            by_hand(jf.Guidance(1), labels, 0),
-        ),
+        (flow.guided(own), labels, {"settings": other}, by_hand(other.guidance, labels, 0.0)),
         (flow, labels, {"settings": jf.SamplingSettings(denoise=1.0)}, by_hand(None, labels, 1.0)),
     ):
         torch.testing.assert_close(drawn(view, classes, **settings), want, rtol=0, atol=EXACT)

@@ -70,27 +70,29 @@ def _by_growing_cache(block: TarFlowBlock, x: Tensor, context: Tensor | None, gu
     for t in range(1, x.shape[1]):
         log_scale, shift = conditional.feed(x, t - 1)
         if unconditional is not None:
-            log_scale, shift = _guided(weights, t, (log_scale, shift), unconditional.feed(x, t - 1))
+            log_scale, shift = _guided(guidance, weights, t, (log_scale, shift), unconditional.feed(x, t - 1))
         x[:, t] = x[:, t] * log_scale.exp() + shift
     return x
 
 
 def _by_token_loop(block: STARFlowBlock, z: Tensor, context: Tensor | None, guidance: Guidance | None) -> Tensor:
-    """Solves one block at `z`, in the block's causal order; guidance is by the rule "density"."""
+    """Solves one block at `z`, in the block's causal order; under guidance both rows of a sample are one batch."""
     guidance, num = guidance if block.is_guided else None, len(z)
     rotation = block.layer_weights()[0].rotation
     assert rotation is not None
-    text = block.embed_prefix(context, num)[:, :-1]
+    text, temperature = block.embed_prefix(context, num)[:, :-1], None
     if guidance is not None:
         text, z = torch.cat((text, block.embed_prefix(None, num)[:, :-1])), torch.cat((z, z))
+        if guidance.attn_temperature != 1:
+            temperature = z.new_tensor((1.0, guidance.attn_temperature)).repeat_interleave(num).view(-1, 1, 1, 1)
     size, heads = block.proj_in.out_features, block.attn_blocks[0].attention.num_heads
     shape = (2, len(z), heads, len(rotation.cos), size // heads)
-    layers = [_TurnedLayer(layer, rotation, z.new_zeros(shape)) for layer in block.attn_blocks]
-    h = text
-    for layer in layers if h.shape[1] else ():
-        h = layer.feed(h)
+    layers = [_TurnedLayer(layer, rotation, temperature, z.new_zeros(shape)) for layer in block.attn_blocks]
+    if text.shape[1]:
+        for layer in layers:
+            text = layer.feed(text)
     x = z.clone()
-    weights = None if guidance is None else guidance.weights(z)[0]
+    weights = None if guidance is None else guidance.weights(z)
     for t in range(z.shape[1]):
         token = block.sos_embed.expand(len(z), -1, -1) if t == 0 else x[:, t - 1 : t].to(block.sos_embed.dtype)
         h = block.proj_in(token)
@@ -98,14 +100,11 @@ def _by_token_loop(block: STARFlowBlock, z: Tensor, context: Tensor | None, guid
             h = layer.feed(h)
         out = block.proj_out(F.rms_norm(h, (size,), block.final_norm_weight(), 1e-6))[:, 0].to(z.dtype)
         scale, shift = (block.soft_clip * torch.tanh(out / block.soft_clip)).chunk(2, dim=-1)
-        scale = F.softplus(scale + math.log(math.e - 1))
-        if weights is not None:
-            (scale, other_scale), (shift, other_shift) = scale.chunk(2), shift.chunk(2)
-            ratio = (scale / other_scale).clamp(max=1).square()
-            precision = 1 + weights[t] - weights[t] * ratio
-            scale = (scale / precision.sqrt()).repeat(2, 1)
-            shift = (((1 + weights[t]) * shift - weights[t] * ratio * other_shift) / precision).repeat(2, 1)
-        x[:, t] = z[:, t] * scale + shift
+        log_scale = F.softplus(scale + math.log(math.e - 1)).log()
+        if guidance is not None:
+            rows = zip(log_scale.chunk(2), shift.chunk(2), strict=True)
+            log_scale, shift = (each.repeat(2, 1) for each in _guided(guidance, weights, t, *rows))
+        x[:, t] = z[:, t] * log_scale.exp() + shift
     return x[:num]
 
 
@@ -115,6 +114,7 @@ class _TurnedLayer:
 
     module: AttentionBlock
     rotation: Rotation
+    temperature: Tensor | None
     cache: Tensor
     length: int = 0
 
@@ -125,6 +125,8 @@ class _TurnedLayer:
         packed = attention.qkv(attention.norm(h)).unflatten(-1, (3, attention.num_heads, -1))
         self.cache[:, :, :, first:last] = packed[:, :, 1:].permute(2, 0, 3, 1, 4)
         query = self._turned(packed[:, :, 0].transpose(1, 2), slice(first, last))
+        if self.temperature is not None:
+            query = query / self.temperature.to(query.dtype)
         keys = self._turned(self.cache[0, :, :, :last].to(h.dtype), slice(0, last))
         values = self.cache[1, :, :, :last].to(h.dtype)
         out = F.scaled_dot_product_attention(query, keys, values, is_causal=first == 0 and last > 1)
@@ -146,16 +148,22 @@ def _by_full_passes(block: MAFBlock, z: Tensor, labels: Tensor | None, guidance:
     for t in range(z.shape[1]):
         log_scale, shift = (out[:, t] for out in full_pass(x, layers))
         if free_layers is not None:
-            log_scale, shift = _guided(weights, t, (log_scale, shift), [out[:, t] for out in full_pass(x, free_layers)])
+            free = [out[:, t] for out in full_pass(x, free_layers)]
+            log_scale, shift = _guided(guidance, weights, t, (log_scale, shift), free)
         x[:, t] = z[:, t] * log_scale.exp() + shift
     return x
 
 
-def _guided(weights: Any, t: int, params: Sequence[Tensor], free: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _guided(
+    guidance: Any, weights: Any, t: int, params: Sequence[Tensor], free: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
     """Log-scale and shift of entry `t`, moved away from the unconditional ones."""
-    (log_scale, shift), (free_log_scale, free_shift) = params, free
-    log_scale = log_scale + weights[0][t] * (log_scale - free_log_scale)
-    return log_scale, shift + weights[1][t] * (shift - free_shift)
+    (log_scale, shift), (free_log_scale, free_shift), (w, w_shift) = params, free, (each[t] for each in weights)
+    if guidance.rule == "linear":
+        return log_scale + w * (log_scale - free_log_scale), shift + w_shift * (shift - free_shift)
+    ratio = (log_scale - free_log_scale).exp().clamp(max=1).square()
+    precision = 1 + w - w * ratio
+    return log_scale - precision.log() / 2, ((1 + w) * shift - w * ratio * free_shift) / precision
 
 
 @dataclass

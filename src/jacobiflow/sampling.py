@@ -299,7 +299,7 @@ def sample(
     _check_latents("latents", latents, flow)
     if latents.requires_grad and torch.is_grad_enabled():
         raise InputValueError(f"latents={short(latents)} requires a gradient: give latents.detach(), or use decode")
-    context = check_one_context(flow, labels, context, len(latents))
+    context = flow.check_one_context(labels, context, len(latents))
     flow, denoise = resolve_settings(flow, settings, context)
     log_prob = check_log_prob(flow, log_prob, denoise)
     if batch_size is not None:
@@ -473,13 +473,6 @@ def decode(
     return (result.x, result.log_prob) if log_prob else result.x
 
 
-def check_one_context(flow: Flow, labels: Labels | None, context: Context | None, num: int) -> Tensor | None:
-    """Returns the context for `num` samples of the flow, given as either argument."""
-    if labels is not None and context is not None:
-        raise InputValueError("labels and context: give one of them")
-    return flow.check_context(labels if context is None else context, num)
-
-
 def resolve_settings(flow: Flow, settings: Settings, context: Tensor | None) -> tuple[Flow, float]:
     """Returns the view of the flow to sample, and the rate of denoising.
 
@@ -488,8 +481,7 @@ def resolve_settings(flow: Flow, settings: Settings, context: Tensor | None) -> 
     give = 'SamplingSettings, "recommended" or None'
     if isinstance(settings, str):
         check_choice("settings", settings, ("recommended",))
-        needs_context = bool(flow.config.num_classes) or flow.reads_text
-        is_guided = flow.guidance is None and (context is not None or not needs_context)
+        is_guided = flow.guidance is None and (context is not None or not flow.has_conditions)
         settings = flow.recommended if is_guided else replace(flow.recommended, guidance=None)
     check_kind("settings", settings, SamplingSettings | None, give)
     if settings is None:

@@ -82,6 +82,6 @@ def test_a_tuning_is_found_by_its_guidance_and_copied_with_the_model(tmp_path: P
 def test_labels_that_do_not_fit_and_a_single_sample_are_refused() -> None:
     with pytest.raises(ValueError, match="samples=1: give a whole number, at least 2"):
         jf.tune(small(), samples=1)
-    for labels, message in (([3], "label 3"), (torch.arange(0), "give one class or more")):
+    for labels, message in (([3], "label 3"), (torch.arange(0), "labels: empty; give one or more")):
         with pytest.raises(ValueError, match=message):
             jf.tune(small(), labels)

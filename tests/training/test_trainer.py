@@ -181,6 +181,32 @@ def test_steps_are_of_new_orders_noise_and_dropped_labels(tmp_path: Path, monkey
     assert not torch.allclose(average.var, torch.ones(()), atol=0.2)
 
 
+def test_a_label_is_trained_by_its_context_and_a_dropped_one_by_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[tuple[Tensor, Tensor]] = []
+    normalize = jf.STARFlow.normalize
+
+    def recorded(self: jf.STARFlow, images: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        batches.append((((images.mean(dim=(1, 2, 3)) + 1) * 127.5).round().long(), states))
+        return normalize(self, images, states)
+
+    monkeypatch.setattr(jf.STARFlow, "normalize", recorded)
+    shape = {"text_tokens": 2, "text_channels": 3, "head_dim": 20, "noise_std": 1e-3}
+    flow = jf.STARFlow(jf.STARFlowConfig(1, 8, 4, 20, (1,), **shape))  # type: ignore[arg-type]
+    grey = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(40, 1, 8, 8).contiguous()
+    data, contexts = ImageDataset(grey, torch.arange(40) % 4), torch.randn(5, 2, 3)
+    settings = replace(SETTINGS, steps=20, drop_label=0.25, noise=Noise("gaussian", 1e-3))
+    with pytest.raises(ValueError, match="contexts: 4 rows; give one for each label of the images, and last one for"):
+        train(flow, data, settings, tmp_path, contexts=contexts[:4])
+    train(flow, data, settings, tmp_path, contexts=contexts)
+    seen, states = (torch.cat(column) for column in zip(*batches, strict=True))
+    dropped = (states == contexts[4]).all(dim=(1, 2))
+    assert torch.equal(states[~dropped], contexts[seen[~dropped] % 4])
+    assert dropped.double().mean() == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / len(states)))
+    assert "of another run (images=" in error_of(lambda: train(flow, data, settings, tmp_path, contexts=contexts + 1))
+
+
 def test_images_are_augmented_anew_in_every_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[int] = set()
     normalize = jf.TarFlow.normalize

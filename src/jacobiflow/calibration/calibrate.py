@@ -91,9 +91,7 @@ def calibrate(
     _check_images(flow, images)
     if labels is None and per_class:
         raise InputValueError("per_class: give the labels of the images")
-    if labels is not None and context is not None:
-        raise InputValueError("labels and context: give one of them")
-    checked = flow.check_context(labels if context is None else context, len(images))
+    checked = flow.check_one_context(labels, context, len(images))
     classes = sorted(set(checked.tolist())) if per_class and checked is not None else []
     settings = Settings(len(images), checked is not None, norm, flow.guidance, segments, min(traced, len(images)), seed)
     passes = Passes(flow, images, checked, batch_size, progress)

@@ -102,7 +102,7 @@ def resolve_guidance(
         raise InputValueError("--plain: excludes --guidance and --denoise; leave one of them out")
     if plain or guidance is not None:
         return flow.guided(None if guidance is None else jf.Guidance.parse(guidance)).guidance, ""  # 0 is None
-    if flow.recommended.guidance and (flow.config.num_classes or flow.reads_text) and not has_context:
+    if flow.recommended.guidance and flow.has_conditions and not has_context:
         return None, f"; the recommended guidance needs {'prompts' if flow.reads_text else 'labels'}"
     return flow.recommended.guidance, ""
 

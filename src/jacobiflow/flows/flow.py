@@ -156,6 +156,11 @@ class Flow(nn.Module):
         return [guided(block, self.guidance) for block in self.blocks]
 
     @property
+    def has_conditions(self) -> bool:
+        """True if its context can be left out: labels or texts, which guidance moves samples towards."""
+        return bool(self.config.num_classes) or self.reads_text
+
+    @property
     def learns_prior(self) -> bool:
         """True if training also moves the prior's variance `var`, towards the mean of z^2."""
         return False
@@ -214,6 +219,12 @@ class Flow(nn.Module):
         if _is_numbers(context) and not self.config.num_classes:
             raise InputValueError(f"context={short(context)}: this flow's context is labels, or none; leave it out")
         return None if context is None else self.check_labels(context, num)  # type: ignore[arg-type]
+
+    def check_one_context(self, labels: Labels | None, context: Context | None, num: int) -> Tensor | None:
+        """Returns the context, given as either argument, checked for `num` samples; or `None`."""
+        if labels is not None and context is not None:
+            raise InputValueError("labels and context: give one of them")
+        return self.check_context(labels if context is None else context, num)
 
     def example_context(self, num: int) -> Tensor | None:
         """Returns a context to time the flow with: all classes in turn, or standard normal numbers; or `None`."""

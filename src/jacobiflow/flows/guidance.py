@@ -19,8 +19,8 @@ class Guidance:
     """Classifier-free guidance of the parameters of blocks: of all, or of those that read a text.
 
     By the linear rule, entry t (from 0) gets `log_scale + w_t (log_scale - log_scale_uncond)`, and the same for the
-    shift (TarFlow, arXiv 2412.06329, section 3). By the rule "density", STARFlow's, it is drawn from the Gaussian
-    proportional to p^(1 + w_t) / p_uncond^w_t, where p_uncond is taken to be as wide as p if it is narrower. The
+    shift (TarFlow, arXiv 2412.06329, section 3). By the rule "density", STARFlow's, the entry is drawn from the
+    Gaussian proportional to p^(1 + w_t) / p_uncond^w_t; a p_uncond that is narrower than p is taken as wide as p. The
     unconditional row has no label or an empty text, and its attention logits are divided by `attn_temperature`.
 
     Args:

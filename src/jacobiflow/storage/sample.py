@@ -32,7 +32,6 @@ from jacobiflow.progress import Progress
 from jacobiflow.sampling import (
     Settings,
     check_log_prob,
-    check_one_context,
     draw,
     resolve_settings,
     warn_if_guidance_is_idle,
@@ -174,7 +173,7 @@ def sample_to_folder(
         if flow.image_shape is None:
             raise InputValueError("files='png': for flows over images; give 'npz'")
         check_choice("files='png': in_channels", flow.image_shape[0], (1, 3))
-    context = check_one_context(flow, labels, context, num)
+    context = flow.check_one_context(labels, context, num)
     flow, denoise = resolve_settings(flow, settings, context)
     log_prob = check_log_prob(flow, log_prob, denoise)
     warn_if_guidance_is_idle(flow, context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from jacobiflow import codec
 from jacobiflow.calibration.passes import BlockSolution, exact_solutions
 from jacobiflow.calibration.report import find_file
-from jacobiflow.checks import check_count, check_seed, short
+from jacobiflow.checks import check_count, check_seed
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import AffineBlock
 from jacobiflow.flows.config import Context, Labels, as_labels
@@ -133,16 +134,15 @@ def find_tuning(flow: Flow) -> Path | None:
 
 def _context(flow: Flow, labels: Labels | None, context: Context | None, samples: int) -> Tensor | None:
     """The context of each of the samples."""
-    if labels is not None and context is not None:
-        raise InputValueError("labels and context: give one of them")
-    given = context if labels is None else as_labels(labels, 1)
-    if given is None:
-        given = flow.example_context(samples)
-        return None if given is None else given.to(flow.var.device)
-    num = 1 if isinstance(given, str) else len(given)  # type: ignore[arg-type]
+    if labels is None and context is None:
+        example = flow.example_context(samples)
+        return None if example is None else example.to(flow.var.device)
+    labels = None if labels is None else as_labels(labels, 1)
+    values: Any = context if labels is None else labels
+    num = 1 if isinstance(values, str) else len(values)
     if not num:
-        raise InputValueError(f"labels={short(labels)}: give one class or more")
-    checked = flow.check_context(given, num)
+        raise InputValueError(f"{'context' if labels is None else 'labels'}: empty; give one or more")
+    checked = flow.check_one_context(labels, context, num)
     assert checked is not None
     return checked.to(flow.var.device)[torch.arange(samples, device=flow.var.device) % num]
 

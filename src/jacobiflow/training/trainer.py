@@ -172,7 +172,7 @@ def _check(flow: Flow, data: ImageDataset, config: TrainConfig, contexts: Tensor
         flow.check_labels(data.labels, len(data))
     if contexts is not None and (data.labels is None or int(data.labels.max()) >= len(contexts) - 1):
         raise InputValueError(
-            f"contexts: {len(contexts)}; give one for each label of the images, and one without label"
+            f"contexts: {len(contexts)} rows; give one for each label of the images, and last one for a dropped label"
         )
     if len(data) < config.batch_size:
         raise InputValueError(f"batch_size={config.batch_size}: there are only {len(data)} images")
