@@ -57,8 +57,8 @@ def partitions() -> Figure:
         "window of 12": jf.Solver(jf.Window(12), stopping=tolerance),
     }
     colors = [sampler_style(name).color for name in solvers]
-    figure = new_figure(3.2)
-    axes = figure.subplots(1, 4, sharey=True)
+    figure = new_figure(6.4)
+    axes = figure.subplots(2, 2, sharex=True, sharey=True).ravel()
     for axis, color, (name, solver) in zip(axes, colors, solvers.items(), strict=True):
         recorder = Recorder(block)
         solution = jf.solve(recorder, z, solver, label)
@@ -67,9 +67,11 @@ def partitions() -> Figure:
             raster[row] = to_rgb(WAITING)
             raster[row, :start], raster[row, start:stop] = to_rgb(FINAL), to_rgb(color)
         axis.imshow(raster, interpolation="none")
-        axis.set_title(name, color=readable(color))
-        axis.set_xlabel(f"token\n{solution.sweeps} sweeps,\n{solution.token_evaluations} evaluations")
-    axes[0].set_ylabel("sweep")
+        count = f"{solution.sweeps} sweeps, {solution.token_evaluations} evaluations"
+        axis.set_title(f"{name}:\n{count}", color=readable(color))
+    for axis in axes[2:]:
+        axis.set_xlabel("token")
+    figure.supylabel("sweep")
     final, *colored, waiting = (Rectangle((0, 0), 1, 1, color=shade) for shade in (FINAL, *colors, WAITING))
     handles: list[Any] = [final, tuple(colored), waiting]
     figure.legend(
@@ -82,10 +84,10 @@ def partitions() -> Figure:
 @styled
 def overview() -> Figure:
     """Sampling: noise through the blocks, the tough one cut into segments (cf. Figures 1 and 6)."""
-    figure = new_figure(3.6)
+    figure = new_figure(3.8)
     figure.set_layout_engine("none")
     axis = figure.add_axes((0.01, 0, 0.98, 1))
-    axis.set(xlim=(0, 22), ylim=(0, 8.2))
+    axis.set(xlim=(0, 22), ylim=(-1.4, 9.2))
     axis.axis("off")
     _chain(axis)
     _segments(axis)
@@ -93,24 +95,24 @@ def overview() -> Figure:
 
 
 def _chain(axis: Axes) -> None:
-    left, middle = 2.0, 6.75
+    left, middle = 2.9, 6.75
     for number in reversed(range(8)):
         color, ink = (TOUGH, "white") if number == 7 else (EASY, INK)
-        axis.add_patch(FancyBboxPatch((left, 6.2), 1.5, 1.1, boxstyle="round,pad=0.05", fc=color, ec="none"))
-        axis.text(left + 0.75, middle, f"block\n{number}", ha="center", va="center", color=ink)
-        _arrow(axis, (left - 0.55, middle), (left - 0.05, middle))
-        left += 2.2
-    _arrow(axis, (left - 0.55, middle), (left - 0.05, middle))
-    axis.text(-0.1, middle, "noise z", va="center", color=INK)
+        axis.add_patch(FancyBboxPatch((left, 6.2), 1.3, 1.1, boxstyle="round,pad=0.05", fc=color, ec="none"))
+        axis.text(left + 0.65, middle, str(number), ha="center", va="center", color=ink)
+        _arrow(axis, (left - 0.75, middle), (left - 0.05, middle))
+        left += 2.05
+    _arrow(axis, (left - 0.75, middle), (left - 0.05, middle))
+    axis.text(0, middle, "noise z", va="center", color=INK)
     axis.text(left + 0.1, middle, "image x", va="center", color=INK)
-    axis.text(2.75, 7.75, "tough block", ha="center", color=INK)
-    text = "easy blocks: all tokens at once, x ← g(x), until |g(x) − x| ≤ tolerance"
-    axis.text(12.3, 7.75, text, ha="center", color=INK)
+    axis.text(3.55, 7.8, "tough\nblock", ha="center", color=INK)
+    text = "easy blocks: all tokens at once, x ← g(x),\nuntil |g(x) − x| ≤ tolerance"
+    axis.text(12.3, 7.8, text, ha="center", color=INK)
 
 
 def _segments(axis: Axes) -> None:
-    axis.plot([2.0, 1.0], [6.1, 5.2], color=TOUGH, lw=0.8)
-    axis.plot([3.5, 21.0], [6.1, 5.2], color=TOUGH, lw=0.8)
+    axis.plot([2.9, 1.0], [6.1, 5.2], color=TOUGH, lw=0.8)
+    axis.plot([4.2, 21.0], [6.1, 5.2], color=TOUGH, lw=0.8)
     for i, shade in enumerate((FINAL, SWEPT, WAITING, WAITING)):
         left = 1.0 + 5.0 * i
         for token in range(6):
@@ -121,13 +123,13 @@ def _segments(axis: Axes) -> None:
     _arrow(axis, (9.9, 3.4), (6.4, 3.4), connectionstyle="arc3,rad=0.35", mutation_scale=12, color=SWEPT, lw=1.4)
     axis.text(8.2, 4.55, "sweeps: x ← g(x) for its tokens", ha="center", color=readable(SWEPT))
     for x, text in (
-        (3.2, "final: in the cache,\nnever evaluated again"),
-        (8.2, "swept together until\nwithin the tolerance,\nor J times"),
+        (3.2, "final: cached,\nnot evaluated\nagain"),
+        (8.2, "swept together\nto the tolerance,\nor J times"),
         (15.7, "waiting"),
     ):
-        axis.text(x, 1.3, text, ha="center", va="center", color=INK)
-    text = "segments one after another (Gauss-Seidel); inside a segment all tokens at once (Jacobi)"
-    axis.text(11, 0.35, text, ha="center", color=INK)
+        axis.text(x, 1.75, text, ha="center", va="top", color=INK)
+    text = "segments one after another (Gauss-Seidel);\ninside a segment all tokens at once (Jacobi)"
+    axis.text(11, -1.2, text, ha="center", color=INK)
 
 
 def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float], **style: Any) -> None:
@@ -151,7 +153,7 @@ def error_against_time() -> Figure:
     A line joins the settings of a sampler that no other setting of its own beats in both.
     """
     performance = result("performance")
-    figure, panels = panels_of(len(performance["grid"]), 7.4)
+    figure, panels = panels_of(len(performance["grid"]), 6.4)
     for axis, (batch, rows) in zip(panels, performance["grid"].items(), strict=True):
         for sampler in ("auto", "window", "GS-Jacobi", "Selective Jacobi Decoding", "STARFlow"):
             points: list[tuple[float, float]] = []
@@ -160,15 +162,14 @@ def error_against_time() -> Figure:
                     points.append((row["seconds"], max(row["max_error"], 1e-6)))
             style = sampler_style(sampler)
             axis.plot(*zip(*points, strict=True), color=style.color, marker=style.marker, label=sampler)
-        for name, line in (("sequential", "--"), ("growing cache", "-.")):
+        for name, label, line in (("sequential", "exact loop", "--"), ("growing cache", "original sampler", "-.")):
             seconds = strategy(performance["final"][batch], name)["seconds"]["median"]
-            axis.axvline(seconds, color=sampler_style(name).color, linestyle=line, linewidth=1.2, label=name)
+            axis.axvline(seconds, color=sampler_style(name).color, linestyle=line, linewidth=1.2, label=label)
         axis.set(xscale="log", yscale="log", ylim=(4e-7, 10), title=f"batch {batch}")
-        axis.tick_params(labelbottom=True)
         clear(axis)
     figure.supxlabel("seconds for the batch")
     figure.supylabel("largest error of an entry")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 
@@ -176,12 +177,13 @@ def error_against_time() -> Figure:
 def regimes() -> Figure:
     """Exact loops in encoding passes against the weights of a block, a panel for each batch size.
 
-    Beside them are the least times of sweeps that evaluate every token k times.
+    Beside them is the least time of sweeps that evaluate every token five times.
     """
     runs = sorted(result("regimes")["runs"], key=lambda run: run["weights_mb"])
     batches = sorted({run["batch_size"] for run in runs})
-    figure, panels = panels_of(len(batches), 7.8)
-    color = sampler_style("jacobi").color
+    figure = new_figure(6.4)
+    panels = figure.subplots(len(batches), 1, sharex=True, sharey=True)
+    color = sampler_style("gs-jacobi").color
     for axis, batch in zip(panels, batches, strict=True):
         random, trained = ([run for run in runs if run["batch_size"] == batch and run["trained"] == kind]
                            for kind in (False, True))  # fmt: skip
@@ -193,18 +195,14 @@ def regimes() -> Figure:
             [run["weights_mb"] for run in trained], [in_passes(run) for run in trained], linestyle="", marker="*",
             markersize=12, color=sampler_style("auto").color, label="exact loop of a trained model",
         )  # fmt: skip
-        for count in (3, 5, 10):
-            for way, name, line in ((PASS, "sweeps, float32", "-"), (BF16_PASS, "sweeps, bfloat16", ":")):
-                passes = [count * in_passes(run, way) for run in random]
-                axis.plot(sizes, passes, line, color=color, linewidth=1.4, label=name if count == 3 else None)
-            axis.annotate(f"k = {count}", (sizes[-1], count), color=readable(color), ha="right", va="bottom")
+        for way, name, line in ((PASS, "5 sweeps, float32", "-"), (BF16_PASS, "5 sweeps, bfloat16", ":")):
+            axis.plot(sizes, [5 * in_passes(run, way) for run in random], line, color=color, label=name)
         axis.set(xscale="log", yscale="log", title=f"batch {batch}")
         plain_ticks(axis.xaxis, (1,))
         plain_ticks(axis.yaxis, (1, 3))
-        axis.tick_params(labelbottom=True)
         clear(axis)
     figure.supxlabel("weights of a block, MB")
-    figure.supylabel("time of a block's inverse, in encoding passes of float32")
+    figure.supylabel("time of a block's inverse, in encoding passes")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
@@ -214,7 +212,6 @@ def masked_flows() -> Figure:
     """Speed-ups of zuko's flows against features: a panel for a flow and a direction, a line for a number of rows."""
     markers = {1: "o", 100: "^", 10_000: "s", 1_000_000: "D"}
     figure, panels = panels_of(4, 5.4)
-    figure.set_figwidth(5.2)
     kinds = [(direction, flow) for direction in ("slow", "fast") for flow in ("MAF", "NSF")]
     runs = [run for run in result("masked-flows")["runs"] if run["library"] == "zuko" and run["features"] <= 64]
     for axis, kind in zip(panels, kinds, strict=True):
@@ -241,7 +238,6 @@ def speed() -> Figure:
     """README's chart: speed-ups of zuko's flows against features, and of a TarFlow against the batch."""
     runs = result("front-page")["runs"]
     figure = new_figure(2.9)
-    figure.set_figwidth(5.8)
     left, right = figure.subplots(1, 2)
     for kind, color in (("MAF", sampler_style("auto").color), ("NSF", sampler_style("gs-jacobi").color)):
         for rows, line in ((10_000, "-"), (100, ":")):

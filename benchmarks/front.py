@@ -133,7 +133,7 @@ def _pixels(trajectory: Trajectory, call: int) -> np.ndarray[Any, Any]:
 @styled
 def save_animation(title: str, trajectories: Mapping[str, Trajectory], path: Path) -> None:
     """Writes a GIF with a frame for each call of the longest trajectory: images above, tokens below."""
-    figure = Figure(figsize=(8, 5.8), dpi=100, layout="constrained")
+    figure = Figure(figsize=(5.6, 4.7), dpi=130, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(trajectories))
     figure.suptitle(title)
@@ -149,7 +149,7 @@ def save_animation(title: str, trajectories: Mapping[str, Trajectory], path: Pat
             total, color = len(trajectory.runs), sampler_style(name).color
             call = min(frame, total)
             end = "exact" if trajectory.certificate == 0 else f"certified {trajectory.certificate:.0e}"
-            text = f"call {call} of {total}" if call < total else f"done: {total} calls, {end}"
+            text = f"call {call} of {total}\n" if call < total else f"{total} calls,\n{end}"
             axis.set_title(f"{name}\n{text}", color=readable(color))
             image.set_data(_pixels(trajectory, call))
             tokens.set_data(token_colors(trajectory, call, color))

@@ -148,7 +148,7 @@ def test_bench_labels_do_not_overlap_and_no_two_strategies_look_alike() -> None:
     points = {name: (1e-4 * 1.9**i, 1e-12 * 10**i) for i, name in enumerate(names)}
     figure = bench_figure([make_comparison(size, points) for size in (1, 4, 16)])
     figure.draw_without_rendering()
-    for axis in figure.axes:
+    for axis in figure.axes[:3]:
         left, right = axis.get_xlim()
         labels = [t for t, x in zip(axis.get_xticklabels(), axis.get_xticks(), strict=True) if left <= x <= right]
         assert len(labels) >= 2 and texts_fit(figure, labels)
@@ -164,6 +164,6 @@ def test_figures_are_files_and_stay_out_of_pyplot(tmp_path: Path) -> None:
     save_png(bench_figure([make_comparison(1, {"auto": (1.0, 1e-3)})]), tmp_path / "a.png")
     assert (plt.get_fignums(), dict(plt.rcParams)) == (before, settings)
     with Image.open(tmp_path / "a.png") as read:
-        assert read.format == "PNG" and read.width == 1660
+        assert read.format == "PNG" and read.width == 1120
         colors = {color for _, color in read.convert("RGB").getcolors(1 << 16) or ()}
     assert tuple(bytes.fromhex(sampler_style("auto").color[1:])) in colors

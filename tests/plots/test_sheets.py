@@ -14,7 +14,7 @@ from torch import Tensor
 from jacobiflow.data import image_grid
 from jacobiflow.plots import comparison_sheet, rows_sheet, save_png, trace_sheet
 
-WHITE, CAPTION, GAP = 255, 32, 4
+WHITE, CAPTION, GAP = 255, 40, 4
 
 
 def random_images(num: int, channels: int = 1, height: int = 3, width: int = 56) -> Tensor:

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -27,11 +28,11 @@ from jacobiflow.plots.style import (
     styled,
 )
 
-_HEIGHT = 3.8  # inches, of figures of a report
+_HEIGHT = 4.2  # inches, of figures of a report
 _LEAST = 1e-5  # smaller distances are rounding
 _STARTS = {"images": "latents of images", "noise": "fresh latents"}
 _CAPTION = 28  # characters on a line of the legend of a benchmark
-_COLUMNS = 3  # of that legend
+_COLUMNS = 2  # of panels, and of that legend
 _MARKERS = [style.marker for style in (*SAMPLERS.values(), OTHER)]
 
 
@@ -75,7 +76,7 @@ def segments_figure(report: Report) -> Figure:
         whole = report.traces["noise"][block][report.best_guess(block)]
         color = sampler_style("jacobi").color
         axis.plot(whole.median, ":", color=color, label="all tokens at once", linewidth=2.2)
-        axis.set_title(f"block {block}: {len(traces)} segments, {report.num_tokens // len(traces)} tokens")
+        axis.set_title(f"block {block}: {len(traces)} segments of {report.num_tokens // len(traces)} tokens")
     _label_sweeps(figure, report)
     return figure
 
@@ -88,11 +89,12 @@ def _shade(number: int, count: int) -> Any:
 def _label_sweeps(figure: Figure, report: Report) -> None:
     """Labels the axes, and draws the legend that all panels share."""
     for axis in figure.axes:
-        axis.set(yscale="log", xlabel="sweeps", xlim=(0, None), ylim=(_LEAST, None))
+        last = max(int((np.asarray(line.get_ydata(), float) > _LEAST).sum()) for line in axis.get_lines())
+        axis.set(yscale="log", xlabel="sweeps", xlim=(0, last), ylim=(_LEAST, None))
         clear(axis)
     first = figure.axes[0]
     first.set_ylabel(f"largest |X$^{{(k)}}$ − X*|, median of {report.settings.traced} samples")
-    figure.legend(*first.get_legend_handles_labels(), loc="outside right upper")
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
 @styled
@@ -105,7 +107,7 @@ def bench_figure(comparisons: Sequence[Comparison]) -> Figure:
     baselines = (ENCODING_PASS, *reversed(comparisons[0].baselines))
     styles = _distinct_styles(row.strategy for comparison in comparisons for row in comparison.others)
     captions = [textwrap.fill(name.replace("$", r"\$"), _CAPTION) for name in (*baselines, *styles)]
-    columns = min(len(comparisons), 3)
+    columns = min(len(comparisons), _COLUMNS)
     lines = -(-len(comparisons) // columns)
     rows = -(-len(captions) // _COLUMNS)
     most = max(caption.count("\n") + 1 for caption in captions)

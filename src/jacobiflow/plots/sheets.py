@@ -14,7 +14,7 @@ from torch import Tensor
 from jacobiflow.data import image_grid
 from jacobiflow.plots.style import INK
 
-_CAPTION, _LETTERS = 32, 20  # pixels: 14 of the latter where a page shows a sheet of 10 images 830 pixels wide
+_CAPTION, _LETTERS = 40, 28  # pixels: 9 of the latter where a phone shows a sheet of 10 images
 _COLUMNS = 10
 
 

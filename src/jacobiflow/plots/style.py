@@ -69,8 +69,8 @@ def sampler_style(name: str) -> Style:
 
 
 def new_figure(height: float) -> Figure:
-    """Returns an empty figure, `height` in inches, so wide that 10 points are 14 pixels on a page."""
-    return Figure(figsize=(8.3, height), dpi=DPI, layout="constrained")
+    """Returns an empty figure, `height` in inches, so narrow that its text is readable on a phone."""
+    return Figure(figsize=(5.6, height), dpi=DPI, layout="constrained")
 
 
 def readable(color: str) -> str:
