@@ -57,8 +57,9 @@ def test_it_writes_what_the_library_draws(strategy: str, run: Any, tmp_path: Pat
     assert (cost["network_calls"], cost["token_evaluations"]) == (want.network_calls, want.token_evaluations)
     assert cost["samples_per_second"] == pytest.approx(5 / cost["seconds"])
     assert cost["certificate"] == pytest.approx(float(want.certificate.max()))
-    rate = f"{cost['seconds']:.3g} s by {strategy}, {cost['samples_per_second']:.3g} samples a second"
-    assert f"model: 5 samples on cpu, batch size 3\nsettings: --plain\n{rate}\n" in result.out
+    rate = f"{cost['samples_per_second']:.3g} samples a second"
+    speed = f"{cost['seconds']:.3g} s by {strategy} on cpu, batch size 3: {rate}"
+    assert f"model: 5 samples, settings: --plain\n{speed}\n" in result.out
     assert f"wrote {out}: 1 shard, manifest.json, strategy.json, samples.png\n" in result.out
     assert entries["outcome"] == asdict(want.outcome)
     if strategy == "[1-4-3-5]":
@@ -79,10 +80,10 @@ def test_compare_prints_both_rows_and_the_error(run: Any, tmp_path: Path) -> Non
     assert largest > 0
     assert (entries["error"]["max"], entries["error"]["mean"]) == pytest.approx((largest, mean))
     seconds = f"{entries['runs']['growing cache']['seconds']:.3g} s"
-    line = f"{entries['speed_up']:.1f}x faster than the original sampler, growing cache ({seconds})"
-    assert f"\n{line}; largest difference {largest:.1e}\n" in result.out
+    line = f", {entries['speed_up']:.1f}x faster than the original sampler, growing cache ({seconds})"
+    assert f"{line}\nlargest difference from the original sampler {largest:.1e}\n" in result.out
     with Image.open(tmp_path / "samples.png") as sheet:
-        assert sheet.size[1] == 32 + 3 * (32 + 8 * 14 + 8)  # the classes, and three panels below their captions
+        assert sheet.size[1] == 40 + 3 * (40 + 8 * 14 + 8)  # the classes, and three panels below their captions
 
 
 def test_guidance_denoising_tolerance_and_report_reach_the_library(run: Any, tmp_path: Path) -> None:
@@ -126,7 +127,7 @@ def test_a_batch_that_fits_and_then_the_one_that_was_begun_with(
     assert needed is not None
     for free in (6 * needed, needed):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
-        assert "5 samples on cpu, batch size 4\n" in run(line).out
+        assert " on cpu, batch size 4: " in run(line).out
     failed = run(f"{line}-of-its-own")
     assert (failed.code, "a sample needs" in failed.err) == (2, True)
 

@@ -138,7 +138,7 @@ def test_a_run_that_was_stopped_goes_on_after_its_last_shard(reference: Path, tm
     counts: list[tuple[int, int, str]] = []
     assert jf.SampleFolder.open(tmp_path).manifest.checksums is None
     assert run(tmp_path, progress=lambda *count: counts.append(count)).drawn == 6
-    assert counts == [(8, 10, "samples"), (10, 10, "samples")]
+    assert counts == [(4, 10, "samples"), (8, 10, "samples"), (10, 10, "samples")]
     assert facts(tmp_path) == facts(reference)
     assert run(tmp_path).drawn == 0
 
@@ -182,10 +182,11 @@ def test_the_first_process_waits_for_the_shards_of_the_others(
 
     def progress(done: int, *_: Any) -> None:
         counts.append(done)
-        threading.Timer(0.3, (out / "record").rename, [theirs]).start()
+        if done == 10:
+            threading.Timer(0.3, (out / "record").rename, [theirs]).start()
 
     assert run(out, processes=Processes(0, 2), progress=progress).drawn == 8
-    assert counts == [10]  # of a shard of its own, and as many of the other's
+    assert counts == [2, 10]  # of a shard of its own, and as many of the other's
     assert facts(out) == facts(reference)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _SHEET = "samples.png"
 _SHEET_IMAGES = 100
+_LONG = 10  # seconds of a run that is announced
 _OURS = "ours"
 _BATCH_SIZE = "Images solved together, or auto: as many as fit in memory. Default: all, at most 64."
 _DENOISE = "Rate of one denoising step; 0 is off. Default: as recommended by the model."
@@ -92,7 +94,8 @@ def sample(
                 flow, num, out, seed=seed, context=context, settings=settings, strategy=strategy,
                 tolerance=tolerance, certify="always" if certify_always else certify, batch_size=size,
                 shard_size=shard_size, files=files, model=model, report=shared.load_report(report, flow),
-                overwrite=overwrite, processes=group, progress=None if group.rank else progress,
+                overwrite=overwrite, processes=group,
+                progress=None if group.rank else _announced(progress, out, group.count),
             )  # fmt: skip
             seconds = perf_counter() - started
     except FirstProcessFailed:
@@ -142,6 +145,25 @@ def _auto_batch_size(flow: Flow, num: int, earlier: Path | None) -> int:
     return fitting_batch(flow, min(num, shared.MOST_AT_ONCE))
 
 
+def _announced(progress: Progress, out: Path, num_processes: int) -> Progress:
+    """Returns `progress`, preceded by a line with the time that the plan predicts, if that is long."""
+    from jacobiflow.storage.folder import STRATEGY
+
+    has_begun = False
+
+    def report(done: int, total: int, what: str) -> None:
+        nonlocal has_begun
+        if not has_begun:
+            prediction = jf.Strategy.load(out / STRATEGY).prediction
+            rate = 0.0 if prediction is None else prediction.seconds / prediction.batch_size / num_processes
+            if (seconds := rate * (total - done)) >= _LONG:
+                print(f"{total - done:,} {what} to draw: about {shared.duration(seconds)} by the plan", file=sys.stderr)
+            has_begun = True
+        progress(done, total, what)
+
+    return report
+
+
 def _captions(labels: Tensor | None, prompts: list[str] | None) -> list[str]:
     """Returns the captions above the samples of the comparison."""
     if prompts is not None:
@@ -168,8 +190,8 @@ def _compare(
         original, ours = (
             denoising.denoised(flow, images, context, manifest.denoise, 64) for images in (original, ours)
         )
-    few, rows_of = slice(_SHEET_IMAGES), (result.original, manifest.strategy)
-    plots.save_png(plots.comparison_sheet(original[few], ours[few], rows_of, columns=captions[:num]), sheet)
+    few, names = slice(_SHEET_IMAGES), ("original sampler", manifest.strategy)
+    plots.save_png(plots.comparison_sheet(original[few], ours[few], names, columns=captions[:num]), sheet)
     seconds = rows[0].seconds.median
     return {
         "runs": {result.original: {"seconds": seconds, "samples_per_second": num / seconds}},
@@ -179,20 +201,18 @@ def _compare(
 
 
 def _print(results: dict[str, Any], origin: str, outcome: str | None) -> None:
-    """Prints what was drawn, how fast, and how exact it is."""
+    """Prints three lines: what was drawn, how fast, and how exact."""
     num, strategy, runs = results["num"], results["strategy"], results["runs"]
-    plural = "s" * (num > 1)
-    print(f"{results['model']}: {num:,} sample{plural} on {results['device']}, batch size {results['batch_size']}")
-    print(origin)
-    print(
-        f"{runs[strategy]['seconds']:.3g} s by {strategy}, {runs[strategy]['samples_per_second']:.3g} samples a second"
-    )
+    run = runs[strategy]
+    speed = f"{run['seconds']:.3g} s by {strategy} on {results['device']}, batch size {results['batch_size']}: "
+    speed += f"{run['samples_per_second']:.3g} samples a second"
+    exactness = [] if outcome is None else [outcome]
     if "error" in results:
-        original, run = next(iter(runs.items()))
-        speed_up, largest = f"{results['speed_up']:.1f}x", f"{results['error']['max']:.1e}"
-        print(
-            f"{speed_up} faster than the original sampler, {original} ({run['seconds']:.3g} s); largest difference "
-            f"{largest}"
-        )
-    if outcome is not None:
-        print(outcome)
+        original, of_original = next(iter(runs.items()))
+        speed += f", {results['speed_up']:.1f}x faster than the original sampler, {original}"
+        speed += f" ({of_original['seconds']:.3g} s)"
+        rounding = ", by rounding" * results["outcome"]["exact"]
+        exactness.append(f"largest difference from the original sampler {results['error']['max']:.1e}{rounding}")
+    print(f"{results['model']}: {num:,} sample{'s' * (num > 1)}, {origin}\n{speed}")
+    if exactness:
+        print("; ".join(exactness))

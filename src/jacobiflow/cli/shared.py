@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
@@ -259,16 +261,47 @@ def show_table(columns: Iterable[str], rows: Iterable[Sequence[str]], text: Sequ
     Console().print(table)
 
 
+def duration(seconds: float) -> str:
+    """Returns a duration in the unit that suits it.
+
+    Example:
+        >>> duration(42), duration(600), duration(9000)
+        ('42 s', '10 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class ProgressLines:
+    """A `Progress` for logs: each minute, a line on stderr with the work that is done and the time that is left."""
+
+    def __init__(self) -> None:
+        self._printed = perf_counter()
+        self._starts: dict[str, tuple[int, float]] = {}  # steps and time, by kind of work
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        now = perf_counter()
+        first, started = self._starts.setdefault(what, (done, now))
+        if done > first and now - self._printed >= 60:
+            left = duration((now - started) * (total - done) / (done - first))
+            print(f"{what}: {done:,} of {total:,}, about {left} left", file=sys.stderr)
+            self._printed = now
+
+
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A `Progress` that draws a bar for each kind of work on a terminal, removed at the end."""
+    """A `Progress` that draws a bar for each kind of work, removed at the end; without a terminal, `ProgressLines`."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield ProgressLines()
+        return
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
+    with Bars(*columns, console=console, transient=True) as bars:
         tasks = {}
 
         def progress(done: int, total: int, what: str) -> None:

@@ -44,6 +44,7 @@ from jacobiflow.strategy import Strategy, choose, is_auto
 _BATCH = 64
 _SHARD = 1024  # samples, or about as many: what a killed process loses
 _POLL = 0.2  # seconds
+_SAMPLES = "samples"  # what progress counts
 _WAIT = timedelta(hours=12)  # for the first process, which may have a strategy to plan and many checksums to compute
 
 T = TypeVar("T")
@@ -286,6 +287,8 @@ def _draw_shards(
     """Draws the share of this process."""
     manifest, config, strategy = folder.manifest, flow.config, folder.strategy()
     num_present = manifest.num - manifest.num_in(todo)
+    if progress is not None and todo:
+        progress(num_present, manifest.num, _SAMPLES)
     for index in todo[processes.rank :: processes.count]:
         start, stop = manifest.span(index)
         num_drawn = (stop - start) * processes.count  # the other processes draw a shard each in this time
@@ -300,7 +303,7 @@ def _draw_shards(
 
 
 def _note(progress: Progress, num_present: int, num_drawn: int, num: int, done: int, total: int, what: str) -> None:
-    progress(min(num_present + num_drawn * done // total, num), num, "samples")
+    progress(min(num_present + num_drawn * done // total, num), num, _SAMPLES)
 
 
 def _with(folder: SampleFolder, **entries: Any) -> SampleFolder:
