@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from jacobiflow.data import DataError
 from jacobiflow.evaluation import InceptionFeatures, Statistics, extract, load_features
+from tests.helpers.stand_ins import write_inception
 
 pytest.importorskip("torch_fidelity")
 from torch_fidelity import feature_extractor_inceptionv3 as inception_module
@@ -26,20 +27,8 @@ WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of 95 MB: random weights of an Inception network, whose activations keep their size."""
-
-    class Random(inception_module.FeatureExtractorInceptionV3):  # type: ignore[misc]
-        def load_state_dict(self, *args: Any, **kwargs: Any) -> None: ...
-
-    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
-        torch.manual_seed(0)
-        patch.setattr(inception_module, "load_state_dict_from_url", lambda *_, **__: {})
-        network = Random("inception-v3-compat", ["2048"])
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(network.state_dict(), path)
+    write_inception(path)
     return path
 
 

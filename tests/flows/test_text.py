@@ -9,25 +9,13 @@ import torch
 
 import jacobiflow as jf
 from jacobiflow.flows import t5_encoder
-
-WORDS = ["<pad>", "</s>", "<unk>", "red", "apple", "green"]
+from tests.helpers.stand_ins import write_t5
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
     path = tmp_path_factory.mktemp("t5")
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(path)
-    config = transformers.T5Config(vocab_size=len(WORDS), d_model=16, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
-    torch.manual_seed(0)
-    transformers.T5EncoderModel(config).save_pretrained(path)
+    write_t5(path)
     return path
 
 

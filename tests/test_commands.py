@@ -1,0 +1,95 @@
+"""Every command in README, the guides, the model cards and `--help` runs, on small files under the names that it gives.
+
+What takes long is made short: few samples, images and repeats.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.main import get_command
+
+import jacobiflow as jf
+from jacobiflow.cli.app import app
+from jacobiflow.data import load_images
+from jacobiflow.evaluation import InceptionFeatures, Statistics, load_features
+from tests.helpers.running import run_line
+from tests.helpers.stand_ins import write_inception, write_t5
+
+ROOT = Path(__file__).resolve().parent.parent
+CARDS = sorted((ROOT / "src/jacobiflow/models").glob("*/README.md"))
+PAGES = {page.stem if page not in CARDS else page.parent.name: page.read_text()
+         for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *CARDS)}  # fmt: skip
+HELP = {f"--help of {name}": command.help or "" for name, command in get_command(app).commands.items()}  # type: ignore[attr-defined]
+# A command is a line, with what comes before its name: a launcher, variables.
+COMMAND = re.compile(r"^ *(?:Example: )?(?:\w+=\w+ )*(?:torchrun .* -- )?jacobiflow (\w.*[^.\n])$", re.MULTILINE)
+SHORT = {
+    "sample": "--num 2", "calibrate": "--num 2 --traced 1 --segments 2", "bench": "--repeats 1", "train": "--steps 2",
+    "evaluate": "--paired 2 --test-images 4", "plan": "", "convert": "", "info": "",
+}  # fmt: skip
+FULL_DATA = Path("/usr/share/dataset-fashion-mnist")  # needed by what names fashion-mnist
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of what the commands read: weights, images, samples, and the repository's own folders."""
+    folder = tmp_path_factory.mktemp("commands")
+    for name in ("benchmarks", "examples", "demo"):
+        (folder / name).symlink_to(ROOT / name)
+    torch.manual_seed(0)
+    config = jf.TarFlowConfig(3, 32, 8, channels=64, num_blocks=2, layers_per_block=1, num_classes=2, noise_std=0.07)
+    flow = jf.TarFlow(config)
+    flow.to_original(folder / "afhq_model_8_768_8_8_0.07.pth")
+    flow.save_pretrained(folder / "runs/mine")
+    for i in range(8):
+        (folder / f"photos/{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((32, 32), 50).convert("RGB").save(folder / f"photos/{i % 2}/{i}.png")
+    fashion = load_images("fashion-512", 28, 1)
+    np.savez(folder / "few.npz", images=fashion.images[:9].numpy(), labels=fashion.labels[:9].numpy())
+    star = jf.STARFlow(jf.STARFlowConfig(3, 4, 2, 128, (1, 1), text_tokens=4, text_channels=16))
+    torch.save(star.state_dict(), folder / "starflow_3B_t2i_256x256.pth")
+    for name, model in (("demo", jf.load("fashion-p2")), ("many", jf.load("fashion-p2")), ("mine", flow)):
+        jf.sample_to_folder(model, 2, folder / "out" / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def _inception(files: Path) -> Any:
+    """Weights where PyTorch's hub keeps what it has downloaded, and statistics of their features."""
+    weights = files.parent / "hub/checkpoints/weights-inception-2015-12-05-6726825d.pth"
+    weights.parent.mkdir(parents=True)
+    write_inception(weights)
+    inception = load_features("inception", weights)
+    assert isinstance(inception, InceptionFeatures)
+    Statistics.of(torch.randn(3, 2048)).save(files / "afhq256_fid_stats.pth", inception)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(files.parent))
+        yield
+
+
+@pytest.mark.parametrize("page", [name for name, text in (PAGES | HELP).items() if COMMAND.search(text)])
+def test_commands_run(
+    page: str, files: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    lines = [match[1] for match in COMMAND.finditer(re.sub(r"\\\n +", " ", (PAGES | HELP)[page]))]
+    if any("features inception" in line for line in lines):
+        request.getfixturevalue("_inception")
+    folder = shutil.copytree(files, tmp_path / "work", symlinks=True)
+    if any("flan-t5" in line for line in lines):
+        write_t5(folder / "google/flan-t5-xl")
+    monkeypatch.chdir(folder)
+    for line in lines:
+        if "fashion-mnist" not in line or FULL_DATA.exists():
+            small = line.replace("fashion-512", "few.npz").split("  #")[0]
+            if small.startswith("sample"):
+                shutil.rmtree("out", ignore_errors=True)  # has samples of other settings
+            result = run_line(f"{small} {SHORT[small.split()[0]]}", capsys)
+            assert result.code == 0, f"{line}: {result.err}"
