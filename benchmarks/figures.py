@@ -57,7 +57,7 @@ def partitions() -> Figure:
         "window of 12": jf.Solver(jf.Window(12), stopping=tolerance),
     }
     colors = [sampler_style(name).color for name in solvers]
-    figure = new_figure(6.4)
+    figure = new_figure(5.2)
     axes = figure.subplots(2, 2, sharex=True, sharey=True).ravel()
     for axis, color, (name, solver) in zip(axes, colors, solvers.items(), strict=True):
         recorder = Recorder(block)
@@ -66,7 +66,7 @@ def partitions() -> Figure:
         for row, (start, stop) in enumerate(recorder.runs):
             raster[row] = to_rgb(WAITING)
             raster[row, :start], raster[row, start:stop] = to_rgb(FINAL), to_rgb(color)
-        axis.imshow(raster, interpolation="none")
+        axis.imshow(raster, interpolation="none", aspect="auto")
         count = f"{solution.sweeps} sweeps, {solution.token_evaluations} evaluations"
         axis.set_title(f"{name}:\n{count}", color=readable(color))
     for axis in axes[2:]:

@@ -3,8 +3,7 @@
 Writes docs/results/performance.json, which fills docs/performance.md and docs/peers.md, in half an hour on two cores
 that are otherwise idle; interrupted, it goes on. For each batch size of `fashion-p2` it has the grid, every setting of
 every sampler, without those that a smaller batch showed to be wrong or slow; the final, the fastest setting of each
-sampler within 1e-3 and the published one, interleaved with `auto` and the exact loops; and `auto` under guidance of
-weight 1.
+sampler within 1e-3 and the published one, interleaved with `auto` and the exact loops.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ GRID_RUNS = {1: 2, 4: 2, 16: 1, 64: 1}  # of which the fastest counts
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 ERROR = 1e-3
 WRONG, SLOW = 1e-2, 1.3  # times the fastest setting within ERROR
-GUIDANCE = jf.Guidance(1.0)
 CERTIFIED = "auto, certified"
 WITHOUT_LOOP, WITHOUT_ALL = "auto, without the native loop", "auto, without all three"
 
@@ -166,25 +164,12 @@ def blocks_by_piece(plan: jf.Strategy) -> dict[str, int]:
     }
 
 
-def guided(flow: jf.TarFlow, batch: int) -> Json:
-    z, labels = latents(flow, batch)
-    flow = flow.guided(GUIDANCE)
-    plan = auto(flow, batch)
-    runs: dict[str, Callable[[], Any]] = {
-        "auto": partial(sample, flow, plan, z, labels),
-        CERTIFIED: partial(sample, flow, plan, z, labels, certify=True),
-        "jacobi": partial(sample, flow, "jacobi", z, labels),
-        IN_PYTORCH: without_native()(partial(sample, flow, "sequential", z, labels)),
-    }
-    return compare(flow, z, labels, runs, repeats=ROUNDS[batch]).to_json()
-
-
 def main() -> None:
     parser(__doc__).parse_args()
     flow = jf.TarFlow.from_pretrained(MODEL).requires_grad_(False)
     samplers = samplers_of(flow, jf.Report.load(MODELS / MODEL / "report.json"))
     head = {"command": "python -m benchmarks.performance", "model": MODEL, "machine": machine()}
-    result = read(OUT, head | {"grid": {}, "final": {}, "guided": {}})
+    result = read(OUT, head | {"grid": {}, "final": {}})
     for batch in BATCHES:
         key = str(batch)
         smaller = result["grid"].get(SMALLER.get(batch))
@@ -192,7 +177,6 @@ def main() -> None:
         parts: dict[str, Callable[[], Any]] = {
             "grid": partial(grid, flow, near, batch),
             "final": lambda: final(flow, samplers, result["grid"][key], batch),  # noqa: B023
-            "guided": partial(guided, flow, batch),
         }
         for part, measure in parts.items():
             if key not in result[part]:

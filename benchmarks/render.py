@@ -31,6 +31,12 @@ from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.files import write_atomically
 
 REGION = re.compile(r"(<!-- render (?P<source>[^>]+?) -->)(?P<text>.*?)(<!-- end -->)", re.DOTALL)
+SAMPLERS = {
+    "Original": "original sampler",
+    "growing cache": "original sampler",
+    "sequential": "exact loop",
+    "sequential, in PyTorch": "exact loop, in PyTorch",
+}
 MEASURES = {"fashion_fid": "fashion-FID", "emoji_fid": "emoji-FID", "pixel_distance": "Fréchet distance of the pixels"}
 
 
@@ -168,6 +174,29 @@ def fitted_sweeps(model: str, blocks: Iterable[int]) -> str:
     return calibration.number_range([means[block] for block in blocks])
 
 
+def boltzmann_range(name: str) -> str:
+    """The range of speed-ups of a way to sample over the original sampler, over all models and batches."""
+    runs = [run["seconds"] for run in result("boltzmann")["runs"] if "growing cache" in run.get("seconds", {})]
+    ratios = [seconds["growing cache"]["median"] / seconds[name]["median"] for seconds in runs if name in seconds]
+    return calibration.number_range(ratios)
+
+
+def star_speed_up() -> str:
+    """The speed-up of `auto` over the token loop, for one sample."""
+    seconds = where(result("starflow")["runs"], batch=1)["seconds"]
+    return speed_up(seconds["token loop"]["median"] / seconds["auto"]["median"])
+
+
+def star_follows() -> str:
+    """The share of guided samples that are nearest to the emoji of their caption."""
+    return f"{where(result('starflow')['runs'], follows='guided')['nearest']:.0%}"
+
+
+def sampler(name: str) -> str:
+    """A sampler as the pages call it; results have older names."""
+    return SAMPLERS.get(name, name)
+
+
 def sweep_ways(model: Json) -> list[paper_sizes.Way]:
     return [way for tough in (True, False) for way in paper_sizes.counted(model, tough)]
 
@@ -179,11 +208,12 @@ def _environment() -> jinja2.Environment:
         loader=templates, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     functions = {function.__name__: function for function in (
-        calibration.agreement, calibration.best_guess, calibration.mean_sweeps, calibration.segment_sweeps,
-        calibration.sweeps_range, calibration.tough_share, chord_share, duration, fastest, fastest_way, fitted_sweeps,
-        grouped, least_accurate, paper_megabytes, paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of,
-        paper_sizes.tough_blocks, plain_sweeps, plan, rank_correlation, recommendation, regimes.in_passes, result,
-        slowest_by_batch, speed_up, strategy, sweep_ways, sweeps_win, where,
+        boltzmann_range, calibration.agreement, calibration.best_guess, calibration.mean_sweeps,
+        calibration.segment_sweeps, calibration.sweeps_range, calibration.tough_share, chord_share, duration, fastest,
+        fastest_way, fitted_sweeps, grouped, least_accurate, paper_megabytes, paper_sizes.counted,
+        paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks, plain_sweeps, plan, rank_correlation,
+        recommendation, regimes.in_passes, result, sampler, slowest_by_batch, speed_up, star_follows, star_speed_up,
+        strategy, sweep_ways, sweeps_win, where,
     )}  # fmt: skip
     environment.globals |= functions | {
         "calls": {"sampling": "inverse", "density": "`log_prob`"},

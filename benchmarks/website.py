@@ -1,4 +1,4 @@
-"""Builds the site into out/site: `python -m benchmarks.website`, or `make docs`.
+"""Builds the site into out/site, and checks its pages in Chromium: `python -m benchmarks.website`, or `make docs`.
 
 The Markdown files of the repository link to each other and to sources as GitHub shows them. In the site a link to
 another page leads to that page, one to a picture or a file of docs/ to a copy of it, and one to anything else to the
@@ -18,6 +18,7 @@ from pathlib import Path
 import tomllib
 from nbconvert import MarkdownExporter
 
+from benchmarks.chromium import CHROMIUM, chromium, served
 from benchmarks.common import ROOT
 from benchmarks.npm import npm_files
 from demo import live_page
@@ -29,11 +30,21 @@ _MERMAID_SHA512 = "4113TdXeLAsMruJ79OpFL5O8+LTFXhQqZ260rF3tgUmiNAtRm4Uume04I+65P
 _OTHER_TITLES = ("index.md", "tutorials/index.md")  # the README, and the list of notebooks
 _KATEX_VERSION = "0.19.1"
 _KATEX_SHA512 = "jG8uKntjSEcm2EpQOh0XturpPuuC9r3Sq5HLHdsFdWZT27E672SF19QEi+of0/YeOy15lDgRhKvr5614uRrEfA=="
-_MATH = """<script>
-for (const block of document.querySelectorAll(".math"))
-  katex.render(block.textContent, block, { displayMode: true, output: "mathml", throwOnError: false });
+_MATH = r"""<script>
+for (const formula of document.querySelectorAll(".math, .arithmatex")) {
+  const text = formula.textContent.replace(/^\\\(|\\\)$/g, ""), displayMode = formula.matches(".math");
+  katex.render(text, formula, { displayMode, output: "mathml", throwOnError: false });
+}
 </script>
 """  # MathML, which browsers draw by themselves
+_SCREEN = (1280, 800)
+_PHONE = (390, 800)
+_MOST_SCREENS = 3.25
+# Longer pages, which are read by parts: tables of results, the reference, and what is looked up.
+_LONG = re.compile(
+    r"index|changelog|architecture|boltzmann|boltzmann_speed|extending|libraries|paper|peers|reliability|sizes|solvers"
+    r"|(models|reference|tutorials)/.*"
+)
 _CODE = re.compile(
     r"^(?P<fence>```+|~~~+).*?^(?P=fence)[ ]*$|(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`)", re.DOTALL | re.MULTILINE
 )
@@ -52,8 +63,7 @@ def build(out: Path) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
     pages = Pages(source, project["extra"]["social"][0]["link"])
     for path, name in pages.names.items():
-        text = _notebook(ROOT / path, source / name) if path.endswith(".ipynb") else (ROOT / path).read_text()
-        pages.add(path, text)
+        pages.add(path, _markdown(path, source / name))
     (source / "reference/commands.md").write_text(_commands())
     shutil.copyfile(ROOT / "docs/site.css", source / "site.css")
     listed = {name: title for title, name in re.findall(r'"([^"]+)" = "([^"]+\.md)"', _CONFIG.read_text())}
@@ -64,10 +74,23 @@ def build(out: Path) -> Path:
             wrong.append(f"{name} has the title {heading[1]!r}, {_CONFIG} lists it as {title!r}")
     if wrong:
         raise ValueError("\n".join(wrong))
+    for script, version, checksum in (
+        (MERMAID, _MERMAID_VERSION, _MERMAID_SHA512),
+        (KATEX, _KATEX_VERSION, _KATEX_SHA512),
+    ):
+        (file,) = npm_files(script.partition(".")[0], version, checksum, [script])
+        shutil.copyfile(file, source / script)
     config = shutil.copyfile(_CONFIG, out / _CONFIG.name)
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", str(config)]
     subprocess.run(command, check=True)
     return site
+
+
+def _markdown(path: str, page: Path) -> str:
+    """The Markdown of a file of the repository; its pictures and scripts are written beside the page."""
+    if path == live_page.SOURCE:
+        return live_page.write_page(page.parent)
+    return _notebook(ROOT / path, page) if path.endswith(".ipynb") else (ROOT / path).read_text()
 
 
 def _notebook(path: Path, page: Path) -> str:
@@ -98,6 +121,8 @@ class Pages:
         self.site, self.repository, self.root, docs = site, repository, root, root / "docs"
         self.missing: list[str] = []
         self.names = {"README.md": "index.md"}  # in the site, by path in the repository
+        for page in root.glob("demo/page/*.md"):
+            self.names[str(page.relative_to(root))] = f"live/{page.name}"
         for page in root.glob("[CS]*.md"):  # CHANGELOG, CONTRIBUTING, SECURITY
             self.names[page.name] = page.name.lower()
         for card in (root / "src/jacobiflow/models").glob("*/README.md"):
@@ -116,7 +141,7 @@ class Pages:
         text = _outside_code(text, change)
         if "```mermaid" in text:  # a copy of Mermaid, so that Zensical fetches none
             text += f'\n<script src="{os.path.relpath(MERMAID, os.path.dirname(self.names[path]))}"></script>\n'
-        if "```math" in text:
+        if "```math" in text or "$" in text:
             text += f'\n<script src="{os.path.relpath(KATEX, os.path.dirname(self.names[path]))}"></script>\n{_MATH}'
         page.write_text(text)
 
@@ -152,14 +177,37 @@ def _outside_code(text: str, change: Callable[[str], str]) -> str:
     return "".join([*parts, change(text[end:])])
 
 
+def check_pages(site: Path) -> list[str]:
+    """Returns problems of pages in a browser: more than three screens, wider than a phone, or files of other hosts."""
+    wrong: list[str] = []
+    with served(site) as address, chromium() as browser:
+        wide, phone = (
+            browser.new_page(viewport={"width": width, "height": height}) for width, height in (_SCREEN, _PHONE)
+        )
+        urls: set[str] = set()
+        wide.on("request", lambda request: urls.add(request.url))
+        for page in sorted(site.rglob("index.html")):
+            name = str(page.parent.relative_to(site)) if page.parent != site else "index"
+            url = f"{address}/{'' if name == 'index' else f'{name}/'}"
+            wide.goto(url)
+            article = wide.locator("article").bounding_box()
+            screens = 0 if article is None else article["height"] / _SCREEN[1]
+            if screens > _MOST_SCREENS and not _LONG.fullmatch(name):
+                wrong.append(f"{name}: {screens:.1f} screens of {_SCREEN[0]} x {_SCREEN[1]} pixels")
+            phone.goto(url)
+            if phone.evaluate("document.documentElement.scrollWidth") > _PHONE[0]:
+                wrong.append(f"{name}: wider than a phone of {_PHONE[0]} pixels")
+    return wrong + [f"a page asks another host for {url}" for url in sorted(urls) if not url.startswith(address)]
+
+
 def main() -> None:
-    """Builds the site, with Mermaid, KaTeX and the page that solves in the browser."""
+    """Builds the site, with the model that runs in the browser, and checks it."""
     site = build(ROOT / "out")
-    (mermaid,) = npm_files("mermaid", _MERMAID_VERSION, _MERMAID_SHA512, [MERMAID])
-    (katex,) = npm_files("katex", _KATEX_VERSION, _KATEX_SHA512, [KATEX])
-    shutil.copyfile(mermaid, site / MERMAID)
-    shutil.copyfile(katex, site / KATEX)
-    live_page.build(site / "live")
+    live_page.write_model(site / "live")
+    if CHROMIUM is None:
+        print("no Chromium is installed, so the pages were not looked at")
+    elif wrong := check_pages(site):
+        raise SystemExit("\n".join(wrong))
 
 
 if __name__ == "__main__":

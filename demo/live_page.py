@@ -1,10 +1,10 @@
-"""Writes the page that solves in the browser, complete and static: `python -m demo.live_page FOLDER`."""
+"""The page "See it solve": its recording, and the model that runs in the browser."""
 
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import onnx
@@ -15,9 +15,11 @@ from benchmarks.npm import npm_files
 from demo.block import block_graph
 from demo.denoising import denoising_graph
 from demo.graphs import SharedWeights, file_name
+from demo.recording import SOLVER, record
 from jacobiflow.files import write_atomically, write_json
 
 MODEL = "fashion-p2"
+SOURCE = "demo/page/index.md"
 RUNTIME, VERSION = "onnxruntime-web", "1.30.0"
 SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
@@ -64,16 +66,32 @@ def export(flow: jf.TarFlow, out: Path, guidance: jf.Guidance) -> dict[str, Any]
     return manifest
 
 
-def build(out: Path) -> None:
-    """Writes the page, the model under the guidance that it recommends, and ONNX Runtime Web to the folder `out`."""
+def write_page(out: Path) -> str:
+    """Writes the scripts, the style and the recording of the page to the folder `out`, and returns its Markdown."""
+    source = ROOT / SOURCE
+    shutil.copytree(source.parent, out, ignore=shutil.ignore_patterns(source.name), dirs_exist_ok=True)
+    recording = record(_flow())
+    write_json(out / "recording.json", recording, indent=None)
+    return Template(source.read_text()).substitute(
+        calls=len(recording["calls"]),
+        exact_calls=f"{recording['exact_calls']:,}",
+        window=SOLVER.partition.stop(0, recording["num_tokens"]),
+        certificate=f"{recording['certificate']:.1e}".replace("e-0", "e-"),
+        difference=f"{recording['difference'] * 127.5:.2f}",
+    )
+
+
+def write_model(out: Path) -> None:
+    """Writes the model under the guidance that it recommends, and ONNX Runtime Web, to the folder `out`."""
     (out / "ort").mkdir(parents=True, exist_ok=True)
-    shutil.copytree(ROOT / "demo" / "page", out, dirs_exist_ok=True)
     for file in npm_files(RUNTIME, VERSION, SHA512, FILES):
         shutil.copyfile(file, out / "ort" / file.name)
-    flow = jf.load(MODEL)
-    assert isinstance(flow, jf.TarFlow) and flow.recommended.guidance is not None
+    flow = _flow()
+    assert flow.recommended.guidance is not None
     export(flow, out / "model", flow.recommended.guidance)
 
 
-if __name__ == "__main__":
-    build(Path(sys.argv[1]))
+def _flow() -> jf.TarFlow:
+    flow = jf.load(MODEL)
+    assert isinstance(flow, jf.TarFlow)
+    return flow

@@ -18,10 +18,11 @@ from benchmarks import render
 from jacobiflow.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
+EXTENDING = ("extending.md", "your_own_flow.md")  # whose examples are files of tests/extending
 EXAMPLES = [
     (path, match.group(1))
     for path in sorted((ROOT / "docs").glob("*.md"))
-    if path.name != "extending.md"
+    if path.name not in EXTENDING
     for match in re.finditer(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 ]
 
@@ -61,7 +62,8 @@ def test_an_example_prints_its_comments(path, code, capsys, tmp_path, monkeypatc
 
 
 def test_the_extensions_are_those_that_the_tests_run():
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
+    text = "".join((ROOT / "docs" / name).read_text() for name in EXTENDING)
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     files = sorted((ROOT / "tests" / "extending").glob("[!t]*.py"))
     assert sorted(examples) == sorted(path.read_text() for path in files)
 

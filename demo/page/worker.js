@@ -1,6 +1,4 @@
 // Runs the solver beside the page, which stays responsive, and sends it messages.
-import { Solver } from "./solver.js";
-
 const SHOW_EVERY = 40; // milliseconds
 let solver, current; // the number of the job that is running
 
@@ -17,6 +15,7 @@ async function read(name, onBytes) {
 
 async function load({ threads }) {
   let bytes = 0;
+  const { Solver } = await import("./solver.js"); // and so the runtime, which the page needs for a picture only
   const runtime = Solver.start(threads);
   const onBytes = (more) => postMessage({ kind: "loading", bytes: (bytes += more) });
   const model = JSON.parse(new TextDecoder().decode(await read("model.json", onBytes)));
@@ -27,14 +26,14 @@ async function load({ threads }) {
   postMessage({ kind: "ready", model });
 }
 
-async function draw({ latents, label, size, tolerance, slow, id }) {
+async function draw({ latents, label, size, tolerance, id }) {
   let shown = 0, pauses = 0; // milliseconds
   current = id;
   const onSweep = async ({ block, x }, front) => {
     const started = performance.now();
-    if (!slow && started - shown < SHOW_EVERY) return;
+    if (started - shown < SHOW_EVERY) return;
     postMessage({ kind: "sweep", block, front, order: solver.orders[block], tokens: solver.permuted(x, block) });
-    await new Promise((done) => setTimeout(done, slow ? SHOW_EVERY : 0)); // lets a message come in
+    await new Promise((done) => setTimeout(done)); // lets a message come in
     if (current !== id) throw new Error("stopped");
     shown = performance.now();
     pauses += shown - started; // the picture's time is not the solver's

@@ -20,7 +20,7 @@ from jacobiflow.data import image_grid
 from tests.helpers.invented import make_report
 
 ROOT = Path(__file__).resolve().parents[2]
-CAPTION = 32  # pixels
+CAPTION = 40  # pixels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

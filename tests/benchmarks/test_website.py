@@ -10,13 +10,10 @@ import pytest
 pytest.importorskip("zensical", reason="needs Python 3.11")
 
 import jacobiflow as jf
-from benchmarks.website import ROOT, Pages, build
-from tests.helpers.chromium import CHROMIUM, chromium, served
+from benchmarks.chromium import CHROMIUM, chromium, served
+from benchmarks.website import ROOT, Pages, build, check_pages
 
 REPOSITORY = "https://github.com/owner/name"
-# Guides and explanations of more than three screens: tables of results, and pages that are looked up, not read.
-LONG = {"flows", "starflow", "boltzmann", "extending", "solvers", "reliability"}
-SCREEN = (1280, 800)
 
 
 @pytest.fixture(scope="module")
@@ -25,20 +22,8 @@ def site(tmp_path_factory):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-def test_guides_have_three_screens_and_fit_a_phone(site):
-    text = (ROOT / "docs/zensical.toml").read_text()
-    parts = text[text.index('"How-to guides"') : text.index('"Measurements"')]
-    names = re.findall(r'= "(\w+)\.md"', parts)
-    assert len(names) > 15 and set(names) >= LONG
-    with served(site) as address, chromium() as browser:
-        wide = browser.new_page(viewport=dict(zip(("width", "height"), SCREEN, strict=True)))
-        phone = browser.new_page(viewport={"width": 390, "height": 800})
-        for name in names:
-            wide.goto(f"{address}/{name}/")
-            screens = wide.locator(".md-content").bounding_box()["height"] / SCREEN[1]
-            assert (screens > 3.25) == (name in LONG), f"{name}: {screens:.1f} screens"
-            phone.goto(f"{address}/{name}/")
-            assert phone.evaluate("document.documentElement.scrollWidth") <= 390, f"{name} is wider than a phone"
+def test_pages_are_short_fit_a_phone_and_ask_no_other_host(site):
+    assert check_pages(site) == []
 
 
 def test_the_site_has_commands_and_a_search(site):
