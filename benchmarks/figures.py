@@ -237,7 +237,7 @@ def masked_flows() -> Figure:
 def speed() -> Figure:
     """README's chart: speed-ups of zuko's flows against features, and of a TarFlow against the batch."""
     runs = result("front-page")["runs"]
-    figure = new_figure(2.9)
+    figure = new_figure(2.4)
     left, right = figure.subplots(1, 2)
     for kind, color in (("MAF", sampler_style("auto").color), ("NSF", sampler_style("gs-jacobi").color)):
         for rows, line in ((10_000, "-"), (100, ":")):
@@ -259,7 +259,7 @@ def speed() -> Figure:
         axis.minorticks_off()
         plain_ticks(axis.yaxis)
         clear(axis)
-        axis.legend(handlelength=1.4)
+        axis.legend(handlelength=1.4, labelspacing=0.15, borderaxespad=0.1, fontsize="small")
     left.set_ylabel("speed-up")
     return figure
 

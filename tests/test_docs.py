@@ -18,7 +18,7 @@ from benchmarks import render
 from jacobiflow.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTENDING = ("extending.md", "your_own_flow.md")  # whose examples are files of tests/extending
+EXTENDING = ("extending.md", "your_own_flow.md")  # whose examples are files of examples/extending
 EXAMPLES = [
     (path, match.group(1))
     for path in sorted((ROOT / "docs").glob("*.md"))
@@ -61,10 +61,10 @@ def test_an_example_prints_its_comments(path, code, capsys, tmp_path, monkeypatc
     assert capsys.readouterr().out.splitlines() == expected
 
 
-def test_the_extensions_are_those_that_the_tests_run():
+def test_the_extensions_are_files_of_examples():
     text = "".join((ROOT / "docs" / name).read_text() for name in EXTENDING)
     examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    files = sorted((ROOT / "tests" / "extending").glob("[!t]*.py"))
+    files = sorted((ROOT / "examples" / "extending").glob("*.py"))
     assert sorted(examples) == sorted(path.read_text() for path in files)
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
+from examples.extending.recurrent_flow import RecurrentFlow
 from jacobiflow.flows import Flow, register
 from jacobiflow.flows.flow import FLOWS as REGISTERED
 from jacobiflow.flows.flow import state_dtype
-from tests.extending.recurrent_flow import RecurrentFlow
 from tests.helpers.oracle import MAFOracle, Oracle, StarOracle
 from tests.helpers.problems import latents, make_flow, make_maf, make_star, texts
 

@@ -29,7 +29,7 @@ def convert(
     noise_std: Annotated[float | None, Option(help=_NOISE)] = None,
     encode_text: shared.EncodeText = None,
 ) -> dict[str, Any]:
-    """Turn the weights of the original code into a model folder.
+    """Make a model folder of original weights.
 
     Everything but the options is read from the shapes. For a STARFlow, --encode-text gives the states of the empty
     text, which guidance needs.

@@ -58,7 +58,7 @@ def sample(
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the samples in the folder.")] = False,
     out: Annotated[Path, Option(help="Folder for the samples and samples.png.")] = Path("out/samples"),
 ) -> dict[str, Any] | None:
-    """Draw samples into a folder, each certified.
+    """Draw samples into a folder, exact or certified.
 
     Guidance and denoising are as the model recommends; --guidance and --denoise replace one each, --plain both.
 

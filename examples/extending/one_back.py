@@ -1,4 +1,4 @@
-"""A correction from outside the package: the residual of the token before adds to a token's step."""
+"""A correction of your own: a step also takes the residual of the token before."""
 
 from __future__ import annotations
 
@@ -21,10 +21,20 @@ class OneBack(jf.Correction):
         return g + self.gain * _before((g - x).nan_to_num(0.0, 0.0, 0.0))
 
     @classmethod
-    def fit(cls, block: jf.Block, x: Tensor, z: Tensor, guess: jf.Guess, context: Tensor | None) -> jf.Correction:
-        """The gain that best predicts what is left after a plain sweep from the guess, by least squares."""
+    def fit(
+        cls,
+        block: jf.Block,
+        x: Tensor,
+        z: Tensor,
+        guess: jf.Guess,
+        context: Tensor | None,
+    ) -> jf.Correction:
+        """The gain that best predicts the error that a plain sweep leaves."""
         start = guess(z)
-        residual = block.update(start, z, 0, z.shape[1], block.init_cache(z, context)) - start
+        residual = (
+            block.update(start, z, 0, z.shape[1], block.init_cache(z, context))
+            - start
+        )
         before, left = _before(residual), x - start - residual
         return cls(float((before * left).sum() / before.square().sum()))
 

@@ -1,4 +1,4 @@
-"""A flow from outside the package: rows of an image as tokens, read by a gated recurrent network."""
+"""A kind of flow: rows of an image are tokens, read by a gated recurrent network."""
 
 from __future__ import annotations
 
@@ -32,15 +32,17 @@ class RecurrentConfig:
 
 
 class RecurrentBlock(FlowBlock):
-    """Log-scale and shift of row t from the state after row t-1; the cache holds that state for every row."""
+    """Log-scale and shift of row t from the state after row t-1, in the cache."""
 
     inference_safe = True
 
     def __init__(self, config: RecurrentConfig, permutation: Permutation) -> None:
         super().__init__()
         self.permutation = permutation
-        self.start = nn.Parameter(torch.zeros(config.num_classes + 1, config.channels))  # the last: no class
-        self.network = nn.GRU(config.token_channels, config.channels, batch_first=True)
+        states = torch.zeros(config.num_classes + 1, config.channels)
+        self.start = nn.Parameter(states)  # before row 0; the last: without a class
+        sizes = config.token_channels, config.channels
+        self.network = nn.GRU(*sizes, batch_first=True)
         self.out = nn.Linear(config.channels, 2 * config.token_channels)
         nn.init.zeros_(self.out.weight)
 
@@ -49,11 +51,15 @@ class RecurrentBlock(FlowBlock):
         states[:, 0] = self.start[-1 if context is None else context.clamp(min=-1)]
         return states
 
-    def affine(self, x: Tensor, start: int, stop: int, cache: Tensor) -> tuple[Tensor, Tensor]:
+    def affine(
+        self, x: Tensor, start: int, stop: int, cache: Tensor
+    ) -> tuple[Tensor, Tensor]:
         first = max(start - 1, 0)
         if stop - 1 > first:
             state = cache[:, first].unsqueeze(0).contiguous()
-            cache[:, first + 1 : stop] = self.network(x[:, first : stop - 1].to(cache.dtype), state)[0]
+            cache[:, first + 1 : stop] = self.network(
+                x[:, first : stop - 1].to(cache.dtype), state
+            )[0]
         scale, shift = self.out(cache[:, start:stop]).to(x.dtype).chunk(2, dim=-1)
         return scale.tanh(), shift
 
@@ -62,16 +68,29 @@ class RecurrentBlock(FlowBlock):
 class RecurrentFlow(Flow):
     """A stack of recurrent blocks over the rows of an image."""
 
-    model_type, config_types, block_type = "recurrent", (RecurrentConfig,), RecurrentBlock
+    model_type, config_types, block_type = (
+        "recurrent",
+        (RecurrentConfig,),
+        RecurrentBlock,
+    )
 
     @classmethod
     def config_from_options(
-        cls, *, channels: int, blocks: int, layers: int, noise_std: float = 0.1, **sizes: Any
+        cls,
+        *,
+        channels: int,
+        blocks: int,
+        layers: int,
+        noise_std: float = 0.1,
+        **sizes: Any,
     ) -> Any:
-        return RecurrentConfig(channels=channels, num_blocks=blocks, noise_std=noise_std, **sizes)
+        return RecurrentConfig(
+            channels=channels, num_blocks=blocks, noise_std=noise_std, **sizes
+        )
 
     def to_tokens(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(2)
 
     def from_tokens(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(2, (self.config.in_channels, -1)).transpose(1, 2)
+        channels, *_ = self.require_images()
+        return tokens.unflatten(2, (channels, -1)).transpose(1, 2)

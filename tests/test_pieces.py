@@ -15,7 +15,7 @@ from jacobiflow import codec
 from jacobiflow.cli import main
 from tests.helpers.problems import make_flow, to_float32
 
-PIECES = ("tests.extending.fraction_window", "tests.extending.scaled_latent", "tests.extending.one_back")
+PIECES = ("examples.extending.fraction_window", "examples.extending.scaled_latent", "examples.extending.one_back")
 COMMANDS = """
 calibrate --model tiny --images images --num 8 --traced 4 --out tiny/report.json
 plan --model tiny --batch-size 2 --out plan.json

@@ -1,4 +1,4 @@
-"""A partition from outside the package: a window over a fraction of the sequence, whatever its length."""
+"""A partition of your own: a window over a fraction of the sequence."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import jacobiflow as jf
 @jf.register("fraction")
 @dataclass(frozen=True)
 class FractionWindow(jf.SlidingRun):
-    """A window over one of `parts` equal parts of the sequence, but over `least` tokens if that is more."""
+    """A window over a part of the sequence, 1 of `parts`, or over `least` tokens."""
 
     parts: int
     least: int
 
     def __post_init__(self) -> None:
         if self.parts < 1 or self.least < 1:
-            raise jf.InputError(f"FractionWindow({self.parts}, {self.least}): give numbers of at least 1")
+            raise jf.InputError(f"{self}: give numbers of at least 1")
 
     def run_size(self, num_tokens: int) -> int:
         return min(max(num_tokens // self.parts, self.least), num_tokens)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import jacobiflow as jf
+from examples.extending.recurrent_flow import RecurrentConfig, RecurrentFlow
 from jacobiflow.cli import main
-from tests.extending.recurrent_flow import RecurrentConfig, RecurrentFlow
 from tests.helpers.running import run_line
 
 

@@ -1,4 +1,4 @@
-"""A guess from outside the package: the latents, each channel scaled as the solutions are."""
+"""A guess of your own: the latents, each channel scaled as the solutions are."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ class ScaledLatent(jf.Guess):
 
     @classmethod
     def fit(cls, x: Tensor, z: Tensor) -> jf.Guess:
-        """The scale that is nearest to the solutions `x` at `z` in the least-squares sense."""
+        """The scale by which the guess is nearest to the solutions `x`."""
         scale = (x * z).sum(dim=(0, 1)) / z.square().sum(dim=(0, 1))
         return cls(tuple(scale.double().tolist()))
