@@ -43,7 +43,7 @@ _MOST_SCREENS = 3.25
 # Longer pages, which are read by parts: tables of results, the reference, and what is looked up.
 _LONG = re.compile(
     r"index|changelog|architecture|boltzmann|boltzmann_speed|extending|libraries|paper|peers|reliability|sizes|solvers"
-    r"|(models|reference|tutorials)/.*"
+    r"|your_own_flow|(models|reference|tutorials)/.*"
 )
 _CODE = re.compile(
     r"^(?P<fence>```+|~~~+).*?^(?P=fence)[ ]*$|(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`)", re.DOTALL | re.MULTILINE

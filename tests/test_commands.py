@@ -47,7 +47,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = jf.TarFlowConfig(3, 32, 8, channels=64, num_blocks=2, layers_per_block=1, num_classes=2, noise_std=0.07)
     flow = jf.TarFlow(config)
     flow.to_original(folder / "afhq_model_8_768_8_8_0.07.pth")
-    flow.save_pretrained(folder / "runs/mine")
+    for name in ("runs/mine", "me/mine"):  # the latter as from the hub
+        flow.save_pretrained(folder / name)
     for i in range(8):
         (folder / f"photos/{i % 2}").mkdir(parents=True, exist_ok=True)
         Image.effect_noise((32, 32), 50).convert("RGB").save(folder / f"photos/{i % 2}/{i}.png")
@@ -89,7 +90,7 @@ def test_commands_run(
     for line in lines:
         if "fashion-mnist" not in line or FULL_DATA.exists():
             small = line.replace("fashion-512", "few.npz").split("  #")[0]
-            if small.startswith("sample"):
-                shutil.rmtree("out", ignore_errors=True)  # has samples of other settings
+            if small.startswith("sample") and (out := re.search(r"--out (\S+)", small)):
+                shutil.rmtree(out[1], ignore_errors=True)  # has samples of other settings
             result = run_line(f"{small} {SHORT[small.split()[0]]}", capsys)
             assert result.code == 0, f"{line}: {result.err}"

@@ -72,6 +72,7 @@ def test_the_extensions_are_files_of_examples():
 def test_numbers_of_a_page_are_those_of_result_files(path):
     page = path.read_text()
     assert render.render(page) == page
+    assert not re.search("^ *<!-- render =", page, re.MULTILINE), "a comment at the start of a line ends a paragraph"
     if path.parent.parent.name != "models":  # whose cards have the numbers of the training too
         assert numbers_in_prose(page) == []
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page):
