@@ -87,7 +87,7 @@ def blocks(key: Json) -> Json:
 
 
 def follows(key: Json) -> Json:
-    """How often a sample is nearest, of all emoji, to that of its caption, and among the nearest five."""
+    """The shares of samples whose nearest emoji, or one of the nearest five, is that of their caption."""
     settings = jf.SamplingSettings(GUIDANCE if key["follows"] == "guided" else None, denoise=1.0)
     data, captions = captioned_emoji()
     pixels, _ = data.batch(torch.arange(len(data)))

@@ -35,8 +35,8 @@ class OneBack(jf.Correction):
             block.update(start, z, 0, z.shape[1], block.init_cache(z, context))
             - start
         )
-        before, left = _before(residual), x - start - residual
-        return cls(float((before * left).sum() / before.square().sum()))
+        before, error = _before(residual), x - start - residual
+        return cls(float((before * error).sum() / before.square().sum()))
 
 
 def _before(residual: Tensor) -> Tensor:

@@ -82,10 +82,10 @@ class _Inverse(torch.autograd.Function):
         inputs = [z, context, *parameters]
         needed = [i for i, need in enumerate(ctx.needs_input_grad[2:]) if need]
         gradients: list[Tensor | None] = [None] * len(inputs)
-        found = torch.autograd.grad(
+        grads = torch.autograd.grad(
             [output for output, _ in pairs], [inputs[i] for i in needed], [w for _, w in pairs], allow_unused=True
         )
-        for i, gradient in zip(needed, found, strict=True):
+        for i, gradient in zip(needed, grads, strict=True):
             gradients[i] = gradient
         return (None, None, *gradients)
 

@@ -124,35 +124,35 @@ class Report(codec.Document):
     @property
     def igm(self) -> tuple[Mapping[str, float], ...]:
         """Per block, the IGM of each guess: "latent", "zeros", "mean_affine" (eq. 4, Table 1 of the paper)."""
-        return self._chosen.igm
+        return self._norm_metrics.igm
 
     @property
     def crm(self) -> tuple[float, ...]:
         """Per block, CRM (eq. 5, Table 2 of the paper). Raises ValueError if it is not defined."""
-        return self._chosen.crm
+        return self._norm_metrics.crm
 
     @property
     def crm_percent(self) -> tuple[float, ...]:
         """Per block, the share in the sum of CRM, in percent."""
-        return self._chosen.crm_percent
+        return self._norm_metrics.crm_percent
 
     @property
     def components(self) -> tuple[Components, ...] | None:
         """Per block |Sigma^-1 X|, |W_s| and |W_u| (Table 6 of the paper); `None` if CRM is not defined."""
-        return self._chosen.components
+        return self._norm_metrics.components
 
     @property
     def tough_blocks(self) -> tuple[int, ...]:
         """Blocks whose CRM dominates, see `jacobiflow.calibration.tough_blocks`."""
-        return self._chosen.tough_blocks
+        return self._norm_metrics.tough_blocks
 
     @property
-    def _chosen(self) -> Metrics:
+    def _norm_metrics(self) -> Metrics:
         return self.metrics[self.settings.norm]
 
     def best_guess(self, block: int) -> str:
         """The name of the guess with the smallest IGM in `block` (section 3.2 of the paper)."""
-        return self._chosen.best_guess(check_count("block", block, 0, self.num_blocks - 1))
+        return self._norm_metrics.best_guess(check_count("block", block, 0, self.num_blocks - 1))
 
     def guess(self, block: int) -> Guess:
         """The guess that `best_guess` names."""

@@ -155,7 +155,7 @@ class _Planner:
             if _shape(block) not in by_shape:
                 by_shape[_shape(block)] = time_exact(inverse, *latents, self.bf16)
         loops = [by_shape[_shape(block)].loop for block in self.flow.blocks]
-        loop_seconds, spread, found = sum(loops), max(exact.spread for exact in by_shape.values()), None
+        loop_seconds, spread, plan = sum(loops), max(exact.spread for exact in by_shape.values()), None
         limit = max(_SECONDS, loop_seconds / 2)
         races = {
             shape: Race(exact, size, self.tolerance, limit)
@@ -163,9 +163,9 @@ class _Planner:
             if exact.loop > exact.least_iteration
         }
         if races:
-            found = self._verified(*self._race(races, loops), loops)
+            plan = self._verified(*self._race(races, loops), loops)
             spread = max([spread, *(value for race in races.values() for value in race.spreads)])
-        solvers, seconds, error = found or ([_LOOP] * len(loops), loop_seconds, 0.0)
+        solvers, seconds, error = plan or ([_LOOP] * len(loops), loop_seconds, 0.0)
         prediction = Prediction(
             device=device_name(self.flow.var.device),
             batch_size=size,
