@@ -121,7 +121,9 @@ class TokenConfig:
         layers_per_block: Layers of a transformer; a tuple has one number for each block.
         num_classes: 0 for a flow without classes.
         context_channels: K, if the context is numbers (N, K) for each sample or (N, T, K) for each token; else 0.
-        nvp, head_dim, expansion: See `TarFlowConfig`.
+        nvp: Whether blocks scale, and do not only shift.
+        head_dim: Channels of an attention head; divides `channels`.
+        expansion: Hidden units of a layer's perceptron, in multiples of `channels`.
         orders: The order in which each block reads the tokens, over again if there are more blocks: "identity", "flip",
             or the indices of the tokens.
 

@@ -75,8 +75,9 @@ def solve_certified(
     token by token, the four with the largest residuals go first. The smallest |g(x) - x| / |x| that they leave is the
     relative rounding of the block. Other samples up to four times it keep their answers, as `Status.ROUNDING`.
 
+    The arguments that are not listed are those of `solve`.
+
     Args:
-        block, z, solver, context, slots, time_limit: See `solve`.
         certificate: `False` leaves out the pass that measures; "always" measures exact loops too, whose residual is
             else 0 by construction.
         tolerance: The largest residual allowed, by default the solver's own. Without either, samples end as they are.
