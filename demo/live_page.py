@@ -22,7 +22,14 @@ MODEL = "fashion-p2"
 SOURCE = "demo/page/index.md"
 RUNTIME, VERSION = "onnxruntime-web", "1.30.0"
 SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
-FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+FOLDERS = {  # of the files of ONNX Runtime Web, for the CPU and for WebGPU
+    "ort.wasm.min.mjs": "ort",
+    "ort-wasm-simd-threaded.mjs": "ort",
+    "ort-wasm-simd-threaded.wasm": "ort",
+    "ort.webgpu.min.mjs": "ort-webgpu",
+    "ort-wasm-simd-threaded.asyncify.mjs": "ort-webgpu",
+    "ort-wasm-simd-threaded.asyncify.wasm": "ort-webgpu",
+}
 
 
 def export(flow: jf.TarFlow, out: Path, guidance: jf.Guidance) -> dict[str, Any]:
@@ -83,9 +90,10 @@ def write_page(out: Path) -> str:
 
 def write_model(out: Path) -> None:
     """Writes the model under the guidance that it recommends, and ONNX Runtime Web, to the folder `out`."""
-    (out / "ort").mkdir(parents=True, exist_ok=True)
-    for file in npm_files(RUNTIME, VERSION, SHA512, FILES):
-        shutil.copyfile(file, out / "ort" / file.name)
+    for file in npm_files(RUNTIME, VERSION, SHA512, list(FOLDERS)):
+        folder = out / FOLDERS[file.name]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / file.name)
     flow = _flow()
     assert flow.recommended.guidance is not None
     export(flow, out / "model", flow.recommended.guidance)

@@ -6,6 +6,7 @@ const TOKENS_PER_THREAD = 16, MOST_THREADS = 8;
 const query = new URLSearchParams(location.search), $ = (id) => document.getElementById(id);
 const cell = (loop, name) => document.querySelector(`#results .${loop}${name}`);
 const names = { sweeps: "by sweeps", exact: "token by token" };
+const models = {}, megabytes = { cpu: 21, gpu: 34 }; // by device
 let ask, model, threads, results, loop, job = 0;
 
 // The status is read aloud, the progress is not.
@@ -41,6 +42,7 @@ function clear(loop) {
 function connect(worker) {
   let answer;
   const handlers = {
+    gpu: () => ($("device").options[1].disabled = false),
     loading: ({ bytes }) => ($("progress").textContent = `${(bytes / 1e6).toFixed(1)} MB`),
     loaded: () => say("Starting the model …"),
     sweep: ({ block, front, order, tokens }) => {
@@ -75,17 +77,23 @@ function difference({ image }, { image: other }) {
   return image.reduce((most, value, i) => Math.max(most, Math.abs(value - other[i])), 0) * 127.5;
 }
 
+function showDownload() {
+  const device = $("device").value;
+  $("draw").textContent = models[device] ? "Draw" : `Draw (fetches ${megabytes[device]} MB)`;
+}
+
 async function run() {
   [$("draw").disabled, $("stop").disabled] = [true, false];
-  results = { label: Number($("class").value), seed: Number($("seed").value), threads };
+  const device = $("device").value;
+  results = { device, label: Number($("class").value), seed: Number($("seed").value), threads };
   window.jacobiflow = results; // latents, tokens and certificates, for a check
   Object.keys(names).forEach(clear);
   try {
     say("Fetching the model …");
-    model ??= (await ask({ kind: "load", threads })).model;
-    $("draw").textContent = "Draw";
+    model = models[device] ??= (await ask({ kind: "load", device, threads })).model;
+    showDownload();
     results.latents = latents(results.seed, model.num_tokens * model.token_channels);
-    const windowSize = TOKENS_PER_THREAD * threads;
+    const windowSize = device === "gpu" ? model.num_tokens : TOKENS_PER_THREAD * threads;
     for (loop of $("exact").checked ? ["sweeps", "exact"] : ["sweeps"]) {
       say(`Drawing ${names[loop]} …`);
       const size = loop === "sweeps" ? windowSize : 1;
@@ -115,6 +123,7 @@ else if (wanted > 1 && !crossOriginIsolated && navigator.serviceWorker && !sessi
   $("stop").addEventListener("click", () => worker.postMessage({ kind: "stop" }));
   $("threads").hidden = wanted > 1 || most < 2 || !navigator.serviceWorker;
   $("threads").querySelector("a").href = `?threads=${most}#run-it-yourself`;
+  $("device").addEventListener("change", showDownload);
   $("draw").disabled = false;
   say("Ready.");
 }

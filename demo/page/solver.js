@@ -1,32 +1,37 @@
 // One block is a fixed point x = g(x), solved by a front that moves along its tokens; see docs/solvers.md.
-import * as ort from "./ort/ort.wasm.min.mjs";
-
-const tensor = (type, data, dims) => new ort.Tensor(type, data, dims);
+const RUNTIMES = {
+  cpu: { folder: "ort/", file: "ort.wasm.min.mjs", provider: "wasm" },
+  gpu: { folder: "ort-webgpu/", file: "ort.webgpu.min.mjs", provider: "webgpu" },
+};
 const range = (start, stop) => BigInt64Array.from({ length: stop - start }, (_, i) => BigInt(start + i));
 
 export class Solver {
   // Loads the runtime while the model is fetched: its refusal of an empty model shows that it is loaded.
-  static start(threads) {
+  static async start(device, threads) {
+    const { folder, file } = RUNTIMES[device], ort = await import(`./${folder}${file}`);
     ort.env.wasm.numThreads = threads;
-    ort.env.wasm.wasmPaths = new URL("ort/", import.meta.url).href;
-    return ort.InferenceSession.create(new Uint8Array()).catch(() => {});
+    ort.env.wasm.wasmPaths = new URL(folder, import.meta.url).href;
+    await ort.InferenceSession.create(new Uint8Array()).catch(() => {});
+    return ort;
   }
 
   // `files` are the bytes of the exported model's files, by name.
-  static async load(model, files) {
+  static async load(ort, device, model, files) {
     const externalData = [{ path: model.weights, data: files[model.weights] }];
-    const open = (name, graphOptimizationLevel) =>
-      ort.InferenceSession.create(files[name], { externalData, graphOptimizationLevel });
-    const sessions = [];
-    for (const name of model.blocks) sessions.push(await open(name, "all"));
-    const denoiser = await open(model.denoise, "disabled"); // it runs once
-    return Object.assign(new Solver(), model, { denoiser, sessions });
+    const open = (name, graphOptimizationLevel, provider) => {
+      const options = { externalData, graphOptimizationLevel, executionProviders: [provider], logSeverityLevel: 3 };
+      return ort.InferenceSession.create(files[name], options);
+    };
+    const sessions = [], tensor = (type, data, dims) => new ort.Tensor(type, data, dims);
+    for (const name of model.blocks) sessions.push(await open(name, "all", RUNTIMES[device].provider));
+    const denoiser = await open(model.denoise, "disabled", "wasm"); // it runs once, and a GPU may lack its float16
+    return Object.assign(new Solver(), model, { denoiser, sessions, tensor });
   }
 
   // Computes g of entries [first, stop) of x from the keys of the tokens before first - 1, and stores those of the tokens
   // that it reads.
   async evaluate(state, first, stop) {
-    const { token_channels: c, keys_per_token: s, guidance } = this;
+    const { tensor, token_channels: c, keys_per_token: s, guidance } = this;
     const { block, x, z, keys, label, cost } = state;
     const count = stop - first;
     const weights = [guidance.log_scale, guidance.shift].flatMap((all) => all.slice(first, stop));
@@ -108,8 +113,8 @@ export class Solver {
 
   // Takes one score step: x + sigma^2 grad log p(x | label).
   async denoiseTokens(tokens, label) {
-    const x = tensor("float32", tokens, [this.num_tokens, this.token_channels]);
-    const result = await this.denoiser.run({ x, label: tensor("int64", BigInt64Array.of(BigInt(label)), [1]) });
+    const x = this.tensor("float32", tokens, [this.num_tokens, this.token_channels]);
+    const result = await this.denoiser.run({ x, label: this.tensor("int64", BigInt64Array.of(BigInt(label)), [1]) });
     return result.denoised.data.slice();
   }
 }

@@ -1,6 +1,7 @@
 // Runs the solver beside the page, which stays responsive, and sends it messages.
 const SHOW_EVERY = 40; // milliseconds
-let solver, current; // the number of the job that is running
+const solvers = {}; // by device
+let current; // the number of the job that is running
 
 async function read(name, onBytes) {
   const response = await fetch(`model/${name}`);
@@ -13,20 +14,21 @@ async function read(name, onBytes) {
   return new Uint8Array(await new Blob(parts).arrayBuffer());
 }
 
-async function load({ threads }) {
+async function load({ device, threads }) {
   let bytes = 0;
   const { Solver } = await import("./solver.js"); // and so the runtime, which the page needs for a picture only
-  const runtime = Solver.start(threads);
+  const runtime = Solver.start(device, threads);
   const onBytes = (more) => postMessage({ kind: "loading", bytes: (bytes += more) });
   const model = JSON.parse(new TextDecoder().decode(await read("model.json", onBytes)));
   const names = [model.weights, ...model.blocks, model.denoise];
   const files = Object.fromEntries(await Promise.all(names.map(async (name) => [name, await read(name, onBytes)])));
   postMessage({ kind: "loaded" });
-  solver = await runtime.then(() => Solver.load(model, files));
+  solvers[device] = await Solver.load(await runtime, device, model, files);
   postMessage({ kind: "ready", model });
 }
 
-async function draw({ latents, label, size, tolerance, id }) {
+async function draw({ device, latents, label, size, tolerance, id }) {
+  const solver = solvers[device];
   let shown = 0, pauses = 0; // milliseconds
   current = id;
   const onSweep = async ({ block, x }, front) => {
@@ -50,3 +52,4 @@ async function draw({ latents, label, size, tolerance, id }) {
 const stop = async () => (current = undefined);
 const fail = ({ message }) => postMessage({ kind: message === "stopped" ? "stopped" : "failed", message });
 onmessage = ({ data }) => ({ load, draw, stop })[data.kind](data).catch(fail);
+navigator.gpu?.requestAdapter().then((adapter) => adapter && postMessage({ kind: "gpu" }));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,16 +83,17 @@ def test_the_recording_is_a_solve_and_needs_no_model(
     page.click("#recording button")
     count = int(page.inner_text("#recording .calls"))
     assert 0 < count < sweeps.network_calls and page.input_value("#recording input") == str(count)
-    assert not [url for url in requests if "/model/" in url or "/ort/" in url]
+    assert not [url for url in requests if "/model/" in url or "/ort" in url]
     page.emulate_media(reduced_motion="no-preference")
     page.reload()
     page.locator("#recording button", has_text="Pause").wait_for()  # it plays by itself
 
 
 def test_pictures_are_those_of_python(page: Page, flow: jf.TarFlow) -> None:
-    """From the keyboard: the class, the seed, the box, and the button, in the order of the page."""
+    """From the keyboard: the class, the seed, the device, the box, and the button, in the order of the page."""
     page.locator("#class").focus()
-    for key in ("ArrowUp", "Tab", "ControlOrMeta+a", "7", "Tab", "Space", "Tab"):  # from ankle boots to bags; the seed
+    keys = ("ArrowUp", "Tab", "ControlOrMeta+a", "7", "Tab", "Tab", "Space", "Tab")  # ankle boots to bags; the seed
+    for key in keys:
         page.keyboard.press(key)
     assert page.evaluate("document.activeElement.id") == "draw"
     page.keyboard.press("Enter")
@@ -113,6 +115,34 @@ def test_pictures_are_those_of_python(page: Page, flow: jf.TarFlow) -> None:
         calls[loop] = result["calls"]
     assert calls["exact"] == 8 * 196  # 195 tokens, and a certificate
     assert calls["sweeps"] < calls["exact"] / 2
+
+
+def test_webgpu_draws_the_pictures_of_python(
+    browser: Browser, address: str, folder: Path, flow: jf.TarFlow, tmp_path: Path, one_thread: None
+) -> None:
+    """One block of the model, since a call takes about a second on a software adapter."""
+    short = jf.TarFlow(replace(flow.config, num_blocks=1))
+    short.load_state_dict({name: value for name, value in flow.state_dict().items() if name in short.state_dict()})
+    short.recommended = flow.recommended
+    live_page.export(short, tmp_path, flow.recommended.guidance)
+    size = sum(path.stat().st_size for name in ("model", "ort-webgpu") for path in (folder / name).iterdir())
+    args = ["--no-sandbox", "--enable-unsafe-webgpu"]
+    with browser.browser_type.launch(executable_path=CHROMIUM, args=args) as gpu_browser:
+        page = gpu_browser.new_page()
+        page.goto(address)
+        if not page.evaluate("navigator.gpu?.requestAdapter().then((adapter) => adapter !== null)"):
+            pytest.skip("this Chromium has no software adapter for WebGPU")
+        page.route("**/model/*", lambda route: route.fulfill(path=tmp_path / Path(route.request.url).name))
+        page.locator("#device option:enabled", has_text="GPU").wait_for(state="attached")
+        page.select_option("#device", "gpu")
+        assert f"fetches {size / 1e6:.0f} MB" in page.inner_text("#draw")
+        page.click("#draw")
+        page.wait_for_selector("#draw:enabled", timeout=120_000)
+        assert page.inner_text("#status").startswith("Done")
+        image, certificate = page.evaluate("[[...jacobiflow.sweeps.image], jacobiflow.sweeps.certificate]")
+    expected = jf.sample(short, latents=page_latents(flow, SEED), labels=LABEL, strategy="sequential").images
+    torch.testing.assert_close(short.to_tokens(expected).flatten(), torch.tensor(image), rtol=0, atol=1e-3)
+    assert 0 < certificate <= 3e-5
 
 
 def test_fits_a_phone_and_can_be_stopped(page: Page) -> None:
