@@ -181,21 +181,20 @@ def check_pages(site: Path) -> list[str]:
     """Returns problems of pages in a browser: more than three screens, wider than a phone, or files of other hosts."""
     wrong: list[str] = []
     with served(site) as address, chromium() as browser:
-        wide, phone = (
-            browser.new_page(viewport={"width": width, "height": height}) for width, height in (_SCREEN, _PHONE)
-        )
+        tab = browser.new_page()
         urls: set[str] = set()
-        wide.on("request", lambda request: urls.add(request.url))
+        tab.on("request", lambda request: urls.add(request.url))
         for page in sorted(site.rglob("index.html")):
             name = str(page.parent.relative_to(site)) if page.parent != site else "index"
             url = f"{address}/{'' if name == 'index' else f'{name}/'}"
-            wide.goto(url)
-            article = wide.locator("article").bounding_box()
+            tab.set_viewport_size({"width": _SCREEN[0], "height": _SCREEN[1]})
+            tab.goto(url)
+            article = tab.locator("article").bounding_box()
             screens = 0 if article is None else article["height"] / _SCREEN[1]
             if screens > _MOST_SCREENS and not _LONG.fullmatch(name):
                 wrong.append(f"{name}: {screens:.1f} screens of {_SCREEN[0]} x {_SCREEN[1]} pixels")
-            phone.goto(url)
-            if phone.evaluate("document.documentElement.scrollWidth") > _PHONE[0]:
+            tab.set_viewport_size({"width": _PHONE[0], "height": _PHONE[1]})
+            if tab.evaluate("document.documentElement.scrollWidth") > _PHONE[0]:
                 wrong.append(f"{name}: wider than a phone of {_PHONE[0]} pixels")
     return wrong + [f"a page asks another host for {url}" for url in sorted(urls) if not url.startswith(address)]
 

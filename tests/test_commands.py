@@ -44,14 +44,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("benchmarks", "examples", "demo"):
         (folder / name).symlink_to(ROOT / name)
     torch.manual_seed(0)
-    config = jf.TarFlowConfig(3, 32, 8, channels=64, num_blocks=2, layers_per_block=1, num_classes=2, noise_std=0.07)
+    config = jf.TarFlowConfig(1, 32, 8, channels=64, num_blocks=2, layers_per_block=1, num_classes=2, noise_std=0.07)
     flow = jf.TarFlow(config)
     flow.to_original(folder / "afhq_model_8_768_8_8_0.07.pth")
     for name in ("runs/mine", "me/mine"):  # the latter as from the hub
         flow.save_pretrained(folder / name)
     for i in range(8):
         (folder / f"photos/{i % 2}").mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((32, 32), 50).convert("RGB").save(folder / f"photos/{i % 2}/{i}.png")
+        Image.effect_noise((32, 32), 50).save(folder / f"photos/{i % 2}/{i}.png")
     fashion = load_images("fashion-512", 28, 1)
     np.savez(folder / "few.npz", images=fashion.images[:9].numpy(), labels=fashion.labels[:9].numpy())
     star = jf.STARFlow(jf.STARFlowConfig(3, 4, 2, 128, (1, 1), text_tokens=4, text_channels=16))
