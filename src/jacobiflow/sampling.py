@@ -266,8 +266,8 @@ def sample(
         settings: Guidance and denoising: "recommended" by the model, if it recommends some (guidance if there are
             labels or prompts); `None` for neither; or `SamplingSettings`.
         strategy: A name (see `jacobiflow.strategy.choose`), a `Strategy`, or the path of its JSON file.
-        tolerance: The largest |g(x) - x| in any block that stops on a tolerance; refused if none does. `None`: 1e-3 for
-            a named strategy, its own for any other.
+        tolerance: The largest |g(x) - x| in any block; by default 1e-3 for a named strategy, and else the strategy's
+            own. Refused if no block of the strategy stops on a tolerance.
         certify: Measures the residual of every sample in every block, one parallel pass each, and solves again each
             sample above the tolerance. Blocks that are solved token by token need no such pass; "always" measures them
             too. Without certificates a token is final when its last sweep changed it by at most the tolerance; its
@@ -279,9 +279,8 @@ def sample(
         progress: Is called after each block.
 
     Returns:
-        `Samples`. A sample that missed its tolerance or overflowed was solved again token by token and is counted; none
-        is drawn anew. One that overflows in the exact inverse too is NaN. A warning says so, as it does if samples are
-        above the tolerance or if the strategy certifies none.
+        `Samples`. A sample that misses its tolerance or overflows is solved again token by token, and counted. If its
+        exact inverse overflows, too, it is NaN. A warning says if samples are lost, above the tolerance or uncertified.
 
     Example:
         >>> samples = jf.sample(jf.load("digits-p1"), 4, labels=[0, 1, 2, 3], strategy="jacobi")

@@ -49,9 +49,9 @@ class Strategy(codec.Document):
 
     Attributes:
         solvers: Entry 0 is for the block that touches the image.
-        fingerprint: Of the flow whose report it was made with; `None` if it is for any flow. See `check`.
-        tolerance: To which samples are certified; `None` for each solver's own.
-        prediction: Of `jacobiflow.plan`.
+        fingerprint: Of the weights of the only flow that it is for; `None` for any flow. See `check`.
+        tolerance: The largest residual of a certified sample; `None` for each solver's own.
+        prediction: The time and the error that `jacobiflow.plan` expects.
 
     Example:
         >>> strategy = jf.Strategy.uniform(jf.Solver(jf.Window(16)), num_blocks=4)
