@@ -31,7 +31,7 @@ def measure(name: str) -> Json:
         z, labels = latents(flow, batch, seed=0)
         runs: dict[str, Callable[[], Any]] = {
             "original": partial(loop, flow, z, labels),
-            "auto": partial(jf.sample, flow, latents=z, labels=labels),
+            "auto": partial(jf.sample, flow, latents=z, labels=labels, settings=None),
         }
         rows.append({"batch": batch, **to_json(interleave(runs, ROUNDS)[0])})
     return {"loop": loop_name, "rows": rows}
