@@ -128,7 +128,7 @@ render: setup
 tutorials: setup
 	$(BIN)/python -m benchmarks.run_tutorials
 
-# Measures docs/boltzmann.md (an hour on two idle cores, of which the simulations take two thirds).
+# Measures docs/boltzmann.md and docs/boltzmann_speed.md (an hour on two idle cores, of which the simulations take two thirds).
 boltzmann: setup
 	$(BIN)/python -m examples.boltzmann simulate --seed 1
 	$(BIN)/python -m examples.boltzmann simulate --seed 2
@@ -136,7 +136,7 @@ boltzmann: setup
 	$(BIN)/python -m benchmarks.boltzmann
 	$(RENDER)
 
-# Measures docs/starflow.md, of the weights in examples/emoji-star (forty minutes on two idle cores).
+# Measures docs/starflow_speed.md, of the weights in examples/emoji-star (forty minutes on two idle cores).
 star: emoji
 	$(BIN)/python -m benchmarks.star
 	$(RENDER)

@@ -3,7 +3,7 @@
 The flows have the sizes of SBG's and of Prose, with random weights; that of the alanine dipeptide example is trained.
 In turn: the growing cache of the original code with its log-determinant, as a live module; that module
 accelerated; our loop without and with densities; a window; and an encoding pass. Then backward passes of `encode` and
-of `decode`. Writes docs/results/boltzmann.json, which fills docs/boltzmann.md.
+of `decode`. Writes docs/results/boltzmann.json, which fills docs/boltzmann_speed.md.
 """
 
 from __future__ import annotations

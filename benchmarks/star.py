@@ -2,7 +2,7 @@
 
 With the captioned emoji of examples/captions.py: samples under guidance by the two samplers of the original code and by
 ours, the metrics and sweeps of the blocks, and how often a sample is nearest to the emoji of its caption. With random
-weights: two layers of the released shape. Writes docs/results/starflow.json, which fills docs/starflow.md, and
+weights: two layers of the released shape. Writes docs/results/starflow.json, which fills docs/starflow_speed.md, and
 docs/figures/emoji-star.png.
 """
 

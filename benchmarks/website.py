@@ -189,8 +189,7 @@ def check_pages(site: Path) -> list[str]:
             url = f"{address}/{'' if name == 'index' else f'{name}/'}"
             tab.set_viewport_size({"width": _SCREEN[0], "height": _SCREEN[1]})
             tab.goto(url)
-            article = tab.locator("article").bounding_box()
-            screens = 0 if article is None else article["height"] / _SCREEN[1]
+            screens = tab.locator("article").evaluate("article => article.offsetHeight") / _SCREEN[1]
             if screens > _MOST_SCREENS and not _LONG.fullmatch(name):
                 wrong.append(f"{name}: {screens:.1f} screens of {_SCREEN[0]} x {_SCREEN[1]} pixels")
             tab.set_viewport_size({"width": _PHONE[0], "height": _PHONE[1]})

@@ -36,8 +36,9 @@ def export(flow: jf.TarFlow, out: Path, guidance: jf.Guidance) -> dict[str, Any]
     """Writes a flow with classes and noise to the folder `out`, as ONNX graphs over one file of weights.
 
     The folder has a graph for each block and one for the denoising step. Its model.json names these files and has
-    sizes, the order in which each block reads the tokens, the prior's standard deviations and the weights of guidance.
-    The other files have a hash of their content in their names, so a browser's cache is never stale.
+    sizes, the order in which each block reads the tokens, the prior's standard deviations, the weights of guidance, and
+    the window and the tolerance of the solver. The other files have a hash of their content in their names, so a
+    browser's cache is never stale.
 
     Returns:
         The content of model.json.
@@ -65,6 +66,8 @@ def export(flow: jf.TarFlow, out: Path, guidance: jf.Guidance) -> dict[str, Any]
         "orders": [block.permutation.order for block in flow.blocks],
         **{name: getattr(config, name) for name in sizes},
         "keys_per_token": 4 * config.layers_per_block * config.channels,
+        "window": SOLVER.partition.stop(0, config.num_tokens),
+        "tolerance": SOLVER.stopping.atol,
         "prior_scale": flow.var.detach().float().sqrt().flatten().tolist(),
         "logit_scale": [1.0, 1 / guidance.attn_temperature],
         "guidance": {"log_scale": log_scale.tolist(), "shift": shift.tolist()},

@@ -1,8 +1,7 @@
 // The form, its pictures and messages; the solver runs in worker.js.
 import { paint } from "./picture.js";
 
-const TOLERANCE = 3e-5; // pictures are then within 1e-3 of the exact inverse's
-const TOKENS_PER_THREAD = 16, MOST_THREADS = 8;
+const MOST_THREADS = 8;
 const query = new URLSearchParams(location.search), $ = (id) => document.getElementById(id);
 const cell = (loop, name) => document.querySelector(`#results .${loop}${name}`);
 const names = { sweeps: "by sweeps", exact: "token by token" };
@@ -64,7 +63,7 @@ function connect(worker) {
 
 function report(result) {
   const { calls, seconds, certificate } = result;
-  if (!(certificate <= TOLERANCE)) throw new Error(`${names[loop]}, |g(x) - x| = ${certificate} at this seed`);
+  if (!(certificate <= model.tolerance)) throw new Error(`${names[loop]}, |g(x) - x| = ${certificate} at this seed`);
   draw(result.image);
   cell(loop, ".calls").textContent = calls.toLocaleString("en");
   cell(loop, ".seconds").textContent = seconds.toFixed(2);
@@ -93,11 +92,11 @@ async function run() {
     model = models[device] ??= (await ask({ kind: "load", device, threads })).model;
     showDownload();
     results.latents = latents(results.seed, model.num_tokens * model.token_channels);
-    const windowSize = device === "gpu" ? model.num_tokens : TOKENS_PER_THREAD * threads;
+    const windowSize = device === "gpu" ? model.num_tokens : model.window * threads;
     for (loop of $("exact").checked ? ["sweeps", "exact"] : ["sweeps"]) {
       say(`Drawing ${names[loop]} …`);
       const size = loop === "sweeps" ? windowSize : 1;
-      report(await ask({ kind: "draw", ...results, size, tolerance: TOLERANCE, id: ++job }));
+      report(await ask({ kind: "draw", ...results, size, tolerance: model.tolerance, id: ++job }));
     }
     const { sweeps, exact } = results, apart = exact && difference(sweeps, exact).toFixed(2);
     say(`Done with windows of ${windowSize} tokens. ${exact ? `The pictures differ by at most ${apart} grey levels of 255.` : ""}`);

@@ -12,8 +12,8 @@ from torch import nn
 WORDS = ["<pad>", "</s>", "<unk>", "red", "apple", "green"]
 
 
-def write_t5(folder: Path, channels: int = 16) -> None:
-    """Writes a T5 encoder of random weights, which knows `WORDS`."""
+def write_t5(folder: Path) -> None:
+    """Writes a T5 encoder of random weights, with states of 16 channels, which knows `WORDS`."""
     tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
@@ -23,7 +23,7 @@ def write_t5(folder: Path, channels: int = 16) -> None:
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
-    config = transformers.T5Config(vocab_size=len(WORDS), d_model=channels, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
+    config = transformers.T5Config(vocab_size=len(WORDS), d_model=16, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transformers.T5EncoderModel(config).save_pretrained(folder)

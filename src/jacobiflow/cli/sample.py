@@ -147,18 +147,18 @@ def _auto_batch_size(flow: Flow, num: int, earlier: Path | None) -> int:
 
 def _announced(progress: Progress, out: Path, num_processes: int) -> Progress:
     """Returns `progress`, preceded by a line with the time that the plan predicts, if that is long."""
-    from jacobiflow.storage.folder import STRATEGY
-
     has_begun = False
 
     def report(done: int, total: int, what: str) -> None:
         nonlocal has_begun
         if not has_begun:
-            prediction = jf.Strategy.load(out / STRATEGY).prediction
+            folder, has_begun = jf.SampleFolder.open(out), True
+            prediction = folder.strategy().prediction
             rate = 0.0 if prediction is None else prediction.seconds / prediction.batch_size / num_processes
             if (seconds := rate * (total - done)) >= _LONG:
-                print(f"{total - done:,} {what} to draw: about {shared.duration(seconds)} by the plan", file=sys.stderr)
-            has_begun = True
+                note = ", without denoising" if folder.manifest.denoise else ""
+                time = f"about {shared.duration(seconds)} by the plan{note}"
+                print(f"{total - done:,} {what} to draw: {time}", file=sys.stderr)
         progress(done, total, what)
 
     return report

@@ -284,8 +284,8 @@ class ProgressLines:
         now = perf_counter()
         first, started = self._starts.setdefault(what, (done, now))
         if done > first and now - self._printed >= 60:
-            left = duration((now - started) * (total - done) / (done - first))
-            print(f"{what}: {done:,} of {total:,}, about {left} left", file=sys.stderr)
+            remaining = duration((now - started) * (total - done) / (done - first))
+            print(f"{what}: {done:,} of {total:,}, about {remaining} left", file=sys.stderr)
             self._printed = now
 
 
