@@ -79,10 +79,12 @@ def test_a_comparison_shows_both_and_their_difference(equal: bool) -> None:
     reference = random_images(4, 3, height=20)
     images, difference = reference.clone(), torch.full_like(reference, 1.0)
     reference[0], images[0] = torch.nan, torch.nan
+    images[3, :, 5, 7] += 0.007  # less than one of 255 levels
     if not equal:
         images[1, :, 5, 7] += 0.25
         images[2, :, 6, 8] -= 0.5
         difference[1, :, 5, 7], difference[2, :, 6, 8] = 0.0, -1.0  # half of the largest, and the largest
+        difference[3, :, 5, 7] = 1 - 0.007 / 0.5 * 2
     pixels = np.asarray(comparison_sheet(reference, images, ("sequential", "window:32")))
     panels = pixels.reshape(3, -1, *pixels.shape[1:])
     for panel, expected in zip(panels, (reference, images, difference), strict=True):

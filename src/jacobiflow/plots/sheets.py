@@ -16,20 +16,23 @@ from jacobiflow.plots.style import INK
 
 _CAPTION, _LETTERS = 40, 28  # pixels: 9 of the latter where a phone shows a sheet of 10 images
 _COLUMNS = 10
+_LEVEL = 2 / 255  # one level of an 8-bit image, whose entries are in [-1, 1]
 
 
 def comparison_sheet(
     reference: Float[Tensor, "n c h w"], images: Float[Tensor, "n c h w"], names: tuple[str, str],
     columns: Sequence[str] = (),
 ) -> Image.Image:  # fmt: skip
-    """Draws `reference`, `images` and their difference, whose largest entry is black (Figure 7 of the paper).
+    """Draws `reference`, `images` and their difference (Figure 7 of the paper).
 
+    The largest difference is black. If it is below one level of an 8-bit image, as rounding is, all are white.
     `names` are the captions of the first two; for `columns` see `rows_sheet`.
     """
     difference = (images - reference).abs().masked_fill(images.isnan() & reference.isnan(), 0)
     largest = float(difference.nan_to_num().max())
-    stretched = 1 - difference / max(largest, 1e-30) * 2
-    captions = (*names, f"difference; black is {largest:.1e}")
+    stretched = 1 - difference / largest * 2 if largest > _LEVEL else torch.ones_like(difference)
+    scale = "black is" if largest > _LEVEL else "at most"
+    captions = (*names, f"difference; {scale} {largest:.1e}")
     return rows_sheet(list(zip(captions, (reference, images, stretched), strict=True)), columns)
 
 
