@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import platform
 import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from jacobiflow import native
 from jacobiflow.native import build, compiler
+from jacobiflow.native.boundary import Library
 from tests.helpers.native_problems import copying_compiler
 
 
@@ -43,7 +40,7 @@ class Machine:
         """The files in the cache folder."""
         return [path for path in (self.home / "jacobiflow/native").glob("*") if path.is_file()]
 
-    def restart(self) -> ctypes.CDLL | None:
+    def restart(self) -> Library | None:
         """The library of a new process."""
         build._loaded.cache_clear()
         return native.library()
@@ -84,14 +81,6 @@ def test_the_library_of_a_wheel_needs_no_compiler(
     assert machine.restart() is not None and machine.compiled() == 0 and machine.stored() == []
     assert native.library_name() == every_processor_can_run_it.name
     assert native.describe().endswith(", in the wheel")
-
-
-@pytest.mark.skipif(platform.system() != "Linux", reason="the library has OpenMP on Linux only")
-def test_the_threads_are_those_of_pytorch() -> None:
-    assert torch.backends.openmp.is_available()
-    functions: list[int | None] = []
-    build._use_threads_of_pytorch(SimpleNamespace(jacobiflow_use_openmp=functions.extend))  # type: ignore[arg-type]
-    assert len(functions) == 3 and all(functions)
 
 
 def test_a_processor_with_other_instructions_compiles_its_own(
@@ -143,14 +132,3 @@ def test_the_environment_turns_it_off_at_any_time(machine: Machine, monkeypatch:
     assert native.describe() == "off, by JACOBIFLOW_NATIVE=0"
     monkeypatch.setenv("JACOBIFLOW_NATIVE", "1")
     assert native.library() is not None
-
-
-def test_takes_float32_on_a_cpu(machine: Machine) -> None:
-    machine.restart()
-    assert native.usable(torch.ones(2), torch.nn.Parameter(torch.ones(3))) is native.library()
-    subclass = type("Subclass", (torch.Tensor,), {})
-    wrapped = torch.nn.Parameter(torch.ones(2).as_subclass(subclass))
-    for other in (torch.ones(2, dtype=torch.float64), torch.ones(2, device="meta"), wrapped, wrapped.detach()):
-        assert native.usable(torch.ones(2), other) is None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert native.usable(torch.ones(2)) is None

@@ -182,7 +182,7 @@ class Acceleration:
         """Returns the values of a transform or composition by native code; `None` if they are left to the library.
 
         The batches of `x` and `context` are broadcast. Without a `fallback`, see `Chain.evaluate`, the values are the
-        start of passes, at any tolerance. For `log_det` see `native.masked.run_chain`.
+        start of passes, at any tolerance. For `log_det` see `native.masked.TransformChain`.
         """
         if (self.tolerance == 0 and fallback is not None) or native_library() is None:
             return None
