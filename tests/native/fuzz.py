@@ -240,8 +240,12 @@ def main() -> None:
     loaded = boundary.Library(options.library)
     build._loaded = lambda: (loaded, "")
     torch.set_num_threads(3)
+    outcomes: Counter[str] = Counter()
     with ThreadPoolExecutor(options.callers) as pool:
-        outcomes = Counter(pool.map(run, range(options.seed, options.seed + options.count)))
+        for done, outcome in enumerate(pool.map(run, range(options.seed, options.seed + options.count)), 1):
+            outcomes[outcome] += 1
+            if done % 500 == 0:
+                print(f"{done:8,} calls", flush=True)
     for outcome, count in sorted(outcomes.items()):
         print(f"{count:8,} {outcome}")
 
