@@ -94,13 +94,30 @@ def test_a_processor_with_other_instructions_compiles_its_own(
         assert machine.restart() is not None and machine.compiled() == compiled == len(machine.stored())
 
 
-def test_a_file_that_is_no_library_is_replaced(machine: Machine) -> None:
+def test_a_file_that_the_system_cannot_load_is_replaced(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the system's own libraries are older than those of the machine that compiled it."""
-    path = machine.home / "jacobiflow/native" / build._name(build._instructions())
-    path.parent.mkdir(mode=0o700, parents=True)
-    path.write_bytes(b"not for this system")
-    assert machine.restart() is not None and machine.compiled() == 1
-    assert len(path.read_bytes()) > 1000
+    machine.restart()
+    (path,), load = machine.stored(), build.Library
+
+    def refuse(path: Path) -> Library:
+        monkeypatch.setattr(build, "Library", load)
+        raise OSError(f"{path}: GLIBC not found")
+
+    monkeypatch.setattr(build, "Library", refuse)
+    assert machine.restart() is not None and machine.compiled() == 2
+    assert machine.stored() == [path]
+
+
+def test_a_file_that_is_not_what_was_stored_is_replaced(machine: Machine) -> None:
+    """Loading one that was cut short would end the process with SIGBUS."""
+    machine.restart()
+    (path,) = machine.stored()
+    content = path.read_bytes()
+    for compiled, changed in enumerate((content + b"more", content[: len(content) // 2]), start=2):
+        path.unlink()  # the loaded file itself must stay whole
+        path.write_bytes(changed)
+        assert machine.restart() is not None and machine.compiled() == compiled
+        assert path.read_bytes() == content
 
 
 def test_a_folder_that_others_can_write_to_is_not_used(machine: Machine) -> None:

@@ -73,19 +73,25 @@ def _find_or_compile() -> Library:
     instructions = _instructions()
     shipped, name = compiler.best(SHIPPED, platform.machine(), instructions), _name(instructions)
     folder = _private_folder()
-    stored = None if folder is None else folder / name
-    for path in (shipped, stored):
+    stored = [] if folder is None else sorted(folder.glob(f"{name}-*.so"))
+    for path in (shipped, *stored):
         with suppress(OSError):  # the system cannot load it, since its own libraries are too old, say
-            if path is not None and path.is_file():
+            if path is not None and (path is shipped or path.stem.endswith(_digest(path))):
                 return Library(path)
     with tempfile.TemporaryDirectory(prefix="jacobiflow-", ignore_cleanup_errors=True) as temporary:
-        compiled = Path(temporary, name)
+        compiled = Path(temporary, f"{name}.so")
         compiler.compile_library(compiled)
         with suppress(OSError):
-            if stored is not None:
-                write_atomically(stored, compiled.read_bytes())
-                return Library(stored)
+            if folder is not None:
+                path = folder / f"{name}-{_digest(compiled)}.so"
+                write_atomically(path, compiled.read_bytes())
+                return Library(path)
         return Library(compiled)  # a loaded file may be removed
+
+
+def _digest(path: Path) -> str:
+    """The hash that ends the name of a stored library: loading a file that was cut short would kill the process."""
+    return sha256(path)[:32]
 
 
 def _private_folder() -> Path | None:
@@ -113,4 +119,4 @@ def _instructions() -> Collection[str]:
 def _name(instructions: Collection[str]) -> str:
     """A name for what a compiler makes of these sources for this system and processor."""
     target = (platform.system(), platform.machine(), *sorted(instructions), compiler.fingerprint())
-    return f"recurrences-{sha256(' '.join(target).encode())[:32]}.so"
+    return f"recurrences-{sha256(' '.join(target).encode())[:32]}"
