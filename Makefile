@@ -122,8 +122,8 @@ evaluation-in-pytorch: setup
 		--out docs/results/comparison-in-pytorch.json
 	JACOBIFLOW_NATIVE=0 $(BIN)/jacobiflow sample --model fashion-p2 --strategy auto:1e-1 --num 10000 --batch-size 16 \
 		--out out/in-pytorch
-	$(BIN)/jacobiflow evaluate --model fashion-p2 --samples out/in-pytorch --images fashion-mnist $(FASHION_FID) \
-		--out out/evaluation
+	$(BIN)/jacobiflow evaluate --model fashion-p2 --samples out/in-pytorch --images fashion-mnist \
+		--features benchmarks/features.py:fashion --out out/evaluation
 	cp out/evaluation/evaluation.json docs/results
 	$(RENDER)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -436,6 +436,16 @@ def _has_gradient(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad
 
 
+@overload
+def decode(
+    flow: Flow, z: Tensor, context: Context | None = ..., *, strategy: str | Path | Strategy = ...,
+    tolerance: float | None = ..., certify: Certificate = ..., log_prob: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def decode(
+    flow: Flow, z: Tensor, context: Context | None = ..., *, strategy: str | Path | Strategy = ...,
+    tolerance: float | None = ..., certify: Certificate = ..., log_prob: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def decode(
     flow: Flow,
     z: Float[Tensor, "n t d"],
