@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from pathlib import Path
@@ -11,7 +12,11 @@ import torch
 from PIL import Image
 
 import jacobiflow as jf
+from jacobiflow.cli.plan import plan
+from jacobiflow.cli.train import train as command
 from jacobiflow.data import Augmentation, Noise, image_grid
+from jacobiflow.flows.flow import FLOWS
+from jacobiflow.training import TrainConfig
 from tests.helpers.running import figures
 from tests.helpers.scoring import levels
 from tests.helpers.training_runs import checkpoint
@@ -54,6 +59,24 @@ def test_bad_settings_leave_no_folder(refuse: Any, tmp_path: Path) -> None:
     line = f"train --images fashion-512 --head-dim 16 --out {tmp_path}/a/b"
     refuse(f"{line} --steps 0", "steps=0: give a positive whole number")
     refuse(f"{line} --steps 3 --image-size 60", "images are 1x28x28, the flow takes 1x60x60")
+
+
+def test_a_flow_that_the_command_cannot_train_is_refused_and_not_offered(refuse: Any, tmp_path: Path) -> None:
+    trainable = "maf, recurrent, tarflow" if "recurrent" in FLOWS else "maf, tarflow"
+    for name in ("starflow", "prose", "glow"):
+        message = f"--flow {name}: give one of {trainable}\n"
+        refuse(f"train --images digits --image-size 8 --flow {name} --steps 1 --out {tmp_path}/out", message)
+
+
+def test_what_is_not_given_is_as_in_python() -> None:
+    """So that sheets and checkpoints come as often, whoever starts the run."""
+    options = {name: option.default for name, option in inspect.signature(command).parameters.items()}
+    defaults = vars(TrainConfig(steps=1))
+    shared = options.keys() & defaults.keys() - {"steps"}
+    assert len(shared) == 10
+    assert {name: options[name] for name in shared} == {name: defaults[name] for name in shared}
+    batch_size = inspect.signature(plan).parameters["batch_size"].default
+    assert int(batch_size) == inspect.signature(jf.plan).parameters["batch_size"].default
 
 
 def test_options_become_the_settings_of_the_run(run: Any, tmp_path: Path) -> None:

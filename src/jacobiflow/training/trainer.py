@@ -67,7 +67,7 @@ class TrainConfig:
     bf16: bool = True
     seed: int = 0
     checkpoint_every: int = 100
-    sample_every: int = 1000
+    sample_every: int = 500
 
     def __post_init__(self) -> None:
         check_fields(self)
