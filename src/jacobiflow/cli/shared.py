@@ -196,7 +196,7 @@ def _read_labels(path: Path) -> Any:
 
     try:
         if path.suffix == ".npy":
-            return np.load(path).astype(np.int64, casting="same_kind")
+            return np.load(path).astype(np.int64, casting="safe")  # not uint64, which may be too large
         return np.array([int(word) for word in path.read_text().replace(",", " ").split()], np.int64)
     except (OSError, ValueError, TypeError, EOFError, OverflowError) as error:
         raise InputValueError(f"--labels {path}: cannot be read as whole numbers ({error})") from error
