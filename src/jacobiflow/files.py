@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -61,6 +63,14 @@ def remove_partials(folder: Path) -> None:
     """Removes what `partials` returns."""
     for path in partials(folder):
         path.unlink(missing_ok=True)
+
+
+def regular_file(path: str | Path) -> Path:
+    """Returns `path`. Raises OSError if it is not a file, but for example a pipe, on which a reader would wait."""
+    path = Path(path)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return path
 
 
 def read_object(path: str | Path) -> dict[str, Any] | None:

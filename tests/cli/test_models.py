@@ -103,9 +103,14 @@ def test_convert_a_starflow(run: Any, refuse: Any, tmp_path: Path) -> None:
         "3.6,annealed=false,rule=density"
     )
     assert torch.equal(read.blocks[-1].null_text[:2], torch.tensor([[1.0] * 5, [0.0] * 5]))
-    refuse(f"{line}2 --encode-text {tmp_path}/words.py:decode", "words.py:decode: not a file and a function in it")
+    refuse(f"{line}2 --encode-text {tmp_path}/words.py:decode", "words.py:decode: no function of this name in the file")
     refuse(f"sample --model {tmp_path}/star --prompts cat --out {tmp_path}/o", "--prompts cat: give --encode-text, too")
     refuse(f"sample --model model --prompts cat --out {tmp_path}/o", "--prompts cat: this flow reads no text")
+    refuse(f"sample --model {tmp_path}/star --encode-text w.py:f --out {tmp_path}/o", "w.py:f: give --prompts, too")
+    (tmp_path / "words.py").write_text("encode = lambda prompts: None\n")
+    want = "result of encode_text=None of type NoneType: give a torch.Tensor of floating-point numbers (1, L, K)"
+    refuse(f"{line}2 --encode-text {tmp_path}/words.py:encode", want)
+    refuse(f"sample --model {tmp_path}/star --prompts cat --encode-text {tmp_path}/words.py:encode --out o-x", want)
 
 
 def test_prompts_become_samples(run: Any, refuse: Any, tmp_path: Path) -> None:

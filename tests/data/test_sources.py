@@ -195,7 +195,7 @@ def test_a_pipe_is_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     os.mkfifo(path)
-    with pytest.raises(DataError, match=f"^{path}: is not a regular file; replace or remove it$"):
+    with pytest.raises(DataError, match=f"^{path}: .*Not a regular file"):
         load_images(str(path if path.suffix == ".npz" else tmp_path), 8, 1)
 
 

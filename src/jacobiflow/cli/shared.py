@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -161,6 +160,8 @@ def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:
 
 def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -> list[str] | None:
     """Returns the prompts of `num` samples that `--prompts` gives, and sets the flow's text encoder to `encoder`."""
+    if text is None and encoder is not None:
+        raise InputValueError(f"--encode-text {encoder}: give --prompts, too, or leave it out")
     if text is None:
         return None
     if not flow.reads_text:
@@ -179,15 +180,11 @@ def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -
 
 def load_encoder(encoder: str) -> Any:
     """Returns the text encoder of `--encode-text`."""
+    from jacobiflow.evaluation.features import load_function
     from jacobiflow.flows import t5_encoder
 
-    file, colon, name = encoder.rpartition(":")
-    if not (colon and file.endswith(".py")):
-        return t5_encoder(encoder)
-    try:
-        return runpy.run_path(file)[name]
-    except (OSError, KeyError) as error:
-        raise InputValueError(f"--encode-text {encoder}: not a file and a function in it ({error})") from error
+    is_function = encoder.rpartition(":")[0].endswith(".py")
+    return load_function(encoder, "a T5 encoder") if is_function else t5_encoder(encoder)
 
 
 def _read_labels(path: Path) -> Any:

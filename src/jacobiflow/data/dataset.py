@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -15,12 +14,6 @@ from jacobiflow.errors import InputValueError
 
 class DataError(InputValueError):
     """Unusable data, or an unusable file or folder of data; the message names it and the remedy."""
-
-
-def check_file(path: Path) -> None:
-    """Raises DataError if `path` is a folder or a pipe, from which a read may never return."""
-    if path.exists() and not path.is_file():
-        raise DataError(f"{path}: is not a regular file; replace or remove it")
 
 
 @dataclass(frozen=True, eq=False)

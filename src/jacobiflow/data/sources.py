@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jacobiflow.checks import check_choice, check_count
-from jacobiflow.data.dataset import DataError, ImageDataset, check_file
+from jacobiflow.data.dataset import DataError, ImageDataset
+from jacobiflow.files import regular_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -125,9 +126,8 @@ def _idx_file(folder: Path, name: str) -> NDArray[np.uint8]:
 
 
 def _npz_file(path: Path) -> ImageDataset:
-    check_file(path)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(regular_file(path), allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays.get("labels")
     except _BROKEN as error:
         raise DataError(f"{path}: no .npz file with images and labels ({error})") from error
@@ -209,9 +209,8 @@ def read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
     """Reads an image as `image_folder` does."""
     from PIL import Image
 
-    check_file(path)
     try:
-        with Image.open(path) as file:
+        with Image.open(regular_file(path)) as file:
             image = _flatten(file).convert("L" if channels == 1 else "RGB")
     except Exception as error:  # on broken files, Pillow's decoders raise nearly anything
         raise DataError(f"{path}: not a usable image ({error}); replace or remove it") from error

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from jacobiflow.checks import (
     check_count,
     check_finite,
+    check_floating,
     check_kind,
     check_number,
     check_positive,
@@ -252,7 +253,7 @@ class STARFlow(Flow):
         state = read_original(path)
         config = infer_config(state, str(path)) if config is None else config
         state = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in _DEAD}
-        states = torch.zeros(1, 0, config.text_channels) if encode_text is None else encode_text([""])
+        states = torch.zeros(1, 0, config.text_channels) if encode_text is None else _encode(encode_text, [""])
         state[f"blocks.{config.num_blocks - 1}.null_text"] = _padded("encode_text", states, config)[0]
         flow = build(cls, config, state, str(path))
         flow.encode_text = encode_text
@@ -321,14 +322,18 @@ class STARFlow(Flow):
                 "prompts that returns their states"
             )
         unique = list(dict.fromkeys(prompts))
-        states = self.encode_text(unique)
-        check_kind("encode_text", states, Tensor, "a function that returns a tensor (N, L, K)")
-        if len(states) != len(unique):
-            raise InputValueError(f"encode_text returned {len(states)} states for {len(unique)} prompts")
+        states = _encode(self.encode_text, unique)
         if len(unique) == 1:
             return states.expand(len(prompts), -1, -1)
         places = {prompt: place for place, prompt in enumerate(unique)}
         return states[[places[prompt] for prompt in prompts]]
+
+
+def _encode(encode_text: EncodeText, prompts: list[str]) -> Float[Tensor, "n l k"]:
+    """Calls a text encoder, and checks its result."""
+    states = encode_text(prompts)
+    check_floating("result of encode_text", states, (len(prompts), "L", "K"))
+    return states
 
 
 def _padded(name: str, states: Tensor, config: STARFlowConfig) -> Float[Tensor, "n l k"]:
