@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
+from tests.helpers.fake_device import FakeDevice
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -134,6 +135,17 @@ def test_samples_encode_to_their_latents(adaptive: bool, dtype: torch.dtype, str
     torch.testing.assert_close(latents, z, rtol=0, atol=rounding)
     want = torch.distributions.Normal(0.0, 1.0).log_prob(latents).sum(dim=(1, 2)) + log_det
     torch.testing.assert_close(out.log_prob.double(), want, rtol=0, atol=rounding)
+
+
+def test_a_view_moves_with_its_encodings() -> None:
+    flow = make(True)
+    peptide = flow.for_peptide(ENCODINGS, ORDERS)
+    want = jf.sample(peptide, 2, strategy="window:3", tolerance=1e-5).tokens
+    with FakeDevice():
+        for moved in (peptide.to("cuda"), flow.for_peptide(ENCODINGS, ORDERS)):
+            assert {tensor.device.type for tensor in (*moved.parameters(), *moved.buffers())} == {"cuda"}
+            have = jf.sample(moved, 2, strategy="window:3", tolerance=1e-5).tokens
+            torch.testing.assert_close(have.cpu(), want, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("adaptive", [True, False])

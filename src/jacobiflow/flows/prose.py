@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
@@ -219,17 +218,30 @@ class ProseBlock(TransformerBlock):
 
 
 class _Embedder(nn.Module):
-    """Embeds the atoms of a peptide, under the original's names."""
+    """Embeds the atoms of a peptide, under the original's names. In the view of a peptide the encodings are buffers."""
+
+    atom_type: Int[Tensor, " t"]
+    aa_type: Int[Tensor, " t"]
+    aa_pos: Int[Tensor, " t"]
+    seq_len: Int[Tensor, " t"]
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.atom_embed, self.residue_embed = nn.Embedding(_ATOMS, channels), nn.Embedding(_RESIDUES, channels)
         self.mlp = nn.Sequential(nn.Linear(4 * channels, channels), nn.GELU(), nn.Linear(channels, channels))
 
-    def forward(self, encodings: Mapping[str, Int[Tensor, " t"]]) -> Float[Tensor, "t c"]:
-        atoms, residues = self.atom_embed(encodings["atom_type"]), self.residue_embed(encodings["aa_type"])
+    def of_peptide(self, encodings: Mapping[str, Int[Tensor, " t"]]) -> _Embedder:
+        """Returns a view for the atoms of a peptide; it shares the parameters."""
+        view = copy.copy(self)
+        view._buffers, view._non_persistent_buffers_set = {}, set()
+        for name, tensor in encodings.items():
+            view.register_buffer(name, tensor, persistent=False)
+        return view
+
+    def forward(self) -> Float[Tensor, "t c"]:
+        atoms, residues = self.atom_embed(self.atom_type), self.residue_embed(self.aa_type)
         positions, lengths = (
-            sinusoid(encodings[name], atoms.shape[-1], _PERIOD).to(atoms) for name in ("aa_pos", "seq_len")
+            sinusoid(numbers, atoms.shape[-1], _PERIOD).to(atoms) for numbers in (self.aa_pos, self.seq_len)
         )
         return self.mlp(torch.cat((atoms, residues, positions, lengths), dim=-1))
 
@@ -302,12 +314,12 @@ class Prose(Flow):
                 gives them.
             permutations: By name, the indices (T,) or (1, T) of the atoms in the order that a block reads them in.
         """
-        device = self.var.device
+        weight = self.cond_embed.atom_embed.weight  # not `var`, which does not move with the parameters of a view
         missing = [name for name in ENCODINGS if name not in encodings]
         missing += [name for name in self.config.orders if name not in permutations]
         if missing:
             raise InputValueError(f"encodings and permutations lack {', '.join(missing)}")
-        tensors = {name: torch.as_tensor(encodings[name], device=device).flatten() for name in ENCODINGS}
+        tensors = {name: torch.as_tensor(encodings[name], device=weight.device).flatten() for name in ENCODINGS}
         num_atoms = len(tensors["atom_type"])
         for name, tensor in tensors.items():
             limit = {"atom_type": _ATOMS, "aa_type": _RESIDUES}.get(name, 2**31)
@@ -321,6 +333,7 @@ class Prose(Flow):
         view = copy.copy(self)
         view.config = replace(self.config, num_tokens=num_atoms)
         view._modules, view._buffers = dict(self._modules), dict(self._buffers)
+        view.cond_embed = self.cond_embed.of_peptide(tensors)
         blocks = []
         for i, block in enumerate(self.blocks):
             order = torch.as_tensor(permutations[self.config.orders[i % len(self.config.orders)]]).flatten().tolist()
@@ -328,8 +341,8 @@ class Prose(Flow):
                 raise InputValueError(f"permutations: {len(order)} indices, but {num_atoms} atoms")
             block = copy.copy(block)
             block.permutation, block.num_tokens = Permutation(tuple(order)), num_atoms
-            block.embed_atoms = partial(self.cond_embed, tensors)
+            block.embed_atoms = view.cond_embed.forward  # a method, since a module would be a part of the block
             blocks.append(block)
         view.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
-        view.var = self.var.new_ones(num_atoms, self.config.token_channels)
+        view.var = weight.new_ones(num_atoms, self.config.token_channels)
         return view
