@@ -16,6 +16,7 @@ from jacobiflow.checks import check_count, check_flag, check_kind, check_number,
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.flows.base import Permutation
 from jacobiflow.flows.guidance import Guidance, SamplingSettings
+from jacobiflow.latents import MOST_SAMPLES
 
 _MAX_SIZE = 2**20  # a larger one is a slip
 
@@ -308,6 +309,9 @@ Context = Labels | Tensor | str | Sequence[str]
 def as_labels(labels: Any, num: int) -> Int[Tensor, " n"]:
     """Converts labels to a tensor of int64 or int32; a single class is that of all `num` samples."""
     give, tensor = "a class, or a tensor or list (N,) of classes, whole numbers", labels
+    if isinstance(labels, Tensor | np.ndarray):
+        check_kind("labels", labels, Tensor | np.ndarray, give)
+        check_count("number of labels", math.prod(labels.shape), 0, MOST_SAMPLES)  # an expanded one fills no memory yet
     if not isinstance(labels, Tensor):
         try:
             tensor = torch.as_tensor(np.array(labels))  # a copy, since arrays may be read-only or have negative strides

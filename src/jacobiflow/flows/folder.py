@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from jacobiflow import codec
-from jacobiflow.checks import check_kind, short
+from jacobiflow.checks import FLOATS, check_kind, short
 from jacobiflow.errors import CheckpointError, InputError, InputValueError, first_line
 from jacobiflow.files import json_bytes, read_object, remove_partials, write_atomically, write_beside
 from jacobiflow.flows.config import FlowConfig
@@ -30,7 +30,6 @@ README = "README.md"
 FORMAT_VERSION = 1
 MODELS = Path(__file__).parents[1] / "models"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 AnyConfig = TypeVar("AnyConfig", bound=FlowConfig)
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -244,7 +243,7 @@ def build(make: Callable[[Any], AnyModule], config: Any, state: dict[str, Tensor
 
 def check_values(state: Mapping[str, Tensor], source: str) -> None:
     """Raises CheckpointError if a value is not a finite floating-point one, or a variance of the prior not positive."""
-    problems = [f"{name} is of {tensor.dtype}" for name, tensor in state.items() if tensor.dtype not in _FLOATS]
+    problems = [f"{name} is of {tensor.dtype}" for name, tensor in state.items() if tensor.dtype not in FLOATS]
     problems += [f"{name} has non-finite values" for name, tensor in state.items() if not tensor.isfinite().all()]
     if "var" in state and not (state["var"] > 0).all():
         problems.append("var has values that are not positive")
@@ -256,7 +255,7 @@ def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """Returns the floating-point dtype of that name, or `None`."""
     check_kind("dtype", dtype, str | torch.dtype | None, "a dtype, such as torch.float64, its name, or None")
     number = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if number is None or number in _FLOATS:
+    if number is None or number in FLOATS:
         return number
-    names = ", ".join(str(name).removeprefix("torch.") for name in _FLOATS)
+    names = ", ".join(str(name).removeprefix("torch.") for name in FLOATS)
     raise InputValueError(f"dtype={dtype!r}: give one of {names}")

@@ -294,11 +294,6 @@ class STARFlow(Flow):
             raise InputValueError(f"context of {len(states)} texts: give {num}, one for each sample")
         return states
 
-    def check_batch(self, x: Tensor, context: Any) -> Tensor | None:
-        self.check_data(x)
-        states = self.check_context(context, len(x))
-        return None if states is None else states.to(self.var.device)
-
     def example_context(self, num: int) -> Tensor:
         config, null_text = self.config, self.blocks[-1].null_text
         if null_text.any():
