@@ -246,6 +246,7 @@ def with_config(place: Path, change: dict[str, Any]) -> Path:
         ({"model_type": "bert"}, "model_type 'bert'; there are maf, "),
         ({"format_version": 2}, "format 2"),
         ({"channels": 16}, "blocks.0.proj_in.weight"),
+        ({"layers_per_block": 1000000}, "2,000,000 layers in 2 blocks: the limit is 1,024"),
         ({"recommended": {"denoise": -1}}, "denoise=-1.0: give 0"),
     ],
 )

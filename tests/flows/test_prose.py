@@ -164,6 +164,13 @@ def test_its_state_dict_is_read(tmp_path: Path, adaptive: bool) -> None:
         jf.Prose.from_original(tmp_path / "other.pth", tuple(ORDERS))
 
 
+@pytest.mark.parametrize("orders", [(), None, 5, "first", [1, 2], ("first", None)])
+def test_names_of_orders_of_the_wrong_kind_are_refused(tmp_path: Path, orders: Any) -> None:
+    torch.save(jf.Prose(jf.ProseConfig(64, 2, 1)).state_dict(), tmp_path / "prose.pth")
+    with pytest.raises(jf.InputError, match="^orders=.*: give a tuple of names of permutations"):
+        jf.Prose.from_original(tmp_path / "prose.pth", orders)
+
+
 def test_a_peptide_that_does_not_fit_is_named() -> None:
     flow = make(True)
     with pytest.raises(ValueError, match="give the view of one"):

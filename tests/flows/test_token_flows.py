@@ -179,6 +179,11 @@ def test_a_model_folder_keeps_the_shape(tmp_path: Path) -> None:
         ({"orders": ("back",)}, "'identity' or 'flip'"),
         ({"channels": (8, 8, 8)}, "one for each of 2 blocks"),
         ({"num_classes": 2, "context_channels": 2}, "either classes or numbers"),
+        ({"orders": ()}, r"orders=\(\): give one or more"),
+        ({"orders": ((0, "a", 2, 3, 4),)}, "give each of 0 to 4 once"),
+        ({"layers_per_block": 10**6}, "2,000,000 layers in 2 blocks: the limit is 1,024; give fewer"),
+        ({"layers_per_block": (1, 10**6)}, "1,000,001 layers in 2 blocks"),
+        ({"num_blocks": 2000}, "2,000 layers in 2,000 blocks"),
     ],
 )
 def test_a_config_that_cannot_be_is_named(change: dict[str, Any], words: str) -> None:

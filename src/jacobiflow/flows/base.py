@@ -38,7 +38,7 @@ class Permutation:
     def __post_init__(self) -> None:
         if isinstance(self.order, str):
             check_choice("order", self.order, ("identity", "flip"))
-        elif sorted(self.order) != list(range(len(self.order))):
+        elif set(self.order) != set(range(len(self.order))):
             raise InputValueError(f"order={short(self.order)}: give each of 0 to {len(self.order) - 1} once")
 
     def __call__(self, x: Tensor, dim: int = 1) -> Tensor:

@@ -14,9 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.checks import check_count, check_flag, convert_numbers
+from jacobiflow.checks import check_flag, check_kind, short
 from jacobiflow.errors import CheckpointError, InputValueError
 from jacobiflow.flows.base import Permutation
+from jacobiflow.flows.config import check_heads, check_sizes
 from jacobiflow.flows.flow import Flow, register
 from jacobiflow.flows.folder import build
 from jacobiflow.flows.tarflow.attention import Adaptive, Attention, AttentionBlock, LayerWeights
@@ -68,13 +69,14 @@ class ProseConfig:
     noise_std: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        convert_numbers(self)
-        for name in ("channels", "num_blocks", "layers_per_block", "token_channels", "head_dim", "expansion"):
-            check_count(name, getattr(self, name))
+        check_sizes(self)
+        check_heads(self.channels, self.head_dim)
         check_flag("adaptive", self.adaptive)
         check_flag("lookahead", self.lookahead)
-        if self.channels % self.head_dim:
-            raise InputValueError(f"head_dim={self.head_dim} does not divide channels={self.channels}")
+        give = "a tuple of names of permutations"
+        check_kind("orders", self.orders, tuple, give)
+        if not self.orders or not all(isinstance(name, str) for name in self.orders):
+            raise InputValueError(f"orders={short(self.orders)}: give {give}")
 
 
 class _AdaptiveNorm(nn.Module):
@@ -299,7 +301,7 @@ class Prose(Flow):
             expansion=hidden // channels,
             adaptive=adaptive,
             lookahead="blocks.0.proj_cond.2.weight" in state,
-            orders=tuple(orders),
+            orders=tuple(orders) if isinstance(orders, list) else orders,  # type: ignore[arg-type]  # which is checked
         )
         state["var"] = torch.ones(0, token_channels)
         return build(cls, config, state, str(path))

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jacobiflow.checks import (
-    check_count,
     check_finite,
     check_floating,
     check_kind,
@@ -81,21 +80,16 @@ class STARFlowConfig:
     num_classes: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
+        give = "a tuple with a number for each block"
+        check_kind("layers_per_block", self.layers_per_block, tuple, give)
+        if not self.layers_per_block:
+            raise InputValueError(f"layers_per_block=(): give {give}")
         check_sizes(self)
         if self.image_size % self.patch_size:
             raise InputValueError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
         if self.head_dim % 4 or self.head_dim <= 2 * _TEXT_PAIRS:
             raise InputValueError(f"head_dim={self.head_dim}: give 20 or a larger multiple of 4")
-        check_kind("layers_per_block", self.layers_per_block, tuple, "a tuple with a number for each block")
-        for layers in self.layers_per_block:
-            check_count("layers_per_block", layers)
-        if isinstance(self.channels, tuple) and len(self.channels) != self.num_blocks:
-            raise InputValueError(
-                f"channels={short(self.channels)}: give a number, or one for each of {self.num_blocks} blocks"
-            )
-        for channels in self.channels if isinstance(self.channels, tuple) else (self.channels,):
-            check_count("channels", channels)
-            check_heads(channels, self.head_dim)
+        check_heads(self.channels, self.head_dim)
         check_positive("soft_clip", self.soft_clip)
         check_number("noise_std", self.noise_std, give="0 or a positive standard deviation")
 

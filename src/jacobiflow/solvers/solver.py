@@ -32,6 +32,8 @@ class Stopping:
             check_number("tolerance", self.atol, give="0 (down to rounding) or a positive number")
         if self.ebound is not None:
             check_number("ebound", self.ebound)
+        if self.max_sweeps == ():
+            raise InputValueError("sweeps=(): give a number, or one for each segment")
         if self.max_sweeps is not None:
             for count in self.max_sweeps if isinstance(self.max_sweeps, tuple) else (self.max_sweeps,):
                 check_count("sweeps", count)
