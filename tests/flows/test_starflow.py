@@ -138,7 +138,7 @@ def test_a_config_that_cannot_be_is_named(name: str, value: Any, words: str) -> 
 def original(flow: jf.STARFlow) -> dict[str, Tensor]:
     """A state dict as the original code writes it."""
     state = {name: tensor for name, tensor in flow.state_dict().items() if "null_text" not in name}
-    masks = {f"blocks.{i}.attn_mask": torch.ones(7, 7) for i in range(flow.config.num_blocks)}
+    masks = {f"blocks.{i}.attn_mask": torch.ones(7, 7).tril() for i in range(flow.config.num_blocks)}
     return state | masks | {"feat_rope.freqs_cos": torch.zeros(7, 32), "feat_rope.freqs_sin": torch.zeros(7, 32)}
 
 

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
@@ -15,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jacobiflow.checks import check_flag, check_kind, short
-from jacobiflow.errors import CheckpointError, InputValueError
+from jacobiflow.errors import InputValueError
 from jacobiflow.flows.base import Permutation
 from jacobiflow.flows.config import check_heads, check_sizes
 from jacobiflow.flows.flow import Flow, register
 from jacobiflow.flows.folder import build
 from jacobiflow.flows.tarflow.attention import Adaptive, Attention, AttentionBlock, LayerWeights
 from jacobiflow.flows.tarflow.block import TransformerBlock
-from jacobiflow.flows.tarflow.original import count_groups, read_original
+from jacobiflow.flows.tarflow.original import count_groups, read_original, shape_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -286,13 +287,11 @@ class Prose(Flow):
         `orders` are the names of the permutations, by default those of the released Prose.
         """
         state = read_original(path)
-        try:
-            channels, token_channels = state["blocks.0.proj_in.weight"].shape
-            adaptive = "blocks.0.attn_blocks.0.mha.adaln.to_beta.weight" in state
-            inner = "blocks.0.attn_blocks.0." + ("mha.mha." if adaptive else "")
-            hidden, _ = state[f"{inner}mlp.main.0.weight"].shape
-        except KeyError as error:
-            raise CheckpointError(f"{path}: not the state dict of a Prose, which has {error}") from None
+        shape = partial(shape_of, state, str(path), "Prose")
+        channels, token_channels = shape("blocks.0.proj_in.weight", 2)
+        adaptive = "blocks.0.attn_blocks.0.mha.adaln.to_beta.weight" in state
+        inner = "blocks.0.attn_blocks.0." + ("mha.mha." if adaptive else "")
+        hidden, _ = shape(f"{inner}mlp.main.0.weight", 2)
         config = ProseConfig(
             channels=channels,
             num_blocks=count_groups(state, r"blocks\.(\d+)\."),

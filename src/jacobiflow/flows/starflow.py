@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,7 +30,7 @@ from jacobiflow.flows.folder import build
 from jacobiflow.flows.guidance import Guidance, SamplingSettings
 from jacobiflow.flows.tarflow.attention import AttentionBlock, LayerWeights, Rotation
 from jacobiflow.flows.tarflow.block import TarFlowCache, TransformerBlock
-from jacobiflow.flows.tarflow.original import count_groups, read_original
+from jacobiflow.flows.tarflow.original import count_groups, read_original, shape_of
 from jacobiflow.flows.text import EncodeText
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
 
@@ -338,24 +339,22 @@ def _padded(name: str, states: Tensor, config: STARFlowConfig) -> Float[Tensor, 
 
 def infer_config(state: Mapping[str, Tensor], source: str, patch_size: int = 1) -> STARFlowConfig:
     """Reads the config of a STARFlow from shapes; what they do not tell is as released."""
+    shape = partial(shape_of, state, source, "STARFlow")
     blocks = range(count_groups(state, r"blocks\.(\d+)\.proj_in\.weight"))
-    try:
-        widths = tuple(len(state[f"blocks.{i}.proj_in.weight"]) for i in blocks)
-        num_tokens, token_channels = state["var"].shape
-        hidden, _ = state["blocks.0.attn_blocks.0.mlp.main.0.weight"].shape
-        _, text_channels = state[f"blocks.{len(blocks) - 1}.proj_txt.weight"].shape
-    except KeyError as error:
-        raise CheckpointError(f"{source}: not the state dict of a STARFlow, which has {error}") from None
+    num_tokens, token_channels = shape("var", 2)
+    widths = tuple(shape(f"blocks.{i}.proj_in.weight", 2)[0] for i in blocks)
+    hidden, _ = shape("blocks.0.attn_blocks.0.mlp.main.0.weight", 2)
+    _, text_channels = shape(f"blocks.{len(blocks) - 1}.proj_txt.weight", 2)
     if token_channels % patch_size**2:
         raise CheckpointError(f"{source}: patch_size={patch_size}: its square must divide {token_channels} values")
-    rows = state.get("feat_rope.freqs_cos")  # one for each text token and each image token
+    rows = "feat_rope.freqs_cos"  # one for each text token and each image token
     return STARFlowConfig(
         in_channels=token_channels // patch_size**2,
         image_size=math.isqrt(num_tokens) * patch_size,
         patch_size=patch_size,
         channels=widths[0] if len(set(widths)) == 1 else widths,
         layers_per_block=tuple(count_groups(state, rf"blocks\.{i}\.attn_blocks\.(\d+)\.") for i in blocks),
-        text_tokens=STARFlowConfig.text_tokens if rows is None else len(rows) - num_tokens,
+        text_tokens=shape(rows, 2)[0] - num_tokens if rows in state else STARFlowConfig.text_tokens,
         text_channels=text_channels,
         expansion=hidden // widths[0],
     )
