@@ -19,11 +19,11 @@ from torch import Tensor
 
 from jacobiflow.checks import check_choice, check_count, check_finite, check_flag, check_floating, check_kind, short
 from jacobiflow.data import image_grid
-from jacobiflow.denoising import check_rate, denoised
+from jacobiflow.denoising import denoised
 from jacobiflow.errors import InputValueError
 from jacobiflow.files import write_atomically
 from jacobiflow.flows.config import Context, Labels
-from jacobiflow.flows.flow import Flow, check_flow, log_normal, state_dtype
+from jacobiflow.flows.flow import Flow, check_flow, check_rate, log_normal, state_dtype
 from jacobiflow.flows.guidance import SamplingSettings
 from jacobiflow.implicit import invert_with_gradient
 from jacobiflow.latents import MOST_SAMPLES, draw_latents

@@ -255,6 +255,21 @@ def test_a_config_that_does_not_fit(saved: Path, change: dict[str, Any], key: st
     assert str(saved) in message and key in message
 
 
+@pytest.mark.parametrize(
+    ("recommended", "words"),
+    [
+        ({"denoise": 1.0}, "denoise=1.0: this flow's noise_std is 0, there is no noise to remove; give 0"),
+        ({"guidance": {"weight": 1.0, "attn_temperature": 2.0}}, "a MAFBlock has no attention; leave it at 1"),
+    ],
+)
+def test_recommended_settings_are_those_that_the_flow_can_be_sampled_with(
+    tmp_path: Path, recommended: dict[str, Any], words: str
+) -> None:
+    make_maf().save_pretrained(tmp_path)
+    message = error_of(jf.load, with_config(tmp_path, {"recommended": recommended}))
+    assert str(tmp_path / "config.json") in message and words in message
+
+
 def test_every_tensor_that_does_not_fit_is_named(saved: Path) -> None:
     def error_with(**changed: Tensor) -> str:
         save_file(state | {name.replace("__", "."): t for name, t in changed.items()}, saved / "model.safetensors")

@@ -131,6 +131,8 @@ def test_masks_of_any_size_and_dtype_are_read_and_names_are_text(tmp_path: Path)
     path = tmp_path / "x.pth"
     torch.save(STATE | {f"blocks.{i}.attn_mask": torch.ones(9, 9, dtype=torch.bool).tril() for i in range(2)}, path)
     assert_same(TarFlow.from_original(path, ORIGINAL).state_dict(), make(ORIGINAL).state_dict())
+    with pytest.raises(TypeError, match="config=5 of type int: give a TarFlowConfig or a TokenConfig"):
+        TarFlow.from_original(path, 5)  # type: ignore[arg-type]
     torch.save(STATE | {7: WEIGHT}, path)
     assert "not a dict of tensors by their names" in error_of(TarFlow.from_original, path)
 

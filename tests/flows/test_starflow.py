@@ -111,11 +111,18 @@ def test_a_text_that_does_not_fit_is_named() -> None:
         (ValueError, r"context of shape \(2, 5\): give states", torch.zeros(2, 5)),
         (ValueError, "context of 1 texts: give 2, one for each sample", states[:1]),
         (ValueError, "context", torch.full_like(states, torch.nan)),
+        (ValueError, "context=.*sparse: give a dense tensor", states.to_sparse()),
+        (ValueError, "context=.*on the meta device: give a dense tensor", states.to("meta")),
+        (TypeError, "context=.*give prompts, or states", states.to(torch.float8_e4m3fn)),
         (ValueError, "no context: the states of the empty text are not in these weights", None),
     ]
     for kind, words, context in errors:
         with pytest.raises(kind, match=words):
             jf.sample(flow, 2, context=context)
+    for wrong in (None, "a text", torch.zeros(5), torch.zeros(1, 3, 5), states.to_sparse()):
+        flow.encode_text = lambda prompts, wrong=wrong: wrong
+        with pytest.raises((ValueError, TypeError), match="encode_text"):
+            jf.sample(flow, 2, context=["a", "b"])
     with pytest.raises(ValueError, match="guidance: the states of the empty text"):
         flow.guided(GUIDANCE)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jacobiflow.checks import check_flag, check_kind, short
-from jacobiflow.errors import InputValueError
+from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.flows.base import Permutation
 from jacobiflow.flows.config import check_heads, check_sizes
 from jacobiflow.flows.flow import Flow, register
@@ -249,6 +249,17 @@ class _Embedder(nn.Module):
         return self.mlp(torch.cat((atoms, residues, positions, lengths), dim=-1))
 
 
+def _numbers(name: str, values: Any) -> Tensor:
+    """The numbers in a sequence or a tensor, which a message calls `name`, as a vector."""
+    give = "whole numbers"
+    try:
+        tensor = torch.as_tensor(values)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputTypeError(f"{name}={short(values)}: give {give}") from error
+    check_kind(name, tensor, Tensor, give)
+    return tensor.flatten()
+
+
 def sinusoid(numbers: Int[Tensor, " t"], channels: int, period: float) -> Float[Tensor, "t c"]:
     """Returns sin and cos of n period^(-2k / channels), k = 0, 1, .., in turn."""
     rates = torch.exp(torch.arange(0, channels, 2, device=numbers.device) * -(math.log(period) / channels))
@@ -320,7 +331,7 @@ class Prose(Flow):
         missing += [name for name in self.config.orders if name not in permutations]
         if missing:
             raise InputValueError(f"encodings and permutations lack {', '.join(missing)}")
-        tensors = {name: torch.as_tensor(encodings[name], device=weight.device).flatten() for name in ENCODINGS}
+        tensors = {name: _numbers(name, encodings[name]).to(weight.device) for name in ENCODINGS}
         num_atoms = len(tensors["atom_type"])
         for name, tensor in tensors.items():
             limit = {"atom_type": _ATOMS, "aa_type": _RESIDUES}.get(name, 2**31)
@@ -337,7 +348,8 @@ class Prose(Flow):
         view.cond_embed = self.cond_embed.of_peptide(tensors)
         blocks = []
         for i, block in enumerate(self.blocks):
-            order = torch.as_tensor(permutations[self.config.orders[i % len(self.config.orders)]]).flatten().tolist()
+            name = self.config.orders[i % len(self.config.orders)]
+            order = _numbers(name, permutations[name]).tolist()
             if len(order) != num_atoms:
                 raise InputValueError(f"permutations: {len(order)} indices, but {num_atoms} atoms")
             block = copy.copy(block)

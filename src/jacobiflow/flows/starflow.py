@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jacobiflow.checks import (
+    FLOATS,
     check_finite,
     check_floating,
     check_kind,
@@ -247,6 +248,7 @@ class STARFlow(Flow):
         """
         state = read_original(path)
         config = infer_config(state, str(path)) if config is None else config
+        cls.check_config(config)
         state = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in _DEAD}
         states = torch.zeros(1, 0, config.text_channels) if encode_text is None else _encode(encode_text, [""])
         state[f"blocks.{config.num_blocks - 1}.null_text"] = _padded("encode_text", states, config)[0]
@@ -329,7 +331,8 @@ def _encode(encode_text: EncodeText, prompts: list[str]) -> Float[Tensor, "n l k
 def _padded(name: str, states: Tensor, config: STARFlowConfig) -> Float[Tensor, "n l k"]:
     """Returns states of texts, in a message `name`, padded to the model's length with zeros."""
     give = f"states of texts (N, L, {config.text_channels}), L up to {config.text_tokens}"
-    if not states.is_floating_point():
+    check_kind(name, states, Tensor, give)
+    if states.dtype not in FLOATS:
         raise InputTypeError(f"{name}={short(states)}: give prompts, or {give}")
     if states.ndim != 3 or states.shape[1] > config.text_tokens or states.shape[2] != config.text_channels:
         raise InputValueError(f"{name} of shape {tuple(states.shape)}: give {give}")
