@@ -241,38 +241,28 @@ def build(make: Callable[[Any], AnyModule], config: Any, state: dict[str, Tensor
     return module.eval()
 
 
-def check_values(state: Mapping[str, Tensor], source: str) -> None:
-    """Raises CheckpointError if a value is not a finite floating-point one, or a variance of the prior not positive."""
-    flaws = _flaws(state)
-    for name in [name for name in state if name not in flaws]:
-        if not state[name].isfinite().all():
-            flaws[name] = "has non-finite values"
-        elif name == "var" and not (state[name] > 0).all():
-            flaws[name] = "has values that are not positive"
-    _refuse(flaws, source)
+def check_values(
+    state: Mapping[str, Tensor], source: str, dtypes: Sequence[torch.dtype] = FLOATS, are_read: bool = True
+) -> None:
+    """Raises CheckpointError if an entry is not a dense tensor of these dtypes, or its values cannot be weights.
 
+    Without `are_read` the values themselves are not looked at.
+    """
 
-def check_entries(state: Mapping[str, Tensor], source: str, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
-    """Raises CheckpointError if an entry is not a dense tensor of one of the dtypes. Its values are not read."""
-    _refuse(_flaws(state, dtypes), source)
-
-
-def _flaws(state: Mapping[str, Tensor], dtypes: Sequence[torch.dtype] = FLOATS) -> dict[str, str]:
-    """The entries that are not dense tensors of one of the dtypes, with the reason."""
-    flaws = {}
-    for name, tensor in state.items():
+    def flaw(name: str, tensor: Tensor) -> str:
         if tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta:
-            flaws[name] = "is not a dense tensor with values"
-        elif tensor.dtype not in dtypes:
-            flaws[name] = f"is of {tensor.dtype}"
-        elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            flaws[name] = "has more values than the file stores"
-    return flaws
+            return "is not a dense tensor with values"
+        if tensor.dtype not in dtypes:
+            return f"is of {tensor.dtype}"
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            return "has more values than the file stores"
+        if are_read and not tensor.isfinite().all():
+            return "has non-finite values"
+        return "has values that are not positive" if are_read and name == "var" and not (tensor > 0).all() else ""
 
-
-def _refuse(flaws: Mapping[str, str], source: str) -> None:
+    flaws = [f"{name} {text}" for name, tensor in state.items() if (text := flaw(name, tensor))]
     if flaws:
-        raise CheckpointError(f"{source}: {'; '.join(f'{name} {flaw}' for name, flaw in flaws.items())}")
+        raise CheckpointError(f"{source}: {'; '.join(flaws)}")
 
 
 def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -221,43 +221,27 @@ class ProseBlock(TransformerBlock):
 
 
 class _Embedder(nn.Module):
-    """Embeds the atoms of a peptide, under the original's names. In the view of a peptide the encodings are buffers."""
-
-    atom_type: Int[Tensor, " t"]
-    aa_type: Int[Tensor, " t"]
-    aa_pos: Int[Tensor, " t"]
-    seq_len: Int[Tensor, " t"]
+    """Embeds the atoms of a peptide, under the original's names."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.atom_embed, self.residue_embed = nn.Embedding(_ATOMS, channels), nn.Embedding(_RESIDUES, channels)
         self.mlp = nn.Sequential(nn.Linear(4 * channels, channels), nn.GELU(), nn.Linear(channels, channels))
 
-    def of_peptide(self, encodings: Mapping[str, Int[Tensor, " t"]]) -> _Embedder:
-        """Returns a view for the atoms of a peptide; it shares the parameters."""
-        view = copy.copy(self)
-        view._buffers, view._non_persistent_buffers_set = {}, set()
-        for name, tensor in encodings.items():
-            view.register_buffer(name, tensor, persistent=False)
-        return view
-
-    def forward(self) -> Float[Tensor, "t c"]:
-        atoms, residues = self.atom_embed(self.atom_type), self.residue_embed(self.aa_type)
+    def forward(self, encodings: Mapping[str, Int[Tensor, " t"]]) -> Float[Tensor, "t c"]:
+        atoms, residues = self.atom_embed(encodings["atom_type"]), self.residue_embed(encodings["aa_type"])
         positions, lengths = (
-            sinusoid(numbers, atoms.shape[-1], _PERIOD).to(atoms) for numbers in (self.aa_pos, self.seq_len)
+            sinusoid(encodings[name], atoms.shape[-1], _PERIOD).to(atoms) for name in ("aa_pos", "seq_len")
         )
         return self.mlp(torch.cat((atoms, residues, positions, lengths), dim=-1))
 
 
-def _numbers(name: str, values: Any) -> Tensor:
-    """The numbers in a sequence or a tensor, which a message calls `name`, as a vector."""
-    give = "whole numbers"
+def _numbers(name: str, values: Any, device: torch.device | None = None) -> Tensor:
+    """The values, which a message calls `name`, as a vector."""
     try:
-        tensor = torch.as_tensor(values)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise InputTypeError(f"{name}={short(values)}: give {give}") from error
-    check_kind(name, tensor, Tensor, give)
-    return tensor.flatten()
+        return torch.as_tensor(values, device=device).flatten()
+    except (RuntimeError, TypeError, ValueError) as error:  # PyTorch's, of which none is for all wrong values
+        raise InputTypeError(f"{name}={short(values)}: give whole numbers") from error
 
 
 def sinusoid(numbers: Int[Tensor, " t"], channels: int, period: float) -> Float[Tensor, "t c"]:
@@ -331,7 +315,7 @@ class Prose(Flow):
         missing += [name for name in self.config.orders if name not in permutations]
         if missing:
             raise InputValueError(f"encodings and permutations lack {', '.join(missing)}")
-        tensors = {name: _numbers(name, encodings[name]).to(weight.device) for name in ENCODINGS}
+        tensors = {name: _numbers(name, encodings[name], weight.device) for name in ENCODINGS}
         num_atoms = len(tensors["atom_type"])
         for name, tensor in tensors.items():
             limit = {"atom_type": _ATOMS, "aa_type": _RESIDUES}.get(name, 2**31)
@@ -345,7 +329,9 @@ class Prose(Flow):
         view = copy.copy(self)
         view.config = replace(self.config, num_tokens=num_atoms)
         view._modules, view._buffers = dict(self._modules), dict(self._buffers)
-        view.cond_embed = self.cond_embed.of_peptide(tensors)
+        view._non_persistent_buffers_set = set()
+        for name, tensor in tensors.items():
+            view.register_buffer(name, tensor, persistent=False)
         blocks = []
         for i, block in enumerate(self.blocks):
             name = self.config.orders[i % len(self.config.orders)]
@@ -354,7 +340,7 @@ class Prose(Flow):
                 raise InputValueError(f"permutations: {len(order)} indices, but {num_atoms} atoms")
             block = copy.copy(block)
             block.permutation, block.num_tokens = Permutation(tuple(order)), num_atoms
-            block.embed_atoms = view.cond_embed.forward  # a method, since a module would be a part of the block
+            block.embed_atoms = partial(self.cond_embed, view._buffers)  # which has the encodings where the view is
             blocks.append(block)
         view.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         view.var = weight.new_ones(num_atoms, self.config.token_channels)

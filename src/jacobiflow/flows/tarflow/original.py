@@ -16,7 +16,7 @@ from torch import Tensor
 from jacobiflow.checks import FLOATS
 from jacobiflow.errors import CheckpointError, first_line
 from jacobiflow.flows.config import TarFlowConfig, TokenConfig
-from jacobiflow.flows.folder import check_entries
+from jacobiflow.flows.folder import check_values
 
 _MASK = re.compile(r"blocks\.\d+\.attn_mask")
 _NAMES = {".mlp.main.3.": ".mlp.main.2.", ".cond_proj.": ".proj_context."}  # SBG has dropout before it; autocast
@@ -40,22 +40,16 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
     ):
         raise CheckpointError(f"{path}: not a dict of tensors by their names; {remedy}")
     state = {_name(name): tensor for name, tensor in content.items()}
+    check_values(state, str(path), (*FLOATS, torch.bool), are_read=False)
     masks = {name: state.pop(name) for name in list(state) if _MASK.fullmatch(name)}
-    check_entries(state, str(path))
-    check_entries(masks, str(path), (*FLOATS, torch.bool))
     for name, mask in masks.items():
         if mask.ndim != 2 or not torch.equal(mask != 0, torch.ones(len(mask), len(mask), dtype=torch.bool).tril()):
-            raise CheckpointError(
-                f"{path}: {name} is not the causal mask, which is the only attention of a TarFlow here"
-            )
+            raise CheckpointError(f"{path}: {name} is not the causal mask; all attention is causal here")
     return state
 
 
 def shape_of(state: Mapping[str, Tensor], source: str, flow: str, name: str, rank: int) -> tuple[int, ...]:
-    """Returns the shape of an entry; a CheckpointError says if it is missing, of another rank or empty.
-
-    `source` and `flow` are for the message.
-    """
+    """Returns the shape of an entry; a CheckpointError says if it is missing, of another rank or empty."""
     if name not in state:
         raise CheckpointError(f"{source}: not the state dict of a {flow}, which has {name!r}")
     shape = tuple(state[name].shape)
