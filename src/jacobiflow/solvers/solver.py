@@ -32,10 +32,11 @@ class Stopping:
             check_number("tolerance", self.atol, give="0 (down to rounding) or a positive number")
         if self.ebound is not None:
             check_number("ebound", self.ebound)
-        if self.max_sweeps == ():
-            raise InputValueError("sweeps=(): give a number, or one for each segment")
         if self.max_sweeps is not None:
-            for count in self.max_sweeps if isinstance(self.max_sweeps, tuple) else (self.max_sweeps,):
+            counts = self.max_sweeps if isinstance(self.max_sweeps, tuple) else (self.max_sweeps,)
+            if not counts:
+                raise InputValueError("sweeps=(): give a number, or one for each segment")
+            for count in counts:
                 check_count("sweeps", count)
 
     def __or__(self, other: Stopping) -> Stopping:
