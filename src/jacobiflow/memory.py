@@ -42,7 +42,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _free_in_groups() -> Iterator[int]:
-    """The bytes left in the control groups (version 2) of this process, which containers and jobs of a cluster have."""
+    """The bytes left in each control group (version 2) that limits this process: a container, a job."""
     try:
         group = _GROUPS / _OWN_GROUP.read_text().rpartition("0::/")[2].strip()
     except OSError:
@@ -51,7 +51,7 @@ def _free_in_groups() -> Iterator[int]:
         with suppress(OSError, ValueError):  # a group without a limit says "max"
             limit, used = (int((folder / file).read_text()) for file in ("memory.max", "memory.current"))
             counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            yield limit - used + int(counts["active_file"]) + int(counts["inactive_file"])  # files leave if need be
+            yield limit - used + int(counts["active_file"]) + int(counts["inactive_file"])  # cached files make room
 
 
 def batch_bytes(flow: Flow, num: int) -> int | None:

@@ -324,7 +324,7 @@ def as_labels(labels: Any, num: int) -> Int[Tensor, " n"]:
     give, tensor = "a class, or a tensor or list (N,) of classes, whole numbers", labels
     if isinstance(labels, Tensor | np.ndarray):
         check_kind("labels", labels, Tensor | np.ndarray, give)
-        check_count("number of labels", math.prod(labels.shape), 0, MOST_SAMPLES)  # an expanded one fills no memory yet
+        check_count("number of labels", math.prod(labels.shape), 0, MOST_SAMPLES)  # before they are copied
     if not isinstance(labels, Tensor):
         try:
             tensor = torch.as_tensor(np.array(labels))  # a copy, since arrays may be read-only or have negative strides

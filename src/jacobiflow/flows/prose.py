@@ -240,7 +240,7 @@ def _numbers(name: str, values: Any, device: torch.device | None = None) -> Tens
     """The values, which a message calls `name`, as a vector."""
     try:
         return torch.as_tensor(values, device=device).flatten()
-    except (RuntimeError, TypeError, ValueError) as error:  # PyTorch's, of which none is for all wrong values
+    except (RuntimeError, TypeError, ValueError) as error:  # PyTorch raises any of these
         raise InputTypeError(f"{name}={short(values)}: give whole numbers") from error
 
 
@@ -340,7 +340,7 @@ class Prose(Flow):
                 raise InputValueError(f"permutations: {len(order)} indices, but {num_atoms} atoms")
             block = copy.copy(block)
             block.permutation, block.num_tokens = Permutation(tuple(order)), num_atoms
-            block.embed_atoms = partial(self.cond_embed, view._buffers)  # which has the encodings where the view is
+            block.embed_atoms = partial(self.cond_embed, view._buffers)  # whose tensors move with the view
             blocks.append(block)
         view.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         view.var = weight.new_ones(num_atoms, self.config.token_channels)

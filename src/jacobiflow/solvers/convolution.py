@@ -67,7 +67,7 @@ class Convolution(TensorFields):
         A copy is kept until the kernel changes in place.
         """
         kernel, key = self.kernel, (x.device, x.dtype)
-        # PyTorch counts no changes of tensors that were made in inference mode. A kept graph could be used only once.
+        # PyTorch counts no changes of tensors made in inference mode, and a graph can be used once: no copy is kept.
         version = None if kernel.is_inference() or kernel.requires_grad else kernel._version
         kept_version, weights = self._copies.get(key, (None, kernel))
         if version is None or version != kept_version:
