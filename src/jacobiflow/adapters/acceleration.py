@@ -87,7 +87,7 @@ class Acceleration:
     Attributes:
         tolerance: `None` for exact to rounding, 0 for the library's own bits, or the tolerance at which passes end.
         transforms: The accelerated transforms: name of the module in the flow to "library class".
-        untouched: The masked autoregressive transforms that were left alone: name to the reason.
+        untouched: The masked autoregressive transforms and TarFlow blocks that were left alone: name to the reason.
 
     Example:
         >>> flow = zuko.flows.MAF(3, transforms=1)

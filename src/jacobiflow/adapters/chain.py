@@ -200,13 +200,15 @@ def has_replaced_forward(module: nn.Module) -> bool:
 def is_traced() -> bool:
     """Returns True if PyTorch does more than compute values, or lacks the private names that tell.
 
-    It may trace, compile, export, transform a function, differentiate forward, or have a dispatch mode.
+    It may trace, compile, export, transform a function, differentiate forward, or have a dispatch mode or hooks on all
+    modules.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return True
     try:
         is_observed = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
-        return bool(is_observed) or forward_ad._current_level >= 0
+        is_hooked = nn.modules.module._has_any_global_hook()
+        return bool(is_observed or is_hooked) or forward_ad._current_level >= 0
     except AttributeError:
         return True
 

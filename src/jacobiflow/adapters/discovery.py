@@ -11,8 +11,8 @@ from packaging.version import Version
 from torch import nn
 from torch.distributions import Distribution, Transform
 
-from jacobiflow.adapters import tarflow
 from jacobiflow.adapters.acceleration import Acceleration, Adapter, library_class
+from jacobiflow.adapters.tarflow import recognise, resembles
 from jacobiflow.checks import check_number
 from jacobiflow.errors import InputValueError
 
@@ -35,9 +35,10 @@ def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration:
     passes x <- g(x) of the library's own network, which end when one changes nothing, with the library's own bits.
     Gradients are those of the inverse, by the implicit function theorem (first derivatives only).
 
-    Of a TarFlow (the original code, that of SBG, and forks with its structure) the blocks' `reverse` becomes native
-    code, with its arguments and results; the tolerance plays no part. Where it cannot (a gradient, a GPU, dropout in
-    training mode) it is the block's own.
+    Of a TarFlow (the original code, that of SBG, and forks that compute the same) the blocks' `reverse` becomes native
+    code, with its arguments and results; the tolerance plays no part. A trial compares the two first. If native code
+    cannot compute a call (a gradient, a GPU, dropout in training mode), or the trial did not compare such arguments,
+    the block's own code does.
 
     Weights are read at every call. Copies and pickles of an accelerated module are the library's own and not
     accelerated: so accelerate the posterior of sbi, which copies its network. A distribution `flow(c)` of zuko is
@@ -75,13 +76,14 @@ def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration:
         )
     packages = {kind.__module__.split(".")[0] for _, module in modules for kind in type(module).__mro__}
     adapters = [adapter for library in _LIBRARIES if library in packages for adapter in _adapters(library)]
+    outcomes: list[Any] = []  # of the trials of live blocks
     accelerated: dict[nn.Module, tuple[str, Adapter]] = {}
     untouched: dict[str, str] = {}
     for name, module in modules:
         kind = library_class(module)
         adapter = next((adapter for adapter in adapters if issubclass(kind, adapter.transform)), None)
-        if adapter is None and tarflow.resembles(module):
-            adapter, reason = tarflow.recognise(module)
+        if adapter is None and resembles(module):
+            adapter, reason = recognise(module, outcomes)
             if adapter is None:
                 untouched[name] = reason
         if adapter is None:
