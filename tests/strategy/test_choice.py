@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -204,6 +206,25 @@ def test_a_plan_of_a_busy_machine_is_used_for_a_minute_and_not_written(
     plans.spread = 0.3
     choice.auto(jf.load(model), 1)
     assert (plans.made, len(plans.files)) == (4, 1)
+
+
+def test_one_thread_plans_at_a_time(model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two would spoil each other's timings; the second takes the plan of the first if it is for the same batch."""
+    working, most = list[None](), list[int]()
+
+    def make(*arguments: Any) -> jf.Strategy:
+        working.append(None)
+        threading.Event().wait(0.05)  # the other threads come here in the meantime, if they may
+        most.append(len(working))
+        working.pop()
+        return cast(jf.Strategy, plans.make(*arguments))
+
+    monkeypatch.setattr(choice, "make_plan", make)
+    flow = jf.load(model)
+    with ThreadPoolExecutor(4) as pool:
+        strategies = list(pool.map(lambda batch_size: choice.auto(flow, batch_size), (1, 1, 8, 8)))
+    assert most == [1, 1]
+    assert strategies[0] is strategies[1] and strategies[2] is strategies[3]
 
 
 def test_a_plan_in_memory_is_found_without_reading_or_hashing_anything(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 import time
 from collections.abc import Hashable
 from contextlib import suppress
@@ -35,7 +36,8 @@ _BUSY = 0.3  # timings that differ by a larger share are in doubt
 _BUSY_SECONDS = 60.0  # for which a plan in doubt is used: planning at every call would take longer
 
 # By the blocks of a flow, which its views share, and by conditions: weights, their plan, and until when it is used.
-_plans: WeakKeyDictionary[Any, dict[Hashable, tuple[str, Strategy | None, float]]] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[Any, dict[Hashable, tuple[str, Strategy, float]]] = WeakKeyDictionary()
+_planning = threading.RLock()  # two plans at once would spoil each other's timings
 
 
 def choose(
@@ -109,11 +111,17 @@ def auto(flow: Flow, batch_size: int, tolerance: float | None = None, progress: 
     weights = cached_fingerprint(flow)
     conditions = (batch_size, tolerance, *_environment(flow))
     plans = _plans.setdefault(flow.blocks, {})
-    planned_weights, strategy, until = plans.get(conditions, (weights, None, math.inf))
-    if strategy is None or planned_weights != weights or time.monotonic() > until:
-        strategy = _read_or_make(flow, weights, batch_size, tolerance, progress)
-        until = time.monotonic() + (_BUSY_SECONDS if _is_doubtful(strategy) else math.inf)
-        plans[conditions] = weights, strategy, until
+
+    def current_plan() -> Strategy | None:
+        planned_weights, strategy, until = plans.get(conditions, ("", None, 0.0))
+        return strategy if planned_weights == weights and time.monotonic() <= until else None
+
+    strategy = current_plan()
+    if strategy is None:
+        with _planning:
+            strategy = current_plan() or _read_or_make(flow, weights, batch_size, tolerance, progress)
+            until = time.monotonic() + (_BUSY_SECONDS if _is_doubtful(strategy) else math.inf)
+            plans[conditions] = weights, strategy, until
     warn_if_raised(strategy, tolerance)
     return strategy
 
