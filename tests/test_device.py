@@ -192,6 +192,20 @@ def test_the_operations_of_a_token(guidance: jf.Guidance | None, most: int) -> N
         assert counts == {"operations": launches, "read_backs": 0, "copies": 0, "explicit_masks": masks}
 
 
+def test_an_exact_loop_never_waits_for_the_device() -> None:
+    """Each further block is launched while those before it still run."""
+    waits = []
+    for num_blocks in (2, 4):
+        config = jf.TarFlowConfig(3, 8, 2, channels=32, num_blocks=num_blocks, layers_per_block=1, head_dim=16)
+        with FakeDevice() as device:
+            flow = jf.TarFlow(config).requires_grad_(False).to("cuda")
+            jf.sample(flow, 3, strategy="sequential")  # which reads the weights once, for their fingerprint
+            with device.counting() as counts:
+                jf.sample(flow, 3, strategy="sequential")
+        waits.append(counts.read_backs)
+    assert waits[0] == waits[1]
+
+
 @pytest.mark.parametrize("guidance", [None, jf.Guidance(1.0)])
 def test_a_sweep(guidance: jf.Guidance | None) -> None:
     """A fixed number of them never waits for the device; a window does so at every fourth.

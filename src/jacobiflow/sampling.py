@@ -28,7 +28,8 @@ from jacobiflow.flows.guidance import SamplingSettings
 from jacobiflow.implicit import invert_with_gradient
 from jacobiflow.latents import MOST_SAMPLES, draw_latents
 from jacobiflow.progress import Progress
-from jacobiflow.solvers import Certificate, Solution, Status, check_certificate, solve_certified
+from jacobiflow.solvers import Certificate, Solution, Status, check_certificate
+from jacobiflow.solvers.certified import solve_certified_unchecked
 from jacobiflow.strategy import Strategy, choose
 
 if TYPE_CHECKING:
@@ -405,7 +406,7 @@ class _Group:
         self.solutions.reverse()
 
     def _solve_block(self, i: int, z: Tensor) -> tuple[Tensor, Tensor]:
-        solution = solve_certified(
+        solution = solve_certified_unchecked(
             self.blocks[i], z, self.plan.solvers[i], self.context, self.certify, self.slots, self.plan.tolerance
         )
         self.lost = self.lost | (solution.status == Status.NONFINITE)

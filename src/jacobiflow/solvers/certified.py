@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from jacobiflow.checks import check_choice, check_number
+from jacobiflow.checks import check_choice, check_finite, check_number
 from jacobiflow.flows.base import AffineBlock, Block, no_gradients
 from jacobiflow.solvers.guess import Given
 from jacobiflow.solvers.loop import Deadline
@@ -91,19 +91,28 @@ def solve_certified(
     check_certificate("certificate", certificate)
     if tolerance is not None:
         tolerance = check_number("tolerance", tolerance)
+    check_tokens(block, z, context)
+    check_finite("z", z)
+    return solve_certified_unchecked(block, z, solver, context, certificate, slots, tolerance, time_limit)
+
+
+def solve_certified_unchecked(
+    block: Block, z: Tensor, solver: Solver, context: Tensor | None, certificate: Certificate, slots: int | None,
+    tolerance: float | None, time_limit: float | None = None,
+) -> Solution:  # fmt: skip
+    """Solves as `solve_certified` does. It leaves out the checks of the arguments, one of which waits for a GPU."""
     started = time.perf_counter()
     attempts = _Attempts(block, z, context, slots, certificate, Deadline(time_limit))
     attempts.first(solver)
-    atol, rounding = solver.stopping.atol, 0.0
-    if certificate:
-        atol = atol if tolerance is None else tolerance
-        if atol is not None:
+    atol, rounding = tolerance if certificate and tolerance is not None else solver.stopping.atol, 0.0
+    if not attempts.is_exact:
+        if certificate and atol is not None:
             attempts.resume(solver, atol)
             rounding = attempts.probe_rounding(atol)
-    short = (attempts.solution.status == Status.NONFINITE) & ~attempts.solution.exact
-    if atol is not None:
-        short |= attempts.short(atol, rounding)
-    attempts.sequentially(short)
+        short = (attempts.solution.status == Status.NONFINITE) & ~attempts.solution.exact
+        if atol is not None:
+            short |= attempts.short(atol, rounding)
+        attempts.sequentially(short)
     solution = attempts.solution
     if atol is not None:  # NONFINITE is larger
         is_above = solution.residual > atol
@@ -128,10 +137,12 @@ class _Attempts:
     certificate: Certificate
     deadline: Deadline
     solution: Solution = field(init=False)
+    is_exact: bool = False  # if all samples were solved token by token at first
 
     def first(self, solver: Solver) -> None:
         self.solution = solve_until(self.deadline, self.block, self.z, solver, self.context, self.slots)
-        if self.certificate == "always" or not self.solution.exact.all():
+        self.is_exact = solver.partition.token_by_token(self.z.shape[1])  # reading `exact` waits for a GPU
+        if self.certificate == "always" or not self.is_exact:
             self.solution = self._certified(self.z, self.solution, self.context)
 
     def resume(self, solver: Solver, atol: float) -> None:

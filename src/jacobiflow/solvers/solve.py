@@ -120,16 +120,16 @@ def solve(
         >>> bool((solution.residual <= 1e-3).all()), solution.sweeps < 64
         (True, True)
     """
+    check_tokens(block, z, context)
+    check_finite("z", z)
     return solve_until(Deadline(time_limit), block, z, solver, context, slots)
 
 
 def solve_until(
     deadline: Deadline, block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int | None
 ) -> Solution:
-    """Solves as `solve` does, until a deadline."""
+    """Solves as `solve` does, until a deadline and without checks of the tokens."""
     started = time.perf_counter()
-    check_tokens(block, z, context)
-    check_finite("z", z)
     check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
     batches = split(len(z), slots, context)
     solver.check(*z.shape[1:])
