@@ -297,12 +297,12 @@ def test_an_interrupted_calibration_goes_on_to_the_same_bytes(tmp_path: Path, mo
     expected = calibrate(tmp_path / "calm.json")
     kill_at_write(2, monkeypatch, calibrate)
     kill_at_write(2, monkeypatch, calibrate)  # further on
-    assert sorted(path.name for path in folder.glob("*.json")) == ["block-0.json", "manifest.json", "metrics.json"]
+    assert sorted(path.name for path in folder.glob("*.json")) == ["manifest.json", "means.json", "metrics.json"]
     assert not out.exists()
-    damaged = folder / "metrics.json"
+    damaged = folder / "means.json"
     damaged.write_bytes(damaged.read_bytes()[:-9])
-    other = folder / "block-0.json"
-    other.write_text(other.read_text().replace('"gamma"', '"delta"'))
+    other = folder / "metrics.json"
+    other.write_text(other.read_text().replace('"igm"', '"other"'))
     assert calibrate() == expected
     kill_at_write(3, monkeypatch, lambda: calibrate(seed=1))
     with locked(folder), pytest.raises(ValueError, match="another run is writing"):
@@ -314,3 +314,44 @@ def test_an_interrupted_calibration_goes_on_to_the_same_bytes(tmp_path: Path, mo
     with pytest.raises(ValueError, match="holds files that this command did not write"):
         calibrate()
     assert (folder / "mine.txt").read_text() == "mine"
+
+
+def test_a_kill_costs_only_the_measurement_in_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that are finished none is made again, up to the end: the images, exact loops, sweeps and Gamma."""
+    flow, out = make_flow(num_classes=3).float(), tmp_path / "r.json"
+    images, labels, written = images_of(flow).float(), [0, 1, 2, 0, 1, 2, 0], list[str]()
+
+    def calibrate(out: Path = out) -> bytes:
+        jf.calibrate(flow, images, labels, segments=2, traced=2, per_class=True, out=out)
+        return out.read_bytes()
+
+    def write(path: Path, *rest: Any, **named: Any) -> None:
+        if len(written) > done:
+            raise Killed
+        written.append(path.stem)
+        write_json(path, *rest, **named)
+
+    expected = calibrate(tmp_path / "calm.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(import_module("jacobiflow.calibration.calibrate"), "write_json", write)
+        patch.setattr(Report, "save", Mock(side_effect=Killed))
+        for _ in range(30):  # the last ones fail at the report itself
+            done = len(written)
+            with pytest.raises(Killed):
+                calibrate()
+    sweeps = {f"{start}-{guess}-1" for start in ("images", "noise") for guess in ("latent", "zeros", "mean_affine")}
+    names = {f"block-{i}-{name}" for i in range(2) for name in (*sweeps, "gamma")}
+    assert sorted(written) == sorted({"means", "metrics", "exact-0", "exact-1", *names})
+    monkeypatch.setattr(import_module("jacobiflow.calibration.passes"), "solve", None)
+    assert calibrate() == expected
+
+
+@pytest.mark.parametrize("name", ["folder", "folder/", ""])
+def test_a_folder_in_place_of_a_report_is_refused_before_work(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    with pytest.raises(ValueError, match=r"out='.*': is a folder; give a file"):
+        jf.calibrate(FLOW, IMAGES, progress=Mock(side_effect=AssertionError), out=name)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]

@@ -139,6 +139,25 @@ def test_interrupted_it_goes_on_to_the_same_report(run: Any, tmp_path: Path, mon
     assert reports[0] == reports[1]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--model model --per-class --unconditional", "--per-class: leave out --unconditional"),
+        ("--model plain --per-class", "--per-class: this model has no classes; leave it out"),
+        ("--model model --traced 0", "Invalid value for '--traced'"),
+        ("--model model --segments 0", "Invalid value for '--segments'"),
+    ],
+    ids=range(4),
+)
+def test_what_cannot_work_is_refused_before_images_are_read(
+    options: str, message: str, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jacobiflow.data.load_images", Mock(side_effect=AssertionError))
+    result = run(f"calibrate --images pets {options} --out {tmp_path}/r.json")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(f"error: {message}")
+
+
 def test_huge_numbers_stay_on_their_line_and_crm_may_be_undefined(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -9,14 +10,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from jacobiflow import codec
 from jacobiflow.calibration.convergence import Trace, distances, gamma_norm
 from jacobiflow.calibration.metrics import NORMS, Norm
-from jacobiflow.calibration.passes import BlockSolution, ImageMetrics, Images, Passes, exact_solutions
+from jacobiflow.calibration.passes import BlockSolution, ImageMeans, ImageMetrics, Images, Passes, exact_solutions
 from jacobiflow.calibration.report import Report, Settings, Start, named_guesses
 from jacobiflow.checks import check_choice, check_count, check_flag, check_path, check_seed
 from jacobiflow.errors import InputTypeError, InputValueError
@@ -70,7 +71,8 @@ def calibrate(
         batch_size: Images in memory at a time.
         seed: Fixes the fresh latents. `jacobiflow.sample` never draws the same ones.
         progress: Is called after each step.
-        out: File for the report. The same call goes on after an interruption, from the finished parts in OUT.partial.
+        out: File for the report. The same call goes on after an interruption, from the finished measurements in
+            OUT.partial.
 
     Raises:
         ValueError: If a fresh latent overflows in the exact inverse, or if another process calibrates to `out`.
@@ -96,11 +98,13 @@ def calibrate(
     settings = Settings(len(images), checked is not None, norm, flow.guidance, segments, min(traced, len(images)), seed)
     passes = Passes(flow, images, checked, batch_size, progress)
     if out is None:
-        return _measure(passes, settings, classes)
+        return _measure(passes, settings, classes, _Parts())
     check_path("out", out)
+    if (out := Path(out)).is_dir():
+        raise InputValueError(f"out={str(out)!r}: is a folder; give a file")
     folder, key = Path(f"{out}.partial"), _key(passes, settings, classes)
     with own_folder(folder, "calibration", ()):
-        report = _measure(passes, settings, classes, folder, key)
+        report = _measure(passes, settings, classes, _Parts(folder, key))
         report.save(out)
         shutil.rmtree(folder, ignore_errors=True)
     return report
@@ -120,7 +124,27 @@ def _check_images(flow: Flow, images: Images) -> None:
 
 
 @dataclass(frozen=True)
-class _BlockSweeps:
+class _Parts:
+    """The measurements of a calibration, kept in a folder under the key of the run; without a folder none is kept."""
+
+    folder: Path | None = None
+    key: str = ""
+
+    def __call__(self, name: str, declared: type[T], measure: Callable[[], T]) -> T:
+        """Returns the part with a name: that of an interrupted run with the same key, or else a new one."""
+        if self.folder is None:
+            return measure()
+        file = self.folder / f"{name}.json"
+        stored = read_object(file) or {}
+        if stored.get("key") == self.key:
+            with suppress(ValueError):  # damaged, or of another version: measured again
+                return codec.decode(declared, stored["part"])
+        value = measure()
+        write_json(file, {"key": self.key, "part": codec.encode(value)}, indent=None)
+        return value
+
+
+class _BlockSweeps(NamedTuple):
     """The parts of a report that come from the sweeps of one block; see `Report`."""
 
     traces: Mapping[Start, Mapping[str, Trace]]
@@ -128,22 +152,28 @@ class _BlockSweeps:
     gamma: tuple[float, ...]
 
 
-def _measure(
-    passes: Passes, settings: Settings, classes: Sequence[int], folder: Path | None = None, key: str = ""
-) -> Report:
-    """Measures the parts that are not in `folder` under the key of this run."""
+def _measure(passes: Passes, settings: Settings, classes: Sequence[int], part: _Parts) -> Report:
+    """Measures the parts that are not kept."""
     config = passes.flow.config
-    measure_images = partial(passes.metrics, classes, settings.segments, settings.norm)
-    measured = _part(folder, key, "metrics", ImageMetrics, measure_images)
-    indices = torch.arange(settings.traced) * settings.num_images // settings.traced  # evenly spaced
-    latents = draw_latents(
-        settings.traced, config.num_tokens, config.token_channels, settings.seed, FIRST_CALIBRATION_LATENT
-    )
-    solutions: dict[Start, list[BlockSolution]] = {} if settings.guidance else {"images": passes.encoded(indices)}
-    context = passes.context_at(indices)
-    solutions["noise"] = exact_solutions(passes.flow, latents, context, passes.batch_size, passes.progress)
-    sweep = partial(_sweep, passes, settings, measured, solutions)
-    blocks = [_part(folder, key, f"block-{i}", _BlockSweeps, partial(sweep, i)) for i in range(config.num_blocks)]
+    means = part("means", ImageMeans, partial(passes.means, classes))
+    measure = partial(passes.metrics, means, classes, settings.segments, settings.norm)
+    measured = part("metrics", ImageMetrics, measure)
+
+    @functools.cache
+    def solutions() -> dict[Start, list[BlockSolution]]:
+        """Of evenly spaced images and of fresh latents. Only sweeps that are not kept need them."""
+        indices = torch.arange(settings.traced) * settings.num_images // settings.traced
+        latents = draw_latents(
+            settings.traced, config.num_tokens, config.token_channels, settings.seed, FIRST_CALIBRATION_LATENT
+        )
+        found: dict[Start, list[BlockSolution]] = {} if settings.guidance else {"images": passes.encoded(indices)}
+        found["noise"] = exact_solutions(
+            passes.flow, latents, passes.context_at(indices), passes.batch_size, passes.progress,
+            lambda i, solve: part(f"exact-{i}", torch.Tensor, solve),
+        )  # fmt: skip
+        return found
+
+    blocks = [_sweep(passes, settings, means, measured, solutions, part, i) for i in range(config.num_blocks)]
     return Report(
         fingerprint=fingerprint(passes.flow),
         num_tokens=config.num_tokens,
@@ -152,52 +182,45 @@ def _measure(
         metrics=measured.metrics,
         segment_metrics=measured.segment_metrics,
         class_metrics=measured.class_metrics,
-        mean_affine=measured.mean_affine,
-        traces={start: tuple(block.traces[start] for block in blocks) for start in solutions},
+        mean_affine=means.mean_affine,
+        traces={start: tuple(block.traces[start] for block in blocks) for start in blocks[0].traces},
         segment_traces={i: blocks[i].segment_traces for i in measured.segment_metrics},
         gamma=tuple(block.gamma for block in blocks),
     )
 
 
 def _sweep(
-    passes: Passes, settings: Settings, measured: ImageMetrics, solutions: Mapping[Start, Sequence[BlockSolution]],
-    i: int,
+    passes: Passes, settings: Settings, means: ImageMeans, measured: ImageMetrics,
+    solutions: Callable[[], Mapping[Start, Sequence[BlockSolution]]], part: _Parts, i: int,
 ) -> _BlockSweeps:  # fmt: skip
     """Traces of block `i` from each start and guess; of a tough one in segments too, from noise and the best guess."""
     block, num_tokens = passes.blocks[i], passes.flow.config.num_tokens
-    guesses, best = named_guesses(measured.mean_affine[i]), measured.metrics[settings.norm].best_guess(i)
+    guesses, best = named_guesses(means.mean_affine[i]), measured.metrics[settings.norm].best_guess(i)
+    starts: tuple[Start, ...] = ("noise",) if settings.guidance else ("images", "noise")
 
     def traces(start: Start, guess: str, count: int = 1) -> tuple[Trace, ...]:
-        curves = [
-            distances(block, x, z, guesses[guess], context, count)
-            for x, z, context in solutions[start][i].split(min(passes.batch_size, _SWEPT_TOGETHER))
-        ]
-        return tuple(map(Trace.of, zip(*curves, strict=True)))
+        def measure() -> tuple[Trace, ...]:
+            curves = [
+                distances(block, x, z, guesses[guess], context, count)
+                for x, z, context in solutions()[start][i].split(min(passes.batch_size, _SWEPT_TOGETHER))
+            ]
+            return tuple(map(Trace.of, zip(*curves, strict=True)))
 
-    whole = {start: {name: traces(start, name)[0] for name in guesses} for start in solutions}
+        return part(f"block-{i}-{start}-{guess}-{count}", tuple[Trace, ...], measure)
+
+    def gamma() -> tuple[float, ...]:
+        few = next(solutions()[starts[0]][i].split(_GAMMA_SAMPLES)).split(passes.batch_size)
+        return tuple(torch.cat([gamma_norm(block, x, z, context) for x, z, context in few]).tolist())
+
+    whole = {start: {name: traces(start, name)[0] for name in guesses} for start in starts}
     segments: dict[int, tuple[Trace, ...]] = {1: (whole["noise"][best],)}
     if i in measured.segment_metrics:
         powers = {2**k for k in range(num_tokens.bit_length()) if 2**k <= num_tokens // _FEWEST_TOKENS}
         segments |= {count: traces("noise", best, count) for count in sorted(({settings.segments} | powers) - {1})}
-    few = next(solutions["noise" if settings.guidance else "images"][i].split(_GAMMA_SAMPLES)).split(passes.batch_size)
-    gamma = torch.cat([gamma_norm(block, x, z, context) for x, z, context in few]).tolist()
+    sweeps = _BlockSweeps(whole, segments, part(f"block-{i}-gamma", tuple[float, ...], gamma))
     if passes.progress is not None:
         passes.progress(i + 1, len(passes.blocks), "sweeps")
-    return _BlockSweeps(whole, segments, tuple(gamma))
-
-
-def _part(folder: Path | None, key: str, name: str, declared: type[T], make: Callable[[], T]) -> T:
-    """The part of a calibration with a name: that of an interrupted run with the same key, or else a new one."""
-    if folder is None:
-        return make()
-    file = folder / f"{name}.json"
-    stored = read_object(file) or {}
-    if stored.get("key") == key:
-        with suppress(ValueError):  # damaged, or of another version: measured again
-            return codec.decode(declared, stored["part"])
-    value = make()
-    write_json(file, {"key": key, "part": codec.encode(value)}, indent=None)
-    return value
+    return sweeps
 
 
 def _key(passes: Passes, settings: Settings, classes: Sequence[int]) -> str:

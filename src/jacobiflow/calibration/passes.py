@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, NamedTuple, Protocol
@@ -48,13 +48,17 @@ class BlockSolution(NamedTuple):
 
 
 def exact_solutions(
-    flow: Flow, latents: Float[Tensor, "n t c"], context: Tensor | None, batch_size: int, progress: Progress | None
-) -> list[BlockSolution]:
-    """Solves each block by the exact loop at latents. Raises ValueError if one overflows."""
+    flow: Flow, latents: Float[Tensor, "n t c"], context: Tensor | None, batch_size: int, progress: Progress | None,
+    keep: Callable[[int, Callable[[], Tensor]], Tensor] = lambda i, make: make(),
+) -> list[BlockSolution]:  # fmt: skip
+    """Solves each block by the exact loop at latents. Raises ValueError if one overflows.
+
+    `keep(i, make)` returns the stored answer of block i, or stores the one that it makes.
+    """
     blocks, solutions = flow.inverse_blocks, dict[int, BlockSolution]()
 
     def solve_block(i: int, z: Tensor) -> Tensor:
-        x = solve(blocks[i], z, Solver(Sequential()), context, batch_size).x
+        x = keep(i, lambda: solve(blocks[i], z, Solver(Sequential()), context, batch_size).x).to(z.device)
         overflows = int((~torch.isfinite(x).all(dim=(1, 2))).sum())
         if overflows:
             raise InputValueError(
@@ -89,10 +93,17 @@ class _Means:
 
 
 @dataclass(frozen=True)
-class ImageMetrics:
-    """The parts of a report that come from the images alone; see `Report`."""
+class ImageMeans:
+    """Means over the images, per block: of its parameters, and of Sigma^-1 X over all images and over each class's."""
 
     mean_affine: tuple[MeanAffine, ...]
+    scaled_input: tuple[tuple[Tensor, ...], ...]
+
+
+@dataclass(frozen=True)
+class ImageMetrics:
+    """The metrics that come from the images alone; see `Report`."""
+
     metrics: Mapping[Norm, Metrics]
     segment_metrics: Mapping[int, Metrics]
     class_metrics: Mapping[int, Metrics]
@@ -117,18 +128,27 @@ class Passes:
         check_finite("images", images)
         return images
 
-    def metrics(self, classes: Sequence[int], segments: int, norm: Norm) -> ImageMetrics:
-        """The mean parameters of all blocks, then the metrics of their guesses.
+    def means(self, classes: Sequence[int]) -> ImageMeans:
+        """The first pass over the images."""
+        parameters, scaled = _Means(), _Means(classes)
+        for tokens, context in self._batches(torch.arange(len(self.images)), "mean parameters"):
+            for step in self._walk(tokens, context):
+                parameters.add(step.block, torch.stack((step.log_scale, step.shift), dim=1), context)
+                scaled.add(step.block, torch.exp(-step.log_scale) * step.x, context)
+        blocks = range(len(self.blocks))
+        return ImageMeans(
+            tuple(MeanAffine(*parameters(i).float().cpu()) for i in blocks),
+            tuple(tuple(scaled(i, group).cpu() for group in (None, *classes)) for i in blocks),
+        )
+
+    def metrics(self, image_means: ImageMeans, classes: Sequence[int], segments: int, norm: Norm) -> ImageMetrics:
+        """The metrics of the guesses that come from these means, by a second pass over the images.
 
         Metrics are in each norm; in `norm` also those of each tough block's segments, and those over each class.
         """
-        everything, parameters, means = torch.arange(len(self.images)), _Means(), _Means(classes)
-        for tokens, context in self._batches(everything, "mean parameters"):
-            for step in self._walk(tokens, context):
-                parameters.add(step.block, torch.stack((step.log_scale, step.shift), dim=1), context)
-                means.add(step.block, torch.exp(-step.log_scale) * step.x, context)
-        mean_affine = tuple(MeanAffine(*parameters(i).float().cpu()) for i in range(len(self.blocks)))
-        guesses = [named_guesses(guess) for guess in mean_affine]
+        means = _Means(classes)
+        scaled = [dict(zip((None, *classes), of_groups, strict=True)) for of_groups in image_means.scaled_input]
+        guesses = list(map(named_guesses, image_means.mean_affine))
         every_block = [(i, slice(None)) for i in range(len(self.blocks))]
 
         def components(norm: Norm, places: Places, group: int | None = None) -> tuple[Components, ...] | None:
@@ -138,11 +158,11 @@ class Passes:
                 if weights is None:
                     return None
                 scale, shift = (0.0 if weight is None else matrix_norm(weight, norm) for weight in weights)
-                parts.append(Components(matrix_norm(means(i, group)[run], norm), scale, shift))
+                parts.append(Components(matrix_norm(scaled[i][group][run], norm), scale, shift))
             return tuple(parts)
 
         tough = tough_blocks([part.crm for part in components(norm, every_block) or ()])
-        for tokens, context in self._batches(everything, "metrics"):
+        for tokens, context in self._batches(torch.arange(len(self.images)), "metrics"):
             for i, x, _, _, z in self._walk(tokens, context):
                 for count in {1, segments} if i in tough else {1}:
                     for name, guess in guesses[i].items():
@@ -158,7 +178,6 @@ class Passes:
 
         runs = segment_runs(self.flow.config.num_tokens, segments)
         return ImageMetrics(
-            mean_affine,
             metrics={each: metrics(each, every_block) for each in NORMS},
             segment_metrics={i: metrics(norm, [(i, run) for run in runs], count=segments) for i in tough},
             class_metrics={label: metrics(norm, every_block, label) for label in classes},

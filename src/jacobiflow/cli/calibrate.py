@@ -12,6 +12,7 @@ from typer import Option
 import jacobiflow as jf
 from jacobiflow.cli import shared
 from jacobiflow.cli.shared import progress_bar, show_table
+from jacobiflow.errors import InputValueError
 
 _TOLERANCE = 1e-3  # of the sweeps in the tables
 
@@ -24,8 +25,8 @@ def calibrate(
     clean: Annotated[bool, Option("--clean", help="Without the noise of training, like the paper's code.")] = False,
     unconditional: Annotated[bool, Option("--unconditional", help="Do not use the images' labels.")] = False,
     norm: Annotated[Literal["2", "fro", "1"], Option(help="Norm of IGM and CRM; 2 is the spectral one.")] = "2",
-    segments: Annotated[int, Option(help="Segments of a tough block, with metrics of their own.")] = 8,
-    traced: Annotated[int, Option(help="Images, and fresh latents, whose sweeps are measured.")] = 32,
+    segments: Annotated[int, Option(min=1, help="Segments of a tough block, with metrics of their own.")] = 8,
+    traced: Annotated[int, Option(min=1, help="Images, and fresh latents, whose sweeps are measured.")] = 32,
     per_class: Annotated[bool, Option("--per-class", help="Also each class by itself (Appendix E).")] = False,
     guidance: shared.Guidance = "0",
     batch_size: shared.ImagesAtATime = 64,
@@ -46,13 +47,16 @@ def calibrate(
 
     shared.check_output("--out", out, model, images)
     flow = shared.load_model(model, device, dtype, guidance)
+    is_labelled = bool(flow.config.num_classes) and not unconditional
+    if per_class and not is_labelled:
+        remedy = "leave out --unconditional" if unconditional else "this model has no classes; leave it out"
+        raise InputValueError(f"--per-class: {remedy}")
     data = load_images(images, *shared.image_size(flow))
     indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:num].sort().values
     pixels, labels = data.batch(indices)
     if not clean:
         pixels = noisy_images(data, indices, shared.training_noise(flow), seed)
-    if unconditional or not flow.config.num_classes:
-        labels = None
+    labels = labels if is_labelled else None
     with progress_bar() as progress:
         report = jf.calibrate(
             flow, pixels, labels, norm="fro" if norm == "fro" else 2 if norm == "2" else 1,
