@@ -318,7 +318,7 @@ def test_an_interrupted_calibration_goes_on_to_the_same_bytes(tmp_path: Path, mo
 
 def test_a_kill_costs_only_the_measurement_in_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of those that are finished none is made again, up to the end: the images, exact loops, sweeps and Gamma."""
-    flow, out = make_flow(num_classes=3).float(), tmp_path / "r.json"
+    flow, out = copy.deepcopy(make_flow(num_classes=3)).float(), tmp_path / "r.json"
     images, labels, written = images_of(flow).float(), [0, 1, 2, 0, 1, 2, 0], list[str]()
 
     def calibrate(out: Path = out) -> bytes:
