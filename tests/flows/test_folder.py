@@ -220,12 +220,16 @@ def test_push_to_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(pushed[0].state_dict(), make().state_dict())
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b'"model_type"', b"[" * 100_000], ids=range(5))
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b'"model_type"', b"[" * 100_000, b"9" * 5000], ids=range(6))
 def test_a_broken_file_is_named(saved: Path, content: bytes) -> None:
     weights = saved / "model.safetensors"
     for damaged in (weights.read_bytes()[:-1], content):
         weights.write_bytes(damaged)
         assert "model.safetensors: missing or damaged" in error_of(jf.load, saved)
+    if hasattr(os, "mkfifo"):
+        weights.unlink()
+        os.mkfifo(weights)  # which would be read without end
+        assert "model.safetensors: missing or damaged ([Errno 22] Not a regular file" in error_of(jf.load, saved)
     (saved / "config.json").write_bytes(content)
     assert "config.json" in error_of(jf.load, saved)
 
@@ -245,6 +249,7 @@ def with_config(place: Path, change: dict[str, Any]) -> Path:
         ({"patch_size": 3}, "patch_size=3 does not divide image_size=4"),
         ({"model_type": "bert"}, "model_type 'bert'; there are maf, "),
         ({"format_version": 2}, "format 2"),
+        ({"layers_per_block": 10**6}, "2,000,000 layers, but "),
         ({"channels": 16}, "blocks.0.proj_in.weight"),
         ({"recommended": {"denoise": -1}}, "denoise=-1.0: give 0"),
     ],

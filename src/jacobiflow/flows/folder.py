@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from jacobiflow import codec
 from jacobiflow.checks import check_kind, short
 from jacobiflow.errors import CheckpointError, InputError, InputValueError, first_line
-from jacobiflow.files import json_bytes, read_object, remove_partials, write_atomically, write_beside
+from jacobiflow.files import json_bytes, read_object, regular_file, remove_partials, write_atomically, write_beside
 from jacobiflow.flows.config import FlowConfig
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.guidance import SamplingSettings
@@ -79,7 +79,7 @@ class ModelFolder:
         """Reads the tensors."""
         file = self.path / WEIGHTS
         try:
-            return load_file(file)
+            return load_file(regular_file(file))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: missing or damaged ({first_line(error)}); copy it again") from error
 
@@ -230,6 +230,10 @@ def build(make: Callable[[Any], AnyModule], config: Any, state: dict[str, Tensor
     out of `state`; a CheckpointError begins with `source`.
     """
     check_values(state, source)
+    layers = getattr(config, "layers_per_block", getattr(config, "hidden_layers", 0))
+    num_layers = sum(layers) if isinstance(layers, tuple) else config.num_blocks * layers
+    if num_layers > len(state):  # before a million of them are made
+        raise CheckpointError(f"{source}: does not fit the config: {num_layers:,} layers, but {len(state)} tensors")
     with torch.device("meta"):
         module = make(config)
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in state.values()), torch.float32)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from jacobiflow.errors import CheckpointError, first_line
+from jacobiflow.files import regular_file
 from jacobiflow.flows.config import TarFlowConfig, TokenConfig
 
 _MASK = re.compile(r"blocks\.\d+\.attn_mask")
@@ -24,7 +25,7 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
     remedy = "give a file that torch.save(model.state_dict(), path) wrote"
     try:
         # Mapped, if the file has the format that can be: only what is used is read.
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(regular_file(path)))
     except Exception as error:  # torch.load names no exceptions, and damage raises nearly any
         raise CheckpointError(
             f"{path}: missing, damaged, or not only tensors; code in it was not run ({first_line(error)}); {remedy}"
