@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import os
 import struct
 import sys
 from importlib import resources
@@ -161,6 +162,18 @@ def test_a_class_for_each_subfolder_in_order_of_name(tmp_path: Path) -> None:
     flat = image_folder(folder / "b", 4)  # a folder without classes
     assert (flat.labels, flat.classes) == (None, ())
     assert np.array_equal(flat.images.permute(0, 2, 3, 1), pixels[1:3])
+
+
+def test_folders_may_be_nested_deeper_than_python_s_stack(tmp_path: Path) -> None:
+    inner = tmp_path
+    for _ in range(1_100):
+        inner /= "a"
+        inner.mkdir()
+    write_image(tmp_path / "a" / "0.png", random_bytes(4, 4))
+    write_image(inner / "1.png", random_bytes(4, 4))
+    assert len(image_folder(tmp_path, 4, 1)) == 2
+    (inner / "1.png").unlink()
+    os.removedirs(inner)  # by recursion pytest could not
 
 
 def test_the_shorter_side_is_resized_and_the_centre_cropped(tmp_path: Path) -> None:

@@ -175,8 +175,12 @@ def _list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    images, subfolders = _list_folder(folder)
-    return images + [image for subfolder in subfolders for image in _images_below(subfolder)]
+    found, folders = list[Path](), [folder]
+    while folders:
+        images, subfolders = _list_folder(folders.pop())
+        found += images
+        folders += reversed(subfolders)
+    return found
 
 
 def read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
