@@ -79,7 +79,7 @@ def importance(samples: Samples | SampleFolder, energy: Float[Tensor, " n"], *, 
     if isinstance(samples, Samples):
         log_prob, outcome = samples.log_prob, samples.outcome
     else:
-        log_prob, outcome = samples.log_prob(), samples.outcome(samples.manifest.shape[0])
+        log_prob, outcome = samples.log_prob(), samples.outcome()
     if log_prob is None:
         raise InputValueError("samples without densities: draw them with log_prob=True and settings=None")
     is_certified = outcome.exact or (outcome.tolerance is not None and outcome.residual is not None)
