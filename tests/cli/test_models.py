@@ -51,7 +51,8 @@ def test_check_of_samples_names_every_damaged_file(run: Any, tmp_path: Path) -> 
     out = tmp_path / "out"
     sample_to_folder(jf.load("./plain"), 4, out, strategy="jacobi-1", batch_size=1, shard_size=2)
     result = run(f"info --check {out}")
-    assert (result.code, result.out) == (0, f"{out}: no problem; checked samples\n")
+    outcome = jf.SampleFolder.open(out).outcome()
+    assert (result.code, result.out) == (0, f"{out}: no problem; checked samples\n{outcome}\n")
     file = out / "shards" / "00001.npz"
     file.write_bytes(file.read_bytes()[:-9])
     (out / "shards" / "00000.npz").unlink()

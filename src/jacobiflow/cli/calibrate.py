@@ -44,7 +44,7 @@ def calibrate(
 
     from jacobiflow.data import load_images, noisy_images
 
-    shared.check_output("--out", out, model, images)
+    shared.check_output("--out", out, model, images, replaces="report*.json")
     flow = shared.load_model(model, device, dtype, guidance)
     data = load_images(images, *shared.image_size(flow))
     indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:num].sort().values

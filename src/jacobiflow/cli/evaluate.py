@@ -71,7 +71,7 @@ def evaluate(
     """
     from jacobiflow import files
 
-    shared.check_output("--save-stats", save_stats, model, images, stats, inception, samples)
+    shared.check_output("--save-stats", save_stats, model, images, stats, inception, samples, features, outputs=(out,))
     files.check_own(out, "evaluation")
     features = features or ("none" if images is None and stats is None else "inception")
     if samples is None and images is None:
