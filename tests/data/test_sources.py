@@ -171,7 +171,12 @@ def test_folders_may_be_nested_deeper_than_python_s_stack(tmp_path: Path) -> Non
         inner.mkdir()
     write_image(tmp_path / "a" / "0.png", random_bytes(4, 4))
     write_image(inner / "1.png", random_bytes(4, 4))
-    assert len(image_folder(tmp_path, 4, 1)) == 2
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(1_000)  # Python's default, which other tests may have raised
+    try:
+        assert len(image_folder(tmp_path, 4, 1)) == 2
+    finally:
+        sys.setrecursionlimit(limit)
     (inner / "1.png").unlink()
     os.removedirs(inner)  # by recursion pytest could not
 
