@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 # Bytecode is compiled when a module is imported, and of most of what is installed none ever is.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
-.PHONY: setup demo test lint mutants benchmark regimes calibration flows evaluation evaluation-in-pytorch emoji tutorials \
+.PHONY: setup demo test lint fuzz mutants benchmark regimes calibration flows evaluation evaluation-in-pytorch emoji tutorials \
 	boltzmann star figures docs render clean
 
 setup: $(INSTALLED)
@@ -33,6 +33,13 @@ test: setup
 
 lint: setup
 	$(BIN)/pre-commit run --all-files
+
+# Calls native code with malformed and extreme input under the address, undefined-behaviour and thread sanitizers (about ten
+# minutes on two cores). Call i is that of SEED + i: `make fuzz SEED=7 COUNT=1` repeats one.
+SEED := 0
+COUNT := 5000
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.native.sanitizers --seed $(SEED) --count $(COUNT)
 
 # Mutation testing: the share of small faults that the tests catch, docs/results/mutants.json (about an hour on two cores;
 # it goes on where it was stopped).
@@ -115,8 +122,8 @@ evaluation-in-pytorch: setup
 		--out docs/results/comparison-in-pytorch.json
 	JACOBIFLOW_NATIVE=0 $(BIN)/jacobiflow sample --model fashion-p2 --strategy auto:1e-1 --num 10000 --batch-size 16 \
 		--out out/in-pytorch
-	$(BIN)/jacobiflow evaluate --model fashion-p2 --samples out/in-pytorch --images fashion-mnist $(FASHION_FID) \
-		--out out/evaluation
+	$(BIN)/jacobiflow evaluate --model fashion-p2 --samples out/in-pytorch --images fashion-mnist \
+		--features benchmarks/features.py:fashion --out out/evaluation
 	cp out/evaluation/evaluation.json docs/results
 	$(RENDER)
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 import jacobiflow as jf
 from benchmarks.common import FIGURES, MODELS, RESULTS, Json, parser
 from jacobiflow import codec
-from jacobiflow.data import ImageDataset, Noise, load_images
+from jacobiflow.data import ImageDataset, Noise, Split, available_splits, load_images
 from jacobiflow.evaluation import bayes_accuracy, bits_per_dim
 from jacobiflow.files import write_json
 from jacobiflow.flows.flow import Flow
@@ -70,7 +70,8 @@ def main() -> None:
     flow = jf.load(options.name)
     metrics = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
     channels, size, _ = flow.require_images()
-    test = load_images(options.images, size, channels, "test")
+    split: Split = "test" if "test" in available_splits(options.images) else "train"
+    test = load_images(options.images, size, channels, split)
     result = {
         "name": options.name,
         "machine": options.machine,

@@ -45,7 +45,7 @@ def inverses_of(flow: jf.MAF) -> dict[str, Inverse]:
     """Inverses from latents to pixels (B, D): the table's loop and sweeps, and to a tolerance."""
 
     def inverse(strategy: str | jf.Strategy, z: Tensor, certify: bool = False) -> Tensor:
-        return jf.decode(flow, z, strategy=strategy, certify=certify).images.flatten(1)
+        return jf.decode(flow, z, strategy=strategy, certify=certify).flatten(1)
 
     def sweeps(solver: jf.Solver, certify: bool = False) -> Inverse:
         return partial(inverse, jf.Strategy.uniform(solver, flow.config.num_blocks), certify=certify)

@@ -37,15 +37,7 @@ for (const formula of document.querySelectorAll(".math, .arithmatex")) {
 }
 </script>
 """  # MathML, which browsers draw by themselves
-_SCREEN = (1280, 800)
 _PHONE = (390, 800)
-_MOST_SCREENS = 3.25
-# Longer pages, which are read by parts: tables of results, long examples, and what is looked up.
-_LONG = {
-    "index", "architecture", "boltzmann", "boltzmann_speed", "extending", "libraries", "paper", "peers", "reliability",
-    "sizes", "solvers", "your_own_flow",
-}  # fmt: skip
-_LONG_FOLDERS = ("models/", "reference/", "tutorials/")
 _CODE = re.compile(
     r"^(?P<fence>```+|~~~+).*?^(?P=fence)[ ]*$|(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`)", re.DOTALL | re.MULTILINE
 )
@@ -179,24 +171,15 @@ def _outside_code(text: str, change: Callable[[str], str]) -> str:
 
 
 def check_pages(site: Path) -> list[str]:
-    """Returns problems of pages in a browser: wider than a phone, files of other hosts, or another length than listed.
-
-    A page has at most three screens, unless it is listed as longer.
-    """
+    """Returns problems of pages in a browser: wider than a phone, or files of other hosts."""
     wrong: list[str] = []
     with served(site) as address, chromium() as browser:
-        tab = browser.new_page()
+        tab = browser.new_page(viewport={"width": _PHONE[0], "height": _PHONE[1]})
         urls: set[str] = set()
         tab.on("request", lambda request: urls.add(request.url))
         for page in sorted(site.rglob("index.html")):
             name = str(page.parent.relative_to(site)) if page.parent != site else "index"
-            url = f"{address}/{'' if name == 'index' else f'{name}/'}"
-            tab.set_viewport_size({"width": _SCREEN[0], "height": _SCREEN[1]})
-            tab.goto(url)
-            screens = tab.locator("article").evaluate("article => article.offsetHeight") / _SCREEN[1]
-            if (screens > _MOST_SCREENS) != (name in _LONG) and not name.startswith(_LONG_FOLDERS):
-                wrong.append(f"{name}: {screens:.1f} screens of {_SCREEN[0]} x {_SCREEN[1]} pixels")
-            tab.set_viewport_size({"width": _PHONE[0], "height": _PHONE[1]})
+            tab.goto(f"{address}/{'' if name == 'index' else f'{name}/'}")
             if tab.evaluate("document.documentElement.scrollWidth") > _PHONE[0]:
                 wrong.append(f"{name}: wider than a phone of {_PHONE[0]} pixels")
     return wrong + [f"a page asks another host for {url}" for url in sorted(urls) if not url.startswith(address)]

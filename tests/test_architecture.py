@@ -73,6 +73,8 @@ def imports(name: str, text: str) -> set[str]:
             module = ".".join(filter(None, (base, node.module)))
             inner = {f"{module}.{alias.name}" for alias in node.names}
             modules |= {each for each in inner if each.removeprefix("jacobiflow.") in MODULES} or {module}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            modules |= {str(argument.value) for argument in node.args if isinstance(argument, ast.Constant)}
     own = {each for each in modules if each.split(".")[0] == "jacobiflow"}
     return {each.removeprefix("jacobiflow").removeprefix(".") for each in own} - {name}
 

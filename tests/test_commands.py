@@ -1,12 +1,13 @@
 """Every command in README, the guides, the model cards and `--help` runs, on small files under the names that it gives.
 
-What takes long is made short: few samples, images and repeats.
+What takes long is made short: few samples, images and repeats. The Makefile's commands do not run here.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,9 @@ HELP = {f"--help of {name}": command.help or "" for name, command in get_command
 # A command is a line, with what comes before its name: a launcher, variables.
 COMMAND = re.compile(r"^ *(?:Example: )?(?:\w+=\w+ )*(?:torchrun .* -- )?jacobiflow (\w.*[^.\n])$", re.MULTILINE)
 SHORT = {
-    "sample": "--num 2", "calibrate": "--num 2 --traced 1 --segments 2", "bench": "--repeats 1", "train": "--steps 2",
-    "evaluate": "--paired 2 --test-images 4", "plan": "", "convert": "", "info": "",
+    "sample": "--num 2", "calibrate": "--num 2 --traced 1 --segments 2", "plan": "", "bench": "--repeats 1",
+    "evaluate": "--paired 2 --test-images 4", "train": "--steps 2 --batch-size 8", "convert": "", "info": "",
 }  # fmt: skip
-FULL_DATA = Path("/usr/share/dataset-fashion-mnist")  # needed by what names fashion-mnist
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"photos/{i % 2}").mkdir(parents=True, exist_ok=True)
         Image.effect_noise((32, 32), 50).save(folder / f"photos/{i % 2}/{i}.png")
     fashion = load_images("fashion-512", 28, 1)
-    np.savez(folder / "few.npz", images=fashion.images[:9].numpy(), labels=fashion.labels[:9].numpy())
+    images, labels = fashion.images[:9, 0].numpy(), fashion.labels[:9].numpy().astype(np.uint8)
+    np.savez(folder / "few.npz", images=images, labels=labels)
+    (folder / "fashion-mnist").mkdir()
+    for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+        head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+        for stem in ("train", "t10k"):
+            (folder / f"fashion-mnist/{stem}-{name}-ubyte").write_bytes(head + array.tobytes())
     star = jf.STARFlow(jf.STARFlowConfig(3, 4, 2, 128, (1, 1), text_tokens=4, text_channels=16))
     torch.save(star.state_dict(), folder / "starflow_3B_t2i_256x256.pth")
     for name, model in (("demo", jf.load("fashion-p2")), ("many", jf.load("fashion-p2")), ("mine", flow)):
@@ -87,10 +93,19 @@ def test_commands_run(
     if any("flan-t5" in line for line in lines):
         write_t5(folder / "google/flan-t5-xl")
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("jacobiflow.data.sources._FASHION_MNIST", folder / "fashion-mnist")
     for line in lines:
-        if "fashion-mnist" not in line or FULL_DATA.exists():
-            small = line.replace("fashion-512", "few.npz").split("  #")[0]
-            if small.startswith("sample") and (out := re.search(r"--out (\S+)", small)):
-                shutil.rmtree(out[1], ignore_errors=True)  # has samples of other settings
-            result = run_line(f"{small} {SHORT[small.split()[0]]}", capsys)
-            assert result.code == 0, f"{line}: {result.err}"
+        small = line.replace("fashion-512", "few.npz").split("  #")[0]
+        if small.startswith("sample") and (out := re.search(r"--out (\S+)", small)):
+            shutil.rmtree(out[1], ignore_errors=True)  # has samples of other settings
+        result = run_line(f"{small} {SHORT[small.split()[0]]}", capsys)
+        assert result.code == 0, f"{line}: {result.err}"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make is installed")
+def test_every_variable_of_the_makefile_has_a_value() -> None:
+    targets = re.findall(r"^(\w[\w-]*):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    done = subprocess.run(
+        ["make", "-n", "--warn-undefined-variables", *targets], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert "undefined variable" not in done.stderr

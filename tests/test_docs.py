@@ -5,6 +5,7 @@ tests/test_wheel.py runs the examples of README, tests/test_commands.py the comm
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shlex
@@ -51,6 +52,13 @@ def test_the_command_line_takes_the_commands_of_sentences(page):
             command.make_context(name, words)
         except TyperException as error:
             assert str(error).startswith("Missing"), f"{text}: {error.format_message()}"  # a sentence may leave it out
+
+
+def test_the_default_estimator_of_sbi_is_as_the_page_says():
+    inference = pytest.importorskip("sbi.inference")
+    (default,) = re.findall(r'`"(\w+)"` \(the default of NPE and NLE\)', (ROOT / "docs/sbi.md").read_text())
+    for trainer in (inference.NPE, inference.NLE):
+        assert inspect.signature(trainer).parameters["density_estimator"].default == default
 
 
 @pytest.mark.parametrize(("path", "code"), EXAMPLES, ids=[path.name for path, _ in EXAMPLES])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import warnings
@@ -44,14 +45,25 @@ with warnings.catch_warnings():
     NESTED = torch.nested.nested_tensor([torch.zeros(16, 4), torch.zeros(9, 4)])
     NESTED_LABELS = torch.nested.nested_tensor([LABELS, LABELS[:1]])
 ABSENT = (Z.to_sparse(), Z.to("meta"), NESTED)
-TOKENS: Argument = (Z, (7, [1], Z.numpy(), Z.long(), Z.bool(), Z.cfloat()), (Z[0], Z[:, :9], Z[..., :3], *ABSENT))
+FLOAT8 = torch.float8_e4m3fn
+TOKENS: Argument = (
+    Z,
+    (7, [1], Z.numpy(), Z.long(), Z.bool(), Z.cfloat(), Z.to(FLOAT8)),
+    (Z[0], Z[:, :9], Z[..., :3], *ABSENT),
+)
 FINITE: Argument = (Z, TOKENS[1], (*TOKENS[2], Z * math.nan))
 MEANS: Argument = (SHIFT, TOKENS[1], (Z, SHIFT / 0))
-PIXELS: Argument = (IMAGES, ([1], IMAGES.numpy(), IMAGES.byte(), IMAGES.cfloat()), (IMAGES[0], IMAGES[:0], *ABSENT))
+PIXELS: Argument = (
+    IMAGES,
+    ([1], IMAGES.numpy(), IMAGES.byte(), IMAGES.cfloat(), IMAGES.to(FLOAT8)),
+    (IMAGES[0], IMAGES[:0], *ABSENT),
+)
 NO_CONTEXT = (7, [0, 1], LABELS.numpy(), LABELS.double(), LABELS.bool(), LABELS.byte())
 NO_LABELS = (1.5, True, "2", ["0", "2"], [0, None], [[0], [0, 2]], {0: 2}, LABELS.double(), LABELS.bool().numpy())
+HUGE_LABELS = (np.broadcast_to(np.array(0), 10**13), LABELS[:1].byte().expand(10**13))  # would fill 80 TB
 ABSENT_LABELS = (LABELS.to_sparse(), LABELS.to("meta"), NESTED_LABELS)
 NO_ROWS = (LABELS[:1], LABELS.repeat(2), LABELS.view(1, 2), LABELS[0], *ABSENT_LABELS)
+WRONG_LABELS = (*NO_ROWS, [0, 3], [0], 3, *HUGE_LABELS)
 
 
 def each(names: str, argument: Argument) -> dict[str, Argument]:
@@ -68,8 +80,9 @@ ARGUMENTS: dict[str, Argument] = {
     **each("certify certificate", (True, (), ("x", 1))), "norm": (2, (), ("x", True)), "on": ("both", (), ("x", 7)),
     "seed": (0, KINDS, (-1, 2**63)), "start": (0, KINDS, (-1, 2**63)),
     "progress": (None, (0, False, "no"), ()),
-    "flow": (FLOW, ("digits-p1", FLOW.config, jf.TarFlow), ()), "block": (FLOW.blocks[0], (FLOW, 7, jf.Solver()), ()),
-    "images": (*PIXELS[:2], (*PIXELS[2], IMAGES[..., :7])), "labels": (LABELS, NO_LABELS, (*NO_ROWS, [0, 3], [0], 3)),
+    "flow": (FLOW, ("digits-p1", FLOW.config, jf.TarFlow), (copy.deepcopy(FLOW).to(FLOAT8),)),
+    "block": (FLOW.blocks[0], (FLOW, 7, jf.Solver()), ()),
+    "images": (*PIXELS[:2], (*PIXELS[2], IMAGES[..., :7])), "labels": (LABELS, NO_LABELS, WRONG_LABELS),
     "context": (LABELS, NO_CONTEXT, (*NO_ROWS, LABELS + 1)), **each("z latents", FINITE), "x": TOKENS,
     "solver": (jf.Solver(), (PLAN, "jacobi"), ()),
     "strategy": (PLAN, (7, b"auto", jf.Solver(), (jf.Solver(),)), ("x" * 999,)),
@@ -88,12 +101,12 @@ DATA = {"x": ARGUMENTS["images"], "context": ARGUMENTS["labels"]}
 CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (jf.sample, "flow num labels seed settings strategy tolerance certify batch_size return_trace", {}),
     (jf.sample, "flow latents labels progress", {}), (jf.decode, "flow z context strategy tolerance certify log_prob",
-     {"context": (LABELS, NO_LABELS, (*NO_ROWS, [0, 3], [0], 3)), "log_prob": FLAG}),
+     {"context": (LABELS, NO_LABELS, WRONG_LABELS), "log_prob": FLAG}),
     (jf.denoise, "flow images labels rate batch_size", {}),
     (jf.calibrate, "flow images labels norm segments traced per_class batch_size seed",
      {"images": (IMAGES, (7, "x", {}), (IMAGES[:1], IMAGES[:0], *ABSENT))}),
     (jf.tune, "flow labels samples batch_size seed",
-     {"labels": (LABELS, NO_LABELS, (LABELS[0], LABELS[:0], LABELS + 1, 3, *ABSENT_LABELS))}),
+     {"labels": (LABELS, NO_LABELS, (LABELS[0], LABELS[:0], LABELS + 1, 3, *HUGE_LABELS, *ABSENT_LABELS))}),
     (jf.plan, "flow tuning batch_size tolerance bf16", {"tolerance": POSITIVE, "tuning": (None, (7, REPORT), ())}),
     (jf.load, "name device dtype", {"name": ("digits-p1", (7,), ("x", "x" * 300, Path("x" * 300), "x\0"))}),
     *((call, "x context", DATA) for call in (FLOW.encode, FLOW.normalize, FLOW.log_prob)),

@@ -36,7 +36,7 @@ def test_its_samples_encode_to_their_latents(model: Path) -> None:
     flow, labels = jf.load(model, dtype="float64"), torch.tensor([0, 9, -1, 4])
     for strategy in ("sequential", "jacobi", "window:3", "auto"):
         guidance = jf.Guidance(0.5) if strategy == "jacobi" else None
-        out = jf.sample(flow.guided(guidance), 4, labels, strategy=strategy)
+        out = jf.sample(flow.guided(guidance), 4, labels, settings=None, strategy=strategy)
         assert out.certificate.max() <= 1e-3
         if guidance is None:
             assert (flow.encode(out.images, labels)[0] - out.latents).abs().max() < 1e-2

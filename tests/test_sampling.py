@@ -286,9 +286,14 @@ def test_arguments_that_do_not_fit_the_flow_are_named(arguments: dict[str, Any],
 
 
 def test_options_that_a_flow_lacks_are_refused() -> None:
-    flow = make_flow(**FLOWS["nvp"])
-    with pytest.raises(ValueError, match="has no classes"):
-        jf.decode(flow, latents(flow, 2), torch.tensor([0, 0]))
+    flow, labels = make_flow(**FLOWS["nvp"]), [0, 0]
+    z, images = latents(flow, 2), sample(flow, num=2).images
+    for call in (
+        lambda: flow.encode(images, labels), lambda: flow.log_prob(images, labels), lambda: jf.decode(flow, z, labels),
+        lambda: flow.bits_per_dim(images, labels), lambda: jf.sample(flow, 2, labels),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="labels given, but this flow has no classes: leave them out"):
+            call()
     with pytest.raises(ValueError, match="noise_std"):
         sample(flow, num=2, settings=jf.SamplingSettings(denoise=1.0))
 

@@ -72,20 +72,50 @@ def test_samples_that_are_not_from_the_density_have_no_weights() -> None:
     samples, energy = jf.sample(flow(), 4), torch.zeros(4)
     lost = torch.randn(4, 2, 1, dtype=torch.float64)
     lost[2] = 1.7e308
+    (block,), status = samples.stats, torch.tensor([jf.Status.CONVERGED, jf.Status.ROUNDING, 0, 0])
     refused = {
         "not certified, since the strategy stops": jf.sample(flow(), 4, strategy="jacobi-1"),
         "not certified, since certificates were turned off": jf.sample(flow(), 4, strategy="jacobi", certify=False),
         "1 lost": jf.sample(flow(), latents=lost),
+        "1 above the tolerance": replace(samples, stats=(replace(block, status=status),)),
         "without densities": replace(samples, log_prob=None),
     }
     for words, each in refused.items():
         with pytest.raises(ValueError, match=words):
             jf.importance(each, energy)
-    for bad, words in ((torch.zeros(3), "energy"), (torch.full((4,), torch.nan), "4 are NaN")):
+    for bad, words in (
+        (torch.zeros(3), "energy"), (torch.tensor([0, math.nan, -math.inf, 0]), "energy: 2 are NaN or -infinity"),
+        (torch.full((4,), math.inf), "all are -infinity, so no sample has a weight"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             jf.importance(samples, bad)
-    with pytest.raises(ValueError, match="all are infinite"):
-        jf.importance(samples, torch.full((4,), torch.inf))
     with pytest.raises(ValueError, match="clip=1"):
         jf.importance(samples, energy, clip=1.0)
     assert jf.importance(samples, torch.tensor([0, 0, torch.inf, 0])).normalized[2] == 0
+
+
+def test_a_folder_of_images_of_a_fixed_number_of_sweeps_has_no_weights(tmp_path: Path) -> None:
+    folder = jf.sample_to_folder(
+        jf.load("digits-p1"), 2, tmp_path / "out", [0, 1], strategy="jacobi-1", log_prob=True, settings=None
+    )
+    with pytest.raises(ValueError, match="not certified, since the strategy stops after a fixed number of sweeps"):
+        jf.importance(folder, torch.zeros(2))
+
+
+@pytest.mark.parametrize("log_weights", [[0.0, math.nan], [0.0, math.inf], [-math.inf, -math.inf], [], [[0.0]]])
+def test_log_weights_without_a_distribution_are_refused(log_weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="log_weights"):
+        jf.Weights(torch.tensor(log_weights))
+
+
+def test_means_of_other_values_than_floating_point_ones() -> None:
+    """A value of a sample without weight does not count, not even an infinite one."""
+    weights = jf.Weights(torch.tensor([0.0, math.log(3), -math.inf], dtype=torch.float64))
+    for values, mean in (
+        ([1, 2, 9], 1.75), ([False, True, True], 0.75), ([1.0, 2.0, math.inf], 1.75), ([4.0, 0.0, math.nan], 1.0),
+    ):  # fmt: skip
+        assert weights.mean(torch.tensor(values)).item() == pytest.approx(mean)
+    assert set(weights.resample(50).tolist()) == {0, 1}
+    for values in (torch.zeros(2), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="a row for each of the 3 samples"):
+            weights.mean(values)

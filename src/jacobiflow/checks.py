@@ -22,6 +22,7 @@ from torch import Tensor
 
 from jacobiflow.errors import InputTypeError, InputValueError
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # float8 has no arithmetic
 _LONGEST = 60  # characters of a value in a message
 
 
@@ -112,7 +113,7 @@ def check_floating(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
     """Checks that a value is a floating-point tensor of a shape, in which a string stands for any positive size."""
     want = f"a torch.Tensor of floating-point numbers ({', '.join(map(str, shape))})"
     check_kind(name, value, Tensor, want)
-    if not value.is_floating_point():
+    if value.dtype not in FLOATS:
         raise InputTypeError(f"{name}={short(value)}: give {want}")
     fits = value.ndim == len(shape) and all(
         have == size if isinstance(size, int) else have > 0 for have, size in zip(value.shape, shape, strict=True)

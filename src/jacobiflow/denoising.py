@@ -9,10 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from jacobiflow.checks import check_count, check_number
-from jacobiflow.errors import InputValueError
+from jacobiflow.checks import check_count
 from jacobiflow.flows.config import Labels
-from jacobiflow.flows.flow import Flow, check_flow
+from jacobiflow.flows.flow import Flow, check_flow, check_rate
 
 _MEMORY = 4 << 30  # bytes that a backward pass may need beside the weights
 
@@ -79,11 +78,3 @@ def _score(flow: Flow, images: Tensor, labels: Tensor | None) -> tuple[Tensor, i
         (score,) = torch.autograd.grad(total, x)
     weights = {tensor.untyped_storage()._cdata for tensor in flow.state_dict(keep_vars=True).values()}
     return score, sum(size for storage, size in sizes.items() if storage not in weights)
-
-
-def check_rate(flow: Flow, rate: float, name: str = "denoise") -> float:
-    """Returns the rate as a Python number; raises as `denoise` does, naming it `name`."""
-    rate = check_number(name, rate, give="0 (off) or a positive rate")
-    if rate and not flow.config.noise_std:
-        raise InputValueError(f"{name}={rate}: this flow's noise_std is 0, there is no noise to remove; give 0")
-    return rate

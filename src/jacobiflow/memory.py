@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
+import psutil
 import torch
 
 from jacobiflow.checks import check_count
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.flow import Flow, check_flow
 
+_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # of Linux
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # in malloc.h
 _SHARE = 0.8  # of the free memory that a batch may take: what is freed is not all used again
 _STATES = 12  # arrays of tokens that a solve holds at a time
@@ -30,45 +34,57 @@ def keep_freed_memory() -> None:
     mallopt(_MMAP_THRESHOLD, 2**25)
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Returns the bytes that are free on the device, or on this machine; `None` if not known."""
+def free_memory(device: torch.device) -> int:
+    """Returns the bytes that this process can still take on the device, or on this machine and in its container."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    return min([psutil.virtual_memory().available, *_free_in_groups()])
+
+
+def _free_in_groups() -> Iterator[int]:
+    """The bytes left in each control group (version 2) that limits this process: a container, a job."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not on every system
-        return None
+        group = _GROUPS / _OWN_GROUP.read_text().rpartition("0::/")[2].strip()
+    except OSError:
+        return
+    for folder in (group, *group.parents):
+        with suppress(OSError, ValueError):  # a group without a limit says "max"
+            limit, used = (int((folder / file).read_text()) for file in ("memory.max", "memory.current"))
+            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            yield limit - used + int(counts["active_file"]) + int(counts["inactive_file"])  # cached files make room
 
 
 def batch_bytes(flow: Flow, num: int) -> int | None:
     """Estimates the bytes that `num` samples take at most beside the weights; `None` if the flow does not say.
 
-    By the shapes: keys and values, twice under guidance, what a sweep of all tokens makes, and the tokens.
+    By the shapes: keys and values, twice under guidance, what a sweep of all tokens makes, and the tokens. Blocks are
+    solved one after the other, so the largest one counts.
     """
     check_flow(flow)
-    row, config = flow.blocks[0].row_bytes(), flow.config
-    if row is None:
-        return None
+    largest, config = 0, flow.config
+    for block, inverse in zip(flow.blocks, flow.inverse_blocks, strict=True):
+        row = block.row_bytes()
+        if row is None:
+            return None
+        largest = max(largest, row if inverse is block else 2 * row)
     tokens = _STATES * config.num_tokens * config.token_channels * max(flow.var.element_size(), 4)
-    return check_count("num", num) * (tokens + row * (1 if flow.guidance is None else 2))
+    return check_count("num", num) * (tokens + largest)
 
 
 def exceeds_memory(flow: Flow, num: int) -> bool:
-    """Tells if `num` samples need more than four fifths of the free memory; False if that is not known."""
-    needed, free = batch_bytes(flow, num), free_memory(flow.var.device)
-    return needed is not None and free is not None and needed > _SHARE * free
+    """Tells if `num` samples need more than four fifths of the free memory; False if the flow does not say."""
+    needed = batch_bytes(flow, num)
+    return needed is not None and needed > _SHARE * free_memory(flow.var.device)
 
 
 def fitting_batch(flow: Flow, most: int) -> int:
     """Finds the largest power of two, or else `most`, of samples that fit in four fifths of the free memory.
 
-    Raises ValueError if not even one does, or if the flow or the system does not say how much memory there is.
+    Raises ValueError if not even one does, or if the flow does not say how much memory a sample takes.
     """
     needed, free = batch_bytes(flow, 1), free_memory(flow.var.device)
-    if needed is None or free is None:
-        raise InputValueError(
-            "batch_size='auto': this flow, or this system, does not say how much memory; give a number"
-        )
+    if needed is None:
+        raise InputValueError("batch_size='auto': this flow does not say how much memory it takes; give a number")
     num = int(_SHARE * free) // needed
     if num < 1:
         raise InputValueError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from jacobiflow.checks import check_choice, check_count, check_finite, check_flag, check_floating, check_kind, short
 from jacobiflow.data import image_grid
-from jacobiflow.denoising import check_rate, denoised
+from jacobiflow.denoising import denoised
 from jacobiflow.errors import InputValueError
 from jacobiflow.files import write_atomically
 from jacobiflow.flows.config import Context, Labels
-from jacobiflow.flows.flow import Flow, check_flow, log_normal, state_dtype
+from jacobiflow.flows.flow import Flow, check_flow, check_rate, log_normal, state_dtype
 from jacobiflow.flows.guidance import SamplingSettings
 from jacobiflow.implicit import invert_with_gradient
 from jacobiflow.latents import MOST_SAMPLES, draw_latents
@@ -436,6 +436,16 @@ def _has_gradient(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad
 
 
+@overload
+def decode(
+    flow: Flow, z: Tensor, context: Context | None = ..., *, strategy: str | Path | Strategy = ...,
+    tolerance: float | None = ..., certify: Certificate = ..., log_prob: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def decode(
+    flow: Flow, z: Tensor, context: Context | None = ..., *, strategy: str | Path | Strategy = ...,
+    tolerance: float | None = ..., certify: Certificate = ..., log_prob: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def decode(
     flow: Flow,
     z: Float[Tensor, "n t d"],

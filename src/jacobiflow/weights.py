@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.checks import check_count, check_floating, check_kind, check_number, check_seed
+from jacobiflow.checks import check_count, check_floating, check_kind, check_number, check_rows, check_seed
 from jacobiflow.errors import InputValueError
 from jacobiflow.sampling import Samples
 from jacobiflow.storage import SampleFolder
@@ -19,7 +20,10 @@ class Weights:
     """Importance weights w = exp(-energy) / q of samples from a density q.
 
     Attributes:
-        log_weights: log w of each sample, up to the constant of the target.
+        log_weights: log w of each sample, up to the constant of the target; -infinity for a weight of 0.
+
+    Raises:
+        ValueError: If a log-weight is NaN or infinity, or if all are -infinity.
 
     Example:
         >>> weights = jf.Weights(torch.tensor([0.0, 0.0, -1.0e9]))
@@ -28,6 +32,13 @@ class Weights:
     """
 
     log_weights: Float[Tensor, " n"]
+
+    def __post_init__(self) -> None:
+        check_floating("log_weights", self.log_weights, ("N",))
+        if num := int((self.log_weights.isnan() | (self.log_weights == inf)).sum()):
+            raise InputValueError(f"log_weights: {num} are NaN or infinity; give finite values, or -infinity")
+        if not self.log_weights.isfinite().any():
+            raise InputValueError("log_weights: all are -infinity, so no sample has a weight; check the energies")
 
     @property
     def normalized(self) -> Float[Tensor, " n"]:
@@ -40,11 +51,15 @@ class Weights:
         return float(1 / self.normalized.square().sum())
 
     def mean(self, values: Float[Tensor, n * d]) -> Float[Tensor, "*d"]:
-        """Returns the self-normalised estimate sum(w values) / sum(w) of the target's mean."""
-        check_kind("values", values, Tensor, "a tensor with a row for each sample")
-        if not len(values) == len(self.log_weights):
-            raise InputValueError(f"values: {len(values)} rows, but there are {len(self.log_weights)} samples")
-        return torch.tensordot(self.normalized.to(values.dtype), values, dims=1)
+        """Returns the self-normalised estimate sum(w values) / sum(w) of the target's mean.
+
+        A sample of weight 0 does not count, even if its value is infinite or NaN.
+        """
+        check_rows("values", values, len(self.log_weights), "samples")
+        dtype = values.dtype if values.is_floating_point() or values.is_complex() else self.log_weights.dtype
+        values, weights = values.to(dtype), self.normalized.to(dtype)
+        has_weight = weights != 0
+        return torch.tensordot(weights[has_weight], values[has_weight], dims=1)
 
     def resample(self, num: int, seed: int = 0) -> Int[Tensor, " k"]:
         """Returns the indices of `num` samples, drawn with replacement in proportion to the weights."""
@@ -64,7 +79,8 @@ def importance(samples: Samples | SampleFolder, energy: Float[Tensor, " n"], *, 
         clip: The share of samples, those of the largest weights, that get the largest weight of the others.
 
     Raises:
-        ValueError: If samples are lost, not certified, or without a density, or if an energy is NaN.
+        ValueError: If samples are above the tolerance, lost, not certified, or without a density, or if an energy is
+            NaN or -infinity.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -82,15 +98,13 @@ def importance(samples: Samples | SampleFolder, energy: Float[Tensor, " n"], *, 
         log_prob, outcome = samples.log_prob(), samples.outcome()
     if log_prob is None:
         raise InputValueError("samples without densities: draw them with log_prob=True and settings=None")
-    is_certified = outcome.exact or (outcome.tolerance is not None and outcome.residual is not None)
-    if outcome.lost or not is_certified:
+    is_unchecked = outcome.residual is None and not outcome.exact
+    if outcome.has_shortfall or is_unchecked:
         raise InputValueError(f"no weights for samples that are not from the flow's density: {outcome}")
     check_floating("energy", energy, (len(log_prob),))
-    if energy.isnan().any():
-        raise InputValueError(f"energy: {int(energy.isnan().sum())} are NaN; an infinite one gives a weight of 0")
+    if num := int((energy.isnan() | (energy == -inf)).sum()):
+        raise InputValueError(f"energy: {num} are NaN or -infinity; give infinity for a weight of 0")
     log_weights = -energy.detach().double() - log_prob.detach().to(energy.device).double()
-    if not log_weights.isfinite().any():
-        raise InputValueError("energy: all are infinite, so that no sample has a weight")
     share = check_number("clip", clip, give="a share of samples, from 0 to below 1")
     if share >= 1:
         raise InputValueError(f"clip={clip}: give a share of samples, from 0 to below 1")

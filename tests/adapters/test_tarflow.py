@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import pytest
@@ -10,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import jacobiflow as jf
+from jacobiflow.native import SWITCH
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TOKENS, CHANNELS = 6, 8
+TOKENS, CHANNELS = 14, 8
 
 
 class Flip(nn.Module):
@@ -27,11 +31,12 @@ class Attention(nn.Module):
         super().__init__()
         self.norm, self.qkv = nn.LayerNorm(CHANNELS), nn.Linear(CHANNELS, 3 * CHANNELS)
         self.proj = nn.Linear(CHANNELS, CHANNELS)
+        self.scale, self.window = 0.5, TOKENS
 
     def forward(self, h: Tensor, temperature: float) -> Tensor:
         q, k, v = (part.unflatten(-1, (2, -1)) for part in self.qkv(self.norm(h)).chunk(3, dim=-1))
-        logits = torch.einsum("bihd,bjhd->bhij", q, k) / 2 / temperature
-        past = torch.ones(h.shape[1], h.shape[1]).tril().bool()
+        logits = torch.einsum("bihd,bjhd->bhij", q, k) * self.scale / temperature
+        past = torch.ones(h.shape[1], h.shape[1]).tril().triu(1 - self.window).bool()
         mixed = torch.einsum("bhij,bjhd->bihd", logits.masked_fill(~past, -torch.inf).softmax(-1), v)
         return self.proj(mixed.flatten(2))
 
@@ -67,15 +72,20 @@ class Block(nn.Module):
         self.class_embed = nn.Parameter(torch.randn(classes, 1, CHANNELS)) if classes else None
         self.attn_blocks = nn.ModuleList([Layer(dropout), Layer(dropout)])
         self.permutation = Flip()
+        self.factor, self.settings = 1.0, {"factors": [1.0]}
+        self.register_buffer("gain", torch.ones(1))
 
     def network(self, x: Tensor, y: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         h = self.proj_in(x) + self.permutation(self.pos_embed, dim=0)[: x.shape[1]]
         if self.class_embed is not None:
-            h = h + (self.class_embed.mean(dim=0) if y is None else self.class_embed[y])
+            h = h + self.embedding(self.class_embed, y)
         for layer in self.attn_blocks:
             h = layer(h, temperature)
         log_scale, shift = self.proj_out(h).chunk(2, dim=-1)
-        return log_scale, shift
+        return log_scale, shift * self.factor * self.settings["factors"][0] * self.gain
+
+    def embedding(self, rows: Tensor, y: Tensor | None) -> Tensor:
+        return rows.mean(dim=0) if y is None else rows[y]
 
     def reverse(
         self, x: Tensor, y: Tensor | None = None, guidance: float = 0, guide_what: str = "ab", attn_temp: float = 1.0,
@@ -165,6 +175,7 @@ def test_reverse_returns_what_it_did(name: str) -> None:
         changed = block.reverse(x, **arguments)
         block.load_state_dict(before)
         assert close(block.reverse(x, **arguments), want) and not close(changed, want)
+        assert handle.ways == {"0": "native"}
     assert type(block) is kind
 
 
@@ -184,6 +195,224 @@ def test_what_native_code_cannot_do_is_the_block_s_own() -> None:
         assert handle.ways == {"": "library"}
         with pytest.raises(TypeError, match="reverse"):
             block.reverse(x, colour=3)
+
+
+class Clamped(Block):
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def network(self, x: Tensor, y: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        log_scale, shift = super().network(x, y, temperature)
+        return log_scale.clamp(-self.limit, self.limit), shift
+
+
+class Windowed(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in self.attn_blocks:
+            layer.attention.window = 6
+
+
+class OtherAfterTheFifth(Block):
+    def network(self, x: Tensor, y: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        log_scale, shift = super().network(x, y, temperature)
+        return log_scale, torch.cat((shift[:, :5], shift[:, 5:] + 0.1), dim=1)
+
+
+class OneClassIsNone(Block):
+    def embedding(self, rows: Tensor, y: Tensor | None) -> Tensor:
+        return super().embedding(rows, None if y is None or len(y.unique()) == 1 else y)
+
+
+class ClippedGuidance(Block):
+    def reverse(self, x: Tensor, y: Tensor | None = None, guidance: float = 0) -> Any:  # type: ignore[override]
+        return super().reverse(x, y, min(guidance, 4.0))
+
+
+class AlwaysTempered(Block):
+    def reverse(self, x: Tensor, y: Tensor | None = None, attn_temp: float = 1.0) -> Any:  # type: ignore[override]
+        self.attn_blocks[0].attention.scale = 0.5 / attn_temp
+        return super().reverse(x, y)
+
+
+class MeanLogDet(Boltzmann):
+    def result(self, x: Tensor, log_det: Tensor) -> Any:
+        return x, log_det / TOKENS
+
+
+class ThreeResults(Boltzmann):
+    def result(self, x: Tensor, log_det: Tensor) -> Any:
+        return x, log_det, 2 * x
+
+
+FORKS: dict[str, tuple[type[Block], dict[str, Any]]] = {
+    "log-scales up to 0.5": (Clamped, {"limit": 0.5}),
+    "log-scales up to 1": (Clamped, {"limit": 1.0}),
+    "log-scales up to 3": (Clamped, {"limit": 3.0}),
+    "a window of 6 tokens": (Windowed, {}),
+    "positions after the fifth": (OtherAfterTheFifth, {}),
+    "equal labels": (OneClassIsNone, {"classes": 3}),
+    "guidance up to 4": (ClippedGuidance, {"classes": 3}),
+    "attention temperature without guidance": (AlwaysTempered, {}),
+    "another log-determinant": (MeanLogDet, {}),
+    "three results": (ThreeResults, {}),
+}
+
+
+@contextmanager
+def double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+SURROUNDINGS: dict[str, Callable[[], Any]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference mode": torch.inference_mode,
+    "default dtype": double,
+    "default device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "surroundings"),
+    [*((name, "as usual") for name in FORKS), *(("a window of 6 tokens", name) for name in SURROUNDINGS)],
+)
+def test_a_fork_that_computes_something_else_is_left_alone(name: str, surroundings: str) -> None:
+    kind, sizes = FORKS[name]
+    torch.manual_seed(0)
+    flow, state = nn.ModuleList([make("classes"), kind(**sizes)]), torch.get_rng_state()
+    with SURROUNDINGS.get(surroundings, nullcontext)():
+        handle = jf.accelerate(flow)
+    assert list(handle.transforms) == ["0"]
+    assert handle.untouched == {"1": "its reverse computes something else than that of a TarFlow block"}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_native_code_a_block_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "0")
+    with pytest.raises(ValueError, match=f"0: native code is off, by {SWITCH}=0; nothing was changed"):
+        jf.accelerate(nn.ModuleList([make("plain")]))
+
+
+class UnconditionalBelowZero(Block):
+    def embedding(self, rows: Tensor, y: Tensor | None) -> Tensor:
+        embedding = super().embedding(rows, y)
+        return (
+            embedding if y is None else torch.where(torch.as_tensor(y).view(-1, 1, 1) < 0, rows.mean(dim=0), embedding)
+        )
+
+
+def outcome(block: Any, arguments: dict[str, Any]) -> Any:
+    """What a call on 4 samples returns or raises."""
+    x = torch.randn(4, TOKENS, 3, generator=torch.Generator().manual_seed(0))
+    try:
+        return repr(block.reverse(**{"x": x, **arguments}).tolist())
+    except Exception as error:
+        return repr(error)
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "number": {"y": 0},
+    "tensor of a number": {"y": torch.tensor(0)},
+    "too few labels": {"y": torch.tensor([0, 1])},
+    "too many labels": {"y": torch.arange(5) % 3},
+    "labels of two dimensions": {"y": torch.tensor([[0], [1], [2], [0]])},
+    "label below 0": {"y": torch.tensor([0, -1, 2, 1])},
+    "label out of range": {"y": torch.tensor([0, 1, 2, 3])},
+    "labels that are no integers": {"y": torch.tensor([0.0, 1.0, 2.0, 0.0])},
+    "mask": {"y": torch.tensor([True, False, True])},
+    "list": {"y": [0, 1, 2, 0]},
+    "x of two dimensions": {"x": torch.zeros(TOKENS, 3)},
+    "x of other width": {"x": torch.zeros(4, TOKENS, 2)},
+    "x of other dtype": {"x": torch.zeros(4, TOKENS, 3, dtype=torch.float64)},
+    "too many tokens": {"x": torch.zeros(4, TOKENS + 1, 3)},
+    "no samples": {"x": torch.zeros(0, TOKENS, 3)},
+    "guidance below 0": {"guidance": -1.0},
+    "large guidance": {"y": torch.tensor([0, 1, 2, 1]), "guidance": 30.0},
+    "guidance in a tensor": {"y": torch.tensor([0, 1, 2, 1]), "guidance": torch.tensor(0.5)},
+    "guidance of text": {"guidance": "1"},
+    "guidance of scale": {"y": torch.tensor([0, 1, 2, 1]), "guidance": 0.5, "guide_what": "scale"},
+    "guidance of nothing": {"y": torch.tensor([0, 1, 2, 1]), "guidance": 0.5, "guide_what": ""},
+    "guidance of None": {"guidance": 0.5, "guide_what": None},
+    "low temperature": {"guidance": 0.5, "attn_temp": 0.01},
+    "annealed by a number": {"guidance": 0.5, "annealed_guidance": 1},
+    "unknown argument": {"colour": 3},
+}
+
+
+@cache
+def accelerated(kind: type[Block], **sizes: Any) -> tuple[Block, jf.Acceleration, Block]:
+    """A block, its handle, and a copy of the block as it was."""
+    torch.manual_seed(0)
+    block = kind(**sizes).eval().requires_grad_(False)
+    return block, jf.accelerate(block), copy.deepcopy(block)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_that_was_not_tried_is_the_block_s_own(call: str) -> None:
+    block, handle, own = accelerated(UnconditionalBelowZero, classes=3)
+    assert outcome(block, CALLS[call]) == outcome(own, CALLS[call])
+    assert handle.ways == {"": "library"}
+    assert outcome(block, {"y": torch.tensor([2, 0, 1, 2])}) and handle.ways == {"": "native"}
+
+
+@pytest.mark.parametrize("shape", [None, (14, 5), (4, 14, 4), (3, 14, 5), (4, 13, 5), (1, 14, 5)])
+def test_a_condition_of_another_shape_is_the_block_s_own(shape: tuple[int, ...] | None) -> None:
+    block, handle, own = accelerated(Conditioned)
+    arguments = {"cond": None if shape is None else torch.ones(shape)}
+    assert outcome(block, arguments) == outcome(own, arguments) and handle.ways == {"": "library"}
+
+
+def double_of(module: nn.Module) -> Callable[..., Tensor]:
+    forward = module.forward
+    return lambda *arguments: 2 * forward(*arguments)
+
+
+CHANGES: dict[str, Callable[[Any, pytest.MonkeyPatch], Any]] = {
+    "activation": lambda block, _: block.attn_blocks[0].mlp.main.__setitem__(1, nn.SiLU()),
+    "setting of an activation": lambda block, _: setattr(block.attn_blocks[0].mlp.main[1], "approximate", "tanh"),
+    "eps": lambda block, _: setattr(block.attn_blocks[1].attention.norm, "eps", 0.1),
+    "attention's scale": lambda block, _: setattr(block.attn_blocks[1].attention, "scale", 0.1),
+    "heads": lambda block, _: setattr(block.attn_blocks[0].attention, "num_heads", 1),
+    "factor": lambda block, _: setattr(block, "factor", 0.5),
+    "factor in a tensor": lambda block, _: setattr(block, "factor", torch.tensor([0.5, 1.0, 2.0])),
+    "factor in a list in a dict": lambda block, _: block.settings["factors"].__setitem__(0, 0.5),
+    "buffer": lambda block, _: block.gain.mul_(0.5),
+    "method of a class": lambda _, patch: patch.setattr(Perceptron, "forward", lambda self, h: self.main(h)),
+    "method of PyTorch": lambda _, patch: patch.setattr(nn.LayerNorm, "forward", lambda self, h: h),
+    "method of an object": lambda block, patch: patch.setattr(
+        block.attn_blocks[0].mlp, "forward", double_of(block.attn_blocks[0].mlp)
+    ),
+    "class of a part": lambda block, _: setattr(block.attn_blocks[1], "__class__", PostNorm),
+    "hook": lambda block, _: block.proj_out.register_forward_hook(lambda part, _, out: 0.5 * out),
+    "shape": lambda block, _: setattr(block.attn_blocks[0].mlp.norm, "bias", None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_sends_calls_to_the_block_s_own_code(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = make("plain")
+    with jf.accelerate(block) as handle:
+        before = outcome(block, {})
+        CHANGES[change](block, monkeypatch)
+        expected = outcome(copy.deepcopy(block), {})
+        assert outcome(block, {}) == expected != before
+        assert handle.ways == {"": "library"}
+
+
+def test_a_hook_on_all_modules_sends_calls_to_the_block_s_own_code() -> None:
+    block = make("plain")
+    with jf.accelerate(block) as handle:
+        hook = nn.modules.module.register_module_forward_hook(lambda part, _, out: 0.5 * out)
+        try:
+            assert outcome(block, {}) == outcome(copy.deepcopy(block), {}) and handle.ways == {"": "library"}
+        finally:
+            hook.remove()
+        assert outcome(block, {}) and handle.ways == {"": "native"}
 
 
 def test_a_block_that_differs_is_left_alone_by_name() -> None:

@@ -22,7 +22,7 @@ def site(tmp_path_factory):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-def test_pages_are_short_fit_a_phone_and_ask_no_other_host(site):
+def test_pages_fit_a_phone_and_ask_no_other_host(site):
     assert check_pages(site) == []
 
 

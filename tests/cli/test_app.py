@@ -123,6 +123,38 @@ def test_a_closed_stdout_is_not_an_error(run: Any, monkeypatch: pytest.MonkeyPat
     assert code == 1
 
 
+@pytest.mark.parametrize(("line", "code"), [("info --model model", 0), ("info --model nothing-here", 2)])
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_stream_that_the_caller_has_closed_is_left_alone(
+    line: str, code: int, stream: str, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, stream, None)
+        result = run(f"{line} --json {tmp_path}/f.json")
+    assert (result.code, (tmp_path / "f.json").exists()) == (code, code == 0)
+    assert (bool(result.out), bool(result.err)) == (code == 0 and stream == "stderr", code == 2 and stream == "stdout")
+
+
+def test_ctrl_c_once_more_does_not_interrupt_the_exit() -> None:
+    done = python(
+        "import atexit, os, signal, sys; import jacobiflow as jf; from unittest.mock import Mock\n"
+        "from jacobiflow.cli import main\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+        "sys.argv, jf.load = ['jacobiflow', 'info'], Mock(side_effect=KeyboardInterrupt)\n"
+        "sys.exit(main())"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("variables", [{"LOCAL_RANK": "0"}, {"LOCAL_RANK": "0", "RANK": "abc"}, {}])
+def test_incomplete_variables_of_torchrun_are_one_line(
+    variables: dict[str, str], refuse: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", **variables}.items():
+        monkeypatch.setenv(name, value)
+    refuse(SAMPLE, "torchrun's variables are incomplete or wrong (")
+
+
 def test_names_in_square_brackets_are_no_markup_and_a_warning_is_one_line(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

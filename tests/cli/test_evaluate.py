@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,9 +18,19 @@ import torch
 from PIL import Image
 
 import jacobiflow as jf
+from jacobiflow import evaluation
 from jacobiflow.data import Noise, load_images
-from jacobiflow.evaluation import bayes_accuracy, bits_per_dim, kernel_distance, precision_recall
+from jacobiflow.evaluation import (
+    InceptionFeatures,
+    Statistics,
+    bayes_accuracy,
+    bits_per_dim,
+    kernel_distance,
+    precision_recall,
+)
+from jacobiflow.evaluation import features as features_module
 from jacobiflow.storage import sample_to_folder
+from tests.helpers.fake_device import FakeDevice
 from tests.helpers.problems import make_flow, to_float32
 from tests.helpers.running import figures
 from tests.helpers.scoring import difference, frechet, levels, moments, on_disk, pixel_figures
@@ -53,12 +65,15 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         overflowing.blocks[0].proj_out.bias[:49] = 200  # exp(200) overflows float32: so does the exact inverse
     overflowing.save_pretrained(folder / "overflowing")
     data = load_images("fashion-512", 28, 1)
-    for name, start, count in (("[red]x", 0, 60), ("test", 60, 24), ("few", 90, 2)):
+    for name, start, count in (("[red]x", 0, 60), ("test", 60, 24), ("few", 90, 2), ("one", 90, 1), ("pipe", 90, 1)):
         for i in range(start, start + count):
             place = folder / name / f"class{i % 3}"
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(data.images[i, 0].numpy()).save(place / f"{i:03}.png")
-    (folder / "mine.py").write_text("def rows(images):\n    return images.double().mean(dim=(1, 3))\n")
+    os.mkfifo(folder / "pipe" / "class0" / "1.png")
+    Statistics.of(torch.rand(40, 29)).save(folder / "wide.pth")
+    rows = "def rows(images):\n    return images.double().mean(dim=(1, 3))\n"
+    (folder / "mine.py").write_text(f"{rows}def no_rows(images):\n    rows(images)\n")
     for name, settings in SAMPLES.items():
         settings = {"strategy": "window:4", "model": "model", **settings}
         flow, labels = jf.load(folder / settings["model"]), torch.arange(NUM) % 3
@@ -92,7 +107,7 @@ def test_distances_to_images(run: Any, tmp_path: Path) -> None:
     tensors = torch.from_numpy(real), torch.from_numpy(fake)
     assert scores["kernel_distance"] == pytest.approx(kernel_distance(*tensors)[0], rel=1e-6)
     assert (scores["precision"], scores["recall"]) == pytest.approx(precision_recall(*tensors))
-    line = f"{scores['frechet_distance']:.4f} 12 samples against the training split of [red]x"
+    line = f"{scores['frechet_distance']:.4f} 12 samples against images of [red]x"
     assert f"FID of mine.py:rows {line} kernel distance {scores['kernel_distance']:.5f} +-" in out
     again, _ = evaluated(run, tmp_path, f"{base} --stats {stats}")
     assert (again["frechet_distance"], again["against"]) == (scores["frechet_distance"], str(stats))
@@ -110,6 +125,9 @@ def test_certificates_are_those_of_the_shards(run: Any, tmp_path: Path) -> None:
     assert (scores["resolved_sequentially"], scores["lost"]) == (resolved, 0)
     assert resolved > 0
     assert f"certificate {values.max():.1e} largest; median" in out
+    above = int((values > 1e-7).sum())
+    assert 0 < above == scores["above"]
+    assert f"{above} above the tolerance, up to {values.max():.1e}, by the rounding of the network" in out
     scores, out = evaluated(run, tmp_path, "model --samples guided --features none --paired 0")
     assert "certificates" not in scores and "largest; median" not in out  # drawn with --no-certify
     assert sorted(os.listdir(tmp_path / "new" / "out")) == [".lock", "evaluation.json", "manifest.json"]
@@ -118,7 +136,7 @@ def test_certificates_are_those_of_the_shards(run: Any, tmp_path: Path) -> None:
 def test_lost_samples_are_reported(run: Any, tmp_path: Path) -> None:
     scores, out = evaluated(run, tmp_path, "overflowing --samples lost --features none")
     assert (scores["lost"], scores["certificates"]) == (NUM, {"median": math.inf, "max": math.inf})
-    assert f"lost {NUM} samples, whose exact inverse overflows" in out
+    assert f"{NUM} lost, since the exact inverse overflows too" in out
     assert not on_disk("lost").any()
     equal = {"share": 0, "levels": 0}
     assert scores["paired"] == {"num": NUM, "max": 0, "rms": 0, "psnr": math.inf, "pixels": equal}
@@ -157,7 +175,105 @@ def test_likelihood_is_of_the_first_test_images(
     assert scores[name] == pytest.approx(bits_per_dim(flow, data, noise, seed), rel=1e-6)
     if model == "model":
         assert scores["bayes_accuracy"] == bayes_accuracy(flow, data, noise, seed)
-    assert (scores["samples"], scores["test_images"]) == (None, num)
+    assert (scores["samples"], scores["likelihood_images"]) == (None, f"{num} images of test")
+
+
+def write_idx(folder: Path, stem: str, num: int) -> None:
+    """The first images of fashion-512 and labels 0, in MNIST's format."""
+    folder.mkdir(exist_ok=True)
+    images = load_images("fashion-512", 28, 1).images[:num, 0].numpy()
+    for name, values in ((f"{stem}-images-idx3-ubyte", images), (f"{stem}-labels-idx1-ubyte", np.zeros(num, np.uint8))):
+        head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
+        (folder / name).write_bytes(head + values.tobytes())
+
+
+def test_images_are_named_training_or_test_images_if_they_are(run: Any, tmp_path: Path) -> None:
+    write_idx(tmp_path / "idx", "train", 5)
+    write_idx(tmp_path / "idx", "t10k", 3)
+    base = "--features mine.py:rows --paired 0 --images"
+    scores, _ = evaluated(run, tmp_path, f"model --samples samples {base} {tmp_path}/idx")
+    assert scores["against"] == f"training images of {tmp_path}/idx"
+    assert (scores["likelihood_images"], scores["test_images"]) == (f"3 test images of {tmp_path}/idx", 3)
+    scores, out = evaluated(run, tmp_path, "plain --images fashion-512 --test-images 4")
+    assert "4 training images of fashion-512, uniformly dequantised" in out and "test_images" not in scores
+
+
+def test_the_same_command_again_computes_only_what_is_missing(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores are written one by one. They belong to their inputs."""
+    (tmp_path / "mine.py").write_text(
+        f"def rows(images):\n    print(len(images), file=open('{tmp_path}/log', 'a'))\n"
+        "    return images.double().mean(dim=(1, 3))\n"
+    )
+    table, log = tmp_path / "o" / "evaluation.json", tmp_path / "log"
+    line = f"evaluate --model model --samples samples --images test --features {tmp_path}/mine.py:rows"
+    line += f" --out {table.parent}"
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "kernel_distance", Mock(side_effect=KeyboardInterrupt))
+        assert run(line).code == 130
+    first = figures(table)
+    assert {"frechet_distance", "paired", "bits_per_dim_noisy"} < set(first) and "precision" not in first
+    with monkeypatch.context() as patch:
+        for name in ("frechet_distance", "fidelity", "bits_per_dim", "bayes_accuracy"):
+            patch.setattr(evaluation, name, Mock(side_effect=AssertionError))
+        result = run(line)
+    assert "computed by an earlier run: errors, bits per dimension, class accuracy, FID" in " ".join(result.out.split())
+    assert "precision" in figures(table) and first["paired"] == figures(table)["paired"]
+    log.unlink()
+    assert run(line).code == 0
+    assert log.read_text().split() == ["1"]  # only the trial of the function
+    (tmp_path / "mine.py").write_text((tmp_path / "mine.py").read_text().replace("(1, 3)", "(1, 2)"))
+    assert "earlier run" not in run(line).out
+    assert figures(table)["frechet_distance"] != first["frechet_distance"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("model --features mine.py:rows --images test", "--features mine.py:rows: give --samples, too"),
+        ("model --stats s.pth --images test", "--stats s.pth: give --samples, too"),
+        ("model --samples samples --features mine.py:no_rows --images test", "result of the feature function=None"),
+        ("model --samples samples --features mine.py:rows --stats wide.pth", "--stats wide.pth: of 29 features, but"),
+        ("model --samples samples --features mine.py:rows --images one", "between 1 images and 12 samples: give at"),
+        ("model --samples samples --features mine.py:rows --images pipe", "Not a regular file"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_computed(
+    line: str, message: str, refuse: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("frechet_distance", "fidelity", "bits_per_dim"):
+        monkeypatch.setattr(evaluation, name, Mock(side_effect=AssertionError))
+    refuse(f"evaluate --model {line} --out out-x", message)
+
+
+@pytest.mark.parametrize("package", ["torchmetrics", "torch_fidelity"])
+def test_a_missing_package_is_named_before_anything_is_computed(
+    package: str, refuse: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    line = "evaluate --model model --samples samples --images test --features mine.py:rows --out out-x"
+    refuse(line, "needs torchmetrics and torch-fidelity; pip install 'jacobiflow[eval]'")
+
+
+def test_inception_is_on_the_device_of_the_model(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if its images come from a file of statistics."""
+
+    class Small(InceptionFeatures):
+        def __init__(self, weights: Path | None) -> None:
+            torch.nn.Module.__init__(self)
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            devices.add((str(images.device), str(self.weight.device)))
+            return images.double().mean(dim=(1, 3)) + self.weight
+
+    devices = set[tuple[str, str]]()
+    monkeypatch.setattr(features_module, "InceptionFeatures", Small)
+    Statistics.of(torch.rand(40, 28)).save(tmp_path / "stats.pth")
+    with FakeDevice():
+        evaluated(run, tmp_path, f"model --samples samples --stats {tmp_path}/stats.pth --paired 0 --device cuda")
+    assert devices == {("cuda:0", "cuda:0")}
 
 
 @pytest.mark.parametrize(

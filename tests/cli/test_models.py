@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import jacobiflow as jf
+from jacobiflow.evaluation import Statistics
 from jacobiflow.storage import sample_to_folder
 from tests.helpers.running import figures
 from tests.helpers.training_runs import SETTINGS, fit
@@ -104,9 +105,14 @@ def test_convert_a_starflow(run: Any, refuse: Any, tmp_path: Path) -> None:
         "3.6,annealed=false,rule=density"
     )
     assert torch.equal(read.blocks[-1].null_text[:2], torch.tensor([[1.0] * 5, [0.0] * 5]))
-    refuse(f"{line}2 --encode-text {tmp_path}/words.py:decode", "words.py:decode: not a file and a function in it")
+    refuse(f"{line}2 --encode-text {tmp_path}/words.py:decode", "words.py:decode: no function of this name in the file")
     refuse(f"sample --model {tmp_path}/star --prompts cat --out {tmp_path}/o", "--prompts cat: give --encode-text, too")
     refuse(f"sample --model model --prompts cat --out {tmp_path}/o", "--prompts cat: this flow reads no text")
+    refuse(f"sample --model {tmp_path}/star --encode-text w.py:f --out {tmp_path}/o", "w.py:f: give --prompts, too")
+    (tmp_path / "words.py").write_text("encode = lambda prompts: None\n")
+    want = "result of --encode-text None of type NoneType: give a torch.Tensor of floating-point numbers (1, L, K)"
+    refuse(f"{line}2 --encode-text {tmp_path}/words.py:encode", want)
+    refuse(f"sample --model {tmp_path}/star --prompts cat --encode-text {tmp_path}/words.py:encode --out o-x", want)
 
 
 def test_prompts_become_samples(run: Any, refuse: Any, tmp_path: Path) -> None:
@@ -135,6 +141,9 @@ def test_prompts_become_samples(run: Any, refuse: Any, tmp_path: Path) -> None:
     assert "all 3 were in" in run(line).out
     (tmp_path / "prompts.txt").write_text("cat\nmouses\n")
     refuse(line, "context_sha256")
-    refuse(f"evaluate {model.split(' --num')[0]} --samples {tmp_path}/o", "folder does not hold; give --paired 0")
+    (tmp_path / "mine.py").write_text("def flat(images):\n open('/dev/stdout', 'w').write('features')\n")
+    Statistics.of(torch.rand(60, 48)).save(tmp_path / "stats.pth")
+    scores = f"--samples {tmp_path}/o --features {tmp_path}/mine.py:flat --stats {tmp_path}/stats.pth"
+    refuse(f"evaluate --model {tmp_path}/star {scores} --out o-x", "not in the folder; give --paired 0")
     result = run(line.replace("/o", "/c") + " --compare")
     assert (result.code, "x faster than the original sampler, token loop" in result.out) == (0, True)

@@ -21,7 +21,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from PIL import Image
 
-from jacobiflow.data import DataError, digits, idx_folder, image_folder, load_images
+from jacobiflow.data import DataError, available_splits, digits, idx_folder, image_folder, load_images
 
 Bytes = NDArray[np.uint8]
 
@@ -78,12 +78,29 @@ def test_npz_files(tmp_path: Path) -> None:
         load_images(str(file), 4, 3)
 
 
+def test_a_source_without_test_images_has_no_test_split(tmp_path: Path) -> None:
+    np.savez(tmp_path / "some.npz", images=random_bytes(2, 8, 8))
+    write_image(tmp_path / "photos" / "0.png", random_bytes(8, 8))
+    write_idx(tmp_path / "idx", random_bytes(2, 8, 8), [0, 1])
+    for source, size, splits in (
+        ("digits", 8, ()), (f"{tmp_path}/some.npz", 8, ()), (f"{tmp_path}/photos", 8, ()),
+        ("fashion-512", 28, ("train",)), (f"{tmp_path}/idx", 8, ("train",)),
+    ):  # fmt: skip
+        assert available_splits(source) == splits
+        load_images(source, size, 1)
+        with pytest.raises(DataError, match=f"^{source}: has no test split; give split='train', or "):
+            load_images(source, size, 1, "test")
+    write_idx(tmp_path / "idx", random_bytes(2, 8, 8), [0, 1], "t10k")
+    assert available_splits(f"{tmp_path}/idx") == available_splits("fashion-mnist") == ("train", "test")
+
+
 def idx_bytes(array: Bytes) -> bytes:
     return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
 
 def write_idx(folder: Path, images: Bytes, labels: list[int], stem: str = "train") -> None:
     """Images gzipped, and labels not."""
+    folder.mkdir(exist_ok=True)
     (folder / f"{stem}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx_bytes(images)))
     (folder / f"{stem}-labels-idx1-ubyte").write_bytes(idx_bytes(np.array(labels, np.uint8)))
 
@@ -95,7 +112,7 @@ def test_a_folder_of_idx_files(tmp_path: Path) -> None:
     assert np.array_equal(data.images[:, 0], images)
     assert data.labels is not None and data.labels.tolist() == labels
     with pytest.raises(DataError, match=r"no train-images-idx3-ubyte\[.gz\] "):
-        idx_folder(tmp_path, "train")
+        load_images(str(tmp_path), 28, 1, "train")
     for shape, wrong in (((5, 4, 4), [0] * 4), ((5, 16), [0] * 5)):
         write_idx(tmp_path, random_bytes(*shape), wrong)
         with pytest.raises(DataError, match=f"^{tmp_path}: "):
@@ -179,6 +196,24 @@ def test_folders_may_be_nested_deeper_than_python_s_stack(tmp_path: Path) -> Non
         sys.setrecursionlimit(limit)
     (inner / "1.png").unlink()
     os.removedirs(inner)  # by recursion pytest could not
+
+
+@pytest.mark.parametrize("names", [["a/self"], ["a/self", "a/twin"], ["a/b/self"]])
+def test_a_link_to_a_folder_above_is_refused(names: list[str], tmp_path: Path) -> None:
+    write_image(tmp_path / "a" / "b" / "0.png", random_bytes(8, 8))
+    for name in names:
+        (tmp_path / name).symlink_to(tmp_path / "a", target_is_directory=True)
+    with pytest.raises(DataError, match=r"/a/.*: links make the images of this folder count twice; remove"):
+        image_folder(tmp_path, 8)
+
+
+@pytest.mark.parametrize("name", ["a/0.png", "images.npz"])
+def test_a_pipe_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=f"^{path}: .*Not a regular file"):
+        load_images(str(path if path.suffix == ".npz" else tmp_path), 8, 1)
 
 
 def test_the_shorter_side_is_resized_and_the_centre_cropped(tmp_path: Path) -> None:

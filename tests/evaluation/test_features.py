@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,13 @@ def test_missing_and_broken_weights_are_named(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("read", [Statistics.load, InceptionFeatures])
+def test_a_pipe_is_refused(read: Callable[[Path], Any], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(DataError, match=r"pipe\.pth: no file of tensors .*Not a regular file"):
+        read(tmp_path / "pipe.pth")
+
+
+@pytest.mark.parametrize("read", [Statistics.load, InceptionFeatures])
 def test_code_in_a_file_is_not_run(read: Callable[[Path], Any], tmp_path: Path) -> None:
     mark, path = tmp_path / "mark", tmp_path / "stats.pth"
 
@@ -86,16 +94,31 @@ def test_code_in_a_file_is_not_run(read: Callable[[Path], Any], tmp_path: Path) 
 def test_a_function_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("import torch\nN = 3\ndef few(images):\n    return images.flatten(1)[:, :N].double()\n")
+    (tmp_path / "broken.py").write_text("def few(")
     images = torch.arange(84, dtype=torch.uint8).view(21, 1, 2, 2)
     features = extract(load_features(f"{file}:few"), [images])
     assert features.dtype == torch.float32 and torch.equal(features, images.flatten(1)[:, :3].float())
     for name, message in (
         (f"{file}:many", "mine.py:many: no function of this name in the file"),
         (f"{file}:N", "no function of this name"),
-        (f"{tmp_path}/no.py:few", "give inception, or FILE.py:FUNCTION"), ("clip", "^clip: give inception, or FILE.py"),
+        (f"{tmp_path}/no.py:few", "give inception, or FILE.py:FUNCTION"),
+        ("clip", "^clip: no such file; give inception, or FILE.py:FUNCTION"),
+        (f"{tmp_path}/broken.py:few", r"broken\.py:few: the file cannot be run \(SyntaxError: .*line 1\)"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=message):
             load_features(name)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [None, "text", torch.ones(3), torch.ones(4, 2), torch.ones(3, 2, dtype=torch.int64), torch.ones(3, 2).to_sparse()],
+)
+def test_a_function_that_does_not_return_features_is_refused(result: Any) -> None:
+    images = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+    with pytest.raises((ValueError, TypeError), match=r"^result of the feature function=.*: give a "):
+        extract(lambda images: result, [images])
+    with pytest.raises(ValueError, match=r"give a torch\.Tensor of floating-point numbers \(1, 3\)"):
+        extract(lambda images: torch.ones(len(images), len(images) + 1), [images], batch_size=2)
 
 
 def test_extract_keeps_the_order_and_reports_progress() -> None:

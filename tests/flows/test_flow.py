@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import field, make_dataclass
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 import jacobiflow as jf
 from examples.extending.recurrent_flow import RecurrentFlow
 from jacobiflow.flows import Flow, register
+from jacobiflow.flows.config import check_sizes
 from jacobiflow.flows.flow import FLOWS as REGISTERED
 from jacobiflow.flows.flow import state_dtype
 from tests.helpers.oracle import MAFOracle, Oracle, StarOracle
@@ -93,6 +95,14 @@ def test_tokens_start_in_the_dtype_of_the_state_and_the_scale_of_the_prior() -> 
         tokens = copy.deepcopy(flow).to(dtype).prior_tokens(z)
         assert tokens.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert (tokens - z * flow.var.sqrt()).abs().max() < error
+
+
+@pytest.mark.parametrize("kind", ["int", int], ids=["annotation as text", "annotation"])
+def test_the_sizes_of_a_config_are_checked(kind: Any) -> None:
+    sizes = {"num_blocks": -3, "num_classes": 0, "noise_std": 0.0, "num_tokens": 4, "token_channels": 1}
+    config = make_dataclass("Config", [(name, kind, field(default=size)) for name, size in sizes.items()])
+    with pytest.raises(ValueError, match="num_blocks=-3"):
+        check_sizes(config())
 
 
 def test_a_name_has_one_flow() -> None:

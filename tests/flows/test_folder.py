@@ -249,14 +249,29 @@ def with_config(place: Path, change: dict[str, Any]) -> Path:
         ({"patch_size": 3}, "patch_size=3 does not divide image_size=4"),
         ({"model_type": "bert"}, "model_type 'bert'; there are maf, "),
         ({"format_version": 2}, "format 2"),
-        ({"layers_per_block": 10**6}, "2,000,000 layers, but "),
         ({"channels": 16}, "blocks.0.proj_in.weight"),
+        ({"layers_per_block": 1000000}, "2,000,000 layers in 2 blocks: the limit is 1,024"),
         ({"recommended": {"denoise": -1}}, "denoise=-1.0: give 0"),
     ],
 )
 def test_a_config_that_does_not_fit(saved: Path, change: dict[str, Any], key: str) -> None:
     message = error_of(jf.load, with_config(saved, change))
     assert str(saved) in message and key in message
+
+
+@pytest.mark.parametrize(
+    ("recommended", "words"),
+    [
+        ({"denoise": 1.0}, "denoise=1.0: this flow's noise_std is 0, there is no noise to remove; give 0"),
+        ({"guidance": {"weight": 1.0, "attn_temperature": 2.0}}, "a MAFBlock has no attention; leave it at 1"),
+    ],
+)
+def test_recommended_settings_are_those_that_the_flow_can_be_sampled_with(
+    tmp_path: Path, recommended: dict[str, Any], words: str
+) -> None:
+    make_maf().save_pretrained(tmp_path)
+    message = error_of(jf.load, with_config(tmp_path, {"recommended": recommended}))
+    assert str(tmp_path / "config.json") in message and words in message
 
 
 def test_every_tensor_that_does_not_fit_is_named(saved: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+import jacobiflow as jf
 from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig, TokenConfig
 from jacobiflow.flows.tarflow.model import infer_config, read_original
 from tests.helpers.checkpoints import SMALL, assert_same, error_of, make
@@ -76,9 +80,61 @@ def test_a_file_that_is_not_a_state_dict_is_refused(tmp_path: Path) -> None:
         torch.save(original_state(make()), path, _use_new_zipfile_serialization=is_zip)
         os.truncate(path, path.stat().st_size // 2)
         assert "damaged, or not only tensors" in error_of(TarFlow.from_original, path, SMALL)
-    for content, words in (({"model": {}, "step": 3}, "not a dict of tensors"), ({}, "does not fit the config")):
+    for content, words in (({"model": {}, "step": 3}, "not a dict of tensors"), ({}, "Missing key(s)")):
         torch.save(content, path)
         assert words in error_of(TarFlow.from_original, path, SMALL)
+
+
+STATE = original_state(make(ORIGINAL))
+WEIGHT, MASK = STATE["blocks.0.proj_in.weight"], STATE["blocks.0.attn_mask"]
+WINDOW = MASK.tril() - MASK.tril(-2)  # attention to the last two tokens
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # PyTorch's own: both kinds of tensors are deprecated or a prototype
+    NESTED = torch.nested.nested_tensor([WEIGHT, WEIGHT[:1]])
+    QUANTIZED = torch.quantize_per_tensor(WEIGHT, 0.1, 0, torch.qint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "words"),
+    [
+        ("proj_in.weight", WEIGHT.to_sparse(), "is not a dense tensor with values"),
+        ("proj_in.weight", WEIGHT.to("meta"), "is not a dense tensor with values"),
+        ("proj_in.weight", QUANTIZED, "is of torch.qint8"),
+        ("proj_in.weight", NESTED, "is not a dense tensor with values"),
+        ("proj_in.weight", WEIGHT.to(torch.float8_e4m3fn), "is of torch.float8_e4m3fn"),
+        ("proj_in.weight", WEIGHT[:1, :1].expand(10**6, 10**6), "has more values than the file stores"),
+        ("proj_in.weight", WEIGHT[0], r"has shape (4,)"),
+        ("proj_in.weight", WEIGHT[:, :0], r"has shape (64, 0)"),
+        ("proj_in.weight", WEIGHT[:32], "head_dim=64 does not divide channels=32"),
+        ("proj_out.weight", WEIGHT[0, 0], r"has shape ()"),
+        ("pos_embed", WEIGHT.expand(2, 64, 4).contiguous(), r"has shape (2, 64, 4)"),
+        ("class_embed", WEIGHT, r"has shape (64, 4)"),
+        ("proj_context.weight", WEIGHT[0], r"has shape (4,)"),
+        ("attn_blocks.0.mlp.main.0.weight", WEIGHT[0], r"has shape (4,)"),
+        ("attn_mask", MASK.T.contiguous(), "is not the causal mask"),
+        ("attn_mask", WINDOW, "is not the causal mask"),
+        ("attn_mask", WINDOW.bool(), "is not the causal mask"),
+        ("attn_mask", MASK[:2], "is not the causal mask"),
+        ("attn_mask", MASK[0], "is not the causal mask"),
+        ("attn_mask", MASK.to_sparse(), "is not a dense tensor with values"),
+    ],
+)
+def test_an_entry_that_cannot_be_of_a_tarflow_is_named(tmp_path: Path, name: str, tensor: Tensor, words: str) -> None:
+    path = tmp_path / "x.pth"
+    torch.save(STATE | {f"blocks.0.{name}": tensor}, path)
+    with pytest.raises(jf.InputError, match=re.escape(words)) as caught:
+        TarFlow.from_original(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_masks_of_any_size_and_dtype_are_read_and_names_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save(STATE | {f"blocks.{i}.attn_mask": torch.ones(9, 9, dtype=torch.bool).tril() for i in range(2)}, path)
+    assert_same(TarFlow.from_original(path, ORIGINAL).state_dict(), make(ORIGINAL).state_dict())
+    with pytest.raises(TypeError, match="config=5 of type int: give a TarFlowConfig or a TokenConfig"):
+        TarFlow.from_original(path, 5)  # type: ignore[arg-type]
+    torch.save(STATE | {7: WEIGHT}, path)
+    assert "not a dict of tensors by their names" in error_of(TarFlow.from_original, path)
 
 
 def test_export_refuses(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
+from tests.helpers.fake_device import FakeDevice
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -136,12 +137,23 @@ def test_samples_encode_to_their_latents(adaptive: bool, dtype: torch.dtype, str
     torch.testing.assert_close(out.log_prob.double(), want, rtol=0, atol=rounding)
 
 
+def test_a_view_moves_with_its_encodings() -> None:
+    flow = make(True)
+    peptide = flow.for_peptide(ENCODINGS, ORDERS)
+    want = jf.sample(peptide, 2, strategy="window:3", tolerance=1e-5).tokens
+    with FakeDevice():
+        for moved in (peptide.to("cuda"), flow.for_peptide(ENCODINGS, ORDERS)):
+            assert {tensor.device.type for tensor in (*moved.parameters(), *moved.buffers())} == {"cuda"}
+            have = jf.sample(moved, 2, strategy="window:3", tolerance=1e-5).tokens
+            torch.testing.assert_close(have.cpu(), want, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_its_state_dict_is_read(tmp_path: Path, adaptive: bool) -> None:
     config = jf.ProseConfig(64, 2, 1, adaptive=adaptive, lookahead=adaptive, orders=tuple(ORDERS))
     flow = jf.Prose(config)
     state = {name: tensor for name, tensor in flow.state_dict().items() if name != "var"}
-    torch.save(state | {"blocks.0.attn_mask": torch.ones(ATOMS, ATOMS)}, tmp_path / "prose.pth")
+    torch.save(state | {"blocks.0.attn_mask": torch.ones(ATOMS, ATOMS).tril()}, tmp_path / "prose.pth")
     loaded = jf.Prose.from_original(tmp_path / "prose.pth", tuple(ORDERS))
     assert loaded.config == config
     loaded.save_pretrained(tmp_path / "folder")
@@ -152,6 +164,13 @@ def test_its_state_dict_is_read(tmp_path: Path, adaptive: bool) -> None:
         jf.Prose.from_original(tmp_path / "other.pth", tuple(ORDERS))
 
 
+@pytest.mark.parametrize("orders", [(), None, 5, "first", [1, 2], ("first", None)])
+def test_names_of_orders_of_the_wrong_kind_are_refused(tmp_path: Path, orders: Any) -> None:
+    torch.save(jf.Prose(jf.ProseConfig(64, 2, 1)).state_dict(), tmp_path / "prose.pth")
+    with pytest.raises(jf.InputError, match=r"^orders=.*: give a tuple of names of permutations"):
+        jf.Prose.from_original(tmp_path / "prose.pth", orders)
+
+
 def test_a_peptide_that_does_not_fit_is_named() -> None:
     flow = make(True)
     with pytest.raises(ValueError, match="give the view of one"):
@@ -160,9 +179,12 @@ def test_a_peptide_that_does_not_fit_is_named() -> None:
         "lack seq_len, second": ({k: v for k, v in ENCODINGS.items() if k != "seq_len"}, {"first": ORDERS["first"]}),
         "atom_type=.*from 1, which is no padding": (ENCODINGS | {"atom_type": [0] * ATOMS}, ORDERS),
         "aa_pos=.*for each of 6 atoms": (ENCODINGS | {"aa_pos": [1, 2]}, ORDERS),
+        "aa_pos=None: give whole numbers": (ENCODINGS | {"aa_pos": None}, ORDERS),
+        "aa_type=.*: give whole numbers": (ENCODINGS | {"aa_type": torch.ones(ATOMS, device="meta")}, ORDERS),
+        "first='abc': give whole numbers": (ENCODINGS, ORDERS | {"first": "abc"}),
         "2 indices, but 6 atoms": (ENCODINGS, ORDERS | {"second": [0, 1]}),
         "give each of 0 to 5 once": (ENCODINGS, ORDERS | {"second": [0] * ATOMS}),
     }
     for words, arguments in changes.items():
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(jf.InputError, match=words):
             flow.for_peptide(*arguments)

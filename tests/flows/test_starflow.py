@@ -111,22 +111,41 @@ def test_a_text_that_does_not_fit_is_named() -> None:
         (ValueError, r"context of shape \(2, 5\): give states", torch.zeros(2, 5)),
         (ValueError, "context of 1 texts: give 2, one for each sample", states[:1]),
         (ValueError, "context", torch.full_like(states, torch.nan)),
+        (ValueError, "context=.*sparse: give a dense tensor", states.to_sparse()),
+        (ValueError, "context=.*on the meta device: give a dense tensor", states.to("meta")),
+        (TypeError, "context=.*give prompts, or states", states.to(torch.float8_e4m3fn)),
         (ValueError, "no context: the states of the empty text are not in these weights", None),
     ]
     for kind, words, context in errors:
         with pytest.raises(kind, match=words):
             jf.sample(flow, 2, context=context)
+    for wrong in (None, "a text", torch.zeros(5), torch.zeros(1, 3, 5), states.to_sparse()):
+        flow.encode_text = lambda prompts, wrong=wrong: wrong
+        with pytest.raises((ValueError, TypeError), match="encode_text"):
+            jf.sample(flow, 2, context=["a", "b"])
     with pytest.raises(ValueError, match="guidance: the states of the empty text"):
         flow.guided(GUIDANCE)
-    for change, words in {"head_dim": (16, "give 20 or"), "layers_per_block": ((1, 0), "layers_per_block=0")}.items():
-        with pytest.raises(ValueError, match=words[1]):
-            replace(flow.config, **{change: words[0]})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("head_dim", 16, "give 20 or"),
+        ("layers_per_block", (1, 0), "layers_per_block=0"),
+        ("layers_per_block", (), r"layers_per_block=\(\): give a tuple with a number for each block"),
+        ("layers_per_block", (1, 10**6), "the limit is 1,024"),
+        ("image_size", 10**6, "num_tokens=250000000000: the limit is"),
+    ],
+)
+def test_a_config_that_cannot_be_is_named(name: str, value: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        replace(make_star().config, **{name: value})
 
 
 def original(flow: jf.STARFlow) -> dict[str, Tensor]:
     """A state dict as the original code writes it."""
     state = {name: tensor for name, tensor in flow.state_dict().items() if "null_text" not in name}
-    masks = {f"blocks.{i}.attn_mask": torch.ones(7, 7) for i in range(flow.config.num_blocks)}
+    masks = {f"blocks.{i}.attn_mask": torch.ones(7, 7).tril() for i in range(flow.config.num_blocks)}
     return state | masks | {"feat_rope.freqs_cos": torch.zeros(7, 32), "feat_rope.freqs_sin": torch.zeros(7, 32)}
 
 

@@ -150,7 +150,14 @@ def test_a_permutation_has_its_inverse(order: list[int]) -> None:
 
 def test_a_context_that_does_not_fit_is_named() -> None:
     flow, _, z = case("rows")
-    for context in (None, torch.zeros(3, 5), torch.zeros(3, 4, 4), torch.zeros(3, 4).long(), [1, 2, 3]):
+    for context in (
+        None,
+        torch.zeros(3, 5),
+        torch.zeros(3, 4, 4),
+        torch.zeros(3, 4).long(),
+        [1, 2, 3],
+        torch.zeros(3, 4).to(torch.float8_e5m2),
+    ):
         with pytest.raises((ValueError, TypeError), match=r"^context="):
             jf.sample(flow, context=context, latents=z)
     with pytest.raises(ValueError, match="context"):
@@ -179,10 +186,16 @@ def test_a_model_folder_keeps_the_shape(tmp_path: Path) -> None:
         ({"orders": ("back",)}, "'identity' or 'flip'"),
         ({"channels": (8, 8, 8)}, "one for each of 2 blocks"),
         ({"num_classes": 2, "context_channels": 2}, "either classes or numbers"),
+        ({"orders": ()}, r"orders=\(\): give one or more"),
+        ({"orders": ((0, "a", 2, 3, 4),)}, "give each of 0 to 4 once"),
+        ({"orders": ("flip", None)}, 'order=None.*: give "identity", "flip" or a tuple of indices'),
+        ({"layers_per_block": 10**6}, "2,000,000 layers in 2 blocks: the limit is 1,024; give fewer"),
+        ({"layers_per_block": (1, 10**6)}, "1,000,001 layers in 2 blocks"),
+        ({"num_blocks": 2000}, "2,000 layers in 2,000 blocks"),
     ],
 )
 def test_a_config_that_cannot_be_is_named(change: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(jf.InputError, match=words):
         jf.TokenConfig(
             **{"num_tokens": 5, "token_channels": 2, "channels": 64, "num_blocks": 2, "layers_per_block": 1} | change
         )

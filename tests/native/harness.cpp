@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <random>
 
+#include "boundary.cpp"
 #include "masked.cpp"
 #include "tarflow.cpp"
 
@@ -79,7 +80,7 @@ double tarflow_error() {
   std::vector<float> x[2], keys_values(3 * (channels + heads * lanes) * 2 * tokens);
   for (int i = 0; i < 2; i++) {
     x[i].resize(z.size());
-    TarFlow flow{};
+    RecurrenceArgs flow{};
     flow.z = z.data(), flow.position = position.data(), flow.proj_in = in.packed.data();
     flow.proj_out = out.packed.data(), flow.out_bias = out.bias.data(), flow.layers = &layer;
     flow.x = x[i].data(), flow.keys_values = keys_values.data(), flow.log_det = &log_det[i];

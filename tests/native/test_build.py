@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import platform
 import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from jacobiflow import native
 from jacobiflow.native import build, compiler
+from jacobiflow.native.boundary import Library
 from tests.helpers.native_problems import copying_compiler
 
 
@@ -43,7 +40,7 @@ class Machine:
         """The files in the cache folder."""
         return [path for path in (self.home / "jacobiflow/native").glob("*") if path.is_file()]
 
-    def restart(self) -> ctypes.CDLL | None:
+    def restart(self) -> Library | None:
         """The library of a new process."""
         build._loaded.cache_clear()
         return native.library()
@@ -86,14 +83,6 @@ def test_the_library_of_a_wheel_needs_no_compiler(
     assert native.describe().endswith(", in the wheel")
 
 
-@pytest.mark.skipif(platform.system() != "Linux", reason="the library has OpenMP on Linux only")
-def test_the_threads_are_those_of_pytorch() -> None:
-    assert torch.backends.openmp.is_available()
-    functions: list[int | None] = []
-    build._use_threads_of_pytorch(SimpleNamespace(jacobiflow_use_openmp=functions.extend))  # type: ignore[arg-type]
-    assert len(functions) == 3 and all(functions)
-
-
 def test_a_processor_with_other_instructions_compiles_its_own(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,13 +94,30 @@ def test_a_processor_with_other_instructions_compiles_its_own(
         assert machine.restart() is not None and machine.compiled() == compiled == len(machine.stored())
 
 
-def test_a_file_that_is_no_library_is_replaced(machine: Machine) -> None:
+def test_a_file_that_the_system_cannot_load_is_replaced(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the system's own libraries are older than those of the machine that compiled it."""
-    path = machine.home / "jacobiflow/native" / build._name(build._instructions())
-    path.parent.mkdir(mode=0o700, parents=True)
-    path.write_bytes(b"not for this system")
-    assert machine.restart() is not None and machine.compiled() == 1
-    assert len(path.read_bytes()) > 1000
+    machine.restart()
+    (path,), load = machine.stored(), build.Library
+
+    def refuse(path: Path) -> Library:
+        monkeypatch.setattr(build, "Library", load)
+        raise OSError(f"{path}: GLIBC not found")
+
+    monkeypatch.setattr(build, "Library", refuse)
+    assert machine.restart() is not None and machine.compiled() == 2
+    assert machine.stored() == [path]
+
+
+def test_a_file_that_is_not_what_was_stored_is_replaced(machine: Machine) -> None:
+    """Loading one that was cut short would end the process with SIGBUS."""
+    machine.restart()
+    (path,) = machine.stored()
+    content = path.read_bytes()
+    for compiled, changed in enumerate((content + b"more", content[: len(content) // 2]), start=2):
+        path.unlink()  # the loaded file itself must stay whole
+        path.write_bytes(changed)
+        assert machine.restart() is not None and machine.compiled() == compiled
+        assert path.read_bytes() == content
 
 
 def test_a_folder_that_others_can_write_to_is_not_used(machine: Machine) -> None:
@@ -143,14 +149,3 @@ def test_the_environment_turns_it_off_at_any_time(machine: Machine, monkeypatch:
     assert native.describe() == "off, by JACOBIFLOW_NATIVE=0"
     monkeypatch.setenv("JACOBIFLOW_NATIVE", "1")
     assert native.library() is not None
-
-
-def test_takes_float32_on_a_cpu(machine: Machine) -> None:
-    machine.restart()
-    assert native.usable(torch.ones(2), torch.nn.Parameter(torch.ones(3))) is native.library()
-    subclass = type("Subclass", (torch.Tensor,), {})
-    wrapped = torch.nn.Parameter(torch.ones(2).as_subclass(subclass))
-    for other in (torch.ones(2, dtype=torch.float64), torch.ones(2, device="meta"), wrapped, wrapped.detach()):
-        assert native.usable(torch.ones(2), other) is None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert native.usable(torch.ones(2)) is None

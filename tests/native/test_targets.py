@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,13 +11,14 @@ import torch
 
 from jacobiflow import native
 from jacobiflow.native import build, compiler
+from jacobiflow.native.boundary import Library
 from tests.helpers.library_flows import CASES as FLOWS
-from tests.helpers.library_flows import LARGE, NATIVE, check
+from tests.helpers.library_flows import NATIVE, check
 from tests.helpers.native_problems import CASES, relative_error, threads
+from tests.native.sanitizers import SANITIZERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-HERE = Path(__file__).parent
 CPU = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
 TARGETS = compiler.TARGETS.get(platform.machine(), {})
 
@@ -42,8 +41,8 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_targets_of_a_wheel_give_the_same(name: str, targets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not set(TARGETS[name]) <= set(CPU):
         pytest.skip("the processor has no such vectors")
-    loaded = build.load_library(targets / name)
-    assert loaded.jacobiflow_lanes() == {"avx512": 16, "avx2": 8}.get(name, 4)
+    loaded = Library(targets / name)
+    assert loaded.lanes == {"avx512": 16, "avx2": 8}.get(name, 4)
     monkeypatch.setattr(build, "_loaded", lambda: (loaded, ""))
     for case in CASES.values():
         flow = case.flow()
@@ -56,29 +55,13 @@ def test_the_targets_of_a_wheel_give_the_same(name: str, targets: Path, monkeypa
             check(FLOWS[small].make(2, 6, dtype), x, context, threads=2)
 
 
-def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
-    """Memory is NaN until it is written. Undefined operations are errors."""
-    runtimes = [_printed(os.environ.get("CXX", "c++"), f"-print-file-name=lib{name}.so") for name in ("asan", "ubsan")]
+@pytest.mark.parametrize(("name", "count"), [("memory and undefined behaviour", 150), ("data races", 45)])
+def test_malformed_calls_under_a_sanitizer_of(name: str, count: int) -> None:
+    """Each call is refused, or gives what PyTorch gives; `make fuzz` makes more of them."""
+    sanitizer = SANITIZERS[name]
     if native.library() is None:
         pytest.skip(native.describe())
-    if platform.system() != "Linux" or not all(map(os.path.isabs, runtimes)):
-        pytest.skip("the compiler has no sanitizers")
-    flags = ("-march=native", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    path = tmp_path / "recurrences.so"
-    compiler.compile_library(path, flags)
-    result = subprocess.run(
-        [sys.executable, HERE / "sanitized.py", path],
-        env={
-            **os.environ,
-            "LD_PRELOAD": " ".join(runtimes),
-            "ASAN_OPTIONS": f"detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size={2**30}",
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        },
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    output = result.stdout + result.stderr
-    assert result.returncode == 0 and result.stdout.split("\n")[:-1] == [*CASES, *LARGE, *NATIVE], output
-
-
-def _printed(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    if not sanitizer.paths():
+        pytest.skip("the compiler has no such sanitizer")
+    result = sanitizer.fuzz(0, count, subprocess.PIPE)
+    assert result.returncode == 0, result.stdout

@@ -30,6 +30,7 @@ SOLVERS = [
         (lambda: jf.Tolerance(0.1) | jf.Tolerance(0.1), "both give atol"),
         (lambda: jf.Solver(jf.Segments(3), stopping=jf.MaxSweeps((5, 3))), r"2 sweep counts.*Segments\(count=3\)"),
         (lambda: jf.Solver(stopping=jf.MaxSweeps((5,))), "1 sweep counts.*Whole"),
+        (lambda: jf.MaxSweeps(()), r"sweeps=\(\): give a number, or one for each segment"),
         (lambda: jf.Solver(jf.Sequential(), bf16_sweeps=3).check(4, 1), "bf16_sweeps=3.*Sequential.*token by token"),
         (lambda: jf.Solver(jf.Segments(4), bf16_sweeps=1).check(4, 1), "bf16_sweeps=1.*Segments"),
     ],

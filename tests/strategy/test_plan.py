@@ -6,6 +6,7 @@ import copy
 import importlib
 import math
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,6 +64,15 @@ def test_a_plan_is_within_the_tolerance_and_faster_than_others(
             jf.Whole(), jf.Window(4), jf.Window(8)))  # fmt: skip
     assert (3 in {solver.bf16_sweeps for solver in plan.solvers}) == (name == "bfloat16")
     assert {s.bf16_sweeps for s in jf.plan(flow, batch_size=4, bf16=False).solvers} == {0}
+
+
+def test_a_flow_of_one_token_has_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the exact loop is timed as slow, so that sweeps are tried."""
+    seconds = chain([10.0], repeat(1.0))
+    monkeypatch.setattr("jacobiflow.strategy.race._timings", lambda run, *_: (run(), [next(seconds)])[1])
+    flow = jf.TarFlow(jf.TokenConfig(1, 2, channels=8, num_blocks=2, layers_per_block=1, head_dim=4))
+    assert jf.plan(flow, batch_size=3).check(flow) is None
+    assert jf.sample(flow, 3, strategy="auto").outcome.has_shortfall is False
 
 
 def test_a_block_that_the_exact_loop_solves_sooner_keeps_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:

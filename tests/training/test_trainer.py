@@ -91,6 +91,7 @@ def test_a_terminated_command_leaves_a_checkpoint(tmp_path: Path, capsys: pytest
                 return
         os.kill(os.getpid(), signal.SIGTERM)
 
+    handler = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=terminate)
     thread.start()
     try:
@@ -99,6 +100,7 @@ def test_a_terminated_command_leaves_a_checkpoint(tmp_path: Path, capsys: pytest
         ended.set()
         thread.join()
     assert (shown.code, shown.err.splitlines()[-1]) == (130, "interrupted")
+    assert signal.getsignal(signal.SIGTERM) is handler
     assert [report.step for report in read_metrics(tmp_path)] == list(range(1, checkpoint(tmp_path)["step"] + 1))
 
 

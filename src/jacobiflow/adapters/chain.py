@@ -13,10 +13,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from jacobiflow.adapters.network import MaskedNetwork, Slot, UnsupportedError, find_order
-from jacobiflow.native.masked import Elementwise, Transform, masked_transform, permutation, run_chain
+from jacobiflow.native.boundary import UnfitError, is_plain
+from jacobiflow.native.masked import (
+    ChainTransform,
+    MaskedOperation,
+    TransformChain,
+    affine,
+    masked_transform,
+    permutation,
+)
 
 Values = tuple[Tensor, Tensor | None]
 """Rows after a chain, and the logarithm of the determinant of its Jacobian if a caller wants it."""
@@ -35,18 +42,12 @@ class Part:
     Attributes:
         module: The library's transform.
         transform: Its operations count `tensors`.
-        memory: What has to live as long as `transform`.
-        features: D, or `None` if it takes any.
-        context: The width of the context that its network takes, or `None` if it has no network.
         tensors: Weights, biases, scales and shifts, whose values are read at every call.
         constants: Masks and indices, which must not change.
     """
 
     module: nn.Module
-    transform: Transform
-    memory: Any
-    features: int | None
-    context: int | None = None
+    transform: ChainTransform
     tensors: Sequence[Slot] = ()
     constants: Sequence[Slot] = ()
 
@@ -60,33 +61,28 @@ Raises UnsupportedError if native code does not take one of them.
 
 def masked_part(module: nn.Module, network: MaskedNetwork, **settings: Any) -> Part:
     """Returns an elementwise transform, of fields `settings`, with the parameters that a masked network gives."""
-    order, starts, (inputs, *others) = find_order(network)
-    operations = [(operation, *other) for operation, other in zip(network.operations, others, strict=True)]
+    order, starts, (inputs, *units) = find_order(network)
+    operations = list(map(MaskedOperation, network.operations, units, network.masks))
     features, parameters = network.outputs.shape
-    context = network.width - features
-    transform, memory = masked_transform(
-        starts, order, operations, inputs, features=features, parameters=parameters, context=context,
-        context_start=0 if network.features.start else features, **settings,
+    transform = masked_transform(
+        starts, order, operations, inputs, _shapes(network.tensors), parameters, network.width - features,
+        network.context, context_start=0 if network.features.start else features, **settings,
     )  # fmt: skip
-    memory = memory, network.masks
-    return Part(module, transform, memory, features, context or network.context, network.tensors, network.constants)
+    return Part(module, transform, network.tensors, network.constants)
 
 
 def permutation_part(module: nn.Module, order: Sequence[int], slot: Slot | None = None) -> Part:
     """Returns the transform y_i = x_order[i]; `slot` is the tensor that holds the order."""
-    transform, memory = permutation(order)
-    return Part(module, transform, memory, len(order), constants=() if slot is None else (slot,))
+    return Part(module, permutation(order), constants=() if slot is None else (slot,))
 
 
 def affine_part(module: nn.Module, scale: Slot, shift: Slot) -> Part:
     """Returns the transform y = scale x + shift, of one number or of one for each feature."""
-    sizes = [holder[name].numel() for holder, name in (scale, shift)]
-    features = max(sizes)
-    if any(size not in (1, features) for size in sizes):
-        raise UnsupportedError("an affine transform of another shape")
-    strides = [int(size > 1) for size in sizes]
-    transform = Transform(kind=Elementwise.AFFINE, scale_stride=strides[0], shift_stride=strides[1])
-    return Part(module, transform, None, features if features > 1 else None, tensors=(scale, shift))
+    return Part(module, affine(*_shapes((scale, shift))), (scale, shift))
+
+
+def _shapes(slots: Sequence[Slot]) -> list[torch.Size]:
+    return [holder[name].shape for holder, name in slots]
 
 
 class Snapshot:
@@ -135,29 +131,19 @@ class Chain:
         self.obstacle: str | None = None
         self.modules: list[nn.Module] = []
         try:
-            for part in module.modules():
-                _check_call(part)
-            self._set_parts(list(describe(module, is_conditional)))
+            for child in module.modules():
+                _check_call(child)
+            parts = list(describe(module, is_conditional))
+            self._chain = TransformChain([(part.transform, is_inverse) for part, is_inverse in parts])
+            for slot in (slot for part, _ in parts for slot in part.constants):
+                self.snapshot.add(*slot)
         except UnsupportedError as error:
             self.obstacle = str(error)
-
-    def _set_parts(self, parts: list[tuple[Part, bool]]) -> None:
-        self._parts = [part for part, _ in parts]  # their memory has to live as long as the transforms
-        self._contexts = {part.context for part in self._parts if part.context is not None}
-        self._features = {part.features for part in self._parts if part.features is not None}
-        if not self._contexts:
-            raise UnsupportedError("a composition without a masked network")
-        self._transforms = (Transform * len(parts))(*(part.transform for part in self._parts))
-        self._addresses: list[int] = []
-        self._tensors: list[tuple[int, dict[str, Any], str, torch.Size]] = []
-        for transform, (part, is_inverse) in zip(self._transforms, parts, strict=True):
-            transform.first_tensor, transform.is_reversed = len(self._addresses), is_inverse
-            for holder, name in part.tensors:
-                self._tensors.append((len(self._addresses), holder, name, holder[name].shape))
-                self._addresses.append(0)
-            for slot in part.constants:
-                self.snapshot.add(*slot)
-        self.modules = [part.module for part in self._parts]
+        except UnfitError:
+            self.obstacle = "transforms of other shapes"
+        else:
+            self._tensors = [slot for part, _ in parts for slot in part.tensors]
+            self.modules = [part.module for part, _ in parts]
 
     def evaluate(
         self,
@@ -169,16 +155,15 @@ class Chain:
     ) -> Values | None:
         """Returns the values of the chain and their log-determinants; `None` if native code cannot compute them.
 
-        The arguments are those of `native.masked.run_chain`. `fallback` computes the rows that are not finite, or
+        The arguments are those of `native.masked.TransformChain`. `fallback` computes the rows that are not finite, or
         overflow on the way; without it there is no result if there are any.
         """
-        width = 0 if context is None else context.shape[1]
-        if self.obstacle is not None or self._contexts != {width} or self._features != {x.shape[1]}:
+        if self.obstacle is not None:
             return None
-        addresses = self._read(x.dtype)
-        if addresses is None:
+        tensors: list[Any] = [holder.get(name) for holder, name in self._tensors]
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
             return None
-        result = run_chain(self._transforms, addresses, x, context, is_inverse, log_det)
+        result = self._chain.evaluate(tensors, x, context, is_inverse, log_det)
         if result is None or result.failed is None:
             return None if result is None else (result.values, result.log_det)
         if fallback is None:
@@ -189,21 +174,6 @@ class Chain:
         if result.log_det is not None and log_dets is not None:
             result.log_det[rows] = log_dets
         return result.values, result.log_det
-
-    def _read(self, dtype: torch.dtype) -> list[int] | None:
-        """The addresses of all tensors; `None` if native code cannot use one of them, or it needs a gradient."""
-        addresses = [*self._addresses]
-        is_grad_enabled = torch.is_grad_enabled()
-        for position, holder, name, shape in self._tensors:
-            tensor: Any = holder.get(name)
-            kind = type(tensor)
-            if (
-                (kind is not Parameter and kind is not Tensor) or tensor.dtype is not dtype or not tensor.is_cpu
-                or tensor.shape != shape or not tensor.is_contiguous() or (is_grad_enabled and tensor.requires_grad)
-            ):  # fmt: skip
-                return None
-            addresses[position] = tensor.data_ptr()
-        return addresses
 
 
 def _check_call(module: nn.Module) -> None:
@@ -230,30 +200,26 @@ def has_replaced_forward(module: nn.Module) -> bool:
 def is_traced() -> bool:
     """Returns True if PyTorch does more than compute values, or lacks the private names that tell.
 
-    It may trace, compile, export, transform a function, differentiate forward, or have a dispatch mode.
+    It may trace, compile, export, transform a function, differentiate forward, or have a dispatch mode or hooks on all
+    modules.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return True
     try:
         is_observed = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
-        return bool(is_observed) or forward_ad._current_level >= 0
+        is_hooked = nn.modules.module._has_any_global_hook()
+        return bool(is_observed or is_hooked) or forward_ad._current_level >= 0
     except AttributeError:
         return True
 
 
 def is_readable(*tensors: Tensor | None) -> bool:
     """Returns True if native code can read these: plain tensors of one dtype on a CPU that need no gradient."""
-    dtype = next(tensor.dtype for tensor in tensors if tensor is not None)
+    given = [tensor for tensor in tensors if tensor is not None]
+    dtype, is_grad_enabled = given[0].dtype, torch.is_grad_enabled()
     if dtype not in (torch.float32, torch.float64) or is_traced() or torch.is_autocast_enabled("cpu"):
         return False
-    is_grad_enabled = torch.is_grad_enabled()
-    return not any(
-        tensor is not None and (
-            type(tensor) not in (Tensor, Parameter) or tensor.dtype is not dtype or not tensor.is_cpu
-            or (is_grad_enabled and tensor.requires_grad)
-        )
-        for tensor in tensors
-    )  # fmt: skip
+    return all(is_plain(tensor, dtype) and not (is_grad_enabled and tensor.requires_grad) for tensor in given)
 
 
 def flatten(

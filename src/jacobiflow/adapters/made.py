@@ -14,7 +14,7 @@ from jacobiflow.adapters.acceleration import AcceleratedModule
 from jacobiflow.adapters.chain import Part, Values, masked_part
 from jacobiflow.adapters.network import MaskedNetwork, UnsupportedError
 from jacobiflow.adapters.passes import invert
-from jacobiflow.native.masked import Elementwise, Ends
+from jacobiflow.native.boundary import Elementwise, Ends
 
 _ELEMENTWISE = ("_elementwise_forward", "_elementwise_inverse", "_elementwise")
 _PLAIN = (nn.ModuleList, nn.Linear, nn.Dropout, nn.Identity)
@@ -119,6 +119,8 @@ class AcceleratedTransform(AcceleratedComposition):
         def step(network: Any, x: Tensor) -> Sequence[Tensor]:
             return self._elementwise_inverse(inputs, network(x, context))
 
+        if inputs.ndim < 2:  # which the library refuses
+            return super()._invert(inputs, context)
         network, passes = self.autoregressive_net, inputs.shape[1:].numel()
         outputs = invert(self.acceleration, self, step, network, self.library.MaskedLinear, inputs, context, passes)
         return super()._invert(inputs, context) if outputs is None else tuple(outputs)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.native.masked import Function, Kind, Operation
+from jacobiflow.native.boundary import Function, Kind, Operation
 
 Slot = tuple[dict[str, Any], str]
 """A dictionary of a module (its parameters, say) and a name in it."""
@@ -99,8 +99,7 @@ class MaskedNetwork:
                     setattr(operation, name, len(self.tensors))
                     self.tensors.append((layer._parameters, name))
         if kind == Kind.LINEAR:
-            mask = layer.mask.bool().contiguous()
-            operation.mask = mask.data_ptr()
+            mask = layer.mask.bool()
             self.constants.append((layer._buffers, "mask"))
         self.operations.append(operation)
         self.masks.append(mask)

@@ -17,7 +17,7 @@ from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, library
 from jacobiflow.adapters.chain import Part, permutation_part
 from jacobiflow.adapters.made import AcceleratedTransform, evaluate, made_part, optional, spline_part
 from jacobiflow.adapters.network import UnsupportedError
-from jacobiflow.native.masked import Elementwise
+from jacobiflow.native.boundary import Elementwise
 
 
 def describe(module: Any, is_conditional: bool) -> Iterator[tuple[Part, bool]]:

@@ -72,6 +72,8 @@ def _can_end_early(module: nn.Module, y: Tensor, context: Tensor | None, needs_g
     """False if iterates have no values to compare, or a pass may be no function of its argument."""
     if y.is_meta or is_traced() or not y.is_floating_point():
         return False
+    if any(tensor is not None and tensor.layout != torch.strided for tensor in (y, context)):
+        return False
     if needs_graph and y.ndim > 2 and not y.is_contiguous():  # PyTorch then multiplies in another order with a graph
         return False
     return not any(is_stateful(part) for part in module.modules()) and _are_moderate(y, context)
@@ -103,7 +105,9 @@ def _are_moderate(*tensors: Tensor | None) -> bool:
 def _native_inverse(acceleration: Acceleration, module: nn.Module, y: Tensor, context: Tensor | None) -> Tensor | None:
     context = None if context is None else context.detach()
     values = acceleration.evaluate(module, y.detach(), context, is_inverse=True, fallback=None)
-    return values[0] if values is not None and _are_moderate(values[0]) else None
+    if values is None or values[0].shape != y.shape:  # a context of a larger batch, which not every library broadcasts
+        return None
+    return values[0] if _are_moderate(values[0]) else None
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, acceler
 from jacobiflow.adapters.chain import Part, Values, masked_part
 from jacobiflow.adapters.network import MaskedNetwork, UnsupportedError
 from jacobiflow.adapters.passes import invert
-from jacobiflow.native.masked import Elementwise, Ends
+from jacobiflow.native.boundary import Elementwise, Ends
 
 
 def describe(module: Any, is_conditional: bool) -> Iterator[tuple[Part, bool]]:

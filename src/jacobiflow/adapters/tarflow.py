@@ -1,23 +1,25 @@
-"""Live TarFlow blocks: of the original code, of SBG, and of forks, recognised by their structure."""
+"""Live TarFlow blocks: of the original code, of SBG, and of forks, recognised by their structure and a trial."""
 
 from __future__ import annotations
 
-import copy
 import inspect
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, library_class
-from jacobiflow.adapters.chain import has_hooks, is_traced
-from jacobiflow.adapters.passes import is_stateful
+from jacobiflow.adapters.chain import is_traced
+from jacobiflow.adapters.state import BlockState
+from jacobiflow.adapters.trial import MAX_GUIDANCE, TEMPERATURES, Outcome, Trial
+from jacobiflow.native import describe as native_line
+from jacobiflow.native import library as native_library
 from jacobiflow.native.recurrence import Extrapolation, Recurrence
 
 _PARTS = ("proj_in", "pos_embed", "attn_blocks", "proj_out", "permutation", "reverse")
 _PARAMETERS = {"self", "x", "y", "cond", "guidance", "guide_what", "attn_temp", "annealed_guidance"}
-_TOKENS = 5  # of the trial that compares a block's own `reverse` with native code
-_CLOSE = 1e-4  # their largest relative difference, rounding
+_SETTINGS: dict[Any, dict[str, Any]] = {nn.LayerNorm: {"eps": 1e-5}, nn.GELU: {"approximate": "none"}}  # of native code
 
 
 def resembles(module: nn.Module) -> bool:
@@ -25,27 +27,42 @@ def resembles(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in _PARTS)
 
 
-def recognise(module: Any) -> tuple[Adapter | None, str]:
+def recognise(module: Any, outcomes: list[tuple[BlockState, Outcome]]) -> tuple[Adapter | None, str]:
     """Returns the adapter of a block, or `None` and the reason.
 
-    Its parts must have the names and the types of the original's. Whether its code computes the same shows in a trial:
-    a copy with random weights is inverted by its own `reverse` and by native code.
+    Its parts must have the names and the types of the original's. Whether its code computes the same shows in a trial,
+    without which no block is accelerated.
+
+    Args:
+        outcomes: Of other blocks, to which that of this block is added. Blocks that differ in the values of their
+            weights only share the trial with random weights.
     """
     kind: Any = library_class(module)
-    unknown = [name for name in inspect.signature(kind.reverse).parameters if name not in _PARAMETERS]
+    signature = inspect.signature(kind.reverse)
+    unknown = [name for name in signature.parameters if name not in _PARAMETERS]
     if unknown:
         return None, f"its reverse takes {unknown[0]}"
     if "reverse" in vars(module):
         return None, "its reverse was replaced"
     if (part := _other_part(module)) is not None:
         return None, f"{part} is not that of a TarFlow block"
+    if native_library() is None:
+        return None, f"native code is {native_line()}"
+    if is_traced():
+        return None, "it cannot be tried while PyTorch traces, or has hooks on all modules"
+    parameters = signature.parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
     try:
-        has_log_det = _has_log_det(module)
-    except Exception as error:  # of the block's own code
-        return None, f"its reverse raises {type(error).__name__} in a trial: {error}"
-    if has_log_det is None:
-        return None, "its reverse computes something else than that of a TarFlow block"
-    return Adapter(kind, ("reverse",), _WithLogDet if has_log_det else _Accelerated, describe=None), ""
+        state, trial = BlockState(module), Trial(module, partial(_reverse, **defaults), signature.parameters)
+        alike = next((outcome for other, outcome in outcomes if other.is_like(state)), None)
+    except Exception as error:
+        return None, f"it cannot be tried: {type(error).__name__}: {error}"
+    outcome = alike or trial.try_random_weights() if trial.agrees_on_own_weights() else None
+    if outcome is None:
+        return None, trial.obstacle
+    outcomes.append((state, outcome))
+    fields = {"tried_signature": signature, "tried_state": state, "trial_outcome": outcome}
+    return Adapter(kind, ("reverse",), type("_Accelerated", (_Accelerated,), fields), describe=None), ""
 
 
 def _other_part(module: Any) -> str | None:
@@ -65,48 +82,12 @@ def _other_part(module: Any) -> str | None:
         expected[f"attn_blocks.{i}.mlp.main.{max(len(main), 3) - 1}"] = nn.Linear
     parts = dict(module.named_modules())
     for name, kind in expected.items():
-        if type(parts.get(name)) is not kind:
+        part: Any = parts.get(name)
+        if type(part) is not kind or any(getattr(part, key) != value for key, value in _SETTINGS.get(kind, {}).items()):
             return name
-    expected_names = {name for full in expected for name in (full, *_prefixes(full))} | {"", "permutation"}
-    others = (name for name in parts if name not in expected_names and not name.startswith("permutation"))
-    return next((name for name in others if type(parts[name]) is not nn.Dropout), None)
-
-
-def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]
-
-
-@torch.no_grad()
-def _has_log_det(module: Any) -> bool | None:
-    """Tells if a block's `reverse` also returns the log-determinant; `None` if it is not that of a TarFlow."""
-    block = copy.deepcopy(module).cpu().float().eval()
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in block.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        is_norm = "norm" in name and name.endswith("weight")
-        width = 100 if parameter.ndim == 1 or name.startswith("proj_out") else 1
-        parameter.copy_(1 + 0.1 * noise if is_norm else noise / (width * parameter.shape[-1]) ** 0.5)
-    tokens = min(_TOKENS, len(block.pos_embed))
-    x = torch.randn(2, tokens, block.proj_in.in_features, generator=generator)
-    arguments: dict[str, Any] = {}
-    if getattr(block, "cond_proj", None) is not None:
-        arguments["cond"] = torch.randn(2, tokens, block.cond_proj.in_features, generator=generator)
-    elif getattr(block, "class_embed", None) is not None:
-        arguments["y"] = torch.arange(2) % len(block.class_embed)
-    trials = [arguments]
-    if "guidance" in inspect.signature(block.reverse).parameters:
-        trials.append(arguments | {"guidance": 0.5, "attn_temp": 1.5, "annealed_guidance": True})
-    answers = []
-    for trial in trials:
-        theirs, ours = block.reverse(x.clone(), **trial), _reverse(block, x, **trial)
-        pairs = zip(
-            theirs if isinstance(theirs, tuple) else (theirs,), ours or (), strict=False
-        )  # () without native code
-        if any(a.shape != b.shape or not (a - b).abs().max() <= _CLOSE * (1 + b.abs().max()) for a, b in pairs):
-            return None
-        answers.append(isinstance(theirs, tuple))
-    return answers[0]
+        if kind in (nn.Linear, nn.LayerNorm) and (part.weight is None or part.bias is None):
+            return name
+    return None
 
 
 def _reverse(
@@ -123,10 +104,10 @@ def _reverse(
         other = block.class_embed.mean(dim=0, keepdim=True)
         context = other if y is None else block.class_embed[y]
     extrapolation = None
-    if guidance > 0 and guide_what:
+    if guidance > 0:
         weights = x.new_full((tokens,), guidance)
         if annealed_guidance:
-            weights = weights * torch.arange(tokens) / max(tokens - 1, 1)
+            weights *= torch.arange(tokens, device=x.device) / max(tokens - 1, 1)
         zeros = torch.zeros_like(weights)
         of_scale, of_shift = (weights if parameter in guide_what else zeros for parameter in "ab")
         extrapolation = Extrapolation(of_scale, of_shift, other, attn_temp, by_density=False)
@@ -154,53 +135,79 @@ def _layer(layer: Any) -> dict[str, Tensor]:
 
 
 class _Accelerated(AcceleratedModule):
-    """A block whose `reverse` returns x."""
+    """A block that leaves calls to its own code if they are not of a form that was tried, or if it has changed."""
 
     library_class: ClassVar[Any]
+    tried_signature: ClassVar[inspect.Signature]
+    tried_state: ClassVar[BlockState]
+    trial_outcome: ClassVar[Outcome]
+    pos_embed: Tensor
+    proj_in: nn.Linear
 
     def reverse(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what the block's own `reverse` does."""
         answer = self._answer(args, kwargs)
-        return self._own_reverse(args, kwargs) if answer is None else answer[0]
+        if answer is None:
+            return self._own_reverse(args, kwargs)
+        return answer if self.trial_outcome.has_log_det else answer[0]
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         try:
-            call = inspect.signature(self.library_class.reverse).bind(self, *args, **kwargs)
+            call = self.tried_signature.bind(self, *args, **kwargs)
         except TypeError:  # the block's own message is better
             return None
-        x, *_ = list(call.arguments.values())[1:]
-        if is_traced() or not isinstance(x, Tensor) or x.ndim != 3 or not x.shape[1]:
-            return None
-        tensors = [x, *(value for value in call.arguments.values() if isinstance(value, Tensor)), *self.parameters()]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return None
-        if any(is_stateful(part) or has_hooks(part) for part in self.modules()):
-            return None
+        call.apply_defaults()
         arguments = {name: value for name, value in call.arguments.items() if name != "self"}
+        if is_traced() or not self.tried_state.is_current() or not self._is_tried(**arguments):
+            return None
+        tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *self.parameters())):
+            return None
         with torch.no_grad():
             answer = _reverse(self, **arguments)
         if answer is None:
             return None
         if (overflows := ~answer[0].isfinite().all(dim=(1, 2))).any():  # such rows are left to the block's own code
-            rows = {
-                name: value[overflows] if isinstance(value, Tensor) and value.shape[:1] == x.shape[:1] else value
-                for name, value in arguments.items()
-            }
+            rows = {name: value[overflows] if isinstance(value, Tensor) else value for name, value in arguments.items()}
             results = self._own_reverse((), rows)
             for ours, theirs in zip(answer, results if isinstance(results, tuple) else (results,), strict=False):
                 ours[overflows] = theirs
         self.acceleration.count(self, 0, "native")
         return answer
 
+    def _is_tried(
+        self, x: Any, y: Any = None, cond: Any = None, guidance: Any = 0.0, guide_what: Any = "ab",
+        attn_temp: Any = 1.0, annealed_guidance: Any = False,
+    ) -> bool:  # fmt: skip
+        """True if the arguments have a form that the trial compared."""
+        if not (
+            type(guidance) in (int, float) and 0 <= guidance <= MAX_GUIDANCE
+            and type(guide_what) is str and guide_what in ("a", "b", "ab")
+            and type(attn_temp) in (int, float) and TEMPERATURES[0] <= attn_temp <= TEMPERATURES[1]
+            and type(annealed_guidance) is bool and isinstance(x, Tensor) and x.ndim == 3
+        ):  # fmt: skip
+            return False
+        rows, tokens, positions = x.shape[0], x.shape[1], len(self.pos_embed)
+        if not (
+            rows and 0 < tokens <= positions and (tokens == positions or self.trial_outcome.takes_fewer_tokens)
+            and _has_form(x, torch.float32, rows, tokens, self.proj_in.in_features)
+            and (self.trial_outcome.in_training or not any(part.training for part in self.modules()))
+        ):  # fmt: skip
+            return False
+        projection, embeddings = getattr(self, "cond_proj", None), getattr(self, "class_embed", None)
+        if projection is not None:
+            form = torch.float32, rows, tokens, projection.in_features
+            return y is None and guidance == 0 and _has_form(cond, *form)
+        if cond is not None or y is None:
+            return cond is None
+        if embeddings is None or not _has_form(y, torch.int64, rows):
+            return False
+        return bool(((y >= 0) & (y < len(embeddings))).all())  # below 0: whatever the block's own code makes of them
+
     def _own_reverse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.acceleration.count(self, 0, "library")
         return super().reverse(*args, **kwargs)  # type: ignore[misc]
 
 
-class _WithLogDet(_Accelerated):
-    """A block whose `reverse` returns x and log|det dx/dz|."""
-
-    def reverse(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns what the block's own `reverse` does."""
-        answer = self._answer(args, kwargs)
-        return self._own_reverse(args, kwargs) if answer is None else answer
+def _has_form(value: Any, dtype: torch.dtype, *shape: int) -> bool:
+    return type(value) is Tensor and value.dtype is dtype and value.is_cpu and value.shape == shape

@@ -28,7 +28,7 @@ from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, is_acce
 from jacobiflow.adapters.chain import Part, Values, affine_part, masked_part, permutation_part
 from jacobiflow.adapters.network import MaskedNetwork, UnsupportedError
 from jacobiflow.adapters.passes import invert
-from jacobiflow.native.masked import Elementwise, Ends
+from jacobiflow.native.boundary import Elementwise, Ends
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 
@@ -16,9 +17,15 @@ def main(arguments: list[str] | None = None) -> int:
     """
     try:
         from jacobiflow.cli.app import run
+
+        return run(sys.argv[1:] if arguments is None else arguments)
     except ModuleNotFoundError as error:
         if error.name != "typer":
             raise
         print("error: the command line needs more packages: pip install 'jacobiflow[cli]'", file=sys.stderr)
         return 2
-    return run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:  # again, while the first one was handled
+        return 130
+    finally:
+        if arguments is None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # or exit functions would be interrupted, with a traceback

@@ -99,8 +99,10 @@ def _root(
 
 def run(arguments: list[str]) -> int:
     """Runs a command line as `jacobiflow.cli.main` does."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller has closed it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  open until the process ends
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal may lack a character
     try:
         with warnings.catch_warnings():

@@ -28,7 +28,7 @@ def plan(
     tune: Annotated[bool, Option("--tune", help=_TUNE)] = False,
     batch_size: Annotated[
         str, Option(help="Images solved together, or auto: as many as fit in free memory, at most 1,024.")
-    ] = "1",
+    ] = "16",
     tolerance: Annotated[float, Option(help="Largest residual in any block, and largest error of a sample.")] = 1e-3,
     guidance: shared.Recommended = None,
     plain: shared.Unguided = False,

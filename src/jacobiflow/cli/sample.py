@@ -105,7 +105,7 @@ def sample(
     manifest, cost, outcome = folder.manifest, folder.cost(), folder.outcome()
     certificate = folder.certificate()
     run = asdict(cost) | {
-        "samples_per_second": num / cost.seconds,
+        "samples_per_second": num / (cost.seconds + cost.denoise_seconds),
         "certificate": None if certificate is None else float(certificate.max()),
     }
     results = {
@@ -123,7 +123,8 @@ def sample(
         few = min(num, _SHEET_IMAGES)
         shards = [folder.images(i) for i in range(-(-few // manifest.shard_size))]
         plots.save_png(data.image_grid(data.scale(torch.cat(shards)[:few]), min(10, num)), out / _SHEET)
-    _print(results, origin, None if outcome.has_shortfall else str(outcome))  # else a warning has said so
+    # Of a shortfall, a warning has said so.
+    _print(results, origin, None if outcome.has_shortfall else str(outcome), is_denoised=manifest.denoise > 0)
     if folder.drawn:
         rate, plural = folder.drawn / seconds, "s" * (manifest.num_shards > 1)
         if plural:
@@ -147,13 +148,15 @@ def _auto_batch_size(flow: Flow, num: int, earlier: Path | None) -> int:
 
 def _announced(progress: Progress, out: Path, num_processes: int) -> Progress:
     """Returns `progress`, preceded by a line with the time that the plan predicts, if that is long."""
+    from jacobiflow.storage.folder import STRATEGY
+
     has_begun = False
 
     def report(done: int, total: int, what: str) -> None:
         nonlocal has_begun
         if not has_begun:
             folder, has_begun = jf.SampleFolder.open(out), True
-            prediction = folder.strategy().prediction
+            prediction = jf.Strategy.load(out / STRATEGY).prediction
             rate = 0.0 if prediction is None else prediction.seconds / prediction.batch_size / num_processes
             if (seconds := rate * (total - done)) >= _LONG:
                 note = ", without denoising" if folder.manifest.denoise else ""
@@ -192,26 +195,27 @@ def _compare(
         )
     few, names = slice(_SHEET_IMAGES), ("original sampler", manifest.strategy)
     plots.save_png(plots.comparison_sheet(original[few], ours[few], names, columns=captions[:num]), sheet)
-    seconds = rows[0].seconds.median
     return {
-        "runs": {result.original: {"seconds": seconds, "samples_per_second": num / seconds}},
+        "runs": {result.original: {"seconds": rows[0].seconds.median}},
         "speed_up": result.speed_up(rows[1], result.original),
         "error": asdict(measuring.paired_error(ours, original)),
     }
 
 
-def _print(results: dict[str, Any], origin: str, outcome: str | None) -> None:
+def _print(results: dict[str, Any], origin: str, outcome: str | None, is_denoised: bool) -> None:
     """Prints what was drawn, how fast, how fast against what if that was timed, and how exact; a line for each."""
     num, strategy, runs = results["num"], results["strategy"], results["runs"]
     run = runs[strategy]
-    speed = f"{run['seconds']:.3g} s by {strategy} on {results['device']}, batch size {results['batch_size']}: "
-    speed += f"{run['samples_per_second']:.3g} samples a second"
+    speed = f"{run['seconds']:.3g} s by {strategy} on {results['device']}, batch size {results['batch_size']}"
+    speed += f", and {run['denoise_seconds']:.3g} s of denoising" * is_denoised
+    speed += f": {run['samples_per_second']:.3g} samples a second"
     exactness = [] if outcome is None else [outcome]
     if "error" in results:
         original, of_original = next(iter(runs.items()))
         ours = of_original["seconds"] / results["speed_up"]
         speed += f"\n{results['speed_up']:.1f}x faster than the original sampler, {original}: "
         speed += f"{ours:.3g} s against {of_original['seconds']:.3g} s for the first batch"
+        speed += ", without denoising" * is_denoised
         rounding = ", by rounding" * results["outcome"]["exact"]
         exactness.append(f"largest difference from the original sampler {results['error']['max']:.1e}{rounding}")
     print(f"{results['model']}: {num:,} sample{'s' * (num > 1)}, {origin}\n{speed}")

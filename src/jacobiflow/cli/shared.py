@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -168,6 +167,8 @@ def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:
 
 def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -> list[str] | None:
     """Returns the prompts of `num` samples that `--prompts` gives, and sets the flow's text encoder to `encoder`."""
+    if text is None and encoder is not None:
+        raise InputValueError(f"--encode-text {encoder}: give --prompts, too, or leave it out")
     if text is None:
         return None
     if not flow.reads_text:
@@ -186,15 +187,11 @@ def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -
 
 def load_encoder(encoder: str) -> Any:
     """Returns the text encoder of `--encode-text`."""
+    from jacobiflow.evaluation.features import load_function
     from jacobiflow.flows import t5_encoder
 
-    file, colon, name = encoder.rpartition(":")
-    if not (colon and file.endswith(".py")):
-        return t5_encoder(encoder)
-    try:
-        return runpy.run_path(file)[name]
-    except (OSError, KeyError) as error:
-        raise InputValueError(f"--encode-text {encoder}: not a file and a function in it ({error})") from error
+    is_function = encoder.rpartition(":")[0].endswith(".py")
+    return load_function(encoder, "a T5 encoder") if is_function else t5_encoder(encoder)
 
 
 def _read_labels(path: Path) -> Any:
@@ -203,7 +200,7 @@ def _read_labels(path: Path) -> Any:
 
     try:
         if path.suffix == ".npy":
-            return np.load(path).astype(np.int64, casting="same_kind")
+            return np.load(path).astype(np.int64, casting="safe")  # not uint64, which may be too large
         return np.array([int(word) for word in path.read_text().replace(",", " ").split()], np.int64)
     except (OSError, ValueError, TypeError, EOFError, OverflowError) as error:
         raise InputValueError(f"--labels {path}: cannot be read as whole numbers ({error})") from error

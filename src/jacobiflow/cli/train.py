@@ -64,11 +64,16 @@ def train(
     from jacobiflow import measuring, plots, training
     from jacobiflow.checks import check_device
     from jacobiflow.data import Augmentation, load_images
-    from jacobiflow.flows.flow import FLOWS
+    from jacobiflow.flows.flow import FLOWS, Flow
 
+    not_trainable = inspect.getattr_static(Flow, "config_from_options")
+    trainable = [
+        name for name, kind in FLOWS.items()
+        if inspect.getattr_static(kind, "config_from_options") is not not_trainable
+    ]  # fmt: skip
+    if flow not in trainable:
+        raise InputValueError(f"--flow {flow}: give one of {', '.join(sorted(trainable))}")
     data = load_images(images, image_size, image_channels)
-    if flow not in FLOWS:
-        raise InputValueError(f"--flow {flow}: give one of {', '.join(sorted(FLOWS))}")
     flow_class = FLOWS[flow]
     extra = _extra_options(
         flow_class, patch_size=patch_size, head_dim=head_dim, volume_preserving=volume_preserving or None,
@@ -97,9 +102,13 @@ def train(
         samples = jf.sample(average, num=20, labels=labels, seed=seed, strategy="sequential")
         plots.save_png(samples.grid(10), out / f"samples-{step:06d}.png")
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end leaves a checkpoint, as Ctrl-C does
-    with shared.progress_bar() as progress:
-        training.train(model.to(place), data, settings, out, on_step, on_sample, progress)
+    # A scheduler's end leaves a checkpoint, as Ctrl-C does.
+    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with shared.progress_bar() as progress:
+            training.train(model.to(place), data, settings, out, on_step, on_sample, progress)
+    finally:
+        signal.signal(signal.SIGTERM, earlier or signal.SIG_DFL)  # None is a handler that is not Python's
     metrics = training.read_metrics(out)  # empty if no step was left to do and the file was deleted
     last = asdict(metrics[-1]) if metrics else None
     if last is not None:

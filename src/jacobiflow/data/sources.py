@@ -18,6 +18,7 @@ from torch import Tensor
 
 from jacobiflow.checks import check_choice, check_count
 from jacobiflow.data.dataset import DataError, ImageDataset
+from jacobiflow.files import regular_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,6 +27,8 @@ Split: TypeAlias = Literal["train", "test"]
 
 _BUNDLED = {"fashion-512": "fashion512.npz", "emoji-256": "emoji256.npz"}
 _NAMES = (*_BUNDLED, "fashion-mnist", "digits")
+_SPLITS: dict[str, tuple[Split, ...]] = {"fashion-mnist": ("train", "test"), "digits": ()}
+_IDX_STEMS: dict[Split, str] = {"train": "train", "test": "t10k"}  # first word of the names of IDX files
 _FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".pgm", ".ppm", ".tif", ".tiff"})
 _BROKEN = (OSError, EOFError, LookupError, TypeError, ValueError, zlib.error, zipfile.BadZipFile)
@@ -40,7 +43,7 @@ def load_images(source: str, size: int, channels: int, split: Split = "train") -
             perhaps `labels` (N,), or a folder of IDX files (MNIST's format) or of images; see `image_folder`.
         size: Side of the images in pixels; only images of a folder are resized.
         channels: 3, or 1 for grey.
-        split: Only "fashion-mnist" and IDX files have a test split; of other sources, all images are returned.
+        split: "train" loads all images of a source without a test split; see `available_splits`.
 
     Example:
         >>> data = load_images("fashion-512", size=28, channels=1)
@@ -49,6 +52,8 @@ def load_images(source: str, size: int, channels: int, split: Split = "train") -
     """
     size, channels = check_count("size", size), check_count("channels", channels)
     check_choice("split", split, ("train", "test"))
+    if split == "test" and "test" not in available_splits(source):
+        raise DataError(f"{source}: has no test split; give split='train', or fashion-mnist or a folder of IDX files")
     if source == "digits":
         data = digits()
     elif source in _BUNDLED:
@@ -60,7 +65,7 @@ def load_images(source: str, size: int, channels: int, split: Split = "train") -
         data = _npz_file(Path(source))
     elif not os.path.isdir(source):
         raise DataError(f"{source}: neither an .npz file, a folder, nor one of {', '.join(_NAMES)}")
-    elif any(Path(source).glob("*-idx?-ubyte*")):
+    elif available_splits(source):
         data = idx_folder(source, split)
     else:
         data = image_folder(source, size, channels)
@@ -68,6 +73,18 @@ def load_images(source: str, size: int, channels: int, split: Split = "train") -
         have, want = "x".join(map(str, data.images.shape[1:])), f"{channels}x{size}x{size}"
         raise DataError(f"{source}: images are {have}, the flow takes {want}; give other images or a folder")
     return data
+
+
+def available_splits(source: str) -> tuple[Split, ...]:
+    """Returns the splits of a source of `load_images`; () if training and test images are not told apart in it.
+
+    Example:
+        >>> available_splits("fashion-512"), available_splits("fashion-mnist"), available_splits("digits")
+        (('train',), ('train', 'test'), ())
+    """
+    if source in _NAMES:
+        return _SPLITS.get(source, ("train",))
+    return tuple(split for split, stem in _IDX_STEMS.items() if any(Path(source).glob(f"{stem}-*-idx?-ubyte*")))
 
 
 def digits() -> ImageDataset:
@@ -87,7 +104,7 @@ def idx_folder(folder: str | Path, split: Split = "train") -> ImageDataset:
         folder: Holds `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, and two files `t10k-...` of the test split;
             each gzipped or not.
     """
-    stem = {"train": "train", "test": "t10k"}[split]
+    stem = _IDX_STEMS[split]
     images = _idx_file(Path(folder), f"{stem}-images-idx3-ubyte")
     return _dataset(folder, images, _idx_file(Path(folder), f"{stem}-labels-idx1-ubyte"))
 
@@ -110,7 +127,7 @@ def _idx_file(folder: Path, name: str) -> NDArray[np.uint8]:
 
 def _npz_file(path: Path) -> ImageDataset:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(regular_file(path), allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays.get("labels")
     except _BROKEN as error:
         raise DataError(f"{path}: no .npz file with images and labels ({error})") from error
@@ -139,8 +156,8 @@ def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDatas
         channels: 3, or 1 for grey.
 
     Raises:
-        DataError: If there is no image, a class has none, images lie beside class folders, or an image is broken,
-            animated, of 32-bit pixels or smaller than `size`.
+        DataError: If there is no image, a class has none, images lie beside class folders, a link leads to a folder
+            that its class has already, or an image is broken, animated, of 32-bit pixels or smaller than `size`.
     """
     root = Path(folder)
     size, channels = check_count("size", size), check_choice("channels", channels, (1, 3))
@@ -175,9 +192,14 @@ def _list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    found, folders = list[Path](), [folder]
+    found, folders, seen = list[Path](), [folder], set[tuple[int, int]]()
     while folders:
-        images, subfolders = _list_folder(folders.pop())
+        folder = folders.pop()
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            raise DataError(f"{folder}: links make the images of this folder count twice; remove the links")
+        seen.add((status.st_dev, status.st_ino))
+        images, subfolders = _list_folder(folder)
         found += images
         folders += reversed(subfolders)
     return found
@@ -188,7 +210,7 @@ def read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
     from PIL import Image
 
     try:
-        with Image.open(path) as file:
+        with Image.open(regular_file(path)) as file:
             image = _flatten(file).convert("L" if channels == 1 else "RGB")
     except Exception as error:  # on broken files, Pillow's decoders raise nearly anything
         raise DataError(f"{path}: not a usable image ({error}); replace or remove it") from error

@@ -11,11 +11,14 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from jacobiflow.checks import check_count, check_floating
 from jacobiflow.data import DataError, quantize
+from jacobiflow.errors import InputValueError
 from jacobiflow.evaluation.features import InceptionFeatures, load_tensors, need_extra
 from jacobiflow.files import write_atomically
 from jacobiflow.measuring import paired_error
 
+_ROUNDING = 1e-6  # largest relative rounding error of sums that may have been formed in float32
 _NEIGHBOURS = 3
 SMALLEST = _NEIGHBOURS + 1  # number of images that precision and recall need on either side
 _EXPECTED = "a file that Statistics.save wrote, or a *_fid_stats.pth of the original TarFlow code"
@@ -56,13 +59,31 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Reads the statistics of the real images from a state dict of `FrechetInceptionDistance`."""
+        """Reads the statistics of the real images from a state dict of `FrechetInceptionDistance`.
+
+        Raises:
+            DataError: If the file is another, or its values are not those of any images.
+        """
         state = load_tensors(Path(path), _EXPECTED)
         try:
             num, total, outer = (state[f"real_features_{name}"] for name in ("num_samples", "sum", "cov_sum"))
-            return cls(int(num), total.double(), outer.double())
-        except (LookupError, TypeError, AttributeError) as error:
+            check_floating("sum", total, ("d",))
+            check_floating("cov_sum", outer, (len(total), len(total)))
+            statistics = cls(check_count("num_samples", int(num), least=2), total.double(), outer.double())
+            statistics._check_covariance()
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"{path}: no statistics of FrechetInceptionDistance ({error}); give {_EXPECTED}") from error
+        return statistics
+
+    def _check_covariance(self) -> None:
+        """Raises ValueError if the covariance is not one of float32 features."""
+        covariance = self.covariance()
+        if not covariance.float().isfinite().all():
+            raise InputValueError("the covariance is beyond the range of float32")
+        if (self.outer - self.outer.T).abs().max() > _ROUNDING * self.outer.abs().max():
+            raise InputValueError("cov_sum is not symmetric")
+        if torch.linalg.eigvalsh(covariance)[0] * self.num < -_ROUNDING * self.outer.trace():
+            raise InputValueError("the covariance has a negative eigenvalue")
 
     def save(self, path: str | Path, inception: InceptionFeatures | None = None) -> None:
         """Writes a state dict of `FrechetInceptionDistance`; the original code needs Inception's weights in it too."""

@@ -12,8 +12,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from jacobiflow.checks import check_floating
 from jacobiflow.data import DataError
 from jacobiflow.errors import first_line
+from jacobiflow.files import regular_file
 from jacobiflow.progress import Progress
 
 FeatureFunction: TypeAlias = Callable[[UInt8[Tensor, "n c h w"]], Float[Tensor, "n d"]]
@@ -29,15 +31,21 @@ def load_features(name: str, inception: Path | None = None) -> FeatureFunction:
             returns floating-point features (N, d). The file is run.
         inception: A file of Inception's weights; see `InceptionFeatures`.
     """
-    if name == "inception":
-        return InceptionFeatures(inception)
+    return InceptionFeatures(inception) if name == "inception" else load_function(name, "inception")
+
+
+def load_function(name: str, other: str) -> Callable[..., Any]:
+    """Runs the file of "FILE.py:FUNCTION" and returns the function; an error says to give `other` or such a name."""
     file, _, function = name.rpartition(":")
     if not file.endswith(".py") or not Path(file).is_file():
-        raise DataError(f"{name}: give inception, or FILE.py:FUNCTION for features of your own")
-    features = runpy.run_path(file).get(function)
-    if not callable(features):
+        raise DataError(f"{name}: no such file; give {other}, or FILE.py:FUNCTION for a function of your own")
+    try:
+        value = runpy.run_path(file).get(function)
+    except Exception as error:  # anything that running a file can raise
+        raise DataError(f"{name}: the file cannot be run ({type(error).__name__}: {error}); correct it") from error
+    if not callable(value):
         raise DataError(f"{name}: no function of this name in the file")
-    return features
+    return value
 
 
 class InceptionFeatures(nn.Module):
@@ -77,7 +85,7 @@ class InceptionFeatures(nn.Module):
 def load_tensors(path: Path, expected: str) -> Any:
     """Loads what `torch.save` wrote, tensors only: no code in the file is run."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(regular_file(path), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds
         raise DataError(f"{path}: no file of tensors ({first_line(error)}); give {expected}") from error
 
@@ -96,13 +104,20 @@ def extract(
         features: A function, or a module, which gets the images on its device.
         num: The number of all images, for `progress`.
         batch_size: Images in the network at a time.
+
+    Raises:
+        ValueError, TypeError: If `features` does not return floating-point features (n, d) for n images.
     """
     weight = next(features.parameters(), None) if isinstance(features, nn.Module) else None
     device = torch.device("cpu") if weight is None else weight.device
-    parts, done = [], 0
+    parts, done = list[Tensor](), 0
+    width: int | str = "d"
     for images in batches:
         for part in images.split(batch_size):
-            parts.append(features(part.to(device)).float().cpu())
+            values = features(part.to(device))
+            check_floating("result of the feature function", values, (len(part), width))
+            width = values.shape[1]
+            parts.append(values.float().cpu())
             done += len(part)
             if progress is not None:
                 progress(done, max(num, done), "features")

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jacobiflow.checks import check_choice, check_kind, short
+from jacobiflow.checks import FLOATS, check_choice, check_kind, short
 from jacobiflow.errors import InputValueError
 
 Tokens = Float[Tensor, "b t c"]
@@ -38,7 +38,9 @@ class Permutation:
     def __post_init__(self) -> None:
         if isinstance(self.order, str):
             check_choice("order", self.order, ("identity", "flip"))
-        elif sorted(self.order) != list(range(len(self.order))):
+            return
+        check_kind("order", self.order, tuple, '"identity", "flip" or a tuple of indices')
+        if set(self.order) != set(range(len(self.order))):
             raise InputValueError(f"order={short(self.order)}: give each of 0 to {len(self.order) - 1} once")
 
     def __call__(self, x: Tensor, dim: int = 1) -> Tensor:
@@ -240,7 +242,7 @@ def check_context(context: Any, num_tokens: int, channels: int) -> None:
     """Checks that a context is numbers (B, K) or (B, T, K)."""
     give = f"floating-point numbers (B, {channels}), or (B, {num_tokens}, {channels}) with a row for each token"
     check_kind("context", context, Tensor, give)
-    if not context.is_floating_point() or tuple(context.shape[1:]) not in ((channels,), (num_tokens, channels)):
+    if context.dtype not in FLOATS or tuple(context.shape[1:]) not in ((channels,), (num_tokens, channels)):
         raise InputValueError(f"context={short(context)}: give {give}")
 
 

@@ -16,8 +16,10 @@ from jacobiflow.checks import check_count, check_flag, check_kind, check_number,
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.flows.base import Permutation
 from jacobiflow.flows.guidance import Guidance, SamplingSettings
+from jacobiflow.latents import MOST_SAMPLES
 
-_MAX_SIZE = 2**20  # a larger one is a slip
+_MAX_SIZE = 2**20  # of tokens, channels and the like; a larger one is a slip
+_MAX_LAYERS = 2**10  # of all blocks together, which take seconds to build
 
 
 class FlowConfig(Protocol):
@@ -150,22 +152,15 @@ class TokenConfig:
     def __post_init__(self) -> None:
         check_sizes(self)
         check_flag("nvp", self.nvp)
-        for name in ("channels", "layers_per_block"):
-            sizes = getattr(self, name)
-            for size in sizes if isinstance(sizes, tuple) else (sizes,):
-                check_count(name, size, 1, _MAX_SIZE)
-            if isinstance(sizes, tuple) and len(sizes) != self.num_blocks:
-                raise InputValueError(
-                    f"{name}={short(sizes)}: give a number, or one for each of {self.num_blocks} blocks"
-                )
-        for channels in self.channels if isinstance(self.channels, tuple) else (self.channels,):
-            check_heads(channels, self.head_dim)
+        check_heads(self.channels, self.head_dim)
         if self.num_classes and self.context_channels:
             raise InputValueError(
                 f"num_classes={self.num_classes}, context_channels={self.context_channels}: the context is either "
                 "classes or numbers; give one of them"
             )
         check_kind("orders", self.orders, tuple, 'a tuple of "identity", "flip" or tuples of indices')
+        if not self.orders:
+            raise InputValueError('orders=(): give one or more, such as ("identity", "flip")')
         for order in self.orders:
             Permutation(order)
             if isinstance(order, tuple) and len(order) != self.num_tokens:
@@ -179,10 +174,11 @@ class TokenConfig:
         return BlockShape(channels, layers, self.orders[index % len(self.orders)])
 
 
-def check_heads(channels: int, head_dim: int) -> None:
-    """Raises ValueError if `head_dim` does not divide `channels`."""
-    if channels % head_dim:
-        raise InputValueError(f"head_dim={head_dim} does not divide channels={channels}")
+def check_heads(channels: int | tuple[int, ...], head_dim: int) -> None:
+    """Raises ValueError if `head_dim` does not divide the channels of every block."""
+    for width in channels if isinstance(channels, tuple) else (channels,):
+        if width % head_dim:
+            raise InputValueError(f"head_dim={head_dim} does not divide channels={width}")
 
 
 @dataclass(frozen=True)
@@ -232,12 +228,30 @@ class MAFConfig:
 
 
 def check_sizes(config: FlowConfig) -> None:
-    """Converts the numbers of a config to Python's, and checks that the whole ones are positive."""
+    """Converts the numbers of a config to Python's, and checks that its sizes are positive and not too large to build.
+
+    A size whose default is 0 may be 0. A tuple of sizes has one for each block.
+    """
     convert_numbers(config)
     for entry in fields(config):
-        if entry.type == "int":
-            least = 0 if entry.name in ("num_classes", "context_channels") else 1
-            check_count(entry.name, getattr(config, entry.name), least, _MAX_SIZE)
+        sizes, kind = getattr(config, entry.name), str(entry.type)
+        if isinstance(sizes, tuple) and "tuple[int" in kind:
+            if len(sizes) != config.num_blocks:
+                raise InputValueError(
+                    f"{entry.name}={short(sizes)}: give a number, or one for each of {config.num_blocks} blocks"
+                )
+            for size in sizes:
+                check_count(entry.name, size, most=_MAX_SIZE)
+        elif kind.startswith("int") or entry.type is int:
+            check_count(entry.name, sizes, 0 if entry.default == 0 else 1, _MAX_SIZE)
+    for name in ("num_tokens", "token_channels"):
+        check_count(name, getattr(config, name), 0, _MAX_SIZE)
+    layers = getattr(config, "layers_per_block", getattr(config, "hidden_layers", 1))
+    total = sum(layers) if isinstance(layers, tuple) else layers * config.num_blocks
+    if total > _MAX_LAYERS:
+        raise InputValueError(
+            f"{total:,} layers in {config.num_blocks:,} blocks: the limit is {_MAX_LAYERS:,}; give fewer"
+        )
 
 
 @dataclass(frozen=True)
@@ -308,6 +322,9 @@ Context = Labels | Tensor | str | Sequence[str]
 def as_labels(labels: Any, num: int) -> Int[Tensor, " n"]:
     """Converts labels to a tensor of int64 or int32; a single class is that of all `num` samples."""
     give, tensor = "a class, or a tensor or list (N,) of classes, whole numbers", labels
+    if isinstance(labels, Tensor | np.ndarray):
+        check_kind("labels", labels, Tensor | np.ndarray, give)
+        check_count("number of labels", math.prod(labels.shape), 0, MOST_SAMPLES)  # before they are copied
     if not isinstance(labels, Tensor):
         try:
             tensor = torch.as_tensor(np.array(labels))  # a copy, since arrays may be read-only or have negative strides

@@ -13,8 +13,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jacobiflow.checks import check_device, check_finite, check_floating, check_kind, check_path, check_rows, short
-from jacobiflow.errors import CheckpointError, InputTypeError, InputValueError
+from jacobiflow.checks import (
+    FLOATS,
+    check_device,
+    check_finite,
+    check_floating,
+    check_kind,
+    check_number,
+    check_path,
+    check_rows,
+    short,
+)
+from jacobiflow.errors import CheckpointError, InputError, InputTypeError, InputValueError
 from jacobiflow.flows.base import AffineBlock, FlowBlock, Permutation, ScaleShift, Tokens, check_context
 from jacobiflow.flows.config import Context, FlowConfig, Labels, as_labels, describe_unknown
 from jacobiflow.flows.folder import CONFIG, ModelFolder, build, check_dtype, hub_client, reports_in, write_model
@@ -71,11 +81,15 @@ class Flow(nn.Module):
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
-        names = " or a ".join(kind.__name__ for kind in self.config_types)
-        check_kind("config", config, self.config_types, f"a {names}")
+        self.check_config(config)
         self.config = config
         self.blocks = nn.ModuleList(map(self.make_block, range(config.num_blocks)))  # type: ignore[assignment]
         self.register_buffer("var", torch.ones(config.num_tokens, config.token_channels))
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        """Checks that `config` is of a kind that the flow takes."""
+        check_kind("config", config, cls.config_types, f"a {' or a '.join(kind.__name__ for kind in cls.config_types)}")
 
     def make_block(self, index: int) -> FlowBlock:
         """Makes a block; by default they read the tokens alternately as they are and reversed."""
@@ -104,6 +118,11 @@ class Flow(nn.Module):
             raise CheckpointError(f"{folder.path}: a {folder.model_type!r}, not a {cls.__name__}; use jacobiflow.load")
         flow = build(cls, folder.config(cls.config_types), folder.state(), str(folder.path))
         flow.recommended, flow.report_files = folder.recommended, reports_in(folder.path)
+        try:
+            flow.guided(flow.recommended.guidance)
+            check_rate(flow, flow.recommended.denoise)
+        except InputError as error:
+            raise CheckpointError(f"{folder.path / CONFIG}: recommended: {error}") from error
         return flow
 
     def save_pretrained(self, save_directory: str | Path, *, dtype: torch.dtype | str | None = None) -> None:
@@ -216,7 +235,8 @@ class Flow(nn.Module):
             assert isinstance(context, Tensor)
             check_finite("context", context)
             return context
-        if _is_numbers(context) and not self.config.num_classes:
+        is_numbers = isinstance(context, Tensor) and context.is_floating_point()
+        if is_numbers and not self.config.num_classes:
             raise InputValueError(f"context={short(context)}: this flow's context is labels, or none; leave it out")
         return None if context is None else self.check_labels(context, num)  # type: ignore[arg-type]
 
@@ -241,9 +261,8 @@ class Flow(nn.Module):
 
     def check_batch(self, x: Data, context: Context | None) -> Tensor | None:
         """Checks that data and context fit the flow; returns the context as a tensor on its device."""
+        check_flow(self)
         self.check_data(x)
-        if not self.config.num_classes and not _is_numbers(context) and not self._context_channels:
-            return None
         context = self.check_context(context, len(x))
         return None if context is None else context.to(self.var.device)
 
@@ -280,7 +299,7 @@ class Flow(nn.Module):
         """Returns tokens after all blocks, before the prior's scale, and log|det| in nats, summed over dimensions.
 
         They are at least float32, in whatever dtype the network runs. `context` is labels (N,), one label for all, or
-        numbers (N, K) or (N, T, K), as the flow takes it; a flow without classes ignores labels.
+        numbers (N, K) or (N, T, K), as the flow takes it.
         """
         context = self.check_batch(x, context)
         return self._normalize(self.to_tokens(x.to(torch.promote_types(x.dtype, state_dtype(self)))), context)
@@ -321,15 +340,21 @@ def log_normal(z: Tokens) -> Float[Tensor, " n"]:
     return -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=(1, 2))
 
 
-def _is_numbers(context: Any) -> bool:
-    return isinstance(context, Tensor) and context.is_floating_point()
-
-
 def check_flow(flow: Any) -> None:
     """Checks that `flow` is a flow."""
     check_kind("flow", flow, Flow, "a flow, such as jacobiflow.load(...) returns")
     if not flow.config.num_tokens:
         raise InputValueError("flow: of any peptide; give the view of one, flow.for_peptide(...)")
+    if flow.var.dtype not in FLOATS:
+        raise InputValueError(f"flow: its weights are of {flow.var.dtype}; give flow.float()")
+
+
+def check_rate(flow: Flow, rate: float, name: str = "denoise") -> float:
+    """Returns the rate as a Python number; raises ValueError, naming it `name`, if the flow has no noise to remove."""
+    rate = check_number(name, rate, give="0 (off) or a positive rate")
+    if rate and not flow.config.noise_std:
+        raise InputValueError(f"{name}={rate}: this flow's noise_std is 0, there is no noise to remove; give 0")
+    return rate
 
 
 def state_dtype(flow: Flow) -> torch.dtype:

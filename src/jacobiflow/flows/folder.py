@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from jacobiflow import codec
-from jacobiflow.checks import check_kind, short
+from jacobiflow.checks import FLOATS, check_kind, short
 from jacobiflow.errors import CheckpointError, InputError, InputValueError, first_line
 from jacobiflow.files import json_bytes, read_object, regular_file, remove_partials, write_atomically, write_beside
 from jacobiflow.flows.config import FlowConfig
@@ -30,7 +30,6 @@ README = "README.md"
 FORMAT_VERSION = 1
 MODELS = Path(__file__).parents[1] / "models"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 AnyConfig = TypeVar("AnyConfig", bound=FlowConfig)
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -230,10 +229,6 @@ def build(make: Callable[[Any], AnyModule], config: Any, state: dict[str, Tensor
     out of `state`; a CheckpointError begins with `source`.
     """
     check_values(state, source)
-    layers = getattr(config, "layers_per_block", getattr(config, "hidden_layers", 0))
-    num_layers = sum(layers) if isinstance(layers, tuple) else config.num_blocks * layers
-    if num_layers > len(state):  # before a million of them are made
-        raise CheckpointError(f"{source}: does not fit the config: {num_layers:,} layers, but {len(state)} tensors")
     with torch.device("meta"):
         module = make(config)
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in state.values()), torch.float32)
@@ -246,21 +241,35 @@ def build(make: Callable[[Any], AnyModule], config: Any, state: dict[str, Tensor
     return module.eval()
 
 
-def check_values(state: Mapping[str, Tensor], source: str) -> None:
-    """Raises CheckpointError if a value is not a finite floating-point one, or a variance of the prior not positive."""
-    problems = [f"{name} is of {tensor.dtype}" for name, tensor in state.items() if tensor.dtype not in _FLOATS]
-    problems += [f"{name} has non-finite values" for name, tensor in state.items() if not tensor.isfinite().all()]
-    if "var" in state and not (state["var"] > 0).all():
-        problems.append("var has values that are not positive")
-    if problems:
-        raise CheckpointError(f"{source}: {'; '.join(problems)}")
+def check_values(
+    state: Mapping[str, Tensor], source: str, dtypes: Sequence[torch.dtype] = FLOATS, are_read: bool = True
+) -> None:
+    """Raises CheckpointError if an entry is not a dense tensor of these dtypes, or its values cannot be weights.
+
+    Without `are_read` the values themselves are not looked at.
+    """
+
+    def flaw(name: str, tensor: Tensor) -> str:
+        if tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta:
+            return "is not a dense tensor with values"
+        if tensor.dtype not in dtypes:
+            return f"is of {tensor.dtype}"
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            return "has more values than the file stores"
+        if are_read and not tensor.isfinite().all():
+            return "has non-finite values"
+        return "has values that are not positive" if are_read and name == "var" and not (tensor > 0).all() else ""
+
+    flaws = [f"{name} {text}" for name, tensor in state.items() if (text := flaw(name, tensor))]
+    if flaws:
+        raise CheckpointError(f"{source}: {'; '.join(flaws)}")
 
 
 def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """Returns the floating-point dtype of that name, or `None`."""
     check_kind("dtype", dtype, str | torch.dtype | None, "a dtype, such as torch.float64, its name, or None")
     number = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if number is None or number in _FLOATS:
+    if number is None or number in FLOATS:
         return number
-    names = ", ".join(str(name).removeprefix("torch.") for name in _FLOATS)
+    names = ", ".join(str(name).removeprefix("torch.") for name in FLOATS)
     raise InputValueError(f"dtype={dtype!r}: give one of {names}")

@@ -20,8 +20,9 @@ from jacobiflow.flows.base import FlowBlock, Permutation, ScaleShift, Tokens, ch
 from jacobiflow.flows.config import MAFConfig, embed_classes
 from jacobiflow.flows.flow import Flow, Images, register
 from jacobiflow.flows.guidance import Guidance
-from jacobiflow.native import usable
-from jacobiflow.native.masked import Elementwise, Function, Kind, Operation, Transform, masked_transform, run_chain
+from jacobiflow.native import usable_library
+from jacobiflow.native.boundary import Elementwise, Function, Kind, Operation, UnfitError
+from jacobiflow.native.masked import MaskedOperation, TransformChain, masked_transform
 
 _CONSTANT = 1e-3  # an entry whose standard deviation over the first batch is below it keeps its scale
 
@@ -137,8 +138,7 @@ class MAFBlock(FlowBlock):
     def exact_inverse(
         self, z: Tokens, context: Int[Tensor, " b"] | None = None, guidance: Guidance | None = None
     ) -> tuple[Tokens, Float[Tensor, " b"]] | None:
-        # Native code trusts the sizes; if they are wrong, the loop in PyTorch reports it.
-        if usable(z, *self.parameters()) is None or z.shape[1:] != (self.num_tokens, 1):
+        if usable_library() is None or z.dtype != torch.float32 or z.shape[2:] != (1,):
             return None
         tensors = [tensor for layer in self.layers for tensor in (layer.weight, layer.bias)]
         tables = [layer.class_embed for layer in self.layers if layer.class_embed is not None]
@@ -147,11 +147,13 @@ class MAFBlock(FlowBlock):
         if guidance is not None:
             tensors += [layer.offset(None).squeeze(0) for layer in self.layers]
             tensors.append(torch.stack(guidance.weights(z), dim=1))
-        shape = (self.num_tokens, self.hidden_features, len(self.layers))
-        transforms, _ = _transforms(*shape, has_classes=bool(tables), is_guided=guidance is not None)
+        shapes = tuple(tensor.shape for tensor in tensors)
+        try:
+            chain = _chain(shapes, len(self.layers), bool(tables), guidance is not None)
+        except UnfitError:
+            return None
         tensors = [tensor.contiguous() for tensor in tensors]
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        result = run_chain(transforms, pointers, z.squeeze(-1), classes, is_inverse=True, log_det="rows")
+        result = chain.evaluate(tensors, z.squeeze(-1), classes, is_inverse=True, log_det="rows")
         return None if result is None or result.log_det is None else (result.values.unsqueeze(-1), result.log_det)
 
     def output_weights(self) -> tuple[Float[Tensor, "t h"], Float[Tensor, "t h"]]:
@@ -196,19 +198,21 @@ def _read_out(out: Float[Tensor, "b n2"], dtype: torch.dtype) -> ScaleShift:
 
 
 @lru_cache(maxsize=32)
-def _transforms(tokens: int, units: int, layers: int, has_classes: bool, is_guided: bool) -> tuple[Any, Any]:
-    """Describes the block to native code; returns the transforms, and the memory that they point to.
+def _chain(shapes: tuple[torch.Size, ...], layers: int, has_classes: bool, is_guided: bool) -> TransformChain:
+    """Describes the block to native code.
 
-    The order of tensors: weight and bias of each layer, the classes' embeddings, the second network's biases, the
-    guidance weights.
+    The order of tensors, which have these `shapes`: weight and bias of each layer, the classes' embeddings, the second
+    network's biases, the guidance weights.
     """
+    units, tokens = shapes[0]
     hidden = (list(range(units)), [_units_below(token, tokens, units) for token in range(tokens)])
     second = (3 if has_classes else 2) * layers
     outputs = (list(range(2 * tokens)), [2 * token + 2 for token in range(tokens)])
-    operations: list[tuple[Operation, Sequence[int], Sequence[int]]] = []
+    operations: list[MaskedOperation] = []
 
     def add(kind: Kind, order: Any, source: int, **fields: Any) -> int:
-        operations.append((Operation(kind=kind, source=source, **{"weight": -1, "bias": -1, **fields}), *order))
+        operation = Operation(kind=kind, source=source, **{"weight": -1, "bias": -1, **fields})
+        operations.append(MaskedOperation(operation, order))
         return len(operations)
 
     def network(is_second: bool) -> int:
@@ -227,11 +231,12 @@ def _transforms(tokens: int, units: int, layers: int, has_classes: bool, is_guid
     if is_guided:
         other = network(is_second=True)
         add(Kind.EXTRAPOLATION, outputs, value, other=other, bias=second + layers)
-    order = list(range(tokens))
-    transform, memory = masked_transform(
-        [*order, tokens], order, operations, (order, order), kind=Elementwise.LOG_AFFINE, features=tokens, parameters=2
+    order, kind = list(range(tokens)), Elementwise.LOG_AFFINE
+    classes = shapes[2 * layers][1] if has_classes else 0
+    transform = masked_transform(
+        [*order, tokens], order, operations, (order, order), shapes, parameters=2, own_context=classes, kind=kind
     )
-    return (Transform * 1)(transform), memory
+    return TransformChain([(transform, False)])
 
 
 @register

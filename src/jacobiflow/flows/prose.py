@@ -8,21 +8,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.checks import check_count, check_flag, convert_numbers
-from jacobiflow.errors import CheckpointError, InputValueError
+from jacobiflow.checks import check_flag, check_kind, short
+from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.flows.base import Permutation
+from jacobiflow.flows.config import check_heads, check_sizes
 from jacobiflow.flows.flow import Flow, register
 from jacobiflow.flows.folder import build
 from jacobiflow.flows.tarflow.attention import Adaptive, Attention, AttentionBlock, LayerWeights
 from jacobiflow.flows.tarflow.block import TransformerBlock
-from jacobiflow.flows.tarflow.original import count_groups, read_original
+from jacobiflow.flows.tarflow.original import count_groups, read_original, shape_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -69,13 +70,14 @@ class ProseConfig:
     noise_std: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        convert_numbers(self)
-        for name in ("channels", "num_blocks", "layers_per_block", "token_channels", "head_dim", "expansion"):
-            check_count(name, getattr(self, name))
+        check_sizes(self)
+        check_heads(self.channels, self.head_dim)
         check_flag("adaptive", self.adaptive)
         check_flag("lookahead", self.lookahead)
-        if self.channels % self.head_dim:
-            raise InputValueError(f"head_dim={self.head_dim} does not divide channels={self.channels}")
+        give = "a tuple of names of permutations"
+        check_kind("orders", self.orders, tuple, give)
+        if not self.orders or not all(isinstance(name, str) for name in self.orders):
+            raise InputValueError(f"orders={short(self.orders)}: give {give}")
 
 
 class _AdaptiveNorm(nn.Module):
@@ -234,6 +236,14 @@ class _Embedder(nn.Module):
         return self.mlp(torch.cat((atoms, residues, positions, lengths), dim=-1))
 
 
+def _numbers(name: str, values: Any, device: torch.device | None = None) -> Tensor:
+    """The values, which a message calls `name`, as a vector."""
+    try:
+        return torch.as_tensor(values, device=device).flatten()
+    except (RuntimeError, TypeError, ValueError) as error:  # PyTorch raises any of these
+        raise InputTypeError(f"{name}={short(values)}: give whole numbers") from error
+
+
 def sinusoid(numbers: Int[Tensor, " t"], channels: int, period: float) -> Float[Tensor, "t c"]:
     """Returns sin and cos of n period^(-2k / channels), k = 0, 1, .., in turn."""
     rates = torch.exp(torch.arange(0, channels, 2, device=numbers.device) * -(math.log(period) / channels))
@@ -272,13 +282,11 @@ class Prose(Flow):
         `orders` are the names of the permutations, by default those of the released Prose.
         """
         state = read_original(path)
-        try:
-            channels, token_channels = state["blocks.0.proj_in.weight"].shape
-            adaptive = "blocks.0.attn_blocks.0.mha.adaln.to_beta.weight" in state
-            inner = "blocks.0.attn_blocks.0." + ("mha.mha." if adaptive else "")
-            hidden, _ = state[f"{inner}mlp.main.0.weight"].shape
-        except KeyError as error:
-            raise CheckpointError(f"{path}: not the state dict of a Prose, which has {error}") from None
+        shape = partial(shape_of, state, str(path), "Prose")
+        channels, token_channels = shape("blocks.0.proj_in.weight", 2)
+        adaptive = "blocks.0.attn_blocks.0.mha.adaln.to_beta.weight" in state
+        inner = "blocks.0.attn_blocks.0." + ("mha.mha." if adaptive else "")
+        hidden, _ = shape(f"{inner}mlp.main.0.weight", 2)
         config = ProseConfig(
             channels=channels,
             num_blocks=count_groups(state, r"blocks\.(\d+)\."),
@@ -287,7 +295,7 @@ class Prose(Flow):
             expansion=hidden // channels,
             adaptive=adaptive,
             lookahead="blocks.0.proj_cond.2.weight" in state,
-            orders=tuple(orders),
+            orders=tuple(orders) if isinstance(orders, list) else orders,  # type: ignore[arg-type]  # which is checked
         )
         state["var"] = torch.ones(0, token_channels)
         return build(cls, config, state, str(path))
@@ -302,12 +310,12 @@ class Prose(Flow):
                 gives them.
             permutations: By name, the indices (T,) or (1, T) of the atoms in the order that a block reads them in.
         """
-        device = self.var.device
+        weight = self.cond_embed.atom_embed.weight  # not `var`, which does not move with the parameters of a view
         missing = [name for name in ENCODINGS if name not in encodings]
         missing += [name for name in self.config.orders if name not in permutations]
         if missing:
             raise InputValueError(f"encodings and permutations lack {', '.join(missing)}")
-        tensors = {name: torch.as_tensor(encodings[name], device=device).flatten() for name in ENCODINGS}
+        tensors = {name: _numbers(name, encodings[name], weight.device) for name in ENCODINGS}
         num_atoms = len(tensors["atom_type"])
         for name, tensor in tensors.items():
             limit = {"atom_type": _ATOMS, "aa_type": _RESIDUES}.get(name, 2**31)
@@ -321,15 +329,19 @@ class Prose(Flow):
         view = copy.copy(self)
         view.config = replace(self.config, num_tokens=num_atoms)
         view._modules, view._buffers = dict(self._modules), dict(self._buffers)
+        view._non_persistent_buffers_set = set()
+        for name, tensor in tensors.items():
+            view.register_buffer(name, tensor, persistent=False)
         blocks = []
         for i, block in enumerate(self.blocks):
-            order = torch.as_tensor(permutations[self.config.orders[i % len(self.config.orders)]]).flatten().tolist()
+            name = self.config.orders[i % len(self.config.orders)]
+            order = _numbers(name, permutations[name]).tolist()
             if len(order) != num_atoms:
                 raise InputValueError(f"permutations: {len(order)} indices, but {num_atoms} atoms")
             block = copy.copy(block)
             block.permutation, block.num_tokens = Permutation(tuple(order)), num_atoms
-            block.embed_atoms = partial(self.cond_embed, tensors)
+            block.embed_atoms = partial(self.cond_embed, view._buffers)  # whose tensors move with the view
             blocks.append(block)
         view.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
-        view.var = self.var.new_ones(num_atoms, self.config.token_channels)
+        view.var = weight.new_ones(num_atoms, self.config.token_channels)
         return view

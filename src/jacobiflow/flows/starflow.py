@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jacobiflow.checks import (
-    check_count,
+    FLOATS,
     check_finite,
+    check_floating,
     check_kind,
     check_number,
     check_positive,
@@ -29,7 +31,7 @@ from jacobiflow.flows.folder import build
 from jacobiflow.flows.guidance import Guidance, SamplingSettings
 from jacobiflow.flows.tarflow.attention import AttentionBlock, LayerWeights, Rotation
 from jacobiflow.flows.tarflow.block import TarFlowCache, TransformerBlock
-from jacobiflow.flows.tarflow.original import count_groups, read_original
+from jacobiflow.flows.tarflow.original import count_groups, read_original, shape_of
 from jacobiflow.flows.text import EncodeText
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, draw_latents
 
@@ -80,21 +82,16 @@ class STARFlowConfig:
     num_classes: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
+        give = "a tuple with a number for each block"
+        check_kind("layers_per_block", self.layers_per_block, tuple, give)
+        if not self.layers_per_block:
+            raise InputValueError(f"layers_per_block=(): give {give}")
         check_sizes(self)
         if self.image_size % self.patch_size:
             raise InputValueError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
         if self.head_dim % 4 or self.head_dim <= 2 * _TEXT_PAIRS:
             raise InputValueError(f"head_dim={self.head_dim}: give 20 or a larger multiple of 4")
-        check_kind("layers_per_block", self.layers_per_block, tuple, "a tuple with a number for each block")
-        for layers in self.layers_per_block:
-            check_count("layers_per_block", layers)
-        if isinstance(self.channels, tuple) and len(self.channels) != self.num_blocks:
-            raise InputValueError(
-                f"channels={short(self.channels)}: give a number, or one for each of {self.num_blocks} blocks"
-            )
-        for channels in self.channels if isinstance(self.channels, tuple) else (self.channels,):
-            check_count("channels", channels)
-            check_heads(channels, self.head_dim)
+        check_heads(self.channels, self.head_dim)
         check_positive("soft_clip", self.soft_clip)
         check_number("noise_std", self.noise_std, give="0 or a positive standard deviation")
 
@@ -251,8 +248,9 @@ class STARFlow(Flow):
         """
         state = read_original(path)
         config = infer_config(state, str(path)) if config is None else config
+        cls.check_config(config)
         state = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in _DEAD}
-        states = torch.zeros(1, 0, config.text_channels) if encode_text is None else encode_text([""])
+        states = torch.zeros(1, 0, config.text_channels) if encode_text is None else _encode(encode_text, [""])
         state[f"blocks.{config.num_blocks - 1}.null_text"] = _padded("encode_text", states, config)[0]
         flow = build(cls, config, state, str(path))
         flow.encode_text = encode_text
@@ -293,11 +291,6 @@ class STARFlow(Flow):
             raise InputValueError(f"context of {len(states)} texts: give {num}, one for each sample")
         return states
 
-    def check_batch(self, x: Tensor, context: Any) -> Tensor | None:
-        self.check_data(x)
-        states = self.check_context(context, len(x))
-        return None if states is None else states.to(self.var.device)
-
     def example_context(self, num: int) -> Tensor:
         config, null_text = self.config, self.blocks[-1].null_text
         if null_text.any():
@@ -321,20 +314,25 @@ class STARFlow(Flow):
                 "prompts that returns their states"
             )
         unique = list(dict.fromkeys(prompts))
-        states = self.encode_text(unique)
-        check_kind("encode_text", states, Tensor, "a function that returns a tensor (N, L, K)")
-        if len(states) != len(unique):
-            raise InputValueError(f"encode_text returned {len(states)} states for {len(unique)} prompts")
+        states = _encode(self.encode_text, unique)
         if len(unique) == 1:
             return states.expand(len(prompts), -1, -1)
         places = {prompt: place for place, prompt in enumerate(unique)}
         return states[[places[prompt] for prompt in prompts]]
 
 
+def _encode(encode_text: EncodeText, prompts: list[str]) -> Float[Tensor, "n l k"]:
+    """Calls a text encoder, and checks its result."""
+    states = encode_text(prompts)
+    check_floating("result of encode_text", states, (len(prompts), "L", "K"))
+    return states
+
+
 def _padded(name: str, states: Tensor, config: STARFlowConfig) -> Float[Tensor, "n l k"]:
     """Returns states of texts, in a message `name`, padded to the model's length with zeros."""
     give = f"states of texts (N, L, {config.text_channels}), L up to {config.text_tokens}"
-    if not states.is_floating_point():
+    check_kind(name, states, Tensor, give)
+    if states.dtype not in FLOATS:
         raise InputTypeError(f"{name}={short(states)}: give prompts, or {give}")
     if states.ndim != 3 or states.shape[1] > config.text_tokens or states.shape[2] != config.text_channels:
         raise InputValueError(f"{name} of shape {tuple(states.shape)}: give {give}")
@@ -344,24 +342,22 @@ def _padded(name: str, states: Tensor, config: STARFlowConfig) -> Float[Tensor, 
 
 def infer_config(state: Mapping[str, Tensor], source: str, patch_size: int = 1) -> STARFlowConfig:
     """Reads the config of a STARFlow from shapes; what they do not tell is as released."""
+    shape = partial(shape_of, state, source, "STARFlow")
     blocks = range(count_groups(state, r"blocks\.(\d+)\.proj_in\.weight"))
-    try:
-        widths = tuple(len(state[f"blocks.{i}.proj_in.weight"]) for i in blocks)
-        num_tokens, token_channels = state["var"].shape
-        hidden, _ = state["blocks.0.attn_blocks.0.mlp.main.0.weight"].shape
-        _, text_channels = state[f"blocks.{len(blocks) - 1}.proj_txt.weight"].shape
-    except KeyError as error:
-        raise CheckpointError(f"{source}: not the state dict of a STARFlow, which has {error}") from None
+    num_tokens, token_channels = shape("var", 2)
+    widths = tuple(shape(f"blocks.{i}.proj_in.weight", 2)[0] for i in blocks)
+    hidden, _ = shape("blocks.0.attn_blocks.0.mlp.main.0.weight", 2)
+    _, text_channels = shape(f"blocks.{len(blocks) - 1}.proj_txt.weight", 2)
     if token_channels % patch_size**2:
         raise CheckpointError(f"{source}: patch_size={patch_size}: its square must divide {token_channels} values")
-    rows = state.get("feat_rope.freqs_cos")  # one for each text token and each image token
+    rows = "feat_rope.freqs_cos"  # one for each text token and each image token
     return STARFlowConfig(
         in_channels=token_channels // patch_size**2,
         image_size=math.isqrt(num_tokens) * patch_size,
         patch_size=patch_size,
         channels=widths[0] if len(set(widths)) == 1 else widths,
         layers_per_block=tuple(count_groups(state, rf"blocks\.{i}\.attn_blocks\.(\d+)\.") for i in blocks),
-        text_tokens=STARFlowConfig.text_tokens if rows is None else len(rows) - num_tokens,
+        text_tokens=shape(rows, 2)[0] - num_tokens if rows in state else STARFlowConfig.text_tokens,
         text_channels=text_channels,
         expansion=hidden // widths[0],
     )

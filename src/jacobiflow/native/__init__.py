@@ -1,5 +1,5 @@
 """Exact recurrences in C++."""
 
-from jacobiflow.native.build import SWITCH, TarFlowArguments, describe, library, library_name, pointers, usable
+from jacobiflow.native.build import SWITCH, describe, library, library_name, usable_library
 
-__all__ = ["SWITCH", "TarFlowArguments", "describe", "library", "library_name", "pointers", "usable"]
+__all__ = ["SWITCH", "describe", "library", "library_name", "usable_library"]

@@ -19,6 +19,7 @@ struct Lanes {
   using Integer = typename std::conditional<is_float, int32_t, int64_t>::type;
   typedef T Vector __attribute__((vector_size(4 * lanes)));
   typedef Integer Integers __attribute__((vector_size(4 * lanes)));
+  typedef typename std::make_unsigned<Integer>::type Bits __attribute__((vector_size(4 * lanes)));  // may overflow
 
   static constexpr int mantissa_bits = is_float ? 23 : 52;
   static constexpr Integer exponent_bias = is_float ? 127 : 1023;
@@ -73,10 +74,10 @@ struct Lanes {
     const Integers tiny = v < smallest;
     const T grown = is_float ? T(16777216) : T(18014398509481984);  // 2^24, 2^54
     const Vector x = tiny ? v * grown : v;
-    const Integers bits = (Integers)x;
+    const Bits bits = (Bits)x;
     // x = m 2^k with m between the square roots of 1/2 and of 2.
-    const Integers k = (bits - (Integers)spread(T(0.70710678118654752440))) >> mantissa_bits;
-    const Vector f = (Vector)(bits - (k << mantissa_bits)) - T(1), s = f / (f + T(2)), z = s * s;
+    const Integers k = (Integers)(bits - (Bits)spread(T(0.70710678118654752440))) >> mantissa_bits;
+    const Vector f = (Vector)(bits - ((Bits)k << mantissa_bits)) - T(1), s = f / (f + T(2)), z = s * s;
     Vector series = spread(T(1) / (is_float ? 11 : 23));  // ln m = 2 artanh(s)
     for (int n = is_float ? 9 : 21; n >= 3; n -= 2) series = series * z + T(1) / n;
     const Vector power = to_floating(k) - (tiny ? spread(is_float ? 24 : 54) : Vector{});
@@ -132,7 +133,7 @@ struct Lanes {
 
     explicit Reduced(Vector v) {
       const Vector shifted = v * T(1.44269504088896340736) + shift, n = shifted - shift;
-      whole = (Integers)shifted - (Integers)spread(shift);
+      whole = (Integers)((Bits)shifted - (Bits)spread(shift));
       const Vector r = (v - n * ln2_high) - n * ln2_low;
       constexpr int terms = is_float ? 7 : 14;
       T factor = 1;
@@ -144,9 +145,9 @@ struct Lanes {
     }
   };
 
-  static Vector power_of_two(Integers n) { return (Vector)((n + exponent_bias) << mantissa_bits); }
+  static Vector power_of_two(Integers n) { return (Vector)(((Bits)n + exponent_bias) << mantissa_bits); }
 
-  static Vector to_floating(Integers n) { return (Vector)(n + (Integers)spread(shift)) - shift; }
+  static Vector to_floating(Integers n) { return (Vector)((Bits)n + (Bits)spread(shift)) - shift; }
 };
 
 }  // namespace jacobiflow

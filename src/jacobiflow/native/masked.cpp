@@ -6,6 +6,7 @@
 #include <exception>
 #include <new>
 
+#include "boundary.h"
 #include "lanes.h"
 
 namespace jacobiflow {
@@ -16,58 +17,6 @@ constexpr int registers = 24;  // of 32, for sums
 #else
 constexpr int registers = 12;  // of 16
 #endif
-
-enum class Kind : int32_t { linear, activation, sum, add_context, gate_context, extrapolation };
-
-enum class Function : int32_t { identity, relu, leaky_relu, elu, selu, tanh, sigmoid, silu, gelu, gelu_tanh, softplus };
-
-// Makes one value of a network from earlier ones. Value 0 is the network's input.
-struct Operation {
-  Kind kind;
-  int32_t source, other;        // values
-  int32_t units;                // of the new value
-  int32_t weight, bias;         // indices of the transform's tensors, or -1
-  Function function;            // applied to the result
-  int32_t is_kept;              // whether later steps read the value
-  double first, second;         // settings of the function
-  const uint8_t* mask;          // of the weight, 0 or 1; null if it has none
-  const int32_t *rows, *ready;  // (units): the unit's row in the weight; (steps): the number of units each step can compute
-};
-
-enum class Elementwise : int32_t {
-  permutation, affine, soft_clipped_affine, softplus_affine, sigmoid_affine, clamped_affine, log_affine,
-  rational_quadratic, rational_linear
-};
-
-enum class Ends : int32_t { fixed, free, circular };
-
-// x -> y, feature by feature. A masked network gives the parameters from the features of earlier steps.
-struct Transform {
-  Elementwise kind;
-  int32_t features, steps, parameters, operation_count;
-  int32_t context, context_start;  // number of context columns in the network's input, and the first of them
-  int32_t first_tensor;            // index in the call's tensors of the transform's first one
-  int32_t scale_stride, shift_stride;  // of the two tensors of `affine`: 0 for one number, 1 for one per feature
-  int32_t bins;
-  Ends ends;                       // derivatives at the ends of a spline
-  int32_t is_soft_clipped, has_tails, is_circular;
-  int32_t is_reversed;             // whether the chain has its inverse
-  double first, second;            // settings of affine transforms
-  double low, high, min_width, min_height, min_slope, end_slope, factor, gap, clip;  // of splines
-  const Operation* operations;
-  const int32_t *order, *starts;   // (features): sorted by step; (steps + 1): where each step starts in it
-  const int32_t *input_rows, *input_ready;  // `rows` and `ready` of value 0
-};
-
-struct Call {
-  const Transform* transforms;
-  const void* const* tensors;
-  const void *in, *context;
-  void *out, *log_det;              // (rows, features); null, (rows,), or (rows, features) if `is_by_feature`
-  uint8_t* failed;                  // (rows): 1 for a row that the library has to compute
-  int64_t rows, in_stride, context_stride;  // a stride of 0: the same row for all
-  int32_t count, features, context_features, is_inverse, is_by_feature, threads;
-};
 
 template <typename T>
 class Buffer {
@@ -96,7 +45,7 @@ class Chain {
   using L = Lanes<T>;
   using Vector = typename L::Vector;
 
-  explicit Chain(const Call& call)
+  explicit Chain(const ChainArgs& call)
       : call(call), shares_context(call.context_features && has_equal_rows()), packed(operations_before(call.count)) {
     size_t size = 0;
     for_all_operations([&](const Transform& t, const Operation& o, Packed<T>& p) {
@@ -118,18 +67,18 @@ class Chain {
   int64_t work = 0;  // multiplications for each row
 
   void pack() {
-    std::atomic<const Packed<T>*> next{packed.data()};
+    std::atomic<size_t> next{0};
     in_threads((int)std::min<int64_t>(call.threads, 1 + work / 200000), [&](int) {
-      const Packed<T>* task = next++;
+      size_t task = next++, index = 0;
       for_all_operations([&](const Transform& t, const Operation& o, Packed<T>& p) {
-        if (&p != task) return;
+        if (index++ != task) return;
         if (o.weight >= 0) pack(t, o, p);
         task = next++;
       });
     });
   }
 
-  const Call& call;
+  const ChainArgs& call;
   const bool shares_context;
   std::atomic<bool> is_finite{true};
 
@@ -261,7 +210,7 @@ class Tile {
 
   // Computes rows [first, first + count); count is at most `rows`.
   void run(int64_t first, int count) {
-    const T *in = static_cast<const T*>(call.in), *contexts = static_cast<const T*>(call.context);
+    const T *in = static_cast<const T*>(call.input), *contexts = static_cast<const T*>(call.context);
     for (int v = 0; v < vectors; v++) log_det[v] = rounding[v] = poison[v] = Vector{};
     transpose(in + first * call.in_stride, call.in_stride, call.features, count, features.get());
     for (int f = 0; f < call.features; f++)
@@ -278,7 +227,7 @@ class Tile {
 
  private:
   const Chain<T>& chain;
-  const Call& call;
+  const ChainArgs& call;
   Buffer<T> features, copy, context, bins;
   std::vector<size_t> sizes, partial_sizes;
   std::vector<Buffer<T>> values, partials;
@@ -432,9 +381,8 @@ class Tile {
       const Operation& o = t.operations[j];
       const int first = chain.ready(t, j + 1, step - 1), last = chain.ready(t, j + 1, end - 1);
       if (first == last) continue;
-      T* out = values[j + 1].get() + (o.is_kept ? (size_t)first * rows : 0);
-      const T* in = values[o.source].get() + (is_kept(o.source, t) ? (size_t)first * rows : 0);
-      const T* other = values[o.other].get() + (is_kept(o.other, t) ? (size_t)first * rows : 0);
+      const auto units_of = [&](int value) { return values[value].get() + (is_kept(value, t) ? (size_t)first * rows : 0); };
+      T* out = units_of(j + 1);
       const size_t size = (size_t)(last - first) * rows;
       switch (o.kind) {
         case Kind::linear: {
@@ -456,13 +404,15 @@ class Tile {
           continue;
         }
         case Kind::activation:
-          for (size_t i = 0; i < size; i += L::count) L::store(out + i, function(o, L::load(in + i)));
+          for (size_t i = 0; i < size; i += L::count) L::store(out + i, function(o, L::load(units_of(o.source) + i)));
           break;
-        case Kind::sum:
+        case Kind::sum: {
+          const T *in = units_of(o.source), *other = units_of(o.other);
           for (size_t i = 0; i < size; i += L::count) L::store(out + i, L::load(other + i) + L::load(in + i));
           break;
+        }
         case Kind::extrapolation: {  // value + w (value - other), with a w for each unit
-          const T* weight = chain.tensor(t, o.bias);
+          const T *weight = chain.tensor(t, o.bias), *in = units_of(o.source), *other = units_of(o.other);
           for (int unit = first; unit < last; unit++)
             for (int i = 0; i < rows; i += L::count) {
               const size_t at = (size_t)(unit - first) * rows + i;
@@ -471,7 +421,7 @@ class Tile {
             }
           break;
         }
-        default: with_context(o, chain.of(index, j), first, last, in, out);
+        default: with_context(o, chain.of(index, j), first, last, units_of(o.source), out);
       }
       if (o.is_kept)
         for (size_t i = 0; i < size; i += rows)
@@ -728,7 +678,7 @@ class Tile {
 
 // Computes all rows in tiles of four vectors, or of one for the last if that is enough; returns the number that failed.
 template <typename T>
-int64_t run(const Call& call) {
+int64_t run(const ChainArgs& call) {
   constexpr int rows = Tile<T, 4>::rows;
   if (!call.rows) return 0;
   Chain<T> chain(call);
@@ -768,7 +718,7 @@ using namespace jacobiflow;
 extern "C" {
 
 // Returns the number of rows that failed, or -1 if out of memory or threads.
-int64_t jacobiflow_masked(const Call* call, int32_t is_double) {
+int64_t jacobiflow_masked(const ChainArgs* call, int32_t is_double) {
   try {
     return is_double ? run<double>(*call) : run<float>(*call);
   } catch (const std::exception&) {

@@ -1,120 +1,183 @@
-"""Calls of masked.cpp, which computes chains of masked autoregressive transforms."""
+"""Chains of masked autoregressive transforms in native code."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from enum import IntEnum
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from jacobiflow.native.boundary import (
+    ChainArgs,
+    Elementwise,
+    Ends,
+    Kind,
+    Operation,
+    Transform,
+    UnfitError,
+    address_of,
+    addresses_of,
+    is_plain,
+)
 from jacobiflow.native.build import library
 
-
-class Kind(IntEnum):
-    """The kind of an operation, see masked.cpp."""
-
-    LINEAR, ACTIVATION, SUM, ADD_CONTEXT, GATE_CONTEXT, EXTRAPOLATION = range(6)
+_Units = tuple[Sequence[int], Sequence[int]]
+"""The units of a value, as rows of its weight in the order of the steps; and the number that each step can compute."""
 
 
-class Function(IntEnum):
-    """An activation."""
+@dataclass(frozen=True)
+class ChainTransform:
+    """A transform of a chain, whose sizes fit each other.
 
-    IDENTITY, RELU, LEAKY_RELU, ELU, SELU, TANH, SIGMOID, SILU, GELU, GELU_TANH, SOFTPLUS = range(11)
+    Attributes:
+        structure: The transform for native code.
+        memory: What has to live as long as `structure`.
+        shapes: The shapes of its tensors.
+        features: D, or `None` if it takes any.
+        context: The width of the context that its network takes, or `None` if it has no network.
+    """
 
-
-class Elementwise(IntEnum):
-    """The transform of each feature, or a transform without a network."""
-
-    PERMUTATION, AFFINE, SOFT_CLIPPED_AFFINE, SOFTPLUS_AFFINE, SIGMOID_AFFINE, CLAMPED_AFFINE, LOG_AFFINE = range(7)
-    RATIONAL_QUADRATIC, RATIONAL_LINEAR = 7, 8
-
-
-class Ends(IntEnum):
-    """The derivatives at the ends of a spline: a fixed number, parameters, or one parameter for both."""
-
-    FIXED, FREE, CIRCULAR = range(3)
-
-
-class Operation(ctypes.Structure):
-    """`Operation` of masked.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in (
-            "kind", "source", "other", "units", "weight", "bias", "function", "is_kept",
-        )),
-        *((name, ctypes.c_double) for name in ("first", "second")),
-        *((name, ctypes.c_void_p) for name in ("mask", "rows", "ready")),
-    )  # fmt: skip
+    structure: Transform
+    memory: Any
+    shapes: Sequence[tuple[int, ...]] = ()
+    features: int | None = None
+    context: int | None = None
 
 
-class Transform(ctypes.Structure):
-    """`Transform` of masked.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in (
-            "kind", "features", "steps", "parameters", "operation_count", "context", "context_start", "first_tensor",
-            "scale_stride", "shift_stride", "bins", "ends", "is_soft_clipped", "has_tails", "is_circular",
-            "is_reversed",
-        )),
-        *((name, ctypes.c_double) for name in (
-            "first", "second", "low", "high", "min_width", "min_height", "min_slope", "end_slope", "factor",
-            "gap", "clip",
-        )),
-        *((name, ctypes.c_void_p) for name in ("operations", "order", "starts", "input_rows", "input_ready")),
-    )  # fmt: skip
-
-
-class Call(ctypes.Structure):
-    """`Call` of masked.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in (
-            "transforms", "tensors", "input", "context", "out", "log_det", "failed",
-        )),
-        *((name, ctypes.c_int64) for name in ("rows", "in_stride", "context_stride")),
-        *((name, ctypes.c_int32) for name in (
-            "count", "features", "context_features", "is_inverse", "is_by_feature", "threads",
-        )),
-    )  # fmt: skip
-
-
-def permutation(order: Sequence[int]) -> tuple[Transform, Any]:
-    """Returns the transform y_i = x_order[i] and memory that has to live as long as it."""
+def permutation(order: Sequence[int]) -> ChainTransform:
+    """Returns the transform y_i = x_order[i]."""
+    _check(_is_permutation(order, len(order)))
     indices = _integers(order)
-    return Transform(kind=Elementwise.PERMUTATION, features=len(order), order=ctypes.addressof(indices)), indices
+    structure = Transform(kind=Elementwise.PERMUTATION, features=len(order), order=ctypes.addressof(indices))
+    return ChainTransform(structure, indices, features=len(order))
+
+
+def affine(scale: tuple[int, ...], shift: tuple[int, ...]) -> ChainTransform:
+    """Returns the transform y = scale x + shift, of tensors of these shapes: one number, or one for each feature."""
+    sizes = [torch.Size(shape).numel() for shape in (scale, shift)]
+    features = max(sizes)
+    _check(all(size in (1, features) for size in sizes))
+    strides = [int(size > 1) for size in sizes]
+    structure = Transform(kind=Elementwise.AFFINE, scale_stride=strides[0], shift_stride=strides[1])
+    return ChainTransform(structure, None, (scale, shift), features if features > 1 else None)
+
+
+class MaskedOperation(NamedTuple):
+    """An operation of a masked network, the units of the value that it makes, and the mask of its weight, on a CPU."""
+
+    operation: Operation
+    units: _Units
+    mask: Bool[Tensor, "o i"] | None = None
 
 
 def masked_transform(
     starts: Sequence[int],
     order: Sequence[int],
-    operations: Sequence[tuple[Operation, Sequence[int], Sequence[int]]],
-    inputs: tuple[Sequence[int], Sequence[int]],
+    operations: Sequence[MaskedOperation],
+    inputs: _Units,
+    shapes: Sequence[tuple[int, ...]],
+    parameters: int,
+    context: int = 0,
+    own_context: int = 0,
     **settings: Any,
-) -> tuple[Transform, Any]:
-    """Returns a transform with a masked network and memory that has to live as long as it.
+) -> ChainTransform:
+    """Returns a transform with a masked network.
 
     Args:
         starts: The positions in `order` at which each step starts, and D at the end.
         order: The features, sorted by step.
-        operations: Each with its `rows` and `ready`, see masked.cpp.
-        inputs: `rows` and `ready` of the network's input.
+        inputs: The units of the network's input.
+        shapes: The shapes of the tensors that operations count.
+        parameters: The parameters of each feature.
+        context: The number of context columns in the network's input.
+        own_context: The width of the context that operations read beside the input.
         settings: Other fields of `Transform`.
     """
-    arrays = [(_integers(rows), _integers(ready)) for _, rows, ready in (*operations, (None, *inputs))]
-    table = (Operation * len(operations))(*(operation for operation, _, _ in operations))
-    for operation, (rows, ready) in zip(table, arrays, strict=False):
-        operation.units, operation.rows, operation.ready = len(rows), ctypes.addressof(rows), ctypes.addressof(ready)
-    sorted_features, sorted_starts = _integers(order), _integers(starts)
-    transform = Transform(
-        steps=len(starts) - 1, operation_count=len(operations), operations=ctypes.addressof(table),
-        order=ctypes.addressof(sorted_features), starts=ctypes.addressof(sorted_starts),
-        input_rows=ctypes.addressof(arrays[-1][0]), input_ready=ctypes.addressof(arrays[-1][1]), **settings,
+    features, steps = len(order), len(starts) - 1
+    structure = Transform(
+        steps=steps, operation_count=len(operations), features=features, parameters=parameters, context=context,
+        **settings,
     )  # fmt: skip
-    return transform, (arrays, table, sorted_features, sorted_starts)
+    _check(_is_permutation(order, features) and starts[0] == 0 and starts[-1] == features)
+    _check(steps > 0 and all(a < b for a, b in pairwise(starts)))
+    _check_parameters(structure)
+    _check_network(structure, starts, operations, inputs, shapes, own_context)
+    arrays = [tuple(map(_integers, units)) for units in (*(units for _, units, _ in operations), inputs)]
+    masks = [None if mask is None else mask.contiguous() for *_, mask in operations]
+    table = (Operation * len(operations))(*(operation for operation, *_ in operations))
+    for operation, (rows, ready), mask in zip(table, arrays, masks, strict=False):
+        operation.units, operation.rows, operation.ready = len(rows), ctypes.addressof(rows), ctypes.addressof(ready)
+        operation.mask = address_of(mask)
+    sorted_features, sorted_starts = _integers(order), _integers(starts)
+    structure.operations, structure.order = ctypes.addressof(table), ctypes.addressof(sorted_features)
+    structure.starts = ctypes.addressof(sorted_starts)
+    structure.input_rows, structure.input_ready = map(ctypes.addressof, arrays[-1])
+    memory = (arrays, masks, table, sorted_features, sorted_starts)
+    return ChainTransform(structure, memory, shapes, features, context or own_context)
+
+
+def _check_parameters(t: Transform) -> None:
+    """Checks that there are as many parameters for each feature as the kind of transform reads."""
+    if t.kind in (Elementwise.RATIONAL_QUADRATIC, Elementwise.RATIONAL_LINEAR):
+        derivatives = {Ends.FIXED: t.bins - 1, Ends.FREE: t.bins + 1, Ends.CIRCULAR: t.bins}[Ends(t.ends)]
+        lambdas = t.bins if t.kind == Elementwise.RATIONAL_LINEAR else 0
+        _check(t.bins > 0 and t.parameters == 2 * t.bins + derivatives + lambdas)
+        _check(not lambdas or t.ends == Ends.FIXED)
+    else:
+        _check(t.kind not in (Elementwise.PERMUTATION, Elementwise.AFFINE) and t.parameters == 2)
+
+
+def _check_network(
+    t: Transform, starts: Sequence[int], operations: Sequence[MaskedOperation], inputs: _Units,
+    shapes: Sequence[tuple[int, ...]], own_context: int,
+) -> None:  # fmt: skip
+    """Checks that each operation reads units and entries of tensors that there are."""
+    values = [inputs, *(units for _, units, _ in operations)]
+    for rows, ready in values:
+        _check(len(ready) == t.steps and min(rows, default=0) >= 0)
+        _check(all(a <= b for a, b in pairwise((0, *ready, len(rows)))))
+    rows, ready = inputs
+    _check(_is_permutation(rows, t.context + t.features) and ready[0] >= t.context)
+    _check(all(0 <= row - t.context_start < t.context for row in rows[: t.context]))
+    for position, (operation, (rows, ready), mask) in enumerate(operations):
+        source, other, kind = operation.source, operation.other, Kind(operation.kind)
+        _check(0 <= source <= position and 0 <= other <= position)
+        if kind == Kind.LINEAR:  # it reads all units of a kept value, in the order of the weight's columns
+            _check(not source or bool(operations[source - 1].operation.is_kept))
+            width = len(values[source][0])
+            _check(_is_permutation(values[source][0], width))
+        else:  # it reads the same units of its sources
+            sources = (source, other) if kind in (Kind.SUM, Kind.EXTRAPOLATION) else (source,)
+            _check(all(list(values[s][1]) == list(ready) and len(values[s][0]) == len(rows) for s in sources))
+            width = t.context or own_context
+        has_weight = kind in (Kind.LINEAR, Kind.ADD_CONTEXT, Kind.GATE_CONTEXT)
+        _check((operation.weight >= 0) == has_weight and (kind != Kind.EXTRAPOLATION or operation.bias >= 0))
+        _check(max(operation.weight, operation.bias) < len(shapes))
+        outputs = len(rows)
+        if has_weight:
+            shape = shapes[operation.weight]
+            _check(len(shape) == 2 and shape[1] == width and shape[0] > max(rows, default=-1))
+            _check(mask is None or (is_plain(mask, torch.bool) and mask.shape == shape))
+            outputs = shape[0]
+        if operation.bias >= 0:
+            _check(torch.Size(shapes[operation.bias]).numel() == outputs)
+    last, (rows, ready), _ = operations[-1]
+    _check(not last.is_kept and len(rows) == t.features * t.parameters)
+    _check(list(ready) == [start * t.parameters for start in starts[1:]])
+
+
+def _check(condition: bool) -> None:
+    if not condition:
+        raise UnfitError("sizes that do not fit each other")
+
+
+def _is_permutation(order: Sequence[int], size: int) -> bool:
+    return sorted(order) == list(range(size))
 
 
 def _integers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
@@ -129,43 +192,72 @@ class Result(NamedTuple):
     failed: Bool[Tensor, " b"] | None
 
 
-def run_chain(
-    transforms: ctypes.Array[Transform],
-    pointers: Sequence[int],
-    x: Float[Tensor, "b d"],
-    context: Float[Tensor, "#b c"] | None,
-    is_inverse: bool,
-    log_det: str | None,
-) -> Result | None:
-    """Computes a chain of transforms or its inverse; `None` if there is no library, or no memory or threads.
+class TransformChain:
+    """Transforms, one after the other, and the inverse of the whole.
 
     Args:
-        transforms: In the order of the forward direction.
-        pointers: Addresses of their tensors: in memory one row after the other, of the dtype of `x`.
-        x: Rows, float32 or float64, on a CPU.
-        context: A row for each row of `x`, or one for all.
-        is_inverse: Whether to invert.
-        log_det: "rows" for the sum over features, "features" for each feature of a single transform, or `None`.
+        transforms: In the order of the forward direction, each with whether the chain has its inverse.
+
+    Attributes:
+        features: D.
+        context: The width of the context, 0 without one.
     """
-    native = library()
-    if native is None:
-        return None
-    rows, features = x.shape
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    if context is not None and context.stride(1) != 1:
-        context = context.contiguous()
-    out, failed = x.new_empty(rows, features), x.new_empty(rows, dtype=torch.bool)
-    log_dets = None
-    if log_det is not None:
-        log_dets = x.new_empty((rows, features) if log_det == "features" else (rows,))
-    table = (ctypes.c_void_p * len(pointers))(*pointers)
-    call = Call(
-        ctypes.addressof(transforms), ctypes.addressof(table), x.data_ptr(),
-        None if context is None else context.data_ptr(), out.data_ptr(),
-        None if log_dets is None else log_dets.data_ptr(), failed.data_ptr(), rows, x.stride(0),
-        0 if context is None or len(context) == 1 else context.stride(0), len(transforms), features,
-        0 if context is None else context.shape[1], is_inverse, log_det == "features", torch.get_num_threads(),
-    )  # fmt: skip
-    count = native.jacobiflow_masked(ctypes.byref(call), x.dtype is torch.float64)
-    return None if count < 0 else Result(out, log_dets, failed if count else None)
+
+    def __init__(self, transforms: Sequence[tuple[ChainTransform, bool]]) -> None:
+        self._parts = [part for part, _ in transforms]  # their memory has to live as long as the table
+        features = {part.features for part in self._parts} - {None}
+        contexts = {part.context for part in self._parts} - {None}
+        if len(features) != 1 or len(contexts) != 1:
+            raise UnfitError("transforms of several widths, or without a masked network")
+        (self.features,), (self.context,) = features, contexts
+        self._table = (Transform * len(transforms))(*(part.structure for part in self._parts))
+        self._shapes: list[tuple[int, ...]] = []
+        for entry, (part, is_inverse) in zip(self._table, transforms, strict=True):
+            entry.first_tensor, entry.is_reversed = len(self._shapes), is_inverse
+            self._shapes += part.shapes
+
+    def evaluate(
+        self,
+        tensors: Sequence[Tensor],
+        x: Float[Tensor, "b d"],
+        context: Float[Tensor, "#b c"] | None,
+        is_inverse: bool,
+        log_det: str | None,
+    ) -> Result | None:
+        """Computes the chain or its inverse; `None` if native code does not take these, or has no memory or threads.
+
+        Args:
+            tensors: Those of all transforms, of the dtype of `x`.
+            x: Rows, float32 or float64, on a CPU.
+            context: A row for each row of `x`, or one for all.
+            is_inverse: Whether to invert.
+            log_det: "rows" for the sum over features, "features" for each feature of a single transform, or `None`.
+        """
+        native, (rows, features), dtype = library(), x.shape, x.dtype
+        width = 0 if context is None else context.shape[1]
+        if native is None or dtype not in (torch.float32, torch.float64) or not is_plain(x, dtype):
+            return None
+        if features != self.features or width != self.context or (log_det == "features" and len(self._parts) > 1):
+            return None
+        if context is not None and not (is_plain(context, dtype) and len(context) in (1, rows)):
+            return None
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        if context is not None and context.stride(1) != 1:
+            context = context.contiguous()
+        out, failed = x.new_empty(rows, features), x.new_empty(rows, dtype=torch.bool)
+        log_dets = None
+        if log_det is not None:
+            log_dets = x.new_empty((rows, features) if log_det == "features" else (rows,))
+        try:
+            addresses = addresses_of(tensors, self._shapes, dtype)
+            arguments = ChainArgs(
+                ctypes.addressof(self._table), ctypes.addressof(addresses), address_of(x), address_of(context),
+                address_of(out), address_of(log_dets), address_of(failed), rows, x.stride(0),
+                0 if context is None or len(context) == 1 else context.stride(0), len(self._table), features, width,
+                is_inverse, log_det == "features", torch.get_num_threads(),
+            )  # fmt: skip
+        except UnfitError:
+            return None
+        count = native.transform(arguments, dtype)
+        return None if count < 0 else Result(out, log_dets, failed if count else None)

@@ -9,19 +9,14 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
-from jacobiflow.native.build import TarFlowArguments, pointers, usable
+from jacobiflow.native.boundary import Library, RecurrenceArgs, UnfitError, address_of, fit
+from jacobiflow.native.build import usable_library
 
 _ROWS = 32  # of the network per thread and call: more rows do not fit in the processor's cache
 _ROWS_PER_TEAM = 4  # from which separate teams of threads, which never wait for each other, are faster
 _MAX_WEIGHTS_PER_TEAM = 2**22  # of a block; above, one team: each thread reads its part of every layer
 _WORK = 2e9  # multiplications per call, about a tenth of a second, so that Ctrl-C works
-_LAYER = (  # `Layer` of tarflow.cpp
-    "norm", "norm_bias", "qkv", "qkv_bias", "proj", "proj_bias", "mlp_norm", "mlp_norm_bias", "up", "up_bias", "down",
-    "down_bias", "query_norm", "query_norm_bias", "key_norm", "key_norm_bias", "condition", "scale", "shift", "gate",
-    "gated_scale", "gated_shift", "gated_up", "gated_down", "gated_gate",
-)  # fmt: skip
 _WEIGHTS = ("qkv", "proj", "up", "down", "gated_up", "gated_down")
 
 
@@ -61,7 +56,7 @@ class Recurrence:
     """The network of a block, as native code takes it: log-scale and shift of entry t from tokens before t.
 
     Attributes:
-        layers: The parameters of each layer by their names in tarflow.cpp; a layer may lack those that may be null.
+        layers: The parameters of each layer by their names in boundary.h; all layers have the same, of the same shapes.
         position: What is added to the projection of each token.
         has_scale: False if log-scales are 0 ("volume-preserving").
         rotation: The cosine and the sine for each pair of a query's and a key's channels, prefix included.
@@ -90,111 +85,103 @@ class Recurrence:
         `context` is added to the embeddings of tokens, in causal order. `read_prefix` returns the prefix of some rows
         of z. Weights may change between calls, and so are packed in each.
         """
-        tensors = [tensor for layer in self.layers for tensor in layer.values()]
-        native = usable(z, self.proj_in, self.position, self.proj_out, self.out_bias, *tensors)
-        # Native code trusts the sizes; if they are wrong, the loop in PyTorch reports it.
-        if native is None or z.shape[1:] != (len(self.position), self.proj_in.shape[1]):
+        native = usable_library()
+        if native is None:
             return None
-        packed = _Packed(native, self)
-        networks, threads = (1 if guidance is None else 2), torch.get_num_threads()
-        size = max(_ROWS * threads // networks, 1)
-        z = z.contiguous()
-        x, log_det = torch.empty_like(z), z.new_zeros(len(z), dtype=torch.float64)
-        for first in range(0, len(z), size):
-            rows = slice(first, first + size)
-            some = context if context is None or len(context) == 1 else context[rows]
-            prefix = None if read_prefix is None else read_prefix(rows)
-            if not packed.invert(z[rows], x[rows], log_det[rows], some, guidance, prefix):
-                return None
+        try:
+            z = fit(z, (*z.shape[:1], len(self.position), self.proj_in.shape[1]))
+            if context is not None and len(context) not in (1, len(z)):
+                raise UnfitError("a context for another number of samples")
+            packed = _Packed(native, self)
+            networks, threads = (1 if guidance is None else 2), torch.get_num_threads()
+            size = max(_ROWS * threads // networks, 1)
+            x, log_det = torch.empty_like(z), z.new_zeros(len(z), dtype=torch.float64)
+            for first in range(0, len(z), size):
+                rows = slice(first, first + size)
+                some = context if context is None or len(context) == 1 else context[rows]
+                prefix = None if read_prefix is None else read_prefix(rows)
+                if not packed.invert(z[rows], x[rows], log_det[rows], some, guidance, prefix):
+                    return None
+        except UnfitError:  # the loop in PyTorch computes it, or reports what is wrong
+            return None
         return x, log_det.to(z.dtype)
 
 
 class _Packed:
     """The parameters of a recurrence in the layout of native code."""
 
-    def __init__(self, native: ctypes.CDLL, recurrence: Recurrence) -> None:
-        def pack(weight: Tensor) -> Tensor:
-            weight, (outputs, inputs) = weight.detach().contiguous(), weight.shape
-            out = weight.new_empty(_rounded_up(outputs, lanes) * inputs)
-            arguments = (_address(weight), outputs, inputs, _address(out))
-            if native.jacobiflow_pack(*arguments, threads):  # so many threads are not available
-                native.jacobiflow_pack(*arguments, 1)
-            return out
-
-        def pad(rows: Tensor) -> Tensor:
-            return F.pad(rows.detach(), (0, _rounded_up(rows.shape[-1], lanes) - rows.shape[-1])).contiguous()
-
-        lanes, threads = native.jacobiflow_lanes(), torch.get_num_threads()
-        self.native, self.lanes, self.heads, self.depth = native, lanes, recurrence.heads, len(recurrence.layers)
-        self.has_scale = recurrence.has_scale
-        self.layers = [
-            None if name not in layer else (pack if name in _WEIGHTS else pad)(layer[name])
-            for layer in recurrence.layers
-            for name in _LAYER
-        ]
-        self.hidden, self.channels = recurrence.layers[0]["up"].shape
+    def __init__(self, native: Library, recurrence: Recurrence) -> None:
+        self.native, self.heads, self.depth = native, recurrence.heads, len(recurrence.layers)
+        self.tokens, self.values = len(recurrence.position), recurrence.proj_in.shape[1]
+        self.channels, self.hidden = len(recurrence.proj_in), len(recurrence.layers[0]["up"])
+        self.has_scale, self.soft_clip = recurrence.has_scale, recurrence.soft_clip
+        self.head = self.channels // self.heads
+        if self.head * self.heads != self.channels or (recurrence.rotation is not None and self.head % 2):
+            raise UnfitError("heads that do not divide the channels, or whose channels make no pairs")
         self.count = sum(layer[name].numel() for layer in recurrence.layers for name in _WEIGHTS if name in layer)
-        self.proj_in, self.proj_out = pack(recurrence.proj_in), pack(recurrence.proj_out)
-        self.out_bias, self.position = pad(recurrence.out_bias), recurrence.position.detach().contiguous()
-        self.rotation = None if recurrence.rotation is None else recurrence.rotation.contiguous()
-        self.final_norm = None if recurrence.final_norm is None else pad(recurrence.final_norm)
-        self.soft_clip = recurrence.soft_clip
+        self.layers, self.memory = native.pack_layers(recurrence.layers, self.tokens, self.channels, self.hidden)
+        outputs = self.values * (2 if self.has_scale else 1)
+        self.proj_in = native.pack(recurrence.proj_in, self.channels, self.values)
+        self.proj_out = native.pack(recurrence.proj_out, outputs, self.channels)
+        self.out_bias = native.pad(recurrence.out_bias, (outputs,))
+        self.position = fit(recurrence.position, (self.tokens, self.channels))
+        self.rotation, norm = recurrence.rotation, recurrence.final_norm
+        self.final_norm = None if norm is None else native.pad(norm, (self.channels,))
 
     def invert(
         self, z: Tensor, x: Tensor, log_det: Tensor, context: Tensor | None, guidance: Extrapolation | None,
         prefix: Prefix | None,
     ) -> bool:  # fmt: skip
         """Writes the rows of `x` and `log_det`; returns False if out of memory or threads."""
-        (samples, tokens, values), networks = z.shape, 1 if guidance is None else 2
-        rows = samples * networks
-        scales: Sequence[Tensor | None] = (None, None, None)  # of queries, and the guidance weights
+        samples, networks, native = len(z), 1 if guidance is None else 2, self.native
+        rows, channels = samples * networks, self.channels
+        query_scale = weight_scale = weight_shift = rotation = keys_values = hidden = None
         if guidance is not None:
+            if (context is None) != (guidance.context is None):
+                raise UnfitError("a context for one of two rows")
             if context is not None and guidance.context is not None:
                 other = guidance.context.expand(samples, *context.shape[1:])
                 context = torch.cat((context.expand(samples, -1, -1), other))
-            query = z.new_ones(2, samples)
-            query[1] /= guidance.temperature
-            scales = (query, guidance.scale.contiguous(), guidance.shift.contiguous())
-        context_row = context_token = 0
+            query_scale = z.new_ones(networks, samples)
+            query_scale[1] /= guidance.temperature
+            weight_scale, weight_shift = fit(guidance.scale, (self.tokens,)), fit(guidance.shift, (self.tokens,))
         if context is not None:
-            context = context.detach().contiguous()
-            context_row = 0 if len(context) == 1 else context.shape[1] * self.channels
-            context_token = 0 if context.shape[1] == 1 else self.channels
-        head = self.channels // self.heads
+            is_shared, is_repeated = len(context) == 1, context.shape[1] == 1
+            context = fit(context, (1 if is_shared else rows, 1 if is_repeated else self.tokens, channels))
         prefix_length = 0 if prefix is None else prefix.layers[0].shape[3]
-        length = prefix_length + tokens
-        each = head * _rounded_up(length, self.lanes) + _rounded_up(head, self.lanes) * length
-        keys_values = z.new_empty(self.depth * rows * self.heads * each)
-        layers, (threads, teams) = pointers(self.layers), self._threads_and_teams(samples, rows)
-        prefix_keys_values = None if prefix is None else torch.stack(list(prefix.layers))
-        prefix_hidden = None if prefix is None else prefix.hidden.contiguous()
-        arguments = TarFlowArguments(
-            _address(z), _address(self.position), _address(context), _address(scales[0]), _address(self.proj_in),
-            _address(self.proj_out), _address(self.out_bias), _address(scales[1]), _address(scales[2]),
-            _address(prefix_keys_values), _address(prefix_hidden), _address(self.rotation), _address(self.final_norm),
-            ctypes.addressof(layers), _address(x), _address(keys_values), _address(log_det), samples, networks, tokens,
-            values, self.channels, self.hidden, self.heads, self.depth, int(self.has_scale), context_row, context_token,
-            prefix_length, int(guidance is not None and guidance.by_density), threads, teams,
+        length = prefix_length + self.tokens
+        if prefix is not None:
+            shape = (self.depth, rows, 2, self.heads, prefix_length, self.head)
+            keys_values = fit(torch.stack(list(prefix.layers)), shape)
+            hidden = fit(prefix.hidden, (rows, channels))
+        if self.rotation is not None:
+            rotation = fit(self.rotation, (length, self.head))
+        each = self.head * native.padded(length) + native.padded(self.head) * length
+        memory, (threads, teams) = z.new_empty(self.depth * rows * self.heads * each), self._threads(samples, rows)
+        arguments = RecurrenceArgs(
+            z=address_of(z), position=address_of(self.position), context=address_of(context),
+            query_scale=address_of(query_scale), proj_in=address_of(self.proj_in), proj_out=address_of(self.proj_out),
+            out_bias=address_of(self.out_bias), weight_scale=address_of(weight_scale),
+            weight_shift=address_of(weight_shift), prefix_keys_values=address_of(keys_values),
+            prefix_hidden=address_of(hidden), rotation=address_of(rotation), final_norm=address_of(self.final_norm),
+            layers=ctypes.addressof(self.layers), x=address_of(x), keys_values=address_of(memory),
+            log_det=address_of(log_det), samples=samples, networks=networks, tokens=self.tokens, values=self.values,
+            channels=channels, hidden=self.hidden, heads=self.heads, depth=self.depth, scales=self.has_scale,
+            context_row=0 if context is None or is_shared else context.shape[1] * channels,
+            context_token=0 if context is None or is_repeated else channels, prefix=prefix_length,
+            by_density=guidance is not None and guidance.by_density, threads=threads, teams=teams,
+            soft_clip=self.soft_clip,
         )  # fmt: skip
-        arguments.soft_clip = self.soft_clip
         step = max(int(_WORK / (self.count * rows)), 1)
-        for start in range(0, tokens, step):
-            arguments.start, arguments.stop = start, min(start + step, tokens)
-            if self.native.jacobiflow_tarflow(ctypes.byref(arguments)):
+        for start in range(0, self.tokens, step):
+            arguments.start, arguments.stop = start, min(start + step, self.tokens)
+            if not native.recur(arguments):
                 return False
         return True
 
-    def _threads_and_teams(self, samples: int, rows: int) -> tuple[int, int]:
+    def _threads(self, samples: int, rows: int) -> tuple[int, int]:
         """The numbers of threads and of teams; a team's threads share the columns of each layer."""
         threads = torch.get_num_threads()
         max_teams = 1 if self.count > _MAX_WEIGHTS_PER_TEAM else min(rows // _ROWS_PER_TEAM, samples, threads)
         teams = max(team for team in range(1, max(max_teams, 1) + 1) if threads % team == 0)
-        return teams * min(threads // teams, _rounded_up(self.channels, self.lanes) // self.lanes), teams
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _rounded_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+        return teams * min(threads // teams, self.native.padded(self.channels) // self.native.lanes), teams

@@ -23,6 +23,7 @@ constexpr int tile_rows = 6;
 
 typedef float Vector __attribute__((vector_size(4 * lanes)));
 typedef int32_t Integers __attribute__((vector_size(4 * lanes)));
+typedef uint32_t Bits __attribute__((vector_size(4 * lanes)));  // of a Vector; unlike Integers they may overflow
 
 inline Vector load(const float* from) {
   Vector v;
@@ -47,7 +48,7 @@ inline Vector exp2_of_negative(Vector y) {
   y = y < -126.0f ? spread(-126.0f) : y;
   const Vector shift = spread(12582912.0f);  // 1.5 * 2^23: floats of this size have no fraction
   const Vector rounded = y + shift, f = y - (rounded - shift);
-  const Integers whole = (Integers)rounded - (Integers)shift;
+  const Bits whole = (Bits)rounded - (Bits)shift;
   Vector fraction = spread(1.5353361e-4f);
   for (float c : {1.3398875e-3f, 9.6184374e-3f, 5.5503325e-2f, 2.4022648e-1f, 6.9314720e-1f, 1.0f})
     fraction = fraction * f + c;

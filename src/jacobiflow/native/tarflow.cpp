@@ -2,52 +2,21 @@
 #include <exception>
 #include <memory>
 
+#include "boundary.h"
 #include "simd.h"
 
 namespace jacobiflow {
 
-// A layer is an attention and a perceptron, h <- h + attend(norm(h)), h <- h + down(gelu(up(norm(h)))). The second row of
-// pointers may be null. `condition` (tokens, stride) is added to h before. `query_norm` and `key_norm` are over all heads.
-// With `scale` the layer is Prose's, see flows/prose.py: its input is scale * normalised h + shift, its output is
-// multiplied by `gate` and added to h, and so is that of a second, gated perceptron.
-struct Layer {
-  const float *norm, *norm_bias, *qkv, *qkv_bias, *proj, *proj_bias;
-  const float *mlp_norm, *mlp_norm_bias, *up, *up_bias, *down, *down_bias;
-  const float *query_norm, *query_norm_bias, *key_norm, *key_norm_bias, *condition;
-  const float *scale, *shift, *gate, *gated_scale, *gated_shift, *gated_up, *gated_down, *gated_gate;
-};
-
-// z and x are (samples, tokens, values). The network has `networks` rows per sample: first those with labels, of all
-// samples, then the unconditional ones. `context` is added to the embeddings of a row and a token that are so many numbers
-// apart. A `*_bias` is as long as the packed columns of its weight. `keys_values` is the memory of `attend`, and lives as
-// long as calls go on with the same x. To `log_det` (samples) the log-scales are added.
-//
-// A STARFlow has a prefix: the keys and values (layers, rows, 2, heads, prefix, head) of so many positions before the
-// tokens, and the output of the last layer for the last of them, `prefix_hidden` (rows, channels), from which entry 0 is
-// read. `rotation` (prefix + tokens, head) has the cosine and the sine for each pair of a query's and a key's channels,
-// `final_norm` the weights of an RMS norm. `soft_clip`, if not 0, bounds the outputs softly, and a scale is then
-// softplus(a + log(e - 1)). `by_density` is that rule of guidance.
-struct TarFlow {
-  const float *z, *position, *context, *query_scale, *proj_in, *proj_out, *out_bias, *weight_scale, *weight_shift;
-  const float *prefix_keys_values, *prefix_hidden, *rotation, *final_norm;
-  const Layer* layers;
-  float *x, *keys_values;
-  double* log_det;
-  int32_t samples, networks, tokens, values, channels, hidden, heads, depth, scales, context_row, context_token, prefix,
-      by_density, threads, teams, start, stop;
-  float soft_clip;
-};
-
 // The rows of one team of threads, and their buffers; each thread has a `scratch` buffer.
 struct Work {
-  const TarFlow& f;
+  const RecurrenceArgs& f;
   Range samples;
   Barrier barrier;
   int rows, stride, head, head_stride, length, size;
   std::vector<float> h, input, qkv, attended, up;  // `input` of a layer with `scale`
   std::vector<std::vector<float>> scratch;  // of each thread: normalised rows, and then logits or outputs
 
-  Work(const TarFlow& flow, Range of, int threads)
+  Work(const RecurrenceArgs& flow, Range of, int threads)
       : f(flow), samples(of), barrier(threads), rows((of.last - of.first) * flow.networks),
         stride(rounded_up(flow.channels)), head(flow.channels / flow.heads), head_stride(rounded_up(head)),
         length(flow.prefix + flow.tokens), size(threads),
@@ -356,7 +325,7 @@ int32_t jacobiflow_pack(const float* weight, int32_t outputs, int32_t inputs, fl
 
 // Solves entries [start, stop) of x, after earlier calls with the same `keys_values` solved those before. Returns 0, or 1
 // if out of memory or threads: then x is unchanged.
-int32_t jacobiflow_tarflow(const TarFlow* flow) {
+int32_t jacobiflow_tarflow(const RecurrenceArgs* flow) {
   const int per_team = flow->threads / flow->teams;
   try {
     std::vector<std::unique_ptr<Work>> works;

@@ -62,14 +62,23 @@ class Convolution(TensorFields):
             return torch.cat([*map(convolved, x.split(rows), add.split(rows))]).view(x.shape)
 
     def _weights(self, x: Tensor) -> Float[Tensor, "f c"]:
-        """The kernel with a row per channel of each of its tokens, the oldest first, in the dtype and place of `x`."""
-        key = x.device, x.dtype
-        if key not in self._copies:
-            self._copies[key] = self.kernel.flip(0).transpose(1, 2).flatten(0, 1).to(x)
-        return self._copies[key]
+        """The kernel with a row per channel of each of its tokens, the oldest first, in the dtype and place of `x`.
+
+        A copy is kept until the kernel changes in place.
+        """
+        kernel, key = self.kernel, (x.device, x.dtype)
+        # PyTorch counts no changes of tensors made in inference mode, and a graph can be used once: no copy is kept.
+        version = None if kernel.is_inference() or kernel.requires_grad else kernel._version
+        kept_version, weights = self._copies.get(key, (None, kernel))
+        if version is None or version != kept_version:
+            with torch.inference_mode(False):  # autograd takes the copy
+                weights = kernel.flip(0).transpose(1, 2).flatten(0, 1).to(x)
+            if version is not None:
+                self._copies[key] = version, weights
+        return weights
 
     @cached_property
-    def _copies(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+    def _copies(self) -> dict[tuple[torch.device, torch.dtype], tuple[int, Tensor]]:
         return {}
 
 

@@ -33,7 +33,10 @@ class Stopping:
         if self.ebound is not None:
             check_number("ebound", self.ebound)
         if self.max_sweeps is not None:
-            for count in self.max_sweeps if isinstance(self.max_sweeps, tuple) else (self.max_sweeps,):
+            counts = self.max_sweeps if isinstance(self.max_sweeps, tuple) else (self.max_sweeps,)
+            if not counts:
+                raise InputValueError("sweeps=(): give a number, or one for each segment")
+            for count in counts:
                 check_count("sweeps", count)
 
     def __or__(self, other: Stopping) -> Stopping:

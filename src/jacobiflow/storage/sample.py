@@ -30,7 +30,7 @@ from jacobiflow.checks import (
     check_seed,
     short,
 )
-from jacobiflow.errors import InputValueError
+from jacobiflow.errors import InputValueError, first_line
 from jacobiflow.files import MANIFEST, check_own, json_bytes, locked, sha256, write_atomically
 from jacobiflow.flows.config import Context, Labels
 from jacobiflow.flows.fingerprint import fingerprint
@@ -82,13 +82,19 @@ class Processes:
         return answer[0]
 
     def device(self, name: str) -> str:
-        """Returns the device for this process: "cuda" is the GPU of its local rank."""
-        return f"cuda:{self.local_rank}" if name == "cuda" and self.count > 1 else name
+        """Returns the device for this process: "cuda" is the GPU of its local rank, of those that it sees."""
+        if name != "cuda" or self.count == 1 or not torch.cuda.is_available():
+            return name
+        index = self.local_rank % torch.cuda.device_count()  # a launcher may show each process one GPU only
+        torch.cuda.set_device(index)  # else every process would also hold memory of the first GPU
+        return f"cuda:{index}"
 
 
 @contextmanager
 def processes() -> Iterator[Processes]:
     """Connects the processes that `torchrun` started, for `sample_to_folder`; without it, this process is alone.
+
+    `processes.device("cuda")` is the GPU of this process.
 
     Example:
         >>> import jacobiflow as jf
@@ -99,12 +105,16 @@ def processes() -> Iterator[Processes]:
     if not dist.is_torchelastic_launched():
         yield Processes()
         return
-    dist.init_process_group("gloo", timeout=_WAIT)
     try:
-        this = Processes(dist.get_rank(), dist.get_world_size(), int(environ["LOCAL_RANK"]))
-        if this.local_rank < torch.cuda.device_count():
-            torch.cuda.set_device(this.local_rank)  # else every process would also hold memory of the first GPU
-        yield this
+        local_rank = int(environ["LOCAL_RANK"])
+        dist.init_process_group("gloo", timeout=_WAIT)
+    except (KeyError, ValueError, dist.DistError) as error:
+        raise InputValueError(
+            f"torchrun's variables are incomplete or wrong ({first_line(error)}); start the processes by torchrun, "
+            "or unset TORCHELASTIC_RUN_ID for one process"
+        ) from error
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), local_rank)
     finally:
         dist.destroy_process_group()
 

@@ -71,7 +71,8 @@ def time_exact(
     loop = _timings(lambda: solve(block, z, Solver(Sequential()), labels), z.device)
     evaluation = _timings(lambda: certify(block, z, z, labels), z.device)
     exact = Exact(min(loop), min(evaluation), math.inf, max(_spread(loop), _spread(evaluation)))
-    if not bf16 or not supports(block, "has_bf16") or exact.loop <= _BF16_SWEEPS * exact.evaluation:
+    is_tried = bf16 and z.shape[1] > 1 and supports(block, "has_bf16")  # one token needs no sweeps
+    if not is_tried or exact.loop <= _BF16_SWEEPS * exact.evaluation:
         return exact
     few, of_few = z[:_FEW], None if labels is None else labels[:_FEW]
 

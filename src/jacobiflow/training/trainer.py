@@ -21,6 +21,7 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.files import locked, partials, write_atomically
 from jacobiflow.flows.flow import Flow
 from jacobiflow.flows.folder import check_own_model, write_model
+from jacobiflow.flows.guidance import SamplingSettings
 from jacobiflow.progress import Progress
 from jacobiflow.training.folder import CHECKPOINT, METRICS, Checkpoint, StepReport, last_checkpoint, read_metrics
 
@@ -66,7 +67,7 @@ class TrainConfig:
     bf16: bool = True
     seed: int = 0
     checkpoint_every: int = 100
-    sample_every: int = 1000
+    sample_every: int = 500
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -103,7 +104,8 @@ def train(
 
     The loss is mean(z^2) / 2 - log-det / D. A flow without scales also learns its prior variance, as a moving average
     of z^2. The first batch initialises the flow, see `Flow.initialize`. The images, noise and dropped labels of a
-    step depend only on the seed and the step.
+    step depend only on the seed and the step. A model of images with Gaussian noise recommends a denoising step at
+    rate 1, since its samples have that noise.
 
     With the same `out` again, training resumes from the checkpoint, and ends with the same weights as without the stop.
     `steps`, `checkpoint_every` and `sample_every` may then be others; all else must be the same.
@@ -203,6 +205,8 @@ class _Run:
         self.average = type(flow)(flow.config).to(flow.var.device)
         self.average.load_state_dict(flow.state_dict())
         self.average.requires_grad_(False)
+        if config.noise.std:  # samples have the noise of the training images, which one step removes
+            self.average.recommended = SamplingSettings(denoise=1.0)
         self.optimizer = torch.optim.AdamW(
             flow.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
         )

@@ -69,6 +69,7 @@ class TarFlow(Flow):
         """
         state = read_original(path)
         config = infer_config(state, str(path)) if config is None else config
+        cls.check_config(config)
         state.setdefault("var", torch.ones(config.num_tokens, config.token_channels))  # which SBG's files lack
         return build(cls, config, state, str(path))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -12,16 +13,21 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor
 
+from jacobiflow.checks import FLOATS
 from jacobiflow.errors import CheckpointError, first_line
 from jacobiflow.files import regular_file
 from jacobiflow.flows.config import TarFlowConfig, TokenConfig
+from jacobiflow.flows.folder import check_values
 
 _MASK = re.compile(r"blocks\.\d+\.attn_mask")
 _NAMES = {".mlp.main.3.": ".mlp.main.2.", ".cond_proj.": ".proj_context."}  # SBG has dropout before it; autocast
 
 
 def read_original(path: str | Path) -> dict[str, Tensor]:
-    """Reads the tensors in a `.pth` file, without causal masks and without the prefix of DistributedDataParallel."""
+    """Reads the tensors in a `.pth` file, without causal masks and without the prefix of DistributedDataParallel.
+
+    Raises CheckpointError if an entry is not a dense tensor of floating-point numbers, or a mask is not causal.
+    """
     remedy = "give a file that torch.save(model.state_dict(), path) wrote"
     try:
         # Mapped, if the file has the format that can be: only what is used is read.
@@ -30,10 +36,29 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: missing, damaged, or not only tensors; code in it was not run ({first_line(error)}); {remedy}"
         ) from error
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise CheckpointError(f"{path}: not a dict of tensors; {remedy}")
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    ):
+        raise CheckpointError(f"{path}: not a dict of tensors by their names; {remedy}")
     state = {_name(name): tensor for name, tensor in content.items()}
-    return {name: tensor for name, tensor in state.items() if not _MASK.fullmatch(name)}
+    check_values(state, str(path), (*FLOATS, torch.bool), are_read=False)
+    masks = {name: state.pop(name) for name in list(state) if _MASK.fullmatch(name)}
+    for name, mask in masks.items():
+        if mask.ndim != 2 or not torch.equal(mask != 0, torch.ones(len(mask), len(mask), dtype=torch.bool).tril()):
+            raise CheckpointError(f"{path}: {name} is not the causal mask; all attention is causal here")
+    return state
+
+
+def shape_of(state: Mapping[str, Tensor], source: str, flow: str, name: str, rank: int) -> tuple[int, ...]:
+    """Returns the shape of an entry; a CheckpointError says if it is missing, of another rank or empty."""
+    if name not in state:
+        raise CheckpointError(f"{source}: not the state dict of a {flow}, which has {name!r}")
+    shape = tuple(state[name].shape)
+    if len(shape) != rank or 0 in shape:
+        raise CheckpointError(
+            f"{source}: {name} has shape {shape}; in a {flow} it has {rank} dimensions, none of them 0"
+        )
+    return shape
 
 
 def _name(name: str) -> str:
@@ -49,24 +74,22 @@ def infer_config(
 
     `head_dim` is 64. A CheckpointError begins with `source`.
     """
+    shape = partial(shape_of, state, source, "TarFlow")
     blocks = range(count_groups(state, r"blocks\.(\d+)\.proj_in\.weight"))
-    try:
-        num_tokens, _ = state["blocks.0.pos_embed"].shape
-        _, token_channels = state["blocks.0.proj_in.weight"].shape
-        widths = tuple(len(state[f"blocks.{i}.proj_in.weight"]) for i in blocks)
-        outputs, _ = state["blocks.0.proj_out.weight"].shape
-        hidden, _ = state["blocks.0.attn_blocks.0.mlp.main.0.weight"].shape
-    except KeyError as error:
-        raise CheckpointError(f"{source}: not the state dict of a TarFlow, which has {error}") from None
-    context = state.get("blocks.0.proj_context.weight")
+    num_tokens, _ = shape("blocks.0.pos_embed", 2)
+    _, token_channels = shape("blocks.0.proj_in.weight", 2)
+    widths = tuple(shape(f"blocks.{i}.proj_in.weight", 2)[0] for i in blocks)
+    outputs, _ = shape("blocks.0.proj_out.weight", 2)
+    hidden, _ = shape("blocks.0.attn_blocks.0.mlp.main.0.weight", 2)
+    classes, context = "blocks.0.class_embed", "blocks.0.proj_context.weight"
     config = TokenConfig(
         num_tokens=num_tokens,
         token_channels=token_channels,
         channels=_one_or_all(widths),
         num_blocks=len(blocks),
         layers_per_block=_one_or_all(tuple(count_groups(state, rf"blocks\.{i}\.attn_blocks\.(\d+)\.") for i in blocks)),
-        num_classes=len(state.get("blocks.0.class_embed", ())),
-        context_channels=0 if context is None else context.shape[1],
+        num_classes=shape(classes, 3)[0] if classes in state else 0,
+        context_channels=shape(context, 2)[1] if context in state else 0,
         nvp=outputs == 2 * token_channels,
         expansion=hidden // widths[0],
     )

@@ -1,0 +1,128 @@
+"""`accelerate`: finds the modules of a user's flow that have fast classes here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+from packaging.version import Version
+from torch import nn
+from torch.distributions import Distribution, Transform
+
+from jacobiflow.adapters.acceleration import Acceleration, Adapter, library_class
+from jacobiflow.adapters.tarflow import recognise, resembles
+from jacobiflow.checks import check_number
+from jacobiflow.errors import InputValueError
+
+_LIBRARIES = {  # name of its module here: package, first supported version, version from which it is not supported
+    "zuko": ("zuko", "1.2", "2"), "nflows": ("nflows", "0.14", "0.15"),
+    "normflows": ("normflows", "1.7", "2"), "pyro": ("pyro-ppl", "1.9", "2"),
+}  # fmt: skip
+_DEPTH = 3  # an ensemble of posteriors holds a list of posteriors, which hold modules
+
+
+def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration:
+    """Makes the masked autoregressive transforms of a zuko, nflows, normflows or pyro flow, or a live TarFlow, fast.
+
+    It does so in place, and the flow's own methods are called as before. On a CPU, without gradients, native code then
+    computes all transforms at once in both directions: the inverse, which takes these libraries D passes of the network
+    for D features, and the forward direction with its log-determinant. The result is exact to rounding. Rows that are
+    not finite, or overflow on the way, go through the library's own code.
+
+    If native code does not take a transform (a gradient, a GPU, an activation that it does not know), it is inverted by
+    passes x <- g(x) of the library's own network, which end when one changes nothing, with the library's own bits.
+    Gradients are those of the inverse, by the implicit function theorem (first derivatives only).
+
+    Of a TarFlow (the original code, that of SBG, and forks that compute the same) the blocks' `reverse` becomes native
+    code, with its arguments and results; the tolerance plays no part. A trial compares the two first. If native code
+    cannot compute a call (a gradient, a GPU, dropout in training mode), or the trial did not compare such arguments,
+    the block's own code does.
+
+    Weights are read at every call. Copies and pickles of an accelerated module are the library's own and not
+    accelerated: so accelerate the posterior of sbi, which copies its network. A distribution `flow(c)` of zuko is
+    accelerated as long as its flow is. The guide lists all that is left to the library's own code.
+
+    Args:
+        flow: A module with masked autoregressive transforms of these libraries in it, or an sbi posterior or another
+            object whose attributes (or lists or dicts of them) hold such modules. If it is accelerated a second time,
+            the latest tolerance counts.
+        tolerance: `None` for exact to rounding. 0 for the library's own bits, always by passes. Above 0, passes
+            end when one changes no entry by more than this, in the units of each transform's input; native code stays
+            exact to rounding.
+
+    Returns:
+        An `Acceleration`, which says how each transform is computed and restores the flow.
+
+    Raises:
+        ValueError: If nothing in `flow` can be accelerated, a library's version is not supported, or the tolerance is
+            negative or not finite.
+        TypeError: If the tolerance is not a number.
+
+    Example:
+        >>> flow = zuko.flows.NSF(5, context=3)
+        >>> with jf.accelerate(flow):
+        ...     x = flow(torch.zeros(3)).sample((1000,))
+        >>> x.shape
+        torch.Size([1000, 5])
+    """
+    if tolerance is not None:
+        tolerance = float(check_number("tolerance", tolerance, give="None, 0 for identical bits, or a positive number"))
+    modules = list(_named_modules(flow))
+    if not modules and isinstance(flow, Distribution | Transform):
+        raise InputValueError(
+            f"{type(flow).__name__}: made by a flow for one context; accelerate the flow itself; nothing was changed"
+        )
+    packages = {kind.__module__.split(".")[0] for _, module in modules for kind in type(module).__mro__}
+    adapters = [adapter for library in _LIBRARIES if library in packages for adapter in _adapters(library)]
+    outcomes: list[Any] = []  # of the trials of live blocks
+    accelerated: dict[nn.Module, tuple[str, Adapter]] = {}
+    untouched: dict[str, str] = {}
+    for name, module in modules:
+        kind = library_class(module)
+        adapter = next((adapter for adapter in adapters if issubclass(kind, adapter.transform)), None)
+        if adapter is None and resembles(module):
+            adapter, reason = recognise(module, outcomes)
+            if adapter is None:
+                untouched[name] = reason
+        if adapter is None:
+            continue
+        if (obstacle := adapter.obstacle(module)) is None:
+            accelerated[module] = name, adapter
+        elif not adapter.is_composition:
+            untouched[name] = obstacle
+    if all(adapter.is_composition for _, adapter in accelerated.values()):
+        reasons = "".join(f"; {name}: {why}" for name, why in untouched.items())
+        raise InputValueError(
+            f"{type(flow).__name__}: no masked autoregressive transform of {', '.join(_LIBRARIES)}, and no TarFlow "
+            f"block, to accelerate{reasons}; nothing was changed"
+        )
+    return Acceleration(tolerance, accelerated, untouched)
+
+
+def _adapters(library: str) -> tuple[Adapter, ...]:
+    package, least, below = _LIBRARIES[library]
+    installed = version(package)
+    if not Version(least).release <= Version(installed).release < Version(below).release:
+        raise InputValueError(f"{library} {installed}: supported are {least} to below {below}; nothing was changed")
+    return importlib.import_module(f"jacobiflow.adapters.{library}").ADAPTERS
+
+
+def _named_modules(flow: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The modules in a module, or in the attributes of another object, each once, with dotted names."""
+    seen: set[nn.Module] = set()
+    for prefix, root in _roots(flow, "", _DEPTH):
+        yield from root.named_modules(seen, prefix)
+
+
+def _roots(flow: Any, name: str, depth: int) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules, at most `depth` levels down."""
+    if isinstance(flow, nn.Module):
+        yield name, flow
+    elif depth:
+        entries = flow if isinstance(flow, dict) else getattr(flow, "__dict__", {})
+        parts = enumerate(flow) if isinstance(flow, list | tuple) else entries.items()
+        # An attribute's own modules come first: they have the shorter names.
+        for key, part in sorted(parts, key=lambda item: not isinstance(item[1], nn.Module)):
+            yield from _roots(part, f"{name}.{key}".lstrip("."), depth - 1)

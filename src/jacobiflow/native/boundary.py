@@ -1,0 +1,259 @@
+"""The boundary between Python and C++: its structures, the checks of what they point to, and the calls of the library.
+
+C++ trusts every pointer and size. So nothing else calls the library, and what does not fit is refused here: an
+`UnfitError` leaves the computation to PyTorch, whose code reports what is wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jacobiflow.checks import short
+
+_MAX_INT32 = 2**31 - 1
+
+
+class UnfitError(Exception):
+    """Native code does not take this: a tensor of another shape, dtype or device, for example."""
+
+
+class Kind(IntEnum):
+    """The kind of an operation."""
+
+    LINEAR, ACTIVATION, SUM, ADD_CONTEXT, GATE_CONTEXT, EXTRAPOLATION = range(6)
+
+
+class Function(IntEnum):
+    """An activation."""
+
+    IDENTITY, RELU, LEAKY_RELU, ELU, SELU, TANH, SIGMOID, SILU, GELU, GELU_TANH, SOFTPLUS = range(11)
+
+
+class Elementwise(IntEnum):
+    """The transform of each feature, or a transform without a network."""
+
+    PERMUTATION, AFFINE, SOFT_CLIPPED_AFFINE, SOFTPLUS_AFFINE, SIGMOID_AFFINE, CLAMPED_AFFINE, LOG_AFFINE = range(7)
+    RATIONAL_QUADRATIC, RATIONAL_LINEAR = 7, 8
+
+
+class Ends(IntEnum):
+    """The derivatives at the ends of a spline: a fixed number, parameters, or one parameter for both."""
+
+    FIXED, FREE, CIRCULAR = range(3)
+
+
+def _fields(kind: Any, names: str) -> Iterator[tuple[str, Any]]:
+    return ((name, kind) for name in names.split())
+
+
+class Operation(ctypes.Structure):
+    """`Operation` of boundary.h."""
+
+    _fields_ = (
+        *_fields(ctypes.c_int32, "kind source other units weight bias function is_kept"),
+        *_fields(ctypes.c_double, "first second"),
+        *_fields(ctypes.c_void_p, "mask rows ready"),
+    )
+
+
+class Transform(ctypes.Structure):
+    """`Transform` of boundary.h."""
+
+    _fields_ = (
+        *_fields(ctypes.c_int32, "kind features steps parameters operation_count context context_start first_tensor"),
+        *_fields(ctypes.c_int32, "scale_stride shift_stride bins ends is_soft_clipped has_tails is_circular"),
+        *_fields(ctypes.c_int32, "is_reversed"),
+        *_fields(ctypes.c_double, "first second low high min_width min_height min_slope end_slope factor gap clip"),
+        *_fields(ctypes.c_void_p, "operations order starts input_rows input_ready"),
+    )
+
+
+class ChainArgs(ctypes.Structure):
+    """`ChainArgs` of boundary.h."""
+
+    _fields_ = (
+        *_fields(ctypes.c_void_p, "transforms tensors input context out log_det failed"),
+        *_fields(ctypes.c_int64, "rows in_stride context_stride"),
+        *_fields(ctypes.c_int32, "count features context_features is_inverse is_by_feature threads"),
+    )
+
+
+# The shape of each parameter of a layer: c channels, h hidden units, t tokens. `Layer` of boundary.h has these fields.
+_BASE = {
+    "norm": "c", "norm_bias": "c", "qkv": "3c c", "qkv_bias": "3c", "proj": "c c", "proj_bias": "c", "mlp_norm": "c",
+    "mlp_norm_bias": "c", "up": "h c", "up_bias": "h", "down": "c h", "down_bias": "c",
+}  # fmt: skip
+_NORMS = {"query_norm": "c", "query_norm_bias": "c", "key_norm": "c", "key_norm_bias": "c"}
+_CONDITION = {"condition": "t c"}
+_ADAPTIVE = {
+    "scale": "t c", "shift": "t c", "gate": "t c", "gated_scale": "t c", "gated_shift": "t c", "gated_up": "2h c",
+    "gated_down": "c h", "gated_gate": "t c",
+}  # fmt: skip
+_LAYER = {name: shape.split() for name, shape in (_BASE | _NORMS | _CONDITION | _ADAPTIVE).items()}
+_PACKED = {"qkv", "proj", "up", "down", "gated_up", "gated_down"}
+
+
+class Layer(ctypes.Structure):
+    """`Layer` of boundary.h."""
+
+    _fields_ = tuple(_fields(ctypes.c_void_p, " ".join(_LAYER)))
+
+
+class RecurrenceArgs(ctypes.Structure):
+    """`RecurrenceArgs` of boundary.h."""
+
+    _fields_ = (
+        *_fields(ctypes.c_void_p, "z position context query_scale proj_in proj_out out_bias weight_scale weight_shift"),
+        *_fields(ctypes.c_void_p, "prefix_keys_values prefix_hidden rotation final_norm layers x keys_values log_det"),
+        *_fields(ctypes.c_int32, "samples networks tokens values channels hidden heads depth scales context_row"),
+        *_fields(ctypes.c_int32, "context_token prefix by_density threads teams start stop"),
+        ("soft_clip", ctypes.c_float),
+    )
+
+
+class Library:
+    """The compiled library at a path. Raises OSError if it is none, or one of another version.
+
+    Attributes:
+        lanes: The number of float32 in a vector of its processor.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._native = path, ctypes.CDLL(str(path))
+        _check_version(self._native, path)
+        number, address = ctypes.c_int32, ctypes.c_void_p
+        self._native.jacobiflow_pack.argtypes = (address, number, number, address, number)
+        self._native.jacobiflow_masked.argtypes = (address, number)
+        self._native.jacobiflow_masked.restype = ctypes.c_int64
+        self.lanes: int = self._native.jacobiflow_lanes()
+        self._use_threads_of_pytorch()
+
+    def padded(self, size: int) -> int:
+        """Returns the size rounded up to whole vectors."""
+        return -(-size // self.lanes) * self.lanes
+
+    def pad(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Returns values of this shape with zeros that make whole vectors of the last dimension."""
+        return F.pad(fit(values, shape), (0, self.padded(shape[-1]) - shape[-1])).contiguous()
+
+    def pack(self, weight: Tensor, outputs: int, inputs: int) -> Tensor:
+        """Returns a weight (outputs, inputs) in the layout of the recurrence."""
+        weight, threads = fit(weight, (outputs, inputs)), torch.get_num_threads()
+        out = weight.new_empty(self.padded(outputs), inputs)
+        arguments = (address_of(weight), outputs, inputs, address_of(out))
+        if self._native.jacobiflow_pack(*arguments, threads):  # so many threads are not available
+            self._native.jacobiflow_pack(*arguments, 1)
+        return out
+
+    def pack_layers(
+        self, layers: Sequence[Mapping[str, Tensor]], tokens: int, channels: int, hidden: int
+    ) -> tuple[ctypes.Array[Layer], list[Tensor]]:
+        """Returns the layers for `RecurrenceArgs`, and the tensors that they point to."""
+        optional = layers[0].keys() - _BASE.keys()
+        for group in (_NORMS, _CONDITION, _ADAPTIVE):
+            optional -= group.keys() if group.keys() <= optional else set()
+        if (
+            optional
+            or not _BASE.keys() <= layers[0].keys()
+            or any(layer.keys() != layers[0].keys() for layer in layers)
+        ):
+            raise UnfitError("layers that lack a parameter, or have another")
+        sizes = {"c": channels, "3c": 3 * channels, "h": hidden, "2h": 2 * hidden, "t": tokens}
+        table, tensors = (Layer * len(layers))(), []
+        for entry, layer in zip(table, layers, strict=True):
+            for name, parameter in layer.items():
+                shape = tuple(sizes[size] for size in _LAYER[name])
+                tensors.append(self.pack(parameter, *shape) if name in _PACKED else self.pad(parameter, shape))
+                setattr(entry, name, address_of(tensors[-1]))
+        return table, tensors
+
+    def recur(self, arguments: RecurrenceArgs) -> bool:
+        """Solves entries `start` to `stop` - 1; returns False if out of memory or threads."""
+        return not self._native.jacobiflow_tarflow(ctypes.byref(arguments))
+
+    def transform(self, arguments: ChainArgs, dtype: torch.dtype) -> int:
+        """Computes a chain of transforms; returns the number of failed rows, below 0 if out of memory or threads."""
+        return self._native.jacobiflow_masked(ctypes.byref(arguments), dtype is torch.float64)
+
+    def _use_threads_of_pytorch(self) -> None:
+        """Gives the library the OpenMP functions that PyTorch has loaded, if it has any."""
+        if platform.system() == "Linux":
+            pytorch = ctypes.CDLL(torch._C.__file__)  # functions of the libraries that it needs are found in it too
+            names = ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num")
+            with suppress(AttributeError):
+                addresses = [ctypes.cast(getattr(pytorch, name), ctypes.c_void_p) for name in names]
+                self._native.jacobiflow_use_openmp((ctypes.c_void_p * len(names))(*addresses))
+
+
+class _Entry(ctypes.Structure):
+    """`Entry` of boundary.cpp."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("value", ctypes.c_int64))
+
+
+def _check_version(native: ctypes.CDLL, path: Path) -> None:
+    """Compares structures and enumerations with those of the library; raises OSError if one differs."""
+    expected: dict[str, int] = {}
+    for structure in (Operation, Transform, ChainArgs, Layer, RecurrenceArgs):
+        expected[structure.__name__] = ctypes.sizeof(structure)
+        names = [name for name, *_ in structure._fields_]
+        expected |= {f"{structure.__name__}.{name}": getattr(structure, name).offset for name in names}
+    for enumeration in (Kind, Function, Elementwise, Ends):
+        expected |= {f"{enumeration.__name__}.{member.name.lower()}": member.value for member in enumeration}
+    entries: dict[str, int] = {}
+    with suppress(AttributeError):
+        native.jacobiflow_layout.restype = ctypes.POINTER(_Entry)
+        for entry in native.jacobiflow_layout():
+            if entry.name is None:
+                break
+            entries[entry.name.decode()] = entry.value
+    if entries != expected:
+        name = next(iter(dict(set(entries.items()) ^ set(expected.items()))))
+        raise OSError(f"{path}: a library of another version, whose {name} differs")
+
+
+def fit(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns the tensor, or a copy, row after row in memory; raises UnfitError if shape or dtype differ."""
+    if not is_plain(tensor, dtype) or tensor.shape != shape:
+        raise UnfitError(f"{short(tensor)}, where native code reads {shape} of {dtype}")
+    return tensor.detach().contiguous()
+
+
+def is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Returns True for a dense tensor of this dtype on a CPU, of PyTorch's own classes."""
+    kind = type(tensor)
+    return (kind is Tensor or kind is nn.Parameter) and (
+        tensor.dtype is dtype and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_nested
+    )
+
+
+def address_of(tensor: Tensor | None) -> int | None:
+    """Returns the address of a tensor's values; raises UnfitError if they are not aligned, or freed, as FSDP does."""
+    if tensor is None:
+        return None
+    address = tensor.data_ptr()
+    if address % tensor.itemsize or (not address and tensor.numel()):
+        raise UnfitError("values that are not aligned, or freed")
+    return address
+
+
+def addresses_of(
+    tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+) -> ctypes.Array[ctypes.c_void_p]:
+    """Returns the addresses of tensors of these shapes and this dtype; raises UnfitError if one differs."""
+    table = (ctypes.c_void_p * len(shapes))()
+    for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        if not is_plain(tensor, dtype) or tensor.shape != shape or not tensor.is_contiguous():
+            raise UnfitError(f"{short(tensor)}, where native code reads {shape} of {dtype}")
+        table[i] = address_of(tensor)
+    return table

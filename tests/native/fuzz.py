@@ -1,0 +1,254 @@
+"""Calls of the native library with malformed and extreme input; each is refused, or gives what PyTorch gives.
+
+    python -m tests.native.fuzz LIBRARY [--seed 0] [--count 100] [--callers 1]
+
+Call i depends on seed + i alone, so a failure is repeated by its seed and a count of 1. Run it with a library that has
+the sanitizers: they end the process at the first read or write out of bounds, undefined operation, or data race.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import jacobiflow as jf
+from jacobiflow.adapters.network import MaskedNetwork, find_order
+from jacobiflow.native import boundary, build
+from jacobiflow.native.masked import MaskedOperation, TransformChain, masked_transform
+from tests.helpers import library_flows
+from tests.helpers.native_problems import CASES
+
+Change = Callable[[Tensor], Tensor]
+
+
+def unaligned(x: Tensor) -> Tensor:
+    """The same values one byte further."""
+    memory = torch.zeros(x.numel() * x.itemsize + 1, dtype=torch.uint8)
+    memory[1:] = x.contiguous().reshape(-1).view(torch.uint8)
+    return torch.frombuffer(memory.numpy(), dtype=x.dtype, count=x.numel(), offset=1).view(x.shape)
+
+
+def filled(x: Tensor, value: float) -> Tensor:
+    x = x.clone()
+    if x.numel() and x.is_floating_point():
+        x.view(-1)[x.numel() // 2] = value
+    return x
+
+
+LAYOUTS: dict[str, Change] = {  # of the same values
+    "as it is": lambda x: x,
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "strided": lambda x: torch.stack([x, x], dim=-1)[..., 0],
+}
+VALUES: dict[str, Change] = {
+    "expanded": lambda x: x[:1].expand(x.shape),
+    "NaN": lambda x: filled(x, math.nan),
+    "infinite": lambda x: filled(x, -math.inf),
+    "enormous": lambda x: filled(x, 3e38),
+    "zero": torch.zeros_like,
+}
+SHAPES: dict[str, Change] = {
+    "no rows": lambda x: x[:0],
+    "a row less": lambda x: x[:-1],
+    "a row more": lambda x: torch.cat([x, x[:1]]),
+    "one row": lambda x: x[:1],
+    "twice": lambda x: torch.cat([x, x]),
+    "a column less": lambda x: x[..., :-1],
+    "a column more": lambda x: torch.cat([x, x[..., :1]], dim=-1),
+    "another rank": lambda x: x.unsqueeze(0),
+    "flat": lambda x: x.flatten(),
+    "turned": lambda x: x.transpose(0, -1),
+    "a middle less": lambda x: x[:, :-1] if x.ndim > 2 else x[:-1],
+    "other bits": lambda x: x.double() if x.dtype == torch.float32 else x.float(),
+    "half": torch.Tensor.half,
+    "sparse": torch.Tensor.to_sparse,
+    "unaligned": unaligned,
+    "on meta": lambda x: x.to("meta"),
+}
+CHANGES = LAYOUTS | VALUES | SHAPES
+
+
+def answer(compute: Callable[[], Any]) -> Any:
+    """What it returns, or `None` if it refuses by an exception of Python."""
+    try:
+        return compute()
+    except (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError, AssertionError):
+        return None
+
+
+def check_same(ours: Any, theirs: Any, what: str, tolerance: float = 1e-3) -> None:
+    assert theirs is not None, f"computed what PyTorch refuses: {what}"
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape, f"{what}: {tuple(a.shape)}, not {tuple(b.shape)}"
+        error = ((a - b).abs() / b.abs().clamp(min=1)).nan_to_num(0.0, torch.inf)
+        assert not error.numel() or error.max() <= tolerance, f"{what}: off by {error.max():g}"
+
+
+def change_weight(module: nn.Module, change: str, rng: random.Random) -> str:
+    """Changes a parameter of the module; returns its name."""
+    path, parameter = rng.choice(list(module.named_parameters()))
+    owner, _, name = path.rpartition(".")
+    changed = CHANGES[change](parameter.detach())
+    module.get_submodule(owner)._parameters[name] = nn.Parameter(changed, requires_grad=False)
+    return path
+
+
+def recurrence(rng: random.Random) -> tuple[Any, str]:
+    """A block's inverse: of tokens, contexts or weights that do not fit."""
+    name = rng.choice(list(CASES))
+    case = CASES[name]
+    flow = case.flow()
+    block, z, context = case.block(flow), case.z(flow), case.context()
+    target, change = rng.choice(["z", "z", "context", "weight"]), rng.choice(list(CHANGES))
+    if target == "z":
+        z = CHANGES[change](z)
+    elif target == "context" and context is not None:
+        context = CHANGES[change](context)
+    elif target == "weight":
+        target = change_weight(flow.blocks[1], change, rng)
+    what = f"{name}: {target} {change}"
+    ours = answer(lambda: block.exact_inverse(z, context))
+    if ours is None:
+        assert change not in LAYOUTS, f"refused: {what}"
+    elif change not in VALUES and ours[0].numel():
+        one = context is not None and len(context) == 1  # for all rows
+        theirs = answer(lambda: in_pytorch(block, z, context.expand(len(z), *context.shape[1:]) if one else context))
+        check_same(ours, theirs, what)
+    return ours, what
+
+
+def in_pytorch(block: Any, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Token by token, against a cache, as any block is solved."""
+    x, cache = torch.zeros_like(z), block.init_cache(z, context)
+    log_det = z.new_zeros(len(z))
+    for t in range(z.shape[1]):
+        log_scale, shift = block.affine(x, t, t + 1, cache)
+        x[:, t : t + 1] = log_scale.exp() * z[:, t : t + 1] + shift
+        log_det += log_scale.sum(dim=(1, 2))
+    return x, log_det
+
+
+def library_flow(rng: random.Random) -> tuple[Any, str]:
+    """A flow of another library, accelerated: of rows or contexts that do not fit."""
+    name, dtype = rng.choice(library_flows.NATIVE), rng.choice([torch.float32, torch.float64])
+    rows, features, hidden, width = rng.choice([1, 2, 5, 17, 70]), rng.choice([2, 3, 6]), 8, rng.choice([0, 3])
+    if rng.random() < 0.1:
+        name, (features, hidden) = rng.choice(list(library_flows.LARGE.items()))
+    if name.startswith("pyro"):  # whose own passes are in the default dtype
+        dtype = torch.float32
+    flow = library_flows.CASES[name].make(width, features, dtype, hidden)
+    x, context = (library_flows.normal(rows, size, dtype=dtype) if size else None for size in (features, width))
+    assert x is not None
+    target, change = rng.choice(["x", "context", "weight"]), rng.choice(list(CHANGES))
+    if target == "x":
+        x = CHANGES[change](x)
+    elif target == "context" and context is not None:
+        context = CHANGES[change](context)
+    elif target == "weight":
+        target = change_weight(flow, change, rng)
+    what, is_inverse = f"{name}, {rows} x {features}, context {width}: {target} {change}", rng.random() < 0.5
+    theirs = answer(lambda: library_flows.values(flow, x, context, is_inverse))
+    with jf.accelerate(flow):
+        ours = answer(lambda: library_flows.values(flow, x, context, is_inverse))
+    if theirs is None and context is not None and name.startswith("zuko"):  # not all of its transforms broadcast x
+        shape = answer(lambda: torch.broadcast_shapes(x.shape[:-1], context.shape[:-1]))
+        theirs = answer(lambda: library_flows.values(flow, x.expand(*shape, -1), context, is_inverse))
+    assert ours is not None or theirs is None, f"refused: {what}"
+    if ours is not None and change not in VALUES and ours[0].numel():
+        check_same(ours, theirs, what, 1e-2)
+    return ours, what
+
+
+def description(rng: random.Random) -> tuple[Any, str]:
+    """A masked network whose description has a wrong number: any answer, but nothing out of bounds."""
+    features, width, hidden = rng.choice([1, 2, 4]), rng.choice([0, 2]), 6
+    network = MaskedNetwork(torch.arange(2 * features).view(features, 2), first_feature=width)
+    sees = torch.arange(hidden) % features
+    seen = torch.cat([torch.zeros(width, dtype=torch.long), torch.arange(features)])
+    layers = [nn.Linear(width + features, hidden), nn.Linear(hidden, 2 * features)]
+    layers[0].register_buffer("mask", sees.unsqueeze(1) >= seen)
+    layers[1].register_buffer("mask", torch.arange(features).repeat_interleave(2).unsqueeze(1) > sees)
+    network.linear(network.linear(0, layers[0], nn.ReLU()), layers[1])
+    order, starts, (inputs, *units) = find_order(network)
+    lists = [order, starts, *inputs, *(numbers for pair in units for numbers in pair)]
+    settings = {"parameters": 2, "context": width, "context_start": 0, "bins": 0, "ends": 0}
+    settings["kind"] = boundary.Elementwise.CLAMPED_AFFINE
+    shapes = [tuple(holder[name].shape) for holder, name in network.tensors]
+    masks = list(network.masks)
+    number = rng.choice([-1, 0, 1, 2, 3, 5, 7, 9, 100, 2**31 - 1])
+    part = rng.choice(["list", "setting", "operation", "shape", "mask", "nothing"])
+    if part == "list" and (changed := rng.choice(lists)):
+        changed[rng.randrange(len(changed))] = number
+    elif part == "setting":
+        settings[rng.choice(list(settings))] = abs(number) % 9
+    elif part == "operation":
+        names = ["kind", "source", "other", "weight", "bias", "is_kept"]
+        setattr(rng.choice(network.operations), rng.choice(names), number)
+    elif part == "shape":
+        shapes[rng.randrange(len(shapes))] = (rng.randrange(9), rng.randrange(9))
+    elif part == "mask":
+        masks[rng.randrange(2)] = torch.ones(rng.randrange(9), rng.randrange(9), dtype=torch.bool)
+
+    def compute() -> Any:
+        operations = list(map(MaskedOperation, network.operations, units, masks))
+        transform = masked_transform(starts, order, operations, inputs, shapes, **settings)
+        chain, rows = TransformChain([(transform, False)]), rng.choice([1, 3, 70])
+        x, context = torch.randn(rows, features), torch.randn(rows, width) if width else None
+        return chain.evaluate([torch.randn(shape) for shape in shapes], x, context, rng.random() < 0.5, "rows")
+
+    try:
+        ours = compute()
+    except (boundary.UnfitError, ValueError):
+        ours = None
+    return ours, f"{part}, {number}"
+
+
+KINDS = (recurrence, library_flow, description)
+
+
+def run(seed: int) -> str:
+    """Makes the call of a seed; returns its kind, and whether it was computed."""
+    rng = random.Random(seed)
+    with torch.no_grad():
+        kind = rng.choice(KINDS)
+        try:
+            ours, _ = kind(rng)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+    return f"{kind.__name__} {'refused' if ours is None else 'computed'}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--callers", type=int, default=1, help="threads that call at once")
+    options = parser.parse_args()
+    print(f"seed {options.seed}, {options.count} calls, {options.callers} at once", flush=True)
+    if options.callers > 1:  # in threads of its own: the thread sanitizer does not see how those of OpenMP wait
+        boundary.Library._use_threads_of_pytorch = lambda self: None  # type: ignore[method-assign]
+    loaded = boundary.Library(options.library)
+    build._loaded = lambda: (loaded, "")
+    torch.set_num_threads(3)
+    outcomes: Counter[str] = Counter()
+    with ThreadPoolExecutor(options.callers) as pool:
+        for done, outcome in enumerate(pool.map(run, range(options.seed, options.seed + options.count)), 1):
+            outcomes[outcome] += 1
+            if done % 500 == 0:
+                print(f"{done:8,} calls", flush=True)
+    for outcome, count in sorted(outcomes.items()):
+        print(f"{count:8,} {outcome}")
+
+
+if __name__ == "__main__":
+    main()

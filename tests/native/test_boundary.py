@@ -1,0 +1,135 @@
+"""What crosses the boundary to C++, and what is refused there."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import jacobiflow as jf
+from jacobiflow import native
+from jacobiflow.native import compiler
+from jacobiflow.native.boundary import Library, UnfitError, address_of, fit
+from jacobiflow.native.recurrence import Extrapolation, Recurrence
+from tests.helpers.native_problems import CASES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _compiled() -> None:
+    if native.library() is None:
+        pytest.skip(native.describe())
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "field"),
+    [
+        ("boundary.h", "rows, in_stride, context_stride", "in_stride, rows, context_stride", "ChainArgs"),
+        ("boundary.h", "float soft_clip", "double soft_clip", "RecurrenceArgs"),
+        ("boundary.h", "relu, leaky_relu", "leaky_relu, relu", "Function"),
+        ("boundary.cpp", "jacobiflow_layout", "no_layout", ""),
+    ],
+)
+def test_a_library_of_another_version_is_refused(file: str, old: str, new: str, field: str, tmp_path: Path) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("there is no compiler here")
+    for name in ("boundary.h", "boundary.cpp"):
+        text = (compiler.FOLDER / name).read_text()
+        (tmp_path / name).write_text(text.replace(old, new) if name == file else text)
+    command = ("c++", "-std=c++17", "-shared", "-fPIC", tmp_path / "boundary.cpp", "-o", tmp_path / "other.so")
+    subprocess.run(command, check=True)
+    with pytest.raises(OSError, match=f"a library of another version, whose {field}"):
+        Library(tmp_path / "other.so")
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="the library has OpenMP on Linux only")
+def test_the_threads_are_those_of_pytorch() -> None:
+    functions: list[int | None] = []
+    other: Any = SimpleNamespace(_native=SimpleNamespace(jacobiflow_use_openmp=functions.extend))
+    Library._use_threads_of_pytorch(other)
+    assert len(functions) == 3 and all(functions)
+
+
+def freed(x: Tensor) -> Tensor:
+    x.untyped_storage().resize_(0)
+    return x
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(3, 2), torch.ones(6), torch.ones(2, 3, dtype=torch.float64), torch.ones(2, 3, device="meta"),
+        torch.ones(2, 3).to_sparse(), torch.ones(2, 3).as_subclass(type("Subclass", (Tensor,), {})),
+        torch.nested.nested_tensor([torch.ones(3)] * 2),
+    ],
+)  # fmt: skip
+def test_a_tensor_that_does_not_fit_is_refused(tensor: Tensor) -> None:
+    with pytest.raises(UnfitError):
+        fit(tensor, (2, 3))
+
+
+def test_a_tensor_that_fits_is_read_row_after_row() -> None:
+    values = torch.arange(6.0).view(3, 2)
+    assert fit(nn.Parameter(values.T), (2, 3)).flatten().tolist() == [0, 2, 4, 1, 3, 5]
+
+
+@pytest.mark.parametrize(
+    "tensor", [freed(torch.ones(3)), torch.frombuffer(bytearray(17), dtype=torch.float32, offset=1)]
+)
+def test_values_that_are_freed_or_not_aligned_have_no_address(tensor: Tensor) -> None:
+    with pytest.raises(UnfitError):
+        address_of(tensor)
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+@pytest.mark.parametrize("name", ["heads of 32", "heads of 48", "STARFlow", "MAF"])
+def test_contexts_for_other_rows_are_refused(name: str, rows: int) -> None:
+    case = CASES[name]
+    flow, context = case.flow(), case.context()
+    assert context is not None
+    with suppress(RuntimeError):  # of PyTorch, before native code
+        assert case.block(flow).exact_inverse(case.z(flow), context[:rows]) is None
+
+
+def narrow(flow: Any) -> None:
+    """Gives the second layer's perceptron fewer hidden units."""
+    main = flow.blocks[1].attn_blocks[1].mlp.main
+    main[0], main[2] = nn.Linear(48, 24), nn.Linear(24, 48)
+
+
+def test_layers_of_unequal_widths_are_left_to_pytorch() -> None:
+    """Sizes were once taken from the first layer."""
+    case = CASES["heads of 48"]
+    flow = case.flow()
+    narrow(flow)
+    z, labels = case.z(flow), case.context()
+    block = flow.blocks[1]
+    assert block.exact_inverse(z, labels) is None
+    solution = jf.solve(block, z, jf.Solver(jf.Sequential()), labels)
+    with torch.no_grad():
+        log_scale, shift = block(solution.x, labels)
+    torch.testing.assert_close(log_scale.exp() * z + shift, solution.x, rtol=1e-5, atol=1e-5)
+
+
+def test_guidance_of_a_context_without_an_unconditional_one_is_refused() -> None:
+    """The second half of the network's rows would have none."""
+    case = CASES["7 channels"]
+    flow = case.flow()
+    z, block = case.z(flow), flow.blocks[1]
+    weights = torch.ones(z.shape[1])
+    recurrence = Recurrence(
+        block.proj_in.weight, block.positions(), [layer.named() for layer in block.layer_weights()], 1,
+        block.proj_out.weight, block.proj_out.bias, has_scale=True,
+    )  # fmt: skip
+    guidance = Extrapolation(weights, weights, None, 1.0, by_density=False)
+    assert recurrence.invert(z, None, guidance) is not None
+    assert recurrence.invert(z, torch.ones(1, 1, 7), guidance) is None
