@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from jacobiflow.errors import InputValueError
 from jacobiflow.files import (
     FolderInUseError,
     json_bytes,
     locked,
     own_folder,
+    read_json,
+    read_object,
+    regular_file,
     sha256,
     write_atomically,
     write_beside,
@@ -73,11 +77,30 @@ def test_json_is_indented_and_without_infinities(tmp_path: Path) -> None:
     value = {"a": [1.5, math.inf, (-math.inf, math.nan)], "b": {"c": 'é "Infinity', "NaN": None, "e": True}}
     write_json(tmp_path / "f", value)
     text = (tmp_path / "f").read_text()
-    assert json.loads(text, parse_constant=pytest.fail) == value | {"a": [1.5, math.inf, [-math.inf, None]]}
+    back = value | {"a": [1.5, math.inf, [-math.inf, None]]}
+    assert json.loads(text, parse_constant=pytest.fail) == read_json(tmp_path / "f") == back
     assert text.count("\n ") == 13
     assert json_bytes({"a": [1, 2.5]}, indent=None) == b'{"a":[1,2.5]}\n'
     (tmp_path / "g").write_bytes(b"c")
     assert sha256(b"ab", b"", tmp_path / "g") == hashlib.sha256(b"abc").hexdigest()
+
+
+@pytest.mark.parametrize("text", ["NaN", "[Infinity]", '{"a": -Infinity}', "{", "[" * 100_000, "9" * 5000, "\xff"])
+def test_what_is_not_json_is_one_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(text.encode("latin1"))
+    assert read_object(tmp_path / "f") is None
+    with pytest.raises(InputValueError, match=r"^not JSON \([^;]*\)$"):
+        read_json(tmp_path / "f")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name")
+def test_only_a_regular_file_is_read(tmp_path: Path) -> None:
+    """A pipe would wait for a writer without end."""
+    os.mkfifo(tmp_path / "pipe")
+    for read in (read_json, sha256, regular_file):
+        with pytest.raises(OSError, match=r"Not a regular file: '.*pipe'"):
+            read(tmp_path / "pipe")
+    assert read_object(tmp_path / "pipe") is None
 
 
 def test_one_process_at_a_time_and_an_error_leaves_no_new_folder(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from jacobiflow.checks import check_kind, check_path, short
 from jacobiflow.errors import InputError, InputTypeError, InputValueError
-from jacobiflow.files import write_json
+from jacobiflow.files import read_json, write_json
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -169,10 +168,10 @@ def load(path: str | Path, what: str, parse: Callable[[Any], T], remedy: str = "
     """Reads a JSON file, and parses its value; a ValueError begins with `what` and the path, and ends with `remedy`."""
     check_path("path", path)
     try:
-        return parse(json.loads(Path(path).read_text(encoding="utf-8")))
+        return parse(read_json(path))
     except OSError as error:
         raise InputValueError(f"{what} {path}: cannot be read ({error.strerror})") from error
-    except (InputError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except InputError as error:
         raise InputValueError(f"{what} {path}: {error}{remedy}") from error
 
 

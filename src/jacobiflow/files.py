@@ -73,11 +73,24 @@ def regular_file(path: str | Path) -> Path:
     return path
 
 
+def parse_json(data: bytes) -> Any:
+    """Parses JSON as `json_bytes` writes it. Raises ValueError for anything else, also for NaN and Infinity."""
+    try:
+        return json.loads(data, parse_constant=int)  # which refuses NaN and Infinity
+    except (ValueError, RecursionError) as error:  # ValueError: also for a whole number of thousands of digits
+        raise InputValueError(f"not JSON ({str(error).partition(';')[0]})") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """Parses the JSON in a file."""
+    return parse_json(regular_file(path).read_bytes())
+
+
 def read_object(path: str | Path) -> dict[str, Any] | None:
     """Returns the JSON object in a file; None if there is none."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = read_json(path)
+    except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -90,7 +103,8 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
 def json_bytes(value: Any, indent: int | None = 1) -> bytes:
     """Returns `value` as JSON, on one line if `indent` is None.
 
-    NaN becomes null. Infinity becomes 1e999, a number that every reader takes for infinity.
+    NaN becomes null. Infinity becomes 1e999, which is JSON. `parse_json` reads it as infinity, as Python and browsers
+    do; other parsers may refuse a number of this size.
     """
     text = json.dumps(value, indent=indent, separators=(",", ":") if indent is None else None)
     words = {"Infinity": "1e999", "NaN": "null"}
@@ -109,7 +123,7 @@ def sha256(*parts: bytes | bytearray | Path) -> str:
     """Returns the SHA-256 of bytes and files, one part after another, in hexadecimal."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part.read_bytes() if isinstance(part, Path) else part)
+        digest.update(regular_file(part).read_bytes() if isinstance(part, Path) else part)
     return digest.hexdigest()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf, prod
+from math import inf
 
 import torch
 from jaxtyping import Float, Int
@@ -95,9 +95,7 @@ def importance(samples: Samples | SampleFolder, energy: Float[Tensor, " n"], *, 
     if isinstance(samples, Samples):
         log_prob, outcome = samples.log_prob, samples.outcome
     else:
-        # A folder of images does not store their number of tokens, which is at most that of their values.
-        shape = samples.manifest.shape
-        log_prob, outcome = samples.log_prob(), samples.outcome(shape[0] if len(shape) == 2 else prod(shape))
+        log_prob, outcome = samples.log_prob(), samples.outcome()
     if log_prob is None:
         raise InputValueError("samples without densities: draw them with log_prob=True and settings=None")
     is_unchecked = outcome.residual is None and not outcome.exact

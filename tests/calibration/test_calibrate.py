@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple
 from functools import cache
@@ -309,6 +310,11 @@ def test_an_interrupted_calibration_goes_on_to_the_same_bytes(tmp_path: Path, mo
         calibrate()
     assert calibrate() == expected
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["calm.json", "r.json"]
+    kill_at_write(3, monkeypatch, calibrate)
+    (folder / "block-mine.json").write_text("mine")
+    assert calibrate() == calibrate() == expected
+    assert sorted(entry.name for entry in folder.iterdir()) == [".lock", "block-mine.json", "manifest.json"]
+    shutil.rmtree(folder)
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds files that this command did not write"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jacobiflow as jf
-from jacobiflow.calibration import Components, Metrics, Report, Trace, rank_correlation
+from jacobiflow.calibration import Components, Metrics, Report, Trace, gs_jacobi_notation, rank_correlation
 from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.files import json_bytes
 from tests.helpers.calibration_problems import linear_flow, randn
@@ -107,10 +109,28 @@ JSON = st.recursive(
 )
 
 
+UNFIT: dict[str, Any] = {
+    "values of latent, zeros, mean_affine": (("metrics", "fro", "igm", 0), {"latent": 1.0}),
+    "an entry for each of 5 blocks": (("metrics", "fro", "components"), []),
+    "metrics in norm 1": (("settings", "norm"), 1),
+    "traces from noise": (("traces",), {}),
+    "a trace for each segment": (("segment_traces", "2", "2"), []),
+    "sweeps for each tolerance": (("traces", "noise", 0, "zeros", "sweeps", "0.001"), []),
+    "gamma of each block": (("gamma", 3), []),
+}
+
+
+@pytest.mark.parametrize("missing", UNFIT)
+def test_a_report_whose_parts_do_not_fit_each_other_is_refused(missing: str, report: Report) -> None:
+    value = replace(report, metrics={"fro": report.metrics["fro"]}).to_json()
+    with pytest.raises(jf.InputError, match=rf"^its parts do not fit each other: it lacks {missing}$"):
+        Report.from_json(put(json.loads(json.dumps(value)), *UNFIT[missing]))
+
+
 @given(data=st.data())
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_any_json_is_a_value_error_or_a_report(report: Report, data: st.DataObject) -> None:
-    """An entry of a report, or one inside it, is replaced."""
+    """An entry of a report, or one inside it, is replaced. The methods of what is still a report work, or refuse."""
     value, path = json.loads(json.dumps(report.to_json())), list[Any]()
     inner = value
     while isinstance(inner, dict | list) and inner and (not path or data.draw(st.booleans())):
@@ -121,6 +141,13 @@ def test_any_json_is_a_value_error_or_a_report(report: Report, data: st.DataObje
     except ValueError:
         return
     assert Report.from_json(json.loads(json_bytes(changed.to_json()))) == changed
+    for method in (
+        changed.class_spread, partial(changed.mean_sweeps, "noise", 1e-3), partial(gs_jacobi_notation, changed, 1e-3),
+        partial(changed.rank_correlation, "crm"), partial(changed.rank_correlation, "gamma"),
+        lambda: list(map(changed.guess, range(changed.num_blocks))),
+    ):  # fmt: skip
+        with suppress(jf.InputError):
+            method()
 
 
 def test_a_report_is_found_by_its_guidance(report: Report, tmp_path: Path) -> None:

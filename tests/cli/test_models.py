@@ -52,7 +52,8 @@ def test_check_of_samples_names_every_damaged_file(run: Any, tmp_path: Path) -> 
     out = tmp_path / "out"
     sample_to_folder(jf.load("./plain"), 4, out, strategy="jacobi-1", batch_size=1, shard_size=2)
     result = run(f"info --check {out}")
-    assert (result.code, result.out) == (0, f"{out}: no problem; checked samples\n")
+    outcome = jf.SampleFolder.open(out).outcome()
+    assert (result.code, result.out) == (0, f"{out}: no problem; checked samples\n{outcome}\n")
     file = out / "shards" / "00001.npz"
     file.write_bytes(file.read_bytes()[:-9])
     (out / "shards" / "00000.npz").unlink()
@@ -109,7 +110,7 @@ def test_convert_a_starflow(run: Any, refuse: Any, tmp_path: Path) -> None:
     refuse(f"sample --model model --prompts cat --out {tmp_path}/o", "--prompts cat: this flow reads no text")
     refuse(f"sample --model {tmp_path}/star --encode-text w.py:f --out {tmp_path}/o", "w.py:f: give --prompts, too")
     (tmp_path / "words.py").write_text("encode = lambda prompts: None\n")
-    want = "result of encode_text=None of type NoneType: give a torch.Tensor of floating-point numbers (1, L, K)"
+    want = "result of --encode-text None of type NoneType: give a torch.Tensor of floating-point numbers (1, L, K)"
     refuse(f"{line}2 --encode-text {tmp_path}/words.py:encode", want)
     refuse(f"sample --model {tmp_path}/star --prompts cat --encode-text {tmp_path}/words.py:encode --out o-x", want)
 

@@ -177,7 +177,7 @@ def test_a_bad_file_of_labels_is_one_line(refuse: Any, tmp_path: Path) -> None:
     line = f"sample --model model --num 4 --strategy jacobi-1 --out {tmp_path}/out --labels {tmp_path}"
     refuse(f"{line}/missing.npy", "cannot be read as whole numbers ([Errno 2]")
     (tmp_path / "three.txt").write_text("0 1 2")
-    refuse(f"{line}/three.txt", "labels=an array (3,) of int64: give 4 whole numbers, one for each sample")
+    refuse(f"{line}/three.txt", "--labels an array (3,) of int64: give 4 whole numbers, one for each sample")
     for name, array in (("floats", np.zeros(4)), ("large", np.array([2**64 - 1] * 4, np.uint64))):
         np.save(tmp_path / f"{name}.npy", array)
         refuse(f"{line}/{name}.npy", "cannot be read as whole numbers")

@@ -57,7 +57,7 @@ def test_samples_of_a_trained_model_are_denoised_as_its_sheets_are(run: Any, tmp
 
 def test_bad_settings_leave_no_folder(refuse: Any, tmp_path: Path) -> None:
     line = f"train --images fashion-512 --head-dim 16 --out {tmp_path}/a/b"
-    refuse(f"{line} --steps 0", "steps=0: give a positive whole number")
+    refuse(f"{line} --steps 0", "--steps 0: give a positive whole number")
     refuse(f"{line} --steps 3 --image-size 60", "images are 1x28x28, the flow takes 1x60x60")
 
 

@@ -110,6 +110,37 @@ def test_images_that_are_missing_or_of_another_shape_are_one_clear_error(tmp_pat
             folder.images(0)
 
 
+HARM: dict[str, Any] = {
+    "certificate": torch.zeros(5).numpy(), "resolved": None, "lost": np.zeros(4, np.float32),
+    "labels": np.zeros((4, 1), int), "log_prob": np.zeros(3, np.float32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARM)
+def test_an_array_that_does_not_fit_its_shard_is_one_clear_error(name: str, tmp_path: Path) -> None:
+    folder, path = run(tmp_path), tmp_path / "shards" / "00000.npz"
+    with np.load(path) as arrays:
+        np.savez(path, **{key: value for key, value in {**arrays, name: HARM[name]}.items() if value is not None})
+    with pytest.raises(
+        SampleFolderError, match=rf"00000\.npz: {name} is not .* of shape \(4,\); sample into the folder"
+    ):
+        folder.labels(0) if name == "labels" else getattr(folder, name)()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name")
+def test_a_pipe_is_not_read(tmp_path: Path) -> None:
+    """It would wait for a writer without end."""
+    folder = run(tmp_path)
+    for name in ("shards/00000.npz", "shards/00001.json", "strategy.json", "manifest.json"):
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+    assert [("missing or damaged" in each, "checksum" in each) for each in folder.problems()] == [
+        (False, False), (False, True), (True, False)
+    ]  # fmt: skip
+    with pytest.raises(SampleFolderError, match=r"manifest\.json: cannot be read \(Not a regular file\)"):
+        jf.SampleFolder.open(tmp_path)
+
+
 def test_the_strategy_is_read_without_its_prediction(tmp_path: Path) -> None:
     planned = replace(PLAN, prediction=Prediction("cpu", 4, None, 0.1, 0.2, 1e-4, 0.1))
     folder = run(tmp_path, plan=lambda: planned)
@@ -142,6 +173,8 @@ def test_a_wrong_manifest_is_refused(tmp_path: Path) -> None:
     changes: dict[str, dict[str, Any]] = {
         "format_version: Invalid enum value 2": {"format_version": 2},
         "num: Expected `int` >= 1": {"num": 0},
+        "num: Expected `int` <= 100000000": {"num": 10**12},
+        "shard_size=1: 1,000,000 shards; give a larger one": {"num": 10**6, "shard_size": 1},
         "'colour' unknown": {"colour": 1},
         "guidance: guidance weight=-1": {"guidance": {"weight": -1}},
     }
@@ -166,7 +199,7 @@ def test_costs_of_shards_add_up(tmp_path: Path) -> None:
     )  # fmt: skip
     exact = replace(cost, exact=True)
     assert (Cost.total([exact, exact]).exact, Cost.total([exact, cost]).exact) == (True, False)
-    assert str(folder.outcome(4)).startswith(f"10 samples: {10 - num_lost} certified to 0.001")
+    assert str(folder.outcome()).startswith(f"10 samples: {10 - num_lost} certified to 0.001")
     (tmp_path / "shards" / "00001.json").unlink()
     with pytest.raises(SampleFolderError, match=r": 1 of 3 shards are missing; sample into the folder again"):
         folder.cost()

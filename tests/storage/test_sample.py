@@ -105,7 +105,7 @@ def test_every_shard_is_what_sample_draws_of_its_latents(name: str, tmp_path: Pa
     else:
         assert folder.certificate() is None
     resolved = sum(samples.resolved_sequentially for samples in want)
-    assert folder.outcome(16).resolved == folder.resolved().sum() == resolved
+    assert folder.outcome().resolved == folder.resolved().sum() == resolved
     assert resolved > 0 or name != "some solved again"
 
 
@@ -220,7 +220,9 @@ def test_other_settings_are_refused_before_anything_is_changed(out: Path) -> Non
     changes: dict[str, dict[str, Any]] = {
         "a run of 10 samples, more than 9; give num=10, or": {"num": 9},
         "samples of seed 0, not 1;": {"seed": 1},
-        "samples of guidance None, not Guidance(weight=0.7, .*;": {"flow": tiny_flow().guided(GUIDANCE)},
+        "samples of guidance None, not 0.7,attn_temperature=0.8,annealed=false,on=shift;": {
+            "flow": tiny_flow().guided(GUIDANCE)
+        },
         "samples of context_sha256 '.*, not None;": {"labels": None},
         "samples of strategy 'invented', not 'a Strategy';": {"strategy": OTHER},
         "samples of strategy_sha256 .*;": {"plan": lambda: OTHER},
@@ -242,6 +244,16 @@ UNFIT: dict[str, dict[str, Any]] = {
     "shard_size=3: give a multiple of the batch size, 2": {"shard_size": 3},
     "files='bmp': give 'npz' or 'png'": {"files": "bmp"},
     "give 10 whole numbers": {"labels": torch.zeros(9, dtype=torch.int64)},
+    "model=5 of type int: give a name": {"model": 5},
+    "overwrite='no' of type str: give True or False": {"overwrite": "no"},
+    "progress=5 of type int: give a function": {"progress": 5},
+    "processes=None of type NoneType: give what": {"processes": None},
+    "shard_size=1: 200,000 shards; give a larger one": {
+        "num": 200_000,
+        "labels": None,
+        "batch_size": 1,
+        "shard_size": 1,
+    },
 }
 
 
@@ -249,10 +261,28 @@ UNFIT: dict[str, dict[str, Any]] = {
 def test_settings_that_do_not_fit_lose_nothing(words: str, out: Path, tmp_path: Path) -> None:
     before = everything(out)
     for path in (out, tmp_path / "new"):
-        with pytest.raises(ValueError, match=re.escape(words)):
-            draw(path, overwrite=True, **UNFIT[words])
+        with pytest.raises(jf.InputError, match=re.escape(words)):
+            draw(path, **{"overwrite": True, **UNFIT[words]})
     assert not (tmp_path / "new").exists()
     assert everything(out) == before
+    with pytest.raises(TypeError, match=r"^out=None of type NoneType: give a path$"):
+        draw(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["images/1", "images", "shards"])
+def test_no_file_is_replaced_or_removed_through_a_link(name: str, tmp_path: Path) -> None:
+    out, theirs = run(tmp_path / "out", files="png").path, tmp_path / "theirs"
+    shutil.move(out / name, theirs)
+    (out / name).symlink_to(theirs)
+    before = everything(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(
+            SampleFolderError, match=rf"{name}: is a link; remove it, or give a link to the whole folder"
+        ):
+            run(out, files="png", overwrite=overwrite)
+    assert everything(tmp_path) == before
+    (tmp_path / "link").symlink_to(run(tmp_path / "elsewhere", files="png").path)
+    assert run(tmp_path / "link", files="png", overwrite=True).drawn == 10
 
 
 def test_samples_need_room_on_the_disk(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,6 +279,9 @@ def test_other_labels_and_problems_are_named(undisturbed: Path, tmp_path: Path) 
     log.write_text("mine\n")
     (problem,) = problems(run)
     assert problem.startswith(f"{log}: line 1 is not of this trainer")
+    torch.save(checkpoint(run) | {"step": -5}, run / "checkpoint.pt")
+    (problem,) = problems(run)
+    assert "not a checkpoint (Expected `int` >= 0" in problem
     (run / "checkpoint.pt").write_bytes(b"mine")
     (problem,) = problems(run)
     assert "not a checkpoint" in problem

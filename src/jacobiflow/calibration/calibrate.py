@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from jacobiflow.calibration.passes import BlockSolution, ImageMeans, ImageMetric
 from jacobiflow.calibration.report import Report, Settings, Start, named_guesses
 from jacobiflow.checks import check_choice, check_count, check_flag, check_path, check_seed
 from jacobiflow.errors import InputTypeError, InputValueError
-from jacobiflow.files import own_folder, read_object, write_json
+from jacobiflow.files import LOCK, MANIFEST, own_folder, read_object, remove_partials, write_json
 from jacobiflow.flows.config import Context, Labels
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.flow import Flow, check_flow, precision
@@ -106,8 +105,20 @@ def calibrate(
     with own_folder(folder, "calibration", ()):
         report = _measure(passes, settings, classes, _Parts(folder, key))
         report.save(out)
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # Windows removes no open file
+            _remove(folder, report.num_blocks)
     return report
+
+
+def _remove(folder: Path, num_blocks: int) -> None:
+    """Removes the parts of a calibration, and their folder if it has no files of others."""
+    remove_partials(folder)
+    for name in ("metrics", *(f"block-{i}" for i in range(num_blocks))):
+        (folder / f"{name}.json").unlink(missing_ok=True)
+    if {entry.name for entry in folder.iterdir()} == {LOCK, MANIFEST}:
+        (folder / MANIFEST).unlink()
+        (folder / LOCK).unlink()
+        folder.rmdir()
 
 
 def _check_images(flow: Flow, images: Images) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -110,6 +110,27 @@ class Report(codec.Document):
     traces: Mapping[Start, tuple[Mapping[str, Trace], ...]]
     segment_traces: Mapping[int, Mapping[int, tuple[Trace, ...]]]
     gamma: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        """Checks that the parts fit each other, which those of a file that was changed may not."""
+        metrics = [*self.metrics.values(), *self.class_metrics.values()]
+        rows = [row for starts in self.traces.values() for row in starts]
+        segments = [item for counts in self.segment_traces.values() for item in counts.items()]
+        traces = [trace for row in rows for trace in row.values()] + [trace for _, row in segments for trace in row]
+        igm = [row for each in (*metrics, *self.segment_metrics.values()) for row in each.igm]
+        per_block: list[Sized] = [*self.traces.values(), self.gamma, *(each.igm for each in metrics)]
+        per_block += [each.components for each in metrics if each.components is not None]
+        fits = {
+            f"an entry for each of {self.num_blocks} blocks": {*map(len, per_block)} == {self.num_blocks},
+            f"metrics in norm {self.settings.norm}": self.settings.norm in self.metrics,
+            "traces from noise": "noise" in self.traces,
+            f"values of {', '.join(GUESS_NAMES)}": all(row.keys() == set(GUESS_NAMES) for row in (*rows, *igm)),
+            "a trace for each segment": all(count == len(row) > 0 for count, row in segments),
+            "sweeps for each tolerance": all(all(trace.sweeps.values()) for trace in traces),
+            "gamma of each block": all(self.gamma) and self.num_blocks > 0,
+        }
+        if missing := [part for part, is_there in fits.items() if not is_there]:
+            raise InputValueError(f"its parts do not fit each other: it lacks {missing[0]}")
 
     def __repr__(self) -> str:
         tough = f", tough: {self.tough_blocks}" if self.components is not None else ""
@@ -282,7 +303,7 @@ def _cheapest_segments(
     """GS and J of a tough block."""
     length = report.num_tokens
     ways = [(length * (1 + call_cost), length, "1")]
-    for count, traces in report.segment_traces[block].items():
+    for count, traces in report.segment_traces.get(block, {}).items():
         sweeps = [max(1, *trace.reach(tolerance, length)) for trace in traces]
         if max(sweeps) <= length // count:
             total = sum(sweeps) if per_segment else count * max(sweeps)

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
-from typer.main import get_command
+from typer.main import get_command, get_group
 
 from jacobiflow import __version__
 from jacobiflow.cli import shared
@@ -56,8 +56,11 @@ def _with_json(command: Callable[..., dict[str, Any] | None]) -> Callable[..., i
 
         keep_freed_memory()
         _load_extensions()
-        inputs = [value for name, value in arguments.items() if isinstance(value, str | Path) and name != "out"]
-        shared.check_output("--json", json, arguments.get("model", ""), *inputs)
+        outputs = [value for name, value in arguments.items() if name in ("out", "save_stats")]
+        inputs = [value for value in arguments.values() if isinstance(value, str | Path) and value not in outputs]
+        if arguments.get("tune"):
+            outputs += shared.tunings_beside(arguments["out"])
+        shared.check_output("--json", json, None, *inputs, outputs=outputs)
         results = command(**arguments) or {}
         if json is not None and results:
             json.parent.mkdir(parents=True, exist_ok=True)
@@ -142,4 +145,5 @@ def _load_extensions() -> None:
 
 
 def _print_line(kind: str, message: str) -> None:
-    print(f"{kind}: {shared.one_line(message)}", file=sys.stderr)
+    options = {option.name: option.opts[0] for command in get_group(app).commands.values() for option in command.params}
+    print(f"{kind}: {shared.one_line(shared.with_options(message, options))}", file=sys.stderr)

@@ -45,7 +45,7 @@ def calibrate(
 
     from jacobiflow.data import load_images, noisy_images
 
-    shared.check_output("--out", out, model, images)
+    shared.check_output("--out", out, model, images, replaces="report*.json")
     flow = shared.load_model(model, device, dtype, guidance)
     is_labelled = bool(flow.config.num_classes) and not unconditional
     if per_class and not is_labelled:

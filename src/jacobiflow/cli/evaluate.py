@@ -73,7 +73,7 @@ def evaluate(
     """
     from jacobiflow import evaluation, files
 
-    shared.check_output("--save-stats", save_stats, model, images, stats, inception, samples)
+    shared.check_output("--save-stats", save_stats, model, images, stats, inception, samples, features, outputs=(out,))
     files.check_own(out, "evaluation")
     for option, value in (("--features", features), ("--stats", stats)):
         if samples is None and save_stats is None and value not in (None, "none"):
@@ -93,7 +93,7 @@ def evaluate(
     real = test = None
     with progress_bar() as progress:
         if folder is not None:
-            results |= {"num": folder.manifest.num, **_certificates(folder, flow)}
+            results |= {"num": folder.manifest.num, **_certificates(folder)}
         if folder is not None and paired:
             scores["errors"] = _errors(folder, flow, min(paired, folder.manifest.num), batch_size)
         if images is not None and test_images:
@@ -263,9 +263,9 @@ def _mirrored(images: Tensor, extractor: FeatureFunction) -> Tensor:
     return torch.where(is_mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
-def _certificates(folder: jf.SampleFolder, flow: Flow) -> dict[str, Any]:
+def _certificates(folder: jf.SampleFolder) -> dict[str, Any]:
     """The outcome of the samples, and their certificates if they were measured."""
-    outcome, certificate = folder.outcome(flow.config.num_tokens), folder.certificate()
+    outcome, certificate = folder.outcome(), folder.certificate()
     results = {
         "outcome": str(outcome), "resolved_sequentially": outcome.resolved, "above": outcome.above,
         "lost": outcome.lost,

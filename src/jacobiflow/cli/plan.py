@@ -44,7 +44,7 @@ def plan(
     """
     from jacobiflow.memory import batch_bytes, fitting_batch
 
-    shared.check_output("--out", out, model)
+    shared.check_output("--out", out, model, outputs=shared.tunings_beside(out) if tune else ())
     if out.suffix != ".json":
         raise InputValueError(f"--out {out}: give a file that ends in .json")
     size = shared.parse_batch_size(batch_size)

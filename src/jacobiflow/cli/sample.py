@@ -102,7 +102,7 @@ def sample(
         raise Exit(2) from None  # the first process says why
     if group.rank:
         return None
-    manifest, cost, outcome = folder.manifest, folder.cost(), folder.outcome(flow.config.num_tokens)
+    manifest, cost, outcome = folder.manifest, folder.cost(), folder.outcome()
     certificate = folder.certificate()
     run = asdict(cost) | {
         "samples_per_second": num / (cost.seconds + cost.denoise_seconds),

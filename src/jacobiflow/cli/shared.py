@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 
 MOST_AT_ONCE = 65_536  # latents of a batch of so many take 200 MB for images of 28x28
 _LONGEST = 300  # characters of a message
+# What commands read from a model's folder, and what they write to a folder of their own.
+_FILES_IN_FOLDERS = (
+    "config.json", "model.safetensors", "README.md", "report.json", "report-*.json", "tuning.json", "tuning-*.json",
+    "checkpoint.pt", "metrics.jsonl", "samples*.png", "manifest.json", "strategy.json", "shards", "images",
+    "evaluation.json", "bench.*",
+)  # fmt: skip
 SOURCES = "digits, fashion-512, emoji-256, fashion-mnist, an .npz file, or a folder of images or IDX files."
 GUIDANCE = (
     'Weight of classifier-free guidance, or "4,attn_temperature=1.2"; other keys: annealed=false, on=scale, on=shift, '
@@ -40,7 +47,7 @@ Prompts = Annotated[str | None, Option(help=_PROMPTS)]
 EncodeText = Annotated[str | None, Option(help=_ENCODE_TEXT)]
 Images = Annotated[str, Option(help=SOURCES)]
 Labels = Annotated[str, Option(help=_LABELS)]
-Seed = Annotated[int, Option(min=0, help="Seed of everything random.")]
+Seed = Annotated[int, Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
 Device = Annotated[str, Option(help="auto (a CUDA GPU, else the CPU), cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, Option(help="float32, float64, bfloat16, float16, or tf32 on a GPU.")]
 ReportFile = Annotated[Path | None, Option(help="A report of calibrate: the guess to start from in each block.")]
@@ -216,21 +223,56 @@ def training_noise(flow: Flow) -> Noise:
     return Noise("gaussian", std) if std else Noise("uniform")
 
 
-def check_output(option: str, path: Path | None, model: str, *inputs: str | Path | None) -> None:
-    """Raises ValueError if a file that a command is to write cannot be written, or is of the model or the inputs."""
-    from jacobiflow.flows.folder import CONFIG, WEIGHTS, bundled
+def check_output(
+    option: str, path: Path | None, model: str | None, *inputs: str | Path | None,
+    outputs: Iterable[Path | None] = (), replaces: str = "",
+) -> None:  # fmt: skip
+    """Raises ValueError if a file that a command is to write cannot be written, or would replace a file that it uses.
+
+    These are the inputs, files or folders; the files of the model, except those that match the pattern `replaces`; and
+    the other outputs of the command, files, or folders with the files that it writes there.
+    """
+    from jacobiflow.flows.folder import bundled
 
     if path is None:
         return
-    folder, place = bundled().get(model, Path(model)), path.resolve()
+    place = path.resolve()
     if place.is_dir():
         raise InputValueError(f"{option} {path}: is a folder; give a file")
-    for source in (folder / CONFIG, folder / WEIGHTS, *inputs):
-        if source is not None and os.path.exists(source) and place.is_relative_to(Path(source).resolve()):
+    for source in map(str, filter(None, inputs)):
+        file = bundled().get(source, Path(re.sub(r"(?<=\.py):\w+$", "", source)))  # FILE.py:FUNCTION
+        if os.path.exists(file) and place.is_relative_to(file.resolve()):
             raise InputValueError(f"{option} {path}: is in {source}, which this command reads; give another file")
+    folders = [] if model is None else [bundled().get(model, Path(model))]
+    for other in (each.resolve() for each in (*folders, *outputs) if each is not None):
+        inner = place.relative_to(other).parts[:1] if place.is_relative_to(other) else ()
+        is_used = any(fnmatch(name, used) for name in inner for used in _FILES_IN_FOLDERS)
+        if other.is_relative_to(place) or (is_used and not fnmatch(place.name, replaces)):
+            raise InputValueError(f"{option} {path}: this command reads or writes that file itself; give another file")
     nearest = next(parent for parent in place.parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InputValueError(f"{option} {path}: cannot be written; give a file in another folder")
+
+
+def tunings_beside(out: Path) -> tuple[Path, Path]:
+    """Returns the files of `plan --tune` for a bundled model, one of which it writes."""
+    return out.with_name("tuning.json"), out.with_name("tuning-guided.json")
+
+
+def with_options(message: str, options: Mapping[str, str]) -> str:
+    """Returns a message of the library with the names of options in place of those of arguments.
+
+    Example:
+        >>> with_options("num=5: give less, or overwrite=True", {"num": "--num", "overwrite": "--overwrite"})
+        '--num 5: give less, or --overwrite'
+    """
+
+    def name_option(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        is_argument = name in options and (value is not None or "_" in name)
+        return options[name] + (" " if value == "=" else "") if is_argument else match[0]
+
+    return re.sub(r"(?<![\w./-])(\w+)(=True\b|=)?", name_option, message)
 
 
 def one_line(message: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from jacobiflow import codec
 from jacobiflow.checks import FLOATS, check_kind, short
 from jacobiflow.errors import CheckpointError, InputError, InputValueError, first_line
-from jacobiflow.files import json_bytes, read_object, remove_partials, write_atomically, write_beside
+from jacobiflow.files import json_bytes, read_object, regular_file, remove_partials, write_atomically, write_beside
 from jacobiflow.flows.config import FlowConfig
 from jacobiflow.flows.fingerprint import fingerprint
 from jacobiflow.flows.guidance import SamplingSettings
@@ -78,7 +78,7 @@ class ModelFolder:
         """Reads the tensors."""
         file = self.path / WEIGHTS
         try:
-            return load_file(file)
+            return load_file(regular_file(file))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: missing or damaged ({first_line(error)}); copy it again") from error
 

@@ -29,12 +29,18 @@ from torch import Tensor
 from jacobiflow import codec
 from jacobiflow.data import quantize
 from jacobiflow.errors import InputError, InputValueError
-from jacobiflow.files import MANIFEST, remove_partials, sha256, write_atomically, write_json
+from jacobiflow.files import MANIFEST, regular_file, remove_partials, sha256, write_atomically, write_json
 from jacobiflow.sampling import Outcome, Samples
 from jacobiflow.storage.manifest import Cost, Manifest, Record, SampleFolderError
 from jacobiflow.strategy import Strategy
 
 STRATEGY = "strategy.json"
+# The types of the arrays in a shard. A shard may lack the optional ones.
+_DTYPES = {
+    "arr_0": ("uint8",), "tokens": ("float32",), "labels": ("int64", "int32"), "certificate": ("float32", "float64"),
+    "log_prob": ("float32", "float64"), "resolved": ("bool",), "lost": ("bool",),
+}  # fmt: skip
+_OPTIONAL = ("labels", "certificate", "log_prob")
 _REMEDY = "sample into the folder again with the same settings, which draws what is missing"
 
 
@@ -118,17 +124,12 @@ class SampleFolder:
         if len(self.manifest.shape) != 3:
             raise SampleFolderError(f"{self.path}: samples of a flow over tokens; take .tokens({index})")
         channels, height, width = self.manifest.shape
-        pixels, shape = self._array(index, "arr_0"), (self.manifest.num_in([index]), height, width, channels)
-        if pixels is None or pixels.shape != shape or pixels.dtype != np.uint8:
-            raise SampleFolderError(f"{self._npz_file(index)}: not 8-bit images of shape {shape}; {_REMEDY}")
+        pixels = self._array(index, "arr_0", (height, width, channels))
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
     def tokens(self, index: int) -> Float[Tensor, "n t c"]:
         """Returns the tokens of a shard, of a flow over tokens."""
-        tokens, shape = self._array(index, "tokens"), (self.manifest.num_in([index]), *self.manifest.shape)
-        if tokens is None or tokens.shape != shape or tokens.dtype != np.float32:
-            raise SampleFolderError(f"{self._npz_file(index)}: not float32 tokens of shape {shape}; {_REMEDY}")
-        return torch.from_numpy(tokens)
+        return torch.from_numpy(self._array(index, "tokens", self.manifest.shape))
 
     def batches(self) -> Iterator[UInt8[Tensor, "n c h w"]]:
         """Yields the images of one shard after another."""
@@ -160,12 +161,12 @@ class SampleFolder:
         """Returns the cost of all shards together."""
         return Cost.total([record.cost for record in self.records()])
 
-    def outcome(self, num_tokens: int) -> Outcome:
-        """Returns the outcome of the samples, of a flow of `num_tokens` tokens."""
+    def outcome(self) -> Outcome:
+        """Returns the outcome of all samples, as `Samples.outcome` does."""
         cost, certificate = self.cost(), self.certificate()
         return Outcome(
             num=self.manifest.num,
-            tolerance=self.strategy().residual_bound(num_tokens),
+            tolerance=self.strategy().residual_bound(self.manifest.num_tokens),
             residual=None if certificate is None else float(certificate.nan_to_num(posinf=0.0).max()),
             exact=cost.exact,
             resolved=cost.resolved_sequentially,
@@ -177,7 +178,7 @@ class SampleFolder:
         """Returns the strategy of the samples, without its prediction, which holds for one machine and batch size."""
         file = self.path / STRATEGY
         if not (file.is_file() and sha256(file) == self.manifest.strategy_sha256):
-            raise SampleFolderError(f"{file}: has changed since its run wrote it; restore it, or give overwrite=True")
+            raise SampleFolderError(f"{file}: has changed since its run wrote it; restore it, or overwrite the samples")
         return replace(Strategy.load(file), prediction=None)
 
     def write(self, index: int, samples: Samples) -> None:
@@ -211,6 +212,14 @@ class SampleFolder:
             write_atomically(file, _to_png(pixels), sync=False)  # a thousand take seconds; a lost one is drawn again
         record = Record(len(levels), sha256(self._npz_file(index), *pngs), Cost.of(samples))
         write_json(self._record_file(index), codec.encode(record))
+
+    def check_no_links(self) -> None:
+        """Raises SampleFolderError if a folder in it is a link, through which files elsewhere would be replaced."""
+        for folder in (self.path / "shards", self.path / "images", *self.path.glob("images/*")):
+            if folder.is_symlink() and folder.is_dir():
+                raise SampleFolderError(
+                    f"{folder}: is a link; remove it, or give a link to the whole folder of samples"
+                )
 
     def remove_record(self, index: int) -> None:
         """Removes the record of a shard, which then does not count."""
@@ -251,18 +260,22 @@ class SampleFolder:
         classes = [f"{label:0{digits}}" if label >= 0 else "none" for label in labels.tolist()]
         return [self.path / "images" / label / name for label, name in zip(classes, names, strict=True)]
 
-    def _array(self, index: int, name: str) -> Any:
-        """Reads an array of a shard; None if the shard has none of this name."""
-        file = self._npz_file(index)
+    def _array(self, index: int, name: str, shape: tuple[int, ...] = ()) -> Any:
+        """Reads an array of a shard, with an entry of `shape` for each sample; None if it is optional and missing."""
+        file, shape = self._npz_file(index), (self.manifest.num_in([index]), *shape)
         try:
-            with np.load(file, allow_pickle=False) as arrays:
-                return arrays.get(name)
+            with np.load(regular_file(file), allow_pickle=False) as arrays:
+                array = arrays.get(name)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise SampleFolderError(f"{file}: missing or damaged; {_REMEDY}") from error
+        is_missing = array is None and name in _OPTIONAL
+        if not is_missing and (array is None or array.shape != shape or array.dtype.name not in _DTYPES[name]):
+            raise SampleFolderError(f"{file}: {name} is not {' or '.join(_DTYPES[name])} of shape {shape}; {_REMEDY}")
+        return array
 
     def _concatenated(self, name: str) -> Tensor | None:
         arrays = [self._array(index, name) for index in range(self.manifest.num_shards)]
-        return None if arrays[0] is None else torch.from_numpy(np.concatenate(arrays))
+        return None if any(array is None for array in arrays) else torch.from_numpy(np.concatenate(arrays))
 
 
 def _to_png(pixels: UInt8[Tensor, "c h w"]) -> bytes:

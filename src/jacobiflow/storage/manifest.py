@@ -14,6 +14,7 @@ from jacobiflow.checks import short
 from jacobiflow.errors import InputValueError
 from jacobiflow.files import sha256
 from jacobiflow.flows.guidance import Guidance
+from jacobiflow.latents import MOST_SAMPLES
 from jacobiflow.sampling import Samples
 from jacobiflow.solvers import Certificate, Status
 
@@ -21,6 +22,7 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 Files = Literal["npz", "png"]
 # A run that is resumed may have more samples, and go on elsewhere.
 _MAY_CHANGE = frozenset({"num", "model", "machine", "checksums"})
+_MOST_SHARDS = 100_000  # in one folder
 
 
 class SampleFolderError(InputValueError):
@@ -33,6 +35,7 @@ class Manifest:
 
     Attributes:
         shape: Of a sample: (C, H, W) of an image, or (T, C) of tokens.
+        num_tokens: T.
         context_sha256: Of the labels as little-endian int64, or of the numbers as float32; None without a context.
         log_prob: Whether the shards have densities.
         shard_size: Shard i begins with sample `shard_size * i`.
@@ -43,8 +46,9 @@ class Manifest:
         checksums: SHA-256 of each shard; None until all shards are complete.
     """
 
-    num: Count
+    num: Annotated[int, msgspec.Meta(ge=1, le=MOST_SAMPLES)]
     shape: tuple[int, ...]
+    num_tokens: Count
     seed: int
     context_sha256: str | None
     num_classes: int
@@ -65,6 +69,13 @@ class Manifest:
     checksums: tuple[str, ...] | None = None
     kind: Literal["samples"] = "samples"
     format_version: Literal[1] = 1
+
+    def __post_init__(self) -> None:
+        if self.num_shards > _MOST_SHARDS:
+            raise InputValueError(
+                f"shard_size={self.shard_size}: {self.num_shards:,} shards; give a larger one, for at most "
+                f"{_MOST_SHARDS:,}"
+            )
 
     @property
     def num_shards(self) -> int:
@@ -91,9 +102,8 @@ class Manifest:
         for entry in fields(self):
             have, want = getattr(self, entry.name), getattr(other, entry.name)
             if entry.name not in _MAY_CHANGE and have != want:
-                raise SampleFolderError(
-                    f"{folder}: holds samples of {entry.name} {short(have)}, not {short(want)}; {remedy}"
-                )
+                texts = (str(value) if isinstance(value, Guidance) else short(value) for value in (have, want))
+                raise SampleFolderError(f"{folder}: holds samples of {entry.name} {', not '.join(texts)}; {remedy}")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jacobiflow.calibration import Report
-from jacobiflow.checks import check_choice, check_count, check_number, check_seed, short
+from jacobiflow.checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_kind,
+    check_number,
+    check_path,
+    check_seed,
+    short,
+)
 from jacobiflow.errors import InputValueError, first_line
 from jacobiflow.files import MANIFEST, check_own, json_bytes, locked, sha256, write_atomically
 from jacobiflow.flows.config import Context, Labels
@@ -29,13 +38,7 @@ from jacobiflow.flows.flow import Flow, check_flow, precision
 from jacobiflow.latents import MOST_SAMPLES, draw_latents
 from jacobiflow.measuring import machine
 from jacobiflow.progress import Progress
-from jacobiflow.sampling import (
-    Settings,
-    check_log_prob,
-    draw,
-    resolve_settings,
-    warn_if_guidance_is_idle,
-)
+from jacobiflow.sampling import Settings, check_log_prob, draw, resolve_settings, warn_if_guidance_is_idle
 from jacobiflow.solvers import Certificate, check_certificate
 from jacobiflow.storage.folder import STRATEGY, SampleFolder, pillow
 from jacobiflow.storage.manifest import Files, Manifest, SampleFolderError, context_sha256
@@ -176,6 +179,11 @@ def sample_to_folder(
     num, seed = check_count("num", num, most=MOST_SAMPLES), check_seed(seed)
     batch_size, shard_size = _sizes(num, batch_size, shard_size)
     check_flow(flow)
+    check_path("out", out)
+    check_kind("model", model, str, "a name")
+    check_flag("overwrite", overwrite)
+    check_kind("progress", progress, Callable | None, "a function of done, total and what, or None")
+    check_kind("processes", processes, Processes, "what `with jacobiflow.processes()` gives")
     check_certificate("certify", certify)
     tolerance = None if tolerance is None else check_number("tolerance", tolerance)
     config = flow.config
@@ -189,8 +197,8 @@ def sample_to_folder(
     log_prob = check_log_prob(flow, log_prob, denoise)
     warn_if_guidance_is_idle(flow, context)
     manifest = Manifest(
-        num=num, shape=flow.image_shape or (config.num_tokens, config.token_channels), seed=seed,
-        context_sha256=context_sha256(context), num_classes=config.num_classes, batch_size=batch_size,
+        num=num, shape=flow.image_shape or (config.num_tokens, config.token_channels), num_tokens=config.num_tokens,
+        seed=seed, context_sha256=context_sha256(context), num_classes=config.num_classes, batch_size=batch_size,
         shard_size=shard_size, files=files, model=model, fingerprint=fingerprint(flow), dtype=precision(flow),
         strategy="a Strategy" if isinstance(strategy, Strategy) else str(strategy), strategy_sha256="",
         guidance=flow.guidance, denoise=float(denoise), tolerance=tolerance, certify=certify,
@@ -203,6 +211,7 @@ def sample_to_folder(
 
         def start() -> tuple[SampleFolder, list[int]]:
             check_own(new.path, manifest.kind)  # before there is a lock in it
+            new.check_no_links()
             stack.enter_context(locked(new.path))
             earlier = SampleFolder.open(new.path) if (new.path / MANIFEST).exists() else None
             if earlier is None or overwrite or not any(map(earlier.record, range(earlier.manifest.num_shards))):
@@ -223,7 +232,7 @@ def sample_to_folder(
                 time.sleep(_POLL)
         folder = _with(folder, checksums=tuple(record.sha256 for record in folder.records()))
         folder.save_manifest()
-    outcome = folder.outcome(config.num_tokens)
+    outcome = folder.outcome()
     if outcome.has_shortfall:
         warnings.warn(str(outcome), stacklevel=2)
     return folder

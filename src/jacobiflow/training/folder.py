@@ -7,14 +7,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
 
 from jacobiflow.checks import short
 from jacobiflow.errors import InputError, InputValueError, first_line
-from jacobiflow.files import write_atomically
+from jacobiflow.files import parse_json, regular_file, write_atomically
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
@@ -50,12 +50,12 @@ def read_metrics(folder: str | Path) -> list[StepReport]:
     A last line that a kill cut short is left out.
     """
     path = Path(folder) / METRICS
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines = regular_file(path).read_bytes().splitlines(keepends=True) if path.exists() else []
     reports = []
     for number, line in enumerate(lines, 1):
         try:
-            reports.append(msgspec.json.decode(line, type=StepReport))
-        except msgspec.DecodeError as error:
+            reports.append(msgspec.convert(parse_json(line), StepReport))
+        except (InputError, msgspec.ValidationError) as error:
             if number == len(lines) and not line.endswith(b"\n"):
                 break
             raise InputValueError(f"{path}: line {number} is not of this trainer ({error}); {_REMEDY}") from error
@@ -67,7 +67,7 @@ class Checkpoint:
     """The state of a training run, from which it resumes; `run` describes its flow, settings and images."""
 
     run: dict[str, Any]
-    step: int
+    step: Annotated[int, msgspec.Meta(ge=0)]
     seconds: float
     flow: dict[str, Any]
     average: dict[str, Any]
@@ -77,7 +77,7 @@ class Checkpoint:
     def read(cls, path: Path) -> Checkpoint:
         """Reads a checkpoint. Raises ValueError if the file is broken."""
         try:
-            return msgspec.convert(torch.load(path, map_location="cpu", weights_only=True), cls)
+            return msgspec.convert(torch.load(regular_file(path), map_location="cpu", weights_only=True), cls)
         except Exception as error:  # torch.load documents none, and damage can raise nearly any
             raise InputValueError(f"{path}: not a checkpoint ({first_line(error)}); {_REMEDY}") from error
 

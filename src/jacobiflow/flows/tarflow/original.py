@@ -15,6 +15,7 @@ from torch import Tensor
 
 from jacobiflow.checks import FLOATS
 from jacobiflow.errors import CheckpointError, first_line
+from jacobiflow.files import regular_file
 from jacobiflow.flows.config import TarFlowConfig, TokenConfig
 from jacobiflow.flows.folder import check_values
 
@@ -30,7 +31,7 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
     remedy = "give a file that torch.save(model.state_dict(), path) wrote"
     try:
         # Mapped, if the file has the format that can be: only what is used is read.
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(regular_file(path)))
     except Exception as error:  # torch.load names no exceptions, and damage raises nearly any
         raise CheckpointError(
             f"{path}: missing, damaged, or not only tensors; code in it was not run ({first_line(error)}); {remedy}"
