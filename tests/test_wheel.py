@@ -62,7 +62,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if (library := native.library()) is None:
         check_output(command, folder)
     else:  # compiled already; test_targets.py compiles what is in a wheel
-        check_output(command, folder, CXX=copying_compiler(folder / "compiler", Path(library._name)))
+        check_output(command, folder, CXX=copying_compiler(folder / "compiler", library.path))
     (wheel,) = folder.glob("*.whl")
     return wheel
 

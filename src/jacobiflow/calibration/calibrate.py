@@ -106,15 +106,16 @@ def calibrate(
         report = _measure(passes, settings, classes, _Parts(folder, key))
         report.save(out)
         with suppress(OSError):  # Windows removes no open file
-            _remove(folder, report.num_blocks)
+            _remove_parts(folder)
     return report
 
 
-def _remove(folder: Path, num_blocks: int) -> None:
-    """Removes the parts of a calibration, and their folder if it has no files of others."""
+def _remove_parts(folder: Path) -> None:
+    """Removes the parts of calibrations, and their folder if it has no files of others."""
     remove_partials(folder)
-    for name in ("metrics", *(f"block-{i}" for i in range(num_blocks))):
-        (folder / f"{name}.json").unlink(missing_ok=True)
+    for file in folder.glob("*.json"):
+        if (read_object(file) or {}).keys() == {"key", "part"}:
+            file.unlink()
     if {entry.name for entry in folder.iterdir()} == {LOCK, MANIFEST}:
         (folder / MANIFEST).unlink()
         (folder / LOCK).unlink()

@@ -138,7 +138,7 @@ class MAFBlock(FlowBlock):
     def exact_inverse(
         self, z: Tokens, context: Int[Tensor, " b"] | None = None, guidance: Guidance | None = None
     ) -> tuple[Tokens, Float[Tensor, " b"]] | None:
-        if usable_library() is None or z.dtype != torch.float32 or z.shape[2:] != (1,):
+        if usable_library(z) is None or z.shape[2:] != (1,):
             return None
         tensors = [tensor for layer in self.layers for tensor in (layer.weight, layer.bias)]
         tables = [layer.class_embed for layer in self.layers if layer.class_embed is not None]

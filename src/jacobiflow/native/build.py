@@ -13,10 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from jacobiflow.files import cache_folder, sha256, write_atomically
 from jacobiflow.native import compiler
-from jacobiflow.native.boundary import Library
+from jacobiflow.native.boundary import Library, is_plain
 
 SWITCH = "JACOBIFLOW_NATIVE"  # environment variable: 0 leaves all recurrences to PyTorch
 SHIPPED = Path(__file__).parent / "lib"  # of a wheel, made by hatch_build.py
@@ -43,9 +44,9 @@ def describe() -> str:
     return f"off, by {SWITCH}=0" if _is_off() else _loaded()[1]
 
 
-def usable_library() -> Library | None:
-    """Returns the library; `None` if there is none, or autocast would have PyTorch compute in another dtype."""
-    return None if torch.is_autocast_enabled("cpu") else library()
+def usable_library(z: Tensor) -> Library | None:
+    """Returns the library if it can solve for `z`: plain, float32, on a CPU, without autocast; else `None`."""
+    return library() if is_plain(z, torch.float32) and not torch.is_autocast_enabled("cpu") else None
 
 
 def _is_off() -> bool:

@@ -85,7 +85,7 @@ class Recurrence:
         `context` is added to the embeddings of tokens, in causal order. `read_prefix` returns the prefix of some rows
         of z. Weights may change between calls, and so are packed in each.
         """
-        native = usable_library()
+        native = usable_library(z)
         if native is None:
             return None
         try:
