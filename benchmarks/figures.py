@@ -18,7 +18,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 import jacobiflow as jf
 from benchmarks.common import FIGURES, parser
-from benchmarks.front import Recorder, record, save_animation
+from benchmarks.front import Recorder, readable, record, save_animation
 from benchmarks.regimes import BF16_PASS, EXACT_LOOP, LOOP_IN_PYTORCH, PASS, in_passes
 from benchmarks.render import result, strategy
 from jacobiflow.latents import draw_latents
@@ -33,7 +33,6 @@ from jacobiflow.plots.style import (
     clear,
     new_figure,
     plain_ticks,
-    readable,
     styled,
 )  # fmt: skip
 

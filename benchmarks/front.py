@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -22,7 +22,7 @@ import jacobiflow as jf
 from jacobiflow.data import quantize
 from jacobiflow.flows.flow import Flow
 from jacobiflow.plots import sampler_style
-from jacobiflow.plots.style import FINAL, WAITING, readable, styled
+from jacobiflow.plots.style import FINAL, WAITING, styled
 from jacobiflow.solvers import solve_certified
 
 ROWS = 64  # states whose images are made together
@@ -131,6 +131,14 @@ def _pixels(trajectory: Trajectory, call: int) -> np.ndarray[Any, Any]:
 
 
 @styled
+def readable(color: str) -> str:
+    """Returns the colour, darkened for text on white to a contrast of at least 4.5."""
+    red, green, blue = to_rgb(color)
+    light = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
+    factor = min(1.0, (0.17 / max(light, 1e-9)) ** (1 / 2.2))
+    return str(to_hex((factor * red, factor * green, factor * blue)))
+
+
 def save_animation(title: str, trajectories: Mapping[str, Trajectory], path: Path) -> None:
     """Writes a GIF with a frame for each call of the longest trajectory: images above, tokens below."""
     figure = Figure(figsize=(5.6, 4.7), dpi=130, layout="constrained")

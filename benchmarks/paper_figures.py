@@ -6,24 +6,36 @@ MODEL-convergence.png (Figure 2), -sampling.png (3), -guesses.png (4), -segments
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 import jacobiflow as jf
 from benchmarks.common import FIGURES, parser
-from jacobiflow.calibration import gs_jacobi_notation
+from jacobiflow.calibration import Report, gs_jacobi_notation
+from jacobiflow.data import image_grid
 from jacobiflow.flows.flow import Flow
-from jacobiflow.plots import comparison_sheet, convergence_figure, rows_sheet, save_png, segments_figure, trace_sheet
+from jacobiflow.plots import comparison_sheet, rows_sheet, sampler_style, save_png
+from jacobiflow.plots.sheets import column_names, stacked
+from jacobiflow.plots.style import ORDERED, clear, new_figure, styled
 from jacobiflow.solvers import Latent, MaxSweeps, Solver, Whole, Zeros
 
 IMAGES, TRACED = 10, 4
 TOLERANCE = 1e-2
+HEIGHT = 4.2  # inches, of figures of a report
+LEAST = 1e-5  # smaller distances are rounding
+STARTS = {"images": "latents of images", "noise": "fresh latents"}
 
 
-def draw_figures(flow: Flow, report: jf.Report, out: Path, name: str, strategy: str | None = None) -> None:
+def draw_figures(flow: Flow, report: Report, out: Path, name: str, strategy: str | None = None) -> None:
     """Writes all figures; `strategy` is compared with the sequential loop, by default the report's own proposal."""
     out.mkdir(parents=True, exist_ok=True)
     save_png(convergence_figure(report), out / f"{name}-convergence.png")
@@ -48,7 +60,77 @@ def draw_figures(flow: Flow, report: jf.Report, out: Path, name: str, strategy: 
     save_png(sheet, out / f"{name}-comparison.png")
 
 
-def strategies_of(report: jf.Report, notation: str) -> dict[str, jf.Strategy]:
+@styled
+def convergence_figure(report: Report) -> Figure:
+    """Draws the distance to the solution X* by sweep, from each block's best guess by IGM (Figure 2 of the paper).
+
+    Lines are the median sample; the slowest one of a tough block is dotted. There is a panel for each start in the
+    report.
+    """
+    figure = new_figure(HEIGHT)
+    panels = figure.subplots(1, len(report.traces), sharey=True, squeeze=False)[0]
+    tough = report.tough_blocks if report.components else ()
+    for axis, (start, rows) in zip(panels, report.traces.items(), strict=True):
+        for block, row in enumerate(rows):
+            trace, color = row[report.best_guess(block)], shade(len(rows) - 1 - block, len(rows))
+            if block in tough:
+                axis.plot(trace.median, color=color, label=f"block {block} (tough)", linewidth=2.6)
+                axis.plot(trace.largest, ":", color=color, label=f"block {block}, slowest sample")
+            else:
+                axis.plot(trace.median, color=color, label=f"block {block}", linewidth=1.4)
+        axis.set_title(f"from {STARTS[start]}{', guided' if report.settings.guidance else ''}")
+    label_sweeps(figure, report)
+    return figure
+
+
+@styled
+def segments_figure(report: Report) -> Figure:
+    """Draws the distance to the solution X* by sweep in each segment of the tough blocks (Figure 5 of the paper).
+
+    Lines are the median sample of fresh latents, from the block's best guess by IGM, with the segments before solved.
+    """
+    figure = new_figure(HEIGHT)
+    panels = figure.subplots(1, len(report.segment_traces), sharey=True, squeeze=False)[0]
+    for axis, (block, counts) in zip(panels, report.segment_traces.items(), strict=True):
+        traces = counts[report.settings.segments]
+        for i, trace in enumerate(traces):
+            axis.plot(trace.median, color=shade(i, len(traces)), label=f"segment {i + 1}")
+        whole = report.traces["noise"][block][report.best_guess(block)]
+        color = sampler_style("jacobi").color
+        axis.plot(whole.median, ":", color=color, label="all tokens at once", linewidth=2.2)
+        axis.set_title(f"block {block}: {len(traces)} segments of {report.num_tokens // len(traces)} tokens")
+    label_sweeps(figure, report)
+    return figure
+
+
+def shade(number: int, count: int) -> Any:
+    """The colour of one of `count` things in an order; the last still shows on white."""
+    return ORDERED(0.85 * number / max(count - 1, 1))
+
+
+def label_sweeps(figure: Figure, report: Report) -> None:
+    """Labels the axes, and draws the legend that all panels share."""
+    for axis in figure.axes:
+        last = max(int((np.asarray(line.get_ydata(), float) > LEAST).sum()) for line in axis.get_lines())
+        axis.set(yscale="log", xlabel="sweeps", xlim=(0, last), ylim=(LEAST, None))
+        clear(axis)
+    first = figure.axes[0]
+    first.set_ylabel(f"largest |X$^{{(k)}}$ − X*|, median of {report.settings.traced} samples")
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
+def trace_sheet(trace: Sequence[Float[Tensor, "n c h w"]], denoised: bool) -> Image.Image:
+    """Draws `Samples.trace`, a line for each sample: noise, then the image after each block (Figure 3 of the paper).
+
+    `denoised` tells if the last image is denoised.
+    """
+    blocks = len(trace) - 1 - denoised
+    captions = ["noise", *(f"block {i}" for i in reversed(range(blocks))), *["denoised"] * denoised]
+    grid = image_grid(torch.stack(list(trace), dim=1).flatten(0, 1), len(trace))
+    return stacked([column_names(captions, grid.width), grid])
+
+
+def strategies_of(report: Report, notation: str) -> dict[str, jf.Strategy]:
     """Guesses and sweeps: every guess at a third of the sweeps that the slowest block takes, then more."""
     most = max(1, *report.slowest_sweeps("noise", TOLERANCE))
     few, more = max(1, most // 3), max(1, 2 * most // 3)
@@ -76,7 +158,7 @@ def main() -> None:
     path = jf.find_report(flow)
     if path is None:
         raise SystemExit(f"{options.model}: has no report.json; make one with jacobiflow calibrate")
-    draw_figures(flow, jf.Report.load(path), options.out, Path(options.model).name, options.strategy)
+    draw_figures(flow, Report.load(path), options.out, Path(options.model).name, options.strategy)
 
 
 if __name__ == "__main__":

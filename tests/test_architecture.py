@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "comparison": {"baselines", "flows", "measuring", "progress", "sampling"},
     "evaluation": {"data", "files", "flows", "measuring"},
     "training": {"data", "files", "flows", "progress"},
-    "plots": {"calibration", "comparison", "data", "files"},
+    "plots": {"comparison", "data", "files"},
 }  # fmt: skip
 EVERYWHERE = {"checks", "errors", "progress"}  # any part may import these
 LEAVES = {"api", "cli", "plots"}  # only the command line imports these; it imports any part

@@ -3,88 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 from PIL import Image
 
-import jacobiflow as jf
-from jacobiflow.calibration import Report, Trace
 from jacobiflow.comparison import Comparison, Row
 from jacobiflow.measuring import Error, Timing
-from jacobiflow.plots import bench_figure, convergence_figure, sampler_style, save_png, segments_figure
+from jacobiflow.plots import bench_figure, sampler_style, save_png
 from jacobiflow.plots.style import Style
-
-
-def texts_fit(figure: Figure, texts: Sequence[Text]) -> bool:
-    """Tells if no text leaves the figure or overlaps another."""
-    boxes = [Text.get_window_extent(text) for text in texts if text.get_text() and text.get_visible()]
-    inside = all(0 <= box.x0 <= box.x1 <= figure.bbox.x1 and 0 <= box.y0 <= box.y1 <= figure.bbox.y1 for box in boxes)
-    return inside and not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
-
-
-@pytest.fixture(scope="module")
-def report() -> Report:
-    """The bundled one of digits-p1, whose blocks 2 and 3 are tough."""
-    file = jf.find_report(jf.load("digits-p1"))
-    assert file is not None
-    return Report.load(file)
-
-
-def curves_of(axis: Axes) -> dict[str, tuple[float, ...]]:
-    """The curves of a panel by label."""
-    return {str(line.get_label()): tuple(line.get_ydata()) for line in axis.get_lines()}
-
-
-def assert_readable(figure: Figure) -> None:
-    figure.draw_without_rendering()
-    (legend,) = figure.legends
-    for axis in figure.axes:
-        assert (axis.get_yscale(), axis.get_xlabel(), axis.get_xlim()[0]) == ("log", "sweeps", 0)
-        assert axis.get_ylim()[0] == 1e-5  # smaller distances are rounding
-        assert [text.get_text() for text in legend.get_texts()] == list(curves_of(axis))
-    assert texts_fit(figure, [axis.title for axis in figure.axes])
-    assert texts_fit(figure, legend.get_texts())
-
-
-def test_convergence_draws_the_curves_of_the_report(report: Report) -> None:
-    figure = convergence_figure(report)
-    for axis, start in zip(figure.axes, ("images", "noise"), strict=True):
-        traces = [row[report.best_guess(block)] for block, row in enumerate(report.traces[start])]
-        expected = {f"block {block}{' (tough)' * (block > 1)}": trace.median for block, trace in enumerate(traces)}
-        assert curves_of(axis) == expected | {f"block {i}, slowest sample": traces[i].largest for i in (2, 3)}
-        assert start in axis.get_title() or "fresh latents" in axis.get_title()
-        assert len({line.get_color() for line in axis.get_lines()}) == 4
-    assert "median" in figure.axes[0].get_ylabel()
-    assert_readable(figure)
-
-
-def test_segments_are_drawn_with_the_whole_block_beside_them(report: Report) -> None:
-    figure, count = segments_figure(report), report.settings.segments
-    for axis, block in zip(figure.axes, (2, 3), strict=True):
-        expected = {f"segment {i}": trace.median for i, trace in enumerate(report.segment_traces[block][count], 1)}
-        whole = report.traces["noise"][block][report.best_guess(block)]
-        assert curves_of(axis) == expected | {"all tokens at once": whole.median}
-        assert re.search(rf"block {block}\b.*\b{count} segments\b.*\b{64 // count} tokens", axis.get_title())
-    assert_readable(figure)
-    with pytest.raises(ValueError, match="no block of this report is tough"):
-        segments_figure(replace(report, segment_traces={}))
-
-
-@pytest.mark.filterwarnings("error")
-def test_odd_curves_are_drawn_without_a_warning(report: Report) -> None:
-    curve = (5.0, math.inf, 1e30, 1e-2, 0.0)
-    traces = {"noise": tuple(dict.fromkeys(row, Trace(curve, curve, {})) for row in report.igm)}
-    figure = convergence_figure(replace(report, traces=traces))
-    figure.draw_without_rendering()
-    assert set(curves_of(figure.axes[0]).values()) == {curve}
+from tests.helpers.pictures import texts_fit
 
 
 def test_a_sampler_has_one_style_in_all_figures() -> None:

@@ -7,32 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from jacobiflow.data import image_grid
-from jacobiflow.plots import comparison_sheet, rows_sheet, save_png, trace_sheet
-
-WHITE, CAPTION, GAP = 255, 40, 4
-
-
-def random_images(num: int, channels: int = 1, height: int = 3, width: int = 56) -> Tensor:
-    levels = torch.randint(256, (num, channels, height, width), generator=torch.Generator().manual_seed(0))
-    return levels.float() / 127.5 - 1
-
-
-def assert_placed(sheet: NDArray[np.uint8], images: Tensor, columns: int, zoom: int) -> None:
-    """The sheet is exactly the images in rows of `columns`, with white between and around them."""
-    levels = np.clip(np.rint((images.double().numpy() + 1) * 127.5), 0, 255).transpose(0, 2, 3, 1)
-    height, width = (zoom * size + GAP for size in levels.shape[1:3])
-    rows = -(-len(images) // columns)
-    want = np.full((rows * height + GAP, columns * width + GAP, 3), WHITE, np.uint8)
-    for i, image in enumerate(levels):
-        top, left = GAP + i // columns * height, GAP + i % columns * width
-        want[top : top + height - GAP, left : left + width - GAP] = image.repeat(zoom, axis=0).repeat(zoom, axis=1)
-    assert np.array_equal(sheet[:, : want.shape[1]], want)
-    assert (sheet[:, want.shape[1] :] == WHITE).all()
+from jacobiflow.plots import comparison_sheet, rows_sheet, save_png
+from tests.helpers.pictures import CAPTION, GAP, WHITE, assert_placed, random_images
 
 
 @pytest.mark.parametrize(("channels", "columns", "zoom"), [(1, 3, 2), (3, 7, 3)])
@@ -89,14 +68,3 @@ def test_a_comparison_shows_both_and_their_difference(equal: bool) -> None:
     panels = pixels.reshape(3, -1, *pixels.shape[1:])
     for panel, expected in zip(panels, (reference, images, difference), strict=True):
         assert_placed(panel[CAPTION:], expected.nan_to_num(nan=-1.0), columns=4, zoom=2)
-
-
-@pytest.mark.parametrize(("denoised", "blocks"), [(True, 2), (False, 11)])
-def test_a_trace_is_a_line_a_sample_and_a_column_a_block(denoised: bool, blocks: int) -> None:
-    columns = 1 + blocks + denoised
-    images = random_images(3 * columns).view(columns, 3, 1, 3, 56)
-    pixels = np.asarray(trace_sheet(list(images), denoised))
-    assert_placed(pixels[CAPTION:], images.transpose(0, 1).flatten(0, 1), columns, zoom=2)
-    dark = (pixels[:CAPTION] < 128).any(axis=(0, 2))
-    for left in range(0, columns * 116, 116):
-        assert dark[left + 2 : left + 116].any() and not dark[left : left + 2].any(), f"caption at {left}"

@@ -1,4 +1,4 @@
-"""Figures: the curves of a calibration report, and errors of strategies against their time."""
+"""The figure of a benchmark: errors of strategies against their time."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jacobiflow.calibration import Report
 from jacobiflow.comparison import ENCODING_PASS, Comparison
-from jacobiflow.errors import InputValueError
 from jacobiflow.plots.style import (
     FONT_SIZE,
     INK,
-    ORDERED,
     OTHER,
     SAMPLERS,
     Style,
@@ -28,73 +24,9 @@ from jacobiflow.plots.style import (
     styled,
 )
 
-_HEIGHT = 4.2  # inches, of figures of a report
-_LEAST = 1e-5  # smaller distances are rounding
-_STARTS = {"images": "latents of images", "noise": "fresh latents"}
 _CAPTION = 28  # characters on a line of the legend of a benchmark
 _COLUMNS = 2  # of panels, and of that legend
 _MARKERS = [style.marker for style in (*SAMPLERS.values(), OTHER)]
-
-
-@styled
-def convergence_figure(report: Report) -> Figure:
-    """Draws the distance to the solution X* by sweep, from each block's best guess by IGM (Figure 2 of the paper).
-
-    Lines are the median sample; the slowest one of a tough block is dotted. There is a panel for each start in the
-    report.
-    """
-    figure = new_figure(_HEIGHT)
-    panels = figure.subplots(1, len(report.traces), sharey=True, squeeze=False)[0]
-    tough = report.tough_blocks if report.components else ()
-    for axis, (start, rows) in zip(panels, report.traces.items(), strict=True):
-        for block, row in enumerate(rows):
-            trace, color = row[report.best_guess(block)], _shade(len(rows) - 1 - block, len(rows))
-            if block in tough:
-                axis.plot(trace.median, color=color, label=f"block {block} (tough)", linewidth=2.6)
-                axis.plot(trace.largest, ":", color=color, label=f"block {block}, slowest sample")
-            else:
-                axis.plot(trace.median, color=color, label=f"block {block}", linewidth=1.4)
-        axis.set_title(f"from {_STARTS[start]}{', guided' if report.settings.guidance else ''}")
-    _label_sweeps(figure, report)
-    return figure
-
-
-@styled
-def segments_figure(report: Report) -> Figure:
-    """Draws the distance to the solution X* by sweep in each segment of the tough blocks (Figure 5 of the paper).
-
-    Lines are the median sample of fresh latents, from the block's best guess by IGM, with the segments before solved.
-    """
-    if not report.segment_traces:
-        raise InputValueError("no block of this report is tough: there are no segments to draw")
-    figure = new_figure(_HEIGHT)
-    panels = figure.subplots(1, len(report.segment_traces), sharey=True, squeeze=False)[0]
-    for axis, (block, counts) in zip(panels, report.segment_traces.items(), strict=True):
-        traces = counts[report.settings.segments]
-        for i, trace in enumerate(traces):
-            axis.plot(trace.median, color=_shade(i, len(traces)), label=f"segment {i + 1}")
-        whole = report.traces["noise"][block][report.best_guess(block)]
-        color = sampler_style("jacobi").color
-        axis.plot(whole.median, ":", color=color, label="all tokens at once", linewidth=2.2)
-        axis.set_title(f"block {block}: {len(traces)} segments of {report.num_tokens // len(traces)} tokens")
-    _label_sweeps(figure, report)
-    return figure
-
-
-def _shade(number: int, count: int) -> Any:
-    """The colour of one of `count` things in an order; the last still shows on white."""
-    return ORDERED(0.85 * number / max(count - 1, 1))
-
-
-def _label_sweeps(figure: Figure, report: Report) -> None:
-    """Labels the axes, and draws the legend that all panels share."""
-    for axis in figure.axes:
-        last = max(int((np.asarray(line.get_ydata(), float) > _LEAST).sum()) for line in axis.get_lines())
-        axis.set(yscale="log", xlabel="sweeps", xlim=(0, last), ylim=(_LEAST, None))
-        clear(axis)
-    first = figure.axes[0]
-    first.set_ylabel(f"largest |X$^{{(k)}}$ − X*|, median of {report.settings.traced} samples")
-    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
 @styled

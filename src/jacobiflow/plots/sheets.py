@@ -44,24 +44,14 @@ def rows_sheet(rows: Sequence[tuple[str, Float[Tensor, "n c h w"]]], columns: Se
     grids = [image_grid(images, min(len(images), _COLUMNS)) for _, images in rows]
     parts = []
     if columns and all(name == columns[i % _COLUMNS] for i, name in enumerate(columns)):
-        parts.append(_names(columns[:_COLUMNS], max(grid.width for grid in grids)))
+        parts.append(column_names(columns[:_COLUMNS], max(grid.width for grid in grids)))
     for (caption, _), grid in zip(rows, grids, strict=True):
         parts += [_caption(caption), grid]
-    return _stacked(parts)
+    return stacked(parts)
 
 
-def trace_sheet(trace: Sequence[Float[Tensor, "n c h w"]], denoised: bool) -> Image.Image:
-    """Draws `Samples.trace`, a line for each sample: noise, then the image after each block (Figure 3 of the paper).
-
-    `denoised` tells if the last image is denoised.
-    """
-    blocks = len(trace) - 1 - denoised
-    captions = ["noise", *(f"block {i}" for i in reversed(range(blocks))), *["denoised"] * denoised]
-    grid = image_grid(torch.stack(list(trace), dim=1).flatten(0, 1), len(trace))
-    return _stacked([_names(captions, grid.width), grid])
-
-
-def _stacked(parts: Sequence[Image.Image]) -> Image.Image:
+def stacked(parts: Sequence[Image.Image]) -> Image.Image:
+    """Returns images one below the other, on white."""
     sheet = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
     top = 0
     for part in parts:
@@ -76,8 +66,8 @@ def _caption(text: str) -> Image.Image:
     return strip
 
 
-def _names(names: Sequence[str], width: int) -> Image.Image:
-    """Names, each in the middle of its column, in letters that fit."""
+def column_names(names: Sequence[str], width: int) -> Image.Image:
+    """Returns a strip with each name in the middle of its column, in letters that fit."""
     strip = Image.new("RGB", (width, _CAPTION), "white")
     draw, step = ImageDraw.Draw(strip), width / len(names)
     longest = max(_font(_LETTERS).getlength(name) for name in names)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
@@ -71,14 +70,6 @@ def sampler_style(name: str) -> Style:
 def new_figure(height: float) -> Figure:
     """Returns an empty figure, `height` in inches, so narrow that its text is readable on a phone."""
     return Figure(figsize=(5.6, height), dpi=DPI, layout="constrained")
-
-
-def readable(color: str) -> str:
-    """Returns the colour, darkened for text on white to a contrast of at least 4.5."""
-    red, green, blue = to_rgb(color)
-    light = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
-    factor = min(1.0, (0.17 / max(light, 1e-9)) ** (1 / 2.2))
-    return str(to_hex((factor * red, factor * green, factor * blue)))
 
 
 def clear(axis: Axes) -> None:

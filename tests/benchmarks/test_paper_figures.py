@@ -1,0 +1,83 @@
+"""Figures of a report and sheets of a trace: the data that they promise, and labels that can be read."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import jacobiflow as jf
+from benchmarks.paper_figures import convergence_figure, segments_figure, trace_sheet
+from jacobiflow.calibration import Report, Trace
+from tests.helpers.pictures import CAPTION, assert_placed, random_images, texts_fit
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    """The bundled one of digits-p1, whose blocks 2 and 3 are tough."""
+    file = jf.find_report(jf.load("digits-p1"))
+    assert file is not None
+    return Report.load(file)
+
+
+def curves_of(axis: Axes) -> dict[str, tuple[float, ...]]:
+    """The curves of a panel by label."""
+    return {str(line.get_label()): tuple(line.get_ydata()) for line in axis.get_lines()}
+
+
+def assert_readable(figure: Figure) -> None:
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    for axis in figure.axes:
+        assert (axis.get_yscale(), axis.get_xlabel(), axis.get_xlim()[0]) == ("log", "sweeps", 0)
+        assert axis.get_ylim()[0] == 1e-5  # smaller distances are rounding
+        assert [text.get_text() for text in legend.get_texts()] == list(curves_of(axis))
+    assert texts_fit(figure, [axis.title for axis in figure.axes])
+    assert texts_fit(figure, legend.get_texts())
+
+
+def test_convergence_draws_the_curves_of_the_report(report: Report) -> None:
+    figure = convergence_figure(report)
+    for axis, start in zip(figure.axes, ("images", "noise"), strict=True):
+        traces = [row[report.best_guess(block)] for block, row in enumerate(report.traces[start])]
+        expected = {f"block {block}{' (tough)' * (block > 1)}": trace.median for block, trace in enumerate(traces)}
+        assert curves_of(axis) == expected | {f"block {i}, slowest sample": traces[i].largest for i in (2, 3)}
+        assert start in axis.get_title() or "fresh latents" in axis.get_title()
+        assert len({line.get_color() for line in axis.get_lines()}) == 4
+    assert "median" in figure.axes[0].get_ylabel()
+    assert_readable(figure)
+
+
+def test_segments_are_drawn_with_the_whole_block_beside_them(report: Report) -> None:
+    figure, count = segments_figure(report), report.settings.segments
+    for axis, block in zip(figure.axes, (2, 3), strict=True):
+        expected = {f"segment {i}": trace.median for i, trace in enumerate(report.segment_traces[block][count], 1)}
+        whole = report.traces["noise"][block][report.best_guess(block)]
+        assert curves_of(axis) == expected | {"all tokens at once": whole.median}
+        assert re.search(rf"block {block}\b.*\b{count} segments\b.*\b{64 // count} tokens", axis.get_title())
+    assert_readable(figure)
+
+
+@pytest.mark.filterwarnings("error")
+def test_odd_curves_are_drawn_without_a_warning(report: Report) -> None:
+    curve = (5.0, math.inf, 1e30, 1e-2, 0.0)
+    traces = {"noise": tuple(dict.fromkeys(row, Trace(curve, curve, {})) for row in report.igm)}
+    figure = convergence_figure(replace(report, traces=traces))
+    figure.draw_without_rendering()
+    assert set(curves_of(figure.axes[0]).values()) == {curve}
+
+
+@pytest.mark.parametrize(("denoised", "blocks"), [(True, 2), (False, 11)])
+def test_a_trace_is_a_line_a_sample_and_a_column_a_block(denoised: bool, blocks: int) -> None:
+    columns = 1 + blocks + denoised
+    images = random_images(3 * columns).view(columns, 3, 1, 3, 56)
+    pixels = np.asarray(trace_sheet(list(images), denoised))
+    assert_placed(pixels[CAPTION:], images.transpose(0, 1).flatten(0, 1), columns, zoom=2)
+    dark = (pixels[:CAPTION] < 128).any(axis=(0, 2))
+    for left in range(0, columns * 116, 116):
+        assert dark[left + 2 : left + 116].any() and not dark[left : left + 2].any(), f"caption at {left}"
