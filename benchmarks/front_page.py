@@ -17,7 +17,7 @@ from torch import Tensor
 import jacobiflow as jf
 from benchmarks import masked_flows
 from benchmarks.common import IN_PYTORCH, RESULTS, Json, complete, latents, parser, to_json, without_native
-from jacobiflow.baselines import GROWING_CACHE, growing_cache_sample
+from jacobiflow.baselines import GROWING_CACHE, original_loop
 from jacobiflow.calibration import gs_jacobi_notation
 from jacobiflow.measuring import interleave, paired_error
 from jacobiflow.memory import keep_freed_memory
@@ -40,7 +40,7 @@ def tarflow(key: Json) -> Json:
     plan = jf.plan(flow, batch_size=batch)
     draw = partial(jf.sample, flow, latents=z, labels=labels, settings=None)
     runs: dict[str, Callable[[], Any]] = {
-        GROWING_CACHE: partial(growing_cache_sample, flow, z, labels),
+        GROWING_CACHE: partial(original_loop(flow)[1], flow, z, labels),
         PAPER: without_native()(
             partial(draw, strategy=jf.Strategy.parse(paper, jf.Report.load(report)), certify=False)
         ),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from benchmarks.common import RESULTS, Json, complete, latents, parser, random_flow, to_json
-from jacobiflow.baselines import GROWING_CACHE, growing_cache_sample
+from jacobiflow.baselines import GROWING_CACHE, original_loop
 from jacobiflow.measuring import interleave, machine
 from jacobiflow.memory import keep_freed_memory
 
@@ -79,7 +79,7 @@ def time_model(preset: jf.Preset, batch: int, dtype: str, device: torch.device) 
             return flow.encode(flow.from_tokens(z), classes)[0]
 
     runs: dict[str, Callable[[], Any]] = {
-        GROWING_CACHE: partial(growing_cache_sample, flow, z, classes),
+        GROWING_CACHE: partial(original_loop(flow)[1], flow, z, classes),
         EXACT_LOOP: partial(jf.solve, block, z, jf.Solver(jf.Sequential()), classes),
         **{str(solver): partial(jf.solve, block, z, solver, classes) for solver in solvers},
         ENCODING_PASS: encode,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from benchmarks.common import RESULTS, ROOT, Json, parser, read, without_native
-from jacobiflow.baselines import full_passes_sample
+from jacobiflow.baselines import original_loop
 from jacobiflow.data import Noise, load_images
 from jacobiflow.data.augmentation import add_noise, keyed_generator
 from jacobiflow.files import write_json
@@ -50,7 +50,7 @@ def inverses_of(flow: jf.MAF) -> dict[str, Inverse]:
     def sweeps(solver: jf.Solver, certify: bool = False) -> Inverse:
         return partial(inverse, jf.Strategy.uniform(solver, flow.config.num_blocks), certify=certify)
 
-    inverses: dict[str, Inverse] = {FOR_LOOP: lambda z: full_passes_sample(flow, z).flatten(1)}
+    inverses: dict[str, Inverse] = {FOR_LOOP: lambda z: original_loop(flow)[1](flow, z, None).flatten(1)}
     for count in (10, 20, 30):
         inverses[f"{count} sweeps"] = sweeps(jf.Solver(jf.Whole(), stopping=jf.MaxSweeps(count)))
     whole, window = (jf.Solver(part, stopping=jf.Tolerance(TOLERANCE)) for part in (jf.Whole(), jf.Window(64)))

@@ -21,7 +21,7 @@ from benchmarks.common import FIGURES, IN_PYTORCH, RESULTS, Json, complete, pars
 from benchmarks.peers import starflow
 from examples.captions import GUIDANCE, captioned_emoji, load
 from jacobiflow import plots
-from jacobiflow.baselines import TOKEN_LOOP, token_loop_sample
+from jacobiflow.baselines import TOKEN_LOOP, original_loop
 from jacobiflow.data import Noise, add_noise
 from jacobiflow.latents import draw_latents
 from jacobiflow.measuring import interleave, paired_error
@@ -50,7 +50,7 @@ def speeds(rounds: int, key: Json) -> Json:
     exact_loop = partial(jf.sample, flow, latents=z, context=context, settings=None, strategy="sequential")
     plan = jf.plan(flow, batch_size=batch)
     runs: dict[str, Callable[[], Any]] = {
-        TOKEN_LOOP: partial(token_loop_sample, flow, z, context),
+        TOKEN_LOOP: partial(original_loop(flow)[1], flow, z, context),
         ITERATION: lambda: starflow(flow, z, context, fresh_keys=False).images,
         IN_PYTORCH: without_native()(exact_loop),
         "exact loop": exact_loop,

@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,32 +30,12 @@ from jacobiflow.sampling import sample
 
 GROWING_CACHE, TOKEN_LOOP, FULL_PASSES, SEQUENTIAL = "growing cache", "token loop", "full passes", "sequential"
 
-Loop = Callable[..., Tensor]  # of the flow, standard normal latents, and context or None; images are not clipped
-
-
-def growing_cache_sample(
-    flow: TarFlow, z: Float[Tensor, "n t c"], context: Tensor | None = None
-) -> Float[Tensor, "n ..."]:
-    """Returns the data of standard normal latents as the original TarFlow code samples them."""
-    return _sample(flow, z, context, _by_growing_cache)
-
-
-def token_loop_sample(
-    flow: STARFlow, z: Float[Tensor, "n t c"], context: Tensor | None = None
-) -> Float[Tensor, "n c h w"]:
-    """Returns images of standard normal latents as the original STARFlow code samples them, token by token."""
-    return _sample(flow, z, context, _by_token_loop)
-
-
-def full_passes_sample(
-    flow: MAF, z: Float[Tensor, "n t 1"], labels: Int[Tensor, " n"] | None = None
-) -> Float[Tensor, "n c h w"]:
-    """Returns images of standard normal latents by one full pass per token."""
-    return _sample(flow, z, labels, _by_full_passes)
+Loop = Callable[[Flow, Tensor, Tensor | None], Tensor]
+"""flow, standard normal latents (N, T, C), context or `None` -> data, not clipped."""
 
 
 @torch.no_grad()
-def _sample(flow: Flow, z: Tensor, context: Tensor | None, invert_block: Callable[..., Tensor]) -> Tensor:
+def _sample(invert_block: Callable[..., Tensor], flow: Flow, z: Tensor, context: Tensor | None) -> Tensor:
     def solve(i: int, x: Tensor) -> Tensor:
         return invert_block(flow.blocks[i], x, context, flow.guidance)
 
@@ -224,11 +204,11 @@ def original_loop(flow: Flow) -> tuple[str, Loop]:
     """
     check_flow(flow)
     if isinstance(flow, TarFlow):
-        return GROWING_CACHE, growing_cache_sample
+        return GROWING_CACHE, partial(_sample, _by_growing_cache)
     if isinstance(flow, STARFlow):
-        return TOKEN_LOOP, token_loop_sample
+        return TOKEN_LOOP, partial(_sample, _by_token_loop)
     if isinstance(flow, MAF):
-        return FULL_PASSES, full_passes_sample
+        return FULL_PASSES, partial(_sample, _by_full_passes)
     return SEQUENTIAL, _sequential_sample
 
 
