@@ -53,7 +53,7 @@ def test_the_guided_map_is_the_formula_s(
         cuts = [0, *sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=4))), length]
         cache = block.init_cache(z, labels)
         runs = [block.update(x, z, a, b, cache) for a, b in pairwise(cuts)]
-        whole = evaluate(block, x, z, labels)
+        whole, _ = evaluate(block, x, z, labels)
         # All keys are there now: samples may leave, the last one move into a gap, and be swept anywhere.
         cache = block.move(cache, torch.tensor([2]), torch.tensor([0]), 2)
         start = torch.tensor(data.draw(st.lists(st.integers(0, length - 3), min_size=2, max_size=2)))

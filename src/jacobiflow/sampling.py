@@ -387,7 +387,8 @@ class _Group:
             # A sample lost in an earlier block goes on as zeros, so that the rest of its group can be solved.
             z = z.masked_fill(self.lost.view(-1, 1, 1), 0)
             parameters = [parameter for parameter in self.flow.blocks[i].parameters() if parameter.requires_grad]
-            if torch.is_grad_enabled() and (parameters or any(map(_has_gradient, (z, self.context)))):
+            inputs = [z, *parameters] if self.context is None else [z, self.context, *parameters]
+            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
                 x, log_det = invert_with_gradient(
                     self.blocks[i], parameters, partial(self._solve_block, i), z, self.context
                 )
@@ -431,10 +432,6 @@ class _Group:
             context = None if self.context is None else self.context[some]
             log_prob = log_prob.index_put((some,), flow.tokens_log_prob(self.x[some], context))
         return log_prob.masked_fill(self.lost, torch.nan)
-
-
-def _has_gradient(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
 
 
 @overload

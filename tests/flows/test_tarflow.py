@@ -107,7 +107,7 @@ def test_no_entry_depends_on_later_tokens(dtype: torch.dtype, guidance: jf.Guida
         cache = block.init_cache(z, rows)
         first, second = (block.update(x, z, *run, cache) for run in ((0, 11), (11, 25)))
         at = block.update_at(x, z, torch.full((3,), 11), 14, 25, cache)
-        whole = evaluate(block, x, z, rows), block.update(x, z, 0, 25, cache)
+        whole = evaluate(block, x, z, rows)[0], block.update(x, z, 0, 25, cache)
         return [(first, 0), (second, 11), (at, 11), (whole[0], 0), (whole[1], 0)]
 
     with torch.no_grad():

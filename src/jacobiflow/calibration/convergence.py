@@ -144,7 +144,8 @@ def gamma_products(
     # The other kernels of attention cannot be differentiated twice.
     with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         x, z = x.clone().requires_grad_(), z.clone()
-        g = evaluate(block, x, z, context) + 0 * x  # which has a graph even if g does not depend on x
+        g, _ = evaluate(block, x, z, context)
+        g = g + 0 * x  # which has a graph even if g does not depend on x
         w = torch.zeros_like(g).requires_grad_()
         (pulled,) = torch.autograd.grad(g, x, w, create_graph=True)
 

@@ -205,12 +205,13 @@ class FlowBlock(AffineBlock, nn.Module):
         return None
 
 
-def evaluate(block: Block, x: Tokens, z: Tokens, context: Tensor | None = None) -> Tokens:
-    """Returns g(x), all entries at once, without a cache if the block needs none for that."""
+def evaluate(block: Block, x: Tokens, z: Tokens, context: Tensor | None = None) -> tuple[Tokens, Float[Tensor, " b"]]:
+    """Returns g(x), all entries at once, and the sums of log_scale(x), which are NaN for a block that is not affine."""
     if isinstance(block, AffineBlock):
         log_scale, shift = block.affine_whole(x, context)
-        return torch.addcmul(shift, log_scale.exp(), z)
-    return block.update(x, z, 0, z.shape[1], block.init_cache(z, context))
+        return torch.addcmul(shift, log_scale.exp(), z), log_scale.sum(dim=(1, 2))
+    g = block.update(x, z, 0, z.shape[1], block.init_cache(z, context))
+    return g, z.new_full((len(z),), torch.nan)
 
 
 def no_gradients(block: Any) -> AbstractContextManager[None]:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from jacobiflow.checks import check_choice, check_finite, check_number
-from jacobiflow.flows.base import AffineBlock, Block, no_gradients
+from jacobiflow.flows.base import Block, evaluate, no_gradients
 from jacobiflow.solvers.guess import Given
 from jacobiflow.solvers.loop import Deadline
 from jacobiflow.solvers.partition import Sequential
@@ -48,15 +48,10 @@ def measure(
     block: Block, z: Tensor, x: Tensor, context: Tensor | None, slots: int | None
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
     """Returns the residuals of `certify`, and the sums of log_scale(x), NaN for a block that is not affine."""
-    residual, log_det = z.new_empty(len(z)), z.new_full((len(z),), torch.nan)
+    residual, log_det = z.new_empty(len(z)), z.new_empty(len(z))
     with no_gradients(block):
         for rows, some in split(len(z), slots, context):
-            if isinstance(block, AffineBlock):
-                log_scale, shift = block.affine_whole(x[rows], some)
-                g = torch.addcmul(shift, log_scale.exp(), z[rows])
-                log_det[rows] = log_scale.sum(dim=(1, 2))
-            else:
-                g = block.update(x[rows], z[rows], 0, z.shape[1], block.init_cache(z[rows], some))
+            g, log_det[rows] = evaluate(block, x[rows], z[rows], some)
             residual[rows] = (g - x[rows]).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).amax(dim=(1, 2))
     return residual, log_det
 

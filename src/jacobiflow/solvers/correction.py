@@ -107,7 +107,7 @@ class Chord(Convolution, Correction):
         current, count = start, 0
         with no_gradients(block):
             for _ in range(min(width, length)):
-                g = evaluate(block, current, z, context)
+                g, _ = evaluate(block, current, z, context)
                 residual = (g - current).nan_to_num(0.0, 0.0, 0.0)
                 rows = rows_before(residual.double(), width, delay=1)
                 size = (rows.square().mean(dim=1) + residual.flatten(0, 1).double().square().mean(dim=1)).sqrt()

@@ -92,10 +92,6 @@ class LayerWeights(NamedTuple):
     adaptive: Adaptive | None = None
     rotation: Rotation | None = None
 
-    def to(self, dtype: torch.dtype) -> LayerWeights:
-        """Returns the parameters in `dtype`."""
-        return cast(self, dtype)
-
     def named(self) -> dict[str, Tensor]:
         """Returns the parameters by their names in native code."""
         entries = self._asdict()

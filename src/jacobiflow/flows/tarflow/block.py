@@ -279,8 +279,8 @@ class TransformerBlock(FlowBlock):
         dtype = torch.bfloat16
         return replace(
             cache.each(lambda tensor: tensor.to(dtype)),
-            weights=tuple(layer.to(dtype) for layer in cache.weights),
-            proj_in=cache.proj_in.to(dtype),
+            weights=cast(cache.weights, dtype),
+            proj_in=cast(cache.proj_in, dtype),
             proj_out=cast(cache.proj_out, dtype),
             final_norm=cast(cache.final_norm, dtype),
         )
