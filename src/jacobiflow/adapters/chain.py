@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from jacobiflow.adapters.network import MaskedNetwork, Slot, UnsupportedError, find_order
-from jacobiflow.native.boundary import UnfitError, is_plain
+from jacobiflow.native.boundary import UnfitError
 from jacobiflow.native.masked import (
     ChainTransform,
     MaskedOperation,
@@ -213,13 +213,11 @@ def is_traced() -> bool:
         return True
 
 
-def is_readable(*tensors: Tensor | None) -> bool:
-    """Returns True if native code can read these: plain tensors of one dtype on a CPU that need no gradient."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    dtype, is_grad_enabled = given[0].dtype, torch.is_grad_enabled()
-    if dtype not in (torch.float32, torch.float64) or is_traced() or torch.is_autocast_enabled("cpu"):
+def computes_values_only(*tensors: Tensor | None) -> bool:
+    """Returns True if PyTorch would compute nothing but values of these, in their own dtype."""
+    if is_traced() or torch.is_autocast_enabled("cpu"):
         return False
-    return all(is_plain(tensor, dtype) and not (is_grad_enabled and tensor.requires_grad) for tensor in given)
+    return not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def flatten(

@@ -253,7 +253,7 @@ class TransformChain:
             addresses = addresses_of(tensors, self._shapes, dtype)
             arguments = ChainArgs(
                 ctypes.addressof(self._table), ctypes.addressof(addresses), address_of(x), address_of(context),
-                address_of(out), address_of(log_dets), address_of(failed), rows, x.stride(0),
+                out.data_ptr(), None if log_dets is None else log_dets.data_ptr(), failed.data_ptr(), rows, x.stride(0),
                 0 if context is None or len(context) == 1 else context.stride(0), len(self._table), features, width,
                 is_inverse, log_det == "features", torch.get_num_threads(),
             )  # fmt: skip
