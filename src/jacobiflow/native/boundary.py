@@ -159,14 +159,10 @@ class Library:
         self, layers: Sequence[Mapping[str, Tensor]], tokens: int, channels: int, hidden: int
     ) -> tuple[ctypes.Array[Layer], list[Tensor]]:
         """Returns the layers for `RecurrenceArgs`, and the tensors that they point to."""
-        optional = layers[0].keys() - _BASE.keys()
+        names = set(_BASE)
         for group in (_NORMS, _CONDITION, _ADAPTIVE):
-            optional -= group.keys() if group.keys() <= optional else set()
-        if (
-            optional
-            or not _BASE.keys() <= layers[0].keys()
-            or any(layer.keys() != layers[0].keys() for layer in layers)
-        ):
+            names |= group.keys() if group.keys() <= layers[0].keys() else set()
+        if any(layer.keys() != names for layer in layers):
             raise UnfitError("layers that lack a parameter, or have another")
         sizes = {"c": channels, "3c": 3 * channels, "h": hidden, "2h": 2 * hidden, "t": tokens}
         table, tensors = (Layer * len(layers))(), []
