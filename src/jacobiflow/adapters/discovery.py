@@ -69,7 +69,8 @@ def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration:
     """
     if tolerance is not None:
         tolerance = float(check_number("tolerance", tolerance, give="None, 0 for identical bits, or a positive number"))
-    modules = list(_named_modules(flow))
+    seen: set[nn.Module] = set()  # each module once, with a dotted name
+    modules = [entry for prefix, root in _roots(flow, "", _DEPTH) for entry in root.named_modules(seen, prefix)]
     if not modules and isinstance(flow, Distribution | Transform):
         raise InputValueError(
             f"{type(flow).__name__}: made by a flow for one context; accelerate the flow itself; nothing was changed"
@@ -109,15 +110,8 @@ def _adapters(library: str) -> tuple[Adapter, ...]:
     return importlib.import_module(f"jacobiflow.adapters.{library}").ADAPTERS
 
 
-def _named_modules(flow: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The modules in a module, or in the attributes of another object, each once, with dotted names."""
-    seen: set[nn.Module] = set()
-    for prefix, root in _roots(flow, "", _DEPTH):
-        yield from root.named_modules(seen, prefix)
-
-
 def _roots(flow: Any, name: str, depth: int) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules, at most `depth` levels down."""
+    """The outermost modules in the attributes of an object, at most `depth` levels down; a module is its own."""
     if isinstance(flow, nn.Module):
         yield name, flow
     elif depth:
