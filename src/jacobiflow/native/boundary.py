@@ -100,7 +100,7 @@ _ADAPTIVE = {
     "gated_down": "c h", "gated_gate": "t c",
 }  # fmt: skip
 _LAYER = {name: shape.split() for name, shape in (_BASE | _NORMS | _CONDITION | _ADAPTIVE).items()}
-_PACKED = {"qkv", "proj", "up", "down", "gated_up", "gated_down"}
+PACKED = {"qkv", "proj", "up", "down", "gated_up", "gated_down"}
 
 
 class Layer(ctypes.Structure):
@@ -169,7 +169,7 @@ class Library:
         for entry, layer in zip(table, layers, strict=True):
             for name, parameter in layer.items():
                 shape = tuple(sizes[size] for size in _LAYER[name])
-                tensors.append(self.pack(parameter, *shape) if name in _PACKED else self.pad(parameter, shape))
+                tensors.append(self.pack(parameter, *shape) if name in PACKED else self.pad(parameter, shape))
                 setattr(entry, name, address_of(tensors[-1]))
         return table, tensors
 

@@ -10,14 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.native.boundary import Library, RecurrenceArgs, UnfitError, address_of, fit
+from jacobiflow.native.boundary import PACKED, Library, RecurrenceArgs, UnfitError, address_of, fit
 from jacobiflow.native.build import usable_library
 
 _ROWS = 32  # of the network per thread and call: more rows do not fit in the processor's cache
 _ROWS_PER_TEAM = 4  # from which separate teams of threads, which never wait for each other, are faster
 _MAX_WEIGHTS_PER_TEAM = 2**22  # of a block; above, one team: each thread reads its part of every layer
 _WORK = 2e9  # multiplications per call, about a tenth of a second, so that Ctrl-C works
-_WEIGHTS = ("qkv", "proj", "up", "down", "gated_up", "gated_down")
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class _Packed:
         self.head = self.channels // self.heads
         if self.head * self.heads != self.channels or (recurrence.rotation is not None and self.head % 2):
             raise UnfitError("heads that do not divide the channels, or whose channels make no pairs")
-        self.count = sum(layer[name].numel() for layer in recurrence.layers for name in _WEIGHTS if name in layer)
+        self.count = sum(layer[name].numel() for layer in recurrence.layers for name in PACKED if name in layer)
         self.layers, self.memory = native.pack_layers(recurrence.layers, self.tokens, self.channels, self.hidden)
         outputs = self.values * (2 if self.has_scale else 1)
         self.proj_in = native.pack(recurrence.proj_in, self.channels, self.values)
