@@ -203,6 +203,8 @@ class MAFConfig:
     hidden_layers: int = 2
     num_classes: int = 0
     logit_alpha: float = 1e-6
+    token_channels: ClassVar[int] = 1  # a token is one value
+    noise_std: ClassVar[float] = 0.0  # the images are uniformly dequantised
 
     def __post_init__(self) -> None:
         check_sizes(self)
@@ -215,16 +217,6 @@ class MAFConfig:
     def num_tokens(self) -> int:
         """T, the number of pixels, in all channels."""
         return self.in_channels * self.image_size**2
-
-    @property
-    def token_channels(self) -> int:
-        """C: a token is one value."""
-        return 1
-
-    @property
-    def noise_std(self) -> float:
-        """0: a MAF is trained on uniformly dequantised images."""
-        return 0.0
 
 
 def check_sizes(config: FlowConfig) -> None:
