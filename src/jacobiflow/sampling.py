@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -60,11 +60,9 @@ class BlockStats:
     @classmethod
     def join(cls, solutions: Sequence[Solution]) -> BlockStats:
         """Returns the sums over solutions of different samples, and the entries of all samples."""
-        sums = ("sweeps", "network_calls", "token_evaluations", "seconds")
-        rows = ("residual", "status", "exact", "resolved_sequentially")
-        values: dict[str, Any] = {name: sum(getattr(solution, name) for solution in solutions) for name in sums}
-        values |= {name: torch.cat([getattr(solution, name) for solution in solutions]) for name in rows}
-        return cls(**values)
+        columns = ([getattr(solution, entry.name) for solution in solutions] for entry in fields(cls))
+        values: Any = (torch.cat(column) if isinstance(column[0], Tensor) else sum(column) for column in columns)
+        return cls(*values)
 
 
 @dataclass(frozen=True)
@@ -213,13 +211,8 @@ class Samples:
             "x": self.x, "latents": self.latents, "labels" if is_labels else "context": self.context,
             "log_prob": self.log_prob, "certificate": self.certificate, "status": self.status, "exact": self.exact,
         }  # fmt: skip
-        npz = io.BytesIO()
-        stored: dict[str, Any] = {
-            name: each.detach().cpu().numpy() for name, each in arrays.items() if each is not None
-        }
-        np.savez(npz, **stored)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "samples.npz", npz.getvalue())
+        write_atomically(folder / "samples.npz", npz_bytes(arrays))
         for i, image in enumerate(self.x if self.x.ndim == 4 else ()):
             image_grid(image.unsqueeze(0), 1, zoom=1, gap=0).save(folder / f"{i:05}.png")
 
@@ -236,6 +229,14 @@ class Samples:
             above=int((status == Status.ROUNDING).sum()),
             lost=int((status == Status.NONFINITE).sum()),
         )
+
+
+def npz_bytes(arrays: Mapping[str, Tensor | None]) -> bytes:
+    """Returns the content of an .npz file, which holds no date, of the arrays that there are."""
+    stored: dict[str, Any] = {name: each.detach().cpu().numpy() for name, each in arrays.items() if each is not None}
+    npz = io.BytesIO()
+    np.savez(npz, **stored)
+    return npz.getvalue()
 
 
 def sample(

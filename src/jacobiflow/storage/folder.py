@@ -30,7 +30,7 @@ from jacobiflow import codec
 from jacobiflow.data import quantize
 from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.files import MANIFEST, regular_file, remove_partials, sha256, write_atomically, write_json
-from jacobiflow.sampling import Outcome, Samples
+from jacobiflow.sampling import Outcome, Samples, npz_bytes
 from jacobiflow.storage.manifest import Cost, Manifest, Record, SampleFolderError
 from jacobiflow.strategy import Strategy
 
@@ -193,7 +193,7 @@ class SampleFolder:
         is_image = len(shape) == 3
         levels = quantize(samples.x.masked_fill(lost.view(-1, 1, 1, 1), -1.0)) if is_image else samples.x.float()
         context = samples.context
-        arrays: dict[str, Tensor | None] = {
+        arrays = {
             "arr_0" if is_image else "tokens": levels.permute(0, 2, 3, 1) if is_image else levels,
             "labels": None if context is None or context.is_floating_point() else context,
             "log_prob": samples.log_prob,
@@ -201,11 +201,8 @@ class SampleFolder:
             "resolved": torch.stack([block.resolved_sequentially for block in samples.stats]).any(dim=0),
             "lost": lost,
         }
-        npz = io.BytesIO()  # whose bytes hold no date
-        stored: dict[str, Any] = {name: values.cpu().numpy() for name, values in arrays.items() if values is not None}
-        np.savez(npz, **stored)
         (self.path / "shards").mkdir(exist_ok=True)
-        write_atomically(self._npz_file(index), npz.getvalue())
+        write_atomically(self._npz_file(index), npz_bytes(arrays))
         pngs = self._png_files(index)
         for file, pixels in zip(pngs, levels.cpu() if pngs else (), strict=True):
             file.parent.mkdir(parents=True, exist_ok=True)
