@@ -69,12 +69,14 @@ def check_seed(seed: Any) -> int:
     return check_count("seed", seed, 0, 2**63 - 1)
 
 
-def check_number(name: str, value: Any, least: float = 0.0, give: str = "0 or a positive number") -> float:
-    """Returns a finite number, at least `least`, as an int or a float."""
+def check_number(
+    name: str, value: Any, least: float = 0.0, give: str = "0 or a positive number", below: float = math.inf
+) -> float:
+    """Returns a finite number, at least `least` and below `below`, as an int or a float."""
     number: float = _python(value)
     if type(number) not in (int, float):
         raise _wrong_kind(name, value, give)
-    if not least <= number <= sys.float_info.max:
+    if not (least <= number <= sys.float_info.max and number < below):
         raise InputValueError(f"{name}={short(number)}: give {give}")
     return number
 

@@ -208,10 +208,7 @@ class MAFConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self)
-        give = "a small positive number, below 0.5"
-        check_number("logit_alpha", self.logit_alpha, math.ulp(0.0), give)
-        if self.logit_alpha >= 0.5:
-            raise InputValueError(f"logit_alpha={self.logit_alpha}: give {give}")
+        check_number("logit_alpha", self.logit_alpha, math.ulp(0.0), "a small positive number, below 0.5", 0.5)
 
     @property
     def num_tokens(self) -> int:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jacobiflow.checks import check_count, check_fields, check_kind, check_number, check_positive, short
+from jacobiflow.checks import check_count, check_fields, check_kind, check_number, check_positive
 from jacobiflow.data import Augmentation, ImageDataset, Noise, add_noise, augment
 from jacobiflow.data.augmentation import keyed_generator
 from jacobiflow.errors import InputValueError
@@ -76,8 +76,7 @@ class TrainConfig:
         for name, most in (("warmup", _MOST_STEPS), ("seed", 2**63 - 1)):
             check_count(name, getattr(self, name), least=0, most=most)
         for name in ("drop_label", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputValueError(f"{name}={short(getattr(self, name))}: give a number from 0 to below 1")
+            check_number(name, getattr(self, name), give="a number from 0 to below 1", below=1)
         for name in ("learning_rate", "clip"):
             check_positive(name, getattr(self, name))
         check_number("weight_decay", self.weight_decay)
