@@ -26,7 +26,7 @@ from jacobiflow.flows.maf import MAF, MAFBlock, full_pass
 from jacobiflow.flows.starflow import STARFlow, STARFlowBlock
 from jacobiflow.flows.tarflow import TarFlow, TarFlowBlock
 from jacobiflow.flows.tarflow.attention import Attention, AttentionBlock, Rotation
-from jacobiflow.sampling import sample
+from jacobiflow.sampling import Samples, sample
 
 GROWING_CACHE, TOKEN_LOOP, FULL_PASSES, SEQUENTIAL = "growing cache", "token loop", "full passes", "sequential"
 
@@ -209,11 +209,9 @@ def original_loop(flow: Flow) -> tuple[str, Loop]:
         return TOKEN_LOOP, partial(_sample, _by_token_loop)
     if isinstance(flow, MAF):
         return FULL_PASSES, partial(_sample, _by_full_passes)
-    return SEQUENTIAL, _sequential_sample
+    return SEQUENTIAL, lambda flow, z, context: sequential_samples(flow, z, context).x
 
 
-def _sequential_sample(flow: Flow, z: Tensor, context: Tensor | None) -> Tensor:
-    samples = sample(
-        flow, latents=z, context=context, settings=None, strategy=SEQUENTIAL, certify=False, log_prob=False
-    )
-    return samples.x
+def sequential_samples(flow: Flow, z: Tensor, context: Tensor | None) -> Samples:
+    """Draws samples by this library's own loop, without certificates and densities."""
+    return sample(flow, latents=z, context=context, settings=None, strategy=SEQUENTIAL, certify=False, log_prob=False)

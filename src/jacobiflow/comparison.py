@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.baselines import SEQUENTIAL, original_loop
+from jacobiflow.baselines import SEQUENTIAL, original_loop, sequential_samples
 from jacobiflow.errors import InputValueError
 from jacobiflow.flows.flow import Flow
 from jacobiflow.measuring import Error, Timing, interleave, paired_error
 from jacobiflow.progress import Progress
-from jacobiflow.sampling import Samples, sample
+from jacobiflow.sampling import Samples
 
 ENCODING_PASS = "encoding pass"
 
@@ -147,10 +147,7 @@ def compare(
     for name in (original, SEQUENTIAL, ENCODING_PASS):
         if name in runs:
             raise InputValueError(f"run {name!r}: timed in any case; give it another name, or leave it out")
-    sequential = partial(
-        sample, flow, context=context, latents=latents, settings=None, strategy="sequential", certify=False,
-        log_prob=False,
-    )  # fmt: skip
+    sequential = partial(sequential_samples, flow, latents, context)
     exact = sequential()
     every: dict[str, Callable[[], Any]] = {
         original: partial(loop, flow, exact.latents, exact.context),
