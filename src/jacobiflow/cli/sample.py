@@ -116,8 +116,7 @@ def sample(
     }  # fmt: skip
     if compare:
         with progress_bar() as progress:
-            captions = _captions(context, texts)
-            comparison = _compare(flow, folder, context, captions, out / _SHEET, progress)
+            comparison = _compare(flow, folder, context, texts, out / _SHEET, progress)
         results |= comparison | {"runs": comparison["runs"] | results["runs"]}
     elif flow.image_shape is not None:
         few = min(num, _SHEET_IMAGES)
@@ -167,16 +166,10 @@ def _announced(progress: Progress, out: Path, num_processes: int) -> Progress:
     return report
 
 
-def _captions(labels: Tensor | None, prompts: list[str] | None) -> list[str]:
-    """Returns the captions above the samples of the comparison."""
-    if prompts is not None:
-        return prompts[:_SHEET_IMAGES]
-    return [] if labels is None else [f"class {label}" for label in labels[:_SHEET_IMAGES].tolist()]
-
-
 def _compare(
-    flow: Flow, folder: jf.SampleFolder, context: Tensor | None, captions: list[str], sheet: Path, progress: Progress
-) -> dict[str, Any]:
+    flow: Flow, folder: jf.SampleFolder, context: Tensor | None, prompts: list[str] | None, sheet: Path,
+    progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
     """Draws the first batch again by the original sampler and the folder's strategy; returns times and the error."""
     from jacobiflow import comparison, denoising, latents, measuring, plots, sampling
 
@@ -193,8 +186,10 @@ def _compare(
         original, ours = (
             denoising.denoised(flow, images, context, manifest.denoise, 64) for images in (original, ours)
         )
-    few, names = slice(_SHEET_IMAGES), ("original sampler", manifest.strategy)
-    plots.save_png(plots.comparison_sheet(original[few], ours[few], names, columns=captions[:num]), sheet)
+    few, names = slice(min(num, _SHEET_IMAGES)), ("original sampler", manifest.strategy)
+    classes = [] if context is None or prompts is not None else [f"class {label}" for label in context.tolist()]
+    captions = (prompts or classes)[few]
+    plots.save_png(plots.comparison_sheet(original[few], ours[few], names, columns=captions), sheet)
     return {
         "runs": {result.original: {"seconds": rows[0].seconds.median}},
         "speed_up": result.speed_up(rows[1], result.original),
