@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -79,15 +80,11 @@ class _Inverse(torch.autograd.Function):
         v = solve_adjoint(outputs, x, cotangents, x.shape[1], _is_close)
         pairs = [(outputs[0], v), (outputs[1], cotangents[1])]
         pairs = [pair for pair in pairs if pair[0].requires_grad and pair[1] is not None]
-        inputs = [z, context, *parameters]
-        needed = [i for i, need in enumerate(ctx.needs_input_grad[2:]) if need]
-        gradients: list[Tensor | None] = [None] * len(inputs)
-        grads = torch.autograd.grad(
-            [output for output, _ in pairs], [inputs[i] for i in needed], [w for _, w in pairs], allow_unused=True
-        )
-        for i, gradient in zip(needed, grads, strict=True):
-            gradients[i] = gradient
-        return (None, None, *gradients)
+        needs = ctx.needs_input_grad[2:]
+        inputs = list(compress((z, context, *parameters), needs))
+        ends, seeds = zip(*pairs, strict=True)
+        gradients = iter(torch.autograd.grad(ends, inputs, seeds, allow_unused=True))
+        return (None, None, *(next(gradients) if need else None for need in needs))
 
 
 def _is_close(new: Tensor, old: Tensor) -> bool:
