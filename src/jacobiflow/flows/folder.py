@@ -67,7 +67,8 @@ class ModelFolder:
     def config(self, config_types: Sequence[type[AnyConfig]]) -> AnyConfig:
         """Returns the flow's config, of the first type that has all entries as fields."""
         entries = self.fields.keys()
-        config_type = next((kind for kind in config_types if entries <= _field_names(kind)), config_types[0])
+        fitting = (kind for kind in config_types if entries <= {entry.name for entry in fields(kind)})
+        config_type = next(fitting, config_types[0])
         try:
             config: AnyConfig = codec.decode(config_type, self.fields)
         except InputError as error:
@@ -81,10 +82,6 @@ class ModelFolder:
             return load_file(regular_file(file))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: missing or damaged ({first_line(error)}); copy it again") from error
-
-
-def _field_names(kind: type[FlowConfig]) -> set[str]:
-    return {entry.name for entry in fields(kind)}
 
 
 def reports_in(path: Path) -> tuple[Path, ...]:
