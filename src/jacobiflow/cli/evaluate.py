@@ -93,7 +93,13 @@ def evaluate(
     real = test = None
     with progress_bar() as progress:
         if folder is not None:
-            results |= {"num": folder.manifest.num, **_certificates(folder)}
+            outcome, certificate = folder.outcome(), folder.certificate()
+            results |= {
+                "num": outcome.num, "outcome": str(outcome), "resolved_sequentially": outcome.resolved,
+                "above": outcome.above, "lost": outcome.lost,
+            }  # fmt: skip
+            if certificate is not None:
+                results["certificates"] = {"median": float(certificate.median()), "max": float(certificate.max())}
         if folder is not None and paired:
             scores["errors"] = _errors(folder, flow, min(paired, folder.manifest.num), batch_size)
         if images is not None and test_images:
@@ -261,18 +267,6 @@ def _mirrored(images: Tensor, extractor: FeatureFunction) -> Tensor:
         return images
     is_mirrored = torch.rand(len(images), generator=torch.Generator().manual_seed(0)) < 0.5
     return torch.where(is_mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
-
-
-def _certificates(folder: jf.SampleFolder) -> dict[str, Any]:
-    """The outcome of the samples, and their certificates if they were measured."""
-    outcome, certificate = folder.outcome(), folder.certificate()
-    results = {
-        "outcome": str(outcome), "resolved_sequentially": outcome.resolved, "above": outcome.above,
-        "lost": outcome.lost,
-    }  # fmt: skip
-    if certificate is not None:
-        results["certificates"] = {"median": float(certificate.median()), "max": float(certificate.max())}
-    return results
 
 
 def _errors(folder: jf.SampleFolder, flow: Flow, num: int, batch_size: int) -> Callable[[], dict[str, Any]]:
