@@ -158,14 +158,13 @@ def _check_network(
         has_weight = kind in (Kind.LINEAR, Kind.ADD_CONTEXT, Kind.GATE_CONTEXT)
         _check((operation.weight >= 0) == has_weight and (kind != Kind.EXTRAPOLATION or operation.bias >= 0))
         _check(max(operation.weight, operation.bias) < len(shapes))
-        outputs = len(rows)
         if has_weight:
             shape = shapes[operation.weight]
             _check(len(shape) == 2 and shape[1] == width and shape[0] > max(rows, default=-1))
             _check(mask is None or (is_plain(mask, torch.bool) and mask.shape == shape))
-            outputs = shape[0]
-        if operation.bias >= 0:
-            _check(torch.Size(shapes[operation.bias]).numel() == outputs)
+            _check(operation.bias < 0 or shapes[operation.bias] == shape[:1])
+        elif operation.bias >= 0:
+            _check(torch.Size(shapes[operation.bias]).numel() == len(rows))
     last, (rows, ready), _ = operations[-1]
     _check(not last.is_kept and len(rows) == t.features * t.parameters)
     _check(list(ready) == [start * t.parameters for start in starts[1:]])
