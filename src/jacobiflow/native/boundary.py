@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from jacobiflow.checks import short
 
-_MAX_INT32 = 2**31 - 1
+MAX_INT32 = 2**31 - 1  # of most sizes and strides in C++
 
 
 class UnfitError(Exception):

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.native.boundary import PACKED, Library, RecurrenceArgs, UnfitError, address_of, fit
+from jacobiflow.native.boundary import MAX_INT32, PACKED, Library, RecurrenceArgs, UnfitError, address_of, fit
 from jacobiflow.native.build import usable_library
 
 _ROWS = 32  # of the network per thread and call: more rows do not fit in the processor's cache
@@ -117,6 +117,8 @@ class _Packed:
         self.head = self.channels // self.heads
         if self.head * self.heads != self.channels or (recurrence.rotation is not None and self.head % 2):
             raise UnfitError("heads that do not divide the channels, or whose channels make no pairs")
+        if self.tokens * self.channels > MAX_INT32:
+            raise UnfitError("a context whose rows are too far apart")
         self.count = sum(layer[name].numel() for layer in recurrence.layers for name in PACKED if name in layer)
         self.layers, self.memory = native.pack_layers(recurrence.layers, self.tokens, self.channels, self.hidden)
         outputs = self.values * (2 if self.has_scale else 1)
