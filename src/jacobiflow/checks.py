@@ -149,7 +149,7 @@ def check_fields(record: Any) -> None:
     An int becomes a float, and a list a tuple, where one is declared.
     """
     cls: Any = type(record)
-    for name, declared in _declared_types(cls).items():
+    for name, declared in declared_types(cls).items():
         value = getattr(record, name)
         try:
             object.__setattr__(record, name, msgspec.convert(_python(value), declared))
@@ -172,7 +172,8 @@ def _python(value: Any) -> Any:
 
 
 @functools.cache
-def _declared_types(cls: type) -> dict[str, Any]:
+def declared_types(cls: type) -> dict[str, Any]:
+    """Returns the types of the fields of a dataclass."""
     hints = get_type_hints(cls)
     return {entry.name: hints[entry.name] for entry in fields(cls)}
 

@@ -232,7 +232,7 @@ class Samples:
 
 
 def npz_bytes(arrays: Mapping[str, Tensor | None]) -> bytes:
-    """Returns the content of an .npz file, which holds no date, of the arrays that there are."""
+    """Returns the arrays as the bytes of an .npz file, which holds no date; those that are `None` are left out."""
     stored: dict[str, Any] = {name: each.detach().cpu().numpy() for name, each in arrays.items() if each is not None}
     npz = io.BytesIO()
     np.savez(npz, **stored)

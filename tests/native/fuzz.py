@@ -14,6 +14,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import jacobiflow as jf
 from jacobiflow.adapters.network import MaskedNetwork, find_order
 from jacobiflow.native import boundary, build
 from jacobiflow.native.masked import MaskedOperation, TransformChain, masked_transform
+from jacobiflow.native.recurrence import Prefix
 from tests.helpers import library_flows
 from tests.helpers.native_problems import CASES
 
@@ -102,19 +104,34 @@ def change_weight(module: nn.Module, change: str, rng: random.Random) -> str:
     return path
 
 
+def change_prefix(block: Any, change: str, is_hidden: bool) -> None:
+    """Changes what native code reads as the prefix, which is not what PyTorch reads."""
+    read = block._prefix
+
+    def changed(z: Tensor, context: Any) -> Prefix:
+        prefix = read(z, context)
+        if is_hidden:
+            return replace(prefix, hidden=CHANGES[change](prefix.hidden))
+        return replace(prefix, layers=[CHANGES[change](layer) for layer in prefix.layers])
+
+    block._prefix = changed
+
+
 def recurrence(rng: random.Random) -> tuple[Any, str]:
     """A block's inverse: of tokens, contexts or weights that do not fit."""
     name = rng.choice(list(CASES))
     case = CASES[name]
     flow = case.flow()
     block, z, context = case.block(flow), case.z(flow), case.context()
-    target, change = rng.choice(["z", "z", "context", "weight"]), rng.choice(list(CHANGES))
+    target, change = rng.choice(["z", "context", "weight", "prefix"]), rng.choice(list(CHANGES))
     if target == "z":
         z = CHANGES[change](z)
     elif target == "context" and context is not None:
         context = CHANGES[change](context)
     elif target == "weight":
         target = change_weight(flow.blocks[1], change, rng)
+    elif target == "prefix" and case.kind is jf.STARFlow:
+        change_prefix(flow.blocks[1], change, rng.random() < 0.5)
     what = f"{name}: {target} {change}"
     ours = answer(lambda: block.exact_inverse(z, context))
     if ours is None:
@@ -207,7 +224,7 @@ def description(rng: random.Random) -> tuple[Any, str]:
 
     try:
         ours = compute()
-    except (boundary.UnfitError, ValueError):
+    except (boundary.UnsupportedError, ValueError):
         ours = None
     return ours, f"{part}, {number}"
 

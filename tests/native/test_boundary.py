@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import jacobiflow as jf
 from jacobiflow import native
 from jacobiflow.native import compiler
-from jacobiflow.native.boundary import Library, UnfitError, address_of, fit
+from jacobiflow.native.boundary import Library, UnsupportedError, address_of, require
 from jacobiflow.native.recurrence import Extrapolation, Recurrence
 from tests.helpers.native_problems import CASES
 
@@ -73,20 +73,20 @@ def freed(x: Tensor) -> Tensor:
     ],
 )  # fmt: skip
 def test_a_tensor_that_does_not_fit_is_refused(tensor: Tensor) -> None:
-    with pytest.raises(UnfitError):
-        fit(tensor, (2, 3))
+    with pytest.raises(UnsupportedError):
+        require(tensor, (2, 3))
 
 
 def test_a_tensor_that_fits_is_read_row_after_row() -> None:
     values = torch.arange(6.0).view(3, 2)
-    assert fit(nn.Parameter(values.T), (2, 3)).flatten().tolist() == [0, 2, 4, 1, 3, 5]
+    assert require(nn.Parameter(values.T), (2, 3)).flatten().tolist() == [0, 2, 4, 1, 3, 5]
 
 
 @pytest.mark.parametrize(
     "tensor", [freed(torch.ones(3)), torch.frombuffer(bytearray(17), dtype=torch.float32, offset=1)]
 )
 def test_values_that_are_freed_or_not_aligned_have_no_address(tensor: Tensor) -> None:
-    with pytest.raises(UnfitError):
+    with pytest.raises(UnsupportedError):
         address_of(tensor)
 
 

@@ -14,15 +14,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from jacobiflow.adapters.network import MaskedNetwork, Slot, UnsupportedError, find_order
-from jacobiflow.native.boundary import UnfitError
+from jacobiflow.adapters.network import MaskedNetwork, Slot, find_order
+from jacobiflow.native.boundary import UnsupportedError
 from jacobiflow.native.masked import (
     ChainTransform,
     MaskedOperation,
     TransformChain,
-    affine,
+    affine_transform,
     masked_transform,
-    permutation,
+    permutation_transform,
 )
 
 Values = tuple[Tensor, Tensor | None]
@@ -73,12 +73,12 @@ def masked_part(module: nn.Module, network: MaskedNetwork, **settings: Any) -> P
 
 def permutation_part(module: nn.Module, order: Sequence[int], slot: Slot | None = None) -> Part:
     """Returns the transform y_i = x_order[i]; `slot` is the tensor that holds the order."""
-    return Part(module, permutation(order), constants=() if slot is None else (slot,))
+    return Part(module, permutation_transform(order), constants=() if slot is None else (slot,))
 
 
 def affine_part(module: nn.Module, scale: Slot, shift: Slot) -> Part:
     """Returns the transform y = scale x + shift, of one number or of one for each feature."""
-    return Part(module, affine(*_shapes((scale, shift))), (scale, shift))
+    return Part(module, affine_transform(*_shapes((scale, shift))), (scale, shift))
 
 
 def _shapes(slots: Sequence[Slot]) -> list[torch.Size]:
@@ -139,8 +139,6 @@ class Chain:
                 self.snapshot.add(*slot)
         except UnsupportedError as error:
             self.obstacle = str(error)
-        except UnfitError:
-            self.obstacle = "transforms of other shapes"
         else:
             self._tensors = [slot for part, _ in parts for slot in part.tensors]
             self.modules = [part.module for part, _ in parts]

@@ -12,7 +12,9 @@ from torch import nn
 from torch.distributions import Distribution, Transform
 
 from jacobiflow.adapters.acceleration import Acceleration, Adapter, library_class
+from jacobiflow.adapters.state import BlockState
 from jacobiflow.adapters.tarflow import recognise, resembles
+from jacobiflow.adapters.trial import TrialResult
 from jacobiflow.checks import check_number
 from jacobiflow.errors import InputValueError
 
@@ -77,14 +79,14 @@ def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration:
         )
     packages = {kind.__module__.split(".")[0] for _, module in modules for kind in type(module).__mro__}
     adapters = [adapter for library in _LIBRARIES if library in packages for adapter in _adapters(library)]
-    outcomes: list[Any] = []  # of the trials of live blocks
+    results: list[tuple[BlockState, TrialResult]] = []  # of the trials of live blocks
     accelerated: dict[nn.Module, tuple[str, Adapter]] = {}
     untouched: dict[str, str] = {}
     for name, module in modules:
         kind = library_class(module)
         adapter = next((adapter for adapter in adapters if issubclass(kind, adapter.transform)), None)
         if adapter is None and resembles(module):
-            adapter, reason = recognise(module, outcomes)
+            adapter, reason = recognise(module, results)
             if adapter is None:
                 untouched[name] = reason
         if adapter is None:

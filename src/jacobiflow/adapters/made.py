@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import AcceleratedModule
 from jacobiflow.adapters.chain import Part, Values, masked_part
-from jacobiflow.adapters.network import MaskedNetwork, UnsupportedError
+from jacobiflow.adapters.network import MaskedNetwork
 from jacobiflow.adapters.passes import invert
-from jacobiflow.native.boundary import Elementwise, Ends
+from jacobiflow.native.boundary import Elementwise, Ends, UnsupportedError
 
 _ELEMENTWISE = ("_elementwise_forward", "_elementwise_inverse", "_elementwise")
 _PLAIN = (nn.ModuleList, nn.Linear, nn.Dropout, nn.Identity)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.native.boundary import Function, Kind, Operation
+from jacobiflow.native.boundary import Function, Kind, Operation, UnsupportedError
 
 Slot = tuple[dict[str, Any], str]
 """A dictionary of a module (its parameters, say) and a name in it."""
@@ -29,10 +29,6 @@ _FUNCTIONS: dict[Callable[..., Tensor], tuple[Function, tuple[float, ...]]] = {
     F.softplus: (Function.SOFTPLUS, (1.0, 20.0)),
 }  # fmt: skip
 _GELU = {"none": Function.GELU, "tanh": Function.GELU_TANH}
-
-
-class UnsupportedError(Exception):
-    """A part of a transform that native code does not take."""
 
 
 class MaskedNetwork:

@@ -18,8 +18,7 @@ from nflows.transforms.standard import AffineTransform, PointwiseAffineTransform
 from jacobiflow.adapters.acceleration import Adapter, library_class
 from jacobiflow.adapters.chain import Part, affine_part, permutation_part
 from jacobiflow.adapters.made import AcceleratedComposition, AcceleratedTransform, made_part, spline_part
-from jacobiflow.adapters.network import UnsupportedError
-from jacobiflow.native.boundary import Elementwise
+from jacobiflow.native.boundary import Elementwise, UnsupportedError
 
 
 def describe(module: Any, is_conditional: bool, is_inverse: bool = False) -> Iterator[tuple[Part, bool]]:

@@ -16,8 +16,7 @@ from torch import Tensor
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, library_class
 from jacobiflow.adapters.chain import Part, permutation_part
 from jacobiflow.adapters.made import AcceleratedTransform, evaluate, made_part, optional, spline_part
-from jacobiflow.adapters.network import UnsupportedError
-from jacobiflow.native.boundary import Elementwise
+from jacobiflow.native.boundary import Elementwise, UnsupportedError
 
 
 def describe(module: Any, is_conditional: bool) -> Iterator[tuple[Part, bool]]:

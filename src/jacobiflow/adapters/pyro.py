@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, accelerate_module, library_class
 from jacobiflow.adapters.chain import Part, Values, masked_part
-from jacobiflow.adapters.network import MaskedNetwork, UnsupportedError
+from jacobiflow.adapters.network import MaskedNetwork
 from jacobiflow.adapters.passes import invert
-from jacobiflow.native.boundary import Elementwise, Ends
+from jacobiflow.native.boundary import Elementwise, Ends, UnsupportedError
 
 
 def describe(module: Any, is_conditional: bool) -> Iterator[tuple[Part, bool]]:

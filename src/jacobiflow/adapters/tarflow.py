@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, library_class
 from jacobiflow.adapters.chain import is_traced
 from jacobiflow.adapters.state import BlockState
-from jacobiflow.adapters.trial import MAX_GUIDANCE, TEMPERATURES, Outcome, Trial
+from jacobiflow.adapters.trial import MAX_GUIDANCE, TEMPERATURES, Trial, TrialResult
 from jacobiflow.native import describe as native_line
 from jacobiflow.native import library as native_library
 from jacobiflow.native.recurrence import Extrapolation, Recurrence
@@ -27,15 +27,15 @@ def resembles(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in _PARTS)
 
 
-def recognise(module: Any, outcomes: list[tuple[BlockState, Outcome]]) -> tuple[Adapter | None, str]:
+def recognise(module: Any, results: list[tuple[BlockState, TrialResult]]) -> tuple[Adapter | None, str]:
     """Returns the adapter of a block, or `None` and the reason.
 
     Its parts must have the names and the types of the original's. Whether its code computes the same shows in a trial,
     without which no block is accelerated.
 
     Args:
-        outcomes: Of other blocks, to which that of this block is added. Blocks that differ in the values of their
-            weights only share the trial with random weights.
+        results: Those of other blocks; that of this block is added. Blocks that differ in the values of their weights
+            only share the trial with random weights.
     """
     kind: Any = library_class(module)
     signature = inspect.signature(kind.reverse)
@@ -54,14 +54,16 @@ def recognise(module: Any, outcomes: list[tuple[BlockState, Outcome]]) -> tuple[
     defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
     try:
         state, trial = BlockState(module), Trial(module, partial(_reverse, **defaults), signature.parameters)
-        alike = next((outcome for other, outcome in outcomes if other.is_like(state)), None)
+        shared = next((result for other, result in results if other.is_like(state)), None)
     except Exception as error:
         return None, f"it cannot be tried: {type(error).__name__}: {error}"
-    outcome = alike or trial.try_random_weights() if trial.agrees_on_own_weights() else None
-    if outcome is None:
+    if not trial.agrees_on_own_weights():
         return None, trial.obstacle
-    outcomes.append((state, outcome))
-    fields = {"tried_signature": signature, "tried_state": state, "trial_outcome": outcome}
+    result = shared or trial.try_random_weights()
+    if result is None:
+        return None, trial.obstacle
+    results.append((state, result))
+    fields = {"tried_signature": signature, "tried_state": state, "trial_result": result}
     return Adapter(kind, ("reverse",), type("_Accelerated", (_Accelerated,), fields), describe=None), ""
 
 
@@ -140,7 +142,7 @@ class _Accelerated(AcceleratedModule):
     library_class: ClassVar[Any]
     tried_signature: ClassVar[inspect.Signature]
     tried_state: ClassVar[BlockState]
-    trial_outcome: ClassVar[Outcome]
+    trial_result: ClassVar[TrialResult]
     pos_embed: Tensor
     proj_in: nn.Linear
 
@@ -149,7 +151,7 @@ class _Accelerated(AcceleratedModule):
         answer = self._answer(args, kwargs)
         if answer is None:
             return self._own_reverse(args, kwargs)
-        return answer if self.trial_outcome.has_log_det else answer[0]
+        return answer if self.trial_result.has_log_det else answer[0]
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         try:
@@ -189,9 +191,9 @@ class _Accelerated(AcceleratedModule):
             return False
         rows, tokens, positions = x.shape[0], x.shape[1], len(self.pos_embed)
         if not (
-            rows and 0 < tokens <= positions and (tokens == positions or self.trial_outcome.takes_fewer_tokens)
+            rows and 0 < tokens <= positions and (tokens == positions or self.trial_result.takes_fewer_tokens)
             and _has_form(x, torch.float32, rows, tokens, self.proj_in.in_features)
-            and (self.trial_outcome.in_training or not any(part.training for part in self.modules()))
+            and (self.trial_result.in_training or not any(part.training for part in self.modules()))
         ):  # fmt: skip
             return False
         projection, embeddings = getattr(self, "cond_proj", None), getattr(self, "class_embed", None)

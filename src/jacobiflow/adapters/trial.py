@@ -31,7 +31,7 @@ _NUDGE = 1e-6  # a relative change of x, by which the growth of rounding is meas
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialResult:
     """What a trial showed of a block that computes the same as native code.
 
     Attributes:
@@ -88,7 +88,7 @@ class Trial:
         return (self._is_large and self._agrees(2, _FEW)) or self._agrees(2, self._tokens)
 
     @_plain_pytorch()
-    def try_random_weights(self) -> Outcome | None:
+    def try_random_weights(self) -> TrialResult | None:
         """Compares all forms of arguments that native code will take; `None` if the block differs."""
         self._draw_weights(-1)
         few = min(_FEW, self._tokens - 1)
@@ -106,7 +106,7 @@ class Trial:
             return None
         self._block.train()
         in_training = not any(map(is_stateful, self._block.modules())) and self._agrees(2, few)
-        return Outcome(self._results == 2, takes_fewer, in_training)
+        return TrialResult(self._results == 2, takes_fewer, in_training)
 
     def _draw_weights(self, sign: int) -> None:
         """Draws weights whose log-scales are large, and nearly the same for all tokens."""

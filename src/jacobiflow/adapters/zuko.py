@@ -26,9 +26,9 @@ from zuko.transforms import (
 
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, is_accelerated, library_class
 from jacobiflow.adapters.chain import Part, Values, affine_part, masked_part, permutation_part
-from jacobiflow.adapters.network import MaskedNetwork, UnsupportedError
+from jacobiflow.adapters.network import MaskedNetwork
 from jacobiflow.adapters.passes import invert
-from jacobiflow.native.boundary import Elementwise, Ends
+from jacobiflow.native.boundary import Elementwise, Ends, UnsupportedError
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print("error: the command line needs more packages: pip install 'jacobiflow[cli]'", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # again, while the first one was handled
+    except KeyboardInterrupt:  # a second Ctrl-C, while the first was handled
         return 130
     finally:
         if arguments is None:

@@ -75,7 +75,7 @@ def info(
 
     Prints the model's shape, size and recommended settings, how its exact loops run here, and the versions: please add
     what --json writes to a report of a problem. With --check, each line is a problem with its remedy, and the exit code
-    is 2 if there is one. Of samples without a problem it also prints how many are exact, certified, or neither.
+    is 2 if there is one. For samples without a problem it also prints how many are exact, and how many are certified.
 
     Example: jacobiflow info --model digits-p1
     """

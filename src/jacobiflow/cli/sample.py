@@ -122,7 +122,7 @@ def sample(
         few = min(num, _SHEET_IMAGES)
         shards = [folder.images(i) for i in range(-(-few // manifest.shard_size))]
         plots.save_png(data.image_grid(data.scale(torch.cat(shards)[:few]), min(10, num)), out / _SHEET)
-    # Of a shortfall, a warning has said so.
+    # A warning has named a shortfall already.
     _print(results, origin, None if outcome.has_shortfall else str(outcome), is_denoised=manifest.denoise > 0)
     if folder.drawn:
         rate, plural = folder.drawn / seconds, "s" * (manifest.num_shards > 1)

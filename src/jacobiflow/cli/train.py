@@ -102,7 +102,7 @@ def train(
         samples = jf.sample(average, num=20, labels=labels, seed=seed, strategy="sequential")
         plots.save_png(samples.grid(10), out / f"samples-{step:06d}.png")
 
-    # A scheduler's end leaves a checkpoint, as Ctrl-C does.
+    # SIGTERM saves a checkpoint, like Ctrl-C.
     earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with shared.progress_bar() as progress:

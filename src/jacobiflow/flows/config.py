@@ -5,14 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.checks import check_count, check_flag, check_kind, check_number, convert_numbers, short
+from jacobiflow.checks import (
+    check_count,
+    check_flag,
+    check_kind,
+    check_number,
+    convert_numbers,
+    declared_types,
+    short,
+)
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.flows.base import Permutation
 from jacobiflow.flows.guidance import Guidance, SamplingSettings
@@ -222,16 +230,19 @@ def check_sizes(config: FlowConfig) -> None:
     A size whose default is 0 may be 0. A tuple of sizes has one for each block.
     """
     convert_numbers(config)
+    types = declared_types(type(config))
     for entry in fields(config):
-        sizes, kind = getattr(config, entry.name), str(entry.type)
-        if isinstance(sizes, tuple) and "tuple[int" in kind:
+        sizes, declared = getattr(config, entry.name), types[entry.name]
+        if int not in (declared, *get_args(declared)):
+            continue
+        if isinstance(sizes, tuple) and declared is not int:
             if len(sizes) != config.num_blocks:
                 raise InputValueError(
                     f"{entry.name}={short(sizes)}: give a number, or one for each of {config.num_blocks} blocks"
                 )
             for size in sizes:
                 check_count(entry.name, size, most=_MAX_SIZE)
-        elif kind.startswith("int") or entry.type is int:
+        else:
             check_count(entry.name, sizes, 0 if entry.default == 0 else 1, _MAX_SIZE)
     for name in ("num_tokens", "token_channels"):
         check_count(name, getattr(config, name), 0, _MAX_SIZE)

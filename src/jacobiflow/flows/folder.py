@@ -239,11 +239,11 @@ def build(make: Callable[[Any], AnyModule], config: Any, state: dict[str, Tensor
 
 
 def check_values(
-    state: Mapping[str, Tensor], source: str, dtypes: Sequence[torch.dtype] = FLOATS, are_read: bool = True
+    state: Mapping[str, Tensor], source: str, dtypes: Sequence[torch.dtype] = FLOATS, checks_values: bool = True
 ) -> None:
     """Raises CheckpointError if an entry is not a dense tensor of these dtypes, or its values cannot be weights.
 
-    Without `are_read` the values themselves are not looked at.
+    If `checks_values` is False, the values are not read from the file.
     """
 
     def flaw(name: str, tensor: Tensor) -> str:
@@ -253,9 +253,9 @@ def check_values(
             return f"is of {tensor.dtype}"
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             return "has more values than the file stores"
-        if are_read and not tensor.isfinite().all():
+        if checks_values and not tensor.isfinite().all():
             return "has non-finite values"
-        return "has values that are not positive" if are_read and name == "var" and not (tensor > 0).all() else ""
+        return "has values that are not positive" if checks_values and name == "var" and not (tensor > 0).all() else ""
 
     flaws = [f"{name} {text}" for name, tensor in state.items() if (text := flaw(name, tensor))]
     if flaws:

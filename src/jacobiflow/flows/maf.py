@@ -21,7 +21,7 @@ from jacobiflow.flows.config import MAFConfig, embed_classes
 from jacobiflow.flows.flow import Flow, Images, register
 from jacobiflow.flows.guidance import Guidance
 from jacobiflow.native import usable_library
-from jacobiflow.native.boundary import Elementwise, Function, Kind, Operation, UnfitError
+from jacobiflow.native.boundary import Elementwise, Function, Kind, Operation, UnsupportedError
 from jacobiflow.native.masked import MaskedOperation, TransformChain, masked_transform
 
 _CONSTANT = 1e-3  # an entry whose standard deviation over the first batch is below it keeps its scale
@@ -150,7 +150,7 @@ class MAFBlock(FlowBlock):
         shapes = tuple(tensor.shape for tensor in tensors)
         try:
             chain = _chain(shapes, len(self.layers), bool(tables), guidance is not None)
-        except UnfitError:
+        except UnsupportedError:
             return None
         tensors = [tensor.contiguous() for tensor in tensors]
         result = chain.evaluate(tensors, z.squeeze(-1), classes, is_inverse=True, log_det="rows")

@@ -1,7 +1,7 @@
 """The boundary between Python and C++: its structures, the checks of what they point to, and the calls of the library.
 
 C++ trusts every pointer and size. So nothing else calls the library, and what does not fit is refused here: an
-`UnfitError` leaves the computation to PyTorch, whose code reports what is wrong.
+`UnsupportedError` leaves the computation to PyTorch, whose code reports what is wrong.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from jacobiflow.checks import short
 MAX_INT32 = 2**31 - 1  # of most sizes and strides in C++
 
 
-class UnfitError(Exception):
-    """Native code does not take this: a tensor of another shape, dtype or device, for example."""
+class UnsupportedError(Exception):
+    """Native code does not take this: an activation, say, or a tensor of another shape or dtype."""
 
 
 class Kind(IntEnum):
@@ -122,7 +122,7 @@ class RecurrenceArgs(ctypes.Structure):
 
 
 class Library:
-    """The compiled library at a path. Raises OSError if it is none, or one of another version.
+    """The compiled library in a file. Raises OSError if it cannot be loaded, or is of another version.
 
     Attributes:
         lanes: The number of float32 in a vector of its processor.
@@ -144,11 +144,11 @@ class Library:
 
     def pad(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Returns values of this shape with zeros that make whole vectors of the last dimension."""
-        return F.pad(fit(values, shape), (0, self.padded(shape[-1]) - shape[-1])).contiguous()
+        return F.pad(require(values, shape), (0, self.padded(shape[-1]) - shape[-1])).contiguous()
 
     def pack(self, weight: Tensor, outputs: int, inputs: int) -> Tensor:
         """Returns a weight (outputs, inputs) in the layout of the recurrence."""
-        weight, threads = fit(weight, (outputs, inputs)), torch.get_num_threads()
+        weight, threads = require(weight, (outputs, inputs)), torch.get_num_threads()
         out = weight.new_empty(self.padded(outputs), inputs)
         arguments = (address_of(weight), outputs, inputs, address_of(out))
         if self._native.jacobiflow_pack(*arguments, threads):  # so many threads are not available
@@ -163,7 +163,7 @@ class Library:
         for group in (_NORMS, _CONDITION, _ADAPTIVE):
             names |= group.keys() if group.keys() <= layers[0].keys() else set()
         if any(layer.keys() != names for layer in layers):
-            raise UnfitError("layers that lack a parameter, or have another")
+            raise UnsupportedError("layers that lack a parameter, or have another")
         sizes = {"c": channels, "3c": 3 * channels, "h": hidden, "2h": 2 * hidden, "t": tokens}
         table, tensors = (Layer * len(layers))(), []
         for entry, layer in zip(table, layers, strict=True):
@@ -173,11 +173,11 @@ class Library:
                 setattr(entry, name, address_of(tensors[-1]))
         return table, tensors
 
-    def recur(self, arguments: RecurrenceArgs) -> bool:
+    def solve_recurrence(self, arguments: RecurrenceArgs) -> bool:
         """Solves entries `start` to `stop` - 1; returns False if out of memory or threads."""
         return not self._native.jacobiflow_tarflow(ctypes.byref(arguments))
 
-    def transform(self, arguments: ChainArgs, dtype: torch.dtype) -> int:
+    def evaluate_chain(self, arguments: ChainArgs, dtype: torch.dtype) -> int:
         """Computes a chain of transforms; returns the number of failed rows, below 0 if out of memory or threads."""
         return self._native.jacobiflow_masked(ctypes.byref(arguments), dtype is torch.float64)
 
@@ -218,10 +218,10 @@ def _check_version(native: ctypes.CDLL, path: Path) -> None:
         raise OSError(f"{path}: a library of another version, whose {name} differs")
 
 
-def fit(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Returns the tensor, or a copy, row after row in memory; raises UnfitError if shape or dtype differ."""
+def require(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns the tensor, or a copy, row after row in memory; raises UnsupportedError if shape or dtype differ."""
     if not is_plain(tensor, dtype) or tensor.shape != shape:
-        raise UnfitError(f"{short(tensor)}, where native code reads {shape} of {dtype}")
+        raise UnsupportedError(f"{short(tensor)}, where native code reads {shape} of {dtype}")
     return tensor.detach().contiguous()
 
 
@@ -234,21 +234,21 @@ def is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 
 def address_of(tensor: Tensor | None) -> int | None:
-    """Returns the address of a tensor's values; raises UnfitError if they are not aligned, or freed, as FSDP does."""
+    """Returns the address of a tensor's values. Raises UnsupportedError if they are not aligned, or freed."""
     if tensor is None:
         return None
     address = tensor.data_ptr()
-    if address % tensor.itemsize or (not address and tensor.numel()):
-        raise UnfitError("values that are not aligned, or freed")
+    if address % tensor.itemsize or (not address and tensor.numel()):  # FSDP frees them
+        raise UnsupportedError("values that are not aligned, or freed")
     return address
 
 
 def addresses_of(
     tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
 ) -> ctypes.Array[ctypes.c_void_p]:
-    """Returns the addresses of tensors of these shapes and this dtype; raises UnfitError if one differs.
+    """Returns the addresses of tensors of these shapes and this dtype; raises UnsupportedError if one differs.
 
-    It checks what `fit` and `address_of` do, in one loop: many tensors cross with few rows.
+    It checks what `require` and `address_of` do, in one loop: many tensors cross with few rows.
     """
     table, size = (ctypes.c_void_p * len(shapes))(), dtype.itemsize
     try:
@@ -258,11 +258,11 @@ def addresses_of(
                 (kind is not nn.Parameter and kind is not Tensor) or tensor.dtype is not dtype or not tensor.is_cpu
                 or tensor.shape != shape or not tensor.is_contiguous()
             ):  # fmt: skip
-                raise UnfitError(f"{short(tensor)}, where native code reads {shape} of {dtype}")
+                raise UnsupportedError(f"{short(tensor)}, where native code reads {shape} of {dtype}")
             address = tensor.data_ptr()
             if not address or address % size:
-                raise UnfitError("values that are not aligned, or freed")
+                raise UnsupportedError("values that are not aligned, or freed")
             table[i] = address
     except RuntimeError as error:  # of a sparse or nested tensor
-        raise UnfitError("a tensor that is not dense") from error
+        raise UnsupportedError("a tensor that is not dense") from error
     return table

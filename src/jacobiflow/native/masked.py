@@ -19,7 +19,7 @@ from jacobiflow.native.boundary import (
     Kind,
     Operation,
     Transform,
-    UnfitError,
+    UnsupportedError,
     address_of,
     addresses_of,
     is_plain,
@@ -49,7 +49,7 @@ class ChainTransform:
     context: int | None = None
 
 
-def permutation(order: Sequence[int]) -> ChainTransform:
+def permutation_transform(order: Sequence[int]) -> ChainTransform:
     """Returns the transform y_i = x_order[i]."""
     _check(_is_permutation(order, len(order)))
     indices = _integers(order)
@@ -57,7 +57,7 @@ def permutation(order: Sequence[int]) -> ChainTransform:
     return ChainTransform(structure, indices, features=len(order))
 
 
-def affine(scale: tuple[int, ...], shift: tuple[int, ...]) -> ChainTransform:
+def affine_transform(scale: tuple[int, ...], shift: tuple[int, ...]) -> ChainTransform:
     """Returns the transform y = scale x + shift, of tensors of these shapes: one number, or one for each feature."""
     sizes = [torch.Size(shape).numel() for shape in (scale, shift)]
     features = max(sizes)
@@ -172,7 +172,7 @@ def _check_network(
 
 def _check(condition: bool) -> None:
     if not condition:
-        raise UnfitError("sizes that do not fit each other")
+        raise UnsupportedError("sizes that do not fit each other")
 
 
 def _is_permutation(order: Sequence[int], size: int) -> bool:
@@ -207,7 +207,7 @@ class TransformChain:
         features = {part.features for part in self._parts} - {None}
         contexts = {part.context for part in self._parts} - {None}
         if len(features) != 1 or len(contexts) != 1:
-            raise UnfitError("transforms of several widths, or without a masked network")
+            raise UnsupportedError("transforms of several widths, or without a masked network")
         (self.features,), (self.context,) = features, contexts
         self._table = (Transform * len(transforms))(*(part.structure for part in self._parts))
         self._shapes: list[tuple[int, ...]] = []
@@ -256,7 +256,7 @@ class TransformChain:
                 0 if context is None or len(context) == 1 else context.stride(0), len(self._table), features, width,
                 is_inverse, log_det == "features", torch.get_num_threads(),
             )  # fmt: skip
-        except UnfitError:
+        except UnsupportedError:
             return None
-        count = native.transform(arguments, dtype)
+        count = native.evaluate_chain(arguments, dtype)
         return None if count < 0 else Result(out, log_dets, failed if count else None)

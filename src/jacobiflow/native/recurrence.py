@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.native.boundary import MAX_INT32, PACKED, Library, RecurrenceArgs, UnfitError, address_of, fit
+from jacobiflow.native.boundary import MAX_INT32, PACKED, Library, RecurrenceArgs, UnsupportedError, address_of, require
 from jacobiflow.native.build import usable_library
 
 _ROWS = 32  # of the network per thread and call: more rows do not fit in the processor's cache
@@ -88,9 +88,9 @@ class Recurrence:
         if native is None:
             return None
         try:
-            z = fit(z, (*z.shape[:1], len(self.position), self.proj_in.shape[1]))
+            z = require(z, (*z.shape[:1], len(self.position), self.proj_in.shape[1]))
             if context is not None and len(context) not in (1, len(z)):
-                raise UnfitError("a context for another number of samples")
+                raise UnsupportedError("a context for another number of samples")
             packed = _Packed(native, self)
             networks, threads = (1 if guidance is None else 2), torch.get_num_threads()
             size = max(_ROWS * threads // networks, 1)
@@ -101,7 +101,7 @@ class Recurrence:
                 prefix = None if read_prefix is None else read_prefix(rows)
                 if not packed.invert(z[rows], x[rows], log_det[rows], some, guidance, prefix):
                     return None
-        except UnfitError:  # the loop in PyTorch computes it, or reports what is wrong
+        except UnsupportedError:  # the loop in PyTorch computes it, or reports what is wrong
             return None
         return x, log_det.to(z.dtype)
 
@@ -116,16 +116,16 @@ class _Packed:
         self.has_scale, self.soft_clip = recurrence.has_scale, recurrence.soft_clip
         self.head = self.channels // self.heads
         if self.head * self.heads != self.channels or (recurrence.rotation is not None and self.head % 2):
-            raise UnfitError("heads that do not divide the channels, or whose channels make no pairs")
+            raise UnsupportedError("heads that do not divide the channels, or whose channels make no pairs")
         if self.tokens * self.channels > MAX_INT32:
-            raise UnfitError("a context whose rows are too far apart")
+            raise UnsupportedError("a context whose rows are too far apart")
         self.count = sum(layer[name].numel() for layer in recurrence.layers for name in PACKED if name in layer)
         self.layers, self.memory = native.pack_layers(recurrence.layers, self.tokens, self.channels, self.hidden)
         outputs = self.values * (2 if self.has_scale else 1)
         self.proj_in = native.pack(recurrence.proj_in, self.channels, self.values)
         self.proj_out = native.pack(recurrence.proj_out, outputs, self.channels)
         self.out_bias = native.pad(recurrence.out_bias, (outputs,))
-        self.position = fit(recurrence.position, (self.tokens, self.channels))
+        self.position = require(recurrence.position, (self.tokens, self.channels))
         self.rotation, norm = recurrence.rotation, recurrence.final_norm
         self.final_norm = None if norm is None else native.pad(norm, (self.channels,))
 
@@ -139,24 +139,27 @@ class _Packed:
         query_scale = weight_scale = weight_shift = rotation = keys_values = hidden = None
         if guidance is not None:
             if (context is None) != (guidance.context is None):
-                raise UnfitError("a context for one of two rows")
+                raise UnsupportedError("a context for one of two rows")
             if context is not None and guidance.context is not None:
                 other = guidance.context.expand(samples, *context.shape[1:])
                 context = torch.cat((context.expand(samples, -1, -1), other))
             query_scale = z.new_ones(networks, samples)
             query_scale[1] /= guidance.temperature
-            weight_scale, weight_shift = fit(guidance.scale, (self.tokens,)), fit(guidance.shift, (self.tokens,))
+            weight_scale, weight_shift = (
+                require(guidance.scale, (self.tokens,)),
+                require(guidance.shift, (self.tokens,)),
+            )
         if context is not None:
             is_shared, is_repeated = len(context) == 1, context.shape[1] == 1
-            context = fit(context, (1 if is_shared else rows, 1 if is_repeated else self.tokens, channels))
+            context = require(context, (1 if is_shared else rows, 1 if is_repeated else self.tokens, channels))
         prefix_length = 0 if prefix is None else prefix.layers[0].shape[3]
         length = prefix_length + self.tokens
         if prefix is not None:
             shape = (self.depth, rows, 2, self.heads, prefix_length, self.head)
-            keys_values = fit(torch.stack(list(prefix.layers)), shape)
-            hidden = fit(prefix.hidden, (rows, channels))
+            keys_values = require(torch.stack(list(prefix.layers)), shape)
+            hidden = require(prefix.hidden, (rows, channels))
         if self.rotation is not None:
-            rotation = fit(self.rotation, (length, self.head))
+            rotation = require(self.rotation, (length, self.head))
         each = self.head * native.padded(length) + native.padded(self.head) * length
         memory, (threads, teams) = z.new_empty(self.depth * rows * self.heads * each), self._threads(samples, rows)
         arguments = RecurrenceArgs(
@@ -176,7 +179,7 @@ class _Packed:
         step = max(int(_WORK / (self.count * rows)), 1)
         for start in range(0, self.tokens, step):
             arguments.start, arguments.stop = start, min(start + step, self.tokens)
-            if not native.recur(arguments):
+            if not native.solve_recurrence(arguments):
                 return False
         return True
 

@@ -119,9 +119,11 @@ def auto(flow: Flow, batch_size: int, tolerance: float | None = None, progress: 
     strategy = current_plan()
     if strategy is None:
         with _planning:
-            strategy = current_plan() or _read_or_make(flow, weights, batch_size, tolerance, progress)
-            until = time.monotonic() + (_BUSY_SECONDS if _is_doubtful(strategy) else math.inf)
-            plans[conditions] = weights, strategy, until
+            strategy = current_plan()
+            if strategy is None:
+                strategy = _read_or_make(flow, weights, batch_size, tolerance, progress)
+                until = time.monotonic() + (_BUSY_SECONDS if _is_doubtful(strategy) else math.inf)
+                plans[conditions] = weights, strategy, until
     warn_if_raised(strategy, tolerance)
     return strategy
 

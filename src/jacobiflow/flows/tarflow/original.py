@@ -41,7 +41,7 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
     ):
         raise CheckpointError(f"{path}: not a dict of tensors by their names; {remedy}")
     state = {_name(name): tensor for name, tensor in content.items()}
-    check_values(state, str(path), (*FLOATS, torch.bool), are_read=False)
+    check_values(state, str(path), (*FLOATS, torch.bool), checks_values=False)
     masks = {name: state.pop(name) for name in list(state) if _MASK.fullmatch(name)}
     for name, mask in masks.items():
         if mask.ndim != 2 or not torch.equal(mask != 0, torch.ones(len(mask), len(mask), dtype=torch.bool).tril()):
