@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "memory": {"flows"},
     "progress": set(),
     "adapters": {"implicit", "native"},
-    "native": {"files"},
+    "native": {"files", "implicit"},
     "data": {"files"},
     "flows": {"codec", "files", "latents", "native"},
     "solvers": {"codec", "flows.base"},

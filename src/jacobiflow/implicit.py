@@ -45,6 +45,14 @@ def check_first_derivative(what: str, remedy: str) -> None:
         raise RuntimeError(f"create_graph=True: {what} has no second derivatives; {remedy}")
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Returns True in a vmap, whose values cannot be read, or if PyTorch lacks the private name that tells."""
+    try:
+        return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))
+    except AttributeError:
+        return True
+
+
 def invert_with_gradient(
     block: Any, parameters: Sequence[Tensor], solve: Solve, z: Float[Tensor, "b t c"], context: Tensor | None
 ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, " b"]]:

@@ -107,7 +107,6 @@ def test_bayesian_models_of_zuko(local_trick: bool, tolerance: float) -> None:
             log_prob, x = sampled(c).log_prob(y), sampled(c).transform.inv(y)
             grads = torch.autograd.grad(log_prob.mean() + x.sin().mean(), [*model.means.values()])
         answers.append([log_prob, x, model.sample_model()(c).sample((2,)), *grads])
-    assert same_bits(answers[0][0], answers[1][0])
     assert tolerance > 0 or same_bits(answers[0][:3], answers[1][:3])
     for expected, result in zip(*answers, strict=True):
         assert (expected - result).abs().max() <= max(1e-9, 1e3 * tolerance) * expected.abs().max()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jacobiflow.adapters.chain import Chain, Describe, Fallback, Values, computes_values_only, flatten
+from jacobiflow.adapters.chain import Chain, Describe, Fallback, Values, flatten, is_plain_call
 from jacobiflow.native import describe as native_line
 from jacobiflow.native import library as native_library
 
@@ -174,7 +174,7 @@ class Acceleration:
         """
         if (self.tolerance == 0 and fallback is not None) or native_library() is None:
             return None
-        if x.ndim == 0 or not computes_values_only(x, context):
+        if x.ndim == 0 or not is_plain_call():
             return None
         try:
             rows, contexts, batch = flatten(x, context)

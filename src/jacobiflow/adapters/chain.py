@@ -16,12 +16,13 @@ from torch.autograd import forward_ad
 
 from jacobiflow.adapters.network import MaskedNetwork, Slot, find_order
 from jacobiflow.native.boundary import UnsupportedError
+from jacobiflow.native.chain import TransformChain
 from jacobiflow.native.masked import (
     ChainTransform,
     MaskedOperation,
-    TransformChain,
     affine_transform,
     masked_transform,
+    normal_transform,
     permutation_transform,
 )
 
@@ -81,6 +82,14 @@ def affine_part(module: nn.Module, scale: Slot, shift: Slot) -> Part:
     return Part(module, affine_transform(*_shapes((scale, shift))), (scale, shift))
 
 
+def normal_part(module: nn.Module, scale: Slot, loc: Slot) -> Part:
+    """Returns the transform y = x whose log-determinant is the log-density of N(loc, scale^2) at x."""
+    shapes = _shapes((scale, loc))
+    if len(shapes[0]) != 1 or shapes[0] != shapes[1]:
+        raise UnsupportedError("a normal distribution of another shape")
+    return Part(module, normal_transform(shapes[0][0]), (scale, loc))
+
+
 def _shapes(slots: Sequence[Slot]) -> list[torch.Size]:
     return [holder[name].shape for holder, name in slots]
 
@@ -96,7 +105,8 @@ class Snapshot:
             names = [name for name, value in state.items() if isinstance(value, _SETTINGS)]
             if not isinstance(part, DROPOUTS):  # no other layer that native code takes depends on the mode
                 names.remove("training")
-            read = itemgetter(*names, "_modules", "_forward_hooks", "_forward_pre_hooks")
+            hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+            read = itemgetter(*names, "_modules", *hooks)
             values = tuple(dict(value) if isinstance(value, dict) else value for value in read(state))
             self._modules.append((part, type(part), state, len(state), read, values))
 
@@ -153,15 +163,15 @@ class Chain:
     ) -> Values | None:
         """Returns the values of the chain and their log-determinants; `None` if native code cannot compute them.
 
-        The arguments are those of `native.masked.TransformChain`. `fallback` computes the rows that are not finite, or
-        overflow on the way; without it there is no result if there are any.
+        They have gradients if anything requires one. The arguments are those of `native.chain.TransformChain`.
+        `fallback` computes the rows that are not finite, or overflow on the way. If there are any, there is no result
+        without it, or with gradients.
         """
         if self.obstacle is not None:
             return None
         tensors: list[Any] = [holder.get(name) for holder, name in self._tensors]
-        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-            return None
-        result = self._chain.evaluate(tensors, x, context, is_inverse, log_det)
+        in_pytorch = None if fallback is None else partial(self._in_pytorch, tensors, fallback)
+        result = self._chain.evaluate(tensors, x, context, is_inverse, log_det, in_pytorch)
         if result is None or result.failed is None:
             return None if result is None else (result.values, result.log_det)
         if fallback is None:
@@ -173,10 +183,19 @@ class Chain:
             result.log_det[rows] = log_dets
         return result.values, result.log_det
 
+    def _in_pytorch(self, tensors: list[Any], fallback: Fallback, x: Tensor, context: Tensor | None) -> Values:
+        """The values of the call with these tensors by the library's own code, with a graph."""
+        if any(holder.get(name) is not tensor for (holder, name), tensor in zip(self._tensors, tensors, strict=True)):
+            raise RuntimeError(
+                "second derivatives of a flow that jf.accelerate made fast, and whose weights were replaced since the "
+                "forward pass; restore() the flow first"
+            )
+        return fallback(x, None if context is None else context.expand(len(x), -1))
+
 
 def _check_call(module: nn.Module) -> None:
     """Checks that a call of the module runs its class's `forward`, which draws no random numbers, and nothing else."""
-    if has_hooks(module):
+    if has_hooks(module) or module._backward_hooks or module._backward_pre_hooks:
         raise UnsupportedError(f"a hook on {type(module).__name__}")
     if has_replaced_forward(module):
         raise UnsupportedError(f"a forward of its own on {type(module).__name__}")
@@ -211,11 +230,9 @@ def is_traced() -> bool:
         return True
 
 
-def computes_values_only(*tensors: Tensor | None) -> bool:
-    """Returns True if PyTorch would compute nothing but values of these, in their own dtype."""
-    if is_traced() or torch.is_autocast_enabled("cpu"):
-        return False
-    return not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in tensors)
+def is_plain_call() -> bool:
+    """Returns True if PyTorch would compute values, in the dtype of the arguments, and a graph at most."""
+    return not is_traced() and not torch.is_autocast_enabled("cpu")
 
 
 def flatten(

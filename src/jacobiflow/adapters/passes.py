@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import Acceleration
 from jacobiflow.adapters.chain import DROPOUTS, has_hooks, has_replaced_forward, is_traced
-from jacobiflow.implicit import check_first_derivative, solve_adjoint
+from jacobiflow.implicit import check_first_derivative, is_batched, solve_adjoint
 
 Pass = Callable[[Any, Tensor], Sequence[Tensor]]
 """network, x -> (g(x), ...): the next iterate, and the library's other results."""
@@ -148,19 +148,11 @@ class _Implicit(torch.autograd.Function):
         x, *outputs = ctx.saved_tensors
 
         def is_close(new: Tensor, old: Tensor) -> bool:  # a row ends by its own largest entry
-            if _is_batched(new):
+            if is_batched(new):
                 return False
             return bool(((new - old).abs().amax(dim=-1) <= ctx.tolerance * new.abs().amax(dim=-1)).all())
 
         return (None, None, None, solve_adjoint(outputs, x, cotangents, ctx.passes, is_close), *cotangents[1:])
-
-
-def _is_batched(tensor: Tensor) -> bool:
-    """True in a vmap, whose values cannot be compared, or if PyTorch lacks the private name that tells."""
-    try:
-        return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))
-    except AttributeError:
-        return True
 
 
 def premasked(network: Any, masked_linear: type[nn.Module]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, Transform
 from torch.distributions.transforms import _InverseTransform
+from zuko.distributions import DiagNormal, NormalizingFlow
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 from zuko.flows.spline import CircularRQSTransform
-from zuko.lazy import LazyComposedTransform, LazyInverse, UnconditionalTransform
+from zuko.lazy import Flow, LazyComposedTransform, LazyInverse, UnconditionalDistribution, UnconditionalTransform
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
 from zuko.transforms import (
     AutoregressiveTransform,
@@ -25,8 +26,8 @@ from zuko.transforms import (
 )
 
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, is_accelerated, library_class
-from jacobiflow.adapters.chain import Part, Values, affine_part, masked_part, permutation_part
-from jacobiflow.adapters.network import MaskedNetwork
+from jacobiflow.adapters.chain import Part, Values, affine_part, masked_part, normal_part, permutation_part
+from jacobiflow.adapters.network import MaskedNetwork, Slot
 from jacobiflow.adapters.passes import invert
 from jacobiflow.native.boundary import Elementwise, Ends, UnsupportedError
 
@@ -37,7 +38,10 @@ if TYPE_CHECKING:
 def describe(module: Any, is_conditional: bool, is_inverse: bool = False) -> Iterator[tuple[Part, bool]]:
     """See `Describe`."""
     kind = library_class(module)
-    if kind is LazyComposedTransform:
+    if issubclass(kind, Flow):
+        yield from describe(module.transform, is_conditional)
+        yield _base(module.base), False
+    elif kind is LazyComposedTransform:
         for part in reversed(module.transforms) if is_inverse else module.transforms:
             yield from describe(part, is_conditional, is_inverse)
     elif kind is LazyInverse:
@@ -98,14 +102,29 @@ def _univariate(univariate: Any, shapes: list[Any]) -> dict[str, Any]:
 
 def _unconditional(module: Any) -> Part:
     """A permutation, or an affine transform with numbers of its own."""
-    names = [*(f"_{i}" for i in range(module._nargs)), *module._keys]
-    slots = [(module._buffers if name in module._buffers else module._parameters, name) for name in names]
+    names, slots = _arguments(module)
     if module.f is PermutationTransform and len(names) == 1:
         return permutation_part(module, getattr(module, names[0]).tolist(), slots[0])
     are_tensors = all(isinstance(getattr(module, name), Tensor) for name in names)
     if module.f is AffineTransform and names in (["loc", "scale"], ["_0", "_1"]) and are_tensors:
         return affine_part(module, scale=slots[1], shift=slots[0])
     raise UnsupportedError(f"UnconditionalTransform of {getattr(module.f, '__name__', module.f)}")
+
+
+def _base(module: Any) -> Part:
+    """The normal distribution in which a flow ends."""
+    if type(module) is not UnconditionalDistribution:
+        raise UnsupportedError(f"the base {type(module).__name__}")
+    names, slots = _arguments(module)
+    if module.f is DiagNormal and names in (["_0", "_1"], ["loc", "scale"]):
+        return normal_part(module, scale=slots[1], loc=slots[0])
+    raise UnsupportedError(f"the base {getattr(module.f, '__name__', module.f)}")
+
+
+def _arguments(module: Any) -> tuple[list[str], list[Slot]]:
+    """The names of the arguments of a module's constructor, and where they are if they are tensors."""
+    names = [*(f"_{i}" for i in range(module._nargs)), *module._keys]
+    return names, [(module._buffers if name in module._buffers else module._parameters, name) for name in names]
 
 
 class _AtContext(Transform):
@@ -194,6 +213,47 @@ class ComposedAtContext(_AtContext, ComposedTransform):  # type: ignore[misc]
         return self.of(super().inv, self.module, self.context, not self.is_inverse)
 
 
+class FlowAtContext(NormalizingFlow):  # type: ignore[misc]
+    """A flow at a context. zuko makes its transform and base once they are needed; copies are of zuko's class."""
+
+    module: Any = None
+    context: Tensor | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NormalizingFlow, (self.transform, self.base)
+
+    @cached_property
+    def _library(self) -> Any:
+        """The flow as zuko makes it."""
+        return self.module.library_class.forward(self.module, self.context)
+
+    @cached_property
+    def transform(self) -> Any:
+        """The transform from data to the base."""
+        return self._library.transform
+
+    @cached_property
+    def base(self) -> Any:
+        """The base distribution."""
+        return self._library.base
+
+    @cached_property
+    def reinterpreted(self) -> int:
+        """The number of dimensions of the transform's batch that are dimensions of an event."""
+        return self._library.reinterpreted
+
+    def log_prob(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        """Returns the log-density of x."""
+        result = None
+        if self.module is not None and is_accelerated(self.module):
+
+            def fallback(x: Tensor, context: Tensor | None) -> Values:
+                return x, self.module.library_class.forward(self.module, context).log_prob(x)
+
+            result = self.module.acceleration.evaluate(self.module, x, self.context, False, fallback, "rows")
+        return super().log_prob(x) if result is None else result[1]
+
+
 class AcceleratedTransform(AcceleratedModule):
     """A lazy masked transform."""
 
@@ -208,7 +268,17 @@ class AcceleratedComposition(AcceleratedModule):
         return ComposedAtContext.of(super().forward(c), self, c)
 
 
+class AcceleratedFlow(AcceleratedModule):
+    """A lazy flow, of which native code computes the density together with that of a normal base."""
+
+    def forward(self, c: Tensor | None = None) -> FlowAtContext:
+        flow = FlowAtContext.__new__(FlowAtContext)
+        flow.module, flow.context = self, c
+        return flow
+
+
 ADAPTERS = (
     Adapter(MaskedAutoregressiveTransform, ("forward",), AcceleratedTransform, describe),
     Adapter(LazyComposedTransform, ("forward",), AcceleratedComposition, describe, is_composition=True),
+    Adapter(Flow, ("forward",), AcceleratedFlow, describe, is_composition=True),
 )

@@ -22,7 +22,8 @@ from jacobiflow.flows.flow import Flow, Images, register
 from jacobiflow.flows.guidance import Guidance
 from jacobiflow.native import usable_library
 from jacobiflow.native.boundary import Elementwise, Function, Kind, Operation, UnsupportedError
-from jacobiflow.native.masked import MaskedOperation, TransformChain, masked_transform
+from jacobiflow.native.chain import TransformChain
+from jacobiflow.native.masked import MaskedOperation, masked_transform
 
 _CONSTANT = 1e-3  # an entry whose standard deviation over the first batch is below it keeps its scale
 

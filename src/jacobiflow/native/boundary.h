@@ -25,18 +25,19 @@ struct Operation {
 
 enum class Elementwise : int32_t {
   permutation, affine, soft_clipped_affine, softplus_affine, sigmoid_affine, clamped_affine, log_affine,
-  rational_quadratic, rational_linear
+  rational_quadratic, rational_linear, normal
 };
 
 enum class Ends : int32_t { fixed, free, circular };
 
-// x -> y, feature by feature. A masked network gives the parameters from the features of earlier steps.
+// x -> y, feature by feature. A masked network gives the parameters from the features of earlier steps. `normal` leaves x as
+// it is, and adds its log-density for a normal distribution to the log-determinant: so the base of a flow ends its chain.
 struct Transform {
   Elementwise kind;
   int32_t features, steps, parameters, operation_count;
   int32_t context, context_start;  // number of context columns in the network's input, and the first of them
   int32_t first_tensor;            // index in the call's tensors of the transform's first one
-  int32_t scale_stride, shift_stride;  // of the two tensors of `affine`: 0 for one number, 1 for one per feature
+  int32_t scale_stride, shift_stride;  // of the two tensors of `affine` and `normal`: 0 for one number, 1 for one per feature
   int32_t bins;
   Ends ends;                       // derivatives at the ends of a spline
   int32_t is_soft_clipped, has_tails, is_circular;
@@ -54,8 +55,20 @@ struct ChainArgs {
   const void *input, *context;
   void *out, *log_det;              // (rows, features); null, (rows,), or (rows, features) if `is_by_feature`
   uint8_t* failed;                  // (rows): 1 for a row that the library has to compute
+  // For gradients, or else null: packed weights, and the values of all rows unless these are to be computed again. Their
+  // sizes are those of `jacobiflow_masked_sizes`.
+  void *packed, *activations;
   int64_t rows, in_stride, context_stride;  // a stride of 0: the same row for all
   int32_t count, features, context_features, is_inverse, is_by_feature, threads;
+};
+
+// Gradients of a loss, from those of a call's results. `chain` is that of the call but without results; null for zeros, or
+// for what is not needed.
+struct GradientArgs {
+  const ChainArgs* chain;
+  const void *grad_out, *grad_log_det;  // (rows, features); like `log_det`
+  void* const* grad_tensors;            // like `tensors`
+  void *grad_input, *grad_context;      // (rows, features); (rows, context_features)
 };
 
 // A layer is an attention and a perceptron, h <- h + attend(norm(h)), h <- h + down(gelu(up(norm(h)))). The second row of

@@ -43,7 +43,7 @@ class Elementwise(IntEnum):
     """The transform of each feature, or a transform without a network."""
 
     PERMUTATION, AFFINE, SOFT_CLIPPED_AFFINE, SOFTPLUS_AFFINE, SIGMOID_AFFINE, CLAMPED_AFFINE, LOG_AFFINE = range(7)
-    RATIONAL_QUADRATIC, RATIONAL_LINEAR = 7, 8
+    RATIONAL_QUADRATIC, RATIONAL_LINEAR, NORMAL = 7, 8, 9
 
 
 class Ends(IntEnum):
@@ -82,10 +82,16 @@ class ChainArgs(ctypes.Structure):
     """`ChainArgs` of boundary.h."""
 
     _fields_ = (
-        *_fields(ctypes.c_void_p, "transforms tensors input context out log_det failed"),
+        *_fields(ctypes.c_void_p, "transforms tensors input context out log_det failed packed activations"),
         *_fields(ctypes.c_int64, "rows in_stride context_stride"),
         *_fields(ctypes.c_int32, "count features context_features is_inverse is_by_feature threads"),
     )
+
+
+class GradientArgs(ctypes.Structure):
+    """`GradientArgs` of boundary.h."""
+
+    _fields_ = tuple(_fields(ctypes.c_void_p, "chain grad_out grad_log_det grad_tensors grad_input grad_context"))
 
 
 # The shape of each parameter of a layer: c channels, h hidden units, t tokens. `Layer` of boundary.h has these fields.
@@ -133,8 +139,9 @@ class Library:
         _check_version(self._native, path)
         number, address = ctypes.c_int32, ctypes.c_void_p
         self._native.jacobiflow_pack.argtypes = (address, number, number, address, number)
-        self._native.jacobiflow_masked.argtypes = (address, number)
-        self._native.jacobiflow_masked.restype = ctypes.c_int64
+        for function in (self._native.jacobiflow_masked, self._native.jacobiflow_masked_gradients):
+            function.argtypes, function.restype = (address, number), ctypes.c_int64
+        self._native.jacobiflow_masked_sizes.argtypes = (address, address)
         self.lanes: int = self._native.jacobiflow_lanes()
         self._use_threads_of_pytorch()
 
@@ -181,6 +188,16 @@ class Library:
         """Computes a chain of transforms; returns the number of failed rows, below 0 if out of memory or threads."""
         return self._native.jacobiflow_masked(ctypes.byref(arguments), dtype is torch.float64)
 
+    def differentiate_chain(self, arguments: GradientArgs, dtype: torch.dtype) -> bool:
+        """Computes the gradients of a chain; returns False if out of memory or threads."""
+        return not self._native.jacobiflow_masked_gradients(ctypes.byref(arguments), dtype is torch.float64)
+
+    def chain_sizes(self, arguments: ChainArgs) -> tuple[int, int]:
+        """Returns how many numbers a chain's packed weights have, and its activations for each row."""
+        sizes = (ctypes.c_int64 * 2)()
+        self._native.jacobiflow_masked_sizes(ctypes.byref(arguments), sizes)
+        return sizes[0], sizes[1]
+
     def _use_threads_of_pytorch(self) -> None:
         """Gives the library the OpenMP functions that PyTorch has loaded, if it has any."""
         if platform.system() == "Linux":
@@ -200,7 +217,7 @@ class _Entry(ctypes.Structure):
 def _check_version(native: ctypes.CDLL, path: Path) -> None:
     """Compares structures and enumerations with those of the library; raises OSError if one differs."""
     expected: dict[str, int] = {}
-    for structure in (Operation, Transform, ChainArgs, Layer, RecurrenceArgs):
+    for structure in (Operation, Transform, ChainArgs, GradientArgs, Layer, RecurrenceArgs):
         expected[structure.__name__] = ctypes.sizeof(structure)
         names = [name for name, *_ in structure._fields_]
         expected |= {f"{structure.__name__}.{name}": getattr(structure, name).offset for name in names}

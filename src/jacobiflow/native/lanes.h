@@ -106,13 +106,16 @@ struct Lanes {
     return scaled > threshold ? v : log1p(exp(min(scaled, threshold))) / beta;
   }
 
-  // v Phi(v).
-  static Vector gelu(Vector v) {
-    if constexpr (is_float) return jacobiflow::gelu(v);
+  // The distribution function of a standard normal variable, Phi(v).
+  static Vector normal_cdf(Vector v) {
+    if constexpr (is_float) return jacobiflow::normal_cdf(v);
     Vector out;
-    for (int i = 0; i < count; i++) out[i] = T(0.5) * v[i] * std::erfc(v[i] * T(-0.70710678118654752440));
+    for (int i = 0; i < count; i++) out[i] = T(0.5) * std::erfc(v[i] * T(-0.70710678118654752440));
     return out;
   }
+
+  // v Phi(v).
+  static Vector gelu(Vector v) { return v * normal_cdf(v); }
 
   // v modulo the period, from 0 up to below it.
   static Vector remainder(Vector v, T period) {

@@ -1,4 +1,4 @@
-"""Chains of masked autoregressive transforms in native code."""
+"""Describes masked autoregressive transforms, and those between them, to native code."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from jacobiflow.native.boundary import (
-    ChainArgs,
     Elementwise,
     Ends,
     Kind,
@@ -21,10 +20,8 @@ from jacobiflow.native.boundary import (
     Transform,
     UnsupportedError,
     address_of,
-    addresses_of,
     is_plain,
 )
-from jacobiflow.native.build import library
 
 _Units = tuple[Sequence[int], Sequence[int]]
 """The units of a value, as rows of its weight in the order of the steps; and the number that each step can compute."""
@@ -65,6 +62,16 @@ def affine_transform(scale: tuple[int, ...], shift: tuple[int, ...]) -> ChainTra
     strides = [int(size > 1) for size in sizes]
     structure = Transform(kind=Elementwise.AFFINE, scale_stride=strides[0], shift_stride=strides[1])
     return ChainTransform(structure, None, (scale, shift), features if features > 1 else None)
+
+
+def normal_transform(features: int) -> ChainTransform:
+    """Returns the transform y = x whose log-determinant is the log-density of N(shift, scale^2) at x.
+
+    At the end of a chain it makes the log-determinant of the whole the log-density of a flow. Its tensors are the scale
+    and the shift, of one number for each feature.
+    """
+    structure = Transform(kind=Elementwise.NORMAL, scale_stride=1, shift_stride=1)
+    return ChainTransform(structure, None, ((features,), (features,)), features)
 
 
 class MaskedOperation(NamedTuple):
@@ -127,9 +134,11 @@ def _check_parameters(t: Transform) -> None:
         derivatives = {Ends.FIXED: t.bins - 1, Ends.FREE: t.bins + 1, Ends.CIRCULAR: t.bins}[Ends(t.ends)]
         lambdas = t.bins if t.kind == Elementwise.RATIONAL_LINEAR else 0
         _check(t.bins > 0 and t.parameters == 2 * t.bins + derivatives + lambdas)
+        _check(max(t.min_width, t.min_height) * t.bins < 1)
         _check(not lambdas or t.ends == Ends.FIXED)
     else:
-        _check(t.kind not in (Elementwise.PERMUTATION, Elementwise.AFFINE) and t.parameters == 2)
+        without_network = (Elementwise.PERMUTATION, Elementwise.AFFINE, Elementwise.NORMAL)
+        _check(t.kind not in without_network and t.parameters == 2)
 
 
 def _check_network(
@@ -181,82 +190,3 @@ def _is_permutation(order: Sequence[int], size: int) -> bool:
 
 def _integers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
     return (ctypes.c_int32 * len(values))(*values)
-
-
-class Result(NamedTuple):
-    """Rows of a chain; `failed` are those that are not finite or overflowed on the way, `None` if no row did."""
-
-    values: Float[Tensor, "b d"]
-    log_det: Float[Tensor, "*bd"] | None
-    failed: Bool[Tensor, " b"] | None
-
-
-class TransformChain:
-    """Transforms, one after the other, and the inverse of the whole.
-
-    Args:
-        transforms: In the order of the forward direction, each with whether the chain has its inverse.
-
-    Attributes:
-        features: D.
-        context: The width of the context, 0 without one.
-    """
-
-    def __init__(self, transforms: Sequence[tuple[ChainTransform, bool]]) -> None:
-        self._parts = [part for part, _ in transforms]  # their memory has to live as long as the table
-        features = {part.features for part in self._parts} - {None}
-        contexts = {part.context for part in self._parts} - {None}
-        if len(features) != 1 or len(contexts) != 1:
-            raise UnsupportedError("transforms of several widths, or without a masked network")
-        (self.features,), (self.context,) = features, contexts
-        self._table = (Transform * len(transforms))(*(part.structure for part in self._parts))
-        self._shapes: list[tuple[int, ...]] = []
-        for entry, (part, is_inverse) in zip(self._table, transforms, strict=True):
-            entry.first_tensor, entry.is_reversed = len(self._shapes), is_inverse
-            self._shapes += part.shapes
-
-    def evaluate(
-        self,
-        tensors: Sequence[Tensor],
-        x: Float[Tensor, "b d"],
-        context: Float[Tensor, "#b c"] | None,
-        is_inverse: bool,
-        log_det: str | None,
-    ) -> Result | None:
-        """Computes the chain or its inverse; `None` if native code does not take these, or has no memory or threads.
-
-        Args:
-            tensors: Those of all transforms, of the dtype of `x`.
-            x: Rows, float32 or float64, on a CPU.
-            context: A row for each row of `x`, or one for all.
-            is_inverse: Whether to invert.
-            log_det: "rows" for the sum over features, "features" for each feature of a single transform, or `None`.
-        """
-        native, (rows, features), dtype = library(), x.shape, x.dtype
-        width = 0 if context is None else context.shape[1]
-        if native is None or dtype not in (torch.float32, torch.float64) or not is_plain(x, dtype):
-            return None
-        if features != self.features or width != self.context or (log_det == "features" and len(self._parts) > 1):
-            return None
-        if context is not None and not (is_plain(context, dtype) and len(context) in (1, rows)):
-            return None
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        if context is not None and context.stride(1) != 1:
-            context = context.contiguous()
-        out, failed = x.new_empty(rows, features), x.new_empty(rows, dtype=torch.bool)
-        log_dets = None
-        if log_det is not None:
-            log_dets = x.new_empty((rows, features) if log_det == "features" else (rows,))
-        try:
-            addresses = addresses_of(tensors, self._shapes, dtype)
-            arguments = ChainArgs(
-                ctypes.addressof(self._table), ctypes.addressof(addresses), address_of(x), address_of(context),
-                out.data_ptr(), None if log_dets is None else log_dets.data_ptr(), failed.data_ptr(), rows, x.stride(0),
-                0 if context is None or len(context) == 1 else context.stride(0), len(self._table), features, width,
-                is_inverse, log_det == "features", torch.get_num_threads(),
-            )  # fmt: skip
-        except UnsupportedError:
-            return None
-        count = native.evaluate_chain(arguments, dtype)
-        return None if count < 0 else Result(out, log_dets, failed if count else None)

@@ -55,8 +55,8 @@ inline Vector exp2_of_negative(Vector y) {
   return fraction * (Vector)((whole + 127) << 23);
 }
 
-// v Phi(v), to 2e-9 before rounding. Phi(-t) = 2^(-1 - q(t)) with a polynomial q up to t = 6, where Phi(-t) is 1e-9.
-inline Vector gelu(Vector v) {
+// Phi(v), to 2e-9 before rounding. Phi(-t) = 2^(-1 - q(t)) with a polynomial q up to t = 6, where Phi(-t) is 1e-9.
+inline Vector normal_cdf(Vector v) {
   Vector t = v < 0.0f ? -v : v;
   const Integers far = t > 6.0f;
   t = far ? spread(6.0f) : t;
@@ -65,8 +65,11 @@ inline Vector gelu(Vector v) {
                   4.5921157e-1f, 1.1511053f, 0.0f})
     q = q * t + c;
   const Vector tail = far ? spread(0.0f) : 0.5f * exp2_of_negative(-q);
-  return v < 0.0f ? v * tail : v - v * tail;
+  return v < 0.0f ? tail : 1.0f - tail;
 }
+
+// v Phi(v).
+inline Vector gelu(Vector v) { return v * normal_cdf(v); }
 
 // v / (1 + e^-v).
 inline Vector silu(Vector v) {

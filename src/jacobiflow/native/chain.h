@@ -1,0 +1,214 @@
+// A chain of transforms as native code computes it: its packed weights, and where its values lie in memory.
+#pragma once
+
+#include <atomic>
+#include <new>
+#include <vector>
+
+#include "activations.h"
+#include "products.h"
+
+namespace jacobiflow {
+
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(size_t size) : data_(static_cast<T*>(::operator new(sizeof(T) * (size + 1), alignment))) {}
+  Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { ::operator delete(data_, alignment); }
+  T* get() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t alignment{64};
+  T* data_;
+};
+
+// Where the numbers of an operation lie. A transform without a network has one place, for its scale and shift.
+struct Place {
+  int inputs = 0;              // columns of the weight
+  size_t weight = 0, bias = 0;  // of packed weights: (units, inputs) and (units), sorted by step
+  size_t value = 0, slopes = 0;  // of the value that it makes, and of derivatives, in units of a tile's activations
+  bool is_source_read_later = false, is_other_read_later = false;  // by an operation after it
+};
+
+template <typename T>
+class Chain {
+ public:
+  using L = Lanes<T>;
+  using Vector = typename L::Vector;
+
+  explicit Chain(const ChainArgs& call)
+      : call(call), shares_context(call.context_features && !call.packed && has_equal_rows()) {
+    for (int i = 0; i < call.count; i++) {
+      const Transform& t = call.transforms[i];
+      first_place.push_back(places.size());
+      inputs.push_back(tile_units);
+      tile_units += units(t, 0);
+      lengths.push_back(inverts(t) ? 1 : group(t));
+      for (int j = 0; j < t.operation_count; j++) add_place(t, j);
+      if (!t.operation_count && t.kind != Elementwise::permutation) {
+        places.push_back({});
+        places.back().weight = packed_size;
+        places.back().bias = packed_size + call.features;
+        packed_size += 2 * (size_t)call.features;
+      }
+    }
+    inputs.push_back(tile_units);
+  }
+
+  // Packs the weights into memory of the caller, or of its own.
+  void pack() {
+    if (!call.packed) memory.emplace_back(packed_size);
+    packed = call.packed ? static_cast<T*>(call.packed) : memory[0].get();
+    std::atomic<int> next{0};
+    in_threads((int)std::min<int64_t>(call.threads, 1 + work / 200000), [&](int) {
+      for (int i; (i = next++) < call.count;) {
+        const Transform& t = call.transforms[i];
+        for (int j = 0; j < t.operation_count; j++) pack(t, t.operations[j], of(i, j), lengths[i]);
+        if (!t.operation_count && t.kind != Elementwise::permutation) pack_numbers(t, of(i, 0));
+      }
+    });
+  }
+
+  // Takes weights that an earlier call has packed.
+  void use_packed() { packed = static_cast<T*>(call.packed); }
+
+  const ChainArgs& call;
+  const bool shares_context;
+  int64_t work = 0;  // multiplications for each row
+  size_t packed_size = 0, tile_units = 0;
+  std::vector<size_t> inputs;  // of each transform: where its input lies in a tile's activations
+  std::vector<int> lengths;    // of each transform: the number of steps that are computed together
+  std::atomic<bool> is_finite{true};
+
+  const Place& of(int transform, int operation) const { return places[first_place[transform] + operation]; }
+
+  // Where a value of a transform lies in a tile's activations.
+  size_t value(int transform, int value) const { return value ? of(transform, value - 1).value : inputs[transform]; }
+
+  const T* weight(const Place& p) const { return packed + p.weight; }
+  const T* bias(const Place& p) const { return packed + p.bias; }
+
+  int units(const Transform& t, int value) const {
+    if (value) return t.operations[value - 1].units;
+    return t.operation_count ? t.context + t.features : t.kind == Elementwise::permutation ? 0 : call.features;
+  }
+
+  static const int32_t* rows(const Transform& t, int value) { return value ? t.operations[value - 1].rows : t.input_rows; }
+
+  // The number of units of a value that can be computed once the features before `step` are solved.
+  static int ready(const Transform& t, int value, int step) {
+    return step < 0 ? 0 : (value ? t.operations[value - 1].ready : t.input_ready)[step];
+  }
+
+  bool inverts(const Transform& t) const { return call.is_inverse != t.is_reversed; }
+
+  // The first input of a sum: the bias already has a context that all rows share.
+  int first_input(const Transform& t, const Operation& o) const { return shares_context && !o.source ? t.context : 0; }
+
+ private:
+  std::vector<Place> places;
+  std::vector<size_t> first_place;
+  std::vector<Buffer<T>> memory;
+  T* packed = nullptr;
+
+  void add_place(const Transform& t, int j) {
+    const Operation& o = t.operations[j];
+    Place p;
+    if (o.weight >= 0 || o.kind == Kind::extrapolation) {
+      p.inputs = o.kind == Kind::linear ? units(t, o.source) : o.weight >= 0 ? call.context_features : 0;
+      work += (int64_t)o.units * p.inputs;
+      p.bias = packed_size;
+      p.weight = packed_size + o.units;
+      packed_size += (size_t)o.units * (p.inputs + 1);
+    }
+    const bool reads_context = o.kind == Kind::add_context || o.kind == Kind::gate_context;
+    p.value = tile_units;
+    p.slopes = p.value + o.units;
+    tile_units = p.slopes + (reads_context || needs_slopes(o.function) ? o.units : 0);
+    for (int k = j + 1; k < t.operation_count; k++) {
+      p.is_source_read_later |= reads(t.operations[k], o.source);
+      p.is_other_read_later |= reads(t.operations[k], o.other);
+    }
+    places.push_back(p);
+  }
+
+  static bool reads(const Operation& o, int value) {
+    return o.source == value || ((o.kind == Kind::sum || o.kind == Kind::extrapolation) && o.other == value);
+  }
+
+  // The number of steps that the forward direction computes together: enough units to fill the registers.
+  static int group(const Transform& t) {
+    int fewest = t.features * std::max(t.parameters, 1);
+    for (int i = 0; i < t.operation_count; i++)
+      if (t.operations[i].kind == Kind::linear) fewest = std::min(fewest, t.operations[i].units);
+    return std::max(1, std::min(t.steps, 12 * t.steps / std::max(fewest, 1)));
+  }
+
+  bool has_equal_rows() const {
+    const T* context = static_cast<const T*>(call.context);
+    if (call.context_stride)
+      for (int64_t row = 1; row < call.rows; row++)
+        if (std::memcmp(context, context + row * call.context_stride, sizeof(T) * call.context_features)) return false;
+    return true;
+  }
+
+  // Null if the operation has none.
+  const T* tensor(const Transform& t, int tensor) const {
+    return tensor < 0 ? nullptr : static_cast<const T*>(call.tensors[t.first_tensor + tensor]);
+  }
+
+  // The libraries multiply weights by masks, so a weight that is not finite gives NaN even if it is masked.
+  void check_finite(const T* values, int64_t size) {
+    Vector poison{};
+    int64_t i = 0;
+    for (; i + L::count <= size; i += L::count) poison += L::load(values + i) * T(0);
+    T rest = 0;
+    for (; i < size; i++) rest += values[i] * T(0);
+    for (int lane = 0; lane < L::count; lane++) rest += poison[lane];
+    if (rest != 0) is_finite = false;
+  }
+
+  void pack_numbers(const Transform& t, const Place& p) {
+    const T *scale = tensor(t, 0), *shift = tensor(t, 1);
+    for (int f = 0; f < call.features; f++) {
+      packed[p.weight + f] = scale[f * t.scale_stride];
+      packed[p.bias + f] = shift[f * t.shift_stride];
+    }
+  }
+
+  void pack(const Transform& t, const Operation& o, const Place& p, int length) {
+    const T *weight = tensor(t, o.weight), *bias = tensor(t, o.bias);
+    if (o.kind == Kind::extrapolation)
+      for (int unit = 0; unit < o.units; unit++) packed[p.bias + unit] = bias[o.rows[unit]];
+    if (!weight) return;
+    if (bias) check_finite(bias, o.units);
+    const T* shared = shares_context ? static_cast<const T*>(call.context) : nullptr;
+    const int32_t* columns = o.kind == Kind::linear ? rows(t, o.source) : nullptr;
+    const int context = shared && columns && !o.source ? t.context : 0;
+    int step = 0;
+    for (int unit = 0; unit < o.units; unit++) {
+      const int64_t row = (int64_t)o.rows[unit] * p.inputs;
+      check_finite(weight + row, p.inputs);
+      if (unit >= o.ready[t.steps - 1]) continue;
+      while (unit >= o.ready[step]) step++;
+      T total = bias ? bias[o.rows[unit]] : 0;
+      T* to = packed + p.weight + (size_t)unit * p.inputs;
+      if (!columns) {
+        std::memcpy(to, weight + row, sizeof(T) * p.inputs);
+        for (int k = 0; shared && k < p.inputs; k++) total += to[k] * shared[k];
+      } else {
+        const int last = std::min(step / length * length + length, t.steps) - 1, read = ready(t, o.source, last);
+        if (!o.mask)
+          for (int k = 0; k < read; k++) to[k] = weight[row + columns[k]];
+        else
+          for (int k = 0; k < read; k++) to[k] = o.mask[row + columns[k]] ? weight[row + columns[k]] : T(0);
+        for (int k = 0; k < context; k++) total += to[k] * shared[columns[k] - t.context_start];
+      }
+      packed[p.bias + unit] = total;
+    }
+  }
+};
+
+}  // namespace jacobiflow

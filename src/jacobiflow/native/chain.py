@@ -1,0 +1,254 @@
+"""Evaluates chains of masked autoregressive transforms in native code, with their gradients."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from jacobiflow.implicit import check_first_derivative, is_batched
+from jacobiflow.native.boundary import (
+    ChainArgs,
+    GradientArgs,
+    Library,
+    Transform,
+    UnsupportedError,
+    address_of,
+    addresses_of,
+    is_plain,
+)
+from jacobiflow.native.build import library
+from jacobiflow.native.masked import ChainTransform
+
+_MOST_BYTES = 8 << 20  # of activations that are kept for a backward pass; more are computed again, which is as fast
+_TILE_VECTORS = 4  # to which rows are padded
+
+
+class Result(NamedTuple):
+    """Rows of a chain; `failed` are those that are not finite or overflowed on the way, `None` if no row did."""
+
+    values: Float[Tensor, "b d"]
+    log_det: Float[Tensor, "*bd"] | None
+    failed: Bool[Tensor, " b"] | None
+
+
+InPyTorch = Callable[[Float[Tensor, "b d"], Float[Tensor, "#b c"] | None], tuple[Tensor, Tensor | None]]
+"""Rows, context -> values and log-determinants of a chain, with a graph."""
+
+
+class TransformChain:
+    """Transforms, one after the other, and the inverse of the whole.
+
+    Args:
+        transforms: In the order of the forward direction, each with whether the chain has its inverse.
+
+    Attributes:
+        features: D.
+        context: The width of the context, 0 without one.
+        shapes: The shapes of the tensors of all transforms.
+        table: The transforms for native code.
+    """
+
+    def __init__(self, transforms: Sequence[tuple[ChainTransform, bool]]) -> None:
+        self._parts = [part for part, _ in transforms]  # their memory has to live as long as the table
+        features = {part.features for part in self._parts} - {None}
+        contexts = {part.context for part in self._parts} - {None}
+        if len(features) != 1 or len(contexts) != 1:
+            raise UnsupportedError("transforms of several widths, or without a masked network")
+        (self.features,), (self.context,) = features, contexts
+        self.table = (Transform * len(transforms))(*(part.structure for part in self._parts))
+        self.shapes: list[tuple[int, ...]] = []
+        for entry, (part, is_inverse) in zip(self.table, transforms, strict=True):
+            entry.first_tensor, entry.is_reversed = len(self.shapes), is_inverse
+            self.shapes += part.shapes
+        self._sizes: tuple[int, int] | None = None
+
+    def sizes(self, native: Library) -> tuple[int, int]:
+        """Returns how many numbers its packed weights have, and its activations for each row."""
+        if self._sizes is None:
+            table, count = ctypes.addressof(self.table), len(self.table)
+            arguments = ChainArgs(table, count=count, features=self.features, context_features=self.context)
+            self._sizes = native.chain_sizes(arguments)
+        return self._sizes
+
+    def evaluate(
+        self,
+        tensors: Sequence[Tensor],
+        x: Float[Tensor, "b d"],
+        context: Float[Tensor, "#b c"] | None,
+        is_inverse: bool,
+        log_det: str | None,
+        in_pytorch: InPyTorch | None = None,
+    ) -> Result | None:
+        """Computes the chain or its inverse; `None` if native code does not take these, or has no memory or threads.
+
+        The results have gradients if anything requires one. Then no row may fail, or the result is `None`.
+
+        Args:
+            tensors: Those of all transforms, of the dtype of `x`.
+            x: Rows, float32 or float64, on a CPU.
+            context: A row for each row of `x`, or one for all.
+            is_inverse: Whether to invert.
+            log_det: "rows" for the sum over features, "features" for each feature of a single transform, or `None`.
+            in_pytorch: Computes the same for second derivatives, which raise an error without it.
+        """
+        native, dtype = library(), x.dtype
+        width = 0 if context is None else context.shape[1]
+        if native is None or dtype not in (torch.float32, torch.float64) or not is_plain(x, dtype):
+            return None
+        if x.shape[1] != self.features or width != self.context or (log_det == "features" and len(self._parts) > 1):
+            return None
+        if context is not None and not (is_plain(context, dtype) and len(context) in (1, len(x))):
+            return None
+        call = _Call(self, native, is_inverse, log_det == "features", in_pytorch)
+        try:
+            addresses = addresses_of(tensors, self.shapes, dtype)
+            if not torch.is_grad_enabled() or not any(
+                t is not None and t.requires_grad for t in (x, context, *tensors)
+            ):
+                return call.evaluate(x, context, addresses, log_det is not None)
+            memory = call.memory_for_gradients(x)
+            result = call.evaluate(x, context, addresses, log_det is not None, memory)
+        except UnsupportedError:
+            return None
+        if result is None or result.failed is not None:
+            return None
+        values, *log_dets = _Gradients.apply(call, memory, result, x, context, *tensors)
+        return Result(values, log_dets[0] if log_dets else None, None)
+
+
+@dataclass
+class _Call:
+    """A call of native code, and what its backward pass needs beside tensors."""
+
+    chain: TransformChain
+    native: Library
+    is_inverse: bool
+    is_by_feature: bool
+    in_pytorch: InPyTorch | None
+
+    def evaluate(
+        self, x: Tensor, context: Tensor | None, tensors: ctypes.Array[ctypes.c_void_p], has_log_det: bool,
+        memory: Tensor | None = None,
+    ) -> Result | None:  # fmt: skip
+        """Computes values, log-determinants, and in `memory` what `differentiate` needs; `None` if out of memory."""
+        out, failed = x.new_empty(x.shape), x.new_empty(len(x), dtype=torch.bool)
+        log_det = x.new_empty(x.shape if self.is_by_feature else len(x)) if has_log_det else None
+        arguments, _inputs = self._arguments(x, context, memory)
+        arguments.tensors, arguments.out = ctypes.addressof(tensors), out.data_ptr()
+        arguments.log_det, arguments.failed = address_of(log_det), failed.data_ptr()
+        count = self.native.evaluate_chain(arguments, x.dtype)
+        return None if count < 0 else Result(out, log_det, failed if count else None)
+
+    def memory_for_gradients(self, x: Tensor) -> Tensor:
+        """Returns memory for packed weights, and for the activations of all rows if these are not too many."""
+        packed, activations = self.chain.sizes(self.native)
+        size = activations * self._padded(x)
+        return x.new_empty(packed + (size if size * x.itemsize <= _MOST_BYTES else 0))
+
+    def differentiate(
+        self,
+        memory: Tensor,
+        x: Tensor,
+        context: Tensor | None,
+        cotangents: Sequence[Tensor | None],
+        needed: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Returns the gradients of x, the context and the tensors, `None` for those that are not needed."""
+        needs_x, needs_context, *needs = needed
+        shapes = self.chain.shapes
+        gradients = [x.new_empty(shape) if needs else None for shape, needs in zip(shapes, needs, strict=True)]
+        table = (ctypes.c_void_p * len(shapes))(*(None if g is None else g.data_ptr() for g in gradients))
+        of_x = x.new_empty(x.shape) if needs_x else None
+        of_context = None if context is None or not needs_context else x.new_empty(len(x), context.shape[1])
+        arguments, _inputs = self._arguments(x, context, memory)
+        of_values, of_log_det = (None if c is None else c.contiguous() for c in (*cotangents, None)[:2])
+        is_done = self.native.differentiate_chain(
+            GradientArgs(
+                ctypes.addressof(arguments), address_of(of_values), address_of(of_log_det), ctypes.addressof(table),
+                address_of(of_x), address_of(of_context),
+            ),
+            x.dtype,
+        )  # fmt: skip
+        if not is_done:
+            raise RuntimeError("no memory or threads for the gradients of a flow; use a smaller batch")
+        if of_context is not None and context is not None and len(context) < len(x):
+            of_context = of_context.sum(dim=0, keepdim=True)
+        return [of_x, of_context, *gradients]
+
+    def _padded(self, x: Tensor) -> int:
+        """The number of rows in whole tiles."""
+        rows = _TILE_VECTORS * self.native.lanes * 4 // x.itemsize
+        return -(-len(x) // rows) * rows
+
+    def _arguments(self, x: Tensor, context: Tensor | None, memory: Tensor | None) -> tuple[ChainArgs, Any]:
+        """The arguments of a call without results, and the tensors that they point to."""
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        if context is not None and context.stride(1) != 1:
+            context = context.contiguous()
+        arguments = ChainArgs(
+            ctypes.addressof(self.chain.table), None, address_of(x), address_of(context),
+            rows=len(x), in_stride=x.stride(0), count=len(self.chain.table), features=x.shape[1],
+            context_stride=0 if context is None or len(context) == 1 else context.stride(0),
+            context_features=self.chain.context, is_inverse=self.is_inverse, is_by_feature=self.is_by_feature,
+            threads=torch.get_num_threads(),
+        )  # fmt: skip
+        if memory is not None:
+            packed, _ = self.chain.sizes(self.native)
+            arguments.packed = memory.data_ptr()
+            if len(memory) > packed:
+                arguments.activations = memory.data_ptr() + packed * memory.itemsize
+        return arguments, (x, context)
+
+
+class _Gradients(torch.autograd.Function):
+    """Gives results of native code their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: _Call, memory: Tensor, result: Result, x: Tensor, context: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(memory, x, context)
+        ctx.call, ctx.tensors = call, tensors
+        ctx.set_materialize_grads(False)
+        return (result.values,) if result.log_det is None else (result.values, result.log_det)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        memory, x, context = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled() or any(c is not None and is_batched(c) for c in cotangents):
+            gradients = _in_pytorch(ctx.call, cotangents, needed, x, context, ctx.tensors)
+        else:
+            gradients = ctx.call.differentiate(memory, x, context, cotangents, needed)
+        return (None, None, None, *gradients)
+
+
+def _in_pytorch(
+    call: _Call, cotangents: Sequence[Tensor | None], needed: Sequence[bool], x: Tensor, context: Tensor | None,
+    tensors: Sequence[Tensor],
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradients with a graph of their own, or of a batch of cotangents."""
+    if call.in_pytorch is None:
+        check_first_derivative("native code", "compute in PyTorch: set JACOBIFLOW_NATIVE=0")
+        raise NotImplementedError("native code does not take batches of gradients; set JACOBIFLOW_NATIVE=0")
+    with torch.enable_grad():
+        outputs = call.in_pytorch(x, context)
+    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=False) if o is not None and c is not None]
+    inputs = [t for t, need in zip((x, context, *tensors), needed, strict=True) if need and t is not None]
+    gradients = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            inputs,
+            [c for _, c in pairs],
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+    )
+    return [next(gradients) if need else None for need in needed]
