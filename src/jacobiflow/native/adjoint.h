@@ -114,10 +114,9 @@ class TensorGradients {
     const int32_t* columns = o.kind == Kind::linear ? chain.rows(t, o.source) : nullptr;
     const int all = o.ready[t.steps - 1];  // later units are read by nothing
     const T* base = memory[0].get();
-    for (int unit = 0, step = 0; unit < o.units; unit++) {
-      while (unit < all && unit >= o.ready[step]) step++;
+    for (int unit = 0; unit < o.units; unit++) {
       const int64_t row = (int64_t)o.rows[unit] * p.inputs;
-      const int read = unit >= all ? 0 : columns ? chain.ready(t, o.source, step) : p.inputs;
+      const int read = unit >= all ? 0 : columns ? chain.reads(p, unit) : p.inputs;
       if (bias) bias[o.rows[unit]] = unit < all ? total(base + s.bias + (size_t)unit * L::count) : T(0);
       if (!weight) continue;
       const T* from = base + s.weight + (size_t)unit * s.stride;
@@ -338,10 +337,11 @@ class Adjoint {
     if (!o.source && !args.grad_context) first = std::max(first, t.context);
     if (!o.source && !needs_features) last = std::min(last, t.context);
     T* to = gradient_of(o.source) + (size_t)first * rows;
+    const int all = o.ready[t.steps - 1];
     const bool adds = !o.source || p.is_source_read_later;
     multiply<T, vectors>(
-        Matrix<T>{chain.weight(p), 1, p.inputs}, first, last, chain.ready(t, j + 1, begin - 1),
-        chain.ready(t, j + 1, t.steps - 1), gradient_of(j + 1), to,
+        Matrix<T>{chain.weight(p), 1, p.inputs}, first, last,
+        [&](int input, int) { return Range{chain.readers(p, input), all}; }, gradient_of(j + 1), to,
         [&](int unit, int v) { return adds ? L::load(to + (size_t)unit * rows + v * L::count) : Vector{}; },
         [](int, Vector sum) { return sum; });
   }
@@ -355,9 +355,10 @@ class Adjoint {
       const Operation& o = t.operations[j];
       if (o.weight < 0 || o.kind == Kind::linear) continue;
       const Place& p = chain.of(index, j);
+      const Range units{0, o.ready[t.steps - 1]};
       T* to = context_gradient.get();
       multiply<T, vectors>(
-          Matrix<T>{chain.weight(p), 1, p.inputs}, 0, p.inputs, 0, o.ready[t.steps - 1], beside_gradient(p), to,
+          Matrix<T>{chain.weight(p), 1, p.inputs}, 0, p.inputs, [&](int, int) { return units; }, beside_gradient(p), to,
           [&](int unit, int v) { return L::load(to + (size_t)unit * rows + v * L::count); },
           [](int, Vector sum) { return sum; });
     }
@@ -372,10 +373,8 @@ class Adjoint {
     transpose<T>(in, is_linear ? chain.ready(t, o.source, t.steps - 1) : p.inputs, rows, transposed.get(), s.stride);
     constexpr int count = registers / 4;
     const int all = o.ready[t.steps - 1];
-    for (int unit = 0, step = 0; unit < all; unit += count) {
-      const int units = std::min(count, all - unit);
-      while (unit + units > o.ready[step]) step++;
-      const int read = is_linear ? chain.ready(t, o.source, step) : p.inputs;
+    for (int unit = 0; unit < all; unit += count) {
+      const int units = std::min(count, all - unit), read = is_linear ? chain.reads(p, unit + units - 1) : p.inputs;
       add_outer_product(g + (size_t)unit * rows, transposed.get(), units, read, rows, s.stride,
                         sums + s.weight + (size_t)unit * s.stride);
       for (int u = unit; u < unit + units; u++)

@@ -29,6 +29,7 @@ struct Place {
   int inputs = 0;              // columns of the weight
   size_t weight = 0, bias = 0;  // of packed weights: (units, inputs) and (units), sorted by step
   size_t value = 0, slopes = 0;  // of the value that it makes, and of derivatives, in units of a tile's activations
+  size_t reads = 0, readers = 0;  // of `Chain::ranges`: the inputs that a unit reads end at; the units that read an input start at
   bool is_source_read_later = false, is_other_read_later = false;  // by an operation after it
 };
 
@@ -65,7 +66,7 @@ class Chain {
     in_threads((int)std::min<int64_t>(call.threads, 1 + work / 200000), [&](int) {
       for (int i; (i = next++) < call.count;) {
         const Transform& t = call.transforms[i];
-        for (int j = 0; j < t.operation_count; j++) pack(t, t.operations[j], of(i, j), lengths[i]);
+        for (int j = 0; j < t.operation_count; j++) pack(t, t.operations[j], of(i, j));
         if (!t.operation_count && t.kind != Elementwise::permutation) pack_numbers(t, of(i, 0));
       }
     });
@@ -86,6 +87,10 @@ class Chain {
 
   // Where a value of a transform lies in a tile's activations.
   size_t value(int transform, int value) const { return value ? of(transform, value - 1).value : inputs[transform]; }
+
+  // Of a unit of a layer: the end of the inputs that it reads. Of an input: the first unit that reads it.
+  int reads(const Place& p, int unit) const { return ranges[p.reads + unit]; }
+  int readers(const Place& p, int input) const { return ranges[p.readers + input]; }
 
   const T* weight(const Place& p) const { return packed + p.weight; }
   const T* bias(const Place& p) const { return packed + p.bias; }
@@ -110,6 +115,7 @@ class Chain {
  private:
   std::vector<Place> places;
   std::vector<size_t> first_place;
+  std::vector<int> ranges;
   std::vector<Buffer<T>> memory;
   T* packed = nullptr;
 
@@ -130,6 +136,13 @@ class Chain {
     for (int k = j + 1; k < t.operation_count; k++) {
       p.is_source_read_later |= reads(t.operations[k], o.source);
       p.is_other_read_later |= reads(t.operations[k], o.other);
+    }
+    if (o.kind == Kind::linear) {
+      p.reads = ranges.size();
+      for (int step = 0; step < t.steps; step++) ranges.resize(p.reads + o.ready[step], ready(t, o.source, step));
+      p.readers = ranges.size();
+      for (int step = 0; step < t.steps; step++)
+        ranges.resize(p.readers + ready(t, o.source, step), ready(t, j + 1, step - 1));
     }
     places.push_back(p);
   }
@@ -178,7 +191,7 @@ class Chain {
     }
   }
 
-  void pack(const Transform& t, const Operation& o, const Place& p, int length) {
+  void pack(const Transform& t, const Operation& o, const Place& p) {
     const T *weight = tensor(t, o.weight), *bias = tensor(t, o.bias);
     if (o.kind == Kind::extrapolation)
       for (int unit = 0; unit < o.units; unit++) packed[p.bias + unit] = bias[o.rows[unit]];
@@ -186,24 +199,24 @@ class Chain {
     if (bias) check_finite(bias, o.units);
     const T* shared = shares_context ? static_cast<const T*>(call.context) : nullptr;
     const int32_t* columns = o.kind == Kind::linear ? rows(t, o.source) : nullptr;
-    const int context = shared && columns && !o.source ? t.context : 0;
-    int step = 0;
+    const int context = shared && columns && !o.source ? t.context : 0, all = o.ready[t.steps - 1];
     for (int unit = 0; unit < o.units; unit++) {
       const int64_t row = (int64_t)o.rows[unit] * p.inputs;
       check_finite(weight + row, p.inputs);
-      if (unit >= o.ready[t.steps - 1]) continue;
-      while (unit >= o.ready[step]) step++;
+      if (unit >= all) continue;
       T total = bias ? bias[o.rows[unit]] : 0;
       T* to = packed + p.weight + (size_t)unit * p.inputs;
       if (!columns) {
         std::memcpy(to, weight + row, sizeof(T) * p.inputs);
         for (int k = 0; shared && k < p.inputs; k++) total += to[k] * shared[k];
       } else {
-        const int last = std::min(step / length * length + length, t.steps) - 1, read = ready(t, o.source, last);
+        // Units and inputs are multiplied in blocks, whose other entries are 0.
+        const int read = reads(p, unit), beyond = std::max(reads(p, std::min(unit + most_units, all) - 1), read + most_units);
         if (!o.mask)
           for (int k = 0; k < read; k++) to[k] = weight[row + columns[k]];
         else
           for (int k = 0; k < read; k++) to[k] = o.mask[row + columns[k]] ? weight[row + columns[k]] : T(0);
+        std::fill(to + read, to + std::min(beyond, p.inputs), T(0));
         for (int k = 0; k < context; k++) total += to[k] * shared[columns[k] - t.context_start];
       }
       packed[p.bias + unit] = total;

@@ -115,7 +115,11 @@ def masked_transform(
     _check_parameters(structure)
     _check_network(structure, starts, operations, inputs, shapes, own_context)
     arrays = [tuple(map(_integers, units)) for units in (*(units for _, units, _ in operations), inputs)]
-    masks = [None if mask is None else mask.contiguous() for *_, mask in operations]
+    values = [inputs, *(units for _, units, _ in operations)]
+    masks = [
+        None if mask is None or _has_all_inputs(mask, units, values[operation.source]) else mask.contiguous()
+        for operation, units, mask in operations
+    ]
     table = (Operation * len(operations))(*(operation for operation, *_ in operations))
     for operation, (rows, ready), mask in zip(table, arrays, masks, strict=False):
         operation.units, operation.rows, operation.ready = len(rows), ctypes.addressof(rows), ctypes.addressof(ready)
@@ -177,6 +181,16 @@ def _check_network(
     last, (rows, ready), _ = operations[-1]
     _check(not last.is_kept and len(rows) == t.features * t.parameters)
     _check(list(ready) == [start * t.parameters for start in starts[1:]])
+
+
+def _has_all_inputs(mask: Bool[Tensor, "o i"], units: _Units, inputs: _Units) -> bool:
+    """True if each unit reads all inputs that its step can read, so that the steps say what the mask does."""
+    rows, ready = units
+    reads, unit = torch.zeros(len(rows), 1, dtype=torch.int64), 0
+    for last, read in zip(ready, inputs[1], strict=True):
+        reads[unit:last] = read
+        unit = last
+    return bool((mask[list(rows)][:, list(inputs[0])] | (torch.arange(mask.shape[1]) >= reads)).all())
 
 
 def _check(condition: bool) -> None:

@@ -46,10 +46,13 @@ void add_products(Matrix<T> m, const T* in, int from, int to, typename Lanes<T>:
       for (int v = 0; v < vectors; v++) sums[u][v] += others[way][u][v];
 }
 
-// Computes units [first, last): finish(vector, start(unit - first, vector) + products with inputs [from, to)), and
-// writes unit `first` to the start of `out`.
-template <typename T, int vectors, typename Start, typename Finish, int count = std::min(registers / vectors, 8)>
-void multiply(Matrix<T> m, int first, int last, int from, int to, const T* in, T* out, const Start& start,
+constexpr int most_units = 8;  // that are computed together
+
+// Computes units [first, last): finish(vector, start(unit - first, vector) + products with some inputs), and writes unit
+// `first` to the start of `out`. inputs(first, last) is the range for units from `first` to `last`.
+template <typename T, int vectors, typename Inputs, typename Start, typename Finish,
+          int count = std::min(registers / vectors, most_units)>
+void multiply(Matrix<T> m, int first, int last, const Inputs& inputs, const T* in, T* out, const Start& start,
               const Finish& finish, int unit = -1) {
   using L = Lanes<T>;
   if (unit < 0) unit = first;
@@ -57,13 +60,15 @@ void multiply(Matrix<T> m, int first, int last, int from, int to, const T* in, T
     typename L::Vector sums[count][vectors];
     for (int u = 0; u < count; u++)
       for (int v = 0; v < vectors; v++) sums[u][v] = start(unit + u - first, v);
-    add_products<T>({m.entries + (size_t)unit * m.over, m.over, m.along}, in, from, to, sums);
+    const Range range = inputs(unit, unit + count - 1);
+    add_products<T>({m.entries + (size_t)unit * m.over, m.over, m.along}, in, range.first, range.last, sums);
     for (int u = 0; u < count; u++)
       for (int v = 0; v < vectors; v++)
         L::store(out + ((size_t)(unit + u - first) * vectors + v) * L::count, finish(v, sums[u][v]));
   }
   if constexpr (count > 1)
-    if (unit < last) multiply<T, vectors, Start, Finish, count - 1>(m, first, last, from, to, in, out, start, finish, unit);
+    if (unit < last)
+      multiply<T, vectors, Inputs, Start, Finish, count - 1>(m, first, last, inputs, in, out, start, finish, unit);
 }
 
 // Exchanges the lanes of `b` whose index lacks the bit `step` for those of `a` that have it.

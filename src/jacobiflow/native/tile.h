@@ -207,9 +207,7 @@ class Tile {
     }
   }
 
-  Matrix<T> matrix(const Place& p, int unit) const {
-    return {chain.weight(p) + (size_t)unit * p.inputs, p.inputs, 1};
-  }
+  Matrix<T> matrix(const Place& p) const { return {chain.weight(p), p.inputs, 1}; }
 
   // Sums what the inputs ready before step `begin` add to the units of steps [begin, end).
   void start_sums(const Transform& t, int begin, int end) {
@@ -219,9 +217,9 @@ class Tile {
       const Place& p = chain.of(index, j);
       const int first = chain.ready(t, j + 1, begin - 1), last = chain.ready(t, j + 1, end - 1);
       const T* bias = chain.bias(p) + first;
-      multiply<T, vectors>(matrix(p, 0), first, last, chain.first_input(t, o), chain.ready(t, o.source, begin - 1),
-                           units_of(o.source), partials[j].get(), [&](int unit, int) { return L::spread(bias[unit]); },
-                           [](int, Vector sum) { return sum; });
+      const Range inputs{chain.first_input(t, o), chain.ready(t, o.source, begin - 1)};
+      multiply<T, vectors>(matrix(p), first, last, [&](int, int) { return inputs; }, units_of(o.source), partials[j].get(),
+                           [&](int unit, int) { return L::spread(bias[unit]); }, [](int, Vector sum) { return sum; });
     }
   }
 
@@ -238,7 +236,7 @@ class Tile {
       const size_t size = (size_t)(last - first) * rows;
       switch (o.kind) {
         case Kind::linear: {
-          linear(t, j, first, last, end, begin, out);
+          linear(t, j, first, last, begin, out);
           if (!is_curved(o)) continue;
           activate(o, out, out, needs_slopes(o.function) ? slopes : nullptr, size);
           break;
@@ -270,14 +268,14 @@ class Tile {
   static bool is_curved(const Operation& o) { return o.function != Function::identity && o.function != Function::relu; }
 
   // The sums of a layer, and ReLU on the way.
-  void linear(const Transform& t, int j, int first, int last, int end, int begin, T* out) {
+  void linear(const Transform& t, int j, int first, int last, int begin, T* out) {
     const Operation& o = t.operations[j];
     const Place& p = chain.of(index, j);
     const T *bias = chain.bias(p) + first, *sums = begin ? partials[j].get() : nullptr;
     const int from = begin ? chain.ready(t, o.source, begin - 1) : chain.first_input(t, o);
     const size_t skipped = begin ? first - chain.ready(t, j + 1, begin - 1) : 0;
     multiply<T, vectors>(
-        matrix(p, 0), first, last, from, chain.ready(t, o.source, end - 1), units_of(o.source), out,
+        matrix(p), first, last, [&](int, int unit) { return Range{from, chain.reads(p, unit)}; }, units_of(o.source), out,
         [&](int unit, int v) {
           return sums ? L::load(sums + (skipped + unit) * rows + v * L::count) : L::spread(bias[unit]);
         },
@@ -294,7 +292,8 @@ class Tile {
   void with_context(const Operation& o, const Place& p, int first, int last, const T* in, T* out, T* slopes) {
     const bool is_gate = o.kind == Kind::gate_context;
     const T* bias = chain.bias(p) + first;
-    multiply<T, vectors>(matrix(p, 0), first, last, 0, chain.shares_context ? 0 : p.inputs, context.get(), out,
+    const Range inputs{0, chain.shares_context ? 0 : p.inputs};
+    multiply<T, vectors>(matrix(p), first, last, [&](int, int) { return inputs; }, context.get(), out,
                          [&](int unit, int) { return L::spread(bias[unit]); }, [](int, Vector sum) { return sum; });
     const size_t size = (size_t)(last - first) * rows;
     Operation curve = o;
