@@ -83,11 +83,12 @@ class _Inverse(torch.autograd.Function):
             x, z = x.detach().requires_grad_(), z.detach().requires_grad_()
             if ctx.needs_input_grad[3]:
                 context = context.detach().requires_grad_()
-            log_scale, shift = ctx.block.affine_whole(x, context)
-            outputs = [torch.addcmul(shift, log_scale.exp(), z), log_scale.sum(dim=(1, 2))]
-        v = solve_adjoint(outputs, x, cotangents, x.shape[1], _is_close)
-        pairs = [(outputs[0], v), (outputs[1], cotangents[1])]
-        pairs = [pair for pair in pairs if pair[0].requires_grad and pair[1] is not None]
+            outputs = ctx.block.exact_inverse(z, context) if ctx.block.has_inverse_gradients else None
+            if outputs is None:
+                log_scale, shift = ctx.block.affine_whole(x, context)
+                outputs = [torch.addcmul(shift, log_scale.exp(), z), log_scale.sum(dim=(1, 2))]
+                cotangents = solve_adjoint(outputs, x, cotangents, x.shape[1], _is_close), cotangents[1]
+        pairs = [(o, v) for o, v in zip(outputs, cotangents, strict=True) if o.requires_grad and v is not None]
         needs = ctx.needs_input_grad[2:]
         inputs = list(compress((z, context, *parameters), needs))
         ends, seeds = zip(*pairs, strict=True)

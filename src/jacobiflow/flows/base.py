@@ -110,6 +110,7 @@ class AffineBlock(ABC):
             faster. A tensor from inference mode could not be trained with.
         has_bf16: The network can also run in bfloat16, on the same float32 state. The block defines `to_bf16`.
         has_attention: The context may be an `AttentionContext`.
+        has_inverse_gradients: What `exact_inverse` returns has gradients in z, a context and the parameters.
         is_guided: Guidance applies to the block.
 
     Example:
@@ -123,6 +124,7 @@ class AffineBlock(ABC):
     inference_safe: bool = False
     has_bf16: bool = False
     has_attention: bool = False
+    has_inverse_gradients: bool = False
     is_guided: bool = True
 
     @abstractmethod
@@ -199,6 +201,11 @@ class FlowBlock(AffineBlock, nn.Module):
     def forward(self, x: Tokens, context: Tensor | None = None) -> ScaleShift:
         """Returns `affine_whole`."""
         return self.affine_whole(x, context)
+
+    def encode(self, x: Tokens, context: Tensor | None = None) -> tuple[Tokens, Float[Tensor, " b"]]:
+        """Returns z = exp(-log_scale(x)) (x - shift(x)), and the sums of log_scale(x)."""
+        log_scale, shift = self(x, context)
+        return (x - shift) * torch.exp(-log_scale), log_scale.sum(dim=(1, 2))
 
     def row_bytes(self) -> int | None:
         """Returns the bytes of a row while it is solved, its cache and a sweep of all tokens; `None` if not known."""

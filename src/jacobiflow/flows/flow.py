@@ -306,9 +306,9 @@ class Flow(nn.Module):
 
     def _normalize(self, tokens: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         log_det = self.tokens_log_det(tokens)
-        for step in self.walk(tokens, context):
-            tokens = self.blocks[step.block].permutation.inverse(step.z)
-            log_det = log_det - step.log_scale.sum(dim=(1, 2))
+        for block in self.blocks:
+            z, log_scale = block.encode(block.permutation(tokens), context)
+            tokens, log_det = block.permutation.inverse(z), log_det - log_scale
         return tokens, log_det
 
     def encode(self, x: Data, context: Context | None = None) -> tuple[Tokens, Float[Tensor, " n"]]:

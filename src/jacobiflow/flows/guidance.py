@@ -138,6 +138,7 @@ class GuidedBlock(AffineBlock):
         self.block, self.guidance = block, guidance
         self.per_sample_front, self.graph_safe = block.per_sample_front, block.graph_safe
         self.inference_safe, self.has_bf16 = block.inference_safe, block.has_bf16
+        self.has_inverse_gradients = block.has_inverse_gradients
 
     def init_cache(self, z: Tokens, context: Int[Tensor, " b"] | None = None) -> GuidedCache:
         return GuidedCache(self.block.init_cache(_twice(z), self._both(context, len(z), z)), self._weights(z))

@@ -80,7 +80,7 @@ class MAFBlock(FlowBlock):
     References: MAF, arXiv 1705.07057; MADE, arXiv 1502.03509.
     """
 
-    inference_safe = True
+    inference_safe = has_inverse_gradients = True
     layers: Sequence[MaskedLinear]
 
     def __init__(self, config: MAFConfig, permutation: Permutation) -> None:
@@ -135,26 +135,35 @@ class MAFBlock(FlowBlock):
         values = 2 * (len(self.layers) - 1) * self.hidden_features + 6 * self.num_tokens
         return values * self.layers[0].weight.element_size()
 
-    @torch.no_grad()
+    def encode(self, x: Tokens, context: Int[Tensor, " b"] | None = None) -> tuple[Tokens, Float[Tensor, " b"]]:
+        result = self._evaluate(x, context, None, is_inverse=False)
+        return super().encode(x, context) if result is None else (result[0], -result[1])
+
     def exact_inverse(
         self, z: Tokens, context: Int[Tensor, " b"] | None = None, guidance: Guidance | None = None
     ) -> tuple[Tokens, Float[Tensor, " b"]] | None:
-        if usable_library(z) is None or z.shape[2:] != (1,):
+        return self._evaluate(z, context, guidance, is_inverse=True)
+
+    def _evaluate(
+        self, tokens: Tokens, context: Int[Tensor, " b"] | None, guidance: Guidance | None, is_inverse: bool
+    ) -> tuple[Tokens, Float[Tensor, " b"]] | None:
+        """The block or its inverse in native code, and log|det|; `None` if these are left to PyTorch."""
+        if usable_library(tokens) is None or tokens.shape[2:] != (1,):
             return None
         tensors = [tensor for layer in self.layers for tensor in (layer.weight, layer.bias)]
         tables = [layer.class_embed for layer in self.layers if layer.class_embed is not None]
         tensors += [table.t() for table in tables]
-        classes = embed_classes(torch.eye(len(tables[0]), dtype=z.dtype), context) if tables else None
+        classes = embed_classes(torch.eye(len(tables[0]), dtype=tokens.dtype), context) if tables else None
         if guidance is not None:
             tensors += [layer.offset(None).squeeze(0) for layer in self.layers]
-            tensors.append(torch.stack(guidance.weights(z), dim=1))
+            tensors.append(torch.stack(guidance.weights(tokens), dim=1))
         shapes = tuple(tensor.shape for tensor in tensors)
         try:
             chain = _chain(shapes, len(self.layers), bool(tables), guidance is not None)
         except UnsupportedError:
             return None
         tensors = [tensor.contiguous() for tensor in tensors]
-        result = chain.evaluate(tensors, z.squeeze(-1), classes, is_inverse=True, log_det="rows")
+        result = chain.evaluate(tensors, tokens.squeeze(-1), classes, is_inverse, log_det="rows")
         return None if result is None or result.log_det is None else (result.values.unsqueeze(-1), result.log_det)
 
     def output_weights(self) -> tuple[Float[Tensor, "t h"], Float[Tensor, "t h"]]:
