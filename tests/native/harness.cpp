@@ -39,6 +39,33 @@ double error_of(Function function, Exact exact, double first, double last, doubl
 
 double gelu_in_double(double v) { return v * std::erfc(-v / std::sqrt(2.0)) / 2; }
 
+// The largest relative error of elementary functions; infinite if one is wrong at 0, infinity or NaN.
+double elementary_error() {
+  using L = Lanes<float>;
+  const auto softplus = [](Vector v) { return L::softplus(v, 1, 20); };
+  const auto inverse = [](double v) { return 1 / v; };
+  double most = 0;
+  for (double scale : {1e-6, 1.0, 80.0})
+    for (double error : {error_of(L::tanh, [](double v) { return std::tanh(v); }, -scale, scale, 0),
+                         error_of(L::sigmoid, [](double v) { return 1 / (1 + std::exp(-v)); }, -scale, scale, 0),
+                         error_of(softplus, [](double v) { return std::log1p(std::exp(v)); }, -scale, scale, 0),
+                         error_of(L::exp, [](double v) { return std::exp(v); }, -scale, scale, 0),
+                         error_of(L::exp_of_small, [](double v) { return std::exp(v); }, -scale, scale, 0),
+                         error_of(L::expm1, [](double v) { return std::expm1(v); }, -scale, scale, 0),
+                         error_of(L::reciprocal, inverse, scale / 100, scale, 0)})
+      most = std::fmax(most, error);
+  const float inf = L::infinity, tiny = 1e-40f;
+  const auto value = [](auto function, float v) { return function(spread(v))[0]; };
+  bool is_right = value(L::tanh, inf) == 1 && value(L::tanh, -inf) == -1 && value(L::tanh, tiny) == tiny &&
+                  value(L::sigmoid, inf) == 1 && value(L::sigmoid, -inf) == 0 && value(softplus, inf) == inf &&
+                  value(softplus, -inf) == 0 && value(L::exp, inf) == inf && value(L::exp, -inf) == 0 &&
+                  value(L::expm1, -inf) == -1 && value(L::log, inf) == inf && value(L::log, 0) == -inf &&
+                  value(L::reciprocal, 0) == inf && value(L::reciprocal, -inf) == 0 && std::isnan(value(softplus, NAN));
+  for (auto function : {L::tanh, L::sigmoid, L::exp, L::exp_of_small, L::expm1, L::reciprocal, L::log, L::sqrt, L::absolute})
+    is_right = is_right && std::isnan(value(function, NAN));
+  return is_right ? most : INFINITY;
+}
+
 struct Linear {
   int outputs, inputs;
   std::vector<float> weight, bias, packed;
@@ -100,6 +127,7 @@ int main() {
   check("gelu", error_of(gelu, gelu_in_double, -8, 8, 1), 1e-6);
   if (!std::isnan(exp2_of_negative(spread(NAN))[0] + gelu(spread(NAN))[0])) check("NaN", NAN, 0);
   check("logarithm", error_of(Lanes<float>::log, [](double v) { return std::log(v); }, 1e-3, 1e3, 1), 1e-6);
+  check("elementary functions", elementary_error(), 3e-7);
   for (int outputs : {1, lanes + 1, 2 * panel + 3 * lanes - 1})
     for (int rows : {1, 2, 7}) check("dense", dense_error(outputs, 11, rows), 1e-5);
   check("tarflow", tarflow_error(), 1e-6);
