@@ -34,7 +34,7 @@ void activate(const Operation& o, const T* in, T* out, T* slopes, size_t size) {
   const Vector one = L::spread(1);
   switch (o.function) {
     case Function::identity: return each([](Vector v) { return v; }, from_value);
-    case Function::relu: return each([](Vector v) { return v < T(0) ? Vector{} : v; }, from_value);
+    case Function::relu: return each([](Vector v) { return L::max(v, 0); }, from_value);
     case Function::tanh: return each([](Vector v) { return L::tanh(v); }, from_value);
     case Function::sigmoid: return each([](Vector v) { return L::sigmoid(v); }, from_value);
     case Function::leaky_relu:

@@ -37,7 +37,7 @@ struct Affine {
     const T a = (T)t.first, b = (T)t.second;
     Vector shift = first, factor;
     switch (t.kind) {
-      case Elementwise::soft_clipped_affine: log_scale = second / (L::absolute(second) * a + T(1)); break;
+      case Elementwise::soft_clipped_affine: log_scale = second * L::reciprocal(L::absolute(second) * a + T(1)); break;
       case Elementwise::clamped_affine: log_scale = L::min(L::max(second, a), b); break;
       case Elementwise::log_affine:  // x = exp(s) y + u
         log_scale = -first;
@@ -59,7 +59,7 @@ struct Affine {
     Vector scale, to_scale = L::spread(1);  // the second: the derivative of the logarithm of the scale, or of the scale
     switch (t.kind) {
       case Elementwise::soft_clipped_affine: {
-        const Vector clip = T(1) / (L::absolute(second) * a + T(1));
+        const Vector clip = L::reciprocal(L::absolute(second) * a + T(1));
         scale = L::exp(second * clip), to_scale = clip * clip;
         break;
       }
@@ -86,7 +86,7 @@ struct Affine {
         L::store(to + p.stride, -g.value * scale);
         break;
       default:
-        L::store(to, (g.value * x + g.log_slope / scale) * to_scale);
+        L::store(to, (g.value * x + g.log_slope * L::reciprocal(scale)) * to_scale);
         L::store(to + p.stride, g.value);
     }
     return result;

@@ -68,7 +68,7 @@ class Spline {
   Integers is_in;
 
   static Vector square(Vector v) { return v * v; }
-  Vector soft_clip(Vector raw) const { return T(1) / (L::absolute(raw) * (T)t.clip + T(1)); }
+  Vector soft_clip(Vector raw) const { return L::reciprocal(L::absolute(raw) * (T)t.clip + T(1)); }
   static Vector sigmoid_below(Vector raw) { return raw > T(20) ? L::spread(1) : L::sigmoid(raw); }
 
   void find_bin(Vector in, bool by_height) {
@@ -109,7 +109,7 @@ class Spline {
     Vector most = L::spread(-L::infinity), total{};
     if (t.is_soft_clipped) {
       for (int k = 0; k < K; k++) {
-        const Vector raw = p[first + k], e = L::exp_of_small(raw / (L::absolute(raw) * clip + T(1)));
+        const Vector raw = p[first + k], e = L::exp_of_small(raw * L::reciprocal(L::absolute(raw) * clip + T(1)));
         L::store(out + (size_t)k * L::count, e);
         total += e;
       }
@@ -140,7 +140,7 @@ class Spline {
   }
 
   Vector slope(Vector raw, Integers is_end) const {
-    const Vector inner = t.is_soft_clipped ? L::exp(raw / (L::absolute(raw) * (T)t.clip + T(1)))
+    const Vector inner = t.is_soft_clipped ? L::exp_of_small(raw * soft_clip(raw))
                                            : L::softplus(raw, 1, 20) + (T)t.min_slope;
     return t.ends == Ends::fixed ? (is_end ? L::spread((T)t.end_slope) : inner) : inner;
   }
@@ -166,10 +166,10 @@ class Spline {
 
   // y = y0 + height P / Q and dy/dx = delta^2 N / Q^2, as above.
   Vector differentiate_quadratic(Vector x, Gradients<Vector> g, Changes& c) const {
-    const Vector to_theta = T(1) / width, theta = (x - x0) * to_theta, rest = T(1) - theta, mixed = theta * rest;
-    const Vector bend = d0 + d1 - delta * T(2), Q = delta + bend * mixed, q = T(1) / Q;
+    const Vector to_theta = L::reciprocal(width), theta = (x - x0) * to_theta, rest = T(1) - theta, mixed = theta * rest;
+    const Vector bend = d0 + d1 - delta * T(2), q = L::reciprocal(delta + bend * mixed);
     const Vector P = delta * theta * theta + d0 * mixed;
-    const Vector N = d1 * theta * theta + delta * mixed * T(2) + d0 * rest * rest, to_log = T(1) / N;
+    const Vector N = d1 * theta * theta + delta * mixed * T(2) + d0 * rest * rest, to_log = L::reciprocal(N);
     const Vector N_bend = T(2) * (d1 * theta + delta * (rest - theta) - d0 * rest), Q_bend = bend * (rest - theta);
     Vector result;
     if (inverts) {
@@ -177,7 +177,7 @@ class Spline {
       g = {-result, -g.log_slope};
     }
     const Vector gP = g.value * height * q, gQ = -q * (gP * P + T(2) * g.log_slope), gN = g.log_slope * to_log;
-    const Vector g_delta = gP * theta * theta + gQ * (T(1) - T(2) * mixed) + T(2) * (gN * mixed + g.log_slope / delta);
+    const Vector g_delta = gP * theta * theta + gQ * (T(1) - T(2) * mixed) + T(2) * (gN * mixed + g.log_slope * L::reciprocal(delta));
     const Vector g_theta = gP * (T(2) * delta * theta + d0 * (rest - theta)) + gQ * Q_bend + gN * N_bend;
     const Vector gx = g_theta * to_theta;
     c.x0 = -gx, c.y0 = g.value;
@@ -256,7 +256,7 @@ class Spline {
     for (int k = 0; k < t.bins; k++) {
       const Vector g = bin > T(k) ? g_start : (bin == T(k) ? g_size : Vector{});
       Vector to_parameter = L::spread((T)t.factor);
-      if (t.is_soft_clipped) to_parameter = square(T(1) / (L::absolute(p[first + k]) * clip + T(1)));
+      if (t.is_soft_clipped) to_parameter = square(L::reciprocal(L::absolute(p[first + k]) * clip + T(1)));
       const Vector share = L::load(sizes + (size_t)k * L::count) * to_share;
       L::store(to + (size_t)k * p.stride, shared * share * (g - mean) * to_parameter);
     }

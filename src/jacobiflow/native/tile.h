@@ -281,7 +281,7 @@ class Tile {
         },
         [&](int v, Vector sum) {
           if (is_curved(o)) return sum;
-          if (o.function == Function::relu) sum = sum < T(0) ? Vector{} : sum;
+          if (o.function == Function::relu) sum = L::max(sum, 0);
           if (o.is_kept) poison[v] += sum * T(0);
           return sum;
         });
