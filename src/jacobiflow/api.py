@@ -1,6 +1,6 @@
 """The public names of the package; `jacobiflow` imports them when the first is used."""
 
-from jacobiflow.adapters import Acceleration, accelerate
+from jacobiflow.adapters import Acceleration, LibraryAcceleration, accelerate
 from jacobiflow.calibration import Report, calibrate, find_report
 from jacobiflow.codec import register
 from jacobiflow.denoising import denoise
@@ -58,6 +58,7 @@ __all__ = [
     "Guidance",
     "InputError",
     "Latent",
+    "LibraryAcceleration",
     "MAFConfig",
     "MaxSweeps",
     "MeanAffine",

@@ -2,5 +2,6 @@
 
 from jacobiflow.adapters.acceleration import Acceleration
 from jacobiflow.adapters.discovery import accelerate
+from jacobiflow.adapters.libraries import LibraryAcceleration
 
-__all__ = ["Acceleration", "accelerate"]
+__all__ = ["Acceleration", "LibraryAcceleration", "accelerate"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -79,6 +80,18 @@ class Adapter:
         return None
 
 
+def find_adapter(module: nn.Module, adapters: Iterable[Adapter]) -> Adapter | None:
+    """Returns the first adapter of the module's class, or `None`."""
+    return next((adapter for adapter in adapters if issubclass(library_class(module), adapter.transform)), None)
+
+
+def describe_tolerance(tolerance: float | None) -> str:
+    """Returns what a tolerance means, in words."""
+    if tolerance is None:
+        return "exact to rounding"
+    return f"to a tolerance of {tolerance:g}" if tolerance else "to the library's own bits"
+
+
 class Acceleration:
     """The report of what `accelerate` did to a flow, and the way back.
 
@@ -136,9 +149,7 @@ class Acceleration:
                 module.__class__ = kind
 
     def __repr__(self) -> str:
-        to = "exact to rounding" if self.tolerance is None else f"to a tolerance of {self.tolerance:g}"
-        to = "to the library's own bits" if self.tolerance == 0 else to
-        lines = [f"accelerated, {to}: {len(self.transforms)} autoregressive transforms"]
+        lines = [f"accelerated, {describe_tolerance(self.tolerance)}: {len(self.transforms)} autoregressive transforms"]
         lines += [f"  {name}: {self.transforms[name]}, by {self._way(module)}" for module, name in self._names.items()]
         lines += [f"  {name}: left alone, {why}" for name, why in self.untouched.items()]
         return "\n".join(lines)

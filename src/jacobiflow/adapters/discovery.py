@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any
+from types import ModuleType
+from typing import Any, overload
 
 from packaging.version import Version
 from torch import nn
 from torch.distributions import Distribution, Transform
 
-from jacobiflow.adapters.acceleration import Acceleration, Adapter, library_class
+from jacobiflow.adapters.acceleration import Acceleration, Adapter, find_adapter
+from jacobiflow.adapters.libraries import LibraryAcceleration
 from jacobiflow.adapters.state import BlockState
 from jacobiflow.adapters.tarflow import recognise, resembles
 from jacobiflow.adapters.trial import TrialResult
@@ -22,10 +24,15 @@ _LIBRARIES = {  # name of its module here: package, first supported version, ver
     "zuko": ("zuko", "1.2", "2"), "nflows": ("nflows", "0.14", "0.15"),
     "normflows": ("normflows", "1.7", "2"), "pyro": ("pyro-ppl", "1.9", "2"),
 }  # fmt: skip
+_BUILDERS = {"sbi": ("nflows", "zuko")}  # packages that make flows of these libraries
 _DEPTH = 3  # an ensemble of posteriors holds a list of posteriors, which hold modules
 
 
-def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration:
+@overload
+def accelerate(flow: ModuleType, tolerance: float | None = None) -> LibraryAcceleration: ...
+@overload
+def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration: ...
+def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration | LibraryAcceleration:
     """Makes the masked autoregressive transforms of a zuko, nflows, normflows or pyro flow, or a live TarFlow, fast.
 
     It does so in place, and the flow's own methods are called as before. On a CPU, without gradients, native code then
@@ -43,23 +50,28 @@ def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration:
     the block's own code does.
 
     Weights are read at every call. Copies and pickles of an accelerated module are the library's own and not
-    accelerated: so accelerate the posterior of sbi, which copies its network. A distribution `flow(c)` of zuko is
-    accelerated as long as its flow is. The guide lists all that is left to the library's own code.
+    accelerated. A distribution `flow(c)` of zuko is accelerated as long as its flow is. The guide lists all that is
+    left to the library's own code.
+
+    If a package makes or copies the flow, pass the library before: `jf.accelerate(zuko)`, or `jf.accelerate(sbi)` for
+    the flows of nflows and zuko that sbi makes. All flows that the library makes, copies or loads in this process from
+    then on are accelerated. Flows that exist already are left alone.
 
     Args:
         flow: A module with masked autoregressive transforms of these libraries in it, or an sbi posterior or another
-            object whose attributes (or lists or dicts of them) hold such modules. If it is accelerated a second time,
-            the latest tolerance counts.
+            object whose attributes (or lists or dicts of them) hold such modules. Or a library: `zuko`, `nflows`,
+            `normflows`, `pyro` or `sbi`. If a flow is accelerated a second time, the latest tolerance counts.
         tolerance: `None` for exact to rounding. 0 for the library's own bits, always by passes. Above 0, passes
             end when one changes no entry by more than this, in the units of each transform's input; native code stays
             exact to rounding.
 
     Returns:
-        An `Acceleration`, which says how each transform is computed and restores the flow.
+        An `Acceleration`, which says how each transform is computed and restores the flow. For a library, a
+        `LibraryAcceleration`, which restores the library and the flows that were made since.
 
     Raises:
-        ValueError: If nothing in `flow` can be accelerated, a library's version is not supported, or the tolerance is
-            negative or not finite.
+        ValueError: If nothing in `flow` can be accelerated, it is a module of another package, a library's version is
+            not supported, or the tolerance is negative or not finite.
         TypeError: If the tolerance is not a number.
 
     Example:
@@ -68,9 +80,13 @@ def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration:
         ...     x = flow(torch.zeros(3)).sample((1000,))
         >>> x.shape
         torch.Size([1000, 5])
+        >>> with jf.accelerate(zuko):  # before a package makes the flow
+        ...     flow = zuko.flows.MAF(5)
     """
     if tolerance is not None:
         tolerance = float(check_number("tolerance", tolerance, give="None, 0 for identical bits, or a positive number"))
+    if isinstance(flow, ModuleType):
+        return _accelerate_library(flow.__name__.split(".")[0], tolerance)
     seen: set[nn.Module] = set()  # each module once, with a dotted name
     modules = [entry for prefix, root in _roots(flow, "", _DEPTH) for entry in root.named_modules(seen, prefix)]
     if not modules and isinstance(flow, Distribution | Transform):
@@ -83,8 +99,7 @@ def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration:
     accelerated: dict[nn.Module, tuple[str, Adapter]] = {}
     untouched: dict[str, str] = {}
     for name, module in modules:
-        kind = library_class(module)
-        adapter = next((adapter for adapter in adapters if issubclass(kind, adapter.transform)), None)
+        adapter = find_adapter(module, adapters)
         if adapter is None and resembles(module):
             adapter, reason = recognise(module, results)
             if adapter is None:
@@ -102,6 +117,13 @@ def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration:
             f"block, to accelerate{reasons}; nothing was changed"
         )
     return Acceleration(tolerance, accelerated, untouched)
+
+
+def _accelerate_library(name: str, tolerance: float | None) -> LibraryAcceleration:
+    libraries = _BUILDERS.get(name, (name,))
+    if not _LIBRARIES.keys() >= {*libraries}:
+        raise InputValueError(f"{name}: supported are {', '.join([*_LIBRARIES, *_BUILDERS])}; nothing was changed")
+    return LibraryAcceleration(name, tolerance, [adapter for library in libraries for adapter in _adapters(library)])
 
 
 def _adapters(library: str) -> tuple[Adapter, ...]:

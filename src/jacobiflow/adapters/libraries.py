@@ -1,0 +1,100 @@
+"""Acceleration of the flows that a library makes from now on, and the handle that ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+from torch import nn
+
+from jacobiflow.adapters.acceleration import Acceleration, Adapter, describe_tolerance, find_adapter, is_accelerated
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_CONSTRUCTORS = ("__init__", "__setstate__")  # copies and loaded flows come to life in the latter
+_active: list[LibraryAcceleration] = []
+_originals: dict[type[nn.Module], dict[str, Any]] = {}  # the library's constructors, while others replace them
+
+
+class LibraryAcceleration:
+    """The acceleration of the flows that a library makes from now on.
+
+    It ends with `restore()` or with its `with` block. Inside another block, flows stay accelerated as that one says. A
+    module has no name until it is part of a flow: print `jf.accelerate(flow)` to see how its transforms are computed.
+
+    Attributes:
+        tolerance: `None` for exact to rounding, 0 for the library's own bits, or the tolerance at which passes end.
+
+    Example:
+        >>> with jf.accelerate(zuko) as fast:
+        ...     flow = zuko.flows.MAF(3, transforms=2)
+        >>> print(fast)
+        new flows of zuko are accelerated, exact to rounding: 2 autoregressive transforms so far
+    """
+
+    def __init__(self, name: str, tolerance: float | None, adapters: Sequence[Adapter]) -> None:
+        self.tolerance, self._name, self._adapters = tolerance, name, adapters
+        self._count = 0
+        # The class of an accelerated module keeps its acceleration alive, which would keep the module alive.
+        self._accelerations: WeakSet[Acceleration] = WeakSet()
+        _active.append(self)
+        _replace_constructors()
+
+    def restore(self) -> None:
+        """Gives the library its constructors back, and its own classes to all modules that were accelerated."""
+        self._end(Acceleration.restore)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end(Acceleration.__exit__)
+
+    def __repr__(self) -> str:
+        count = f"{self._count} autoregressive transforms so far"
+        return f"new flows of {self._name} are accelerated, {describe_tolerance(self.tolerance)}: {count}"
+
+    def add(self, module: nn.Module) -> None:
+        """Accelerates a new module if it can be."""
+        adapter = find_adapter(module, self._adapters)
+        if adapter is not None and adapter.obstacle(module) is None:
+            self._accelerations.add(Acceleration(self.tolerance, {module: ("", adapter)}, {}))
+            self._count += not adapter.is_composition
+
+    def _end(self, undo: Callable[[Acceleration], None]) -> None:
+        if self in _active:
+            _active.remove(self)
+            _replace_constructors()
+        for acceleration in self._accelerations:
+            undo(acceleration)
+
+
+def _replace_constructors() -> None:
+    """Replaces the constructors of all classes that are now accelerated, and gives the others theirs back."""
+    kinds = {adapter.transform for library in _active for adapter in library._adapters}
+    for kind in kinds - _originals.keys():
+        _originals[kind] = {name: vars(kind).get(name) for name in _CONSTRUCTORS}
+        for name in _CONSTRUCTORS:
+            setattr(kind, name, _accelerating(getattr(kind, name)))
+    for kind in _originals.keys() - kinds:
+        for name, constructor in _originals.pop(kind).items():
+            delattr(kind, name)
+            if constructor is not None:  # not inherited
+                setattr(kind, name, constructor)
+
+
+def _accelerating(constructor: Callable[..., None]) -> Callable[..., None]:
+    """Returns a constructor that accelerates the module at its end."""
+
+    @wraps(constructor)
+    def construct(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        constructor(module, *args, **kwargs)
+        # The constructor of a base class may have accelerated the module already.
+        if not is_accelerated(module):
+            for library in _active:
+                library.add(module)
+
+    return construct
