@@ -8,8 +8,8 @@ INSTALLED := $(VENV)/.installed
 # Bytecode is compiled when a module is imported, and of most of what is installed none ever is.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
-.PHONY: setup demo test lint fuzz mutants benchmark regimes calibration flows evaluation evaluation-in-pytorch emoji tutorials \
-	boltzmann star figures docs render clean
+.PHONY: setup demo test lint fuzz mutants benchmark regimes calibration flows training evaluation evaluation-in-pytorch emoji \
+	tutorials boltzmann star figures docs render clean
 
 setup: $(INSTALLED)
 
@@ -105,6 +105,14 @@ flows: setup
 	$(BIN)/python -m benchmarks.masked_flows
 	$(BIN)/python -m benchmarks.sbi_flows
 	$(BIN)/python -m benchmarks.maf
+	$(RENDER)
+
+# Measures docs/training.md, its chart, and the section on training of docs/libraries.md (half an hour on two idle cores; it
+# goes on where it was stopped). One row needs pocomc, which is no tool of this project: pip install pocomc.
+training: setup
+	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.fits
+	$(BIN)/python -m benchmarks.figures training
 	$(RENDER)
 
 # Regenerates the scores of docs/paper.md and docs/evaluation.md (hours on two cores; it goes on where it was stopped).

@@ -1,7 +1,7 @@
-"""Draws the figures of the method and of result files: `python -m benchmarks.figures`.
+"""Draws the figures of the method and of result files: `python -m benchmarks.figures [NAME ...]`.
 
-overview.png, partitions.png and front.gif show the method; error-against-time.png, regimes.png, masked-flows.png and
-speed.png show result files.
+overview.png, partitions.png and front.gif show the method; error-against-time.png, regimes.png, masked-flows.png,
+speed.png and training.png show result files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jacobiflow as jf
 from benchmarks.common import FIGURES, parser
 from benchmarks.front import Recorder, readable, record, save_animation
 from benchmarks.regimes import BF16_PASS, EXACT_LOOP, LOOP_IN_PYTORCH, PASS, in_passes
-from benchmarks.render import result, strategy
+from benchmarks.render import result, speed_up, strategy
 from jacobiflow.latents import draw_latents
 from jacobiflow.plots import sampler_style, save_png
 from jacobiflow.plots.style import (
@@ -263,6 +263,40 @@ def speed() -> Figure:
     return figure
 
 
+@styled
+def training() -> Figure:
+    """Whole fits by a library and accelerated: training and samples, as shares of the library's time."""
+    fits = [run for run in result("fits")["runs"] if run["program"] in ("sbi NPE", "pocomc")]
+    colors = {"training": sampler_style("auto").color, "sampling": sampler_style("jacobi").color}
+    figure = new_figure(0.85 * len(fits))
+    axis = figure.subplots()
+    for place, run in enumerate(fits):
+        above = 3 * place - 0.75
+        axis.text(0, above, f"{run['program'].split()[0]}, {run['flow']}", va="center", weight="bold", color=INK)
+        for row, way in enumerate(("library", "accelerated")):
+            y, left, total = 3 * place + 0.85 * row, 0.0, run["total"]["library"]
+            for phase, color in colors.items():
+                seconds = sum(run["seconds"][way][phase].values())
+                axis.barh(y, seconds / total, 0.75, left, color=color)
+                if phase == "training" and seconds > 0.15 * total:
+                    text = f"training {seconds_text(seconds)}" if seconds > 0.3 * total else seconds_text(seconds)
+                    axis.text(left + seconds / total / 2, y, text, ha="center", va="center", color="white")
+                if phase == "sampling" and way == "library":
+                    text = f"samples {seconds_text(seconds)}"
+                    axis.text(1, above, text, ha="right", va="center", color=readable(color))
+                left += seconds / total
+            text = f"{seconds_text(run['total'][way])}, {speed_up(run['speed_up'])} faster"
+            text = f"accelerated: {text}" if left < 0.68 else text
+            axis.text(left + 0.01, y, text if row else seconds_text(total), va="center", color=INK)
+    axis.set(xlim=(0, 1.13), ylim=(3 * len(fits) - 1.6, -1.2))
+    axis.axis("off")
+    return figure
+
+
+def seconds_text(seconds: float) -> str:
+    return f"{seconds:.{0 if seconds >= 9.95 else 1 if seconds >= 0.95 else 2}f} s"
+
+
 def front() -> None:
     """The tough block of an image token by token, by a window, and with all tokens at once, as an animation."""
     flow = jf.load(MODEL).requires_grad_(False)
@@ -274,10 +308,15 @@ def front() -> None:
 
 
 def main() -> None:
-    parser(__doc__).parse_args()
-    for draw in (overview, partitions, error_against_time, regimes, masked_flows, speed):
-        save_png(draw(), FIGURES / f"{draw.__name__.replace('_', '-')}.png")
-    front()
+    options = parser(__doc__)
+    options.add_argument("names", nargs="*", metavar="NAME", help="such as training; by default all, and front.gif")
+    names = options.parse_args().names
+    for draw in (overview, partitions, error_against_time, regimes, masked_flows, speed, training):
+        name = draw.__name__.replace("_", "-")
+        if not names or name in names:
+            save_png(draw(), FIGURES / f"{name}.png")
+    if not names:
+        front()
 
 
 if __name__ == "__main__":

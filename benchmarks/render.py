@@ -192,6 +192,18 @@ def star_follows() -> str:
     return f"{where(result('starflow')['runs'], follows='guided')['nearest']:.0%}"
 
 
+def loop_speed_up(flow: str) -> str:
+    """The speed-up of an accelerated fit of zuko by batches by index and a fused optimizer."""
+    loops = [run["total"]["accelerated"] for run in result("fits")["runs"] if "loop" in run and run["flow"] == flow]
+    loader, by_index = loops
+    return speed_up(loader / by_index)
+
+
+def phase_seconds(fit: Json, way: str, phase: str) -> float:
+    """The seconds of a phase of a fit, by the library or accelerated."""
+    return sum(fit["seconds"][way][phase].values())
+
+
 def sampler(name: str) -> str:
     """A sampler as the pages call it; results have older names."""
     return SAMPLERS.get(name, name)
@@ -210,10 +222,10 @@ def _environment() -> jinja2.Environment:
     functions = {function.__name__: function for function in (
         boltzmann_range, calibration.agreement, calibration.best_guess, calibration.mean_sweeps,
         calibration.segment_sweeps, calibration.sweeps_range, calibration.tough_share, chord_share, duration, fastest,
-        fastest_way, fitted_sweeps, grouped, least_accurate, paper_megabytes, paper_sizes.counted,
-        paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks, plain_sweeps, plan, rank_correlation,
-        recommendation, regimes.in_passes, result, sampler, slowest_by_batch, speed_up, star_follows, star_speed_up,
-        strategy, sweep_ways, sweeps_win, where,
+        fastest_way, fitted_sweeps, grouped, least_accurate, loop_speed_up, paper_megabytes, paper_sizes.counted,
+        paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks, phase_seconds, plain_sweeps, plan,
+        rank_correlation, recommendation, regimes.in_passes, result, sampler, slowest_by_batch, speed_up, star_follows,
+        star_speed_up, strategy, sweep_ways, sweeps_win, where,
     )}  # fmt: skip
     environment.globals |= functions | {
         "calls": {"sampling": "inverse", "density": "`log_prob`"},
