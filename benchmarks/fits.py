@@ -1,9 +1,9 @@
 """Times whole fits, by the libraries as they are and accelerated: `python -m benchmarks.fits`.
 
-Writes docs/results/fits.json, which fills docs/training.md and its chart, in a quarter of an hour on two idle cores;
-interrupted, it goes on. A fit is a training and its samples, of the simulator of `benchmarks.sbi_flows` with five
-parameters, and a run of pocomc, which trains and samples in turn. Times are processor time, of one thread. pocomc is no
-tool of this project: `pip install pocomc`.
+Writes docs/results/fits.json, which fills docs/training.md and its chart, in a quarter of an hour on two idle cores. If
+it is stopped, it goes on later. A fit is a training and its samples, of the simulator of `benchmarks.sbi_flows` with
+five parameters. A run of pocomc trains and samples in turn. Times are processor time of one thread. pocomc is no tool
+of this project: `pip install pocomc`.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from benchmarks.sbi_flows import PRIOR, observations, simulate
 from jacobiflow.memory import keep_freed_memory
 
 SIMULATIONS, EPOCHS, BATCH, SAMPLES = 10_000, 10, 200, 10_000
-TRANSFORMS, HIDDEN, RATE, CLIP = 5, (50, 50), 5e-4, 5.0  # of sbi
+TRANSFORMS, HIDDEN, RATE, CLIP = 5, (50, 50), 5e-4, 5.0  # These are sbi's own.
 TRAINING, SAMPLING, HMC, REJECTION, VARIATIONAL = "training", "sampling", "HMC", "rejection", "variational inference"
 LOADER, BY_INDEX = "DataLoader, Adam", "batches by index, Adam(fused=True)"
 HMC_SAMPLES, WARM_UP, REJECTION_SAMPLES, ITERATIONS = 30, 20, 200, 200
-DIMENSIONS = 6  # of pocomc's Rosenbrock density
+DIMENSIONS = 6  # The number of parameters of pocomc's density.
 ROUNDS = {"zuko": 2, "sbi NPE": 2, "sbi NLE": 1, "pocomc": 1}
 
 
@@ -90,7 +90,7 @@ def fit_npe(watch: Profile, key: Json) -> Json:
     return {"loss": inference.summary["best_validation_loss"][-1]}
 
 
-WEIGHTS: dict[str, Any] = {}  # of the first likelihood of each kind, from which all of this kind sample
+WEIGHTS: dict[str, Any] = {}  # The first likelihood of each kind, from which both ways sample.
 
 
 def fit_nle(watch: Profile, key: Json) -> Json:
@@ -146,7 +146,7 @@ PROGRAMS: dict[str, tuple[Callable[[Profile, Json], Json], ModuleType]] = {
 def measure(key: Json) -> Json:
     """Seconds of each phase and its parts and the steps of each phase, of the faster of a few rounds."""
     fit, library = PROGRAMS[key["program"]]
-    simulations(), observations()  # which have seeds of their own
+    simulations(), observations()  # Their own seeds must not fall into a fit.
     best: dict[str, Json] = {}
     for _, way in product(range(ROUNDS[key["program"]]), ("library", "accelerated")):
         watch = Profile()

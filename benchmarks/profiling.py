@@ -20,7 +20,7 @@ from torch.utils.data import dataloader
 from jacobiflow.native.boundary import Library
 
 OPTIMIZER, CLIPPING, LOADER, NATIVE, OTHER = "optimizer", "clipping", "data loader", "native code", "other"
-POTENTIAL = "gradients of a potential"  # of HMC
+POTENTIAL = "gradients of a potential"  # HMC calls them.
 # Each part's functions: their owner and their name. An optimizer's steps have hooks instead.
 FUNCTIONS: dict[str, list[tuple[Any, str]]] = {
     CLIPPING: [

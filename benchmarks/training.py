@@ -1,9 +1,9 @@
 """Times training of masked flows, by the libraries as they are and accelerated: `python -m benchmarks.training`.
 
 Writes docs/results/training.json, which fills docs/training.md and docs/libraries.md, in a quarter of an hour on two
-idle cores; interrupted, it goes on. Flows have five transforms, random weights and a context of ten features for each
-row; that of nflows is sbi's "maf". A step is zero_grad, the loss, its gradients, clipping and Adam, whose learning rate
-is so small that all steps do the same work.
+idle cores. If it is stopped, it goes on later. Flows have five transforms, random weights and a context of ten features
+for each row; that of nflows is sbi's "maf". A step is zero_grad, the loss, its gradients, clipping and Adam. The
+learning rate is so small that all steps do the same work.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from jacobiflow.memory import keep_freed_memory
 
 TRANSFORMS, CONTEXT, CLIP = 5, 10, 5.0
 SMALL, LARGE = "50 x 2", "256 x 3"  # hidden features
-RATE = 1e-6  # of steps whose time is measured
+RATE = 1e-6  # The learning rate of steps whose time is measured.
 STEP, GRADIENTS, IN_X, IN_CONTEXT, SAMPLES, LOSSES = (
     "training step", "forward and backward", "gradient in x", "gradient in the context", "rsample and backward",
     "loss after 1,000 steps",
@@ -53,7 +53,7 @@ def build(key: Json, context: int = CONTEXT) -> nn.Module:
     if key["library"] == "zuko":
         kind = getattr(zuko.flows, key["flow"])
         return kind(key["features"], context, transforms=TRANSFORMS, hidden_features=[width] * layers)
-    if key["library"] == "nflows":  # with tanh, and features shuffled between transforms
+    if key["library"] == "nflows":  # It has tanh, and shuffles features between transforms.
         rows = torch.zeros(2, key["features"]), torch.zeros(2, context)
         return build_maf(*rows, "none", "none", width, TRANSFORMS, num_blocks=layers).net
     return FLOWS[key["library"], key["flow"]](key["features"], width, context)
@@ -62,7 +62,7 @@ def build(key: Json, context: int = CONTEXT) -> nn.Module:
 def log_prob(flow: Any, x: Tensor, context: Tensor) -> Tensor:
     if isinstance(flow, zuko.flows.Flow):
         return flow(context).log_prob(x)
-    if isinstance(flow, nn.ModuleList):  # of pyro's transforms
+    if isinstance(flow, nn.ModuleList):  # These are transforms of pyro.
         zeros = x.new_zeros(x.shape[1])
         base = pyro.Normal(zeros, zeros + 1).to_event(1)
         return pyro.ConditionalTransformedDistribution(base, list(flow)).condition(context).log_prob(x)
