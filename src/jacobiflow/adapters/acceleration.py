@@ -185,18 +185,18 @@ class Acceleration:
         """
         if (self.tolerance == 0 and fallback is not None) or native_library() is None:
             return None
-        if x.ndim == 0 or not is_plain_call():
+        adapter = self._adapters.get(module)
+        if adapter is None or x.ndim == 0 or not is_plain_call():  # a replica of DataParallel has no adapter
             return None
         try:
             rows, contexts, batch = flatten(x, context)
         except RuntimeError:  # the library's message is its own
             return None
-        describe = self._adapters[module].describe
-        assert describe is not None
+        assert adapter.describe is not None
         key = module, context is not None
         chain = self._chains.get(key)
         if chain is None or not chain.snapshot.is_current():
-            chain = self._chains[key] = Chain(module, describe, context is not None)
+            chain = self._chains[key] = Chain(module, adapter.describe, context is not None)
         result = chain.evaluate(rows, contexts, is_inverse, fallback, log_det)
         if result is None:
             return None

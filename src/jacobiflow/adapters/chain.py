@@ -33,7 +33,8 @@ Fallback = Callable[[Float[Tensor, "b d"], Float[Tensor, "b c"] | None], Values]
 """Rows, context -> values by the library's own code."""
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_SETTINGS = (bool, int, float, str, type, partial, FunctionType, BuiltinFunctionType, MethodType)
+_FUNCTIONS = (partial, FunctionType, BuiltinFunctionType, MethodType)
+_SETTINGS = (bool, int, float, str, type, *_FUNCTIONS)
 
 
 @dataclass(frozen=True)
@@ -197,8 +198,8 @@ def _check_call(module: nn.Module) -> None:
     """Checks that a call of the module runs its class's `forward`, which draws no random numbers, and nothing else."""
     if has_hooks(module) or module._backward_hooks or module._backward_pre_hooks:
         raise UnsupportedError(f"a hook on {type(module).__name__}")
-    if has_replaced_forward(module):
-        raise UnsupportedError(f"a forward of its own on {type(module).__name__}")
+    if has_replaced_method(module):
+        raise UnsupportedError(f"a method of its own on {type(module).__name__}")
     if isinstance(module, DROPOUTS) and module.training and module.p > 0:
         raise UnsupportedError("dropout in training mode")
 
@@ -208,10 +209,14 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
-def has_replaced_forward(module: nn.Module) -> bool:
-    """Returns True if the object's `forward` is not that of its class."""
-    forward = vars(module).get("forward")
-    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+def has_replaced_method(module: nn.Module) -> bool:
+    """Returns True if a method of the object, `forward` for one, is not that of its class."""
+    kind = type(module)
+    return any(
+        isinstance(value, _FUNCTIONS) and isinstance(of_class := getattr(kind, name, None), FunctionType)
+        and getattr(value, "__func__", None) is not of_class
+        for name, value in vars(module).items()
+    )  # fmt: skip
 
 
 def is_traced() -> bool:

@@ -16,7 +16,6 @@ from jacobiflow.adapters.network import MaskedNetwork
 from jacobiflow.adapters.passes import invert
 from jacobiflow.native.boundary import Elementwise, Ends, UnsupportedError
 
-_ELEMENTWISE = ("_elementwise_forward", "_elementwise_inverse", "_elementwise")
 _PLAIN = (nn.ModuleList, nn.Linear, nn.Dropout, nn.Identity)
 
 
@@ -24,8 +23,6 @@ def made_part(
     module: Any, library: ModuleType, is_conditional: bool, kind: Elementwise, parameters: int = 2, **settings: Any
 ) -> Part:
     """Returns a masked transform; `library` is the library's module of its MADE."""
-    if any(name in vars(module) for name in _ELEMENTWISE):
-        raise UnsupportedError("an elementwise transform of the object's own")
     network = _network(module.autoregressive_net, library, parameters, is_conditional)
     return masked_part(module, network, kind=kind, **settings)
 

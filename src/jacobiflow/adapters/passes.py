@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import Acceleration
-from jacobiflow.adapters.chain import DROPOUTS, has_hooks, has_replaced_forward, is_traced
+from jacobiflow.adapters.chain import DROPOUTS, has_hooks, has_replaced_method, is_traced
 from jacobiflow.implicit import check_first_derivative, is_batched, solve_adjoint
 
 Pass = Callable[[Any, Tensor], Sequence[Tensor]]
@@ -85,7 +85,7 @@ def is_stateful(module: nn.Module) -> bool:
     In training mode dropout draws, batch and spectral normalisation move their estimates, and hooks may do anything
     (the older spectral normalisation is one). A replaced `forward` may do so in any mode.
     """
-    if has_replaced_forward(module):
+    if has_replaced_method(module):
         return True
     if not module.training:
         return False

@@ -222,12 +222,27 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         memory, x, context = ctx.saved_tensors
-        needed = ctx.needs_input_grad[3:]
+        functions = list(ctx.next_functions[1:])  # one for each tensor; the first is that of `memory`
+        if context is None:
+            functions.insert(1, (None, 0))
+        needed = _wanted(ctx.needs_input_grad[3:], functions)
         if torch.is_grad_enabled() or any(c is not None and is_batched(c) for c in cotangents):
             gradients = _in_pytorch(ctx.call, cotangents, needed, x, context, ctx.tensors)
         else:
             gradients = ctx.call.differentiate(memory, x, context, cotangents, needed)
         return (None, None, None, *gradients)
+
+
+def _wanted(needed: Sequence[bool], functions: Sequence[tuple[Any, int]]) -> list[bool]:
+    """Tells which gradients are used: torch.autograd.grad(log_prob, x) uses none of the weights, which require one."""
+
+    def is_wanted(node: Any) -> bool:
+        try:
+            return bool(torch._C._will_engine_execute_node(node))
+        except (AttributeError, RuntimeError):  # an older PyTorch; a leaf whose gradient is used
+            return True
+
+    return [needs and is_wanted(node) for needs, (node, _) in zip(needed, functions, strict=True)]
 
 
 def _in_pytorch(
