@@ -34,6 +34,7 @@ Fallback = Callable[[Float[Tensor, "b d"], Float[Tensor, "b c"] | None], Values]
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _FUNCTIONS = (partial, FunctionType, BuiltinFunctionType, MethodType)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SETTINGS = (bool, int, float, str, type, *_FUNCTIONS)
 
 
@@ -100,16 +101,19 @@ class Snapshot:
 
     def __init__(self, module: nn.Module) -> None:
         self._modules: list[tuple[Any, ...]] = []
+        self._parents: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._constants: list[tuple[dict[str, Any], str, Tensor, int]] = []
         for part in module.modules():
             state = vars(part)
             names = [name for name, value in state.items() if isinstance(value, _SETTINGS)]
             if not isinstance(part, DROPOUTS):  # no other layer that native code takes depends on the mode
                 names.remove("training")
-            hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-            read = itemgetter(*names, "_modules", *hooks)
-            values = tuple(dict(value) if isinstance(value, dict) else value for value in read(state))
-            self._modules.append((part, type(part), state, len(state), read, values))
+            read = itemgetter(*names, "_modules", *_HOOKS)
+            self._modules.append((part, type(part), state, len(state), read, read(state)))
+            if part._modules:
+                self._parents.append((part._modules, dict(part._modules)))
+        self._hooks = [hooks for part in module.modules() for hooks in itemgetter(*_HOOKS)(vars(part))]
+        self._has_hooks = any(self._hooks)
 
     def add(self, holder: dict[str, Any], name: str) -> None:
         """Adds a tensor that must not change."""
@@ -123,6 +127,8 @@ class Snapshot:
         for part, kind, state, size, read, values in self._modules:
             if type(part) is not kind or len(state) != size or read(state) != values:
                 return False
+        if any(self._hooks) != self._has_hooks or any(now != before for now, before in self._parents):
+            return False
         for holder, name, tensor, version in self._constants:
             if holder.get(name) is not tensor or tensor._version != version:
                 return False
@@ -196,7 +202,7 @@ class Chain:
 
 def _check_call(module: nn.Module) -> None:
     """Checks that a call of the module runs its class's `forward`, which draws no random numbers, and nothing else."""
-    if has_hooks(module) or module._backward_hooks or module._backward_pre_hooks:
+    if any(vars(module)[name] for name in _HOOKS):
         raise UnsupportedError(f"a hook on {type(module).__name__}")
     if has_replaced_method(module):
         raise UnsupportedError(f"a method of its own on {type(module).__name__}")
@@ -245,6 +251,8 @@ def flatten(
 ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "#b c"] | None, torch.Size]:
     """Returns rows of the batch that `x` and `context` span, one context for each or for all, and its shape."""
     batch, features = x.shape[:-1], x.shape[-1]
+    if x.ndim == 2 and (context is None or (context.ndim == 2 and context.shape[0] == batch[0])):
+        return x, context, batch
     if context is None:
         return x.reshape(-1, features), None, batch
     batch_of_context, width = context.shape[:-1], context.shape[-1]

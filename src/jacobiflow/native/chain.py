@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -103,42 +104,48 @@ class TransformChain:
             return None
         if x.shape[1] != self.features or width != self.context or (log_det == "features" and len(self._parts) > 1):
             return None
-        if context is not None and not (is_plain(context, dtype) and len(context) in (1, len(x))):
+        if context is not None and not (is_plain(context, dtype) and context.shape[0] in (1, x.shape[0])):
             return None
-        call = _Call(self, native, is_inverse, log_det == "features", in_pytorch)
+        inputs = (x, context, *tensors)
+        needed = [t is not None and t.requires_grad for t in inputs] if torch.is_grad_enabled() else []
+        call = _Call(self, native, is_inverse, log_det == "features", needed, in_pytorch, inputs)
         try:
             addresses = addresses_of(tensors, self.shapes, dtype)
-            if not torch.is_grad_enabled() or not any(
-                t is not None and t.requires_grad for t in (x, context, *tensors)
-            ):
-                return call.evaluate(x, context, addresses, log_det is not None)
-            memory = call.memory_for_gradients(x)
+            memory = call.memory_for_gradients(x) if any(needed) else None
             result = call.evaluate(x, context, addresses, log_det is not None, memory)
         except UnsupportedError:
             return None
-        if result is None or result.failed is not None:
+        if memory is None or result is None:
+            return result
+        if result.failed is not None:
             return None
-        values, *log_dets = _Gradients.apply(call, memory, result, x, context, *tensors)
+        values, *log_dets = _Gradients.apply(call, memory, result, *compress(inputs, needed))
         return Result(values, log_dets[0] if log_dets else None, None)
 
 
 @dataclass
 class _Call:
-    """A call of native code, and what its backward pass needs beside tensors."""
+    """A call of native code, and what its backward pass needs beside tensors.
+
+    Attributes:
+        needed: Which of its inputs, x, the context and the tensors, require a gradient; empty if none does.
+    """
 
     chain: TransformChain
     native: Library
     is_inverse: bool
     is_by_feature: bool
+    needed: Sequence[bool]
     in_pytorch: InPyTorch | None
+    inputs: Sequence[Tensor | None]
 
     def evaluate(
         self, x: Tensor, context: Tensor | None, tensors: ctypes.Array[ctypes.c_void_p], has_log_det: bool,
         memory: Tensor | None = None,
     ) -> Result | None:  # fmt: skip
         """Computes values, log-determinants, and in `memory` what `differentiate` needs; `None` if out of memory."""
-        out, failed = x.new_empty(x.shape), x.new_empty(len(x), dtype=torch.bool)
-        log_det = x.new_empty(x.shape if self.is_by_feature else len(x)) if has_log_det else None
+        out, failed = x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.bool)
+        log_det = x.new_empty(x.shape if self.is_by_feature else x.shape[0]) if has_log_det else None
         arguments, _inputs = self._arguments(x, context, memory)
         arguments.tensors, arguments.out = ctypes.addressof(tensors), out.data_ptr()
         arguments.log_det, arguments.failed = address_of(log_det), failed.data_ptr()
@@ -157,15 +164,16 @@ class _Call:
         x: Tensor,
         context: Tensor | None,
         cotangents: Sequence[Tensor | None],
-        needed: Sequence[bool],
+        wanted: Sequence[bool],
     ) -> list[Tensor | None]:
-        """Returns the gradients of x, the context and the tensors, `None` for those that are not needed."""
-        needs_x, needs_context, *needs = needed
-        shapes = self.chain.shapes
-        gradients = [x.new_empty(shape) if needs else None for shape, needs in zip(shapes, needs, strict=True)]
-        table = (ctypes.c_void_p * len(shapes))(*(None if g is None else g.data_ptr() for g in gradients))
-        of_x = x.new_empty(x.shape) if needs_x else None
-        of_context = None if context is None or not needs_context else x.new_empty(len(x), context.shape[1])
+        """Returns the gradients of x, the context and the tensors, `None` for those that are not wanted."""
+        wants_x, wants_context, *wants = wanted
+        of_tensors = [
+            x.new_empty(shape) if wants else None for shape, wants in zip(self.chain.shapes, wants, strict=True)
+        ]
+        table = (ctypes.c_void_p * len(of_tensors))(*[None if g is None else g.data_ptr() for g in of_tensors])
+        of_x = x.new_empty(x.shape) if wants_x else None
+        of_context = x.new_empty(x.shape[0], context.shape[1]) if wants_context and context is not None else None
         arguments, _inputs = self._arguments(x, context, memory)
         of_values, of_log_det = (None if c is None else c.contiguous() for c in (*cotangents, None)[:2])
         is_done = self.native.differentiate_chain(
@@ -177,14 +185,33 @@ class _Call:
         )  # fmt: skip
         if not is_done:
             raise RuntimeError("no memory or threads for the gradients of a flow; use a smaller batch")
-        if of_context is not None and context is not None and len(context) < len(x):
+        if of_context is not None and context is not None and context.shape[0] < x.shape[0]:
             of_context = of_context.sum(dim=0, keepdim=True)
-        return [of_x, of_context, *gradients]
+        return [of_x, of_context, *of_tensors]
+
+    def differentiate_in_pytorch(
+        self, x: Tensor, context: Tensor | None, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Returns the same with a graph, or for a batch of cotangents."""
+        if self.in_pytorch is None:
+            check_first_derivative("native code", "compute in PyTorch: set JACOBIFLOW_NATIVE=0")
+            raise NotImplementedError("native code does not take batches of gradients; set JACOBIFLOW_NATIVE=0")
+        with torch.enable_grad():
+            outputs = self.in_pytorch(x, context)
+        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=False) if o is not None and c is not None]
+        inputs: Any = list(compress((x, context, *self.inputs[2:]), wanted))
+        gradients = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs], inputs, [c for _, c in pairs], create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+        )  # fmt: skip
+        return [next(gradients) if is_wanted else None for is_wanted in wanted]
 
     def _padded(self, x: Tensor) -> int:
         """The number of rows in whole tiles."""
         rows = _TILE_VECTORS * self.native.lanes * 4 // x.itemsize
-        return -(-len(x) // rows) * rows
+        return -(-x.shape[0] // rows) * rows
 
     def _arguments(self, x: Tensor, context: Tensor | None, memory: Tensor | None) -> tuple[ChainArgs, Any]:
         """The arguments of a call without results, and the tensors that they point to."""
@@ -192,78 +219,48 @@ class _Call:
             x = x.contiguous()
         if context is not None and context.stride(1) != 1:
             context = context.contiguous()
+        rows, features = x.shape
         arguments = ChainArgs(
-            ctypes.addressof(self.chain.table), None, address_of(x), address_of(context),
-            rows=len(x), in_stride=x.stride(0), count=len(self.chain.table), features=x.shape[1],
-            context_stride=0 if context is None or len(context) == 1 else context.stride(0),
-            context_features=self.chain.context, is_inverse=self.is_inverse, is_by_feature=self.is_by_feature,
-            threads=torch.get_num_threads(),
+            ctypes.addressof(self.chain.table), None, address_of(x), address_of(context), None, None, None, None, None,
+            rows, x.stride(0), 0 if context is None or context.shape[0] == 1 else context.stride(0),
+            len(self.chain.table), features, self.chain.context, self.is_inverse, self.is_by_feature,
+            torch.get_num_threads(),
         )  # fmt: skip
         if memory is not None:
             packed, _ = self.chain.sizes(self.native)
             arguments.packed = memory.data_ptr()
-            if len(memory) > packed:
+            if memory.shape[0] > packed:
                 arguments.activations = memory.data_ptr() + packed * memory.itemsize
         return arguments, (x, context)
 
 
 class _Gradients(torch.autograd.Function):
-    """Gives results of native code their gradients."""
+    """Gives results of native code the gradients that they have in the inputs that require one."""
 
     @staticmethod
-    def forward(
-        ctx: Any, call: _Call, memory: Tensor, result: Result, x: Tensor, context: Tensor | None, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(memory, x, context)
-        ctx.call, ctx.tensors = call, tensors
+    def forward(ctx: Any, call: _Call, memory: Tensor, result: Result, *_inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(memory, *call.inputs[:2])
+        ctx.call = call
         ctx.set_materialize_grads(False)
         return (result.values,) if result.log_det is None else (result.values, result.log_det)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         memory, x, context = ctx.saved_tensors
-        functions = list(ctx.next_functions[1:])  # one for each tensor; the first is that of `memory`
-        if context is None:
-            functions.insert(1, (None, 0))
-        needed = _wanted(ctx.needs_input_grad[3:], functions)
+        call = ctx.call
+        before = 1 + sum(call.needed[:2])  # the nodes of `memory`, x and the context
+        wants_tensors = any(_is_wanted(node) for node, _ in ctx.next_functions[before:])
+        wanted = [needs and (i < 2 or wants_tensors) for i, needs in enumerate(call.needed)]
         if torch.is_grad_enabled() or any(c is not None and is_batched(c) for c in cotangents):
-            gradients = _in_pytorch(ctx.call, cotangents, needed, x, context, ctx.tensors)
+            gradients = call.differentiate_in_pytorch(x, context, cotangents, wanted)
         else:
-            gradients = ctx.call.differentiate(memory, x, context, cotangents, needed)
-        return (None, None, None, *gradients)
+            gradients = call.differentiate(memory, x, context, cotangents, wanted)
+        return (None, None, None, *compress(gradients, call.needed))
 
 
-def _wanted(needed: Sequence[bool], functions: Sequence[tuple[Any, int]]) -> list[bool]:
-    """Tells which gradients are used: torch.autograd.grad(log_prob, x) uses none of the weights, which require one."""
-
-    def is_wanted(node: Any) -> bool:
-        try:
-            return bool(torch._C._will_engine_execute_node(node))
-        except (AttributeError, RuntimeError):  # an older PyTorch; a leaf whose gradient is used
-            return True
-
-    return [needs and is_wanted(node) for needs, (node, _) in zip(needed, functions, strict=True)]
-
-
-def _in_pytorch(
-    call: _Call, cotangents: Sequence[Tensor | None], needed: Sequence[bool], x: Tensor, context: Tensor | None,
-    tensors: Sequence[Tensor],
-) -> list[Tensor | None]:  # fmt: skip
-    """The gradients with a graph of their own, or of a batch of cotangents."""
-    if call.in_pytorch is None:
-        check_first_derivative("native code", "compute in PyTorch: set JACOBIFLOW_NATIVE=0")
-        raise NotImplementedError("native code does not take batches of gradients; set JACOBIFLOW_NATIVE=0")
-    with torch.enable_grad():
-        outputs = call.in_pytorch(x, context)
-    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=False) if o is not None and c is not None]
-    inputs = [t for t, need in zip((x, context, *tensors), needed, strict=True) if need and t is not None]
-    gradients = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            inputs,
-            [c for _, c in pairs],
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )
-    )
-    return [next(gradients) if need else None for need in needed]
+def _is_wanted(node: Any) -> bool:
+    """Tells if a gradient is used: torch.autograd.grad(log_prob, x) uses none of the weights, which require one."""
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except (AttributeError, RuntimeError):  # an older PyTorch; a leaf whose gradient is used
+        return True
