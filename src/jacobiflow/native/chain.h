@@ -172,15 +172,11 @@ class Chain {
     return tensor < 0 ? nullptr : static_cast<const T*>(call.tensors[t.first_tensor + tensor]);
   }
 
-  // The libraries multiply weights by masks, so a weight that is not finite gives NaN even if it is masked.
-  void check_finite(const T* values, int64_t size) {
-    Vector poison{};
+  // The libraries multiply weights by masks, so a weight that is not finite gives NaN even if it is masked. Adds 0, or NaN.
+  static void add_poison(const T* values, int64_t size, Vector& poison) {
     int64_t i = 0;
     for (; i + L::count <= size; i += L::count) poison += L::load(values + i) * T(0);
-    T rest = 0;
-    for (; i < size; i++) rest += values[i] * T(0);
-    for (int lane = 0; lane < L::count; lane++) rest += poison[lane];
-    if (rest != 0) is_finite = false;
+    for (; i < size; i++) poison[0] += values[i] * T(0);
   }
 
   void pack_numbers(const Transform& t, const Place& p) {
@@ -196,13 +192,14 @@ class Chain {
     if (o.kind == Kind::extrapolation)
       for (int unit = 0; unit < o.units; unit++) packed[p.bias + unit] = bias[o.rows[unit]];
     if (!weight) return;
-    if (bias) check_finite(bias, o.units);
+    Vector poison{};
+    if (bias) add_poison(bias, o.units, poison);
     const T* shared = shares_context ? static_cast<const T*>(call.context) : nullptr;
     const int32_t* columns = o.kind == Kind::linear ? rows(t, o.source) : nullptr;
     const int context = shared && columns && !o.source ? t.context : 0, all = o.ready[t.steps - 1];
     for (int unit = 0; unit < o.units; unit++) {
       const int64_t row = (int64_t)o.rows[unit] * p.inputs;
-      check_finite(weight + row, p.inputs);
+      add_poison(weight + row, p.inputs, poison);
       if (unit >= all) continue;
       T total = bias ? bias[o.rows[unit]] : 0;
       T* to = packed + p.weight + (size_t)unit * p.inputs;
@@ -212,15 +209,21 @@ class Chain {
       } else {
         // Units and inputs are multiplied in blocks, whose other entries are 0.
         const int read = reads(p, unit), beyond = std::max(reads(p, std::min(unit + most_units, all) - 1), read + most_units);
-        if (!o.mask)
-          for (int k = 0; k < read; k++) to[k] = weight[row + columns[k]];
-        else
-          for (int k = 0; k < read; k++) to[k] = o.mask[row + columns[k]] ? weight[row + columns[k]] : T(0);
+        gather(weight + row, o.mask ? o.mask + row : nullptr, columns, read, to);
         std::fill(to + read, to + std::min(beyond, p.inputs), T(0));
         for (int k = 0; k < context; k++) total += to[k] * shared[columns[k] - t.context_start];
       }
       packed[p.bias + unit] = total;
     }
+    for (int lane = 0; lane < L::count; lane++)
+      if (poison[lane] != 0) is_finite = false;
+  }
+
+  static void gather(const T* from, const uint8_t* mask, const int32_t* columns, int count, T* __restrict to) {
+    if (mask)
+      for (int k = 0; k < count; k++) to[k] = mask[columns[k]] ? from[columns[k]] : T(0);
+    else
+      for (int k = 0; k < count; k++) to[k] = from[columns[k]];
   }
 };
 
