@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -85,6 +85,28 @@ def values(flow: Any, x: Tensor, context: Tensor | None, is_inverse: bool) -> Va
 def exact(flow: nn.Module, x: Tensor, context: Tensor | None, is_inverse: bool) -> Values:
     """By the library's own code, in float64."""
     return values(copy.deepcopy(flow).double(), x.double(), None if context is None else context.double(), is_inverse)
+
+
+def gradients(
+    flow: nn.Module, x: Tensor, context: Tensor | None, is_inverse: bool, cotangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of `values` with cotangents for both, in `x`, the context and the parameters that need one."""
+    inputs = [t for t in (x, context, *flow.parameters()) if t is not None and t.requires_grad]
+    pairs = zip(values(flow, x, context, is_inverse), cotangents, strict=True)
+    outputs, weights = zip(*[pair for pair in pairs if pair[1] is not None], strict=True)
+    return list(torch.autograd.grad(outputs, inputs, weights, allow_unused=True))
+
+
+def gradient_gap(expected: Any, result: Any) -> float:
+    """The largest difference, of each tensor relative to its largest entry; no gradient is one of 0."""
+    gaps = [0.0]
+    for original, other in zip(expected, result, strict=True):
+        if original is None or not original.any():
+            assert other is None or not other.any()
+        else:
+            assert original.isfinite().all()
+            gaps.append(float((original - other).abs().max() / original.abs().max()))
+    return max(gaps)
 
 
 @torch.no_grad()
