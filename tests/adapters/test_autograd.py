@@ -1,0 +1,253 @@
+"""What PyTorch's autograd does with the gradients of accelerated flows, and what is left to the libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nflows.transforms import MaskedAffineAutoregressiveTransform
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.module import register_module_full_backward_hook
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+import jacobiflow as jf
+from tests.helpers.library_flows import CASES, default_dtype, gradient_gap, masked_layers, normal, values
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+
+DOUBLE = torch.float64
+EXACT = 1e-9  # relative to the largest entry
+LIBRARIES = ["zuko MAF", "zuko NSF", "nflows affine", "normflows affine", "pyro affine"]
+
+
+@dataclass
+class Problem:
+    """A small flow with rows and contexts that need gradients."""
+
+    flow: Any
+    x: Tensor
+    context: Tensor | None
+    is_inverse: bool
+
+    @classmethod
+    def of(cls, name: str, is_inverse: bool, context: int = 2, features: int = 4) -> Problem:
+        x, c = (normal(5, size, seed=size, dtype=DOUBLE).requires_grad_() for size in (features, context))
+        return cls(CASES[name].make(context, features, DOUBLE, 8), x, c if context else None, is_inverse)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [t for t in (self.x, self.context, *self.flow.parameters()) if t is not None]
+
+    def results(self, rows: slice = slice(None)) -> tuple[Tensor, ...]:
+        return values(self.flow, self.x[rows], None if self.context is None else self.context[rows], self.is_inverse)
+
+    def loss(self, rows: slice = slice(None)) -> Tensor:
+        return loss_of(self.results(rows))
+
+    def gradients(self) -> Any:
+        return torch.autograd.grad(self.loss(), self.leaves, allow_unused=True)
+
+
+def loss_of(results: tuple[Tensor, ...]) -> Any:
+    return sum((part.sin() * (1 + part.sigmoid())).sum() for part in results)
+
+
+def go_backward_twice(p: Problem) -> None:
+    loss = p.loss()
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def accumulate(p: Problem) -> None:
+    p.loss().backward()
+    p.flow.zero_grad(set_to_none=False)
+    for rows in (slice(0, 2), slice(2, 5)):
+        p.loss(rows).backward()
+
+
+def use_checkpoints(p: Problem) -> None:
+    for use_reentrant in (False, True):
+        checkpoint(lambda _: p.loss(), p.x, use_reentrant=use_reentrant).backward()
+
+
+def save_elsewhere(p: Problem) -> None:
+    with saved_tensors_hooks(torch.clone, torch.clone):
+        p.loss().backward()
+
+
+def triple(parameter: Tensor) -> None:
+    parameter.grad *= 3
+
+
+def use_hooks_of_parameters(p: Problem) -> None:
+    for parameter in p.flow.parameters():
+        parameter.register_hook(lambda gradient: 2 * gradient)
+        parameter.register_post_accumulate_grad_hook(triple)
+    p.loss().backward()
+
+
+def tie_weights(p: Problem) -> None:
+    for layer, other in combinations(masked_layers(p.flow), 2):
+        for key, parameter in layer.named_parameters():
+            if getattr(other, key).shape == parameter.shape:
+                setattr(other, key, parameter)
+    p.loss().backward()
+
+
+def apply_it_twice(p: Problem) -> None:
+    y, log_det = p.results()
+    loss_of((*values(p.flow, y, y[:, :2], p.is_inverse), log_det)).backward()
+
+
+def change_weights(p: Problem) -> None:
+    p.context = p.context.detach()  # or the library raises an error for its plain layers
+    loss = p.loss()
+    with torch.no_grad():
+        for layer in masked_layers(p.flow):
+            layer.weight *= 2
+            layer.bias.data = 2 * layer.bias.data
+    loss.backward()
+
+
+def change_results_in_place(p: Problem) -> None:
+    loss_of(tuple(part.mul_(2).add_(1) for part in p.results())).backward()
+
+
+USES = (
+    go_backward_twice, accumulate, use_checkpoints, save_elsewhere, use_hooks_of_parameters, tie_weights,
+    apply_it_twice, change_weights, change_results_in_place,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("is_inverse", [False, True])
+@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("use", USES)
+def test_uses_of_autograd(use: Callable[[Problem], None], name: str, is_inverse: bool) -> None:
+    answers = []
+    for is_accelerated in (False, True):
+        p = Problem.of(name, is_inverse)
+        leaves = p.leaves
+        with default_dtype(DOUBLE), jf.accelerate(p.flow) if is_accelerated else nullcontext() as handle:
+            use(p)
+        answers.append([tensor.grad for tensor in leaves])
+    assert gradient_gap(*answers) < EXACT
+    assert set(handle.ways.values()) == {"native"}
+
+
+@pytest.mark.parametrize("is_inverse", [False, True])
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_backward_pass_after_restore(name: str, is_inverse: bool) -> None:
+    p = Problem.of(name, is_inverse)
+    with default_dtype(DOUBLE), jf.accelerate(p.flow):
+        losses = [p.loss(), p.loss()]
+    losses.append(p.loss())
+    for create_graph in (True, False):
+        first, _, last = (
+            torch.autograd.grad(loss, p.leaves, create_graph=create_graph, allow_unused=True) for loss in losses
+        )
+        assert gradient_gap(last, first) < EXACT
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_rows_that_are_changed_in_place_are_noticed(name: str) -> None:
+    p = Problem.of(name, is_inverse=False)
+    expected, x = p.gradients(), p.x
+    with jf.accelerate(p.flow):
+        p.x = 1 * x
+        loss = p.loss()
+        p.x.mul_(2)
+        try:
+            result = torch.autograd.grad(loss, [x, *p.leaves[1:]], allow_unused=True)
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+        else:
+            assert gradient_gap(expected, result) < EXACT
+
+
+def add_backward_hooks(p: Problem) -> Any:
+    calls: list[int] = []
+    masked_layers(p.flow)[0].register_full_backward_hook(lambda *_: calls.append(1))
+    masked_layers(p.flow)[-1].register_full_backward_pre_hook(lambda *_: calls.append(2))
+    gradients = p.gradients()
+    assert set(calls) == {1, 2}
+    return gradients
+
+
+def add_a_hook_on_all_modules(p: Problem) -> Any:
+    handle = register_module_full_backward_hook(lambda *_: None)
+    try:
+        return p.gradients()
+    finally:
+        handle.remove()
+
+
+def add_parametrizations(p: Problem) -> Any:
+    for layer in masked_layers(p.flow):
+        parametrizations.weight_norm(layer)
+    return p.gradients()
+
+
+def use_autocast(p: Problem) -> Any:
+    p.flow, p.x = p.flow.float(), p.x.detach().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        return p.gradients()
+
+
+def transform_functions(p: Problem) -> Any:
+    of_row = torch.func.grad(lambda x: loss_of(values(p.flow, x[None], None, p.is_inverse)))
+    return [of_row(p.x[0]), torch.func.vmap(of_row)(p.x)]
+
+
+LEFT_TO_LIBRARY = {
+    add_backward_hooks: EXACT, add_a_hook_on_all_modules: EXACT, add_parametrizations: EXACT, use_autocast: 0.02,
+    transform_functions: EXACT,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("is_inverse", [False, True])
+@pytest.mark.parametrize("name", ["zuko MAF", "nflows affine", "normflows affine"])
+@pytest.mark.parametrize("use", LEFT_TO_LIBRARY)
+def test_what_is_left_to_the_library(use: Callable[[Problem], Any], name: str, is_inverse: bool) -> None:
+    answers = []
+    for is_accelerated in (False, True):
+        p = Problem.of(name, is_inverse, context=0, features=8)
+        with jf.accelerate(p.flow) if is_accelerated else nullcontext() as handle:
+            answers.append(use(p))
+    assert gradient_gap(*answers) < LEFT_TO_LIBRARY[use]
+    assert "native" not in handle.ways.values()
+
+
+@pytest.mark.parametrize("is_inverse", [False, True])
+def test_dropout_in_training_mode_is_left_to_the_library(is_inverse: bool) -> None:
+    answers = []
+    for is_accelerated in (False, True):
+        torch.manual_seed(0)
+        flow = MaskedAffineAutoregressiveTransform(4, 16, dropout_probability=0.4).double()
+        p = replace(Problem.of("nflows affine", is_inverse, context=0), flow=flow)
+        with jf.accelerate(flow) if is_accelerated else nullcontext() as handle:
+            answers.append(p.gradients())
+    assert gradient_gap(*answers) == 0
+    assert "native" not in handle.ways.values()
+
+
+def test_data_parallel_training(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    answers = []
+    try:
+        for is_accelerated in (False, True):
+            p = Problem.of("nflows affine", is_inverse=False)
+            with jf.accelerate(p.flow) if is_accelerated else nullcontext() as handle:
+                loss_of(nn.parallel.DistributedDataParallel(p.flow)(p.x, p.context)).backward()
+            answers.append([tensor.grad for tensor in p.leaves])
+    finally:
+        torch.distributed.destroy_process_group()
+    assert gradient_gap(*answers) < EXACT
+    assert set(handle.ways.values()) == {"native"}
