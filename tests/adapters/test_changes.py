@@ -17,7 +17,16 @@ from pyro.nn import AutoRegressiveNN
 from torch import Tensor, nn
 
 import jacobiflow as jf
-from tests.helpers.library_flows import Values, default_dtype, exact, masked_layers, same_bits, values
+from tests.helpers.library_flows import (
+    Values,
+    default_dtype,
+    exact,
+    gradient_gap,
+    gradients,
+    masked_layers,
+    same_bits,
+    values,
+)
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
@@ -45,11 +54,17 @@ def build(name: str) -> nn.Module:
 
 
 def is_right(flow: nn.Module) -> bool:
-    """True if the values in both directions are those of the library's own code."""
+    """True if the values in both directions, and their gradients, are those of the library's own code."""
     weight = next(flow.parameters())
     x = torch.randn(9, 5, generator=torch.Generator().manual_seed(1)).to(weight.dtype)
-    gaps = []
+    double, ones, gaps = copy.deepcopy(flow).double(), [torch.ones_like(x), torch.ones_like(x[:, 0])], []
     for is_inverse in (False, True):
+        with torch.enable_grad():
+            with default_dtype(weight.dtype):
+                derived = gradients(flow, x.requires_grad_(), None, is_inverse, ones)
+            expected = gradients(double, x.detach().double().requires_grad_(), None, is_inverse, ones)
+        gaps.append(gradient_gap(expected, derived))
+        x = x.detach()
         pairs = zip(values(flow, x, None, is_inverse), exact(flow, x, None, is_inverse), strict=True)
         gaps += [float((ours - its).abs().max()) for ours, its in pairs]
     return max(gaps) < (1e-9 if weight.dtype == torch.float64 else 1e-4)
@@ -134,17 +149,23 @@ def test_weights_of_a_functional_call_and_their_gradients(name: str, is_inverse:
     module = Direction(build(name), is_inverse)
     weights = {key: (0.5 * weight).detach().requires_grad_() for key, weight in module.named_parameters()}
 
+    x = torch.randn(9, 5, generator=torch.Generator().manual_seed(1))
+
+    def loss() -> Any:
+        return sum(part.sin().sum() for part in torch.func.functional_call(module, weights, (x,)))
+
     def call() -> list[Tensor]:
-        x = torch.randn(9, 5, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             result = torch.func.functional_call(module, weights, (x,))
-        parts = torch.func.functional_call(module, weights, (x,))
-        return [*result, *torch.autograd.grad(sum(part.sin().sum() for part in parts), [*weights.values()])]
+        return [*result, *torch.autograd.grad(loss(), [*weights.values()])]
 
     expected = call()
     with jf.accelerate(module) as handle:
         result = call()
         assert set(handle.ways.values()) == {"native"}
+        for settings in ({"create_graph": True}, {"is_grads_batched": True, "grad_outputs": torch.ones(2)}):
+            with pytest.raises(RuntimeError, match=r"jf\.accelerate.*restore\(\)"):
+                torch.autograd.grad(loss(), [*weights.values()], **settings)  # when the module has its own weights
         before = module(torch.ones(3, 5))
     torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(before, module(torch.ones(3, 5)), rtol=1e-9, atol=1e-9)
@@ -156,9 +177,11 @@ def test_threads_on_one_flow_get_what_each_gets_alone(name: str, tolerance: floa
     flow = build(name)
     rows = [torch.randn(3 + 30 * (i % 4), 5) for i in range(16)]
 
-    @torch.no_grad()
-    def invert(x: Tensor) -> Tensor:
-        return values(flow, x, None, True)[0]
+    def invert(x: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            result = values(flow, x, None, True)[0]
+        y = values(flow, x, None, True)[0]
+        return [result, *torch.autograd.grad(y.sin().sum(), [*flow.parameters()])]
 
     with jf.accelerate(flow, tolerance), ThreadPoolExecutor(4) as pool:
         assert same_bits(list(pool.map(invert, rows)), [invert(x) for x in rows])
