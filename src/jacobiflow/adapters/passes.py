@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import Acceleration
-from jacobiflow.adapters.chain import DROPOUTS, has_hooks, has_replaced_method, is_traced
+from jacobiflow.adapters.chain import DROPOUTS, has_hooks, has_replaced_method, is_library_alone, is_traced
 from jacobiflow.implicit import check_first_derivative, is_batched, solve_adjoint
 
 Pass = Callable[[Any, Tensor], Sequence[Tensor]]
@@ -42,6 +42,8 @@ def invert(
         masked_linear: The class of its layers.
         passes: The number of passes in the library's own loop.
     """
+    if is_library_alone():
+        return None
     needs_graph = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (y, context, *module.parameters())
     )

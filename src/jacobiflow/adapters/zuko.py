@@ -148,7 +148,7 @@ class _AtContext(Transform):
             return None
 
         def fallback(x: Tensor, context: Tensor | None) -> Values:
-            transform = self.module.library_class.forward(self.module, context)
+            transform = library_class(self.module).forward(self.module, context)
             transform = transform.inv if is_inverse else transform
             return (transform(x), None) if log_det is None else transform.call_and_ladj(x)
 
@@ -225,7 +225,7 @@ class FlowAtContext(NormalizingFlow):  # type: ignore[misc]
     @cached_property
     def _library(self) -> Any:
         """The flow as zuko makes it."""
-        return self.module.library_class.forward(self.module, self.context)
+        return library_class(self.module).forward(self.module, self.context)
 
     @cached_property
     def transform(self) -> Any:
@@ -248,7 +248,7 @@ class FlowAtContext(NormalizingFlow):  # type: ignore[misc]
         if self.module is not None and is_accelerated(self.module):
 
             def fallback(x: Tensor, context: Tensor | None) -> Values:
-                return x, self.module.library_class.forward(self.module, context).log_prob(x)
+                return x, library_class(self.module).forward(self.module, context).log_prob(x)
 
             result = self.module.acceleration.evaluate(self.module, x, self.context, False, fallback, "rows")
         return super().log_prob(x) if result is None else result[1]

@@ -38,8 +38,10 @@ class Result(NamedTuple):
     failed: Bool[Tensor, " b"] | None
 
 
-InPyTorch = Callable[[Float[Tensor, "b d"], Float[Tensor, "#b c"] | None], tuple[Tensor, Tensor | None]]
-"""Rows, context -> values and log-determinants of a chain, with a graph."""
+InPyTorch = Callable[
+    [Float[Tensor, "b d"], Float[Tensor, "#b c"] | None, Sequence[Tensor]], tuple[Tensor, Tensor | None]
+]
+"""Rows, context, tensors -> values and log-determinants of a chain, with a graph."""
 
 
 class TransformChain:
@@ -197,9 +199,11 @@ class _Call:
             check_first_derivative("native code", "compute in PyTorch: set JACOBIFLOW_NATIVE=0")
             raise NotImplementedError("native code does not take batches of gradients; set JACOBIFLOW_NATIVE=0")
         with torch.enable_grad():
-            outputs = self.in_pytorch(x, context)
+            # Aliases, as x may depend on a tensor, too, and that part of the derivative is not asked for.
+            aliases: Any = [None if t is None else t.view_as(t) for t in (x, context, *self.inputs[2:])]
+            outputs = self.in_pytorch(aliases[0], aliases[1], aliases[2:])
         pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=False) if o is not None and c is not None]
-        inputs: Any = list(compress((x, context, *self.inputs[2:]), wanted))
+        inputs = list(compress(aliases, wanted))
         gradients = iter(
             torch.autograd.grad(
                 [o for o, _ in pairs], inputs, [c for _, c in pairs], create_graph=torch.is_grad_enabled(),
