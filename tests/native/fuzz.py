@@ -57,7 +57,7 @@ EXTREMES: dict[str, Change] = {  # after which PyTorch's own rounding may be of 
     "enormous": lambda x: filled(x, 3e38),
 }
 OTHERS: dict[str, Change] = {  # which may be refused
-    "expanded": lambda x: x[:1].expand(x.shape),
+    "expanded": lambda x: x[:1].expand(x.shape) if x.ndim else x,
     "zero": torch.zeros_like,
     "no rows": lambda x: x[:0],
     "a row less": lambda x: x[:-1],
@@ -85,6 +85,13 @@ def answer(compute: Callable[[], Any]) -> Any:
         return compute()
     except (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError, AssertionError):
         return None
+
+
+def answers(flow: nn.Module, compute: Callable[[], Any]) -> tuple[Any, Any]:
+    """The answers of the library's own code and of native code."""
+    theirs = answer(compute)
+    with jf.accelerate(flow):
+        return theirs, answer(compute)
 
 
 def check_same(ours: Any, theirs: Any, what: str, tolerance: float = 1e-3) -> None:
@@ -173,16 +180,66 @@ def library_flow(rng: random.Random) -> tuple[Any, str]:
     elif target == "weight":
         target = change_weight(flow, change, rng)
     what, is_inverse = f"{name}, {rows} x {features}, context {width}: {target} {change}", rng.random() < 0.5
-    theirs = answer(lambda: library_flows.values(flow, x, context, is_inverse))
-    with jf.accelerate(flow):
-        ours = answer(lambda: library_flows.values(flow, x, context, is_inverse))
+    theirs, ours = answers(flow, lambda: library_flows.values(flow, x, context, is_inverse))
+    if change == "on meta":  # PyTorch's own linear layers then return memory that nothing was written to
+        return ours, what
     if theirs is None and context is not None and name.startswith("zuko"):  # not all of its transforms broadcast x
         shape = answer(lambda: torch.broadcast_shapes(x.shape[:-1], context.shape[:-1]))
         theirs = answer(lambda: library_flows.values(flow, x.expand(*shape, -1), context, is_inverse))
     assert ours is not None or theirs is None, f"refused: {what}"
     if ours is not None and change not in EXTREMES and ours[0].numel():
         check_same(ours, theirs, what, 1e-2)
+    if ours is not None and rng.random() < 0.5:
+        check_gradients(rng, flow, x, context, is_inverse, ours, what, change not in EXTREMES)
     return ours, what
+
+
+def check_gradients(
+    rng: random.Random, flow: nn.Module, x: Tensor, context: Tensor | None, is_inverse: bool, results: Any, what: str,
+    is_compared: bool,
+) -> None:  # fmt: skip
+    """Takes the gradients of some tensors, for cotangents of any layout.
+
+    At a kink of ReLU or a knot of a spline, rounding decides between two gradients: if they differ, the check is
+    repeated with other weights.
+    """
+    for tensor in (x, context, *flow.parameters()):
+        if tensor is not None:
+            tensor.requires_grad_(rng.random() < 0.7)
+    changes = [rng.choice([*LAYOUTS, rng.choice([*EXTREMES]), "expanded", "zero", "none"]) for _ in results]
+    cotangents = [
+        None if change == "none" else CHANGES[change](library_flows.normal(*part.shape, seed=1, dtype=part.dtype))
+        for part, change in zip(results, changes, strict=True)
+    ]
+    what = f"gradients of {what}, cotangents {' and '.join(changes)}"
+    for is_last in (False, True):
+        with torch.enable_grad():
+            theirs, ours = answers(flow, lambda: library_flows.gradients(flow, x, context, is_inverse, cotangents))
+        assert ours is not None or theirs is None, f"refused: {what}"
+        if theirs is None or not is_compared or not EXTREMES.keys().isdisjoint(changes):
+            return
+        error = gradient_error(ours, theirs, what)
+        if error <= 1:
+            return
+        assert not is_last, f"{what}: off by {error:g} times the tolerance"
+        for parameter in flow.parameters():
+            if parameter.is_contiguous():
+                parameter *= 1.001
+
+
+def gradient_error(ours: Any, theirs: Any, what: str) -> float:
+    """The largest error, as a multiple of a tolerance relative to a tensor's largest entry."""
+    errors = [0.0]
+    for a, b in zip(ours, theirs, strict=True):
+        if a is None or b is None:
+            assert not any(part.any() for part in (a, b) if part is not None), f"{what}: none in place of one"
+        else:
+            assert (a.shape, a.dtype) == (b.shape, b.dtype), f"{what}: {a.dtype} {tuple(a.shape)}, not {tuple(b.shape)}"
+            if b.numel() and b.isfinite().all():
+                tolerance = 1e-6 if b.dtype == torch.float64 else 1e-2
+                error = (a - b).abs().max().double() / (tolerance * b.abs().max().double().clamp(min=1e-6))
+                errors.append(float(error.nan_to_num(torch.inf)))
+    return max(errors)
 
 
 def description(rng: random.Random) -> tuple[Any, str]:
@@ -218,9 +275,18 @@ def description(rng: random.Random) -> tuple[Any, str]:
     def compute() -> Any:
         operations = list(map(MaskedOperation, network.operations, units, masks))
         transform = masked_transform(starts, order, operations, inputs, shapes, **settings)
-        chain, rows = TransformChain([(transform, False)]), rng.choice([1, 3, 70])
+        chain, rows, has_graph = TransformChain([(transform, False)]), rng.choice([1, 3, 70]), rng.random() < 0.5
         x, context = torch.randn(rows, features), torch.randn(rows, width) if width else None
-        return chain.evaluate([torch.randn(shape) for shape in shapes], x, context, rng.random() < 0.5, "rows")
+        tensors = [torch.randn(shape) for shape in shapes]
+        leaves = [t for t in (*tensors, x, context) if t is not None and rng.random() < 0.7]
+        with torch.set_grad_enabled(has_graph):
+            for tensor in leaves:
+                tensor.requires_grad_(has_graph)
+            result = chain.evaluate(tensors, x, context, rng.random() < 0.5, "rows")
+            outputs = () if result is None else (result.values, result.log_det)
+            if outputs and result.values.requires_grad:
+                torch.autograd.grad(outputs, leaves, [*map(torch.randn_like, outputs)], allow_unused=True)
+        return result
 
     try:
         ours = compute()
