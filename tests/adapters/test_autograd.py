@@ -1,4 +1,4 @@
-"""What PyTorch's autograd does with the gradients of accelerated flows, and what is left to the libraries."""
+"""Uses of PyTorch's autograd with accelerated flows, and the gradients that are left to the libraries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,18 +155,21 @@ def test_a_backward_pass_after_restore(name: str, is_inverse: bool) -> None:
         assert gradient_gap(last, first) < EXACT
 
 
+@pytest.mark.parametrize("changed", ["rows", "weights"])
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_rows_that_are_changed_in_place_are_noticed(name: str) -> None:
+def test_changes_in_place_are_noticed(name: str, changed: str) -> None:
     p = Problem.of(name, is_inverse=False)
-    expected, x = p.gradients(), p.x
-    with jf.accelerate(p.flow):
-        p.x = 1 * x
-        loss = p.loss()
-        p.x.mul_(2)
+    expected, leaves = p.gradients(), p.leaves
+    with jf.accelerate(p.flow), torch.no_grad():
+        with torch.enable_grad():
+            p.x = 1 * p.x
+            loss = p.loss()
+        tensor = p.x if changed == "rows" else masked_layers(p.flow)[0].weight
+        tensor *= 2
         try:
-            result = torch.autograd.grad(loss, [x, *p.leaves[1:]], allow_unused=True)
+            result = torch.autograd.grad(loss, leaves, create_graph=changed == "weights", allow_unused=True)
         except RuntimeError as error:
-            assert "modified by an inplace operation" in str(error)
+            assert any(reason in str(error) for reason in ("modified by an inplace operation", "jf.accelerate"))
         else:
             assert gradient_gap(expected, result) < EXACT
 
@@ -206,7 +208,7 @@ def transform_functions(p: Problem) -> Any:
     return [of_row(p.x[0]), torch.func.vmap(of_row)(p.x)]
 
 
-LEFT_TO_LIBRARY = {
+LEFT_TO_LIBRARY = {  # and the largest difference: passes in bfloat16 end at other bits than the library's loop
     add_backward_hooks: EXACT, add_a_hook_on_all_modules: EXACT, add_parametrizations: EXACT, use_autocast: 0.02,
     transform_functions: EXACT,
 }  # fmt: skip
@@ -238,8 +240,8 @@ def test_dropout_in_training_mode_is_left_to_the_library(is_inverse: bool) -> No
     assert "native" not in handle.ways.values()
 
 
-def test_data_parallel_training(tmp_path: Path) -> None:
-    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+def test_data_parallel_training() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     answers = []
     try:
         for is_accelerated in (False, True):

@@ -132,7 +132,7 @@ class Snapshot:
         if any(self._hooks) != self._has_hooks or any(now != before for now, before in self._parents):
             return False
         for holder, name, tensor, version in self._constants:
-            if holder.get(name) is not tensor or tensor._version != version:
+            if holder.get(name) is not tensor or _version(tensor) != version:
                 return False
         return True
 
@@ -179,7 +179,10 @@ class Chain:
         if self.obstacle is not None:
             return None
         tensors: list[Any] = [holder.get(name) for holder, name in self._tensors]
-        in_pytorch = None if fallback is None else partial(self._in_pytorch, tensors, fallback)
+        in_pytorch = None
+        if fallback is not None and torch.is_grad_enabled():
+            versions = list(map(_version, tensors))
+            in_pytorch = partial(self._in_pytorch, tensors, versions, fallback)
         result = self._chain.evaluate(tensors, x, context, is_inverse, log_det, in_pytorch)
         if result is None or result.failed is None:
             return None if result is None else (result.values, result.log_det)
@@ -193,14 +196,16 @@ class Chain:
         return result.values, result.log_det
 
     def _in_pytorch(
-        self, own: Sequence[Tensor], fallback: Fallback, x: Tensor, context: Tensor | None, tensors: Sequence[Tensor]
-    ) -> Values:
+        self, own: Sequence[Tensor], versions: Sequence[int | None], fallback: Fallback, x: Tensor, context: Tensor | None,
+        tensors: Sequence[Tensor],
+    ) -> Values:  # fmt: skip
         """The values of a call by the library's code, with these `tensors` in place of the module's `own`."""
-        if any(holder.get(name) is not tensor for (holder, name), tensor in zip(self._tensors, own, strict=True)):
-            raise RuntimeError(
-                "second derivatives of a flow that jf.accelerate made fast, and whose weights were replaced since the "
-                "forward pass; restore() the flow first"
-            )
+        for (holder, name), tensor, version in zip(self._tensors, own, versions, strict=True):
+            if holder.get(name) is not tensor or _version(tensor) != version:
+                raise RuntimeError(
+                    "second derivatives of a flow that jf.accelerate made fast, and whose weights have changed since "
+                    "the forward pass; restore() the flow first"
+                )
         with library_alone():
             try:
                 for (holder, name), tensor in zip(self._tensors, tensors, strict=True):
@@ -209,6 +214,10 @@ class Chain:
             finally:
                 for (holder, name), tensor in zip(self._tensors, own, strict=True):
                     holder[name] = tensor
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 _lock = Lock()
