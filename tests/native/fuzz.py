@@ -24,7 +24,8 @@ from torch import Tensor, nn
 import jacobiflow as jf
 from jacobiflow.adapters.network import MaskedNetwork, find_order
 from jacobiflow.native import boundary, build
-from jacobiflow.native.masked import MaskedOperation, TransformChain, masked_transform
+from jacobiflow.native.chain import TransformChain
+from jacobiflow.native.masked import MaskedOperation, masked_transform
 from jacobiflow.native.recurrence import Prefix
 from tests.helpers import library_flows
 from tests.helpers.native_problems import CASES

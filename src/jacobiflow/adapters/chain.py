@@ -196,8 +196,8 @@ class Chain:
         return result.values, result.log_det
 
     def _in_pytorch(
-        self, own: Sequence[Tensor], versions: Sequence[int | None], fallback: Fallback, x: Tensor, context: Tensor | None,
-        tensors: Sequence[Tensor],
+        self, own: Sequence[Tensor], versions: Sequence[int | None], fallback: Fallback, x: Tensor,
+        context: Tensor | None, tensors: Sequence[Tensor],
     ) -> Values:  # fmt: skip
         """The values of a call by the library's code, with these `tensors` in place of the module's `own`."""
         for (holder, name), tensor, version in zip(self._tensors, own, versions, strict=True):

@@ -229,8 +229,8 @@ class FlowAtContext(NormalizingFlow):  # type: ignore[misc]
 
     @cached_property
     def transform(self) -> Any:
-        """The transform from data to the base."""
-        return self._library.transform
+        """The transform from data to the base, without the base if that is not needed yet."""
+        return self._library.transform if "_library" in vars(self) else self.module.transform(self.context)
 
     @cached_property
     def base(self) -> Any:

@@ -26,7 +26,7 @@ from jacobiflow.native.boundary import (
 from jacobiflow.native.build import library
 from jacobiflow.native.masked import ChainTransform
 
-_MOST_BYTES = 8 << 20  # of activations that are kept for a backward pass; more are computed again, which is as fast
+_MOST_BYTES = 24 << 20  # of activations that are kept for a backward pass; to compute more of them again is faster
 _TILE_VECTORS = 4  # to which rows are padded
 
 
