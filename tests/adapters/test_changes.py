@@ -175,13 +175,13 @@ def test_weights_of_a_functional_call_and_their_gradients(name: str, is_inverse:
 @pytest.mark.parametrize("name", BUILDS)
 def test_threads_on_one_flow_get_what_each_gets_alone(name: str, tolerance: float | None) -> None:
     flow = build(name)
-    rows = [torch.randn(3 + 30 * (i % 4), 5) for i in range(16)]
+    rows, parameters = [torch.randn(3 + 30 * (i % 4), 5) for i in range(16)], [*flow.parameters()]
 
     def invert(x: Tensor) -> list[Tensor]:
         with torch.no_grad():
             result = values(flow, x, None, True)[0]
-        y = values(flow, x, None, True)[0]
-        return [result, *torch.autograd.grad(y.sin().sum(), [*flow.parameters()])]
+        loss = values(flow, x, None, True)[0].sin().sum()
+        return [result, *torch.autograd.grad(loss, parameters)]
 
     with jf.accelerate(flow, tolerance), ThreadPoolExecutor(4) as pool:
         assert same_bits(list(pool.map(invert, rows)), [invert(x) for x in rows])

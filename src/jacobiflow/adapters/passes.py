@@ -140,7 +140,7 @@ class _Implicit(torch.autograd.Function):
         ctx.save_for_backward(x, *outputs)
         ctx.passes, ctx.tolerance = passes, tolerance
         ctx.set_materialize_grads(False)
-        results = tuple(output.view_as(output) for output in outputs)
+        results = tuple(output.clone() for output in outputs)  # which a caller may change in place
         ctx.mark_non_differentiable(*(r for r, o in zip(results, outputs, strict=True) if not o.requires_grad))
         return results
 
