@@ -40,7 +40,7 @@ STEP, GRADIENTS, IN_X, IN_CONTEXT, SAMPLES, LOSSES = (
 )  # fmt: skip
 ADAM, FUSED, NO_OPTIMIZER = "Adam", "Adam(fused=True)", "none"
 ERROR_ROWS = 1_000  # the largest number of rows whose gradients are compared with those in float64
-CALLS, BLOCK = 10, 0.02  # calls that are timed together: at most, and the seconds that the library's may take
+CALLS, BLOCK = 10, 0.2  # calls that are timed together: at most, and the seconds that the library's may take
 LEAST, MOST, SECONDS = 4, 200, 2.0  # rounds of these, and the seconds that all of the library's may take
 PROFILED = (10, 100)  # calls of a profile, at least and at most
 SIMULATIONS, STEPS, RATE_OF_LOSSES, NUDGE = 10_000, 1_000, 5e-4, 1e-7

@@ -142,3 +142,38 @@ def test_train_writes_a_maf_and_refuses_options_that_it_has_not(
         out = run_line(f"{line} {option} --out {tmp_path}/run", capsys)
         assert out.code == 2 and f"{option}: {words}" in out.err
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("is_inverse", [False, True])
+def test_gradients_are_those_of_the_oracle(is_inverse: bool) -> None:
+    flow = jf.load("digits-maf").requires_grad_()
+    reference, (images, labels) = MAFOracle(flow), digits().batch(torch.arange(3))
+    for value in reference.state.values():
+        value.requires_grad_()
+    inputs = latents(flow, 3).float() if is_inverse else 0.9 * images
+    answers = []
+    for model, x in ((reference, inputs.double()), (flow, inputs.clone())):
+        x.requires_grad_()
+        if not is_inverse:
+            z, log_det = model.encode(x, labels)
+            loss = z.square().mean() - log_det.mean()
+        else:
+            out = reference.decode(x, labels) if model is reference else jf.decode(flow, x, labels)
+            loss = (out - images).square().mean()
+        names = [name for name, _ in flow.named_parameters()]
+        weights = [reference.state[name] for name in names] if model is reference else [*flow.parameters()]
+        answers.append(torch.autograd.grad(loss, [x, *weights]))
+    for expected, result in zip(*answers, strict=True):
+        assert (expected - result).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_second_derivatives_of_the_density(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow, answers = jf.load("digits-maf").requires_grad_(), []
+    images, labels = digits().batch(torch.arange(2))
+    for native in ("0", "1"):
+        monkeypatch.setenv("JACOBIFLOW_NATIVE", native)
+        x = (0.9 * images).requires_grad_()
+        (score,) = torch.autograd.grad(flow.log_prob(x, labels).sum(), x, create_graph=True)
+        answers.append(torch.autograd.grad(score.square().sum(), [x, *flow.parameters()]))
+    for expected, result in zip(*answers, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))

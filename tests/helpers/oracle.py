@@ -303,7 +303,7 @@ def sequential(g: Map, z: Tensor) -> Tensor:
     """The fixed point of g, one token after another; a token that is not known yet is 0."""
     x = torch.zeros_like(z, dtype=torch.float64)
     for t in range(z.shape[1]):
-        x[:, t] = g(x)[:, t]
+        x = torch.cat([x[:, :t], g(x)[:, t : t + 1], x[:, t + 1 :]], dim=1)
     return x
 
 

@@ -5,6 +5,8 @@
 
 #include "boundary.cpp"
 #include "masked.cpp"
+#include "masked_double.cpp"
+#include "masked_float.cpp"
 #include "tarflow.cpp"
 
 namespace {

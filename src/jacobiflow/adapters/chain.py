@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from jacobiflow.adapters.network import MaskedNetwork, Slot, find_order
-from jacobiflow.native.boundary import UnsupportedError
+from jacobiflow.native.boundary import UnsupportedError, is_traced
 from jacobiflow.native.chain import TransformChain
 from jacobiflow.native.masked import (
     ChainTransform,
@@ -196,23 +195,23 @@ class Chain:
         return result.values, result.log_det
 
     def _in_pytorch(
-        self, own: Sequence[Tensor], versions: Sequence[int | None], fallback: Fallback, x: Tensor,
+        self, originals: Sequence[Tensor], versions: Sequence[int | None], fallback: Fallback, x: Tensor,
         context: Tensor | None, tensors: Sequence[Tensor],
     ) -> Values:  # fmt: skip
-        """The values of a call by the library's code, with these `tensors` in place of the module's `own`."""
-        for (holder, name), tensor, version in zip(self._tensors, own, versions, strict=True):
+        """The values of a call by the library's code, with these `tensors` in place of the `originals`."""
+        for (holder, name), tensor, version in zip(self._tensors, originals, versions, strict=True):
             if holder.get(name) is not tensor or _version(tensor) != version:
                 raise RuntimeError(
                     "second derivatives of a flow that jf.accelerate made fast, and whose weights have changed since "
                     "the forward pass; restore() the flow first"
                 )
-        with library_alone():
+        with acceleration_off():
             try:
                 for (holder, name), tensor in zip(self._tensors, tensors, strict=True):
                     holder[name] = tensor
                 return fallback(x, None if context is None else context.expand(len(x), -1))
             finally:
-                for (holder, name), tensor in zip(self._tensors, own, strict=True):
+                for (holder, name), tensor in zip(self._tensors, originals, strict=True):
                     holder[name] = tensor
 
 
@@ -225,19 +224,19 @@ _thread = local()
 
 
 @contextmanager
-def library_alone() -> Iterator[None]:
-    """Makes accelerated modules run the library's own code in this thread; one thread at a time."""
+def acceleration_off() -> Iterator[None]:
+    """Makes accelerated modules run the library's own code in this thread. One thread at a time can do so."""
     with _lock:
-        _thread.is_library_alone = True
+        _thread.is_off = True
         try:
             yield
         finally:
-            _thread.is_library_alone = False
+            _thread.is_off = False
 
 
-def is_library_alone() -> bool:
-    """Returns True inside `library_alone`."""
-    return getattr(_thread, "is_library_alone", False)
+def is_acceleration_off() -> bool:
+    """Returns True inside `acceleration_off`."""
+    return getattr(_thread, "is_off", False)
 
 
 def _check_call(module: nn.Module) -> None:
@@ -265,25 +264,9 @@ def has_replaced_method(module: nn.Module) -> bool:
     )  # fmt: skip
 
 
-def is_traced() -> bool:
-    """Returns True if PyTorch does more than compute values, or lacks the private names that tell.
-
-    It may trace, compile, export, transform a function, differentiate forward, or have a dispatch mode or hooks on all
-    modules.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return True
-    try:
-        is_observed = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
-        is_hooked = nn.modules.module._has_any_global_hook()
-        return bool(is_observed or is_hooked) or forward_ad._current_level >= 0
-    except AttributeError:
-        return True
-
-
 def is_plain_call() -> bool:
     """Returns True if PyTorch would compute values, in the dtype of the arguments, and a graph at most."""
-    return not is_library_alone() and not is_traced() and not torch.is_autocast_enabled("cpu")
+    return not is_acceleration_off() and not is_traced() and not torch.is_autocast_enabled("cpu")
 
 
 def flatten(

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import Acceleration
-from jacobiflow.adapters.chain import DROPOUTS, has_hooks, has_replaced_method, is_library_alone, is_traced
+from jacobiflow.adapters.chain import DROPOUTS, has_hooks, has_replaced_method, is_acceleration_off
 from jacobiflow.implicit import check_first_derivative, is_batched, solve_adjoint
+from jacobiflow.native.boundary import is_traced
 
 Pass = Callable[[Any, Tensor], Sequence[Tensor]]
 """network, x -> (g(x), ...): the next iterate, and the library's other results."""
@@ -42,7 +43,7 @@ def invert(
         masked_linear: The class of its layers.
         passes: The number of passes in the library's own loop.
     """
-    if is_library_alone():
+    if is_acceleration_off():
         return None
     needs_graph = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (y, context, *module.parameters())

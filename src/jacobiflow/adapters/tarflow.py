@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, library_class
-from jacobiflow.adapters.chain import is_traced
 from jacobiflow.adapters.state import BlockState
 from jacobiflow.adapters.trial import MAX_GUIDANCE, TEMPERATURES, Trial, TrialResult
 from jacobiflow.native import describe as native_line
 from jacobiflow.native import library as native_library
+from jacobiflow.native.boundary import is_traced
 from jacobiflow.native.recurrence import Extrapolation, Recurrence
 
 _PARTS = ("proj_in", "pos_embed", "attn_blocks", "proj_out", "permutation", "reverse")

@@ -52,8 +52,12 @@ class MaskedLinear(nn.Module):
 
     def masked_weight(self) -> Float[Tensor, "o i"]:
         """Returns the weight times the mask."""
-        inputs, outputs = (torch.from_numpy(d).to(self.weight.device) for d in (self.in_degrees, self.out_degrees))
-        return self.weight.masked_fill(outputs.unsqueeze(1) < inputs, 0)
+        return self.masked(self.weight)
+
+    def masked(self, weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
+        """Returns a weight times the mask."""
+        inputs, outputs = (torch.from_numpy(d).to(weight.device) for d in (self.in_degrees, self.out_degrees))
+        return weight.masked_fill(outputs.unsqueeze(1) < inputs, 0)
 
 
 @dataclass(frozen=True)
@@ -163,8 +167,22 @@ class MAFBlock(FlowBlock):
         except UnsupportedError:
             return None
         tensors = [tensor.contiguous() for tensor in tensors]
-        result = chain.evaluate(tensors, tokens.squeeze(-1), classes, is_inverse, log_det="rows")
+        in_pytorch = None if is_inverse else self._encode_in_pytorch
+        result = chain.evaluate(tensors, tokens.squeeze(-1), classes, is_inverse, "rows", in_pytorch)
         return None if result is None or result.log_det is None else (result.values.unsqueeze(-1), result.log_det)
+
+    def _encode_in_pytorch(
+        self, x: Float[Tensor, "b t"], classes: Float[Tensor, "#b n"] | None, tensors: Sequence[Tensor]
+    ) -> tuple[Float[Tensor, "b t"], Float[Tensor, " b"]]:
+        """The latents of tokens and log|det|, from the tensors that native code reads, for second derivatives."""
+        layers = []
+        for i, layer in enumerate(self.layers):
+            offset = tensors[2 * i + 1].unsqueeze(0)
+            if classes is not None:
+                offset = offset + F.linear(classes, tensors[2 * len(self.layers) + i])
+            layers.append(MaskedLayer(layer.masked(tensors[2 * i]), offset))
+        log_scale, shift = (part.squeeze(-1) for part in full_pass(x.unsqueeze(-1), layers))
+        return (x - shift) * torch.exp(-log_scale), -log_scale.sum(dim=1)
 
     def output_weights(self) -> tuple[Float[Tensor, "t h"], Float[Tensor, "t h"]]:
         weight = self.layers[-1].masked_weight().detach()

@@ -5,9 +5,9 @@
 
 namespace jacobiflow {
 
-// Where sums over rows lie that become the gradients of an operation's weight (units, stride) and bias (units, lanes). Of
-// a transform without a network: of the scale and the shift (features, lanes).
-struct Sums {
+// Where sums over rows lie that become the gradients of an operation's weight (units, stride) and bias (units, lanes), or
+// of the scale and the shift (features, lanes) of a transform without a network.
+struct SumLayout {
   bool has_any = false;
   int stride = 0;
   size_t weight = 0, bias = 0;
@@ -20,8 +20,8 @@ class TensorGradients {
   using L = Lanes<T>;
 
   TensorGradients(const Chain<T>& chain, const GradientArgs& args, int threads) : chain(chain), args(args) {
-    for_all([&](const Transform& t, int, int j, const Place& p) {
-      Sums s;
+    for_all([&](const Transform& t, int, int j, const OperationLayout& p) {
+      SumLayout s;
       if (j < 0) {
         s.has_any = gradient(t, 0) || gradient(t, 1);
         s.weight = size, s.bias = size + (size_t)chain.call.features * L::count;
@@ -33,7 +33,7 @@ class TensorGradients {
         if (s.has_any) size += (size_t)o.units * (s.stride + L::count);
         most_inputs = std::max(most_inputs, s.stride);
       }
-      places.push_back(s);
+      layouts.push_back(s);
     });
     for (int i = 0; size && i < threads; i++) memory.emplace_back(size);
     for (Buffer<T>& sums : memory) std::memset(sums.get(), 0, sizeof(T) * size);
@@ -43,12 +43,12 @@ class TensorGradients {
 
   T* of_thread(int rank) { return size ? memory[rank].get() : nullptr; }
 
-  const Sums& of(int transform, int operation) const { return places[first_place(transform) + std::max(operation, 0)]; }
+  const SumLayout& of(int transform, int operation) const { return layouts[first_layout(transform) + std::max(operation, 0)]; }
 
   // Adds up what threads have summed, and writes it to the tensors' gradients; masked entries get 0.
   void write() {
-    for_all([&](const Transform& t, int i, int j, const Place& p) {
-      const Sums& s = of(i, j);
+    for_all([&](const Transform& t, int i, int j, const OperationLayout& p) {
+      const SumLayout& s = of(i, j);
       if (!s.has_any) return;
       const int units = j < 0 ? chain.call.features : t.operations[j].units;
       const size_t count = j < 0 ? (size_t)2 * units * L::count : (size_t)units * (s.stride + L::count);
@@ -67,26 +67,26 @@ class TensorGradients {
  private:
   const Chain<T>& chain;
   const GradientArgs& args;
-  std::vector<Sums> places;
+  std::vector<SumLayout> layouts;
   std::vector<Buffer<T>> memory;
   size_t size = 0;
 
-  size_t first_place(int transform) const {
+  size_t first_layout(int transform) const {
     size_t count = 0;
-    for (int i = 0; i < transform; i++) count += places_of(chain.call.transforms[i]);
+    for (int i = 0; i < transform; i++) count += layout_count(chain.call.transforms[i]);
     return count;
   }
 
-  static int places_of(const Transform& t) {
+  static int layout_count(const Transform& t) {
     return t.kind == Elementwise::permutation ? 0 : std::max(t.operation_count, 1);
   }
 
-  // Calls use(transform, its index, operation, place) for each operation, with -1 for a transform without a network.
+  // Calls use(transform, its index, operation, its layout) for each operation, with -1 for a transform without a network.
   template <typename Use>
   void for_all(const Use& use) {
     for (int i = 0; i < chain.call.count; i++) {
       const Transform& t = chain.call.transforms[i];
-      for (int j = 0; j < places_of(t); j++) use(t, i, t.operation_count ? j : -1, chain.of(i, j));
+      for (int j = 0; j < layout_count(t); j++) use(t, i, t.operation_count ? j : -1, chain.of(i, j));
     }
   }
 
@@ -109,7 +109,7 @@ class TensorGradients {
     }
   }
 
-  void write_layer(const Transform& t, const Operation& o, const Place& p, const Sums& s) const {
+  void write_layer(const Transform& t, const Operation& o, const OperationLayout& p, const SumLayout& s) const {
     T *weight = gradient(t, o.weight), *bias = gradient(t, o.bias);
     const int32_t* columns = o.kind == Kind::linear ? chain.rows(t, o.source) : nullptr;
     const int all = o.ready[t.steps - 1];  // later units are read by nothing
@@ -207,12 +207,12 @@ class Adjoint {
   // The values of this transform, derivatives beside them, and their gradients.
   const T* value_of(int value) const { return values + chain.value(index, value) * rows; }
   T* gradient_of(int value) { return gradients.get() + (chain.value(index, value) - base) * rows; }
-  const T* slopes_of(const Place& p) const { return values + p.slopes * rows; }
-  T* beside_gradient(const Place& p) { return gradients.get() + (p.slopes - base) * rows; }
+  const T* slopes_of(const OperationLayout& p) const { return values + p.slopes * rows; }
+  T* beside_gradient(const OperationLayout& p) { return gradients.get() + (p.slopes - base) * rows; }
 
   void without_network(const Transform& t) {
-    const Place& p = chain.of(index, 0);
-    const Sums& to = tensors.of(index, -1);
+    const OperationLayout& p = chain.of(index, 0);
+    const SumLayout& to = tensors.of(index, -1);
     const T *scales = chain.weight(p), *shifts = chain.bias(p);
     for (int f = 0; f < call.features; f++) {
       const T scale = scales[f], shift = shifts[f];
@@ -282,7 +282,7 @@ class Adjoint {
   void backpropagate(const Transform& t, int begin, int end) {
     for (int j = t.operation_count - 1; j >= 0; j--) {
       const Operation& o = t.operations[j];
-      const Place& p = chain.of(index, j);
+      const OperationLayout& p = chain.of(index, j);
       const int first = chain.ready(t, j + 1, begin - 1), last = chain.ready(t, j + 1, end - 1);
       const size_t at = (size_t)first * rows, size = (size_t)(last - first) * rows;
       T* g = gradient_of(j + 1) + at;
@@ -332,7 +332,7 @@ class Adjoint {
   // The gradients of inputs that are known from step `begin` on, before `end`: weight^T g.
   void through_layer(const Transform& t, int j, int begin, int end) {
     const Operation& o = t.operations[j];
-    const Place& p = chain.of(index, j);
+    const OperationLayout& p = chain.of(index, j);
     int first = chain.ready(t, o.source, begin - 1), last = chain.ready(t, o.source, end - 1);
     if (!o.source && !args.grad_context) first = std::max(first, t.context);
     if (!o.source && !needs_features) last = std::min(last, t.context);
@@ -354,7 +354,7 @@ class Adjoint {
     for (int j = 0; j < t.operation_count; j++) {
       const Operation& o = t.operations[j];
       if (o.weight < 0 || o.kind == Kind::linear) continue;
-      const Place& p = chain.of(index, j);
+      const OperationLayout& p = chain.of(index, j);
       const Range units{0, o.ready[t.steps - 1]};
       T* to = context_gradient.get();
       multiply<T, vectors>(
@@ -366,8 +366,8 @@ class Adjoint {
 
   void add_weight_gradients(const Transform& t, int j) {
     const Operation& o = t.operations[j];
-    const Place& p = chain.of(index, j);
-    const Sums& s = tensors.of(index, j);
+    const OperationLayout& p = chain.of(index, j);
+    const SumLayout& s = tensors.of(index, j);
     const bool is_linear = o.kind == Kind::linear;
     const T *g = is_linear ? gradient_of(j + 1) : beside_gradient(p), *in = is_linear ? value_of(o.source) : context.get();
     transpose<T>(in, is_linear ? chain.ready(t, o.source, t.steps - 1) : p.inputs, rows, transposed.get(), s.stride);

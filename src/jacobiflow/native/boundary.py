@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from jacobiflow.checks import short
@@ -240,6 +241,22 @@ def require(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.f
     if not is_plain(tensor, dtype) or tensor.shape != shape:
         raise UnsupportedError(f"{short(tensor)}, where native code reads {shape} of {dtype}")
     return tensor.detach().contiguous()
+
+
+def is_traced() -> bool:
+    """Returns True if PyTorch does more than compute values, or lacks the private names that tell.
+
+    It may trace, compile, export, transform a function, differentiate forward, or have a dispatch mode or hooks on all
+    modules.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return True
+    try:
+        is_observed = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
+        is_hooked = nn.modules.module._has_any_global_hook()
+        return bool(is_observed or is_hooked) or forward_ad._current_level >= 0
+    except AttributeError:
+        return True
 
 
 def is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from jacobiflow.files import cache_folder, sha256, write_atomically
 from jacobiflow.native import compiler
-from jacobiflow.native.boundary import Library, is_plain
+from jacobiflow.native.boundary import Library, is_plain, is_traced
 
 SWITCH = "JACOBIFLOW_NATIVE"  # environment variable: 0 leaves all recurrences to PyTorch
 SHIPPED = Path(__file__).parent / "lib"  # of a wheel, made by hatch_build.py
@@ -45,8 +45,10 @@ def describe() -> str:
 
 
 def usable_library(z: Tensor) -> Library | None:
-    """Returns the library if it can solve for `z`: plain, float32, on a CPU, without autocast; else `None`."""
-    return library() if is_plain(z, torch.float32) and not torch.is_autocast_enabled("cpu") else None
+    """Returns the library if it can solve for `z`: plain, float32, on a CPU, not traced or autocast; else `None`."""
+    return (
+        library() if is_plain(z, torch.float32) and not is_traced() and not torch.is_autocast_enabled("cpu") else None
+    )
 
 
 def _is_off() -> bool:

@@ -24,12 +24,12 @@ class Buffer {
   T* data_;
 };
 
-// Where the numbers of an operation lie. A transform without a network has one place, for its scale and shift.
-struct Place {
-  int inputs = 0;              // columns of the weight
-  size_t weight = 0, bias = 0;  // of packed weights: (units, inputs) and (units), sorted by step
-  size_t value = 0, slopes = 0;  // of the value that it makes, and of derivatives, in units of a tile's activations
-  size_t reads = 0, readers = 0;  // of `Chain::ranges`: the inputs that a unit reads end at; the units that read an input start at
+// Where the numbers of an operation lie. A transform without a network has one of these, for its scale and shift.
+struct OperationLayout {
+  int inputs = 0;                 // columns of the weight
+  size_t weight = 0, bias = 0;    // in packed weights: (units, inputs) and (units), sorted by step
+  size_t value = 0, slopes = 0;   // in a tile's activations, in units: its value, and the derivatives of its function
+  size_t reads = 0, readers = 0;  // in `ranges`: the end of what each unit reads; the first unit that reads each input
   bool is_source_read_later = false, is_other_read_later = false;  // by an operation after it
 };
 
@@ -43,15 +43,15 @@ class Chain {
       : call(call), shares_context(call.context_features && !call.packed && has_equal_rows()) {
     for (int i = 0; i < call.count; i++) {
       const Transform& t = call.transforms[i];
-      first_place.push_back(places.size());
+      first_layout.push_back(layouts.size());
       inputs.push_back(tile_units);
       tile_units += units(t, 0);
       lengths.push_back(inverts(t) ? 1 : group(t));
-      for (int j = 0; j < t.operation_count; j++) add_place(t, j);
+      for (int j = 0; j < t.operation_count; j++) add_layout(t, j);
       if (!t.operation_count && t.kind != Elementwise::permutation) {
-        places.push_back({});
-        places.back().weight = packed_size;
-        places.back().bias = packed_size + call.features;
+        layouts.push_back({});
+        layouts.back().weight = packed_size;
+        layouts.back().bias = packed_size + call.features;
         packed_size += 2 * (size_t)call.features;
       }
     }
@@ -83,17 +83,17 @@ class Chain {
   std::vector<int> lengths;    // of each transform: the number of steps that are computed together
   std::atomic<bool> is_finite{true};
 
-  const Place& of(int transform, int operation) const { return places[first_place[transform] + operation]; }
+  const OperationLayout& of(int transform, int operation) const { return layouts[first_layout[transform] + operation]; }
 
   // Where a value of a transform lies in a tile's activations.
   size_t value(int transform, int value) const { return value ? of(transform, value - 1).value : inputs[transform]; }
 
   // Of a unit of a layer: the end of the inputs that it reads. Of an input: the first unit that reads it.
-  int reads(const Place& p, int unit) const { return ranges[p.reads + unit]; }
-  int readers(const Place& p, int input) const { return ranges[p.readers + input]; }
+  int reads(const OperationLayout& p, int unit) const { return ranges[p.reads + unit]; }
+  int readers(const OperationLayout& p, int input) const { return ranges[p.readers + input]; }
 
-  const T* weight(const Place& p) const { return packed + p.weight; }
-  const T* bias(const Place& p) const { return packed + p.bias; }
+  const T* weight(const OperationLayout& p) const { return packed + p.weight; }
+  const T* bias(const OperationLayout& p) const { return packed + p.bias; }
 
   int units(const Transform& t, int value) const {
     if (value) return t.operations[value - 1].units;
@@ -113,15 +113,15 @@ class Chain {
   int first_input(const Transform& t, const Operation& o) const { return shares_context && !o.source ? t.context : 0; }
 
  private:
-  std::vector<Place> places;
-  std::vector<size_t> first_place;
+  std::vector<OperationLayout> layouts;
+  std::vector<size_t> first_layout;
   std::vector<int> ranges;
   std::vector<Buffer<T>> memory;
   T* packed = nullptr;
 
-  void add_place(const Transform& t, int j) {
+  void add_layout(const Transform& t, int j) {
     const Operation& o = t.operations[j];
-    Place p;
+    OperationLayout p;
     if (o.weight >= 0 || o.kind == Kind::extrapolation) {
       p.inputs = o.kind == Kind::linear ? units(t, o.source) : o.weight >= 0 ? call.context_features : 0;
       work += (int64_t)o.units * p.inputs;
@@ -144,7 +144,7 @@ class Chain {
       for (int step = 0; step < t.steps; step++)
         ranges.resize(p.readers + ready(t, o.source, step), ready(t, j + 1, step - 1));
     }
-    places.push_back(p);
+    layouts.push_back(p);
   }
 
   static bool reads(const Operation& o, int value) {
@@ -179,7 +179,7 @@ class Chain {
     for (; i < size; i++) poison[0] += values[i] * T(0);
   }
 
-  void pack_numbers(const Transform& t, const Place& p) {
+  void pack_numbers(const Transform& t, const OperationLayout& p) {
     const T *scale = tensor(t, 0), *shift = tensor(t, 1);
     for (int f = 0; f < call.features; f++) {
       packed[p.weight + f] = scale[f * t.scale_stride];
@@ -187,7 +187,7 @@ class Chain {
     }
   }
 
-  void pack(const Transform& t, const Operation& o, const Place& p) {
+  void pack(const Transform& t, const Operation& o, const OperationLayout& p) {
     const T *weight = tensor(t, o.weight), *bias = tensor(t, o.bias);
     if (o.kind == Kind::extrapolation)
       for (int unit = 0; unit < o.units; unit++) packed[p.bias + unit] = bias[o.rows[unit]];

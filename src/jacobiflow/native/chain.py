@@ -22,12 +22,13 @@ from jacobiflow.native.boundary import (
     address_of,
     addresses_of,
     is_plain,
+    require,
 )
 from jacobiflow.native.build import library
 from jacobiflow.native.masked import ChainTransform
 
 _MOST_BYTES = 24 << 20  # of activations that are kept for a backward pass; to compute more of them again is faster
-_TILE_VECTORS = 4  # to which rows are padded
+_TILE_VECTORS = 4  # to which rows are padded, as `Tiles` of masked.h has them
 
 
 class Result(NamedTuple):
@@ -59,8 +60,8 @@ class TransformChain:
 
     def __init__(self, transforms: Sequence[tuple[ChainTransform, bool]]) -> None:
         self._parts = [part for part, _ in transforms]  # their memory has to live as long as the table
-        features = {part.features for part in self._parts} - {None}
-        contexts = {part.context for part in self._parts} - {None}
+        features = {part.features for part in self._parts if part.features is not None}
+        contexts = {part.context for part in self._parts if part.context is not None}
         if len(features) != 1 or len(contexts) != 1:
             raise UnsupportedError("transforms of several widths, or without a masked network")
         (self.features,), (self.context,) = features, contexts
@@ -110,10 +111,10 @@ class TransformChain:
             return None
         inputs = (x, context, *tensors)
         needed = [t is not None and t.requires_grad for t in inputs] if torch.is_grad_enabled() else []
-        call = _Call(self, native, is_inverse, log_det == "features", needed, in_pytorch, inputs)
+        call = _Call(self, native, is_inverse, log_det == "features", needed, in_pytorch, tensors)
         try:
             addresses = addresses_of(tensors, self.shapes, dtype)
-            memory = call.memory_for_gradients(x) if any(needed) else None
+            memory = x.new_empty(call.memory_size(x)) if any(needed) else None
             result = call.evaluate(x, context, addresses, log_det is not None, memory)
         except UnsupportedError:
             return None
@@ -121,7 +122,7 @@ class TransformChain:
             return result
         if result.failed is not None:
             return None
-        values, *log_dets = _Gradients.apply(call, memory, result, *compress(inputs, needed))
+        values, *log_dets = _Gradients.apply(call, memory, result, (x, context), *compress(inputs, needed))
         return Result(values, log_dets[0] if log_dets else None, None)
 
 
@@ -139,7 +140,7 @@ class _Call:
     is_by_feature: bool
     needed: Sequence[bool]
     in_pytorch: InPyTorch | None
-    inputs: Sequence[Tensor | None]
+    tensors: Sequence[Tensor]
 
     def evaluate(
         self, x: Tensor, context: Tensor | None, tensors: ctypes.Array[ctypes.c_void_p], has_log_det: bool,
@@ -154,11 +155,12 @@ class _Call:
         count = self.native.evaluate_chain(arguments, x.dtype)
         return None if count < 0 else Result(out, log_det, failed if count else None)
 
-    def memory_for_gradients(self, x: Tensor) -> Tensor:
-        """Returns memory for packed weights, and for the activations of all rows if these are not too many."""
+    def memory_size(self, x: Tensor) -> int:
+        """Returns the size of memory for packed weights, and for the activations of all rows unless they are many."""
         packed, activations = self.chain.sizes(self.native)
-        size = activations * self._padded(x)
-        return x.new_empty(packed + (size if size * x.itemsize <= _MOST_BYTES else 0))
+        tile = _TILE_VECTORS * self.native.lanes * 4 // x.itemsize
+        size = activations * -(-x.shape[0] // tile) * tile
+        return packed + (size if size * x.itemsize <= _MOST_BYTES else 0)
 
     def differentiate(
         self,
@@ -169,6 +171,12 @@ class _Call:
         wanted: Sequence[bool],
     ) -> list[Tensor | None]:
         """Returns the gradients of x, the context and the tensors, `None` for those that are not wanted."""
+        # What was saved may have been somewhere else meanwhile, see torch.autograd.graph.saved_tensors_hooks.
+        size, dtype = (x.shape[0], self.chain.features), x.dtype
+        memory, x = require(memory, (self.memory_size(x),), dtype), require(x, size, dtype)
+        of_values, of_log_det = (
+            None if c is None else require(c, size[: c.ndim], dtype) for c in (*cotangents, None)[:2]
+        )
         wants_x, wants_context, *wants = wanted
         of_tensors = [
             x.new_empty(shape) if wants else None for shape, wants in zip(self.chain.shapes, wants, strict=True)
@@ -177,7 +185,6 @@ class _Call:
         of_x = x.new_empty(x.shape) if wants_x else None
         of_context = x.new_empty(x.shape[0], context.shape[1]) if wants_context and context is not None else None
         arguments, _inputs = self._arguments(x, context, memory)
-        of_values, of_log_det = (None if c is None else c.contiguous() for c in (*cotangents, None)[:2])
         is_done = self.native.differentiate_chain(
             GradientArgs(
                 ctypes.addressof(arguments), address_of(of_values), address_of(of_log_det), ctypes.addressof(table),
@@ -196,11 +203,13 @@ class _Call:
     ) -> list[Tensor | None]:
         """Returns the same with a graph, or for a batch of cotangents."""
         if self.in_pytorch is None:
-            check_first_derivative("native code", "compute in PyTorch: set JACOBIFLOW_NATIVE=0")
-            raise NotImplementedError("native code does not take batches of gradients; set JACOBIFLOW_NATIVE=0")
+            check_first_derivative("an inverse", "write the loss with the forward direction instead")
+            raise RuntimeError(
+                "is_grads_batched=True: an inverse takes one cotangent at a time; set JACOBIFLOW_NATIVE=0"
+            )
         with torch.enable_grad():
             # Aliases, as x may depend on a tensor, too, and that part of the derivative is not asked for.
-            aliases: Any = [None if t is None else t.view_as(t) for t in (x, context, *self.inputs[2:])]
+            aliases: Any = [None if t is None else t.view_as(t) for t in (x, context, *self.tensors)]
             outputs = self.in_pytorch(aliases[0], aliases[1], aliases[2:])
         pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=False) if o is not None and c is not None]
         inputs = list(compress(aliases, wanted))
@@ -211,11 +220,6 @@ class _Call:
             )
         )  # fmt: skip
         return [next(gradients) if is_wanted else None for is_wanted in wanted]
-
-    def _padded(self, x: Tensor) -> int:
-        """The number of rows in whole tiles."""
-        rows = _TILE_VECTORS * self.native.lanes * 4 // x.itemsize
-        return -(-x.shape[0] // rows) * rows
 
     def _arguments(self, x: Tensor, context: Tensor | None, memory: Tensor | None) -> tuple[ChainArgs, Any]:
         """The arguments of a call without results, and the tensors that they point to."""
@@ -242,8 +246,10 @@ class _Gradients(torch.autograd.Function):
     """Gives results of native code the gradients that they have in the inputs that require one."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, memory: Tensor, result: Result, *_inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(memory, *call.inputs[:2])
+    def forward(
+        ctx: Any, call: _Call, memory: Tensor, result: Result, rows: tuple[Tensor, Tensor | None], *_inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(memory, *rows)
         ctx.call = call
         ctx.set_materialize_grads(False)
         return (result.values,) if result.log_det is None else (result.values, result.log_det)
@@ -259,7 +265,7 @@ class _Gradients(torch.autograd.Function):
             gradients = call.differentiate_in_pytorch(x, context, cotangents, wanted)
         else:
             gradients = call.differentiate(memory, x, context, cotangents, wanted)
-        return (None, None, None, *compress(gradients, call.needed))
+        return (None, None, None, None, *compress(gradients, call.needed))
 
 
 def _is_wanted(node: Any) -> bool:

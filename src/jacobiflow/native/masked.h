@@ -81,15 +81,16 @@ int64_t evaluate(const ChainArgs& call) {
     EachSize<Tile, T> memory;
     for (int64_t tile; (tile = next++) < tiles.count;)
       tiles.visit(tile, [&](int64_t first, int count, auto vectors) {
-        T* kept = static_cast<T*>(call.activations);
-        if (kept) kept += first * chain.tile_units;
-        memory.template get<vectors>(chain, kept != nullptr).run(first, count, kept);
+        T* activations = static_cast<T*>(call.activations);
+        if (activations) activations += first * chain.tile_units;
+        memory.template get<vectors>(chain, activations != nullptr).run(first, count, activations);
       });
   });
   return std::count(call.failed, call.failed + call.rows, 1);
 }
 
-// Computes gradients from the weights that `evaluate` packed, and from the values that it kept, or else once more.
+// Computes gradients from the weights that `evaluate` packed, and from the activations that it stored or, if it stored
+// none, from new ones.
 template <typename T>
 void differentiate(const GradientArgs& args) {
   const ChainArgs& call = *args.chain;
@@ -100,14 +101,16 @@ void differentiate(const GradientArgs& args) {
   in_guarded_threads(tiles.threads, [&](int rank) {  // each has its own tiles, so that sums do not depend on chance
     EachSize<Tile, T> forward;
     EachSize<Adjoint, T> backward;
-    Buffer<T> again(call.activations ? 0 : chain.tile_units * tiles.rows);
+    Buffer<T> recomputed(call.activations ? 0 : chain.tile_units * tiles.rows);
     const int64_t last = tiles.count * (rank + 1) / tiles.threads;
     for (int64_t tile = tiles.count * rank / tiles.threads; tile < last; tile++)
       tiles.visit(tile, [&](int64_t first, int count, auto vectors) {
-        const T* kept = static_cast<const T*>(call.activations);
-        if (kept) kept += first * chain.tile_units;
-        if (!kept) forward.template get<vectors>(chain, true).run(first, count, again.get());
-        backward.template get<vectors>(chain, args, tensors, rank).run(first, count, kept ? kept : again.get());
+        const T* activations = recomputed.get();
+        if (call.activations)
+          activations = static_cast<const T*>(call.activations) + first * chain.tile_units;
+        else
+          forward.template get<vectors>(chain, true).run(first, count, recomputed.get());
+        backward.template get<vectors>(chain, args, tensors, rank).run(first, count, activations);
       });
   });
   tensors.write();

@@ -173,7 +173,7 @@ def _check_network(
         _check(max(operation.weight, operation.bias) < len(shapes))
         if has_weight:
             shape = shapes[operation.weight]
-            _check(len(shape) == 2 and shape[1] == width and shape[0] > max(rows, default=-1))
+            _check(len(shape) == 2 and shape[1] == width and _is_permutation(rows, shape[0]))
             _check(mask is None or (is_plain(mask, torch.bool) and mask.shape == shape))
             _check(operation.bias < 0 or shapes[operation.bias] == shape[:1])
         elif operation.bias >= 0:

@@ -177,7 +177,8 @@ class Spline {
       g = {-result, -g.log_slope};
     }
     const Vector gP = g.value * height * q, gQ = -q * (gP * P + T(2) * g.log_slope), gN = g.log_slope * to_log;
-    const Vector g_delta = gP * theta * theta + gQ * (T(1) - T(2) * mixed) + T(2) * (gN * mixed + g.log_slope * L::reciprocal(delta));
+    const Vector g_delta = gP * theta * theta + gQ * (T(1) - T(2) * mixed) +
+                           T(2) * (gN * mixed + g.log_slope * L::reciprocal(delta));
     const Vector g_theta = gP * (T(2) * delta * theta + d0 * (rest - theta)) + gQ * Q_bend + gN * N_bend;
     const Vector gx = g_theta * to_theta;
     c.x0 = -gx, c.y0 = g.value;

@@ -49,8 +49,8 @@ class Tile {
   using Vector = typename L::Vector;
   static constexpr int rows = L::count * vectors;
 
-  // It `keeps` all values if `run` gets memory for them.
-  Tile(const Chain<T>& chain, bool keeps)
+  // With `keeps_values`, `run` gets memory for all of them.
+  Tile(const Chain<T>& chain, bool keeps_values)
       : chain(chain), call(chain.call), features((size_t)call.features * rows), copy((size_t)call.features * rows),
         context((size_t)call.context_features * rows), bins(spline_memory<T>(call)) {
     std::vector<size_t> sizes, partial_sizes;
@@ -65,15 +65,15 @@ class Tile {
       }
     }
     for (size_t size : sizes)
-      if (!keeps) values.emplace_back(size * rows);
+      if (!keeps_values) values.emplace_back(size * rows);
     for (size_t size : partial_sizes) partials.emplace_back(size * rows);
   }
 
-  // Computes rows [first, first + count); count is at most `rows`. Keeps all values in `activations` (units, rows),
+  // Computes rows [first, first + count); count is at most `rows`. Keeps all values in `memory` (units, rows),
   // unless it is null. Writes the results if the call has memory for them.
-  void run(int64_t first, int count, T* activations) {
+  void run(int64_t first, int count, T* memory) {
     const T *in = static_cast<const T*>(call.input), *contexts = static_cast<const T*>(call.context);
-    kept = activations;
+    activations = memory;
     for (int v = 0; v < vectors; v++) log_det[v] = rounding[v] = poison[v] = Vector{};
     load_rows(in + first * call.in_stride, call.in_stride, call.features, count, rows, features.get());
     for (int f = 0; f < call.features; f++)
@@ -96,7 +96,7 @@ class Tile {
   std::vector<Buffer<T>> values, partials;
   Vector log_det[vectors], rounding[vectors];
   Vector poison[vectors];  // NaN in lanes that were not finite, else 0
-  T* kept = nullptr;       // the tile's activations
+  T* activations = nullptr;  // all values of the tile, or null
   int index = 0;           // of the transform
   bool inverts = false;
 
@@ -149,7 +149,7 @@ class Tile {
 
   // y = scale x + shift; or y = x, and the log-density of a normal distribution is added to the log-determinant.
   void without_network(const Transform& t) {
-    const Place& p = chain.of(index, 0);
+    const OperationLayout& p = chain.of(index, 0);
     const T *scales = chain.weight(p), *shifts = chain.bias(p);
     for (int f = 0; f < call.features; f++) {
       const T scale = scales[f], shift = shifts[f];
@@ -163,7 +163,7 @@ class Tile {
         } else if (inverts) {
           x = out;
         }
-        if (kept) L::store(kept + (chain.inputs[index] + f) * rows + v * L::count, x);
+        if (activations) L::store(activations + (chain.inputs[index] + f) * rows + v * L::count, x);
         L::store(at, out);
         add(v, inverts ? -change : change);
       }
@@ -171,9 +171,9 @@ class Tile {
   }
 
   // The units of a value of this transform: all of them, or those of the current steps.
-  T* units_of(int value) { return kept ? kept + chain.value(index, value) * rows : values[value].get(); }
+  T* units_of(int value) { return activations ? activations + chain.value(index, value) * rows : values[value].get(); }
 
-  bool has_all_units(const Transform& t, int value) const { return kept || !value || t.operations[value - 1].is_kept; }
+  bool has_all_units(const Transform& t, int value) const { return activations || !value || t.operations[value - 1].is_kept; }
 
   void set_context(const Transform& t) {
     if (t.context && !chain.shares_context)
@@ -207,14 +207,14 @@ class Tile {
     }
   }
 
-  Matrix<T> matrix(const Place& p) const { return {chain.weight(p), p.inputs, 1}; }
+  Matrix<T> matrix(const OperationLayout& p) const { return {chain.weight(p), p.inputs, 1}; }
 
   // Sums what the inputs ready before step `begin` add to the units of steps [begin, end).
   void start_sums(const Transform& t, int begin, int end) {
     for (int j = 0; j < t.operation_count; j++) {
       const Operation& o = t.operations[j];
       if (o.kind != Kind::linear) continue;
-      const Place& p = chain.of(index, j);
+      const OperationLayout& p = chain.of(index, j);
       const int first = chain.ready(t, j + 1, begin - 1), last = chain.ready(t, j + 1, end - 1);
       const T* bias = chain.bias(p) + first;
       const Range inputs{chain.first_input(t, o), chain.ready(t, o.source, begin - 1)};
@@ -227,12 +227,12 @@ class Tile {
   void compute(const Transform& t, int step, int end, int begin) {
     for (int j = 0; j < t.operation_count; j++) {
       const Operation& o = t.operations[j];
-      const Place& p = chain.of(index, j);
+      const OperationLayout& p = chain.of(index, j);
       const int first = chain.ready(t, j + 1, step - 1), last = chain.ready(t, j + 1, end - 1);
       if (first == last) continue;
       const auto new_units = [&](int value) { return units_of(value) + (has_all_units(t, value) ? (size_t)first * rows : 0); };
       T* out = new_units(j + 1);
-      T* slopes = kept ? kept + (p.slopes + first) * rows : nullptr;
+      T* slopes = activations ? activations + (p.slopes + first) * rows : nullptr;
       const size_t size = (size_t)(last - first) * rows;
       switch (o.kind) {
         case Kind::linear: {
@@ -270,7 +270,7 @@ class Tile {
   // The sums of a layer, and ReLU on the way.
   void linear(const Transform& t, int j, int first, int last, int begin, T* out) {
     const Operation& o = t.operations[j];
-    const Place& p = chain.of(index, j);
+    const OperationLayout& p = chain.of(index, j);
     const T *bias = chain.bias(p) + first, *sums = begin ? partials[j].get() : nullptr;
     const int from = begin ? chain.ready(t, o.source, begin - 1) : chain.first_input(t, o);
     const size_t skipped = begin ? first - chain.ready(t, j + 1, begin - 1) : 0;
@@ -289,7 +289,7 @@ class Tile {
 
   // Adds function(layer(context)) to a value, or multiplies the value by the layer's sigmoid. `slopes` get the derivatives
   // of the function, or its values if these tell the derivatives.
-  void with_context(const Operation& o, const Place& p, int first, int last, const T* in, T* out, T* slopes) {
+  void with_context(const Operation& o, const OperationLayout& p, int first, int last, const T* in, T* out, T* slopes) {
     const bool is_gate = o.kind == Kind::gate_context;
     const T* bias = chain.bias(p) + first;
     const Range inputs{0, chain.shares_context ? 0 : p.inputs};
@@ -306,9 +306,9 @@ class Tile {
     }
   }
 
-  // Transforms the i-th feature in the order of the steps; parameters start at those of the `first`, if not all are kept.
+  // Transforms the i-th feature in the order of the steps. Without activations, parameters start at those of the `first`.
   void elementwise(const Transform& t, int i, int first) {
-    const T* parameters = units_of(t.operation_count) + (size_t)(i - (kept ? 0 : first)) * t.parameters * rows;
+    const T* parameters = units_of(t.operation_count) + (size_t)(i - (activations ? 0 : first)) * t.parameters * rows;
     const size_t feature = (size_t)t.order[i] * rows;
     for (int v = 0; v < vectors; v++) {
       T* at = features.get() + feature + v * L::count;
