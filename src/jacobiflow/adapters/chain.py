@@ -131,7 +131,7 @@ class Snapshot:
         if any(self._hooks) != self._has_hooks or any(now != before for now, before in self._parents):
             return False
         for holder, name, tensor, version in self._constants:
-            if holder.get(name) is not tensor or _version(tensor) != version:
+            if holder.get(name) is not tensor or tensor._version != version:
                 return False
         return True
 
@@ -180,8 +180,7 @@ class Chain:
         tensors: list[Any] = [holder.get(name) for holder, name in self._tensors]
         in_pytorch = None
         if fallback is not None and torch.is_grad_enabled():
-            versions = list(map(_version, tensors))
-            in_pytorch = partial(self._in_pytorch, tensors, versions, fallback)
+            in_pytorch = partial(self._in_pytorch, tensors, _versions(tensors), fallback)
         result = self._chain.evaluate(tensors, x, context, is_inverse, log_det, in_pytorch)
         if result is None or result.failed is None:
             return None if result is None else (result.values, result.log_det)
@@ -195,16 +194,16 @@ class Chain:
         return result.values, result.log_det
 
     def _in_pytorch(
-        self, originals: Sequence[Tensor], versions: Sequence[int | None], fallback: Fallback, x: Tensor,
+        self, originals: Sequence[Tensor], versions: list[int] | None, fallback: Fallback, x: Tensor,
         context: Tensor | None, tensors: Sequence[Tensor],
     ) -> Values:  # fmt: skip
         """The values of a call by the library's code, with these `tensors` in place of the `originals`."""
-        for (holder, name), tensor, version in zip(self._tensors, originals, versions, strict=True):
-            if holder.get(name) is not tensor or _version(tensor) != version:
-                raise RuntimeError(
-                    "second derivatives of a flow that jf.accelerate made fast, and whose weights have changed since "
-                    "the forward pass; restore() the flow first"
-                )
+        now = [holder.get(name) for holder, name in self._tensors]
+        if _versions(originals) != versions or any(a is not b for a, b in zip(now, originals, strict=True)):
+            raise RuntimeError(
+                "second derivatives of a flow that jf.accelerate made fast, and whose weights have changed since the "
+                "forward pass; restore() the flow first"
+            )
         with acceleration_off():
             try:
                 for (holder, name), tensor in zip(self._tensors, tensors, strict=True):
@@ -215,8 +214,12 @@ class Chain:
                     holder[name] = tensor
 
 
-def _version(tensor: Tensor | None) -> int | None:
-    return None if tensor is None or tensor.is_inference() else tensor._version
+def _versions(tensors: Sequence[Tensor]) -> list[int] | None:
+    """The numbers of changes in place of tensors; `None` if one does not count them."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except (AttributeError, RuntimeError):  # a missing tensor, or one of inference mode
+        return None
 
 
 _lock = Lock()

@@ -10,7 +10,7 @@
 
 namespace jacobiflow {
 
-// Tiles of 4 vectors of rows. The last one has 1 or 2 if that is enough.
+// Tiles of 4 vectors of rows. The last one has 1 if that is enough.
 template <typename T>
 struct Tiles {
   static constexpr int rows = 4 * Lanes<T>::count;
@@ -26,10 +26,8 @@ struct Tiles {
   void visit(int64_t tile, const Use& use) const {
     const int64_t first = tile * rows;
     const int count = (int)std::min<int64_t>(rows, all_rows - first);
-    if (count > rows / 2)
+    if (count > rows / 4)
       use(first, count, std::integral_constant<int, 4>());
-    else if (count > rows / 4)
-      use(first, count, std::integral_constant<int, 2>());
     else
       use(first, count, std::integral_constant<int, 1>());
   }
@@ -47,7 +45,7 @@ class EachSize {
   }
 
  private:
-  std::tuple<std::unique_ptr<Kind<T, 1>>, std::unique_ptr<Kind<T, 2>>, std::unique_ptr<Kind<T, 4>>> sizes;
+  std::tuple<std::unique_ptr<Kind<T, 1>>, std::unique_ptr<Kind<T, 4>>> sizes;
 };
 
 // Calls run(rank) in threads; throws std::bad_alloc if one of them does.
