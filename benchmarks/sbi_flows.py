@@ -81,12 +81,10 @@ class Call(NamedTuple):
 
 
 SLICES = {"sample_with": "mcmc", "mcmc_parameters": {"warmup_steps": 25}}
-REJECTION = {"sample_with": "rejection"}
 CALLS = {
     "`sample((10_000,))`": Call("NPE", partial(one_observation, count=10_000), {}),
     "`sample_batched((100,))`, 100 observations": Call("NPE", all_observations, {}),
     "`slice_np_vectorized`, 200 samples": Call("NLE", partial(one_observation, count=200), SLICES),
-    "rejection, 200 samples": Call("NLE", partial(one_observation, count=200), REJECTION),
 }
 ESTIMATORS = {"NPE": ("maf", "maf_rqs", "zuko_maf", "zuko_nsf"), "NLE": ("maf", "zuko_nsf")}
 
