@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import jacobiflow as jf
 from jacobiflow import native
 from jacobiflow.native import build, compiler
 from jacobiflow.native.boundary import Library
 from tests.helpers.library_flows import CASES as FLOWS
-from tests.helpers.library_flows import NATIVE, check, normal
+from tests.helpers.library_flows import NATIVE, check, default_dtype, gradient_gap, gradients, normal
 from tests.helpers.native_problems import CASES, relative_error, threads
 from tests.native.sanitizers import SANITIZERS
 
@@ -51,8 +52,17 @@ def test_the_targets_of_a_wheel_give_the_same(name: str, targets: Path, monkeypa
         assert relative_error(x, case.answer(flow, case.z(flow))) < 3e-6, case
     for dtype in (torch.float32, torch.float64):
         x, context = normal(70, 6, dtype=dtype), normal(70, 2, seed=1, dtype=dtype)
+        x.requires_grad_(), context.requires_grad_()
+        cotangents = [normal(70, 6, seed=2, dtype=dtype), normal(70, seed=3, dtype=dtype)]
         for small in NATIVE:
-            check(FLOWS[small].make(2, 6, dtype), x, context, threads=2)
+            flow = FLOWS[small].make(2, 6, dtype)
+            check(flow, x, context, threads=2)
+            for is_inverse in (False, True):
+                with default_dtype(dtype):
+                    expected = gradients(flow, x, context, is_inverse, cotangents)
+                    with jf.accelerate(flow), threads(2):
+                        result = gradients(flow, x, context, is_inverse, cotangents)
+                assert gradient_gap(expected, result) < (1e-9 if dtype == torch.float64 else 1e-2), small
 
 
 @pytest.mark.parametrize(("name", "count"), [("memory and undefined behaviour", 150), ("data races", 45)])
