@@ -50,14 +50,13 @@ def invert(
     )
     count = 0
     if _can_end_early(module, y, context, needs_graph):
-        start = _native_inverse(acceleration, module, y, context)
+        start = _native_inverse(acceleration, module, y, context) if acceleration.tolerance == 0 else None
         if start is not None or passes >= _MIN_PASSES:
             tolerance = acceleration.tolerance or 0.0
             outputs: Sequence[Tensor] = [torch.zeros_like(y) if start is None else start]
             try:
-                if start is None or acceleration.tolerance == 0 or not needs_graph:
-                    cheaper = partial(step, premasked(network, masked_linear))
-                    outputs, count = _iterate(cheaper, outputs[0], passes - needs_graph, tolerance)
+                cheaper = partial(step, premasked(network, masked_linear))
+                outputs, count = _iterate(cheaper, outputs[0], passes - needs_graph, tolerance)
                 if needs_graph:
                     with torch.enable_grad():
                         x = outputs[0].detach().requires_grad_()

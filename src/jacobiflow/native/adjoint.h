@@ -20,7 +20,7 @@ class TensorGradients {
   using L = Lanes<T>;
 
   TensorGradients(const Chain<T>& chain, const GradientArgs& args, int threads) : chain(chain), args(args) {
-    for_all([&](const Transform& t, int, int j, const OperationLayout& p) {
+    for_all([&](const Transform& t, int, int j, const OperationLayout& layout) {
       SumLayout s;
       if (j < 0) {
         s.has_any = gradient(t, 0) || gradient(t, 1);
@@ -28,7 +28,7 @@ class TensorGradients {
         if (s.has_any) size += (size_t)2 * chain.call.features * L::count;
       } else if (const Operation& o = t.operations[j]; o.weight >= 0) {
         s.has_any = gradient(t, o.weight) || gradient(t, o.bias);
-        s.stride = (p.inputs + L::count - 1) / L::count * L::count;
+        s.stride = (layout.inputs + L::count - 1) / L::count * L::count;
         s.weight = size, s.bias = size + (size_t)o.units * s.stride;
         if (s.has_any) size += (size_t)o.units * (s.stride + L::count);
         most_inputs = std::max(most_inputs, s.stride);
@@ -43,11 +43,13 @@ class TensorGradients {
 
   T* of_thread(int rank) { return size ? memory[rank].get() : nullptr; }
 
-  const SumLayout& of(int transform, int operation) const { return layouts[first_layout(transform) + std::max(operation, 0)]; }
+  const SumLayout& of(int transform, int operation) const {
+    return layouts[chain.position(transform, std::max(operation, 0))];
+  }
 
   // Adds up what threads have summed, and writes it to the tensors' gradients; masked entries get 0.
   void write() {
-    for_all([&](const Transform& t, int i, int j, const OperationLayout& p) {
+    for_all([&](const Transform& t, int i, int j, const OperationLayout& layout) {
       const SumLayout& s = of(i, j);
       if (!s.has_any) return;
       const int units = j < 0 ? chain.call.features : t.operations[j].units;
@@ -59,7 +61,7 @@ class TensorGradients {
         write_numbers(sums, t.scale_stride, gradient(t, 0));
         write_numbers(sums + (size_t)units * L::count, t.shift_stride, gradient(t, 1));
       } else {
-        write_layer(t, t.operations[j], p, s);
+        write_layer(t, t.operations[j], layout, s);
       }
     });
   }
@@ -71,22 +73,12 @@ class TensorGradients {
   std::vector<Buffer<T>> memory;
   size_t size = 0;
 
-  size_t first_layout(int transform) const {
-    size_t count = 0;
-    for (int i = 0; i < transform; i++) count += layout_count(chain.call.transforms[i]);
-    return count;
-  }
-
-  static int layout_count(const Transform& t) {
-    return t.kind == Elementwise::permutation ? 0 : std::max(t.operation_count, 1);
-  }
-
   // Calls use(transform, its index, operation, its layout) for each operation, with -1 for a transform without a network.
   template <typename Use>
   void for_all(const Use& use) {
     for (int i = 0; i < chain.call.count; i++) {
       const Transform& t = chain.call.transforms[i];
-      for (int j = 0; j < layout_count(t); j++) use(t, i, t.operation_count ? j : -1, chain.of(i, j));
+      for (int j = 0; j < chain.layout_count(t); j++) use(t, i, t.operation_count ? j : -1, chain.of(i, j));
     }
   }
 
@@ -109,18 +101,18 @@ class TensorGradients {
     }
   }
 
-  void write_layer(const Transform& t, const Operation& o, const OperationLayout& p, const SumLayout& s) const {
+  void write_layer(const Transform& t, const Operation& o, const OperationLayout& layout, const SumLayout& s) const {
     T *weight = gradient(t, o.weight), *bias = gradient(t, o.bias);
     const int32_t* columns = o.kind == Kind::linear ? chain.rows(t, o.source) : nullptr;
     const int all = o.ready[t.steps - 1];  // later units are read by nothing
     const T* base = memory[0].get();
     for (int unit = 0; unit < o.units; unit++) {
-      const int64_t row = (int64_t)o.rows[unit] * p.inputs;
-      const int read = unit >= all ? 0 : columns ? chain.reads(p, unit) : p.inputs;
+      const int64_t row = (int64_t)o.rows[unit] * layout.inputs;
+      const int read = unit >= all ? 0 : columns ? chain.reads(layout, unit) : layout.inputs;
       if (bias) bias[o.rows[unit]] = unit < all ? total(base + s.bias + (size_t)unit * L::count) : T(0);
       if (!weight) continue;
       const T* from = base + s.weight + (size_t)unit * s.stride;
-      std::memset(weight + row, 0, sizeof(T) * p.inputs);
+      std::memset(weight + row, 0, sizeof(T) * layout.inputs);
       for (int k = 0; k < read; k++) {
         const int column = columns ? columns[k] : k;
         if (!o.mask || o.mask[row + column]) weight[row + column] = from[k];
@@ -207,13 +199,13 @@ class Adjoint {
   // The values of this transform, derivatives beside them, and their gradients.
   const T* value_of(int value) const { return values + chain.value(index, value) * rows; }
   T* gradient_of(int value) { return gradients.get() + (chain.value(index, value) - base) * rows; }
-  const T* slopes_of(const OperationLayout& p) const { return values + p.slopes * rows; }
-  T* beside_gradient(const OperationLayout& p) { return gradients.get() + (p.slopes - base) * rows; }
+  const T* slopes_of(const OperationLayout& layout) const { return values + layout.slopes * rows; }
+  T* context_layer_gradient(const OperationLayout& layout) { return gradients.get() + (layout.slopes - base) * rows; }
 
   void without_network(const Transform& t) {
-    const OperationLayout& p = chain.of(index, 0);
+    const OperationLayout& layout = chain.of(index, 0);
     const SumLayout& to = tensors.of(index, -1);
-    const T *scales = chain.weight(p), *shifts = chain.bias(p);
+    const T *scales = chain.weight(layout), *shifts = chain.bias(layout);
     for (int f = 0; f < call.features; f++) {
       const T scale = scales[f], shift = shifts[f];
       Vector of_scale{}, of_shift{};
@@ -282,13 +274,13 @@ class Adjoint {
   void backpropagate(const Transform& t, int begin, int end) {
     for (int j = t.operation_count - 1; j >= 0; j--) {
       const Operation& o = t.operations[j];
-      const OperationLayout& p = chain.of(index, j);
+      const OperationLayout& layout = chain.of(index, j);
       const int first = chain.ready(t, j + 1, begin - 1), last = chain.ready(t, j + 1, end - 1);
       const size_t at = (size_t)first * rows, size = (size_t)(last - first) * rows;
       T* g = gradient_of(j + 1) + at;
-      const T *slopes = slopes_of(p) + at, *weights = chain.bias(p) + first;
+      const T *slopes = slopes_of(layout) + at, *weights = chain.bias(layout) + first;
       // Adds terms to the gradients of the same units of a value, or sets these if no later operation reads the value.
-      const auto pass = [&](int value, bool adds, const auto& term) {
+      const auto propagate = [&](int value, bool adds, const auto& term) {
         T* to = gradient_of(value) + at;
         for (size_t i = 0; i < size; i += L::count)
           L::store(to + i, term(i, L::load(g + i)) + (adds ? L::load(to + i) : Vector{}));
@@ -301,29 +293,30 @@ class Adjoint {
           break;
         case Kind::activation:
           multiply_by_slopes(o.function, value_of(j + 1) + at, slopes, g, size);
-          pass(o.source, p.is_source_read_later, unchanged);
+          propagate(o.source, layout.is_source_read_later, unchanged);
           break;
         case Kind::sum:
-          pass(o.source, p.is_source_read_later, unchanged);
-          pass(o.other, p.is_other_read_later, unchanged);
+          propagate(o.source, layout.is_source_read_later, unchanged);
+          propagate(o.other, layout.is_other_read_later, unchanged);
           break;
         case Kind::extrapolation:
-          pass(o.source, p.is_source_read_later, [&](size_t i, Vector g) { return g * (weights[i / rows] + T(1)); });
-          pass(o.other, p.is_other_read_later, [&](size_t i, Vector g) { return -g * weights[i / rows]; });
+          propagate(o.source, layout.is_source_read_later,
+                    [&](size_t i, Vector g) { return g * (weights[i / rows] + T(1)); });
+          propagate(o.other, layout.is_other_read_later, [&](size_t i, Vector g) { return -g * weights[i / rows]; });
           break;
         case Kind::add_context: {
-          T* beside = beside_gradient(p) + at;
-          std::memcpy(beside, g, sizeof(T) * size);
-          multiply_by_slopes(o.function, slopes, slopes, beside, size);
-          pass(o.source, p.is_source_read_later, unchanged);
+          T* of_layer = context_layer_gradient(layout) + at;
+          std::memcpy(of_layer, g, sizeof(T) * size);
+          multiply_by_slopes(o.function, slopes, slopes, of_layer, size);
+          propagate(o.source, layout.is_source_read_later, unchanged);
           break;
         }
         case Kind::gate_context: {
-          T* beside = beside_gradient(p) + at;
+          T* of_layer = context_layer_gradient(layout) + at;
           const T* value = value_of(o.source) + at;
-          for (size_t i = 0; i < size; i += L::count) L::store(beside + i, L::load(g + i) * L::load(value + i));
-          multiply_by_slopes(Function::sigmoid, slopes, slopes, beside, size);
-          pass(o.source, p.is_source_read_later, [&](size_t i, Vector g) { return g * L::load(slopes + i); });
+          for (size_t i = 0; i < size; i += L::count) L::store(of_layer + i, L::load(g + i) * L::load(value + i));
+          multiply_by_slopes(Function::sigmoid, slopes, slopes, of_layer, size);
+          propagate(o.source, layout.is_source_read_later, [&](size_t i, Vector g) { return g * L::load(slopes + i); });
         }
       }
     }
@@ -332,16 +325,16 @@ class Adjoint {
   // The gradients of inputs that are known from step `begin` on, before `end`: weight^T g.
   void through_layer(const Transform& t, int j, int begin, int end) {
     const Operation& o = t.operations[j];
-    const OperationLayout& p = chain.of(index, j);
+    const OperationLayout& layout = chain.of(index, j);
     int first = chain.ready(t, o.source, begin - 1), last = chain.ready(t, o.source, end - 1);
     if (!o.source && !args.grad_context) first = std::max(first, t.context);
     if (!o.source && !needs_features) last = std::min(last, t.context);
     T* to = gradient_of(o.source) + (size_t)first * rows;
     const int all = o.ready[t.steps - 1];
-    const bool adds = !o.source || p.is_source_read_later;
+    const bool adds = !o.source || layout.is_source_read_later;
     multiply<T, vectors>(
-        Matrix<T>{chain.weight(p), 1, p.inputs}, first, last,
-        [&](int input, int) { return Range{chain.readers(p, input), all}; }, gradient_of(j + 1), to,
+        Matrix<T>{chain.weight(layout), 1, layout.inputs}, first, last,
+        [&](int input, int) { return Range{chain.readers(layout, input), all}; }, gradient_of(j + 1), to,
         [&](int unit, int v) { return adds ? L::load(to + (size_t)unit * rows + v * L::count) : Vector{}; },
         [](int, Vector sum) { return sum; });
   }
@@ -354,11 +347,12 @@ class Adjoint {
     for (int j = 0; j < t.operation_count; j++) {
       const Operation& o = t.operations[j];
       if (o.weight < 0 || o.kind == Kind::linear) continue;
-      const OperationLayout& p = chain.of(index, j);
+      const OperationLayout& layout = chain.of(index, j);
       const Range units{0, o.ready[t.steps - 1]};
       T* to = context_gradient.get();
       multiply<T, vectors>(
-          Matrix<T>{chain.weight(p), 1, p.inputs}, 0, p.inputs, [&](int, int) { return units; }, beside_gradient(p), to,
+          Matrix<T>{chain.weight(layout), 1, layout.inputs}, 0, layout.inputs, [&](int, int) { return units; },
+          context_layer_gradient(layout), to,
           [&](int unit, int v) { return L::load(to + (size_t)unit * rows + v * L::count); },
           [](int, Vector sum) { return sum; });
     }
@@ -366,15 +360,17 @@ class Adjoint {
 
   void add_weight_gradients(const Transform& t, int j) {
     const Operation& o = t.operations[j];
-    const OperationLayout& p = chain.of(index, j);
+    const OperationLayout& layout = chain.of(index, j);
     const SumLayout& s = tensors.of(index, j);
     const bool is_linear = o.kind == Kind::linear;
-    const T *g = is_linear ? gradient_of(j + 1) : beside_gradient(p), *in = is_linear ? value_of(o.source) : context.get();
-    transpose<T>(in, is_linear ? chain.ready(t, o.source, t.steps - 1) : p.inputs, rows, transposed.get(), s.stride);
+    const T* g = is_linear ? gradient_of(j + 1) : context_layer_gradient(layout);
+    const T* in = is_linear ? value_of(o.source) : context.get();
+    transpose<T>(in, is_linear ? chain.ready(t, o.source, t.steps - 1) : layout.inputs, rows, transposed.get(), s.stride);
     constexpr int count = registers / 4;
     const int all = o.ready[t.steps - 1];
     for (int unit = 0; unit < all; unit += count) {
-      const int units = std::min(count, all - unit), read = is_linear ? chain.reads(p, unit + units - 1) : p.inputs;
+      const int units = std::min(count, all - unit);
+      const int read = is_linear ? chain.reads(layout, unit + units - 1) : layout.inputs;
       add_outer_product(g + (size_t)unit * rows, transposed.get(), units, read, rows, s.stride,
                         sums + s.weight + (size_t)unit * s.stride);
       for (int u = unit; u < unit + units; u++)

@@ -48,7 +48,7 @@ class Chain {
       tile_units += units(t, 0);
       lengths.push_back(inverts(t) ? 1 : group(t));
       for (int j = 0; j < t.operation_count; j++) add_layout(t, j);
-      if (!t.operation_count && t.kind != Elementwise::permutation) {
+      if (layout_count(t) > t.operation_count) {
         layouts.push_back({});
         layouts.back().weight = packed_size;
         layouts.back().bias = packed_size + call.features;
@@ -67,7 +67,7 @@ class Chain {
       for (int i; (i = next++) < call.count;) {
         const Transform& t = call.transforms[i];
         for (int j = 0; j < t.operation_count; j++) pack(t, t.operations[j], of(i, j));
-        if (!t.operation_count && t.kind != Elementwise::permutation) pack_numbers(t, of(i, 0));
+        if (layout_count(t) > t.operation_count) pack_numbers(t, of(i, 0));
       }
     });
   }
@@ -83,17 +83,24 @@ class Chain {
   std::vector<int> lengths;    // of each transform: the number of steps that are computed together
   std::atomic<bool> is_finite{true};
 
-  const OperationLayout& of(int transform, int operation) const { return layouts[first_layout[transform] + operation]; }
+  // The number of layouts of a transform: one without operations has one for its two tensors, if it has any.
+  static int layout_count(const Transform& t) {
+    return t.kind == Elementwise::permutation ? 0 : std::max(t.operation_count, 1);
+  }
+
+  size_t position(int transform, int operation) const { return first_layout[transform] + operation; }
+
+  const OperationLayout& of(int transform, int operation) const { return layouts[position(transform, operation)]; }
 
   // Where a value of a transform lies in a tile's activations.
   size_t value(int transform, int value) const { return value ? of(transform, value - 1).value : inputs[transform]; }
 
   // Of a unit of a layer: the end of the inputs that it reads. Of an input: the first unit that reads it.
-  int reads(const OperationLayout& p, int unit) const { return ranges[p.reads + unit]; }
-  int readers(const OperationLayout& p, int input) const { return ranges[p.readers + input]; }
+  int reads(const OperationLayout& layout, int unit) const { return ranges[layout.reads + unit]; }
+  int readers(const OperationLayout& layout, int input) const { return ranges[layout.readers + input]; }
 
-  const T* weight(const OperationLayout& p) const { return packed + p.weight; }
-  const T* bias(const OperationLayout& p) const { return packed + p.bias; }
+  const T* weight(const OperationLayout& layout) const { return packed + layout.weight; }
+  const T* bias(const OperationLayout& layout) const { return packed + layout.bias; }
 
   int units(const Transform& t, int value) const {
     if (value) return t.operations[value - 1].units;
@@ -121,30 +128,30 @@ class Chain {
 
   void add_layout(const Transform& t, int j) {
     const Operation& o = t.operations[j];
-    OperationLayout p;
+    OperationLayout layout;
     if (o.weight >= 0 || o.kind == Kind::extrapolation) {
-      p.inputs = o.kind == Kind::linear ? units(t, o.source) : o.weight >= 0 ? call.context_features : 0;
-      work += (int64_t)o.units * p.inputs;
-      p.bias = packed_size;
-      p.weight = packed_size + o.units;
-      packed_size += (size_t)o.units * (p.inputs + 1);
+      layout.inputs = o.kind == Kind::linear ? units(t, o.source) : o.weight >= 0 ? call.context_features : 0;
+      work += (int64_t)o.units * layout.inputs;
+      layout.bias = packed_size;
+      layout.weight = packed_size + o.units;
+      packed_size += (size_t)o.units * (layout.inputs + 1);
     }
     const bool reads_context = o.kind == Kind::add_context || o.kind == Kind::gate_context;
-    p.value = tile_units;
-    p.slopes = p.value + o.units;
-    tile_units = p.slopes + (reads_context || needs_slopes(o.function) ? o.units : 0);
+    layout.value = tile_units;
+    layout.slopes = layout.value + o.units;
+    tile_units = layout.slopes + (reads_context || needs_slopes(o.function) ? o.units : 0);
     for (int k = j + 1; k < t.operation_count; k++) {
-      p.is_source_read_later |= reads(t.operations[k], o.source);
-      p.is_other_read_later |= reads(t.operations[k], o.other);
+      layout.is_source_read_later |= reads(t.operations[k], o.source);
+      layout.is_other_read_later |= reads(t.operations[k], o.other);
     }
     if (o.kind == Kind::linear) {
-      p.reads = ranges.size();
-      for (int step = 0; step < t.steps; step++) ranges.resize(p.reads + o.ready[step], ready(t, o.source, step));
-      p.readers = ranges.size();
+      layout.reads = ranges.size();
+      for (int step = 0; step < t.steps; step++) ranges.resize(layout.reads + o.ready[step], ready(t, o.source, step));
+      layout.readers = ranges.size();
       for (int step = 0; step < t.steps; step++)
-        ranges.resize(p.readers + ready(t, o.source, step), ready(t, j + 1, step - 1));
+        ranges.resize(layout.readers + ready(t, o.source, step), ready(t, j + 1, step - 1));
     }
-    layouts.push_back(p);
+    layouts.push_back(layout);
   }
 
   static bool reads(const Operation& o, int value) {
@@ -179,18 +186,18 @@ class Chain {
     for (; i < size; i++) poison[0] += values[i] * T(0);
   }
 
-  void pack_numbers(const Transform& t, const OperationLayout& p) {
+  void pack_numbers(const Transform& t, const OperationLayout& layout) {
     const T *scale = tensor(t, 0), *shift = tensor(t, 1);
     for (int f = 0; f < call.features; f++) {
-      packed[p.weight + f] = scale[f * t.scale_stride];
-      packed[p.bias + f] = shift[f * t.shift_stride];
+      packed[layout.weight + f] = scale[f * t.scale_stride];
+      packed[layout.bias + f] = shift[f * t.shift_stride];
     }
   }
 
-  void pack(const Transform& t, const Operation& o, const OperationLayout& p) {
+  void pack(const Transform& t, const Operation& o, const OperationLayout& layout) {
     const T *weight = tensor(t, o.weight), *bias = tensor(t, o.bias);
     if (o.kind == Kind::extrapolation)
-      for (int unit = 0; unit < o.units; unit++) packed[p.bias + unit] = bias[o.rows[unit]];
+      for (int unit = 0; unit < o.units; unit++) packed[layout.bias + unit] = bias[o.rows[unit]];
     if (!weight) return;
     Vector poison{};
     if (bias) add_poison(bias, o.units, poison);
@@ -198,22 +205,23 @@ class Chain {
     const int32_t* columns = o.kind == Kind::linear ? rows(t, o.source) : nullptr;
     const int context = shared && columns && !o.source ? t.context : 0, all = o.ready[t.steps - 1];
     for (int unit = 0; unit < o.units; unit++) {
-      const int64_t row = (int64_t)o.rows[unit] * p.inputs;
-      add_poison(weight + row, p.inputs, poison);
+      const int64_t row = (int64_t)o.rows[unit] * layout.inputs;
+      add_poison(weight + row, layout.inputs, poison);
       if (unit >= all) continue;
       T total = bias ? bias[o.rows[unit]] : 0;
-      T* to = packed + p.weight + (size_t)unit * p.inputs;
+      T* to = packed + layout.weight + (size_t)unit * layout.inputs;
       if (!columns) {
-        std::memcpy(to, weight + row, sizeof(T) * p.inputs);
-        for (int k = 0; shared && k < p.inputs; k++) total += to[k] * shared[k];
+        std::memcpy(to, weight + row, sizeof(T) * layout.inputs);
+        for (int k = 0; shared && k < layout.inputs; k++) total += to[k] * shared[k];
       } else {
         // Units and inputs are multiplied in blocks, whose other entries are 0.
-        const int read = reads(p, unit), beyond = std::max(reads(p, std::min(unit + most_units, all) - 1), read + most_units);
+        const int read = reads(layout, unit), last = std::min(unit + most_units, all) - 1;
+        const int beyond = std::max(reads(layout, last), read + most_units);
         gather(weight + row, o.mask ? o.mask + row : nullptr, columns, read, to);
-        std::fill(to + read, to + std::min(beyond, p.inputs), T(0));
+        std::fill(to + read, to + std::min(beyond, layout.inputs), T(0));
         for (int k = 0; k < context; k++) total += to[k] * shared[columns[k] - t.context_start];
       }
-      packed[p.bias + unit] = total;
+      packed[layout.bias + unit] = total;
     }
     for (int lane = 0; lane < L::count; lane++)
       if (poison[lane] != 0) is_finite = false;

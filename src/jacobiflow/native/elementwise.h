@@ -22,7 +22,7 @@ struct Gradients {
 
 // With the slope dy/dx and d(log slope)/dx, the gradient that a loss of x and of -log(slope) has in y.
 template <typename Vector>
-Vector of_inverse(const Gradients<Vector>& g, Vector slope, Vector bend) {
+Vector inverse_gradient(const Gradients<Vector>& g, Vector slope, Vector bend) {
   return (g.value - g.log_slope * bend) / slope;
 }
 
@@ -73,7 +73,7 @@ struct Affine {
         scale = s + b, to_scale = s * (T(1) - s);
       }
     }
-    const Vector result = inverts ? of_inverse(g, scale, Vector{}) : g.value * scale;
+    const Vector result = inverts ? inverse_gradient(g, scale, Vector{}) : g.value * scale;
     if (inverts) g = {-result, -g.log_slope};
     switch (t.kind) {
       case Elementwise::soft_clipped_affine:

@@ -40,13 +40,14 @@ class Spline {
     if (t.is_circular) x = L::remainder(x, (T)t.high - (T)t.low) + (T)t.low;
     find_bin(x, false);
     g = {is_in ? g.value : Vector{}, is_in ? g.log_slope : Vector{}};
-    Changes c{};
+    BinGradients c{};
     const Vector result = is_linear ? differentiate_linear(x, g, c) : differentiate_quadratic(x, g, c);
-    const Vector to_first = t.is_soft_clipped ? d0 * square(soft_clip(raw0)) : sigmoid_below(raw0);
-    const Vector to_second = t.is_soft_clipped ? d1 * square(soft_clip(raw1)) : sigmoid_below(raw1);
-    write_sizes(widths, width_sum, x0, width, (T)t.min_width, c.x0, c.width, 0, to);
-    write_sizes(heights, height_sum, y0, height, (T)t.min_height, c.y0, c.height, t.bins, to + (size_t)t.bins * p.stride);
-    write_derivatives(c.d0 * to_first, c.d1 * to_second, to + (size_t)2 * t.bins * p.stride);
+    const Vector to_first = t.is_soft_clipped ? d0 * square(soft_clip(raw0)) : softplus_slope(raw0);
+    const Vector to_second = t.is_soft_clipped ? d1 * square(soft_clip(raw1)) : softplus_slope(raw1);
+    write_size_gradients(widths, width_sum, x0, width, (T)t.min_width, c.x0, c.width, 0, to);
+    write_size_gradients(heights, height_sum, y0, height, (T)t.min_height, c.y0, c.height, t.bins,
+                         to + (size_t)t.bins * p.stride);
+    write_derivative_gradients(c.d0 * to_first, c.d1 * to_second, to + (size_t)2 * t.bins * p.stride);
     if (is_linear)
       for (int k = 0; k < t.bins; k++)
         L::store(to + (size_t)(3 * t.bins - 1 + k) * p.stride, bin == T(k) ? c.lambda : Vector{});
@@ -55,7 +56,7 @@ class Spline {
 
  private:
   // The gradients in the corner of a bin, its size, the derivatives at its ends, and its parameter lambda.
-  struct Changes {
+  struct BinGradients {
     Vector x0, y0, width, height, d0, d1, lambda;
   };
 
@@ -69,7 +70,7 @@ class Spline {
 
   static Vector square(Vector v) { return v * v; }
   Vector soft_clip(Vector raw) const { return L::reciprocal(L::absolute(raw) * (T)t.clip + T(1)); }
-  static Vector sigmoid_below(Vector raw) { return raw > T(20) ? L::spread(1) : L::sigmoid(raw); }
+  static Vector softplus_slope(Vector raw) { return raw > T(20) ? L::spread(1) : L::sigmoid(raw); }
 
   void find_bin(Vector in, bool by_height) {
     const int K = t.bins;
@@ -165,7 +166,7 @@ class Spline {
   }
 
   // y = y0 + height P / Q and dy/dx = delta^2 N / Q^2, as above.
-  Vector differentiate_quadratic(Vector x, Gradients<Vector> g, Changes& c) const {
+  Vector differentiate_quadratic(Vector x, Gradients<Vector> g, BinGradients& c) const {
     const Vector to_theta = L::reciprocal(width), theta = (x - x0) * to_theta, rest = T(1) - theta, mixed = theta * rest;
     const Vector bend = d0 + d1 - delta * T(2), q = L::reciprocal(delta + bend * mixed);
     const Vector P = delta * theta * theta + d0 * mixed;
@@ -173,7 +174,7 @@ class Spline {
     const Vector N_bend = T(2) * (d1 * theta + delta * (rest - theta) - d0 * rest), Q_bend = bend * (rest - theta);
     Vector result;
     if (inverts) {
-      result = of_inverse(g, square(delta * q) * N, (to_log * N_bend - T(2) * q * Q_bend) * to_theta);
+      result = inverse_gradient(g, square(delta * q) * N, (to_log * N_bend - T(2) * q * Q_bend) * to_theta);
       g = {-result, -g.log_slope};
     }
     const Vector gP = g.value * height * q, gQ = -q * (gP * P + T(2) * g.log_slope), gN = g.log_slope * to_log;
@@ -215,7 +216,7 @@ class Spline {
   }
 
   // y = y0 + A / D and dy/dx = N / (width D^2), as above with `rise` for middle - y0.
-  Vector differentiate_linear(Vector x, Gradients<Vector> g, Changes& c) const {
+  Vector differentiate_linear(Vector x, Gradients<Vector> g, BinGradients& c) const {
     const Vector s = L::sigmoid(raw_lambda), lambda = s * T(0.95) + T(0.025), rest = T(1) - lambda;
     const Vector wb = L::sqrt(d0 / d1), wc = (lambda * d0 + rest * wb * d1) / delta, share = rest + lambda * wb;
     const Vector rise = lambda * wb * height / share;
@@ -227,7 +228,7 @@ class Spline {
     const Vector D_bend = is_left ? wc - T(1) : wb - wc;
     Vector result;
     if (inverts) {
-      result = of_inverse(g, N / (width * D * D), T(-2) * D_bend / (D * width));
+      result = inverse_gradient(g, N / (width * D * D), T(-2) * D_bend / (D * width));
       g = {-result, -g.log_slope};
     }
     const Vector gl = g.log_slope, gA = g.value / D, gD = -(gA * A + T(2) * gl) / D;
@@ -248,8 +249,8 @@ class Spline {
   }
 
   // The gradients of the parameters of all widths, or heights, from those of the start and size of the row's bin.
-  void write_sizes(const T* sizes, Vector sum, Vector start, Vector size, T least, Vector g_start, Vector g_size, int first,
-                   T* to) const {
+  void write_size_gradients(const T* sizes, Vector sum, Vector start, Vector size, T least, Vector g_start, Vector g_size,
+                            int first, T* to) const {
     const T total = (T)t.high - (T)t.low, shared = total * (1 - least * t.bins);
     const Vector to_share = T(1) / sum;
     const Vector mean = (g_start * (start - (T)t.low - bin * (total * least)) + g_size * (size - total * least)) / shared;
@@ -264,7 +265,7 @@ class Spline {
   }
 
   // The gradients of the parameters of the derivatives, from those at the ends of the row's bin.
-  void write_derivatives(Vector first, Vector second, T* to) const {
+  void write_derivative_gradients(Vector first, Vector second, T* to) const {
     for (int k = 0; k <= t.bins; k++) {
       const int index = derivative_index(k);
       if (index < 0) continue;

@@ -149,8 +149,8 @@ class Tile {
 
   // y = scale x + shift; or y = x, and the log-density of a normal distribution is added to the log-determinant.
   void without_network(const Transform& t) {
-    const OperationLayout& p = chain.of(index, 0);
-    const T *scales = chain.weight(p), *shifts = chain.bias(p);
+    const OperationLayout& layout = chain.of(index, 0);
+    const T *scales = chain.weight(layout), *shifts = chain.bias(layout);
     for (int f = 0; f < call.features; f++) {
       const T scale = scales[f], shift = shifts[f];
       T* at = features.get() + (size_t)f * rows;
@@ -207,19 +207,19 @@ class Tile {
     }
   }
 
-  Matrix<T> matrix(const OperationLayout& p) const { return {chain.weight(p), p.inputs, 1}; }
+  Matrix<T> matrix(const OperationLayout& layout) const { return {chain.weight(layout), layout.inputs, 1}; }
 
   // Sums what the inputs ready before step `begin` add to the units of steps [begin, end).
   void start_sums(const Transform& t, int begin, int end) {
     for (int j = 0; j < t.operation_count; j++) {
       const Operation& o = t.operations[j];
       if (o.kind != Kind::linear) continue;
-      const OperationLayout& p = chain.of(index, j);
+      const OperationLayout& layout = chain.of(index, j);
       const int first = chain.ready(t, j + 1, begin - 1), last = chain.ready(t, j + 1, end - 1);
-      const T* bias = chain.bias(p) + first;
+      const T* bias = chain.bias(layout) + first;
       const Range inputs{chain.first_input(t, o), chain.ready(t, o.source, begin - 1)};
-      multiply<T, vectors>(matrix(p), first, last, [&](int, int) { return inputs; }, units_of(o.source), partials[j].get(),
-                           [&](int unit, int) { return L::spread(bias[unit]); }, [](int, Vector sum) { return sum; });
+      multiply<T, vectors>(matrix(layout), first, last, [&](int, int) { return inputs; }, units_of(o.source),
+                           partials[j].get(), [&](int unit, int) { return L::spread(bias[unit]); }, [](int, Vector sum) { return sum; });
     }
   }
 
@@ -227,12 +227,14 @@ class Tile {
   void compute(const Transform& t, int step, int end, int begin) {
     for (int j = 0; j < t.operation_count; j++) {
       const Operation& o = t.operations[j];
-      const OperationLayout& p = chain.of(index, j);
+      const OperationLayout& layout = chain.of(index, j);
       const int first = chain.ready(t, j + 1, step - 1), last = chain.ready(t, j + 1, end - 1);
       if (first == last) continue;
-      const auto new_units = [&](int value) { return units_of(value) + (has_all_units(t, value) ? (size_t)first * rows : 0); };
+      const auto new_units = [&](int value) {
+        return units_of(value) + (has_all_units(t, value) ? (size_t)first * rows : 0);
+      };
       T* out = new_units(j + 1);
-      T* slopes = activations ? activations + (p.slopes + first) * rows : nullptr;
+      T* slopes = activations ? activations + (layout.slopes + first) * rows : nullptr;
       const size_t size = (size_t)(last - first) * rows;
       switch (o.kind) {
         case Kind::linear: {
@@ -250,14 +252,14 @@ class Tile {
           break;
         }
         case Kind::extrapolation: {  // value + w (value - other), with a w for each unit
-          const T *weights = chain.bias(p) + first, *in = new_units(o.source), *other = new_units(o.other);
+          const T *weights = chain.bias(layout) + first, *in = new_units(o.source), *other = new_units(o.other);
           for (size_t i = 0; i < size; i += L::count) {
             const Vector a = L::load(in + i), b = L::load(other + i);
             L::store(out + i, a + (a - b) * weights[i / rows]);
           }
           break;
         }
-        default: with_context(o, p, first, last, new_units(o.source), out, slopes);
+        default: with_context(o, layout, first, last, new_units(o.source), out, slopes);
       }
       if (o.is_kept)
         for (size_t i = 0; i < size; i += rows)
@@ -270,12 +272,13 @@ class Tile {
   // The sums of a layer, and ReLU on the way.
   void linear(const Transform& t, int j, int first, int last, int begin, T* out) {
     const Operation& o = t.operations[j];
-    const OperationLayout& p = chain.of(index, j);
-    const T *bias = chain.bias(p) + first, *sums = begin ? partials[j].get() : nullptr;
+    const OperationLayout& layout = chain.of(index, j);
+    const T *bias = chain.bias(layout) + first, *sums = begin ? partials[j].get() : nullptr;
     const int from = begin ? chain.ready(t, o.source, begin - 1) : chain.first_input(t, o);
     const size_t skipped = begin ? first - chain.ready(t, j + 1, begin - 1) : 0;
     multiply<T, vectors>(
-        matrix(p), first, last, [&](int, int unit) { return Range{from, chain.reads(p, unit)}; }, units_of(o.source), out,
+        matrix(layout), first, last, [&](int, int unit) { return Range{from, chain.reads(layout, unit)}; },
+        units_of(o.source), out,
         [&](int unit, int v) {
           return sums ? L::load(sums + (skipped + unit) * rows + v * L::count) : L::spread(bias[unit]);
         },
@@ -289,11 +292,11 @@ class Tile {
 
   // Adds function(layer(context)) to a value, or multiplies the value by the layer's sigmoid. `slopes` get the derivatives
   // of the function, or its values if these tell the derivatives.
-  void with_context(const Operation& o, const OperationLayout& p, int first, int last, const T* in, T* out, T* slopes) {
+  void with_context(const Operation& o, const OperationLayout& layout, int first, int last, const T* in, T* out, T* slopes) {
     const bool is_gate = o.kind == Kind::gate_context;
-    const T* bias = chain.bias(p) + first;
-    const Range inputs{0, chain.shares_context ? 0 : p.inputs};
-    multiply<T, vectors>(matrix(p), first, last, [&](int, int) { return inputs; }, context.get(), out,
+    const T* bias = chain.bias(layout) + first;
+    const Range inputs{0, chain.shares_context ? 0 : layout.inputs};
+    multiply<T, vectors>(matrix(layout), first, last, [&](int, int) { return inputs; }, context.get(), out,
                          [&](int unit, int) { return L::spread(bias[unit]); }, [](int, Vector sum) { return sum; });
     const size_t size = (size_t)(last - first) * rows;
     Operation curve = o;
