@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import jacobiflow as jf
-from tests.helpers.library_flows import CASES, default_dtype, gradient_gap, masked_layers, normal, values
+from tests.helpers.library_flows import CASES, NATIVE, default_dtype, gradient_gap, masked_layers, normal, values
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
@@ -253,3 +253,23 @@ def test_data_parallel_training() -> None:
         torch.distributed.destroy_process_group()
     assert gradient_gap(*answers) < EXACT
     assert set(handle.ways.values()) == {"native"}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_graph_keeps_no_more_memory_than_the_library_s(name: str) -> None:
+    flow, x, context = CASES[name].make(2, 6, hidden=32), normal(512, 6), normal(512, 2, seed=1)
+    own = {parameter.data_ptr() for parameter in flow.parameters()}
+    sizes = []
+    for is_accelerated in (False, True):
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with jf.accelerate(flow) if is_accelerated else nullcontext(), saved_tensors_hooks(note, lambda t: t):
+            results = values(flow, x, context, False)
+        sizes.append(sum(size for address, size in saved.items() if address not in own))
+        assert results[0].requires_grad
+    assert 0 < sizes[1] <= sizes[0]

@@ -133,7 +133,7 @@ class Adjoint {
       : chain(chain), call(chain.call), args(args), tensors(tensors), sums(tensors.of_thread(rank)),
         features((size_t)call.features * rows), copy((size_t)call.features * rows),
         log_det((size_t)(call.is_by_feature ? call.features : 1) * rows), context((size_t)call.context_features * rows),
-        context_gradient((size_t)call.context_features * rows), gradients(most_units() * rows),
+        context_gradient((size_t)call.context_features * rows), gradients(chain.most_gradient_units * rows),
         transposed((size_t)tensors.most_inputs * rows), bins(spline_memory<T>(call)) {}
 
   // Adds the gradients of rows [first, first + count), whose values the forward direction has left in `activations`.
@@ -151,7 +151,6 @@ class Adjoint {
       const Transform& t = call.transforms[index];
       inverts = chain.inverts(t);
       needs_features = i > 0 || args.grad_input || inverts;
-      base = chain.inputs[index];
       if (t.kind == Elementwise::permutation)
         permute(t, !inverts, rows, features.get(), copy.get());
       else if (!t.operation_count)
@@ -175,14 +174,7 @@ class Adjoint {
   Buffer<T> features, copy, log_det, context, context_gradient, gradients, transposed, bins;
   const T* values = nullptr;  // the tile's activations
   int index = 0;              // of the transform
-  size_t base = 0;            // of its values in the activations
   bool inverts = false, needs_features = false;
-
-  size_t most_units() const {
-    size_t most = 0;
-    for (int i = 0; i < call.count; i++) most = std::max(most, chain.inputs[i + 1] - chain.inputs[i]);
-    return most;
-  }
 
   // Loads (count, columns), or zeros from null; rows beyond `count` are 0, so that they add nothing to sums.
   static void load(const void* from, int64_t first, int columns, int count, T* to) {
@@ -198,9 +190,9 @@ class Adjoint {
 
   // The values of this transform, derivatives beside them, and their gradients.
   const T* value_of(int value) const { return values + chain.value(index, value) * rows; }
-  T* gradient_of(int value) { return gradients.get() + (chain.value(index, value) - base) * rows; }
+  T* gradient_of(int value) { return gradients.get() + chain.gradient(index, value) * rows; }
   const T* slopes_of(const OperationLayout& layout) const { return values + layout.slopes * rows; }
-  T* context_layer_gradient(const OperationLayout& layout) { return gradients.get() + (layout.slopes - base) * rows; }
+  T* context_layer_gradient(const OperationLayout& layout) { return gradients.get() + layout.layer_gradient * rows; }
 
   void without_network(const Transform& t) {
     const OperationLayout& layout = chain.of(index, 0);

@@ -28,7 +28,9 @@ class Buffer {
 struct OperationLayout {
   int inputs = 0;                 // columns of the weight
   size_t weight = 0, bias = 0;    // in packed weights: (units, inputs) and (units), sorted by step
+  bool is_stored = false;         // whether a backward pass reads its value
   size_t value = 0, slopes = 0;   // in a tile's activations, in units: its value, and the derivatives of its function
+  size_t gradient = 0, layer_gradient = 0;  // in a transform's gradients, in units: of its value, of its context layer
   size_t reads = 0, readers = 0;  // in `ranges`: the end of what each unit reads; the first unit that reads each input
   bool is_source_read_later = false, is_other_read_later = false;  // by an operation after it
 };
@@ -46,8 +48,10 @@ class Chain {
       first_layout.push_back(layouts.size());
       inputs.push_back(tile_units);
       tile_units += units(t, 0);
+      gradient_units = units(t, 0);
       lengths.push_back(inverts(t) ? 1 : group(t));
       for (int j = 0; j < t.operation_count; j++) add_layout(t, j);
+      most_gradient_units = std::max(most_gradient_units, gradient_units);
       if (layout_count(t) > t.operation_count) {
         layouts.push_back({});
         layouts.back().weight = packed_size;
@@ -55,7 +59,6 @@ class Chain {
         packed_size += 2 * (size_t)call.features;
       }
     }
-    inputs.push_back(tile_units);
   }
 
   // Packs the weights into memory of the caller, or of its own.
@@ -79,6 +82,7 @@ class Chain {
   const bool shares_context;
   int64_t work = 0;  // multiplications for each row
   size_t packed_size = 0, tile_units = 0;
+  size_t most_gradient_units = 0;  // of a transform
   std::vector<size_t> inputs;  // of each transform: where its input lies in a tile's activations
   std::vector<int> lengths;    // of each transform: the number of steps that are computed together
   std::atomic<bool> is_finite{true};
@@ -92,8 +96,11 @@ class Chain {
 
   const OperationLayout& of(int transform, int operation) const { return layouts[position(transform, operation)]; }
 
-  // Where a value of a transform lies in a tile's activations.
+  bool is_stored(int transform, int value) const { return !value || of(transform, value - 1).is_stored; }
+
+  // Where a value of a transform lies in a tile's activations, and its gradient in the transform's gradients.
   size_t value(int transform, int value) const { return value ? of(transform, value - 1).value : inputs[transform]; }
+  size_t gradient(int transform, int value) const { return value ? of(transform, value - 1).gradient : 0; }
 
   // Of a unit of a layer: the end of the inputs that it reads. Of an input: the first unit that reads it.
   int reads(const OperationLayout& layout, int unit) const { return ranges[layout.reads + unit]; }
@@ -125,6 +132,7 @@ class Chain {
   std::vector<int> ranges;
   std::vector<Buffer<T>> memory;
   T* packed = nullptr;
+  size_t gradient_units = 0;  // of the transform whose layouts are added
 
   void add_layout(const Transform& t, int j) {
     const Operation& o = t.operations[j];
@@ -137,9 +145,17 @@ class Chain {
       packed_size += (size_t)o.units * (layout.inputs + 1);
     }
     const bool reads_context = o.kind == Kind::add_context || o.kind == Kind::gate_context;
+    const bool tells_slopes = !reads_context && o.function != Function::identity && !needs_slopes(o.function);
+    layout.is_stored = o.is_kept || tells_slopes || j + 1 == t.operation_count;
+    for (int k = j + 1; k < t.operation_count; k++)
+      layout.is_stored |= t.operations[k].kind == Kind::gate_context && t.operations[k].source == j + 1;
     layout.value = tile_units;
-    layout.slopes = layout.value + o.units;
-    tile_units = layout.slopes + (reads_context || needs_slopes(o.function) ? o.units : 0);
+    layout.slopes = tile_units += layout.is_stored ? o.units : 0;
+    if (o.kind == Kind::gate_context || needs_slopes(o.function) || (reads_context && o.function != Function::identity))
+      tile_units += o.units;
+    layout.gradient = gradient_units;
+    layout.layer_gradient = gradient_units += o.units;
+    if (reads_context) gradient_units += o.units;
     for (int k = j + 1; k < t.operation_count; k++) {
       layout.is_source_read_later |= reads(t.operations[k], o.source);
       layout.is_other_read_later |= reads(t.operations[k], o.other);

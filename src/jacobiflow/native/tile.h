@@ -49,28 +49,28 @@ class Tile {
   using Vector = typename L::Vector;
   static constexpr int rows = L::count * vectors;
 
-  // With `keeps_values`, `run` gets memory for all of them.
-  Tile(const Chain<T>& chain, bool keeps_values)
+  // With `has_activations`, `run` gets memory for the values that a backward pass reads.
+  Tile(const Chain<T>& chain, bool has_activations)
       : chain(chain), call(chain.call), features((size_t)call.features * rows), copy((size_t)call.features * rows),
         context((size_t)call.context_features * rows), bins(spline_memory<T>(call)) {
     std::vector<size_t> sizes, partial_sizes;
     for (int i = 0; i < call.count; i++) {
       const Transform& t = call.transforms[i];
-      resize(sizes, 0, chain.units(t, 0));
+      resize(sizes, 0, has_activations ? 0 : chain.units(t, 0));
       for (int j = 0; j < t.operation_count; j++) {
         const Operation& o = t.operations[j];
-        resize(sizes, j + 1, o.is_kept ? o.units : max_new(o, t.steps, chain.lengths[i]));
+        const bool is_elsewhere = has_activations && chain.is_stored(i, j + 1);
+        resize(sizes, j + 1, is_elsewhere ? 0 : o.is_kept ? o.units : max_new(o, t.steps, chain.lengths[i]));
         if (chain.inverts(t) && t.steps > block_steps && o.kind == Kind::linear)
           resize(partial_sizes, j, max_new(o, t.steps, block_steps));
       }
     }
-    for (size_t size : sizes)
-      if (!keeps_values) values.emplace_back(size * rows);
+    for (size_t size : sizes) values.emplace_back(size * rows);
     for (size_t size : partial_sizes) partials.emplace_back(size * rows);
   }
 
-  // Computes rows [first, first + count); count is at most `rows`. Keeps all values in `memory` (units, rows),
-  // unless it is null. Writes the results if the call has memory for them.
+  // Computes rows [first, first + count); count is at most `rows`. Stores the values that a backward
+  // pass reads in `memory` (units, rows), unless it is null. Writes the results if the call has memory for them.
   void run(int64_t first, int count, T* memory) {
     const T *in = static_cast<const T*>(call.input), *contexts = static_cast<const T*>(call.context);
     activations = memory;
@@ -96,7 +96,7 @@ class Tile {
   std::vector<Buffer<T>> values, partials;
   Vector log_det[vectors], rounding[vectors];
   Vector poison[vectors];  // NaN in lanes that were not finite, else 0
-  T* activations = nullptr;  // all values of the tile, or null
+  T* activations = nullptr;  // the values that a backward pass reads, or null
   int index = 0;           // of the transform
   bool inverts = false;
 
@@ -171,9 +171,15 @@ class Tile {
   }
 
   // The units of a value of this transform: all of them, or those of the current steps.
-  T* units_of(int value) { return activations ? activations + chain.value(index, value) * rows : values[value].get(); }
+  T* units_of(int value) {
+    return has_stored(value) ? activations + chain.value(index, value) * rows : values[value].get();
+  }
 
-  bool has_all_units(const Transform& t, int value) const { return activations || !value || t.operations[value - 1].is_kept; }
+  bool has_stored(int value) const { return activations && chain.is_stored(index, value); }
+
+  bool has_all_units(const Transform& t, int value) const {
+    return has_stored(value) || !value || t.operations[value - 1].is_kept;
+  }
 
   void set_context(const Transform& t) {
     if (t.context && !chain.shares_context)
@@ -219,7 +225,8 @@ class Tile {
       const T* bias = chain.bias(layout) + first;
       const Range inputs{chain.first_input(t, o), chain.ready(t, o.source, begin - 1)};
       multiply<T, vectors>(matrix(layout), first, last, [&](int, int) { return inputs; }, units_of(o.source),
-                           partials[j].get(), [&](int unit, int) { return L::spread(bias[unit]); }, [](int, Vector sum) { return sum; });
+                           partials[j].get(), [&](int unit, int) { return L::spread(bias[unit]); },
+                           [](int, Vector sum) { return sum; });
     }
   }
 
@@ -304,7 +311,7 @@ class Tile {
     activate(curve, out, out, needs_slopes(curve.function) ? slopes : nullptr, size);
     for (size_t i = 0; i < size; i += L::count) {
       const Vector value = L::load(in + i), change = L::load(out + i);
-      if (slopes && !needs_slopes(curve.function)) L::store(slopes + i, change);
+      if (slopes && curve.function != Function::identity && !needs_slopes(curve.function)) L::store(slopes + i, change);
       L::store(out + i, is_gate ? value * change : value + change);
     }
   }
