@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import jacobiflow as jf
 from jacobiflow.adapters.network import MaskedNetwork, find_order
 from jacobiflow.native import boundary, build
+from jacobiflow.native import recurrence as native_recurrence
 from jacobiflow.native.chain import TransformChain
 from jacobiflow.native.masked import MaskedOperation, masked_transform
 from jacobiflow.native.recurrence import Prefix
@@ -126,11 +127,19 @@ def change_prefix(block: Any, change: str, is_hidden: bool) -> None:
 
 
 def recurrence(rng: random.Random) -> tuple[Any, str]:
-    """A block's inverse: of tokens, contexts or weights that do not fit."""
-    name = rng.choice(list(CASES))
+    """A block's inverse: of tokens, contexts or weights that do not fit, stored in any way."""
+    name, weights = rng.choice(list(CASES)), rng.choice(["float32", "float64", "bfloat16", "float16", "int16"])
     case = CASES[name]
-    flow = case.flow()
-    block, z, context = case.block(flow), case.z(flow), case.context()
+    if case.kind is jf.MAF and weights != "float64":
+        weights = "float32"
+    flow, context = case.flow(), case.context()
+    z = case.z(flow)
+    if weights != "int16":
+        flow = flow.to(getattr(torch, weights))
+    if weights == "float64":
+        z, context = z.double(), context.double() if context is not None and context.is_floating_point() else context
+    native_recurrence._MIN_IN_PLACE = rng.choice([0, 2**25])
+    block = case.block(flow)
     target, change = rng.choice(["z", "context", "weight", "prefix"]), rng.choice(list(CHANGES))
     if target == "z":
         z = CHANGES[change](z)
@@ -140,14 +149,17 @@ def recurrence(rng: random.Random) -> tuple[Any, str]:
         target = change_weight(flow.blocks[1], change, rng)
     elif target == "prefix" and case.kind is jf.STARFlow:
         change_prefix(flow.blocks[1], change, rng.random() < 0.5)
-    what = f"{name}: {target} {change}"
-    ours = answer(lambda: block.exact_inverse(z, context))
+    what = f"{name}, {weights}: {target} {change}"
+    ours = answer(lambda: (block.rounded_inverse if weights == "int16" else block.exact_inverse)(z, context))
     if ours is None:
         assert change not in LAYOUTS, f"refused: {what}"
     elif ours[0].numel() and (change in LAYOUTS or (change in OTHERS and target != "prefix")):
         one = context is not None and len(context) == 1  # for all rows
-        theirs = answer(lambda: in_pytorch(block, z, context.expand(len(z), *context.shape[1:]) if one else context))
-        check_same(ours, theirs, what)
+        rows = context.expand(len(z), *context.shape[1:]) if one else context
+        theirs, is_half = answer(lambda: in_pytorch(block, z, rows)), weights in ("bfloat16", "float16")
+        if is_half and theirs is not None:  # whose network rounds each step
+            theirs = in_pytorch(case.block(flow.float()), z, rows)
+        check_same(ours, theirs, what, 0.1 if is_half or weights == "int16" else 1e-3)
     return ours, what
 
 

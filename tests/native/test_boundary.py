@@ -34,7 +34,7 @@ def _compiled() -> None:
     ("file", "old", "new", "field"),
     [
         ("boundary.h", "rows, in_stride, context_stride", "in_stride, rows, context_stride", "ChainArgs"),
-        ("boundary.h", "float soft_clip", "double soft_clip", "RecurrenceArgs"),
+        ("boundary.h", "double soft_clip", "float soft_clip", "RecurrenceArgs"),
         ("boundary.h", "relu, leaky_relu", "leaky_relu, relu", "Function"),
         ("boundary.cpp", "jacobiflow_layout", "no_layout", ""),
     ],

@@ -11,7 +11,7 @@ import pytest
 from jacobiflow.native import compiler
 
 HARNESS = Path(__file__).parent / "harness.cpp"
-AVX2 = {"sse2", "avx", "avx2", "fma"}
+AVX2 = {"sse2", "avx", "avx2", "fma", "f16c"}
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "amx_tile"}
 # The compiler, and the command that runs what it makes.
 OTHERS = {

@@ -137,7 +137,7 @@ class Winners:
         winner, self.z = next(self.rest), z
         if winner is None:
             return None
-        return Runner(winner[0], (winner[1],), jf.solve(block, z, jf.Solver(jf.Sequential()), labels).x, 9)
+        return Runner(winner[0], (winner[1],), jf.solve(block, z, jf.Solver(jf.Sequential()), labels).x, 9, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ Z = draw_latents(6, TOKENS, 4)
 LABELS = torch.arange(6) % 3
 WHOLE, SHORT, LONG = (jf.Solver(partition) for partition in (jf.Whole(), jf.Window(4), jf.Window(8)))
 LOWERED = replace(WHOLE, bf16_sweeps=3)
-NAMES = {WHOLE: "whole", SHORT: "short", LONG: "long", LOWERED: "lowered"}
+ROUNDED = jf.Solver(jf.Sequential(), int16_weights=True)
+NAMES = {WHOLE: "whole", SHORT: "short", LONG: "long", LOWERED: "lowered", ROUNDED: "rounded"}
 
 
 def name_of(solver: jf.Solver) -> str:
@@ -36,7 +37,8 @@ class Track:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, batch_size: int = 2, time_limit: float = 1e9) -> None:
         self.race = Race(Exact(10.0, 1.0, math.inf, 0.0), batch_size, 1e-3, time_limit)
-        self.now, self.sweeps, self.runs, self.seconds = 100.0, (3, 9), list[str](), dict[str, list[float]]()
+        self.now, self.sweeps, self.residual = 100.0, (3, 9), 1e-4
+        self.runs, self.seconds = list[str](), dict[str, list[float]]()
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
         monkeypatch.setattr(race_module, "solve_certified", self._solve)
 
@@ -50,7 +52,8 @@ class Track:
         self.now += min(seconds, limit)
         if seconds > limit:
             raise TimeoutError
-        return SimpleNamespace(x=z, sample_sweeps=torch.tensor(self.sweeps))
+        residual = torch.tensor([0.0, self.residual])
+        return SimpleNamespace(x=z, sample_sweeps=torch.tensor(self.sweeps), residual=residual)
 
     def run(self, solvers: Sequence[jf.Solver], **seconds: float | list[float]) -> Runner | None:
         """The winner; `sweeps` are the seconds of the solver that makes a number of sweeps, 99 by default."""
@@ -67,12 +70,21 @@ class Track:
 def test_the_fastest_wins_and_slower_ones_are_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
     track = Track(monkeypatch)
     winner = track.run([WHOLE, SHORT, LONG], whole=5.0, short=9.0, long=4.0)
-    assert winner == Runner(LONG, (4.0,), winner.x, 9)
+    assert winner == Runner(LONG, (4.0,), winner.x, 9, winner.residual)
     assert torch.equal(winner.x, Z[:2])
     assert track.runs == ["whole", "short", "long", "0 + 8 sweeps"]
     assert track.spent() == pytest.approx(5 + 1.1 * 5 + 4 + 1.1 * 4)
     assert track.run([WHOLE], whole=11.5) is None
     assert track.spent() == pytest.approx(1.1 * 10)
+
+
+def test_rounded_weights_win_up_to_a_fifth_of_the_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
+    for residual, wins in ((1.9e-4, True), (2.1e-4, False), (math.inf, False)):
+        track = Track(monkeypatch)
+        track.residual = residual
+        winner = track.run([SHORT, ROUNDED], short=9.5, rounded=5.0)
+        assert winner is not None
+        assert name_of(winner.solver) == ("rounded" if wins else "short")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +171,7 @@ def test_the_exact_loop_and_an_evaluation_are_timed(monkeypatch: pytest.MonkeyPa
         machine.seconds(6, *[1] * TOKENS), machine.seconds(6, TOKENS), machine.seconds(4, TOKENS)
     )  # fmt: skip
     assert machine.now == pytest.approx(loop + evaluation + (3 + 0.25 * (3 + 1)) * sweep, rel=0.002)
-    assert exact == pytest.approx((loop, evaluation, 0.25 * evaluation, 0.0), rel=0.05)
+    assert exact == pytest.approx((loop, evaluation, 0.25 * evaluation, 0.0, math.inf), rel=0.05)
     assert exact.least_iteration == pytest.approx((3 * 0.25 + 2) * evaluation, rel=0.05)
     assert Exact(1.0, 0.1, math.inf, 0.0).least_iteration == pytest.approx(0.5)
     for call, number in ((0.01, 4), (0.001, 6)):
@@ -200,6 +212,9 @@ def test_candidates_are_of_every_partition_with_the_fitted_pieces() -> None:
     assert len(both) == 2 * len(plain)
     assert {solver.bf16_sweeps for solver in both} == {0, 3}
     assert {(solver.guess, solver.correction) for solver in both} == {(fitted.guess, fitted.correction)}
+    for seconds, number in ((7.9, 1), (8.1, 0)):  # a certificate takes one second
+        rounded = [solver for solver in candidates(196, 1e-4, fitted, slow._replace(int16=seconds)) if solver.int16_weights]
+        assert rounded == [jf.Solver(jf.Sequential(), stopping=jf.Tolerance(1e-4), int16_weights=True)] * number
 
 
 @pytest.mark.parametrize("batch_size", [2, 4])

@@ -181,6 +181,15 @@ class AffineBlock(ABC):
         """
         return None
 
+    def rounded_inverse(
+        self, z: Tokens, context: Any = None, guidance: Any = None
+    ) -> tuple[Tokens, Float[Tensor, " b"]] | None:
+        """Returns what `exact_inverse` does, for weights rounded to 16-bit integers: they take half the bytes.
+
+        `None` if the block has no such call, or if its weights have 16 bits already.
+        """
+        return None
+
     def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:
         """Returns W_s and W_u of the last layer, if `log_scale` = W_s h + b_s and `shift` = W_u h + b_u; else `None`.
 

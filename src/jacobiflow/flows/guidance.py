@@ -169,6 +169,11 @@ class GuidedBlock(AffineBlock):
     ) -> tuple[Tokens, Float[Tensor, " b"]] | None:
         return self.block.exact_inverse(z, context, self.guidance)
 
+    def rounded_inverse(
+        self, z: Tokens, context: Int[Tensor, " b"] | None = None, guidance: Guidance | None = None
+    ) -> tuple[Tokens, Float[Tensor, " b"]] | None:
+        return self.block.rounded_inverse(z, context, self.guidance)
+
     def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:
         return self.block.output_weights()
 

@@ -7,7 +7,11 @@ using namespace jacobiflow;
 
 #define SIZE(type) {#type, sizeof(type)}
 #define FIELD(type, name) {#type "." #name, offsetof(type, name)}
+#define SIZE_OF(type) {#type, sizeof(type<float>)}
+#define FIELD_OF(type, name) {#type "." #name, offsetof(type<float>, name)}
 #define VALUE(type, name) {#type "." #name, (int32_t)type::name}
+
+static_assert(sizeof(RecurrenceArgs<float>) == sizeof(RecurrenceArgs<double>), "float and double have one layout");
 
 struct Entry {
   const char* name;
@@ -36,24 +40,29 @@ constexpr Entry layout[] = {
     FIELD(ChainArgs, is_by_feature), FIELD(ChainArgs, threads),
     SIZE(GradientArgs), FIELD(GradientArgs, chain), FIELD(GradientArgs, grad_out), FIELD(GradientArgs, grad_log_det),
     FIELD(GradientArgs, grad_tensors), FIELD(GradientArgs, grad_input), FIELD(GradientArgs, grad_context),
-    SIZE(Layer), FIELD(Layer, norm), FIELD(Layer, norm_bias), FIELD(Layer, qkv), FIELD(Layer, qkv_bias),
-    FIELD(Layer, proj), FIELD(Layer, proj_bias), FIELD(Layer, mlp_norm), FIELD(Layer, mlp_norm_bias), FIELD(Layer, up),
-    FIELD(Layer, up_bias), FIELD(Layer, down), FIELD(Layer, down_bias), FIELD(Layer, query_norm),
-    FIELD(Layer, query_norm_bias), FIELD(Layer, key_norm), FIELD(Layer, key_norm_bias), FIELD(Layer, condition),
-    FIELD(Layer, scale), FIELD(Layer, shift), FIELD(Layer, gate), FIELD(Layer, gated_scale), FIELD(Layer, gated_shift),
-    FIELD(Layer, gated_up), FIELD(Layer, gated_down), FIELD(Layer, gated_gate),
-    SIZE(RecurrenceArgs), FIELD(RecurrenceArgs, z), FIELD(RecurrenceArgs, position), FIELD(RecurrenceArgs, context),
-    FIELD(RecurrenceArgs, query_scale), FIELD(RecurrenceArgs, proj_in), FIELD(RecurrenceArgs, proj_out),
-    FIELD(RecurrenceArgs, out_bias), FIELD(RecurrenceArgs, weight_scale), FIELD(RecurrenceArgs, weight_shift),
-    FIELD(RecurrenceArgs, prefix_keys_values), FIELD(RecurrenceArgs, prefix_hidden), FIELD(RecurrenceArgs, rotation),
-    FIELD(RecurrenceArgs, final_norm), FIELD(RecurrenceArgs, layers), FIELD(RecurrenceArgs, x),
-    FIELD(RecurrenceArgs, keys_values), FIELD(RecurrenceArgs, log_det), FIELD(RecurrenceArgs, samples),
-    FIELD(RecurrenceArgs, networks), FIELD(RecurrenceArgs, tokens), FIELD(RecurrenceArgs, values),
-    FIELD(RecurrenceArgs, channels), FIELD(RecurrenceArgs, hidden), FIELD(RecurrenceArgs, heads),
-    FIELD(RecurrenceArgs, depth), FIELD(RecurrenceArgs, scales), FIELD(RecurrenceArgs, context_row),
-    FIELD(RecurrenceArgs, context_token), FIELD(RecurrenceArgs, prefix), FIELD(RecurrenceArgs, by_density),
-    FIELD(RecurrenceArgs, threads), FIELD(RecurrenceArgs, teams), FIELD(RecurrenceArgs, start),
-    FIELD(RecurrenceArgs, stop), FIELD(RecurrenceArgs, soft_clip),
+    SIZE(Weight), FIELD(Weight, values), FIELD(Weight, scales), FIELD(Weight, format), FIELD(Weight, is_packed),
+    SIZE_OF(LayerArgs), FIELD_OF(LayerArgs, norm), FIELD_OF(LayerArgs, norm_bias), FIELD_OF(LayerArgs, qkv),
+    FIELD_OF(LayerArgs, qkv_bias), FIELD_OF(LayerArgs, proj), FIELD_OF(LayerArgs, proj_bias),
+    FIELD_OF(LayerArgs, mlp_norm), FIELD_OF(LayerArgs, mlp_norm_bias), FIELD_OF(LayerArgs, up),
+    FIELD_OF(LayerArgs, up_bias), FIELD_OF(LayerArgs, down), FIELD_OF(LayerArgs, down_bias),
+    FIELD_OF(LayerArgs, query_norm), FIELD_OF(LayerArgs, query_norm_bias), FIELD_OF(LayerArgs, key_norm),
+    FIELD_OF(LayerArgs, key_norm_bias), FIELD_OF(LayerArgs, condition), FIELD_OF(LayerArgs, scale),
+    FIELD_OF(LayerArgs, shift), FIELD_OF(LayerArgs, gate), FIELD_OF(LayerArgs, gated_scale),
+    FIELD_OF(LayerArgs, gated_shift), FIELD_OF(LayerArgs, gated_up), FIELD_OF(LayerArgs, gated_down),
+    FIELD_OF(LayerArgs, gated_gate),
+    SIZE_OF(RecurrenceArgs), FIELD_OF(RecurrenceArgs, z), FIELD_OF(RecurrenceArgs, position),
+    FIELD_OF(RecurrenceArgs, context), FIELD_OF(RecurrenceArgs, query_scale), FIELD_OF(RecurrenceArgs, proj_in),
+    FIELD_OF(RecurrenceArgs, proj_out), FIELD_OF(RecurrenceArgs, out_bias), FIELD_OF(RecurrenceArgs, weight_scale),
+    FIELD_OF(RecurrenceArgs, weight_shift), FIELD_OF(RecurrenceArgs, prefix_keys_values),
+    FIELD_OF(RecurrenceArgs, prefix_hidden), FIELD_OF(RecurrenceArgs, rotation), FIELD_OF(RecurrenceArgs, final_norm),
+    FIELD_OF(RecurrenceArgs, layers), FIELD_OF(RecurrenceArgs, x), FIELD_OF(RecurrenceArgs, keys_values),
+    FIELD_OF(RecurrenceArgs, log_det), FIELD_OF(RecurrenceArgs, samples), FIELD_OF(RecurrenceArgs, networks),
+    FIELD_OF(RecurrenceArgs, tokens), FIELD_OF(RecurrenceArgs, values), FIELD_OF(RecurrenceArgs, channels),
+    FIELD_OF(RecurrenceArgs, hidden), FIELD_OF(RecurrenceArgs, heads), FIELD_OF(RecurrenceArgs, depth),
+    FIELD_OF(RecurrenceArgs, scales), FIELD_OF(RecurrenceArgs, context_row), FIELD_OF(RecurrenceArgs, context_token),
+    FIELD_OF(RecurrenceArgs, prefix), FIELD_OF(RecurrenceArgs, by_density), FIELD_OF(RecurrenceArgs, threads),
+    FIELD_OF(RecurrenceArgs, teams), FIELD_OF(RecurrenceArgs, start), FIELD_OF(RecurrenceArgs, stop),
+    FIELD_OF(RecurrenceArgs, soft_clip),
     VALUE(Kind, linear), VALUE(Kind, activation), VALUE(Kind, sum), VALUE(Kind, add_context),
     VALUE(Kind, gate_context), VALUE(Kind, extrapolation),
     VALUE(Function, identity), VALUE(Function, relu), VALUE(Function, leaky_relu), VALUE(Function, elu),
@@ -63,6 +72,8 @@ constexpr Entry layout[] = {
     VALUE(Elementwise, softplus_affine), VALUE(Elementwise, sigmoid_affine), VALUE(Elementwise, clamped_affine),
     VALUE(Elementwise, log_affine), VALUE(Elementwise, rational_quadratic), VALUE(Elementwise, rational_linear),
     VALUE(Elementwise, normal),
+    VALUE(WeightFormat, float32), VALUE(WeightFormat, float64), VALUE(WeightFormat, bfloat16), VALUE(WeightFormat, float16),
+    VALUE(WeightFormat, int16),
     VALUE(Ends, fixed), VALUE(Ends, free), VALUE(Ends, circular),
     {nullptr, 0},
 };

@@ -71,20 +71,41 @@ struct GradientArgs {
   void *grad_input, *grad_context;      // (rows, features); (rows, context_features)
 };
 
-// A layer is an attention and a perceptron, h <- h + attend(norm(h)), h <- h + down(gelu(up(norm(h)))). The second row of
-// pointers may be null. `condition` (tokens, stride) is added to h before. `query_norm` and `key_norm` are over all heads.
+enum class WeightFormat : int32_t { float32, float64, bfloat16, float16, int16 };
+
+// A weight (outputs, inputs): in panels of columns, as jacobiflow_pack makes them, or row after row. Output i of int16 is
+// multiplied by scales[i], which is otherwise null.
+struct Weight {
+  const void* values;
+  const float* scales;
+  WeightFormat format;
+  int32_t is_packed;
+};
+
+// A layer is an attention and a perceptron, h <- h + attend(norm(h)), h <- h + down(gelu(up(norm(h)))). What follows
+// `down_bias` may be null. `condition` (tokens, stride) is added to h before. `query_norm` and `key_norm` are over all heads.
 // With `scale` the layer is Prose's, see flows/prose.py: its input is scale * normalised h + shift, its output is
 // multiplied by `gate` and added to h, and so is that of a second, gated perceptron.
-struct Layer {
-  const float *norm, *norm_bias, *qkv, *qkv_bias, *proj, *proj_bias;
-  const float *mlp_norm, *mlp_norm_bias, *up, *up_bias, *down, *down_bias;
-  const float *query_norm, *query_norm_bias, *key_norm, *key_norm_bias, *condition;
-  const float *scale, *shift, *gate, *gated_scale, *gated_shift, *gated_up, *gated_down, *gated_gate;
+template <typename T>
+struct LayerArgs {
+  const T *norm, *norm_bias;
+  Weight qkv;
+  const T* qkv_bias;
+  Weight proj;
+  const T *proj_bias, *mlp_norm, *mlp_norm_bias;
+  Weight up;
+  const T* up_bias;
+  Weight down;
+  const T* down_bias;
+  const T *query_norm, *query_norm_bias, *key_norm, *key_norm_bias, *condition;
+  const T *scale, *shift, *gate, *gated_scale, *gated_shift;
+  Weight gated_up, gated_down;
+  const T* gated_gate;
 };
 
 // z and x are (samples, tokens, values). The network has `networks` rows per sample: first those with labels, of all
 // samples, then the unconditional ones. `context` is added to the embeddings of a row and a token that are so many numbers
-// apart. A `*_bias` is as long as the packed columns of its weight. `keys_values` is the memory of `attend`, and lives as
+// apart. A `*_bias` is as long as the padded columns of its weight. `keys_values` is the memory of `attend`, and lives as
 // long as calls go on with the same x. To `log_det` (samples) the log-scales are added.
 //
 // A STARFlow has a prefix: the keys and values (layers, rows, 2, heads, prefix, head) of so many positions before the
@@ -92,15 +113,17 @@ struct Layer {
 // read. `rotation` (prefix + tokens, head) has the cosine and the sine for each pair of a query's and a key's channels,
 // `final_norm` the weights of an RMS norm. `soft_clip`, if not 0, bounds the outputs softly, and a scale is then
 // softplus(a + log(e - 1)). `by_density` is that rule of guidance.
+template <typename T>
 struct RecurrenceArgs {
-  const float *z, *position, *context, *query_scale, *proj_in, *proj_out, *out_bias, *weight_scale, *weight_shift;
-  const float *prefix_keys_values, *prefix_hidden, *rotation, *final_norm;
-  const Layer* layers;
-  float *x, *keys_values;
+  const T *z, *position, *context, *query_scale;
+  Weight proj_in, proj_out;
+  const T *out_bias, *weight_scale, *weight_shift, *prefix_keys_values, *prefix_hidden, *rotation, *final_norm;
+  const LayerArgs<T>* layers;
+  T *x, *keys_values;
   double* log_det;
   int32_t samples, networks, tokens, values, channels, hidden, heads, depth, scales, context_row, context_token, prefix,
       by_density, threads, teams, start, stop;
-  float soft_clip;
+  double soft_clip;
 };
 
 }  // namespace jacobiflow

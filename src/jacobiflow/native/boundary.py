@@ -95,7 +95,25 @@ class GradientArgs(ctypes.Structure):
     _fields_ = tuple(_fields(ctypes.c_void_p, "chain grad_out grad_log_det grad_tensors grad_input grad_context"))
 
 
-# The shape of each parameter of a layer: c channels, h hidden units, t tokens. `Layer` of boundary.h has these fields.
+class WeightFormat(IntEnum):
+    """How the numbers of a weight are stored; those of INT16 are multiplied by a scale for each output."""
+
+    FLOAT32, FLOAT64, BFLOAT16, FLOAT16, INT16 = range(5)
+
+
+_FORMATS = {
+    torch.float32: WeightFormat.FLOAT32, torch.float64: WeightFormat.FLOAT64, torch.bfloat16: WeightFormat.BFLOAT16,
+    torch.float16: WeightFormat.FLOAT16, torch.int16: WeightFormat.INT16,
+}  # fmt: skip
+
+
+class Weight(ctypes.Structure):
+    """`Weight` of boundary.h."""
+
+    _fields_ = (*_fields(ctypes.c_void_p, "values scales"), *_fields(ctypes.c_int32, "format is_packed"))
+
+
+# The shape of each parameter of a layer: c channels, h hidden units, t tokens. `LayerArgs` of boundary.h has these fields.
 _BASE = {
     "norm": "c", "norm_bias": "c", "qkv": "3c c", "qkv_bias": "3c", "proj": "c c", "proj_bias": "c", "mlp_norm": "c",
     "mlp_norm_bias": "c", "up": "h c", "up_bias": "h", "down": "c h", "down_bias": "c",
@@ -107,24 +125,39 @@ _ADAPTIVE = {
     "gated_down": "c h", "gated_gate": "t c",
 }  # fmt: skip
 _LAYER = {name: shape.split() for name, shape in (_BASE | _NORMS | _CONDITION | _ADAPTIVE).items()}
-PACKED = {"qkv", "proj", "up", "down", "gated_up", "gated_down"}
+MATRICES = {"qkv", "proj", "up", "down", "gated_up", "gated_down"}
 
 
-class Layer(ctypes.Structure):
-    """`Layer` of boundary.h."""
+def layer_shapes(
+    layers: Sequence[Mapping[str, Tensor]], tokens: int, channels: int, hidden: int
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shape that each parameter of a layer must have. All layers have the same parameters."""
+    names = set(_BASE)
+    for group in (_NORMS, _CONDITION, _ADAPTIVE):
+        names |= group.keys() if group.keys() <= layers[0].keys() else set()
+    if any(layer.keys() != names for layer in layers):
+        raise UnsupportedError("layers that lack a parameter, or have another")
+    sizes = {"c": channels, "3c": 3 * channels, "h": hidden, "2h": 2 * hidden, "t": tokens}
+    return {name: tuple(sizes[size] for size in shape) for name, shape in _LAYER.items() if name in names}
 
-    _fields_ = tuple(_fields(ctypes.c_void_p, " ".join(_LAYER)))
+
+class LayerArgs(ctypes.Structure):
+    """`LayerArgs` of boundary.h."""
+
+    _fields_ = tuple((name, Weight if name in MATRICES else ctypes.c_void_p) for name in _LAYER)
 
 
 class RecurrenceArgs(ctypes.Structure):
     """`RecurrenceArgs` of boundary.h."""
 
     _fields_ = (
-        *_fields(ctypes.c_void_p, "z position context query_scale proj_in proj_out out_bias weight_scale weight_shift"),
-        *_fields(ctypes.c_void_p, "prefix_keys_values prefix_hidden rotation final_norm layers x keys_values log_det"),
+        *_fields(ctypes.c_void_p, "z position context query_scale"),
+        *_fields(Weight, "proj_in proj_out"),
+        *_fields(ctypes.c_void_p, "out_bias weight_scale weight_shift prefix_keys_values prefix_hidden rotation"),
+        *_fields(ctypes.c_void_p, "final_norm layers x keys_values log_det"),
         *_fields(ctypes.c_int32, "samples networks tokens values channels hidden heads depth scales context_row"),
         *_fields(ctypes.c_int32, "context_token prefix by_density threads teams start stop"),
-        ("soft_clip", ctypes.c_float),
+        ("soft_clip", ctypes.c_double),
     )
 
 
@@ -133,57 +166,56 @@ class Library:
 
     Attributes:
         lanes: The number of float32 in a vector of its processor.
+        has_fast_halves: Reading weights in 16-bit floating-point dtypes takes no longer than in float32.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self._native = path, ctypes.CDLL(str(path))
         _check_version(self._native, path)
         number, address = ctypes.c_int32, ctypes.c_void_p
-        self._native.jacobiflow_pack.argtypes = (address, number, number, address, number)
+        self._native.jacobiflow_pack.argtypes = (address, number, number, number, address, number)
+        self._native.jacobiflow_recurrence.argtypes = (address, number)
         for function in (self._native.jacobiflow_masked, self._native.jacobiflow_masked_gradients):
             function.argtypes, function.restype = (address, number), ctypes.c_int64
         self._native.jacobiflow_masked_sizes.argtypes = (address, address)
         self.lanes: int = self._native.jacobiflow_lanes()
+        self.has_fast_halves = self.lanes > 4 or platform.machine() in ("aarch64", "arm64")
         self._use_threads_of_pytorch()
 
-    def padded(self, size: int) -> int:
-        """Returns the size rounded up to whole vectors."""
-        return -(-size // self.lanes) * self.lanes
+    def padded(self, size: int, dtype: torch.dtype) -> int:
+        """Returns the size rounded up to whole vectors of a dtype."""
+        count = 4 * self.lanes // dtype.itemsize
+        return -(-size // count) * count
 
-    def pad(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def pad(self, values: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Returns values of this shape with zeros that make whole vectors of the last dimension."""
-        return F.pad(require(values, shape), (0, self.padded(shape[-1]) - shape[-1])).contiguous()
+        return F.pad(require(values, shape, dtype), (0, self.padded(shape[-1], dtype) - shape[-1])).contiguous()
 
-    def pack(self, weight: Tensor, outputs: int, inputs: int) -> Tensor:
-        """Returns a weight (outputs, inputs) in the layout of the recurrence."""
-        weight, threads = require(weight, (outputs, inputs)), torch.get_num_threads()
-        out = weight.new_empty(self.padded(outputs), inputs)
-        arguments = (address_of(weight), outputs, inputs, address_of(out))
+    def weight(
+        self, matrix: Tensor, shape: tuple[int, int], scales: Tensor | None = None, in_panels: bool = True
+    ) -> tuple[Weight, list[Tensor | None]]:
+        """Returns a weight for the recurrence, and the tensors that it points to; panels are a copy."""
+        if matrix.dtype not in _FORMATS:
+            raise UnsupportedError(f"a weight of {matrix.dtype}")
+        matrix = require(matrix, shape, matrix.dtype)
+        if in_panels:
+            matrix = self._pack(matrix)
+        scales = None if scales is None else self.pad(scales, shape[:1], torch.float32)
+        weight = Weight(address_of(matrix), address_of(scales), _FORMATS[matrix.dtype], in_panels)
+        return weight, [matrix, scales]
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        """Returns a weight in panels of columns."""
+        (outputs, inputs), threads = weight.shape, torch.get_num_threads()
+        out = weight.new_empty(self.padded(outputs, torch.promote_types(weight.dtype, torch.float32)), inputs)
+        arguments = (address_of(weight), outputs, inputs, _FORMATS[weight.dtype], address_of(out))
         if self._native.jacobiflow_pack(*arguments, threads):  # so many threads are not available
             self._native.jacobiflow_pack(*arguments, 1)
         return out
 
-    def pack_layers(
-        self, layers: Sequence[Mapping[str, Tensor]], tokens: int, channels: int, hidden: int
-    ) -> tuple[ctypes.Array[Layer], list[Tensor]]:
-        """Returns the layers for `RecurrenceArgs`, and the tensors that they point to."""
-        names = set(_BASE)
-        for group in (_NORMS, _CONDITION, _ADAPTIVE):
-            names |= group.keys() if group.keys() <= layers[0].keys() else set()
-        if any(layer.keys() != names for layer in layers):
-            raise UnsupportedError("layers that lack a parameter, or have another")
-        sizes = {"c": channels, "3c": 3 * channels, "h": hidden, "2h": 2 * hidden, "t": tokens}
-        table, tensors = (Layer * len(layers))(), []
-        for entry, layer in zip(table, layers, strict=True):
-            for name, parameter in layer.items():
-                shape = tuple(sizes[size] for size in _LAYER[name])
-                tensors.append(self.pack(parameter, *shape) if name in PACKED else self.pad(parameter, shape))
-                setattr(entry, name, address_of(tensors[-1]))
-        return table, tensors
-
-    def solve_recurrence(self, arguments: RecurrenceArgs) -> bool:
+    def solve_recurrence(self, arguments: RecurrenceArgs, dtype: torch.dtype) -> bool:
         """Solves entries `start` to `stop` - 1; returns False if out of memory or threads."""
-        return not self._native.jacobiflow_tarflow(ctypes.byref(arguments))
+        return not self._native.jacobiflow_recurrence(ctypes.byref(arguments), dtype is torch.float64)
 
     def evaluate_chain(self, arguments: ChainArgs, dtype: torch.dtype) -> int:
         """Computes a chain of transforms; returns the number of failed rows, below 0 if out of memory or threads."""
@@ -218,11 +250,11 @@ class _Entry(ctypes.Structure):
 def _check_version(native: ctypes.CDLL, path: Path) -> None:
     """Compares structures and enumerations with those of the library; raises OSError if one differs."""
     expected: dict[str, int] = {}
-    for structure in (Operation, Transform, ChainArgs, GradientArgs, Layer, RecurrenceArgs):
+    for structure in (Operation, Transform, ChainArgs, GradientArgs, Weight, LayerArgs, RecurrenceArgs):
         expected[structure.__name__] = ctypes.sizeof(structure)
         names = [name for name, *_ in structure._fields_]
         expected |= {f"{structure.__name__}.{name}": getattr(structure, name).offset for name in names}
-    for enumeration in (Kind, Function, Elementwise, Ends):
+    for enumeration in (Kind, Function, Elementwise, Ends, WeightFormat):
         expected |= {f"{enumeration.__name__}.{member.name.lower()}": member.value for member in enumeration}
     entries: dict[str, int] = {}
     with suppress(AttributeError):

@@ -45,10 +45,9 @@ def describe() -> str:
 
 
 def usable_library(z: Tensor) -> Library | None:
-    """Returns the library if it can solve for `z`: plain, float32, on a CPU, not traced or autocast; else `None`."""
-    return (
-        library() if is_plain(z, torch.float32) and not is_traced() and not torch.is_autocast_enabled("cpu") else None
-    )
+    """Returns the library if it can solve for `z`: plain, on a CPU, not traced or autocast; else `None`."""
+    is_float = is_plain(z, torch.float32) or is_plain(z, torch.float64)
+    return library() if is_float and not is_traced() and not torch.is_autocast_enabled("cpu") else None
 
 
 def _is_off() -> bool:

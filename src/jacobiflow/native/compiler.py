@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parent
 TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"),
-        "avx2": ("avx2", "fma"),
+        "avx2": ("avx2", "fma", "f16c"),
         "sse2": (),
     },
     "aarch64": {"neon": ()},

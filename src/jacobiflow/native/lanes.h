@@ -43,6 +43,12 @@ struct Lanes {
 
   static Vector spread(T value) { return value - Vector{}; }
 
+  static T sum(Vector v) {
+    T total = 0;
+    for (int i = 0; i < count; i++) total += v[i];
+    return total;
+  }
+
   static Vector absolute(Vector v) { return opaque((Vector)((Bits)v & ~sign_bit)); }
 
   static Vector max(Vector v, T bound) {
@@ -87,6 +93,12 @@ struct Lanes {
 
   // e^v for v <= 88, at least the smallest normal number.
   static Vector exp_of_small(Vector v) { return Reduced(max(v, is_float ? -87 : -708)).exp(); }
+
+  // 2^v for v <= 0, at least the smallest normal number.
+  static Vector exp2_of_negative(Vector v) {
+    if constexpr (is_float) return jacobiflow::exp2_of_negative(v);
+    return exp_of_small(v * T(0.69314718055994530942));
+  }
 
   // e^v - 1 for v <= 88, with all digits if v is small.
   static Vector expm1(Vector v) {
@@ -159,6 +171,12 @@ struct Lanes {
 
   // v Phi(v).
   static Vector gelu(Vector v) { return v * normal_cdf(v); }
+
+  // v / (1 + e^-v).
+  static Vector silu(Vector v) {
+    if constexpr (is_float) return jacobiflow::silu(v);
+    return v * sigmoid(v);
+  }
 
   // v modulo the period, from 0 up to below it.
   static Vector remainder(Vector v, T period) {

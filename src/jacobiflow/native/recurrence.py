@@ -1,8 +1,9 @@
-"""The exact inverse of a block with a causal transformer by native code, in float32 on a CPU."""
+"""The exact inverse of a block with a causal transformer by native code, in float32 or float64 on a CPU."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,13 +11,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.native.boundary import MAX_INT32, PACKED, Library, RecurrenceArgs, UnsupportedError, address_of, require
+from jacobiflow.native.boundary import (
+    MATRICES,
+    MAX_INT32,
+    LayerArgs,
+    Library,
+    RecurrenceArgs,
+    UnsupportedError,
+    Weight,
+    address_of,
+    layer_shapes,
+    require,
+)
 from jacobiflow.native.build import usable_library
 
 _ROWS = 32  # of the network per thread and call: more rows do not fit in the processor's cache
 _ROWS_PER_TEAM = 4  # from which separate teams of threads, which never wait for each other, are faster
 _MAX_WEIGHTS_PER_TEAM = 2**22  # of a block; above, one team: each thread reads its part of every layer
 _WORK = 2e9  # multiplications per call, about a tenth of a second, so that Ctrl-C works
+_MIN_IN_PLACE = 2**25  # weights of a block: above, they come from memory, and are read as PyTorch has them
+_MIN_BF16, _MAX_BF16_ROWS = 2**20, 8  # weights of a block and rows per team for which bfloat16 is faster than float32
+_HALVES = (torch.float16, torch.bfloat16)
+_MAX_INT16 = 2**15 - 1
 
 
 @dataclass(frozen=True)
@@ -78,8 +94,13 @@ class Recurrence:
     def invert(
         self, z: Float[Tensor, "b t d"], context: Float[Tensor, "#b #t c"] | None = None,
         guidance: Extrapolation | None = None, read_prefix: Callable[[slice], Prefix] | None = None,
+        is_rounded: bool = False,
     ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, " b"]] | None:  # fmt: skip
         """Returns x = g(x) and the sums of its log-scales; `None` if native code cannot do it.
+
+        Weights that are 16-bit floating-point numbers are read as such, which halves the bytes and changes no bit of the
+        result. `is_rounded` rounds other weights to 16-bit integers with a scale for each output; the result is `None` if
+        there is nothing to round.
 
         `context` is added to the embeddings of tokens, in causal order. `read_prefix` returns the prefix of some rows
         of z. Weights may change between calls, and so are packed in each.
@@ -88,12 +109,12 @@ class Recurrence:
         if native is None:
             return None
         try:
-            z = require(z, (*z.shape[:1], len(self.position), self.proj_in.shape[1]))
+            z = require(z, (*z.shape[:1], len(self.position), self.proj_in.shape[1]), z.dtype)
             if context is not None and len(context) not in (1, len(z)):
                 raise UnsupportedError("a context for another number of samples")
-            packed = _Packed(native, self)
             networks, threads = (1 if guidance is None else 2), torch.get_num_threads()
             size = max(_ROWS * threads // networks, 1)
+            packed = _PackedRecurrence(native, self, z.dtype, min(size, len(z)), networks, is_rounded)
             x, log_det = torch.empty_like(z), z.new_zeros(len(z), dtype=torch.float64)
             for first in range(0, len(z), size):
                 rows = slice(first, first + size)
@@ -106,11 +127,14 @@ class Recurrence:
         return x, log_det.to(z.dtype)
 
 
-class _Packed:
-    """The parameters of a recurrence in the layout of native code."""
+class _PackedRecurrence:
+    """The parameters of a recurrence as native code reads them, for so many rows of the network per team."""
 
-    def __init__(self, native: Library, recurrence: Recurrence) -> None:
-        self.native, self.heads, self.depth = native, recurrence.heads, len(recurrence.layers)
+    def __init__(
+        self, native: Library, recurrence: Recurrence, dtype: torch.dtype, samples: int, networks: int, is_rounded: bool
+    ) -> None:
+        self.native, self.dtype, self.memory = native, dtype, list[Tensor | None]()
+        self.heads, self.depth = recurrence.heads, len(recurrence.layers)
         self.tokens, self.values = len(recurrence.position), recurrence.proj_in.shape[1]
         self.channels, self.hidden = len(recurrence.proj_in), len(recurrence.layers[0]["up"])
         self.has_scale, self.soft_clip = recurrence.has_scale, recurrence.soft_clip
@@ -119,15 +143,72 @@ class _Packed:
             raise UnsupportedError("heads that do not divide the channels, or whose channels make no pairs")
         if self.tokens * self.channels > MAX_INT32:
             raise UnsupportedError("a context whose rows are too far apart")
-        self.count = sum(layer[name].numel() for layer in recurrence.layers for name in PACKED if name in layer)
-        self.layers, self.memory = native.pack_layers(recurrence.layers, self.tokens, self.channels, self.hidden)
+        shapes = layer_shapes(recurrence.layers, self.tokens, self.channels, self.hidden)
+        names = [name for name in shapes if name in MATRICES]
+        matrices = [layer[name].detach() for layer in recurrence.layers for name in names]
+        self.count, self.parameter_dtype = sum(matrix.numel() for matrix in matrices), matrices[0].dtype
+        stored, scales = self._stored(matrices, samples * networks, is_rounded)
+        has_whole_vectors = all(native.padded(size, dtype) == size for size in (self.channels, self.hidden))
+        in_panels = self.count < _MIN_IN_PLACE or is_rounded or not has_whole_vectors
+        self.layers = (LayerArgs * self.depth)()
+        weights = iter(zip(stored, scales, strict=True))
+        for entry, layer in zip(self.layers, recurrence.layers, strict=True):
+            for name in names:
+                setattr(entry, name, self._weight(shapes[name], *next(weights), in_panels))
+            for name in shapes.keys() - MATRICES:
+                setattr(entry, name, address_of(self._padded(layer[name], shapes[name])))
         outputs = self.values * (2 if self.has_scale else 1)
-        self.proj_in = native.pack(recurrence.proj_in, self.channels, self.values)
-        self.proj_out = native.pack(recurrence.proj_out, outputs, self.channels)
-        self.out_bias = native.pad(recurrence.out_bias, (outputs,))
-        self.position = require(recurrence.position, (self.tokens, self.channels))
-        self.rotation, norm = recurrence.rotation, recurrence.final_norm
-        self.final_norm = None if norm is None else native.pad(norm, (self.channels,))
+        self.proj_in = self._weight((self.channels, self.values), self._widened(recurrence.proj_in))
+        self.proj_out = self._weight((outputs, self.channels), self._widened(recurrence.proj_out))
+        self.out_bias = self._padded(recurrence.out_bias, (outputs,))
+        self.position = require(self._widened(recurrence.position), (self.tokens, self.channels), dtype)
+        rotation, norm = recurrence.rotation, recurrence.final_norm
+        self.rotation = None if rotation is None else self._widened(rotation)
+        self.final_norm = None if norm is None else self._padded(norm, (self.channels,))
+
+    def _stored(
+        self, matrices: list[Tensor], rows: int, is_rounded: bool
+    ) -> tuple[list[Tensor], list[Tensor] | list[None]]:
+        """The matrices in the dtype in which they are read, and their scales if they are rounded."""
+        for matrix in matrices:
+            if matrix.dtype != self.parameter_dtype or torch.promote_types(matrix.dtype, torch.float32) != self.dtype:
+                raise UnsupportedError("weights of a dtype other than that of the tokens")
+        if self.dtype == torch.float64 and not is_rounded:
+            return matrices, [None] * len(matrices)
+        halves = matrices if self.parameter_dtype in _HALVES else self._halves(matrices, 0 if is_rounded else rows)
+        if not is_rounded:
+            return halves or matrices, [None] * len(matrices)
+        if halves is not None or self.dtype != torch.float32 or not all(bool(m.isfinite().all()) for m in matrices):
+            raise UnsupportedError("weights that need no rounding, or that are not finite")
+        integers, scales = zip(*map(_rounded, matrices), strict=True)
+        return list(integers), list(scales)
+
+    def _halves(self, matrices: list[Tensor], rows: int) -> list[Tensor] | None:
+        """The matrices in a 16-bit floating-point dtype that has all their entries, if they are read faster so."""
+        _, teams = self._threads(rows, rows)
+        is_few = self.count >= _MIN_BF16 and rows <= _MAX_BF16_ROWS * teams
+        for dtype in _HALVES if is_few else _HALVES[:1]:
+            if self.native.has_fast_halves and _is_exact(matrices[0][:1].to(dtype), matrices[0][:1]):
+                halves = [matrix.to(dtype) for matrix in matrices]
+                if all(map(_is_exact, halves, matrices)):
+                    return halves
+        return None
+
+    def _weight(
+        self, shape: tuple[int, ...], matrix: Tensor, scales: Tensor | None = None, in_panels: bool = True
+    ) -> Weight:
+        weight, tensors = self.native.weight(matrix, shape, scales, in_panels)
+        self.memory += tensors
+        return weight
+
+    def _padded(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+        padded = self.native.pad(self._widened(values), shape, self.dtype)
+        self.memory.append(padded)
+        return padded
+
+    def _widened(self, values: Tensor) -> Tensor:
+        """Values that are not weights of a layer, in the dtype of the sums if they have that of the weights."""
+        return values.to(self.dtype) if values.dtype == self.parameter_dtype else values
 
     def invert(
         self, z: Tensor, x: Tensor, log_det: Tensor, context: Tensor | None, guidance: Extrapolation | None,
@@ -137,6 +218,7 @@ class _Packed:
         samples, networks, native = len(z), 1 if guidance is None else 2, self.native
         rows, channels = samples * networks, self.channels
         query_scale = weight_scale = weight_shift = rotation = keys_values = hidden = None
+        dtype = self.dtype
         if guidance is not None:
             if (context is None) != (guidance.context is None):
                 raise UnsupportedError("a context for one of two rows")
@@ -146,25 +228,26 @@ class _Packed:
             query_scale = z.new_ones(networks, samples)
             query_scale[1] /= guidance.temperature
             weight_scale, weight_shift = (
-                require(guidance.scale, (self.tokens,)),
-                require(guidance.shift, (self.tokens,)),
+                require(guidance.scale, (self.tokens,), dtype),
+                require(guidance.shift, (self.tokens,), dtype),
             )
         if context is not None:
             is_shared, is_repeated = len(context) == 1, context.shape[1] == 1
-            context = require(context, (1 if is_shared else rows, 1 if is_repeated else self.tokens, channels))
+            shape = (1 if is_shared else rows, 1 if is_repeated else self.tokens, channels)
+            context = require(self._widened(context), shape, dtype)
         prefix_length = 0 if prefix is None else prefix.layers[0].shape[3]
         length = prefix_length + self.tokens
         if prefix is not None:
             shape = (self.depth, rows, 2, self.heads, prefix_length, self.head)
-            keys_values = require(torch.stack(list(prefix.layers)), shape)
-            hidden = require(prefix.hidden, (rows, channels))
+            keys_values = require(self._widened(torch.stack(list(prefix.layers))), shape, dtype)
+            hidden = require(self._widened(prefix.hidden), (rows, channels), dtype)
         if self.rotation is not None:
-            rotation = require(self.rotation, (length, self.head))
-        each = self.head * native.padded(length) + native.padded(self.head) * length
+            rotation = require(self.rotation, (length, self.head), dtype)
+        each = self.head * native.padded(length, dtype) + native.padded(self.head, dtype) * length
         memory, (threads, teams) = z.new_empty(self.depth * rows * self.heads * each), self._threads(samples, rows)
         arguments = RecurrenceArgs(
             z=address_of(z), position=address_of(self.position), context=address_of(context),
-            query_scale=address_of(query_scale), proj_in=address_of(self.proj_in), proj_out=address_of(self.proj_out),
+            query_scale=address_of(query_scale), proj_in=self.proj_in, proj_out=self.proj_out,
             out_bias=address_of(self.out_bias), weight_scale=address_of(weight_scale),
             weight_shift=address_of(weight_shift), prefix_keys_values=address_of(keys_values),
             prefix_hidden=address_of(hidden), rotation=address_of(rotation), final_norm=address_of(self.final_norm),
@@ -179,7 +262,7 @@ class _Packed:
         step = max(int(_WORK / (self.count * rows)), 1)
         for start in range(0, self.tokens, step):
             arguments.start, arguments.stop = start, min(start + step, self.tokens)
-            if not native.solve_recurrence(arguments):
+            if not native.solve_recurrence(arguments, dtype):
                 return False
         return True
 
@@ -188,4 +271,14 @@ class _Packed:
         threads = torch.get_num_threads()
         max_teams = 1 if self.count > _MAX_WEIGHTS_PER_TEAM else min(rows // _ROWS_PER_TEAM, samples, threads)
         teams = max(team for team in range(1, max(max_teams, 1) + 1) if threads % team == 0)
-        return teams * min(threads // teams, self.native.padded(self.channels) // self.native.lanes), teams
+        return teams * min(threads // teams, self.native.padded(self.channels, torch.float32) // self.native.lanes), teams
+
+
+def _is_exact(half: Tensor, matrix: Tensor) -> bool:
+    return torch.equal(half.to(matrix.dtype), matrix)
+
+
+def _rounded(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The entries as 16-bit integers, and what each row of them is to be multiplied by."""
+    scales = (matrix.abs().amax(dim=1) / _MAX_INT16).clamp(min=torch.finfo(matrix.dtype).tiny)
+    return (matrix / scales.unsqueeze(1)).round_().to(torch.int16), scales

@@ -14,7 +14,7 @@ from jacobiflow.checks import check_choice, check_finite, check_number
 from jacobiflow.flows.base import Block, evaluate, no_gradients
 from jacobiflow.solvers.guess import Given
 from jacobiflow.solvers.loop import Deadline
-from jacobiflow.solvers.partition import Sequential
+from jacobiflow.solvers.partition import Sequential, Whole
 from jacobiflow.solvers.solve import Solution, Status, check_tokens, solve_until, split
 from jacobiflow.solvers.solver import Solver, Tolerance
 
@@ -98,8 +98,10 @@ def solve_certified_unchecked(
     """Solves as `solve_certified` does. It leaves out the checks of the arguments, one of which waits for a GPU."""
     started = time.perf_counter()
     attempts = _Attempts(block, z, context, slots, certificate, Deadline(time_limit))
-    attempts.first(solver)
     atol, rounding = tolerance if certificate and tolerance is not None else solver.stopping.atol, 0.0
+    if not certificate or not atol:
+        solver = replace(solver, int16_weights=False)
+    attempts.first(solver)
     if not attempts.is_exact:
         if certificate and atol is not None:
             attempts.resume(solver, atol)
@@ -136,7 +138,9 @@ class _Attempts:
 
     def first(self, solver: Solver) -> None:
         self.solution = solve_until(self.deadline, self.block, self.z, solver, self.context, self.slots)
-        self.is_exact = solver.partition.token_by_token(self.z.shape[1])  # reading `exact` waits for a GPU
+        self.is_exact = solver.is_exact(self.z.shape[1])  # reading `exact` waits for a GPU
+        if solver.int16_weights:  # which are for CPUs; the block may have nothing to round
+            self.is_exact = bool(self.solution.exact.all())
         if self.certificate == "always" or not self.is_exact:
             self.solution = self._certified(self.z, self.solution, self.context)
 
@@ -149,7 +153,8 @@ class _Attempts:
         self.solution = replace(self.solution, status=status)
         short = self.short(atol) & (status == Status.CONVERGED)
         guess, stopping = Given(self.solution.x[short]), Tolerance(_CLOSER * atol)
-        self._again(short, replace(solver, guess=guess, stopping=stopping, bf16_sweeps=0))
+        partition = Whole() if solver.int16_weights else solver.partition
+        self._again(short, Solver(partition, guess, stopping, solver.correction))
 
     def probe_rounding(self, atol: float) -> float:
         """Solves some of many samples token by token; returns the relative rounding of the block, 0 if unknown."""

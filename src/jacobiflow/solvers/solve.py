@@ -122,13 +122,17 @@ def solve(
     """
     check_tokens(block, z, context)
     check_finite("z", z)
-    return solve_until(Deadline(time_limit), block, z, solver, context, slots)
+    check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
+    return solve_until(Deadline(time_limit), block, z, replace(solver, int16_weights=False), context, slots)
 
 
 def solve_until(
     deadline: Deadline, block: Block, z: Tensor, solver: Solver, context: Tensor | None, slots: int | None
 ) -> Solution:
-    """Solves as `solve` does, until a deadline and without checks of the tokens."""
+    """Solves as `solve` does, until a deadline and without checks of the tokens.
+
+    The residuals of rounded weights' answers are infinite until they are certified.
+    """
     started = time.perf_counter()
     check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
     batches = split(len(z), slots, context)
@@ -136,10 +140,14 @@ def solve_until(
     if solver.bf16_sweeps and not supports(block, "has_bf16"):
         name = type(block).__name__
         raise InputValueError(f"bf16_sweeps={solver.bf16_sweeps}: {name} has no bfloat16 network; give 0")
-    length, x, log_det = z.shape[1], None, z.new_full((len(z),), torch.nan)
+    length, x, log_det, is_rounded = z.shape[1], None, z.new_full((len(z),), torch.nan), False
     with no_gradients(block):
         if batches and solver.partition.token_by_token(length):
-            answer = _recur(getattr(block, "exact_inverse", lambda z, context: None), z, batches, deadline)
+            if solver.int16_weights:
+                answer = _recur(getattr(block, "rounded_inverse", None), z, batches, deadline)
+                is_rounded = answer is not None
+            if not is_rounded:
+                answer = _recur(getattr(block, "exact_inverse", None), z, batches, deadline)
             if answer is None and z.is_cuda and supports(block, "graph_safe"):
                 answer = _recur(TokenLoop(block), z, batches, deadline)
             if answer is not None:
@@ -150,6 +158,9 @@ def solve_until(
         else:  # it counts as T sweeps
             fronts = Fronts.enter(len(z), z)
             fronts.sweeps += length
+            if is_rounded:
+                fronts.exact.fill_(False)
+                fronts.residual.fill_(torch.inf)
             sweeps, token_evaluations = length * len(batches), length * len(z)
     failed = ~x.isfinite().all(dim=(1, 2))
     failed |= fronts.failed
@@ -193,10 +204,12 @@ def split(num: int, slots: int | None, context: Tensor | None) -> list[tuple[sli
 
 
 def _recur(
-    recurrence: Callable[[Tensor, Any], tuple[Tensor, Tensor] | None], z: Tensor,
+    recurrence: Callable[[Tensor, Any], tuple[Tensor, Tensor] | None] | None, z: Tensor,
     batches: list[tuple[slice, Tensor | None]], deadline: Deadline,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """The exact answers of a recurrence with their sums of log-scales, batch by batch, if it has them."""
+    """The answers of a recurrence with their sums of log-scales, batch by batch, if it has them."""
+    if recurrence is None:
+        return None
     parts = []
     for rows, context in batches:
         part = recurrence(z[rows], context)

@@ -26,7 +26,7 @@ from jacobiflow.solvers import (
 
 DEFAULT_TOLERANCE = 1e-3
 _FORMS = (
-    "auto, sequential, jacobi, jacobi-J, gs-jacobi:G, gs-jacobi:G-J, window:N, or [Stack-GS-J-Else] such as [7-8-32-10]"
+    "auto, sequential, sequential:int16, jacobi, jacobi-J, gs-jacobi:G, gs-jacobi:G-J, window:N, or [Stack-GS-J-Else] such as [7-8-32-10]"
 )
 _NUMBER = "[0-9]{1,9}"
 _NUMBERS = f"{_NUMBER}(?:/{_NUMBER})*"
@@ -63,6 +63,8 @@ def _named(name: str, tolerance: float) -> Solver:
         partition, sweeps = Segments(int(match[1])), match[2]
     elif name == "original":
         partition = Sequential()
+    elif name == "sequential:int16":
+        return Solver(Sequential(), stopping=Tolerance(tolerance), int16_weights=True)
     else:
         partition = _piece(Partition, name)
     if is_auto(name):

@@ -225,8 +225,12 @@ class _Planner:
             return solve(block, z, _LOOP, few).x
 
         def solve_block(i: int, block: AffineBlock, z: Tensor) -> Tensor:
-            return solve_certified(block, z, solvers[i], labels, tolerance=self.tolerance).x
+            solution = solve_certified(block, z, solvers[i], labels, tolerance=self.tolerance)
+            if solvers[i].int16_weights:
+                residuals[i] = float(solution.residual.max())
+            return solution.x
 
+        residuals = [0.0] * len(solvers)
         exact = self._invert(tokens[:_COMPARED], solve_exactly, "verifying")
         run = partial(self._invert, tokens, solve_block, "verifying")
         for _ in range(_TRIALS):
@@ -240,7 +244,9 @@ class _Planner:
             if error <= self.tolerance:
                 return solvers, seconds, error
             factor = _TIGHTER * self.tolerance / error
-            solvers = [_tighter(solver, factor) for solver in solvers]
+            rounded = [i for i, solver in enumerate(solvers) if solver.int16_weights]
+            worst = max(rounded, key=lambda i: residuals[i], default=None)
+            solvers = [_LOOP if i == worst else _tighter(solver, factor) for i, solver in enumerate(solvers)]
         return None
 
     def _invert(

@@ -37,6 +37,7 @@ from jacobiflow.strategy.tune import BlockTuning
 _LEAST_SWEEPS = 4  # that a block takes to the usual tolerances
 _BF16_SWEEPS = 3  # more of them change nothing but bfloat16's rounding
 _BF16_GAIN = 0.8  # a sweep in bfloat16 that takes a larger share of one in full precision is no gain
+_INT16_RESIDUAL = 0.2  # largest residual of rounded weights, as a share of the tolerance
 _NEAR = 1.1  # times within this factor of the least are measured again
 _CHANGED = 0.23  # a leader whose time changes by a larger share from block to block does not tell about the others
 _SHORT = 0.05  # seconds of a solve that is timed three times, not twice
@@ -48,19 +49,21 @@ _FEW = 4  # samples that tell if bfloat16 is faster
 class Exact(NamedTuple):
     """Seconds of the exact loop and of one network evaluation of all tokens, in one block.
 
-    `bf16` is that of an evaluation in bfloat16, infinite if it is not faster. `spread` is the share by which timings of
-    the same thing differ.
+    `bf16` is that of an evaluation in bfloat16, infinite if it is not faster. `int16` is that of the loop with weights
+    of 16-bit integers, infinite if the block has none. `spread` is the share by which timings of the same thing differ.
     """
 
     loop: float
     evaluation: float
     bf16: float
     spread: float
+    int16: float = math.inf
 
     @property
     def least_iteration(self) -> float:
-        """Seconds that sweeps and their certificate take at least."""
-        return min(_LEAST_SWEEPS * self.evaluation, _BF16_SWEEPS * self.bf16 + self.evaluation) + self.evaluation
+        """Seconds that a solve with its certificate takes at least."""
+        sweeps = min(_LEAST_SWEEPS * self.evaluation, _BF16_SWEEPS * self.bf16 + self.evaluation)
+        return min(sweeps, self.int16) + self.evaluation
 
 
 def time_exact(
@@ -70,7 +73,10 @@ def time_exact(
     library_name()
     loop = _timings(lambda: solve(block, z, Solver(Sequential()), labels), z.device)
     evaluation = _timings(lambda: certify(block, z, z, labels), z.device)
-    exact = Exact(min(loop), min(evaluation), math.inf, max(_spread(loop), _spread(evaluation)))
+    int16 = [math.inf]
+    if block.rounded_inverse(z, labels) is not None:
+        int16 = _timings(lambda: block.rounded_inverse(z, labels), z.device)
+    exact = Exact(min(loop), min(evaluation), math.inf, max(_spread(loop), _spread(evaluation)), min(int16))
     is_tried = bf16 and z.shape[1] > 1 and supports(block, "has_bf16")  # one token needs no sweeps
     if not is_tried or exact.loop <= _BF16_SWEEPS * exact.evaluation:
         return exact
@@ -93,16 +99,19 @@ def candidates(num_tokens: int, tolerance: float, tuning: BlockTuning | None, ex
     solvers = [Solver(partition, guess, Tolerance(tolerance), correction) for partition in partitions]
     if math.isfinite(exact.bf16):
         solvers += [replace(solver, bf16_sweeps=_BF16_SWEEPS) for solver in solvers]
+    if exact.int16 + exact.evaluation < exact.loop:
+        solvers.append(Solver(Sequential(), stopping=Tolerance(tolerance), int16_weights=True))
     return solvers
 
 
 class Runner(NamedTuple):
-    """A solver in the race: its timings, its answers, and the sweeps of the slowest sample."""
+    """A solver in the race: its timings, its answers, its sweeps of the slowest sample and its largest residual."""
 
     solver: Solver
     timings: tuple[float, ...]
     x: Float[Tensor, "b t c"]
     sweeps: int
+    residual: float
 
     @property
     def seconds(self) -> float:
@@ -150,7 +159,9 @@ class Race:
 
         def start(solver: Solver) -> None:
             with suppress(TimeoutError):
-                runners.append(track(solver, limit()))
+                runner = track(solver, limit())
+                if not solver.int16_weights or runner.residual <= _INT16_RESIDUAL * self.tolerance:
+                    runners.append(runner)
 
         def expected(solver: Solver) -> float:
             return self._last.get(_kind(solver), math.inf)
@@ -197,7 +208,8 @@ class Race:
             time_limit=time_limit,
         )  # fmt: skip
         seconds, solution = timed(run, z.device)
-        return Runner(solver, (seconds,), solution.x, int(solution.sample_sweeps.max()))
+        sweeps, residual = int(solution.sample_sweeps.max()), float(solution.residual.max())
+        return Runner(solver, (seconds,), solution.x, sweeps, residual)
 
 
 def _timings(run: Callable[[], object], device: torch.device, enough: float = _ENOUGH) -> list[float]:
@@ -216,7 +228,7 @@ def _spread(timings: Sequence[float]) -> float:
 
 def _kind(solver: Solver) -> Hashable:
     """The part of a solver that the solvers of different blocks share."""
-    return solver.partition, solver.bf16_sweeps
+    return solver.partition, solver.bf16_sweeps, solver.int16_weights
 
 
 def _counted(runner: Runner) -> Solver:

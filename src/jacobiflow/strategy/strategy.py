@@ -86,6 +86,7 @@ class Strategy(codec.Document):
         """Reads a strategy from its name.
 
         - "sequential" solves token by token; "Original", a row of the paper's tables, is the same.
+        - "sequential:int16" does so with weights rounded to 16-bit integers, to `tolerance`.
         - To `tolerance`: "jacobi", "gs-jacobi:8" (8 segments), "window:24", and any registered partition, its name
           followed by its numbers.
         - A number of sweeps, with the early stop (`jacobiflow.EarlyStop`): "jacobi-30", "gs-jacobi:8-32".
@@ -144,7 +145,7 @@ class Strategy(codec.Document):
         """
         if self.tolerance is not None:
             return self.tolerance
-        iterated = [s.stopping.atol for s in self.solvers if not s.partition.token_by_token(num_tokens)]
+        iterated = [s.stopping.atol for s in self.solvers if not s.is_exact(num_tokens)]
         return None if None in iterated else max((atol for atol in iterated if atol is not None), default=0.0)
 
     def with_tolerance(self, atol: float) -> Strategy:

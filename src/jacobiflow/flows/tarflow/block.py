@@ -171,12 +171,23 @@ class TransformerBlock(FlowBlock):
     def _embedding(self, context: Tensor | None) -> Float[Tensor, "#b t c"]:
         """Returns the sum of bias, position and context for each token, in causal order."""
         positions, embedding = self.positions().unsqueeze(0), self.embed_context(context)
-        return positions if embedding is None else positions + embedding
+        return (positions if embedding is None else positions + embedding).to(self.proj_in.weight.dtype)
 
-    @torch.no_grad()
     def exact_inverse(
         self, z: Float[Tensor, "b t c"], context: Tensor | None = None, guidance: Guidance | None = None
     ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, " b"]] | None:
+        return self._recur(z, context, guidance, is_rounded=False)
+
+    def rounded_inverse(
+        self, z: Float[Tensor, "b t c"], context: Tensor | None = None, guidance: Guidance | None = None
+    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, " b"]] | None:
+        return self._recur(z, context, guidance, is_rounded=True)
+
+    @torch.no_grad()
+    def _recur(
+        self, z: Tensor, context: Tensor | None, guidance: Guidance | None, is_rounded: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """The answer of native code and the sums of its log-scales; `None` if it has none."""
         layers = self.layer_weights()
         recurrence = Recurrence(
             proj_in=self.proj_in.weight,
@@ -205,7 +216,7 @@ class TransformerBlock(FlowBlock):
             return Prefix(layers, torch.cat([part.hidden for part in parts]))
 
         prefix = read_prefix if self.prefix_length else None
-        return recurrence.invert(z, self.embed_context(context), extrapolation, prefix)
+        return recurrence.invert(z, self.embed_context(context), extrapolation, prefix, is_rounded)
 
     def _query_scale(self, temperature: Float[Tensor, " b"]) -> Float[Tensor, "b 1 1 1"]:
         return temperature.to(self.proj_in.weight).reciprocal().view(-1, 1, 1, 1)
@@ -340,11 +351,17 @@ class TarFlowBlock(TransformerBlock):
         return tuple(layer.weights() for layer in self.attn_blocks)
 
     def positions(self) -> Float[Tensor, "t c"]:
-        return self.permutation(self.pos_embed, dim=0) + self.proj_in.bias
+        return self.permutation(_widened(self.pos_embed), dim=0) + self.proj_in.bias
 
     def embed_context(self, context: Tensor | None) -> Float[Tensor, "#b #t c"] | None:
         if self.proj_context is None:
-            return embed_classes(self.class_embed, context)
+            return embed_classes(None if self.class_embed is None else _widened(self.class_embed), context)
         check_context(context, self.num_tokens, self.proj_context.in_features)
-        projected: Tensor = self.proj_context(context.to(self.pos_embed.dtype))  # type: ignore[union-attr]
+        weight, bias = map(_widened, self.proj_context.parameters())
+        projected = F.linear(context.to(weight.dtype), weight, bias)  # type: ignore[union-attr]
         return projected.unsqueeze(1) if projected.ndim == 2 else self.permutation(projected)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """A small parameter of a network of 16 bits in float32, in which the exact loop computes."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

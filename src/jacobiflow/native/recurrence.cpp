@@ -1,0 +1,58 @@
+// What Python calls of recurrence.h, and the packing of weights.
+#include "recurrence.h"
+
+#include <exception>
+
+namespace jacobiflow {
+
+extern template void solve_recurrence<float>(const RecurrenceArgs<float>&);
+extern template void solve_recurrence<double>(const RecurrenceArgs<double>&);
+
+// Returns 0 after run(), or -1 if out of memory or threads.
+template <typename Run>
+int32_t status_of(const Run& run) {
+  try {
+    run();
+    return 0;
+  } catch (const std::exception&) {
+    return -1;
+  }
+}
+
+template <typename T, typename Element>
+int32_t pack_panels(const void* weight, int outputs, int inputs, void* packed, int threads) {
+  const int panels = (outputs + panel_columns<T> - 1) / panel_columns<T>, size = std::min(threads, panels);
+  return status_of([&] {
+    in_threads(size, [&](int rank) {
+      for (int i = rank; i < panels; i += size)
+        pack<T>((const Element*)weight, outputs, inputs, i * panel_columns<T>, (Element*)packed);
+    });
+  });
+}
+
+}  // namespace jacobiflow
+
+using namespace jacobiflow;
+
+extern "C" {
+
+int32_t jacobiflow_lanes() { return lanes; }
+
+void jacobiflow_use_openmp(const OpenMP* functions) { openmp = *functions; }
+
+// Packs a weight (outputs, inputs). Returns 0, or -1 if out of memory or threads.
+int32_t jacobiflow_pack(const void* weight, int32_t outputs, int32_t inputs, int32_t format, void* packed, int32_t threads) {
+  switch ((WeightFormat)format) {
+    case WeightFormat::float64: return pack_panels<double, double>(weight, outputs, inputs, packed, threads);
+    case WeightFormat::float32: return pack_panels<float, float>(weight, outputs, inputs, packed, threads);
+    default: return pack_panels<float, uint16_t>(weight, outputs, inputs, packed, threads);
+  }
+}
+
+// Returns 0, or -1 if out of memory or threads: then x is unchanged.
+int32_t jacobiflow_recurrence(const void* args, int32_t is_double) {
+  return status_of([&] {
+    is_double ? solve_recurrence(*(const RecurrenceArgs<double>*)args) : solve_recurrence(*(const RecurrenceArgs<float>*)args);
+  });
+}
+}

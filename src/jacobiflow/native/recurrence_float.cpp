@@ -1,0 +1,7 @@
+#include "recurrence.h"
+
+namespace jacobiflow {
+
+template void solve_recurrence<float>(const RecurrenceArgs<float>&);
+
+}  // namespace jacobiflow

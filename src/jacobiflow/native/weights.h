@@ -1,0 +1,208 @@
+// Dense layers on weights that are stored in 64, 32 or 16 bits, in panels or as PyTorch has them.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "boundary.h"
+#include "lanes.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace jacobiflow {
+
+enum class BFloat16 : uint16_t {};
+enum class Float16 : uint16_t {};
+
+typedef uint16_t Halves __attribute__((vector_size(2 * lanes)));
+typedef int16_t Shorts __attribute__((vector_size(2 * lanes)));
+
+template <typename Vector, typename Element>
+inline Vector read(const Element* from) {
+  Vector v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+// A vector of stored numbers in the type of the sums. Every conversion is exact.
+inline Vector widen(const float* from) { return load(from); }
+
+inline Lanes<double>::Vector widen(const double* from) { return Lanes<double>::load(from); }
+
+inline Vector widen(const BFloat16* from) { return (Vector)(__builtin_convertvector(read<Halves>(from), Bits) << 16); }
+
+inline Vector widen(const int16_t* from) {
+  return __builtin_convertvector(__builtin_convertvector(read<Shorts>(from), Integers), Vector);
+}
+
+inline Vector widen(const Float16* from) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_cvtph_ps(read<__m256i>(from));
+#elif defined(__F16C__) && defined(__AVX__)
+  return (Vector)_mm256_cvtph_ps(read<__m128i>(from));
+#elif defined(__aarch64__)
+  return (Vector)vcvt_f32_f16(read<float16x4_t>(from));
+#else
+  const Bits bits = __builtin_convertvector(read<Halves>(from), Bits), size = (bits & 0x7fff) << 13;
+  const Bits normal = size + (112u << 23), infinite = size + (224u << 23);
+  const Vector subnormal = (Vector)(size + (113u << 23)) - 0x1p-14f;
+  const Bits magnitude = size < (1u << 23) ? (Bits)subnormal : size < (31u << 23) ? normal : infinite;
+  return (Vector)(magnitude | (bits & 0x8000) << 16);
+#endif
+}
+
+template <typename T>
+constexpr int panel_columns = Lanes<T>::count * panel_vectors;  // of a weight, which lie side by side
+
+template <typename T>
+inline int padded(int n) {
+  return (n + Lanes<T>::count - 1) / Lanes<T>::count * Lanes<T>::count;
+}
+
+// Copies columns [first, first + panel) of weight (outputs, inputs) to a panel (inputs, panel); the last one is narrower.
+template <typename T, typename Element>
+void pack(const Element* weight, int outputs, int inputs, int first, Element* packed) {
+  constexpr int chunk = 64;  // inputs at a time, so that cache lines are written whole
+  const int width = std::min(padded<T>(outputs - first), panel_columns<T>);
+  packed += (int64_t)first * inputs;
+  for (int start = 0; start < inputs; start += chunk)
+    for (int j = 0; j < width; j++) {
+      const Element* row = weight + (int64_t)(first + j) * inputs;
+      for (int k = start; k < inputs && k < start + chunk; k++)
+        packed[(int64_t)k * width + j] = first + j < outputs ? row[k] : Element{};
+    }
+}
+
+// Sums of `rows` rows and `vectors` vectors of a panel's columns, in registers. With few rows, even and odd inputs have
+// separate sums, so that additions do not wait for each other.
+template <int rows, int vectors, typename T, typename Element>
+inline void multiply_tile(const T* x, int stride, const Element* weight, int width, int inputs,
+                          typename Lanes<T>::Vector* out) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int ways = rows <= 2 ? 2 : 1, count = Lanes<T>::count;
+  Vector sums[ways][rows][vectors] = {};
+  int k = 0;
+  for (; k + ways <= inputs; k += ways)
+    for (int way = 0; way < ways; way++) {
+      const Element* w = weight + (int64_t)(k + way) * width;
+      Vector columns[vectors];
+      for (int v = 0; v < vectors; v++) columns[v] = widen(w + v * count);
+      for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) sums[way][r][v] += x[(int64_t)r * stride + k + way] * columns[v];
+    }
+  for (; k < inputs; k++)
+    for (int r = 0; r < rows; r++)
+      for (int v = 0; v < vectors; v++)
+        sums[0][r][v] += x[(int64_t)r * stride + k] * widen(weight + (int64_t)k * width + v * count);
+  for (int r = 0; r < rows; r++)
+    for (int v = 0; v < vectors; v++)
+      out[r * panel_vectors + v] = ways == 1 ? sums[0][r][v] : sums[0][r][v] + sums[ways - 1][r][v];
+}
+
+// The same from a weight (outputs, inputs) as PyTorch has it, with whole vectors of inputs. The processor fetches weights
+// in time only if it is told: a row is often a page of memory.
+template <int rows, typename T, typename Element>
+inline void multiply_rows(const T* x, int stride, const Element* weight, int inputs, int vectors,
+                          typename Lanes<T>::Vector* out) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int ways = rows <= 2 ? 2 : 1, count = Lanes<T>::count, outputs = panel_vectors;
+  for (int first = 0; first < vectors * count; first += outputs) {
+    Vector sums[ways][rows][outputs] = {};
+    const Element *w = weight + (int64_t)first * inputs, *ahead = first + 3 * outputs <= vectors * count
+                                                                      ? w + (int64_t)2 * outputs * inputs : w;
+    const auto add = [&](int way, int k) {
+      Vector columns[outputs];
+      for (int o = 0; o < outputs; o++) {
+        columns[o] = widen(w + (int64_t)o * inputs + k);
+        __builtin_prefetch(ahead + (int64_t)o * inputs + k);
+      }
+      for (int r = 0; r < rows; r++) {
+        const Vector values = Lanes<T>::load(x + (int64_t)r * stride + k);
+        for (int o = 0; o < outputs; o++) sums[way][r][o] += values * columns[o];
+      }
+    };
+    int k = 0;
+    for (; k + ways * count <= inputs; k += ways * count)
+      for (int way = 0; way < ways; way++) add(way, k + way * count);
+    for (; k < inputs; k += count) add(0, k);
+    for (int r = 0; r < rows; r++)
+      for (int o = 0; o < outputs; o++) {
+        if (ways > 1) sums[0][r][o] += sums[ways - 1][r][o];
+        out[r * panel_vectors + (first + o) / count][(first + o) % count] = Lanes<T>::sum(sums[0][r][o]);
+      }
+  }
+}
+
+// Multiplies up to `tile_rows` rows by up to `panel_vectors` vectors of columns. It is not inlined, as its callers are many.
+template <typename T, typename Element>
+[[gnu::noinline]] void multiply(const T* x, int stride, const void* weight, int64_t start, int width, int inputs, int rows,
+                                int vectors, bool is_packed, typename Lanes<T>::Vector* out) {
+  const auto each = [&](auto number) {
+    constexpr int r = decltype(number)::value;
+    const Element* w = (const Element*)weight + start;
+    if (!is_packed) return multiply_rows<r>(x, stride, w, inputs, vectors, out);
+    switch (vectors) {
+      case 1: return multiply_tile<r, 1>(x, stride, w, width, inputs, out);
+      case 2: return multiply_tile<r, 2>(x, stride, w, width, inputs, out);
+#if !defined(__AVX__) || defined(__AVX512F__)
+      case 3: return multiply_tile<r, 3>(x, stride, w, width, inputs, out);
+      case 4: return multiply_tile<r, 4>(x, stride, w, width, inputs, out);
+#endif
+    }
+  };
+  switch (rows) {
+    case 1: return each(std::integral_constant<int, 1>());
+    case 2: return each(std::integral_constant<int, 2>());
+    case 3: return each(std::integral_constant<int, 3>());
+    case 4: return each(std::integral_constant<int, 4>());
+    case 5: return each(std::integral_constant<int, 5>());
+    case 6: return each(std::integral_constant<int, 6>());
+  }
+}
+
+// Multiplies x (rows, inputs) by some columns of a weight, from a multiple of a vector on; calls use(row, column, vector of
+// sums).
+template <typename T, typename Use>
+inline void dense(const T* x, int stride, const Weight& weight, int inputs, int outputs, int rows, Range columns,
+                  const Use& use) {
+  constexpr int count = Lanes<T>::count;
+  const int tiles = (rows + tile_rows - 1) / tile_rows;
+  for (int column = columns.first; column < columns.last;) {
+    const int start = column / panel_columns<T> * panel_columns<T>;
+    const int width = std::min(padded<T>(outputs - start), panel_columns<T>);
+    const int last = std::min(start + width, columns.last), vectors = (last - column + count - 1) / count;
+    const int64_t at = weight.is_packed ? (int64_t)start * inputs + (column - start) : (int64_t)column * inputs;
+    for (int i = 0; i < tiles; i++) {
+      const int row = (int)((int64_t)rows * i / tiles), height = (int)((int64_t)rows * (i + 1) / tiles) - row;
+      typename Lanes<T>::Vector out[tile_rows * panel_vectors];
+      const auto run = [&](auto element) {
+        multiply<T, decltype(element)>(x + (int64_t)row * stride, stride, weight.values, at, width, inputs, height, vectors,
+                                       weight.is_packed, out);
+      };
+      if constexpr (std::is_same<T, double>::value) {
+        run(double());
+      } else {
+        switch (weight.format) {
+          case WeightFormat::bfloat16: run(BFloat16()); break;
+          case WeightFormat::float16: run(Float16()); break;
+          case WeightFormat::int16: run(int16_t()); break;
+          default: run(float());
+        }
+      }
+      for (int r = 0; r < height; r++)
+        for (int v = 0; v < vectors; v++) {
+          auto& sums = out[r * panel_vectors + v];
+          if constexpr (std::is_same<T, float>::value)
+            if (weight.scales) sums *= load(weight.scales + column + v * count);
+          use(row + r, column + v * count, sums);
+        }
+    }
+    column += vectors * count;
+  }
+}
+
+}  // namespace jacobiflow

@@ -1,0 +1,188 @@
+"""Weights of 64, 32 and 16 bits in the recurrences: what is stored, and what it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow import native
+from jacobiflow.native import recurrence
+from tests.helpers.native_problems import CASES, Case, relative_error, threads
+from tests.helpers.problems import latents
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+HALVES = [torch.bfloat16, torch.float16]
+WHOLE_VECTORS = Case({"channels": 64, "head_dim": 32, "num_classes": 5}, batch=7, threads=2)
+TRANSFORMERS = {name: case for name, case in CASES.items() if case.kind is not jf.MAF}
+
+
+@pytest.fixture(autouse=True)
+def stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[torch.dtype, bool]]]:
+    """The dtypes of the layers' weights that native code was given, each with whether they were packed."""
+    if native.library() is None:
+        pytest.skip(native.describe())
+    monkeypatch.setattr(recurrence, "_MIN_BF16", 0)
+    monkeypatch.setattr(native.library(), "has_fast_halves", True)
+    seen, weight = set[tuple[torch.dtype, bool]](), recurrence._PackedRecurrence._weight
+
+    def noted(self: Any, shape: Any, matrix: Tensor, scales: Any = None, in_panels: bool | None = None) -> Any:
+        if in_panels is not None:  # of a layer
+            seen.add((matrix.dtype, in_panels))
+        return weight(self, shape, matrix, scales, in_panels is not False)
+
+    monkeypatch.setattr(recurrence._PackedRecurrence, "_weight", noted)
+    yield seen
+
+
+def rounded(flow: Any, dtype: torch.dtype) -> Any:
+    """The flow with weights that the dtype has, in float32; one of them is too small for float16."""
+    with torch.no_grad():
+        flow.blocks[1].attn_blocks[0].mlp.main[0].weight[0, 0] = 2.0**-30
+    return flow.to(dtype).float()
+
+
+def invert(case: Case, flow: Any, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    with threads(case.threads):
+        answer = case.block(flow).exact_inverse(case.z(flow).to(dtype), case.context())
+    assert answer is not None
+    return answer
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_weights_of_16_bits_change_no_bit(
+    name: str, dtype: torch.dtype, stored: set[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = TRANSFORMERS[name]
+    flow = rounded(case.flow(), dtype)
+    answer = invert(case, flow)
+    rows = case.batch * (1 if case.guide is None else 2)
+    if dtype == torch.float16 or rows <= 8:
+        assert stored == {(dtype, True)}
+    stored.clear()
+    monkeypatch.setattr(native.library(), "has_fast_halves", False)
+    expected = invert(case, flow)
+    assert stored == {(torch.float32, True)}
+    assert all(map(torch.equal, answer, expected))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_flow_of_16_bits_is_solved_in_float32(dtype: torch.dtype, stored: set[Any]) -> None:
+    """As its weights in float32 are, without a copy of them."""
+    case = CASES["heads of 48"]
+    flow = case.flow().to(dtype)
+    answer = invert(case, flow)
+    assert stored == {(dtype, True)}
+    assert all(map(torch.equal, answer, invert(case, deepcopy(flow).float())))
+
+
+@pytest.mark.parametrize("name", ["heads of 48", "STARFlow, heads of 64"])
+def test_a_flow_in_float64(name: str, stored: set[Any]) -> None:
+    case = CASES[name]
+    flow = case.flow().double()
+    x, log_det = invert(case, flow, torch.float64)
+    assert stored == {(torch.float64, True)}
+    answer = case.answer(flow, case.z(flow).double())
+    assert relative_error(x, answer) < 1e-13
+    torch.testing.assert_close(log_det, case.log_det(flow, answer), rtol=1e-11, atol=1e-11)
+
+
+def test_large_weights_are_read_where_they_lie(stored: set[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recurrence, "_MIN_IN_PLACE", 0)
+    flow = rounded(WHOLE_VECTORS.flow(), torch.bfloat16)
+    reference = WHOLE_VECTORS.answer(flow, WHOLE_VECTORS.z(flow))
+    answers = [invert(WHOLE_VECTORS, flow), invert(WHOLE_VECTORS, deepcopy(flow).bfloat16())]
+    monkeypatch.setattr(native.library(), "has_fast_halves", False)
+    answers.append(invert(WHOLE_VECTORS, flow))
+    assert stored == {(torch.bfloat16, False), (torch.float32, False)}
+    assert relative_error(answers[0][0], reference) < 3e-6
+    for answer in answers[1:]:
+        assert all(map(torch.equal, answer, answers[0]))
+    double = invert(WHOLE_VECTORS, flow.double(), torch.float64)
+    assert relative_error(double[0], reference) < 1e-13
+    case = CASES["7 channels"]  # which make no whole vectors
+    stored.clear()
+    invert(case, case.flow())
+    assert stored == {(torch.float32, True)}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_weights_rounded_to_integers(name: str, stored: set[Any]) -> None:
+    """Each output's weights are off by half of its scale at most, a 65,534th of the largest of them."""
+    case = TRANSFORMERS[name]
+    flow = case.flow()
+    block, z = case.block(flow), case.z(flow)
+    with threads(case.threads):
+        x, _ = block.rounded_inverse(z, case.context())
+    assert stored == {(torch.int16, True)}
+    integers = deepcopy(flow)
+    for layer in integers.blocks[1].attn_blocks:
+        for linear in (layer.attention.qkv, layer.attention.proj, layer.mlp.main[0], layer.mlp.main[2]):
+            weight = linear.weight.data
+            scales = weight.double().abs().amax(dim=1, keepdim=True) / 32767
+            linear.weight.data = ((weight / scales).round() * scales).float()
+    assert relative_error(x, case.answer(integers, z)) < 1e-5
+    assert relative_error(x, case.answer(flow, z)) < 1e-2
+
+
+def test_nothing_to_round() -> None:
+    case = CASES["heads of 32"]
+    flow = case.flow()
+    block, z, labels = case.block(flow), case.z(flow), case.context()
+    assert block.rounded_inverse(z, labels) is not None
+    for other in (rounded(case.flow(), torch.float16), case.flow().bfloat16()):
+        assert case.block(other).rounded_inverse(z, labels) is None
+    assert case.block(case.flow().double()).rounded_inverse(z.double(), labels) is None
+    for value in (torch.nan, torch.inf):
+        flow.blocks[1].attn_blocks[0].mlp.main[2].weight.data[3, 5] = value
+        assert block.rounded_inverse(z, labels) is None
+
+
+def test_rows_of_zeros_and_of_subnormal_numbers() -> None:
+    case = CASES["heads of 32"]
+    flow = case.flow()
+    block, z = case.block(flow), case.z(flow)
+    with torch.no_grad():
+        for layer in flow.blocks[1].attn_blocks:
+            layer.mlp.main[0].weight[2] = 0
+            layer.mlp.main[0].weight[3] *= 1e-40
+            layer.attention.qkv.weight[5] *= 1e-43
+    x, _ = block.rounded_inverse(z, case.context())
+    assert relative_error(x, case.answer(flow, z)) < 1e-2
+
+
+def test_half_numbers_of_every_kind() -> None:
+    """Subnormal ones, and the largest: float32 reads the same."""
+    case = CASES["heads of 32"]
+    flow = rounded(case.flow(), torch.float16)
+    with torch.no_grad():
+        weight = flow.blocks[1].attn_blocks[0].mlp.main[0].weight
+        weight[0, :4] = torch.tensor([2.0**-24, -(2.0**-15), 65504.0, -0.0])
+    answer = invert(case, flow)
+    assert relative_error(answer[0], case.answer(flow, case.z(flow))) < 3e-6
+
+
+@pytest.mark.parametrize("model", ["digits-p1", "fashion-p2"])
+def test_trained_flows(model: str, stored: set[Any]) -> None:
+    """Bundled weights are numbers of float16. Others, rounded, leave residuals below a fifth of a tolerance of 1e-3."""
+    flow, labels = jf.load(model), torch.tensor([3, -1])
+    z = latents(flow, 2) * flow.var.sqrt()
+    flow.blocks[-1].exact_inverse(flow.blocks[-1].permutation(z), labels)
+    assert stored == {(torch.float16, True)}
+    generator = torch.Generator().manual_seed(0)
+    for parameter in flow.parameters():
+        parameter.mul_(1 + 1e-4 * torch.randn(parameter.shape, generator=generator))
+    for i in reversed(range(len(flow.blocks))):
+        block = flow.blocks[i]
+        z = block.permutation(z)
+        with threads(2):
+            x, _ = block.rounded_inverse(z, labels)
+        assert (jf.certify(block, z, x, labels) < 2e-4).all()
+        z = block.permutation.inverse(x)
