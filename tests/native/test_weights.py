@@ -32,10 +32,10 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[torch.dtype, b
     monkeypatch.setattr(native.library(), "has_fast_halves", True)
     seen, weight = set[tuple[torch.dtype, bool]](), recurrence._PackedRecurrence._weight
 
-    def noted(self: Any, shape: Any, matrix: Tensor, scales: Any = None, in_panels: bool | None = None) -> Any:
-        if in_panels is not None:  # of a layer
+    def noted(self: Any, matrix: Tensor, shape: tuple[int, int], scales: Any, in_panels: bool) -> Any:
+        if {*shape} <= {self.channels, 3 * self.channels, self.hidden}:
             seen.add((matrix.dtype, in_panels))
-        return weight(self, shape, matrix, scales, in_panels is not False)
+        return weight(self, matrix, shape, scales, in_panels)
 
     monkeypatch.setattr(recurrence._PackedRecurrence, "_weight", noted)
     yield seen

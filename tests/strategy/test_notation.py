@@ -27,6 +27,7 @@ def parse(text: str, blocks: int = L, tokens: int = T) -> jf.Strategy:
 NAMES: dict[str, jf.Solver] = {
     "sequential": jf.Solver(jf.Sequential(), stopping=DEFAULT),
     "Original": jf.Solver(jf.Sequential(), stopping=DEFAULT),
+    "sequential:int16": jf.Solver(jf.Sequential(), stopping=DEFAULT, int16_weights=True),
     "jacobi": jf.Solver(jf.Whole(), stopping=DEFAULT),
     "JACOBI-30": counted(jf.Whole(), 30),
     "gs-jacobi:8": jf.Solver(jf.Segments(8), stopping=DEFAULT),

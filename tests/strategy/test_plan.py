@@ -301,3 +301,18 @@ def test_a_tolerance_below_the_network_s_rounding_is_raised_to_it(monkeypatch: p
         jf.plan(wide, batch_size=1, tolerance=1e-6)
     flow.blocks[0].proj_out.bias.data[:4] = 200.0  # whose exact inverse overflows: that tells no rounding
     assert PLAN.rounding_floor(flow) < math.inf
+
+
+def test_the_worst_block_of_rounded_weights_is_solved_exactly_if_images_are_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flow, solver = Machine(1.0).carry(small(), monkeypatch), jf.Solver(jf.Sequential(), int16_weights=True)
+    Winners(monkeypatch, (solver, 1.0), (solver, 1.0))
+
+    def solve_certified(block: Any, z: torch.Tensor, solver: jf.Solver, labels: Any, **named: Any) -> Any:
+        residual = 1e-4 * (1 + (block is flow.blocks[1])) * solver.int16_weights
+        exact = jf.solve(block, z, jf.Solver(jf.Sequential()), labels).x
+        return SimpleNamespace(x=exact + 6 * residual, residual=torch.tensor([residual]))
+
+    monkeypatch.setattr(PLAN, "solve_certified", solve_certified)
+    assert [solver.int16_weights for solver in jf.plan(flow, batch_size=6).solvers] == [True, False]

@@ -113,7 +113,7 @@ class Weight(ctypes.Structure):
     _fields_ = (*_fields(ctypes.c_void_p, "values scales"), *_fields(ctypes.c_int32, "format is_packed"))
 
 
-# The shape of each parameter of a layer: c channels, h hidden units, t tokens. `LayerArgs` of boundary.h has these fields.
+# The shape of each parameter of a layer, a field of `LayerArgs`: c channels, h hidden units, t tokens.
 _BASE = {
     "norm": "c", "norm_bias": "c", "qkv": "3c c", "qkv_bias": "3c", "proj": "c c", "proj_bias": "c", "mlp_norm": "c",
     "mlp_norm_bias": "c", "up": "h c", "up_bias": "h", "down": "c h", "down_bias": "c",
@@ -192,11 +192,11 @@ class Library:
         return F.pad(require(values, shape, dtype), (0, self.padded(shape[-1], dtype) - shape[-1])).contiguous()
 
     def weight(
-        self, matrix: Tensor, shape: tuple[int, int], scales: Tensor | None = None, in_panels: bool = True
+        self, matrix: Tensor, shape: tuple[int, ...], dtype: torch.dtype, scales: Tensor | None, in_panels: bool
     ) -> tuple[Weight, list[Tensor | None]]:
-        """Returns a weight for the recurrence, and the tensors that it points to; panels are a copy."""
-        if matrix.dtype not in _FORMATS:
-            raise UnsupportedError(f"a weight of {matrix.dtype}")
+        """Returns a weight for sums in `dtype`, and the tensors that it points to; panels are a copy."""
+        if matrix.dtype not in _FORMATS or torch.promote_types(matrix.dtype, torch.float32) != dtype:
+            raise UnsupportedError(f"a weight of {matrix.dtype} for sums in {dtype}")
         matrix = require(matrix, shape, matrix.dtype)
         if in_panels:
             matrix = self._pack(matrix)

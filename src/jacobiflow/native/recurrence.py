@@ -154,16 +154,17 @@ class _PackedRecurrence:
         weights = iter(zip(stored, scales, strict=True))
         for entry, layer in zip(self.layers, recurrence.layers, strict=True):
             for name in names:
-                setattr(entry, name, self._weight(shapes[name], *next(weights), in_panels))
+                matrix, scale = next(weights)
+                setattr(entry, name, self._weight(matrix, shapes[name], scale, in_panels))
             for name in shapes.keys() - MATRICES:
                 setattr(entry, name, address_of(self._padded(layer[name], shapes[name])))
         outputs = self.values * (2 if self.has_scale else 1)
-        self.proj_in = self._weight((self.channels, self.values), self._widened(recurrence.proj_in))
-        self.proj_out = self._weight((outputs, self.channels), self._widened(recurrence.proj_out))
+        self.proj_in = self._projection(recurrence.proj_in, (self.channels, self.values))
+        self.proj_out = self._projection(recurrence.proj_out, (outputs, self.channels))
         self.out_bias = self._padded(recurrence.out_bias, (outputs,))
-        self.position = require(self._widened(recurrence.position), (self.tokens, self.channels), dtype)
+        self.position = require(self._converted(recurrence.position), (self.tokens, self.channels), dtype)
         rotation, norm = recurrence.rotation, recurrence.final_norm
-        self.rotation = None if rotation is None else self._widened(rotation)
+        self.rotation = None if rotation is None else self._converted(rotation)
         self.final_norm = None if norm is None else self._padded(norm, (self.channels,))
 
     def _stored(
@@ -194,21 +195,28 @@ class _PackedRecurrence:
                     return halves
         return None
 
-    def _weight(
-        self, shape: tuple[int, ...], matrix: Tensor, scales: Tensor | None = None, in_panels: bool = True
-    ) -> Weight:
-        weight, tensors = self.native.weight(matrix, shape, scales, in_panels)
+    def _weight(self, matrix: Tensor, shape: tuple[int, ...], scales: Tensor | None, in_panels: bool) -> Weight:
+        weight, tensors = self.native.weight(matrix, shape, self.dtype, scales, in_panels)
         self.memory += tensors
         return weight
+
+    def _projection(self, matrix: Tensor, shape: tuple[int, ...]) -> Weight:
+        return self._weight(require(self._widened(matrix), shape, self.dtype), shape, None, in_panels=True)
 
     def _padded(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
         padded = self.native.pad(self._widened(values), shape, self.dtype)
         self.memory.append(padded)
         return padded
 
-    def _widened(self, values: Tensor) -> Tensor:
-        """Values that are not weights of a layer, in the dtype of the sums if they have that of the weights."""
-        return values.to(self.dtype) if values.dtype == self.parameter_dtype else values
+    def _widened(self, parameter: Tensor) -> Tensor:
+        """A parameter that is not a layer's matrix, in the dtype of the sums."""
+        if parameter.dtype != self.parameter_dtype:
+            raise UnsupportedError(f"parameters of {self.parameter_dtype} and of {parameter.dtype}")
+        return parameter.to(self.dtype)
+
+    def _converted(self, values: Tensor) -> Tensor:
+        """What PyTorch has computed from parameters, in their dtype or in that of the sums."""
+        return values if values.dtype == self.dtype else self._widened(values)
 
     def invert(
         self, z: Tensor, x: Tensor, log_det: Tensor, context: Tensor | None, guidance: Extrapolation | None,
@@ -233,14 +241,14 @@ class _PackedRecurrence:
             )
         if context is not None:
             is_shared, is_repeated = len(context) == 1, context.shape[1] == 1
-            shape = (1 if is_shared else rows, 1 if is_repeated else self.tokens, channels)
-            context = require(self._widened(context), shape, dtype)
+            sizes = (1 if is_shared else rows, 1 if is_repeated else self.tokens, channels)
+            context = require(self._converted(context), sizes, dtype)
         prefix_length = 0 if prefix is None else prefix.layers[0].shape[3]
         length = prefix_length + self.tokens
         if prefix is not None:
             shape = (self.depth, rows, 2, self.heads, prefix_length, self.head)
-            keys_values = require(self._widened(torch.stack(list(prefix.layers))), shape, dtype)
-            hidden = require(self._widened(prefix.hidden), (rows, channels), dtype)
+            keys_values = require(self._converted(torch.stack(list(prefix.layers))), shape, dtype)
+            hidden = require(self._converted(prefix.hidden), (rows, channels), dtype)
         if self.rotation is not None:
             rotation = require(self.rotation, (length, self.head), dtype)
         each = self.head * native.padded(length, dtype) + native.padded(self.head, dtype) * length
@@ -271,7 +279,9 @@ class _PackedRecurrence:
         threads = torch.get_num_threads()
         max_teams = 1 if self.count > _MAX_WEIGHTS_PER_TEAM else min(rows // _ROWS_PER_TEAM, samples, threads)
         teams = max(team for team in range(1, max(max_teams, 1) + 1) if threads % team == 0)
-        return teams * min(threads // teams, self.native.padded(self.channels, torch.float32) // self.native.lanes), teams
+        return teams * min(
+            threads // teams, self.native.padded(self.channels, torch.float32) // self.native.lanes
+        ), teams
 
 
 def _is_exact(half: Tensor, matrix: Tensor) -> bool:

@@ -124,7 +124,9 @@ class Solver:
         if self.bf16_sweeps and self.partition.token_by_token(num_tokens):
             raise InputValueError(f"bf16_sweeps={self.bf16_sweeps}: {self.partition} solves token by token; give 0")
         if self.int16_weights and not self.partition.token_by_token(num_tokens):
-            raise InputValueError(f"int16_weights=True with {self.partition}: they are for Sequential(), leave them out")
+            raise InputValueError(
+                f"int16_weights=True with {self.partition}: they are for Sequential(), leave them out"
+            )
 
     def is_exact(self, num_tokens: int) -> bool:
         """Tells if answers are exact by construction: token by token, with the weights as they are."""
