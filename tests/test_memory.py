@@ -56,6 +56,16 @@ def test_a_starflow_needs_memory_for_the_block_that_reads_the_text() -> None:
         assert needed is not None and rows * deep < needed < (rows + 0.5) * deep
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2), (torch.float64, 8)])
+def test_the_exact_loop_copies_a_block_s_weights_unless_they_are_large(dtype: torch.dtype, size: int) -> None:
+    for channels, layers, is_copied in ((128, 2, True), (1024, 3, dtype == torch.float32)):
+        flow = jf.TarFlow(jf.TokenConfig(4, 2, channels, num_blocks=1, layers_per_block=layers)).to(dtype)
+        one, two = (memory.batch_bytes(flow, num) for num in (1, 2))
+        assert one is not None and two is not None
+        weights = 12 * layers * channels**2 * size * is_copied
+        assert weights <= 2 * one - two < weights + 2**16
+
+
 def test_the_machine_and_every_group_limit_the_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, own = torch.device("cpu"), tmp_path / "own"
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=9000))

@@ -57,9 +57,15 @@ def _free_in_groups() -> Iterator[int]:
 def batch_bytes(flow: Flow, num: int) -> int | None:
     """Estimates the bytes that `num` samples take at most beside the weights; `None` if the flow does not say.
 
-    By the shapes: keys and values, twice under guidance, what a sweep of all tokens makes, and the tokens. Blocks are
-    solved one after the other, so the largest one counts.
+    By the shapes: keys and values, twice under guidance, what a sweep of all tokens makes, the tokens, and the copy of a
+    block's weights that its exact loop makes on a CPU. Blocks are solved one after the other, so the largest one counts.
     """
+    sample = _sample_bytes(flow)
+    return None if sample is None else check_count("num", num) * sample + _copy_bytes(flow)
+
+
+def _sample_bytes(flow: Flow) -> int | None:
+    """The bytes of each sample."""
     check_flow(flow)
     largest, config = 0, flow.config
     for block, inverse in zip(flow.blocks, flow.inverse_blocks, strict=True):
@@ -67,8 +73,12 @@ def batch_bytes(flow: Flow, num: int) -> int | None:
         if row is None:
             return None
         largest = max(largest, row if inverse is block else 2 * row)
-    tokens = _STATES * config.num_tokens * config.token_channels * max(flow.var.element_size(), 4)
-    return check_count("num", num) * (tokens + largest)
+    return largest + _STATES * config.num_tokens * config.token_channels * max(flow.var.element_size(), 4)
+
+
+def _copy_bytes(flow: Flow) -> int:
+    """The bytes of the largest copy of a block's weights."""
+    return max(block.copy_bytes() for block in flow.blocks) if flow.var.device.type == "cpu" else 0
 
 
 def exceeds_memory(flow: Flow, num: int) -> bool:
@@ -82,12 +92,14 @@ def fitting_batch(flow: Flow, most: int) -> int:
 
     Raises ValueError if not even one does, or if the flow does not say how much memory a sample takes.
     """
-    needed, free = batch_bytes(flow, 1), free_memory(flow.var.device)
-    if needed is None:
+    sample, free = _sample_bytes(flow), free_memory(flow.var.device)
+    if sample is None:
         raise InputValueError("batch_size='auto': this flow does not say how much memory it takes; give a number")
-    num = int(_SHARE * free) // needed
+    copied = _copy_bytes(flow)
+    num = (int(_SHARE * free) - copied) // sample
     if num < 1:
+        needed = (sample + copied) / 2**30
         raise InputValueError(
-            f"a sample needs {needed / 2**30:.1f} GiB beside the weights, and {free / 2**30:.1f} GiB are free"
+            f"a sample needs {needed:.1f} GiB beside the weights, and {free / 2**30:.1f} GiB are free"
         )
     return most if num >= most else 1 << (num.bit_length() - 1)

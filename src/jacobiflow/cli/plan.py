@@ -85,6 +85,8 @@ def _tune(flow: Flow, model: str, out: Path) -> Path:
 
 def _describe(solver: jf.Solver, num_tokens: int) -> tuple[str, str]:
     tokens = str(solver.partition.stop(0, num_tokens))
+    if solver.int16_weights:
+        return tokens, "with weights of 16-bit integers, certified"
     if tokens == "1":
         return tokens, "exact"
     low = f"{solver.bf16_sweeps} sweeps in bfloat16, then " if solver.bf16_sweeps else ""

@@ -220,6 +220,10 @@ class FlowBlock(AffineBlock, nn.Module):
         """Returns the bytes of a row while it is solved, its cache and a sweep of all tokens; `None` if not known."""
         return None
 
+    def copy_bytes(self) -> int:
+        """Returns the bytes of the copy of its weights that `exact_inverse` makes, at most."""
+        return 0
+
 
 def evaluate(block: Block, x: Tokens, z: Tokens, context: Tensor | None = None) -> tuple[Tokens, Float[Tensor, " b"]]:
     """Returns g(x), all entries at once, and the sums of log_scale(x), which are NaN for a block that is not affine."""

@@ -97,9 +97,9 @@ class Recurrence:
     ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, " b"]] | None:  # fmt: skip
         """Returns x = g(x) and the sums of its log-scales; `None` if native code cannot do it.
 
-        Weights that are 16-bit floating-point numbers are read as such, which halves the bytes and changes no bit of the
-        result. `is_rounded` rounds other weights to 16-bit integers with a scale for each output; the result is `None` if
-        there is nothing to round.
+        Weights that are 16-bit floating-point numbers are read as such, which halves the bytes and changes no bit of
+        the result. `is_rounded` rounds other weights to 16-bit integers with a scale for each output; the result is
+        `None` if there is nothing to round.
 
         `context` is added to the embeddings of tokens, in causal order. `read_prefix` returns the prefix of some rows
         of z. Weights may change between calls, and so are packed in each.
@@ -124,6 +124,16 @@ class Recurrence:
         except UnsupportedError:  # the loop in PyTorch computes it, or reports what is wrong
             return None
         return x, log_det.to(z.dtype)
+
+
+def copy_bytes(layers: Sequence[Mapping[str, Tensor]]) -> int:
+    """Returns the bytes that a recurrence takes at most for weights beside those that are there.
+
+    Large ones are read where they lie, but float32 may be copied to 16 bits.
+    """
+    matrices = [layer[name] for layer in layers for name in layer.keys() & MATRICES]
+    is_read_in_place = sum(map(torch.numel, matrices)) >= _MIN_IN_PLACE and matrices[0].dtype != torch.float32
+    return 0 if is_read_in_place else sum(matrix.nbytes for matrix in matrices)
 
 
 class _PackedRecurrence:

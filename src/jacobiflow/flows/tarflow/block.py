@@ -31,7 +31,7 @@ from jacobiflow.flows.tarflow.attention import (
     cast,
     transformer,
 )
-from jacobiflow.native.recurrence import Extrapolation, Prefix, Recurrence
+from jacobiflow.native.recurrence import Extrapolation, Prefix, Recurrence, copy_bytes
 
 _TOKENS_PER_PASS = 3200
 
@@ -284,7 +284,12 @@ class TransformerBlock(FlowBlock):
         hidden, channels = weights[0].up[0].shape
         length = self.prefix_length + self.num_tokens
         values = (2 * len(weights) + 1) * channels + 2 * channels + 2 * hidden + length
-        return int(length * values * self.proj_in.weight.element_size())
+        keys_values = 2 * len(weights) * channels * max(self.proj_in.weight.element_size(), 4)  # of the exact loop
+        return int(length * max(values * self.proj_in.weight.element_size(), keys_values))
+
+    def copy_bytes(self) -> int:
+        weights = self.proj_in.weight.numel() + self.proj_out.weight.numel()
+        return copy_bytes([layer.named() for layer in self.layer_weights()]) + weights * 4
 
     def to_bf16(self, cache: TarFlowCache) -> TarFlowCache:
         dtype = torch.bfloat16
