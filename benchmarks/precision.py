@@ -1,0 +1,181 @@
+"""Measures weights of 16 bits: `python -m benchmarks.precision`, half an hour on two cores that are otherwise idle.
+
+Whole samples of trained models, by the exact loop that reads their weights in 16 bits and by the one that reads them in
+float32; blocks of random weights, up to two layers of STARFlow's released shape, with their memory; and float64. Writes
+docs/results/precision.json, which fills docs/precision.md; interrupted, it goes on.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+import jacobiflow as jf
+from benchmarks.common import RESULTS, Json, complete, latents, parser, random_flow, to_json, without_native
+from benchmarks.star import RELEASED, prompts_of
+from examples.captions import GUIDANCE, load
+from jacobiflow import native
+from jacobiflow.baselines import original_loop
+from jacobiflow.flows import Flow
+from jacobiflow.latents import draw_latents
+from jacobiflow.measuring import interleave
+from jacobiflow.memory import keep_freed_memory
+
+BATCHES = (1, 4, 16, 64)
+ROUNDS = {1: 9, 4: 7, 16: 5, 64: 3}
+FLOAT32, HALVES, INT16, AUTO, ORIGINAL, PASS = "float32", "16 bits", "int16", "auto", "original", "pass"
+CHANGE = 1e-4  # relative, after which hardly a weight is a number of float16
+
+
+def trained(name: str) -> Flow:
+    """A trained model: with the weights that it is stored with, rounded to bfloat16, or as training leaves them."""
+    name, _, weights = name.partition(", ")
+    flow = load().guided(GUIDANCE) if name == "emoji-star" else jf.load(name)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in flow.parameters():
+        if weights == "bfloat16":
+            parameter.copy_(parameter.bfloat16())
+        elif weights == "float32":
+            parameter.mul_(1 + CHANGE * torch.randn(parameter.shape, generator=generator))
+    return flow
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """Exact loops read all weights in float32; also decorates a function."""
+    with patch.object(native.library(), "has_fast_halves", False):
+        yield
+
+
+def samples(key: Json) -> Json:
+    """Seconds of a batch of unguided samples (of emoji-star guided ones), and errors against the float32 loop."""
+    flow, batch = trained(key["model"]), key["batch"]
+    z, labels = latents(flow, batch)
+    context = flow.check_context(prompts_of(batch), batch) if flow.reads_text else labels
+    draw = partial(jf.sample, flow, latents=z, context=context, settings=None)
+    plan = jf.plan(flow, batch_size=batch)
+    runs: dict[str, Callable[[], Any]] = {
+        ORIGINAL: torch.no_grad()(partial(original_loop(flow)[1], flow, z, context)),
+        FLOAT32: in_float32()(partial(draw, strategy="sequential")),
+        HALVES: partial(draw, strategy="sequential"),
+        INT16: partial(draw, strategy="sequential:int16"),
+        AUTO: partial(draw, strategy=plan),
+        PASS: torch.no_grad()(partial(flow.encode, torch.zeros(batch, *(flow.image_shape or ())), context)),
+    }
+    if key["model"].endswith("float32"):
+        del runs[HALVES]
+    else:
+        del runs[INT16]
+    timings, results = interleave(runs, ROUNDS[batch])
+    answers = {name: result for name, result in results.items() if isinstance(result, jf.Samples)}
+    return {
+        "seconds": to_json(timings),
+        "errors": {name: float((each.x - answers[FLOAT32].x).abs().max()) for name, each in answers.items()},
+        "residual": None if INT16 not in answers else [float(block.residual.max()) for block in answers[INT16].stats],
+        "int16_blocks": sum(solver.int16_weights for solver in plan.solvers),
+    }
+
+
+def wide(key: Json) -> Json:
+    """Seconds of a block of random weights: by the exact loop, with its certificate if need be, and by sweeps."""
+    channels, layers = map(int, key["block"].split("x"))
+    config = jf.TarFlowConfig(3, 32, 2, channels=channels, num_blocks=1, layers_per_block=layers)
+    plain, rows = random_flow(config), key["rows"]
+    stored, z = deepcopy(plain).bfloat16().float(), latents(plain, rows)[0]
+
+    def solve(flow: jf.TarFlow, strategy: str) -> Any:
+        solver = jf.Strategy.parse(strategy, num_blocks=1, num_tokens=256).solvers[0]
+        return partial(jf.solve_certified, flow.blocks[0], z, solver)
+
+    runs = {
+        FLOAT32: solve(plain, "sequential"),
+        HALVES: solve(stored, "sequential"),
+        INT16: solve(plain, "sequential:int16"),
+        "window:32": solve(plain, "window:32"),
+        "jacobi": solve(plain, "jacobi"),
+        PASS: partial(jf.certify, plain.blocks[0], z, z),
+    }
+    timings, results = interleave(runs, 3 if channels < 768 else 1, warm_up=channels < 768)
+    return {"seconds": to_json(timings), "residual": float(results[INT16].residual.max())}
+
+
+def released(key: Json) -> Json:
+    """Seconds and peak memory of the exact loop of two layers of the released shape, in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_released, (key["released"], key["in_pytorch"]))
+
+
+def _released(dtype: str, in_pytorch: bool) -> Json:
+    native.library()
+    before = _memory("VmRSS")
+    with torch.device("meta"):
+        flow = jf.STARFlow(RELEASED).eval().requires_grad_(False).to(getattr(torch, dtype))
+    block = flow.to_empty(device="cpu").blocks[0]
+    torch.manual_seed(0)
+    for name, values in (*block.named_parameters(), *block.named_buffers()):
+        values.normal_(std=values.shape[-1] ** -0.5) if values.ndim > 1 else values.fill_("norm.weight" in name)
+    block.final_norm.weight.zero_()
+    block.proj_out.weight.mul_(0.3)
+    block.null_text.mul_(0.1)
+    z = draw_latents(1, RELEASED.num_tokens, RELEASED.token_channels, seed=1)
+    weights = sum(parameter.nbytes for parameter in block.parameters())
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is in memory now
+    solve = partial(jf.solve, block, z, jf.Solver(jf.Sequential()))
+    started = perf_counter()
+    (without_native()(solve) if in_pytorch else solve)()
+    seconds = perf_counter() - started
+    return {"seconds": seconds, "weights": weights, "peak": (_memory("VmHWM") - before) / weights}
+
+
+def _memory(name: str) -> int:
+    """Bytes that this process has in memory ("VmRSS"), or had at most ("VmHWM")."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
+
+
+def double(key: Json) -> Json:
+    """Seconds of a batch of samples of emoji-p2 in float64, by native code and by PyTorch, and in float32."""
+    flow, batch = jf.load("emoji-p2"), key["double"]
+    flows = {"float32": flow, "float64": deepcopy(flow).double()}
+    z, labels = latents(flow, batch)
+
+    def draw(dtype: str) -> Tensor:
+        return jf.sample(flows[dtype], latents=z, labels=labels, settings=None, strategy="sequential").x
+
+    runs = {name: partial(draw, name) for name in flows} | {"in PyTorch": without_native()(partial(draw, "float64"))}
+    timings, results = interleave(runs, 3)
+    errors = {name: float((results[name] - results["in PyTorch"]).abs().max()) for name in flows}
+    return {"seconds": to_json(timings), "errors": errors}
+
+
+def measure(key: Json) -> Json:
+    kinds: dict[str, Callable[[Json], Json]] = {"model": samples, "block": wide, "released": released, "double": double}
+    return next(run for name, run in kinds.items() if name in key)(key)
+
+
+def main() -> None:
+    parser(__doc__).parse_args()
+    models = ("emoji-p2", "emoji-p2, bfloat16", "emoji-p2, float32", "emoji-star", "fashion-p2", "fashion-p2, float32")
+    keys: list[Json] = [{"model": model, "batch": batch} for model in models for batch in BATCHES]
+    keys += [{"block": block, "rows": rows} for block in ("512x4", "768x8") for rows in (1, 4, 16)]
+    keys += [
+        {"released": dtype, "in_pytorch": in_pytorch}
+        for dtype, in_pytorch in (("bfloat16", False), ("float32", False), ("bfloat16", True))
+    ]
+    keys += [{"double": batch} for batch in (1, 16)]
+    complete(RESULTS / "precision.json", keys, torch.no_grad()(measure))
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    main()
