@@ -23,10 +23,10 @@ from jacobiflow.denoising import denoised
 from jacobiflow.errors import InputValueError
 from jacobiflow.files import write_atomically
 from jacobiflow.flows.config import Context, Labels
-from jacobiflow.flows.flow import Flow, check_flow, check_rate, log_normal, state_dtype
+from jacobiflow.flows.flow import Flow, check_flow, check_rate, log_normal, precision, state_dtype
 from jacobiflow.flows.guidance import SamplingSettings
 from jacobiflow.implicit import invert_with_gradient
-from jacobiflow.latents import MOST_SAMPLES, draw_latents
+from jacobiflow.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
 from jacobiflow.progress import Progress
 from jacobiflow.solvers import Certificate, Solution, Status, check_certificate
 from jacobiflow.solvers.certified import solve_certified_unchecked
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 Settings = SamplingSettings | Literal["recommended"] | None
 """Guidance and denoising: values, those that the model recommends, or neither."""
 
+SENSITIVITY_BOUND = 1e-2
+"""The error of an entry of x, in the units of x, above which `Outcome` names a sample that amplifies rounding."""
+_SENSITIVITY_MARGIN = 4  # a sample is named if this many times its sensitivity is above the bound
+_REMEDIES = {"float32": ": use float64", "tf32": ": use float32", "float64": ""}
 _GROUP = 16  # batches that go through a block before the next block: a progress bar's step, and bounded memory
 
 
@@ -76,6 +80,10 @@ class Outcome:
         resolved: Samples that some block solved again token by token.
         above: Samples above the tolerance, by the rounding of the network.
         lost: Samples without an image, since the exact inverse overflows.
+        sensitivity: The largest finite sensitivity; `None` if it was not measured.
+        sensitive: Samples that rounding may move by more than `SENSITIVITY_BOUND`: those with a sensitivity above a
+            quarter of it, since an error can be four times the sensitivity. `None` if it was not measured.
+        dtype: Of the network, or "tf32".
     """
 
     num: int
@@ -85,12 +93,15 @@ class Outcome:
     resolved: int
     above: int
     lost: int
+    sensitivity: float | None = None
+    sensitive: int | None = None
+    dtype: str = "float32"
 
     @property
     def has_shortfall(self) -> bool:
-        """True if a sample was measured and is neither exact nor within a tolerance, or if one is lost."""
+        """True if a sample was measured and is neither exact nor within a tolerance, or if one is lost or sensitive."""
         uncertified = self.residual is not None and self.tolerance is None and not self.exact
-        return uncertified or self.above > 0 or self.lost > 0
+        return uncertified or self.above > 0 or self.lost > 0 or bool(self.sensitive)
 
     def __str__(self) -> str:
         """One sentence for the user, with the remedy if there is a shortfall."""
@@ -114,6 +125,13 @@ class Outcome:
             parts.append(
                 f"{self.lost:,} lost, since the exact inverse overflows too: lower the guidance, or use a wider dtype"
             )
+        if self.sensitive:
+            parts.append(
+                f"{self.sensitive:,} of {self.num:,} samples may amplify {self.dtype} rounding above 1e-2"
+                + _REMEDIES.get(self.dtype, ": use a wider dtype")
+            )
+        elif self.sensitivity is not None:
+            parts.append(f"{self.dtype} rounding changes samples by up to {self.sensitivity:.1e}")
         return f"{self.num:,} sample{'s' * (self.num > 1)}: {'; '.join(parts)}"
 
 
@@ -134,6 +152,10 @@ class Samples:
             number of sweeps. Their samples are not certified, see `outcome`.
         trace: The noise, x after each block in sampling order, and the denoised image; `None` without a trace.
         seconds: Wall-clock time of solving all blocks; that of denoising is `denoise_seconds`.
+        sensitivity: Per sample the largest change of an entry of x, before denoising and in the units of x, if one
+            rounding of `dtype` changes the latents. Infinity if the sample is lost, or overflows by this change.
+            `None` if it was not asked for.
+        dtype: Of the network, or "tf32".
 
     Example:
         >>> samples = jf.sample(jf.load("digits-p1"), 3, labels=[1, 2, 3])
@@ -153,6 +175,8 @@ class Samples:
     trace: tuple[Float[Tensor, "n ..."], ...] | None
     seconds: float
     denoise_seconds: float
+    sensitivity: Float[Tensor, " n"] | None = None
+    dtype: str = "float32"
 
     @property
     def images(self) -> Float[Tensor, "n c h w"]:
@@ -203,13 +227,14 @@ class Samples:
     def save(self, folder: str | Path) -> None:
         """Writes samples.npz, with all that is known of each sample, and of images a PNG each.
 
-        Its arrays are `x`, `latents`, `labels` or `context`, `log_prob`, `certificate`, `status` and `exact`, without
-        those that there are not. `sample_to_folder` is for more samples than fit in memory, and resumes.
+        Its arrays are `x`, `latents`, `labels` or `context`, `log_prob`, `certificate`, `sensitivity`, `status` and
+        `exact`, without those that there are not. `sample_to_folder` is for more samples than fit in memory, and resumes.
         """
         folder, is_labels = Path(folder), self.context is not None and not self.context.is_floating_point()
         arrays = {
             "x": self.x, "latents": self.latents, "labels" if is_labels else "context": self.context,
-            "log_prob": self.log_prob, "certificate": self.certificate, "status": self.status, "exact": self.exact,
+            "log_prob": self.log_prob, "certificate": self.certificate, "sensitivity": self.sensitivity,
+            "status": self.status, "exact": self.exact,
         }  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "samples.npz", npz_bytes(arrays))
@@ -228,7 +253,17 @@ class Samples:
             resolved=self.resolved_sequentially,
             above=int((status == Status.ROUNDING).sum()),
             lost=int((status == Status.NONFINITE).sum()),
+            **sensitivity_counts(self.sensitivity, status == Status.NONFINITE, self.dtype),
         )
+
+
+def sensitivity_counts(sensitivity: Tensor | None, lost: Bool[Tensor, " n"], dtype: str) -> dict[str, Any]:
+    """Returns the entries of an `Outcome` about sensitivity; a lost sample does not count as sensitive."""
+    if sensitivity is None:
+        return {"dtype": dtype}
+    is_sensitive = (_SENSITIVITY_MARGIN * sensitivity > SENSITIVITY_BOUND) & ~lost
+    largest = float(sensitivity.nan_to_num(posinf=0.0).max())
+    return {"sensitivity": largest, "sensitive": int(is_sensitive.sum()), "dtype": dtype}
 
 
 def npz_bytes(arrays: Mapping[str, Tensor | None]) -> bytes:
@@ -251,6 +286,7 @@ def sample(
     strategy: str | Path | Strategy = "auto",
     tolerance: float | None = None,
     certify: Certificate = True,
+    sensitivity: bool = False,
     batch_size: int | None = None,
     log_prob: bool | None = None,
     return_trace: bool = False,
@@ -274,6 +310,8 @@ def sample(
             sample above the tolerance. Blocks that are solved token by token need no such pass; "always" measures them
             too. Without certificates a token is final when its last sweep changed it by at most the tolerance; its
             residual is then not known, and can be larger.
+        sensitivity: Measures how much one rounding of the flow's dtype changes each sample, by a second solve from
+            latents that are changed in their last bits. The samples stay the same, and take twice the time.
         batch_size: Samples in the network at a time, all by default.
         log_prob: Whether to return densities, by default if the flow is over tokens. They cost nothing where native
             code solves every block, else an encoding pass. Guided or denoised samples have none.
@@ -282,7 +320,8 @@ def sample(
 
     Returns:
         `Samples`. A sample that misses its tolerance or overflows is solved again token by token, and counted. If its
-        exact inverse overflows, too, it is NaN. A warning says if samples are lost, above the tolerance or uncertified.
+        exact inverse overflows, too, it is NaN. A warning says if samples are lost, above the tolerance, uncertified,
+        or may amplify rounding above `SENSITIVITY_BOUND`.
 
     Example:
         >>> samples = jf.sample(jf.load("digits-p1"), 4, labels=[0, 1, 2, 3], strategy="jacobi")
@@ -291,6 +330,7 @@ def sample(
     """
     check_flow(flow)
     check_certificate("certify", certify)
+    check_flag("sensitivity", sensitivity)
     check_flag("return_trace", return_trace)
     check_kind("progress", progress, Callable | None, "a function of done, total and what, or None")
     if num is not None and latents is None:
@@ -309,8 +349,8 @@ def sample(
     plan = choose(flow, strategy, batch_size or len(latents), tolerance=tolerance)
     with torch.no_grad():
         result = draw(
-            flow, plan, latents, context, denoise=denoise, certify=certify, batch_size=batch_size, log_prob=log_prob,
-            return_trace=return_trace, progress=progress,
+            flow, plan, latents, context, denoise=denoise, certify=certify, sensitivity=sensitivity,
+            batch_size=batch_size, log_prob=log_prob, return_trace=return_trace, progress=progress,
         )  # fmt: skip
     if result.outcome.has_shortfall:
         warnings.warn(str(result.outcome), stacklevel=2)
@@ -319,8 +359,8 @@ def sample(
 
 def draw(
     flow: Flow, plan: Strategy, latents: Float[Tensor, "n t d"], context: Tensor | None = None, *,
-    denoise: float = 0.0, certify: Certificate = True, batch_size: int | None = None, log_prob: bool = False,
-    return_trace: bool = False, progress: Progress | None = None,
+    denoise: float = 0.0, certify: Certificate = True, sensitivity: bool = False, batch_size: int | None = None,
+    log_prob: bool = False, return_trace: bool = False, progress: Progress | None = None,
 ) -> Samples:  # fmt: skip
     """Solves all blocks at the latents by a plan, as `sample` does, without its checks and its warning.
 
@@ -334,15 +374,21 @@ def draw(
 
     def note_block() -> None:
         if progress is not None:
-            progress(next(solved), len(starts) * len(flow.blocks), "sampling")
+            progress(next(solved), len(starts) * len(flow.blocks) * (1 + sensitivity), "sampling")
 
     started = time.perf_counter()
-    groups = []
+    groups, changes = [], []
     for start in starts:
         rows = slice(start, start + slots * _GROUP)
-        group = _Group(flow, plan, latents[rows], None if context is None else context[rows], certify, slots)
+        part = None if context is None else context[rows]
+        group = _Group(flow, plan, latents[rows], part, certify, slots)
         group.solve(note_block, return_trace)
         groups.append(group)
+        if sensitivity:
+            other = _Group(flow, plan, _change_last_bits(flow, latents[rows]), part, certify, slots)
+            other.solve(note_block, return_trace=False)
+            change = (flow.from_tokens(other.x) - flow.from_tokens(group.x)).abs().flatten(1).amax(dim=1)
+            changes.append(change.nan_to_num(nan=torch.inf, posinf=torch.inf))
     log_probs = [group.log_prob() for group in groups] if log_prob else []
     seconds = time.perf_counter() - started
 
@@ -364,7 +410,16 @@ def draw(
         trace=tuple(trace) if return_trace else None,
         seconds=seconds,
         denoise_seconds=time.perf_counter() - started,
+        sensitivity=torch.cat(changes) if sensitivity else None,
+        dtype=precision(flow),
     )
+
+
+def _change_last_bits(flow: Flow, latents: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
+    """Returns the latents after one rounding of the flow's dtype, up or down by the same pattern in each sample."""
+    eps = 2**-10 if precision(flow) == "tf32" else torch.finfo(flow.var.dtype).eps
+    signs = draw_latents(1, *latents.shape[1:], start=FIRST_CALIBRATION_LATENT).sign().to(latents)
+    return latents + eps * signs * latents.abs().clamp(min=1)  # latents near 0 are changed, too
 
 
 class _Group:

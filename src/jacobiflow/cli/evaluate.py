@@ -40,6 +40,7 @@ _SCORES = (
     ("largest error", "{paired[max]:.1e}", "{paired[num]:,} samples, against the sequential loop"),
     ("RMS error", "{paired[rms]:.1e}", "the same"),
     ("PSNR", "{paired[psnr]:.1f} dB", "the same"),
+    ("sensitivity", "{sensitivity:.1e}", "largest; how much rounding changes the sequential loop's samples"),
     ("8-bit pixels", "{stored[share]:.3%}", "of the stored images differ, by {stored[levels]} at most"),
     ("bits per dimension", "{bits_per_dim:.3f}", "{likelihood_images}, uniformly dequantised"),
     ("bits per dimension", "{bits_per_dim_noisy:.3f}", "{likelihood_images}, with the noise of training"),
@@ -288,11 +289,13 @@ def _errors(folder: jf.SampleFolder, flow: Flow, num: int, batch_size: int) -> C
             latents=latents.draw_latents(num, config.num_tokens, config.token_channels, manifest.seed),
             certify=manifest.certify, batch_size=batch_size,
         )  # fmt: skip
-        exact = draw(strategy="sequential").images.cpu()
+        sequential = draw(strategy="sequential", sensitivity=True)
+        exact = sequential.images.cpu()
         stored = torch.cat([folder.images(i) for i in shards])[:num]
         return {
             "paired": asdict(evaluation.fidelity(draw(strategy=folder.strategy()).images.cpu(), exact)),
             "stored": asdict(evaluation.pixel_difference(stored, data.quantize(exact))),
+            "sensitivity": sequential.outcome.sensitivity,
         }
 
     return errors

@@ -4,7 +4,7 @@ manifest.json          the settings of the run, and in the end the checksum of e
 strategy.json          the solvers of the blocks
 shards/00000.npz       8-bit images `arr_0` (n, height, width, channels), for FID tools, or float32 `tokens` (n, T, C);
                        for each sample its `certificate`, whether it was `resolved` or is `lost`, its label in
-                       `labels`, its log-density in `log_prob`
+                       `labels`, its log-density in `log_prob`, its `sensitivity`
 shards/00000.json      the shard's record: its checksum and cost; a shard without it does not count
 images/3/00000017.png  an image, if PNGs were asked for: class, and index of the sample
 """
@@ -30,7 +30,7 @@ from jacobiflow import codec
 from jacobiflow.data import quantize
 from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.files import MANIFEST, regular_file, remove_partials, sha256, write_atomically, write_json
-from jacobiflow.sampling import Outcome, Samples, npz_bytes
+from jacobiflow.sampling import Outcome, Samples, npz_bytes, sensitivity_counts
 from jacobiflow.storage.manifest import Cost, Manifest, Record, SampleFolderError
 from jacobiflow.strategy import Strategy
 
@@ -38,9 +38,9 @@ STRATEGY = "strategy.json"
 # The types of the arrays in a shard. A shard may lack the optional ones.
 _DTYPES = {
     "arr_0": ("uint8",), "tokens": ("float32",), "labels": ("int64", "int32"), "certificate": ("float32", "float64"),
-    "log_prob": ("float32", "float64"), "resolved": ("bool",), "lost": ("bool",),
+    "log_prob": ("float32", "float64"), "sensitivity": ("float32", "float64"), "resolved": ("bool",), "lost": ("bool",),
 }  # fmt: skip
-_OPTIONAL = ("labels", "certificate", "log_prob")
+_OPTIONAL = ("labels", "certificate", "log_prob", "sensitivity")
 _REMEDY = "sample into the folder again with the same settings, which draws what is missing"
 
 
@@ -149,6 +149,10 @@ class SampleFolder:
         """Returns the log-density of every sample in nats; None if they were drawn without."""
         return self._concatenated("log_prob")
 
+    def sensitivity(self) -> Float[Tensor, " n"] | None:
+        """Returns the sensitivity of every sample; None if they were drawn without."""
+        return self._concatenated("sensitivity")
+
     def resolved(self) -> Bool[Tensor, " n"]:
         """Returns whether each sample was solved again token by token."""
         return self._concatenated("resolved")  # type: ignore[return-value]
@@ -172,6 +176,7 @@ class SampleFolder:
             resolved=cost.resolved_sequentially,
             above=cost.status["rounding"],
             lost=cost.status["nonfinite"],
+            **sensitivity_counts(self.sensitivity(), self.lost(), self.manifest.dtype),
         )
 
     def strategy(self) -> Strategy:
@@ -198,6 +203,7 @@ class SampleFolder:
             "labels": None if context is None or context.is_floating_point() else context,
             "log_prob": samples.log_prob,
             "certificate": samples.certificate,
+            "sensitivity": samples.sensitivity,
             "resolved": torch.stack([block.resolved_sequentially for block in samples.stats]).any(dim=0),
             "lost": lost,
         }

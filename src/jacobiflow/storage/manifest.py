@@ -38,6 +38,7 @@ class Manifest:
         num_tokens: T.
         context_sha256: Of the labels as little-endian int64, or of the numbers as float32; None without a context.
         log_prob: Whether the shards have densities.
+        sensitivity: Whether the shards have sensitivities.
         shard_size: Shard i begins with sample `shard_size * i`.
         model: The name by which the flow was loaded.
         dtype: Of the network, or "tf32".
@@ -67,6 +68,7 @@ class Manifest:
     log_prob: bool
     machine: dict[str, Any]
     checksums: tuple[str, ...] | None = None
+    sensitivity: bool = False
     kind: Literal["samples"] = "samples"
     format_version: Literal[1] = 1
 

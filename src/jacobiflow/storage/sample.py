@@ -131,6 +131,7 @@ def sample_to_folder(
     strategy: str | Path | Strategy = "auto",
     tolerance: float | None = None,
     certify: Certificate = True,
+    sensitivity: bool = False,
     log_prob: bool | None = None,
     batch_size: int | None = None,
     shard_size: int | None = None,
@@ -161,7 +162,8 @@ def sample_to_folder(
         processes: The processes that share the work, each of which calls this function; see `jacobiflow.processes`.
 
     Returns:
-        The folder; complete in the first process. A warning says so if samples are lost, or are not certified.
+        The folder; complete in the first process. A warning says so if samples are lost, are not certified, or
+        may amplify rounding.
 
     Raises:
         SampleFolderError: If `out` has other samples, or its disk is too small.
@@ -182,6 +184,7 @@ def sample_to_folder(
     check_path("out", out)
     check_kind("model", model, str, "a name")
     check_flag("overwrite", overwrite)
+    check_flag("sensitivity", sensitivity)
     check_kind("progress", progress, Callable | None, "a function of done, total and what, or None")
     check_kind("processes", processes, Processes, "what `with jacobiflow.processes()` gives")
     check_certificate("certify", certify)
@@ -202,7 +205,7 @@ def sample_to_folder(
         shard_size=shard_size, files=files, model=model, fingerprint=fingerprint(flow), dtype=precision(flow),
         strategy="a Strategy" if isinstance(strategy, Strategy) else str(strategy), strategy_sha256="",
         guidance=flow.guidance, denoise=float(denoise), tolerance=tolerance, certify=certify,
-        log_prob=log_prob, machine=machine(flow.var.device),
+        log_prob=log_prob, sensitivity=sensitivity, machine=machine(flow.var.device),
     )  # fmt: skip
     new = SampleFolder(Path(out), manifest)
     plan = partial(choose, flow, strategy, batch_size, tolerance=tolerance, report=report)
@@ -314,7 +317,7 @@ def _draw_shards(
         samples = draw(
             flow, strategy, draw_latents(stop - start, config.num_tokens, config.token_channels, manifest.seed, start),
             None if context is None else context[start:stop], denoise=manifest.denoise, certify=manifest.certify,
-            batch_size=manifest.batch_size, log_prob=manifest.log_prob,
+            sensitivity=manifest.sensitivity, batch_size=manifest.batch_size, log_prob=manifest.log_prob,
             progress=None if progress is None else partial(_note, progress, num_present, num_drawn, manifest.num),
         )  # fmt: skip
         folder.write(index, samples)
