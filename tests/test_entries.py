@@ -76,7 +76,7 @@ ARGUMENTS: dict[str, Argument] = {
     **each("slots count size max_sweeps", UNLIMITED),
     **each("num_classes bf16_sweeps", FROM_0), "attn_temperature": POSITIVE,
     **each("tolerance denoise rate ebound noise_std std call_cost atol weight", NUMBER),
-    **each("return_trace per_class bf16 annealed nvp per_segment", FLAG),
+    **each("return_trace sensitivity per_class bf16 annealed nvp per_segment", FLAG),
     **each("certify certificate", (True, (), ("x", 1))), "norm": (2, (), ("x", True)), "on": ("both", (), ("x", 7)),
     "seed": (0, KINDS, (-1, 2**63)), "start": (0, KINDS, (-1, 2**63)),
     "progress": (None, (0, False, "no"), ()),
@@ -99,7 +99,7 @@ NAMED = {"atol": "tolerance", "max_sweeps": "sweeps", "context": "labels"}
 
 DATA = {"x": ARGUMENTS["images"], "context": ARGUMENTS["labels"]}
 CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
-    (jf.sample, "flow num labels seed settings strategy tolerance certify batch_size return_trace", {}),
+    (jf.sample, "flow num labels seed settings strategy tolerance certify sensitivity batch_size return_trace", {}),
     (jf.sample, "flow latents labels progress", {}), (jf.decode, "flow z context strategy tolerance certify log_prob",
      {"context": (LABELS, NO_LABELS, WRONG_LABELS), "log_prob": FLAG}),
     (jf.denoise, "flow images labels rate batch_size", {}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 import jacobiflow as jf
+from examples.captions import load as load_star
 from jacobiflow.data import load_images
 from jacobiflow.latents import draw_latents
+from jacobiflow.sampling import SENSITIVITY_BOUND
 from tests.helpers.oracle import Guide, Oracle
 from tests.helpers.problems import latents, make_flow, to_float32
 
@@ -349,6 +352,56 @@ def test_samples_above_the_tolerance_are_named_with_the_reason() -> None:
     samples = jf.sample(flow, 4, labels, strategy="window:8", tolerance=1e-4)
     num, largest = int((samples.certificate > 1e-4).sum()), float(samples.certificate.max())
     assert f"; {num} above the tolerance, up to {largest:.1e}, by the rounding of the network" in text
+
+
+def test_sensitivity_is_near_the_error_beside_float64_and_names_the_samples_above_the_bound() -> None:
+    """Within a factor of four for nine samples of ten, of guided models of which one amplifies rounding to order 1."""
+    prompts = ["blue heart", "large green circle", "hand dark skin", "hand light skin", "banana", "sunglasses", "cat"]
+    prompts += "red apple,dog face,pig nose,rose,tomato,grinning,cry,raised hand medium skin,tiger".split(",")
+    ratios = []
+    for flow, given in (
+        (jf.load("fashion-p2"), {"labels": list(range(4))}), (jf.load("digits-p1"), {"labels": [1, 2, 3, 4] * 8}),
+        (load_star(), {"context": prompts}),
+    ):  # fmt: skip
+        settings = {**given, "settings": jf.SamplingSettings(flow.recommended.guidance), "strategy": "sequential"}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            out = jf.sample(flow, len(*given.values()), sensitivity=True, **settings)
+        exact = jf.sample(copy.deepcopy(flow).double(), latents=out.latents.double(), **settings).x
+        error = (out.x - exact).abs().flatten(1).amax(dim=1)
+        assert (4 * out.sensitivity[error > SENSITIVITY_BOUND] > SENSITIVITY_BOUND).all()
+        assert out.outcome.sensitive == (4 * out.sensitivity > SENSITIVITY_BOUND).sum() == len(caught) * 2
+        ratios.append(out.sensitivity / error)
+    assert "; 2 of 16 samples may amplify float32 rounding above 1e-2: use float64" in str(caught[0].message)
+    ratio = torch.cat(ratios)
+    assert ((ratio > 1 / 4) & (ratio < 4)).double().mean() >= 0.9
+
+
+@pytest.mark.filterwarnings("ignore:.* may amplify bfloat16 rounding")
+@pytest.mark.parametrize(("dtype", "size"), [("float64", 1e-15), ("float32", 1e-6), ("bfloat16", 0.1)])
+def test_sensitivity_leaves_samples_as_they_are(dtype: str, size: float) -> None:
+    flow, labels = jf.load("digits-p1", dtype=dtype), torch.arange(5)
+    plain, measured = (
+        jf.sample(flow, 5, labels, strategy="sequential", batch_size=2, sensitivity=is_measured)
+        for is_measured in (False, True)
+    )
+    assert torch.equal(plain.x, measured.x)
+    assert plain.network_calls == measured.network_calls
+    assert plain.sensitivity is plain.outcome.sensitivity is plain.outcome.sensitive is None
+    assert ((measured.sensitivity > size / 30) & (measured.sensitivity < size * 30)).all()
+    alone = jf.sample(flow, labels=labels[3:], latents=measured.latents[3:], strategy="sequential", sensitivity=True)
+    torch.testing.assert_close(alone.sensitivity, measured.sensitivity[3:], rtol=3.0, atol=0)
+
+
+def test_a_sample_is_lost_or_sensitive_if_a_solve_overflows() -> None:
+    flow, z = to_float32(make_flow()), latents(make_flow(), 3)
+    z[1] = 3.4e38
+    with pytest.warns(UserWarning, match="1 lost"):
+        out = sample(flow, latents=z, sensitivity=True)
+    assert out.sensitivity.isinf().tolist() == [False, True, False]
+    assert out.outcome.sensitive == 0 and 0 < out.outcome.sensitivity < 1e-3
+    other = replace(out, stats=sample(flow, latents=z[[0, 0, 2]]).stats, dtype="float64")
+    assert str(other.outcome).endswith("; 1 of 3 samples may amplify float64 rounding above 1e-2")
 
 
 def test_a_flow_is_sampled_as_its_model_recommends() -> None:

@@ -85,7 +85,11 @@ def test_compare_prints_both_rows_and_the_error(run: Any, tmp_path: Path) -> Non
     seconds, speed_up = entries["runs"]["growing cache"]["seconds"], entries["speed_up"]
     line = f"{speed_up:.1f}x faster than the original sampler, growing cache: "
     line += f"{seconds / speed_up:.3g} s against {seconds:.3g} s for the first batch"
-    assert f"\n{line}\nlargest difference from the original sampler {largest:.1e}\n" in result.out
+    rounding = jf.sample(flow, 4, labels, strategy=strategy, sensitivity=True).outcome.sensitivity
+    assert entries["sensitivity"] == rounding
+    text = f"largest difference from the original sampler {largest:.1e}; "
+    text += f"rounding changes these samples by up to {rounding:.1e}"
+    assert f"\n{line}\n{text}\n" in result.out
     with Image.open(tmp_path / "samples.png") as sheet:
         assert sheet.size[1] == 40 + 3 * (40 + 8 * 14 + 8)  # the classes, and three panels below their captions
 
@@ -105,6 +109,13 @@ def test_guidance_denoising_tolerance_and_report_reach_the_library(run: Any, tmp
     assert entries["runs"]["jacobi"]["certificate"] <= 1e-5
     assert run(f"{line} --no-certify --dtype float64 --overwrite --json {tmp_path}/f").code == 0
     assert figures(tmp_path / "f")["runs"]["jacobi"]["certificate"] is None
+
+
+def test_sensitivity_is_in_the_outcome(run: Any, tmp_path: Path) -> None:
+    line = f"sample --model model --num 3 --strategy sequential --sensitivity --out {tmp_path}/out --json {tmp_path}/f"
+    want = jf.sample(jf.load("./model"), 3, [0, 1, 2], strategy="sequential", sensitivity=True).outcome
+    assert f"; float32 rounding changes samples by up to {want.sensitivity:.1e}\n" in run(line).out
+    assert figures(tmp_path / "f")["outcome"] == asdict(want)
 
 
 def test_the_same_command_again_has_nothing_to_draw(run: Any, tmp_path: Path) -> None:

@@ -109,6 +109,19 @@ def test_every_shard_is_what_sample_draws_of_its_latents(name: str, tmp_path: Pa
     assert resolved > 0 or name != "some solved again"
 
 
+def test_sensitivity_is_in_the_shards_and_the_outcome(tmp_path: Path) -> None:
+    folder = draw(tmp_path, sensitivity=True)
+    want = by_shard(SMALL, 10, 4, CLASSES, strategy="jacobi-3", batch_size=2, sensitivity=True)
+    assert torch.equal(folder.sensitivity(), torch.cat([samples.sensitivity for samples in want]))  # type: ignore
+    assert (folder.outcome().sensitivity, folder.outcome().sensitive) == (float(folder.sensitivity().max()), 0)  # type: ignore
+    assert jf.SampleFolder.open(tmp_path).sensitivity() is not None
+    (tmp_path / "shards" / "00001.json").unlink()
+    assert draw(tmp_path, sensitivity=True).drawn == 4
+    with pytest.raises(SampleFolderError, match="holds samples of sensitivity True, not False; give another folder"):
+        draw(tmp_path)
+    assert draw(tmp_path, overwrite=True).sensitivity() is None
+
+
 def test_trained_digits_in_batches_of_two_sizes(tmp_path: Path) -> None:
     flow, pixels = jf.load("digits-p1"), []
     for size in (5, 4):
