@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: setup demo test lint fuzz mutants benchmark regimes calibration flows training evaluation evaluation-in-pytorch emoji \
-	tutorials boltzmann star figures docs render clean
+	tutorials boltzmann star rounding figures docs render clean
 
 setup: $(INSTALLED)
 
@@ -154,6 +154,11 @@ boltzmann: setup
 # Measures docs/starflow_speed.md, of the weights in examples/emoji-star (forty minutes on two idle cores).
 star: emoji
 	$(BIN)/python -m benchmarks.star
+	$(RENDER)
+
+# Measures what rounding does to samples, a table of docs/exactness.md (ten minutes on two idle cores; it goes on if it was stopped).
+rounding: setup
+	$(BIN)/python -m benchmarks.rounding
 	$(RENDER)
 
 # Fetches a package of emoji, and writes the 256 images of it that ship with the library, and all to out/emoji/*.npz.

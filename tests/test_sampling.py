@@ -357,7 +357,8 @@ def test_samples_above_the_tolerance_are_named_with_the_reason() -> None:
 def test_sensitivity_is_near_the_error_beside_float64_and_names_the_samples_above_the_bound() -> None:
     """Within a factor of four for nine samples of ten, of guided models of which one amplifies rounding to order 1."""
     prompts = ["blue heart", "large green circle", "hand dark skin", "hand light skin", "banana", "sunglasses", "cat"]
-    prompts += "red apple,dog face,pig nose,rose,tomato,grinning,cry,raised hand medium skin,tiger".split(",")
+    prompts += ["red apple", "dog face", "pig nose", "rose", "tomato", "grinning", "cry", "raised hand medium skin"]
+    prompts += ["tiger"]
     ratios = []
     for flow, given in (
         (jf.load("fashion-p2"), {"labels": list(range(4))}), (jf.load("digits-p1"), {"labels": [1, 2, 3, 4] * 8}),

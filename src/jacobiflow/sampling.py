@@ -40,7 +40,9 @@ Settings = SamplingSettings | Literal["recommended"] | None
 
 SENSITIVITY_BOUND = 1e-2
 """The error of an entry of x, in the units of x, above which `Outcome` names a sample that amplifies rounding."""
-_SENSITIVITY_MARGIN = 4  # a sample is named if this many times its sensitivity is above the bound
+# A sample is named if this many times its sensitivity is above the bound: the roundings of two solves can cancel, so
+# that a sensitivity is below the error.
+_SENSITIVITY_MARGIN = 4
 _REMEDIES = {"float32": ": use float64", "tf32": ": use float32", "float64": ""}
 _GROUP = 16  # batches that go through a block before the next block: a progress bar's step, and bounded memory
 
@@ -228,7 +230,8 @@ class Samples:
         """Writes samples.npz, with all that is known of each sample, and of images a PNG each.
 
         Its arrays are `x`, `latents`, `labels` or `context`, `log_prob`, `certificate`, `sensitivity`, `status` and
-        `exact`, without those that there are not. `sample_to_folder` is for more samples than fit in memory, and resumes.
+        `exact`, without those that there are not. `sample_to_folder` is for more samples than fit in memory, and
+        resumes.
         """
         folder, is_labels = Path(folder), self.context is not None and not self.context.is_floating_point()
         arrays = {
@@ -252,18 +255,18 @@ class Samples:
             exact=bool(self.exact.all()),
             resolved=self.resolved_sequentially,
             above=int((status == Status.ROUNDING).sum()),
-            lost=int((status == Status.NONFINITE).sum()),
-            **sensitivity_counts(self.sensitivity, status == Status.NONFINITE, self.dtype),
+            lost=(num_lost := int((status == Status.NONFINITE).sum())),
+            dtype=self.dtype,
+            **sensitivity_counts(self.sensitivity, num_lost),
         )
 
 
-def sensitivity_counts(sensitivity: Tensor | None, lost: Bool[Tensor, " n"], dtype: str) -> dict[str, Any]:
-    """Returns the entries of an `Outcome` about sensitivity; a lost sample does not count as sensitive."""
+def sensitivity_counts(sensitivity: Float[Tensor, " n"] | None, num_lost: int) -> dict[str, Any]:
+    """Returns the entries of an `Outcome` about sensitivity; a lost sample, whose is infinite, is not sensitive."""
     if sensitivity is None:
-        return {"dtype": dtype}
-    is_sensitive = (_SENSITIVITY_MARGIN * sensitivity > SENSITIVITY_BOUND) & ~lost
-    largest = float(sensitivity.nan_to_num(posinf=0.0).max())
-    return {"sensitivity": largest, "sensitive": int(is_sensitive.sum()), "dtype": dtype}
+        return {}
+    num_above = int((_SENSITIVITY_MARGIN * sensitivity > SENSITIVITY_BOUND).sum())
+    return {"sensitivity": float(sensitivity.nan_to_num(posinf=0.0).max()), "sensitive": num_above - num_lost}
 
 
 def npz_bytes(arrays: Mapping[str, Tensor | None]) -> bytes:
@@ -418,7 +421,8 @@ def draw(
 def _change_last_bits(flow: Flow, latents: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
     """Returns the latents after one rounding of the flow's dtype, up or down by the same pattern in each sample."""
     eps = 2**-10 if precision(flow) == "tf32" else torch.finfo(flow.var.dtype).eps
-    signs = draw_latents(1, *latents.shape[1:], start=FIRST_CALIBRATION_LATENT).sign().to(latents)
+    _, num_tokens, channels = latents.shape
+    signs = draw_latents(1, num_tokens, channels, start=FIRST_CALIBRATION_LATENT).sign().to(latents)
     return latents + eps * signs * latents.abs().clamp(min=1)  # latents near 0 are changed, too
 
 

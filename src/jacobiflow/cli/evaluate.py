@@ -40,7 +40,7 @@ _SCORES = (
     ("largest error", "{paired[max]:.1e}", "{paired[num]:,} samples, against the sequential loop"),
     ("RMS error", "{paired[rms]:.1e}", "the same"),
     ("PSNR", "{paired[psnr]:.1f} dB", "the same"),
-    ("sensitivity", "{sensitivity:.1e}", "largest; how much rounding changes the sequential loop's samples"),
+    ("sensitivity", "{sensitivity:.1e}", "largest change of the sequential loop's samples by rounding"),
     ("8-bit pixels", "{stored[share]:.3%}", "of the stored images differ, by {stored[levels]} at most"),
     ("bits per dimension", "{bits_per_dim:.3f}", "{likelihood_images}, uniformly dequantised"),
     ("bits per dimension", "{bits_per_dim_noisy:.3f}", "{likelihood_images}, with the noise of training"),

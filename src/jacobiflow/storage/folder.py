@@ -176,7 +176,8 @@ class SampleFolder:
             resolved=cost.resolved_sequentially,
             above=cost.status["rounding"],
             lost=cost.status["nonfinite"],
-            **sensitivity_counts(self.sensitivity(), self.lost(), self.manifest.dtype),
+            dtype=self.manifest.dtype,
+            **sensitivity_counts(self.sensitivity() if self.manifest.sensitivity else None, cost.status["nonfinite"]),
         )
 
     def strategy(self) -> Strategy:
