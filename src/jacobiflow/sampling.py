@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import time
 import warnings
@@ -24,11 +25,11 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.files import write_atomically
 from jacobiflow.flows.config import Context, Labels
 from jacobiflow.flows.flow import Flow, check_flow, check_rate, log_normal, precision, state_dtype
-from jacobiflow.flows.guidance import SamplingSettings
+from jacobiflow.flows.guidance import SamplingSettings, guided
 from jacobiflow.implicit import invert_with_gradient
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
 from jacobiflow.progress import Progress
-from jacobiflow.solvers import Certificate, Solution, Status, check_certificate
+from jacobiflow.solvers import Certificate, Sequential, Solution, Solver, Status, check_certificate, solve
 from jacobiflow.solvers.certified import solve_certified_unchecked
 from jacobiflow.strategy import Strategy, choose
 
@@ -39,10 +40,8 @@ Settings = SamplingSettings | Literal["recommended"] | None
 """Guidance and denoising: values, those that the model recommends, or neither."""
 
 SENSITIVITY_BOUND = 1e-2
-"""The error of an entry of x, in the units of x, above which `Outcome` names a sample that amplifies rounding."""
-# A sample is named if this many times its sensitivity is above the bound: the roundings of two solves can cancel, so
-# that a sensitivity is below the error.
-_SENSITIVITY_MARGIN = 4
+"""The change of an entry of x, in the units of x, above which `Outcome` counts a sample as sensitive to rounding."""
+_MEASURED_SENSITIVITY = SENSITIVITY_BOUND / 40  # above which float64 measures it: an estimate may be that far too small
 _REMEDIES = {"float32": ": use float64", "tf32": ": use float32", "float64": ""}
 _GROUP = 16  # batches that go through a block before the next block: a progress bar's step, and bounded memory
 
@@ -83,8 +82,7 @@ class Outcome:
         above: Samples above the tolerance, by the rounding of the network.
         lost: Samples without an image, since the exact inverse overflows.
         sensitivity: The largest finite sensitivity; `None` if it was not measured.
-        sensitive: Samples that rounding may move by more than `SENSITIVITY_BOUND`: those with a sensitivity above a
-            quarter of it, since an error can be four times the sensitivity. `None` if it was not measured.
+        sensitive: Samples with a sensitivity above `SENSITIVITY_BOUND`; `None` if it was not measured.
         dtype: Of the network, or "tf32".
     """
 
@@ -129,7 +127,7 @@ class Outcome:
             )
         if self.sensitive:
             parts.append(
-                f"{self.sensitive:,} of {self.num:,} samples may amplify {self.dtype} rounding above 1e-2"
+                f"{self.sensitive:,} of {self.num:,} samples amplify {self.dtype} rounding above {SENSITIVITY_BOUND:g}"
                 + _REMEDIES.get(self.dtype, ": use a wider dtype")
             )
         elif self.sensitivity is not None:
@@ -154,9 +152,10 @@ class Samples:
             number of sweeps. Their samples are not certified, see `outcome`.
         trace: The noise, x after each block in sampling order, and the denoised image; `None` without a trace.
         seconds: Wall-clock time of solving all blocks; that of denoising is `denoise_seconds`.
-        sensitivity: Per sample the largest change of an entry of x, before denoising and in the units of x, if one
-            rounding of `dtype` changes the latents. Infinity if the sample is lost, or overflows by this change.
-            `None` if it was not asked for.
+        sensitivity: Per sample the largest change of an entry of x by rounding, before denoising and in the units of x.
+            An estimate by a second solve, from latents that one rounding of `dtype` changes; above 2.5e-4 the
+            difference from a solve in float64, if the sample is exact. Infinity if the sample is lost, or overflows by
+            this change. `None` if it was not asked for.
         dtype: Of the network, or "tf32".
 
     Example:
@@ -248,6 +247,7 @@ class Samples:
     def outcome(self) -> Outcome:
         """Counts of certified samples and of the others; `print(out.outcome)` gives them in a sentence."""
         status, certificate = self.status, self.certificate
+        num_lost = int((status == Status.NONFINITE).sum())
         return Outcome(
             num=len(status),
             tolerance=self.tolerance,
@@ -255,7 +255,7 @@ class Samples:
             exact=bool(self.exact.all()),
             resolved=self.resolved_sequentially,
             above=int((status == Status.ROUNDING).sum()),
-            lost=(num_lost := int((status == Status.NONFINITE).sum())),
+            lost=num_lost,
             dtype=self.dtype,
             **sensitivity_counts(self.sensitivity, num_lost),
         )
@@ -265,7 +265,7 @@ def sensitivity_counts(sensitivity: Float[Tensor, " n"] | None, num_lost: int) -
     """Returns the entries of an `Outcome` about sensitivity; a lost sample, whose is infinite, is not sensitive."""
     if sensitivity is None:
         return {}
-    num_above = int((_SENSITIVITY_MARGIN * sensitivity > SENSITIVITY_BOUND).sum())
+    num_above = int((sensitivity > SENSITIVITY_BOUND).sum())
     return {"sensitivity": float(sensitivity.nan_to_num(posinf=0.0).max()), "sensitive": num_above - num_lost}
 
 
@@ -313,8 +313,9 @@ def sample(
             sample above the tolerance. Blocks that are solved token by token need no such pass; "always" measures them
             too. Without certificates a token is final when its last sweep changed it by at most the tolerance; its
             residual is then not known, and can be larger.
-        sensitivity: Measures how much one rounding of the flow's dtype changes each sample, by a second solve from
-            latents that are changed in their last bits. The samples stay the same, and take twice the time.
+        sensitivity: Measures how much rounding changes each sample, by a second solve from latents that are changed in
+            their last bits, and for exact samples that it changes by more than 2.5e-4 by a solve in float64. The
+            samples stay the same. It takes as long as the samples do; in float64 a sample takes three times as long.
         batch_size: Samples in the network at a time, all by default.
         log_prob: Whether to return densities, by default if the flow is over tokens. They cost nothing where native
             code solves every block, else an encoding pass. Guided or denoised samples have none.
@@ -324,7 +325,7 @@ def sample(
     Returns:
         `Samples`. A sample that misses its tolerance or overflows is solved again token by token, and counted. If its
         exact inverse overflows, too, it is NaN. A warning says if samples are lost, above the tolerance, uncertified,
-        or may amplify rounding above `SENSITIVITY_BOUND`.
+        or sensitive to rounding.
 
     Example:
         >>> samples = jf.sample(jf.load("digits-p1"), 4, labels=[0, 1, 2, 3], strategy="jacobi")
@@ -390,8 +391,10 @@ def draw(
         if sensitivity:
             other = _Group(flow, plan, _change_last_bits(flow, latents[rows]), part, certify, slots)
             other.solve(note_block, return_trace=False)
-            change = (flow.from_tokens(other.x) - flow.from_tokens(group.x)).abs().flatten(1).amax(dim=1)
-            changes.append(change.nan_to_num(nan=torch.inf, posinf=torch.inf))
+            changes.append(group.change_to(other.x))
+            doubtful = (changes[-1] > _MEASURED_SENSITIVITY) & group.is_exact() & ~group.lost
+            if doubtful.any() and state_dtype(flow) != torch.float64:
+                changes[-1][doubtful] = group.change_to(group.solve_in_float64(doubtful), doubtful)
     log_probs = [group.log_prob() for group in groups] if log_prob else []
     seconds = time.perf_counter() - started
 
@@ -476,6 +479,27 @@ class _Group:
         self.solutions.append(replace(solution, status=status, residual=residual))
         return solution.x, solution.log_det
 
+    def is_exact(self) -> Bool[Tensor, " n"]:
+        """Returns which samples were solved token by token in every block."""
+        return torch.stack([solution.exact for solution in self.solutions]).all(dim=0)
+
+    def change_to(
+        self, tokens: Float[Tensor, "m t d"], rows: Bool[Tensor, " n"] | slice = slice(None)
+    ) -> Float[Tensor, " m"]:
+        """Returns the largest difference of an entry of x, for these samples and other tokens of theirs."""
+        change = self.flow.from_tokens(tokens) - self.flow.from_tokens(self.x[rows])
+        return change.abs().flatten(1).amax(dim=1).nan_to_num(nan=torch.inf, posinf=torch.inf).to(self.x.dtype)
+
+    def solve_in_float64(self, rows: Bool[Tensor, " n"]) -> Float[Tensor, "m t d"]:
+        """Returns the tokens of some samples in float64, with a copy of one block at a time."""
+        latents, context = self.latents[rows].double(), None if self.context is None else self.context[rows]
+
+        def solve_block(i: int, z: Tensor) -> Tensor:
+            block = guided(copy.deepcopy(self.flow.blocks[i]).double(), self.flow.guidance)
+            return solve(block, z, Solver(Sequential()), context, self.slots).x
+
+        return self.flow.invert(latents * self.flow.var.double().sqrt(), solve_block)
+
     def log_prob(self) -> Float[Tensor, " n"]:
         """Returns the log-densities of the samples at x.
 
@@ -485,8 +509,7 @@ class _Group:
         """
         flow, var = self.flow, self.flow.var.to(self.x.dtype)
         log_prob = log_normal(self.latents) - self.log_det - 0.5 * var.log().sum() + flow.tokens_log_det(self.x)
-        is_exact = torch.stack([solution.exact for solution in self.solutions]).all(dim=0)
-        is_open = (~is_exact | self.log_det.isnan()) & ~self.lost
+        is_open = (~self.is_exact() | self.log_det.isnan()) & ~self.lost
         rows = is_open.nonzero().flatten()
         for some in rows.split(self.slots) if len(rows) else ():
             context = None if self.context is None else self.context[some]

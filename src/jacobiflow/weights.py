@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import torch
@@ -98,6 +98,7 @@ def importance(samples: Samples | SampleFolder, energy: Float[Tensor, " n"], *, 
         log_prob, outcome = samples.log_prob(), samples.outcome()
     if log_prob is None:
         raise InputValueError("samples without densities: draw them with log_prob=True and settings=None")
+    outcome = replace(outcome, sensitive=None)  # a density is that of the x returned, whatever rounding did to it
     is_unchecked = outcome.residual is None and not outcome.exact
     if outcome.has_shortfall or is_unchecked:
         raise InputValueError(f"no weights for samples that are not from the flow's density: {outcome}")

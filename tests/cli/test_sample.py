@@ -148,9 +148,9 @@ def test_a_batch_that_fits_and_then_the_one_that_was_begun_with(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = f"sample --model model --num 5 --strategy jacobi-1 --batch-size auto --out {tmp_path}/out"
-    needed = memory.batch_bytes(jf.load("./model"), 1)
-    assert needed is not None
-    for free in (6 * needed, needed):
+    one, five = (memory.batch_bytes(jf.load("./model"), num) for num in (1, 5))
+    assert one is not None and five is not None
+    for free in (1.25 * five - 10, one):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
         assert " on cpu, batch size 4: " in run(line).out
     failed = run(f"{line}-of-its-own")
