@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: setup demo test lint fuzz mutants benchmark regimes calibration flows training evaluation evaluation-in-pytorch emoji \
-	tutorials boltzmann star rounding figures docs render clean
+	tutorials boltzmann star precision rounding figures docs render clean
 
 setup: $(INSTALLED)
 
@@ -154,6 +154,12 @@ boltzmann: setup
 # Measures docs/starflow_speed.md, of the weights in examples/emoji-star (forty minutes on two idle cores).
 star: emoji
 	$(BIN)/python -m benchmarks.star
+	$(RENDER)
+
+# Measures weights of 16 bits, a section of docs/devices.md and one of docs/regimes.md (half an hour on two idle cores; it goes on if
+# it was stopped).
+precision: emoji
+	$(BIN)/python -m benchmarks.precision
 	$(RENDER)
 
 # Measures what rounding does to samples, a table of docs/exactness.md (ten minutes on two idle cores; it goes on if it was stopped).

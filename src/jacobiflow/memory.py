@@ -57,8 +57,8 @@ def _free_in_groups() -> Iterator[int]:
 def batch_bytes(flow: Flow, num: int) -> int | None:
     """Estimates the bytes that `num` samples take at most beside the weights; `None` if the flow does not say.
 
-    By the shapes: keys and values, twice under guidance, what a sweep of all tokens makes, the tokens, and the copy of a
-    block's weights that its exact loop makes on a CPU. Blocks are solved one after the other, so the largest one counts.
+    By the shapes: keys and values, twice under guidance, what a sweep of all tokens makes, the tokens, and the copy of
+    a block's weights that its exact loop makes on a CPU. Blocks are solved one after the other, so the largest counts.
     """
     sample = _sample_bytes(flow)
     return None if sample is None else check_count("num", num) * sample + _copy_bytes(flow)

@@ -138,7 +138,7 @@ def recurrence(rng: random.Random) -> tuple[Any, str]:
         flow = flow.to(getattr(torch, weights))
     if weights == "float64":
         z, context = z.double(), context.double() if context is not None and context.is_floating_point() else context
-    native_recurrence._MIN_IN_PLACE = rng.choice([0, 2**25])
+    native_recurrence.MIN_IN_PLACE = rng.choice([0, 2**25])
     block = case.block(flow)
     target, change = rng.choice(["z", "context", "weight", "prefix"]), rng.choice(list(CHANGES))
     if target == "z":

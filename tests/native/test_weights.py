@@ -12,7 +12,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow import native
-from jacobiflow.native import recurrence
+from jacobiflow.native import recurrence, weights
 from tests.helpers.native_problems import CASES, Case, relative_error, threads
 from tests.helpers.problems import latents
 
@@ -28,7 +28,7 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[torch.dtype, b
     """The dtypes of the layers' weights that native code was given, each with whether they were packed."""
     if native.library() is None:
         pytest.skip(native.describe())
-    monkeypatch.setattr(recurrence, "_MIN_BF16", 0)
+    monkeypatch.setattr(weights, "_MIN_BF16", 0)
     monkeypatch.setattr(native.library(), "has_fast_halves", True)
     seen, weight = set[tuple[torch.dtype, bool]](), recurrence._PackedRecurrence._weight
 
@@ -95,7 +95,7 @@ def test_a_flow_in_float64(name: str, stored: set[Any]) -> None:
 
 
 def test_large_weights_are_read_where_they_lie(stored: set[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recurrence, "_MIN_IN_PLACE", 0)
+    monkeypatch.setattr(recurrence, "MIN_IN_PLACE", 0)
     flow = rounded(WHOLE_VECTORS.flow(), torch.bfloat16)
     reference = WHOLE_VECTORS.answer(flow, WHOLE_VECTORS.z(flow))
     answers = [invert(WHOLE_VECTORS, flow), invert(WHOLE_VECTORS, deepcopy(flow).bfloat16())]

@@ -30,8 +30,8 @@ _BATCH_SIZE = "Images solved together, or auto: as many as fit in memory. Defaul
 _DENOISE = "Rate of one denoising step; 0 is off. Default: as recommended by the model."
 _SENSITIVITY = "Measure how much rounding changes each sample, by a second solve."
 _STRATEGIES = (
-    "auto (planned for this model, machine and batch size), sequential, jacobi, jacobi-J, gs-jacobi:G, gs-jacobi:G-J, "
-    "window:N, the paper's [Stack-GS-J-Else], or a .json file."
+    "auto (planned for this model, machine and batch size), sequential, sequential:int16, jacobi, jacobi-J, "
+    "gs-jacobi:G, gs-jacobi:G-J, window:N, the paper's [Stack-GS-J-Else], or a .json file."
 )
 
 

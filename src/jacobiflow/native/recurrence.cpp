@@ -52,7 +52,10 @@ int32_t jacobiflow_pack(const void* weight, int32_t outputs, int32_t inputs, int
 // Returns 0, or -1 if out of memory or threads: then x is unchanged.
 int32_t jacobiflow_recurrence(const void* args, int32_t is_double) {
   return status_of([&] {
-    is_double ? solve_recurrence(*(const RecurrenceArgs<double>*)args) : solve_recurrence(*(const RecurrenceArgs<float>*)args);
+    if (is_double)
+      solve_recurrence(*(const RecurrenceArgs<double>*)args);
+    else
+      solve_recurrence(*(const RecurrenceArgs<float>*)args);
   });
 }
 }

@@ -23,15 +23,12 @@ from jacobiflow.native.boundary import (
     require,
 )
 from jacobiflow.native.build import usable_library
+from jacobiflow.native.weights import HALVES, MIN_IN_PLACE, in_halves, in_int16
 
 _ROWS = 32  # of the network per thread and call: more rows do not fit in the processor's cache
 _ROWS_PER_TEAM = 4  # from which separate teams of threads, which never wait for each other, are faster
 _MAX_WEIGHTS_PER_TEAM = 2**22  # of a block; above, one team: each thread reads its part of every layer
 _WORK = 2e9  # multiplications per call, about a tenth of a second, so that Ctrl-C works
-_MIN_IN_PLACE = 2**25  # weights of a block: above, they come from memory, and are read as PyTorch has them
-_MIN_BF16, _MAX_BF16_ROWS = 2**20, 8  # weights of a block and rows per team for which bfloat16 is faster than float32
-_HALVES = (torch.float16, torch.bfloat16)
-_MAX_INT16 = 2**15 - 1
 
 
 @dataclass(frozen=True)
@@ -126,16 +123,6 @@ class Recurrence:
         return x, log_det.to(z.dtype)
 
 
-def copy_bytes(layers: Sequence[Mapping[str, Tensor]]) -> int:
-    """Returns the bytes that a recurrence takes at most for weights beside those that are there.
-
-    Large ones are read where they lie, but float32 may be copied to 16 bits.
-    """
-    matrices = [layer[name] for layer in layers for name in layer.keys() & MATRICES]
-    is_read_in_place = sum(map(torch.numel, matrices)) >= _MIN_IN_PLACE and matrices[0].dtype != torch.float32
-    return 0 if is_read_in_place else sum(matrix.nbytes for matrix in matrices)
-
-
 class _PackedRecurrence:
     """The parameters of a recurrence as native code reads them, for so many rows of the network per team."""
 
@@ -158,7 +145,7 @@ class _PackedRecurrence:
         self.count, self.parameter_dtype = sum(matrix.numel() for matrix in matrices), matrices[0].dtype
         stored, scales = self._stored(matrices, samples * networks, is_rounded)
         has_whole_vectors = all(native.padded(size, dtype) == size for size in (self.channels, self.hidden))
-        in_panels = self.count < _MIN_IN_PLACE or is_rounded or not has_whole_vectors
+        in_panels = self.count < MIN_IN_PLACE or not has_whole_vectors
         self.layers = (LayerArgs * self.depth)()
         weights = iter(zip(stored, scales, strict=True))
         for entry, layer in zip(self.layers, recurrence.layers, strict=True):
@@ -179,30 +166,20 @@ class _PackedRecurrence:
     def _stored(
         self, matrices: list[Tensor], rows: int, is_rounded: bool
     ) -> tuple[list[Tensor], list[Tensor] | list[None]]:
-        """The matrices in the dtype in which they are read, and their scales if they are rounded."""
+        """The matrices in the dtypes in which they are read, and their scales if they are rounded."""
         for matrix in matrices:
             if matrix.dtype != self.parameter_dtype or torch.promote_types(matrix.dtype, torch.float32) != self.dtype:
                 raise UnsupportedError("weights of a dtype other than that of the tokens")
-        if self.dtype == torch.float64 and not is_rounded:
-            return matrices, [None] * len(matrices)
-        halves = matrices if self.parameter_dtype in _HALVES else self._halves(matrices, 0 if is_rounded else rows)
+        halves = matrices if self.parameter_dtype in HALVES else None
+        if self.parameter_dtype == torch.float32 and self.native.has_fast_halves:
+            _, teams = self._threads(rows, rows)
+            halves = in_halves(matrices, 0 if is_rounded else rows // teams)
         if not is_rounded:
             return halves or matrices, [None] * len(matrices)
         if halves is not None or self.dtype != torch.float32 or not all(bool(m.isfinite().all()) for m in matrices):
             raise UnsupportedError("weights that need no rounding, or that are not finite")
-        integers, scales = zip(*map(_rounded, matrices), strict=True)
+        integers, scales = zip(*map(in_int16, matrices), strict=True)
         return list(integers), list(scales)
-
-    def _halves(self, matrices: list[Tensor], rows: int) -> list[Tensor] | None:
-        """The matrices in a 16-bit floating-point dtype that has all their entries, if they are read faster so."""
-        _, teams = self._threads(rows, rows)
-        is_few = self.count >= _MIN_BF16 and rows <= _MAX_BF16_ROWS * teams
-        for dtype in _HALVES if is_few else _HALVES[:1]:
-            if self.native.has_fast_halves and _is_exact(matrices[0][:1].to(dtype), matrices[0][:1]):
-                halves = [matrix.to(dtype) for matrix in matrices]
-                if all(map(_is_exact, halves, matrices)):
-                    return halves
-        return None
 
     def _weight(self, matrix: Tensor, shape: tuple[int, ...], scales: Tensor | None, in_panels: bool) -> Weight:
         weight, tensors = self.native.weight(matrix, shape, self.dtype, scales, in_panels)
@@ -288,16 +265,5 @@ class _PackedRecurrence:
         threads = torch.get_num_threads()
         max_teams = 1 if self.count > _MAX_WEIGHTS_PER_TEAM else min(rows // _ROWS_PER_TEAM, samples, threads)
         teams = max(team for team in range(1, max(max_teams, 1) + 1) if threads % team == 0)
-        return teams * min(
-            threads // teams, self.native.padded(self.channels, torch.float32) // self.native.lanes
-        ), teams
-
-
-def _is_exact(half: Tensor, matrix: Tensor) -> bool:
-    return torch.equal(half.to(matrix.dtype), matrix)
-
-
-def _rounded(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The entries as 16-bit integers, and what each row of them is to be multiplied by."""
-    scales = (matrix.abs().amax(dim=1) / _MAX_INT16).clamp(min=torch.finfo(matrix.dtype).tiny)
-    return (matrix / scales.unsqueeze(1)).round_().to(torch.int16), scales
+        columns = self.native.padded(self.channels, torch.float32) // self.native.lanes
+        return teams * min(threads // teams, columns), teams

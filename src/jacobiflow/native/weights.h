@@ -112,8 +112,8 @@ inline void multiply_rows(const T* x, int stride, const Element* weight, int inp
   constexpr int ways = rows <= 2 ? 2 : 1, count = Lanes<T>::count, outputs = panel_vectors;
   for (int first = 0; first < vectors * count; first += outputs) {
     Vector sums[ways][rows][outputs] = {};
-    const Element *w = weight + (int64_t)first * inputs, *ahead = first + 3 * outputs <= vectors * count
-                                                                      ? w + (int64_t)2 * outputs * inputs : w;
+    const Element* w = weight + (int64_t)first * inputs;
+    const Element* ahead = first + 3 * outputs <= vectors * count ? w + (int64_t)2 * outputs * inputs : w;
     const auto add = [&](int way, int k) {
       Vector columns[outputs];
       for (int o = 0; o < outputs; o++) {

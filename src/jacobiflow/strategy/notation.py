@@ -25,7 +25,10 @@ from jacobiflow.solvers import (
 )
 
 DEFAULT_TOLERANCE = 1e-3
-_FORMS = "auto, sequential, sequential:int16, jacobi, jacobi-J, gs-jacobi:G, gs-jacobi:G-J, window:N, or [Stack-GS-J-Else] such as [7-8-32-10]"
+_FORMS = (
+    "auto, sequential, sequential:int16, jacobi, jacobi-J, gs-jacobi:G, gs-jacobi:G-J, window:N, "
+    "or [Stack-GS-J-Else] such as [7-8-32-10]"
+)
 _NUMBER = "[0-9]{1,9}"
 _NUMBERS = f"{_NUMBER}(?:/{_NUMBER})*"
 _SWEEPS = f"{_NUMBER}(?:[,/]{_NUMBER})*"

@@ -31,7 +31,8 @@ from jacobiflow.flows.tarflow.attention import (
     cast,
     transformer,
 )
-from jacobiflow.native.recurrence import Extrapolation, Prefix, Recurrence, copy_bytes
+from jacobiflow.native.recurrence import Extrapolation, Prefix, Recurrence
+from jacobiflow.native.weights import copy_bytes
 
 _TOKENS_PER_PASS = 3200
 
