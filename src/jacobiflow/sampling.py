@@ -41,7 +41,7 @@ Settings = SamplingSettings | Literal["recommended"] | None
 
 SENSITIVITY_BOUND = 1e-2
 """The change of an entry of x, in the units of x, above which `Outcome` counts a sample as sensitive to rounding."""
-_MEASURED_SENSITIVITY = SENSITIVITY_BOUND / 40  # above which float64 measures it: an estimate may be that far too small
+MEASURED_SENSITIVITY = SENSITIVITY_BOUND / 40  # above which float64 measures it: an estimate may be that far too small
 _REMEDIES = {"float32": ": use float64", "tf32": ": use float32", "float64": ""}
 _GROUP = 16  # batches that go through a block before the next block: a progress bar's step, and bounded memory
 
@@ -392,7 +392,7 @@ def draw(
             other = _Group(flow, plan, _change_last_bits(flow, latents[rows]), part, certify, slots)
             other.solve(note_block, return_trace=False)
             changes.append(group.change_to(other.x))
-            doubtful = (changes[-1] > _MEASURED_SENSITIVITY) & group.is_exact() & ~group.lost
+            doubtful = (changes[-1] > MEASURED_SENSITIVITY) & group.is_exact() & ~group.lost
             if doubtful.any() and state_dtype(flow) != torch.float64:
                 changes[-1][doubtful] = group.change_to(group.solve_in_float64(doubtful), doubtful)
     log_probs = [group.log_prob() for group in groups] if log_prob else []

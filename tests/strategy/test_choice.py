@@ -243,10 +243,10 @@ def test_no_plan_is_made_for_a_batch_that_does_not_fit_in_memory(
     model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flow = jf.load(model)
-    needed = batch_bytes(flow, 1)
-    assert needed is not None
-    for room, planned in ((2.5, 3), (3.9, 3), (4.1, 4)):
-        monkeypatch.setattr("jacobiflow.memory.free_memory", lambda device, room=room: room * needed / 0.8)
+    four = batch_bytes(flow, 4)
+    assert four is not None
+    for room, planned in ((0.5, 3), (0.99, 3), (1.01, 4)):
+        monkeypatch.setattr("jacobiflow.memory.free_memory", lambda device, room=room: room * four / 0.8)
         prediction = choice.auto(jf.load(model), 3).prediction
         assert prediction is not None
         assert prediction.batch_size == planned

@@ -74,7 +74,8 @@ def time_exact(
     loop = _timings(lambda: solve(block, z, Solver(Sequential()), labels), z.device)
     evaluation = _timings(lambda: certify(block, z, z, labels), z.device)
     int16 = [math.inf]
-    if block.rounded_inverse(z, labels) is not None:
+    can_pay = min(loop) > 2 * min(evaluation)  # half the bytes, and a certificate
+    if can_pay and block.rounded_inverse(z, labels) is not None:
         int16 = _timings(lambda: block.rounded_inverse(z, labels), z.device)
     exact = Exact(min(loop), min(evaluation), math.inf, max(_spread(loop), _spread(evaluation)), min(int16))
     is_tried = bf16 and z.shape[1] > 1 and supports(block, "has_bf16")  # one token needs no sweeps

@@ -289,8 +289,9 @@ class TransformerBlock(FlowBlock):
         return int(length * max(values * self.proj_in.weight.element_size(), keys_values))
 
     def copy_bytes(self) -> int:
-        weights = self.proj_in.weight.numel() + self.proj_out.weight.numel()
-        return copy_bytes([layer.named() for layer in self.layer_weights()]) + weights * 4
+        projections = self.proj_in.weight.numel() + self.proj_out.weight.numel()
+        in_sums = max(self.proj_in.weight.element_size(), 4)  # bytes of a number
+        return copy_bytes([layer.named() for layer in self.layer_weights()]) + projections * in_sums
 
     def to_bf16(self, cache: TarFlowCache) -> TarFlowCache:
         dtype = torch.bfloat16
