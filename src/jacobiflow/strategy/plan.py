@@ -96,8 +96,9 @@ def make_plan(
 
 
 def warn_if_raised(strategy: Strategy, tolerance: float) -> None:
-    """Warns the caller's caller if a plan is for a larger tolerance than it was asked for."""
-    if strategy.tolerance is not None and strategy.tolerance > tolerance:
+    """Warns the caller's caller if a plan solves to a larger tolerance than it was asked for."""
+    is_exact = all(solver == _LOOP for solver in strategy.solvers)
+    if strategy.tolerance is not None and strategy.tolerance > tolerance and not is_exact:
         warnings.warn(
             f"tolerance {tolerance:g} is below the rounding of this flow's network: planned for "
             f"{strategy.tolerance:.1e}; a wider dtype allows a smaller one",
