@@ -15,12 +15,13 @@
 
 namespace jacobiflow {
 
-enum class BFloat16 : uint16_t {};
+enum class BFloat16 : uint16_t {};  // the bits of a number
 enum class Float16 : uint16_t {};
 
 typedef uint16_t Halves __attribute__((vector_size(2 * lanes)));
 typedef int16_t Shorts __attribute__((vector_size(2 * lanes)));
 
+// Copies the bytes of a vector.
 template <typename Vector, typename Element>
 inline Vector read(const Element* from) {
   Vector v;
@@ -46,7 +47,7 @@ inline Vector widen(const Float16* from) {
   return (Vector)_mm256_cvtph_ps(read<__m128i>(from));
 #elif defined(__aarch64__)
   return (Vector)vcvt_f32_f16(read<float16x4_t>(from));
-#else
+#else  // by the exponents, of which those of subnormal numbers and of infinity are special
   const Bits bits = __builtin_convertvector(read<Halves>(from), Bits), size = (bits & 0x7fff) << 13;
   const Bits normal = size + (112u << 23), infinite = size + (224u << 23);
   const Vector subnormal = (Vector)(size + (113u << 23)) - 0x1p-14f;
@@ -164,8 +165,8 @@ template <typename T, typename Element>
   }
 }
 
-// Multiplies x (rows, inputs) by some columns of a weight, from a multiple of a vector on; calls use(row, column, vector of
-// sums).
+// Multiplies x (rows, inputs) by some columns of a weight (outputs, inputs), of which the first is a multiple of a vector's
+// length. Calls use(row, column, vector of sums) for each vector of columns.
 template <typename T, typename Use>
 inline void dense(const T* x, int stride, const Weight& weight, int inputs, int outputs, int rows, Range columns,
                   const Use& use) {
