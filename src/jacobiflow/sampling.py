@@ -29,7 +29,7 @@ from jacobiflow.flows.guidance import SamplingSettings, guided
 from jacobiflow.implicit import invert_with_gradient
 from jacobiflow.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
 from jacobiflow.progress import Progress
-from jacobiflow.solvers import Certificate, Sequential, Solution, Solver, Status, check_certificate, solve
+from jacobiflow.solvers import Certificate, Sequential, Solution, Solver, Status, check_certificate
 from jacobiflow.solvers.certified import solve_certified_unchecked
 from jacobiflow.strategy import Strategy, choose
 
@@ -41,7 +41,7 @@ Settings = SamplingSettings | Literal["recommended"] | None
 
 SENSITIVITY_BOUND = 1e-2
 """The change of an entry of x, in the units of x, above which `Outcome` counts a sample as sensitive to rounding."""
-MEASURED_SENSITIVITY = SENSITIVITY_BOUND / 40  # above which float64 measures it: an estimate may be that far too small
+MEASURED_SENSITIVITY = SENSITIVITY_BOUND / 40  # an estimate above it is replaced by a solve in float64
 _REMEDIES = {"float32": ": use float64", "tf32": ": use float32", "float64": ""}
 _GROUP = 16  # batches that go through a block before the next block: a progress bar's step, and bounded memory
 
@@ -153,9 +153,9 @@ class Samples:
         trace: The noise, x after each block in sampling order, and the denoised image; `None` without a trace.
         seconds: Wall-clock time of solving all blocks; that of denoising is `denoise_seconds`.
         sensitivity: Per sample the largest change of an entry of x by rounding, before denoising and in the units of x.
-            An estimate by a second solve, from latents that one rounding of `dtype` changes; above 2.5e-4 the
-            difference from a solve in float64, if the sample is exact. Infinity if the sample is lost, or overflows by
-            this change. `None` if it was not asked for.
+            It is an estimate by a second solve, from latents that one rounding of `dtype` changes. For an exact sample
+            that moves by more than 2.5e-4 it is the difference from a solve in float64. It is infinite if the sample is
+            lost, or overflows in the second solve, and `None` if it was not asked for.
         dtype: Of the network, or "tf32".
 
     Example:
@@ -262,7 +262,7 @@ class Samples:
 
 
 def sensitivity_counts(sensitivity: Float[Tensor, " n"] | None, num_lost: int) -> dict[str, Any]:
-    """Returns the entries of an `Outcome` about sensitivity; a lost sample, whose is infinite, is not sensitive."""
+    """Returns the entries of an `Outcome` about sensitivity; lost samples do not count."""
     if sensitivity is None:
         return {}
     num_above = int((sensitivity > SENSITIVITY_BOUND).sum())
@@ -314,8 +314,8 @@ def sample(
             too. Without certificates a token is final when its last sweep changed it by at most the tolerance; its
             residual is then not known, and can be larger.
         sensitivity: Measures how much rounding changes each sample, by a second solve from latents that are changed in
-            their last bits, and for exact samples that it changes by more than 2.5e-4 by a solve in float64. The
-            samples stay the same. It takes as long as the samples do; in float64 a sample takes three times as long.
+            their last bits. Exact samples that move by more than 2.5e-4 are solved in float64, too. The samples
+            themselves stay the same. The second solve takes as long as the first.
         batch_size: Samples in the network at a time, all by default.
         log_prob: Whether to return densities, by default if the flow is over tokens. They cost nothing where native
             code solves every block, else an encoding pass. Guided or denoised samples have none.
@@ -486,7 +486,7 @@ class _Group:
     def change_to(
         self, tokens: Float[Tensor, "m t d"], rows: Bool[Tensor, " n"] | slice = slice(None)
     ) -> Float[Tensor, " m"]:
-        """Returns the largest difference of an entry of x, for these samples and other tokens of theirs."""
+        """Returns the largest difference of an entry of x between these samples and others, given as tokens."""
         change = self.flow.from_tokens(tokens) - self.flow.from_tokens(self.x[rows])
         return change.abs().flatten(1).amax(dim=1).nan_to_num(nan=torch.inf, posinf=torch.inf).to(self.x.dtype)
 
@@ -496,7 +496,7 @@ class _Group:
 
         def solve_block(i: int, z: Tensor) -> Tensor:
             block = guided(copy.deepcopy(self.flow.blocks[i]).double(), self.flow.guidance)
-            return solve(block, z, Solver(Sequential()), context, self.slots).x
+            return solve_certified_unchecked(block, z, Solver(Sequential()), context, False, self.slots, None).x
 
         return self.flow.invert(latents * self.flow.var.double().sqrt(), solve_block)
 

@@ -48,7 +48,7 @@ void activate(const Operation& o, const T* in, T* out, T* slopes, size_t size) {
                   [&](Vector v, Vector) { return (v > T(0) ? one : L::exp(v) * alpha) * scale; });
     }
     case Function::silu:
-      return each([](Vector v) { return v * L::sigmoid(v); },
+      return each([](Vector v) { return L::silu(v); },
                   [](Vector v, Vector y) { return L::sigmoid(v) * (T(1) + v - y); });
     case Function::gelu:
       return each([](Vector v) { return L::gelu(v); },

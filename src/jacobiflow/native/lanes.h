@@ -173,10 +173,7 @@ struct Lanes {
   static Vector gelu(Vector v) { return v * normal_cdf(v); }
 
   // v / (1 + e^-v).
-  static Vector silu(Vector v) {
-    if constexpr (is_float) return jacobiflow::silu(v);
-    return v * sigmoid(v);
-  }
+  static Vector silu(Vector v) { return v * sigmoid(v); }
 
   // v modulo the period, from 0 up to below it.
   static Vector remainder(Vector v, T period) {

@@ -23,7 +23,7 @@ from jacobiflow.native.boundary import (
     require,
 )
 from jacobiflow.native.build import usable_library
-from jacobiflow.native.weights import HALVES, MIN_IN_PLACE, in_halves, in_int16
+from jacobiflow.native.weights import HALVES, MIN_IN_PLACE, faster_halves, in_halves, in_int16
 
 _ROWS = 32  # of the network per thread and call: more rows do not fit in the processor's cache
 _ROWS_PER_TEAM = 4  # from which separate teams of threads, which never wait for each other, are faster
@@ -68,7 +68,7 @@ class Recurrence:
 
     Attributes:
         layers: The parameters of each layer by their names in boundary.h; all layers have the same, of the same shapes.
-        position: What is added to the projection of each token.
+        position: What is added to the projection of each token; in the dtype of the weights, or in that of the sums.
         has_scale: False if log-scales are 0 ("volume-preserving").
         rotation: The cosine and the sine for each pair of a query's and a key's channels, prefix included.
         final_norm: The weights of an RMS norm of the last layer's output.
@@ -129,7 +129,11 @@ class _PackedRecurrence:
     def __init__(
         self, native: Library, recurrence: Recurrence, dtype: torch.dtype, samples: int, networks: int, is_rounded: bool
     ) -> None:
-        self.native, self.dtype, self.memory = native, dtype, list[Tensor | None]()
+        self.native, self.dtype, self.memory = (
+            native,
+            dtype,
+            list[Tensor | None](),
+        )  # `memory` is what structures point to
         self.heads, self.depth = recurrence.heads, len(recurrence.layers)
         self.tokens, self.values = len(recurrence.position), recurrence.proj_in.shape[1]
         self.channels, self.hidden = len(recurrence.proj_in), len(recurrence.layers[0]["up"])
@@ -143,7 +147,7 @@ class _PackedRecurrence:
         names = [name for name in shapes if name in MATRICES]
         matrices = [layer[name].detach() for layer in recurrence.layers for name in names]
         self.count, self.parameter_dtype = sum(matrix.numel() for matrix in matrices), matrices[0].dtype
-        stored, scales = self._stored(matrices, samples * networks, is_rounded)
+        stored, scales = self._stored_matrices(matrices, samples * networks, is_rounded)
         has_whole_vectors = all(native.padded(size, dtype) == size for size in (self.channels, self.hidden))
         in_panels = self.count < MIN_IN_PLACE or not has_whole_vectors
         self.layers = (LayerArgs * self.depth)()
@@ -153,31 +157,33 @@ class _PackedRecurrence:
                 matrix, scale = next(weights)
                 setattr(entry, name, self._weight(matrix, shapes[name], scale, in_panels))
             for name in shapes.keys() - MATRICES:
-                setattr(entry, name, address_of(self._padded(layer[name], shapes[name])))
+                setattr(entry, name, address_of(self._vector(layer[name], shapes[name])))
         outputs = self.values * (2 if self.has_scale else 1)
         self.proj_in = self._projection(recurrence.proj_in, (self.channels, self.values))
         self.proj_out = self._projection(recurrence.proj_out, (outputs, self.channels))
-        self.out_bias = self._padded(recurrence.out_bias, (outputs,))
+        self.out_bias = self._vector(recurrence.out_bias, (outputs,))
         self.position = require(self._converted(recurrence.position), (self.tokens, self.channels), dtype)
         rotation, norm = recurrence.rotation, recurrence.final_norm
         self.rotation = None if rotation is None else self._converted(rotation)
-        self.final_norm = None if norm is None else self._padded(norm, (self.channels,))
+        self.final_norm = None if norm is None else self._vector(norm, (self.channels,))
 
-    def _stored(
+    def _stored_matrices(
         self, matrices: list[Tensor], rows: int, is_rounded: bool
     ) -> tuple[list[Tensor], list[Tensor] | list[None]]:
-        """The matrices in the dtypes in which they are read, and their scales if they are rounded."""
+        """The matrices in the dtype in which they are read, and their scales if they are rounded."""
         for matrix in matrices:
             if matrix.dtype != self.parameter_dtype or torch.promote_types(matrix.dtype, torch.float32) != self.dtype:
                 raise UnsupportedError("weights of a dtype other than that of the tokens")
-        halves = matrices if self.parameter_dtype in HALVES else None
-        if self.parameter_dtype == torch.float32 and self.native.has_fast_halves:
-            _, teams = self._threads(rows, rows)
-            halves = in_halves(matrices, 0 if is_rounded else rows // teams)
         if not is_rounded:
+            halves = None
+            if self.parameter_dtype == torch.float32 and self.native.has_fast_halves:
+                _, teams = self._threads(rows, rows)
+                halves = in_halves(matrices, faster_halves(self.count, rows // teams))
             return halves or matrices, [None] * len(matrices)
-        if halves is not None or self.dtype != torch.float32 or not all(bool(m.isfinite().all()) for m in matrices):
-            raise UnsupportedError("weights that need no rounding, or that are not finite")
+        if self.parameter_dtype != torch.float32 or in_halves(matrices, HALVES) is not None:
+            raise UnsupportedError("weights that have 16 bits already, or 64")
+        if not all(bool(matrix.isfinite().all()) for matrix in matrices):
+            raise UnsupportedError("weights that are not finite")
         integers, scales = zip(*map(in_int16, matrices), strict=True)
         return list(integers), list(scales)
 
@@ -189,10 +195,10 @@ class _PackedRecurrence:
     def _projection(self, matrix: Tensor, shape: tuple[int, ...]) -> Weight:
         return self._weight(require(self._widened(matrix), shape, self.dtype), shape, None, in_panels=True)
 
-    def _padded(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-        padded = self.native.pad(self._widened(values), shape, self.dtype)
-        self.memory.append(padded)
-        return padded
+    def _vector(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+        vector = self.native.pad(self._widened(values), shape, self.dtype)
+        self.memory.append(vector)
+        return vector
 
     def _widened(self, parameter: Tensor) -> Tensor:
         """A parameter that is not a layer's matrix, in the dtype of the sums."""

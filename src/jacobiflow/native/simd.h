@@ -1,5 +1,5 @@
-// Vectors of float32 as wide as the processor's (vector types of GCC and Clang): powers of two, GELU and SiLU. A NaN stays
-// a NaN.
+// Vectors of float32 as wide as the processor's (vector types of GCC and Clang): powers of two, and the normal
+// distribution function. A NaN stays a NaN.
 #pragma once
 
 #include <cmath>
@@ -23,14 +23,6 @@ constexpr int tile_rows = 6;
 typedef float Vector __attribute__((vector_size(4 * lanes)));
 typedef int32_t Integers __attribute__((vector_size(4 * lanes)));
 typedef uint32_t Bits __attribute__((vector_size(4 * lanes)));  // of a Vector; unlike Integers they may overflow
-
-inline Vector load(const float* from) {
-  Vector v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-
-inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
 
 inline Vector spread(float value) { return value - Vector{}; }
 
@@ -57,15 +49,6 @@ inline Vector normal_cdf(Vector v) {
     q = q * t + c;
   const Vector tail = far ? spread(0.0f) : 0.5f * exp2_of_negative(-q);
   return v < 0.0f ? tail : 1.0f - tail;
-}
-
-// v Phi(v).
-inline Vector gelu(Vector v) { return v * normal_cdf(v); }
-
-// v / (1 + e^-v).
-inline Vector silu(Vector v) {
-  const Vector tail = exp2_of_negative((v < 0.0f ? v : -v) * 1.44269504f);  // e^-|v|
-  return v * (v < 0.0f ? tail : spread(1.0f)) / (1.0f + tail);
 }
 
 }  // namespace jacobiflow

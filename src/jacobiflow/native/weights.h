@@ -30,7 +30,7 @@ inline Vector read(const Element* from) {
 }
 
 // A vector of stored numbers in the type of the sums. Every conversion is exact.
-inline Vector widen(const float* from) { return load(from); }
+inline Vector widen(const float* from) { return Lanes<float>::load(from); }
 
 inline Lanes<double>::Vector widen(const double* from) { return Lanes<double>::load(from); }
 
@@ -198,7 +198,7 @@ inline void dense(const T* x, int stride, const Weight& weight, int inputs, int 
         for (int v = 0; v < vectors; v++) {
           auto& sums = out[r * panel_vectors + v];
           if constexpr (std::is_same<T, float>::value)
-            if (weight.scales) sums *= load(weight.scales + column + v * count);
+            if (weight.scales) sums *= Lanes<T>::load(weight.scales + column + v * count);
           use(row + r, column + v * count, sums);
         }
     }

@@ -163,7 +163,7 @@ def sample_to_folder(
 
     Returns:
         The folder; complete in the first process. A warning says so if samples are lost, are not certified, or
-        may amplify rounding.
+        are sensitive to rounding.
 
     Raises:
         SampleFolderError: If `out` has other samples, or its disk is too small.

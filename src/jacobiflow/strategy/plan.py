@@ -26,13 +26,13 @@ from jacobiflow.strategy.strategy import Prediction, Strategy, device_name
 from jacobiflow.strategy.tune import SAMPLES, Tuning, find_tuning
 
 _FEWEST = 2  # samples of a race: one may need twice as many sweeps as another
-_SECONDS = 2.0  # in which several solvers run at each block; more if the exact loop takes long
+_SECONDS = 2.0  # least time limit of a race between several solvers
 _VERIFIED = 4  # samples that a plan is verified on; and from which rounding is measured, since one may have none
-_COMPARED = 2  # of them, whose images are compared with exact ones
+_COMPARED = 2  # verified samples whose images are compared with exact ones
 _EXACT = 0.01  # share of the tolerance to which sweeps count as exact
 _GAIN = 0.97  # largest share of the exact loop's time that a plan may take
-_TRIALS = 3  # of tolerances for the sweeps
-_TIGHTER = 0.5  # of the tolerance that would just do
+_TRIALS = 3  # tolerances that a verification tries
+_TIGHTER = 0.5  # safety factor of a tolerance that is tightened
 _ROUNDING_MARGIN = 2.0  # the rounding of a few samples is taken to be within this factor of a batch's
 _COARSE = ("bfloat16", "float16", "tf32")  # networks of other dtypes round so little that it is not measured
 _LOOP = Solver(Sequential())

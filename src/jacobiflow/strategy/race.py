@@ -34,7 +34,7 @@ from jacobiflow.solvers import (
 )
 from jacobiflow.strategy.tune import BlockTuning
 
-_LEAST_SWEEPS = 4  # that a block takes to the usual tolerances
+_LEAST_SWEEPS = 4  # fewest sweeps of a block to the usual tolerances
 _BF16_SWEEPS = 3  # more of them change nothing but bfloat16's rounding
 _BF16_GAIN = 0.8  # a sweep in bfloat16 that takes a larger share of one in full precision is no gain
 _INT16_RESIDUAL = 0.2  # largest residual of rounded weights, as a share of the tolerance
@@ -74,7 +74,7 @@ def time_exact(
     loop = _timings(lambda: solve(block, z, Solver(Sequential()), labels), z.device)
     evaluation = _timings(lambda: certify(block, z, z, labels), z.device)
     int16 = [math.inf]
-    can_pay = min(loop) > 2 * min(evaluation)  # half the bytes, and a certificate
+    can_pay = min(loop) > 2 * min(evaluation)  # half the bytes save half of the loop at most
     if can_pay and block.rounded_inverse(z, labels) is not None:
         int16 = _timings(lambda: block.rounded_inverse(z, labels), z.device)
     exact = Exact(min(loop), min(evaluation), math.inf, max(_spread(loop), _spread(evaluation)), min(int16))

@@ -17,7 +17,7 @@ from jacobiflow.solvers import Latent, Solver
 from jacobiflow.strategy import notation
 from jacobiflow.strategy.notation import DEFAULT_TOLERANCE
 
-MOST_BLOCKS, MOST_TOKENS = 1_000, 2**16  # of a strategy
+MOST_BLOCKS, MOST_TOKENS = 1_000, 2**16  # limits of a strategy
 
 
 @dataclass(frozen=True)
