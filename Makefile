@@ -78,13 +78,13 @@ GUIDED_emoji-p2 := --guidance 4,attn_temperature=1.2
 CALIBRATED := $(MODELS:%=calibration-%)
 RECOMMENDED := recommended-fashion-p2 recommended-emoji-p2
 CALIBRATE = $(BIN)/jacobiflow calibrate --model $* --images $(IMAGES_$*)
-BUNDLED = src/jacobiflow/models/$*
+BUNDLED = src/jacobiflow/bundled/$*
 TUNE = $(BIN)/jacobiflow plan --tune --out out/plan.json
 .PHONY: $(CALIBRATED) $(RECOMMENDED)
 calibration: $(CALIBRATED) $(RECOMMENDED)
 	$(BIN)/jacobiflow calibrate --model digits-maf --images digits \
-		--out src/jacobiflow/models/digits-maf/report.json
-	$(TUNE) --model src/jacobiflow/models/digits-maf --plain
+		--out src/jacobiflow/bundled/digits-maf/report.json
+	$(TUNE) --model src/jacobiflow/bundled/digits-maf --plain
 	$(RENDER)
 
 $(RECOMMENDED): recommended-%: setup

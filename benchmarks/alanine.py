@@ -23,8 +23,8 @@ from benchmarks.common import FIGURES, RESULTS, Json, complete, parser
 from benchmarks.render import result
 from examples.boltzmann import MODEL, Coordinates, frames
 from examples.molecule import PHI, PSI, torsion
-from jacobiflow.flows.flow import Flow, log_normal
-from jacobiflow.latents import draw_latents
+from jacobiflow.models.flow import Flow, log_normal
+from jacobiflow.models.latents import draw_latents
 from jacobiflow.plots import save_png
 from jacobiflow.plots.style import clear, new_figure, styled
 
@@ -134,7 +134,7 @@ def tolerances(flow: Flow, coordinates: Coordinates, num: int = 10_000) -> list[
 def _row(
     name: str, log_weights: Tensor, base: Tensor, x: Tensor, exact: Tensor, positions: Tensor, seconds: float
 ) -> Json:
-    weights = jf.Weights(log_weights)
+    weights = jf.ImportanceWeights(log_weights)
     phi, _ = angles(positions)
     change = (log_weights - base)[base.isfinite()].abs()
     return {

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 import jacobiflow as jf
 from benchmarks.common import IN_PYTORCH, RESULTS, Json, complete, parser, to_json, without_native
 from examples.boltzmann import MODEL
-from jacobiflow.baselines import Stream
-from jacobiflow.flows.flow import Flow, log_normal
-from jacobiflow.flows.tarflow import TarFlowBlock
-from jacobiflow.latents import draw_latents
-from jacobiflow.measuring import interleave, timed
+from jacobiflow.comparison.baselines import Stream
+from jacobiflow.models.flow import Flow, log_normal
+from jacobiflow.models.latents import draw_latents
+from jacobiflow.models.transformer.block import TarFlowBlock
+from jacobiflow.utils.timing import interleave, timed
 
 SIZES: dict[str, tuple[int, int, int, int, int]] = {  # tokens, values, channels, blocks, layers
     "22 x 3, 4 x 3 layers of 128": (22, 3, 128, 4, 3),

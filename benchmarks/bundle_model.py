@@ -1,7 +1,7 @@
 """Puts a trained model into the package: `python -m benchmarks.bundle_model --help`.
 
 Writes config.json, with the recommended settings of docs/results/NAME-search.json, and half-precision weights to
-src/jacobiflow/models/NAME; and for its card, metrics to docs/results/NAME.json and the loss curve to docs/figures.
+src/jacobiflow/bundled/NAME; and for its card, metrics to docs/results/NAME.json and the loss curve to docs/figures.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 
 import jacobiflow as jf
 from benchmarks.common import FIGURES, MODELS, RESULTS, Json, parser
-from jacobiflow import codec
 from jacobiflow.data import ImageDataset, Noise, Split, available_splits, load_images
 from jacobiflow.evaluation import bayes_accuracy, bits_per_dim
-from jacobiflow.files import write_json
-from jacobiflow.flows.flow import Flow
+from jacobiflow.models.flow import Flow
 from jacobiflow.plots import save_png
 from jacobiflow.plots.style import TOUGH, clear, new_figure, styled
+from jacobiflow.utils import serialization
+from jacobiflow.utils.files import write_json
 
 ACCURACY_IMAGES = 1000
 
@@ -65,7 +65,7 @@ def main() -> None:
     folder = MODELS / options.name
     trained, search = jf.load(options.run), RESULTS / f"{options.name}-search.json"
     if search.is_file():
-        trained.recommended = codec.decode(jf.SamplingSettings, json.loads(search.read_text())["recommended"])
+        trained.recommended = serialization.decode(jf.SamplingSettings, json.loads(search.read_text())["recommended"])
     trained.save_pretrained(folder, dtype=torch.float16)
     flow = jf.load(options.name)
     metrics = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]

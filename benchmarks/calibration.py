@@ -14,7 +14,7 @@ import jacobiflow as jf
 from benchmarks.common import IN_PYTORCH, RESULTS, Json
 from jacobiflow.calibration import rank_correlation
 from jacobiflow.calibration.report import GUESS_NAMES
-from jacobiflow.files import write_json
+from jacobiflow.utils.files import write_json
 
 PIXEL_BOUND = 1e-2  # the largest error of a pixel at which a strategy counts as right, and the bound of segments
 TOLERANCE = 1e-3
@@ -29,50 +29,50 @@ def number_range(values: Sequence[float], form: str = ".1f") -> str:
     return least if least == largest else f"{least} to {largest}"
 
 
-def segment_sweeps(report: jf.Report, block: int) -> list[float]:
+def segment_sweeps(report: jf.CalibrationReport, block: int) -> list[float]:
     traces = report.segment_traces[block][report.settings.segments]
-    counts = [trace.reach(PIXEL_BOUND, report.num_tokens) for trace in traces]
+    counts = [trace.sweeps_to_tolerance(PIXEL_BOUND, report.num_tokens) for trace in traces]
     return [sum(each) / len(each) for each in counts]
 
 
-def mean_sweeps(report: jf.Report, block: int) -> list[float]:
+def mean_sweeps(report: jf.CalibrationReport, block: int) -> list[float]:
     """Mean sweeps of a block from each guess."""
     return [report.mean_sweeps("noise", TOLERANCE, guess)[block] for guess in GUESS_NAMES]
 
 
-def easy_blocks(report: jf.Report) -> list[int]:
+def easy_blocks(report: jf.CalibrationReport) -> list[int]:
     return [block for block in range(report.num_blocks) if block not in report.tough_blocks]
 
 
-def tough_share(report: jf.Report, metrics: Any) -> str:
+def tough_share(report: jf.CalibrationReport, metrics: Any) -> str:
     return f"{sum(metrics.crm_percent[block] for block in report.tough_blocks):.1f}%"
 
 
-def sweeps_range(report: jf.Report, tough: bool) -> str:
+def sweeps_range(report: jf.CalibrationReport, tough: bool) -> str:
     """Mean sweeps of the tough blocks, or of the others, and of the slowest sample."""
     blocks = report.tough_blocks if tough else easy_blocks(report)
     mean, slowest = report.mean_sweeps("noise", TOLERANCE), report.slowest_sweeps("noise", TOLERANCE)
     return f"{number_range([mean[i] for i in blocks])} ({max((slowest[i] for i in blocks), default=0)})"
 
 
-def guess_wins(report: jf.Report, guess: str) -> int:
+def guess_wins(report: jf.CalibrationReport, guess: str) -> int:
     return sum(report.best_guess(block) == guess for block in range(report.num_blocks))
 
 
-def best_guess(report: jf.Report) -> str:
+def best_guess(report: jf.CalibrationReport) -> str:
     """The guess with the smallest IGM in most blocks."""
     best = max(GUESS_NAMES, key=lambda guess: guess_wins(report, guess))
     return f"{best.replace('_', ' ')}, in {guess_wins(report, best)} of {report.num_blocks} blocks"
 
 
-def agreement(reports: Mapping[str, jf.Report], timed: Sequence[Json]) -> list[tuple[str, list[str]]]:
+def agreement(reports: Mapping[str, jf.CalibrationReport], timed: Sequence[Json]) -> list[tuple[str, list[str]]]:
     """The evidence for the paper's claims: a line for each fact, a cell for each model."""
     columns = [facts_of_report(report) for report in reports.values()]
     more = [facts_of_strategies(result["rows"]) for result in timed]
     return [(fact, [column[fact] for column in part]) for part in (columns, more) for fact in part[0]]
 
 
-def facts_of_report(report: jf.Report) -> dict[str, str]:
+def facts_of_report(report: jf.CalibrationReport) -> dict[str, str]:
     tough, easy, blocks = report.tough_blocks, easy_blocks(report), range(report.num_blocks)
     sweeps = report.mean_sweeps("noise", TOLERANCE)
     z, zeros, affine = (report.mean_sweeps("noise", TOLERANCE, guess) for guess in ("latent", "zeros", "mean_affine"))
@@ -133,7 +133,7 @@ def facts_of_strategies(rows: Sequence[Json]) -> dict[str, str]:
     }
 
 
-def write_guided(model: str, report: jf.Report) -> None:
+def write_guided(model: str, report: jf.CalibrationReport) -> None:
     """Writes what the page shows of a calibration under guidance."""
     sweeps = {guess: {f"{TOLERANCE:g}": report.mean_sweeps("noise", TOLERANCE, guess)} for guess in GUESS_NAMES}
     write_json(RESULTS / f"{model}-calibration-guided.json", {
@@ -144,4 +144,4 @@ def write_guided(model: str, report: jf.Report) -> None:
 
 
 if __name__ == "__main__":
-    write_guided(sys.argv[1], jf.Report.load(sys.argv[2]))
+    write_guided(sys.argv[1], jf.CalibrationReport.load(sys.argv[2]))

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.files import write_json
-from jacobiflow.flows.flow import Flow
-from jacobiflow.latents import draw_latents
-from jacobiflow.measuring import Timing, interleave, machine
+from jacobiflow.models.flow import Flow
+from jacobiflow.models.latents import draw_latents
 from jacobiflow.native import SWITCH
+from jacobiflow.utils.files import write_json
+from jacobiflow.utils.timing import Timing, interleave, machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, FIGURES = ROOT / "docs" / "results", ROOT / "docs" / "figures"
-MODELS = ROOT / "src" / "jacobiflow" / "models"
+MODELS = ROOT / "src" / "jacobiflow" / "bundled"
 IN_PYTORCH = "sequential, in PyTorch"
 
 Json = dict[str, Any]

@@ -21,7 +21,7 @@ from benchmarks.common import FIGURES, parser
 from benchmarks.front import Recorder, readable, record, save_animation
 from benchmarks.regimes import BF16_PASS, EXACT_LOOP, LOOP_IN_PYTORCH, PASS, in_passes
 from benchmarks.render import result, speed_up, strategy
-from jacobiflow.latents import draw_latents
+from jacobiflow.models.latents import draw_latents
 from jacobiflow.plots import sampler_style, save_png
 from jacobiflow.plots.style import (
     EASY,

@@ -34,7 +34,7 @@ import jacobiflow as jf
 from benchmarks.common import RESULTS, Json, complete, parser
 from benchmarks.profiling import OPTIMIZER, POTENTIAL, Profile
 from benchmarks.sbi_flows import PRIOR, observations, simulate
-from jacobiflow.memory import keep_freed_memory
+from jacobiflow.models.memory import keep_freed_memory
 
 SIMULATIONS, EPOCHS, BATCH, SAMPLES = 10_000, 10, 200, 10_000
 TRANSFORMS, HIDDEN, RATE, CLIP = 5, (50, 50), 5e-4, 5.0  # These are sbi's own.

@@ -20,10 +20,10 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.data import quantize
-from jacobiflow.flows.flow import Flow
+from jacobiflow.fixed_point import solve_certified
+from jacobiflow.models.flow import Flow
 from jacobiflow.plots import sampler_style
 from jacobiflow.plots.style import FINAL, WAITING, styled
-from jacobiflow.solvers import solve_certified
 
 ROWS = 64  # states whose images are made together
 FRAMES_A_SECOND, PAUSE = 14, 3  # the seconds of the last frame

@@ -17,10 +17,10 @@ from torch import Tensor
 import jacobiflow as jf
 from benchmarks import masked_flows
 from benchmarks.common import IN_PYTORCH, RESULTS, Json, complete, latents, parser, to_json, without_native
-from jacobiflow.baselines import GROWING_CACHE, original_loop
 from jacobiflow.calibration import gs_jacobi_notation
-from jacobiflow.measuring import interleave, paired_error
-from jacobiflow.memory import keep_freed_memory
+from jacobiflow.comparison.baselines import GROWING_CACHE, original_loop
+from jacobiflow.models.memory import keep_freed_memory
+from jacobiflow.utils.timing import interleave, paired_error
 
 MODEL, BATCHES = "fashion-p2", (1, 4, 16, 64)
 ROUNDS = {1: 7, 4: 5, 16: 3, 64: 3}
@@ -36,13 +36,13 @@ def tarflow(key: Json) -> Json:
     assert isinstance(flow, jf.TarFlow)
     report = jf.find_report(flow)
     assert report is not None
-    paper = gs_jacobi_notation(jf.Report.load(report), TOLERANCE)
+    paper = gs_jacobi_notation(jf.CalibrationReport.load(report), TOLERANCE)
     plan = jf.plan(flow, batch_size=batch)
     draw = partial(jf.sample, flow, latents=z, labels=labels, settings=None)
     runs: dict[str, Callable[[], Any]] = {
         GROWING_CACHE: partial(original_loop(flow)[1], flow, z, labels),
         PAPER: without_native()(
-            partial(draw, strategy=jf.Strategy.parse(paper, jf.Report.load(report)), certify=False)
+            partial(draw, strategy=jf.Strategy.parse(paper, jf.CalibrationReport.load(report)), certify=False)
         ),
         IN_PYTORCH: without_native()(partial(draw, strategy="sequential")),
         EXACT: partial(draw, strategy="sequential"),

@@ -23,9 +23,9 @@ from torch import Tensor
 
 import jacobiflow as jf
 from benchmarks.common import RESULTS, Json, complete, latents, parser, random_flow, to_json
-from jacobiflow.baselines import GROWING_CACHE, original_loop
-from jacobiflow.measuring import interleave, machine
-from jacobiflow.memory import keep_freed_memory
+from jacobiflow.comparison.baselines import GROWING_CACHE, original_loop
+from jacobiflow.models.memory import keep_freed_memory
+from jacobiflow.utils.timing import interleave, machine
 
 BUNDLED = ("fashion-p2", "digits-p1", "digits-maf")
 STRATEGIES = ("sequential", "jacobi", "window:32", "auto")

@@ -18,12 +18,12 @@ from torch import Tensor
 
 import jacobiflow as jf
 from benchmarks.common import RESULTS, ROOT, Json, parser, read, without_native
-from jacobiflow.baselines import original_loop
+from jacobiflow.comparison.baselines import original_loop
 from jacobiflow.data import Noise, load_images
 from jacobiflow.data.augmentation import add_noise, keyed_generator
-from jacobiflow.files import write_json
-from jacobiflow.measuring import machine
-from jacobiflow.memory import keep_freed_memory
+from jacobiflow.models.memory import keep_freed_memory
+from jacobiflow.utils.files import write_json
+from jacobiflow.utils.timing import machine
 
 OUT, FOLDER = RESULTS / "maf.json", ROOT / "out" / "maf-fashion-mnist"
 TRAINING = "--flow maf --channels 512 --layers 2 --blocks 5 --unconditional --batch-size 128 --steps 3000"

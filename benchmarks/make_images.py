@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.common import ROOT, parser
 from jacobiflow.data import ImageDataset, Split, load_images
 from jacobiflow.data.sources import read_image
-from jacobiflow.files import write_atomically
+from jacobiflow.utils.files import write_atomically
 
 PACKAGE = Path("node_modules/emoji-datasource-google")
 CLASSES = ("face", "person", "gesture", "profession", "fantasy", "hand")

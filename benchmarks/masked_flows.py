@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import jacobiflow as jf
 from benchmarks.common import RESULTS, Json, complete, speed_up
-from jacobiflow.memory import keep_freed_memory
+from jacobiflow.models.memory import keep_freed_memory
 
 TRANSFORMS, CONTEXT = 5, 4
 HIDDEN, ROWS = 50, (1, 100, 10_000)

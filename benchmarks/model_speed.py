@@ -12,13 +12,13 @@ from typing import Any
 
 import jacobiflow as jf
 from benchmarks.common import FIGURES, RESULTS, Json, latents, parser, to_json
-from jacobiflow.baselines import original_loop
+from jacobiflow.comparison.baselines import original_loop
 from jacobiflow.data import balanced_labels
-from jacobiflow.files import write_json
-from jacobiflow.flows.folder import bundled
-from jacobiflow.measuring import interleave, machine
-from jacobiflow.memory import keep_freed_memory
+from jacobiflow.models.checkpoints.folder import bundled
+from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.plots import rows_sheet, save_png
+from jacobiflow.utils.files import write_json
+from jacobiflow.utils.timing import interleave, machine
 
 BATCHES, ROUNDS = (1, 16), 3
 

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from benchmarks.common import RESULTS, ROOT, Json, parser
 from benchmarks.faults import Mutant, draw
-from jacobiflow.files import write_json
+from jacobiflow.utils.files import write_json
 
 SEED = 0
 JOBS = 2  # mutants tested at once
@@ -45,10 +45,10 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "solvers": Part("src/jacobiflow/solvers", "tests/solvers", 64),
-    "strategy": Part("src/jacobiflow/strategy", "tests/strategy", 40),
+    "fixed_point": Part("src/jacobiflow/fixed_point", "tests/fixed_point", 64),
+    "planner": Part("src/jacobiflow/planner", "tests/planner", 40),
     "adapters": Part("src/jacobiflow/adapters", "tests/adapters", 24),
-    "storage": Part("src/jacobiflow/storage", "tests/storage", 32),
+    "sampling": Part("src/jacobiflow/sampling", "tests/sampling", 32),
 }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import ROOT
-from jacobiflow.files import write_atomically
+from jacobiflow.utils.files import write_atomically
 
 
 def npm_files(name: str, version: str, sha512: str, files: Sequence[str]) -> list[Path]:

@@ -20,13 +20,13 @@ from torch import Tensor
 
 import jacobiflow as jf
 from benchmarks.common import FIGURES, parser
-from jacobiflow.calibration import Report, gs_jacobi_notation
+from jacobiflow.calibration import CalibrationReport, gs_jacobi_notation
 from jacobiflow.data import image_grid
-from jacobiflow.flows.flow import Flow
+from jacobiflow.fixed_point import Latent, MaxSweeps, Solver, Whole, Zeros
+from jacobiflow.models.flow import Flow
 from jacobiflow.plots import comparison_sheet, rows_sheet, sampler_style, save_png
 from jacobiflow.plots.sheets import column_names, stacked
 from jacobiflow.plots.style import ORDERED, clear, new_figure, styled
-from jacobiflow.solvers import Latent, MaxSweeps, Solver, Whole, Zeros
 
 IMAGES, TRACED = 10, 4
 TOLERANCE = 1e-2
@@ -35,7 +35,7 @@ LEAST = 1e-5  # smaller distances are rounding
 STARTS = {"images": "latents of images", "noise": "fresh latents"}
 
 
-def draw_figures(flow: Flow, report: Report, out: Path, name: str, strategy: str | None = None) -> None:
+def draw_figures(flow: Flow, report: CalibrationReport, out: Path, name: str, strategy: str | None = None) -> None:
     """Writes all figures; `strategy` is compared with the sequential loop, by default the report's own proposal."""
     out.mkdir(parents=True, exist_ok=True)
     save_png(convergence_figure(report), out / f"{name}-convergence.png")
@@ -61,7 +61,7 @@ def draw_figures(flow: Flow, report: Report, out: Path, name: str, strategy: str
 
 
 @styled
-def convergence_figure(report: Report) -> Figure:
+def convergence_figure(report: CalibrationReport) -> Figure:
     """Draws the distance to the solution X* by sweep, from each block's best guess by IGM (Figure 2 of the paper).
 
     Lines are the median sample; the slowest one of a tough block is dotted. There is a panel for each start in the
@@ -84,7 +84,7 @@ def convergence_figure(report: Report) -> Figure:
 
 
 @styled
-def segments_figure(report: Report) -> Figure:
+def segments_figure(report: CalibrationReport) -> Figure:
     """Draws the distance to the solution X* by sweep in each segment of the tough blocks (Figure 5 of the paper).
 
     Lines are the median sample of fresh latents, from the block's best guess by IGM, with the segments before solved.
@@ -108,7 +108,7 @@ def shade(number: int, count: int) -> Any:
     return ORDERED(0.85 * number / max(count - 1, 1))
 
 
-def label_sweeps(figure: Figure, report: Report) -> None:
+def label_sweeps(figure: Figure, report: CalibrationReport) -> None:
     """Labels the axes, and draws the legend that all panels share."""
     for axis in figure.axes:
         last = max(int((np.asarray(line.get_ydata(), float) > LEAST).sum()) for line in axis.get_lines())
@@ -130,7 +130,7 @@ def trace_sheet(trace: Sequence[Float[Tensor, "n c h w"]], denoised: bool) -> Im
     return stacked([column_names(captions, grid.width), grid])
 
 
-def strategies_of(report: Report, notation: str) -> dict[str, jf.Strategy]:
+def strategies_of(report: CalibrationReport, notation: str) -> dict[str, jf.Strategy]:
     """Guesses and sweeps: every guess at a third of the sweeps that the slowest block takes, then more."""
     most = max(1, *report.slowest_sweeps("noise", TOLERANCE))
     few, more = max(1, most // 3), max(1, 2 * most // 3)
@@ -158,7 +158,7 @@ def main() -> None:
     path = jf.find_report(flow)
     if path is None:
         raise SystemExit(f"{options.model}: has no report.json; make one with jacobiflow calibrate")
-    draw_figures(flow, Report.load(path), options.out, Path(options.model).name, options.strategy)
+    draw_figures(flow, CalibrationReport.load(path), options.out, Path(options.model).name, options.strategy)
 
 
 if __name__ == "__main__":

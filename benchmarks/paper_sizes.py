@@ -20,11 +20,11 @@ from torch import Tensor
 import jacobiflow as jf
 from benchmarks.common import MODELS, RESULTS, Json, complete, latents, parser, random_flow
 from benchmarks.regimes import BATCH_SIZES, EXACT_LOOP, ROUNDS, TRAINED, exact_loop, shape_of
-from jacobiflow.baselines import GROWING_CACHE, Stream
-from jacobiflow.files import write_json
-from jacobiflow.flows.tarflow import TarFlowBlock
-from jacobiflow.measuring import interleave
-from jacobiflow.memory import keep_freed_memory
+from jacobiflow.comparison.baselines import GROWING_CACHE, Stream
+from jacobiflow.models.memory import keep_freed_memory
+from jacobiflow.models.transformer.block import TarFlowBlock
+from jacobiflow.utils.files import write_json
+from jacobiflow.utils.timing import interleave
 
 WINDOWS = (16, 32, 64, 128)
 STEPS = 16  # single tokens in a run, as many as in the smallest window
@@ -110,7 +110,7 @@ class Way(NamedTuple):
         return f"windows of {self.window}" if self.window else "all tokens"
 
 
-def count_sweeps(flow: jf.TarFlow, report: jf.Report, tuning: jf.Tuning, samples: int = SAMPLES) -> Json:
+def count_sweeps(flow: jf.TarFlow, report: jf.CalibrationReport, tuning: jf.Tuning, samples: int = SAMPLES) -> Json:
     """Sweeps of each block and sample to `TOLERANCE` by every way, on fresh latents."""
     tuned, length, blocks = tuning.blocks, flow.config.num_tokens, []
     z, labels = latents(flow, samples)
@@ -130,7 +130,7 @@ def count_sweeps(flow: jf.TarFlow, report: jf.Report, tuning: jf.Tuning, samples
     return {"tokens": length, "tough": slow_blocks(report), "blocks": blocks[::-1]}
 
 
-def slow_blocks(report: jf.Report) -> list[int]:
+def slow_blocks(report: jf.CalibrationReport) -> list[int]:
     """The tough blocks by CRM that take more sweeps than every other block; CRM can call an easy block tough."""
     sweeps = report.mean_sweeps("noise", TOLERANCE)
     others = [count for i, count in enumerate(sweeps) if i not in report.tough_blocks]
@@ -231,7 +231,7 @@ def main() -> None:
     models = {}
     for name in TRAINED:
         flow, folder = jf.TarFlow.from_pretrained(name).requires_grad_(False), MODELS / name
-        report, tuning = jf.Report.load(folder / "report.json"), jf.Tuning.load(folder / "tuning.json")
+        report, tuning = jf.CalibrationReport.load(folder / "report.json"), jf.Tuning.load(folder / "tuning.json")
         models[name] = count_sweeps(flow, report, tuning)
     write_json(RESULTS / "paper-sweeps.json", {"tolerance": TOLERANCE, "models": models})
 

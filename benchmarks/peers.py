@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.flows.flow import Flow
+from jacobiflow.models.flow import Flow
 
 # Sweeps of the other blocks, Else: those of the GS-Jacobi tables, and 12, 14, 16 for models that need more than 10.
 _ELSE = (6, 8, 10, 12, 14, 16, 20, 30)
@@ -89,7 +89,7 @@ GRIDS: Mapping[str, Sequence[Mapping[str, Any]]] = {
 }
 
 
-def gs_jacobi_grid(report: jf.Report | None, short: bool = False) -> list[str]:
+def gs_jacobi_grid(report: jf.CalibrationReport | None, short: bool = False) -> list[str]:
     """Settings of the GS-Jacobi paper's Tables 3 and 4 for the tough blocks of a report, for `Strategy.parse`.
 
     Tough blocks are solved token by token, or in segments: segments and sweeps multiply to 128 and 256 as published,

@@ -20,11 +20,11 @@ from torch import Tensor
 import jacobiflow as jf
 from benchmarks.common import IN_PYTORCH, MODELS, RESULTS, Json, latents, parser, read, without_native
 from benchmarks.peers import GRIDS, PEERS, gs_jacobi_grid
-from jacobiflow.comparison import compare
-from jacobiflow.files import write_json
-from jacobiflow.measuring import machine, paired_error
-from jacobiflow.memory import keep_freed_memory
-from jacobiflow.strategy import auto
+from jacobiflow.comparison.compare import compare
+from jacobiflow.models.memory import keep_freed_memory
+from jacobiflow.planner import auto
+from jacobiflow.utils.files import write_json
+from jacobiflow.utils.timing import machine, paired_error
 
 OUT = RESULTS / "performance.json"
 MODEL = "fashion-p2"
@@ -51,7 +51,7 @@ def images(run: Callable[..., Any], *arguments: Any) -> Tensor:
     return run(*arguments).images
 
 
-def samplers_of(flow: jf.TarFlow, report: jf.Report) -> dict[str, dict[str, Sampler]]:
+def samplers_of(flow: jf.TarFlow, report: jf.CalibrationReport) -> dict[str, dict[str, Sampler]]:
     """Settings of every sampler by name, the published one first."""
     samplers: dict[str, dict[str, Sampler]] = {
         name: {
@@ -167,7 +167,7 @@ def blocks_by_piece(plan: jf.Strategy) -> dict[str, int]:
 def main() -> None:
     parser(__doc__).parse_args()
     flow = jf.TarFlow.from_pretrained(MODEL).requires_grad_(False)
-    samplers = samplers_of(flow, jf.Report.load(MODELS / MODEL / "report.json"))
+    samplers = samplers_of(flow, jf.CalibrationReport.load(MODELS / MODEL / "report.json"))
     head = {"command": "python -m benchmarks.performance", "model": MODEL, "machine": machine()}
     result = read(OUT, head | {"grid": {}, "final": {}})
     for batch in BATCHES:

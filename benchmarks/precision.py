@@ -25,11 +25,11 @@ from benchmarks.common import RESULTS, Json, complete, latents, parser, random_f
 from benchmarks.star import RELEASED, prompts_of
 from examples.captions import GUIDANCE, load
 from jacobiflow import native
-from jacobiflow.baselines import original_loop
-from jacobiflow.flows import Flow
-from jacobiflow.latents import draw_latents
-from jacobiflow.measuring import interleave
-from jacobiflow.memory import keep_freed_memory
+from jacobiflow.comparison.baselines import original_loop
+from jacobiflow.models import Flow
+from jacobiflow.models.latents import draw_latents
+from jacobiflow.models.memory import keep_freed_memory
+from jacobiflow.utils.timing import interleave
 
 BATCHES = (1, 4, 16, 64)
 ROUNDS = {1: 9, 4: 7, 16: 5, 64: 3}
@@ -54,7 +54,7 @@ def trained(name: str) -> Flow:
 @contextmanager
 def in_float32() -> Iterator[None]:
     """Exact loops read all weights in float32; also decorates a function."""
-    with patch.object(native.library(), "has_fast_halves", False):
+    with patch.object(native.load_library(), "has_fast_halves", False):
         yield
 
 
@@ -115,7 +115,7 @@ def released(key: Json) -> Json:
 
 
 def _released(dtype: str, in_pytorch: bool) -> Json:
-    native.library()
+    native.load_library()
     before = _memory("VmRSS")
     with torch.device("meta"):
         flow = jf.STARFlow(RELEASED).eval().requires_grad_(False).to(getattr(torch, dtype))

@@ -21,14 +21,14 @@ import jacobiflow as jf
 from benchmarks.common import Json, latents, parser, to_json
 from benchmarks.features import KINDS, trained, training_statistics
 from benchmarks.peers import GRIDS, PEERS, gs_jacobi_grid
-from jacobiflow.baselines import SEQUENTIAL, original_loop
+from jacobiflow.comparison.baselines import SEQUENTIAL, original_loop
 from jacobiflow.data import quantize
 from jacobiflow.evaluation import Statistics, extract, frechet_distance, pixel_difference
-from jacobiflow.files import write_json
-from jacobiflow.flows.flow import Flow
-from jacobiflow.measuring import interleave, machine, paired_error
-from jacobiflow.memory import keep_freed_memory
-from jacobiflow.strategy import choose, is_auto
+from jacobiflow.models.flow import Flow
+from jacobiflow.models.memory import keep_freed_memory
+from jacobiflow.planner import choose, is_auto
+from jacobiflow.utils.files import write_json
+from jacobiflow.utils.timing import interleave, machine, paired_error
 
 ORIGINAL = "Original"
 AUTOS = ("auto:1e-1", "auto:1e-2", "auto")
@@ -53,7 +53,7 @@ class Experiment(NamedTuple):
     batch_size: int
     real: Statistics
     features: nn.Module
-    report: jf.Report | None = None
+    report: jf.CalibrationReport | None = None
 
     def sampler(self, name: str) -> Sampler:
         """Returns a function that samples a batch without denoising; rows of "auto" are certified."""
@@ -74,7 +74,7 @@ class Experiment(NamedTuple):
             *(values.split(self.batch_size) for values in latents(self.flow, num, seed=0)), strict=True
         ):
             samples = sampler(z, labels)
-            resolved += getattr(samples, "resolved_sequentially", 0)
+            resolved += getattr(samples, "used_fallback", 0)
             images.append(
                 jf.denoise(self.flow, samples.images, labels, self.denoise) if self.denoise else samples.images
             )
@@ -164,7 +164,7 @@ def main() -> None:
     options = arguments.parse_args()
     flow = jf.load(options.model)
     path = jf.find_report(flow)
-    report = None if path is None else jf.Report.load(path)
+    report = None if path is None else jf.CalibrationReport.load(path)
     experiment = Experiment(
         flow.guided(flow.recommended.guidance), flow.recommended.denoise, options.batch_size,
         training_statistics(options.features), trained(options.features), report,

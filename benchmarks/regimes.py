@@ -20,9 +20,9 @@ from torch import Tensor
 import jacobiflow as jf
 from benchmarks.common import RESULTS, Json, complete, latents, parser, random_flow, to_json, without_native
 from jacobiflow import native
-from jacobiflow.flows.tarflow import TarFlowBlock
-from jacobiflow.measuring import interleave
-from jacobiflow.memory import keep_freed_memory
+from jacobiflow.models.memory import keep_freed_memory
+from jacobiflow.models.transformer.block import TarFlowBlock
+from jacobiflow.utils.timing import interleave
 
 OUT = RESULTS / "regimes.json"
 BATCH_SIZES = (1, 4, 16)
@@ -96,7 +96,7 @@ def show(run: Json) -> None:
 
 def main() -> None:
     parser(__doc__).parse_args()
-    if native.library() is None:
+    if native.load_library() is None:
         sys.exit(f"no native loop to time: {native.describe()}")
     keys = [{"name": name, "trained": name in TRAINED, "batch_size": batch} for name in FLOWS for batch in BATCH_SIZES]
     complete(OUT, keys, lambda key: measure(FLOWS[key["name"]]().requires_grad_(False), key["batch_size"]), show)

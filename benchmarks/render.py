@@ -28,7 +28,7 @@ from benchmarks.common import MODELS, RESULTS, ROOT, Json, parser
 from jacobiflow.calibration import rank_correlation
 from jacobiflow.calibration.convergence import TOLERANCES
 from jacobiflow.calibration.report import GUESS_NAMES
-from jacobiflow.files import write_atomically
+from jacobiflow.utils.files import write_atomically
 
 REGION = re.compile(r"(<!-- render (?P<source>[^>]+?) -->)(?P<text>.*?)(<!-- end -->)", re.DOTALL)
 SAMPLERS = {
@@ -65,7 +65,7 @@ def _fill(source: str) -> str:
 @cache
 def result(name: str) -> Any:
     if name.endswith("/report"):
-        return jf.Report.load(MODELS / f"{name}.json")
+        return jf.CalibrationReport.load(MODELS / f"{name}.json")
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 

@@ -19,9 +19,9 @@ import jacobiflow as jf
 from benchmarks.common import RESULTS, ROOT, Json, complete, latents, parser
 from benchmarks.star import PROMPTS
 from examples.captions import load
-from jacobiflow.flows.flow import Flow
-from jacobiflow.measuring import interleave
-from jacobiflow.sampling import MEASURED_SENSITIVITY, SENSITIVITY_BOUND, Samples
+from jacobiflow.models.flow import Flow
+from jacobiflow.sampling.sample import MEASURED_SENSITIVITY, SENSITIVITY_BOUND, Samples
+from jacobiflow.utils.timing import interleave
 
 BATCH, BATCHES, FACTOR, ROUNDS = 16, 8, 4, 5
 MODELS: dict[str, Callable[[], Flow]] = {

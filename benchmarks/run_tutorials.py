@@ -21,7 +21,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from benchmarks.common import ROOT
-from jacobiflow.files import write_atomically
+from jacobiflow.utils.files import write_atomically
 
 TUTORIALS = ROOT / "docs" / "tutorials"
 _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\n]*\r(?!\n)")  # colours, and lines that were written over

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from benchmarks.common import RESULTS, ROOT, Json, complete, speed_up
-from jacobiflow.memory import keep_freed_memory
+from jacobiflow.models.memory import keep_freed_memory
 
 SIMULATIONS, EPOCHS, ROUNDS = 5_000, 100, 2
 PRIOR = BoxUniform(-3 * torch.ones(5), 3 * torch.ones(5))

@@ -19,12 +19,12 @@ from torch import Tensor
 import jacobiflow as jf
 from benchmarks.common import RESULTS, Json, latents, parser, read
 from benchmarks.features import trained, training_statistics
-from jacobiflow import codec
 from jacobiflow.data import digits, quantize, scale
 from jacobiflow.evaluation import Statistics, extract, frechet_distance
-from jacobiflow.files import write_json
-from jacobiflow.flows.flow import Flow
-from jacobiflow.measuring import machine
+from jacobiflow.models.flow import Flow
+from jacobiflow.utils import serialization
+from jacobiflow.utils.files import write_json
+from jacobiflow.utils.timing import machine
 
 SEED, BATCH = 10, 64
 RATES = (0.0, 0.6, 0.8, 1.0, 1.2, 1.4)
@@ -118,7 +118,7 @@ def main() -> None:
                 continue
             new = point(flow, measure, weight, temperature)
             rows.extend(new)
-            settings = codec.encode(recommended(rows, measure.name))
+            settings = serialization.encode(recommended(rows, measure.name))
             head = {"model": model, "num": measure.num, "seed": SEED, "machine": result["machine"], "best": best()}
             write_json(out, {**head, "recommended": settings, "rows": rows})
             print(min(new, key=lambda row: row[measure.name]), flush=True)

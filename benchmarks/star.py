@@ -21,10 +21,10 @@ from benchmarks.common import FIGURES, IN_PYTORCH, RESULTS, Json, complete, pars
 from benchmarks.peers import starflow
 from examples.captions import GUIDANCE, captioned_emoji, load
 from jacobiflow import plots
-from jacobiflow.baselines import TOKEN_LOOP, original_loop
+from jacobiflow.comparison.baselines import TOKEN_LOOP, original_loop
 from jacobiflow.data import Noise, add_noise
-from jacobiflow.latents import draw_latents
-from jacobiflow.measuring import interleave, paired_error
+from jacobiflow.models.latents import draw_latents
+from jacobiflow.utils.timing import interleave, paired_error
 
 BATCHES, ITERATION = (1, 4, 16), "block iteration"
 CERTIFIED = "window:16, certified"

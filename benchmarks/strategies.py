@@ -16,27 +16,27 @@ from benchmarks.common import IN_PYTORCH, MODELS, RESULTS, Json, latents, parser
 from benchmarks.peers import PEERS
 from benchmarks.performance import WITHOUT_LOOP, images, sample
 from benchmarks.quality import ORIGINAL
-from jacobiflow.baselines import GROWING_CACHE
 from jacobiflow.calibration import gs_jacobi_notation
-from jacobiflow.comparison import compare
-from jacobiflow.files import write_json
-from jacobiflow.measuring import machine
-from jacobiflow.memory import keep_freed_memory
-from jacobiflow.strategy import auto
+from jacobiflow.comparison.baselines import GROWING_CACHE
+from jacobiflow.comparison.compare import compare
+from jacobiflow.models.memory import keep_freed_memory
+from jacobiflow.planner import auto
+from jacobiflow.utils.files import write_json
+from jacobiflow.utils.timing import machine
 
 LARGE = 64  # of which the strategies of the paper take too long
 REPEATS = {1: 5, 4: 3, 16: 3, LARGE: 3}
 AUTOS = {"auto:1e-1": 1e-1, "auto:1e-2": 1e-2, "auto": 1e-3}
 
 
-def stacked(report: jf.Report) -> list[int]:
+def stacked(report: jf.CalibrationReport) -> list[int]:
     """The tough blocks by CRM, the toughest first; if there is none, the block that takes the most sweeps."""
     if report.tough_blocks:
         return sorted(report.tough_blocks, key=lambda block: -report.crm[block])
     return [max(range(report.num_blocks), key=report.mean_sweeps("noise", 1e-2).__getitem__)]
 
 
-def grid(report: jf.Report) -> list[str]:
+def grid(report: jf.CalibrationReport) -> list[str]:
     """The settings of the paper's Tables 3 and 4, with numbers of segments and sweeps in proportion to T.
 
     Tough blocks are solved token by token, or in G segments of J sweeps, G x J = T/4, T/2 or T. If there are several, T
@@ -68,7 +68,7 @@ def grid(report: jf.Report) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def plans_of(report: jf.Report) -> dict[str, jf.Strategy]:
+def plans_of(report: jf.CalibrationReport) -> dict[str, jf.Strategy]:
     """The grid by name, and what the report proposes, with a number of sweeps for all segments or each."""
     names = grid(report)
     for tolerance in (1e-1, 1e-2):
@@ -76,7 +76,7 @@ def plans_of(report: jf.Report) -> dict[str, jf.Strategy]:
     return {name: jf.Strategy.parse(name, report) for name in names}
 
 
-def measure(flow: jf.TarFlow, report: jf.Report, batch: int) -> list[Json]:
+def measure(flow: jf.TarFlow, report: jf.CalibrationReport, batch: int) -> list[Json]:
     """A row per strategy: seconds, rate, network calls, and the error against the sequential loop's images."""
     z, labels = latents(flow, batch)
     runs: dict[str, Callable[[], Any]] = {
@@ -113,7 +113,7 @@ def main() -> None:
     arguments.add_argument("model", help="a bundled TarFlow, such as fashion-p2")
     model = arguments.parse_args().model
     flow = jf.TarFlow.from_pretrained(model).requires_grad_(False)
-    report = jf.Report.load(MODELS / model / "report.json")
+    report = jf.CalibrationReport.load(MODELS / model / "report.json")
     report.check(flow)
     rows = [row for batch in REPEATS for row in measure(flow, report, batch)]
     command = f"python -m benchmarks.strategies {model}"

@@ -22,8 +22,8 @@ from benchmarks.features import ConvolutionalFeatures, statistics_file, weights_
 from benchmarks.make_images import emoji, labels_of
 from jacobiflow.data import Augmentation, ImageDataset, Split, augment, load_images, quantize, scale
 from jacobiflow.evaluation import Statistics, extract, frechet_distance
-from jacobiflow.files import write_atomically, write_json
-from jacobiflow.measuring import machine
+from jacobiflow.utils.files import write_atomically, write_json
+from jacobiflow.utils.timing import machine
 
 BATCH, RATE = 128, 4e-3
 

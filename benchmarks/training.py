@@ -28,8 +28,8 @@ from benchmarks.common import RESULTS, Json, complete, parser, speed_up
 from benchmarks.masked_flows import FLOWS, PACKAGES
 from benchmarks.profiling import CLIPPING, NATIVE, OPTIMIZER, Profile
 from benchmarks.sbi_flows import PRIOR, simulate
-from jacobiflow.measuring import timed
-from jacobiflow.memory import keep_freed_memory
+from jacobiflow.models.memory import keep_freed_memory
+from jacobiflow.utils.timing import timed
 
 TRANSFORMS, CONTEXT, CLIP = 5, 10, 5.0
 SMALL, LARGE = "50 x 2", "256 x 3"  # hidden features

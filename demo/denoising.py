@@ -9,7 +9,8 @@ import onnx
 
 from demo.block import UNREAD
 from demo.graphs import Graph, SharedWeights
-from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
+from jacobiflow.models.config import TarFlowConfig
+from jacobiflow.models.tarflow import TarFlow
 
 
 def denoising_graph(flow: TarFlow, weights: SharedWeights) -> onnx.ModelProto:

@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from jacobiflow.files import sha256
+from jacobiflow.utils.files import sha256
 
 OPSET, IR_VERSION = 20, 9
 _TYPES = {torch.float16: onnx.TensorProto.FLOAT16, torch.float32: onnx.TensorProto.FLOAT}

@@ -16,7 +16,7 @@ from demo.block import block_graph
 from demo.denoising import denoising_graph
 from demo.graphs import SharedWeights, file_name
 from demo.recording import SOLVER, record
-from jacobiflow.files import write_atomically, write_json
+from jacobiflow.utils.files import write_atomically, write_json
 
 MODEL = "fashion-p2"
 SOURCE = "demo/page/index.md"

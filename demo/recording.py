@@ -12,7 +12,7 @@ from torch import Tensor
 import jacobiflow as jf
 from benchmarks.front import Recorder
 from jacobiflow.data import quantize
-from jacobiflow.solvers import solve_certified
+from jacobiflow.fixed_point import solve_certified
 
 LABEL, SEED = 9, 0  # an ankle boot
 SOLVER = jf.Solver(jf.Window(16), stopping=jf.Tolerance(3e-5))  # images are then within 1e-3 of the exact inverse's

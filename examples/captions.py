@@ -20,7 +20,7 @@ import jacobiflow as jf
 from jacobiflow import plots, training
 from jacobiflow.data import ImageDataset, Noise
 from jacobiflow.data.sources import read_image
-from jacobiflow.flows import Flow
+from jacobiflow.models import Flow
 
 MODEL = Path(__file__).parent / "emoji-star"
 RUN = Path("runs/emoji-star")
@@ -73,7 +73,7 @@ def train(steps: int) -> None:
     flow.blocks[-1].null_text.copy_(states[-1])
     settings = training.TrainConfig(steps, Noise("gaussian", CONFIG.noise_std), batch_size=32, sample_every=500)
 
-    def on_step(report: training.StepReport) -> None:
+    def on_step(report: training.TrainMetrics) -> None:
         if report.step % 50 == 0:
             print(f"step {report.step}/{steps}  {report.bits_per_dim:.3f} bits/dim  {report.seconds:.0f} s", flush=True)
 

@@ -25,7 +25,7 @@ def _cache_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
             with FileLock(f"{shared}.lock"):
                 if shared.exists():
                     shutil.copytree(shared, own)
-                native.library()  # unless a module has asked for it already
+                native.load_library()  # unless a module has asked for it already
                 if own.exists() and not shared.exists():
                     shutil.copytree(own, shared)
         yield

@@ -16,17 +16,17 @@ import zuko
 from torch import Tensor
 
 import jacobiflow as jf
+from jacobiflow.blocks.guidance import guided
 from jacobiflow.data import Noise, digits, noisy_images
-from jacobiflow.denoising import denoised
 from jacobiflow.evaluation import bits_per_dim
-from jacobiflow.flows.flow import precision
-from jacobiflow.flows.guidance import guided
-from jacobiflow.flows.tarflow.block import TarFlowBlock
-from jacobiflow.latents import draw_latents
-from jacobiflow.memory import batch_bytes, fitting_batch
-from jacobiflow.solvers import Given
-from jacobiflow.solvers.graphs import capture
-from jacobiflow.storage import SampleFolder
+from jacobiflow.fixed_point import WarmStart
+from jacobiflow.fixed_point.cuda_graphs import capture
+from jacobiflow.models.flow import precision
+from jacobiflow.models.latents import draw_latents
+from jacobiflow.models.memory import batch_bytes, fitting_batch
+from jacobiflow.models.transformer.block import TarFlowBlock
+from jacobiflow.sampling.denoise import denoised
+from jacobiflow.sampling.folder import SampleFolder
 from jacobiflow.training import TrainConfig, train
 from tests.helpers.fake_device import Counts, FakeDevice
 from tests.helpers.problems import latents, make_star, texts
@@ -116,7 +116,7 @@ def overflowing(device: str) -> Tensor:
     z = draw_latents(2, flow.config.num_tokens, flow.config.token_channels, 0)
     guess = torch.cat((z[:, :40], torch.full_like(z[:, 40:], 1e5)), dim=1).to(device)
     solutions = [
-        jf.solve(flow.blocks[0], z.to(device), jf.Solver(partition, Given(guess), jf.Tolerance(1e-2)))
+        jf.solve(flow.blocks[0], z.to(device), jf.Solver(partition, WarmStart(guess), jf.Tolerance(1e-2)))
         for partition in (jf.Whole(), jf.Window(16), jf.Segments(2))
     ]
     assert all((solution.status == jf.Status.CONVERGED).all() for solution in solutions)

@@ -81,7 +81,7 @@ def test_numbers_of_a_page_are_those_of_result_files(path):
     page = path.read_text()
     assert render.render(page) == page
     assert not re.search("^ *<!-- render =", page, re.MULTILINE), "a comment at the start of a line ends a paragraph"
-    if path.parent.parent.name != "models":  # whose cards have the numbers of the training too
+    if path.parent.parent.name != "bundled":  # whose cards have the numbers of the training too
         assert numbers_in_prose(page) == []
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page):
         assert "://" in target or (path.parent / target).exists(), target
@@ -111,7 +111,7 @@ def test_numbers_in_prose_are_found():
 
 @pytest.mark.parametrize("name", ["digits-maf", "digits-p1", "emoji-p2", "fashion-p2"])
 def test_model_cards_are_complete_and_their_code_runs(name, capsys):
-    folder = ROOT / "src" / "jacobiflow" / "models" / name
+    folder = ROOT / "src" / "jacobiflow" / "bundled" / name
     text = (folder / "README.md").read_text()
     _, front, body = text.split("---\n", 2)
     for line in ("license: apache-2.0", "library_name: jacobiflow", "pipeline_tag: unconditional-image-generation"):

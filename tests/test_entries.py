@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import jacobiflow as jf
-from jacobiflow import solvers
+from jacobiflow import fixed_point
 from jacobiflow.data import Augmentation, Noise
 from jacobiflow.training import TrainConfig
 from tests.helpers.invented import make_report, make_tuning
@@ -120,7 +120,7 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     *((jf.Solver, name, {name: (getattr(jf.Solver(), name), ("jacobi", 7, jf.Whole), ())})
       for name in ("partition", "guess", "stopping", "correction")),
     (jf.Solver, "bf16_sweeps", {}), (jf.Tolerance, "atol", {}), (jf.EarlyStop, "ebound", {}),
-    (solvers.Stopping, "atol max_sweeps ebound", {"max_sweeps": (2, KINDS, (0, (5, 0, 2)))}),
+    (fixed_point.Stopping, "atol max_sweeps ebound", {"max_sweeps": (2, KINDS, (0, (5, 0, 2)))}),
     (jf.MeanAffine, "log_scale shift", {}), (jf.CausalLinear, "kernel shift", {}), (jf.Chord, "kernel", {}),
     (jf.Guidance, "weight annealed on attn_temperature", {}), (jf.SamplingSettings, "guidance denoise", {}),
     (jf.find_report, "flow", {}), (jf.find_tuning, "flow", {}),

@@ -13,7 +13,7 @@ import jacobiflow as jf
 pytest.importorskip("openmm")
 from examples.boltzmann import HAS, MODEL, Coordinates
 from examples.molecule import ATOMS, PHI, energies, to_internal, torsion
-from jacobiflow.latents import draw_latents
+from jacobiflow.models.latents import draw_latents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,7 +62,7 @@ def test_weighted_proposals_are_boltzmann_s() -> None:
     weights = jf.importance(samples, energy)
     assert weights.effective_sample_size > 400 / 3
     exact, log_prob = jf.decode(flow.double(), z.double(), strategy="sequential", log_prob=True)
-    other = jf.Weights(-coordinates.energy(exact)[0] - log_prob)
+    other = jf.ImportanceWeights(-coordinates.energy(exact)[0] - log_prob)
     assert weights.effective_sample_size == pytest.approx(other.effective_sample_size, rel=0.01)
     phi = torsion(*positions[:, PHI].unbind(dim=1))
     assert weights.mean((phi > 0).double()) < 0.06

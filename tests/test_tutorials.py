@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from jacobiflow.cli import main
-from jacobiflow.flows import flow as flows
+from jacobiflow.models import flow as flows
 
 TUTORIALS = Path(__file__).resolve().parent.parent / "docs" / "tutorials"
 # These replace the numbers in the cell that is tagged "parameters".

@@ -59,7 +59,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignored = shutil.ignore_patterns(".*", "__pycache__", "out", "dist", "build", "runs", "node_modules")
     shutil.copytree(ROOT, sources, ignore=ignored)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, sources]
-    if (library := native.library()) is None:
+    if (library := native.load_library()) is None:
         check_output(command, folder)
     else:  # compiled already; test_targets.py compiles what is in a wheel
         check_output(command, folder, CXX=copying_compiler(folder / "compiler", library.path))
@@ -93,7 +93,7 @@ def test_the_wheel_alone_draws_samples_and_runs_the_readme(wheel: Path, tmp_path
     no_compiler = {"PATH": scripts, "CXX": "", "XDG_CACHE_HOME": tmp_path / "cache"}
     report = json.loads(check_output([scripts / "python", "-c", PROGRAM], tmp_path, **no_compiler))
     assert Path(report["file"]).is_relative_to(site), "that is not the wheel's package"
-    if native.library() is not None:
+    if native.load_library() is not None:
         assert re.fullmatch("compiled for .*, in the wheel", report["native"])
     assert all(certificate <= 1e-3 for certificate in report["certificates"].values())
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jacobiflow.flows import Flow, FlowBlock, Permutation, register
+from jacobiflow.models import Flow, FlowBlock, Permutation, register
 
 
 @dataclass(frozen=True)

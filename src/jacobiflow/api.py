@@ -1,20 +1,11 @@
 """The public names of the package; `jacobiflow` imports them when the first is used."""
 
 from jacobiflow.adapters import Acceleration, LibraryAcceleration, accelerate
-from jacobiflow.calibration import Report, calibrate, find_report
-from jacobiflow.codec import register
-from jacobiflow.denoising import denoise
+from jacobiflow.blocks.base import AffineBlock, Block
+from jacobiflow.blocks.guidance import Guidance, SamplingSettings
+from jacobiflow.calibration import CalibrationReport, calibrate, find_report
 from jacobiflow.errors import CheckpointError, InputError
-from jacobiflow.flows.base import AffineBlock, Block
-from jacobiflow.flows.config import PRESETS, MAFConfig, Preset, TokenConfig
-from jacobiflow.flows.flow import load
-from jacobiflow.flows.guidance import Guidance, SamplingSettings
-from jacobiflow.flows.maf import MAF
-from jacobiflow.flows.prose import Prose, ProseConfig
-from jacobiflow.flows.starflow import STARFlow, STARFlowConfig
-from jacobiflow.flows.tarflow import TarFlow, TarFlowConfig
-from jacobiflow.sampling import Samples, decode, sample
-from jacobiflow.solvers import (
+from jacobiflow.fixed_point import (
     CausalLinear,
     Chord,
     Correction,
@@ -39,9 +30,18 @@ from jacobiflow.solvers import (
     solve,
     solve_certified,
 )
-from jacobiflow.storage import SampleFolder, processes, sample_to_folder
-from jacobiflow.strategy import Strategy, Tuning, find_tuning, plan, tune
-from jacobiflow.weights import Weights, importance
+from jacobiflow.models.config import PRESETS, MAFConfig, Preset, TarFlowConfig, TokenConfig
+from jacobiflow.models.flow import load
+from jacobiflow.models.maf import MAF
+from jacobiflow.models.prose import Prose, ProseConfig
+from jacobiflow.models.starflow import STARFlow, STARFlowConfig
+from jacobiflow.models.tarflow import TarFlow
+from jacobiflow.planner import Strategy, Tuning, find_tuning, plan, tune
+from jacobiflow.sampling.denoise import denoise
+from jacobiflow.sampling.folder import SampleFolder, processes, sample_to_folder
+from jacobiflow.sampling.importance import ImportanceWeights, importance
+from jacobiflow.sampling.sample import Samples, decode, sample
+from jacobiflow.utils.serialization import register
 
 __all__ = [
     "MAF",
@@ -49,6 +49,7 @@ __all__ = [
     "Acceleration",
     "AffineBlock",
     "Block",
+    "CalibrationReport",
     "CausalLinear",
     "CheckpointError",
     "Chord",
@@ -56,6 +57,7 @@ __all__ = [
     "EarlyStop",
     "Guess",
     "Guidance",
+    "ImportanceWeights",
     "InputError",
     "Latent",
     "LibraryAcceleration",
@@ -67,7 +69,6 @@ __all__ = [
     "Preset",
     "Prose",
     "ProseConfig",
-    "Report",
     "STARFlow",
     "STARFlowConfig",
     "SampleFolder",
@@ -85,7 +86,6 @@ __all__ = [
     "TokenConfig",
     "Tolerance",
     "Tuning",
-    "Weights",
     "Whole",
     "Window",
     "Zeros",

@@ -13,16 +13,16 @@ from matplotlib.figure import Figure
 
 import jacobiflow as jf
 from benchmarks.paper_figures import convergence_figure, segments_figure, trace_sheet
-from jacobiflow.calibration import Report, Trace
+from jacobiflow.calibration import CalibrationReport, ConvergenceCurve
 from tests.helpers.pictures import CAPTION, assert_placed, random_images, texts_fit
 
 
 @pytest.fixture(scope="module")
-def report() -> Report:
+def report() -> CalibrationReport:
     """The bundled one of digits-p1, whose blocks 2 and 3 are tough."""
     file = jf.find_report(jf.load("digits-p1"))
     assert file is not None
-    return Report.load(file)
+    return CalibrationReport.load(file)
 
 
 def curves_of(axis: Axes) -> dict[str, tuple[float, ...]]:
@@ -41,7 +41,7 @@ def assert_readable(figure: Figure) -> None:
     assert texts_fit(figure, legend.get_texts())
 
 
-def test_convergence_draws_the_curves_of_the_report(report: Report) -> None:
+def test_convergence_draws_the_curves_of_the_report(report: CalibrationReport) -> None:
     figure = convergence_figure(report)
     for axis, start in zip(figure.axes, ("images", "noise"), strict=True):
         traces = [row[report.best_guess(block)] for block, row in enumerate(report.traces[start])]
@@ -53,7 +53,7 @@ def test_convergence_draws_the_curves_of_the_report(report: Report) -> None:
     assert_readable(figure)
 
 
-def test_segments_are_drawn_with_the_whole_block_beside_them(report: Report) -> None:
+def test_segments_are_drawn_with_the_whole_block_beside_them(report: CalibrationReport) -> None:
     figure, count = segments_figure(report), report.settings.segments
     for axis, block in zip(figure.axes, (2, 3), strict=True):
         expected = {f"segment {i}": trace.median for i, trace in enumerate(report.segment_traces[block][count], 1)}
@@ -64,9 +64,9 @@ def test_segments_are_drawn_with_the_whole_block_beside_them(report: Report) -> 
 
 
 @pytest.mark.filterwarnings("error")
-def test_odd_curves_are_drawn_without_a_warning(report: Report) -> None:
+def test_odd_curves_are_drawn_without_a_warning(report: CalibrationReport) -> None:
     curve = (5.0, math.inf, 1e30, 1e-2, 0.0)
-    traces = {"noise": tuple(dict.fromkeys(row, Trace(curve, curve, {})) for row in report.igm)}
+    traces = {"noise": tuple(dict.fromkeys(row, ConvergenceCurve(curve, curve, {})) for row in report.igm)}
     figure = convergence_figure(replace(report, traces=traces))
     figure.draw_without_rendering()
     assert set(curves_of(figure.axes[0]).values()) == {curve}

@@ -15,7 +15,7 @@ import jacobiflow as jf
 from benchmarks.peers import GRIDS, PEERS
 from benchmarks.quality import ORIGINAL, Experiment, compare, finalists
 from jacobiflow.evaluation import Statistics
-from jacobiflow.latents import draw_latents
+from jacobiflow.models.latents import draw_latents
 from tests.helpers.problems import make_flow, to_float32
 from tests.helpers.scoring import difference, frechet, levels, moments, pixel_figures
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import jacobiflow as jf
-from jacobiflow.calibration import Trace, distances, gamma_norm, gamma_products, initial_residuals
-from jacobiflow.solvers import Given
+from jacobiflow.calibration import ConvergenceCurve, distances, gamma_norm, gamma_products, initial_residuals
+from jacobiflow.fixed_point import WarmStart
 from tests.helpers.calibration_problems import PROBLEMS, dense_gamma, errors_of, linear_flow, problem, randn, runs_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,7 +44,7 @@ def test_plain_sweeps_are_exact_after_as_many_as_tokens() -> None:
     z[:, 1:] -= 3 * x[:, :-1]
     (curve,) = distances(linear_flow([3.0]).blocks[0], x, z, jf.Zeros())
     assert curve[:, 0].tolist() == pytest.approx([3.0**k for k in range(8)] + [0.0, 0.0], abs=1e-9)
-    (curve,) = distances(linear_flow([3.0]).blocks[0], x, z, Given(x))
+    (curve,) = distances(linear_flow([3.0]).blocks[0], x, z, WarmStart(x))
     assert torch.equal(curve, torch.zeros(2, 2, dtype=torch.float64))
 
 
@@ -62,7 +62,7 @@ def test_a_token_that_overflows_goes_back_to_the_guess_and_is_exact_in_the_end()
     z, x = torch.full((2, 6, 1), -0.3, dtype=torch.float64), torch.zeros(2, 6, 1, dtype=torch.float64)
     for _ in range(6):
         x = update(x, z, 0, 6, None)
-    trace = Trace.of(distances(block, x, z, Given(torch.full_like(z, 1000.0))))
+    trace = ConvergenceCurve.of(distances(block, x, z, WarmStart(torch.full_like(z, 1000.0))))
     assert trace.largest == trace.median == (pytest.approx(1000, rel=1e-2), *(math.inf,) * 5, 0.0)
     assert set(trace.sweeps.values()) == {(6, 6)}
 
@@ -74,13 +74,13 @@ def test_a_trace_counts_the_sweeps_after_which_the_distance_stays_small() -> Non
     """
     first = torch.tensor([[1.0, 0.5], [5e-2, 2.0], [0.2, 5e-3], [5e-3, 5e-4], [0.0, 5e-4]])
     second = torch.tensor([[5e-4], [1e-4], [0.0]])
-    trace = Trace.of([first, second])
+    trace = ConvergenceCurve.of([first, second])
     assert trace.largest == pytest.approx((1.0, 2.0, 0.2, 5e-3, 5e-4))
     assert trace.median == pytest.approx((0.5, 5e-2, 5e-3, 5e-4, 0.0))
     assert trace.sweeps == {1e-1: (3, 2, 0), 1e-2: (3, 2, 0), 1e-3: (4, 3, 0), 1e-4: (4, None, 1)}
-    assert trace.reach(1e-4, 7) == (4, 7, 1)
+    assert trace.sweeps_to_tolerance(1e-4, 7) == (4, 7, 1)
     with pytest.raises(ValueError, match=r"tolerance 0\.5: measured are 0\.1, 0\.01, 0\.001, 0\.0001"):
-        trace.reach(0.5, 7)
+        trace.sweeps_to_tolerance(0.5, 7)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

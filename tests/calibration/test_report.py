@@ -19,9 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jacobiflow as jf
-from jacobiflow.calibration import Components, Metrics, Report, Trace, gs_jacobi_notation, rank_correlation
+from jacobiflow.calibration import (
+    CalibrationReport,
+    Components,
+    ConvergenceCurve,
+    Metrics,
+    gs_jacobi_notation,
+    rank_correlation,
+)
 from jacobiflow.calibration.report import GUESS_NAMES
-from jacobiflow.files import json_bytes
+from jacobiflow.utils.files import json_bytes
 from tests.helpers.calibration_problems import linear_flow, randn
 from tests.helpers.invented import GUIDANCE, make_tuning, small
 from tests.helpers.running import figures, put
@@ -33,11 +40,11 @@ COUNTS: dict[str, tuple[int | None, ...]] = {"latent": (2, 4, 3), "zeros": (2, N
 
 
 @pytest.fixture(scope="module")
-def report() -> Report:
+def report() -> CalibrationReport:
     """One that has everything, infinities too."""
     measured = jf.calibrate(FLOW, randn(6, 1, 3, 3), torch.tensor([0, 1, 1, -1, 0, 0]), "fro", traced=3, per_class=True)
-    row = {name: Trace((math.inf, 0.0), (math.inf, 0.0), {1e-3: counts}) for name, counts in COUNTS.items()}
-    last = dict.fromkeys(GUESS_NAMES, Trace((1.0,), (1.0,), {1e-3: (1, 1, 1)}))
+    row = {name: ConvergenceCurve((math.inf, 0.0), (math.inf, 0.0), {1e-3: counts}) for name, counts in COUNTS.items()}
+    last = dict.fromkeys(GUESS_NAMES, ConvergenceCurve((1.0,), (1.0,), {1e-3: (1, 1, 1)}))
     return replace(
         measured, settings=replace(measured.settings, guidance=jf.Guidance(0.5)), traces={"noise": (*(row,) * 4, last)},
         segment_traces={2: {2: (last["latent"],) * 2}},
@@ -46,7 +53,7 @@ def report() -> Report:
     )  # fmt: skip
 
 
-def test_figures_are_those_in_the_norm_of_the_settings(report: Report) -> None:
+def test_figures_are_those_in_the_norm_of_the_settings(report: CalibrationReport) -> None:
     metrics, z = report.metrics["fro"], randn(2, 9, 1)
     assert (report.igm, report.crm, report.crm_percent) == (metrics.igm, metrics.crm, metrics.crm_percent)
     assert (report.components, report.tough_blocks, report.num_blocks) == (metrics.components, (2,), 5)
@@ -56,7 +63,7 @@ def test_figures_are_those_in_the_norm_of_the_settings(report: Report) -> None:
         assert torch.equal(report.guess(block)(z), expected[report.best_guess(block)])
 
 
-def test_sweeps_are_over_the_samples(report: Report) -> None:
+def test_sweeps_are_over_the_samples(report: CalibrationReport) -> None:
     """A sample that does not get there counts as many sweeps as tokens."""
     assert report.mean_sweeps("noise", 1e-3, "zeros") == pytest.approx((*[(2 + 9 + 3) / 3] * 4, 1))
     assert report.slowest_sweeps("noise", 1e-3, "zeros") == (9, 9, 9, 9, 1)
@@ -72,7 +79,7 @@ def test_sweeps_are_over_the_samples(report: Report) -> None:
         report.slowest_sweeps("images", 1e-3)
 
 
-def test_class_spread_is_the_mean_and_deviation_over_classes(report: Report) -> None:
+def test_class_spread_is_the_mean_and_deviation_over_classes(report: CalibrationReport) -> None:
     per_class = list(report.class_metrics.values())
     values = np.array([metrics.crm for metrics in per_class])
     ranks, percent = scipy.stats.rankdata(values, "min", axis=1), 100 * values / values.sum(axis=1, keepdims=True)
@@ -89,17 +96,17 @@ def test_class_spread_is_the_mean_and_deviation_over_classes(report: Report) -> 
         replace(report, class_metrics={}).class_spread()
 
 
-def test_a_report_comes_back_from_its_file_and_fits_its_flow_only(report: Report, tmp_path: Path) -> None:
+def test_a_report_comes_back_from_its_file_and_fits_its_flow_only(report: CalibrationReport, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     report.save(path)
-    assert Report.load(path) == report != replace(report, mean_affine=report.mean_affine[::-1])
+    assert CalibrationReport.load(path) == report != replace(report, mean_affine=report.mean_affine[::-1])
     figures(path)  # JSON, without NaN or infinity
     report.check(copy.deepcopy(FLOW).bfloat16())
     with pytest.raises(ValueError, match=r"the report is of another flow.*calibrate this one"):
         report.check(small())
     path.write_text('{"format_version": 1}')
     with pytest.raises(ValueError, match=r"report .*report\.json: not a report of format_version 2; make it anew with"):
-        Report.load(path)
+        CalibrationReport.load(path)
 
 
 JSON = st.recursive(
@@ -121,15 +128,15 @@ UNFIT: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("missing", UNFIT)
-def test_a_report_whose_parts_do_not_fit_each_other_is_refused(missing: str, report: Report) -> None:
+def test_a_report_whose_parts_do_not_fit_each_other_is_refused(missing: str, report: CalibrationReport) -> None:
     value = replace(report, metrics={"fro": report.metrics["fro"]}).to_json()
     with pytest.raises(jf.InputError, match=rf"^its parts do not fit each other: it lacks {missing}$"):
-        Report.from_json(put(json.loads(json.dumps(value)), *UNFIT[missing]))
+        CalibrationReport.from_json(put(json.loads(json.dumps(value)), *UNFIT[missing]))
 
 
 @given(data=st.data())
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_any_json_is_a_value_error_or_a_report(report: Report, data: st.DataObject) -> None:
+def test_any_json_is_a_value_error_or_a_report(report: CalibrationReport, data: st.DataObject) -> None:
     """An entry of a report, or one inside it, is replaced. The methods of what is still a report work, or refuse."""
     value, path = json.loads(json.dumps(report.to_json())), list[Any]()
     inner = value
@@ -137,10 +144,10 @@ def test_any_json_is_a_value_error_or_a_report(report: Report, data: st.DataObje
         path.append(data.draw(st.sampled_from(list(inner) if isinstance(inner, dict) else range(len(inner)))))
         inner = inner[path[-1]]
     try:
-        changed = Report.from_json(put(value, path, data.draw(JSON)))
+        changed = CalibrationReport.from_json(put(value, path, data.draw(JSON)))
     except ValueError:
         return
-    assert Report.from_json(json.loads(json_bytes(changed.to_json()))) == changed
+    assert CalibrationReport.from_json(json.loads(json_bytes(changed.to_json()))) == changed
     for method in (
         changed.class_spread, partial(changed.mean_sweeps, "noise", 1e-3), partial(gs_jacobi_notation, changed, 1e-3),
         partial(changed.rank_correlation, "crm"), partial(changed.rank_correlation, "gamma"),
@@ -150,7 +157,7 @@ def test_any_json_is_a_value_error_or_a_report(report: Report, data: st.DataObje
             method()
 
 
-def test_a_report_is_found_by_its_guidance(report: Report, tmp_path: Path) -> None:
+def test_a_report_is_found_by_its_guidance(report: CalibrationReport, tmp_path: Path) -> None:
     small().save_pretrained(tmp_path)
     make_tuning().save(tmp_path / "tuning.json")
     assert jf.find_report(jf.load(tmp_path)) is None

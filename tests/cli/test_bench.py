@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 import jacobiflow as jf
-from jacobiflow.measuring import machine, paired_error
-from jacobiflow.strategy import Prediction
+from jacobiflow.planner import Prediction
+from jacobiflow.utils.timing import machine, paired_error
 from tests.helpers.running import figures
 
 GUIDANCE = jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8)
@@ -61,7 +61,7 @@ def test_settings_reach_the_library(run: Any, tmp_path: Path) -> None:
     entries, flow = figures(tmp_path / "bench.json"), jf.load("./model", dtype="float64")
     assert (entries["guidance"], entries["tolerance"], entries["report"]) == (asdict(GUIDANCE), 1e-6, "report.json")
     draw = partial(jf.sample, flow.guided(GUIDANCE), 3, torch.tensor([0, 2, 0]))
-    plan = jf.Strategy.parse("jacobi", jf.Report.load("report.json"), tolerance=1e-6)
+    plan = jf.Strategy.parse("jacobi", jf.CalibrationReport.load("report.json"), tolerance=1e-6)
     rows, exact = rows_of(tmp_path), draw(strategy="sequential").images
     assert rows["jacobi"]["error"] == asdict(paired_error(draw(strategy=plan).images, exact))
     assert 0 < rows["jacobi"]["certificate"] <= 1e-6

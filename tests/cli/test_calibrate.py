@@ -18,7 +18,7 @@ import torch
 import jacobiflow as jf
 from jacobiflow.calibration import Components, gs_jacobi_notation
 from jacobiflow.data import Noise, load_images, noisy_images
-from jacobiflow.files import write_json
+from jacobiflow.utils.files import write_json
 from tests.helpers.running import figures
 from tests.helpers.scoring import levels
 
@@ -27,7 +27,7 @@ GUIDANCE = jf.Guidance(0.4, annealed=False, on="shift", attn_temperature=0.9)
 GUIDED = "--guidance 0.4,attn_temperature=0.9,annealed=false,on=shift"
 
 
-def assert_tables(out: str, report: jf.Report) -> None:
+def assert_tables(out: str, report: jf.CalibrationReport) -> None:
     """Every block's row is there, each number whole and in its place, and no line is wider than the terminal."""
 
     def cells(values: Any) -> list[str]:
@@ -68,7 +68,7 @@ CALIBRATIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def calibrated(options: str) -> jf.Report:
+def calibrated(options: str) -> jf.CalibrationReport:
     """The library's report under these options, of images with the noise of the flow's training."""
     flow, settings = jf.load(f"./{options.split()[1]}"), dict(CALIBRATIONS[options])
     data, every = load_images("pets", 8, 1), torch.arange(9)
@@ -85,7 +85,7 @@ def test_it_writes_and_prints_what_the_library_measures(options: str, run: Any, 
     assert (result.code, result.err) == (0, "")
     assert sorted(os.listdir(path.parent)) == ["json", "report.json"]
     want = calibrated(options)
-    assert jf.Report.load(path).to_json() == want.to_json()
+    assert jf.CalibrationReport.load(path).to_json() == want.to_json()
     assert figures(path.parent / "json" / "f")["igm"] == [dict(igm) for igm in want.igm]
     assert_tables(result.out, want)
     assert f"wrote {path}\n" in result.out
@@ -106,7 +106,7 @@ def test_the_proposed_command_certifies_its_samples(run: Any, tmp_path: Path) ->
 
 
 def test_num_draws_some_images_by_the_seed(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calibrate = Mock(return_value=jf.Report.load("report.json"))
+    calibrate = Mock(return_value=jf.CalibrationReport.load("report.json"))
     monkeypatch.setattr("jacobiflow.api.calibrate", calibrate)
     data = load_images("pets", 8, 1)
     assert data.labels is not None
@@ -124,7 +124,7 @@ def test_num_draws_some_images_by_the_seed(run: Any, tmp_path: Path, monkeypatch
 
 
 def test_interrupted_it_goes_on_to_the_same_report(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report, module = tmp_path / "r.json", importlib.import_module("jacobiflow.calibration.calibrate")
+    report, module = tmp_path / "r.json", importlib.import_module("jacobiflow.calibration.measure")
     line = f"calibrate --model plain --images pets --segments 2 --traced 2 --out {report}"
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_json", Mock(wraps=write_json, side_effect=[DEFAULT, KeyboardInterrupt]))
@@ -161,7 +161,7 @@ def test_what_cannot_work_is_refused_before_images_are_read(
 def test_huge_numbers_stay_on_their_line_and_crm_may_be_undefined(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report = jf.Report.load("report.json")
+    report = jf.CalibrationReport.load("report.json")
     parts = tuple(Components(10.0**i, 123.4, 22.3) for i in (1, 2, 4))
     igms = tuple(dict(zip(GUESSES, (igm, 9.89, 9.12), strict=True)) for igm in (5.4e5, 3.2e37, float("inf")))
     huge, plain = replace(report.metrics[2], igm=igms, components=parts), replace(report.metrics[2], components=None)

@@ -29,7 +29,7 @@ from jacobiflow.evaluation import (
     precision_recall,
 )
 from jacobiflow.evaluation import features as features_module
-from jacobiflow.storage import sample_to_folder
+from jacobiflow.sampling.folder import sample_to_folder
 from tests.helpers.fake_device import FakeDevice
 from tests.helpers.problems import make_flow, to_float32
 from tests.helpers.running import figures
@@ -122,7 +122,7 @@ def test_certificates_are_those_of_the_shards(run: Any, tmp_path: Path) -> None:
     values = np.concatenate([shard["certificate"] for shard in shards])
     resolved, found = sum(int(shard["resolved"].sum()) for shard in shards), scores["certificates"]
     assert found == {"median": sorted(values)[5], "max": values.max()}
-    assert (scores["resolved_sequentially"], scores["lost"]) == (resolved, 0)
+    assert (scores["used_fallback"], scores["lost"]) == (resolved, 0)
     assert resolved > 0
     assert f"certificate {values.max():.1e} largest; median" in out
     above = int((values > 1e-7).sum())

@@ -12,7 +12,7 @@ import torch
 
 import jacobiflow as jf
 from jacobiflow.evaluation import Statistics
-from jacobiflow.storage import sample_to_folder
+from jacobiflow.sampling.folder import sample_to_folder
 from tests.helpers.running import figures
 from tests.helpers.training_runs import SETTINGS, fit
 

@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 
 import jacobiflow as jf
-from jacobiflow import memory
-from jacobiflow.baselines import original_loop
 from jacobiflow.cli.shared import parse_labels
-from jacobiflow.latents import draw_labels
-from jacobiflow.storage import FirstProcessFailed, Processes
-from jacobiflow.strategy.strategy import Prediction, device_name
+from jacobiflow.comparison.baselines import original_loop
+from jacobiflow.models import memory
+from jacobiflow.models.latents import draw_labels
+from jacobiflow.planner.strategy import Prediction, device_name
+from jacobiflow.sampling.folder import FirstProcessFailed, Processes
 from tests.helpers.running import figures
 from tests.helpers.scoring import levels
 
@@ -100,7 +100,7 @@ def test_guidance_denoising_tolerance_and_report_reach_the_library(run: Any, tmp
     line += f" --out {tmp_path}"
     assert run(f"{line} --json {tmp_path}/f").code == 0
     flow = jf.load("./model").guided(jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8))
-    plan = jf.Strategy.parse("jacobi", jf.Report.load("report.json"), tolerance=1e-5)
+    plan = jf.Strategy.parse("jacobi", jf.CalibrationReport.load("report.json"), tolerance=1e-5)
     want = jf.sample(flow, 3, torch.arange(3), strategy=plan, settings=jf.SamplingSettings(denoise=0.9))
     assert np.array_equal(drawn(tmp_path)["arr_0"], levels(want.images))
     assert jf.SampleFolder.open(tmp_path).strategy() == plan
@@ -162,7 +162,7 @@ def test_another_process_asks_the_first_one_and_is_silent(
 ) -> None:
     draw = Mock()
     monkeypatch.setattr("jacobiflow.api.processes", lambda: nullcontext(Processes(1, 2)))
-    monkeypatch.setattr(Processes, "on_first", lambda self, work: 3)  # its batch size, whatever this one sees
+    monkeypatch.setattr(Processes, "run_on_rank_zero", lambda self, work: 3)  # its batch size, whatever this one sees
     monkeypatch.setattr("jacobiflow.api.sample_to_folder", draw)
     for error, code in ((None, 0), (FirstProcessFailed("no room"), 2)):
         draw.side_effect = error

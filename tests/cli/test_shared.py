@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import jacobiflow as jf
 from jacobiflow.cli import shared
 from jacobiflow.cli.shared import check_output, resolve_settings, settings_text
-from jacobiflow.flows.flow import Flow
-from jacobiflow.flows.folder import bundled
+from jacobiflow.models.checkpoints.folder import bundled
+from jacobiflow.models.flow import Flow
 from tests.helpers.running import figures
 
 BEST = jf.Guidance(0.7, attn_temperature=1.4)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.flows.guidance import guided
+from jacobiflow.blocks.guidance import guided
 from tests.helpers import oracle
 from tests.helpers.problems import BlockProblem, latents, make_flow, make_maf
 

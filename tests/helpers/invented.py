@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.calibration.convergence import TOLERANCES, Trace
+from jacobiflow.calibration.convergence import TOLERANCES, ConvergenceCurve
 from jacobiflow.calibration.metrics import NORMS, Components, Metrics
 from jacobiflow.calibration.report import GUESS_NAMES, Settings
-from jacobiflow.flows.fingerprint import fingerprint
+from jacobiflow.fixed_point import Stopping
+from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.native import SWITCH
-from jacobiflow.solvers import Stopping
-from jacobiflow.strategy import BlockTuning
+from jacobiflow.planner import BlockTuning
 from tests.helpers.problems import make_flow, to_float32
 
 TOKENS, CHANNELS, SAMPLES = 16, 4, 4  # of `small`, and of its tunings
@@ -70,12 +70,12 @@ def counted(partition: jf.Partition, sweeps: int | tuple[int, ...]) -> jf.Solver
 Counts = Sequence[int | None]
 
 
-def trace(counts: Mapping[float, Counts]) -> Trace:
+def trace(counts: Mapping[float, Counts]) -> ConvergenceCurve:
     """A trace that reaches the tolerances after these numbers of sweeps, one for each sample."""
-    return Trace((1.0, 0.0), (1.0, 0.0), {tolerance: tuple(each) for tolerance, each in counts.items()})
+    return ConvergenceCurve((1.0, 0.0), (1.0, 0.0), {tolerance: tuple(each) for tolerance, each in counts.items()})
 
 
-def same(*counts: int | None) -> Trace:
+def same(*counts: int | None) -> ConvergenceCurve:
     """The same numbers for every tolerance."""
     return trace(dict.fromkeys(TOLERANCES, counts))
 
@@ -85,16 +85,17 @@ def igm(latent: float, zeros: float, affine: float) -> dict[str, float]:
 
 
 def make_report(
-    crm: Sequence[float], igms: Sequence[Mapping[str, float]] = (), noise: Sequence[Mapping[str, Trace]] = (),
-    segments: Mapping[int, Mapping[int, Sequence[Trace]]] | None = None, num_tokens: int = 16, norm: Any = 2,
-) -> jf.Report:  # fmt: skip
+    crm: Sequence[float], igms: Sequence[Mapping[str, float]] = (),
+    noise: Sequence[Mapping[str, ConvergenceCurve]] = (),
+    segments: Mapping[int, Mapping[int, Sequence[ConvergenceCurve]]] | None = None, num_tokens: int = 16, norm: Any = 2,
+) -> jf.CalibrationReport:  # fmt: skip
     """A report with what a strategy needs of one, and other numbers in the norms that its settings do not name."""
     igms = igms or [igm(1, 2, 3)] * len(crm)
     metrics = Metrics(tuple(igms), tuple(Components(value, 1.0, 0.0) for value in crm))
     others = Metrics((igm(3, 2, 1),) * len(crm), None)
     noise = noise or [dict.fromkeys(GUESS_NAMES, same(min(4, num_tokens), min(6, num_tokens)))] * len(crm)
     affine = torch.ones(num_tokens, CHANNELS)
-    return jf.Report(
+    return jf.CalibrationReport(
         fingerprint=fingerprint(small()), num_tokens=num_tokens, token_channels=CHANNELS,
         settings=Settings(8, False, norm, None, 8, 2, 0),
         metrics={name: metrics if name == norm else others for name in NORMS},

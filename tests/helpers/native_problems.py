@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.flows.guidance import guided
+from jacobiflow.blocks.guidance import guided
 from tests.helpers.oracle import Guide, MAFOracle, Oracle, StarOracle, sequential
 from tests.helpers.problems import make_star
 

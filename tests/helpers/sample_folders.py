@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.sampling import BlockStats, Samples
-from jacobiflow.storage import sample as module
+from jacobiflow.sampling.folder import sample as module
+from jacobiflow.sampling.sample import BlockStats, Samples
 
 PLAN = jf.Strategy.uniform(jf.Solver(jf.Window(4)), 1)
 MACHINE = {"device": "cpu", "threads": 1}

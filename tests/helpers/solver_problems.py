@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.flows.guidance import guided
+from jacobiflow.blocks.guidance import guided
 from tests.helpers.oracle import Guide, Oracle, sequential
 from tests.helpers.problems import BlockProblem, latents, make_flow
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.data import ImageDataset, digits
-from jacobiflow.training import StepReport, TrainConfig, read_metrics, train
+from jacobiflow.training import TrainConfig, TrainMetrics, read_metrics, train
 
 SIZES = {"channels": 32, "num_blocks": 2, "layers_per_block": 1, "num_classes": 10, "head_dim": 16, "expansion": 2}
 CONFIG = jf.TarFlowConfig(1, 8, 2, **SIZES, nvp=False, noise_std=0.1)  # learns its prior
@@ -39,8 +39,8 @@ def fit(out: Path, settings: TrainConfig = SETTINGS, config: jf.TarFlowConfig = 
     return train(fresh(config), some_digits(), settings, out, **calls)
 
 
-def interrupt_at(*steps: int) -> Callable[[StepReport], None]:
-    def on_step(report: StepReport) -> None:
+def interrupt_at(*steps: int) -> Callable[[TrainMetrics], None]:
+    def on_step(report: TrainMetrics) -> None:
         if report.step in steps:
             raise KeyboardInterrupt
 

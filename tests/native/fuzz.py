@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 import jacobiflow as jf
 from jacobiflow.adapters.network import MaskedNetwork, find_order
-from jacobiflow.native import boundary, build
-from jacobiflow.native import recurrence as native_recurrence
+from jacobiflow.native import boundary, library
+from jacobiflow.native import transformer as native_transformer
 from jacobiflow.native.chain import TransformChain
 from jacobiflow.native.masked import MaskedOperation, masked_transform
-from jacobiflow.native.recurrence import Prefix
+from jacobiflow.native.transformer import Prefix
 from tests.helpers import library_flows
 from tests.helpers.native_problems import CASES
 
@@ -138,7 +138,7 @@ def recurrence(rng: random.Random) -> tuple[Any, str]:
         flow = flow.to(getattr(torch, weights))
     if weights == "float64":
         z, context = z.double(), context.double() if context is not None and context.is_floating_point() else context
-    native_recurrence.MIN_IN_PLACE = rng.choice([0, 2**25])
+    native_transformer.MIN_IN_PLACE = rng.choice([0, 2**25])
     block = case.block(flow)
     target, change = rng.choice(["z", "context", "weight", "prefix"]), rng.choice(list(CHANGES))
     if target == "z":
@@ -268,7 +268,7 @@ def description(rng: random.Random) -> tuple[Any, str]:
     order, starts, (inputs, *units) = find_order(network)
     lists = [order, starts, *inputs, *(numbers for pair in units for numbers in pair)]
     settings = {"parameters": 2, "context": width, "context_start": 0, "bins": 0, "ends": 0}
-    settings["kind"] = boundary.Elementwise.CLAMPED_AFFINE
+    settings["kind"] = boundary.TransformKind.CLAMPED_AFFINE
     shapes = [tuple(holder[name].shape) for holder, name in network.tensors]
     masks = list(network.masks)
     number = rng.choice([-1, 0, 1, 2, 3, 5, 7, 9, 100, 2**31 - 1])
@@ -334,7 +334,7 @@ def main() -> None:
     if options.callers > 1:  # in threads of its own: the thread sanitizer does not see how those of OpenMP wait
         boundary.Library._use_threads_of_pytorch = lambda self: None  # type: ignore[method-assign]
     loaded = boundary.Library(options.library)
-    build._loaded = lambda: (loaded, "")
+    library._loaded = lambda: (loaded, "")
     torch.set_num_threads(3)
     outcomes: Counter[str] = Counter()
     with ThreadPoolExecutor(options.callers) as pool:

@@ -30,8 +30,8 @@ std::vector<float> normal(int size, double deviation = 0.5) {
 }
 
 // The largest error of a function of vectors over [first, last], divided by `unit` and the exact value's size.
-template <typename Function, typename Exact>
-double error_of(Function function, Exact exact, double first, double last, double unit) {
+template <typename Activation, typename Exact>
+double error_of(Activation function, Exact exact, double first, double last, double unit) {
   double most = 0;
   for (int i = 0; i <= 10000; i++) {
     const float v = (float)(first + (last - first) * i / 10000);

@@ -18,7 +18,7 @@ import jacobiflow as jf
 from jacobiflow import native
 from jacobiflow.native import compiler
 from jacobiflow.native.boundary import Library, UnsupportedError, address_of, require
-from jacobiflow.native.recurrence import Extrapolation, Recurrence
+from jacobiflow.native.transformer import GuidanceTerms, Recurrence
 from tests.helpers.native_problems import CASES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def _compiled() -> None:
-    if native.library() is None:
+    if native.load_library() is None:
         pytest.skip(native.describe())
 
 
@@ -35,7 +35,7 @@ def _compiled() -> None:
     [
         ("boundary.h", "rows, in_stride, context_stride", "in_stride, rows, context_stride", "ChainArgs"),
         ("boundary.h", "double soft_clip", "float soft_clip", "RecurrenceArgs"),
-        ("boundary.h", "relu, leaky_relu", "leaky_relu, relu", "Function"),
+        ("boundary.h", "relu, leaky_relu", "leaky_relu, relu", "Activation"),
         ("boundary.cpp", "jacobiflow_layout", "no_layout", ""),
     ],
 )
@@ -130,6 +130,6 @@ def test_guidance_of_a_context_without_an_unconditional_one_is_refused() -> None
         block.proj_in.weight, block.positions(), [layer.named() for layer in block.layer_weights()], 1,
         block.proj_out.weight, block.proj_out.bias, has_scale=True,
     )  # fmt: skip
-    guidance = Extrapolation(weights, weights, None, 1.0, by_density=False)
+    guidance = GuidanceTerms(weights, weights, None, 1.0, by_density=False)
     assert recurrence.invert(z, None, guidance) is not None
     assert recurrence.invert(z, torch.ones(1, 1, 7), guidance) is None

@@ -11,7 +11,7 @@ import torch
 
 import jacobiflow as jf
 from jacobiflow import native
-from jacobiflow.native import build, compiler
+from jacobiflow.native import compiler, library
 from jacobiflow.native.boundary import Library
 from tests.helpers.library_flows import CASES as FLOWS
 from tests.helpers.library_flows import NATIVE, check, default_dtype, gradient_gap, gradients, normal
@@ -27,7 +27,7 @@ TARGETS = compiler.TARGETS.get(platform.machine(), {})
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what is compiled for a wheel."""
-    if native.library() is None:
+    if native.load_library() is None:
         pytest.skip(native.describe())
     folder = tmp_path_factory.mktemp("targets")
     with pytest.MonkeyPatch.context() as patch:
@@ -44,7 +44,7 @@ def test_the_targets_of_a_wheel_give_the_same(name: str, targets: Path, monkeypa
         pytest.skip("the processor has no such vectors")
     loaded = Library(targets / name)
     assert loaded.lanes == {"avx512": 16, "avx2": 8}.get(name, 4)
-    monkeypatch.setattr(build, "_loaded", lambda: (loaded, ""))
+    monkeypatch.setattr(library, "_loaded", lambda: (loaded, ""))
     for case in CASES.values():
         flow = case.flow()
         with threads(case.threads):
@@ -69,7 +69,7 @@ def test_the_targets_of_a_wheel_give_the_same(name: str, targets: Path, monkeypa
 def test_malformed_calls_under_a_sanitizer_of(name: str, count: int) -> None:
     """Each call is refused, or gives what PyTorch gives; `make fuzz` makes more of them."""
     sanitizer = SANITIZERS[name]
-    if native.library() is None:
+    if native.load_library() is None:
         pytest.skip(native.describe())
     if not sanitizer.paths():
         pytest.skip("the compiler has no such sanitizer")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow import native
-from jacobiflow.native import recurrence, weights
+from jacobiflow.native import transformer, weights
 from tests.helpers.native_problems import CASES, Case, relative_error, threads
 from tests.helpers.problems import latents
 
@@ -26,18 +26,18 @@ TRANSFORMERS = {name: case for name, case in CASES.items() if case.kind is not j
 @pytest.fixture(autouse=True)
 def stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[torch.dtype, bool]]]:
     """The dtypes of the layers' weights that native code was given, each with whether they were packed."""
-    if native.library() is None:
+    if native.load_library() is None:
         pytest.skip(native.describe())
     monkeypatch.setattr(weights, "_MIN_BF16", 0)
-    monkeypatch.setattr(native.library(), "has_fast_halves", True)
-    seen, weight = set[tuple[torch.dtype, bool]](), recurrence._PackedRecurrence._weight
+    monkeypatch.setattr(native.load_library(), "has_fast_halves", True)
+    seen, weight = set[tuple[torch.dtype, bool]](), transformer._PackedRecurrence._weight
 
     def noted(self: Any, matrix: Tensor, shape: tuple[int, int], scales: Any, in_panels: bool) -> Any:
         if {*shape} <= {self.channels, 3 * self.channels, self.hidden}:
             seen.add((matrix.dtype, in_panels))
         return weight(self, matrix, shape, scales, in_panels)
 
-    monkeypatch.setattr(recurrence._PackedRecurrence, "_weight", noted)
+    monkeypatch.setattr(transformer._PackedRecurrence, "_weight", noted)
     yield seen
 
 
@@ -67,7 +67,7 @@ def test_weights_of_16_bits_change_no_bit(
     if dtype == torch.float16 or rows <= 8:
         assert stored == {(dtype, True)}
     stored.clear()
-    monkeypatch.setattr(native.library(), "has_fast_halves", False)
+    monkeypatch.setattr(native.load_library(), "has_fast_halves", False)
     expected = invert(case, flow)
     assert stored == {(torch.float32, True)}
     assert all(map(torch.equal, answer, expected))
@@ -95,11 +95,11 @@ def test_a_flow_in_float64(name: str, stored: set[Any]) -> None:
 
 
 def test_large_weights_are_read_where_they_lie(stored: set[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recurrence, "MIN_IN_PLACE", 0)
+    monkeypatch.setattr(transformer, "MIN_IN_PLACE", 0)
     flow = rounded(WHOLE_VECTORS.flow(), torch.bfloat16)
     reference = WHOLE_VECTORS.answer(flow, WHOLE_VECTORS.z(flow))
     answers = [invert(WHOLE_VECTORS, flow), invert(WHOLE_VECTORS, deepcopy(flow).bfloat16())]
-    monkeypatch.setattr(native.library(), "has_fast_halves", False)
+    monkeypatch.setattr(native.load_library(), "has_fast_halves", False)
     answers.append(invert(WHOLE_VECTORS, flow))
     assert stored == {(torch.bfloat16, False), (torch.float32, False)}
     assert relative_error(answers[0][0], reference) < 3e-6

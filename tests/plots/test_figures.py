@@ -12,10 +12,10 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from jacobiflow.comparison import Comparison, Row
-from jacobiflow.measuring import Error, Timing
+from jacobiflow.comparison.compare import Comparison, Row
 from jacobiflow.plots import bench_figure, sampler_style, save_png
 from jacobiflow.plots.style import Style
+from jacobiflow.utils.timing import Error, Timing
 from tests.helpers.pictures import texts_fit
 
 

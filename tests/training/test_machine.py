@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import jacobiflow as jf
 from jacobiflow.data import ImageDataset, Noise
-from jacobiflow.training import StepReport, TrainConfig, train
+from jacobiflow.training import TrainConfig, TrainMetrics, train
 from tests.helpers.training_runs import assert_same, checkpoint, contents, error_of, metrics
 
 CONFIG = jf.MAFConfig(1, 2, hidden_features=4, num_blocks=1, hidden_layers=1)
@@ -87,7 +87,7 @@ class Training(RuleBasedStateMachine):
         """A run, which is interrupted at step `stop`; steps that the checkpoint holds must not be done again."""
         expected = self.done() if done is None else done
 
-        def on_step(report: StepReport) -> None:
+        def on_step(report: TrainMetrics) -> None:
             nonlocal expected
             expected += 1
             assert report.step == expected

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.data import Augmentation, ImageDataset, Noise
-from jacobiflow.training import StepReport, TrainConfig, problems, read_metrics, train
+from jacobiflow.training import TrainConfig, TrainMetrics, problems, read_metrics, train
 from tests.helpers.running import run_line
 from tests.helpers.training_runs import (
     CONFIG,
@@ -105,7 +105,7 @@ def test_a_terminated_command_leaves_a_checkpoint(tmp_path: Path, capsys: pytest
 
 
 def test_the_loss_falls_and_the_averaged_flow_is_the_model_folder(tmp_path: Path) -> None:
-    reports: list[StepReport] = []
+    reports: list[TrainMetrics] = []
     sheets: list[tuple[int, Tensor]] = []
     settings = replace(SETTINGS, steps=60, learning_rate=5e-3, ema=0.9, bf16=True, sample_every=30)
     config = replace(CONFIG, nvp=True)
@@ -137,7 +137,7 @@ def test_every_parameter_is_trained_and_the_average_follows(config: jf.TarFlowCo
     before = {name: parameter.detach().clone() for name, parameter in flow.named_parameters()}
     want = dict(before)
 
-    def on_step(report: StepReport) -> None:
+    def on_step(report: TrainMetrics) -> None:
         decay = min(0.5, report.step / (9 + report.step))
         for name, parameter in flow.named_parameters():
             want[name] = decay * want[name] + (1 - decay) * parameter.detach()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from jacobiflow.adapters.chain import Chain, Describe, Fallback, Values, flatten, is_plain_call
 from jacobiflow.native import describe as native_line
-from jacobiflow.native import library as native_library
+from jacobiflow.native import load_library
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -157,10 +157,10 @@ class Acceleration:
     def _way(self, module: nn.Module) -> str:
         describe = self._adapters[module].describe
         if describe is None:
-            return "native code" if native_library() is not None else f"its own loop: native code is {native_line()}"
+            return "native code" if load_library() is not None else f"its own loop: native code is {native_line()}"
         if self.tolerance == 0:
             return "passes"
-        if native_library() is None:
+        if load_library() is None:
             return f"passes: native code is {native_line()}"
         obstacle = Chain(module, describe, is_conditional=False).obstacle
         return "native code" if obstacle is None else f"passes: native code does not know {obstacle}"
@@ -183,7 +183,7 @@ class Acceleration:
         The batches of `x` and `context` are broadcast. Without a `fallback`, see `Chain.evaluate`, the values are the
         start of passes, at any tolerance. For `log_det` see `native.masked.TransformChain`.
         """
-        if (self.tolerance == 0 and fallback is not None) or native_library() is None:
+        if (self.tolerance == 0 and fallback is not None) or load_library() is None:
             return None
         adapter = self._adapters.get(module)
         if adapter is None or x.ndim == 0 or not is_plain_call():  # a replica of DataParallel has no adapter

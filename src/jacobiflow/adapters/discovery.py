@@ -17,8 +17,8 @@ from jacobiflow.adapters.libraries import LibraryAcceleration
 from jacobiflow.adapters.state import BlockState
 from jacobiflow.adapters.tarflow import recognise, resembles
 from jacobiflow.adapters.trial import TrialResult
-from jacobiflow.checks import check_number
 from jacobiflow.errors import InputValueError
+from jacobiflow.utils.checks import check_number
 
 _LIBRARIES = {  # name of its module here: package, first supported version, version from which it is not supported
     "zuko": ("zuko", "1.2", "2"), "nflows": ("nflows", "0.14", "0.15"),

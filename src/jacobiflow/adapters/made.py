@@ -14,13 +14,13 @@ from jacobiflow.adapters.acceleration import AcceleratedModule, library_class
 from jacobiflow.adapters.chain import Part, Values, masked_part
 from jacobiflow.adapters.network import MaskedNetwork
 from jacobiflow.adapters.passes import invert
-from jacobiflow.native.boundary import Elementwise, Ends, UnsupportedError
+from jacobiflow.native.boundary import SplineBoundary, TransformKind, UnsupportedError
 
 _PLAIN = (nn.ModuleList, nn.Linear, nn.Dropout, nn.Identity)
 
 
 def made_part(
-    module: Any, library: ModuleType, is_conditional: bool, kind: Elementwise, parameters: int = 2, **settings: Any
+    module: Any, library: ModuleType, is_conditional: bool, kind: TransformKind, parameters: int = 2, **settings: Any
 ) -> Part:
     """Returns a masked transform; `library` is the library's module of its MADE."""
     network = _network(module.autoregressive_net, library, parameters, is_conditional)
@@ -32,11 +32,15 @@ def spline_part(module: Any, library: ModuleType, is_conditional: bool) -> Part:
     if isinstance(module.tails, list | tuple) or isinstance(module.tail_bound, Tensor):
         raise UnsupportedError("a spline with tails of its own for each feature")
     bins, width = module.num_bins, getattr(module.autoregressive_net, "hidden_features", 1)
-    ends = {"linear": Ends.FIXED, "circular": Ends.CIRCULAR}.get(module.tails, Ends.FREE)
+    ends = {"linear": SplineBoundary.FIXED, "circular": SplineBoundary.CIRCULAR}.get(module.tails, SplineBoundary.FREE)
     low, high = (0.0, 1.0) if module.tails is None else (-float(module.tail_bound), float(module.tail_bound))
-    parameters = {Ends.FIXED: 3 * bins - 1, Ends.CIRCULAR: 3 * bins, Ends.FREE: 3 * bins + 1}[ends]
+    parameters = {
+        SplineBoundary.FIXED: 3 * bins - 1,
+        SplineBoundary.CIRCULAR: 3 * bins,
+        SplineBoundary.FREE: 3 * bins + 1,
+    }[ends]
     return made_part(
-        module, library, is_conditional, Elementwise.RATIONAL_QUADRATIC, parameters, bins=bins, ends=ends,
+        module, library, is_conditional, TransformKind.RATIONAL_QUADRATIC, parameters, bins=bins, ends=ends,
         end_slope=1.0, factor=float(width) ** -0.5, low=low, high=high, has_tails=module.tails is not None,
         min_width=module.min_bin_width, min_height=module.min_bin_height, min_slope=module.min_derivative,
     )  # fmt: skip

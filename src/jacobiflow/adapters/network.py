@@ -10,25 +10,25 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.native.boundary import Function, Kind, Operation, UnsupportedError
+from jacobiflow.native.boundary import Activation, Operation, OperationKind, UnsupportedError
 
 Slot = tuple[dict[str, Any], str]
 """A dictionary of a module (its parameters, say) and a name in it."""
 
-_MODULES: dict[type[nn.Module], tuple[Function, tuple[str, ...]]] = {
-    nn.Identity: (Function.IDENTITY, ()), nn.ReLU: (Function.RELU, ()),
-    nn.LeakyReLU: (Function.LEAKY_RELU, ("negative_slope",)), nn.ELU: (Function.ELU, ("alpha",)),
-    nn.SELU: (Function.SELU, ()), nn.Tanh: (Function.TANH, ()), nn.Sigmoid: (Function.SIGMOID, ()),
-    nn.SiLU: (Function.SILU, ()), nn.Softplus: (Function.SOFTPLUS, ("beta", "threshold")),
+_MODULES: dict[type[nn.Module], tuple[Activation, tuple[str, ...]]] = {
+    nn.Identity: (Activation.IDENTITY, ()), nn.ReLU: (Activation.RELU, ()),
+    nn.LeakyReLU: (Activation.LEAKY_RELU, ("negative_slope",)), nn.ELU: (Activation.ELU, ("alpha",)),
+    nn.SELU: (Activation.SELU, ()), nn.Tanh: (Activation.TANH, ()), nn.Sigmoid: (Activation.SIGMOID, ()),
+    nn.SiLU: (Activation.SILU, ()), nn.Softplus: (Activation.SOFTPLUS, ("beta", "threshold")),
 }  # fmt: skip
-_FUNCTIONS: dict[Callable[..., Tensor], tuple[Function, tuple[float, ...]]] = {
-    F.relu: (Function.RELU, ()), torch.relu: (Function.RELU, ()), F.leaky_relu: (Function.LEAKY_RELU, (0.01,)),
-    F.elu: (Function.ELU, (1.0,)), F.selu: (Function.SELU, ()), torch.selu: (Function.SELU, ()),
-    F.tanh: (Function.TANH, ()), torch.tanh: (Function.TANH, ()), F.sigmoid: (Function.SIGMOID, ()),
-    torch.sigmoid: (Function.SIGMOID, ()), F.silu: (Function.SILU, ()), F.gelu: (Function.GELU, ()),
-    F.softplus: (Function.SOFTPLUS, (1.0, 20.0)),
+_FUNCTIONS: dict[Callable[..., Tensor], tuple[Activation, tuple[float, ...]]] = {
+    F.relu: (Activation.RELU, ()), torch.relu: (Activation.RELU, ()), F.leaky_relu: (Activation.LEAKY_RELU, (0.01,)),
+    F.elu: (Activation.ELU, (1.0,)), F.selu: (Activation.SELU, ()), torch.selu: (Activation.SELU, ()),
+    F.tanh: (Activation.TANH, ()), torch.tanh: (Activation.TANH, ()), F.sigmoid: (Activation.SIGMOID, ()),
+    torch.sigmoid: (Activation.SIGMOID, ()), F.silu: (Activation.SILU, ()), F.gelu: (Activation.GELU, ()),
+    F.softplus: (Activation.SOFTPLUS, (1.0, 20.0)),
 }  # fmt: skip
-_GELU = {"none": Function.GELU, "tanh": Function.GELU_TANH}
+_GELU = {"none": Activation.GELU, "tanh": Activation.GELU_TANH}
 
 
 class MaskedNetwork:
@@ -63,27 +63,27 @@ class MaskedNetwork:
             self.operations[source - 1].is_kept = True
         else:
             self.width = layer.in_features
-        return self._add(Kind.LINEAR, source, function, layer)
+        return self._add(OperationKind.LINEAR, source, function, layer)
 
     def activation(self, source: int, function: Any) -> int:
         """Adds function(x)."""
-        return self._add(Kind.ACTIVATION, source, function)
+        return self._add(OperationKind.ACTIVATION, source, function)
 
     def sum(self, source: int, other: int) -> int:
         """Adds the sum of two values."""
-        return self._add(Kind.SUM, source, other=other)
+        return self._add(OperationKind.SUM, source, other=other)
 
     def add_context(self, source: int, layer: nn.Linear, function: Any = None) -> int:
         """Adds x + function(layer(context))."""
         self.context = layer.in_features
-        return self._add(Kind.ADD_CONTEXT, source, function, layer)
+        return self._add(OperationKind.ADD_CONTEXT, source, function, layer)
 
     def gate_by_context(self, source: int, layer: nn.Linear) -> int:
         """Adds x * sigmoid(layer(context))."""
         self.context = layer.in_features
-        return self._add(Kind.GATE_CONTEXT, source, layer=layer)
+        return self._add(OperationKind.GATE_CONTEXT, source, layer=layer)
 
-    def _add(self, kind: Kind, source: int, function: Any = None, layer: Any = None, other: int = 0) -> int:
+    def _add(self, kind: OperationKind, source: int, function: Any = None, layer: Any = None, other: int = 0) -> int:
         operation, mask = Operation(kind=kind, source=source, other=other, weight=-1, bias=-1), None
         if function is not None:
             operation.function, settings = _activation(function)
@@ -94,7 +94,7 @@ class MaskedNetwork:
                 if layer._parameters[name] is not None:
                     setattr(operation, name, len(self.tensors))
                     self.tensors.append((layer._parameters, name))
-        if kind == Kind.LINEAR:
+        if kind == OperationKind.LINEAR:
             mask = layer.mask.bool()
             self.constants.append((layer._buffers, "mask"))
         self.operations.append(operation)
@@ -102,7 +102,7 @@ class MaskedNetwork:
         return len(self.operations)
 
 
-def _activation(function: Any) -> tuple[Function, tuple[float, ...]]:
+def _activation(function: Any) -> tuple[Activation, tuple[float, ...]]:
     """The activation and its settings."""
     if type(function) is nn.GELU:
         return _GELU[function.approximate], ()
@@ -157,9 +157,9 @@ def _dependencies(network: MaskedNetwork) -> Bool[Tensor, "units d"]:
     values[0][network.features] = torch.eye(features, dtype=torch.float32)
     for operation, mask in zip(network.operations, network.masks, strict=True):
         value = values[operation.source]
-        if operation.kind == Kind.LINEAR:
+        if operation.kind == OperationKind.LINEAR:
             value = (mask.to(value) @ value > 0).to(value)
-        elif operation.kind == Kind.SUM:
+        elif operation.kind == OperationKind.SUM:
             value = torch.maximum(value, values[operation.other])
         values.append(value)
     return values[-1].bool()
@@ -189,11 +189,11 @@ def _first_steps(network: MaskedNetwork, step_of: Int[Tensor, " d"]) -> list[Int
     of_input[network.features] = step_of + 1
     first_steps = [of_input]
     for operation, mask in zip(network.operations, network.masks, strict=True):
-        if operation.kind == Kind.LINEAR:
+        if operation.kind == OperationKind.LINEAR:
             first_steps.append(torch.zeros(len(mask), dtype=torch.long))
         else:
             first_steps.append(first_steps[operation.source])
-        if operation.kind == Kind.SUM:
+        if operation.kind == OperationKind.SUM:
             other = first_steps[operation.other]
             first_steps = [first_steps[-1] if steps is other else steps for steps in first_steps]
     last = first_steps[-1]
@@ -201,7 +201,7 @@ def _first_steps(network: MaskedNetwork, step_of: Int[Tensor, " d"]) -> list[Int
     while True:
         before = [steps.clone() for steps in first_steps]
         for value, (operation, mask) in enumerate(zip(network.operations, network.masks, strict=True), start=1):
-            if operation.kind == Kind.LINEAR:
+            if operation.kind == OperationKind.LINEAR:
                 least = (mask * first_steps[operation.source]).amax(dim=1)
                 if first_steps[value] is not last:
                     torch.maximum(first_steps[value], least, out=first_steps[value])

@@ -18,7 +18,7 @@ from nflows.transforms.standard import AffineTransform, PointwiseAffineTransform
 from jacobiflow.adapters.acceleration import Adapter, library_class
 from jacobiflow.adapters.chain import Part, affine_part, permutation_part
 from jacobiflow.adapters.made import AcceleratedComposition, AcceleratedTransform, made_part, spline_part
-from jacobiflow.native.boundary import Elementwise, UnsupportedError
+from jacobiflow.native.boundary import TransformKind, UnsupportedError
 
 
 def describe(module: Any, is_conditional: bool, is_inverse: bool = False) -> Iterator[tuple[Part, bool]]:
@@ -35,7 +35,7 @@ def describe(module: Any, is_conditional: bool, is_inverse: bool = False) -> Ite
 
 def _transform(module: Any, kind: Any, is_conditional: bool) -> Part:
     if kind is MaskedAffineAutoregressiveTransform:
-        return made_part(module, made, is_conditional, Elementwise.SOFTPLUS_AFFINE, second=module._epsilon)
+        return made_part(module, made, is_conditional, TransformKind.SOFTPLUS_AFFINE, second=module._epsilon)
     if kind is MaskedPiecewiseRationalQuadraticAutoregressiveTransform:
         return spline_part(module, made, is_conditional)
     if kind in (Permutation, RandomPermutation, ReversePermutation) and module._dim == 1:

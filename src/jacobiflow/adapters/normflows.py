@@ -16,7 +16,7 @@ from torch import Tensor
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, library_class
 from jacobiflow.adapters.chain import Part, permutation_part
 from jacobiflow.adapters.made import AcceleratedTransform, evaluate, made_part, optional, spline_part
-from jacobiflow.native.boundary import Elementwise, UnsupportedError
+from jacobiflow.native.boundary import TransformKind, UnsupportedError
 
 
 def describe(module: Any, is_conditional: bool) -> Iterator[tuple[Part, bool]]:
@@ -30,7 +30,7 @@ def describe(module: Any, is_conditional: bool) -> Iterator[tuple[Part, bool]]:
     elif kind is MaskedPiecewiseRationalQuadraticAutoregressive:
         yield spline_part(module, made, is_conditional), False
     elif kind is MaskedAffineAutoregressive:
-        yield made_part(module, made, is_conditional, Elementwise.SIGMOID_AFFINE, first=2.0, second=1e-3), False
+        yield made_part(module, made, is_conditional, TransformKind.SIGMOID_AFFINE, first=2.0, second=1e-3), False
     elif kind is Permute and module.mode == "shuffle":
         yield permutation_part(module, module.perm.tolist(), (module._buffers, "perm")), False
     elif kind is Permute and module.mode == "swap":

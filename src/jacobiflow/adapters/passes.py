@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import Acceleration
 from jacobiflow.adapters.chain import DROPOUTS, has_hooks, has_replaced_method, is_acceleration_off
-from jacobiflow.implicit import check_first_derivative, is_batched, solve_adjoint
+from jacobiflow.fixed_point.implicit import solve_adjoint
 from jacobiflow.native.boundary import is_traced
+from jacobiflow.utils.autograd import check_first_derivative, is_batched
 
 Pass = Callable[[Any, Tensor], Sequence[Tensor]]
 """network, x -> (g(x), ...): the next iterate, and the library's other results."""

@@ -21,7 +21,7 @@ from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, acceler
 from jacobiflow.adapters.chain import Part, Values, masked_part
 from jacobiflow.adapters.network import MaskedNetwork
 from jacobiflow.adapters.passes import invert
-from jacobiflow.native.boundary import Elementwise, Ends, UnsupportedError
+from jacobiflow.native.boundary import SplineBoundary, TransformKind, UnsupportedError
 
 
 def describe(module: Any, is_conditional: bool) -> Iterator[tuple[Part, bool]]:
@@ -30,7 +30,7 @@ def describe(module: Any, is_conditional: bool) -> Iterator[tuple[Part, bool]]:
     options = vars(module).get("kwargs", vars(module))  # where a conditional transform has its settings
     if kind in (AffineAutoregressive, ConditionalAffineAutoregressive):
         settings: dict[str, Any] = {
-            "kind": Elementwise.CLAMPED_AFFINE, "first": options.get("log_scale_min_clip", -5.0),
+            "kind": TransformKind.CLAMPED_AFFINE, "first": options.get("log_scale_min_clip", -5.0),
             "second": options.get("log_scale_max_clip", 3.0),
         }  # fmt: skip
         sizes = [1, 1]
@@ -49,9 +49,9 @@ def describe(module: Any, is_conditional: bool) -> Iterator[tuple[Part, bool]]:
 def _spline(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     """The spline's settings, and the sizes of its parameters."""
     bins, bound, order = options.get("count_bins", 8), options.get("bound", 3.0), options.get("order", "linear")
-    kind = Elementwise.RATIONAL_LINEAR if order == "linear" else Elementwise.RATIONAL_QUADRATIC
+    kind = TransformKind.RATIONAL_LINEAR if order == "linear" else TransformKind.RATIONAL_QUADRATIC
     return {
-        "kind": kind, "bins": bins, "ends": Ends.FIXED, "end_slope": 1 - 1e-3, "factor": 1.0, "low": -bound,
+        "kind": kind, "bins": bins, "ends": SplineBoundary.FIXED, "end_slope": 1 - 1e-3, "factor": 1.0, "low": -bound,
         "high": bound, "has_tails": True, "min_width": 1e-3, "min_height": 1e-3, "min_slope": 1e-3, "gap": 1e-6,
     }, [bins, bins, bins - 1, *([bins] if order == "linear" else [])]  # fmt: skip
 

@@ -13,9 +13,9 @@ from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, library
 from jacobiflow.adapters.state import BlockState
 from jacobiflow.adapters.trial import MAX_GUIDANCE, TEMPERATURES, Trial, TrialResult
 from jacobiflow.native import describe as native_line
-from jacobiflow.native import library as native_library
+from jacobiflow.native import load_library
 from jacobiflow.native.boundary import is_traced
-from jacobiflow.native.recurrence import Extrapolation, Recurrence
+from jacobiflow.native.transformer import GuidanceTerms, Recurrence
 
 _PARTS = ("proj_in", "pos_embed", "attn_blocks", "proj_out", "permutation", "reverse")
 _PARAMETERS = {"self", "x", "y", "cond", "guidance", "guide_what", "attn_temp", "annealed_guidance"}
@@ -46,7 +46,7 @@ def recognise(module: Any, results: list[tuple[BlockState, TrialResult]]) -> tup
         return None, "its reverse was replaced"
     if (part := _other_part(module)) is not None:
         return None, f"{part} is not that of a TarFlow block"
-    if native_library() is None:
+    if load_library() is None:
         return None, f"native code is {native_line()}"
     if is_traced():
         return None, "it cannot be tried while PyTorch traces, or has hooks on all modules"
@@ -112,7 +112,7 @@ def _reverse(
             weights *= torch.arange(tokens, device=x.device) / max(tokens - 1, 1)
         zeros = torch.zeros_like(weights)
         of_scale, of_shift = (weights if parameter in guide_what else zeros for parameter in "ab")
-        extrapolation = Extrapolation(of_scale, of_shift, other, attn_temp, by_density=False)
+        extrapolation = GuidanceTerms(of_scale, of_shift, other, attn_temp, by_density=False)
     layers = [_layer(layer) for layer in block.attn_blocks]
     recurrence = Recurrence(
         proj_in=block.proj_in.weight,

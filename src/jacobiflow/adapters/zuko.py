@@ -29,7 +29,7 @@ from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, is_acce
 from jacobiflow.adapters.chain import Part, Values, affine_part, masked_part, normal_part, permutation_part
 from jacobiflow.adapters.network import MaskedNetwork, Slot
 from jacobiflow.adapters.passes import invert
-from jacobiflow.native.boundary import Elementwise, Ends, UnsupportedError
+from jacobiflow.native.boundary import SplineBoundary, TransformKind, UnsupportedError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -87,13 +87,13 @@ def _univariate(univariate: Any, shapes: list[Any]) -> dict[str, Any]:
     if settings or not all(isinstance(number, int | float) for number in (slope, bound)):
         raise UnsupportedError(f"the settings of {univariate.__name__}")
     if univariate is MonotonicAffineTransform and sizes == [(), ()]:
-        return {"kind": Elementwise.SOFT_CLIPPED_AFFINE, "first": clip}
+        return {"kind": TransformKind.SOFT_CLIPPED_AFFINE, "first": clip}
     if univariate in (MonotonicRQSTransform, CircularRQSTransform) and len(sizes) == 3 and len(sizes[0]) == 1:
         (bins,), is_circular = sizes[0], univariate is CircularRQSTransform
         if sizes == [(bins,), (bins,), (bins - 1,)]:
             bound = math.pi if is_circular else bound
             return {
-                "kind": Elementwise.RATIONAL_QUADRATIC, "bins": bins, "ends": Ends.FIXED, "end_slope": 1.0,
+                "kind": TransformKind.RATIONAL_QUADRATIC, "bins": bins, "ends": SplineBoundary.FIXED, "end_slope": 1.0,
                 "is_soft_clipped": True, "clip": clip, "factor": 1.0, "low": -bound, "high": bound,
                 "has_tails": not is_circular, "is_circular": is_circular,
             }  # fmt: skip

@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from jacobiflow.blocks.base import Block, evaluate
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.base import Block, evaluate
-from jacobiflow.solvers import Guess, Segments, no_gradients
-from jacobiflow.solvers.solve import check_tokens
+from jacobiflow.fixed_point import Guess, Segments, no_gradients
+from jacobiflow.fixed_point.sweeps import check_tokens
 
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 _SETTLED = 0.1 * min(TOLERANCES)  # the last bits of a float32 keep changing for as many sweeps as there are tokens
@@ -23,7 +23,7 @@ _MOST_ROWS = 100  # of the bidiagonal matrix in `gamma_norm`
 
 
 @dataclass(frozen=True)
-class Trace:
+class ConvergenceCurve:
     """Distance to X*, the largest |X^(k) - X*| over tokens and channels, after k = 0, 1, ... plain sweeps.
 
     Attributes:
@@ -37,14 +37,14 @@ class Trace:
     largest: tuple[float, ...]
     sweeps: Mapping[float, tuple[int | None, ...]]
 
-    def reach(self, tolerance: float, most: int) -> tuple[int, ...]:
+    def sweeps_to_tolerance(self, tolerance: float, most: int) -> tuple[int, ...]:
         """The sweeps of each sample to a tolerance that was measured; `most` if rounding keeps it above."""
         if tolerance not in self.sweeps:
             raise InputValueError(f"tolerance {tolerance}: measured are {', '.join(f'{t:g}' for t in self.sweeps)}")
         return tuple(most if count is None else count for count in self.sweeps[tolerance])
 
     @classmethod
-    def of(cls, batches: Sequence[Float[Tensor, "k b"]]) -> Trace:
+    def of(cls, batches: Sequence[Float[Tensor, "k b"]]) -> ConvergenceCurve:
         """The trace of the distances of batches: a row for each number of sweeps, a column for each sample.
 
         If a batch has fewer rows than another, it stays at its last distance.

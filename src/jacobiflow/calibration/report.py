@@ -9,22 +9,22 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from jacobiflow import codec
-from jacobiflow.calibration.convergence import Trace
+from jacobiflow.blocks.guidance import Guidance
+from jacobiflow.calibration.convergence import ConvergenceCurve
 from jacobiflow.calibration.metrics import Components, Metrics, Norm, rank_correlation
-from jacobiflow.checks import check_choice, check_count, check_flag, check_kind, check_number
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.fingerprint import check_fingerprint
-from jacobiflow.flows.flow import Flow, check_flow
-from jacobiflow.flows.guidance import Guidance
-from jacobiflow.solvers import Guess, Latent, MeanAffine, Zeros
+from jacobiflow.fixed_point import Guess, Latent, MeanAffine, Zeros
+from jacobiflow.models.checkpoints.fingerprint import check_fingerprint
+from jacobiflow.models.flow import Flow, check_flow
+from jacobiflow.utils import serialization
+from jacobiflow.utils.checks import check_choice, check_count, check_flag, check_kind, check_number
 
 GUESS_NAMES = ("latent", "zeros", "mean_affine")
 Start = Literal["images", "noise"]
 
 
 def named_guesses(mean_affine: MeanAffine) -> dict[str, Guess]:
-    """The guesses of a block by the names that `Report.igm` uses."""
+    """The guesses of a block by the names that `CalibrationReport.igm` uses."""
     return dict(zip(GUESS_NAMES, (Latent(), Zeros(), mean_affine), strict=True))
 
 
@@ -72,7 +72,7 @@ class ClassSpread:
 
 
 @dataclass(frozen=True, repr=False)
-class Report(codec.Document):
+class CalibrationReport(serialization.Document):
     """The measurements of `jacobiflow.calibrate`. Blocks are numbered in encoding order.
 
     Attributes:
@@ -92,7 +92,7 @@ class Report(codec.Document):
             images, or under guidance of the first eight fresh latents.
 
     Example:
-        >>> report = jf.Report.load(jf.find_report(jf.load("digits-p1")))
+        >>> report = jf.CalibrationReport.load(jf.find_report(jf.load("digits-p1")))
         >>> report.num_blocks, report.best_guess(0)
         (4, 'mean_affine')
     """
@@ -107,8 +107,8 @@ class Report(codec.Document):
     segment_metrics: Mapping[int, Metrics]
     class_metrics: Mapping[int, Metrics]
     mean_affine: tuple[MeanAffine, ...]
-    traces: Mapping[Start, tuple[Mapping[str, Trace], ...]]
-    segment_traces: Mapping[int, Mapping[int, tuple[Trace, ...]]]
+    traces: Mapping[Start, tuple[Mapping[str, ConvergenceCurve], ...]]
+    segment_traces: Mapping[int, Mapping[int, tuple[ConvergenceCurve, ...]]]
     gamma: tuple[tuple[float, ...], ...]
 
     def __post_init__(self) -> None:
@@ -197,7 +197,7 @@ class Report(codec.Document):
         if guess is not None:
             check_choice("guess", guess, GUESS_NAMES)
         return [
-            row[guess or self.best_guess(block)].reach(tolerance, self.num_tokens)
+            row[guess or self.best_guess(block)].sweeps_to_tolerance(tolerance, self.num_tokens)
             for block, row in enumerate(self.traces[start])
         ]
 
@@ -234,7 +234,7 @@ def find_report(flow: Flow) -> Path | None:
         >>> jf.find_report(jf.load("digits-p1")).name
         'report.json'
     """
-    return find_file(flow, "report", lambda file: Report.load(file).settings.guidance)
+    return find_file(flow, "report", lambda file: CalibrationReport.load(file).settings.guidance)
 
 
 def find_file(flow: Flow, name: str, guidance_of: Callable[[Path], Guidance | None]) -> Path | None:
@@ -257,7 +257,7 @@ def _class_spread(classes: Sequence[Metrics], block: int) -> ClassSpread:
 
 
 def gs_jacobi_notation(
-    report: Report, tolerance: float = 1e-2, *, per_segment: bool = False, call_cost: float = 32.0
+    report: CalibrationReport, tolerance: float = 1e-2, *, per_segment: bool = False, call_cost: float = 32.0
 ) -> str:
     """Proposes a strategy by Algorithm 1 of the paper: tough blocks by CRM, numbers of sweeps as measured.
 
@@ -280,11 +280,11 @@ def gs_jacobi_notation(
         ValueError: If CRM is not defined or the tolerance was not measured.
 
     Example:
-        >>> report = jf.Report.load(jf.find_report(jf.load("fashion-p2")))
+        >>> report = jf.CalibrationReport.load(jf.find_report(jf.load("fashion-p2")))
         >>> gs_jacobi_notation(report)
         '[7-196-1-10]'
     """
-    check_kind("report", report, Report, "a Report, as calibrate returns")
+    check_kind("report", report, CalibrationReport, "a CalibrationReport, as calibrate returns")
     tolerance, call_cost = check_number("tolerance", tolerance), check_number("call_cost", call_cost)
     check_flag("per_segment", per_segment)
     tough = report.tough_blocks
@@ -298,13 +298,13 @@ def gs_jacobi_notation(
 
 
 def _cheapest_segments(
-    report: Report, block: int, tolerance: float, per_segment: bool, call_cost: float
+    report: CalibrationReport, block: int, tolerance: float, per_segment: bool, call_cost: float
 ) -> tuple[int, str]:
     """GS and J of a tough block."""
     length = report.num_tokens
     ways = [(length * (1 + call_cost), length, "1")]
     for count, traces in report.segment_traces.get(block, {}).items():
-        sweeps = [max(1, *trace.reach(tolerance, length)) for trace in traces]
+        sweeps = [max(1, *trace.sweeps_to_tolerance(tolerance, length)) for trace in traces]
         if max(sweeps) <= length // count:
             total = sum(sweeps) if per_segment else count * max(sweeps)
             text = ",".join(map(str, sweeps)) if per_segment else str(max(sweeps))

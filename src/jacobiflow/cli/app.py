@@ -51,8 +51,8 @@ def _with_json(command: Callable[..., dict[str, Any] | None]) -> Callable[..., i
 
     @functools.wraps(command)
     def run(*, json: shared.Json = None, **arguments: Any) -> int:
-        from jacobiflow.files import write_json
-        from jacobiflow.memory import keep_freed_memory
+        from jacobiflow.models.memory import keep_freed_memory
+        from jacobiflow.utils.files import write_json
 
         keep_freed_memory()
         _load_extensions()

@@ -14,10 +14,10 @@ from jacobiflow.cli import shared
 from jacobiflow.cli.shared import progress_bar, show_table
 
 if TYPE_CHECKING:
-    from jacobiflow.comparison import Comparison, Row
-    from jacobiflow.flows.flow import Flow
-    from jacobiflow.measuring import Timing
-    from jacobiflow.progress import Progress
+    from jacobiflow.comparison.compare import Comparison, Row
+    from jacobiflow.models.flow import Flow
+    from jacobiflow.utils.progress import Progress
+    from jacobiflow.utils.timing import Timing
 
 _PICTURE, _TABLE = "bench.png", "bench.json"
 _STRATEGY = (
@@ -54,7 +54,11 @@ def bench(
 
     Example: jacobiflow bench --model digits-p1 --strategy jacobi --strategy "[2-4-5-6]" --repeats 3
     """
-    from jacobiflow import baselines, comparison, files, latents, measuring, native, plots, sampling
+    from jacobiflow import native, plots
+    from jacobiflow.comparison import baselines, compare
+    from jacobiflow.models import latents
+    from jacobiflow.sampling import sample
+    from jacobiflow.utils import files, timing
 
     flow = shared.load_model(model, device, dtype)
     flow, origin = shared.guide(flow, guidance, plain, labels != "none" and not flow.reads_text)
@@ -66,19 +70,17 @@ def bench(
             z = latents.draw_latents(size, flow.config.num_tokens, flow.config.token_channels, seed)
             classes = shared.parse_labels(labels, size, flow, seed)
             plans = {name: _choose(flow, name, size, tolerance, guesses, progress) for name in names}
-            runs = {
-                name: partial(sampling.draw, flow, plan, z, classes, certify=certify) for name, plan in plans.items()
-            }
+            runs = {name: partial(sample.draw, flow, plan, z, classes, certify=certify) for name, plan in plans.items()}
             cases.append((z, classes, runs))
-    with files.own_folder(out, "benchmark", (_PICTURE, _TABLE)), progress_bar() as progress:
-        where = measuring.machine(flow.var.device)
+    with files.output_directory(out, "benchmark", (_PICTURE, _TABLE)), progress_bar() as progress:
+        where = timing.machine(flow.var.device)
         print(
             f"{model} on {where['processor']}, {where['cores']} cores, {where['threads']} threads, device "
             f"{where['device']}, PyTorch {where['torch']}\nnative exact loops: {native.describe()}\n{origin}"
         )
         comparisons = []
         for z, classes, runs in cases:
-            comparisons.append(comparison.compare(flow, z, classes, runs, repeats=repeats, progress=progress))
+            comparisons.append(compare.compare(flow, z, classes, runs, repeats=repeats, progress=progress))
             _print(comparisons[-1])
         print(_LEGEND)
         results = {
@@ -94,10 +96,10 @@ def bench(
 
 
 def _choose(
-    flow: Flow, name: str, size: int, tolerance: float | None, report: jf.Report | None, progress: Progress
+    flow: Flow, name: str, size: int, tolerance: float | None, report: jf.CalibrationReport | None, progress: Progress
 ) -> jf.Strategy:
     """The strategy of that name, to `tolerance` unless it stops after a number of sweeps."""
-    from jacobiflow.strategy import choose, is_auto
+    from jacobiflow.planner import choose, is_auto
 
     planned_for = tolerance if is_auto(name) else None
     plan = choose(flow, name, size, tolerance=planned_for, report=report, progress=progress)
@@ -105,7 +107,7 @@ def _choose(
 
 
 def _print(comparison: Comparison) -> None:
-    from jacobiflow.comparison import ENCODING_PASS
+    from jacobiflow.comparison.compare import ENCODING_PASS
 
     over = ["over\n" + name.replace(" ", "\n") for name in comparison.baselines]
     columns = ("strategy", "median\nseconds", "min to\nmax", *over, "evals/\ntoken", "max\nerror", "residual")

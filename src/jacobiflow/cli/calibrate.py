@@ -73,7 +73,7 @@ def calibrate(
     return results | {"mean_sweeps": report.mean_sweeps("noise", _TOLERANCE)}
 
 
-def _print(report: jf.Report) -> None:
+def _print(report: jf.CalibrationReport) -> None:
     """Prints the metrics and sweeps of the blocks, and the paper's strategies."""
     from jacobiflow.calibration import gs_jacobi_notation
     from jacobiflow.calibration.convergence import TOLERANCES

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from jacobiflow.data import ImageDataset, Split
     from jacobiflow.evaluation.features import FeatureFunction
-    from jacobiflow.flows.flow import Flow
-    from jacobiflow.progress import Progress
+    from jacobiflow.models.flow import Flow
+    from jacobiflow.utils.progress import Progress
 
 _FEW = 10_000  # images on either side of what compares each with each
 _TABLE = "evaluation.json"
@@ -72,7 +72,8 @@ def evaluate(
 
     Example: jacobiflow evaluate --model fashion-p2 --samples out/demo --images fashion-mnist
     """
-    from jacobiflow import evaluation, files
+    from jacobiflow import evaluation
+    from jacobiflow.utils import files
 
     shared.check_output("--save-stats", save_stats, model, images, stats, inception, samples, features, outputs=(out,))
     files.check_own(out, "evaluation")
@@ -96,7 +97,7 @@ def evaluate(
         if folder is not None:
             outcome, certificate = folder.outcome(), folder.certificate()
             results |= {
-                "num": outcome.num, "outcome": str(outcome), "resolved_sequentially": outcome.resolved,
+                "num": outcome.num, "outcome": str(outcome), "used_fallback": outcome.resolved,
                 "above": outcome.above, "lost": outcome.lost,
             }  # fmt: skip
             if certificate is not None:
@@ -116,7 +117,7 @@ def evaluate(
             scores |= _distances(flow, extractor, folder, real, stats, save_stats, progress)
         paths = (Path(features.rpartition(":")[0]), inception, stats)
         results["inputs"] = _digest((features, paired, seed), flow, folder, (real, test), paths)
-        with files.own_folder(out, "evaluation", (_TABLE,)):
+        with files.output_directory(out, "evaluation", (_TABLE,)):
             earlier = files.read_object(out / _TABLE) or {}
             if earlier.get("inputs") == results["inputs"] and (save_stats is None or save_stats.exists()):
                 if earlier["batch_size"] != batch_size:  # which changes errors by rounding
@@ -134,7 +135,7 @@ def evaluate(
 
 def _compute(scores: _Scores, results: dict[str, Any], table: Path) -> None:
     """Computes the scores that the results lack, and writes the results after each."""
-    from jacobiflow import files
+    from jacobiflow.utils import files
 
     computed = results.setdefault("computed", [])
     if computed:
@@ -151,9 +152,9 @@ def _digest(
     paths: tuple[Path | None, ...],
 ) -> str:  # fmt: skip
     """Returns what identifies the inputs of the scores: a digest of options, weights, samples, images and files."""
-    from jacobiflow import files
-    from jacobiflow.flows.fingerprint import cached_fingerprint
-    from jacobiflow.flows.flow import precision
+    from jacobiflow.models.checkpoints.fingerprint import cached_fingerprint
+    from jacobiflow.models.flow import precision
+    from jacobiflow.utils import files
 
     settings = [
         jf.__version__,
@@ -184,7 +185,7 @@ def _rows(results: dict[str, Any]) -> list[list[str]]:
 
 def _open_samples(path: Path, flow: Flow) -> jf.SampleFolder:
     """Opens samples. Raises ValueError if they are not whole, or not of this flow."""
-    from jacobiflow.flows.fingerprint import check_fingerprint
+    from jacobiflow.models.checkpoints.fingerprint import check_fingerprint
 
     folder = jf.SampleFolder.open(path)
     check_fingerprint(folder.manifest.fingerprint, flow, f"--samples {path}: drawn from", "give that one as --model")
@@ -274,7 +275,8 @@ def _errors(folder: jf.SampleFolder, flow: Flow, num: int, batch_size: int) -> C
     """The first samples against the sequential loop's at the same latents."""
     import torch
 
-    from jacobiflow import data, evaluation, latents
+    from jacobiflow import data, evaluation
+    from jacobiflow.models import latents
 
     manifest, config = folder.manifest, flow.config
     shards = range(-(-num // manifest.shard_size))

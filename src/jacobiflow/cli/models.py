@@ -36,9 +36,9 @@ def convert(
 
     Example: jacobiflow convert afhq_model_8_768_8_8_0.07.pth --patch-size 8 --noise-std 0.07 --out afhq
     """
-    from jacobiflow.files import check_own
-    from jacobiflow.flows import starflow
-    from jacobiflow.flows.tarflow import original
+    from jacobiflow.models import starflow
+    from jacobiflow.models.checkpoints import original
+    from jacobiflow.utils.files import check_own
 
     check_own(out, "model")
     state = original.read_original(file)
@@ -81,7 +81,8 @@ def info(
     """
     from importlib.metadata import distributions
 
-    from jacobiflow import measuring, native
+    from jacobiflow import native
+    from jacobiflow.utils import timing
 
     if check is not None:
         return _check(check)
@@ -94,7 +95,7 @@ def info(
         "parameters": sum(p.numel() for p in flow.parameters()),
     }  # fmt: skip
     libraries = {each.name: each.version for each in distributions() if each.name in _LIBRARIES}
-    machine_values = {"native_loops": native.describe(), **measuring.machine(), **libraries}
+    machine_values = {"native_loops": native.describe(), **timing.machine(), **libraries}
     for title, values in (("Model", model_values), ("This machine", machine_values)):
         print(title)
         shared.show_table(("", ""), [(name, str(value)) for name, value in values.items()], text=(0, 1))
@@ -104,8 +105,8 @@ def info(
 def _check(path: str) -> dict[str, Any]:
     """Prints the problems of a folder."""
     from jacobiflow import training
-    from jacobiflow.files import MANIFEST
-    from jacobiflow.flows.folder import CONFIG, WEIGHTS, bundled
+    from jacobiflow.models.checkpoints.folder import CONFIG, WEIGHTS, bundled
+    from jacobiflow.utils.files import MANIFEST
 
     folder = bundled().get(path, Path(path))
     kinds = {
@@ -129,7 +130,7 @@ def _check(path: str) -> dict[str, Any]:
 def _model_problems(folder: Path) -> Iterator[str]:
     """Problems of the files, then of the reports, then of a round trip through the flow."""
 
-    from jacobiflow.latents import draw_latents
+    from jacobiflow.models.latents import draw_latents
 
     try:
         flow = jf.load(folder)
@@ -137,7 +138,9 @@ def _model_problems(folder: Path) -> Iterator[str]:
         yield str(error)
         return
     for file in flow.report_files:
-        kind: type[jf.Report | jf.Tuning] = jf.Tuning if file.name.startswith("tuning") else jf.Report
+        kind: type[jf.CalibrationReport | jf.Tuning] = (
+            jf.Tuning if file.name.startswith("tuning") else jf.CalibrationReport
+        )
         try:
             kind.load(file).check(flow)
         except InputError as error:

@@ -13,7 +13,7 @@ from jacobiflow.cli import shared
 from jacobiflow.errors import InputValueError
 
 if TYPE_CHECKING:
-    from jacobiflow.flows.flow import Flow
+    from jacobiflow.models.flow import Flow
 
 _MOST = 1024  # images in a batch that is chosen
 _TUNE = (
@@ -42,7 +42,7 @@ def plan(
 
     Example: jacobiflow plan --model fashion-p2 --batch-size 4 --out out/plan.json
     """
-    from jacobiflow.memory import batch_bytes, fitting_batch
+    from jacobiflow.models.memory import batch_bytes, fitting_batch
 
     shared.check_output("--out", out, model, outputs=shared.tunings_beside(out) if tune else ())
     if out.suffix != ".json":

@@ -19,8 +19,8 @@ from jacobiflow.errors import InputValueError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jacobiflow.flows.flow import Flow
-    from jacobiflow.progress import Progress
+    from jacobiflow.models.flow import Flow
+    from jacobiflow.utils.progress import Progress
 
 _SHEET = "samples.png"
 _SHEET_IMAGES = 100
@@ -71,8 +71,9 @@ def sample(
     """
     import torch
 
-    from jacobiflow import data, measuring, plots
-    from jacobiflow.storage import FirstProcessFailed
+    from jacobiflow import data, plots
+    from jacobiflow.sampling.folder import FirstProcessFailed
+    from jacobiflow.utils import timing
 
     if report is not None and strategy.endswith(".json"):
         raise InputValueError(f"--report {report}: {strategy} has its own guesses; leave one of them out")
@@ -90,7 +91,7 @@ def sample(
             settings, origin = shared.resolve_settings(flow, guidance, denoise, plain, context is not None)
             flow = flow.guided(settings.guidance)
             if batch_size == "auto":
-                size = group.on_first(partial(_auto_batch_size, flow, num, None if overwrite else out))
+                size = group.run_on_rank_zero(partial(_auto_batch_size, flow, num, None if overwrite else out))
             started = perf_counter()
             folder = jf.sample_to_folder(
                 flow, num, out, seed=seed, context=context, settings=settings, strategy=strategy,
@@ -114,7 +115,7 @@ def sample(
         "model": model, "num": num, "batch_size": manifest.batch_size, "seed": seed, "strategy": strategy,
         "settings": shared.settings_text(settings), "shards": manifest.num_shards, "processes": group.count,
         "wall_seconds": seconds, "drawn": folder.drawn, "outcome": asdict(outcome), "runs": {strategy: run},
-        **measuring.machine(flow.var.device),
+        **timing.machine(flow.var.device),
     }  # fmt: skip
     if compare:
         with progress_bar() as progress:
@@ -139,8 +140,8 @@ def sample(
 
 def _auto_batch_size(flow: Flow, num: int, earlier: Path | None) -> int:
     """The batch size of the samples in a folder, if it has some, or else the largest that fits."""
-    from jacobiflow.files import MANIFEST
-    from jacobiflow.memory import fitting_batch
+    from jacobiflow.models.memory import fitting_batch
+    from jacobiflow.utils.files import MANIFEST
 
     if earlier is not None and (earlier / MANIFEST).exists():
         return jf.SampleFolder.open(earlier).manifest.batch_size
@@ -149,7 +150,7 @@ def _auto_batch_size(flow: Flow, num: int, earlier: Path | None) -> int:
 
 def _announced(progress: Progress, out: Path, num_processes: int) -> Progress:
     """Returns `progress`, preceded by a line with the time that the plan predicts, if that is long."""
-    from jacobiflow.storage.folder import STRATEGY
+    from jacobiflow.sampling.folder.reader import STRATEGY
 
     has_begun = False
 
@@ -176,22 +177,24 @@ def _compare(
 
     Returns times, the error, and the sensitivity of these samples.
     """
-    from jacobiflow import comparison, denoising, latents, measuring, plots, sampling
+    from jacobiflow import plots
+    from jacobiflow.comparison import compare
+    from jacobiflow.models import latents
+    from jacobiflow.sampling import denoise, sample
+    from jacobiflow.utils import timing
 
     manifest, config = folder.manifest, flow.config
     num = min(manifest.num, manifest.batch_size)
     context = None if context is None else context[:num].to(flow.var.device)
     z = latents.draw_latents(num, config.num_tokens, config.token_channels, manifest.seed)
-    run = partial(sampling.draw, flow, folder.strategy(), z, context, certify=manifest.certify)
+    run = partial(sample.draw, flow, folder.strategy(), z, context, certify=manifest.certify)
     progress(0, 1, "timing")  # the original sampler may take minutes before the first real call
-    result = comparison.compare(flow, z, context, {_OURS: run}, repeats=1, warm_up=False, progress=progress)
+    result = compare.compare(flow, z, context, {_OURS: run}, repeats=1, warm_up=False, progress=progress)
     sensitivity = run(sensitivity=True).outcome.sensitivity
     rows = [result.row(result.original), result.row(_OURS)]
     original, ours = (row.x for row in rows)
     if manifest.denoise:
-        original, ours = (
-            denoising.denoised(flow, images, context, manifest.denoise, 64) for images in (original, ours)
-        )
+        original, ours = (denoise.denoised(flow, images, context, manifest.denoise, 64) for images in (original, ours))
     few, names = slice(min(num, _SHEET_IMAGES)), ("original sampler", manifest.strategy)
     classes = [] if context is None or prompts is not None else [f"class {label}" for label in context.tolist()]
     captions = (prompts or classes)[few]
@@ -199,7 +202,7 @@ def _compare(
     return {
         "runs": {result.original: {"seconds": rows[0].seconds.median}},
         "speed_up": result.speed_up(rows[1], result.original),
-        "error": asdict(measuring.paired_error(ours, original)),
+        "error": asdict(timing.paired_error(ours, original)),
         "sensitivity": sensitivity,
     }
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from jacobiflow.data import Noise
-    from jacobiflow.flows.flow import Flow
-    from jacobiflow.progress import Progress
+    from jacobiflow.models.flow import Flow
+    from jacobiflow.utils.progress import Progress
 
 MOST_AT_ONCE = 65_536  # latents of a batch of so many take 200 MB for images of 28x28
 _LONGEST = 300  # characters of a message
@@ -144,7 +144,7 @@ def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:
     import torch
 
     from jacobiflow.data import balanced_labels
-    from jacobiflow.latents import draw_labels
+    from jacobiflow.models.latents import draw_labels
 
     if getattr(flow.config, "context_channels", 0):
         raise InputValueError("this flow needs a context of numbers: draw its samples in Python, by jacobiflow.sample")
@@ -188,7 +188,7 @@ def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -
 def load_encoder(encoder: str) -> Any:
     """Returns the text encoder of `--encode-text`."""
     from jacobiflow.evaluation.features import load_function
-    from jacobiflow.flows import t5_encoder
+    from jacobiflow.models import t5_encoder
 
     is_function = encoder.rpartition(":")[0].endswith(".py")
     return load_function(encoder, "a T5 encoder") if is_function else t5_encoder(encoder)
@@ -206,11 +206,11 @@ def _read_labels(path: Path) -> Any:
         raise InputValueError(f"--labels {path}: cannot be read as whole numbers ({error})") from error
 
 
-def load_report(path: Path | None, flow: Flow) -> jf.Report | None:
+def load_report(path: Path | None, flow: Flow) -> jf.CalibrationReport | None:
     """Returns the report of `--report`, if there is one, after a check that it is of this flow."""
     if path is None:
         return None
-    report = jf.Report.load(path)
+    report = jf.CalibrationReport.load(path)
     report.check(flow)
     return report
 
@@ -232,7 +232,7 @@ def check_output(
     These are the inputs, files or folders; the files of the model, except those that match the pattern `replaces`; and
     the other outputs of the command, files, or folders with the files that it writes there.
     """
-    from jacobiflow.flows.folder import bundled
+    from jacobiflow.models.checkpoints.folder import bundled
 
     if path is None:
         return

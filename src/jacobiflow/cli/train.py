@@ -16,8 +16,8 @@ from jacobiflow.cli import shared
 from jacobiflow.errors import InputValueError
 
 if TYPE_CHECKING:
-    from jacobiflow.flows.flow import Flow
-    from jacobiflow.training import StepReport
+    from jacobiflow.models.flow import Flow
+    from jacobiflow.training import TrainMetrics
 
 _REPORT_EVERY = 50  # steps
 _NOISE = "tarflow: standard deviation of the images' Gaussian noise; 0 for uniform noise; default 0.1."
@@ -61,10 +61,11 @@ def train(
     """
     import torch
 
-    from jacobiflow import measuring, plots, training
-    from jacobiflow.checks import check_device
+    from jacobiflow import plots, training
     from jacobiflow.data import Augmentation, load_images
-    from jacobiflow.flows.flow import FLOWS, Flow
+    from jacobiflow.models.flow import FLOWS, Flow
+    from jacobiflow.utils import timing
+    from jacobiflow.utils.checks import check_device
 
     not_trainable = inspect.getattr_static(Flow, "config_from_options")
     trainable = [
@@ -92,7 +93,7 @@ def train(
         bf16=bf16, seed=seed, checkpoint_every=checkpoint_every, sample_every=sample_every,
     )  # fmt: skip
 
-    def on_step(report: StepReport) -> None:
+    def on_step(report: TrainMetrics) -> None:
         if report.step % _REPORT_EVERY == 0:
             metrics = f"loss {report.loss:+.4f}  {report.bits_per_dim:.3f} bits/dim  {report.seconds:.0f} s"
             print(f"step {report.step}/{steps}  {metrics}", file=sys.stderr)
@@ -114,7 +115,7 @@ def train(
     if last is not None:
         print("{step:,} steps: loss {loss:+.4f}, {bits_per_dim:.3f} bits per dimension".format(**last))
     print(f"wrote the model folder {out}")
-    return {"model": str(out), "flow": flow, **asdict(config), "last_step": last, **measuring.machine(place)}
+    return {"model": str(out), "flow": flow, **asdict(config), "last_step": last, **timing.machine(place)}
 
 
 def _extra_options(flow_class: type[Flow], **values: Any) -> dict[str, Any]:

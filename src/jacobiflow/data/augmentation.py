@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from jacobiflow.checks import check_count, check_fields, check_floating, check_kind, check_number, check_seed
 from jacobiflow.data.dataset import ImageDataset
 from jacobiflow.errors import InputValueError
+from jacobiflow.utils.checks import check_count, check_fields, check_floating, check_kind, check_number, check_seed
 
 _EVALUATION = 2  # stream of random numbers, beside those of training
 # Brightness, and two coordinates of colour around the axis of greys (the YIQ space of NTSC television).

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from jacobiflow.checks import check_kind
 from jacobiflow.errors import InputValueError
+from jacobiflow.utils.checks import check_kind
 
 
 class DataError(InputValueError):

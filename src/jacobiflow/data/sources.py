@@ -16,9 +16,9 @@ from jaxtyping import UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jacobiflow.checks import check_choice, check_count
 from jacobiflow.data.dataset import DataError, ImageDataset
-from jacobiflow.files import regular_file
+from jacobiflow.utils.checks import check_choice, check_count
+from jacobiflow.utils.files import regular_file
 
 if TYPE_CHECKING:
     from PIL import Image

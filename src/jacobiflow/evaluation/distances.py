@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from jacobiflow.checks import check_count, check_floating
 from jacobiflow.data import DataError, quantize
 from jacobiflow.errors import InputValueError
 from jacobiflow.evaluation.features import InceptionFeatures, load_tensors, need_extra
-from jacobiflow.files import write_atomically
-from jacobiflow.measuring import paired_error
+from jacobiflow.utils.checks import check_count, check_floating
+from jacobiflow.utils.files import write_atomically
+from jacobiflow.utils.timing import paired_error
 
 _ROUNDING = 1e-6  # largest relative rounding error of sums that may have been formed in float32
 _NEIGHBOURS = 3

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from jacobiflow.checks import check_floating
 from jacobiflow.data import DataError
 from jacobiflow.errors import first_line
-from jacobiflow.files import regular_file
-from jacobiflow.progress import Progress
+from jacobiflow.utils.checks import check_floating
+from jacobiflow.utils.files import regular_file
+from jacobiflow.utils.progress import Progress
 
 FeatureFunction: TypeAlias = Callable[[UInt8[Tensor, "n c h w"]], Float[Tensor, "n d"]]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from jacobiflow.data import ImageDataset, Noise, noisy_images
 from jacobiflow.errors import InputValueError
-from jacobiflow.flows.flow import Flow, state_dtype
-from jacobiflow.progress import Progress
+from jacobiflow.models.flow import Flow, state_dtype
+from jacobiflow.utils.progress import Progress
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
 """Exact recurrences in C++."""
 
-from jacobiflow.native.build import SWITCH, describe, library, library_name, usable_library
+from jacobiflow.native.library import SWITCH, describe, library_name, load_library, usable_library
 
-__all__ = ["SWITCH", "describe", "library", "library_name", "usable_library"]
+__all__ = ["SWITCH", "describe", "library_name", "load_library", "usable_library"]

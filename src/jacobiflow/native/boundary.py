@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from jacobiflow.checks import short
+from jacobiflow.utils.checks import format_value
 
 MAX_INT32 = 2**31 - 1  # of most sizes and strides in C++
 
@@ -28,26 +28,26 @@ class UnsupportedError(Exception):
     """Native code does not take this: an activation, say, or a tensor of another shape or dtype."""
 
 
-class Kind(IntEnum):
+class OperationKind(IntEnum):
     """The kind of an operation."""
 
     LINEAR, ACTIVATION, SUM, ADD_CONTEXT, GATE_CONTEXT, EXTRAPOLATION = range(6)
 
 
-class Function(IntEnum):
+class Activation(IntEnum):
     """An activation."""
 
     IDENTITY, RELU, LEAKY_RELU, ELU, SELU, TANH, SIGMOID, SILU, GELU, GELU_TANH, SOFTPLUS = range(11)
 
 
-class Elementwise(IntEnum):
+class TransformKind(IntEnum):
     """The transform of each feature, or a transform without a network."""
 
     PERMUTATION, AFFINE, SOFT_CLIPPED_AFFINE, SOFTPLUS_AFFINE, SIGMOID_AFFINE, CLAMPED_AFFINE, LOG_AFFINE = range(7)
     RATIONAL_QUADRATIC, RATIONAL_LINEAR, NORMAL = 7, 8, 9
 
 
-class Ends(IntEnum):
+class SplineBoundary(IntEnum):
     """The derivatives at the ends of a spline: a fixed number, parameters, or one parameter for both."""
 
     FIXED, FREE, CIRCULAR = range(3)
@@ -254,7 +254,7 @@ def _check_version(native: ctypes.CDLL, path: Path) -> None:
         expected[structure.__name__] = ctypes.sizeof(structure)
         names = [name for name, *_ in structure._fields_]
         expected |= {f"{structure.__name__}.{name}": getattr(structure, name).offset for name in names}
-    for enumeration in (Kind, Function, Elementwise, Ends, WeightFormat):
+    for enumeration in (OperationKind, Activation, TransformKind, SplineBoundary, WeightFormat):
         expected |= {f"{enumeration.__name__}.{member.name.lower()}": member.value for member in enumeration}
     entries: dict[str, int] = {}
     with suppress(AttributeError):
@@ -271,7 +271,7 @@ def _check_version(native: ctypes.CDLL, path: Path) -> None:
 def require(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """Returns the tensor, or a copy, row after row in memory; raises UnsupportedError if shape or dtype differ."""
     if not is_plain(tensor, dtype) or tensor.shape != shape:
-        raise UnsupportedError(f"{short(tensor)}, where native code reads {shape} of {dtype}")
+        raise UnsupportedError(f"{format_value(tensor)}, where native code reads {shape} of {dtype}")
     return tensor.detach().contiguous()
 
 
@@ -324,7 +324,7 @@ def addresses_of(
                 (kind is not nn.Parameter and kind is not Tensor) or tensor.dtype is not dtype or not tensor.is_cpu
                 or tensor.shape != shape or not tensor.is_contiguous()
             ):  # fmt: skip
-                raise UnsupportedError(f"{short(tensor)}, where native code reads {shape} of {dtype}")
+                raise UnsupportedError(f"{format_value(tensor)}, where native code reads {shape} of {dtype}")
             address = tensor.data_ptr()
             if not address or address % size:
                 raise UnsupportedError("values that are not aligned, or freed")

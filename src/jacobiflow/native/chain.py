@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from jacobiflow.implicit import check_first_derivative, is_batched
 from jacobiflow.native.boundary import (
     ChainArgs,
     GradientArgs,
@@ -24,8 +23,9 @@ from jacobiflow.native.boundary import (
     is_plain,
     require,
 )
-from jacobiflow.native.build import library
+from jacobiflow.native.library import load_library
 from jacobiflow.native.masked import ChainTransform
+from jacobiflow.utils.autograd import check_first_derivative, is_batched
 
 _MOST_BYTES = 24 << 20  # of activations that are kept for a backward pass; to compute more of them again is faster
 _TILE_VECTORS = 4  # to which rows are padded, as `Tiles` of masked.h has them
@@ -101,7 +101,7 @@ class TransformChain:
             log_det: "rows" for the sum over features, "features" for each feature of a single transform, or `None`.
             in_pytorch: Computes the same for second derivatives, which raise an error without it.
         """
-        native, dtype = library(), x.dtype
+        native, dtype = load_library(), x.dtype
         width = 0 if context is None else context.shape[1]
         if native is None or dtype not in (torch.float32, torch.float64) or not is_plain(x, dtype):
             return None

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "src"
 # By processor, the best first: the instructions that a library of a wheel needs, under the names that they have in
 # /proc/cpuinfo and, after -m, as flags of a compiler.
 TARGETS: dict[str, dict[str, tuple[str, ...]]] = {

@@ -13,11 +13,11 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from jacobiflow.native.boundary import (
-    Elementwise,
-    Ends,
-    Kind,
     Operation,
+    OperationKind,
+    SplineBoundary,
     Transform,
+    TransformKind,
     UnsupportedError,
     address_of,
     is_plain,
@@ -50,7 +50,7 @@ def permutation_transform(order: Sequence[int]) -> ChainTransform:
     """Returns the transform y_i = x_order[i]."""
     _check(_is_permutation(order, len(order)))
     indices = _integers(order)
-    structure = Transform(kind=Elementwise.PERMUTATION, features=len(order), order=ctypes.addressof(indices))
+    structure = Transform(kind=TransformKind.PERMUTATION, features=len(order), order=ctypes.addressof(indices))
     return ChainTransform(structure, indices, features=len(order))
 
 
@@ -60,7 +60,7 @@ def affine_transform(scale: tuple[int, ...], shift: tuple[int, ...]) -> ChainTra
     features = max(sizes)
     _check(all(size in (1, features) for size in sizes))
     strides = [int(size > 1) for size in sizes]
-    structure = Transform(kind=Elementwise.AFFINE, scale_stride=strides[0], shift_stride=strides[1])
+    structure = Transform(kind=TransformKind.AFFINE, scale_stride=strides[0], shift_stride=strides[1])
     return ChainTransform(structure, None, (scale, shift), features if features > 1 else None)
 
 
@@ -70,7 +70,7 @@ def normal_transform(features: int) -> ChainTransform:
     At the end of a chain it makes the log-determinant of the whole the log-density of a flow. Its tensors are the scale
     and the shift, of one number for each feature.
     """
-    structure = Transform(kind=Elementwise.NORMAL, scale_stride=1, shift_stride=1)
+    structure = Transform(kind=TransformKind.NORMAL, scale_stride=1, shift_stride=1)
     return ChainTransform(structure, None, ((features,), (features,)), features)
 
 
@@ -134,14 +134,18 @@ def masked_transform(
 
 def _check_parameters(t: Transform) -> None:
     """Checks that there are as many parameters for each feature as the kind of transform reads."""
-    if t.kind in (Elementwise.RATIONAL_QUADRATIC, Elementwise.RATIONAL_LINEAR):
-        derivatives = {Ends.FIXED: t.bins - 1, Ends.FREE: t.bins + 1, Ends.CIRCULAR: t.bins}[Ends(t.ends)]
-        lambdas = t.bins if t.kind == Elementwise.RATIONAL_LINEAR else 0
+    if t.kind in (TransformKind.RATIONAL_QUADRATIC, TransformKind.RATIONAL_LINEAR):
+        derivatives = {
+            SplineBoundary.FIXED: t.bins - 1,
+            SplineBoundary.FREE: t.bins + 1,
+            SplineBoundary.CIRCULAR: t.bins,
+        }[SplineBoundary(t.ends)]
+        lambdas = t.bins if t.kind == TransformKind.RATIONAL_LINEAR else 0
         _check(t.bins > 0 and t.parameters == 2 * t.bins + derivatives + lambdas)
         _check(max(t.min_width, t.min_height) * t.bins < 1)
-        _check(not lambdas or t.ends == Ends.FIXED)
+        _check(not lambdas or t.ends == SplineBoundary.FIXED)
     else:
-        without_network = (Elementwise.PERMUTATION, Elementwise.AFFINE, Elementwise.NORMAL)
+        without_network = (TransformKind.PERMUTATION, TransformKind.AFFINE, TransformKind.NORMAL)
         _check(t.kind not in without_network and t.parameters == 2)
 
 
@@ -158,18 +162,18 @@ def _check_network(
     _check(_is_permutation(rows, t.context + t.features) and ready[0] >= t.context)
     _check(all(0 <= row - t.context_start < t.context for row in rows[: t.context]))
     for position, (operation, (rows, ready), mask) in enumerate(operations):
-        source, other, kind = operation.source, operation.other, Kind(operation.kind)
+        source, other, kind = operation.source, operation.other, OperationKind(operation.kind)
         _check(0 <= source <= position and 0 <= other <= position)
-        if kind == Kind.LINEAR:  # it reads all units of a kept value, in the order of the weight's columns
+        if kind == OperationKind.LINEAR:  # it reads all units of a kept value, in the order of the weight's columns
             _check(not source or bool(operations[source - 1].operation.is_kept))
             width = len(values[source][0])
             _check(_is_permutation(values[source][0], width))
         else:  # it reads the same units of its sources
-            sources = (source, other) if kind in (Kind.SUM, Kind.EXTRAPOLATION) else (source,)
+            sources = (source, other) if kind in (OperationKind.SUM, OperationKind.EXTRAPOLATION) else (source,)
             _check(all(list(values[s][1]) == list(ready) and len(values[s][0]) == len(rows) for s in sources))
             width = t.context or own_context
-        has_weight = kind in (Kind.LINEAR, Kind.ADD_CONTEXT, Kind.GATE_CONTEXT)
-        _check((operation.weight >= 0) == has_weight and (kind != Kind.EXTRAPOLATION or operation.bias >= 0))
+        has_weight = kind in (OperationKind.LINEAR, OperationKind.ADD_CONTEXT, OperationKind.GATE_CONTEXT)
+        _check((operation.weight >= 0) == has_weight and (kind != OperationKind.EXTRAPOLATION or operation.bias >= 0))
         _check(max(operation.weight, operation.bias) < len(shapes))
         if has_weight:
             shape = shapes[operation.weight]

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jacobiflow.comparison import ENCODING_PASS, Comparison
+from jacobiflow.comparison.compare import ENCODING_PASS, Comparison
 from jacobiflow.plots.style import (
     FONT_SIZE,
     INK,

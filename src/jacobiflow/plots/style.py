@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
-from jacobiflow.files import write_atomically
+from jacobiflow.utils.files import write_atomically
 
 FONT_SIZE = 10  # points, of all text in figures
 DPI = 200

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import msgspec
 import torch
 
-from jacobiflow.checks import short
 from jacobiflow.errors import InputError, InputValueError, first_line
-from jacobiflow.files import parse_json, regular_file, write_atomically
+from jacobiflow.utils.checks import format_value
+from jacobiflow.utils.files import parse_json, regular_file, write_atomically
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
@@ -22,7 +22,7 @@ _REMEDY = "move it away, or give another folder"
 
 
 @dataclass(frozen=True)
-class StepReport:
+class TrainMetrics:
     """Metrics of one optimiser step; the first is step 1.
 
     Attributes:
@@ -44,7 +44,7 @@ class StepReport:
         return json.dumps({name: round(x, 6) for name, x in asdict(self).items()}) + "\n"
 
 
-def read_metrics(folder: str | Path) -> list[StepReport]:
+def read_metrics(folder: str | Path) -> list[TrainMetrics]:
     """Reads the metrics of a training run; none if its folder has no metrics.jsonl.
 
     A last line that a kill cut short is left out.
@@ -54,7 +54,7 @@ def read_metrics(folder: str | Path) -> list[StepReport]:
     reports = []
     for number, line in enumerate(lines, 1):
         try:
-            reports.append(msgspec.convert(parse_json(line), StepReport))
+            reports.append(msgspec.convert(parse_json(line), TrainMetrics))
         except (InputError, msgspec.ValidationError) as error:
             if number == len(lines) and not line.endswith(b"\n"):
                 break
@@ -99,7 +99,9 @@ def last_checkpoint(out: Path, run: dict[str, Any]) -> Checkpoint | None:
     checkpoint = Checkpoint.read(path)
     names = [name for name in {**checkpoint.run, **run} if checkpoint.run.get(name) != run.get(name)]
     if names:
-        differences = "; ".join(f"{n}={short(checkpoint.run.get(n))}, not {short(run.get(n))}" for n in names)
+        differences = "; ".join(
+            f"{n}={format_value(checkpoint.run.get(n))}, not {format_value(run.get(n))}" for n in names
+        )
         raise InputValueError(f"{path}: of another run ({differences}); give its settings, or another folder")
     return checkpoint
 

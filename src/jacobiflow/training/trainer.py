@@ -14,16 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jacobiflow.checks import check_count, check_fields, check_kind, check_number, check_positive
+from jacobiflow.blocks.guidance import SamplingSettings
 from jacobiflow.data import Augmentation, ImageDataset, Noise, add_noise, augment
 from jacobiflow.data.augmentation import keyed_generator
 from jacobiflow.errors import InputValueError
-from jacobiflow.files import locked, partials, write_atomically
-from jacobiflow.flows.flow import Flow
-from jacobiflow.flows.folder import check_own_model, write_model
-from jacobiflow.flows.guidance import SamplingSettings
-from jacobiflow.progress import Progress
-from jacobiflow.training.folder import CHECKPOINT, METRICS, Checkpoint, StepReport, last_checkpoint, read_metrics
+from jacobiflow.models.checkpoints.folder import check_own_model, write_model
+from jacobiflow.models.flow import Flow
+from jacobiflow.training.folder import CHECKPOINT, METRICS, Checkpoint, TrainMetrics, last_checkpoint, read_metrics
+from jacobiflow.utils.checks import check_count, check_fields, check_kind, check_number, check_positive
+from jacobiflow.utils.files import locked, partials, write_atomically
+from jacobiflow.utils.progress import Progress
 
 _MOST_STEPS = 10**9
 _MIN_RATE = 1e-6
@@ -94,7 +94,7 @@ def train(
     data: ImageDataset,
     config: TrainConfig,
     out: str | Path,
-    on_step: Callable[[StepReport], None] | None = None,
+    on_step: Callable[[TrainMetrics], None] | None = None,
     on_sample: Callable[[Flow, int], None] | None = None,
     progress: Progress | None = None,
     contexts: Float[Tensor, "k ..."] | None = None,
@@ -218,7 +218,7 @@ class _Run:
         else:
             self._resume(checkpoint)
 
-    def advance(self, images: Tensor, labels: Tensor | None) -> StepReport:
+    def advance(self, images: Tensor, labels: Tensor | None) -> TrainMetrics:
         """Does one optimiser step on a batch."""
         started = time.perf_counter()
         config, device, rate = self.config, self.flow.var.device, self.config.rate(self.step)
@@ -257,7 +257,7 @@ class _Run:
             )
         self.seconds += time.perf_counter() - started
         bits = (value + 0.5 * math.log(2 * math.pi)) / math.log(2) + 7
-        report = StepReport(self.step, value, bits, norm.item(), rate, self.seconds)
+        report = TrainMetrics(self.step, value, bits, norm.item(), rate, self.seconds)
         self.metrics.append(report.line())
         self.is_updating = False
         return report

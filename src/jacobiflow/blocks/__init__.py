@@ -1,0 +1,1 @@
+"""The blocks of flows: their protocol, the order of tokens, guidance."""

@@ -1,0 +1,1 @@
+"""Timings of samplers beside those of the original codes."""

@@ -1,0 +1,125 @@
+"""Corrections: the next iterate from the residual g(x) - x."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from jacobiflow.blocks.base import Block, evaluate, no_gradients
+from jacobiflow.errors import InputValueError
+from jacobiflow.fixed_point.convolution import FIT_WIDTH, Convolution, as_kernel, rows_before
+from jacobiflow.fixed_point.guess import Guess
+from jacobiflow.utils.serialization import family, register
+
+_RIDGE = 2e-2  # of the residuals' mean square, which is scaled to 1
+_ROUNDING = 3e-5  # residuals below it teach nothing
+
+
+@family
+class Correction(ABC):
+    """Turns an iterate and its image under g into the next iterate, on a run of tokens; those before it are final.
+
+    Example:
+        >>> class Damped(jf.Correction):
+        ...     def __call__(self, x, g):
+        ...         return g
+        >>> solver = jf.Solver(jf.Whole(), correction=Damped())
+    """
+
+    @abstractmethod
+    def __call__(self, x: Float[Tensor, "b n c"], g: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """Returns the next iterate. If the residual of all tokens before t is zero, entry t must be g_t."""
+
+    def check(self, token_channels: int) -> None:  # noqa: B027  most fit any tokens
+        """Raises ValueError if the correction does not fit tokens of that many channels."""
+
+    @classmethod
+    def fit(
+        cls, block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess, context: Tensor | None
+    ) -> Correction | None:
+        """Returns the one for `jacobiflow.tune` to try on a block with solutions `x` at `z`, if it can be fitted."""
+        return None
+
+
+@register("plain")
+@dataclass(frozen=True)
+class Plain(Correction):
+    """X^(k+1) = g(X^(k)): the nonlinear Jacobi step, eq. (3) of the paper.
+
+    Example:
+        >>> jf.Plain()(torch.zeros(1, 2, 1), torch.ones(1, 2, 1)).flatten()
+        tensor([1., 1.])
+    """
+
+    def __call__(self, x: Float[Tensor, "b n c"], g: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        return g
+
+
+@register("chord")
+@dataclass(frozen=True, eq=False, repr=False)
+class Chord(Convolution, Correction):
+    """A chord (simplified Newton) step with a calibrated, banded estimate of the inverse Jacobian:
+
+        X^(k+1) = X^(k) + (I + B) r,    r = g(X^(k)) - X^(k),    (B r)_t = sum over d = 1..w of kernel[d-1] r_(t-d).
+
+    Newton's step is (I - Gamma)^-1 r with Gamma = dg/dx strictly lower triangular (Appendix A of the paper). That
+    inverse is I plus a strictly lower triangular matrix. B is this matrix, one for all samples and positions, cut to
+    the w tokens before each.
+
+    Example:
+        >>> jf.Chord(torch.zeros(3, 4, 4))
+        Chord(kernel=(3, 4, 4))
+    """
+
+    kernel: Float[Tensor, "w c c"]
+
+    def __post_init__(self) -> None:
+        self.check_kernel()
+
+    def __call__(self, x: Float[Tensor, "b n c"], g: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        residual = (g - x).nan_to_num_(0.0, 0.0, 0.0)  # an overflow does not help its successors
+        return self.convolve(residual, add=g, delay=1)
+
+    def check(self, token_channels: int) -> None:
+        if token_channels != self.kernel.shape[1]:
+            raise InputValueError(f"{self!r}, but the tokens have {token_channels} channels: calibrate this flow")
+
+    @classmethod
+    def fit(
+        cls, block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess,
+        context: Tensor | None = None, width: int = FIT_WIDTH,
+    ) -> Chord:  # fmt: skip
+        """Fits the chord over `width` tokens that best predicts errors x - X^(k) from residuals, by ridge regression.
+
+        The errors are those of `width` sweeps of all tokens from `guess`, with the chord fitted to the sweeps so far.
+        Each token has the same weight, whatever the size of its residuals.
+        """
+        _, length, channels = x.shape
+        chord = cls(torch.zeros(width, channels, channels))
+        cross = torch.zeros(width * channels, channels, dtype=torch.float64, device=x.device)
+        gram = cross.new_zeros(len(cross), len(cross))
+        ridge = _RIDGE * torch.eye(len(cross)).to(gram)
+        start = guess(z)
+        current, count = start, 0
+        with no_gradients(block):
+            for _ in range(min(width, length)):
+                g, _ = evaluate(block, current, z, context)
+                residual = (g - current).nan_to_num(0.0, 0.0, 0.0)
+                rows = rows_before(residual.double(), width, delay=1)
+                size = (rows.square().mean(dim=1) + residual.flatten(0, 1).double().square().mean(dim=1)).sqrt()
+                used = size > _ROUNDING
+                if not used.any():
+                    break
+                weight = torch.where(used, size.reciprocal(), 0).unsqueeze(1)
+                rows = rows * weight
+                gram += rows.T @ rows
+                cross += rows.T @ ((x - current - residual).flatten(0, 1) * weight)
+                count += int(used.sum())
+                chord = cls(as_kernel(torch.linalg.solve(gram + count * ridge, cross), width).to(x))
+                current = chord(current, g)
+                current = torch.where(torch.isfinite(current).all(dim=2, keepdim=True), current, start)
+        return cls(chord.kernel.clone().cpu())

@@ -1,0 +1,154 @@
+"""Guesses: the start of an iteration."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from jacobiflow.errors import InputValueError
+from jacobiflow.fixed_point.convolution import (
+    FIT_WIDTH,
+    Convolution,
+    TensorFields,
+    as_kernel,
+    check_values,
+    rows_before,
+)
+from jacobiflow.utils.serialization import family, register
+
+_RIDGE = 1e-3  # of the latents' variance
+
+
+@family
+class Guess(ABC):
+    """Chooses X^(0) from the block's input.
+
+    Example:
+        >>> class Ones(jf.Guess):
+        ...     def __call__(self, z):
+        ...         return torch.ones_like(z)
+        >>> solver = jf.Solver(jf.Whole(), Ones())
+    """
+
+    @abstractmethod
+    def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
+        """Returns X^(0), a new tensor."""
+
+    def check(self, num_tokens: int, token_channels: int) -> None:  # noqa: B027  most fit any tokens
+        """Raises ValueError if the guess does not fit tokens (T, C)."""
+
+    @classmethod
+    def fit(cls, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"]) -> Guess | None:
+        """Returns the one for `jacobiflow.tune` to try on a block with solutions `x` at `z`, if it can be fitted."""
+        return None
+
+
+@register("latent")
+@dataclass(frozen=True)
+class Latent(Guess):
+    """X^(0) = Z, the block's input: neighbouring blocks change an image little (section 3.2 of the paper).
+
+    Example:
+        >>> jf.Latent()(torch.ones(1, 2, 1)).flatten()
+        tensor([1., 1.])
+    """
+
+    def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
+        return z.clone()
+
+
+@register("zeros")
+@dataclass(frozen=True)
+class Zeros(Guess):
+    """X^(0) = [z_1, 0, ..., 0], for blocks in which Z overflows (section 3.2 of the paper).
+
+    Example:
+        >>> jf.Zeros()(torch.ones(1, 2, 1)).flatten()
+        tensor([1., 0.])
+    """
+
+    def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
+        x = torch.zeros_like(z)
+        x[:, :1] = z[:, :1]
+        return x
+
+
+class _ShiftedGuess(TensorFields, Guess):
+    """Base of guesses with a `shift` (T, C)."""
+
+    shift: Tensor
+
+    def check(self, num_tokens: int, token_channels: int) -> None:
+        if self.shift.shape != (num_tokens, token_channels):
+            raise InputValueError(f"{self!r}, but the tokens are {(num_tokens, token_channels)}: calibrate this flow")
+
+
+@register("mean_affine")
+@dataclass(frozen=True, eq=False, repr=False)
+class MeanAffine(_ShiftedGuess):
+    """X^(0) = exp(log_scale) Z + shift: the mean parameters of the block over calibration images, (T, C) each.
+
+    `jacobiflow.calibrate` measures the means.
+
+    Example:
+        >>> jf.MeanAffine(torch.zeros(2, 1), torch.ones(2, 1))(torch.ones(1, 2, 1)).flatten()
+        tensor([2., 2.])
+    """
+
+    log_scale: Float[Tensor, "t c"]
+    shift: Float[Tensor, "t c"]
+
+    def __post_init__(self) -> None:
+        check_values("MeanAffine: log_scale", self.log_scale, ("tokens", "channels"))
+        check_values("MeanAffine: shift", self.shift, tuple(self.log_scale.shape))
+
+    def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
+        return torch.addcmul(self.shift.to(z), self.log_scale.to(z).exp(), z)
+
+
+@register("causal_linear")
+@dataclass(frozen=True, eq=False, repr=False)
+class CausalLinear(Convolution, _ShiftedGuess):
+    """X^(0)_t = shift_t + sum over d = 0..w-1 of kernel[d] Z_(t-d): a linear autoregressive guess.
+
+    The least-squares estimate of the solution, with one kernel for all positions.
+
+    Example:
+        >>> jf.CausalLinear(torch.ones(2, 1, 1), torch.zeros(3, 1))(torch.ones(1, 3, 1)).flatten()
+        tensor([1., 2., 2.])
+    """
+
+    kernel: Float[Tensor, "w c c"]
+    shift: Float[Tensor, "t c"]
+
+    def __post_init__(self) -> None:
+        self.check_kernel()
+        check_values("CausalLinear: shift", self.shift, ("tokens", self.kernel.shape[1]))
+
+    def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
+        return self.convolve(z, add=self.shift.to(z).expand_as(z))
+
+    @classmethod
+    def fit(cls, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], width: int = FIT_WIDTH) -> CausalLinear:
+        """Returns the guess from `width` + 1 latents nearest to the solutions `x` at `z`, by ridge regression."""
+        rows = rows_before((z - z.mean(dim=0)).double(), width + 1)
+        gram = rows.T @ rows
+        ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+        centred = (x - x.mean(dim=0)).flatten(0, 1).to(rows)
+        kernel = as_kernel(torch.linalg.solve(gram + ridge, rows.T @ centred), width + 1).to(x)
+        linear = cls(kernel, torch.zeros_like(x[0]))
+        return cls(kernel.cpu(), (x - linear(z)).mean(dim=0).cpu())
+
+
+@dataclass(frozen=True, eq=False)
+class WarmStart(Guess):
+    """X^(0) = `value`, an approximate answer that is to be improved."""
+
+    value: Float[Tensor, "b t c"]
+
+    def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
+        return self.value.clone()

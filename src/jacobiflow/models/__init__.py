@@ -1,0 +1,27 @@
+"""Flows, the blocks they are made of, and the files they are stored in.
+
+`TarFlow`, `MAF`, `Prose` and `STARFlow` are registered here, other flows when their modules are imported.
+"""
+
+from jacobiflow.blocks.base import AttentionContext, FlowBlock, Permutation
+from jacobiflow.models.config import FlowConfig
+from jacobiflow.models.flow import Flow, register
+from jacobiflow.models.maf import MAF
+from jacobiflow.models.prose import Prose
+from jacobiflow.models.starflow import STARFlow
+from jacobiflow.models.tarflow import TarFlow
+from jacobiflow.models.text_encoder import t5_encoder
+
+__all__ = [
+    "MAF",
+    "AttentionContext",
+    "Flow",
+    "FlowBlock",
+    "FlowConfig",
+    "Permutation",
+    "Prose",
+    "STARFlow",
+    "TarFlow",
+    "register",
+    "t5_encoder",
+]  # fmt: skip

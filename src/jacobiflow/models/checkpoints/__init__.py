@@ -1,0 +1,1 @@
+"""Model folders, and state dicts of the original codes."""

@@ -1,0 +1,363 @@
+"""STARFlow (arXiv 2506.06276): a text-to-image flow of one deep and several shallow blocks with rotary positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jacobiflow.blocks.base import Permutation, ScaleShift
+from jacobiflow.blocks.guidance import Guidance, SamplingSettings
+from jacobiflow.errors import CheckpointError, InputTypeError, InputValueError
+from jacobiflow.models.checkpoints.folder import build
+from jacobiflow.models.checkpoints.original import count_groups, read_original, shape_of
+from jacobiflow.models.config import BlockShape, check_heads, check_sizes
+from jacobiflow.models.flow import Flow, register
+from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, draw_latents
+from jacobiflow.models.text_encoder import EncodeText
+from jacobiflow.models.transformer.attention import AttentionBlock, LayerWeights, Rotation
+from jacobiflow.models.transformer.block import TarFlowCache, TransformerBlock
+from jacobiflow.utils.checks import (
+    FLOATS,
+    check_finite,
+    check_floating,
+    check_kind,
+    check_number,
+    check_positive,
+    format_value,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_EPSILON = 1e-6  # of the final RMS norm
+_PERIOD = 10_000.0  # of the slowest rotation
+_TEXT_PAIRS = 8  # of channels that the position in the text turns
+_UNIT = math.log(math.e - 1)  # softplus of it is 1
+_DEAD = ("feat_rope", "feat_rope_gen")  # modules of the original with buffers that nothing reads
+
+
+@dataclass(frozen=True)
+class STARFlowConfig:
+    """Shape of a `STARFlow`. The defaults are those of the released text-to-image weights, of 3.8 billion parameters.
+
+    Its images are what it models, such as the latents of an autoencoder. The last block is the one that reads the text.
+
+    Args:
+        image_size: Height and width of an image.
+        patch_size: Height and width of a patch, which is a token; divides `image_size`.
+        channels: Width of the transformers; a tuple has one for each block.
+        layers_per_block: Layers of the transformer of each block.
+        text_tokens: Tokens of a text; shorter ones are padded with zeros.
+        text_channels: Values of a text token.
+        head_dim: Channels of an attention head; divides `channels`, and is 20 or a larger multiple of 4.
+        expansion: Hidden units of a layer's perceptron, in multiples of `channels`.
+        soft_clip: The bound c of c tanh(a / c), for the outputs a of a transformer.
+        noise_std: Gaussian noise of the training images.
+
+    Example:
+        >>> jf.STARFlowConfig().num_tokens, jf.STARFlowConfig().of_block(5)
+        (1024, BlockShape(channels=3072, layers=24, order='identity'))
+    """
+
+    in_channels: int = 4
+    image_size: int = 32
+    patch_size: int = 1
+    channels: int | tuple[int, ...] = 3072
+    layers_per_block: tuple[int, ...] = (2, 2, 2, 2, 2, 24)
+    text_tokens: int = 128
+    text_channels: int = 2048
+    head_dim: int = 64
+    expansion: int = 4
+    soft_clip: float = 4.0
+    noise_std: float = 0.3
+    num_classes: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        give = "a tuple with a number for each block"
+        check_kind("layers_per_block", self.layers_per_block, tuple, give)
+        if not self.layers_per_block:
+            raise InputValueError(f"layers_per_block=(): give {give}")
+        check_sizes(self)
+        if self.image_size % self.patch_size:
+            raise InputValueError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
+        if self.head_dim % 4 or self.head_dim <= 2 * _TEXT_PAIRS:
+            raise InputValueError(f"head_dim={self.head_dim}: give 20 or a larger multiple of 4")
+        check_heads(self.channels, self.head_dim)
+        check_positive("soft_clip", self.soft_clip)
+        check_number("noise_std", self.noise_std, give="0 or a positive standard deviation")
+
+    @property
+    def num_blocks(self) -> int:
+        """The number of blocks."""
+        return len(self.layers_per_block)
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the number of patches."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def token_channels(self) -> int:
+        """C, the number of values in one patch."""
+        return self.in_channels * self.patch_size**2
+
+    def of_block(self, index: int) -> BlockShape:
+        """Returns the shape of a block; the first reads the tokens reversed, the second as they are, and so on."""
+        channels = self.channels if isinstance(self.channels, int) else self.channels[index]
+        return BlockShape(channels, self.layers_per_block[index], "identity" if index % 2 else "flip")
+
+
+class _RMSNorm(nn.Module):
+    """The parameter w of (1 + w) h / rms(h)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels))
+
+
+class STARFlowBlock(TransformerBlock):
+    """One block of a `STARFlow`: z_t = (x_t - u_t) / sigma_t, where the transformer has read x_<t and the prefix.
+
+    The prefix is the projection of a text, in the last block only, and of a learned start token. With the outputs a and
+    b of the transformer, both clipped softly, sigma = softplus(a + log(e - 1)) and u = b. Rotary positions are the row
+    and the column of the entry to come, in causal order, and the position in the text.
+    """
+
+    attn_blocks: Sequence[AttentionBlock]
+    null_text: Tensor
+
+    def __init__(self, config: STARFlowConfig, permutation: Permutation, index: int) -> None:
+        channels, layers, _ = config.of_block(index)
+        super().__init__(config.num_tokens, True, permutation)
+        self.config, self.soft_clip = config, config.soft_clip
+        self.is_guided = index == config.num_blocks - 1
+        self.text_length = config.text_tokens if self.is_guided else 0
+        self.prefix_length = self.text_length + 1
+        self.proj_in = nn.Linear(config.token_channels, channels)
+        self.sos_embed = nn.Parameter(torch.randn(1, 1, config.token_channels))
+        self.attn_blocks = nn.ModuleList(  # type: ignore[assignment]
+            AttentionBlock(channels, config.head_dim, config.expansion) for _ in range(layers)
+        )
+        self.final_norm = _RMSNorm(channels)
+        self.proj_out = nn.Linear(channels, 2 * config.token_channels)
+        nn.init.zeros_(self.proj_out.weight)
+        if self.is_guided:
+            self.proj_txt = nn.Linear(config.text_channels, channels)
+            self.register_buffer("null_text", torch.zeros(config.text_tokens, config.text_channels))
+
+    def layer_weights(self) -> tuple[LayerWeights, ...]:
+        rotation = self._rotation()
+        return tuple(layer.weights()._replace(rotation=rotation) for layer in self.attn_blocks)
+
+    def _rotation(self) -> Rotation:
+        """The rotations of the prefix and of the tokens: a token is turned by the place of the entry after it."""
+        config, side = self.config, math.isqrt(self.num_tokens)
+        place = torch.arange(self.num_tokens, dtype=torch.float64)
+        text = torch.arange(self.text_length, dtype=torch.float64) * side / max(self.text_length, 1)
+        rows, columns = (F.pad(axis, (self.text_length, 1)) for axis in ((place / side).floor(), place % side))
+        texts = F.pad(text, (0, self.num_tokens + 1))
+        pairs = config.head_dim // 4 - _TEXT_PAIRS // 2
+        angles = torch.cat((_angles(rows, pairs), _angles(columns, pairs), _angles(texts, _TEXT_PAIRS)), dim=1)
+        weight = self.proj_in.weight
+        return Rotation(angles.cos().to(weight), angles.sin().to(weight))
+
+    def positions(self) -> Float[Tensor, "t c"]:
+        assert self.proj_in.bias is not None
+        return self.proj_in.bias.expand(self.num_tokens, -1)
+
+    def embed_context(self, context: Tensor | None) -> None:
+        return None
+
+    def embed_prefix(self, context: Tensor | None, num: int) -> Float[Tensor, "b p c"]:
+        start = self.proj_in(self.sos_embed).expand(num, -1, -1)
+        if not self.is_guided:
+            return start
+        text = self.null_text if context is None else context
+        projected = self.proj_txt(text.to(self.proj_in.weight.dtype)).expand(num, -1, -1)
+        return torch.cat((projected, start.to(projected.dtype)), dim=1)
+
+    def unconditional(self, context: Tensor) -> Tensor:
+        return self.null_text.to(context).expand_as(context)
+
+    def final_norm_weight(self) -> Float[Tensor, " c"]:
+        return 1 + self.final_norm.weight
+
+    def read_out(self, h: Float[Tensor, "b n c"], cache: TarFlowCache, dtype: torch.dtype) -> ScaleShift:
+        normalised = F.rms_norm(h, h.shape[-1:], cache.final_norm, _EPSILON)
+        out = F.linear(normalised, *cache.proj_out).to(dtype)
+        scale, shift = (self.soft_clip * torch.tanh(out / self.soft_clip)).chunk(2, dim=-1)
+        return F.softplus(scale + _UNIT).log(), shift
+
+    def output_weights(self) -> None:
+        """Returns `None`: log-scales and shifts are not linear in the last layer."""
+
+
+def _angles(positions: Float[Tensor, " t"], num: int) -> Float[Tensor, "t {num}"]:
+    return positions.unsqueeze(-1) * _PERIOD ** -(torch.arange(num, dtype=torch.float64) / num)
+
+
+@register
+class STARFlow(Flow):
+    """A flow of images with a text: shallow blocks, and a deep one that reads the text and is sampled first.
+
+    Its context is prompts, if `encode_text` is set, or the states of texts (N, L, K) with L up to `text_tokens`, padded
+    with zeros. `None` is the empty text, whose states are in the weights.
+
+    Attributes:
+        encode_text: Returns the states of a list of prompts, see `jacobiflow.models.t5_encoder`; for prompts only.
+
+    Reference: Gu et al., STARFlow: Scaling Latent Normalizing Flows for High-resolution Image Synthesis, arXiv
+    2506.06276.
+
+    Example:
+        >>> config = jf.STARFlowConfig(3, 8, 2, 64, (1, 2), text_tokens=4, text_channels=16)
+        >>> flow = jf.STARFlow(config)
+        >>> samples = jf.sample(flow, 2, context=torch.randn(2, 3, 16))
+        >>> samples.images.shape
+        torch.Size([2, 3, 8, 8])
+    """
+
+    model_type, reads_text = "starflow", True
+    config_types = (STARFlowConfig,)
+    block_type = STARFlowBlock
+    config: STARFlowConfig
+    blocks: Sequence[STARFlowBlock]
+    encode_text: EncodeText | None = None
+
+    def make_block(self, index: int) -> STARFlowBlock:
+        return STARFlowBlock(self.config, Permutation(self.config.of_block(index).order), index)
+
+    @classmethod
+    def from_original(
+        cls, path: str | Path, config: STARFlowConfig | None = None, encode_text: EncodeText | None = None
+    ) -> Self:
+        """Loads a `.pth` state dict of the STARFlow code, in eval mode; float16 and bfloat16 become float32.
+
+        Without a config it is read from the shapes in the file, for patches of one pixel, heads of 64 channels, and the
+        soft clip and noise of the released weights. The states of the empty text, which guidance needs, are not in the
+        file: `encode_text([""])` gives them.
+        """
+        state = read_original(path)
+        config = infer_config(state, str(path)) if config is None else config
+        cls.check_config(config)
+        state = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in _DEAD}
+        states = torch.zeros(1, 0, config.text_channels) if encode_text is None else _encode(encode_text, [""])
+        state[f"blocks.{config.num_blocks - 1}.null_text"] = _padded("encode_text", states, config)[0]
+        flow = build(cls, config, state, str(path))
+        flow.encode_text = encode_text
+        # As in the script of the released weights.
+        guidance = None if encode_text is None else Guidance(3.6, annealed=False, rule="density")
+        flow.recommended = SamplingSettings(guidance, denoise=1.0)
+        return flow
+
+    def guided(self, guidance: Guidance | None) -> Self:
+        if guidance is not None and guidance.weight:
+            self._check_null_text("guidance")
+        return super().guided(guidance)
+
+    def to_tokens(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n t d"]:
+        size = self.config.patch_size
+        patches = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # channels, rows, in a row, columns, in a column
+        return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+    def from_tokens(self, tokens: Float[Tensor, "n t d"]) -> Float[Tensor, "n ..."]:
+        size, side = self.config.patch_size, self.config.image_size // self.config.patch_size
+        patches = tokens.unflatten(2, (size, size, -1)).unflatten(1, (side, side))
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+    def check_context(self, context: Any, num: int) -> Float[Tensor, "n l k"] | None:
+        """Returns the states of texts for `num` samples, padded to `text_tokens`; `None` for the empty text.
+
+        A single prompt is that of all samples.
+        """
+        if context is None:
+            self._check_null_text("no context")
+            return None
+        if isinstance(context, str):
+            context = [context] * num
+        if not isinstance(context, Tensor):
+            context = self._encode(context)
+        states = _padded("context", context, self.config)
+        if len(states) != num:
+            raise InputValueError(f"context of {len(states)} texts: give {num}, one for each sample")
+        return states
+
+    def example_context(self, num: int) -> Tensor:
+        config, null_text = self.config, self.blocks[-1].null_text
+        if null_text.any():
+            return null_text.expand(num, -1, -1)
+        return draw_latents(num, config.text_tokens, config.text_channels, start=FIRST_CALIBRATION_LATENT)
+
+    def _check_null_text(self, name: str) -> None:
+        """Raises ValueError if the states of the empty text are not known."""
+        if not self.blocks[-1].null_text.any():
+            raise InputValueError(
+                f"{name}: the states of the empty text are not in these weights; convert them again with encode_text, "
+                "or set flow.blocks[-1].null_text"
+            )
+
+    def _encode(self, prompts: Any) -> Tensor:
+        if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise InputTypeError(f"context={format_value(prompts)}: give prompts, or the states of texts as a tensor")
+        if self.encode_text is None:
+            raise InputValueError(
+                "prompts given, but this flow has no text encoder: set flow.encode_text to a function of a list of "
+                "prompts that returns their states"
+            )
+        unique = list(dict.fromkeys(prompts))
+        states = _encode(self.encode_text, unique)
+        if len(unique) == 1:
+            return states.expand(len(prompts), -1, -1)
+        places = {prompt: place for place, prompt in enumerate(unique)}
+        return states[[places[prompt] for prompt in prompts]]
+
+
+def _encode(encode_text: EncodeText, prompts: list[str]) -> Float[Tensor, "n l k"]:
+    """Calls a text encoder, and checks its result."""
+    states = encode_text(prompts)
+    check_floating("result of encode_text", states, (len(prompts), "L", "K"))
+    return states
+
+
+def _padded(name: str, states: Tensor, config: STARFlowConfig) -> Float[Tensor, "n l k"]:
+    """Returns states of texts, in a message `name`, padded to the model's length with zeros."""
+    give = f"states of texts (N, L, {config.text_channels}), L up to {config.text_tokens}"
+    check_kind(name, states, Tensor, give)
+    if states.dtype not in FLOATS:
+        raise InputTypeError(f"{name}={format_value(states)}: give prompts, or {give}")
+    if states.ndim != 3 or states.shape[1] > config.text_tokens or states.shape[2] != config.text_channels:
+        raise InputValueError(f"{name} of shape {tuple(states.shape)}: give {give}")
+    check_finite(name, states)
+    return F.pad(states, (0, 0, 0, config.text_tokens - states.shape[1]))
+
+
+def infer_config(state: Mapping[str, Tensor], source: str, patch_size: int = 1) -> STARFlowConfig:
+    """Reads the config of a STARFlow from shapes; what they do not tell is as released."""
+    shape = partial(shape_of, state, source, "STARFlow")
+    blocks = range(count_groups(state, r"blocks\.(\d+)\.proj_in\.weight"))
+    num_tokens, token_channels = shape("var", 2)
+    widths = tuple(shape(f"blocks.{i}.proj_in.weight", 2)[0] for i in blocks)
+    hidden, _ = shape("blocks.0.attn_blocks.0.mlp.main.0.weight", 2)
+    _, text_channels = shape(f"blocks.{len(blocks) - 1}.proj_txt.weight", 2)
+    if token_channels % patch_size**2:
+        raise CheckpointError(f"{source}: patch_size={patch_size}: its square must divide {token_channels} values")
+    rows = "feat_rope.freqs_cos"  # one for each text token and each image token
+    return STARFlowConfig(
+        in_channels=token_channels // patch_size**2,
+        image_size=math.isqrt(num_tokens) * patch_size,
+        patch_size=patch_size,
+        channels=widths[0] if len(set(widths)) == 1 else widths,
+        layers_per_block=tuple(count_groups(state, rf"blocks\.{i}\.attn_blocks\.(\d+)\.") for i in blocks),
+        text_tokens=shape(rows, 2)[0] - num_tokens if rows in state else STARFlowConfig.text_tokens,
+        text_channels=text_channels,
+        expansion=hidden // widths[0],
+    )

@@ -1,0 +1,1 @@
+"""The causal transformer that gives a block its parameters."""

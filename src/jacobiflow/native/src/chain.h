@@ -1,0 +1,254 @@
+// A chain of transforms as native code computes it: its packed weights, and where its values lie in memory.
+#pragma once
+
+#include <atomic>
+#include <new>
+#include <vector>
+
+#include "activations.h"
+#include "products.h"
+
+namespace jacobiflow {
+
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(size_t size) : data_(static_cast<T*>(::operator new(sizeof(T) * (size + 1), alignment))) {}
+  Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { ::operator delete(data_, alignment); }
+  T* get() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t alignment{64};
+  T* data_;
+};
+
+// Where the numbers of an operation lie. A transform without a network has one of these, for its scale and shift.
+struct OperationLayout {
+  int inputs = 0;                 // columns of the weight
+  size_t weight = 0, bias = 0;    // in packed weights: (units, inputs) and (units), sorted by step
+  bool is_stored = false;         // whether a backward pass reads its value
+  size_t value = 0, slopes = 0;   // in a tile's activations, in units: its value, and the derivatives of its function
+  size_t gradient = 0, layer_gradient = 0;  // in a transform's gradients, in units: of its value, of its context layer
+  size_t reads = 0, readers = 0;  // in `ranges`: the end of what each unit reads; the first unit that reads each input
+  bool is_source_read_later = false, is_other_read_later = false;  // by an operation after it
+};
+
+template <typename T>
+class Chain {
+ public:
+  using L = Lanes<T>;
+  using Vector = typename L::Vector;
+
+  explicit Chain(const ChainArgs& call)
+      : call(call), shares_context(call.context_features && !call.packed && has_equal_rows()) {
+    for (int i = 0; i < call.count; i++) {
+      const Transform& t = call.transforms[i];
+      first_layout.push_back(layouts.size());
+      inputs.push_back(tile_units);
+      tile_units += units(t, 0);
+      gradient_units = units(t, 0);
+      lengths.push_back(inverts(t) ? 1 : group(t));
+      for (int j = 0; j < t.operation_count; j++) add_layout(t, j);
+      most_gradient_units = std::max(most_gradient_units, gradient_units);
+      if (layout_count(t) > t.operation_count) {
+        layouts.push_back({});
+        layouts.back().weight = packed_size;
+        layouts.back().bias = packed_size + call.features;
+        packed_size += 2 * (size_t)call.features;
+      }
+    }
+  }
+
+  // Packs the weights into memory of the caller, or of its own.
+  void pack() {
+    if (!call.packed) memory.emplace_back(packed_size);
+    packed = call.packed ? static_cast<T*>(call.packed) : memory[0].get();
+    std::atomic<int> next{0};
+    in_threads((int)std::min<int64_t>(call.threads, 1 + work / 200000), [&](int) {
+      for (int i; (i = next++) < call.count;) {
+        const Transform& t = call.transforms[i];
+        for (int j = 0; j < t.operation_count; j++) pack(t, t.operations[j], of(i, j));
+        if (layout_count(t) > t.operation_count) pack_numbers(t, of(i, 0));
+      }
+    });
+  }
+
+  // Takes weights that an earlier call has packed.
+  void use_packed() { packed = static_cast<T*>(call.packed); }
+
+  const ChainArgs& call;
+  const bool shares_context;
+  int64_t work = 0;  // multiplications for each row
+  size_t packed_size = 0, tile_units = 0;
+  size_t most_gradient_units = 0;  // of a transform
+  std::vector<size_t> inputs;  // of each transform: where its input lies in a tile's activations
+  std::vector<int> lengths;    // of each transform: the number of steps that are computed together
+  std::atomic<bool> is_finite{true};
+
+  // The number of layouts of a transform: one without operations has one for its two tensors, if it has any.
+  static int layout_count(const Transform& t) {
+    return t.kind == TransformKind::permutation ? 0 : std::max(t.operation_count, 1);
+  }
+
+  size_t position(int transform, int operation) const { return first_layout[transform] + operation; }
+
+  const OperationLayout& of(int transform, int operation) const { return layouts[position(transform, operation)]; }
+
+  bool is_stored(int transform, int value) const { return !value || of(transform, value - 1).is_stored; }
+
+  // Where a value of a transform lies in a tile's activations, and its gradient in the transform's gradients.
+  size_t value(int transform, int value) const { return value ? of(transform, value - 1).value : inputs[transform]; }
+  size_t gradient(int transform, int value) const { return value ? of(transform, value - 1).gradient : 0; }
+
+  // Of a unit of a layer: the end of the inputs that it reads. Of an input: the first unit that reads it.
+  int reads(const OperationLayout& layout, int unit) const { return ranges[layout.reads + unit]; }
+  int readers(const OperationLayout& layout, int input) const { return ranges[layout.readers + input]; }
+
+  const T* weight(const OperationLayout& layout) const { return packed + layout.weight; }
+  const T* bias(const OperationLayout& layout) const { return packed + layout.bias; }
+
+  int units(const Transform& t, int value) const {
+    if (value) return t.operations[value - 1].units;
+    return t.operation_count ? t.context + t.features : t.kind == TransformKind::permutation ? 0 : call.features;
+  }
+
+  static const int32_t* rows(const Transform& t, int value) { return value ? t.operations[value - 1].rows : t.input_rows; }
+
+  // The number of units of a value that can be computed once the features before `step` are solved.
+  static int ready(const Transform& t, int value, int step) {
+    return step < 0 ? 0 : (value ? t.operations[value - 1].ready : t.input_ready)[step];
+  }
+
+  bool inverts(const Transform& t) const { return call.is_inverse != t.is_reversed; }
+
+  // The first input of a sum: the bias already has a context that all rows share.
+  int first_input(const Transform& t, const Operation& o) const { return shares_context && !o.source ? t.context : 0; }
+
+ private:
+  std::vector<OperationLayout> layouts;
+  std::vector<size_t> first_layout;
+  std::vector<int> ranges;
+  std::vector<Buffer<T>> memory;
+  T* packed = nullptr;
+  size_t gradient_units = 0;  // of the transform whose layouts are added
+
+  void add_layout(const Transform& t, int j) {
+    const Operation& o = t.operations[j];
+    OperationLayout layout;
+    if (o.weight >= 0 || o.kind == OperationKind::extrapolation) {
+      layout.inputs = o.kind == OperationKind::linear ? units(t, o.source) : o.weight >= 0 ? call.context_features : 0;
+      work += (int64_t)o.units * layout.inputs;
+      layout.bias = packed_size;
+      layout.weight = packed_size + o.units;
+      packed_size += (size_t)o.units * (layout.inputs + 1);
+    }
+    const bool reads_context = o.kind == OperationKind::add_context || o.kind == OperationKind::gate_context;
+    const bool tells_slopes = !reads_context && o.function != Activation::identity && !needs_slopes(o.function);
+    layout.is_stored = o.is_kept || tells_slopes || j + 1 == t.operation_count;
+    for (int k = j + 1; k < t.operation_count; k++)
+      layout.is_stored |= t.operations[k].kind == OperationKind::gate_context && t.operations[k].source == j + 1;
+    layout.value = tile_units;
+    layout.slopes = tile_units += layout.is_stored ? o.units : 0;
+    if (o.kind == OperationKind::gate_context || needs_slopes(o.function) || (reads_context && o.function != Activation::identity))
+      tile_units += o.units;
+    layout.gradient = gradient_units;
+    layout.layer_gradient = gradient_units += o.units;
+    if (reads_context) gradient_units += o.units;
+    for (int k = j + 1; k < t.operation_count; k++) {
+      layout.is_source_read_later |= reads(t.operations[k], o.source);
+      layout.is_other_read_later |= reads(t.operations[k], o.other);
+    }
+    if (o.kind == OperationKind::linear) {
+      layout.reads = ranges.size();
+      for (int step = 0; step < t.steps; step++) ranges.resize(layout.reads + o.ready[step], ready(t, o.source, step));
+      layout.readers = ranges.size();
+      for (int step = 0; step < t.steps; step++)
+        ranges.resize(layout.readers + ready(t, o.source, step), ready(t, j + 1, step - 1));
+    }
+    layouts.push_back(layout);
+  }
+
+  static bool reads(const Operation& o, int value) {
+    return o.source == value || ((o.kind == OperationKind::sum || o.kind == OperationKind::extrapolation) && o.other == value);
+  }
+
+  // The number of steps that the forward direction computes together: enough units to fill the registers.
+  static int group(const Transform& t) {
+    int fewest = t.features * std::max(t.parameters, 1);
+    for (int i = 0; i < t.operation_count; i++)
+      if (t.operations[i].kind == OperationKind::linear) fewest = std::min(fewest, t.operations[i].units);
+    return std::max(1, std::min(t.steps, 12 * t.steps / std::max(fewest, 1)));
+  }
+
+  bool has_equal_rows() const {
+    const T* context = static_cast<const T*>(call.context);
+    if (call.context_stride)
+      for (int64_t row = 1; row < call.rows; row++)
+        if (std::memcmp(context, context + row * call.context_stride, sizeof(T) * call.context_features)) return false;
+    return true;
+  }
+
+  // Null if the operation has none.
+  const T* tensor(const Transform& t, int tensor) const {
+    return tensor < 0 ? nullptr : static_cast<const T*>(call.tensors[t.first_tensor + tensor]);
+  }
+
+  // The libraries multiply weights by masks, so a weight that is not finite gives NaN even if it is masked. Adds 0, or NaN.
+  static void add_poison(const T* values, int64_t size, Vector& poison) {
+    int64_t i = 0;
+    for (; i + L::count <= size; i += L::count) poison += L::load(values + i) * T(0);
+    for (; i < size; i++) poison[0] += values[i] * T(0);
+  }
+
+  void pack_numbers(const Transform& t, const OperationLayout& layout) {
+    const T *scale = tensor(t, 0), *shift = tensor(t, 1);
+    for (int f = 0; f < call.features; f++) {
+      packed[layout.weight + f] = scale[f * t.scale_stride];
+      packed[layout.bias + f] = shift[f * t.shift_stride];
+    }
+  }
+
+  void pack(const Transform& t, const Operation& o, const OperationLayout& layout) {
+    const T *weight = tensor(t, o.weight), *bias = tensor(t, o.bias);
+    if (o.kind == OperationKind::extrapolation)
+      for (int unit = 0; unit < o.units; unit++) packed[layout.bias + unit] = bias[o.rows[unit]];
+    if (!weight) return;
+    Vector poison{};
+    if (bias) add_poison(bias, o.units, poison);
+    const T* shared = shares_context ? static_cast<const T*>(call.context) : nullptr;
+    const int32_t* columns = o.kind == OperationKind::linear ? rows(t, o.source) : nullptr;
+    const int context = shared && columns && !o.source ? t.context : 0, all = o.ready[t.steps - 1];
+    for (int unit = 0; unit < o.units; unit++) {
+      const int64_t row = (int64_t)o.rows[unit] * layout.inputs;
+      add_poison(weight + row, layout.inputs, poison);
+      if (unit >= all) continue;
+      T total = bias ? bias[o.rows[unit]] : 0;
+      T* to = packed + layout.weight + (size_t)unit * layout.inputs;
+      if (!columns) {
+        std::memcpy(to, weight + row, sizeof(T) * layout.inputs);
+        for (int k = 0; shared && k < layout.inputs; k++) total += to[k] * shared[k];
+      } else {
+        // Units and inputs are multiplied in blocks, whose other entries are 0.
+        const int read = reads(layout, unit), last = std::min(unit + most_units, all) - 1;
+        const int beyond = std::max(reads(layout, last), read + most_units);
+        gather(weight + row, o.mask ? o.mask + row : nullptr, columns, read, to);
+        std::fill(to + read, to + std::min(beyond, layout.inputs), T(0));
+        for (int k = 0; k < context; k++) total += to[k] * shared[columns[k] - t.context_start];
+      }
+      packed[layout.bias + unit] = total;
+    }
+    for (int lane = 0; lane < L::count; lane++)
+      if (poison[lane] != 0) is_finite = false;
+  }
+
+  static void gather(const T* from, const uint8_t* mask, const int32_t* columns, int count, T* __restrict to) {
+    if (mask)
+      for (int k = 0; k < count; k++) to[k] = mask[columns[k]] ? from[columns[k]] : T(0);
+    else
+      for (int k = 0; k < count; k++) to[k] = from[columns[k]];
+  }
+};
+
+}  // namespace jacobiflow

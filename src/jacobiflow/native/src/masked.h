@@ -1,0 +1,117 @@
+// Chains of masked autoregressive transforms in both directions, exact to rounding, and their gradients. A tile of rows
+// goes through all transforms and all their steps without leaving the cache; a row is a vector lane. Units of a layer are
+// sorted by the first step that can compute them, so that each is computed once.
+#pragma once
+
+#include <memory>
+#include <tuple>
+
+#include "adjoint.h"
+
+namespace jacobiflow {
+
+// Tiles of 4 vectors of rows. The last one has 1 if that is enough.
+template <typename T>
+struct Tiles {
+  static constexpr int rows = 4 * Lanes<T>::count;
+  const int64_t all_rows, count;
+  const int threads;
+
+  Tiles(const ChainArgs& call, int64_t work)
+      : all_rows(call.rows), count((call.rows + rows - 1) / rows),
+        threads((int)std::max<int64_t>(1, std::min({(int64_t)call.threads, count, 1 + work * call.rows / 1000000}))) {}
+
+  // Calls use(first row of the tile, its number of rows, its vectors as a constant).
+  template <typename Use>
+  void visit(int64_t tile, const Use& use) const {
+    const int64_t first = tile * rows;
+    const int count = (int)std::min<int64_t>(rows, all_rows - first);
+    if (count > rows / 4)
+      use(first, count, std::integral_constant<int, 4>());
+    else
+      use(first, count, std::integral_constant<int, 1>());
+  }
+};
+
+// One thread's memory for tiles of each size, made when it is needed.
+template <template <typename, int> class OperationKind, typename T>
+class EachSize {
+ public:
+  template <int vectors, typename... Arguments>
+  OperationKind<T, vectors>& get(Arguments&&... arguments) {
+    auto& memory = std::get<std::unique_ptr<OperationKind<T, vectors>>>(sizes);
+    if (!memory) memory = std::make_unique<OperationKind<T, vectors>>(arguments...);
+    return *memory;
+  }
+
+ private:
+  std::tuple<std::unique_ptr<OperationKind<T, 1>>, std::unique_ptr<OperationKind<T, 4>>> sizes;
+};
+
+// Calls run(rank) in threads; throws std::bad_alloc if one of them does.
+template <typename Run>
+void in_guarded_threads(int size, const Run& run) {
+  std::atomic<bool> has_memory{true};
+  in_threads(size, [&](int rank) {
+    try {
+      run(rank);
+    } catch (const std::bad_alloc&) {
+      has_memory = false;
+    }
+  });
+  if (!has_memory) throw std::bad_alloc();
+}
+
+// Computes all rows; returns the number that failed.
+template <typename T>
+int64_t evaluate(const ChainArgs& call) {
+  if (!call.rows) return 0;
+  Chain<T> chain(call);
+  chain.pack();
+  if (!chain.is_finite) {
+    std::memset(call.failed, 1, call.rows);
+    std::fill_n(static_cast<T*>(call.out), call.rows * call.features, Lanes<T>::nan);
+    return call.rows;
+  }
+  const Tiles<T> tiles(call, chain.work);
+  std::atomic<int64_t> next{0};
+  in_guarded_threads(tiles.threads, [&](int) {
+    EachSize<Tile, T> memory;
+    for (int64_t tile; (tile = next++) < tiles.count;)
+      tiles.visit(tile, [&](int64_t first, int count, auto vectors) {
+        T* activations = static_cast<T*>(call.activations);
+        if (activations) activations += first * chain.tile_units;
+        memory.template get<vectors>(chain, activations != nullptr).run(first, count, activations);
+      });
+  });
+  return std::count(call.failed, call.failed + call.rows, 1);
+}
+
+// Computes gradients from the weights that `evaluate` packed, and from the activations that it stored or, if it stored
+// none, from new ones.
+template <typename T>
+void differentiate(const GradientArgs& args) {
+  const ChainArgs& call = *args.chain;
+  Chain<T> chain(call);
+  chain.use_packed();
+  const Tiles<T> tiles(call, 3 * chain.work);
+  TensorGradients<T> tensors(chain, args, tiles.threads);
+  in_guarded_threads(tiles.threads, [&](int rank) {  // each has its own tiles, so that sums do not depend on chance
+    EachSize<Tile, T> forward;
+    EachSize<Adjoint, T> backward;
+    Buffer<T> recomputed(call.activations ? 0 : chain.tile_units * tiles.rows);
+    const int64_t last = tiles.count * (rank + 1) / tiles.threads;
+    for (int64_t tile = tiles.count * rank / tiles.threads; tile < last; tile++)
+      tiles.visit(tile, [&](int64_t first, int count, auto vectors) {
+        const T* activations = recomputed.get();
+        if (call.activations)
+          activations = static_cast<const T*>(call.activations) + first * chain.tile_units;
+        else
+          forward.template get<vectors>(chain, true).run(first, count, recomputed.get());
+        backward.template get<vectors>(chain, args, tensors, rank).run(first, count, activations);
+      });
+  });
+  tensors.write();
+}
+
+}  // namespace jacobiflow

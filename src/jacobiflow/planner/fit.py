@@ -1,0 +1,159 @@
+"""`tune`: fits a guess and a correction to each block of a flow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jacobiflow.blocks.base import AffineBlock
+from jacobiflow.blocks.guidance import Guidance
+from jacobiflow.calibration.report import find_file
+from jacobiflow.calibration.statistics import BlockSolution, exact_solutions
+from jacobiflow.errors import InputValueError
+from jacobiflow.fixed_point import Correction, Guess, Plain, Solver, Tolerance, Whole, solve
+from jacobiflow.models.checkpoints.fingerprint import check_fingerprint, fingerprint
+from jacobiflow.models.config import Context, Labels, as_labels
+from jacobiflow.models.flow import Flow, check_flow
+from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
+from jacobiflow.utils import serialization
+from jacobiflow.utils.checks import check_count, check_seed
+from jacobiflow.utils.progress import Progress
+
+SAMPLES = 16
+"""Fresh latents that a tuning is fitted to, by default."""
+
+_TOLERANCE = 1e-3  # to which guesses and corrections are compared
+
+
+@dataclass(frozen=True)
+class BlockTuning:
+    """The guess and the correction that are fitted to a block."""
+
+    guess: Guess
+    correction: Correction
+
+
+@dataclass(frozen=True)
+class Tuning(serialization.Document):
+    """A guess and a correction for each block of a flow, fitted by `jacobiflow.tune`.
+
+    Attributes:
+        fingerprint: Of the flow's weights, see `check`.
+        num_tokens: T.
+        guidance: The guidance that the blocks were solved under.
+        samples: Number of latents.
+        seed: Of the latents.
+        blocks: A `BlockTuning` per block, in encoding order.
+
+    Example:
+        >>> tuning = jf.Tuning.load(jf.find_tuning(jf.load("digits-p1")))
+        >>> tuning.blocks[0].correction
+        Chord(kernel=(24, 1, 1))
+    """
+
+    _name, _remedy = "tuning", "; make it anew with jacobiflow plan --tune"
+
+    fingerprint: str
+    num_tokens: int
+    guidance: Guidance | None
+    samples: int
+    seed: int
+    blocks: tuple[BlockTuning, ...]
+
+    def check(self, flow: Flow) -> None:
+        """Raises ValueError if the tuning is of another flow."""
+        check_flow(flow)
+        check_fingerprint(self.fingerprint, flow, "the tuning is of", "tune this one")
+        if len(self.blocks) != flow.config.num_blocks:
+            raise InputValueError(f"tuning of {len(self.blocks)} blocks, but the flow has {flow.config.num_blocks}")
+        for block in self.blocks:
+            block.guess.check(flow.config.num_tokens, flow.config.token_channels)
+            block.correction.check(flow.config.token_channels)
+
+
+def tune(
+    flow: Flow, labels: Labels | None = None, *, context: Context | None = None, samples: int = SAMPLES,
+    batch_size: int = 64, seed: int = 0, progress: Progress | None = None,
+) -> Tuning:  # fmt: skip
+    """Fits a guess and a correction to each block, to its exact solutions at fresh latents.
+
+    Every registered guess and correction that can be fitted is fitted (`CausalLinear` and `Chord`). The guess with the
+    fewest sweeps is taken, and a correction only if it saves sweeps.
+
+    Args:
+        flow: The model, or a view of it under guidance (`flow.guided`).
+        labels: Classes, taken in turn; `None` takes all classes in turn.
+        context: In place of labels: what the flow takes, such as prompts, taken in turn.
+        samples: Number of latents, at least 2.
+        batch_size: Samples in the network at a time.
+        seed: Fixes the latents. `jacobiflow.sample` never draws the same ones.
+        progress: Is called after each block.
+
+    Raises:
+        ValueError: If a latent overflows in the exact inverse.
+
+    Example:
+        >>> tuning = jf.tune(jf.load("digits-maf"), samples=2)
+        >>> len(tuning.blocks)
+        5
+    """
+    check_flow(flow)
+    samples = check_count("samples", samples, 2, MOST_SAMPLES)
+    batch_size, seed = check_count("batch_size", batch_size, most=MOST_SAMPLES), check_seed(seed)
+    config = flow.config
+    blocks = flow.inverse_blocks
+    latents = draw_latents(samples, config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
+    solutions = exact_solutions(flow, latents, _context(flow, labels, context, samples), batch_size, progress)
+    fitted = []
+    for i, at in enumerate(solutions):
+        fitted.append(_fit(blocks[i], at, batch_size))
+        if progress is not None:
+            progress(i + 1, len(blocks), "tuning")
+    return Tuning(fingerprint(flow), config.num_tokens, flow.guidance, samples, seed, tuple(fitted))
+
+
+def find_tuning(flow: Flow) -> Path | None:
+    """Finds the tuning, tuning.json or tuning-*.json in the flow's model folder, of its guidance.
+
+    Without one of this guidance it is that of another, tuning.json first; without any it is `None`.
+
+    Raises:
+        ValueError: If a tuning is broken.
+
+    Example:
+        >>> jf.find_tuning(jf.load("digits-p1")).name
+        'tuning.json'
+    """
+    return find_file(flow, "tuning", lambda file: Tuning.load(file).guidance)
+
+
+def _context(flow: Flow, labels: Labels | None, context: Context | None, samples: int) -> Tensor | None:
+    """The context of each of the samples."""
+    if labels is None and context is None:
+        example = flow.example_context(samples)
+        return None if example is None else example.to(flow.var.device)
+    labels = None if labels is None else as_labels(labels, 1)
+    values: Any = context if labels is None else labels
+    num = 1 if isinstance(values, str) else len(values)
+    if not num:
+        raise InputValueError(f"{'context' if labels is None else 'labels'}: empty; give one or more")
+    checked = flow.check_one_context(labels, context, num)
+    assert checked is not None
+    return checked.to(flow.var.device)[torch.arange(samples, device=flow.var.device) % num]
+
+
+def _fit(block: AffineBlock, at: BlockSolution, batch_size: int) -> BlockTuning:
+    def sweeps(guess: Guess, correction: Correction) -> int:
+        solver = Solver(Whole(), guess, Tolerance(_TOLERANCE), correction)
+        return int(solve(block, at.z, solver, at.context, batch_size).sample_sweeps.sum())
+
+    guesses = [fit for kind in serialization.registered(Guess).values() if (fit := kind.fit(at.x, at.z)) is not None]
+    guess = guesses[0] if len(guesses) == 1 else min(guesses, key=lambda guess: sweeps(guess, Plain()))
+    fits = [kind.fit(block, at.x, at.z, guess, at.context) for kind in serialization.registered(Correction).values()]
+    corrections: Sequence[Correction] = [Plain(), *(fit for fit in fits if fit is not None)]
+    return BlockTuning(guess, min(corrections, key=lambda correction: sweeps(guess, correction)))

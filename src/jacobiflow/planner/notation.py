@@ -1,0 +1,126 @@
+"""Strategies as text: "sequential", "jacobi-30", "window:24", and the paper's [Stack-GS-J-Else]."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, fields, replace
+from typing import Any
+
+from jacobiflow.errors import InputValueError
+from jacobiflow.fixed_point import (
+    Correction,
+    EarlyStop,
+    Guess,
+    MaxSweeps,
+    Partition,
+    Segments,
+    Sequential,
+    Solver,
+    Stopping,
+    Tolerance,
+    Whole,
+)
+from jacobiflow.utils.checks import format_value
+from jacobiflow.utils.serialization import registered
+
+DEFAULT_TOLERANCE = 1e-3
+_FORMS = (
+    "auto, sequential, sequential:int16, jacobi, jacobi-J, gs-jacobi:G, gs-jacobi:G-J, window:N, "
+    "or [Stack-GS-J-Else] such as [7-8-32-10]"
+)
+_NUMBER = "[0-9]{1,9}"
+_NUMBERS = f"{_NUMBER}(?:/{_NUMBER})*"
+_SWEEPS = f"{_NUMBER}(?:[,/]{_NUMBER})*"
+
+
+def parse(text: str, guesses: Sequence[Guess], num_tokens: int, tolerance: float) -> tuple[Solver, ...]:
+    """The solvers that `text` names, one per block; `guesses` are for blocks without one. See `Strategy.parse`."""
+    name, *pieces = text.strip().lower().split("+")
+    try:
+        solvers = _stack(name, len(guesses)) if name.startswith("[") else [_named(name, tolerance)] * len(guesses)
+        solvers = [replace(solvers[i], guess=guess) for i, guess in enumerate(guesses)]
+        for piece in pieces:
+            solvers = [_added(solver, piece) for solver in solvers]
+        for solver in solvers:
+            solver.partition.check(num_tokens)
+    except ValueError as error:
+        raise InputValueError(f"strategy {format_value(text)}: {error}") from error
+    return tuple(solvers)
+
+
+def is_auto(name: str) -> bool:
+    """Tells if `name` is "auto" or "auto:TOLERANCE"."""
+    return name.strip().lower().split(":")[0] == "auto"
+
+
+def _named(name: str, tolerance: float) -> Solver:
+    """The solver that a name gives every block."""
+    partition: Partition | None
+    sweeps = None
+    if match := re.fullmatch(rf"jacobi(?:-({_NUMBER}))?", name):
+        partition, sweeps = Whole(), match[1]
+    elif match := re.fullmatch(rf"gs-jacobi:({_NUMBER})(?:-({_NUMBER}))?", name):
+        partition, sweeps = Segments(int(match[1])), match[2]
+    elif name == "original":
+        partition = Sequential()
+    elif name == "sequential:int16":
+        return Solver(Sequential(), stopping=Tolerance(tolerance), int16_weights=True)
+    else:
+        partition = _piece(Partition, name)
+    if is_auto(name):
+        raise InputValueError("is planned for a flow, a device and a batch: give it to sample, or use plan")
+    if partition is None:
+        raise InputValueError(f"unknown; give {_FORMS}")
+    return Solver(partition, stopping=Tolerance(tolerance) if sweeps is None else _counted(sweeps))
+
+
+def _added(solver: Solver, name: str) -> Solver:
+    """The solver with a registered guess or correction."""
+    if (guess := _piece(Guess, name)) is not None:
+        return replace(solver, guess=guess)
+    if (correction := _piece(Correction, name)) is not None:
+        return replace(solver, correction=correction)
+    raise InputValueError(f"{format_value(name)}: unknown; add the name of a guess or a correction")
+
+
+def _piece(base: type, text: str) -> Any:
+    """The registered piece that "name" or "name:1-2" means, the numbers being its fields, or `None`."""
+    name, _, numbers = text.partition(":")
+    cls: Any = {key.lower(): cls for key, cls in registered(base).items()}.get(name)
+    if cls is None or not re.fullmatch(rf"|{_NUMBER}(-{_NUMBER})*", numbers):
+        return None
+    values = [int(number) for number in numbers.split("-") if number]
+    needed = [entry for entry in fields(cls) if entry.default is MISSING and entry.default_factory is MISSING]
+    if not len(needed) <= len(values) <= len(fields(cls)) or any(
+        entry.type not in ("int", int) for entry in fields(cls)
+    ):
+        return None
+    return cls(*values)
+
+
+def _stack(text: str, num_blocks: int) -> list[Solver]:
+    """The solvers of the paper's notation."""
+    match = re.fullmatch(rf"\[({_NUMBERS})-({_NUMBERS})-({_SWEEPS})-({_NUMBER})\]", text)
+    if match is None:
+        raise InputValueError(
+            "give whole numbers [Stack-GS-J-Else], several with slashes between: [7-8-32-10], [0/7-256/8-1/13-6]"
+        )
+    stack = [int(block) for block in match[1].split("/")]
+    counts, sweeps = match[2].split("/"), match[3].split("/")
+    if len(set(stack)) < len(stack) or max(stack) >= num_blocks:
+        raise InputValueError(f"Stack {match[1]}: give blocks from 0 to {num_blocks - 1}, each once")
+    for name, values in (("GS", counts), ("J", sweeps)):
+        if len(values) not in (1, len(stack)):
+            raise InputValueError(f"{name} {'/'.join(values)}: give one number, or one for each of Stack {match[1]}")
+    solvers = [Solver(Whole(), stopping=_counted(match[4]))] * num_blocks
+    for i, block in enumerate(stack):
+        partition = Segments(int(counts[i % len(counts)]))
+        solvers[block] = Solver(partition, stopping=_counted(sweeps[i % len(sweeps)]))
+    return solvers
+
+
+def _counted(numbers: str) -> Stopping:
+    """One number of sweeps, or one for each segment with commas between, and the paper's early stop."""
+    counts = [int(number) for number in numbers.split(",")]
+    return MaxSweeps(counts[0] if len(counts) == 1 else counts) | EarlyStop()

@@ -1,0 +1,204 @@
+"""A strategy: one solver per block, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from jacobiflow.blocks.guidance import Guidance
+from jacobiflow.calibration import CalibrationReport, gs_jacobi_notation
+from jacobiflow.errors import InputError, InputValueError
+from jacobiflow.fixed_point import Latent, Solver
+from jacobiflow.models.checkpoints.fingerprint import cached_fingerprint, check_fingerprint
+from jacobiflow.models.flow import Flow, check_flow
+from jacobiflow.planner import notation
+from jacobiflow.planner.notation import DEFAULT_TOLERANCE
+from jacobiflow.utils import serialization
+from jacobiflow.utils.checks import check_count, check_fields, check_kind, check_number, format_value
+
+MOST_BLOCKS, MOST_TOKENS = 1_000, 2**16  # limits of a strategy
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The conditions of a plan, and the time that it should take.
+
+    Attributes:
+        device: Its name, and a CPU's threads.
+        batch_size: Samples that are solved together.
+        guidance: The guidance to sample with.
+        seconds: For a batch, as it was tried, certificates included.
+        sequential_seconds: For a batch by the exact loop.
+        error: Largest of an image against the exact inverse.
+        spread: Share by which timings of the same thing differed.
+    """
+
+    device: str
+    batch_size: int
+    guidance: Guidance | None
+    seconds: float
+    sequential_seconds: float
+    error: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Strategy(serialization.Document):
+    """One `Solver` per block, in encoding order. Strategies are equal if their solvers and their tolerance are.
+
+    Attributes:
+        solvers: Entry 0 is for the block that touches the image.
+        fingerprint: Of the weights of the only flow that it is for; `None` for any flow. See `check`.
+        tolerance: The largest residual of a certified sample; `None` for each solver's own.
+        prediction: The time and the error that `jacobiflow.plan` expects.
+
+    Example:
+        >>> strategy = jf.Strategy.uniform(jf.Solver(jf.Window(16)), num_blocks=4)
+        >>> jf.sample(jf.load("digits-p1"), 2, strategy=strategy).images.shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    _name, _indent = "strategy", 1
+
+    solvers: tuple[Solver, ...]
+    fingerprint: str | None = field(default=None, compare=False)
+    tolerance: float | None = None
+    prediction: Prediction | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 0 < len(self.solvers) <= MOST_BLOCKS:
+            raise InputValueError(f"solvers: {len(self.solvers)} of them; give one per block, at most {MOST_BLOCKS:,}")
+        if self.tolerance is not None:
+            check_number("tolerance", self.tolerance)
+
+    @classmethod
+    def uniform(cls, solver: Solver, num_blocks: int) -> Strategy:
+        """The same solver for every block."""
+        return cls((solver,) * check_count("num_blocks", num_blocks, most=MOST_BLOCKS))
+
+    @classmethod
+    def parse(
+        cls, text: str, report: CalibrationReport | None = None, *, num_blocks: int | None = None,
+        num_tokens: int | None = None, tolerance: float = DEFAULT_TOLERANCE,
+    ) -> Strategy:  # fmt: skip
+        """Reads a strategy from its name.
+
+        - "sequential" solves token by token; "Original", a row of the paper's tables, is the same.
+        - "sequential:int16" does so with weights rounded to 16-bit integers, to `tolerance`.
+        - To `tolerance`: "jacobi", "gs-jacobi:8" (8 segments), "window:24", and any registered partition, its name
+          followed by its numbers.
+        - A number of sweeps, with the early stop (`jacobiflow.EarlyStop`): "jacobi-30", "gs-jacobi:8-32".
+        - The paper's [Stack-GS-J-Else] (section 3.4): blocks in Stack are cut into GS segments of J sweeps each, the
+          others are swept Else times. Several in Stack, GS and J have slashes between them, "[0/7-256/8-1/13-6]"; a J
+          with commas has a number for each segment, "[7-4-25,13,12,11-10]".
+        - Registered guesses and corrections are added by their names: "jacobi+zeros".
+
+        Args:
+            text: The name.
+            report: Gives each block the guess with the smallest IGM, and the sizes of the flow. Without it every guess
+                is `Latent`.
+            num_blocks: L; needed without a report.
+            num_tokens: T; needed without a report.
+            tolerance: Of solvers that stop on one.
+
+        Example:
+            >>> strategy = jf.Strategy.parse("[1-4-9-6]", num_blocks=2, num_tokens=64)
+            >>> strategy.solvers[1].partition
+            Segments(count=4)
+        """
+        check_kind("text", text, str, "the name of a strategy")
+        check_kind("report", report, CalibrationReport | None, "a CalibrationReport, as calibrate returns, or None")
+        tolerance = check_number("tolerance", tolerance)
+        if report is not None:
+            guesses = [report.guess(block) for block in range(report.num_blocks)]
+            return cls(notation.parse(text, guesses, report.num_tokens, tolerance), report.fingerprint)
+        if num_blocks is None or num_tokens is None:
+            raise InputValueError(
+                f"strategy {format_value(text)}: give a report, or num_blocks and num_tokens of the flow"
+            )
+        blocks = check_count("num_blocks", num_blocks, most=MOST_BLOCKS)
+        tokens = check_count("num_tokens", num_tokens, most=MOST_TOKENS)
+        return cls(notation.parse(text, [Latent()] * blocks, tokens, tolerance))
+
+    @classmethod
+    def from_report(
+        cls, report: CalibrationReport, tolerance: float = 1e-2, *, per_segment: bool = False, call_cost: float = 32.0
+    ) -> Strategy:
+        """Proposes a strategy by the paper's Algorithm 1; see `jacobiflow.calibration.gs_jacobi_notation`.
+
+        Example:
+            >>> report = jf.CalibrationReport.load(jf.find_report(jf.load("fashion-p2")))
+            >>> jf.Strategy.from_report(report) == jf.Strategy.parse("[7-196-1-10]", report)
+            True
+        """
+        notation = gs_jacobi_notation(report, tolerance, per_segment=per_segment, call_cost=call_cost)
+        return cls.parse(notation, report)
+
+    def __str__(self) -> str:
+        """A line for each block."""
+        return "\n".join(f"block {i}: {solver}" for i, solver in enumerate(self.solvers))
+
+    def residual_bound(self, num_tokens: int) -> float | None:
+        """The residual that every block of `num_tokens` tokens is solved to; `None` if one only has a number of sweeps.
+
+        A block that is solved token by token is exact, and needs no tolerance.
+        """
+        if self.tolerance is not None:
+            return self.tolerance
+        iterated = [s.stopping.atol for s in self.solvers if not s.is_exact(num_tokens)]
+        return None if None in iterated else max((atol for atol in iterated if atol is not None), default=0.0)
+
+    def with_tolerance(self, atol: float) -> Strategy:
+        """This strategy with `atol` in place of every tolerance that it has; sweep counts stay.
+
+        Raises ValueError if the strategy was planned for another tolerance.
+        """
+        atol = check_number("tolerance", atol)
+        if self.tolerance is not None:
+            if atol != self.tolerance:
+                raise InputValueError(f"tolerance={atol}: the strategy was planned for {self.tolerance:g}; plan again")
+            return self
+        solvers = (
+            s if s.stopping.atol is None else replace(s, stopping=replace(s.stopping, atol=atol)) for s in self.solvers
+        )
+        return replace(self, solvers=tuple(solvers))
+
+    def check(self, flow: Flow, batch_size: int = 1) -> None:
+        """Raises ValueError if the strategy does not fit the flow, or was planned for other conditions.
+
+        That is for other weights, another device, other guidance or fewer samples. A smaller batch is solved as well,
+        if not as fast as one that was planned for.
+        """
+        check_flow(flow)
+        config = flow.config
+        if len(self.solvers) != config.num_blocks:
+            raise InputValueError(f"strategy for {len(self.solvers)} blocks, but the flow has {config.num_blocks}")
+        for i, solver in enumerate(self.solvers):
+            try:
+                solver.check(config.num_tokens, config.token_channels)
+            except InputError as error:
+                raise InputValueError(f"strategy, block {i}: {error}") from error
+        if self.fingerprint not in (None, cached_fingerprint(flow)):
+            check_fingerprint(self.fingerprint, flow, "the strategy was made for")
+        if self.prediction is None:
+            return
+        for name, planned, have in (
+            ("device", self.prediction.device, device_name(flow.var.device)),
+            ("guidance", self.prediction.guidance, flow.guidance),
+        ):
+            if planned != have:
+                raise InputValueError(f"the strategy was planned for {name} {planned}, not {have}: plan again")
+        if batch_size > self.prediction.batch_size:
+            raise InputValueError(
+                f"the strategy was planned for batches of up to {self.prediction.batch_size}, not {batch_size}: plan "
+                "again, or give a smaller batch_size"
+            )
+
+
+def device_name(device: torch.device) -> str:
+    """The device's name, and for a CPU the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} with {torch.get_num_threads()} threads"

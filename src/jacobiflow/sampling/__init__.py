@@ -1,0 +1,1 @@
+"""Samples of a flow, with their certificates and densities."""

@@ -1,0 +1,170 @@
+"""The settings of a run, and the record of a shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from torch import Tensor
+
+from jacobiflow.blocks.guidance import Guidance
+from jacobiflow.errors import InputValueError
+from jacobiflow.fixed_point import CertifyMode, Status
+from jacobiflow.models.latents import MOST_SAMPLES
+from jacobiflow.sampling.sample import Samples
+from jacobiflow.utils.checks import format_value
+from jacobiflow.utils.files import sha256
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Files = Literal["npz", "png"]
+# A run that is resumed may have more samples, and go on elsewhere.
+_MAY_CHANGE = frozenset({"num", "model", "machine", "checksums"})
+_MOST_SHARDS = 100_000  # in one folder
+
+
+class SampleFolderError(InputValueError):
+    """A folder of samples cannot be used as it is; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The settings of the run that draws the samples of a folder.
+
+    Attributes:
+        shape: Of a sample: (C, H, W) of an image, or (T, C) of tokens.
+        num_tokens: T.
+        context_sha256: Of the labels as little-endian int64, or of the numbers as float32; None without a context.
+        log_prob: Whether the shards have densities.
+        sensitivity: Whether the shards have sensitivities.
+        shard_size: Shard i begins with sample `shard_size * i`.
+        model: The name by which the flow was loaded.
+        dtype: Of the network, or "tf32".
+        strategy_sha256: Of strategy.json.
+        machine: The machine on which the run began, see `jacobiflow.utils.timing.machine`.
+        checksums: SHA-256 of each shard; None until all shards are complete.
+    """
+
+    num: Annotated[int, msgspec.Meta(ge=1, le=MOST_SAMPLES)]
+    shape: tuple[int, ...]
+    num_tokens: Count
+    seed: int
+    context_sha256: str | None
+    num_classes: int
+    batch_size: Count
+    shard_size: Count
+    files: Files
+    model: str
+    fingerprint: str
+    dtype: str
+    strategy: str
+    strategy_sha256: str
+    guidance: Guidance | None
+    denoise: float
+    tolerance: float | None
+    certify: CertifyMode
+    log_prob: bool
+    machine: dict[str, Any]
+    checksums: tuple[str, ...] | None = None
+    sensitivity: bool = False
+    kind: Literal["samples"] = "samples"
+    format_version: Literal[1] = 1
+
+    def __post_init__(self) -> None:
+        if self.num_shards > _MOST_SHARDS:
+            raise InputValueError(
+                f"shard_size={self.shard_size}: {self.num_shards:,} shards; give a larger one, for at most "
+                f"{_MOST_SHARDS:,}"
+            )
+
+    @property
+    def num_shards(self) -> int:
+        """The number of shards."""
+        return -(-self.num // self.shard_size)
+
+    def span(self, index: int) -> tuple[int, int]:
+        """Returns the first sample of a shard and one past its last."""
+        start = index * self.shard_size
+        return start, min(start + self.shard_size, self.num)
+
+    def num_in(self, shards: Iterable[int]) -> int:
+        """Returns the number of samples in some shards."""
+        return sum(stop - start for start, stop in map(self.span, shards))
+
+    def check_resumes(self, other: Manifest, folder: Path) -> None:
+        """Raises SampleFolderError if a run of `other` would draw other samples than this run began."""
+        remedy = "give another folder, or overwrite=True to replace them"
+        if other.num < self.num:
+            raise SampleFolderError(
+                f"{folder}: holds a run of {self.num:,} samples, more than {other.num:,}; give num={self.num}, or "
+                f"{remedy}"
+            )
+        for entry in fields(self):
+            have, want = getattr(self, entry.name), getattr(other, entry.name)
+            if entry.name not in _MAY_CHANGE and have != want:
+                texts = (str(value) if isinstance(value, Guidance) else format_value(value) for value in (have, want))
+                raise SampleFolderError(f"{folder}: holds samples of {entry.name} {', not '.join(texts)}; {remedy}")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of drawing samples over all blocks, and of each block; and the number of samples by worst `Status`."""
+
+    seconds: float
+    denoise_seconds: float
+    network_calls: int
+    token_evaluations: int
+    used_fallback: int
+    exact: bool
+    status: dict[str, int]
+    sweeps: tuple[int, ...]
+    block_seconds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, samples: Samples) -> Cost:
+        """Returns the cost of one run."""
+        status = samples.status
+        return cls(
+            seconds=samples.seconds,
+            denoise_seconds=samples.denoise_seconds,
+            network_calls=samples.network_calls,
+            token_evaluations=samples.token_evaluations,
+            used_fallback=samples.used_fallback,
+            exact=bool(samples.exact.all()),
+            status={state.name.lower(): int((status == state).sum()) for state in Status},
+            sweeps=tuple(block.sweeps for block in samples.stats),
+            block_seconds=tuple(block.seconds for block in samples.stats),
+        )
+
+    @classmethod
+    def total(cls, costs: Sequence[Cost]) -> Cost:
+        """Returns the sum of several costs; seconds are those of all processes together."""
+        return cls(*(_total([getattr(cost, entry.name) for cost in costs]) for entry in fields(cls)))
+
+
+def _total(values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, dict):
+        return {name: sum(value[name] for value in values) for name in first}
+    if isinstance(first, tuple):
+        return tuple(map(sum, zip(*values, strict=True)))
+    return all(values) if isinstance(first, bool) else sum(values)
+
+
+@dataclass(frozen=True)
+class Record:
+    """The record of a shard: `num` samples, the SHA-256 of its .npz file and PNGs one after another, and its cost."""
+
+    num: int
+    sha256: str
+    cost: Cost
+
+
+def context_sha256(context: Tensor | None) -> str | None:
+    """Returns the SHA-256 of labels as little-endian int64, or of numbers as float32."""
+    if context is None:
+        return None
+    array = context.detach().cpu().numpy()
+    return sha256(array.astype("<f4" if context.is_floating_point() else "<i8").tobytes())

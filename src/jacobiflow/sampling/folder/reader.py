@@ -1,0 +1,298 @@
+"""A folder of samples, in shards, each with its record and its checksum.
+
+manifest.json          the settings of the run, and in the end the checksum of every shard
+strategy.json          the solvers of the blocks
+shards/00000.npz       8-bit images `arr_0` (n, height, width, channels), for FID tools, or float32 `tokens` (n, T, C);
+                       for each sample its `certificate`, whether it was `resolved` or is `lost`, its label in
+                       `labels`, its log-density in `log_prob`, its `sensitivity`
+shards/00000.json      the shard's record: its checksum and cost; a shard without it does not count
+images/3/00000017.png  an image, if PNGs were asked for: class, and index of the sample
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from jacobiflow.data import quantize
+from jacobiflow.errors import InputError, InputValueError
+from jacobiflow.planner import Strategy
+from jacobiflow.sampling.folder.manifest import Cost, Manifest, Record, SampleFolderError
+from jacobiflow.sampling.sample import Outcome, Samples, npz_bytes, sensitivity_counts
+from jacobiflow.utils import serialization
+from jacobiflow.utils.files import MANIFEST, regular_file, remove_partials, sha256, write_atomically, write_json
+
+STRATEGY = "strategy.json"
+# The types of the arrays in a shard. A shard may lack the optional ones.
+_DTYPES = {
+    "arr_0": ("uint8",), "tokens": ("float32",), "labels": ("int64", "int32"), "certificate": ("float32", "float64"),
+    "log_prob": ("float32", "float64"), "sensitivity": ("float32", "float64"), "resolved": ("bool",), "lost": ("bool",),
+}  # fmt: skip
+_OPTIONAL = ("labels", "certificate", "log_prob", "sensitivity")
+_REMEDY = "sample into the folder again with the same settings, which draws what is missing"
+
+
+@dataclass(frozen=True)
+class SampleFolder:
+    """Samples on disk, as `jacobiflow.sample_to_folder` writes them.
+
+    Attributes:
+        path: The folder.
+        manifest: The settings of its run.
+        drawn: The number of samples that the call which returned this object drew.
+
+    Example:
+        >>> import tempfile, jacobiflow as jf
+        >>> out = tempfile.mkdtemp()
+        >>> _ = jf.sample_to_folder(jf.load("digits-maf"), 4, out)
+        >>> folder = jf.SampleFolder.open(out)
+        >>> folder.images(0).shape, folder.certificate().shape
+        (torch.Size([4, 1, 8, 8]), torch.Size([4]))
+    """
+
+    path: Path
+    manifest: Manifest
+    drawn: int = 0
+
+    @classmethod
+    def open(cls, path: str | Path) -> SampleFolder:
+        """Opens a folder of samples."""
+        path = Path(path)
+        try:
+            return cls(path, serialization.load(path / MANIFEST, "manifest", partial(serialization.decode, Manifest)))
+        except InputError as error:
+            raise SampleFolderError(f"{error}; restore it, or give another folder") from error
+
+    def save_manifest(self) -> None:
+        """Writes manifest.json."""
+        write_json(self.path / MANIFEST, serialization.encode(self.manifest))
+
+    def record(self, index: int) -> Record | None:
+        """Returns the record of a shard; None if it is missing, cannot be read, or has another number of samples."""
+        try:
+            record = serialization.load(self._record_file(index), "record", partial(serialization.decode, Record))
+        except InputError:
+            return None
+        return record if record.num == self.manifest.num_in([index]) else None
+
+    def records(self) -> list[Record]:
+        """Returns the records of all shards."""
+        num = self.manifest.num_shards
+        records = [record for index in range(num) if (record := self.record(index)) is not None]
+        if len(records) < num:
+            raise SampleFolderError(f"{self.path}: {num - len(records)} of {num} shards are missing; {_REMEDY}")
+        return records
+
+    def verify(self, index: int) -> bool:
+        """True if a shard matches its record, and its record the manifest."""
+        record, checksums = self.record(index), self.manifest.checksums
+        if record is None or (checksums is not None and checksums[index : index + 1] != (record.sha256,)):
+            return False
+        try:
+            return sha256(self._npz_file(index), *self._png_files(index)) == record.sha256
+        except (OSError, SampleFolderError):
+            return False
+
+    def problems(self) -> list[str]:
+        """Returns a line for each file that is missing, or differs from what its run wrote."""
+        problems = []
+        try:
+            self.strategy()
+        except SampleFolderError as error:
+            problems.append(str(error))
+        for index in range(self.manifest.num_shards):
+            if self.record(index) is None:
+                problems.append(f"{self._record_file(index)}: missing or damaged; {_REMEDY}")
+            elif not self.verify(index):
+                problems.append(f"{self._npz_file(index)}: does not match its checksum; {_REMEDY}")
+        return problems
+
+    def images(self, index: int) -> UInt8[Tensor, "n c h w"]:
+        """Returns the 8-bit images of a shard."""
+        if len(self.manifest.shape) != 3:
+            raise SampleFolderError(f"{self.path}: samples of a flow over tokens; take .tokens({index})")
+        channels, height, width = self.manifest.shape
+        pixels = self._array(index, "arr_0", (height, width, channels))
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+    def tokens(self, index: int) -> Float[Tensor, "n t c"]:
+        """Returns the tokens of a shard, of a flow over tokens."""
+        return torch.from_numpy(self._array(index, "tokens", self.manifest.shape))
+
+    def batches(self) -> Iterator[UInt8[Tensor, "n c h w"]]:
+        """Yields the images of one shard after another."""
+        for index in range(self.manifest.num_shards):
+            yield self.images(index)
+
+    def labels(self, index: int) -> Int[Tensor, " n"] | None:
+        """Returns the labels of a shard's samples; None if they were drawn without. Below 0: an unconditional one."""
+        labels = self._array(index, "labels")
+        return None if labels is None else torch.from_numpy(labels)
+
+    def certificate(self) -> Float[Tensor, " n"] | None:
+        """Returns the certificate of every sample; None if they were drawn without."""
+        return self._concatenated("certificate")
+
+    def log_prob(self) -> Float[Tensor, " n"] | None:
+        """Returns the log-density of every sample in nats; None if they were drawn without."""
+        return self._concatenated("log_prob")
+
+    def sensitivity(self) -> Float[Tensor, " n"] | None:
+        """Returns the sensitivity of every sample; None if they were drawn without."""
+        return self._concatenated("sensitivity")
+
+    def resolved(self) -> Bool[Tensor, " n"]:
+        """Returns whether each sample was solved again token by token."""
+        return self._concatenated("resolved")  # type: ignore[return-value]
+
+    def lost(self) -> Bool[Tensor, " n"]:
+        """Returns whether each sample is black, or NaN, because its exact inverse overflows."""
+        return self._concatenated("lost")  # type: ignore[return-value]
+
+    def cost(self) -> Cost:
+        """Returns the cost of all shards together."""
+        return Cost.total([record.cost for record in self.records()])
+
+    def outcome(self) -> Outcome:
+        """Returns the outcome of all samples, as `Samples.outcome` does."""
+        cost, certificate = self.cost(), self.certificate()
+        return Outcome(
+            num=self.manifest.num,
+            tolerance=self.strategy().residual_bound(self.manifest.num_tokens),
+            residual=None if certificate is None else float(certificate.nan_to_num(posinf=0.0).max()),
+            exact=cost.exact,
+            resolved=cost.used_fallback,
+            above=cost.status["rounding"],
+            lost=cost.status["nonfinite"],
+            dtype=self.manifest.dtype,
+            **sensitivity_counts(self.sensitivity() if self.manifest.sensitivity else None, cost.status["nonfinite"]),
+        )
+
+    def strategy(self) -> Strategy:
+        """Returns the strategy of the samples, without its prediction, which holds for one machine and batch size."""
+        file = self.path / STRATEGY
+        if not (file.is_file() and sha256(file) == self.manifest.strategy_sha256):
+            raise SampleFolderError(f"{file}: has changed since its run wrote it; restore it, or overwrite the samples")
+        return replace(Strategy.load(file), prediction=None)
+
+    def write(self, index: int, samples: Samples) -> None:
+        """Writes a shard, lost images black: its samples, then its record."""
+        shape = tuple(samples.x.shape[1:])
+        if shape != self.manifest.shape:
+            raise InputValueError(
+                f"samples of shape {shape}, but the flow's config says {self.manifest.shape}, which a folder stores; "
+                "draw them with jacobiflow.sample"
+            )
+        lost = ~torch.isfinite(samples.x).flatten(1).all(dim=1)
+        is_image = len(shape) == 3
+        levels = quantize(samples.x.masked_fill(lost.view(-1, 1, 1, 1), -1.0)) if is_image else samples.x.float()
+        context = samples.context
+        arrays = {
+            "arr_0" if is_image else "tokens": levels.permute(0, 2, 3, 1) if is_image else levels,
+            "labels": None if context is None or context.is_floating_point() else context,
+            "log_prob": samples.log_prob,
+            "certificate": samples.certificate,
+            "sensitivity": samples.sensitivity,
+            "resolved": torch.stack([block.used_fallback for block in samples.stats]).any(dim=0),
+            "lost": lost,
+        }
+        (self.path / "shards").mkdir(exist_ok=True)
+        write_atomically(self._npz_file(index), npz_bytes(arrays))
+        pngs = self._png_files(index)
+        for file, pixels in zip(pngs, levels.cpu() if pngs else (), strict=True):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, _to_png(pixels), sync=False)  # a thousand take seconds; a lost one is drawn again
+        record = Record(len(levels), sha256(self._npz_file(index), *pngs), Cost.of(samples))
+        write_json(self._record_file(index), serialization.encode(record))
+
+    def check_no_links(self) -> None:
+        """Raises SampleFolderError if a folder in it is a link, through which files elsewhere would be replaced."""
+        for folder in (self.path / "shards", self.path / "images", *self.path.glob("images/*")):
+            if folder.is_symlink() and folder.is_dir():
+                raise SampleFolderError(
+                    f"{folder}: is a link; remove it, or give a link to the whole folder of samples"
+                )
+
+    def remove_record(self, index: int) -> None:
+        """Removes the record of a shard, which then does not count."""
+        self._record_file(index).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Removes what the run wrote, except the manifest; records first, without which a run begins anew."""
+        shards = range(self.manifest.num_shards)
+        pngs = [
+            file for file in (*self.path.glob("images/*.png"), *self.path.glob("images/*/*.png"))
+            if re.fullmatch("[0-9]{8,9}", file.stem) and int(file.stem) < self.manifest.num
+        ]  # fmt: skip
+        for file in (*map(self._record_file, shards), *map(self._npz_file, shards), *pngs, self.path / STRATEGY):
+            file.unlink(missing_ok=True)
+        for folder in (*(self.path / "images").glob("*/"), self.path / "images", self.path / "shards"):
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+    def remove_partials(self) -> None:
+        """Removes half-written files of a process that was killed."""
+        for folder in (self.path, self.path / "shards", *self.path.glob("images/**/")):
+            remove_partials(folder)
+
+    def _record_file(self, index: int) -> Path:
+        return self.path / "shards" / f"{index:05}.json"
+
+    def _npz_file(self, index: int) -> Path:
+        return self.path / "shards" / f"{index:05}.npz"
+
+    def _png_files(self, index: int) -> list[Path]:
+        if self.manifest.files == "npz":
+            return []
+        names = [f"{i:08}.png" for i in range(*self.manifest.span(index))]
+        labels = self.labels(index)
+        if labels is None:
+            return [self.path / "images" / name for name in names]
+        digits = len(str(self.manifest.num_classes - 1))
+        classes = [f"{label:0{digits}}" if label >= 0 else "none" for label in labels.tolist()]
+        return [self.path / "images" / label / name for label, name in zip(classes, names, strict=True)]
+
+    def _array(self, index: int, name: str, shape: tuple[int, ...] = ()) -> Any:
+        """Reads an array of a shard, with an entry of `shape` for each sample; None if it is optional and missing."""
+        file, shape = self._npz_file(index), (self.manifest.num_in([index]), *shape)
+        try:
+            with np.load(regular_file(file), allow_pickle=False) as arrays:
+                array = arrays.get(name)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise SampleFolderError(f"{file}: missing or damaged; {_REMEDY}") from error
+        is_missing = array is None and name in _OPTIONAL
+        if not is_missing and (array is None or array.shape != shape or array.dtype.name not in _DTYPES[name]):
+            raise SampleFolderError(f"{file}: {name} is not {' or '.join(_DTYPES[name])} of shape {shape}; {_REMEDY}")
+        return array
+
+    def _concatenated(self, name: str) -> Tensor | None:
+        arrays = [self._array(index, name) for index in range(self.manifest.num_shards)]
+        return None if any(array is None for array in arrays) else torch.from_numpy(np.concatenate(arrays))
+
+
+def _to_png(pixels: UInt8[Tensor, "c h w"]) -> bytes:
+    data = io.BytesIO()
+    array = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
+    pillow().fromarray(array.numpy()).save(data, "png")
+    return data.getvalue()
+
+
+def pillow() -> Any:
+    """Returns `PIL.Image`. Raises ValueError if Pillow is not installed."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise InputValueError("PNG files need Pillow: pip install 'jacobiflow[cli]', or give files='npz'") from error
+    return Image

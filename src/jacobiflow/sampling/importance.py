@@ -1,0 +1,112 @@
+"""Importance weights of samples under a target density that is known up to a constant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import inf
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from jacobiflow.errors import InputValueError
+from jacobiflow.sampling.folder import SampleFolder
+from jacobiflow.sampling.sample import Samples
+from jacobiflow.utils.checks import check_count, check_floating, check_kind, check_number, check_rows, check_seed
+
+
+@dataclass(frozen=True)
+class ImportanceWeights:
+    """Importance weights w = exp(-energy) / q of samples from a density q.
+
+    Attributes:
+        log_weights: log w of each sample, up to the constant of the target; -infinity for a weight of 0.
+
+    Raises:
+        ValueError: If a log-weight is NaN or infinity, or if all are -infinity.
+
+    Example:
+        >>> weights = jf.ImportanceWeights(torch.tensor([0.0, 0.0, -1.0e9]))
+        >>> weights.effective_sample_size, weights.mean(torch.tensor([1.0, 3.0, 99.0])).item()
+        (2.0, 2.0)
+    """
+
+    log_weights: Float[Tensor, " n"]
+
+    def __post_init__(self) -> None:
+        check_floating("log_weights", self.log_weights, ("N",))
+        if num := int((self.log_weights.isnan() | (self.log_weights == inf)).sum()):
+            raise InputValueError(f"log_weights: {num} are NaN or infinity; give finite values, or -infinity")
+        if not self.log_weights.isfinite().any():
+            raise InputValueError("log_weights: all are -infinity, so no sample has a weight; check the energies")
+
+    @property
+    def normalized(self) -> Float[Tensor, " n"]:
+        """The weights over their sum."""
+        return self.log_weights.softmax(dim=0)
+
+    @property
+    def effective_sample_size(self) -> float:
+        """Kish's (sum w)^2 / sum w^2, between 1 and the number of samples."""
+        return float(1 / self.normalized.square().sum())
+
+    def mean(self, values: Float[Tensor, n * d]) -> Float[Tensor, "*d"]:
+        """Returns the self-normalised estimate sum(w values) / sum(w) of the target's mean.
+
+        A sample of weight 0 does not count, even if its value is infinite or NaN.
+        """
+        check_rows("values", values, len(self.log_weights), "samples")
+        dtype = values.dtype if values.is_floating_point() or values.is_complex() else self.log_weights.dtype
+        values, weights = values.to(dtype), self.normalized.to(dtype)
+        has_weight = weights != 0
+        return torch.tensordot(weights[has_weight], values[has_weight], dims=1)
+
+    def resample(self, num: int, seed: int = 0) -> Int[Tensor, " k"]:
+        """Returns the indices of `num` samples, drawn with replacement in proportion to the weights."""
+        num, generator = check_count("num", num), torch.Generator().manual_seed(check_seed(seed))
+        bounds = self.normalized.double().cumsum(dim=0).cpu()  # `multinomial` takes at most 2^24 of them
+        draws = torch.rand(num, generator=generator, dtype=torch.float64) * bounds[-1]
+        return torch.searchsorted(bounds, draws, right=True).clamp(max=len(bounds) - 1)
+
+
+def importance(samples: Samples | SampleFolder, energy: Float[Tensor, " n"], *, clip: float = 0.0) -> ImportanceWeights:
+    """Returns the importance weights exp(-energy) / q of samples with densities q.
+
+    Args:
+        samples: Of `sample`, or a folder of them, with densities. Each must be exact or certified, since the weight of
+            a sample that is not from q is wrong.
+        energy: -log of the target density of each sample, up to a constant: U / kT.
+        clip: The share of samples, those of the largest weights, that get the largest weight of the others.
+
+    Raises:
+        ValueError: If samples are above the tolerance, lost, not certified, or without a density, or if an energy is
+            NaN or -infinity.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> flow = jf.TarFlow(jf.TokenConfig(4, 3, 64, num_blocks=2, layers_per_block=1))
+        >>> samples = jf.sample(flow, 1000)  # of an untrained flow: q is near N(0, I)
+        >>> energy = (samples.tokens - 0.1).square().sum(dim=(1, 2)) / 2
+        >>> weights = jf.importance(samples, energy)
+        >>> weights.effective_sample_size > 500, weights.mean(samples.tokens).shape
+        (True, torch.Size([4, 3]))
+    """
+    check_kind("samples", samples, Samples | SampleFolder, "what jacobiflow.sample or sample_to_folder returns")
+    if isinstance(samples, Samples):
+        log_prob, outcome = samples.log_prob, samples.outcome
+    else:
+        log_prob, outcome = samples.log_prob(), samples.outcome()
+    if log_prob is None:
+        raise InputValueError("samples without densities: draw them with log_prob=True and settings=None")
+    outcome = replace(outcome, sensitive=None)  # a density is that of the x returned, whatever rounding did to it
+    is_unchecked = outcome.residual is None and not outcome.exact
+    if outcome.has_shortfall or is_unchecked:
+        raise InputValueError(f"no weights for samples that are not from the flow's density: {outcome}")
+    check_floating("energy", energy, (len(log_prob),))
+    if num := int((energy.isnan() | (energy == -inf)).sum()):
+        raise InputValueError(f"energy: {num} are NaN or -infinity; give infinity for a weight of 0")
+    log_weights = -energy.detach().double() - log_prob.detach().to(energy.device).double()
+    share = check_number("clip", clip, give="a share of samples, from 0 to below 1", below=1)
+    if count := int(share * len(log_weights)):
+        log_weights = log_weights.clamp(max=log_weights.topk(count + 1).values[-1])
+    return ImportanceWeights(log_weights)

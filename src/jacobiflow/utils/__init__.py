@@ -1,0 +1,1 @@
+"""What all rooms share: checks of arguments, files, JSON, timings."""

@@ -1,0 +1,210 @@
+"""JSON and back: dataclasses by the types of their fields, tensors, and classes that are registered under a name."""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from jacobiflow.errors import InputError, InputTypeError, InputValueError
+from jacobiflow.utils.checks import check_kind, check_path, format_value
+from jacobiflow.utils.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+T = TypeVar("T")
+
+_STORED = {"float32": "<f4", "float64": "<f8"}  # how a tensor's values are stored, by the name of its entry
+
+_families: dict[type, dict[str, type]] = {}
+
+
+def family(base: type[T]) -> type[T]:
+    """Class decorator: the subclasses of `base` may be registered under a name, which their JSON carries as "kind"."""
+    _families[base] = {}
+    return base
+
+
+def register(name: str) -> Callable[[type[T]], type[T]]:
+    """Class decorator: `name` stands for this class in JSON and in the notation of strategies.
+
+    The class is a dataclass, and derives from `Partition`, `Guess` or `Correction`. A name can be taken once.
+
+    Example:
+        >>> import dataclasses, jacobiflow as jf
+        >>> @jf.register("halves")
+        ... @dataclasses.dataclass(frozen=True)
+        ... class Halves(jf.Partition):
+        ...     def stop(self, front, num_tokens):
+        ...         return num_tokens // 2 if front < num_tokens // 2 else num_tokens
+        >>> jf.Strategy.parse("halves", num_blocks=1, num_tokens=8).solvers[0].partition
+        Halves()
+    """
+    check_kind("name", name, str, "the name that stands for the class")
+    if not name or set(name) & set("+: "):
+        raise InputValueError(
+            f"name={format_value(name)}: give a name without spaces, '+' and ':', which the notation reads"
+        )
+
+    def add(cls: type[T]) -> type[T]:
+        family = _family_of(cls)
+        if family is None or not is_dataclass(cls):
+            bases = ", ".join(base.__name__ for base in _families)
+            raise InputTypeError(f"{cls.__name__}: make it a dataclass that derives from one of {bases}")
+        owner = family.get(name, cls)
+        # The same class once more is a module that was loaded again.
+        if (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise InputValueError(f"{name!r} is the name of {owner.__module__}.{owner.__qualname__}; choose another")
+        family[name] = cls
+        return cls
+
+    return add
+
+
+def registered(base: type) -> Mapping[str, Any]:
+    """Returns the classes of a family by their names."""
+    return _families[base]
+
+
+def _family_of(cls: type) -> dict[str, type] | None:
+    return next((_families[base] for base in cls.__mro__ if base in _families), None)
+
+
+def encode(value: Any) -> Any:
+    """Returns the JSON value that `decode` turns back into `value`; NaN becomes infinity."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return math.inf if math.isnan(value) else value
+    if isinstance(value, Tensor):
+        name = "float64" if value.dtype == torch.float64 else "float32"
+        array = value.detach().to(getattr(torch, name)).cpu().numpy().astype(_STORED[name])
+        return {"shape": list(array.shape), name: base64.b64encode(array.tobytes()).decode()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return _encode_dataclass(value)
+    if isinstance(value, Mapping):
+        return {str(key): encode(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [encode(entry) for entry in value]
+    raise InputValueError(f"{format_value(value)} has no JSON form")
+
+
+def _encode_dataclass(value: Any) -> dict[str, Any]:
+    entries = {entry.name: encode(getattr(value, entry.name)) for entry in fields(value)}
+    family = _family_of(type(value))
+    if family is None:
+        return entries
+    for name, cls in family.items():
+        if cls is type(value):
+            return {"kind": name, **entries}
+    raise InputValueError(
+        f"{format_value(value)} has no JSON form: register its class under a name (jacobiflow.register)"
+    )
+
+
+def decode(declared: Any, value: Any, where: str = "") -> Any:
+    """Returns the object of the type `declared` that `encode` turned into `value`.
+
+    A type is a dataclass, a registered family, a tensor, or made of these. Missing entries take their defaults.
+    A ValueError names an entry that has another type or value, or is no field, after `where`.
+    """
+    try:
+        result = msgspec.convert(value, declared, dec_hook=_decode_custom, str_keys=True)
+    except msgspec.ValidationError as error:
+        cause = error.__cause__  # of `_decode_custom`, or of a class that refuses its values
+        if cause is not None and not isinstance(cause, InputError):
+            raise cause from None  # a bug of the class
+        text, _, place = str(error).partition(" - at ")
+        place = re.sub(r"[`$]\.?", "", place)  # "`$.blocks[3]`"
+        raise InputValueError(": ".join(part for part in (where, place, text) if part)) from cause
+    _check_names(value, result, where)
+    return result
+
+
+def _check_names(value: Any, result: Any, where: str) -> None:
+    """Raises InputValueError for an entry that is no field of its dataclass; msgspec ignores these."""
+    if isinstance(value, dict) and is_dataclass(result):
+        names = {entry.name for entry in fields(result)}
+        for name, entry in value.items():
+            if name in names:
+                _check_names(entry, getattr(result, name), f"{where}: {name}" if where else name)
+            elif name != "kind" or _family_of(type(result)) is None:
+                raise InputValueError(": ".join(part for part in (where, f"{name!r} unknown") if part))
+    elif isinstance(value, list) and isinstance(result, list | tuple):
+        for index, pair in enumerate(zip(value, result, strict=False)):
+            _check_names(*pair, f"{where}[{index}]")
+
+
+def _decode_custom(declared: Any, value: Any) -> Any:
+    """Decodes registered classes and tensors, which msgspec does not know."""
+    if declared is Tensor or getattr(declared, "array_type", None) is Tensor:
+        return _decode_tensor(value)
+    names = _families[declared]
+    name = value.get("kind") if isinstance(value, dict) else None
+    if not isinstance(name, str) or name not in names:
+        raise InputValueError(f"kind {format_value(name)}: give one of {', '.join(names)}")
+    return decode(names[name], value)
+
+
+def _decode_tensor(value: Any) -> Tensor:
+    try:
+        shape = value["shape"]
+        (name,) = value.keys() - {"shape"}
+        array = np.frombuffer(base64.b64decode(value[name], validate=True), _STORED[name]).reshape(shape)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputValueError(f"not an array of float32 or float64 values with its shape ({error})") from error
+    if not np.isfinite(array).all():
+        raise InputValueError("an array that holds a NaN or an infinity")
+    return torch.from_numpy(array.astype(name))
+
+
+def load(path: str | Path, what: str, parse: Callable[[Any], T], remedy: str = "") -> T:
+    """Reads a JSON file, and parses its value; a ValueError begins with `what` and the path, and ends with `remedy`."""
+    check_path("path", path)
+    try:
+        return parse(read_json(path))
+    except OSError as error:
+        raise InputValueError(f"{what} {path}: cannot be read ({error.strerror})") from error
+    except InputError as error:
+        raise InputValueError(f"{what} {path}: {error}{remedy}") from error
+
+
+class Document:
+    """Base of dataclasses that are files: JSON with the fields and a version of the format."""
+
+    _name: ClassVar[str]  # in errors
+    _version: ClassVar[int] = 1
+    _remedy: ClassVar[str] = ""
+    _indent: ClassVar[int | None] = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the JSON value that `from_json` turns back into an equal object."""
+        return {"format_version": self._version, **encode(self)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """Inverse of `to_json`."""
+        if not isinstance(value, dict) or value.get("format_version") != cls._version:
+            raise InputValueError(f"not a {cls._name} of format_version {cls._version}")
+        entries = {name: entry for name, entry in value.items() if name != "format_version"}
+        return decode(cls, entries)
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON."""
+        check_path("path", path)
+        write_json(path, self.to_json(), self._indent)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads JSON."""
+        return load(path, cls._name, cls.from_json, cls._remedy)

@@ -1,0 +1,94 @@
+"""Guided parameters against the oracle, in float64, and what a guided block says that it can do."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jacobiflow as jf
+from jacobiflow.blocks.base import evaluate
+from jacobiflow.blocks.guidance import guided
+from tests.helpers import oracle
+from tests.helpers.problems import latents, make_flow, make_maf, make_star, texts
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CLASSES: dict[str, Any] = {"image_size": 8, "patch_size": 2, "num_classes": 3}
+CLASSLESS: dict[str, Any] = {"image_size": 6, "patch_size": 2, "in_channels": 3}
+SHIFTS: dict[str, Any] = {"image_size": 6, "patch_size": 2, "num_classes": 2, "nvp": False, "noise_std": 0.2}
+STAR: dict[str, Any] = {"in_channels": 2}
+LABELS = torch.tensor([0, -1, 1])
+
+
+@given(
+    config=st.sampled_from([CLASSES, CLASSLESS, SHIFTS, STAR]),
+    i=st.integers(0, 1),
+    weight=st.floats(0.1, 3),
+    annealed=st.booleans(),
+    on=st.sampled_from(["both", "scale", "shift"]),
+    temperature=st.sampled_from([1.0, 0.7, 1.6]),
+    rule=st.sampled_from(["linear", "density"]),
+    data=st.data(),
+)
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_the_guided_map_is_the_formula_s(
+    config: dict[str, Any], i: int, weight: float, annealed: bool, on: Any, temperature: float, rule: Any,
+    data: st.DataObject,
+) -> None:  # fmt: skip
+    """In one pass, in runs of tokens over a cache, and in a run that starts at a token of each sample's own."""
+    is_star, on = config is STAR, on if rule == "linear" else "both"
+    flow: Any = make_star(**config) if is_star else make_flow(**config)
+    reference = oracle.StarOracle(flow) if is_star else oracle.Oracle(flow)
+    x, z = latents(flow, 3, seed=1), latents(flow, 3, seed=2)
+    labels = texts(flow, 3) if is_star else LABELS if flow.config.num_classes else None
+    block = guided(flow.blocks[i], jf.Guidance(weight, annealed, on, temperature, rule))
+    expected = reference.g(i, x, z, labels, oracle.Guide(weight, annealed, on, temperature, rule))
+    length = z.shape[1]
+    with torch.no_grad():
+        cuts = [0, *sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=4))), length]
+        cache = block.init_cache(z, labels)
+        runs = [block.update(x, z, a, b, cache) for a, b in pairwise(cuts)]
+        whole, _ = evaluate(block, x, z, labels)
+        # All keys are there now: samples may leave, the last one move into a gap, and be swept anywhere.
+        cache = block.move(cache, torch.tensor([2]), torch.tensor([0]), 2)
+        start = torch.tensor(data.draw(st.lists(st.integers(0, length - 3), min_size=2, max_size=2)))
+        run = block.update_at(x[[2, 1]], z[[2, 1]], start, 3, int(start.max()) + 3, cache)
+        # And the place of one may be taken by another.
+        block.refill(cache, torch.tensor([1]), None if labels is None else labels[:1])
+        entered = block.update(x[[2, 0]], z[[2, 0]], 0, length, cache)
+    for actual in (torch.cat(runs, dim=1), whole):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    for n, (row, first) in enumerate(zip((2, 1), start.tolist(), strict=True)):
+        torch.testing.assert_close(run[n], expected[row, first : first + 3], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(entered, expected[[2, 0]], rtol=1e-10, atol=1e-10)
+
+
+def test_a_guided_block_has_the_flags_of_its_block() -> None:
+    names = ("per_sample_front", "graph_safe", "inference_safe", "has_bf16")
+    for name in names:
+        block: Any = type("Plain", (jf.AffineBlock,), {"init_cache": None, "affine": None, name: True})()
+        wrapped = guided(block, jf.Guidance(1.0))
+        assert [other for other in names if getattr(wrapped, other)] == [name]
+
+
+def test_a_guided_flow_is_a_view() -> None:
+    flow = make_flow(**CLASSES)
+    view = flow.guided(jf.Guidance(2.0))
+    assert view.guidance == jf.Guidance(2.0)
+    assert all(block.block is plain for block, plain in zip(view.inverse_blocks, flow.blocks, strict=True))
+    assert flow.guidance is view.guided(None).guidance is view.guided(jf.Guidance(0.0)).guidance is None
+    assert view.guided(None).inverse_blocks == view.guided(jf.Guidance(0.0)).inverse_blocks == list(flow.blocks)
+    x = torch.rand(2, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(view.log_prob(x, LABELS[:2]), flow.log_prob(x, LABELS[:2]))
+    view.double().var.fill_(4)
+    assert (flow.var == 4).all()
+
+
+def test_only_a_flow_with_attention_has_an_attention_temperature() -> None:
+    with pytest.raises(ValueError, match=r"attn_temperature=0\.5: a MAFBlock has no attention"):
+        make_maf().guided(jf.Guidance(1.0, attn_temperature=0.5))

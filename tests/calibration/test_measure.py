@@ -1,0 +1,373 @@
+"""`calibrate`: metrics, sweeps and error matrices of small float64 flows, at images and at fresh latents."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock, call
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.calibration import (
+    CalibrationReport,
+    ConvergenceCurve,
+    Metrics,
+    Settings,
+    distances,
+    gamma_norm,
+    initial_residuals,
+)
+from jacobiflow.calibration.report import named_guesses
+from jacobiflow.data import Noise, add_noise, digits
+from jacobiflow.models.latents import draw_latents
+from jacobiflow.utils.files import locked, write_json
+from tests.helpers.calibration_problems import linear_flow, randn, runs_of, way_back
+from tests.helpers.problems import make_flow, make_maf
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CHOSEN = torch.tensor([0, 3])  # of 7 images, the two that are traced: evenly spaced
+CASES: dict[str, tuple[Callable[[], Any], jf.Guidance | None, Any, int]] = {  # flow, guidance, norm, segments
+    "classes": (lambda: make_flow(num_classes=3), None, "fro", 3),
+    "tough": (lambda: linear_flow([0.15, 0.15, 2.0, 0.15, 0.15], num_classes=2, nvp=False), None, 2, 4),
+    "guided": (lambda: make_flow(image_size=6, num_classes=2), jf.Guidance(1.5, True, "both", 0.8), 2, 4),
+    "MAF": (make_maf, None, 1, 2),
+}
+
+
+def images_of(flow: Any) -> Tensor:
+    config = flow.config
+    return randn(7, config.in_channels, config.image_size, config.image_size, seed=2).tanh()
+
+
+class Case:
+    """A flow, its report, and what to expect of it."""
+
+    def __init__(self, name: str) -> None:
+        make, self.guidance, self.norm, self.segments = CASES[name]
+        self.flow = make()
+        self.guided, self.images = self.flow.guided(self.guidance), images_of(self.flow)
+        self.blocks = self.guided.inverse_blocks
+        self.labels = torch.tensor([-1, 1, 0, 0, 1, -1, self.flow.config.num_classes - 1])  # some without a class
+        self.settings = {"norm": self.norm, "segments": self.segments, "traced": 2, "per_class": True, "batch_size": 4}
+        self.report = self.calibrate(self.images)
+
+    def calibrate(self, images: Any, **changed: Any) -> CalibrationReport:
+        return jf.calibrate(self.guided, images, self.labels, **self.settings | changed)
+
+    @torch.no_grad()
+    def walk(self, rows: Any = slice(None)) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Per block X*, its latent, scale and shift there: guided, but the images go on unguided."""
+        for step in self.flow.walk(self.flow.to_tokens(self.images[rows]), self.labels[rows]):
+            log_scale, shift = self.blocks[step.block].affine_whole(step.x, self.labels[rows])
+            yield step.x, (step.x - shift) / log_scale.exp(), log_scale.exp(), shift
+
+    def metrics(self, rows: Any, norm: Any, count: int = 1) -> list[Any]:
+        """Per block and segment, IGM of each guess and the components of CRM."""
+        measured = []
+        for i, (x, z, scale, _) in enumerate(self.walk(rows)):
+            residuals = {
+                name: initial_residuals(self.blocks[i], x, z, guess, self.labels[rows], count).mean(dim=0)
+                for name, guess in named_guesses(self.report.mean_affine[i]).items()
+            }
+            w_s, w_u = self.flow.blocks[i].output_weights()
+            for run in runs_of(x.shape[1], count):
+                igm = {name: np.linalg.norm(mean[run].numpy(), norm) for name, mean in residuals.items()}
+                matrices = (x / scale).mean(dim=0)[run], torch.zeros_like(w_u) if w_s is None else w_s, w_u
+                measured.append((igm, [np.linalg.norm(matrix.detach().numpy(), norm) for matrix in matrices]))
+        return measured
+
+    def traces(self, i: int, x: Tensor, z: Tensor, guess: str, count: int = 1) -> list[ConvergenceCurve]:
+        """Per segment, the trace of the samples whose sweeps are measured."""
+        start = named_guesses(self.report.mean_affine[i])[guess]
+        curves = distances(self.blocks[i], x, z, start, self.labels[CHOSEN], count)
+        return [ConvergenceCurve.of([curve]) for curve in curves]
+
+
+case_of = cache(Case)
+
+
+@pytest.fixture
+def classes() -> Case:
+    return case_of("classes")
+
+
+def assert_metrics(metrics: Metrics, expected: list[Any]) -> None:
+    assert len(metrics.igm) == len(expected)
+    for igm, (row, _) in zip(metrics.igm, expected, strict=True):
+        assert igm == pytest.approx(row, rel=1e-8, abs=1e-12)  # absolute: one sweep may make a token exact
+    assert metrics.components is not None
+    components = np.array([astuple(part) for part in metrics.components])
+    assert components == pytest.approx(np.array([parts for _, parts in expected]), rel=1e-9)
+
+
+def assert_traces(traces: Sequence[ConvergenceCurve], expected: Sequence[ConvergenceCurve]) -> None:
+    assert [trace.sweeps for trace in traces] == [trace.sweeps for trace in expected]
+    for trace, other in zip(traces, expected, strict=True):
+        assert trace.largest == pytest.approx(other.largest, rel=1e-6, abs=1e-6)
+        assert trace.median == pytest.approx(other.median, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_igm_crm_and_mean_parameters(name: str) -> None:
+    """In every norm; of segments, those before being solved; of a class's images, with the guess of all images."""
+    case, everything = case_of(name), slice(None)
+    report, norm, count = case.report, case.norm, case.segments
+    for each in (2, "fro", 1):
+        assert_metrics(report.metrics[each], case.metrics(everything, each))
+    segments = case.metrics(everything, norm, count)
+    assert tuple(report.segment_metrics) == report.tough_blocks
+    for i, metrics in report.segment_metrics.items():
+        assert_metrics(metrics, segments[i * count : (i + 1) * count])
+    for i, (_, _, scale, shift) in enumerate(case.walk()):
+        assert report.mean_affine[i].log_scale.double().allclose(scale.log().mean(dim=0), 1e-6, 1e-6)
+        assert report.mean_affine[i].shift.double().allclose(shift.mean(dim=0), 1e-6, 1e-6)
+    assert list(report.class_metrics) == sorted(set(case.labels.tolist()))
+    for label, metrics in report.class_metrics.items():
+        assert_metrics(metrics, case.metrics((case.labels == label).nonzero()[:, 0], norm))
+    assert report.settings == Settings(7, True, norm, case.guidance, count, 2, 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sweeps_and_gamma_are_those_at_fresh_latents_and_at_evenly_spaced_images(name: str) -> None:
+    """The latents have these images' labels. Tough blocks have segments: 1, as many as asked for, powers of 2."""
+    case = case_of(name)
+    report, config = case.report, case.flow.config
+    tokens = draw_latents(2, config.num_tokens, config.token_channels, 0, 2**40).double() * case.flow.var.sqrt()
+    problems = way_back(case.flow, tokens, case.labels[CHOSEN], case.guidance)
+    solutions = {"noise": [(problem.answer, problem.z) for problem in problems]}
+    if not case.guidance:
+        solutions["images"] = [(x, z) for x, z, _, _ in case.walk(CHOSEN)]
+    assert report.traces.keys() == solutions.keys()
+    for start, blocks in solutions.items():
+        for i, (x, z) in enumerate(blocks):
+            for guess, trace in report.traces[start][i].items():  # type: ignore[index]
+                assert_traces([trace], case.traces(i, x, z, guess))
+            if start == "images" or case.guidance:
+                norms = gamma_norm(case.blocks[i], x, z, case.labels[CHOSEN])
+                assert report.gamma[i] == pytest.approx(norms.tolist(), rel=1e-3)
+    for i, segments in report.segment_traces.items():
+        for count, traces in segments.items():
+            assert_traces(traces, case.traces(i, *solutions["noise"][i], report.best_guess(i), count))
+    assert tuple(report.segment_traces) == report.tough_blocks
+    if report.tough_blocks:
+        assert {i: list(traces) for i, traces in report.segment_traces.items()} == {2: [1, 2, 4]}
+
+
+def test_an_identity_needs_no_sweep() -> None:
+    """From a wrong guess it needs one."""
+    report = jf.calibrate(linear_flow([0.0, 0.0]), randn(2, 1, 3, 3), traced=2)
+    assert report.crm == report.crm_percent == (0.0, 0.0)
+    assert (report.tough_blocks, report.segment_traces, report.gamma) == ((), {}, ((0.0, 0.0),) * 2)
+    assert report.mean_sweeps("noise", 1e-3) == report.mean_sweeps("images", 1e-3, "latent") == (0.0, 0.0)
+    assert report.slowest_sweeps("noise", 1e-3, "zeros") == (1, 1)
+    assert (report.settings.labelled, report.class_metrics) == (False, {})
+
+
+def test_a_block_without_a_linear_output_layer_leaves_crm_undefined_for_all() -> None:
+    flow = linear_flow([0.1, 2.0, 0.1, 0.1])
+    block: Any = flow.blocks[0]
+    block.output_weights = lambda: None
+    report = jf.calibrate(flow, randn(2, 1, 3, 3), traced=1)
+    assert (report.components, report.segment_metrics, report.segment_traces) == (None, {}, {})
+    assert CalibrationReport.from_json(report.to_json()) == report
+
+
+def test_batches_change_rounding_only_and_seeds_the_noise_only(classes: Case) -> None:
+    """Images may be on disk."""
+    sizes = []
+
+    class OnDisk:
+        __len__ = classes.images.__len__
+
+        def __getitem__(self, index: Tensor) -> Tensor:
+            sizes.append(len(index))
+            return classes.images[index]
+
+    a, b, progress = classes.report, classes.calibrate(OnDisk(), batch_size=1), Mock()
+    other = classes.calibrate(classes.images, seed=1, progress=progress)
+    assert set(sizes[1:]) == {1}
+    assert b.crm == pytest.approx(a.crm, rel=1e-9)
+    assert [t["zeros"].sweeps for t in b.traces["noise"]] == [t["zeros"].sweeps for t in a.traces["noise"]]
+    assert np.array(b.gamma) == pytest.approx(np.array(a.gamma), rel=0.03)
+    assert classes.calibrate(classes.images.numpy(), batch_size=1) == b
+    assert (other.metrics, other.traces["images"]) == (a.metrics, a.traces["images"])
+    assert other.traces["noise"] != a.traces["noise"]
+    totals = {"mean parameters": 2, "metrics": 2, "encoding": 1, "exact loop": 2, "sweeps": 2}
+    calls = [call(step + 1, total, what) for what, total in totals.items() for step in range(total)]
+    assert progress.mock_calls == calls
+
+
+def test_calibrating_changes_nothing_else(classes: Case) -> None:
+    flow, images = copy.deepcopy(classes.flow).train().requires_grad_(True), classes.images.clone().requires_grad_()
+    state = torch.get_rng_state()
+    with torch.inference_mode():
+        assert jf.calibrate(flow, images, classes.labels, **classes.settings) == classes.report
+    assert jf.calibrate(flow, images, classes.labels, **classes.settings) == classes.report
+    assert torch.equal(torch.get_rng_state(), state)
+    assert flow.training
+    assert all(torch.equal(value, classes.flow.state_dict()[name]) for name, value in flow.state_dict().items())
+    assert all(tensor.grad is None for tensor in (images, *flow.parameters()))
+    (-flow.log_prob(images, classes.labels).mean()).backward()  # nothing of inference mode was kept
+
+
+def test_bfloat16_weights_give_nearly_the_same_metrics(classes: Case) -> None:
+    flow = copy.deepcopy(classes.flow).bfloat16()
+    report = jf.calibrate(flow, classes.images.float(), classes.labels, **classes.settings)
+    assert report.crm == pytest.approx(classes.report.crm, rel=0.1)
+    assert np.array(report.gamma) == pytest.approx(np.array(classes.report.gamma), rel=0.1)
+
+
+FLOW = make_flow(num_classes=3)
+IMAGES = images_of(FLOW)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"images": IMAGES / (torch.arange(7) != 5).view(-1, 1, 1, 1)}, "images=.* holds a NaN or an infinity"),
+        ({"images": list(IMAGES)}, "images of type list: give a tensor"),
+        ({"labels": torch.arange(7)}, "label 6: this flow has classes 0 to 2"),
+        ({"segments": 17}, "there are only 16 tokens"),
+        ({"per_class": True}, "per_class: give the labels"),
+    ],
+    ids=range(5),
+)
+def test_bad_arguments_are_refused_by_name(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        jf.calibrate(**{"flow": FLOW, "images": IMAGES, "batch_size": 4, "traced": 1, "segments": 2, **changed})
+
+
+@pytest.mark.parametrize("i", [0, 1])
+def test_overflow_in_encoding_or_in_the_exact_inverse_is_refused(i: int) -> None:
+    flow = linear_flow([0.1, 0.1])
+    with torch.no_grad():
+        flow.blocks[i].proj_out.weight[0, 0] = -5000
+    for pixel, message in ((1.0, f"images overflow in block {i} when"), (0.01, f"of 2 fresh latents .* of block {i};")):
+        with pytest.raises(ValueError, match=message):
+            jf.calibrate(flow, torch.full((2, 1, 3, 3), pixel).double())
+
+
+def test_real_weights_and_images() -> None:
+    """16 digits say much the same as the 512 of the bundled report; Figure 5 of the paper beside Figure 2."""
+    flow, (images, labels) = jf.load("digits-p1"), digits().batch(slice(0, 16))
+    images = add_noise(images, Noise("gaussian", 0.1), torch.Generator().manual_seed(0))
+    report, bundled = jf.calibrate(flow, images, labels, traced=2), CalibrationReport.load(flow.report_files[0])
+    assert report.tough_blocks == bundled.tough_blocks
+    assert report.crm == pytest.approx(bundled.crm, rel=0.15)
+    sweeps = report.mean_sweeps("noise", 1e-3)
+    assert sweeps[3] == max(sweeps) > 1.5 * min(sweeps)
+    whole, eighths = (report.segment_traces[3][count] for count in (1, 8))
+    assert np.mean([max(trace.sweeps_to_tolerance(1e-3, 64)) for trace in eighths]) < 0.75 * max(
+        whole[0].sweeps_to_tolerance(1e-3, 64)
+    )
+    report.check(flow)
+
+
+# ------------------------------------------------------------------------------------------------- interrupted runs
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the library catches it."""
+
+
+def kill_at_write(number: int, monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> None:
+    """Runs a calibration that is killed when it writes its part of that number."""
+    writes = []
+
+    def write(path: Path, *rest: Any, **named: Any) -> None:
+        writes.append(path)
+        if len(writes) == number:
+            raise Killed
+        write_json(path, *rest, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(import_module("jacobiflow.calibration.measure"), "write_json", write)
+        run()
+
+
+def test_an_interrupted_calibration_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a kill, with a damaged part, and with the parts of other settings; in a folder of its own."""
+    flow, out, folder = make_maf(num_classes=0).float(), tmp_path / "r.json", tmp_path / "r.json.partial"
+    images = images_of(flow).float()
+
+    def calibrate(out: Path = out, seed: int = 0) -> bytes:
+        jf.calibrate(flow, images, segments=2, traced=2, seed=seed, out=out)
+        return out.read_bytes()
+
+    expected = calibrate(tmp_path / "calm.json")
+    kill_at_write(2, monkeypatch, calibrate)
+    kill_at_write(2, monkeypatch, calibrate)  # further on
+    assert sorted(path.name for path in folder.glob("*.json")) == ["manifest.json", "means.json", "metrics.json"]
+    assert not out.exists()
+    damaged = folder / "means.json"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    other = folder / "metrics.json"
+    other.write_text(other.read_text().replace('"igm"', '"other"'))
+    assert calibrate() == expected
+    kill_at_write(3, monkeypatch, lambda: calibrate(seed=1))
+    with locked(folder), pytest.raises(ValueError, match="another run is writing"):
+        calibrate()
+    assert calibrate() == expected
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["calm.json", "r.json"]
+    kill_at_write(3, monkeypatch, calibrate)
+    (folder / "block-mine.json").write_text("mine")
+    assert calibrate() == calibrate() == expected
+    assert sorted(entry.name for entry in folder.iterdir()) == [".lock", "block-mine.json", "manifest.json"]
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds files that this command did not write"):
+        calibrate()
+    assert (folder / "mine.txt").read_text() == "mine"
+
+
+def test_a_kill_costs_only_the_measurement_in_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that are finished none is made again, up to the end: the images, exact loops, sweeps and Gamma."""
+    flow, out = copy.deepcopy(make_flow(num_classes=3)).float(), tmp_path / "r.json"
+    images, labels, written = images_of(flow).float(), [0, 1, 2, 0, 1, 2, 0], list[str]()
+
+    def calibrate(out: Path = out) -> bytes:
+        jf.calibrate(flow, images, labels, segments=2, traced=2, per_class=True, out=out)
+        return out.read_bytes()
+
+    def write(path: Path, *rest: Any, **named: Any) -> None:
+        if len(written) > done:
+            raise Killed
+        written.append(path.stem)
+        write_json(path, *rest, **named)
+
+    expected = calibrate(tmp_path / "calm.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(import_module("jacobiflow.calibration.measure"), "write_json", write)
+        patch.setattr(CalibrationReport, "save", Mock(side_effect=Killed))
+        for _ in range(30):  # the last ones fail at the report itself
+            done = len(written)
+            with pytest.raises(Killed):
+                calibrate()
+    sweeps = {f"{start}-{guess}-1" for start in ("images", "noise") for guess in ("latent", "zeros", "mean_affine")}
+    names = {f"block-{i}-{name}" for i in range(2) for name in (*sweeps, "gamma")}
+    assert sorted(written) == sorted({"means", "metrics", "exact-0", "exact-1", *names})
+    monkeypatch.setattr(import_module("jacobiflow.calibration.statistics"), "solve", None)
+    assert calibrate() == expected
+
+
+@pytest.mark.parametrize("name", ["folder", "folder/", ""])
+def test_a_folder_in_place_of_a_report_is_refused_before_work(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    with pytest.raises(ValueError, match=r"out='.*': is a folder; give a file"):
+        jf.calibrate(FLOW, IMAGES, progress=Mock(side_effect=AssertionError), out=name)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]

@@ -1,0 +1,40 @@
+"""CUDA graphs on the fake device: answers of the CPU, and graphs of shapes that come again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import jacobiflow as jf
+from jacobiflow.fixed_point import cuda_graphs
+from tests.helpers.fake_device import FakeDevice
+from tests.helpers.solver_problems import normal
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(
+    ("solver", "num", "sweeps", "captures", "replays"),
+    [
+        (jf.Solver(jf.Sequential()), 5, 192, 8, 192),  # of 4 contexts for two samples, and for one
+        (jf.Solver(jf.Window(16)), 1, 20, 2, 16),  # two sweeps of a context without
+        (jf.Solver(jf.Window(64)), 1, 12, 0, 0),
+        (jf.Solver(jf.Whole()), 1, 12, 0, 0),  # each sweep is of another length
+    ],
+    ids=lambda value: str(value.partition) if isinstance(value, jf.Solver) else "",
+)
+def test_graphs_are_captured_for_contexts_that_come_again(
+    solver: jf.Solver, num: int, sweeps: int, captures: int, replays: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "_BUCKET", 16)
+    monkeypatch.setattr(cuda_graphs, "_SWEEPS", 48)
+    z, labels = normal(num, 64, 1).float(), torch.arange(num)
+    expected = jf.solve(jf.load("digits-p1").blocks[3], z, solver, labels, slots=2)
+    with FakeDevice() as device:
+        block = jf.load("digits-p1", device="cuda").blocks[3]
+        with device.counting() as counts:
+            solution = jf.solve(block, z.to("cuda"), solver, labels.to("cuda"), slots=2)
+        x = solution.x.cpu()
+    torch.testing.assert_close(x, expected.x, rtol=0, atol=2e-3)
+    assert solution.sweeps == sweeps  # fronts are looked at every fourth sweep
+    assert (counts.captures, counts.operations["replay"]) == (captures, replays)

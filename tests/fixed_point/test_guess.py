@@ -1,0 +1,128 @@
+"""Guesses: formulas, fits, and values that do not fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.fixed_point import WarmStart
+from tests.helpers.oracle import convolved
+from tests.helpers.solver_problems import error, normal
+
+KERNEL, SHIFT = normal(3, 2, 2), normal(5, 2, seed=1)
+
+
+@st.composite
+def tokens(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """A kernel, which may be longer than the sequence, and tokens."""
+    batch, length, channels, width = (draw(st.integers(1, most)) for most in (3, 8, 4, 12))
+    seed = draw(st.integers(0, 10**6))
+    return normal(width, channels, channels, seed=seed), normal(batch, length, channels, seed=seed + 1)
+
+
+def test_plain_guesses() -> None:
+    z = normal(2, 4, 3)
+    answer = normal(2, 4, 3, seed=1)
+    kept = z.clone(), answer.clone()
+    zeros = torch.cat((z[:, :1], torch.zeros(2, 3, 3)), dim=1)
+    for guess, expected in ((jf.Latent(), z), (jf.Zeros(), zeros), (WarmStart(answer), answer)):
+        start = guess(z)
+        assert torch.equal(start, expected)
+        start.fill_(7.0)  # a tensor of its own
+        assert torch.equal(z, kept[0])
+        assert torch.equal(answer, kept[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_mean_affine_is_affine_in_z_and_of_its_dtype(dtype: torch.dtype) -> None:
+    log_scale, shift, z = normal(6, 3), normal(6, 3, seed=1), normal(4, 6, 3, seed=2)
+    x = jf.MeanAffine(log_scale, shift.float())(z.to(dtype))
+    assert x.dtype == dtype
+    assert error(x.double(), log_scale.exp() * z + shift) < 1e-5
+
+
+@given(tokens())
+@settings(max_examples=30, deadline=None)
+def test_a_causal_linear_guess_is_its_convolution_and_its_shift(given: tuple[Tensor, Tensor]) -> None:
+    kernel, z = given
+    shift, kept = normal(*z.shape[1:], seed=3), z.clone()
+    guess = jf.CausalLinear(kernel, shift)
+    assert error(guess(z), convolved(kernel, z, delay=0) + shift) < 1e-12
+    assert torch.equal(z, kept)
+    assert guess(z.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_a_kernel_that_changes_in_place_is_used_and_gradients_follow_inference_mode(is_trained: bool) -> None:
+    kernel, z = normal(3, 2, 2).requires_grad_(is_trained), normal(4, 5, 2, seed=1).requires_grad_()
+    guess = jf.CausalLinear(kernel, SHIFT)
+    for _ in range(2):
+        with torch.inference_mode():
+            assert error(guess(z), convolved(kernel, z, delay=0) + SHIFT) < 1e-12
+        inputs = [z, kernel] if is_trained else [z]
+        have, want = (
+            torch.autograd.grad(x.square().sum(), inputs) for x in (guess(z), convolved(kernel, z, delay=0) + SHIFT)
+        )
+        torch.testing.assert_close(have, want)
+        with torch.no_grad():
+            kernel.mul_(-2)
+
+
+def test_a_fit_finds_a_causal_linear_map() -> None:
+    kernel, shift = 0.5 * normal(4, 2, 2, seed=1), normal(20, 2, seed=2)
+    z = normal(200, 20, 2, seed=3) + normal(20, 2, seed=4)
+    x, before = convolved(kernel, z, delay=0) + shift, z.clone()
+    guess = jf.CausalLinear.fit(x, z, 6)
+    assert guess.kernel.shape == (7, 2, 2)
+    assert error(guess.kernel[:4], kernel) < 3e-3
+    assert guess.kernel[4:].abs().max() < 3e-3
+    # Ridge regression shrinks: the fit is not exact, and its shift makes up for the mean.
+    assert 1e-5 < error(guess(z), x) < 2e-2
+    assert error(guess(z).mean(dim=0), x.mean(dim=0)) < 1e-12
+    assert error(jf.CausalLinear.fit(x, z, 1).kernel, kernel[:2]) < 0.2
+    assert torch.equal(z, before)
+    assert jf.CausalLinear.fit(x, z).kernel.shape == (25, 2, 2)
+    assert jf.CausalLinear.fit(x.float(), z.float()).kernel.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("piece", "others", "text"),
+    [
+        (jf.MeanAffine(SHIFT, SHIFT + 1), [jf.MeanAffine(SHIFT, SHIFT), jf.MeanAffine(SHIFT + 1, SHIFT + 1)],
+         "MeanAffine(log_scale=(5, 2), shift=(5, 2))"),
+        (jf.CausalLinear(KERNEL, SHIFT), [jf.CausalLinear(KERNEL[:2], SHIFT), jf.CausalLinear(KERNEL, SHIFT + 1)],
+         "CausalLinear(kernel=(3, 2, 2), shift=(5, 2))"),
+        (jf.Chord(KERNEL), [jf.Chord(KERNEL[:2]), jf.Chord(KERNEL + 1)], "Chord(kernel=(3, 2, 2))"),
+    ],
+    ids=["mean affine", "causal linear", "chord"],
+)  # fmt: skip
+def test_pieces_with_tensors_are_equal_if_their_values_are(piece: Any, others: list[Any], text: str) -> None:
+    same = type(piece)(*(value.clone() for value in vars(piece).values()))
+    assert piece == same
+    assert all(piece != other for other in (*others, jf.Latent(), None))
+    assert len({piece, same, *others}) == 3
+    assert repr(piece) == text
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (lambda: jf.MeanAffine(SHIFT, SHIFT[:, :1]), r"MeanAffine: shift=a tensor \(5, 1\)"),
+        (lambda: jf.MeanAffine(SHIFT, SHIFT).check(4, 2), r"MeanAffine.*\(5, 2\).*\(4, 2\)"),
+        (lambda: jf.CausalLinear(torch.ones(3, 2, 4), SHIFT), r"CausalLinear: kernel=a tensor \(3, 2, 4\)"),
+        (lambda: jf.CausalLinear(KERNEL * math.nan, SHIFT), "CausalLinear: kernel=.* holds a NaN"),
+        (lambda: jf.Solver(guess=jf.CausalLinear(KERNEL, SHIFT)).check(5, 1), r"CausalLinear.*\(5, 2\).*\(5, 1\)"),
+        (lambda: jf.Solver(correction=jf.Chord(KERNEL)).check(5, 3), r"Chord\(kernel=\(3, 2, 2\)\).*tokens have 3"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(build: Callable[[], Any], names: str) -> None:
+    with pytest.raises(ValueError, match=names):
+        build()

@@ -1,0 +1,73 @@
+"""The pieces of a solver as data: kinds, names, JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+import torch
+
+import jacobiflow as jf
+from jacobiflow.fixed_point import Stopping
+from jacobiflow.utils import serialization
+
+KERNEL = torch.tensor([[[0.5, -1.0], [0.25, 3.0]]])
+SOLVERS = [
+    jf.Solver(jf.Sequential(), int16_weights=True),
+    jf.Solver(jf.Whole(), jf.Zeros(), jf.EarlyStop(), jf.Chord(KERNEL), bf16_sweeps=3),
+    jf.Solver(jf.Segments(2), jf.MeanAffine(KERNEL[0], KERNEL[0]), jf.MaxSweeps((5, 3)) | jf.Tolerance(0.5)),
+    jf.Solver(jf.Window(8), jf.CausalLinear(KERNEL, KERNEL[0]), jf.MaxSweeps(4)),
+]
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (Stopping, "give a tolerance"),
+        (lambda: jf.Tolerance(0.1) | jf.Tolerance(0.1), "both give atol"),
+        (lambda: jf.Solver(jf.Segments(3), stopping=jf.MaxSweeps((5, 3))), r"2 sweep counts.*Segments\(count=3\)"),
+        (lambda: jf.Solver(stopping=jf.MaxSweeps((5,))), "1 sweep counts.*Whole"),
+        (lambda: jf.MaxSweeps(()), r"sweeps=\(\): give a number, or one for each segment"),
+        (lambda: jf.Solver(jf.Sequential(), bf16_sweeps=3).check(4, 1), "bf16_sweeps=3.*Sequential.*token by token"),
+        (lambda: jf.Solver(jf.Segments(4), bf16_sweeps=1).check(4, 1), "bf16_sweeps=1.*Segments"),
+        (lambda: jf.Solver(jf.Window(4), int16_weights=True).check(8, 1), "int16_weights=True with Window.*Sequential"),
+    ],
+)
+def test_pieces_that_do_not_go_together_are_refused(build: Callable[[], Any], names: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=names):
+        build()
+    jf.Solver(jf.Segments(4), bf16_sweeps=1).check(8, 1)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=range(len(SOLVERS)))
+def test_a_solver_comes_back_from_json(solver: jf.Solver) -> None:
+    assert (
+        serialization.decode(jf.Solver, json.loads(json.dumps(serialization.encode(solver), allow_nan=False))) == solver
+    )
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=range(len(SOLVERS)))
+def test_pieces_do_not_change(solver: jf.Solver) -> None:
+    for piece in (solver, solver.partition, solver.guess, solver.stopping, solver.correction):
+        with pytest.raises(FrozenInstanceError):
+            piece.count = 1
+
+
+def test_pieces_define_what_they_do() -> None:
+    for base in (jf.Partition, jf.SlidingRun, jf.Guess, jf.Correction):
+        with pytest.raises(TypeError, match="abstract"):
+            base()
+    z, block = torch.ones(1, 2, 1), jf.load("digits-p1").blocks[0]
+    assert jf.Zeros.fit(z, z) is jf.Plain.fit(block, z, z, jf.Zeros(), None) is None
+
+
+def test_rules_are_values_that_join() -> None:
+    assert jf.Tolerance(0.1) | jf.MaxSweeps(3) == jf.MaxSweeps(3) | jf.Tolerance(0.1) == Stopping(0.1, 3)
+    assert jf.EarlyStop(0.5) | jf.MaxSweeps([5, 3]) | jf.Tolerance(0) == Stopping(0, (5, 3), 0.5)
+    assert jf.EarlyStop() == Stopping(ebound=1e-8)
+    assert jf.MaxSweeps(range(1, 4)).max_sweeps == (1, 2, 3)
+    assert hash(jf.MaxSweeps([5, 3])) == hash(jf.MaxSweeps((5, 3)))
+    assert jf.MaxSweeps((3,)) != jf.MaxSweeps(3)

@@ -1,0 +1,116 @@
+"""Encoding, likelihood and inverse of every flow, against oracles and dense Jacobians, in float64; flows by name."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import field, make_dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import jacobiflow as jf
+from examples.extending.recurrent_flow import RecurrentFlow
+from jacobiflow.models import Flow, register
+from jacobiflow.models.config import check_sizes
+from jacobiflow.models.flow import FLOWS as REGISTERED
+from jacobiflow.models.flow import state_dtype
+from tests.helpers.oracle import MAFOracle, Oracle, StarOracle
+from tests.helpers.problems import latents, make_flow, make_maf, make_star, texts
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FLOWS: dict[str, Callable[[], Any]] = {
+    "TarFlow": lambda: make_flow(image_size=4, num_classes=3),
+    "TarFlow in colour, without classes": lambda: make_flow(image_size=4, in_channels=3),
+    "TarFlow of shifts": lambda: make_flow(image_size=4, num_classes=2, nvp=False),
+    "TarFlow of pixels": lambda: make_flow(image_size=3, patch_size=1),
+    "STARFlow": make_star,
+    "MAF": make_maf,
+    "MAF in colour": lambda: make_maf(in_channels=3, image_size=2, hidden_features=33, hidden_layers=3),
+    "MAF of one layer and few units": lambda: make_maf(hidden_features=7, hidden_layers=1, num_blocks=3, num_classes=0),
+}
+
+
+def images_of(flow: Flow, num: int = 3) -> Tensor:
+    config = flow.config
+    shape = (num, config.in_channels, config.image_size, config.image_size)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2 - 1
+
+
+def labels_of(flow: Flow) -> Tensor | None:
+    """The first class, none, the last class; or the states of texts."""
+    if isinstance(flow, jf.STARFlow):
+        return texts(flow, 3)
+    return torch.tensor([0, -1, flow.config.num_classes - 1]) if flow.config.num_classes else None
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_encoding_is_the_oracle_s_with_the_determinant_of_the_dense_jacobian_and_is_decoded_again(name: str) -> None:
+    flow = FLOWS[name]()
+    reference = {jf.MAF: MAFOracle, jf.STARFlow: StarOracle}.get(type(flow), Oracle)(flow)
+    images, labels = images_of(flow), labels_of(flow)
+    copied, (z, log_det) = images.clone(), flow.encode(images, labels)
+    expected_z, expected_log_det = reference.encode(images, labels)
+    torch.testing.assert_close(z, expected_z, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(log_det, expected_log_det, rtol=1e-10, atol=1e-9)
+    for n in range(len(images)):
+        row = None if labels is None else labels[n : n + 1]
+        encode = partial(lambda row, image: flow.encode(image.unsqueeze(0), row)[0].flatten(), row)
+        dense = torch.autograd.functional.jacobian(encode, images[n])
+        assert abs(log_det[n] - torch.linalg.slogdet(dense.reshape(images[n].numel(), -1)).logabsdet) < 1e-9
+    log_prob = torch.distributions.Normal(0.0, 1.0).log_prob(expected_z).sum(dim=(1, 2)) + expected_log_det
+    torch.testing.assert_close(flow.log_prob(images, labels), log_prob, rtol=1e-10, atol=1e-9)
+    bits = -log_prob / math.log(2) / images[0].numel() + 7
+    torch.testing.assert_close(flow.bits_per_dim(images, labels), bits, rtol=1e-10, atol=1e-9)
+    decoded, density = jf.decode(flow, z.detach(), labels, strategy="sequential", log_prob=True)
+    torch.testing.assert_close(decoded, images, rtol=0, atol=1e-8)
+    torch.testing.assert_close(density, log_prob, rtol=1e-10, atol=1e-8)
+    assert torch.equal(images, copied)
+
+
+@pytest.mark.parametrize("name", ["TarFlow of shifts", "STARFlow", "MAF"])
+def test_a_network_in_bfloat16_keeps_tokens_in_float32(name: str) -> None:
+    wide = FLOWS[name]()
+    low = copy.deepcopy(wide).bfloat16()
+    assert (state_dtype(wide), state_dtype(low)) == (torch.float64, torch.float32)
+    images, labels = images_of(wide), labels_of(wide)
+    wide.load_state_dict(low.state_dict())  # the rounded weights
+    for batch in (images.float(), images.bfloat16()):
+        z, log_det = low.encode(batch, labels)
+        assert z.dtype == log_det.dtype == torch.float32
+        expected_z, expected_log_det = wide.encode(batch.double(), labels)
+        assert (z - expected_z).abs().mean() < 0.05
+        assert (log_det - expected_log_det).abs().max() < 0.25
+
+
+def test_tokens_start_in_the_dtype_of_the_state_and_the_scale_of_the_prior() -> None:
+    flow = make_flow(image_size=6, nvp=False)
+    z = latents(flow, 2)
+    for dtype, error in {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}.items():
+        tokens = copy.deepcopy(flow).to(dtype).prior_tokens(z)
+        assert tokens.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert (tokens - z * flow.var.sqrt()).abs().max() < error
+
+
+@pytest.mark.parametrize("kind", ["int", int], ids=["annotation as text", "annotation"])
+def test_the_sizes_of_a_config_are_checked(kind: Any) -> None:
+    sizes = {"num_blocks": -3, "num_classes": 0, "noise_std": 0.0, "num_tokens": 4, "token_channels": 1}
+    config = make_dataclass("Config", [(name, kind, field(default=size)) for name, size in sizes.items()])
+    with pytest.raises(ValueError, match="num_blocks=-3"):
+        check_sizes(config())
+
+
+def test_a_name_has_one_flow() -> None:
+    assert [REGISTERED[name] for name in ("tarflow", "maf", "recurrent")] == [jf.TarFlow, jf.MAF, RecurrentFlow]
+    with pytest.raises(ValueError, match=r"'recurrent': taken by .*RecurrentFlow"):
+        register(type("Other", (RecurrentFlow,), {}))
+    again = type("RecurrentFlow", (RecurrentFlow,), {"__module__": RecurrentFlow.__module__})  # its module reloaded
+    assert register(again) is again is REGISTERED["recurrent"]
+    assert register(RecurrentFlow) is RecurrentFlow is REGISTERED["recurrent"]
+    with pytest.raises(TypeError, match="give a class that derives from Flow"):
+        register(jf.TarFlowConfig)  # type: ignore[type-var]

@@ -1,0 +1,88 @@
+"""The memory of a machine, a container and a batch, and the memory setting of a process."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+import jacobiflow as jf
+from jacobiflow.blocks.guidance import guided
+from jacobiflow.cli import main
+from jacobiflow.models import memory
+from jacobiflow.models.latents import draw_latents
+from tests.helpers.fake_device import FakeDevice
+
+
+def test_the_command_line_keeps_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = dict[int, int]()
+    library = SimpleNamespace(mallopt=settings.__setitem__)
+    with monkeypatch.context() as patch:
+        patch.setattr(memory.ctypes, "CDLL", lambda name: library)
+        memory.keep_freed_memory()
+    assert settings == {-1: 2**31 - 1, -3: 2**25}
+    calls = list[str]()
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda: calls.append("called"))
+    main(["info", "--model", "digits-p1"])
+    assert calls == ["called"]
+
+
+@pytest.mark.parametrize("guidance", [None, jf.Guidance(1.0)])
+@pytest.mark.parametrize("large", [0, 1])
+def test_the_largest_block_tells_how_much_a_batch_takes(large: int, guidance: jf.Guidance | None) -> None:
+    widths, layers = ((64, 16), (8, 1)) if large == 0 else ((16, 64), (1, 8))
+    config = jf.TokenConfig(64, 4, widths, num_blocks=2, layers_per_block=layers, num_classes=5, head_dim=16)
+    with FakeDevice() as device:
+        flow = jf.TarFlow(config).requires_grad_(False).to("cuda")
+        z, labels = draw_latents(16, 64, 4).to("cuda"), torch.arange(16, device="cuda") % 5
+        with device.counting() as counts:
+            jf.solve(guided(flow.blocks[large], guidance), z, jf.Solver(), labels)
+        needed = memory.batch_bytes(flow.guided(guidance), 16)
+    assert needed is not None
+    assert 0.5 * needed < counts.peak <= needed
+
+
+def test_a_starflow_needs_memory_for_the_block_that_reads_the_text() -> None:
+    with torch.device("meta"):
+        flow = jf.STARFlow(jf.STARFlowConfig(3, 8, 1, (64, 128), (1, 4), text_tokens=16, text_channels=8))
+    deep = flow.blocks[1].row_bytes()
+    for each, rows in ((flow, 1), (copy.copy(flow), 2)):
+        each.guidance = None if rows == 1 else jf.Guidance(1.0)
+        needed = memory.batch_bytes(each, 1)
+        assert needed is not None and rows * deep < needed < (rows + 0.5) * deep
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2), (torch.float64, 8)])
+def test_the_exact_loop_copies_a_block_s_weights_unless_they_are_large(dtype: torch.dtype, size: int) -> None:
+    for channels, layers, is_copied in ((128, 2, True), (1024, 3, dtype == torch.float32)):
+        flow = jf.TarFlow(jf.TokenConfig(4, 2, channels, num_blocks=1, layers_per_block=layers)).to(dtype)
+        one, two = (memory.batch_bytes(flow, num) for num in (1, 2))
+        assert one is not None and two is not None
+        weights = 12 * layers * channels**2 * size * is_copied
+        assert weights <= 2 * one - two < weights + 2**16
+
+
+def test_the_machine_and_every_group_limit_the_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, own = torch.device("cpu"), tmp_path / "own"
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=9000))
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_GROUP", own)
+    assert memory.free_memory(cpu) == 9000
+    own.write_text("4:memory:/other\n0::/job/step\n")
+
+    def limit(group: str, most: str, used: int, files: int) -> None:
+        (tmp_path / group).mkdir(parents=True, exist_ok=True)
+        stat = f"anon {used - files}\nactive_file {files // 2}\ninactive_file {files - files // 2}\n"
+        for name, text in {"max": f"{most}\n", "current": f"{used}\n", "stat": stat}.items():
+            (tmp_path / group / f"memory.{name}").write_text(text)
+
+    for group, most, used, files, free in (
+        ("job/step", "max", 10, 0, 9000), ("job", "8000", 3000, 1000, 6000), ("job/step", "7000", 3000, 500, 4500),
+        (".", "20000", 16000, 0, 4000),
+    ):  # fmt: skip
+        limit(group, most, used, files)
+        assert memory.free_memory(cpu) == free

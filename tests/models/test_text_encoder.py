@@ -1,0 +1,45 @@
+"""The T5 encoder, by small random weights that transformers itself writes and reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import jacobiflow as jf
+from jacobiflow.models import t5_encoder
+from tests.helpers.stand_ins import write_t5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("t5")
+    write_t5(path)
+    return path
+
+
+def test_states_of_a_prompt_do_not_depend_on_the_others(folder: Path) -> None:
+    encode_text = t5_encoder(folder, text_tokens=3)
+    states = encode_text(["red apple", "", "green apple red apple"])
+    assert states.shape == (3, 3, 16)  # the longest is cut
+    assert (states[1, 1:] == 0).all() and (states[1, 0] != 0).any()  # of the empty text there is its end
+    for n, prompt in enumerate(["red apple", ""]):
+        alone = encode_text([prompt])[0]
+        torch.testing.assert_close(alone, states[n, : len(alone)], rtol=0, atol=1e-5)
+
+
+def test_prompts_become_samples(folder: Path) -> None:
+    torch.manual_seed(0)
+    flow = jf.STARFlow(jf.STARFlowConfig(1, 4, 2, 40, (1, 1), text_tokens=4, text_channels=16, head_dim=20))
+    flow.encode_text = t5_encoder(folder, 4)
+    for block in flow.blocks:
+        torch.nn.init.normal_(block.proj_out.weight, std=0.1)
+    out = jf.sample(flow, 2, context=["red apple", "green apple"], latents=None)
+    assert out.exact.all() and not torch.equal(out.images[0], out.images[1])
+
+
+def test_what_is_no_encoder_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(jf.CheckpointError, match="not the hub id or folder of a T5 encoder"):
+        t5_encoder(tmp_path)

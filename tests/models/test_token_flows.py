@@ -1,0 +1,201 @@
+"""Flows over tokens against the oracle: orders, contexts, depths and widths of blocks, densities and gradients."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow.models import Permutation
+from tests.helpers.oracle import TokenOracle
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "orders": {"orders": ((3, 1, 0, 4, 2), "flip", "identity"), "num_blocks": 3},
+    "classes": {"num_classes": 3},
+    "context": {"context_channels": 4, "orders": ((3, 1, 0, 4, 2),)},
+    "sizes": {"channels": (8, 16), "layers_per_block": (2, 1), "nvp": False},
+    "one token": {"num_tokens": 1},
+}
+CONTEXTS = {"classes": lambda: torch.tensor([0, 2, -1]), "context": lambda: randn(3, 4), "rows": lambda: randn(3, 5, 4)}
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)), dtype=torch.float64)
+
+
+@cache
+def make(name: str) -> jf.TarFlow:
+    """A flow in float64 in which every weight matters."""
+    sizes = {"num_tokens": 5, "token_channels": 2, "channels": 8, "num_blocks": 2, "layers_per_block": 1, "head_dim": 4}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        flow = jf.TarFlow(jf.TokenConfig(**sizes | CONFIGS[name])).double().eval()
+        for parameter in flow.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return flow
+
+
+def case(name: str) -> tuple[jf.TarFlow, Tensor | None, Tensor]:
+    flow = make("context" if name == "rows" else name)
+    context = CONTEXTS[name]() if name in CONTEXTS else None
+    return flow, context, randn(3, flow.config.num_tokens, 2)
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "rows"])
+@pytest.mark.parametrize("strategy", ["sequential", "jacobi"])
+def test_samples_and_their_densities_are_the_oracle_s(name: str, strategy: str) -> None:
+    flow, context, z = case(name)
+    reference = TokenOracle(flow)
+    out = jf.sample(flow, context=context, latents=z, strategy=strategy, tolerance=1e-6)
+    exact = reference.decode(z, context)
+    assert (out.tokens - exact).abs().max() < (1e-9 if strategy == "sequential" else 1e-4)
+    # The density is that of the tokens returned, to rounding, whatever the tolerance.
+    latents, log_det = reference.encode(out.tokens, context)
+    want = torch.distributions.Normal(0.0, 1.0).log_prob(latents).sum(dim=(1, 2)) + log_det
+    torch.testing.assert_close(out.log_prob, want, rtol=0, atol=1e-9)
+    torch.testing.assert_close(flow.log_prob(out.tokens, context), want, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["plain", "context", "rows", "classes"])
+def test_native_samples_and_densities_are_those_in_float64(name: str) -> None:
+    flow, context, z = case(name)
+    config = flow.config
+    low = jf.TarFlow(config)
+    low.load_state_dict(flow.state_dict())
+    out = jf.sample(low.eval(), context=context if name == "classes" or context is None else context.float(), latents=z)
+    exact = jf.sample(flow, context=context, latents=z, strategy="sequential")
+    torch.testing.assert_close(out.tokens.double(), exact.tokens, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.log_prob.double(), exact.log_prob, rtol=1e-5, atol=1e-4)
+
+
+def test_a_sample_and_its_density_do_not_depend_on_the_batch() -> None:
+    flow, context, z = case("rows")
+    together = jf.sample(flow, context=context, latents=z, strategy="jacobi", tolerance=1e-10, batch_size=2)
+    for n in range(3):
+        alone = jf.sample(flow, context=context[n : n + 1], latents=z[n : n + 1], strategy="jacobi", tolerance=1e-10)
+        torch.testing.assert_close(alone.tokens[0], together.tokens[n], rtol=0, atol=1e-8)
+        torch.testing.assert_close(alone.log_prob[0], together.log_prob[n], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["orders", "rows", "classes", "sizes", "one token"])
+@pytest.mark.parametrize("strategy", ["sequential", "jacobi"])
+def test_gradients_are_those_of_a_solve_with_a_graph(name: str, strategy: str) -> None:
+    """Of the latents, a context of numbers, and the parameters, through x and its density."""
+    flow, context, z = case(name)
+    inputs = [z.requires_grad_(), *flow.parameters()]
+    if context is not None and context.is_floating_point():
+        inputs.append(context.requires_grad_())
+    weights = randn(*z.shape)
+
+    def gradients(x: Tensor, log_prob: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad((weights * x.sin()).sum() + log_prob.square().sum(), inputs, allow_unused=True))
+
+    x, log_prob = jf.decode(flow, z, context, strategy=strategy, tolerance=1e-13, log_prob=True)
+    unrolled = z
+    for block in reversed(flow.blocks):
+        y, tokens = block.permutation(unrolled), list[Tensor]()
+        for t in range(z.shape[1]):
+            so_far = torch.stack([*tokens, *[torch.zeros_like(y[:, 0])] * (z.shape[1] - t)], dim=1)
+            log_scale, shift = block(so_far, context)
+            tokens.append(y[:, t] * log_scale[:, t].exp() + shift[:, t])
+        unrolled = block.permutation.inverse(torch.stack(tokens, dim=1))
+    for have, want in zip(gradients(x, log_prob), gradients(unrolled, flow.log_prob(unrolled, context)), strict=True):
+        assert (have is None) == (want is None) or (have if want is None else want).abs().max() == 0
+        if have is not None and want is not None:
+            torch.testing.assert_close(have, want, rtol=1e-7, atol=1e-9)
+
+
+def test_second_derivatives_are_refused() -> None:
+    flow, _, z = case("plain")
+    x = jf.decode(flow, z.requires_grad_(), strategy="sequential")
+    with pytest.raises(RuntimeError, match="decode has no second derivatives"):
+        torch.autograd.grad(x.sum(), z, create_graph=True)
+
+
+def test_training_by_the_reverse_divergence_finds_a_gaussian() -> None:
+    """KL(q, p) = E_q[log q - log p] needs gradients of samples and of their densities."""
+    torch.manual_seed(0)
+    flow = jf.TarFlow(jf.TokenConfig(3, 2, channels=16, num_blocks=2, layers_per_block=1, head_dim=8))
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
+    mean = torch.linspace(-1, 1, 6).view(3, 2)
+    losses = []
+    for _ in range(150):
+        x, log_prob = jf.decode(flow, torch.randn(64, 3, 2), strategy="sequential", log_prob=True)
+        loss = (log_prob + (x - mean).square().sum(dim=(1, 2)) / (2 * 0.5**2)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    best = -3 * torch.log(torch.tensor(2 * torch.pi * 0.5**2)).item()  # minus the log of the target's constant
+    assert losses[0] > best + 5 and abs(sum(losses[-10:]) / 10 - best) < 0.3
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.permutations(range(7)))
+def test_a_permutation_has_its_inverse(order: list[int]) -> None:
+    permutation, x = Permutation(tuple(order)), torch.arange(14.0).view(1, 7, 2)
+    assert torch.equal(permutation.inverse(permutation(x)), x)
+    assert permutation(x)[0, :, 0].tolist() == [2.0 * t for t in order]
+
+
+def test_a_context_that_does_not_fit_is_named() -> None:
+    flow, _, z = case("rows")
+    for context in (
+        None,
+        torch.zeros(3, 5),
+        torch.zeros(3, 4, 4),
+        torch.zeros(3, 4).long(),
+        [1, 2, 3],
+        torch.zeros(3, 4).to(torch.float8_e5m2),
+    ):
+        with pytest.raises((ValueError, TypeError), match=r"^context="):
+            jf.sample(flow, context=context, latents=z)
+    with pytest.raises(ValueError, match="context"):
+        jf.sample(flow, context=torch.zeros(2, 4), latents=z)
+    with pytest.raises(ValueError, match="this flow's context is labels, or none"):
+        jf.sample(make("plain"), context=torch.zeros(3, 4), latents=z)
+    with pytest.raises(ValueError, match="for classes only"):
+        flow.guided(jf.Guidance(1.0))
+
+
+def test_a_model_folder_keeps_the_shape(tmp_path: Path) -> None:
+    for name in CONFIGS:
+        flow = make(name)
+        flow.save_pretrained(tmp_path / name)
+        loaded = jf.load(tmp_path / name)
+        assert loaded.config == flow.config
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), flow.parameters(), strict=True))
+        assert "jf.sample(flow, 8" in (tmp_path / name / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"orders": ((0, 1, 1, 2, 3),)}, "give each of 0 to 4 once"),
+        ({"orders": ((1, 0),)}, "indices of 5 tokens"),
+        ({"orders": ("back",)}, "'identity' or 'flip'"),
+        ({"channels": (8, 8, 8)}, "one for each of 2 blocks"),
+        ({"num_classes": 2, "context_channels": 2}, "either classes or numbers"),
+        ({"orders": ()}, r"orders=\(\): give one or more"),
+        ({"orders": ((0, "a", 2, 3, 4),)}, "give each of 0 to 4 once"),
+        ({"orders": ("flip", None)}, 'order=None.*: give "identity", "flip" or a tuple of indices'),
+        ({"layers_per_block": 10**6}, "2,000,000 layers in 2 blocks: the limit is 1,024; give fewer"),
+        ({"layers_per_block": (1, 10**6)}, "1,000,001 layers in 2 blocks"),
+        ({"num_blocks": 2000}, "2,000 layers in 2,000 blocks"),
+    ],
+)
+def test_a_config_that_cannot_be_is_named(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(jf.InputError, match=words):
+        jf.TokenConfig(
+            **{"num_tokens": 5, "token_channels": 2, "channels": 64, "num_blocks": 2, "layers_per_block": 1} | change
+        )

@@ -1,0 +1,189 @@
+"""The recurrences in native code, against the oracle in float64 and the same loop in PyTorch."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import jacobiflow as jf
+from jacobiflow import native
+from tests.helpers.native_problems import CASES, Case, relative_error, threads
+from tests.helpers.oracle import MAFOracle, Oracle
+from tests.helpers.problems import latents
+from tests.helpers.running import in_child
+
+pytestmark = pytest.mark.usefixtures("compiled", "one_thread")
+
+ROUNDING = 3e-6  # measured: 4e-7 at most
+EXACT = jf.Solver(jf.Sequential())
+
+
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    if native.load_library() is None:
+        pytest.skip(native.describe())
+
+
+@pytest.fixture
+def nan_where_uninitialised() -> Iterator[None]:
+    """`torch.empty` is full of NaN, so that nothing can be computed from what was never written."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def eagerly(monkeypatch: pytest.MonkeyPatch, block: Any, z: Tensor, labels: Tensor | None = None) -> jf.Solution:
+    with monkeypatch.context() as patch:
+        patch.setenv("JACOBIFLOW_NATIVE", "0")
+        assert block.exact_inverse(z, labels) is None
+        return jf.solve(block, z, EXACT, labels)
+
+
+@pytest.mark.usefixtures("nan_where_uninitialised")
+@pytest.mark.parametrize("name", CASES)
+def test_is_the_inverse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]
+    flow = case.flow()
+    block, z, labels = case.block(flow), case.z(flow), case.context()
+    with threads(case.threads), torch.no_grad():
+        x, log_det = block.exact_inverse(z, labels)
+        solution = jf.solve(block, z, EXACT, labels)
+    assert torch.equal(solution.x, x) and torch.equal(solution.log_det, log_det)
+    eager = eagerly(monkeypatch, block, z, labels)
+    answer = case.answer(flow, z)
+    assert relative_error(x, answer) < ROUNDING
+    torch.testing.assert_close(log_det.double(), case.log_det(flow, answer), rtol=1e-5, atol=1e-4)
+    assert relative_error(eager.x, answer) < ROUNDING
+    assert torch.equal(solution.status, eager.status)
+    assert (solution.sweeps, solution.token_evaluations) == (eager.sweeps, eager.token_evaluations)
+
+
+@pytest.mark.parametrize(
+    ("model", "oracle"), [("fashion-p2", Oracle), ("digits-p1", Oracle), ("digits-maf", MAFOracle)]
+)
+def test_trained_flows(model: str, oracle: Callable[[Any], Any]) -> None:
+    """All blocks from latents to tokens: each is the fixed point of the oracle's map, which has no other."""
+    flow, labels = jf.load(model), torch.tensor([3, -1])
+    reference, x = oracle(flow), latents(flow, 2) * flow.var.sqrt()
+    for i in reversed(range(len(flow.blocks))):
+        z = reference.flip(i, x)
+        with threads(2):
+            solution, _ = flow.blocks[i].exact_inverse(z, labels)
+        assert relative_error(solution, reference.g(i, solution, z.double(), labels)) < 5e-5
+        x = reference.flip(i, solution)
+
+
+@pytest.mark.parametrize("name", ["heads of 64, two teams", "MAF, several panels"])
+def test_an_overflow_stays_in_its_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]
+    flow = case.flow()
+    block, z, labels = case.block(flow), case.z(flow), case.context()
+    others = [row for row in range(case.batch) if row != 20]
+    with threads(case.threads):
+        mild = jf.solve(block, z, EXACT, labels)
+        z[20, 2] = 3e38
+        solution = jf.solve(block, z, EXACT, labels)
+    assert torch.equal(solution.status, eagerly(monkeypatch, block, z, labels).status)
+    assert solution.status[20] == jf.Status.NONFINITE and (solution.status[others] == jf.Status.CONVERGED).all()
+    assert torch.equal(solution.x[others], mild.x[others])
+
+
+@pytest.mark.parametrize("name", ["one row", "heads of 17", "STARFlow", "MAF"])
+@torch.no_grad()
+def test_a_nan_reaches_all_later_tokens(name: str) -> None:
+    case = CASES[name]
+    flow = case.flow()
+    z = case.z(flow)
+    clean, _ = case.block(flow).exact_inverse(z, case.context())
+    z[0, 5] = torch.nan
+    x, _ = case.block(flow).exact_inverse(z, case.context())
+    assert torch.equal(x[0, :5], clean[0, :5]) and x[0, 5:].isnan().all() and torch.equal(x[1:], clean[1:])
+    with torch.no_grad():
+        flow.blocks[1].get_parameter("layers.0.bias" if case.kind is jf.MAF else "proj_in.bias")[0] = torch.nan
+    assert (jf.solve(flow.blocks[1], clean, EXACT).status == jf.Status.NONFINITE).all()
+
+
+@pytest.mark.parametrize("name", ["heads of 32", "MAF"])
+def test_weights_may_change_and_lie_as_they_like(name: str) -> None:
+    case = CASES[name]
+    flow = case.flow()
+    z, names = case.z(flow), dict(flow.blocks[1].named_parameters())
+    assert relative_error(case.block(flow).exact_inverse(z, case.context())[0], case.answer(flow, z)) < ROUNDING
+    for i, parameter in enumerate(names.values()):
+        parameter.data.mul_(1.1)
+        if parameter.ndim == 2 and i % 2:
+            parameter.data = parameter.data.T.contiguous().T
+    scattered = z.transpose(0, 1).contiguous().transpose(0, 1)
+    assert relative_error(case.block(flow).exact_inverse(scattered, case.context())[0], case.answer(flow, z)) < ROUNDING
+
+
+@pytest.mark.parametrize("name", ["heads of 64, two teams", "MAF, several panels"])
+def test_callers_in_threads_of_their_own(name: str) -> None:
+    case = CASES[name]
+    flow = case.flow()
+    block, z, labels = case.block(flow), case.z(flow), case.context()
+    alone, _ = block.exact_inverse(z, labels)
+    with ThreadPoolExecutor(3) as pool:
+        for x, _ in pool.map(lambda _: block.exact_inverse(z, labels), range(9)):
+            assert torch.equal(x, alone)
+
+
+# Without labels: choosing rows by them is PyTorch's, whose threads a forked process does not have.
+@pytest.mark.parametrize("name", ["four teams", "MAF, several panels"])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_process_solves_too(name: str) -> None:
+    case = CASES[name]
+    flow = case.flow()
+    block, z = case.block(flow), case.z(flow)
+
+    def child() -> None:
+        assert torch.equal(block.exact_inverse(z)[0], x)
+
+    with threads(case.threads):
+        x, _ = block.exact_inverse(z)
+        assert in_child(child) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory in use is read from /proc")
+@pytest.mark.parametrize("name", ["four teams", "MAF, several panels"])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_without_a_thread_pytorch_solves(name: str) -> None:
+    case = CASES[name]
+    flow = case.flow()
+    block, z = case.block(flow), case.z(flow).repeat(100 if "MAF" in name else 7, 1, 1)  # enough for all threads
+
+    def child() -> None:
+        torch.set_num_threads(14)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        room = pages * resource.getpagesize() + 2**23  # 14 stacks are 112 MB
+        resource.setrlimit(resource.RLIMIT_AS, (room, room))
+        assert block.exact_inverse(z) is None
+
+    assert in_child(child) == 0
+
+
+@pytest.mark.parametrize("name", ["one row", "7 channels", "MAF"])
+def test_tokens_that_do_not_fit_are_left_to_pytorch(name: str) -> None:
+    case = CASES[name]
+    flow = case.flow()
+    block, z = flow.blocks[0], case.z(flow)
+    long, wide, short = torch.cat((z, z), 1), torch.cat((z, z), 2), z[:, :-1]
+    assert all(block.exact_inverse(other) is None for other in (long, wide, short))
+    assert len(block.exact_inverse(z[:0])[0]) == 0
+
+
+@pytest.mark.parametrize("count", [5, 64])
+def test_more_threads_than_there_is_work_for(count: int) -> None:
+    for case in (Case({"image_size": 2, "channels": 80}, 1), Case({"image_size": 2}, 100), CASES["MAF"]):
+        flow = case.flow()
+        with threads(count):
+            x, _ = case.block(flow).exact_inverse(case.z(flow), case.context())
+        assert relative_error(x, case.answer(flow, case.z(flow))) < ROUNDING

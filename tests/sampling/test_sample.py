@@ -1,0 +1,453 @@
+"""Images end to end: against the oracle's token-by-token inverse, back through the encoding, and with bad input."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import jacobiflow as jf
+from examples.captions import load as load_star
+from jacobiflow.data import load_images
+from jacobiflow.models.latents import draw_latents
+from jacobiflow.sampling.sample import SENSITIVITY_BOUND
+from tests.helpers.oracle import Guide, Oracle
+from tests.helpers.problems import latents, make_flow, to_float32
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EXACT = 1e-10
+SOLVED = 1e-8  # a tolerance of 1e-12 in each of two or three blocks, amplified by at most 1e3
+
+FLOWS: dict[str, dict[str, Any]] = {
+    "nvp, classes": {"image_size": 8, "patch_size": 2, "num_classes": 3, "num_blocks": 3, "noise_std": 0.1},
+    "nvp": {"image_size": 5, "patch_size": 1},
+    "vp, classes": {"image_size": 6, "patch_size": 2, "in_channels": 3, "num_classes": 2, "nvp": False},
+}
+CLASSES = FLOWS["nvp, classes"]
+ANNEALED, CONSTANT = Guide(0.8, annealed=True, on="both", temperature=0.7), Guide(0.5, False, "both", 1.3)
+
+
+def some_labels(flow: jf.TarFlow, num: int = 4) -> Tensor | None:
+    classes = flow.config.num_classes
+    return torch.arange(num) % (classes + 1) - 1 if classes else None
+
+
+def as_guidance(guide: Guide | None) -> jf.Guidance | None:
+    return None if guide is None else jf.Guidance(guide.weight, guide.annealed, guide.on, guide.temperature)  # type: ignore[arg-type]
+
+
+@cache
+def answer(name: str, guide: Guide | None = None) -> Tensor:
+    flow = make_flow(**FLOWS[name])
+    return Oracle(flow).decode(latents(flow, 4), some_labels(flow), guide)
+
+
+def sample(flow: Any, **arguments: Any) -> jf.Samples:
+    return jf.sample(flow, **{"strategy": "jacobi", **arguments})
+
+
+# --------------------------------------------------------------------------------------------------- the right images
+
+
+@pytest.mark.parametrize(
+    ("name", "guide", "strategy"),
+    [
+        ("nvp, classes", ANNEALED, "auto"), ("nvp, classes", ANNEALED, "jacobi"), ("nvp, classes", None, "sequential"),
+        ("nvp", CONSTANT, "gs-jacobi:3"), ("nvp", None, "window:4"), ("vp, classes", CONSTANT, "jacobi"),
+    ],
+)  # fmt: skip
+def test_samples_are_the_oracle_s(name: str, guide: Guide | None, strategy: str) -> None:
+    flow = make_flow(**FLOWS[name])
+    z, labels = latents(flow, 4), some_labels(flow)
+    out = sample(flow.guided(as_guidance(guide)), latents=z, labels=labels, strategy=strategy, tolerance=1e-12)
+    assert (out.images - answer(name, guide)).abs().max() < SOLVED
+    assert (out.status == jf.Status.CONVERGED).all()
+    assert (out.certificate <= 1e-12).all()
+    if guide is None:
+        assert (flow.encode(out.images, labels)[0] - z).abs().max() < SOLVED
+
+
+def test_real_images_come_back_from_their_latents_through_a_trained_flow() -> None:
+    flow = jf.load("fashion-p2")
+    images, labels = load_images("fashion-512", 28, 1).batch(slice(2))
+    z, _ = flow.encode(images, labels)
+    decoded = jf.decode(flow, z, labels, strategy="window:32", tolerance=1e-5)
+    assert (decoded - images).abs().max() < 2e-3  # float32 itself comes to a few 1e-4
+
+
+@pytest.mark.parametrize("name", ["digits-p1", "digits-maf"])
+def test_under_autocast_tokens_stay_in_float32(name: str) -> None:
+    """With fitted guesses and corrections too, which are products of matrices."""
+    flow, labels = jf.load(name), torch.arange(2)
+    exact = sample(flow, num=2, labels=labels, strategy="sequential").images
+    with torch.autocast("cpu", torch.bfloat16):
+        tuning = jf.tune(flow, labels, samples=2)
+        tuned = jf.Strategy(tuple(jf.Solver(jf.Whole(), b.guess, correction=b.correction) for b in tuning.blocks))
+        outs = [sample(flow, num=2, labels=labels, strategy=each, tolerance=0.5) for each in ("sequential", tuned)]
+    for out in outs:
+        assert out.images.dtype == torch.float32
+        assert (out.images - exact).abs().mean() < 0.2
+
+
+def test_missing_labels_equal_labels_below_0() -> None:
+    flow = make_flow(**CLASSES)
+    none, below, some = (
+        sample(flow, latents=latents(flow, 4), labels=labels, tolerance=1e-12).images
+        for labels in (None, torch.tensor([-1, -1, -9, -1]), torch.tensor([0, 1, 0, 1]))
+    )
+    assert torch.equal(none, below)
+    assert (none - some).flatten(1).abs().amax(dim=1).min() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------- what is said of them
+
+
+@pytest.mark.parametrize("strategy", ["[0/2-4-2-3]", "jacobi"])
+def test_the_certificate_is_the_largest_residual_of_any_block(strategy: str) -> None:
+    """Computed by the oracle, from the trace."""
+    flow, guide = make_flow(**CLASSES), ANNEALED
+    reference, labels, z = Oracle(flow), some_labels(flow), latents(flow, 4)
+    out = sample(
+        flow.guided(as_guidance(guide)), latents=z, labels=labels, strategy=strategy, return_trace=True, batch_size=3
+    )
+    assert len(out.trace) == 4
+    assert torch.equal(out.trace[-1], out.images)
+    torch.testing.assert_close(reference.patches(out.trace[0]), z * reference.var.sqrt())
+    residuals = []
+    for step, i in enumerate(reversed(range(3))):
+        at, x = (reference.flip(i, reference.patches(out.trace[step + k])) for k in (0, 1))
+        residuals.append((reference.g(i, x, at, labels, guide) - x).abs().amax(dim=(1, 2)))
+        torch.testing.assert_close(out.stats[i].residual, residuals[-1], rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(out.certificate, torch.stack(residuals).amax(dim=0), rtol=1e-6, atol=1e-12)
+
+
+def test_the_trace_ends_with_the_denoised_images() -> None:
+    flow = make_flow(**CLASSES)
+    labels = some_labels(flow)
+    out = sample(
+        flow,
+        latents=latents(flow, 4),
+        labels=labels,
+        settings=jf.SamplingSettings(denoise=0.5),
+        return_trace=True,
+        batch_size=3,
+    )
+    assert len(out.trace) == 3 + 2
+    assert torch.equal(out.trace[-1], out.images)
+    torch.testing.assert_close(out.images, jf.denoise(flow, out.trace[-2], labels, 0.5), rtol=0, atol=EXACT)
+    assert (out.trace[-1] - out.trace[-2]).abs().max() > 1e-4
+    assert out.seconds > 0 < out.denoise_seconds
+
+
+def test_statistics_add_up() -> None:
+    flow, calls = make_flow(**FLOWS["vp, classes"]), list[tuple[int, int, str]]()
+
+    def progress(done: int, total: int, what: str) -> None:
+        calls.append((done, total, what))
+
+    out = sample(flow, num=33, strategy="sequential", certify=False, batch_size=1, progress=progress)
+    for block in out.stats:
+        assert block.sweeps == block.network_calls == block.token_evaluations == 33 * 9
+        assert block.status.shape == block.residual.shape == block.used_fallback.shape == (33,)
+    assert out.network_calls == out.token_evaluations == 2 * 33 * 9
+    assert out.certificate is out.trace is None
+    assert calls == [(k, 6, "sampling") for k in range(1, 7)]  # three groups of up to 16 batches, two blocks
+    certified = sample(flow, num=33, strategy="sequential", batch_size=2, certify="always")
+    assert certified.network_calls == 2 * (17 * 9 + 17)
+    assert certified.token_evaluations == 2 * out.token_evaluations
+
+
+def test_samples_that_are_solved_token_by_token_are_exact() -> None:
+    """No pass measures it, unless that is asked for; a block that sweeps solve is measured."""
+    flow = make_flow(**CLASSES)
+    exact, measured = (sample(flow, num=3, strategy="sequential", certify=certify) for certify in (True, "always"))
+    assert torch.equal(exact.images, measured.images)
+    assert exact.exact.all() and measured.exact.all()
+    assert (exact.certificate == 0).all()
+    assert (measured.certificate > 0).any() and measured.certificate.max() < EXACT
+    assert measured.network_calls == exact.network_calls + 3
+    mixed = jf.Strategy((jf.Solver(jf.Sequential()), jf.Solver(), jf.Solver(jf.Sequential())))
+    out = sample(flow, num=3, strategy=mixed)
+    assert [bool(block.exact.all()) for block in out.stats] == [True, False, True]
+    assert not out.exact.any()
+    assert torch.equal(out.certificate, out.stats[1].residual)
+
+
+# ------------------------------------------------------------------------------------------------ seeds and batches
+
+
+def test_a_seed_fixes_the_samples() -> None:
+    flow = make_flow(**CLASSES)
+    one, again, other = (sample(flow, num=3, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one.images, again.images)
+    assert (one.images - other.images).abs().max() > 0.1
+    assert torch.equal(one.latents, draw_latents(3, 16, 4, seed=1).double())
+
+
+@pytest.mark.parametrize("strategy", ["[1-5-2-4]", "jacobi"])
+def test_batches_change_rounding_only(strategy: str) -> None:
+    """And the order of latents and labels stays, also where more than 16 batches go through in groups."""
+    flow, num = make_flow(**FLOWS["vp, classes"]).guided(as_guidance(ANNEALED)), 35
+    draw = {"num": num, "labels": torch.arange(num) % 3 - 1, "strategy": strategy}
+    draw["tolerance"] = 1e-12 if strategy == "jacobi" else None
+    whole = sample(flow, **draw)
+    for batch_size in (2, 100):
+        out = sample(flow, batch_size=batch_size, **draw)
+        assert torch.equal(out.latents, whole.latents)
+        assert (out.images - whole.images).abs().max() < SOLVED
+        torch.testing.assert_close(out.certificate, whole.certificate, rtol=1e-6, atol=1e-11)
+
+
+def test_inputs_and_weights_stay_and_images_have_no_history() -> None:
+    flow = make_flow(**CLASSES)
+    z, labels = latents(flow, 4), some_labels(flow)
+    weights = {name: value.clone() for name, value in flow.state_dict().items()}
+    arguments = {"latents": z, "labels": labels, "strategy": "[0-3-2-4]", "settings": jf.SamplingSettings(denoise=1.0)}
+    out = sample(flow.guided(jf.Guidance(0.5)), **arguments)
+    assert torch.equal(z, latents(flow, 4)) and torch.equal(labels, some_labels(flow))
+    assert all(torch.equal(value, weights[name]) for name, value in flow.state_dict().items())
+    assert all(parameter.grad is None for parameter in flow.parameters())
+    assert not out.images.requires_grad
+    images = out.images.requires_grad_()
+    assert torch.autograd.grad(flow.log_prob(images).sum(), images)[0].isfinite().all()
+    with torch.inference_mode():
+        assert torch.equal(sample(flow.guided(jf.Guidance(0.5)), **arguments).images, out.images)
+
+
+def test_sample_refuses_latents_that_require_a_gradient() -> None:
+    """Samples have no gradient: images without one would stop a training silently."""
+    flow = make_flow()
+    z = latents(flow, 2).requires_grad_()
+    with pytest.raises(
+        jf.InputError, match=r"^latents=.* requires a gradient: give latents.detach\(\), or use decode$"
+    ):
+        sample(flow, latents=z)
+    with torch.no_grad():
+        assert torch.equal(sample(flow, latents=z, strategy="jacobi").images, jf.decode(flow, z, strategy="jacobi"))
+
+
+# ----------------------------------------------------------------------------------------------------------- overflow
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"), [("nvp, classes", "sequential"), ("nvp, classes", "jacobi"), ("vp, classes", "jacobi-3")]
+)
+def test_an_image_that_overflows_exactly_is_nan_with_a_warning(strategy: str, name: str) -> None:
+    """In its block, or in the prior: from there on. The others are what they are without it, denoised too."""
+    flow = to_float32(make_flow(**FLOWS[name]))
+    z, denoise = latents(flow, 3), 1.0 if flow.config.noise_std else 0.0
+    z[1] = 3.4e38
+    with pytest.warns(UserWarning, match=r"^3 samples: .*1 lost, since the exact inverse overflows"):
+        out = sample(
+            flow,
+            latents=z,
+            strategy=strategy,
+            settings=jf.SamplingSettings(denoise=denoise),
+            return_trace=True,
+            batch_size=2,
+        )
+    assert out.images[1].isnan().all()
+    assert out.trace[-1][1].isnan().all()
+    assert (out.status == jf.Status.NONFINITE).tolist() == out.certificate.isinf().tolist() == [False, True, False]
+    first = [block.status[1] == jf.Status.NONFINITE for block in out.stats]
+    assert first == sorted(first, reverse=True)  # blocks are in encoding order: once lost, it stays lost
+    for block in out.stats:
+        assert torch.equal(block.residual.isinf(), block.status == jf.Status.NONFINITE)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lost")
+        alone = sample(flow, latents=z[[0, 2]], strategy=strategy, settings=jf.SamplingSettings(denoise=denoise))
+    assert (out.images[[0, 2]] - alone.images).abs().max() < 0.05
+    assert torch.equal(out.status[[0, 2]], alone.status)
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"num": 2, "labels": torch.tensor([0, 3])}, "label 3: this flow has classes 0 to 2 .below 0: no class"),
+        ({"latents": torch.zeros(0, 16, 4)}, r"latents=a tensor \(0, 16, 4\).*\(N, 16, 4\)"),
+        ({}, "either num or latents"),
+        ({"num": 2, "latents": torch.zeros(2, 16, 4)}, "either num or latents"),
+        ({"num": 2, "strategy": "gs-jacobi:17"}, "17"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_flow_are_named(arguments: dict[str, Any], names: str) -> None:
+    with pytest.raises(ValueError, match=names):
+        sample(make_flow(**CLASSES), **arguments)
+
+
+def test_options_that_a_flow_lacks_are_refused() -> None:
+    flow, labels = make_flow(**FLOWS["nvp"]), [0, 0]
+    z, images = latents(flow, 2), sample(flow, num=2).images
+    for call in (
+        lambda: flow.encode(images, labels), lambda: flow.log_prob(images, labels), lambda: jf.decode(flow, z, labels),
+        lambda: flow.bits_per_dim(images, labels), lambda: jf.sample(flow, 2, labels),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="labels given, but this flow has no classes: leave them out"):
+            call()
+    with pytest.raises(ValueError, match="noise_std"):
+        sample(flow, num=2, settings=jf.SamplingSettings(denoise=1.0))
+
+
+def test_guidance_that_changes_nothing_warns_or_is_off() -> None:
+    flow, labels = make_flow(**CLASSES), torch.tensor([0, 1])
+    with pytest.warns(UserWarning, match="changes nothing"):
+        out = sample(flow.guided(jf.Guidance(2.0)), num=2, tolerance=1e-12)
+    assert (out.images - sample(flow, num=2, tolerance=1e-12).images).abs().max() < SOLVED
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample(flow.guided(jf.Guidance(0.5, attn_temperature=0.7)), num=2)
+        off = sample(flow.guided(jf.Guidance(0.0, attn_temperature=0.3)), num=2, labels=labels)
+    assert torch.equal(off.images, sample(flow, num=2, labels=labels).images)
+
+
+# -------------------------------------------------------------------------------------------------------------- outcome
+
+
+def outcome(flow: jf.TarFlow, **settings: Any) -> tuple[str, list[str]]:
+    """The sentence, and the warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        samples = jf.sample(flow, 4, **settings)
+    return str(samples.outcome), [str(warning.message) for warning in caught]
+
+
+def test_certified_and_exact_samples_are_counted_without_a_warning() -> None:
+    flow, solver = make_flow(), jf.Solver(stopping=jf.MaxSweeps(1) | jf.Tolerance(1e-9))
+    exact = "4 samples: 4 exact, since every block was solved token by token"
+    for settings, text in (
+        ({"strategy": "sequential"}, exact), ({"strategy": "[0/1-16-1-1]"}, exact),
+        ({"strategy": "jacobi", "tolerance": 1e-9}, "4 samples: 4 certified to 1e-09"),
+        ({"strategy": jf.Strategy.uniform(solver, 2)}, f"{exact}; 4 solved again token by token"),
+        ({"strategy": "jacobi", "certify": False}, "4 samples: not certified, since certificates were turned off"),
+    ):  # fmt: skip
+        assert outcome(flow, **settings) == (text, [])
+
+
+def test_samples_of_a_number_of_sweeps_are_not_certified() -> None:
+    largest = float(jf.sample(make_flow(), 4, strategy="[1-4-1-2]").certificate.max())
+    text = (
+        "4 samples: not certified, since the strategy stops after a fixed number of sweeps; the largest residual is "
+        f"{largest:.1e}"
+    )
+    assert outcome(make_flow(), strategy="[1-4-1-2]") == (text, [text])
+
+
+def test_samples_above_the_tolerance_are_named_with_the_reason() -> None:
+    flow, labels = jf.load("digits-p1", dtype="bfloat16"), [0, 1, 2, 3]
+    text, caught = outcome(flow, labels=labels, strategy="window:8", tolerance=1e-4)
+    assert caught == [text]
+    samples = jf.sample(flow, 4, labels, strategy="window:8", tolerance=1e-4)
+    num, largest = int((samples.certificate > 1e-4).sum()), float(samples.certificate.max())
+    assert f"; {num} above the tolerance, up to {largest:.1e}, by the rounding of the network" in text
+
+
+def test_sensitivity_is_near_the_error_beside_float64_and_names_the_samples_above_the_bound() -> None:
+    """Within a factor of four for nine samples of ten, of guided models of which one amplifies rounding to order 1."""
+    prompts = ["blue heart", "large green circle", "hand dark skin", "hand light skin", "banana", "sunglasses", "cat"]
+    prompts += ["red apple", "dog face", "pig nose", "rose", "tomato", "grinning", "cry", "raised hand medium skin"]
+    prompts += ["tiger"]
+    ratios = []
+    for flow, given in (
+        (jf.load("fashion-p2"), {"labels": list(range(4))}), (jf.load("digits-p1"), {"labels": [1, 2, 3, 4] * 8}),
+        (load_star(), {"context": prompts}),
+    ):  # fmt: skip
+        settings = {**given, "settings": jf.SamplingSettings(flow.recommended.guidance), "strategy": "sequential"}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            out = jf.sample(flow, len(*given.values()), sensitivity=True, **settings)
+        exact = jf.sample(copy.deepcopy(flow).double(), latents=out.latents.double(), **settings).x
+        error = (out.x - exact).abs().flatten(1).amax(dim=1)
+        is_sensitive = error > SENSITIVITY_BOUND
+        assert torch.equal(out.sensitivity > SENSITIVITY_BOUND, is_sensitive)
+        num = int(is_sensitive.sum())
+        assert out.outcome.sensitive == num and (num > 0) == bool(caught)
+        ratios.append(out.sensitivity / error)
+    text = f"; {num} of 16 samples amplify float32 rounding above 0.01: use float64"
+    assert num and text in str(caught[0].message)
+    ratio = torch.cat(ratios)
+    assert ((ratio > 1 / 4) & (ratio < 4)).double().mean() >= 0.9
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float64", 1e-15), ("float32", 1e-6), ("bfloat16", 1e-6)])
+def test_sensitivity_leaves_samples_as_they_are(dtype: str, size: float) -> None:
+    flow, labels = jf.load("digits-p1", dtype=dtype), torch.arange(5)
+    plain, measured = (
+        jf.sample(flow, 5, labels, strategy="sequential", batch_size=2, sensitivity=is_measured)
+        for is_measured in (False, True)
+    )
+    assert torch.equal(plain.x, measured.x)
+    assert plain.network_calls == measured.network_calls
+    assert plain.sensitivity is plain.outcome.sensitivity is plain.outcome.sensitive is None
+    assert ((measured.sensitivity > size / 30) & (measured.sensitivity < size * 30)).all()
+    alone = jf.sample(flow, labels=labels[3:], latents=measured.latents[3:], strategy="sequential", sensitivity=True)
+    torch.testing.assert_close(alone.sensitivity, measured.sensitivity[3:], rtol=3.0, atol=0)
+
+
+def test_a_sample_is_lost_or_sensitive_if_a_solve_overflows() -> None:
+    flow, z = to_float32(make_flow()), latents(make_flow(), 3)
+    z[1] = 3.4e38
+    with pytest.warns(UserWarning, match="1 lost"):
+        out = sample(flow, latents=z, sensitivity=True)
+    assert out.sensitivity.isinf().tolist() == [False, True, False]
+    assert out.outcome.sensitive == 0 and 0 < out.outcome.sensitivity < 1e-3
+    other = replace(out, stats=sample(flow, latents=z[[0, 0, 2]]).stats, dtype="float64")
+    assert str(other.outcome).endswith("; 1 of 3 samples amplify float64 rounding above 0.01")
+
+
+def test_a_flow_is_sampled_as_its_model_recommends() -> None:
+    """Recommended guidance needs labels, and does not replace that of a view; settings that are given do."""
+    flow, labels, z = copy.copy(make_flow(**CLASSES)), torch.tensor([0, 2]), latents(make_flow(**CLASSES), 2)
+    flow.recommended = jf.SamplingSettings(jf.Guidance(0.5), denoise=0.7)
+    own, other = jf.Guidance(0.2), jf.SamplingSettings(jf.Guidance(1))
+
+    def drawn(view: Any, labels: Tensor | None, **settings: Any) -> Tensor:
+        return jf.sample(view, latents=z, labels=labels, strategy="sequential", **settings).images
+
+    def by_hand(guidance: jf.Guidance | None, labels: Tensor | None, rate: float) -> Tensor:
+        images = drawn(flow.guided(guidance), labels, settings=None)
+        return jf.denoise(flow, images, labels, rate) if rate else images
+
+    for view, classes, settings, want in (
+        (flow, labels, {}, by_hand(jf.Guidance(0.5), labels, 0.7)),
+        (flow, None, {}, by_hand(None, None, 0.7)),
+        (flow.guided(own), labels, {}, by_hand(own, labels, 0.7)),
+        (flow.guided(own), labels, {"settings": None}, by_hand(own, labels, 0.0)),
+        (flow.guided(own), labels, {"settings": other}, by_hand(other.guidance, labels, 0.0)),
+        (flow, labels, {"settings": jf.SamplingSettings(denoise=1.0)}, by_hand(None, labels, 1.0)),
+    ):
+        torch.testing.assert_close(drawn(view, classes, **settings), want, rtol=0, atol=EXACT)
+    with pytest.raises(ValueError, match="log_prob=True: guided or denoised samples are of another density"):
+        drawn(flow, labels, log_prob=True)
+    with pytest.raises(ValueError, match="settings"):
+        drawn(flow, labels, settings="best")
+
+
+def test_samples_are_saved_and_shown(tmp_path: Path) -> None:
+    flow, labels = make_flow(**CLASSES), torch.tensor([0, 2])
+    out = jf.sample(flow, 2, labels, strategy="sequential", certify="always")
+    assert repr(out).startswith(
+        "Samples((2, 1, 8, 8); 2 samples: 2 exact, since every block was solved token by token; "
+    )
+    out.save(tmp_path / "new" / "folder")
+    with np.load(tmp_path / "new" / "folder" / "samples.npz") as arrays:
+        assert set(arrays) == {"x", "latents", "labels", "certificate", "status", "exact"}
+        assert np.array_equal(arrays["x"], out.images) and np.array_equal(arrays["labels"], labels)
+    sheet = np.asarray(out.grid())
+    for i in range(2):
+        with Image.open(tmp_path / "new" / "folder" / f"0000{i}.png") as picture:
+            pixels = np.asarray(picture.convert("L"))
+        assert pixels.shape == (8, 8)
+        assert np.array_equal(sheet[4:-4, 4:, 0][:, i * 116 : i * 116 + 112][::14, ::14], pixels)
