@@ -12,10 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jacobiflow.blocks.base import Block, evaluate
+from jacobiflow.blocks.base import Block, no_gradients
+from jacobiflow.blocks.context import Context
 from jacobiflow.errors import InputValueError
-from jacobiflow.fixed_point import Guess, Segments, no_gradients
-from jacobiflow.fixed_point.sweeps import check_tokens
+from jacobiflow.fixed_point import Guess, Segments
+from jacobiflow.fixed_point.problem import Problem
 
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 _SETTLED = 0.1 * min(TOLERANCES)  # the last bits of a float32 keep changing for as many sweeps as there are tokens
@@ -59,25 +60,26 @@ class ConvergenceCurve:
 
 
 def initial_residuals(
-    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess, context: Tensor | None = None,
-    count: int = 1,
+    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess,
+    context: Tensor | Context | None = None, count: int = 1,
 ) -> Float[Tensor, "b t c"]:  # fmt: skip
     """Computes g(X^(0)) - X*, the residual in IGM (eq. 4); X* is `x`, the solution at `z`.
 
     Each of the `count` segments is swept once from the guess, the segments before it being solved.
     """
-    check_tokens(block, z, context, x=x)
+    problem = Problem.checked(block, z, context)
+    problem.check_same_shape("x", x)
     with no_gradients(block):
         residuals = [
             block.update(start, z, run.start, run.stop, cache) - x[:, run]
-            for run, start, cache in _each_segment(block, x, z, guess, context, count)
+            for run, start, cache in _each_segment(problem, x, guess, count)
         ]
     return torch.cat(residuals, dim=1)
 
 
 def distances(
-    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess, context: Tensor | None = None,
-    count: int = 1,
+    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess,
+    context: Tensor | Context | None = None, count: int = 1,
 ) -> list[Float[Tensor, "k b"]]:  # fmt: skip
     """Measures the largest |X^(k) - X*| of each sample after k = 0, 1, ... plain sweeps of a segment's tokens.
 
@@ -87,10 +89,11 @@ def distances(
     tokens make it exact (Proposition 1). A token that overflows is set back to the guess; the distance after such a
     sweep is infinite.
     """
-    check_tokens(block, z, context, x=x)
+    problem = Problem.checked(block, z, context)
+    problem.check_same_shape("x", x)
     curves = []
     with no_gradients(block):
-        for run, start, cache in _each_segment(block, x, z, guess, context, count):
+        for run, start, cache in _each_segment(problem, x, guess, count):
             current = start.clone()
             curve = [_distance(current[:, run], x[:, run])]
             for front in range(run.start, run.stop):  # tokens before it are final, by Proposition 1
@@ -111,11 +114,10 @@ def segment_runs(length: int, count: int) -> list[slice]:
     return [slice(k * length // count, (k + 1) * length // count) for k in range(count)]
 
 
-def _each_segment(
-    block: Block, x: Tensor, z: Tensor, guess: Guess, context: Tensor | None, count: int
-) -> Iterator[tuple[slice, Tensor, Any]]:
+def _each_segment(problem: Problem, x: Tensor, guess: Guess, count: int) -> Iterator[tuple[slice, Tensor, Any]]:
     """Each segment with its start, the guess after the solution of the segments before, and their cache."""
-    cache, start = block.init_cache(z, context), guess(z)
+    block, z = problem.block, problem.z
+    cache, start = block.init_cache(z, problem.context), guess(z)
     for run in segment_runs(z.shape[1], count):
         yield run, torch.cat((x[:, : run.start], start[:, run.start :]), dim=1), cache
         if run.stop < z.shape[1]:
@@ -133,18 +135,19 @@ def _reached(curve: Float[Tensor, " k"], tolerance: float) -> int | None:
 
 
 def gamma_products(
-    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], context: Tensor | None = None
+    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], context: Tensor | Context | None = None
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """Builds the maps v -> Gamma v and v -> Gamma^T v on (B, T, C), for Gamma = dg/dx at `x`, one matrix per sample.
 
     Gamma carries the error from sweep to sweep near a solution: e^(k+1) = Gamma e^(k) (eq. 6 of the paper, where the
     sign is in its gamma_ti). It is strictly lower triangular in the tokens.
     """
-    check_tokens(block, z, context, x=x)
+    problem = Problem.checked(block, z, context)
+    problem.check_same_shape("x", x)
     # The other kernels of attention cannot be differentiated twice.
     with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         x, z = x.clone().requires_grad_(), z.clone()
-        g, _ = evaluate(block, x, z, context)
+        g, _ = Problem(block, z, problem.context).evaluate(x)
         g = g + 0 * x  # which has a graph even if g does not depend on x
         w = torch.zeros_like(g).requires_grad_()
         (pulled,) = torch.autograd.grad(g, x, w, create_graph=True)
@@ -159,7 +162,7 @@ def gamma_products(
 
 
 def gamma_norm(
-    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], context: Tensor | None = None,
+    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], context: Tensor | Context | None = None,
     rtol: float = 1e-3,
 ) -> Float[Tensor, " b"]:  # fmt: skip
     """Computes the spectral norm of Gamma = dg/dx at `x`, per sample, by Golub-Kahan-Lanczos bidiagonalisation.

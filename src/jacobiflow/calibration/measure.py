@@ -27,7 +27,7 @@ from jacobiflow.calibration.statistics import (
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.fixed_point import Segments
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
-from jacobiflow.models.config import Context, Labels
+from jacobiflow.models.config import ContextLike, Labels
 from jacobiflow.models.flow import Flow, check_flow, precision
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
 from jacobiflow.utils import serialization
@@ -48,7 +48,7 @@ def calibrate(
     labels: Labels | None = None,
     norm: Norm = 2,
     *,
-    context: Context | None = None,
+    context: ContextLike | None = None,
     segments: int = 8,
     traced: int = 32,
     per_class: bool = False,
@@ -100,8 +100,10 @@ def calibrate(
     if labels is None and per_class:
         raise InputValueError("per_class: give the labels of the images")
     checked = flow.check_one_context(labels, context, len(images))
-    classes = sorted(set(checked.tolist())) if per_class and checked is not None else []
-    settings = Settings(len(images), checked is not None, norm, flow.guidance, segments, min(traced, len(images)), seed)
+    classes = sorted(set(checked.values.tolist())) if per_class and checked.values is not None else []
+    settings = Settings(
+        len(images), checked.values is not None, norm, flow.guidance, segments, min(traced, len(images)), seed
+    )
     passes = CalibrationStatistics(flow, images, checked, batch_size, progress)
     if out is None:
         return _measure(passes, settings, classes, _Parts())
@@ -249,8 +251,8 @@ def _key(passes: CalibrationStatistics, settings: Settings, classes: Sequence[in
     digest = hashlib.sha256()
     for rows in torch.arange(settings.num_images).split(passes.batch_size):
         digest.update(passes.read(rows).cpu().numpy().tobytes())
-    if passes.context is not None:
-        digest.update(passes.context.cpu().numpy().tobytes())
+    if passes.context.values is not None:
+        digest.update(passes.context.values.cpu().numpy().tobytes())
     others = (fingerprint(passes.flow), precision(passes.flow), settings, classes, passes.batch_size)
     digest.update(repr(others).encode())
     return digest.hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -13,12 +12,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.blocks.base import AffineBlock
+from jacobiflow.blocks.base import AffineBlock, no_gradients
+from jacobiflow.blocks.context import Context
 from jacobiflow.calibration.convergence import initial_residuals, segment_runs
 from jacobiflow.calibration.metrics import NORMS, Components, Metrics, Norm, matrix_norm, tough_blocks
 from jacobiflow.calibration.report import GUESS_NAMES, named_guesses
 from jacobiflow.errors import InputValueError
-from jacobiflow.fixed_point import MeanAffine, Sequential, Solver, no_gradients, solve
+from jacobiflow.fixed_point import MeanAffine, Sequential, Solver, solve
 from jacobiflow.models.flow import Flow, Step, state_dtype
 from jacobiflow.utils.checks import check_finite
 from jacobiflow.utils.progress import Progress
@@ -39,16 +39,17 @@ class BlockSolution(NamedTuple):
 
     x: Float[Tensor, "b t c"]
     z: Float[Tensor, "b t c"]
-    context: Tensor | None
+    context: Context
 
     def split(self, size: int) -> Iterator[BlockSolution]:
         """In parts of so many samples."""
-        contexts = repeat(None) if self.context is None else self.context.split(size)
-        yield from map(BlockSolution, self.x.split(size), self.z.split(size), contexts)
+        for start in range(0, len(self.x), size):
+            rows = slice(start, start + size)
+            yield BlockSolution(self.x[rows], self.z[rows], self.context[rows])
 
 
 def exact_solutions(
-    flow: Flow, latents: Float[Tensor, "n t c"], context: Tensor | None, batch_size: int, progress: Progress | None,
+    flow: Flow, latents: Float[Tensor, "n t c"], context: Context, batch_size: int, progress: Progress | None,
     keep: Callable[[int, Callable[[], Tensor]], Tensor] = lambda i, make: make(),
 ) -> list[BlockSolution]:  # fmt: skip
     """Solves each block by the exact loop at latents. Raises ValueError if one overflows.
@@ -58,7 +59,7 @@ def exact_solutions(
     blocks, solutions = flow.inverse_blocks, dict[int, BlockSolution]()
 
     def solve_block(i: int, z: Tensor) -> Tensor:
-        x = keep(i, lambda: solve(blocks[i], z, Solver(Sequential()), context, batch_size).x).to(z.device)
+        x = keep(i, lambda: solve(blocks[i], z, Solver(Sequential()), context, batch_size=batch_size).x).to(z.device)
         overflows = int((~torch.isfinite(x).all(dim=(1, 2))).sum())
         if overflows:
             raise InputValueError(
@@ -70,7 +71,7 @@ def exact_solutions(
             progress(len(solutions), len(blocks), "exact loop")
         return x
 
-    flow.invert(flow.prior_tokens(latents), solve_block)
+    flow.map_blocks_reversed(flow.prior_tokens(latents), solve_block)
     return [solutions[i] for i in range(len(blocks))]
 
 
@@ -113,11 +114,11 @@ class CalibrationStatistics:
     """Images in batches, and passes over them. `blocks` are the flow's, guided if guidance is on."""
 
     def __init__(
-        self, flow: Flow, images: Images, context: Tensor | None, batch_size: int, progress: Progress | None
+        self, flow: Flow, images: Images, context: Context, batch_size: int, progress: Progress | None
     ) -> None:
         self.flow, self.images, self.batch_size, self.progress = flow, images, batch_size, progress
         self.blocks = flow.inverse_blocks
-        self.context = None if context is None else context.to(flow.var.device)
+        self.context = context.to(flow.var.device)
 
     def read(self, index: Int[Tensor, " m"]) -> Float[Tensor, "m c h w"]:
         """The images at `index`."""
@@ -133,8 +134,8 @@ class CalibrationStatistics:
         parameters, scaled = _Means(), _Means(classes)
         for tokens, context in self._batches(torch.arange(len(self.images)), "mean parameters"):
             for step in self._walk(tokens, context):
-                parameters.add(step.block, torch.stack((step.log_scale, step.shift), dim=1), context)
-                scaled.add(step.block, torch.exp(-step.log_scale) * step.x, context)
+                parameters.add(step.block, torch.stack((step.log_scale, step.shift), dim=1), context.values)
+                scaled.add(step.block, torch.exp(-step.log_scale) * step.x, context.values)
         blocks = range(len(self.blocks))
         return ImageMeans(
             tuple(MeanAffine(*parameters(i).float().cpu()) for i in blocks),
@@ -167,7 +168,7 @@ class CalibrationStatistics:
                 for count in {1, segments} if i in tough else {1}:
                     for name, guess in guesses[i].items():
                         residuals = initial_residuals(self.blocks[i], x, z, guess, context, count)
-                        means.add((i, name, count), residuals, context)
+                        means.add((i, name, count), residuals, context.values)
 
         def metrics(norm: Norm, places: Places, group: int | None = None, count: int = 1) -> Metrics:
             igm = tuple(
@@ -192,11 +193,11 @@ class CalibrationStatistics:
             for steps in zip(*batches, strict=True)
         ]
 
-    def context_at(self, index: Int[Tensor, " m"]) -> Tensor | None:
+    def context_at(self, index: Int[Tensor, " m"]) -> Context:
         """The context at `index`, on the flow's device."""
-        return None if self.context is None else self.context[index.to(self.context.device)]
+        return self.context[index.to(self.flow.var.device)]
 
-    def _batches(self, index: Int[Tensor, " m"], what: str) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _batches(self, index: Int[Tensor, " m"], what: str) -> Iterator[tuple[Tensor, Context]]:
         """Tokens in raster order and the context of the images at `index`, on the flow's device."""
         parts = index.split(self.batch_size)
         for i, part in enumerate(parts):
@@ -205,9 +206,9 @@ class CalibrationStatistics:
             if self.progress is not None:
                 self.progress(i + 1, len(parts), what)
 
-    def _walk(self, x: Tensor, context: Tensor | None) -> Iterator[Step]:
+    def _walk(self, x: Tensor, context: Context) -> Iterator[Step]:
         """Steps of the encoding, with guided parameters and latents; the images are encoded without guidance."""
-        for step in self.flow.walk(x, context, lambda i, x: _affine(self.flow.blocks[i], x, context)):
+        for step in self.flow.encode_steps(x, context, lambda i, x: _affine(self.flow.blocks[i], x, context)):
             if not torch.isfinite(step.z).all():
                 raise InputValueError(
                     f"images overflow in block {step.block} when they are encoded; are they in [-1, 1]?"
@@ -218,7 +219,7 @@ class CalibrationStatistics:
             yield step
 
 
-def _affine(block: AffineBlock, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+def _affine(block: AffineBlock, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
     with no_gradients(block):
         log_scale, shift = block.affine_whole(x, context)
     return log_scale.clone(), shift.clone()
