@@ -55,9 +55,13 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "fashion": Recipe(
-        partial(load_images, "fashion-mnist", 28, 1), 12, Augmentation(mirror=True, shift=2), False, classified
+        partial(load_images, "fashion-mnist", 28, 1),
+        12,
+        Augmentation(horizontal_flip=True, translate=2),
+        False,
+        classified,
     ),
-    "emoji": Recipe(emoji, 40, Augmentation(mirror=True, shift=3, hue=10), True, nearest),
+    "emoji": Recipe(emoji, 40, Augmentation(horizontal_flip=True, translate=3, hue=10), True, nearest),
 }
 
 

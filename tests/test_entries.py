@@ -139,10 +139,10 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (jf.accelerate, "flow tolerance", {"flow": (FLOW, (), ())}),
     (jf.register, "name", {"name": ("new", (7,), ("", "a b", "a+b", "a:1"))}),
     (Noise, "kind std", {}),
-    (Augmentation, "shift hue", {"shift": FROM_0, "hue": NUMBER}),
-    (TrainConfig, "steps batch_size learning_rate weight_decay warmup ema clip drop_label seed", {
-        "steps": COUNT, "warmup": FROM_0, **each("learning_rate clip", POSITIVE), "weight_decay": NUMBER,
-        "batch_size": UNLIMITED, **each("ema drop_label", (0.5, NUMBERS, (*NUMBER[2], 1.0)))}),
+    (Augmentation, "translate hue", {"translate": FROM_0, "hue": NUMBER}),
+    (TrainConfig, "steps batch_size learning_rate weight_decay warmup ema_decay max_grad_norm label_dropout seed", {
+        "steps": COUNT, "warmup": FROM_0, **each("learning_rate max_grad_norm", POSITIVE), "weight_decay": NUMBER,
+        "batch_size": UNLIMITED, **each("ema_decay label_dropout", (0.5, NUMBERS, (*NUMBER[2], 1.0)))}),
 ]  # fmt: skip
 
 

@@ -56,4 +56,4 @@ def test_every_command_takes_it(line: str, model: Path, capsys: pytest.CaptureFi
     result = run_line(line.format(model=model, out=model.parent / name), capsys)
     assert result.code == 0, result.err
     if name == "sample":
-        assert jf.SampleFolder.open(model.parent / name).certificate().max() <= 1e-3
+        assert jf.SampleFolder.open(model.parent / name).residual().max() <= 1e-3

@@ -102,7 +102,7 @@ def test_the_proposed_command_certifies_its_samples(run: Any, tmp_path: Path) ->
     want = jf.sample(jf.load("./model").guided(GUIDANCE), 3, strategy="sequential")
     with np.load(tmp_path / "s" / "shards" / "00000.npz") as arrays:
         assert abs(arrays["arr_0"].astype(int) - levels(want.images)).max() <= 1
-        assert arrays["certificate"].max() <= 1e-3
+        assert arrays["residual"].max() <= 1e-3
 
 
 def test_num_draws_some_images_by_the_seed(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

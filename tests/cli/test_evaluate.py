@@ -119,23 +119,23 @@ def test_distances_to_images(run: Any, tmp_path: Path) -> None:
 def test_certificates_are_those_of_the_shards(run: Any, tmp_path: Path) -> None:
     scores, out = evaluated(run, tmp_path, "model --samples samples --features none --paired 0")
     shards = [np.load(path) for path in sorted(Path("samples/shards").glob("*.npz"))]
-    values = np.concatenate([shard["certificate"] for shard in shards])
-    resolved, found = sum(int(shard["resolved"].sum()) for shard in shards), scores["certificates"]
+    values = np.concatenate([shard["residual"] for shard in shards])
+    resolved, found = sum(int(shard["used_fallback"].sum()) for shard in shards), scores["residuals"]
     assert found == {"median": sorted(values)[5], "max": values.max()}
-    assert (scores["used_fallback"], scores["lost"]) == (resolved, 0)
+    assert (scores["used_fallback"], scores["nonfinite"]) == (resolved, 0)
     assert resolved > 0
-    assert f"certificate {values.max():.1e} largest; median" in out
+    assert f"residual {values.max():.1e} largest; median" in out
     above = int((values > 1e-7).sum())
     assert 0 < above == scores["above"]
     assert f"{above} above the tolerance, up to {values.max():.1e}, by the rounding of the network" in out
     scores, out = evaluated(run, tmp_path, "model --samples guided --features none --paired 0")
-    assert "certificates" not in scores and "largest; median" not in out  # drawn with --no-certify
+    assert "residuals" not in scores and "largest; median" not in out  # drawn with --no-certify
     assert sorted(os.listdir(tmp_path / "new" / "out")) == [".lock", "evaluation.json", "manifest.json"]
 
 
 def test_lost_samples_are_reported(run: Any, tmp_path: Path) -> None:
     scores, out = evaluated(run, tmp_path, "overflowing --samples lost --features none")
-    assert (scores["lost"], scores["certificates"]) == (NUM, {"median": math.inf, "max": math.inf})
+    assert (scores["nonfinite"], scores["residuals"]) == (NUM, {"median": math.inf, "max": math.inf})
     assert f"{NUM} lost, since the exact inverse overflows too" in out
     assert not on_disk("lost").any()
     equal = {"share": 0, "levels": 0}

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import jacobiflow as jf
-from jacobiflow.cli.shared import parse_labels
+from jacobiflow.cli.options import parse_labels
 from jacobiflow.comparison.baselines import original_loop
 from jacobiflow.models import memory
 from jacobiflow.models.latents import draw_labels
@@ -57,7 +57,7 @@ def test_it_writes_what_the_library_draws(strategy: str, run: Any, tmp_path: Pat
     cost = entries["runs"][strategy]
     assert (cost["network_calls"], cost["token_evaluations"]) == (want.network_calls, want.token_evaluations)
     assert cost["samples_per_second"] == pytest.approx(5 / (cost["seconds"] + cost["denoise_seconds"]))
-    assert cost["certificate"] == pytest.approx(float(want.certificate.max()))
+    assert cost["residual"] == pytest.approx(float(want.certificate.max()))
     rate = f"{cost['samples_per_second']:.3g} samples a second"
     speed = f"{cost['seconds']:.3g} s by {strategy} on cpu, batch size 3: {rate}"
     assert f"model: 5 samples, settings: --plain\n{speed}\n" in result.out
@@ -106,9 +106,9 @@ def test_guidance_denoising_tolerance_and_report_reach_the_library(run: Any, tmp
     assert jf.SampleFolder.open(tmp_path).strategy() == plan
     entries = figures(tmp_path / "f")
     assert entries["settings"] == settings
-    assert entries["runs"]["jacobi"]["certificate"] <= 1e-5
+    assert entries["runs"]["jacobi"]["residual"] <= 1e-5
     assert run(f"{line} --no-certify --dtype float64 --overwrite --json {tmp_path}/f").code == 0
-    assert figures(tmp_path / "f")["runs"]["jacobi"]["certificate"] is None
+    assert figures(tmp_path / "f")["runs"]["jacobi"]["residual"] is None
 
 
 def test_sensitivity_is_in_the_outcome(run: Any, tmp_path: Path) -> None:

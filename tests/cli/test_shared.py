@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jacobiflow as jf
-from jacobiflow.cli import shared
-from jacobiflow.cli.shared import check_output, resolve_settings, settings_text
+from jacobiflow.cli import output
+from jacobiflow.cli.loading import resolve_settings, settings_text
+from jacobiflow.cli.output_files import check_output
 from jacobiflow.models.checkpoints.folder import bundled
 from jacobiflow.models.flow import Flow
 from tests.helpers.running import figures
@@ -156,8 +157,8 @@ def test_bench_and_plan_take_the_recommended_guidance(flow: Flow, run: Any, refu
 
 def test_a_log_has_a_line_a_minute(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([0, 0, 30, 61, 90, 150])
-    monkeypatch.setattr(shared, "perf_counter", lambda: next(seconds))
-    lines = shared.ProgressLines()
+    monkeypatch.setattr(output, "perf_counter", lambda: next(seconds))
+    lines = output.ProgressLines()
     for done in (200, 250, 300, 350, 450):
         lines(done, 1200, "samples")
     assert capsys.readouterr().err == (

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.sampling.folder import sample as module
+from jacobiflow.sampling.folder import writer as module
 from jacobiflow.sampling.sample import BlockStats, Samples
 
 PLAN = jf.Strategy.uniform(jf.Solver(jf.Window(4)), 1)

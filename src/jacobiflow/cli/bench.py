@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 import jacobiflow as jf
-from jacobiflow.cli import shared
-from jacobiflow.cli.shared import progress_bar, show_table
+from jacobiflow.cli import loading, options
+from jacobiflow.cli.output import progress_bar, show_table
 
 if TYPE_CHECKING:
     from jacobiflow.comparison.compare import Comparison, Row
@@ -32,19 +32,19 @@ residual: the largest |g(x) - x|; exact: every block was solved token by token
 
 
 def bench(
-    model: shared.Model = "fashion-p2",
+    model: options.Model = "fashion-p2",
     strategy: Annotated[list[str] | None, Option(help=_STRATEGY)] = None,
-    batch_size: Annotated[list[int] | None, Option(min=1, max=shared.MOST_AT_ONCE, help=_BATCH_SIZE)] = None,
+    batch_size: Annotated[list[int] | None, Option(min=1, max=options.MAX_BATCH_SIZE, help=_BATCH_SIZE)] = None,
     repeats: Annotated[int, Option(min=1, help="Rounds that count, after a warm-up.")] = 5,
-    tolerance: shared.Tolerance = None,
-    report: shared.ReportFile = None,
-    labels: shared.Labels = "balanced",
-    seed: shared.Seed = 0,
-    guidance: shared.Recommended = None,
-    plain: shared.Unguided = False,
+    tolerance: options.Tolerance = None,
+    report: options.ReportFile = None,
+    labels: options.Labels = "balanced",
+    seed: options.Seed = 0,
+    guidance: options.RecommendedGuidance = None,
+    plain: options.NoGuidance = False,
     certify: Annotated[bool, Option(help="Certify the samples, within the time that is measured.")] = True,
-    device: shared.Device = "auto",
-    dtype: shared.Dtype = "float32",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "float32",
     out: Annotated[Path, Option(help="Folder for bench.png, bench.json.")] = Path("out/bench"),
 ) -> dict[str, Any]:
     """Time strategies and measure their errors.
@@ -60,15 +60,15 @@ def bench(
     from jacobiflow.sampling import sample
     from jacobiflow.utils import files, timing
 
-    flow = shared.load_model(model, device, dtype)
-    flow, origin = shared.guide(flow, guidance, plain, labels != "none" and not flow.reads_text)
+    flow = loading.load_model(model, device, dtype)
+    flow, origin = loading.guide(flow, guidance, plain, labels != "none" and not flow.reads_text)
     names = [name for name in dict.fromkeys(strategy or ("auto", "jacobi")) if name != baselines.SEQUENTIAL]
-    guesses = shared.load_report(report, flow)
+    guesses = loading.load_report(report, flow)
     cases = []
     with progress_bar() as progress:
         for size in dict.fromkeys(batch_size or (1, 4, 16)):
             z = latents.draw_latents(size, flow.config.num_tokens, flow.config.token_channels, seed)
-            classes = shared.parse_labels(labels, size, flow, seed)
+            classes = options.parse_labels(labels, size, flow, seed)
             plans = {name: _choose(flow, name, size, tolerance, guesses, progress) for name in names}
             runs = {name: partial(sample.draw, flow, plan, z, classes, certify=certify) for name, plan in plans.items()}
             cases.append((z, classes, runs))

@@ -10,17 +10,17 @@ from typing import Annotated, Any, Literal
 from typer import Option
 
 import jacobiflow as jf
-from jacobiflow.cli import shared
-from jacobiflow.cli.shared import progress_bar, show_table
+from jacobiflow.cli import loading, options, output_files
+from jacobiflow.cli.output import progress_bar, show_table
 from jacobiflow.errors import InputValueError
 
 _TOLERANCE = 1e-3  # of the sweeps in the tables
 
 
 def calibrate(
-    images: shared.Images,
+    images: options.Images,
     out: Annotated[Path, Option(help="File for the report (JSON).")],
-    model: shared.Model = "fashion-p2",
+    model: options.Model = "fashion-p2",
     num: Annotated[int, Option(min=2, help="Images, drawn by the seed; all if there are fewer.")] = 512,
     clean: Annotated[bool, Option("--clean", help="Without the noise of training, like the paper's code.")] = False,
     unconditional: Annotated[bool, Option("--unconditional", help="Do not use the images' labels.")] = False,
@@ -28,11 +28,11 @@ def calibrate(
     segments: Annotated[int, Option(min=1, help="Segments of a tough block, with metrics of their own.")] = 8,
     traced: Annotated[int, Option(min=1, help="Images, and fresh latents, whose sweeps are measured.")] = 32,
     per_class: Annotated[bool, Option("--per-class", help="Also each class by itself (Appendix E).")] = False,
-    guidance: shared.Guidance = "0",
-    batch_size: shared.ImagesAtATime = 64,
-    seed: shared.Seed = 0,
-    device: shared.Device = "auto",
-    dtype: shared.Dtype = "float32",
+    guidance: options.Guidance = "0",
+    batch_size: options.NetworkBatchSize = 64,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "float32",
 ) -> dict[str, Any]:
     """Measure a flow's blocks, as the paper does.
 
@@ -45,17 +45,17 @@ def calibrate(
 
     from jacobiflow.data import load_images, noisy_images
 
-    shared.check_output("--out", out, model, images, replaces="report*.json")
-    flow = shared.load_model(model, device, dtype, guidance)
+    output_files.check_output("--out", out, model, images, replaces="report*.json")
+    flow = loading.load_model(model, device, dtype, guidance)
     is_labelled = bool(flow.config.num_classes) and not unconditional
     if per_class and not is_labelled:
         remedy = "leave out --unconditional" if unconditional else "this model has no classes; leave it out"
         raise InputValueError(f"--per-class: {remedy}")
-    data = load_images(images, *shared.image_size(flow))
+    data = load_images(images, *loading.image_size(flow))
     indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:num].sort().values
     pixels, labels = data.batch(indices)
     if not clean:
-        pixels = noisy_images(data, indices, shared.training_noise(flow), seed)
+        pixels = noisy_images(data, indices, loading.training_noise(flow), seed)
     labels = labels if is_labelled else None
     with progress_bar() as progress:
         report = jf.calibrate(

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 import jacobiflow as jf
-from jacobiflow.cli import shared
+from jacobiflow.cli import loading, options
+from jacobiflow.cli.output import one_line, show_table
 from jacobiflow.errors import InputError, InputValueError
 
 _LIBRARIES = ("zuko", "nflows", "normflows", "pyro-ppl", "sbi")  # whose flows `accelerate` takes
@@ -27,7 +28,7 @@ def convert(
         int | None, Option(help="Side of a patch in pixels, for a flow over images; else it is one over tokens.")
     ] = None,
     noise_std: Annotated[float | None, Option(help=_NOISE)] = None,
-    encode_text: shared.EncodeText = None,
+    encode_text: options.EncodeText = None,
 ) -> dict[str, Any]:
     """Make a model folder of original weights.
 
@@ -42,7 +43,7 @@ def convert(
 
     check_own(out, "model")
     state = original.read_original(file)
-    encoder = None if encode_text is None else shared.load_encoder(encode_text)
+    encoder = None if encode_text is None else options.load_encoder(encode_text)
     flow: jf.STARFlow | jf.TarFlow
     config: jf.STARFlowConfig | jf.TarFlowConfig | jf.TokenConfig
     if "blocks.0.sos_embed" in state:
@@ -68,7 +69,7 @@ def convert(
 
 
 def info(
-    model: shared.Model = "fashion-p2",
+    model: options.Model = "fashion-p2",
     check: Annotated[str | None, Option(help=_CHECK)] = None,
 ) -> dict[str, Any]:
     """Show a model and this machine, or check a folder.
@@ -91,14 +92,14 @@ def info(
     model_values = {
         "model": model, "flow": flow.model_type, **asdict(config), "num_tokens": config.num_tokens,
         "token_channels": config.token_channels,
-        "recommended": "none" if flow.recommended == jf.SamplingSettings() else shared.settings_text(flow.recommended),
+        "recommended": "none" if flow.recommended == jf.SamplingSettings() else loading.settings_text(flow.recommended),
         "parameters": sum(p.numel() for p in flow.parameters()),
     }  # fmt: skip
     libraries = {each.name: each.version for each in distributions() if each.name in _LIBRARIES}
     machine_values = {"native_loops": native.describe(), **timing.machine(), **libraries}
     for title, values in (("Model", model_values), ("This machine", machine_values)):
         print(title)
-        shared.show_table(("", ""), [(name, str(value)) for name, value in values.items()], text=(0, 1))
+        show_table(("", ""), [(name, str(value)) for name, value in values.items()], text=(0, 1))
     return model_values | machine_values
 
 
@@ -117,7 +118,7 @@ def _check(path: str) -> dict[str, Any]:
     content = [name for name, (files, _) in kinds.items() if any((folder / file).exists() for file in files)]
     if not content:
         raise InputValueError(f"{path}: no model, samples or training run; give the folder of one, or a model's name")
-    problems = [shared.one_line(problem) for name in content for problem in kinds[name][1](folder)]
+    problems = [one_line(problem) for name in content for problem in kinds[name][1](folder)]
     print("\n".join(problems) if problems else f"{path}: no problem; checked {' and '.join(content)}")
     results: dict[str, Any] = {"path": path, "checked": content, "problems": problems}
     if "samples" in content and not problems:

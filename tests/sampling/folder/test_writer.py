@@ -23,8 +23,9 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.models.latents import draw_latents
+from jacobiflow.planner import auto
 from jacobiflow.sampling.folder import FirstProcessFailed, Processes, SampleFolderError
-from jacobiflow.sampling.folder import sample as module
+from jacobiflow.sampling.folder import writer as module
 from tests.helpers.problems import make_flow, to_float32
 from tests.helpers.running import figures
 from tests.helpers.sample_folders import MACHINE, everything, facts, flip, pixels_in, run, times, tiny_flow
@@ -101,11 +102,11 @@ def test_every_shard_is_what_sample_draws_of_its_latents(name: str, tmp_path: Pa
     assert np.array_equal(pixels_in(folder), levels(torch.cat([samples.images for samples in want])))
     assert folder.cost().network_calls == sum(samples.network_calls for samples in want)
     if settings.get("certify", True):
-        assert torch.equal(folder.certificate(), torch.cat([samples.certificate for samples in want]))  # type: ignore
+        assert torch.equal(folder.residual(), torch.cat([samples.certificate for samples in want]))  # type: ignore
     else:
-        assert folder.certificate() is None
+        assert folder.residual() is None
     resolved = sum(samples.used_fallback for samples in want)
-    assert folder.outcome().resolved == folder.resolved().sum() == resolved
+    assert folder.outcome().resolved == folder.used_fallback().sum() == resolved
     assert resolved > 0 or name != "some solved again"
 
 
@@ -132,7 +133,7 @@ def test_trained_digits_in_batches_of_two_sizes(tmp_path: Path) -> None:
 
 
 def test_auto_is_planned_once_for_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert draw(tmp_path / "auto", strategy="auto").strategy() == jf.strategy.auto(SMALL, 2)
+    assert draw(tmp_path / "auto", strategy="auto").strategy() == auto(SMALL, 2)
     plans, out = [jf.Strategy.uniform(jf.Solver(jf.Window(size)), 2) for size in (4, 5)], tmp_path / "to a tolerance"
     monkeypatch.setattr(module, "choose", lambda *_, **__: plans.pop(0))
     with pytest.raises(KeyboardInterrupt):
