@@ -283,9 +283,16 @@ def test_other_labels_and_problems_are_named(undisturbed: Path, tmp_path: Path) 
     log.write_text("mine\n")
     (problem,) = problems(run)
     assert problem.startswith(f"{log}: line 1 is not of this trainer")
-    torch.save(checkpoint(run) | {"step": -5}, run / "checkpoint.pt")
+    state = checkpoint(run)
+    torch.save(state | {"step": -5}, run / "checkpoint.pt")
     (problem,) = problems(run)
     assert "not a checkpoint (Expected `int` >= 0" in problem
+    del state["format_version"]
+    torch.save(state, run / "checkpoint.pt")
+    assert error_of(lambda: fit(run)) == (
+        f"{run}/checkpoint.pt: made by an earlier version of jacobiflow; go on with that version, or move it away, or "
+        "give another folder"
+    )
     (run / "checkpoint.pt").write_bytes(b"mine")
     (problem,) = problems(run)
     assert "not a checkpoint" in problem

@@ -135,44 +135,34 @@ def _auto_batch_size(flow: Flow, num: int, earlier: Path | None) -> int:
 
 
 class _AnnouncedProgress:
-    """A `Progress` that begins with a line on stderr: the time that the plan predicts, if it is long."""
+    """A `Progress` that first prints the time that the plan predicts, if it is long."""
 
     def __init__(self, progress: Progress, out: Path, num_processes: int) -> None:
         self._progress, self._out, self._num_processes = progress, out, num_processes
-        self._is_first = True
+        self._is_announced = False
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        if self._is_first:
-            self._is_first = False
+        if not self._is_announced:
             self._announce(total - done, what)
+            self._is_announced = True
         self._progress(done, total, what)
 
     def _announce(self, num: int, what: str) -> None:
         from jacobiflow.sampling.folder.reader import STRATEGY
 
         prediction = jf.Strategy.load(self._out / STRATEGY).prediction
-        if prediction is None:
-            return
-        seconds = num * prediction.seconds / prediction.batch_size / self._num_processes
+        seconds = 0.0 if prediction is None else prediction.seconds / prediction.batch_size * num / self._num_processes
         if seconds >= _MIN_ANNOUNCED_SECONDS:
-            note = ", without denoising" * bool(jf.SampleFolder.open(self._out).manifest.denoise)
+            note = ", without denoising" * (jf.SampleFolder.open(self._out).manifest.denoise > 0)
             print(f"{num:,} {what} to draw: about {format_duration(seconds)} by the plan{note}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
 class _Comparison:
-    """The original sampler against the strategy, on the first batch.
-
-    Attributes:
-        original: Name of the original sampler.
-        seconds: Seconds of the original sampler.
-        speed_up: How many times faster the strategy is.
-        error: Difference between the images of the two samplers.
-        sensitivity: Largest change of the samples by rounding.
-        sheet: The images of both samplers and their difference.
-    """
+    """The original sampler against the strategy, on the first batch."""
 
     original: str
+    original_seconds: float
     seconds: float
     speed_up: float
     error: Error
@@ -205,7 +195,8 @@ def _compare(
     classes = [] if context is None or prompts is not None else [f"class {label}" for label in context.tolist()]
     return _Comparison(
         original=result.original,
-        seconds=original.seconds.median,
+        original_seconds=original.seconds.median,
+        seconds=ours.seconds.median,
         speed_up=result.speed_up(ours, result.original),
         error=timing.paired_error(images[1], images[0]),
         sensitivity=run(sensitivity=True).outcome.sensitivity,
@@ -237,17 +228,13 @@ def _print_speed(folder: jf.SampleFolder, device: str, comparison: _Comparison |
     )
     exactness = [] if outcome.has_shortfall else [str(outcome)]  # A warning has told of a shortfall.
     if comparison is not None:
+        without, before = (", without denoising", " before denoising") if manifest.denoise else ("", "")
         print(
             f"{comparison.speed_up:.1f}x faster than the original sampler, {comparison.original}: "
-            f"{comparison.seconds / comparison.speed_up:.3g} s against {comparison.seconds:.3g} s for the first batch"
-            + ", without denoising"
-            * (manifest.denoise > 0)
+            f"{comparison.seconds:.3g} s against {comparison.original_seconds:.3g} s for the first batch{without}"
         )
-        exactness += [
-            f"largest difference from the original sampler {comparison.error.max:.1e}",
-            f"rounding changes these samples by up to {comparison.sensitivity:.1e}"
-            + " before denoising" * (manifest.denoise > 0),
-        ]
+        exactness.append(f"largest difference from the original sampler {comparison.error.max:.1e}")
+        exactness.append(f"rounding changes these samples by up to {comparison.sensitivity:.1e}{before}")
     if exactness:
         print("; ".join(exactness))
 
@@ -278,7 +265,7 @@ def _runs_to_json(folder: jf.SampleFolder, comparison: _Comparison | None) -> di
     if comparison is None:
         return {"runs": runs}
     return {
-        "runs": {comparison.original: {"seconds": comparison.seconds}, **runs},
+        "runs": {comparison.original: {"seconds": comparison.original_seconds}, **runs},
         "speed_up": comparison.speed_up,
         "error": asdict(comparison.error),
         "sensitivity": comparison.sensitivity,

@@ -182,6 +182,9 @@ def test_a_wrong_manifest_is_refused(tmp_path: Path) -> None:
         write_json(path, serialization.encode(folder.manifest) | change)
         with pytest.raises(SampleFolderError, match=rf"manifest\.json: {re.escape(message)}.*; restore it, or give an"):
             jf.SampleFolder.open(tmp_path)
+    write_json(path, {**serialization.encode(folder.manifest), "format_version": 1})
+    with pytest.raises(SampleFolderError, match=r"made by an earlier version of jacobiflow; read its \.npz files with"):
+        run(tmp_path)
     path.unlink()
     with pytest.raises(SampleFolderError, match=r"manifest\.json: cannot be read .*; restore it, or give another"):
         jf.SampleFolder.open(tmp_path)
