@@ -6,7 +6,7 @@ import os
 import re
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -21,7 +21,6 @@ from jacobiflow.cli.options import parse_labels
 from jacobiflow.comparison.baselines import original_loop
 from jacobiflow.models import memory
 from jacobiflow.models.latents import draw_labels
-from jacobiflow.planner.strategy import Prediction, device_name
 from jacobiflow.sampling.folder import FirstProcessFailed, Processes
 from tests.helpers.running import figures
 from tests.helpers.scoring import levels
@@ -132,16 +131,6 @@ def test_the_same_command_again_has_nothing_to_draw(run: Any, tmp_path: Path) ->
     assert (one["drawn"], two["drawn"], one["shards"], one["processes"]) == (10, 0, 3, 1)
     with Image.open(out / "samples.png") as sheet:
         assert sheet.size[0] == 10 * (8 * 14 + 4) + 4  # of all shards
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(160.0, "60 samples to draw: about 40 min by the plan\n"), (0.6, "")])
-def test_a_plan_that_takes_long_is_announced(seconds: float, text: str, run: Any, tmp_path: Path) -> None:
-    """A planned batch of 4 takes `seconds`."""
-    predicted = Prediction(device_name(torch.device("cpu")), 4, None, seconds, seconds, error=0.0, spread=0.0)
-    plan = jf.Strategy.uniform(jf.Solver(jf.Sequential()), 3)
-    replace(plan, prediction=predicted).save(tmp_path / "plan.json")
-    line = f"sample --model model --num 60 --batch-size 4 --strategy {tmp_path}/plan.json --out {tmp_path}/out"
-    assert run(line).err == text
 
 
 def test_a_batch_that_fits_and_then_the_one_that_was_begun_with(

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from jacobiflow.utils.progress import Progress
     from jacobiflow.utils.timing import Timing
 
-_PICTURE, _TABLE = "bench.png", "bench.json"
+_FIGURE, _TABLE = "bench.png", "bench.json"
 _STRATEGY = (
-    "As in jacobiflow sample; give it again for each. Default: auto and jacobi. The original sampler, the sequential "
-    "loop and an encoding pass are always timed."
+    "A strategy as in jacobiflow sample; may be repeated. Default: auto and jacobi. The original sampler, the "
+    "sequential loop and an encoding pass are always timed."
 )
-_BATCH_SIZE = "Images solved together; give it again for each. Default: 1, 4 and 16."
+_BATCH_SIZE = "Images solved together; may be repeated. Default: 1, 4 and 16."
 _LEGEND = """over: speed-up over the original sampler, and over the sequential loop
-evals/token: how often a token of a block was evaluated
+evals/token: network evaluations of a token in a block
 residual: the largest |g(x) - x|; exact: every block was solved token by token
 *: not certified: the strategy stops after a fixed number of sweeps"""
 
@@ -35,22 +35,22 @@ def bench(
     model: options.Model = "fashion-p2",
     strategy: Annotated[list[str] | None, Option(help=_STRATEGY)] = None,
     batch_size: Annotated[list[int] | None, Option(min=1, max=options.MAX_BATCH_SIZE, help=_BATCH_SIZE)] = None,
-    repeats: Annotated[int, Option(min=1, help="Rounds that count, after a warm-up.")] = 5,
+    repeats: Annotated[int, Option(min=1, help="Timed rounds, after a warm-up.")] = 5,
     tolerance: options.Tolerance = None,
     report: options.ReportFile = None,
     labels: options.Labels = "balanced",
     seed: options.Seed = 0,
     guidance: options.RecommendedGuidance = None,
     plain: options.NoGuidance = False,
-    certify: Annotated[bool, Option(help="Certify the samples, within the time that is measured.")] = True,
+    certify: Annotated[bool, Option(help="Certify the samples; the time includes it.")] = True,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     out: Annotated[Path, Option(help="Folder for bench.png, bench.json.")] = Path("out/bench"),
 ) -> dict[str, Any]:
     """Time strategies and measure their errors.
 
-    All are interleaved on the same latents, beside the original sampler and the sequential loop; errors are against the
-    sequential loop's images.
+    The strategies, the original sampler and the sequential loop run in turn on the same latents. Errors are differences
+    from the images of the sequential loop.
 
     Example: jacobiflow bench --model digits-p1 --strategy jacobi --strategy "[2-4-5-6]" --repeats 3
     """
@@ -61,7 +61,7 @@ def bench(
     from jacobiflow.utils import files, timing
 
     flow = loading.load_model(model, device, dtype)
-    flow, origin = loading.guide(flow, guidance, plain, labels != "none" and not flow.reads_text)
+    flow, guidance_line = loading.guide(flow, guidance, plain, labels != "none" and not flow.reads_text)
     names = [name for name in dict.fromkeys(strategy or ("auto", "jacobi")) if name != baselines.SEQUENTIAL]
     guesses = loading.load_report(report, flow)
     cases = []
@@ -72,41 +72,41 @@ def bench(
             plans = {name: _choose(flow, name, size, tolerance, guesses, progress) for name in names}
             runs = {name: partial(sample.draw, flow, plan, z, classes, certify=certify) for name, plan in plans.items()}
             cases.append((z, classes, runs))
-    with files.output_directory(out, "benchmark", (_PICTURE, _TABLE)), progress_bar() as progress:
-        where = timing.machine(flow.var.device)
+    with files.output_directory(out, "benchmark", (_FIGURE, _TABLE)), progress_bar() as progress:
+        machine = timing.machine(flow.var.device)
         print(
-            f"{model} on {where['processor']}, {where['cores']} cores, {where['threads']} threads, device "
-            f"{where['device']}, PyTorch {where['torch']}\nnative exact loops: {native.describe()}\n{origin}"
+            f"{model} on {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, device "
+            f"{machine['device']}, PyTorch {machine['torch']}\nnative exact loops: {native.describe()}\n{guidance_line}"
         )
         comparisons = []
         for z, classes, runs in cases:
             comparisons.append(compare.compare(flow, z, classes, runs, repeats=repeats, progress=progress))
-            _print(comparisons[-1])
+            _print_comparison(comparisons[-1])
         print(_LEGEND)
         results = {
             "model": model, "num_tokens": flow.config.num_tokens, "num_blocks": flow.config.num_blocks, "dtype": dtype,
             "seed": seed, "labels": labels, "guidance": None if flow.guidance is None else asdict(flow.guidance),
             "tolerance": tolerance, "report": None if report is None else str(report), "certify": certify,
-            "repeats": repeats, "machine": where, "comparisons": [each.to_json() for each in comparisons],
+            "repeats": repeats, "machine": machine, "comparisons": [each.to_json() for each in comparisons],
         }  # fmt: skip
-        plots.save_png(plots.bench_figure(comparisons), out / _PICTURE)
+        plots.save_png(plots.bench_figure(comparisons), out / _FIGURE)
         files.write_json(out / _TABLE, results)
-    print(f"wrote {out / _PICTURE} and {out / _TABLE}")
+    print(f"wrote {out / _FIGURE} and {out / _TABLE}")
     return results
 
 
 def _choose(
     flow: Flow, name: str, size: int, tolerance: float | None, report: jf.CalibrationReport | None, progress: Progress
 ) -> jf.Strategy:
-    """The strategy of that name, to `tolerance` unless it stops after a number of sweeps."""
+    """Chooses a strategy, to `tolerance` unless it stops after a number of sweeps."""
     from jacobiflow.planner import choose, is_auto
 
-    planned_for = tolerance if is_auto(name) else None
-    plan = choose(flow, name, size, tolerance=planned_for, report=report, progress=progress)
+    auto_tolerance = tolerance if is_auto(name) else None
+    plan = choose(flow, name, size, tolerance=auto_tolerance, report=report, progress=progress)
     return plan if tolerance is None else plan.with_tolerance(tolerance)
 
 
-def _print(comparison: Comparison) -> None:
+def _print_comparison(comparison: Comparison) -> None:
     from jacobiflow.comparison.compare import ENCODING_PASS
 
     over = ["over\n" + name.replace(" ", "\n") for name in comparison.baselines]
@@ -126,7 +126,7 @@ def _print(comparison: Comparison) -> None:
 
 
 def _residual(row: Row) -> str:
-    """The largest residual, with an asterisk if there was no tolerance for it."""
+    """Formats the largest residual, with an asterisk if the strategy has no tolerance."""
     if row.exact:
         return "exact"
     if row.samples is None or row.certificate is None:
@@ -135,6 +135,7 @@ def _residual(row: Row) -> str:
 
 
 def _seconds(timing: Timing) -> tuple[str, str]:
+    """Formats the median, and the range from the fastest to the slowest round."""
     least, median, most = (
         f"{seconds:.{3 if seconds < 10 else 1}f}" for seconds in (timing.min, timing.median, timing.max)
     )

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jacobiflow.data import Noise
     from jacobiflow.models.flow import Flow
 
+_PLAIN_EXCLUDES = "--plain: excludes --guidance and --denoise; leave one of them out"
 _RECOMMENDED = " (recommended by the model; --plain turns it off)"
 
 
@@ -44,12 +45,9 @@ def image_size(flow: Flow) -> tuple[int, int]:
 def resolve_settings(
     flow: Flow, guidance: str | None, denoise: float | None, plain: bool, has_context: bool
 ) -> tuple[jf.SamplingSettings, str]:
-    """Returns guidance and denoising, recommended by the model unless given, and a line that names them.
-
-    The recommended guidance needs labels or prompts.
-    """
+    """Returns guidance and denoising, recommended by the model unless given, and a line that names them."""
     if plain and denoise is not None:
-        raise InputValueError("--plain: excludes --guidance and --denoise; leave one of them out")
+        raise InputValueError(_PLAIN_EXCLUDES)
     recommended = jf.SamplingSettings() if plain else flow.recommended
     value, note = resolve_guidance(flow, guidance, plain, has_context)
     settings = jf.SamplingSettings(value, recommended.denoise if denoise is None else denoise)
@@ -61,9 +59,9 @@ def resolve_settings(
 def resolve_guidance(
     flow: Flow, guidance: str | None, plain: bool, has_context: bool
 ) -> tuple[jf.Guidance | None, str]:
-    """Returns the guidance, recommended unless given, and a note if the recommended guidance cannot be used."""
+    """Returns the guidance, recommended unless given, and a note if it needs labels or prompts that are missing."""
     if plain and guidance is not None:
-        raise InputValueError("--plain: excludes --guidance and --denoise; leave one of them out")
+        raise InputValueError(_PLAIN_EXCLUDES)
     if plain or guidance is not None:
         return flow.guided(None if guidance is None else jf.Guidance.parse(guidance)).guidance, ""
     if flow.recommended.guidance and flow.has_conditions and not has_context:

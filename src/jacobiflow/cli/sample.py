@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from typer import Exit, Option
 
 import jacobiflow as jf
 from jacobiflow.cli import loading, options
-from jacobiflow.cli.output import format_duration, progress_bar
+from jacobiflow.cli.output import progress_bar
 from jacobiflow.errors import InputValueError
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 _SHEET = "samples.png"
 _SHEET_IMAGES = 100
-_MIN_ANNOUNCED_SECONDS = 10  # The predicted time of a run is printed if it is longer.
 _OURS = "ours"
 _BATCH_SIZE = "Images solved together, or auto: as many as fit in memory. Default: all, at most 64."
 _DENOISE = "Rate of one denoising step; 0 is off. Default: as recommended by the model."
@@ -39,13 +37,13 @@ _STRATEGIES = (
 
 def sample(
     model: options.Model = "fashion-p2",
-    num: Annotated[int, Option(min=1, max=100_000_000, help="How many samples.")] = 16,
+    num: Annotated[int, Option(min=1, max=100_000_000, help="Number of samples.")] = 16,
     labels: options.Labels = "balanced",
     prompts: options.Prompts = None,
     encode_text: options.EncodeText = None,
     seed: options.Seed = 0,
     batch_size: Annotated[str | None, Option(help=_BATCH_SIZE)] = None,
-    shard_size: Annotated[int | None, Option(min=1, help="Images in a file. Default: about 1,024.")] = None,
+    shard_size: Annotated[int | None, Option(min=1, help="Samples in a file. Default: about 1,024.")] = None,
     files: Annotated[Literal["npz", "png"], Option(help="png: also a file per image, by class.")] = "npz",
     strategy: Annotated[str, Option(help=_STRATEGIES)] = "auto",
     tolerance: options.Tolerance = None,
@@ -98,7 +96,7 @@ def sample(
                 tolerance=tolerance, certify="always" if certify_always else certify, sensitivity=sensitivity,
                 batch_size=size, shard_size=shard_size, files=files, model=model,
                 report=loading.load_report(report, flow), overwrite=overwrite, processes=processes,
-                progress=None if processes.rank else _AnnouncedProgress(progress, out, processes.count),
+                progress=None if processes.rank else progress,
             )  # fmt: skip
             seconds = perf_counter() - started
     except FirstProcessFailed:
@@ -132,29 +130,6 @@ def _auto_batch_size(flow: Flow, num: int, earlier: Path | None) -> int:
     if earlier is not None and (earlier / MANIFEST).exists():
         return jf.SampleFolder.open(earlier).manifest.batch_size
     return fitting_batch(flow, min(num, options.MAX_BATCH_SIZE))
-
-
-class _AnnouncedProgress:
-    """A `Progress` that first prints the time that the plan predicts, if it is long."""
-
-    def __init__(self, progress: Progress, out: Path, num_processes: int) -> None:
-        self._progress, self._out, self._num_processes = progress, out, num_processes
-        self._is_announced = False
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        if not self._is_announced:
-            self._announce(total - done, what)
-            self._is_announced = True
-        self._progress(done, total, what)
-
-    def _announce(self, num: int, what: str) -> None:
-        from jacobiflow.sampling.folder.reader import STRATEGY
-
-        prediction = jf.Strategy.load(self._out / STRATEGY).prediction
-        seconds = 0.0 if prediction is None else prediction.seconds / prediction.batch_size * num / self._num_processes
-        if seconds >= _MIN_ANNOUNCED_SECONDS:
-            note = ", without denoising" * (jf.SampleFolder.open(self._out).manifest.denoise > 0)
-            print(f"{num:,} {what} to draw: about {format_duration(seconds)} by the plan{note}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
