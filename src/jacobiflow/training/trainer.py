@@ -107,8 +107,8 @@ def train(
 
     The loss is mean(z^2) / 2 - log-det / D. A flow without scales also learns its prior variance, as a moving average
     of z^2. The first batch initialises the flow, see `Flow.initialize`. The images, noise and dropped labels of a
-    step depend on the seed and the step only. Samples have the Gaussian noise of the training images, so the trained
-    model recommends a denoising step at rate 1.
+    step depend on the seed and the step only. A model of images with Gaussian noise recommends a denoising step at rate
+    1, since its samples have that noise.
 
     A second call with the same `out` resumes from the checkpoint. It ends with the weights of a run without a stop.
     Only `steps`, `checkpoint_every` and `sample_every` may differ.
@@ -242,14 +242,14 @@ class _Run:
             z, log_det = self.flow.normalize(images, context)
         loss = 0.5 * z.square().mean() - log_det.mean() / z[0].numel()
         loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.flow.parameters(), self.config.max_grad_norm).item()
+        norm = nn.utils.clip_grad_norm_(self.flow.parameters(), self.config.max_grad_norm)
         self.is_updating = True
         self.optimizer.step()
         if self.flow.learns_prior:
             self.flow.var.lerp_(z.detach().square().mean(dim=0), _PRIOR_MOMENTUM)
         self._update_average()
         self.step += 1
-        nats = loss.item()
+        nats, grad_norm = loss.item(), norm.item()
         if not math.isfinite(nats) or not math.isfinite(grad_norm):
             raise InputValueError(
                 f"step {self.step}: loss {nats}, gradient norm {grad_norm}; start again in another folder, with a "
