@@ -128,7 +128,7 @@ def test_the_same_command_again_has_nothing_to_draw(run: Any, tmp_path: Path) ->
     assert f"all 10 were in {out} already, and match their checksums; --overwrite draws them again\n" in again.out
     one, two = figures(tmp_path / "1.json"), figures(tmp_path / "2.json")
     assert one["runs"] == two["runs"]
-    assert (one["drawn"], two["drawn"], one["shards"], one["processes"]) == (10, 0, 3, 1)
+    assert (one["num_new"], two["num_new"], one["shards"], one["processes"]) == (10, 0, 3, 1)
     with Image.open(out / "samples.png") as sheet:
         assert sheet.size[0] == 10 * (8 * 14 + 4) + 4  # of all shards
 

@@ -57,7 +57,7 @@ def test_every_command_takes_pieces_that_are_installed(tmp_path: Path, monkeypat
             assert main(shlex.split(line)) == 0
     for name in PIECES:
         del sys.modules[name]
-    assert json.loads(Path("resumed.json").read_text())["drawn"] == 2
+    assert json.loads(Path("resumed.json").read_text())["num_new"] == 2
     evaluated = json.loads(Path("evaluated/evaluation.json").read_text())
     assert evaluated["residuals"]["max"] <= 1e-4
     assert evaluated["paired"]["max"] < 1e-2

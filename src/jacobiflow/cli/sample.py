@@ -117,7 +117,7 @@ def sample(
     return {
         "model": model, "num": num, "batch_size": folder.manifest.batch_size, "seed": seed, "strategy": strategy,
         "settings": loading.settings_text(settings), "shards": folder.manifest.num_shards,
-        "processes": processes.count, "wall_seconds": seconds, "drawn": folder.drawn,
+        "processes": processes.count, "wall_seconds": seconds, "num_new": folder.num_new,
         "outcome": asdict(folder.outcome()), **_runs_to_json(folder, comparison), **machine,
     }  # fmt: skip
 
@@ -216,15 +216,15 @@ def _print_speed(folder: jf.SampleFolder, device: str, comparison: _Comparison |
 
 def _print_files(folder: jf.SampleFolder, seconds: float, num_processes: int) -> None:
     """Prints the files that were written, and the rate at which several shards were drawn."""
-    num_shards, drawn = folder.manifest.num_shards, folder.drawn
-    if not drawn:
+    num_shards, num_new = folder.manifest.num_shards, folder.num_new
+    if not num_new:
         print(
             f"all {folder.manifest.num:,} were in {folder.path} already, and match their checksums; --overwrite draws "
             "them again"
         )
         return
     if num_shards > 1:
-        print(f"drew {drawn:,} in {seconds:,.0f} s: {drawn / seconds:.1f} a second, processes: {num_processes}")
+        print(f"drew {num_new:,} in {seconds:,.0f} s: {num_new / seconds:.1f} a second, processes: {num_processes}")
     sheet = f", {_SHEET}" * (len(folder.manifest.shape) == 3)
     print(f"wrote {folder.path}: {num_shards} shard{'s' * (num_shards > 1)}, manifest.json, strategy.json{sheet}")
 

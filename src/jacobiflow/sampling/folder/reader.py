@@ -60,7 +60,7 @@ class SampleFolder:
     Attributes:
         path: The folder.
         manifest: The settings of its run.
-        drawn: The number of samples that `sample_to_folder` has just drawn; 0 for an opened folder.
+        num_new: The number of samples that this call of `sample_to_folder` drew; 0 for an opened folder.
 
     Example:
         >>> import tempfile, jacobiflow as jf
@@ -73,7 +73,7 @@ class SampleFolder:
 
     path: Path
     manifest: Manifest
-    drawn: int = 0
+    num_new: int = 0
 
     @classmethod
     def open(cls, path: str | Path) -> SampleFolder:

@@ -104,9 +104,9 @@ def sample_to_folder(
         >>> import tempfile, jacobiflow as jf
         >>> out = tempfile.mkdtemp()
         >>> folder = jf.sample_to_folder(jf.load("digits-maf"), 8, out, batch_size=4, shard_size=4)
-        >>> folder.manifest.num_shards, folder.drawn
+        >>> folder.manifest.num_shards, folder.num_new
         (2, 8)
-        >>> jf.sample_to_folder(jf.load("digits-maf"), 8, out, batch_size=4, shard_size=4).drawn
+        >>> jf.sample_to_folder(jf.load("digits-maf"), 8, out, batch_size=4, shard_size=4).num_new
         0
     """
     num, seed = check_count("num", num, most=MOST_SAMPLES), check_seed(seed)
@@ -145,7 +145,7 @@ def sample_to_folder(
                 f"{folder.path}: process {processes.rank} does not see it; give one on a shared disk"
             )
         _draw_shards(flow, folder, todo, context, processes, progress)
-        folder = replace(folder, drawn=folder.manifest.num_in(todo))
+        folder = replace(folder, num_new=folder.manifest.num_in(todo))
         if processes.rank > 0:
             return folder
         folder = _finish(folder, todo)
@@ -248,20 +248,22 @@ def _draw_shards(
         progress(num_done, manifest.num, _SAMPLES)
     for index in todo[processes.rank :: processes.count]:
         start, stop = manifest.span(index)
-        num_new = (stop - start) * processes.count  # Each of the other processes draws a shard in the same time.
+        num_drawn = (stop - start) * processes.count  # Each of the other processes draws a shard in the same time.
         samples = draw(
             flow, strategy, draw_latents(stop - start, config.num_tokens, config.token_channels, manifest.seed, start),
             None if context is None else context[start:stop], denoise=manifest.denoise, certify=manifest.certify,
             sensitivity=manifest.sensitivity, batch_size=manifest.batch_size, log_prob=manifest.log_prob,
-            progress=None if progress is None else partial(_add_progress, progress, num_done, num_new, manifest.num),
+            progress=None if progress is None else partial(_add_progress, progress, num_done, num_drawn, manifest.num),
         )  # fmt: skip
         folder.write(index, samples)
-        num_done += num_new
+        num_done += num_drawn
 
 
-def _add_progress(progress: Progress, num_done: int, num_new: int, num: int, done: int, total: int, what: str) -> None:
+def _add_progress(
+    progress: Progress, num_done: int, num_drawn: int, num: int, done: int, total: int, what: str
+) -> None:
     """Reports the progress of a shard, which is `done / total`, as a number of samples."""
-    progress(min(num_done + num_new * done // total, num), num, _SAMPLES)
+    progress(min(num_done + num_drawn * done // total, num), num, _SAMPLES)
 
 
 def _finish(folder: SampleFolder, todo: Sequence[int]) -> SampleFolder:
