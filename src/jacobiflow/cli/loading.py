@@ -1,4 +1,4 @@
-"""What commands load by their options: a flow, its guidance and denoising, a calibration report."""
+"""Loading of a flow, its guidance and denoising, and a calibration report by the options of a command."""
 
 from __future__ import annotations
 

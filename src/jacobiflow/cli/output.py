@@ -1,4 +1,4 @@
-"""What commands print: tables, durations, progress, and errors in one line."""
+"""Printing of tables, durations, progress, and errors in one line."""
 
 from __future__ import annotations
 

@@ -166,8 +166,13 @@ def _compare(
     images = [original.x, ours.x]
     if manifest.denoise:
         images = [denoise.denoised(flow, x, context, manifest.denoise, 64) for x in images]
-    shown = slice(min(num, _SHEET_IMAGES))
     classes = [] if context is None or prompts is not None else [f"class {label}" for label in context.tolist()]
+    sheet = plots.comparison_sheet(
+        images[0][:_SHEET_IMAGES],
+        images[1][:_SHEET_IMAGES],
+        ("original sampler", manifest.strategy),
+        (prompts or classes)[: min(num, _SHEET_IMAGES)],
+    )
     return _Comparison(
         original=result.original,
         original_seconds=original.seconds.median,
@@ -175,9 +180,7 @@ def _compare(
         speed_up=result.speed_up(ours, result.original),
         error=timing.paired_error(images[1], images[0]),
         sensitivity=run(sensitivity=True).outcome.sensitivity,
-        sheet=plots.comparison_sheet(
-            images[0][shown], images[1][shown], ("original sampler", manifest.strategy), (prompts or classes)[shown]
-        ),
+        sheet=sheet,
     )
 
 

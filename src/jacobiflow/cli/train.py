@@ -128,10 +128,10 @@ def _trainable_flows() -> list[str]:
 
 def _check_options(flow_class: type[Flow], **values: Any) -> dict[str, Any]:
     """Returns the options that are not None; raises ValueError for one that this kind of flow does not have."""
-    given = {name: value for name, value in values.items() if value is not None}
+    flow_options = {name: value for name, value in values.items() if value is not None}
     parameters = inspect.signature(flow_class.config_from_options).parameters
-    for name, value in given.items():
+    for name, value in flow_options.items():
         if name not in parameters:
             option = f"--{name.replace('_', '-')} {value}"
             raise InputValueError(f"{option}: not an option of --flow {flow_class.model_type}; leave it out")
-    return given
+    return flow_options
