@@ -76,7 +76,7 @@ def blocks(key: Json) -> Json:
     index = torch.arange(CALIBRATED) * len(data) // CALIBRATED
     images, _ = data.batch(index)
     noisy = add_noise(images, Noise("gaussian", flow.config.noise_std), torch.Generator().manual_seed(0))
-    report = jf.calibrate(flow, noisy, context=[captions[i] for i in index.tolist()], traced=TRACED)
+    report = jf.calibrate(flow, noisy, context=[captions[i] for i in index.tolist()], num_convergence_samples=TRACED)
     assert report.components is None  # CRM is not defined
     return {
         "layers": flow.config.layers_per_block,

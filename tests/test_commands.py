@@ -32,7 +32,8 @@ HELP = {f"--help of {name}": command.help or "" for name, command in get_command
 # A command is a line, with what comes before its name: a launcher, variables.
 COMMAND = re.compile(r"^ *(?:Example: )?(?:\w+=\w+ )*(?:torchrun .* -- )?jacobiflow (\w.*[^.\n])$", re.MULTILINE)
 SHORT = {
-    "sample": "--num 2", "calibrate": "--num 2 --traced 1 --segments 2", "plan": "", "bench": "--repeats 1",
+    "sample": "--num 2", "calibrate": "--num 2 --convergence-samples 1 --segments 2", "plan": "",
+    "bench": "--repeats 1",
     "evaluate": "--paired 2 --test-images 4", "train": "--steps 2 --batch-size 8", "convert": "", "info": "",
 }  # fmt: skip
 

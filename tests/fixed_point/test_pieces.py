@@ -17,7 +17,7 @@ from tests.helpers.problems import make_flow, to_float32
 
 PIECES = ("examples.extending.fraction_window", "examples.extending.scaled_latent", "examples.extending.one_back")
 COMMANDS = """
-calibrate --model tiny --images images --num 8 --traced 4 --out tiny/report.json
+calibrate --model tiny --images images --num 8 --convergence-samples 4 --out tiny/report.json
 plan --model tiny --batch-size 2 --out plan.json
 sample --model tiny --num 4 --strategy made.json --shard-size 2 --batch-size 2 --out samples
 sample --model tiny --num 6 --strategy made.json --shard-size 2 --batch-size 2 --out samples --json resumed.json

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jacobiflow.blocks.base import AffineBlock
 from jacobiflow.blocks.guidance import Guidance
-from jacobiflow.calibration.report import find_file
+from jacobiflow.calibration.report import find_file_by_guidance
 from jacobiflow.calibration.statistics import BlockSolution, exact_solutions
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import Correction, Guess, Plain, Solver, Tolerance, Whole, solve
@@ -129,7 +129,7 @@ def find_tuning(flow: Flow) -> Path | None:
         >>> jf.find_tuning(jf.load("digits-p1")).name
         'tuning.json'
     """
-    return find_file(flow, "tuning", lambda file: Tuning.load(file).guidance)
+    return find_file_by_guidance(flow, "tuning", lambda file: Tuning.load(file).guidance)
 
 
 def _context(flow: Flow, labels: Labels | None, context: Context | None, samples: int) -> Tensor | None:
