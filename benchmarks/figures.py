@@ -20,7 +20,7 @@ import jacobiflow as jf
 from benchmarks.common import FIGURES, parser
 from benchmarks.front import Recorder, readable, record, save_animation
 from benchmarks.regimes import BF16_PASS, EXACT_LOOP, LOOP_IN_PYTORCH, PASS, in_passes
-from benchmarks.render import result, speed_up, strategy
+from benchmarks.render import format_speed_up, result, strategy
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.plots import sampler_style, save_png
 from jacobiflow.plots.style import (
@@ -285,7 +285,7 @@ def training() -> Figure:
                     text = f"samples {seconds_text(seconds)}"
                     axis.text(1, above, text, ha="right", va="center", color=readable(color))
                 left += seconds / total
-            text = f"{seconds_text(run['total'][way])}, {speed_up(run['speed_up'])} faster"
+            text = f"{seconds_text(run['total'][way])}, {format_speed_up(run['speed_up'])} faster"
             text = f"accelerated: {text}" if left < 0.68 else text
             axis.text(left + 0.01, y, text if row else seconds_text(total), va="center", color=INK)
     axis.set(xlim=(0, 1.13), ylim=(3 * len(fits) - 1.6, -1.2))

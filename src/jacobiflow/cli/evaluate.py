@@ -213,38 +213,40 @@ def _distances(
     from torch import nn
 
     from jacobiflow import evaluation
-    from jacobiflow.evaluation.distances import SMALLEST
-    from jacobiflow.evaluation.features import need_extra
+    from jacobiflow.evaluation.distances import MIN_IMAGES
+    from jacobiflow.evaluation.features import require_eval_extra
 
     if isinstance(extractor, nn.Module):
         extractor.to(flow.var.device)
     images = [] if real is None else [_mirrored(real.images, extractor)]
-    real_features = cache(partial(evaluation.extract, extractor, images, progress))
+    real_features = cache(partial(evaluation.extract_features, extractor, images, progress))
     scores: _Scores = {}
     if save_stats is not None:
 
         def save_statistics() -> dict[str, Any]:
             save_stats.parent.mkdir(parents=True, exist_ok=True)
             inception = extractor if isinstance(extractor, evaluation.InceptionFeatures) else None
-            evaluation.Statistics.of(real_features()).save(save_stats, inception)
+            evaluation.FeatureStatistics.from_features(real_features()).save(save_stats, inception)
             print(f"wrote {save_stats}: statistics of {len(images[0]):,} images")
             return {}
 
         scores["statistics"] = save_statistics
     if folder is None:
         return scores
-    statistics = None if stats is None else evaluation.Statistics.load(stats)
+    statistics = None if stats is None else evaluation.FeatureStatistics.load(stats)
     num, num_real = folder.manifest.num, len(images[0]) if statistics is None else statistics.num
     if min(num, num_real) < 2:
         raise InputValueError(f"a distance between {num_real} images and {num} samples: give at least 2 of each")
-    width = evaluation.extract(extractor, [folder.images(0)[:1]]).shape[1]  # tries the function before hours of work
+    few = evaluation.extract_features(extractor, [folder.images(0)[:1]])  # tries the function before hours of work
+    width = few.shape[1]
     if statistics is not None and len(statistics.sum) != width:
         raise InputValueError(f"--stats {stats}: of {len(statistics.sum)} features, but --features gives {width}")
-    features = cache(partial(evaluation.extract, extractor, folder.batches(), progress, num))
+    features = cache(partial(evaluation.extract_features, extractor, folder.batches(), progress, num))
 
     def frechet_distance() -> dict[str, Any]:
-        against = evaluation.Statistics.of(real_features()) if statistics is None else statistics
-        return {"frechet_distance": evaluation.frechet_distance(against, evaluation.Statistics.of(features()))}
+        against = evaluation.FeatureStatistics.from_features(real_features()) if statistics is None else statistics
+        ours = evaluation.FeatureStatistics.from_features(features())
+        return {"frechet_distance": evaluation.frechet_distance(against, ours)}
 
     def kernel_distance() -> dict[str, Any]:
         few = real_features()[:_FEW], features()[:_FEW]
@@ -253,8 +255,8 @@ def _distances(
         return {"kernel_distance": kernel, "kernel_distance_std": std, "precision": precision, "recall": recall}
 
     scores["FID"] = frechet_distance
-    if images and min(num, len(images[0])) >= SMALLEST:
-        need_extra("the kernel distance")
+    if images and min(num, len(images[0])) >= MIN_IMAGES:
+        require_eval_extra("the kernel distance")
         scores["kernel distance, precision and recall"] = kernel_distance
     return scores
 
@@ -295,7 +297,7 @@ def _errors(folder: jf.SampleFolder, flow: Flow, num: int, batch_size: int) -> C
         exact = sequential.images.cpu()
         stored = torch.cat([folder.images(i) for i in shards])[:num]
         return {
-            "paired": asdict(evaluation.fidelity(draw(strategy=folder.strategy()).images.cpu(), exact)),
+            "paired": asdict(evaluation.image_errors(draw(strategy=folder.strategy()).images.cpu(), exact)),
             "stored": asdict(evaluation.pixel_difference(stored, data.quantize(exact))),
             "sensitivity": sequential.outcome.sensitivity,
         }

@@ -115,7 +115,7 @@ def sample(
         "model": model, "num": num, "batch_size": manifest.batch_size, "seed": seed, "strategy": strategy,
         "settings": shared.settings_text(settings), "shards": manifest.num_shards, "processes": group.count,
         "wall_seconds": seconds, "drawn": folder.drawn, "outcome": asdict(outcome), "runs": {strategy: run},
-        **timing.machine(flow.var.device),
+        **timing.describe_machine(flow.var.device),
     }  # fmt: skip
     if compare:
         with progress_bar() as progress:
@@ -177,11 +177,10 @@ def _compare(
 
     Returns times, the error, and the sensitivity of these samples.
     """
-    from jacobiflow import plots
+    from jacobiflow import evaluation, plots
     from jacobiflow.comparison import compare
     from jacobiflow.models import latents
     from jacobiflow.sampling import denoise, sample
-    from jacobiflow.utils import timing
 
     manifest, config = folder.manifest, flow.config
     num = min(manifest.num, manifest.batch_size)
@@ -189,9 +188,9 @@ def _compare(
     z = latents.draw_latents(num, config.num_tokens, config.token_channels, manifest.seed)
     run = partial(sample.draw, flow, folder.strategy(), z, context, certify=manifest.certify)
     progress(0, 1, "timing")  # the original sampler may take minutes before the first real call
-    result = compare.compare(flow, z, context, {_OURS: run}, repeats=1, warm_up=False, progress=progress)
+    comparison = compare.compare_samplers(flow, z, context, {_OURS: run}, repeats=1, warm_up=False, progress=progress)
     sensitivity = run(sensitivity=True).outcome.sensitivity
-    rows = [result.row(result.original), result.row(_OURS)]
+    rows = [comparison.result(comparison.original), comparison.result(_OURS)]
     original, ours = (row.x for row in rows)
     if manifest.denoise:
         original, ours = (denoise.denoised(flow, images, context, manifest.denoise, 64) for images in (original, ours))
@@ -200,9 +199,9 @@ def _compare(
     captions = (prompts or classes)[few]
     plots.save_png(plots.comparison_sheet(original[few], ours[few], names, columns=captions), sheet)
     return {
-        "runs": {result.original: {"seconds": rows[0].seconds.median}},
-        "speed_up": result.speed_up(rows[1], result.original),
-        "error": asdict(timing.paired_error(ours, original)),
+        "runs": {comparison.original: {"seconds": rows[0].seconds.median}},
+        "speed_up": comparison.speed_up(rows[1], comparison.original),
+        "error": asdict(evaluation.paired_error(ours, original)),
         "sensitivity": sensitivity,
     }
 

@@ -115,7 +115,7 @@ def train(
     if last is not None:
         print("{step:,} steps: loss {loss:+.4f}, {bits_per_dim:.3f} bits per dimension".format(**last))
     print(f"wrote the model folder {out}")
-    return {"model": str(out), "flow": flow, **asdict(config), "last_step": last, **timing.machine(place)}
+    return {"model": str(out), "flow": flow, **asdict(config), "last_step": last, **timing.describe_machine(place)}
 
 
 def _extra_options(flow_class: type[Flow], **values: Any) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def bench_figure(comparisons: Sequence[Comparison]) -> Figure:
     the baselines, which are exact. Errors that are not finite are left out.
     """
     baselines = (ENCODING_PASS, *reversed(comparisons[0].baselines))
-    styles = _distinct_styles(row.strategy for comparison in comparisons for row in comparison.others)
+    styles = _distinct_styles(row.strategy for comparison in comparisons for row in comparison.candidates)
     captions = [textwrap.fill(name.replace("$", r"\$"), _CAPTION) for name in (*baselines, *styles)]
     columns = min(len(comparisons), _COLUMNS)
     lines = -(-len(comparisons) // columns)
@@ -48,10 +48,10 @@ def bench_figure(comparisons: Sequence[Comparison]) -> Figure:
     handles: dict[str, Any] = {}
     for axis, comparison in zip(panels, comparisons, strict=False):
         for name, line in zip(baselines, (":", "--", "-."), strict=False):
-            seconds = comparison.floor if name == ENCODING_PASS else comparison.row(name).seconds
+            seconds = comparison.encoding_pass if name == ENCODING_PASS else comparison.result(name).seconds
             color = INK if name == ENCODING_PASS else sampler_style(name).color
             handles[name] = axis.axvline(seconds.median, color=color, linestyle=line, linewidth=1.2)
-        for row in comparison.others:
+        for row in comparison.candidates:
             style, seconds = styles[row.strategy], row.seconds
             handles[row.strategy] = axis.errorbar(
                 seconds.median, row.error.max,
@@ -61,7 +61,7 @@ def bench_figure(comparisons: Sequence[Comparison]) -> Figure:
         axis.set_title(f"batch size {comparison.batch_size}")
         _label_seconds(axis)
     # Logarithmic from the least error on, with 0 below.
-    errors = [row.error.max for comparison in comparisons for row in comparison.others]
+    errors = [row.error.max for comparison in comparisons for row in comparison.candidates]
     logarithmic = [error for error in errors if 0 < error < math.inf] or [1e-3]
     panels[0].set_yscale("symlog", linthresh=10.0 ** math.floor(math.log10(min(logarithmic))), linscale=0.5)
     panels[0].set_ylim(0, 3 * max(logarithmic))

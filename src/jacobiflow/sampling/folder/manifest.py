@@ -43,7 +43,7 @@ class Manifest:
         model: The name by which the flow was loaded.
         dtype: Of the network, or "tf32".
         strategy_sha256: Of strategy.json.
-        machine: The machine on which the run began, see `jacobiflow.utils.timing.machine`.
+        machine: The machine on which the run began, see `jacobiflow.utils.timing.describe_machine`.
         checksums: SHA-256 of each shard; None until all shards are complete.
     """
 

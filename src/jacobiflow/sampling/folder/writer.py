@@ -42,7 +42,7 @@ from jacobiflow.utils.checks import (
 )
 from jacobiflow.utils.files import MANIFEST, check_own, json_bytes, locked, sha256, write_atomically
 from jacobiflow.utils.progress import Progress
-from jacobiflow.utils.timing import machine
+from jacobiflow.utils.timing import describe_machine
 
 _BATCH = 64
 _SHARD = 1024  # samples, or about as many: what a killed process loses
@@ -205,7 +205,7 @@ def sample_to_folder(
         shard_size=shard_size, files=files, model=model, fingerprint=fingerprint(flow), dtype=precision(flow),
         strategy="a Strategy" if isinstance(strategy, Strategy) else str(strategy), strategy_sha256="",
         guidance=flow.guidance, denoise=float(denoise), tolerance=tolerance, certify=certify,
-        log_prob=log_prob, sensitivity=sensitivity, machine=machine(flow.var.device),
+        log_prob=log_prob, sensitivity=sensitivity, machine=describe_machine(flow.var.device),
     )  # fmt: skip
     new = SampleFolder(Path(out), manifest)
     plan = partial(choose, flow, strategy, batch_size, tolerance=tolerance, report=report)
