@@ -138,7 +138,7 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (REPORT.mean_sweeps, "source tolerance guess", {"source": ("noise", (), ("x", 7)), "guess": (None, (), (7, "x"))}),
     (REPORT.guess, "block", {"block": (0, KINDS, (-1, 2))}),
     (jf.accelerate, "flow tolerance", {"flow": (FLOW, (), ())}),
-    (jf.register, "name", {"name": ("new", (7,), ("", "a b", "a+b", "a:1"))}),
+    (jf.register_piece, "name", {"name": ("new", (7,), ("", "a b", "a+b", "a:1"))}),
     (Noise, "kind std", {}),
     (Augmentation, "shift hue", {"shift": FROM_0, "hue": NUMBER}),
     (TrainConfig, "steps batch_size learning_rate weight_decay warmup ema clip drop_label seed", {

@@ -49,9 +49,9 @@ def test_every_command_takes_pieces_that_are_installed(tmp_path: Path, monkeypat
         "[jacobiflow]\n" + "".join(f"{name.rpartition('.')[2]} = {name}\n" for name in PIECES)
     )
     monkeypatch.chdir(tmp_path)
-    families = {base: dict(names) for base, names in serialization._families.items()}
+    families = {base: dict(names) for base, names in serialization._pieces.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serialization, "_families", families)  # so that other tests do not see the pieces
+        patch.setattr(serialization, "_pieces", families)  # so that other tests do not see the pieces
         patch.syspath_prepend(tmp_path / "site")
         for line in COMMANDS.strip().splitlines():
             assert main(shlex.split(line)) == 0

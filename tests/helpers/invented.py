@@ -35,7 +35,7 @@ def small(seed: int = 0) -> jf.TarFlow:
     return to_float32(make_flow(num_classes=3, seed=seed))
 
 
-@jf.register("Stretched")
+@jf.register_piece("Stretched")
 @dataclass(frozen=True)
 class Stretched(jf.Partition):
     """A partition of a reader's own."""
@@ -51,7 +51,7 @@ class Stretched(jf.Partition):
         return min(front + (self.then if front else self.first), num_tokens)
 
 
-@jf.register("halfway")
+@jf.register_piece("halfway")
 @dataclass(frozen=True)
 class Halfway(jf.Correction):
     """A correction of a reader's own."""

@@ -72,7 +72,7 @@ class ClassSpread:
 
 
 @dataclass(frozen=True, repr=False)
-class CalibrationReport(serialization.Document):
+class CalibrationReport(serialization.JsonDocument):
     """The measurements of `jacobiflow.calibrate`. Blocks are numbered in encoding order.
 
     Attributes:

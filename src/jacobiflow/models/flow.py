@@ -64,7 +64,7 @@ class Flow(nn.Module):
 
     By default its data are the tokens. A flow over images also defines `to_tokens`, `from_tokens`, `tokens_log_det` if
     these change volumes, and `config_from_options`; its config has `in_channels` and `image_size`. A flow is registered
-    by `jacobiflow.models.register`.
+    by `jacobiflow.models.register_flow`.
 
     Attributes:
         model_type: Its name in model folders and on the command line.
@@ -385,11 +385,11 @@ FLOWS: dict[str, type[Flow]] = {}
 """The registered flows by their names."""
 
 
-def register(flow: FlowType) -> FlowType:
+def register_flow(flow: FlowType) -> FlowType:
     """Registers a subclass of `Flow` under its `model_type`; a class decorator.
 
     Example:
-        >>> @register
+        >>> @register_flow
         ... class Wide(jf.MAF):
         ...     model_type = "wide-maf"
     """

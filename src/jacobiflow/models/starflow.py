@@ -20,7 +20,7 @@ from jacobiflow.errors import CheckpointError, InputTypeError, InputValueError
 from jacobiflow.models.checkpoints.folder import build
 from jacobiflow.models.checkpoints.original import count_groups, read_original, shape_of
 from jacobiflow.models.config import BlockShape, check_heads, check_sizes
-from jacobiflow.models.flow import Flow, register
+from jacobiflow.models.flow import Flow, register_flow
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, draw_latents
 from jacobiflow.models.text_encoder import EncodeText
 from jacobiflow.models.transformer.attention import AttentionBlock, LayerWeights, Rotation
@@ -205,7 +205,7 @@ def _angles(positions: Float[Tensor, " t"], num: int) -> Float[Tensor, "t {num}"
     return positions.unsqueeze(-1) * _PERIOD ** -(torch.arange(num, dtype=torch.float64) / num)
 
 
-@register
+@register_flow
 class STARFlow(Flow):
     """A flow of images with a text: shallow blocks, and a deep one that reads the text and is sampled first.
 

@@ -31,7 +31,7 @@ from jacobiflow.fixed_point import (
 )
 from jacobiflow.native import library_name
 from jacobiflow.planner.fit import BlockTuning
-from jacobiflow.utils.serialization import registered
+from jacobiflow.utils.serialization import registered_pieces
 from jacobiflow.utils.timing import time_call
 
 _LEAST_SWEEPS = 4  # fewest sweeps of a block to the usual tolerances
@@ -94,7 +94,7 @@ def time_exact(
 def candidates(num_tokens: int, tolerance: float, tuning: BlockTuning | None, exact: Exact) -> list[Solver]:
     """The solvers that race against the exact loop: all tokens at once, and the candidates of every partition."""
     partitions: list[Partition] = [Whole()]
-    for kind in registered(Partition).values():
+    for kind in registered_pieces(Partition).values():
         partitions += [p for p in kind.candidates(num_tokens) if p.stop(0, num_tokens) < num_tokens]
     guess, correction = (Latent(), Plain()) if tuning is None else (tuning.guess, tuning.correction)
     solvers = [Solver(partition, guess, Tolerance(tolerance), correction) for partition in partitions]

@@ -39,7 +39,7 @@ class BlockTuning:
 
 
 @dataclass(frozen=True)
-class Tuning(serialization.Document):
+class Tuning(serialization.JsonDocument):
     """A guess and a correction for each block of a flow, fitted by `jacobiflow.tune`.
 
     Attributes:
@@ -152,8 +152,10 @@ def _fit(block: AffineBlock, at: BlockSolution, batch_size: int) -> BlockTuning:
         solver = Solver(Whole(), guess, Tolerance(_TOLERANCE), correction)
         return int(solve(block, at.z, solver, at.context, batch_size).sample_sweeps.sum())
 
-    guesses = [fit for kind in serialization.registered(Guess).values() if (fit := kind.fit(at.x, at.z)) is not None]
+    kinds = serialization.registered_pieces(Guess).values()
+    guesses = [fit for kind in kinds if (fit := kind.fit(at.x, at.z)) is not None]
     guess = guesses[0] if len(guesses) == 1 else min(guesses, key=lambda guess: sweeps(guess, Plain()))
-    fits = [kind.fit(block, at.x, at.z, guess, at.context) for kind in serialization.registered(Correction).values()]
+    kinds = serialization.registered_pieces(Correction).values()
+    fits = [kind.fit(block, at.x, at.z, guess, at.context) for kind in kinds]
     corrections: Sequence[Correction] = [Plain(), *(fit for fit in fits if fit is not None)]
     return BlockTuning(guess, min(corrections, key=lambda correction: sweeps(guess, correction)))

@@ -44,7 +44,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Strategy(serialization.Document):
+class Strategy(serialization.JsonDocument):
     """One `Solver` per block, in encoding order. Strategies are equal if their solvers and their tolerance are.
 
     Attributes:
