@@ -20,13 +20,14 @@ from torch import Tensor
 
 import jacobiflow as jf
 from benchmarks.common import FIGURES, parser
+from benchmarks.palette import ORDERED
 from jacobiflow.calibration import CalibrationReport, gs_jacobi_notation
 from jacobiflow.data import image_grid
 from jacobiflow.fixed_point import Latent, MaxSweeps, Solver, Whole, Zeros
 from jacobiflow.models.flow import Flow
 from jacobiflow.plots import comparison_sheet, rows_sheet, sampler_style, save_png
-from jacobiflow.plots.sheets import column_names, stacked
-from jacobiflow.plots.style import ORDERED, clear, new_figure, styled
+from jacobiflow.plots.sheets import column_captions, stack_images
+from jacobiflow.plots.style import new_figure, simplify_axes, use_style
 
 IMAGES, TRACED = 10, 4
 TOLERANCE = 1e-2
@@ -60,7 +61,7 @@ def draw_figures(flow: Flow, report: CalibrationReport, out: Path, name: str, st
     save_png(sheet, out / f"{name}-comparison.png")
 
 
-@styled
+@use_style
 def convergence_figure(report: CalibrationReport) -> Figure:
     """Draws the distance to the solution X* by sweep, from each block's best guess by IGM (Figure 2 of the paper).
 
@@ -83,7 +84,7 @@ def convergence_figure(report: CalibrationReport) -> Figure:
     return figure
 
 
-@styled
+@use_style
 def segments_figure(report: CalibrationReport) -> Figure:
     """Draws the distance to the solution X* by sweep in each segment of the tough blocks (Figure 5 of the paper).
 
@@ -113,7 +114,7 @@ def label_sweeps(figure: Figure, report: CalibrationReport) -> None:
     for axis in figure.axes:
         last = max(int((np.asarray(line.get_ydata(), float) > LEAST).sum()) for line in axis.get_lines())
         axis.set(yscale="log", xlabel="sweeps", xlim=(0, last), ylim=(LEAST, None))
-        clear(axis)
+        simplify_axes(axis)
     first = figure.axes[0]
     first.set_ylabel(f"largest |X$^{{(k)}}$ − X*|, median of {report.settings.num_convergence_samples} samples")
     figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -127,7 +128,7 @@ def trace_sheet(trace: Sequence[Float[Tensor, "n c h w"]], denoised: bool) -> Im
     blocks = len(trace) - 1 - denoised
     captions = ["noise", *(f"block {i}" for i in reversed(range(blocks))), *["denoised"] * denoised]
     grid = image_grid(torch.stack(list(trace), dim=1).flatten(0, 1), len(trace))
-    return stacked([column_names(captions, grid.width), grid])
+    return stack_images([column_captions(captions, grid.width), grid])
 
 
 def strategies_of(report: CalibrationReport, notation: str) -> dict[str, jf.Strategy]:
