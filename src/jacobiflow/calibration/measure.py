@@ -91,8 +91,8 @@ def calibrate(
     """
     check_flow(flow)
     norm = check_choice("norm", norm, NORMS)
-    num_samples = check_count("num_convergence_samples", num_convergence_samples, most=MOST_SAMPLES)
-    batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    num_samples = check_count("num_convergence_samples", num_convergence_samples, maximum=MOST_SAMPLES)
+    batch_size = check_count("batch_size", batch_size, maximum=MOST_SAMPLES)
     segments, seed = check_count("segments", segments), check_seed(seed)
     Segments(segments).check(flow.config.num_tokens)
     check_flag("per_class", per_class)

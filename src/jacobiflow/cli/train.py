@@ -84,7 +84,7 @@ def train(
         in_channels=image_channels, image_size=image_size, channels=channels, blocks=blocks, layers=layers,
         num_classes=0 if unconditional or data.labels is None else int(data.labels.max()) + 1, **extra,
     )  # fmt: skip
-    place = check_device(shared.pick_device(device), here=True)
+    place = check_device(shared.pick_device(device), must_exist=True)
     torch.manual_seed(seed)
     model = flow_class(config)
     settings = training.TrainConfig(

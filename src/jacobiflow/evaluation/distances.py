@@ -67,7 +67,7 @@ class FeatureStatistics:
             num, total, outer = (state[f"real_features_{name}"] for name in ("num_samples", "sum", "cov_sum"))
             check_floating("sum", total, ("d",))
             check_floating("cov_sum", outer, (len(total), len(total)))
-            statistics = cls(check_count("num_samples", int(num), least=2), total.double(), outer.double())
+            statistics = cls(check_count("num_samples", int(num), minimum=2), total.double(), outer.double())
             statistics._check_covariance()
         except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise DataError(

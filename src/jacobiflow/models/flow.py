@@ -361,7 +361,7 @@ def check_flow(flow: Any) -> None:
 
 def check_rate(flow: Flow, rate: float, name: str = "denoise") -> float:
     """Returns the rate as a Python number; raises ValueError, naming it `name`, if the flow has no noise to remove."""
-    rate = check_number(name, rate, give="0 (off) or a positive rate")
+    rate = check_number(name, rate, expected="0 (off) or a positive rate")
     if rate and not flow.config.noise_std:
         raise InputValueError(f"{name}={rate}: this flow's noise_std is 0, there is no noise to remove; give 0")
     return rate
@@ -420,7 +420,7 @@ def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
         ('TarFlow', 64)
     """
     check_path("name", name)
-    device, dtype = check_device(device, here=True), check_dtype(dtype)
+    device, dtype = check_device(device, must_exist=True), check_dtype(dtype)
     folder = ModelFolder.open(name)
     if folder.model_type not in FLOWS:
         raise CheckpointError(

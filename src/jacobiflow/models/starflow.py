@@ -93,7 +93,7 @@ class STARFlowConfig:
             raise InputValueError(f"head_dim={self.head_dim}: give 20 or a larger multiple of 4")
         check_heads(self.channels, self.head_dim)
         check_positive("soft_clip", self.soft_clip)
-        check_number("noise_std", self.noise_std, give="0 or a positive standard deviation")
+        check_number("noise_std", self.noise_std, expected="0 or a positive standard deviation")
 
     @property
     def num_blocks(self) -> int:

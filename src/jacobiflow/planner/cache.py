@@ -107,7 +107,7 @@ def auto(flow: Flow, batch_size: int, tolerance: float | None = None, progress: 
     """
     check_flow(flow)
     tolerance = DEFAULT_TOLERANCE if tolerance is None else check_number("tolerance", tolerance)
-    batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    batch_size = check_count("batch_size", batch_size, maximum=MOST_SAMPLES)
     if tolerance == 0:
         return Strategy.uniform(Solver(Sequential(), stopping=Tolerance(0)), flow.config.num_blocks)
     weights = cached_fingerprint(flow)

@@ -104,7 +104,7 @@ def tune(
     """
     check_flow(flow)
     samples = check_count("samples", samples, 2, MOST_SAMPLES)
-    batch_size, seed = check_count("batch_size", batch_size, most=MOST_SAMPLES), check_seed(seed)
+    batch_size, seed = check_count("batch_size", batch_size, maximum=MOST_SAMPLES), check_seed(seed)
     config = flow.config
     blocks = flow.inverse_blocks
     latents = draw_latents(samples, config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)

@@ -70,7 +70,7 @@ def plan(
     """
     check_flow(flow)
     check_kind("tuning", tuning, Tuning | None, "a Tuning, as tune returns, or None")
-    batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    batch_size = check_count("batch_size", batch_size, maximum=MOST_SAMPLES)
     tolerance = check_positive("tolerance", tolerance, "a positive number; at 0 use strategy 'sequential'")
     check_flag("bf16", bf16)
     if tuning is not None:

@@ -76,7 +76,7 @@ class Strategy(serialization.JsonDocument):
     @classmethod
     def uniform(cls, solver: Solver, num_blocks: int) -> Strategy:
         """The same solver for every block."""
-        return cls((solver,) * check_count("num_blocks", num_blocks, most=MOST_BLOCKS))
+        return cls((solver,) * check_count("num_blocks", num_blocks, maximum=MOST_BLOCKS))
 
     @classmethod
     def parse(
@@ -118,8 +118,8 @@ class Strategy(serialization.JsonDocument):
             raise InputValueError(
                 f"strategy {format_value(text)}: give a report, or num_blocks and num_tokens of the flow"
             )
-        blocks = check_count("num_blocks", num_blocks, most=MOST_BLOCKS)
-        tokens = check_count("num_tokens", num_tokens, most=MOST_TOKENS)
+        blocks = check_count("num_blocks", num_blocks, maximum=MOST_BLOCKS)
+        tokens = check_count("num_tokens", num_tokens, maximum=MOST_TOKENS)
         return cls(notation.parse(text, [Latent()] * blocks, tokens, tolerance))
 
     @classmethod

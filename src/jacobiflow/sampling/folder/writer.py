@@ -178,7 +178,7 @@ def sample_to_folder(
         >>> jf.sample_to_folder(jf.load("digits-maf"), 8, out, batch_size=4, shard_size=4).drawn
         0
     """
-    num, seed = check_count("num", num, most=MOST_SAMPLES), check_seed(seed)
+    num, seed = check_count("num", num, maximum=MOST_SAMPLES), check_seed(seed)
     batch_size, shard_size = _sizes(num, batch_size, shard_size)
     check_flow(flow)
     check_path("out", out)
@@ -244,9 +244,9 @@ def sample_to_folder(
 def _sizes(num: int, batch_size: int | None, shard_size: int | None) -> tuple[int, int]:
     """Returns the batch size and the shard size, 64 and about 1,024 by default."""
     batch_size = min(num, _BATCH) if batch_size is None else batch_size
-    batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    batch_size = check_count("batch_size", batch_size, maximum=MOST_SAMPLES)
     shard_size = max(_SHARD // batch_size, 1) * batch_size if shard_size is None else shard_size
-    shard_size = check_count("shard_size", shard_size, most=MOST_SAMPLES)
+    shard_size = check_count("shard_size", shard_size, maximum=MOST_SAMPLES)
     if shard_size % batch_size:
         raise InputValueError(f"shard_size={shard_size}: give a multiple of the batch size, {batch_size}")
     return batch_size, shard_size
