@@ -67,7 +67,7 @@ def test_a_token_that_overflows_goes_back_to_the_guess_and_is_exact_in_the_end()
     assert set(curve.sweeps.values()) == {(6, 6)}
 
 
-def test_a_trace_counts_the_sweeps_after_which_the_distance_stays_small() -> None:
+def test_a_curve_counts_the_sweeps_after_which_the_distance_stays_small() -> None:
     """A distance that grows again has not got there yet; one that ends above the tolerance never does.
 
     The second batch has fewer sweeps than the first, and stays at its last distance.

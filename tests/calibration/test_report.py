@@ -55,7 +55,7 @@ def report() -> CalibrationReport:
     )  # fmt: skip
 
 
-def test_figures_are_those_in_the_norm_of_the_settings(report: CalibrationReport) -> None:
+def test_metrics_are_those_in_the_norm_of_the_settings(report: CalibrationReport) -> None:
     metrics, z = report.metrics["fro"], randn(2, 9, 1)
     assert (report.igm, report.crm, report.crm_percent) == (metrics.igm, metrics.crm, metrics.crm_percent)
     assert (report.components, report.tough_blocks, report.num_blocks) == (metrics.components, (2,), 5)

@@ -80,9 +80,13 @@ def test_any_other_flow_has_the_sequential_loop() -> None:
     flow.load_state_dict(inner.state_dict())
     images = original_sampler(flow)[1](flow, z, LABELS)
     torch.testing.assert_close(images, oracle.Oracle(flow).decode(z, LABELS), rtol=0, atol=1e-10)
-    found = compare_samplers(
+    comparison = compare_samplers(
         flow, z, LABELS, {"few": lambda: jf.sample(flow, latents=z, strategy="jacobi-2")}, repeats=1
     )
-    assert [row.strategy for row in found.results] == ["sequential", "few"]
-    assert (found.original, found.baselines, found.candidates) == ("sequential", ("sequential",), (found.results[1],))
-    assert set(found.to_json()["rows"][1]["speed_up"]) == {"sequential"}
+    assert [row.strategy for row in comparison.results] == ["sequential", "few"]
+    assert (comparison.original, comparison.baselines, comparison.candidates) == (
+        "sequential",
+        ("sequential",),
+        (comparison.results[1],),
+    )
+    assert set(comparison.to_json()["rows"][1]["speed_up"]) == {"sequential"}

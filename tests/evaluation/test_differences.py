@@ -43,7 +43,7 @@ def random_images(seed: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).normal(0, 0.7, (5, 3, 6, 4)).astype(np.float32))
 
 
-def test_image_errors_are_numpys() -> None:
+def test_image_errors_are_those_of_numpy() -> None:
     exact = random_images(0)
     images = exact + 0.1 * random_images(1)
     errors, (largest, rms) = image_errors(images, exact), scoring.difference(images, exact)

@@ -121,7 +121,7 @@ def test_a_function_that_does_not_return_features_is_refused(result: Any) -> Non
         extract_features(lambda images: torch.ones(len(images), len(images) + 1), [images], batch_size=2)
 
 
-def test_extract_keeps_the_order_and_reports_progress() -> None:
+def test_extract_features_keeps_the_order_and_reports_progress() -> None:
     class Pixels(nn.Linear):
         def forward(self, images: Tensor) -> Tensor:
             return images.flatten(1)[:, :3] + 0 * self.weight

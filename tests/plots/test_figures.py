@@ -71,7 +71,7 @@ def test_bench_draws_a_marker_for_every_strategy_in_every_panel() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_bench_draws_a_flow_without_an_original_loop_and_errors_that_are_not_finite() -> None:
+def test_bench_draws_a_flow_without_an_original_sampler_and_errors_that_are_not_finite() -> None:
     comparison = make_comparison(1, {"a": (1.0, 0.0), "b": (2.0, math.inf)})
     figure = bench_figure([replace(comparison, results=comparison.results[1:])] * 5)
     figure.draw_without_rendering()

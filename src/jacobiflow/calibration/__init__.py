@@ -7,6 +7,7 @@ from jacobiflow.calibration.convergence import (
     initial_residuals,
     measure_distances,
 )
+from jacobiflow.calibration.gs_jacobi import gs_jacobi_notation
 from jacobiflow.calibration.measure import calibrate
 from jacobiflow.calibration.metrics import Components, Metrics, matrix_norm, rank_correlation, tough_blocks
 from jacobiflow.calibration.report import (
@@ -15,7 +16,6 @@ from jacobiflow.calibration.report import (
     ClassSpread,
     MeanStd,
     find_report,
-    gs_jacobi_notation,
 )
 
 __all__ = [

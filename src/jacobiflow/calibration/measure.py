@@ -141,9 +141,8 @@ def _checksum(statistics: CalibrationStatistics, settings: CalibrationSettings) 
     if statistics.context is not None:
         digest.update(statistics.context.cpu().numpy().tobytes())
     flow = statistics.flow
-    digest.update(
-        repr((fingerprint(flow), precision(flow), settings, statistics.classes, statistics.batch_size)).encode()
-    )
+    others = (fingerprint(flow), precision(flow), settings, statistics.classes, statistics.batch_size)
+    digest.update(repr(others).encode())
     return digest.hexdigest()
 
 
@@ -206,13 +205,9 @@ class _SweepMeasurement:
         solutions: dict[LatentSource, list[BlockSolution]] = {}
         if "images" in self.sources:
             solutions["images"] = statistics.image_solutions(index)
+        context = statistics.context_at(index)
         solutions["noise"] = exact_solutions(
-            statistics.flow,
-            latents,
-            statistics.context_at(index),
-            statistics.batch_size,
-            statistics.progress,
-            self.store,
+            statistics.flow, latents, context, statistics.batch_size, statistics.progress, self.store
         )
         return solutions
 
