@@ -46,7 +46,7 @@ def test_its_samples_encode_to_their_latents(model: Path) -> None:
     "line",
     [
         "info --model {model} --json {out}.json",
-        "calibrate --model {model} --images digits --num 32 --traced 4 --out {model}/report.json",
+        "calibrate --model {model} --images digits --num 32 --convergence-samples 4 --out {model}/report.json",
         "plan --model {model} --batch-size 2 --out {out}.json",
         "sample --model {model} --num 3 --denoise 1 --strategy auto --out {out}",
     ],

@@ -41,7 +41,7 @@ from jacobiflow.sampling.denoise import denoise
 from jacobiflow.sampling.folder import SampleFolder, processes, sample_to_folder
 from jacobiflow.sampling.importance import ImportanceWeights, importance
 from jacobiflow.sampling.sample import Samples, decode, sample
-from jacobiflow.utils.serialization import register
+from jacobiflow.utils.serialization import register_piece
 
 __all__ = [
     "MAF",
@@ -100,7 +100,7 @@ __all__ = [
     "load",
     "plan",
     "processes",
-    "register",
+    "register_piece",
     "sample",
     "sample_to_folder",
     "solve",

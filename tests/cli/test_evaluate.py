@@ -21,8 +21,8 @@ import jacobiflow as jf
 from jacobiflow import evaluation
 from jacobiflow.data import Noise, load_images
 from jacobiflow.evaluation import (
+    FeatureStatistics,
     InceptionFeatures,
-    Statistics,
     bayes_accuracy,
     bits_per_dim,
     kernel_distance,
@@ -71,7 +71,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(data.images[i, 0].numpy()).save(place / f"{i:03}.png")
     os.mkfifo(folder / "pipe" / "class0" / "1.png")
-    Statistics.of(torch.rand(40, 29)).save(folder / "wide.pth")
+    FeatureStatistics.from_features(torch.rand(40, 29)).save(folder / "wide.pth")
     rows = "def rows(images):\n    return images.double().mean(dim=(1, 3))\n"
     (folder / "mine.py").write_text(f"{rows}def no_rows(images):\n    rows(images)\n")
     for name, settings in SAMPLES.items():
@@ -217,7 +217,7 @@ def test_the_same_command_again_computes_only_what_is_missing(
     first = figures(table)
     assert {"frechet_distance", "paired", "bits_per_dim_noisy"} < set(first) and "precision" not in first
     with monkeypatch.context() as patch:
-        for name in ("frechet_distance", "fidelity", "bits_per_dim", "bayes_accuracy"):
+        for name in ("frechet_distance", "image_errors", "bits_per_dim", "bayes_accuracy"):
             patch.setattr(evaluation, name, Mock(side_effect=AssertionError))
         result = run(line)
     assert "computed by an earlier run: errors, bits per dimension, class accuracy, FID" in " ".join(result.out.split())
@@ -244,7 +244,7 @@ def test_the_same_command_again_computes_only_what_is_missing(
 def test_what_cannot_work_is_refused_before_anything_is_computed(
     line: str, message: str, refuse: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("frechet_distance", "fidelity", "bits_per_dim"):
+    for name in ("frechet_distance", "image_errors", "bits_per_dim"):
         monkeypatch.setattr(evaluation, name, Mock(side_effect=AssertionError))
     refuse(f"evaluate --model {line} --out out-x", message)
 
@@ -272,7 +272,7 @@ def test_inception_is_on_the_device_of_the_model(run: Any, tmp_path: Path, monke
 
     devices = set[tuple[str, str]]()
     monkeypatch.setattr(features_module, "InceptionFeatures", Small)
-    Statistics.of(torch.rand(40, 28)).save(tmp_path / "stats.pth")
+    FeatureStatistics.from_features(torch.rand(40, 28)).save(tmp_path / "stats.pth")
     with FakeDevice():
         evaluated(run, tmp_path, f"model --samples samples --stats {tmp_path}/stats.pth --paired 0 --device cuda")
     assert devices == {("cuda:0", "cuda:0")}

@@ -18,7 +18,7 @@ from PIL import Image
 
 import jacobiflow as jf
 from jacobiflow.cli.options import parse_labels
-from jacobiflow.comparison.baselines import original_loop
+from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.models import memory
 from jacobiflow.models.latents import draw_labels
 from jacobiflow.sampling.folder import FirstProcessFailed, Processes
@@ -76,7 +76,7 @@ def test_compare_prints_both_rows_and_the_error(run: Any, tmp_path: Path) -> Non
     assert list(entries["runs"]) == ["growing cache", strategy]
     samples = jf.sample(jf.load("./model"), 4, labels, strategy=strategy)
     flow = jf.load("./model")
-    _, loop = original_loop(flow)
+    _, loop = original_sampler(flow)
     error = (loop(flow, samples.latents, labels) - samples.images).abs()
     largest, mean = float(error.max()), float(error.mean())
     assert largest > 0

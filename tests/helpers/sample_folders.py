@@ -40,7 +40,7 @@ def run(
         warnings.filterwarnings("ignore", ".* lost, since")
         patch.setattr(module, "draw", draw or invented)
         patch.setattr(module, "choose", lambda *_, **__: plan())
-        patch.setattr(module, "machine", lambda _: machine)
+        patch.setattr(module, "describe_machine", lambda _: machine)
         return jf.sample_to_folder(flow or tiny_flow(), num, out, labels, **settings)
 
 

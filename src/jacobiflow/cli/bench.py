@@ -14,7 +14,7 @@ from jacobiflow.cli import loading, options
 from jacobiflow.cli.output import progress_bar, show_table
 
 if TYPE_CHECKING:
-    from jacobiflow.comparison.compare import Comparison, Row
+    from jacobiflow.comparison.compare import Comparison, SamplerResult
     from jacobiflow.models.flow import Flow
     from jacobiflow.utils.progress import Progress
     from jacobiflow.utils.timing import Timing
@@ -73,14 +73,14 @@ def bench(
             runs = {name: partial(sample.draw, flow, plan, z, classes, certify=certify) for name, plan in plans.items()}
             cases.append((z, classes, runs))
     with files.output_directory(out, "benchmark", (_FIGURE, _TABLE)), progress_bar() as progress:
-        machine = timing.machine(flow.var.device)
+        machine = timing.describe_machine(flow.var.device)
         print(
             f"{model} on {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, device "
             f"{machine['device']}, PyTorch {machine['torch']}\nnative exact loops: {native.describe()}\n{guidance_line}"
         )
         comparisons = []
         for z, classes, runs in cases:
-            comparisons.append(compare.compare(flow, z, classes, runs, repeats=repeats, progress=progress))
+            comparisons.append(compare.compare_samplers(flow, z, classes, runs, repeats=repeats, progress=progress))
             _print_comparison(comparisons[-1])
         print(_LEGEND)
         results = {
@@ -112,7 +112,7 @@ def _print_comparison(comparison: Comparison) -> None:
     over = ["over\n" + name.replace(" ", "\n") for name in comparison.baselines]
     columns = ("strategy", "median\nseconds", "min to\nmax", *over, "evals/\ntoken", "max\nerror", "residual")
     rows = []
-    for row in comparison.rows:
+    for row in comparison.results:
         evaluations = row.evaluations_per_token
         rows.append((
             row.strategy, *_seconds(row.seconds),
@@ -120,14 +120,14 @@ def _print_comparison(comparison: Comparison) -> None:
             "" if evaluations is None else f"{evaluations:.2f}",
             f"{row.error.max:.1e}" if row.error.max else "0", _residual(row),
         ))  # fmt: skip
-    rows.append((ENCODING_PASS, *_seconds(comparison.floor), *[""] * (len(columns) - 3)))
+    rows.append((ENCODING_PASS, *_seconds(comparison.encoding_pass), *[""] * (len(columns) - 3)))
     print(f"\nbatch size {comparison.batch_size}")
     show_table(columns, rows)
 
 
-def _residual(row: Row) -> str:
+def _residual(row: SamplerResult) -> str:
     """Formats the largest residual, with an asterisk if the strategy has no tolerance."""
-    if row.exact:
+    if row.is_exact:
         return "exact"
     if row.samples is None or row.certificate is None:
         return ""

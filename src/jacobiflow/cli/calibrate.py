@@ -28,7 +28,7 @@ def calibrate(
     unconditional: Annotated[bool, Option("--unconditional", help="Do not use the images' labels.")] = False,
     norm: Annotated[Literal["2", "fro", "1"], Option(help="Norm of IGM and CRM; 2 is the spectral one.")] = "2",
     segments: Annotated[int, Option(min=1, help="Number of segments of a tough block, each with its metrics.")] = 8,
-    traced: Annotated[int, Option(min=1, help="Images, and fresh latents, whose sweeps are measured.")] = 32,
+    convergence_samples: Annotated[int, Option(min=1, help="Images and latents whose sweeps are measured.")] = 32,
     per_class: Annotated[bool, Option("--per-class", help="Also measure each class by itself (Appendix E).")] = False,
     guidance: options.Guidance = "0",
     batch_size: options.NetworkBatchSize = 64,
@@ -62,8 +62,8 @@ def calibrate(
     with progress_bar() as progress:
         report = jf.calibrate(
             flow, pixels, labels, norm="fro" if norm == "fro" else 2 if norm == "2" else 1,
-            segments=segments, traced=traced, per_class=per_class, batch_size=batch_size, seed=seed, out=out,
-            progress=progress,
+            segments=segments, num_convergence_samples=convergence_samples, per_class=per_class, batch_size=batch_size,
+            seed=seed, out=out, progress=progress,
         )  # fmt: skip
     _print_report(report)
     use = ["jacobiflow", "sample", "--model", model, "--report", str(out), "--guidance", str(flow.guidance or 0)]
@@ -84,7 +84,8 @@ def _print_report(report: jf.CalibrationReport) -> None:
     blocks, is_defined = range(report.num_blocks), report.components is not None
     names = {guess: guess.replace("_", " ") for guess in GUESS_NAMES}
     print(f"{report.settings.num_images} images{' (guided)' if report.settings.guidance else ''}")
-    print(f"sweeps: until within {_TOLERANCE:g} of the solution, mean of {report.settings.traced} fresh latents\n")
+    num_samples = report.settings.num_convergence_samples
+    print(f"sweeps: until within {_TOLERANCE:g} of the solution, mean of {num_samples} fresh latents\n")
 
     print("Where to start: IGM, and sweeps from there")
     columns: dict[str, Any] = {"block": map(str, blocks)}
@@ -114,12 +115,12 @@ def _print_report(report: jf.CalibrationReport) -> None:
         print(f"\nOver {len(report.class_metrics)} classes: mean ± standard deviation, and how often a guess wins")
         spreads = report.class_spread()
         columns = {"block": map(str, blocks)}
-        columns |= {"CRM rank": [_format_spread(row.rank) for row in spreads]}
-        columns |= {"percent": [_format_spread(row.percent) for row in spreads]}
+        columns |= {"CRM rank": [_format_spread(row.crm_rank) for row in spreads]}
+        columns |= {"percent": [_format_spread(row.crm_percent) for row in spreads]}
         columns |= {
             f"IGM\n{name}": [_format_spread(row.igm[guess]) for row in spreads] for guess, name in names.items()
         }
-        columns["wins"] = ["/".join(str(row.wins[guess]) for guess in names) for row in spreads]
+        columns["wins"] = ["/".join(str(row.num_best[guess]) for guess in names) for row in spreads]
         show_table(columns, zip(*columns.values(), strict=True), text=())
 
     if is_defined:

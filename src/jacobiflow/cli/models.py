@@ -96,7 +96,7 @@ def info(
         "parameters": sum(p.numel() for p in flow.parameters()),
     }  # fmt: skip
     libraries = {each.name: each.version for each in distributions() if each.name in _LIBRARIES}
-    machine_values = {"native_loops": native.describe(), **timing.machine(), **libraries}
+    machine_values = {"native_loops": native.describe(), **timing.describe_machine(), **libraries}
     for title, values in (("Model", model_values), ("This machine", machine_values)):
         print(title)
         show_table(("", ""), [(name, str(value)) for name, value in values.items()], text=(0, 1))

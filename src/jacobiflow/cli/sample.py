@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from jacobiflow.evaluation.differences import PairedError
     from jacobiflow.models.flow import Flow
     from jacobiflow.utils.progress import Progress
-    from jacobiflow.utils.timing import Error
 
 _SHEET = "samples.png"
 _SHEET_IMAGES = 100
@@ -110,7 +110,7 @@ def sample(
         plots.save_png(comparison.sheet, out / _SHEET)
     elif flow.image_shape is not None:
         _save_sheet(folder, out / _SHEET)
-    machine = timing.machine(flow.var.device)
+    machine = timing.describe_machine(flow.var.device)
     print(f"{model}: {num:,} sample{'s' * (num > 1)}, {origin}")
     _print_speed(folder, machine["device"], comparison)
     _print_files(folder, seconds, processes.count)
@@ -140,7 +140,7 @@ class _Comparison:
     original_seconds: float
     seconds: float
     speed_up: float
-    error: Error
+    error: PairedError
     sensitivity: float | None
     sheet: Image
 
@@ -149,11 +149,10 @@ def _compare(
     flow: Flow, folder: jf.SampleFolder, context: Tensor | None, prompts: list[str] | None, progress: Progress
 ) -> _Comparison:
     """Draws the first batch again, by the original sampler and by the strategy of the folder."""
-    from jacobiflow import plots
+    from jacobiflow import evaluation, plots
     from jacobiflow.comparison import compare
     from jacobiflow.models import latents
     from jacobiflow.sampling import denoise, sample
-    from jacobiflow.utils import timing
 
     manifest, config = folder.manifest, flow.config
     num = min(manifest.num, manifest.batch_size)
@@ -161,8 +160,8 @@ def _compare(
     z = latents.draw_latents(num, config.num_tokens, config.token_channels, manifest.seed)
     run = partial(sample.draw, flow, folder.strategy(), z, context, certify=manifest.certify)
     progress(0, 1, "timing")  # Shows the bar: the original sampler may take minutes until the first step.
-    result = compare.compare(flow, z, context, {_OURS: run}, repeats=1, warm_up=False, progress=progress)
-    original, ours = result.row(result.original), result.row(_OURS)
+    result = compare.compare_samplers(flow, z, context, {_OURS: run}, repeats=1, warm_up=False, progress=progress)
+    original, ours = result.result(result.original), result.result(_OURS)
     images = [original.x, ours.x]
     if manifest.denoise:
         images = [denoise.denoised(flow, x, context, manifest.denoise, 64) for x in images]
@@ -178,7 +177,7 @@ def _compare(
         original_seconds=original.seconds.median,
         seconds=ours.seconds.median,
         speed_up=result.speed_up(ours, result.original),
-        error=timing.paired_error(images[1], images[0]),
+        error=evaluation.paired_error(images[1], images[0]),
         sensitivity=run(sensitivity=True).outcome.sensitivity,
         sheet=sheet,
     )

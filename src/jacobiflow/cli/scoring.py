@@ -16,8 +16,8 @@ from jacobiflow import data, evaluation
 from jacobiflow.cli.loading import training_noise
 from jacobiflow.data import ImageDataset
 from jacobiflow.errors import InputValueError
-from jacobiflow.evaluation.distances import SMALLEST
-from jacobiflow.evaluation.features import FeatureFunction, need_extra
+from jacobiflow.evaluation.distances import MIN_IMAGES
+from jacobiflow.evaluation.features import FeatureFunction, require_eval_extra
 from jacobiflow.models import latents
 from jacobiflow.models.checkpoints.fingerprint import cached_fingerprint
 from jacobiflow.models.flow import Flow, precision
@@ -38,32 +38,34 @@ def distances(
     if isinstance(extractor, nn.Module):
         extractor.to(flow.var.device)
     images = [] if real is None else [_mirror_half(real.images, extractor)]
-    real_features = cache(partial(evaluation.extract, extractor, images, progress))
+    real_features = cache(partial(evaluation.extract_features, extractor, images, progress))
     scores: Scores = {}
     if save_stats is not None:
 
         def save_statistics() -> dict[str, Any]:
             save_stats.parent.mkdir(parents=True, exist_ok=True)
             inception = extractor if isinstance(extractor, evaluation.InceptionFeatures) else None
-            evaluation.Statistics.of(real_features()).save(save_stats, inception)
+            evaluation.FeatureStatistics.from_features(real_features()).save(save_stats, inception)
             print(f"wrote {save_stats}: statistics of {len(images[0]):,} images")
             return {}
 
         scores["statistics"] = save_statistics
     if folder is None:
         return scores
-    statistics = None if stats is None else evaluation.Statistics.load(stats)
+    statistics = None if stats is None else evaluation.FeatureStatistics.load(stats)
     num, num_real = folder.manifest.num, len(images[0]) if statistics is None else statistics.num
     if min(num, num_real) < 2:
         raise InputValueError(f"a distance between {num_real} images and {num} samples: give at least 2 of each")
-    width = evaluation.extract(extractor, [folder.images(0)[:1]]).shape[1]  # Tries the function before hours of work.
+    # A trial of the function, before hours of work.
+    width = evaluation.extract_features(extractor, [folder.images(0)[:1]]).shape[1]
     if statistics is not None and len(statistics.sum) != width:
         raise InputValueError(f"--stats {stats}: of {len(statistics.sum)} features, but --features gives {width}")
-    features = cache(partial(evaluation.extract, extractor, folder.batches(), progress, num))
+    features = cache(partial(evaluation.extract_features, extractor, folder.batches(), progress, num))
 
     def frechet_distance() -> dict[str, Any]:
-        reference = evaluation.Statistics.of(real_features()) if statistics is None else statistics
-        return {"frechet_distance": evaluation.frechet_distance(reference, evaluation.Statistics.of(features()))}
+        reference = evaluation.FeatureStatistics.from_features(real_features()) if statistics is None else statistics
+        ours = evaluation.FeatureStatistics.from_features(features())
+        return {"frechet_distance": evaluation.frechet_distance(reference, ours)}
 
     def pairwise() -> dict[str, Any]:
         pair = real_features()[:_MAX_PAIRWISE], features()[:_MAX_PAIRWISE]
@@ -72,8 +74,8 @@ def distances(
         return {"kernel_distance": kernel, "kernel_distance_std": std, "precision": precision, "recall": recall}
 
     scores["FID"] = frechet_distance
-    if images and min(num, len(images[0])) >= SMALLEST:
-        need_extra("the kernel distance")
+    if images and min(num, len(images[0])) >= MIN_IMAGES:
+        require_eval_extra("the kernel distance")
         scores["kernel distance, precision and recall"] = pairwise
     return scores
 
@@ -105,7 +107,7 @@ def paired_errors(folder: jf.SampleFolder, flow: Flow, num: int, batch_size: int
         exact = sequential.images.cpu()
         stored = torch.cat([folder.images(i) for i in shards])[:num]
         return {
-            "paired": asdict(evaluation.fidelity(sample(strategy=folder.strategy()).images.cpu(), exact)),
+            "paired": asdict(evaluation.image_errors(sample(strategy=folder.strategy()).images.cpu(), exact)),
             "stored": asdict(evaluation.pixel_difference(stored, data.quantize(exact))),
             "sensitivity": sequential.outcome.sensitivity,
         }

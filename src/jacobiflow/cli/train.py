@@ -80,7 +80,7 @@ def train(
         in_channels=image_channels, image_size=image_size, channels=channels, blocks=blocks, layers=layers,
         num_classes=0 if unconditional or data.labels is None else int(data.labels.max()) + 1, **extra_options,
     )  # fmt: skip
-    torch_device = check_device(loading.pick_device(device), here=True)
+    torch_device = check_device(loading.pick_device(device), must_exist=True)
     torch.manual_seed(seed)
     model = flow_class(config)
     settings = training.TrainConfig(
@@ -113,7 +113,8 @@ def train(
         print(f"{last.step:,} steps: loss {last.loss:+.4f}, {last.bits_per_dim:.3f} bits per dimension")
     print(f"wrote the model folder {out}")
     last_step = asdict(metrics[-1]) if metrics else None
-    return {"model": str(out), "flow": flow, **asdict(config), "last_step": last_step, **timing.machine(torch_device)}
+    machine = timing.describe_machine(torch_device)
+    return {"model": str(out), "flow": flow, **asdict(config), "last_step": last_step, **machine}
 
 
 def _trainable_flows() -> list[str]:

@@ -91,7 +91,7 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_count("translate", self.translate, least=0)
+        check_count("translate", self.translate, minimum=0)
         check_number("hue", self.hue)
         if self.hue > 180:
             raise InputValueError(f"hue={self.hue}: give an angle of at most 180 degrees")

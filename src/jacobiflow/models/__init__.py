@@ -5,7 +5,7 @@
 
 from jacobiflow.blocks.base import AttentionContext, FlowBlock, Permutation
 from jacobiflow.models.config import FlowConfig
-from jacobiflow.models.flow import Flow, register
+from jacobiflow.models.flow import Flow, register_flow
 from jacobiflow.models.maf import MAF
 from jacobiflow.models.prose import Prose
 from jacobiflow.models.starflow import STARFlow
@@ -22,6 +22,6 @@ __all__ = [
     "Prose",
     "STARFlow",
     "TarFlow",
-    "register",
+    "register_flow",
     "t5_encoder",
 ]  # fmt: skip

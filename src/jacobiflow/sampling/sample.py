@@ -358,7 +358,7 @@ def sample(
     flow, denoise = resolve_settings(flow, settings, context)
     log_prob = check_log_prob(flow, log_prob, denoise)
     if batch_size is not None:
-        batch_size = min(check_count("batch_size", batch_size, most=MOST_SAMPLES), len(latents))
+        batch_size = min(check_count("batch_size", batch_size, maximum=MOST_SAMPLES), len(latents))
     warn_if_guidance_is_idle(flow, context)
     plan = choose(flow, strategy, batch_size or len(latents), tolerance=tolerance)
     with torch.no_grad():

@@ -76,11 +76,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         for name in ("steps", "batch_size", "checkpoint_every", "sample_every"):
-            check_count(name, getattr(self, name), most=_MAX_STEPS)
+            check_count(name, getattr(self, name), maximum=_MAX_STEPS)
         for name, most in (("warmup", _MAX_STEPS), ("seed", 2**63 - 1)):
-            check_count(name, getattr(self, name), least=0, most=most)
+            check_count(name, getattr(self, name), minimum=0, maximum=most)
         for name in ("label_dropout", "ema_decay"):
-            check_number(name, getattr(self, name), give="a number from 0 to below 1", below=1)
+            check_number(name, getattr(self, name), expected="a number from 0 to below 1", below=1)
         for name in ("learning_rate", "max_grad_norm"):
             check_positive(name, getattr(self, name))
         check_number("weight_decay", self.weight_decay)

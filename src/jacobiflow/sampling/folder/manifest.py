@@ -44,7 +44,7 @@ class Manifest:
         dtype: The dtype of the network, or "tf32".
         strategy_sha256: Checksum of strategy.json.
         log_prob: Whether the shards have densities.
-        machine: The machine on which the run began, see `jacobiflow.utils.timing.machine`.
+        machine: The machine on which the run began, see `jacobiflow.utils.timing.describe_machine`.
         checksums: Checksum of each shard; None until all shards are complete.
         sensitivity: Whether the shards have sensitivities.
     """

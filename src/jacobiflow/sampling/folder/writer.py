@@ -40,7 +40,7 @@ from jacobiflow.utils.checks import (
 )
 from jacobiflow.utils.files import MANIFEST, check_own, json_bytes, locked, sha256, write_atomically
 from jacobiflow.utils.progress import Progress
-from jacobiflow.utils.timing import machine
+from jacobiflow.utils.timing import describe_machine
 
 _BATCH_SIZE = 64  # Default number of samples in a batch.
 _SHARD_SIZE = 1024  # Default number of samples in a shard, about.
@@ -109,7 +109,7 @@ def sample_to_folder(
         >>> jf.sample_to_folder(jf.load("digits-maf"), 8, out, batch_size=4, shard_size=4).num_new
         0
     """
-    num, seed = check_count("num", num, most=MOST_SAMPLES), check_seed(seed)
+    num, seed = check_count("num", num, maximum=MOST_SAMPLES), check_seed(seed)
     batch_size, shard_size = _sizes(num, batch_size, shard_size)
     check_flow(flow)
     check_path("out", out)
@@ -131,7 +131,8 @@ def sample_to_folder(
         strategy="a Strategy" if isinstance(strategy, Strategy) else str(strategy), strategy_sha256="",
         guidance=flow.guidance, denoise=float(denoise),
         tolerance=None if tolerance is None else check_number("tolerance", tolerance), certify=certify,
-        log_prob=check_log_prob(flow, log_prob, denoise), sensitivity=sensitivity, machine=machine(flow.var.device),
+        log_prob=check_log_prob(flow, log_prob, denoise), sensitivity=sensitivity,
+        machine=describe_machine(flow.var.device),
     )  # fmt: skip
     folder = SampleFolder(Path(out), manifest)
     plan = partial(choose, flow, strategy, batch_size, tolerance=manifest.tolerance, report=report)
@@ -158,9 +159,9 @@ def sample_to_folder(
 def _sizes(num: int, batch_size: int | None, shard_size: int | None) -> tuple[int, int]:
     """Returns the batch size and the shard size, or their defaults."""
     batch_size = min(num, _BATCH_SIZE) if batch_size is None else batch_size
-    batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    batch_size = check_count("batch_size", batch_size, maximum=MOST_SAMPLES)
     shard_size = max(_SHARD_SIZE // batch_size, 1) * batch_size if shard_size is None else shard_size
-    shard_size = check_count("shard_size", shard_size, most=MOST_SAMPLES)
+    shard_size = check_count("shard_size", shard_size, maximum=MOST_SAMPLES)
     if shard_size % batch_size:
         raise InputValueError(f"shard_size={shard_size}: give a multiple of the batch size, {batch_size}")
     return batch_size, shard_size
