@@ -84,7 +84,9 @@ def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration | Libr
         ...     flow = zuko.flows.MAF(5)
     """
     if tolerance is not None:
-        tolerance = float(check_number("tolerance", tolerance, give="None, 0 for identical bits, or a positive number"))
+        tolerance = float(
+            check_number("tolerance", tolerance, expected="None, 0 for identical bits, or a positive number")
+        )
     if isinstance(flow, ModuleType):
         return _accelerate_library(flow.__name__.split(".")[0], tolerance)
     seen: set[nn.Module] = set()  # each module once, with a dotted name

@@ -22,7 +22,7 @@ from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError
 from jacobiflow.models.config import MAFConfig, embed_classes
-from jacobiflow.models.flow import Flow, Images, register
+from jacobiflow.models.flow import Flow, Images, register_flow
 from jacobiflow.native import usable_library
 from jacobiflow.native.boundary import Activation, Operation, OperationKind, TransformKind, UnsupportedError
 from jacobiflow.native.chain import TransformChain
@@ -272,7 +272,7 @@ def _chain(shapes: tuple[torch.Size, ...], layers: int, has_classes: bool, is_gu
     return TransformChain([(transform, False)])
 
 
-@register
+@register_flow
 class MAF(Flow):
     """Stack of masked affine blocks over the logits of an image's pixels, alternately in raster and in reverse order.
 
