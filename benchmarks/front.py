@@ -20,6 +20,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from benchmarks.palette import FINAL_TOKEN, WAITING_TOKEN
+from jacobiflow.blocks.context import NO_CONTEXT
 from jacobiflow.data import quantize
 from jacobiflow.fixed_point import solve_certified
 from jacobiflow.models.flow import Flow
@@ -38,7 +39,7 @@ class Recorder:
         self.states: list[Tensor] = []
         self.runs: list[tuple[int, int]] = []
 
-    def init_cache(self, z: Tensor, context: Tensor | None = None) -> Any:
+    def init_cache(self, z: Tensor, context: jf.Context = NO_CONTEXT) -> Any:
         return self.block.init_cache(z, context)
 
     def update(self, x: Tensor, z: Tensor, start: int, stop: int, cache: Any) -> Tensor:
@@ -100,14 +101,14 @@ def _trajectory(
         """The solution of a block; of the first one all recorded states, with which the other blocks continue."""
         labels = torch.full((len(z),), label)
         if i != last:
-            return jf.solve(flow.inverse_blocks[i], z, jf.Solver(jf.Sequential()), labels, slots=ROWS).x
+            return jf.solve(flow.inverse_blocks[i], z, jf.Solver(jf.Sequential()), labels, batch_size=ROWS).x
         solution = solve_certified(recorder, z, solver, labels, tolerance=tolerance)
         residuals.append(float(solution.residual))
         recorder.states.append(solution.x)
         return torch.cat(recorder.states)
 
     with torch.no_grad():
-        images = flow.from_tokens(flow.invert(flow.prior_tokens(latents), solve))
+        images = flow.from_tokens(flow.map_blocks_reversed(flow.prior_tokens(latents), solve))
     if denoise:
         images = jf.denoise(flow, images, label, denoise, ROWS)
     tokens = torch.arange(flow.config.num_tokens).view(1, -1, 1)

@@ -46,8 +46,8 @@ def draw_figures(flow: Flow, report: CalibrationReport, out: Path, name: str, st
     labels = torch.arange(IMAGES) % flow.config.num_classes if flow.config.num_classes else None
     sample = partial(jf.sample, flow.guided(report.settings.guidance), IMAGES, labels, certify=False)
     denoise = float(flow.config.noise_std > 0)
-    sequential = sample(strategy="sequential", settings=jf.SamplingSettings(denoise=denoise), return_trace=True)
-    steps = sequential.trace or ()
+    sequential = sample(strategy="sequential", settings=jf.SamplingSettings(denoise=denoise), return_intermediates=True)
+    steps = sequential.intermediates or ()
     save_png(trace_sheet([images[:TRACED] for images in steps], denoise > 0), out / f"{name}-sampling.png")
     exact = steps[-2] if denoise else sequential.images
     columns = [] if labels is None else [f"class {label}" for label in labels.tolist()]

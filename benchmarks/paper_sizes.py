@@ -126,7 +126,7 @@ def count_sweeps(flow: jf.TarFlow, report: jf.CalibrationReport, tuning: jf.Tuni
         blocks.append(rows)
         return jf.solve(flow.blocks[i], x, jf.Solver(jf.Sequential()), labels).x
 
-    flow.invert(flow.prior_tokens(z), solve)
+    flow.map_blocks_reversed(flow.prior_tokens(z), solve)
     return {"tokens": length, "tough": slow_blocks(report), "blocks": blocks[::-1]}
 
 

@@ -40,7 +40,7 @@ class CountedMap:
 
     def __init__(self, block: jf.AffineBlock, z: Tensor, labels: Tensor | None) -> None:
         self.block, self.z = block, z
-        self.cache = block.init_cache(z, labels)
+        self.cache = block.init_cache(z, jf.Context(labels))
         self.network_calls = self.token_evaluations = 0
 
     def __call__(self, x: Tensor, start: int, stop: int) -> Tensor:
@@ -127,7 +127,7 @@ def _sample(
         return solvers[i](maps[-1])
 
     with torch.inference_mode():
-        images = flow.from_tokens(flow.invert(flow.prior_tokens(z), solve))
+        images = flow.from_tokens(flow.map_blocks_reversed(flow.prior_tokens(z), solve))
     return PeerSamples(images, sum(g.network_calls for g in maps), sum(g.token_evaluations for g in maps))
 
 

@@ -62,7 +62,7 @@ def samples(key: Json) -> Json:
     """Seconds of a batch of unguided samples (of emoji-star guided ones), and errors against the float32 loop."""
     flow, batch = trained(key["model"]), key["batch"]
     z, labels = latents(flow, batch)
-    context = flow.check_context(prompts_of(batch), batch) if flow.reads_text else labels
+    context = flow.check_context(prompts_of(batch) if flow.reads_text else labels, batch)
     draw = partial(jf.sample, flow, latents=z, context=context, settings=None)
     plan = jf.plan(flow, batch_size=batch)
     runs: dict[str, Callable[[], Any]] = {
@@ -74,7 +74,7 @@ def samples(key: Json) -> Json:
     }
     del runs[HALVES if key["model"].endswith("float32") else INT16]
     if batch <= MOST_ORIGINAL:
-        runs[ORIGINAL] = torch.no_grad()(partial(original_sampler(flow)[1], flow, z, context))
+        runs[ORIGINAL] = torch.no_grad()(partial(original_sampler(flow)[1], flow, z, context.values))
     timings, results = time_interleaved(runs, ROUNDS[batch])
     answers = {name: result for name, result in results.items() if isinstance(result, jf.Samples)}
     return {

@@ -48,7 +48,7 @@ def exact_loop(block: TarFlowBlock, z: Tensor, labels: Tensor | None) -> Tensor:
 
 def runs_to_time(block: TarFlowBlock, z: Tensor, labels: Tensor | None) -> dict[str, Callable[[], Any]]:
     with torch.inference_mode():
-        cache = block.to_bf16(block.init_cache(z, labels))
+        cache = block.to_bf16(block.init_cache(z, jf.Context(labels)))
     loop = partial(exact_loop, block, z, labels)
     return {
         EXACT_LOOP: loop,

@@ -51,8 +51,8 @@ def speeds(rounds: int, key: Json) -> Json:
     exact_loop = partial(jf.sample, flow, latents=z, context=context, settings=None, strategy="sequential")
     plan = jf.plan(flow, batch_size=batch)
     runs: dict[str, Callable[[], Any]] = {
-        TOKEN_LOOP: partial(original_sampler(flow)[1], flow, z, context),
-        ITERATION: lambda: starflow(flow, z, context, fresh_keys=False).images,
+        TOKEN_LOOP: partial(original_sampler(flow)[1], flow, z, context.values),
+        ITERATION: lambda: starflow(flow, z, context.values, fresh_keys=False).images,
         IN_PYTORCH: without_native()(exact_loop),
         "exact loop": exact_loop,
         CERTIFIED: partial(jf.sample, flow, latents=z, context=context, settings=None, strategy="window:16"),

@@ -68,7 +68,8 @@ def record(flow: jf.TarFlow) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # calls are small, and rounding does not depend on the machine's cores
     with torch.no_grad():
-        images = jf.denoise(flow, flow.from_tokens(flow.invert(prior, solve)), labels, flow.recommended.denoise)
+        images = flow.from_tokens(flow.map_blocks_reversed(prior, solve))
+        images = jf.denoise(flow, images, labels, flow.recommended.denoise)
     exact = jf.sample(flow, latents=latents, labels=labels, strategy="sequential")
     torch.set_num_threads(threads)
     pixels = quantize(torch.cat([run.flatten() for run in (*runs, flow.to_tokens(images))]))

@@ -25,7 +25,7 @@ from jacobiflow.models.flow import precision
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.models.memory import batch_bytes, fitting_batch
 from jacobiflow.models.transformer.block import TarFlowBlock
-from jacobiflow.sampling.denoise import denoised
+from jacobiflow.sampling.denoise import denoise_checked
 from jacobiflow.sampling.folder import SampleFolder
 from jacobiflow.training import TrainConfig, train
 from tests.helpers.fake_device import Counts, FakeDevice
@@ -98,7 +98,7 @@ def accelerated(device: str) -> Tensor:
 
 
 def texts_read(strategy: str) -> Callable[[str], Tensor]:
-    """More samples than slots, under guidance: a new one's text takes the place of another's."""
+    """More samples than batch_size, under guidance: a new one's text takes the place of another's."""
 
     def run(device: str) -> Tensor:
         flow = deepcopy(make_star()).float().to(device)
@@ -156,7 +156,7 @@ def test_tf32_is_a_precision_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def count(
-    side: int, solver: jf.Solver, guidance: jf.Guidance | None, num: int = 3, slots: int | None = None,
+    side: int, solver: jf.Solver, guidance: jf.Guidance | None, num: int = 3, batch_size: int | None = None,
     graphs: bool = True,
 ) -> tuple[int, Counts]:  # fmt: skip
     """The sweeps of a solve over (side/2)^2 tokens by a block of 2 layers, and the counts of the device."""
@@ -169,7 +169,7 @@ def count(
         z = draw_latents(num, config.num_tokens, config.token_channels, 0).to("cuda")
         labels = torch.arange(num, device="cuda") % 5
         with device.counting() as counts:
-            solution = jf.solve(block, z, solver, labels, slots)
+            solution = jf.solve(block, z, solver, labels, batch_size=batch_size)
     return solution.sweeps, counts
 
 
@@ -296,7 +296,7 @@ def test_denoising_at_128x128_takes_8_gib_however_many_images() -> None:
     with FakeDevice(meta=True) as device:
         flow, pixels = flow.to("cuda"), torch.empty(6, 3, 128, 128, device="cuda")
         with device.counting() as counts:
-            denoised(flow, pixels, None, 1.0, 6)
+            denoise_checked(flow, pixels, jf.Context(), 1.0, 6)
     assert 2 < counts.peak / 2**30 <= 8
 
 

@@ -74,11 +74,11 @@ ARGUMENTS: dict[str, Argument] = {
     **each("num batch_size samples num_convergence_samples segments num_tokens num_blocks", COUNT),
     **each("in_channels image_size", COUNT),
     **each("layers_per_block patch_size channels head_dim expansion hidden_features hidden_layers", COUNT),
-    **each("slots count size max_sweeps", UNLIMITED),
+    **each("count size max_sweeps", UNLIMITED),
     **each("num_classes bf16_sweeps", FROM_0), "attn_temperature": POSITIVE,
     **each("tolerance denoise rate ebound noise_std std call_cost atol weight", NUMBER),
-    **each("return_trace sensitivity per_class bf16 annealed nvp per_segment", FLAG),
-    **each("certify certificate", (True, (), ("x", 1))), "norm": (2, (), ("x", True)), "on": ("both", (), ("x", 7)),
+    **each("return_intermediates sensitivity per_class bf16 annealed nvp per_segment", FLAG),
+    **each("certify", (True, (), ("x", 1))), "norm": (2, (), ("x", True)), "on": ("both", (), ("x", 7)),
     "seed": (0, KINDS, (-1, 2**63)), "start": (0, KINDS, (-1, 2**63)),
     "progress": (None, (0, False, "no"), ()),
     "flow": (FLOW, ("digits-p1", FLOW.config, jf.TarFlow), (copy.deepcopy(FLOW).to(FLOAT8),)),
@@ -100,7 +100,8 @@ NAMED = {"atol": "tolerance", "max_sweeps": "sweeps", "context": "labels"}
 
 DATA = {"x": ARGUMENTS["images"], "context": ARGUMENTS["labels"]}
 CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
-    (jf.sample, "flow num labels seed settings strategy tolerance certify sensitivity batch_size return_trace", {}),
+    (jf.sample, "flow num labels seed settings strategy tolerance certify sensitivity batch_size "
+        "return_intermediates", {}),
     (jf.sample, "flow latents labels progress", {}), (jf.decode, "flow z context strategy tolerance certify log_prob",
      {"context": (LABELS, NO_LABELS, WRONG_LABELS), "log_prob": FLAG}),
     (jf.denoise, "flow images labels rate batch_size", {}),
@@ -112,11 +113,11 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (jf.load, "name device dtype", {"name": ("digits-p1", (7,), ("x", "x" * 300, Path("x" * 300), "x\0"))}),
     *((call, "x context", DATA) for call in (FLOW.encode, FLOW.normalize, FLOW.log_prob)),
     (FLOW.bits_per_dim, "images labels", {}),
-    *((jf.solve, "block z solver context slots", {"solver": (jf.Solver(way), (PLAN, "jacobi"), ())})
+    *((jf.solve, "block z solver context batch_size", {"solver": (jf.Solver(way), (PLAN, "jacobi"), ())})
       for way in (jf.Whole(), jf.Sequential())),
     (jf.solve, "block z solver context", {"block": (MAF.blocks[0], (MAF,), ()), "z": (Z[..., :1], *FINITE[1:])}),
-    (jf.solve_certified, "block z solver context certificate slots tolerance", {}),
-    (jf.certify, "block z x context slots", {"z": TOKENS}),
+    (jf.solve_certified, "block z solver context certify batch_size tolerance", {}),
+    (jf.certify, "block z x context batch_size", {"z": TOKENS}),
     (jf.Segments, "count", {}), (jf.Window, "size", {}),
     *((jf.Solver, name, {name: (getattr(jf.Solver(), name), ("jacobi", 7, jf.Whole), ())})
       for name in ("partition", "guess", "stopping", "correction")),

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jacobiflow.models import Flow, FlowBlock, Permutation, register_flow
+from jacobiflow.models import Context, Flow, FlowBlock, Permutation, register_flow
+
+NO_CONTEXT = Context()
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,10 @@ class RecurrentBlock(FlowBlock):
         self.out = nn.Linear(config.channels, 2 * config.token_channels)
         nn.init.zeros_(self.out.weight)
 
-    def init_cache(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+    def init_cache(self, z: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         states = self.start.new_zeros(len(z), z.shape[1], self.start.shape[1])
-        states[:, 0] = self.start[-1 if context is None else context.clamp(min=-1)]
+        labels = context.values
+        states[:, 0] = self.start[-1 if labels is None else labels.clamp(min=-1)]
         return states
 
     def affine(

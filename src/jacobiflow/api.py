@@ -2,6 +2,7 @@
 
 from jacobiflow.adapters import Acceleration, LibraryAcceleration, accelerate
 from jacobiflow.blocks.base import AffineBlock, Block
+from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import Guidance, SamplingSettings
 from jacobiflow.calibration import CalibrationReport, calibrate, find_report
 from jacobiflow.errors import CheckpointError, InputError
@@ -30,6 +31,7 @@ from jacobiflow.fixed_point import (
     solve,
     solve_certified,
 )
+from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.models.config import PRESETS, MAFConfig, Preset, TarFlowConfig, TokenConfig
 from jacobiflow.models.flow import load
 from jacobiflow.models.maf import MAF
@@ -40,7 +42,8 @@ from jacobiflow.planner import Strategy, Tuning, find_tuning, plan, tune
 from jacobiflow.sampling.denoise import denoise
 from jacobiflow.sampling.folder import SampleFolder, processes, sample_to_folder
 from jacobiflow.sampling.importance import ImportanceWeights, importance
-from jacobiflow.sampling.sample import Samples, decode, sample
+from jacobiflow.sampling.result import Samples
+from jacobiflow.sampling.sample import decode, sample
 from jacobiflow.utils.serialization import register_piece
 
 __all__ = [
@@ -53,6 +56,7 @@ __all__ = [
     "CausalLinear",
     "CheckpointError",
     "Chord",
+    "Context",
     "Correction",
     "EarlyStop",
     "Guess",
@@ -67,6 +71,7 @@ __all__ = [
     "Partition",
     "Plain",
     "Preset",
+    "Problem",
     "Prose",
     "ProseConfig",
     "STARFlow",

@@ -50,10 +50,10 @@ def test_figures_of_a_bundled_model_show_its_samples(tmp_path: Path) -> None:
         strategy="sequential",
         settings=jf.SamplingSettings(denoise=1.0),
         certify=False,
-        return_trace=True,
+        return_intermediates=True,
     )
-    assert exact.trace is not None
-    lines = torch.stack([images[:4] for images in exact.trace], dim=1).flatten(0, 1)
+    assert exact.intermediates is not None
+    lines = torch.stack([images[:4] for images in exact.intermediates], dim=1).flatten(0, 1)
     with Image.open(tmp_path / "digits-sampling.png") as image:
         pixels = np.asarray(image.convert("RGB"))
     assert np.array_equal(pixels[CAPTION:], np.asarray(image_grid(lines, 1 + report.num_blocks + 1, 14)))

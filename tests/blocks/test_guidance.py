@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jacobiflow as jf
-from jacobiflow.blocks.base import evaluate
 from jacobiflow.blocks.guidance import guided
 from tests.helpers import oracle
 from tests.helpers.problems import latents, make_flow, make_maf, make_star, texts
@@ -51,15 +50,15 @@ def test_the_guided_map_is_the_formula_s(
     length = z.shape[1]
     with torch.no_grad():
         cuts = [0, *sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=4))), length]
-        cache = block.init_cache(z, labels)
+        cache = block.init_cache(z, jf.Context(labels))
         runs = [block.update(x, z, a, b, cache) for a, b in pairwise(cuts)]
-        whole, _ = evaluate(block, x, z, labels)
+        whole, _ = jf.Problem(block, z, jf.Context(labels)).evaluate(x)
         # All keys are there now: samples may leave, the last one move into a gap, and be swept anywhere.
-        cache = block.move(cache, torch.tensor([2]), torch.tensor([0]), 2)
+        cache = block.move_rows(cache, torch.tensor([2]), torch.tensor([0]), 2)
         start = torch.tensor(data.draw(st.lists(st.integers(0, length - 3), min_size=2, max_size=2)))
         run = block.update_at(x[[2, 1]], z[[2, 1]], start, 3, int(start.max()) + 3, cache)
         # And the place of one may be taken by another.
-        block.refill(cache, torch.tensor([1]), None if labels is None else labels[:1])
+        block.reset_rows(cache, torch.tensor([1]), jf.Context(labels)[:1])
         entered = block.update(x[[2, 0]], z[[2, 0]], 0, length, cache)
     for actual in (torch.cat(runs, dim=1), whole):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)

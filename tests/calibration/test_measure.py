@@ -72,8 +72,8 @@ class Case:
     @torch.no_grad()
     def walk(self, rows: Any = slice(None)) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Yields X* of each block, and its guided z, scale and shift; the images are encoded without guidance."""
-        for step in self.flow.walk(self.flow.to_tokens(self.images[rows]), self.labels[rows]):
-            log_scale, shift = self.blocks[step.block].affine_whole(step.x, self.labels[rows])
+        for step in self.flow.encode_steps(self.flow.to_tokens(self.images[rows]), self.labels[rows]):
+            log_scale, shift = self.blocks[step.block].affine_whole(step.x, jf.Context(self.labels)[rows])
             yield step.x, (step.x - shift) / log_scale.exp(), log_scale.exp(), shift
 
     def metrics(self, rows: Any, norm: Any, count: int = 1) -> list[Any]:

@@ -44,7 +44,7 @@ def test_it_writes_what_the_library_draws(strategy: str, run: Any, tmp_path: Pat
     assert sorted(os.listdir(out)) == [".lock", "manifest.json", "samples.png", "shards", "strategy.json"]
     labels = torch.tensor([0, 2, 0, 2, 0])
     want = jf.sample(jf.load("./model"), 5, labels, 4, strategy=strategy, batch_size=3)
-    assert want.certificate is not None
+    assert want.residual is not None
     found = drawn(out)
     assert np.array_equal(found["arr_0"], levels(want.images))
     assert found["labels"].tolist() == labels.tolist()
@@ -57,7 +57,7 @@ def test_it_writes_what_the_library_draws(strategy: str, run: Any, tmp_path: Pat
     cost = entries["runs"][strategy]
     assert (cost["network_calls"], cost["token_evaluations"]) == (want.network_calls, want.token_evaluations)
     assert cost["samples_per_second"] == pytest.approx(5 / (cost["seconds"] + cost["denoise_seconds"]))
-    assert cost["certificate"] == pytest.approx(float(want.certificate.max()))
+    assert cost["certificate"] == pytest.approx(float(want.residual.max()))
     rate = f"{cost['samples_per_second']:.3g} samples a second"
     speed = f"{cost['seconds']:.3g} s by {strategy} on cpu, batch size 3: {rate}"
     assert f"model: 5 samples, settings: --plain\n{speed}\n" in result.out

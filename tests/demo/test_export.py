@@ -26,7 +26,7 @@ def test_graphs_are_the_flow(tmp_path: Path, one_thread: None) -> None:
     shared = {"logit_scale": np.float32(model["logit_scale"]), "labels": np.array([1, CLASSES])}
     for name, block in zip(model["blocks"], flow.guided(GUIDANCE).inverse_blocks, strict=True):
         session = onnxruntime.InferenceSession(tmp_path / name)
-        expected = block.update(x, z, 0, TOKENS, block.init_cache(z, torch.tensor([1])))[0].detach().numpy()
+        expected = block.update(x, z, 0, TOKENS, block.init_cache(z, jf.Context(torch.tensor([1]))))[0].detach().numpy()
 
         def run(places: Any, others: Any, keys: Any, session: Any = session) -> Any:
             weights = [np.float32(model["guidance"][part])[places + 1] for part in ("log_scale", "shift")]

@@ -100,7 +100,7 @@ def test_pictures_are_those_of_python(page: Page, flow: jf.TarFlow) -> None:
     page.wait_for_selector("#draw:enabled")
     assert page.inner_text("#status").startswith("Done")
 
-    latents = torch.tensor(page.evaluate("[...jacobiflow.models.latents]")).view(1, flow.config.num_tokens, -1)
+    latents = torch.tensor(page.evaluate("[...jacobiflow.latents]")).view(1, flow.config.num_tokens, -1)
     torch.testing.assert_close(latents, page_latents(flow, 7))
     assert abs(float(latents.mean())) < 0.15
     assert abs(float(latents.std()) - 1) < 0.1

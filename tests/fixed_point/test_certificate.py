@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import jacobiflow as jf
+from jacobiflow.blocks.context import NO_CONTEXT
 from jacobiflow.fixed_point import Stopping, WarmStart
 from tests.helpers.solver_problems import (
     FLOWS,
@@ -37,10 +38,10 @@ def test_the_certificate_is_the_residual(name: str) -> None:
     x = problem.answer + 0.3 * normal(*problem.z.shape)
     want = problem.residual(x)
     x[1, 2, 0], want[1] = torch.nan, torch.inf
-    for slots in (None, 1, 2, 3, 5):
-        torch.testing.assert_close(jf.certify(problem.block, problem.z, x, problem.labels, slots), want)
+    for batch_size in (None, 1, 2, 3, 5):
+        torch.testing.assert_close(jf.certify(problem.block, problem.z, x, problem.labels, batch_size=batch_size), want)
     watched = echoes()
-    assert (jf.certify(watched.block, watched.z, watched.answer, watched.labels, 3) < EXACT).all()
+    assert (jf.certify(watched.block, watched.z, watched.answer, watched.labels, batch_size=3) < EXACT).all()
     assert watched.block.calls == [(0, 24, 3), (0, 24, 3), (0, 24, 1)]
 
 
@@ -52,11 +53,11 @@ def test_the_certificate_is_the_residual(name: str) -> None:
 )
 @settings(max_examples=25, deadline=None)
 def test_any_plan_ends_with_every_residual_within_tolerance(
-    name: str, partition: jf.Partition, atol: float, slots: int | None
+    name: str, partition: jf.Partition, atol: float, batch_size: int | None
 ) -> None:
     problem = flow_problem(name)
     solver = jf.Solver(partition, stopping=jf.Tolerance(atol))
-    solution = jf.solve_certified(problem.block, problem.z, solver, problem.labels, slots=slots)
+    solution = jf.solve_certified(problem.block, problem.z, solver, problem.labels, batch_size=batch_size)
     assert (solution.status == CONVERGED).all()
     assert (solution.residual <= atol).all()
     assert (problem.residual(solution.x) <= atol + 1e-12).all()
@@ -93,7 +94,7 @@ def test_a_sample_that_misses_the_solver_s_tolerance_is_solved_sequentially_and_
     problem = flow_problem("nvp 25x4")
     solver = jf.Solver(jf.Segments(3), stopping=stopping | jf.Tolerance(1e-9))
     raw = jf.solve(problem.block, problem.z, solver)
-    solution = jf.solve_certified(problem.block, problem.z, solver, certificate=certificate)
+    solution = jf.solve_certified(problem.block, problem.z, solver, certify=certificate)
     if stopping.max_sweeps is None and certificate:  # it ended, and so is resumed
         assert not solution.used_fallback.any()
         assert (solution.residual <= 1e-9).all()
@@ -139,7 +140,7 @@ def test_sweep_counts_alone_are_a_legitimate_end() -> None:
     assert (solution.status == CONVERGED).all()
     assert (solution.residual <= 1e-6).all()
     assert not solution.used_fallback.any()
-    unmeasured = jf.solve_certified(problem.block, problem.z, solver, certificate=False, tolerance=1e-6)
+    unmeasured = jf.solve_certified(problem.block, problem.z, solver, certify=False, tolerance=1e-6)
     assert torch.equal(unmeasured.x, raw.x)
 
 
@@ -149,8 +150,8 @@ class Rounding:
     A network of low precision is like that: what it makes of all tokens at once is not what it makes of each.
     """
 
-    def init_cache(self, z: Tensor, context: Tensor | None = None) -> Any:
-        return context
+    def init_cache(self, z: Tensor, context: jf.Context = NO_CONTEXT) -> Any:
+        return context.values
 
     def update(self, x: Tensor, z: Tensor, start: int, stop: int, noise: Tensor) -> Tensor:
         g = z.clone()
@@ -196,12 +197,12 @@ def test_few_samples_are_solved_exactly_and_uncertified_ones_not() -> None:
     tolerance = jf.Tolerance(1.0)
     one = rounded(jf.Solver(HALVES, stopping=tolerance), [3.0])
     assert (one.network_calls, one.status.tolist()) == (3 + 3 + 5, [ROUNDING])
-    swept = rounded(jf.Solver(HALVES, stopping=tolerance), certificate=False)
+    swept = rounded(jf.Solver(HALVES, stopping=tolerance), certify=False)
     assert (swept.network_calls, swept.status.tolist()) == (2, [CONVERGED] * 9)
     # An exact loop is not repeated, and shows the rounding if it is measured.
     exact = rounded(jf.Solver(jf.Sequential(), stopping=tolerance))
     assert (exact.network_calls, exact.residual.max(), exact.exact.all()) == (4, 0, True)
-    exact = rounded(jf.Solver(jf.Sequential(), stopping=tolerance), certificate="always")
+    exact = rounded(jf.Solver(jf.Sequential(), stopping=tolerance), certify="always")
     assert exact.network_calls == 4 + 1
     assert exact.status.tolist() == [CONVERGED] + [ROUNDING] * 8
     assert not exact.used_fallback.any()
@@ -213,7 +214,7 @@ def test_a_sample_that_overflows_is_solved_sequentially(solver: jf.Solver, certi
     """A value that stays non-finite is so in the exact inverse; the other samples come to no harm."""
     problem = steep_problem([0, 1, 2, 1])
     raw = jf.solve(problem.block, problem.z, solver, problem.labels)
-    solution = jf.solve_certified(problem.block, problem.z, solver, problem.labels, certificate)
+    solution = jf.solve_certified(problem.block, problem.z, solver, problem.labels, certify=certificate)
     assert solution.residual[2] == torch.inf
     assert (solution.x[2, 4:] == torch.inf).all()
     again = (raw.status == NONFINITE) & ~raw.exact
@@ -228,18 +229,19 @@ def test_a_sample_that_overflows_is_solved_sequentially(solver: jf.Solver, certi
 class RoundedWeights(jf.AffineBlock):
     """x_t = z_t / 2; its answers with rounded weights are off by what the context says."""
 
-    def init_cache(self, z: Tensor, context: Any = None) -> None:
+    def init_cache(self, z: Tensor, context: jf.Context = NO_CONTEXT) -> None:
         return None
 
     def affine(self, x: Tensor, start: int, stop: int, cache: Any) -> tuple[Tensor, Tensor]:
         run = torch.zeros_like(x[:, start:stop])
         return run - math.log(2), run
 
-    def exact_inverse(self, z: Tensor, context: Any = None, guidance: Any = None) -> tuple[Tensor, Tensor]:
+    def sequential_inverse(
+        self, z: Tensor, context: jf.Context = NO_CONTEXT, guidance: Any = None, int16_weights: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        if int16_weights:
+            return z / 2 + context.values.view(-1, 1, 1), z.new_zeros(len(z))  # type: ignore[union-attr]
         return z / 2, z.new_full((len(z),), -z[0].numel() * math.log(2))
-
-    def rounded_inverse(self, z: Tensor, context: Any = None, guidance: Any = None) -> tuple[Tensor, Tensor]:
-        return z / 2 + context.view(-1, 1, 1), z.new_zeros(len(z))
 
 
 def test_answers_of_rounded_weights_are_certified_and_resumed() -> None:
@@ -252,7 +254,7 @@ def test_answers_of_rounded_weights_are_certified_and_resumed() -> None:
     assert (solution.status == CONVERGED).all()
     for exactly in (
         jf.solve(block, z, solver, errors),
-        jf.solve_certified(block, z, solver, errors, certificate=False),
+        jf.solve_certified(block, z, solver, errors, certify=False),
         jf.solve_certified(block, z, solver, errors, tolerance=0.0),
     ):
         assert exactly.exact.all() and torch.equal(exactly.x, z / 2)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import jacobiflow as jf
+from jacobiflow.blocks.context import NO_CONTEXT
 from jacobiflow.fixed_point import convolution
 from tests.helpers.oracle import convolved, sequential
 from tests.helpers.problems import latents
@@ -84,7 +85,7 @@ def test_a_fit_solves_a_banded_linear_map_in_few_sweeps() -> None:
     before = x.clone(), z.clone()
     for guess in (jf.Latent(), jf.CausalLinear.fit(x, z, 4)):
         block.calls.clear()
-        chord = jf.Chord.fit(block, x, z, guess)
+        chord = jf.Chord.fit(jf.Problem(block, z), x, guess)
         assert len(block.calls) <= 24
         assert chord.kernel.shape == (24, 2, 2)
         assert error(chord.kernel[:3], inverse(3)) < 0.1
@@ -95,7 +96,7 @@ def test_a_fit_solves_a_banded_linear_map_in_few_sweeps() -> None:
         assert corrected < min(1e-4, plain / 100)
     assert torch.equal(x, before[0])
     assert torch.equal(z, before[1])
-    fitted = jf.Chord.fit(block, x.float(), z.float(), jf.Latent(), width=3).kernel
+    fitted = jf.Chord.fit(jf.Problem(block, z.float()), x.float(), jf.Latent(), width=3).kernel
     assert fitted.dtype == torch.float32
     assert error(fitted.double(), inverse(3)) < 0.1
 
@@ -107,7 +108,7 @@ def test_a_fitted_chord_and_guess_save_sweeps_of_a_real_tough_block() -> None:
     fit_z, z = (latents(flow, 2, seed) * flow.var.sqrt() for seed in (100, 200))
     x = jf.solve(block, fit_z, jf.Solver(jf.Sequential()), labels).x
     guess = jf.CausalLinear.fit(x, fit_z)
-    chord = jf.Chord.fit(block, x, fit_z, guess, labels)
+    chord = jf.Chord.fit(jf.Problem(block, fit_z, jf.Context(labels)), x, guess)
     plain, linear, both = (
         jf.solve(block, z, jf.Solver(jf.Whole(), start, correction=correction), labels).sample_sweeps.sum()
         for start, correction in ((jf.Latent(), jf.Plain()), (guess, jf.Plain()), (guess, chord))
@@ -123,7 +124,7 @@ class Scripted:
         self.residuals = iter(residuals)
         self.seen: list[Tensor] = []
 
-    def init_cache(self, z: Tensor, context: Tensor | None = None) -> None:
+    def init_cache(self, z: Tensor, context: jf.Context = NO_CONTEXT) -> None:
         return None
 
     def update(self, x: Tensor, z: Tensor, start: int, stop: int, cache: None) -> Tensor:

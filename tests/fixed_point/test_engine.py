@@ -147,8 +147,8 @@ def test_blocks_of_a_tarflow_are_swept_as_by_the_oracle(name: str) -> None:
             check(part, solver, solver.guess(part.z))
 
 
-def batched(runs: list[list[int]], size: int, length: int, slots: int) -> tuple[int, list[int]]:
-    """Tokens times samples, and the samples of each sweep, where these go through by `slots`.
+def batched(runs: list[list[int]], size: int, length: int, batch_size: int) -> tuple[int, list[int]]:
+    """Tokens times samples, and the samples of each sweep, where these go through by `batch_size`.
 
     `runs` has where each sample stands after each of its sweeps. Samples that have finished leave, and others take
     their places, once they are a quarter of the batch.
@@ -158,7 +158,7 @@ def batched(runs: list[list[int]], size: int, length: int, slots: int) -> tuple[
         done = sum(len(run) == 1 for run in batch)
         if done >= len(batch) / 4:
             batch = [run for run in batch if len(run) > 1]
-            while waiting and len(batch) < slots:
+            while waiting and len(batch) < batch_size:
                 batch.append(list(waiting.pop(0)))
         if not batch:
             continue
@@ -178,15 +178,15 @@ def test_each_sample_has_its_own_front(size: int | None, atol: float, chord: flo
     solver = jf.Solver(partition, stopping=jf.Tolerance(atol), correction=correction)
     parts = [echoes().of(slice(n, n + 1)) for n in range(7)]
     want = [expected(part, solver, part.z, keys=False) for part in parts]
-    for slots in (None, 1, 3, 6):
+    for batch_size in (None, 1, 3, 6):
         problem = echoes(keys=False, slack=atol)
-        solution = jf.solve(problem.block, problem.z, solver, problem.labels, slots)
+        solution = jf.solve(problem.block, problem.z, solver, problem.labels, batch_size=batch_size)
         for n, one in enumerate(want):
             assert error(solution.x[n : n + 1], one.x) < EXACT
         assert solution.sample_sweeps.tolist() == [one.sweeps for one in want]
         torch.testing.assert_close(solution.residual, torch.cat([one.residual for one in want]), rtol=1e-6, atol=EXACT)
         assert (solution.status == jf.Status.CONVERGED).all()
-        evaluations, samples = batched([one.fronts for one in want], size or 24, 24, slots or 7)
+        evaluations, samples = batched([one.fronts for one in want], size or 24, 24, batch_size or 7)
         assert [count for _, _, count in problem.block.calls] == samples
         assert solution.sweeps == solution.network_calls == len(samples)
         assert solution.token_evaluations == evaluations
@@ -279,10 +279,10 @@ def test_bf16_sweeps_come_first(count: int, made: int) -> None:
     fine = jf.Solver(jf.Segments(2), stopping=jf.MaxSweeps(2))
     halves = partial(fine.partition.stop, num_tokens=LENGTH)
     want = swept(lambda x: echo(x, z, strengths), low.x, halves, limits=[2] * LENGTH)
-    for slots in (None, 2):
-        solution = jf.solve(Lowered(echo), z, replace(fine, bf16_sweeps=count), strengths, slots)
+    for batch_size in (None, 2):
+        solution = jf.solve(Lowered(echo), z, replace(fine, bf16_sweeps=count), strengths, batch_size=batch_size)
         assert error(solution.x, want.x) < EXACT
-        turns = 4 // (slots or 4)
+        turns = 4 // (batch_size or 4)
         assert solution.sweeps == solution.network_calls == (made + want.sweeps) * turns
         assert solution.token_evaluations == low.evaluations + want.evaluations
         assert solution.sample_sweeps.tolist() == [made + want.sweeps] * 4

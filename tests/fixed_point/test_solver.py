@@ -61,7 +61,7 @@ def test_pieces_define_what_they_do() -> None:
         with pytest.raises(TypeError, match="abstract"):
             base()
     z, block = torch.ones(1, 2, 1), jf.load("digits-p1").blocks[0]
-    assert jf.Zeros.fit(z, z) is jf.Plain.fit(block, z, z, jf.Zeros(), None) is None
+    assert jf.Zeros.fit(z, z) is jf.Plain.fit(jf.Problem(block, z), z, jf.Zeros()) is None
 
 
 def test_rules_are_values_that_join() -> None:

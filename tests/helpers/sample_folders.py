@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.sampling.folder import sample as module
-from jacobiflow.sampling.sample import BlockStats, Samples
+from jacobiflow.sampling.folder import writer as module
+from jacobiflow.sampling.result import BlockStats, Samples
 
 PLAN = jf.Strategy.uniform(jf.Solver(jf.Window(4)), 1)
 MACHINE = {"device": "cpu", "threads": 1}
@@ -37,14 +37,16 @@ def run(
     labels = torch.arange(num) % 3 if isinstance(labels, str) else labels
     settings = {"strategy": "invented", "batch_size": 2, "shard_size": 4, **changed}
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* lost, since")
-        patch.setattr(module, "draw", draw or invented)
+        warnings.filterwarnings("ignore", ".* not finite, since")
+        patch.setattr(module, "sample_with_strategy", draw or invented)
         patch.setattr(module, "choose", lambda *_, **__: plan())
         patch.setattr(module, "describe_machine", lambda _: machine)
         return jf.sample_to_folder(flow or tiny_flow(), num, out, labels, **settings)
 
 
-def invented(flow: Any, plan: Any, latents: Tensor, labels: Tensor | None, *, progress: Any, **_: Any) -> Samples:
+def invented(
+    flow: Any, plan: Any, latents: Tensor, context: jf.Context, options: Any, outputs: Any, progress: Any
+) -> Samples:
     """The latents as images. Where the first number is above 1 the sample is lost, where the second is, resolved."""
     images, certificate = latents.reshape(-1, 1, 4, 4).clone(), latents[:, 0, 2].abs()
     lost, resolved = latents[:, 0, 0] > 1, latents[:, 0, 1] > 1
@@ -53,7 +55,7 @@ def invented(flow: Any, plan: Any, latents: Tensor, labels: Tensor | None, *, pr
     stats = BlockStats(5, 7, 70, 0.5, certificate, status, none, resolved)
     if progress is not None:
         progress(len(latents), len(latents), "sampling")
-    return Samples(images, latents, labels, None, (stats,), certificate, 1.0, None, 1.5, 0.25)
+    return Samples(images, latents, context.values, None, (stats,), certificate, 1.0, None, 1.5, 0.25)
 
 
 def pixels_in(folder: jf.SampleFolder) -> Any:

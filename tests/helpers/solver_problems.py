@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
+from jacobiflow.blocks.context import NO_CONTEXT
 from jacobiflow.blocks.guidance import guided
 from tests.helpers.oracle import Guide, Oracle, sequential
 from tests.helpers.problems import BlockProblem, latents, make_flow
@@ -39,8 +40,8 @@ class Watched:
         self.g, self.keys, self.slack = g, keys, slack
         self.calls: list[tuple[Any, int, int]] = []
 
-    def init_cache(self, z: Tensor, context: Tensor | None = None) -> Any:
-        return SimpleNamespace(fed=torch.full_like(z, torch.nan), context=context)
+    def init_cache(self, z: Tensor, context: jf.Context = NO_CONTEXT) -> Any:
+        return SimpleNamespace(fed=torch.full_like(z, torch.nan), context=context.values)
 
     def update(self, x: Tensor, z: Tensor, start: int, stop: int, cache: Any) -> Tensor:
         assert 0 <= start < stop <= z.shape[1], f"entries {start} to {stop}"
@@ -70,15 +71,15 @@ class WatchedFronts(Watched):
         self.calls.append((start.tolist(), end, len(x)))
         return self._read(x, z, start, size, cache)
 
-    def move(self, cache: Any, source: Tensor, target: Tensor, num: int) -> Any:
+    def move_rows(self, cache: Any, source: Tensor, target: Tensor, num: int) -> Any:
         for rows in filter(lambda rows: rows is not None, (cache.fed, cache.context)):
             rows[target] = rows[source]
         return SimpleNamespace(fed=cache.fed[:num], context=None if cache.context is None else cache.context[:num])
 
-    def refill(self, cache: Any, rows: Tensor, context: Tensor | None = None) -> None:
+    def reset_rows(self, cache: Any, rows: Tensor, context: jf.Context = NO_CONTEXT) -> None:
         cache.fed[rows] = torch.nan
-        if context is not None:
-            cache.context[rows] = context
+        if context.values is not None:
+            cache.context[rows] = context.values
 
 
 def problem_of(g: Map, z: Tensor, context: Tensor | None = None, fronts: bool = False, **watch: Any) -> BlockProblem:

@@ -53,7 +53,7 @@ def test_a_run_after_its_prefix_is_the_full_pass_of_the_oracle(data: st.DataObje
     for have, want in zip(block(x, labels), full, strict=True):
         torch.testing.assert_close(have, want, rtol=0, atol=1e-12)
     stops = sorted({*data.draw(st.lists(st.integers(1, length), max_size=6)), length})
-    cache = block.init_cache(x, labels)
+    cache = block.init_cache(x, jf.Context(labels))
     for start, stop in zip([0, *stops[:-1]], stops, strict=True):
         if data.draw(st.booleans()):  # what a run was swept with before is written over
             block.affine(torch.cat((x[:, : max(start - 1, 0)], wrong[:, max(start - 1, 0) :]), 1), start, stop, cache)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 import jacobiflow as jf
 from examples import captions
-from jacobiflow.blocks.base import evaluate
 from tests.helpers.oracle import Guide, StarOracle
 from tests.helpers.problems import latents, make_star, texts, to_float32
 
@@ -88,10 +87,10 @@ def test_no_entry_depends_on_later_tokens(guidance: jf.Guidance | None) -> None:
     block, z = flow.guided(guidance).inverse_blocks[-1], latents(make_star(), 2).float()
 
     def entries(x: Tensor) -> list[Tensor]:
-        cache = block.init_cache(z, rows)
+        cache = block.init_cache(z, jf.Context(rows))
         runs = [block.update(x, z, *run, cache) for run in ((0, 3), (3, 9))]
         at = block.update_at(x, z, torch.tensor([0, 0]), 9, 9, cache)
-        return [evaluate(block, x, z, rows)[0], torch.cat(runs, dim=1), at]
+        return [jf.Problem(block, z, jf.Context(rows)).evaluate(x)[0], torch.cat(runs, dim=1), at]
 
     with torch.no_grad():
         for value in (1e5, 3e38, torch.inf, torch.nan):
@@ -209,5 +208,5 @@ def test_trained_weights_follow_their_captions() -> None:
     assert light.mean() > dark.mean() + 0.3
     few = draw | {"num": 4, "context": prompts[:4]}
     swept = jf.sample(flow, strategy="window:32", tolerance=1e-4, **few)
-    assert (swept.certificate <= 1e-4).all()
+    assert (swept.residual <= 1e-4).all()
     assert (swept.images - jf.sample(flow, strategy="sequential", **few).images).abs().max() < 0.02

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.blocks.base import AttentionContext, evaluate, put_run, run_of
 from jacobiflow.blocks.guidance import guided
+from jacobiflow.blocks.tokens import gather_run, scatter_run
 from tests.helpers.oracle import Oracle
 from tests.helpers.problems import latents, make_flow
 
@@ -45,7 +45,7 @@ def test_a_run_after_its_prefix_is_the_full_pass(data: st.DataObject) -> None:
     full = Oracle(flow).parameters(i, x, labels, 1.0 if temperature is None else temperature.view(-1, 1, 1, 1))
     copied = x.clone()
     stops = sorted({*data.draw(st.lists(st.integers(1, length), max_size=5)), length})
-    cache = block.init_cache(x, labels if temperature is None else AttentionContext(labels, temperature))
+    cache = block.init_cache(x, jf.Context(labels, temperature))
     with torch.no_grad():
         for start, stop in zip([0, *stops[:-1]], stops, strict=True):
             if data.draw(st.booleans()):  # values of an earlier sweep are written over
@@ -54,7 +54,7 @@ def test_a_run_after_its_prefix_is_the_full_pass(data: st.DataObject) -> None:
             close(block.affine(x, start, stop, cache), [p[:, start:stop] for p in full])
         starts = data.draw(st.lists(st.integers(0, length - 3), min_size=2, max_size=2))
         rows = torch.tensor([3, 1])
-        cache = block.move(cache, torch.tensor([3]), torch.tensor([0]), 2)
+        cache = block.move_rows(cache, torch.tensor([3]), torch.tensor([0]), 2)
         run = block.affine_at(x[rows], torch.tensor(starts), 3, max(starts) + 3, cache)
     close(run, [torch.stack([p[n, a : a + 3] for n, a in zip([3, 1], starts, strict=True)]) for p in full])
     assert torch.equal(x, copied)
@@ -64,10 +64,10 @@ def test_runs_are_read_and_written_at_the_start_of_each_sample() -> None:
     x, starts = torch.arange(1, 25).view(3, 4, 2), [0, 2, 1]
     for start, firsts in ((torch.tensor(starts), starts), (1, [1, 1, 1])):
         run = torch.stack([x[b, first : first + 2] for b, first in enumerate(firsts)])
-        assert torch.equal(run_of(x, start, 2), run)
+        assert torch.equal(gather_run(x, start, 2), run)
         changed = x.clone()
-        put_run(changed, -run, start)
-        assert torch.equal(run_of(changed, start, 2), -run)
+        scatter_run(changed, -run, start)
+        assert torch.equal(gather_run(changed, start, 2), -run)
         assert (changed < 0).sum() == run.numel()
 
 
@@ -76,7 +76,7 @@ def test_a_large_batch_is_as_each_of_its_samples() -> None:
     flow = make_flow(**FLOWS[0])
     x, labels = latents(flow, 800), torch.arange(800) % 3
     block = flow.blocks[1]
-    whole = block.affine(x, 0, 9, block.init_cache(x, labels))
+    whole = block.affine(x, 0, 9, block.init_cache(x, jf.Context(labels)))
     few = torch.tensor([0, 354, 355, 356, 711, 799])
     close([p[few] for p in whole], Oracle(flow).parameters(1, x[few], labels[few]))
     close([p[few] for p in block(x, labels)], [p[few] for p in whole])
@@ -85,7 +85,7 @@ def test_a_large_batch_is_as_each_of_its_samples() -> None:
 def test_a_lowered_cache_runs_the_network_in_bfloat16() -> None:
     flow = make_flow(**FLOWS[0])
     x, block = latents(flow, 4), flow.blocks[0]
-    cache = block.init_cache(x, LABELS)
+    cache = block.init_cache(x, jf.Context(LABELS))
     full, low = (block.affine(x, 0, 9, c) for c in (cache, block.to_bf16(cache)))
     for exact, rounded in zip(full, low, strict=True):
         assert rounded.dtype == torch.float64
@@ -104,10 +104,10 @@ def test_no_entry_depends_on_later_tokens(dtype: torch.dtype, guidance: jf.Guida
 
     def entries(x: Tensor) -> list[tuple[Tensor, int]]:
         """By all calls that give them, each with the entry that it begins at."""
-        cache = block.init_cache(z, rows)
+        cache = block.init_cache(z, jf.Context(rows))
         first, second = (block.update(x, z, *run, cache) for run in ((0, 11), (11, 25)))
         at = block.update_at(x, z, torch.full((3,), 11), 14, 25, cache)
-        whole = evaluate(block, x, z, rows)[0], block.update(x, z, 0, 25, cache)
+        whole = jf.Problem(block, z, jf.Context(rows)).evaluate(x)[0], block.update(x, z, 0, 25, cache)
         return [(first, 0), (second, 11), (at, 11), (whole[0], 0), (whole[1], 0)]
 
     with torch.no_grad():

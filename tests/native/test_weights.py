@@ -50,7 +50,7 @@ def rounded(flow: Any, dtype: torch.dtype) -> Any:
 
 def invert(case: Case, flow: Any, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     with threads(case.threads):
-        answer = case.block(flow).exact_inverse(case.z(flow).to(dtype), case.context())
+        answer = case.block(flow).sequential_inverse(case.z(flow).to(dtype), jf.Context(case.context()))
     assert answer is not None
     return answer
 
@@ -120,7 +120,7 @@ def test_weights_rounded_to_integers(name: str, stored: set[Any]) -> None:
     flow = case.flow()
     block, z = case.block(flow), case.z(flow)
     with threads(case.threads):
-        x, _ = block.rounded_inverse(z, case.context())
+        x, _ = block.sequential_inverse(z, jf.Context(case.context()), int16_weights=True)
     assert stored == {(torch.int16, True)}
     integers = deepcopy(flow)
     for layer in integers.blocks[1].attn_blocks:
@@ -137,13 +137,15 @@ def test_nothing_to_round(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["heads of 32"]
     flow = case.flow()
     block, z, labels = case.block(flow), case.z(flow), case.context()
-    assert block.rounded_inverse(z, labels) is not None
+    assert block.sequential_inverse(z, jf.Context(labels), int16_weights=True) is not None
     for other in (*(rounded(case.flow(), dtype) for dtype in HALVES), case.flow().bfloat16()):
-        assert case.block(other).rounded_inverse(z, labels) is None
-    assert case.block(case.flow().double()).rounded_inverse(z.double(), labels) is None
+        assert case.block(other).sequential_inverse(z, jf.Context(labels), int16_weights=True) is None
+    assert (
+        case.block(case.flow().double()).sequential_inverse(z.double(), jf.Context(labels), int16_weights=True) is None
+    )
     for value in (torch.nan, torch.inf):
         flow.blocks[1].attn_blocks[0].mlp.main[2].weight.data[3, 5] = value
-        assert block.rounded_inverse(z, labels) is None
+        assert block.sequential_inverse(z, jf.Context(labels), int16_weights=True) is None
 
 
 def test_rows_of_zeros_and_of_subnormal_numbers() -> None:
@@ -155,7 +157,7 @@ def test_rows_of_zeros_and_of_subnormal_numbers() -> None:
             layer.mlp.main[0].weight[2] = 0
             layer.mlp.main[0].weight[3] *= 1e-40
             layer.attention.qkv.weight[5] *= 1e-43
-    x, _ = block.rounded_inverse(z, case.context())
+    x, _ = block.sequential_inverse(z, jf.Context(case.context()), int16_weights=True)
     assert relative_error(x, case.answer(flow, z)) < 1e-2
 
 
@@ -175,7 +177,7 @@ def test_trained_flows(model: str, stored: set[Any]) -> None:
     """Bundled weights are numbers of float16. Others, rounded, leave residuals below a fifth of a tolerance of 1e-3."""
     flow, labels = jf.load(model), torch.tensor([3, -1])
     z = latents(flow, 2) * flow.var.sqrt()
-    flow.blocks[-1].exact_inverse(flow.blocks[-1].permutation(z), labels)
+    flow.blocks[-1].sequential_inverse(flow.blocks[-1].permutation(z), jf.Context(labels))
     assert stored == {(torch.float16, True)}
     generator = torch.Generator().manual_seed(0)
     for parameter in flow.parameters():
@@ -184,6 +186,6 @@ def test_trained_flows(model: str, stored: set[Any]) -> None:
         block = flow.blocks[i]
         z = block.permutation(z)
         with threads(2):
-            x, _ = block.rounded_inverse(z, labels)
+            x, _ = block.sequential_inverse(z, jf.Context(labels), int16_weights=True)
         assert (jf.certify(block, z, x, labels) < 2e-4).all()
         z = block.permutation.inverse(x)

@@ -43,9 +43,16 @@ class Track:
         monkeypatch.setattr(race_module, "solve_certified", self._solve)
 
     def _solve(
-        self, block: str, z: Any, solver: jf.Solver, labels: Any, slots: int, tolerance: float, time_limit: float | None
+        self,
+        block: str,
+        z: Any,
+        solver: jf.Solver,
+        labels: Any,
+        batch_size: int,
+        tolerance: float,
+        time_limit: float | None,
     ) -> Any:
-        assert (block, slots, tolerance) == ("block", self.race.batch_size, 1e-3)
+        assert (block, batch_size, tolerance) == ("block", self.race.batch_size, 1e-3)
         self.runs.append(name_of(solver))
         seconds = self.seconds[name_of(solver)].pop(0)
         limit = math.inf if time_limit is None else time_limit
@@ -166,7 +173,7 @@ def test_the_exact_loop_and_an_evaluation_are_timed(monkeypatch: pytest.MonkeyPa
     """A long call once, a short one six times or until half a second is over; bfloat16 by sweeps of four samples."""
     machine = Machine(1.0, 0.01, low=0.25)
     block = machine.carry(small(), monkeypatch).blocks[1]
-    exact = time_exact(block, Z, LABELS)
+    exact = time_exact(block, Z, jf.Context(LABELS))
     loop, evaluation, sweep = (
         machine.seconds(6, *[1] * TOKENS), machine.seconds(6, TOKENS), machine.seconds(4, TOKENS)
     )  # fmt: skip
@@ -176,7 +183,7 @@ def test_the_exact_loop_and_an_evaluation_are_timed(monkeypatch: pytest.MonkeyPa
     assert Exact(1.0, 0.1, math.inf, 0.0).least_iteration == pytest.approx(0.5)
     for call, number in ((0.01, 4), (0.001, 6)):
         machine = Machine(call, low=0.25)
-        exact = time_exact(machine.carry(small(), monkeypatch).blocks[1], Z, LABELS, bf16=False)
+        exact = time_exact(machine.carry(small(), monkeypatch).blocks[1], Z, jf.Context(LABELS), bf16=False)
         assert machine.now == pytest.approx(number * exact.loop + 6 * exact.evaluation)
         assert exact.bf16 == math.inf
 
@@ -186,7 +193,7 @@ def test_bfloat16_is_tried_if_it_can_pay(monkeypatch: pytest.MonkeyPatch) -> Non
     few = 32 / 13  # seconds of a call for which 16 tokens one by one take three times as long as at once
     for call, low, pays in ((9.0, 0.7, True), (9.0, 0.9, False), (few - 0.01, 0.1, False), (few + 0.01, 0.1, True)):
         block = Machine(call, 0.25, low=low).carry(small(), monkeypatch).blocks[1]
-        assert math.isfinite(time_exact(block, Z[:4], LABELS[:4]).bf16) == pays
+        assert math.isfinite(time_exact(block, Z[:4], jf.Context(LABELS[:4])).bf16) == pays
 
 
 @jf.register_piece("quarters")
@@ -223,11 +230,11 @@ def test_candidates_are_of_every_partition_with_the_fitted_pieces() -> None:
 def test_a_winner_has_its_certified_answer_and_its_real_time(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(1.0, 0.01)
     block = machine.carry(small(), monkeypatch).blocks[1]
-    exact = time_exact(block, Z[:batch_size], LABELS[:batch_size])
+    exact = time_exact(block, Z[:batch_size], jf.Context(LABELS[:batch_size]))
     winner = Race(exact, batch_size, 1e-3, time_limit=1e9).run(block, Z[:4], LABELS[:4], [WHOLE, SHORT])
     assert winner is not None
     began = machine.now
-    found = jf.solve_certified(block, Z[:4], winner.solver, LABELS[:4], slots=batch_size, tolerance=1e-3)
+    found = jf.solve_certified(block, Z[:4], winner.solver, LABELS[:4], batch_size=batch_size, tolerance=1e-3)
     assert winner.seconds == pytest.approx(machine.now - began)
     assert found.residual.max() <= 1e-3
     assert torch.equal(found.x, winner.x)

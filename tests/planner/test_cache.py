@@ -95,8 +95,8 @@ def test_a_plan_is_for_batches_of_its_size_or_less() -> None:
         assert choose(small(), planned(), batch_size, tolerance=1e-3) == planned()
     assert choose(small().guided(GUIDANCE), planned(guidance=GUIDANCE), 16) == planned()
     drawn = draw(small(), planned(), 10)
-    assert drawn.certificate is not None
-    assert drawn.certificate.max() <= 1e-3
+    assert drawn.residual is not None
+    assert drawn.residual.max() <= 1e-3
 
 
 # --------------------------------------------------------------------------------------------------------- "auto"
@@ -288,6 +288,6 @@ def test_real_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SWITCH, "0")
     flow = jf.load("digits-p1")
     drawn, exact = draw(flow, "auto", 1, tolerance=1e-2), draw(flow, "sequential", 1)
-    assert drawn.certificate is not None
-    assert drawn.certificate.max() <= 1e-2
+    assert drawn.residual is not None
+    assert drawn.residual.max() <= 1e-2
     assert (drawn.images - exact.images).abs().max() <= 3e-2

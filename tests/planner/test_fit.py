@@ -28,7 +28,7 @@ def total_sweeps(flow: jf.TarFlow, tuning: jf.Tuning | None) -> int:
         sweeps += int(found.sample_sweeps.sum())
         return found.x
 
-    flow.invert(flow.prior_tokens(draw_latents(4, 16, 4, seed=7)), solve)
+    flow.map_blocks_reversed(flow.prior_tokens(draw_latents(4, 16, 4, seed=7)), solve)
     return sweeps
 
 

@@ -52,8 +52,8 @@ def test_a_plan_is_within_the_tolerance_and_faster_than_others(
         return machine.now - began, drawn
 
     (taken, planned), (loop, exact) = seconds(plan), seconds("sequential")
-    assert planned.certificate is not None
-    assert planned.certificate.max() <= 2e-3
+    assert planned.residual is not None
+    assert planned.residual.max() <= 2e-3
     assert (planned.images - exact.images).abs().max() <= 4e-3
     assert made.sequential_seconds == pytest.approx(loop)
     assert is_loop(*plan.solvers) == (name == "dear tokens")
@@ -285,8 +285,8 @@ def test_a_tolerance_below_the_network_s_rounding_is_raised_to_it(monkeypatch: p
     flow, wide = machine.carry(copy.deepcopy(small()).bfloat16(), monkeypatch), machine.carry(small(), monkeypatch)
     z = draw_latents(4, TOKENS, 4, start=FIRST_CALIBRATION_LATENT)
     floor, exact = PLAN.rounding_floor(flow), draw(flow, "sequential", z, certify="always")
-    assert exact.certificate is not None
-    assert float(exact.certificate.max()) <= floor < 0.2
+    assert exact.residual is not None
+    assert float(exact.residual.max()) <= floor < 0.2
     if floor == 0:
         pytest.skip("this processor computes a token in bfloat16 alike in every pass")
     with pytest.warns(

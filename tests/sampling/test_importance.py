@@ -76,7 +76,7 @@ def test_samples_that_are_not_from_the_density_have_no_weights() -> None:
     refused = {
         "not certified, since the strategy stops": jf.sample(flow(), 4, strategy="jacobi-1"),
         "not certified, since certificates were turned off": jf.sample(flow(), 4, strategy="jacobi", certify=False),
-        "1 lost": jf.sample(flow(), latents=lost),
+        "1 not finite": jf.sample(flow(), latents=lost),
         "1 above the tolerance": replace(samples, stats=(replace(block, status=status),)),
         "without densities": replace(samples, log_prob=None),
     }

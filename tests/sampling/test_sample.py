@@ -19,7 +19,7 @@ import jacobiflow as jf
 from examples.captions import load as load_star
 from jacobiflow.data import load_images
 from jacobiflow.models.latents import draw_latents
-from jacobiflow.sampling.sample import SENSITIVITY_BOUND
+from jacobiflow.sampling.result import SENSITIVITY_BOUND
 from tests.helpers.oracle import Guide, Oracle
 from tests.helpers.problems import latents, make_flow, to_float32
 
@@ -72,7 +72,7 @@ def test_samples_are_the_oracle_s(name: str, guide: Guide | None, strategy: str)
     out = sample(flow.guided(as_guidance(guide)), latents=z, labels=labels, strategy=strategy, tolerance=1e-12)
     assert (out.images - answer(name, guide)).abs().max() < SOLVED
     assert (out.status == jf.Status.CONVERGED).all()
-    assert (out.certificate <= 1e-12).all()
+    assert (out.residual <= 1e-12).all()
     if guide is None:
         assert (flow.encode(out.images, labels)[0] - z).abs().max() < SOLVED
 
@@ -118,17 +118,22 @@ def test_the_certificate_is_the_largest_residual_of_any_block(strategy: str) -> 
     flow, guide = make_flow(**CLASSES), ANNEALED
     reference, labels, z = Oracle(flow), some_labels(flow), latents(flow, 4)
     out = sample(
-        flow.guided(as_guidance(guide)), latents=z, labels=labels, strategy=strategy, return_trace=True, batch_size=3
+        flow.guided(as_guidance(guide)),
+        latents=z,
+        labels=labels,
+        strategy=strategy,
+        return_intermediates=True,
+        batch_size=3,
     )
-    assert len(out.trace) == 4
-    assert torch.equal(out.trace[-1], out.images)
-    torch.testing.assert_close(reference.patches(out.trace[0]), z * reference.var.sqrt())
+    assert len(out.intermediates) == 4
+    assert torch.equal(out.intermediates[-1], out.images)
+    torch.testing.assert_close(reference.patches(out.intermediates[0]), z * reference.var.sqrt())
     residuals = []
     for step, i in enumerate(reversed(range(3))):
-        at, x = (reference.flip(i, reference.patches(out.trace[step + k])) for k in (0, 1))
+        at, x = (reference.flip(i, reference.patches(out.intermediates[step + k])) for k in (0, 1))
         residuals.append((reference.g(i, x, at, labels, guide) - x).abs().amax(dim=(1, 2)))
         torch.testing.assert_close(out.stats[i].residual, residuals[-1], rtol=1e-6, atol=1e-12)
-    torch.testing.assert_close(out.certificate, torch.stack(residuals).amax(dim=0), rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(out.residual, torch.stack(residuals).amax(dim=0), rtol=1e-6, atol=1e-12)
 
 
 def test_the_trace_ends_with_the_denoised_images() -> None:
@@ -139,13 +144,13 @@ def test_the_trace_ends_with_the_denoised_images() -> None:
         latents=latents(flow, 4),
         labels=labels,
         settings=jf.SamplingSettings(denoise=0.5),
-        return_trace=True,
+        return_intermediates=True,
         batch_size=3,
     )
-    assert len(out.trace) == 3 + 2
-    assert torch.equal(out.trace[-1], out.images)
-    torch.testing.assert_close(out.images, jf.denoise(flow, out.trace[-2], labels, 0.5), rtol=0, atol=EXACT)
-    assert (out.trace[-1] - out.trace[-2]).abs().max() > 1e-4
+    assert len(out.intermediates) == 3 + 2
+    assert torch.equal(out.intermediates[-1], out.images)
+    torch.testing.assert_close(out.images, jf.denoise(flow, out.intermediates[-2], labels, 0.5), rtol=0, atol=EXACT)
+    assert (out.intermediates[-1] - out.intermediates[-2]).abs().max() > 1e-4
     assert out.seconds > 0 < out.denoise_seconds
 
 
@@ -160,7 +165,7 @@ def test_statistics_add_up() -> None:
         assert block.sweeps == block.network_calls == block.token_evaluations == 33 * 9
         assert block.status.shape == block.residual.shape == block.used_fallback.shape == (33,)
     assert out.network_calls == out.token_evaluations == 2 * 33 * 9
-    assert out.certificate is out.trace is None
+    assert out.residual is out.intermediates is None
     assert calls == [(k, 6, "sampling") for k in range(1, 7)]  # three groups of up to 16 batches, two blocks
     certified = sample(flow, num=33, strategy="sequential", batch_size=2, certify="always")
     assert certified.network_calls == 2 * (17 * 9 + 17)
@@ -173,14 +178,14 @@ def test_samples_that_are_solved_token_by_token_are_exact() -> None:
     exact, measured = (sample(flow, num=3, strategy="sequential", certify=certify) for certify in (True, "always"))
     assert torch.equal(exact.images, measured.images)
     assert exact.exact.all() and measured.exact.all()
-    assert (exact.certificate == 0).all()
-    assert (measured.certificate > 0).any() and measured.certificate.max() < EXACT
+    assert (exact.residual == 0).all()
+    assert (measured.residual > 0).any() and measured.residual.max() < EXACT
     assert measured.network_calls == exact.network_calls + 3
     mixed = jf.Strategy((jf.Solver(jf.Sequential()), jf.Solver(), jf.Solver(jf.Sequential())))
     out = sample(flow, num=3, strategy=mixed)
     assert [bool(block.exact.all()) for block in out.stats] == [True, False, True]
     assert not out.exact.any()
-    assert torch.equal(out.certificate, out.stats[1].residual)
+    assert torch.equal(out.residual, out.stats[1].residual)
 
 
 # ------------------------------------------------------------------------------------------------ seeds and batches
@@ -205,7 +210,7 @@ def test_batches_change_rounding_only(strategy: str) -> None:
         out = sample(flow, batch_size=batch_size, **draw)
         assert torch.equal(out.latents, whole.latents)
         assert (out.images - whole.images).abs().max() < SOLVED
-        torch.testing.assert_close(out.certificate, whole.certificate, rtol=1e-6, atol=1e-11)
+        torch.testing.assert_close(out.residual, whole.residual, rtol=1e-6, atol=1e-11)
 
 
 def test_inputs_and_weights_stay_and_images_have_no_history() -> None:
@@ -247,20 +252,20 @@ def test_an_image_that_overflows_exactly_is_nan_with_a_warning(strategy: str, na
     flow = to_float32(make_flow(**FLOWS[name]))
     z, denoise = latents(flow, 3), 1.0 if flow.config.noise_std else 0.0
     z[1] = 3.4e38
-    with pytest.warns(UserWarning, match=r"^3 samples: .*1 lost, since the exact inverse overflows"):
+    with pytest.warns(UserWarning, match=r"^3 samples: .*1 not finite, since the exact inverse overflows"):
         out = sample(
             flow,
             latents=z,
             strategy=strategy,
             settings=jf.SamplingSettings(denoise=denoise),
-            return_trace=True,
+            return_intermediates=True,
             batch_size=2,
         )
     assert out.images[1].isnan().all()
-    assert out.trace[-1][1].isnan().all()
-    assert (out.status == jf.Status.NONFINITE).tolist() == out.certificate.isinf().tolist() == [False, True, False]
+    assert out.intermediates[-1][1].isnan().all()
+    assert (out.status == jf.Status.NONFINITE).tolist() == out.residual.isinf().tolist() == [False, True, False]
     first = [block.status[1] == jf.Status.NONFINITE for block in out.stats]
-    assert first == sorted(first, reverse=True)  # blocks are in encoding order: once lost, it stays lost
+    assert first == sorted(first, reverse=True)  # blocks are in encoding order: once not finite, it stays so
     for block in out.stats:
         assert torch.equal(block.residual.isinf(), block.status == jf.Status.NONFINITE)
     with warnings.catch_warnings():
@@ -337,7 +342,7 @@ def test_certified_and_exact_samples_are_counted_without_a_warning() -> None:
 
 
 def test_samples_of_a_number_of_sweeps_are_not_certified() -> None:
-    largest = float(jf.sample(make_flow(), 4, strategy="[1-4-1-2]").certificate.max())
+    largest = float(jf.sample(make_flow(), 4, strategy="[1-4-1-2]").residual.max())
     text = (
         "4 samples: not certified, since the strategy stops after a fixed number of sweeps; the largest residual is "
         f"{largest:.1e}"
@@ -350,7 +355,7 @@ def test_samples_above_the_tolerance_are_named_with_the_reason() -> None:
     text, caught = outcome(flow, labels=labels, strategy="window:8", tolerance=1e-4)
     assert caught == [text]
     samples = jf.sample(flow, 4, labels, strategy="window:8", tolerance=1e-4)
-    num, largest = int((samples.certificate > 1e-4).sum()), float(samples.certificate.max())
+    num, largest = int((samples.residual > 1e-4).sum()), float(samples.residual.max())
     assert f"; {num} above the tolerance, up to {largest:.1e}, by the rounding of the network" in text
 
 
@@ -373,7 +378,7 @@ def test_sensitivity_is_near_the_error_beside_float64_and_names_the_samples_abov
         is_sensitive = error > SENSITIVITY_BOUND
         assert torch.equal(out.sensitivity > SENSITIVITY_BOUND, is_sensitive)
         num = int(is_sensitive.sum())
-        assert out.outcome.sensitive == num and (num > 0) == bool(caught)
+        assert out.outcome.num_sensitive == num and (num > 0) == bool(caught)
         ratios.append(out.sensitivity / error)
     text = f"; {num} of 16 samples amplify float32 rounding above 0.01: use float64"
     assert num and text in str(caught[0].message)
@@ -390,7 +395,7 @@ def test_sensitivity_leaves_samples_as_they_are(dtype: str, size: float) -> None
     )
     assert torch.equal(plain.x, measured.x)
     assert plain.network_calls == measured.network_calls
-    assert plain.sensitivity is plain.outcome.sensitivity is plain.outcome.sensitive is None
+    assert plain.sensitivity is plain.outcome.sensitivity is plain.outcome.num_sensitive is None
     assert ((measured.sensitivity > size / 30) & (measured.sensitivity < size * 30)).all()
     alone = jf.sample(flow, labels=labels[3:], latents=measured.latents[3:], strategy="sequential", sensitivity=True)
     torch.testing.assert_close(alone.sensitivity, measured.sensitivity[3:], rtol=3.0, atol=0)
@@ -399,10 +404,10 @@ def test_sensitivity_leaves_samples_as_they_are(dtype: str, size: float) -> None
 def test_a_sample_is_lost_or_sensitive_if_a_solve_overflows() -> None:
     flow, z = to_float32(make_flow()), latents(make_flow(), 3)
     z[1] = 3.4e38
-    with pytest.warns(UserWarning, match="1 lost"):
+    with pytest.warns(UserWarning, match="1 not finite"):
         out = sample(flow, latents=z, sensitivity=True)
     assert out.sensitivity.isinf().tolist() == [False, True, False]
-    assert out.outcome.sensitive == 0 and 0 < out.outcome.sensitivity < 1e-3
+    assert out.outcome.num_sensitive == 0 and 0 < out.outcome.sensitivity < 1e-3
     other = replace(out, stats=sample(flow, latents=z[[0, 0, 2]]).stats, dtype="float64")
     assert str(other.outcome).endswith("; 1 of 3 samples amplify float64 rounding above 0.01")
 
@@ -443,7 +448,7 @@ def test_samples_are_saved_and_shown(tmp_path: Path) -> None:
     )
     out.save(tmp_path / "new" / "folder")
     with np.load(tmp_path / "new" / "folder" / "samples.npz") as arrays:
-        assert set(arrays) == {"x", "latents", "labels", "certificate", "status", "exact"}
+        assert set(arrays) == {"x", "latents", "labels", "residual", "status", "exact"}
         assert np.array_equal(arrays["x"], out.images) and np.array_equal(arrays["labels"], labels)
     sheet = np.asarray(out.grid())
     for i in range(2):

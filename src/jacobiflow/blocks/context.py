@@ -1,4 +1,4 @@
-"""What the rows of a batch are conditioned on."""
+"""The context of the rows of a batch: what they are conditioned on."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from jacobiflow.errors import InputValueError
+from jacobiflow.utils.checks import FLOATS, check_kind, format_value
+
 
 @dataclass(frozen=True)
 class Context:
-    """The context of a batch: labels, numbers, the states of texts, or nothing.
+    """The context of a batch: labels, numbers, states of texts, or nothing.
 
     Attributes:
-        values: A row for each sample: labels (B,), numbers (B, K) or (B, T, K), or states of texts. `None` without a
-            context.
-        temperature: Divides the attention logits of each row, for a guided block with attention. `None` stands for 1.
+        values: A row for each sample: labels (B,), numbers (B, K) or (B, T, K), or states of texts (B, L, K). `None`
+            without a context.
+        temperature: Divides the attention logits of each row, under guidance. `None` if all are 1.
 
     Example:
-        >>> from jacobiflow.blocks.context import Context
-        >>> Context(torch.tensor([3, 7]))[1:].values, Context()[1:].values
+        >>> context = Context(torch.tensor([3, 7]))
+        >>> context[1:].values, Context()[1:].values
         (tensor([7]), None)
     """
 
@@ -31,32 +34,50 @@ class Context:
 
     @classmethod
     def of(cls, values: Tensor | Context | None) -> Context:
-        """Returns a context as it is, and values as the context that has them."""
+        """Returns the context with these values; a context is returned as it is."""
         return values if isinstance(values, Context) else cls(values)
 
     def __getitem__(self, rows: Any) -> Context:
-        """Returns the context of some rows, by a slice, a mask or indices."""
+        """Returns the context of some rows: a slice, a mask or indices."""
         return self.map(lambda tensor: tensor[rows])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Context:
-        """Returns the context with `change` applied to each tensor that it has."""
-        values, temperature = (None if each is None else change(each) for each in (self.values, self.temperature))
-        return Context(values, temperature)
+        """Returns the context with `change` applied to each of its tensors."""
+        values = None if self.values is None else change(self.values)
+        return Context(values, None if self.temperature is None else change(self.temperature))
 
     def to(self, device: torch.device) -> Context:
         """Returns the context on a device."""
         return self.map(lambda tensor: tensor.to(device))
 
-    def with_unconditional(self, unconditional: Callable[[Tensor], Tensor], temperature: float, z: Tensor) -> Context:
-        """Returns the context of two rows for each sample of `z`: its own, and an unconditional one after it.
+    def clone(self) -> Context:
+        """Returns a copy, whose rows may be overwritten."""
+        return self.map(torch.clone)
 
-        `unconditional` gives the values of the second rows for those of the first. Their temperature is `temperature`.
+    def with_unconditional(
+        self, unconditional: Callable[[Tensor], Tensor], temperature: float, num: int, like: Tensor
+    ) -> Context:
+        """Returns the context of two rows for each of `num` samples: its own row, then the unconditional one.
+
+        `unconditional` returns the values of the unconditional rows beside given ones. `temperature` is that of the
+        unconditional rows, in the dtype and on the device of `like`.
         """
         values, temperatures = self.values, None
         if values is not None:
             values = torch.stack((values, unconditional(values)), dim=1).flatten(0, 1)
         if temperature != 1:
-            temperatures = z.new_ones(len(z), 2)
+            temperatures = like.new_ones(num, 2)
             temperatures[:, 1] = temperature
             temperatures = temperatures.flatten()
         return Context(values, temperatures)
+
+
+NO_CONTEXT = Context()
+
+
+def check_numbers(context: Any, num_tokens: int, channels: int) -> None:
+    """Checks that a context is numbers (B, K) or (B, T, K)."""
+    give = f"floating-point numbers (B, {channels}), or (B, {num_tokens}, {channels}) with a row for each token"
+    check_kind("context", context, Tensor, give)
+    if context.dtype not in FLOATS or tuple(context.shape[1:]) not in ((channels,), (num_tokens, channels)):
+        raise InputValueError(f"context={format_value(context)}: give {give}")

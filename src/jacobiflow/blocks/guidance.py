@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.blocks.base import AffineBlock, AttentionContext, ScaleShift, Tokens
+from jacobiflow.blocks.base import AffineBlock, ScaleShift, TokensLogDet
+from jacobiflow.blocks.context import NO_CONTEXT, Context
+from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError
 from jacobiflow.utils.checks import (
     check_choice,
@@ -148,7 +150,7 @@ class GuidedBlock(AffineBlock):
         self.inference_safe, self.has_bf16 = block.inference_safe, block.has_bf16
         self.has_inverse_gradients = block.has_inverse_gradients
 
-    def init_cache(self, z: Tokens, context: Int[Tensor, " b"] | None = None) -> GuidedCache:
+    def init_cache(self, z: Tokens, context: Context = NO_CONTEXT) -> GuidedCache:
         return GuidedCache(self.block.init_cache(_twice(z), self._both(context, len(z), z)), self._weights(z))
 
     def affine(self, x: Tokens, start: int, stop: int, cache: GuidedCache) -> ScaleShift:
@@ -159,41 +161,32 @@ class GuidedBlock(AffineBlock):
         both = self.block.affine_at(_twice(x), _twice(start), size, end, cache.inner)
         return self._combine(both, cache.weights, start.view(-1, 1) + torch.arange(size, device=x.device))
 
-    def affine_whole(self, x: Tokens, context: Int[Tensor, " b"] | None = None) -> ScaleShift:
+    def affine_whole(self, x: Tokens, context: Context = NO_CONTEXT) -> ScaleShift:
         both = self.block.affine_whole(_twice(x), self._both(context, len(x), x))
         return self._combine(both, self._weights(x), slice(None))
 
-    def move(self, cache: GuidedCache, source: Int[Tensor, " m"], target: Int[Tensor, " m"], num: int) -> GuidedCache:
-        return cache._replace(inner=self.block.move(cache.inner, _rows_of(source), _rows_of(target), 2 * num))
+    def move_rows(
+        self, cache: GuidedCache, source: Int[Tensor, " m"], target: Int[Tensor, " m"], num: int
+    ) -> GuidedCache:
+        return cache._replace(inner=self.block.move_rows(cache.inner, _rows_of(source), _rows_of(target), 2 * num))
 
-    def refill(self, cache: GuidedCache, rows: Int[Tensor, " m"], context: Int[Tensor, " m"] | None = None) -> None:
-        self.block.refill(cache.inner, _rows_of(rows), self._both(context, len(rows), cache.weights[0]))
+    def reset_rows(self, cache: GuidedCache, rows: Int[Tensor, " m"], context: Context = NO_CONTEXT) -> None:
+        self.block.reset_rows(cache.inner, _rows_of(rows), self._both(context, len(rows), cache.weights[0]))
 
     def to_bf16(self, cache: GuidedCache) -> GuidedCache:
         return cache._replace(inner=self.block.to_bf16(cache.inner))
 
-    def exact_inverse(
-        self, z: Tokens, context: Int[Tensor, " b"] | None = None, guidance: Guidance | None = None
-    ) -> tuple[Tokens, Float[Tensor, " b"]] | None:
-        return self.block.exact_inverse(z, context, self.guidance)
-
-    def rounded_inverse(
-        self, z: Tokens, context: Int[Tensor, " b"] | None = None, guidance: Guidance | None = None
-    ) -> tuple[Tokens, Float[Tensor, " b"]] | None:
-        return self.block.rounded_inverse(z, context, self.guidance)
+    def sequential_inverse(
+        self, z: Tokens, context: Context = NO_CONTEXT, guidance: Any = None, int16_weights: bool = False
+    ) -> TokensLogDet | None:
+        return self.block.sequential_inverse(z, context, self.guidance, int16_weights)
 
     def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:
         return self.block.output_weights()
 
-    def _both(self, context: Tensor | None, num: int, like: Tensor) -> Tensor | AttentionContext | None:
+    def _both(self, context: Context, num: int, like: Tensor) -> Context:
         """The context of both rows of `num` samples."""
-        if context is not None:
-            context = torch.stack((context, self.block.unconditional(context)), dim=1).flatten(0, 1)
-        if self.guidance.attn_temperature == 1:
-            return context
-        temperature = like.new_ones(num, 2)
-        temperature[:, 1] = self.guidance.attn_temperature
-        return AttentionContext(context, temperature.flatten())
+        return context.with_unconditional(self.block.unconditional, self.guidance.attn_temperature, num, like)
 
     def _weights(self, like: Tensor) -> ScaleShift:
         """1 + w of log-scale and shift (T, 1)."""

@@ -12,10 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jacobiflow.blocks.base import Block, evaluate
+from jacobiflow.blocks.base import Block, no_gradients
+from jacobiflow.blocks.context import Context
 from jacobiflow.errors import InputValueError
-from jacobiflow.fixed_point import Guess, Segments, no_gradients
-from jacobiflow.fixed_point.sweeps import check_tokens
+from jacobiflow.fixed_point import Guess, Segments
+from jacobiflow.fixed_point.problem import Problem
 
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 # A sweep that changes no entry by more than this is the last one; rounding may go on changing the last bits.
@@ -67,25 +68,26 @@ def _count_sweeps(distances: Float[Tensor, " k"], tolerance: float) -> int | Non
 
 
 def initial_residuals(
-    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess, context: Tensor | None = None,
-    num_segments: int = 1,
+    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess,
+    context: Tensor | Context | None = None, num_segments: int = 1,
 ) -> Float[Tensor, "b t c"]:  # fmt: skip
     """Computes g(X^(0)) - X*, the residual in IGM (eq. 4); X* is `x`, the solution at `z`.
 
     Each segment is swept once from the guess; the segments before it are solved.
     """
-    check_tokens(block, z, context, x=x)
+    problem = Problem.checked(block, z, context)
+    problem.check_same_shape("x", x)
     with no_gradients(block):
         residuals = [
             block.update(start, z, run.start, run.stop, cache) - x[:, run]
-            for run, start, cache in _each_segment(block, x, z, guess, context, num_segments)
+            for run, start, cache in _each_segment(problem, x, guess, num_segments)
         ]
     return torch.cat(residuals, dim=1)
 
 
 def measure_distances(
-    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess, context: Tensor | None = None,
-    num_segments: int = 1,
+    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess,
+    context: Tensor | Context | None = None, num_segments: int = 1,
 ) -> list[Float[Tensor, "k b"]]:  # fmt: skip
     """Measures, per segment, the largest |X^(k) - X*| of each sample after k = 0, 1, ... plain sweeps.
 
@@ -94,10 +96,11 @@ def measure_distances(
     distance does not end the sweeps, because an error may grow again. After T sweeps a segment of T tokens is exact
     (Proposition 1). If a token overflows, the distance is infinite, and the token is set back to the guess.
     """
-    check_tokens(block, z, context, x=x)
+    problem = Problem.checked(block, z, context)
+    problem.check_same_shape("x", x)
     curves = []
     with no_gradients(block):
-        for run, start, cache in _each_segment(block, x, z, guess, context, num_segments):
+        for run, start, cache in _each_segment(problem, x, guess, num_segments):
             current = start.clone()
             curve = [_distance(current[:, run], x[:, run])]
             for front in range(run.start, run.stop):  # tokens before it are final, by Proposition 1
@@ -119,11 +122,10 @@ def segment_slices(num_tokens: int, num_segments: int) -> list[slice]:
     return list(map(slice, bounds, bounds[1:]))
 
 
-def _each_segment(
-    block: Block, x: Tensor, z: Tensor, guess: Guess, context: Tensor | None, num_segments: int
-) -> Iterator[tuple[slice, Tensor, Any]]:
+def _each_segment(problem: Problem, x: Tensor, guess: Guess, num_segments: int) -> Iterator[tuple[slice, Tensor, Any]]:
     """Yields each segment, its start (solved tokens, then the guess), and the cache of the tokens before it."""
-    cache, start = block.init_cache(z, context), guess(z)
+    block, z = problem.block, problem.z
+    cache, start = block.init_cache(z, problem.context), guess(z)
     for run in segment_slices(z.shape[1], num_segments):
         yield run, torch.cat((x[:, : run.start], start[:, run.start :]), dim=1), cache
         if run.stop < z.shape[1]:
@@ -135,18 +137,19 @@ def _distance(x: Tensor, answer: Tensor) -> Float[Tensor, " b"]:
 
 
 def gamma_products(
-    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], context: Tensor | None = None
+    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], context: Tensor | Context | None = None
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """Builds the maps v -> Gamma v and v -> Gamma^T v on (B, T, C), where Gamma = dg/dx at `x`, for each sample.
 
     Near a solution a sweep multiplies the error by Gamma: e^(k+1) = Gamma e^(k) (eq. 6 of the paper, whose gamma_ti has
     the opposite sign). Gamma is strictly lower triangular in the tokens.
     """
-    check_tokens(block, z, context, x=x)
+    problem = Problem.checked(block, z, context)
+    problem.check_same_shape("x", x)
     # Only the math kernel of attention can be differentiated twice.
     with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         x, z = x.clone().requires_grad_(), z.clone()
-        g, _ = evaluate(block, x, z, context)
+        g, _ = Problem(block, z, problem.context).evaluate(x)
         g = g + 0 * x  # has a graph even if g does not depend on x
         w = torch.zeros_like(g).requires_grad_()
         (transposed,) = torch.autograd.grad(g, x, w, create_graph=True)
@@ -161,7 +164,7 @@ def gamma_products(
 
 
 def gamma_norm(
-    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], context: Tensor | None = None,
+    block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], context: Tensor | Context | None = None,
     rtol: float = 1e-3,
 ) -> Float[Tensor, " b"]:  # fmt: skip
     """Computes the spectral norm of Gamma = dg/dx at `x`, per sample, by Golub-Kahan-Lanczos bidiagonalisation.

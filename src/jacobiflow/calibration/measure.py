@@ -26,7 +26,7 @@ from jacobiflow.calibration.store import MeasurementStore
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.fixed_point import Segments
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
-from jacobiflow.models.config import Context, Labels
+from jacobiflow.models.config import ContextLike, Labels
 from jacobiflow.models.flow import Flow, check_flow, precision
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
 from jacobiflow.utils.checks import check_choice, check_count, check_flag, check_path, check_seed
@@ -46,7 +46,7 @@ def calibrate(
     labels: Labels | None = None,
     norm: Norm = 2,
     *,
-    context: Context | None = None,
+    context: ContextLike | None = None,
     segments: int = 8,
     num_convergence_samples: int = 32,
     per_class: bool = False,
@@ -100,9 +100,9 @@ def calibrate(
     if labels is None and per_class:
         raise InputValueError("per_class: give the labels of the images")
     checked = flow.check_one_context(labels, context, len(images))
-    classes = sorted(set(checked.tolist())) if per_class and checked is not None else []
+    classes = sorted(set(checked.values.tolist())) if per_class and checked.values is not None else []
     settings = CalibrationSettings(
-        len(images), checked is not None, norm, flow.guidance, segments, min(num_samples, len(images)), seed
+        len(images), checked.values is not None, norm, flow.guidance, segments, min(num_samples, len(images)), seed
     )
     statistics = CalibrationStatistics(flow, images, checked, classes, batch_size, progress)
     if out is None:
@@ -138,8 +138,8 @@ def _checksum(statistics: CalibrationStatistics, settings: CalibrationSettings) 
     digest = hashlib.sha256()
     for rows in torch.arange(settings.num_images).split(statistics.batch_size):
         digest.update(statistics.read(rows).cpu().numpy().tobytes())
-    if statistics.context is not None:
-        digest.update(statistics.context.cpu().numpy().tobytes())
+    if statistics.context.values is not None:
+        digest.update(statistics.context.values.cpu().numpy().tobytes())
     flow = statistics.flow
     others = (fingerprint(flow), precision(flow), settings, statistics.classes, statistics.batch_size)
     digest.update(repr(others).encode())

@@ -6,7 +6,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,13 +13,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.blocks.base import AffineBlock
+from jacobiflow.blocks.base import AffineBlock, no_gradients
+from jacobiflow.blocks.context import Context
 from jacobiflow.calibration.convergence import initial_residuals, segment_slices
 from jacobiflow.calibration.metrics import NORMS, Components, Metrics, Norm, matrix_norm, tough_blocks
 from jacobiflow.calibration.report import GUESS_NAMES, guesses_by_name
 from jacobiflow.calibration.store import MeasurementStore
 from jacobiflow.errors import InputValueError
-from jacobiflow.fixed_point import MeanAffine, Sequential, Solver, no_gradients, solve
+from jacobiflow.fixed_point import MeanAffine, Sequential, Solver, solve
 from jacobiflow.models.flow import Flow, Step, state_dtype
 from jacobiflow.utils.checks import check_finite
 from jacobiflow.utils.progress import Progress
@@ -41,16 +41,17 @@ class BlockSolution(NamedTuple):
 
     x: Float[Tensor, "b t c"]
     z: Float[Tensor, "b t c"]
-    context: Tensor | None
+    context: Context
 
     def split(self, size: int) -> Iterator[BlockSolution]:
         """Splits the solutions into batches of `size` samples."""
-        contexts = repeat(None) if self.context is None else self.context.split(size)
-        yield from map(BlockSolution, self.x.split(size), self.z.split(size), contexts)
+        for start in range(0, len(self.x), size):
+            rows = slice(start, start + size)
+            yield BlockSolution(self.x[rows], self.z[rows], self.context[rows])
 
 
 def exact_solutions(
-    flow: Flow, latents: Float[Tensor, "n t c"], context: Tensor | None, batch_size: int, progress: Progress | None,
+    flow: Flow, latents: Float[Tensor, "n t c"], context: Context, batch_size: int, progress: Progress | None,
     store: MeasurementStore | None = None,
 ) -> list[BlockSolution]:  # fmt: skip
     """Solves each block by the exact loop at standard normal latents. Raises ValueError if one overflows."""
@@ -73,8 +74,8 @@ def exact_solutions(
     return solutions[::-1]
 
 
-def _solve_exactly(block: AffineBlock, z: Tensor, context: Tensor | None, batch_size: int) -> Tensor:
-    return solve(block, z, Solver(Sequential()), context, batch_size).x
+def _solve_exactly(block: AffineBlock, z: Tensor, context: Context, batch_size: int) -> Tensor:
+    return solve(block, z, Solver(Sequential()), context, batch_size=batch_size).x
 
 
 class _Means:
@@ -125,19 +126,19 @@ class CalibrationStatistics:
     Args:
         flow: The model. Under guidance its guided maps are measured, but the images are encoded without guidance.
         images: Two or more images.
-        context: Context of each image, or `None`.
+        context: Context of each image.
         classes: Classes that have statistics of their own.
         batch_size: Images in memory at a time.
         progress: Is called after each batch.
     """
 
     def __init__(
-        self, flow: Flow, images: Images, context: Tensor | None, classes: Sequence[int], batch_size: int,
+        self, flow: Flow, images: Images, context: Context, classes: Sequence[int], batch_size: int,
         progress: Progress | None,
     ) -> None:  # fmt: skip
         self.flow, self.images, self.batch_size, self.progress = flow, images, batch_size, progress
         self.classes, self.blocks = classes, flow.inverse_blocks
-        self.context = None if context is None else context.to(flow.var.device)
+        self.context = context.to(flow.var.device)
         self._groups = (None, *classes)
 
     def read(self, index: Int[Tensor, " m"]) -> Float[Tensor, "m c h w"]:
@@ -154,8 +155,8 @@ class CalibrationStatistics:
         parameters, scaled = _Means([None]), _Means(self._groups)
         for tokens, context in self._batches(torch.arange(len(self.images)), "mean parameters"):
             for step in self._encode(tokens, context):
-                parameters.add(step.block, torch.stack((step.log_scale, step.shift), dim=1), context)
-                scaled.add(step.block, torch.exp(-step.log_scale) * step.x, context)
+                parameters.add(step.block, torch.stack((step.log_scale, step.shift), dim=1), context.values)
+                scaled.add(step.block, torch.exp(-step.log_scale) * step.x, context.values)
         blocks = range(len(self.blocks))
         return ImageMeans(
             tuple(MeanAffine(*parameters.mean(i).float().cpu()) for i in blocks),
@@ -207,7 +208,7 @@ class CalibrationStatistics:
                 for count in {1, num_segments} if i in tough else {1}:
                     for name, guess in guesses[i].items():
                         values = initial_residuals(self.blocks[i], x, z, guess, context, count)
-                        residuals.add((i, name, count), values, context)
+                        residuals.add((i, name, count), values, context.values)
         return residuals
 
     def image_solutions(self, index: Int[Tensor, " m"]) -> list[BlockSolution]:
@@ -219,11 +220,11 @@ class CalibrationStatistics:
             for steps in zip(*batches, strict=True)
         ]
 
-    def context_at(self, index: Int[Tensor, " m"]) -> Tensor | None:
+    def context_at(self, index: Int[Tensor, " m"]) -> Context:
         """Returns the context at `index`, on the flow's device."""
-        return None if self.context is None else self.context[index.to(self.context.device)]
+        return self.context[index.to(self.flow.var.device)]
 
-    def _batches(self, index: Int[Tensor, " m"], what: str) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _batches(self, index: Int[Tensor, " m"], what: str) -> Iterator[tuple[Tensor, Context]]:
         """Yields tokens in raster order, and the context, of the images at `index`, on the flow's device."""
         batches = index.split(self.batch_size)
         for i, batch in enumerate(batches):
@@ -232,9 +233,9 @@ class CalibrationStatistics:
             if self.progress is not None:
                 self.progress(i + 1, len(batches), what)
 
-    def _encode(self, x: Tensor, context: Tensor | None) -> Iterator[Step]:
+    def _encode(self, x: Tensor, context: Context) -> Iterator[Step]:
         """Yields the steps of the encoding; under guidance, with guided parameters and the z that they encode to."""
-        for step in self.flow.walk(x, context, lambda i, x: _affine(self.flow.blocks[i], x, context)):
+        for step in self.flow.encode_steps(x, context, lambda i, x: _affine(self.flow.blocks[i], x, context)):
             if not torch.isfinite(step.z).all():
                 raise InputValueError(
                     f"images overflow in block {step.block} when they are encoded; are they in [-1, 1]?"
@@ -245,7 +246,7 @@ class CalibrationStatistics:
             yield step
 
 
-def _affine(block: AffineBlock, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+def _affine(block: AffineBlock, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
     with no_gradients(block):
         log_scale, shift = block.affine_whole(x, context)
     return log_scale.clone(), shift.clone()

@@ -55,7 +55,9 @@ def bench(
     Example: jacobiflow bench --model digits-p1 --strategy jacobi --strategy "[2-4-5-6]" --repeats 3
     """
     from jacobiflow import native, plots
+    from jacobiflow.blocks.context import Context
     from jacobiflow.comparison import baselines, compare
+    from jacobiflow.fixed_point.options import SolveOptions
     from jacobiflow.models import latents
     from jacobiflow.sampling import sample
     from jacobiflow.utils import files, timing
@@ -70,7 +72,11 @@ def bench(
             z = latents.draw_latents(size, flow.config.num_tokens, flow.config.token_channels, seed)
             classes = shared.parse_labels(labels, size, flow, seed)
             plans = {name: _choose(flow, name, size, tolerance, guesses, progress) for name in names}
-            runs = {name: partial(sample.draw, flow, plan, z, classes, certify=certify) for name, plan in plans.items()}
+            context, options = Context(classes), SolveOptions(certify=certify)
+            runs = {
+                name: partial(sample.sample_with_strategy, flow, plan, z, context, options)
+                for name, plan in plans.items()
+            }
             cases.append((z, classes, runs))
     with files.output_directory(out, "benchmark", (_PICTURE, _TABLE)), progress_bar() as progress:
         where = timing.describe_machine(flow.var.device)

@@ -97,8 +97,8 @@ def evaluate(
         if folder is not None:
             outcome, certificate = folder.outcome(), folder.certificate()
             results |= {
-                "num": outcome.num, "outcome": str(outcome), "used_fallback": outcome.resolved,
-                "above": outcome.above, "lost": outcome.lost,
+                "num": outcome.num, "outcome": str(outcome), "used_fallback": outcome.num_fallback,
+                "above": outcome.num_above, "lost": outcome.num_nonfinite,
             }  # fmt: skip
             if certificate is not None:
                 results["certificates"] = {"median": float(certificate.median()), "max": float(certificate.max())}

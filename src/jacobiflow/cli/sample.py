@@ -17,8 +17,7 @@ from jacobiflow.cli.shared import progress_bar
 from jacobiflow.errors import InputValueError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from jacobiflow.blocks.context import Context
     from jacobiflow.models.flow import Flow
     from jacobiflow.utils.progress import Progress
 
@@ -88,7 +87,7 @@ def sample(
             classes = shared.parse_labels(labels, num, flow, seed)
             texts = shared.parse_prompts(prompts, encode_text, num, flow)
             context = flow.check_context(classes if texts is None else texts, num)
-            settings, origin = shared.resolve_settings(flow, guidance, denoise, plain, context is not None)
+            settings, origin = shared.resolve_settings(flow, guidance, denoise, plain, context.values is not None)
             flow = flow.guided(settings.guidance)
             if batch_size == "auto":
                 size = group.run_on_rank_zero(partial(_auto_batch_size, flow, num, None if overwrite else out))
@@ -170,7 +169,7 @@ def _announced(progress: Progress, out: Path, num_processes: int) -> Progress:
 
 
 def _compare(
-    flow: Flow, folder: jf.SampleFolder, context: Tensor | None, prompts: list[str] | None, sheet: Path,
+    flow: Flow, folder: jf.SampleFolder, context: Context, prompts: list[str] | None, sheet: Path,
     progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """Draws the first batch again by the original sampler and the folder's strategy.
@@ -179,23 +178,29 @@ def _compare(
     """
     from jacobiflow import evaluation, plots
     from jacobiflow.comparison import compare
+    from jacobiflow.fixed_point.options import SolveOptions
     from jacobiflow.models import latents
     from jacobiflow.sampling import denoise, sample
 
     manifest, config = folder.manifest, flow.config
     num = min(manifest.num, manifest.batch_size)
-    context = None if context is None else context[:num].to(flow.var.device)
+    context = context[:num].to(flow.var.device)
     z = latents.draw_latents(num, config.num_tokens, config.token_channels, manifest.seed)
-    run = partial(sample.draw, flow, folder.strategy(), z, context, certify=manifest.certify)
+    options = SolveOptions(certify=manifest.certify)
+    run = partial(sample.sample_with_strategy, flow, folder.strategy(), z, context, options)
     progress(0, 1, "timing")  # the original sampler may take minutes before the first real call
-    comparison = compare.compare_samplers(flow, z, context, {_OURS: run}, repeats=1, warm_up=False, progress=progress)
-    sensitivity = run(sensitivity=True).outcome.sensitivity
+    comparison = compare.compare_samplers(
+        flow, z, context.values, {_OURS: run}, repeats=1, warm_up=False, progress=progress
+    )
+    sensitivity = run(sample.Outputs(sensitivity=True)).outcome.sensitivity
     rows = [comparison.result(comparison.original), comparison.result(_OURS)]
     original, ours = (row.x for row in rows)
     if manifest.denoise:
-        original, ours = (denoise.denoised(flow, images, context, manifest.denoise, 64) for images in (original, ours))
+        original, ours = (
+            denoise.denoise_checked(flow, images, context, manifest.denoise, 64) for images in (original, ours)
+        )
     few, names = slice(min(num, _SHEET_IMAGES)), ("original sampler", manifest.strategy)
-    classes = [] if context is None or prompts is not None else [f"class {label}" for label in context.tolist()]
+    classes = [] if prompts is not None or context.values is None else [f"class {k}" for k in context.values.tolist()]
     captions = (prompts or classes)[few]
     plots.save_png(plots.comparison_sheet(original[few], ours[few], names, columns=captions), sheet)
     return {

@@ -27,7 +27,8 @@ from jacobiflow.models.starflow import STARFlow, STARFlowBlock
 from jacobiflow.models.tarflow import TarFlow
 from jacobiflow.models.transformer.attention import Attention, AttentionBlock, Rotation
 from jacobiflow.models.transformer.block import TarFlowBlock
-from jacobiflow.sampling.sample import Samples, sample
+from jacobiflow.sampling.result import Samples
+from jacobiflow.sampling.sample import sample
 
 GROWING_CACHE, TOKEN_LOOP, FULL_PASSES, SEQUENTIAL = "growing cache", "token loop", "full passes", "sequential"
 
@@ -40,7 +41,7 @@ def _sample(invert_block: Callable[..., Tensor], flow: Flow, z: Tensor, context:
     def solve(i: int, x: Tensor) -> Tensor:
         return invert_block(flow.blocks[i], x, context, flow.guidance)
 
-    return flow.from_tokens(flow.invert(flow.prior_tokens(z), solve))
+    return flow.from_tokens(flow.map_blocks_reversed(flow.prior_tokens(z), solve))
 
 
 def _solve_by_growing_cache(

@@ -14,7 +14,7 @@ from torch import Tensor
 from jacobiflow.comparison.baselines import SEQUENTIAL, original_sampler, sequential_samples
 from jacobiflow.evaluation import PairedError, paired_error
 from jacobiflow.models.flow import Flow
-from jacobiflow.sampling.sample import Samples
+from jacobiflow.sampling.result import Samples
 from jacobiflow.utils.progress import Progress
 from jacobiflow.utils.timing import Timing, time_interleaved
 
@@ -50,9 +50,9 @@ class SamplerResult:
     @property
     def certificate(self) -> float | None:
         """The largest residual |g(x) - x| of any sample in any block; `None` if it was not measured."""
-        if self.samples is None or self.samples.certificate is None:
+        if self.samples is None or self.samples.residual is None:
             return None
-        return float(self.samples.certificate.max())
+        return float(self.samples.residual.max())
 
     @property
     def is_exact(self) -> bool:
@@ -71,7 +71,7 @@ class SamplerResult:
             "evaluations_per_token": self.evaluations_per_token,
             "certificate": self.certificate,
             "exact": self.is_exact,
-            "used_fallback": None if samples is None else samples.used_fallback,
+            "used_fallback": None if samples is None else int(samples.used_fallback.sum()),
             "sweeps": None if samples is None else [block.sweeps for block in samples.stats],
         }
 

@@ -9,14 +9,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.blocks.base import Block, evaluate, no_gradients
+from jacobiflow.blocks.base import no_gradients
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.convolution import FIT_WIDTH, Convolution, as_kernel, rows_before
 from jacobiflow.fixed_point.guess import Guess
+from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.utils.serialization import piece_base, register_piece
 
-_RIDGE = 2e-2  # of the residuals' mean square, which is scaled to 1
-_ROUNDING = 3e-5  # residuals below it teach nothing
+_RIDGE = 2e-2
+"""The ridge penalty, relative to the mean square of the residuals."""
+_MIN_RESIDUAL = 3e-5
+"""Residuals below it are rounding, and are not fitted."""
 
 
 @piece_base
@@ -38,10 +41,8 @@ class Correction(ABC):
         """Raises ValueError if the correction does not fit tokens of that many channels."""
 
     @classmethod
-    def fit(
-        cls, block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess, context: Tensor | None
-    ) -> Correction | None:
-        """Returns the one for `jacobiflow.tune` to try on a block with solutions `x` at `z`, if it can be fitted."""
+    def fit(cls, problem: Problem, x: Float[Tensor, "b t c"], guess: Guess) -> Correction | None:
+        """Returns the correction for `jacobiflow.tune` to try, fitted to the solutions `x` of a problem; or `None`."""
         return None
 
 
@@ -89,10 +90,7 @@ class Chord(Convolution, Correction):
             raise InputValueError(f"{self!r}, but the tokens have {token_channels} channels: calibrate this flow")
 
     @classmethod
-    def fit(
-        cls, block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess,
-        context: Tensor | None = None, width: int = FIT_WIDTH,
-    ) -> Chord:  # fmt: skip
+    def fit(cls, problem: Problem, x: Float[Tensor, "b t c"], guess: Guess, width: int = FIT_WIDTH) -> Chord:
         """Fits the chord over `width` tokens that best predicts errors x - X^(k) from residuals, by ridge regression.
 
         The errors are those of `width` sweeps of all tokens from `guess`, with the chord fitted to the sweeps so far.
@@ -103,15 +101,15 @@ class Chord(Convolution, Correction):
         cross = torch.zeros(width * channels, channels, dtype=torch.float64, device=x.device)
         gram = cross.new_zeros(len(cross), len(cross))
         ridge = _RIDGE * torch.eye(len(cross)).to(gram)
-        start = guess(z)
+        start = guess(problem.z)
         current, count = start, 0
-        with no_gradients(block):
+        with no_gradients(problem.block):
             for _ in range(min(width, length)):
-                g, _ = evaluate(block, current, z, context)
+                g, _ = problem.evaluate(current)
                 residual = (g - current).nan_to_num(0.0, 0.0, 0.0)
                 rows = rows_before(residual.double(), width, delay=1)
                 size = (rows.square().mean(dim=1) + residual.flatten(0, 1).double().square().mean(dim=1)).sqrt()
-                used = size > _ROUNDING
+                used = size > _MIN_RESIDUAL
                 if not used.any():
                     break
                 weight = torch.where(used, size.reciprocal(), 0).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""CUDA graphs for the token loop and for the sweeps of a window: one launch instead of a hundred kernels."""
+"""CUDA graphs for the token loop and for the sweeps of a window: one launch in place of a hundred."""
 
 from __future__ import annotations
 
@@ -13,76 +13,84 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.blocks.base import put_run
+from jacobiflow.blocks.base import TokensLogDet
+from jacobiflow.blocks.context import Context
+from jacobiflow.blocks.tokens import Tokens, scatter_run
 
 T = TypeVar("T")
 
-_BUCKET = 64  # positions by which the context grows from graph to graph; the causal mask hides the last of them
-_SWEEPS = 256  # the same for sweeps, of which there are fewer
-_USES = 2  # calls before one is captured, which takes about as long as two
-_capturing = threading.Lock()  # a capture waits for the device, which would break one that another thread has begun
+_TOKEN_BUCKET = 64
+"""Positions by which the cache that a token reads grows from graph to graph; the causal mask hides the last of them."""
+_SWEEP_BUCKET = 256
+"""The same for sweeps, of which there are fewer."""
+_CALLS_BEFORE_CAPTURE = 2
+"""Calls of a size that run without a graph; a capture costs about two calls."""
+_capturing = threading.Lock()  # a capture waits for the device, which would break the capture of another thread
 
 
 class TokenLoop:
-    """The recurrence x_t = g(x)_t as a graph for each context, for one solve: graphs hold the addresses of weights."""
+    """The recurrence x_t = g(x)_t as CUDA graphs, one for each length of the cache that a token reads.
+
+    It is for one solve, since graphs hold the addresses of the weights.
+    """
 
     def __init__(self, block: Any) -> None:
         self.block, self.num = block, 0
         self.pool: Any = None
 
-    def __call__(
-        self, z: Float[Tensor, "b t c"], context: Tensor | None
-    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, " b"]]:
+    def __call__(self, z: Tokens, context: Context) -> TokensLogDet:
         """Returns the solution, and NaN for the sums of log-scales, which are not computed."""
         if self.num != len(z):
             self._allocate(z, context)
         self.z.copy_(z)
         self.entry.zero_()
-        self.block.refill(self.cache, self.rows, context)
+        self.block.reset_rows(self.cache, self.rows, context)
         length = z.shape[1]
         for token in range(length):
-            # One more than the positions that the token attends to, the hidden ones included.
-            end = min(math.ceil(max(token, 1) / _BUCKET) * _BUCKET + 1, length)
+            # One more than the positions that the token attends to, with those that the mask hides.
+            end = min(math.ceil(max(token, 1) / _TOKEN_BUCKET) * _TOKEN_BUCKET + 1, length)
             if end not in self.steps:
                 self.steps[end], _, self.pool = capture(partial(self._step, end), self.pool)
                 self.entry -= 1  # the capture has made the step once
             self.steps[end]()
         return self.x.clone(), z.new_full((len(z),), torch.nan)
 
-    def _allocate(self, z: Tensor, context: Tensor | None) -> None:
+    def _allocate(self, z: Tensor, context: Context) -> None:
         self.num, self.z, self.x = len(z), z.clone(), z.clone()
         self.rows = torch.arange(len(z), device=z.device)
         self.entry = torch.zeros_like(self.rows)  # the token to solve
-        self.cache = self.block.init_cache(self.z, None if context is None else context.clone())
+        self.cache = self.block.init_cache(self.z, context.clone())
         self.steps: dict[int, Callable[[], None]] = {}
         self.pool = None
 
     def _step(self, end: int) -> None:
         g = self.block.update_at(self.x, self.z, self.entry, 1, end, self.cache)
-        put_run(self.x, g, self.entry)
+        scatter_run(self.x, g, self.entry)
         self.entry += 1
 
 
 class SweepGraphs:
-    """`update_at` of runs of one `size`, as a graph for each context; `x`, `z` and `cache` keep their memory."""
+    """`update_at` of runs of one `size` as CUDA graphs; `x`, `z` and `cache` stay at their addresses."""
 
-    def __init__(self, block: Any, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], cache: Any, size: int) -> None:
+    def __init__(self, block: Any, x: Tokens, z: Tokens, cache: Any, size: int) -> None:
         self.block, self.x, self.z, self.cache, self.size = block, x, z, cache, size
         self.start = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         self.uses: Counter[int] = Counter()
         self.graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
         self.pool: Any = None
 
-    def __call__(self, start: Int[Tensor, " b"], end: int) -> Float[Tensor, "b n c"]:
-        """Returns `update_at` there; the next call overwrites the result."""
+    def __call__(
+        self, x: Tokens, z: Tokens, start: Int[Tensor, " b"], size: int, end: int, cache: Any
+    ) -> Float[Tensor, "b n c"]:
+        """Returns the block's `update_at`; the next call overwrites the result."""
 
         def run() -> Tensor:
             return cast(Tensor, self.block.update_at(self.x, self.z, self.start, self.size, end, self.cache))
 
-        end = min(math.ceil(end / _SWEEPS) * _SWEEPS, self.x.shape[1])
+        end = min(math.ceil(end / _SWEEP_BUCKET) * _SWEEP_BUCKET, self.x.shape[1])
         self.start.copy_(start)
         self.uses[end] += 1
-        if self.uses[end] <= _USES:
+        if self.uses[end] <= _CALLS_BEFORE_CAPTURE:
             return run()
         if end not in self.graphs:
             replay, g, self.pool = capture(run, self.pool)
@@ -94,7 +102,7 @@ class SweepGraphs:
 
 def capture(step: Callable[[], T], pool: Any) -> tuple[Callable[[], None], T, Any]:
     """Returns a function that replays `step`, the place of its result, and the memory pool for the next graph."""
-    # The step runs once before, on a stream of its own: what libraries set up on first use must not be captured.
+    # The step runs once before, on another stream: what libraries set up at their first use must not be captured.
     here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
     aside.wait_stream(here)
     with torch.cuda.stream(aside):

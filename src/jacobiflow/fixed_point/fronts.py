@@ -1,4 +1,4 @@
-"""The fronts of the samples of a batch, and their moves after a sweep; all of it on the device of the tokens."""
+"""The fronts of the samples of a batch, and how a sweep moves them. All of it is on the device of the tokens."""
 
 from __future__ import annotations
 
@@ -9,101 +9,126 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-_GROWTH = 4.0  # a residual that many times the least so far ...
-_PATIENCE = 3  # ... for so many sweeps in a row: the correction does not fit this sample
+_GROWTH_FACTOR = 4.0
+"""A residual above this multiple of the smallest one so far counts as growing."""
+_MAX_GROWING_SWEEPS = 3
+"""Sweeps in a row with a growing residual after which a sample goes on without the correction."""
 
 
-class SweepResult(NamedTuple):
-    """The changes that a sweep of a run made, per sample and token."""
+class SweepChanges(NamedTuple):
+    """The changes that a sweep of a run made, per sample and token.
 
-    residual: Float[Tensor, "b n"]  # |g(x) - x|
-    change: Float[Tensor, "b n"]  # the larger of it and the step that was made; not finite if the token overflowed
-    is_early: bool  # the early stop holds for the whole run
+    Attributes:
+        residual: |g(x) - x|, the largest over channels.
+        change: The larger of the residual and of the step that was taken; not finite if the token overflowed.
+        is_early: The early stop holds for the whole run.
+    """
+
+    residual: Float[Tensor, "b n"]
+    change: Float[Tensor, "b n"]
+    is_early: bool
 
 
 @dataclass
 class Fronts:
-    """An entry for each sample: its front and the state of its solve."""
+    """The front of each sample, and the progress of its solve.
 
-    front: Int[Tensor, " b"]  # its tokens before this are final; not used if all samples share a front
-    residual: Float[Tensor, " b"]  # the largest change that the last sweep of a token made
-    failed: Bool[Tensor, " b"]  # a token overflowed when the front passed it
-    missed: Bool[Tensor, " b"]  # a token was passed by a number of sweeps, not by the tolerance
-    exact: Bool[Tensor, " b"]  # every token was computed from final ones
-    sweeps: Int[Tensor, " b"]  # the number that it was part of
-    least: Float[Tensor, " b"]  # its smallest residual since its run last took in new tokens
-    growing: Int[Tensor, " b"]  # for how many sweeps in a row the residual was far above that
-    reached: Int[Tensor, " b"]  # the end of its latest run
+    Attributes:
+        front: The tokens before it are final. Not used if all samples share a front.
+        residual: The largest change that the last sweep of a token made.
+        nonfinite: A token was not finite when the front passed it.
+        hit_max_sweeps: A token was passed by a number of sweeps, not by the tolerance.
+        exact: Every token was computed from final ones.
+        sweeps: The sweeps that the sample was part of.
+        min_residual: The smallest residual since its run last took in new tokens.
+        num_growing: The sweeps in a row in which the residual was far above `min_residual`.
+        run_stop: The end of its latest run.
+    """
+
+    front: Int[Tensor, " b"]
+    residual: Float[Tensor, " b"]
+    nonfinite: Bool[Tensor, " b"]
+    hit_max_sweeps: Bool[Tensor, " b"]
+    exact: Bool[Tensor, " b"]
+    sweeps: Int[Tensor, " b"]
+    min_residual: Float[Tensor, " b"]
+    num_growing: Int[Tensor, " b"]
+    run_stop: Int[Tensor, " b"]
 
     @classmethod
-    def enter(cls, num: int, like: Tensor) -> Fronts:
-        """Returns so many samples at their first token, on the device of `like`, with residuals in its dtype."""
-        front, sweeps, growing, reached = torch.zeros(4, num, dtype=torch.int64, device=like.device)
-        failed, missed = torch.zeros(2, num, dtype=torch.bool, device=like.device)
-        residual = like.new_zeros(num)
-        least = torch.full_like(residual, torch.inf)
-        return cls(front, residual, failed, missed, ~failed, sweeps, least, growing, reached)
+    def initial(cls, num: int, z: Tensor) -> Fronts:
+        """Returns the fronts of `num` samples at their first token, on the device and in the dtype of `z`."""
+        front, sweeps, num_growing, run_stop = torch.zeros(4, num, dtype=torch.int64, device=z.device)
+        nonfinite, hit_max_sweeps = torch.zeros(2, num, dtype=torch.bool, device=z.device)
+        residual = z.new_zeros(num)
+        min_residual = torch.full_like(residual, torch.inf)
+        return cls(front, residual, nonfinite, hit_max_sweeps, ~nonfinite, sweeps, min_residual, num_growing, run_stop)
 
-    def put(self, rows: Int[Tensor, " m"], others: Fronts, places: Int[Tensor, " m"] | slice) -> None:
-        """Replaces `rows` by the `places` of others, in place."""
+    def scatter(self, rows: Int[Tensor, " m"] | slice, others: Fronts, source: Int[Tensor, " m"] | slice) -> None:
+        """Replaces `rows` by the rows `source` of others, in place."""
         for entry in fields(self):
-            getattr(self, entry.name)[rows] = getattr(others, entry.name)[places]
+            getattr(self, entry.name)[rows] = getattr(others, entry.name)[source]
 
     def first(self, num: int) -> Fronts:
+        """Returns the fronts of the first `num` samples."""
         return Fronts(*(getattr(self, entry.name)[:num] for entry in fields(self)))
 
     def correction_fails(self, start: int | Tensor, residual: Float[Tensor, "b n"]) -> Bool[Tensor, " b"]:
-        """Returns the samples whose correction is given up: residuals stay far above the least for a few sweeps.
+        """Returns the samples that go on without the correction, since their residuals keep growing.
 
         The runs begin at `start`. A new token's residual does not tell whether the correction works.
         """
-        is_known = _steps(residual) < (self.reached - start)[:, None]
-        grew = ~(torch.where(is_known, residual, 0).amax(1) <= _GROWTH * self.least)
-        self.growing = (self.growing + 1) * (grew | (self.growing >= _PATIENCE))
-        largest, end = residual.amax(1), start + residual.shape[1]
-        self.least = torch.where(self.reached < end, largest, torch.fmin(self.least, largest))
-        self.reached = self.reached.clamp(min=end)
-        return self.growing >= _PATIENCE
+        is_known = _offsets(residual) < (self.run_stop - start)[:, None]
+        grew = ~(torch.where(is_known, residual, 0).amax(1) <= _GROWTH_FACTOR * self.min_residual)
+        self.num_growing = (self.num_growing + 1) * (grew | (self.num_growing >= _MAX_GROWING_SWEEPS))
+        largest, stop = residual.amax(1), start + residual.shape[1]
+        self.min_residual = torch.where(self.run_stop < stop, largest, torch.fmin(self.min_residual, largest))
+        self.run_stop = self.run_stop.clamp(min=stop)
+        return self.num_growing >= _MAX_GROWING_SWEEPS
 
-    def pass_tokens(self, sweep: SweepResult, atol: float | None) -> Int[Tensor, " b"]:
+    def advance(self, sweep: SweepChanges, tolerance: float | None) -> Int[Tensor, " b"]:
         """Returns how many leading tokens of its run each sample passes.
 
-        It passes those that changed by at most `atol`, and one more, which was computed from final ones (Proposition 1
-        of the paper).
+        It passes those that changed by at most the tolerance, and one more, which was computed from final ones
+        (Proposition 1 of the paper).
         """
-        is_settled = (sweep.change <= (-torch.inf if atol is None else atol)).cumprod(1).bool()
+        is_settled = (sweep.change <= (-torch.inf if tolerance is None else tolerance)).cumprod(1).bool()
         passed = is_settled.sum(1).add_(1).clamp_(max=is_settled.shape[1])
-        self._note(torch.where(is_settled, sweep.residual, 0))
+        self._record(torch.where(is_settled, sweep.residual, 0))
         # Only the last token passed can have overflowed; the others are settled.
-        self.failed |= ~sweep.change.gather(1, passed[:, None] - 1).isfinite()[:, 0]
+        self.nonfinite |= ~sweep.change.gather(1, passed[:, None] - 1).isfinite()[:, 0]
         return passed
 
-    def pass_together(
-        self, sweep: SweepResult, atol: float | None, each: Int[Tensor, " b"], count: int
+    def advance_together(
+        self, sweep: SweepChanges, tolerance: float | None, passed: Int[Tensor, " b"], num_over: int
     ) -> tuple[int, int]:
         """Returns how many tokens of their common run all samples pass, and how many keys are then a sweep behind.
 
-        They pass as many as the slowest, of the numbers `each` that `pass_tokens` returned; at least `count`, which
-        have had their number of sweeps; and the whole run by an early stop.
+        Args:
+            sweep: The changes of the run.
+            tolerance: That of `advance`.
+            passed: The result of `advance`. All samples pass as many tokens as the slowest one.
+            num_over: The leading tokens of the run that have no sweeps left. They are passed in any case. An early stop
+                passes the whole run.
         """
         size = sweep.change.shape[1]
-        # The others do not wait for a sample that is to be solved again.
-        passed = 1 if atol is None else int(torch.where(self.failed, size, each).min())
+        # The others do not wait for a sample that overflowed, which is solved again.
+        slowest = 1 if tolerance is None else int(torch.where(self.nonfinite, size, passed).min())
         if sweep.is_early:
-            count = size
-        if count <= passed:
-            return passed, 0
-        is_beyond = _steps(sweep.residual) >= each[:, None]
-        self._note(torch.where(is_beyond, sweep.residual, 0)[:, :count])
-        self.failed |= ~sweep.change[:, :count].isfinite().all(1)
+            num_over = size
+        if num_over <= slowest:
+            return slowest, 0
+        is_beyond = _offsets(sweep.residual) >= passed[:, None]
+        self._record(torch.where(is_beyond, sweep.residual, 0)[:, :num_over])
+        self.nonfinite |= ~sweep.change[:, :num_over].isfinite().all(1)
         if sweep.is_early:
-            return count, 0
-        self.missed |= each < count
-        return count, count - passed
+            return num_over, 0
+        self.hit_max_sweeps |= passed < num_over
+        return num_over, num_over - slowest
 
-    def _note(self, residual: Float[Tensor, "b n"]) -> None:
+    def _record(self, residual: Float[Tensor, "b n"]) -> None:
         self.residual = torch.maximum(self.residual, residual.amax(1))
 
 
-def _steps(run: Tensor) -> Int[Tensor, " n"]:
+def _offsets(run: Tensor) -> Int[Tensor, " n"]:
     return torch.arange(run.shape[1], device=run.device)

@@ -7,14 +7,16 @@ from itertools import compress
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from jacobiflow.blocks.base import TokensLogDet
+from jacobiflow.blocks.context import Context
+from jacobiflow.blocks.tokens import Tokens
+from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.utils.autograd import check_first_derivative
 
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-13}  # of backward sweeps, relative to a sample's largest entry
-Solve = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""z -> the solution x = g(x) at z, and the sums of log_scale(x)."""
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-13}
+"""The largest change by the last backward sweep, relative to the largest entry of a sample."""
 
 
 def solve_adjoint(
@@ -41,24 +43,22 @@ def solve_adjoint(
     return v
 
 
-def invert_with_gradient(
-    block: Any, parameters: Sequence[Tensor], solve: Solve, z: Float[Tensor, "b t c"], context: Tensor | None
-) -> tuple[Float[Tensor, "b t c"], Float[Tensor, " b"]]:
-    """Returns `solve(z)` with gradients in z, in a context of numbers, and in the parameters of an `AffineBlock`.
+def with_gradient(problem: Problem, parameters: Sequence[Tensor], x: Tokens, log_det: Tensor) -> TokensLogDet:
+    """Returns a solution x and its log-determinant with gradients in z, a context of numbers, and the parameters.
 
-    The graph holds x and z only: the backward pass evaluates the block again, so that the activations of one block are
-    in memory at a time.
+    The block is an `AffineBlock`. The graph holds x and z only: the backward pass evaluates the block again, so that
+    the activations of one block are in memory at a time.
     """
-    return _Inverse.apply(block, solve, z, context, *parameters)
+    return _Inverse.apply(problem.block, x, log_det, problem.z, problem.context.values, *parameters)
 
 
 class _Inverse(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, block: Any, solve: Solve, z: Tensor, context: Tensor | None, *parameters: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        x, log_det = solve(z)
-        ctx.save_for_backward(x, z, context, *parameters)  # so that autograd notices if one of them has changed
+        ctx: Any, block: Any, x: Tensor, log_det: Tensor, z: Tensor, values: Tensor | None, *parameters: Tensor
+    ) -> TokensLogDet:
+        x, log_det = x.view_as(x), log_det.view_as(log_det)
+        ctx.save_for_backward(x, z, values, *parameters)  # so that autograd notices if one of them has changed
         ctx.block = block
         ctx.set_materialize_grads(False)
         return x, log_det
@@ -66,22 +66,23 @@ class _Inverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         check_first_derivative("decode", "write the loss with flow.encode instead")
-        x, z, context, *parameters = ctx.saved_tensors
+        x, z, values, *parameters = ctx.saved_tensors
         with torch.enable_grad():
             x, z = x.detach().requires_grad_(), z.detach().requires_grad_()
-            if ctx.needs_input_grad[3]:
-                context = context.detach().requires_grad_()
-            outputs = ctx.block.exact_inverse(z, context) if ctx.block.has_inverse_gradients else None
+            if ctx.needs_input_grad[4]:
+                values = values.detach().requires_grad_()
+            problem = Problem(ctx.block, z, Context(values))
+            has_gradients = ctx.block.has_inverse_gradients
+            outputs = ctx.block.sequential_inverse(z, problem.context) if has_gradients else None
             if outputs is None:
-                log_scale, shift = ctx.block.affine_whole(x, context)
-                outputs = [torch.addcmul(shift, log_scale.exp(), z), log_scale.sum(dim=(1, 2))]
+                outputs = problem.evaluate(x)
                 cotangents = solve_adjoint(outputs, x, cotangents, x.shape[1], _is_close), cotangents[1]
         pairs = [(o, v) for o, v in zip(outputs, cotangents, strict=True) if o.requires_grad and v is not None]
-        needs = ctx.needs_input_grad[2:]
-        inputs = list(compress((z, context, *parameters), needs))
+        needs = ctx.needs_input_grad[3:]
+        inputs = list(compress((z, values, *parameters), needs))
         ends, seeds = zip(*pairs, strict=True)
         gradients = iter(torch.autograd.grad(ends, inputs, seeds, allow_unused=True))
-        return (None, None, *(next(gradients) if need else None for need in needs))
+        return (None, None, None, *(next(gradients) if need else None for need in needs))
 
 
 def _is_close(new: Tensor, old: Tensor) -> bool:

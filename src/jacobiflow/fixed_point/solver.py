@@ -9,6 +9,7 @@ from typing import Any
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.fixed_point.correction import Correction, Plain
 from jacobiflow.fixed_point.guess import Guess, Latent
+from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE
 from jacobiflow.fixed_point.partition import Partition, Segments, Whole
 from jacobiflow.utils.checks import check_count, check_fields, check_kind, check_number, convert_numbers
 
@@ -104,7 +105,7 @@ class Solver:
 
     partition: Partition = field(default_factory=Whole)
     guess: Guess = field(default_factory=Latent)
-    stopping: Stopping = field(default_factory=lambda: Tolerance(1e-3))
+    stopping: Stopping = field(default_factory=lambda: Tolerance(DEFAULT_TOLERANCE))
     correction: Correction = field(default_factory=Plain)
     bf16_sweeps: int = 0
     int16_weights: bool = False

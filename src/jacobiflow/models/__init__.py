@@ -3,7 +3,9 @@
 `TarFlow`, `MAF`, `Prose` and `STARFlow` are registered here, other flows when their modules are imported.
 """
 
-from jacobiflow.blocks.base import AttentionContext, FlowBlock, Permutation
+from jacobiflow.blocks.base import FlowBlock
+from jacobiflow.blocks.context import Context
+from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.models.config import FlowConfig
 from jacobiflow.models.flow import Flow, register_flow
 from jacobiflow.models.maf import MAF
@@ -14,7 +16,7 @@ from jacobiflow.models.text_encoder import t5_encoder
 
 __all__ = [
     "MAF",
-    "AttentionContext",
+    "Context",
     "Flow",
     "FlowBlock",
     "FlowConfig",

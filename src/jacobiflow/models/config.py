@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.blocks.base import Permutation
+from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import Guidance, SamplingSettings
+from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.models.latents import MOST_SAMPLES
 from jacobiflow.utils.checks import (
@@ -315,8 +316,8 @@ Labels = int | Sequence[int] | np.ndarray | Tensor
 """Classes of samples: one for all of them, or a sequence, array or tensor (N,) with one for each."""
 
 
-Context = Labels | Tensor | str | Sequence[str]
-"""Labels, numbers (N, K) for each sample or (N, T, K) for each token, or prompts."""
+ContextLike = Context | Labels | Tensor | str | Sequence[str]
+"""Labels, numbers (N, K) for each sample or (N, T, K) for each token, prompts, or a `Context` of them."""
 
 
 def as_labels(labels: Any, num: int) -> Int[Tensor, " n"]:

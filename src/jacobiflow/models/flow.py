@@ -13,8 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jacobiflow.blocks.base import AffineBlock, FlowBlock, Permutation, ScaleShift, Tokens, check_context
+from jacobiflow.blocks.base import AffineBlock, FlowBlock, ScaleShift, TokensLogDet
+from jacobiflow.blocks.context import NO_CONTEXT, Context, check_numbers
 from jacobiflow.blocks.guidance import GIVE_GUIDANCE, Guidance, SamplingSettings, guided
+from jacobiflow.blocks.permutation import Permutation
+from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import CheckpointError, InputError, InputTypeError, InputValueError
 from jacobiflow.models.checkpoints.folder import (
     CONFIG,
@@ -25,7 +28,7 @@ from jacobiflow.models.checkpoints.folder import (
     reports_in,
     write_model,
 )
-from jacobiflow.models.config import Context, FlowConfig, Labels, as_labels, describe_unknown
+from jacobiflow.models.config import ContextLike, FlowConfig, Labels, as_labels, describe_unknown
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, draw_latents
 from jacobiflow.utils.checks import (
     FLOATS,
@@ -235,33 +238,35 @@ class Flow(nn.Module):
             raise InputValueError(describe_unknown(tensor, num_classes))
         return tensor
 
-    def check_context(self, context: Context | None, num: int) -> Tensor | None:
-        """Returns labels, or numbers (N, K) or (N, T, K), checked for `num` samples; or `None`."""
+    def check_context(self, context: ContextLike | None, num: int) -> Context:
+        """Returns the context of `num` samples: labels, numbers (N, K) or (N, T, K), or nothing; all checked."""
+        if isinstance(context, Context):
+            context = context.values
         if channels := self._context_channels:
-            check_context(context, self.config.num_tokens, channels)
+            check_numbers(context, self.config.num_tokens, channels)
             check_rows("context", context, num, "samples")
             assert isinstance(context, Tensor)
             check_finite("context", context)
-            return context
+            return Context(context)
         is_numbers = isinstance(context, Tensor) and context.is_floating_point()
         if is_numbers and not self.config.num_classes:
             raise InputValueError(
                 f"context={format_value(context)}: this flow's context is labels, or none; leave it out"
             )
-        return None if context is None else self.check_labels(context, num)  # type: ignore[arg-type]
+        return NO_CONTEXT if context is None else Context(self.check_labels(context, num))  # type: ignore[arg-type]
 
-    def check_one_context(self, labels: Labels | None, context: Context | None, num: int) -> Tensor | None:
-        """Returns the context, given as either argument, checked for `num` samples; or `None`."""
+    def check_one_context(self, labels: Labels | None, context: ContextLike | None, num: int) -> Context:
+        """Returns the context of `num` samples, given as either argument; checked."""
         if labels is not None and context is not None:
             raise InputValueError("labels and context: give one of them")
         return self.check_context(labels if context is None else context, num)
 
-    def example_context(self, num: int) -> Tensor | None:
-        """Returns a context to time the flow with: all classes in turn, or standard normal numbers; or `None`."""
+    def example_context(self, num: int) -> Context:
+        """Returns a context to time the flow with: all classes in turn, or standard normal numbers."""
         if self._context_channels:
-            return draw_latents(num, 1, self._context_channels, start=FIRST_CALIBRATION_LATENT).squeeze(1)
+            return Context(draw_latents(num, 1, self._context_channels, start=FIRST_CALIBRATION_LATENT).squeeze(1))
         classes = self.config.num_classes
-        return torch.arange(num) % classes if classes else None
+        return Context(torch.arange(num) % classes) if classes else NO_CONTEXT
 
     def check_data(self, x: Data, name: str = "x") -> None:
         """Checks that `x`, in a message `name`, are floating-point numbers in the shape of this flow's data."""
@@ -269,15 +274,14 @@ class Flow(nn.Module):
         shape = self.image_shape or (config.num_tokens, config.token_channels)
         check_floating(name, x, ("N", *shape))
 
-    def check_batch(self, x: Data, context: Context | None) -> Tensor | None:
-        """Checks that data and context fit the flow; returns the context as a tensor on its device."""
+    def check_batch(self, x: Data, context: ContextLike | None) -> Context:
+        """Checks that data and context fit the flow; returns the context on its device."""
         check_flow(self)
         self.check_data(x)
-        context = self.check_context(context, len(x))
-        return None if context is None else context.to(self.var.device)
+        return self.check_context(context, len(x)).to(self.var.device)
 
-    def walk(
-        self, x: Tokens, context: Tensor | None = None, parameters: Callable[[int, Tensor], ScaleShift] | None = None
+    def encode_steps(
+        self, x: Tokens, context: Context = NO_CONTEXT, parameters: Callable[[int, Tensor], ScaleShift] | None = None
     ) -> Iterator[Step]:
         """Encodes tokens `x` block by block, and yields the step of each.
 
@@ -291,12 +295,12 @@ class Flow(nn.Module):
             x = block.permutation.inverse(z)
 
     def prior_tokens(self, latents: Tokens) -> Tokens:
-        """Returns sqrt(var) times standard normal `latents`, in the dtype of `state_dtype`: the start of `invert`."""
+        """Returns sqrt(var) times standard normal `latents`, in the dtype of `state_dtype`: the start of sampling."""
         dtype = state_dtype(self)
         return latents.to(self.var.device, dtype) * self.var.to(dtype).sqrt()
 
-    def invert(self, x: Tokens, solve: Callable[[int, Tensor], Tensor]) -> Tokens:
-        """Returns the tokens f_0^-1(... f_{L-1}^-1(x)): `walk`, backwards.
+    def map_blocks_reversed(self, x: Tokens, solve: Callable[[int, Tensor], Tensor]) -> Tokens:
+        """Returns the tokens f_0^-1(... f_{L-1}^-1(x)).
 
         `solve(i, z)` inverts block `i` at `z`, both in the block's causal order. It may return more rows than `z` has.
         """
@@ -305,36 +309,36 @@ class Flow(nn.Module):
             x = permutation.inverse(solve(i, permutation(x)))
         return x
 
-    def normalize(self, x: Data, context: Context | None = None) -> tuple[Tokens, Float[Tensor, " n"]]:
+    def normalize(self, x: Data, context: ContextLike | None = None) -> TokensLogDet:
         """Returns tokens after all blocks, before the prior's scale, and log|det| in nats, summed over dimensions.
 
         They are at least float32, in whatever dtype the network runs. `context` is labels (N,), one label for all, or
         numbers (N, K) or (N, T, K), as the flow takes it.
         """
-        context = self.check_batch(x, context)
-        return self._normalize(self.to_tokens(x.to(torch.promote_types(x.dtype, state_dtype(self)))), context)
+        checked = self.check_batch(x, context)
+        return self._normalize(self.to_tokens(x.to(torch.promote_types(x.dtype, state_dtype(self)))), checked)
 
-    def _normalize(self, tokens: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _normalize(self, tokens: Tokens, context: Context) -> TokensLogDet:
         log_det = self.tokens_log_det(tokens)
         for block in self.blocks:
             z, log_scale = block.encode(block.permutation(tokens), context)
             tokens, log_det = block.permutation.inverse(z), log_det - log_scale
         return tokens, log_det
 
-    def encode(self, x: Data, context: Context | None = None) -> tuple[Tokens, Float[Tensor, " n"]]:
+    def encode(self, x: Data, context: ContextLike | None = None) -> TokensLogDet:
         """Returns latents z = f(x), standard normal under the model, and log|det df/dx| in nats with the prior."""
         return self._to_standard(*self.normalize(x, context))
 
-    def _to_standard(self, z: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
+    def _to_standard(self, z: Tensor, log_det: Tensor) -> TokensLogDet:
         var = self.var.to(z.dtype)
         return z / var.sqrt(), log_det - 0.5 * var.log().sum()
 
-    def log_prob(self, x: Data, context: Context | None = None) -> Float[Tensor, " n"]:
+    def log_prob(self, x: Data, context: ContextLike | None = None) -> Float[Tensor, " n"]:
         """Returns the log-density in nats: log N(z; 0, I) + log|det df/dx|."""
         z, log_det = self.encode(x, context)
         return log_normal(z) + log_det
 
-    def tokens_log_prob(self, tokens: Tokens, context: Tensor | None) -> Float[Tensor, " n"]:
+    def tokens_log_prob(self, tokens: Tokens, context: Context) -> Float[Tensor, " n"]:
         """Returns the log-density in nats of the data that have these tokens."""
         z, log_det = self._to_standard(*self._normalize(tokens, context))
         return log_normal(z) + log_det

@@ -15,8 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.blocks.base import FlowBlock, Permutation, ScaleShift, Tokens, check_input
+from jacobiflow.blocks.base import FlowBlock, ScaleShift, TokensLogDet, check_input
+from jacobiflow.blocks.context import NO_CONTEXT, Context
 from jacobiflow.blocks.guidance import Guidance
+from jacobiflow.blocks.permutation import Permutation
+from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError
 from jacobiflow.models.config import MAFConfig, embed_classes
 from jacobiflow.models.flow import Flow, Images, register_flow
@@ -105,15 +108,15 @@ class MAFBlock(FlowBlock):
         """Returns the masked layers, first to last, for rows of these labels."""
         return tuple(MaskedLayer(layer.masked_weight(), layer.offset(labels)) for layer in self.layers)
 
-    def affine_whole(self, x: Tokens, context: Int[Tensor, " b"] | None = None) -> ScaleShift:
-        return full_pass(x, self.masked_layers(context))
+    def affine_whole(self, x: Tokens, context: Context = NO_CONTEXT) -> ScaleShift:
+        return full_pass(x, self.masked_layers(context.values))
 
-    def init_cache(self, z: Tokens, context: Int[Tensor, " b"] | None = None) -> MAFCache:
+    def init_cache(self, z: Tokens, context: Context = NO_CONTEXT) -> MAFCache:
         check_input(z, self.num_tokens, 1)
         # A row of offsets per sample, or every step would expand the one.
         layers = tuple(
             MaskedLayer(layer.weight, layer.offset.expand(len(z), -1).contiguous())
-            for layer in self.masked_layers(context)
+            for layer in self.masked_layers(context.values)
         )
         weight = layers[0].weight
         return MAFCache(
@@ -139,25 +142,25 @@ class MAFBlock(FlowBlock):
         values = 2 * (len(self.layers) - 1) * self.hidden_features + 6 * self.num_tokens
         return values * self.layers[0].weight.element_size()
 
-    def encode(self, x: Tokens, context: Int[Tensor, " b"] | None = None) -> tuple[Tokens, Float[Tensor, " b"]]:
+    def encode(self, x: Tokens, context: Context = NO_CONTEXT) -> TokensLogDet:
         result = self._evaluate(x, context, None, is_inverse=False)
         return super().encode(x, context) if result is None else (result[0], -result[1])
 
-    def exact_inverse(
-        self, z: Tokens, context: Int[Tensor, " b"] | None = None, guidance: Guidance | None = None
-    ) -> tuple[Tokens, Float[Tensor, " b"]] | None:
-        return self._evaluate(z, context, guidance, is_inverse=True)
+    def sequential_inverse(
+        self, z: Tokens, context: Context = NO_CONTEXT, guidance: Guidance | None = None, int16_weights: bool = False
+    ) -> TokensLogDet | None:
+        return None if int16_weights else self._evaluate(z, context, guidance, is_inverse=True)
 
     def _evaluate(
-        self, tokens: Tokens, context: Int[Tensor, " b"] | None, guidance: Guidance | None, is_inverse: bool
-    ) -> tuple[Tokens, Float[Tensor, " b"]] | None:
+        self, tokens: Tokens, context: Context, guidance: Guidance | None, is_inverse: bool
+    ) -> TokensLogDet | None:
         """The block or its inverse in native code, and log|det|; `None` if these are left to PyTorch."""
         if usable_library(tokens) is None or tokens.shape[2:] != (1,):
             return None
         tensors = [tensor for layer in self.layers for tensor in (layer.weight, layer.bias)]
         tables = [layer.class_embed for layer in self.layers if layer.class_embed is not None]
         tensors += [table.t() for table in tables]
-        classes = embed_classes(torch.eye(len(tables[0]), dtype=tokens.dtype), context) if tables else None
+        classes = embed_classes(torch.eye(len(tables[0]), dtype=tokens.dtype), context.values) if tables else None
         if guidance is not None:
             tensors += [layer.offset(None).squeeze(0) for layer in self.layers]
             tensors.append(torch.stack(guidance.weights(tokens), dim=1))
@@ -324,5 +327,5 @@ class MAF(Flow):
             self.blocks[i].normalize_outputs(x, labels)
             return self.blocks[i](x, labels)
 
-        for _ in self.walk(self.to_tokens(images), parameters=normalized):
+        for _ in self.encode_steps(self.to_tokens(images), parameters=normalized):
             pass

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.blocks.base import Permutation
+from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.models.checkpoints.folder import build
 from jacobiflow.models.checkpoints.original import count_groups, read_original, shape_of
@@ -216,7 +216,7 @@ class ProseBlock(TransformerBlock):
         table = sinusoid(torch.arange(self.num_tokens), len(self.proj_in.weight), _POSITION_PERIOD)
         return table.to(self.pos_embed_scale) * self.pos_embed_scale + self.proj_in.bias
 
-    def embed_context(self, context: Tensor | None) -> None:
+    def embed_context(self, values: Tensor | None) -> None:
         return None
 
 

@@ -14,8 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.blocks.base import Permutation, ScaleShift
+from jacobiflow.blocks.base import ScaleShift
+from jacobiflow.blocks.context import NO_CONTEXT, Context
 from jacobiflow.blocks.guidance import Guidance, SamplingSettings
+from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.errors import CheckpointError, InputTypeError, InputValueError
 from jacobiflow.models.checkpoints.folder import build
 from jacobiflow.models.checkpoints.original import count_groups, read_original, shape_of
@@ -174,19 +176,19 @@ class STARFlowBlock(TransformerBlock):
         assert self.proj_in.bias is not None
         return self.proj_in.bias.expand(self.num_tokens, -1)
 
-    def embed_context(self, context: Tensor | None) -> None:
+    def embed_context(self, values: Tensor | None) -> None:
         return None
 
-    def embed_prefix(self, context: Tensor | None, num: int) -> Float[Tensor, "b p c"]:
+    def embed_prefix(self, values: Tensor | None, num: int) -> Float[Tensor, "b p c"]:
         start = self.proj_in(self.sos_embed).expand(num, -1, -1)
         if not self.is_guided:
             return start
-        text = self.null_text if context is None else context
+        text = self.null_text if values is None else values
         projected = self.proj_txt(text.to(self.proj_in.weight.dtype)).expand(num, -1, -1)
         return torch.cat((projected, start.to(projected.dtype)), dim=1)
 
-    def unconditional(self, context: Tensor) -> Tensor:
-        return self.null_text.to(context).expand_as(context)
+    def unconditional(self, values: Tensor) -> Tensor:
+        return self.null_text.to(values).expand_as(values)
 
     def final_norm_weight(self) -> Float[Tensor, " c"]:
         return 1 + self.final_norm.weight
@@ -274,14 +276,16 @@ class STARFlow(Flow):
         patches = tokens.unflatten(2, (size, size, -1)).unflatten(1, (side, side))
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
-    def check_context(self, context: Any, num: int) -> Float[Tensor, "n l k"] | None:
-        """Returns the states of texts for `num` samples, padded to `text_tokens`; `None` for the empty text.
+    def check_context(self, context: Any, num: int) -> Context:
+        """Returns the states of texts for `num` samples, padded to `text_tokens`; no context is the empty text.
 
         A single prompt is that of all samples.
         """
+        if isinstance(context, Context):
+            context = context.values
         if context is None:
             self._check_null_text("no context")
-            return None
+            return NO_CONTEXT
         if isinstance(context, str):
             context = [context] * num
         if not isinstance(context, Tensor):
@@ -289,13 +293,13 @@ class STARFlow(Flow):
         states = _padded("context", context, self.config)
         if len(states) != num:
             raise InputValueError(f"context of {len(states)} texts: give {num}, one for each sample")
-        return states
+        return Context(states)
 
-    def example_context(self, num: int) -> Tensor:
+    def example_context(self, num: int) -> Context:
         config, null_text = self.config, self.blocks[-1].null_text
         if null_text.any():
-            return null_text.expand(num, -1, -1)
-        return draw_latents(num, config.text_tokens, config.text_channels, start=FIRST_CALIBRATION_LATENT)
+            return Context(null_text.expand(num, -1, -1))
+        return Context(draw_latents(num, config.text_tokens, config.text_channels, start=FIRST_CALIBRATION_LATENT))
 
     def _check_null_text(self, name: str) -> None:
         """Raises ValueError if the states of the empty text are not known."""

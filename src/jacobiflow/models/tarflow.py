@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from jacobiflow.blocks.base import Permutation
+from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.errors import CheckpointError, first_line
 from jacobiflow.models.checkpoints.folder import build, check_values
 from jacobiflow.models.checkpoints.original import infer_config, read_original

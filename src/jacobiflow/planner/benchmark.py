@@ -12,10 +12,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from jacobiflow.blocks.base import AffineBlock, supports
+from jacobiflow.blocks.context import Context
 from jacobiflow.fixed_point import (
     Latent,
     MaxSweeps,
@@ -66,22 +67,20 @@ class Exact(NamedTuple):
         return min(sweeps, self.int16) + self.evaluation
 
 
-def time_exact(
-    block: AffineBlock, z: Float[Tensor, "b t c"], labels: Int[Tensor, " b"] | None, bf16: bool = True
-) -> Exact:
+def time_exact(block: AffineBlock, z: Float[Tensor, "b t c"], labels: Context, bf16: bool = True) -> Exact:
     """Times the exact loop and network evaluations of a block. Native code is compiled before."""
     library_name()
     loop = _timings(lambda: solve(block, z, Solver(Sequential()), labels), z.device)
     evaluation = _timings(lambda: certify(block, z, z, labels), z.device)
     int16 = [math.inf]
     can_pay = min(loop) > 2 * min(evaluation)  # half the bytes save half of the loop at most
-    if can_pay and block.rounded_inverse(z, labels) is not None:
-        int16 = _timings(lambda: block.rounded_inverse(z, labels), z.device)
+    if can_pay and block.sequential_inverse(z, labels, int16_weights=True) is not None:
+        int16 = _timings(lambda: block.sequential_inverse(z, labels, int16_weights=True), z.device)
     exact = Exact(min(loop), min(evaluation), math.inf, max(_spread(loop), _spread(evaluation)), min(int16))
     is_tried = bf16 and z.shape[1] > 1 and supports(block, "has_bf16")  # one token needs no sweeps
     if not is_tried or exact.loop <= _BF16_SWEEPS * exact.evaluation:
         return exact
-    few, of_few = z[:_FEW], None if labels is None else labels[:_FEW]
+    few, of_few = z[:_FEW], labels[:_FEW]
 
     def sweep(bf16_sweeps: int) -> float:
         solver = Solver(stopping=MaxSweeps(1), bf16_sweeps=bf16_sweeps)
@@ -145,7 +144,7 @@ class Race:
     _last: dict[Hashable, float] = field(default_factory=dict)  # seconds in the last race, by kind of solver
 
     def run(
-        self, block: AffineBlock, z: Float[Tensor, "b t c"], labels: Int[Tensor, " b"] | None, solvers: Sequence[Solver]
+        self, block: AffineBlock, z: Float[Tensor, "b t c"], labels: Context, solvers: Sequence[Solver]
     ) -> Runner | None:
         """Finds the fastest of the `solvers` for a block; `None` if the exact loop is as fast."""
         if self.is_over:
@@ -201,11 +200,11 @@ class Race:
         return runner
 
     def _solve(
-        self, block: AffineBlock, z: Tensor, labels: Tensor | None, solver: Solver, time_limit: float | None
+        self, block: AffineBlock, z: Tensor, labels: Context, solver: Solver, time_limit: float | None
     ) -> Runner:
         """A timed solve with certificates, in batches; TimeoutError if it takes longer than the limit."""
         run = partial(
-            solve_certified, block, z, solver, labels, slots=self.batch_size, tolerance=self.tolerance,
+            solve_certified, block, z, solver, labels, batch_size=self.batch_size, tolerance=self.tolerance,
             time_limit=time_limit,
         )  # fmt: skip
         seconds, solution = time_call(run, z.device)

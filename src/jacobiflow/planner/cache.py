@@ -17,13 +17,14 @@ import torch
 from jacobiflow.calibration import CalibrationReport
 from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.fixed_point import Sequential, Solver, Tolerance
+from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE
 from jacobiflow.models.checkpoints.fingerprint import cached_fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import MOST_SAMPLES
 from jacobiflow.models.memory import exceeds_memory
 from jacobiflow.native import library_name
 from jacobiflow.planner.fit import find_tuning
-from jacobiflow.planner.notation import DEFAULT_TOLERANCE, is_auto
+from jacobiflow.planner.notation import is_auto
 from jacobiflow.planner.planner import make_plan, warn_if_raised
 from jacobiflow.planner.strategy import Strategy
 from jacobiflow.utils.checks import check_count, check_kind, check_number, format_value

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from jacobiflow.blocks.base import AffineBlock
+from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.calibration.report import find_file_by_guidance
 from jacobiflow.calibration.statistics import BlockSolution, exact_solutions
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import Correction, Guess, Plain, Solver, Tolerance, Whole, solve
+from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.models.checkpoints.fingerprint import check_fingerprint, fingerprint
-from jacobiflow.models.config import Context, Labels, as_labels
+from jacobiflow.models.config import ContextLike, Labels, as_labels
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
 from jacobiflow.utils import serialization
@@ -77,7 +78,7 @@ class Tuning(serialization.JsonDocument):
 
 
 def tune(
-    flow: Flow, labels: Labels | None = None, *, context: Context | None = None, samples: int = SAMPLES,
+    flow: Flow, labels: Labels | None = None, *, context: ContextLike | None = None, samples: int = SAMPLES,
     batch_size: int = 64, seed: int = 0, progress: Progress | None = None,
 ) -> Tuning:  # fmt: skip
     """Fits a guess and a correction to each block, to its exact solutions at fresh latents.
@@ -132,30 +133,28 @@ def find_tuning(flow: Flow) -> Path | None:
     return find_file_by_guidance(flow, "tuning", lambda file: Tuning.load(file).guidance)
 
 
-def _context(flow: Flow, labels: Labels | None, context: Context | None, samples: int) -> Tensor | None:
+def _context(flow: Flow, labels: Labels | None, context: ContextLike | None, samples: int) -> Context:
     """The context of each of the samples."""
     if labels is None and context is None:
-        example = flow.example_context(samples)
-        return None if example is None else example.to(flow.var.device)
+        return flow.example_context(samples).to(flow.var.device)
     labels = None if labels is None else as_labels(labels, 1)
     values: Any = context if labels is None else labels
     num = 1 if isinstance(values, str) else len(values)
     if not num:
         raise InputValueError(f"{'context' if labels is None else 'labels'}: empty; give one or more")
     checked = flow.check_one_context(labels, context, num)
-    assert checked is not None
     return checked.to(flow.var.device)[torch.arange(samples, device=flow.var.device) % num]
 
 
 def _fit(block: AffineBlock, at: BlockSolution, batch_size: int) -> BlockTuning:
     def sweeps(guess: Guess, correction: Correction) -> int:
         solver = Solver(Whole(), guess, Tolerance(_TOLERANCE), correction)
-        return int(solve(block, at.z, solver, at.context, batch_size).sample_sweeps.sum())
+        return int(solve(block, at.z, solver, at.context, batch_size=batch_size).sample_sweeps.sum())
 
     kinds = serialization.registered_pieces(Guess).values()
     guesses = [fit for kind in kinds if (fit := kind.fit(at.x, at.z)) is not None]
     guess = guesses[0] if len(guesses) == 1 else min(guesses, key=lambda guess: sweeps(guess, Plain()))
     kinds = serialization.registered_pieces(Correction).values()
-    fits = [kind.fit(block, at.x, at.z, guess, at.context) for kind in kinds]
+    fits = [kind.fit(Problem(block, at.z, at.context), at.x, guess) for kind in kinds]
     corrections: Sequence[Correction] = [Plain(), *(fit for fit in fits if fit is not None)]
     return BlockTuning(guess, min(corrections, key=lambda correction: sweeps(guess, correction)))

@@ -24,7 +24,6 @@ from jacobiflow.fixed_point import (
 from jacobiflow.utils.checks import format_value
 from jacobiflow.utils.serialization import registered_pieces
 
-DEFAULT_TOLERANCE = 1e-3
 _FORMS = (
     "auto, sequential, sequential:int16, jacobi, jacobi-J, gs-jacobi:G, gs-jacobi:G-J, window:N, "
     "or [Stack-GS-J-Else] such as [7-8-32-10]"

@@ -14,7 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jacobiflow.blocks.base import AffineBlock, FlowBlock
+from jacobiflow.blocks.context import Context
 from jacobiflow.fixed_point import MaxSweeps, Sequential, Solver, Tolerance, certify, solve, solve_certified
+from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.flow import Flow, check_flow, precision
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
@@ -39,7 +41,7 @@ _LOOP = Solver(Sequential())
 
 
 def plan(
-    flow: Flow, tuning: Tuning | None = None, batch_size: int = 16, tolerance: float = 1e-3,
+    flow: Flow, tuning: Tuning | None = None, batch_size: int = 16, tolerance: float = DEFAULT_TOLERANCE,
     *, bf16: bool = True, progress: Progress | None = None,
 ) -> Strategy:  # fmt: skip
     """Finds the fastest solver for each block by timing real solves on this device.
@@ -123,16 +125,15 @@ def rounding_floor(flow: Flow) -> float:
         largest = max([largest, *residual[residual.isfinite()].tolist()])
         return torch.cat((exact, solve(blocks[i], other, Solver(stopping=Tolerance(largest)), labels).x))
 
-    exact, iterated = flow.invert(tokens.repeat(2, 1, 1), solve_block).chunk(2)
+    exact, iterated = flow.map_blocks_reversed(tokens.repeat(2, 1, 1), solve_block).chunk(2)
     return max(largest, float(_or_zero(exact - iterated).abs().max()))
 
 
-def _latents(flow: Flow, first: int, num: int) -> tuple[Float[Tensor, "n t c"], Tensor | None]:
+def _latents(flow: Flow, first: int, num: int) -> tuple[Float[Tensor, "n t c"], Context]:
     """Tokens at which the last block is inverted, in the order of the data, and a context."""
     config = flow.config
     latents = draw_latents(num, config.num_tokens, config.token_channels, start=FIRST_CALIBRATION_LATENT + first)
-    context = flow.example_context(num)
-    return flow.prior_tokens(latents), None if context is None else context.to(flow.var.device)
+    return flow.prior_tokens(latents), flow.example_context(num).to(flow.var.device)
 
 
 def _or_zero(x: Tensor) -> Tensor:
@@ -197,7 +198,7 @@ class _Planner:
             if winner is None:
                 seconds += loops[i]
                 are_over = all(other.is_over for other in races.values())
-                return z if are_over else solve(block, z, _LOOP, labels, self.batch_size).x
+                return z if are_over else solve(block, z, _LOOP, labels, batch_size=self.batch_size).x
             solvers[i] = winner.solver
             seconds += winner.seconds * self.batch_size / len(z)
             return winner.x
@@ -217,7 +218,7 @@ class _Planner:
         if seconds > enough:
             return None
         tokens, labels = _latents(self.flow, SAMPLES + _FEWEST + self.batch_size, num)
-        few = None if labels is None else labels[:_COMPARED]
+        few = labels[:_COMPARED]
 
         def solve_exactly(i: int, block: AffineBlock, z: Tensor) -> Tensor:
             closer = replace(solvers[i], stopping=Tolerance(_EXACT * self.tolerance), bf16_sweeps=0)
@@ -261,7 +262,7 @@ class _Planner:
                 self.progress(len(blocks) - i, len(blocks), what)
             return x
 
-        return self.flow.invert(tokens, solve_and_note)
+        return self.flow.map_blocks_reversed(tokens, solve_and_note)
 
 
 def _shape(block: FlowBlock) -> Hashable:

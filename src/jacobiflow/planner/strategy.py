@@ -10,10 +10,10 @@ from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.calibration import CalibrationReport, gs_jacobi_notation
 from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.fixed_point import Latent, Solver
+from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE
 from jacobiflow.models.checkpoints.fingerprint import cached_fingerprint, check_fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.planner import notation
-from jacobiflow.planner.notation import DEFAULT_TOLERANCE
 from jacobiflow.utils import serialization
 from jacobiflow.utils.checks import check_count, check_fields, check_kind, check_number, format_value
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import warnings
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from jacobiflow.blocks.context import Context
 from jacobiflow.models.config import Labels
 from jacobiflow.models.flow import Flow, check_flow, check_rate
 from jacobiflow.utils.checks import check_count
 
-_MEMORY = 4 << 30  # bytes that a backward pass may need beside the weights
+_MAX_BACKWARD_BYTES = 4 << 30
+"""Bytes that a backward pass may take beside the weights."""
 
 
 def denoise(
@@ -40,29 +42,29 @@ def denoise(
     rate = check_rate(flow, rate, "rate")
     batch_size = check_count("batch_size", batch_size, maximum=2**31)
     flow.check_data(images, "images")
-    labels = flow.check_batch(images, labels)
-    lost = int((~torch.isfinite(images).all(dim=(1, 2, 3))).sum())
-    if lost:
-        warnings.warn(f"{lost} of {len(images)} images hold a NaN or an infinity: they are NaN", stacklevel=2)
-    return denoised(flow, images, labels, rate, batch_size)
+    context = flow.check_batch(images, labels)
+    num_nonfinite = int((~torch.isfinite(images).all(dim=(1, 2, 3))).sum())
+    if num_nonfinite:
+        warnings.warn(f"{num_nonfinite} of {len(images)} images hold a NaN or an infinity: they are NaN", stacklevel=2)
+    return denoise_checked(flow, images, context, rate, batch_size)
 
 
-def denoised(
-    flow: Flow, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None, rate: float, batch_size: int
+def denoise_checked(
+    flow: Flow, images: Float[Tensor, "n c h w"], context: Context, rate: float, batch_size: int
 ) -> Float[Tensor, "n c h w"]:
     """Denoises as `denoise` does, without its checks and its warning."""
     images, steps = images.detach(), []
     start, size = 0, 1  # the first image alone shows how much memory one takes
     while start < len(images):
         rows = slice(start, start + size)
-        score, used = _score(flow, images[rows], None if labels is None else labels[rows])
+        score, used = _score(flow, images[rows], context[rows])
         steps.append(images[rows] + rate * flow.config.noise_std**2 * score)
         start += size
-        size = min(batch_size, max(_MEMORY * size // max(used, 1), 1))
+        size = min(batch_size, max(_MAX_BACKWARD_BYTES * size // max(used, 1), 1))
     return torch.cat(steps)
 
 
-def _score(flow: Flow, images: Tensor, labels: Tensor | None) -> tuple[Tensor, int]:
+def _score(flow: Flow, images: Tensor, context: Context) -> tuple[Tensor, int]:
     """grad log p(x | label), and the bytes beside the weights that its backward pass needed."""
     sizes: dict[int, int] = {}
 
@@ -74,7 +76,7 @@ def _score(flow: Flow, images: Tensor, labels: Tensor | None) -> tuple[Tensor, i
     with torch.inference_mode(False), torch.enable_grad():  # also where the caller has either off
         x = images.detach().clone().requires_grad_()
         with saved_tensors_hooks(note, lambda tensor: tensor):
-            total = flow.log_prob(x, None if labels is None else labels.clone()).sum()
+            total = flow.log_prob(x, context.clone()).sum()
         (score,) = torch.autograd.grad(total, x)
     weights = {tensor.untyped_storage()._cdata for tensor in flow.state_dict(keep_vars=True).values()}
     return score, sum(size for storage, size in sizes.items() if storage not in weights)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jacobiflow.errors import InputValueError
 from jacobiflow.sampling.folder import SampleFolder
-from jacobiflow.sampling.sample import Samples
+from jacobiflow.sampling.result import Samples
 from jacobiflow.utils.checks import check_count, check_floating, check_kind, check_number, check_rows, check_seed
 
 
@@ -79,8 +79,8 @@ def importance(samples: Samples | SampleFolder, energy: Float[Tensor, " n"], *, 
         clip: The share of samples, those of the largest weights, that get the largest weight of the others.
 
     Raises:
-        ValueError: If samples are above the tolerance, lost, not certified, or without a density, or if an energy is
-            NaN or -infinity.
+        ValueError: If a sample is above the tolerance, not finite, not certified, or without a density, or if an energy
+            is NaN or -infinity.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -98,8 +98,8 @@ def importance(samples: Samples | SampleFolder, energy: Float[Tensor, " n"], *, 
         log_prob, outcome = samples.log_prob(), samples.outcome()
     if log_prob is None:
         raise InputValueError("samples without densities: draw them with log_prob=True and settings=None")
-    outcome = replace(outcome, sensitive=None)  # a density is that of the x returned, whatever rounding did to it
-    is_unchecked = outcome.residual is None and not outcome.exact
+    outcome = replace(outcome, num_sensitive=None)  # a density is that of the x returned, whatever rounding did to it
+    is_unchecked = outcome.residual is None and not outcome.is_exact
     if outcome.has_shortfall or is_unchecked:
         raise InputValueError(f"no weights for samples that are not from the flow's density: {outcome}")
     check_floating("energy", energy, (len(log_prob),))

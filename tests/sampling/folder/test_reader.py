@@ -28,7 +28,7 @@ from tests.helpers.scoring import levels
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, -1, 2, 2, 1, 0])
 SPANS = ((0, 4), (4, 8), (8, 10))
-SAMPLES = invented(None, None, draw_latents(10, 4, 4), LABELS, progress=None)
+SAMPLES = invented(None, None, draw_latents(10, 4, 4), jf.Context(LABELS), None, None, None)
 LOST = ~SAMPLES.images.isfinite().flatten(1).all(dim=1)
 
 
@@ -42,7 +42,7 @@ def test_samples_are_read_back(files: Any, labels: Any, tmp_path: Path) -> None:
     assert np.array_equal(pixels_in(folder), levels(SAMPLES.images))
     assert torch.equal(folder.lost(), LOST)
     assert torch.equal(folder.resolved(), SAMPLES.stats[0].used_fallback)
-    assert torch.equal(folder.certificate(), SAMPLES.certificate)  # type: ignore[arg-type]
+    assert torch.equal(folder.certificate(), SAMPLES.residual)  # type: ignore[arg-type]
     for i, (start, stop) in enumerate(SPANS):
         part = folder.labels(i)
         assert part is None if labels is None else torch.equal(part, labels[start:stop])  # type: ignore[arg-type]

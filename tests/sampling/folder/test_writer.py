@@ -23,8 +23,9 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.models.latents import draw_latents
+from jacobiflow.planner import auto
 from jacobiflow.sampling.folder import FirstProcessFailed, Processes, SampleFolderError
-from jacobiflow.sampling.folder import sample as module
+from jacobiflow.sampling.folder import writer as module
 from tests.helpers.problems import make_flow, to_float32
 from tests.helpers.running import figures
 from tests.helpers.sample_folders import MACHINE, everything, facts, flip, pixels_in, run, times, tiny_flow
@@ -101,19 +102,19 @@ def test_every_shard_is_what_sample_draws_of_its_latents(name: str, tmp_path: Pa
     assert np.array_equal(pixels_in(folder), levels(torch.cat([samples.images for samples in want])))
     assert folder.cost().network_calls == sum(samples.network_calls for samples in want)
     if settings.get("certify", True):
-        assert torch.equal(folder.certificate(), torch.cat([samples.certificate for samples in want]))  # type: ignore
+        assert torch.equal(folder.certificate(), torch.cat([samples.residual for samples in want]))  # type: ignore
     else:
         assert folder.certificate() is None
-    resolved = sum(samples.used_fallback for samples in want)
-    assert folder.outcome().resolved == folder.resolved().sum() == resolved
-    assert resolved > 0 or name != "some solved again"
+    num_fallback = int(sum(samples.used_fallback.sum() for samples in want))
+    assert folder.outcome().num_fallback == folder.resolved().sum() == num_fallback
+    assert num_fallback > 0 or name != "some solved again"
 
 
 def test_sensitivity_is_in_the_shards_and_the_outcome(tmp_path: Path) -> None:
     folder = draw(tmp_path, sensitivity=True)
     want = by_shard(SMALL, 10, 4, CLASSES, strategy="jacobi-3", batch_size=2, sensitivity=True)
     assert torch.equal(folder.sensitivity(), torch.cat([samples.sensitivity for samples in want]))  # type: ignore
-    assert (folder.outcome().sensitivity, folder.outcome().sensitive) == (float(folder.sensitivity().max()), 0)  # type: ignore
+    assert (folder.outcome().sensitivity, folder.outcome().num_sensitive) == (float(folder.sensitivity().max()), 0)  # type: ignore
     assert jf.SampleFolder.open(tmp_path).sensitivity() is not None
     (tmp_path / "shards" / "00001.json").unlink()
     assert draw(tmp_path, sensitivity=True).drawn == 4
@@ -132,7 +133,7 @@ def test_trained_digits_in_batches_of_two_sizes(tmp_path: Path) -> None:
 
 
 def test_auto_is_planned_once_for_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert draw(tmp_path / "auto", strategy="auto").strategy() == jf.strategy.auto(SMALL, 2)
+    assert draw(tmp_path / "auto", strategy="auto").strategy() == auto(SMALL, 2)
     plans, out = [jf.Strategy.uniform(jf.Solver(jf.Window(size)), 2) for size in (4, 5)], tmp_path / "to a tolerance"
     monkeypatch.setattr(module, "choose", lambda *_, **__: plans.pop(0))
     with pytest.raises(KeyboardInterrupt):

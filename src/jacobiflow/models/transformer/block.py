@@ -12,16 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.blocks.base import (
-    AttentionContext,
-    FlowBlock,
-    Permutation,
-    ScaleShift,
-    Tokens,
-    check_context,
-    check_input,
-)
+from jacobiflow.blocks.base import FlowBlock, ScaleShift, TokensLogDet, check_input
+from jacobiflow.blocks.context import NO_CONTEXT, Context, check_numbers
 from jacobiflow.blocks.guidance import Guidance
+from jacobiflow.blocks.permutation import Permutation
+from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.models.config import TarFlowConfig, TokenConfig, embed_classes
 from jacobiflow.models.transformer.attention import (
     AttentionBlock,
@@ -101,11 +96,11 @@ class TransformerBlock(FlowBlock):
         """Returns what is added to the projection of each token: its bias and the position."""
 
     @abstractmethod
-    def embed_context(self, context: Tensor | None) -> Float[Tensor, "#b #t c"] | None:
-        """Returns what the context adds to the projections of a row and a token, both in causal order."""
+    def embed_context(self, values: Tensor | None) -> Float[Tensor, "#b #t c"] | None:
+        """Returns the part of a context in the embedding of each row and token, in causal order; `None` for none."""
 
-    def embed_prefix(self, context: Tensor | None, num: int) -> Float[Tensor, "b p c"] | None:
-        """Returns embeddings of what stands before the tokens of `num` rows; `None` if nothing does."""
+    def embed_prefix(self, values: Tensor | None, num: int) -> Float[Tensor, "b p c"] | None:
+        """Returns the embeddings of the prefix of `num` rows under a context; `None` without a prefix."""
         return None
 
     def final_norm_weight(self) -> Float[Tensor, " c"] | None:
@@ -120,12 +115,12 @@ class TransformerBlock(FlowBlock):
         log_scale, shift = out.chunk(2, dim=-1)
         return log_scale, shift
 
-    def affine_whole(self, x: Float[Tensor, "b t c"], context: Tensor | AttentionContext | None = None) -> ScaleShift:
+    def affine_whole(self, x: Float[Tensor, "b t c"], context: Context = NO_CONTEXT) -> ScaleShift:
         cache = self._cache(x, context, self.layer_weights(), layers=())
-        prefix = self.embed_prefix(AttentionContext.of(context)[0], len(x))
+        prefix = self.embed_prefix(context.values, len(x))
         return self.affine(x, 0, x.shape[1], replace(cache, prefix=prefix))
 
-    def init_cache(self, z: Float[Tensor, "b t c"], context: Tensor | AttentionContext | None = None) -> TarFlowCache:
+    def init_cache(self, z: Float[Tensor, "b t c"], context: Context = NO_CONTEXT) -> TarFlowCache:
         check_input(z, self.num_tokens, self.proj_in.in_features)
         cache = self._empty_cache(z, context, self.prefix_length + self.num_tokens)
         cache = replace(cache, embedding=cache.embedding.contiguous())
@@ -134,12 +129,12 @@ class TransformerBlock(FlowBlock):
         hidden = self._read_prefix(cache, context)
         return replace(cache, first=self.read_out(hidden, cache, z.dtype))
 
-    def _prefix(self, z: Tensor, context: Tensor | AttentionContext | None) -> Prefix:
+    def _prefix(self, z: Tensor, context: Context) -> Prefix:
         """The prefix for the rows of `z`."""
         cache = self._empty_cache(z, context, self.prefix_length)
         return Prefix(cache.layers, self._read_prefix(cache, context)[:, 0])
 
-    def _empty_cache(self, z: Tensor, context: Tensor | AttentionContext | None, length: int) -> TarFlowCache:
+    def _empty_cache(self, z: Tensor, context: Context, length: int) -> TarFlowCache:
         """A cache without keys and values, of so many positions."""
         weights, channels = self.layer_weights(), len(self.proj_in.weight)
         heads = weights[0].num_heads
@@ -147,48 +142,36 @@ class TransformerBlock(FlowBlock):
         return self._cache(z, context, weights, tuple(self.proj_in.weight.new_zeros(shape) for _ in weights))
 
     def _cache(
-        self, z: Tensor, context: Tensor | AttentionContext | None, weights: tuple[LayerWeights, ...],
+        self, z: Tensor, context: Context, weights: tuple[LayerWeights, ...],
         layers: tuple[Tensor, ...],
     ) -> TarFlowCache:  # fmt: skip
-        context, temperature = AttentionContext.of(context)
         return TarFlowCache(
             layers,
             weights,
             self.proj_in.weight,
             (self.proj_out.weight, self.proj_out.bias),
             self._embedding(context).expand(len(z), -1, -1),
-            None if temperature is None else self._query_scale(temperature),
+            self._query_scale(context),
             self.final_norm_weight(),
         )
 
-    def _read_prefix(self, cache: TarFlowCache, context: Tensor | AttentionContext | None) -> Float[Tensor, "b 1 c"]:
+    def _read_prefix(self, cache: TarFlowCache, context: Context) -> Float[Tensor, "b 1 c"]:
         """Writes keys and values of the prefix to the cache; returns the last layer's output for its last row."""
-        prefix = self.embed_prefix(AttentionContext.of(context)[0], len(cache.embedding))
+        prefix = self.embed_prefix(context.values, len(cache.embedding))
         assert prefix is not None
         span = AttentionSpan.of(slice(0, self.prefix_length), self.prefix_length, cache.proj_in)
         layers = list(zip(cache.weights, cache.layers, strict=True))
         return transformer(prefix.to(cache.proj_in.dtype), layers, span, cache.query_scale)[:, -1:]
 
-    def _embedding(self, context: Tensor | None) -> Float[Tensor, "#b t c"]:
+    def _embedding(self, context: Context) -> Float[Tensor, "#b t c"]:
         """Returns the sum of bias, position and context for each token, in causal order."""
-        positions, embedding = self.positions().unsqueeze(0), self.embed_context(context)
+        positions, embedding = self.positions().unsqueeze(0), self.embed_context(context.values)
         return (positions if embedding is None else positions + embedding).to(self.proj_in.weight.dtype)
 
-    def exact_inverse(
-        self, z: Float[Tensor, "b t c"], context: Tensor | None = None, guidance: Guidance | None = None
-    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, " b"]] | None:
-        return self._recur(z, context, guidance, is_rounded=False)
-
-    def rounded_inverse(
-        self, z: Float[Tensor, "b t c"], context: Tensor | None = None, guidance: Guidance | None = None
-    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, " b"]] | None:
-        return self._recur(z, context, guidance, is_rounded=True)
-
     @torch.no_grad()
-    def _recur(
-        self, z: Tensor, context: Tensor | None, guidance: Guidance | None, is_rounded: bool
-    ) -> tuple[Tensor, Tensor] | None:
-        """The answer of native code and the sums of its log-scales; `None` if it has none."""
+    def sequential_inverse(
+        self, z: Tokens, context: Context = NO_CONTEXT, guidance: Guidance | None = None, int16_weights: bool = False
+    ) -> TokensLogDet | None:
         layers = self.layer_weights()
         recurrence = Recurrence(
             proj_in=self.proj_in.weight,
@@ -208,19 +191,20 @@ class TransformerBlock(FlowBlock):
             extrapolation = GuidanceTerms(*guidance.weights(z), other, guidance.attn_temperature, by_density)
 
         def read_prefix(rows: slice) -> Prefix:
-            some = None if context is None else context[rows]
-            parts = [self._prefix(z[rows], some)]
+            parts = [self._prefix(z[rows], context[rows])]
             if guidance is not None:
                 temperature = z.new_full((len(z[rows]),), guidance.attn_temperature)
-                parts.append(self._prefix(z[rows], AttentionContext(None, temperature)))
+                parts.append(self._prefix(z[rows], Context(None, temperature)))
             layers = [torch.cat(pair) for pair in zip(*(part.layers for part in parts), strict=True)]
             return Prefix(layers, torch.cat([part.hidden for part in parts]))
 
         prefix = read_prefix if self.prefix_length else None
-        return recurrence.invert(z, self.embed_context(context), extrapolation, prefix, is_rounded)
+        return recurrence.invert(z, self.embed_context(context.values), extrapolation, prefix, int16_weights)
 
-    def _query_scale(self, temperature: Float[Tensor, " b"]) -> Float[Tensor, "b 1 1 1"]:
-        return temperature.to(self.proj_in.weight).reciprocal().view(-1, 1, 1, 1)
+    def _query_scale(self, context: Context) -> Float[Tensor, "b 1 1 1"] | None:
+        if context.temperature is None:
+            return None
+        return context.temperature.to(self.proj_in.weight).reciprocal().view(-1, 1, 1, 1)
 
     def affine(self, x: Tokens, start: int, stop: int, cache: TarFlowCache) -> ScaleShift:
         size = max(_TOKENS_PER_PASS // (stop - start), 1)
@@ -248,22 +232,22 @@ class TransformerBlock(FlowBlock):
         is_first, first = (before < 0).unsqueeze(-1), self._first(x, cache)
         return torch.where(is_first, first[0], log_scale), torch.where(is_first, first[1], shift)
 
-    def move(self, cache: TarFlowCache, source: Int[Tensor, " m"], target: Int[Tensor, " m"], num: int) -> TarFlowCache:
+    def move_rows(
+        self, cache: TarFlowCache, source: Int[Tensor, " m"], target: Int[Tensor, " m"], num: int
+    ) -> TarFlowCache:
         def moved(tensor: Tensor) -> Tensor:
             tensor[target] = tensor[source]
             return tensor[:num]
 
         return cache.each(moved)
 
-    def refill(
-        self, cache: TarFlowCache, rows: Int[Tensor, " m"], context: Tensor | AttentionContext | None = None
-    ) -> None:
-        context, temperature = AttentionContext.of(context)
+    def reset_rows(self, cache: TarFlowCache, rows: Int[Tensor, " m"], context: Context = NO_CONTEXT) -> None:
         for layer in cache.layers:
             layer.index_fill_(0, rows, 0)
         cache.embedding[rows] = self._embedding(context).to(cache.embedding.dtype)
-        if cache.query_scale is not None and temperature is not None:
-            cache.query_scale[rows] = self._query_scale(temperature).to(cache.query_scale.dtype)
+        query_scale = self._query_scale(context)
+        if cache.query_scale is not None and query_scale is not None:
+            cache.query_scale[rows] = query_scale.to(cache.query_scale.dtype)
         if cache.first is not None:
             part = cache.each(itemgetter(rows))
             first = self.read_out(self._read_prefix(part, context), part, cache.first[0].dtype)
@@ -360,12 +344,12 @@ class TarFlowBlock(TransformerBlock):
     def positions(self) -> Float[Tensor, "t c"]:
         return self.permutation(_widened(self.pos_embed), dim=0) + self.proj_in.bias
 
-    def embed_context(self, context: Tensor | None) -> Float[Tensor, "#b #t c"] | None:
+    def embed_context(self, values: Tensor | None) -> Float[Tensor, "#b #t c"] | None:
         if self.proj_context is None:
-            return embed_classes(None if self.class_embed is None else _widened(self.class_embed), context)
-        check_context(context, self.num_tokens, self.proj_context.in_features)
+            return embed_classes(None if self.class_embed is None else _widened(self.class_embed), values)
+        check_numbers(values, self.num_tokens, self.proj_context.in_features)
         weight, bias = map(_widened, self.proj_context.parameters())
-        projected = F.linear(context.to(weight.dtype), weight, bias)  # type: ignore[union-attr]
+        projected = F.linear(values.to(weight.dtype), weight, bias)  # type: ignore[union-attr]
         return projected.unsqueeze(1) if projected.ndim == 2 else self.permutation(projected)
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-from torch import Tensor
 
+from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import CertifyMode, Status
 from jacobiflow.models.latents import MOST_SAMPLES
-from jacobiflow.sampling.sample import Samples
+from jacobiflow.sampling.result import Samples
 from jacobiflow.utils.checks import format_value
 from jacobiflow.utils.files import sha256
 
@@ -131,7 +131,7 @@ class Cost:
             denoise_seconds=samples.denoise_seconds,
             network_calls=samples.network_calls,
             token_evaluations=samples.token_evaluations,
-            used_fallback=samples.used_fallback,
+            used_fallback=int(samples.used_fallback.sum()),
             exact=bool(samples.exact.all()),
             status={state.name.lower(): int((status == state).sum()) for state in Status},
             sweeps=tuple(block.sweeps for block in samples.stats),
@@ -162,9 +162,10 @@ class Record:
     cost: Cost
 
 
-def context_sha256(context: Tensor | None) -> str | None:
+def context_sha256(context: Context) -> str | None:
     """Returns the SHA-256 of labels as little-endian int64, or of numbers as float32."""
-    if context is None:
+    values = context.values
+    if values is None:
         return None
-    array = context.detach().cpu().numpy()
-    return sha256(array.astype("<f4" if context.is_floating_point() else "<i8").tobytes())
+    array = values.detach().cpu().numpy()
+    return sha256(array.astype("<f4" if values.is_floating_point() else "<i8").tobytes())

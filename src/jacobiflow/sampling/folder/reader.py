@@ -30,7 +30,7 @@ from jacobiflow.data import quantize
 from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.planner import Strategy
 from jacobiflow.sampling.folder.manifest import Cost, Manifest, Record, SampleFolderError
-from jacobiflow.sampling.sample import Outcome, Samples, npz_bytes, sensitivity_counts
+from jacobiflow.sampling.result import Outcome, Samples, npz_bytes
 from jacobiflow.utils import serialization
 from jacobiflow.utils.files import MANIFEST, regular_file, remove_partials, sha256, write_atomically, write_json
 
@@ -167,17 +167,17 @@ class SampleFolder:
 
     def outcome(self) -> Outcome:
         """Returns the outcome of all samples, as `Samples.outcome` does."""
-        cost, certificate = self.cost(), self.certificate()
-        return Outcome(
-            num=self.manifest.num,
-            tolerance=self.strategy().residual_bound(self.manifest.num_tokens),
-            residual=None if certificate is None else float(certificate.nan_to_num(posinf=0.0).max()),
-            exact=cost.exact,
-            resolved=cost.used_fallback,
-            above=cost.status["rounding"],
-            lost=cost.status["nonfinite"],
-            dtype=self.manifest.dtype,
-            **sensitivity_counts(self.sensitivity() if self.manifest.sensitivity else None, cost.status["nonfinite"]),
+        cost, manifest = self.cost(), self.manifest
+        return Outcome.of(
+            self.certificate(),
+            self.sensitivity() if manifest.sensitivity else None,
+            num=manifest.num,
+            num_nonfinite=cost.status["nonfinite"],
+            tolerance=self.strategy().residual_bound(manifest.num_tokens),
+            is_exact=cost.exact,
+            num_fallback=cost.used_fallback,
+            num_above=cost.status["rounding"],
+            dtype=manifest.dtype,
         )
 
     def strategy(self) -> Strategy:
@@ -203,9 +203,9 @@ class SampleFolder:
             "arr_0" if is_image else "tokens": levels.permute(0, 2, 3, 1) if is_image else levels,
             "labels": None if context is None or context.is_floating_point() else context,
             "log_prob": samples.log_prob,
-            "certificate": samples.certificate,
+            "certificate": samples.residual,
             "sensitivity": samples.sensitivity,
-            "resolved": torch.stack([block.used_fallback for block in samples.stats]).any(dim=0),
+            "resolved": samples.used_fallback,
             "lost": lost,
         }
         (self.path / "shards").mkdir(exist_ok=True)

@@ -17,25 +17,32 @@ from typing import Any, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from jacobiflow.blocks.context import Context
 from jacobiflow.calibration import CalibrationReport
 from jacobiflow.errors import InputValueError, first_line
-from jacobiflow.fixed_point import CertifyMode, check_certify_mode
+from jacobiflow.fixed_point import CertifyMode
+from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
-from jacobiflow.models.config import Context, Labels
+from jacobiflow.models.config import ContextLike, Labels
 from jacobiflow.models.flow import Flow, check_flow, precision
 from jacobiflow.models.latents import MOST_SAMPLES, draw_latents
 from jacobiflow.planner import Strategy, choose, is_auto
 from jacobiflow.sampling.folder.manifest import Files, Manifest, SampleFolderError, context_sha256
 from jacobiflow.sampling.folder.reader import STRATEGY, SampleFolder, pillow
-from jacobiflow.sampling.sample import Settings, check_log_prob, draw, resolve_settings, warn_if_guidance_is_idle
+from jacobiflow.sampling.sample import (
+    Outputs,
+    Settings,
+    check_log_prob,
+    resolve_settings,
+    sample_with_strategy,
+    warn_if_guidance_is_idle,
+)
 from jacobiflow.utils.checks import (
     check_choice,
     check_count,
     check_flag,
     check_kind,
-    check_number,
     check_path,
     check_seed,
     format_value,
@@ -126,7 +133,7 @@ def sample_to_folder(
     labels: Labels | None = None,
     seed: int = 0,
     *,
-    context: Context | None = None,
+    context: ContextLike | None = None,
     settings: Settings = "recommended",
     strategy: str | Path | Strategy = "auto",
     tolerance: float | None = None,
@@ -187,21 +194,20 @@ def sample_to_folder(
     check_flag("sensitivity", sensitivity)
     check_kind("progress", progress, Callable | None, "a function of done, total and what, or None")
     check_kind("processes", processes, Processes, "what `with jacobiflow.processes()` gives")
-    check_certify_mode("certify", certify)
-    tolerance = None if tolerance is None else check_number("tolerance", tolerance)
+    tolerance = SolveOptions(tolerance, certify).tolerance
     config = flow.config
     if check_choice("files", files, get_args(Files)) == "png":
         pillow()
         if flow.image_shape is None:
             raise InputValueError("files='png': for flows over images; give 'npz'")
         check_choice("files='png': in_channels", flow.image_shape[0], (1, 3))
-    context = flow.check_one_context(labels, context, num)
-    flow, denoise = resolve_settings(flow, settings, context)
+    checked = flow.check_one_context(labels, context, num)
+    flow, denoise = resolve_settings(flow, settings, checked)
     log_prob = check_log_prob(flow, log_prob, denoise)
-    warn_if_guidance_is_idle(flow, context)
+    warn_if_guidance_is_idle(flow, checked)
     manifest = Manifest(
         num=num, shape=flow.image_shape or (config.num_tokens, config.token_channels), num_tokens=config.num_tokens,
-        seed=seed, context_sha256=context_sha256(context), num_classes=config.num_classes, batch_size=batch_size,
+        seed=seed, context_sha256=context_sha256(checked), num_classes=config.num_classes, batch_size=batch_size,
         shard_size=shard_size, files=files, model=model, fingerprint=fingerprint(flow), dtype=precision(flow),
         strategy="a Strategy" if isinstance(strategy, Strategy) else str(strategy), strategy_sha256="",
         guidance=flow.guidance, denoise=float(denoise), tolerance=tolerance, certify=certify,
@@ -219,14 +225,14 @@ def sample_to_folder(
             earlier = SampleFolder.open(new.path) if (new.path / MANIFEST).exists() else None
             if earlier is None or overwrite or not any(map(earlier.record, range(earlier.manifest.num_shards))):
                 return _begin(new, earlier, plan(), overwrite)
-            return _resume(new, earlier, context, None if is_timed else plan())
+            return _resume(new, earlier, checked, None if is_timed else plan())
 
         folder, todo = processes.run_on_rank_zero(start)
         if not (folder.path / MANIFEST).exists():
             raise SampleFolderError(
                 f"{folder.path}: process {processes.rank} does not see it; give one on a shared disk"
             )
-        _draw_shards(flow, folder, todo, context, processes, progress)
+        _draw_shards(flow, folder, todo, checked, processes, progress)
         folder = replace(folder, drawn=folder.manifest.num_in(todo))
         if processes.rank > 0:
             return folder
@@ -271,13 +277,13 @@ def _begin(
 
 
 def _resume(
-    new: SampleFolder, earlier: SampleFolder, context: Tensor | None, plan: Strategy | None
+    new: SampleFolder, earlier: SampleFolder, context: Context, plan: Strategy | None
 ) -> tuple[SampleFolder, list[int]]:
     """Goes on with an earlier run of the same settings, maybe of fewer samples."""
     previous = earlier.manifest
     settings = replace(
         new.manifest,
-        context_sha256=context_sha256(None if context is None else context[: previous.num]),
+        context_sha256=context_sha256(context[: previous.num]),
         strategy_sha256=previous.strategy_sha256 if plan is None else sha256(json_bytes(plan.to_json())),
     )
     previous.check_resumes(settings, new.path)
@@ -303,23 +309,22 @@ def _resume(
 
 @torch.no_grad()
 def _draw_shards(
-    flow: Flow, folder: SampleFolder, todo: Sequence[int], context: Tensor | None,
+    flow: Flow, folder: SampleFolder, todo: Sequence[int], context: Context,
     processes: Processes, progress: Progress | None,
 ) -> None:  # fmt: skip
     """Draws the share of this process."""
     manifest, config, strategy = folder.manifest, flow.config, folder.strategy()
+    options = SolveOptions(certify=manifest.certify, batch_size=manifest.batch_size)
+    outputs = Outputs(manifest.denoise, manifest.log_prob, manifest.sensitivity)
     num_present = manifest.num - manifest.num_in(todo)
     if progress is not None and todo:
         progress(num_present, manifest.num, _SAMPLES)
     for index in todo[processes.rank :: processes.count]:
         start, stop = manifest.span(index)
         num_drawn = (stop - start) * processes.count  # the other processes draw a shard each in this time
-        samples = draw(
-            flow, strategy, draw_latents(stop - start, config.num_tokens, config.token_channels, manifest.seed, start),
-            None if context is None else context[start:stop], denoise=manifest.denoise, certify=manifest.certify,
-            sensitivity=manifest.sensitivity, batch_size=manifest.batch_size, log_prob=manifest.log_prob,
-            progress=None if progress is None else partial(_note, progress, num_present, num_drawn, manifest.num),
-        )  # fmt: skip
+        latents = draw_latents(stop - start, config.num_tokens, config.token_channels, manifest.seed, start)
+        note = None if progress is None else partial(_note, progress, num_present, num_drawn, manifest.num)
+        samples = sample_with_strategy(flow, strategy, latents, context[start:stop], options, outputs, note)
         folder.write(index, samples)
         num_present += num_drawn
 

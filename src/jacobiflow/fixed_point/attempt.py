@@ -1,0 +1,150 @@
+"""One attempt at a fixed-point problem: the token-by-token call of its block, or sweeps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jacobiflow.blocks.base import Block, TokensLogDet, no_gradients, supports
+from jacobiflow.blocks.context import Context
+from jacobiflow.blocks.tokens import Tokens
+from jacobiflow.errors import InputValueError
+from jacobiflow.fixed_point.batching import sweep
+from jacobiflow.fixed_point.cuda_graphs import TokenLoop
+from jacobiflow.fixed_point.options import SolveOptions
+from jacobiflow.fixed_point.problem import Problem
+from jacobiflow.fixed_point.solution import Solution, Status
+from jacobiflow.fixed_point.solver import Solver
+from jacobiflow.utils.checks import check_kind
+
+
+def solve(
+    block: Block, z: Tokens, solver: Solver, context: Tensor | Context | None = None, *,
+    batch_size: int | None = None, time_limit: float | None = None,
+) -> Solution:  # fmt: skip
+    """Solves x = g(x) for the inverse of a block, by sweeps x <- g(x) over runs of tokens.
+
+    A sweep evaluates g on the run [front, stop) that the partition chooses. Then the front passes the leading tokens
+    that the sweep changed by at most the tolerance, and one more, which was computed from final ones (Proposition 1 of
+    the paper): T sweeps always suffice. A token that has had `max_sweeps` sweeps is passed as it is.
+
+    If a partition whose run slides (`Whole`, `Window`) stops on a tolerance and the block has `per_sample_front`, each
+    sample has a front of its own. Else the batch shares one front, which waits for the slowest sample. If every run is
+    one token, the block's `sequential_inverse` is called instead.
+
+    A value that overflows is set back to the guess. A sample that had one when the front passed it ends as
+    `Status.NONFINITE`. A sample whose residual keeps growing under a correction goes on without it.
+
+    Args:
+        block: Gives g.
+        z: Input of the block in its causal order, float32 or float64.
+        solver: The partition, guess, correction and stopping.
+        context: One row for each sample (labels, for example).
+        batch_size: Samples that are swept at a time, all by default. The next ones enter as others finish.
+        time_limit: Seconds after which TimeoutError is raised, between two sweeps.
+
+    Example:
+        >>> block, z = jf.load("digits-p1").blocks[0], torch.ones(2, 64, 1)
+        >>> solution = jf.solve(block, z, jf.Solver(jf.Whole(), stopping=jf.Tolerance(1e-3)))
+        >>> bool((solution.residual <= 1e-3).all()), solution.sweeps < 64
+        (True, True)
+    """
+    options = SolveOptions(certify=False, batch_size=batch_size, time_limit=time_limit)
+    check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
+    return attempt(Problem.checked(block, z, context), replace(solver, int16_weights=False), options)
+
+
+def attempt(problem: Problem, solver: Solver, options: SolveOptions) -> Solution:
+    """Solves a problem once, without a certificate.
+
+    The residuals of answers by rounded weights are infinite until they are certified.
+    """
+    started = time.perf_counter()
+    solver.check(*problem.z.shape[1:])
+    if solver.bf16_sweeps and not supports(problem.block, "has_bf16"):
+        name = type(problem.block).__name__
+        raise InputValueError(f"bf16_sweeps={solver.bf16_sweeps}: {name} has no bfloat16 network; give 0")
+    with no_gradients(problem.block):
+        solution = None
+        if len(problem) and solver.partition.token_by_token(problem.num_tokens):
+            solution = _solve_sequentially(problem, solver, options)
+        solution = solution or _solve_by_sweeps(problem, solver, options)
+    # Clones made outside inference mode, so that autograd takes the tensors.
+    tensors: Any = {name: value.clone() for name, value in vars(solution).items() if isinstance(value, Tensor)}
+    return replace(solution, **tensors, seconds=time.perf_counter() - started)
+
+
+def _solve_sequentially(problem: Problem, solver: Solver, options: SolveOptions) -> Solution | None:
+    """The solution by a call that solves all tokens one after the other; `None` if there is no such call here."""
+    block: Any = problem.block
+    inverse = getattr(block, "sequential_inverse", None)
+    answer, is_rounded = None, False
+    if inverse is not None and solver.int16_weights:
+        answer = _call_in_batches(partial(inverse, int16_weights=True), problem, options)
+        is_rounded = answer is not None
+    if inverse is not None and answer is None:
+        answer = _call_in_batches(inverse, problem, options)
+    if answer is None and problem.z.is_cuda and supports(block, "graph_safe"):
+        answer = _call_in_batches(TokenLoop(block), problem, options)
+    if answer is None:
+        return None
+    x, log_det = answer
+    num_tokens, is_exact = problem.num_tokens, torch.full_like(log_det, not is_rounded, dtype=torch.bool)
+    failed = ~x.isfinite().all(dim=(1, 2))
+    residual = torch.full_like(log_det, torch.inf if is_rounded else 0.0).masked_fill(failed, torch.inf)
+    sweeps = num_tokens * problem.num_batches(options.batch_size)  # the call counts as a sweep for each token
+    return Solution(
+        x=x,
+        status=torch.where(failed, Status.NONFINITE, Status.CONVERGED),
+        residual=residual,
+        log_det=log_det,
+        exact=is_exact,
+        used_fallback=torch.zeros_like(failed),
+        sample_sweeps=torch.full_like(failed, num_tokens, dtype=torch.int64),
+        sweeps=sweeps,
+        network_calls=sweeps,
+        token_evaluations=num_tokens * len(problem),
+        seconds=0.0,
+    )
+
+
+def _call_in_batches(
+    inverse: Callable[[Tokens, Context], TokensLogDet | None], problem: Problem, options: SolveOptions
+) -> TokensLogDet | None:
+    """The answers of an inverse, batch by batch; `None` if it has none."""
+    answers = []
+    for _, part in problem.batches(options.batch_size):
+        answer = inverse(part.z, part.context)
+        if answer is None:
+            return None
+        options.check_time()
+        answers.append(answer)
+    x, log_det = zip(*answers, strict=True)
+    return torch.cat(x), torch.cat(log_det)
+
+
+def _solve_by_sweeps(problem: Problem, solver: Solver, options: SolveOptions) -> Solution:
+    """The solution by sweeps, after those in bfloat16 if the solver has any."""
+    result = sweep(problem, solver, options)
+    x, fronts = result.x, result.fronts
+    failed = ~x.isfinite().all(dim=(1, 2)) | fronts.nonfinite
+    status = torch.where(fronts.hit_max_sweeps, Status.MAX_SWEEPS, Status.CONVERGED)
+    return Solution(
+        x=x,
+        status=status.masked_fill(failed, Status.NONFINITE),
+        residual=fronts.residual.masked_fill(failed, torch.inf),
+        log_det=problem.z.new_full((len(problem),), torch.nan),
+        exact=fronts.exact,
+        used_fallback=torch.zeros_like(failed),
+        sample_sweeps=fronts.sweeps,
+        sweeps=result.sweeps,
+        network_calls=result.sweeps,
+        token_evaluations=result.token_evaluations,
+        seconds=0.0,
+    )

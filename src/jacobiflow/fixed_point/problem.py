@@ -1,0 +1,109 @@
+"""A fixed-point problem x = g(x): the inverse of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from jacobiflow.blocks.base import AffineBlock, Block, TokensLogDet, apply_affine, no_gradients
+from jacobiflow.blocks.context import NO_CONTEXT, Context
+from jacobiflow.blocks.tokens import Tokens
+from jacobiflow.errors import InputTypeError, InputValueError
+from jacobiflow.utils.checks import check_finite, check_kind, check_on, check_rows, format_value
+
+_GIVE_TOKENS = "float32 or float64 tokens (B, T, C), whatever the network runs in"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The problem x = g(x), whose solution is the inverse of a block at `z`.
+
+    Attributes:
+        block: Gives g.
+        z: Input of the block in its causal order.
+        context: Context of the rows of `z`.
+    """
+
+    block: Block
+    z: Tokens
+    context: Context = NO_CONTEXT
+
+    @classmethod
+    def checked(cls, block: Any, z: Any, context: Any) -> Problem:
+        """Returns the problem of arguments that a user gave.
+
+        Raises:
+            TypeError: If `block` is not a block, or `z` is not float32 or float64.
+            ValueError: If `z` is not (B, T, C) and finite, or the context does not fit it.
+        """
+        check_kind("block", block, Block, "a block, such as flow.blocks[0]")
+        _check_tokens("z", z)
+        check_finite("z", z)
+        context = Context.of(context)
+        if context.values is not None:
+            check_rows("context", context.values, len(z), "rows of z")
+            check_on("context", context.values, z.device)
+        return cls(block, z, context)
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.z.shape[1]
+
+    def __getitem__(self, rows: Any) -> Problem:
+        """Returns the problem of some samples: a slice, a mask or indices."""
+        return Problem(self.block, self.z[rows], self.context[rows])
+
+    def batches(self, size: int | None) -> Iterator[tuple[slice, Problem]]:
+        """Yields rows, and their problem, in batches of at most `size` samples; all at once for `None`."""
+        size = size or max(len(self), 1)
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            yield rows, self[rows]
+
+    def num_batches(self, size: int | None) -> int:
+        """Returns the number of `batches`."""
+        return -(-len(self) // (size or max(len(self), 1)))
+
+    def evaluate(self, x: Tokens) -> TokensLogDet:
+        """Returns g(x), all entries at once, and the sums of log_scale(x); these are NaN if the block is not affine."""
+        if isinstance(self.block, AffineBlock):
+            parameters = self.block.affine_whole(x, self.context)
+            return apply_affine(parameters, self.z), parameters[0].sum(dim=(1, 2))
+        g = self.block.update(x, self.z, 0, self.num_tokens, self.block.init_cache(self.z, self.context))
+        return g, self.z.new_full((len(self),), torch.nan)
+
+    def residual(self, x: Tokens, batch_size: int | None = None) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """Returns max |g(x) - x| of each sample, over tokens and channels, and the sums of log_scale(x).
+
+        The residual of a sample that is not finite is infinite.
+        """
+        residual, log_det = self.z.new_empty(len(self)), self.z.new_empty(len(self))
+        with no_gradients(self.block):
+            for rows, part in self.batches(batch_size):
+                g, log_det[rows] = part.evaluate(x[rows])
+                residual[rows] = (g - x[rows]).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).amax(dim=(1, 2))
+        return residual, log_det
+
+    def check_same_shape(self, name: str, x: Any) -> None:
+        """Checks that `x` are tokens like `z`."""
+        _check_tokens(name, x)
+        if x.shape != self.z.shape:
+            raise InputValueError(f"{name}={format_value(x)}: give {_GIVE_TOKENS}, as many as z")
+        check_on(name, x, self.z.device)
+
+
+def _check_tokens(name: str, tokens: Any) -> None:
+    check_kind(name, tokens, Tensor, _GIVE_TOKENS)
+    if tokens.dtype not in (torch.float32, torch.float64):
+        raise InputTypeError(f"{name}={format_value(tokens)}: give {_GIVE_TOKENS}")
+    if tokens.ndim != 3 or not tokens.shape[1:].numel():
+        raise InputValueError(f"{name}={format_value(tokens)}: give {_GIVE_TOKENS}")

@@ -1,0 +1,272 @@
+"""Samples with their residuals, densities and cost, and the outcome in a sentence."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from jacobiflow.data import image_grid
+from jacobiflow.errors import InputValueError
+from jacobiflow.fixed_point.solution import Solution, Status
+from jacobiflow.utils.files import write_atomically
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SENSITIVITY_BOUND = 1e-2
+"""The change of an entry of x, in the units of x, above which a sample counts as sensitive to rounding."""
+_DTYPE_REMEDIES = {"float32": ": use float64", "tf32": ": use float32", "float64": ""}
+
+
+@dataclass(frozen=True)
+class BlockStats:
+    """The cost of one block and how its solves ended, over all samples of a run; see `Solution`.
+
+    Under guidance a network call evaluates two rows per sample.
+    """
+
+    sweeps: int
+    network_calls: int
+    token_evaluations: int
+    seconds: float
+    residual: Float[Tensor, " n"]
+    status: Int[Tensor, " n"]
+    exact: Bool[Tensor, " n"]
+    used_fallback: Bool[Tensor, " n"]
+
+    @classmethod
+    def join(cls, solutions: Sequence[Solution]) -> BlockStats:
+        """Returns the sums over solutions of different samples, and the entries of all samples."""
+        columns = ([getattr(solution, entry.name) for solution in solutions] for entry in fields(cls))
+        values: Any = (torch.cat(column) if isinstance(column[0], Tensor) else sum(column) for column in columns)
+        return cls(*values)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Counts of the samples that are certified, solved again, above the tolerance, or not finite.
+
+    Attributes:
+        num: Number of samples.
+        tolerance: The largest residual allowed in any block; `None` if a block stops after a number of sweeps.
+        residual: The largest finite residual; `None` if residuals were not measured.
+        is_exact: Every block of every sample was solved token by token.
+        num_fallback: Samples that some block solved again token by token.
+        num_above: Samples above the tolerance, by the rounding of the network.
+        num_nonfinite: Samples without values, since the exact inverse overflows.
+        sensitivity: The largest finite sensitivity; `None` if it was not measured.
+        num_sensitive: Samples with a sensitivity above `SENSITIVITY_BOUND`; `None` if it was not measured.
+        dtype: The dtype of the network, or "tf32".
+    """
+
+    num: int
+    tolerance: float | None
+    residual: float | None
+    is_exact: bool
+    num_fallback: int
+    num_above: int
+    num_nonfinite: int
+    sensitivity: float | None
+    num_sensitive: int | None
+    dtype: str
+
+    @classmethod
+    def of(
+        cls, residual: Tensor | None, sensitivity: Tensor | None, *, num: int, num_nonfinite: int, **others: Any
+    ) -> Outcome:
+        """Returns the outcome of samples with these residuals and sensitivities; `others` are its other fields."""
+        num_sensitive = None
+        if sensitivity is not None:  # that of a sample that is not finite is infinite, and does not count
+            num_sensitive = int((sensitivity > SENSITIVITY_BOUND).sum()) - num_nonfinite
+        return cls(
+            num=num,
+            residual=_largest_finite(residual),
+            num_nonfinite=num_nonfinite,
+            sensitivity=_largest_finite(sensitivity),
+            num_sensitive=num_sensitive,
+            **others,
+        )
+
+    @property
+    def has_shortfall(self) -> bool:
+        """True if a measured sample is neither exact nor within a tolerance, or if one is not finite or sensitive."""
+        is_uncertified = self.residual is not None and self.tolerance is None and not self.is_exact
+        return is_uncertified or self.num_above > 0 or self.num_nonfinite > 0 or bool(self.num_sensitive)
+
+    def __str__(self) -> str:
+        """One sentence for the user, with the remedy if there is a shortfall."""
+        if self.is_exact:
+            parts = [f"{self.num - self.num_nonfinite:,} exact, since every block was solved token by token"]
+        elif self.residual is None:
+            parts = ["not certified, since certificates were turned off"]
+        elif self.tolerance is None:
+            parts = ["not certified, since the strategy stops after a fixed number of sweeps"]
+            parts.append(f"the largest residual is {self.residual:.1e}")
+        else:
+            parts = [f"{self.num - self.num_above - self.num_nonfinite:,} certified to {self.tolerance:g}"]
+        if self.num_fallback:
+            parts.append(f"{self.num_fallback:,} solved again token by token")
+        if self.num_above:
+            parts.append(
+                f"{self.num_above:,} above the tolerance, up to {self.residual:.1e}, by the rounding of the network: "
+                "raise the tolerance, or use a wider dtype"
+            )
+        if self.num_nonfinite:
+            parts.append(
+                f"{self.num_nonfinite:,} not finite, since the exact inverse overflows too: lower the guidance, or use "
+                "a wider dtype"
+            )
+        if self.num_sensitive:
+            parts.append(
+                f"{self.num_sensitive:,} of {self.num:,} samples amplify {self.dtype} rounding above "
+                f"{SENSITIVITY_BOUND:g}{_DTYPE_REMEDIES.get(self.dtype, ': use a wider dtype')}"
+            )
+        elif self.sensitivity is not None:
+            parts.append(f"{self.dtype} rounding changes samples by up to {self.sensitivity:.1e}")
+        return f"{self.num:,} sample{'s' * (self.num > 1)}: {'; '.join(parts)}"
+
+
+def _largest_finite(values: Tensor | None) -> float | None:
+    return None if values is None else float(values.nan_to_num(posinf=0.0).max())
+
+
+@dataclass(frozen=True, repr=False)
+class Samples:
+    """Samples with their residuals, densities and cost.
+
+    Attributes:
+        x: Images, nominally in [-1, 1] and not clipped, or tokens; NaN if the exact inverse overflows.
+        latents: Standard normal, before the prior's scale.
+        context: Labels or numbers, or `None`.
+        log_prob: The log-density of each sample under the flow in nats, at this x. `None` if it was not asked for.
+        stats: A `BlockStats` for each block, in encoding order.
+        residual: Per sample the largest |g(x) - x| over tokens, channels and blocks, guidance included, before
+            denoising; `None` if it was not measured. A block that was solved token by token is exact by construction
+            and counts as 0, unless it was measured too.
+        tolerance: The residual that every block was held to; `None` if the strategy has blocks that stop after a fixed
+            number of sweeps. Their samples are not certified, see `outcome`.
+        intermediates: The noise, x after each block in sampling order, and the denoised image; `None` if they were not
+            asked for.
+        seconds: Wall-clock time of solving all blocks; that of denoising is `denoise_seconds`.
+        sensitivity: Per sample the largest change of an entry of x by rounding, before denoising and in the units of x.
+            It is an estimate by a second solve, from latents that one rounding of `dtype` changes. For an exact sample
+            that moves by more than 2.5e-4 it is the difference from a solve in float64. It is infinite if the sample
+            is not finite in one of the solves, and `None` if it was not asked for.
+        dtype: The dtype of the network, or "tf32".
+
+    Example:
+        >>> samples = jf.sample(jf.load("digits-p1"), 3, labels=[1, 2, 3])
+        >>> print(samples.outcome)
+        3 samples: 3 exact, since every block was solved token by token
+        >>> samples.grid().size
+        (352, 120)
+    """
+
+    x: Float[Tensor, "n ..."]
+    latents: Float[Tensor, "n t d"]
+    context: Tensor | None
+    log_prob: Float[Tensor, " n"] | None
+    stats: tuple[BlockStats, ...]
+    residual: Float[Tensor, " n"] | None
+    tolerance: float | None
+    intermediates: tuple[Float[Tensor, "n ..."], ...] | None
+    seconds: float
+    denoise_seconds: float
+    sensitivity: Float[Tensor, " n"] | None = None
+    dtype: str = "float32"
+
+    @property
+    def images(self) -> Float[Tensor, "n c h w"]:
+        """`x` of a flow over images."""
+        if self.x.ndim != 4:
+            raise InputValueError("images: these are samples of a flow over tokens; take .tokens")
+        return self.x
+
+    @property
+    def tokens(self) -> Float[Tensor, "n t d"]:
+        """`x` of a flow over tokens."""
+        if self.x.ndim != 3:
+            raise InputValueError("tokens: these are samples of a flow over images; take .images")
+        return self.x
+
+    @property
+    def network_calls(self) -> int:
+        """The network calls of all blocks."""
+        return sum(block.network_calls for block in self.stats)
+
+    @property
+    def token_evaluations(self) -> int:
+        """The token evaluations of all blocks."""
+        return sum(block.token_evaluations for block in self.stats)
+
+    @property
+    def used_fallback(self) -> Bool[Tensor, " n"]:
+        """True for samples that some block solved again token by token."""
+        return torch.stack([block.used_fallback for block in self.stats]).any(dim=0)
+
+    @property
+    def exact(self) -> Bool[Tensor, " n"]:
+        """True for samples that are exact by construction: every block was solved token by token."""
+        return torch.stack([block.exact for block in self.stats]).all(dim=0)
+
+    @property
+    def status(self) -> Int[Tensor, " n"]:
+        """The worst `Status` of each sample over its blocks."""
+        return torch.stack([block.status for block in self.stats]).amax(dim=0)
+
+    def __repr__(self) -> str:
+        return f"Samples({tuple(self.x.shape)}; {self.outcome}; {self.seconds + self.denoise_seconds:.2g} s)"
+
+    def grid(self, columns: int = 10) -> Image:
+        """Returns the images as one picture, which a notebook shows; needs Pillow."""
+        return image_grid(self.images, min(columns, len(self.x)))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes samples.npz, with all that is known of each sample, and of images a PNG each.
+
+        Its arrays are `x`, `latents`, `labels` or `context`, `log_prob`, `residual`, `sensitivity`, `status` and
+        `exact`; those that are `None` are left out. `sample_to_folder` is for more samples than fit in memory, and
+        resumes.
+        """
+        folder, is_labels = Path(folder), self.context is not None and not self.context.is_floating_point()
+        arrays = {
+            "x": self.x, "latents": self.latents, "labels" if is_labels else "context": self.context,
+            "log_prob": self.log_prob, "residual": self.residual, "sensitivity": self.sensitivity,
+            "status": self.status, "exact": self.exact,
+        }  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "samples.npz", npz_bytes(arrays))
+        for i, image in enumerate(self.x if self.x.ndim == 4 else ()):
+            image_grid(image.unsqueeze(0), 1, zoom=1, gap=0).save(folder / f"{i:05}.png")
+
+    @property
+    def outcome(self) -> Outcome:
+        """Counts of certified samples and of the others; `print(out.outcome)` gives them in a sentence."""
+        status = self.status
+        return Outcome.of(
+            self.residual,
+            self.sensitivity,
+            num=len(status),
+            num_nonfinite=int((status == Status.NONFINITE).sum()),
+            tolerance=self.tolerance,
+            is_exact=bool(self.exact.all()),
+            num_fallback=int(self.used_fallback.sum()),
+            num_above=int((status == Status.ROUNDING).sum()),
+            dtype=self.dtype,
+        )
+
+
+def npz_bytes(arrays: Mapping[str, Tensor | None]) -> bytes:
+    """Returns the arrays as the bytes of an .npz file, which holds no date; those that are `None` are left out."""
+    stored: dict[str, Any] = {name: each.detach().cpu().numpy() for name, each in arrays.items() if each is not None}
+    npz = io.BytesIO()
+    np.savez(npz, **stored)
+    return npz.getvalue()
