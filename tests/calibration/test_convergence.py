@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("count", [1, 7])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_distances_are_those_of_plain_sweeps(name: str, count: int) -> None:
-    """Of each segment, those before it being solved, until a sweep changes next to nothing."""
+    """In each segment, after the segments before are solved, until a sweep changes almost nothing."""
     p = problem(name)
     for guess in (jf.Latent(), jf.Zeros()):
         curves = measure_distances(p.block, p.answer, p.z, guess, p.labels, count)
@@ -38,7 +38,7 @@ def test_distances_are_those_of_plain_sweeps(name: str, count: int) -> None:
 
 
 def test_plain_sweeps_are_exact_after_as_many_as_tokens() -> None:
-    """Proposition 1, of a block x_t = z_t + 3 x_(t-1) that amplifies errors as long as there are any."""
+    """Proposition 1 holds for a block x_t = z_t + 3 x_(t-1), whose sweeps amplify errors."""
     x = torch.ones(2, 9, 1, dtype=torch.float64)
     z = x.clone()
     z[:, 1:] -= 3 * x[:, :-1]
@@ -49,7 +49,7 @@ def test_plain_sweeps_are_exact_after_as_many_as_tokens() -> None:
 
 
 def test_a_token_that_overflows_goes_back_to_the_guess_and_is_exact_in_the_end() -> None:
-    """x_t = z_t + exp(x_(t-1) - 1) from a guess far above the solution; a token less overflows in each sweep.
+    """For x_t = z_t + exp(x_(t-1) - 1) and a guess far above the solution, each sweep has one overflow less.
 
     As masked attention does, the map multiplies later tokens by 0, which does not remove a NaN.
     """
@@ -68,7 +68,7 @@ def test_a_token_that_overflows_goes_back_to_the_guess_and_is_exact_in_the_end()
 
 
 def test_a_curve_counts_the_sweeps_after_which_the_distance_stays_small() -> None:
-    """A distance that grows again has not got there yet; one that ends above the tolerance never does.
+    """A distance counts once it stays within the tolerance; a distance that ends above it never counts.
 
     The second batch has fewer sweeps than the first, and stays at its last distance.
     """
@@ -95,7 +95,7 @@ def test_products_and_norm_are_those_of_the_dense_jacobian(name: str) -> None:
         assert transposed(v)[n].flatten().numpy() == pytest.approx(gamma.T @ row, rel=1e-8, abs=1e-9)
         assert float(converged[n]) == pytest.approx(norm, rel=1e-5)
         assert 0.99 * norm <= float(estimate[n]) <= norm * (1 + 1e-9)
-        assert 0 < float(first[n]) < 0.999 * norm  # one row from a random direction
+        assert 0 < float(first[n]) < 0.999 * norm  # one step from a random direction
 
 
 @pytest.mark.parametrize("frozen", [True, False])

@@ -1,4 +1,4 @@
-"""`calibrate`: metrics, sweeps and error matrices of small float64 flows, at images and at fresh latents."""
+"""Metrics, sweeps and error matrices of small float64 flows, at images and at fresh latents."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ class Case:
 
     @torch.no_grad()
     def walk(self, rows: Any = slice(None)) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Per block X*, its latent, scale and shift there: guided, but the images go on unguided."""
+        """Yields X* of each block, and its guided z, scale and shift; the images are encoded without guidance."""
         for step in self.flow.encode_steps(self.flow.to_tokens(self.images[rows]), self.labels[rows]):
             log_scale, shift = self.blocks[step.block].affine_whole(step.x, jf.Context(self.labels)[rows])
             yield step.x, (step.x - shift) / log_scale.exp(), log_scale.exp(), shift
 
     def metrics(self, rows: Any, norm: Any, count: int = 1) -> list[Any]:
-        """Per block and segment, IGM of each guess and the components of CRM."""
+        """Returns IGM of each guess and the components of CRM, per block and segment."""
         measured = []
         for i, (x, z, scale, _) in enumerate(self.walk(rows)):
             residuals = {
@@ -92,7 +92,7 @@ class Case:
         return measured
 
     def curves(self, i: int, x: Tensor, z: Tensor, guess: str, count: int = 1) -> list[ConvergenceCurve]:
-        """Per segment, the curve of the samples whose sweeps are measured."""
+        """Returns the curve of each segment over the samples whose sweeps are measured."""
         start = guesses_by_name(self.report.mean_affine[i])[guess]
         curves = measure_distances(self.blocks[i], x, z, start, self.labels[CHOSEN], count)
         return [ConvergenceCurve.from_distances([curve]) for curve in curves]
@@ -124,7 +124,7 @@ def assert_curves(curves: Sequence[ConvergenceCurve], expected: Sequence[Converg
 
 @pytest.mark.parametrize("name", CASES)
 def test_igm_crm_and_mean_parameters(name: str) -> None:
-    """In every norm; of segments, those before being solved; of a class's images, with the guess of all images."""
+    """They are measured in every norm, in segments, and over each class with the guess of all images."""
     case, everything = case_of(name), slice(None)
     report, norm, count = case.report, case.norm, case.segments
     for each in (2, "fro", 1):
@@ -144,7 +144,7 @@ def test_igm_crm_and_mean_parameters(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_sweeps_and_gamma_are_those_at_fresh_latents_and_at_evenly_spaced_images(name: str) -> None:
-    """The latents have these images' labels. Tough blocks have segments: 1, as many as asked for, powers of 2."""
+    """The latents have the images' labels. Tough blocks are cut into 1, `segments`, and powers of 2 segments."""
     case = case_of(name)
     report, config = case.report, case.flow.config
     tokens = draw_latents(2, config.num_tokens, config.token_channels, 0, 2**40).double() * case.flow.var.sqrt()
@@ -169,7 +169,7 @@ def test_sweeps_and_gamma_are_those_at_fresh_latents_and_at_evenly_spaced_images
 
 
 def test_an_identity_needs_no_sweep() -> None:
-    """From a wrong guess it needs one."""
+    """From a wrong guess it needs one sweep."""
     report = jf.calibrate(linear_flow([0.0, 0.0]), randn(2, 1, 3, 3), num_convergence_samples=2)
     assert report.crm == report.crm_percent == (0.0, 0.0)
     assert (report.tough_blocks, report.segment_curves, report.gamma) == ((), {}, ((0.0, 0.0),) * 2)
@@ -222,7 +222,7 @@ def test_calibrating_changes_nothing_else(classes: Case) -> None:
     assert flow.training
     assert all(torch.equal(value, classes.flow.state_dict()[name]) for name, value in flow.state_dict().items())
     assert all(tensor.grad is None for tensor in (images, *flow.parameters()))
-    (-flow.log_prob(images, classes.labels).mean()).backward()  # nothing of inference mode was kept
+    (-flow.log_prob(images, classes.labels).mean()).backward()  # no tensor of inference mode is left in the flow
 
 
 def test_bfloat16_weights_give_nearly_the_same_metrics(classes: Case) -> None:
@@ -265,7 +265,7 @@ def test_overflow_in_encoding_or_in_the_exact_inverse_is_refused(i: int) -> None
 
 
 def test_real_weights_and_images() -> None:
-    """16 digits say much the same as the 512 of the bundled report; Figure 5 of the paper beside Figure 2."""
+    """16 digits give nearly the metrics of the bundled report; segments need fewer sweeps than the whole block."""
     flow, (images, labels) = jf.load("digits-p1"), digits().batch(slice(0, 16))
     images = add_noise(images, Noise("gaussian", 0.1), torch.Generator().manual_seed(0))
     report = jf.calibrate(flow, images, labels, num_convergence_samples=2)
@@ -303,7 +303,7 @@ def kill_at_write(number: int, monkeypatch: pytest.MonkeyPatch, run: Callable[[]
 
 
 def test_an_interrupted_calibration_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with damaged measurements, and with those of other settings; files of others in the folder are kept."""
+    """Damaged measurements, and those of other settings, are made again; foreign files in the folder stay."""
     flow, out, folder = make_maf(num_classes=0).float(), tmp_path / "r.json", tmp_path / "r.json.partial"
     images = images_of(flow).float()
 

@@ -41,7 +41,7 @@ COUNTS: dict[str, tuple[int | None, ...]] = {"latent": (2, 4, 3), "zeros": (2, N
 
 @pytest.fixture(scope="module")
 def report() -> CalibrationReport:
-    """One that has everything, infinities too."""
+    """A report with every part, and with infinities."""
     measured = jf.calibrate(
         FLOW, randn(6, 1, 3, 3), torch.tensor([0, 1, 1, -1, 0, 0]), "fro", num_convergence_samples=3, per_class=True
     )
@@ -66,7 +66,7 @@ def test_metrics_are_those_in_the_norm_of_the_settings(report: CalibrationReport
 
 
 def test_sweeps_are_over_the_samples(report: CalibrationReport) -> None:
-    """A sample that does not get there counts as many sweeps as tokens."""
+    """A sample that stays above the tolerance counts as many sweeps as there are tokens."""
     assert report.mean_sweeps("noise", 1e-3, "zeros") == pytest.approx((*[(2 + 9 + 3) / 3] * 4, 1))
     assert report.slowest_sweeps("noise", 1e-3, "zeros") == (9, 9, 9, 9, 1)
     best: Any = [*(COUNTS[report.best_guess(block)] for block in range(4)), (1, 1, 1)]
@@ -139,7 +139,7 @@ def test_a_report_whose_parts_do_not_fit_each_other_is_refused(missing: str, rep
 @given(data=st.data())
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_any_json_is_a_value_error_or_a_report(report: CalibrationReport, data: st.DataObject) -> None:
-    """An entry of a report, or one inside it, is replaced. The methods of what is still a report work, or refuse."""
+    """A random entry is replaced. If the result is still a report, its methods work or raise InputError."""
     value, path = json.loads(json.dumps(report.to_json())), list[Any]()
     inner = value
     while isinstance(inner, dict | list) and inner and (not path or data.draw(st.booleans())):

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Outside(Flow):
-    """A flow of another package, of TarFlow's blocks so that the oracle applies."""
+    """A flow that is not of this library; its blocks are TarFlow's, so that the oracle applies."""
 
     model_type, block_type = "outside", TarFlowBlock
     to_tokens, from_tokens = jf.TarFlow.to_tokens, jf.TarFlow.from_tokens

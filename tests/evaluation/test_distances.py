@@ -34,7 +34,7 @@ def between(real: Tensor, fake: Tensor) -> float:
 
 @pytest.mark.parametrize(("num", "other", "dim"), [(300, 200, 17), (5, 100, 32)])
 def test_frechet_distance_is_numpys(num: int, other: int, dim: int) -> None:
-    """With covariances of any rank."""
+    """Covariances may be singular."""
     real, fake = normal(num, dim), normal(other, dim, seed=1)
     expected = scoring.frechet(scoring.moments(real.numpy()), scoring.moments(fake.numpy()))
     assert between(real, fake) == pytest.approx(expected, rel=1e-6)
@@ -65,7 +65,7 @@ def test_torchmetrics_reads_and_writes_the_same_statistics(tmp_path: Path) -> No
 
 
 def test_kernel_distance_is_numpys_and_follows_its_seed() -> None:
-    """The unbiased one of the kernel (x . y / d + 1)^3: a mean over pairs of different elements."""
+    """It is the unbiased estimate for the kernel (x . y / d + 1)^3: a mean over pairs of different elements."""
     real, fake = normal(100, 64), normal(100, 64, seed=1)
     xx, yy, xy = ((a @ b.T / 64 + 1) ** 3 for a, b in ((real, real), (fake, fake), (real, fake)))
     within = sum(float(k[~torch.eye(100, dtype=torch.bool)].mean()) for k in (xx, yy))
@@ -77,7 +77,7 @@ def test_kernel_distance_is_numpys_and_follows_its_seed() -> None:
 
 
 def covered(centres: Tensor, points: Tensor) -> float:
-    """The share of points that are no farther from some centre than its third nearest other centre is."""
+    """Returns the share of points that are closer to some centre than its third neighbour."""
     reach = torch.cdist(centres, centres).sort(dim=1).values[:, 3]
     return float((torch.cdist(centres, points) <= reach[:, None]).any(dim=0).double().mean())
 

@@ -1,4 +1,4 @@
-"""The features that distances are taken between: Inception's, and functions from a file."""
+"""Features of images: Inception's, and those of functions from a file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_original_code_reads_statistics_with_inception(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class FID(FrechetInceptionDistance):
-        """States as buffers, as the original TarFlow code has them."""
+        """Keeps states as buffers, like the original TarFlow code."""
 
         def add_state(self, name: str, default: Any, *args: Any, **kwargs: Any) -> None:
             self.register_buffer(name, default)

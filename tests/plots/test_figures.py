@@ -1,4 +1,4 @@
-"""Figures: the data that they promise, at their places, in their colours, and labels that can be read."""
+"""Figures show the right data in the right colours, and their labels can be read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_sampler_has_one_style_in_all_figures() -> None:
 
 
 def make_comparison(batch_size: int, points: Mapping[str, tuple[float, float]]) -> Comparison:
-    """Baselines, and strategies by name with seconds and largest error."""
+    """Returns a comparison of the baselines, and of strategies with these seconds and largest errors."""
     points = {"growing cache": (8.0, 1e-6), "sequential": (4.0, 0.0), **points}
     timings = {name: Timing(seconds, seconds / 2, seconds * 3) for name, (seconds, _) in points.items()}
     rows = tuple(
@@ -41,7 +41,7 @@ def make_comparison(batch_size: int, points: Mapping[str, tuple[float, float]]) 
 
 
 def markers_of(axis: Axes) -> list[tuple[float, float, float, float]]:
-    """Seconds, error, and the ends of the bar of each marker."""
+    """Returns seconds, error, and the ends of the bar of each marker."""
     lines = [(line, bar.get_segments()[0]) for line, _, (bar,) in axis.containers]
     return [(line.get_xdata()[0], line.get_ydata()[0], bar[0][0], bar[1][0]) for line, bar in lines]
 

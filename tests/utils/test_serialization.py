@@ -1,4 +1,4 @@
-"""Values as JSON and back, and errors with the name of the entry."""
+"""Values go to JSON and back; errors name the entry."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_values_go_to_json_and_back() -> None:
 
 
 def test_a_name_belongs_to_one_class() -> None:
-    """But a module may be loaded again; a class of the same name from another module is another class."""
+    """A module may be loaded again; a class of the same name from another module is refused."""
     again = type("Square", (Square,), {"__module__": Square.__module__, "__qualname__": Square.__qualname__})
     assert serialization.register_piece("square")(again) is serialization.registered_pieces(Shape)["square"] is again
     serialization.register_piece("square")(Square)

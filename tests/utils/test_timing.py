@@ -1,4 +1,4 @@
-"""Measuring: runs take turns, medians and errors are what they say. No test here asserts how long anything takes."""
+"""Runs take turns, and the device's queued work is timed. No test here asserts how long anything takes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jacobiflow.utils.timing import Timing, describe_machine, time_interleaved
 
 @pytest.mark.parametrize("device", ["cuda:1", "mps"])
 def test_runs_take_turns_and_the_device_is_waited_for(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    now, queued, log = [100.0], [1e6], list[Any]()  # `queued`: seconds of work that is only done when it is waited for
+    now, queued, log = [100.0], [1e6], list[Any]()  # `queued`: seconds of work on the device
     durations = {"odd": iter([999.0, 5.0, 1.0, 2.0, 4.0]), "even": iter([0.0, 8.0, 8.0, 64.0])}
 
     def wait(name: torch.device | str) -> None:

@@ -69,8 +69,8 @@ def _solve_by_token_loop(block: STARFlowBlock, z: Tensor, context: Tensor | None
         text, z = torch.cat((text, block.embed_prefix(None, num)[:, :-1])), torch.cat((z, z))
         if guidance.attn_temperature != 1:
             temperature = z.new_tensor((1.0, guidance.attn_temperature)).repeat_interleave(num).view(-1, 1, 1, 1)
-    size, heads = block.proj_in.out_features, block.attn_blocks[0].attention.num_heads
-    shape = (2, len(z), heads, len(rotation.cos), size // heads)
+    heads = block.attn_blocks[0].attention.num_heads
+    shape = (2, len(z), heads, len(rotation.cos), block.proj_in.out_features // heads)
     layers = [_RotaryLayer(layer, rotation, temperature, z.new_zeros(shape)) for layer in block.attn_blocks]
     if text.shape[1]:
         for layer in layers:
@@ -79,17 +79,25 @@ def _solve_by_token_loop(block: STARFlowBlock, z: Tensor, context: Tensor | None
     weights = None if guidance is None else guidance.weights(z)
     for t in range(z.shape[1]):
         token = block.sos_embed.expand(len(z), -1, -1) if t == 0 else x[:, t - 1 : t].to(block.sos_embed.dtype)
-        h = block.proj_in(token)
-        for layer in layers:
-            h = layer.step(h)
-        out = block.proj_out(F.rms_norm(h, (size,), block.final_norm_weight(), 1e-6))[:, 0].to(z.dtype)
-        scale, shift = (block.soft_clip * torch.tanh(out / block.soft_clip)).chunk(2, dim=-1)
-        log_scale = F.softplus(scale + math.log(math.e - 1)).log()
+        log_scale, shift = _rotary_step(block, layers, token, z.dtype)
         if guidance is not None:
             rows = zip(log_scale.chunk(2), shift.chunk(2), strict=True)
             log_scale, shift = (each.repeat(2, 1) for each in _guided(guidance, weights, t, *rows))
         x[:, t] = z[:, t] * log_scale.exp() + shift
     return x[:num]
+
+
+def _rotary_step(
+    block: STARFlowBlock, layers: Sequence[_RotaryLayer], token: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Passes one token through the network, and returns log-scale and shift of the next token."""
+    h = block.proj_in(token)
+    for layer in layers:
+        h = layer.step(h)
+    h = F.rms_norm(h, (h.shape[-1],), block.final_norm_weight(), 1e-6)
+    out = block.proj_out(h)[:, 0].to(dtype)
+    scale, shift = (block.soft_clip * torch.tanh(out / block.soft_clip)).chunk(2, dim=-1)
+    return F.softplus(scale + math.log(math.e - 1)).log(), shift
 
 
 @dataclass

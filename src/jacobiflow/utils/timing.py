@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from jacobiflow.utils.checks import check_count, check_device
 from jacobiflow.utils.progress import Progress
 
 T = TypeVar("T")
@@ -49,8 +48,7 @@ def time_interleaved(
     Returns:
         A `Timing` by name, and the first result of each run.
     """
-    repeats = check_count("repeats", repeats)
-    device = check_device(device)
+    device = torch.device(device)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     results: dict[str, Any] = {}
     rounds = range(-1 if warm_up else 0, repeats)
@@ -83,7 +81,7 @@ def _synchronize(device: torch.device) -> None:
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Describes this machine: processor, cores, PyTorch's threads, device and versions."""
-    device = check_device(device)
+    device = torch.device(device)
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
