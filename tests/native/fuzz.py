@@ -26,7 +26,7 @@ from jacobiflow.adapters.network import MaskedNetwork, find_order
 from jacobiflow.native import boundary, library
 from jacobiflow.native import transformer as native_transformer
 from jacobiflow.native.chain import TransformChain
-from jacobiflow.native.masked import MaskedOperation, masked_transform
+from jacobiflow.native.masked import MaskedOperation, Steps, masked_transform
 from jacobiflow.native.transformer import Prefix
 from tests.helpers import library_flows
 from tests.helpers.native_problems import CASES
@@ -126,7 +126,7 @@ def change_prefix(block: Any, change: str, is_hidden: bool) -> None:
     block._prefix = changed
 
 
-def recurrence(rng: random.Random) -> tuple[Any, str]:
+def transformer(rng: random.Random) -> tuple[Any, str]:
     """A block's inverse: of tokens, contexts or weights that do not fit, stored in any way."""
     name, weights = rng.choice(list(CASES)), rng.choice(["float32", "float64", "bfloat16", "float16", "int16"])
     case = CASES[name]
@@ -267,7 +267,7 @@ def description(rng: random.Random) -> tuple[Any, str]:
     network.linear(network.linear(0, layers[0], nn.ReLU()), layers[1])
     order, starts, (inputs, *units) = find_order(network)
     lists = [order, starts, *inputs, *(numbers for pair in units for numbers in pair)]
-    settings = {"parameters": 2, "context": width, "context_start": 0, "bins": 0, "ends": 0}
+    settings = {"parameters": 2, "context": width, "context_start": 0, "bins": 0, "boundary": 0}
     settings["kind"] = boundary.TransformKind.CLAMPED_AFFINE
     shapes = [tuple(holder[name].shape) for holder, name in network.tensors]
     masks = list(network.masks)
@@ -287,7 +287,7 @@ def description(rng: random.Random) -> tuple[Any, str]:
 
     def compute() -> Any:
         operations = list(map(MaskedOperation, network.operations, units, masks))
-        transform = masked_transform(starts, order, operations, inputs, shapes, **settings)
+        transform = masked_transform(Steps(order, starts, inputs), operations, shapes, **settings)
         chain, rows, has_graph = TransformChain([(transform, False)]), rng.choice([1, 3, 70]), rng.random() < 0.5
         x, context = torch.randn(rows, features), torch.randn(rows, width) if width else None
         tensors = [torch.randn(shape) for shape in shapes]
@@ -308,7 +308,7 @@ def description(rng: random.Random) -> tuple[Any, str]:
     return ours, f"{part}, {number}"
 
 
-KINDS = (recurrence, library_flow, description)
+KINDS = (transformer, library_flow, description)
 
 
 def run(seed: int) -> str:
@@ -332,8 +332,8 @@ def main() -> None:
     options = parser.parse_args()
     print(f"seed {options.seed}, {options.count} calls, {options.callers} at once", flush=True)
     if options.callers > 1:  # in threads of its own: the thread sanitizer does not see how those of OpenMP wait
-        boundary.Library._use_threads_of_pytorch = lambda self: None  # type: ignore[method-assign]
-    loaded = boundary.Library(options.library)
+        library.Library._use_threads_of_pytorch = lambda self: None  # type: ignore[method-assign]
+    loaded = library.Library(options.library)
     library._loaded = lambda: (loaded, "")
     torch.set_num_threads(3)
     outcomes: Counter[str] = Counter()

@@ -50,7 +50,7 @@ def test_a_library_of_other_sources_is_not_found(folder: Path, tmp_path: Path, m
     assert compiler.best(folder, "riscv64", AVX512) is None
     monkeypatch.setattr(compiler, "FOLDER", other)
     assert compiler.best(folder, "x86_64", AVX512) is not None
-    (other / "team.h").write_text((other / "team.h").read_text() + "\n")
+    (other / "threads.h").write_text((other / "threads.h").read_text() + "\n")
     assert compiler.best(folder, "x86_64", AVX512) is None
 
 

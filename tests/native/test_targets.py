@@ -12,7 +12,7 @@ import torch
 import jacobiflow as jf
 from jacobiflow import native
 from jacobiflow.native import compiler, library
-from jacobiflow.native.boundary import Library
+from jacobiflow.native.library import Library
 from tests.helpers.library_flows import CASES as FLOWS
 from tests.helpers.library_flows import NATIVE, check, default_dtype, gradient_gap, gradients, normal
 from tests.helpers.native_problems import CASES, relative_error, threads

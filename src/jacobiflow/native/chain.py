@@ -15,15 +15,14 @@ from torch import Tensor
 from jacobiflow.native.boundary import (
     ChainArgs,
     GradientArgs,
-    Library,
     Transform,
     UnsupportedError,
     address_of,
     addresses_of,
+    check_tensor,
     is_plain,
-    require,
 )
-from jacobiflow.native.library import load_library
+from jacobiflow.native.library import Library, load_library
 from jacobiflow.native.masked import ChainTransform
 from jacobiflow.utils.autograd import check_first_derivative, is_batched
 
@@ -173,9 +172,9 @@ class _Call:
         """Returns the gradients of x, the context and the tensors, `None` for those that are not wanted."""
         # What was saved may have been somewhere else meanwhile, see torch.autograd.graph.saved_tensors_hooks.
         size, dtype = (x.shape[0], self.chain.features), x.dtype
-        memory, x = require(memory, (self.memory_size(x),), dtype), require(x, size, dtype)
+        memory, x = check_tensor(memory, (self.memory_size(x),), dtype), check_tensor(x, size, dtype)
         of_values, of_log_det = (
-            None if c is None else require(c, size[: c.ndim], dtype) for c in (*cotangents, None)[:2]
+            None if c is None else check_tensor(c, size[: c.ndim], dtype) for c in (*cotangents, None)[:2]
         )
         wants_x, wants_context, *wants = wanted
         of_tensors = [

@@ -1,4 +1,4 @@
-"""Compiles the native sources: for this machine, or for every kind of processor that a wheel serves.
+"""Compiles the C++ sources for this machine, or for all kinds of processor that a wheel supports.
 
 It imports nothing of the package: the hook that builds a wheel runs it before anything is installed.
 """

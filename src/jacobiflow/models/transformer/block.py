@@ -31,7 +31,7 @@ from jacobiflow.models.transformer.attention import (
     cast,
     transformer,
 )
-from jacobiflow.native.transformer import GuidanceTerms, Prefix, Recurrence
+from jacobiflow.native.transformer import CausalTransformer, GuidanceTerms, Prefix
 from jacobiflow.native.weights import copy_bytes
 
 _TOKENS_PER_PASS = 3200
@@ -190,7 +190,7 @@ class TransformerBlock(FlowBlock):
     ) -> tuple[Tensor, Tensor] | None:
         """The answer of native code and the sums of its log-scales; `None` if it has none."""
         layers = self.layer_weights()
-        recurrence = Recurrence(
+        network = CausalTransformer(
             proj_in=self.proj_in.weight,
             position=self.positions(),
             layers=[layer.named() for layer in layers],
@@ -217,7 +217,7 @@ class TransformerBlock(FlowBlock):
             return Prefix(layers, torch.cat([part.hidden for part in parts]))
 
         prefix = read_prefix if self.prefix_length else None
-        return recurrence.invert(z, self.embed_context(context), extrapolation, prefix, is_rounded)
+        return network.invert(z, self.embed_context(context), extrapolation, prefix, is_rounded)
 
     def _query_scale(self, temperature: Float[Tensor, " b"]) -> Float[Tensor, "b 1 1 1"]:
         return temperature.to(self.proj_in.weight).reciprocal().view(-1, 1, 1, 1)
