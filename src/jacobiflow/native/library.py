@@ -125,7 +125,12 @@ def load_library() -> Library | None:
     A wheel has it for several kinds of processor. Otherwise the first call compiles it, which takes some seconds, and
     stores it in the user's cache folder.
     """
-    return None if _is_off() else _loaded()[0]
+    return None if _is_off() else compiled_library()
+
+
+def compiled_library() -> Library | None:
+    """Returns the native library whatever the environment says, for callers of `load_library` or `usable_library`."""
+    return _loaded()[0]
 
 
 def library_name() -> str | None:
