@@ -334,7 +334,7 @@ def main() -> None:
     if options.callers > 1:  # in threads of its own: the thread sanitizer does not see how those of OpenMP wait
         library.Library._use_threads_of_pytorch = lambda self: None  # type: ignore[method-assign]
     loaded = library.Library(options.library)
-    library._loaded = lambda: (loaded, "")
+    library._load_or_explain = lambda: (loaded, "")
     torch.set_num_threads(3)
     outcomes: Counter[str] = Counter()
     with ThreadPoolExecutor(options.callers) as pool:

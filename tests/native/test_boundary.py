@@ -61,7 +61,7 @@ def test_structures_have_the_layout_of_the_header(kind: Any, tmp_path: Path) -> 
     for field, _ in kind._fields_:
         lines.append(f"static_assert(offsetof({name}, {field}) == {getattr(kind, field).offset});")
     (tmp_path / "layout.cpp").write_text("\n".join(lines))
-    command = ("c++", "-std=c++17", "-fsyntax-only", f"-I{compiler.FOLDER}", tmp_path / "layout.cpp")
+    command = ("c++", "-std=c++17", "-fsyntax-only", f"-I{compiler.SOURCES}", tmp_path / "layout.cpp")
     subprocess.run(command, check=True)
 
 

@@ -42,7 +42,7 @@ class Machine:
 
     def restart(self) -> Library | None:
         """The library of a new process."""
-        library._loaded.cache_clear()
+        library._load_or_explain.cache_clear()
         return native.load_library()
 
 
@@ -53,7 +53,7 @@ def machine(tmp_path: Path, binary: Path, monkeypatch: pytest.MonkeyPatch) -> Ma
     monkeypatch.setenv("CXX", str(copying_compiler(tmp_path / "compiler", binary, on_link)))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     # The other tests keep the library that they have loaded.
-    monkeypatch.setattr(library, "_loaded", functools.cache(library._loaded.__wrapped__))
+    monkeypatch.setattr(library, "_load_or_explain", functools.cache(library._load_or_explain.__wrapped__))
     return Machine(tmp_path / "home", calls)
 
 

@@ -130,7 +130,7 @@ def load_library() -> Library | None:
 
 def compiled_library() -> Library | None:
     """Returns the native library whatever the environment says, for callers of `load_library` or `usable_library`."""
-    return _loaded()[0]
+    return _load_or_explain()[0]
 
 
 def library_name() -> str | None:
@@ -141,7 +141,7 @@ def library_name() -> str | None:
 
 def describe() -> str:
     """Returns a line about the native library: its vector width, or why it is missing and what to do."""
-    return f"off, by {SWITCH}=0" if _is_off() else _loaded()[1]
+    return f"off, by {SWITCH}=0" if _is_off() else _load_or_explain()[1]
 
 
 def usable_library(z: Tensor) -> Library | None:
@@ -155,7 +155,7 @@ def _is_off() -> bool:
 
 
 @functools.cache
-def _loaded() -> tuple[Library | None, str]:
+def _load_or_explain() -> tuple[Library | None, str]:
     """Returns the library, or `None`, and a line about it."""
     if platform.system() not in ("Linux", "Darwin"):
         return None, "none: they are for Linux and macOS"
@@ -173,7 +173,7 @@ def _loaded() -> tuple[Library | None, str]:
 def _find_or_compile() -> Library:
     """Returns the library of the wheel or of the cache folder, or compiles it and, if possible, stores it there."""
     instructions = _instructions()
-    shipped, name = compiler.best(SHIPPED, platform.machine(), instructions), _name(instructions)
+    shipped, name = compiler.find_compiled(SHIPPED, platform.machine(), instructions), _name(instructions)
     folder = _private_folder()
     stored = [] if folder is None else sorted(folder.glob(f"{name}-*.so"))
     for path in (shipped, *stored):

@@ -1,4 +1,4 @@
-"""Describes masked autoregressive transforms, and those between them, to native code."""
+"""Descriptions of masked autoregressive transforms, and of the transforms between them, for native code."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
 
 namespace jacobiflow {
 
-// The parameters of a feature for a vector of rows, `stride` numbers apart.
+// Reads the parameters of a feature for a vector of rows. They are `stride` numbers apart.
 template <typename T>
 struct Parameters {
   const T* first;

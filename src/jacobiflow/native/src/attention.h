@@ -5,8 +5,8 @@
 
 namespace jacobiflow {
 
-// Keys and values of all layers, rows and heads. Keys are (length / lanes, head_size, lanes), so that a vector holds one
-// channel of several positions; values are (length, padded head_size).
+// Holds the keys and values of all layers, rows and heads. Keys are (length / lanes, head_size, lanes), so that a vector has
+// one channel of several positions. Values are (length, padded head_size).
 template <typename T>
 class KeyValueCache {
  public:

@@ -38,7 +38,7 @@ class BackwardTile {
       if (t.kind == TransformKind::permutation)
         permute(t, !inverts, rows, features.get(), copy.get());
       else if (!t.num_operations)
-        without_network(t);
+        differentiate_unconditional(t);
       else
         masked(t);
     }
@@ -57,10 +57,10 @@ class BackwardTile {
   T* const sums;
   Buffer<T> features, copy, log_det, context, context_gradient, gradients, transposed, bins;
   const T* values = nullptr;  // the tile's activations
-  int index = 0;              // of the transform
+  int index = 0;              // index of the current transform
   bool inverts = false, needs_features = false;
 
-  // Loads (count, columns), or zeros from null; rows beyond `count` are 0, so that they add nothing to sums.
+  // Loads (count, columns), or zeros from null. Rows beyond `count` are 0, so that they add nothing to sums.
   static void load(const void* from, int64_t first, int columns, int count, T* to) {
     std::memset(to, 0, sizeof(T) * columns * rows);
     const T* values = static_cast<const T*>(from);
@@ -72,13 +72,13 @@ class BackwardTile {
     return S::load(log_det.get() + (size_t)(call.is_by_feature ? feature : 0) * rows + v * S::lanes);
   }
 
-  // The values of this transform, derivatives beside them, and their gradients.
+  // Return the values of this transform, the derivatives of activations, and the gradients of both.
   const T* value_of(int value) const { return values + chain.value(index, value) * rows; }
   T* gradient_of(int value) { return gradients.get() + chain.gradient(index, value) * rows; }
   const T* slopes_of(const OperationLayout& layout) const { return values + layout.slopes * rows; }
   T* context_layer_gradient(const OperationLayout& layout) { return gradients.get() + layout.layer_gradient * rows; }
 
-  void without_network(const Transform& t) {
+  void differentiate_unconditional(const Transform& t) {
     const OperationLayout& layout = chain.of(index, 0);
     const GradientLayout& to = tensors.of(index, -1);
     const T *scales = chain.weight(layout), *shifts = chain.bias(layout);
@@ -112,14 +112,14 @@ class BackwardTile {
 
   static void add_to(T* at, Vector v) { S::store(at, S::load(at) + v); }
 
-  // From the last step to the first. J is triangular, so that J^T v = g can be solved in this order if the transform was
-  // inverted: what later features' parameters add to the gradient of a feature is known before its own are needed.
+  // Goes from the last step to the first. If the transform was inverted, this solves J^T v = g, as J is triangular: the terms
+  // that later features add to the gradient of a feature are known before it is needed.
   void masked(const Transform& t) {
     std::memset(gradient_of(0), 0, sizeof(T) * chain.units(t, 0) * rows);
     const int length = chain.lengths[index];
     for (int begin = (t.steps - 1) / length * length; begin >= 0; begin -= length) {
       const int end = std::min(begin + length, t.steps);
-      for (int i = t.starts[begin]; i < t.starts[end]; i++) elementwise(t, i);
+      for (int i = t.starts[begin]; i < t.starts[end]; i++) differentiate_feature(t, i);
       backpropagate(t, begin, end);
     }
     if (!inverts && needs_features)
@@ -132,7 +132,7 @@ class BackwardTile {
       if (tensors.of(index, j).has_any) add_weight_gradients(t, j);
   }
 
-  void elementwise(const Transform& t, int i) {
+  void differentiate_feature(const Transform& t, int i) {
     const size_t offset = (size_t)i * t.parameters * rows, input = (size_t)(t.context + i) * rows;
     for (int v = 0; v < vectors; v++) {
       T* at = features.get() + (size_t)t.order[i] * rows + v * S::lanes;
@@ -146,7 +146,7 @@ class BackwardTile {
     }
   }
 
-  // Computes the gradients of all units that are computed at steps [begin, end), from those of the units that read them.
+  // Computes the gradients of all units of steps [begin, end) from those of the units that read them.
   void backpropagate(const Transform& t, int begin, int end) {
     for (int j = t.num_operations - 1; j >= 0; j--) {
       const Operation& o = t.operations[j];
@@ -155,7 +155,7 @@ class BackwardTile {
       const size_t at = (size_t)first * rows, size = (size_t)(last - first) * rows;
       T* g = gradient_of(j + 1) + at;
       const T *slopes = slopes_of(layout) + at, *weights = chain.bias(layout) + first;
-      // Adds terms to the gradients of the same units of a value, or sets these if no later operation reads the value.
+      // Adds terms to the gradients of the same units of a value. Sets them if no later operation reads the value.
       const auto propagate = [&](int value, bool adds, const auto& term) {
         T* to = gradient_of(value) + at;
         for (size_t i = 0; i < size; i += S::lanes)
@@ -165,7 +165,7 @@ class BackwardTile {
       switch (o.kind) {
         case OperationKind::linear:
           multiply_by_slopes(o.activation, value_of(j + 1) + at, slopes, g, size);
-          through_layer(t, j, begin, end);
+          backpropagate_linear(t, j, begin, end);
           break;
         case OperationKind::activation:
           multiply_by_slopes(o.activation, value_of(j + 1) + at, slopes, g, size);
@@ -198,8 +198,8 @@ class BackwardTile {
     }
   }
 
-  // The gradients of inputs that are known from step `begin` on, before `end`: weight^T g.
-  void through_layer(const Transform& t, int j, int begin, int end) {
+  // Computes weight^T g for the inputs of steps [begin, end).
+  void backpropagate_linear(const Transform& t, int j, int begin, int end) {
     const Operation& o = t.operations[j];
     const OperationLayout& layout = chain.of(index, j);
     int first = chain.ready(t, o.source, begin - 1), last = chain.ready(t, o.source, end - 1);

@@ -5,7 +5,7 @@
 
 namespace jacobiflow {
 
-constexpr int block_steps = 32;  // after so many steps, one matrix product adds all earlier features to later units
+constexpr int block_steps = 32;
 
 // Computes tiles of `vectors` vectors of rows in one thread.
 template <typename T, int vectors>
@@ -62,7 +62,7 @@ class ForwardTile {
   Vector log_det[vectors], rounding[vectors];
   Vector non_finite[vectors];  // NaN in lanes of rows that were not finite, else 0
   T* activations = nullptr;    // the values that the backward pass reads, or null
-  int index = 0;               // of the transform
+  int index = 0;               // index of the current transform
   bool inverts = false;
 
   static void resize(std::vector<size_t>& all, size_t position, size_t size) {
@@ -91,22 +91,20 @@ class ForwardTile {
     if (t.kind == TransformKind::permutation)
       permute(t, inverts, rows, features.get(), copy.get());
     else if (!t.num_operations)
-      without_network(t);
-    else if (inverts)
-      invert(t);
+      transform_unconditional(t);
     else
-      evaluate(t);
+      masked(t);
   }
 
-  // Adds to the log-determinant by Kahan's method, as sums over many features lose digits.
+  // Adds to the log-determinant by Kahan's method, because sums over many features lose digits.
   void add(int v, Vector change) {
     const Vector term = change - rounding[v], total = log_det[v] + term;
     rounding[v] = (total - log_det[v]) - term;
     log_det[v] = total;
   }
 
-  // y = scale x + shift; or y = x, and the log-density of a normal distribution is added to the log-determinant.
-  void without_network(const Transform& t) {
+  // Computes y = scale x + shift; or y = x, and adds the log-density of a normal distribution to the log-determinant.
+  void transform_unconditional(const Transform& t) {
     const OperationLayout& layout = chain.of(index, 0);
     const T *scales = chain.weight(layout), *shifts = chain.bias(layout);
     for (int f = 0; f < call.features; f++) {
@@ -145,34 +143,28 @@ class ForwardTile {
                     sizeof(T) * rows);
   }
 
-  void invert(const Transform& t) {
+  // Computes some steps together, or step by step if the transform is inverted. Every `block_steps` steps of an inverse, one
+  // matrix product adds what all earlier features contribute to later units.
+  void masked(const Transform& t) {
     set_context(t);
-    for (int begin = 0; begin < t.steps; begin += block_steps) {
-      const int end = std::min(begin + block_steps, t.steps);
-      if (begin) start_sums(t, begin, end);
-      for (int step = begin; step < end; step++) {
-        compute(t, step, step + 1, begin);
-        for (int i = t.starts[step]; i < t.starts[step + 1]; i++) elementwise(t, i, t.starts[step]);
-      }
-    }
-  }
-
-  void evaluate(const Transform& t) {
-    set_context(t);
-    for (int i = 0; i < t.features; i++)
+    for (int i = 0; i < t.features && !inverts; i++)
       std::memcpy(units_of(0) + (size_t)(t.context + i) * rows, features.get() + (size_t)t.order[i] * rows,
                   sizeof(T) * rows);
     const int length = chain.lengths[index];
-    for (int step = 0; step < t.steps; step += length) {
+    for (int step = 0, begin = 0; step < t.steps; step += length) {
       const int end = std::min(step + length, t.steps);
-      compute(t, step, end, 0);
-      for (int i = t.starts[step]; i < t.starts[end]; i++) elementwise(t, i, t.starts[step]);
+      if (inverts && step && step % block_steps == 0) {
+        begin = step;
+        start_sums(t, begin, std::min(begin + block_steps, t.steps));
+      }
+      compute_units(t, step, end, begin);
+      for (int i = t.starts[step]; i < t.starts[end]; i++) transform_feature(t, i, t.starts[step]);
     }
   }
 
   Matrix<T> matrix(const OperationLayout& layout) const { return {chain.weight(layout), layout.inputs, 1}; }
 
-  // Sums what the inputs ready before step `begin` add to the units of steps [begin, end).
+  // Starts the sums of the units of steps [begin, end) with all inputs of earlier steps.
   void start_sums(const Transform& t, int begin, int end) {
     for (int j = 0; j < t.num_operations; j++) {
       const Operation& o = t.operations[j];
@@ -187,8 +179,8 @@ class ForwardTile {
     }
   }
 
-  // Computes the units of all values that steps [step, end) need. Sums start from those of `start_sums` at `begin`.
-  void compute(const Transform& t, int step, int end, int begin) {
+  // Computes the units of all values in steps [step, end). If `begin` is not 0, sums start from those of `start_sums`.
+  void compute_units(const Transform& t, int step, int end, int begin) {
     for (int j = 0; j < t.num_operations; j++) {
       const Operation& o = t.operations[j];
       const OperationLayout& layout = chain.of(index, j);
@@ -222,7 +214,7 @@ class ForwardTile {
           }
           break;
         }
-        default: with_context(o, layout, first, last, new_units(o.source), out, slopes);
+        default: use_context(o, layout, first, last, new_units(o.source), out, slopes);
       }
       if (o.is_kept)
         for (size_t i = 0; i < size; i += rows) check_finite(out + i);
@@ -233,7 +225,7 @@ class ForwardTile {
     return o.activation != Activation::identity && o.activation != Activation::relu;
   }
 
-  // The sums of a layer, and ReLU on the way.
+  // Computes the sums of a layer, and their ReLU if it has one.
   void linear(const Transform& t, int j, int first, int last, int begin, T* out) {
     const Operation& o = t.operations[j];
     const OperationLayout& layout = chain.of(index, j);
@@ -254,9 +246,9 @@ class ForwardTile {
         });
   }
 
-  // Adds function(layer(context)) to a value, or multiplies the value by the layer's sigmoid. `slopes` get the derivatives
-  // of the function, or its values if these tell the derivatives.
-  void with_context(const Operation& o, const OperationLayout& layout, int first, int last, const T* in, T* out, T* slopes) {
+  // Adds activation(layer(context)) to a value, or multiplies the value by the layer's sigmoid. Writes the derivatives of the
+  // activation to `slopes`, or its values if these give the derivatives.
+  void use_context(const Operation& o, const OperationLayout& layout, int first, int last, const T* in, T* out, T* slopes) {
     const bool is_gate = o.kind == OperationKind::gate_context;
     const T* bias = chain.bias(layout) + first;
     const Range inputs{0, chain.shares_context ? 0 : layout.inputs};
@@ -273,8 +265,9 @@ class ForwardTile {
     }
   }
 
-  // Transforms the i-th feature in the order of the steps. Without activations, parameters start at those of the `first`.
-  void elementwise(const Transform& t, int i, int first) {
+  // Transforms the i-th feature in the order of the steps. Without stored activations, the first parameters are those of the
+  // feature `first`.
+  void transform_feature(const Transform& t, int i, int first) {
     const T* parameters = units_of(t.num_operations) + (size_t)(i - (activations ? 0 : first)) * t.parameters * rows;
     const size_t feature = (size_t)t.order[i] * rows;
     for (int v = 0; v < vectors; v++) {

@@ -74,7 +74,7 @@ void multiply(Matrix<T> m, int first, int last, const Inputs& inputs, const T* i
       multiply<T, vectors, Inputs, Start, Finish, count - 1>(m, first, last, inputs, in, out, start, finish, unit);
 }
 
-// Exchanges the lanes of `b` whose index lacks the bit `step` for those of `a` that have it.
+// Exchanges lanes between `a` and `b`: those of `a` whose index has the bit `step`, and those of `b` whose index lacks it.
 template <int step, typename Vector, int... i>
 void exchange_lanes(Vector& a, Vector& b, std::integer_sequence<int, i...>) {
   constexpr int count = sizeof...(i);
@@ -83,7 +83,7 @@ void exchange_lanes(Vector& a, Vector& b, std::integer_sequence<int, i...>) {
   b = __builtin_shufflevector(low, high, (i & step ? count + i : i + step)...);
 }
 
-// Transposes as many vectors as one has lanes.
+// Transposes a square of vectors.
 template <typename T, int step = 1>
 void transpose(typename Simd<T>::Vector (&v)[Simd<T>::lanes]) {
   constexpr int count = Simd<T>::lanes;

@@ -11,7 +11,7 @@
 
 namespace jacobiflow {
 
-// Tiles of 4 vectors of rows. The last one has 1 if that is enough.
+// Divides rows into tiles of 4 vectors. The last tile has 1 vector if that is enough.
 template <typename T>
 struct Tiles {
   static constexpr int rows = 4 * Simd<T>::lanes;
@@ -36,7 +36,7 @@ struct Tiles {
   }
 };
 
-// One thread's tiles of 1 vector and of 4 vectors, each made when it is first needed.
+// Makes one thread's tiles of 1 vector and of 4 vectors when they are first needed.
 template <template <typename, int> class TileKind, typename T>
 class EachSize {
  public:
@@ -51,7 +51,7 @@ class EachSize {
   std::tuple<std::unique_ptr<TileKind<T, 1>>, std::unique_ptr<TileKind<T, 4>>> sizes;
 };
 
-// Calls run(rank) in threads; throws std::bad_alloc if one of them does.
+// Calls run(rank) in threads, and throws std::bad_alloc if one of them does.
 template <typename Run>
 void in_guarded_threads(int num_threads, const Run& run) {
   std::atomic<bool> has_memory{true};

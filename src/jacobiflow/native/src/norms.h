@@ -5,36 +5,41 @@
 
 namespace jacobiflow {
 
+// Returns the sum of term(x) over a row, where `term` takes a vector or a number.
+template <typename T, typename Term>
+T sum_of(const T* x, int size, const Term& term) {
+  using S = Simd<T>;
+  typename S::Vector sums{};
+  int k = 0;
+  for (; k + S::lanes <= size; k += S::lanes) sums += term(S::load(x + k));
+  T total = S::sum(sums);
+  for (; k < size; k++) total += term(x[k]);
+  return total;
+}
+
+// Writes (x - mean) * scale * weight + bias. `out` may be x, and a null bias is 0.
+template <typename T>
+void scale_row(const T* x, int size, T mean, T scale, const T* weight, const T* bias, T* out) {
+  using S = Simd<T>;
+  int k = 0;
+  for (; k + S::lanes <= size; k += S::lanes) {
+    const typename S::Vector scaled = (S::load(x + k) - mean) * scale * S::load(weight + k);
+    S::store(out + k, bias ? scaled + S::load(bias + k) : scaled);
+  }
+  for (; k < size; k++) out[k] = (x[k] - mean) * scale * weight[k] + (bias ? bias[k] : T(0));
+}
+
 template <typename T>
 void layer_norm(const T* x, int size, const T* weight, const T* bias, T* out) {
-  using S = Simd<T>;
-  typename S::Vector part{};
-  const int whole = size / S::lanes * S::lanes;
-  for (int k = 0; k < whole; k += S::lanes) part += S::load(x + k);
-  T mean = S::sum(part);
-  for (int k = whole; k < size; k++) mean += x[k];
-  mean /= size;
-  part = typename S::Vector{};
-  for (int k = 0; k < whole; k += S::lanes) part += (S::load(x + k) - mean) * (S::load(x + k) - mean);
-  T variance = S::sum(part);
-  for (int k = whole; k < size; k++) variance += (x[k] - mean) * (x[k] - mean);
-  const T scale = 1 / std::sqrt(variance / size + T(1e-5));
-  for (int k = 0; k < whole; k += S::lanes)
-    S::store(out + k, (S::load(x + k) - mean) * scale * S::load(weight + k) + S::load(bias + k));
-  for (int k = whole; k < size; k++) out[k] = (x[k] - mean) * scale * weight[k] + bias[k];
+  const T mean = sum_of(x, size, [](auto v) { return v; }) / size;
+  const T variance = sum_of(x, size, [mean](auto v) { return (v - mean) * (v - mean); }) / size;
+  scale_row(x, size, mean, 1 / std::sqrt(variance + T(1e-5)), weight, bias, out);
 }
 
 template <typename T>
 void rms_norm(const T* x, int size, const T* weight, T* out) {
-  using S = Simd<T>;
-  typename S::Vector part{};
-  const int whole = size / S::lanes * S::lanes;
-  for (int k = 0; k < whole; k += S::lanes) part += S::load(x + k) * S::load(x + k);
-  T squares = S::sum(part);
-  for (int k = whole; k < size; k++) squares += x[k] * x[k];
-  const T scale = 1 / std::sqrt(squares / size + T(1e-6));
-  for (int k = 0; k < whole; k += S::lanes) S::store(out + k, S::load(x + k) * scale * S::load(weight + k));
-  for (int k = whole; k < size; k++) out[k] = x[k] * scale * weight[k];
+  const T square = sum_of(x, size, [](auto v) { return v * v; }) / size;
+  scale_row<T>(x, size, 0, 1 / std::sqrt(square + T(1e-6)), weight, nullptr, out);
 }
 
 }  // namespace jacobiflow

@@ -9,7 +9,7 @@ inline bool is_spline(const Transform& t) {
   return t.kind == TransformKind::rational_quadratic || t.kind == TransformKind::rational_linear;
 }
 
-// A spline of one feature. `memory` is for two vectors for each bin.
+// A spline of one feature. `memory` has room for two vectors per bin.
 template <typename T>
 class Spline {
  public:
@@ -21,7 +21,7 @@ class Spline {
       : t(t), p(p), inverts(inverts), is_linear(t.kind == TransformKind::rational_linear), widths(memory),
         heights(memory + (size_t)t.bins * S::lanes) {}
 
-  // Transforms x, or y if it is inverted. Sets the logarithm of dy/dx if it is wanted; without tails, an input outside
+  // Transforms x, or y if the spline is inverted. Sets the logarithm of dy/dx if it is wanted. Without tails, an input outside
   // of the spline makes `non_finite` NaN.
   Vector apply(Vector in, bool wants_log_slope, Vector& log_slope, Vector& non_finite) {
     const T low = (T)t.low, size = (T)t.high - low;
@@ -34,7 +34,7 @@ class Spline {
     return t.is_circular && inverts ? S::remainder(out, size) + low : out;
   }
 
-  // From the gradients of the result at x, writes those of the parameters and returns that of the input.
+  // Writes the gradients of the parameters to `to`, and returns the gradient of the input. `g` has those of the result at x.
   Vector differentiate(Vector x, Gradients<Vector> g, T* to) {
     const Vector outside = g.value;
     if (t.is_circular) x = S::remainder(x, (T)t.high - (T)t.low) + (T)t.low;
@@ -55,7 +55,7 @@ class Spline {
   }
 
  private:
-  // The gradients in the corner of a bin, its size, the derivatives at its ends, and its parameter lambda.
+  // Gradients of the corner of a bin, its size, the derivatives at its ends, and its parameter lambda.
   struct BinGradients {
     Vector x0, y0, width, height, d0, d1, lambda;
   };
@@ -64,7 +64,7 @@ class Spline {
   const Parameters<T> p;
   const bool inverts, is_linear;
   T *const widths, *const heights;
-  // The bin of each row.
+  // The bin of each row: its index, corner, size, parameters, derivatives at the ends, and mean slope.
   Vector bin, x0, y0, width, height, raw0, raw1, raw_lambda, d0, d1, delta, width_sum, height_sum;
   Integers is_in;
 
@@ -103,7 +103,7 @@ class Spline {
     d0 = slope(raw0, is_first), d1 = slope(raw1, is_last), delta = height / width;
   }
 
-  // exp(parameter - the largest one), and the sum. Soft-clipped parameters are small, so nothing is subtracted.
+  // Writes exp(parameter - maximum) and returns the sum. Soft-clipped parameters are small, so nothing is subtracted.
   Vector exponentials(int first, T* out) const {
     const int K = t.bins;
     const T factor = (T)t.logit_scale, clip = T(2) * (T)t.clip;
@@ -128,7 +128,7 @@ class Spline {
     return total;
   }
 
-  // The parameter of the derivative at knot k of K + 1, or -1 if an end has none.
+  // Returns the index of the parameter of the derivative at knot k of K + 1, or -1 if an end has a fixed one.
   int derivative_index(int k) const {
     if (t.boundary == SplineBoundary::free) return k;
     if (t.boundary == SplineBoundary::circular) return k % t.bins;
@@ -165,7 +165,7 @@ class Spline {
     return out;
   }
 
-  // y = y0 + height P / Q and dy/dx = delta^2 N / Q^2, as above.
+  // Uses y = y0 + height P / Q and dy/dx = delta^2 N / Q^2, as in `quadratic`.
   Vector differentiate_quadratic(Vector x, Gradients<Vector> g, BinGradients& c) const {
     const Vector to_theta = S::reciprocal(width), theta = (x - x0) * to_theta, rest = T(1) - theta, mixed = theta * rest;
     const Vector bend = d0 + d1 - delta * T(2), q = S::reciprocal(delta + bend * mixed);
@@ -188,7 +188,7 @@ class Spline {
     return inverts ? result : gx;
   }
 
-  // Two ratios of linear functions that meet at (x0 + lambda width, middle).
+  // Joins two ratios of linear functions at (x0 + lambda width, middle).
   Vector linear(Vector in, bool wants_log_slope, Vector& log_slope) const {
     const Vector lambda = S::sigmoid(raw_lambda) * T(0.95) + T(0.025), rest = T(1) - lambda;
     const Vector wb = S::sqrt(d0 / d1), wc = (lambda * d0 + rest * wb * d1) / delta, y1 = y0 + height;
@@ -215,7 +215,7 @@ class Spline {
     return out;
   }
 
-  // y = y0 + A / D and dy/dx = N / (width D^2), as above with `rise` for middle - y0.
+  // Uses y = y0 + A / D and dy/dx = N / (width D^2), as in `linear`, with rise = middle - y0.
   Vector differentiate_linear(Vector x, Gradients<Vector> g, BinGradients& c) const {
     const Vector s = S::sigmoid(raw_lambda), lambda = s * T(0.95) + T(0.025), rest = T(1) - lambda;
     const Vector wb = S::sqrt(d0 / d1), wc = (lambda * d0 + rest * wb * d1) / delta, share = rest + lambda * wb;
@@ -248,7 +248,7 @@ class Spline {
     return inverts ? result : gx;
   }
 
-  // The gradients of the parameters of all widths, or heights, from those of the start and size of the row's bin.
+  // Writes the gradients of the parameters of all widths, or heights, from those of the start and size of the row's bin.
   void write_size_gradients(const T* sizes, Vector sum, Vector start, Vector size, T least, Vector g_start, Vector g_size,
                             int first, T* to) const {
     const T total = (T)t.high - (T)t.low, shared = total * (1 - least * t.bins);
@@ -264,7 +264,7 @@ class Spline {
     }
   }
 
-  // The gradients of the parameters of the derivatives, from those at the ends of the row's bin.
+  // Writes the gradients of the parameters of the derivatives, from those at the ends of the row's bin.
   void write_derivative_gradients(Vector first, Vector second, T* to) const {
     for (int k = 0; k <= t.bins; k++) {
       const int index = derivative_index(k);

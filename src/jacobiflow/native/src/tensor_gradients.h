@@ -5,7 +5,7 @@
 
 namespace jacobiflow {
 
-// Where one operation's sums over rows lie: of its weight (units, stride) and bias (units, lanes), or of the scale and the
+// Offsets of one operation's sums over rows: of its weight (units, stride) and bias (units, lanes), or of the scale and the
 // shift (features, lanes) of a transform without a network.
 struct GradientLayout {
   bool has_any = false;
@@ -13,7 +13,7 @@ struct GradientLayout {
   size_t weight = 0, bias = 0;
 };
 
-// The gradients of a chain's tensors, summed by each thread.
+// Holds the gradients of a chain's tensors, with separate sums for each thread.
 template <typename T>
 class TensorGradients {
  public:
@@ -73,7 +73,8 @@ class TensorGradients {
   std::vector<Buffer<T>> memory;
   size_t size = 0;
 
-  // Calls use(transform, its index, operation, its layout) for each operation, with -1 for a transform without a network.
+  // Calls use(transform, its index, index of the operation, its layout) for each operation. A transform without a network has
+  // one call, with -1.
   template <typename Use>
   void for_all(const Use& use) {
     for (int i = 0; i < chain.call.count; i++) {

@@ -10,8 +10,8 @@
 
 namespace jacobiflow {
 
-// Each thread waits until all have arrived. They spin, since steps take microseconds. If other programs take the core of the
-// last one, the others yield and then sleep: threads that only yield can keep it waiting for seconds.
+// Makes each thread wait until all have arrived. They spin, because steps take microseconds. If another program has the core of
+// the last thread, the others yield and then sleep: threads that only yield can keep it waiting for seconds.
 class Barrier {
  public:
   explicit Barrier(int num_threads) : num_threads(num_threads) {}

@@ -8,7 +8,7 @@
 
 namespace jacobiflow {
 
-// The samples of one team of threads, and their buffers. A row of the network has `stride` numbers.
+// Solves the samples of one team of threads, and holds their buffers. A row of the network has `stride` numbers.
 template <typename T>
 struct TeamWorkspace {
   using S = Simd<T>;
@@ -52,7 +52,7 @@ struct TeamWorkspace {
   void change_h(int rank, const T* other, int other_stride, const Change& change);
 };
 
-// Writes the layer norm of all rows of h. Each thread has a copy, and so does not wait for the others.
+// Writes the layer norm of all rows of h. Each thread computes all rows, so that it need not wait for the others.
 template <typename T>
 void TeamWorkspace<T>::normalise_rows(const T* weight, const T* bias, T* out) const {
   for (int r = 0; r < rows; r++)

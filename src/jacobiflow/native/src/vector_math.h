@@ -60,7 +60,7 @@ struct Simd {
     return v > other ? other : v;
   }
 
-  // 1 / v. With AVX-512 an estimate and one step of Newton's method take half the time of a division.
+  // Returns 1 / v. With AVX-512, an estimate and one step of Newton's method take half the time of a division.
   static Vector reciprocal(Vector v) {
 #if defined(__AVX512F__)
     if constexpr (is_float) {
