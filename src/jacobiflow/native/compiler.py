@@ -16,8 +16,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 SOURCES = Path(__file__).parent / "src"
-# The libraries of a wheel for each processor, the fastest first, and the instructions that each needs. Instructions have
-# their names in /proc/cpuinfo, which are a compiler's flags after -m.
+# The libraries of a wheel for each processor, the fastest first, and the instructions that each needs. Their names are
+# those of /proc/cpuinfo, which a compiler takes after -m.
 TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"),
