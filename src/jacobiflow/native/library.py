@@ -68,7 +68,8 @@ class Library:
 
     def pad(self, values: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Returns values of this shape, with zeros up to whole vectors of the last dimension."""
-        return F.pad(check_tensor(values, shape, dtype), (0, self.padded(shape[-1], dtype) - shape[-1])).contiguous()
+        values, missing = check_tensor(values, shape, dtype), self.padded(shape[-1], dtype) - shape[-1]
+        return F.pad(values, (0, missing)) if missing else values
 
     def weight(
         self, matrix: Tensor, shape: tuple[int, ...], dtype: torch.dtype, scales: Tensor | None, is_packed: bool
