@@ -19,7 +19,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.adapters import discovery
-from jacobiflow.native.boundary import Library
+from jacobiflow.native.library import Library
 from tests.adapters.test_accelerate import OverriddenInverse
 from tests.adapters.test_copies import pickled
 from tests.helpers.library_flows import CONTEXT, NATIVE, problem_of, same_bits

@@ -21,6 +21,7 @@ from jacobiflow.native.chain import TransformChain
 from jacobiflow.native.masked import (
     ChainTransform,
     MaskedOperation,
+    Steps,
     affine_transform,
     masked_transform,
     normal_transform,
@@ -69,7 +70,7 @@ def masked_part(module: nn.Module, network: MaskedNetwork, **settings: Any) -> P
     operations = list(map(MaskedOperation, network.operations, units, network.masks))
     features, parameters = network.outputs.shape
     transform = masked_transform(
-        starts, order, operations, inputs, _shapes(network.tensors), parameters, network.width - features,
+        Steps(order, starts, inputs), operations, _shapes(network.tensors), parameters, network.width - features,
         network.context, context_start=0 if network.features.start else features, **settings,
     )  # fmt: skip
     return Part(module, transform, network.tensors, network.constants)

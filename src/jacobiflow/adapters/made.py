@@ -32,16 +32,17 @@ def spline_part(module: Any, library: ModuleType, is_conditional: bool) -> Part:
     if isinstance(module.tails, list | tuple) or isinstance(module.tail_bound, Tensor):
         raise UnsupportedError("a spline with tails of its own for each feature")
     bins, width = module.num_bins, getattr(module.autoregressive_net, "hidden_features", 1)
-    ends = {"linear": SplineBoundary.FIXED, "circular": SplineBoundary.CIRCULAR}.get(module.tails, SplineBoundary.FREE)
+    boundaries = {"linear": SplineBoundary.FIXED, "circular": SplineBoundary.CIRCULAR}
+    boundary = boundaries.get(module.tails, SplineBoundary.FREE)
     low, high = (0.0, 1.0) if module.tails is None else (-float(module.tail_bound), float(module.tail_bound))
     parameters = {
         SplineBoundary.FIXED: 3 * bins - 1,
         SplineBoundary.CIRCULAR: 3 * bins,
         SplineBoundary.FREE: 3 * bins + 1,
-    }[ends]
+    }[boundary]
     return made_part(
-        module, library, is_conditional, TransformKind.RATIONAL_QUADRATIC, parameters, bins=bins, ends=ends,
-        end_slope=1.0, factor=float(width) ** -0.5, low=low, high=high, has_tails=module.tails is not None,
+        module, library, is_conditional, TransformKind.RATIONAL_QUADRATIC, parameters, bins=bins, boundary=boundary,
+        end_slope=1.0, logit_scale=float(width) ** -0.5, low=low, high=high, has_tails=module.tails is not None,
         min_width=module.min_bin_width, min_height=module.min_bin_height, min_slope=module.min_derivative,
     )  # fmt: skip
 

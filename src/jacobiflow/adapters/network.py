@@ -21,12 +21,13 @@ _MODULES: dict[type[nn.Module], tuple[Activation, tuple[str, ...]]] = {
     nn.SELU: (Activation.SELU, ()), nn.Tanh: (Activation.TANH, ()), nn.Sigmoid: (Activation.SIGMOID, ()),
     nn.SiLU: (Activation.SILU, ()), nn.Softplus: (Activation.SOFTPLUS, ("beta", "threshold")),
 }  # fmt: skip
-_FUNCTIONS: dict[Callable[..., Tensor], tuple[Activation, tuple[float, ...]]] = {
-    F.relu: (Activation.RELU, ()), torch.relu: (Activation.RELU, ()), F.leaky_relu: (Activation.LEAKY_RELU, (0.01,)),
-    F.elu: (Activation.ELU, (1.0,)), F.selu: (Activation.SELU, ()), torch.selu: (Activation.SELU, ()),
-    F.tanh: (Activation.TANH, ()), torch.tanh: (Activation.TANH, ()), F.sigmoid: (Activation.SIGMOID, ()),
-    torch.sigmoid: (Activation.SIGMOID, ()), F.silu: (Activation.SILU, ()), F.gelu: (Activation.GELU, ()),
-    F.softplus: (Activation.SOFTPLUS, (1.0, 20.0)),
+_FUNCTIONS: dict[Callable[..., Tensor], tuple[Activation, dict[str, float]]] = {
+    F.relu: (Activation.RELU, {}), torch.relu: (Activation.RELU, {}),
+    F.leaky_relu: (Activation.LEAKY_RELU, {"negative_slope": 0.01}), F.elu: (Activation.ELU, {"alpha": 1.0}),
+    F.selu: (Activation.SELU, {}), torch.selu: (Activation.SELU, {}), F.tanh: (Activation.TANH, {}),
+    torch.tanh: (Activation.TANH, {}), F.sigmoid: (Activation.SIGMOID, {}), torch.sigmoid: (Activation.SIGMOID, {}),
+    F.silu: (Activation.SILU, {}), F.gelu: (Activation.GELU, {}),
+    F.softplus: (Activation.SOFTPLUS, {"beta": 1.0, "threshold": 20.0}),
 }  # fmt: skip
 _GELU = {"none": Activation.GELU, "tanh": Activation.GELU_TANH}
 
@@ -84,10 +85,11 @@ class MaskedNetwork:
         return self._add(OperationKind.GATE_CONTEXT, source, layer=layer)
 
     def _add(self, kind: OperationKind, source: int, function: Any = None, layer: Any = None, other: int = 0) -> int:
-        operation, mask = Operation(kind=kind, source=source, other=other, weight=-1, bias=-1), None
-        if function is not None:
-            operation.function, settings = _activation(function)
-            operation.first, operation.second = (*settings, 0.0, 0.0)[:2]
+        activation, settings = (Activation.IDENTITY, {}) if function is None else _activation(function)
+        operation = Operation(
+            kind=kind, source=source, other=other, weight=-1, bias=-1, activation=activation, **settings
+        )
+        mask = None
         if layer is not None:
             _check_layer(layer)
             for name in ("weight", "bias"):
@@ -102,13 +104,13 @@ class MaskedNetwork:
         return len(self.operations)
 
 
-def _activation(function: Any) -> tuple[Activation, tuple[float, ...]]:
-    """The activation and its settings."""
+def _activation(function: Any) -> tuple[Activation, dict[str, float]]:
+    """Returns the activation and its settings."""
     if type(function) is nn.GELU:
-        return _GELU[function.approximate], ()
+        return _GELU[function.approximate], {}
     if type(function) in _MODULES:
         kind, names = _MODULES[type(function)]
-        return kind, tuple(float(getattr(function, name)) for name in names)
+        return kind, {name: float(getattr(function, name)) for name in names}
     if not isinstance(function, nn.Module) and function in _FUNCTIONS:
         return _FUNCTIONS[function]
     raise UnsupportedError(f"the activation {getattr(function, '__name__', type(function).__name__)}")

@@ -35,7 +35,7 @@ def describe(module: Any, is_conditional: bool, is_inverse: bool = False) -> Ite
 
 def _transform(module: Any, kind: Any, is_conditional: bool) -> Part:
     if kind is MaskedAffineAutoregressiveTransform:
-        return made_part(module, made, is_conditional, TransformKind.SOFTPLUS_AFFINE, second=module._epsilon)
+        return made_part(module, made, is_conditional, TransformKind.SOFTPLUS_AFFINE, min_scale=module._epsilon)
     if kind is MaskedPiecewiseRationalQuadraticAutoregressiveTransform:
         return spline_part(module, made, is_conditional)
     if kind in (Permutation, RandomPermutation, ReversePermutation) and module._dim == 1:

@@ -30,7 +30,8 @@ def describe(module: Any, is_conditional: bool) -> Iterator[tuple[Part, bool]]:
     elif kind is MaskedPiecewiseRationalQuadraticAutoregressive:
         yield spline_part(module, made, is_conditional), False
     elif kind is MaskedAffineAutoregressive:
-        yield made_part(module, made, is_conditional, TransformKind.SIGMOID_AFFINE, first=2.0, second=1e-3), False
+        kind = TransformKind.SIGMOID_AFFINE
+        yield made_part(module, made, is_conditional, kind, logit_shift=2.0, min_scale=1e-3), False
     elif kind is Permute and module.mode == "shuffle":
         yield permutation_part(module, module.perm.tolist(), (module._buffers, "perm")), False
     elif kind is Permute and module.mode == "swap":

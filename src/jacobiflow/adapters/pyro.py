@@ -30,8 +30,8 @@ def describe(module: Any, is_conditional: bool) -> Iterator[tuple[Part, bool]]:
     options = vars(module).get("kwargs", vars(module))  # where a conditional transform has its settings
     if kind in (AffineAutoregressive, ConditionalAffineAutoregressive):
         settings: dict[str, Any] = {
-            "kind": TransformKind.CLAMPED_AFFINE, "first": options.get("log_scale_min_clip", -5.0),
-            "second": options.get("log_scale_max_clip", 3.0),
+            "kind": TransformKind.CLAMPED_AFFINE, "min_log_scale": options.get("log_scale_min_clip", -5.0),
+            "max_log_scale": options.get("log_scale_max_clip", 3.0),
         }  # fmt: skip
         sizes = [1, 1]
     elif kind in (SplineAutoregressive, ConditionalSplineAutoregressive):
@@ -51,8 +51,9 @@ def _spline(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     bins, bound, order = options.get("count_bins", 8), options.get("bound", 3.0), options.get("order", "linear")
     kind = TransformKind.RATIONAL_LINEAR if order == "linear" else TransformKind.RATIONAL_QUADRATIC
     return {
-        "kind": kind, "bins": bins, "ends": SplineBoundary.FIXED, "end_slope": 1 - 1e-3, "factor": 1.0, "low": -bound,
-        "high": bound, "has_tails": True, "min_width": 1e-3, "min_height": 1e-3, "min_slope": 1e-3, "gap": 1e-6,
+        "kind": kind, "bins": bins, "boundary": SplineBoundary.FIXED, "end_slope": 1 - 1e-3,
+        "logit_scale": 1.0, "low": -bound, "high": bound, "has_tails": True, "min_width": 1e-3, "min_height": 1e-3,
+        "min_slope": 1e-3, "edge_margin": 1e-6,
     }, [bins, bins, bins - 1, *([bins] if order == "linear" else [])]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from jacobiflow.adapters.trial import MAX_GUIDANCE, TEMPERATURES, Trial, TrialRe
 from jacobiflow.native import describe as native_line
 from jacobiflow.native import load_library
 from jacobiflow.native.boundary import is_traced
-from jacobiflow.native.transformer import GuidanceTerms, Recurrence
+from jacobiflow.native.transformer import CausalTransformer, GuidanceTerms
 
 _PARTS = ("proj_in", "pos_embed", "attn_blocks", "proj_out", "permutation", "reverse")
 _PARAMETERS = {"self", "x", "y", "cond", "guidance", "guide_what", "attn_temp", "annealed_guidance"}
@@ -114,7 +114,7 @@ def _reverse(
         of_scale, of_shift = (weights if parameter in guide_what else zeros for parameter in "ab")
         extrapolation = GuidanceTerms(of_scale, of_shift, other, attn_temp, by_density=False)
     layers = [_layer(layer) for layer in block.attn_blocks]
-    recurrence = Recurrence(
+    network = CausalTransformer(
         proj_in=block.proj_in.weight,
         position=block.permutation(block.pos_embed, dim=0)[:tokens] + block.proj_in.bias,
         layers=layers,
@@ -123,7 +123,7 @@ def _reverse(
         out_bias=block.proj_out.bias,
         has_scale=len(block.proj_out.bias) == 2 * x.shape[2],
     )
-    answer = recurrence.invert(z, context, extrapolation)
+    answer = network.invert(z, context, extrapolation)
     return None if answer is None else (block.permutation(answer[0], inverse=True), answer[1])
 
 

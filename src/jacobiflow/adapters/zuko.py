@@ -87,15 +87,15 @@ def _univariate(univariate: Any, shapes: list[Any]) -> dict[str, Any]:
     if settings or not all(isinstance(number, int | float) for number in (slope, bound)):
         raise UnsupportedError(f"the settings of {univariate.__name__}")
     if univariate is MonotonicAffineTransform and sizes == [(), ()]:
-        return {"kind": TransformKind.SOFT_CLIPPED_AFFINE, "first": clip}
+        return {"kind": TransformKind.SOFT_CLIPPED_AFFINE, "clip": clip}
     if univariate in (MonotonicRQSTransform, CircularRQSTransform) and len(sizes) == 3 and len(sizes[0]) == 1:
         (bins,), is_circular = sizes[0], univariate is CircularRQSTransform
         if sizes == [(bins,), (bins,), (bins - 1,)]:
             bound = math.pi if is_circular else bound
             return {
-                "kind": TransformKind.RATIONAL_QUADRATIC, "bins": bins, "ends": SplineBoundary.FIXED, "end_slope": 1.0,
-                "is_soft_clipped": True, "clip": clip, "factor": 1.0, "low": -bound, "high": bound,
-                "has_tails": not is_circular, "is_circular": is_circular,
+                "kind": TransformKind.RATIONAL_QUADRATIC, "bins": bins, "boundary": SplineBoundary.FIXED,
+                "end_slope": 1.0, "is_soft_clipped": True, "clip": clip, "logit_scale": 1.0, "low": -bound,
+                "high": bound, "has_tails": not is_circular, "is_circular": is_circular,
             }  # fmt: skip
     raise UnsupportedError(f"the univariate {getattr(univariate, '__name__', univariate)}")
 
