@@ -74,7 +74,7 @@ class Experiment(NamedTuple):
             *(values.split(self.batch_size) for values in latents(self.flow, num, seed=0)), strict=True
         ):
             samples = sampler(z, labels)
-            resolved += getattr(samples, "used_fallback", 0)
+            resolved += int(samples.used_fallback.sum()) if isinstance(samples, jf.Samples) else 0
             images.append(
                 jf.denoise(self.flow, samples.images, labels, self.denoise) if self.denoise else samples.images
             )
