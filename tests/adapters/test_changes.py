@@ -162,7 +162,7 @@ def test_weights_of_a_functional_call_and_their_gradients(name: str, is_inverse:
     expected = call()
     with jf.accelerate(module) as handle:
         result = call()
-        assert set(handle.ways.values()) == {"native"}
+        assert set(handle.backends.values()) == {"native"}
         for settings in ({"create_graph": True}, {"is_grads_batched": True, "grad_outputs": torch.ones(2)}):
             with pytest.raises(RuntimeError, match=r"jf\.accelerate.*restore\(\)"):
                 torch.autograd.grad(loss(), [*weights.values()], **settings)  # when the module has its own weights

@@ -86,7 +86,7 @@ def native_gradients(threads: int, flow: nn.Module, x: Tensor, context: Tensor |
     with jf.accelerate(flow) as handle:
         result = gradients(flow, x, context, *arguments)
     torch.set_num_threads(1)
-    assert set(handle.ways.values()) == {"native"}, handle
+    assert set(handle.backends.values()) == {"native"}, handle
     inputs = [t for t in (x, context, *flow.parameters()) if t is not None and t.requires_grad]
     masks = {id(layer.weight): layer.mask.bool() for layer in masked_layers(flow)}
     for tensor, gradient in zip(inputs, result, strict=True):
@@ -178,7 +178,7 @@ def test_finite_differences(name: str, is_inverse: bool) -> None:
     with default_dtype(DOUBLE), jf.accelerate(flow) as handle:
         assert torch.autograd.gradcheck(call, (x, c, *flow.parameters()), fast_mode=True)
         assert torch.autograd.gradgradcheck(call, (x, c), fast_mode=True)
-    assert set(handle.ways.values()) == {"native"}
+    assert set(handle.backends.values()) == {"native"}
 
 
 @pytest.mark.parametrize("is_inverse", [False, True])
@@ -203,7 +203,7 @@ def test_second_derivatives_and_several_cotangents_at_once(name: str, is_inverse
         expected = derivatives()
         with jf.accelerate(flow) as handle:
             assert gradient_gap(expected, derivatives()) < EXACT
-    assert set(handle.ways.values()) == {"native"}
+    assert set(handle.backends.values()) == {"native"}
 
 
 def outcome(*arguments: Any) -> Any:

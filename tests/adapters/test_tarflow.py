@@ -168,14 +168,14 @@ def test_reverse_returns_what_it_did(name: str) -> None:
     want = block.reverse(x, **arguments)
     with jf.accelerate(nn.ModuleList([block])) as handle:
         assert isinstance(block, kind) and type(block) is not kind
-        assert close(block.reverse(x, **arguments), want) and handle.ways == {"0": "native"}
+        assert close(block.reverse(x, **arguments), want) and handle.backends == {"0": "native"}
         assert close(copy.deepcopy(block).reverse(x, **arguments), want)
         for parameter in block.parameters():
             parameter.mul_(0.9)  # a training step
         changed = block.reverse(x, **arguments)
         block.load_state_dict(before)
         assert close(block.reverse(x, **arguments), want) and not close(changed, want)
-        assert handle.ways == {"0": "native"}
+        assert handle.backends == {"0": "native"}
     assert type(block) is kind
 
 
@@ -192,7 +192,7 @@ def test_what_native_code_cannot_do_is_the_block_s_own() -> None:
         block.eval().requires_grad_(True)
         with torch.enable_grad():
             assert block.reverse(x)[0].requires_grad
-        assert handle.ways == {"": "library"}
+        assert handle.backends == {"": "library"}
         with pytest.raises(TypeError, match="reverse"):
             block.reverse(x, colour=3)
 
@@ -356,15 +356,15 @@ def accelerated(kind: type[Block], **sizes: Any) -> tuple[Block, jf.Acceleration
 def test_a_call_that_was_not_tried_is_the_block_s_own(call: str) -> None:
     block, handle, own = accelerated(UnconditionalBelowZero, classes=3)
     assert outcome(block, CALLS[call]) == outcome(own, CALLS[call])
-    assert handle.ways == {"": "library"}
-    assert outcome(block, {"y": torch.tensor([2, 0, 1, 2])}) and handle.ways == {"": "native"}
+    assert handle.backends == {"": "library"}
+    assert outcome(block, {"y": torch.tensor([2, 0, 1, 2])}) and handle.backends == {"": "native"}
 
 
 @pytest.mark.parametrize("shape", [None, (14, 5), (4, 14, 4), (3, 14, 5), (4, 13, 5), (1, 14, 5)])
 def test_a_condition_of_another_shape_is_the_block_s_own(shape: tuple[int, ...] | None) -> None:
     block, handle, own = accelerated(Conditioned)
     arguments = {"cond": None if shape is None else torch.ones(shape)}
-    assert outcome(block, arguments) == outcome(own, arguments) and handle.ways == {"": "library"}
+    assert outcome(block, arguments) == outcome(own, arguments) and handle.backends == {"": "library"}
 
 
 def double_of(module: nn.Module) -> Callable[..., Tensor]:
@@ -401,7 +401,7 @@ def test_a_change_sends_calls_to_the_block_s_own_code(change: str, monkeypatch: 
         CHANGES[change](block, monkeypatch)
         expected = outcome(copy.deepcopy(block), {})
         assert outcome(block, {}) == expected != before
-        assert handle.ways == {"": "library"}
+        assert handle.backends == {"": "library"}
 
 
 def test_a_hook_on_all_modules_sends_calls_to_the_block_s_own_code() -> None:
@@ -409,10 +409,10 @@ def test_a_hook_on_all_modules_sends_calls_to_the_block_s_own_code() -> None:
     with jf.accelerate(block) as handle:
         hook = nn.modules.module.register_module_forward_hook(lambda part, _, out: 0.5 * out)
         try:
-            assert outcome(block, {}) == outcome(copy.deepcopy(block), {}) and handle.ways == {"": "library"}
+            assert outcome(block, {}) == outcome(copy.deepcopy(block), {}) and handle.backends == {"": "library"}
         finally:
             hook.remove()
-        assert outcome(block, {}) and handle.ways == {"": "native"}
+        assert outcome(block, {}) and handle.backends == {"": "native"}
 
 
 def test_a_block_that_differs_is_left_alone_by_name() -> None:

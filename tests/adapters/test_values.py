@@ -101,7 +101,7 @@ def test_distributions_of_zuko(kind: Any, tolerance: float | None) -> None:
         result = calls()
     assert tolerance is None or same_bits(expected, result)
     torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
-    assert tolerance == 0 or set(handle.ways.values()) == {"native"}
+    assert tolerance == 0 or set(handle.backends.values()) == {"native"}
 
 
 @torch.no_grad()

@@ -395,7 +395,7 @@ def check(flow: nn.Module, x: Tensor, context: Tensor | None, domain: str = "lin
         with jf.accelerate(flow) as handle:
             result = values(flow, x, context, is_inverse)
         torch.set_num_threads(1)
-        assert set(handle.ways.values()) == {"native"}, handle
+        assert set(handle.backends.values()) == {"native"}, handle
         assert [(part.shape, part.dtype) for part in result] == [(part.shape, x.dtype) for part in original]
         pairs = zip(gaps(result, expected, period), gaps(original, expected, period), expected, strict=True)
         for error, error_of_library, answer in pairs:

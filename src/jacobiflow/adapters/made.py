@@ -11,23 +11,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import AcceleratedModule, library_class
-from jacobiflow.adapters.chain import Part, Values, masked_part
+from jacobiflow.adapters.native_module import TransformOutput, TransformSpec, masked_spec
 from jacobiflow.adapters.network import MaskedNetwork
-from jacobiflow.adapters.passes import invert
+from jacobiflow.adapters.passes import invert_by_passes
 from jacobiflow.native.boundary import SplineBoundary, TransformKind, UnsupportedError
 
 _PLAIN = (nn.ModuleList, nn.Linear, nn.Dropout, nn.Identity)
 
 
-def made_part(
+def made_spec(
     module: Any, library: ModuleType, is_conditional: bool, kind: TransformKind, parameters: int = 2, **settings: Any
-) -> Part:
+) -> TransformSpec:
     """Returns a masked transform; `library` is the library's module of its MADE."""
     network = _network(module.autoregressive_net, library, parameters, is_conditional)
-    return masked_part(module, network, kind=kind, **settings)
+    return masked_spec(module, network, kind=kind, **settings)
 
 
-def spline_part(module: Any, library: ModuleType, is_conditional: bool) -> Part:
+def spline_spec(module: Any, library: ModuleType, is_conditional: bool) -> TransformSpec:
     """Returns a masked rational-quadratic spline."""
     if isinstance(module.tails, list | tuple) or isinstance(module.tail_bound, Tensor):
         raise UnsupportedError("a spline with tails of its own for each feature")
@@ -39,7 +39,7 @@ def spline_part(module: Any, library: ModuleType, is_conditional: bool) -> Part:
         SplineBoundary.CIRCULAR: 3 * bins,
         SplineBoundary.FREE: 3 * bins + 1,
     }[ends]
-    return made_part(
+    return made_spec(
         module, library, is_conditional, TransformKind.RATIONAL_QUADRATIC, parameters, bins=bins, ends=ends,
         end_slope=1.0, factor=float(width) ** -0.5, low=low, high=high, has_tails=module.tails is not None,
         min_width=module.min_bin_width, min_height=module.min_bin_height, min_slope=module.min_derivative,
@@ -91,16 +91,16 @@ def _check_types(made: nn.Module, library: ModuleType) -> None:
 
 
 class AcceleratedComposition(AcceleratedModule):
-    """A composition of which native code takes all transforms together."""
+    """A composition whose transforms native code computes together."""
 
     def forward(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None = None) -> Sequence[Tensor]:
         """Returns z and log|det dz/dinputs| (B,), as the library does."""
-        result = evaluate(self, inputs, context, "forward")
+        result = evaluate_by_native(self, "forward", inputs, context)
         return super().forward(inputs, context) if result is None else result
 
     def inverse(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None = None) -> Sequence[Tensor]:
         """Returns x and log|det dx/dinputs| (B,), as the library does."""
-        result = evaluate(self, inputs, context, "inverse")
+        result = evaluate_by_native(self, "inverse", inputs, context)
         return self._invert(inputs, context) if result is None else result
 
     def _invert(self, inputs: Tensor, context: Tensor | None) -> Sequence[Tensor]:
@@ -120,26 +120,28 @@ class AcceleratedTransform(AcceleratedComposition):
         def step(network: Any, x: Tensor) -> Sequence[Tensor]:
             return self._elementwise_inverse(inputs, network(x, context))
 
-        if inputs.ndim < 2:  # which the library refuses
+        if inputs.ndim < 2:  # The library refuses them.
             return super()._invert(inputs, context)
-        network, passes = self.autoregressive_net, inputs.shape[1:].numel()
-        outputs = invert(self.acceleration, self, step, network, self.library.MaskedLinear, inputs, context, passes)
+        network, linear, passes = self.autoregressive_net, self.library.MaskedLinear, inputs.shape[1:].numel()
+        outputs = invert_by_passes(self.acceleration, self, step, network, linear, inputs, context, passes)
         return super()._invert(inputs, context) if outputs is None else tuple(outputs)
 
 
-def evaluate(module: AcceleratedModule, x: Tensor, context: Tensor | None, method: str) -> tuple[Tensor, Tensor] | None:
+def evaluate_by_native(
+    module: AcceleratedModule, method: str, x: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
     """Returns the results of a method of the library by native code; `None` if they are left to the library."""
-    if x.ndim != 2 or (context is not None and (context.ndim != 2 or len(context) != len(x))):
+    if x.ndim != 2 or (context is not None and (context.ndim != 2 or context.shape[0] != x.shape[0])):
         return None
 
-    def fallback(x: Tensor, context: Tensor | None) -> Values:
-        return getattr(library_class(module), method)(module, x, *optional(context))
+    def library_call(x: Tensor, context: Tensor | None) -> TransformOutput:
+        return getattr(library_class(module), method)(module, x, *context_args(context))
 
     is_inverse = method.startswith("inverse")
-    result: Any = module.acceleration.evaluate(module, x, context, is_inverse, fallback, "rows")
+    result: Any = module.acceleration.evaluate(module, x, context, is_inverse, library_call, "rows")
     return result
 
 
-def optional(context: Tensor | None) -> tuple[Tensor, ...]:
-    """Returns the context as further arguments of a call: none if there is none."""
+def context_args(context: Tensor | None) -> tuple[Tensor, ...]:
+    """Returns the context as arguments of a call, as some of the libraries' methods do not take `None`."""
     return () if context is None else (context,)

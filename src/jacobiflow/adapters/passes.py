@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import Acceleration
-from jacobiflow.adapters.chain import DROPOUTS, has_hooks, has_replaced_method, is_acceleration_off
+from jacobiflow.adapters.native_module import is_acceleration_off
+from jacobiflow.adapters.snapshot import DROPOUTS, has_forward_hooks, has_replaced_method
 from jacobiflow.fixed_point.implicit import solve_adjoint
 from jacobiflow.native.boundary import is_traced
 from jacobiflow.utils.autograd import check_first_derivative, is_batched
@@ -23,7 +24,7 @@ _MIN_PASSES = 6  # from 0: below, none is saved, and comparing iterates costs mo
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def invert(
+def invert_by_passes(
     acceleration: Acceleration,
     module: nn.Module,
     step: Pass,
@@ -65,9 +66,9 @@ def invert(
             except Exception:  # the library's loop may meet no argument that a spline cannot invert
                 outputs, count = (), 1
             if outputs and outputs[0].isfinite().all():
-                acceleration.count(module, count, "passes")
+                acceleration.record_use(module, count, "passes")
                 return outputs
-    acceleration.count(module, count + passes, "library")
+    acceleration.record_use(module, count + passes, "library")
     return None
 
 
@@ -95,7 +96,7 @@ def is_stateful(module: nn.Module) -> bool:
     if isinstance(module, DROPOUTS):
         return module.p > 0
     is_normalization = hasattr(module, "track_running_stats") or hasattr(module, "n_power_iterations")
-    return is_normalization or isinstance(module, nn.RReLU) or has_hooks(module)
+    return is_normalization or isinstance(module, nn.RReLU) or has_forward_hooks(module)
 
 
 def _are_moderate(*tensors: Tensor | None) -> bool:
@@ -107,7 +108,7 @@ def _are_moderate(*tensors: Tensor | None) -> bool:
 @torch.no_grad()
 def _native_inverse(acceleration: Acceleration, module: nn.Module, y: Tensor, context: Tensor | None) -> Tensor | None:
     context = None if context is None else context.detach()
-    values = acceleration.evaluate(module, y.detach(), context, is_inverse=True, fallback=None)
+    values = acceleration.evaluate(module, y.detach(), context, is_inverse=True, library_call=None)
     if values is None or values[0].shape != y.shape:  # a context of a larger batch, which not every library broadcasts
         return None
     return values[0] if _are_moderate(values[0]) else None
@@ -166,7 +167,7 @@ def premasked(network: Any, masked_linear: type[nn.Module]) -> Any:
     is not the library's own, or has hooks or a `forward` of its own, may refer to itself, so it is used as it is.
     """
     kind, library = type(network), masked_linear.__module__.split(".")[0]
-    if not isinstance(network, nn.Module) or has_hooks(network) or "forward" in vars(network):
+    if not isinstance(network, nn.Module) or has_forward_hooks(network) or "forward" in vars(network):
         return network
     if kind.__module__ != nn.Sequential.__module__ and kind.__module__.split(".")[0] != library:
         return network

@@ -18,14 +18,14 @@ from pyro.nn.auto_reg_nn import AutoRegressiveNN, ConditionalAutoRegressiveNN, M
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, accelerate_module, library_class
-from jacobiflow.adapters.chain import Part, Values, masked_part
+from jacobiflow.adapters.native_module import TransformOutput, TransformSpec, masked_spec
 from jacobiflow.adapters.network import MaskedNetwork
-from jacobiflow.adapters.passes import invert
+from jacobiflow.adapters.passes import invert_by_passes
 from jacobiflow.native.boundary import SplineBoundary, TransformKind, UnsupportedError
 
 
-def describe(module: Any, is_conditional: bool) -> Iterator[tuple[Part, bool]]:
-    """See `Describe`. Each transform is a chain of its own, as pyro remembers the values between them."""
+def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[TransformSpec, bool]]:
+    """Yields the transform, see `ListTransforms`. pyro remembers the values between transforms, so each is alone."""
     kind = library_class(module)
     options = vars(module).get("kwargs", vars(module))  # where a conditional transform has its settings
     if kind in (AffineAutoregressive, ConditionalAffineAutoregressive):
@@ -43,7 +43,7 @@ def describe(module: Any, is_conditional: bool) -> Iterator[tuple[Part, bool]]:
         raise UnsupportedError(f"the network {type(network).__name__}")
     if list(network.param_dims) != sizes:
         raise UnsupportedError("parameters of other sizes")
-    yield masked_part(module, _network(network), **settings), False
+    yield masked_spec(module, _network(network), **settings), False
 
 
 def _spline(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
@@ -97,8 +97,8 @@ class _AcceleratedTransform(AcceleratedModule):
             context = None if context is None else context.expand(*x.shape[:-1], -1)
         except RuntimeError:  # pyro's message is its own
             return None
-        fallback = partial(self._by_pyro, is_inverse)
-        result = self.acceleration.evaluate(self._owner, x, context, is_inverse, fallback, "features")
+        library_call = partial(self._by_pyro, is_inverse)
+        result = self.acceleration.evaluate(self._owner, x, context, is_inverse, library_call, "features")
         if result is None:
             return None
         values, log_derivative = result
@@ -106,7 +106,7 @@ class _AcceleratedTransform(AcceleratedModule):
         setattr(self, self.memory, -log_derivative if is_inverse else log_derivative)
         return values
 
-    def _by_pyro(self, is_inverse: bool, x: Tensor, context: Tensor | None) -> Values:
+    def _by_pyro(self, is_inverse: bool, x: Tensor, context: Tensor | None) -> TransformOutput:
         transform: Any = self
         if context is not None:
             conditional: Any = library_class(self._owner)
@@ -122,7 +122,7 @@ class _AcceleratedTransform(AcceleratedModule):
         def step(network: Any, x: Tensor) -> Sequence[Tensor]:
             return self._pass(y, network(x) if context is None else network(x, context=context))
 
-        outputs = invert(self.acceleration, self._owner, step, network, MaskedLinear, y, context, y.shape[-1])
+        outputs = invert_by_passes(self.acceleration, self._owner, step, network, MaskedLinear, y, context, y.shape[-1])
         if outputs is None:
             return super()._inverse(y)  # type: ignore[misc]
         x, log_scale = outputs
@@ -187,9 +187,9 @@ class AcceleratedConditional(ConditionalTransformModule, AcceleratedModule):
         return transform
 
 
-ADAPTERS = (
-    Adapter(AffineAutoregressive, ("_inverse",), AcceleratedAffine, describe),
-    Adapter(SplineAutoregressive, ("_inverse",), AcceleratedSpline, describe),
-    Adapter(ConditionalAffineAutoregressive, ("condition",), AcceleratedConditional, describe),
-    Adapter(ConditionalSplineAutoregressive, ("condition",), AcceleratedConditional, describe),
+ADAPTERS: tuple[Adapter, ...] = (
+    Adapter(AffineAutoregressive, ("_inverse",), AcceleratedAffine, list_transforms),
+    Adapter(SplineAutoregressive, ("_inverse",), AcceleratedSpline, list_transforms),
+    Adapter(ConditionalAffineAutoregressive, ("condition",), AcceleratedConditional, list_transforms),
+    Adapter(ConditionalSplineAutoregressive, ("condition",), AcceleratedConditional, list_transforms),
 )

@@ -28,6 +28,7 @@ from jacobiflow.native.masked import ChainTransform
 from jacobiflow.utils.autograd import check_first_derivative, is_batched
 
 _MOST_BYTES = 24 << 20  # of activations that are kept for a backward pass; to compute more of them again is faster
+_PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _TILE_VECTORS = 4  # to which rows are padded, as `Tiles` of masked.h has them
 
 
@@ -71,6 +72,7 @@ class TransformChain:
             entry.first_tensor, entry.is_reversed = len(self.shapes), is_inverse
             self.shapes += part.shapes
         self._sizes: tuple[int, int] | None = None
+        self._latest_addresses: tuple[list[int], ctypes.Array[ctypes.c_void_p]] | None = None
 
     def sizes(self, native: Library) -> tuple[int, int]:
         """Returns how many numbers its packed weights have, and its activations for each row."""
@@ -79,6 +81,20 @@ class TransformChain:
             arguments = ChainArgs(table, count=count, features=self.features, context_features=self.context)
             self._sizes = native.chain_sizes(arguments)
         return self._sizes
+
+    def _addresses_of(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> ctypes.Array[ctypes.c_void_p]:
+        """Returns the table of the latest call if no tensor has moved since, as most calls change no weight."""
+        latest = self._latest_addresses
+        if (
+            latest is not None and _PLAIN_TENSORS.issuperset(map(type, tensors))
+            and [tensor.dtype for tensor in tensors] == [dtype] * len(latest[0])
+            and [tensor.shape for tensor in tensors] == self.shapes
+            and all(map(Tensor.is_contiguous, tensors)) and list(map(Tensor.data_ptr, tensors)) == latest[0]
+        ):  # fmt: skip
+            return latest[1]
+        table = addresses_of(tensors, self.shapes, dtype)
+        self._latest_addresses = list(map(Tensor.data_ptr, tensors)), table
+        return table
 
     def evaluate(
         self,
@@ -113,7 +129,7 @@ class TransformChain:
         needed = [t is not None and t.requires_grad for t in inputs] if torch.is_grad_enabled() else []
         call = _Call(self, native, is_inverse, log_det == "features", needed, in_pytorch, tensors)
         try:
-            addresses = addresses_of(tensors, self.shapes, dtype)
+            addresses = self._addresses_of(tensors, dtype)
             memory = x.new_empty(call.memory_size(x)) if any(needed) else None
             result = call.evaluate(x, context, addresses, log_det is not None, memory)
         except UnsupportedError:
@@ -147,8 +163,11 @@ class _Call:
         memory: Tensor | None = None,
     ) -> Result | None:  # fmt: skip
         """Computes values, log-determinants, and in `memory` what `differentiate` needs; `None` if out of memory."""
-        out, failed = x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.bool)
-        log_det = x.new_empty(x.shape if self.is_by_feature else x.shape[0]) if has_log_det else None
+        rows, features = x.shape
+        out, failed = x.new_empty(rows, features), x.new_empty(rows, dtype=torch.bool)
+        log_det = None
+        if has_log_det:
+            log_det = x.new_empty(rows, features) if self.is_by_feature else x.new_empty(rows)
         arguments, _inputs = self._arguments(x, context, memory)
         arguments.tensors, arguments.out = ctypes.addressof(tensors), out.data_ptr()
         arguments.log_det, arguments.failed = address_of(log_det), failed.data_ptr()

@@ -1,4 +1,4 @@
-"""What a live block computes with, apart from the values of its weights."""
+"""The state of a live TarFlow block, to notice changes of it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import library_class
-from jacobiflow.adapters.chain import has_hooks
+from jacobiflow.adapters.snapshot import has_forward_hooks
 
-_OF_PYTORCH = vars(nn.Module()).keys()  # attributes of every module
+_PYTORCH_NAMES = vars(nn.Module()).keys()  # The attributes of every module.
 
 
 class BlockState:
-    """The classes of a block and its parts, their attributes, their buffers, and the shapes of their weights."""
+    """A copy of the settings and buffers of a block, its classes, and the shapes of its weights.
+
+    Unlike `ModuleSnapshot` it compares attributes of any kind, as a fork of TarFlow may have any.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         self._parts = list(block.modules())
@@ -26,24 +29,24 @@ class BlockState:
         self._tensors: list[tuple[dict[str, Any], str]] = []
         for part in self._parts:
             state = vars(part)
-            own = [name for name in state if name not in _OF_PYTORCH]
+            own = [name for name in state if name not in _PYTORCH_NAMES]
             self._names.append([name for name in own if not isinstance(state[name], Tensor)])
             self._tensors += [(state, name) for name in own if isinstance(state[name], Tensor)]
             self._tensors += [(part._buffers, name) for name, value in part._buffers.items() if value is not None]
-        self._settings = _copied(self._read_settings())
+        self._settings = _copy(self._read_settings())
         self._values = [holder[name].clone() for holder, name in self._tensors]
 
     def is_current(self) -> bool:
         """Returns True if nothing has changed, and there are no hooks."""
         try:
-            if [part._modules for part in self._parts] != self._children or any(map(has_hooks, self._parts)):
+            if [part._modules for part in self._parts] != self._children or any(map(has_forward_hooks, self._parts)):
                 return False
             return self._equals(self._read_settings(), [holder[name] for holder, name in self._tensors])
-        except Exception:  # of an attribute that is gone, or that cannot be compared
+        except Exception:  # An attribute is gone, or cannot be compared.
             return False
 
     def is_like(self, other: BlockState) -> bool:
-        """Returns True if the two blocks differ in the values of their weights only."""
+        """Returns True if the two blocks differ only in the values of their weights."""
         return self._equals(other._settings, other._values)
 
     def _equals(self, settings: list[Any], values: list[Tensor]) -> bool:
@@ -58,11 +61,11 @@ class BlockState:
         return [*settings, *(None if weight is None else weight.shape for weight in weights)]
 
 
-def _copied(value: Any) -> Any:
-    """A copy of nested lists and dicts, by which a change of the original shows."""
+def _copy(value: Any) -> Any:
+    """Returns a copy of nested lists and dicts."""
     if type(value) is dict:
-        return {name: _copied(entry) for name, entry in value.items()}
+        return {name: _copy(entry) for name, entry in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(map(_copied, value))
+        return type(value)(map(_copy, value))
     has_values = type(value).__eq__ is not object.__eq__  # type: ignore[comparison-overlap]
     return copy.copy(value) if has_values else value
