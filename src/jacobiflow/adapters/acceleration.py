@@ -213,7 +213,7 @@ class Acceleration:
     def _native_module(self, module: nn.Module, is_conditional: bool) -> NativeModule | None:
         """Returns the module as native code takes it now; `None` for a replica that DataParallel made."""
         native = self._native_modules.get((module, is_conditional))
-        if native is not None and native.is_current():
+        if native is not None and native.snapshot.is_current():
             return native
         adapter = self._adapters.get(module)
         if adapter is None or adapter.list_transforms is None or load_library() is None:

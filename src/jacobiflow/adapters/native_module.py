@@ -95,30 +95,29 @@ class NativeModule:
     """A library's transform, composition or flow as native code takes it, with a context or without one.
 
     Attributes:
+        snapshot: The module as it was when this was made.
         obstacle: Why native code does not take the module, or `None` if it does.
         uses: For each of its transforms, the number of passes and the backend, as `Acceleration` records them.
     """
 
     def __init__(self, module: nn.Module, list_transforms: ListTransforms, is_conditional: bool) -> None:
-        self._snapshot = ModuleSnapshot(module)
         self.obstacle: str | None = None
         self.uses: dict[nn.Module, tuple[int, str]] = {}
+        constants: list[Slot] = []
         try:
             for child in module.modules():
                 check_call(child)
             specs = list(list_transforms(module, is_conditional))
             self._chain = TransformChain([(spec.transform, is_inverted) for spec, is_inverted in specs])
-            for holder, name in (slot for spec, _ in specs for slot in spec.constants):
-                self._snapshot.add_constant(holder, name)
+            constants = [slot for spec, _ in specs for slot in spec.constants]
+            if any(holder[name].is_inference() for holder, name in constants):
+                raise UnsupportedError("masks of inference mode")  # They do not count their changes.
         except UnsupportedError as error:
-            self.obstacle = str(error)
+            self.obstacle, constants = str(error), []
         else:
             self._tensors = [slot for spec, _ in specs for slot in spec.tensors]
             self.uses = {spec.module: (0, "native") for spec, _ in specs}
-
-    def is_current(self) -> bool:
-        """Returns True if the module has not changed, apart from the values of its weights."""
-        return self._snapshot.is_current()
+        self.snapshot = ModuleSnapshot(module, constants)
 
     def evaluate(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from operator import is_
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -23,9 +23,12 @@ class ModuleSnapshot:
     """The submodules, settings and hooks of a module, but not the values of its weights.
 
     It is compared with the module before every native call. Lists are compared, as Python does that fastest.
+
+    Args:
+        constants: Tensors that must not change.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, constants: Sequence[Slot]) -> None:
         self._modules = list(module.modules())
         self._classes = list(map(type, self._modules))
         self._states = list(map(vars, self._modules))
@@ -35,22 +38,14 @@ class ModuleSnapshot:
         self._hooks = [state[name] for state in self._states for name in _HOOKS]
         self._has_hooks = any(self._hooks)
         settings = [slot for part in self._modules for slot in _settings(part)]
-        self._setting_holders, self._setting_names = [state for state, _ in settings], [name for _, name in settings]
+        self._setting_holders, self._setting_names = _unzip(settings)
         self._settings = [state[name] for state, name in settings]
-        self._constants: list[Tensor] = []
-        self._constant_holders: list[dict[str, Any]] = []
-        self._constant_names: list[str] = []
-        self._versions: list[int] = []
-
-    def add_constant(self, holder: dict[str, Any], name: str) -> None:
-        """Adds a tensor that must not change."""
-        tensor: Tensor = holder[name]
-        if tensor.is_inference():
-            raise UnsupportedError("masks of inference mode")
-        self._constants.append(tensor)
-        self._constant_holders.append(holder)
-        self._constant_names.append(name)
-        self._versions.append(tensor._version)
+        self._constant_holders, self._constant_names = (
+            [state for state, _ in constants],
+            [name for _, name in constants],
+        )
+        self._constants: list[Tensor] = [holder[name] for holder, name in constants]
+        self._versions = [tensor._version for tensor in self._constants]
 
     def is_current(self) -> bool:
         """Returns True if nothing has changed."""
@@ -70,6 +65,10 @@ def _settings(module: nn.Module) -> Iterator[Slot]:
     for name, value in vars(module).items():
         if isinstance(value, _SETTINGS) and (name != "training" or isinstance(module, DROPOUTS)):
             yield vars(module), name
+
+
+def _unzip(slots: Sequence[Slot]) -> tuple[list[dict[str, Any]], list[str]]:
+    return [holder for holder, _ in slots], [name for _, name in slots]
 
 
 def check_call(module: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -218,26 +218,12 @@ class AcceleratedComposed(_AcceleratedTransform, ComposedTransform):  # type: ig
     def __reduce__(self) -> tuple[Any, ...]:
         return ComposedTransform, tuple(self.transforms)
 
-    @cached_property
-    def _library(self) -> Any:
-        """The transform as zuko makes it."""
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("transforms", "domain_dim", "codomain_dim"):
+            raise AttributeError(name)
         transform = library_class(self.module).forward(self.module, self.context)
-        return transform.inv if self.is_inverse else transform
-
-    @property
-    def transforms(self) -> Any:
-        """The transforms, in the order in which they are applied."""
-        return self._library.transforms
-
-    @property
-    def domain_dim(self) -> int:
-        """The number of dimensions of an event before the transforms."""
-        return self._library.domain_dim
-
-    @property
-    def codomain_dim(self) -> int:
-        """The number of dimensions of an event after the transforms."""
-        return self._library.codomain_dim
+        self.__dict__.update(vars(transform.inv if self.is_inverse else transform))
+        return vars(self)[name]
 
     @property
     def inv(self) -> AcceleratedComposed:
@@ -257,25 +243,15 @@ class AcceleratedNormalizingFlow(NormalizingFlow):  # type: ignore[misc]
     def __reduce__(self) -> tuple[Any, ...]:
         return NormalizingFlow, (self.transform, self.base)
 
-    @cached_property
-    def _library(self) -> Any:
-        """The flow as zuko makes it."""
-        return library_class(self.module).forward(self.module, self.context)
-
-    @cached_property
-    def transform(self) -> Any:
-        """The transform from data to the base. To make it alone does not make the base."""
-        return self._library.transform if "_library" in vars(self) else self.module.transform(self.context)
-
-    @cached_property
-    def base(self) -> Any:
-        """The base distribution."""
-        return self._library.base
-
-    @cached_property
-    def reinterpreted(self) -> int:
-        """The number of dimensions of the transform's batch that are dimensions of an event."""
-        return self._library.reinterpreted
+    def __getattr__(self, name: str) -> Any:
+        if name == "transform":
+            self.transform = self.module.transform(self.context)
+        elif name in ("base", "reinterpreted"):
+            flow = library_class(self.module).forward(self.module, self.context)
+            self.base, self.reinterpreted = flow.base, flow.reinterpreted
+        else:
+            raise AttributeError(name)
+        return vars(self)[name]
 
     def log_prob(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """Returns the log-density of x."""

@@ -72,6 +72,7 @@ class TransformChain:
             entry.first_tensor, entry.is_reversed = len(self.shapes), is_inverse
             self.shapes += part.shapes
         self._sizes: tuple[int, int] | None = None
+        self._counts = [torch.Size(shape).numel() for shape in self.shapes]
         self._latest_addresses: tuple[list[int], ctypes.Array[ctypes.c_void_p]] | None = None
 
     def sizes(self, native: Library) -> tuple[int, int]:
@@ -83,13 +84,13 @@ class TransformChain:
         return self._sizes
 
     def _addresses_of(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> ctypes.Array[ctypes.c_void_p]:
-        """Returns the table of the latest call if no tensor has moved since, as most calls change no weight."""
+        """Returns the addresses of tensors, from the latest call if it had as many numbers at the same addresses."""
         latest = self._latest_addresses
         if (
             latest is not None and _PLAIN_TENSORS.issuperset(map(type, tensors))
-            and [tensor.dtype for tensor in tensors] == [dtype] * len(latest[0])
-            and [tensor.shape for tensor in tensors] == self.shapes
-            and all(map(Tensor.is_contiguous, tensors)) and list(map(Tensor.data_ptr, tensors)) == latest[0]
+            and [tensor.dtype for tensor in tensors] == [dtype] * len(self._counts)
+            and list(map(Tensor.numel, tensors)) == self._counts and all(map(Tensor.is_contiguous, tensors))
+            and list(map(Tensor.data_ptr, tensors)) == latest[0]
         ):  # fmt: skip
             return latest[1]
         table = addresses_of(tensors, self.shapes, dtype)
@@ -242,14 +243,14 @@ class _Call:
 
     def _arguments(self, x: Tensor, context: Tensor | None, memory: Tensor | None) -> tuple[ChainArgs, Any]:
         """The arguments of a call without results, and the tensors that they point to."""
-        if x.stride(1) != 1:
+        if not x.is_contiguous():
             x = x.contiguous()
         if context is not None and context.stride(1) != 1:
             context = context.contiguous()
         rows, features = x.shape
         arguments = ChainArgs(
             ctypes.addressof(self.chain.table), None, address_of(x), address_of(context), None, None, None, None, None,
-            rows, x.stride(0), 0 if context is None or context.shape[0] == 1 else context.stride(0),
+            rows, features, 0 if context is None or context.shape[0] == 1 else context.stride(0),
             len(self.chain.table), features, self.chain.context, self.is_inverse, self.is_by_feature,
             torch.get_num_threads(),
         )  # fmt: skip
