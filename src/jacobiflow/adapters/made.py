@@ -1,4 +1,4 @@
-"""Transforms whose parameters a MADE gives: shared by nflows and normflows, whose MADEs are nearly the same."""
+"""Masked transforms of nflows and normflows, whose MADEs are nearly the same."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from jacobiflow.adapters.network import MaskedNetwork
 from jacobiflow.adapters.passes import invert_by_passes
 from jacobiflow.native.boundary import SplineBoundary, TransformKind, UnsupportedError
 
-_PLAIN = (nn.ModuleList, nn.Linear, nn.Dropout, nn.Identity)
+_PYTORCH_PARTS = (nn.ModuleList, nn.Linear, nn.Dropout, nn.Identity)
 
 
 def made_spec(
     module: Any, library: ModuleType, is_conditional: bool, kind: TransformKind, parameters: int = 2, **settings: Any
 ) -> TransformSpec:
-    """Returns a masked transform; `library` is the library's module of its MADE."""
+    """Returns a masked transform; `library` is the Python module that defines the library's MADE."""
     network = _network(module.autoregressive_net, library, parameters, is_conditional)
     return masked_spec(module, network, kind=kind, **settings)
 
@@ -47,7 +47,7 @@ def spline_spec(module: Any, library: ModuleType, is_conditional: bool) -> Trans
 
 
 def _network(made: Any, library: ModuleType, parameters: int, is_conditional: bool) -> MaskedNetwork:
-    """The operations of a MADE; nflows has an activation before the blocks, which takes the context too."""
+    """Returns the operations of a MADE. nflows applies an activation to the context, or before the blocks."""
     _check_types(made, library)
     if is_conditional and not hasattr(made, "context_layer"):
         raise UnsupportedError("a context for a network without")
@@ -68,7 +68,7 @@ def _network(made: Any, library: ModuleType, parameters: int, is_conditional: bo
 
 
 def _residual_block(network: MaskedNetwork, before: int, block: Any, is_conditional: bool, is_nflows: bool) -> int:
-    """Adds value + linear(act(linear(act(value)))); nflows adds the context to hidden units, normflows gates by it."""
+    """Adds value + linear(act(linear(act(value)))). nflows adds the context to hidden units; normflows gates by it."""
     first, second = block.linear_layers
     value = network.linear(network.activation(before, block.activation), first)
     if is_conditional and is_nflows:
@@ -80,13 +80,13 @@ def _residual_block(network: MaskedNetwork, before: int, block: Any, is_conditio
 
 
 def _check_types(made: nn.Module, library: ModuleType) -> None:
-    """Checks that the MADE's parts are the library's and PyTorch's, and that none normalizes a batch."""
+    """Raises UnsupportedError if the MADE has parts that are not the library's or PyTorch's, or normalizes batches."""
     of_library = (library.MADE, library.MaskedLinear, library.MaskedResidualBlock, library.MaskedFeedforwardBlock)
-    activations = [module._modules.get("activation") for module in made.modules()]
+    activations = {module._modules.get("activation") for module in made.modules()}
     if type(made) is not library.MADE:
         raise UnsupportedError(f"the network {type(made).__name__}")
     for part in made.modules():
-        if type(part) not in (*of_library, *_PLAIN) and not any(part is activation for activation in activations):
+        if type(part) not in (*of_library, *_PYTORCH_PARTS) and part not in activations:
             raise UnsupportedError(f"{type(part).__name__} in its network")
 
 
@@ -111,7 +111,7 @@ class AcceleratedTransform(AcceleratedComposition):
     """A masked transform."""
 
     library: ClassVar[ModuleType]
-    """The library's module of its MADE."""
+    """The Python module that defines the library's MADE."""
 
     autoregressive_net: Any
     _elementwise_inverse: Any

@@ -1,4 +1,4 @@
-"""A masked network as a list of operations, in the order in which its masks let native code compute them."""
+"""Masked networks as lists of operations, and the order in which native code computes their units."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from jacobiflow.native.boundary import Activation, Operation, OperationKind, UnsupportedError
 
 Slot = tuple[dict[str, Any], str]
-"""A dictionary of a module (its parameters, say) and a name in it."""
+"""A place of a tensor: a dictionary of a module, such as its parameters, and a name in it."""
 
 _MODULES: dict[type[nn.Module], tuple[Activation, tuple[str, ...]]] = {
     nn.Identity: (Activation.IDENTITY, ()), nn.ReLU: (Activation.RELU, ()),
@@ -32,18 +32,18 @@ _GELU = {"none": Activation.GELU, "tanh": Activation.GELU_TANH}
 
 
 class MaskedNetwork:
-    """A masked network, built operation by operation.
+    """A masked network, to which its operations are added one by one.
 
-    Value 0 is the input, each operation makes the next value, and the last value holds the parameters. The methods that
-    add an operation return the index of its value.
+    Value 0 is the input. Each operation adds a value, and its method returns the index of that value. The last value
+    holds the parameters of all features.
 
     Args:
-        outputs: The units of the last value that hold the P parameters of each feature; on the CPU.
-        first_feature: The column of the input at which the features start; the other columns are context.
+        outputs: The units of the last value that hold the P parameters of each feature, on the CPU.
+        first_feature: The first column of the input that is a feature. The other columns are context.
 
     Attributes:
         masks: The mask of each operation, or `None`.
-        tensors: The weights and biases that operations count.
+        tensors: The weights and biases, to which operations refer by index.
         constants: The buffers of the masks.
         context: The width of the context that layers read beside the input.
         width: The number of columns of the input.
@@ -103,7 +103,7 @@ class MaskedNetwork:
 
 
 def _activation(function: Any) -> tuple[Activation, tuple[float, ...]]:
-    """The activation and its settings."""
+    """Returns the native activation and its settings."""
     if type(function) is nn.GELU:
         return _GELU[function.approximate], ()
     if type(function) in _MODULES:
@@ -115,7 +115,7 @@ def _activation(function: Any) -> tuple[Activation, tuple[float, ...]]:
 
 
 def _check_layer(layer: Any) -> None:
-    """Checks that native code can read the layer's tensors: a parametrization or a new weight may differ in shape."""
+    """Raises UnsupportedError if native code cannot read the layer's tensors."""
     if layer._parameters.keys() != {"weight", "bias"}:
         raise UnsupportedError("a weight or bias that is not a parameter")
     size, mask = (layer.out_features, layer.in_features), getattr(layer, "mask", layer.weight)
@@ -129,12 +129,13 @@ def _check_layer(layer: Any) -> None:
 
 @torch.no_grad()
 def find_order(network: MaskedNetwork) -> tuple[list[int], list[int], list[tuple[list[int], list[int]]]]:
-    """Returns the steps of a network: the parameters of a step's features depend on features of earlier steps only.
+    """Returns the steps of the inverse. The features of a step depend on features of earlier steps only.
 
     Returns:
-        All features, sorted by step; the positions at which each step starts in them, and D at the end; for each value
-        of the network its units, sorted by the first step that can compute them, and the number of units that each step
-        can compute. Units of the last value are the parameters, feature by feature.
+        - All features, sorted by step.
+        - The position of the first feature of each step, and D at the end.
+        - For each value of the network: its units, sorted by the first step that can compute them, and the number of
+          units that each step can compute. The units of the last value are the parameters, feature by feature.
 
     Raises:
         UnsupportedError: If the network is not autoregressive.
@@ -151,7 +152,7 @@ def find_order(network: MaskedNetwork) -> tuple[list[int], list[int], list[tuple
 
 
 def _dependencies(network: MaskedNetwork) -> Bool[Tensor, "units d"]:
-    """The features that each unit of the last value depends on, by any path through the masks."""
+    """Returns True where a unit of the last value depends on a feature, by any path through the masks."""
     features = len(network.outputs)
     values = [torch.zeros(network.width, features, dtype=torch.float32)]
     values[0][network.features] = torch.eye(features, dtype=torch.float32)
@@ -166,7 +167,7 @@ def _dependencies(network: MaskedNetwork) -> Bool[Tensor, "units d"]:
 
 
 def _steps(dependencies: Bool[Tensor, "d d"]) -> Int[Tensor, " d"]:
-    """The step at which each feature can be solved."""
+    """Returns the step at which each feature can be solved."""
     step_of = torch.full((len(dependencies),), -1)
     missing, step = dependencies.sum(dim=1), 0
     while (step_of < 0).any():
@@ -180,10 +181,10 @@ def _steps(dependencies: Bool[Tensor, "d d"]) -> Int[Tensor, " d"]:
 
 
 def _first_steps(network: MaskedNetwork, step_of: Int[Tensor, " d"]) -> list[Int[Tensor, " units"]]:
-    """The first step at which each unit of each value can be computed.
+    """Returns the first step at which each unit of each value can be computed.
 
-    Values that elementwise operations connect share one tensor, as a unit of one of them is a unit of all. A residual
-    block may so delay its own input: the steps are the least that satisfy all operations.
+    Values that elementwise operations connect share one tensor, since they have the same units. So a residual block may
+    delay its own input, and the steps are found by iteration.
     """
     of_input = torch.zeros(network.width, dtype=torch.long)
     of_input[network.features] = step_of + 1
@@ -205,7 +206,7 @@ def _first_steps(network: MaskedNetwork, step_of: Int[Tensor, " d"]) -> list[Int
                 least = (mask * first_steps[operation.source]).amax(dim=1)
                 if first_steps[value] is not last:
                     torch.maximum(first_steps[value], least, out=first_steps[value])
-                elif (least > last).any():  # a residual block delays its input beyond the parameter that needs it
+                elif (least > last).any():  # A residual block delays its input beyond the parameter that needs it.
                     raise UnsupportedError("a network that is not autoregressive")
         if all(torch.equal(old, new) for old, new in zip(before, first_steps, strict=True)):
             return first_steps

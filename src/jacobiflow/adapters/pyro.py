@@ -27,7 +27,7 @@ from jacobiflow.native.boundary import SplineBoundary, TransformKind, Unsupporte
 def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[TransformSpec, bool]]:
     """Yields the transform, see `ListTransforms`. pyro remembers the values between transforms, so each is alone."""
     kind = library_class(module)
-    options = vars(module).get("kwargs", vars(module))  # where a conditional transform has its settings
+    options = vars(module).get("kwargs", vars(module))  # A conditional transform has its settings in kwargs.
     if kind in (AffineAutoregressive, ConditionalAffineAutoregressive):
         settings: dict[str, Any] = {
             "kind": TransformKind.CLAMPED_AFFINE, "first": options.get("log_scale_min_clip", -5.0),
@@ -47,7 +47,7 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[Transfo
 
 
 def _spline(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
-    """The spline's settings, and the sizes of its parameters."""
+    """Returns the native fields of a spline, and the sizes of its parameters."""
     bins, bound, order = options.get("count_bins", 8), options.get("bound", 3.0), options.get("order", "linear")
     kind = TransformKind.RATIONAL_LINEAR if order == "linear" else TransformKind.RATIONAL_QUADRATIC
     return {
@@ -71,10 +71,13 @@ def _network(arn: Any) -> MaskedNetwork:
 
 
 class _AcceleratedTransform(AcceleratedModule):
-    """A transform, which may belong to a conditional one at a context."""
+    """A transform, or a conditional transform at a context.
 
-    memory: ClassVar[str]
-    """The attribute in which pyro keeps the logarithms of derivatives."""
+    Attributes:
+        cache_name: The attribute in which pyro keeps the logarithms of derivatives.
+    """
+
+    cache_name: ClassVar[str]
 
     arn: Any
 
@@ -88,36 +91,36 @@ class _AcceleratedTransform(AcceleratedModule):
 
     @property
     def _owner(self) -> Any:
-        """The module of the flow with the parameters: a conditional transform, or this one."""
+        """The module of the flow: the conditional transform, or this one."""
         return vars(self).get("_conditional", self)
 
     def _evaluate(self, x: Tensor, is_inverse: bool) -> Tensor | None:
-        _, context = self._call_of_network
+        _, context = self._network_and_context
         try:
             context = None if context is None else context.expand(*x.shape[:-1], -1)
-        except RuntimeError:  # pyro's message is its own
+        except RuntimeError:  # pyro raises its own error for such a context.
             return None
-        library_call = partial(self._by_pyro, is_inverse)
+        library_call = partial(self._library_call, is_inverse)
         result = self.acceleration.evaluate(self._owner, x, context, is_inverse, library_call, "features")
         if result is None:
             return None
         values, log_derivative = result
         assert log_derivative is not None
-        setattr(self, self.memory, -log_derivative if is_inverse else log_derivative)
+        setattr(self, self.cache_name, -log_derivative if is_inverse else log_derivative)
         return values
 
-    def _by_pyro(self, is_inverse: bool, x: Tensor, context: Tensor | None) -> TransformOutput:
+    def _library_call(self, is_inverse: bool, x: Tensor, context: Tensor | None) -> TransformOutput:
         transform: Any = self
         if context is not None:
             conditional: Any = library_class(self._owner)
             transform = conditional.condition(self._owner, context)
         kind: Any = library_class(transform)
         values = kind._inverse(transform, x) if is_inverse else kind._call(transform, x)
-        log_scale = getattr(transform, self.memory)
+        log_scale = getattr(transform, self.cache_name)
         return values, -log_scale if is_inverse else log_scale
 
     def _invert(self, y: Tensor) -> Tensor:
-        network, context = self._call_of_network
+        network, context = self._network_and_context
 
         def step(network: Any, x: Tensor) -> Sequence[Tensor]:
             return self._pass(y, network(x) if context is None else network(x, context=context))
@@ -126,12 +129,12 @@ class _AcceleratedTransform(AcceleratedModule):
         if outputs is None:
             return super()._inverse(y)  # type: ignore[misc]
         x, log_scale = outputs
-        setattr(self, self.memory, log_scale)
+        setattr(self, self.cache_name, log_scale)
         return x
 
     @property
-    def _call_of_network(self) -> tuple[Any, Tensor | None]:
-        """Its network, and the context at which a conditional transform calls it."""
+    def _network_and_context(self) -> tuple[Any, Tensor | None]:
+        """The network, and the context of a conditional transform."""
         call = self.arn
         if isinstance(call, partial) and not call.args and list(call.keywords) == ["context"]:
             return call.func, call.keywords["context"]
@@ -139,17 +142,17 @@ class _AcceleratedTransform(AcceleratedModule):
 
     @abstractmethod
     def _pass(self, y: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The next iterate and the logarithms of derivatives, from what the network gives."""
+        """Returns the next iterate and the logarithms of derivatives, given the output of the network."""
 
 
 class AcceleratedAffine(_AcceleratedTransform):
     """An affine transform of each feature.
 
-    pyro's loop sets one feature at a time, in the order of the network's permutation, and leaves those after it at 0.
-    It ends at the same bits as passes that set all features, if all values are finite.
+    pyro's loop sets one feature at a time, and a pass sets all of them. Both end at the same bits if all values are
+    finite.
     """
 
-    memory = "_cached_log_scale"
+    cache_name = "_cached_log_scale"
 
     log_scale_min_clip: float
     log_scale_max_clip: float
@@ -158,13 +161,13 @@ class AcceleratedAffine(_AcceleratedTransform):
         mean, log_scale = parameters
         log_scale = clamp_preserve_gradients(log_scale, self.log_scale_min_clip, self.log_scale_max_clip)
         x = (y - mean) * torch.exp(-log_scale)
-        return x.contiguous(), log_scale  # pyro stacks features, whatever the strides of y
+        return x.contiguous(), log_scale  # pyro's result is contiguous too.
 
 
 class AcceleratedSpline(_AcceleratedTransform):
     """A spline of each feature."""
 
-    memory = "_cache_log_detJ"
+    cache_name = "_cache_log_detJ"
 
     spline: Any
 
@@ -174,14 +177,14 @@ class AcceleratedSpline(_AcceleratedTransform):
         return spline._inverse(y), spline._cache_log_detJ
 
 
-# pyro's class as it is comes first, or Python would refuse to give a module this class.
+# Python only lets a module have this class if pyro's own class is the first base.
 class AcceleratedConditional(ConditionalTransformModule, AcceleratedModule):
-    """A conditional transform that gives accelerated ones."""
+    """A conditional transform whose transforms at a context are accelerated."""
 
     def condition(self, context: Float[Tensor, "*batch c"]) -> nn.Module:
         """Returns the transform at a context, as pyro does."""
         transform = super().condition(context)  # type: ignore[safe-super]
-        vars(transform)["_conditional"] = self  # not as a part, of which pyro would learn the parameters twice
+        vars(transform)["_conditional"] = self  # As a submodule, it would give pyro its parameters twice.
         kind = AcceleratedAffine if isinstance(transform, AffineAutoregressive) else AcceleratedSpline
         accelerate_module(transform, kind, self.acceleration)
         return transform

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, library_class
-from jacobiflow.adapters.tarflow_state import BlockState
+from jacobiflow.adapters.snapshot import has_forward_hooks
+from jacobiflow.adapters.tarflow_state import BlockState, copy_state, is_same_state, read_state
 from jacobiflow.adapters.tarflow_trial import MAX_GUIDANCE, TEMPERATURES, Trial, TrialResult
 from jacobiflow.native import describe as describe_native
 from jacobiflow.native import load_library
@@ -75,11 +76,11 @@ def _try_block(block: Any, results: list[tuple[BlockState, TrialResult]]) -> Ada
         return _reverse(block, _ReverseArgs(**defaults | arguments))
 
     try:
-        state, trial = BlockState(block), Trial(block, reverse, signature.parameters)
-        shared = next((result for other, result in results if other.is_like(state)), None)
+        state, trial = copy_state(read_state(block)), Trial(block, reverse, signature.parameters)
     except Exception as error:
         raise UnsupportedError(f"it cannot be tried: {type(error).__name__}: {error}") from error
     trial.compare_own_weights()
+    shared = next((result for other, result in results if is_same_state(other, state)), None)
     result = shared or trial.compare_random_weights()
     results.append((state, result))
     names = {"tried_signature": signature, "tried_state": state, "trial_result": result}
@@ -178,7 +179,7 @@ class _AcceleratedBlock(AcceleratedModule):
             return None
         call.apply_defaults()
         arguments = {name: value for name, value in call.arguments.items() if name != "self"}
-        if is_traced() or not self.tried_state.is_current() or not self._is_tried(_ReverseArgs(**arguments)):
+        if is_traced() or self._has_changed() or not self._is_tried(_ReverseArgs(**arguments)):
             return None
         tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *self.parameters())):
@@ -194,6 +195,9 @@ class _AcceleratedBlock(AcceleratedModule):
                 ours[overflows] = theirs
         self.acceleration.record_use(self, 0, "native")
         return result
+
+    def _has_changed(self) -> bool:
+        return any(map(has_forward_hooks, self.modules())) or not is_same_state(self.tried_state, read_state(self))
 
     def _is_tried(self, call: _ReverseArgs) -> bool:
         """Returns True if the trial compared arguments of this form."""
