@@ -84,15 +84,18 @@ class TransformChain:
         return self._sizes
 
     def _addresses_of(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> ctypes.Array[ctypes.c_void_p]:
-        """Returns the addresses of tensors, from the latest call if it had as many numbers at the same addresses."""
+        """Returns the addresses of the tensors: those of the latest call, if all tensors are where they were."""
         latest = self._latest_addresses
-        if (
-            latest is not None and _PLAIN_TENSORS.issuperset(map(type, tensors))
-            and [tensor.dtype for tensor in tensors] == [dtype] * len(self._counts)
-            and list(map(Tensor.numel, tensors)) == self._counts and all(map(Tensor.is_contiguous, tensors))
-            and list(map(Tensor.data_ptr, tensors)) == latest[0]
-        ):  # fmt: skip
-            return latest[1]
+        try:
+            if (
+                latest is not None and _PLAIN_TENSORS.issuperset(map(type, tensors))
+                and [tensor.dtype for tensor in tensors] == [dtype] * len(self._counts)
+                and list(map(Tensor.numel, tensors)) == self._counts and all(map(Tensor.is_contiguous, tensors))
+                and list(map(Tensor.data_ptr, tensors)) == latest[0]
+            ):  # fmt: skip
+                return latest[1]
+        except RuntimeError as error:
+            raise UnsupportedError("a tensor that is not dense") from error
         table = addresses_of(tensors, self.shapes, dtype)
         self._latest_addresses = list(map(Tensor.data_ptr, tensors)), table
         return table
