@@ -23,7 +23,7 @@ def made_spec(
     module: Any, library: ModuleType, is_conditional: bool, kind: TransformKind, parameters: int = 2, **settings: Any
 ) -> TransformSpec:
     """Returns a masked transform; `library` is the Python module that defines the library's MADE."""
-    network = _network(module.autoregressive_net, library, parameters, is_conditional)
+    network = _build_network(module.autoregressive_net, library, parameters, is_conditional)
     return masked_spec(module, network, kind=kind, **settings)
 
 
@@ -32,54 +32,50 @@ def spline_spec(module: Any, library: ModuleType, is_conditional: bool) -> Trans
     if isinstance(module.tails, list | tuple) or isinstance(module.tail_bound, Tensor):
         raise UnsupportedError("a spline with tails of its own for each feature")
     bins, width = module.num_bins, getattr(module.autoregressive_net, "hidden_features", 1)
-    ends = {"linear": SplineBoundary.FIXED, "circular": SplineBoundary.CIRCULAR}.get(module.tails, SplineBoundary.FREE)
+    bounded, circular, free = (SplineBoundary.FIXED, -1), (SplineBoundary.CIRCULAR, 0), (SplineBoundary.FREE, 1)
+    ends, more_slopes = {"linear": bounded, "circular": circular}.get(module.tails, free)
     low, high = (0.0, 1.0) if module.tails is None else (-float(module.tail_bound), float(module.tail_bound))
-    parameters = {
-        SplineBoundary.FIXED: 3 * bins - 1,
-        SplineBoundary.CIRCULAR: 3 * bins,
-        SplineBoundary.FREE: 3 * bins + 1,
-    }[ends]
     return made_spec(
-        module, library, is_conditional, TransformKind.RATIONAL_QUADRATIC, parameters, bins=bins, ends=ends,
+        module, library, is_conditional, TransformKind.RATIONAL_QUADRATIC, 3 * bins + more_slopes, bins=bins, ends=ends,
         end_slope=1.0, factor=float(width) ** -0.5, low=low, high=high, has_tails=module.tails is not None,
         min_width=module.min_bin_width, min_height=module.min_bin_height, min_slope=module.min_derivative,
     )  # fmt: skip
 
 
-def _network(made: Any, library: ModuleType, parameters: int, is_conditional: bool) -> MaskedNetwork:
+def _build_network(made: Any, library: ModuleType, parameters: int, is_conditional: bool) -> MaskedNetwork:
     """Returns the operations of a MADE. nflows applies an activation to the context, or before the blocks."""
-    _check_types(made, library)
+    _check_parts(made, library)
     if is_conditional and not hasattr(made, "context_layer"):
         raise UnsupportedError("a context for a network without")
     is_nflows = hasattr(made, "use_residual_blocks")
     network = MaskedNetwork(torch.arange(made.final_layer.out_features, device="cpu").view(-1, parameters))
-    value = network.linear(0, made.initial_layer)
+    value = network.add_linear(0, made.initial_layer)
     if is_conditional:
         value = network.add_context(value, made.context_layer, made.activation if is_nflows else None)
     if is_nflows and not made.use_residual_blocks:
-        value = network.activation(value, made.activation)
+        value = network.add_activation(value, made.activation)
     for block in made.blocks:
         if hasattr(block, "linear_layers"):
-            value = _residual_block(network, value, block, is_conditional, is_nflows)
+            value = _add_residual_block(network, value, block, is_conditional, is_nflows)
         else:
-            value = network.linear(value, block.linear, block.activation)
-    network.linear(value, made.final_layer)
+            value = network.add_linear(value, block.linear, block.activation)
+    network.add_linear(value, made.final_layer)
     return network
 
 
-def _residual_block(network: MaskedNetwork, before: int, block: Any, is_conditional: bool, is_nflows: bool) -> int:
+def _add_residual_block(network: MaskedNetwork, before: int, block: Any, is_conditional: bool, is_nflows: bool) -> int:
     """Adds value + linear(act(linear(act(value)))). nflows adds the context to hidden units; normflows gates by it."""
     first, second = block.linear_layers
-    value = network.linear(network.activation(before, block.activation), first)
+    value = network.add_linear(network.add_activation(before, block.activation), first)
     if is_conditional and is_nflows:
         value = network.add_context(value, block.context_layer)
-    value = network.linear(network.activation(value, block.activation), second)
+    value = network.add_linear(network.add_activation(value, block.activation), second)
     if is_conditional and not is_nflows:
-        value = network.gate_by_context(value, block.context_layer)
-    return network.sum(value, before)
+        value = network.add_context_gate(value, block.context_layer)
+    return network.add_sum(value, before)
 
 
-def _check_types(made: nn.Module, library: ModuleType) -> None:
+def _check_parts(made: nn.Module, library: ModuleType) -> None:
     """Raises UnsupportedError if the MADE has parts that are not the library's or PyTorch's, or normalizes batches."""
     of_library = (library.MADE, library.MaskedLinear, library.MaskedResidualBlock, library.MaskedFeedforwardBlock)
     activations = {module._modules.get("activation") for module in made.modules()}

@@ -57,7 +57,7 @@ class MaskedNetwork:
         self.constants: list[Slot] = []
         self.context = self.width = 0
 
-    def linear(self, source: int, layer: Any, function: Any = None) -> int:
+    def add_linear(self, source: int, layer: Any, function: Any = None) -> int:
         """Adds function(x (mask * weight)^T + bias)."""
         if source:
             self.operations[source - 1].is_kept = True
@@ -65,11 +65,11 @@ class MaskedNetwork:
             self.width = layer.in_features
         return self._add(OperationKind.LINEAR, source, function, layer)
 
-    def activation(self, source: int, function: Any) -> int:
+    def add_activation(self, source: int, function: Any) -> int:
         """Adds function(x)."""
         return self._add(OperationKind.ACTIVATION, source, function)
 
-    def sum(self, source: int, other: int) -> int:
+    def add_sum(self, source: int, other: int) -> int:
         """Adds the sum of two values."""
         return self._add(OperationKind.SUM, source, other=other)
 
@@ -78,7 +78,7 @@ class MaskedNetwork:
         self.context = layer.in_features
         return self._add(OperationKind.ADD_CONTEXT, source, function, layer)
 
-    def gate_by_context(self, source: int, layer: nn.Linear) -> int:
+    def add_context_gate(self, source: int, layer: nn.Linear) -> int:
         """Adds x * sigmoid(layer(context))."""
         self.context = layer.in_features
         return self._add(OperationKind.GATE_CONTEXT, source, layer=layer)
@@ -86,7 +86,7 @@ class MaskedNetwork:
     def _add(self, kind: OperationKind, source: int, function: Any = None, layer: Any = None, other: int = 0) -> int:
         operation, mask = Operation(kind=kind, source=source, other=other, weight=-1, bias=-1), None
         if function is not None:
-            operation.function, settings = _activation(function)
+            operation.function, settings = _native_activation(function)
             operation.first, operation.second = (*settings, 0.0, 0.0)[:2]
         if layer is not None:
             _check_layer(layer)
@@ -102,7 +102,7 @@ class MaskedNetwork:
         return len(self.operations)
 
 
-def _activation(function: Any) -> tuple[Activation, tuple[float, ...]]:
+def _native_activation(function: Any) -> tuple[Activation, tuple[float, ...]]:
     """Returns the native activation and its settings."""
     if type(function) is nn.GELU:
         return _GELU[function.approximate], ()
@@ -115,16 +115,11 @@ def _activation(function: Any) -> tuple[Activation, tuple[float, ...]]:
 
 
 def _check_layer(layer: Any) -> None:
-    """Raises UnsupportedError if native code cannot read the layer's tensors."""
+    """Raises UnsupportedError if the layer's tensors cannot be described. Native code checks their shapes."""
     if layer._parameters.keys() != {"weight", "bias"}:
         raise UnsupportedError("a weight or bias that is not a parameter")
-    size, mask = (layer.out_features, layer.in_features), getattr(layer, "mask", layer.weight)
-    if not layer.weight.shape == mask.shape == size:
-        raise UnsupportedError("a weight or mask of another shape")
-    if not mask.is_cpu:
+    if not layer.weight.is_cpu:
         raise UnsupportedError("a network on another device")
-    if layer.bias is not None and layer.bias.shape != size[:1]:
-        raise UnsupportedError("a bias of another shape")
 
 
 @torch.no_grad()
@@ -141,8 +136,8 @@ def find_order(network: MaskedNetwork) -> tuple[list[int], list[int], list[tuple
         UnsupportedError: If the network is not autoregressive.
     """
     with torch.device("cpu"):
-        step_of = _steps(_dependencies(network)[network.outputs].any(dim=1))
-        first_steps = _first_steps(network, step_of)
+        step_of = _find_steps(_find_dependencies(network)[network.outputs].any(dim=1))
+        first_steps = _find_first_steps(network, step_of)
         steps, features = range(int(step_of.max()) + 1), step_of.argsort(stable=True)
         units = [first.argsort(stable=True).tolist() for first in first_steps[:-1]]
         units.append(network.outputs[features].flatten().tolist())
@@ -151,7 +146,7 @@ def find_order(network: MaskedNetwork) -> tuple[list[int], list[int], list[tuple
     return features.tolist(), starts, list(zip(units, ready, strict=True))
 
 
-def _dependencies(network: MaskedNetwork) -> Bool[Tensor, "units d"]:
+def _find_dependencies(network: MaskedNetwork) -> Bool[Tensor, "units d"]:
     """Returns True where a unit of the last value depends on a feature, by any path through the masks."""
     features = len(network.outputs)
     values = [torch.zeros(network.width, features, dtype=torch.float32)]
@@ -166,7 +161,7 @@ def _dependencies(network: MaskedNetwork) -> Bool[Tensor, "units d"]:
     return values[-1].bool()
 
 
-def _steps(dependencies: Bool[Tensor, "d d"]) -> Int[Tensor, " d"]:
+def _find_steps(dependencies: Bool[Tensor, "d d"]) -> Int[Tensor, " d"]:
     """Returns the step at which each feature can be solved."""
     step_of = torch.full((len(dependencies),), -1)
     missing, step = dependencies.sum(dim=1), 0
@@ -180,7 +175,7 @@ def _steps(dependencies: Bool[Tensor, "d d"]) -> Int[Tensor, " d"]:
     return step_of
 
 
-def _first_steps(network: MaskedNetwork, step_of: Int[Tensor, " d"]) -> list[Int[Tensor, " units"]]:
+def _find_first_steps(network: MaskedNetwork, step_of: Int[Tensor, " d"]) -> list[Int[Tensor, " units"]]:
     """Returns the first step at which each unit of each value can be computed.
 
     Values that elementwise operations connect share one tensor, since they have the same units. So a residual block may

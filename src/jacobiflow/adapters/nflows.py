@@ -32,10 +32,10 @@ def list_transforms(
     elif kind is InverseTransform:
         yield from list_transforms(module._transform, is_conditional, not is_inverted)
     else:
-        yield _transform(module, kind, is_conditional), is_inverted
+        yield _transform_spec(module, kind, is_conditional), is_inverted
 
 
-def _transform(module: Any, kind: Any, is_conditional: bool) -> TransformSpec:
+def _transform_spec(module: Any, kind: Any, is_conditional: bool) -> TransformSpec:
     if kind is MaskedAffineAutoregressiveTransform:
         return made_spec(module, made, is_conditional, TransformKind.SOFTPLUS_AFFINE, second=module._epsilon)
     if kind is MaskedPiecewiseRationalQuadraticAutoregressiveTransform:

@@ -35,7 +35,7 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[Transfo
         }  # fmt: skip
         sizes = [1, 1]
     elif kind in (SplineAutoregressive, ConditionalSplineAutoregressive):
-        settings, sizes = _spline(options if kind is ConditionalSplineAutoregressive else vars(module.spline))
+        settings, sizes = _spline_fields(options if kind is ConditionalSplineAutoregressive else vars(module.spline))
     else:
         raise UnsupportedError(kind.__name__)
     network = module.nn if hasattr(module, "nn") else module.arn
@@ -43,10 +43,10 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[Transfo
         raise UnsupportedError(f"the network {type(network).__name__}")
     if list(network.param_dims) != sizes:
         raise UnsupportedError("parameters of other sizes")
-    yield masked_spec(module, _network(network), **settings), False
+    yield masked_spec(module, _build_network(network), **settings), False
 
 
-def _spline(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
+def _spline_fields(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     """Returns the native fields of a spline, and the sizes of its parameters."""
     bins, bound, order = options.get("count_bins", 8), options.get("bound", 3.0), options.get("order", "linear")
     kind = TransformKind.RATIONAL_LINEAR if order == "linear" else TransformKind.RATIONAL_QUADRATIC
@@ -56,17 +56,17 @@ def _spline(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     }, [bins, bins, bins - 1, *([bins] if order == "linear" else [])]  # fmt: skip
 
 
-def _network(arn: Any) -> MaskedNetwork:
+def _build_network(arn: Any) -> MaskedNetwork:
     *hidden, last = arn.layers
     if any(type(layer) is not MaskedLinear for layer in arn.layers):
         raise UnsupportedError("layers of another kind")
     outputs = torch.arange(last.out_features, device="cpu").view(-1, arn.input_dim).t()
     network, value = MaskedNetwork(outputs, first_feature=arn.context_dim), 0
     for layer in hidden:
-        value = network.linear(value, layer, arn.f)
-    value = network.linear(value, last)
+        value = network.add_linear(value, layer, arn.f)
+    value = network.add_linear(value, last)
     if arn.skip_layer is not None:
-        network.sum(network.linear(0, arn.skip_layer), value)
+        network.add_sum(network.add_linear(0, arn.skip_layer), value)
     return network
 
 

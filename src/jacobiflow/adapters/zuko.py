@@ -46,26 +46,26 @@ def list_transforms(
     kind = library_class(module)
     if issubclass(kind, Flow):
         yield from list_transforms(module.transform, is_conditional)
-        yield _base(module.base), False
+        yield _base_spec(module.base), False
     elif kind is LazyComposedTransform:
         for part in reversed(module.transforms) if is_inverted else module.transforms:
             yield from list_transforms(part, is_conditional, is_inverted)
     elif kind is LazyInverse:
         yield from list_transforms(module.transform, is_conditional, not is_inverted)
     elif kind is UnconditionalTransform:
-        yield _unconditional(module), is_inverted
+        yield _unconditional_spec(module), is_inverted
     elif kind is MaskedAutoregressiveTransform:
-        yield _masked(module), is_inverted
+        yield _autoregressive_spec(module), is_inverted
     else:
         raise UnsupportedError(kind.__name__)
 
 
-def _masked(module: Any) -> TransformSpec:
+def _autoregressive_spec(module: Any) -> TransformSpec:
     if type(module.hyper) is not MaskedMLP:
         raise UnsupportedError(f"the network {type(module.hyper).__name__}")
     network = MaskedNetwork(torch.arange(module.hyper[-1].out_features, device="cpu").view(-1, module.total))
     _add_layers(network, 0, list(module.hyper))
-    return masked_spec(module, network, **_univariate(module.univariate, list(module.shapes)))
+    return masked_spec(module, network, **_univariate_fields(module.univariate, list(module.shapes)))
 
 
 def _add_layers(network: MaskedNetwork, value: int, modules: list[nn.Module]) -> int:
@@ -74,15 +74,15 @@ def _add_layers(network: MaskedNetwork, value: int, modules: list[nn.Module]) ->
         module, *modules = modules
         if type(module) is MaskedLinear:
             function = modules.pop(0) if modules and type(modules[0]) not in (MaskedLinear, Residual) else None
-            value = network.linear(value, module, function)
+            value = network.add_linear(value, module, function)
         elif type(module) is Residual:
-            value = network.sum(_add_layers(network, value, list(module.children())), value)
+            value = network.add_sum(_add_layers(network, value, list(module.children())), value)
         else:
-            value = network.activation(value, module)
+            value = network.add_activation(value, module)
     return value
 
 
-def _univariate(univariate: Any, shapes: list[Any]) -> dict[str, Any]:
+def _univariate_fields(univariate: Any, shapes: list[Any]) -> dict[str, Any]:
     """Returns the native fields of an elementwise transform, given its constructor and its parameters' shapes."""
     settings: dict[str, Any] = {}
     if isinstance(univariate, partial) and not univariate.args:
@@ -106,9 +106,9 @@ def _univariate(univariate: Any, shapes: list[Any]) -> dict[str, Any]:
     raise UnsupportedError(f"the univariate {getattr(univariate, '__name__', univariate)}")
 
 
-def _unconditional(module: Any) -> TransformSpec:
+def _unconditional_spec(module: Any) -> TransformSpec:
     """Returns a permutation, or an affine transform whose scale and shift are parameters."""
-    names, slots = _arguments(module)
+    names, slots = _argument_slots(module)
     if module.f is PermutationTransform and len(names) == 1:
         return permutation_spec(module, getattr(module, names[0]).tolist(), slots[0])
     are_tensors = all(isinstance(getattr(module, name), Tensor) for name in names)
@@ -117,17 +117,17 @@ def _unconditional(module: Any) -> TransformSpec:
     raise UnsupportedError(f"UnconditionalTransform of {getattr(module.f, '__name__', module.f)}")
 
 
-def _base(module: Any) -> TransformSpec:
+def _base_spec(module: Any) -> TransformSpec:
     """Returns the base of a flow, a normal distribution."""
     if type(module) is not UnconditionalDistribution:
         raise UnsupportedError(f"the base {type(module).__name__}")
-    names, slots = _arguments(module)
+    names, slots = _argument_slots(module)
     if module.f is DiagNormal and names in (["_0", "_1"], ["loc", "scale"]):
         return normal_spec(module, scale=slots[1], loc=slots[0])
     raise UnsupportedError(f"the base {getattr(module.f, '__name__', module.f)}")
 
 
-def _arguments(module: Any) -> tuple[list[str], list[Slot]]:
+def _argument_slots(module: Any) -> tuple[list[str], list[Slot]]:
     """Returns the names of the arguments with which a lazy module calls its constructor, and their slots."""
     names = [*(f"_{i}" for i in range(module._nargs)), *module._keys]
     return names, [(module._buffers if name in module._buffers else module._parameters, name) for name in names]

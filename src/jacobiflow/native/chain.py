@@ -46,6 +46,15 @@ InPyTorch = Callable[
 """Rows, context, tensors -> values and log-determinants of a chain, with a graph."""
 
 
+class _Addresses(NamedTuple):
+    """The addresses of a chain's tensors, with their sizes in bytes."""
+
+    table: ctypes.Array[ctypes.c_void_p]
+    addresses: list[int]
+    sizes: list[int]
+    dtype: torch.dtype
+
+
 class TransformChain:
     """Transforms, one after the other, and the inverse of the whole.
 
@@ -72,8 +81,7 @@ class TransformChain:
             entry.first_tensor, entry.is_reversed = len(self.shapes), is_inverse
             self.shapes += part.shapes
         self._sizes: tuple[int, int] | None = None
-        self._counts = [torch.Size(shape).numel() for shape in self.shapes]
-        self._latest_addresses: tuple[list[int], ctypes.Array[ctypes.c_void_p]] | None = None
+        self._latest_addresses: _Addresses | None = None
 
     def sizes(self, native: Library) -> tuple[int, int]:
         """Returns how many numbers its packed weights have, and its activations for each row."""
@@ -84,20 +92,20 @@ class TransformChain:
         return self._sizes
 
     def _addresses_of(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> ctypes.Array[ctypes.c_void_p]:
-        """Returns the addresses of the tensors: those of the latest call, if all tensors are where they were."""
+        """Returns the addresses of the tensors: those of the latest call, if all of them are where they were."""
         latest = self._latest_addresses
         try:
             if (
-                latest is not None and _PLAIN_TENSORS.issuperset(map(type, tensors))
-                and [tensor.dtype for tensor in tensors] == [dtype] * len(self._counts)
-                and list(map(Tensor.numel, tensors)) == self._counts and all(map(Tensor.is_contiguous, tensors))
-                and list(map(Tensor.data_ptr, tensors)) == latest[0]
+                latest is not None and latest.dtype is dtype and _PLAIN_TENSORS.issuperset(map(type, tensors))
+                and all(map(Tensor.is_contiguous, tensors)) and list(map(Tensor.data_ptr, tensors)) == latest.addresses
+                and [tensor.nbytes for tensor in tensors] == latest.sizes
             ):  # fmt: skip
-                return latest[1]
+                return latest.table
         except RuntimeError as error:
             raise UnsupportedError("a tensor that is not dense") from error
         table = addresses_of(tensors, self.shapes, dtype)
-        self._latest_addresses = list(map(Tensor.data_ptr, tensors)), table
+        sizes = [tensor.nbytes for tensor in tensors]
+        self._latest_addresses = _Addresses(table, list(map(Tensor.data_ptr, tensors)), sizes, dtype)
         return table
 
     def evaluate(
