@@ -24,13 +24,11 @@ from torch.autograd.functional import hessian, jacobian
 import jacobiflow as jf
 from tests.helpers.library_flows import (
     CASES,
-    FLOWS,
     LARGE,
     NATIVE,
     default_dtype,
     gradient_gap,
     gradients,
-    inputs,
     laid_out,
     masked_layers,
     normal,
@@ -38,6 +36,7 @@ from tests.helpers.library_flows import (
     steep,
     values,
 )
+from tests.helpers.random_flows import FLOWS, inputs
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 

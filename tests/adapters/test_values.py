@@ -19,12 +19,10 @@ from torch import Tensor
 import jacobiflow as jf
 from tests.helpers.library_flows import (
     CASES,
-    FLOWS,
     LARGE,
     NATIVE,
     check,
     exact,
-    inputs,
     laid_out,
     masked_layers,
     normal,
@@ -32,6 +30,7 @@ from tests.helpers.library_flows import (
     steep,
     values,
 )
+from tests.helpers.random_flows import FLOWS, inputs
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 

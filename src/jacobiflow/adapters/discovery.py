@@ -9,7 +9,7 @@ from typing import Any, overload
 from torch import nn
 from torch.distributions import Distribution, Transform
 
-from jacobiflow.adapters.acceleration import Acceleration, find_adapter
+from jacobiflow.adapters.acceleration import Acceleration, Adapter, find_adapter
 from jacobiflow.adapters.library_acceleration import LibraryAcceleration
 from jacobiflow.adapters.registry import BUILDERS, LIBRARIES, load_adapters
 from jacobiflow.adapters.tarflow import find_blocks
@@ -86,15 +86,16 @@ def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration | Libr
         )
     packages = {kind.__module__.split(".")[0] for _, module in modules for kind in type(module).__mro__}
     library_adapters = [adapter for library in LIBRARIES if library in packages for adapter in load_adapters(library)]
-    adapters = {module: adapter for _, module in modules if (adapter := find_adapter(module, library_adapters))}
-    obstacles = {module: reason for module, adapter in adapters.items() if (reason := adapter.obstacle(module))}
-    blocks, block_obstacles = find_blocks(module for _, module in modules if module not in adapters)
-    adapters |= blocks
-    accelerated = {
-        module: (name, adapters[module]) for name, module in modules if module in adapters and module not in obstacles
-    }
-    obstacles = {module: reason for module, reason in obstacles.items() if not adapters[module].is_composition}
-    obstacles |= block_obstacles
+    blocks, obstacles = find_blocks(module for _, module in modules)
+    accelerated: dict[nn.Module, tuple[str, Adapter]] = {}
+    for name, module in modules:
+        adapter = find_adapter(module, library_adapters) or blocks.get(module)
+        if adapter is None:
+            continue
+        if (obstacle := adapter.obstacle(module)) is None:
+            accelerated[module] = name, adapter
+        elif not adapter.is_composition:
+            obstacles[module] = obstacle
     untouched = {name: obstacles[module] for name, module in modules if module in obstacles}
     if all(adapter.is_composition for _, adapter in accelerated.values()):
         reasons = "".join(f"; {name}: {reason}" for name, reason in untouched.items())
