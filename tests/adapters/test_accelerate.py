@@ -153,7 +153,7 @@ def posterior(estimator: str) -> Any:
     x = theta + 0.3 * theta.roll(1, dims=1) ** 2 + 0.1 * torch.randn(200, 7)
     inference = NPE(prior, density_estimator=estimator, show_progress_bars=False)
     network = inference.append_simulations(theta, x).train(max_num_epochs=1, training_batch_size=100)
-    with jf.accelerate(network, 0.0):  # which the posterior copies
+    with jf.accelerate(network, 0.0):  # The posterior copies the network.
         return inference.build_posterior(network).set_default_x(torch.zeros(1, 7))
 
 

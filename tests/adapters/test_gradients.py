@@ -81,7 +81,7 @@ def check(
 
 
 def native_gradients(threads: int, flow: nn.Module, x: Tensor, context: Tensor | None, *arguments: Any) -> Any:
-    torch.set_num_threads(threads)  # for native code alone: those of PyTorch would cost time
+    torch.set_num_threads(threads)  # PyTorch's own threads would cost time.
     with jf.accelerate(flow) as handle:
         result = gradients(flow, x, context, *arguments)
     torch.set_num_threads(1)
@@ -108,7 +108,7 @@ def test_random_flows(library: str) -> None:
         rows, layouts = random.choice([1, 5, 40, 70, 130]), ["as it is", "transposed", "strided", "expanded"]
         x = laid_out(inputs(domain, rows, features, dtype=torch.float32), random.choice(layouts))
         c = laid_out(torch.randn(rows, width), random.choice(layouts)) if width else None
-        share = random.choice([1.0, 0.5, 0.0])  # of the parameters that need a gradient
+        share = random.choice([1.0, 0.5, 0.0])  # Share of the parameters that need a gradient.
         for parameter in flow.parameters():
             parameter.requires_grad_(random.random() < share)
         x.requires_grad_(share < 1 or random.random() < 0.5)
@@ -144,7 +144,7 @@ def test_more_features_and_rows_than_fit_one_block(name: str) -> None:
 @pytest.mark.parametrize("library", ["zuko", "pyro"])
 def test_batches_of_any_shape(library: str, batch: tuple[int, ...], of_context: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    batch = torch.broadcast_shapes(batch, of_context)  # as the libraries' forward directions need
+    batch = torch.broadcast_shapes(batch, of_context)  # The libraries' forward directions need whole batches.
     flow = zuko.flows.NSF(5, 2) if library == "zuko" else pt.conditional_affine_autoregressive(5, 2, [16])
     check(steep(flow.double()), leaf(*batch, 5), leaf(*of_context, 2, seed=1))
 
@@ -239,7 +239,7 @@ def test_rows_that_are_not_finite(name: str, where: str) -> None:
             for tensor, gradient in zip((x, c, *flow.parameters()), part, strict=True):
                 if id(tensor) in masks:
                     gradient[~masks[id(tensor)]] = 0  # where the library has NaN
-            part += [gradient[4:70] for gradient in part[:2]]  # of finite rows
+            part += [gradient[4:70] for gradient in part[:2]]  # These rows are finite.
         for original, ours in zip(expected, result, strict=True):
             if original is not None or ours is not None:
                 largest = float(original.nan_to_num(0.0, 0.0, 0.0).abs().max())

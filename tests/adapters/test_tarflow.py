@@ -44,7 +44,7 @@ def test_what_native_code_cannot_do_is_the_block_s_own() -> None:
         for ours, theirs in zip(block.reverse(wide), own.reverse(wide), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
         block.train()
-        block.reverse(x)  # with dropout
+        block.reverse(x)  # Dropout is active.
         block.eval().requires_grad_(True)
         with torch.enable_grad():
             assert block.reverse(x)[0].requires_grad

@@ -67,7 +67,7 @@ def test_more_features_and_rows_than_fit_one_block(name: str, dtype: torch.dtype
 @torch.no_grad()
 def test_batches_of_any_shape(library: str, batch: tuple[int, ...], of_context: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    batch = torch.broadcast_shapes(batch, of_context)  # as the libraries' forward directions need
+    batch = torch.broadcast_shapes(batch, of_context)  # The libraries' forward directions need whole batches.
     flow = zuko.flows.MAF(5, 2) if library == "zuko" else pt.conditional_affine_autoregressive(5, 2, [16])
     check(steep(flow.double()), inputs("line", *batch, 5, dtype=torch.float64), torch.randn(*of_context, 2).double())
 

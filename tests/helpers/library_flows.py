@@ -26,7 +26,7 @@ import jacobiflow as jf
 Values = tuple[Tensor, Tensor]
 CONTEXT = 3
 
-torch.distributions.Distribution.set_default_validate_args(False)  # as zuko has it; importing pyro turns checks on
+torch.distributions.Distribution.set_default_validate_args(False)  # Importing pyro turns the checks on.
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -95,7 +95,7 @@ def gradient_gap(expected: Any, result: Any) -> float:
     gaps = [0.0]
     for original, other in zip(expected, result, strict=True):
         if original is None or not original.any():
-            assert other is None or bool((other.abs() < 1e-12).all())  # of a spline with one bin: rounding
+            assert other is None or bool((other.abs() < 1e-12).all())  # A spline with one bin has rounding errors.
         else:
             assert original.isfinite().all()
             gaps.append(float((original - other).abs().max() / original.abs().max()))
@@ -149,7 +149,7 @@ class Case:
 
     def invert(self, flow: nn.Module, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
         """The slow side: (x,) of zuko's, (x, logabsdet) of the others'."""
-        if self.library == "zuko":  # which computes no more than that
+        if self.library == "zuko":  # Its inverse has no log-determinant.
             lazy = flow(context)
             return (getattr(lazy, "transform", lazy).inv(y),)
         if self.library == "pyro":

@@ -153,7 +153,7 @@ def close(a: Any, b: Any) -> bool:
 
 
 def outcome(block: Any, arguments: dict[str, Any]) -> Any:
-    """What a call on 4 samples returns or raises."""
+    """Returns the text of the result or the error of a call on 4 samples."""
     x = torch.randn(4, TOKENS, 3, generator=torch.Generator().manual_seed(0))
     try:
         return repr(block.reverse(**{"x": x, **arguments}).tolist())

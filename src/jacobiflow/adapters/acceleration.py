@@ -197,7 +197,7 @@ class Acceleration:
             return None
         try:
             rows, contexts, batch = flatten_batch(x, context)
-        except (IndexError, RuntimeError):  # The library's own message is about its own arguments.
+        except (IndexError, RuntimeError):  # The library raises its own error for these shapes.
             return None
         native = self._native_module(module, context is not None)
         output = None if native is None else native.evaluate(rows, contexts, is_inverse, library_call, log_det)

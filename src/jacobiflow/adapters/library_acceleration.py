@@ -38,7 +38,7 @@ class LibraryAcceleration:
     def __init__(self, name: str, tolerance: float | None, adapters: Sequence[Adapter]) -> None:
         self.tolerance, self._name, self._adapters = tolerance, name, adapters
         self._count = 0
-        # Weak, since an acceleration holds its module. The module's class holds the acceleration.
+        # An acceleration holds its module, so a strong reference would keep every flow alive.
         self._accelerations: WeakSet[Acceleration] = WeakSet()
         _active.append(self)
         _replace_constructors()

@@ -20,7 +20,8 @@ from jacobiflow.native.boundary import UnsupportedError, is_traced
 from jacobiflow.native.transformer import GuidanceTerms, Recurrence
 
 _PARTS = ("proj_in", "pos_embed", "attn_blocks", "proj_out", "permutation", "reverse")
-_SETTINGS: dict[Any, dict[str, Any]] = {nn.LayerNorm: {"eps": 1e-5}, nn.GELU: {"approximate": "none"}}  # of native code
+# The settings that native code has for these layers.
+_SETTINGS: dict[Any, dict[str, Any]] = {nn.LayerNorm: {"eps": 1e-5}, nn.GELU: {"approximate": "none"}}
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ def _try_block(block: Any, results: list[tuple[BlockState, TrialResult]]) -> Ada
     """
     kind: Any = library_class(block)
     signature = inspect.signature(kind.reverse)
-    known = {"self", *(field.name for field in fields(_ReverseArgs))}
+    known_names = {"self", *(field.name for field in fields(_ReverseArgs))}
     for name in signature.parameters:
-        if name not in known:
+        if name not in known_names:
             raise UnsupportedError(f"its reverse takes {name}")
     if "reverse" in vars(block):
         raise UnsupportedError("its reverse was replaced")
@@ -190,8 +191,8 @@ class _AcceleratedBlock(AcceleratedModule):
             return None
         if (overflows := ~result[0].isfinite().all(dim=(1, 2))).any():  # The block's own code computes these rows.
             rows = {name: value[overflows] if isinstance(value, Tensor) else value for name, value in arguments.items()}
-            own = self._own_reverse(**rows)
-            for ours, theirs in zip(result, own if isinstance(own, tuple) else (own,), strict=False):
+            repaired = self._own_reverse(**rows)
+            for ours, theirs in zip(result, repaired if isinstance(repaired, tuple) else (repaired,), strict=False):
                 ours[overflows] = theirs
         self.acceleration.record_use(self, 0, "native")
         return result

@@ -23,9 +23,9 @@ def read_state(block: nn.Module) -> BlockState:
     settings: list[Any] = [list(vars(base).values()) for base in bases]
     buffers: list[Tensor] = []
     for part in parts:
-        own = {name: value for name, value in vars(part).items() if name not in _PYTORCH_NAMES} | part._buffers
-        tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
-        others = {name: value for name, value in own.items() if name not in tensors}
+        attributes = {name: value for name, value in vars(part).items() if name not in _PYTORCH_NAMES} | part._buffers
+        tensors = {name: value for name, value in attributes.items() if isinstance(value, Tensor)}
+        others = {name: value for name, value in attributes.items() if name not in tensors}
         shapes = {name: None if weight is None else weight.shape for name, weight in part._parameters.items()}
         settings.append((library_class(part), list(part._modules), list(tensors), others, shapes))
         buffers += tensors.values()
