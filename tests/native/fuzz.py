@@ -264,7 +264,7 @@ def description(rng: random.Random) -> tuple[Any, str]:
     layers = [nn.Linear(width + features, hidden), nn.Linear(hidden, 2 * features)]
     layers[0].register_buffer("mask", sees.unsqueeze(1) >= seen)
     layers[1].register_buffer("mask", torch.arange(features).repeat_interleave(2).unsqueeze(1) > sees)
-    network.linear(network.linear(0, layers[0], nn.ReLU()), layers[1])
+    network.add_linear(network.add_linear(0, layers[0], nn.ReLU()), layers[1])
     order, starts, (inputs, *units) = find_order(network)
     lists = [order, starts, *inputs, *(numbers for pair in units for numbers in pair)]
     settings = {"parameters": 2, "context": width, "context_start": 0, "bins": 0, "boundary": 0}

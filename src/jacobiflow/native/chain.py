@@ -27,6 +27,7 @@ from jacobiflow.native.masked import ChainTransform
 from jacobiflow.utils.autograd import check_first_derivative, is_batched
 
 _MAX_ACTIVATION_BYTES = 24 << 20  # memory for the backward pass; above, computing activations again is faster
+_PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _TILE_VECTORS = 4  # vectors of a tile, to which rows are padded, see `Tiles` in masked.h
 
 
@@ -42,6 +43,15 @@ InPyTorch = Callable[
     [Float[Tensor, "b d"], Float[Tensor, "#b c"] | None, Sequence[Tensor]], tuple[Tensor, Tensor | None]
 ]
 """Computes values and log-determinants of a chain, with a graph, from rows, context and tensors."""
+
+
+class _Addresses(NamedTuple):
+    """The addresses of a chain's tensors, with their sizes in bytes."""
+
+    table: ctypes.Array[ctypes.c_void_p]
+    addresses: list[int]
+    sizes: list[int]
+    dtype: torch.dtype
 
 
 class TransformChain:
@@ -70,6 +80,7 @@ class TransformChain:
             entry.first_tensor, entry.is_reversed = len(self.shapes), is_inverse
             self.shapes += part.shapes
         self._sizes: tuple[int, int] | None = None
+        self._latest_addresses: _Addresses | None = None
 
     def sizes(self, native: Library) -> tuple[int, int]:
         """Returns the size of its packed weights, and of its activations for each row, in numbers."""
@@ -78,6 +89,23 @@ class TransformChain:
             arguments = ChainArgs(table, count=count, features=self.features, context_features=self.context)
             self._sizes = native.chain_sizes(arguments)
         return self._sizes
+
+    def _addresses_of(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> ctypes.Array[ctypes.c_void_p]:
+        """Returns the addresses of the tensors: those of the latest call, if all of them are where they were."""
+        latest = self._latest_addresses
+        try:
+            if (
+                latest is not None and latest.dtype is dtype and _PLAIN_TENSORS.issuperset(map(type, tensors))
+                and all(map(Tensor.is_contiguous, tensors)) and list(map(Tensor.data_ptr, tensors)) == latest.addresses
+                and [tensor.nbytes for tensor in tensors] == latest.sizes
+            ):  # fmt: skip
+                return latest.table
+        except RuntimeError as error:
+            raise UnsupportedError("a tensor that is not dense") from error
+        table = addresses_of(tensors, self.shapes, dtype)
+        sizes = [tensor.nbytes for tensor in tensors]
+        self._latest_addresses = _Addresses(table, list(map(Tensor.data_ptr, tensors)), sizes, dtype)
+        return table
 
     def evaluate(
         self,
@@ -115,7 +143,7 @@ class TransformChain:
         needed = [t is not None and t.requires_grad for t in inputs] if torch.is_grad_enabled() else []
         call = _Call(self, native, is_inverse, log_det == "features", needed, in_pytorch, tensors)
         try:
-            addresses = addresses_of(tensors, self.shapes, dtype)
+            addresses = self._addresses_of(tensors, dtype)
             memory = x.new_empty(call.memory_size(x)) if any(needed) else None
             result = call.evaluate(x, context, addresses, log_det is not None, memory)
         except UnsupportedError:
