@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 from dataclasses import replace
 from itertools import chain, repeat
@@ -15,14 +14,14 @@ import pytest
 import torch
 
 import jacobiflow as jf
+from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, draw_latents
-from jacobiflow.planner import BlockTuning
-from jacobiflow.planner.benchmark import Race, Runner
-from jacobiflow.planner.fit import SAMPLES
+from jacobiflow.planner import BlockTuning, planner
+from jacobiflow.planner.benchmark import RaceState, TimedSolve
+from jacobiflow.planner.fit import NUM_SAMPLES
 from tests.helpers.invented import GUIDANCE, TOKENS, Halfway, Machine, draw, make_tuning, small, tuned
 
-PLAN: Any = importlib.import_module("jacobiflow.planner.planner")  # whose name in the package is the function's
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LATENTS = draw_latents(4, TOKENS, 4, seed=11)
@@ -69,7 +68,7 @@ def test_a_plan_is_within_the_tolerance_and_faster_than_others(
 def test_a_flow_of_one_token_has_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if the exact loop is timed as slow, so that sweeps are tried."""
     seconds = chain([10.0], repeat(1.0))
-    monkeypatch.setattr("jacobiflow.planner.benchmark._timings", lambda run, *_: (run(), [next(seconds)])[1])
+    monkeypatch.setattr("jacobiflow.planner.benchmark._time_calls", lambda run, *_: (run(), [next(seconds)])[1])
     flow = jf.TarFlow(jf.TokenConfig(1, 2, channels=8, num_blocks=2, layers_per_block=1, head_dim=4))
     assert jf.plan(flow, batch_size=3).check(flow) is None
     assert jf.sample(flow, 3, strategy="auto").outcome.has_shortfall is False
@@ -124,20 +123,19 @@ class Winners:
     """Races whose winner in each block, in order of sampling, is known; `None` is the exact loop."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *winners: tuple[jf.Solver, float] | None) -> None:
-        self.limits, self.winners = list[float](), winners
-        monkeypatch.setattr(PLAN, "Race", self._race)
-        monkeypatch.setattr(Race, "run", self._run)
+        self.states, self.rest = list[RaceState](), iter(winners)
+        monkeypatch.setattr(planner, "race", self._race)
 
-    def _race(self, *arguments: Any) -> Race:
-        self.limits.append(arguments[-1])
-        self.rest = iter(self.winners)
-        return Race(*arguments)
+    def _race(
+        self, problem: Problem, solvers: Any, timings: Any, options: Any, state: RaceState
+    ) -> tuple[TimedSolve | None, RaceState]:
+        self.states.append(state)
+        self.z, winner = problem.z, next(self.rest)
+        return (None if winner is None else TimedSolve(winner[0], (winner[1],), exact_x(problem), 9, 0.0)), state
 
-    def _run(self, block: Any, z: torch.Tensor, labels: Any, solvers: Any) -> Runner | None:
-        winner, self.z = next(self.rest), z
-        if winner is None:
-            return None
-        return Runner(winner[0], (winner[1],), jf.solve(block, z, jf.Solver(jf.Sequential()), labels).x, 9, 0.0)
+
+def exact_x(problem: Problem) -> torch.Tensor:
+    return jf.solve(problem.block, problem.z, jf.Solver(jf.Sequential()), problem.context).x
 
 
 @pytest.mark.parametrize(
@@ -156,12 +154,12 @@ def test_sweeps_are_tightened_twice_to_half_of_the_error_allowed(
     Winners(monkeypatch, (solver, 1.0), (solver, 1.0))
     given, notes = list[Any](), list[tuple[int, int, str]]()
 
-    def solve_certified(block: Any, z: torch.Tensor, solver: jf.Solver, labels: Any, **named: Any) -> Any:
-        given.append(solver.stopping)
-        exact = jf.solve(block, z, jf.Solver(jf.Sequential()), labels).x
-        return SimpleNamespace(x=exact + error * (block is flow.blocks[0]))
+    def solve(problem: Problem, solver: jf.Solver, options: Any) -> Any:
+        if options.certify:
+            given.append(solver.stopping)
+        return SimpleNamespace(x=exact_x(problem) + error * options.certify * (problem.block is flow.blocks[0]))
 
-    monkeypatch.setattr(PLAN, "solve_certified", solve_certified)
+    monkeypatch.setattr(planner, "solve_to_tolerance", solve)
     plan = jf.plan(flow, batch_size=6, progress=lambda *note: notes.append(note))
     assert is_loop(*plan.solvers)
     assert notes == [
@@ -187,7 +185,7 @@ def test_a_plan_that_is_no_faster_when_verified_is_the_exact_loop(monkeypatch: p
     ):
         rest = iter(shares)
         Winners(monkeypatch, *[(jf.Solver(), loop / 8)] * 2)
-        monkeypatch.setattr(PLAN, "timed", lambda run, device, rest=rest: (next(rest) * loop, run()))
+        monkeypatch.setattr(planner, "timed", lambda run, device, rest=rest: (next(rest) * loop, run()))
         plan = jf.plan(flow, batch_size=batch_size, tolerance=1e-2)
         assert is_loop(*plan.solvers) == (taken is None)
         assert plan.prediction is not None
@@ -199,7 +197,7 @@ def test_the_seconds_of_a_race_are_those_of_a_batch(monkeypatch: pytest.MonkeyPa
     machine = Machine(1.0)
     flow = machine.carry(small(), monkeypatch)
     loop, window = machine.seconds(1, *[1] * TOKENS), jf.Solver(jf.Window(4))
-    latents = draw_latents(6, TOKENS, 4, start=FIRST_CALIBRATION_LATENT + SAMPLES)
+    latents = draw_latents(6, TOKENS, 4, start=FIRST_CALIBRATION_LATENT + NUM_SAMPLES)
     for batch_size, seconds, wins in ((6, 0.93 * loop, True), (6, 0.95 * loop, False), (1, 1.86 * loop, True)):
         winners = Winners(monkeypatch, None, (window, seconds))
         plan = jf.plan(flow, batch_size=batch_size, tolerance=1e-2)
@@ -215,7 +213,7 @@ def test_races_take_two_seconds_or_half_of_the_exact_loop_s_time(monkeypatch: py
     for call, limit in ((1.0, 16.0), (0.1, 2.0)):
         winners = Winners(monkeypatch, None, None)
         jf.plan(Machine(call).carry(small(), monkeypatch), batch_size=1)
-        assert winners.limits == pytest.approx([limit])
+        assert [state.seconds_left for state in winners.states] == pytest.approx([limit] * 2)
 
 
 def test_a_plan_is_verified_on_latents_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,14 +224,14 @@ def test_a_plan_is_verified_on_latents_of_its_own(monkeypatch: pytest.MonkeyPatc
         drawn.append(range(start - FIRST_CALIBRATION_LATENT, start - FIRST_CALIBRATION_LATENT + num))
         return draw_latents(num, *sizes, start=start)
 
-    monkeypatch.setattr(PLAN, "draw_latents", noted)
+    monkeypatch.setattr(planner, "draw_latents", noted)
     for batch_size, raced, verified in ((1, 2, 1), (16, 16, 4)):
         drawn.clear()
         Winners(monkeypatch, *[(jf.Solver(), 1.0)] * 2)
         jf.plan(Machine(1.0).carry(small(), monkeypatch), batch_size=batch_size)
         timing, race, verification = drawn
         assert (len(timing), len(race), len(verification)) == (batch_size, raced, verified)
-        assert SAMPLES <= timing.start == race.start < race.stop <= verification.start
+        assert NUM_SAMPLES <= timing.start == race.start < race.stop <= verification.start
 
 
 def test_a_plan_is_for_16_samples_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +282,7 @@ def test_a_tolerance_below_the_network_s_rounding_is_raised_to_it(monkeypatch: p
     machine = Machine(1.0)
     flow, wide = machine.carry(copy.deepcopy(small()).bfloat16(), monkeypatch), machine.carry(small(), monkeypatch)
     z = draw_latents(4, TOKENS, 4, start=FIRST_CALIBRATION_LATENT)
-    floor, exact = PLAN.rounding_floor(flow), draw(flow, "sequential", z, certify="always")
+    floor, exact = planner.rounding_floor(flow), draw(flow, "sequential", z, certify="always")
     assert exact.residual is not None
     assert float(exact.residual.max()) <= floor < 0.2
     if floor == 0:
@@ -300,7 +298,7 @@ def test_a_tolerance_below_the_network_s_rounding_is_raised_to_it(monkeypatch: p
     with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="below the rounding"):
         jf.plan(wide, batch_size=1, tolerance=1e-6)
     flow.blocks[0].proj_out.bias.data[:4] = 200.0  # whose exact inverse overflows: that tells no rounding
-    assert PLAN.rounding_floor(flow) < math.inf
+    assert planner.rounding_floor(flow) < math.inf
 
 
 def test_the_worst_block_of_rounded_weights_is_solved_exactly_if_images_are_off(
@@ -309,10 +307,9 @@ def test_the_worst_block_of_rounded_weights_is_solved_exactly_if_images_are_off(
     flow, solver = Machine(1.0).carry(small(), monkeypatch), jf.Solver(jf.Sequential(), int16_weights=True)
     Winners(monkeypatch, (solver, 1.0), (solver, 1.0))
 
-    def solve_certified(block: Any, z: torch.Tensor, solver: jf.Solver, labels: Any, **named: Any) -> Any:
-        residual = 1e-4 * (1 + (block is flow.blocks[1])) * solver.int16_weights
-        exact = jf.solve(block, z, jf.Solver(jf.Sequential()), labels).x
-        return SimpleNamespace(x=exact + 6 * residual, residual=torch.tensor([residual]))
+    def solve(problem: Problem, solver: jf.Solver, options: Any) -> Any:
+        residual = 1e-4 * (1 + (problem.block is flow.blocks[1])) * (solver.int16_weights and options.certify)
+        return SimpleNamespace(x=exact_x(problem) + 6 * residual, residual=torch.tensor([residual]))
 
-    monkeypatch.setattr(PLAN, "solve_certified", solve_certified)
+    monkeypatch.setattr(planner, "solve_to_tolerance", solve)
     assert [solver.int16_weights for solver in jf.plan(flow, batch_size=6).solvers] == [True, False]
